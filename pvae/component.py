@@ -1,0 +1,131 @@
+"""Base of every declared part: a frozen, strict table with a ``kind``, found through its family.
+
+A *family* (``Prior``, ``Network``, ``Data`` ...) is a direct subclass of `Component`; its *members* are
+the final classes below it, each with ``kind: Literal["name"] = "name"``. Defining a member registers
+it. A field annotated with the family accepts any member, as an instance, as a table, or as the bare
+name of a kind; the family may be extended after the fields that use it were defined (plugins).
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from importlib.metadata import entry_points
+from typing import Annotated, Any, ClassVar, Self, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, GetJsonSchemaHandler
+from pydantic_core import CoreSchema, InitErrorDetails, PydanticCustomError, ValidationError, core_schema
+
+from pvae.errors import DeclarationError, near
+
+T = TypeVar("T")
+
+Table = Annotated[T, Field(strict=False)]
+"""A nested table: a dict is accepted where an instance is expected; the values inside stay strict."""
+
+Shape = tuple[int, ...]
+"""Sizes of the event dimensions of a tensor, without batch dimensions."""
+
+Ints = Annotated[tuple[Annotated[int, Field(gt=0)], ...], Field(strict=False)]
+"""A tuple of positive integers; a list (all that TOML has) is accepted."""
+
+Names = Annotated[tuple[str, ...], Field(strict=False)]
+"""A tuple of names; a list is accepted."""
+
+ENTRY_POINT_GROUP = "pvae.components"
+
+
+class Component(BaseModel):
+    """Base of every part of a declaration: strict types, no unknown keys, no NaN, immutable."""
+
+    model_config = ConfigDict(
+        strict=True, extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+    tag: ClassVar[str] = "kind"
+    members: ClassVar[dict[str, type[Component]]]
+
+    @classmethod
+    def is_family(cls) -> bool:
+        """True for ``Prior``, ``Network`` and the like; False for their members."""
+        return Component in cls.__bases__
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **_kwargs: Any) -> None:
+        if cls.is_family():
+            cls.members = {}
+            return
+        field = cls.model_fields.get(cls.tag)
+        if field is None or not isinstance(field.default, str):
+            raise TypeError(f'Expected `{cls.tag}: Literal["name"] = "name"` in {cls.__name__}; got none.')
+        other = cls.members.setdefault(field.default, cls)
+        if other is not cls and other.__qualname__ != cls.__qualname__:
+            raise DeclarationError(
+                f"Expected a new name for {cls.__module__}.{cls.__name__}; got {cls.tag} = "
+                f"{field.default!r}, which belongs to {other.__module__}.{other.__name__}."
+            )
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        if not cls.is_family():
+            return handler(source)
+        return core_schema.no_info_plain_validator_function(
+            cls.parse,
+            serialization=core_schema.plain_serializer_function_ser_schema(lambda part: part.model_dump()),
+        )
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        if not cls.is_family():
+            return handler(schema)
+        members = [handler(m.__pydantic_core_schema__) for m in cls.members.values()]
+        return {"oneOf": members, "description": (cls.__doc__ or "").split("\n")[0]}
+
+    @classmethod
+    def parse(cls, value: Any) -> Self:
+        """The member that ``value`` names: an instance, a table with the tag, or a bare kind."""
+        if isinstance(value, cls):
+            return value
+        table = {cls.tag: value} if isinstance(value, str) else cls.shorthand(value)
+        if not isinstance(table, dict):
+            raise PydanticCustomError("component", "a table with `{tag}`, or the name of a kind", {"tag": cls.tag})
+        name = table.get(cls.tag)
+        if not isinstance(name, str) or name not in cls.members:
+            message = f"one of {', '.join(sorted(cls.members))}"
+            error = InitErrorDetails(
+                type=PydanticCustomError(
+                    "unknown_kind", "{wanted}", {"wanted": message, "near": near(str(name), cls.members)}
+                ),
+                loc=(cls.tag,),
+                input=name,
+            )
+            raise ValidationError.from_exception_data(cls.__name__, [error])
+        return cls.members[name].model_validate(table)  # type: ignore[return-value]
+
+    @classmethod
+    def shorthand(cls, value: Any) -> Any:
+        """A family may accept another form (a bare number for a schedule): turn it into a table."""
+        return value
+
+
+def load_plugins(modules: tuple[str, ...] = (), *, report: Callable[[str], None] = lambda _line: None) -> None:
+    """Import installed plugins (entry points `pvae.components`) and the modules named on the command line.
+
+    Never called with a name that came from a file.
+
+    Raises:
+        DeclarationError: a module named on the command line cannot be imported.
+    """
+    for point in entry_points(group=ENTRY_POINT_GROUP):
+        try:
+            point.load()
+        except Exception as error:  # a broken plugin must not take pvae down
+            report(f"plugin {point.name} could not be loaded: {error}")
+    for name in modules:
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            raise DeclarationError(f"--import {name}: expected an importable module; got {error}.") from error
+
+
+__all__ = ["Component", "Ints", "Names", "Shape", "Table", "load_plugins"]
