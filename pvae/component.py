@@ -35,12 +35,16 @@ Names = Annotated[tuple[str, ...], Field(strict=False)]
 ENTRY_POINT_GROUP = "pvae.components"
 
 
-class Component(BaseModel):
-    """Base of every part of a declaration: strict types, no unknown keys, no NaN, immutable."""
+class Section(BaseModel):
+    """Base of every table of a declaration: strict types, no unknown keys, no NaN, immutable."""
 
     model_config = ConfigDict(
         strict=True, extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
     )
+
+
+class Component(Section):
+    """A table with a ``kind``: a direct subclass is a family, what is below it are its members."""
 
     tag: ClassVar[str] = "kind"
     members: ClassVar[dict[str, type[Component]]]
@@ -126,6 +130,3 @@ def load_plugins(modules: tuple[str, ...] = (), *, report: Callable[[str], None]
             importlib.import_module(name)
         except ImportError as error:
             raise DeclarationError(f"--import {name}: expected an importable module; got {error}.") from error
-
-
-__all__ = ["Component", "Ints", "Names", "Shape", "Table", "load_plugins"]

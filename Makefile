@@ -1,0 +1,47 @@
+# `make demo` and `make test` need Python 3.11 or newer and make; the rest is made here, in .venv.
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
+READY := .venv/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint types build bench clean
+
+help:  ## show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: $(READY)  ## fit a VAE to handwritten digits and report where every nat of its ELBO goes
+	@$(BIN)/pvae fit vae
+	@$(BIN)/pvae report latest
+
+test: $(READY)  ## run the whole test suite and the doctests
+	$(BIN)/python -m pytest --doctest-modules tests pvae
+
+lint: $(READY)  ## check style and formatting
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(READY)  ## check types
+	$(BIN)/mypy
+
+build: $(READY)  ## build the sdist and the wheel into dist/
+	$(BIN)/python -m build --outdir dist
+
+bench: $(READY)  ## time pvae against hand-written PyTorch, stock Pyro and its peers
+	@set -e; for file in tests/bench/[a-z]*.py; do echo "== $$file"; $(BIN)/python "$$file"; done
+
+clean:  ## remove what was built and cached; keep .venv and runs/
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage htmlcov
+	find . -path ./.venv -prune -o -type d -name __pycache__ -exec rm -rf {} +
+
+# torch comes first and pinned: asked for as a range, pip may fetch another, far larger build.
+$(READY): pyproject.toml constraints.txt
+	@test -x $(BIN)/pip || $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	    echo "Expected Python 3.11 or newer; got $$($(PYTHON) --version 2>/dev/null || echo no '$(PYTHON)')." >&2; \
+	    echo "Name another one: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
+	@test -x $(BIN)/pip || { echo "Making .venv with $$($(PYTHON) --version)"; $(PYTHON) -m venv .venv; } || \
+	    { rm -rf .venv; exit 1; }
+	@echo "Installing the pinned environment into .venv (once; a few minutes)"
+	@$(PIP) "$$(grep '^torch==' constraints.txt)" setuptools
+	@$(PIP) --no-build-isolation -e ".[test,dev]"
+	@touch $@

@@ -1,0 +1,132 @@
+"""Draws of a pair over a data set, chunk by chunk: what surgery, evidence and the report read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+
+import pyro
+import torch
+from pyro.distributions import kl_divergence
+from torch import Tensor
+
+from pvae import seeds
+from pvae.analysis.aggregated import normal_parameters
+from pvae.pair import Pair, log_prob
+
+CHUNK = 1000
+
+
+@contextmanager
+def quiet(pair: Pair, device: torch.device, seed: int) -> Iterator[None]:
+    """Evaluation mode, no gradients, a random state of its own; everything is put back afterwards."""
+    training = pair.training
+    pair.eval()
+    devices = [device] if device.type == "cuda" else []
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=devices), pyro.validation_enabled(False):
+            torch.manual_seed(seeds.mix(seed, seeds.ANALYSIS))
+            yield
+    finally:
+        pair.train(training)
+
+
+@dataclass
+class LatentDraw:
+    """One draw of one latent for every datum, float64."""
+
+    value: Tensor
+    """`(n, D)`, event dimensions flattened."""
+    log_q: Tensor
+    """log q(z | x, latents before it), `(n,)`."""
+    log_p: Tensor
+    """log p(z | parents), `(n,)`."""
+    loc: Tensor | None
+    """Location of a diagonal normal posterior, `(n, D)`; None for other posteriors."""
+    scale: Tensor | None
+    """Its scale."""
+    prior_loc: Tensor | None
+    """Location of a diagonal normal prior, broadcast to `(n, D)`."""
+    prior_scale: Tensor | None
+    """Its scale."""
+    kl: Tensor | None
+    """KL(q || p) in closed form where torch knows it, `(n,)`."""
+
+
+@dataclass
+class Draw:
+    """One draw of all latents for every datum."""
+
+    reconstruction: Tensor
+    """log p(x | z), `(n,)`, float64."""
+    latents: dict[str, LatentDraw]
+    shared: dict[str, float]
+    """log q - log p of every global latent, nats for the whole data set."""
+
+
+def _flat(t: Tensor, n: int) -> Tensor:
+    return t.detach().double().expand(n, *t.shape[1:]).reshape(n, -1)
+
+
+def _double(node: dict, pair: Pair) -> Tensor:  # type: ignore[type-arg]
+    """Log density per datum in float64: of the same parameters where they are normal, else as the site computes it."""
+    parameters = normal_parameters(node["fn"])
+    if parameters is None:
+        return log_prob(node, pair.layout, 0).double()
+    wide = {**node, "fn": node["fn"], "value": node["value"].double()}
+    return log_prob(wide, pair.layout, 0).double()
+
+
+def draw_chunk(pair: Pair, x: Tensor) -> Draw:
+    """One draw for the rows of a chunk."""
+    guide_trace, model_trace = pair.traces(x)
+    n, layout = len(x), pair.layout
+    reconstruction = sum(log_prob(model_trace.nodes[name], layout, 0).double() for name in layout.observed)
+    latents = {}
+    for name in layout.latents:
+        q, p = guide_trace.nodes[name], model_trace.nodes.get(name)
+        parameters = normal_parameters(q["fn"])
+        prior = normal_parameters(p["fn"]) if p else None
+        width = q["value"].reshape(n, -1).shape[1]
+        latents[name] = LatentDraw(
+            value=_flat(q["value"], n),
+            log_q=_double(q, pair),
+            log_p=_double(p, pair) if p else torch.zeros(n, dtype=torch.float64, device=x.device),
+            loc=_flat(parameters[0], n) if parameters else None,
+            scale=_flat(parameters[1], n) if parameters else None,
+            prior_loc=_wide(prior[0], n, width) if prior else None,
+            prior_scale=_wide(prior[1], n, width) if prior else None,
+            kl=_closed(q["fn"], p["fn"], n) if p else None,
+        )
+    shared = {}
+    for name in layout.shared:
+        q, p = guide_trace.nodes[name], model_trace.nodes.get(name)
+        shared[name] = float(q["fn"].log_prob(q["value"]).sum() - (p["fn"].log_prob(p["value"]).sum() if p else 0.0))
+    return Draw(torch.as_tensor(reconstruction), latents, shared)
+
+
+def _wide(t: Tensor, n: int, width: int) -> Tensor:
+    t = t.detach().double()
+    return t.expand(n, *t.shape[1:]).reshape(n, -1) if t.dim() > 1 else t.expand(n, width)
+
+
+def _closed(q: object, p: object, n: int) -> Tensor | None:
+    try:
+        value = kl_divergence(q, p).double()
+    except NotImplementedError:
+        return None
+    return value if value.shape == (n,) else None
+
+
+def draw(pair: Pair, x: Tensor, chunk: int = CHUNK) -> Draw:
+    """One draw for every row of `x`, `chunk` rows at a time."""
+    parts = [draw_chunk(pair, x[start : start + chunk]) for start in range(0, len(x), chunk)]
+    latents = {name: _joined([p.latents[name] for p in parts]) for name in parts[0].latents}
+    return Draw(torch.cat([p.reconstruction for p in parts]), latents, parts[0].shared)
+
+
+def _joined(parts: list[LatentDraw]) -> LatentDraw:
+    """Chunks of one latent in a row."""
+    columns = {f.name: [getattr(part, f.name) for part in parts] for f in fields(LatentDraw)}
+    return LatentDraw(**{name: None if column[0] is None else torch.cat(column) for name, column in columns.items()})

@@ -1,0 +1,37 @@
+"""The Pyro guide of a declared graph: encode x, walk the latents in inference order, sample each posterior."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import pyro
+from torch import Tensor, nn
+
+from pvae.guides.encoders import EncoderModule
+from pvae.site import Site
+
+
+class GraphGuide(nn.Module):
+    """q(z | x) = prod_l q(z_l | x, latents before it), as a Pyro program.
+
+    Arguments:
+        sites: the latents in the guide's own order, those it conditions on first.
+        encoder: prepares what every posterior reads.
+        posteriors: one module per latent.
+    """
+
+    def __init__(self, sites: tuple[Site, ...], encoder: EncoderModule, posteriors: Mapping[str, nn.Module]) -> None:
+        super().__init__()
+        self.sites = sites
+        self.encoder = encoder
+        self.posteriors = nn.ModuleDict(posteriors)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        """Sample every latent of a batch `(batch, *event)`; returns their features by name."""
+        seen: dict[str, Tensor] = {}
+        with pyro.plate("data", x.shape[0], dim=-1):
+            features = self.encoder(x)
+            for site in self.sites:
+                inputs = self.encoder.inputs_of(site, features, seen)
+                seen[site.name] = pyro.sample(site.name, self.posteriors[site.name](inputs))
+        return seen

@@ -1,0 +1,1 @@
+"""p(x, z): what is in the world."""

@@ -1,0 +1,39 @@
+"""The decoder: latents to the distribution of a datum."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import pyro.distributions as dist
+from torch import Tensor, nn
+
+from pvae.component import Names, Section, Shape
+from pvae.models.likelihoods import Bernoulli, Likelihood
+from pvae.networks import MLP, Network
+
+
+class Decoder(Section):
+    """p(x | latents): a network and a likelihood."""
+
+    network: Network = MLP()
+    """From the latents to the likelihood's parameters."""
+    likelihood: Likelihood = Bernoulli()
+    given: Names | None = None
+    """Latents the decoder reads; default: those that no other latent depends on."""
+
+    def build(self, given: Mapping[str, Shape], x: Shape) -> DecoderModule:
+        """A module from the latents' features to a distribution of event shape `x`."""
+        return DecoderModule(self, given, x)
+
+
+class DecoderModule(nn.Module):
+    """Network and likelihood in a row."""
+
+    def __init__(self, declared: Decoder, given: Mapping[str, Shape], x: Shape) -> None:
+        super().__init__()
+        self.likelihood = declared.likelihood.build(x)
+        self.network = declared.network.build(given, self.likelihood.inputs)
+
+    def forward(self, seen: Mapping[str, Tensor]) -> dist.TorchDistribution:
+        """Features `name -> (..., *shape)` to p(x | features) with batch shape `(...)`."""
+        return self.likelihood(self.network(seen))

@@ -1,0 +1,77 @@
+"""Priors over one latent, `p(z)` or `p(z | parents)`."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from typing import Literal, final
+
+import pyro.distributions as dist
+import torch
+from torch import Tensor, nn
+
+from pvae.component import Component, Shape
+from pvae.errors import DeclarationError
+from pvae.networks import MLP, Network
+from pvae.normal import LogVarianceBounds, NormalHead
+from pvae.site import Link, Site
+
+
+class Prior(Component):
+    """The density of a latent in the model."""
+
+    @abstractmethod
+    def build(self, site: Site, given: Mapping[str, Shape], link: Link) -> nn.Module:
+        """A module from the parents' features `name -> (..., *shape)` to a distribution of event `site.event`.
+
+        Raises:
+            DeclarationError: the latent has parents and this kind takes none, or the reverse.
+        """
+
+
+class StandardNormalModule(nn.Module):
+    """N(0, I) on the device of its buffers."""
+
+    def __init__(self, event: Shape) -> None:
+        super().__init__()
+        self.register_buffer("loc", torch.zeros(event), persistent=False)
+        self.register_buffer("scale", torch.ones(event), persistent=False)
+
+    def forward(self, _given: Mapping[str, Tensor]) -> dist.TorchDistribution:
+        """N(0, I) with batch shape `()`."""
+        return dist.Normal(self.loc, self.scale).to_event(self.loc.dim())
+
+
+@final
+class StandardNormal(Prior):
+    """N(0, I), the default; it over-regularises, and its marginal KL says by how much."""
+
+    kind: Literal["standard_normal"] = "standard_normal"
+
+    def build(self, site: Site, given: Mapping[str, Shape], link: Link) -> nn.Module:
+        """See `Prior.build`; takes no parents."""
+        if given:
+            raise DeclarationError(
+                f"latents.{site.name}.prior: expected a prior that reads the parents {', '.join(given)}; got "
+                f"standard_normal. Use kind = 'conditional_normal', or drop latents.{site.name}.given."
+            )
+        return StandardNormalModule(site.event)
+
+
+@final
+class ConditionalNormal(Prior):
+    """N(mu(parents), diag sigma^2(parents)), the level of a hierarchy."""
+
+    kind: Literal["conditional_normal"] = "conditional_normal"
+    network: Network = MLP()
+    """From the parents to location and log-variance."""
+    log_variance: LogVarianceBounds = (-12.0, 6.0)
+
+    def build(self, site: Site, given: Mapping[str, Shape], link: Link) -> nn.Module:
+        """See `Prior.build`; needs parents."""
+        if not given:
+            raise DeclarationError(
+                f"latents.{site.name}.prior: expected parents in latents.{site.name}.given; got none. "
+                f"Declare e.g. given = ['z2'], or use kind = 'standard_normal'."
+            )
+        return NormalHead(self.network.build(given, (2 * site.event[0],)), self.log_variance)

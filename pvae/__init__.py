@@ -1,0 +1,59 @@
+"""Declare a latent-variable model as a small graph; fit it by SVI; see where every nat of its ELBO goes."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pvae import analysis, data, guides, models
+    from pvae.data import Dataset
+    from pvae.errors import DataError, DeclarationError, PvaeError
+    from pvae.pair import Pair
+    from pvae.run import Run
+    from pvae.spec import Experiment
+    from pvae.svi import fit, resume
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Dataset": "pvae.data",
+    "DataError": "pvae.errors",
+    "DeclarationError": "pvae.errors",
+    "Experiment": "pvae.spec",
+    "Pair": "pvae.pair",
+    "PvaeError": "pvae.errors",
+    "Run": "pvae.run",
+    "fit": "pvae.svi",
+    "resume": "pvae.svi",
+}
+_ROOMS = ("analysis", "data", "guides", "models")
+
+__all__ = [
+    "DataError",
+    "Dataset",
+    "DeclarationError",
+    "Experiment",
+    "Pair",
+    "PvaeError",
+    "Run",
+    "analysis",
+    "data",
+    "fit",
+    "guides",
+    "models",
+    "resume",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name where it lives, on first use: `import pvae` alone stays cheap."""
+    if name in _ROOMS:
+        return import_module(f"pvae.{name}")
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'pvae' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

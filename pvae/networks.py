@@ -1,0 +1,254 @@
+"""Networks: from named tensors to one tensor, leading dimensions broadcast."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from math import prod
+from typing import Literal, final
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from pvae.component import Component, Ints, Shape
+from pvae.errors import DeclarationError
+
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
+    "relu": nn.ReLU,
+    "elu": nn.ELU,
+    "gelu": nn.GELU,
+    "silu": nn.SiLU,
+    "tanh": nn.Tanh,
+    "softplus": nn.Softplus,
+}
+Activation = Literal["relu", "elu", "gelu", "silu", "tanh", "softplus"]
+
+
+class Network(Component):
+    """A neural network from several named inputs to one output."""
+
+    @abstractmethod
+    def build(self, inputs: Mapping[str, Shape], output: Shape | None) -> NetworkModule:
+        """A module from tensors `name -> (..., *inputs[name])` to one tensor `(..., *output)`.
+
+        Arguments:
+            inputs: event shape of every input, by name.
+            output: event shape of the result; `None` leaves the width to the network (a vector of features).
+
+        Returns:
+            The module; its `output` says the event shape it produces.
+        """
+
+
+class NetworkModule(nn.Module):
+    """What a network builds: `forward` takes named tensors, broadcasts their leading dimensions, gives one."""
+
+    def __init__(self, inputs: Mapping[str, Shape], output: Shape) -> None:
+        super().__init__()
+        self.inputs = {name: tuple(shape) for name, shape in inputs.items()}
+        self.output = tuple(output)
+
+
+def flatten(x: Tensor, shape: Shape) -> Tensor:
+    """`(..., *shape)` to `(..., prod(shape))`."""
+    return x if len(shape) == 1 else x.flatten(x.dim() - len(shape)) if shape else x.unsqueeze(-1)
+
+
+def join(parts: Sequence[Tensor]) -> Tensor:
+    """Concatenate vectors along the last dimension after broadcasting their leading dimensions."""
+    if len(parts) == 1:
+        return parts[0]
+    lead = torch.broadcast_shapes(*(p.shape[:-1] for p in parts))
+    return torch.cat([p.expand(*lead, p.shape[-1]) for p in parts], -1)
+
+
+class Gated(nn.Module):
+    """A gated dense layer, `(W h + b) * sigmoid(V h + c)`."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.both = nn.Linear(inputs, 2 * outputs)
+
+    def forward(self, h: Tensor) -> Tensor:
+        """`(..., inputs)` to `(..., outputs)`."""
+        return nn.functional.glu(self.both(h), -1)
+
+
+class Dense(NetworkModule):
+    """Dense layers: the first hidden layer is one branch per input; the branches are concatenated."""
+
+    def __init__(
+        self,
+        inputs: Mapping[str, Shape],
+        output: Shape | None,
+        hidden: Sequence[int],
+        layer: Callable[[int, int], nn.Module],
+    ) -> None:
+        widths = [prod(shape) for shape in inputs.values()]
+        joined = len(widths) * hidden[0] if hidden else sum(widths)
+        last = hidden[-1] if len(hidden) > 1 else joined
+        super().__init__(inputs, (last,) if output is None else output)
+        self.branches = nn.ModuleList(layer(width, hidden[0]) for width in widths) if hidden else None
+        sizes = [joined, *hidden[1:]]
+        self.trunk = nn.Sequential(*(layer(a, b) for a, b in zip(sizes[:-1], sizes[1:], strict=True)))
+        self.head = nn.Identity() if output is None else nn.Linear(sizes[-1], prod(output))
+
+    def forward(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Named tensors `(..., *shape)` to `(..., *output)`."""
+        flat = [flatten(inputs[name], shape) for name, shape in self.inputs.items()]
+        if self.branches is not None:
+            flat = [branch(part) for branch, part in zip(self.branches, flat, strict=True)]
+        h = self.head(self.trunk(join(flat)))
+        return h if len(self.output) == 1 else h.unflatten(-1, self.output)
+
+
+@final
+class MLP(Network):
+    """Dense layers with an activation; `hidden = []` is a linear map."""
+
+    kind: Literal["mlp"] = "mlp"
+    hidden: Ints = (300, 300)
+    """Widths of the hidden layers."""
+    activation: Activation = "relu"
+
+    def build(self, inputs: Mapping[str, Shape], output: Shape | None) -> NetworkModule:
+        """See `Network.build`."""
+        act = ACTIVATIONS[self.activation]
+        return Dense(inputs, output, self.hidden, lambda a, b: nn.Sequential(nn.Linear(a, b), act()))
+
+
+@final
+class GatedMLP(Network):
+    """Gated dense layers, `(W h + b) * sigmoid(V h + c)`: the networks of the VampPrior papers.
+
+    References:
+        Language Modeling with Gated Convolutional Networks (Dauphin et al., 2017), https://arxiv.org/abs/1612.08083
+        VAE with a VampPrior (Tomczak, Welling, 2018), https://arxiv.org/abs/1705.07120
+    """
+
+    kind: Literal["gated_mlp"] = "gated_mlp"
+    hidden: Ints = (300, 300)
+    """Widths of the hidden layers."""
+    init: Literal["default", "he"] = "default"
+    """`he`: normal weights of variance 2 / fan-in, zero biases."""
+
+    def build(self, inputs: Mapping[str, Shape], output: Shape | None) -> NetworkModule:
+        """See `Network.build`."""
+        module = Dense(inputs, output, self.hidden, Gated)
+        if self.init == "he":
+            module.apply(he_initialise)
+        return module
+
+
+def he_initialise(module: nn.Module) -> None:
+    """Normal weights of variance 2 / fan-in and zero biases, for a linear layer; others are left alone."""
+    if isinstance(module, nn.Linear):
+        nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+        nn.init.zeros_(module.bias)
+
+
+def halvings(size: int, times: int) -> list[int]:
+    """Sizes of one image side before and after each stride-2 convolution: 28, 14, 7, 4 ..."""
+    sizes = [size]
+    for _ in range(times):
+        sizes.append((sizes[-1] + 1) // 2)
+    return sizes
+
+
+class Down(nn.Module):
+    """Stride-2 convolutions from an image `(..., C, H, W)` to a vector."""
+
+    def __init__(self, image: Shape, channels: Sequence[int], act: Callable[[], nn.Module]) -> None:
+        super().__init__()
+        self.image = image
+        layers: list[nn.Module] = []
+        for a, b in zip((image[0], *channels[:-1]), channels, strict=True):
+            layers += [nn.Conv2d(a, b, 3, stride=2, padding=1), act()]
+        self.layers = nn.Sequential(*layers)
+        height, width = (halvings(side, len(channels))[-1] for side in image[1:])
+        self.features = channels[-1] * height * width
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(..., C, H, W)` to `(..., features)`."""
+        lead = x.shape[:-3]
+        return self.layers(x.reshape(-1, *self.image)).reshape(*lead, self.features)
+
+
+class Up(nn.Module):
+    """Transposed convolutions from a vector to an image `(..., C, H, W)` of any size: the mirror of `Down`."""
+
+    def __init__(self, features: int, image: Shape, channels: Sequence[int], act: Callable[[], nn.Module]) -> None:
+        super().__init__()
+        self.image = image
+        heights, widths = (halvings(side, len(channels))[::-1] for side in image[1:])
+        self.start = (channels[-1], heights[0], widths[0])
+        self.first = nn.Sequential(nn.Linear(features, prod(self.start)), act())
+        layers: list[nn.Module] = []
+        outputs = (*reversed(channels[:-1]), image[0])
+        for level, (a, b) in enumerate(zip(reversed(channels), outputs, strict=True)):
+            even = (1 - heights[level + 1] % 2, 1 - widths[level + 1] % 2)
+            layers += [nn.ConvTranspose2d(a, b, 3, stride=2, padding=1, output_padding=even), act()]
+        self.layers = nn.Sequential(*layers[:-1])
+
+    def forward(self, h: Tensor) -> Tensor:
+        """`(..., features)` to `(..., C, H, W)`."""
+        lead = h.shape[:-1]
+        return self.layers(self.first(h).reshape(-1, *self.start)).reshape(*lead, *self.image)
+
+
+class ConvModule(NetworkModule):
+    """Images are encoded, vectors taken as they are; the joined vector goes through a dense layer to the output."""
+
+    def __init__(
+        self, inputs: Mapping[str, Shape], output: Shape | None, channels: Ints, dense: int, activation: Activation
+    ) -> None:
+        super().__init__(inputs, (dense,) if output is None else output)
+        act = ACTIVATIONS[activation]
+        self.encoders = nn.ModuleDict(
+            {name: Down(shape, channels, act) for name, shape in inputs.items() if len(shape) == 3}
+        )
+        width = sum(
+            self.encoders[name].features if name in self.encoders else prod(shape)  # type: ignore[misc]
+            for name, shape in inputs.items()
+        )
+        self.dense = nn.Sequential(nn.Linear(width, dense), act())
+        self.head: nn.Module = nn.Identity()
+        if output is not None:
+            image = len(output) == 3
+            self.head = Up(dense, output, channels, act) if image else nn.Linear(dense, prod(output))
+
+    def forward(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Named tensors `(..., *shape)` to `(..., *output)`."""
+        flat = [
+            self.encoders[name](inputs[name]) if name in self.encoders else flatten(inputs[name], shape)
+            for name, shape in self.inputs.items()
+        ]
+        h = self.head(self.dense(join(flat)))
+        return h if h.shape[-len(self.output) :] == self.output else h.unflatten(-1, self.output)
+
+
+@final
+class Conv(Network):
+    """Stride-2 convolutions for an image input, their mirror for an image output; images of any size.
+
+    An input or output is an image when its event shape is `(channels, height, width)`.
+    """
+
+    kind: Literal["conv"] = "conv"
+    channels: Ints = (32, 64)
+    """Channels after each stride-2 convolution; every one halves height and width."""
+    dense: int = Field(default=256, gt=0)
+    """Width of the dense layer between the convolutions and a vector."""
+    activation: Activation = "relu"
+
+    def build(self, inputs: Mapping[str, Shape], output: Shape | None) -> NetworkModule:
+        """See `Network.build`; at least one side must be an image."""
+        shapes = [*inputs.values(), *([output] if output is not None else [])]
+        if not any(len(shape) == 3 for shape in shapes):
+            found = ", ".join(f"{name} {list(shape)}" for name, shape in inputs.items())
+            raise DeclarationError(
+                f"network conv: expected an image (channels, height, width) among its inputs or its output; "
+                f"got {found}. Declare data.shape, e.g. [1, 28, 28], or use kind = 'mlp'."
+            )
+        return ConvModule(inputs, output, self.channels, self.dense, self.activation)

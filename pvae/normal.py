@@ -1,0 +1,42 @@
+"""The diagonal normal that posteriors and conditional priors share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated
+
+import pyro.distributions as dist
+from pydantic import AfterValidator, Field
+from torch import Tensor, nn
+
+from pvae.networks import NetworkModule
+
+def check_bounds(bounds: tuple[float, float]) -> tuple[float, float]:
+    """The bounds themselves, if the floor lies below the ceiling."""
+    low, high = bounds
+    if low >= high:
+        raise ValueError(f"a floor below a ceiling, e.g. [-12.0, 6.0]; got [{low}, {high}]")
+    return bounds
+
+
+LogVarianceBounds = Annotated[tuple[float, float], Field(strict=False), AfterValidator(check_bounds)]
+"""Floor and ceiling of a predicted log-variance, which is clipped there."""
+
+
+def diagonal_normal(parameters: Tensor, bounds: tuple[float, float]) -> dist.TorchDistribution:
+    """N(loc, diag(exp(log_variance))) with event shape `(dim,)` from `parameters` `(..., 2 dim)`."""
+    loc, log_variance = parameters.chunk(2, -1)
+    return dist.Normal(loc, log_variance.clamp(*bounds).mul(0.5).exp()).to_event(1)
+
+
+class NormalHead(nn.Module):
+    """A network whose output is read as location and log-variance of a diagonal normal."""
+
+    def __init__(self, network: NetworkModule, bounds: tuple[float, float]) -> None:
+        super().__init__()
+        self.network = network
+        self.bounds = bounds
+
+    def forward(self, inputs: Mapping[str, Tensor]) -> dist.TorchDistribution:
+        """Named tensors `(..., *shape)` to N(loc, diag scale^2) with batch shape `(...)`."""
+        return diagonal_normal(self.network(inputs), self.bounds)

@@ -1,0 +1,139 @@
+"""Objectives: what SVI minimises, as functions of a pair's terms; nats per datum."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from typing import Literal, Self, final
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from pvae.component import Component
+from pvae.pair import Pair, Terms
+from pvae.schedules import Constant, Schedule
+
+
+class Objective(Component):
+    """A loss over `Terms`; `beta` weighs the KL, `free_bits` leaves the first nats of each latent unpenalised."""
+
+    beta: Schedule = Constant()
+    """Weight of the KL in per-datum nats: 1 is the ELBO, 0 an autoencoder."""
+    free_bits: float = Field(default=0.0, ge=0)
+    """Nats per latent and datum below which the batch-mean KL of a latent is not penalised.
+
+    References:
+        Improving Variational Inference with Inverse Autoregressive Flow (Kingma et al., 2016), appendix C.8
+    """
+
+    @abstractmethod
+    def terms(self, pair: Pair, x: Tensor) -> Terms:
+        """The terms this objective needs of a batch."""
+
+    @abstractmethod
+    def loss(self, terms: Terms, beta: Tensor) -> Tensor:
+        """Scalar loss, nats per datum."""
+
+    def penalty(self, terms: Terms) -> Tensor | float:
+        """Batch means of what is added to the loss beside the ELBO (commitment and the like)."""
+        return sum(value.mean() for value in terms.penalties.values()) if terms.penalties else 0.0
+
+    def weighted_kl(self, terms: Terms, beta: Tensor) -> Tensor | float:
+        """beta * sum of batch-mean KLs, each at least `free_bits`."""
+        means = [kl.mean() for kl in terms.kl.values()]
+        if self.free_bits:
+            means = [kl.clamp(min=self.free_bits) for kl in means]
+        return beta * sum(means)
+
+
+@final
+class TraceELBO(Objective):
+    """Monte Carlo ELBO, E_q[log p(x, z) - log q(z | x)] with one draw: equal to Pyro's `Trace_ELBO` divided by n.
+
+    References:
+        Auto-Encoding Variational Bayes (Kingma, Welling, 2013), https://arxiv.org/abs/1312.6114
+    """
+
+    kind: Literal["trace_elbo"] = "trace_elbo"
+    particles: int = Field(default=1, gt=0)
+    """Draws per datum."""
+
+    def terms(self, pair: Pair, x: Tensor) -> Terms:
+        """See `Objective.terms`."""
+        return pair.terms(x, particles=self.particles)
+
+    def loss(self, terms: Terms, beta: Tensor) -> Tensor:
+        """Minus the ELBO estimate."""
+        return self.weighted_kl(terms, beta) - terms.reconstruction.mean() + self.penalty(terms)
+
+
+@final
+class TraceMeanFieldELBO(Objective):
+    """The ELBO with KL(q(z_l | .) || p(z_l | .)) in closed form wherever torch knows it.
+
+    Valid when, for every latent, neither side's parents are inferred from it; other guides are refused.
+    """
+
+    kind: Literal["trace_mean_field_elbo"] = "trace_mean_field_elbo"
+
+    def terms(self, pair: Pair, x: Tensor) -> Terms:
+        """See `Objective.terms`."""
+        return pair.terms(x, closed_form=True)
+
+    def loss(self, terms: Terms, beta: Tensor) -> Tensor:
+        """Minus the ELBO estimate."""
+        return self.weighted_kl(terms, beta) - terms.reconstruction.mean() + self.penalty(terms)
+
+
+@final
+class IWAE(Objective):
+    """The importance-weighted bound, E log 1/K sum_k p(x, z_k) / q(z_k | x).
+
+    References:
+        Importance Weighted Autoencoders (Burda, Grosse, Salakhutdinov, 2015), https://arxiv.org/abs/1509.00519
+    """
+
+    kind: Literal["iwae"] = "iwae"
+    particles: int = Field(default=8, gt=1)
+    """K, draws per datum."""
+
+    @model_validator(mode="after")
+    def _no_free_bits(self) -> Self:
+        if self.free_bits:
+            raise ValueError("free_bits = 0 with iwae: the bound has no KL term to leave free; use trace_elbo")
+        return self
+
+    def terms(self, pair: Pair, x: Tensor) -> Terms:
+        """See `Objective.terms`."""
+        return pair.terms(x, particles=self.particles)
+
+    def loss(self, terms: Terms, beta: Tensor) -> Tensor:
+        """Minus the bound; with beta the KL inside the weights is scaled."""
+        log_weight = terms.reconstruction - beta * sum(terms.kl.values())
+        bound = torch.logsumexp(log_weight, 0) - math.log(self.particles)
+        return self.penalty(terms) - bound.mean()
+
+
+class Loss(nn.Module):
+    """An objective over a pair as one module, ready to be exported: weights that change live in buffers.
+
+    `forward(x)` returns a vector: loss, reconstruction, then the KL of every latent (batch means, nats per
+    datum). The first entry is differentiable; `names` names them all.
+    """
+
+    beta: Tensor
+
+    def __init__(self, objective: Objective, pair: Pair) -> None:
+        super().__init__()
+        self.objective = objective
+        self.pair = pair
+        self.names: tuple[str, ...] = ("loss", "reconstruction", *(f"kl/{name}" for name in pair.layout.latents))
+        self.register_buffer("beta", torch.ones(()), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x `(batch, *event)` to the vector named by `names`."""
+        terms = self.objective.terms(self.pair, x)
+        loss = self.objective.loss(terms, self.beta)
+        parts = [loss, terms.reconstruction.mean(), *(kl.mean() for kl in terms.kl.values())]
+        return torch.stack(parts)

@@ -1,0 +1,431 @@
+"""Pair: a Pyro model and guide as one Module; what its traces say, and what is wrong with it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.distributions import kl_divergence
+from pyro.distributions.util import scale_and_mask
+from pyro.poutine.indep_messenger import CondIndepStackFrame
+from pyro.poutine.trace_struct import Trace
+from torch import Tensor, nn
+
+from pvae.errors import DeclarationError
+
+PARTICLES = "_particles"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where things are in a pair, read off its traces whatever the names."""
+
+    plate: str
+    """Name of the data plate."""
+    dim: int
+    """Its batch dimension (negative)."""
+    nesting: int
+    """Number of batch dimensions that plates use."""
+    latents: tuple[str, ...]
+    """Sites of the guide inside the data plate, in the guide's order."""
+    shared: tuple[str, ...]
+    """Sites of the guide outside it: global latents."""
+    observed: tuple[str, ...]
+    """Observed sites of the model."""
+
+
+@dataclass(frozen=True)
+class Terms:
+    """The parts of a batch's ELBO, nats; a leading dimension `particles` where more than one draw was asked for."""
+
+    reconstruction: Tensor
+    """log p(x | z), `(batch,)`."""
+    kl: dict[str, Tensor]
+    """log q - log p (or its closed form) of every latent, `(batch,)`; a global latent's share per datum, `(1,)`."""
+    penalties: dict[str, Tensor] = field(default_factory=dict)
+    """What is added to the loss and is no part of the ELBO, `(batch,)`."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One finding of `Pair.check`."""
+
+    site: str
+    message: str
+
+    def __str__(self) -> str:
+        return f"{self.site}: {self.message}"
+
+
+class Pair(nn.Module):
+    """Any two Pyro programs, `model(x)` and `guide(x)`, as one Module with terms, checks and a layout.
+
+    Parameters of foreign programs (`pyro.param`, `pyro.module`, PyroModules, bound methods of a Module) are
+    adopted on first use with data: they become this Module's parameters, and every later call runs in a param
+    store of the pair's own, so that several pairs live in one process and the global store stays as it was.
+
+    Arguments:
+        model: a Pyro program of x `(batch, *event)` that observes it inside one data plate.
+        guide: a Pyro program of x that samples the model's latents.
+
+    Example:
+        >>> import pyro.distributions as dist
+        >>> def model(x):
+        ...     with pyro.plate("data", len(x)):
+        ...         z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        ...         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+        >>> def guide(x):
+        ...     scale = pyro.param("scale", torch.tensor(0.7))
+        ...     with pyro.plate("data", len(x)):
+        ...         pyro.sample("z", dist.Normal(x / 2, scale))
+        >>> Pair(model=model, guide=guide).adopt(torch.zeros(3)).layout.latents
+        ('z',)
+    """
+
+    def __init__(self, model: Callable[..., Any], guide: Callable[..., Any]) -> None:
+        super().__init__()
+        self.model = model
+        self.guide = guide
+        self._layout: Layout | None = None
+        self._store: dict[str, dict[str, Any]] = {"params": {}, "constraints": {}}
+
+    @property
+    def layout(self) -> Layout:
+        """What `adopt` read off the traces."""
+        if self._layout is None:
+            raise DeclarationError("pair: expected pair.adopt(x) before its layout is asked for; got no data yet.")
+        return self._layout
+
+    # ------------------------------------------------------------------ adoption
+
+    def adopt(self, x: Tensor) -> Pair:
+        """Run both programs once on a few rows of `x`, read the layout, take in their parameters; returns self.
+
+        Leaves the random state as it found it.
+
+        Raises:
+            DeclarationError: nothing is observed inside a data plate, or the pair has no parameters.
+        """
+        if self._layout is not None:
+            return self
+        rows = x[: min(len(x), 3)]
+        with torch.random.fork_rng(), torch.no_grad(), pyro.get_param_store().scope(_current_store()) as store:
+            guide_trace, model_trace = self._run(rows)
+        layout = read_layout(guide_trace, model_trace, len(rows))
+        self._take_parameters(guide_trace, model_trace, store)
+        self._layout = layout
+        if not any(True for _ in self.parameters()):
+            raise DeclarationError(
+                "pair: expected at least one parameter to learn; got none. Pass Modules, or use pyro.param or "
+                "pyro.module in the programs."
+            )
+        return self
+
+    def _take_parameters(self, guide_trace: Trace, model_trace: Trace, store: Mapping[str, Any]) -> None:
+        """Register what the programs keep in the param store, and the Modules their methods are bound to."""
+        owners = (getattr(program, "__self__", None) for program in (self.model, self.guide))
+        modules = list(dict.fromkeys(owner for owner in owners if isinstance(owner, nn.Module)))
+        for i, module in enumerate(modules):
+            self.add_module(f"owner_{i}", module)
+        names = [n for t in (guide_trace, model_trace) for n, node in t.nodes.items() if node["type"] == "param"]
+        known = {id(p) for p in self.parameters()}
+        free = nn.ParameterDict()
+        for name in dict.fromkeys(names):
+            value = store["params"][name]
+            self._store["constraints"][name] = store["constraints"][name]
+            if id(value) not in known:
+                value = value if isinstance(value, nn.Parameter) else nn.Parameter(value.detach())
+                free[re.sub(r"[^0-9A-Za-z_]", "_", name)] = value
+            self._store["params"][name] = value
+        if len(free):
+            self.free = free
+
+    @contextmanager
+    def _own_store(self) -> Iterator[None]:
+        if not self._store["params"]:
+            yield
+            return
+        with pyro.get_param_store().scope(self._store):
+            yield
+
+    # ------------------------------------------------------------------ running
+
+    def _run(self, x: Tensor, particles: int = 1, dim: int = -2) -> tuple[Trace, Trace]:
+        plate = pyro.plate(PARTICLES, particles, dim=dim) if particles > 1 else nullcontext()
+        with plate:
+            guide_trace = poutine.trace(self.guide).get_trace(x)
+            model_trace = poutine.trace(poutine.replay(self.model, trace=guide_trace)).get_trace(x)
+        return guide_trace, model_trace
+
+    def traces(self, x: Tensor, particles: int = 1) -> tuple[Trace, Trace]:
+        """Guide trace and replayed model trace of a batch; draws differ along a leading plate of `particles`."""
+        self.adopt(x)
+        with self._own_store():
+            return self._run(x, particles, -1 - self.layout.nesting)
+
+    def guide_trace(self, x: Tensor) -> Trace:
+        """The guide's trace alone."""
+        self.adopt(x)
+        with self._own_store():
+            return poutine.trace(self.guide).get_trace(x)
+
+    def model_trace(self, x: Tensor, values: Mapping[str, Tensor] | None = None) -> Trace:
+        """The model's trace with some sites set to `values`; the others are drawn from the model, x is observed."""
+        self.adopt(x)
+        with self._own_store():
+            return poutine.trace(poutine.condition(self.model, data=dict(values or {}))).get_trace(x)
+
+    def simulate(self, x: Tensor) -> Trace:
+        """A trace of the model with its observations removed: prior draws, as many as `x` has rows."""
+        self.adopt(x)
+        with self._own_store():
+            return poutine.trace(poutine.uncondition(self.model)).get_trace(x)
+
+    def terms(self, x: Tensor, particles: int = 1, *, closed_form: bool = False) -> Terms:
+        """The parts of the ELBO of a batch; differentiable.
+
+        Arguments:
+            x: data `(batch, *event)`.
+            particles: draws per datum, along a new leading dimension when more than one.
+            closed_form: use KL(q || p) in closed form where torch knows it.
+
+        Returns:
+            Terms, nats. Their combination `reconstruction - sum(kl)` is an unbiased estimate of the ELBO.
+        """
+        guide_trace, model_trace = self.traces(x, particles)
+        layout = self.layout
+        count = particles if particles > 1 else 0
+        reconstruction = sum_over(
+            [log_prob(model_trace.nodes[name], layout, count) for name in layout.observed]
+        )
+        kl = {}
+        for name in (*layout.latents, *layout.shared):
+            q, p = guide_trace.nodes[name], model_trace.nodes.get(name)
+            exact = closed_kl(q, p, layout, count) if closed_form and p is not None else None
+            if exact is None:
+                exact = log_prob(q, layout, count) - (0.0 if p is None else log_prob(p, layout, count))
+            kl[name] = exact
+        return Terms(reconstruction, kl)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """ELBO estimate of every datum, nats, `(batch,)`."""
+        terms = self.terms(x)
+        return terms.reconstruction - sum_over(list(terms.kl.values()))
+
+    # ------------------------------------------------------------------ checking
+
+    def check(self, x: Tensor) -> list[Problem]:
+        """What is wrong with the pair, found by running it on `x` (a few rows suffice).
+
+        Finds sites that differ between model and guide, a missing data plate, a latent without `to_event`,
+        a latent without a pathwise gradient, and parameters that no gradient reaches. Empty when all is well.
+        """
+        rows = x[: min(len(x), 3)]
+        try:
+            with torch.random.fork_rng(), pyro.get_param_store().scope(_current_store()):
+                guide_trace, model_trace = self._run(rows)
+        except ValueError as error:
+            return [explain(error)]
+        problems = differing_sites(guide_trace, model_trace)
+        problems += [p for t in (guide_trace, model_trace) for p in plate_problems(t, len(rows))]
+        if not problems:
+            try:
+                self.adopt(x)
+            except DeclarationError as error:
+                return [Problem("pair", str(error))]
+            problems = gradient_problems(self, rows, guide_trace)
+        return list(dict.fromkeys(problems))
+
+
+def _current_store() -> dict[str, dict[str, Any]]:
+    """A shallow copy of the global param store: values a user has already fitted are found and adopted."""
+    state = pyro.get_param_store().get_state()
+    return {"params": dict(state["params"]), "constraints": dict(state["constraints"])}
+
+
+# ---------------------------------------------------------------------- reading traces
+
+
+def samples(trace: Trace) -> dict[str, dict[str, Any]]:
+    """Sample sites of a trace by name, without the plates' own bookkeeping."""
+    return {
+        name: node
+        for name, node in trace.nodes.items()
+        if node["type"] == "sample" and not poutine.util.site_is_subsample(node)
+    }
+
+
+def data_frame(trace: Trace, count: int) -> CondIndepStackFrame | None:
+    """The outermost vectorised plate of `count` rows that holds an observed site."""
+    for node in samples(trace).values():
+        frames = [f for f in node["cond_indep_stack"] if f.vectorized and f.size == count]
+        if node["is_observed"] and frames:
+            return min(frames, key=lambda f: f.counter)
+    return None
+
+
+def read_layout(guide_trace: Trace, model_trace: Trace, count: int) -> Layout:
+    """The layout of a pair from traces on `count` rows.
+
+    Raises:
+        DeclarationError: no observed site stands in a plate over the rows.
+    """
+    frame = data_frame(model_trace, count)
+    if frame is None:
+        raise DeclarationError(
+            "pair.model: expected x to be observed inside a plate over the rows of a batch; got no such plate. "
+            'Write `with pyro.plate("data", len(x)): pyro.sample("x", ..., obs=x)`.'
+        )
+    nodes = [*samples(guide_trace).values(), *samples(model_trace).values()]
+    dims = [f.dim for node in nodes for f in node["cond_indep_stack"] if f.vectorized]
+    guide = {name: node for name, node in samples(guide_trace).items() if not node["is_observed"]}
+    local = [name for name, node in guide.items() if any(f.name == frame.name for f in node["cond_indep_stack"])]
+    return Layout(
+        plate=frame.name,
+        dim=frame.dim,
+        nesting=-min(dims),
+        latents=tuple(local),
+        shared=tuple(name for name in guide if name not in local),
+        observed=tuple(name for name, node in samples(model_trace).items() if node["is_observed"]),
+    )
+
+
+def sum_over(parts: list[Tensor]) -> Tensor:
+    """The sum of a non-empty list."""
+    total = parts[0]
+    for part in parts[1:]:
+        total = total + part
+    return total
+
+
+def per_datum(value: Tensor, layout: Layout, particles: int) -> Tensor:
+    """Sum a batch-shaped tensor over every plate but the data's (and the particles', when there are any)."""
+    width = layout.nesting + (particles > 0)
+    if value.dim() == width == 1 + (particles > 0):
+        return value
+    value = value.reshape((1,) * (width - value.dim()) + value.shape)
+    keep = {width + layout.dim} | ({0} if particles else set())
+    drop = [d for d in range(width) if d not in keep]
+    return value.sum(drop) if drop else value
+
+
+def log_prob(node: Mapping[str, Any], layout: Layout, particles: int) -> Tensor:
+    """Log density of a site per datum, nats; a global site's is divided by the size of the data plate."""
+    value = node["fn"].log_prob(node["value"])
+    return share(node, value, layout, particles)
+
+
+def share(node: Mapping[str, Any], value: Tensor, layout: Layout, particles: int) -> Tensor:
+    """A site's batch-shaped nats per datum: masked, weighted by handlers, rid of the plate's own subsampling scale."""
+    for frame in node["cond_indep_stack"]:
+        if frame.name == layout.plate:
+            plate_scale = (frame.full_size or frame.size) / frame.size
+            value = scale_and_mask(value, _divided(node["scale"], plate_scale), node["mask"])
+            return per_datum(value, layout, particles)
+    value = scale_and_mask(value, node["scale"], node["mask"])
+    if particles:
+        return value.reshape(particles, -1).sum(-1, keepdim=True) if value.numel() > 1 else value.reshape(1, 1)
+    return value.sum().reshape(1)
+
+
+def _divided(scale: Any, by: float) -> Any:
+    return scale if by == 1.0 else scale / by
+
+
+def closed_kl(
+    q: Mapping[str, Any], p: Mapping[str, Any], layout: Layout, particles: int
+) -> Tensor | None:
+    """KL(q || p) of a site per datum in closed form, or None where torch does not know it."""
+    try:
+        value = kl_divergence(q["fn"], p["fn"])
+    except NotImplementedError:
+        return None
+    return share(q, value, layout, particles)
+
+
+# ---------------------------------------------------------------------- findings
+
+
+def explain(error: ValueError) -> Problem:
+    """Pyro's shape errors in words."""
+    found = re.search(r"inside plate\('([^']*)'\) at site (\S+) dim (-\d+), (\d+) vs (\d+)", str(error))
+    if found is None:
+        return Problem("pair", f"expected both programs to run on a batch; got {error}")
+    plate, site, dim, want, got = found.groups()
+    return Problem(
+        site,
+        f"expected batch size {want} at dim {dim} inside plate {plate!r}; got {got}. Its event dimensions are not "
+        f"declared: write `.to_event(1)` after the distribution.",
+    )
+
+
+def differing_sites(guide_trace: Trace, model_trace: Trace) -> list[Problem]:
+    """Latents that only one side has."""
+    guide = {n for n, node in samples(guide_trace).items() if not node["infer"].get("is_auxiliary")}
+    model = {n for n, node in samples(model_trace).items() if not node["is_observed"]}
+    only_guide = [
+        Problem(name, f"expected a latent of this name in the model; got {_names(model)}") for name in guide - model
+    ]
+    only_model = [
+        Problem(name, f"expected a latent of this name in the guide; got {_names(guide)}") for name in model - guide
+    ]
+    return sorted(only_guide + only_model, key=lambda problem: problem.site)
+
+
+def _names(names: set[str]) -> str:
+    return ", ".join(sorted(names)) or "none"
+
+
+def plate_problems(trace: Trace, count: int) -> list[Problem]:
+    """Sites whose batch dimensions no plate declares."""
+    problems = []
+    for name, node in samples(trace).items():
+        shape = tuple(node["fn"].batch_shape)
+        dims = {f.dim for f in node["cond_indep_stack"] if f.vectorized}
+        stray = [d for d in range(-len(shape), 0) if shape[d] > 1 and d not in dims]
+        if not stray:
+            continue
+        if not dims and shape[0] == count:
+            message = (
+                f"expected a plate over the {count} rows of the batch; got batch shape {list(shape)} and no plate. "
+                f'Write `with pyro.plate("data", len(x)):` around it.'
+            )
+        else:
+            message = (
+                f"expected only plates among its batch dimensions; got {list(shape)} where dim {stray[0]} is "
+                f"no plate. Write `.to_event(...)` after the distribution."
+            )
+        problems.append(Problem(name, message))
+    return problems
+
+
+def gradient_problems(pair: Pair, x: Tensor, guide_trace: Trace) -> list[Problem]:
+    """Latents without a pathwise gradient, and parameters that no gradient reaches."""
+    problems = [
+        Problem(
+            name,
+            f"expected a distribution with a pathwise gradient (rsample); got "
+            f"{type(guide_trace.nodes[name]['fn']).__name__}. A plain ELBO would silently lose its gradient.",
+        )
+        for name in pair.layout.latents
+        if not guide_trace.nodes[name]["fn"].has_rsample
+    ]
+    parameters = {name: p for name, p in pair.named_parameters() if p.requires_grad}
+    with torch.random.fork_rng(), torch.enable_grad():
+        loss = -pair(x).mean()
+        gradients = (
+            torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+            if loss.requires_grad
+            else [None] * len(parameters)
+        )
+    return problems + [
+        Problem(name, "expected a gradient of the ELBO; got none: the parameter is used by neither program")
+        for name, gradient in zip(parameters, gradients, strict=True)
+        if gradient is None
+    ]

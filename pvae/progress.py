@@ -1,0 +1,55 @@
+"""Progress of long work: a bar on a terminal, a line every few seconds elsewhere, or nothing."""
+
+from __future__ import annotations
+
+import sys
+import time
+from types import TracebackType
+from typing import Self
+
+EVERY_SECONDS = 5.0
+
+
+class Progress:
+    """Shows `label`, a fraction and a few figures.
+
+    Arguments:
+        total: number of units of work.
+        label: what is being done.
+        show: True, False, or None for "only when standard error is a terminal or a log".
+    """
+
+    def __init__(self, total: int, label: str, *, show: bool = True) -> None:
+        self.total = total
+        self.label = label
+        self.show = show
+        self.started = self.last = time.monotonic()
+        self.bar = None
+
+    def __enter__(self) -> Self:
+        if self.show and sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+            from rich.progress import Progress as Bar
+
+            columns = (TextColumn("{task.description}", markup=False), BarColumn(), TextColumn("{task.percentage:>3.0f}%"))
+            times = (TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[note]}", markup=False))
+            self.bar = Bar(*columns, *times, console=Console(stderr=True))
+            self.bar.start()
+            self.task = self.bar.add_task(self.label, total=self.total, note="")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+
+    def update(self, done: int, note: str = "") -> None:
+        """Say that `done` units are done; cheap enough to call often."""
+        if self.bar is not None:
+            self.bar.update(self.task, completed=done, note=note)
+        elif self.show and (time.monotonic() - self.last > EVERY_SECONDS or done == self.total):
+            self.last = time.monotonic()
+            seconds = self.last - self.started
+            print(f"{self.label} {done}/{self.total} {seconds:.0f} s {note}", file=sys.stderr, flush=True)

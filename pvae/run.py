@@ -1,0 +1,192 @@
+"""Run: what a fit leaves behind, opened again: declaration, pair, data, metrics."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from pvae import checkpoint
+from pvae.data import Dataset, load
+from pvae.data.declared import TensorSource
+from pvae.errors import CheckpointError, DataError, DeclarationError
+from pvae.pair import Pair
+from pvae.rundir import RunDirectory
+from pvae.spec import Experiment, Plan
+
+if TYPE_CHECKING:
+    import pandas
+
+SHOWN = 12
+
+
+def load_weights(module: nn.Module, tensors: Mapping[str, Tensor], origin: str) -> None:
+    """Copy weights into a module of the same declaration.
+
+    Raises:
+        CheckpointError: names or shapes differ; each is listed.
+    """
+    own = module.state_dict()
+    lines = [f"{name}: expected by the declaration; not in the checkpoint" for name in own if name not in tensors]
+    lines += [f"{name}: in the checkpoint; not in the declaration" for name in tensors if name not in own]
+    lines += [
+        f"{name}: expected shape {list(own[name].shape)}; got {list(tensors[name].shape)}"
+        for name in own
+        if name in tensors and own[name].shape != tensors[name].shape
+    ]
+    if lines:
+        more = [f"... and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else []
+        raise CheckpointError(
+            f"{origin}: expected a checkpoint of this declaration; got another:\n  "
+            + "\n  ".join(lines[:SHOWN] + more)
+        )
+    module.load_state_dict(dict(tensors))
+
+
+def chosen(saved: checkpoint.Checkpoint) -> dict[str, Tensor]:
+    """The weights that a run stands for: the best kept, else the average, else the last."""
+    weights = dict(saved.tensors["weights"])
+    group = saved.tensors.get(str(saved.state.get("select", "weights")), {})
+    return {**weights, **group}
+
+
+class Run:
+    """A run directory with what it holds.
+
+    Arguments:
+        files: the directory.
+        data: the data set, when it was passed in Python.
+        pair: the pair, when it was written by hand.
+        data_dir: where to look for data first.
+    """
+
+    def __init__(
+        self,
+        files: RunDirectory,
+        *,
+        data: Dataset | None = None,
+        pair: Pair | None = None,
+        data_dir: Path | None = None,
+    ) -> None:
+        self.files = files
+        self._given_data = data
+        self._given_pair = pair
+        self._data_dir = data_dir
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        *,
+        data: Dataset | None = None,
+        pair: Pair | None = None,
+        root: str | Path = "runs",
+        data_dir: str | Path | None = None,
+    ) -> Run:
+        """Open a run by folder, by name (its newest), by `name/id`, or `latest`.
+
+        A run of a hand-written pair, or of tensors passed in Python, needs the same `pair` or `data` again.
+        """
+        where = Path(data_dir) if data_dir else None
+        return cls(RunDirectory.open(path, Path(root)), data=data, pair=pair, data_dir=where)
+
+    @property
+    def path(self) -> Path:
+        """The run's folder."""
+        return self.files.path
+
+    @property
+    def name(self) -> str:
+        """The declared name."""
+        return str(self.files.manifest["name"])
+
+    @cached_property
+    def plan(self) -> Plan:
+        """The declaration: an `Experiment`, or a `Plan` for a hand-written pair."""
+        origin = str(self.path / "spec.toml")
+        if self.files.manifest.get("declared", True):
+            return Experiment.from_toml(self.files.spec_text, origin)
+        return Plan.from_toml(self.files.spec_text, origin)
+
+    @property
+    def experiment(self) -> Experiment:
+        """The declaration of a declared run."""
+        if not isinstance(self.plan, Experiment):
+            raise DeclarationError(f"{self.path}: expected a declared run; got one of a hand-written pair.")
+        return self.plan
+
+    @cached_property
+    def data(self) -> Dataset:
+        """The data, checked against the fingerprint of the fit."""
+        data = self._given_data
+        if data is None:
+            if not isinstance(self.plan, Experiment) or isinstance(self.plan.data, TensorSource):
+                raise DataError(f"{self.path}: expected the tensors of the fit; got none. Pass data=... to Run.load.")
+            data = load(self.plan.data, data_dir=self._data_dir, seed=self.plan.seed)
+        wanted = self.files.manifest.get("data", {}).get("fingerprint")
+        if wanted and data.fingerprint != wanted:
+            raise DataError(
+                f"{self.path}: expected data of fingerprint {wanted[:16]}; got {data.fingerprint[:16]}. "
+                f"The run was fitted on other data."
+            )
+        return data
+
+    @cached_property
+    def checkpoint(self) -> checkpoint.Checkpoint:
+        """The newest checkpoint that verifies."""
+        found = checkpoint.latest(self.path / "checkpoints", report=lambda line: self.files.log_event("fallback", line))
+        if found is None:
+            raise CheckpointError(f"{self.path}: expected a checkpoint; got none yet. Let the fit run longer.")
+        return found
+
+    @cached_property
+    def pair(self) -> Pair:
+        """The fitted pair, on the CPU, in evaluation mode."""
+        pair = self.fresh_pair()
+        load_weights(pair, chosen(self.checkpoint), str(self.checkpoint.path))
+        return pair.eval()
+
+    def fresh_pair(self) -> Pair:
+        """The pair before any weights are loaded."""
+        if self._given_pair is not None:
+            return self._given_pair.adopt(self.data.train.x[:2])
+        if not isinstance(self.plan, Experiment):
+            raise DeclarationError(f"{self.path}: expected pair=... of a hand-written pair; got none.")
+        return self.plan.build(self.data.shape)
+
+    @property
+    def metrics(self) -> pandas.DataFrame:
+        """One row per epoch and split: elbo, reconstruction, kl, kl/<latent> in nats per datum."""
+        return self.files.metrics()
+
+    @property
+    def status(self) -> dict[str, object]:
+        """State, epoch, last ELBO."""
+        return self.files.status()
+
+    def __repr__(self) -> str:
+        status = self.status
+        return f"Run({self.name!r}, {status.get('state')}, epoch {status.get('epoch')}, {str(self.path)!r})"
+
+    def _repr_html_(self) -> str:
+        status = self.status
+        elbo = status.get("elbo")
+        figure = f"{elbo:.3f} nats" if isinstance(elbo, float) else "not yet"
+        rows = [
+            ("run", self.path),
+            ("state", f"{status.get('state')}, epoch {status.get('epoch')} of {status.get('epochs')}"),
+            ("validation ELBO", figure),
+        ]
+        cells = "".join(f"<tr><th>{html.escape(k)}</th><td>{html.escape(str(v))}</td></tr>" for k, v in rows)
+        return f"<b>{html.escape(self.name)}</b><table>{cells}</table>"
+
+    def to(self, device: str | torch.device) -> Run:
+        """Move pair and data to a device; returns self."""
+        self.__dict__["pair"] = self.pair.to(device)
+        self.__dict__["data"] = self.data.to(device)
+        return self

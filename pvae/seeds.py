@@ -1,0 +1,23 @@
+"""Seeds as functions of (seed, stream, counter): what makes a resumed run draw the same numbers."""
+
+from __future__ import annotations
+
+import torch
+
+INIT, ORDER, NOISE, VALIDATION, ANALYSIS = range(5)
+
+
+def mix(seed: int, stream: int, counter: int = 0) -> int:
+    """A well-mixed 63-bit seed (the finaliser of splitmix64, applied to each part in turn)."""
+    state = seed
+    for part in (stream, counter):
+        state = (state ^ (part * 0x9E3779B97F4A7C15)) + 0x9E3779B97F4A7C15 & 0xFFFFFFFFFFFFFFFF
+        state = (state ^ state >> 30) * 0xBF58476D1CE4E5B9 & 0xFFFFFFFFFFFFFFFF
+        state = (state ^ state >> 27) * 0x94D049BB133111EB & 0xFFFFFFFFFFFFFFFF
+        state ^= state >> 31
+    return state >> 1
+
+
+def permutation(n: int, seed: int, epoch: int) -> torch.Tensor:
+    """The order of the training rows in an epoch, `(n,)` on the CPU."""
+    return torch.randperm(n, generator=torch.Generator().manual_seed(mix(seed, ORDER, epoch)))

@@ -1,0 +1,374 @@
+"""Experiment: the whole declaration; TOML in and out, dotted overrides, JSON Schema, and the pair it builds."""
+
+from __future__ import annotations
+
+import json
+import re
+import types
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, Union, get_args, get_origin
+
+import tomli_w
+import torch
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
+from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError
+
+from pvae import toml, zoo
+from pvae.component import Component, Names, Section, Shape, Table
+from pvae.data.declared import Data, Digits
+from pvae.errors import DeclarationError, near
+from pvae.guides.encoders import Encoder, SharedEncoder
+from pvae.guides.graph import GraphGuide
+from pvae.guides.posteriors import NormalPosterior, Posterior
+from pvae.models.decoders import Decoder
+from pvae.models.graph import GraphModel
+from pvae.models.priors import Prior, StandardNormal
+from pvae.objectives import Objective, TraceELBO
+from pvae.optimizers import Adam, Optimizer
+from pvae.pair import Pair
+from pvae.schedules import Constant, Schedule
+from pvae.site import OBSERVED, Link, Site, topological
+
+NAME = re.compile(r"[a-z][a-z0-9_]{0,39}")
+RESERVED = {OBSERVED, "data", "chain", "draw"}
+
+
+class Latent(Section):
+    """One latent variable: its size, its place in the model's graph, its prior and posterior."""
+
+    dim: int = Field(gt=0, le=100_000)
+    """Number of coordinates."""
+    given: Names = ()
+    """Latents it depends on in the model."""
+    prior: Prior = StandardNormal()
+    posterior: Posterior = NormalPosterior()
+
+
+class Train(Section):
+    """How SVI runs."""
+
+    epochs: int = Field(default=20, gt=0)
+    batch_size: int = Field(default=100, gt=0)
+    optimizer: Optimizer = Adam()
+    schedule: Schedule = Constant()
+    """Factor on the learning rate over training."""
+    warmup: float = Field(default=0.0, ge=0)
+    """Epochs during which the learning rate rises from zero."""
+    clip_norm: float | None = Field(default=None, gt=0)
+    """Gradients with a larger global norm are scaled down to it."""
+    average: float | None = Field(default=None, gt=0, lt=1)
+    """Decay of an exponential moving average of the weights; validation and analysis then use the average."""
+    alternate: int = Field(default=0, ge=0)
+    """Guide steps per model step (variational EM); 0 moves both at once."""
+    validate_every: int = Field(default=1, gt=0)
+    """Epochs between validations."""
+    patience: int | None = Field(default=None, gt=0)
+    """Stop after this many validations without a better ELBO."""
+    keep: Literal["best", "last"] = "best"
+    """Weights that the run keeps: of the best validation ELBO, or the last."""
+    nonfinite: Literal["stop", "skip", "rollback"] = "stop"
+    """What a NaN or infinite loss does: stop with a diagnosis, skip the step, or go back to the last checkpoint."""
+    checkpoint_seconds: float = Field(default=30.0, ge=0)
+    """Least time between two checkpoints; one is always written at the end."""
+    engine: Literal["auto", "eager", "compiled"] = "auto"
+    """How a step runs: `compiled` is export + Inductor, `auto` weighs compile time against the steps to come."""
+
+
+class Plan(Section):
+    """How a pair is fitted: all that a hand-written pair needs declared."""
+
+    name: str = Field(default="experiment", min_length=1, max_length=300)
+    description: str = ""
+    seed: int = Field(default=0, ge=0, lt=2**32)
+    objective: Objective = TraceELBO()
+    train: Table[Train] = Train()
+
+    @classmethod
+    def from_toml(cls, text: str, origin: str = "toml") -> Self:
+        """Parse a TOML document."""
+        return cls.from_dict(toml.parse(text, origin), origin)
+
+    @classmethod
+    def from_dict(cls, raw: dict[str, Any], origin: str = "experiment") -> Self:
+        """Validate nested dicts; all problems are reported at once."""
+        try:
+            return cls.model_validate(raw)
+        except ValidationError as error:
+            raise DeclarationError([f"{origin}: {describe(e, raw)}" for e in error.errors()]) from None
+
+    def with_overrides(self, *overrides: str) -> Self:
+        """A copy with dotted overrides such as `"train.epochs=20"`."""
+        raw = self.model_dump(exclude_none=True)
+        apply_overrides(raw, toml.parse_overrides(overrides))
+        return type(self).from_dict(raw)
+
+    def to_toml(self) -> str:
+        """The declaration with every default written out; reads back to an equal one."""
+        return tomli_w.dumps(self.model_dump(exclude_none=True))
+
+
+class Experiment(Plan):
+    """A declared experiment: data, latents, encoder, decoder, objective, training.
+
+    Example:
+        >>> e = Experiment(latents={"z": {"dim": 2}})
+        >>> Experiment.from_toml(e.to_toml()) == e
+        True
+    """
+
+    data: Data = Digits()
+    latents: dict[str, Table[Latent]] = Field(min_length=1)
+    encoder: Encoder = SharedEncoder()
+    decoder: Table[Decoder] = Decoder()
+
+    @field_validator("latents")
+    @classmethod
+    def _legal_names(cls, latents: dict[str, Latent]) -> dict[str, Latent]:
+        for name in latents:
+            if not NAME.fullmatch(name) or name in RESERVED:
+                raise ValueError(
+                    f"names of latents in lower case, at most 40 letters, digits and _, none of "
+                    f"{', '.join(sorted(RESERVED))}; got {name[:60]!r}"
+                )
+        return latents
+
+    @model_validator(mode="after")
+    def _sound(self) -> Self:
+        findings = list(_findings(self))
+        if findings:
+            raise ValidationError.from_exception_data(
+                "Experiment",
+                [
+                    InitErrorDetails(type=PydanticCustomError("graph", "{text}", {"text": text}), loc=loc, input=found)
+                    for loc, text, found in findings
+                ],
+            )
+        return self
+
+    # ------------------------------------------------------------------ in and out
+
+    @classmethod
+    def load(cls, name_or_file: str | Path, overrides: Sequence[str] = ()) -> Self:
+        """A zoo entry by name, or a TOML file, with dotted overrides such as `train.epochs=20`.
+
+        Raises:
+            DeclarationError: every problem of the file and the overrides, each with its path.
+        """
+        path = zoo.find(str(name_or_file))
+        raw = toml.read(path)
+        apply_overrides(raw, toml.parse_overrides(overrides))
+        raw.setdefault("name", path.stem)
+        return cls.from_dict(raw, origin=str(name_or_file))
+
+    @classmethod
+    def schema_json(cls) -> str:  # type: ignore[override]
+        """JSON Schema for editors: each family is `oneOf` its kinds, each kind a `const`."""
+        schema = cls.model_json_schema()
+        schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
+        return json.dumps(schema, indent=2)
+
+    # ------------------------------------------------------------------ graph and pair
+
+    def sites(self) -> tuple[Site, ...]:
+        """The latents in generative order."""
+        order = topological({name: latent.given for name, latent in self.latents.items()}, "latents")
+        return tuple(
+            Site(name, (z.dim,), (z.dim,), given=z.given, guide_given=z.posterior.given)
+            for name, z in ((name, self.latents[name]) for name in order)
+        )
+
+    def guide_sites(self) -> tuple[Site, ...]:
+        """The latents in the guide's order."""
+        by_name = {site.name: site for site in self.sites()}
+        order = topological({name: site.guide_given for name, site in by_name.items()}, "posteriors")
+        return tuple(by_name[name] for name in order)
+
+    def decoder_given(self) -> tuple[str, ...]:
+        """Latents that the decoder reads: declared, or those that no other latent depends on."""
+        if self.decoder.given is not None:
+            return self.decoder.given
+        parents = {parent for latent in self.latents.values() for parent in latent.given}
+        return tuple(name for name in self.latents if name not in parents)
+
+    def build(self, x: Shape) -> Pair:
+        """The Pyro pair for data of event shape `x`; weights drawn from `seed`, the global random state untouched."""
+        with torch.random.fork_rng():
+            torch.manual_seed(self.seed)
+            return self._build(tuple(x))
+
+    def _build(self, x: Shape) -> Pair:
+        link, sites = Link(), self.sites()
+        features = {site.name: site.features for site in sites}
+        priors = {
+            site.name: self.latents[site.name].prior.build(site, {n: features[n] for n in site.given}, link)
+            for site in sites
+        }
+        decoder = self.decoder.build({name: features[name] for name in self.decoder_given()}, x)
+        encoder = self.encoder.build(x, self.guide_sites())
+        posteriors = {
+            site.name: self.latents[site.name].posterior.build(site, encoder.shapes[site.name], link)
+            for site in self.guide_sites()
+        }
+        link.model = GraphModel(sites, priors, decoder)
+        link.guide = GraphGuide(self.guide_sites(), encoder, posteriors)
+        return Pair(link.model, link.guide).adopt(torch.zeros(2, *x))
+
+    def _repr_html_(self) -> str:
+        from pvae.show import experiment_html
+
+        return experiment_html(self)
+
+
+Finding = tuple[tuple[str, ...], str, Any]
+
+
+def _findings(e: Experiment) -> Iterator[Finding]:
+    """What is wrong with the graph, each with its path."""
+    names = set(e.latents)
+    found = [*_unknown_parents(e, names)]
+    yield from found
+    if found:
+        return
+    try:
+        e.sites(), e.guide_sites()
+    except DeclarationError as error:
+        yield ("latents",), str(error), sorted(names)
+        return
+    if not any(OBSERVED in z.posterior.given for z in e.latents.values()):
+        yield ("latents",), "at least one posterior given 'x': the guide never looks at the data", sorted(names)
+    yield from _unread(e)
+    if e.objective.kind == "trace_mean_field_elbo":  # type: ignore[attr-defined]
+        yield from _not_mean_field(e)
+
+
+def _unknown_parents(e: Experiment, names: set[str]) -> Iterator[Finding]:
+    places = [(("decoder", "given"), e.decoder.given or (), names)]
+    for name, latent in e.latents.items():
+        others = names - {name}
+        places.append((("latents", name, "given"), latent.given, others))
+        places.append((("latents", name, "posterior", "given"), latent.posterior.given, others | {OBSERVED}))
+    for loc, given, allowed in places:
+        for parent in given:
+            if parent not in allowed:
+                wanted = ", ".join(sorted(allowed)) or "no name at all (there is no other latent)"
+                yield loc, f"names among {wanted}{near(parent, allowed)}", parent
+    if e.decoder.given == ():
+        yield ("decoder", "given"), "at least one latent", []
+
+
+def _unread(e: Experiment) -> Iterator[Finding]:
+    """A latent that neither the decoder nor another latent reads can only equal its prior."""
+    read = set(e.decoder_given()) | {parent for z in e.latents.values() for parent in z.given}
+    for name in e.latents:
+        if name not in read:
+            yield ("decoder", "given"), f"every latent read by the decoder or by another latent; {name} is not", name
+
+
+def _not_mean_field(e: Experiment) -> Iterator[Finding]:
+    """Latents whose model parents are inferred from them: a closed-form KL would not be an expectation."""
+    below: dict[str, set[str]] = {}
+    for site in e.guide_sites():
+        below[site.name] = {site.name}
+        for ancestor in below:
+            if ancestor in site.guide_given or any(p in below[ancestor] for p in site.guide_given):
+                below[ancestor].add(site.name)
+    for name, latent in e.latents.items():
+        for parent in latent.given:
+            if parent in below[name]:
+                yield (
+                    ("objective", "kind"),
+                    f"trace_elbo: the guide infers {parent} from {name} while the model has {name} given {parent}, so "
+                    f"KL(q({name}) || p({name} | {parent})) has no closed form",
+                    "trace_mean_field_elbo",
+                )
+
+
+# ---------------------------------------------------------------------- walking the declaration's types
+
+
+def _unwrap(annotation: Any) -> Any:
+    """Strip Annotated and Optional."""
+    origin = get_origin(annotation)
+    if origin is Annotated:
+        return _unwrap(get_args(annotation)[0])
+    if origin in (Union, types.UnionType):
+        rest = [a for a in get_args(annotation) if a is not type(None)]
+        return _unwrap(rest[0])
+    return annotation
+
+
+def table_at(raw: Any, path: Sequence[Any]) -> tuple[Any, type[BaseModel] | None]:
+    """The raw value at `path` of a declaration and the class that would validate it, as far as both are known."""
+    value, kind = raw, Experiment
+    for part in path:
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            field = kind.model_fields.get(str(part))
+            kind = _unwrap(field.annotation) if field else None
+        else:
+            kind = _unwrap(get_args(kind)[-1]) if get_origin(kind) in (dict, tuple) else None
+        value = value.get(part) if isinstance(value, dict) else None
+        kind = _member(kind, value)
+    return value, kind if isinstance(kind, type) and issubclass(kind, BaseModel) else None
+
+
+def _member(kind: Any, value: Any) -> Any:
+    """The member that a family's table names, if it names one."""
+    if isinstance(kind, type) and issubclass(kind, Component) and kind.is_family():
+        name = value.get(kind.tag) if isinstance(value, dict) else value
+        return kind.members.get(name, kind) if isinstance(name, str) else kind
+    return kind
+
+
+def apply_overrides(raw: dict[str, Any], overrides: Sequence[tuple[tuple[str, ...], Any]]) -> None:
+    """Set dotted paths in nested dicts; a new kind keeps only the keys it knows. Kinds go first."""
+    for path, value in sorted(overrides, key=lambda item: item[0][-1] not in ("kind", "source")):
+        table = raw
+        for depth, part in enumerate(path[:-1]):
+            inner = table.get(part)
+            if isinstance(inner, str):
+                inner = {_tag(raw, path[: depth + 1]): inner}
+            elif not isinstance(inner, dict):
+                inner = {}
+            table[part] = inner
+            table = inner
+        table[path[-1]] = value
+        _forget_foreign_keys(raw, path)
+
+
+def _tag(raw: dict[str, Any], path: Sequence[str]) -> str:
+    _, kind = table_at(raw, path)
+    return kind.tag if kind is not None and issubclass(kind, Component) else "kind"
+
+
+def _forget_foreign_keys(raw: dict[str, Any], path: tuple[str, ...]) -> None:
+    if path[-1] not in ("kind", "source") or len(path) == 1:
+        return
+    table, kind = table_at(raw, path[:-1])
+    if isinstance(table, dict) and kind is not None and not kind.is_family():  # type: ignore[attr-defined]
+        for key in [key for key in table if key not in kind.model_fields]:
+            del table[key]
+
+
+def describe(error: ErrorDetails, raw: Any) -> str:
+    """One pydantic finding as `dotted.path: expected ...; got ... (did you mean ...)`."""
+    loc = tuple(part for part in error["loc"] if part != "[key]")
+    path = ".".join(str(part) for part in loc) or "(the whole file)"
+    if error["type"] == "extra_forbidden":
+        _, kind = table_at(raw, loc[:-1])
+        known = sorted(kind.model_fields) if kind else []
+        wanted = f"one of {', '.join(known)}" if known else "no such key"
+        return f"{path}: expected {wanted}; got an unknown key{near(str(loc[-1]), known)}."
+    if error["type"] == "missing":
+        return f"{path}: expected a value; got none."
+    message = error["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+    if "; got" in message:
+        return f"{path}: expected {message}."
+    return f"{path}: expected {message}; got {_short(error['input'])}{error.get('ctx', {}).get('near', '')}."
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, BaseModel):
+        return type(value).__name__
+    text = json.dumps(value, default=str) if not isinstance(value, bytes) else repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

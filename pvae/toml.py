@@ -1,0 +1,65 @@
+"""TOML in, with limits; dotted overrides."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pvae.errors import DeclarationError
+
+SIZE_CAP = 1 << 20
+
+
+def parse(text: str, origin: str) -> dict[str, Any]:
+    """A TOML document as nested dicts; every fault is a `DeclarationError` that starts with `origin`."""
+    try:
+        return tomllib.loads(text)
+    except RecursionError:
+        raise DeclarationError(f"{origin}: expected at most some hundred nested levels; got more.") from None
+    except ValueError as error:  # includes TOMLDecodeError and integers beyond Python's digit limit
+        raise DeclarationError(f"{origin}: expected valid TOML; got {error}.") from None
+
+
+def read(path: Path) -> dict[str, Any]:
+    """Read a TOML file of at most 1 MiB of UTF-8 text."""
+    try:
+        with path.open("rb") as file:
+            raw = file.read(SIZE_CAP + 1)
+    except OSError as error:
+        raise DeclarationError(f"{path}: expected a readable TOML file; got {error.strerror or error}.") from None
+    if len(raw) > SIZE_CAP:
+        raise DeclarationError(f"{path}: expected at most 1 MiB of TOML; got more.")
+    if raw.startswith(b"\xef\xbb\xbf"):
+        raise DeclarationError(f"{path}: expected UTF-8 without a byte order mark; got one. Save it without BOM.")
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise DeclarationError(f"{path}: expected UTF-8 text; got byte {error.start} = {raw[error.start]:#04x}.") from None
+    return parse(text.replace("\r\n", "\n"), str(path))
+
+
+def parse_override(text: str) -> tuple[tuple[str, ...], Any]:
+    """`train.epochs=20` as a path and a value; the value is TOML, or else a bare string."""
+    key, equals, value = text.partition("=")
+    path = tuple(part.strip() for part in key.split("."))
+    if not equals or not all(path):
+        raise DeclarationError(f"{text!r}: expected an override like train.epochs=20; got no key or no '='.")
+    try:
+        return path, parse(f"value = {value}", text)["value"]
+    except (DeclarationError, KeyError):
+        return path, value.strip()
+
+
+def parse_overrides(texts: Sequence[str]) -> list[tuple[tuple[str, ...], Any]]:
+    """All overrides; every broken one is named."""
+    parsed, problems = [], []
+    for text in texts:
+        try:
+            parsed.append(parse_override(text))
+        except DeclarationError as error:
+            problems += error.problems
+    if problems:
+        raise DeclarationError(problems)
+    return parsed

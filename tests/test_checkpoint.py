@@ -1,0 +1,600 @@
+"""Checkpoints: whole or not there, exact, refused when damaged. Numbers are rows of the faults table."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import pickle
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from pvae import checkpoint
+from pvae.errors import CheckpointError, DeclarationError, StorageError
+
+HERE = Path(__file__).parents[1]
+
+
+def put(folder: Path, step: int, **options: Any) -> Path:  # noqa: ANN401
+    tensors = {"weights": {"w": torch.full((3, 4), float(step))}, "optimizer": {}}
+    return checkpoint.write(folder, step, tensors, {"epoch": step, "loss": 0.1 + step}, **options)
+
+
+def steps(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def bits(tensor: Tensor) -> bytes:
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def assert_same(left: Tensor, right: Tensor) -> None:
+    assert (left.dtype, left.shape) == (right.dtype, right.shape)
+    assert bits(left) == bits(right)
+
+
+def forge(path: Path, name: str, content: bytes) -> None:
+    """Put other bytes into a file and make the manifest agree: what an attacker or a tool would do."""
+    (path / name).write_bytes(content)
+    entry = {"sha256": hashlib.sha256(content).hexdigest(), "size": len(content)}
+    edit_manifest(path, lambda manifest: manifest["files"].update({name: entry}))
+
+
+def edit_manifest(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    manifest = json.loads((path / "manifest.json").read_text())
+    change(manifest)
+    (path / "manifest.json").write_text(json.dumps(manifest))
+
+
+# -- what is written comes back
+
+
+@pytest.mark.parametrize("dtype", sorted(checkpoint._DTYPES, key=str), ids=str)
+def test_every_dtype_comes_back_bit_for_bit(tmp_path: Path, dtype: torch.dtype) -> None:
+    size = torch.empty((), dtype=dtype).element_size()
+    raw = torch.randint(0, 2 if dtype == torch.bool else 256, (6 * size,), dtype=torch.uint8)
+    tensor = raw.view(dtype).reshape(2, 3)
+    entries = {"matrix": tensor, "scalar": tensor[1, 2], "none": tensor[:0], "turned": tensor.T}
+    found = checkpoint.read(checkpoint.write(tmp_path, 1, {"weights": entries}, {}, durable=False))
+    for key, value in entries.items():
+        assert_same(found.tensors["weights"][key], value)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    entries=st.dictionaries(st.text(st.characters(), max_size=6), st.lists(st.integers(0, 3), max_size=3), max_size=4),
+    numbers=st.lists(st.floats(allow_nan=False, allow_infinity=False), max_size=5),
+    seed=st.integers(0, 1 << 30),
+)
+def test_any_keys_shapes_and_floats_come_back(
+    tmp_path_factory: pytest.TempPathFactory, entries: dict[str, list[int]], numbers: list[float], seed: int
+) -> None:
+    noise = torch.Generator().manual_seed(seed)
+    tensors = {key: torch.randn(shape, generator=noise) for key, shape in entries.items()}
+    state = {"numbers": numbers, "keys": list(entries)}
+    path = checkpoint.write(tmp_path_factory.mktemp("any"), 1, {"weights": tensors}, state, durable=False)
+    found = checkpoint.read(path)
+    assert found.tensors["weights"].keys() == tensors.keys()
+    for key, value in tensors.items():
+        assert_same(found.tensors["weights"][key], value)
+    assert [number.hex() for number in found.state["numbers"]] == [number.hex() for number in numbers]
+    assert found.state["keys"] == state["keys"]
+
+
+@pytest.mark.parametrize("key", ["", "__metadata__", "json:x", "\ud800", "\0\x1b[2J", "a/../b", "naïve 🙂"])
+def test_awkward_keys_come_back(tmp_path: Path, key: str) -> None:
+    found = checkpoint.read(checkpoint.write(tmp_path, 1, {"weights": {key: torch.ones(1)}}, {}))
+    assert list(found.tensors["weights"]) == [key]
+
+
+def test_shared_storage_views_and_parameters_come_back(tmp_path: Path) -> None:
+    base = torch.arange(12.0)
+    entries = {"all": base, "same": base, "part": base[3:6], "skip": base[::2], "parameter": torch.nn.Parameter(base)}
+    wild = {"conj": torch.tensor([1 + 2j]).conj(), "expanded": torch.ones(1).expand(4), "scalar": torch.tensor(2.0)}
+    found = checkpoint.read(checkpoint.write(tmp_path, 1, {"weights": {**entries, **wild}, "best": {}}, {}))
+    for key, value in {**entries, **wild}.items():
+        assert_same(found.tensors["weights"][key], value.detach().resolve_conj())
+    assert found.tensors["best"] == {}
+    found.tensors["weights"]["all"].add_(1)  # what is read belongs to the reader
+    assert_same(found.tensors["weights"]["same"], base)
+
+
+def test_files_take_their_mode_from_the_umask(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        path = put(tmp_path, 1)
+    finally:
+        os.umask(before)
+    assert {file.stat().st_mode & 0o777 for file in path.iterdir()} == {0o640}
+
+
+@pytest.mark.parametrize(
+    ("state", "match"),
+    [
+        ({"x": math.nan}, "finite JSON"),
+        ({"x": -math.inf}, "finite JSON"),
+        ({"x": {1: 2}}, "text as keys"),
+        ({"x": [({None: 1},)]}, "text as keys"),
+        ({"x": object()}, "finite JSON"),
+        ({"x": "a" * (17 << 20)}, "at most"),
+    ],
+)
+def test_a_state_that_would_not_come_back_is_refused(tmp_path: Path, state: dict[str, Any], match: str) -> None:
+    put(tmp_path, 1)
+    with pytest.raises(CheckpointError, match=match):
+        checkpoint.write(tmp_path, 2, {"weights": {}}, state)
+    assert steps(tmp_path) == ["step-00000001"]
+
+
+@pytest.mark.parametrize("tensor", [torch.zeros(2, dtype=torch.complex128), torch.zeros(2, device="meta")])
+def test_a_tensor_that_would_not_come_back_is_refused(tmp_path: Path, tensor: Tensor) -> None:
+    with pytest.raises(CheckpointError, match="weights: expected dense tensors"):
+        checkpoint.write(tmp_path, 1, {"weights": {"w": tensor}}, {})
+    assert steps(tmp_path) == []
+
+
+@pytest.mark.parametrize("group", ["../evil", "", "a/b", ".", "weights\n"])
+def test_a_group_is_a_safe_file_name(tmp_path: Path, group: str) -> None:
+    with pytest.raises(DeclarationError, match="safe file name"):
+        checkpoint.write(tmp_path, 1, {group: {}}, {})
+
+
+@pytest.mark.parametrize(("step", "keep"), [(-1, 2), (1, 0)])
+def test_step_and_keep_are_checked(tmp_path: Path, step: int, keep: int) -> None:
+    with pytest.raises(DeclarationError, match="at least"):
+        put(tmp_path, step, keep=keep)
+
+
+# -- which stay
+
+
+@pytest.mark.parametrize(("keep", "left"), [(1, [4]), (2, [3, 4]), (9, [0, 1, 2, 3, 4])])
+def test_the_oldest_beyond_keep_go(tmp_path: Path, keep: int, left: list[int]) -> None:
+    for step in range(5):
+        put(tmp_path, step, keep=keep)
+    assert steps(tmp_path) == [f"step-{step:08d}" for step in left]
+
+
+def test_the_one_just_written_stays_whatever_its_step(tmp_path: Path) -> None:
+    put(tmp_path, 10)
+    put(tmp_path, 11)
+    put(tmp_path, 3, keep=1)
+    assert steps(tmp_path) == ["step-00000003", "step-00000011"]
+
+
+def test_the_same_step_again_replaces(tmp_path: Path) -> None:
+    put(tmp_path, 7)
+    checkpoint.write(tmp_path, 7, {"weights": {"w": torch.zeros(1)}}, {"second": True})
+    assert steps(tmp_path) == ["step-00000007"]
+    assert checkpoint.read(tmp_path / "step-00000007").state == {"second": True}
+
+
+def test_17_latest_goes_by_step_and_not_by_time(tmp_path: Path) -> None:
+    put(tmp_path, 99_999_999)
+    put(tmp_path, 100_000_000)  # nine digits sort after eight
+    os.utime(tmp_path / "step-100000000", (0, 0))
+    found = checkpoint.latest(tmp_path)
+    assert found is not None
+    assert found.step == 100_000_000
+
+
+def test_latest_of_nothing_is_none(tmp_path: Path) -> None:
+    (tmp_path / "step-5").mkdir()  # no name that is written here
+    (tmp_path / "notes.txt").touch()
+    assert checkpoint.latest(tmp_path) is None
+    assert checkpoint.latest(tmp_path / "missing") is None
+
+
+# -- rows 1 and 2: killed, full
+
+WRITER = """
+import os, sys
+from pathlib import Path
+import torch
+from pvae import checkpoint
+torch.set_num_threads(1)
+folder = Path(sys.argv[1])
+
+def forever():
+    found = checkpoint.latest(folder)
+    step = found.step if found else 0
+    while True:
+        step += 1
+        for again in range(2):
+            checkpoint.write(folder, step, {"weights": {"w": torch.full((50_000,), float(step))}}, {"step": step})
+
+for _ in sys.stdin:
+    pid = os.fork()
+    if pid == 0:
+        forever()
+    print(pid, flush=True)
+    os.waitpid(pid, 0)
+    print("dead", flush=True)
+"""
+
+
+@pytest.fixture
+def writer(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+    """A process that forks a child, which writes without end, for every line it is sent."""
+    command = [sys.executable, "-c", WRITER, str(tmp_path)]
+    with subprocess.Popen(command, cwd=HERE, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        yield process
+        assert process.stdin is not None
+        process.stdin.close()
+
+
+def kill_a_child(process: subprocess.Popen[str], after: float) -> None:
+    assert process.stdin is not None
+    assert process.stdout is not None
+    process.stdin.write("go\n")
+    process.stdin.flush()
+    pid = int(process.stdout.readline())
+    time.sleep(after)
+    os.kill(pid, signal.SIGKILL)
+    assert process.stdout.readline() == "dead\n"
+
+
+def test_01_a_kill_at_any_moment_loses_nothing(tmp_path: Path, writer: subprocess.Popen[str]) -> None:
+    put(tmp_path, 0)
+    chance, last, strays = random.Random(1), 0, 0
+    for _ in range(24):
+        kill_a_child(writer, chance.uniform(0.02, 0.2))
+        refused: list[str] = []
+        before = checkpoint.latest(tmp_path, report=refused.append)
+        assert before is not None
+        strays += len(checkpoint.sweep(tmp_path))
+        after = checkpoint.latest(tmp_path, report=refused.append)
+        assert after is not None
+        assert refused == []
+        assert last <= before.step == after.step == after.state.get("step", 0)
+        assert bool((after.tensors["weights"]["w"] == float(after.step)).all())
+        assert all(name.startswith("step-") for name in steps(tmp_path))
+        last = after.step
+    assert last > 5, "the children wrote nothing: this test showed nothing"
+    assert strays > 0, "no kill fell into a write: this test showed nothing"
+
+
+def test_01_a_kill_between_the_renames_of_a_replacement_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(tmp_path, 1)
+    real = os.rename
+
+    def killed(source: Path, target: Path) -> None:
+        if source.name.startswith(".tmp-"):
+            os._exit(9)
+        real(source, target)
+
+    pid = os.fork()
+    if pid == 0:
+        try:
+            monkeypatch.setattr(os, "rename", killed)
+            put(tmp_path, 1)
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 9
+    assert not (tmp_path / "step-00000001").exists()
+    found = checkpoint.latest(tmp_path)
+    assert found is not None
+    assert found.state["loss"] == 1.1
+    assert [name[:5] for name in checkpoint.sweep(tmp_path)] == [".old-", ".tmp-"]
+    assert steps(tmp_path) == ["step-00000001"]
+
+
+def test_01_a_kill_during_a_removal_leaves_no_half_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    put(tmp_path, 1)
+
+    def killed(path: Path, **_: object) -> None:
+        if path.exists():
+            (path / "state.json").unlink()
+            os._exit(9)
+
+    pid = os.fork()
+    if pid == 0:
+        try:
+            monkeypatch.setattr(shutil, "rmtree", killed)
+            put(tmp_path, 2, keep=1)
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 9
+    assert [name[:5] for name in steps(tmp_path)] == [".tmp-", "step-"]
+    checkpoint.read(tmp_path / "step-00000002")
+
+
+def test_01_sweep_says_what_it_removes_and_leaves_the_rest(tmp_path: Path) -> None:
+    put(tmp_path, 1)
+    (tmp_path / ".tmp-folder" / "deep").mkdir(parents=True)
+    (tmp_path / ".tmp-file").touch()
+    (tmp_path / ".tmp-link").symlink_to(tmp_path / "step-00000001")
+    assert checkpoint.sweep(tmp_path) == [".tmp-file", ".tmp-folder", ".tmp-link"]
+    assert steps(tmp_path) == ["step-00000001"]
+    checkpoint.read(tmp_path / "step-00000001")
+    assert checkpoint.sweep(tmp_path) == checkpoint.sweep(tmp_path / "missing") == []
+
+
+LIMITED = """
+import resource, sys
+from pathlib import Path
+import torch
+from pvae import checkpoint
+from pvae.errors import StorageError
+folder = Path(sys.argv[1])
+checkpoint.write(folder, 1, {"weights": {"w": torch.ones(10)}}, {"first": True})
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+for step in (1, 2):
+    try:
+        checkpoint.write(folder, step, {"weights": {"w": torch.ones(10)}, "best": {"w": torch.ones(5000)}}, {})
+    except StorageError as problem:
+        print(problem)
+        code = problem.exit_code
+sys.exit(code)
+"""
+
+
+def test_02_a_full_disk_leaves_the_earlier_checkpoint_and_no_temporary(tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", LIMITED, str(tmp_path)], cwd=HERE, capture_output=True, text=True)
+    assert done.returncode == 74, done.stderr
+    assert done.stdout.count("File too large. Earlier checkpoints are untouched") == 2
+    assert steps(tmp_path) == ["step-00000001"]
+    assert checkpoint.read(tmp_path / "step-00000001").state == {"first": True}
+
+
+@pytest.mark.parametrize("call", [1, 2])
+def test_02_a_replacement_that_fails_puts_the_old_one_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: int
+) -> None:
+    put(tmp_path, 1)
+    real, calls = os.rename, 0
+
+    def failing(source: Path, target: Path) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == call:
+            raise OSError(5, "Input/output error")
+        real(source, target)
+
+    monkeypatch.setattr(os, "rename", failing)
+    with pytest.raises(StorageError, match="Input/output error"):
+        checkpoint.write(tmp_path, 1, {}, {})
+    assert steps(tmp_path) == ["step-00000001"]
+    assert checkpoint.read(tmp_path / "step-00000001").state["epoch"] == 1
+
+
+def test_02_a_folder_that_is_a_file_is_a_storage_error(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").touch()
+    with pytest.raises(StorageError, match="File exists"):
+        put(tmp_path / "checkpoints", 1)
+
+
+# -- rows 4 to 7: damage
+
+
+@pytest.mark.parametrize("name", ["weights.safetensors", "state.json", "manifest.json"])
+def test_04_a_truncated_file_falls_back_and_says_why(tmp_path: Path, name: str) -> None:
+    put(tmp_path, 1)
+    broken = put(tmp_path, 2) / name
+    broken.write_bytes(broken.read_bytes()[:-5])
+    said: list[str] = []
+    found = checkpoint.latest(tmp_path, report=said.append)
+    assert found is not None
+    assert found.step == 1
+    assert len(said) == 1
+    assert said[0].startswith("checkpoint step-00000002 refused: ")
+    assert name in said[0]
+    assert said[0].endswith("; falling back to the one before")
+
+
+def test_04_the_default_report_is_a_logged_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    put(tmp_path, 1)
+    (put(tmp_path, 2) / "state.json").write_text("")
+    checkpoint.latest(tmp_path)
+    assert "step-00000002 refused" in caplog.text
+
+
+def test_04_all_refused_lists_each(tmp_path: Path) -> None:
+    (put(tmp_path, 1) / "state.json").unlink()
+    (put(tmp_path, 2) / "manifest.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"(?s)got none.*step-00000002/manifest.*step-00000001/state") as caught:
+        checkpoint.latest(tmp_path, report=lambda _: None)
+    assert caught.value.exit_code == 65
+
+
+def test_04_size_expected_and_found_are_named(tmp_path: Path) -> None:
+    path = put(tmp_path, 1)
+    size = (path / "weights.safetensors").stat().st_size
+    with (path / "weights.safetensors").open("ab") as file:
+        file.write(b"x")
+    with pytest.raises(CheckpointError, match=f"weights.safetensors: expected {size} bytes; got {size + 1}"):
+        checkpoint.read(path)
+
+
+def test_05_a_flipped_byte_anywhere_is_refused_or_harmless(tmp_path: Path) -> None:
+    path = put(tmp_path, 1)
+    good, refused, total = checkpoint.read(path), 0, 0
+    for file in sorted(path.iterdir()):
+        content = file.read_bytes()
+        for place in range(len(content)):
+            total += 1
+            file.write_bytes(content[:place] + bytes([content[place] ^ 4]) + content[place + 1 :])
+            try:
+                found = checkpoint.read(path)
+            except CheckpointError:
+                refused += 1
+                continue
+            assert file.name == "manifest.json"  # its white space
+            assert (found.step, found.state) == (good.step, good.state)
+            assert_same(found.tensors["weights"]["w"], good.tensors["weights"]["w"])
+        file.write_bytes(content)
+    assert total > 400
+    assert refused > 0.8 * total
+
+
+def test_05_the_flipped_file_and_both_digests_are_named(tmp_path: Path) -> None:
+    path = put(tmp_path, 1)
+    content = bytearray((path / "weights.safetensors").read_bytes())
+    content[-1] ^= 1
+    (path / "weights.safetensors").write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"weights.safetensors: expected SHA-256 \w{64}; got \w{64}"):
+        checkpoint.read(path)
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"\0" * 40, b"\xff\xfe", b"[]", b"null", b"{}", b"[" * 100_000, b'{"schema": "1"}', b"9" * 5000]
+)
+def test_06_a_garbage_manifest_is_refused(tmp_path: Path, content: bytes) -> None:
+    path = put(tmp_path, 1)
+    (path / "manifest.json").write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"manifest.json: expected .*; got ") as caught:
+        checkpoint.read(path)
+    assert caught.value.exit_code == 65
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "state.json"])
+def test_06_a_huge_file_is_not_read(tmp_path: Path, name: str) -> None:
+    path = put(tmp_path, 1)
+    with (path / name).open("ab") as file:
+        file.truncate(1 << 40)
+    if name == "state.json":
+        edit_manifest(path, lambda manifest: manifest["files"][name].update(size=1 << 40))
+    with pytest.raises(CheckpointError, match=rf"{name}: expected at most {16 << 20} bytes"):
+        checkpoint.read(path)
+
+
+@pytest.mark.parametrize("missing", ["manifest.json", "state.json", "weights.safetensors"])
+def test_06_a_missing_file_is_named(tmp_path: Path, missing: str) -> None:
+    path = put(tmp_path, 1)
+    (path / missing).unlink()
+    with pytest.raises(CheckpointError, match=f"{missing}: expected a plain readable file; got No such file"):
+        checkpoint.read(path)
+
+
+def test_06_a_missing_folder_and_a_file_in_its_place_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "step-00000001").touch()
+    for name in ("step-00000001", "step-00000002"):
+        with pytest.raises(CheckpointError, match="expected a checkpoint folder"):
+            checkpoint.read(tmp_path / name)
+
+
+@pytest.mark.parametrize("content", [b"", b"[1]", b"\xff", b"{"])
+def test_06_a_state_of_another_kind_is_refused_even_if_its_digest_is_right(tmp_path: Path, content: bytes) -> None:
+    path = put(tmp_path, 1)
+    forge(path, "state.json", content)
+    with pytest.raises(CheckpointError, match=r"state.json: expected"):
+        checkpoint.read(path)
+
+
+def test_06_a_checkpoint_under_the_name_of_another_step_is_refused(tmp_path: Path) -> None:
+    put(tmp_path, 1).rename(tmp_path / "step-00000002")
+    with pytest.raises(CheckpointError, match="expected step 2, as the folder says; got step 1"):
+        checkpoint.read(tmp_path / "step-00000002")
+
+
+class Trap:
+    """Unpickling it makes a folder."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.mark),)
+
+
+def test_07_a_pickle_is_never_unpickled(tmp_path: Path) -> None:
+    mark, path = tmp_path / "mark", put(tmp_path / "checkpoints", 1)
+    poison = pickle.dumps(Trap(mark))
+    (path / "extra.pkl").write_bytes(poison)
+    checkpoint.read(path)  # a stranger in the folder is not opened
+    for name in ("weights.safetensors", "state.json", "manifest.json"):
+        path = put(tmp_path / "checkpoints", 1)
+        if name == "manifest.json":
+            (path / name).write_bytes(poison)
+        else:
+            forge(path, name, poison)
+        with pytest.raises(CheckpointError, match=rf"{name}: expected .* got .*that start b'\\x80"):
+            checkpoint.read(path)
+    assert not mark.exists()
+    pickle.loads(poison)
+    assert mark.exists(), "the trap does not work: this test showed nothing"
+
+
+def test_07_a_torch_file_is_refused(tmp_path: Path) -> None:
+    path = put(tmp_path, 1)
+    torch.save({"w": torch.ones(2)}, tmp_path / "file.pt")
+    forge(path, "weights.safetensors", (tmp_path / "file.pt").read_bytes())
+    with pytest.raises(CheckpointError, match="expected safetensors; got"):
+        checkpoint.read(path)
+
+
+# -- row 9: schemas
+
+
+def test_09_a_newer_schema_is_refused_with_a_hint(tmp_path: Path) -> None:
+    path = put(tmp_path, 1)
+    (path / "manifest.json").write_text(json.dumps({"schema": checkpoint.SCHEMA + 1, "unknown": "layout"}))
+    with pytest.raises(CheckpointError, match="schema 1 or older; got schema 2; upgrade pvae"):
+        checkpoint.read(path)
+
+
+def test_09_an_older_schema_migrates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = put(tmp_path, 1)
+    edit_manifest(path, lambda manifest: manifest.update(schema=0))
+    with pytest.raises(CheckpointError, match="schema 0, which nothing migrates"):
+        checkpoint.read(path)
+    monkeypatch.setitem(checkpoint.MIGRATIONS, 0, lambda old: replace(old, state={**old.state, "added": 1}))
+    assert checkpoint.read(path).state == {"epoch": 1, "loss": 1.1, "added": 1}
+    monkeypatch.setattr(checkpoint, "SCHEMA", 2)
+    with pytest.raises(CheckpointError, match="schema 1, which nothing migrates"):
+        checkpoint.read(path)
+    monkeypatch.setitem(checkpoint.MIGRATIONS, 1, lambda old: replace(old, state={"was": old.state["added"]}))
+    assert checkpoint.read(path).state == {"was": 1}
+
+
+# -- row 36: paths
+
+
+@pytest.mark.parametrize(
+    "name", ["../x.safetensors", "/etc/x.safetensors", "..", "a/b.safetensors", "", ".safetensors", "extra.pkl", "x\0"]
+)
+def test_36_a_manifest_names_plain_files_only(tmp_path: Path, name: str) -> None:
+    path = put(tmp_path, 1)
+    edit_manifest(path, lambda manifest: manifest["files"].update({name: {"sha256": "0" * 64, "size": 0}}))
+    with pytest.raises(CheckpointError, match="manifest.json: expected plain names"):
+        checkpoint.read(path)
+
+
+@pytest.mark.parametrize("name", ["weights.safetensors", "state.json", "manifest.json"])
+def test_36_a_link_out_is_refused_even_if_its_bytes_are_right(tmp_path: Path, name: str) -> None:
+    path = put(tmp_path / "checkpoints", 1)
+    (path / name).rename(tmp_path / "outside")
+    (path / name).symlink_to(tmp_path / "outside")
+    if name != "manifest.json":  # so that the size of the link itself is no reason
+        edit_manifest(path, lambda m: m["files"][name].update(size=(path / name).lstat().st_size))
+    with pytest.raises(CheckpointError, match=f"{name}: expected a plain readable file"):
+        checkpoint.read(path)
+
+
+def test_36_a_pipe_or_a_linked_folder_is_refused(tmp_path: Path) -> None:
+    path = put(tmp_path, 1)
+    (tmp_path / "step-00000002").symlink_to(path)
+    with pytest.raises(CheckpointError, match="expected a checkpoint folder; got a link"):
+        checkpoint.read(tmp_path / "step-00000002")
+    (path / "state.json").unlink()
+    os.mkfifo(path / "state.json")
+    edit_manifest(path, lambda manifest: manifest["files"]["state.json"].update(size=0))
+    with pytest.raises(CheckpointError, match=r"state.json: expected a plain readable file; got not a plain file"):
+        checkpoint.read(path)
