@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 
 import pyro
 import torch
-from pyro.distributions import kl_divergence
+from torch.distributions import kl_divergence
 from torch import Tensor
 
 from pvae import seeds

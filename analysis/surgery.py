@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pvae import seeds
 from pvae.analysis.aggregated import AggregatedPosterior
+from pvae.analysis.collapse import active_units, kl_per_dimension
 from pvae.analysis.estimate import Estimate, exact, over_draws
 from pvae.analysis.posterior import Draw, LatentDraw, draw, quiet
 from pvae.errors import DataError
@@ -261,7 +262,7 @@ def _latent(name: str, draws: list[LatentDraw], roots: tuple[set[str], set[str]]
         information = torch.stack([d.log_q for d in draws]) - _log_q_agg(draws)
         mi = over_draws(information)
         marginal = _marginal(kl, information, mi) if name in roots[1] else None
-    return LatentSurgery(over_draws(kl), kl_exact, mi, marginal, _per_dimension(draws), _active(draws[0]))
+    return LatentSurgery(over_draws(kl), kl_exact, mi, marginal, kl_per_dimension(draws), active_units(draws[0]))
 
 
 def _log_q_agg(draws: list[LatentDraw]) -> Tensor:
@@ -271,21 +272,6 @@ def _log_q_agg(draws: list[LatentDraw]) -> Tensor:
     assert scale is not None  # noqa: S101
     mixture = AggregatedPosterior(loc, scale)
     return torch.stack([mixture.log_prob(d.value) for d in draws])
-
-
-def _per_dimension(draws: list[LatentDraw]) -> tuple[float, ...] | None:
-    """Mean KL of every coordinate, closed form, averaged over draws where parameters depend on other latents."""
-    means = []
-    for d in draws:
-        if d.loc is None or d.scale is None or d.prior_loc is None or d.prior_scale is None:
-            return None
-        q, p = torch.distributions.Normal(d.loc, d.scale), torch.distributions.Normal(d.prior_loc, d.prior_scale)
-        means.append(torch.distributions.kl_divergence(q, p).mean(0))
-    return tuple(torch.stack(means).mean(0).tolist())
-
-
-def _active(d: LatentDraw) -> int | None:
-    return None if d.loc is None or len(d.loc) < 2 else int((d.loc.var(0) > 0.01).sum())
 
 
 # ---------------------------------------------------------------------- all latents together

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Literal, final
+from typing import ClassVar, Literal, final
 
 from torch import Tensor, nn
 
@@ -18,6 +18,8 @@ FEATURES = "features"
 
 class Encoder(Component):
     """The amortised part of the guide."""
+
+    default: ClassVar[str] = "shared"
 
     network: Network = MLP()
     """From x to features."""

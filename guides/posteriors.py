@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping
-from typing import Literal, final
+from typing import ClassVar, Literal, final
 
 from torch import nn
 
@@ -16,6 +16,8 @@ from pvae.site import OBSERVED, Link, Site
 
 class Posterior(Component):
     """The density of a latent in the guide."""
+
+    default: ClassVar[str] = "normal"
 
     given: Names = (OBSERVED,)
     """What it is conditioned on: x and, in a hierarchy, other latents."""

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from importlib.metadata import entry_points
 from typing import Annotated, Any, ClassVar, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, GetJsonSchemaHandler
+from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, GetJsonSchemaHandler, SerializationInfo
 from pydantic_core import CoreSchema, InitErrorDetails, PydanticCustomError, ValidationError, core_schema
 
 from pvae.errors import DeclarationError, near
@@ -47,12 +47,14 @@ class Component(Section):
     """A table with a ``kind``: a direct subclass is a family, what is below it are its members."""
 
     tag: ClassVar[str] = "kind"
+    default: ClassVar[str | None] = None
+    """The kind of a table that names none, in families that have a natural one."""
     members: ClassVar[dict[str, type[Component]]]
 
     @classmethod
     def is_family(cls) -> bool:
         """True for ``Prior``, ``Network`` and the like; False for their members."""
-        return Component in cls.__bases__
+        return any(Section in base.__bases__ for base in cls.__bases__)
 
     @classmethod
     def __pydantic_init_subclass__(cls, **_kwargs: Any) -> None:
@@ -75,8 +77,13 @@ class Component(Section):
             return handler(source)
         return core_schema.no_info_plain_validator_function(
             cls.parse,
-            serialization=core_schema.plain_serializer_function_ser_schema(lambda part: part.model_dump()),
+            serialization=core_schema.plain_serializer_function_ser_schema(cls._table, info_arg=True),
         )
+
+    @staticmethod
+    def _table(part: Component, info: SerializationInfo) -> dict[str, Any]:
+        """A member as a table, its kind first."""
+        return {part.tag: getattr(part, part.tag), **part.model_dump(exclude_none=bool(info.exclude_none))}
 
     @classmethod
     def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
@@ -93,7 +100,7 @@ class Component(Section):
         table = {cls.tag: value} if isinstance(value, str) else cls.shorthand(value)
         if not isinstance(table, dict):
             raise PydanticCustomError("component", "a table with `{tag}`, or the name of a kind", {"tag": cls.tag})
-        name = table.get(cls.tag)
+        name = table.get(cls.tag, cls.default)
         if not isinstance(name, str) or name not in cls.members:
             message = f"one of {', '.join(sorted(cls.members))}"
             error = InitErrorDetails(
@@ -104,7 +111,7 @@ class Component(Section):
                 input=name,
             )
             raise ValidationError.from_exception_data(cls.__name__, [error])
-        return cls.members[name].model_validate(table)  # type: ignore[return-value]
+        return cls.members[name].model_validate({**table, cls.tag: name})  # type: ignore[return-value]
 
     @classmethod
     def shorthand(cls, value: Any) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from typing import Literal, Self, final
+from typing import ClassVar, Literal, Self, final
 
 import torch
 from pydantic import Field, model_validator
@@ -17,6 +17,8 @@ from pvae.schedules import Constant, Schedule
 
 class Objective(Component):
     """A loss over `Terms`; `beta` weighs the KL, `free_bits` leaves the first nats of each latent unpenalised."""
+
+    default: ClassVar[str] = "trace_elbo"
 
     beta: Schedule = Constant()
     """Weight of the KL in per-datum nats: 1 is the ELBO, 0 an autoencoder."""

@@ -11,7 +11,7 @@ from typing import Any
 import pyro
 import torch
 from pyro import poutine
-from pyro.distributions import kl_divergence
+from torch.distributions import kl_divergence
 from pyro.distributions.util import scale_and_mask
 from pyro.poutine.indep_messenger import CondIndepStackFrame
 from pyro.poutine.trace_struct import Trace
@@ -140,8 +140,8 @@ class Pair(nn.Module):
             value = store["params"][name]
             self._store["constraints"][name] = store["constraints"][name]
             if id(value) not in known:
-                value = value if isinstance(value, nn.Parameter) else nn.Parameter(value.detach())
-                free[re.sub(r"[^0-9A-Za-z_]", "_", name)] = value
+                value = value if isinstance(value, nn.Parameter) else nn.Parameter(value.detach().clone())
+                free[_attribute(name, free)] = value
             self._store["params"][name] = value
         if len(free):
             self.free = free
@@ -200,16 +200,16 @@ class Pair(nn.Module):
         """
         guide_trace, model_trace = self.traces(x, particles)
         layout = self.layout
-        count = particles if particles > 1 else 0
+        count, size = particles if particles > 1 else 0, full_size(model_trace, layout)
         reconstruction = sum_over(
-            [log_prob(model_trace.nodes[name], layout, count) for name in layout.observed]
+            [log_prob(model_trace.nodes[name], layout, count, size) for name in layout.observed]
         )
         kl = {}
         for name in (*layout.latents, *layout.shared):
             q, p = guide_trace.nodes[name], model_trace.nodes.get(name)
-            exact = closed_kl(q, p, layout, count) if closed_form and p is not None else None
+            exact = closed_kl(q, p, layout, count, size) if closed_form and p is not None else None
             if exact is None:
-                exact = log_prob(q, layout, count) - (0.0 if p is None else log_prob(p, layout, count))
+                exact = log_prob(q, layout, count, size) - (0.0 if p is None else log_prob(p, layout, count, size))
             kl[name] = exact
         return Terms(reconstruction, kl)
 
@@ -247,6 +247,14 @@ def _current_store() -> dict[str, dict[str, Any]]:
     """A shallow copy of the global param store: values a user has already fitted are found and adopted."""
     state = pyro.get_param_store().get_state()
     return {"params": dict(state["params"]), "constraints": dict(state["constraints"])}
+
+
+def _attribute(name: str, free: nn.ParameterDict) -> str:
+    """A param's name as an attribute: `net$$$0.weight` as `net___0_weight`, with `_` appended while it is taken."""
+    key = re.sub(r"[^0-9A-Za-z_]", "_", name)
+    while hasattr(free, key):
+        key += "_"
+    return key
 
 
 # ---------------------------------------------------------------------- reading traces
@@ -315,20 +323,26 @@ def per_datum(value: Tensor, layout: Layout, particles: int) -> Tensor:
     return value.sum(drop) if drop else value
 
 
-def log_prob(node: Mapping[str, Any], layout: Layout, particles: int) -> Tensor:
-    """Log density of a site per datum, nats; a global site's is divided by the size of the data plate."""
+def full_size(model_trace: Trace, layout: Layout) -> int:
+    """Rows of the whole data set, as the data plate declares it; those of the batch where it does not subsample."""
+    frames = (f for name in layout.observed for f in model_trace.nodes[name]["cond_indep_stack"])
+    return next(f.full_size or f.size for f in frames if f.name == layout.plate)
+
+
+def log_prob(node: Mapping[str, Any], layout: Layout, particles: int, size: int = 1) -> Tensor:
+    """Log density of a site per datum, nats; a global site's is divided by the `size` of the data plate."""
     value = node["fn"].log_prob(node["value"])
-    return share(node, value, layout, particles)
+    return share(node, value, layout, particles, size)
 
 
-def share(node: Mapping[str, Any], value: Tensor, layout: Layout, particles: int) -> Tensor:
+def share(node: Mapping[str, Any], value: Tensor, layout: Layout, particles: int, size: int) -> Tensor:
     """A site's batch-shaped nats per datum: masked, weighted by handlers, rid of the plate's own subsampling scale."""
     for frame in node["cond_indep_stack"]:
         if frame.name == layout.plate:
             plate_scale = (frame.full_size or frame.size) / frame.size
             value = scale_and_mask(value, _divided(node["scale"], plate_scale), node["mask"])
             return per_datum(value, layout, particles)
-    value = scale_and_mask(value, node["scale"], node["mask"])
+    value = scale_and_mask(value, node["scale"], node["mask"]) / size
     if particles:
         return value.reshape(particles, -1).sum(-1, keepdim=True) if value.numel() > 1 else value.reshape(1, 1)
     return value.sum().reshape(1)
@@ -339,14 +353,14 @@ def _divided(scale: Any, by: float) -> Any:
 
 
 def closed_kl(
-    q: Mapping[str, Any], p: Mapping[str, Any], layout: Layout, particles: int
+    q: Mapping[str, Any], p: Mapping[str, Any], layout: Layout, particles: int, size: int
 ) -> Tensor | None:
     """KL(q || p) of a site per datum in closed form, or None where torch does not know it."""
     try:
         value = kl_divergence(q["fn"], p["fn"])
     except NotImplementedError:
         return None
-    return share(q, value, layout, particles)
+    return share(q, value, layout, particles, size)
 
 
 # ---------------------------------------------------------------------- findings

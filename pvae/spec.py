@@ -105,7 +105,9 @@ class Plan(Section):
 
     def to_toml(self) -> str:
         """The declaration with every default written out; reads back to an equal one."""
-        return tomli_w.dumps(self.model_dump(exclude_none=True))
+        table = self.model_dump(exclude_none=True)
+        last = {key: table.pop(key) for key in ("objective", "train")}
+        return tomli_w.dumps({**table, **last})
 
 
 class Experiment(Plan):
@@ -315,7 +317,7 @@ def table_at(raw: Any, path: Sequence[Any]) -> tuple[Any, type[BaseModel] | None
 def _member(kind: Any, value: Any) -> Any:
     """The member that a family's table names, if it names one."""
     if isinstance(kind, type) and issubclass(kind, Component) and kind.is_family():
-        name = value.get(kind.tag) if isinstance(value, dict) else value
+        name = value.get(kind.tag, kind.default) if isinstance(value, dict) else value
         return kind.members.get(name, kind) if isinstance(name, str) else kind
     return kind
 

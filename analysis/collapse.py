@@ -1,0 +1,162 @@
+"""Posterior collapse: which coordinates of which latent the guide uses, and what to turn when it uses few."""
+
+from __future__ import annotations
+
+import html
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pvae.analysis.posterior import LatentDraw, draw, quiet
+from pvae.errors import DataError
+from pvae.pair import Pair
+
+ACTIVE = 0.01
+"""Variance over the data of a posterior mean above which a coordinate is active (Burda et al., 2015)."""
+SILENT_NATS = 0.01
+"""Mean KL of a coordinate up to which it carries nothing."""
+THRESHOLDS = tuple(round(10 ** (exponent / 4), 7) for exponent in range(-16, 1))
+"""1e-4 to 1, four to a decade."""
+
+
+@dataclass(frozen=True)
+class LatentCollapse:
+    """How much of one latent is in use."""
+
+    dim: int
+    """Number of coordinates."""
+    activity: tuple[float, ...] | None
+    """Variance over the data of the posterior mean of every coordinate; None where the posterior is not normal."""
+    kl_per_dimension: tuple[float, ...] | None
+    """Mean closed-form KL of every coordinate, nats; None where posterior or prior is not normal."""
+    active: int | None
+    """Coordinates with activity above `ACTIVE`."""
+    idle: int | None
+    """Coordinates that are not active, or whose KL is at most `SILENT_NATS`."""
+    curve: tuple[tuple[float, int], ...]
+    """(threshold, coordinates with more activity), for every one of `THRESHOLDS`."""
+
+
+@dataclass(frozen=True)
+class Collapse:
+    """What each latent uses of its coordinates; collapse is told in `alerts`, never an error."""
+
+    n: int
+    latents: dict[str, LatentCollapse]
+    alerts: tuple[str, ...]
+    """In plain words: which latent, how many units, what to turn."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers and strings, for JSON."""
+        return {
+            "n": self.n,
+            "active_above": ACTIVE,
+            "silent_nats": SILENT_NATS,
+            "latents": {name: asdict(latent) for name, latent in self.latents.items()},
+            "alerts": list(self.alerts),
+        }
+
+    def __str__(self) -> str:
+        lines = [f"active units (variance of the posterior mean over {self.n} rows > {ACTIVE})"]
+        for name, latent in self.latents.items():
+            lines.append(f"{name}: {_of(latent)}")
+        return "\n".join([*lines, *(f"alert: {text}" for text in self.alerts)])
+
+    def _repr_html_(self) -> str:
+        rows = "".join(
+            f"<tr><th>{html.escape(name)}</th><td>{html.escape(_of(z))}</td></tr>" for name, z in self.latents.items()
+        )
+        alerts = "".join(f"<li>{html.escape(text)}</li>" for text in self.alerts)
+        return f"<table><caption>active units, n = {self.n}</caption>{rows}</table><ul>{alerts}</ul>"
+
+
+def _of(latent: LatentCollapse) -> str:
+    return "not known (posterior is not normal)" if latent.active is None else f"{latent.active} of {latent.dim}"
+
+
+def activity(d: LatentDraw) -> Tensor | None:
+    """Variance over the data of the posterior mean, `(D,)`; None for posteriors that are not normal, or one row."""
+    return None if d.loc is None or len(d.loc) < 2 else d.loc.var(0)
+
+
+def active_units(d: LatentDraw) -> int | None:
+    """Coordinates with `activity` above `ACTIVE`."""
+    variance = activity(d)
+    return None if variance is None else int((variance > ACTIVE).sum())
+
+
+def kl_per_dimension(draws: list[LatentDraw]) -> tuple[float, ...] | None:
+    """Mean KL of every coordinate, nats, closed form; averaged over draws where parameters read other latents."""
+    means = []
+    for d in draws:
+        if d.loc is None or d.scale is None or d.prior_loc is None or d.prior_scale is None:
+            return None
+        q, p = torch.distributions.Normal(d.loc, d.scale), torch.distributions.Normal(d.prior_loc, d.prior_scale)
+        means.append(torch.distributions.kl_divergence(q, p).mean(0))
+    return tuple(torch.stack(means).mean(0).tolist())
+
+
+def collapse(pair: Pair, x: Tensor, seed: int = 0) -> Collapse:
+    """Find the coordinates that the guide leaves at the prior.
+
+    A coordinate is active when the variance over the data of its posterior mean is above 0.01. Where a prior reads
+    other latents a coordinate can move with it and still say nothing; it counts as idle when its KL is under 0.01 nats.
+
+    References:
+        Importance Weighted Autoencoders (Burda, Grosse, Salakhutdinov, 2015), https://arxiv.org/abs/1509.00519
+
+    Arguments:
+        pair: any Pyro pair.
+        x: data `(n, *event)`.
+        seed: of the draw (it matters only where a posterior reads other latents).
+
+    Returns:
+        Collapse, exact for one level.
+
+    Raises:
+        DataError: `x` has no rows.
+    """
+    if not len(x):
+        raise DataError("collapse: expected at least one row; got none.")
+    pair.adopt(x)
+    with quiet(pair, x.device, seed):
+        drawn = draw(pair, x)
+    latents = {name: _read(d) for name, d in drawn.latents.items()}
+    alerts = [text for name, latent in latents.items() if (text := alert(name, latent))]
+    return Collapse(len(x), latents, tuple(alerts))
+
+
+def _read(d: LatentDraw) -> LatentCollapse:
+    variance, kl, dim = activity(d), kl_per_dimension([d]), d.value.shape[1]
+    if variance is None:
+        return LatentCollapse(dim, None, kl, None, None, ())
+    idle = variance <= ACTIVE
+    if kl is not None:
+        idle = idle | (torch.tensor(kl, device=idle.device) <= SILENT_NATS)
+    return LatentCollapse(
+        dim=dim,
+        activity=tuple(variance.tolist()),
+        kl_per_dimension=kl,
+        active=int((variance > ACTIVE).sum()),
+        idle=int(idle.sum()),
+        curve=tuple((threshold, int((variance > threshold).sum())) for threshold in THRESHOLDS),
+    )
+
+
+def alert(name: str, latent: LatentCollapse) -> str | None:
+    """What to say of a latent with idle units, and which knob to turn; None when all are in use."""
+    if not latent.idle:
+        return None
+    revive = "give objective.beta a longer linear warm-up from 0, or set objective.free_bits"
+    used = latent.dim - latent.idle
+    if not used:
+        return (
+            f"{name} has collapsed: all {latent.dim} units stay at the prior and carry nothing. To use it, {revive}; "
+            f"a weaker decoder helps too."
+        )
+    head = f"{name}: {latent.idle} of {latent.dim} units are inactive and carry nothing."
+    if latent.idle * 2 >= latent.dim:
+        return f"{head} To use them, {revive}; or shrink latents.{name}.dim to {used}."
+    return f"{head} latents.{name}.dim = {used} would do; to use them, {revive}."

@@ -1,0 +1,564 @@
+"""The report's figures: pure functions from numbers to matplotlib Figures; no pyplot, no global settings."""
+
+from __future__ import annotations
+
+import io
+import math
+import unicodedata
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.font_manager import findfont, get_font
+from matplotlib.patches import Ellipse
+from matplotlib.patheffects import withStroke
+from matplotlib.ticker import MaxNLocator
+from numpy.typing import NDArray
+from scipy.ndimage import gaussian_filter
+
+from pvae.analysis.collapse import ACTIVE, LatentCollapse
+from pvae.analysis.surgery import Surgery
+
+Array = NDArray[np.float64]
+Row = Mapping[str, Any]
+
+DPI = 120
+WIDTH = 6.0
+"""Inches: 720 pixels, so that text is still legible on a phone."""
+BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, RED, PURPLE = (
+    "#000000", "#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7",
+)  # fmt: skip
+"""Okabe and Ito's palette, told apart by every kind of colour vision."""
+GREY, PALE = "#767676", "#C8C8C8"
+SERIES = (BLUE, RED, GREEN, PURPLE, ORANGE, SKY, BLACK)
+CLASSES = (BLUE, ORANGE, GREEN, RED, SKY, PURPLE, BLACK, YELLOW, "#8A8A8A", "#7A4A1E")
+TEXT = 60
+"""Characters of a name that a figure shows."""
+
+STYLE: dict[str, Any] = {
+    "text.parse_math": False,
+    "text.usetex": False,
+    "axes.formatter.use_mathtext": False,
+    "axes.unicode_minus": True,
+    "font.family": ["DejaVu Sans"],
+    "font.size": 10.0,
+    "axes.titlesize": 11.0,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.labelsize": 10.0,
+    "axes.edgecolor": "#888888",
+    "axes.linewidth": 0.8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": False,
+    "axes.facecolor": "white",
+    "figure.facecolor": "white",
+    "figure.dpi": DPI,
+    "savefig.dpi": DPI,
+    "savefig.facecolor": "white",
+    "savefig.bbox": None,
+    "xtick.color": "#444444",
+    "ytick.color": "#444444",
+    "grid.color": "#E4E4E4",
+    "grid.linewidth": 0.8,
+    "legend.frameon": False,
+    "legend.fontsize": 9.0,
+    "lines.linewidth": 1.8,
+    "hatch.linewidth": 0.6,
+    "image.interpolation": "nearest",
+}
+
+
+@contextmanager
+def style() -> Iterator[None]:
+    """The figures' settings for a while; whatever the user has set comes back."""
+    with matplotlib.rc_context(STYLE):
+        yield
+
+
+def figure(height: float) -> Figure:
+    """An empty figure of the report's width, `height` in inches."""
+    made = Figure(figsize=(WIDTH, height), layout="constrained")
+    FigureCanvasAgg(made)
+    return made
+
+
+def png(made: Figure) -> bytes:
+    """PNG bytes at 120 dpi; the same figure gives the same bytes."""
+    buffer = io.BytesIO()
+    with style():
+        made.savefig(buffer, format="png", dpi=DPI, metadata={"Software": None}, pil_kwargs={"optimize": True})
+    return buffer.getvalue()
+
+
+def plain(text: object) -> str:
+    """A name that the font can show: no control characters, at most `TEXT` characters."""
+    known = get_font(findfont("DejaVu Sans")).get_charmap()
+    shown = "".join(
+        "\N{REPLACEMENT CHARACTER}" if unicodedata.category(c) in ("Cc", "Cf", "Cs") or ord(c) not in known else c
+        for c in str(text)
+    )
+    return shown if len(shown) <= TEXT else shown[: TEXT - 1] + "…"
+
+
+def nats(value: float, digits: int = 2) -> str:
+    """A figure with a true minus sign."""
+    return f"{value:.{digits}f}".replace("-", "−")
+
+
+# ---------------------------------------------------------------------- training
+
+
+def series(rows: Sequence[Row], split: str, key: str) -> tuple[Array, Array]:
+    """(epochs, values) of one figure of one split; what is no number is left out."""
+    pairs = [
+        (float(row["epoch"]), float(row[key]))
+        for row in rows
+        if row.get("split") == split and all(_is_number(row.get(name)) for name in ("epoch", key))
+    ]
+    table = np.array(pairs, dtype=np.float64).reshape(-1, 2)
+    return table[:, 0], table[:, 1]
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def training(rows: Sequence[Row], latents: Sequence[str]) -> Figure:
+    """ELBO of train and validation, KL of every latent, and beta, over epochs."""
+    with style():
+        made = figure(6.6)
+        top, middle, bottom = made.subplots(3, 1, sharex=True, height_ratios=[3, 2, 1])
+        _elbo_curves(top, rows)
+        for i, name in enumerate(latents):
+            colour = SERIES[i % len(SERIES)]
+            middle.plot(*series(rows, "train", f"kl/{name}"), color=colour, label=plain(name))
+            middle.plot(*series(rows, "validation", f"kl/{name}"), color=colour, linestyle="--")
+        middle.set_title("KL of every latent (dashed: validation)")
+        middle.set_ylabel("nats")
+        middle.set_ylim(bottom=0)
+        middle.legend(loc="best")
+        epochs, beta = series(rows, "train", "beta")
+        bottom.plot(epochs, beta, color=GREY)
+        bottom.set_title("beta, the weight of the KL in the loss")
+        bottom.set_ylim(-0.05, max(1.05, float(beta.max(initial=0.0)) * 1.05))
+        bottom.set_xlabel("epoch")
+        bottom.xaxis.set_major_locator(MaxNLocator(integer=True))
+        for axes in (top, middle, bottom):
+            axes.grid(axis="y")
+            if len(epochs) == 1:
+                axes.margins(x=0.5)
+    return made
+
+
+def _elbo_curves(axes: Axes, rows: Sequence[Row]) -> None:
+    seen = []
+    for split, colour, dash in (("train", BLUE, "-"), ("validation", RED, "--")):
+        epochs, values = series(rows, split, "elbo")
+        mark = "o" if len(epochs) < 10 else None
+        axes.plot(epochs, values, color=colour, linestyle=dash, label=split, marker=mark, markersize=4)
+        seen.append((epochs, values))
+    epochs, values = seen[1]
+    if len(values):
+        best = int(values.argmax())
+        axes.plot(epochs[best], values[best], "o", color=RED, markersize=7, markerfacecolor="white", markeredgewidth=2)
+        axes.annotate(
+            f"best {nats(values[best])}", (epochs[best], values[best]), xytext=(0, -16), textcoords="offset points",
+            color=RED, ha="right" if epochs[best] > epochs.mean() else "left", fontsize=9,
+        )  # fmt: skip
+    cut = _set_robust_limits(axes, seen)
+    axes.set_title("ELBO" + (" (the first epochs lie below the frame)" if cut else ""))
+    axes.set_ylabel("nats per datum")
+    axes.legend(loc="lower right")
+
+
+def _set_robust_limits(axes: Axes, curves: Sequence[tuple[Array, Array]]) -> bool:
+    """Frame the later nine tenths of training; whether that cuts the beginning off."""
+    last = max((float(epochs[-1]) for epochs, _ in curves if len(epochs)), default=0.0)
+    late = [values[epochs > 0.1 * last] for epochs, values in curves if len(values)]
+    if last < 10 or not late:
+        return False
+    shown, whole = np.concatenate(late), np.concatenate([values for _, values in curves])
+    low, high = float(shown.min()), float(whole.max())
+    margin = 0.08 * max(high - low, 1e-6)
+    axes.set_ylim(low - margin, high + margin)
+    return bool(whole.min() < low - margin)
+
+
+# ---------------------------------------------------------------------- surgery
+
+
+@dataclass(frozen=True)
+class Step:
+    """One line of a waterfall: a level that is reached, or a cost that is paid."""
+
+    label: str
+    value: float
+    is_level: bool = False
+    colour: str = GREY
+
+
+def waterfall_steps(surgery: Surgery) -> list[list[Step]]:
+    """From reconstruction to ELBO: by term, and by latent where there are several."""
+    start = Step("reconstruction", surgery.reconstruction.value, True)
+    end = Step("ELBO", surgery.elbo.value, True)
+    by_latent = [
+        Step(f"KL of {name}", z.kl.value, colour=SERIES[i % len(SERIES)])
+        for i, (name, z) in enumerate(surgery.latents.items())
+    ]
+    if surgery.mutual_information is None or surgery.marginal_kl is None:
+        return [[start, *by_latent, end]]
+    terms = [
+        Step("I_q[x, z]", surgery.mutual_information.value, colour=BLUE),
+        Step("marginal KL", surgery.marginal_kl.value, colour=ORANGE),
+    ]
+    panels = [[start, *terms, end]]
+    return [*panels, [start, *by_latent, end]] if len(by_latent) > 1 else panels
+
+
+def waterfall(surgery: Surgery) -> Figure:
+    """From the reconstruction down through what the code costs to the ELBO, nats per datum."""
+    panels = waterfall_steps(surgery)
+    titles = ("by term", "by latent") if len(panels) > 1 else ("where the nats go",)
+    with style():
+        heights = [0.5 * len(steps) + 0.8 for steps in panels]
+        made = figure(sum(heights) + 0.2)
+        grid = made.subplots(len(panels), 1, squeeze=False, sharex=True, height_ratios=heights)
+        for axes, steps, title in zip(grid[:, 0], panels, titles, strict=True):
+            _fall(axes, steps)
+            axes.set_title(title)
+        grid[-1, 0].set_xlabel("nats per datum")
+    return made
+
+
+def _fall(axes: Axes, steps: Sequence[Step]) -> None:
+    """Levels as ticks, costs as bars from one level down to the next."""
+    position = steps[0].value
+    for i, step in enumerate(steps):
+        if step.is_level:
+            position = step.value
+            axes.plot([position] * 2, [i - 0.38, i + 0.38], color=BLACK, linewidth=3, solid_capstyle="butt")
+            _note(axes, position, i, nats(step.value), toward=1 if i else -1)
+        else:
+            axes.barh(i, -step.value, left=position, height=0.62, color=step.colour)
+            end = min(position, position - step.value)
+            _note(axes, end, i, nats(-step.value), toward=-1)
+            position -= step.value
+        if i + 1 < len(steps):
+            axes.plot([position] * 2, [i, i + 1], color=GREY, linewidth=0.8, linestyle=":", zorder=0)
+    axes.set_yticks(range(len(steps)), [plain(step.label) for step in steps])
+    axes.set_ylim(len(steps) - 0.4, -0.6)
+    axes.margins(x=0.22)
+    axes.tick_params(axis="y", length=0)
+    axes.spines["left"].set_visible(False)
+    axes.grid(axis="x")
+    axes.set_axisbelow(True)
+
+
+def _note(axes: Axes, x: float, y: float, text: str, toward: int) -> None:
+    axes.annotate(
+        text, (x, y), xytext=(6 * toward, 0), textcoords="offset points", va="center", fontsize=10, fontweight="bold",
+        ha="left" if toward > 0 else "right", path_effects=[withStroke(linewidth=3, foreground="white")],
+    )  # fmt: skip
+
+
+# ---------------------------------------------------------------------- latents
+
+
+def units(name: str, latent: LatentCollapse) -> Figure:
+    """KL of every coordinate, sorted, above the variance of its posterior mean with the threshold of activity."""
+    kl = None if latent.kl_per_dimension is None else np.array(latent.kl_per_dimension)
+    variance = None if latent.activity is None else np.array(latent.activity)
+    shown = [values for values in (kl, variance) if values is not None]
+    order = np.argsort(-shown[0], kind="stable")
+    active = variance[order] > ACTIVE if variance is not None else np.ones(len(order), bool)
+    with style():
+        made = figure(2.1 * len(shown) + 0.5)
+        grid = list(made.subplots(len(shown), 1, squeeze=False, sharex=True)[:, 0])
+        if kl is not None:
+            _bars(grid[0], kl[order], active)
+            grid[0].set_title(f"{plain(name)}: KL per coordinate, largest first")
+            grid[0].set_ylabel("nats")
+        if variance is not None:
+            _activity(grid[-1], variance[order], active)
+        grid[-1].set_xlabel(f"rank of the coordinate (1 to {latent.dim})")
+        grid[-1].xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+        grid[-1].set_xlim(0.3, latent.dim + 0.7)
+    return made
+
+
+def _bars(axes: Axes, heights: Array, active: NDArray[np.bool_], bottom: float = 0.0) -> None:
+    place = np.arange(1, len(heights) + 1)
+    width = 0.82 if len(heights) <= 100 else 1.0
+    axes.bar(place[active], heights[active] - bottom, width, bottom=bottom, color=BLUE, label="active")
+    if not active.all():
+        axes.bar(
+            place[~active], heights[~active] - bottom, width, bottom=bottom, color="white", edgecolor=GREY,
+            hatch="////" if len(heights) <= 100 else None, label="inactive",
+        )  # fmt: skip
+        axes.legend(loc="upper right", ncols=2)
+    axes.grid(axis="y")
+    axes.set_axisbelow(True)
+
+
+def _activity(axes: Axes, variance: Array, active: NDArray[np.bool_]) -> None:
+    floor = 1e-5
+    axes.set_yscale("log")
+    _bars(axes, np.maximum(variance, floor), active, bottom=floor / 2)
+    axes.axhline(ACTIVE, color=RED, linestyle="--", linewidth=1.5)
+    axes.annotate(
+        f"active above {ACTIVE}", (1, ACTIVE), xycoords=("axes fraction", "data"), xytext=(-2, 3), fontsize=9,
+        textcoords="offset points", ha="right", color=RED, path_effects=[withStroke(linewidth=3, foreground="white")],
+    )  # fmt: skip
+    axes.set_ylim(floor / 2, max(3.0, float(variance.max()) * 2))
+    axes.set_yticks([1e-4, 1e-2, 1.0], ["0.0001", "0.01", "1"])
+    axes.minorticks_off()
+    axes.set_title("Variance of its posterior mean over the data")
+    if axes.get_legend() is not None and len(variance):
+        axes.get_legend().remove()
+
+
+@dataclass(frozen=True)
+class Cloud:
+    """What the plane of one latent shows."""
+
+    name: str
+    means: Array
+    """Posterior means, `(n, D)`."""
+    values: Array
+    """One draw of q_agg per datum, `(n, D)`."""
+    prior: Array
+    """Draws of the prior, `(m, D)`."""
+    prior_normal: tuple[Array, Array] | None = None
+    """Location and scale `(D,)` where the prior is one diagonal normal for all rows."""
+
+
+def leading(means: Array) -> tuple[Array, Array, Array]:
+    """(centre `(D,)`, the two leading directions `(D, 2)`, their shares of the variance); signs are fixed."""
+    centre = means.mean(0)
+    _, singular, directions = np.linalg.svd(means - centre, full_matrices=False)
+    total = float((singular**2).sum())
+    two = directions[:2].T
+    signs = np.sign(two[np.abs(two).argmax(0), range(two.shape[1])])
+    return centre, two * np.where(signs == 0, 1, signs), singular[:2] ** 2 / (total or 1.0)
+
+
+def groups(labels: NDArray[Any] | None) -> list[int]:
+    """The classes worth colouring: at most ten whole numbers; else none."""
+    if labels is None or labels.ndim != 1 or not len(labels) or not np.array_equal(labels, np.round(labels)):
+        return []
+    found = np.unique(labels)
+    return [int(value) for value in found] if 1 < len(found) <= len(CLASSES) else []
+
+
+def plane(cloud: Cloud, labels: NDArray[Any] | None = None) -> Figure:
+    """q_agg against the prior in the two leading directions of the posterior means (a histogram for one coordinate)."""
+    with style():
+        made = figure(5.4 if cloud.values.shape[1] > 1 and len(cloud.means) > 1 else 3.0)
+        axes = made.subplots()
+        if cloud.values.shape[1] == 1 or len(cloud.means) < 2:
+            _line_of(axes, cloud)
+            return made
+        centre, directions, shares = leading(cloud.means)
+        points, prior = (cloud.values - centre) @ directions, (cloud.prior - centre) @ directions
+        _scatter(axes, points, labels)
+        if cloud.prior_normal is not None:
+            _ellipses(axes, cloud.prior_normal, centre, directions)
+        else:
+            _contours(axes, prior, points)
+        axes.set_title(f"{plain(cloud.name)}: aggregated posterior and prior")
+        axes.set_xlabel(f"direction 1 ({shares[0]:.0%} of the means' variance)")
+        axes.set_ylabel(f"direction 2 ({shares[1]:.0%})")
+        axes.set_aspect("equal", adjustable="datalim")
+        handles, names = axes.get_legend_handles_labels()
+        made.legend(handles, names, loc="outside lower center", ncols=6, markerscale=3, columnspacing=1.0)
+    return made
+
+
+def _line_of(axes: Axes, cloud: Cloud) -> None:
+    values, prior = cloud.values[:, 0], cloud.prior[:, 0]
+    edges = np.linspace(min(values.min(), prior.min()), max(values.max(), prior.max()), 61)
+    axes.hist(values, edges, density=True, color=SKY, label="aggregated posterior")
+    axes.hist(prior, edges, density=True, histtype="step", color=BLACK, linewidth=1.6, label="prior")
+    axes.set_title(f"{plain(cloud.name)}: aggregated posterior and prior")
+    axes.set_xlabel(plain(cloud.name))
+    axes.set_ylabel("density")
+    axes.legend(loc="best")
+
+
+def _scatter(axes: Axes, points: Array, labels: NDArray[Any] | None) -> None:
+    size = float(np.clip(9000 / len(points), 3, 16))
+    found = groups(labels)
+    if not found or labels is None:
+        axes.scatter(*points.T, s=size, color=BLUE, alpha=0.5, linewidths=0, label="draws of q(z | x)")
+        return
+    for i, value in enumerate(found):
+        chosen = points[labels == value]
+        axes.scatter(*chosen.T, s=size, color=CLASSES[i], alpha=0.65, linewidths=0, label=str(value))
+    for i, value in enumerate(found):
+        axes.annotate(
+            str(value), np.median(points[labels == value], 0), ha="center", va="center", fontsize=13,
+            fontweight="bold", color=CLASSES[i] if CLASSES[i] != YELLOW else "#8A7D00",
+            path_effects=[withStroke(linewidth=3.5, foreground="white")],
+        )  # fmt: skip
+
+
+def _ellipses(axes: Axes, normal: tuple[Array, Array], centre: Array, directions: Array) -> None:
+    """Where the prior has 1, 2 and 3 standard deviations in the plane."""
+    loc, scale = normal
+    middle = (loc - centre) @ directions
+    variances, turn = np.linalg.eigh(directions.T @ np.diag(scale**2) @ directions)
+    angle = math.degrees(math.atan2(turn[1, 0], turn[0, 0]))
+    for k in (1, 2, 3):
+        width, height = 2 * k * np.sqrt(variances)
+        label = "prior: 1, 2, 3 sd" if k == 1 else None
+        axes.add_patch(
+            Ellipse((middle[0], middle[1]), width, height, angle=angle, fill=False, color=BLACK, lw=1.2, label=label)
+        )
+    axes.plot(*middle, "+", color=BLACK, markersize=9)
+    reach = 3.1 * float(np.sqrt(variances.max()))
+    axes.update_datalim([middle - reach, middle + reach])
+
+
+def _contours(axes: Axes, prior: Array, points: Array) -> None:
+    """Regions that hold 39, 86 and 99 % of the prior's draws: what 1, 2, 3 standard deviations hold of a normal."""
+    both = np.concatenate([prior, points])
+    low, high = both.min(0), both.max(0)
+    pad = 0.15 * np.maximum(high - low, 1e-6)
+    edges = [np.linspace(low[i] - pad[i], high[i] + pad[i], 71) for i in (0, 1)]
+    counts, _, _ = np.histogram2d(prior[:, 0], prior[:, 1], bins=edges)
+    density = gaussian_filter(counts, 2.0)
+    ranked = np.sort(density.ravel())[::-1]
+    held = np.cumsum(ranked) / max(float(ranked.sum()), 1e-300)
+    levels = sorted({float(ranked[min(int(np.searchsorted(held, mass)), len(ranked) - 1)]) for mass in (0.39, 0.86, 0.99)})
+    middles = [(edge[1:] + edge[:-1]) / 2 for edge in edges]
+    if levels and levels[0] > 0:
+        axes.contour(*middles, density.T, levels=levels, colors=BLACK, linewidths=1.2)
+    axes.plot([], [], color=BLACK, linewidth=1.2, label="prior: 39, 86, 99 % of its draws")
+
+
+# ---------------------------------------------------------------------- data
+
+
+def is_image(shape: Sequence[int]) -> bool:
+    """Whether an event `(1|3, H, W)` or `(H, W)` can be shown as a picture."""
+    return (len(shape) == 3 and shape[0] in (1, 3)) or (len(shape) == 2 and min(shape) > 1)
+
+
+def tiles(images: Array, columns: int, low: float, high: float) -> Array:
+    """Pictures `(n, 1|3, H, W)` or `(n, H, W)` side by side with white between them, `(rows H, columns W, 3)`."""
+    images = images[:, None] if images.ndim == 3 else images
+    grey = np.clip((images - low) / ((high - low) or 1.0), 0, 1)
+    colour = np.broadcast_to(grey, (len(grey), 3, *grey.shape[2:])).transpose(0, 2, 3, 1)
+    h, w = colour.shape[1:3]
+    gap = max(1, round(w / 10))
+    rows = math.ceil(len(colour) / columns)
+    out = np.ones((rows * (h + gap) - gap, columns * (w + gap) - gap, 3))
+    for i, picture in enumerate(colour):
+        top, left = i // columns * (h + gap), i % columns * (w + gap)
+        out[top : top + h, left : left + w] = picture
+    return out
+
+
+@dataclass(frozen=True)
+class Rebuilt:
+    """Some data beside the mean of p(x | z) at their own draw of z."""
+
+    title: str
+    data: Array
+    means: Array
+    nats: Array
+
+
+def reconstructions(parts: Sequence[Rebuilt], low: float, high: float) -> Figure:
+    """Best, median and worst data by log p(x | z): the datum above, the decoder's mean below."""
+    shape = parts[0].data.shape[1:]
+    with style():
+        if is_image(shape):
+            return _rebuilt_images(parts, low, high)
+        return _rebuilt_lines(parts)
+
+
+def _rebuilt_images(parts: Sequence[Rebuilt], low: float, high: float) -> Figure:
+    columns = max(len(part.data) for part in parts)
+    h, w = parts[0].data.shape[-2:]
+    made = figure(len(parts) * (2.15 * WIDTH / columns * h / w + 0.62))
+    grid = made.subplots(len(parts), 1, squeeze=False)
+    for axes, part in zip(grid[:, 0], parts, strict=True):
+        axes.imshow(tiles(np.concatenate([part.data, part.means]), len(part.data), low, high), aspect="equal")
+        gap = max(1, round(w / 10))
+        axes.set_xticks([i * (w + gap) + w / 2 - 0.5 for i in range(len(part.nats))], [nats(v, 1) for v in part.nats])
+        axes.set_yticks([h / 2, h + gap + h / 2], ["data", "mean"])
+        axes.tick_params(length=0, labelsize=9)
+        axes.spines[:].set_visible(False)
+        axes.set_title(part.title)
+    return made
+
+
+def _rebuilt_lines(parts: Sequence[Rebuilt]) -> Figure:
+    made = figure(1.6 * len(parts) + 0.4)
+    columns = min(4, max(len(part.data) for part in parts))
+    grid = made.subplots(len(parts), columns, squeeze=False, sharex=True)
+    for row, part in zip(grid, parts, strict=True):
+        for i, axes in enumerate(row):
+            if i >= len(part.data):
+                axes.set_axis_off()
+                continue
+            data, mean = part.data[i].ravel(), part.means[i].ravel()
+            mark = "o" if len(data) <= 40 else None
+            axes.plot(data, color=BLACK, linewidth=1, marker=mark, markersize=3, label="data")
+            axes.plot(mean, color=ORANGE, linewidth=1.6, label="mean of p(x | z)")
+            axes.set_title(f"{part.title}: {nats(part.nats[i], 1)}" if i == 0 else nats(part.nats[i], 1), fontsize=9)
+            axes.tick_params(labelsize=8)
+            axes.xaxis.set_major_locator(MaxNLocator(3, integer=True))
+    handles, names = grid[0, 0].get_legend_handles_labels()
+    made.legend(handles, names, loc="outside lower center", ncols=2)
+    return made
+
+
+def samples(means: Array, data: Array, low: float, high: float) -> Figure:
+    """Means of p(x | z) for draws of the prior; beside some data where events are no pictures."""
+    shape = means.shape[1:]
+    with style():
+        if is_image(shape):
+            columns = min(10, len(means))
+            rows = math.ceil(len(means) / columns)
+            made = figure(rows * WIDTH / columns * shape[-2] / shape[-1] + 0.1)
+            axes = made.subplots()
+            axes.imshow(tiles(means, columns, low, high), aspect="equal")
+            axes.set_axis_off()
+            return made
+        return _sampled_vectors(means.reshape(len(means), -1), data.reshape(len(data), -1))
+
+
+def _sampled_vectors(means: Array, data: Array) -> Figure:
+    if means.shape[1] > 2:
+        made = figure(4.6)
+        top, bottom = made.subplots(2, 1, sharex=True, sharey=True)
+        for axes, values, title, colour in ((top, data, "data", BLACK), (bottom, means, "means of p(x | z)", ORANGE)):
+            axes.plot(values[:40].T, color=colour, linewidth=0.8, alpha=0.5)
+            axes.set_title(title)
+        bottom.set_xlabel("coordinate of x")
+        bottom.xaxis.set_major_locator(MaxNLocator(integer=True))
+        return made
+    made = figure(3.4)
+    axes = made.subplots()
+    if means.shape[1] == 2:
+        axes.scatter(*data.T, s=10, color=GREY, alpha=0.5, linewidths=0, label="data")
+        axes.scatter(*means.T, s=16, color=ORANGE, linewidths=0, label="means of p(x | z)")
+    else:
+        axes.hist(data[:, 0], 40, density=True, color=PALE, label="data")
+        axes.hist(means[:, 0], 40, density=True, histtype="step", color=RED, linewidth=1.6, label="means of p(x | z)")
+    axes.legend(loc="best")
+    return made
+
+
+def threshold_table(latent: LatentCollapse) -> Iterable[tuple[float, int]]:
+    """The curve of active units at whole powers of ten."""
+    return [(threshold, count) for threshold, count in latent.curve[::4]]

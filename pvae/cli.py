@@ -1,0 +1,329 @@
+"""The command line: thin over the Python interface; heavy imports happen inside the commands that need them."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from pvae import __version__
+from pvae.errors import DeclarationError, PvaeError
+
+if TYPE_CHECKING:
+    from pvae.run import Run
+    from pvae.spec import Experiment
+
+app = typer.Typer(
+    name="pvae",
+    help="Declare a latent-variable model, fit it by SVI, see where every nat of its ELBO goes.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+NAME = Annotated[str, typer.Argument(help="A zoo name (see `pvae list`) or a TOML file.", metavar="NAME_OR_FILE")]
+RUN = Annotated[str, typer.Argument(help="A run: its folder, its name (the newest), name/id, or latest.")]
+OVERRIDES = Annotated[list[str] | None, typer.Argument(help="Dotted overrides: train.epochs=20", metavar="[KEY=VALUE]...")]
+RUN_DIR = Annotated[Path, typer.Option("--run-dir", help="Where runs are kept.", envvar="PVAE_RUN_DIR")]
+DATA_DIR = Annotated[Path | None, typer.Option("--data-dir", help="Where to look for data first.", envvar="PVAE_DATA_DIR")]
+DEVICE = Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")]
+JSON = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
+SPLIT = Annotated[str, typer.Option("--split", help="train, validation or test.")]
+SEED = Annotated[int, typer.Option("--seed", help="Seed of the draws.")]
+RUNS = Path("runs")
+
+
+def emit(data: Any) -> None:
+    """JSON on standard output."""
+    typer.echo(json.dumps(data, indent=2, allow_nan=False))
+
+
+def say(renderable: Any) -> None:
+    """Something rich can draw, on standard output; wide when it is not a terminal."""
+    from rich.console import Console
+
+    Console(width=None if sys.stdout.isatty() else 120).print(renderable)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"pvae {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")] = False,
+    plugins: Annotated[list[str] | None, typer.Option("--import", help="Import a module that defines kinds.")] = None,
+) -> None:
+    if plugins:
+        from pvae.component import load_plugins
+
+        sys.path.insert(0, os.getcwd())
+        load_plugins(tuple(plugins))
+
+
+def _load(name: str, overrides: list[str] | None) -> Experiment:
+    from pvae.component import load_plugins
+    from pvae.spec import Experiment
+
+    load_plugins(report=lambda line: typer.echo(line, err=True))
+    return Experiment.load(name, overrides or ())
+
+
+def _run(run: str, run_dir: Path, data_dir: Path | None) -> Run:
+    from pvae.component import load_plugins
+    from pvae.run import Run
+
+    load_plugins(report=lambda line: typer.echo(line, err=True))
+    return Run.load(run, root=run_dir, data_dir=data_dir)
+
+
+# ---------------------------------------------------------------------- declarations
+
+
+@app.command("list")
+def list_zoo(as_json: JSON = False) -> None:
+    """Show the zoo: one declared file for every system."""
+    from pvae import zoo
+
+    entries = zoo.entries()
+    if as_json:
+        emit([{"name": name, "description": text} for name, text in entries])
+        return
+    width = max(len(name) for name, _ in entries)
+    for name, text in entries:
+        typer.echo(f"{name:{width}}  {text}")
+
+
+@app.command()
+def new(
+    name: Annotated[str, typer.Argument(help="Name of the experiment; writes NAME.toml.")],
+    like: Annotated[str, typer.Option("--like", help="Zoo entry to start from.")] = "vae",
+) -> None:
+    """Write a starter file."""
+    from pvae import zoo
+    from pvae.rundir import slug
+
+    path = Path(f"{slug(name)}.toml")
+    if path.exists():
+        raise DeclarationError(f"{path}: expected a new name; a file of this name is there already.")
+    head, rest = zoo.find(like).read_text().split("\n", 1)
+    path.write_text(f"#:schema pvae.schema.json\nname = {json.dumps(name)}\n{rest if head.startswith('name') else head + rest}")
+    typer.echo(f"wrote {path}; check it with: pvae check {path}")
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of a declaration, for editors."""
+    from pvae.spec import Experiment
+
+    typer.echo(Experiment.schema_json())
+
+
+@app.command()
+def check(
+    file: NAME,
+    overrides: OVERRIDES = None,
+    build: Annotated[bool, typer.Option("--build", help="Also load data, build, and take one ELBO.")] = False,
+    data_dir: DATA_DIR = None,
+) -> None:
+    """Check a declaration; with --build also its data, shapes and one ELBO on a tiny batch."""
+    experiment = _load(file, overrides)
+    if not build:
+        typer.echo(f"{file}: ok")
+        return
+    from pvae.data import load
+    from pvae.svi import evaluate
+
+    data = load(experiment.data, data_dir=data_dir, seed=experiment.seed)
+    data.require_support(experiment.decoder.likelihood.support, experiment.decoder.likelihood.hint)
+    pair = experiment.build(data.shape)
+    rows = data.train.x[:4]
+    problems = pair.check(rows)
+    if problems:
+        raise DeclarationError([f"{file}: {problem}" for problem in problems])
+    terms = evaluate(pair, rows, experiment.seed)
+    count = sum(p.numel() for p in pair.parameters())
+    typer.echo(
+        f"{file}: ok; x {list(data.shape)}, {len(data.train)} training rows, {count:,} parameters, "
+        f"ELBO of {len(rows)} rows before training {terms['elbo']:.2f} nats per datum"
+    )
+
+
+@app.command()
+def show(file: NAME, overrides: OVERRIDES = None, data_dir: DATA_DIR = None) -> None:
+    """Read a declaration back: graph, formulas, shapes, parameter counts."""
+    from pvae.data import load
+    from pvae.show import render
+
+    experiment = _load(file, overrides)
+    data = load(experiment.data, data_dir=data_dir, seed=experiment.seed)
+    say(render(experiment, data.shape, experiment.build(data.shape)))
+
+
+# ---------------------------------------------------------------------- fitting
+
+
+@app.command()
+def fit(
+    name: NAME,
+    overrides: OVERRIDES = None,
+    device: DEVICE = "auto",
+    run_dir: RUN_DIR = RUNS,
+    data_dir: DATA_DIR = None,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
+) -> None:
+    """Fit an experiment and keep everything in a run directory."""
+    from pvae.svi import fit as fit_experiment
+
+    experiment = _load(name, overrides)
+    run = fit_experiment(experiment, run_dir=run_dir, data_dir=data_dir, device=device, progress=not quiet)
+    _finished(run)
+
+
+@app.command()
+def resume(
+    run: RUN,
+    overrides: OVERRIDES = None,
+    allow_changes: Annotated[bool, typer.Option("--allow-changes", help="Accept an inexact continuation.")] = False,
+    device: DEVICE = "auto",
+    run_dir: RUN_DIR = RUNS,
+    data_dir: DATA_DIR = None,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
+) -> None:
+    """Go on where a run stopped; bit for bit on a CPU."""
+    from pvae.svi import resume as resume_run
+
+    opened = _run(run, run_dir, data_dir)
+    if opened.status.get("state") == "finished" and not overrides:
+        typer.echo(f"{opened.path} is finished (epoch {opened.status.get('epoch')}); nothing to resume")
+        return
+    done = resume_run(
+        opened, *(overrides or ()), allow_changes=allow_changes, device=device, progress=not quiet
+    )
+    _finished(done)
+
+
+def _finished(run: Run) -> None:
+    status = run.status
+    elbo = status.get("elbo")
+    figure = f", best validation ELBO {elbo:.3f} nats per datum" if isinstance(elbo, float) else ""
+    typer.echo(f"{run.path}: epoch {status.get('epoch')} of {status.get('epochs')}, {status.get('seconds')} s{figure}")
+
+
+@app.command()
+def runs(run_dir: RUN_DIR = RUNS, as_json: JSON = False) -> None:
+    """List runs with their state."""
+    from pvae.rundir import list_runs
+
+    rows = list_runs(run_dir)
+    if as_json:
+        emit(rows)
+        return
+    if not rows:
+        typer.echo(f"no runs in {run_dir}; make one with: pvae fit vae")
+    for row in rows:
+        elbo = f"{row['elbo']:.3f}" if isinstance(row.get("elbo"), float) else "-"
+        epochs = f"{row.get('epoch') if row.get('epoch') is not None else '-'}/{row.get('epochs') or '-'}"
+        typer.echo(f"{row['state']:12} {epochs:>9}  elbo {elbo:>10}  {row['path']}")
+
+
+# ---------------------------------------------------------------------- analysis
+
+
+@app.command()
+def surgery(
+    run: RUN,
+    split: SPLIT = "test",
+    samples: Annotated[int, typer.Option("--samples", min=1, help="Draws per datum.")] = 1,
+    seed: SEED = 0,
+    run_dir: RUN_DIR = RUNS,
+    data_dir: DATA_DIR = None,
+    as_json: JSON = False,
+) -> None:
+    """Take the ELBO apart: reconstruction, mutual information, marginal KL."""
+    from pvae.analysis import surgery as take_apart
+
+    opened = _run(run, run_dir, data_dir)
+    result = take_apart(opened.pair, opened.data.split(split).x, samples=samples, seed=seed)
+    if as_json:
+        emit({"run": str(opened.path), "split": split, **result.to_dict()})
+    else:
+        say(result)
+
+
+@app.command()
+def evidence(
+    run: RUN,
+    split: SPLIT = "test",
+    samples: Annotated[int, typer.Option("--samples", min=1, help="Importance samples per datum.")] = 5000,
+    seed: SEED = 0,
+    run_dir: RUN_DIR = RUNS,
+    data_dir: DATA_DIR = None,
+    as_json: JSON = False,
+) -> None:
+    """Bound log p(x) from below with importance samples (IWAE)."""
+    from pvae.analysis import evidence as bound
+    from pvae.progress import Progress
+
+    opened = _run(run, run_dir, data_dir)
+    x = opened.data.split(split).x
+    with Progress(len(x), "evidence", show=not as_json) as bar:
+        result = bound(opened.pair, x, samples=samples, seed=seed, on_progress=lambda done, _: bar.update(done))
+    if as_json:
+        emit({"run": str(opened.path), "split": split, **result.to_dict()})
+    else:
+        typer.echo(str(result))
+
+
+@app.command()
+def report(run: RUN, run_dir: RUN_DIR = RUNS, data_dir: DATA_DIR = None, split: SPLIT = "test") -> None:
+    """Write the report of a run: one HTML file."""
+    from pvae.analysis import report as write_report
+    from pvae.analysis import surgery as take_apart
+
+    opened = _run(run, run_dir, data_dir)
+    path = write_report(opened, split=split)
+    say(take_apart(opened.pair, opened.data.split(split).x))
+    typer.echo(f"report: {path}")
+
+
+# ---------------------------------------------------------------------- entry
+
+
+def main() -> None:
+    """Run the command line; every deliberate error becomes its message and its exit code."""
+    try:
+        code = app(standalone_mode=False)
+    except PvaeError as error:
+        for line in str(error).splitlines():
+            print(line, file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+    except Exception as error:
+        _usage_or_bug(error)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _usage_or_bug(error: Exception) -> None:
+    """Wrong usage is shown as the parser words it; anything else is a bug and keeps its traceback."""
+    show_usage = getattr(error, "show", None)
+    if show_usage is None:
+        raise error
+    show_usage()
+    sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

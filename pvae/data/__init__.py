@@ -1,0 +1,52 @@
+"""Where data come from: declared sources, their files, and the splits as tensors.
+
+Importing this package imports neither torch nor numpy; each name is fetched where it lives on first use.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pvae.data.dataset import Dataset, Split, load
+    from pvae.data.declared import MNIST, Data, Digits, FashionMNIST, Npz, Splits, TensorSource
+    from pvae.data.rows import Rows
+
+_HOMES = {
+    "Data": "declared",
+    "Dataset": "dataset",
+    "Digits": "declared",
+    "FashionMNIST": "declared",
+    "MNIST": "declared",
+    "Npz": "declared",
+    "Rows": "rows",
+    "Split": "dataset",
+    "Splits": "declared",
+    "TensorSource": "declared",
+    "load": "dataset",
+}
+
+__all__ = [
+    "MNIST",
+    "Data",
+    "Dataset",
+    "Digits",
+    "FashionMNIST",
+    "Npz",
+    "Rows",
+    "Split",
+    "Splits",
+    "TensorSource",
+    "load",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(f"pvae.data.{_HOMES[name]}"), name)
+    raise AttributeError(f"module 'pvae.data' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

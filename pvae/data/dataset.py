@@ -1,0 +1,253 @@
+"""Splits as tensors: what a fit draws its batches from, and what the analyses read."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.distributions import constraints
+
+from pvae.data.declared import Data, TensorSource
+from pvae.data.prepare import Prepared, prepare, scaled
+from pvae.data.rows import CHUNK_ELEMENTS, SPLITS, Array, Part, Rows, joined, partition, reshape, shared_rows
+from pvae.errors import DataError, DeclarationError, near
+
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """One split.
+
+    Arguments:
+        name: "train", "validation" or "test".
+        x: (n, *shape) float32.
+        y: (n,) int64 labels, or None.
+        raw: (n, *shape) intensities in [0, 1] that `draw` binarises anew, or None.
+    """
+
+    name: str
+    x: Tensor
+    y: Tensor | None = None
+    raw: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def draw(self, index: Tensor) -> Tensor:
+        """A batch (len(index), *shape): the rows, or a new Bernoulli draw of them from torch's global generator."""
+        return self.x[index] if self.raw is None else torch.bernoulli(self.raw[index])
+
+    def to(self, device: str | torch.device) -> Split:
+        """The split on a device."""
+        y = None if self.y is None else self.y.to(device)
+        raw = None if self.raw is None else self.raw.to(device)
+        return Split(self.name, self.x.to(device), y, raw)
+
+    def chunks(self) -> Sequence[Tensor]:
+        """x in pieces whose float64 copy is small."""
+        return self.x.split(max(1, CHUNK_ELEMENTS // max(1, self.x[0].numel())))
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """Three splits of one source.
+
+    Arguments:
+        shape: of one row.
+        source: the declared source's name.
+        binarize: "none", "threshold", "static" or "dynamic".
+        fingerprint: SHA-256 over every value, in hexadecimal: the same data, the same fingerprint.
+        label_names: a name for each label, or None.
+        notes: what is worth knowing and no error: rows shared between splits, constant features.
+    """
+
+    train: Split
+    validation: Split
+    test: Split
+    shape: tuple[int, ...]
+    source: str
+    binarize: str
+    fingerprint: str
+    label_names: tuple[str, ...] | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def splits(self) -> tuple[Split, Split, Split]:
+        """Train, validation, test."""
+        return self.train, self.validation, self.test
+
+    def split(self, name: str) -> Split:
+        """A split by name.
+
+        Raises:
+            DeclarationError: there is none of that name.
+        """
+        found = {split.name: split for split in self.splits}
+        if name not in found:
+            raise DeclarationError(f"Expected a split, {', '.join(found)}; got {name!r}{near(name, found)}.")
+        return found[name]
+
+    def to(self, device: str | torch.device) -> Dataset:
+        """The data on a device."""
+        moved = {split.name: split.to(device) for split in self.splits}
+        return replace(self, **moved)  # type: ignore[arg-type]
+
+    @classmethod
+    def from_tensors(
+        cls,
+        x: Tensor | ArrayLike,
+        y: Tensor | ArrayLike | None = None,
+        *,
+        validation: Any = None,
+        test: Any = None,
+        declared: TensorSource | None = None,
+        label_names: Sequence[str] | None = None,
+    ) -> Dataset:
+        """Data passed in Python; copied, as float32.
+
+        Arguments:
+            x: (n, *shape), any real type.
+            y: (n,) integer labels.
+            validation: (m, *shape), or a tuple (x, y); None takes a seeded tenth of the training rows.
+            test: as ``validation``.
+            declared: scale, binarisation, shape, splits and the seed of the permutation.
+            label_names: a name for each label.
+
+        Raises:
+            DataError: the data are empty, not finite, of unlike shapes, or do not fit what is declared.
+
+        Example:
+            >>> Dataset.from_tensors(torch.rand(50, 3)).validation.x.shape
+            torch.Size([5, 3])
+        """
+        declared = declared or TensorSource()
+        given = {"train": (x, y)}
+        given |= {name: _pair(part) for name, part in (("validation", validation), ("test", test)) if part is not None}
+        arrays = {name: (_array(a, name), None if b is None else _array(b, name)) for name, (a, b) in given.items()}
+        if len(given) > 1 and declared.splits.declared:
+            raise DataError("Expected data.splits or validation=... and test=...; got both.")
+        rows = joined(arrays, declared.split_seed)
+        return _assembled(declared, replace(rows, label_names=tuple(label_names) if label_names else None))
+
+    def require_support(self, constraint: constraints.Constraint, hint: str) -> None:
+        """Refuse data that a likelihood cannot score.
+
+        Arguments:
+            constraint: the support of the likelihood; of its elements, when it is one of whole events.
+            hint: the transform to use instead.
+
+        Raises:
+            DataError: with the first value outside: its split, row, element, and what is expected.
+        """
+        element = _elementwise(constraint)
+        for split in self.splits:
+            _require_split(split, element, hint)
+
+
+def load(data: Data, *, data_dir: Path | None = None, seed: int = 0) -> Dataset:
+    """Read a declared source, and prepare its splits.
+
+    Arguments:
+        data: the declaration.
+        data_dir: where to look for files first.
+        seed: handed to sources that simulate their data; what is stored is the same for every seed.
+
+    Raises:
+        DataError: data are missing, damaged, not finite, or do not fit the declaration.
+    """
+    return _assembled(data, data.read(data_dir, seed))
+
+
+def _assembled(data: Data, rows: Rows) -> Dataset:
+    parts = partition(data.splits, rows)
+    x = reshape(rows, data.shape)
+    prepared = prepare(scaled(data.scale, rows, x, parts["train"]), parts, data.binarize)
+    splits = {name: _split(name, prepared, rows.y, parts[name]) for name in SPLITS}
+    return Dataset(
+        **splits,
+        shape=tuple(x.shape[1:]),
+        source=str(getattr(data, data.tag)),
+        binarize=data.binarize,
+        fingerprint=_fingerprint(splits.values(), tuple(x.shape[1:]), data.binarize),
+        label_names=rows.label_names,
+        notes=(*_constant_features(splits["train"]), *_shared(x, parts)),
+    )
+
+
+def _split(name: str, prepared: Prepared, y: Array | None, part: Part) -> Split:
+    labels = None if y is None else torch.from_numpy(y[np.asarray(part)].astype(np.int64))
+    raw = torch.from_numpy(prepared.raw) if name == "train" and prepared.raw is not None else None
+    return Split(name, torch.from_numpy(prepared.x[name]), labels, raw)
+
+
+def _fingerprint(splits: Any, shape: tuple[int, ...], binarize: str) -> str:
+    digest = hashlib.sha256(f"{shape} {binarize}".encode())
+    for split in splits:
+        for field, tensor in (("x", split.x), ("y", split.y), ("raw", split.raw)):
+            if tensor is not None:
+                digest.update(f" {split.name}.{field} {tuple(tensor.shape)} {tensor.dtype} ".encode())
+                digest.update(memoryview(tensor.numpy()).cast("B"))
+    return digest.hexdigest()
+
+
+def _constant_features(train: Split) -> list[str]:
+    x = train.x if train.raw is None else train.raw
+    constant = int((x.amin(0) == x.amax(0)).sum())
+    features = x[0].numel()
+    if constant == features:
+        raise DataError(f"Expected features that vary in train; all {features} are constant over its {len(x)} rows.")
+    return [f"{constant} of {features} features are constant in train"] if constant else []
+
+
+def _shared(x: Array, parts: dict[str, Part]) -> list[str]:
+    counts = {name: shared_rows(x, parts, name) for name in SPLITS[1:]}
+    return [f"{n} of {len(parts[name])} rows of {name} also occur in train" for name, n in counts.items() if n]
+
+
+def _pair(part: Any) -> tuple[Any, Any]:
+    return part if isinstance(part, tuple) and len(part) == 2 else (part, None)
+
+
+def _array(values: Any, name: str) -> Array:
+    if isinstance(values, Tensor):
+        values = values.detach().cpu()
+        return (values.float() if values.dtype is torch.bfloat16 else values).numpy()
+    try:
+        return np.asarray(values)
+    except ValueError as error:
+        raise DataError(f"{name}: expected an array; got {error}.") from error
+
+
+def _elementwise(constraint: Any) -> Any:
+    """The constraint of one element: ``real_vector`` is ``real`` on each."""
+    while isinstance(constraint, constraints.independent):
+        constraint = constraint.base_constraint
+    return constraint
+
+
+def _require_split(split: Split, constraint: Any, hint: str) -> None:
+    row = 0
+    for chunk in split.chunks():
+        inside = constraint.check(chunk)
+        if not bool(inside.all()):
+            first, *element = (int(i) for i in (~inside).nonzero()[0])
+            value = chunk[(first, *element)]
+            shown = f"{value.item():g}" if value.numel() == 1 else str(value.flatten()[:6].tolist())
+            raise DataError(
+                f"{split.name}, row {row + first}, element {tuple(element)}: expected {_described(constraint)}, as the "
+                f"likelihood does; got {shown}. {hint}"
+            )
+        row += len(chunk)
+
+
+def _described(constraint: Any) -> str:
+    """torch's own words, ``Interval(lower_bound=0.0, upper_bound=1.0)``, or the constraint's name."""
+    return f"a value in {constraint}".removesuffix("()")

@@ -1,0 +1,167 @@
+"""The declared data sources: which rows, which splits, which transforms. Importing this needs only pydantic.
+
+A new source is one final class with ``source: Literal["name"] = "name"`` and a ``read`` that returns `Rows`.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, final
+
+from pydantic import Field
+
+from pvae.component import Component, Ints, Section, Table
+from pvae.errors import DataError
+
+if TYPE_CHECKING:
+    from pvae.data.rows import Rows
+
+Range = Annotated[tuple[int, int], Field(strict=False)]
+"""Rows ``[start, stop)`` of a source; a list of two integers is accepted."""
+
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+"""A seed of `numpy.random.RandomState`."""
+
+Binarize = Literal["none", "threshold", "static", "dynamic"]
+Scale = Literal["unit", "raw", "standardise"]
+
+
+class Splits(Section):
+    """Row ranges of the three splits; what is not declared is the source's own."""
+
+    train: Range | None = None
+    """Rows to fit."""
+    validation: Range | None = None
+    """Rows that choose the weights and stop the fit."""
+    test: Range | None = None
+    """Rows that are reported."""
+
+    @property
+    def declared(self) -> dict[str, tuple[int, int]]:
+        """The ranges that are declared, by split."""
+        ranges = {"train": self.train, "validation": self.validation, "test": self.test}
+        return {name: rows for name, rows in ranges.items() if rows is not None}
+
+
+class Data(Component):
+    """Where the data come from and how they are prepared."""
+
+    tag: ClassVar[str] = "source"
+
+    binarize: Binarize = "none"
+    """`threshold`: x > 0.5; `static`: one Bernoulli draw; `dynamic`: the training split is drawn anew each batch."""
+    scale: Scale = "unit"
+    """`unit`: divide by the largest level; `raw`: as stored; `standardise`: by training mean and deviation."""
+    shape: Ints | None = None
+    """Reshape each row, for example `[1, 28, 28]`."""
+    splits: Table[Splits] = Splits()
+    """Row ranges, `train = [0, 50000]` and so on."""
+
+    @abstractmethod
+    def read(self, data_dir: Path | None, seed: int) -> Rows:
+        """The rows of the source, with its own splits.
+
+        Arguments:
+            data_dir: where to look for files first.
+            seed: the experiment's, for a source that simulates its data; a stored source gives the same rows for
+                every seed, so that runs of different seeds are compared on one data set.
+
+        Raises:
+            DataError: the data are missing or broken.
+        """
+
+
+@final
+class Digits(Data):
+    """1797 digits of 8 x 8 pixels, levels 0 to 16, from scikit-learn: always there."""
+
+    source: Literal["digits"] = "digits"
+
+    def read(self, data_dir: Path | None, seed: int) -> Rows:
+        """Rows (1797, 1, 8, 8); train [0, 1000), validation [1000, 1350), test [1350, 1797)."""
+        from pvae.data.sources import read_digits
+
+        return read_digits()
+
+
+@final
+class FashionMNIST(Data):
+    """Fashion-MNIST: 70 000 images (1, 28, 28) of clothes in ten classes.
+
+    References: Fashion-MNIST (Xiao, Rasul, Vollgraf, 2017), https://arxiv.org/abs/1708.07747
+    """
+
+    source: Literal["fashion_mnist"] = "fashion_mnist"
+
+    def read(self, data_dir: Path | None, seed: int) -> Rows:
+        """Rows (70000, 1, 28, 28); train [0, 50000), validation [50000, 60000), test [60000, 70000)."""
+        from pvae.data.sources import FASHION_MNIST, read_collection
+
+        return read_collection(FASHION_MNIST, data_dir)
+
+
+@final
+class MNIST(Data):
+    """MNIST: 70 000 handwritten digits (1, 28, 28).
+
+    References: Gradient-based learning applied to document recognition (LeCun et al., 1998)
+    """
+
+    source: Literal["mnist"] = "mnist"
+
+    def read(self, data_dir: Path | None, seed: int) -> Rows:
+        """Rows (70000, 1, 28, 28); train [0, 50000), validation [50000, 60000), test [60000, 70000)."""
+        from pvae.data.sources import MNIST_FILES, read_collection
+
+        return read_collection(MNIST_FILES, data_dir)
+
+
+@final
+class Npz(Data):
+    """Arrays of a NumPy archive: `x` (n, ...), or `x_train`, `x_test` and possibly `x_validation`.
+
+    Object arrays are refused: reading them could run code.
+
+    Without declared splits the rows are permuted with `split_seed`: 80 % train, 10 % validation, 10 % test (what
+    the archive splits already stays as it is).
+    """
+
+    source: Literal["npz"] = "npz"
+    path: str
+    """The archive; a relative path is sought in the data folder, then in the working directory."""
+    x: str = "x"
+    """Key of the rows, or its stem before `_train`."""
+    y: str | None = None
+    """Key of integer labels, or its stem; none are read by default."""
+    scale: Scale = "raw"
+    """`unit` needs `largest`, or unsigned bytes (255)."""
+    largest: Annotated[float, Field(gt=0)] | None = None
+    """The largest level, for `scale = "unit"`."""
+    split_seed: Seed = 0
+    """Seed of the permutation."""
+
+    def read(self, data_dir: Path | None, seed: int) -> Rows:
+        """Rows (n, ...) of the archive."""
+        from pvae.data.archives import read_npz
+
+        return read_npz(self, data_dir)
+
+
+@final
+class TensorSource(Data):
+    """Tensors passed in Python: `pvae.fit(experiment, data=...)`, or `Dataset.from_tensors`."""
+
+    source: Literal["tensor"] = "tensor"
+    scale: Scale = "raw"
+    """`unit` needs unsigned bytes."""
+    split_seed: Seed = 0
+    """Seed of the permutation for splits that are not passed."""
+
+    def read(self, data_dir: Path | None, seed: int) -> Rows:
+        """Nothing to read.
+
+        Raises:
+            DataError: always; the data must be passed.
+        """
+        raise DataError('Expected tensors for data.source = "tensor"; got none. Pass data=... in Python.')

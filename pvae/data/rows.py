@@ -1,0 +1,224 @@
+"""Rows as a source gives them: arrays, labels, and the source's own splits; every check that needs no transform."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pvae.data.declared import Splits
+from pvae.errors import DataError
+
+Array = NDArray[Any]
+Part = range | NDArray[np.int64]
+"""Which rows: a range that a declaration may change, or a permutation's indices."""
+
+SPLITS = ("train", "validation", "test")
+CHUNK_ELEMENTS = 2**22
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """What a source gives.
+
+    Arguments:
+        x: (n, *shape), any real type.
+        y: (n,) integer labels, or None.
+        parts: rows of "train", "validation" and "test" unless the declaration says otherwise.
+        largest: the largest level, for ``scale = "unit"``.
+        label_names: a name for each label.
+        name: what messages call the array.
+
+    Raises:
+        DataError: no rows, values that are not real numbers, NaN or infinity, labels that do not fit.
+    """
+
+    x: Array
+    y: Array | None
+    parts: Mapping[str, Part]
+    largest: float | None = None
+    label_names: tuple[str, ...] | None = None
+    name: str = "x"
+
+    def __post_init__(self) -> None:
+        check_array(self.x, self.name)
+        if self.y is not None:
+            check_labels(self.y, len(self.x), self.name)
+
+
+def check_array(x: Array, name: str) -> None:
+    """Refuse what is not a non-empty array of finite real numbers.
+
+    Raises:
+        DataError: see above; the message says which array, row and column.
+    """
+    if x.dtype.kind not in "biuf":
+        raise DataError(f"{name}: expected real numbers; got {x.dtype}.")
+    if x.ndim == 0 or x.size == 0:
+        raise DataError(f"{name}: expected an array (rows, ...) with at least one row; got shape {x.shape}.")
+    if x.dtype.kind == "f":
+        check_finite(x, name)
+
+
+def check_finite(x: Array, name: str) -> None:
+    """Refuse NaN, infinity, and what overflows float32.
+
+    Raises:
+        DataError: with the first row and column, and how many there are.
+    """
+    count, first = 0, None
+    for start, chunk in chunks(x, range(len(x))):
+        with np.errstate(over="ignore", invalid="ignore"):
+            bad = ~np.isfinite(chunk.astype(np.float32))
+        if first is None and bad.any():
+            row, *column = (int(i) for i in np.argwhere(bad)[0])
+            first = (start + row, column, chunk[(row, *column)])
+        count += int(bad.sum())
+    if first is not None:
+        row, column, value = first
+        raise DataError(
+            f"{name}: expected finite numbers; got {value} in row {row}, column {_element(column)} "
+            f"({count} such values in all). Remove or impute them."
+        )
+
+
+def check_labels(y: Array, rows: int, name: str) -> None:
+    """Refuse labels that are not one integer for each row.
+
+    Raises:
+        DataError: see above.
+    """
+    if y.ndim != 1 or len(y) != rows:
+        raise DataError(f"Labels of {name}: expected one for each of {rows} rows; got shape {y.shape}.")
+    if y.dtype.kind not in "biu":
+        raise DataError(f"Labels of {name}: expected integers; got {y.dtype}.")
+
+
+def _element(column: Sequence[int]) -> str:
+    return str(column[0]) if len(column) == 1 else str(tuple(column))
+
+
+def reshape(rows: Rows, shape: tuple[int, ...] | None) -> Array:
+    """x as (n, *shape).
+
+    Raises:
+        DataError: a row has another number of values; or rows are bare numbers and no shape is declared.
+    """
+    if shape is None and rows.x.ndim == 1:
+        raise DataError(f"{rows.name}: expected rows of features, (n, ...); got shape {rows.x.shape}. Set shape = [1].")
+    if shape is None:
+        return rows.x
+    size, wanted = rows.x[0].size, int(np.prod(shape, dtype=object))
+    if size != wanted:
+        raise DataError(f"data.shape: expected {size} values, as a row has; got {list(shape)}, which is {wanted}.")
+    return rows.x.reshape(len(rows.x), *shape)
+
+
+def chunks(x: Array, part: Part) -> Iterator[tuple[int, Array]]:
+    """Pieces of ``x[part]``, each with its first position in the part, small enough to copy."""
+    step = max(1, CHUNK_ELEMENTS // max(1, x[:1].size))
+    for start in range(0, len(part), step):
+        piece = part[start : start + step]
+        yield start, x[piece.start : piece.stop] if isinstance(piece, range) else x[piece]
+
+
+def partition(splits: Splits, rows: Rows) -> dict[str, Part]:
+    """The rows of each split: as declared, else the source's own.
+
+    Raises:
+        DataError: a range is empty, out of range, or shares rows with another.
+    """
+    declared = splits.declared
+    fixed = all(isinstance(part, range) for part in rows.parts.values())
+    missing = [name for name in SPLITS if name not in declared]
+    if declared and missing and not fixed:
+        raise DataError(
+            f"data.splits: expected train, validation and test, as this source has no order of its own; "
+            f"{', '.join(missing)} missing."
+        )
+    parts = {
+        name: _checked(name, declared[name], len(rows.x)) if name in declared else rows.parts[name] for name in SPLITS
+    }
+    _refuse_overlap(parts, declared)
+    return parts
+
+
+def _checked(name: str, bounds: tuple[int, int], rows: int) -> range:
+    start, stop = bounds
+    if start >= stop:
+        raise DataError(f"data.splits.{name}: expected start < stop; got [{start}, {stop}], which is empty.")
+    if start < 0 or stop > rows:
+        raise DataError(f"data.splits.{name}: expected rows in [0, {rows}]; got [{start}, {stop}].")
+    return range(start, stop)
+
+
+def _refuse_overlap(parts: Mapping[str, Part], declared: Mapping[str, tuple[int, int]]) -> None:
+    for one, other in combinations(SPLITS, 2):
+        a, b = parts[one], parts[other]
+        if isinstance(a, range) and isinstance(b, range) and max(a.start, b.start) < min(a.stop, b.stop):
+            raise DataError(
+                f"data.splits: expected splits that share no row; got {_shown(one, a, declared)} and "
+                f"{_shown(other, b, declared)}. Declare both."
+            )
+
+
+def _shown(name: str, part: range, declared: Mapping[str, tuple[int, int]]) -> str:
+    return f"{name} = [{part.start}, {part.stop}]" + ("" if name in declared else " (the source's own)")
+
+
+def tenths(rows: int, missing: Sequence[str], seed: int) -> dict[str, Part]:
+    """Permute ``rows`` and give each missing split a tenth, "train" the rest; in ascending order.
+
+    Raises:
+        DataError: too few rows to give each split one.
+    """
+    if rows <= len(missing):
+        raise DataError(f"Expected at least {len(missing) + 1} rows to split; got {rows}. Pass the splits yourself.")
+    order = np.random.RandomState(seed).permutation(rows).astype(np.int64)
+    size = max(1, rows // 10)
+    parts: dict[str, Part] = {name: np.sort(order[i * size : (i + 1) * size]) for i, name in enumerate(missing)}
+    return {"train": np.sort(order[len(missing) * size :]), **parts}
+
+
+def joined(given: Mapping[str, tuple[Array, Array | None]], seed: int) -> Rows:
+    """One array from "train" and the splits that are given; the others are tenths of "train".
+
+    Raises:
+        DataError: rows of different shapes, or labels for some splits only.
+    """
+    for name, (x, y) in given.items():
+        Rows(x, y, {}, name=name)
+    _refuse_unlike(given)
+    train = len(given["train"][0])
+    missing = [name for name in SPLITS if name not in given]
+    parts: dict[str, Part] = tenths(train, missing, seed) if missing else {"train": np.arange(train)}
+    start = train
+    for name in SPLITS[1:]:
+        if name in given:
+            parts[name] = np.arange(start, start + len(given[name][0]))
+            start += len(given[name][0])
+    order = [name for name in SPLITS if name in given]
+    x = np.concatenate([given[name][0] for name in order]) if len(order) > 1 else given["train"][0]
+    labels = [y for name in order if (y := given[name][1]) is not None]
+    largest = 255.0 if x.dtype == np.uint8 else None
+    return Rows(x, np.concatenate(labels) if labels else None, parts, largest)
+
+
+def _refuse_unlike(given: Mapping[str, tuple[Array, Array | None]]) -> None:
+    x, y = given["train"]
+    for name, (other, labels) in given.items():
+        if other.shape[1:] != x.shape[1:]:
+            raise DataError(f"{name}: expected rows of shape {x.shape[1:]}, as in train; got {other.shape[1:]}.")
+        if (labels is None) != (y is None):
+            have, lack = (name, "train") if y is None else ("train", name)
+            raise DataError(f"Expected labels in every split or in none; got some in {have} and none in {lack}.")
+
+
+def shared_rows(x: Array, parts: Mapping[str, Part], name: str) -> int:
+    """How many rows of a split also occur, byte for byte, in "train"."""
+    train = {hash(row.tobytes()) for _, chunk in chunks(x, parts["train"]) for row in chunk}
+    return sum(hash(row.tobytes()) in train for _, chunk in chunks(x, parts[name]) for row in chunk)

@@ -1,0 +1,344 @@
+"""Finding, checking and downloading the files of the image collections; every byte is checked against its SHA-256.
+
+Sought in this order: the folder that the user names (``data_dir``, or ``PVAE_DATA_DIR``), the system's package, the
+cache, the mirrors. ``PVAE_OFFLINE=1`` forbids the last.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import os
+import tempfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+
+from pvae.data.archives import read_arrays
+from pvae.data.rows import Array, Rows
+from pvae.errors import BusyError, DataError, OutputError
+
+BLOCK_BYTES = 2**20
+MAX_DEFLATE_RATIO = 1032  # of the deflate format: one byte cannot hold more
+CONNECT_AND_READ_SECONDS = (10, 60)
+LOCK_SECONDS = 900
+KEYS = ("x_train", "y_train", "x_test", "y_test")
+
+
+@dataclass(frozen=True)
+class IdxFile:
+    """One file of a collection: its name without ``.gz``, its sizes, and the SHA-256 of its decompressed bytes."""
+
+    name: str
+    shape: tuple[int, ...]
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Collection:
+    """Four files ``x_train, y_train, x_test, y_test``, and where they may be."""
+
+    slug: str
+    files: dict[str, IdxFile]
+    mirrors: tuple[str, ...]
+    system: Path | None = None
+    package: str | None = None
+    archive: str | None = None
+    label_names: tuple[str, ...] | None = None
+
+
+def _files(*digests: str) -> dict[str, IdxFile]:
+    names = (
+        ("train-images-idx3-ubyte", (60000, 28, 28)),
+        ("train-labels-idx1-ubyte", (60000,)),
+        ("t10k-images-idx3-ubyte", (10000, 28, 28)),
+        ("t10k-labels-idx1-ubyte", (10000,)),
+    )
+    return {k: IdxFile(name, shape, d) for k, (name, shape), d in zip(KEYS, names, digests, strict=True)}
+
+
+FASHION_MNIST = Collection(
+    "fashion-mnist",
+    _files(
+        "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
+        "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
+        "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
+        "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
+    ),
+    mirrors=("https://github.com/zalandoresearch/fashion-mnist/raw/master/data/fashion/",),
+    system=Path("/usr/share/datasets/fashion-mnist"),
+    package="dataset-fashion-mnist",
+    label_names=(
+        "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
+    ),
+)  # fmt: skip
+
+MNIST_FILES = Collection(
+    "mnist",
+    _files(
+        "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
+        "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
+        "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
+        "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
+    ),
+    mirrors=("https://ossci-datasets.s3.amazonaws.com/mnist/",),
+    archive="mnist.npz",
+    label_names=tuple("0123456789"),
+)
+
+
+def read_digits() -> Rows:
+    """scikit-learn's digits: x (1797, 1, 8, 8), levels 0 to 16; y (1797,)."""
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    parts = {"train": range(1000), "validation": range(1000, 1350), "test": range(1350, 1797)}
+    x, y = bunch.data.reshape(-1, 1, 8, 8).astype(np.uint8), bunch.target
+    return Rows(x, y, parts, largest=16.0, label_names=tuple("0123456789"), name="digits")
+
+
+def read_collection(collection: Collection, data_dir: Path | None) -> Rows:
+    """A collection as one array: training rows, then test rows; the last sixth of the training rows validates.
+
+    Raises:
+        DataError: files are missing or damaged.
+    """
+    arrays = _read_archive(collection, data_dir) or {
+        key: _read_file(collection, file, data_dir) for key, file in collection.files.items()
+    }
+    train, total = len(arrays["x_train"]), len(arrays["x_train"]) + len(arrays["x_test"])
+    x = np.concatenate([arrays["x_train"], arrays["x_test"]])[:, None]
+    y = np.concatenate([arrays["y_train"], arrays["y_test"]])
+    fit = train - train // 6
+    parts = {"train": range(fit), "validation": range(fit, train), "test": range(train, total)}
+    return Rows(x, y, parts, 255.0, collection.label_names, collection.slug)
+
+
+def user_folder(data_dir: Path | None) -> Path | None:
+    """The folder that the user names, by argument or by ``PVAE_DATA_DIR``.
+
+    Raises:
+        DataError: it does not exist.
+    """
+    named = data_dir or os.environ.get("PVAE_DATA_DIR")
+    if not named:
+        return None
+    if not Path(named).is_dir():
+        raise DataError(f"--data-dir, PVAE_DATA_DIR: expected a folder; got {named}.")
+    return Path(named)
+
+
+def _user_folders(collection: Collection, data_dir: Path | None) -> list[Path]:
+    folder = user_folder(data_dir)
+    return [folder / collection.slug, folder] if folder else []
+
+
+def _read_archive(collection: Collection, data_dir: Path | None) -> dict[str, Array] | None:
+    """The four arrays of an archive in the user's folder, checked as if they were the IDX files."""
+    if collection.archive is None:
+        return None
+    for folder in _user_folders(collection, data_dir):
+        path = folder / collection.archive
+        if path.is_file():
+            arrays = read_arrays(path, KEYS)
+            return {key: _checked_array(arrays[key], file, path, key) for key, file in collection.files.items()}
+    return None
+
+
+def _checked_array(array: Array, file: IdxFile, path: Path, key: str) -> Array:
+    size = int(np.prod(file.shape))
+    if array.dtype != np.uint8 or array.size != size or len(array) != file.shape[0]:
+        raise DataError(f"{path}: expected {key!r} of {file.shape} unsigned bytes; got {array.shape} {array.dtype}.")
+    array = array.reshape(file.shape)
+    _check_digest(hashlib.sha256(idx_header(file.shape) + array.tobytes()).hexdigest(), file, path)
+    return array
+
+
+def _read_file(collection: Collection, file: IdxFile, data_dir: Path | None) -> Array:
+    folders = _user_folders(collection, data_dir) + ([collection.system] if collection.system else [])
+    for folder in folders:
+        for path in (folder / file.name, folder / f"{file.name}.gz"):
+            if path.is_file():
+                return read_idx(path, file)
+    return _cached(collection, file)
+
+
+# IDX
+
+
+def idx_header(shape: tuple[int, ...]) -> bytes:
+    """The header of an IDX file of unsigned bytes."""
+    return bytes([0, 0, 8, len(shape)]) + b"".join(size.to_bytes(4, "big") for size in shape)
+
+
+def read_idx(path: Path, file: IdxFile) -> Array:
+    """An IDX file of unsigned bytes, plain or gzipped.
+
+    Returns: array ``file.shape``, uint8.
+
+    Raises:
+        DataError: wrong magic, sizes, length or digest; with the bytes expected and found.
+    """
+    try:
+        with _opened(path) as stream:
+            header = idx_header(file.shape)
+            _check_header(stream.read(len(header)), header, path)
+            content = _read_exactly(stream, int(np.prod(file.shape)), len(header), path)
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{path}: expected {_total(file)} bytes of IDX data; got a broken file: {error}.") from error
+    _check_digest(hashlib.sha256(header + content).hexdigest(), file, path)
+    return np.frombuffer(content, np.uint8).reshape(file.shape)
+
+
+def _total(file: IdxFile) -> int:
+    return len(idx_header(file.shape)) + int(np.prod(file.shape))
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[IO[bytes]]:
+    with path.open("rb") as plain:
+        zipped = plain.read(2) == b"\x1f\x8b"
+        plain.seek(0)
+        if zipped:
+            with gzip.GzipFile(fileobj=plain) as stream:
+                yield stream
+        else:
+            yield plain
+
+
+def _check_header(found: bytes, wanted: bytes, path: Path) -> None:
+    """Magic and sizes, before anything is allocated: only the sizes of the known file are accepted."""
+    if found[:4] != wanted[:4]:
+        shown = f"{found[:4].hex(' ') or 'no bytes'}{' (a web page?)' if found[:1] == b'<' else ''}"
+        raise DataError(f"{path}: expected the IDX magic {wanted[:4].hex(' ')}; got {shown}.")
+    if len(found) < len(wanted):
+        raise DataError(f"{path}: expected a header of {len(wanted)} bytes; got {len(found)}.")
+    if found != wanted:
+        raise DataError(f"{path}: expected sizes {_sizes(wanted)}; got {_sizes(found)}.")
+
+
+def _sizes(header: bytes) -> list[int]:
+    return [int.from_bytes(header[i : i + 4], "big") for i in range(4, len(header), 4)]
+
+
+def _read_exactly(stream: IO[bytes], size: int, before: int, path: Path) -> bytes:
+    content = bytearray()
+    try:
+        while len(content) < size and (block := stream.read(min(BLOCK_BYTES, size - len(content)))):
+            content += block
+        extra = 0 if len(content) < size else len(stream.read(BLOCK_BYTES))
+    except EOFError:  # a truncated gzip stream
+        extra = 0
+        if len(content) == size:
+            raise
+    found = before + len(content) + extra
+    if found != before + size:
+        more = "at least " if extra == BLOCK_BYTES else ""
+        what = "trailing bytes" if extra else "a truncated file"
+        raise DataError(f"{path}: expected {before + size} bytes; got {more}{found} ({what}).")
+    return bytes(content)
+
+
+def _check_digest(found: str, file: IdxFile, path: Path) -> None:
+    if found != file.sha256:
+        raise DataError(
+            f"{path}: expected the bytes of {file.name} with SHA-256 {file.sha256}; got {found}. "
+            f"The file is damaged, or belongs to another collection."
+        )
+
+
+# Cache and download
+
+
+def cache_folder() -> Path:
+    """Where downloads are kept."""
+    from platformdirs import user_cache_dir
+
+    return Path(user_cache_dir("pvae"))
+
+
+def _cached(collection: Collection, file: IdxFile) -> Array:
+    """From the cache when it verifies, else from a mirror; a damaged entry is removed and made again."""
+    path = cache_folder() / collection.slug / f"{file.name}.gz"
+    found = _verified(path, file)
+    if found is not None:
+        return found
+    if os.environ.get("PVAE_OFFLINE", "0") not in ("", "0"):
+        raise DataError(f"Expected {file.name}.gz; got no such file, and PVAE_OFFLINE is set. {_by_hand(collection)}")
+    with _locked(path.parent):
+        found = _verified(path, file)
+        if found is not None:
+            return found
+        path.unlink(missing_ok=True)
+        return _download(collection, file, path)
+
+
+def _verified(path: Path, file: IdxFile) -> Array | None:
+    try:
+        return read_idx(path, file) if path.is_file() else None
+    except DataError:
+        return None
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    from filelock import FileLock, Timeout
+
+    lock = folder.parent / f"{folder.name}.lock"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(lock, timeout=LOCK_SECONDS):
+            yield
+    except Timeout:
+        raise BusyError(f"Expected the lock {lock}; another process holds it for {LOCK_SECONDS} s.") from None
+    except OSError as error:
+        raise OutputError(f"Expected a cache folder at {folder}; got {error}. Set XDG_CACHE_HOME.") from error
+
+
+def _by_hand(collection: Collection) -> str:
+    names = ", ".join(f"{file.name}.gz" for file in collection.files.values())
+    package = f", or install the system package {collection.package}" if collection.package else ""
+    archive = f" (or {collection.archive})" if collection.archive else ""
+    return (
+        f"Get {names} from {collection.mirrors[0]}, place them{archive} in DIR/{collection.slug} and pass "
+        f"--data-dir DIR or set PVAE_DATA_DIR=DIR{package}."
+    )
+
+
+def _download(collection: Collection, file: IdxFile, path: Path) -> Array:
+    """Into a temporary file, checked, then renamed.
+
+    Raises:
+        DataError: no mirror gave the right bytes; each answer is listed.
+    """
+    problems = []
+    for mirror in collection.mirrors:
+        url = f"{mirror}{file.name}.gz"
+        try:
+            return _fetch(url, file, path)
+        except DataError as error:
+            problems.append(f"{url}: {error}")
+    raise DataError(f"Expected {file.name}.gz from a mirror; got: {'; '.join(problems)} {_by_hand(collection)}")
+
+
+def _fetch(url: str, file: IdxFile, path: Path) -> Array:
+    import pooch
+    import requests
+
+    descriptor, name = tempfile.mkstemp(prefix=".part-", suffix=".gz", dir=path.parent)
+    part = Path(name)
+    try:
+        with os.fdopen(descriptor, "wb") as out:
+            pooch.HTTPDownloader(chunk_size=BLOCK_BYTES, timeout=CONNECT_AND_READ_SECONDS)(url, out, None)
+        array = read_idx(part, file)
+        part.replace(path)
+        return array
+    except requests.RequestException as error:
+        raise DataError(f"download failed: {error}.") from error
+    finally:
+        part.unlink(missing_ok=True)

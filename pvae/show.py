@@ -1,0 +1,107 @@
+"""Reading a declaration back: formulas, graph, shapes, parameter counts."""
+
+from __future__ import annotations
+
+import html
+import re
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from pvae.component import Shape
+from pvae.site import OBSERVED, Site
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from pvae.pair import Pair
+    from pvae.spec import Experiment
+
+
+def factor(density: str, name: str, given: Iterable[str]) -> str:
+    """`p(z1 | z2)`."""
+    above = ", ".join(given)
+    return f"{density}({name} | {above})" if above else f"{density}({name})"
+
+
+def latex_name(name: str) -> str:
+    """`z1` as `z_{1}`, `my_code` as `my\\_code`."""
+    found = re.fullmatch(r"([a-z])_?(\d+)", name)
+    return f"{found[1]}_{{{found[2]}}}" if found else name.replace("_", r"\_")
+
+
+def latex(text: str) -> str:
+    """A formula of `formulas` in LaTeX."""
+    text = re.sub(r"[a-z][a-z0-9_]*", lambda m: latex_name(m[0]), text)
+    return text.replace(" | ", r" \mid ").replace(") ", r")\, ")
+
+
+def formulas(experiment: Experiment) -> dict[str, str]:
+    """The factorised joint and guide: keys `model`, `guide`, `model_latex`, `guide_latex`."""
+    sites, guide_sites = experiment.sites(), experiment.guide_sites()
+    names = ", ".join(site.name for site in sites)
+    priors = [factor("p", site.name, site.given) for site in sites]
+    model = f"p({OBSERVED}, {names}) = {' '.join(priors)} {factor('p', OBSERVED, experiment.decoder_given())}"
+    posteriors = [factor("q", site.name, site.guide_given) for site in guide_sites]
+    guide = f"q({names} | {OBSERVED}) = {' '.join(posteriors)}"
+    return {"model": model, "guide": guide, "model_latex": latex(model), "guide_latex": latex(guide)}
+
+
+def arrows(sites: Iterable[Site], data: Iterable[str]) -> list[str]:
+    """The model's graph, one line per node: `z2 -> z1`, `z1, z2 -> x`."""
+    lines = [f"{', '.join(site.given)} -> {site.name}" if site.given else site.name for site in sites]
+    return [*lines, f"{', '.join(data)} -> {OBSERVED}"]
+
+
+def counts(pair: Pair) -> dict[str, int]:
+    """Number of learned values by part."""
+    totals: dict[str, int] = {}
+    for name, parameter in pair.named_parameters():
+        part = ".".join(name.split(".")[:3]) if ".priors." in name or ".posteriors." in name else None
+        key = part or ".".join(name.split(".")[:2])
+        totals[key] = totals.get(key, 0) + parameter.numel()
+    return totals
+
+
+def render(experiment: Experiment, x: Shape, pair: Pair) -> RenderableType:
+    """The whole read-back for a terminal."""
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    text = formulas(experiment)
+    latents = Table(title="latents", title_justify="left")
+    for column in ("name", "shape", "prior", "posterior"):
+        latents.add_column(column)
+    for site in experiment.sites():
+        latent = experiment.latents[site.name]
+        prior = f"{latent.prior.kind}: {factor('p', site.name, site.given)}"  # type: ignore[attr-defined]
+        posterior = f"{latent.posterior.kind}: {factor('q', site.name, site.guide_given)}"  # type: ignore[attr-defined]
+        latents.add_row(site.name, str(list(site.event)), prior, posterior)
+    likelihood = experiment.decoder.likelihood.kind  # type: ignore[attr-defined]
+    latents.add_row(OBSERVED, str(list(x)), f"{likelihood}: {factor('p', OBSERVED, experiment.decoder_given())}", "data")
+    sizes = Table(title="parameters", title_justify="left")
+    sizes.add_column("part")
+    sizes.add_column("values", justify="right")
+    for part, count in counts(pair).items():
+        sizes.add_row(part, f"{count:,}")
+    sizes.add_row("total", f"{sum(counts(pair).values()):,}", style="bold")
+    graph = ";  ".join(arrows(experiment.sites(), experiment.decoder_given()))
+    lines = [
+        f"{experiment.name}  {experiment.description}".rstrip(),
+        f"graph   {graph}",
+        f"model   {text['model']}",
+        f"guide   {text['guide']}",
+        f"LaTeX   {text['model_latex']}",
+        f"        {text['guide_latex']}",
+    ]
+    return Group(*(Text(line) for line in lines), latents, sizes)
+
+
+def experiment_html(experiment: Experiment) -> str:
+    """A notebook's view: formulas and the TOML."""
+    text = formulas(experiment)
+    return (
+        f"<b>{html.escape(experiment.name)}</b> {html.escape(experiment.description)}"
+        f"<p><code>{html.escape(text['model'])}</code><br><code>{html.escape(text['guide'])}</code></p>"
+        f"<details><summary>TOML</summary><pre>{html.escape(experiment.to_toml())}</pre></details>"
+    )

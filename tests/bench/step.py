@@ -1,0 +1,177 @@
+"""Cost of one training step: pvae's engines against hand-written PyTorch, stock SVI and pythae.
+
+All variants take turns in one process on the same batches; a figure is the median over rounds of the ratio to
+the hand-written step of the same round. Batch 100, 784-300-300-40, Bernoulli, Adam.
+
+    python tests/bench/step.py [--rounds 300] [--json FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+from importlib.util import find_spec
+
+import pyro
+import torch
+from torch import Tensor, nn
+
+from pvae import Experiment
+from pvae.objectives import Loss
+from pvae.step import Step
+
+BATCH = 100
+SPEC = {
+    "latents": {"z": {"dim": 40}},
+    "encoder": {"network": {"kind": "mlp", "hidden": [300, 300]}},
+    "decoder": {"network": {"kind": "mlp", "hidden": [300, 300]}, "likelihood": {"kind": "bernoulli"}},
+}
+Variant = Callable[[Tensor], object]
+
+
+class HandWritten(nn.Module):
+    """The same VAE in plain PyTorch, Monte Carlo KL included."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.Sequential(nn.Linear(784, 300), nn.ReLU(), nn.Linear(300, 300), nn.ReLU(), nn.Linear(300, 80))
+        self.decoder = nn.Sequential(nn.Linear(40, 300), nn.ReLU(), nn.Linear(300, 300), nn.ReLU(), nn.Linear(300, 784))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Minus the ELBO, nats per datum."""
+        loc, log_variance = self.encoder(x).chunk(2, -1)
+        log_variance = log_variance.clamp(-12, 6)
+        noise = torch.randn_like(loc)
+        z = loc + (0.5 * log_variance).exp() * noise
+        cross = nn.functional.binary_cross_entropy_with_logits(self.decoder(z), x, reduction="none").sum(-1)
+        kl = 0.5 * (z.square() - noise.square() - log_variance).sum(-1)
+        return (cross + kl).mean()
+
+
+def hand_written() -> Variant:
+    """Hand-written loop with fused Adam."""
+    model = HandWritten()
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, fused=True)
+
+    def step(x: Tensor) -> None:
+        optimizer.zero_grad(set_to_none=True)
+        model(x).backward()
+        optimizer.step()
+
+    return step
+
+
+def ours(engine: str, x: Tensor) -> Variant:
+    """pvae's step, as `fit` takes it."""
+    experiment = Experiment.from_dict(SPEC)
+    pair = experiment.build((784,))
+    optimizer = torch.optim.Adam(pair.parameters(), lr=1e-3, fused=True)
+    stepper = Step(Loss(experiment.objective, pair), optimizer, engine, x)
+    count = 0
+
+    def step(x: Tensor) -> None:
+        nonlocal count
+        torch.manual_seed(count)
+        stepper(x)
+        count += 1
+
+    return step
+
+
+def stock_svi() -> Variant:
+    """pyro.infer.SVI with pyro.optim.Adam and Trace_ELBO."""
+    pair = Experiment.from_dict(SPEC).build((784,))
+    svi = pyro.infer.SVI(pair.model, pair.guide, pyro.optim.Adam({"lr": 1e-3}), pyro.infer.Trace_ELBO())
+    return svi.step
+
+
+def pythae_step() -> Variant:
+    """pythae's VAE with its own architecture classes at the same sizes, torch Adam."""
+    from pythae.models import VAE, VAEConfig
+    from pythae.models.base.base_utils import ModelOutput
+    from pythae.models.nn import BaseDecoder, BaseEncoder
+
+    class Encoder(BaseEncoder):
+        def __init__(self) -> None:
+            BaseEncoder.__init__(self)
+            self.net = nn.Sequential(nn.Linear(784, 300), nn.ReLU(), nn.Linear(300, 300), nn.ReLU())
+            self.loc, self.log_variance = nn.Linear(300, 40), nn.Linear(300, 40)
+
+        def forward(self, x: Tensor) -> ModelOutput:
+            h = self.net(x.reshape(len(x), -1))
+            return ModelOutput(embedding=self.loc(h), log_covariance=self.log_variance(h))
+
+    class Decoder(BaseDecoder):
+        def __init__(self) -> None:
+            BaseDecoder.__init__(self)
+            self.net = nn.Sequential(
+                nn.Linear(40, 300), nn.ReLU(), nn.Linear(300, 300), nn.ReLU(), nn.Linear(300, 784), nn.Sigmoid()
+            )
+
+        def forward(self, z: Tensor) -> ModelOutput:
+            return ModelOutput(reconstruction=self.net(z).reshape(-1, 1, 28, 28))
+
+    config = VAEConfig(input_dim=(1, 28, 28), latent_dim=40, reconstruction_loss="bce")
+    model = VAE(config, encoder=Encoder(), decoder=Decoder())
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+
+    def step(x: Tensor) -> None:
+        optimizer.zero_grad()
+        model({"data": x.reshape(-1, 1, 28, 28)}).loss.backward()
+        optimizer.step()
+
+    return step
+
+
+def interleave(variants: dict[str, Variant], batches: Tensor, rounds: int) -> dict[str, dict[str, float]]:
+    """Median milliseconds and median ratio to the first variant."""
+    times: dict[str, list[float]] = {name: [] for name in variants}
+    for i in range(rounds + 10):
+        x = batches[i % len(batches)]
+        for name, step in variants.items():
+            start = time.perf_counter()
+            step(x)
+            if i >= 10:
+                times[name].append(time.perf_counter() - start)
+    base = next(iter(times.values()))
+    return {
+        name: {
+            "ms": 1e3 * statistics.median(values),
+            "ratio": statistics.median(a / b for a, b in zip(values, base, strict=True)),
+        }
+        for name, values in times.items()
+    }
+
+
+def main() -> None:
+    """Run and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=300)
+    parser.add_argument("--json")
+    arguments = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    torch.manual_seed(0)
+    batches = (torch.rand(20, BATCH, 784) > 0.5).float()
+    variants: dict[str, Variant] = {
+        "hand-written, fused Adam": hand_written(),
+        "pvae compiled": ours("compiled", batches[0]),
+        "pvae eager": ours("eager", batches[0]),
+        "stock SVI.step": stock_svi(),
+    }
+    if find_spec("pythae"):
+        variants["pythae"] = pythae_step()
+    with pyro.validation_enabled(False):
+        table = interleave(variants, batches, arguments.rounds)
+    for name, row in table.items():
+        print(f"{name:28s} {row['ms']:8.3f} ms   {row['ratio']:.3f}")
+    if arguments.json:
+        with open(arguments.json, "w") as file:
+            json.dump(table, file, indent=2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,394 @@
+"""The SVI loop: exact resume, equal engines, stop rules, faults 8, 10, 11, 12, 13, 14, 18."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from torch import Tensor, nn
+
+import pvae
+from pvae import checkpoint
+from pvae.errors import CheckpointError, DeclarationError, DeviceError, NonFiniteError
+from pvae.objectives import TraceELBO
+from pvae.run import load_weights
+from pvae.spec import Experiment, Train
+from pvae.step import Step, choose_engine, set_lr
+
+TINY = {
+    "latents": {"z": {"dim": 3}},
+    "data": {"source": "digits", "binarize": "dynamic"},
+    "encoder": {"network": {"kind": "mlp", "hidden": [16]}},
+    "decoder": {"network": {"kind": "mlp", "hidden": [16]}},
+    "train": {"epochs": 4, "batch_size": 96, "checkpoint_seconds": 0.0, "engine": "eager"},
+}
+
+
+def tiny(**train: object) -> Experiment:
+    """A small experiment on digits; 1000 rows in batches of 96, so the last batch is a short one."""
+    return Experiment.from_dict({**TINY, "train": {**TINY["train"], **train}})  # type: ignore[dict-item]
+
+
+def last_weights(run: pvae.Run) -> dict[str, Tensor]:
+    """Everything that training moved, from the newest checkpoint."""
+    saved = checkpoint.latest(run.path / "checkpoints")
+    assert saved is not None
+    return {f"{g}/{k}": v for g, group in saved.tensors.items() for k, v in group.items()}
+
+
+def assert_same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
+    """Bit for bit."""
+    assert a.keys() == b.keys()
+    for key in a:
+        assert torch.equal(a[key], b[key]), key
+
+
+def fit(experiment: Experiment, where: Path, **options: object) -> pvae.Run:
+    """A silent fit on the CPU."""
+    return pvae.fit(experiment, run_dir=where, device="cpu", progress=False, **options)  # type: ignore[arg-type]
+
+
+# ---------------------------------------------------------------------- fitting
+
+
+def test_fit_learns_and_keeps_everything(tmp_path: Path) -> None:
+    run = fit(tiny(epochs=10), tmp_path)
+    validation = run.metrics.query("split == 'validation'")
+    assert list(validation["epoch"]) == list(range(1, 11))
+    assert validation["elbo"].iloc[-1] > validation["elbo"].iloc[0] + 3
+    assert (validation["elbo"] - (validation["reconstruction"] - validation["kl"])).abs().max() < 1e-9
+    assert run.status["state"] == "finished"
+    again = pvae.Run.load(run.path)
+    assert again.experiment == run.experiment
+    assert_same(dict(run.pair.state_dict()), dict(again.pair.state_dict()))
+    assert {"versions", "argv", "data", "engine", "seed"} <= again.files.manifest.keys()
+
+
+def test_same_seed_same_weights_and_nothing_leaks(tmp_path: Path) -> None:
+    torch.manual_seed(5)
+    before = torch.random.get_rng_state()
+    a = fit(tiny(), tmp_path)
+    assert torch.equal(before, torch.random.get_rng_state())
+    b = fit(tiny(), tmp_path)
+    c = fit(tiny(), tmp_path, seed=1)
+    assert_same(last_weights(a), last_weights(b))
+    assert any(not torch.equal(v, last_weights(c)[k]) for k, v in last_weights(a).items())
+
+
+def test_validation_moves_nothing(tmp_path: Path) -> None:
+    often = fit(tiny(validate_every=1, keep="last"), tmp_path)
+    seldom = fit(tiny(validate_every=4, keep="last"), tmp_path)
+    assert_same(last_weights(often), last_weights(seldom))
+
+
+@pytest.mark.parametrize(
+    "train",
+    [
+        {"optimizer": {"kind": "adamw"}, "schedule": {"kind": "cosine"}, "warmup": 1.0},
+        {"optimizer": {"kind": "sgd", "momentum": 0.9, "lr": 1e-4}, "clip_norm": 5.0},
+        {"average": 0.9, "alternate": 2},
+    ],
+    ids=["adamw+schedule", "sgd+clip", "average+alternate"],
+)
+def test_interrupted_fit_resumes_bit_for_bit(tmp_path: Path, train: dict[str, object]) -> None:
+    """FAULTS 10: in the middle of an epoch and at its end."""
+    whole = fit(tiny(**train), tmp_path)
+    for stop_at in (15, 22):
+        part = interrupted(tiny(**train), tmp_path, stop_at)
+        done = pvae.resume(part, device="cpu", progress=False)
+        assert_same(last_weights(whole), last_weights(done))
+        columns = ["epoch", "split", "elbo", "reconstruction"]
+        assert done.metrics[columns].equals(whole.metrics[columns])
+
+
+def interrupted(experiment: Experiment, where: Path, step: int) -> Path:
+    """The folder of a fit that got SIGTERM just before `step`."""
+    from pvae.svi import Trainer
+
+    original = Trainer._step
+
+    def with_signal(self: Trainer, index: Tensor) -> bool:
+        if self.state.step == step - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, index)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(pvae.PvaeError, match="SIGTERM") as caught:
+        patch.setattr(Trainer, "_step", with_signal)
+        fit(experiment, where)
+    assert caught.value.exit_code == 143
+    newest = max(where.glob("*/*"), key=lambda p: p.stat().st_mtime_ns)
+    assert pvae.Run.load(newest).status["state"] == "interrupted"
+    assert pvae.Run.load(newest).checkpoint.step == step
+    return newest
+
+
+def test_killed_process_resumes_bit_for_bit(tmp_path: Path) -> None:
+    """FAULTS 1 and 10: train(20) = train(10) + kill -9 + resume(10)."""
+    whole = fit(tiny(epochs=20), tmp_path / "whole")
+    spec = tmp_path / "spec.toml"
+    spec.write_text(tiny(epochs=20).to_toml())
+    command = [sys.executable, "-m", "pvae.cli", "fit", str(spec), "--run-dir", str(tmp_path / "killed"), "--quiet"]
+    child = subprocess.Popen([*command, "--device", "cpu"], env={**os.environ, "PYTHONPATH": os.getcwd()})
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and child.poll() is None:
+        rows = [line for f in (tmp_path / "killed").glob("*/*/metrics.jsonl") for line in f.read_text().splitlines()]
+        if len(rows) >= 20:
+            break
+        time.sleep(0.005)
+    child.kill()
+    assert child.wait() == -signal.SIGKILL, "the fit was over before it could be killed"
+    done = pvae.resume(next((tmp_path / "killed").glob("*/*")), device="cpu", progress=False)
+    assert_same(last_weights(whole), last_weights(done))
+
+
+def test_finished_run_is_left_alone(tmp_path: Path) -> None:
+    """FAULTS 12."""
+    run = fit(tiny(epochs=1), tmp_path)
+    before = last_weights(run)
+    assert pvae.resume(run.path, device="cpu", progress=False).status["epoch"] == 1
+    assert_same(before, last_weights(run))
+
+
+def test_changes_are_listed_and_refused_unless_allowed(tmp_path: Path) -> None:
+    """FAULTS 11 and 13; more epochs on a constant schedule continue exactly."""
+    whole = fit(tiny(epochs=4), tmp_path)
+    half = fit(tiny(epochs=2), tmp_path)
+    with pytest.raises(DeclarationError, match=r"train\.epochs = 2; got 4") as caught:
+        pvae.resume(half, "train.epochs=4", "train.batch_size=50", device="cpu", progress=False)
+    assert "train.batch_size = 96; got 50" in str(caught.value)
+    done = pvae.resume(half, "train.epochs=4", allow_changes=True, device="cpu", progress=False)
+    assert_same(last_weights(whole), last_weights(done))
+
+
+def test_other_data_are_refused(tmp_path: Path) -> None:
+    """FAULTS 13."""
+    x = torch.rand(60, 5)
+    spec = Experiment.from_dict(
+        {"latents": {"z": {"dim": 2}}, "decoder": {"likelihood": {"kind": "normal"}}, "train": {"epochs": 1}}
+    )
+    run = fit(spec, tmp_path, data=x)
+    with pytest.raises(pvae.DataError, match="fitted on other data"):
+        _ = pvae.Run.load(run.path, data=pvae.Dataset.from_tensors(x + 1)).pair
+    with pytest.raises(pvae.DataError, match="Pass data="):
+        _ = pvae.Run.load(run.path).pair
+
+
+def test_checkpoint_of_another_declaration_lists_the_differences(tmp_path: Path) -> None:
+    """FAULTS 8."""
+    small = fit(tiny(epochs=1), tmp_path)
+    other = Experiment.from_dict({**TINY, "latents": {"w": {"dim": 3}}}).build((1, 8, 8))
+    with pytest.raises(CheckpointError, match=r"guide\.posteriors\.w\..*not in the checkpoint") as caught:
+        load_weights(other, small.checkpoint.tensors["weights"], "here")
+    assert "guide.posteriors.z" in str(caught.value)
+    wider = Experiment.from_dict({**TINY, "latents": {"z": {"dim": 4}}}).build((1, 8, 8))
+    with pytest.raises(CheckpointError, match=r"expected shape \[8, 16\]; got \[6, 16\]"):
+        load_weights(wider, small.checkpoint.tensors["weights"], "here")
+
+
+def test_damaged_checkpoint_falls_back_and_says_so(tmp_path: Path) -> None:
+    """FAULTS 4 and 5."""
+    run = fit(tiny(epochs=2, checkpoint_seconds=0.0), tmp_path)
+    newest = run.checkpoint.path
+    weights = newest / "weights.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-5] ^= 1
+    weights.write_bytes(content)
+    again = pvae.Run.load(run.path)
+    assert again.checkpoint.path != newest
+    assert any("falling back" in event["message"] for event in again.files.events())
+
+
+# ---------------------------------------------------------------------- stopping
+
+
+def test_early_stopping_keeps_the_best(tmp_path: Path) -> None:
+    run = fit(tiny(epochs=60, patience=2, optimizer={"kind": "adam", "lr": 0.05}), tmp_path)
+    validation = run.metrics.query("split == 'validation'")
+    assert run.status["epoch"] < 60  # type: ignore[operator]
+    best = validation["elbo"].idxmax()
+    assert len(validation.loc[best:]) == 3
+    from pvae.svi import evaluate
+
+    kept = evaluate(run.pair, run.data.validation.x, run.plan.seed)["elbo"]
+    assert kept == pytest.approx(validation["elbo"].max(), abs=1e-4)
+
+
+def test_average_is_what_validation_sees(tmp_path: Path) -> None:
+    run = fit(tiny(average=0.99, keep="last"), tmp_path)
+    saved = run.checkpoint
+    assert saved.state["select"] == "average"
+    name = next(iter(saved.tensors["average"]))
+    assert not torch.equal(saved.tensors["average"][name], saved.tensors["weights"][name])
+    assert torch.equal(dict(run.pair.state_dict())[name], saved.tensors["average"][name])
+
+
+def test_alternate_moves_one_side_at_a_time() -> None:
+    experiment = tiny(alternate=2)
+    pair = experiment.build((1, 8, 8))
+    step = stepper(experiment, pair)
+    x = (torch.rand(96, 1, 8, 8) > 0.5).float()
+    before = {name: p.detach().clone() for name, p in pair.named_parameters()}
+    step(x, list(pair.model.parameters()))  # type: ignore[union-attr]
+    moved = {name for name, p in pair.named_parameters() if not torch.equal(before[name], p)}
+    assert moved == {name for name in before if name.startswith("guide.")}
+
+
+def test_gpu_asked_for_and_absent() -> None:
+    """FAULTS 40."""
+    if torch.cuda.is_available():
+        assert pvae.svi.pick_device("cuda").type == "cuda"  # type: ignore[attr-defined]
+    else:
+        with pytest.raises(DeviceError, match="Use --device cpu"):
+            from pvae.svi import pick_device
+
+            pick_device("cuda")
+
+
+# ---------------------------------------------------------------------- not finite
+
+
+class Fragile(nn.Module):
+    """A decoder whose scale overflows for the marked row."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.loc = nn.Parameter(torch.zeros(2))
+
+    def model(self, x: Tensor) -> None:
+        """z ~ N(0, 1), x ~ N(z + loc, 1), with a NaN density for rows that hold 99."""
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
+            bad = torch.where((x == 99).any(-1, keepdim=True), torch.nan, 0.0)
+            pyro.sample("x", dist.Normal(z + self.loc + bad, 1.0, validate_args=False).to_event(1), obs=x)
+
+    def guide(self, x: Tensor) -> None:
+        """q(z | x) around loc."""
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(self.loc.expand(len(x), 2), 1.0).to_event(1))
+
+
+def broken_data() -> Tensor:
+    """Forty rows; row 7 breaks the model."""
+    x = torch.zeros(40, 2)
+    x[7] = 99
+    return x
+
+
+@pytest.mark.parametrize("policy", ["stop", "skip", "rollback"])
+def test_not_finite(tmp_path: Path, policy: str) -> None:
+    """FAULTS 18: the site, the rows, the last finite step; the policies."""
+    part = Fragile()
+    with pyro.validation_enabled(False):
+        pair = pvae.Pair(model=part.model, guide=part.guide)
+        data = pvae.Dataset.from_tensors(broken_data(), validation=torch.zeros(5, 2), test=torch.zeros(5, 2))
+        train = Train(epochs=2, batch_size=10, nonfinite=policy, engine="eager", checkpoint_seconds=0.0)  # type: ignore[arg-type]
+        options = {"data": data, "train": train, "run_dir": tmp_path, "device": "cpu", "progress": False}
+        if policy == "skip":
+            run = pvae.fit(pair, **options)  # type: ignore[arg-type]
+            assert run.status["skipped"] == 2
+            assert torch.isfinite(part.loc).all()
+            return
+        with pytest.raises(NonFiniteError, match=r"first bad site model\.x, 1 of 10 rows \(data rows 7\)") as caught:
+            pvae.fit(pair, **options)  # type: ignore[arg-type]
+    assert "last finite step" in str(caught.value)
+    folder = next(tmp_path.glob("*/*"))
+    assert (folder / "analysis" / "nonfinite_batch.safetensors").is_file()
+    assert json.loads((folder / "status.json").read_text())["state"] == "failed"
+    rolled = [e for e in pvae.Run.load(folder, pair=pair, data=data).files.events() if "rolled back" in e["message"]]
+    assert len(rolled) == (3 if policy == "rollback" else 0)
+
+
+# ---------------------------------------------------------------------- engines
+
+
+def stepper(experiment: Experiment, pair: pvae.Pair, engine: str = "eager", clip: float | None = None) -> Step:
+    """A step over a pair as `fit` makes it."""
+    from pvae.objectives import Loss
+
+    example = torch.zeros(96, 1, 8, 8)
+    optimizer = experiment.train.optimizer.build(pair.parameters())
+    return Step(Loss(experiment.objective, pair), optimizer, engine, example, clip_norm=clip)
+
+
+def test_fast_step_equals_the_eager_one_while_beta_and_lr_change() -> None:
+    """The compiled step draws the same noise, and sees beta and the learning rate change; odd batches run eagerly."""
+    experiment = tiny()
+    pairs = {engine: experiment.build((1, 8, 8)) for engine in ("eager", "compiled")}
+    with pyro.validation_enabled(False):
+        steps = {engine: stepper(experiment, pair, engine, clip=50.0) for engine, pair in pairs.items()}
+        for i in range(12):
+            x = (torch.rand(96 if i % 5 else 40, 1, 8, 8) > 0.5).float()
+            outs = []
+            for step in steps.values():
+                step.loss.beta.fill_(0.1 * i)
+                set_lr(step.optimizer, 1e-3 * (1 + i))
+                torch.manual_seed(i)
+                outs.append(step(x))
+            assert torch.allclose(outs[0], outs[1], rtol=1e-5, atol=1e-5), (i, outs)
+    for (name, a), b in zip(pairs["eager"].named_parameters(), pairs["compiled"].parameters(), strict=True):
+        assert torch.allclose(a, b, rtol=1e-3, atol=2e-5), name
+
+
+def test_compiled_fit_resumes_bit_for_bit(tmp_path: Path) -> None:
+    """FAULTS 10 with the fast step; the engine of a run stays its own."""
+    experiment = tiny(engine="compiled", epochs=3)
+    whole = fit(experiment, tmp_path)
+    assert whole.status["engine"] == "compiled"
+    done = pvae.resume(interrupted(experiment, tmp_path, 17), device="cpu", progress=False)
+    assert done.status["engine"] == "compiled"
+    assert_same(last_weights(whole), last_weights(done))
+
+
+def test_engine_is_chosen_by_the_work_to_come() -> None:
+    cpu = torch.device("cpu")
+    assert choose_engine(200, 10_000, 100, cpu) == "eager"
+    assert choose_engine(250_000, 700_000, 100, cpu) == "compiled"
+    assert choose_engine(10, 10, 10, torch.device("cuda")) == "captured"
+
+
+def test_uncompilable_pair_goes_on_eagerly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("no compiler here")
+
+    monkeypatch.setattr("pvae.step.compile_forward", broken)
+    run = fit(tiny(engine="compiled", epochs=1), tmp_path)
+    assert run.files.manifest["engine"] == "eager"
+    assert any("no compiler here" in event["message"] for event in run.files.events())
+
+
+# ---------------------------------------------------------------------- hand-written pairs
+
+
+def test_hand_written_pair_is_fitted_and_loaded_again(tmp_path: Path) -> None:
+    part = Fragile()
+    pair = pvae.Pair(model=part.model, guide=part.guide)
+    data = pvae.Dataset.from_tensors(torch.randn(200, 2) + 3)
+    run = pvae.fit(
+        pair, "train.epochs=30", data=data, objective=TraceELBO(), run_dir=tmp_path, device="cpu", progress=False
+    )
+    fitted = part.loc.detach().clone()
+    assert (fitted > 1).all()
+    fresh = Fragile()
+    again = pvae.Run.load(run.path, data=data, pair=pvae.Pair(model=fresh.model, guide=fresh.guide))
+    assert dict(again.pair.named_parameters()).keys() == dict(run.pair.named_parameters()).keys()
+    assert torch.equal(next(iter(again.pair.parameters())), next(iter(run.pair.parameters())))
+
+
+def test_unsound_pair_is_refused(tmp_path: Path) -> None:
+    part = Fragile()
+    with pytest.raises(DeclarationError, match="expected a latent of this name in the guide"):
+        pvae.fit(
+            pvae.Pair(model=part.model, guide=lambda x: part.loc),
+            data=torch.zeros(20, 2),
+            run_dir=tmp_path,
+            progress=False,
+        )
