@@ -34,7 +34,8 @@ class LatentCollapse:
     active: int | None
     """Coordinates with activity above `ACTIVE`."""
     idle: int | None
-    """Coordinates that are not active, or whose KL is at most `SILENT_NATS`."""
+    """Coordinates that carry nothing: not active or, where the prior reads other latents, a KL of at most
+    `SILENT_NATS`."""
     curve: tuple[tuple[float, int], ...]
     """(threshold, coordinates with more activity), for every one of `THRESHOLDS`."""
 
@@ -133,7 +134,7 @@ def _read(d: LatentDraw) -> LatentCollapse:
     if variance is None:
         return LatentCollapse(dim, None, kl, None, None, ())
     idle = variance <= ACTIVE
-    if kl is not None:
+    if kl is not None and d.prior_loc is not None and bool((d.prior_loc != d.prior_loc[:1]).any()):
         idle = idle | (torch.tensor(kl, device=idle.device) <= SILENT_NATS)
     return LatentCollapse(
         dim=dim,

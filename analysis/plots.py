@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import math
 import unicodedata
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -38,8 +38,8 @@ BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, RED, PURPLE = (
 GREY, PALE = "#767676", "#C8C8C8"
 SERIES = (BLUE, RED, GREEN, PURPLE, ORANGE, SKY, BLACK)
 CLASSES = (BLUE, ORANGE, GREEN, RED, SKY, PURPLE, BLACK, YELLOW, "#8A8A8A", "#7A4A1E")
-TEXT = 60
-"""Characters of a name that a figure shows."""
+TEXT, SHORT = 60, 16
+"""Characters of a name that a figure shows, and of a class's name."""
 
 STYLE: dict[str, Any] = {
     "text.parse_math": False,
@@ -78,7 +78,7 @@ STYLE: dict[str, Any] = {
 @contextmanager
 def style() -> Iterator[None]:
     """The figures' settings for a while; whatever the user has set comes back."""
-    with matplotlib.rc_context(STYLE):
+    with matplotlib.rc_context(STYLE):  # type: ignore[arg-type]
         yield
 
 
@@ -149,7 +149,7 @@ def training(rows: Sequence[Row], latents: Sequence[str]) -> Figure:
         bottom.set_title("beta, the weight of the KL in the loss")
         bottom.set_ylim(-0.05, max(1.05, float(beta.max(initial=0.0)) * 1.05))
         bottom.set_xlabel("epoch")
-        bottom.xaxis.set_major_locator(MaxNLocator(integer=True))
+        bottom.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
         for axes in (top, middle, bottom):
             axes.grid(axis="y")
             if len(epochs) == 1:
@@ -209,14 +209,14 @@ def waterfall_steps(surgery: Surgery) -> list[list[Step]]:
     start = Step("reconstruction", surgery.reconstruction.value, True)
     end = Step("ELBO", surgery.elbo.value, True)
     by_latent = [
-        Step(f"KL of {name}", z.kl.value, colour=SERIES[i % len(SERIES)])
+        Step(f"− KL of {name}", z.kl.value, colour=SERIES[i % len(SERIES)])
         for i, (name, z) in enumerate(surgery.latents.items())
     ]
     if surgery.mutual_information is None or surgery.marginal_kl is None:
         return [[start, *by_latent, end]]
     terms = [
-        Step("I_q[x, z]", surgery.mutual_information.value, colour=BLUE),
-        Step("marginal KL", surgery.marginal_kl.value, colour=ORANGE),
+        Step("− I_q[x, z]", surgery.mutual_information.value, colour=BLUE),
+        Step("− marginal KL", surgery.marginal_kl.value, colour=ORANGE),
     ]
     panels = [[start, *terms, end]]
     return [*panels, [start, *by_latent, end]] if len(by_latent) > 1 else panels
@@ -232,9 +232,22 @@ def waterfall(surgery: Surgery) -> Figure:
         grid = made.subplots(len(panels), 1, squeeze=False, sharex=True, height_ratios=heights)
         for axes, steps, title in zip(grid[:, 0], panels, titles, strict=True):
             _fall(axes, steps)
+            low, high = reach(panels)
+            axes.set_xlim(low - 0.2 * (high - low), high + 0.06 * (high - low))
             axes.set_title(title)
         grid[-1, 0].set_xlabel("nats per datum")
     return made
+
+
+def reach(panels: Sequence[Sequence[Step]]) -> tuple[float, float]:
+    """Lowest and highest level that any panel touches, at least a little apart."""
+    levels = []
+    for steps in panels:
+        position = steps[0].value
+        for step in steps:
+            position = step.value if step.is_level else position - step.value
+            levels.append(position)
+    return min(levels), max(max(levels), min(levels) + 1e-3)
 
 
 def _fall(axes: Axes, steps: Sequence[Step]) -> None:
@@ -254,7 +267,6 @@ def _fall(axes: Axes, steps: Sequence[Step]) -> None:
             axes.plot([position] * 2, [i, i + 1], color=GREY, linewidth=0.8, linestyle=":", zorder=0)
     axes.set_yticks(range(len(steps)), [plain(step.label) for step in steps])
     axes.set_ylim(len(steps) - 0.4, -0.6)
-    axes.margins(x=0.22)
     axes.tick_params(axis="y", length=0)
     axes.spines["left"].set_visible(False)
     axes.grid(axis="x")
@@ -302,7 +314,8 @@ def _bars(axes: Axes, heights: Array, active: NDArray[np.bool_], bottom: float =
             place[~active], heights[~active] - bottom, width, bottom=bottom, color="white", edgecolor=GREY,
             hatch="////" if len(heights) <= 100 else None, label="inactive",
         )  # fmt: skip
-        axes.legend(loc="upper right", ncols=2)
+        if not bottom:
+            axes.legend(loc="upper right", ncols=2)
     axes.grid(axis="y")
     axes.set_axisbelow(True)
 
@@ -312,16 +325,10 @@ def _activity(axes: Axes, variance: Array, active: NDArray[np.bool_]) -> None:
     axes.set_yscale("log")
     _bars(axes, np.maximum(variance, floor), active, bottom=floor / 2)
     axes.axhline(ACTIVE, color=RED, linestyle="--", linewidth=1.5)
-    axes.annotate(
-        f"active above {ACTIVE}", (1, ACTIVE), xycoords=("axes fraction", "data"), xytext=(-2, 3), fontsize=9,
-        textcoords="offset points", ha="right", color=RED, path_effects=[withStroke(linewidth=3, foreground="white")],
-    )  # fmt: skip
     axes.set_ylim(floor / 2, max(3.0, float(variance.max()) * 2))
     axes.set_yticks([1e-4, 1e-2, 1.0], ["0.0001", "0.01", "1"])
     axes.minorticks_off()
-    axes.set_title("Variance of its posterior mean over the data")
-    if axes.get_legend() is not None and len(variance):
-        axes.get_legend().remove()
+    axes.set_title(f"Variance of its posterior mean (active above {ACTIVE}, dashed)")
 
 
 @dataclass(frozen=True)
@@ -357,7 +364,7 @@ def groups(labels: NDArray[Any] | None) -> list[int]:
     return [int(value) for value in found] if 1 < len(found) <= len(CLASSES) else []
 
 
-def plane(cloud: Cloud, labels: NDArray[Any] | None = None) -> Figure:
+def plane(cloud: Cloud, labels: NDArray[Any] | None = None, names: Sequence[str] | None = None) -> Figure:
     """q_agg against the prior in the two leading directions of the posterior means (a histogram for one coordinate)."""
     with style():
         made = figure(5.4 if cloud.values.shape[1] > 1 and len(cloud.means) > 1 else 3.0)
@@ -367,7 +374,7 @@ def plane(cloud: Cloud, labels: NDArray[Any] | None = None) -> Figure:
             return made
         centre, directions, shares = leading(cloud.means)
         points, prior = (cloud.values - centre) @ directions, (cloud.prior - centre) @ directions
-        _scatter(axes, points, labels)
+        _scatter(axes, points, labels, names)
         if cloud.prior_normal is not None:
             _ellipses(axes, cloud.prior_normal, centre, directions)
         else:
@@ -383,7 +390,7 @@ def plane(cloud: Cloud, labels: NDArray[Any] | None = None) -> Figure:
 
 def _line_of(axes: Axes, cloud: Cloud) -> None:
     values, prior = cloud.values[:, 0], cloud.prior[:, 0]
-    edges = np.linspace(min(values.min(), prior.min()), max(values.max(), prior.max()), 61)
+    edges = np.linspace(min(values.min(), prior.min()), max(values.max(), prior.max()), 61).tolist()
     axes.hist(values, edges, density=True, color=SKY, label="aggregated posterior")
     axes.hist(prior, edges, density=True, histtype="step", color=BLACK, linewidth=1.6, label="prior")
     axes.set_title(f"{plain(cloud.name)}: aggregated posterior and prior")
@@ -392,18 +399,24 @@ def _line_of(axes: Axes, cloud: Cloud) -> None:
     axes.legend(loc="best")
 
 
-def _scatter(axes: Axes, points: Array, labels: NDArray[Any] | None) -> None:
+def class_name(value: int, names: Sequence[str] | None) -> str:
+    """A class's own name if it has one, else its number."""
+    return plain(names[value])[:SHORT] if names and 0 <= value < len(names) else str(value)
+
+
+def _scatter(axes: Axes, points: Array, labels: NDArray[Any] | None, names: Sequence[str] | None) -> None:
     size = float(np.clip(9000 / len(points), 3, 16))
     found = groups(labels)
     if not found or labels is None:
-        axes.scatter(*points.T, s=size, color=BLUE, alpha=0.5, linewidths=0, label="draws of q(z | x)")
+        axes.scatter(points[:, 0], points[:, 1], s=size, color=BLUE, alpha=0.5, linewidths=0, label="draws of q(z | x)")
         return
     for i, value in enumerate(found):
         chosen = points[labels == value]
-        axes.scatter(*chosen.T, s=size, color=CLASSES[i], alpha=0.65, linewidths=0, label=str(value))
+        look = {"s": size, "color": CLASSES[i], "alpha": 0.65, "linewidths": 0}
+        axes.scatter(chosen[:, 0], chosen[:, 1], label=class_name(value, names), **look)  # type: ignore[arg-type]
     for i, value in enumerate(found):
         axes.annotate(
-            str(value), np.median(points[labels == value], 0), ha="center", va="center", fontsize=13,
+            class_name(value, names), np.median(points[labels == value], 0), ha="center", va="center", fontsize=12,
             fontweight="bold", color=CLASSES[i] if CLASSES[i] != YELLOW else "#8A7D00",
             path_effects=[withStroke(linewidth=3.5, foreground="white")],
         )  # fmt: skip
@@ -417,10 +430,8 @@ def _ellipses(axes: Axes, normal: tuple[Array, Array], centre: Array, directions
     angle = math.degrees(math.atan2(turn[1, 0], turn[0, 0]))
     for k in (1, 2, 3):
         width, height = 2 * k * np.sqrt(variances)
-        label = "prior: 1, 2, 3 sd" if k == 1 else None
-        axes.add_patch(
-            Ellipse((middle[0], middle[1]), width, height, angle=angle, fill=False, color=BLACK, lw=1.2, label=label)
-        )
+        axes.add_patch(Ellipse((middle[0], middle[1]), width, height, angle=angle, fill=False, color=BLACK, lw=1.2))
+    axes.plot([], [], color=BLACK, linewidth=1.2, label="prior: 1, 2, 3 sd")
     axes.plot(*middle, "+", color=BLACK, markersize=9)
     reach = 3.1 * float(np.sqrt(variances.max()))
     axes.update_datalim([middle - reach, middle + reach])
@@ -436,9 +447,10 @@ def _contours(axes: Axes, prior: Array, points: Array) -> None:
     density = gaussian_filter(counts, 2.0)
     ranked = np.sort(density.ravel())[::-1]
     held = np.cumsum(ranked) / max(float(ranked.sum()), 1e-300)
-    levels = sorted({float(ranked[min(int(np.searchsorted(held, mass)), len(ranked) - 1)]) for mass in (0.39, 0.86, 0.99)})
+    inside = np.minimum(np.searchsorted(held, (0.39, 0.86, 0.99)), len(ranked) - 1)
+    levels = np.unique(ranked[inside])
     middles = [(edge[1:] + edge[:-1]) / 2 for edge in edges]
-    if levels and levels[0] > 0:
+    if levels[0] > 0:
         axes.contour(*middles, density.T, levels=levels, colors=BLACK, linewidths=1.2)
     axes.plot([], [], color=BLACK, linewidth=1.2, label="prior: 39, 86, 99 % of its draws")
 
@@ -488,7 +500,7 @@ def reconstructions(parts: Sequence[Rebuilt], low: float, high: float) -> Figure
 def _rebuilt_images(parts: Sequence[Rebuilt], low: float, high: float) -> Figure:
     columns = max(len(part.data) for part in parts)
     h, w = parts[0].data.shape[-2:]
-    made = figure(len(parts) * (2.15 * WIDTH / columns * h / w + 0.62))
+    made = figure(len(parts) * (2.15 * 0.89 * WIDTH / columns * h / w + 0.55))
     grid = made.subplots(len(parts), 1, squeeze=False)
     for axes, part in zip(grid[:, 0], parts, strict=True):
         axes.imshow(tiles(np.concatenate([part.data, part.means]), len(part.data), low, high), aspect="equal")
@@ -550,15 +562,10 @@ def _sampled_vectors(means: Array, data: Array) -> Figure:
     made = figure(3.4)
     axes = made.subplots()
     if means.shape[1] == 2:
-        axes.scatter(*data.T, s=10, color=GREY, alpha=0.5, linewidths=0, label="data")
-        axes.scatter(*means.T, s=16, color=ORANGE, linewidths=0, label="means of p(x | z)")
+        axes.scatter(data[:, 0], data[:, 1], s=10, color=GREY, alpha=0.5, linewidths=0, label="data")
+        axes.scatter(means[:, 0], means[:, 1], s=16, color=ORANGE, linewidths=0, label="means of p(x | z)")
     else:
         axes.hist(data[:, 0], 40, density=True, color=PALE, label="data")
         axes.hist(means[:, 0], 40, density=True, histtype="step", color=RED, linewidth=1.6, label="means of p(x | z)")
     axes.legend(loc="best")
     return made
-
-
-def threshold_table(latent: LatentCollapse) -> Iterable[tuple[float, int]]:
-    """The curve of active units at whole powers of ten."""
-    return [(threshold, count) for threshold, count in latent.curve[::4]]

@@ -118,6 +118,7 @@ class Surgery:
     def table(self) -> Table:
         """The figures as a rich table."""
         from rich.table import Table
+        from rich.text import Text
 
         title = f"ELBO surgery, nats per datum (n = {self.n}, {self.samples} draw{'s' * (self.samples > 1)})"
         table = Table(title=title, caption="\n".join((self.headline(), *self.notes)), caption_justify="left")
@@ -128,7 +129,7 @@ class Surgery:
             if e is not None:
                 kind = e.kind.replace("_", " ") + (f", {e.note}" if e.note else "")
                 error = f"{e.standard_error:.4f}" if e.standard_error else ""
-                table.add_row(name, f"{e.value:.4f}", error, kind, meaning)
+                table.add_row(name, f"{e.value:.4f}", error, kind, Text(meaning))  # Text: no markup in I_q[x, z]
         return table
 
     def __rich__(self) -> Table:

@@ -89,8 +89,18 @@ class Component(Section):
     def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
         if not cls.is_family():
             return handler(schema)
-        members = [handler(m.__pydantic_core_schema__) for m in cls.members.values()]
-        return {"oneOf": members, "description": (cls.__doc__ or "").split("\n")[0]}
+        forms: list[dict[str, Any]] = [{"enum": sorted(cls.members)}, *cls.shorthand_schema()]
+        for name, member in cls.members.items():
+            table = handler.resolve_ref_schema(handler(member.__pydantic_core_schema__))
+            if name != cls.default:
+                table["required"] = sorted({*table.get("required", ()), cls.tag})
+            forms.append(table)
+        return {"oneOf": forms, "description": (cls.__doc__ or "").split("\n")[0]}
+
+    @classmethod
+    def shorthand_schema(cls) -> list[dict[str, Any]]:
+        """JSON Schema of the forms that `shorthand` accepts."""
+        return []
 
     @classmethod
     def parse(cls, value: Any) -> Self:

@@ -217,6 +217,7 @@ class ConvModule(NetworkModule):
         if output is not None:
             image = len(output) == 3
             self.head = Up(dense, output, channels, act) if image else nn.Linear(dense, prod(output))
+        self.unflat = None if output is None or len(output) in (1, 3) else self.output
 
     def forward(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """Named tensors `(..., *shape)` to `(..., *output)`."""
@@ -225,7 +226,7 @@ class ConvModule(NetworkModule):
             for name, shape in self.inputs.items()
         ]
         h = self.head(self.dense(join(flat)))
-        return h if h.shape[-len(self.output) :] == self.output else h.unflatten(-1, self.output)
+        return h if self.unflat is None else h.unflatten(-1, self.unflat)
 
 
 @final

@@ -20,6 +20,11 @@ class Schedule(Component):
         number = isinstance(value, int | float) and not isinstance(value, bool)
         return {"kind": "constant", "value": value} if number else value
 
+    @classmethod
+    def shorthand_schema(cls) -> list[dict[str, Any]]:
+        """A bare number."""
+        return [{"type": "number"}]
+
     @abstractmethod
     def at(self, epoch: float, epochs: float) -> float:
         """The value after `epoch` (fractional) of `epochs` epochs."""

@@ -32,7 +32,7 @@ def latex_name(name: str) -> str:
 def latex(text: str) -> str:
     """A formula of `formulas` in LaTeX."""
     text = re.sub(r"[a-z][a-z0-9_]*", lambda m: latex_name(m[0]), text)
-    return text.replace(" | ", r" \mid ").replace(") ", r")\, ")
+    return re.sub(r"\) (?=[pq]\()", r")\\, ", text.replace(" | ", r" \mid "))
 
 
 def formulas(experiment: Experiment) -> dict[str, str]:

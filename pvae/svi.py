@@ -192,9 +192,10 @@ def _experiment(plan: Plan) -> Experiment:
 def _dataset(plan: Plan, data: Dataset | Tensor | None, data_dir: str | Path | None) -> tuple[Dataset, Plan]:
     """The data to fit; a declaration given other data says so."""
     if data is not None:
-        dataset = data if isinstance(data, Dataset) else Dataset.from_tensors(data)
+        declared = plan.data if isinstance(plan, Experiment) and isinstance(plan.data, TensorSource) else TensorSource()
+        dataset = data if isinstance(data, Dataset) else Dataset.from_tensors(data, declared=declared)
         if isinstance(plan, Experiment):
-            plan = plan.model_copy(update={"data": TensorSource()})
+            plan = plan.model_copy(update={"data": declared})
     elif isinstance(plan, Experiment):
         dataset = load(plan.data, data_dir=Path(data_dir) if data_dir else None, seed=plan.seed)
     else:

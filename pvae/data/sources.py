@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, cast
 
 import numpy as np
 
@@ -206,7 +206,7 @@ def _opened(path: Path) -> Iterator[IO[bytes]]:
         plain.seek(0)
         if zipped:
             with gzip.GzipFile(fileobj=plain) as stream:
-                yield stream
+                yield cast("IO[bytes]", stream)
         else:
             yield plain
 

@@ -3,7 +3,7 @@
 All variants take turns in one process on the same batches; a figure is the median over rounds of the ratio to
 the hand-written step of the same round. Batch 100, 784-300-300-40, Bernoulli, Adam.
 
-    python tests/bench/step.py [--rounds 300] [--json FILE]
+    python tests/bench/step.py [--rounds 300] [--device cpu] [--json FILE]
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ from torch import Tensor, nn
 
 from pvae import Experiment
 from pvae.objectives import Loss
-from pvae.step import Step
+from pvae.step import Step, make_capturable
 
 BATCH = 100
+DEVICE = torch.device("cpu")
 SPEC = {
     "latents": {"z": {"dim": 40}},
     "encoder": {"network": {"kind": "mlp", "hidden": [300, 300]}},
@@ -54,7 +55,7 @@ class HandWritten(nn.Module):
 
 def hand_written() -> Variant:
     """Hand-written loop with fused Adam."""
-    model = HandWritten()
+    model = HandWritten().to(DEVICE)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, fused=True)
 
     def step(x: Tensor) -> None:
@@ -68,9 +69,11 @@ def hand_written() -> Variant:
 def ours(engine: str, x: Tensor) -> Variant:
     """pvae's step, as `fit` takes it."""
     experiment = Experiment.from_dict(SPEC)
-    pair = experiment.build((784,))
+    pair = experiment.build((784,)).to(DEVICE)
     optimizer = torch.optim.Adam(pair.parameters(), lr=1e-3, fused=True)
-    stepper = Step(Loss(experiment.objective, pair), optimizer, engine, x)
+    if DEVICE.type == "cuda":
+        make_capturable(optimizer, DEVICE)
+    stepper = Step(Loss(experiment.objective, pair).to(DEVICE), optimizer, engine, x)
     count = 0
 
     def step(x: Tensor) -> None:
@@ -84,7 +87,7 @@ def ours(engine: str, x: Tensor) -> Variant:
 
 def stock_svi() -> Variant:
     """pyro.infer.SVI with pyro.optim.Adam and Trace_ELBO."""
-    pair = Experiment.from_dict(SPEC).build((784,))
+    pair = Experiment.from_dict(SPEC).build((784,)).to(DEVICE)
     svi = pyro.infer.SVI(pair.model, pair.guide, pyro.optim.Adam({"lr": 1e-3}), pyro.infer.Trace_ELBO())
     return svi.step
 
@@ -116,7 +119,7 @@ def pythae_step() -> Variant:
             return ModelOutput(reconstruction=self.net(z).reshape(-1, 1, 28, 28))
 
     config = VAEConfig(input_dim=(1, 28, 28), latent_dim=40, reconstruction_loss="bce")
-    model = VAE(config, encoder=Encoder(), decoder=Decoder())
+    model = VAE(config, encoder=Encoder(), decoder=Decoder()).to(DEVICE)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
 
     def step(x: Tensor) -> None:
@@ -135,6 +138,8 @@ def interleave(variants: dict[str, Variant], batches: Tensor, rounds: int) -> di
         for name, step in variants.items():
             start = time.perf_counter()
             step(x)
+            if DEVICE.type == "cuda":
+                torch.cuda.synchronize()
             if i >= 10:
                 times[name].append(time.perf_counter() - start)
     base = next(iter(times.values()))
@@ -151,14 +156,18 @@ def main() -> None:
     """Run and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=300)
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--json")
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore")
+    global DEVICE
+    DEVICE = torch.device(arguments.device)
+    fast = "captured" if DEVICE.type == "cuda" else "compiled"
     torch.manual_seed(0)
-    batches = (torch.rand(20, BATCH, 784) > 0.5).float()
+    batches = (torch.rand(20, BATCH, 784) > 0.5).float().to(DEVICE)
     variants: dict[str, Variant] = {
         "hand-written, fused Adam": hand_written(),
-        "pvae compiled": ours("compiled", batches[0]),
+        f"pvae {fast}": ours(fast, batches[0]),
         "pvae eager": ours("eager", batches[0]),
         "stock SVI.step": stock_svi(),
     }

@@ -1,0 +1,183 @@
+"""The command line: what people see, exit codes, signals; faults 12, 14, 16, 19, 20, 34."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import pvae
+from pvae import cli
+
+TINY = ["encoder.network.hidden=[16]", "decoder.network.hidden=[16]", "train.engine=eager"]
+
+
+def run_cli(*arguments: str, capsys: pytest.CaptureFixture[str], code: int = 0) -> tuple[str, str]:
+    """Output and errors of a command run in this process; its exit code is checked."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["pvae", *arguments])
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+    captured = capsys.readouterr()
+    assert caught.value.code == code, captured.err
+    return captured.out, captured.err
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with one finished run called vae."""
+    folder = tmp_path_factory.mktemp("runs")
+    pvae.fit("vae", *TINY, "train.epochs=2", run_dir=folder, device="cpu", progress=False)
+    return folder
+
+
+def test_light_commands_import_no_torch(tmp_path: Path) -> None:
+    for command in (["--help"], ["list"], ["runs"], ["--version"]):
+        code = (
+            "import sys\nfrom pvae import cli\n"
+            f"sys.argv = ['pvae', *{command!r}]\n"
+            "try:\n    cli.main()\nexcept SystemExit as e:\n    assert not e.code, e.code\n"
+            "heavy = {'torch', 'pyro', 'pandas', 'matplotlib', 'numpy'} & set(sys.modules)\n"
+            "assert not heavy, heavy\n"
+        )
+        subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path, stdout=subprocess.DEVNULL)
+
+
+def test_list_and_new_and_check(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    out, _ = run_cli("list", "--json", capsys=capsys)
+    assert {"vae", "vae_normal", "hvae"} <= {row["name"] for row in json.loads(out)}
+    out, _ = run_cli("new", "my first", capsys=capsys)
+    assert "pvae check" in out
+    file = next(tmp_path.glob("*.toml"))
+    assert pvae.Experiment.load(file).name == "my first"
+    run_cli("check", str(file), capsys=capsys)
+    out, _ = run_cli("check", str(file), "--build", capsys=capsys)
+    assert "parameters" in out
+    assert "nats per datum" in out
+    _, err = run_cli("new", "my first", capsys=capsys, code=2)
+    assert "there already" in err
+    out, _ = run_cli("schema", capsys=capsys)
+    assert json.loads(out)["title"] == "Experiment"
+
+
+def test_show(capsys: pytest.CaptureFixture[str]) -> None:
+    out, _ = run_cli("show", "hvae", capsys=capsys)
+    for text in ("p(x, z2, z1) = p(z2) p(z1 | z2) p(x | z1, z2)", "q(z1 | x, z2)", "total", "[1, 8, 8]"):
+        assert text in out
+
+
+def test_declaration_errors_exit_2(capsys: pytest.CaptureFixture[str]) -> None:
+    """FAULTS 34: every finding is one line, no traceback."""
+    _, err = run_cli("fit", "vae", "train.epoch=2", "latents.z.dim=true", capsys=capsys, code=2)
+    assert "vae: train.epoch:" in err
+    assert "vae: latents.z.dim: expected a valid integer; got true." in err
+    assert "Traceback" not in err
+    _, err = run_cli("fit", "vea", capsys=capsys, code=2)
+    assert "did you mean 'vae'" in err
+    run_cli("no-such-command", capsys=capsys, code=2)
+
+
+def test_runs_surgery_evidence(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    where = ["--run-dir", str(runs)]
+    out, _ = run_cli("runs", *where, capsys=capsys)
+    assert "finished" in out
+    out, _ = run_cli("runs", "--json", *where, capsys=capsys)
+    assert json.loads(out)[0]["name"] == "vae"
+    out, _ = run_cli("surgery", "vae", "--json", "--samples", "2", *where, capsys=capsys)
+    figures = json.loads(out)["figures"]
+    assert figures["elbo"]["value"] == pytest.approx(figures["reconstruction"]["value"] - figures["kl"]["value"])
+    out, _ = run_cli("surgery", "latest", *where, capsys=capsys)
+    assert "marginal KL" in out
+    assert "I_q[x, z]" in out
+    out, _ = run_cli("evidence", "latest", "--samples", "20", "--json", *where, capsys=capsys)
+    assert json.loads(out)["figures"]["iwae_20"]["kind"] == "lower_bound"
+    _, err = run_cli("surgery", "latest", "--split", "tset", *where, capsys=capsys, code=2)
+    assert "test" in err
+    _, err = run_cli("surgery", "veae", *where, capsys=capsys, code=2)
+    assert "vae" in err
+
+
+def test_finished_run_says_so(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """FAULTS 12."""
+    out, _ = run_cli("resume", "vae", "--run-dir", str(runs), capsys=capsys)
+    assert "nothing to resume" in out
+
+
+def npz(path: Path, x: np.ndarray) -> str:
+    """An npz file; returns an override that names it."""
+    np.savez(path, x=x)
+    return f"data.path={json.dumps(str(path))}"
+
+
+def test_data_that_cannot_be_scored_exit_65(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """FAULTS 19 and 20: where it is, and what to do."""
+    x = np.random.default_rng(0).random((50, 4)).astype(np.float32)
+    options = ["data.source=npz", "data.binarize=none", *TINY, "--run-dir", str(tmp_path / "runs")]
+    _, err = run_cli("fit", "vae", npz(tmp_path / "grey.npz", x), *options, capsys=capsys, code=65)
+    assert "data.binarize" in err
+    x[3, 2] = np.nan
+    _, err = run_cli("fit", "vae", npz(tmp_path / "nan.npz", x), *options, capsys=capsys, code=65)
+    assert "row 3" in err
+    assert not (tmp_path / "runs").exists(), "nothing may be left of a fit that never started"
+
+
+# ---------------------------------------------------------------------- processes
+
+
+def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
+    """`pvae fit vae` in a process of its own, well under way."""
+    child = subprocess.Popen(
+        [sys.executable, "-m", "pvae.cli", "fit", "vae", *TINY, *arguments, "--run-dir", str(folder), "--device", "cpu"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and child.poll() is None:
+        if any(path.stat().st_size for path in folder.glob("*/*/metrics.jsonl")):
+            return child
+        time.sleep(0.02)
+    raise AssertionError(child.communicate())
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGINT", 130)])
+def test_signals_checkpoint_and_say_how_to_go_on(tmp_path: Path, name: str, code: int) -> None:
+    """FAULTS 14."""
+    child = start(tmp_path, "train.epochs=100000", "train.checkpoint_seconds=1000")
+    child.send_signal(getattr(signal, name))
+    _, err = child.communicate(timeout=30)
+    assert child.returncode == code
+    assert "pvae resume" in err
+    assert "Traceback" not in err
+    run = pvae.Run.load(next(tmp_path.glob("*/*")))
+    assert run.status["state"] == "interrupted"
+    assert run.checkpoint.step > 0
+
+
+def test_a_second_process_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """FAULTS 16."""
+    child = start(tmp_path, "train.epochs=100000")
+    try:
+        run = next(tmp_path.glob("*/*"))
+        _, err = run_cli("resume", str(run), "--quiet", "--device", "cpu", capsys=capsys, code=75)
+        assert str(child.pid) in err
+    finally:
+        child.kill()
+        child.communicate()
+    assert [row["state"] for row in pvae.rundir.list_runs(tmp_path)] == ["stale"]  # type: ignore[attr-defined]
+
+
+def test_broken_pipe_is_quiet() -> None:
+    shell = f"{sys.executable} -m pvae.cli schema | head -n 1"
+    done = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, env={**os.environ}, check=False)
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,97 @@
+"""What only a GPU can show; deselected where there is none."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pyro
+import pytest
+import torch
+
+import pvae
+from pvae.analysis import evidence, surgery
+from pvae.objectives import Loss
+from pvae.spec import Experiment
+from pvae.step import Step, load_optimizer_tensors, make_capturable, optimizer_tensors, set_lr
+
+pytestmark = pytest.mark.cuda
+SPEC = Experiment.from_dict(
+    {
+        "data": {"source": "digits", "binarize": "dynamic"},
+        "latents": {"z": {"dim": 5}},
+        "encoder": {"network": {"kind": "mlp", "hidden": [32]}},
+        "decoder": {"network": {"kind": "mlp", "hidden": [32]}},
+        "train": {"epochs": 6, "batch_size": 96},
+    }
+)
+
+
+def make(engine: str) -> Step:
+    """A step on the GPU with clipping and an average."""
+    pair = SPEC.build((1, 8, 8)).to("cuda")
+    optimizer = SPEC.train.optimizer.build(pair.parameters())
+    make_capturable(optimizer, torch.device("cuda"))
+    average = [p.detach().clone() for p in pair.parameters()]
+    example = torch.zeros(96, 1, 8, 8, device="cuda")
+    loss = Loss(SPEC.objective, pair).to("cuda")
+    return Step(loss, optimizer, engine, example, clip_norm=50.0, average=(average, 0.9))
+
+
+def test_captured_step_equals_the_eager_one() -> None:
+    with pyro.validation_enabled(False):
+        steps = [make("eager"), make("captured")]
+        for i in range(20):
+            torch.manual_seed(100 + i)
+            x = (torch.rand(96 if i % 6 else 40, 1, 8, 8, device="cuda") > 0.5).float()
+            outs = []
+            for step in steps:
+                step.loss.beta.fill_(0.05 * i)
+                set_lr(step.optimizer, 1e-3 * (1 + i))
+                torch.manual_seed(i)
+                outs.append(step(x).clone())
+            assert torch.allclose(outs[0], outs[1], rtol=1e-4, atol=1e-4), (i, outs)
+    for a, b in zip(steps[0].parameters, steps[1].parameters, strict=True):
+        assert torch.allclose(a, b, rtol=1e-3, atol=1e-5)
+    for a, b in zip(steps[0].average[0], steps[1].average[0], strict=True):  # type: ignore[index]
+        assert torch.allclose(a, b, rtol=1e-3, atol=1e-5)
+
+
+def test_capture_leaves_a_restored_optimizer_alone() -> None:
+    with pyro.validation_enabled(False):
+        step = make("eager")
+        for _ in range(3):
+            step((torch.rand(96, 1, 8, 8, device="cuda") > 0.5).float())
+        saved = {k: v.clone() for k, v in optimizer_tensors(step.optimizer).items()}
+        load_optimizer_tensors(step.optimizer, saved)
+        make_capturable(step.optimizer, torch.device("cuda"))
+        weights = [p.detach().clone() for p in step.parameters]
+        Step(step.loss, step.optimizer, "captured", torch.zeros(96, 1, 8, 8, device="cuda"))
+    after = optimizer_tensors(step.optimizer)
+    assert all(torch.equal(saved[k], after[k]) for k in saved)
+    assert all(torch.equal(a, b) for a, b in zip(weights, step.parameters, strict=True))
+
+
+def test_not_finite_moves_nothing() -> None:
+    with pyro.validation_enabled(False):
+        step = make("captured")
+        before = [p.detach().clone() for p in step.parameters]
+        out = step(torch.full((96, 1, 8, 8), torch.nan, device="cuda"))
+    assert not torch.isfinite(out[0])
+    assert all(torch.equal(a, b) for a, b in zip(before, step.parameters, strict=True))
+
+
+def test_fit_resume_and_analysis(tmp_path: Path) -> None:
+    run = pvae.fit(SPEC, run_dir=tmp_path, progress=False)
+    assert run.files.manifest["device"] == "cuda"
+    assert run.status["engine"] == "captured"
+    assert run.metrics.query("split == 'validation'")["elbo"].iloc[-1] > -40
+    x = run.data.test.x
+    on_cpu, run = surgery(run.pair, x, samples=20), run.to("cuda")
+    on_gpu = surgery(run.pair, x.cuda(), samples=20)
+    for name in ("elbo", "kl", "mutual_information", "marginal_kl"):
+        a, b = getattr(on_cpu, name), getattr(on_gpu, name)
+        assert abs(a.value - b.value) < 5 * (a.standard_error**2 + b.standard_error**2) ** 0.5
+    assert evidence(run.pair, x.cuda(), samples=50).iwae.value > on_gpu.elbo.value
+    half = pvae.fit(SPEC.with_overrides("train.epochs=3"), run_dir=tmp_path, progress=False)
+    done = pvae.resume(half.path, "train.epochs=6", allow_changes=True, progress=False)
+    assert done.status["epoch"] == 6

@@ -1,0 +1,714 @@
+"""Data: every source x every law; the published checksums; every broken file and its error."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import http.server
+import os
+import pickle
+import subprocess
+import sys
+import threading
+import time
+import zipfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from filelock import FileLock
+from pydantic import ValidationError
+from torch.distributions import constraints
+
+from pvae.data import MNIST, Data, Dataset, Digits, FashionMNIST, Npz, Splits, TensorSource, load, sources
+from pvae.data.rows import shared_rows
+from pvae.data.sources import FASHION_MNIST, Collection, IdxFile, idx_header, read_collection, read_idx
+from pvae.errors import BusyError, DataError, DeclarationError, OutputError
+
+RNG = np.random.RandomState(0)
+X = RNG.uniform(0.05, 0.95, (40, 4)).astype(np.float32)
+Y = np.arange(40) % 3
+
+
+# Small stand-ins for the large collections
+
+
+def idx(array: np.ndarray) -> bytes:
+    return idx_header(array.shape) + array.astype(np.uint8).tobytes()
+
+
+def small_arrays() -> dict[str, np.ndarray]:
+    draw = np.random.RandomState(1)
+    return {
+        "x_train": draw.randint(0, 256, (12, 3, 3)).astype(np.uint8),
+        "y_train": (np.arange(12) % 10).astype(np.uint8),
+        "x_test": draw.randint(0, 256, (4, 3, 3)).astype(np.uint8),
+        "y_test": (np.arange(4) % 10).astype(np.uint8),
+    }
+
+
+def small_collection(**changes: Any) -> Collection:
+    files = {
+        key: IdxFile(sources.MNIST_FILES.files[key].name, array.shape, hashlib.sha256(idx(array)).hexdigest())
+        for key, array in small_arrays().items()
+    }
+    return replace(sources.MNIST_FILES, files=files, mirrors=("http://127.0.0.1:9/",), **changes)
+
+
+def place(folder: Path, collection: Collection) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for key, array in small_arrays().items():
+        (folder / f"{collection.files[key].name}.gz").write_bytes(gzip.compress(idx(array)))
+
+
+@pytest.fixture
+def small_mnist(monkeypatch: pytest.MonkeyPatch) -> Collection:
+    small = small_collection()
+    monkeypatch.setattr(sources, "MNIST_FILES", small)
+    return small
+
+
+# Members x laws
+
+
+@dataclass(frozen=True)
+class Row:
+    make: Callable[[Path], Data]
+    shape: tuple[int, ...]
+    sizes: tuple[int, int, int]
+    labelled: bool = True
+
+
+def npz(folder: Path, **arrays: Any) -> str:
+    np.savez(folder / "data.npz", **arrays)
+    return str(folder / "data.npz")
+
+
+def mnist_npz(folder: Path) -> MNIST:
+    np.savez(folder / "mnist.npz", **small_arrays())  # type: ignore[arg-type]
+    return MNIST()
+
+
+TABLE = {
+    "digits": Row(lambda _: Digits(), (1, 8, 8), (1000, 350, 447)),
+    "fashion_mnist": Row(lambda _: FashionMNIST(), (1, 28, 28), (50000, 10000, 10000)),
+    "mnist": Row(mnist_npz, (1, 3, 3), (10, 2, 4)),
+    "npz": Row(lambda p: Npz(path=npz(p, x=X, y=Y), y="y"), (4,), (32, 4, 4)),
+    "tensor": Row(lambda _: TensorSource(), (4,), (32, 4, 4)),
+}
+
+
+def loaded(name: str, folder: Path, **changes: Any) -> Dataset:
+    data = TABLE[name].make(folder).model_copy(update=changes)
+    if isinstance(data, TensorSource):
+        return Dataset.from_tensors(X, Y, declared=data)
+    return load(data, data_dir=folder)
+
+
+def test_the_table_holds_every_source():
+    ours = {name for name, member in Data.members.items() if member.__module__.startswith("pvae.")}
+    assert set(TABLE) == ours
+
+
+@pytest.mark.parametrize("name", TABLE)
+@pytest.mark.usefixtures("small_mnist")
+def test_shapes_types_and_ranges(name: str, tmp_path: Path):
+    data, row = loaded(name, tmp_path), TABLE[name]
+    assert data.source == name
+    assert data.shape == row.shape
+    assert tuple(len(split) for split in data.splits) == row.sizes
+    for split in data.splits:
+        assert split.x.shape == (len(split), *row.shape)
+        assert split.x.dtype == torch.float32
+        assert split.y is not None
+        assert split.y.dtype == torch.int64
+        assert split.y.shape == (len(split),)
+        assert split.raw is None
+        assert 0 <= float(split.x.min()) < float(split.x.max()) <= 1
+
+
+@pytest.mark.parametrize("name", [name for name in TABLE if name != "fashion_mnist"])
+@pytest.mark.parametrize("binarize", ["threshold", "static", "dynamic"])
+@pytest.mark.usefixtures("small_mnist")
+def test_binarised_data_are_zeros_and_ones_and_the_same_each_time(name: str, binarize: str, tmp_path: Path):
+    one, other = (loaded(name, tmp_path, binarize=binarize) for _ in range(2))
+    one.require_support(constraints.boolean, "")
+    assert one.fingerprint == other.fingerprint != loaded(name, tmp_path).fingerprint
+    assert (one.train.raw is not None) == (binarize == "dynamic")
+    assert one.validation.raw is None
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_declarations_round_trip(name: str, tmp_path: Path):
+    data = TABLE[name].make(tmp_path)
+    assert Data.parse(data.model_dump()) == data
+    assert Data.parse(data.model_dump(mode="json", exclude_none=True)) == data
+
+
+# The published protocol
+
+
+def packed(x: torch.Tensor) -> str:
+    return hashlib.sha256(np.packbits(x.numpy().astype(np.uint8)).tobytes()).hexdigest()
+
+
+def test_published_binarisation_of_fashion_mnist():
+    """Exemplar VAE (Norouzi, Fleet, Norouzi, 2020): 2 248 637 ones in the test set of the package's files."""
+    state = np.random.get_state()[1].copy()  # type: ignore[index]
+    data = load(FashionMNIST(binarize="dynamic"))
+    assert int(data.test.x.sum(dtype=torch.float64)) == 2_248_637
+    assert packed(data.test.x)[:16] == "25f0d69b40ae46a7"
+    assert np.array_equal(state, np.random.get_state()[1])  # type: ignore[index]
+    assert data.train.raw is not None
+    assert float(data.train.raw.mean()) == pytest.approx(float(data.train.x.mean()), abs=2e-3)
+    assert data.label_names is not None
+    assert data.label_names[9] == "Ankle boot"
+
+
+def test_fixed_draws_follow_the_protocol_on_any_source():
+    x = load(Digits()).validation.x.double().numpy(), load(Digits()).test.x.double().numpy()
+    published = np.random.RandomState(777)
+    data = load(Digits(binarize="dynamic"))
+    assert np.array_equal(data.validation.x.numpy(), published.binomial(1, x[0]))
+    assert np.array_equal(data.test.x.numpy(), published.binomial(1, x[1]))
+
+
+def test_dynamic_draws_differ_and_follow_torch_s_seed():
+    train = load(Digits(binarize="dynamic")).train
+    index = torch.arange(100)
+    torch.manual_seed(3)
+    first, second = train.draw(index), train.draw(index)
+    torch.manual_seed(3)
+    assert torch.equal(train.draw(index), first)
+    assert not torch.equal(first, second)
+    assert train.raw is not None
+    mean = torch.stack([train.draw(index) for _ in range(400)]).mean(0)
+    # 6400 means of 400 draws, standard error at most .025: beyond .15 (6 of them) with probability below 1e-4
+    assert float((mean - train.raw[index]).abs().max()) < 0.15
+
+
+def test_static_draws_stay():
+    data = load(Digits(binarize="static"))
+    index = torch.tensor([5, 3])
+    assert torch.equal(data.train.draw(index), data.train.x[index])
+
+
+def test_the_seed_of_a_run_does_not_change_the_data():
+    one, other = (load(Digits(binarize="dynamic"), seed=seed).fingerprint for seed in (0, 1))
+    assert one == other
+
+
+# Scale and shape
+
+
+def test_standardise_by_the_training_split():
+    data = Dataset.from_tensors(X, declared=TensorSource(scale="standardise"))
+    assert torch.allclose(data.train.x.mean(0), torch.zeros(4), atol=1e-6)
+    assert torch.allclose(data.train.x.std(0, correction=0), torch.ones(4), atol=1e-6)
+    assert not torch.allclose(data.test.x.mean(0), torch.zeros(4), atol=1e-3)
+
+
+def test_standardise_names_the_constant_column():
+    x = X.copy()
+    x[:, 2] = 0.1
+    with pytest.raises(DataError, match=r"column 2 is constant \(1 such"):
+        Dataset.from_tensors(x, declared=TensorSource(scale="standardise"))
+
+
+def test_unit_divides_by_the_largest_level(tmp_path: Path):
+    levels = RNG.randint(0, 256, (20, 3)).astype(np.uint8)
+    path = npz(tmp_path, x=levels, f=levels.astype(float))
+    unit, raw = load(Npz(path=path, scale="unit")), load(Npz(path=path))
+    assert torch.allclose(unit.train.x * 255, raw.train.x)
+    assert torch.allclose(load(Npz(path=path, x="f", scale="unit", largest=510.0)).train.x * 2, unit.train.x)
+    with pytest.raises(DataError, match="known largest level"):
+        load(Npz(path=path, x="f", scale="unit"))
+
+
+def test_shape_reshapes_each_row():
+    assert load(Digits(shape=(64,))).train.x.shape == (1000, 64)
+    with pytest.raises(DataError, match=r"expected 64 values.*\[7, 9\], which is 63"):
+        load(Digits(shape=(7, 9)))
+
+
+# Splits
+
+
+def test_declared_splits():
+    data = load(Digits(splits=Splits(train=(100, 700), test=(1700, 1797))))
+    assert [len(split) for split in data.splits] == [600, 350, 97]
+    assert torch.equal(data.train.x, load(Digits()).train.x[100:700])
+
+
+def test_splits_parse_from_lists_and_stay_strict():
+    assert Digits.model_validate({"splits": {"train": [0, 10]}}).splits.train == (0, 10)
+    with pytest.raises(ValidationError):
+        Digits.model_validate({"splits": {"train": [0, "10"]}})
+
+
+@pytest.mark.parametrize(
+    ("splits", "match"),
+    [
+        (Splits(train=(5, 5)), r"splits.train: expected start < stop; got \[5, 5\], which is empty"),
+        (Splits(test=(1700, 1798)), r"splits.test: expected rows in \[0, 1797\]; got \[1700, 1798\]"),
+        (Splits(train=(-3, 10)), r"splits.train: expected rows in"),
+        (
+            Splits(train=(0, 1200)),
+            r"train = \[0, 1200\] and validation = \[1000, 1350\] \(the source's own\). Declare both",
+        ),
+        (Splits(validation=(0, 10), train=(9, 20)), r"train = \[9, 20\] and validation = \[0, 10\]"),
+    ],
+)
+def test_broken_splits(splits: Splits, match: str):
+    with pytest.raises(DataError, match=match):
+        load(Digits(splits=splits))
+
+
+def test_seeded_permutation_of_an_archive(tmp_path: Path):
+    path = npz(tmp_path, x=X)
+    one, again, other = (load(Npz(path=path, split_seed=seed)) for seed in (0, 0, 1))
+    assert one.fingerprint == again.fingerprint != other.fingerprint
+    together = torch.cat([split.x for split in one.splits])
+    assert torch.equal(together.sort(0).values, torch.from_numpy(X).sort(0).values)
+    with pytest.raises(DataError, match="validation, test missing"):
+        load(Npz(path=path, splits=Splits(train=(0, 10))))
+
+
+def test_split_by_name():
+    data = load(Digits())
+    assert data.split("test") is data.test
+    with pytest.raises(DeclarationError, match="got 'tets' .did you mean 'test'"):
+        data.split("tets")
+
+
+def test_to_moves_every_tensor():
+    moved = load(Digits(binarize="dynamic")).to("meta")
+    assert moved.train.raw is not None
+    assert {moved.train.x.device.type, moved.train.raw.device.type, moved.test.x.device.type} == {"meta"}
+
+
+# Tensors passed in Python
+
+
+def test_tensors_are_copied_and_become_float32():
+    x = torch.rand(30, 2, dtype=torch.float64)
+    data = Dataset.from_tensors(x, validation=x[:5] + 1, test=(x[:4] + 2))
+    before = data.train.x.clone()
+    x.zero_()
+    assert torch.equal(data.train.x, before)
+    assert [len(split) for split in data.splits] == [30, 5, 4]
+    assert data.train.x.dtype == torch.float32
+    assert Dataset.from_tensors(torch.rand(20, 2, dtype=torch.bfloat16)).train.x.dtype == torch.float32
+
+
+def test_a_missing_split_is_a_tenth_of_train():
+    data = Dataset.from_tensors(X, Y, test=(X[:3] / 2, Y[:3]), label_names=("a", "b", "c"))
+    assert [len(split) for split in data.splits] == [36, 4, 3]
+    assert data.label_names == ("a", "b", "c")
+
+
+@pytest.mark.parametrize(
+    ("call", "match"),
+    [
+        (lambda: Dataset.from_tensors(torch.empty(0, 3)), "at least one row"),
+        (lambda: Dataset.from_tensors(X, validation=X[:0]), "validation: expected an array .* at least one row"),
+        (lambda: Dataset.from_tensors(X[:2]), "at least 3 rows to split; got 2"),
+        (lambda: Dataset.from_tensors(X[:1], validation=X[:2], test=X[:3]), "all 4 are constant over its 1 rows"),
+        (lambda: Dataset.from_tensors(np.ones((20, 3))), "all 3 are constant"),
+        (lambda: Dataset.from_tensors(X, Y[:-1]), r"one for each of 40 rows; got shape \(39,\)"),
+        (lambda: Dataset.from_tensors(X, Y.astype(float)), "expected integers; got float64"),
+        (lambda: Dataset.from_tensors(X, Y, test=X), "some in train and none in test"),
+        (lambda: Dataset.from_tensors(X, test=X[:, :2]), r"test: expected rows of shape \(4,\), as in train; got \(2,"),
+        (lambda: Dataset.from_tensors(X[:, 0]), r"Set shape = \[1\]"),
+        (lambda: Dataset.from_tensors(["a", "b"]), "expected real numbers"),
+        (lambda: Dataset.from_tensors([[1.0], [1.0, 2.0]]), "train: expected an array"),
+        (lambda: Dataset.from_tensors(torch.zeros(9, 2, dtype=torch.complex64)), "expected real numbers"),
+        (lambda: load(TensorSource()), "Pass data="),
+    ],
+)
+def test_broken_tensors(call: Callable[[], Dataset], match: str):
+    with pytest.raises(DataError, match=match):
+        call()
+
+
+def test_bare_numbers_with_a_declared_shape():
+    assert Dataset.from_tensors(X[:, 0], declared=TensorSource(shape=(1,))).train.x.shape == (32, 1)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1e300])
+def test_values_that_are_not_finite(value: float):
+    x = X.astype(np.float64)
+    x[7, 2] = x[9, 1] = value
+    with pytest.raises(DataError, match=r"test: expected finite .* in row 7, column 2 \(2 such"):
+        Dataset.from_tensors(X, test=x)
+
+
+def test_not_finite_in_images_names_the_element():
+    x = np.zeros((30, 1, 3, 3))
+    x[4, 0, 2, 1] = np.nan
+    with pytest.raises(DataError, match=r"row 4, column \(0, 2, 1\)"):
+        Dataset.from_tensors(x)
+
+
+def test_rows_shared_between_splits_are_noted():
+    data = Dataset.from_tensors(X, validation=X[:5] + 1, test=np.concatenate([X[:3], X[:2] + 2]))
+    assert data.notes == ("3 of 5 rows of test also occur in train",)
+    parts = {"train": np.array([0, 1]), "test": np.array([2, 3])}
+    assert shared_rows(np.array([[1.0], [2.0], [2.0], [3.0]]), parts, "test") == 1
+
+
+def test_constant_features_are_noted():
+    assert "3 of 64 features are constant in train" in load(Digits()).notes
+
+
+# Support
+
+
+@pytest.mark.parametrize(
+    ("constraint", "value"),
+    [
+        (constraints.unit_interval, 1.5),
+        (constraints.boolean, 0.5),
+        (constraints.nonnegative_integer, -1.0),
+        (constraints.independent(constraints.unit_interval, 1), 2.0),
+    ],
+)
+def test_support_names_the_first_value_outside(constraint: constraints.Constraint, value: float):
+    x = np.tile([[0.0, 1.0], [1.0, 0.0]], (15, 1))
+    bad = x.copy()
+    bad[11, 1] = value
+    Dataset.from_tensors(x).require_support(constraint, "")
+    with pytest.raises(DataError, match=rf"test, row 11, element \(1,\): expected .*; got {value:g}. Use a hint"):
+        Dataset.from_tensors(x, test=bad).require_support(constraint, "Use a hint")
+
+
+def test_support_of_raw_pixels():
+    with pytest.raises(DataError, match=r"train, row 0, element \(0, 0, 2\): expected .*0.0.*1.0.*; got 5"):
+        load(Digits(scale="raw")).require_support(constraints.unit_interval, 'Set data.scale = "unit".')
+
+
+def test_binarising_needs_unit_values():
+    with pytest.raises(DataError, match=r'values in \[0, 1\]; got 1[56] in validation. Use scale = "unit"'):
+        load(Digits(scale="raw", binarize="threshold"))
+    with pytest.raises(DataError, match=r"got -\d"):
+        Dataset.from_tensors(X, declared=TensorSource(scale="standardise", binarize="static"))
+
+
+# Fingerprint
+
+
+def test_fingerprint_is_the_same_in_another_process():
+    code = "from pvae.data import Digits, load; print(load(Digits(binarize='dynamic')).fingerprint)"
+    environment = {**os.environ, "PYTHONHASHSEED": "5"}
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    assert found.stdout.strip() == load(Digits(binarize="dynamic")).fingerprint
+
+
+def test_fingerprint_changes_with_one_value():
+    def fingerprint(x: np.ndarray = X, y: np.ndarray = Y, **declared: Any) -> str:
+        return Dataset.from_tensors(x, y, declared=TensorSource(**declared)).fingerprint
+
+    pixel, label = X.copy(), Y.copy()
+    pixel[39, 3] += 1e-3
+    label[0] = 2
+    prints = [fingerprint(), fingerprint(pixel), fingerprint(y=label), fingerprint(shape=(2, 2))]
+    assert len(set(prints)) == 4
+    assert fingerprint() == prints[0]
+
+
+def test_importing_the_package_imports_no_torch():
+    code = "import sys, pvae.data.declared, pvae.data; print([m for m in ('torch', 'numpy') if m in sys.modules])"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"
+
+
+def test_every_public_name_is_there():
+    import pvae.data as room
+
+    assert dir(room) == sorted(room.__all__)
+    assert all(getattr(room, name).__name__ == name for name in room.__all__)
+    with pytest.raises(AttributeError, match="has no attribute 'Datset'"):
+        room.Datset  # noqa: B018
+
+
+# Archives
+
+
+def test_archive_that_is_split_already(tmp_path: Path):
+    path = npz(tmp_path, x_train=X, y_train=Y, x_test=X[:7] + 1, y_test=Y[:7])
+    data = load(Npz(path=path, y="y"))
+    assert [len(split) for split in data.splits] == [36, 4, 7]
+    assert torch.equal(data.test.x, torch.from_numpy(X[:7] + 1))
+    path = npz(tmp_path, x_train=X, x_validation=X[:5], x_test=X[:7] + 1)
+    assert torch.equal(load(Npz(path=path)).train.x, torch.from_numpy(X))
+
+
+def test_archive_in_the_data_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    npz(tmp_path, x=X)
+    assert len(load(Npz(path="data.npz"), data_dir=tmp_path).train) == 32
+    monkeypatch.setenv("PVAE_DATA_DIR", str(tmp_path))
+    assert len(load(Npz(path="data.npz")).train) == 32
+
+
+def lying_header(folder: Path) -> str:
+    path = folder / "data.npz"
+    np.save(folder / "x.npy", X)
+    content = (folder / "x.npy").read_bytes().replace(b"(40, 4)", b"(9940, 4)", 1).replace(b"  \n", b"\n", 1)
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("x.npy", content)
+    return str(path)
+
+
+def flipped_byte(folder: Path) -> str:
+    path = Path(npz(folder, x=X))
+    content = bytearray(path.read_bytes())
+    content[300] ^= 1
+    path.write_bytes(content)
+    return str(path)
+
+
+def written(folder: Path, content: bytes) -> str:
+    (folder / "data.npz").write_bytes(content)
+    return str(folder / "data.npz")
+
+
+@pytest.mark.parametrize(
+    ("path", "match"),
+    [
+        (lambda p: npz(p, x=np.array([{"a": 1}], dtype=object)), "got an object array, which could run code"),
+        (lambda p: npz(p, z=X, xs=X), "expected an array 'x'; got z, xs .did you mean 'xs'"),
+        (lambda p: npz(p, x=np.array(["a", "b"])), "expected real numbers"),
+        (lambda p: str(p / "absent.npz"), "got no such file"),
+        (lambda p: written(p, b""), "broken or foreign file"),
+        (lambda p: written(p, pickle.dumps({"x": 1})), "broken or foreign file"),
+        (lambda p: written(p, Path(npz(p, x=X)).read_bytes()[:-100]), "broken or foreign file"),
+        (flipped_byte, "broken or foreign file"),
+        (lying_header, r"expected 159168 bytes for 'x' \(9940, 4\); got 768"),
+    ],
+)
+def test_broken_archives(path: Callable[[Path], str], match: str, tmp_path: Path):
+    with pytest.raises(DataError, match=match):
+        load(Npz(path=path(tmp_path)))
+
+
+def test_archive_larger_than_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("pvae.data.archives._memory_bytes", lambda: 100)
+    with pytest.raises(DataError, match=r"needs 768 bytes; this computer has 100"):
+        load(Npz(path=npz(tmp_path, x=X)))
+
+
+# IDX files
+
+
+ARRAY = np.arange(24, dtype=np.uint8).reshape(2, 3, 4)
+FILE = IdxFile("images", (2, 3, 4), hashlib.sha256(idx(ARRAY)).hexdigest())
+WHOLE = idx(ARRAY)
+
+
+@pytest.mark.parametrize("content", [WHOLE, gzip.compress(WHOLE)])
+def test_idx_plain_and_gzipped(content: bytes, tmp_path: Path):
+    (tmp_path / "images").write_bytes(content)
+    assert np.array_equal(read_idx(tmp_path / "images", FILE), ARRAY)
+
+
+@pytest.mark.parametrize(
+    ("content", "match"),
+    [
+        (b"", "got no bytes"),
+        (b"\0\0\x08\x01" + WHOLE[4:], "expected the IDX magic 00 00 08 03; got 00 00 08 01"),
+        (b"<html><body>Log in</body></html>", r"got 3c 68 74 6d \(a web page\?\)"),
+        (WHOLE[:10], "expected a header of 16 bytes; got 10"),
+        (WHOLE[:30], r"expected 40 bytes; got 30 \(a truncated file\)"),
+        (WHOLE + b"xy", r"expected 40 bytes; got 42 \(trailing bytes\)"),
+        (WHOLE[:4] + b"\xff" * 12 + WHOLE[16:], r"expected sizes \[2, 3, 4\]; got \[4294967295, 4294967295"),
+        (WHOLE[:-1] + b"\0", "expected the bytes of images with SHA-256"),
+        (gzip.compress(WHOLE)[:-12], "broken file|truncated"),
+        (gzip.compress(WHOLE)[:-4] + b"abcd", "broken file"),
+        (gzip.compress(WHOLE[:30]), r"expected 40 bytes; got 30 \(a truncated file\)"),
+        (gzip.compress(WHOLE + bytes(2**25)), r"got at least \d+ \(trailing bytes\)"),
+        (b"\x1f\x8bgarbage", "broken file"),
+    ],
+)
+def test_broken_idx(content: bytes, match: str, tmp_path: Path):
+    (tmp_path / "images").write_bytes(content)
+    with pytest.raises(DataError, match=match):
+        read_idx(tmp_path / "images", FILE)
+
+
+# Finding and downloading
+
+
+def test_user_s_folder_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    small = small_collection(system=tmp_path / "system")
+    place(tmp_path / "mine" / "mnist", small)
+    place(tmp_path / "env", small)
+    assert read_collection(small, tmp_path / "mine").x.shape == (16, 1, 3, 3)
+    monkeypatch.setenv("PVAE_DATA_DIR", str(tmp_path / "env"))
+    assert read_collection(small, None).x.shape == (16, 1, 3, 3)
+    monkeypatch.delenv("PVAE_DATA_DIR")
+    place(tmp_path / "system", small)
+    assert read_collection(small, None).x.shape == (16, 1, 3, 3)
+
+
+def test_a_data_folder_that_is_not_there(tmp_path: Path):
+    with pytest.raises(DataError, match="expected a folder; got .*absent"):
+        load(FashionMNIST(), data_dir=tmp_path / "absent")
+
+
+def test_mnist_archive_with_other_pixels(small_mnist: Collection, tmp_path: Path):
+    arrays = small_arrays()
+    arrays["x_test"][0, 0, 0] ^= 1
+    np.savez(tmp_path / "mnist.npz", **arrays)  # type: ignore[arg-type]
+    with pytest.raises(DataError, match="expected the bytes of t10k-images-idx3-ubyte with SHA-256"):
+        load(MNIST(), data_dir=tmp_path)
+    arrays["x_test"] = arrays["x_test"].astype(np.int64)
+    np.savez(tmp_path / "mnist.npz", **arrays)  # type: ignore[arg-type]
+    with pytest.raises(DataError, match=r"expected 'x_test' of \(4, 3, 3\) unsigned bytes; got .* int64"):
+        load(MNIST(), data_dir=tmp_path)
+
+
+def test_another_collection_s_files_are_refused(tmp_path: Path):
+    place(tmp_path, FASHION_MNIST)
+    with pytest.raises(DataError, match=r"expected sizes \[60000, 28, 28\]; got \[12, 3, 3\]"):
+        load(FashionMNIST(), data_dir=tmp_path)
+
+
+def test_offline_fails_at_once_and_says_what_to_do(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("PVAE_OFFLINE", "1")
+    start = time.monotonic()
+    with pytest.raises(DataError, match=r"PVAE_OFFLINE is set. Get train-images.*mnist.npz.*PVAE_DATA_DIR=DIR"):
+        load(MNIST())
+    assert time.monotonic() - start < 1
+
+
+@dataclass
+class Site:
+    url: str
+    answers: dict[str, bytes]
+    status: int = 200
+    missing_bytes: int = 0
+    served: int = 0
+
+
+@pytest.fixture
+def site(monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    found = Site("", {})
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            found.served += 1
+            body = found.answers.get(self.path[1:], b"<html>Please log in</html>")
+            self.send_response(found.status)
+            self.send_header("Content-Length", str(len(body) + found.missing_bytes))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, format: str, *args: Any) -> None: ...
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        found.url = f"http://127.0.0.1:{server.server_port}/"
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        yield found
+        server.shutdown()
+        thread.join()
+
+
+def remote(site: Site) -> Collection:
+    small = replace(small_collection(), mirrors=(site.url,))
+    for key, array in small_arrays().items():
+        site.answers[f"{small.files[key].name}.gz"] = gzip.compress(idx(array))
+    return small
+
+
+def cached(collection: Collection) -> list[str]:
+    return sorted(path.name for path in (sources.cache_folder() / collection.slug).glob("*"))
+
+
+def test_download_once(site: Site):
+    small = remote(site)
+    rows = read_collection(small, None)
+    assert np.array_equal(rows.x[:12, 0], small_arrays()["x_train"])
+    assert cached(small) == sorted(site.answers)
+    read_collection(small, None)
+    assert site.served == 4
+
+
+def test_a_damaged_cache_entry_is_made_again(site: Site):
+    small = remote(site)
+    read_collection(small, None)
+    entry = sources.cache_folder() / small.slug / f"{small.files['x_test'].name}.gz"
+    entry.write_bytes(entry.read_bytes()[:-9])
+    read_collection(small, None)
+    assert site.served == 5
+    assert entry.read_bytes() == site.answers[entry.name]
+
+
+def test_two_writers_make_one_download(site: Site):
+    small = remote(site)
+    threads = [threading.Thread(target=read_collection, args=(small, None)) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert site.served == 4
+    assert cached(small) == sorted(site.answers)
+
+
+def captive_portal(site: Site) -> None:
+    site.answers.clear()
+
+
+def wrong_bytes(site: Site) -> None:
+    site.answers["train-images-idx3-ubyte.gz"] = gzip.compress(idx(small_arrays()["x_train"] ^ 1))
+
+
+def forbidden(site: Site) -> None:
+    site.status = 403
+
+
+def partial(site: Site) -> None:
+    site.missing_bytes = 50
+
+
+@pytest.mark.parametrize(
+    ("fault", "match"),
+    [
+        (captive_portal, r"got 3c 68 74 6d \(a web page\?\)"),
+        (wrong_bytes, "SHA-256"),
+        (forbidden, "download failed: 403"),
+        (partial, "download failed"),
+    ],
+)
+def test_failed_downloads_leave_nothing(fault: Callable[[Site], None], match: str, site: Site):
+    small = remote(site)
+    fault(site)
+    with pytest.raises(DataError, match=f"from a mirror; got: {site.url}.*{match}.*pass --data-dir DIR"):
+        read_collection(small, None)
+    assert cached(small) == []
+
+
+def test_the_next_mirror_is_tried(site: Site):
+    small = remote(site)
+    assert read_collection(replace(small, mirrors=("http://127.0.0.1:9/", site.url)), None).x.shape[0] == 16
+
+
+def test_a_cache_that_cannot_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "file").write_bytes(b"")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.raises(OutputError, match="Expected a cache folder"):
+        read_collection(small_collection(), None)
+
+
+def test_a_cache_that_another_process_holds(monkeypatch: pytest.MonkeyPatch):
+    small = small_collection()
+    monkeypatch.setattr(sources, "LOCK_SECONDS", 0.05)
+    folder = sources.cache_folder()
+    folder.mkdir(parents=True)
+    with FileLock(folder / f"{small.slug}.lock"), pytest.raises(BusyError, match="another process holds it"):
+        read_collection(small, None)

@@ -1,0 +1,289 @@
+"""Declarations: round trips, overrides, findings with their paths; faults 33, 34, 35."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, Literal, final
+
+import pytest
+
+import pvae
+from pvae import toml, zoo
+from pvae.component import Component, load_plugins
+from pvae.errors import DeclarationError
+from pvae.show import arrows, formulas
+from pvae.spec import Experiment
+
+BASE: dict[str, Any] = {"latents": {"z": {"dim": 2}}}
+
+
+@pytest.mark.parametrize("name", zoo.names())
+def test_zoo_round_trips_and_builds(name: str) -> None:
+    experiment = Experiment.load(name)
+    assert experiment.name == name
+    assert experiment.description
+    assert Experiment.from_toml(experiment.to_toml()) == experiment
+    pair = experiment.build((1, 8, 8))
+    assert set(pair.layout.latents) == set(experiment.latents)
+
+
+def test_same_seed_builds_the_same_weights() -> None:
+    one, two = (Experiment.from_dict(BASE).build((5,)) for _ in range(2))
+    other = Experiment.from_dict({**BASE, "seed": 1}).build((5,))
+    name, weight = next(iter(one.named_parameters()))
+    assert weight.equal(dict(two.named_parameters())[name])
+    assert not weight.equal(dict(other.named_parameters())[name])
+
+
+# ---------------------------------------------------------------------- findings
+
+BAD: dict[str, tuple[dict[str, Any], str]] = {
+    "true for a number": ({"latents": {"z": {"dim": True}}}, r"latents\.z\.dim: expected a valid integer; got true"),
+    "text for a number": ({**BASE, "train": {"epochs": "3"}}, r'train\.epochs: expected a valid integer; got "3"'),
+    "float for an integer": ({**BASE, "train": {"epochs": 3.5}}, r"train\.epochs: expected .*; got 3\.5"),
+    "infinity": ({**BASE, "objective": {"beta": float("inf")}}, r"objective\.beta\.value: expected a finite number"),
+    "misspelt key": ({**BASE, "train": {"epoch": 3}}, r"train\.epoch: .*unknown key \(did you mean 'epochs'\?\)"),
+    "misspelt section": ({**BASE, "trian": {}}, r"trian: expected one of .*\(did you mean 'train'"),
+    "unknown kind": (
+        {"latents": {"z": {"dim": 2, "prior": {"kind": "standard_norml"}}}},
+        r"latents\.z\.prior\.kind: expected one of .*standard_normal.*; got \"standard_norml\" "
+        r"\(did you mean 'standard_normal'\?\)",
+    ),
+    "unknown source": ({**BASE, "data": {"source": "mnits"}}, r"data\.source: expected one of .*'mnist'"),
+    "no latents": ({"latents": {}}, r"latents: expected .*at least 1 item"),
+    "no dim": ({"latents": {"z": {}}}, r"latents\.z\.dim: expected a value; got none"),
+    "a list for a table": ({"latents": {"z": []}}, r"latents\.z: expected .*; got \[\]"),
+    "an import": (
+        {**BASE, "decoder": {"network": {"_target_": "os.system"}}},
+        r"decoder\.network\.kind: expected one of conv, gated_mlp, mlp; got null",
+    ),
+    "a class path": (
+        {**BASE, "decoder": {"network": {"kind": "mlp", "class_path": "os.system"}}},
+        r"decoder\.network\.class_path: expected one of .*; got an unknown key",
+    ),
+    "an environment variable stays text": (
+        {**BASE, "train": {"epochs": "${EPOCHS}"}},
+        r'train\.epochs: expected a valid integer; got "\$\{EPOCHS\}"',
+    ),
+    "reserved name": ({"latents": {"x": {"dim": 2}}}, r"latents: expected names of latents .*got 'x'"),
+    "name with a slash": ({"latents": {"../z": {"dim": 2}}}, r"latents: expected names of latents"),
+    "unknown parent": (
+        {"latents": {"z": {"dim": 2, "given": ["w"]}}},
+        r"latents\.z\.given: expected names among .*; got \"w\"",
+    ),
+    "cycle": (
+        {"latents": {"a": {"dim": 2, "given": ["b"]}, "b": {"dim": 2, "given": ["a"]}}},
+        r"latents: .*cycle among a, b",
+    ),
+    "guide that ignores x": (
+        {"latents": {"z": {"dim": 2, "posterior": {"given": []}}}},
+        r"latents: expected at least one posterior given 'x'",
+    ),
+    "unread latent": (
+        {"latents": {"a": {"dim": 2}, "b": {"dim": 2}}, "decoder": {"given": ["a"]}},
+        r"decoder\.given: expected every latent read .*b is not",
+    ),
+    "floor above ceiling": (
+        {"latents": {"z": {"dim": 2, "posterior": {"log_variance": [2.0, -2.0]}}}},
+        r"latents\.z\.posterior\.log_variance: expected a floor below a ceiling.*got \[2\.0, -2\.0\]",
+    ),
+    "free bits under iwae": (
+        {**BASE, "objective": {"kind": "iwae", "free_bits": 1.0}},
+        r"objective: expected free_bits = 0 with iwae",
+    ),
+    "absurd size": ({"latents": {"z": {"dim": 10**7}}}, r"latents\.z\.dim: expected less than or equal to 100000"),
+}
+
+
+@pytest.mark.parametrize("case", BAD, ids=list(BAD))
+def test_bad_declarations_name_path_expectation_finding(case: str) -> None:
+    """FAULTS 34, 35, 45."""
+    raw, message = BAD[case]
+    with pytest.raises(DeclarationError, match=message) as caught:
+        Experiment.from_dict(raw, "file.toml")
+    assert all(line.startswith("file.toml: ") for line in caught.value.problems)
+    assert caught.value.exit_code == 2
+
+
+def test_all_findings_in_one_pass() -> None:
+    raw = {"latents": {"z": {"dim": "2", "pior": 1}}, "train": {"epochs": 0, "optimizer": {"kind": "adm"}}}
+    with pytest.raises(DeclarationError) as caught:
+        Experiment.from_dict(raw)
+    text = "\n".join(caught.value.problems)
+    for path in ("latents.z.dim", "latents.z.pior", "train.epochs", "train.optimizer.kind"):
+        assert path in text
+    assert len(caught.value.problems) == 4
+
+
+def test_prior_that_cannot_read_parents_is_refused() -> None:
+    raw = {"latents": {"a": {"dim": 2}, "b": {"dim": 2, "given": ["a"]}}}
+    with pytest.raises(DeclarationError, match=r"latents\.b\.prior: .*conditional_normal"):
+        Experiment.from_dict(raw).build((4,))
+    lonely = {"latents": {"a": {"dim": 2, "prior": {"kind": "conditional_normal"}}}}
+    with pytest.raises(DeclarationError, match=r"latents\.a\.given"):
+        Experiment.from_dict(lonely).build((4,))
+
+
+# ---------------------------------------------------------------------- hostile files
+
+HOSTILE: dict[str, tuple[bytes, str]] = {
+    "deep nesting": (b"a = " + b"[" * 5000 + b"]" * 5000, "nested levels|valid TOML"),
+    "5000 digits": (b"seed = " + b"9" * 5000, "valid TOML"),
+    "byte order mark": (b"\xef\xbb\xbfname = 'a'", "byte order mark"),
+    "latin-1": ("name = 'é'".encode("latin-1"), "UTF-8"),
+    "duplicate key": (b"name = 'a'\nname = 'b'", "valid TOML"),
+    "too large": (b"#" * (toml.SIZE_CAP + 1), "1 MiB"),
+    "YAML tag": (b"name: !!python/object:os.system ls", "valid TOML"),
+    "not text": (bytes(range(256)), "UTF-8|valid TOML"),
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE, ids=list(HOSTILE))
+def test_hostile_toml(tmp_path: Path, case: str) -> None:
+    """FAULTS 33."""
+    content, message = HOSTILE[case]
+    path = tmp_path / "spec.toml"
+    path.write_bytes(content)
+    with pytest.raises(DeclarationError, match=message):
+        Experiment.load(path)
+
+
+def test_missing_file_suggests_the_zoo() -> None:
+    with pytest.raises(DeclarationError, match="did you mean 'vae_normal'"):
+        Experiment.load("vae_norml")
+
+
+def test_toml_may_have_windows_line_ends(tmp_path: Path) -> None:
+    path = tmp_path / "w.toml"
+    path.write_bytes(b"[latents.z]\r\ndim = 2\r\n")
+    assert Experiment.load(path).latents["z"].dim == 2
+    assert Experiment.load(path).name == "w"
+
+
+# ---------------------------------------------------------------------- overrides
+
+OVERRIDES: dict[str, tuple[str, str, object]] = {
+    "number": ("train.epochs=7", "train.epochs", 7),
+    "bare text": ("data.source=fashion_mnist", "data.source", "fashion_mnist"),
+    "quoted text": ('name="a b"', "name", "a b"),
+    "table": ('decoder.likelihood={kind="poisson"}', "decoder.likelihood.kind", "poisson"),
+    "list": ("encoder.network.hidden=[5, 6]", "encoder.network.hidden", (5, 6)),
+    "a new kind forgets foreign keys": ("encoder.network.kind=conv", "encoder.network.kind", "conv"),
+    "shorthand": ("objective.beta=0.5", "objective.beta.value", 0.5),
+    "a new table": ("train.clip_norm=3", "train.clip_norm", 3.0),
+}
+
+
+@pytest.mark.parametrize("case", OVERRIDES, ids=list(OVERRIDES))
+def test_overrides(case: str) -> None:
+    text, path, value = OVERRIDES[case]
+    found: Any = Experiment.load("vae", [text])
+    for part in path.split("."):
+        found = getattr(found, part)
+    assert found == value
+
+
+def test_new_source_keeps_what_it_shares() -> None:
+    assert Experiment.load("vae", ["data.source=fashion_mnist"]).data.binarize == "dynamic"
+
+
+def test_broken_overrides_are_all_named() -> None:
+    with pytest.raises(DeclarationError) as caught:
+        Experiment.load("vae", ["epochs", "=3", "train..x=1"])
+    assert len(caught.value.problems) == 3
+    with pytest.raises(DeclarationError, match=r"train\.epohcs: .*'epochs'"):
+        Experiment.load("vae", ["train.epohcs=3"])
+
+
+# ---------------------------------------------------------------------- schema, read-back, plugins
+
+
+def test_schema_accepts_the_zoo_and_refuses_what_pvae_refuses() -> None:
+    import jsonschema
+
+    schema = json.loads(Experiment.schema_json())
+    validator = jsonschema.Draft202012Validator(schema)
+    for name in zoo.names():
+        validator.validate(json.loads(json.dumps(toml.read(zoo.find(name)))))
+    assert not validator.is_valid({"latents": {"z": {"dim": 2, "prior": {"kind": "nonsense"}}}})
+    assert not validator.is_valid({"latents": {"z": {"dim": 2}}, "trian": {}})
+    prior = schema["$defs"]["Latent"]["properties"]["prior"]
+    kinds = {member["properties"]["kind"]["const"] for member in prior["oneOf"] if "properties" in member}
+    assert {"standard_normal"} <= kinds
+
+
+def test_read_back() -> None:
+    text = formulas(Experiment.load("hvae"))
+    assert text["model"] == "p(x, z2, z1) = p(z2) p(z1 | z2) p(x | z1, z2)"
+    assert text["guide"] == "q(z2, z1 | x) = q(z2 | x) q(z1 | x, z2)"
+    assert text["model_latex"] == (
+        r"p(x, z_{2}, z_{1}) = p(z_{2})\, p(z_{1} \mid z_{2})\, p(x \mid z_{1}, z_{2})"
+    )
+    assert arrows(Experiment.load("hvae").sites(), ["z1", "z2"]) == ["z2", "z2 -> z1", "z1, z2 -> x"]
+
+
+def test_notebook_view_is_escaped() -> None:
+    view = Experiment.from_dict({**BASE, "name": "<script>", "description": "<b>"})._repr_html_()
+    assert "<script>" not in view
+    assert "&lt;script&gt;" in view
+
+
+def test_plugins_come_from_the_command_line_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "my_kinds.py").write_text(
+        "from typing import Literal\nfrom pvae.schedules import Schedule\n"
+        "class Step(Schedule):\n"
+        "    kind: Literal['test_step'] = 'test_step'\n"
+        "    def at(self, epoch, epochs):\n        return float(epoch > 3)\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(DeclarationError, match="expected one of"):
+        Experiment.from_dict({**BASE, "objective": {"beta": {"kind": "test_step"}}})
+    try:
+        load_plugins(("my_kinds",))
+        found = Experiment.from_dict({**BASE, "objective": {"beta": {"kind": "test_step"}}})
+        assert found.objective.beta.at(4, 10) == 1.0
+        assert "test_step" in Experiment.schema_json()
+    finally:
+        pvae.spec.Schedule.members.pop("test_step", None)  # type: ignore[attr-defined]
+    with pytest.raises(DeclarationError, match="--import no_such_module"):
+        load_plugins(("no_such_module",))
+
+
+def test_a_kind_belongs_to_one_class() -> None:
+    class Family(Component):
+        """A family."""
+
+    @final
+    class One(Family):
+        """A member."""
+
+        kind: Literal["one"] = "one"
+
+    with pytest.raises(DeclarationError, match="belongs to"):
+
+        class Other(Family):
+            """A second member of the same name."""
+
+            kind: Literal["one"] = "one"
+
+    assert Family.members == {"one": One}
+
+
+def test_registered_kinds_are_documented_in_the_readme() -> None:
+    from pvae.spec import Data, Encoder, Objective, Optimizer, Posterior, Prior, Schedule
+    from pvae.models.likelihoods import Likelihood
+    from pvae.networks import Network
+
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    families = (Data, Encoder, Likelihood, Network, Objective, Optimizer, Posterior, Prior, Schedule)
+    missing = [kind for family in families for kind in family.members if f"`{kind}`" not in readme]
+    assert not missing
+    assert len(readme.splitlines()) < 120
+
+
+def test_zoo_needs_no_torch() -> None:
+    code = "import sys, pvae.zoo; pvae.zoo.entries(); assert 'torch' not in sys.modules and 'pydantic' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)

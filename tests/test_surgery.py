@@ -1,0 +1,554 @@
+"""Surgery and evidence against exact truths: linear VAE, Gaussian channels, hierarchies; and what they leave alone."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import scipy.stats
+import torch
+from pyro.nn import PyroModule, PyroParam
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
+
+from pvae.analysis.aggregated import AggregatedPosterior
+from pvae.analysis.estimate import Estimate, exact, over_draws
+from pvae.analysis.evidence import evidence
+from pvae.analysis.posterior import draw
+from pvae.analysis.surgery import JOINT_ROWS, Surgery, guide_log_mean, surgery
+from pvae.errors import DataError, DeclarationError
+from pvae.pair import Pair
+from pvae.spec import Experiment
+
+Array = np.ndarray
+ROOT = Path(__file__).parents[1]
+
+
+def number(value: float) -> Tensor:
+    return torch.tensor(value, dtype=torch.float64)
+
+
+# ---------------------------------------------------------------------- linear VAE = probabilistic PCA
+
+
+def digits() -> Array:
+    return load_digits().data[:1000] / 16
+
+
+class PPCA:
+    """Maximum likelihood of x = W z + mu + eps, in closed form (NumPy, float64)."""
+
+    def __init__(self, x: Array, q: int) -> None:
+        self.mu = x.mean(0)
+        values, vectors = np.linalg.eigh(np.cov(x.T, bias=True))
+        values, vectors = values[::-1], vectors[:, ::-1]
+        self.s2 = values[q:].mean()
+        self.w = vectors[:, :q] * np.sqrt(values[:q] - self.s2)
+        self.m = values[:q]
+        d = x.shape[1]
+        self.kl = 0.5 * np.log(values[:q] / self.s2).sum()
+        self.log_p = -0.5 * (d * math.log(2 * math.pi) + np.log(values[:q]).sum() + (d - q) * np.log(self.s2) + d)
+
+
+def linear_pair(q: int) -> Experiment:
+    network = {"kind": "mlp", "hidden": []}
+    return Experiment.from_dict(
+        {
+            "latents": {"z": {"dim": q}},
+            "encoder": {"kind": "shared", "network": network},
+            "decoder": {"network": network, "likelihood": {"kind": "normal", "scale": "shared"}},
+        }
+    )
+
+
+def analytic(x: Array, q: int) -> tuple[Pair, PPCA]:
+    """The declared linear pair in float64 with the closed-form weights."""
+    pair, truth = linear_pair(q).build((x.shape[1],)).double(), PPCA(x, q)
+    posterior = (truth.w / truth.m).T
+    log_variance = np.log(truth.s2 / truth.m)
+    decoder, encoder = pair.model.decoder, pair.guide.posteriors["z"].network.head
+    with torch.no_grad():
+        decoder.network.head.weight.copy_(torch.tensor(truth.w))
+        decoder.network.head.bias.copy_(torch.tensor(truth.mu))
+        decoder.likelihood.log_scale.fill_(0.5 * math.log(truth.s2))
+        encoder.weight.copy_(torch.tensor(np.vstack([posterior, np.zeros_like(posterior)])))
+        encoder.bias.copy_(torch.tensor(np.concatenate([-posterior @ truth.mu, log_variance])))
+    return pair, truth
+
+
+# q: elbo, closed-form KL, mutual information, marginal KL (n = 1000); shared/TRUTHS.md, found with NumPy in float64.
+PPCA_TRUTHS = {2: (-0.036594, 2.470584, 2.303, 0.167), 10: (18.688612, 13.065748, 6.615, 6.451)}
+
+
+@pytest.fixture(scope="module", params=PPCA_TRUTHS, ids=lambda q: f"q={q}")
+def ppca(request: pytest.FixtureRequest) -> tuple[int, Pair, PPCA, Surgery]:
+    """The pair, its truth and its surgery with 20 draws."""
+    x = digits()
+    pair, truth = analytic(x, request.param)
+    return request.param, pair, truth, surgery(pair, torch.tensor(x), samples=20)
+
+
+def test_linear_vae(ppca):
+    # The Monte Carlo error is .013 for the marginal KL and .002 for the information: 4 to 10 standard errors.
+    q, _, truth, found = ppca
+    elbo, kl, information, marginal = PPCA_TRUTHS[q]
+    assert (truth.log_p, truth.kl) == pytest.approx((elbo, kl), abs=1e-6)
+    assert found.elbo.value == pytest.approx(elbo, abs=1e-4)
+    assert found.kl_exact is not None
+    assert found.kl_exact.value == pytest.approx(kl, abs=1e-4)
+    assert found.kl_exact.kind == "exact"
+    assert found.elbo.standard_error < 1e-6
+    assert found.mutual_information.value == pytest.approx(information, abs=0.02)
+    assert found.marginal_kl.value == pytest.approx(marginal, abs=0.06)
+    assert found.kl.value == pytest.approx(kl, abs=5 * found.kl.standard_error)
+    assert found.latents["z"].active_units == (truth.m - truth.s2 > 0.01 * truth.m**2 / (truth.m - truth.s2)).sum()
+
+
+def test_linear_vae_per_dimension(ppca):
+    _, _, truth, found = ppca
+    # KL of coordinate i, mean over the data: 1/2 ln(l_i / s2), because the second moments of q_agg are 1.
+    assert found.latents["z"].kl_per_dimension == pytest.approx(0.5 * np.log(truth.m / truth.s2), abs=1e-6)
+
+
+def test_sum_rules(ppca):
+    _, _, _, s = ppca
+    assert s.elbo.value == pytest.approx(s.reconstruction.value - s.kl.value, abs=1e-12)
+    assert s.kl.value == pytest.approx(s.mutual_information.value + s.marginal_kl.value, abs=1e-12)
+    z = s.latents["z"]
+    assert (z.kl.value, z.mutual_information.value) == pytest.approx((s.kl.value, s.mutual_information.value))
+    assert s.mutual_information.value <= s.log_n.value == math.log(1000)
+
+
+def test_evidence_of_the_true_posterior_is_log_p(ppca):
+    _, pair, truth, _ = ppca
+    for samples in (1, 2, 50):
+        found = evidence(pair, torch.tensor(digits()), samples=samples)
+        assert found.iwae.value == pytest.approx(truth.log_p, abs=1e-4)
+        assert found.elbo.value == pytest.approx(truth.log_p, abs=1e-4)
+        assert found.iwae.standard_error < 1e-6
+        assert found.ess.tolist() == pytest.approx([samples] * 1000, rel=1e-6)
+        assert found.iwae.kind == found.elbo.kind == "lower_bound"
+
+
+def test_evidence_of_unseen_rows():
+    pair, _ = analytic(digits(), 10)
+    test = torch.tensor(load_digits().data[1350:] / 16)
+    assert evidence(pair, test, samples=5).iwae.value == pytest.approx(15.5197, abs=1e-4)  # shared/TRUTHS.md
+
+
+# ---------------------------------------------------------------------- Gaussian channels
+
+
+def channel(scale: Callable[[Tensor], Tensor], *, blind: bool = False) -> Pair:
+    """q(z | x) = N(x, scale^2) under the prior N(0, I); a blind guide does not look at x."""
+
+    def model(x):
+        gain = pyro.param("gain", number(1.0))
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(x.shape[1]), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(gain * z, 1.0).to_event(1), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            loc = torch.full_like(x, 0.3) if blind else x
+            pyro.sample("z", dist.Normal(loc, scale(x)).to_event(1))
+
+    return Pair(model=model, guide=guide)
+
+
+# dim, noise variance, n, draws: mutual information +- its own error; shared/TRUTHS.md (converged, default_rng(0)).
+CHANNELS = {
+    "d2, n=100": (2, 0.25, 100, 60, 1.3085, 0.0015),
+    "d2, n=1000": (2, 0.25, 1000, 40, 1.3828, 0.0017),
+    "d10, n=1000": (10, 0.1, 1000, 20, 6.8512, 0.0007),
+}
+
+
+@pytest.mark.parametrize(("d", "s2", "n", "samples", "want", "error"), CHANNELS.values(), ids=list(CHANNELS))
+def test_gaussian_channel(d, s2, n, samples, want, error):
+    # 4 standard errors of both sides: one new seed in 5000 fails.
+    means = torch.tensor(np.random.default_rng(0).standard_normal((n, d)) * math.sqrt(1 - s2))
+    found = surgery(channel(lambda x: torch.full_like(x, s2**0.5)), means, samples=samples)
+    information = found.mutual_information
+    assert abs(information.value - want) < 4 * math.hypot(information.standard_error, error)
+    kl = 0.5 * (d * (s2 - 1 - math.log(s2)) + means.square().sum(1).mean().item())
+    assert found.kl_exact.value == pytest.approx(kl, abs=1e-9)
+
+
+@pytest.mark.parametrize(("a", "want"), [(0.5, 0.1114214822), (1.0, 0.3368308203), (2.0, 0.6327201940)])
+def test_binary_input_in_unit_noise(a, want):
+    # x = +-a: MI = ln 2 - E ln(1 + exp(-2 a (a + eps))); 4 standard errors, one new seed in 5000 fails.
+    x = torch.tensor([[a], [-a]]).double().repeat(500, 1)
+    found = surgery(channel(torch.ones_like), x, samples=40)
+    assert abs(found.mutual_information.value - want) < 4 * found.mutual_information.standard_error
+    assert found.mutual_information.standard_error < 0.005
+    assert found.kl_exact.value == pytest.approx(a * a / 2, abs=1e-12)
+    assert abs(found.marginal_kl.value - (a * a / 2 - want)) < 4 * found.marginal_kl.standard_error
+
+
+@pytest.mark.parametrize("n", [2, 100, 3000])
+def test_disjoint_posteriors_tell_every_row_apart(n):
+    # Neighbours are 20 scales apart: another row's density is at most e^-100 of the own, no digit of float64.
+    x = torch.arange(n).double()[:, None] - n / 2
+    found = surgery(channel(lambda x: torch.full_like(x, 0.05)), x, samples=2)
+    assert found.mutual_information.value == pytest.approx(math.log(n), abs=1e-6 if n > 100 else 1e-10)
+    assert found.log_n == exact(math.log(n))
+
+
+def test_blind_posterior_knows_nothing():
+    x = torch.randn(300, 3).double()
+    found = surgery(channel(lambda x: torch.full_like(x, 0.7), blind=True), x, samples=3)
+    assert found.mutual_information.value == pytest.approx(0, abs=1e-12)
+    assert found.marginal_kl.value == pytest.approx(found.kl.value, abs=1e-12)
+    assert found.latents["z"].active_units == 0
+
+
+# ---------------------------------------------------------------------- the aggregated posterior
+
+
+def mixture_log_prob(loc: Tensor, scale: Tensor, z: Tensor) -> Tensor:
+    """The definition, in torch and float64: logsumexp over explicit differences."""
+    components = [
+        (-0.5 * ((point - loc) / scale) ** 2 - scale.log() - 0.5 * math.log(2 * math.pi)).sum(1) for point in z
+    ]
+    return torch.stack(components).logsumexp(1) - math.log(len(loc))
+
+
+@pytest.mark.parametrize("n", [1, 7, 2048, 2049, 5000])
+@pytest.mark.parametrize("d", [1, 3, 20])
+@pytest.mark.parametrize("smallest", [0.0, -2.0, -5.0])
+def test_aggregated_posterior_is_the_mixture(n, d, smallest):
+    loc = torch.randn(n, d).double()
+    scale = (torch.rand(n, d).double() * smallest).exp()
+    z = torch.cat([loc[:20] + scale[:20] * torch.randn(len(loc[:20]), d).double(), 2 * torch.randn(20, d).double()])
+    got, want = AggregatedPosterior(loc, scale).log_prob(z), mixture_log_prob(loc, scale, z)
+    # Ten digits of the numbers in play: z^2 / (2 s^2) reaches d e^10, of which float64 keeps 1e-16.
+    torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
+
+
+def test_aggregated_posterior_over_many_rows_and_shapes():
+    loc, scale = torch.randn(50, 2).double(), torch.rand(50, 2).double() + 0.1
+    q, z = AggregatedPosterior(loc, scale), torch.randn(700, 2, 2).double()
+    assert (len(q), q.batch_shape, q.event_shape) == (50, (), (2,))
+    assert q.log_prob(z).shape == (700, 2)
+    torch.testing.assert_close(q.log_prob(z).reshape(-1)[-3:], mixture_log_prob(loc, scale, z.reshape(-1, 2)[-3:]))
+    torch.testing.assert_close(q.expand(torch.Size((4,))).log_prob(z[:4, 0]), q.log_prob(z[:4, 0]))
+    own = torch.distributions.Normal(loc, scale).log_prob(z[:50, 0]).sum(1)
+    torch.testing.assert_close(q.component_log_prob(z[:50, 0]), own)
+
+
+def test_aggregated_posterior_samples_what_it_scores():
+    # Kolmogorov-Smirnov against the integral of the scored density; one new seed in 1000 fails.
+    loc, scale = torch.tensor([[-3.0], [0.0], [0.5]]), torch.tensor([[0.5], [1.0], [0.05]])
+    q = AggregatedPosterior(loc, scale)
+    grid = torch.linspace(-9, 7, 200_001).double()
+    density = q.log_prob(grid[:, None]).exp()
+    integral = torch.cumulative_trapezoid(density, grid)
+    assert integral[-1].item() == pytest.approx(1, abs=1e-8)
+    draws = q.sample((20_000,))
+    assert draws.shape == (20_000, 1)
+    uniform = np.interp(draws[:, 0].numpy(), grid[1:].numpy(), integral.numpy())
+    assert scipy.stats.kstest(uniform, "uniform").pvalue > 1e-3
+
+
+def test_aggregated_posterior_refuses_unequal_shapes():
+    with pytest.raises(DeclarationError, match=r"expected loc and scale of one shape \(n, D\); got \[3, 2\] and \[3, 1"):
+        AggregatedPosterior(torch.zeros(3, 2), torch.ones(3, 1))
+    with pytest.raises(DeclarationError, match="expected loc and scale"):
+        AggregatedPosterior(torch.zeros(0, 2), torch.ones(0, 2))
+
+
+# ---------------------------------------------------------------------- evidence and errors
+
+
+def test_evidence_rises_with_samples_and_stays_below_log_p():
+    # Noise N(x / 4, .9) for the true posterior N(x / 2, .5): 4 standard errors, four comparisons, one in 5000.
+    def model(x):
+        bias = pyro.param("bias", number(0.0))
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(3), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z + bias, 1.0).to_event(1), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x / 4, 0.9**0.5).to_event(1))
+
+    x = torch.randn(300, 3).double() * 2**0.5
+    log_p = scipy.stats.norm.logpdf(x.numpy(), 0, 2**0.5).sum(1)
+    pair = Pair(model=model, guide=guide)
+    found = {k: evidence(pair, x, samples=k).iwae for k in (1, 4, 32, 512)}
+    for few, many in ((1, 4), (4, 32), (32, 512)):
+        assert found[many].value > found[few].value + 2 * found[many].standard_error
+    last = evidence(pair, x, samples=2000)
+    assert last.iwae.value == pytest.approx(log_p.mean(), abs=4 * last.iwae.standard_error + 1e-3)
+    np.testing.assert_allclose(last.log_p.numpy(), log_p, atol=0.5)
+    # The ELBO exactly: log p - KL(q || posterior), per coordinate.
+    kl = 0.5 * (0.9 / 0.5 - 1 - math.log(0.9 / 0.5) + ((x / 4) ** 2 / 0.5)).sum(1).mean().item()
+    assert last.elbo.value == pytest.approx(log_p.mean() - kl, abs=4 * last.elbo.standard_error)
+    assert last.gap == pytest.approx(kl, abs=0.05)
+
+
+# The spread of a deviation estimated from 200 seeds is 5 %: 20 % is 4 of them, one new set of seeds in 10 000 each.
+SPREADS = {
+    "kl": lambda pair, x, seed: surgery(pair, x, samples=8, seed=seed).kl,
+    "elbo": lambda pair, x, seed: surgery(pair, x, samples=8, seed=seed).elbo,
+    "reconstruction": lambda pair, x, seed: surgery(pair, x, samples=8, seed=seed).reconstruction,
+    "mutual information": lambda pair, x, seed: surgery(pair, x, samples=8, seed=seed).mutual_information,
+    "marginal kl": lambda pair, x, seed: surgery(pair, x, samples=8, seed=seed).marginal_kl,
+    "evidence, elbo": lambda pair, x, seed: evidence(pair, x, samples=50, seed=seed).elbo,
+    "evidence, iwae": lambda pair, x, seed: evidence(pair, x, samples=200, seed=seed).iwae,
+}
+
+
+@pytest.mark.parametrize("figure", SPREADS.values(), ids=list(SPREADS))
+def test_standard_error_is_the_spread_over_seeds(figure):
+    x = torch.tensor(np.random.default_rng(3).standard_normal((40, 2)))
+    pair = channel(lambda x: torch.full_like(x, 0.9)).adopt(x)  # wider than the posterior: weights of finite variance
+    found = [figure(pair, x, seed) for seed in range(200)]
+    spread = np.std([e.value for e in found], ddof=1)
+    claimed = math.sqrt(np.mean([e.standard_error**2 for e in found]))
+    assert claimed == pytest.approx(spread, rel=0.2)
+
+
+def test_one_draw_says_conservative_and_errs_on_that_side():
+    x = torch.tensor(np.random.default_rng(3).standard_normal((200, 2)))
+    pair = channel(lambda x: torch.full_like(x, 0.5))
+    one, many = surgery(pair, x), surgery(pair, x, samples=20)
+    for name in ("reconstruction", "kl", "elbo", "mutual_information", "marginal_kl"):
+        assert getattr(one, name).note == "conservative"
+        assert getattr(many, name).note == ""
+        assert getattr(one, name).standard_error > 0.9 * math.sqrt(20) * getattr(many, name).standard_error
+    assert "conservative" in one.to_frame().loc["kl", "note"]
+
+
+def test_over_draws_by_hand():
+    terms = torch.tensor([[1.0, 4.0], [3.0, 8.0]])  # means 2 and 6; variances 2 and 8; their mean over 2 draws
+    found = over_draws(terms)
+    assert found.value == 4.0
+    assert found.standard_error == pytest.approx(math.sqrt((2 / 2 + 8 / 2)) / 2)
+    assert found.data_error == pytest.approx(np.std([2, 6], ddof=1) / math.sqrt(2))
+    assert float(found) == 4.0
+    assert str(found) == f"4.0000 +- {found.standard_error:.4f} (estimate)"
+    assert str(exact(2.5)) == "2.5000 (exact)"
+    assert Estimate(1.0, 0.1, "lower_bound").to_dict()["kind"] == "lower_bound"
+
+
+# ---------------------------------------------------------------------- hierarchies
+
+A, B, C = np.array([[0.8], [-0.5]]), np.array([[0.3], [0.6]]), np.array([[0.9]])
+S2, S1 = 0.4, 0.3
+
+
+def two_levels(link: float = 1.0) -> Pair:
+    """q(z2 | x) = N(x A, S2), q(z1 | x, z2) = N(x B + link z2 C, S1); the model p(z2) p(z1 | z2) p(x | z1)."""
+    a, b, c = (torch.tensor(t) for t in (A, B, C))
+
+    def model(x):
+        slope = pyro.param("slope", torch.ones(1, 2).double())
+        with pyro.plate("data", len(x)):
+            z2 = pyro.sample("z2", dist.Normal(x.new_zeros(1), 1.0).to_event(1))
+            z1 = pyro.sample("z1", dist.Normal(0.5 * z2, 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z1 @ slope, 1.0).to_event(1), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            z2 = pyro.sample("z2", dist.Normal(x @ a, S2**0.5).to_event(1))
+            pyro.sample("z1", dist.Normal(x @ b + link * (z2 @ c), S1**0.5).to_event(1))
+
+    return Pair(model=model, guide=guide)
+
+
+def joint_posterior(x: Array, link: float) -> tuple[Array, Array]:
+    """Means `(n, 2)` and covariance of (z2, z1) given x, as one dense normal."""
+    c = link * C[0, 0]
+    mean = np.concatenate([x @ A, x @ B + c * (x @ A)], 1)
+    return mean, np.array([[S2, c * S2], [c * S2, S1 + c * c * S2]])
+
+
+def dense_log_q_agg(z: Array, mean: Array, covariance: Array) -> Array:
+    precision = np.linalg.inv(covariance)
+    gap = z[:, None] - mean
+    log_q = -0.5 * (np.einsum("mnd,de,mne->mn", gap, precision, gap) + np.log(np.linalg.det(2 * np.pi * covariance)))
+    top = log_q.max(1, keepdims=True)
+    return (top + np.log(np.exp(log_q - top).mean(1, keepdims=True)))[:, 0]
+
+
+def hierarchy_rows(n: int) -> Array:
+    return np.random.default_rng(4).standard_normal((n, 2)) * 1.5
+
+
+@pytest.mark.parametrize("link", [0.0, 1.0, -2.0])
+def test_guide_log_mean_is_the_dense_mixture(link):
+    x = hierarchy_rows(300)
+    pair = two_levels(link).adopt(torch.tensor(x))
+    with torch.no_grad():
+        d = draw(pair, torch.tensor(x))
+        values = {name: latent.value for name, latent in d.latents.items()}
+        got = guide_log_mean(pair, torch.tensor(x), values, d)
+    z = np.concatenate([values["z2"].numpy(), values["z1"].numpy()], 1)
+    np.testing.assert_allclose(got.numpy(), dense_log_q_agg(z, *joint_posterior(x, link)), rtol=0, atol=1e-10)
+
+
+def test_guide_log_mean_is_the_product_normal_when_levels_are_independent():
+    x = torch.tensor(hierarchy_rows(300))
+    pair = two_levels(0.0).adopt(x)
+    with torch.no_grad():
+        d = draw(pair, x)
+        values = {name: latent.value for name, latent in d.latents.items()}
+        got = guide_log_mean(pair, x, values, d)
+    product = AggregatedPosterior(
+        torch.cat([z.loc for z in d.latents.values()], 1), torch.cat([z.scale for z in d.latents.values()], 1)
+    )
+    torch.testing.assert_close(got, product.log_prob(torch.cat(list(values.values()), 1)), rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("n", [100, JOINT_ROWS + 200])
+@pytest.mark.parametrize("link", [0.0, 1.0])
+def test_joint_information_of_two_levels(n, link):
+    # Against 20 dense draws of every row; 4 standard errors, four rows: one new seed in 4000 fails.
+    x = hierarchy_rows(n)
+    found = surgery(two_levels(link), torch.tensor(x), samples=3)
+    mean, covariance = joint_posterior(x, link)
+    noise = np.random.default_rng(5).multivariate_normal([0, 0], covariance, size=(20, n))
+    own = scipy.stats.multivariate_normal([0, 0], covariance).logpdf(noise)
+    terms = own - np.stack([dense_log_q_agg(mean + e, mean, covariance) for e in noise])
+    information = found.mutual_information
+    assert abs(information.value - terms.mean()) < 4 * math.hypot(information.standard_error, terms.std() / terms.size**0.5)
+    assert found.kl.value == pytest.approx(information.value + found.marginal_kl.value, abs=1e-12)
+    assert found.elbo.value == pytest.approx(found.reconstruction.value - found.kl.value, abs=1e-12)
+    assert 0 < information.value < math.log(n)
+
+
+def test_a_hierarchy_has_rows_for_every_level():
+    x = torch.tensor(hierarchy_rows(JOINT_ROWS + 200))
+    found = surgery(two_levels(), x, samples=2)
+    rows = {name: e for name, e, _ in found.rows()}
+    levels = {f"{z}.{term}" for z in ("z2", "z1") for term in ("kl", "mutual_information", "marginal_kl")}
+    assert levels < set(rows)
+    # q(z1 | x, z2) reads z2: no aggregated posterior of its own. p(z2) and q(z2 | x) read no other latent.
+    assert rows["z1.mutual_information"] is rows["z1.marginal_kl"] is None
+    assert found.latents["z2"].kl_exact.kind == "exact"
+    assert found.latents["z1"].kl_exact.kind == found.kl_exact.kind == "estimate"
+    z2 = found.latents["z2"]
+    assert z2.kl.value == pytest.approx(z2.mutual_information.value + z2.marginal_kl.value, abs=1e-12)
+    assert found.kl.value == pytest.approx(found.latents["z1"].kl.value + z2.kl.value, abs=1e-12)
+    assert found.notes == (f"joint I_q over 2 levels from 512 of {len(x)} draws, each under all {len(x)} components",)
+    assert {"z2.kl", "z1.kl", "elbo"} <= set(found.to_frame().index)
+    assert {"z1", "z2"} == set(found.to_dict()["latents"])
+    assert "z2.mutual_information" in str(found)
+
+
+def test_a_level_that_reads_no_other_has_information_but_no_marginal_under_a_conditional_prior():
+    found = surgery(two_levels(0.0), torch.tensor(hierarchy_rows(100)), samples=2)
+    assert found.notes == ()
+    assert found.latents["z1"].mutual_information is not None
+    assert found.latents["z1"].marginal_kl is None
+    assert found.latents["z2"].marginal_kl is not None
+
+
+def test_a_single_level_has_no_rows_of_its_own():
+    found = surgery(channel(torch.ones_like), torch.randn(9, 2).double())
+    assert not [name for name, _, _ in found.rows() if "." in name]
+
+
+# ---------------------------------------------------------------------- what is left alone
+
+
+class Noisy(PyroModule):
+    """A model with a parameter, dropout and batch statistics: everything that training mode moves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(2, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 3))
+        self.noise = PyroParam(torch.tensor(0.5), constraint=dist.constraints.positive)
+
+    def forward(self, x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(self.net(z), self.noise).to_event(1), obs=x)
+
+
+def noisy_pair() -> Pair:
+    def guide(x):
+        slope = pyro.param("slope", torch.full((3, 2), 0.3))
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x @ slope, 0.5).to_event(1))
+
+    return Pair(model=Noisy(), guide=guide)
+
+
+ANALYSES = {
+    "surgery": lambda pair, x, seed: surgery(pair, x, samples=2, seed=seed).to_dict(),
+    "evidence": lambda pair, x, seed: evidence(pair, x, samples=7, seed=seed).to_dict(),
+}
+every_analysis = pytest.mark.parametrize("analyse", ANALYSES.values(), ids=list(ANALYSES))
+
+
+@every_analysis
+@pytest.mark.parametrize("training", [True, False])
+def test_analysis_moves_nothing(analyse, training):
+    x = torch.randn(20, 3)
+    pair = noisy_pair().adopt(x).train(training)
+    pyro.param("mine", torch.tensor(4.0))
+    state = {name: t.clone() for name, t in pair.state_dict().items()}
+    random = torch.get_rng_state()
+    analyse(pair, x, 0)
+    assert torch.equal(torch.get_rng_state(), random)
+    assert all(torch.equal(t, state[name]) for name, t in pair.state_dict().items())
+    assert {m.training for m in pair.modules()} == {training}
+    assert all(p.grad is None and p.requires_grad for p in pair.parameters())
+    assert torch.is_grad_enabled()
+    assert torch.distributions.Distribution._validate_args
+    assert list(pyro.get_param_store()) == ["mine"]
+    pyro.clear_param_store()
+
+
+@every_analysis
+def test_analysis_keeps_the_mode_of_every_module(analyse):
+    x = torch.randn(20, 3)
+    pair = noisy_pair().adopt(x).train()
+    pair.model.net[1].eval()  # frozen batch statistics in a pair that trains
+    modes = [m.training for m in pair.modules()]
+    analyse(pair, x, 0)
+    assert [m.training for m in pair.modules()] == modes
+
+
+@every_analysis
+def test_same_seed_same_numbers(analyse):
+    x = torch.randn(20, 3)
+    pair = noisy_pair().adopt(x)
+    first = analyse(pair, x, 5)
+    torch.manual_seed(99)
+    torch.rand(3)
+    assert analyse(pair, x, 5) == first
+    assert analyse(pair.eval(), x, 5) == first
+    assert analyse(pair, x, 6) != first
+
+
+FRESH = """
+from pvae.analysis import Surgery, Evidence, surgery, evidence
+import pvae.analysis.surgery, pvae.analysis.evidence, pvae.analysis
+assert callable(surgery) and callable(evidence), (surgery, evidence)
+assert callable(pvae.analysis.surgery) and callable(pvae.analysis.evidence), pvae.analysis.surgery
+"""
+
+
+def test_package_names_mean_the_functions_whatever_was_imported_first():
+    done = subprocess.run([sys.executable, "-c", FRESH], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(("rows", "samples"), [(0, 1), (3, 0)])
+def test_analysis_refuses_nothing_to_analyse(rows, samples):
+    pair = channel(torch.ones_like)
+    with pytest.raises(DataError, match=f"got {rows} rows, samples={samples}"):
+        surgery(pair, torch.zeros(rows, 2).double(), samples=samples)
+    with pytest.raises(DataError, match=f"got {rows} rows, samples={samples}"):
+        evidence(pair, torch.zeros(rows, 2).double(), samples=samples)
