@@ -13,6 +13,7 @@ from torch.distributions import constraints
 from pvae.errors import DeclarationError
 
 ROWS, COLUMNS = 512, 2048
+Size = torch.Size | list[int] | tuple[int, ...]
 
 
 def normal_parameters(fn: Any) -> tuple[Tensor, Tensor] | None:
@@ -98,11 +99,11 @@ class AggregatedPosterior(dist.TorchDistribution):
         """log q(z_i | x_i), nats: row i of `value` `(..., n, D)` under component i, `(..., n)`; exact."""
         return dist.Normal(self.loc, self.scale, validate_args=False).log_prob(value.to(self.loc)).sum(-1)
 
-    def sample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:
+    def sample(self, sample_shape: Size = torch.Size()) -> Tensor:
         """Ancestral draws `sample_shape + (D,)`."""
         index = torch.randint(len(self), sample_shape, device=self.loc.device)
         return torch.normal(self.loc[index], self.scale[index])
 
-    def expand(self, batch_shape: torch.Size, _instance: Any = None) -> dist.TorchDistribution:
+    def expand(self, batch_shape: Size, _instance: Any = None) -> dist.TorchDistribution:
         """The same mixture over more batch dimensions."""
         return dist.ExpandedDistribution(self, batch_shape)

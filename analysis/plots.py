@@ -168,27 +168,24 @@ def _elbo_curves(axes: Axes, rows: Sequence[Row]) -> None:
     if len(values):
         best = int(values.argmax())
         axes.plot(epochs[best], values[best], "o", color=RED, markersize=7, markerfacecolor="white", markeredgewidth=2)
-        axes.annotate(
-            f"best {nats(values[best])}", (epochs[best], values[best]), xytext=(0, -16), textcoords="offset points",
-            color=RED, ha="right" if epochs[best] > epochs.mean() else "left", fontsize=9,
-        )  # fmt: skip
-    cut = _set_robust_limits(axes, seen)
-    axes.set_title("ELBO" + (" (the first epochs lie below the frame)" if cut else ""))
+        axes.set_title(f"ELBO (circle: best of validation, {nats(values[best])})")
+    else:
+        axes.set_title("ELBO")
+    _set_robust_limits(axes, seen)
     axes.set_ylabel("nats per datum")
     axes.legend(loc="lower right")
 
 
-def _set_robust_limits(axes: Axes, curves: Sequence[tuple[Array, Array]]) -> bool:
-    """Frame the later nine tenths of training; whether that cuts the beginning off."""
+def _set_robust_limits(axes: Axes, curves: Sequence[tuple[Array, Array]]) -> None:
+    """Frame the later nine tenths of training: the first steps can lie a hundred times lower."""
     last = max((float(epochs[-1]) for epochs, _ in curves if len(epochs)), default=0.0)
     late = [values[epochs > 0.1 * last] for epochs, values in curves if len(values)]
     if last < 10 or not late:
-        return False
+        return
     shown, whole = np.concatenate(late), np.concatenate([values for _, values in curves])
     low, high = float(shown.min()), float(whole.max())
     margin = 0.08 * max(high - low, 1e-6)
     axes.set_ylim(low - margin, high + margin)
-    return bool(whole.min() < low - margin)
 
 
 # ---------------------------------------------------------------------- surgery
@@ -301,14 +298,17 @@ def units(name: str, latent: LatentCollapse) -> Figure:
             _activity(grid[-1], variance[order], active)
         grid[-1].set_xlabel(f"rank of the coordinate (1 to {latent.dim})")
         grid[-1].xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
-        grid[-1].set_xlim(0.3, latent.dim + 0.7)
+        if latent.dim <= 10:
+            grid[-1].set_xticks(range(1, latent.dim + 1))
+        grid[-1].set_xlim(0.3, max(latent.dim, 6) + 0.7)
     return made
 
 
 def _bars(axes: Axes, heights: Array, active: NDArray[np.bool_], bottom: float = 0.0) -> None:
     place = np.arange(1, len(heights) + 1)
     width = 0.82 if len(heights) <= 100 else 1.0
-    axes.bar(place[active], heights[active] - bottom, width, bottom=bottom, color=BLUE, label="active")
+    if active.any():
+        axes.bar(place[active], heights[active] - bottom, width, bottom=bottom, color=BLUE, label="active")
     if not active.all():
         axes.bar(
             place[~active], heights[~active] - bottom, width, bottom=bottom, color="white", edgecolor=GREY,
@@ -383,8 +383,9 @@ def plane(cloud: Cloud, labels: NDArray[Any] | None = None, names: Sequence[str]
         axes.set_xlabel(f"direction 1 ({shares[0]:.0%} of the means' variance)")
         axes.set_ylabel(f"direction 2 ({shares[1]:.0%})")
         axes.set_aspect("equal", adjustable="datalim")
-        handles, names = axes.get_legend_handles_labels()
-        made.legend(handles, names, loc="outside lower center", ncols=6, markerscale=3, columnspacing=1.0)
+        handles, shown = axes.get_legend_handles_labels()
+        columns = max(1, min(6, 66 // (6 + max(map(len, shown)))))
+        made.legend(handles, shown, loc="outside lower center", ncols=columns, markerscale=3, columnspacing=1.0)
     return made
 
 
@@ -431,7 +432,7 @@ def _ellipses(axes: Axes, normal: tuple[Array, Array], centre: Array, directions
     for k in (1, 2, 3):
         width, height = 2 * k * np.sqrt(variances)
         axes.add_patch(Ellipse((middle[0], middle[1]), width, height, angle=angle, fill=False, color=BLACK, lw=1.2))
-    axes.plot([], [], color=BLACK, linewidth=1.2, label="prior: 1, 2, 3 sd")
+    axes.plot([], [], color=BLACK, linewidth=1.2, label="prior")
     axes.plot(*middle, "+", color=BLACK, markersize=9)
     reach = 3.1 * float(np.sqrt(variances.max()))
     axes.update_datalim([middle - reach, middle + reach])
@@ -452,7 +453,7 @@ def _contours(axes: Axes, prior: Array, points: Array) -> None:
     middles = [(edge[1:] + edge[:-1]) / 2 for edge in edges]
     if levels[0] > 0:
         axes.contour(*middles, density.T, levels=levels, colors=BLACK, linewidths=1.2)
-    axes.plot([], [], color=BLACK, linewidth=1.2, label="prior: 39, 86, 99 % of its draws")
+    axes.plot([], [], color=BLACK, linewidth=1.2, label="prior")
 
 
 # ---------------------------------------------------------------------- data

@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from typing import Any
 
 import pyro
 import torch
-from torch.distributions import kl_divergence
 from torch import Tensor
+from torch.distributions import kl_divergence
 
 from pvae import seeds
 from pvae.analysis.aggregated import normal_parameters
-from pvae.pair import Pair, log_prob
+from pvae.pair import Pair, log_prob, samples
 
 CHUNK = 1000
 
@@ -69,7 +70,7 @@ def _flat(t: Tensor, n: int) -> Tensor:
     return t.detach().double().expand(n, *t.shape[1:]).reshape(n, -1)
 
 
-def _double(node: dict, pair: Pair) -> Tensor:  # type: ignore[type-arg]
+def _double(node: Any, pair: Pair) -> Tensor:
     """Log density per datum in float64: of the same parameters where they are normal, else as the site computes it."""
     parameters = normal_parameters(node["fn"])
     if parameters is None:
@@ -80,12 +81,12 @@ def _double(node: dict, pair: Pair) -> Tensor:  # type: ignore[type-arg]
 
 def draw_chunk(pair: Pair, x: Tensor) -> Draw:
     """One draw for the rows of a chunk."""
-    guide_trace, model_trace = pair.traces(x)
+    guide_trace, model_trace = (samples(trace) for trace in pair.traces(x))
     n, layout = len(x), pair.layout
-    reconstruction = sum(log_prob(model_trace.nodes[name], layout, 0).double() for name in layout.observed)
+    reconstruction = sum(log_prob(model_trace[name], layout, 0).double() for name in layout.observed)
     latents = {}
     for name in layout.latents:
-        q, p = guide_trace.nodes[name], model_trace.nodes.get(name)
+        q, p = guide_trace[name], model_trace.get(name)
         parameters = normal_parameters(q["fn"])
         prior = normal_parameters(p["fn"]) if p else None
         width = q["value"].reshape(n, -1).shape[1]
@@ -101,7 +102,7 @@ def draw_chunk(pair: Pair, x: Tensor) -> Draw:
         )
     shared = {}
     for name in layout.shared:
-        q, p = guide_trace.nodes[name], model_trace.nodes.get(name)
+        q, p = guide_trace[name], model_trace.get(name)
         shared[name] = float(q["fn"].log_prob(q["value"]).sum() - (p["fn"].log_prob(p["value"]).sum() if p else 0.0))
     return Draw(torch.as_tensor(reconstruction), latents, shared)
 
@@ -111,7 +112,7 @@ def _wide(t: Tensor, n: int, width: int) -> Tensor:
     return t.expand(n, *t.shape[1:]).reshape(n, -1) if t.dim() > 1 else t.expand(n, width)
 
 
-def _closed(q: object, p: object, n: int) -> Tensor | None:
+def _closed(q: Any, p: Any, n: int) -> Tensor | None:
     try:
         value = kl_divergence(q, p).double()
     except NotImplementedError:
@@ -129,4 +130,5 @@ def draw(pair: Pair, x: Tensor, chunk: int = CHUNK) -> Draw:
 def _joined(parts: list[LatentDraw]) -> LatentDraw:
     """Chunks of one latent in a row."""
     columns = {f.name: [getattr(part, f.name) for part in parts] for f in fields(LatentDraw)}
-    return LatentDraw(**{name: None if column[0] is None else torch.cat(column) for name, column in columns.items()})
+    joined: dict[str, Any] = {name: None if c[0] is None else torch.cat(c) for name, c in columns.items()}
+    return LatentDraw(**joined)

@@ -283,8 +283,9 @@ def verdict(found: Findings) -> list[Sentence]:
     sentences = [_on_elbo(found), _on_evidence(found), *_on_prior(found.held)]
     if found.gap is not None:
         sentences.append(_on_gap(found, found.gap))
-    alerts = [Sentence(text, True) for text in (*found.collapse.alerts, *_on_training(found.run))]
-    return [s for s in sentences if s is not None] + (alerts or [_all_in_use(found.collapse)])
+    if not found.collapse.alerts:
+        sentences.append(_all_in_use(found.collapse))
+    return sentences + [Sentence(text, True) for text in (*found.collapse.alerts, *_on_training(found.run))]
 
 
 def _on_elbo(found: Findings) -> Sentence:
@@ -390,8 +391,9 @@ def pictures(found: Findings) -> dict[str, list[Picture]]:
 
 PLANE_CAPTION = (
     "Each point is one draw of q(z | x), projected on the two directions in which the posterior means vary most; dark "
-    "lines are the prior. Look for points outside the lines (codes the prior thinks unlikely) and for empty room "
-    "inside them (holes: prior draws there decode to nothing the model has seen)."
+    "lines are the prior: 1, 2, 3 standard deviations, or 39, 86, 99 % of its draws where it is no single normal. "
+    "Look for points outside the lines (codes the prior thinks unlikely) and for empty room inside them "
+    "(holes: prior draws there decode to nothing the model has seen)."
 )
 REBUILT_CAPTION = (
     "Above the datum, below the mean of p(x | z) for one draw of q(z | x); figures are log p(x | z) in nats. Look at "
@@ -411,7 +413,8 @@ def _training(rows: Sequence[Mapping[str, Any]], found: Findings) -> Picture:
     return picture(
         plots.training(rows, list(found.collapse.latents)),
         f"Three charts over epochs: ELBO of train and validation, KL of every latent, beta.{said}",
-        "The ELBO is the one with beta = 1 whatever the loss was. Look for validation that turns down while train "
+        "The ELBO is the one with beta = 1 whatever the loss was; its first epochs may lie below the frame. Look for "
+        "validation that turns down while train "
         "still rises (overfitting), for an end that still rises (train longer), and for a KL that falls to zero "
         "(collapse).",
     )
@@ -491,9 +494,7 @@ def figures(found: Findings) -> dict[str, Any]:
         "split": found.split,
         "seed": found.seed,
         "verdict": [{"text": s.text, "alert": s.is_alert} for s in verdict(found)],
-        "surgery": {
-            split: {**s.to_dict(), "rows": found.rows[split].note} for split, s in found.surgeries.items()
-        },
+        "surgery": {split: {**s.to_dict(), "rows": found.rows[split].note} for split, s in found.surgeries.items()},
         "train_gap": found.gap,
         "evidence": {**found.evidence.to_dict(), "rows": found.evidence_rows.note},
         "collapse": found.collapse.to_dict(),

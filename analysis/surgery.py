@@ -18,7 +18,7 @@ from pvae.analysis.collapse import active_units, kl_per_dimension
 from pvae.analysis.estimate import Estimate, exact, over_draws
 from pvae.analysis.posterior import Draw, LatentDraw, draw, quiet
 from pvae.errors import DataError
-from pvae.pair import Pair, log_prob
+from pvae.pair import Pair, log_prob, samples
 
 if TYPE_CHECKING:
     import pandas
@@ -295,12 +295,12 @@ def _joint_information(
         rows = order[:JOINT_ROWS].sort().values
     rows = rows.to(x.device)
     values = {name: latent.value[rows] for name, latent in latents.items()}
-    log_aggregated = guide_log_mean(pair, x, values, draws[0])
-    note = f"joint I_q over {len(latents)} levels from {len(rows)} of {len(x)} draws, each under all {len(x)} components"
+    log_aggregated = guide_log_mean(pair, x, values)
+    note = f"joint I_q over {len(latents)} levels: {len(rows)} of {len(x)} draws, each under all {len(x)} components"
     return (log_q[:1, rows] - log_aggregated[None]), (note,)
 
 
-def guide_log_mean(pair: Pair, x: Tensor, values: dict[str, Tensor], like: Draw) -> Tensor:
+def guide_log_mean(pair: Pair, x: Tensor, values: dict[str, Tensor]) -> Tensor:
     """log (1/n) sum_j q(z_i | x_j) for given values of all latents, by running the guide on every pair (i, j).
 
     Works for any guide: rows of a larger batch hold x_j beside z_i. Time is (rows of values) x n guide rows.
@@ -309,7 +309,6 @@ def guide_log_mean(pair: Pair, x: Tensor, values: dict[str, Tensor], like: Draw)
         pair: any pair.
         x: the data of the components, `(n, *event)`.
         values: of every latent, `(m, D)`, in float64; cast to the type of the guide's own draws.
-        like: a draw; unused but for its latents' names.
 
     Returns:
         `(m,)`, nats, exact over the n components.
@@ -328,12 +327,12 @@ def guide_log_mean(pair: Pair, x: Tensor, values: dict[str, Tensor], like: Draw)
         }
         with poutine.condition(data=fixed):
             trace = pair.guide_trace(tiled)
-        total = sum(log_prob(trace.nodes[name], pair.layout, 0).double() for name in like.latents)
+        total = sum(log_prob(trace.nodes[name], pair.layout, 0).double() for name in values)
         out[start : start + k] = torch.as_tensor(total).reshape(k, n).logsumexp(1) - math.log(n)
     return out
 
 
 def _sites(pair: Pair, x: Tensor) -> Iterator[tuple[str, dict[str, Any]]]:
-    trace = pair.guide_trace(x)
+    nodes = samples(pair.guide_trace(x))
     for name in pair.layout.latents:
-        yield name, trace.nodes[name]
+        yield name, nodes[name]

@@ -84,9 +84,7 @@ class PerLatentModule(EncoderModule):
 
     def __init__(self, network: Network, x: Shape, sites: Sequence[Site]) -> None:
         super().__init__()
-        self.networks = nn.ModuleDict(
-            {site.name: network.build(shapes_of(site, sites, x), None) for site in sites}
-        )
+        self.networks = nn.ModuleDict({site.name: network.build(shapes_of(site, sites, x), None) for site in sites})
         self.shapes = {name: {FEATURES: module.output} for name, module in self.networks.items()}  # type: ignore[dict-item]
 
     def forward(self, x: Tensor) -> Tensor:

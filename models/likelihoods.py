@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import ClassVar, Literal, final
+from typing import Any, ClassVar, Literal, final
 
 import pyro.distributions as dist
 import torch
@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 from pvae.component import Component, Shape
+
+Size = torch.Size | list[int] | tuple[int, ...]
 
 
 class Likelihood(Component):
@@ -80,6 +82,8 @@ class Bernoulli(Likelihood):
 class NormalModule(LikelihoodModule):
     """Independent normal elements with a fixed, a shared learned, or a predicted scale."""
 
+    log_scale: Tensor
+
     def __init__(self, x: Shape, mode: str, scale: float, floor: float) -> None:
         super().__init__(x, 2 if mode == "per_datum" else 1)
         self.floor = floor
@@ -94,8 +98,8 @@ class NormalModule(LikelihoodModule):
         if self.channels == 1:
             loc, log_scale = h, self.log_scale
         else:
-            loc, log_scale = self.split(h)
-            log_scale = log_scale + self.offset
+            loc, offset = self.split(h)
+            log_scale = offset + self.offset
         return dist.Normal(loc, log_scale.exp().clamp(min=self.floor)).to_event(len(self.x))
 
 
@@ -204,9 +208,7 @@ class DiscretizedLogistic(dist.TorchDistribution):
         """The lattice of values."""
         return lattice(self.levels)
 
-    def expand(
-        self, batch_shape: torch.Size, _instance: DiscretizedLogistic | None = None
-    ) -> DiscretizedLogistic:
+    def expand(self, batch_shape: Size, _instance: Any = None) -> DiscretizedLogistic:
         """The same distribution over more batch dimensions."""
         return DiscretizedLogistic(
             self.loc.expand(batch_shape), self.log_scale.expand(batch_shape), self.levels, validate_args=False
@@ -233,7 +235,7 @@ class DiscretizedLogistic(dist.TorchDistribution):
             + torch.where(first | last, zero, log_mass)
         )
 
-    def sample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:
+    def sample(self, sample_shape: Size = torch.Size()) -> Tensor:
         """Lattice values `sample_shape + (...)`."""
         with torch.no_grad():
             u = torch.rand(self._extended_shape(sample_shape), dtype=self.loc.dtype, device=self.loc.device)

@@ -32,6 +32,9 @@ class Prior(Component):
 class StandardNormalModule(nn.Module):
     """N(0, I) on the device of its buffers."""
 
+    loc: Tensor
+    scale: Tensor
+
     def __init__(self, event: Shape) -> None:
         super().__init__()
         self.register_buffer("loc", torch.zeros(event), persistent=False)

@@ -29,9 +29,13 @@ app = typer.Typer(
 
 NAME = Annotated[str, typer.Argument(help="A zoo name (see `pvae list`) or a TOML file.", metavar="NAME_OR_FILE")]
 RUN = Annotated[str, typer.Argument(help="A run: its folder, its name (the newest), name/id, or latest.")]
-OVERRIDES = Annotated[list[str] | None, typer.Argument(help="Dotted overrides: train.epochs=20", metavar="[KEY=VALUE]...")]
+OVERRIDES = Annotated[
+    list[str] | None, typer.Argument(help="Dotted overrides: train.epochs=20", metavar="[KEY=VALUE]...")
+]
 RUN_DIR = Annotated[Path, typer.Option("--run-dir", help="Where runs are kept.", envvar="PVAE_RUN_DIR")]
-DATA_DIR = Annotated[Path | None, typer.Option("--data-dir", help="Where to look for data first.", envvar="PVAE_DATA_DIR")]
+DATA_DIR = Annotated[
+    Path | None, typer.Option("--data-dir", help="Where to look for data first.", envvar="PVAE_DATA_DIR")
+]
 DEVICE = Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")]
 JSON = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 SPLIT = Annotated[str, typer.Option("--split", help="train, validation or test.")]
@@ -59,7 +63,9 @@ def _version(asked: bool) -> None:
 
 @app.callback()
 def _main(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
     plugins: Annotated[list[str] | None, typer.Option("--import", help="Import a module that defines kinds.")] = None,
 ) -> None:
     if plugins:
@@ -115,7 +121,9 @@ def new(
     if path.exists():
         raise DeclarationError(f"{path}: expected a new name; a file of this name is there already.")
     head, rest = zoo.find(like).read_text().split("\n", 1)
-    path.write_text(f"#:schema pvae.schema.json\nname = {json.dumps(name)}\n{rest if head.startswith('name') else head + rest}")
+    path.write_text(
+        f"#:schema pvae.schema.json\nname = {json.dumps(name)}\n{rest if head.startswith('name') else head + rest}"
+    )
     typer.echo(f"wrote {path}; check it with: pvae check {path}")
 
 
@@ -205,9 +213,7 @@ def resume(
     if opened.status.get("state") == "finished" and not overrides:
         typer.echo(f"{opened.path} is finished (epoch {opened.status.get('epoch')}); nothing to resume")
         return
-    done = resume_run(
-        opened, *(overrides or ()), allow_changes=allow_changes, device=device, progress=not quiet
-    )
+    done = resume_run(opened, *(overrides or ()), allow_changes=allow_changes, device=device, progress=not quiet)
     _finished(done)
 
 

@@ -205,14 +205,10 @@ class ConvModule(NetworkModule):
     ) -> None:
         super().__init__(inputs, (dense,) if output is None else output)
         act = ACTIVATIONS[activation]
-        self.encoders = nn.ModuleDict(
-            {name: Down(shape, channels, act) for name, shape in inputs.items() if len(shape) == 3}
-        )
-        width = sum(
-            self.encoders[name].features if name in self.encoders else prod(shape)  # type: ignore[misc]
-            for name, shape in inputs.items()
-        )
-        self.dense = nn.Sequential(nn.Linear(width, dense), act())
+        encoders = {name: Down(shape, channels, act) for name, shape in inputs.items() if len(shape) == 3}
+        widths = [encoders[name].features if name in encoders else prod(shape) for name, shape in inputs.items()]
+        self.encoders = nn.ModuleDict(encoders)
+        self.dense = nn.Sequential(nn.Linear(sum(widths), dense), act())
         self.head: nn.Module = nn.Identity()
         if output is not None:
             image = len(output) == 3

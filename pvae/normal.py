@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from pvae.networks import NetworkModule
 
+
 def check_bounds(bounds: tuple[float, float]) -> tuple[float, float]:
     """The bounds themselves, if the floor lies below the ceiling."""
     low, high = bounds

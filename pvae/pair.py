@@ -11,11 +11,11 @@ from typing import Any
 import pyro
 import torch
 from pyro import poutine
-from torch.distributions import kl_divergence
 from pyro.distributions.util import scale_and_mask
 from pyro.poutine.indep_messenger import CondIndepStackFrame
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor, nn
+from torch.distributions import kl_divergence
 
 from pvae.errors import DeclarationError
 
@@ -93,7 +93,7 @@ class Pair(nn.Module):
         self.model = model
         self.guide = guide
         self._layout: Layout | None = None
-        self._store: dict[str, dict[str, Any]] = {"params": {}, "constraints": {}}
+        self._store: Any = {"params": {}, "constraints": {}}
 
     @property
     def layout(self) -> Layout:
@@ -201,9 +201,7 @@ class Pair(nn.Module):
         guide_trace, model_trace = self.traces(x, particles)
         layout = self.layout
         count, size = particles if particles > 1 else 0, full_size(model_trace, layout)
-        reconstruction = sum_over(
-            [log_prob(model_trace.nodes[name], layout, count, size) for name in layout.observed]
-        )
+        reconstruction = sum_over([log_prob(model_trace.nodes[name], layout, count, size) for name in layout.observed])
         kl = {}
         for name in (*layout.latents, *layout.shared):
             q, p = guide_trace.nodes[name], model_trace.nodes.get(name)
@@ -243,7 +241,7 @@ class Pair(nn.Module):
         return list(dict.fromkeys(problems))
 
 
-def _current_store() -> dict[str, dict[str, Any]]:
+def _current_store() -> Any:
     """A shallow copy of the global param store: values a user has already fitted are found and adopted."""
     state = pyro.get_param_store().get_state()
     return {"params": dict(state["params"]), "constraints": dict(state["constraints"])}
@@ -260,7 +258,7 @@ def _attribute(name: str, free: nn.ParameterDict) -> str:
 # ---------------------------------------------------------------------- reading traces
 
 
-def samples(trace: Trace) -> dict[str, dict[str, Any]]:
+def samples(trace: Trace) -> dict[str, Any]:
     """Sample sites of a trace by name, without the plates' own bookkeeping."""
     return {
         name: node
@@ -285,7 +283,7 @@ def read_layout(guide_trace: Trace, model_trace: Trace, count: int) -> Layout:
         DeclarationError: no observed site stands in a plate over the rows.
     """
     frame = data_frame(model_trace, count)
-    if frame is None:
+    if frame is None or frame.dim is None:
         raise DeclarationError(
             "pair.model: expected x to be observed inside a plate over the rows of a batch; got no such plate. "
             'Write `with pyro.plate("data", len(x)): pyro.sample("x", ..., obs=x)`.'
@@ -352,9 +350,7 @@ def _divided(scale: Any, by: float) -> Any:
     return scale if by == 1.0 else scale / by
 
 
-def closed_kl(
-    q: Mapping[str, Any], p: Mapping[str, Any], layout: Layout, particles: int, size: int
-) -> Tensor | None:
+def closed_kl(q: Mapping[str, Any], p: Mapping[str, Any], layout: Layout, particles: int, size: int) -> Tensor | None:
     """KL(q || p) of a site per datum in closed form, or None where torch does not know it."""
     try:
         value = kl_divergence(q["fn"], p["fn"])
@@ -428,7 +424,7 @@ def gradient_problems(pair: Pair, x: Tensor, guide_trace: Trace) -> list[Problem
             f"{type(guide_trace.nodes[name]['fn']).__name__}. A plain ELBO would silently lose its gradient.",
         )
         for name in pair.layout.latents
-        if not guide_trace.nodes[name]["fn"].has_rsample
+        if not samples(guide_trace)[name]["fn"].has_rsample
     ]
     parameters = {name: p for name, p in pair.named_parameters() if p.requires_grad}
     with torch.random.fork_rng(), torch.enable_grad():

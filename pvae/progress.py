@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 EVERY_SECONDS = 5.0
 
@@ -24,7 +24,7 @@ class Progress:
         self.label = label
         self.show = show
         self.started = self.last = time.monotonic()
-        self.bar = None
+        self.bar: Any = None
 
     def __enter__(self) -> Self:
         if self.show and sys.stderr.isatty():
@@ -32,7 +32,11 @@ class Progress:
             from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
             from rich.progress import Progress as Bar
 
-            columns = (TextColumn("{task.description}", markup=False), BarColumn(), TextColumn("{task.percentage:>3.0f}%"))
+            columns = (
+                TextColumn("{task.description}", markup=False),
+                BarColumn(),
+                TextColumn("{task.percentage:>3.0f}%"),
+            )
             times = (TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[note]}", markup=False))
             self.bar = Bar(*columns, *times, console=Console(stderr=True))
             self.bar.start()

@@ -42,8 +42,7 @@ def load_weights(module: nn.Module, tensors: Mapping[str, Tensor], origin: str) 
     if lines:
         more = [f"... and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else []
         raise CheckpointError(
-            f"{origin}: expected a checkpoint of this declaration; got another:\n  "
-            + "\n  ".join(lines[:SHOWN] + more)
+            f"{origin}: expected a checkpoint of this declaration; got another:\n  " + "\n  ".join(lines[:SHOWN] + more)
         )
     module.load_state_dict(dict(tensors))
 

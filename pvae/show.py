@@ -24,7 +24,7 @@ def factor(density: str, name: str, given: Iterable[str]) -> str:
 
 
 def latex_name(name: str) -> str:
-    """`z1` as `z_{1}`, `my_code` as `my\\_code`."""
+    r"""`z1` as `z_{1}`, `my_code` as `my\_code`."""
     found = re.fullmatch(r"([a-z])_?(\d+)", name)
     return f"{found[1]}_{{{found[2]}}}" if found else name.replace("_", r"\_")
 
@@ -78,7 +78,9 @@ def render(experiment: Experiment, x: Shape, pair: Pair) -> RenderableType:
         posterior = f"{latent.posterior.kind}: {factor('q', site.name, site.guide_given)}"  # type: ignore[attr-defined]
         latents.add_row(site.name, str(list(site.event)), prior, posterior)
     likelihood = experiment.decoder.likelihood.kind  # type: ignore[attr-defined]
-    latents.add_row(OBSERVED, str(list(x)), f"{likelihood}: {factor('p', OBSERVED, experiment.decoder_given())}", "data")
+    latents.add_row(
+        OBSERVED, str(list(x)), f"{likelihood}: {factor('p', OBSERVED, experiment.decoder_given())}", "data"
+    )
     sizes = Table(title="parameters", title_justify="left")
     sizes.add_column("part")
     sizes.add_column("values", justify="right")

@@ -245,6 +245,7 @@ def _findings(e: Experiment) -> Iterator[Finding]:
 
 
 def _unknown_parents(e: Experiment, names: set[str]) -> Iterator[Finding]:
+    places: list[tuple[tuple[str, ...], tuple[str, ...], set[str]]]
     places = [(("decoder", "given"), e.decoder.given or (), names)]
     for name, latent in e.latents.items():
         others = names - {name}
@@ -302,7 +303,8 @@ def _unwrap(annotation: Any) -> Any:
 
 def table_at(raw: Any, path: Sequence[Any]) -> tuple[Any, type[BaseModel] | None]:
     """The raw value at `path` of a declaration and the class that would validate it, as far as both are known."""
-    value, kind = raw, Experiment
+    value: Any = raw
+    kind: Any = Experiment
     for part in path:
         if isinstance(kind, type) and issubclass(kind, BaseModel):
             field = kind.model_fields.get(str(part))

@@ -7,7 +7,6 @@ changes during training (beta, learning rate) is read from tensors or from the o
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import pyro
@@ -39,17 +38,36 @@ def compile_forward(loss: Loss, x: Tensor) -> Callable[[Tensor], Tensor]:
 
     The exported program holds the very parameters and buffers of `loss`. Random numbers come from the
     default generator in the order the eager program draws them. Random state and buffers are left as found.
+
+    Raises:
+        RuntimeError: value or gradient differ from the eager program's on `x` (or the compiler failed).
     """
     buffers = {name: b.detach().clone() for name, b in loss.named_buffers()}
     with torch.random.fork_rng(), pyro.validation_enabled(False):
         exported = torch.export.export(loss, (x,), strict=False)
         compiled = torch.compile(exported.module(), options={"fallback_random": True})
-        gradients = torch.autograd.grad(compiled(x)[0], _learned(loss), allow_unused=True)
-    del gradients
+        for name, fast, slow in zip(
+            ("value", "gradient"), _probe(loss, compiled, x), _probe(loss, loss, x), strict=True
+        ):
+            require_equal(fast, slow, name)
     with torch.no_grad():
         for name, b in loss.named_buffers():
             b.copy_(buffers[name])
     return compiled
+
+
+def _probe(loss: Loss, forward: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
+    """Loss vector and the whole gradient of a batch, from a fixed seed."""
+    torch.manual_seed(0)
+    out = forward(x)
+    gradients = torch.autograd.grad(out[0], _learned(loss), allow_unused=True)
+    return out.detach(), torch.cat([g.flatten() for g in gradients if g is not None])
+
+
+def require_equal(fast: Tensor, slow: Tensor, what: str) -> None:
+    """Raise unless a fast step's numbers are the eager one's, to a thousandth of their largest."""
+    if fast.shape != slow.shape or not bool((fast - slow).abs().max() <= 1e-3 * slow.abs().max() + 1e-6):
+        raise RuntimeError(f"the fast step's {what} differs from the eager one's")
 
 
 def _learned(module: nn.Module) -> list[nn.Parameter]:
@@ -133,7 +151,11 @@ class Step:
 
 
 class Capture:
-    """A step captured as a CUDA graph and replayed on a static batch; weights and optimiser are left as found."""
+    """A step captured as a CUDA graph and replayed on a static batch; weights and optimiser are left as found.
+
+    Raises:
+        RuntimeError: the replay gives other numbers than the eager step.
+    """
 
     def __init__(self, step: Step, example: Tensor) -> None:
         self.x = example.clone()
@@ -142,6 +164,12 @@ class Capture:
         state = {p: {k: v.clone() for k, v in s.items()} for p, s in step.optimizer.state.items()}
         with torch.random.fork_rng(devices=[example.device]):
             self.graph, self.out = self._record(step)
+            torch.manual_seed(0)
+            with torch.no_grad():
+                expected = step.loss(self.x)
+            torch.manual_seed(0)
+            self.graph.replay()
+            require_equal(self.out[: len(expected)], expected, "value")
         with torch.no_grad():
             for value, old in zip(moved, before, strict=True):
                 value.copy_(old)
@@ -202,4 +230,3 @@ def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, 
         index, _, name = key.partition(".")
         state.setdefault(int(index), {})[name] = value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-

@@ -411,12 +411,16 @@ class Trainer:
         make = {"clip_norm": self.train.clip_norm, "average": average}
         try:
             if self.engine == "compiled":
-                self.tell("engine", "compiling the step (export + Inductor); the eager one would be slower over this run")
+                self.tell(
+                    "engine", "compiling the step (export + Inductor); the eager one would be slower over this run"
+                )
             stepper = Step(self.loss, self.optimizer, self.engine, example, **make)  # type: ignore[arg-type]
         except Exception as error:  # a missing compiler or an operation it cannot take must not stop a fit
             if self.engine == "eager":
                 raise
-            self.tell("engine", f"{self.engine} step not available, going on eagerly: {str(error).splitlines()[0][:200]}")
+            self.tell(
+                "engine", f"{self.engine} step not available, going on eagerly: {str(error).splitlines()[0][:200]}"
+            )
             self.engine = "eager"
             self.files.write_manifest({**self.files.manifest, "engine": "eager"})
             stepper = Step(self.loss, self.optimizer, "eager", example, **make)  # type: ignore[arg-type]
@@ -458,7 +462,9 @@ class Trainer:
         self.sums[:-1] += torch.where(finite, out, 0.0)
         self.sums[-1] += finite
         state.step += 1
-        return train.nonfinite == "skip" or not out.is_cuda or state.step % self.per_epoch != 0 or self._all_finite(index)
+        return (
+            train.nonfinite == "skip" or not out.is_cuda or state.step % self.per_epoch != 0 or self._all_finite(index)
+        )
 
     def _frozen(self, step: int) -> list[nn.Parameter]:
         k = self.train.alternate
@@ -486,7 +492,9 @@ class Trainer:
         with torch.enable_grad():
             torch.manual_seed(seeds.mix(self.plan.seed, seeds.NOISE, state.step + (state.rollbacks << 40)))
             why = diagnose(self.pair, x, index, self.loss(x)[0])
-        message = f"loss not finite at step {state.step} (epoch {state.epoch}): {why}; last finite step {state.step - 1}"
+        message = (
+            f"loss not finite at step {state.step} (epoch {state.epoch}): {why}; last finite step {state.step - 1}"
+        )
         if self.train.nonfinite == "skip":
             state.skipped += 1
             state.step += 1
@@ -555,7 +563,9 @@ class Trainer:
         self.files.log_metrics({**common, "split": "validation", **row})
         if self.train.patience is not None and state.waited >= self.train.patience:
             state.stopped = True
-            self.tell("stop", f"validation ELBO not better for {state.waited} validations: stopped at epoch {state.epoch}")
+            self.tell(
+                "stop", f"validation ELBO not better for {state.waited} validations: stopped at epoch {state.epoch}"
+            )
         return row["elbo"]
 
     def _beta_rests(self) -> bool:
@@ -643,4 +653,3 @@ class Trainer:
             seconds=round(s.seconds, 1), skipped=s.skipped, **fields,
         )  # fmt: skip
         self.last_status = time.monotonic()
-

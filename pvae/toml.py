@@ -36,7 +36,9 @@ def read(path: Path) -> dict[str, Any]:
     try:
         text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise DeclarationError(f"{path}: expected UTF-8 text; got byte {error.start} = {raw[error.start]:#04x}.") from None
+        raise DeclarationError(
+            f"{path}: expected UTF-8 text; got byte {error.start} = {raw[error.start]:#04x}."
+        ) from None
     return parse(text.replace("\r\n", "\n"), str(path))
 
 

@@ -15,6 +15,7 @@ import pytest
 
 import pvae
 from pvae import cli
+from pvae.rundir import list_runs
 
 TINY = ["encoder.network.hidden=[16]", "decoder.network.hidden=[16]", "train.engine=eager"]
 
@@ -137,7 +138,19 @@ def test_data_that_cannot_be_scored_exit_65(tmp_path: Path, capsys: pytest.Captu
 def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
     """`pvae fit vae` in a process of its own, well under way."""
     child = subprocess.Popen(
-        [sys.executable, "-m", "pvae.cli", "fit", "vae", *TINY, *arguments, "--run-dir", str(folder), "--device", "cpu"],
+        [
+            sys.executable,
+            "-m",
+            "pvae.cli",
+            "fit",
+            "vae",
+            *TINY,
+            *arguments,
+            "--run-dir",
+            str(folder),
+            "--device",
+            "cpu",
+        ],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -174,7 +187,7 @@ def test_a_second_process_is_refused(tmp_path: Path, capsys: pytest.CaptureFixtu
     finally:
         child.kill()
         child.communicate()
-    assert [row["state"] for row in pvae.rundir.list_runs(tmp_path)] == ["stale"]  # type: ignore[attr-defined]
+    assert [row["state"] for row in list_runs(tmp_path)] == ["stale"]
 
 
 def test_broken_pipe_is_quiet() -> None:

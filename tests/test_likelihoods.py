@@ -1,5 +1,8 @@
 """Likelihoods: every kind x shapes, densities against SciPy, own samples, supports, gradients, floors."""
 
+# Attributes of Modules and Pyro programs have no types, and a figure that may be None fails its test if it is.
+# mypy: disable-error-code="arg-type, attr-defined, union-attr"
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -61,9 +64,7 @@ ROWS = {
         Bernoulli(), lambda h, x: scipy.stats.bernoulli.logpmf(x, scipy.special.expit(h[0])), 0.5, (0.0, 1.0)
     ),
     "normal, shared": Row(Normal(), lambda h, x: scipy.stats.norm.logpdf(x, h[0], 0.3), np.nan),
-    "normal, fixed": Row(
-        Normal(scale="fixed", value=0.7), lambda h, x: scipy.stats.norm.logpdf(x, h[0], 0.7), np.nan
-    ),
+    "normal, fixed": Row(Normal(scale="fixed", value=0.7), lambda h, x: scipy.stats.norm.logpdf(x, h[0], 0.7), np.nan),
     "normal, per_datum": Row(
         Normal(scale="per_datum", value=0.5),
         lambda h, x: scipy.stats.norm.logpdf(x, h[0], 0.5 * np.exp(h[1])),

@@ -8,12 +8,21 @@ import sys
 from pathlib import Path
 from typing import Any, Literal, final
 
+import jsonschema  # type: ignore[import-untyped]
 import pytest
 
-import pvae
 from pvae import toml, zoo
 from pvae.component import Component, load_plugins
+from pvae.data import Data
 from pvae.errors import DeclarationError
+from pvae.guides.encoders import Encoder
+from pvae.guides.posteriors import Posterior
+from pvae.models.likelihoods import Likelihood
+from pvae.models.priors import Prior
+from pvae.networks import Network
+from pvae.objectives import Objective
+from pvae.optimizers import Optimizer
+from pvae.schedules import Schedule
 from pvae.show import arrows, formulas
 from pvae.spec import Experiment
 
@@ -202,8 +211,6 @@ def test_broken_overrides_are_all_named() -> None:
 
 
 def test_schema_accepts_the_zoo_and_refuses_what_pvae_refuses() -> None:
-    import jsonschema
-
     schema = json.loads(Experiment.schema_json())
     validator = jsonschema.Draft202012Validator(schema)
     for name in zoo.names():
@@ -219,9 +226,7 @@ def test_read_back() -> None:
     text = formulas(Experiment.load("hvae"))
     assert text["model"] == "p(x, z2, z1) = p(z2) p(z1 | z2) p(x | z1, z2)"
     assert text["guide"] == "q(z2, z1 | x) = q(z2 | x) q(z1 | x, z2)"
-    assert text["model_latex"] == (
-        r"p(x, z_{2}, z_{1}) = p(z_{2})\, p(z_{1} \mid z_{2})\, p(x \mid z_{1}, z_{2})"
-    )
+    assert text["model_latex"] == (r"p(x, z_{2}, z_{1}) = p(z_{2})\, p(z_{1} \mid z_{2})\, p(x \mid z_{1}, z_{2})")
     assert arrows(Experiment.load("hvae").sites(), ["z1", "z2"]) == ["z2", "z2 -> z1", "z1, z2 -> x"]
 
 
@@ -247,7 +252,7 @@ def test_plugins_come_from_the_command_line_only(tmp_path: Path, monkeypatch: py
         assert found.objective.beta.at(4, 10) == 1.0
         assert "test_step" in Experiment.schema_json()
     finally:
-        pvae.spec.Schedule.members.pop("test_step", None)  # type: ignore[attr-defined]
+        Schedule.members.pop("test_step", None)
     with pytest.raises(DeclarationError, match="--import no_such_module"):
         load_plugins(("no_such_module",))
 
@@ -273,9 +278,6 @@ def test_a_kind_belongs_to_one_class() -> None:
 
 
 def test_registered_kinds_are_documented_in_the_readme() -> None:
-    from pvae.spec import Data, Encoder, Objective, Optimizer, Posterior, Prior, Schedule
-    from pvae.models.likelihoods import Likelihood
-    from pvae.networks import Network
 
     readme = (Path(__file__).parent.parent / "README.md").read_text()
     families = (Data, Encoder, Likelihood, Network, Objective, Optimizer, Posterior, Prior, Schedule)
@@ -285,5 +287,7 @@ def test_registered_kinds_are_documented_in_the_readme() -> None:
 
 
 def test_zoo_needs_no_torch() -> None:
-    code = "import sys, pvae.zoo; pvae.zoo.entries(); assert 'torch' not in sys.modules and 'pydantic' not in sys.modules"
+    code = (
+        "import sys, pvae.zoo; pvae.zoo.entries(); assert 'torch' not in sys.modules and 'pydantic' not in sys.modules"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,6 +1,6 @@
 """log q_agg in float64: pairs scored per second, pvae's density against the broadcasted form that peers use.
 
-    python tests/bench/qagg.py [--n 60000] [--dim 40]
+python tests/bench/qagg.py [--n 60000] [--dim 40]
 """
 
 from __future__ import annotations

@@ -88,7 +88,8 @@ def ours(engine: str, x: Tensor) -> Variant:
 def stock_svi() -> Variant:
     """pyro.infer.SVI with pyro.optim.Adam and Trace_ELBO."""
     pair = Experiment.from_dict(SPEC).build((784,)).to(DEVICE)
-    svi = pyro.infer.SVI(pair.model, pair.guide, pyro.optim.Adam({"lr": 1e-3}), pyro.infer.Trace_ELBO())
+    adam = pyro.optim.Adam({"lr": 1e-3})  # type: ignore[attr-defined]
+    svi = pyro.infer.SVI(pair.model, pair.guide, adam, pyro.infer.Trace_ELBO())
     return svi.step
 
 
