@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pvae.analysis.estimate import Estimate
+from pvae.analysis.estimate import CONSERVATIVE, Estimate
 from pvae.analysis.posterior import quiet
 from pvae.errors import DataError
 from pvae.pair import Pair, Terms
@@ -92,6 +92,9 @@ def evidence(
     Weights are summed as they are drawn, so memory does not grow with `samples`. The Monte Carlo error of one
     datum is the delta method's, sqrt(sum w^2 / (sum w)^2 - 1/K).
 
+    Warning: where the guide is narrower than the posterior the weights may have infinite variance; the error is
+    then too small, and a low `ess` is the sign of it.
+
     References:
         Importance Weighted Autoencoders (Burda, Grosse, Salakhutdinov, 2015), https://arxiv.org/abs/1509.00519
 
@@ -111,7 +114,7 @@ def evidence(
     if not len(x) or samples < 1:
         raise DataError(f"evidence: expected rows and samples; got {len(x)} rows, samples={samples}.")
     pair.adopt(x)
-    with quiet(pair, x.device, seed):
+    with quiet(pair, x, seed):
         draw = _by_particles if vectorises(pair, x) else _by_repetition
         rows = max(1, min(len(x), ROWS // samples or 1, 200))
         parts = []
@@ -122,7 +125,10 @@ def evidence(
     n = len(x)
 
     def mean(values: Tensor, standard_error: float) -> Estimate:
-        return Estimate(float(values.mean()), standard_error, "lower_bound", float(values.std() / math.sqrt(n)))
+        spread = float(values.std() / math.sqrt(n)) if n > 1 else math.nan
+        if samples == 1:
+            return Estimate(float(values.mean()), spread, "lower_bound", spread, CONSERVATIVE)
+        return Estimate(float(values.mean()), standard_error, "lower_bound", spread)
 
     return Evidence(
         n=n,

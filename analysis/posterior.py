@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Any
 
-import pyro
 import torch
 from torch import Tensor
 from torch.distributions import kl_divergence
@@ -15,22 +14,17 @@ from torch.distributions import kl_divergence
 from pvae import seeds
 from pvae.analysis.aggregated import normal_parameters
 from pvae.pair import Pair, log_prob, samples
+from pvae.pair import quiet as quiet_pair
 
 CHUNK = 1000
 
 
 @contextmanager
-def quiet(pair: Pair, device: torch.device, seed: int) -> Iterator[None]:
-    """Evaluation mode, no gradients, a random state of its own; everything is put back afterwards."""
-    training = pair.training
-    pair.eval()
-    devices = [device] if device.type == "cuda" else []
-    try:
-        with torch.no_grad(), torch.random.fork_rng(devices=devices), pyro.validation_enabled(False):
-            torch.manual_seed(seeds.mix(seed, seeds.ANALYSIS))
-            yield
-    finally:
-        pair.train(training)
+def quiet(pair: Pair, x: Tensor, seed: int) -> Iterator[None]:
+    """`pvae.pair.quiet` with the draws of an analysis seeded."""
+    with quiet_pair(pair, x):
+        seeds.set_noise(seeds.mix(seed, seeds.ANALYSIS), x.device)
+        yield
 
 
 @dataclass

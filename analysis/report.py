@@ -161,7 +161,7 @@ def examine(
     bound = evidence(pair, evidence_rows.x, samples=evidence_samples, seed=seed)
     on_progress(3, len(STEPS), STEPS[3])
     missing: dict[str, str] = {}
-    with quiet(pair, x.device, seed):
+    with quiet(pair, x, seed):
         drawn = draw(pair, x)
         rebuilt = _attempt(lambda: rebuild(pair, x, drawn), "reconstructions", missing)
         prior, sampled = _attempt(lambda: simulate(pair, x), "samples", missing) or ({}, None)

@@ -186,7 +186,7 @@ def surgery(pair: Pair, x: Tensor, samples: int = 1, seed: int = 0) -> Surgery:
     if not len(x) or samples < 1:
         raise DataError(f"surgery: expected at least one row and one draw; got {len(x)} rows, samples={samples}.")
     pair.adopt(x)
-    with quiet(pair, x.device, seed):
+    with quiet(pair, x, seed):
         draws = [draw(pair, x) for _ in range(samples)]
         return _assemble(pair, x, draws, first_level(pair, x), seed)
 
@@ -322,9 +322,7 @@ def guide_log_mean(pair: Pair, x: Tensor, values: dict[str, Tensor]) -> Tensor:
         block = {name: v[start : start + per_block] for name, v in values.items()}
         k = len(next(iter(block.values())))
         tiled = x.repeat(k, *(1,) * (x.dim() - 1))
-        fixed = {
-            name: v.to(dtype).repeat_interleave(n, 0).reshape(k * n, *shapes[name]) for name, v in block.items()
-        }
+        fixed = {name: v.to(dtype).repeat_interleave(n, 0).reshape(k * n, *shapes[name]) for name, v in block.items()}
         with poutine.condition(data=fixed):
             trace = pair.guide_trace(tiled)
         total = sum(log_prob(trace.nodes[name], pair.layout, 0).double() for name in values)

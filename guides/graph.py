@@ -8,7 +8,7 @@ import pyro
 from torch import Tensor, nn
 
 from pvae.guides.encoders import EncoderModule
-from pvae.site import Site
+from pvae.site import Site, data_plate
 
 
 class GraphGuide(nn.Module):
@@ -29,7 +29,7 @@ class GraphGuide(nn.Module):
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """Sample every latent of a batch `(batch, *event)`; returns their features by name."""
         seen: dict[str, Tensor] = {}
-        with pyro.plate("data", x.shape[0], dim=-1):
+        with data_plate(x.shape[0]):
             features = self.encoder(x)
             for site in self.sites:
                 inputs = self.encoder.inputs_of(site, features, seen)

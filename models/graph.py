@@ -8,7 +8,7 @@ import pyro
 from torch import Tensor, nn
 
 from pvae.models.decoders import DecoderModule
-from pvae.site import OBSERVED, Site
+from pvae.site import OBSERVED, Site, data_plate
 
 
 class GraphModel(nn.Module):
@@ -38,7 +38,7 @@ class GraphModel(nn.Module):
         """
         count = x.shape[0] if x is not None else size or 1
         seen: dict[str, Tensor] = {}
-        with pyro.plate("data", count, dim=-1):
+        with data_plate(count):
             for site in self.sites:
                 seen[site.name] = pyro.sample(site.name, self.priors[site.name](seen))
             return pyro.sample(OBSERVED, self.decoder(seen), obs=x)

@@ -282,7 +282,7 @@ def evidence(
     opened = _run(run, run_dir, data_dir)
     x = opened.data.split(split).x
     with Progress(len(x), "evidence", show=not as_json) as bar:
-        result = bound(opened.pair, x, samples=samples, seed=seed, on_progress=lambda done, _: bar.update(done))
+        result = bound(opened.pair, x, samples=samples, seed=seed, on_progress=lambda done, _: bar.update(done, ""))
     if as_json:
         emit({"run": str(opened.path), "split": split, **result.to_dict()})
     else:
@@ -292,12 +292,14 @@ def evidence(
 @app.command()
 def report(run: RUN, run_dir: RUN_DIR = RUNS, data_dir: DATA_DIR = None, split: SPLIT = "test") -> None:
     """Write the report of a run: one HTML file."""
-    from pvae.analysis import report as write_report
-    from pvae.analysis import surgery as take_apart
+    from pvae.analysis.report import STEPS, examine, write
+    from pvae.progress import Progress
 
     opened = _run(run, run_dir, data_dir)
-    path = write_report(opened, split=split)
-    say(take_apart(opened.pair, opened.data.split(split).x))
+    with Progress(len(STEPS), "report") as bar:
+        findings = examine(opened, split=split, on_progress=lambda done, _, what: bar.update(done, what))
+    path = write(findings)
+    say(findings.held)
     typer.echo(f"report: {path}")
 
 

@@ -120,8 +120,8 @@ class IWAE(Objective):
 class Loss(nn.Module):
     """An objective over a pair as one module, ready to be exported: weights that change live in buffers.
 
-    `forward(x)` returns a vector: loss, reconstruction, then the KL of every latent (batch means, nats per
-    datum). The first entry is differentiable; `names` names them all.
+    `forward(x)` returns the loss, differentiable, and a vector of figures without gradient: loss, reconstruction,
+    then the KL of every latent (batch means, nats per datum); `names` names them.
     """
 
     beta: Tensor
@@ -133,9 +133,10 @@ class Loss(nn.Module):
         self.names: tuple[str, ...] = ("loss", "reconstruction", *(f"kl/{name}" for name in pair.layout.latents))
         self.register_buffer("beta", torch.ones(()), persistent=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x `(batch, *event)` to the vector named by `names`."""
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x `(batch, *event)` to the scalar loss and the vector named by `names`."""
         terms = self.objective.terms(self.pair, x)
         loss = self.objective.loss(terms, self.beta)
-        parts = [loss, terms.reconstruction.mean(), *(kl.mean() for kl in terms.kl.values())]
-        return torch.stack(parts)
+        with torch.no_grad():
+            means = [terms.reconstruction.mean(), *(kl.mean() for kl in terms.kl.values())]
+        return loss, torch.stack([loss.detach(), *means])

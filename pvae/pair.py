@@ -13,6 +13,8 @@ import torch
 from pyro import poutine
 from pyro.distributions.util import scale_and_mask
 from pyro.poutine.indep_messenger import CondIndepStackFrame
+from pyro.poutine.replay_messenger import ReplayMessenger
+from pyro.poutine.trace_messenger import TraceMessenger
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor, nn
 from torch.distributions import kl_divergence
@@ -159,9 +161,11 @@ class Pair(nn.Module):
     def _run(self, x: Tensor, particles: int = 1, dim: int = -2) -> tuple[Trace, Trace]:
         plate = pyro.plate(PARTICLES, particles, dim=dim) if particles > 1 else nullcontext()
         with plate:
-            guide_trace = poutine.trace(self.guide).get_trace(x)
-            model_trace = poutine.trace(poutine.replay(self.model, trace=guide_trace)).get_trace(x)
-        return guide_trace, model_trace
+            with TraceMessenger() as guide:
+                self.guide(x)
+            with TraceMessenger() as model, ReplayMessenger(trace=guide.trace):
+                self.model(x)
+        return guide.trace, model.trace
 
     def traces(self, x: Tensor, particles: int = 1) -> tuple[Trace, Trace]:
         """Guide trace and replayed model trace of a batch; draws differ along a leading plate of `particles`."""
@@ -253,6 +257,20 @@ def _attribute(name: str, free: nn.ParameterDict) -> str:
     while hasattr(free, key):
         key += "_"
     return key
+
+
+@contextmanager
+def quiet(pair: Pair, x: Tensor) -> Iterator[None]:
+    """Evaluation mode, no gradients, no validation, a random state of its own; all is put back as it was."""
+    modes = [(module, module.training) for module in pair.modules()]
+    pair.eval()
+    devices = [x.device] if x.is_cuda else []
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=devices), pyro.validation_enabled(False):
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
 
 
 # ---------------------------------------------------------------------- reading traces

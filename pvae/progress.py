@@ -16,7 +16,7 @@ class Progress:
     Arguments:
         total: number of units of work.
         label: what is being done.
-        show: True, False, or None for "only when standard error is a terminal or a log".
+        show: False for silence.
     """
 
     def __init__(self, total: int, label: str, *, show: bool = True) -> None:
@@ -25,6 +25,7 @@ class Progress:
         self.show = show
         self.started = self.last = time.monotonic()
         self.bar: Any = None
+        self.note = ""
 
     def __enter__(self) -> Self:
         if self.show and sys.stderr.isatty():
@@ -49,11 +50,13 @@ class Progress:
         if self.bar is not None:
             self.bar.stop()
 
-    def update(self, done: int, note: str = "") -> None:
-        """Say that `done` units are done; cheap enough to call often."""
+    def update(self, done: int, note: str | None = None) -> None:
+        """Say that `done` units are done; cheap enough to call often. A note stands until the next one."""
+        finished = done == self.total and note is not None
+        self.note = self.note if note is None else note
         if self.bar is not None:
-            self.bar.update(self.task, completed=done, note=note)
-        elif self.show and (time.monotonic() - self.last > EVERY_SECONDS or done == self.total):
+            self.bar.update(self.task, completed=done, note=self.note)
+        elif self.show and (time.monotonic() - self.last > EVERY_SECONDS or finished):
             self.last = time.monotonic()
             seconds = self.last - self.started
-            print(f"{self.label} {done}/{self.total} {seconds:.0f} s {note}", file=sys.stderr, flush=True)
+            print(f"{self.label} {done}/{self.total} {seconds:.0f} s  {self.note}", file=sys.stderr, flush=True)

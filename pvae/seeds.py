@@ -18,6 +18,16 @@ def mix(seed: int, stream: int, counter: int = 0) -> int:
     return state >> 1
 
 
+def set_noise(seed: int, device: torch.device) -> None:
+    """Seed the generator that `device` draws from, and no other.
+
+    `torch.manual_seed` would also queue a seeding of every absent accelerator, with a stack trace each: slow, and
+    the queue grows with every step.
+    """
+    generator = torch.cuda.default_generators[device.index or 0] if device.type == "cuda" else torch.default_generator
+    generator.manual_seed(seed)
+
+
 def permutation(n: int, seed: int, epoch: int) -> torch.Tensor:
     """The order of the training rows in an epoch, `(n,)` on the CPU."""
     return torch.randperm(n, generator=torch.Generator().manual_seed(mix(seed, ORDER, epoch)))

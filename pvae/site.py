@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Literal
+
+import pyro
 
 from pvae.component import Shape
 from pvae.errors import DeclarationError
@@ -32,6 +35,12 @@ class Site:
     """Parents in the guide, q(name | guide_given)."""
     values: Literal["real"] = "real"
     """What a sampled value is; set by the posterior, the prior adapts."""
+
+
+@lru_cache(maxsize=16)
+def data_plate(count: int) -> pyro.plate:
+    """The plate over the rows of a batch, dim -1; making one costs as much as a layer, so it is made once."""
+    return pyro.plate("data", count, dim=-1)
 
 
 class Link:

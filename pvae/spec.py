@@ -13,6 +13,7 @@ import tomli_w
 import torch
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError
+from torch import nn
 
 from pvae import toml, zoo
 from pvae.component import Component, Names, Section, Shape, Table
@@ -128,10 +129,10 @@ class Experiment(Plan):
     @classmethod
     def _legal_names(cls, latents: dict[str, Latent]) -> dict[str, Latent]:
         for name in latents:
-            if not NAME.fullmatch(name) or name in RESERVED:
+            if not NAME.fullmatch(name) or name in RESERVED or hasattr(nn.ModuleDict, name):
                 raise ValueError(
                     f"names of latents in lower case, at most 40 letters, digits and _, none of "
-                    f"{', '.join(sorted(RESERVED))}; got {name[:60]!r}"
+                    f"{', '.join(sorted(RESERVED))} nor a method of torch's ModuleDict; got {name[:60]!r}"
                 )
         return latents
 

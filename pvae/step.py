@@ -6,6 +6,7 @@ changes during training (beta, learning rate) is read from tensors or from the o
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from pvae.objectives import Loss
 
+Forward = Callable[[Tensor], tuple[Tensor, Tensor]]
 COMPILE_SECONDS = 30.0
 SAVED_SHARE = 0.13
 SAVED_SECONDS = 3e-4
@@ -33,7 +35,7 @@ def choose_engine(steps: int, parameters: int, batch: int, device: torch.device)
     return "compiled" if steps * saved > COMPILE_SECONDS else "eager"
 
 
-def compile_forward(loss: Loss, x: Tensor) -> Callable[[Tensor], Tensor]:
+def compile_forward(loss: Loss, x: Tensor) -> Forward:
     """`loss.forward` for batches shaped like `x`: exported, then compiled by Inductor.
 
     The exported program holds the very parameters and buffers of `loss`. Random numbers come from the
@@ -56,12 +58,12 @@ def compile_forward(loss: Loss, x: Tensor) -> Callable[[Tensor], Tensor]:
     return compiled
 
 
-def _probe(loss: Loss, forward: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
+def _probe(loss: Loss, forward: Forward, x: Tensor) -> tuple[Tensor, Tensor]:
     """Loss vector and the whole gradient of a batch, from a fixed seed."""
     torch.manual_seed(0)
-    out = forward(x)
-    gradients = torch.autograd.grad(out[0], _learned(loss), allow_unused=True)
-    return out.detach(), torch.cat([g.flatten() for g in gradients if g is not None])
+    value, out = forward(x)
+    gradients = torch.autograd.grad(value, _learned(loss), allow_unused=True)
+    return out, torch.cat([g.flatten() for g in gradients if g is not None])
 
 
 def require_equal(fast: Tensor, slow: Tensor, what: str) -> None:
@@ -121,9 +123,8 @@ class Step:
 
     def run(self, x: Tensor, frozen: Sequence[nn.Parameter] = ()) -> Tensor:
         """The step itself, without replay."""
-        out = self.forward(x)
-        out[0].backward()
-        out = out.detach()
+        loss, out = self.forward(x)
+        loss.backward()
         for parameter in frozen:
             parameter.grad = None
         if self.clip_norm:
@@ -132,22 +133,27 @@ class Step:
         self._move(out)
         return out
 
-    def forward(self, x: Tensor) -> Tensor:
-        """The loss vector of a batch, compiled where the shape allows."""
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Loss and figures of a batch, compiled where the shape allows."""
         if self.compiled is not None and x.shape == self.shape:
             return self.compiled(x)
         return self.loss(x)
 
     def _move(self, out: Tensor) -> None:
-        finite = out[0].isfinite() & out[-1].isfinite()
         if out.is_cuda:  # no synchronisation: the fused kernel skips the update where found_inf is 1
+            finite = out[0].isfinite() & out[-1].isfinite()
             self.optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
-        if out.is_cuda or bool(finite):
+        if out.is_cuda or is_finite(out):
             self.optimizer.step()
             if self.average is not None:
                 averaged, decay = self.average
                 torch._foreach_lerp_(list(averaged), [p.detach() for p in self.parameters], 1 - decay)
         self.optimizer.zero_grad(set_to_none=True)
+
+
+def is_finite(out: Tensor) -> bool:
+    """Whether the loss (first) and, where it is there, the gradient norm (last) are finite; waits for the device."""
+    return math.isfinite(out[0].item()) and math.isfinite(out[-1].item())
 
 
 class Capture:
@@ -166,7 +172,7 @@ class Capture:
             self.graph, self.out = self._record(step)
             torch.manual_seed(0)
             with torch.no_grad():
-                expected = step.loss(self.x)
+                _, expected = step.loss(self.x)
             torch.manual_seed(0)
             self.graph.replay()
             require_equal(self.out[: len(expected)], expected, "value")

@@ -26,12 +26,20 @@ from pvae.diagnose import bad_weights, diagnose
 from pvae.errors import DeclarationError, DeviceError, Interrupted, NonFiniteError, StorageError
 from pvae.models.likelihoods import Likelihood
 from pvae.objectives import Loss, Objective
-from pvae.pair import Pair
+from pvae.pair import Pair, quiet
 from pvae.progress import Progress
 from pvae.run import Run, load_weights
 from pvae.rundir import RunDirectory
 from pvae.spec import Experiment, Plan, Train
-from pvae.step import Step, choose_engine, load_optimizer_tensors, make_capturable, optimizer_tensors, set_lr
+from pvae.step import (
+    Step,
+    choose_engine,
+    is_finite,
+    load_optimizer_tensors,
+    make_capturable,
+    optimizer_tensors,
+    set_lr,
+)
 
 CHUNK = 1000
 STATUS_SECONDS = 2.0
@@ -256,7 +264,6 @@ def flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 # ---------------------------------------------------------------------- evaluation
 
 
-@torch.no_grad()
 def evaluate(pair: Pair, x: Tensor, seed: int) -> dict[str, float]:
     """Mean ELBO terms of `x` with one draw per datum, nats per datum; moves no weight and no random state.
 
@@ -265,17 +272,14 @@ def evaluate(pair: Pair, x: Tensor, seed: int) -> dict[str, float]:
         x: data `(n, *event)`.
         seed: of the draws; the same seed, the same number.
     """
-    training = pair.training
-    pair.eval()
     totals: dict[str, float] = {}
-    with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []), pyro.validation_enabled(False):
+    with quiet(pair, x):
         for start in range(0, len(x), CHUNK):
-            torch.manual_seed(seeds.mix(seed, seeds.VALIDATION, start))
+            seeds.set_noise(seeds.mix(seed, seeds.VALIDATION, start), x.device)
             terms = pair.terms(x[start : start + CHUNK])
             kl = {f"kl/{name}": value.expand_as(terms.reconstruction) for name, value in terms.kl.items()}
             for key, value in {"reconstruction": terms.reconstruction, **kl}.items():
                 totals[key] = totals.get(key, 0.0) + float(value.double().sum())
-    pair.train(training)
     means = {key: value / len(x) for key, value in totals.items()}
     total_kl = sum(value for key, value in means.items() if key.startswith("kl/"))
     return {"elbo": means["reconstruction"] - total_kl, "kl": total_kl, **means}
@@ -451,20 +455,32 @@ class Trainer:
         """One optimisation step; False when the fit was rolled back."""
         state, train = self.state, self.train
         self._schedules()
-        torch.manual_seed(seeds.mix(self.plan.seed, seeds.NOISE, state.step + (state.rollbacks << 40)))
+        seeds.set_noise(self._noise_seed(), self.device)
         x = self.data.train.draw(index)
         frozen = self._frozen(state.step)
         out = self.stepper(x, frozen) if frozen else self.stepper(x)
-        finite = out[0].isfinite() & out[-1].isfinite()
-        if not out.is_cuda and not bool(finite):
+        if not out.is_cuda and not is_finite(out):
             return self._not_finite(x, index)
-        assert self.sums is not None
-        self.sums[:-1] += torch.where(finite, out, 0.0)
-        self.sums[-1] += finite
+        self._accumulate(out)
         state.step += 1
         return (
             train.nonfinite == "skip" or not out.is_cuda or state.step % self.per_epoch != 0 or self._all_finite(index)
         )
+
+    def _accumulate(self, out: Tensor) -> None:
+        """Sums over the epoch, and in the last place how many steps were finite; no synchronisation."""
+        assert self.sums is not None  # noqa: S101 - `_epoch` has made it
+        if out.is_cuda:
+            finite = out[0].isfinite() & out[-1].isfinite()
+            self.sums[:-1] += torch.where(finite, out, 0.0)
+            self.sums[-1] += finite
+        else:
+            self.sums[:-1] += out
+            self.sums[-1] += 1
+
+    def _noise_seed(self) -> int:
+        """Of the step to come; another one after a rollback."""
+        return seeds.mix(self.plan.seed, seeds.NOISE, self.state.step + (self.state.rollbacks << 40))
 
     def _frozen(self, step: int) -> list[nn.Parameter]:
         k = self.train.alternate
@@ -490,7 +506,7 @@ class Trainer:
     def _not_finite(self, x: Tensor, index: Tensor) -> bool:
         state = self.state
         with torch.enable_grad():
-            torch.manual_seed(seeds.mix(self.plan.seed, seeds.NOISE, state.step + (state.rollbacks << 40)))
+            seeds.set_noise(self._noise_seed(), self.device)
             why = diagnose(self.pair, x, index, self.loss(x)[0])
         message = (
             f"loss not finite at step {state.step} (epoch {state.epoch}): {why}; last finite step {state.step - 1}"

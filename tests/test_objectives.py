@@ -142,13 +142,17 @@ def test_loss_module_reports_what_its_objective_says(name):
     loss = Loss(TraceELBO(), pair)
     loss.beta.fill_(0.3)
     pyro.set_rng_seed(5)
-    found = dict(zip(loss.names, loss(x), strict=True))
+    value, figures = loss(x)
+    found = dict(zip(loss.names, figures, strict=True))
     pyro.set_rng_seed(5)
     terms = pair.terms(x)
     kl = {f"kl/{latent}": value.mean() for latent, value in terms.kl.items()}
     assert set(found) == {"loss", "reconstruction", *kl}
     want = 0.3 * sum(kl.values()) - terms.reconstruction.mean()
-    torch.testing.assert_close(found, {"loss": want, "reconstruction": terms.reconstruction.mean(), **kl})
+    expected = {"loss": want, "reconstruction": terms.reconstruction.mean(), **kl}
+    torch.testing.assert_close(found, {key: figure.detach() for key, figure in expected.items()})
+    assert value.requires_grad
+    assert value.item() == found["loss"].item()
     assert "beta" not in loss.state_dict()
 
 

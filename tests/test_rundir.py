@@ -530,7 +530,7 @@ def test_leaving_the_lock_keeps_a_state_that_was_set(run: RunDirectory) -> None:
     [
         ({"host": HOST, "pid": os.getpid()}, "running"),
         ({"host": HOST, "pid": os.getpid(), "birth": rundir._birth(os.getpid())}, "running"),
-        ({"host": HOST, "pid": os.getpid(), "heartbeat": ago(days=3)}, "running"),  # a long epoch on this host
+        ({"host": HOST, "pid": os.getpid(), "heartbeat": lambda: ago(days=3)}, "running"),  # a long epoch on this host
         ({"host": HOST, "pid": os.getpid(), "birth": "12"}, "stale"),  # the pid was given to another process
         ({"host": HOST, "pid": 0}, "stale"),
         ({"host": HOST, "pid": -1}, "stale"),
@@ -538,16 +538,16 @@ def test_leaving_the_lock_keeps_a_state_that_was_set(run: RunDirectory) -> None:
         ({"host": HOST, "pid": "1"}, "stale"),
         ({"host": HOST, "pid": 10**30}, "stale"),
         ({"host": HOST}, "stale"),
-        ({"host": "elsewhere", "pid": 1, "heartbeat": ago(minutes=4.5)}, "running"),
-        ({"host": "elsewhere", "pid": 1, "heartbeat": ago(minutes=-60)}, "running"),  # its clock is ahead
-        ({"host": "elsewhere", "pid": 1, "heartbeat": ago(minutes=5.5)}, "stale"),
+        ({"host": "elsewhere", "pid": 1, "heartbeat": lambda: ago(minutes=4.5)}, "running"),
+        ({"host": "elsewhere", "pid": 1, "heartbeat": lambda: ago(minutes=-60)}, "running"),  # its clock is ahead
+        ({"host": "elsewhere", "pid": 1, "heartbeat": lambda: ago(minutes=5.5)}, "stale"),
         ({"host": "elsewhere", "pid": os.getpid(), "heartbeat": "yesterday"}, "stale"),
         ({"host": "elsewhere", "pid": 1, "heartbeat": "2026-01-01T00:00:00"}, "stale"),
         ({"host": "elsewhere", "pid": 1, "heartbeat": 5}, "stale"),
     ],
 )
 def test_15_a_run_whose_machine_died_is_stale(run: RunDirectory, fields: dict[str, Any], state: str) -> None:
-    run.update_status(state="running", **fields)
+    run.update_status(state="running", **{k: v() if callable(v) else v for k, v in fields.items()})
     assert state_of(run) == state
 
 

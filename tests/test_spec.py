@@ -79,6 +79,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "reserved name": ({"latents": {"x": {"dim": 2}}}, r"latents: expected names of latents .*got 'x'"),
     "name with a slash": ({"latents": {"../z": {"dim": 2}}}, r"latents: expected names of latents"),
+    "name of a method": ({"latents": {"keys": {"dim": 2}}}, r"latents: expected names .*ModuleDict; got 'keys'"),
     "unknown parent": (
         {"latents": {"z": {"dim": 2, "given": ["w"]}}},
         r"latents\.z\.given: expected names among .*; got \"w\"",

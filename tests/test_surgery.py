@@ -135,7 +135,10 @@ def test_evidence_of_the_true_posterior_is_log_p(ppca):
         found = evidence(pair, torch.tensor(digits()), samples=samples)
         assert found.iwae.value == pytest.approx(truth.log_p, abs=1e-4)
         assert found.elbo.value == pytest.approx(truth.log_p, abs=1e-4)
-        assert found.iwae.standard_error < 1e-6
+        if samples == 1:  # one draw cannot tell noise from spread
+            assert found.iwae.note == "conservative"
+        else:
+            assert found.iwae.standard_error < 1e-6
         assert found.ess.tolist() == pytest.approx([samples] * 1000, rel=1e-6)
         assert found.iwae.kind == found.elbo.kind == "lower_bound"
 
@@ -398,7 +401,7 @@ def test_guide_log_mean_is_the_dense_mixture(link):
     with torch.no_grad():
         d = draw(pair, torch.tensor(x))
         values = {name: latent.value for name, latent in d.latents.items()}
-        got = guide_log_mean(pair, torch.tensor(x), values, d)
+        got = guide_log_mean(pair, torch.tensor(x), values)
     z = np.concatenate([values["z2"].numpy(), values["z1"].numpy()], 1)
     np.testing.assert_allclose(got.numpy(), dense_log_q_agg(z, *joint_posterior(x, link)), rtol=0, atol=1e-10)
 
@@ -409,7 +412,7 @@ def test_guide_log_mean_is_the_product_normal_when_levels_are_independent():
     with torch.no_grad():
         d = draw(pair, x)
         values = {name: latent.value for name, latent in d.latents.items()}
-        got = guide_log_mean(pair, x, values, d)
+        got = guide_log_mean(pair, x, values)
     product = AggregatedPosterior(
         torch.cat([z.loc for z in d.latents.values()], 1), torch.cat([z.scale for z in d.latents.values()], 1)
     )
@@ -448,7 +451,7 @@ def test_a_hierarchy_has_rows_for_every_level():
     z2 = found.latents["z2"]
     assert z2.kl.value == pytest.approx(z2.mutual_information.value + z2.marginal_kl.value, abs=1e-12)
     assert found.kl.value == pytest.approx(found.latents["z1"].kl.value + z2.kl.value, abs=1e-12)
-    assert found.notes == (f"joint I_q over 2 levels from 512 of {len(x)} draws, each under all {len(x)} components",)
+    assert found.notes == (f"joint I_q over 2 levels: 512 of {len(x)} draws, each under all {len(x)} components",)
     assert {"z2.kl", "z1.kl", "elbo"} <= set(found.to_frame().index)
     assert {"z1", "z2"} == set(found.to_dict()["latents"])
     assert "z2.mutual_information" in str(found)
