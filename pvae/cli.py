@@ -148,7 +148,7 @@ def check(
         typer.echo(f"{file}: ok")
         return
     from pvae.data import load
-    from pvae.svi import evaluate
+    from pvae.trainer import evaluate
 
     data = load(experiment.data, data_dir=data_dir, seed=experiment.seed)
     data.require_support(experiment.decoder.likelihood.support, experiment.decoder.likelihood.hint)

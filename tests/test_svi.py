@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pyro
 import pyro.distributions as dist
@@ -19,12 +20,13 @@ from torch import Tensor, nn
 import pvae
 from pvae import checkpoint
 from pvae.analysis import surgery
-from pvae.errors import CheckpointError, DeclarationError, DeviceError, NonFiniteError
+from pvae.errors import CheckpointError, DeclarationError, DeviceError, NonFiniteError, StorageError
 from pvae.objectives import Loss, TraceELBO
 from pvae.run import load_weights
 from pvae.spec import Experiment, Train
 from pvae.step import Step, choose_engine, set_lr
-from pvae.svi import Trainer, evaluate, pick_device
+from pvae.svi import pick_device
+from pvae.trainer import Stop, Trainer, evaluate
 
 TINY = {
     "latents": {"z": {"dim": 3}},
@@ -175,6 +177,47 @@ def test_killed_process_resumes_bit_for_bit(tmp_path: Path) -> None:
     assert child.wait() == -signal.SIGKILL, "the fit was over before it could be killed"
     done = pvae.resume(next((tmp_path / "killed").glob("*/*")), device="cpu", progress=False)
     assert_same(last_weights(whole), last_weights(done))
+
+
+def test_signals_are_remembered_and_handlers_restored(monkeypatch: pytest.MonkeyPatch) -> None:
+    """FAULTS 14: the first is remembered, a second exits at once, the handlers of before come back."""
+    exits: list[int] = []
+    monkeypatch.setattr(os, "_exit", exits.append)
+    before = {name: signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    for name in before:
+        with Stop() as stop:
+            os.kill(os.getpid(), name)
+            assert stop.signal == name
+            assert not exits
+            os.kill(os.getpid(), name)
+        assert exits == [128 + name]
+        exits.clear()
+    assert before == {name: signal.getsignal(name) for name in before}
+
+
+def test_full_disk_during_a_fit_keeps_the_old_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """FAULTS 2: told and tried again; an error only when the last one cannot be written."""
+    original, calls = checkpoint.write, []
+
+    def full(*arguments: Any, **options: Any) -> Path:
+        calls.append(arguments[1])
+        if len(calls) in (3, 4):
+            raise StorageError("No space left on device")
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(checkpoint, "write", full)
+    run = fit(tiny(epochs=1), tmp_path)
+    assert run.status["state"] == "finished"
+    assert sum("No space left" in event["message"] for event in run.files.events()) == 2
+
+    def always(*_: Any, **__: Any) -> Path:
+        raise StorageError("No space left on device")
+
+    monkeypatch.setattr(checkpoint, "write", always)
+    monkeypatch.setattr(time, "sleep", lambda _: None)
+    with pytest.raises(StorageError) as caught:
+        fit(tiny(epochs=1), tmp_path)
+    assert caught.value.exit_code == 74
 
 
 def test_finished_run_is_left_alone(tmp_path: Path) -> None:
@@ -329,6 +372,31 @@ def test_not_finite(tmp_path: Path, policy: str) -> None:
     assert json.loads((folder / "status.json").read_text())["state"] == "failed"
     rolled = [e for e in pvae.Run.load(folder, pair=pair, data=data).files.events() if "rolled back" in e["message"]]
     assert len(rolled) == (3 if policy == "rollback" else 0)
+
+
+class Overflowing(Fragile):
+    """A finite loss whose gradient is NaN for the marked row: sqrt at zero."""
+
+    def model(self, x: Tensor) -> None:
+        """As before, with a term of value 0 and derivative NaN."""
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
+            marked = (x == 99).any(-1, keepdim=True)
+            zero = torch.where(marked, (self.loc * 0.0).square().sqrt() * 0.0, torch.zeros(()))
+            pyro.sample("x", dist.Normal(z + self.loc + zero, 1.0).to_event(1), obs=x)
+
+
+@pytest.mark.parametrize("clip", [None, 10.0])
+def test_gradient_that_is_not_finite_never_reaches_a_checkpoint(tmp_path: Path, clip: float | None) -> None:
+    """FAULTS 18: found at once where the norm is known, else at the next step; kept weights stay finite."""
+    part = Overflowing()
+    pair = pvae.Pair(model=part.model, guide=part.guide)
+    data = pvae.Dataset.from_tensors(broken_data(), validation=torch.zeros(5, 2), test=torch.zeros(5, 2))
+    train = Train(epochs=2, batch_size=10, clip_norm=clip, engine="eager", checkpoint_seconds=0.0)
+    with pytest.raises(NonFiniteError, match="weights" if clip is None else "gradient norm nan"):
+        pvae.fit(pair, data=data, train=train, run_dir=tmp_path, device="cpu", progress=False)
+    saved = checkpoint.latest(next(tmp_path.glob("*/*")) / "checkpoints")
+    assert saved is None or all(v.isfinite().all() for v in saved.tensors["weights"].values())
 
 
 # ---------------------------------------------------------------------- engines

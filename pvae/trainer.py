@@ -1,0 +1,457 @@
+"""One fit in one process: steps, epochs, validation, checkpoints, signals."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from types import FrameType
+from typing import Any, NoReturn
+
+import pyro
+import torch
+from torch import Tensor, nn
+
+from pvae import checkpoint, rundir, seeds
+from pvae.data import Dataset
+from pvae.diagnose import bad_weights, diagnose
+from pvae.errors import DeclarationError, Interrupted, NonFiniteError, StorageError
+from pvae.objectives import Loss
+from pvae.pair import Pair, quiet
+from pvae.progress import Progress
+from pvae.run import load_weights
+from pvae.rundir import RunDirectory
+from pvae.spec import Plan
+from pvae.step import Step, is_finite, load_optimizer_tensors, make_capturable, optimizer_tensors, set_lr
+
+CHUNK = 1000
+STATUS_SECONDS = 2.0
+MAX_ROLLBACKS = 3
+SIGNALS = tuple(s for s in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, s))
+
+
+def evaluate(pair: Pair, x: Tensor, seed: int) -> dict[str, float]:
+    """Mean ELBO terms of `x` with one draw per datum, nats per datum; moves no weight and no random state.
+
+    Arguments:
+        pair: a pair on the device of `x`.
+        x: data `(n, *event)`.
+        seed: of the draws; the same seed, the same number.
+    """
+    totals: dict[str, float] = {}
+    with quiet(pair, x):
+        for start in range(0, len(x), CHUNK):
+            seeds.set_noise(seeds.mix(seed, seeds.VALIDATION, start), x.device)
+            terms = pair.terms(x[start : start + CHUNK])
+            kl = {f"kl/{name}": value.expand_as(terms.reconstruction) for name, value in terms.kl.items()}
+            for key, value in {"reconstruction": terms.reconstruction, **kl}.items():
+                totals[key] = totals.get(key, 0.0) + float(value.double().sum())
+    means = {key: value / len(x) for key, value in totals.items()}
+    total_kl = sum(value for key, value in means.items() if key.startswith("kl/"))
+    return {"elbo": means["reconstruction"] - total_kl, "kl": total_kl, **means}
+
+
+@contextmanager
+def swapped(parameters: Sequence[nn.Parameter], values: Sequence[Tensor] | None) -> Iterator[None]:
+    """Put other values into parameters for a while."""
+    if values is None:
+        yield
+        return
+    kept = [p.detach().clone() for p in parameters]
+    with torch.no_grad():
+        torch._foreach_copy_([p.data for p in parameters], list(values))
+        try:
+            yield
+        finally:
+            torch._foreach_copy_([p.data for p in parameters], kept)
+
+
+# ---------------------------------------------------------------------- the loop
+
+
+@dataclass
+class State:
+    """Where a fit is; all of it is in every checkpoint."""
+
+    step: int = 0
+    epoch: int = 0
+    best: float = -math.inf
+    best_epoch: int = -1
+    waited: int = 0
+    rollbacks: int = 0
+    skipped: int = 0
+    seconds: float = 0.0
+    stopped: bool = False
+
+
+class Stop:
+    """Remembers a signal so that the loop can finish its step; a second one exits at once."""
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+        self.old: dict[int, Any] = {}
+
+    def __enter__(self) -> Stop:
+        if threading.current_thread() is threading.main_thread():
+            for name in SIGNALS:
+                number = int(getattr(signal, name))
+                self.old[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.old.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _frame: FrameType | None) -> None:
+        if self.signal is not None:
+            os._exit(128 + number)
+        self.signal = number
+
+
+class Trainer:
+    """One fit in one process: owns weights, optimiser and state between two checkpoints."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        pair: Pair,
+        data: Dataset,
+        files: RunDirectory,
+        device: torch.device,
+        engine: str,
+        *,
+        show: bool = True,
+    ) -> None:
+        self.plan, self.train, self.files, self.device, self.show = plan, plan.train, files, device, show
+        self.data = data.to(device)
+        self.pair = pair.to(device).train()
+        self.loss = Loss(plan.objective, self.pair).to(device)
+        self.names = [name for name, p in self.pair.named_parameters() if p.requires_grad]
+        self.parameters = [p for p in self.pair.parameters() if p.requires_grad]
+        self.optimizer = self.train.optimizer.build(self.parameters)
+        if device.type == "cuda":
+            make_capturable(self.optimizer, device)
+        decay = self.train.average
+        self.average = [p.detach().clone() for p in self.parameters] if decay else None
+        self.best: list[Tensor] | None = None
+        self.state = State()
+        self.sums: Tensor | None = None
+        self.engine = engine
+        self.batch = min(self.train.batch_size, len(data.train))
+        self.per_epoch = math.ceil(len(data.train) / self.batch)
+        self.groups = self._alternation()
+        self.last_checkpoint = time.monotonic()
+        self.last_status = 0.0
+
+    def _alternation(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+        """(frozen during guide steps, frozen during model steps)."""
+        if not self.train.alternate:
+            return [], []
+        if not isinstance(self.pair.model, nn.Module) or not isinstance(self.pair.guide, nn.Module):
+            raise DeclarationError("train.alternate: expected a pair of two Modules; got plain functions. Use 0.")
+        model, guide = list(self.pair.model.parameters()), list(self.pair.guide.parameters())
+        return [p for p in model if p.requires_grad], [p for p in guide if p.requires_grad]
+
+    def tell(self, kind: str, message: str) -> None:
+        """An event for the record and for whoever watches."""
+        self.files.log_event(kind, message)
+        if self.show:
+            print(f"pvae: {message}", file=sys.stderr, flush=True)
+
+    # -------------------------------------------------------------- running
+
+    def run(self) -> None:
+        """Train until the end, a stop rule, or a signal; leaves the random state as it found it."""
+        devices = [self.device] if self.device.type == "cuda" else []
+        started = time.monotonic() - self.state.seconds
+        self.files.truncate_metrics(self.state.step)
+        self._status("running")
+        with torch.random.fork_rng(devices=devices), pyro.validation_enabled(False), Stop() as stop:
+            self.stepper = self._stepper()
+            with Progress(self.train.epochs * self.per_epoch, self.plan.name, show=self.show) as bar:
+                while self.state.epoch < self.train.epochs and not self.state.stopped:
+                    self._epoch(stop, bar, started)
+            self.state.seconds = time.monotonic() - started
+        if bad := bad_weights(self.pair):
+            self._fail(f"weights not finite after the last step ({bad[0]})")
+        self._save()
+        self._status("finished")
+
+    def _stepper(self) -> Step:
+        example = self.data.train.draw(torch.arange(self.batch, device=self.device))
+        average = (self.average, self.train.average) if self.average is not None and self.train.average else None
+        make = {"clip_norm": self.train.clip_norm, "average": average}
+        try:
+            if self.engine == "compiled":
+                self.tell(
+                    "engine", "compiling the step (export + Inductor); the eager one would be slower over this run"
+                )
+            stepper = Step(self.loss, self.optimizer, self.engine, example, **make)  # type: ignore[arg-type]
+        except Exception as error:  # a missing compiler or an operation it cannot take must not stop a fit
+            if self.engine == "eager":
+                raise
+            self.tell(
+                "engine", f"{self.engine} step not available, going on eagerly: {str(error).splitlines()[0][:200]}"
+            )
+            self.engine = "eager"
+            self.files.write_manifest({**self.files.manifest, "engine": "eager"})
+            stepper = Step(self.loss, self.optimizer, "eager", example, **make)  # type: ignore[arg-type]
+        self.files.log_event("engine", f"{self.engine} step")
+        return stepper
+
+    def _epoch(self, stop: Stop, bar: Progress, started: float) -> None:
+        state = self.state
+        order = seeds.permutation(len(self.data.train), self.plan.seed, state.epoch).to(self.device)
+        if self.sums is None:
+            self.sums = torch.zeros(len(self.stepper.names) + 1, dtype=torch.float64, device=self.device)
+        while state.step < (state.epoch + 1) * self.per_epoch:
+            position = (state.step - state.epoch * self.per_epoch) * self.batch
+            index = order[position : position + self.batch]
+            if not self._step(index):
+                return
+            if stop.signal is not None:
+                self._interrupted(stop.signal, started)
+            if self._due():
+                state.seconds = time.monotonic() - started
+                self._save()
+            if state.step % 20 == 0:
+                bar.update(state.step)
+        state.seconds = time.monotonic() - started
+        self._end_of_epoch(bar)
+
+    def _step(self, index: Tensor) -> bool:
+        """One optimisation step; False when the fit was rolled back."""
+        state = self.state
+        self._schedules()
+        seeds.set_noise(self._noise_seed(), self.device)
+        x = self.data.train.draw(index)
+        frozen = self._frozen(state.step)
+        out = self.stepper(x, frozen) if frozen else self.stepper(x)
+        if not out.is_cuda and not is_finite(out):
+            return self._not_finite(x, index)
+        self._accumulate(out)
+        state.step += 1
+        return state.step % self.per_epoch != 0 or self._all_finite()
+
+    def _accumulate(self, out: Tensor) -> None:
+        """Sums over the epoch, and in the last place how many steps were finite; no synchronisation."""
+        assert self.sums is not None  # noqa: S101 - `_epoch` has made it
+        if out.is_cuda:
+            finite = out[0].isfinite() & out[-1].isfinite()
+            self.sums[:-1] += torch.where(finite, out, 0.0)
+            self.sums[-1] += finite
+        else:
+            self.sums[:-1] += out
+            self.sums[-1] += 1
+
+    def _noise_seed(self) -> int:
+        """Of the step to come; another one after a rollback."""
+        return seeds.mix(self.plan.seed, seeds.NOISE, self.state.step + (self.state.rollbacks << 40))
+
+    def _frozen(self, step: int) -> list[nn.Parameter]:
+        k = self.train.alternate
+        return [] if not k else self.groups[0 if step % (k + 1) < k else 1]
+
+    def _schedules(self) -> None:
+        train, epoch = self.train, self.state.step / self.per_epoch
+        self.loss.beta.fill_(self.plan.objective.beta.at(epoch, train.epochs))
+        warm = min(1.0, (self.state.step + 1) / (train.warmup * self.per_epoch)) if train.warmup else 1.0
+        set_lr(self.optimizer, train.optimizer.lr * train.schedule.at(epoch, train.epochs) * warm)
+
+    # -------------------------------------------------------------- when it is not finite
+
+    def _all_finite(self) -> bool:
+        """At the end of an epoch: on a GPU steps are not watched one by one, their finite ones are counted."""
+        assert self.sums is not None  # noqa: S101 - `_epoch` has made it
+        if self.device.type != "cuda":
+            return True
+        missing = self.per_epoch - int(self.sums[-1])
+        message = f"loss not finite in {missing} of {self.per_epoch} steps of epoch {self.state.epoch}"
+        return not missing or self._handle(message, missing)
+
+    def _not_finite(self, x: Tensor, index: Tensor) -> bool:
+        """A step whose loss or gradient is not finite, before it moved anything; False when rolled back."""
+        state = self.state
+        with torch.enable_grad():
+            seeds.set_noise(self._noise_seed(), self.device)
+            why = diagnose(self.pair, x, index, self.loss(x)[0])
+        message = (
+            f"loss not finite at step {state.step} (epoch {state.epoch}): {why}; last finite step {state.step - 1}"
+        )
+        if self.train.nonfinite != "skip":
+            self._dump(x, index)
+        going_on = self._handle(message, 1)
+        if going_on:
+            state.step += 1
+        return going_on
+
+    def _handle(self, message: str, steps: int) -> bool:
+        """Follow the declared policy: True to go on with the next step, False after a rollback, else an error."""
+        if self.train.nonfinite == "skip" and not bad_weights(self.pair):
+            self.state.skipped += steps
+            self.tell("nonfinite", f"{message}; skipped")
+            return True
+        if self.train.nonfinite == "rollback" and self.state.rollbacks < MAX_ROLLBACKS and self._roll_back(message):
+            return False
+        return self._fail(message)
+
+    def _fail(self, message: str) -> NoReturn:
+        self._status("failed", error=message)
+        raise NonFiniteError(
+            f"{message}. Lower the learning rate, set train.clip_norm, tighten log_variance bounds, or set "
+            f"train.nonfinite = 'skip' or 'rollback'. A batch that failed is in analysis/nonfinite_batch.safetensors."
+        )
+
+    def _roll_back(self, message: str) -> bool:
+        saved = checkpoint.latest(self.files.path / "checkpoints", report=lambda line: self.tell("fallback", line))
+        if saved is None:
+            return False
+        rollbacks = self.state.rollbacks + 1
+        self.restore(saved)
+        self.state.rollbacks = rollbacks
+        self.files.truncate_metrics(self.state.step)
+        if self.engine == "captured":  # the graph holds the tensors of the optimiser's former state
+            self.stepper = self._stepper()
+        self.tell("nonfinite", f"{message}; rolled back to step {self.state.step}, with other noise")
+        return True
+
+    def _dump(self, x: Tensor, index: Tensor) -> None:
+        from safetensors.torch import save
+
+        content = save({"x": x.detach().cpu().contiguous(), "index": index.cpu().contiguous()})
+        rundir.write_atomic(self.files.analysis / "nonfinite_batch.safetensors", content)
+
+    # -------------------------------------------------------------- between epochs
+
+    def _end_of_epoch(self, bar: Progress) -> None:
+        state = self.state
+        assert self.sums is not None
+        values = (self.sums[:-1] / self.sums[-1].clamp(min=1)).tolist()
+        self.sums.zero_()
+        row = dict(zip(self.stepper.names, values, strict=True))
+        kl = sum(value for name, value in row.items() if name.startswith("kl/"))
+        row |= {"kl": kl, "elbo": row["reconstruction"] - kl}
+        state.epoch += 1
+        lr = float(self.optimizer.param_groups[0]["lr"])
+        common = {"epoch": state.epoch, "step": state.step, "seconds": round(state.seconds, 3)}
+        self.files.log_metrics(
+            {**common, "split": "train", **row, "beta": float(self.loss.beta), "lr": lr, "skipped": state.skipped}
+        )
+        note = f"epoch {state.epoch}/{self.train.epochs} elbo {row['elbo']:.2f}"
+        if state.epoch % self.train.validate_every == 0 or state.epoch == self.train.epochs:
+            note = f"{note} validation {self._validate(common):.2f}"
+        bar.update(state.step, note)
+        if time.monotonic() - self.last_status > STATUS_SECONDS:
+            self._status("running")
+
+    def _validate(self, common: dict[str, Any]) -> float:
+        """Validation ELBO of the weights that would be kept; remembers the best and counts patience."""
+        state = self.state
+        with swapped(self.parameters, self.average):
+            row = evaluate(self.pair, self.data.validation.x, self.plan.seed)
+            better = row["elbo"] > state.best
+            if better:
+                state.best, state.best_epoch, state.waited = row["elbo"], state.epoch, 0
+                self._remember()
+        if not better and self._beta_rests():
+            state.waited += 1
+        self.files.log_metrics({**common, "split": "validation", **row})
+        if self.train.patience is not None and state.waited >= self.train.patience:
+            state.stopped = True
+            self.tell(
+                "stop", f"validation ELBO not better for {state.waited} validations: stopped at epoch {state.epoch}"
+            )
+        return row["elbo"]
+
+    def _beta_rests(self) -> bool:
+        """Patience waits while beta moves: the model is still being led to its bound."""
+        beta, epochs, epoch = self.plan.objective.beta, self.train.epochs, self.state.epoch
+        return beta.at(epoch, epochs) == beta.at(epoch - self.train.validate_every, epochs)
+
+    def _remember(self) -> None:
+        if self.train.keep == "best":
+            if self.best is None:
+                self.best = [p.detach().clone() for p in self.parameters]
+            else:
+                torch._foreach_copy_(self.best, [p.detach() for p in self.parameters])
+
+    # -------------------------------------------------------------- keeping
+
+    def _due(self) -> bool:
+        return time.monotonic() - self.last_checkpoint >= self.train.checkpoint_seconds
+
+    def _select(self) -> str:
+        return "best" if self.best is not None else "average" if self.average is not None else "weights"
+
+    def _save(self) -> None:
+        """Write a checkpoint; a full disk is told and retried at the next occasion, at the end it is an error."""
+        if bad := bad_weights(self.pair):
+            self.tell("nonfinite", f"no checkpoint at step {self.state.step}: weights not finite ({bad[0]})")
+            return
+        tensors: dict[str, dict[str, Tensor]] = {
+            "weights": dict(self.pair.state_dict()),
+            "optimizer": optimizer_tensors(self.optimizer),
+        }
+        for group, values in (("average", self.average), ("best", self.best)):
+            if values is not None:
+                tensors[group] = dict(zip(self.names, values, strict=True))
+        if self.sums is not None:
+            tensors["progress"] = {"sums": self.sums}
+        state = {k: v for k, v in asdict(self.state).items() if v != -math.inf}
+        self._write(tensors, {**state, "select": self._select()})
+        self.last_checkpoint = time.monotonic()
+
+    def _write(self, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
+        last = self.state.stopped or self.state.epoch >= self.train.epochs
+        for wait in (0.1, 0.5, 2.0) if last else ():
+            try:
+                checkpoint.write(self.files.path / "checkpoints", self.state.step, tensors, state)
+                return
+            except StorageError as error:
+                self.tell("storage", f"{error} Trying again.")
+                time.sleep(wait)
+        try:
+            checkpoint.write(self.files.path / "checkpoints", self.state.step, tensors, state)
+        except StorageError as error:
+            if last:
+                raise
+            self.tell("storage", str(error))
+
+    def restore(self, saved: checkpoint.Checkpoint) -> None:
+        """Put weights, optimiser, averages and state back as a checkpoint has them."""
+        load_weights(self.pair, saved.tensors["weights"], str(saved.path))
+        load_optimizer_tensors(self.optimizer, saved.tensors["optimizer"])
+        if self.device.type == "cuda":
+            make_capturable(self.optimizer, self.device)
+        best, average = saved.tensors.get("best"), saved.tensors.get("average")
+        self.best = None if best is None else [best[name].to(self.device) for name in self.names]
+        if self.average is not None and average is not None:  # in place: the step holds these tensors
+            torch._foreach_copy_(self.average, [average[name].to(self.device) for name in self.names])
+        sums = saved.tensors.get("progress", {}).get("sums")
+        self.sums = None if sums is None else sums.to(self.device)
+        known = {k: v for k, v in saved.state.items() if k not in ("select", "stopped")}
+        self.state = replace(State(), **known)
+
+    def _interrupted(self, number: int, started: float) -> None:
+        self.state.seconds = time.monotonic() - started
+        self._save()
+        self._status("interrupted")
+        word = signal.Signals(number).name
+        raise Interrupted(
+            f"{word} at step {self.state.step}: checkpoint written. Go on with: pvae resume {self.files.path}", number
+        )
+
+    def _status(self, state: str, **fields: Any) -> None:
+        s = self.state
+        elbo = s.best if math.isfinite(s.best) else None
+        self.files.update_status(
+            state=state, epoch=s.epoch, epochs=self.train.epochs, step=s.step, elbo=elbo, engine=self.engine,
+            seconds=round(s.seconds, 1), skipped=s.skipped, **fields,
+        )  # fmt: skip
+        self.last_status = time.monotonic()
