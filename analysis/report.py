@@ -27,9 +27,9 @@ from pvae.analysis.estimate import Estimate
 from pvae.analysis.evidence import Evidence, evidence
 from pvae.analysis.posterior import Draw, LatentDraw, draw, quiet
 from pvae.analysis.surgery import Surgery, surgery
+from pvae.files import write_atomic
 from pvae.pair import Pair
 from pvae.run import Run
-from pvae.rundir import write_atomic
 from pvae.show import formulas
 from pvae.spec import Experiment
 

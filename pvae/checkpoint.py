@@ -24,7 +24,8 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from pvae.errors import CheckpointError, DataError, DeclarationError, StorageError
-from pvae.rundir import read_inside, slug, sync_folder, write_new
+from pvae.files import read_inside, sync_folder, write_new
+from pvae.rundir import slug
 
 SCHEMA = 1
 """The layout written here. A newer one is refused, an older one goes through ``MIGRATIONS``."""

@@ -227,7 +227,7 @@ def _finished(run: Run) -> None:
 @app.command()
 def runs(run_dir: RUN_DIR = RUNS, as_json: JSON = False) -> None:
     """List runs with their state."""
-    from pvae.rundir import list_runs
+    from pvae.listing import list_runs
 
     rows = list_runs(run_dir)
     if as_json:

@@ -8,35 +8,40 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import json
 import math
 import os
 import platform
 import re
 import stat
-import sys
 import threading
 import unicodedata
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
-from pvae.errors import BusyError, DataError, DeclarationError, Interrupted, OutputError, PvaeError, StorageError, near
+from pvae.errors import BusyError, DataError, DeclarationError, Interrupted, OutputError, StorageError, near
+from pvae.files import (
+    MIB,
+    append,
+    json_line,
+    pretty,
+    read_inside,
+    read_lines,
+    read_object,
+    require_plain_target,
+    write_atomic,
+)
 
 if TYPE_CHECKING:
     import pandas
 
 STATES = ("running", "finished", "interrupted", "failed")
 STALE_AFTER_SECONDS = 300.0
-GIT_SECONDS = 5.0
-PACKAGES = ("pvae-pyro", "torch", "pyro-ppl", "numpy", "arviz", "pandas", "pydantic", "safetensors", "scikit-learn")
 
-_MIB = 1 << 20
 _RESERVED = {"latest", "con", "nul", "prn", "aux"}
 _SLUG_LENGTH = 64
-_PLAIN_NAME = re.compile(r"(?!\.{1,2}\Z)[^/\\\0]+\Z")
 
 
 # ---------------------------------------------------------------------------------------------- names and times
@@ -68,194 +73,12 @@ def _run_id() -> str:
     return f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{_token()}"
 
 
-def _age_seconds(time: object, until: datetime | None = None) -> float | None:
+def age_seconds(time: object, until: datetime | None = None) -> float | None:
     """Seconds from an ISO time to ``until`` (now), or None if it is no such time."""
     try:
         return ((until or datetime.now(UTC)) - datetime.fromisoformat(str(time))).total_seconds()
     except (ValueError, TypeError):
         return None
-
-
-# ---------------------------------------------------------------------------------------------- writing and reading
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames inside ``folder`` durable, where the file system can."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as problem:
-        if problem.errno not in (errno.EINVAL, errno.ENOTSUP):
-            raise
-    finally:
-        os.close(descriptor)
-
-
-def write_new(path: Path, content: bytes, *, durable: bool = True) -> None:
-    """Write a file that must not exist yet, with the mode the umask gives; raises OSError."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(content)
-        file.flush()
-        if durable:
-            os.fsync(descriptor)
-
-
-def _require_plain_target(path: Path) -> None:
-    """Refuse to replace what is no plain file: replacing a device node or a link destroys it."""
-    with suppress(FileNotFoundError):
-        if not stat.S_ISREG(path.lstat().st_mode):
-            raise OSError(errno.EINVAL, "not a plain file (a device, link or folder stands there)")
-
-
-def write_atomic(path: Path, text: str | bytes, *, durable: bool = True) -> None:
-    """Replace ``path`` whole or not at all; raises StorageError, and the old file then stands.
-
-    ``durable=False`` leaves out the fsync, for heartbeats that are written all the time.
-    """
-    content = text.encode(errors="backslashreplace") if isinstance(text, str) else text
-    temporary = path.with_name(f".tmp-{_token()}{_token()}")
-    try:
-        _require_plain_target(path)
-        try:
-            write_new(temporary, content, durable=durable)
-            os.replace(temporary, path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-        if durable:
-            sync_folder(path.parent)
-    except OSError as problem:
-        raise StorageError(
-            f"{path}: expected to be written; got {problem.strerror or problem}. What stood there is unchanged."
-        ) from problem
-
-
-def _open_plain(path: Path, flags: int) -> int:
-    """A descriptor of a plain file: a link raises, and a device or pipe neither opens for long nor blocks."""
-    descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
-    if stat.S_ISREG(os.fstat(descriptor).st_mode):
-        return descriptor
-    os.close(descriptor)
-    raise OSError(errno.EINVAL, "not a plain file")
-
-
-def read_inside(folder: Path, name: str, limit: int = 16 * _MIB) -> bytes:
-    """The bytes of the plain file ``name`` in ``folder``.
-
-    Raises DataError for a name with a path in it, a link, a device, a missing or unreadable file, or one over
-    ``limit`` bytes: what is read from a run that was handed on must not lead out of it.
-    """
-    if not _PLAIN_NAME.match(name):
-        raise DataError(f"{folder}: expected a plain file name; got {name!r}.")
-    try:
-        with os.fdopen(_open_plain(folder / name, os.O_RDONLY), "rb") as file:
-            content = file.read(limit + 1)
-    except OSError as problem:
-        raise DataError(
-            f"{folder / name}: expected a plain readable file; got {problem.strerror or problem}."
-        ) from problem
-    if len(content) > limit:
-        raise DataError(f"{folder / name}: expected at most {limit} bytes; got more.")
-    return content
-
-
-def read_object(folder: Path, name: str, limit: int = 16 * _MIB) -> dict[str, Any]:
-    """The JSON object in the file ``name`` of ``folder``; raises DataError for anything else."""
-    content = read_inside(folder, name, limit)
-    found = _json_object(content)
-    if found is None:
-        raise DataError(
-            f"{folder / name}: expected a JSON object; got {len(content)} bytes that start {content[:24]!r}."
-        )
-    return found
-
-
-def _json_object(content: bytes) -> dict[str, Any] | None:
-    try:
-        found = json.loads(content.decode())
-    except (ValueError, RecursionError):
-        return None
-    return found if isinstance(found, dict) else None
-
-
-def _plain(value: Any) -> Any:  # noqa: ANN401  (any value goes in, its JSON twin comes out)
-    """``value`` as finite JSON: NaN and infinities become null, numbers of other libraries floats, the rest text."""
-    if value is None or isinstance(value, bool | int | str):
-        return value
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple | set | frozenset):
-        return [_plain(item) for item in value]
-    try:
-        number = float(value)
-    except (TypeError, ValueError, RuntimeError, OverflowError):
-        return str(value)
-    return number if math.isfinite(number) else None
-
-
-def _pretty(fields: Mapping[str, Any]) -> str:
-    return json.dumps(_plain(fields), indent=2, allow_nan=False) + "\n"
-
-
-def _line(fields: Mapping[str, Any]) -> bytes:
-    return json.dumps(_plain(fields), allow_nan=False).encode() + b"\n"
-
-
-# ---------------------------------------------------------------------------------------------- lines of JSON
-
-
-def _append(path: Path, line: bytes) -> None:
-    """Add one whole line, or nothing (raises OSError); a torn line left by a crash is cut off first."""
-    descriptor = _open_plain(path, os.O_RDWR | os.O_APPEND | os.O_CREAT)
-    try:
-        _mend(descriptor)
-        _write_whole(descriptor, line)
-    finally:
-        os.close(descriptor)
-
-
-def _mend(descriptor: int) -> None:
-    """End the file with a whole line: the newline is added if only that is missing, else the last line goes."""
-    size = os.fstat(descriptor).st_size
-    if size == 0 or os.pread(descriptor, 1, size - 1) == b"\n":
-        return
-    content = os.pread(descriptor, size, 0)
-    start = content.rfind(b"\n") + 1
-    if _json_object(content[start:]) is None:
-        os.ftruncate(descriptor, start)
-    else:
-        _write_whole(descriptor, b"\n")
-
-
-def _write_whole(descriptor: int, line: bytes) -> None:
-    size = os.fstat(descriptor).st_size
-    try:
-        written = 0
-        while written < len(line):
-            written += os.write(descriptor, line[written:])
-    except OSError:
-        os.ftruncate(descriptor, size)
-        raise
-
-
-def _read_lines(folder: Path, name: str) -> list[dict[str, Any]]:
-    """The objects of a file of JSON lines ([] without a file); a torn or garbage last line is dropped.
-
-    Raises DataError with the number of any other line that is damaged: dropping data silently is no answer.
-    """
-    if not os.path.lexists(folder / name):
-        return []
-    lines = [line for line in read_inside(folder, name, 1 << 31).split(b"\n") if line.strip()]
-    rows = [_json_object(line) for line in lines]
-    if rows and rows[-1] is None:
-        rows.pop()
-    if None in rows:
-        raise DataError(
-            f"{folder / name}: expected one JSON object a line; got garbage in line {rows.index(None) + 1}. "
-            "Delete that line to go on without it."
-        )
-    return [row for row in rows if row is not None]
 
 
 # ---------------------------------------------------------------------------------------------- the owner
@@ -284,10 +107,11 @@ def _alive(pid: object, birth: object) -> bool:
     return found != "dead" and (found is None or birth is None or found == birth)
 
 
-def _is_stale(status: Mapping[str, Any]) -> bool:
+def is_stale(status: Mapping[str, Any]) -> bool:
+    """Whether the process of a running status is gone, or silent for too long on another host."""
     if status.get("host") == platform.node():
         return not _alive(status.get("pid"), status.get("birth"))
-    age = _age_seconds(status.get("heartbeat"))
+    age = age_seconds(status.get("heartbeat"))
     return age is None or age > STALE_AFTER_SECONDS
 
 
@@ -380,7 +204,7 @@ class RunDirectory:
         """A path in the run that is a plain file or nothing yet: opening a link would lead out of the run."""
         path = self.path / name
         try:
-            _require_plain_target(path)
+            require_plain_target(path)
         except OSError as problem:
             raise DataError(f"{path}: expected a plain file; got {problem.strerror}.") from problem
         return path
@@ -397,13 +221,13 @@ class RunDirectory:
         kept: dict[str, Any] = {}
         with suppress(DataError):
             kept = {key: value for key, value in self.manifest.items() if key in ("name", "id", "started")}
-        write_atomic(self.path / "manifest.json", _pretty({**fields, **kept}))
+        write_atomic(self.path / "manifest.json", pretty({**fields, **kept}))
 
     @property
     def spec_text(self) -> str:
         """The resolved declaration, TOML; raises DataError if missing, over 1 MiB or not UTF-8."""
         try:
-            return read_inside(self.path, "spec.toml", _MIB).decode()
+            return read_inside(self.path, "spec.toml", MIB).decode()
         except UnicodeDecodeError as problem:
             raise DataError(f"{self.path / 'spec.toml'}: expected UTF-8; got {problem}.") from problem
 
@@ -430,7 +254,7 @@ class RunDirectory:
             if self.degraded is not None:
                 status["degraded"] = self.degraded
             try:
-                write_atomic(self.path / "status.json", _pretty(status), durable=False)
+                write_atomic(self.path / "status.json", pretty(status), durable=False)
             except StorageError as problem:
                 self.degraded = self.degraded or str(problem)
 
@@ -445,7 +269,7 @@ class RunDirectory:
     def _log(self, name: str, fields: Mapping[str, Any]) -> None:
         with self._writing:
             try:
-                _append(self.path / name, _line(fields))
+                append(self.path / name, json_line(fields))
             except OSError as problem:
                 self._degrade(f"{name} could not be written: {problem.strerror or problem}")
 
@@ -457,7 +281,7 @@ class RunDirectory:
 
     def metrics_rows(self) -> list[dict[str, Any]]:
         """Every row of the metrics; a torn last line is dropped; raises DataError for other damage."""
-        return _read_lines(self.path, "metrics.jsonl")
+        return read_lines(self.path, "metrics.jsonl")
 
     def metrics(self) -> pandas.DataFrame:
         """The metrics as a table, null as NaN."""
@@ -471,11 +295,11 @@ class RunDirectory:
         with self._writing:
             if os.path.lexists(self.path / "metrics.jsonl"):
                 kept = [row for row in self.metrics_rows() if not _is_after(row, step)]
-                write_atomic(self.path / "metrics.jsonl", b"".join(map(_line, kept)))
+                write_atomic(self.path / "metrics.jsonl", b"".join(map(json_line, kept)))
 
     def events(self) -> list[dict[str, Any]]:
         """Every event; a torn last line is dropped; raises DataError for other damage."""
-        return _read_lines(self.path, "events.jsonl")
+        return read_lines(self.path, "events.jsonl")
 
     # -- its folders
 
@@ -531,7 +355,7 @@ def _is_run(folder: Path) -> bool:
         return False
 
 
-def _folders(parent: Path) -> list[Path]:
+def folders(parent: Path) -> list[Path]:
     """The folders in ``parent``, no links and nothing hidden, [] if it cannot be read."""
     try:
         with os.scandir(parent) as entries:
@@ -549,136 +373,13 @@ def _newest(folders: list[Path]) -> list[Path]:
 def _candidates(path: str, root: Path) -> Iterator[Path]:
     """Where ``path`` may mean a run, in the order of precedence."""
     if path == "latest":
-        yield from _newest([run for name in _folders(root) for run in _folders(name)])
+        yield from _newest([run for name in folders(root) for run in folders(name)])
         return
     for folder in (Path(path), root / path, root / slug(path)):
         yield folder
-        yield from _newest(_folders(folder))
+        yield from _newest(folders(folder))
 
 
 def _names_near(path: Path, root: Path) -> list[str]:
-    runs = _folders(path.parent) + _folders(root)
+    runs = folders(path.parent) + folders(root)
     return sorted({folder.name for folder in runs})
-
-
-def list_runs(root: Path) -> list[dict[str, Any]]:
-    """A row for every run under ``root``, by start: name, id, path, state, epoch, epochs, elbo, started, seconds, why.
-
-    Never raises. ``state`` is that of the status, or ``created`` before the first, ``stale`` for a running one whose
-    process is dead on this host or silent for five minutes on another, ``broken`` (then ``why`` says what).
-    """
-    rows = [_row(run) for name in _folders(Path(root)) for run in _folders(name)]
-    return sorted(rows, key=lambda row: (row["started"], row["id"]))
-
-
-def _row(path: Path) -> dict[str, Any]:
-    nothing = dict.fromkeys(("epoch", "epochs", "elbo", "seconds", "why"))
-    row = {"name": path.parent.name, "id": path.name, "path": str(path), **nothing, "started": _started(path.name)}
-    try:
-        return {**row, **_facts(RunDirectory(path))}
-    except (PvaeError, OSError) as problem:
-        return {**row, "state": "broken", "why": str(problem)}
-
-
-def _started(run_id: str) -> str:
-    """The start that a run id tells, or nothing."""
-    try:
-        return datetime.strptime(run_id[:16], "%Y%m%dT%H%M%SZ").replace(tzinfo=UTC).isoformat(timespec="milliseconds")
-    except ValueError:
-        return ""
-
-
-def _facts(run: RunDirectory) -> dict[str, Any]:
-    manifest, status = run.manifest, run.status()
-    started = _text(run, manifest, "started", _started(run.path.name))
-    return {
-        "name": _text(run, manifest, "name", run.path.parent.name),
-        "state": _state(run, status),
-        **{key: _number(status.get(key)) for key in ("epoch", "epochs", "elbo")},
-        "started": started,
-        "seconds": _seconds(status),
-    }
-
-
-def _text(run: RunDirectory, fields: Mapping[str, Any], key: str, default: str) -> str:
-    found = fields.get(key, default)
-    if not isinstance(found, str):
-        raise DataError(f"{run.path / 'manifest.json'}: expected text for {key!r}; got {found!r}.")
-    return found
-
-
-def _state(run: RunDirectory, status: Mapping[str, Any]) -> str:
-    state = status.get("state", "created")
-    if state not in (*STATES, "created"):
-        raise DataError(f"{run.path / 'status.json'}: expected a state of {', '.join(STATES)}; got {state!r}.")
-    return "stale" if state == "running" and _is_stale(status) else str(state)
-
-
-def _number(value: object) -> int | float | None:
-    """``value`` if it is a number that a table can show (a status may say anything, also 10^400)."""
-    known = isinstance(value, int | float) and not isinstance(value, bool) and -1e300 < value < 1e300
-    return cast("int | float", value) if known else None
-
-
-def _seconds(status: Mapping[str, Any]) -> float | None:
-    """The training time the status tells, else the time from the owner's start to its last sign of life."""
-    told = _number(status.get("seconds"))
-    if told is not None:
-        return float(told)
-    begun, silent = _age_seconds(status.get("started")), _age_seconds(status.get("heartbeat"))
-    return None if begun is None or silent is None else round(max(0.0, begun - silent), 3)
-
-
-# ---------------------------------------------------------------------------------------------- provenance
-
-
-def provenance() -> dict[str, Any]:
-    """What a run was made with: versions, git commit, command, host, platform; no user's name; never fails."""
-    return {
-        "versions": {"python": platform.python_version(), **_versions()},
-        "git": _git_state(),
-        "argv": [_without_home(argument) for argument in sys.argv],
-        "host": platform.node(),
-        "platform": platform.platform(),
-    }
-
-
-def _versions() -> dict[str, str]:
-    """The installed versions, from their metadata: importing the packages takes seconds."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    found = {}
-    for package in PACKAGES:
-        with suppress(PackageNotFoundError):
-            found[package] = version(package)
-    return found
-
-
-def _git_state() -> dict[str, Any] | None:
-    """The commit of the working folder and whether it differs from it, or None outside of git."""
-    commit = _git("rev-parse", "HEAD")
-    changes = _git("status", "--porcelain") if commit else None
-    return {"commit": commit, "dirty": None if changes is None else bool(changes)} if commit else None
-
-
-def _git(*arguments: str) -> str | None:
-    import subprocess
-
-    environment = {**os.environ, "GIT_OPTIONAL_LOCKS": "0"}
-    try:
-        done = subprocess.run(
-            ["git", *arguments],
-            capture_output=True,
-            check=True,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            timeout=GIT_SECONDS,
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.decode(errors="replace").strip()
-
-
-def _without_home(argument: str) -> str:
-    home = os.path.expanduser("~")
-    return argument if len(home) < 2 else argument.replace(home, "~")

@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pvae import checkpoint, rundir
+from pvae import checkpoint
 from pvae.data import Dataset, load
 from pvae.data.declared import TensorSource
 from pvae.errors import DeclarationError, DeviceError
 from pvae.models.likelihoods import Likelihood
 from pvae.objectives import Objective
 from pvae.pair import Pair
+from pvae.provenance import provenance
 from pvae.run import Run
 from pvae.rundir import RunDirectory
 from pvae.spec import Experiment, Plan, Train
@@ -76,7 +77,7 @@ def fit(
     engine = _engine(plan, pair, dataset, where)
     files.write_manifest(
         {
-            **rundir.provenance(),
+            **provenance(),
             "declared": given_pair is None,
             "seed": plan.seed,
             "device": str(where),

@@ -18,10 +18,11 @@ import pyro
 import torch
 from torch import Tensor, nn
 
-from pvae import checkpoint, rundir, seeds
+from pvae import checkpoint, seeds
 from pvae.data import Dataset
 from pvae.diagnose import bad_weights, diagnose
 from pvae.errors import DeclarationError, Interrupted, NonFiniteError, StorageError
+from pvae.files import write_atomic
 from pvae.objectives import Loss
 from pvae.pair import Pair, quiet
 from pvae.progress import Progress
@@ -325,7 +326,7 @@ class Trainer:
         from safetensors.torch import save
 
         content = save({"x": x.detach().cpu().contiguous(), "index": index.cpu().contiguous()})
-        rundir.write_atomic(self.files.analysis / "nonfinite_batch.safetensors", content)
+        write_atomic(self.files.analysis / "nonfinite_batch.safetensors", content)
 
     # -------------------------------------------------------------- between epochs
 

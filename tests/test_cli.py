@@ -15,7 +15,7 @@ import pytest
 
 import pvae
 from pvae import cli
-from pvae.rundir import list_runs
+from pvae.listing import list_runs
 
 TINY = ["encoder.network.hidden=[16]", "decoder.network.hidden=[16]", "train.engine=eager"]
 

@@ -21,9 +21,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pvae import rundir
+from pvae import files, rundir
 from pvae.errors import BusyError, DataError, DeclarationError, Interrupted, OutputError, StorageError
-from pvae.rundir import RunDirectory, list_runs, provenance, slug, write_atomic
+from pvae.files import write_atomic
+from pvae.listing import list_runs
+from pvae.provenance import provenance
+from pvae.rundir import RunDirectory, slug
 
 HERE = Path(__file__).parents[1]
 HOST = platform.node()
@@ -311,7 +314,7 @@ def test_36_nothing_is_written_through_a_link(run: RunDirectory, tmp_path: Path)
 @pytest.mark.parametrize("name", ["../x", "/etc/passwd", "..", ".", "", "a/b", "a\0"])
 def test_36_read_inside_takes_plain_names(tmp_path: Path, name: str) -> None:
     with pytest.raises(DataError, match="expected a plain file name"):
-        rundir.read_inside(tmp_path, name)
+        files.read_inside(tmp_path, name)
 
 
 # -- row 43: metrics and events
@@ -666,6 +669,6 @@ def test_provenance_is_json_without_the_user(tmp_path: Path, monkeypatch: pytest
 def test_provenance_asks_git_and_never_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, expected: dict[str, Any] | None
 ) -> None:
-    monkeypatch.setattr(rundir, "GIT_SECONDS", 1.0)
+    monkeypatch.setattr("pvae.provenance.GIT_SECONDS", 1.0)
     fake_git(tmp_path / "bin", script, monkeypatch)
     assert provenance()["git"] == expected
