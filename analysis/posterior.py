@@ -13,8 +13,9 @@ from torch.distributions import kl_divergence
 
 from pvae import seeds
 from pvae.analysis.aggregated import normal_parameters
-from pvae.pair import Pair, log_prob, samples
+from pvae.pair import Pair
 from pvae.pair import quiet as quiet_pair
+from pvae.traces import log_prob, samples
 
 CHUNK = 1000
 

@@ -18,7 +18,8 @@ from pvae.analysis.collapse import active_units, kl_per_dimension
 from pvae.analysis.estimate import Estimate, exact, over_draws
 from pvae.analysis.posterior import Draw, LatentDraw, draw, quiet
 from pvae.errors import DataError
-from pvae.pair import Pair, log_prob, samples
+from pvae.pair import Pair
+from pvae.traces import log_prob, samples
 
 if TYPE_CHECKING:
     import pandas

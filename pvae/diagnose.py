@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from pvae.pair import Pair, log_prob, samples
+from pvae.pair import Pair
+from pvae.traces import log_prob, samples
 
 
 def bad_weights(module: nn.Module) -> list[str]:

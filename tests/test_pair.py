@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 from pvae.errors import DeclarationError
-from pvae.pair import Layout, Pair
+from pvae.pair import Pair
+from pvae.traces import Layout
 
 D, Z, TOTAL = 6, 2, 1000
 
