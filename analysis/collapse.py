@@ -121,7 +121,7 @@ def collapse(pair: Pair, x: Tensor, seed: int = 0) -> Collapse:
     """
     if not len(x):
         raise DataError("collapse: expected at least one row; got none.")
-    pair.adopt(x)
+    x = pair.accept(x)
     with quiet(pair, x, seed):
         drawn = draw(pair, x)
     latents = {name: _read(d) for name, d in drawn.latents.items()}

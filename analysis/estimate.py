@@ -35,8 +35,8 @@ class Estimate:
         return f"{self.value:.4f} +- {self.standard_error:.4f} ({self.kind.replace('_', ' ')})"
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain numbers and strings, for JSON."""
-        return asdict(self)
+        """Plain numbers and strings, for JSON: what is not defined (the error of one draw of one row) is None."""
+        return {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in asdict(self).items()}
 
 
 def exact(value: float) -> Estimate:

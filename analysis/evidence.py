@@ -109,11 +109,14 @@ def evidence(
         Evidence; `iwae` and `elbo` are lower bounds in nats per datum.
 
     Raises:
-        DataError: no rows or no samples.
+        DataError: no rows, no samples, or a pair with global latents.
     """
-    if not len(x) or samples < 1:
-        raise DataError(f"evidence: expected rows and samples; got {len(x)} rows, samples={samples}.")
-    pair.adopt(x)
+    if samples < 1:
+        raise DataError(f"evidence: expected at least one sample; got samples={samples}.")
+    x = pair.accept(x)
+    if pair.layout.shared:
+        names = ", ".join(pair.layout.shared)
+        raise DataError(f"evidence: expected latents of single data only; got global {names}.")
     with quiet(pair, x, seed):
         draw = _by_particles if vectorises(pair, x) else _by_repetition
         rows = max(1, min(len(x), ROWS // samples or 1, 200))

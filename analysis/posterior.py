@@ -9,13 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributions import kl_divergence
 
 from pvae import seeds
 from pvae.analysis.aggregated import normal_parameters
 from pvae.pair import Pair
 from pvae.pair import quiet as quiet_pair
-from pvae.traces import log_prob, samples
+from pvae.traces import Layout, closed_kl, log_prob, rows_first, samples
 
 CHUNK = 1000
 
@@ -61,10 +60,6 @@ class Draw:
     """log q - log p of every global latent, nats for the whole data set."""
 
 
-def _flat(t: Tensor, n: int) -> Tensor:
-    return t.detach().double().expand(n, *t.shape[1:]).reshape(n, -1)
-
-
 def _double(node: Any, pair: Pair) -> Tensor:
     """Log density per datum in float64: of the same parameters where they are normal, else as the site computes it."""
     parameters = normal_parameters(node["fn"])
@@ -84,16 +79,15 @@ def draw_chunk(pair: Pair, x: Tensor) -> Draw:
         q, p = guide_trace[name], model_trace.get(name)
         parameters = normal_parameters(q["fn"])
         prior = normal_parameters(p["fn"]) if p else None
-        width = q["value"].reshape(n, -1).shape[1]
         latents[name] = LatentDraw(
-            value=_flat(q["value"], n),
+            value=rows_first(q["value"], q, layout, n).double(),
             log_q=_double(q, pair),
             log_p=_double(p, pair) if p else torch.zeros(n, dtype=torch.float64, device=x.device),
-            loc=_flat(parameters[0], n) if parameters else None,
-            scale=_flat(parameters[1], n) if parameters else None,
-            prior_loc=_wide(prior[0], n, width) if prior else None,
-            prior_scale=_wide(prior[1], n, width) if prior else None,
-            kl=_closed(q["fn"], p["fn"], n) if p else None,
+            loc=rows_first(parameters[0], q, layout, n).double() if parameters else None,
+            scale=rows_first(parameters[1], q, layout, n).double() if parameters else None,
+            prior_loc=rows_first(prior[0], p, layout, n).double() if p and prior else None,
+            prior_scale=rows_first(prior[1], p, layout, n).double() if p and prior else None,
+            kl=_closed(q, p, layout) if p else None,
         )
     shared = {}
     for name in layout.shared:
@@ -102,17 +96,9 @@ def draw_chunk(pair: Pair, x: Tensor) -> Draw:
     return Draw(torch.as_tensor(reconstruction), latents, shared)
 
 
-def _wide(t: Tensor, n: int, width: int) -> Tensor:
-    t = t.detach().double()
-    return t.expand(n, *t.shape[1:]).reshape(n, -1) if t.dim() > 1 else t.expand(n, width)
-
-
-def _closed(q: Any, p: Any, n: int) -> Tensor | None:
-    try:
-        value = kl_divergence(q, p).double()
-    except NotImplementedError:
-        return None
-    return value if value.shape == (n,) else None
+def _closed(q: Any, p: Any, layout: Layout) -> Tensor | None:
+    value = closed_kl(q, p, layout, 0, 1)
+    return None if value is None else value.double()
 
 
 def draw(pair: Pair, x: Tensor, chunk: int = CHUNK) -> Draw:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     import pandas
     from rich.table import Table
 
+Roots = tuple[set[str], set[str]]
 JOINT_ROWS = 512
 BATCH = 8192
 
@@ -71,12 +72,16 @@ class Surgery:
 
     def rows(self) -> Iterator[tuple[str, Estimate | None, str]]:
         """(term, figure, what it means) in reading order."""
-        yield "elbo", self.elbo, "reconstruction - kl, a lower bound of log p(x)"
+        rest = " - global_kl" if self.shared else ""
+        yield "elbo", self.elbo, f"reconstruction - kl{rest}, a lower bound of log p(x)"
         yield "reconstruction", self.reconstruction, "E_q log p(x | z)"
         yield "kl", self.kl, "E_q log q(z | x) - log p(z), the price of the code"
         yield "kl_exact", self.kl_exact, "the same in closed form"
         yield "mutual_information", self.mutual_information, f"I_q[x, z], at most log n = {self.log_n.value:.4f}"
         yield "marginal_kl", self.marginal_kl, "KL(q_agg || p), the most a better prior can win with this encoder"
+        if self.shared:
+            share = sum(self.shared.values()) / self.n
+            yield "global_kl", Estimate(share), f"of {', '.join(self.shared)}: one draw for all data, divided by n"
         for name, latent in self.latents.items() if len(self.latents) > 1 else ():
             yield f"{name}.kl", latent.kl, f"the level {name} alone"
             yield f"{name}.mutual_information", latent.mutual_information, f"I_q[x, {name}]"
@@ -184,30 +189,46 @@ def surgery(pair: Pair, x: Tensor, samples: int = 1, seed: int = 0) -> Surgery:
     Raises:
         DataError: `x` has no rows.
     """
-    if not len(x) or samples < 1:
-        raise DataError(f"surgery: expected at least one row and one draw; got {len(x)} rows, samples={samples}.")
-    pair.adopt(x)
+    if samples < 1:
+        raise DataError(f"surgery: expected at least one draw; got samples={samples}.")
+    x = pair.accept(x)
+    roots, bottom_up = first_level(pair, x), pair.reads_itself(x)
     with quiet(pair, x, seed):
-        draws = [draw(pair, x) for _ in range(samples)]
-        return _assemble(pair, x, draws, first_level(pair, x), seed)
+        draws = [_lighter(draw(pair, x), bottom_up)]
+        for _ in range(samples - 1):
+            draws.append(_lighter(draw(pair, x), bottom_up, draws[0], roots))
+        return _assemble(pair, x, draws, roots, seed)
 
 
-def first_level(pair: Pair, x: Tensor) -> tuple[set[str], set[str]]:
+def _lighter(d: Draw, bottom_up: set[str], first: Draw | None = None, roots: Roots = (set(), set())) -> Draw:
+    """A draw without closed forms that are no expectations; parameters that never change are kept once."""
+    for name, latent in d.latents.items():
+        if name in bottom_up:
+            latent.kl = latent.prior_loc = latent.prior_scale = None
+        if first is not None and name in roots[0]:
+            latent.loc, latent.scale = first.latents[name].loc, first.latents[name].scale
+        if first is not None and name in roots[1]:
+            latent.prior_loc, latent.prior_scale = first.latents[name].prior_loc, first.latents[name].prior_scale
+    return d
+
+
+def first_level(pair: Pair, x: Tensor) -> Roots:
     """Latents whose posterior (first set) and prior (second set) do not depend on other latents' values.
 
     Found by drawing twice: parameters that move read another latent.
     """
-    one, two = draw(pair, x[:16]), draw(pair, x[:16])
+    with quiet(pair, x, 0):
+        one, two = draw(pair, x[:16]), draw(pair, x[:16])
 
-    def still(a: Tensor | None, b: Tensor | None) -> bool:
-        return a is not None and b is not None and bool(torch.equal(a, b))
+    def still(name: str, *fields: str) -> bool:
+        pairs = [(getattr(one.latents[name], f), getattr(two.latents[name], f)) for f in fields]
+        return all(a is not None and b is not None and torch.equal(a, b) for a, b in pairs)
 
-    posterior = {name for name in one.latents if still(one.latents[name].loc, two.latents[name].loc)}
-    prior = {name for name in one.latents if still(one.latents[name].prior_loc, two.latents[name].prior_loc)}
-    return posterior, prior
+    posterior = {name for name in one.latents if still(name, "loc", "scale")}
+    return posterior, {name for name in one.latents if still(name, "prior_loc", "prior_scale")}
 
 
-def _assemble(pair: Pair, x: Tensor, draws: list[Draw], roots: tuple[set[str], set[str]], seed: int) -> Surgery:
+def _assemble(pair: Pair, x: Tensor, draws: list[Draw], roots: Roots, seed: int) -> Surgery:
     reconstruction = torch.stack([d.reconstruction for d in draws])
     log_q = torch.stack([sum_latents(d, "log_q") for d in draws])
     log_p = torch.stack([sum_latents(d, "log_p") for d in draws])
@@ -224,7 +245,7 @@ def _assemble(pair: Pair, x: Tensor, draws: list[Draw], roots: tuple[set[str], s
         kl_exact=_total([c for c in closed if c is not None]) if closed and None not in closed else None,
         mutual_information=mi,
         marginal_kl=None if mi is None or information is None else _marginal(kl, information, mi),
-        elbo=over_draws(reconstruction - kl),
+        elbo=over_draws(reconstruction - kl - sum(draws[0].shared.values()) / len(x)),
         log_n=exact(math.log(len(x))),
         latents=latents,
         shared=draws[0].shared,
@@ -252,7 +273,7 @@ def _marginal(kl: Tensor, information: Tensor, mi: Estimate) -> Estimate:
     return Estimate(float(kl.mean()) - mi.value, error, "estimate", None, mi.note)
 
 
-def _latent(name: str, draws: list[LatentDraw], roots: tuple[set[str], set[str]]) -> LatentSurgery:
+def _latent(name: str, draws: list[LatentDraw], roots: Roots) -> LatentSurgery:
     kl = torch.stack([d.log_q - d.log_p for d in draws])
     closed = [d.kl for d in draws if d.kl is not None]
     kl_exact = None

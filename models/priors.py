@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping
-from typing import Literal, final
+from typing import ClassVar, Literal, final
 
 import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
 from pvae.component import Component, Shape
-from pvae.errors import DeclarationError
 from pvae.networks import MLP, Network
 from pvae.normal import LogVarianceBounds, NormalHead
 from pvae.site import Link, Site
@@ -20,13 +19,14 @@ from pvae.site import Link, Site
 class Prior(Component):
     """The density of a latent in the model."""
 
+    reads_parents: ClassVar[bool] = False
+    """Whether it can be declared for a latent with parents."""
+    needs_parents: ClassVar[bool] = False
+    """Whether it must have them."""
+
     @abstractmethod
     def build(self, site: Site, given: Mapping[str, Shape], link: Link) -> nn.Module:
-        """A module from the parents' features `name -> (..., *shape)` to a distribution of event `site.event`.
-
-        Raises:
-            DeclarationError: the latent has parents and this kind takes none, or the reverse.
-        """
+        """A module from the parents' features `name -> (..., *shape)` to a distribution of event `site.event`."""
 
 
 class StandardNormalModule(nn.Module):
@@ -52,12 +52,7 @@ class StandardNormal(Prior):
     kind: Literal["standard_normal"] = "standard_normal"
 
     def build(self, site: Site, given: Mapping[str, Shape], link: Link) -> nn.Module:
-        """See `Prior.build`; takes no parents."""
-        if given:
-            raise DeclarationError(
-                f"latents.{site.name}.prior: expected a prior that reads the parents {', '.join(given)}; got "
-                f"standard_normal. Use kind = 'conditional_normal', or drop latents.{site.name}.given."
-            )
+        """See `Prior.build`."""
         return StandardNormalModule(site.event)
 
 
@@ -66,15 +61,12 @@ class ConditionalNormal(Prior):
     """N(mu(parents), diag sigma^2(parents)), the level of a hierarchy."""
 
     kind: Literal["conditional_normal"] = "conditional_normal"
+    reads_parents: ClassVar[bool] = True
+    needs_parents: ClassVar[bool] = True
     network: Network = MLP()
     """From the parents to location and log-variance."""
     log_variance: LogVarianceBounds = (-12.0, 6.0)
 
     def build(self, site: Site, given: Mapping[str, Shape], link: Link) -> nn.Module:
-        """See `Prior.build`; needs parents."""
-        if not given:
-            raise DeclarationError(
-                f"latents.{site.name}.prior: expected parents in latents.{site.name}.given; got none. "
-                f"Declare e.g. given = ['z2'], or use kind = 'standard_normal'."
-            )
+        """See `Prior.build`."""
         return NormalHead(self.network.build(given, (2 * site.event[0],)), self.log_variance)

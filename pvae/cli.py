@@ -120,10 +120,10 @@ def new(
     path = Path(f"{slug(name)}.toml")
     if path.exists():
         raise DeclarationError(f"{path}: expected a new name; a file of this name is there already.")
-    head, rest = zoo.find(like).read_text().split("\n", 1)
-    path.write_text(
-        f"#:schema pvae.schema.json\nname = {json.dumps(name)}\n{rest if head.startswith('name') else head + rest}"
-    )
+    lines = zoo.find(like).read_text().splitlines()
+    body = [line for line in lines if not line.startswith("name =")]
+    head = ["#:schema pvae.schema.json", f"name = {json.dumps(name, ensure_ascii=False)}"]
+    path.write_text("\n".join([*head, *body, ""]))
     typer.echo(f"wrote {path}; check it with: pvae check {path}")
 
 

@@ -83,7 +83,10 @@ class Component(Section):
     @staticmethod
     def _table(part: Component, info: SerializationInfo) -> dict[str, Any]:
         """A member as a table, its kind first."""
-        return {part.tag: getattr(part, part.tag), **part.model_dump(exclude_none=bool(info.exclude_none))}
+        return {
+            part.tag: getattr(part, part.tag),
+            **part.model_dump(exclude_none=bool(info.exclude_none), exclude_unset=bool(info.exclude_unset)),
+        }
 
     @classmethod
     def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
+from pvae.objectives import Loss
 from pvae.pair import Pair
 from pvae.traces import log_prob, samples
 
@@ -15,37 +18,42 @@ def bad_weights(module: nn.Module) -> list[str]:
 
 
 def first_bad_site(pair: Pair, x: Tensor) -> tuple[str, list[int]] | None:
-    """The first site, guide first, whose value or log density is not finite, with the rows of the batch."""
+    """The first site, guide first, whose log density is not finite, with the rows of the batch."""
     with torch.no_grad():
         guide_trace, model_trace = pair.traces(x)
     for side, trace in (("guide", guide_trace), ("model", model_trace)):
         for name, node in samples(trace).items():
-            value = node["value"].detach().reshape(len(node["value"]), -1).sum(-1) * 0.0
-            score = log_prob(node, pair.layout, 0).detach() * 0.0
-            bad = ~(value.isfinite() & score.isfinite()) if value.shape == score.shape else ~score.isfinite()
+            bad = ~log_prob(node, pair.layout, 0).isfinite()
             if bool(bad.any()):
                 return f"{side}.{name}", bad.nonzero().flatten().tolist()
     return None
 
 
-def gradient_norm(module: nn.Module, loss: Tensor) -> float:
-    """Global norm of the gradient of a loss."""
-    parameters = [p for p in module.parameters() if p.requires_grad]
-    gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+def gradient_norm(loss: Loss, x: Tensor) -> float:
+    """Global norm of the gradient of a batch's loss."""
+    parameters = [p for p in loss.parameters() if p.requires_grad]
+    with torch.enable_grad():
+        gradients = torch.autograd.grad(loss(x)[0], parameters, allow_unused=True)
     return float(torch.stack([g.norm() for g in gradients if g is not None]).norm())
 
 
-def diagnose(pair: Pair, x: Tensor, index: Tensor, loss: Tensor) -> str:
-    """One sentence for people: what is not finite, and where it came from."""
-    weights = bad_weights(pair)
+def diagnose(loss: Loss, again: Callable[[], Tensor], index: Tensor) -> str:
+    """One sentence for people: what is not finite, and where it came from.
+
+    Arguments:
+        loss: objective and pair.
+        again: gives the failed batch, with the random state as it was when the step drew it.
+        index: its rows in the data.
+    """
+    weights = bad_weights(loss.pair)
     if weights:
         more = f" and {len(weights) - 1} more" if len(weights) > 1 else ""
         return f"weights were already not finite ({weights[0]}{more}): a gradient of an earlier step overflowed"
-    found = first_bad_site(pair, x)
-    norm = gradient_norm(pair, loss) if loss.requires_grad else float("nan")
+    norm = gradient_norm(loss, again())
+    found = first_bad_site(loss.pair, again())
     if found is None:
-        return f"every site is finite, the loss is not; gradient norm {norm:.3g}"
+        return f"every site is finite; gradient norm {norm:.3g}"
     site, rows = found
     data_rows = index[torch.tensor(rows)].tolist()
     shown = ", ".join(str(r) for r in data_rows[:8]) + (" ..." if len(data_rows) > 8 else "")
-    return f"first bad site {site}, {len(rows)} of {len(x)} rows (data rows {shown}); gradient norm {norm:.3g}"
+    return f"first bad site {site}, {len(rows)} of {len(index)} rows (data rows {shown}); gradient norm {norm:.3g}"

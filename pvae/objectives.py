@@ -30,8 +30,8 @@ class Objective(Component):
     """
 
     @abstractmethod
-    def terms(self, pair: Pair, x: Tensor) -> Terms:
-        """The terms this objective needs of a batch."""
+    def terms(self, pair: Pair, x: Tensor, rows: int | None = None) -> Terms:
+        """The terms this objective needs of a batch of a data set of `rows`."""
 
     @abstractmethod
     def loss(self, terms: Terms, beta: Tensor) -> Tensor:
@@ -61,9 +61,9 @@ class TraceELBO(Objective):
     particles: int = Field(default=1, gt=0)
     """Draws per datum."""
 
-    def terms(self, pair: Pair, x: Tensor) -> Terms:
+    def terms(self, pair: Pair, x: Tensor, rows: int | None = None) -> Terms:
         """See `Objective.terms`."""
-        return pair.terms(x, particles=self.particles)
+        return pair.terms(x, particles=self.particles, rows=rows)
 
     def loss(self, terms: Terms, beta: Tensor) -> Tensor:
         """Minus the ELBO estimate."""
@@ -79,9 +79,9 @@ class TraceMeanFieldELBO(Objective):
 
     kind: Literal["trace_mean_field_elbo"] = "trace_mean_field_elbo"
 
-    def terms(self, pair: Pair, x: Tensor) -> Terms:
+    def terms(self, pair: Pair, x: Tensor, rows: int | None = None) -> Terms:
         """See `Objective.terms`."""
-        return pair.terms(x, closed_form=True)
+        return pair.terms(x, closed_form=True, rows=rows)
 
     def loss(self, terms: Terms, beta: Tensor) -> Tensor:
         """Minus the ELBO estimate."""
@@ -106,9 +106,9 @@ class IWAE(Objective):
             raise ValueError("free_bits = 0 with iwae: the bound has no KL term to leave free; use trace_elbo")
         return self
 
-    def terms(self, pair: Pair, x: Tensor) -> Terms:
+    def terms(self, pair: Pair, x: Tensor, rows: int | None = None) -> Terms:
         """See `Objective.terms`."""
-        return pair.terms(x, particles=self.particles)
+        return pair.terms(x, particles=self.particles, rows=rows)
 
     def loss(self, terms: Terms, beta: Tensor) -> Tensor:
         """Minus the bound; with beta the KL inside the weights is scaled."""
@@ -126,16 +126,18 @@ class Loss(nn.Module):
 
     beta: Tensor
 
-    def __init__(self, objective: Objective, pair: Pair) -> None:
+    def __init__(self, objective: Objective, pair: Pair, rows: int | None = None) -> None:
         super().__init__()
+        self.rows = rows
         self.objective = objective
         self.pair = pair
-        self.names: tuple[str, ...] = ("loss", "reconstruction", *(f"kl/{name}" for name in pair.layout.latents))
+        sites = (*pair.layout.latents, *pair.layout.shared)
+        self.names: tuple[str, ...] = ("loss", "reconstruction", *(f"kl/{name}" for name in sites))
         self.register_buffer("beta", torch.ones(()), persistent=False)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x `(batch, *event)` to the scalar loss and the vector named by `names`."""
-        terms = self.objective.terms(self.pair, x)
+        terms = self.objective.terms(self.pair, x, self.rows)
         loss = self.objective.loss(terms, self.beta)
         with torch.no_grad():
             means = [terms.reconstruction.mean(), *(kl.mean() for kl in terms.kl.values())]

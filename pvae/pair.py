@@ -16,7 +16,7 @@ from pyro.poutine.trace_messenger import TraceMessenger
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor, nn
 
-from pvae.errors import DeclarationError
+from pvae.errors import DataError, DeclarationError
 from pvae.traces import Layout, closed_kl, full_size, log_prob, read_layout, samples, sum_over
 
 PARTICLES = "_particles"
@@ -75,6 +75,7 @@ class Pair(nn.Module):
         self.model = model
         self.guide = guide
         self._layout: Layout | None = None
+        self._event: tuple[int, ...] = ()
         self._store: Any = {"params": {}, "constraints": {}}
 
     @property
@@ -101,7 +102,7 @@ class Pair(nn.Module):
             guide_trace, model_trace = self._run(rows)
         layout = read_layout(guide_trace, model_trace, len(rows))
         self._take_parameters(guide_trace, model_trace, store)
-        self._layout = layout
+        self._layout, self._event = layout, tuple(x.shape[1:])
         if not any(True for _ in self.parameters()):
             raise DeclarationError(
                 "pair: expected at least one parameter to learn; got none. Pass Modules, or use pyro.param or "
@@ -128,6 +129,46 @@ class Pair(nn.Module):
         if len(free):
             self.free = free
 
+    def accept(self, x: Any) -> Tensor:
+        """Data as the pair's programs take them: a tensor `(n, *event)` of the parameters' type and device.
+
+        Raises:
+            DataError: no rows, or rows of another shape than the pair was made for.
+        """
+        parameter = next((p for p in self.parameters() if p.is_floating_point()), None)
+        x = torch.as_tensor(x)
+        x = x if parameter is None else x.to(parameter)
+        if x.dim() and len(x):
+            self.adopt(x)
+        if not x.dim() or not len(x) or tuple(x.shape[1:]) != self._event:
+            event = ", ".join(str(size) for size in self._event)
+            raise DataError(f"x: expected at least one row, of shape ({event}); got a tensor of shape {list(x.shape)}.")
+        return x
+
+    def reads_itself(self, x: Tensor) -> set[str]:
+        """Latents whose prior reads a latent that the guide infers from them (a bottom-up guide).
+
+        E_q[log q - log p] of such a latent is no expectation of a closed-form KL. Found by moving one latent
+        while all noise stays the same, and looking whether its own prior moves.
+        """
+        self.adopt(x)
+        return {name for name in self.layout.latents if self._prior_follows(name, x[:4])}
+
+    def _prior_follows(self, name: str, x: Tensor) -> bool:
+        with quiet(self, x), self._own_store():
+            value = samples(self._run(x)[0])[name]["value"]
+            scores = []
+            for moved in (value, value + 1):
+                torch.manual_seed(0)
+                with poutine.condition(data={name: moved}), TraceMessenger() as guide:
+                    self.guide(x)
+                guide.trace.nodes[name]["is_observed"] = False  # replay refuses observed sites
+                site = samples(self._replay(x, guide.trace)).get(name)
+                if site is None:
+                    return False
+                scores.append(site["fn"].log_prob(value))
+        return not torch.equal(*scores)
+
     @contextmanager
     def _own_store(self) -> Iterator[None]:
         if not self._store["params"]:
@@ -143,9 +184,12 @@ class Pair(nn.Module):
         with plate:
             with TraceMessenger() as guide:
                 self.guide(x)
-            with TraceMessenger() as model, ReplayMessenger(trace=guide.trace):
-                self.model(x)
-        return guide.trace, model.trace
+            return guide.trace, self._replay(x, guide.trace)
+
+    def _replay(self, x: Tensor, guide_trace: Trace) -> Trace:
+        with TraceMessenger() as model, ReplayMessenger(trace=guide_trace):
+            self.model(x)
+        return model.trace
 
     def traces(self, x: Tensor, particles: int = 1) -> tuple[Trace, Trace]:
         """Guide trace and replayed model trace of a batch; draws differ along a leading plate of `particles`."""
@@ -171,20 +215,22 @@ class Pair(nn.Module):
         with self._own_store():
             return poutine.trace(poutine.uncondition(self.model)).get_trace(x)
 
-    def terms(self, x: Tensor, particles: int = 1, *, closed_form: bool = False) -> Terms:
+    def terms(self, x: Tensor, particles: int = 1, *, closed_form: bool = False, rows: int | None = None) -> Terms:
         """The parts of the ELBO of a batch; differentiable.
 
         Arguments:
             x: data `(batch, *event)`.
             particles: draws per datum, along a new leading dimension when more than one.
             closed_form: use KL(q || p) in closed form where torch knows it.
+            rows: size of the whole data set, over which the KL of global latents is shared; default: as the data
+                plate declares it.
 
         Returns:
             Terms, nats. Their combination `reconstruction - sum(kl)` is an unbiased estimate of the ELBO.
         """
         guide_trace, model_trace = self.traces(x, particles)
         layout = self.layout
-        count, size = particles if particles > 1 else 0, full_size(model_trace, layout)
+        count, size = particles if particles > 1 else 0, full_size(model_trace, layout, rows)
         reconstruction = sum_over([log_prob(model_trace.nodes[name], layout, count, size) for name in layout.observed])
         kl = {}
         for name in (*layout.latents, *layout.shared):
@@ -212,7 +258,7 @@ class Pair(nn.Module):
         try:
             with torch.random.fork_rng(), pyro.get_param_store().scope(_current_store()):
                 guide_trace, model_trace = self._run(rows)
-        except ValueError as error:
+        except (ValueError, RuntimeError) as error:
             return [explain(error)]
         problems = differing_sites(guide_trace, model_trace)
         problems += [p for t in (guide_trace, model_trace) for p in plate_problems(t, len(rows))]
@@ -256,7 +302,7 @@ def quiet(pair: Pair, x: Tensor) -> Iterator[None]:
 # ---------------------------------------------------------------------- findings
 
 
-def explain(error: ValueError) -> Problem:
+def explain(error: Exception) -> Problem:
     """Pyro's shape errors in words."""
     found = re.search(r"inside plate\('([^']*)'\) at site (\S+) dim (-\d+), (\d+) vs (\d+)", str(error))
     if found is None:
@@ -317,7 +363,7 @@ def gradient_problems(pair: Pair, x: Tensor, guide_trace: Trace) -> list[Problem
             f"expected a distribution with a pathwise gradient (rsample); got "
             f"{type(guide_trace.nodes[name]['fn']).__name__}. A plain ELBO would silently lose its gradient.",
         )
-        for name in pair.layout.latents
+        for name in (*pair.layout.latents, *pair.layout.shared)
         if not samples(guide_trace)[name]["fn"].has_rsample
     ]
     parameters = {name: p for name, p in pair.named_parameters() if p.requires_grad}

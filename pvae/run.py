@@ -82,7 +82,7 @@ class Run:
         cls,
         path: str | Path,
         *,
-        data: Dataset | None = None,
+        data: Dataset | Tensor | None = None,
         pair: Pair | None = None,
         root: str | Path = "runs",
         data_dir: str | Path | None = None,
@@ -92,7 +92,12 @@ class Run:
         A run of a hand-written pair, or of tensors passed in Python, needs the same `pair` or `data` again.
         """
         where = Path(data_dir) if data_dir else None
-        return cls(RunDirectory.open(path, Path(root)), data=data, pair=pair, data_dir=where)
+        run = cls(RunDirectory.open(path, Path(root)), pair=pair, data_dir=where)
+        if data is not None and not isinstance(data, Dataset):
+            declared = run.plan.data if isinstance(run.plan, Experiment) else TensorSource()
+            data = Dataset.from_tensors(data, declared=declared if isinstance(declared, TensorSource) else None)
+        run._given_data = data
+        return run
 
     @property
     def path(self) -> Path:
@@ -146,7 +151,7 @@ class Run:
     @cached_property
     def pair(self) -> Pair:
         """The fitted pair, on the CPU, in evaluation mode."""
-        pair = self.fresh_pair()
+        pair = self.fresh_pair().cpu()
         load_weights(pair, chosen(self.checkpoint), str(self.checkpoint.path))
         return pair.eval()
 

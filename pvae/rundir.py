@@ -290,11 +290,11 @@ class RunDirectory:
         rows = self.metrics_rows()
         return pandas.DataFrame([{k: math.nan if v is None else v for k, v in row.items()} for row in rows])
 
-    def truncate_metrics(self, step: int) -> None:
-        """Drop the rows after ``step``, atomically: a resumed run writes them again. Raises StorageError."""
+    def truncate_metrics(self, epoch: int) -> None:
+        """Drop the rows after ``epoch``, atomically: a resumed run writes them again. Raises StorageError."""
         with self._writing:
             if os.path.lexists(self.path / "metrics.jsonl"):
-                kept = [row for row in self.metrics_rows() if not _is_after(row, step)]
+                kept = [row for row in self.metrics_rows() if not _is_after(row, epoch)]
                 write_atomic(self.path / "metrics.jsonl", b"".join(map(json_line, kept)))
 
     def events(self) -> list[dict[str, Any]]:
@@ -329,9 +329,9 @@ class RunDirectory:
         return folder
 
 
-def _is_after(row: Mapping[str, Any], step: int) -> bool:
-    found = row.get("step")
-    return isinstance(found, int | float) and found > step
+def _is_after(row: Mapping[str, Any], epoch: int) -> bool:
+    found = row.get("epoch")
+    return isinstance(found, int | float) and found > epoch
 
 
 def _fresh_folder(parent: Path) -> Path:

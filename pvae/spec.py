@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, Union, get_args, get_origin
 
@@ -100,9 +100,13 @@ class Plan(Section):
 
     def with_overrides(self, *overrides: str) -> Self:
         """A copy with dotted overrides such as `"train.epochs=20"`."""
-        raw = self.model_dump(exclude_none=True)
+        raw = self.model_dump(exclude_none=True, exclude_unset=True)
         apply_overrides(raw, toml.parse_overrides(overrides))
         return type(self).from_dict(raw)
+
+    def with_changes(self, changes: Mapping[str, Any]) -> Self:
+        """A copy with other top-level values, validated."""
+        return type(self).from_dict({**self.model_dump(exclude_none=True, exclude_unset=True), **changes})
 
     def to_toml(self) -> str:
         """The declaration with every default written out; reads back to an equal one."""
@@ -241,6 +245,7 @@ def _findings(e: Experiment) -> Iterator[Finding]:
     if not any(OBSERVED in z.posterior.given for z in e.latents.values()):
         yield ("latents",), "at least one posterior given 'x': the guide never looks at the data", sorted(names)
     yield from _unread(e)
+    yield from _misplaced_priors(e)
     if e.objective.kind == "trace_mean_field_elbo":  # type: ignore[attr-defined]
         yield from _not_mean_field(e)
 
@@ -259,6 +264,20 @@ def _unknown_parents(e: Experiment, names: set[str]) -> Iterator[Finding]:
                 yield loc, f"names among {wanted}{near(parent, allowed)}", parent
     if e.decoder.given == ():
         yield ("decoder", "given"), "at least one latent", []
+
+
+def _misplaced_priors(e: Experiment) -> Iterator[Finding]:
+    """Priors that cannot read the parents they have, or need parents that are not there."""
+    for name, latent in e.latents.items():
+        kind = latent.prior.kind  # type: ignore[attr-defined]
+        if latent.given and not latent.prior.reads_parents:
+            yield (
+                ("latents", name, "prior"),
+                f"a prior that reads {', '.join(latent.given)}, such as conditional_normal",
+                kind,
+            )
+        if not latent.given and latent.prior.needs_parents:
+            yield ("latents", name, "given"), f"parents for the prior {kind}, e.g. given = ['z2']", []
 
 
 def _unread(e: Experiment) -> Iterator[Finding]:
@@ -326,19 +345,27 @@ def _member(kind: Any, value: Any) -> Any:
 
 
 def apply_overrides(raw: dict[str, Any], overrides: Sequence[tuple[tuple[str, ...], Any]]) -> None:
-    """Set dotted paths in nested dicts; a new kind keeps only the keys it knows. Kinds go first."""
-    for path, value in sorted(overrides, key=lambda item: item[0][-1] not in ("kind", "source")):
+    """Set dotted paths in nested dicts; a new kind keeps only the keys it knows."""
+    for path, value in overrides:
         table = raw
         for depth, part in enumerate(path[:-1]):
             inner = table.get(part)
             if isinstance(inner, str):
                 inner = {_tag(raw, path[: depth + 1]): inner}
             elif not isinstance(inner, dict):
-                inner = {}
+                inner = _default_table(raw, path[: depth + 1])
             table[part] = inner
             table = inner
         table[path[-1]] = value
         _forget_foreign_keys(raw, path)
+
+
+def _default_table(raw: dict[str, Any], path: Sequence[str]) -> dict[str, Any]:
+    """What an override of one key starts from where nothing is written: the kind that is the default there."""
+    _, parent = table_at(raw, path[:-1])
+    field = parent.model_fields.get(path[-1]) if parent else None
+    default = field.default if field else None
+    return {default.tag: getattr(default, default.tag)} if isinstance(default, Component) else {}
 
 
 def _tag(raw: dict[str, Any], path: Sequence[str]) -> str:

@@ -85,6 +85,7 @@ class Step:
         engine: "eager", "compiled" or "captured".
         example: a batch of the usual shape; other shapes run eagerly.
         clip_norm: largest global gradient norm, or None.
+        watch: measure the gradient norm even where nothing is clipped, so that a NaN in it moves nothing.
         average: averaged weights, moved in place, with their decay; or None.
     """
 
@@ -96,11 +97,12 @@ class Step:
         example: Tensor,
         *,
         clip_norm: float | None = None,
+        watch: bool = False,
         average: tuple[Sequence[Tensor], float] | None = None,
     ) -> None:
         self.loss = loss
         self.optimizer = optimizer
-        self.clip_norm = clip_norm
+        self.clip_norm = clip_norm or (math.inf if watch else None)
         self.average = average
         self.parameters = _learned(loss)
         self.shape = example.shape
@@ -117,7 +119,7 @@ class Step:
 
         A batch whose loss is not finite moves nothing; the caller sees it in the first entry.
         """
-        if self.captured is not None and x.shape == self.shape:
+        if self.captured is not None and not frozen and x.shape == self.shape:
             return self.captured(x)
         return self.run(x, frozen)
 

@@ -15,7 +15,7 @@ from pvae.data import Dataset, load
 from pvae.data.declared import TensorSource
 from pvae.errors import DeclarationError, DeviceError
 from pvae.models.likelihoods import Likelihood
-from pvae.objectives import Objective
+from pvae.objectives import IWAE, Objective, TraceMeanFieldELBO
 from pvae.pair import Pair
 from pvae.provenance import provenance
 from pvae.run import Run
@@ -23,6 +23,9 @@ from pvae.rundir import RunDirectory
 from pvae.spec import Experiment, Plan, Train
 from pvae.step import choose_engine
 from pvae.trainer import Trainer
+
+RESUMABLE = ("train.", "objective.", "description", "device", "threads")
+"""What `allow_changes` may change in a run: how it is trained, never what it is."""
 
 
 def fit(
@@ -67,11 +70,11 @@ def fit(
         print(pvae.analysis.surgery(run.pair, run.data.test.x))
     """
     plan, given_pair = _plan(what, overrides, objective, train)
-    plan = plan.model_copy(update={k: v for k, v in (("seed", seed), ("name", name)) if v is not None})
+    plan = plan.with_changes({k: v for k, v in (("seed", seed), ("name", name)) if v is not None})
     where = pick_device(device)
     dataset, plan = _dataset(plan, data, data_dir)
     pair = given_pair.adopt(dataset.train.x[:2]) if given_pair else _experiment(plan).build(dataset.shape)
-    _require_fittable(pair, dataset, given_pair is not None)
+    _require_fittable(plan, pair, dataset, given_pair is not None)
     files = RunDirectory.create(Path(run_dir), plan.name)
     files.write_spec(plan.to_toml())
     engine = _engine(plan, pair, dataset, where)
@@ -131,6 +134,12 @@ def resume(
         run = Run.load(run, root=root, data_dir=data_dir, data=data, pair=pair)
     files, plan, where = run.files, run.plan.with_overrides(*overrides), pick_device(device)
     changed = differences(run, plan, where)
+    other = [line for line in changed if not line.startswith(RESUMABLE)]
+    if other:
+        raise DeclarationError(
+            [f"{files.path.name}: expected the run's own {line}" for line in other]
+            + ["This would be another model or other data, which a run cannot become: fit it anew."]
+        )
     if changed and not allow_changes:
         raise DeclarationError(
             [f"{files.path.name}: expected the run's own {line}" for line in changed]
@@ -142,14 +151,15 @@ def resume(
             files.log_event("sweep", f"removed the unfinished {name}")
         if run.status.get("state") == "finished" and not changed:
             return run
-        if changed:
-            files.write_spec(plan.to_toml())
-            files.log_event("changed", "; ".join(changed))
         pair = run.fresh_pair()
         trainer = Trainer(plan, pair, run.data, files, where, str(files.manifest["engine"]), show=progress)
         saved = checkpoint.latest(found, report=lambda line: trainer.tell("fallback", line))
         if saved is not None:
             trainer.restore(saved)
+        if changed:
+            trainer.state.stopped = False
+            files.write_spec(plan.to_toml())
+            files.log_event("changed", "; ".join(changed))
         trainer.run()
     return Run(files, data=run.data, pair=run._given_pair)
 
@@ -175,7 +185,7 @@ def _experiment(plan: Plan) -> Experiment:
 def _dataset(plan: Plan, data: Dataset | Tensor | None, data_dir: str | Path | None) -> tuple[Dataset, Plan]:
     """The data to fit; a declaration given other data says so."""
     if data is not None:
-        declared = plan.data if isinstance(plan, Experiment) and isinstance(plan.data, TensorSource) else TensorSource()
+        declared = tensor_source(plan)
         dataset = data if isinstance(data, Dataset) else Dataset.from_tensors(data, declared=declared)
         if isinstance(plan, Experiment):
             plan = plan.model_copy(update={"data": declared})
@@ -189,16 +199,37 @@ def _dataset(plan: Plan, data: Dataset | Tensor | None, data_dir: str | Path | N
     return dataset, plan
 
 
-def _require_fittable(pair: Pair, data: Dataset, foreign: bool) -> None:
-    if foreign and (problems := pair.check(data.train.x[:3])):
-        raise DeclarationError([f"pair: {problem}" for problem in problems])
+def tensor_source(plan: Plan) -> TensorSource:
+    """The declared transforms (binarize, scale, shape, splits) for data passed in Python."""
+    if not isinstance(plan, Experiment):
+        return TensorSource()
+    shared = (plan.data.model_fields_set & TensorSource.model_fields.keys()) - {"source"}
+    return TensorSource(**{name: getattr(plan.data, name) for name in shared})
+
+
+def _require_fittable(plan: Plan, pair: Pair, data: Dataset, foreign: bool) -> None:
+    """Refuse what would fail later, or silently give wrong numbers; before a run directory is made."""
+    rows, problems = data.train.x[:3], []
+    if foreign:
+        wrong = {str(p.dtype) for p in pair.parameters() if p.is_floating_point() and p.dtype != rows.dtype}
+        if wrong:
+            raise DeclarationError(f"pair: expected parameters of {rows.dtype} to fit; got {wrong}. Use pair.float().")
+        problems = [f"pair: {problem}" for problem in pair.check(rows)]
+        if plan.train.alternate and not all(n.startswith(("model.", "guide.")) for n, _ in pair.named_parameters()):
+            problems.append("train.alternate: expected a pair of two Modules; got plain functions' parameters. Use 0.")
+    if isinstance(plan.objective, IWAE) and pair.layout.shared:
+        problems.append(f"objective.kind: expected trace_elbo with global latents ({', '.join(pair.layout.shared)}).")
+    if isinstance(plan.objective, TraceMeanFieldELBO) and foreign and (names := pair.reads_itself(rows)):
+        problems.append(f"objective.kind: expected trace_elbo; the guide infers parents of {', '.join(names)} from it.")
+    if problems:
+        raise DeclarationError(problems)
 
 
 def _engine(plan: Plan, pair: Pair, data: Dataset, device: torch.device) -> str:
-    if plan.train.engine != "auto":
-        return "captured" if plan.train.engine == "compiled" and device.type == "cuda" else plan.train.engine
     if plan.train.alternate and device.type == "cuda":
         return "eager"
+    if plan.train.engine != "auto":
+        return "captured" if plan.train.engine == "compiled" and device.type == "cuda" else plan.train.engine
     batch = min(plan.train.batch_size, len(data.train))
     steps = plan.train.epochs * math.ceil(len(data.train) / batch)
     return choose_engine(steps, sum(p.numel() for p in pair.parameters()), batch, device)

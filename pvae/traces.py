@@ -67,7 +67,7 @@ def read_layout(guide_trace: Trace, model_trace: Trace, count: int) -> Layout:
     nodes = [*samples(guide_trace).values(), *samples(model_trace).values()]
     dims = [f.dim for node in nodes for f in node["cond_indep_stack"] if f.vectorized]
     guide = {name: node for name, node in samples(guide_trace).items() if not node["is_observed"]}
-    local = [name for name, node in guide.items() if any(f.name == frame.name for f in node["cond_indep_stack"])]
+    local = [name for name, node in guide.items() if any(is_data(f, frame.dim) for f in node["cond_indep_stack"])]
     return Layout(
         plate=frame.name,
         dim=frame.dim,
@@ -76,6 +76,11 @@ def read_layout(guide_trace: Trace, model_trace: Trace, count: int) -> Layout:
         shared=tuple(name for name in guide if name not in local),
         observed=tuple(name for name, node in samples(model_trace).items() if node["is_observed"]),
     )
+
+
+def is_data(frame: CondIndepStackFrame, dim: int) -> bool:
+    """Whether a plate is the one over the rows: model and guide may name it differently."""
+    return frame.dim == dim
 
 
 def sum_over(parts: list[Tensor]) -> Tensor:
@@ -97,10 +102,12 @@ def per_datum(value: Tensor, layout: Layout, particles: int) -> Tensor:
     return value.sum(drop) if drop else value
 
 
-def full_size(model_trace: Trace, layout: Layout) -> int:
-    """Rows of the whole data set, as the data plate declares it; those of the batch where it does not subsample."""
+def full_size(model_trace: Trace, layout: Layout, rows: int | None = None) -> int:
+    """Rows of the whole data set: as the data plate declares them, else `rows`, else those of the batch."""
     frames = (f for name in layout.observed for f in model_trace.nodes[name]["cond_indep_stack"])
-    return next(f.full_size or f.size for f in frames if f.name == layout.plate)
+    frame = next(f for f in frames if is_data(f, layout.dim))
+    declared = frame.full_size or frame.size
+    return declared if declared != frame.size else rows or declared
 
 
 def log_prob(node: Mapping[str, Any], layout: Layout, particles: int, size: int = 1) -> Tensor:
@@ -112,7 +119,7 @@ def log_prob(node: Mapping[str, Any], layout: Layout, particles: int, size: int 
 def share(node: Mapping[str, Any], value: Tensor, layout: Layout, particles: int, size: int) -> Tensor:
     """A site's batch-shaped nats per datum: masked, weighted by handlers, rid of the plate's own subsampling scale."""
     for frame in node["cond_indep_stack"]:
-        if frame.name == layout.plate:
+        if is_data(frame, layout.dim):
             plate_scale = (frame.full_size or frame.size) / frame.size
             value = scale_and_mask(value, _divided(node["scale"], plate_scale), node["mask"])
             return per_datum(value, layout, particles)
@@ -133,3 +140,13 @@ def closed_kl(q: Mapping[str, Any], p: Mapping[str, Any], layout: Layout, partic
     except NotImplementedError:
         return None
     return share(q, value, layout, particles, size)
+
+
+def rows_first(t: Tensor, node: Mapping[str, Any], layout: Layout, rows: int) -> Tensor:
+    """A site's value or a parameter of its distribution as `(rows, everything else)`, whatever plates it stands in."""
+    fn = node["fn"]
+    t = t.detach()
+    if t.dim() < len(fn.batch_shape) + len(fn.event_shape):
+        t = t.expand(*fn.batch_shape, *fn.event_shape)
+    axis = t.dim() - len(fn.event_shape) + layout.dim
+    return t.movedim(axis, 0).expand(rows, *t.movedim(axis, 0).shape[1:]).reshape(rows, -1)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from pvae import checkpoint, seeds
 from pvae.data import Dataset
 from pvae.diagnose import bad_weights, diagnose
-from pvae.errors import DeclarationError, Interrupted, NonFiniteError, StorageError
+from pvae.errors import Interrupted, NonFiniteError, StorageError
 from pvae.files import write_atomic
 from pvae.objectives import Loss
 from pvae.pair import Pair, quiet
@@ -34,6 +34,7 @@ from pvae.step import Step, is_finite, load_optimizer_tensors, make_capturable, 
 CHUNK = 1000
 STATUS_SECONDS = 2.0
 MAX_ROLLBACKS = 3
+DUMP = "nonfinite_batch.safetensors"
 SIGNALS = tuple(s for s in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, s))
 
 
@@ -49,7 +50,7 @@ def evaluate(pair: Pair, x: Tensor, seed: int) -> dict[str, float]:
     with quiet(pair, x):
         for start in range(0, len(x), CHUNK):
             seeds.set_noise(seeds.mix(seed, seeds.VALIDATION, start), x.device)
-            terms = pair.terms(x[start : start + CHUNK])
+            terms = pair.terms(x[start : start + CHUNK], rows=len(x))
             kl = {f"kl/{name}": value.expand_as(terms.reconstruction) for name, value in terms.kl.items()}
             for key, value in {"reconstruction": terms.reconstruction, **kl}.items():
                 totals[key] = totals.get(key, 0.0) + float(value.double().sum())
@@ -132,7 +133,7 @@ class Trainer:
         self.plan, self.train, self.files, self.device, self.show = plan, plan.train, files, device, show
         self.data = data.to(device)
         self.pair = pair.to(device).train()
-        self.loss = Loss(plan.objective, self.pair).to(device)
+        self.loss = Loss(plan.objective, self.pair, len(data.train)).to(device)
         self.names = [name for name, p in self.pair.named_parameters() if p.requires_grad]
         self.parameters = [p for p in self.pair.parameters() if p.requires_grad]
         self.optimizer = self.train.optimizer.build(self.parameters)
@@ -140,7 +141,7 @@ class Trainer:
             make_capturable(self.optimizer, device)
         decay = self.train.average
         self.average = [p.detach().clone() for p in self.parameters] if decay else None
-        self.best: list[Tensor] | None = None
+        self.best: dict[str, Tensor] | None = None
         self.state = State()
         self.sums: Tensor | None = None
         self.engine = engine
@@ -154,10 +155,10 @@ class Trainer:
         """(frozen during guide steps, frozen during model steps)."""
         if not self.train.alternate:
             return [], []
-        if not isinstance(self.pair.model, nn.Module) or not isinstance(self.pair.guide, nn.Module):
-            raise DeclarationError("train.alternate: expected a pair of two Modules; got plain functions. Use 0.")
-        model, guide = list(self.pair.model.parameters()), list(self.pair.guide.parameters())
-        return [p for p in model if p.requires_grad], [p for p in guide if p.requires_grad]
+        model = {name: p for name, p in self.pair.named_parameters(remove_duplicate=False) if name.startswith("model.")}
+        guide = {name: p for name, p in self.pair.named_parameters(remove_duplicate=False) if name.startswith("guide.")}
+        both = {id(p) for p in model.values()} & {id(p) for p in guide.values()}  # these move in every step
+        return [p for p in model.values() if id(p) not in both], [p for p in guide.values() if id(p) not in both]
 
     def tell(self, kind: str, message: str) -> None:
         """An event for the record and for whoever watches."""
@@ -171,10 +172,12 @@ class Trainer:
         """Train until the end, a stop rule, or a signal; leaves the random state as it found it."""
         devices = [self.device] if self.device.type == "cuda" else []
         started = time.monotonic() - self.state.seconds
-        self.files.truncate_metrics(self.state.step)
+        self.files.truncate_metrics(self.state.epoch)
         self._status("running")
         with torch.random.fork_rng(devices=devices), pyro.validation_enabled(False), Stop() as stop:
             self.stepper = self._stepper()
+            if self.state.step == 0:
+                self._save()
             with Progress(self.train.epochs * self.per_epoch, self.plan.name, show=self.show) as bar:
                 while self.state.epoch < self.train.epochs and not self.state.stopped:
                     self._epoch(stop, bar, started)
@@ -187,7 +190,8 @@ class Trainer:
     def _stepper(self) -> Step:
         example = self.data.train.draw(torch.arange(self.batch, device=self.device))
         average = (self.average, self.train.average) if self.average is not None and self.train.average else None
-        make = {"clip_norm": self.train.clip_norm, "average": average}
+        watch = self.train.nonfinite != "stop"
+        make = {"clip_norm": self.train.clip_norm, "watch": watch, "average": average}
         try:
             if self.engine == "compiled":
                 self.tell(
@@ -230,8 +234,7 @@ class Trainer:
         """One optimisation step; False when the fit was rolled back."""
         state = self.state
         self._schedules()
-        seeds.set_noise(self._noise_seed(), self.device)
-        x = self.data.train.draw(index)
+        x = self._draw(index)
         frozen = self._frozen(state.step)
         out = self.stepper(x, frozen) if frozen else self.stepper(x)
         if not out.is_cuda and not is_finite(out):
@@ -276,12 +279,15 @@ class Trainer:
         message = f"loss not finite in {missing} of {self.per_epoch} steps of epoch {self.state.epoch}"
         return not missing or self._handle(message, missing)
 
+    def _draw(self, index: Tensor) -> Tensor:
+        """The batch of the step to come, its noise drawn first."""
+        seeds.set_noise(self._noise_seed(), self.device)
+        return self.data.train.draw(index)
+
     def _not_finite(self, x: Tensor, index: Tensor) -> bool:
         """A step whose loss or gradient is not finite, before it moved anything; False when rolled back."""
         state = self.state
-        with torch.enable_grad():
-            seeds.set_noise(self._noise_seed(), self.device)
-            why = diagnose(self.pair, x, index, self.loss(x)[0])
+        why = diagnose(self.loss, lambda: self._draw(index), index)
         message = (
             f"loss not finite at step {state.step} (epoch {state.epoch}): {why}; last finite step {state.step - 1}"
         )
@@ -304,9 +310,11 @@ class Trainer:
 
     def _fail(self, message: str) -> NoReturn:
         self._status("failed", error=message)
+        dumped = self.files.path / "analysis" / DUMP
+        where = f" The batch is in analysis/{DUMP}." if dumped.is_file() else ""
         raise NonFiniteError(
             f"{message}. Lower the learning rate, set train.clip_norm, tighten log_variance bounds, or set "
-            f"train.nonfinite = 'skip' or 'rollback'. A batch that failed is in analysis/nonfinite_batch.safetensors."
+            f"train.nonfinite = 'skip' or 'rollback'.{where}"
         )
 
     def _roll_back(self, message: str) -> bool:
@@ -316,7 +324,7 @@ class Trainer:
         rollbacks = self.state.rollbacks + 1
         self.restore(saved)
         self.state.rollbacks = rollbacks
-        self.files.truncate_metrics(self.state.step)
+        self.files.truncate_metrics(self.state.epoch)
         if self.engine == "captured":  # the graph holds the tensors of the optimiser's former state
             self.stepper = self._stepper()
         self.tell("nonfinite", f"{message}; rolled back to step {self.state.step}, with other noise")
@@ -326,7 +334,7 @@ class Trainer:
         from safetensors.torch import save
 
         content = save({"x": x.detach().cpu().contiguous(), "index": index.cpu().contiguous()})
-        write_atomic(self.files.analysis / "nonfinite_batch.safetensors", content)
+        write_atomic(self.files.analysis / DUMP, content)
 
     # -------------------------------------------------------------- between epochs
 
@@ -377,10 +385,7 @@ class Trainer:
 
     def _remember(self) -> None:
         if self.train.keep == "best":
-            if self.best is None:
-                self.best = [p.detach().clone() for p in self.parameters]
-            else:
-                torch._foreach_copy_(self.best, [p.detach() for p in self.parameters])
+            self.best = {name: value.detach().clone() for name, value in self.pair.state_dict().items()}
 
     # -------------------------------------------------------------- keeping
 
@@ -399,9 +404,10 @@ class Trainer:
             "weights": dict(self.pair.state_dict()),
             "optimizer": optimizer_tensors(self.optimizer),
         }
-        for group, values in (("average", self.average), ("best", self.best)):
-            if values is not None:
-                tensors[group] = dict(zip(self.names, values, strict=True))
+        if self.average is not None:
+            tensors["average"] = dict(zip(self.names, self.average, strict=True))
+        if self.best is not None:
+            tensors["best"] = self.best
         if self.sums is not None:
             tensors["progress"] = {"sums": self.sums}
         state = {k: v for k, v in asdict(self.state).items() if v != -math.inf}
@@ -431,13 +437,15 @@ class Trainer:
         if self.device.type == "cuda":
             make_capturable(self.optimizer, self.device)
         best, average = saved.tensors.get("best"), saved.tensors.get("average")
-        self.best = None if best is None else [best[name].to(self.device) for name in self.names]
+        self.best = best if self.train.keep == "best" else None
         if self.average is not None and average is not None:  # in place: the step holds these tensors
             torch._foreach_copy_(self.average, [average[name].to(self.device) for name in self.names])
         sums = saved.tensors.get("progress", {}).get("sums")
         self.sums = None if sums is None else sums.to(self.device)
-        known = {k: v for k, v in saved.state.items() if k not in ("select", "stopped")}
+        known = {k: v for k, v in saved.state.items() if k != "select"}
         self.state = replace(State(), **known)
+        if self.train.keep == "best" and self.best is None:
+            self.state.best = -math.inf
 
     def _interrupted(self, number: int, started: float) -> None:
         self.state.seconds = time.monotonic() - started

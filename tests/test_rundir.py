@@ -379,13 +379,13 @@ def test_43_a_damaged_line_in_the_middle_is_named(run: RunDirectory) -> None:
 def test_truncate_metrics_drops_what_a_resumed_run_writes_again(run: RunDirectory) -> None:
     run.truncate_metrics(3)  # before the first row
     assert run.metrics_rows() == []
-    for step in range(6):
-        run.log_metrics({"step": step, "elbo": 0.1 * step})
-    run.log_metrics({"note": "no step"})
+    for epoch in range(6):
+        run.log_metrics({"epoch": epoch, "elbo": 0.1 * epoch})
+    run.log_metrics({"note": "no epoch"})
     with (run.path / "metrics.jsonl").open("ab") as file:
-        file.write(b'{"step": 2, "el')
+        file.write(b'{"epoch": 2, "el')
     run.truncate_metrics(3)
-    assert [row.get("step") for row in run.metrics_rows()] == [0, 1, 2, 3, None]
+    assert [row.get("epoch") for row in run.metrics_rows()] == [0, 1, 2, 3, None]
     assert run.metrics_rows()[3]["elbo"] == 0.1 * 3
 
 

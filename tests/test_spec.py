@@ -131,10 +131,21 @@ def test_all_findings_in_one_pass() -> None:
 def test_prior_that_cannot_read_parents_is_refused() -> None:
     raw = {"latents": {"a": {"dim": 2}, "b": {"dim": 2, "given": ["a"]}}}
     with pytest.raises(DeclarationError, match=r"latents\.b\.prior: .*conditional_normal"):
-        Experiment.from_dict(raw).build((4,))
+        Experiment.from_dict(raw)
     lonely = {"latents": {"a": {"dim": 2, "prior": {"kind": "conditional_normal"}}}}
     with pytest.raises(DeclarationError, match=r"latents\.a\.given"):
-        Experiment.from_dict(lonely).build((4,))
+        Experiment.from_dict(lonely)
+
+
+def test_overrides_of_an_experiment_forget_defaults_of_the_old_kind() -> None:
+    experiment = Experiment.load("vae").with_overrides("objective.kind=iwae", "train.schedule.kind=linear")
+    assert experiment.objective.particles == 8  # type: ignore[attr-defined]
+    assert experiment == Experiment.load("vae", ["objective.kind=iwae", "train.schedule.kind=linear"])
+    plain = Experiment.from_dict(BASE).with_overrides("train.optimizer.lr=0.1", "decoder.network.hidden=[7]")
+    assert plain.train.optimizer.lr == 0.1
+    assert plain.decoder.network.hidden == (7,)  # type: ignore[attr-defined]
+    linear = Experiment.load("vae", ["objective.beta=0.5", "objective.beta.kind=linear"])
+    assert linear.objective.beta.kind == "linear"  # type: ignore[attr-defined]
 
 
 # ---------------------------------------------------------------------- hostile files

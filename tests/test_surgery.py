@@ -557,10 +557,143 @@ def test_package_names_mean_the_functions_whatever_was_imported_first():
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize(("rows", "samples"), [(0, 1), (3, 0)])
-def test_analysis_refuses_nothing_to_analyse(rows, samples):
+@pytest.mark.parametrize("analysis", [surgery, evidence])
+def test_analysis_refuses_what_it_cannot_analyse(analysis):
     pair = channel(torch.ones_like)
-    with pytest.raises(DataError, match=f"got {rows} rows, samples={samples}"):
-        surgery(pair, torch.zeros(rows, 2).double(), samples=samples)
-    with pytest.raises(DataError, match=f"got {rows} rows, samples={samples}"):
-        evidence(pair, torch.zeros(rows, 2).double(), samples=samples)
+    with pytest.raises(DataError, match=r"got samples=0"):
+        analysis(pair, torch.zeros(3, 2).double(), samples=0)
+    analysis(pair, torch.zeros(3, 2).double(), samples=1)
+    for shape in ((0, 2), (3, 5), (3, 2, 1), ()):
+        with pytest.raises(DataError, match=r"expected at least one row, of shape \(2\)"):
+            analysis(pair, torch.zeros(shape), samples=1)
+
+
+@pytest.mark.parametrize("analysis", [surgery, evidence])
+def test_analysis_takes_other_types_of_the_same_numbers(analysis):
+    pair = channel(torch.ones_like)
+    wanted = analysis(pair, torch.ones(4, 2).double(), samples=3).elbo.value
+    for x in (torch.ones(4, 2), torch.ones(4, 2, dtype=torch.int64), np.ones((4, 2))):
+        assert analysis(pair, x, samples=3).elbo.value == wanted
+
+
+# ---------------------------------------------------------------------- found in review
+
+
+class BottomUp(torch.nn.Module):
+    """Model p(z2) p(z1 | z2) p(x | z1), guide q(z1 | x) q(z2 | z1): the prior of z1 reads what was inferred from it."""
+
+    def __init__(self):
+        super().__init__()
+        self.w = torch.nn.Parameter(torch.tensor(0.7))
+
+    def model(self, x):
+        with pyro.plate("data", len(x)):
+            z2 = pyro.sample("z2", dist.Normal(0.0, 1.0))
+            z1 = pyro.sample("z1", dist.Normal(self.w * z2, 1.0))
+            pyro.sample("x", dist.Normal(z1, 0.5), obs=x)
+
+    def guide(self, x):
+        with pyro.plate("data", len(x)):
+            z1 = pyro.sample("z1", dist.Normal(0.8 * x, 0.6))
+            pyro.sample("z2", dist.Normal(0.5 * z1, 0.9))
+
+
+def test_bottom_up_guide_has_no_closed_form_for_what_it_reads_back():
+    module = BottomUp()
+    pair = Pair(module.model, module.guide)
+    x = torch.linspace(-1, 1, 50)
+    assert pair.reads_itself(x) == {"z1"}
+    found = surgery(pair, x, samples=50)
+    assert found.latents["z1"].kl_exact is None
+    assert found.kl_exact is None
+    assert found.latents["z1"].kl_per_dimension is None
+    assert two_levels().reads_itself(torch.zeros(5, 2).double()) == set()
+
+
+def test_a_latent_whose_scale_alone_reads_another_is_no_first_level():
+    class Scaled(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.h = torch.nn.Parameter(torch.tensor(0.5))
+
+        def model(self, x):
+            with pyro.plate("data", len(x)):
+                a = pyro.sample("a", dist.Normal(0.0, 1.0))
+                b = pyro.sample("b", dist.Normal(0.0, (a / 2).exp()))
+                pyro.sample("x", dist.Normal(b, 1.0), obs=x)
+
+        def guide(self, x):
+            with pyro.plate("data", len(x)):
+                a = pyro.sample("a", dist.Normal(self.h * x, 1.0))
+                pyro.sample("b", dist.Normal(self.h * x, (a / 2).exp()))
+
+    module = Scaled()
+    found = surgery(Pair(module.model, module.guide), torch.linspace(-2, 2, 40), samples=3)
+    assert found.latents["b"].mutual_information is None
+    assert found.latents["b"].kl_exact.kind == "estimate"
+    assert "joint I_q" in found.notes[0]
+
+
+class WithGlobal(torch.nn.Module):
+    """x_i ~ N(z_i + b, 1) with one global b: log p is a joint Gaussian over all rows."""
+
+    def __init__(self):
+        super().__init__()
+        self.loc = torch.nn.Parameter(torch.tensor(0.3))
+
+    def model(self, x):
+        b = pyro.sample("b", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z + b, 1.0), obs=x)
+
+    def guide(self, x):
+        pyro.sample("b", dist.Normal(self.loc, 0.1))
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x / 2, 0.7))
+
+
+def test_global_latents_count_once_and_are_no_evidence_per_datum():
+    module = WithGlobal()
+    pair, x = Pair(module.model, module.guide), torch.linspace(-1, 1, 2500)
+    found = surgery(pair, x, samples=2)
+    rows = {name: e for name, e, _ in found.rows()}
+    assert rows["elbo"].value == pytest.approx(
+        rows["reconstruction"].value - rows["kl"].value - rows["global_kl"].value, abs=1e-12
+    )
+    exact = float(torch.distributions.kl_divergence(dist.Normal(0.3, 0.1), dist.Normal(0.0, 1.0)))
+    assert found.shared["b"] == pytest.approx(exact, abs=4)  # one draw: its spread is below one nat
+    with pytest.raises(DataError, match="got global b"):
+        evidence(pair, x)
+    from pvae.trainer import evaluate
+
+    assert evaluate(pair, x, 0)["kl/b"] == pytest.approx(exact / 2500, abs=4 / 2500)
+
+
+def test_a_plate_left_of_the_data_keeps_rows_apart():
+    class Wide(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = torch.nn.Parameter(torch.tensor(0.5))
+
+        def model(self, x):
+            rows = pyro.plate("data", len(x), dim=-1)
+            with rows, pyro.plate("units", 3, dim=-2):
+                z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            with rows:
+                pyro.sample("x", dist.Normal(z.sum(0), 1.0), obs=x)
+
+        def guide(self, x):
+            with pyro.plate("data", len(x), dim=-1), pyro.plate("units", 3, dim=-2):
+                pyro.sample("z", dist.Normal(self.w * x * torch.arange(1.0, 4.0)[:, None], 0.3))
+
+    module = Wide()
+    x = torch.linspace(-3, 3, 30)
+    found = surgery(Pair(module.model, module.guide), x, samples=400)
+    means = 0.5 * x.double()[:, None] * torch.arange(1.0, 4.0).double()
+    want = AggregatedPosterior(means, torch.full_like(means, 0.3))
+    z = want.loc + want.scale * torch.randn(4000, 30, 3, dtype=torch.float64)
+    information = float((want.component_log_prob(z) - want.log_prob(z)).mean())
+    assert found.mutual_information.value == pytest.approx(information, abs=0.03)
+    kl = 0.5 * (means**2 + 0.09 - 1 - math.log(0.09)).sum(1).mean()
+    assert found.kl_exact.value == pytest.approx(float(kl), abs=1e-5)
