@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -237,6 +238,89 @@ def test_changes_are_listed_and_refused_unless_allowed(tmp_path: Path) -> None:
     assert "train.batch_size = 96; got 50" in str(caught.value)
     done = pvae.resume(half, "train.epochs=4", allow_changes=True, device="cpu", progress=False)
     assert_same(last_weights(whole), last_weights(done))
+
+
+def test_a_run_cannot_become_another_model(tmp_path: Path) -> None:
+    """FAULTS 13: what a run is cannot change, not even when changes are allowed; its files stay as they are."""
+    run = fit(tiny(epochs=2), tmp_path)
+    before = run.files.spec_text
+    for change in ("latents.z.dim=5", "data.binarize=threshold", "decoder.network.hidden=[8]", "seed=3"):
+        with pytest.raises(DeclarationError, match="another model or other data"):
+            pvae.resume(run.path, change, allow_changes=True, device="cpu", progress=False)
+    assert run.files.spec_text == before
+    last = pvae.resume(run.path, "train.keep=last", allow_changes=True, device="cpu", progress=False)
+    assert last.checkpoint.state["select"] == "weights"
+
+
+def test_metrics_are_exact_after_a_checkpoint_on_the_last_step_of_an_epoch(tmp_path: Path) -> None:
+    whole = fit(tiny(epochs=5, batch_size=1000), tmp_path)
+    part = interrupted(tiny(epochs=5, batch_size=1000), tmp_path, 2)
+    done = pvae.resume(part, device="cpu", progress=False)
+    columns = ["epoch", "split", "elbo", "reconstruction"]
+    assert done.metrics[columns].equals(whole.metrics[columns])
+
+
+def test_stopped_early_and_killed_before_it_was_noted_stays_stopped(tmp_path: Path) -> None:
+    experiment = tiny(epochs=60, patience=2, optimizer={"kind": "adam", "lr": 0.05})
+    run = fit(experiment, tmp_path)
+    epoch = run.status["epoch"]
+    run.files.update_status(state="running")
+    assert pvae.resume(run.path, device="cpu", progress=False).status["epoch"] == epoch
+
+
+def test_fit_checks_seed_and_name(tmp_path: Path) -> None:
+    for wrong, message in (({"seed": -1}, "seed: expected"), ({"name": ""}, "name: expected")):
+        with pytest.raises(DeclarationError, match=message):
+            fit(tiny(), tmp_path, **wrong)
+    assert not list(tmp_path.iterdir())
+
+
+def test_tensors_get_the_declared_transforms_and_are_found_again(tmp_path: Path) -> None:
+    x = torch.rand(60, 8)
+    run = fit(tiny(epochs=1), tmp_path, data=x)
+    assert run.data.binarize == "dynamic"
+    again = pvae.Run.load(run.path, data=x)
+    assert again.data.fingerprint == run.data.fingerprint
+    assert_same(dict(again.pair.state_dict()), dict(run.pair.state_dict()))
+
+
+def test_pair_that_cannot_be_fitted_leaves_no_run(tmp_path: Path) -> None:
+    part = Fragile().double()
+    with pytest.raises(DeclarationError, match=r"Use pair\.float\(\)"):
+        fit_pair(part, tmp_path)
+    with pytest.raises(DeclarationError, match="alternate: expected a pair of two Modules"):
+        fit_pair(Fragile(), tmp_path, "train.alternate=2")
+    assert not list(tmp_path.iterdir())
+
+
+def fit_pair(part: Fragile, where: Path, *overrides: str) -> pvae.Run:
+    """A silent fit of a hand-written pair."""
+    pair = pvae.Pair(model=part.model, guide=part.guide)
+    return pvae.fit(pair, *overrides, data=torch.randn(60, 2), run_dir=where, device="cpu", progress=False)
+
+
+def test_global_latents_are_fitted(tmp_path: Path) -> None:
+    """x_i ~ N(b, 1) with a global b: the fitted guide is the exact posterior N(sum x / (n + 1), 1 / (n + 1))."""
+    x = torch.randn(400, 1) + 2
+    loc, log_scale = nn.Parameter(torch.zeros(())), nn.Parameter(torch.tensor(-1.0))
+
+    def model(x: Tensor) -> None:
+        b = pyro.sample("b", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(b.expand(len(x), 1), 1.0).to_event(1), obs=x)
+
+    def guide(x: Tensor) -> None:
+        pyro.sample("b", dist.Normal(pyro.param("loc", loc), pyro.param("log_scale", log_scale).exp()))
+
+    data = pvae.Dataset.from_tensors(x, validation=x, test=x)
+    train = Train.model_validate(
+        {"epochs": 1500, "batch_size": 400, "optimizer": {"kind": "adam", "lr": 0.02}, "schedule": {"kind": "cosine"},
+         "validate_every": 500, "keep": "last", "engine": "eager"}
+    )  # fmt: skip
+    run = pvae.fit(pvae.Pair(model, guide), data=data, train=train, run_dir=tmp_path, device="cpu", progress=False)
+    found = {name.rpartition(".")[2]: p.item() for name, p in run.pair.named_parameters()}
+    assert found["loc"] == pytest.approx(float(x.sum() / 401), abs=0.03)
+    assert found["log_scale"] == pytest.approx(-0.5 * math.log(401), abs=0.15)
 
 
 def test_other_data_are_refused(tmp_path: Path) -> None:
