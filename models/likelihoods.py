@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 from pvae.component import Component, Shape
+from pvae.event import Event
 
 Size = torch.Size | list[int] | tuple[int, ...]
 
@@ -59,7 +60,7 @@ class BernoulliModule(LikelihoodModule):
 
     def forward(self, h: Tensor) -> dist.TorchDistribution:
         """Logits `(..., *x)` to the distribution."""
-        return dist.Bernoulli(logits=h).to_event(len(self.x))
+        return Event(dist.Bernoulli(logits=h), len(self.x))
 
 
 @final
@@ -100,7 +101,7 @@ class NormalModule(LikelihoodModule):
         else:
             loc, offset = self.split(h)
             log_scale = offset + self.offset
-        return dist.Normal(loc, log_scale.exp().clamp(min=self.floor)).to_event(len(self.x))
+        return Event(dist.Normal(loc, log_scale.exp().clamp(min=self.floor)), len(self.x))
 
 
 @final
@@ -135,7 +136,7 @@ class CategoricalModule(LikelihoodModule):
 
     def forward(self, h: Tensor) -> dist.TorchDistribution:
         """`(..., levels * x[0], *x[1:])` to the distribution."""
-        return dist.Categorical(logits=torch.stack(self.split(h), -1)).to_event(len(self.x))
+        return Event(dist.Categorical(logits=torch.stack(self.split(h), -1)), len(self.x))
 
 
 @final
@@ -259,9 +260,8 @@ class DiscretizedLogisticModule(LikelihoodModule):
     def forward(self, h: Tensor) -> dist.TorchDistribution:
         """`(..., 2 x[0], *x[1:])` to the distribution."""
         loc, log_scale = self.split(h)
-        return DiscretizedLogistic(loc + 0.5, (log_scale - 2.0).clamp(min=self.floor), self.levels).to_event(
-            len(self.x)
-        )
+        logistic = DiscretizedLogistic(loc + 0.5, (log_scale - 2.0).clamp(min=self.floor), self.levels)
+        return Event(logistic, len(self.x))
 
 
 @final
@@ -299,7 +299,7 @@ class PoissonModule(LikelihoodModule):
 
     def forward(self, h: Tensor) -> dist.TorchDistribution:
         """Log-rates `(..., *x)` to the distribution."""
-        return dist.Poisson(h.clamp(*self.bounds).exp()).to_event(len(self.x))
+        return Event(dist.Poisson(h.clamp(*self.bounds).exp()), len(self.x))
 
 
 @final

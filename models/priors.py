@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pvae.component import Component, Shape
+from pvae.event import Event
 from pvae.networks import MLP, Network
 from pvae.normal import LogVarianceBounds, NormalHead
 from pvae.site import Link, Site
@@ -42,7 +43,7 @@ class StandardNormalModule(nn.Module):
 
     def forward(self, _given: Mapping[str, Tensor]) -> dist.TorchDistribution:
         """N(0, I) with batch shape `()`."""
-        return dist.Normal(self.loc, self.scale).to_event(self.loc.dim())
+        return Event(dist.Normal(self.loc, self.scale), self.loc.dim())
 
 
 @final

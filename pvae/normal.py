@@ -9,6 +9,7 @@ import pyro.distributions as dist
 from pydantic import AfterValidator, Field
 from torch import Tensor, nn
 
+from pvae.event import Event
 from pvae.networks import NetworkModule
 
 
@@ -27,7 +28,7 @@ LogVarianceBounds = Annotated[tuple[float, float], Field(strict=False), AfterVal
 def diagonal_normal(parameters: Tensor, bounds: tuple[float, float]) -> dist.TorchDistribution:
     """N(loc, diag(exp(log_variance))) with event shape `(dim,)` from `parameters` `(..., 2 dim)`."""
     loc, log_variance = parameters.chunk(2, -1)
-    return dist.Normal(loc, log_variance.clamp(*bounds).mul(0.5).exp()).to_event(1)
+    return Event(dist.Normal(loc, log_variance.clamp(*bounds).mul(0.5).exp()), 1)
 
 
 class NormalHead(nn.Module):

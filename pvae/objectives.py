@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from pvae.component import Component
 from pvae.pair import Pair, Terms
 from pvae.schedules import Constant, Schedule
+from pvae.traces import sum_over
 
 
 class Objective(Component):
@@ -37,16 +38,16 @@ class Objective(Component):
     def loss(self, terms: Terms, beta: Tensor) -> Tensor:
         """Scalar loss, nats per datum."""
 
-    def penalty(self, terms: Terms) -> Tensor | float:
-        """Batch means of what is added to the loss beside the ELBO (commitment and the like)."""
-        return sum(value.mean() for value in terms.penalties.values()) if terms.penalties else 0.0
+    def penalised(self, loss: Tensor, terms: Terms) -> Tensor:
+        """A loss plus the batch means of what is added beside the ELBO (commitment and the like)."""
+        return sum_over([loss, *(value.mean() for value in terms.penalties.values())])
 
-    def weighted_kl(self, terms: Terms, beta: Tensor) -> Tensor | float:
-        """beta * sum of batch-mean KLs, each at least `free_bits`."""
-        means = [kl.mean() for kl in terms.kl.values()]
+    def minus_elbo(self, terms: Terms, beta: Tensor) -> Tensor:
+        """beta * sum of batch-mean KLs, each at least `free_bits`, minus the reconstruction."""
+        reconstruction, *kl = terms.means
         if self.free_bits:
-            means = [kl.clamp(min=self.free_bits) for kl in means]
-        return beta * sum(means)
+            kl = [mean.clamp(min=self.free_bits) for mean in kl]
+        return torch.addcmul(-reconstruction, beta, sum_over(kl)) if kl else -reconstruction
 
 
 @final
@@ -67,7 +68,7 @@ class TraceELBO(Objective):
 
     def loss(self, terms: Terms, beta: Tensor) -> Tensor:
         """Minus the ELBO estimate."""
-        return self.weighted_kl(terms, beta) - terms.reconstruction.mean() + self.penalty(terms)
+        return self.penalised(self.minus_elbo(terms, beta), terms)
 
 
 @final
@@ -85,7 +86,7 @@ class TraceMeanFieldELBO(Objective):
 
     def loss(self, terms: Terms, beta: Tensor) -> Tensor:
         """Minus the ELBO estimate."""
-        return self.weighted_kl(terms, beta) - terms.reconstruction.mean() + self.penalty(terms)
+        return self.penalised(self.minus_elbo(terms, beta), terms)
 
 
 @final
@@ -112,9 +113,9 @@ class IWAE(Objective):
 
     def loss(self, terms: Terms, beta: Tensor) -> Tensor:
         """Minus the bound; with beta the KL inside the weights is scaled."""
-        log_weight = terms.reconstruction - beta * sum(terms.kl.values())
+        log_weight = terms.reconstruction - beta * sum_over(list(terms.kl.values()))
         bound = torch.logsumexp(log_weight, 0) - math.log(self.particles)
-        return self.penalty(terms) - bound.mean()
+        return self.penalised(-bound.mean(), terms)
 
 
 class Loss(nn.Module):
@@ -139,6 +140,4 @@ class Loss(nn.Module):
         """x `(batch, *event)` to the scalar loss and the vector named by `names`."""
         terms = self.objective.terms(self.pair, x, self.rows)
         loss = self.objective.loss(terms, self.beta)
-        with torch.no_grad():
-            means = [terms.reconstruction.mean(), *(kl.mean() for kl in terms.kl.values())]
-        return loss, torch.stack([loss.detach(), *means])
+        return loss, torch.stack([loss, *terms.means]).detach()

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import pyro
@@ -32,6 +33,11 @@ class Terms:
     """log q - log p (or its closed form) of every latent, `(batch,)`; a global latent's share per datum, `(1,)`."""
     penalties: dict[str, Tensor] = field(default_factory=dict)
     """What is added to the loss and is no part of the ELBO, `(batch,)`."""
+
+    @cached_property
+    def means(self) -> list[Tensor]:
+        """Batch means of the reconstruction, then of every KL: taken once, for the loss and the metrics."""
+        return [self.reconstruction.mean(), *(kl.mean() for kl in self.kl.values())]
 
 
 @dataclass(frozen=True)
@@ -194,6 +200,8 @@ class Pair(nn.Module):
     def traces(self, x: Tensor, particles: int = 1) -> tuple[Trace, Trace]:
         """Guide trace and replayed model trace of a batch; draws differ along a leading plate of `particles`."""
         self.adopt(x)
+        if not self._store["params"]:
+            return self._run(x, particles, -1 - self.layout.nesting)
         with self._own_store():
             return self._run(x, particles, -1 - self.layout.nesting)
 
@@ -230,7 +238,8 @@ class Pair(nn.Module):
         """
         guide_trace, model_trace = self.traces(x, particles)
         layout = self.layout
-        count, size = particles if particles > 1 else 0, full_size(model_trace, layout, rows)
+        count = particles if particles > 1 else 0
+        size = full_size(model_trace, layout, rows) if layout.shared else 1
         reconstruction = sum_over([log_prob(model_trace.nodes[name], layout, count, size) for name in layout.observed])
         kl = {}
         for name in (*layout.latents, *layout.shared):

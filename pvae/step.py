@@ -47,7 +47,7 @@ def compile_forward(loss: Loss, x: Tensor) -> Forward:
     buffers = {name: b.detach().clone() for name, b in loss.named_buffers()}
     with torch.random.fork_rng(), pyro.validation_enabled(False):
         exported = torch.export.export(loss, (x,), strict=False)
-        compiled = torch.compile(exported.module(), options={"fallback_random": True})
+        compiled = torch.compile(exported.module(), options={"fallback_random": True, "guard_filter_fn": _no_guards})
         for name, fast, slow in zip(
             ("value", "gradient"), _probe(loss, compiled, x), _probe(loss, loss, x), strict=True
         ):
@@ -56,6 +56,11 @@ def compile_forward(loss: Loss, x: Tensor) -> Forward:
         for name, b in loss.named_buffers():
             b.copy_(buffers[name])
     return compiled
+
+
+def _no_guards(guards: Sequence[Any]) -> list[bool]:
+    """Nothing is checked again at every call: `Step` sends only batches of one shape, type and device here."""
+    return [False] * len(guards)
 
 
 def _probe(loss: Loss, forward: Forward, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -150,12 +155,13 @@ class Step:
             if self.average is not None:
                 averaged, decay = self.average
                 torch._foreach_lerp_(list(averaged), [p.detach() for p in self.parameters], 1 - decay)
-        self.optimizer.zero_grad(set_to_none=True)
+        for parameter in self.parameters:
+            parameter.grad = None
 
 
 def is_finite(out: Tensor) -> bool:
-    """Whether the loss (first) and, where it is there, the gradient norm (last) are finite; waits for the device."""
-    return math.isfinite(out[0].item()) and math.isfinite(out[-1].item())
+    """Whether all figures of a step, loss and gradient norm among them, are finite; waits for the device."""
+    return math.isfinite(out.sum().item())
 
 
 class Capture:

@@ -120,17 +120,19 @@ def share(node: Mapping[str, Any], value: Tensor, layout: Layout, particles: int
     """A site's batch-shaped nats per datum: masked, weighted by handlers, rid of the plate's own subsampling scale."""
     for frame in node["cond_indep_stack"]:
         if is_data(frame, layout.dim):
-            plate_scale = (frame.full_size or frame.size) / frame.size
-            value = scale_and_mask(value, _divided(node["scale"], plate_scale), node["mask"])
-            return per_datum(value, layout, particles)
-    value = scale_and_mask(value, node["scale"], node["mask"]) / size
+            scale = node["scale"]
+            if frame.full_size is not None and frame.full_size != frame.size:
+                scale = scale * frame.size / frame.full_size
+            return per_datum(_weighed(value, scale, node["mask"]), layout, particles)
+    value = _weighed(value, node["scale"], node["mask"]) / size
     if particles:
         return value.reshape(particles, -1).sum(-1, keepdim=True) if value.numel() > 1 else value.reshape(1, 1)
     return value.sum().reshape(1)
 
 
-def _divided(scale: Any, by: float) -> Any:
-    return scale if by == 1.0 else scale / by
+def _weighed(value: Tensor, scale: Any, mask: Any) -> Tensor:
+    """`scale_and_mask`, past it in the usual case: it is called for every site of every step."""
+    return value if mask is None and scale.__class__ is float and scale == 1.0 else scale_and_mask(value, scale, mask)
 
 
 def closed_kl(q: Mapping[str, Any], p: Mapping[str, Any], layout: Layout, particles: int, size: int) -> Tensor | None:
