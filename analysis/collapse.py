@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pvae.analysis.posterior import LatentDraw, draw, quiet
+from pvae.analysis.posterior import LatentDraw, accept, draw, quiet
 from pvae.errors import DataError
 from pvae.pair import Pair
 
@@ -121,7 +121,7 @@ def collapse(pair: Pair, x: Tensor, seed: int = 0) -> Collapse:
     """
     if not len(x):
         raise DataError("collapse: expected at least one row; got none.")
-    x = pair.accept(x)
+    x = accept(pair, x)
     with quiet(pair, x, seed):
         drawn = draw(pair, x)
     latents = {name: _read(d) for name, d in drawn.latents.items()}

@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 from pvae.analysis.estimate import CONSERVATIVE, Estimate
-from pvae.analysis.posterior import quiet
+from pvae.analysis.posterior import accept, quiet
 from pvae.errors import DataError
 from pvae.pair import Pair, Terms
 
 ROWS = 20_000
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Evidence:
     """Bounds on the mean log p(x), nats per datum."""
 
@@ -55,6 +55,9 @@ class Evidence:
             "ess_median": float(self.ess.median()),
             "ess_min": float(self.ess.min()),
         }
+
+    def __repr__(self) -> str:
+        return str(self)
 
     def __str__(self) -> str:
         lines = [f"evidence, nats per datum, n = {self.n}"]
@@ -113,7 +116,7 @@ def evidence(
     """
     if samples < 1:
         raise DataError(f"evidence: expected at least one sample; got samples={samples}.")
-    x = pair.accept(x)
+    x = accept(pair, x)
     if pair.layout.shared:
         names = ", ".join(pair.layout.shared)
         raise DataError(f"evidence: expected latents of single data only; got global {names}.")

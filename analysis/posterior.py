@@ -12,11 +12,20 @@ from torch import Tensor
 
 from pvae import seeds
 from pvae.analysis.aggregated import normal_parameters
+from pvae.errors import DeclarationError
 from pvae.pair import Pair
 from pvae.pair import quiet as quiet_pair
 from pvae.traces import Layout, closed_kl, log_prob, rows_first, samples
 
 CHUNK = 1000
+
+
+def accept(pair: Pair, x: Any) -> Tensor:
+    """`Pair.accept`, with a word for whoever passes something else than a pair."""
+    if not isinstance(pair, Pair):
+        hint = " Pass its .pair." if isinstance(getattr(pair, "pair", None), Pair) else ""
+        raise DeclarationError(f"pair: expected a pvae.Pair; got {type(pair).__name__}.{hint}")
+    return pair.accept(x)
 
 
 @contextmanager

@@ -300,8 +300,8 @@ def _on_evidence(found: Findings) -> Sentence:
     e = found.evidence
     where = "" if e.n == found.evidence_rows.of else f"On {found.evidence_rows.note}, "
     return Sentence(
-        f"{where}log p(x) is at least {nats(e.iwae)} nats: the evidence gap is {nats(e.gap)} nats or more, which a "
-        f"better guide would win without touching the model."
+        f"{where}log p(x) is at least {nats(e.iwae)} nats and the ELBO {nats(e.elbo)}: a better guide would win "
+        f"{nats(e.gap)} nats or more without touching the model."
     )
 
 
@@ -595,7 +595,7 @@ def tiles(found: Findings) -> list[tuple[str, str, str]]:
     s = found.held
     out = [
         ("ELBO", nats(s.elbo), f"nats per datum, {found.split}"),
-        ("log p(x) at least", nats(found.evidence.iwae), f"nats, {found.evidence.samples} samples"),
+        ("log p(x) − ELBO", nats(found.evidence.gap), f"nats or more, {found.evidence.n} rows"),
     ]
     if s.marginal_kl is not None:
         out.append(("marginal KL", nats(s.marginal_kl), "nats, the most a prior can win"))

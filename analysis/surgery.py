@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,7 @@ from pvae import seeds
 from pvae.analysis.aggregated import AggregatedPosterior
 from pvae.analysis.collapse import active_units, kl_per_dimension
 from pvae.analysis.estimate import Estimate, exact, over_draws
-from pvae.analysis.posterior import Draw, LatentDraw, draw, quiet
+from pvae.analysis.posterior import Draw, LatentDraw, accept, draw, quiet
 from pvae.errors import DataError
 from pvae.pair import Pair
 from pvae.traces import log_prob, samples
@@ -48,7 +48,7 @@ class LatentSurgery:
     """Coordinates whose posterior mean varies over the data by more than 0.01 (variance)."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Surgery:
     """The ELBO of a data set, taken apart; nats per datum.
 
@@ -121,13 +121,21 @@ class Surgery:
             f"(on these {self.n} points)"
         )
 
+    def _legend(self) -> tuple[str, ...]:
+        """What a word in the table means, where it stands there."""
+        if self.samples > 1:
+            return ()
+        return ("conservative: one draw cannot tell Monte Carlo noise from spread over data; take more samples",)
+
     def table(self) -> Table:
         """The figures as a rich table."""
         from rich.table import Table
         from rich.text import Text
 
         title = f"ELBO surgery, nats per datum (n = {self.n}, {self.samples} draw{'s' * (self.samples > 1)})"
-        table = Table(title=title, caption="\n".join((self.headline(), *self.notes)), caption_justify="left")
+        table = Table(
+            title=title, caption="\n".join((self.headline(), *self.notes, *self._legend())), caption_justify="left"
+        )
         for column, justify in (("term", "left"), ("value", "right"), ("std error", "right"), ("kind", "left")):
             table.add_column(column, justify=justify, no_wrap=True)  # type: ignore[arg-type]
         table.add_column("what it is")
@@ -140,6 +148,9 @@ class Surgery:
 
     def __rich__(self) -> Table:
         return self.table()
+
+    def __repr__(self) -> str:
+        return str(self)
 
     def __str__(self) -> str:
         lines = [f"ELBO surgery, nats per datum, n = {self.n}, samples = {self.samples}"]
@@ -157,7 +168,14 @@ class Surgery:
         return f"<table><caption>n = {self.n}</caption>{head}{body}</table><p>{html.escape(self.headline())}</p>"
 
 
-def surgery(pair: Pair, x: Tensor, samples: int = 1, seed: int = 0) -> Surgery:
+def surgery(
+    pair: Pair,
+    x: Tensor,
+    samples: int = 1,
+    seed: int = 0,
+    *,
+    on_progress: Callable[[int, int], None] = lambda _done, _total: None,
+) -> Surgery:
     r"""Take the ELBO of `pair` on the data `x` apart.
 
     (1/n) sum_i KL(q(z|x_i) || p(z)) = I_q[x, z] + KL(q_agg || p), with q_agg = (1/n) sum_i q(z|x_i) over all n
@@ -182,6 +200,7 @@ def surgery(pair: Pair, x: Tensor, samples: int = 1, seed: int = 0) -> Surgery:
         x: data `(n, *event)`.
         samples: draws per datum.
         seed: of the draws; the same seed, the same numbers.
+        on_progress: called with (draws done, draws in all).
 
     Returns:
         Surgery; figures are estimates in nats per datum, `kl_exact` and `log_n` exact.
@@ -191,11 +210,12 @@ def surgery(pair: Pair, x: Tensor, samples: int = 1, seed: int = 0) -> Surgery:
     """
     if samples < 1:
         raise DataError(f"surgery: expected at least one draw; got samples={samples}.")
-    x = pair.accept(x)
+    x = accept(pair, x)
     roots, bottom_up = first_level(pair, x), pair.reads_itself(x)
     with quiet(pair, x, seed):
         draws = [_lighter(draw(pair, x), bottom_up)]
-        for _ in range(samples - 1):
+        for done in range(1, samples):
+            on_progress(done, samples)
             draws.append(_lighter(draw(pair, x), bottom_up, draws[0], roots))
         return _assemble(pair, x, draws, roots, seed)
 

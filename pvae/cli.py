@@ -14,6 +14,8 @@ from pvae import __version__
 from pvae.errors import DeclarationError, PvaeError
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from pvae.run import Run
     from pvae.spec import Experiment
 
@@ -39,6 +41,7 @@ DATA_DIR = Annotated[
 DEVICE = Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")]
 JSON = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 SPLIT = Annotated[str, typer.Option("--split", help="train, validation or test.")]
+ROWS = Annotated[int | None, typer.Option("--rows", min=1, help="Use this many rows, drawn at random by the seed.")]
 SEED = Annotated[int, typer.Option("--seed", help="Seed of the draws.")]
 RUNS = Path("runs")
 
@@ -111,20 +114,23 @@ def list_zoo(as_json: JSON = False) -> None:
 @app.command()
 def new(
     name: Annotated[str, typer.Argument(help="Name of the experiment; writes NAME.toml.")],
-    like: Annotated[str, typer.Option("--like", help="Zoo entry to start from.")] = "vae",
+    like: Annotated[str | None, typer.Option("--like", help="Zoo entry to start from (vae unless said).")] = None,
 ) -> None:
     """Write a starter file."""
     from pvae import zoo
     from pvae.rundir import slug
 
+    if "/" in name or "\\" in name:
+        raise DeclarationError(f"{name}: expected a name, not a path; the file is written here.")
     path = Path(f"{slug(name)}.toml")
     if path.exists():
         raise DeclarationError(f"{path}: expected a new name; a file of this name is there already.")
-    lines = zoo.find(like).read_text().splitlines()
+    lines = zoo.find(like or (name if name in zoo.names() else "vae")).read_text().splitlines()
     body = [line for line in lines if not line.startswith("name =")]
     head = ["#:schema pvae.schema.json", f"name = {json.dumps(name, ensure_ascii=False)}"]
     path.write_text("\n".join([*head, *body, ""]))
     typer.echo(f"wrote {path}; check it with: pvae check {path}")
+    typer.echo("for completion in an editor: pvae schema > pvae.schema.json")
 
 
 @app.command()
@@ -212,6 +218,7 @@ def resume(
     opened = _run(run, run_dir, data_dir)
     if opened.status.get("state") == "finished" and not overrides:
         typer.echo(f"{opened.path} is finished (epoch {opened.status.get('epoch')}); nothing to resume")
+        typer.echo("to train longer: pvae resume RUN train.epochs=N --allow-changes")
         return
     done = resume_run(opened, *(overrides or ()), allow_changes=allow_changes, device=device, progress=not quiet)
     _finished(done)
@@ -244,11 +251,21 @@ def runs(run_dir: RUN_DIR = RUNS, as_json: JSON = False) -> None:
 # ---------------------------------------------------------------------- analysis
 
 
+def _some(x: Tensor, rows: int | None, seed: int) -> Tensor:
+    """`rows` rows of a split, drawn without replacement in their order; all of them unless said."""
+    import torch
+
+    if rows is None or rows >= len(x):
+        return x
+    return x[torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))[:rows].sort().values]
+
+
 @app.command()
 def surgery(
     run: RUN,
     split: SPLIT = "test",
     samples: Annotated[int, typer.Option("--samples", min=1, help="Draws per datum.")] = 1,
+    rows: ROWS = None,
     seed: SEED = 0,
     run_dir: RUN_DIR = RUNS,
     data_dir: DATA_DIR = None,
@@ -256,9 +273,14 @@ def surgery(
 ) -> None:
     """Take the ELBO apart: reconstruction, mutual information, marginal KL."""
     from pvae.analysis import surgery as take_apart
+    from pvae.progress import Progress
 
     opened = _run(run, run_dir, data_dir)
-    result = take_apart(opened.pair, opened.data.split(split).x, samples=samples, seed=seed)
+    x = _some(opened.data.split(split).x, rows, seed)
+    with Progress(samples, "surgery", show=not as_json) as bar:
+        result = take_apart(
+            opened.pair, x, samples=samples, seed=seed, on_progress=lambda done, _: bar.update(done, "")
+        )
     if as_json:
         emit({"run": str(opened.path), "split": split, **result.to_dict()})
     else:
@@ -270,6 +292,7 @@ def evidence(
     run: RUN,
     split: SPLIT = "test",
     samples: Annotated[int, typer.Option("--samples", min=1, help="Importance samples per datum.")] = 5000,
+    rows: ROWS = None,
     seed: SEED = 0,
     run_dir: RUN_DIR = RUNS,
     data_dir: DATA_DIR = None,
@@ -280,7 +303,7 @@ def evidence(
     from pvae.progress import Progress
 
     opened = _run(run, run_dir, data_dir)
-    x = opened.data.split(split).x
+    x = _some(opened.data.split(split).x, rows, seed)
     with Progress(len(x), "evidence", show=not as_json) as bar:
         result = bound(opened.pair, x, samples=samples, seed=seed, on_progress=lambda done, _: bar.update(done, ""))
     if as_json:

@@ -33,6 +33,8 @@ Names = Annotated[tuple[str, ...], Field(strict=False)]
 """A tuple of names; a list is accepted."""
 
 ENTRY_POINT_GROUP = "pvae.components"
+IMPORTED: list[str] = []
+"""Modules that `load_plugins` imported by name, for the record of a run."""
 
 
 class Section(BaseModel):
@@ -116,10 +118,10 @@ class Component(Section):
         name = table.get(cls.tag, cls.default)
         if not isinstance(name, str) or name not in cls.members:
             message = f"one of {', '.join(sorted(cls.members))}"
+            typo = "".join(f" (is {key!r} meant to be {cls.tag!r}?)" for key in table if near(str(key), [cls.tag]))
+            close = near(name, cls.members) if isinstance(name, str) else typo
             error = InitErrorDetails(
-                type=PydanticCustomError(
-                    "unknown_kind", "{wanted}", {"wanted": message, "near": near(str(name), cls.members)}
-                ),
+                type=PydanticCustomError("unknown_kind", "{wanted}", {"wanted": message, "near": close}),
                 loc=(cls.tag,),
                 input=name,
             )
@@ -149,4 +151,6 @@ def load_plugins(modules: tuple[str, ...] = (), *, report: Callable[[str], None]
         try:
             importlib.import_module(name)
         except ImportError as error:
-            raise DeclarationError(f"--import {name}: expected an importable module; got {error}.") from error
+            hint = f" Give its name, {name[:-3]}, without .py." if name.endswith(".py") else ""
+            raise DeclarationError(f"--import {name}: expected an importable module; got {error}.{hint}") from error
+        IMPORTED.append(name)

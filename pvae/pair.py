@@ -142,7 +142,11 @@ class Pair(nn.Module):
             DataError: no rows, or rows of another shape than the pair was made for.
         """
         parameter = next((p for p in self.parameters() if p.is_floating_point()), None)
-        x = torch.as_tensor(x)
+        try:
+            x = torch.as_tensor(x)
+        except (TypeError, ValueError, RuntimeError):
+            hint = " Pass its .x." if isinstance(getattr(x, "x", None), Tensor) else ""
+            raise DataError(f"x: expected a tensor or an array; got {type(x).__name__}.{hint}") from None
         x = x if parameter is None else x.to(parameter)
         if x.dim() and len(x):
             self.adopt(x)
@@ -265,19 +269,16 @@ class Pair(nn.Module):
         """
         rows = x[: min(len(x), 3)]
         try:
-            with torch.random.fork_rng(), pyro.get_param_store().scope(_current_store()):
-                guide_trace, model_trace = self._run(rows)
-        except (ValueError, RuntimeError) as error:
+            return list(dict.fromkeys(self._problems(rows)))
+        except (ValueError, RuntimeError, DeclarationError) as error:
             return [explain(error)]
+
+    def _problems(self, rows: Tensor) -> list[Problem]:
+        with torch.random.fork_rng(), pyro.get_param_store().scope(_current_store()):
+            guide_trace, model_trace = self._run(rows)
         problems = differing_sites(guide_trace, model_trace)
         problems += [p for t in (guide_trace, model_trace) for p in plate_problems(t, len(rows))]
-        if not problems:
-            try:
-                self.adopt(x)
-            except DeclarationError as error:
-                return [Problem("pair", str(error))]
-            problems = gradient_problems(self, rows, guide_trace)
-        return list(dict.fromkeys(problems))
+        return problems or gradient_problems(self.adopt(rows), rows, guide_trace)
 
 
 def _current_store() -> Any:
@@ -313,9 +314,18 @@ def quiet(pair: Pair, x: Tensor) -> Iterator[None]:
 
 def explain(error: Exception) -> Problem:
     """Pyro's shape errors in words."""
-    found = re.search(r"inside plate\('([^']*)'\) at site (\S+) dim (-\d+), (\d+) vs (\d+)", str(error))
+    text = str(error)
+    if isinstance(error, DeclarationError):
+        return Problem("pair", text)
+    found = re.search(r"inside plate\('([^']*)'\) at site (\S+) dim (-\d+), (\d+) vs (\d+)", text)
+    if found is None and "within the support" in text:
+        support = re.search(r"within the support \((.*?)\) of the distribution (\w+)", text)
+        what = f"{support[2]} scores only {support[1]}" if support else "the distribution cannot score it"
+        return Problem(
+            "pair", f"expected data in the support of the observed site; {what}. Transform x, or use another."
+        )
     if found is None:
-        return Problem("pair", f"expected both programs to run on a batch; got {error}")
+        return Problem("pair", f"expected both programs to run on a batch; got {text.splitlines()[0][:200]}")
     plate, site, dim, want, got = found.groups()
     return Problem(
         site,

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pvae import checkpoint
+from pvae.component import IMPORTED
 from pvae.data import Dataset, load
 from pvae.data.declared import TensorSource
 from pvae.errors import CheckpointError, DataError, DeclarationError
@@ -112,10 +113,14 @@ class Run:
     @cached_property
     def plan(self) -> Plan:
         """The declaration: an `Experiment`, or a `Plan` for a hand-written pair."""
-        origin = str(self.path / "spec.toml")
-        if self.files.manifest.get("declared", True):
-            return Experiment.from_toml(self.files.spec_text, origin)
-        return Plan.from_toml(self.files.spec_text, origin)
+        origin, manifest = str(self.path / "spec.toml"), self.files.manifest
+        kind = Experiment if manifest.get("declared", True) else Plan
+        try:
+            return kind.from_toml(self.files.spec_text, origin)
+        except DeclarationError as error:
+            missing = [name for name in manifest.get("imports", []) if name not in IMPORTED]
+            hints = [f"The run was fitted with `pvae --import {name}`: say so again." for name in missing]
+            raise DeclarationError([*error.problems, *hints]) from None
 
     @property
     def experiment(self) -> Experiment:

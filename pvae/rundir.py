@@ -154,9 +154,11 @@ class RunDirectory:
         for folder in _candidates(str(path), Path(root)):
             if _is_run(folder):
                 return cls(folder.resolve())
+        names = _names_near(Path(path), Path(root))
+        there = f"; there are {', '.join(names[:8])}" if names else "; there is none yet, pvae fit vae makes one"
         raise DeclarationError(
-            f"Expected a run directory (it holds manifest.json), or a run of {root}; got {str(path)!r}"
-            f"{near(str(path).rstrip('/').rpartition('/')[2], _names_near(Path(path), Path(root)))}."
+            f"Expected a run directory (it holds manifest.json), or a run in {root}{there}; got {str(path)[:200]!r}"
+            f"{near(str(path).rstrip('/').rpartition('/')[2], names)}."
         )
 
     # -- who owns it

@@ -390,7 +390,8 @@ def describe(error: ErrorDetails, raw: Any) -> str:
         _, kind = table_at(raw, loc[:-1])
         known = sorted(kind.model_fields) if kind else []
         wanted = f"one of {', '.join(known)}" if known else "no such key"
-        return f"{path}: expected {wanted}; got an unknown key{near(str(loc[-1]), known)}."
+        hint = near(str(loc[-1]), known) or _elsewhere(str(loc[-1]))
+        return f"{path}: expected {wanted}; got an unknown key{hint}."
     if error["type"] == "missing":
         return f"{path}: expected a value; got none."
     message = error["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
@@ -399,7 +400,17 @@ def describe(error: ErrorDetails, raw: Any) -> str:
     return f"{path}: expected {message}; got {_short(error['input'])}{error.get('ctx', {}).get('near', '')}."
 
 
+def _elsewhere(key: str) -> str:
+    """Where a key of this name stands, when it was written one table too high."""
+    places: dict[str, type[Section]] = {"train": Train, "decoder": Decoder, "train.optimizer": Adam}
+    places |= {"objective": TraceELBO, "data": Digits}
+    found = [f"{table}.{key}" for table, kind in places.items() if key in kind.model_fields]
+    return f" (did you mean {found[0]!r}?)" if found else ""
+
+
 def _short(value: Any) -> str:
+    if value is None:
+        return "none"
     if isinstance(value, BaseModel):
         return type(value).__name__
     text = json.dumps(value, default=str) if not isinstance(value, bytes) else repr(value)

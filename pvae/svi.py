@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pvae import checkpoint
+from pvae.component import IMPORTED
 from pvae.data import Dataset, load
 from pvae.data.declared import TensorSource
 from pvae.errors import DeclarationError, DeviceError
@@ -73,6 +74,8 @@ def fit(
     plan = plan.with_changes({k: v for k, v in (("seed", seed), ("name", name)) if v is not None})
     where = pick_device(device)
     dataset, plan = _dataset(plan, data, data_dir)
+    if given_pair and (problems := given_pair.check(dataset.train.x[:3])):
+        raise DeclarationError([f"pair: {problem}" for problem in problems])
     pair = given_pair.adopt(dataset.train.x[:2]) if given_pair else _experiment(plan).build(dataset.shape)
     _require_fittable(plan, pair, dataset, given_pair is not None)
     files = RunDirectory.create(Path(run_dir), plan.name)
@@ -82,6 +85,7 @@ def fit(
         {
             **provenance(),
             "declared": given_pair is None,
+            "imports": list(IMPORTED),
             "seed": plan.seed,
             "device": str(where),
             "engine": engine,
@@ -214,7 +218,6 @@ def _require_fittable(plan: Plan, pair: Pair, data: Dataset, foreign: bool) -> N
         wrong = {str(p.dtype) for p in pair.parameters() if p.is_floating_point() and p.dtype != rows.dtype}
         if wrong:
             raise DeclarationError(f"pair: expected parameters of {rows.dtype} to fit; got {wrong}. Use pair.float().")
-        problems = [f"pair: {problem}" for problem in pair.check(rows)]
         if plan.train.alternate and not all(n.startswith(("model.", "guide.")) for n, _ in pair.named_parameters()):
             problems.append("train.alternate: expected a pair of two Modules; got plain functions' parameters. Use 0.")
     if isinstance(plan.objective, IWAE) and pair.layout.shared:

@@ -207,7 +207,7 @@ class Trainer:
             self.engine = "eager"
             self.files.write_manifest({**self.files.manifest, "engine": "eager"})
             stepper = Step(self.loss, self.optimizer, "eager", example, **make)  # type: ignore[arg-type]
-        self.files.log_event("engine", f"{self.engine} step")
+        self.tell("engine", f"{self.engine} step")
         return stepper
 
     def _epoch(self, stop: Stop, bar: Progress, started: float) -> None:

@@ -15,7 +15,9 @@ import pytest
 
 import pvae
 from pvae import cli
+from pvae.component import IMPORTED
 from pvae.listing import list_runs
+from pvae.schedules import Schedule
 
 TINY = ["encoder.network.hidden=[16]", "decoder.network.hidden=[16]", "train.engine=eager"]
 
@@ -71,6 +73,38 @@ def test_list_and_new_and_check(
     assert json.loads(out)["title"] == "Experiment"
 
 
+def test_new_from_a_zoo_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run_cli("new", "hvae", capsys=capsys)
+    assert set(pvae.Experiment.load(tmp_path / "hvae.toml").latents) == {"z1", "z2"}
+    run_cli("new", "t\U0001f600x", capsys=capsys)
+    _, err = run_cli("new", "../a", capsys=capsys, code=2)
+    assert "not a path" in err
+    assert all(pvae.Experiment.load(path) for path in tmp_path.glob("*.toml"))
+
+
+def test_a_run_says_which_import_it_needs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "half.py").write_text(
+        "from typing import Literal\nfrom pvae.schedules import Schedule\n"
+        "class Half(Schedule):\n"
+        "    kind: Literal['test_half'] = 'test_half'\n"
+        "    def at(self, epoch, epochs):\n        return 0.5\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    where = ["--run-dir", str(tmp_path / "runs")]
+    arguments = ["fit", "vae", *TINY, "train.epochs=1", "objective.beta.kind=test_half", "--quiet", *where]
+    monkeypatch.syspath_prepend(str(tmp_path))
+    run_cli("--import", "half", *arguments, capsys=capsys)
+    Schedule.members.pop("test_half")
+    IMPORTED.clear()
+    _, err = run_cli("surgery", "latest", *where, capsys=capsys, code=2)
+    assert "fitted with `pvae --import half`" in err
+
+
 def test_show(capsys: pytest.CaptureFixture[str]) -> None:
     out, _ = run_cli("show", "hvae", capsys=capsys)
     for text in ("p(x, z2, z1) = p(z2) p(z1 | z2) p(x | z1, z2)", "q(z1 | x, z2)", "total", "[1, 8, 8]"):
@@ -100,6 +134,8 @@ def test_runs_surgery_evidence(runs: Path, capsys: pytest.CaptureFixture[str]) -
     out, _ = run_cli("surgery", "latest", *where, capsys=capsys)
     assert "marginal KL" in out
     assert "I_q[x, z]" in out
+    out, _ = run_cli("surgery", "latest", "--rows", "50", "--json", *where, capsys=capsys)
+    assert json.loads(out)["n"] == 50
     out, _ = run_cli("evidence", "latest", "--samples", "20", "--json", *where, capsys=capsys)
     assert json.loads(out)["figures"]["iwae_20"]["kind"] == "lower_bound"
     _, err = run_cli("surgery", "latest", "--split", "tset", *where, capsys=capsys, code=2)

@@ -18,7 +18,7 @@ from pyro.nn import PyroModule, PyroParam, PyroSample
 from torch import Tensor, nn
 from torch.distributions import constraints
 
-from pvae.errors import DeclarationError
+from pvae.errors import DataError, DeclarationError
 from pvae.pair import Pair
 from pvae.traces import Layout
 
@@ -577,3 +577,29 @@ def test_adopt_refuses_a_pair_without_plate():
 def test_adopt_refuses_a_pair_without_parameters():
     with pytest.raises(DeclarationError, match=r"expected at least one parameter to learn; got none\. Pass Modules"):
         linear(learn=False).adopt(data())
+
+
+def test_check_puts_data_outside_the_support_in_words():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Bernoulli(logits=z), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(pyro.param("loc", torch.zeros(())).expand(len(x)), 1.0))
+
+    (problem,) = Pair(model, guide).check(torch.full((5,), 0.3))
+    assert "support" in problem.message
+    assert "Bernoulli" in problem.message
+    assert len(problem.message) < 200
+
+
+def test_analysis_says_what_to_pass_instead():
+    from pvae.analysis import surgery
+
+    pair = Pair(lambda x: x, lambda x: x)
+    with pytest.raises(DataError, match="expected a tensor or an array; got object"):
+        surgery(pair, object())
+    with pytest.raises(DeclarationError, match=r"expected a pvae\.Pair; got int"):
+        surgery(3, torch.zeros(2))

@@ -10,6 +10,7 @@ from typing import Any, Literal, final
 
 import jsonschema  # type: ignore[import-untyped]
 import pytest
+import torch
 
 from pvae import toml, zoo
 from pvae.component import Component, load_plugins
@@ -67,7 +68,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "a list for a table": ({"latents": {"z": []}}, r"latents\.z: expected .*; got \[\]"),
     "an import": (
         {**BASE, "decoder": {"network": {"_target_": "os.system"}}},
-        r"decoder\.network\.kind: expected one of conv, gated_mlp, mlp; got null",
+        r"decoder\.network\.kind: expected one of conv, gated_mlp, mlp; got none",
     ),
     "a class path": (
         {**BASE, "decoder": {"network": {"kind": "mlp", "class_path": "os.system"}}},
@@ -267,6 +268,26 @@ def test_plugins_come_from_the_command_line_only(tmp_path: Path, monkeypatch: py
         Schedule.members.pop("test_step", None)
     with pytest.raises(DeclarationError, match="--import no_such_module"):
         load_plugins(("no_such_module",))
+
+
+def test_the_example_of_contributing_runs() -> None:
+    text = (Path(__file__).parent.parent / "CONTRIBUTING.md").read_text()
+    code = text.split("```python\n")[1].split("```")[0]
+    try:
+        exec(compile(code, "CONTRIBUTING.md", "exec", dont_inherit=True), {"__name__": "example"})  # noqa: S102 - our own document
+        pair = Experiment.from_dict({**BASE, "decoder": {"likelihood": "laplace"}}).build((5,))
+        assert pair.check(torch.rand(4, 5)) == []
+    finally:
+        Likelihood.members.pop("laplace", None)
+
+
+def test_a_key_one_table_too_high_is_found() -> None:
+    with pytest.raises(DeclarationError, match=r"epochs: .*did you mean 'train\.epochs'"):
+        Experiment.load("vae", ["epochs=3"])
+    with pytest.raises(DeclarationError, match=r"train\.lr: .*did you mean 'train\.optimizer\.lr'"):
+        Experiment.load("vae", ["train.lr=3"])
+    with pytest.raises(DeclarationError, match=r"data\.source: .*got none \(is 'sorce' meant to be 'source'\?\)"):
+        Experiment.from_dict({**BASE, "data": {"sorce": "npz"}})
 
 
 def test_a_kind_belongs_to_one_class() -> None:

@@ -314,7 +314,7 @@ def test_global_latents_are_fitted(tmp_path: Path) -> None:
 
     data = pvae.Dataset.from_tensors(x, validation=x, test=x)
     train = Train.model_validate(
-        {"epochs": 1500, "batch_size": 400, "optimizer": {"kind": "adam", "lr": 0.02}, "schedule": {"kind": "cosine"},
+        {"epochs": 3000, "batch_size": 400, "optimizer": {"kind": "adam", "lr": 0.05}, "schedule": {"kind": "cosine"},
          "validate_every": 500, "keep": "last", "engine": "eager"}
     )  # fmt: skip
     run = pvae.fit(pvae.Pair(model, guide), data=data, train=train, run_dir=tmp_path, device="cpu", progress=False)
