@@ -20,12 +20,12 @@ from torch import Tensor, nn
 
 import pvae
 from pvae import checkpoint
-from pvae.analysis import surgery
+from pvae.analysis import evidence, surgery
 from pvae.errors import CheckpointError, DeclarationError, DeviceError, NonFiniteError, StorageError
 from pvae.objectives import Loss, TraceELBO
 from pvae.run import load_weights
 from pvae.spec import Experiment, Train
-from pvae.step import Step, choose_engine, set_lr
+from pvae.step import Step, choose_engine, compile_forward, require_equal, set_lr
 from pvae.svi import pick_device
 from pvae.trainer import Stop, Trainer, evaluate
 
@@ -520,6 +520,49 @@ def test_compiled_fit_resumes_bit_for_bit(tmp_path: Path) -> None:
     done = pvae.resume(interrupted(experiment, tmp_path, 17), device="cpu", progress=False)
     assert done.status["engine"] == "compiled"
     assert_same(last_weights(whole), last_weights(done))
+
+
+KINDS: dict[str, tuple[str, list[str]]] = {
+    "iwae on two levels": ("hvae", ["objective.kind=iwae"]),
+    "mean field with free bits": ("hvae", ["objective.kind=trace_mean_field_elbo", "objective.free_bits=0.5"]),
+    "convolutions": ("vae", ["encoder.network.kind=conv", "decoder.network.kind=conv"]),
+    "counts": ("vae", ["data.binarize=none", "data.scale=raw", "decoder.likelihood.kind=poisson"]),
+    "levels": (
+        "vae",
+        ["data.binarize=none", "data.scale=raw", 'decoder.likelihood={kind="categorical", levels=17}'],
+    ),
+    "grey values": ("vae", ["data.binarize=none", 'decoder.likelihood={kind="discretized_logistic", levels=17}']),
+    "predicted scale": ("vae_normal", ["decoder.likelihood.scale=per_datum"]),
+    "fixed scale, several draws": ("vae_normal", ["decoder.likelihood.scale=fixed", "objective.particles=3"]),
+    "cyclical beta": ("vae", ["data.binarize=static", "objective.beta.kind=cyclical"]),
+}
+SMALL = ["train.epochs=2", "train.engine=eager", "encoder.network.hidden=[16]", "decoder.network.hidden=[16]"]
+
+
+@pytest.mark.parametrize("case", KINDS, ids=list(KINDS))
+def test_every_kind_is_fitted_and_read(tmp_path: Path, case: str) -> None:
+    name, overrides = KINDS[case]
+    run = fit(Experiment.load(name, [*SMALL, *overrides]), tmp_path)
+    elbo = run.metrics.query("split == 'train'")["elbo"]
+    assert elbo.iloc[1] > elbo.iloc[0]
+    x = run.data.test.x[:50]
+    result = surgery(run.pair, x)
+    assert evidence(run.pair, x, samples=20).iwae.value > result.elbo.value - 3 * result.elbo.standard_error
+
+
+@pytest.mark.parametrize("case", ["iwae on two levels", "grey values"])
+def test_other_kinds_compile_to_the_same_numbers(case: str) -> None:
+    """`compile_forward` itself compares value and gradient with the eager program's."""
+    name, overrides = KINDS[case]
+    experiment = Experiment.load(name, [*SMALL, *overrides])
+    compile_forward(Loss(experiment.objective, experiment.build((1, 8, 8))), torch.ones(50, 1, 8, 8))
+
+
+def test_a_fast_step_with_other_numbers_is_refused() -> None:
+    with pytest.raises(RuntimeError, match="gradient differs"):
+        require_equal(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 2.01]), "gradient")
+    with pytest.raises(RuntimeError, match="value differs"):
+        require_equal(torch.tensor([torch.nan]), torch.tensor([1.0]), "value")
 
 
 def test_engine_is_chosen_by_the_work_to_come() -> None:
