@@ -81,6 +81,8 @@ class AggregatedPosterior(dist.TorchDistribution):
         tile = torch.empty(len(z), min(COLUMNS, len(self)), dtype=z.dtype, device=z.device)
         top = torch.full((len(z), 1), -math.inf, dtype=z.dtype, device=z.device)
         total = torch.zeros_like(top)
+        # exp is many times slower where its result underflows; what is clamped adds less than n * tiny to a sum above 1
+        floor = math.log(torch.finfo(z.dtype).tiny) + 1
         for start in range(0, len(self), COLUMNS):
             columns = slice(start, start + COLUMNS)
             constant = self._constant[columns]
@@ -91,7 +93,7 @@ class AggregatedPosterior(dist.TorchDistribution):
                 torch.addmm(constant, statistics, self._eta[:, columns], out=tile)
             higher = torch.maximum(top, block.amax(1, keepdim=True))
             total.mul_((top - higher).exp_())
-            total += block.sub_(higher).exp_().sum(1, keepdim=True)
+            total += block.sub_(higher).clamp_(min=floor).exp_().sum(1, keepdim=True)
             top = higher
         return (top + total.log_()).squeeze(1)
 
