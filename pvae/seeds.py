@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-INIT, ORDER, NOISE, VALIDATION, ANALYSIS = range(5)
+ORDER, NOISE, VALIDATION, ANALYSIS = range(1, 5)
 
 
 def mix(seed: int, stream: int, counter: int = 0) -> int:

@@ -194,9 +194,7 @@ class Trainer:
         make = {"clip_norm": self.train.clip_norm, "watch": watch, "average": average}
         try:
             if self.engine == "compiled":
-                self.tell(
-                    "engine", "compiling the step (export + Inductor); the eager one would be slower over this run"
-                )
+                self.tell("engine", "compiling the step (export + Inductor): up to half a minute, once")
             stepper = Step(self.loss, self.optimizer, self.engine, example, **make)  # type: ignore[arg-type]
         except Exception as error:  # a missing compiler or an operation it cannot take must not stop a fit
             if self.engine == "eager":
