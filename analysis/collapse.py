@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pvae.analysis.posterior import LatentDraw, accept, draw, quiet
+from pvae.analysis.draws import LatentDraw, accept, draw, quiet
 from pvae.errors import DataError
 from pvae.pair import Pair
 

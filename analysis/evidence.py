@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pvae.analysis.draws import accept, quiet
 from pvae.analysis.estimate import CONSERVATIVE, Estimate
-from pvae.analysis.posterior import accept, quiet
 from pvae.errors import DataError
 from pvae.pair import Pair, Terms
 

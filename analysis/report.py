@@ -23,9 +23,9 @@ from torch import Tensor
 from pvae import seeds
 from pvae.analysis import plots
 from pvae.analysis.collapse import ACTIVE, Collapse, collapse
+from pvae.analysis.draws import Draw, LatentDraw, draw, quiet
 from pvae.analysis.estimate import Estimate
 from pvae.analysis.evidence import Evidence, evidence
-from pvae.analysis.posterior import Draw, LatentDraw, draw, quiet
 from pvae.analysis.surgery import Surgery, surgery
 from pvae.files import write_atomic
 from pvae.pair import Pair

@@ -15,8 +15,8 @@ from torch import Tensor
 from pvae import seeds
 from pvae.analysis.aggregated import AggregatedPosterior
 from pvae.analysis.collapse import active_units, kl_per_dimension
+from pvae.analysis.draws import Draw, LatentDraw, accept, draw, quiet
 from pvae.analysis.estimate import Estimate, exact, over_draws
-from pvae.analysis.posterior import Draw, LatentDraw, accept, draw, quiet
 from pvae.errors import DataError
 from pvae.pair import Pair
 from pvae.traces import log_prob, samples

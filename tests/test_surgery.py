@@ -22,9 +22,9 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from pvae.analysis.aggregated import AggregatedPosterior
+from pvae.analysis.draws import draw
 from pvae.analysis.estimate import Estimate, exact, over_draws
 from pvae.analysis.evidence import evidence
-from pvae.analysis.posterior import draw
 from pvae.analysis.surgery import JOINT_ROWS, Surgery, guide_log_mean, surgery
 from pvae.errors import DataError, DeclarationError
 from pvae.pair import Pair
