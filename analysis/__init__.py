@@ -5,11 +5,12 @@ put a module in a function's place as soon as somebody imports it.
 """
 
 from pvae.analysis.aggregated import AggregatedPosterior
+from pvae.analysis.anatomy import LatentSurgery, Surgery
 from pvae.analysis.collapse import Collapse, collapse
 from pvae.analysis.estimate import Estimate
 from pvae.analysis.evidence import Evidence, evidence
 from pvae.analysis.report import report
-from pvae.analysis.surgery import LatentSurgery, Surgery, surgery
+from pvae.analysis.surgery import surgery
 
 __all__ = [
     "AggregatedPosterior",

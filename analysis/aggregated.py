@@ -1,8 +1,11 @@
-"""The aggregated posterior q_agg(z) = 1/n sum_i q(z | x_i) and its fast density."""
+"""The aggregated posterior q_agg(z) = 1/n sum_i q(z | x_i): density, leave-one-out, bounds from a subset, draws."""
 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import pyro.distributions as dist
@@ -10,102 +13,369 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints
 
-from pvae.errors import DeclarationError
+from pvae import seeds
+from pvae.analysis.draws import CHUNK, accept, first_level, flat_values, members, quiet
+from pvae.analysis.guided import LOWEST, Guided
+from pvae.errors import DataError, DeclarationError
+from pvae.exponential import Members
+from pvae.pair import Pair
 
 ROWS, COLUMNS = 512, 2048
+MEMORY = 2**29
+"""Bytes that a q_agg may keep and work with, beside the data and the values that are scored."""
 Size = torch.Size | list[int] | tuple[int, ...]
 
 
-def normal_parameters(fn: Any) -> tuple[Tensor, Tensor] | None:
-    """Location and scale `(n, event)` of a (wrapped) diagonal normal, or None for any other distribution."""
-    while isinstance(fn, torch.distributions.Independent | dist.ExpandedDistribution):
-        fn = fn.base_dist
-    if not isinstance(fn, torch.distributions.Normal):
-        return None
-    return fn.loc, fn.scale
+class Components(ABC):
+    """Posteriors q(z | x_1) ... q(z | x_n) that can be summed over, whatever they are made of."""
+
+    dim: int
+    """D, the width of a flat value."""
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """n."""
+
+    @abstractmethod
+    def log_sum(self, value: Tensor, skip: Tensor | None = None) -> Tensor:
+        """log sum_j q(z | x_j) of `(m, D)`, without component `skip[i]` for row i where that is not negative."""
+
+    @abstractmethod
+    def own(self, value: Tensor, index: Tensor) -> Tensor:
+        """log q(z_i | x_index_i) of `(m, D)`, `(m,)`."""
+
+    @abstractmethod
+    def sample(self, index: Tensor) -> Tensor:
+        """One draw of every chosen component, `(m, D)`."""
+
+
+class Products(Components):
+    """Exponential families: a matrix product and a logsumexp, tile by tile in preallocated memory."""
+
+    def __init__(self, dim: int, features: int, device: torch.device, memory: int) -> None:
+        self.dim, self.device = dim, device
+        most = max(16, memory // (8 * 8 * features))
+        self.rows, self.columns = min(ROWS, most), min(COLUMNS, most)
+
+    @abstractmethod
+    def chunks(self) -> Iterator[Members]:
+        """The members in order, at most `columns` at a time, float64."""
+
+    @torch.no_grad()
+    def log_sum(self, value: Tensor, skip: Tensor | None = None) -> Tensor:
+        """See `Components.log_sum`."""
+        value = value.to(self.device, torch.float64)
+        top, total = value.new_full((len(value), 1), LOWEST), value.new_zeros(len(value), 1)
+        tile, start = value.new_empty(self.rows, self.columns), 0
+        for chunk in self.chunks():
+            (eta, constant), origin = chunk.natural(), chunk.origin
+            for at in range(0, len(value), self.rows):
+                rows = slice(at, at + self.rows)
+                statistics = chunk.statistics(value[rows], origin)
+                block = tile[: len(statistics), : len(chunk)]
+                if block.is_contiguous():
+                    torch.addmm(constant, statistics, eta, out=block)
+                else:
+                    block = torch.addmm(constant, statistics, eta)
+                if skip is not None:
+                    _leave_out(block, skip[rows] - start)
+                _accumulate(block, top[rows], total[rows])
+            start += len(chunk)
+        return (top + total.log_()).squeeze(1)
+
+
+def _leave_out(block: Tensor, column: Tensor) -> None:
+    """Give one column of every row no weight, where it stands in this tile; no synchronisation."""
+    inside = (column >= 0) & (column < block.shape[1])
+    at = column.clamp(0, block.shape[1] - 1)[:, None]
+    block.scatter_(1, at, torch.where(inside[:, None], LOWEST, block.gather(1, at)))
+
+
+def _accumulate(block: Tensor, top: Tensor, total: Tensor) -> None:
+    """Add exp(block) to sums kept relative to their running maximum, in place.
+
+    exp is many times slower where its result underflows: what is clamped adds less than n * tiny to a sum above 1.
+    """
+    floor = math.log(torch.finfo(block.dtype).tiny) + 1
+    higher = torch.maximum(top, block.amax(1, keepdim=True))
+    total.mul_((top - higher).exp_())
+    total += block.sub_(higher).clamp_(min=floor).exp_().sum(1, keepdim=True)
+    top.copy_(higher)
+
+
+class Kept(Products):
+    """Members held in memory."""
+
+    def __init__(self, given: Members, memory: int) -> None:
+        self.members = given.double()
+        device = self.members.origin.device
+        super().__init__(given.dim, given.features, device, memory)
+
+    def __len__(self) -> int:
+        return len(self.members)
+
+    def chunks(self) -> Iterator[Members]:
+        """See `Products.chunks`."""
+        for start in range(0, len(self), self.columns):
+            yield self.members.rows(slice(start, start + self.columns))
+
+    def own(self, value: Tensor, index: Tensor) -> Tensor:
+        """See `Components.own`."""
+        return self.members.rows(index).log_prob(value.to(self.device, torch.float64))
+
+    def sample(self, index: Tensor) -> Tensor:
+        """See `Components.sample`."""
+        return self.members.rows(index).sample()
+
+
+class Streamed(Products):
+    """Members read off the guide again in every pass: memory does not grow with n."""
+
+    def __init__(self, pair: Pair, x: Tensor, latents: Sequence[str], memory: int) -> None:
+        self.pair, self.x, self.latents = pair, x, tuple(latents)
+        first = self._read(x[:1])
+        super().__init__(first.dim, first.features, x.device, memory)
+
+    def _read(self, x: Tensor) -> Members:
+        with quiet(self.pair, x, 0):
+            found = members(self.pair, x, self.latents)
+        assert found is not None  # noqa: S101 - `AggregatedPosterior.of` has looked
+        return found.double()
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def chunks(self) -> Iterator[Members]:
+        """See `Products.chunks`."""
+        for part in self.x.split(self.columns):
+            yield self._read(part)
+
+    def own(self, value: Tensor, index: Tensor) -> Tensor:
+        """See `Components.own`."""
+        pairs = zip(value.to(torch.float64).split(self.columns), index.split(self.columns), strict=True)
+        return torch.cat([self._read(self.x[i]).log_prob(z) for z, i in pairs])
+
+    def sample(self, index: Tensor) -> Tensor:
+        """See `Components.sample`."""
+        return torch.cat([self._read(self.x[i]).sample() for i in index.split(self.columns)])
+
+
+class GuideRuns(Components):
+    """Any guide: its own `log_prob` on every pair of value and row, and its own draws."""
+
+    def __init__(self, pair: Pair, x: Tensor, latents: Sequence[str]) -> None:
+        self.pair, self.x = pair, x
+        self.guided = Guided(pair, x, latents)
+        self.dim = self.guided.dim
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def log_sum(self, value: Tensor, skip: Tensor | None = None) -> Tensor:
+        """See `Components.log_sum`."""
+        with quiet(self.pair, self.x, 0):
+            return self.guided.log_sum(value, skip)
+
+    def own(self, value: Tensor, index: Tensor) -> Tensor:
+        """See `Components.own`."""
+        with quiet(self.pair, self.x, 0):
+            return self.guided.own(value, index)
+
+    def sample(self, index: Tensor) -> Tensor:
+        """See `Components.sample`."""
+        seed = int(torch.randint(2**31, ()))
+        with quiet(self.pair, self.x, seed):
+            parts = [flat_values(self.pair, self.x[i], self.guided.latents) for i in index.split(CHUNK)]
+        return torch.cat(parts)
+
+
+@dataclass(frozen=True)
+class Information:
+    """log q(z_i | x_i) - log q_agg(z_i) of m draws, `(m,)`, nats; its mean is I_q[x, z]."""
+
+    lower: Tensor
+    """With x_i and the chosen components alone: in expectation at most the exact one."""
+    upper: Tensor
+    """With the chosen components standing for all others: in expectation at least the exact one, at most log n."""
+    leave_one_out: Tensor
+    """Against the others alone: in expectation at least the mutual information under the law of the data."""
+
+    @property
+    def bias(self) -> float:
+        """A bound, in expectation, on what leaving components out does to I_q; 0 when all are there."""
+        return float((self.upper - self.lower).mean())
 
 
 class AggregatedPosterior(dist.TorchDistribution):
-    r"""The mixture 1/n sum_i N(loc_i, diag scale_i^2), scored by a matrix product and a logsumexp.
+    r"""The mixture 1/n sum_i q(z | x_i) of a guide's posteriors over a data set.
 
-    For a member of the exponential family log q(z|x_i) = <T(z), eta_i> - A(eta_i) + h(z); for the diagonal
-    normal T(z) = (z^2, z), eta = (-1/(2 s^2), m/s^2), A = sum(m^2/(2 s^2) + log s) + D/2 log 2 pi. The densities
-    of m points under n components are one product `(m, 2D) x (2D, n)`, taken tile by tile in preallocated
-    memory: `ROWS x COLUMNS` numbers whatever n. Differences of large terms are taken, so float64 is the default.
+    Posteriors of an exponential family (normal, full-rank normal, categorical and one-hot grids, Bernoulli, products
+    of them) are scored by a matrix product and a logsumexp in float64: log q(z | x_i) = <T(z), eta_i> - A(eta_i).
+    Any other guide, and latents that read each other, are scored by the guide's own `log_prob` on every pair of
+    value and row. Values are flat: the event dimensions of all latents in a row, in the guide's order.
+
+    Memory: beside the data and the values, at most `memory` bytes whatever n: parameters that would take more are
+    read off the guide again in every pass.
 
     Arguments:
-        loc: `(n, D)`.
-        scale: `(n, D)`.
-        dtype: of the computation.
+        components: an exponential family's members, or what `of` makes.
+        total: how many rows the components stand for, when they are a random subset.
+        index: which rows they are, `(M,)`, when they are a subset.
+        memory: bytes.
 
     Example:
-        >>> q = AggregatedPosterior(torch.zeros(3, 2), torch.ones(3, 2))
+        >>> from pvae.exponential import Normals
+        >>> q = AggregatedPosterior(Normals(torch.zeros(3, 2), torch.ones(3, 2)))
         >>> bool(torch.isclose(q.log_prob(torch.zeros(2)), torch.tensor(-math.log(2 * math.pi)).double()))
         True
     """
 
-    arg_constraints = {"loc": constraints.real, "scale": constraints.positive}
+    arg_constraints: dict[str, Any] = {}  # noqa: RUF012 - as torch declares it
     support = constraints.real_vector
 
     def __init__(
-        self, loc: Tensor, scale: Tensor, dtype: torch.dtype = torch.float64, validate_args: bool | None = None
+        self,
+        components: Members | Components,
+        total: int | None = None,
+        index: Tensor | None = None,
+        memory: int = MEMORY,
     ) -> None:
-        if loc.dim() != 2 or loc.shape != scale.shape or not len(loc):
-            raise DeclarationError(
-                f"AggregatedPosterior: expected loc and scale of one shape (n, D); got {list(loc.shape)} and "
-                f"{list(scale.shape)}."
-            )
-        self.loc, self.scale = loc.detach().to(dtype), scale.detach().to(dtype)
-        precision = self.scale**-2
-        self._eta = torch.cat([-0.5 * precision, self.loc * precision], 1).T.contiguous()
-        log_normaliser = 0.5 * (self.loc**2 * precision).sum(1) + self.scale.log().sum(1)
-        self._constant = -log_normaliser - 0.5 * loc.shape[1] * math.log(2 * math.pi)
-        super().__init__(torch.Size(), loc.shape[1:], validate_args=validate_args)
+        self.components = Kept(components, memory) if isinstance(components, Members) else components
+        if not len(self.components):
+            raise DeclarationError("AggregatedPosterior: expected at least one component; got none.")
+        self.total = len(self.components) if total is None else total
+        self.index = index
+        super().__init__(torch.Size(), torch.Size((self.components.dim,)), validate_args=False)
+
+    @classmethod
+    def of(
+        cls,
+        pair: Pair,
+        x: Tensor,
+        *,
+        latents: Sequence[str] | None = None,
+        components: int | None = None,
+        seed: int = 0,
+        memory: int = MEMORY,
+    ) -> AggregatedPosterior:
+        """Run a guide over a data set.
+
+        Arguments:
+            pair: any Pyro pair.
+            x: data `(n, *event)`.
+            latents: which of them; default: all of the guide's, together.
+            components: use this many rows, drawn at random; default: all.
+            seed: of that choice.
+            memory: bytes.
+
+        Returns:
+            The mixture over the rows (or the chosen ones).
+
+        Raises:
+            DataError: a latent that the guide does not have, or a number of components out of range.
+        """
+        x = accept(pair, x)
+        names = pair.layout.latents if latents is None else tuple(latents)
+        if not names or not set(names) <= {*pair.layout.latents}:
+            raise DataError(f"latents: expected some of {', '.join(pair.layout.latents)}; got {', '.join(names)}.")
+        rows = choose(len(x), components, seed, x.device)
+        chosen = x if rows is None else x[rows]
+        with quiet(pair, x, 0):
+            first = members(pair, chosen[:2], names) if set(names) <= first_level(pair, x)[0] else None
+        made: Members | Components
+        if first is None:
+            made = GuideRuns(pair, chosen, names)
+        elif 8 * first.numbers * len(chosen) > memory // 2:
+            made = Streamed(pair, chosen, names, memory)
+        else:
+            with quiet(pair, x, 0):
+                parts = [members(pair, part, names) for part in chosen.split(CHUNK)]
+            made = parts[0].joined(parts[1:])  # type: ignore[union-attr]
+        return cls(made, len(x), rows, memory)
 
     def __len__(self) -> int:
-        return len(self.loc)
+        return len(self.components)
 
-    @torch.no_grad()
+    def _flat(self, value: Tensor) -> Tensor:
+        return value.detach().reshape(-1, self.event_shape[0])
+
     def log_prob(self, value: Tensor) -> Tensor:
-        """log q_agg(z) of `(..., D)`, nats, `(...)`; exact over all n components."""
-        flat = value.detach().to(self.loc).reshape(-1, self.loc.shape[1])
-        out = torch.empty(len(flat), dtype=self.loc.dtype, device=self.loc.device)
-        for start in range(0, len(flat), ROWS):
-            rows = slice(start, start + ROWS)
-            out[rows] = self._log_sum(flat[rows]) - math.log(len(self))
+        """log q_agg(z) of `(..., D)`, nats, `(...)`; exact over all components."""
+        out = self.components.log_sum(self._flat(value)) - math.log(len(self))
         return out.reshape(value.shape[:-1])
 
-    def _log_sum(self, z: Tensor) -> Tensor:
-        """log sum_i q(z | x_i) of a block of rows, components tile by tile with a running maximum."""
-        statistics = torch.cat([z * z, z], 1)
-        tile = torch.empty(len(z), min(COLUMNS, len(self)), dtype=z.dtype, device=z.device)
-        top = torch.full((len(z), 1), -math.inf, dtype=z.dtype, device=z.device)
-        total = torch.zeros_like(top)
-        # exp is many times slower where its result underflows; what is clamped adds less than n * tiny to a sum above 1
-        floor = math.log(torch.finfo(z.dtype).tiny) + 1
-        for start in range(0, len(self), COLUMNS):
-            columns = slice(start, start + COLUMNS)
-            constant = self._constant[columns]
-            block = tile[:, : len(constant)]
-            if len(constant) < tile.shape[1]:
-                block = torch.addmm(constant, statistics, self._eta[:, columns])
-            else:
-                torch.addmm(constant, statistics, self._eta[:, columns], out=tile)
-            higher = torch.maximum(top, block.amax(1, keepdim=True))
-            total.mul_((top - higher).exp_())
-            total += block.sub_(higher).clamp_(min=floor).exp_().sum(1, keepdim=True)
-            top = higher
-        return (top + total.log_()).squeeze(1)
+    def component_log_prob(self, value: Tensor, index: Tensor | None = None) -> Tensor:
+        """log q(z_i | x_index_i), nats, of `(m, D)`; row i under component i unless `index` says otherwise."""
+        index = torch.arange(len(value), device=value.device) if index is None else index
+        return self.components.own(value, index)
 
-    def component_log_prob(self, value: Tensor) -> Tensor:
-        """log q(z_i | x_i), nats: row i of `value` `(..., n, D)` under component i, `(..., n)`; exact."""
-        return dist.Normal(self.loc, self.scale, validate_args=False).log_prob(value.to(self.loc)).sum(-1)
+    def leave_one_out(self, value: Tensor, index: Tensor | None = None) -> Tensor:
+        """log 1/(n-1) sum_{j != index_i} q(z_i | x_j) of `(m, D)`, nats; row i leaves out i unless `index` says."""
+        index = torch.arange(len(value), device=value.device) if index is None else index
+        others, count = self._others(value, index)
+        return others - count.log()
+
+    def _others(self, value: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+        """log of the sum over components that are not row `index_i`, and how many these are."""
+        skip = index
+        if self.index is not None:
+            where = torch.full((self.total,), -1, device=index.device)
+            where[self.index] = torch.arange(len(self), device=index.device)
+            skip = where[index]
+        count = len(self) - (skip >= 0).double()
+        if float(count.min()) < 1:
+            raise DataError("leave-one-out: expected at least two components; got one.")
+        return self.components.log_sum(value, skip), count
+
+    def information(self, value: Tensor, index: Tensor, own: Tensor) -> Information:
+        r"""Pointwise I_q[x, z] of draws z_i ~ q(z | x_index_i), with bounds where components are a subset.
+
+        With n rows, own density q_i and M others chosen at random,
+
+        - upper: log q_i - log(q_i / n + (n-1)/n * mean of the others): the argument of the logarithm is unbiased
+          for q_agg(z_i), so by Jensen the mean is at least I_q; no term exceeds log n.
+        - lower: log q_i - log((q_i + sum of the others) / (M + 1)), the information within random subsets of rows,
+          which mutual information, concave in the law of x, exceeds on average.
+
+        They are equal, and exact, when every row is a component. Leave-one-out drops q_i from the mixture: for data
+        drawn from a law it bounds the information under that law from above, while I_q bounds it from below.
+
+        References:
+            On Variational Bounds of Mutual Information (Poole et al., 2019), https://arxiv.org/abs/1905.06922
+
+        Arguments:
+            value: `(m, D)`.
+            index: the row each value was drawn for, `(m,)`.
+            own: log q(z_i | x_index_i), `(m,)`, float64.
+
+        Returns:
+            Information, nats, `(m,)` each.
+        """
+        if self.total == 1:
+            zero = torch.zeros_like(own)
+            return Information(zero, zero, zero + math.inf)
+        others, count = self._others(value, index)
+        n = self.total
+        mean = others - count.log()
+        lower = own - (torch.logaddexp(own, others) - (count + 1).log())
+        upper = own - torch.logaddexp(own - math.log(n), mean + math.log((n - 1) / n))
+        return Information(lower, lower if len(self) == n else upper, own - mean)
 
     def sample(self, sample_shape: Size = torch.Size()) -> Tensor:
         """Ancestral draws `sample_shape + (D,)`."""
-        index = torch.randint(len(self), sample_shape, device=self.loc.device)
-        return torch.normal(self.loc[index], self.scale[index])
+        index = torch.randint(len(self), (math.prod(sample_shape),))
+        return self.components.sample(index).reshape(*sample_shape, *self.event_shape)
 
     def expand(self, batch_shape: Size, _instance: Any = None) -> dist.TorchDistribution:
         """The same mixture over more batch dimensions."""
         return dist.ExpandedDistribution(self, batch_shape)
+
+
+def choose(n: int, count: int | None, seed: int, device: torch.device) -> Tensor | None:
+    """`count` of n rows at random, in order; None for all of them."""
+    if count is not None and count < 2:
+        raise DataError(f"components: expected at least 2; got {count}.")
+    if count is None or count >= n:
+        return None
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(seeds.mix(seed, seeds.ANALYSIS, 3)))
+    return order[:count].sort().values.to(device)

@@ -1,23 +1,28 @@
-"""Draws of a pair over a data set, chunk by chunk: what surgery, evidence and the report read."""
+"""Draws of a pair over a data set, chunk by chunk: what surgery, collapse and the report read."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
+from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
-from pvae import seeds
-from pvae.analysis.aggregated import normal_parameters
-from pvae.errors import DeclarationError
+from pvae import seeds, traces
+from pvae.enumeration import Table, read_table
+from pvae.errors import DataError, DeclarationError
+from pvae.exponential import Codes, FullRankNormals, Members, Normals, product
 from pvae.pair import Pair
 from pvae.pair import quiet as quiet_pair
-from pvae.traces import Layout, closed_kl, log_prob, rows_first, samples
+from pvae.traces import Layout, closed_kl, log_prob, rows_first, samples, sum_over
 
 CHUNK = 1000
+Roots = tuple[set[str], set[str]]
+KEPT = 2**29
+"""Bytes of posterior parameters that draws hold on to; larger ones (full rank, long codes) are read off again."""
 
 
 def accept(pair: Pair, x: Any) -> Tensor:
@@ -46,16 +51,34 @@ class LatentDraw:
     """log q(z | x, latents before it), `(n,)`."""
     log_p: Tensor
     """log p(z | parents), `(n,)`."""
-    loc: Tensor | None
-    """Location of a diagonal normal posterior, `(n, D)`; None for other posteriors."""
-    scale: Tensor | None
-    """Its scale."""
-    prior_loc: Tensor | None
-    """Location of a diagonal normal prior, broadcast to `(n, D)`."""
-    prior_scale: Tensor | None
-    """Its scale."""
+    q: Members | None
+    """The n posteriors, of an exponential family; None for others, and where they are too large to keep."""
+    p: Members | None
+    """The n priors (all alike where it reads no parents)."""
+    normal: Normals | None
+    """Location and standard deviation of every coordinate of a (full-rank) normal posterior."""
     kl: Tensor | None
     """KL(q || p) in closed form where torch knows it, `(n,)`."""
+
+    @property
+    def loc(self) -> Tensor | None:
+        """Posterior mean of a normal, `(n, D)`."""
+        return None if self.normal is None else self.normal.loc
+
+    @property
+    def scale(self) -> Tensor | None:
+        """Its standard deviations."""
+        return None if self.normal is None else self.normal.scale
+
+    @property
+    def prior_loc(self) -> Tensor | None:
+        """Mean of a diagonal normal prior, `(n, D)`."""
+        return self.p.loc if isinstance(self.p, Normals) else None
+
+    @property
+    def prior_scale(self) -> Tensor | None:
+        """Its standard deviations."""
+        return self.p.scale if isinstance(self.p, Normals) else None
 
 
 @dataclass
@@ -68,41 +91,74 @@ class Draw:
     shared: dict[str, float]
     """log q - log p of every global latent, nats for the whole data set."""
 
+    def flat(self, names: Sequence[str]) -> Tensor:
+        """Values of several latents side by side, `(n, D)`."""
+        return torch.cat([self.latents[name].value for name in names], 1)
 
-def _double(node: Any, pair: Pair) -> Tensor:
-    """Log density per datum in float64: of the same parameters where they are normal, else as the site computes it."""
-    parameters = normal_parameters(node["fn"])
-    if parameters is None:
-        return log_prob(node, pair.layout, 0).double()
-    wide = {**node, "fn": node["fn"], "value": node["value"].double()}
-    return log_prob(wide, pair.layout, 0).double()
+
+def members(pair: Pair, x: Tensor, latents: Sequence[str]) -> Members | None:
+    """The posteriors of some latents as members of an exponential family; None where one is of another kind.
+
+    Call it inside `quiet`. A posterior that reads other latents is that at the guide's own draw of them.
+    """
+    nodes = samples(pair.guide_trace(x))
+    found = [traces.members(nodes[name], pair.layout, len(x)) for name in latents]
+    known = [f for f in found if f is not None]
+    return product(known) if len(known) == len(found) else None
+
+
+def flat_values(pair: Pair, x: Tensor, latents: Sequence[str]) -> Tensor:
+    """One draw of some latents for every row, side by side, `(n, D)`, float64."""
+    nodes = samples(pair.guide_trace(x))
+    return torch.cat([rows_first(nodes[z]["value"], nodes[z], pair.layout, len(x)).double() for z in latents], 1)
+
+
+# ---------------------------------------------------------------------- one chunk
 
 
 def draw_chunk(pair: Pair, x: Tensor) -> Draw:
     """One draw for the rows of a chunk."""
-    guide_trace, model_trace = (samples(trace) for trace in pair.traces(x))
-    n, layout = len(x), pair.layout
-    reconstruction = sum(log_prob(model_trace[name], layout, 0).double() for name in layout.observed)
-    latents = {}
-    for name in layout.latents:
-        q, p = guide_trace[name], model_trace.get(name)
-        parameters = normal_parameters(q["fn"])
-        prior = normal_parameters(p["fn"]) if p else None
-        latents[name] = LatentDraw(
-            value=rows_first(q["value"], q, layout, n).double(),
-            log_q=_double(q, pair),
-            log_p=_double(p, pair) if p else torch.zeros(n, dtype=torch.float64, device=x.device),
-            loc=rows_first(parameters[0], q, layout, n).double() if parameters else None,
-            scale=rows_first(parameters[1], q, layout, n).double() if parameters else None,
-            prior_loc=rows_first(prior[0], p, layout, n).double() if p and prior else None,
-            prior_scale=rows_first(prior[1], p, layout, n).double() if p and prior else None,
-            kl=_closed(q, p, layout) if p else None,
-        )
-    shared = {}
-    for name in layout.shared:
-        q, p = guide_trace[name], model_trace.get(name)
-        shared[name] = float(q["fn"].log_prob(q["value"]).sum() - (p["fn"].log_prob(p["value"]).sum() if p else 0.0))
-    return Draw(torch.as_tensor(reconstruction), latents, shared)
+    guide_trace, model_trace = pair.traces(x)
+    layout = pair.layout
+    if layout.enumerated:
+        return _draw_summed(pair, guide_trace, model_trace, len(x))
+    p = samples(model_trace)
+    reconstruction = sum_over([log_prob(p[name], layout, 0).double() for name in layout.observed])
+    latents = {name: _latent(samples(guide_trace)[name], p.get(name), layout, len(x)) for name in layout.latents}
+    return Draw(reconstruction, latents, _shared(guide_trace, model_trace, layout))
+
+
+def _latent(q: Any, p: Any, layout: Layout, n: int) -> LatentDraw:
+    value = rows_first(q["value"], q, layout, n).double()
+    posterior, prior = _members(q, layout, n), _members(p, layout, n)
+    return LatentDraw(
+        value=value,
+        log_q=_score(q, posterior, value, layout),
+        log_p=torch.zeros_like(value[:, 0]) if p is None else _score(p, prior, value, layout),
+        q=posterior,
+        p=prior,
+        normal=_normal(posterior),
+        kl=None if p is None else _closed(q, p, layout),
+    )
+
+
+def _members(node: Any, layout: Layout, n: int) -> Members | None:
+    found = None if node is None else traces.members(node, layout, n)
+    return None if found is None else found.double()
+
+
+def _score(node: Any, known: Members | None, value: Tensor, layout: Layout) -> Tensor:
+    """Log density per datum in float64: of the same parameters where they are known, else as the site computes it."""
+    weighed = node["mask"] is not None or not (node["scale"].__class__ is float and node["scale"] == 1.0)
+    if known is None or weighed:
+        return log_prob(node, layout, 0).double()
+    return known.log_prob(value)
+
+
+def _normal(q: Members | None) -> Normals | None:
+    if isinstance(q, FullRankNormals):
+        return Normals(q.loc, q.scale)
+    return q if isinstance(q, Normals) else None
 
 
 def _closed(q: Any, p: Any, layout: Layout) -> Tensor | None:
@@ -110,15 +166,118 @@ def _closed(q: Any, p: Any, layout: Layout) -> Tensor | None:
     return None if value is None else value.double()
 
 
+def _shared(guide_trace: Trace, model_trace: Trace, layout: Layout) -> dict[str, float]:
+    guide, model, out = samples(guide_trace), samples(model_trace), {}
+    for name in layout.shared:
+        q, p = guide[name], model.get(name)
+        out[name] = float(q["fn"].log_prob(q["value"]).sum() - (p["fn"].log_prob(p["value"]).sum() if p else 0.0))
+    return out
+
+
+# ---------------------------------------------------------------------- with sites that are summed out
+
+
+def _draw_summed(pair: Pair, guide_trace: Trace, model_trace: Trace, n: int) -> Draw:
+    """A draw of a pair whose model has sites to sum over: they are latents where the guide has none, else left out."""
+    layout, shared = pair.layout, _shared(guide_trace, model_trace, pair.layout)
+    table = read_table(model_trace, layout, 0)
+    if not layout.latents:
+        return Draw(_expected_reconstruction(table), {"+".join(layout.enumerated): _codes(table, n)}, shared)
+    if len(layout.latents) > 1:
+        raise DataError(
+            f"surgery: expected at most one latent in the guide beside enumerated ones ({', '.join(layout.enumerated)}"
+            f"); got {', '.join(layout.latents)}. Give the discrete sites a guide."
+        )
+    name = layout.latents[0]
+    latent = _latent(guide_trace.nodes[name], None, layout, n)
+    latent.log_p = table.log_sum(table.latent).double()
+    return Draw(table.log_sum(table.joint).double() - latent.log_p, {name: latent}, shared)
+
+
+def _expected_reconstruction(table: Table) -> Tensor:
+    return sum_over([table.expected(name) for name in table.layout.observed]).double()
+
+
+def _codes(table: Table, n: int) -> LatentDraw:
+    """The joint state of all enumerated sites as one code."""
+    weights, prior = (t.double().reshape(-1, n).T[:, None] for t in (table.joint, table.latent))
+    q, p = Codes(weights), Codes(prior)
+    value = q.sample()
+    kl = (q.logits.exp() * (q.logits - p.logits)).sum((1, 2))
+    return LatentDraw(value, q.log_prob(value), p.log_prob(value), q, p, None, kl)
+
+
+# ---------------------------------------------------------------------- all rows
+
+
 def draw(pair: Pair, x: Tensor, chunk: int = CHUNK) -> Draw:
     """One draw for every row of `x`, `chunk` rows at a time."""
-    parts = [draw_chunk(pair, x[start : start + chunk]) for start in range(0, len(x), chunk)]
+    parts = []
+    for start in range(0, len(x), chunk):
+        part = draw_chunk(pair, x[start : start + chunk])
+        for latent in part.latents.values():
+            _drop_large(latent, len(x))
+        parts.append(part)
     latents = {name: _joined([p.latents[name] for p in parts]) for name in parts[0].latents}
     return Draw(torch.cat([p.reconstruction for p in parts]), latents, parts[0].shared)
 
 
+def _drop_large(latent: LatentDraw, n: int) -> None:
+    """Let go of parameters that would take more than `KEPT` bytes for all rows."""
+    if latent.q is not None and 8 * n * latent.q.numbers > KEPT:
+        latent.q = None
+    if latent.p is not None and 8 * n * latent.p.numbers > KEPT:
+        latent.p = None
+
+
 def _joined(parts: list[LatentDraw]) -> LatentDraw:
     """Chunks of one latent in a row."""
-    columns = {f.name: [getattr(part, f.name) for part in parts] for f in fields(LatentDraw)}
-    joined: dict[str, Any] = {name: None if c[0] is None else torch.cat(c) for name, c in columns.items()}
-    return LatentDraw(**joined)
+    first, rest = parts[0], parts[1:]
+    if not rest:
+        return first
+    out: dict[str, Any] = {}
+    for f in fields(LatentDraw):
+        column = [getattr(part, f.name) for part in parts]
+        if column[0] is None or f.name == "normal":
+            out[f.name] = None
+        elif isinstance(column[0], Members):
+            out[f.name] = column[0].joined(column[1:])
+        else:
+            out[f.name] = torch.cat(column)
+    normal = [part.normal for part in parts if part.normal is not None]
+    # A diagonal normal posterior is its own marginal: kept once.
+    shared = isinstance(out["q"], Normals)
+    out["normal"] = out["q"] if shared else normal[0].joined(normal[1:]) if normal else None
+    return LatentDraw(**out)
+
+
+# ---------------------------------------------------------------------- who reads whom
+
+
+def first_level(pair: Pair, x: Tensor) -> Roots:
+    """Latents whose posterior (first set) and prior (second set) do not depend on other latents' values.
+
+    Found by drawing twice: a density that moves, at a value that does not, reads another latent.
+    """
+    rows = x[:16]
+    with quiet(pair, x, 0):
+        if pair.layout.enumerated and not pair.layout.latents:
+            return _summed_level(draw(pair, rows), draw(pair, rows))
+        (q, p), (q_again, p_again) = (tuple(map(samples, pair.traces(rows))) for _ in range(2))
+
+    def unmoved(name: str, first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
+        if name not in first:
+            return False
+        value = q[name]["value"]
+        return torch.equal(first[name]["fn"].log_prob(value), second[name]["fn"].log_prob(value))
+
+    names = pair.layout.latents
+    return {z for z in names if unmoved(z, q, q_again)}, {z for z in names if unmoved(z, p, p_again)}
+
+
+def _summed_level(one: Draw, two: Draw) -> Roots:
+    """A code inferred by Bayes depends on nothing but x, unless global latents are random."""
+    name = next(iter(one.latents))
+    q, again = one.latents[name].q, two.latents[name].q
+    still = isinstance(q, Codes) and isinstance(again, Codes) and torch.equal(q.logits, again.logits)
+    return ({name}, {name}) if still else (set(), set())

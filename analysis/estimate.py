@@ -34,6 +34,11 @@ class Estimate:
             return f"{self.value:.4f} (exact)"
         return f"{self.value:.4f} +- {self.standard_error:.4f} ({self.kind.replace('_', ' ')})"
 
+    @property
+    def label(self) -> str:
+        """The kind in words, and how the error was found where that matters."""
+        return self.kind.replace("_", " ") + (f", {self.note}" if self.note else "")
+
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers and strings, for JSON: what is not defined (the error of one draw of one row) is None."""
         return {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in asdict(self).items()}
@@ -42,6 +47,12 @@ class Estimate:
 def exact(value: float) -> Estimate:
     """A figure without Monte Carlo error."""
     return Estimate(value, 0.0, "exact")
+
+
+def exact_mean(terms: Tensor) -> Estimate:
+    """The mean of terms `(n,)` that are exact for every datum."""
+    n = len(terms)
+    return Estimate(float(terms.mean()), 0.0, "exact", float(terms.std() / math.sqrt(n)) if n > 1 else None)
 
 
 def over_draws(terms: Tensor, kind: Kind = "estimate") -> Estimate:

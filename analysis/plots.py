@@ -22,8 +22,8 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 from scipy.ndimage import gaussian_filter
 
+from pvae.analysis.anatomy import Surgery
 from pvae.analysis.collapse import ACTIVE, LatentCollapse
-from pvae.analysis.surgery import Surgery
 
 Array = NDArray[np.float64]
 Row = Mapping[str, Any]

@@ -22,11 +22,12 @@ from torch import Tensor
 
 from pvae import seeds
 from pvae.analysis import plots
+from pvae.analysis.anatomy import Surgery
 from pvae.analysis.collapse import ACTIVE, Collapse, collapse
 from pvae.analysis.draws import Draw, LatentDraw, draw, quiet
 from pvae.analysis.estimate import Estimate
 from pvae.analysis.evidence import Evidence, evidence
-from pvae.analysis.surgery import Surgery, surgery
+from pvae.analysis.surgery import surgery
 from pvae.files import write_atomic
 from pvae.pair import Pair
 from pvae.run import Run

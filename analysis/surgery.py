@@ -2,170 +2,33 @@
 
 from __future__ import annotations
 
-import html
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from pyro import poutine
 from torch import Tensor
 
-from pvae import seeds
-from pvae.analysis.aggregated import AggregatedPosterior
+from pvae.analysis import codes
+from pvae.analysis.aggregated import MEMORY, AggregatedPosterior, choose
+from pvae.analysis.anatomy import ClassSurgery, Dimensions, LatentSurgery, Surgery
 from pvae.analysis.collapse import active_units, kl_per_dimension
-from pvae.analysis.draws import Draw, LatentDraw, accept, draw, quiet
-from pvae.analysis.estimate import Estimate, exact, over_draws
+from pvae.analysis.draws import Draw, LatentDraw, Roots, accept, draw, first_level, quiet
+from pvae.analysis.estimate import Estimate, Kind, exact, exact_mean, over_draws
+from pvae.analysis.grid import grid_error, marginal_log_prob
 from pvae.errors import DataError
+from pvae.exponential import Codes, Normals, product
 from pvae.pair import Pair
-from pvae.traces import log_prob, samples
 
-if TYPE_CHECKING:
-    import pandas
-    from rich.table import Table
-
-Roots = tuple[set[str], set[str]]
-JOINT_ROWS = 512
-BATCH = 8192
-
-
-@dataclass(frozen=True)
-class LatentSurgery:
-    """What one latent costs, nats per datum."""
-
-    kl: Estimate
-    """E[log q(z|.) - log p(z|.)]."""
-    kl_exact: Estimate | None
-    """The same in closed form, where torch knows it."""
-    mutual_information: Estimate | None
-    """I_q[x, z_l] under the exact aggregated posterior; None where q(z_l | .) reads other latents."""
-    marginal_kl: Estimate | None
-    """KL(q_agg(z_l) || p(z_l)); None where either side reads other latents."""
-    kl_per_dimension: tuple[float, ...] | None
-    """Mean closed-form KL of every coordinate, for normal posterior and normal prior."""
-    active_units: int | None
-    """Coordinates whose posterior mean varies over the data by more than 0.01 (variance)."""
-
-
-@dataclass(frozen=True, repr=False)
-class Surgery:
-    """The ELBO of a data set, taken apart; nats per datum.
-
-    `elbo = reconstruction - kl` and `kl = mutual_information + marginal_kl` hold exactly, because one set of
-    draws serves every term. `mutual_information` is at most `log_n`.
-    """
-
-    n: int
-    samples: int
-    reconstruction: Estimate
-    kl: Estimate
-    kl_exact: Estimate | None
-    mutual_information: Estimate | None
-    marginal_kl: Estimate | None
-    elbo: Estimate
-    log_n: Estimate
-    latents: dict[str, LatentSurgery]
-    shared: dict[str, float] = field(default_factory=dict)
-    """log q - log p of global latents, nats for the whole data set; no part of the figures per datum."""
-    notes: tuple[str, ...] = ()
-
-    def rows(self) -> Iterator[tuple[str, Estimate | None, str]]:
-        """(term, figure, what it means) in reading order."""
-        rest = " - global_kl" if self.shared else ""
-        yield "elbo", self.elbo, f"reconstruction - kl{rest}, a lower bound of log p(x)"
-        yield "reconstruction", self.reconstruction, "E_q log p(x | z)"
-        yield "kl", self.kl, "E_q log q(z | x) - log p(z), the price of the code"
-        yield "kl_exact", self.kl_exact, "the same in closed form"
-        yield "mutual_information", self.mutual_information, f"I_q[x, z], at most log n = {self.log_n.value:.4f}"
-        yield "marginal_kl", self.marginal_kl, "KL(q_agg || p), the most a better prior can win with this encoder"
-        if self.shared:
-            share = sum(self.shared.values()) / self.n
-            yield "global_kl", Estimate(share), f"of {', '.join(self.shared)}: one draw for all data, divided by n"
-        for name, latent in self.latents.items() if len(self.latents) > 1 else ():
-            yield f"{name}.kl", latent.kl, f"the level {name} alone"
-            yield f"{name}.mutual_information", latent.mutual_information, f"I_q[x, {name}]"
-            yield f"{name}.marginal_kl", latent.marginal_kl, f"KL(q_agg({name}) || p({name}))"
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain numbers and strings, for JSON."""
-        figures = {name: None if e is None else e.to_dict() for name, e, _ in self.rows()}
-        latents = {
-            name: {"kl_per_dimension": z.kl_per_dimension, "active_units": z.active_units}
-            for name, z in self.latents.items()
-        }
-        return {
-            "unit": "nats per datum",
-            "n": self.n,
-            "samples": self.samples,
-            "log_n": self.log_n.value,
-            "figures": figures,
-            "latents": latents,
-            "shared": self.shared,
-            "notes": list(self.notes),
-        }
-
-    def to_frame(self) -> pandas.DataFrame:
-        """One row per term: value, errors, kind."""
-        import pandas
-
-        rows = [{"term": name, **e.to_dict()} for name, e, _ in self.rows() if e is not None]
-        return pandas.DataFrame(rows).set_index("term")
-
-    def headline(self) -> str:
-        """What a better prior could win, in one sentence."""
-        if self.marginal_kl is None:
-            return "marginal KL not available for this posterior"
-        return (
-            f"marginal KL {self.marginal_kl.value:.2f} nats: the most a better prior can win with this encoder "
-            f"(on these {self.n} points)"
-        )
-
-    def _legend(self) -> tuple[str, ...]:
-        """What a word in the table means, where it stands there."""
-        if self.samples > 1:
-            return ()
-        return ("conservative: one draw cannot tell Monte Carlo noise from spread over data; take more samples",)
-
-    def table(self) -> Table:
-        """The figures as a rich table."""
-        from rich.table import Table
-        from rich.text import Text
-
-        title = f"ELBO surgery, nats per datum (n = {self.n}, {self.samples} draw{'s' * (self.samples > 1)})"
-        table = Table(
-            title=title, caption="\n".join((self.headline(), *self.notes, *self._legend())), caption_justify="left"
-        )
-        for column, justify in (("term", "left"), ("value", "right"), ("std error", "right"), ("kind", "left")):
-            table.add_column(column, justify=justify, no_wrap=True)  # type: ignore[arg-type]
-        table.add_column("what it is")
-        for name, e, meaning in self.rows():
-            if e is not None:
-                kind = e.kind.replace("_", " ") + (f", {e.note}" if e.note else "")
-                error = f"{e.standard_error:.4f}" if e.standard_error else ""
-                table.add_row(name, f"{e.value:.4f}", error, kind, Text(meaning))  # Text: no markup in I_q[x, z]
-        return table
-
-    def __rich__(self) -> Table:
-        return self.table()
-
-    def __repr__(self) -> str:
-        return str(self)
-
-    def __str__(self) -> str:
-        lines = [f"ELBO surgery, nats per datum, n = {self.n}, samples = {self.samples}"]
-        lines += [f"{name:28s} {e}" for name, e, _ in self.rows() if e is not None]
-        return "\n".join([*lines, self.headline(), *self.notes])
-
-    def _repr_html_(self) -> str:
-        body = "".join(
-            f"<tr><th>{html.escape(name)}</th><td>{e.value:.4f}</td><td>{e.standard_error:.4f}</td>"
-            f"<td>{e.kind.replace('_', ' ')}</td><td>{html.escape(meaning)}</td></tr>"
-            for name, e, meaning in self.rows()
-            if e is not None
-        )
-        head = "<tr><th>term</th><th>nats</th><th>std error</th><th>kind</th><th></th></tr>"
-        return f"<table><caption>n = {self.n}</caption>{head}{body}</table><p>{html.escape(self.headline())}</p>"
+GUIDE_ROWS = 512
+"""Draws that are scored where every pair of draw and row runs the guide."""
+GUIDE_PAIRS = 2**22
+"""Most such pairs: with more rows than `GUIDE_PAIRS / GUIDE_ROWS`, components are a random subset."""
+PRODUCTS = 2e12
+"""Most multiplications of a matrix product over all pairs: above it, draws are a random subset."""
+CLASSES = 1000
+"""Most classes of labels."""
 
 
 def surgery(
@@ -174,6 +37,10 @@ def surgery(
     samples: int = 1,
     seed: int = 0,
     *,
+    labels: Tensor | None = None,
+    train: Tensor | None = None,
+    components: int | None = None,
+    memory: int = MEMORY,
     on_progress: Callable[[int, int], None] = lambda _done, _total: None,
 ) -> Surgery:
     r"""Take the ELBO of `pair` on the data `x` apart.
@@ -186,193 +53,420 @@ def surgery(
     - `marginal_kl`: the difference of the two
     - `elbo`: log p(x_i|z_i) minus `kl`
 
+    A code of at most 4096 joint states is summed over instead, and exact. For a latent that reads no other, the
+    marginal KL splits further: total correlation KL(q_agg || prod_d q_agg(z_d)) and a sum over coordinates.
+
     Where the guide has several levels, q_agg is that of all levels together (each level's density is evaluated
-    at the shared z), on a stated subset of draws.
+    at the shared z), on a stated subset of draws; where rows are too many for that, components are a random subset
+    too and I_q stands between two bounds (`AggregatedPosterior.information`).
 
     Warning: with samples=1 a standard error cannot tell Monte Carlo noise from spread over the data; the total is
     given and called conservative.
 
     References:
         ELBO surgery (Hoffman, Johnson, 2016), http://approximateinference.org/accepted/HoffmanJohnson2016.pdf
+        Isolating Sources of Disentanglement (Chen et al., 2018), https://arxiv.org/abs/1802.04942
 
     Arguments:
         pair: any Pyro pair.
         x: data `(n, *event)`.
         samples: draws per datum.
         seed: of the draws; the same seed, the same numbers.
+        labels: integers `(n,)`; the figures are then also given class by class.
+        train: other rows `(m, *event)`, whose q_agg is tried as the prior of `x`.
+        components: take this many rows, at random, for q_agg, and give bounds; default: as many as time allows.
+        memory: bytes that scoring q_agg may take, whatever n.
         on_progress: called with (draws done, draws in all).
 
     Returns:
-        Surgery; figures are estimates in nats per datum, `kl_exact` and `log_n` exact.
+        Surgery; figures are estimates in nats per datum, `kl_exact`, `log_n` and sums over codes exact.
 
     Raises:
-        DataError: `x` has no rows.
+        DataError: `x` has no rows, or labels do not fit it.
     """
     if samples < 1:
         raise DataError(f"surgery: expected at least one draw; got samples={samples}.")
     x = accept(pair, x)
+    y = _labels(labels, x)
     roots, bottom_up = first_level(pair, x), pair.reads_itself(x)
     with quiet(pair, x, seed):
-        draws = [_lighter(draw(pair, x), bottom_up)]
+        first = draw(pair, x)
+        account = _Account(pair, x, first, roots, seed, components, memory)
+        account.take(_honest(first, bottom_up))
         for done in range(1, samples):
             on_progress(done, samples)
-            draws.append(_lighter(draw(pair, x), bottom_up, draws[0], roots))
-        return _assemble(pair, x, draws, roots, seed)
+            account.take(_honest(draw(pair, x), bottom_up))
+    return account.close(y, train)
 
 
-def _lighter(d: Draw, bottom_up: set[str], first: Draw | None = None, roots: Roots = (set(), set())) -> Draw:
-    """A draw without closed forms that are no expectations; parameters that never change are kept once."""
-    for name, latent in d.latents.items():
-        if name in bottom_up:
-            latent.kl = latent.prior_loc = latent.prior_scale = None
-        if first is not None and name in roots[0]:
-            latent.loc, latent.scale = first.latents[name].loc, first.latents[name].scale
-        if first is not None and name in roots[1]:
-            latent.prior_loc, latent.prior_scale = first.latents[name].prior_loc, first.latents[name].prior_scale
+def _labels(labels: Any, x: Tensor) -> Tensor | None:
+    """Labels as class numbers `(n,)`."""
+    if labels is None:
+        return None
+    y = torch.as_tensor(labels, device=x.device)
+    if y.shape != (len(x),) or y.is_floating_point():
+        raise DataError(f"labels: expected {len(x)} integers; got shape {list(y.shape)} of {y.dtype}.")
+    if len(y.unique()) > CLASSES:
+        raise DataError(f"labels: expected at most {CLASSES} classes; got {len(y.unique())}.")
+    return y
+
+
+def _honest(d: Draw, bottom_up: set[str]) -> Draw:
+    """A draw without closed forms that are no expectations: the prior reads what was inferred from the latent."""
+    for name in bottom_up:
+        d.latents[name].kl = d.latents[name].p = None
     return d
 
 
-def first_level(pair: Pair, x: Tensor) -> Roots:
-    """Latents whose posterior (first set) and prior (second set) do not depend on other latents' values.
-
-    Found by drawing twice: parameters that move read another latent.
-    """
-    with quiet(pair, x, 0):
-        one, two = draw(pair, x[:16]), draw(pair, x[:16])
-
-    def still(name: str, *fields: str) -> bool:
-        pairs = [(getattr(one.latents[name], f), getattr(two.latents[name], f)) for f in fields]
-        return all(a is not None and b is not None and torch.equal(a, b) for a, b in pairs)
-
-    posterior = {name for name in one.latents if still(name, "loc", "scale")}
-    return posterior, {name for name in one.latents if still(name, "prior_loc", "prior_scale")}
+# ---------------------------------------------------------------------- draw by draw
 
 
-def _assemble(pair: Pair, x: Tensor, draws: list[Draw], roots: Roots, seed: int) -> Surgery:
-    reconstruction = torch.stack([d.reconstruction for d in draws])
-    log_q = torch.stack([sum_latents(d, "log_q") for d in draws])
-    log_p = torch.stack([sum_latents(d, "log_p") for d in draws])
-    kl = log_q - log_p
-    information, notes = _joint_information(pair, x, draws, log_q, roots[0], seed)
-    latents = {name: _latent(name, [d.latents[name] for d in draws], roots) for name in pair.layout.latents}
-    closed = [latent.kl_exact for latent in latents.values()]
-    mi = None if information is None else over_draws(information)
-    return Surgery(
-        n=len(x),
-        samples=len(draws),
-        reconstruction=over_draws(reconstruction),
-        kl=over_draws(kl),
-        kl_exact=_total([c for c in closed if c is not None]) if closed and None not in closed else None,
-        mutual_information=mi,
-        marginal_kl=None if mi is None or information is None else _marginal(kl, information, mi),
-        elbo=over_draws(reconstruction - kl - sum(draws[0].shared.values()) / len(x)),
-        log_n=exact(math.log(len(x))),
-        latents=latents,
-        shared=draws[0].shared,
-        notes=notes,
-    )
+@dataclass
+class _Scored:
+    """log q - log q_agg of a group of latents, `(m,)` for each draw."""
+
+    mixture: AggregatedPosterior
+    rows: Tensor
+    """Which draws are scored, `(m,)`."""
+    once: bool = False
+    """Whether the first draw alone is scored."""
+    lower: list[Tensor] = field(default_factory=list)
+    upper: list[Tensor] = field(default_factory=list)
+    leave_one_out: list[Tensor] = field(default_factory=list)
+
+    @property
+    def whole(self) -> bool:
+        """Whether every row is a component."""
+        return len(self.mixture) == self.mixture.total
+
+    def take(self, d: Draw, names: Sequence[str]) -> None:
+        """Score a draw."""
+        if self.once and self.upper:
+            return
+        own = torch.stack([d.latents[name].log_q[self.rows] for name in names]).sum(0)
+        found = self.mixture.information(d.flat(names)[self.rows], self.rows, own)
+        self.lower.append(found.lower)
+        self.upper.append(found.upper)
+        self.leave_one_out.append(found.leave_one_out)
 
 
-def sum_latents(d: Draw, name: str) -> Tensor:
-    """Sum a field over all latents of a draw, `(n,)`."""
-    return torch.stack([getattr(latent, name) for latent in d.latents.values()]).sum(0)
+@dataclass
+class _Level:
+    """What draws leave behind of one latent, one entry for each draw."""
+
+    log_q: list[Tensor] = field(default_factory=list)
+    log_p: list[Tensor] = field(default_factory=list)
+    closed: list[Tensor] = field(default_factory=list)
+    kl_per_dimension: list[tuple[float, ...]] = field(default_factory=list)
+    aggregated: list[Tensor] = field(default_factory=list)
+    """sum_d log q_agg(z_d), `(n,)`."""
+    information: list[Tensor] = field(default_factory=list)
+    """Mean over rows of log q(z_d|x) - log q_agg(z_d), `(D,)`."""
+    marginal: list[Tensor] = field(default_factory=list)
+    """Mean over rows of log q_agg(z_d) - log p(z_d), `(D,)`."""
+    grid_error: float | None = None
+
+    def take(self, latent: LatentDraw) -> None:
+        """Note the densities of a draw."""
+        self.log_q.append(latent.log_q)
+        self.log_p.append(latent.log_p)
+        if latent.kl is not None:
+            self.closed.append(latent.kl)
+        found = kl_per_dimension([latent])
+        if found is not None:
+            self.kl_per_dimension.append(found)
+
+    def take_coordinates(self, latent: LatentDraw, q: Normals, factorised: bool) -> None:
+        """Score a draw coordinate by coordinate."""
+        aggregated = marginal_log_prob(q.loc, q.scale, latent.value)
+        if self.grid_error is None:
+            self.grid_error = grid_error(q.loc, q.scale, latent.value, aggregated)
+        own = torch.distributions.Normal(q.loc, q.scale).log_prob(latent.value)
+        self.aggregated.append(aggregated.sum(1))
+        self.information.append((own - aggregated).mean(0))
+        if factorised and isinstance(latent.p, Normals):
+            prior = torch.distributions.Normal(latent.p.loc, latent.p.scale).log_prob(latent.value)
+            self.marginal.append((aggregated - prior).mean(0))
+
+
+class _Account:
+    """Draws come in, densities per datum stay; the figures are made when all are there."""
+
+    def __init__(
+        self, pair: Pair, x: Tensor, first: Draw, roots: Roots, seed: int, components: int | None, memory: int
+    ) -> None:
+        self.pair, self.x, self.first, self.roots = pair, x, first, roots
+        self.seed, self.components, self.memory = seed, components, memory
+        self.names = tuple(first.latents)
+        self.levels = {name: _Level() for name in self.names}
+        self.reconstruction: list[Tensor] = []
+        alone = [(name,) for name in self.names if name in roots[0]]
+        groups = alone if alone == [self.names] else [*alone, self.names]
+        self.scored = {group: made for group in groups if (made := self._scored(group)) is not None}
+
+    def _scored(self, names: tuple[str, ...]) -> _Scored | None:
+        """How a group of latents is scored; None where it cannot be."""
+        known = [q for name in names if (q := self.first.latents[name].q) is not None]
+        if set(names) <= self.roots[0] and len(known) == len(names):
+            rows = choose(len(self.x), self.components, self.seed, self.x.device)
+            q = product(known)
+            mixture = AggregatedPosterior(q if rows is None else q.rows(rows), len(self.x), rows, self.memory)
+            return _Scored(mixture, self._some(int(PRODUCTS / (len(mixture) * q.features))))
+        if not set(names) <= set(self.pair.layout.latents):
+            return None
+        rows = self._some(GUIDE_ROWS)
+        count = self.components or max(2, GUIDE_PAIRS // len(rows))
+        mixture = AggregatedPosterior.of(
+            self.pair, self.x, latents=names, components=count, seed=self.seed, memory=self.memory
+        )
+        return _Scored(mixture, rows, once=True)
+
+    def _some(self, most: int) -> Tensor:
+        rows = choose(len(self.x), max(2, most), self.seed + 1, self.x.device)
+        return torch.arange(len(self.x), device=self.x.device) if rows is None else rows
+
+    def take(self, d: Draw) -> None:
+        """Score one draw of all rows."""
+        self.reconstruction.append(d.reconstruction)
+        for name, latent in d.latents.items():
+            self.levels[name].take(latent)
+            if name in self.roots[0] and latent.normal is not None and latent.value.shape[1] > 1:
+                self.levels[name].take_coordinates(latent, latent.normal, name in self.roots[1])
+        for names, scored in self.scored.items():
+            scored.take(d, names)
+
+    # ------------------------------------------------------------------ figures
+
+    def close(self, y: Tensor | None, train: Tensor | None) -> Surgery:
+        """The figures of all draws."""
+        whole = self._group(self.names)
+        latents = {name: self._latent(name) for name in self.names}
+        closed = [latent.kl_exact for latent in latents.values()]
+        reconstruction = self._reconstruction()
+        return Surgery(
+            n=len(self.x),
+            samples=len(self.reconstruction),
+            reconstruction=reconstruction,
+            **whole,  # type: ignore[arg-type]
+            kl_exact=_total([c for c in closed if c is not None]) if closed and None not in closed else None,
+            label_information=None if y is None else self._label_information(y),
+            train_gain=None if train is None else self._train_gain(train),
+            elbo=self._elbo(reconstruction, whole["kl"]),
+            log_n=exact(math.log(len(self.x))),
+            latents=latents,
+            classes={} if y is None else self._classes(y),
+            shared=self.first.shared,
+            notes=tuple(self._notes()),
+        )
+
+    def _kl(self, names: Sequence[str]) -> Tensor:
+        """log q - log p of a group of latents, `(samples, n)`."""
+        levels = [self.levels[name] for name in names]
+        return torch.stack([torch.stack(v.log_q) - torch.stack(v.log_p) for v in levels]).sum(0)
+
+    @property
+    def _nothing_drawn(self) -> bool:
+        """Whether every latent is summed over: the reconstruction, too, is then an expectation."""
+        return not self.pair.layout.latents and self.names[0] in self.roots[0]
+
+    def _reconstruction(self) -> Estimate:
+        return (
+            exact_mean(self.reconstruction[0]) if self._nothing_drawn else over_draws(torch.stack(self.reconstruction))
+        )
+
+    def _elbo(self, reconstruction: Estimate, kl: Estimate | None) -> Estimate:
+        """reconstruction - kl - global kl; its error is that of the terms together."""
+        shared = sum(self.first.shared.values()) / len(self.x)
+        joint = self._joint_codes(self.names)
+        terms = torch.stack(self.reconstruction) - (self._kl(self.names) if joint is None else joint.kl) - shared
+        assert kl is not None  # noqa: S101 - every group has one
+        found = exact_mean(terms[0]) if self._nothing_drawn and not shared else over_draws(terms)
+        value = reconstruction.value - kl.value - shared
+        return Estimate(value, found.standard_error, found.kind, found.data_error, found.note)
+
+    def _joint_codes(self, names: Sequence[str]) -> codes.Joint | None:
+        """The sum over all joint states of a group of codes that read nothing else; None for other latents."""
+        if not set(names) <= (self.roots[0] & self.roots[1]):
+            return None
+        latents = [self.first.latents[name] for name in names]
+        q = [latent.q for latent in latents if isinstance(latent.q, Codes)]
+        p = [latent.p for latent in latents if isinstance(latent.p, Codes)]
+        if len(q) < len(latents) or len(p) < len(latents):
+            return None
+        return codes.joint(q, p)
+
+    def _group(self, names: tuple[str, ...]) -> dict[str, Estimate | None]:
+        """KL, information and marginal KL of a group of latents, with bounds where components are a subset."""
+        out: dict[str, Estimate | None] = dict.fromkeys(
+            ("mutual_information", "mutual_information_lower", "marginal_kl", "marginal_kl_upper", "leave_one_out")
+        )
+        joint, scored = self._joint_codes(names), self.scored.get(names)
+        kl = self._kl(names)
+        whole = over_draws(kl) if joint is None else exact_mean(joint.kl)
+        out["kl"] = whole
+        if scored is not None:
+            out |= self._bounds(kl, whole.value, scored)
+        if joint is not None:
+            out["mutual_information"] = exact_mean(joint.information)
+            out["marginal_kl"] = exact_mean(joint.kl - joint.information)
+            out["mutual_information_lower"] = out["marginal_kl_upper"] = None
+        return out
+
+    def _bounds(self, kl: Tensor, mean_kl: float, scored: _Scored) -> dict[str, Estimate | None]:
+        upper, lower = torch.stack(scored.upper), torch.stack(scored.lower)
+        loo = torch.stack(scored.leave_one_out)
+        out: dict[str, Estimate | None] = {}
+        if bool(loo.isfinite().all()):
+            out["leave_one_out"] = over_draws(loo, "upper_bound")
+        if scored.whole:
+            out["mutual_information"] = over_draws(upper)
+            out["marginal_kl"] = self._marginal(kl, mean_kl, upper, scored, "estimate")
+            return out
+        out["mutual_information"] = over_draws(upper, "upper_bound")
+        out["mutual_information_lower"] = over_draws(lower, "lower_bound")
+        out["marginal_kl"] = self._marginal(kl, mean_kl, upper, scored, "lower_bound")
+        out["marginal_kl_upper"] = self._marginal(kl, mean_kl, lower, scored, "upper_bound")
+        return out
+
+    def _marginal(self, kl: Tensor, mean_kl: float, information: Tensor, scored: _Scored, kind: Kind) -> Estimate:
+        """kl - information: the errors term by term where every draw is scored, else those of the means."""
+        value = mean_kl - float(information.mean())
+        if kl.shape == information.shape:
+            parts = over_draws(kl - information, kind)
+            return Estimate(value, parts.standard_error, kind, parts.data_error, parts.note)
+        found = over_draws(information)
+        return Estimate(value, math.hypot(over_draws(kl).standard_error, found.standard_error), kind, None, found.note)
+
+    def _latent(self, name: str) -> LatentSurgery:
+        latent, level, group = self.first.latents[name], self.levels[name], self._group((name,))
+        first, prior_first = name in self.roots[0], name in self.roots[1]
+        kl_exact = None
+        if len(level.closed) == len(level.log_q):
+            kl_exact = exact_mean(level.closed[0]) if first and prior_first else over_draws(torch.stack(level.closed))
+        per_dimension = torch.tensor(level.kl_per_dimension, dtype=torch.float64)
+        coded = latent.q if isinstance(latent.q, Codes) and first else None
+        assert group["kl"] is not None  # noqa: S101 - every group has one
+        return LatentSurgery(
+            kl=group["kl"],
+            kl_exact=kl_exact,
+            mutual_information=group["mutual_information"],
+            marginal_kl=group["marginal_kl"] if prior_first else None,
+            kl_per_dimension=tuple(per_dimension.mean(0).tolist()) if len(per_dimension) else None,
+            active_units=active_units(latent),
+            dimensions=self._dimensions(name, group["mutual_information"]),
+            perplexity=None if coded is None else tuple(codes.positions(coded, None).perplexity.tolist()),
+        )
+
+    def _dimensions(self, name: str, information: Estimate | None) -> Dimensions | None:
+        """Coordinate by coordinate: normals on a grid, codes by their own sums."""
+        latent, level, scored = self.first.latents[name], self.levels[name], self.scored.get((name,))
+        if scored is None or information is None:
+            return None
+        if level.aggregated:
+            return _of_normals(level, scored)
+        if isinstance(latent.q, Codes) and latent.q.positions > 1:
+            prior = latent.p if isinstance(latent.p, Codes) and name in self.roots[1] else None
+            return _of_codes(codes.positions(latent.q, prior), information)
+        return None
+
+    # ------------------------------------------------------------------ labels, another prior
+
+    def _classes(self, y: Tensor) -> dict[int, ClassSurgery]:
+        """The terms of every label's rows."""
+        reconstruction, kl = torch.stack(self.reconstruction), self._kl(self.names)
+        scored = self.scored.get(self.names)
+        out = {}
+        for label in y.unique().tolist():
+            mine = y == label
+            information = None
+            if scored is not None and scored.whole and len(scored.rows) == len(y):
+                information = torch.stack(scored.upper)[:, mine]
+            out[int(label)] = ClassSurgery(
+                n=int(mine.sum()),
+                elbo=over_draws((reconstruction - kl)[:, mine]),
+                reconstruction=over_draws(reconstruction[:, mine]),
+                kl=over_draws(kl[:, mine]),
+                mutual_information=None if information is None else over_draws(information),
+                marginal_kl=None if information is None else over_draws(kl[: len(information), mine] - information),
+            )
+        return out
+
+    def _label_information(self, y: Tensor) -> Estimate | None:
+        """I_q[y, z] = E[log q_agg(z | y) - log q_agg(z)], on the first draw; q_agg(z | y) over the rows of a label."""
+        scored, value = self.scored.get(self.names), self.first.flat(self.names)
+        known = [q for name in self.names if (q := self.first.latents[name].q) is not None]
+        if scored is None or not scored.whole or scored.once or len(known) < len(self.names):
+            return None
+        q, terms = product(known), torch.empty(len(scored.rows), dtype=torch.float64, device=y.device)
+        labels = y[scored.rows]
+        for label in labels.unique().tolist():
+            mine = labels == label
+            within = AggregatedPosterior(q.rows((y == label).nonzero()[:, 0]), memory=self.memory)
+            terms[mine] = within.log_prob(value[scored.rows[mine]])
+        own = torch.stack([self.levels[name].log_q[0][scored.rows] for name in self.names]).sum(0)
+        return over_draws((terms - (own - scored.upper[0]))[None])
+
+    def _train_gain(self, train: Tensor) -> Estimate | None:
+        """E[log q_agg(z) - log p(z)] of the first draw, with q_agg over other rows."""
+        scored = self.scored.get(self.names)
+        if scored is None or not set(self.names) <= set(self.pair.layout.latents):
+            return None
+        count = max(2, GUIDE_PAIRS // len(scored.rows)) if scored.once else None
+        mixture = AggregatedPosterior.of(
+            self.pair, train, latents=self.names, components=count, seed=self.seed, memory=self.memory
+        )
+        log_p = torch.stack([self.levels[name].log_p[0] for name in self.names]).sum(0)
+        terms = mixture.log_prob(self.first.flat(self.names)[scored.rows]) - log_p[scored.rows]
+        return over_draws(terms[None])
+
+    def _notes(self) -> list[str]:
+        """What was left out, and what stands for it."""
+        notes = []
+        scored, n = self.scored.get(self.names), len(self.x)
+        if scored is not None and (len(scored.rows) < n or scored.once):
+            levels = f" over {len(self.names)} levels" if len(self.names) > 1 else ""
+            components = f"all {n}" if scored.whole else f"{len(scored.mixture)} of {n}"
+            notes.append(f"joint I_q{levels}: {len(scored.rows)} of {n} draws, each under {components} components")
+        if scored is not None and not scored.whole:
+            bias = float((torch.stack(scored.upper) - torch.stack(scored.lower)).mean())
+            notes.append(f"components are a subset: I_q stands between two bounds {bias:.4f} nats apart")
+        for name, level in self.levels.items():
+            if level.grid_error is not None and level.grid_error > 1e-3:
+                notes.append(f"{name}: densities of single coordinates are known to {level.grid_error:.1e} nats")
+        return notes
 
 
 def _total(parts: list[Estimate]) -> Estimate:
     """The sum of closed-form KLs: exact when each is, else an estimate whose error adds up conservatively."""
-    kind = "exact" if all(p.kind == "exact" for p in parts) else "estimate"
-    return Estimate(sum(p.value for p in parts), sum(p.standard_error for p in parts), kind)  # type: ignore[arg-type]
+    kind: Kind = "exact" if all(p.kind == "exact" for p in parts) else "estimate"
+    if len(parts) == 1:
+        return parts[0]
+    return Estimate(sum(p.value for p in parts), sum(p.standard_error for p in parts), kind)
 
 
-def _marginal(kl: Tensor, information: Tensor, mi: Estimate) -> Estimate:
-    """kl - information: term by term where both have all rows, else the difference of the means."""
-    if kl.shape == information.shape:
-        parts = over_draws(kl - information)
-        return Estimate(float(kl.mean()) - mi.value, parts.standard_error, "estimate", parts.data_error, parts.note)
-    error = math.hypot(over_draws(kl).standard_error, mi.standard_error)
-    return Estimate(float(kl.mean()) - mi.value, error, "estimate", None, mi.note)
+def _of_normals(level: _Level, scored: _Scored) -> Dimensions:
+    """Total correlation and coordinates of a normal posterior, from the same draws as everything else."""
+    count = len(scored.upper)
+    log_q, aggregated = torch.stack(level.log_q), torch.stack(level.aggregated)
+    joint = log_q[:count, scored.rows] - torch.stack(scored.upper)
+    marginal = torch.stack(level.marginal).mean(0) if level.marginal else None
+    return Dimensions(
+        mutual_information=tuple(torch.stack(level.information).mean(0).tolist()),
+        marginal_kl=None if marginal is None else tuple(marginal.tolist()),
+        total_correlation=over_draws(joint - aggregated[:count, scored.rows]),
+        coordinate_kl=None if marginal is None else over_draws(aggregated - torch.stack(level.log_p)),
+        error=level.grid_error or 0.0,
+    )
 
 
-def _latent(name: str, draws: list[LatentDraw], roots: Roots) -> LatentSurgery:
-    kl = torch.stack([d.log_q - d.log_p for d in draws])
-    closed = [d.kl for d in draws if d.kl is not None]
-    kl_exact = None
-    if len(closed) == len(draws):
-        alone = name in roots[0] and name in roots[1]
-        kl_exact = exact(float(closed[0].mean())) if alone else over_draws(torch.stack(closed))
-    mi = marginal = None
-    if name in roots[0]:
-        information = torch.stack([d.log_q for d in draws]) - _log_q_agg(draws)
-        mi = over_draws(information)
-        marginal = _marginal(kl, information, mi) if name in roots[1] else None
-    return LatentSurgery(over_draws(kl), kl_exact, mi, marginal, kl_per_dimension(draws), active_units(draws[0]))
-
-
-def _log_q_agg(draws: list[LatentDraw]) -> Tensor:
-    """log q_agg of one latent's draws, `(samples, n)`."""
-    loc, scale = draws[0].loc, draws[0].scale
-    assert loc is not None  # noqa: S101 - first-level latents are normal
-    assert scale is not None  # noqa: S101
-    mixture = AggregatedPosterior(loc, scale)
-    return torch.stack([mixture.log_prob(d.value) for d in draws])
-
-
-# ---------------------------------------------------------------------- all latents together
-
-
-def _joint_information(
-    pair: Pair, x: Tensor, draws: list[Draw], log_q: Tensor, roots: set[str], seed: int
-) -> tuple[Tensor | None, tuple[str, ...]]:
-    """log q(z|x) - log q_agg(z) for the joint of all latents, `(samples, n)` or `(samples, subset)`."""
-    latents = draws[0].latents
-    if set(latents) <= roots:
-        loc = torch.cat([latent.loc for latent in latents.values()], 1)  # type: ignore[misc]
-        scale = torch.cat([latent.scale for latent in latents.values()], 1)  # type: ignore[misc]
-        mixture = AggregatedPosterior(loc, scale)
-        joint = [torch.cat([latent.value for latent in d.latents.values()], 1) for d in draws]
-        return log_q - torch.stack([mixture.log_prob(z) for z in joint]), ()
-    rows = torch.arange(len(x))
-    if len(x) > JOINT_ROWS:
-        order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seeds.mix(seed, seeds.ANALYSIS, 1)))
-        rows = order[:JOINT_ROWS].sort().values
-    rows = rows.to(x.device)
-    values = {name: latent.value[rows] for name, latent in latents.items()}
-    log_aggregated = guide_log_mean(pair, x, values)
-    note = f"joint I_q over {len(latents)} levels: {len(rows)} of {len(x)} draws, each under all {len(x)} components"
-    return (log_q[:1, rows] - log_aggregated[None]), (note,)
-
-
-def guide_log_mean(pair: Pair, x: Tensor, values: dict[str, Tensor]) -> Tensor:
-    """log (1/n) sum_j q(z_i | x_j) for given values of all latents, by running the guide on every pair (i, j).
-
-    Works for any guide: rows of a larger batch hold x_j beside z_i. Time is (rows of values) x n guide rows.
-
-    Arguments:
-        pair: any pair.
-        x: the data of the components, `(n, *event)`.
-        values: of every latent, `(m, D)`, in float64; cast to the type of the guide's own draws.
-
-    Returns:
-        `(m,)`, nats, exact over the n components.
-    """
-    shapes = {name: node["value"].shape[1:] for name, node in _sites(pair, x[:2])}
-    dtype = x.dtype if x.is_floating_point() else torch.get_default_dtype()
-    m, n = len(next(iter(values.values()))), len(x)
-    per_block = max(1, BATCH // n)
-    out = torch.empty(m, dtype=torch.float64, device=x.device)
-    for start in range(0, m, per_block):
-        block = {name: v[start : start + per_block] for name, v in values.items()}
-        k = len(next(iter(block.values())))
-        tiled = x.repeat(k, *(1,) * (x.dim() - 1))
-        fixed = {name: v.to(dtype).repeat_interleave(n, 0).reshape(k * n, *shapes[name]) for name, v in block.items()}
-        with poutine.condition(data=fixed):
-            trace = pair.guide_trace(tiled)
-        total = sum(log_prob(trace.nodes[name], pair.layout, 0).double() for name in values)
-        out[start : start + k] = torch.as_tensor(total).reshape(k, n).logsumexp(1) - math.log(n)
-    return out
-
-
-def _sites(pair: Pair, x: Tensor) -> Iterator[tuple[str, dict[str, Any]]]:
-    nodes = samples(pair.guide_trace(x))
-    for name in pair.layout.latents:
-        yield name, nodes[name]
+def _of_codes(found: codes.Positions, information: Estimate) -> Dimensions:
+    """Positions exactly; their informations exceed the joint one by the total correlation."""
+    total = float(found.information.sum()) - information.value
+    marginal = found.marginal_kl
+    return Dimensions(
+        mutual_information=tuple(found.information.tolist()),
+        marginal_kl=None if marginal is None else tuple(marginal.tolist()),
+        total_correlation=Estimate(total, information.standard_error, information.kind, None, information.note),
+        coordinate_kl=None if marginal is None else exact(float(marginal.sum())),
+        error=0.0,
+    )

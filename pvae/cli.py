@@ -313,6 +313,30 @@ def evidence(
 
 
 @app.command()
+def posterior(
+    run: RUN,
+    split: SPLIT = "test",
+    draws: Annotated[int, typer.Option("--draws", min=1, help="Draws per datum.")] = 100,
+    rows: ROWS = None,
+    seed: SEED = 0,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="The file; analysis/posterior-SPLIT.nc unless said.")
+    ] = None,
+    run_dir: RUN_DIR = RUNS,
+    data_dir: DATA_DIR = None,
+) -> None:
+    """Export draws of the guide, with densities and diagnostics, as NetCDF for ArviZ."""
+    from pvae.progress import Progress
+
+    opened = _run(run, run_dir, data_dir)
+    with Progress(draws, "posterior") as bar:
+        found = opened.posterior(split, draws, rows, seed, on_progress=lambda done, _: bar.update(done, ""))
+    path = found.save(out or opened.files.analysis / f"posterior-{split}.nc")
+    typer.echo(found.summary().to_string(float_format="{:.3f}".format, max_rows=40))
+    typer.echo(f"posterior: {path}")
+
+
+@app.command()
 def report(run: RUN, run_dir: RUN_DIR = RUNS, data_dir: DATA_DIR = None, split: SPLIT = "test") -> None:
     """Write the report of a run: one HTML file."""
     from pvae.analysis.report import STEPS, examine, write

@@ -132,7 +132,7 @@ class Loss(nn.Module):
         self.rows = rows
         self.objective = objective
         self.pair = pair
-        sites = (*pair.layout.latents, *pair.layout.shared)
+        sites = (*pair.layout.latents, *pair.layout.shared, *pair.layout.enumerated)
         self.names: tuple[str, ...] = ("loss", "reconstruction", *(f"kl/{name}" for name in sites))
         self.register_buffer("beta", torch.ones(()), persistent=False)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -12,13 +12,15 @@ from typing import Any
 import pyro
 import torch
 from pyro import poutine
+from pyro.poutine.enum_messenger import EnumMessenger
 from pyro.poutine.replay_messenger import ReplayMessenger
 from pyro.poutine.trace_messenger import TraceMessenger
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor, nn
 
+from pvae.enumeration import read_table
 from pvae.errors import DataError, DeclarationError
-from pvae.traces import Layout, closed_kl, full_size, log_prob, read_layout, samples, sum_over
+from pvae.traces import Layout, closed_kl, full_size, is_enumerable, log_prob, read_layout, samples, sum_over
 
 PARTICLES = "_particles"
 
@@ -194,12 +196,18 @@ class Pair(nn.Module):
         with plate:
             with TraceMessenger() as guide:
                 self.guide(x)
-            return guide.trace, self._replay(x, guide.trace)
+            return guide.trace, self._replay(x, guide.trace, particles)
 
-    def _replay(self, x: Tensor, guide_trace: Trace) -> Trace:
-        with TraceMessenger() as model, ReplayMessenger(trace=guide_trace):
+    def _replay(self, x: Tensor, guide_trace: Trace, particles: int = 1) -> Trace:
+        with TraceMessenger() as model, ReplayMessenger(trace=guide_trace), self._enumeration(particles):
             self.model(x)
         return model.trace
+
+    def _enumeration(self, particles: int) -> AbstractContextManager[Any]:
+        """Sites of the model alone that are marked for enumeration take all their values, left of all plates."""
+        if self._layout is None or not self._layout.enumerated:
+            return nullcontext()
+        return EnumMessenger(-1 - self._layout.nesting - (particles > 1))
 
     def traces(self, x: Tensor, particles: int = 1) -> tuple[Trace, Trace]:
         """Guide trace and replayed model trace of a batch; draws differ along a leading plate of `particles`."""
@@ -244,6 +252,8 @@ class Pair(nn.Module):
         layout = self.layout
         count = particles if particles > 1 else 0
         size = full_size(model_trace, layout, rows) if layout.shared else 1
+        if layout.enumerated:
+            return self._summed_terms(guide_trace, model_trace, count, size)
         reconstruction = sum_over([log_prob(model_trace.nodes[name], layout, count, size) for name in layout.observed])
         kl = {}
         for name in (*layout.latents, *layout.shared):
@@ -253,6 +263,20 @@ class Pair(nn.Module):
                 exact = log_prob(q, layout, count, size) - (0.0 if p is None else log_prob(p, layout, count, size))
             kl[name] = exact
         return Terms(reconstruction, kl)
+
+    def _summed_terms(self, guide_trace: Trace, model_trace: Trace, count: int, size: int) -> Terms:
+        """Terms in expectation under p(c | x, z) of the enumerated sites: their sum is log sum_c p(x, z, c) - log q."""
+        layout = self.layout
+        table = read_table(model_trace, layout, count)
+        kl = {
+            name: log_prob(guide_trace.nodes[name], layout, count)
+            - (table.expected(name) if name in table.logs else 0.0)
+            for name in layout.latents
+        }
+        for name in layout.shared:
+            q, p = guide_trace.nodes[name], model_trace.nodes.get(name)
+            kl[name] = log_prob(q, layout, count, size) - (0.0 if p is None else log_prob(p, layout, count, size))
+        return Terms(sum_over([table.expected(name) for name in layout.observed]), {**kl, **table.kl()})
 
     def forward(self, x: Tensor) -> Tensor:
         """ELBO estimate of every datum, nats, `(batch,)`."""
@@ -335,16 +359,24 @@ def explain(error: Exception) -> Problem:
 
 
 def differing_sites(guide_trace: Trace, model_trace: Trace) -> list[Problem]:
-    """Latents that only one side has."""
+    """Latents that only one side has; the model may keep discrete ones to itself that are marked for enumeration."""
+    nodes = samples(model_trace)
     guide = {n for n, node in samples(guide_trace).items() if not node["infer"].get("is_auxiliary")}
     model = {n for n, node in samples(model_trace).items() if not node["is_observed"]}
     only_guide = [
         Problem(name, f"expected a latent of this name in the model; got {_names(model)}") for name in guide - model
     ]
     only_model = [
-        Problem(name, f"expected a latent of this name in the guide; got {_names(guide)}") for name in model - guide
+        Problem(name, f"expected a latent of this name in the guide; got {_names(guide)}{_or_enumerate(nodes[name])}")
+        for name in model - guide
+        if not is_enumerable(nodes[name])
     ]
     return sorted(only_guide + only_model, key=lambda problem: problem.site)
+
+
+def _or_enumerate(node: Mapping[str, Any]) -> str:
+    discrete = node["fn"].has_enumerate_support
+    return '. Or have it summed over exactly: infer={"enumerate": "parallel"}' if discrete else ""
 
 
 def _names(names: set[str]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,6 +22,8 @@ from pvae.spec import Experiment, Plan
 
 if TYPE_CHECKING:
     import pandas
+
+    from pvae.analysis.groups import Posterior
 
 SHOWN = 12
 
@@ -193,6 +195,33 @@ class Run:
         ]
         cells = "".join(f"<tr><th>{html.escape(k)}</th><td>{html.escape(str(v))}</td></tr>" for k, v in rows)
         return f"<b>{html.escape(self.name)}</b><table>{cells}</table>"
+
+    def posterior(
+        self,
+        split: str = "test",
+        draws: int = 100,
+        rows: int | None = None,
+        seed: int = 0,
+        *,
+        predictive_rows: int = 20,
+        predictive_draws: int = 10,
+        memory: int = 1 << 30,
+        on_progress: Callable[[int, int], None] = lambda _done, _total: None,
+    ) -> Posterior:
+        """Draws of the guide for a split, with densities and diagnostics: see `pvae.analysis.posterior.posterior`."""
+        from pvae.analysis.posterior import posterior  # here, because analysis stands above run
+
+        return posterior(
+            self,
+            split,
+            draws,
+            rows,
+            seed,
+            predictive_rows=predictive_rows,
+            predictive_draws=predictive_draws,
+            memory=memory,
+            on_progress=on_progress,
+        )
 
     def to(self, device: str | torch.device) -> Run:
         """Move pair and data to a device; returns self."""

@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from pyro import poutine
+from pyro.distributions import ExpandedDistribution
 from pyro.distributions.util import scale_and_mask
 from pyro.poutine.indep_messenger import CondIndepStackFrame
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
-from torch.distributions import kl_divergence
+from torch.distributions import (
+    Bernoulli,
+    Categorical,
+    Independent,
+    LowRankMultivariateNormal,
+    MultivariateNormal,
+    Normal,
+    OneHotCategorical,
+    kl_divergence,
+)
 
+from pvae.component import Shape
 from pvae.errors import DeclarationError
+from pvae.exponential import Codes, FullRankNormals, Members, Normals, product
 
 
 @dataclass(frozen=True)
@@ -21,7 +35,9 @@ class Layout:
     """Where things are in a pair, read off its traces whatever the names."""
 
     plate: str
-    """Name of the data plate."""
+    """Name of the data plate in the model."""
+    plates: frozenset[str]
+    """Its names on both sides: model and guide may call it differently."""
     dim: int
     """Its batch dimension (negative)."""
     nesting: int
@@ -32,6 +48,16 @@ class Layout:
     """Sites of the guide outside it: global latents."""
     observed: tuple[str, ...]
     """Observed sites of the model."""
+    enumerated: tuple[str, ...] = ()
+    """Discrete sites of the model alone, marked for enumeration: summed out, and inferred by Bayes."""
+
+    def holds(self, node: Mapping[str, Any]) -> bool:
+        """Whether a site stands inside the data plate."""
+        return any(self.is_data(frame) for frame in node["cond_indep_stack"])
+
+    def is_data(self, frame: CondIndepStackFrame) -> bool:
+        """Whether a plate is the one over the rows."""
+        return frame.vectorized and frame.name in self.plates
 
 
 def samples(trace: Trace) -> dict[str, Any]:
@@ -64,23 +90,37 @@ def read_layout(guide_trace: Trace, model_trace: Trace, count: int) -> Layout:
             "pair.model: expected x to be observed inside a plate over the rows of a batch; got no such plate. "
             'Write `with pyro.plate("data", len(x)): pyro.sample("x", ..., obs=x)`.'
         )
-    nodes = [*samples(guide_trace).values(), *samples(model_trace).values()]
-    dims = [f.dim for node in nodes for f in node["cond_indep_stack"] if f.vectorized]
-    guide = {name: node for name, node in samples(guide_trace).items() if not node["is_observed"]}
-    local = [name for name, node in guide.items() if any(is_data(f, frame.dim) for f in node["cond_indep_stack"])]
+    guide, model = samples(guide_trace), samples(model_trace)
+    dims = [f.dim for node in (*guide.values(), *model.values()) for f in node["cond_indep_stack"] if f.vectorized]
+    plates = frozenset({frame.name}) | _guide_plates(guide, model, frame)
+    unseen = {name: node for name, node in guide.items() if not node["is_observed"]}
+
+    def inside(node: Mapping[str, Any]) -> bool:
+        return any(f.vectorized and f.name in plates for f in node["cond_indep_stack"])
+
     return Layout(
         plate=frame.name,
+        plates=plates,
         dim=frame.dim,
         nesting=-min(dims),
-        latents=tuple(local),
-        shared=tuple(name for name in guide if name not in local),
-        observed=tuple(name for name, node in samples(model_trace).items() if node["is_observed"]),
+        latents=tuple(name for name, node in unseen.items() if inside(node)),
+        shared=tuple(name for name, node in unseen.items() if not inside(node)),
+        observed=tuple(name for name, node in model.items() if node["is_observed"]),
+        enumerated=tuple(name for name, node in model.items() if name not in guide and is_enumerable(node)),
     )
 
 
-def is_data(frame: CondIndepStackFrame, dim: int) -> bool:
-    """Whether a plate is the one over the rows: model and guide may name it differently."""
-    return frame.dim == dim
+def _guide_plates(guide: Mapping[str, Any], model: Mapping[str, Any], data: CondIndepStackFrame) -> set[str]:
+    """Plates of the guide's own that lie where the model's data plate does and have its size."""
+    known = {f.name for node in model.values() for f in node["cond_indep_stack"]}
+    frames = [f for node in guide.values() for f in node["cond_indep_stack"] if f.vectorized]
+    return {f.name for f in frames if f.name not in known and (f.dim, f.size) == (data.dim, data.size)}
+
+
+def is_enumerable(node: Mapping[str, Any]) -> bool:
+    """Whether a site asks to be summed over in parallel, and can be."""
+    wants = node["infer"].get("enumerate") == "parallel"
+    return wants and not node["is_observed"] and node["fn"].has_enumerate_support
 
 
 def sum_over(parts: list[Tensor]) -> Tensor:
@@ -92,20 +132,23 @@ def sum_over(parts: list[Tensor]) -> Tensor:
 
 
 def per_datum(value: Tensor, layout: Layout, particles: int) -> Tensor:
-    """Sum a batch-shaped tensor over every plate but the data's (and the particles', when there are any)."""
+    """Sum a batch-shaped tensor over every plate but the data's (and the particles', when there are any).
+
+    Dimensions left of the plates are those of enumerated sites; they stay.
+    """
     width = layout.nesting + (particles > 0)
     if value.dim() == width == 1 + (particles > 0):
         return value
     value = value.reshape((1,) * (width - value.dim()) + value.shape)
-    keep = {width + layout.dim} | ({0} if particles else set())
-    drop = [d for d in range(width) if d not in keep]
+    keep = {layout.dim} | ({-width} if particles else set())
+    drop = [d for d in range(-width, 0) if d not in keep]
     return value.sum(drop) if drop else value
 
 
 def full_size(model_trace: Trace, layout: Layout, rows: int | None = None) -> int:
     """Rows of the whole data set: as the data plate declares them, else `rows`, else those of the batch."""
     frames = (f for name in layout.observed for f in model_trace.nodes[name]["cond_indep_stack"])
-    frame = next(f for f in frames if is_data(f, layout.dim))
+    frame = next(f for f in frames if layout.is_data(f))
     declared = frame.full_size or frame.size
     return declared if declared != frame.size else rows or declared
 
@@ -119,7 +162,7 @@ def log_prob(node: Mapping[str, Any], layout: Layout, particles: int, size: int 
 def share(node: Mapping[str, Any], value: Tensor, layout: Layout, particles: int, size: int) -> Tensor:
     """A site's batch-shaped nats per datum: masked, weighted by handlers, rid of the plate's own subsampling scale."""
     for frame in node["cond_indep_stack"]:
-        if is_data(frame, layout.dim):
+        if layout.is_data(frame):
             scale = node["scale"]
             if frame.full_size is not None and frame.full_size != frame.size:
                 scale = scale * frame.size / frame.full_size
@@ -144,11 +187,80 @@ def closed_kl(q: Mapping[str, Any], p: Mapping[str, Any], layout: Layout, partic
     return share(q, value, layout, particles, size)
 
 
-def rows_first(t: Tensor, node: Mapping[str, Any], layout: Layout, rows: int) -> Tensor:
-    """A site's value or a parameter of its distribution as `(rows, everything else)`, whatever plates it stands in."""
+def rows_first(t: Tensor, node: Mapping[str, Any], layout: Layout, rows: int, beyond: int = 0) -> Tensor:
+    """A site's value or a parameter of its distribution as `(rows, everything else)`, whatever plates it stands in.
+
+    `beyond` counts the dimensions that a parameter has to the right of an event (logits, a covariance's factor).
+    """
     fn = node["fn"]
-    t = t.detach()
-    if t.dim() < len(fn.batch_shape) + len(fn.event_shape):
-        t = t.expand(*fn.batch_shape, *fn.event_shape)
-    axis = t.dim() - len(fn.event_shape) + layout.dim
+    t, batch = t.detach(), len(fn.batch_shape) + len(fn.event_shape)
+    if t.dim() - beyond < batch:
+        t = t.expand(*fn.batch_shape, *fn.event_shape, *t.shape[t.dim() - beyond :])
+    axis = t.dim() - beyond - len(fn.event_shape) + layout.dim
     return t.movedim(axis, 0).expand(rows, *t.movedim(axis, 0).shape[1:]).reshape(rows, -1)
+
+
+@dataclass(frozen=True)
+class SiteShape:
+    """Where the rows stand among the dimensions of a site's value, and what surrounds them."""
+
+    left: Shape
+    """Batch dimensions left of the rows."""
+    right: Shape
+    """Batch dimensions right of the rows, then the event's."""
+    batch: int
+    """Number of batch dimensions, the rows' among them."""
+
+    @property
+    def numel(self) -> int:
+        """Numbers to one row."""
+        return math.prod(self.left) * math.prod(self.right)
+
+    def flatten(self, value: Tensor) -> Tensor:
+        """A site's value as `(rows, numel)`."""
+        return value.movedim(len(self.left), 0).reshape(value.shape[len(self.left)], -1)
+
+    def spread(self, flat: Tensor, nesting: int = 0) -> Tensor:
+        """`(particles, rows, numel)` or `(rows, numel)` as the site's value; particles left of `nesting` dimensions."""
+        lead = flat.shape[:-2]
+        ones = (1,) * (nesting - self.batch) if lead else ()
+        value = flat.reshape(*lead, *ones, flat.shape[-2], *self.left, *self.right)
+        at = len(lead) + len(ones)
+        return value.movedim(at, at + len(self.left))
+
+
+def site_shape(node: Mapping[str, Any], layout: Layout) -> SiteShape:
+    """The shape of a site's value, read off a trace."""
+    shape, event = tuple(node["value"].shape), len(node["fn"].event_shape)
+    axis = len(shape) - event + layout.dim
+    return SiteShape(shape[:axis], shape[axis + 1 :], len(shape) - event)
+
+
+def members(node: Mapping[str, Any], layout: Layout, rows: int) -> Members | None:
+    """A site's distributions as members of an exponential family, one for each row; None for other families.
+
+    Plates beside the rows' hold independent copies: their members are multiplied.
+    """
+    fn = node["fn"]
+    while isinstance(fn, Independent | ExpandedDistribution):
+        fn = fn.base_dist
+    if node["mask"] is not None:
+        return None
+
+    def flat(t: Tensor, beyond: int = 0) -> Tensor:
+        return rows_first(t, node, layout, rows, beyond)
+
+    if isinstance(fn, Normal):
+        return Normals(flat(fn.loc), flat(fn.scale))
+    if isinstance(fn, MultivariateNormal | LowRankMultivariateNormal):
+        d = fn.event_shape[0]
+        loc = flat(fn.loc).reshape(rows, -1, d)
+        scale_tril = flat(fn.scale_tril, 1).reshape(rows, -1, d, d)
+        return product([FullRankNormals(loc[:, i], scale_tril[:, i]) for i in range(loc.shape[1])])
+    if isinstance(fn, OneHotCategorical):
+        return Codes(flat(fn.logits).reshape(rows, -1, fn.logits.shape[-1]), "one_hot")
+    if isinstance(fn, Categorical):
+        return Codes(flat(fn.logits, 1).reshape(rows, -1, fn.logits.shape[-1]))
+    if isinstance(fn, Bernoulli):
+        return Codes(torch.stack([flat(-fn.logits), flat(fn.logits)], -1) / 2)
+    return None

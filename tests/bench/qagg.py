@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from pvae.analysis import AggregatedPosterior
+from pvae.exponential import Normals
 
 
 def broadcasted(z: Tensor, loc: Tensor, scale: Tensor) -> Tensor:
@@ -51,7 +52,7 @@ def main() -> None:
     scale = (torch.rand(a.n, a.dim, dtype=torch.float64) * 2 - 2).exp()
     z = loc + scale * torch.randn_like(loc)
     fast_rows, slow_rows = min(a.n, 4096), min(a.n, 16)
-    mixture = AggregatedPosterior(loc, scale)
+    mixture = AggregatedPosterior(Normals(loc, scale))
     ratios = []
     for _ in range(a.rounds):
         fast, one = seconds(mixture.log_prob, z[:fast_rows])

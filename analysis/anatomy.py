@@ -1,0 +1,176 @@
+"""What a surgery finds: the parts of an ELBO, as estimates that add up."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from pvae.analysis.estimate import CONSERVATIVE, Estimate
+from pvae.analysis.table import Figures, Row
+
+
+@dataclass(frozen=True)
+class Dimensions:
+    """One latent coordinate by coordinate; nats per datum."""
+
+    mutual_information: tuple[float, ...]
+    """I_q[x, z_d]."""
+    marginal_kl: tuple[float, ...] | None
+    """KL(q_agg(z_d) || p(z_d)); None where the prior reads other latents or does not factorise."""
+    total_correlation: Estimate
+    """KL(q_agg(z) || prod_d q_agg(z_d))."""
+    coordinate_kl: Estimate | None
+    """sum_d KL(q_agg(z_d) || p(z_d)); with the total correlation it is the marginal KL."""
+    error: float
+    """Largest difference found between densities on a grid and the sum over all pairs, nats; 0 for codes."""
+
+
+@dataclass(frozen=True)
+class LatentSurgery:
+    """What one latent costs, nats per datum."""
+
+    kl: Estimate
+    """E[log q(z|.) - log p(z|.)]."""
+    kl_exact: Estimate | None
+    """The same in closed form, where torch knows it."""
+    mutual_information: Estimate | None
+    """I_q[x, z_l] under the exact aggregated posterior; None where q(z_l | .) reads other latents."""
+    marginal_kl: Estimate | None
+    """KL(q_agg(z_l) || p(z_l)); None where either side reads other latents."""
+    kl_per_dimension: tuple[float, ...] | None
+    """Mean closed-form KL of every coordinate, for normal posterior and normal prior."""
+    active_units: int | None
+    """Coordinates whose posterior mean varies over the data by more than 0.01 (variance)."""
+    dimensions: Dimensions | None = None
+    """Coordinate by coordinate; None where q(z_l | .) reads other latents or is of another family."""
+    perplexity: tuple[float, ...] | None = None
+    """Of a code: exp of the entropy of q_agg, for every position."""
+
+
+@dataclass(frozen=True)
+class ClassSurgery:
+    """The rows of one label; nats per datum."""
+
+    n: int
+    elbo: Estimate
+    reconstruction: Estimate
+    kl: Estimate
+    mutual_information: Estimate | None
+    """Mean of log q(z|x) - log q_agg(z) over the class, q_agg over all rows."""
+    marginal_kl: Estimate | None
+    """Mean of log q_agg(z) - log p(z) over the class."""
+
+
+@dataclass(frozen=True, repr=False)
+class Surgery(Figures):
+    """The ELBO of a data set, taken apart; nats per datum.
+
+    `elbo = reconstruction - kl` and `kl = mutual_information + marginal_kl` hold exactly, because one set of
+    draws (or one sum over all states) serves every term.
+    """
+
+    n: int
+    samples: int
+    reconstruction: Estimate
+    kl: Estimate
+    kl_exact: Estimate | None
+    mutual_information: Estimate | None
+    """I_q[x, z]; an upper bound where components are a subset."""
+    mutual_information_lower: Estimate | None
+    """Its lower bound, where components are a subset."""
+    marginal_kl: Estimate | None
+    """KL(q_agg || p); a lower bound where components are a subset."""
+    marginal_kl_upper: Estimate | None
+    """Its upper bound, where components are a subset."""
+    leave_one_out: Estimate | None
+    """The mutual information under the law of the data, from above."""
+    label_information: Estimate | None
+    """I_q[y, z] of the labels."""
+    train_gain: Estimate | None
+    """E[log q_agg(z) - log p(z)] with q_agg over other (training) rows: what it would win here as the prior."""
+    elbo: Estimate
+    log_n: Estimate
+    latents: dict[str, LatentSurgery]
+    classes: dict[int, ClassSurgery] = field(default_factory=dict)
+    """By label, where labels were given."""
+    shared: dict[str, float] = field(default_factory=dict)
+    """log q - log p of global latents, nats for the whole data set; no part of the figures per datum."""
+    notes: tuple[str, ...] = ()
+
+    @property
+    def title(self) -> str:
+        """See `Figures.title`."""
+        return f"ELBO surgery, nats per datum (n = {self.n}, {self.samples} draw{'s' * (self.samples > 1)})"
+
+    def rows(self) -> Iterator[Row]:
+        """(term, figure, what it means) in reading order."""
+        rest = " - global_kl" if self.shared else ""
+        yield "elbo", self.elbo, f"reconstruction - kl{rest}, a lower bound of log p(x)"
+        yield "reconstruction", self.reconstruction, "E_q log p(x | z)"
+        yield "kl", self.kl, "E_q log q(z | x) - log p(z), the price of the code"
+        yield "kl_exact", self.kl_exact, "the same in closed form"
+        yield "mutual_information", self.mutual_information, f"I_q[x, z], at most log n = {self.log_n.value:.4f}"
+        yield "mutual_information_lower", self.mutual_information_lower, "the same from below"
+        yield "leave_one_out", self.leave_one_out, "I_q[x, z] for new data: at most this, at least the one above"
+        yield "label_information", self.label_information, "I_q[y, z]: what the code says of the label"
+        yield "marginal_kl", self.marginal_kl, "KL(q_agg || p), the most a better prior can win with this encoder"
+        yield "marginal_kl_upper", self.marginal_kl_upper, "the same from above"
+        yield "train_gain", self.train_gain, "what q_agg of the training rows would win here as the prior"
+        if self.shared:
+            share = sum(self.shared.values()) / self.n
+            yield "global_kl", Estimate(share), f"of {', '.join(self.shared)}: one draw for all data, divided by n"
+        for name, latent in self.latents.items():
+            yield from self._level(name, latent)
+
+    def _level(self, name: str, latent: LatentSurgery) -> Iterator[Row]:
+        """Rows of one latent: all of them beside others, else what the rows above do not say."""
+        prefix = f"{name}." if len(self.latents) > 1 else ""
+        if prefix:
+            yield f"{prefix}kl", latent.kl, f"the level {name} alone"
+            yield f"{prefix}mutual_information", latent.mutual_information, f"I_q[x, {name}]"
+            yield f"{prefix}marginal_kl", latent.marginal_kl, f"KL(q_agg({name}) || p({name}))"
+        if latent.dimensions is not None:
+            d = latent.dimensions
+            yield f"{prefix}total_correlation", d.total_correlation, "of marginal_kl: coordinates that depend"
+            yield f"{prefix}coordinate_kl", d.coordinate_kl, "of marginal_kl: sum over coordinates, one by one"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers and strings, for JSON."""
+        return {
+            "unit": "nats per datum",
+            "n": self.n,
+            "samples": self.samples,
+            "log_n": self.log_n.value,
+            "figures": self.figures(),
+            "latents": {name: _plain(latent) for name, latent in self.latents.items()},
+            "classes": {str(label): _plain(c) for label, c in self.classes.items()},
+            "shared": self.shared,
+            "notes": list(self.notes),
+        }
+
+    def headline(self) -> str:
+        """What a better prior could win, in one sentence."""
+        if self.marginal_kl is None:
+            return "marginal KL not available for this posterior"
+        low, high = self.marginal_kl.value, (self.marginal_kl_upper or self.marginal_kl).value
+        figure = f"{high:.2f}" if high - low < 0.005 else f"{low:.2f} to {high:.2f}"
+        return (
+            f"marginal KL {figure} nats: the most a better prior can win with this encoder (on these {self.n} points)"
+        )
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """See `Figures.remarks`."""
+        conservative = "conservative: one draw cannot tell Monte Carlo noise from spread over data; take more samples"
+        told = any(CONSERVATIVE in e.note for _, e, _ in self.known())
+        return (self.headline(), *self.notes, *((conservative,) if told else ()))
+
+
+def _plain(part: Any) -> Any:
+    """A dataclass of estimates and numbers as nested dicts."""
+    if isinstance(part, Estimate):
+        return part.to_dict()
+    if isinstance(part, Dimensions | LatentSurgery | ClassSurgery):
+        return {name: _plain(value) for name, value in vars(part).items()}
+    return part

@@ -1,0 +1,113 @@
+"""Densities by running the guide itself on pairs of a value and a row: for any posterior, and for hierarchies."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.poutine.trace_messenger import TraceMessenger
+from torch import Tensor
+
+from pvae.pair import PARTICLES, Pair
+from pvae.traces import log_prob, samples, site_shape, sum_over
+
+PAIRS = 8192
+"""Guide rows of one block."""
+COMPONENTS = 256
+"""Rows of data of one block, encoded once for all values of the block."""
+LOWEST = -1e300
+"""The logarithm of a weight of zero that can be subtracted from itself."""
+
+
+class Guided:
+    """log q(z_i | x_j) of flat values under rows of data; every level of a hierarchy sees the shared z.
+
+    A block of values is a plate of particles over a block of rows, so that the encoder runs once for each row; a
+    guide that cannot take such a plate gets every pair as a row of a larger batch. Call it inside `quiet`.
+
+    Arguments:
+        pair: any pair.
+        x: data `(n, *event)`.
+        latents: whose densities are multiplied.
+    """
+
+    def __init__(self, pair: Pair, x: Tensor, latents: Sequence[str]) -> None:
+        self.pair, self.x, self.latents = pair, x, tuple(latents)
+        nodes = samples(pair.guide_trace(x[:2]))
+        self.shapes = {name: site_shape(nodes[name], pair.layout) for name in self.latents}
+        self.widths = [self.shapes[name].numel for name in self.latents]
+        self.dim = sum(self.widths)
+        self.dtypes = {name: nodes[name]["value"].dtype for name in self.latents}
+        self.score = self._tiled if not self._takes_particles() else self._with_particles
+
+    def _takes_particles(self) -> bool:
+        """Whether a plate of particles gives what repeated rows give."""
+        rows = len(self.x[:3])
+        trace = samples(self.pair.guide_trace(self.x[:3]))
+        parts = [self.shapes[name].flatten(trace[name]["value"]) for name in self.latents]
+        value = torch.cat([part.double() for part in parts], 1)
+        value = value.repeat(3, 1)[: rows + 1]  # another number of particles than rows
+        try:
+            got = self._with_particles(value, self.x[:rows])
+        except (ValueError, RuntimeError, IndexError):
+            return False
+        want = self._tiled(value, self.x[:rows])
+        return got.shape == want.shape and torch.allclose(got, want, rtol=1e-3, atol=1e-3, equal_nan=True)
+
+    def _fixed(self, value: Tensor) -> dict[str, Tensor]:
+        pieces = value.split(self.widths, -1)
+        return {name: z.to(self.dtypes[name]) for name, z in zip(self.latents, pieces, strict=True)}
+
+    def _with_particles(self, value: Tensor, x: Tensor) -> Tensor:
+        """`(k, D)` values under `(c, *event)` rows, `(k, c)`."""
+        k, c = len(value), len(x)
+        nesting = self.pair.layout.nesting
+        data = {
+            name: self.shapes[name].spread(z[:, None].expand(k, c, -1), nesting)
+            for name, z in self._fixed(value).items()
+        }
+        with self.pair._own_store(), pyro.plate(PARTICLES, k, dim=-1 - nesting):
+            with TraceMessenger() as tracer, poutine.condition(data=data):
+                self.pair.guide(x)
+        return self._total(tracer.trace, k, k, c)
+
+    def _tiled(self, value: Tensor, x: Tensor) -> Tensor:
+        """The same with every pair as a row."""
+        k, c = len(value), len(x)
+        rows = value.repeat_interleave(c, 0)
+        data = {name: self.shapes[name].spread(z, 0) for name, z in self._fixed(rows).items()}
+        with self.pair._own_store(), TraceMessenger() as tracer, poutine.condition(data=data):
+            self.pair.guide(x.repeat(k, *(1,) * (x.dim() - 1)))
+        return self._total(tracer.trace, 0, k, c)
+
+    def _total(self, trace: poutine.Trace, particles: int, k: int, c: int) -> Tensor:
+        parts = [log_prob(trace.nodes[name], self.pair.layout, particles).double() for name in self.latents]
+        return sum_over(parts).reshape(k, c)
+
+    def log_sum(self, value: Tensor, skip: Tensor | None = None) -> Tensor:
+        """log sum_j q(z_i | x_j) of `(m, D)`, without row `skip[i]` where that is not negative; `(m,)`, nats."""
+        out = torch.full((len(value),), LOWEST, dtype=torch.float64, device=self.x.device)
+        rows = min(COMPONENTS, len(self.x))
+        for start in range(0, len(self.x), rows):
+            x = self.x[start : start + rows]
+            for at in range(0, len(value), max(1, PAIRS // len(x))):
+                block = slice(at, at + max(1, PAIRS // len(x)))
+                scores = self.score(value[block], x)
+                scores = torch.where(scores < LOWEST, LOWEST, scores)
+                if skip is not None:
+                    column = torch.arange(start, start + len(x), device=x.device)
+                    scores = scores.masked_fill(skip[block, None] == column, LOWEST)
+                out[block] = torch.logaddexp(out[block], scores.logsumexp(1))
+        return out
+
+    def own(self, value: Tensor, index: Tensor) -> Tensor:
+        """log q(z_i | x_index_i) of `(m, D)`, `(m,)`, nats."""
+        parts = []
+        for z, i in zip(value.split(PAIRS), index.split(PAIRS), strict=True):
+            data = {name: self.shapes[name].spread(v, 0) for name, v in self._fixed(z).items()}
+            with self.pair._own_store(), TraceMessenger() as tracer, poutine.condition(data=data):
+                self.pair.guide(self.x[i])
+            parts.append(self._total(tracer.trace, 0, len(z), 1)[:, 0])
+        return torch.cat(parts)

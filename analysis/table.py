@@ -1,0 +1,85 @@
+"""How figures are shown: one list of rows, as text, table, data frame, HTML and JSON."""
+
+from __future__ import annotations
+
+import html
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from pvae.analysis.estimate import Estimate
+
+if TYPE_CHECKING:
+    import pandas
+    from rich.table import Table
+
+Row = tuple[str, Estimate | None, str]
+"""A term, its figure (None where it is not defined), and what it means."""
+
+
+class Figures(ABC):
+    """A result made of named estimates in nats per datum."""
+
+    @property
+    @abstractmethod
+    def title(self) -> str:
+        """What the figures are of."""
+
+    @abstractmethod
+    def rows(self) -> Iterator[Row]:
+        """(term, figure, what it means) in reading order."""
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """Sentences below the figures."""
+        return ()
+
+    def known(self) -> Iterator[tuple[str, Estimate, str]]:
+        """The rows that are defined."""
+        for name, figure, meaning in self.rows():
+            if figure is not None:
+                yield name, figure, meaning
+
+    def figures(self) -> dict[str, Any]:
+        """Every row as plain numbers and strings, for JSON."""
+        return {name: None if figure is None else figure.to_dict() for name, figure, _ in self.rows()}
+
+    def to_frame(self) -> pandas.DataFrame:
+        """One row per term: value, errors, kind."""
+        import pandas
+
+        return pandas.DataFrame([{"term": name, **e.to_dict()} for name, e, _ in self.known()]).set_index("term")
+
+    def table(self) -> Table:
+        """The figures as a rich table."""
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(title=Text(self.title), caption=Text("\n".join(self.remarks)), caption_justify="left")
+        for column, justify in (("term", "left"), ("value", "right"), ("std error", "right"), ("kind", "left")):
+            table.add_column(column, justify=justify, no_wrap=True)  # type: ignore[arg-type]
+        table.add_column("what it is")
+        for name, e, meaning in self.known():
+            error = f"{e.standard_error:.4f}" if e.standard_error else ""
+            table.add_row(Text(name), f"{e.value:.4f}", error, e.label, Text(meaning))
+        return table
+
+    def __rich__(self) -> Table:
+        return self.table()
+
+    def __repr__(self) -> str:
+        return str(self)
+
+    def __str__(self) -> str:
+        lines = [f"{name:28s} {e}" for name, e, _ in self.known()]
+        return "\n".join([self.title, *lines, *self.remarks])
+
+    def _repr_html_(self) -> str:
+        body = "".join(
+            f"<tr><th>{html.escape(name)}</th><td>{e.value:.4f}</td><td>{e.standard_error:.4f}</td>"
+            f"<td>{html.escape(e.label)}</td><td>{html.escape(meaning)}</td></tr>"
+            for name, e, meaning in self.known()
+        )
+        head = "<tr><th>term</th><th>nats</th><th>std error</th><th>kind</th><th></th></tr>"
+        remarks = "".join(f"<p>{html.escape(text)}</p>" for text in self.remarks)
+        return f"<table><caption>{html.escape(self.title)}</caption>{head}{body}</table>{remarks}"

@@ -1,0 +1,107 @@
+"""Discrete latents of the model alone, summed over exactly: p(c | x, z) by Bayes, expectations under it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from pyro.poutine.trace_struct import Trace
+from torch import Tensor
+
+from pvae.errors import DeclarationError
+from pvae.exponential import IMPOSSIBLE
+from pvae.traces import Layout, log_prob, samples, sum_over
+
+STATES = 4096
+"""Most joint states of one datum."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """Log densities of a batch under every joint state of the enumerated sites, `(K_1, ..., K_J, [particles,] n)`."""
+
+    layout: Layout
+    sizes: tuple[int, ...]
+    """K_j, in the order of `layout.enumerated`."""
+    logs: dict[str, Tensor]
+    """log p of every site inside the data plate."""
+
+    @property
+    def _states(self) -> list[int]:
+        return list(range(len(self.sizes)))
+
+    @cached_property
+    def latent(self) -> Tensor:
+        """log p(z, c)."""
+        return sum_over([v for name, v in self.logs.items() if name not in self.layout.observed])
+
+    @cached_property
+    def joint(self) -> Tensor:
+        """log p(x, z, c)."""
+        return sum_over([self.latent, *(self.logs[name] for name in self.layout.observed)])
+
+    @cached_property
+    def weights(self) -> Tensor:
+        """p(c | x, z)."""
+        joint = self.joint
+        return joint.flatten(0, len(self.sizes) - 1).softmax(0).reshape(joint.shape)
+
+    def expected(self, name: str) -> Tensor:
+        """E_p(c|x,z) of a site's log density, `([particles,] n)`."""
+        return (self.weights * self.logs[name]).sum(self._states)
+
+    def kl(self) -> dict[str, Tensor]:
+        """KL(p(c_j | x, z, c before it) || p(c_j)) of every enumerated site, nats; they add up to the joint one."""
+        out, before = {}, torch.zeros_like(self.weights[(slice(0, 1),) * len(self.sizes)])
+        for j, name in enumerate(self.layout.enumerated):
+            later = self._states[j + 1 :]
+            mass = self.weights.sum(later, keepdim=True) if later else self.weights
+            log_mass = mass.clamp(min=torch.finfo(mass.dtype).tiny).log()
+            out[name] = (self.weights * (log_mass - before - self.logs[name])).sum(self._states)
+            before = log_mass
+        return out
+
+    def log_sum(self, table: Tensor) -> Tensor:
+        """log sum_c exp(table)."""
+        return table.logsumexp(self._states)
+
+
+def read_table(model_trace: Trace, layout: Layout, particles: int) -> Table:
+    """The table of a model trace that was run under enumeration.
+
+    Raises:
+        DeclarationError: an enumerated site stands in a plate beside the data's, or there are too many states.
+    """
+    nodes = samples(model_trace)
+    sizes = tuple(_size(name, nodes[name], layout) for name in layout.enumerated)
+    if math.prod(sizes) > STATES:
+        raise DeclarationError(
+            f"{', '.join(layout.enumerated)}: expected at most {STATES} joint states to sum over; got "
+            f"{math.prod(sizes)}. Give some of these sites a guide."
+        )
+    logs = {}
+    for name, node in nodes.items():
+        if not layout.holds(node):
+            continue
+        value = log_prob(node, layout, particles)
+        lead = value.dim() - (2 if particles else 1)
+        value = value.reshape((1,) * (len(sizes) - lead) + value.shape)
+        # Pyro allocates from the right: the first site's states lie next to the plates.
+        value = value.permute(*reversed(range(len(sizes))), *range(len(sizes), value.dim()))
+        logs[name] = value.expand(*sizes, *value.shape[len(sizes) :]).clamp(min=IMPOSSIBLE)
+    return Table(layout, sizes, logs)
+
+
+def _size(name: str, node: Mapping[str, Any], layout: Layout) -> int:
+    plates = [f.name for f in node["cond_indep_stack"] if f.vectorized and not f.name.startswith("_")]
+    extra = [plate for plate in plates if plate not in layout.plates]
+    if extra:
+        raise DeclarationError(
+            f"{name}: expected an enumerated site in the data plate alone; got it inside {', '.join(extra)} too. "
+            f"Write one site for each element."
+        )
+    return int(node["fn"].enumerate_support(expand=False).shape[0])

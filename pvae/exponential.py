@@ -1,0 +1,354 @@
+"""Many distributions of one exponential family at once: sufficient statistics, natural parameters, densities.
+
+log q_i(z) = <T(z), eta_i> - A(eta_i), so the density of m points under n members is one matrix product. A mixture of
+posteriors (aggregated posterior, learned mixtures as priors) is scored this way, whatever the family.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Self
+
+import pyro.distributions as dist
+import torch
+from torch import Tensor
+
+IMPOSSIBLE = -1e30
+"""The logarithm of a probability of zero: finite, because 0 * -inf is NaN in a product."""
+
+
+class Members(ABC):
+    """n members of one exponential family over flat values `(..., D)`."""
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """n."""
+
+    @property
+    @abstractmethod
+    def dim(self) -> int:
+        """D, the width of a flat value."""
+
+    @property
+    @abstractmethod
+    def features(self) -> int:
+        """F, the width of the sufficient statistics."""
+
+    @property
+    @abstractmethod
+    def numbers(self) -> int:
+        """How many numbers hold the parameters of one member."""
+
+    @abstractmethod
+    def rows(self, index: slice | Tensor) -> Self:
+        """Some of the members."""
+
+    @abstractmethod
+    def natural(self) -> tuple[Tensor, Tensor]:
+        """eta `(F, n)` and -A(eta) `(n,)`, relative to `origin`."""
+
+    @property
+    @abstractmethod
+    def origin(self) -> Tensor:
+        """Point `(D,)` from which the statistics are taken: near the members, so that less cancels."""
+
+    @abstractmethod
+    def statistics(self, value: Tensor, origin: Tensor) -> Tensor:
+        """T(z) of `(m, D)` values, `(m, F)`."""
+
+    @abstractmethod
+    def log_prob(self, value: Tensor) -> Tensor:
+        """log q_i(z_i) of `(..., n, D)`, each value under its own member, `(..., n)`, nats; without cancellation."""
+
+    @abstractmethod
+    def sample(self) -> Tensor:
+        """One draw of every member, `(n, D)`."""
+
+    @abstractmethod
+    def joined(self, others: Sequence[Any]) -> Self:
+        """These members, then those of others of the same kind."""
+
+    def double(self) -> Self:
+        """The same in float64."""
+        return self.map(lambda t: t.double())
+
+    @abstractmethod
+    def map(self, change: Any) -> Self:
+        """The same with a function applied to every parameter."""
+
+
+@dataclass(frozen=True)
+class Normals(Members):
+    """N(loc_i, diag scale_i^2): T(z) = (z^2, z), eta = (-1 / 2 s^2, m / s^2)."""
+
+    loc: Tensor
+    """`(n, D)`."""
+    scale: Tensor
+    """`(n, D)`."""
+
+    def __len__(self) -> int:
+        return len(self.loc)
+
+    @property
+    def dim(self) -> int:
+        return self.loc.shape[1]
+
+    @property
+    def features(self) -> int:
+        return 2 * self.dim
+
+    @property
+    def numbers(self) -> int:
+        return 2 * self.dim
+
+    def rows(self, index: slice | Tensor) -> Normals:
+        return Normals(self.loc[index], self.scale[index])
+
+    @property
+    def origin(self) -> Tensor:
+        return self.loc.mean(0)
+
+    def natural(self) -> tuple[Tensor, Tensor]:
+        precision, loc = self.scale**-2, self.loc - self.origin
+        normaliser = 0.5 * (loc**2 * precision).sum(1) + self.scale.log().sum(1)
+        eta = torch.cat([-0.5 * precision, loc * precision], 1).T
+        return eta, -normaliser - 0.5 * self.dim * math.log(2 * math.pi)
+
+    def statistics(self, value: Tensor, origin: Tensor) -> Tensor:
+        z = value - origin
+        return torch.cat([z * z, z], 1)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        return dist.Normal(self.loc, self.scale, validate_args=False).log_prob(value).sum(-1)
+
+    def sample(self) -> Tensor:
+        return torch.normal(self.loc, self.scale)
+
+    def joined(self, others: Sequence[Normals]) -> Normals:
+        parts = [self, *others]
+        return Normals(torch.cat([p.loc for p in parts]), torch.cat([p.scale for p in parts]))
+
+    def map(self, change: Any) -> Normals:
+        return Normals(change(self.loc), change(self.scale))
+
+
+@dataclass(frozen=True)
+class FullRankNormals(Members):
+    """N(loc_i, L_i L_i^T): T(z) = (z_a z_b for a <= b, z), eta = (-P_ab (halved where a = b), P m), P the precision."""
+
+    loc: Tensor
+    """`(n, D)`."""
+    scale_tril: Tensor
+    """Lower triangular L, `(n, D, D)`."""
+
+    def __len__(self) -> int:
+        return len(self.loc)
+
+    @property
+    def dim(self) -> int:
+        return self.loc.shape[1]
+
+    @property
+    def scale(self) -> Tensor:
+        """Standard deviation of every coordinate, `(n, D)`."""
+        return self.scale_tril.square().sum(-1).sqrt()
+
+    @property
+    def features(self) -> int:
+        return self.dim * (self.dim + 1) // 2 + self.dim
+
+    @property
+    def numbers(self) -> int:
+        return self.dim * (self.dim + 1)
+
+    def rows(self, index: slice | Tensor) -> FullRankNormals:
+        return FullRankNormals(self.loc[index], self.scale_tril[index])
+
+    @property
+    def origin(self) -> Tensor:
+        return self.loc.mean(0)
+
+    def _upper(self) -> Tensor:
+        return torch.triu_indices(self.dim, self.dim, device=self.loc.device)
+
+    def natural(self) -> tuple[Tensor, Tensor]:
+        precision, loc = torch.cholesky_inverse(self.scale_tril), self.loc - self.origin
+        slope = (precision @ loc[..., None])[..., 0]
+        halved = precision - 0.5 * torch.diag_embed(precision.diagonal(dim1=-2, dim2=-1))
+        a, b = self._upper()
+        log_det = self.scale_tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+        normaliser = 0.5 * (slope * loc).sum(1) + log_det
+        eta = torch.cat([-halved[:, a, b], slope], 1).T
+        return eta, -normaliser - 0.5 * self.dim * math.log(2 * math.pi)
+
+    def statistics(self, value: Tensor, origin: Tensor) -> Tensor:
+        z = value - origin
+        a, b = self._upper()
+        return torch.cat([z[:, a] * z[:, b], z], 1)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        q = dist.MultivariateNormal(self.loc, scale_tril=self.scale_tril, validate_args=False)
+        return q.log_prob(value)
+
+    def sample(self) -> Tensor:
+        return self.loc + (self.scale_tril @ torch.randn_like(self.loc)[..., None])[..., 0]
+
+    def joined(self, others: Sequence[FullRankNormals]) -> FullRankNormals:
+        parts = [self, *others]
+        return FullRankNormals(torch.cat([p.loc for p in parts]), torch.cat([p.scale_tril for p in parts]))
+
+    def map(self, change: Any) -> FullRankNormals:
+        return FullRankNormals(change(self.loc), change(self.scale_tril))
+
+
+Form = Literal["index", "one_hot"]
+
+
+@dataclass(frozen=True)
+class Codes(Members):
+    """A grid of P independent categoricals over K states: T(z) = one-hot, eta = log probabilities.
+
+    `form` says how a value is written: P indices (also 0 and 1 of a Bernoulli), or P x K one-hots.
+    """
+
+    logits: Tensor
+    """Log probabilities, `(n, P, K)`; made normalised and finite."""
+    form: Form = "index"
+
+    def __post_init__(self) -> None:
+        normalised = self.logits.log_softmax(-1).clamp(min=IMPOSSIBLE)
+        object.__setattr__(self, "logits", normalised)
+
+    def __len__(self) -> int:
+        return len(self.logits)
+
+    @property
+    def positions(self) -> int:
+        """P."""
+        return self.logits.shape[1]
+
+    @property
+    def states(self) -> int:
+        """K."""
+        return self.logits.shape[2]
+
+    @property
+    def dim(self) -> int:
+        return self.positions if self.form == "index" else self.features
+
+    @property
+    def features(self) -> int:
+        return self.positions * self.states
+
+    @property
+    def numbers(self) -> int:
+        return self.features
+
+    def rows(self, index: slice | Tensor) -> Codes:
+        return Codes(self.logits[index], self.form)
+
+    @property
+    def origin(self) -> Tensor:
+        return self.logits.new_zeros(self.dim)
+
+    def natural(self) -> tuple[Tensor, Tensor]:
+        return self.logits.flatten(1).T, self.logits.new_zeros(len(self))
+
+    def statistics(self, value: Tensor, origin: Tensor) -> Tensor:
+        if self.form == "one_hot":
+            return value
+        index = value.long().clamp(0, self.states - 1)
+        return torch.nn.functional.one_hot(index, self.states).to(self.logits).flatten(1)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        if self.form == "one_hot":
+            return (self.logits.flatten(1) * value).sum(-1)
+        index = value.long().unsqueeze(-1)
+        shape = torch.broadcast_shapes(index.shape[:-1], self.logits.shape[:-1])
+        logits = self.logits.expand(*shape, self.states)
+        return logits.gather(-1, index.expand(*shape, 1)).squeeze(-1).sum(-1)
+
+    def sample(self) -> Tensor:
+        gumbel = -torch.empty_like(self.logits).exponential_().log()
+        return self.write((self.logits + gumbel).argmax(-1))
+
+    def write(self, index: Tensor) -> Tensor:
+        """State indices `(m, P)` as flat values `(m, D)`."""
+        if self.form == "index":
+            return index.to(self.logits)
+        return torch.nn.functional.one_hot(index, self.states).to(self.logits).flatten(1)
+
+    def joined(self, others: Sequence[Codes]) -> Codes:
+        return Codes(torch.cat([self.logits, *(p.logits for p in others)]), self.form)
+
+    def map(self, change: Any) -> Codes:
+        return Codes(change(self.logits), self.form)
+
+
+@dataclass(frozen=True)
+class Product(Members):
+    """Independent parts side by side: statistics and natural parameters are joined, normalisers added."""
+
+    parts: tuple[Members, ...]
+
+    def __len__(self) -> int:
+        return len(self.parts[0])
+
+    @property
+    def dim(self) -> int:
+        return sum(part.dim for part in self.parts)
+
+    @property
+    def features(self) -> int:
+        return sum(part.features for part in self.parts)
+
+    @property
+    def numbers(self) -> int:
+        return sum(part.numbers for part in self.parts)
+
+    def rows(self, index: slice | Tensor) -> Product:
+        return Product(tuple(part.rows(index) for part in self.parts))
+
+    @property
+    def origin(self) -> Tensor:
+        return torch.cat([part.origin for part in self.parts])
+
+    def _split(self, value: Tensor) -> tuple[Tensor, ...]:
+        return value.split([part.dim for part in self.parts], -1)
+
+    def natural(self) -> tuple[Tensor, Tensor]:
+        etas, constants = zip(*(part.natural() for part in self.parts), strict=True)
+        return torch.cat(etas), torch.stack(constants).sum(0)
+
+    def statistics(self, value: Tensor, origin: Tensor) -> Tensor:
+        pieces = zip(self.parts, self._split(value), self._split(origin), strict=True)
+        return torch.cat([part.statistics(z, at) for part, z, at in pieces], 1)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        pieces = zip(self.parts, self._split(value), strict=True)
+        return torch.stack([part.log_prob(z) for part, z in pieces]).sum(0)
+
+    def sample(self) -> Tensor:
+        return torch.cat([part.sample() for part in self.parts], 1)
+
+    def joined(self, others: Sequence[Product]) -> Product:
+        columns = zip(*(p.parts for p in others), strict=True)
+        return Product(tuple(part.joined(rest) for part, rest in zip(self.parts, columns, strict=True)))
+
+    def map(self, change: Any) -> Product:
+        return Product(tuple(part.map(change) for part in self.parts))
+
+
+def product(parts: Sequence[Members]) -> Members:
+    """One part as it is, diagonal normals as one, several kinds as a `Product`."""
+    if all(isinstance(part, Normals) for part in parts):
+        normals = [part for part in parts if isinstance(part, Normals)]
+        return Normals(torch.cat([p.loc for p in normals], 1), torch.cat([p.scale for p in normals], 1))
+    if all(isinstance(part, Codes) for part in parts):
+        codes = [part for part in parts if isinstance(part, Codes)]
+        if len({(p.form, p.states) for p in codes}) == 1:
+            return Codes(torch.cat([p.logits for p in codes], 1), codes[0].form)
+    return parts[0] if len(parts) == 1 else Product(tuple(parts))
