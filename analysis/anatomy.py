@@ -96,6 +96,8 @@ class Surgery(Figures):
     """By label, where labels were given."""
     shared: dict[str, float] = field(default_factory=dict)
     """log q - log p of global latents, nats for the whole data set; no part of the figures per datum."""
+    points: bool = True
+    """Whether the global latents are points: their KL is then minus the log prior density there."""
     notes: tuple[str, ...] = ()
 
     @property
@@ -118,8 +120,9 @@ class Surgery(Figures):
         yield "marginal_kl_upper", self.marginal_kl_upper, "the same from above"
         yield "train_gain", self.train_gain, "what q_agg of the training rows would win here as the prior"
         if self.shared:
-            share = sum(self.shared.values()) / self.n
-            yield "global_kl", Estimate(share), f"of {', '.join(self.shared)}: one draw for all data, divided by n"
+            how = "-log p at a point" if self.points else "one draw for all data"
+            share = Estimate(sum(self.shared.values()) / self.n, 0.0, "exact" if self.points else "estimate")
+            yield "global_kl", share, f"of {', '.join(self.shared)}: {how}, divided by n"
         for name, latent in self.latents.items():
             yield from self._level(name, latent)
 

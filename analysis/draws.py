@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
+from pyro.distributions import Delta
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
@@ -17,7 +18,7 @@ from pvae.errors import DataError, DeclarationError
 from pvae.exponential import Codes, FullRankNormals, Members, Normals, product
 from pvae.pair import Pair
 from pvae.pair import quiet as quiet_pair
-from pvae.traces import Layout, closed_kl, log_prob, rows_first, samples, sum_over
+from pvae.traces import Layout, closed_kl, log_prob, rows_first, samples, sum_over, unwrapped
 
 CHUNK = 1000
 Roots = tuple[set[str], set[str]]
@@ -90,6 +91,8 @@ class Draw:
     latents: dict[str, LatentDraw]
     shared: dict[str, float]
     """log q - log p of every global latent, nats for the whole data set."""
+    points: bool = True
+    """Whether every global latent is a point (a Delta), so that nothing about it is drawn."""
 
     def flat(self, names: Sequence[str]) -> Tensor:
         """Values of several latents side by side, `(n, D)`."""
@@ -125,7 +128,7 @@ def draw_chunk(pair: Pair, x: Tensor) -> Draw:
     p = samples(model_trace)
     reconstruction = sum_over([log_prob(p[name], layout, 0).double() for name in layout.observed])
     latents = {name: _latent(samples(guide_trace)[name], p.get(name), layout, len(x)) for name in layout.latents}
-    return Draw(reconstruction, latents, _shared(guide_trace, model_trace, layout))
+    return Draw(reconstruction, latents, _shared(guide_trace, model_trace, layout), points(guide_trace, layout))
 
 
 def _latent(q: Any, p: Any, layout: Layout, n: int) -> LatentDraw:
@@ -174,15 +177,21 @@ def _shared(guide_trace: Trace, model_trace: Trace, layout: Layout) -> dict[str,
     return out
 
 
+def points(guide_trace: Trace, layout: Layout) -> bool:
+    """Whether every global latent of the guide is a point."""
+    return all(isinstance(unwrapped(samples(guide_trace)[name]["fn"]), Delta) for name in layout.shared)
+
+
 # ---------------------------------------------------------------------- with sites that are summed out
 
 
 def _draw_summed(pair: Pair, guide_trace: Trace, model_trace: Trace, n: int) -> Draw:
     """A draw of a pair whose model has sites to sum over: they are latents where the guide has none, else left out."""
-    layout, shared = pair.layout, _shared(guide_trace, model_trace, pair.layout)
+    layout = pair.layout
+    rest = _shared(guide_trace, model_trace, layout), points(guide_trace, layout)
     table = read_table(model_trace, layout, 0)
     if not layout.latents:
-        return Draw(_expected_reconstruction(table), {"+".join(layout.enumerated): _codes(table, n)}, shared)
+        return Draw(_expected_reconstruction(table), {"+".join(layout.enumerated): _codes(table, n)}, *rest)
     if len(layout.latents) > 1:
         raise DataError(
             f"surgery: expected at most one latent in the guide beside enumerated ones ({', '.join(layout.enumerated)}"
@@ -191,7 +200,7 @@ def _draw_summed(pair: Pair, guide_trace: Trace, model_trace: Trace, n: int) -> 
     name = layout.latents[0]
     latent = _latent(guide_trace.nodes[name], None, layout, n)
     latent.log_p = table.log_sum(table.latent).double()
-    return Draw(table.log_sum(table.joint).double() - latent.log_p, {name: latent}, shared)
+    return Draw(table.log_sum(table.joint).double() - latent.log_p, {name: latent}, *rest)
 
 
 def _expected_reconstruction(table: Table) -> Tensor:
@@ -219,7 +228,7 @@ def draw(pair: Pair, x: Tensor, chunk: int = CHUNK) -> Draw:
             _drop_large(latent, len(x))
         parts.append(part)
     latents = {name: _joined([p.latents[name] for p in parts]) for name in parts[0].latents}
-    return Draw(torch.cat([p.reconstruction for p in parts]), latents, parts[0].shared)
+    return Draw(torch.cat([p.reconstruction for p in parts]), latents, parts[0].shared, parts[0].points)
 
 
 def _drop_large(latent: LatentDraw, n: int) -> None:

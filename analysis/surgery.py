@@ -256,6 +256,7 @@ class _Account:
             latents=latents,
             classes={} if y is None else self._classes(y),
             shared=self.first.shared,
+            points=self.first.points,
             notes=tuple(self._notes()),
         )
 
@@ -267,7 +268,7 @@ class _Account:
     @property
     def _nothing_drawn(self) -> bool:
         """Whether every latent is summed over: the reconstruction, too, is then an expectation."""
-        return not self.pair.layout.latents and self.names[0] in self.roots[0]
+        return not self.pair.layout.latents and self.names[0] in self.roots[0] and self.first.points
 
     def _reconstruction(self) -> Estimate:
         return (
@@ -280,7 +281,7 @@ class _Account:
         joint = self._joint_codes(self.names)
         terms = torch.stack(self.reconstruction) - (self._kl(self.names) if joint is None else joint.kl) - shared
         assert kl is not None  # noqa: S101 - every group has one
-        found = exact_mean(terms[0]) if self._nothing_drawn and not shared else over_draws(terms)
+        found = exact_mean(terms[0]) if self._nothing_drawn else over_draws(terms)
         value = reconstruction.value - kl.value - shared
         return Estimate(value, found.standard_error, found.kind, found.data_error, found.note)
 

@@ -236,14 +236,19 @@ def site_shape(node: Mapping[str, Any], layout: Layout) -> SiteShape:
     return SiteShape(shape[:axis], shape[axis + 1 :], len(shape) - event)
 
 
+def unwrapped(fn: Any) -> Any:
+    """A distribution without what declares its event dimensions or expands it."""
+    while isinstance(fn, Independent | ExpandedDistribution):
+        fn = fn.base_dist
+    return fn
+
+
 def members(node: Mapping[str, Any], layout: Layout, rows: int) -> Members | None:
     """A site's distributions as members of an exponential family, one for each row; None for other families.
 
     Plates beside the rows' hold independent copies: their members are multiplied.
     """
-    fn = node["fn"]
-    while isinstance(fn, Independent | ExpandedDistribution):
-        fn = fn.base_dist
+    fn = unwrapped(node["fn"])
     if node["mask"] is not None:
         return None
 
@@ -262,5 +267,5 @@ def members(node: Mapping[str, Any], layout: Layout, rows: int) -> Members | Non
     if isinstance(fn, Categorical):
         return Codes(flat(fn.logits, 1).reshape(rows, -1, fn.logits.shape[-1]))
     if isinstance(fn, Bernoulli):
-        return Codes(torch.stack([flat(-fn.logits), flat(fn.logits)], -1) / 2)
+        return Codes(torch.stack([flat(-fn.logits), flat(fn.logits)], -1).clamp(-1e4, 1e4) / 2)
     return None

@@ -1,7 +1,11 @@
 """What every test gets: validation on, a clean process, its own caches; and no skipped test in CI."""
 
 import os
+import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pyro
@@ -47,11 +51,31 @@ def clean_process() -> Iterator[None]:
         pytest.fail(f"Expected a test that cleans up; got: {'; '.join(left)}.")
 
 
+@cache
+def find_newer_python() -> str | None:
+    """A Python that ArviZ 1 runs on: this one, one on the PATH, or one of pyenv's; None where there is none."""
+    names = [f"python3.{minor}" for minor in (12, 13, 14)]
+    homes = sorted(map(str, Path.home().glob(".pyenv/versions/3.*/bin/python3")))
+    found = filter(None, map(shutil.which, [sys.executable, *names, *homes]))
+    # a pyenv shim may lead nowhere, and Debian's Python may lack ensurepip: ask it
+    code = "import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 12))"
+    asked = (name for name in found if subprocess.run([name, "-c", code], capture_output=True).returncode == 0)
+    return next(asked, None)
+
+
+@pytest.fixture(scope="session")
+def newer_python() -> str:
+    """The Python of the tests marked `python312`."""
+    found = find_newer_python()
+    assert found is not None
+    return found
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Deselect what needs a GPU where there is none."""
-    if torch.cuda.is_available():
-        return
-    homeless = [item for item in items if item.get_closest_marker("cuda")]
+    """Deselect what needs a GPU, or a newer Python, where there is none."""
+    marked = {name: [item for item in items if item.get_closest_marker(name)] for name in ("cuda", "python312")}
+    homeless = [] if torch.cuda.is_available() else marked["cuda"]
+    homeless += marked["python312"] if marked["python312"] and find_newer_python() is None else []
     config.hook.pytest_deselected(items=homeless)
     items[:] = [item for item in items if item not in homeless]
 

@@ -27,7 +27,7 @@ from pvae.analysis.draws import draw
 from pvae.analysis.estimate import Estimate, exact, over_draws
 from pvae.analysis.evidence import evidence
 from pvae.analysis.surgery import GUIDE_ROWS, surgery
-from pvae.errors import DataError, DeclarationError
+from pvae.errors import DataError
 from pvae.exponential import Normals
 from pvae.pair import Pair
 from pvae.spec import Experiment
@@ -218,57 +218,228 @@ def test_blind_posterior_knows_nothing():
     assert found.latents["z"].active_units == 0
 
 
-# ---------------------------------------------------------------------- the aggregated posterior
+# ---------------------------------------------------------------------- coordinates, labels, another prior
 
 
-def mixture_log_prob(loc: Tensor, scale: Tensor, z: Tensor) -> Tensor:
-    """The definition, in torch and float64: logsumexp over explicit differences."""
-    components = [
-        (-0.5 * ((point - loc) / scale) ** 2 - scale.log() - 0.5 * math.log(2 * math.pi)).sum(1) for point in z
-    ]
-    return torch.stack(components).logsumexp(1) - math.log(len(loc))
+def correlated(rho: float, n: int) -> Tensor:
+    """Rows of a normal law with unit variances and correlation rho."""
+    covariance = np.array([[1.0, rho], [rho, 1.0]])
+    return torch.tensor(np.random.default_rng(2).multivariate_normal([0, 0], covariance, n))
 
 
-@pytest.mark.parametrize("n", [1, 7, 2048, 2049, 5000])
-@pytest.mark.parametrize("d", [1, 3, 20])
-@pytest.mark.parametrize("smallest", [0.0, -2.0, -5.0])
-def test_aggregated_posterior_is_the_mixture(n, d, smallest):
-    loc = torch.randn(n, d).double()
-    scale = (torch.rand(n, d).double() * smallest).exp()
-    z = torch.cat([loc[:20] + scale[:20] * torch.randn(len(loc[:20]), d).double(), 2 * torch.randn(20, d).double()])
-    got, want = AggregatedPosterior(Normals(loc, scale)).log_prob(z), mixture_log_prob(loc, scale, z)
-    # Ten digits of the numbers in play: z^2 / (2 s^2) reaches d e^10, of which float64 keeps 1e-16.
-    torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
+def test_total_correlation_of_a_normal_aggregate():
+    # q_agg is N(0, C + s2 I) up to 4000 rows: TC = -1/2 log(1 - r^2). Its error over data sets is about .02.
+    rho, s2 = 0.8, 0.1
+    x = correlated(rho, 4000)
+    found = surgery(channel(lambda x: torch.full_like(x, s2**0.5)), x, samples=4)
+    parts = found.latents["z"].dimensions
+    want = -0.5 * math.log(1 - (rho / (1 + s2)) ** 2)
+    assert parts.total_correlation.value == pytest.approx(want, abs=0.06)
+    # one-dimensional aggregates are N(0, 1.1) against N(0, 1): nearly nothing
+    one = 0.5 * (1 + s2 - 1 - math.log(1 + s2))
+    assert parts.marginal_kl == pytest.approx([one, one], abs=0.01)
+    assert parts.mutual_information == pytest.approx([0.5 * math.log((1 + s2) / s2)] * 2, abs=0.03)
 
 
-def test_aggregated_posterior_over_many_rows_and_shapes():
-    loc, scale = torch.randn(50, 2).double(), torch.rand(50, 2).double() + 0.1
-    q, z = AggregatedPosterior(Normals(loc, scale)), torch.randn(700, 2, 2).double()
-    assert (len(q), q.batch_shape, q.event_shape) == (50, (), (2,))
-    assert q.log_prob(z).shape == (700, 2)
-    torch.testing.assert_close(q.log_prob(z).reshape(-1)[-3:], mixture_log_prob(loc, scale, z.reshape(-1, 2)[-3:]))
-    torch.testing.assert_close(q.expand(torch.Size((4,))).log_prob(z[:4, 0]), q.log_prob(z[:4, 0]))
-    own = torch.distributions.Normal(loc, scale).log_prob(z[:50, 0]).sum(1)
-    torch.testing.assert_close(q.component_log_prob(z[:50, 0]), own)
+@pytest.mark.parametrize("samples", [1, 3])
+def test_coordinates_add_up_to_the_marginal_kl(samples):
+    found = surgery(channel(lambda x: torch.full_like(x, 0.4)), correlated(0.5, 500), samples=samples)
+    parts = found.latents["z"].dimensions
+    whole = parts.total_correlation.value + parts.coordinate_kl.value
+    assert found.marginal_kl.value == pytest.approx(whole, abs=1e-12)
+    assert parts.coordinate_kl.value == pytest.approx(sum(parts.marginal_kl), abs=1e-10)
+    rows = {name: e for name, e, _ in found.rows()}
+    assert rows["total_correlation"] is parts.total_correlation
+    assert rows["coordinate_kl"] is parts.coordinate_kl
+    assert parts.error < 1e-3
+    assert set(found.to_dict()["latents"]["z"]["dimensions"]) >= {"total_correlation", "mutual_information", "error"}
 
 
-def test_aggregated_posterior_samples_what_it_scores():
-    # Kolmogorov-Smirnov against the integral of the scored density; one new seed in 1000 fails.
-    loc, scale = torch.tensor([[-3.0], [0.0], [0.5]]), torch.tensor([[0.5], [1.0], [0.05]])
-    q = AggregatedPosterior(Normals(loc, scale))
-    grid = torch.linspace(-9, 7, 200_001).double()
-    density = q.log_prob(grid[:, None]).exp()
-    integral = torch.cumulative_trapezoid(density, grid)
-    assert integral[-1].item() == pytest.approx(1, abs=1e-8)
-    draws = q.sample((20_000,))
-    assert draws.shape == (20_000, 1)
-    uniform = np.interp(draws[:, 0].numpy(), grid[1:].numpy(), integral.numpy())
-    assert scipy.stats.kstest(uniform, "uniform").pvalue > 1e-3
+def test_one_coordinate_has_no_split():
+    found = surgery(channel(torch.ones_like), torch.randn(50, 1).double())
+    assert found.latents["z"].dimensions is None
 
 
-def test_aggregated_posterior_refuses_no_components():
-    with pytest.raises(DeclarationError, match="expected at least one component; got none"):
-        AggregatedPosterior(Normals(torch.zeros(0, 2), torch.ones(0, 2)))
+def test_leave_one_out_is_the_mean_over_the_others():
+    x = correlated(0.2, 60)
+    found = surgery(channel(lambda x: torch.full_like(x, 0.3)), x, samples=50)
+    noise = torch.randn(400, 60, 2).double() * 0.3
+    log_q = torch.distributions.Normal(0.0, 0.3).log_prob(noise).sum(-1)
+    gaps = torch.distributions.Normal(x, 0.3).log_prob((x + noise)[:, :, None]).sum(-1)
+    gaps[:, torch.arange(60), torch.arange(60)] = -math.inf
+    terms = log_q - (gaps.logsumexp(2) - math.log(59))
+    error = math.hypot(found.leave_one_out.standard_error, float(terms.mean(0).std() / 60**0.5 / 20))
+    assert found.leave_one_out.kind == "upper_bound"
+    assert found.leave_one_out.value == pytest.approx(float(terms.mean()), abs=5 * error)
+    assert found.leave_one_out.value > found.mutual_information.value
+
+
+def test_classes_are_the_means_over_their_rows():
+    x, y = correlated(0.0, 300), torch.arange(300) % 3
+    found = surgery(channel(lambda x: torch.full_like(x, 0.4)), x, samples=2, labels=y)
+    assert sorted(found.classes) == [0, 1, 2]
+    for term in ("elbo", "reconstruction", "kl", "mutual_information", "marginal_kl"):
+        parts = [getattr(c, term).value * c.n for c in found.classes.values()]
+        assert sum(parts) / 300 == pytest.approx(getattr(found, term).value, abs=1e-10)
+    plain = surgery(channel(lambda x: torch.full_like(x, 0.4)), x, samples=2)
+    assert plain.elbo == found.elbo
+    assert plain.classes == {}
+    assert plain.label_information is None
+    assert found.to_dict()["classes"]["1"]["kl"]["value"] == found.classes[1].kl.value
+
+
+def test_label_information_is_that_of_the_class_mixtures():
+    # Three far clusters: the label is known from z, I[y, z] = log 3; labels at random: nearly nothing.
+    y = torch.arange(300) % 3
+    x = correlated(0.0, 300) * 0.1 + 10.0 * y[:, None]
+    pair = channel(lambda x: torch.full_like(x, 0.1))
+    assert surgery(pair, x, labels=y).label_information.value == pytest.approx(math.log(3), abs=1e-6)
+    shuffled = y[torch.randperm(300)]
+    broad = channel(lambda x: torch.full_like(x, 5.0))
+    assert surgery(broad, x, labels=shuffled).label_information.value == pytest.approx(0, abs=0.02)
+
+
+def test_labels_must_fit():
+    x = torch.randn(10, 2).double()
+    with pytest.raises(DataError, match=r"labels: expected 10 integers; got shape \[9\]"):
+        surgery(channel(torch.ones_like), x, labels=torch.zeros(9, dtype=torch.long))
+    with pytest.raises(DataError, match="float32"):
+        surgery(channel(torch.ones_like), x, labels=torch.zeros(10))
+    with pytest.raises(DataError, match="at most 1000 classes; got 1100"):
+        surgery(channel(torch.ones_like), torch.randn(1100, 2).double(), labels=torch.arange(1100))
+
+
+def test_q_agg_of_the_training_rows_as_the_prior_of_others():
+    pair = channel(lambda x: torch.full_like(x, 0.4))
+    x = correlated(0.3, 400)
+    same = surgery(pair, x, samples=1, train=x)
+    assert same.train_gain.value == pytest.approx(same.marginal_kl.value, abs=1e-9)
+    others = surgery(pair, x[:200], samples=1, train=x[200:])
+    assert others.train_gain.value < others.marginal_kl.value  # what was not seen is priced higher
+
+
+def test_a_subset_of_components_gives_two_bounds():
+    pair, x = channel(lambda x: torch.full_like(x, 0.4)), correlated(0.3, 600)
+    whole, some = surgery(pair, x, samples=4), surgery(pair, x, samples=4, components=100)
+    assert whole.mutual_information_lower is whole.marginal_kl_upper is None
+    assert (some.mutual_information.kind, some.mutual_information_lower.kind) == ("upper_bound", "lower_bound")
+    assert (some.marginal_kl.kind, some.marginal_kl_upper.kind) == ("lower_bound", "upper_bound")
+    # Random subsets move each side by a few hundredths; the exact figure lies between.
+    assert some.mutual_information_lower.value - 0.05 < whole.mutual_information.value
+    assert whole.mutual_information.value < some.mutual_information.value + 0.05
+    assert some.kl.value == pytest.approx(some.mutual_information.value + some.marginal_kl.value, abs=1e-12)
+    upper = some.mutual_information_lower.value + some.marginal_kl_upper.value
+    assert some.kl.value == pytest.approx(upper, abs=1e-12)
+    assert any("I_q stands between two bounds" in note for note in some.notes)
+    assert " to " in some.headline()
+
+
+def test_an_unknown_posterior_is_scored_by_the_guide():
+    def model(x):
+        bias = pyro.param("bias", number(0.0))
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.LogNormal(x.new_zeros(1), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z.log() + bias, 1.0).to_event(1), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.LogNormal(x, 0.4).to_event(1))
+
+    x = torch.randn(200, 1).double()
+    found = surgery(Pair(model=model, guide=guide), x, samples=1)
+    # log is one to one: the information is that of the normal channel on the same noise
+    same = surgery(channel(lambda x: torch.full_like(x, 0.4)), x, samples=1)
+    assert found.mutual_information.value == pytest.approx(same.mutual_information.value, abs=1e-9)
+    assert found.marginal_kl.value == pytest.approx(same.marginal_kl.value, abs=1e-9)
+    assert found.latents["z"].dimensions is None
+
+
+# ---------------------------------------------------------------------- codes
+
+
+def coded(table: Array, prior: Array | None = None, rows: int = 1) -> Pair:
+    """q(c | x = i) = table[i] `(inputs, P, K)` and a factorised prior; x is the input's number."""
+    log_q = torch.tensor(table).clamp(min=1e-300).log()
+    log_p = torch.zeros(table.shape[1:]).double() if prior is None else torch.tensor(prior).log()
+
+    def model(x):
+        gain = pyro.param("gain", number(1.0))
+        with pyro.plate("data", len(x)):
+            c = pyro.sample("c", dist.Categorical(logits=log_p).to_event(1))
+            pyro.sample("x", dist.Normal(gain * c.sum(-1, keepdim=True), 1.0).to_event(1), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("c", dist.Categorical(logits=log_q[x[:, 0].long()]).to_event(1))
+
+    return Pair(model=model, guide=guide)
+
+
+def symmetric(k: int, error: float) -> Array:
+    """A k-ary symmetric channel, `(k, 1, k)`."""
+    return (np.full((k, k), error / (k - 1)) + np.eye(k) * (1 - error - error / (k - 1)))[:, None]
+
+
+# Mutual information of even inputs, nats; shared/TRUTHS.md, and log 2 - H(.25) for the third.
+CODES = {
+    "binary symmetric .1": (symmetric(2, 0.1), 0.3680642072),
+    "10-ary symmetric .1": (symmetric(10, 0.1), 1.7577796619),
+    "binary symmetric .25": (symmetric(2, 0.25), math.log(2) + 0.25 * math.log(0.25) + 0.75 * math.log(0.75)),
+    "deterministic": (np.eye(5)[:, None], math.log(5)),
+    "blind": (np.full((4, 1, 3), 1 / 3), 0.0),
+}
+
+
+@pytest.mark.parametrize(("table", "want"), CODES.values(), ids=list(CODES))
+@pytest.mark.parametrize("copies", [1, 30])
+def test_codes_are_summed_over_exactly(table, want, copies):
+    x = torch.arange(len(table)).double().repeat(copies)[:, None]
+    found = surgery(coded(table), x)
+    k = table.shape[2]
+    q = table[:, 0]
+    entropy = -(q * np.log(np.maximum(q, 1e-300))).sum(1).mean()
+    mean = q.mean(0)
+    assert found.mutual_information.kind == found.kl.kind == found.marginal_kl.kind == "exact"
+    assert found.mutual_information.value == pytest.approx(want, abs=1e-8)
+    assert found.kl.value == pytest.approx(math.log(k) - entropy, abs=1e-8)
+    assert found.marginal_kl.value == pytest.approx(math.log(k) + (mean * np.log(mean)).sum(), abs=1e-8)
+    assert found.kl_exact.value == pytest.approx(found.kl.value, abs=1e-8)
+    assert found.elbo.value == pytest.approx(found.reconstruction.value - found.kl.value, abs=1e-10)
+    assert found.latents["c"].perplexity[0] == pytest.approx(math.exp(-(mean * np.log(mean)).sum()))
+
+
+@pytest.mark.parametrize(("positions", "states"), [(3, 4), (6, 4)])
+def test_positions_share_what_the_joint_code_says_once(positions, states):
+    # By enumeration in NumPy; 4^6 = 4096 joint states are the most that are summed over.
+    rng = np.random.default_rng(0)
+    table = rng.dirichlet(np.ones(states), (5, positions))
+    prior = rng.dirichlet(np.ones(states), positions)
+    found = surgery(coded(table, prior), torch.arange(5.0).double()[:, None])
+    grids = np.stack(np.meshgrid(*[np.arange(states)] * positions, indexing="ij"), -1).reshape(-1, positions)
+    q = np.prod([table[:, p][:, grids[:, p]] for p in range(positions)], axis=0)
+    p = np.prod([prior[i][grids[:, i]] for i in range(positions)], axis=0)
+    mean = q.mean(0)
+    assert found.mutual_information.value == pytest.approx((q * np.log(q / mean)).sum(1).mean(), abs=1e-8)
+    assert found.marginal_kl.value == pytest.approx((mean * np.log(mean / p)).sum(), abs=1e-8)
+    parts = found.latents["c"].dimensions
+    singles = table.mean(0)
+    information = [(table[:, i] * np.log(table[:, i] / singles[i])).sum(1).mean() for i in range(positions)]
+    assert parts.mutual_information == pytest.approx(information, abs=1e-8)
+    assert parts.coordinate_kl.value == pytest.approx((singles * np.log(singles / prior)).sum(), abs=1e-8)
+    split = parts.total_correlation.value + parts.coordinate_kl.value
+    assert split == pytest.approx(found.marginal_kl.value, abs=1e-8)
+
+
+def test_more_states_than_can_be_summed_are_drawn():
+    # Seven positions of four: an estimate, against the exact sum in NumPy; 4 standard errors, one in 16 000.
+    table = np.random.default_rng(1).dirichlet(np.ones(4) / 2, (6, 7))
+    found = surgery(coded(table), torch.arange(6.0).double().repeat(50)[:, None], samples=30)
+    assert found.mutual_information.kind == "estimate"
+    grids = np.stack(np.meshgrid(*[np.arange(4)] * 7, indexing="ij"), -1).reshape(-1, 7)
+    q = np.prod([table[:, p][:, grids[:, p]] for p in range(7)], axis=0)
+    want = (q * np.log(np.maximum(q, 1e-300) / q.mean(0))).sum(1).mean()
+    assert abs(found.mutual_information.value - want) < 4 * found.mutual_information.standard_error + 1e-9
+    assert found.kl.value == pytest.approx(found.mutual_information.value + found.marginal_kl.value, abs=1e-12)
 
 
 # ---------------------------------------------------------------------- evidence and errors
