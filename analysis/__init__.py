@@ -1,4 +1,4 @@
-"""What a fitted pair says: surgery of its ELBO, evidence, collapse, report; for any Pyro pair.
+"""What a fitted pair says: surgery of its ELBO, evidence, gaps, collapse, report; for any Pyro pair.
 
 Functions bear the names of their modules, so they are bound here, eagerly: the import system would otherwise
 put a module in a function's place as soon as somebody imports it.
@@ -8,7 +8,9 @@ from pvae.analysis.aggregated import AggregatedPosterior
 from pvae.analysis.anatomy import LatentSurgery, Surgery
 from pvae.analysis.collapse import Collapse, collapse
 from pvae.analysis.estimate import Estimate
-from pvae.analysis.evidence import Evidence, evidence
+from pvae.analysis.evidence import Evidence, PriorEvidence, evidence, prior_evidence
+from pvae.analysis.groups import Posterior
+from pvae.analysis.posterior import posterior
 from pvae.analysis.report import report
 from pvae.analysis.surgery import surgery
 
@@ -18,9 +20,13 @@ __all__ = [
     "Estimate",
     "Evidence",
     "LatentSurgery",
+    "Posterior",
+    "PriorEvidence",
     "Surgery",
     "collapse",
     "evidence",
+    "posterior",
+    "prior_evidence",
     "report",
     "surgery",
 ]

@@ -8,7 +8,6 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
-from pyro.distributions import Delta
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
@@ -18,7 +17,7 @@ from pvae.errors import DataError, DeclarationError
 from pvae.exponential import Codes, FullRankNormals, Members, Normals, product
 from pvae.pair import Pair
 from pvae.pair import quiet as quiet_pair
-from pvae.traces import Layout, closed_kl, log_prob, rows_first, samples, sum_over, unwrapped
+from pvae.traces import Layout, closed_kl, is_point, log_prob, rows_first, samples, sum_over
 
 CHUNK = 1000
 Roots = tuple[set[str], set[str]]
@@ -179,7 +178,7 @@ def _shared(guide_trace: Trace, model_trace: Trace, layout: Layout) -> dict[str,
 
 def points(guide_trace: Trace, layout: Layout) -> bool:
     """Whether every global latent of the guide is a point."""
-    return all(isinstance(unwrapped(samples(guide_trace)[name]["fn"]), Delta) for name in layout.shared)
+    return all(is_point(samples(guide_trace)[name]["fn"]) for name in layout.shared)
 
 
 # ---------------------------------------------------------------------- with sites that are summed out

@@ -41,7 +41,7 @@ class Estimate:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers and strings, for JSON: what is not defined (the error of one draw of one row) is None."""
-        return {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in asdict(self).items()}
+        return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in asdict(self).items()}
 
 
 def exact(value: float) -> Estimate:

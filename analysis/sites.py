@@ -8,14 +8,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import pyro.distributions as dist
 import torch
 from torch import Tensor
 
 from pvae.analysis.draws import draw_chunk, quiet
 from pvae.analysis.groups import Array, dims_of, safe_names, text
 from pvae.pair import Pair
-from pvae.traces import Layout, samples
+from pvae.traces import Layout, samples, unwrapped
 
 PROBED = 16
 """Rows on which it is found out which posteriors read other latents."""
@@ -57,16 +56,9 @@ def numpy_of(t: Tensor) -> Array:
 # ---------------------------------------------------------------------- posteriors
 
 
-def family(fn: Any) -> Any:
-    """The distribution inside of `to_event` and `expand`."""
-    while isinstance(fn, torch.distributions.Independent | dist.ExpandedDistribution):
-        fn = fn.base_dist
-    return fn
-
-
 def parameters_of(node: Mapping[str, Any], layout: Layout, count: int) -> dict[str, Tensor]:
     """`loc` and `scale` of a diagonal normal, `probs` of discrete families, `(count, ...)`; {} for others."""
-    fn = family(node["fn"])
+    fn = unwrapped(node["fn"])
     if isinstance(fn, torch.distributions.Normal):
         return {key: rows_of(t, node, layout, count) for key, t in (("loc", fn.loc), ("scale", fn.scale))}
     if isinstance(fn, torch.distributions.Categorical):
@@ -184,13 +176,13 @@ def whole(node: Mapping[str, Any]) -> Tensor:
 
 
 def _is_normal(node: Mapping[str, Any]) -> bool:
-    return isinstance(family(node["fn"]), torch.distributions.Normal) and node["mask"] is None
+    return isinstance(unwrapped(node["fn"]), torch.distributions.Normal) and node["mask"] is None
 
 
 def _why_hidden(node: Mapping[str, Any], found: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> str:
     """Why a posterior's parameters cannot be shown as a function of the datum, "" where they can."""
     if not found:
-        kind = type(family(node["fn"])).__name__
+        kind = type(unwrapped(node["fn"])).__name__
         return f"expected a diagonal normal, categorical, one-hot or Bernoulli posterior; got {kind}"
     if not all(torch.equal(t, other[key]) for key, t in found.items()):
         return "its parameters read other latents"

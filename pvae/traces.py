@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from pyro import poutine
-from pyro.distributions import ExpandedDistribution
+from pyro.distributions import Delta, ExpandedDistribution, MaskedDistribution
 from pyro.distributions.util import scale_and_mask
 from pyro.poutine.indep_messenger import CondIndepStackFrame
 from pyro.poutine.trace_struct import Trace
@@ -241,6 +241,12 @@ def unwrapped(fn: Any) -> Any:
     while isinstance(fn, Independent | ExpandedDistribution):
         fn = fn.base_dist
     return fn
+
+
+def is_point(fn: Any) -> bool:
+    """Whether a distribution is a Delta, masked or not."""
+    fn = unwrapped(fn)
+    return is_point(fn.base_dist) if isinstance(fn, MaskedDistribution) else isinstance(fn, Delta)
 
 
 def members(node: Mapping[str, Any], layout: Layout, rows: int) -> Members | None:

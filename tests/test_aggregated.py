@@ -125,7 +125,7 @@ def dense_product(q: Product, z: Tensor) -> Tensor:
     return dense_full(q.parts[0], pieces[0]) + dense_codes(q.parts[1], pieces[1])
 
 
-FAMILIES = {
+FAMILIES: dict[str, Row] = {
     "normal": Row(
         lambda n: Normals(torch.randn(n, 3).double(), torch.rand(n, 3).double() + 0.1),
         lambda m: torch.randn(m, 3).double(),

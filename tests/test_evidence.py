@@ -20,8 +20,9 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from pvae.analysis.evidence import PriorEvidence, Stream, block_size, evidence, group_sizes, prior_evidence, vectorises
+from pvae.analysis.evidence import PriorEvidence, evidence, prior_evidence, vectorises
 from pvae.analysis.psis import khat_limit, pareto_k, tail_length
+from pvae.analysis.stream import Stream, block_size, group_sizes
 from pvae.errors import DataError
 from pvae.pair import Pair
 

@@ -1,7 +1,7 @@
 """Surgery and evidence against exact truths: linear VAE, Gaussian channels, hierarchies; and what they leave alone."""
 
 # Attributes of Modules and Pyro programs have no types, and a figure that may be None fails its test if it is.
-# mypy: disable-error-code="arg-type, attr-defined, misc, operator, union-attr"
+# mypy: disable-error-code="arg-type, attr-defined, index, misc, operator, union-attr"
 
 from __future__ import annotations
 
