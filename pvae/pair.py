@@ -386,10 +386,11 @@ def _names(names: set[str]) -> str:
 def plate_problems(trace: Trace, count: int) -> list[Problem]:
     """Sites whose batch dimensions no plate declares."""
     problems = []
+    enumerated = {node["infer"].get("_enumerate_dim") for node in samples(trace).values()}
     for name, node in samples(trace).items():
         shape = tuple(node["fn"].batch_shape)
         dims = {f.dim for f in node["cond_indep_stack"] if f.vectorized}
-        stray = [d for d in range(-len(shape), 0) if shape[d] > 1 and d not in dims]
+        stray = [d for d in range(-len(shape), 0) if shape[d] > 1 and d not in dims | enumerated]
         if not stray:
             continue
         if not dims and shape[0] == count:

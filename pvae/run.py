@@ -97,7 +97,8 @@ class Run:
         where = Path(data_dir) if data_dir else None
         run = cls(RunDirectory.open(path, Path(root)), pair=pair, data_dir=where)
         if data is not None and not isinstance(data, Dataset):
-            declared = run.plan.data if isinstance(run.plan, Experiment) else TensorSource()
+            bare = run.files.manifest.get("data", {}).get("shape") == []
+            declared = run.plan.data if isinstance(run.plan, Experiment) else TensorSource(shape=() if bare else None)
             data = Dataset.from_tensors(data, declared=declared if isinstance(declared, TensorSource) else None)
         run._given_data = data
         return run

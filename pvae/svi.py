@@ -190,6 +190,8 @@ def _dataset(plan: Plan, data: Dataset | Tensor | None, data_dir: str | Path | N
     """The data to fit; a declaration given other data says so."""
     if data is not None:
         declared = tensor_source(plan)
+        if not isinstance(plan, Experiment) and not isinstance(data, Dataset) and torch.as_tensor(data).dim() == 1:
+            declared = TensorSource(shape=())  # a hand-written pair may observe bare numbers
         dataset = data if isinstance(data, Dataset) else Dataset.from_tensors(data, declared=declared)
         if isinstance(plan, Experiment):
             plan = plan.model_copy(update={"data": declared})

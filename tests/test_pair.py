@@ -229,6 +229,7 @@ class Row:
     total: int = 0
     """Rows of the whole data set; 0 where the batch is all."""
     vectorises: bool = True
+    guide_plates: frozenset[str] = frozenset()
     """Whether the programs run under a plate of particles; not when they squeeze dimensions away."""
     repeats: bool = True
     """Whether a batch of any size may stand for many draws of a small one."""
@@ -285,7 +286,9 @@ def test_layout(row):
     with pytest.raises(DeclarationError, match="expected pair.adopt"):
         _ = pair.layout
     pair.adopt(data())
-    assert pair.layout == Layout(row.plate, row.dim, row.nesting, row.latents, row.shared, row.observed)
+    plates = frozenset({row.plate}) | pair.layout.plates
+    assert pair.layout == Layout(row.plate, plates, row.dim, row.nesting, row.latents, row.shared, row.observed)
+    assert pair.layout.plates - {row.plate} <= row.guide_plates
 
 
 @every_pair
