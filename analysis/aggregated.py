@@ -377,5 +377,4 @@ def choose(n: int, count: int | None, seed: int, device: torch.device) -> Tensor
         raise DataError(f"components: expected at least 2; got {count}.")
     if count is None or count >= n:
         return None
-    order = torch.randperm(n, generator=torch.Generator().manual_seed(seeds.mix(seed, seeds.ANALYSIS, 3)))
-    return order[:count].sort().values.to(device)
+    return seeds.subset(n, count, seeds.mix(seed, seeds.ANALYSIS, 3)).to(device)

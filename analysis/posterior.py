@@ -139,7 +139,7 @@ def posterior(
     """
     _require_counts(draws=draws, rows=rows, predictive_rows=predictive_rows, predictive_draws=predictive_draws)
     part = run.data.split(split)
-    chosen = choose(len(part), rows, seed)
+    chosen = seeds.subset(len(part), rows, seed)
     few, some = min(predictive_rows, len(chosen)), min(predictive_draws, draws)
     request = Request(run.pair, part, chosen, draws, seed, few, some)
     sites = read_sites(run.pair, accept(run.pair, part.x[:PROBED]))
@@ -153,13 +153,6 @@ def _require_counts(**counts: int | None) -> None:
     for name, count in counts.items():
         if count is not None and count < 1:
             raise DataError(f"{name}: expected at least 1; got {count}.")
-
-
-def choose(count: int, rows: int | None, seed: int) -> Tensor:
-    """`rows` of `count` row numbers, drawn without replacement, in their order; all unless said."""
-    if rows is None or rows >= count:
-        return torch.arange(count)
-    return torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:rows].sort().values
 
 
 # ---------------------------------------------------------------------- memory

@@ -186,11 +186,7 @@ def write(found: Findings) -> Path:
 
 def some(x: Tensor, most: int, seed: int) -> Rows:
     """All rows, or `most` of them drawn with a seed, in their order."""
-    if len(x) <= most:
-        return Rows(x, len(x))
-    generator = torch.Generator().manual_seed(seeds.mix(seed, seeds.ANALYSIS, 2))
-    chosen = torch.randperm(len(x), generator=generator)[:most].sort().values
-    return Rows(x[chosen.to(x.device)], len(x))
+    return Rows(x[seeds.subset(len(x), most, seeds.mix(seed, seeds.ANALYSIS, 2)).to(x.device)], len(x))
 
 
 def _attempt(make: Callable[[], Any], section: str, missing: dict[str, str]) -> Any:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pvae import seeds
 from pvae.analysis import codes
 from pvae.analysis.aggregated import MEMORY, AggregatedPosterior, choose
 from pvae.analysis.anatomy import ClassSurgery, Dimensions, LatentSurgery, Surgery
@@ -222,8 +223,7 @@ class _Account:
         return _Scored(mixture, rows, once=True)
 
     def _some(self, most: int) -> Tensor:
-        rows = choose(len(self.x), max(2, most), self.seed + 1, self.x.device)
-        return torch.arange(len(self.x), device=self.x.device) if rows is None else rows
+        return seeds.subset(len(self.x), most, seeds.mix(self.seed, seeds.ANALYSIS, 1)).to(self.x.device)
 
     def take(self, d: Draw) -> None:
         """Score one draw of all rows."""

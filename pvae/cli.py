@@ -251,13 +251,13 @@ def runs(run_dir: RUN_DIR = RUNS, as_json: JSON = False) -> None:
 # ---------------------------------------------------------------------- analysis
 
 
-def _some(x: Tensor, rows: int | None, seed: int) -> Tensor:
-    """`rows` rows of a split, drawn without replacement in their order; all of them unless said."""
-    import torch
+def _rows(run: Run, split: str, rows: int | None, seed: int) -> tuple[Tensor, Tensor | None]:
+    """x and labels of a split, or of `rows` of its rows."""
+    from pvae import seeds
 
-    if rows is None or rows >= len(x):
-        return x
-    return x[torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))[:rows].sort().values]
+    part = run.data.split(split)
+    chosen = seeds.subset(len(part), rows, seed)
+    return part.x[chosen], None if part.y is None else part.y[chosen]
 
 
 @app.command()
@@ -276,7 +276,7 @@ def surgery(
     from pvae.progress import Progress
 
     opened = _run(run, run_dir, data_dir)
-    x = _some(opened.data.split(split).x, rows, seed)
+    x = _rows(opened, split, rows, seed)[0]
     with Progress(samples, "surgery", show=not as_json) as bar:
         result = take_apart(
             opened.pair, x, samples=samples, seed=seed, on_progress=lambda done, _: bar.update(done, "")
@@ -303,13 +303,35 @@ def evidence(
     from pvae.progress import Progress
 
     opened = _run(run, run_dir, data_dir)
-    x = _some(opened.data.split(split).x, rows, seed)
+    x = _rows(opened, split, rows, seed)[0]
     with Progress(len(x), "evidence", show=not as_json) as bar:
         result = bound(opened.pair, x, samples=samples, seed=seed, on_progress=lambda done, _: bar.update(done, ""))
     if as_json:
         emit({"run": str(opened.path), "split": split, **result.to_dict()})
     else:
         typer.echo(str(result))
+
+
+@app.command()
+def selfcheck(device: DEVICE = "auto", seed: SEED = 0, as_json: JSON = False) -> None:
+    """Measure models whose every figure is known exactly: are surgery, evidence and gaps right on this machine?"""
+    from pvae.analysis.selfcheck import selfcheck as measure
+    from pvae.progress import Progress
+    from pvae.svi import pick_device
+
+    with Progress(100, "selfcheck", show=not as_json) as bar:
+        found = measure(
+            str(pick_device(device)),
+            seed,
+            on_progress=lambda done, total, what: bar.update(100 * done // total, what),
+        )
+    if as_json:
+        emit(found.to_dict())
+    else:
+        say(found)
+    if not found.ok:
+        typer.echo(found.summary(), err=True)
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -31,3 +31,10 @@ def set_noise(seed: int, device: torch.device) -> None:
 def permutation(n: int, seed: int, epoch: int) -> torch.Tensor:
     """The order of the training rows in an epoch, `(n,)` on the CPU."""
     return torch.randperm(n, generator=torch.Generator().manual_seed(mix(seed, ORDER, epoch)))
+
+
+def subset(n: int, count: int | None, seed: int) -> torch.Tensor:
+    """`count` of n row numbers, drawn without replacement, in their order; all of them for None or too many."""
+    if count is None or count >= n:
+        return torch.arange(n)
+    return torch.randperm(n, generator=torch.Generator().manual_seed(seed))[:count].sort().values

@@ -76,6 +76,18 @@ class Train(Section):
     """How a step runs: `compiled` is export + Inductor, `auto` weighs compile time against the steps to come."""
 
 
+class Watch(Section):
+    """What is analysed while a fit goes on."""
+
+    every: int = Field(default=0, ge=0)
+    """Epochs between two surgeries of a few rows, kept in the metrics (split "analysis"); 0 makes none."""
+    rows: int = Field(default=1000, gt=1)
+    """Rows of each, drawn once by the seed; I_q is at most their logarithm."""
+    samples: int = Field(default=1, gt=0)
+    """Draws per datum of each."""
+    split: Literal["train", "validation"] = "train"
+
+
 class Plan(Section):
     """How a pair is fitted: all that a hand-written pair needs declared."""
 
@@ -84,6 +96,7 @@ class Plan(Section):
     seed: int = Field(default=0, ge=0, lt=2**32)
     objective: Objective = TraceELBO()
     train: Table[Train] = Train()
+    analysis: Table[Watch] = Watch()
 
     @classmethod
     def from_toml(cls, text: str, origin: str = "toml") -> Self:
@@ -111,7 +124,7 @@ class Plan(Section):
     def to_toml(self) -> str:
         """The declaration with every default written out; reads back to an equal one."""
         table = self.model_dump(exclude_none=True)
-        last = {key: table.pop(key) for key in ("objective", "train")}
+        last = {key: table.pop(key) for key in ("objective", "train", "analysis")}
         return tomli_w.dumps({**table, **last})
 
 

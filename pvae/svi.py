@@ -23,9 +23,9 @@ from pvae.run import Run
 from pvae.rundir import RunDirectory
 from pvae.spec import Experiment, Plan, Train
 from pvae.step import choose_engine
-from pvae.trainer import Trainer
+from pvae.trainer import Record, Trainer
 
-RESUMABLE = ("train.", "objective.", "description", "device", "threads")
+RESUMABLE = ("train.", "objective.", "analysis.", "description", "device", "threads")
 """What `allow_changes` may change in a run: how it is trained, never what it is."""
 
 
@@ -96,7 +96,7 @@ def fit(
     )
     for note in dataset.notes:
         files.log_event("data", note)
-    trainer = Trainer(plan, pair, dataset, files, where, engine, show=progress)
+    trainer = Trainer(plan, pair, dataset, files, where, engine, record=_record(plan), show=progress)
     with files.lock():
         trainer.run()
     return Run(files, data=dataset, pair=given_pair)
@@ -156,7 +156,8 @@ def resume(
         if run.status.get("state") == "finished" and not changed:
             return run
         pair = run.fresh_pair()
-        trainer = Trainer(plan, pair, run.data, files, where, str(files.manifest["engine"]), show=progress)
+        engine = str(files.manifest["engine"])
+        trainer = Trainer(plan, pair, run.data, files, where, engine, record=_record(plan), show=progress)
         saved = checkpoint.latest(found, report=lambda line: trainer.tell("fallback", line))
         if saved is not None:
             trainer.restore(saved)
@@ -166,6 +167,15 @@ def resume(
             files.log_event("changed", "; ".join(changed))
         trainer.run()
     return Run(files, data=run.data, pair=run._given_pair)
+
+
+def _record(plan: Plan) -> Record | None:
+    """The surgery during a fit: imported when it is asked for, because it brings plots and tables with it."""
+    if not plan.analysis.every:
+        return None
+    from pvae.analysis.history import record
+
+    return record
 
 
 def _plan(

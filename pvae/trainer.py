@@ -8,7 +8,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from types import FrameType
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from pvae import checkpoint, seeds
 from pvae.data import Dataset
 from pvae.diagnose import bad_weights, diagnose
-from pvae.errors import Interrupted, NonFiniteError, StorageError
+from pvae.errors import Interrupted, NonFiniteError, PvaeError, StorageError
 from pvae.files import write_atomic
 from pvae.objectives import Loss
 from pvae.pair import Pair, quiet
@@ -36,6 +36,10 @@ STATUS_SECONDS = 2.0
 MAX_ROLLBACKS = 3
 DUMP = "nonfinite_batch.safetensors"
 SIGNALS = tuple(s for s in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, s))
+
+
+Record = Callable[[Plan, Pair, Dataset], dict[str, float]]
+"""What `analysis.every` asks for: figures of a pair on its data, by name."""
 
 
 def evaluate(pair: Pair, x: Tensor, seed: int) -> dict[str, float]:
@@ -128,8 +132,10 @@ class Trainer:
         device: torch.device,
         engine: str,
         *,
+        record: Record | None = None,
         show: bool = True,
     ) -> None:
+        self.record = record
         self.plan, self.train, self.files, self.device, self.show = plan, plan.train, files, device, show
         self.data = data.to(device)
         self.pair = pair.to(device).train()
@@ -354,8 +360,21 @@ class Trainer:
         if state.epoch % self.train.validate_every == 0 or state.epoch == self.train.epochs:
             note = f"{note} validation {self._validate(common):.2f}"
         bar.update(state.step, note)
+        if self.record and self.plan.analysis.every and state.epoch % self.plan.analysis.every == 0:
+            self._record(self.record, common)
         if time.monotonic() - self.last_status > STATUS_SECONDS:
             self._status("running")
+
+    def _record(self, record: Record, common: dict[str, Any]) -> None:
+        """An analysis of the weights that would be kept; one that fails is told and not tried again."""
+        try:
+            with swapped(self.parameters, self.average):
+                row = record(self.plan, self.pair, self.data)
+        except PvaeError as error:
+            self.tell("analysis", f"no analysis during this fit: {error}")
+            self.record = None
+            return
+        self.files.log_metrics({**common, "split": "analysis", **row})
 
     def _validate(self, common: dict[str, Any]) -> float:
         """Validation ELBO of the weights that would be kept; remembers the best and counts patience."""

@@ -22,11 +22,11 @@ from torch import Tensor, nn
 from pvae import __version__, cli
 from pvae.analysis.draws import draw, quiet
 from pvae.analysis.groups import GROUPS, LONGEST, Posterior, dims_of, safe_names
-from pvae.analysis.posterior import choose
 from pvae.data import Dataset
 from pvae.errors import CheckpointError, DataError, DeclarationError, MissingExtraError, StorageError
 from pvae.pair import Pair
 from pvae.run import Run
+from pvae.seeds import subset
 from pvae.svi import fit
 from pvae.traces import samples
 
@@ -147,7 +147,7 @@ def test_every_group_has_explicit_dims_and_coordinates(run, small):
     posterior = small["posterior"]
     assert posterior.sizes == {"chain": 1, "draw": DRAWS, "datum": ROWS, "z_dim": 16}
     assert posterior.z.dtype == np.float32
-    assert posterior.datum.values.tolist() == choose(len(run.data.test), ROWS, 0).tolist()
+    assert posterior.datum.values.tolist() == subset(len(run.data.test), ROWS, 0).tolist()
     assert posterior.z_dim.values.tolist() == list(range(16))
     assert small["sample_stats"].log_weight.attrs == {"units": "nats"}
     assert small["sample_stats"].log_weight.dtype == np.float64
