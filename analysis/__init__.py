@@ -5,10 +5,12 @@ put a module in a function's place as soon as somebody imports it.
 """
 
 from pvae.analysis.aggregated import AggregatedPosterior
+from pvae.analysis.ais import Annealed, Bracket, ais, bracket
 from pvae.analysis.anatomy import LatentSurgery, Surgery
 from pvae.analysis.collapse import Collapse, collapse
 from pvae.analysis.estimate import Estimate
 from pvae.analysis.evidence import Evidence, PriorEvidence, evidence, prior_evidence
+from pvae.analysis.gap import Gap, gap
 from pvae.analysis.groups import Posterior
 from pvae.analysis.posterior import posterior
 from pvae.analysis.report import report
@@ -16,15 +18,21 @@ from pvae.analysis.surgery import surgery
 
 __all__ = [
     "AggregatedPosterior",
+    "Annealed",
+    "Bracket",
     "Collapse",
     "Estimate",
     "Evidence",
+    "Gap",
     "LatentSurgery",
     "Posterior",
     "PriorEvidence",
     "Surgery",
+    "ais",
+    "bracket",
     "collapse",
     "evidence",
+    "gap",
     "posterior",
     "prior_evidence",
     "report",

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pvae.analysis.estimate import CONSERVATIVE, Estimate
 from pvae.analysis.table import Figures, Row
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 
 @dataclass(frozen=True)
@@ -177,3 +180,43 @@ def _plain(part: Any) -> Any:
     if isinstance(part, Dimensions | LatentSurgery | ClassSurgery):
         return {name: _plain(value) for name, value in vars(part).items()}
     return part
+
+
+# ---------------------------------------------------------------------- tables of several
+
+
+def side_by_side(found: Mapping[str, Surgery]) -> Table:
+    """One column for each surgery, by split or by run."""
+    from rich.table import Table
+    from rich.text import Text
+
+    last = list(found.values())[-1]
+    counts = ", ".join(f"{name} n = {s.n}" for name, s in found.items())
+    remarks = [f"{name}: {s.headline()}" for name, s in found.items()]
+    table = Table(title=Text(f"ELBO surgery, nats per datum ({counts})"), caption=Text("\n".join(remarks)))
+    table.add_column("term", no_wrap=True)
+    for name in found:
+        table.add_column(Text(name), justify="right", no_wrap=True)
+    table.add_column("what it is")
+    columns = [{term: e for term, e, _ in s.known()} for s in found.values()]
+    for term, _, meaning in last.rows():
+        cells = [f"{c[term].value:.4f} ± {c[term].standard_error:.4f}" if term in c else "" for c in columns]
+        if any(cells):
+            table.add_row(Text(term), *cells, Text(meaning))
+    return table
+
+
+def class_table(found: Surgery, names: Sequence[str] | None = None) -> Table:
+    """One row for each label."""
+    from rich.table import Table
+    from rich.text import Text
+
+    terms = ("elbo", "reconstruction", "kl", "mutual_information", "marginal_kl")
+    table = Table(title=Text(f"by label, nats per datum (n = {found.n})"))
+    for column in ("label", "n", *terms):
+        table.add_column(column, justify="left" if column == "label" else "right", no_wrap=True)
+    for label, c in found.classes.items():
+        shown = names[label] if names and 0 <= label < len(names) else str(label)
+        figures = [getattr(c, term) for term in terms]
+        table.add_row(Text(shown), str(c.n), *("" if e is None else f"{e.value:.4f}" for e in figures))
+    return table

@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pvae.analysis.codes import positions
 from pvae.analysis.draws import LatentDraw, accept, draw, quiet
 from pvae.errors import DataError
+from pvae.exponential import Codes
 from pvae.pair import Pair
 
 ACTIVE = 0.01
@@ -19,6 +21,18 @@ SILENT_NATS = 0.01
 """Mean KL of a coordinate up to which it carries nothing."""
 THRESHOLDS = tuple(round(10 ** (exponent / 4), 7) for exponent in range(-16, 1))
 """1e-4 to 1, four to a decade."""
+
+
+@dataclass(frozen=True)
+class CodeUse:
+    """How much of a grid of codes is in use, under the aggregated posterior of every position; exact."""
+
+    states: int
+    """K, codes of a position."""
+    perplexity: tuple[float, ...]
+    """exp of the entropy, for every position: between 1 and K."""
+    dead: tuple[int, ...]
+    """Codes with less than a thousandth of an even share, for every position."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +52,8 @@ class LatentCollapse:
     `SILENT_NATS`."""
     curve: tuple[tuple[float, int], ...]
     """(threshold, coordinates with more activity), for every one of `THRESHOLDS`."""
+    codes: CodeUse | None = None
+    """Of a discrete latent, whose coordinates are positions."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +90,10 @@ class Collapse:
 
 
 def _of(latent: LatentCollapse) -> str:
+    if latent.codes is not None:
+        use = latent.codes
+        mean = sum(use.perplexity) / len(use.perplexity)
+        return f"perplexity {mean:.1f} of {use.states} codes (mean of {latent.dim} positions), {sum(use.dead)} dead"
     return "not known (posterior is not normal)" if latent.active is None else f"{latent.active} of {latent.dim}"
 
 
@@ -130,6 +150,10 @@ def collapse(pair: Pair, x: Tensor, seed: int = 0) -> Collapse:
 
 
 def _read(d: LatentDraw) -> LatentCollapse:
+    if isinstance(d.q, Codes):
+        found = positions(d.q, None)
+        used = CodeUse(d.q.states, tuple(found.perplexity.tolist()), tuple(found.dead.tolist()))
+        return LatentCollapse(d.q.positions, None, None, None, None, (), used)
     variance, kl, dim = activity(d), kl_per_dimension([d]), d.value.shape[1]
     if variance is None:
         return LatentCollapse(dim, None, kl, None, None, ())
@@ -148,6 +172,8 @@ def _read(d: LatentDraw) -> LatentCollapse:
 
 def alert(name: str, latent: LatentCollapse) -> str | None:
     """What to say of a latent with idle units, and which knob to turn; None when all are in use."""
+    if latent.codes is not None:
+        return _alert_of_codes(name, latent.codes)
     if not latent.idle:
         return None
     revive = "give objective.beta a longer linear warm-up from 0, or set objective.free_bits"
@@ -161,3 +187,13 @@ def alert(name: str, latent: LatentCollapse) -> str | None:
     if latent.idle * 2 >= latent.dim:
         return f"{head} To use them, {revive}; or shrink latents.{name}.dim to {used}."
     return f"{head} latents.{name}.dim = {used} would do; to use them, {revive}."
+
+
+def _alert_of_codes(name: str, use: CodeUse) -> str | None:
+    """What to say of codes that are never chosen; None when all are in use."""
+    total, dead = use.states * len(use.dead), sum(use.dead)
+    if not dead:
+        return None
+    if max(use.perplexity) < 1.01:
+        return f"{name} has collapsed: one code is chosen whatever x is. Give objective.beta a longer warm-up from 0."
+    return f"{name}: {dead} of {total} codes are dead (never chosen). Fewer codes would do."

@@ -157,6 +157,29 @@ def training(rows: Sequence[Row], latents: Sequence[str]) -> Figure:
     return made
 
 
+def history(rows: Sequence[Row]) -> Figure:
+    """Mutual information and marginal KL over epochs, with the ceiling of the first."""
+    with style():
+        made = figure(3.2)
+        axes = made.subplots()
+        for (key, label), colour in zip(HISTORY, SERIES, strict=False):
+            epochs, values = series(rows, "analysis", key)
+            axes.plot(epochs, values, color=colour, label=label, marker="o" if len(epochs) < 10 else None, markersize=4)
+        epochs, ceiling = series(rows, "analysis", "log_n")
+        axes.plot(epochs, ceiling, color=GREY, linestyle=":", label="log n, the most I can be")
+        axes.set_title("Where the KL goes")
+        axes.set_ylabel("nats")
+        axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
+        axes.set_xlabel("epoch")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+        axes.grid(axis="y")
+        axes.legend(loc="best")
+    return made
+
+
+HISTORY = (("mutual_information", "mutual information I_q[x, z]"), ("marginal_kl", "marginal KL(q_agg || p)"))
+
+
 def _elbo_curves(axes: Axes, rows: Sequence[Row]) -> None:
     seen = []
     for split, colour, dash in (("train", BLUE, "-"), ("validation", RED, "--")):

@@ -368,6 +368,8 @@ def pictures(found: Findings) -> dict[str, list[Picture]]:
     drawn: dict[str, list[Picture]] = {"units": [], "planes": [], "rebuilt": [], "samples": []}
     rows = found.run.files.metrics_rows()
     drawn["training"] = [_training(rows, found)] if rows else []
+    if any(row.get("split") == "analysis" for row in rows):
+        drawn["training"].append(_history(rows, found))
     drawn["surgery"] = [_waterfall(found)]
     labels, names = _labels(found)
     for name, latent in found.collapse.latents.items():
@@ -414,6 +416,17 @@ def _training(rows: Sequence[Mapping[str, Any]], found: Findings) -> Picture:
         "validation that turns down while train "
         "still rises (overfitting), for an end that still rises (train longer), and for a KL that falls to zero "
         "(collapse).",
+    )
+
+
+def _history(rows: Sequence[Mapping[str, Any]], found: Findings) -> Picture:
+    watched = found.run.plan.analysis
+    return picture(
+        plots.history(rows),
+        f"Mutual information and marginal KL of {watched.rows} {watched.split} rows over epochs.",
+        "The two parts of the KL, on the same rows and noise each time. Look for a marginal KL that grows while the "
+        "information stands still (a richer prior would pay for itself), and for information at its ceiling (too few "
+        "rows were watched: raise analysis.rows).",
     )
 
 

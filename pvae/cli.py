@@ -263,53 +263,120 @@ def _rows(run: Run, split: str, rows: int | None, seed: int) -> tuple[Tensor, Te
 @app.command()
 def surgery(
     run: RUN,
-    split: SPLIT = "test",
+    split: Annotated[str, typer.Option("--split", help="train, validation, test; both: train and test.")] = "test",
     samples: Annotated[int, typer.Option("--samples", min=1, help="Draws per datum.")] = 1,
     rows: ROWS = None,
+    components: Annotated[
+        int | None, typer.Option("--components", min=2, help="Rows behind q_agg, at random; I_q gets two bounds.")
+    ] = None,
+    by_class: Annotated[bool, typer.Option("--by-class", help="Also one row for each label.")] = False,
     seed: SEED = 0,
     run_dir: RUN_DIR = RUNS,
     data_dir: DATA_DIR = None,
     as_json: JSON = False,
 ) -> None:
-    """Take the ELBO apart: reconstruction, mutual information, marginal KL."""
+    """Take the ELBO apart: reconstruction, mutual information, marginal KL, and what a better prior can win."""
     from pvae.analysis import surgery as take_apart
+    from pvae.analysis.anatomy import Surgery, class_table, side_by_side
     from pvae.progress import Progress
 
     opened = _run(run, run_dir, data_dir)
-    x = _rows(opened, split, rows, seed)[0]
-    with Progress(samples, "surgery", show=not as_json) as bar:
-        result = take_apart(
-            opened.pair, x, samples=samples, seed=seed, on_progress=lambda done, _: bar.update(done, "")
-        )
+    names = ("train", "test") if split == "both" else (split,)
+    found: dict[str, Surgery] = {}
+    train = None
+    with Progress(samples * len(names), "surgery", show=not as_json) as bar:
+        for i, name in enumerate(names):
+            x, labels = _rows(opened, name, rows, seed)
+            found[name] = take_apart(
+                opened.pair, x, samples=samples, seed=seed, labels=labels, train=train, components=components,
+                on_progress=lambda done, _, i=i: bar.update(i * samples + done, ""),  # type: ignore[misc]
+            )  # fmt: skip
+            train = x
+    if as_json and split != "both":
+        emit({"run": str(opened.path), "split": split, **found[split].to_dict()})
+        return
     if as_json:
-        emit({"run": str(opened.path), "split": split, **result.to_dict()})
-    else:
-        say(result)
+        emit({"run": str(opened.path), "splits": {name: s.to_dict() for name, s in found.items()}})
+        return
+    say(side_by_side(found) if split == "both" else found[split])
+    for s in found.values() if by_class else ():
+        say(class_table(s, opened.data.label_names) if s.classes else "no labels: nothing to show by class")
+
+
+METHODS = ("iwae", "prior", "ais", "bracket")
 
 
 @app.command()
 def evidence(
     run: RUN,
+    method: Annotated[
+        str,
+        typer.Option(
+            "--method",
+            help="iwae: importance samples of the guide; prior: of the prior; ais: annealed; bracket: annealed both "
+            "ways on simulated data.",
+        ),
+    ] = "iwae",
     split: SPLIT = "test",
     samples: Annotated[int, typer.Option("--samples", min=1, help="Importance samples per datum.")] = 5000,
+    temperatures: Annotated[int, typer.Option("--temperatures", min=1, help="Of ais and bracket.")] = 200,
+    chains: Annotated[int, typer.Option("--chains", min=1, help="Of ais and bracket, per datum.")] = 16,
     rows: ROWS = None,
     seed: SEED = 0,
     run_dir: RUN_DIR = RUNS,
     data_dir: DATA_DIR = None,
     as_json: JSON = False,
 ) -> None:
-    """Bound log p(x) from below with importance samples (IWAE)."""
-    from pvae.analysis import evidence as bound
+    """Bound log p(x) from below by importance samples (IWAE), or by annealing."""
+    from pvae import analysis
+    from pvae.progress import Progress
+
+    if method not in METHODS:
+        raise DeclarationError(f"--method: expected one of {', '.join(METHODS)}; got {method!r}.")
+    opened = _run(run, run_dir, data_dir)
+    x, _ = _rows(opened, split, rows, seed)
+    with Progress(100, method, show=not as_json) as bar:
+        common = {"seed": seed, "on_progress": lambda done, total: bar.update(100 * done // total, "")}
+        anneal = {"temperatures": temperatures, "chains": chains, **common}
+        result: Any
+        if method in ("iwae", "prior"):
+            bound = analysis.evidence if method == "iwae" else analysis.prior_evidence
+            result = bound(opened.pair, x, samples=samples, **common)  # type: ignore[arg-type]
+        elif method == "ais":
+            result = analysis.ais(opened.pair, x, **anneal)  # type: ignore[arg-type]
+        else:
+            result = analysis.bracket(opened.pair, x, rows=min(rows or 100, len(x)), **anneal)  # type: ignore[arg-type]
+    if as_json:
+        emit({"run": str(opened.path), "split": split, "method": method, **result.to_dict()})
+    else:
+        say(result)
+
+
+@app.command()
+def gap(
+    run: RUN,
+    split: SPLIT = "test",
+    steps: Annotated[int, typer.Option("--steps", min=1, help="Of the refinement of q, for every datum.")] = 300,
+    rows: Annotated[int, typer.Option("--rows", min=1, help="Use this many rows, drawn at random by the seed.")] = 200,
+    seed: SEED = 0,
+    run_dir: RUN_DIR = RUNS,
+    data_dir: DATA_DIR = None,
+    as_json: JSON = False,
+) -> None:
+    """Split log p(x) - ELBO: what a richer guide would win, and what a better encoder would."""
+    from pvae.analysis import gap as split_gap
     from pvae.progress import Progress
 
     opened = _run(run, run_dir, data_dir)
-    x = _rows(opened, split, rows, seed)[0]
-    with Progress(len(x), "evidence", show=not as_json) as bar:
-        result = bound(opened.pair, x, samples=samples, seed=seed, on_progress=lambda done, _: bar.update(done, ""))
+    x, _ = _rows(opened, split, rows, seed)
+    with Progress(100, "gap", show=not as_json) as bar:
+        result = split_gap(
+            opened.pair, x, steps=steps, seed=seed, on_progress=lambda done, total: bar.update(100 * done // total, "")
+        )
     if as_json:
         emit({"run": str(opened.path), "split": split, **result.to_dict()})
     else:
-        typer.echo(str(result))
+        say(result)
 
 
 @app.command()

@@ -144,6 +144,48 @@ def test_runs_surgery_evidence(runs: Path, capsys: pytest.CaptureFixture[str]) -
     assert "vae" in err
 
 
+def test_surgery_of_two_splits_and_by_class(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    where = ["--run-dir", str(runs)]
+    out, _ = run_cli("surgery", "latest", "--split", "both", "--by-class", "--rows", "150", *where, capsys=capsys)
+    assert "train n = 150, test n = 150" in out
+    assert "train_gain" in out
+    assert out.count("by label, nats per datum") == 2
+    out, _ = run_cli("surgery", "latest", "--split", "both", "--json", *where, capsys=capsys)
+    found = json.loads(out)["splits"]
+    assert found["test"]["figures"]["train_gain"]["kind"] == "estimate"
+    assert found["train"]["figures"]["train_gain"] is None
+    assert set(found["test"]["classes"]) == {str(i) for i in range(10)}
+    out, _ = run_cli("surgery", "latest", "--components", "50", *where, capsys=capsys)
+    assert "mutual_information_lower" in out
+    assert "components are a subset" in out
+
+
+@pytest.mark.parametrize(
+    ("method", "term"), [("iwae", "iwae_20"), ("prior", "jensen"), ("ais", "ais_5"), ("bracket", "upper")]
+)
+def test_evidence_by_every_method(runs: Path, capsys: pytest.CaptureFixture[str], method: str, term: str) -> None:
+    options = ["--method", method, "--rows", "4", "--samples", "20", "--temperatures", "5", "--chains", "2"]
+    out, _ = run_cli("evidence", "latest", *options, "--run-dir", str(runs), capsys=capsys)
+    assert term in out
+    out, _ = run_cli("evidence", "latest", *options, "--json", "--run-dir", str(runs), capsys=capsys)
+    assert json.loads(out)["figures"][term]["value"] < 0
+    assert json.loads(out)["n"] == 4
+
+
+def test_an_unknown_method_is_refused(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _, err = run_cli("evidence", "latest", "--method", "magic", "--run-dir", str(runs), capsys=capsys, code=2)
+    assert "expected one of iwae, prior, ais, bracket; got 'magic'" in err
+
+
+def test_gap(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["gap", "latest", "--rows", "5", "--steps", "3", "--run-dir", str(runs)]
+    out, _ = run_cli(*options, capsys=capsys)
+    assert "approximation" in out
+    assert "amortisation" in out
+    out, _ = run_cli(*options, "--json", capsys=capsys)
+    assert json.loads(out)["figures"]["amortisation"]["kind"] == "lower_bound"
+
+
 def test_finished_run_says_so(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """FAULTS 12."""
     out, _ = run_cli("resume", "vae", "--run-dir", str(runs), capsys=capsys)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 import pvae
 from pvae import checkpoint
 from pvae.analysis import evidence, surgery
-from pvae.errors import CheckpointError, DeclarationError, DeviceError, NonFiniteError, StorageError
+from pvae.errors import CheckpointError, DataError, DeclarationError, DeviceError, NonFiniteError, StorageError
 from pvae.objectives import Loss, TraceELBO
 from pvae.run import load_weights
 from pvae.spec import Experiment, Train
@@ -608,3 +608,34 @@ def test_unsound_pair_is_refused(tmp_path: Path) -> None:
             run_dir=tmp_path,
             progress=False,
         )
+
+
+# ---------------------------------------------------------------------- analysis while a fit goes on
+
+SMALL = ["encoder.network.hidden=[16]", "decoder.network.hidden=[16]", "train.engine=eager"]
+
+
+def test_information_is_noted_every_few_epochs(tmp_path):
+    options = ["train.epochs=5", "analysis.every=2", "analysis.rows=50", *SMALL]
+    watched = pvae.fit("vae", *options, run_dir=tmp_path / "a", progress=False)
+    rows = [row for row in watched.files.metrics_rows() if row["split"] == "analysis"]
+    assert [row["epoch"] for row in rows] == [2, 4]
+    for row in rows:
+        assert row["kl"] == pytest.approx(row["mutual_information"] + row["marginal_kl"], abs=1e-9)
+        assert row["mutual_information"] <= row["log_n"] == pytest.approx(math.log(50))
+        assert row["active/z"] <= 10
+    plain = pvae.fit("vae", *options, "analysis.every=0", run_dir=tmp_path / "b", progress=False)
+    for name, weight in plain.pair.state_dict().items():
+        assert torch.equal(weight, watched.pair.state_dict()[name]), name
+
+
+def test_a_pair_that_cannot_be_analysed_is_fitted_all_the_same(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise DataError("surgery: expected something else")
+
+    monkeypatch.setattr("pvae.analysis.history.surgery", lambda *_, **__: refuse())
+    run = pvae.fit("vae", "train.epochs=3", "analysis.every=1", *SMALL, run_dir=tmp_path, progress=False)
+    assert run.status["state"] == "finished"
+    told = [event for event in run.files.events() if event["kind"] == "analysis"]
+    assert len(told) == 1
+    assert "expected something else" in told[0]["message"]
