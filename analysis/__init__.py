@@ -14,6 +14,7 @@ from pvae.analysis.gap import Gap, gap
 from pvae.analysis.groups import Posterior
 from pvae.analysis.posterior import posterior
 from pvae.analysis.report import report
+from pvae.analysis.selfcheck import SelfCheck, selfcheck
 from pvae.analysis.surgery import surgery
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "LatentSurgery",
     "Posterior",
     "PriorEvidence",
+    "SelfCheck",
     "Surgery",
     "ais",
     "bracket",
@@ -36,5 +38,6 @@ __all__ = [
     "posterior",
     "prior_evidence",
     "report",
+    "selfcheck",
     "surgery",
 ]

@@ -68,7 +68,7 @@ class Guided:
             name: self.shapes[name].spread(z[:, None].expand(k, c, -1), nesting)
             for name, z in self._fixed(value).items()
         }
-        with self.pair._own_store(), pyro.plate(PARTICLES, k, dim=-1 - nesting):
+        with self.pair.own_store(), pyro.plate(PARTICLES, k, dim=-1 - nesting):
             with TraceMessenger() as tracer, poutine.condition(data=data):
                 self.pair.guide(x)
         return self._total(tracer.trace, k, k, c)
@@ -78,7 +78,7 @@ class Guided:
         k, c = len(value), len(x)
         rows = value.repeat_interleave(c, 0)
         data = {name: self.shapes[name].spread(z, 0) for name, z in self._fixed(rows).items()}
-        with self.pair._own_store(), TraceMessenger() as tracer, poutine.condition(data=data):
+        with self.pair.own_store(), TraceMessenger() as tracer, poutine.condition(data=data):
             self.pair.guide(x.repeat(k, *(1,) * (x.dim() - 1)))
         return self._total(tracer.trace, 0, k, c)
 
@@ -107,7 +107,7 @@ class Guided:
         parts = []
         for z, i in zip(value.split(PAIRS), index.split(PAIRS), strict=True):
             data = {name: self.shapes[name].spread(v, 0) for name, v in self._fixed(z).items()}
-            with self.pair._own_store(), TraceMessenger() as tracer, poutine.condition(data=data):
+            with self.pair.own_store(), TraceMessenger() as tracer, poutine.condition(data=data):
                 self.pair.guide(self.x[i])
             parts.append(self._total(tracer.trace, 0, len(z), 1)[:, 0])
         return torch.cat(parts)

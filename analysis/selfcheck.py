@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, final
@@ -319,6 +320,17 @@ ESTIMATORS: Mapping[str, Callable[[Asked, int], Iterator[Check]]] = MappingProxy
 # ---------------------------------------------------------------------- all of them
 
 
+@contextmanager
+def single_thread() -> Iterator[None]:
+    """One thread for torch: these tensors are small, and on a busy machine threads would mostly wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def selfcheck(
     device: str = "cpu",
     seed: int = 0,
@@ -356,10 +368,11 @@ def selfcheck(
     if not chosen:
         raise DataError("selfcheck: expected at least one truth; got none. Pass truths=None for the standard ones.")
     total, done, checks = sum(len(truth.estimators) for truth in chosen), 0, list[Check]()
-    for truth in chosen:
-        moved = truth.to(torch.device(device))
-        for estimator in truth.estimators:
-            checks += ESTIMATORS[estimator](Asked(moved, estimator), seed)
-            done += 1
-            on_progress(done, total, truth.name)
+    with single_thread():
+        for truth in chosen:
+            moved = truth.to(torch.device(device))
+            for estimator in truth.estimators:
+                checks += ESTIMATORS[estimator](Asked(moved, estimator), seed)
+                done += 1
+                on_progress(done, total, truth.name)
     return SelfCheck(str(device), seed, tuple(checks))

@@ -66,6 +66,11 @@ class Truth:
         return replace(self, pair=self.pair.adopt(self.x).to(device), x=self.x.to(device))
 
 
+def enough(n: int) -> int:
+    """Draws per datum after which the mean over n data is near normal, though single terms are squares of normals."""
+    return min(200, max(10, 10_000 // n))
+
+
 # ---------------------------------------------------------------------- integrals
 
 
@@ -292,7 +297,8 @@ def linear(
             exact["label_information"] = law.label_information(x, labels)
     exact |= dict(known or {})
     classes = None if labels is None else torch.as_tensor(labels)
-    return Truth(name, Linear(law).pair(law), _tensor(x), exact, labels=classes, log_p=law.log_p, **rest)
+    fields = {"samples": enough(len(x)), "labels": classes, "log_p": law.log_p, **rest}
+    return Truth(name, Linear(law).pair(law), _tensor(x), exact, **fields)
 
 
 # ---------------------------------------------------------------------- families of the linear model
@@ -349,7 +355,7 @@ def gaussian_channel(dim: int, variance: float, n: int, seed: int = 0) -> Truth:
     x = np.random.default_rng(seed).standard_normal((n, dim)) * math.sqrt(1 - variance)
     exact = {"population_mutual_information": -0.5 * dim * math.log(variance)}
     name = f"channel, d={dim}, n={n}"
-    return linear(name, _identity([math.sqrt(variance)] * dim), x, known=exact, samples=max(10, 10_000 // n))
+    return linear(name, _identity([math.sqrt(variance)] * dim), x, known=exact)
 
 
 def product_channel(centres: Sequence[Array], noises: Sequence[float]) -> Truth:
@@ -366,12 +372,12 @@ def product_channel(centres: Sequence[Array], noises: Sequence[float]) -> Truth:
     exact = {"mutual_information": sum(parts), "marginal_kl": kl - sum(parts)}
     if len(centres) > 1:
         exact |= {"total_correlation": 0.0, "coordinate_kl": kl - sum(parts)}
-    exact["label_information"] = law_of_first(law).label_information(x[:, :1], labels)
+    exact["label_information"] = _first(law).label_information(x[:, :1], labels)
     sizes = " x ".join(str(len(c)) for c in centres)
-    return linear(f"product channel, {sizes}", law, x, labels, exact, samples=100)
+    return linear(f"product channel, {sizes}", law, x, labels, exact)
 
 
-def law_of_first(law: LinearGaussian) -> LinearGaussian:
+def _first(law: LinearGaussian) -> LinearGaussian:
     """The first coordinate of a channel alone."""
     return _identity([math.sqrt(law.s[0, 0])])
 
@@ -382,14 +388,14 @@ def binary_input(a: float, copies: int = 200) -> Truth:
     mutual = math.log(2) - float(weights @ np.logaddexp(0, -2 * a * (a + nodes)))
     exact = {"kl": a * a / 2, "mutual_information": mutual, "marginal_kl": a * a / 2 - mutual}
     x = np.tile([[a], [-a]], (copies, 1))
-    return linear(f"binary input, a={a:g}", _identity([1.0]), x, known=exact, samples=50)
+    return linear(f"binary input, a={a:g}", _identity([1.0]), x, known=exact)
 
 
 def disjoint(n: int) -> Truth:
     """Posteriors 20 scales apart: MI = log n."""
     x = np.arange(n)[:, None] - (n - 1) / 2
     exact = {"mutual_information": math.log(n)}
-    return linear(f"disjoint, n={n}", _identity([0.05]), x, known=exact, samples=2)
+    return linear(f"disjoint, n={n}", _identity([0.05]), x, known=exact)
 
 
 def blind(x: Array, loc: float = 0.3, scale: float = 0.7) -> Truth:
@@ -503,7 +509,7 @@ def hierarchy(w: Array, slope: float, spread: float, noise: float, stretch: floa
     asked: tuple[Estimator, ...] = ("surgery", "evidence", "prior_evidence", "ais", "bracket")
     programs = Levels(law)
     pair = Pair(programs.model, programs.guide)
-    return Truth(f"two levels, n={n}", pair, _tensor(x), exact, asked, log_p=law.log_p)
+    return Truth(f"two levels, n={n}", pair, _tensor(x), exact, asked, enough(n), log_p=law.log_p)
 
 
 def _of_levels(law: LinearGaussian, x: Array) -> dict[str, float]:
@@ -533,7 +539,7 @@ class Code(nn.Module):
     def __init__(self, table: Array, prior: Array) -> None:
         super().__init__()
         self.gain = nn.Parameter(_tensor(1.0))
-        # torch divides by nothing here, but its Categorical wants finite logits
+        # Categorical wants finite logits
         self.register_buffer("log_q", _tensor(np.log(np.maximum(table, 1e-300))))
         self.register_buffer("log_p", _tensor(np.log(prior)))
 
@@ -570,7 +576,7 @@ def code(name: str, table: Array, prior: Array, copies: int = 40) -> Truth:
     exact = _of_code(q, p, alone, log_x) | {"coordinate_kl": float(rel_entr(table.mean(0), prior).sum())}
     programs = Code(table, prior)
     x = np.tile(np.arange(inputs), copies)[:, None]
-    return Truth(name, Pair(programs.model, programs.guide), _tensor(x), exact, tuple(asked))
+    return Truth(name, Pair(programs.model, programs.guide), _tensor(x), exact, tuple(asked), enough(len(x)))
 
 
 def _joint(table: Array, states: NDArray[np.intp]) -> Array:
@@ -665,7 +671,7 @@ def mixture(weights: Array, means: Array, scale: float, x: Array) -> Truth:
     programs = Mixture(weights, means, scale)
     asked: tuple[Estimator, ...] = ("surgery", "evidence", "prior_evidence")
     pair = Pair(programs.model, programs.guide)
-    return Truth(f"mixture of {len(weights)}", pair, _tensor(x), exact, asked)
+    return Truth(f"mixture of {len(weights)}", pair, _tensor(x), exact, asked, enough(len(x)))
 
 
 class MixturePrior(nn.Module):
@@ -733,7 +739,7 @@ def mixture_prior(
     programs = MixturePrior(weights, means, spread, noise, gain, scale)
     asked: tuple[Estimator, ...] = ("surgery", "evidence", "prior_evidence")
     pair = Pair(programs.model, programs.guide)
-    return Truth(f"mixture prior of {len(weights)}", pair, _tensor(x), exact, asked)
+    return Truth(f"mixture prior of {len(weights)}", pair, _tensor(x), exact, asked, enough(len(x)))
 
 
 # ---------------------------------------------------------------------- one of each

@@ -167,7 +167,7 @@ class Pair(nn.Module):
         return {name for name in self.layout.latents if self._prior_follows(name, x[:4])}
 
     def _prior_follows(self, name: str, x: Tensor) -> bool:
-        with quiet(self, x), self._own_store():
+        with quiet(self, x), self.own_store():
             value = samples(self._run(x)[0])[name]["value"]
             scores = []
             for moved in (value, value + 1):
@@ -182,7 +182,8 @@ class Pair(nn.Module):
         return not torch.equal(*scores)
 
     @contextmanager
-    def _own_store(self) -> Iterator[None]:
+    def own_store(self) -> Iterator[None]:
+        """The param store of the pair: what its programs read while they run inside."""
         if not self._store["params"]:
             yield
             return
@@ -214,25 +215,25 @@ class Pair(nn.Module):
         self.adopt(x)
         if not self._store["params"]:
             return self._run(x, particles, -1 - self.layout.nesting)
-        with self._own_store():
+        with self.own_store():
             return self._run(x, particles, -1 - self.layout.nesting)
 
     def guide_trace(self, x: Tensor) -> Trace:
         """The guide's trace alone."""
         self.adopt(x)
-        with self._own_store():
+        with self.own_store():
             return poutine.trace(self.guide).get_trace(x)
 
     def model_trace(self, x: Tensor, values: Mapping[str, Tensor] | None = None) -> Trace:
         """The model's trace with some sites set to `values`; the others are drawn from the model, x is observed."""
         self.adopt(x)
-        with self._own_store():
+        with self.own_store():
             return poutine.trace(poutine.condition(self.model, data=dict(values or {}))).get_trace(x)
 
     def simulate(self, x: Tensor) -> Trace:
         """A trace of the model with its observations removed: prior draws, as many as `x` has rows."""
         self.adopt(x)
-        with self._own_store():
+        with self.own_store():
             return poutine.trace(poutine.uncondition(self.model)).get_trace(x)
 
     def terms(self, x: Tensor, particles: int = 1, *, closed_form: bool = False, rows: int | None = None) -> Terms:

@@ -15,7 +15,8 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from pvae.analysis.ais import Plan, Target, ais, bracket, schedule, transition
+from pvae.analysis.ais import ais, bracket
+from pvae.analysis.annealing import Plan, Target, schedule, transition
 from pvae.errors import DataError
 from pvae.pair import Pair
 from pvae.spec import Experiment

@@ -171,7 +171,7 @@ def test_the_mixture_has_the_loss_and_gradient_of_pyro():
     value, figures = loss(DATA)
     names = [name for name, _ in pair.named_parameters()]
     mine = torch.autograd.grad(value, list(pair.parameters()))
-    with pair._own_store():
+    with pair.own_store():
         theirs = TraceEnum_ELBO(max_plate_nesting=1).differentiable_loss(mixture, pair.guide, DATA) / 5
     want = torch.autograd.grad(theirs, list(pair.parameters()))
     assert value.item() == pytest.approx(theirs.item(), abs=1e-5)
