@@ -31,6 +31,7 @@ class Components(ABC):
 
     dim: int
     """D, the width of a flat value."""
+    device: torch.device
 
     @abstractmethod
     def __len__(self) -> int:
@@ -164,8 +165,9 @@ class GuideRuns(Components):
     """Any guide: its own `log_prob` on every pair of value and row, and its own draws."""
 
     def __init__(self, pair: Pair, x: Tensor, latents: Sequence[str]) -> None:
-        self.pair, self.x = pair, x
-        self.guided = Guided(pair, x, latents)
+        self.pair, self.x, self.device = pair, x, x.device
+        with quiet(pair, x, 0):
+            self.guided = Guided(pair, x, latents)
         self.dim = self.guided.dim
 
     def __len__(self) -> int:
@@ -363,7 +365,7 @@ class AggregatedPosterior(dist.TorchDistribution):
 
     def sample(self, sample_shape: Size = torch.Size()) -> Tensor:
         """Ancestral draws `sample_shape + (D,)`."""
-        index = torch.randint(len(self), (math.prod(sample_shape),))
+        index = torch.randint(len(self), (math.prod(sample_shape),), device=self.components.device)
         return self.components.sample(index).reshape(*sample_shape, *self.event_shape)
 
     def expand(self, batch_shape: Size, _instance: Any = None) -> dist.TorchDistribution:

@@ -11,8 +11,9 @@ from typing import Any, ClassVar, final
 import pyro
 from torch import Tensor
 
+from pvae.analysis.codes import log_evidence
 from pvae.analysis.draws import accept, quiet
-from pvae.analysis.estimate import Estimate
+from pvae.analysis.estimate import Estimate, exact_mean
 from pvae.analysis.psis import FEWEST, khat_limit, tail_length
 from pvae.analysis.stream import Draw, Progress, stream
 from pvae.analysis.table import Figures, Row
@@ -139,6 +140,14 @@ class Evidence(Bounds):
     source = "draws of the guide"
     divergence = "KL(q(z|x) || p(z|x))"
 
+    exact: Estimate | None = None
+    """log p(x) by the sum over every state, where all latents are codes of at most 4096 joint states."""
+
+    def rows(self) -> Iterator[Row]:
+        """See `Bounds.rows`."""
+        yield from super().rows()
+        yield "log_p", self.exact, "log p(x) by the sum over every state of the code"
+
     @property
     def elbo(self) -> Estimate:
         """The bound with one sample, averaged over the same draws."""
@@ -217,7 +226,9 @@ def evidence(pair: Pair, x: Tensor, samples: int = 5000, seed: int = 0, *, on_pr
 
         draw = weights if vectorises(pair, x) else _repeated(weights)
         found = stream(x, samples, draw, on_progress)
-    return Evidence(len(x), samples, found.curve(), found.log_p, found.ess, found.khat)
+        summed = None if pair.layout.shared or pair.layout.enumerated else log_evidence(pair, x)
+    exact = None if summed is None else exact_mean(summed.cpu())
+    return Evidence(len(x), samples, found.curve(), found.log_p, found.ess, found.khat, exact)
 
 
 def prior_evidence(

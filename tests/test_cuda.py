@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pyro
 import pytest
 import torch
+from torch import Tensor
 
 import pvae
-from pvae.analysis import evidence, surgery
+from pvae.analysis import AggregatedPosterior, evidence, surgery
+from pvae.analysis.grid import marginal_log_prob
+from pvae.exponential import Normals
 from pvae.objectives import Loss
 from pvae.spec import Experiment
 from pvae.step import Step, load_optimizer_tensors, make_capturable, optimizer_tensors, set_lr
@@ -95,3 +99,35 @@ def test_fit_resume_and_analysis(tmp_path: Path) -> None:
     half = pvae.fit(SPEC.with_overrides("train.epochs=3"), run_dir=tmp_path, progress=False)
     done = pvae.resume(half.path, "train.epochs=6", allow_changes=True, progress=False)
     assert done.status["epoch"] == 6
+
+
+def test_q_agg_of_sixty_thousand_rows_takes_two_seconds() -> None:
+    loc = torch.randn(60_000, 40, dtype=torch.float64, device="cuda")
+    members = Normals(loc, (torch.rand_like(loc) * 2 - 2).exp())
+    mixture, z = AggregatedPosterior(members), members.sample()
+    mixture.log_prob(z[:512])
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    found = mixture.log_prob(z)
+    torch.cuda.synchronize()
+    assert time.perf_counter() - start < 2
+    rows = torch.arange(0, 60_000, 10_000)
+    on_cpu = AggregatedPosterior(members.map(Tensor.cpu)).log_prob(z[rows].cpu())
+    assert torch.allclose(found[rows].cpu(), on_cpu, rtol=1e-10, atol=1e-10)
+    coordinates = marginal_log_prob(loc[:2000], members.scale[:2000], z[:2000])
+    want = marginal_log_prob(*(t[:2000].cpu() for t in (loc, members.scale, z)))
+    assert torch.allclose(coordinates.cpu(), want, atol=1e-9)
+
+
+def test_every_estimator_meets_its_truth() -> None:
+    assert pvae.analysis.selfcheck("cuda").ok
+
+
+def test_export_labels_and_mixtures(tmp_path: Path) -> None:
+    run = pvae.fit(SPEC, "train.epochs=2", "analysis.every=1", run_dir=tmp_path, progress=False).to("cuda")
+    part = run.data.test
+    found = surgery(run.pair, part.x, labels=part.y, train=run.data.train.x, components=100)
+    assert found.mutual_information_lower is not None
+    mixture = AggregatedPosterior.of(run.pair, part.x)
+    assert mixture.log_prob(mixture.sample((5,))).device.type == "cuda"
+    assert run.posterior(draws=3).groups["posterior"].sizes["draw"] == 3

@@ -15,6 +15,7 @@ import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
+import scipy.special
 import scipy.stats
 import torch
 from rich.console import Console
@@ -457,3 +458,44 @@ def test_one_row_and_one_sample_have_no_error():
     json.dumps(found(samples=1).to_dict(), allow_nan=False)
     assert found(samples=10).elbo.standard_error > 0
     assert isinstance(prior_evidence(ppca(), rows(1), samples=1), PriorEvidence)
+
+
+# ---------------------------------------------------------------------- codes
+
+
+@pytest.mark.parametrize("shape", [(), (3,), (2, 2)], ids=str)
+def test_log_p_of_codes_is_the_sum_over_every_state(shape):
+    # Against NumPy over the joint states; the bound lies below it by at most its error and bias.
+    rng, positions = np.random.default_rng(0), math.prod(shape)
+    weights = torch.tensor(rng.normal(size=(positions, 4)))
+    means = torch.tensor(rng.normal(size=(positions, 4)))
+
+    def model(x):
+        gain = pyro.param("gain", torch.tensor(1.0, dtype=torch.float64))
+        with pyro.plate("data", len(x)):
+            c = pyro.sample("c", dist.Categorical(logits=weights.reshape(*shape, 4)).to_event(len(shape)))
+            index = c.reshape(*c.shape[: c.dim() - len(shape)], positions)
+            loc = means.expand(*index.shape, 4).gather(-1, index[..., None]).sum((-1, -2))
+            pyro.sample("x", dist.Normal(gain * loc, torch.tensor(0.8, dtype=torch.float64)), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            logits = (weights + 0.3 * x[:, None, None]).reshape(len(x), *shape, 4)
+            pyro.sample("c", dist.Categorical(logits=logits).to_event(len(shape)))
+
+    x = torch.tensor(rng.normal(size=7))
+    found = evidence(Pair(model=model, guide=guide), x, samples=2000)
+    states = np.stack(np.meshgrid(*[np.arange(4)] * positions, indexing="ij"), -1).reshape(-1, positions)
+    log_p = weights.log_softmax(-1).numpy()
+    prior = sum(log_p[p, states[:, p]] for p in range(positions))
+    centre = sum(means.numpy()[p, states[:, p]] for p in range(positions))
+    want = scipy.special.logsumexp(prior + scipy.stats.norm(centre, 0.8).logpdf(x.numpy()[:, None]), axis=1)
+    assert found.exact is not None
+    assert found.exact.kind == "exact"
+    assert found.exact.value == pytest.approx(want.mean(), abs=1e-10)
+    assert abs(found.iwae.value - want.mean()) < 4 * found.iwae.standard_error + 2e-3
+    assert found.to_dict()["figures"]["log_p"]["value"] == found.exact.value
+
+
+def test_other_latents_have_no_sum():
+    assert evidence(ppca(), rows(3), samples=2).exact is None

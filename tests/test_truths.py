@@ -22,12 +22,13 @@ from rich.console import Console
 from scipy.special import rel_entr
 
 from pvae import cli
-from pvae.analysis import truths
+from pvae.analysis import collapse, evidence, truths
 from pvae.analysis.aggregated import AggregatedPosterior, Information
 from pvae.analysis.estimate import Estimate
 from pvae.analysis.selfcheck import ESTIMATORS, Check, SelfCheck, selfcheck
 from pvae.analysis.truths import (
     Digits,
+    Linear,
     binary_input,
     blind,
     deterministic_code,
@@ -46,6 +47,8 @@ from pvae.analysis.truths import (
     widened,
     wrong_guide,
 )
+from pvae.data import load
+from pvae.data.declared import FashionMNIST
 from pvae.errors import DataError
 
 
@@ -226,6 +229,24 @@ def test_published_closed_form_of_the_linear_vae():
         assert same.log_p(DIGITS.x).mean() == pytest.approx(want, abs=1e-9)
         assert same.kl(DIGITS.x).mean() == pytest.approx(0.5 * np.log(values / s2).sum(), abs=1e-9)
         assert same.is_diagonal == (same is law)
+
+
+# q: log p of the first 50 000 training images / 255, mean KL, log p of the test images; published values.
+FASHION = {2: (85.3039, 5.8100, 86.9230), 10: (314.9853, 23.7484, 315.1369)}
+
+
+@pytest.mark.parametrize(("q", "published"), FASHION.items(), ids=lambda value: str(value)[:4])
+def test_published_linear_vae_of_fashion_mnist(q, published):
+    # Analytic weights: every draw of z gives the same ELBO, so one draw will do.
+    images = load(FashionMNIST())
+    x, unseen = (images.split(name).x.double().flatten(1) for name in ("train", "test"))
+    pair = Linear(law := probabilistic_pca(x.numpy(), q)).pair(law)
+    assert law.log_p(x[:500].numpy()) == pytest.approx(evidence(pair, x[:500], samples=1).log_p.numpy(), abs=1e-6)
+    assert evidence(pair, x, samples=1).elbo.value == pytest.approx(published[0], abs=1e-4)
+    assert evidence(pair, unseen, samples=1).elbo.value == pytest.approx(published[2], abs=1e-4)
+    per_dimension = collapse(pair, x).latents["z"].kl_per_dimension
+    assert per_dimension is not None
+    assert sum(per_dimension) == pytest.approx(published[1], abs=1e-4)
 
 
 def test_iwae_2_lies_between_the_elbo_and_log_p():
