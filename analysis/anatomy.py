@@ -115,9 +115,10 @@ class Surgery(Figures):
         yield "reconstruction", self.reconstruction, "E_q log p(x | z)"
         yield "kl", self.kl, "E_q log q(z | x) - log p(z), the price of the code"
         yield "kl_exact", self.kl_exact, "the same in closed form"
-        yield "mutual_information", self.mutual_information, f"I_q[x, z], at most log n = {self.log_n.value:.4f}"
+        yield "mutual_information", self.mutual_information, "I_q[x, z], what the code says of the datum: at most log_n"
+        yield "log_n", self.log_n, "the ceiling: every row told from every other"
         yield "mutual_information_lower", self.mutual_information_lower, "the same from below"
-        yield "leave_one_out", self.leave_one_out, "I_q[x, z] for new data: at most this, at least the one above"
+        yield "leave_one_out", self.leave_one_out, "I_q[x, z] under the law of the data: at most this"
         yield "label_information", self.label_information, "I_q[y, z]: what the code says of the label"
         yield "marginal_kl", self.marginal_kl, "KL(q_agg || p), the most a better prior can win with this encoder"
         yield "marginal_kl_upper", self.marginal_kl_upper, "the same from above"
@@ -193,7 +194,9 @@ def side_by_side(found: Mapping[str, Surgery]) -> Table:
     last = list(found.values())[-1]
     counts = ", ".join(f"{name} n = {s.n}" for name, s in found.items())
     remarks = [f"{name}: {s.headline()}" for name, s in found.items()]
-    table = Table(title=Text(f"ELBO surgery, nats per datum ({counts})"), caption=Text("\n".join(remarks)))
+    table = Table(
+        title=Text(f"ELBO surgery, nats per datum ({counts})"), caption=Text("\n".join(remarks)), caption_justify="left"
+    )
     table.add_column("term", no_wrap=True)
     for name in found:
         table.add_column(Text(name), justify="right", no_wrap=True)
@@ -206,13 +209,13 @@ def side_by_side(found: Mapping[str, Surgery]) -> Table:
     return table
 
 
-def class_table(found: Surgery, names: Sequence[str] | None = None) -> Table:
+def class_table(found: Surgery, split: str, names: Sequence[str] | None = None) -> Table:
     """One row for each label."""
     from rich.table import Table
     from rich.text import Text
 
     terms = ("elbo", "reconstruction", "kl", "mutual_information", "marginal_kl")
-    table = Table(title=Text(f"by label, nats per datum (n = {found.n})"))
+    table = Table(title=Text(f"by label of {split}, nats per datum (n = {found.n})"))
     for column in ("label", "n", *terms):
         table.add_column(column, justify="left" if column == "label" else "right", no_wrap=True)
     for label, c in found.classes.items():

@@ -146,7 +146,8 @@ class Evidence(Bounds):
     def rows(self) -> Iterator[Row]:
         """See `Bounds.rows`."""
         yield from super().rows()
-        yield "log_p", self.exact, "log p(x) by the sum over every state of the code"
+        if self.exact is not None:
+            yield "log_p", self.exact, "log p(x) by the sum over every state of the code"
 
     @property
     def elbo(self) -> Estimate:

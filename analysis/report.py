@@ -474,13 +474,11 @@ def surgery_table(surgeries: Mapping[str, Surgery]) -> list[dict[str, Any]]:
     """One row per term with an Estimate per split."""
     by_split = {split: {term: e for term, e, _ in s.rows()} for split, s in surgeries.items()}
     last = list(surgeries.values())[-1]
-    rows = [
+    return [
         {"term": term, "meaning": meaning, "figures": [figures.get(term) for figures in by_split.values()]}
         for term, _, meaning in last.rows()
         if any(figures.get(term) is not None for figures in by_split.values())
     ]
-    ceilings = [s.log_n for s in surgeries.values()]
-    return [*rows, {"term": "log_n", "meaning": "the ceiling of every mutual_information", "figures": ceilings}]
 
 
 def latent_table(found: Findings) -> list[dict[str, Any]]:

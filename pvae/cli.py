@@ -299,8 +299,8 @@ def surgery(
         emit({"run": str(opened.path), "splits": {name: s.to_dict() for name, s in found.items()}})
         return
     say(side_by_side(found) if split == "both" else found[split])
-    for s in found.values() if by_class else ():
-        say(class_table(s, opened.data.label_names) if s.classes else "no labels: nothing to show by class")
+    for name, s in found.items() if by_class else ():
+        say(class_table(s, name, opened.data.label_names) if s.classes else f"{name} has no labels")
 
 
 METHODS = ("iwae", "prior", "ais", "bracket")
