@@ -15,12 +15,14 @@ from torch.distributions import constraints
 
 from pvae import seeds
 from pvae.analysis.draws import CHUNK, accept, first_level, flat_values, members, quiet
-from pvae.analysis.guided import LOWEST, Guided
+from pvae.analysis.guided import LOWEST, Guided, nothing_as_infinite
 from pvae.errors import DataError, DeclarationError
 from pvae.exponential import Members
 from pvae.pair import Pair
 
 ROWS, COLUMNS = 512, 2048
+CHECKED = 8
+"""Values on which the matrix product is compared with densities taken one by one."""
 MEMORY = 2**29
 """Bytes that a q_agg may keep and work with, beside the data and the values that are scored."""
 Size = torch.Size | list[int] | tuple[int, ...]
@@ -82,7 +84,7 @@ class Products(Components):
                     _leave_out(block, skip[rows] - start)
                 _accumulate(block, top[rows], total[rows])
             start += len(chunk)
-        return (top + total.log_()).squeeze(1)
+        return nothing_as_infinite((top + total.log_()).squeeze(1))
 
 
 def _leave_out(block: Tensor, column: Tensor) -> None:
@@ -124,6 +126,13 @@ class Kept(Products):
         """See `Components.own`."""
         return self.members.rows(index).log_prob(value.to(self.device, torch.float64))
 
+    def rounding(self, value: Tensor) -> float:
+        """Largest error of `log_sum` on a few rows of `(m, D)`: it takes differences of z^2 / 2 s^2, `own` does not."""
+        few = value[:: max(1, len(value) // CHECKED)].to(self.device, torch.float64)
+        parts = [chunk.log_prob(few[:, None]).logsumexp(1) for chunk in self.chunks()]
+        found = torch.stack(parts).logsumexp(0) - self.log_sum(few)
+        return float(found.nan_to_num(nan=0.0).abs().max())
+
     def sample(self, index: Tensor) -> Tensor:
         """See `Components.sample`."""
         return self.members.rows(index).sample()
@@ -164,10 +173,10 @@ class Streamed(Products):
 class GuideRuns(Components):
     """Any guide: its own `log_prob` on every pair of value and row, and its own draws."""
 
-    def __init__(self, pair: Pair, x: Tensor, latents: Sequence[str]) -> None:
+    def __init__(self, pair: Pair, x: Tensor, latents: Sequence[str], memory: int) -> None:
         self.pair, self.x, self.device = pair, x, x.device
         with quiet(pair, x, 0):
-            self.guided = Guided(pair, x, latents)
+            self.guided = Guided(pair, x, latents, memory)
         self.dim = self.guided.dim
 
     def __len__(self) -> int:
@@ -216,8 +225,8 @@ class AggregatedPosterior(dist.TorchDistribution):
     Any other guide, and latents that read each other, are scored by the guide's own `log_prob` on every pair of
     value and row. Values are flat: the event dimensions of all latents in a row, in the guide's order.
 
-    Memory: beside the data and the values, at most `memory` bytes whatever n: parameters that would take more are
-    read off the guide again in every pass.
+    Memory: beside the data and the values, at most about `memory` bytes whatever n (and no less than a block of 16
+    rows needs): parameters that would take more are read off the guide again in every pass.
 
     Arguments:
         components: an exponential family's members, or what `of` makes.
@@ -286,7 +295,7 @@ class AggregatedPosterior(dist.TorchDistribution):
             first = members(pair, chosen[:2], names) if set(names) <= first_level(pair, x)[0] else None
         made: Members | Components
         if first is None:
-            made = GuideRuns(pair, chosen, names)
+            made = GuideRuns(pair, chosen, names, memory)
         elif 8 * first.numbers * len(chosen) > memory // 2:
             made = Streamed(pair, chosen, names, memory)
         else:

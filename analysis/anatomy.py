@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -69,8 +70,8 @@ class ClassSurgery:
 class Surgery(Figures):
     """The ELBO of a data set, taken apart; nats per datum.
 
-    `elbo = reconstruction - kl` and `kl = mutual_information + marginal_kl` hold exactly, because one set of
-    draws (or one sum over all states) serves every term.
+    `elbo = reconstruction - kl` (less `global_kl`) and `kl = mutual_information + marginal_kl` hold exactly, because
+    one set of draws (or one sum over all states) serves every term.
     """
 
     n: int
@@ -98,9 +99,9 @@ class Surgery(Figures):
     classes: dict[int, ClassSurgery] = field(default_factory=dict)
     """By label, where labels were given."""
     shared: dict[str, float] = field(default_factory=dict)
-    """log q - log p of global latents, nats for the whole data set; no part of the figures per datum."""
-    points: bool = True
-    """Whether the global latents are points: their KL is then minus the log prior density there."""
+    """log q - log p of global latents, nats for the whole data set; their share is taken off `elbo` alone."""
+    global_kl: Estimate | None = None
+    """KL of the global latents divided by n; exact, minus the log prior density, where they are points."""
     notes: tuple[str, ...] = ()
 
     @property
@@ -123,10 +124,9 @@ class Surgery(Figures):
         yield "marginal_kl", self.marginal_kl, "KL(q_agg || p), the most a better prior can win with this encoder"
         yield "marginal_kl_upper", self.marginal_kl_upper, "the same from above"
         yield "train_gain", self.train_gain, "what q_agg of the training rows would win here as the prior"
-        if self.shared:
-            how = "-log p at a point" if self.points else "one draw for all data"
-            share = Estimate(sum(self.shared.values()) / self.n, 0.0, "exact" if self.points else "estimate")
-            yield "global_kl", share, f"of {', '.join(self.shared)}: {how}, divided by n"
+        if self.global_kl is not None:
+            how = "-log p at a point" if self.global_kl.kind == "exact" else "one draw for all data"
+            yield "global_kl", self.global_kl, f"of {', '.join(self.shared)}: {how}, divided by n"
         for name, latent in self.latents.items():
             yield from self._level(name, latent)
 
@@ -152,7 +152,7 @@ class Surgery(Figures):
             "figures": self.figures(),
             "latents": {name: _plain(latent) for name, latent in self.latents.items()},
             "classes": {str(label): _plain(c) for label, c in self.classes.items()},
-            "shared": self.shared,
+            "shared": {name: value if math.isfinite(value) else None for name, value in self.shared.items()},
             "notes": list(self.notes),
         }
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
+from pyro import poutine
+from pyro.poutine.replay_messenger import ReplayMessenger
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
@@ -17,7 +19,7 @@ from pvae.errors import DataError, DeclarationError
 from pvae.exponential import Codes, FullRankNormals, Members, Normals, product
 from pvae.pair import Pair
 from pvae.pair import quiet as quiet_pair
-from pvae.traces import Layout, closed_kl, is_point, log_prob, rows_first, samples, sum_over
+from pvae.traces import Layout, Unweighed, closed_kl, is_point, log_prob, moved, rows_first, samples, sum_over
 
 CHUNK = 1000
 Roots = tuple[set[str], set[str]]
@@ -35,8 +37,11 @@ def accept(pair: Pair, x: Any) -> Tensor:
 
 @contextmanager
 def quiet(pair: Pair, x: Tensor, seed: int) -> Iterator[None]:
-    """`pvae.pair.quiet` with the draws of an analysis seeded."""
-    with quiet_pair(pair, x):
+    """`pvae.pair.quiet` with the draws of an analysis seeded, and without weights that handlers put on sites.
+
+    What poutine.scale does to a loss is no part of the ELBO that is analysed.
+    """
+    with quiet_pair(pair, x), Unweighed():
         seeds.set_noise(seeds.mix(seed, seeds.ANALYSIS), x.device)
         yield
 
@@ -118,16 +123,23 @@ def flat_values(pair: Pair, x: Tensor, latents: Sequence[str]) -> Tensor:
 # ---------------------------------------------------------------------- one chunk
 
 
-def draw_chunk(pair: Pair, x: Tensor) -> Draw:
-    """One draw for the rows of a chunk."""
+def draw_chunk(pair: Pair, x: Tensor, size: int = 0) -> Draw:
+    """One draw for the rows of a chunk of a data set of `size` (by itself unless said)."""
     guide_trace, model_trace = pair.traces(x)
     layout = pair.layout
     if layout.enumerated:
-        return _draw_summed(pair, guide_trace, model_trace, len(x))
+        return _draw_summed(pair, guide_trace, model_trace, len(x), size or len(x))
     p = samples(model_trace)
-    reconstruction = sum_over([log_prob(p[name], layout, 0).double() for name in layout.observed])
+    reconstruction = _observed(model_trace, layout, size or len(x)).expand(len(x))
     latents = {name: _latent(samples(guide_trace)[name], p.get(name), layout, len(x)) for name in layout.latents}
     return Draw(reconstruction, latents, _shared(guide_trace, model_trace, layout), points(guide_trace, layout))
+
+
+def _observed(model_trace: Trace, layout: Layout, size: int, known: Sequence[str] = ()) -> Tensor:
+    """log p(x | z) per datum; a site outside the data plate is shared among `size` rows."""
+    nodes = samples(model_trace)
+    found = [log_prob(nodes[name], layout, 0, size).double() for name in layout.observed if name not in known]
+    return sum_over(found) if found else torch.zeros(1, dtype=torch.float64)
 
 
 def _latent(q: Any, p: Any, layout: Layout, n: int) -> LatentDraw:
@@ -184,13 +196,14 @@ def points(guide_trace: Trace, layout: Layout) -> bool:
 # ---------------------------------------------------------------------- with sites that are summed out
 
 
-def _draw_summed(pair: Pair, guide_trace: Trace, model_trace: Trace, n: int) -> Draw:
+def _draw_summed(pair: Pair, guide_trace: Trace, model_trace: Trace, n: int, size: int) -> Draw:
     """A draw of a pair whose model has sites to sum over: they are latents where the guide has none, else left out."""
     layout = pair.layout
     rest = _shared(guide_trace, model_trace, layout), points(guide_trace, layout)
     table = read_table(model_trace, layout, 0)
+    outside = _observed(model_trace, layout, size, list(table.logs))
     if not layout.latents:
-        return Draw(_expected_reconstruction(table), {"+".join(layout.enumerated): _codes(table, n)}, *rest)
+        return Draw(_expected_reconstruction(table) + outside, {"+".join(layout.enumerated): _codes(table, n)}, *rest)
     if len(layout.latents) > 1:
         raise DataError(
             f"surgery: expected at most one latent in the guide beside enumerated ones ({', '.join(layout.enumerated)}"
@@ -199,11 +212,11 @@ def _draw_summed(pair: Pair, guide_trace: Trace, model_trace: Trace, n: int) -> 
     name = layout.latents[0]
     latent = _latent(guide_trace.nodes[name], None, layout, n)
     latent.log_p = table.log_sum(table.latent).double()
-    return Draw(table.log_sum(table.joint).double() - latent.log_p, {name: latent}, *rest)
+    return Draw(table.log_sum(table.joint).double() - latent.log_p + outside, {name: latent}, *rest)
 
 
 def _expected_reconstruction(table: Table) -> Tensor:
-    return sum_over([table.expected(name) for name in table.layout.observed]).double()
+    return sum_over([table.expected(name) for name in table.layout.observed if name in table.logs]).double()
 
 
 def _codes(table: Table, n: int) -> LatentDraw:
@@ -221,13 +234,27 @@ def _codes(table: Table, n: int) -> LatentDraw:
 def draw(pair: Pair, x: Tensor, chunk: int = CHUNK) -> Draw:
     """One draw for every row of `x`, `chunk` rows at a time."""
     parts = []
-    for start in range(0, len(x), chunk):
-        part = draw_chunk(pair, x[start : start + chunk])
-        for latent in part.latents.values():
-            _drop_large(latent, len(x))
-        parts.append(part)
+    with same_globals(pair, x):
+        for start in range(0, len(x), chunk):
+            part = draw_chunk(pair, x[start : start + chunk], len(x))
+            for latent in part.latents.values():
+                _drop_large(latent, len(x))
+            parts.append(part)
     latents = {name: _joined([p.latents[name] for p in parts]) for name in parts[0].latents}
     return Draw(torch.cat([p.reconstruction for p in parts]), latents, parts[0].shared, parts[0].points)
+
+
+@contextmanager
+def same_globals(pair: Pair, x: Tensor) -> Iterator[dict[str, Any]]:
+    """A context in which every run of the programs sees one draw of the global latents; yields their sites."""
+    if not pair.layout.shared:
+        yield {}
+        return
+    nodes, fixed = samples(pair.guide_trace(x[:2])), Trace()
+    for name in pair.layout.shared:
+        fixed.nodes[name] = nodes[name]
+    with ReplayMessenger(trace=fixed):
+        yield {name: nodes[name] for name in pair.layout.shared}
 
 
 def _drop_large(latent: LatentDraw, n: int) -> None:
@@ -263,29 +290,44 @@ def _joined(parts: list[LatentDraw]) -> LatentDraw:
 
 
 def first_level(pair: Pair, x: Tensor) -> Roots:
-    """Latents whose posterior (first set) and prior (second set) do not depend on other latents' values.
+    """Latents whose posterior (first set) and prior (second set) depend on no other latent of the guide.
 
-    Found by drawing twice: a density that moves, at a value that does not, reads another latent.
+    Found by moving one latent at a time while the others stay: a density that changes reads it. Global latents
+    that are random count as others; points do not.
     """
     rows = x[:16]
-    with quiet(pair, x, 0):
+    with quiet(pair, x, 0), same_globals(pair, rows) as shared:
         if pair.layout.enumerated and not pair.layout.latents:
-            return _summed_level(draw(pair, rows), draw(pair, rows))
-        (q, p), (q_again, p_again) = (tuple(map(samples, pair.traces(rows))) for _ in range(2))
-
-    def unmoved(name: str, first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
-        if name not in first:
-            return False
-        value = q[name]["value"]
-        return torch.equal(first[name]["fn"].log_prob(value), second[name]["fn"].log_prob(value))
-
+            return _summed_level(pair, shared)
+        nodes = samples(pair.guide_trace(rows))
+        at = {name: nodes[name] for name in pair.layout.latents}
+        random = {name: node for name, node in shared.items() if not is_point(node["fn"])}
+        base = {name: node["value"] for name, node in {**at, **random}.items()}
+        q, p = _scores(pair, rows, base, base)
+        readers: Roots = (set(), set())
+        for name, node in {**at, **random}.items():
+            changed = _scores(pair, rows, {**base, name: moved(node)}, base)
+            for side, old, new in zip(readers, (q, p), changed, strict=True):
+                side.update(z for z in new if z != name and not torch.equal(new[z], old[z]))
     names = pair.layout.latents
-    return {z for z in names if unmoved(z, q, q_again)}, {z for z in names if unmoved(z, p, p_again)}
+    return {z for z in names if z not in readers[0]}, {z for z in names if z in p and z not in readers[1]}
 
 
-def _summed_level(one: Draw, two: Draw) -> Roots:
+def _scores(
+    pair: Pair, x: Tensor, given: Mapping[str, Tensor], value: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """log q and log p of every latent's `value` where the programs see the values `given`."""
+    seeds.set_noise(0, x.device)  # what else is drawn stays
+    with poutine.condition(data=dict(given)):
+        guide = samples(pair.guide_trace(x))
+    model = samples(pair.model_trace(x, given))
+    names = pair.layout.latents
+    q = {name: guide[name]["fn"].log_prob(value[name]) for name in names}
+    return q, {name: model[name]["fn"].log_prob(value[name]) for name in names if name in model}
+
+
+def _summed_level(pair: Pair, shared: Mapping[str, Any]) -> Roots:
     """A code inferred by Bayes depends on nothing but x, unless global latents are random."""
-    name = next(iter(one.latents))
-    q, again = one.latents[name].q, two.latents[name].q
-    still = isinstance(q, Codes) and isinstance(again, Codes) and torch.equal(q.logits, again.logits)
+    name = "+".join(pair.layout.enumerated)
+    still = all(is_point(node["fn"]) for node in shared.values())
     return ({name}, {name}) if still else (set(), set())

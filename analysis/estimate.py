@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from torch import Tensor
 
 Kind = Literal["exact", "lower_bound", "upper_bound", "estimate"]
 CONSERVATIVE = "conservative"
+ONE_GLOBAL = "one draw of the global latents, whose noise is not in it"
 
 
 @dataclass(frozen=True)
@@ -55,8 +56,16 @@ def exact_mean(terms: Tensor) -> Estimate:
     return Estimate(float(terms.mean()), 0.0, "exact", float(terms.std() / math.sqrt(n)) if n > 1 else None)
 
 
-def over_draws(terms: Tensor, kind: Kind = "estimate") -> Estimate:
-    """The mean of per-datum terms `(samples, n)` with its errors.
+def over_whole_draws(terms: Tensor, kind: Kind = "estimate") -> Estimate:
+    """The mean of per-datum terms `(samples, n)` whose noise all data of a draw share: the error between draws."""
+    found = over_draws(terms, kind)
+    if len(terms) == 1:
+        return replace(found, note=ONE_GLOBAL)
+    return replace(found, standard_error=float(terms.mean(1).std() / math.sqrt(len(terms))))
+
+
+def over_draws(terms: Tensor, kind: Kind = "estimate", of: int | None = None) -> Estimate:
+    """The mean of per-datum terms `(samples, n)` with its errors; the n rows may be a random subset `of` more.
 
     With several draws the Monte Carlo error comes from the variance within each datum,
     sqrt(sum_i var_i / S) / n. One draw cannot tell noise from spread: the total spread is given, which is
@@ -66,6 +75,9 @@ def over_draws(terms: Tensor, kind: Kind = "estimate") -> Estimate:
     value = float(terms.mean())
     data_error = float(terms.mean(0).std() / math.sqrt(n)) if n > 1 else None
     if draws > 1:
-        return Estimate(value, float((terms.var(0).sum() / draws).sqrt() / n), kind, data_error)
+        error = float((terms.var(0).sum() / draws).sqrt() / n)
+        if of is not None and n < of and data_error is not None:
+            error = math.hypot(error, data_error * math.sqrt(1 - n / of))
+        return Estimate(value, error, kind, data_error)
     spread = float(terms.std() / math.sqrt(n)) if n > 1 else math.nan
     return Estimate(value, spread, kind, data_error, CONSERVATIVE)

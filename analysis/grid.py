@@ -59,6 +59,7 @@ def all_pairs(loc: Tensor, scale: Tensor, value: Tensor) -> Tensor:
 
 
 def _coordinate(loc: Tensor, scale: Tensor, value: Tensor) -> Tensor:
+    scale = scale.clamp(min=1e-150)
     octave = scale.log2().floor()
     total = torch.zeros_like(value)
     for k in octave.unique().tolist():

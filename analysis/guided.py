@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import pyro
@@ -14,11 +15,18 @@ from pvae.pair import PARTICLES, Pair
 from pvae.traces import log_prob, samples, site_shape, sum_over
 
 PAIRS = 8192
-"""Guide rows of one block."""
+"""Most guide rows of one block."""
+COPIES = 8
+"""Tensors of the size of a row that a guide is taken to keep for every pair."""
 COMPONENTS = 256
 """Rows of data of one block, encoded once for all values of the block."""
 LOWEST = -1e300
 """The logarithm of a weight of zero that can be subtracted from itself."""
+
+
+def nothing_as_infinite(log_sum: Tensor) -> Tensor:
+    """Sums to which nothing contributed as -inf."""
+    return torch.where(log_sum < LOWEST / 2, -math.inf, log_sum)
 
 
 class Guided:
@@ -31,14 +39,16 @@ class Guided:
         pair: any pair.
         x: data `(n, *event)`.
         latents: whose densities are multiplied.
+        memory: bytes for the pairs of a block, with `COPIES` of x and of the value for each.
     """
 
-    def __init__(self, pair: Pair, x: Tensor, latents: Sequence[str]) -> None:
+    def __init__(self, pair: Pair, x: Tensor, latents: Sequence[str], memory: int) -> None:
         self.pair, self.x, self.latents = pair, x, tuple(latents)
         nodes = samples(pair.guide_trace(x[:2]))
         self.shapes = {name: site_shape(nodes[name], pair.layout) for name in self.latents}
         self.widths = [self.shapes[name].numel for name in self.latents]
         self.dim = sum(self.widths)
+        self.pairs = min(PAIRS, max(16, memory // (COPIES * 8 * (self.dim + x[0].numel()))))
         self.dtypes = {name: nodes[name]["value"].dtype for name in self.latents}
         self.score = self._tiled if not self._takes_particles() else self._with_particles
 
@@ -89,23 +99,24 @@ class Guided:
     def log_sum(self, value: Tensor, skip: Tensor | None = None) -> Tensor:
         """log sum_j q(z_i | x_j) of `(m, D)`, without row `skip[i]` where that is not negative; `(m,)`, nats."""
         out = torch.full((len(value),), LOWEST, dtype=torch.float64, device=self.x.device)
-        rows = min(COMPONENTS, len(self.x))
+        rows = min(COMPONENTS, self.pairs, len(self.x))
         for start in range(0, len(self.x), rows):
             x = self.x[start : start + rows]
-            for at in range(0, len(value), max(1, PAIRS // len(x))):
-                block = slice(at, at + max(1, PAIRS // len(x)))
+            step = max(1, self.pairs // len(x))
+            for at in range(0, len(value), step):
+                block = slice(at, at + step)
                 scores = self.score(value[block], x)
                 scores = torch.where(scores < LOWEST, LOWEST, scores)
                 if skip is not None:
                     column = torch.arange(start, start + len(x), device=x.device)
                     scores = scores.masked_fill(skip[block, None] == column, LOWEST)
                 out[block] = torch.logaddexp(out[block], scores.logsumexp(1))
-        return out
+        return nothing_as_infinite(out)
 
     def own(self, value: Tensor, index: Tensor) -> Tensor:
         """log q(z_i | x_index_i) of `(m, D)`, `(m,)`, nats."""
         parts = []
-        for z, i in zip(value.split(PAIRS), index.split(PAIRS), strict=True):
+        for z, i in zip(value.split(self.pairs), index.split(self.pairs), strict=True):
             data = {name: self.shapes[name].spread(v, 0) for name, v in self._fixed(z).items()}
             with self.pair.own_store(), TraceMessenger() as tracer, poutine.condition(data=data):
                 self.pair.guide(self.x[i])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -13,12 +13,10 @@ import numpy as np
 import pyro.distributions as dist
 import torch
 from pyro import poutine
-from pyro.poutine.replay_messenger import ReplayMessenger
-from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from pvae import __version__, seeds
-from pvae.analysis.draws import CHUNK, Draw, LatentDraw, accept, draw_chunk, quiet
+from pvae.analysis.draws import CHUNK, Draw, LatentDraw, accept, draw_chunk, quiet, same_globals
 from pvae.analysis.groups import NATS, Array, Posterior, Variable, dataset, text
 from pvae.analysis.psis import pareto_k
 from pvae.analysis.sites import PROBED, Sites, as_value, numpy_of, parameters_of, read_sites, rows_of, whole
@@ -207,20 +205,14 @@ class Drawn:
         pair, x = self.request.pair, self.request.x
         with quiet(pair, x, self.request.seed):
             for draw in range(self.request.draws):
-                with self._globals(draw):
+                with same_globals(pair, x) as shared:
+                    for site in self.sites.shared:
+                        self.values[site.site][0, draw] = numpy_of(whole(shared[site.site]))
                     for start in range(0, len(x), CHUNK):
-                        self._keep(draw, slice(start, start + CHUNK), draw_chunk(pair, x[start : start + CHUNK]))
+                        self._keep(
+                            draw, slice(start, start + CHUNK), draw_chunk(pair, x[start : start + CHUNK], len(x))
+                        )
                 on_progress(draw + 1, self.request.draws)
-
-    def _globals(self, draw: int) -> AbstractContextManager[Any]:
-        """A context in which every run of the programs sees the same global latents, which are kept."""
-        if not self.sites.shared:
-            return nullcontext()
-        nodes, fixed = samples(self.request.pair.guide_trace(self.request.x[:2])), Trace()
-        for site in self.sites.shared:
-            fixed.nodes[site.site] = nodes[site.site]
-            self.values[site.site][0, draw] = numpy_of(whole(nodes[site.site]))
-        return ReplayMessenger(trace=fixed)
 
     def _keep(self, draw: int, rows: slice, part: Draw) -> None:
         at = (0, draw, rows)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -12,14 +12,14 @@ from torch import Tensor
 
 from pvae import seeds
 from pvae.analysis import codes
-from pvae.analysis.aggregated import MEMORY, AggregatedPosterior, choose
+from pvae.analysis.aggregated import MEMORY, AggregatedPosterior, Kept, choose
 from pvae.analysis.anatomy import ClassSurgery, Dimensions, LatentSurgery, Surgery
 from pvae.analysis.collapse import active_units, kl_per_dimension
 from pvae.analysis.draws import Draw, LatentDraw, Roots, accept, draw, first_level, quiet
-from pvae.analysis.estimate import Estimate, Kind, exact, exact_mean, over_draws
+from pvae.analysis.estimate import Estimate, Kind, exact, exact_mean, over_draws, over_whole_draws
 from pvae.analysis.grid import grid_error, marginal_log_prob
 from pvae.errors import DataError
-from pvae.exponential import Codes, Normals, product
+from pvae.exponential import Codes, Members, Normals, product
 from pvae.pair import Pair
 
 GUIDE_ROWS = 512
@@ -61,6 +61,10 @@ def surgery(
     at the shared z), on a stated subset of draws; where rows are too many for that, components are a random subset
     too and I_q stands between two bounds (`AggregatedPosterior.information`).
 
+    Weights that handlers put on sites (poutine.scale) are left out: the figures are of the ELBO itself. Global latents
+    have one KL for all data, outside of q_agg; where the guide draws them at random, a draw of all data is one unit
+    of error, and latents that read them have no information of their own.
+
     Warning: with samples=1 a standard error cannot tell Monte Carlo noise from spread over the data; the total is
     given and called conservative.
 
@@ -76,7 +80,7 @@ def surgery(
         labels: integers `(n,)`; the figures are then also given class by class.
         train: other rows `(m, *event)`, whose q_agg is tried as the prior of `x`.
         components: take this many rows, at random, for q_agg, and give bounds; default: as many as time allows.
-        memory: bytes that scoring q_agg may take, whatever n.
+        memory: bytes that scoring q_agg may take beside the draws, whatever n.
         on_progress: called with (draws done, draws in all).
 
     Returns:
@@ -88,15 +92,16 @@ def surgery(
     if samples < 1:
         raise DataError(f"surgery: expected at least one draw; got samples={samples}.")
     x = accept(pair, x)
+    if not pair.layout.latents and not pair.layout.enumerated:
+        raise DataError(f"surgery: expected latents of single data; got only global {', '.join(pair.layout.shared)}.")
     y = _labels(labels, x)
     roots, bottom_up = first_level(pair, x), pair.reads_itself(x)
     with quiet(pair, x, seed):
         first = draw(pair, x)
         account = _Account(pair, x, first, roots, seed, components, memory)
-        account.take(_honest(first, bottom_up))
-        for done in range(1, samples):
+        for done in range(1, samples + 1):
+            account.take(_honest(first if done == 1 else draw(pair, x), bottom_up))
             on_progress(done, samples)
-            account.take(_honest(draw(pair, x), bottom_up))
     return account.close(y, train)
 
 
@@ -104,7 +109,10 @@ def _labels(labels: Any, x: Tensor) -> Tensor | None:
     """Labels as class numbers `(n,)`."""
     if labels is None:
         return None
-    y = torch.as_tensor(labels, device=x.device)
+    try:
+        y = torch.as_tensor(labels, device=x.device)
+    except (TypeError, ValueError, RuntimeError):
+        raise DataError(f"labels: expected {len(x)} integers; got something else: {type(labels).__name__}.") from None
     if y.shape != (len(x),) or y.is_floating_point():
         raise DataError(f"labels: expected {len(x)} integers; got shape {list(y.shape)} of {y.dtype}.")
     if len(y.unique()) > CLASSES:
@@ -201,6 +209,7 @@ class _Account:
         self.names = tuple(first.latents)
         self.levels = {name: _Level() for name in self.names}
         self.reconstruction: list[Tensor] = []
+        self.shared: list[dict[str, float]] = []
         alone = [(name,) for name in self.names if name in roots[0]]
         groups = alone if alone == [self.names] else [*alone, self.names]
         self.scored = {group: made for group in groups if (made := self._scored(group)) is not None}
@@ -213,8 +222,8 @@ class _Account:
             q = product(known)
             mixture = AggregatedPosterior(q if rows is None else q.rows(rows), len(self.x), rows, self.memory)
             return _Scored(mixture, self._some(int(PRODUCTS / (len(mixture) * q.features))))
-        if not set(names) <= set(self.pair.layout.latents):
-            return None
+        if not set(names) <= set(self.pair.layout.latents) or not self.first.points:
+            return None  # with random global latents q(z|x) is a mixture over them
         rows = self._some(GUIDE_ROWS)
         count = self.components or max(2, GUIDE_PAIRS // len(rows))
         mixture = AggregatedPosterior.of(
@@ -228,6 +237,7 @@ class _Account:
     def take(self, d: Draw) -> None:
         """Score one draw of all rows."""
         self.reconstruction.append(d.reconstruction)
+        self.shared.append(d.shared)
         for name, latent in d.latents.items():
             self.levels[name].take(latent)
             if name in self.roots[0] and latent.normal is not None and latent.value.shape[1] > 1:
@@ -255,8 +265,8 @@ class _Account:
             log_n=exact(math.log(len(self.x))),
             latents=latents,
             classes={} if y is None else self._classes(y),
-            shared=self.first.shared,
-            points=self.first.points,
+            shared={name: sum(d[name] for d in self.shared) / len(self.shared) for name in self.first.shared},
+            global_kl=self._global_kl(),
             notes=tuple(self._notes()),
         )
 
@@ -272,18 +282,34 @@ class _Account:
 
     def _reconstruction(self) -> Estimate:
         return (
-            exact_mean(self.reconstruction[0]) if self._nothing_drawn else over_draws(torch.stack(self.reconstruction))
+            exact_mean(self.reconstruction[0]) if self._nothing_drawn else self._over(torch.stack(self.reconstruction))
         )
 
     def _elbo(self, reconstruction: Estimate, kl: Estimate | None) -> Estimate:
         """reconstruction - kl - global kl; its error is that of the terms together."""
-        shared = sum(self.first.shared.values()) / len(self.x)
-        joint = self._joint_codes(self.names)
-        terms = torch.stack(self.reconstruction) - (self._kl(self.names) if joint is None else joint.kl) - shared
         assert kl is not None  # noqa: S101 - every group has one
-        found = exact_mean(terms[0]) if self._nothing_drawn else over_draws(terms)
-        value = reconstruction.value - kl.value - shared
-        return Estimate(value, found.standard_error, found.kind, found.data_error, found.note)
+        terms = torch.stack(self.reconstruction) - self._kl_terms() - self._shares()
+        found = exact_mean(terms[0]) if self._nothing_drawn else self._over(terms)
+        return replace(found, value=reconstruction.value - kl.value - float(self._shares().mean()))
+
+    def _kl_terms(self) -> Tensor:
+        """KL of all latents per datum, exact where it is summed, `(samples, n)` or `(n,)`."""
+        joint = self._joint_codes(self.names)
+        return self._kl(self.names) if joint is None else joint.kl
+
+    def _shares(self) -> Tensor:
+        """KL of the global latents of every draw, divided by n, `(samples, 1)`."""
+        return torch.tensor([[sum(d.values()) / len(self.x)] for d in self.shared], dtype=torch.float64)
+
+    def _global_kl(self) -> Estimate | None:
+        if not self.first.shared:
+            return None
+        found = over_whole_draws(self._shares())
+        return exact(found.value) if self.first.points else replace(found, data_error=None)
+
+    def _over(self, terms: Tensor, kind: Kind = "estimate") -> Estimate:
+        """The mean of terms `(samples, rows)`; all data share the noise of random global latents."""
+        return over_draws(terms, kind, len(self.x)) if self.first.points else over_whole_draws(terms, kind)
 
     def _joint_codes(self, names: Sequence[str]) -> codes.Joint | None:
         """The sum over all joint states of a group of codes that read nothing else; None for other latents."""
@@ -291,10 +317,10 @@ class _Account:
             return None
         latents = [self.first.latents[name] for name in names]
         q = [latent.q for latent in latents if isinstance(latent.q, Codes)]
-        p = [latent.p for latent in latents if isinstance(latent.p, Codes)]
+        p = [latent.p for latent in latents if _is_shared_code(latent.p)]
         if len(q) < len(latents) or len(p) < len(latents):
             return None
-        return codes.joint(q, p)
+        return codes.joint(q, p)  # type: ignore[arg-type]
 
     def _group(self, names: tuple[str, ...]) -> dict[str, Estimate | None]:
         """KL, information and marginal KL of a group of latents, with bounds where components are a subset."""
@@ -303,7 +329,7 @@ class _Account:
         )
         joint, scored = self._joint_codes(names), self.scored.get(names)
         kl = self._kl(names)
-        whole = over_draws(kl) if joint is None else exact_mean(joint.kl)
+        whole = self._over(kl) if joint is None else exact_mean(joint.kl)
         out["kl"] = whole
         if scored is not None:
             out |= self._bounds(kl, whole.value, scored)
@@ -318,13 +344,13 @@ class _Account:
         loo = torch.stack(scored.leave_one_out)
         out: dict[str, Estimate | None] = {}
         if bool(loo.isfinite().all()):
-            out["leave_one_out"] = over_draws(loo, "upper_bound")
+            out["leave_one_out"] = self._over(loo, "upper_bound")
         if scored.whole:
-            out["mutual_information"] = over_draws(upper)
+            out["mutual_information"] = self._over(upper)
             out["marginal_kl"] = self._marginal(kl, mean_kl, upper, scored, "estimate")
             return out
-        out["mutual_information"] = over_draws(upper, "upper_bound")
-        out["mutual_information_lower"] = over_draws(lower, "lower_bound")
+        out["mutual_information"] = self._over(upper, "upper_bound")
+        out["mutual_information_lower"] = self._over(lower, "lower_bound")
         out["marginal_kl"] = self._marginal(kl, mean_kl, upper, scored, "lower_bound")
         out["marginal_kl_upper"] = self._marginal(kl, mean_kl, lower, scored, "upper_bound")
         return out
@@ -333,17 +359,17 @@ class _Account:
         """kl - information: the errors term by term where every draw is scored, else those of the means."""
         value = mean_kl - float(information.mean())
         if kl.shape == information.shape:
-            parts = over_draws(kl - information, kind)
+            parts = self._over(kl - information, kind)
             return Estimate(value, parts.standard_error, kind, parts.data_error, parts.note)
-        found = over_draws(information)
-        return Estimate(value, math.hypot(over_draws(kl).standard_error, found.standard_error), kind, None, found.note)
+        found = self._over(information)
+        return Estimate(value, math.hypot(self._over(kl).standard_error, found.standard_error), kind, None, found.note)
 
     def _latent(self, name: str) -> LatentSurgery:
         latent, level, group = self.first.latents[name], self.levels[name], self._group((name,))
         first, prior_first = name in self.roots[0], name in self.roots[1]
         kl_exact = None
         if len(level.closed) == len(level.log_q):
-            kl_exact = exact_mean(level.closed[0]) if first and prior_first else over_draws(torch.stack(level.closed))
+            kl_exact = exact_mean(level.closed[0]) if first and prior_first else self._over(torch.stack(level.closed))
         per_dimension = torch.tensor(level.kl_per_dimension, dtype=torch.float64)
         coded = latent.q if isinstance(latent.q, Codes) and first else None
         assert group["kl"] is not None  # noqa: S101 - every group has one
@@ -366,25 +392,26 @@ class _Account:
         if level.aggregated:
             return _of_normals(level, scored)
         if isinstance(latent.q, Codes) and latent.q.positions > 1:
-            prior = latent.p if isinstance(latent.p, Codes) and name in self.roots[1] else None
-            return _of_codes(codes.positions(latent.q, prior), information)
+            prior = latent.p if _is_shared_code(latent.p) and name in self.roots[1] else None
+            return _of_codes(codes.positions(latent.q, prior), information)  # type: ignore[arg-type]
         return None
 
     # ------------------------------------------------------------------ labels, another prior
 
     def _classes(self, y: Tensor) -> dict[int, ClassSurgery]:
         """The terms of every label's rows."""
-        reconstruction, kl = torch.stack(self.reconstruction), self._kl(self.names)
+        reconstruction, kl = torch.stack(self.reconstruction), self._kl_terms().reshape(-1, len(y))
+        joint = self._joint_codes(self.names)
         scored = self.scored.get(self.names)
         out = {}
         for label in y.unique().tolist():
             mine = y == label
             information = None
             if scored is not None and scored.whole and len(scored.rows) == len(y):
-                information = torch.stack(scored.upper)[:, mine]
+                information = (torch.stack(scored.upper) if joint is None else joint.information[None])[:, mine]
             out[int(label)] = ClassSurgery(
                 n=int(mine.sum()),
-                elbo=over_draws((reconstruction - kl)[:, mine]),
+                elbo=over_draws((reconstruction - kl - self._shares())[:, mine]),
                 reconstruction=over_draws(reconstruction[:, mine]),
                 kl=over_draws(kl[:, mine]),
                 mutual_information=None if information is None else over_draws(information),
@@ -431,10 +458,19 @@ class _Account:
         if scored is not None and not scored.whole:
             bias = float((torch.stack(scored.upper) - torch.stack(scored.lower)).mean())
             notes.append(f"components are a subset: I_q stands between two bounds {bias:.4f} nats apart")
+        if scored is not None and isinstance(scored.mixture.components, Kept):
+            rounding = scored.mixture.components.rounding(self.first.flat(self.names)[scored.rows])
+            if rounding > 1e-3:
+                notes.append(f"scales are very small: log q_agg is known to {rounding:.1e} nats")
         for name, level in self.levels.items():
             if level.grid_error is not None and level.grid_error > 1e-3:
                 notes.append(f"{name}: densities of single coordinates are known to {level.grid_error:.1e} nats")
         return notes
+
+
+def _is_shared_code(p: Members | None) -> bool:
+    """Whether a prior is one code for all rows, whose KL to q_agg can be summed."""
+    return isinstance(p, Codes) and bool((p.logits == p.logits[:1]).all())
 
 
 def _total(parts: list[Estimate]) -> Estimate:
@@ -454,7 +490,9 @@ def _of_normals(level: _Level, scored: _Scored) -> Dimensions:
     return Dimensions(
         mutual_information=tuple(torch.stack(level.information).mean(0).tolist()),
         marginal_kl=None if marginal is None else tuple(marginal.tolist()),
-        total_correlation=over_draws(joint - aggregated[:count, scored.rows]),
+        total_correlation=over_draws(
+            joint - aggregated[:count, scored.rows], "estimate" if scored.whole else "lower_bound", len(log_q[0])
+        ),
         coordinate_kl=None if marginal is None else over_draws(aggregated - torch.stack(level.log_p)),
         error=level.grid_error or 0.0,
     )
@@ -463,11 +501,12 @@ def _of_normals(level: _Level, scored: _Scored) -> Dimensions:
 def _of_codes(found: codes.Positions, information: Estimate) -> Dimensions:
     """Positions exactly; their informations exceed the joint one by the total correlation."""
     total = float(found.information.sum()) - information.value
+    kind: Kind = "lower_bound" if information.kind == "upper_bound" else information.kind
     marginal = found.marginal_kl
     return Dimensions(
         mutual_information=tuple(found.information.tolist()),
         marginal_kl=None if marginal is None else tuple(marginal.tolist()),
-        total_correlation=Estimate(total, information.standard_error, information.kind, None, information.note),
+        total_correlation=Estimate(total, information.standard_error, kind, None, information.note),
         coordinate_kl=None if marginal is None else exact(float(marginal.sum())),
         error=0.0,
     )

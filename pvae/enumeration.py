@@ -42,7 +42,7 @@ class Table:
     @cached_property
     def joint(self) -> Tensor:
         """log p(x, z, c)."""
-        return sum_over([self.latent, *(self.logs[name] for name in self.layout.observed)])
+        return sum_over([self.latent, *(self.logs[name] for name in self.layout.observed if name in self.logs)])
 
     @cached_property
     def weights(self) -> Tensor:
@@ -87,6 +87,7 @@ def read_table(model_trace: Trace, layout: Layout, particles: int) -> Table:
     for name, node in nodes.items():
         if not layout.holds(node):
             continue
+        _require_plain(name, node, layout)
         value = log_prob(node, layout, particles)
         lead = value.dim() - (2 if particles else 1)
         value = value.reshape((1,) * (len(sizes) - lead) + value.shape)
@@ -94,6 +95,19 @@ def read_table(model_trace: Trace, layout: Layout, particles: int) -> Table:
         value = value.permute(*reversed(range(len(sizes))), *range(len(sizes), value.dim()))
         logs[name] = value.expand(*sizes, *value.shape[len(sizes) :]).clamp(min=IMPOSSIBLE)
     return Table(layout, sizes, logs)
+
+
+def _require_plain(name: str, node: Mapping[str, Any], layout: Layout) -> None:
+    """Refuse weights inside of the sum: p(c)^scale is no distribution, and a masked site has no sum to one."""
+    frames = [f for f in node["cond_indep_stack"] if f.vectorized and f.full_size not in (None, f.size)]
+    scale = node["scale"] / math.prod(f.full_size / f.size for f in frames)
+    if not bool(torch.as_tensor(abs(scale - 1) < 1e-6).all()):
+        raise DeclarationError(
+            f"{name}: expected sites beside enumerated ones without poutine.scale; got a scale of {scale}. "
+            f"Set objective.beta instead."
+        )
+    if node["mask"] is not None and name in layout.enumerated:
+        raise DeclarationError(f"{name}: expected an enumerated site without a mask; got one. Mask what is observed.")
 
 
 def _size(name: str, node: Mapping[str, Any], layout: Layout) -> int:

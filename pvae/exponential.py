@@ -335,6 +335,8 @@ class Product(Members):
         return torch.cat([part.sample() for part in self.parts], 1)
 
     def joined(self, others: Sequence[Product]) -> Product:
+        if not others:
+            return self
         columns = zip(*(p.parts for p in others), strict=True)
         return Product(tuple(part.joined(rest) for part, rest in zip(self.parts, columns, strict=True)))
 

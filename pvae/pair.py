@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
+from types import CellType
 from typing import Any
 
 import pyro
@@ -20,7 +21,18 @@ from torch import Tensor, nn
 
 from pvae.enumeration import read_table
 from pvae.errors import DataError, DeclarationError
-from pvae.traces import Layout, closed_kl, full_size, is_enumerable, log_prob, read_layout, samples, sum_over
+from pvae.traces import (
+    Layout,
+    closed_kl,
+    full_size,
+    is_enumerable,
+    log_prob,
+    moved,
+    plates_of,
+    read_layout,
+    samples,
+    sum_over,
+)
 
 PARTICLES = "_particles"
 
@@ -105,10 +117,11 @@ class Pair(nn.Module):
         """
         if self._layout is not None:
             return self
-        rows = x[: min(len(x), 3)]
+        rows, more = (x[torch.arange(count, device=x.device) % len(x)] for count in (3, 5))
         with torch.random.fork_rng(), torch.no_grad(), pyro.get_param_store().scope(_current_store()) as store:
             guide_trace, model_trace = self._run(rows)
-        layout = read_layout(guide_trace, model_trace, len(rows))
+            follows = plates_of(model_trace, 3) & plates_of(self._run(more)[1], 5)
+        layout = read_layout(guide_trace, model_trace, 3, follows)
         self._take_parameters(guide_trace, model_trace, store)
         self._layout, self._event = layout, tuple(x.shape[1:])
         if not any(True for _ in self.parameters()):
@@ -120,9 +133,9 @@ class Pair(nn.Module):
 
     def _take_parameters(self, guide_trace: Trace, model_trace: Trace, store: Mapping[str, Any]) -> None:
         """Register what the programs keep in the param store, and the Modules their methods are bound to."""
-        owners = (getattr(program, "__self__", None) for program in (self.model, self.guide))
-        modules = list(dict.fromkeys(owner for owner in owners if isinstance(owner, nn.Module)))
-        for i, module in enumerate(modules):
+        kept = {id(value) for value in store["params"].values()}
+        named = [m for m in self._named() if any(id(p) in kept for p in m.parameters())]
+        for i, module in enumerate(dict.fromkeys([*self._owners(), *named])):
             self.add_module(f"owner_{i}", module)
         names = [n for t in (guide_trace, model_trace) for n, node in t.nodes.items() if node["type"] == "param"]
         known = {id(p) for p in self.parameters()}
@@ -137,13 +150,29 @@ class Pair(nn.Module):
         if len(free):
             self.free = free
 
+    def _owners(self) -> list[nn.Module]:
+        """Modules whose methods the programs are."""
+        owners = (getattr(program, "__self__", None) for program in (self.model, self.guide))
+        return list(dict.fromkeys(owner for owner in owners if isinstance(owner, nn.Module)))
+
+    def _named(self) -> list[nn.Module]:
+        """Modules that the programs, plain functions, reach by name: what `pyro.module` may register."""
+        found = []
+        for program in (self.model, self.guide):
+            code = getattr(program, "__code__", None)
+            if code is not None:
+                cells = [cell.cell_contents for cell in program.__closure__ or () if cell != CellType()]
+                found += [*cells, *(program.__globals__.get(name) for name in code.co_names)]
+        return [value for value in found if isinstance(value, nn.Module)]
+
     def accept(self, x: Any) -> Tensor:
         """Data as the pair's programs take them: a tensor `(n, *event)` of the parameters' type and device.
 
         Raises:
             DataError: no rows, or rows of another shape than the pair was made for.
         """
-        parameter = next((p for p in self.parameters() if p.is_floating_point()), None)
+        parameters = (p for module in (self, *self._owners()) for p in module.parameters())
+        parameter = next((p for p in parameters if p.is_floating_point()), None)
         try:
             x = torch.as_tensor(x)
         except (TypeError, ValueError, RuntimeError):
@@ -168,11 +197,11 @@ class Pair(nn.Module):
 
     def _prior_follows(self, name: str, x: Tensor) -> bool:
         with quiet(self, x), self.own_store():
-            value = samples(self._run(x)[0])[name]["value"]
-            scores = []
-            for moved in (value, value + 1):
+            first = samples(self._run(x)[0])[name]
+            value, scores = first["value"], []
+            for other in (value, moved(first)):
                 torch.manual_seed(0)
-                with poutine.condition(data={name: moved}), TraceMessenger() as guide:
+                with poutine.condition(data={name: other}), TraceMessenger() as guide:
                     self.guide(x)
                 guide.trace.nodes[name]["is_observed"] = False  # replay refuses observed sites
                 site = samples(self._replay(x, guide.trace)).get(name)
@@ -252,7 +281,7 @@ class Pair(nn.Module):
         guide_trace, model_trace = self.traces(x, particles)
         layout = self.layout
         count = particles if particles > 1 else 0
-        size = full_size(model_trace, layout, rows) if layout.shared else 1
+        size = full_size(model_trace, layout, rows)
         if layout.enumerated:
             return self._summed_terms(guide_trace, model_trace, count, size)
         reconstruction = sum_over([log_prob(model_trace.nodes[name], layout, count, size) for name in layout.observed])
@@ -277,7 +306,11 @@ class Pair(nn.Module):
         for name in layout.shared:
             q, p = guide_trace.nodes[name], model_trace.nodes.get(name)
             kl[name] = log_prob(q, layout, count, size) - (0.0 if p is None else log_prob(p, layout, count, size))
-        return Terms(sum_over([table.expected(name) for name in layout.observed]), {**kl, **table.kl()})
+        observed = [
+            table.expected(name) if name in table.logs else log_prob(model_trace.nodes[name], layout, count, size)
+            for name in layout.observed
+        ]
+        return Terms(sum_over(observed), {**kl, **table.kl()})
 
     def forward(self, x: Tensor) -> Tensor:
         """ELBO estimate of every datum, nats, `(batch,)`."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ from pyro import poutine
 from pyro.distributions import Delta, ExpandedDistribution, MaskedDistribution
 from pyro.distributions.util import scale_and_mask
 from pyro.poutine.indep_messenger import CondIndepStackFrame
+from pyro.poutine.messenger import Messenger
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 from torch.distributions import (
@@ -22,6 +23,7 @@ from torch.distributions import (
     MultivariateNormal,
     Normal,
     OneHotCategorical,
+    biject_to,
     kl_divergence,
 )
 
@@ -69,22 +71,28 @@ def samples(trace: Trace) -> dict[str, Any]:
     }
 
 
-def data_frame(trace: Trace, count: int) -> CondIndepStackFrame | None:
-    """The outermost vectorised plate of `count` rows that holds an observed site."""
+def data_frame(trace: Trace, count: int, among: Collection[str]) -> CondIndepStackFrame | None:
+    """The outermost vectorised plate of `count` rows that holds an observed site, of some names."""
     for node in samples(trace).values():
-        frames = [f for f in node["cond_indep_stack"] if f.vectorized and f.size == count]
+        frames = [f for f in node["cond_indep_stack"] if f.vectorized and f.size == count and f.name in among]
         if node["is_observed"] and frames:
             return min(frames, key=lambda f: f.counter)
     return None
 
 
-def read_layout(guide_trace: Trace, model_trace: Trace, count: int) -> Layout:
-    """The layout of a pair from traces on `count` rows.
+def plates_of(trace: Trace, count: int) -> set[str]:
+    """Names of the vectorised plates of `count` rows."""
+    frames = [f for node in samples(trace).values() for f in node["cond_indep_stack"] if f.vectorized]
+    return {f.name for f in frames if f.size == count}
+
+
+def read_layout(guide_trace: Trace, model_trace: Trace, count: int, follows: Collection[str]) -> Layout:
+    """The layout of a pair from traces on `count` rows; `follows` names plates whose size is that of any batch.
 
     Raises:
-        DeclarationError: no observed site stands in a plate over the rows.
+        DeclarationError: no observed site stands in a plate over the rows, or a global one asks for enumeration.
     """
-    frame = data_frame(model_trace, count)
+    frame = data_frame(model_trace, count, follows)
     if frame is None or frame.dim is None:
         raise DeclarationError(
             "pair.model: expected x to be observed inside a plate over the rows of a batch; got no such plate. "
@@ -98,6 +106,12 @@ def read_layout(guide_trace: Trace, model_trace: Trace, count: int) -> Layout:
     def inside(node: Mapping[str, Any]) -> bool:
         return any(f.vectorized and f.name in plates for f in node["cond_indep_stack"])
 
+    enumerated = [name for name, node in model.items() if name not in guide and is_enumerable(node)]
+    outside = [name for name in enumerated if not inside(model[name])]
+    if outside:
+        raise DeclarationError(
+            f"{', '.join(outside)}: expected enumerated sites inside the data plate; got global ones. Give a guide."
+        )
     return Layout(
         plate=frame.name,
         plates=plates,
@@ -106,7 +120,7 @@ def read_layout(guide_trace: Trace, model_trace: Trace, count: int) -> Layout:
         latents=tuple(name for name, node in unseen.items() if inside(node)),
         shared=tuple(name for name, node in unseen.items() if not inside(node)),
         observed=tuple(name for name, node in model.items() if node["is_observed"]),
-        enumerated=tuple(name for name, node in model.items() if name not in guide and is_enumerable(node)),
+        enumerated=tuple(enumerated),
     )
 
 
@@ -121,6 +135,32 @@ def is_enumerable(node: Mapping[str, Any]) -> bool:
     """Whether a site asks to be summed over in parallel, and can be."""
     wants = node["infer"].get("enumerate") == "parallel"
     return wants and not node["is_observed"] and node["fn"].has_enumerate_support
+
+
+class Unweighed(Messenger):
+    """Takes the weights that handlers put on sites (poutine.scale) off again; those of subsampling plates stay."""
+
+    def _pyro_sample(self, msg: Any) -> None:
+        frames = [f for f in msg["cond_indep_stack"] if f.vectorized and f.full_size not in (None, f.size)]
+        msg["scale"] = math.prod(f.full_size / f.size for f in frames) if frames else 1.0
+
+
+def moved(node: Mapping[str, Any]) -> Tensor:
+    """Another value of a site's support, every element of every row changed."""
+    fn, value = unwrapped(node["fn"]), node["value"]
+    if isinstance(fn, Bernoulli):
+        return 1 - value
+    if isinstance(fn, OneHotCategorical):
+        return value.roll(1, -1)
+    if isinstance(fn, Categorical):
+        return (value + 1) % fn.logits.shape[-1]
+    if is_point(fn):
+        return value + 1
+    try:
+        transform = biject_to(node["fn"].support)
+        return transform(transform.inv(value) + 1)
+    except (NotImplementedError, ValueError):
+        return value + 1
 
 
 def sum_over(parts: list[Tensor]) -> Tensor:
