@@ -17,6 +17,7 @@ import pyro.distributions as dist
 import pytest
 import scipy.stats
 import torch
+from pyro import poutine
 from pyro.nn import PyroModule, PyroParam
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
@@ -865,3 +866,271 @@ def test_a_plate_left_of_the_data_keeps_rows_apart():
     assert found.mutual_information.value == pytest.approx(information, abs=0.03)
     kl = 0.5 * (means**2 + 0.09 - 1 - math.log(0.09)).sum(1).mean()
     assert found.kl_exact.value == pytest.approx(float(kl), abs=1e-5)
+
+
+def small(model: Callable, guide: Callable) -> Pair:
+    """A pair of two functions, with one parameter to have one."""
+
+    def with_parameter(x):
+        pyro.param("unused", number(1.0))
+        return guide(x)
+
+    return Pair(model=model, guide=with_parameter)
+
+
+def test_a_prior_that_varies_with_the_datum_is_not_summed_as_one():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            c = pyro.sample("c", dist.Categorical(logits=torch.stack([x, -x, 0 * x], -1)))
+            pyro.sample("x", dist.Normal(c.double(), 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("c", dist.Categorical(logits=torch.stack([x, -x, 0 * x], -1)))
+
+    found = surgery(small(model, guide), torch.linspace(-3, 3, 50).double(), samples=3)
+    assert found.kl.value == pytest.approx(0, abs=1e-12)
+    assert found.kl_exact.value == pytest.approx(0, abs=1e-12)
+    assert found.kl.kind == "estimate"
+
+
+def test_a_parent_that_hardly_moves_is_a_parent():
+    # c is certain given x: two draws are alike, yet z reads it on both sides.
+    def model(x):
+        with pyro.plate("data", len(x)):
+            c = pyro.sample("c", dist.Bernoulli(0.5 * torch.ones(()).double()))
+            z = pyro.sample("z", dist.Normal(3 * c, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            c = pyro.sample("c", dist.Bernoulli(logits=40 * x))
+            pyro.sample("z", dist.Normal(3 * c + 0.1 * x, 0.5))
+
+    x = torch.tensor([2.0, -2.0]).double().repeat(50)
+    found = surgery(small(model, guide), x)
+    assert found.latents["z"].mutual_information is found.latents["z"].marginal_kl is None
+    assert found.latents["c"].marginal_kl.value == pytest.approx(0, abs=1e-6)
+    assert found.mutual_information is not None
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 40])
+def test_a_plate_that_has_as_many_elements_as_rows_is_not_the_data(rows):
+    def model(x):
+        with pyro.plate("sensors", 3, dim=-2), pyro.plate("data", len(x), dim=-1):
+            z = pyro.sample("z", dist.Normal(0 * number(0.0), 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x.T)
+
+    def guide(x):
+        with pyro.plate("sensors", 3, dim=-2), pyro.plate("data", len(x), dim=-1):
+            pyro.sample("z", dist.Normal(x.T / 2, 0.5**0.5))
+
+    x = torch.tensor(np.random.default_rng(0).normal(size=(rows, 3)))
+    pair = small(model, guide).adopt(x)
+    assert (pair.layout.plate, pair.layout.dim) == ("data", -1)
+    log_p = scipy.stats.norm(0, 2**0.5).logpdf(x.numpy()).sum(1).mean()
+    assert surgery(pair, x).elbo.value == pytest.approx(log_p, abs=1e-9)  # the guide is the posterior
+
+
+def test_weights_of_handlers_are_no_part_of_the_figures():
+    pair, x = channel(lambda x: torch.full_like(x, 0.5)), torch.randn(60, 2).double()
+    weighed = Pair(model=poutine.scale(pair.model, scale=0.1), guide=poutine.scale(pair.guide, scale=0.1))
+    assert surgery(weighed, x).to_dict() == surgery(pair, x).to_dict()
+    assert evidence(weighed, x, samples=5).to_dict() == evidence(pair, x, samples=5).to_dict()
+
+
+def test_a_factor_outside_the_plate_is_shared_by_all_data():
+    pair, x = channel(lambda x: torch.full_like(x, 0.5)), torch.randn(100, 2).double()
+
+    def model(x):
+        pair.model(x)
+        pyro.factor("penalty", number(-5.0))
+
+    found = surgery(Pair(model=model, guide=pair.guide), x, samples=2)
+    assert found.elbo.value == pytest.approx(surgery(pair, x, samples=2).elbo.value - 0.05, abs=1e-9)
+    terms = Pair(model=model, guide=pair.guide).terms(x[:10], rows=100)
+    assert terms.reconstruction.shape == (10,)
+
+
+class RandomGlobal(torch.nn.Module):
+    """q(z | x, w) reads a global w that the guide draws."""
+
+    def __init__(self):
+        super().__init__()
+        self.loc = torch.nn.Parameter(torch.tensor(0.0))
+
+    def model(self, x):
+        w = pyro.sample("w", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(w, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(self, x):
+        w = pyro.sample("w", dist.Normal(self.loc, 1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(0.5 * x + w, 0.1))
+
+
+def test_a_posterior_that_reads_a_random_global_latent_has_no_information_of_its_own():
+    module, x = RandomGlobal(), torch.randn(300)
+    pair = Pair(module.model, module.guide)
+    found = surgery(pair, x, samples=30)
+    assert found.mutual_information is found.marginal_kl is None
+    assert "not available" in found.headline()
+    # One draw of w is one unit of noise: the error is the spread over seeds (half to twice, with 12 seeds).
+    spread = np.std([surgery(pair, x, samples=30, seed=seed).elbo.value for seed in range(12)], ddof=1)
+    assert 0.5 < found.elbo.standard_error / spread < 2
+
+
+def test_one_draw_of_a_global_latent_serves_all_chunks():
+    module, x = RandomGlobal(), torch.zeros(2500)
+    with torch.no_grad():
+        d = draw(Pair(module.model, module.guide).adopt(x), x)
+    means = d.latents["z"].value[:, 0].split(1000)
+    assert [float(m.mean()) for m in means] == pytest.approx([float(means[0].mean())] * 3, abs=0.03)
+
+
+def test_disjoint_supports_are_infinite_not_huge():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Uniform(0 * number(0.0) - 9, 9.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Uniform(x - 0.1, x + 0.1))
+
+    x = torch.arange(5).double()
+    pair = small(model, guide)
+    found = surgery(pair, x, train=x + 0.5)
+    assert found.mutual_information.value == pytest.approx(math.log(5))
+    assert found.leave_one_out is None
+    assert found.train_gain.value == -math.inf
+    assert found.to_dict()["figures"]["train_gain"]["value"] is None
+    assert AggregatedPosterior.of(pair, x).log_prob(torch.tensor([[20.0]])).item() == -math.inf
+
+
+def test_very_small_scales_are_told():
+    x = torch.randn(200, 2).double()
+    fine = surgery(channel(lambda x: torch.full_like(x, 1e-2)), x)
+    tiny = surgery(channel(lambda x: torch.full_like(x, 1e-8)), x)
+    assert not any("known to" in note for note in fine.notes)
+    assert any("scales are very small" in note for note in tiny.notes)
+    assert tiny.mutual_information.value == pytest.approx(math.log(200), abs=1e-9)
+
+
+def test_total_correlation_of_a_subset_is_a_lower_bound():
+    x = correlated(0.5, 300)
+    found = surgery(channel(lambda x: torch.full_like(x, 0.4)), x, components=50)
+    assert found.latents["z"].dimensions.total_correlation.kind == "lower_bound"
+    table = np.random.default_rng(1).dirichlet(np.ones(4) / 2, (6, 7))
+    coded_found = surgery(coded(table), torch.arange(6.0).double().repeat(50)[:, None], components=60)
+    assert coded_found.latents["c"].dimensions.total_correlation.kind == "lower_bound"
+
+
+def test_error_of_a_random_subset_of_draws():
+    # The spread over seeds of the scored rows is in it: half to twice, with 20 seeds.
+    x = correlated(0.2, 400) * torch.linspace(0.1, 6, 400)[:, None]
+    pair = channel(lambda x: torch.full_like(x, 0.4))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys.modules["pvae.analysis.surgery"], "PRODUCTS", 400 * 4 * 40)
+        found = [surgery(pair, x, samples=8, seed=seed).mutual_information for seed in range(20)]
+    spread = np.std([e.value for e in found], ddof=1)
+    assert 0.5 < np.mean([e.standard_error for e in found]) / spread < 2
+
+
+def test_classes_add_up_with_global_latents_and_codes():
+    y = torch.arange(300) % 3
+    module = WithGlobal()
+    found = surgery(Pair(module.model, module.guide), torch.linspace(-1, 1, 300), labels=y, samples=2)
+    mean = sum(c.elbo.value * c.n for c in found.classes.values()) / 300
+    assert mean == pytest.approx(found.elbo.value, abs=1e-9)
+    table = np.random.default_rng(1).dirichlet(np.ones(3), (6, 2))
+    found = surgery(coded(table), torch.arange(6.0).double().repeat(50)[:, None], labels=y)
+    for term in ("elbo", "kl", "mutual_information", "marginal_kl"):
+        mean = sum(getattr(c, term).value * c.n for c in found.classes.values()) / 300
+        assert mean == pytest.approx(getattr(found, term).value, abs=1e-9)
+
+
+def test_progress_is_told_to_the_end():
+    told: list[tuple[int, int]] = []
+    surgery(channel(torch.ones_like), torch.randn(5, 2).double(), 3, on_progress=lambda *done: told.append(done))
+    assert told == [(1, 3), (2, 3), (3, 3)]
+
+
+def test_a_code_used_as_an_index():
+    centres = torch.tensor([-1.0, 0.0, 2.0]).double()
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            c = pyro.sample("c", dist.Categorical(logits=torch.zeros(3).double()))
+            pyro.sample("x", dist.Normal(centres[c], 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("c", dist.Categorical(logits=-((x[:, None] - centres) ** 2) / 2))
+
+    x = torch.randn(40).double()
+    pair = small(model, guide)
+    assert pair.reads_itself(x) == set()
+    log_p = np.log(np.exp(scipy.stats.norm(centres.numpy(), 1).logpdf(x.numpy()[:, None])).mean(1)).mean()
+    assert surgery(pair, x, samples=400).elbo.value == pytest.approx(log_p, abs=0.02)
+
+
+def test_normals_and_codes_side_by_side():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(2), 1.0).to_event(1))
+            c = pyro.sample("c", dist.Categorical(logits=x.new_zeros(3)))
+            pyro.sample("x", dist.Normal(z.sum(-1) + c, 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x[:, None] * x.new_ones(2), 0.5).to_event(1))
+            pyro.sample("c", dist.Categorical(logits=torch.stack([x, -x, 0 * x], -1)))
+
+    x = torch.randn(80).double()
+    found = surgery(small(model, guide), x, samples=2, train=x)
+    assert found.train_gain.value == pytest.approx(found.marginal_kl.value, abs=0.2)
+    assert found.latents["c"].mutual_information.kind == "exact"
+    assert found.mutual_information.kind == "estimate"
+    assert found.notes == ()
+
+
+def test_what_has_no_local_latent_or_no_numbers_for_labels_is_refused():
+    def model(x):
+        w = pyro.sample("w", dist.Normal(0 * number(0.0), 1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(w, 1.0), obs=x)
+
+    with pytest.raises(DataError, match="expected latents of single data; got only global w"):
+        surgery(small(model, lambda x: pyro.sample("w", dist.Normal(0 * number(0.0), 1.0))), torch.zeros(4).double())
+    with pytest.raises(DataError, match="labels: expected 3 integers; got something else: list"):
+        surgery(channel(torch.ones_like), torch.zeros(3, 2).double(), labels=["a", "b", "c"])
+
+
+def test_modules_named_by_pyro_module_are_put_in_evaluation_mode():
+    noisy = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3), nn.Dropout(0.5))
+
+    def model(x):
+        net = pyro.module("net", noisy)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(net(z), 1.0).to_event(1), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x[:, :2], 0.5).to_event(1))
+
+    pair, x = Pair(model=model, guide=guide).adopt(torch.randn(20, 3)), torch.randn(20, 3)
+    before = noisy[1].running_mean.clone()
+    first, second = surgery(pair, x), surgery(pair, x)
+    assert first.elbo == second.elbo
+    assert torch.equal(noisy[1].running_mean, before)
+    assert any("running_mean" in name for name in pair.state_dict())
+    assert surgery(pair, x[:1]).n == 1
+
+
+def test_numbers_of_another_type_are_cast_before_the_first_run():
+    module = BottomUp()
+    assert surgery(Pair(module.model, module.guide), np.linspace(-1, 1, 9)).n == 9

@@ -198,10 +198,10 @@ def test_random_global_latents_are_told_apart_from_points():
     guide = AutoNormal(globals_of(mixture), init_loc_fn=init_loc_fn)
     pair = Pair(model=mixture, guide=guide)
     found = surgery(pair, DATA, samples=3)
-    assert not found.points
-    assert found.elbo.kind == "estimate"
+    assert found.elbo.kind == found.global_kl.kind == "estimate"
+    assert found.global_kl.standard_error > 0
     assert found.mutual_information is None  # p(c | x) moves with the draw of the global latents
-    assert dict((name, e) for name, e, _ in found.rows())["global_kl"].kind == "estimate"
+    assert "one draw of the global latents" in surgery(pair, DATA).elbo.note
 
 
 def test_two_enumerated_sites_are_one_joint_code():
@@ -294,6 +294,23 @@ def test_what_cannot_be_enumerated_says_so():
 
     with pytest.raises(DeclarationError, match="at most 4096 joint states to sum over; got 6561"):
         surgery(Pair(model=huge, guide=lambda x: None), torch.zeros(4))
+
+    def everywhere(x):
+        gain = pyro.param("gain", torch.tensor(1.0))
+        c = pyro.sample("c", dist.Categorical(logits=torch.zeros(2)), infer={"enumerate": "parallel"})
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(gain * c, 1.0), obs=x)
+
+    with pytest.raises(DeclarationError, match="expected enumerated sites inside the data plate; got global ones"):
+        surgery(Pair(model=everywhere, guide=lambda x: None), torch.zeros(4))
+
+
+def test_weights_inside_of_a_sum_are_refused():
+    pair, _, _ = fitted_mixture()
+    scaled = Pair(model=poutine.scale(mixture, scale=0.3), guide=pair.guide)
+    with pytest.raises(DeclarationError, match=r"without poutine.scale; got a scale of 0.3. Set objective.beta"):
+        scaled.terms(DATA)
+    assert surgery(scaled, DATA).elbo.value == pytest.approx(surgery(pair, DATA).elbo.value, abs=1e-6)
 
 
 # ---------------------------------------------------------------------- two levels
