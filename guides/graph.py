@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import pyro
+import pyro.distributions as dist
 from torch import Tensor, nn
 
 from pvae.guides.encoders import EncoderModule
@@ -25,6 +26,11 @@ class GraphGuide(nn.Module):
         self.sites = sites
         self.encoder = encoder
         self.posteriors = nn.ModuleDict(posteriors)
+
+    def posterior(self, name: str, x: Tensor) -> dist.TorchDistribution:
+        """q(z_name | x) of a latent that reads x alone, as a function of any x `(batch, *event)`; differentiable."""
+        site = next(site for site in self.sites if site.name == name)
+        return self.posteriors[name](self.encoder.inputs_of(site, self.encoder(x), {}))
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """Sample every latent of a batch `(batch, *event)`; returns their features by name."""

@@ -6,10 +6,12 @@ from abc import abstractmethod
 from collections.abc import Mapping
 from typing import ClassVar, Literal, final
 
-from torch import nn
+import pyro.distributions as dist
+import torch
+from torch import Tensor, nn
 
 from pvae.component import Component, Names, Shape
-from pvae.networks import MLP, Network
+from pvae.networks import MLP, Network, NetworkModule
 from pvae.normal import LogVarianceBounds, NormalHead
 from pvae.site import OBSERVED, Link, Site
 
@@ -44,3 +46,42 @@ class NormalPosterior(Posterior):
         """See `Posterior.build`."""
         network = self.network or MLP(hidden=())
         return NormalHead(network.build(inputs, (2 * site.event[0],)), self.log_variance)
+
+
+class FullRankHead(nn.Module):
+    """A network whose output is read as location, log-variances and the rows of a unit lower triangle."""
+
+    def __init__(self, network: NetworkModule, dim: int, bounds: tuple[float, float]) -> None:
+        super().__init__()
+        self.network, self.dim, self.bounds = network, dim, bounds
+
+    def forward(self, inputs: Mapping[str, Tensor]) -> dist.TorchDistribution:
+        """Named tensors `(..., *shape)` to N(loc, L L^T) with batch shape `(...)`."""
+        d = self.dim
+        loc, log_variance, below = self.network(inputs).split([d, d, d * (d - 1) // 2], -1)
+        scale = log_variance.clamp(*self.bounds).mul(0.5).exp()
+        row, column = torch.tril_indices(d, d, -1, device=loc.device)
+        unit = torch.diag_embed(torch.ones_like(loc))
+        unit[..., row, column] = below
+        return dist.MultivariateNormal(loc, scale_tril=scale[..., None] * unit, validate_args=False)
+
+
+@final
+class FullRankNormalPosterior(Posterior):
+    r"""N(mu(x), L(x) L(x)^T), L = diag(s) (I + strictly lower triangle): coordinates may depend given x.
+
+    References:
+        An Introduction to Variational Autoencoders (Kingma, Welling, 2019), https://arxiv.org/abs/1906.02691, 2.5.1
+    """
+
+    kind: Literal["full_rank_normal"] = "full_rank_normal"
+    log_variance: LogVarianceBounds = (-12.0, 6.0)
+    """Of a coordinate given those before it."""
+    network: Network | None = None
+    """Between the encoder's features and the parameters; default: one linear map."""
+
+    def build(self, site: Site, inputs: Mapping[str, Shape], link: Link) -> nn.Module:
+        """See `Posterior.build`."""
+        d = site.event[0]
+        network = (self.network or MLP(hidden=())).build(inputs, (2 * d + d * (d - 1) // 2,))
+        return FullRankHead(network, d, self.log_variance)

@@ -24,6 +24,8 @@ class Prior(Component):
     """Whether it can be declared for a latent with parents."""
     needs_parents: ClassVar[bool] = False
     """Whether it must have them."""
+    reads_guide: ClassVar[bool] = False
+    """Whether it asks the guide for the latent's posterior, which must then read x alone."""
 
     @abstractmethod
     def build(self, site: Site, given: Mapping[str, Shape], link: Link) -> nn.Module:

@@ -48,6 +48,8 @@ class Link:
 
     model: GraphModel
     guide: GraphGuide
+    x: Shape
+    """Event shape of the data."""
 
 
 def topological(parents: Mapping[str, Iterable[str]], what: str) -> list[str]:

@@ -22,6 +22,7 @@ from pvae.errors import DeclarationError, near
 from pvae.guides.encoders import Encoder, SharedEncoder
 from pvae.guides.graph import GraphGuide
 from pvae.guides.posteriors import NormalPosterior, Posterior
+from pvae.models import mixture  # noqa: F401 - its kinds register themselves
 from pvae.models.decoders import Decoder
 from pvae.models.graph import GraphModel
 from pvae.models.priors import Prior, StandardNormal
@@ -219,6 +220,7 @@ class Experiment(Plan):
 
     def _build(self, x: Shape) -> Pair:
         link, sites = Link(), self.sites()
+        link.x = x
         features = {site.name: site.features for site in sites}
         priors = {
             site.name: self.latents[site.name].prior.build(site, {n: features[n] for n in site.given}, link)
@@ -288,6 +290,12 @@ def _misplaced_priors(e: Experiment) -> Iterator[Finding]:
                 ("latents", name, "prior"),
                 f"a prior that reads {', '.join(latent.given)}, such as conditional_normal",
                 kind,
+            )
+        if latent.prior.reads_guide and latent.posterior.given != (OBSERVED,):
+            yield (
+                ("latents", name, "posterior", "given"),
+                f"['x'] alone, because the prior {kind} is made of this posterior",
+                list(latent.posterior.given),
             )
         if not latent.given and latent.prior.needs_parents:
             yield ("latents", name, "given"), f"parents for the prior {kind}, e.g. given = ['z2']", []

@@ -534,6 +534,10 @@ KINDS: dict[str, tuple[str, list[str]]] = {
     "grey values": ("vae", ["data.binarize=none", 'decoder.likelihood={kind="discretized_logistic", levels=17}']),
     "predicted scale": ("vae_normal", ["decoder.likelihood.scale=per_datum"]),
     "fixed scale, several draws": ("vae_normal", ["decoder.likelihood.scale=fixed", "objective.particles=3"]),
+    "mixture prior": ("mixture_prior", []),
+    "pseudo-inputs": ("vamp", []),
+    "full rank": ("vae", ["latents.z.dim=5", "latents.z.posterior.kind=full_rank_normal"]),
+    "pseudo-inputs of full rank": ("vamp", ["latents.z.dim=4", "latents.z.posterior.kind=full_rank_normal"]),
     "cyclical beta": ("vae", ["data.binarize=static", "objective.beta.kind=cyclical"]),
 }
 SMALL = ["train.epochs=2", "train.engine=eager", "encoder.network.hidden=[16]", "decoder.network.hidden=[16]"]
@@ -550,7 +554,7 @@ def test_every_kind_is_fitted_and_read(tmp_path: Path, case: str) -> None:
     assert evidence(run.pair, x, samples=20).iwae.value > result.elbo.value - 3 * result.elbo.standard_error
 
 
-@pytest.mark.parametrize("case", ["iwae on two levels", "grey values"])
+@pytest.mark.parametrize("case", ["iwae on two levels", "grey values", "mixture prior", "pseudo-inputs", "full rank"])
 def test_other_kinds_compile_to_the_same_numbers(case: str) -> None:
     """`compile_forward` itself compares value and gradient with the eager program's."""
     name, overrides = KINDS[case]
@@ -612,11 +616,11 @@ def test_unsound_pair_is_refused(tmp_path: Path) -> None:
 
 # ---------------------------------------------------------------------- analysis while a fit goes on
 
-SMALL = ["encoder.network.hidden=[16]", "decoder.network.hidden=[16]", "train.engine=eager"]
+QUICK = ["encoder.network.hidden=[16]", "decoder.network.hidden=[16]", "train.engine=eager"]
 
 
 def test_information_is_noted_every_few_epochs(tmp_path):
-    options = ["train.epochs=5", "analysis.every=2", "analysis.rows=50", *SMALL]
+    options = ["train.epochs=5", "analysis.every=2", "analysis.rows=50", *QUICK]
     watched = pvae.fit("vae", *options, run_dir=tmp_path / "a", progress=False)
     rows = [row for row in watched.files.metrics_rows() if row["split"] == "analysis"]
     assert [row["epoch"] for row in rows] == [2, 4]
@@ -634,7 +638,7 @@ def test_a_pair_that_cannot_be_analysed_is_fitted_all_the_same(tmp_path, monkeyp
         raise DataError("surgery: expected something else")
 
     monkeypatch.setattr("pvae.analysis.history.surgery", lambda *_, **__: refuse())
-    run = pvae.fit("vae", "train.epochs=3", "analysis.every=1", *SMALL, run_dir=tmp_path, progress=False)
+    run = pvae.fit("vae", "train.epochs=3", "analysis.every=1", *QUICK, run_dir=tmp_path, progress=False)
     assert run.status["state"] == "finished"
     told = [event for event in run.files.events() if event["kind"] == "analysis"]
     assert len(told) == 1
