@@ -7,6 +7,7 @@ changes during training (beta, learning rate) is read from tensors or from the o
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -45,7 +46,9 @@ def compile_forward(loss: Loss, x: Tensor) -> Forward:
         RuntimeError: value or gradient differ from the eager program's on `x` (or the compiler failed).
     """
     buffers = {name: b.detach().clone() for name, b in loss.named_buffers()}
-    with torch.random.fork_rng(), pyro.validation_enabled(False):
+    with torch.random.fork_rng(), pyro.validation_enabled(False), warnings.catch_warnings():
+        # torch's own lowering of `diagonal` calls what torch deprecates.
+        warnings.filterwarnings("ignore", message="`torch._prims_common.check` is deprecated", category=FutureWarning)
         exported = torch.export.export(loss, (x,), strict=False)
         compiled = torch.compile(exported.module(), options={"fallback_random": True, "guard_filter_fn": _no_guards})
         for name, fast, slow in zip(
