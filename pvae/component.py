@@ -9,6 +9,7 @@ name of a kind; the family may be extended after the fields that use it were def
 from __future__ import annotations
 
 import importlib
+import inspect
 from collections.abc import Callable
 from importlib.metadata import entry_points
 from typing import Annotated, Any, ClassVar, Self, TypeVar
@@ -62,6 +63,8 @@ class Component(Section):
     def __pydantic_init_subclass__(cls, **_kwargs: Any) -> None:
         if cls.is_family():
             cls.members = {}
+            return
+        if inspect.isabstract(cls):  # what several members share
             return
         field = cls.model_fields.get(cls.tag)
         if field is None or not isinstance(field.default, str):

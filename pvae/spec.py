@@ -22,7 +22,7 @@ from pvae.errors import DeclarationError, near
 from pvae.guides.encoders import Encoder, SharedEncoder
 from pvae.guides.graph import GraphGuide
 from pvae.guides.posteriors import NormalPosterior, Posterior
-from pvae.models import mixture  # noqa: F401 - its kinds register themselves
+from pvae.models import flows, mixture  # noqa: F401 - their kinds register themselves
 from pvae.models.decoders import Decoder
 from pvae.models.graph import GraphModel
 from pvae.models.priors import Prior, StandardNormal

@@ -536,6 +536,11 @@ KINDS: dict[str, tuple[str, list[str]]] = {
     "fixed scale, several draws": ("vae_normal", ["decoder.likelihood.scale=fixed", "objective.particles=3"]),
     "mixture prior": ("mixture_prior", []),
     "pseudo-inputs": ("vamp", []),
+    "real nvp": ("realnvp_prior", ["latents.z.dim=4"]),
+    "autoregressive density": ("maf_prior", ["latents.z.dim=4"]),
+    "autoregressive draws": ("maf_prior", ["latents.z.dim=4", "latents.z.prior.kind=iaf"]),
+    "splines": ("spline_prior", ["latents.z.dim=4"]),
+    "autoregressive splines": ("spline_prior", ["latents.z.dim=4", "latents.z.prior.kind=spline_autoregressive"]),
     "full rank": ("vae", ["latents.z.dim=5", "latents.z.posterior.kind=full_rank_normal"]),
     "pseudo-inputs of full rank": ("vamp", ["latents.z.dim=4", "latents.z.posterior.kind=full_rank_normal"]),
     "cyclical beta": ("vae", ["data.binarize=static", "objective.beta.kind=cyclical"]),
@@ -554,7 +559,9 @@ def test_every_kind_is_fitted_and_read(tmp_path: Path, case: str) -> None:
     assert evidence(run.pair, x, samples=20).iwae.value > result.elbo.value - 3 * result.elbo.standard_error
 
 
-@pytest.mark.parametrize("case", ["iwae on two levels", "grey values", "mixture prior", "pseudo-inputs", "full rank"])
+@pytest.mark.parametrize(
+    "case", ["iwae on two levels", "grey values", "mixture prior", "pseudo-inputs", "full rank", "real nvp"]
+)
 def test_other_kinds_compile_to_the_same_numbers(case: str) -> None:
     """`compile_forward` itself compares value and gradient with the eager program's."""
     name, overrides = KINDS[case]
