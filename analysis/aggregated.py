@@ -6,7 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import pyro.distributions as dist
 import torch
@@ -241,7 +241,7 @@ class AggregatedPosterior(dist.TorchDistribution):
         True
     """
 
-    arg_constraints: dict[str, Any] = {}  # noqa: RUF012 - as torch declares it
+    arg_constraints: ClassVar[dict[str, Any]] = {}
     support = constraints.real_vector
 
     def __init__(

@@ -139,7 +139,7 @@ def _observed(model_trace: Trace, layout: Layout, size: int, known: Sequence[str
     """log p(x | z) per datum; a site outside the data plate is shared among `size` rows."""
     nodes = samples(model_trace)
     found = [log_prob(nodes[name], layout, 0, size).double() for name in layout.observed if name not in known]
-    return sum_over(found) if found else torch.zeros(1, dtype=torch.float64)
+    return sum_over(found) if found else torch.zeros((), dtype=torch.float64)  # a number: goes with any device
 
 
 def _latent(q: Any, p: Any, layout: Layout, n: int) -> LatentDraw:

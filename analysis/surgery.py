@@ -299,7 +299,8 @@ class _Account:
 
     def _shares(self) -> Tensor:
         """KL of the global latents of every draw, divided by n, `(samples, 1)`."""
-        return torch.tensor([[sum(d.values()) / len(self.x)] for d in self.shared], dtype=torch.float64)
+        shares = [[sum(d.values()) / len(self.x)] for d in self.shared]
+        return torch.tensor(shares, dtype=torch.float64, device=self.x.device)
 
     def _global_kl(self) -> Estimate | None:
         if not self.first.shared:
