@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import ClassVar, Literal, final
+from typing import Any, ClassVar, Literal, final
 
 from torch import Tensor, nn
 
@@ -25,12 +25,12 @@ class Encoder(Component):
     """From x to features."""
 
     @abstractmethod
-    def build(self, x: Shape, sites: Sequence[Site]) -> EncoderModule:
+    def build(self, known: Mapping[str, Shape], sites: Sequence[Site]) -> EncoderModule:
         """A module that prepares every posterior's inputs.
 
         Arguments:
-            x: event shape of a datum.
-            sites: the latents in the guide's order.
+            known: event shape of x (named `x`), of the covariates and of all latents, by name.
+            sites: the latents whose posteriors read features, in the guide's order.
         """
 
 
@@ -40,24 +40,24 @@ class EncoderModule(nn.Module):
     shapes: dict[str, dict[str, Shape]]
     """For every latent, the named event shapes that its posterior will read."""
 
-    def inputs_of(self, site: Site, features: Tensor, seen: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """What the posterior of `site` reads, given the batch's features and the latents already inferred."""
+    def inputs_of(self, site: Site, features: Any, seen: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What the posterior of `site` reads, given what `forward` made of the batch, and what is known of it."""
         raise NotImplementedError  # pragma: no cover - abstract
 
 
-def shapes_of(site: Site, sites: Sequence[Site], x: Shape) -> dict[str, Shape]:
-    """Event shapes of everything that the posterior of `site` is conditioned on; `x` stands for the data."""
-    known = {OBSERVED: x} | {other.name: other.features for other in sites}
+def shapes_of(site: Site, known: Mapping[str, Shape]) -> dict[str, Shape]:
+    """Event shapes of everything that the posterior of `site` is conditioned on."""
     return {name: known[name] for name in site.guide_given}
 
 
 class SharedModule(EncoderModule):
     """One network on x; every posterior reads its features beside its latents."""
 
-    def __init__(self, network: Network, x: Shape, sites: Sequence[Site]) -> None:
+    def __init__(self, network: Network, known: Mapping[str, Shape], sites: Sequence[Site]) -> None:
         super().__init__()
-        self.network = network.build({OBSERVED: x}, None)
-        self.shapes = {site.name: shapes_of(site, sites, self.network.output) for site in sites}
+        self.network = network.build({OBSERVED: known[OBSERVED]}, None)
+        known = {**known, OBSERVED: self.network.output}
+        self.shapes = {site.name: shapes_of(site, known) for site in sites}
 
     def forward(self, x: Tensor) -> Tensor:
         """x `(..., *event)` to features `(..., width)`."""
@@ -74,17 +74,17 @@ class SharedEncoder(Encoder):
 
     kind: Literal["shared"] = "shared"
 
-    def build(self, x: Shape, sites: Sequence[Site]) -> EncoderModule:
+    def build(self, known: Mapping[str, Shape], sites: Sequence[Site]) -> EncoderModule:
         """See `Encoder.build`."""
-        return SharedModule(self.network, x, sites)
+        return SharedModule(self.network, known, sites)
 
 
 class PerLatentModule(EncoderModule):
     """One network per latent, on x and the latents it is conditioned on."""
 
-    def __init__(self, network: Network, x: Shape, sites: Sequence[Site]) -> None:
+    def __init__(self, network: Network, known: Mapping[str, Shape], sites: Sequence[Site]) -> None:
         super().__init__()
-        self.networks = nn.ModuleDict({site.name: network.build(shapes_of(site, sites, x), None) for site in sites})
+        self.networks = nn.ModuleDict({site.name: network.build(shapes_of(site, known), None) for site in sites})
         self.shapes = {name: {FEATURES: module.output} for name, module in self.networks.items()}  # type: ignore[dict-item]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -107,6 +107,57 @@ class PerLatentEncoder(Encoder):
 
     kind: Literal["per_latent"] = "per_latent"
 
-    def build(self, x: Shape, sites: Sequence[Site]) -> EncoderModule:
+    def build(self, known: Mapping[str, Shape], sites: Sequence[Site]) -> EncoderModule:
         """See `Encoder.build`."""
-        return PerLatentModule(self.network, x, sites)
+        return PerLatentModule(self.network, known, sites)
+
+
+class BottomUpModule(EncoderModule):
+    """A ladder of networks from x upwards: the features of a level are those of the level below, transformed."""
+
+    def __init__(self, network: Network, levels: Network, known: Mapping[str, Shape], sites: Sequence[Site]) -> None:
+        super().__init__()
+        upward = [site.name for site in reversed(sites)]
+        self.networks = nn.ModuleDict()
+        self.shapes = {}
+        below = {OBSERVED: known[OBSERVED]}
+        for name in upward:
+            built = (levels if self.shapes else network).build(below, None)
+            self.networks[name] = built
+            self.shapes[name] = {FEATURES: built.output}
+            below = {FEATURES: built.output}
+        for site in sites:
+            self.shapes[site.name] |= {n: known[n] for n in site.guide_given if n in known and n != OBSERVED}
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        """x `(..., *event)` to the features `(..., width)` of every level."""
+        features: dict[str, Tensor] = {}
+        below = {OBSERVED: x}
+        for name, network in self.networks.items():
+            features[name] = network(below)
+            below = {FEATURES: features[name]}
+        return features
+
+    def inputs_of(self, site: Site, features: dict[str, Tensor], seen: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """See `EncoderModule.inputs_of`."""
+        others = {name: seen[name] for name in site.guide_given if name != OBSERVED}
+        return {FEATURES: features[site.name], **others}
+
+
+@final
+class BottomUpEncoder(Encoder):
+    """Features of x, level by level from the latent nearest to x to the top: what ladders and top-down guides read.
+
+    `network` leads from x to the lowest level, `levels` from each level to the one above.
+
+    References:
+        Ladder Variational Autoencoders (Sonderby et al., 2016), https://arxiv.org/abs/1602.02282
+    """
+
+    kind: Literal["bottom_up"] = "bottom_up"
+    levels: Network = MLP(hidden=(300,))
+    """From a level's features to those of the level above."""
+
+    def build(self, known: Mapping[str, Shape], sites: Sequence[Site]) -> EncoderModule:
+        """See `Encoder.build`."""
+        return BottomUpModule(self.network, self.levels, known, sites)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pvae.component import Component, Names, Shape
+from pvae.determined import Determined
 from pvae.networks import MLP, Network, NetworkModule
 from pvae.normal import LogVarianceBounds, NormalHead
 from pvae.site import OBSERVED, Link, Site
@@ -20,13 +21,26 @@ class Posterior(Component):
     """The density of a latent in the guide."""
 
     default: ClassVar[str] = "normal"
-
+    values: ClassVar[Literal["real", "index"]] = "real"
+    """Whether the latent is a vector (`dim`) or one of `codes`."""
+    reads_features: ClassVar[bool] = True
+    """Whether it reads the encoder's features; else x itself."""
+    reads_prior: ClassVar[bool] = False
+    """Whether it asks the model for p(z | parents): it is then given those parents too."""
+    summed: ClassVar[bool] = False
+    """Whether the latent is summed out by the model, so that the guide does not sample it."""
+    determines: ClassVar[str | None] = None
+    """The kind of likelihood under which z determines x, if it needs one."""
     given: Names = (OBSERVED,)
     """What it is conditioned on: x and, in a hierarchy, other latents."""
 
     @abstractmethod
     def build(self, site: Site, inputs: Mapping[str, Shape], link: Link) -> nn.Module:
-        """A module from named tensors `name -> (..., *inputs[name])` to a distribution of event `site.event`."""
+        """A module from what the latent is given to its distribution.
+
+        It is called with the prepared inputs, `name -> (..., *inputs[name])`, and with the features of all latents
+        sampled so far, and gives a distribution of event `site.event`.
+        """
 
 
 @final
@@ -55,7 +69,7 @@ class FullRankHead(nn.Module):
         super().__init__()
         self.network, self.dim, self.bounds = network, dim, bounds
 
-    def forward(self, inputs: Mapping[str, Tensor]) -> dist.TorchDistribution:
+    def forward(self, inputs: Mapping[str, Tensor], _seen: Mapping[str, Tensor]) -> dist.TorchDistribution:
         """Named tensors `(..., *shape)` to N(loc, L L^T) with batch shape `(...)`."""
         d = self.dim
         loc, log_variance, below = self.network(inputs).split([d, d, d * (d - 1) // 2], -1)
@@ -85,3 +99,54 @@ class FullRankNormalPosterior(Posterior):
         d = site.event[0]
         network = (self.network or MLP(hidden=())).build(inputs, (2 * d + d * (d - 1) // 2,))
         return FullRankHead(network, d, self.log_variance)
+
+
+# ---------------------------------------------------------------------- points
+
+
+class PointHead(nn.Module):
+    """A network whose output is the latent."""
+
+    def __init__(self, network: NetworkModule) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, inputs: Mapping[str, Tensor], _seen: Mapping[str, Tensor]) -> dist.TorchDistribution:
+        """Named tensors `(..., *shape)` to the point."""
+        return Determined(self.network(inputs))
+
+
+@final
+class DeltaPosterior(Posterior):
+    """A point z = mu(x): the code of an autoencoder. It has no density: its "ELBO" log p(x, z) bounds nothing.
+
+    With `objective.beta = 0` the prior plays no part; `refit` then fits one to the codes.
+    """
+
+    kind: Literal["delta"] = "delta"
+    network: Network | None = None
+    """Between the encoder's features and the point; default: one linear map."""
+
+    def build(self, site: Site, inputs: Mapping[str, Shape], link: Link) -> nn.Module:
+        """See `Posterior.build`."""
+        return PointHead((self.network or MLP(hidden=())).build(inputs, site.event))
+
+
+# ---------------------------------------------------------------------- nothing to sample
+
+
+@final
+class ExactPosterior(Posterior):
+    """p(c | x) by Bayes, over all codes: the model sums the latent out, and its ELBO is log p(x) (exact E-step).
+
+    Its gradient is that of Pyro's `TraceEnum_ELBO`; with the objective `em` both steps are in closed form.
+    """
+
+    kind: Literal["exact"] = "exact"
+    values: ClassVar[Literal["real", "index"]] = "index"
+    reads_features: ClassVar[bool] = False
+    summed: ClassVar[bool] = True
+
+    def build(self, site: Site, inputs: Mapping[str, Shape], link: Link) -> nn.Module:
+        """Nothing: the guide has no such site."""
+        return nn.Identity()

@@ -5,40 +5,59 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import pyro
+import pyro.distributions as dist
+from pyro.poutine.runtime import InferDict
 from torch import Tensor, nn
 
+from pvae.errors import DeclarationError
 from pvae.models.decoders import DecoderModule
-from pvae.site import OBSERVED, Site, data_plate
+from pvae.site import OBSERVED, Frame, Site, data_plate
+
+
+SUMMED: InferDict = {"enumerate": "parallel"}
 
 
 class GraphModel(nn.Module):
-    """p(x, z) = prod_l p(z_l | parents) p(x | z), as a Pyro program.
+    """p(x, z) = prod_l p(z_l | parents) p(x | z), as a Pyro program; all of it given the covariates of a row.
 
     Arguments:
         sites: the latents, parents first.
         priors: one module per latent.
         decoder: from the latents to p(x | z).
+        frame: what a row of data holds.
     """
 
-    def __init__(self, sites: tuple[Site, ...], priors: Mapping[str, nn.Module], decoder: DecoderModule) -> None:
+    def __init__(
+        self, sites: tuple[Site, ...], priors: Mapping[str, nn.Module], decoder: DecoderModule, frame: Frame
+    ) -> None:
         super().__init__()
         self.sites = sites
         self.priors = nn.ModuleDict(priors)
         self.decoder = decoder
+        self.frame = frame
 
-    def forward(self, x: Tensor | None = None, size: int | None = None) -> Tensor:
+    def prior(self, name: str, seen: Mapping[str, Tensor]) -> dist.TorchDistribution:
+        """p(z_name | parents) from features by name."""
+        return self.priors[name](seen)
+
+    def forward(self, rows: Tensor | None = None, size: int | None = None) -> Tensor:
         """Sample (or observe) x.
 
         Arguments:
-            x: data `(batch, *event)`; None to sample from the model.
-            size: batch size when x is None (1 unless said).
+            rows: rows of data `(batch, *row)`; None to sample from a model without covariates.
+            size: batch size when there are no rows (1 unless said).
 
         Returns:
             x `(batch, *event)`.
         """
-        count = x.shape[0] if x is not None else size or 1
-        seen: dict[str, Tensor] = {}
-        with data_plate(count):
+        x, seen = (None, {}) if rows is None else self.frame.split(rows)
+        if rows is None and self.frame.covariates:
+            raise DeclarationError(
+                f"model: expected rows with {', '.join(self.frame.covariates)}, which it is conditioned on; got none."
+            )
+        like = next(self.parameters()) if rows is None else rows
+        with data_plate(size or 1 if rows is None else rows.shape[0]):
             for site in self.sites:
-                seen[site.name] = pyro.sample(site.name, self.priors[site.name](seen))
+                infer = SUMMED if site.summed else None
+                seen[site.name] = site.see(pyro.sample(site.name, self.prior(site.name, seen), infer=infer), like)
             return pyro.sample(OBSERVED, self.decoder(seen), obs=x)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 from pvae.component import Component, Shape
+from pvae.determined import Determined, Rounded
 from pvae.event import Event
 
 Size = torch.Size | list[int] | tuple[int, ...]
@@ -31,6 +32,11 @@ class Likelihood(Component):
     def channels(self) -> int:
         """Numbers the decoder must produce per element of x."""
         return 1
+
+    @property
+    def is_point(self) -> bool:
+        """Whether z determines x: its posterior must then know the way back."""
+        return False
 
     @abstractmethod
     def build(self, x: Shape) -> LikelihoodModule:
@@ -317,3 +323,72 @@ class Poisson(Likelihood):
     def build(self, x: Shape) -> LikelihoodModule:
         """See `Likelihood.build`."""
         return PoissonModule(x, (-12.0, 12.0))
+
+
+# ---------------------------------------------------------------------- x as the decoder says, with certainty
+
+
+class DeterminedModule(LikelihoodModule):
+    """x is the decoder's output."""
+
+    def forward(self, h: Tensor) -> dist.TorchDistribution:
+        """`(..., *x)` to the point."""
+        return Determined(h, event_dim=len(self.x))
+
+
+@final
+class DeterminedLikelihood(Likelihood):
+    """x = g(z) with certainty: log p(x | z) is 0, never found by comparing numbers; the posterior must be `inverse`."""
+
+    kind: Literal["determined"] = "determined"
+    hint: ClassVar[str] = "use data of real numbers"
+
+    @property
+    def support(self) -> constraints.Constraint:
+        """Real numbers."""
+        return constraints.real
+
+    @property
+    def is_point(self) -> bool:
+        """See `Likelihood.is_point`."""
+        return True
+
+    def build(self, x: Shape) -> LikelihoodModule:
+        """See `Likelihood.build`."""
+        return DeterminedModule(x, 1)
+
+
+class RoundedModule(LikelihoodModule):
+    """x is the decoder's output rounded down to a level."""
+
+    def __init__(self, x: Shape, levels: int) -> None:
+        super().__init__(x, 1)
+        self.levels = levels
+
+    def forward(self, h: Tensor) -> dist.TorchDistribution:
+        """`(..., *x)` in [0, 1] to the point."""
+        return Rounded(h, self.levels, len(self.x))
+
+
+@final
+class RoundedLikelihood(Likelihood):
+    """x is g(z) in [0, 1] rounded down to one of `levels` cells; the posterior must be `dequantised`."""
+
+    kind: Literal["rounded"] = "rounded"
+    levels: int = Field(default=256, gt=1)
+    """Number of grey values; a datum is k / (levels - 1)."""
+    hint: ClassVar[str] = "set data.scale = 'unit', data.binarize = 'none' and likelihood.levels (17 for digits)"
+
+    @property
+    def support(self) -> constraints.Constraint:
+        """The grey values."""
+        return lattice(self.levels)
+
+    @property
+    def is_point(self) -> bool:
+        """See `Likelihood.is_point`."""
+        return True
+
+    def build(self, x: Shape) -> LikelihoodModule:
+        """See `Likelihood.build`."""
+        return RoundedModule(x, self.levels)

@@ -1,10 +1,10 @@
-"""Mixtures of one exponential family as a prior: of learned normals, or of posteriors at learned pseudo-inputs."""
+"""Mixtures of one exponential family as a prior: learned normals, posteriors at pseudo-inputs or at training data."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal, final
+from typing import Any, ClassVar, Literal, Self, final
 
 import pyro.distributions as dist
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 from pvae.component import Shape
+from pvae.errors import DeclarationError
 from pvae.exponential import FullRankNormals, Members, Normals
 from pvae.models.priors import Prior
 from pvae.normal import LogVarianceBounds
@@ -30,13 +31,20 @@ class Mixture(dist.TorchDistribution):
     Arguments:
         members: K of them, over values `(D,)`.
         log_weights: log w_k, `(K,)`, normalised; None for even weights.
+        left_out: which components are no part of a row's mixture, `(batch, K)`: leave-one-out; None for all.
     """
 
     arg_constraints: ClassVar[dict[str, Any]] = {}
     support = constraints.real_vector
 
-    def __init__(self, members: Members, log_weights: Tensor | None = None, batch_shape: Size = ()) -> None:
-        self.members, self.log_weights = members, log_weights
+    def __init__(
+        self,
+        members: Members,
+        log_weights: Tensor | None = None,
+        batch_shape: Size = (),
+        left_out: Tensor | None = None,
+    ) -> None:
+        self.members, self.log_weights, self.left_out = members, log_weights, left_out
         super().__init__(torch.Size(batch_shape), torch.Size((members.dim,)), validate_args=False)
 
     def log_prob(self, value: Tensor) -> Tensor:
@@ -44,10 +52,24 @@ class Mixture(dist.TorchDistribution):
         members = self.members.double()
         eta, constant = members.natural()
         even = constant.new_tensor(-math.log(len(members)))
-        weights = even if self.log_weights is None else self.log_weights.double()
+        constant = constant + (even if self.log_weights is None else self.log_weights.double())
         flat = value.reshape(-1, self.event_shape[0]).double()
-        scores = torch.addmm(constant + weights, members.statistics(flat, members.origin), eta)
-        return scores.logsumexp(-1).to(value.dtype).reshape(value.shape[:-1])
+        if torch.is_grad_enabled():
+            return self._scored(flat, members, eta, constant).to(value.dtype).reshape(value.shape[:-1])
+        size = max(1, BLOCK // len(members))
+        if self.left_out is not None:  # a block holds whole batches
+            size = max(1, size // len(self.left_out)) * len(self.left_out)
+        blocks = [self._scored(block, members, eta, constant) for block in flat.split(size)]
+        return torch.cat(blocks).to(value.dtype).reshape(value.shape[:-1])
+
+    def _scored(self, flat: Tensor, members: Members, eta: Tensor, constant: Tensor) -> Tensor:
+        scores = torch.addmm(constant, members.statistics(flat, members.origin), eta)
+        if self.left_out is None:
+            return scores.logsumexp(-1)
+        rows, count = self.left_out.shape
+        scores = scores.reshape(-1, rows, count).masked_fill(self.left_out, -torch.inf)
+        share = torch.log1p(-self.left_out.double().mean(-1))  # what is left is weighed anew
+        return (scores.logsumexp(-1) - share).flatten()
 
     def sample(self, sample_shape: Size = torch.Size()) -> Tensor:
         """Ancestral draws `sample_shape + batch_shape + (D,)`."""
@@ -62,7 +84,13 @@ class Mixture(dist.TorchDistribution):
 
     def expand(self, batch_shape: Size, _instance: Any = None) -> Mixture:
         """The same mixture over more batch dimensions."""
-        return self if self.batch_shape == tuple(batch_shape) else Mixture(self.members, self.log_weights, batch_shape)
+        if self.batch_shape == tuple(batch_shape):
+            return self
+        return Mixture(self.members, self.log_weights, batch_shape, self.left_out)
+
+
+BLOCK = 2**23
+"""Most scores of a block, where no gradient needs them all."""
 
 
 # ---------------------------------------------------------------------- learned normals
@@ -132,6 +160,152 @@ class VampPrior(Prior):
     def build(self, site: Site, given: Mapping[str, Shape], link: Link) -> nn.Module:
         """See `Prior.build`."""
         return VampModule(self.components, link.x, site.name, link)
+
+
+# ---------------------------------------------------------------------- posteriors at training data
+
+
+class DataMixtureModule(nn.Module):
+    """A mixture over training rows, which `attend` hands in; what is made of them is left to `members_at`.
+
+    In training a random subset of rows stands for all, and (where asked) a datum's own row is left out of its
+    mixture: `start` says which rows the batch holds. In evaluation all rows are components, constants that are
+    encoded once, and anew after every `eval()` or change of a weight.
+    """
+
+    rows: Tensor
+    index: Tensor
+
+    def __init__(self, name: str, link: Link, components: int | None, leave_one_out: bool) -> None:
+        super().__init__()
+        self.name, self.link = name, link
+        self.components, self.leave_one_out = components, leave_one_out
+        self.register_buffer("rows", torch.zeros(2, *link.x), persistent=False)
+        self.register_buffer("index", torch.zeros(0, dtype=torch.int64), persistent=False)
+        self.count = 0
+        self.attended = False
+        self._kept: tuple[list[int], Members] | None = None
+
+    def attend(self, x: Tensor) -> None:
+        """Take the training data `(n, *event)`."""
+        self.rows = x.detach().to(self.rows)
+        self.attended, self._kept = True, None
+
+    def start(self, index: Tensor) -> None:
+        """The training rows of the batch to come, `(batch,)`; filled in place, since a compiled step holds them."""
+        if len(self.index) < len(index):
+            self.index = index.clone()
+        self.count = len(index)
+        self.index[: self.count].copy_(index)
+
+    def train(self, mode: bool = True) -> Self:
+        """See `torch.nn.Module.train`; what was encoded is forgotten."""
+        self._kept, self.count = None, 0
+        return super().train(mode)
+
+    def members_at(self, x: Tensor) -> Members:
+        """One component for each row of `x`."""
+        raise NotImplementedError  # pragma: no cover - abstract
+
+    def forward(self, _given: Mapping[str, Tensor]) -> dist.TorchDistribution:
+        """The mixture, with batch shape `()`."""
+        if not self.attended and not self.link.building:
+            raise DeclarationError(
+                f"latents.{self.name}.prior: expected the training data, of which it is made; got none. "
+                f"Call pair.attend(data.train.data)."
+            )
+        if not self.training:
+            return Mixture(self._all())
+        if self.components is None or self.components >= len(self.rows):
+            chosen, x = torch.arange(len(self.rows), device=self.rows.device), self.rows
+        else:
+            chosen = torch.randint(len(self.rows), (self.components,), device=self.rows.device)
+            x = self.rows[chosen]
+        left_out = None
+        if self.leave_one_out and self.count:
+            left_out = self.index[: self.count, None] == chosen
+        return Mixture(self.members_at(x), left_out=left_out)
+
+    def _all(self) -> Members:
+        """The components at all training rows."""
+        versions = [p._version for p in (*self.link.guide.parameters(), *self.parameters())]
+        if self._kept is None or self._kept[0] != versions:
+            with torch.no_grad():
+                parts = [self.members_at(x) for x in self.rows.split(ENCODED)]
+            self._kept = versions, parts[0].joined(parts[1:])
+        return self._kept[1]
+
+
+ENCODED = 5000
+"""Rows encoded at a time."""
+
+
+class AggregatedModule(DataMixtureModule):
+    """The posteriors themselves."""
+
+    def members_at(self, x: Tensor) -> Members:
+        """See `DataMixtureModule.members_at`."""
+        return as_members(self.link.guide.posterior(self.name, x))
+
+
+@final
+class AggregatedPrior(Prior):
+    r"""1/n sum_i q(z | x_i) over the training data: the best prior of their ELBO, and the one that overfits most.
+
+    Its marginal KL on the training data is 0. With `leave_one_out` a datum is scored without its own posterior while
+    it trains. All n rows are encoded at every step unless `components` takes a random subset; as a `refit` it has
+    nothing to learn. The latent's posterior must read x alone.
+
+    References:
+        ELBO surgery (Hoffman, Johnson, 2016), http://approximateinference.org/accepted/HoffmanJohnson2016.pdf
+    """
+
+    kind: Literal["aggregated"] = "aggregated"
+    reads_guide: ClassVar[bool] = True
+    components: int | None = Field(default=None, gt=1)
+    """Rows of each training step, at random; all unless said. Evaluation takes all."""
+    leave_one_out: bool = False
+    """Leave a datum's own posterior out while it trains."""
+
+    def build(self, site: Site, given: Mapping[str, Shape], link: Link) -> nn.Module:
+        """See `Prior.build`."""
+        return AggregatedModule(site.name, link, self.components, self.leave_one_out)
+
+
+class ExemplarModule(DataMixtureModule):
+    """Normals of one learned scale around the encoder's means."""
+
+    def __init__(self, name: str, link: Link, components: int, leave_one_out: bool) -> None:
+        super().__init__(name, link, components, leave_one_out)
+        self.log_scale = nn.Parameter(torch.zeros(()))
+
+    def members_at(self, x: Tensor) -> Members:
+        """See `DataMixtureModule.members_at`."""
+        loc = self.link.guide.posterior(self.name, x).mean
+        return Normals(loc, self.log_scale.exp().expand_as(loc))
+
+
+@final
+class ExemplarPrior(Prior):
+    r"""1/M sum_m N(mu(x_m), s^2 I): the encoder's means of training data, one learned scale s.
+
+    While it trains M rows are drawn at every step and a datum's own is left out; evaluation takes all training data.
+    The latent's posterior must read x alone.
+
+    References:
+        Exemplar VAE (Norouzi, Fleet, Norouzi, 2020), https://arxiv.org/abs/2004.04795
+    """
+
+    kind: Literal["exemplar"] = "exemplar"
+    reads_guide: ClassVar[bool] = True
+    components: int = Field(default=1000, gt=1)
+    """M, exemplars of each training step."""
+    leave_one_out: bool = True
+    """Leave a datum's own exemplar out while it trains: without, the scale shrinks to nothing."""
+
+    def build(self, site: Site, given: Mapping[str, Shape], link: Link) -> nn.Module:
+        """See `Prior.build`."""
+        return ExemplarModule(site.name, link, self.components, self.leave_one_out)
 
 
 def as_members(fn: Any) -> Members:

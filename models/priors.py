@@ -20,6 +20,8 @@ from pvae.site import Link, Site
 class Prior(Component):
     """The density of a latent in the model."""
 
+    values: ClassVar[Literal["real", "index"]] = "real"
+    """Whether the latent is a vector (`dim`) or one of `codes`."""
     reads_parents: ClassVar[bool] = False
     """Whether it can be declared for a latent with parents."""
     needs_parents: ClassVar[bool] = False
@@ -73,3 +75,50 @@ class ConditionalNormal(Prior):
     def build(self, site: Site, given: Mapping[str, Shape], link: Link) -> nn.Module:
         """See `Prior.build`."""
         return NormalHead(self.network.build(given, (2 * site.event[0],)), self.log_variance)
+
+
+# ---------------------------------------------------------------------- codes
+
+
+class CodesModule(nn.Module):
+    """One categorical, of learned or even weights."""
+
+    logits: Tensor
+
+    def __init__(self, codes: int, learned: bool) -> None:
+        super().__init__()
+        logits = torch.zeros(codes)
+        if learned:
+            self.logits = nn.Parameter(logits)
+        else:
+            self.register_buffer("logits", logits, persistent=False)
+
+    def forward(self, _given: Mapping[str, Tensor]) -> dist.TorchDistribution:
+        """The categorical, with batch shape `()`."""
+        return dist.Categorical(logits=self.logits, validate_args=False)
+
+
+@final
+class CategoricalPrior(Prior):
+    """Learned weights of the codes."""
+
+    kind: Literal["categorical"] = "categorical"
+    values: ClassVar[Literal["real", "index"]] = "index"
+
+    def build(self, site: Site, given: Mapping[str, Shape], link: Link) -> nn.Module:
+        """See `Prior.build`."""
+        assert site.codes is not None  # noqa: S101 - the declaration has been checked
+        return CodesModule(site.codes, learned=True)
+
+
+@final
+class UniformPrior(Prior):
+    """1 / K for every code: with equal scales, what k-means assumes."""
+
+    kind: Literal["uniform"] = "uniform"
+    values: ClassVar[Literal["real", "index"]] = "index"
+
+    def build(self, site: Site, given: Mapping[str, Shape], link: Link) -> nn.Module:
+        """See `Prior.build`."""
+        assert site.codes is not None  # noqa: S101 - the declaration has been checked
+        return CodesModule(site.codes, learned=False)

@@ -156,7 +156,7 @@ def check(
     from pvae.data import load
     from pvae.trainer import evaluate
 
-    data = load(experiment.data, data_dir=data_dir, seed=experiment.seed)
+    data = experiment.conditioned(load(experiment.data, data_dir=data_dir, seed=experiment.seed))
     data.require_support(experiment.decoder.likelihood.support, experiment.decoder.likelihood.hint)
     pair = experiment.build(data.shape)
     rows = data.train.x[:4]

@@ -49,6 +49,26 @@ class NetworkModule(nn.Module):
         self.inputs = {name: tuple(shape) for name, shape in inputs.items()}
         self.output = tuple(output)
 
+    @property
+    def width(self) -> int:
+        """Width of `features`."""
+        raise NotImplementedError(f"{type(self).__name__} has no features")
+
+    def features(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """What comes before the last layer, `(..., width)`."""
+        raise NotImplementedError(f"{type(self).__name__} has no features")
+
+
+class InvertibleModule(NetworkModule):
+    """A network of one input with a way back."""
+
+    name: str
+    """The input's name."""
+
+    def invert(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """z with `forward({name: z}) = x`, `(..., D)`, and log|det dz/dx|, nats, `(...)`."""
+        raise NotImplementedError  # pragma: no cover - abstract
+
 
 def flatten(x: Tensor, shape: Shape) -> Tensor:
     """`(..., *shape)` to `(..., prod(shape))`."""
@@ -92,14 +112,24 @@ class Dense(NetworkModule):
         self.branches = nn.ModuleList(layer(width, hidden[0]) for width in widths) if hidden else None
         sizes = [joined, *hidden[1:]]
         self.trunk = nn.Sequential(*(layer(a, b) for a, b in zip(sizes[:-1], sizes[1:], strict=True)))
-        self.head = nn.Identity() if output is None else nn.Linear(sizes[-1], prod(output))
+        self.size = sizes[-1]
+        self.head = nn.Identity() if output is None else nn.Linear(self.size, prod(output))
 
-    def forward(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        """Named tensors `(..., *shape)` to `(..., *output)`."""
+    @property
+    def width(self) -> int:
+        """See `NetworkModule.width`."""
+        return self.size
+
+    def features(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """See `NetworkModule.features`."""
         flat = [flatten(inputs[name], shape) for name, shape in self.inputs.items()]
         if self.branches is not None:
             flat = [branch(part) for branch, part in zip(self.branches, flat, strict=True)]
-        h = self.head(self.trunk(join(flat)))
+        return self.trunk(join(flat))
+
+    def forward(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Named tensors `(..., *shape)` to `(..., *output)`."""
+        h = self.head(self.features(inputs))
         return h if len(self.output) == 1 else h.unflatten(-1, self.output)
 
 
@@ -208,6 +238,7 @@ class ConvModule(NetworkModule):
         encoders = {name: Down(shape, channels, act) for name, shape in inputs.items() if len(shape) == 3}
         widths = [encoders[name].features if name in encoders else prod(shape) for name, shape in inputs.items()]
         self.encoders = nn.ModuleDict(encoders)
+        self.size = dense
         self.dense = nn.Sequential(nn.Linear(sum(widths), dense), act())
         self.head: nn.Module = nn.Identity()
         if output is not None:
@@ -215,13 +246,22 @@ class ConvModule(NetworkModule):
             self.head = Up(dense, output, channels, act) if image else nn.Linear(dense, prod(output))
         self.unflat = None if output is None or len(output) in (1, 3) else self.output
 
-    def forward(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        """Named tensors `(..., *shape)` to `(..., *output)`."""
+    @property
+    def width(self) -> int:
+        """See `NetworkModule.width`."""
+        return self.size
+
+    def features(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """See `NetworkModule.features`."""
         flat = [
             self.encoders[name](inputs[name]) if name in self.encoders else flatten(inputs[name], shape)
             for name, shape in self.inputs.items()
         ]
-        h = self.head(self.dense(join(flat)))
+        return self.dense(join(flat))
+
+    def forward(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Named tensors `(..., *shape)` to `(..., *output)`."""
+        h = self.head(self.features(inputs))
         return h if self.unflat is None else h.unflatten(-1, self.unflat)
 
 

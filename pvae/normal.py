@@ -39,6 +39,12 @@ class NormalHead(nn.Module):
         self.network = network
         self.bounds = bounds
 
-    def forward(self, inputs: Mapping[str, Tensor]) -> dist.TorchDistribution:
+    def forward(
+        self, inputs: Mapping[str, Tensor], _seen: Mapping[str, Tensor] | None = None
+    ) -> dist.TorchDistribution:
         """Named tensors `(..., *shape)` to N(loc, diag scale^2) with batch shape `(...)`."""
         return diagonal_normal(self.network(inputs), self.bounds)
+
+    def features(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """What the network makes of its inputs before the last layer, `(..., width)`."""
+        return self.network.features(inputs)

@@ -219,6 +219,23 @@ class Pair(nn.Module):
         with pyro.get_param_store().scope(self._store):
             yield
 
+    # ------------------------------------------------------------------ life cycle
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether parts are made of the training data, and wait for `attend`."""
+        return bool(self._made_of_data())
+
+    def attend(self, x: Tensor) -> Pair:
+        """Hand the training data `(n, *event)` to the parts that are made of them; returns self."""
+        for attend in self._made_of_data():
+            attend(x)
+        return self
+
+    def _made_of_data(self) -> list[Callable[[Tensor], None]]:
+        found: list[Any] = [getattr(module, "attend", None) for module in self.modules() if module is not self]
+        return [attend for attend in found if attend is not None]
+
     # ------------------------------------------------------------------ running
 
     def _run(self, x: Tensor, particles: int = 1, dim: int = -2) -> tuple[Trace, Trace]:

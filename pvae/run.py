@@ -146,7 +146,7 @@ class Run:
                 f"{self.path}: expected data of fingerprint {wanted[:16]}; got {data.fingerprint[:16]}. "
                 f"The run was fitted on other data."
             )
-        return data
+        return self.plan.conditioned(data) if isinstance(self.plan, Experiment) else data
 
     @cached_property
     def checkpoint(self) -> checkpoint.Checkpoint:
@@ -169,7 +169,7 @@ class Run:
             return self._given_pair.adopt(self.data.train.x[:2])
         if not isinstance(self.plan, Experiment):
             raise DeclarationError(f"{self.path}: expected pair=... of a hand-written pair; got none.")
-        return self.plan.build(self.data.shape)
+        return self.plan.build(self.data.shape).attend(self.data.train.data)
 
     @property
     def metrics(self) -> pandas.DataFrame:

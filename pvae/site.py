@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
+from math import prod
 from typing import TYPE_CHECKING, Literal
 
 import pyro
+import torch
+from torch import Tensor
 
 from pvae.component import Shape
 from pvae.errors import DeclarationError
@@ -33,8 +36,63 @@ class Site:
     """Parents in the model, p(name | given)."""
     guide_given: tuple[str, ...] = (OBSERVED,)
     """Parents in the guide, q(name | guide_given)."""
-    values: Literal["real"] = "real"
-    """What a sampled value is; set by the posterior, the prior adapts."""
+    codes: int | None = None
+    """Number of values of a discrete latent."""
+    summed: bool = False
+    """Whether the model sums it out exactly, and the guide does not sample it."""
+
+    @property
+    def values(self) -> Literal["real", "index"]:
+        """What a sampled value is."""
+        return "real" if self.codes is None else "index"
+
+    def see(self, value: Tensor, like: Tensor) -> Tensor:
+        """A sampled value as children and the decoder see it: itself, or an index as a one-hot vector."""
+        return value if self.codes is None else one_hot(value, self.codes, like)
+
+
+def one_hot(index: Tensor, codes: int, like: Tensor) -> Tensor:
+    """Indices `(...)` of any type as one-hot rows `(..., codes)` of the type of another tensor."""
+    return (index.unsqueeze(-1) == torch.arange(codes, device=index.device)).to(like)
+
+
+@dataclass(frozen=True)
+class Frame:
+    """What one row of data holds: the datum, and after it (where any are declared) the covariates.
+
+    A row with covariates is one vector: the datum flattened, then one number for each covariate.
+    """
+
+    x: Shape
+    """Event shape of the datum."""
+    covariates: Mapping[str, int] = field(default_factory=dict)
+    """Number of values of every covariate."""
+
+    @property
+    def row(self) -> Shape:
+        """Event shape of a row."""
+        return (prod(self.x) + len(self.covariates),) if self.covariates else self.x
+
+    def split(self, rows: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Rows `(..., *row)` to the data `(..., *x)` and the covariates as one-hot vectors."""
+        if not self.covariates:
+            return rows, {}
+        lead, width = rows.shape[:-1], prod(self.x)
+        columns = rows[..., width:].unbind(-1)
+        seen = {
+            name: one_hot(column, codes, rows)
+            for (name, codes), column in zip(self.covariates.items(), columns, strict=True)
+        }
+        return rows[..., :width].reshape(*lead, *self.x), seen
+
+    def groups(self, rows: Tensor) -> Tensor | None:
+        """The joint value of the covariates of every row, numbered, `(n,)`; None where there are none."""
+        if not self.covariates:
+            return None
+        number = torch.zeros(len(rows), dtype=torch.int64, device=rows.device)
+        for column, codes in zip(rows[:, prod(self.x) :].long().unbind(-1), self.covariates.values(), strict=True):
+            number = number * codes + column
+        return number
 
 
 @lru_cache(maxsize=16)
@@ -48,8 +106,15 @@ class Link:
 
     model: GraphModel
     guide: GraphGuide
-    x: Shape
-    """Event shape of the data."""
+    frame: Frame
+    """What a row of data holds."""
+    building: bool = False
+    """Whether the pair is being made: parts made of data have none yet."""
+
+    @property
+    def x(self) -> Shape:
+        """Event shape of a datum."""
+        return self.frame.x
 
 
 def topological(parents: Mapping[str, Iterable[str]], what: str) -> list[str]:

@@ -7,7 +7,7 @@ import re
 import types
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, Union, get_args, get_origin
 
 import tomli_w
 import torch
@@ -19,18 +19,23 @@ from pvae import toml, zoo
 from pvae.component import Component, Names, Section, Shape, Table
 from pvae.data.declared import Data, Digits
 from pvae.errors import DeclarationError, near
+from pvae.guides import flows as _guide_flows  # noqa: F401 - their kinds register themselves
+from pvae.guides import inverse, topdown  # noqa: F401
 from pvae.guides.encoders import Encoder, SharedEncoder
 from pvae.guides.graph import GraphGuide
-from pvae.guides.posteriors import NormalPosterior, Posterior
-from pvae.models import flows, mixture  # noqa: F401 - their kinds register themselves
+from pvae.guides.posteriors import ExactPosterior, NormalPosterior, Posterior
+from pvae.models import flows, invertible, mixture  # noqa: F401
 from pvae.models.decoders import Decoder
 from pvae.models.graph import GraphModel
-from pvae.models.priors import Prior, StandardNormal
+from pvae.models.priors import CategoricalPrior, Prior, StandardNormal
 from pvae.objectives import Objective, TraceELBO
 from pvae.optimizers import Adam, Optimizer
 from pvae.pair import Pair
 from pvae.schedules import Constant, Schedule
-from pvae.site import OBSERVED, Link, Site, topological
+from pvae.site import OBSERVED, Frame, Link, Site, topological
+
+if TYPE_CHECKING:
+    from pvae.data import Dataset
 
 NAME = re.compile(r"[a-z][a-z0-9_]{0,39}")
 RESERVED = {OBSERVED, "data", "chain", "draw"}
@@ -39,12 +44,46 @@ RESERVED = {OBSERVED, "data", "chain", "draw"}
 class Latent(Section):
     """One latent variable: its size, its place in the model's graph, its prior and posterior."""
 
-    dim: int = Field(gt=0, le=100_000)
-    """Number of coordinates."""
+    dim: int | None = Field(default=None, gt=0, le=100_000)
+    """Number of coordinates of a real vector."""
+    codes: int | None = Field(default=None, gt=1, le=1_000_000)
+    """Number of values of a discrete latent; then prior and posterior are those of codes."""
     given: Names = ()
-    """Latents it depends on in the model."""
+    """Latents and covariates it depends on in the model."""
     prior: Prior = StandardNormal()
     posterior: Posterior = NormalPosterior()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults_of_codes(cls, raw: Any) -> Any:
+        if isinstance(raw, dict) and raw.get("codes") is not None:
+            return {"prior": CategoricalPrior(), "posterior": ExactPosterior(), **raw}
+        return raw
+
+    @model_validator(mode="after")
+    def _one_size(self) -> Self:
+        if (self.dim is None) == (self.codes is None):
+            found = "neither" if self.dim is None else "both"
+            raise ValueError(f"either dim (a real vector) or codes (a discrete latent); got {found}")
+        return self
+
+    @property
+    def values(self) -> Literal["real", "index"]:
+        """What a sampled value is."""
+        return "real" if self.codes is None else "index"
+
+    @property
+    def guide_given(self) -> tuple[str, ...]:
+        """What the posterior is conditioned on: as declared, and the model's parents where it asks for p(z | them)."""
+        above = self.given if self.posterior.reads_prior else ()
+        return tuple(dict.fromkeys((*self.posterior.given, *above)))
+
+
+class Covariate(Section):
+    """What is known of every datum beside x, and not modelled: its label."""
+
+    codes: int = Field(gt=1, le=100_000)
+    """Number of values, 0 .. codes - 1."""
 
 
 class Train(Section):
@@ -139,20 +178,22 @@ class Experiment(Plan):
     """
 
     data: Data = Digits()
+    covariates: dict[str, Table[Covariate]] = Field(default={}, max_length=1)
+    """The label of every datum, under any name: what `given` may name beside latents."""
     latents: dict[str, Table[Latent]] = Field(min_length=1)
     encoder: Encoder = SharedEncoder()
     decoder: Table[Decoder] = Decoder()
 
-    @field_validator("latents")
+    @field_validator("latents", "covariates")
     @classmethod
-    def _legal_names(cls, latents: dict[str, Latent]) -> dict[str, Latent]:
-        for name in latents:
+    def _legal_names(cls, named: dict[str, Any]) -> dict[str, Any]:
+        for name in named:
             if not NAME.fullmatch(name) or name in RESERVED or hasattr(nn.ModuleDict, name):
                 raise ValueError(
-                    f"names of latents in lower case, at most 40 letters, digits and _, none of "
+                    f"names in lower case, at most 40 letters, digits and _, none of "
                     f"{', '.join(sorted(RESERVED))} nor a method of torch's ModuleDict; got {name[:60]!r}"
                 )
-        return latents
+        return named
 
     @model_validator(mode="after")
     def _sound(self) -> Self:
@@ -195,13 +236,21 @@ class Experiment(Plan):
         """The latents in generative order."""
         order = topological({name: latent.given for name, latent in self.latents.items()}, "latents")
         return tuple(
-            Site(name, (z.dim,), (z.dim,), given=z.given, guide_given=z.posterior.given)
+            Site(
+                name,
+                () if z.dim is None else (z.dim,),
+                (z.dim or z.codes or 0,),
+                given=z.given,
+                guide_given=z.guide_given,
+                codes=z.codes,
+                summed=z.posterior.summed,
+            )
             for name, z in ((name, self.latents[name]) for name in order)
         )
 
     def guide_sites(self) -> tuple[Site, ...]:
-        """The latents in the guide's order."""
-        by_name = {site.name: site for site in self.sites()}
+        """The latents that the guide samples, in its order."""
+        by_name = {site.name: site for site in self.sites() if not site.summed}
         order = topological({name: site.guide_given for name, site in by_name.items()}, "posteriors")
         return tuple(by_name[name] for name in order)
 
@@ -212,29 +261,43 @@ class Experiment(Plan):
         parents = {parent for latent in self.latents.values() for parent in latent.given}
         return tuple(name for name in self.latents if name not in parents)
 
+    def conditioned(self, data: Dataset) -> Dataset:
+        """Data as the declared pair takes them: with covariates, the label stands in every row."""
+        return data.conditioned({name: covariate.codes for name, covariate in self.covariates.items()})
+
+    def frame(self, x: Shape) -> Frame:
+        """What a row of data holds, for data of event shape `x`."""
+        return Frame(tuple(x), {name: covariate.codes for name, covariate in self.covariates.items()})
+
     def build(self, x: Shape) -> Pair:
         """The Pyro pair for data of event shape `x`; weights drawn from `seed`, the global random state untouched."""
         with torch.random.fork_rng():
             torch.manual_seed(self.seed)
-            return self._build(tuple(x))
+            return self._build(self.frame(x))
 
-    def _build(self, x: Shape) -> Pair:
-        link, sites = Link(), self.sites()
-        link.x = x
-        features = {site.name: site.features for site in sites}
+    def _build(self, frame: Frame) -> Pair:
+        link, sites, guide_sites = Link(), self.sites(), self.guide_sites()
+        link.frame = frame
+        known = {OBSERVED: frame.x, **{name: (codes,) for name, codes in frame.covariates.items()}}
+        known |= {site.name: site.features for site in sites}
         priors = {
-            site.name: self.latents[site.name].prior.build(site, {n: features[n] for n in site.given}, link)
+            site.name: self.latents[site.name].prior.build(site, {n: known[n] for n in site.given}, link)
             for site in sites
         }
-        decoder = self.decoder.build({name: features[name] for name in self.decoder_given()}, x)
-        encoder = self.encoder.build(x, self.guide_sites())
+        decoder = self.decoder.build({name: known[name] for name in self.decoder_given()}, frame.x)
+        link.model = GraphModel(sites, priors, decoder, frame)
+        reading = [site for site in guide_sites if self.latents[site.name].posterior.reads_features]
+        encoder = self.encoder.build(known, reading) if reading else None
+        inputs = {site.name: {name: known[name] for name in site.guide_given} for site in guide_sites}
+        inputs |= encoder.shapes if encoder is not None else {}
         posteriors = {
-            site.name: self.latents[site.name].posterior.build(site, encoder.shapes[site.name], link)
-            for site in self.guide_sites()
+            site.name: self.latents[site.name].posterior.build(site, inputs[site.name], link) for site in guide_sites
         }
-        link.model = GraphModel(sites, priors, decoder)
-        link.guide = GraphGuide(self.guide_sites(), encoder, posteriors)
-        return Pair(link.model, link.guide).adopt(torch.zeros(2, *x))
+        link.guide = GraphGuide(guide_sites, encoder, posteriors, frame)
+        link.building = True
+        pair = Pair(link.model, link.guide).adopt(torch.zeros(2, *frame.row))
+        link.building = False
+        return pair
 
     def _repr_html_(self) -> str:
         from pvae.show import experiment_html
@@ -248,6 +311,9 @@ Finding = tuple[tuple[str, ...], str, Any]
 def _findings(e: Experiment) -> Iterator[Finding]:
     """What is wrong with the graph, each with its path."""
     names = set(e.latents)
+    if both := names & set(e.covariates):
+        yield ("covariates",), "names that no latent has", sorted(both)
+        return
     found = [*_unknown_parents(e, names)]
     yield from found
     if found:
@@ -257,34 +323,41 @@ def _findings(e: Experiment) -> Iterator[Finding]:
     except DeclarationError as error:
         yield ("latents",), str(error), sorted(names)
         return
-    if not any(OBSERVED in z.posterior.given for z in e.latents.values()):
+    if not any(OBSERVED in z.posterior.given or z.posterior.summed for z in e.latents.values()):
         yield ("latents",), "at least one posterior given 'x': the guide never looks at the data", sorted(names)
     yield from _unread(e)
     yield from _misplaced_priors(e)
+    yield from _misplaced_posteriors(e)
     if e.objective.kind == "trace_mean_field_elbo":  # type: ignore[attr-defined]
         yield from _not_mean_field(e)
 
 
 def _unknown_parents(e: Experiment, names: set[str]) -> Iterator[Finding]:
     places: list[tuple[tuple[str, ...], tuple[str, ...], set[str]]]
-    places = [(("decoder", "given"), e.decoder.given or (), names)]
+    known = names | set(e.covariates)
+    sampled = {name for name in names if not e.latents[name].posterior.summed} | set(e.covariates)
+    places = [(("decoder", "given"), e.decoder.given or (), known)]
     for name, latent in e.latents.items():
-        others = names - {name}
-        places.append((("latents", name, "given"), latent.given, others))
-        places.append((("latents", name, "posterior", "given"), latent.posterior.given, others | {OBSERVED}))
+        places.append((("latents", name, "given"), latent.given, known - {name}))
+        places.append((("latents", name, "posterior", "given"), latent.posterior.given, sampled - {name} | {OBSERVED}))
     for loc, given, allowed in places:
         for parent in given:
             if parent not in allowed:
                 wanted = ", ".join(sorted(allowed)) or "no name at all (there is no other latent)"
                 yield loc, f"names among {wanted}{near(parent, allowed)}", parent
-    if e.decoder.given == ():
-        yield ("decoder", "given"), "at least one latent", []
+    if e.decoder.given is not None and not set(e.decoder.given) & names:
+        yield ("decoder", "given"), "at least one latent", list(e.decoder.given)
 
 
 def _misplaced_priors(e: Experiment) -> Iterator[Finding]:
     """Priors that cannot read the parents they have, or need parents that are not there."""
     for name, latent in e.latents.items():
         kind = latent.prior.kind  # type: ignore[attr-defined]
+        if latent.prior.values != latent.values:
+            kinds = [k for k, member in Prior.members.items() if member.values == latent.values]  # type: ignore[attr-defined]
+            what = "codes" if latent.codes else "a vector"
+            yield ("latents", name, "prior"), f"a prior of {what}: one of {', '.join(kinds)}", kind
+            continue
         if latent.given and not latent.prior.reads_parents:
             yield (
                 ("latents", name, "prior"),
@@ -299,6 +372,31 @@ def _misplaced_priors(e: Experiment) -> Iterator[Finding]:
             )
         if not latent.given and latent.prior.needs_parents:
             yield ("latents", name, "given"), f"parents for the prior {kind}, e.g. given = ['z2']", []
+
+
+def _misplaced_posteriors(e: Experiment) -> Iterator[Finding]:
+    """Posteriors of other values than the latent's, and inverses without what they invert."""
+    likelihood = e.decoder.likelihood
+    for name, latent in e.latents.items():
+        posterior, loc = latent.posterior, ("latents", name, "posterior")
+        kind = posterior.kind  # type: ignore[attr-defined]
+        if posterior.values != latent.values:
+            kinds = [k for k, member in Posterior.members.items() if member.values == latent.values]  # type: ignore[attr-defined]
+            what = "codes" if latent.codes else "a vector"
+            yield loc, f"a posterior of {what}: one of {', '.join(kinds)}", kind
+        wanted = posterior.determines
+        if wanted and (wanted != likelihood.kind or e.decoder.network.kind != "bijection"):  # type: ignore[attr-defined]
+            yield (
+                ("decoder",),
+                f"the network bijection and the likelihood {wanted}, of which the posterior {kind} is the way back",
+                f"{e.decoder.network.kind}, {likelihood.kind}",  # type: ignore[attr-defined]
+            )
+    if likelihood.is_point and not any(z.posterior.determines for z in e.latents.values()):
+        yield (
+            ("decoder", "likelihood"),
+            "a density of x given z (normal, bernoulli, ...), unless the posterior is inverse or dequantised",
+            likelihood.kind,  # type: ignore[attr-defined]
+        )
 
 
 def _unread(e: Experiment) -> Iterator[Finding]:

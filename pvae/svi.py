@@ -77,6 +77,7 @@ def fit(
     if given_pair and (problems := given_pair.check(dataset.train.x[:3])):
         raise DeclarationError([f"pair: {problem}" for problem in problems])
     pair = given_pair.adopt(dataset.train.x[:2]) if given_pair else _experiment(plan).build(dataset.shape)
+    pair.attend(dataset.train.data)
     _require_fittable(plan, pair, dataset, given_pair is not None)
     files = RunDirectory.create(Path(run_dir), plan.name)
     files.write_spec(plan.to_toml())
@@ -211,6 +212,7 @@ def _dataset(plan: Plan, data: Dataset | Tensor | None, data_dir: str | Path | N
         raise DeclarationError("fit: expected data=... for a hand-written pair; got none.")
     if isinstance(plan, Experiment):
         likelihood: Likelihood = plan.decoder.likelihood
+        dataset = plan.conditioned(dataset)
         dataset.require_support(likelihood.support, likelihood.hint)
     return dataset, plan
 

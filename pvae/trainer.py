@@ -151,6 +151,8 @@ class Trainer:
         self.state = State()
         self.sums: Tensor | None = None
         self.engine = engine
+        found: list[Any] = [getattr(module, "start", None) for module in self.pair.modules()]
+        self.starting: list[Callable[[Tensor], None]] = [start for start in found if start is not None]
         self.batch = min(self.train.batch_size, len(data.train))
         self.per_epoch = math.ceil(len(data.train) / self.batch)
         self.groups = self._alternation()
@@ -194,7 +196,7 @@ class Trainer:
         self._status("finished")
 
     def _stepper(self) -> Step:
-        example = self.data.train.draw(torch.arange(self.batch, device=self.device))
+        example = self._rows(torch.arange(self.batch, device=self.device))
         average = (self.average, self.train.average) if self.average is not None and self.train.average else None
         watch = self.train.nonfinite != "stop"
         make = {"clip_norm": self.train.clip_norm, "watch": watch, "average": average}
@@ -286,6 +288,12 @@ class Trainer:
     def _draw(self, index: Tensor) -> Tensor:
         """The batch of the step to come, its noise drawn first."""
         seeds.set_noise(self._noise_seed(), self.device)
+        return self._rows(index)
+
+    def _rows(self, index: Tensor) -> Tensor:
+        """Rows of the training data, announced to the parts that ask which they are."""
+        for start in self.starting:
+            start(index)
         return self.data.train.draw(index)
 
     def _not_finite(self, x: Tensor, index: Tensor) -> bool:

@@ -109,7 +109,8 @@ def channels(h: torch.Tensor, module: LikelihoodModule) -> Array:
 
 def test_table_is_complete():
     shipped = {kind for kind, member in Likelihood.members.items() if member.__module__.startswith("pvae.")}
-    assert {row.likelihood.kind for row in ROWS.values()} == shipped
+    points = {"determined", "rounded"}  # no densities; their laws: tests/test_flow_vae.py
+    assert {row.likelihood.kind for row in ROWS.values()} == shipped - points
 
 
 @every_shape

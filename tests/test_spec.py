@@ -64,7 +64,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "unknown source": ({**BASE, "data": {"source": "mnits"}}, r"data\.source: expected one of .*'mnist'"),
     "no latents": ({"latents": {}}, r"latents: expected .*at least 1 item"),
-    "no dim": ({"latents": {"z": {}}}, r"latents\.z\.dim: expected a value; got none"),
+    "no dim": ({"latents": {"z": {}}}, r"latents\.z: expected either dim .* or codes .*; got neither"),
     "a list for a table": ({"latents": {"z": []}}, r"latents\.z: expected .*; got \[\]"),
     "an import": (
         {**BASE, "decoder": {"network": {"_target_": "os.system"}}},

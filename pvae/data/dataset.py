@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,32 +29,60 @@ class Split:
 
     Arguments:
         name: "train", "validation" or "test".
-        x: (n, *shape) float32.
+        x: (n, *shape) float32; with covariates (n, D + covariates), each row flattened and followed by them.
         y: (n,) int64 labels, or None.
         raw: (n, *shape) intensities in [0, 1] that `draw` binarises anew, or None.
+        event: shape of a datum, where x holds covariates too; else None.
     """
 
     name: str
     x: Tensor
     y: Tensor | None = None
     raw: Tensor | None = None
+    event: tuple[int, ...] | None = None
 
     def __len__(self) -> int:
         return len(self.x)
 
+    @property
+    def data(self) -> Tensor:
+        """The data alone, (n, *shape)."""
+        return self.x if self.event is None else self.x[:, : prod(self.event)].reshape(len(self.x), *self.event)
+
     def draw(self, index: Tensor) -> Tensor:
-        """A batch (len(index), *shape): the rows, or a new Bernoulli draw of them from torch's global generator."""
-        return self.x[index] if self.raw is None else torch.bernoulli(self.raw[index])
+        """A batch of rows of x; dynamically binarised data are drawn anew from torch's global generator."""
+        if self.raw is None:
+            return self.x[index]
+        fresh = torch.bernoulli(self.raw[index])
+        if self.event is None:
+            return fresh
+        return torch.cat([fresh.flatten(1), self.x[index, prod(self.event) :]], 1)
 
     def to(self, device: str | torch.device) -> Split:
         """The split on a device."""
         y = None if self.y is None else self.y.to(device)
         raw = None if self.raw is None else self.raw.to(device)
-        return Split(self.name, self.x.to(device), y, raw)
+        return Split(self.name, self.x.to(device), y, raw, self.event)
+
+    def conditioned(self, codes: int) -> Split:
+        """The split with its labels as a covariate of `codes` values in every row.
+
+        Raises:
+            DataError: there are no labels, or one is outside 0 .. codes - 1.
+        """
+        if self.y is None:
+            raise DataError(f"{self.name}: expected labels, on which the model is conditioned; got none.")
+        if len(self.y) and not 0 <= int(self.y.min()) <= int(self.y.max()) < codes:
+            raise DataError(
+                f"{self.name}: expected labels 0 .. {codes - 1}; got {int(self.y.min())} .. {int(self.y.max())}. "
+                f"Set the covariate's codes to {int(self.y.max()) + 1}."
+            )
+        x = torch.cat([self.x.flatten(1), self.y[:, None].to(self.x)], 1)
+        return replace(self, x=x, event=tuple(self.x.shape[1:]))
 
     def chunks(self) -> Sequence[Tensor]:
-        """x in pieces whose float64 copy is small."""
-        return self.x.split(max(1, CHUNK_ELEMENTS // max(1, self.x[0].numel())))
+        """The data in pieces whose float64 copy is small."""
+        return self.data.split(max(1, CHUNK_ELEMENTS // max(1, self.x[0].numel())))
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,6 +128,17 @@ class Dataset:
         """The data on a device."""
         moved = {split.name: split.to(device) for split in self.splits}
         return replace(self, **moved)  # type: ignore[arg-type]
+
+    def conditioned(self, covariates: Mapping[str, int]) -> Dataset:
+        """The data as a model conditioned on the label takes them; itself where there are no covariates.
+
+        Arguments:
+            covariates: number of values by name, at most one: the label is the only covariate that data have.
+        """
+        if not covariates or self.train.event is not None:
+            return self
+        codes = next(iter(covariates.values()))
+        return replace(self, **{split.name: split.conditioned(codes) for split in self.splits})  # type: ignore[arg-type]
 
     @classmethod
     def from_tensors(

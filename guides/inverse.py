@@ -1,0 +1,190 @@
+"""Posteriors that run an invertible decoder backwards: a flow as a VAE, on real numbers or on levels."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from math import log
+from typing import Any, ClassVar, Literal, final
+
+import pyro.distributions as dist
+import torch
+from torch import Tensor, nn
+from torch.distributions import constraints
+
+from pvae.component import Shape
+from pvae.determined import Determined
+from pvae.errors import DeclarationError
+from pvae.guides.posteriors import Posterior
+from pvae.networks import MLP, InvertibleModule, Network
+from pvae.normal import LogVarianceBounds, NormalHead
+from pvae.site import OBSERVED, Link, Site
+
+Size = torch.Size | list[int] | tuple[int, ...]
+
+
+def decoder_of(link: Link, site: Site) -> InvertibleModule:
+    """The model's invertible decoder.
+
+    Raises:
+        DeclarationError: it is another network.
+    """
+    network = link.model.decoder.network
+    if not isinstance(network, InvertibleModule):
+        raise DeclarationError(
+            f"latents.{site.name}.posterior: expected a decoder that can be run backwards, "
+            f'decoder.network.kind = "bijection"; got {type(network).__name__}.'
+        )
+    return network
+
+
+class InverseModule(nn.Module):
+    """z = g^-1(x) of the model's decoder g."""
+
+    def __init__(self, link: Link) -> None:
+        super().__init__()
+        self.link = link
+
+    def forward(self, inputs: Mapping[str, Tensor], _seen: Mapping[str, Tensor]) -> dist.TorchDistribution:
+        """x `(..., *event)` to the point z, with log q(z | x) = -log|det dz/dx|."""
+        z, log_det = self.link.model.decoder.network.invert(inputs[OBSERVED])  # type: ignore[operator]
+        return Determined(z, -log_det)
+
+
+@final
+class InversePosterior(Posterior):
+    """z = g^-1(x), the decoder run backwards: the ELBO is log p(x) = log p(z) + log|det dz/dx|, exactly.
+
+    With the network `bijection` and the likelihood `determined`. The guide has no parameters of its own.
+
+    References:
+        SurVAE Flows (Nielsen et al., 2020), https://arxiv.org/abs/2007.02731
+    """
+
+    kind: Literal["inverse"] = "inverse"
+    reads_features: ClassVar[bool] = False
+    determines: ClassVar[str | None] = "determined"
+
+    def build(self, site: Site, inputs: Mapping[str, Shape], link: Link) -> nn.Module:
+        """See `Posterior.build`."""
+        decoder_of(link, site)
+        return InverseModule(link)
+
+
+class Dequantised(dist.TorchDistribution):
+    """z = g^-1((k + u) / levels) for the level k of every element of x and noise u in (0, 1).
+
+    log q(z | x) = log q(u | x) + D log levels - log|det dz/dv| at v = (k + u) / levels; another value than the own
+    draw is decoded, and is impossible where its v lies in another cell.
+
+    Arguments:
+        decoder: g.
+        x: multiples of 1 / (levels - 1), `(batch, *event)`.
+        levels: number of values.
+        logits: normal of logit u, with event `(D,)`; None for uniform noise.
+    """
+
+    arg_constraints: ClassVar[dict[str, Any]] = {}
+    support = constraints.real_vector
+    has_rsample = True
+
+    def __init__(
+        self,
+        decoder: InvertibleModule,
+        x: Tensor,
+        levels: int,
+        logits: dist.TorchDistribution | None,
+        batch_shape: Size | None = None,
+    ) -> None:
+        self.decoder, self.x, self.levels, self.logits = decoder, x, levels, logits
+        self.cell = (x.flatten(1) * (levels - 1)).round()
+        self._drawn: tuple[Tensor, Tensor] | None = None
+        shape = torch.Size(self.cell.shape[:1] if batch_shape is None else batch_shape)
+        super().__init__(shape, self.cell.shape[1:], validate_args=False)
+
+    def rsample(self, sample_shape: Size = torch.Size()) -> Tensor:
+        """Reparametrised draws `sample_shape + batch_shape + (D,)`."""
+        shape = torch.Size(sample_shape) + self.batch_shape
+        if self.logits is None:
+            u = torch.rand(shape + self.event_shape, dtype=self.x.dtype, device=self.x.device)
+        else:
+            t = self.logits.expand(self.batch_shape).rsample(torch.Size(sample_shape))
+            u = t.sigmoid()
+        u = u.clamp(EDGE, 1 - EDGE)
+        noise = torch.zeros_like(u[..., 0]) if self.logits is None else self._log_noise(u)
+        v = (self.cell + u) / self.levels
+        z, log_det = self.decoder.invert(v.unflatten(-1, self.x.shape[1:]))
+        self._drawn = z, noise + self.event_shape[0] * log(self.levels) - log_det
+        return z
+
+    def _log_noise(self, u: Tensor) -> Tensor:
+        assert self.logits is not None  # noqa: S101 - the caller has asked
+        return self.logits.log_prob(torch.logit(u)) - (u.log() + (-u).log1p()).sum(-1)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """log q(z | x), nats; exact."""
+        if self._drawn is not None and value is self._drawn[0]:
+            return self._drawn[1]
+        v = self.decoder({self.decoder.name: value})
+        _, log_det = self.decoder.invert(v)
+        u = v.flatten(v.dim() - len(self.decoder.output)) * self.levels - self.cell
+        inside = ((u > 0) & (u < 1)).all(-1)
+        u = u.clamp(EDGE, 1 - EDGE)
+        noise = torch.zeros_like(log_det) if self.logits is None else self._log_noise(u)
+        return torch.where(inside, noise + self.event_shape[0] * log(self.levels) - log_det, -torch.inf)
+
+    def expand(self, batch_shape: Size, _instance: Any = None) -> Dequantised:
+        """The same distribution over more batch dimensions."""
+        if self.batch_shape == tuple(batch_shape):
+            return self
+        return Dequantised(self.decoder, self.x, self.levels, self.logits, batch_shape)
+
+
+EDGE = 1e-6
+"""Noise stays this far from 0 and 1, where a logit has no value."""
+
+
+class DequantisedModule(nn.Module):
+    """Noise, uniform or learned, then the decoder backwards."""
+
+    def __init__(self, link: Link, levels: int, noise: NormalHead | None) -> None:
+        super().__init__()
+        self.link, self.levels, self.noise = link, levels, noise
+
+    def forward(self, inputs: Mapping[str, Tensor], _seen: Mapping[str, Tensor]) -> dist.TorchDistribution:
+        """x `(batch, *event)` on its levels to q(z | x)."""
+        logits = None if self.noise is None else self.noise(inputs)
+        network = self.link.model.decoder.network
+        assert isinstance(network, InvertibleModule)  # noqa: S101 - `build` has looked
+        return Dequantised(network, inputs[OBSERVED], self.levels, logits)
+
+
+@final
+class DequantisedPosterior(Posterior):
+    """z = g^-1((k + u) / levels) for data on levels k: noise u fills each cell, and the ELBO bounds log P(x).
+
+    P(x) is the mass that the flow gives the cell of x. `uniform` noise makes the bound E_u log p(k + u); learned
+    noise, logit-normal with parameters read off x, makes it tighter. With the network `bijection` and the likelihood
+    `rounded`.
+
+    References:
+        A note on the evaluation of generative models (Theis, van den Oord, Bethge, 2015),
+        https://arxiv.org/abs/1511.01844 (uniform)
+        Flow++ (Ho et al., 2019), https://arxiv.org/abs/1902.00275 (variational)
+    """
+
+    kind: Literal["dequantised"] = "dequantised"
+    reads_features: ClassVar[bool] = False
+    determines: ClassVar[str | None] = "rounded"
+    noise: Literal["uniform", "variational"] = "uniform"
+    network: Network = MLP(hidden=(64,))
+    """From x to location and log-variance of the logit of the noise, where it is learned."""
+    log_variance: LogVarianceBounds = (-6.0, 4.0)
+
+    def build(self, site: Site, inputs: Mapping[str, Shape], link: Link) -> nn.Module:
+        """See `Posterior.build`."""
+        decoder_of(link, site)
+        levels = link.model.decoder.likelihood.levels
+        noise = None
+        if self.noise == "variational":
+            noise = NormalHead(self.network.build(inputs, (2 * site.event[0],)), self.log_variance)
+        return DequantisedModule(link, int(levels), noise)  # type: ignore[arg-type]

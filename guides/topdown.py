@@ -1,0 +1,128 @@
+"""Posteriors that share the model's way down a hierarchy: q(z_l | z_above, x) beside p(z_l | z_above)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal, final
+
+import pyro.distributions as dist
+from pydantic import Field
+from torch import Tensor, nn
+
+from pvae.component import Shape
+from pvae.event import Event
+from pvae.guides.posteriors import Posterior
+from pvae.networks import MLP, Network
+from pvae.normal import LogVarianceBounds, NormalHead
+from pvae.site import Link, Site
+
+TOP_DOWN = "top_down"
+"""Name of the model's own features among a posterior's inputs."""
+
+
+def parameters_of(prior: Any) -> tuple[Tensor, Tensor]:
+    """Location and scale of a diagonal normal."""
+    while not isinstance(prior, dist.Normal):
+        prior = prior.base_dist
+    return prior.loc, prior.scale
+
+
+def without(inputs: Mapping[str, Shape], site: Site) -> dict[str, Shape]:
+    """What a posterior reads beside its model's parents, which reach it through the model."""
+    return {name: shape for name, shape in inputs.items() if name not in site.given}
+
+
+class LadderModule(nn.Module):
+    """What x says of a level, merged with what the model says, each weighed by its precision."""
+
+    def __init__(self, head: NormalHead, site: Site, link: Link) -> None:
+        super().__init__()
+        self.head, self.site, self.link = head, site, link
+
+    def forward(self, inputs: Mapping[str, Tensor], seen: Mapping[str, Tensor]) -> dist.TorchDistribution:
+        """Named tensors `(..., *shape)` to the merged normal."""
+        upward = self.head(inputs)
+        if not self.site.given:
+            return upward
+        (loc, scale), (prior_loc, prior_scale) = (
+            parameters_of(upward),
+            parameters_of(self.link.model.prior(self.site.name, seen)),
+        )
+        precision, prior_precision = scale**-2, prior_scale**-2
+        total = precision + prior_precision
+        merged = (loc * precision + prior_loc * prior_precision) / total
+        return Event(dist.Normal(merged, total.rsqrt()), 1)
+
+
+@final
+class LadderPosterior(Posterior):
+    r"""q(z_l | z_above, x) = N(m, s^2) proportional to N(mu(x), sigma^2(x)) p(z_l | z_above), a product of two normals.
+
+    Precisions add: s^-2 = sigma^-2 + sigma_p^-2, and m is the mean of mu and mu_p weighed by them. The top level,
+    which has no parents, is N(mu(x), sigma^2(x)). Read with the `bottom_up` encoder.
+
+    References:
+        Ladder Variational Autoencoders (Sonderby et al., 2016), https://arxiv.org/abs/1602.02282
+    """
+
+    kind: Literal["ladder"] = "ladder"
+    reads_prior: ClassVar[bool] = True
+    log_variance: LogVarianceBounds = (-12.0, 6.0)
+    network: Network | None = None
+    """Between the features of x and mu, sigma; default: one linear map."""
+
+    def build(self, site: Site, inputs: Mapping[str, Shape], link: Link) -> nn.Module:
+        """See `Posterior.build`."""
+        network = (self.network or MLP(hidden=())).build(without(inputs, site), (2 * site.event[0],))
+        return LadderModule(NormalHead(network, self.log_variance), site, link)
+
+
+class BidirectionalModule(nn.Module):
+    """A residual on the model's own normal, from the features of x and of the model's way down."""
+
+    def __init__(self, network: nn.Module, site: Site, link: Link, bound: float) -> None:
+        super().__init__()
+        self.network, self.site, self.link, self.bound = network, site, link, bound
+
+    def forward(self, inputs: Mapping[str, Tensor], seen: Mapping[str, Tensor]) -> dist.TorchDistribution:
+        """Named tensors `(..., *shape)` to the shifted and scaled normal."""
+        prior_loc, prior_scale = parameters_of(self.link.model.prior(self.site.name, seen))
+        read = dict(inputs)
+        if self.site.given:
+            prior = self.link.model.priors[self.site.name]
+            assert isinstance(prior, NormalHead)  # noqa: S101 - only these have parents
+            read[TOP_DOWN] = prior.features(seen)
+        shift, log_scale = self.network(read).chunk(2, -1)
+        scale = prior_scale * log_scale.clamp(-self.bound, self.bound).exp()
+        return Event(dist.Normal(prior_loc + prior_scale * shift, scale), 1)
+
+
+@final
+class BidirectionalPosterior(Posterior):
+    r"""q(z_l | z_above, x) = N(mu_p + sigma_p d, sigma_p^2 e^2): how x moves the model's own p(z_l | z_above).
+
+    d and log e are read off the features of x and the features from which the model makes p(z_l | z_above): guide and
+    model share one way down. Where x says nothing the KL is 0. Read with the `bottom_up` encoder.
+
+    References:
+        NVAE: A Deep Hierarchical Variational Autoencoder (Vahdat, Kautz, 2020), https://arxiv.org/abs/2007.03898
+        Improving Variational Inference with Inverse Autoregressive Flow (Kingma et al., 2016),
+        https://arxiv.org/abs/1606.04934
+    """
+
+    kind: Literal["bidirectional"] = "bidirectional"
+    reads_prior: ClassVar[bool] = True
+    bound: float = Field(default=6.0, gt=0)
+    """Most that log e may be, either way."""
+    network: Network | None = None
+    """Between the features and d, log e; default: one linear map."""
+
+    def build(self, site: Site, inputs: Mapping[str, Shape], link: Link) -> nn.Module:
+        """See `Posterior.build`."""
+        read = without(inputs, site)
+        if site.given:
+            prior = link.model.priors[site.name]
+            assert isinstance(prior, NormalHead)  # noqa: S101 - only these have parents
+            read[TOP_DOWN] = (prior.network.width,)
+        network = (self.network or MLP(hidden=())).build(read, (2 * site.event[0],))
+        return BidirectionalModule(network, site, link, self.bound)

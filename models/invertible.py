@@ -1,0 +1,114 @@
+"""Decoders that can be run backwards: a flow as a VAE."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from math import log, prod
+from typing import Literal, final
+
+import torch
+from pydantic import Field, field_validator
+from torch import Tensor
+
+from pvae.component import Shape
+from pvae.errors import DeclarationError
+from pvae.models.flows import Bijection, FlowModule, FlowPrior, RealNVP
+from pvae.models.priors import Prior
+from pvae.networks import InvertibleModule, Network, NetworkModule
+from pvae.site import Link, Site
+
+
+class Squash:
+    """From the real line to (0, 1), stretched a little beyond both ends: v = (sigmoid(h) - edge) / (1 - 2 edge)."""
+
+    def __init__(self, edge: float) -> None:
+        self.edge = edge
+
+    def call(self, h: Tensor) -> Tensor:
+        """v of h, elementwise."""
+        return (h.sigmoid() - self.edge) / (1 - 2 * self.edge)
+
+    def invert(self, v: Tensor) -> tuple[Tensor, Tensor]:
+        """h of v in [0, 1], and log|dh/dv| summed over the last dimension."""
+        s = self.edge + (1 - 2 * self.edge) * v
+        slope = log(1 - 2 * self.edge) - s.log() - (-s).log1p()
+        return torch.logit(s), slope.sum(-1)
+
+
+def push(flow: FlowModule, u: Tensor) -> Tensor:
+    """x of u, in the direction of sampling."""
+    for step in flow.steps:
+        assert isinstance(step, Bijection)  # noqa: S101 - narrows the type
+        u = (step.invert(u) if flow.inward else step.call(u))[0].flip(-1)
+    return u
+
+
+def pull(flow: FlowModule, x: Tensor) -> tuple[Tensor, Tensor]:
+    """u of x, in the direction of scoring, and log|det du/dx|."""
+    total = torch.zeros_like(x[..., 0])
+    for step in reversed(flow.steps):
+        assert isinstance(step, Bijection)  # noqa: S101 - narrows the type
+        x, log_det = step.call(x.flip(-1)) if flow.inward else step.invert(x.flip(-1))
+        total = total + (log_det if flow.inward else -log_det)
+    return x, total
+
+
+class BijectionModule(InvertibleModule):
+    """x = g(z) by a flow's bijections, and back with the log determinant."""
+
+    def __init__(self, inputs: Mapping[str, Shape], output: Shape, flow: FlowModule, squash: Squash | None) -> None:
+        super().__init__(inputs, output)
+        self.name = next(iter(inputs))
+        self.flow, self.squash = flow, squash
+
+    def forward(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """z `(..., D)` to x `(..., *output)`."""
+        x = push(self.flow, inputs[self.name])
+        if self.squash is not None:
+            x = self.squash.call(x)
+        return x.unflatten(-1, self.output)
+
+    def invert(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """z = g^-1(x), `(..., D)`, and log|det dz/dx|, nats, `(...)`."""
+        x = x.flatten(x.dim() - len(self.output))
+        outer = torch.zeros_like(x[..., 0])
+        if self.squash is not None:
+            x, outer = self.squash.invert(x)
+        z, log_det = pull(self.flow, x)
+        return z, outer + log_det
+
+
+@final
+class BijectionNetwork(Network):
+    """A flow's bijections as the decoder: as many latent coordinates as x has elements, and a way back.
+
+    With the likelihood `determined` and the posterior `inverse` it is a flow as a VAE, whose ELBO is log p(x).
+    """
+
+    kind: Literal["bijection"] = "bijection"
+    flow: Prior = RealNVP(layers=8)
+    """A flow, from z to x: `realnvp`, `maf`, ..."""
+    squash: Literal["none", "logit"] = "none"
+    """`logit`: x lives in [0, 1], and the flow beyond a logistic map of it."""
+    edge: float = Field(default=0.01, gt=0, lt=0.5)
+    """How far [0, 1] stays from the ends of the logistic map: [edge, 1 - edge]."""
+
+    @field_validator("flow")
+    @classmethod
+    def _is_flow(cls, flow: Prior) -> Prior:
+        if not isinstance(flow, FlowPrior):
+            kinds = ", ".join(k for k, member in Prior.members.items() if issubclass(member, FlowPrior))
+            raise ValueError(f"a flow: one of {kinds}; got {flow.kind!r}")  # type: ignore[attr-defined]
+        return flow
+
+    def build(self, inputs: Mapping[str, Shape], output: Shape | None) -> NetworkModule:
+        """See `Network.build`; the output must have as many elements as the one input."""
+        sizes = {name: prod(shape) for name, shape in inputs.items()}
+        if output is None or list(sizes.values()) != [prod(output)]:
+            wanted = "a decoder" if output is None else f"one latent of dim = {prod(output)}"
+            raise DeclarationError(f"network bijection: expected {wanted}; got inputs {sizes}.")
+        squash = Squash(self.edge) if self.squash == "logit" else None
+        name, size = next(iter(sizes.items()))
+        flow = self.flow.build(Site(name, (size,), (size,)), {}, Link())
+        assert isinstance(flow, FlowModule)  # noqa: S101 - narrows the type
+        return BijectionModule(inputs, output, flow, squash)
