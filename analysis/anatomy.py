@@ -159,7 +159,7 @@ class Surgery(Figures):
     def headline(self) -> str:
         """What a better prior could win, in one sentence."""
         if self.marginal_kl is None:
-            return "marginal KL not available for this posterior"
+            return "marginal KL not defined or not available for this posterior"
         low, high = self.marginal_kl.value, (self.marginal_kl_upper or self.marginal_kl).value
         figure = f"{high:.2f}" if high - low < 0.005 else f"{low:.2f} to {high:.2f}"
         return (

@@ -19,7 +19,18 @@ from pvae.errors import DataError, DeclarationError
 from pvae.exponential import Codes, FullRankNormals, Members, Normals, product
 from pvae.pair import Pair
 from pvae.pair import quiet as quiet_pair
-from pvae.traces import Layout, Unweighed, closed_kl, is_point, log_prob, moved, rows_first, samples, sum_over
+from pvae.traces import (
+    Layout,
+    Unweighed,
+    closed_kl,
+    is_point,
+    log_prob,
+    moved,
+    rows_first,
+    samples,
+    sum_over,
+    unwrapped,
+)
 
 CHUNK = 1000
 Roots = tuple[set[str], set[str]]
@@ -64,6 +75,8 @@ class LatentDraw:
     """Location and standard deviation of every coordinate of a (full-rank) normal posterior."""
     kl: Tensor | None
     """KL(q || p) in closed form where torch knows it, `(n,)`."""
+    point: bool = False
+    """Whether the guide sets it to a point: `log_q` is then 0, or minus the log determinant of the map to it."""
 
     @property
     def loc(self) -> Tensor | None:
@@ -120,6 +133,30 @@ def flat_values(pair: Pair, x: Tensor, latents: Sequence[str]) -> Tensor:
     return torch.cat([rows_first(nodes[z]["value"], nodes[z], pair.layout, len(x)).double() for z in latents], 1)
 
 
+def determined(pair: Pair, x: Tensor) -> tuple[list[str], list[str]]:
+    """Latents of single data that the guide sets to points, and observations that are points given the latents.
+
+    Call it inside `quiet`.
+    """
+    guide_trace, model_trace = pair.traces(x[:2])
+    guide, model = samples(guide_trace), samples(model_trace)
+    latents = [name for name in pair.layout.latents if is_point(guide[name]["fn"])]
+    return latents, [name for name in pair.layout.observed if is_point(model[name]["fn"])]
+
+
+def require_likelihood(pair: Pair, x: Tensor, caller: str) -> None:
+    """Refuse a pair whose latents determine x: p(x | z) at another z than the guide's own has no value.
+
+    Raises:
+        DataError: naming what is determined. Call it inside `quiet`.
+    """
+    if found := determined(pair, x)[1]:
+        raise DataError(
+            f"{caller}: expected a density p(x | z); got {', '.join(found)} determined by the latents. Its log p(x) is "
+            f"known through the guide: use evidence."
+        )
+
+
 # ---------------------------------------------------------------------- one chunk
 
 
@@ -153,6 +190,7 @@ def _latent(q: Any, p: Any, layout: Layout, n: int) -> LatentDraw:
         p=prior,
         normal=_normal(posterior),
         kl=None if p is None else _closed(q, p, layout),
+        point=is_point(q["fn"]),
     )
 
 
@@ -275,6 +313,8 @@ def _joined(parts: list[LatentDraw]) -> LatentDraw:
         column = [getattr(part, f.name) for part in parts]
         if column[0] is None or f.name == "normal":
             out[f.name] = None
+        elif f.name == "point":
+            out[f.name] = column[0]
         elif isinstance(column[0], Members):
             out[f.name] = column[0].joined(column[1:])
         else:
@@ -322,8 +362,13 @@ def _scores(
         guide = samples(pair.guide_trace(x))
     model = samples(pair.model_trace(x, given))
     names = pair.layout.latents
-    q = {name: guide[name]["fn"].log_prob(value[name]) for name in names}
+    q = {name: _trail(guide[name]["fn"], value[name]) for name in names}
     return q, {name: model[name]["fn"].log_prob(value[name]) for name in names if name in model}
+
+
+def _trail(fn: Any, value: Tensor) -> Tensor:
+    """What changes with a distribution: its density of a value, or the place of a point."""
+    return unwrapped(fn).v if is_point(fn) else fn.log_prob(value)
 
 
 def _summed_level(pair: Pair, shared: Mapping[str, Any]) -> Roots:

@@ -12,7 +12,7 @@ import pyro
 from torch import Tensor
 
 from pvae.analysis.codes import log_evidence
-from pvae.analysis.draws import accept, quiet
+from pvae.analysis.draws import accept, determined, quiet, require_likelihood
 from pvae.analysis.estimate import Estimate, exact_mean
 from pvae.analysis.psis import FEWEST, khat_limit, tail_length
 from pvae.analysis.stream import Draw, Progress, stream
@@ -221,6 +221,7 @@ def evidence(pair: Pair, x: Tensor, samples: int = 5000, seed: int = 0, *, on_pr
     x = accept(pair, x)
     with quiet(pair, x, seed):
         given = _points(pair, x, "evidence")
+        certain = _require_bound(pair, x)
 
         def weights(x: Tensor, count: int) -> Tensor:
             return log_weights(pair.terms(x, particles=count), given)
@@ -228,6 +229,8 @@ def evidence(pair: Pair, x: Tensor, samples: int = 5000, seed: int = 0, *, on_pr
         draw = weights if vectorises(pair, x) else _repeated(weights)
         found = stream(x, samples, draw, on_progress)
         summed = None if pair.layout.shared or pair.layout.enumerated else log_evidence(pair, x)
+    if certain:
+        summed = found.log_p
     exact = None if summed is None else exact_mean(summed.cpu())
     return Evidence(len(x), samples, found.curve(), found.log_p, found.ess, found.khat, exact)
 
@@ -265,6 +268,7 @@ def prior_evidence(
     x = accept(pair, x)
     with quiet(pair, x, seed):
         given = _points(pair, x, "prior_evidence")
+        require_likelihood(pair, x, "prior_evidence")
 
         def weights(x: Tensor, count: int) -> Tensor:
             return _likelihood(pair, x, count, given)
@@ -272,6 +276,17 @@ def prior_evidence(
         draw = weights if _takes_particles(weights, x) else _repeated(weights)
         found = stream(x, samples, draw, on_progress)
     return PriorEvidence(len(x), samples, found.curve(), found.log_p, found.ess, found.khat)
+
+
+def _require_bound(pair: Pair, x: Tensor) -> bool:
+    """Refuse a posterior without a density, unless z determines x as x determines z (a flow): whether that is so."""
+    points, observed = determined(pair, x)
+    if points and not observed:
+        raise DataError(
+            f"evidence: expected posterior densities; got a point for {', '.join(points)}, as in an autoencoder: its "
+            f"log p(x, z) bounds nothing. Use prior_evidence or ais, which do without the guide."
+        )
+    return bool(points) and len(points) == len(pair.layout.latents)
 
 
 def _check_samples(samples: int, caller: str) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributions import Independent, MultivariateNormal, Normal, TransformedDistribution
 
 from pvae import seeds
-from pvae.analysis.draws import accept, quiet
+from pvae.analysis.draws import accept, quiet, require_likelihood
 from pvae.analysis.estimate import CONSERVATIVE, Estimate, Kind, over_draws
 from pvae.analysis.table import Figures, Row
 from pvae.errors import DataError
@@ -155,6 +155,7 @@ def gap(
     done = iter(range(1, steps * len(chunks) + 1))
     plan = Plan(steps, samples, evidence_samples, particles, lambda: on_progress(next(done), steps * len(chunks)))
     with quiet(pair, x, seed):
+        require_likelihood(pair, x, "gap")
         draw = _drawer(pair, x)
         parts = [_measure(pair, rows, draw, plan, Noise(seed, i)) for i, rows in enumerate(chunks)]
     return _assemble(parts, plan)

@@ -18,6 +18,7 @@ from pvae.analysis.collapse import active_units, kl_per_dimension
 from pvae.analysis.draws import Draw, LatentDraw, Roots, accept, draw, first_level, quiet
 from pvae.analysis.estimate import Estimate, Kind, exact, exact_mean, over_draws, over_whole_draws
 from pvae.analysis.grid import grid_error, marginal_log_prob
+from pvae.analysis.pooled import by_group
 from pvae.errors import DataError
 from pvae.exponential import Codes, Members, Normals, product
 from pvae.pair import Pair
@@ -65,6 +66,9 @@ def surgery(
     have one KL for all data, outside of q_agg; where the guide draws them at random, a draw of all data is one unit
     of error, and latents that read them have no information of their own.
 
+    A model conditioned on covariates y is taken apart group by group: I_q[x, z | y] and E_y KL(q_agg(z|y) || p(z|y)),
+    with log n the mean of the groups' own ceilings.
+
     Warning: with samples=1 a standard error cannot tell Monte Carlo noise from spread over the data; the total is
     given and called conservative.
 
@@ -95,6 +99,14 @@ def surgery(
     if not pair.layout.latents and not pair.layout.enumerated:
         raise DataError(f"surgery: expected latents of single data; got only global {', '.join(pair.layout.shared)}.")
     y = _labels(labels, x)
+    pooled = by_group(
+        pair, x, _labels(labels, x), train,
+        lambda rows, y, other: surgery(
+            pair, rows, samples, seed, labels=y, train=other, components=components, memory=memory
+        ),
+    )  # fmt: skip
+    if pooled is not None:
+        return pooled
     roots, bottom_up = first_level(pair, x), pair.reads_itself(x)
     with quiet(pair, x, seed):
         first = draw(pair, x)
@@ -216,6 +228,8 @@ class _Account:
 
     def _scored(self, names: tuple[str, ...]) -> _Scored | None:
         """How a group of latents is scored; None where it cannot be."""
+        if any(self.first.latents[name].point for name in names):
+            return None
         known = [q for name in names if (q := self.first.latents[name].q) is not None]
         if set(names) <= self.roots[0] and len(known) == len(names):
             rows = choose(len(self.x), self.components, self.seed, self.x.device)
@@ -334,11 +348,26 @@ class _Account:
         out["kl"] = whole
         if scored is not None:
             out |= self._bounds(kl, whole.value, scored)
+        if points := [name for name in names if self.first.latents[name].point]:
+            out["mutual_information"] = self._distinct(points, names)
         if joint is not None:
             out["mutual_information"] = exact_mean(joint.information)
             out["marginal_kl"] = exact_mean(joint.kl - joint.information)
             out["mutual_information_lower"] = out["marginal_kl_upper"] = None
         return out
+
+    def _distinct(self, points: list[str], names: tuple[str, ...]) -> Estimate | None:
+        """I_q[x, z] of deterministic codes: the entropy of which rows share one, log n where all differ.
+
+        None where codes coincide and other latents tell the rows apart, or where a point follows a draw.
+        """
+        if not set(points) <= self.roots[0]:
+            return None
+        n = len(self.x)
+        shares = self.first.flat(points).unique(dim=0, return_counts=True)[1].double() / n
+        if len(shares) < n and len(points) < len(names):
+            return None
+        return exact(float(-(shares * shares.log()).sum()))
 
     def _bounds(self, kl: Tensor, mean_kl: float, scored: _Scored) -> dict[str, Estimate | None]:
         upper, lower = torch.stack(scored.upper), torch.stack(scored.lower)
@@ -463,6 +492,11 @@ class _Account:
             rounding = scored.mixture.components.rounding(self.first.flat(self.names)[scored.rows])
             if rounding > 1e-3:
                 notes.append(f"scales are very small: log q_agg is known to {rounding:.1e} nats")
+        if points := [name for name, latent in self.first.latents.items() if latent.point]:
+            notes.append(
+                f"{', '.join(points)}: a deterministic code, so that kl is -log p(z), less a log determinant where z "
+                f"determines x; the marginal KL of points to a density is not defined"
+            )
         for name, level in self.levels.items():
             if level.grid_error is not None and level.grid_error > 1e-3:
                 notes.append(f"{name}: densities of single coordinates are known to {level.grid_error:.1e} nats")

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from pvae.enumeration import read_table
 from pvae.errors import DataError, DeclarationError
+from pvae.site import Frame
 from pvae.traces import (
     Layout,
     closed_kl,
@@ -218,6 +219,11 @@ class Pair(nn.Module):
             return
         with pyro.get_param_store().scope(self._store):
             yield
+
+    def groups(self, x: Tensor) -> Tensor | None:
+        """The joint value of the covariates of every row, numbered, `(n,)`; None for a pair without covariates."""
+        frame = getattr(self.model, "frame", None)
+        return frame.groups(x) if isinstance(frame, Frame) else None
 
     # ------------------------------------------------------------------ life cycle
 
