@@ -10,6 +10,7 @@ from pvae.analysis.anatomy import LatentSurgery, Surgery
 from pvae.analysis.collapse import Collapse, collapse
 from pvae.analysis.estimate import Estimate
 from pvae.analysis.evidence import Evidence, PriorEvidence, evidence, prior_evidence
+from pvae.analysis.gain import Gain, gain
 from pvae.analysis.gap import Gap, gap
 from pvae.analysis.groups import Posterior
 from pvae.analysis.posterior import posterior
@@ -24,6 +25,7 @@ __all__ = [
     "Collapse",
     "Estimate",
     "Evidence",
+    "Gain",
     "Gap",
     "LatentSurgery",
     "Posterior",
@@ -34,6 +36,7 @@ __all__ = [
     "bracket",
     "collapse",
     "evidence",
+    "gain",
     "gap",
     "posterior",
     "prior_evidence",

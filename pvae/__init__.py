@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from pvae.pair import Pair
     from pvae.run import Run
     from pvae.spec import Experiment
-    from pvae.svi import fit, resume
+    from pvae.svi import fit, refit, resume
 
 __version__ = "0.1.0"
 
@@ -25,6 +25,7 @@ _HOMES = {
     "PvaeError": "pvae.errors",
     "Run": "pvae.run",
     "fit": "pvae.svi",
+    "refit": "pvae.svi",
     "resume": "pvae.svi",
 }
 _ROOMS = ("analysis", "data", "guides", "models")
@@ -42,6 +43,7 @@ __all__ = [
     "fit",
     "guides",
     "models",
+    "refit",
     "resume",
 ]
 

@@ -168,6 +168,15 @@ class Plan(Section):
         return tomli_w.dumps({**table, **last})
 
 
+class Refit(Section):
+    """A second stage: all is frozen but some priors, which are fitted to the aggregated posterior."""
+
+    priors: dict[str, Prior] = Field(min_length=1)
+    """The new prior of each latent that gets one."""
+    train: Table[Train] = Train()
+    """How they are fitted: by maximum likelihood of draws of the frozen guide."""
+
+
 class Experiment(Plan):
     """A declared experiment: data, latents, encoder, decoder, objective, training.
 
@@ -183,6 +192,8 @@ class Experiment(Plan):
     latents: dict[str, Table[Latent]] = Field(min_length=1)
     encoder: Encoder = SharedEncoder()
     decoder: Table[Decoder] = Decoder()
+    refit: Table[Refit] | None = None
+    """A second stage, fitted in a run of its own when the first is done."""
 
     @field_validator("latents", "covariates")
     @classmethod
@@ -261,6 +272,19 @@ class Experiment(Plan):
         parents = {parent for latent in self.latents.values() for parent in latent.given}
         return tuple(name for name in self.latents if name not in parents)
 
+    def second_stage(self) -> Experiment:
+        """What `refit` declares: this experiment with the new priors and the plain ELBO as the objective.
+
+        Its gradient with respect to a prior is that of the prior's likelihood under q_agg.
+        """
+        assert self.refit is not None  # noqa: S101 - the caller has asked
+        table = self.model_dump(exclude_none=True, exclude_unset=True)
+        for name, prior in self.refit.priors.items():
+            table["latents"].setdefault(name, {})["prior"] = prior
+        del table["refit"]
+        changes = {"name": f"{self.name}_refit", "objective": TraceELBO(), "train": self.refit.train}
+        return type(self).from_dict({**table, **changes})
+
     def conditioned(self, data: Dataset) -> Dataset:
         """Data as the declared pair takes them: with covariates, the label stands in every row."""
         return data.conditioned({name: covariate.codes for name, covariate in self.covariates.items()})
@@ -328,6 +352,8 @@ def _findings(e: Experiment) -> Iterator[Finding]:
     yield from _unread(e)
     yield from _misplaced_priors(e)
     yield from _misplaced_posteriors(e)
+    if e.refit is not None:
+        yield from _second_stage(e, e.refit)
     if e.objective.kind == "trace_mean_field_elbo":  # type: ignore[attr-defined]
         yield from _not_mean_field(e)
 
@@ -372,6 +398,17 @@ def _misplaced_priors(e: Experiment) -> Iterator[Finding]:
             )
         if not latent.given and latent.prior.needs_parents:
             yield ("latents", name, "given"), f"parents for the prior {kind}, e.g. given = ['z2']", []
+
+
+def _second_stage(e: Experiment, refit: Refit) -> Iterator[Finding]:
+    for name in refit.priors:
+        if name not in e.latents:
+            yield ("refit", "priors", name), f"one of {', '.join(e.latents)}{near(name, e.latents)}", name
+            return
+    try:
+        e.second_stage()
+    except DeclarationError as error:
+        yield ("refit",), f"a sound second stage; {'; '.join(error.problems)}", sorted(refit.priors)
 
 
 def _misplaced_posteriors(e: Experiment) -> Iterator[Finding]:

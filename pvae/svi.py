@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +16,16 @@ from pvae import checkpoint
 from pvae.component import IMPORTED
 from pvae.data import Dataset, load
 from pvae.data.declared import TensorSource
-from pvae.errors import DeclarationError, DeviceError
+from pvae.errors import DataError, DeclarationError, DeviceError
 from pvae.models.likelihoods import Likelihood
-from pvae.objectives import IWAE, Objective, TraceMeanFieldELBO
+from pvae.objectives import IWAE, Objective, TraceELBO, TraceMeanFieldELBO
 from pvae.pair import Pair
 from pvae.provenance import provenance
-from pvae.run import Run
-from pvae.rundir import RunDirectory
+from pvae.run import Run, load_weights
+from pvae.rundir import RunDirectory, slug
 from pvae.spec import Experiment, Plan, Train
 from pvae.step import choose_engine
-from pvae.trainer import Record, Trainer
+from pvae.trainer import Record, Trainer, evaluate
 
 RESUMABLE = ("train.", "objective.", "analysis.", "description", "device", "threads")
 """What `allow_changes` may change in a run: how it is trained, never what it is."""
@@ -79,8 +81,112 @@ def fit(
     pair = given_pair.adopt(dataset.train.x[:2]) if given_pair else _experiment(plan).build(dataset.shape)
     pair.attend(dataset.train.data)
     _require_fittable(plan, pair, dataset, given_pair is not None)
-    files = RunDirectory.create(Path(run_dir), plan.name)
+    run = _launch(plan, pair, dataset, Path(run_dir), where, given_pair=given_pair, progress=progress)
+    return _second(run, device, progress)
+
+
+def refit(
+    run: Run | str | Path,
+    *overrides: str,
+    root: str | Path = "runs",
+    run_dir: str | Path | None = None,
+    data_dir: str | Path | None = None,
+    device: str = "auto",
+    progress: bool = True,
+) -> Run:
+    """Freeze a fitted pair and fit other priors to its aggregated posterior, by maximum likelihood.
+
+    With the encoder fixed, the marginal KL of the run's surgery is the most that a prior can win here; see
+    `pvae.analysis.gain` for what it did win. For an autoencoder this makes a model that can be sampled.
+
+    Arguments:
+        run: a finished `Run`, its folder, its name, or "latest".
+        overrides: the new priors, `"latents.z.prior.kind=realnvp"`, and how to train them, `"train.epochs=50"`;
+            nothing else may change. What is not said of training is as the run had it.
+        root: where runs are looked up by name.
+        run_dir: where the new run is kept; default: beside the old one.
+        data_dir: where to look for data first.
+        device: as in `fit`.
+        progress: as in `fit`.
+
+    Returns:
+        A run of its own, complete, its manifest naming the parent.
+
+    Raises:
+        DeclarationError: no prior changes, or something else does.
+        CheckpointError: the run has no checkpoint.
+    """
+    if not isinstance(run, Run):
+        run = Run.load(run, root=root, data_dir=data_dir)
+    old = run.experiment
+    stage = old.with_overrides(*overrides).with_changes({"objective": TraceELBO()})
+    changes: dict[str, Any] = {} if stage.name != old.name else {"name": f"{old.name}_refit"}
+    stage = stage.with_changes({**changes, "refit": None})
+    return _refit(run, stage, Path(run_dir) if run_dir else run.path.parent.parent, device, progress)
+
+
+NOT_FROZEN = re.compile(r"latents\.\w+\.prior(\.|$)|train\.|objective\.|analysis\.|refit|(name|description|seed)$")
+
+
+def _refit(run: Run, stage: Experiment, run_dir: Path, device: str, progress: bool) -> Run:
+    old, new = flat(run.experiment.model_dump()), flat(stage.model_dump())
+    changed = [key for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
+    frozen = [f"{key} = {old.get(key)!r}; got {new.get(key)!r}." for key in changed if not NOT_FROZEN.match(key)]
+    if frozen:
+        raise DeclarationError(
+            [f"refit: expected the run's own {line} Only priors are fitted anew." for line in frozen]
+        )
+    names = [name for name, z in stage.latents.items() if z.prior != run.experiment.latents[name].prior]
+    if not names:
+        raise DeclarationError(
+            f"refit: expected another prior, e.g. latents.{next(iter(stage.latents))}.prior.kind=realnvp; got none."
+        )
+    pair = stage.build(run.data.shape).attend(run.data.train.data)
+    trainable = tuple(f"model.priors.{name}." for name in names)
+    weights = {k: v for k, v in run.pair.state_dict().items() if not k.startswith(trainable)}
+    fresh = {k: v for k, v in pair.state_dict().items() if k.startswith(trainable)}
+    load_weights(pair, {**weights, **fresh}, str(run.path))
+    parent = {"run": identity(run), "epoch": run.status.get("epoch")}
+    return _launch(
+        stage, pair, run.data, run_dir, pick_device(device), parent=parent, trainable=trainable, progress=progress
+    )
+
+
+def _second(run: Run, device: str, progress: bool) -> Run:
+    """The second stage that a declaration asks for, if it does: begun, or gone on with."""
+    plan, root = run.plan, run.path.parent.parent
+    if not isinstance(plan, Experiment) or plan.refit is None:
+        return run
+    stage = plan.second_stage()
+    for path in sorted((root / slug(stage.name)).glob("*")):
+        child = RunDirectory(path)
+        with suppress(DataError):
+            if (child.manifest.get("parent") or {}).get("run") == identity(run):
+                return resume(Run(child, data=run.data), device=device, progress=progress)
+    return _refit(run, stage, root, device, progress)
+
+
+def identity(run: Run) -> str:
+    """A run's name and id, as `Run.load` takes them."""
+    return f"{run.path.parent.name}/{run.path.name}"
+
+
+def _launch(
+    plan: Plan,
+    pair: Pair,
+    dataset: Dataset,
+    run_dir: Path,
+    where: torch.device,
+    *,
+    given_pair: Pair | None = None,
+    parent: dict[str, Any] | None = None,
+    trainable: tuple[str, ...] | None = None,
+    progress: bool,
+) -> Run:
+    """Make the run directory and train."""
+    files = RunDirectory.create(run_dir, plan.name)
     files.write_spec(plan.to_toml())
+    freeze(pair, trainable)
     engine = _engine(plan, pair, dataset, where)
     files.write_manifest(
         {
@@ -91,16 +197,34 @@ def fit(
             "device": str(where),
             "engine": engine,
             "threads": torch.get_num_threads(),
-            "parent": None,
+            "parent": parent,
+            "trainable": None if trainable is None else list(trainable),
             "data": {"source": dataset.source, "shape": list(dataset.shape), "fingerprint": dataset.fingerprint},
         }
     )
     for note in dataset.notes:
         files.log_event("data", note)
-    trainer = Trainer(plan, pair, dataset, files, where, engine, record=_record(plan), show=progress)
     with files.lock():
-        trainer.run()
+        if any(p.requires_grad for p in pair.parameters()):
+            Trainer(plan, pair, dataset, files, where, engine, record=_record(plan), show=progress).run()
+        else:
+            _nothing_to_learn(pair, dataset, plan, files)
     return Run(files, data=dataset, pair=given_pair)
+
+
+def freeze(pair: Pair, trainable: Sequence[str] | None) -> None:
+    """Let only parameters move whose names start with one of `trainable`; None lets all."""
+    for name, parameter in pair.named_parameters() if trainable is not None else ():
+        parameter.requires_grad_(name.startswith(tuple(trainable or ())))
+
+
+def _nothing_to_learn(pair: Pair, data: Dataset, plan: Plan, files: RunDirectory) -> None:
+    """A run of a pair without free parameters (a refit with q_agg itself as the prior): measured and kept."""
+    row = evaluate(pair, data.validation.x, plan.seed)
+    files.log_metrics({"epoch": 0, "step": 0, "seconds": 0.0, "split": "validation", **row})
+    tensors: dict[str, dict[str, Tensor]] = {"weights": dict(pair.state_dict()), "optimizer": {}}
+    checkpoint.write(files.path / "checkpoints", 0, tensors, {"select": "weights"})
+    files.update_status(state="finished", epoch=0, epochs=0, step=0, elbo=row["elbo"], engine="none", seconds=0.0)
 
 
 def resume(
@@ -154,20 +278,20 @@ def resume(
         found = files.path / "checkpoints"
         for name in checkpoint.sweep(found):
             files.log_event("sweep", f"removed the unfinished {name}")
-        if run.status.get("state") == "finished" and not changed:
-            return run
-        pair = run.fresh_pair()
-        engine = str(files.manifest["engine"])
-        trainer = Trainer(plan, pair, run.data, files, where, engine, record=_record(plan), show=progress)
-        saved = checkpoint.latest(found, report=lambda line: trainer.tell("fallback", line))
-        if saved is not None:
-            trainer.restore(saved)
-        if changed:
-            trainer.state.stopped = False
-            files.write_spec(plan.to_toml())
-            files.log_event("changed", "; ".join(changed))
-        trainer.run()
-    return Run(files, data=run.data, pair=run._given_pair)
+        if run.status.get("state") != "finished" or changed:
+            pair = run.fresh_pair()
+            freeze(pair, files.manifest.get("trainable"))
+            engine = str(files.manifest["engine"])
+            trainer = Trainer(plan, pair, run.data, files, where, engine, record=_record(plan), show=progress)
+            saved = checkpoint.latest(found, report=lambda line: trainer.tell("fallback", line))
+            if saved is not None:
+                trainer.restore(saved)
+            if changed:
+                trainer.state.stopped = False
+                files.write_spec(plan.to_toml())
+                files.log_event("changed", "; ".join(changed))
+            trainer.run()
+    return _second(Run(files, data=run.data, pair=run._given_pair), device, progress)
 
 
 def _record(plan: Plan) -> Record | None:

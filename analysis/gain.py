@@ -1,0 +1,112 @@
+"""What another prior wins for a frozen encoder, beside what the marginal KL had promised."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from pvae.analysis.anatomy import Surgery, side_by_side
+from pvae.analysis.draws import accept, draw, quiet
+from pvae.analysis.estimate import Estimate, over_draws
+from pvae.analysis.surgery import surgery
+from pvae.errors import DataError
+from pvae.pair import Pair
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+
+@dataclass(frozen=True)
+class Gain:
+    """Two surgeries of one data set that differ in the prior alone; nats per datum."""
+
+    before: Surgery
+    after: Surgery
+    gained: Estimate
+    """ELBO after - ELBO before on the same draws: E[log p_after(z) - log p_before(z)]."""
+
+    @property
+    def promised(self) -> Estimate | None:
+        """The marginal KL before: no prior can win more on these data with this encoder; None for points."""
+        return self.before.marginal_kl
+
+    def sentence(self) -> str:
+        """What was won of what could be, in words."""
+        won = f"gained {self.gained.value:.3f} +- {self.gained.standard_error:.3f} nats per datum"
+        if self.promised is None:
+            return f"{won}; for a deterministic code no marginal KL says how much there was to win"
+        share = f"{100 * self.gained.value / self.promised.value:.0f} %" if self.promised.value > 0 else "all"
+        return f"{won} of the {self.promised.value:.3f} that the marginal KL had promised ({share})"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers and strings, for JSON."""
+        return {
+            "unit": "nats per datum",
+            "gained": self.gained.to_dict(),
+            "promised": None if self.promised is None else self.promised.to_dict(),
+            "before": self.before.to_dict(),
+            "after": self.after.to_dict(),
+        }
+
+    def __str__(self) -> str:
+        return self.sentence()
+
+    def __rich__(self) -> RenderableType:
+        from rich.console import Group
+        from rich.text import Text
+
+        return Group(side_by_side({"before": self.before, "after": self.after}), Text(self.sentence()))
+
+
+def gain(
+    before: Pair,
+    after: Pair,
+    x: Tensor,
+    samples: int = 1,
+    seed: int = 0,
+    *,
+    on_progress: Callable[[int, int], None] = lambda _done, _total: None,
+) -> Gain:
+    """Surgery before and after a refit, and the difference of the ELBOs on the same draws.
+
+    Arguments:
+        before: the pair with the old prior.
+        after: the pair with the new one; encoder and decoder are the same.
+        x: data `(n, *event)`.
+        samples: draws per datum.
+        seed: of the draws.
+        on_progress: called with (surgeries done, surgeries in all).
+
+    Returns:
+        Gain; `gained` is an estimate whose Monte Carlo error is that of paired differences.
+
+    Raises:
+        DataError: the two guides draw different latents.
+    """
+    x = accept(before, x)
+    differences = []
+    terms = []
+    for pair in (before, after):
+        with quiet(pair, x, seed):
+            terms.append([_nats(pair, x) for _ in range(samples)])
+    for (z_before, one), (z_after, other) in zip(*terms, strict=True):
+        if not torch.equal(z_before, z_after):
+            raise DataError("gain: expected one encoder under two priors; got guides that draw different latents.")
+        differences.append(other - one)
+    gained = over_draws(torch.stack(differences))
+    found = []
+    for i, pair in enumerate((before, after)):
+        found.append(surgery(pair, x, samples=samples, seed=seed))
+        on_progress(i + 1, 2)
+    return Gain(found[0], found[1], gained)
+
+
+def _nats(pair: Pair, x: Tensor) -> tuple[Tensor, Tensor]:
+    """One draw of all latents and log p(x, z) of it, `(n,)`."""
+    d = draw(pair, x)
+    scores = [latent.log_p for latent in d.latents.values()]
+    return d.flat(list(d.latents)), d.reconstruction + torch.stack(scores).sum(0)
