@@ -7,7 +7,6 @@ from typing import Any
 import pyro.distributions as dist
 import torch
 from torch import Tensor
-from torch.distributions import Distribution, register_kl
 
 Size = torch.Size | list[int] | tuple[int, ...]
 
@@ -37,12 +36,6 @@ class Determined(dist.Delta):
             return self
         shape = torch.Size(batch_shape)
         return Determined(self.v.expand(shape + self.event_shape), self.log_density.expand(shape), self.event_dim)
-
-
-@register_kl(Determined, Distribution)
-def _kl(q: Determined, p: Distribution) -> Tensor:
-    """log q - log p at the point (Pyro's own, for `Delta`, forgets its density)."""
-    return q.log_density - p.log_prob(q.v)
 
 
 class Rounded(Determined):

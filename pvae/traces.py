@@ -28,6 +28,7 @@ from torch.distributions import (
 )
 
 from pvae.component import Shape
+from pvae.determined import Determined
 from pvae.errors import DeclarationError
 from pvae.exponential import Codes, FullRankNormals, Members, Normals, product
 
@@ -220,6 +221,8 @@ def _weighed(value: Tensor, scale: Any, mask: Any) -> Tensor:
 
 def closed_kl(q: Mapping[str, Any], p: Mapping[str, Any], layout: Layout, particles: int, size: int) -> Tensor | None:
     """KL(q || p) of a site per datum in closed form, or None where torch does not know it."""
+    if isinstance(q["fn"], Determined):  # torch's rule for `Delta` forgets the density of the point
+        return log_prob(q, layout, particles, size) - log_prob(p, layout, particles, size)
     try:
         value = kl_divergence(q["fn"], p["fn"])
     except NotImplementedError:

@@ -1,0 +1,197 @@
+"""Models given the label of a datum: in the prior, the decoder and the guide."""
+
+# A figure that may be None fails its test if it is.
+# mypy: disable-error-code="union-attr"
+
+from __future__ import annotations
+
+from typing import Any
+
+import pyro.poutine as poutine
+import pytest
+import torch
+from torch import Tensor
+
+import pvae
+from pvae.analysis import evidence, surgery
+from pvae.data import Dataset
+from pvae.errors import DataError, DeclarationError
+from pvae.pair import Pair
+from pvae.run import Run
+from pvae.site import Frame
+from pvae.spec import Experiment
+
+NETWORK = {"network": {"kind": "mlp", "hidden": [16]}}
+PRIOR = {"kind": "conditional_normal", **NETWORK}
+TABLE: dict[str, Any] = {
+    "name": "given",
+    "data": {"source": "digits", "binarize": "dynamic"},
+    "covariates": {"y": {"codes": 10}},
+    "latents": {"z": {"dim": 3, "given": ["y"], "prior": PRIOR, "posterior": {"kind": "normal", "given": ["x", "y"]}}},
+    "encoder": {"kind": "per_latent", **NETWORK},
+    "decoder": {**NETWORK, "given": ["z", "y"], "likelihood": {"kind": "bernoulli"}},
+    "train": {"epochs": 2, "batch_size": 300},
+}
+
+
+def declared(codes: int = 3, **changes: Any) -> Pair:
+    table = {**TABLE, "covariates": {"y": {"codes": codes}}, **changes}
+    return Experiment.from_dict(table).build((6,))
+
+
+def rows(n: int = 60, codes: int = 3) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    x = (torch.rand(n, 6, generator=generator) > 0.5).float()
+    y = torch.randint(0, codes, (n,), generator=generator)
+    return torch.cat([x, y[:, None].float()], 1), y
+
+
+def test_a_row_holds_the_datum_and_its_label():
+    frame = Frame((1, 2, 3), {"y": 4})
+    assert frame.row == (7,)
+    x, y = torch.rand(5, 1, 2, 3), torch.tensor([0, 3, 1, 2, 3])
+    datum, seen = frame.split(torch.cat([x.flatten(1), y[:, None].float()], 1))
+    assert torch.equal(datum, x)
+    assert torch.equal(seen["y"], torch.nn.functional.one_hot(y, 4).float())
+    assert Frame((1, 2, 3)).row == (1, 2, 3)
+    assert Frame((2,)).groups(torch.zeros(3, 2)) is None
+
+
+def test_every_density_reads_the_label():
+    pair, (x, y) = declared(), rows()
+    assert pair.check(x) == []
+    other = x.clone()
+    other[:, -1] = (y + 1) % 3
+    z = torch.randn(len(x), 3)
+    with torch.no_grad():
+        sides = []
+        for data in (x, other):
+            guide = poutine.trace(poutine.condition(pair.guide, {"z": z})).get_trace(data)
+            model = pair.model_trace(data, {"z": z})
+            sides.append([guide.nodes["z"]["fn"].log_prob(z)])
+            sides[-1] += [model.nodes[name]["fn"].log_prob(model.nodes[name]["value"]) for name in ("z", "x")]
+    for one, two in zip(*sides, strict=True):
+        assert not torch.isclose(one, two).any()
+    assert model.nodes["x"]["value"].shape == (60, 6)  # the label is no part of what is modelled
+
+
+def test_the_elbo_is_that_of_one_model_for_each_label():
+    # A linear-Gaussian VAE whose offset depends on the label: the same numbers as an unconditioned one of x - offset.
+    table = {
+        **TABLE,
+        "latents": {"z": {"dim": 2}},
+        "encoder": {"kind": "shared", "network": {"kind": "mlp", "hidden": []}},
+        "decoder": {
+            "given": ["z", "y"],
+            "network": {"kind": "mlp", "hidden": []},
+            "likelihood": {"kind": "normal", "scale": "fixed", "value": 0.5},
+        },
+    }
+    pair = Experiment.from_dict({**table, "covariates": {"y": {"codes": 3}}}).build((6,))
+    plain = {**table, "decoder": {**table["decoder"], "given": ["z"]}}
+    del plain["covariates"]
+    alone = Experiment.from_dict(plain).build((6,))
+    x, y = torch.randn(40, 6), torch.randint(0, 3, (40,))
+    weight = pair.model.decoder.network.head.weight  # type: ignore[operator, union-attr]
+    alone.load_state_dict({**pair.state_dict(), "model.decoder.network.head.weight": weight[:, :2]})
+    offset = weight[:, 2:].T[y].detach()
+    packed = torch.cat([x, y[:, None].float()], 1)
+    z = torch.randn(40, 2)
+    with torch.no_grad():
+        given = pair.model_trace(packed, {"z": z}).nodes["x"]
+        plain_x = alone.model_trace(x - offset, {"z": z}).nodes["x"]
+        torch.testing.assert_close(
+            given["fn"].log_prob(given["value"]), plain_x["fn"].log_prob(plain_x["value"]), rtol=1e-4, atol=1e-4
+        )
+
+
+def test_surgery_is_made_within_each_label():
+    pair, (x, y) = declared(), rows()
+    found = surgery(pair, x, samples=3, labels=y)
+    sizes = [int((y == label).sum()) for label in range(3)]
+    parts = [surgery(pair, x[y == label], samples=3) for label in range(3)]
+    for name in ("elbo", "reconstruction", "kl", "kl_exact", "mutual_information", "marginal_kl", "log_n"):
+        mean = sum(n * getattr(s, name).value for n, s in zip(sizes, parts, strict=True)) / 60
+        assert getattr(found, name).value == pytest.approx(mean, abs=1e-9), name
+    assert found.kl.value == pytest.approx(found.mutual_information.value + found.marginal_kl.value, abs=1e-9)
+    assert found.n == 60
+    assert {label: c.n for label, c in found.classes.items()} == dict(enumerate(sizes))
+    assert "within each of 3 groups" in found.notes[0]
+    assert found.kl.standard_error < max(s.kl.standard_error for s in parts)
+    gain = surgery(pair, x, train=rows(90)[0]).train_gain
+    assert gain is not None
+    assert gain.value < found.marginal_kl.value + 4 * gain.standard_error
+
+
+def test_information_is_that_of_an_independent_sum():
+    pair, (x, y) = declared(), rows(30)
+    found = surgery(pair, x, samples=200)
+    with torch.no_grad():
+        trace = pair.guide_trace(x)
+        q = trace.nodes["z"]["fn"].base_dist
+        z = q.sample((200,))
+        pairs = torch.distributions.Normal(q.loc.double(), q.scale.double())
+        scores = torch.stack([pairs.log_prob(z[:, i : i + 1].double()).sum(-1) for i in range(30)], 1)  # (S, i, j)
+    same = (y[:, None] == y).double()
+    own = scores.diagonal(dim1=1, dim2=2)
+    mixed = (scores + same.log()).logsumexp(-1) - same.sum(-1).log()
+    assert found.mutual_information.value == pytest.approx(float((own - mixed).mean()), abs=0.02)
+
+
+def test_evidence_and_objectives_take_rows_as_they_are():
+    pair, (x, _) = declared(), rows()
+    bound = evidence(pair, x, samples=200)
+    assert bound.iwae.value > bound.elbo.value
+    assert pair.terms(x, particles=4).kl["z"].shape == (4, 60)
+
+
+def test_a_run_packs_binarises_and_resumes(tmp_path):
+    run = pvae.fit(Experiment.from_dict(TABLE), run_dir=tmp_path, progress=False)
+    train = run.data.train
+    assert train.x.shape == (1000, 65)
+    assert train.data.shape == (1000, 1, 8, 8)
+    assert torch.equal(train.x[:, -1].long(), train.y)
+    index = torch.arange(7)
+    batch = train.draw(index)
+    assert torch.equal(batch[:, -1], train.x[:7, -1])
+    assert not torch.equal(batch, train.draw(index))  # dynamic binarisation
+    again = Run.load(run.path)
+    assert again.data.test.x.shape == (447, 65)
+    assert surgery(again.pair, again.data.test.x).n == 447
+    longer = pvae.resume(again, "train.epochs=3", allow_changes=True, progress=False)
+    assert longer.status["epoch"] == 3
+
+
+def test_labels_are_needed_and_must_fit(tmp_path):
+    x, y = torch.rand(50, 4).round(), torch.randint(0, 12, (50,))
+    experiment = Experiment.from_dict(TABLE)
+    with pytest.raises(DataError, match=r"expected labels 0 \.\. 9; got .*Set the covariate's codes to"):
+        pvae.fit(experiment, data=Dataset.from_tensors(x, y), run_dir=tmp_path, progress=False)
+    with pytest.raises(DataError, match="expected labels, on which the model is conditioned; got none"):
+        pvae.fit(experiment, data=Dataset.from_tensors(x), run_dir=tmp_path, progress=False)
+
+
+BAD = {
+    "unknown": ({"covariates": {}}, r"latents\.z\.given: expected names among .*; got \"y\""),
+    "taken": ({"covariates": {"z": {"codes": 3}}}, "covariates: expected names that no latent has"),
+    "reserved": ({"covariates": {"x": {"codes": 3}}}, r"covariates: expected names in lower case"),
+    "two": ({"covariates": {"y": {"codes": 3}, "w": {"codes": 3}}}, "covariates: .*at most 1"),
+    "one code": ({"covariates": {"y": {"codes": 1}}}, r"covariates\.y\.codes: expected greater than 1"),
+    "no latent": ({"decoder": {"given": ["y"]}}, r"decoder\.given: expected at least one latent"),
+    "guided": (
+        {"latents": {"z": {"dim": 2, "prior": "vamp", "posterior": {"kind": "normal", "given": ["x", "y"]}}}},
+        r"latents\.z\.posterior\.given: expected \['x'\] alone",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_what_is_refused(case):
+    changes, message = BAD[case]
+    with pytest.raises(DeclarationError, match=message):
+        Experiment.from_dict({**TABLE, **changes})
+
+
+def test_a_model_without_rows_asks_for_its_label():
+    with pytest.raises(DeclarationError, match="expected rows with y"):
+        declared().model()

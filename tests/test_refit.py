@@ -1,0 +1,187 @@
+"""Refit: a frozen pair with other priors, and what they won of what the marginal KL promised."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import pvae
+from pvae.analysis import gain, surgery
+from pvae.cli import main
+from pvae.errors import DataError, DeclarationError, Interrupted
+from pvae.run import Run
+from pvae.spec import Experiment
+from pvae.trainer import Trainer
+
+NETWORK = {"network": {"kind": "mlp", "hidden": [32]}}
+TABLE: dict[str, Any] = {
+    "name": "small",
+    "data": {"source": "digits", "binarize": "threshold"},
+    "latents": {"z": {"dim": 4}},
+    "encoder": NETWORK,
+    "decoder": {**NETWORK, "likelihood": {"kind": "bernoulli"}},
+    "train": {"epochs": 30, "optimizer": {"kind": "adam", "lr": 3e-3}},
+}
+
+
+def fit(folder: Path, **changes: Any) -> Run:
+    return pvae.fit(Experiment.from_dict({**TABLE, **changes}), run_dir=folder, progress=False)
+
+
+@pytest.fixture(scope="module")
+def parent(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return fit(tmp_path_factory.mktemp("refit"))
+
+
+def again(parent: Run, *overrides: str) -> Run:
+    return pvae.refit(parent, *overrides, progress=False)
+
+
+def test_only_the_prior_moves_and_the_parent_is_recorded(parent):
+    child = again(parent, "latents.z.prior.kind=realnvp", "train.epochs=3")
+    old, new = parent.pair.state_dict(), Run.load(child.path).pair.state_dict()
+    shared = [name for name in new if not name.startswith("model.priors.z.")]
+    assert shared
+    assert [name for name in shared if not torch.equal(old[name], new[name])] == []
+    fresh = child.experiment.build(child.data.shape).state_dict()
+    moved = [name for name in new if name.startswith("model.priors.z.") and not torch.equal(fresh[name], new[name])]
+    assert len(moved) == len(new) - len(shared)
+    manifest = child.files.manifest
+    assert manifest["parent"] == {"run": f"small/{parent.path.name}", "epoch": 30}
+    assert manifest["trainable"] == ["model.priors.z."]
+    assert child.name == "small_refit"
+    assert child.path.parent.parent == parent.path.parent.parent
+    assert parent.files.manifest["parent"] is None
+
+
+def test_the_gain_is_the_marginal_kl_that_goes(parent):
+    # With encoder and decoder frozen ELBO(after) - ELBO(before) = KL(q_agg || p) - KL(q_agg || p'), on the same draws.
+    child = again(parent, "latents.z.prior.kind=mixture", "latents.z.prior.components=20", "train.epochs=60")
+    x = parent.data.train.x
+    found = gain(parent.pair, child.pair, x, samples=4)
+    before, after = surgery(parent.pair, x, samples=4), surgery(child.pair, x, samples=4)
+    assert found.gained.value == pytest.approx(after.elbo.value - before.elbo.value, abs=1e-6)
+    assert found.gained.value == pytest.approx(before.marginal_kl.value - after.marginal_kl.value, abs=1e-6)
+    assert found.promised is not None
+    assert 0.3 * found.promised.value < found.gained.value < found.promised.value
+    assert found.gained.standard_error < before.elbo.standard_error  # paired
+    assert "marginal KL had promised" in found.sentence()
+    assert json.loads(json.dumps(found.to_dict()))["gained"]["value"] == found.gained.value
+
+
+def test_q_agg_itself_wins_all_on_train_and_less_on_test(parent):
+    child = again(parent, "latents.z.prior.kind=aggregated")
+    status = child.status
+    assert (status["state"], status["epoch"]) == ("finished", 0)
+    loaded = Run.load(child.path)
+    train, test = (gain(parent.pair, loaded.pair, split.x, samples=2) for split in (child.data.train, child.data.test))
+    assert train.after.marginal_kl.value == pytest.approx(0, abs=1e-6)
+    assert train.gained.value == pytest.approx(train.promised.value, abs=1e-6)  # type: ignore[union-attr]
+    assert test.after.marginal_kl.value > 5 * abs(train.after.marginal_kl.value) + 0.01  # it overfits
+    assert test.gained.value < test.promised.value - 0.01  # type: ignore[union-attr]
+
+
+def test_an_autoencoder_gets_a_density_to_sample_from(tmp_path):
+    likelihood = {"kind": "normal", "scale": "fixed", "value": 0.2}
+    auto = fit(
+        tmp_path,
+        name="auto",
+        data={"source": "digits"},
+        latents={"z": {"dim": 4, "posterior": "delta"}},
+        decoder={**NETWORK, "likelihood": likelihood},
+        objective={"kind": "trace_elbo", "beta": 0.0},
+        train={**TABLE["train"], "keep": "last"},
+        refit={
+            "priors": {"z": {"kind": "mixture", "components": 20}},
+            "train": {"epochs": 60, "optimizer": {"kind": "adam", "lr": 0.03}},
+        },
+    )
+    assert auto.name == "auto_refit"
+    first = Run.load(f"auto/{auto.files.manifest['parent']['run'].split('/')[1]}", root=tmp_path)
+    assert first.experiment.refit is not None
+    assert auto.experiment.refit is None
+    x = auto.data.train.x
+    assert gain(first.pair, auto.pair, x).gained.value > 1  # codes are no N(0, I)
+    with torch.no_grad():
+        codes = auto.pair.guide_trace(x).nodes["z"]["value"]
+        drawn = auto.pair.simulate(torch.zeros(4000, *auto.data.shape)).nodes["z"]["value"]
+    assert (codes.mean(0) - drawn.mean(0)).abs().max() < 0.35 * codes.std()
+    assert float((codes.std(0) / drawn.std(0)).log().abs().max()) < 0.35
+
+
+def test_a_second_stage_that_was_interrupted_goes_on(tmp_path, monkeypatch):
+    stages = {"refit": {"priors": {"z": {"kind": "realnvp"}}, "train": {"epochs": 4}}, "train": {"epochs": 2}}
+    whole = fit(tmp_path / "whole", **stages)
+    step = Trainer._step
+
+    def interrupted(self: Trainer, index: torch.Tensor) -> bool:
+        if self.plan.name == "small_refit" and self.state.step == 17:
+            self._interrupted(15, 0.0)
+        return step(self, index)
+
+    monkeypatch.setattr(Trainer, "_step", interrupted)
+    with pytest.raises(Interrupted):
+        fit(tmp_path / "cut", **stages)
+    monkeypatch.undo()
+    done = pvae.resume(
+        "small", root=tmp_path / "cut", progress=False
+    )  # the first stage is finished: the second goes on
+    assert done.name == "small_refit"
+    assert done.status["epoch"] == 4
+    for name, value in whole.pair.state_dict().items():
+        assert torch.equal(value, done.pair.state_dict()[name]), name
+    assert len(list((tmp_path / "cut" / "small_refit").iterdir())) == 1
+    assert pvae.resume("small", root=tmp_path / "cut", progress=False).path == done.path
+
+
+BAD = {
+    "nothing": ([], r"expected another prior, e\.g\. latents\.z\.prior\.kind=realnvp"),
+    "the same": (["latents.z.prior.kind=standard_normal"], "expected another prior"),
+    "the latent": (["latents.z.dim=3", "latents.z.prior.kind=maf"], r"the run's own latents\.z\.dim = 4; got 3"),
+    "the data": (["data.binarize=dynamic", "latents.z.prior.kind=maf"], r"data\.binarize = 'threshold'; got 'dynamic'"),
+    "unknown": (["latents.z.prior.kind=real_nvp"], "realnvp"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_what_a_refit_may_not_change(parent, case):
+    overrides, message = BAD[case]
+    before = sorted(parent.path.parent.parent.rglob("manifest.json"))
+    with pytest.raises(DeclarationError, match=message):
+        again(parent, *overrides)
+    assert sorted(parent.path.parent.parent.rglob("manifest.json")) == before
+
+
+def test_a_declared_second_stage_is_checked_with_the_file():
+    with pytest.raises(DeclarationError, match=r"refit\.priors\.y: expected one of z"):
+        Experiment.from_dict({**TABLE, "refit": {"priors": {"y": "maf"}}})
+    with pytest.raises(DeclarationError, match=r"refit: expected a sound second stage; .*latents\.z\.given"):
+        Experiment.from_dict({**TABLE, "refit": {"priors": {"z": "conditional_normal"}}})
+    stage = Experiment.from_dict({**TABLE, "refit": {"priors": {"z": "maf"}}})
+    assert Experiment.from_toml(stage.to_toml()) == stage
+
+
+def test_guides_that_differ_are_not_compared(parent, tmp_path):
+    other = fit(tmp_path, seed=1, train={"epochs": 1})
+    with pytest.raises(DataError, match="one encoder under two priors"):
+        gain(parent.pair, other.pair, parent.data.test.x)
+
+
+def test_command_line(parent, capsys, monkeypatch):
+    root = str(parent.path.parent.parent)
+    arguments = ["refit", str(parent.path), "latents.z.prior.kind=maf", "train.epochs=2", "--run-dir", root]
+    monkeypatch.setattr("sys.argv", ["pvae", *arguments])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert not caught.value.code
+    out = capsys.readouterr().out
+    assert re.search(r"prior fitted anew; parent small/", out)
+    assert out.count("that the marginal KL had promised") == 2
+    child = Run.load("small_refit", root=root)
+    record = json.loads((child.path / "analysis" / "refit.json").read_text())
+    assert set(record["splits"]) == {"train", "test"}
