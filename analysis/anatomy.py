@@ -102,7 +102,18 @@ class Surgery(Figures):
     """log q - log p of global latents, nats for the whole data set; their share is taken off `elbo` alone."""
     global_kl: Estimate | None = None
     """KL of the global latents divided by n; exact, minus the log prior density, where they are points."""
+    elements: int | None = None
+    """Numbers to a datum, where all of them are discrete: `bits_per_dimension` is then defined."""
     notes: tuple[str, ...] = ()
+
+    @property
+    def bits_per_dimension(self) -> Estimate | None:
+        """-elbo / (elements log 2): bits that store one element, an upper bound of -log2 P(x) / elements."""
+        if self.elements is None:
+            return None
+        bits, e = self.elements * math.log(2), self.elbo
+        data_error = None if e.data_error is None else e.data_error / bits
+        return Estimate(-e.value / bits, e.standard_error / bits, e.kind, data_error, e.note)
 
     @property
     def title(self) -> str:
@@ -113,6 +124,7 @@ class Surgery(Figures):
         """(term, figure, what it means) in reading order."""
         rest = " - global_kl" if self.shared else ""
         yield "elbo", self.elbo, f"reconstruction - kl{rest}, a lower bound of log p(x)"
+        yield "bits_per_dimension", self.bits_per_dimension, "-elbo / (elements of x * log 2): bits, not nats"
         yield "reconstruction", self.reconstruction, "E_q log p(x | z)"
         yield "kl", self.kl, "E_q log q(z | x) - log p(z), the price of the code"
         yield "kl_exact", self.kl_exact, "the same in closed form"

@@ -14,6 +14,7 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from pvae import seeds, traces
+from pvae.determined import Rounded
 from pvae.enumeration import Table, read_table
 from pvae.errors import DataError, DeclarationError
 from pvae.exponential import Codes, FullRankNormals, Members, Normals, product
@@ -142,6 +143,18 @@ def determined(pair: Pair, x: Tensor) -> tuple[list[str], list[str]]:
     guide, model = samples(guide_trace), samples(model_trace)
     latents = [name for name in pair.layout.latents if is_point(guide[name]["fn"])]
     return latents, [name for name in pair.layout.observed if is_point(model[name]["fn"])]
+
+
+def discrete_elements(pair: Pair, x: Tensor) -> int | None:
+    """Numbers to a datum, where every observed site is discrete; else None. Call it inside `quiet`."""
+    nodes = [samples(pair.traces(x[:2])[1])[name] for name in pair.layout.observed]
+    try:
+        discrete = [isinstance(n["fn"], Rounded) or unwrapped(n["fn"]).support.is_discrete for n in nodes]
+    except NotImplementedError:  # a distribution that does not say
+        return None
+    if not all(discrete):
+        return None
+    return sum(n["value"].numel() // len(x[:2]) for n in nodes)
 
 
 def require_likelihood(pair: Pair, x: Tensor, caller: str) -> None:

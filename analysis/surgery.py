@@ -15,7 +15,7 @@ from pvae.analysis import codes
 from pvae.analysis.aggregated import MEMORY, AggregatedPosterior, Kept, choose
 from pvae.analysis.anatomy import ClassSurgery, Dimensions, LatentSurgery, Surgery
 from pvae.analysis.collapse import active_units, kl_per_dimension
-from pvae.analysis.draws import Draw, LatentDraw, Roots, accept, draw, first_level, quiet
+from pvae.analysis.draws import Draw, LatentDraw, Roots, accept, discrete_elements, draw, first_level, quiet
 from pvae.analysis.estimate import Estimate, Kind, exact, exact_mean, over_draws, over_whole_draws
 from pvae.analysis.grid import grid_error, marginal_log_prob
 from pvae.analysis.pooled import by_group
@@ -109,8 +109,11 @@ def surgery(
         return pooled
     roots, bottom_up = first_level(pair, x), pair.reads_itself(x)
     with quiet(pair, x, seed):
+        elements = discrete_elements(pair, x)
+    with quiet(pair, x, seed):
         first = draw(pair, x)
         account = _Account(pair, x, first, roots, seed, components, memory)
+        account.elements = elements
         for done in range(1, samples + 1):
             account.take(_honest(first if done == 1 else draw(pair, x), bottom_up))
             on_progress(done, samples)
@@ -218,6 +221,7 @@ class _Account:
     ) -> None:
         self.pair, self.x, self.first, self.roots = pair, x, first, roots
         self.seed, self.components, self.memory = seed, components, memory
+        self.elements: int | None = None
         self.names = tuple(first.latents)
         self.levels = {name: _Level() for name in self.names}
         self.reconstruction: list[Tensor] = []
@@ -281,6 +285,7 @@ class _Account:
             classes={} if y is None else self._classes(y),
             shared={name: sum(d[name] for d in self.shared) / len(self.shared) for name in self.first.shared},
             global_kl=self._global_kl(),
+            elements=self.elements,
             notes=tuple(self._notes()),
         )
 
