@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar, Literal, final
 
 import pyro.distributions as dist
@@ -14,9 +15,10 @@ from pyro.distributions.transforms.utils import clamp_preserve_gradients
 from pyro.nn import AutoRegressiveNN, DenseNN
 from torch import Tensor, nn
 from torch.distributions import constraints
+from torch.nn.functional import linear, logsigmoid, softplus
 
 from pvae.component import Ints, Shape
-from pvae.errors import DeclarationError
+from pvae.errors import DeclarationError, NonFiniteError
 from pvae.models.priors import Prior
 from pvae.site import Link, Site
 
@@ -35,14 +37,23 @@ class Bijection(nn.Module):
 
     def call(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """y = T(x) and log|det dy/dx|, `(..., D)` and `(...)`."""
+        if isinstance(self.transform, bijections.NeuralAutoregressive):
+            return mixed(self.transform, x)
+        if isinstance(self.transform, bijections.BlockAutoregressive):
+            return gated(self.transform, x)
         return self._read(self.transform._call(x))  # type: ignore[operator]
 
     def invert(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        """x = T^-1(y) and log|det dy/dx|."""
+        """x = T^-1(y) and log|det dy/dx|; found by bisection, x carries no gradient."""
         if isinstance(self.transform, bijections.AffineAutoregressive):
             x = solved(self.transform, y)
-            return x, self.call(x)[1]
-        return self._read(self.transform._inverse(y))  # type: ignore[operator]
+        elif isinstance(self.transform, bijections.NeuralAutoregressive):
+            x = bisected(lambda v: self.call(v)[0], y, self.transform.arn.get_permutation().tolist())
+        elif isinstance(self.transform, bijections.BlockAutoregressive):
+            x = bisected(lambda v: self.call(v)[0], y, range(y.shape[-1]))
+        else:
+            return self._read(self.transform._inverse(y))  # type: ignore[operator]
+        return x, self.call(x)[1]
 
     def _read(self, value: Tensor) -> tuple[Tensor, Tensor]:
         """What the transform noted of its determinant; then it forgets."""
@@ -70,6 +81,91 @@ def solved(transform: bijections.AffineAutoregressive, y: Tensor) -> Tensor:
     return x
 
 
+def mixed(transform: bijections.NeuralAutoregressive, x: Tensor) -> tuple[Tensor, Tensor]:
+    """y = logit(sum_k w_k sigmoid(a_k x + b_k)) and log|det dy/dx|; w, a > 0 and b read earlier coordinates.
+
+    Pyro's own takes the logit of a sum that rounds to 1 beyond a x + b = 16 in single precision, where y then stands
+    still; from log-sums of both tails it stays exact.
+    """
+    slope, logits, shift = transform.arn(x)
+    slope, log_weight = softplus(slope) + SLOPE, logits.log_softmax(-2)
+    c = slope * x.unsqueeze(-2) + shift
+    low, high = (log_weight + logsigmoid(c)).logsumexp(-2), (log_weight + logsigmoid(-c)).logsumexp(-2)
+    log_density = (slope.log() + log_weight + logsigmoid(c) + logsigmoid(-c)).logsumexp(-2)
+    return low - high, (log_density - low - high).sum(-1)
+
+
+def gated(transform: bijections.BlockAutoregressive, x: Tensor) -> tuple[Tensor, Tensor]:
+    """y = g x + (1 - g) f(x), and log|det dy/dx|; f_d reads x_1 .. x_d, and is increasing in x_d and bounded.
+
+    Pyro's own is NaN where the gate rounds to 1, and picks its weights by a mask, which no CUDA graph can hold.
+    """
+    h, log_slope = x, torch.zeros_like(x).unsqueeze(-1)  # of the units of each coordinate by x_d, (..., D, units)
+    dim, layers = x.shape[-1], list[Any](transform.layers)
+    for index, layer in enumerate(layers):
+        if index > 0:
+            log_slope = log_slope + 2 * (math.log(2) - h - softplus(-2 * h)).unflatten(-1, (dim, -1))
+            h = h.tanh()
+        weight = layer._weight.exp() * layer.mask_d + layer._weight * layer.mask_o
+        norm = weight.norm(dim=-1, keepdim=True)
+        h = linear(h, layer._diag_weight.exp() * weight / norm, layer.bias)
+        log_weight = layer._diag_weight + layer._weight - norm.log()
+        blocks = log_weight.view(dim, len(weight) // dim, dim, -1).diagonal(dim1=0, dim2=2).movedim(-1, 0)
+        log_slope = (blocks + log_slope.unsqueeze(-2)).logsumexp(-1)
+    kept, changed = logsigmoid(transform.gate), logsigmoid(-transform.gate)
+    log_det = torch.logaddexp(kept, changed + log_slope.squeeze(-1)).sum(-1)
+    return kept.exp() * x + changed.exp() * h, log_det
+
+
+SLOPE = 1e-6
+"""Least slope of a logistic unit: without one a bijection could become flat."""
+
+
+def bisected(call: Callable[[Tensor], Tensor], y: Tensor, order: Iterable[int]) -> Tensor:
+    """x of y = T(x), each coordinate increasing in its own x and reading only those before it, to float precision.
+
+    Coordinate after coordinate: brackets [-2^k, 2^k] are doubled until they hold the root, then halved once for every
+    bit; every step is one pass over the batch.
+
+    Arguments:
+        call: T, `(..., D)` to `(..., D)`.
+        y: `(..., D)`.
+        order: the coordinates, each after those it reads.
+
+    Raises:
+        NonFiniteError: no bracket up to 2^DOUBLINGS: weights or y are not finite, or T is nearly flat.
+    """
+    x = torch.zeros_like(y)
+    halvings = 2 - round(math.log2(torch.finfo(y.dtype).eps))
+
+    def value(d: int, at: Tensor) -> Tensor:
+        x[..., d] = at
+        return call(x)[..., d]
+
+    with torch.no_grad():
+        for d in order:
+            high = torch.ones_like(y[..., d])
+            for _ in range(DOUBLINGS):
+                inside = (value(d, -high) <= y[..., d]) & (y[..., d] <= value(d, high))
+                if inside.all():
+                    break
+                high = torch.where(inside, high, 2 * high)
+            else:
+                raise NonFiniteError(
+                    f"Expected a flow that takes every value; got none at {int((~inside).sum())} of {inside.numel()} "
+                    f"within 2^{DOUBLINGS} of 0, in coordinate {d}. Look for weights that are not finite, and fit "
+                    "again with a lower learning rate or train.clip_norm."
+                )
+            low = -high
+            for _ in range(halvings):
+                middle = low + (high - low) / 2
+                below = value(d, middle) < y[..., d]
+                low, high = torch.where(below, middle, low), torch.where(below, high, middle)
+            x[..., d] = low + (high - low) / 2
+    return x
+
+
+DOUBLINGS = 40
 CACHES = ("_cached_log_scale", "_cache_log_detJ")
 
 
@@ -149,10 +245,27 @@ def near_identity(transform: nn.Module) -> nn.Module:
     with torch.no_grad():
         for parameter in small:
             parameter.mul_(START)
+        if isinstance(transform, bijections.NeuralAutoregressive):
+            slope, _, shift = transform.arn.layers[-1].bias.view(3, transform.hidden_units, -1)
+            slope += math.log(math.e - 1)
+            shift += spread(transform.hidden_units)[:, None]
+        if isinstance(transform, bijections.BlockAutoregressive):
+            transform.gate.fill_(math.log(1 / START - 1))
+            layers = list[Any](transform.layers)
+            for layer in layers:
+                layer._diag_weight.zero_()  # Pyro's log(uniform) may be -inf
+            for layer in layers[:-1]:
+                layer.bias.copy_(spread(layer.out_features // layer.dim).repeat(layer.dim))
     return transform
 
 
+def spread(units: int) -> Tensor:
+    """Shifts at the start of the units of one coordinate: around 0 all of them, they would learn alike, and slowly."""
+    return torch.linspace(-SPREAD, SPREAD, units + 2)[1:-1]
+
+
 START = 0.1
+SPREAD = 2.5
 
 
 class FlowPrior(Prior):
@@ -162,7 +275,7 @@ class FlowPrior(Prior):
     """Whether the fast direction leads from z to u: a fast density and slow draws."""
     layers: int = Field(default=4, gt=0)
     """Number of bijections."""
-    hidden: Ints = (64, 64)
+    hidden: Ints = Field(default=(64, 64), min_length=1)
     """Hidden widths of the network of each."""
 
     @abstractmethod
@@ -260,3 +373,45 @@ class SplineAutoregressive(FlowPrior):
         transform = bijections.spline_autoregressive(dim, list(self.hidden), count_bins=self.bins, bound=self.bound)
         del transform.arn  # its spline holds the same network: registered twice, it would be saved twice
         return transform
+
+
+@final
+class BlockAutoregressive(FlowPrior):
+    """One monotone network for each coordinate, in blocks, gated by the identity so that every value is taken.
+
+    From z to u: a fast density. Its inverse has no closed form: a draw takes D x (bisections) passes through each
+    bijection, 25 bisections in single precision and 54 in double, and the doublings of their brackets.
+
+    References:
+        Block Neural Autoregressive Flow (De Cao, Titov, Aziz, 2019), https://arxiv.org/abs/1904.04676
+    """
+
+    kind: Literal["block_autoregressive"] = "block_autoregressive"
+    inward: ClassVar[bool] = True
+    hidden: Ints = Field(default=(8, 8), min_length=1)
+    """Hidden units of each coordinate, by layer."""
+
+    def bijection(self, dim: int) -> nn.Module:
+        """See `FlowPrior.bijection`."""
+        return bijections.block_autoregressive(dim, hidden_factors=list(self.hidden), residual="gated")
+
+
+@final
+class NeuralAutoregressive(FlowPrior):
+    """The logit of a mixture of logistic units, whose weights, slopes and shifts read the coordinates before.
+
+    From z to u: a fast density. Its inverse has no closed form: a draw takes D x (bisections) passes through each
+    bijection, 25 bisections in single precision and 54 in double, and the doublings of their brackets.
+
+    References:
+        Neural Autoregressive Flows (Huang, Krueger, Lacoste, Courville, 2018), https://arxiv.org/abs/1804.00779
+    """
+
+    kind: Literal["neural_autoregressive"] = "neural_autoregressive"
+    inward: ClassVar[bool] = True
+    units: int = Field(default=16, gt=1)
+    """Logistic units of each coordinate."""
+
+    def bijection(self, dim: int) -> nn.Module:
+        """See `FlowPrior.bijection`."""
+        return bijections.neural_autoregressive(dim, list(self.hidden), width=self.units)

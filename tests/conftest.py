@@ -20,7 +20,7 @@ settings.load_profile("pvae")
 @pytest.fixture(scope="session", autouse=True)
 def quiet_machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Two threads; no screen; matplotlib's settings and font cache made once for all tests and their children."""
-    torch.set_num_threads(2)
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "2")
         patch.setenv("MPLBACKEND", "Agg")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pvae.data.dataset import Dataset, Split, load
-    from pvae.data.declared import MNIST, Data, Digits, FashionMNIST, Npz, Splits, TensorSource
+    from pvae.data.declared import MNIST, Data, Digits, FashionMNIST, Npz, Splits, TensorSource, Toy
     from pvae.data.rows import Rows
 
 _HOMES = {
@@ -24,6 +24,7 @@ _HOMES = {
     "Split": "dataset",
     "Splits": "declared",
     "TensorSource": "declared",
+    "Toy": "declared",
     "load": "dataset",
 }
 
@@ -38,6 +39,7 @@ __all__ = [
     "Split",
     "Splits",
     "TensorSource",
+    "Toy",
     "load",
 ]
 

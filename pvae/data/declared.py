@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, final
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, final, get_args
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from pvae.component import Component, Ints, Section, Table
-from pvae.errors import DataError
+from pvae.errors import DataError, near
 
 if TYPE_CHECKING:
     from pvae.data.rows import Rows
@@ -25,6 +25,7 @@ Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
 Binarize = Literal["none", "threshold", "static", "dynamic"]
 Scale = Literal["unit", "raw", "standardise"]
+Density = Literal["moons", "rings", "pinwheel", "checkerboard", "eight_gaussians", "spiral"]
 
 
 class Splits(Section):
@@ -165,3 +166,37 @@ class TensorSource(Data):
             DataError: always; the data must be passed.
         """
         raise DataError('Expected tensors for data.source = "tensor"; got none. Pass data=... in Python.')
+
+
+@final
+class Toy(Data):
+    """Draws of a density in the plane: pairs (x1, x2), labelled by the part of the figure that they belong to.
+
+    `pvae.data.toys.log_density` and `entropy` give the exact density of four of them.
+    """
+
+    source: Literal["toy"] = "toy"
+    density: Density = "moons"
+    rows: int = Field(default=4000, gt=0)
+    """Rows to train; a tenth more validates, another tests."""
+    noise: Annotated[float, Field(ge=0)] | None = None
+    """Deviation of the noise around the figure; by default one that keeps it clear."""
+    scale: Scale = "raw"
+    """Not `unit`: there is no largest level."""
+    data_seed: Seed | Literal["experiment"] = 0
+    """Seed of the draws, the same data for every experiment; `experiment`: each seed of a run draws its own."""
+
+    @field_validator("density", mode="before")
+    @classmethod
+    def _known(cls, density: Any) -> Any:
+        known = get_args(Density)
+        if density not in known:
+            hint = near(density, known) if isinstance(density, str) else ""
+            raise ValueError(f"one of {', '.join(known)}; got {density!r}{hint}")
+        return density
+
+    def read(self, data_dir: Path | None, seed: int) -> Rows:
+        """Rows (1.2 rows, 2); train [0, rows), then validation, then test."""
+        from pvae.data.toys import read_toy
+
+        return read_toy(self.density, self.rows, self.noise, seed if self.data_seed == "experiment" else self.data_seed)

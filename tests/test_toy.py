@@ -1,0 +1,201 @@
+"""Densities in the plane: every density x every law, and the exact log densities against their draws and integrals."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import get_args
+
+import numpy as np
+import pytest
+import torch
+from pydantic import ValidationError
+
+import pvae
+from pvae.data import Toy, load, toys
+from pvae.data.declared import Density
+from pvae.errors import DataError, DeclarationError
+
+PARTS = {"moons": 2, "rings": 3, "pinwheel": 5, "checkerboard": 8, "eight_gaussians": 8, "spiral": 2}
+EXACT = [name for name, density in toys.DENSITIES.items() if density.log_density]
+CASES = [(name, noise) for name in EXACT for noise in (None, 0.35)]
+
+every_density = pytest.mark.parametrize("name", toys.DENSITIES)
+every_exact = pytest.mark.parametrize(("name", "noise"), CASES)
+
+
+def draws(name: str, n: int, noise: float | None = None) -> tuple[toys.Floats, np.ndarray]:
+    density = toys.DENSITIES[name]
+    return density.draw(np.random.default_rng(1), n, density.noise if noise is None else noise)
+
+
+def midpoints(reach: float, cells: int) -> tuple[toys.Floats, float]:
+    """Centres of the cells of a grid over [-reach, reach]^2, and the area of a cell."""
+    axis = (np.arange(cells) + 0.5) * (2 * reach / cells) - reach
+    return np.stack(np.meshgrid(axis, axis, indexing="ij"), -1).reshape(-1, 2), (2 * reach / cells) ** 2
+
+
+def test_the_tables_are_complete():
+    assert set(toys.DENSITIES) == set(get_args(Density)) == set(PARTS)
+    assert EXACT == ["rings", "pinwheel", "checkerboard", "eight_gaussians"]
+
+
+@every_density
+def test_draws_are_centred_and_of_a_scale(name):
+    x, y = draws(name, 20_000)
+    assert x.shape == (20_000, 2)
+    assert y.shape == (20_000,)
+    assert np.all(np.abs(x.mean(0)) < 5 * x.std(0) / 20_000**0.5)
+    assert np.all((x.std(0) > 0.9) & (x.std(0) < 2))
+    assert np.abs(x).max() < 6
+    counts = np.bincount(y)
+    assert len(counts) == PARTS[name]
+    assert np.all(np.abs(counts / 20_000 - 1 / PARTS[name]) < 0.02)
+
+
+@every_density
+def test_splits_are_disjoint_and_labelled(name):
+    data = load(Toy(density=name, rows=500))
+    assert data.source == "toy"
+    assert data.notes == ()
+    assert [tuple(split.x.shape) for split in data.splits] == [(500, 2), (50, 2), (50, 2)]
+    assert all(split.x.dtype == torch.float32 for split in data.splits)
+    assert len(torch.cat([split.x for split in data.splits]).unique(dim=0)) == 600
+    assert data.train.y is not None
+    assert int(data.train.y.max()) + 1 == PARTS[name]
+    assert data.label_names is None or len(data.label_names) == PARTS[name]
+
+
+@every_density
+def test_the_declaration_alone_makes_the_data(name):
+    one = load(Toy(density=name, rows=50), seed=0).fingerprint
+    assert load(Toy(density=name, rows=50), seed=7).fingerprint == one
+    assert load(Toy(density=name, rows=50, data_seed=1)).fingerprint != one
+    assert load(Toy(density=name, rows=50, noise=0.4)).fingerprint != one
+    drawn = Toy(density=name, rows=50, data_seed="experiment")
+    assert load(drawn, seed=0).fingerprint == one != load(drawn, seed=7).fingerprint
+
+
+def test_labels_name_the_part():
+    x, y = draws("eight_gaussians", 2000)
+    assert toys.COMPASS[2] == "north"
+    np.testing.assert_allclose(x[y == 2].mean(0), [0, 2], atol=0.1)
+    x, y = draws("rings", 2000)
+    for ring, radius in enumerate(toys.RADII):
+        assert np.abs(np.hypot(*x[y == ring].T) - radius).max() < 0.5
+    x, y = draws("moons", 2000)
+    assert x[y == 0, 1].mean() > 0.5 > -0.5 > x[y == 1, 1].mean()
+    x, y = draws("checkerboard", 2000)
+    assert np.all(np.abs(x - toys.SQUARES[y]) <= toys.SIDE / 2)
+
+
+# Exact densities
+
+
+@every_exact
+def test_the_density_integrates_to_one(name, noise):
+    grid, area = midpoints(9, 1200)  # an edge of the checkerboard is one of the grid
+    assert np.exp(toys.log_density(name, grid, noise)).sum() * area == pytest.approx(1, abs=1e-6)
+
+
+@every_exact
+def test_draws_lie_as_the_density_says(name, noise):
+    # Chi-squared of the counts over cells of 1 with 20 draws or more; a new seed fails once in ten thousand.
+    x, _ = draws(name, 100_000, noise)
+    counts = np.histogram2d(x[:, 0], x[:, 1], bins=18, range=[[-9, 9]] * 2)[0].ravel()
+    grid, area = midpoints(9, 18 * 60)
+    mass = np.exp(toys.log_density(name, grid, noise)) * area
+    expected = 100_000 * mass.reshape(18, 60, 18, 60).sum((1, 3)).ravel()
+    assert counts[expected < 1e-6].sum() == 0
+    kept = expected > 20
+    found = ((counts - expected)[kept] ** 2 / expected[kept]).sum()
+    assert abs(found - kept.sum()) < 4 * math.sqrt(2 * kept.sum())
+
+
+@every_exact
+def test_minus_mean_log_density_is_the_entropy(name, noise):
+    surprise = -toys.log_density(name, draws(name, 50_000, noise)[0], noise)
+    assert abs(surprise.mean() - toys.entropy(name, noise)) <= 4 * surprise.std() / 50_000**0.5 + 1e-12
+
+
+def test_entropies_that_are_known():
+    assert toys.entropy("checkerboard") == math.log(18)
+    apart = math.log(8) + math.log(2 * math.pi * math.e * 0.1**2)  # eight normals that do not touch
+    assert toys.entropy("eight_gaussians", 0.1) == pytest.approx(apart, abs=1e-9)
+    assert toys.entropy("eight_gaussians") < math.log(8) + math.log(2 * math.pi * math.e * 0.2**2)
+    assert math.log(18) < toys.entropy("checkerboard", 0.1) < math.log(18) + 0.3
+
+
+def test_far_away_the_density_is_finite_where_it_has_tails():
+    far = np.array([[40.0, -30.0], [0.0, 0.0]])
+    for name in ("rings", "pinwheel", "eight_gaussians"):
+        assert np.isfinite(toys.log_density(name, far)).all()
+    assert np.isneginf(toys.log_density("checkerboard", far)[0])
+
+
+def test_float32_rows_of_a_checkerboard_stay_on_it():
+    data = load(Toy(density="checkerboard", rows=20_000))
+    assert np.all(toys.log_density("checkerboard", data.train.x.double().numpy()) > -3)
+
+
+@pytest.mark.parametrize(
+    ("call", "match"),
+    [
+        (lambda: toys.log_density("moons", np.zeros((1, 2))), "closed form, rings, pinwheel, .*; got 'moons'"),
+        (lambda: toys.log_density("ring", np.zeros((1, 2))), "got 'ring' .did you mean 'rings'"),
+        (lambda: toys.entropy("spirals"), "closed form"),
+        (lambda: toys.entropy("rings", 0.0), "Expected noise > 0, without which rings has no density; got 0.0"),
+        (lambda: toys.entropy("checkerboard", -0.1), "got -0.1"),
+    ],
+)
+def test_densities_without_a_closed_form(call, match):
+    with pytest.raises(DeclarationError, match=match):
+        call()
+
+
+# Declarations
+
+
+def declared(**data: object) -> pvae.Experiment:
+    small = {"network": {"kind": "mlp", "hidden": [8]}}
+    table = {
+        "data": {"source": "toy", "rows": 200, **data},
+        "latents": {"z": {"dim": 2}},
+        "encoder": small,
+        "decoder": {**small, "likelihood": {"kind": "normal"}},
+        "train": {"epochs": 1, "engine": "eager"},
+    }
+    return pvae.Experiment.from_dict(table)
+
+
+def test_an_unknown_density_is_refused_with_the_near_name():
+    with pytest.raises(
+        DeclarationError, match=r"data.density: expected one of moons, .*; got 'moon' .did you mean 'moo"
+    ):
+        declared(density="moon")
+    with pytest.raises(DeclarationError, match=r"data.density: expected one of moons, .*; got 3"):
+        declared(density=3)
+    with pytest.raises(ValidationError, match="did you mean 'rings'"):
+        Toy(density="ring")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("change", [{"rows": 0}, {"noise": -0.1}, {"data_seed": "own"}, {"data_seed": -1}])
+def test_broken_declarations(change):
+    with pytest.raises(DeclarationError, match=f"data.{next(iter(change))}"):
+        declared(**change)
+
+
+def test_there_is_no_largest_level():
+    with pytest.raises(DataError, match="expected a known largest level"):
+        load(Toy(scale="unit"))
+
+
+def test_declarations_round_trip():
+    experiment = declared(density="spiral", data_seed="experiment")
+    assert pvae.Experiment.from_toml(experiment.to_toml()) == experiment
+
+
+@every_density
+def test_a_vae_fits(name, tmp_path: Path):
+    run = pvae.fit(declared(density=name), run_dir=tmp_path / "run", device="cpu", progress=False)
+    assert math.isfinite(run.metrics["elbo"].iloc[-1])
