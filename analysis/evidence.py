@@ -141,13 +141,13 @@ class Evidence(Bounds):
     divergence = "KL(q(z|x) || p(z|x))"
 
     exact: Estimate | None = None
-    """log p(x) by the sum over every state, where all latents are codes of at most 4096 joint states."""
+    """log p(x) itself: of a flow, and where all latents are codes of at most 4096 joint states that can be summed."""
 
     def rows(self) -> Iterator[Row]:
         """See `Bounds.rows`."""
         yield from super().rows()
         if self.exact is not None:
-            yield "log_p", self.exact, "log p(x) by the sum over every state of the code"
+            yield "log_p", self.exact, "log p(x) itself: summed over every state of a code, or a flow's"
 
     @property
     def elbo(self) -> Estimate:
@@ -279,14 +279,18 @@ def prior_evidence(
 
 
 def _require_bound(pair: Pair, x: Tensor) -> bool:
-    """Refuse a posterior without a density, unless z determines x as x determines z (a flow): whether that is so."""
+    """Refuse a posterior without a density, unless z determines x as x determines z (a flow).
+
+    Returns:
+        Whether log p(x) is known exactly: in a flow, and where the model sums all its latents out.
+    """
     points, observed = determined(pair, x)
     if points and not observed:
         raise DataError(
             f"evidence: expected posterior densities; got a point for {', '.join(points)}, as in an autoencoder: its "
             f"log p(x, z) bounds nothing. Use prior_evidence or ais, which do without the guide."
         )
-    return bool(points) and len(points) == len(pair.layout.latents)
+    return len(points) == len(pair.layout.latents)
 
 
 def _check_samples(samples: int, caller: str) -> None:

@@ -166,7 +166,7 @@ class VampPrior(Prior):
 
 
 class DataMixtureModule(nn.Module):
-    """A mixture over training rows, which `attend` hands in; what is made of them is left to `members_at`.
+    """A mixture over training rows, which `attend` hands in; `components_of` makes them of their posteriors.
 
     In training a random subset of rows stands for all, and (where asked) a datum's own row is left out of its
     mixture: `start` says which rows the batch holds. In evaluation all rows are components, constants that are
@@ -203,9 +203,13 @@ class DataMixtureModule(nn.Module):
         self._kept, self.count = None, 0
         return super().train(mode)
 
-    def members_at(self, x: Tensor) -> Members:
-        """One component for each row of `x`."""
-        raise NotImplementedError  # pragma: no cover - abstract
+    def components_of(self, q: Members) -> Members:
+        """One component for each posterior."""
+        return q
+
+    def _encoded(self, x: Tensor) -> Members:
+        """The posteriors at some rows."""
+        return as_members(self.link.guide.posterior(self.name, x))
 
     def forward(self, _given: Mapping[str, Tensor]) -> dist.TorchDistribution:
         """The mixture, with batch shape `()`."""
@@ -215,7 +219,7 @@ class DataMixtureModule(nn.Module):
                 f"Call pair.attend(data.train.data)."
             )
         if not self.training:
-            return Mixture(self._all())
+            return Mixture(self.components_of(self._kept_encodings()))
         if self.components is None or self.components >= len(self.rows):
             chosen, x = torch.arange(len(self.rows), device=self.rows.device), self.rows
         else:
@@ -224,28 +228,20 @@ class DataMixtureModule(nn.Module):
         left_out = None
         if self.leave_one_out and self.count:
             left_out = self.index[: self.count, None] == chosen
-        return Mixture(self.members_at(x), left_out=left_out)
+        return Mixture(self.components_of(self._encoded(x)), left_out=left_out)
 
-    def _all(self) -> Members:
-        """The components at all training rows."""
-        versions = [p._version for p in (*self.link.guide.parameters(), *self.parameters())]
+    def _kept_encodings(self) -> Members:
+        """The posteriors at all training rows, as constants."""
+        versions = [p._version for p in self.link.guide.parameters()]
         if self._kept is None or self._kept[0] != versions:
             with torch.no_grad():
-                parts = [self.members_at(x) for x in self.rows.split(ENCODED)]
+                parts = [self._encoded(x) for x in self.rows.split(ENCODED)]
             self._kept = versions, parts[0].joined(parts[1:])
         return self._kept[1]
 
 
 ENCODED = 5000
 """Rows encoded at a time."""
-
-
-class AggregatedModule(DataMixtureModule):
-    """The posteriors themselves."""
-
-    def members_at(self, x: Tensor) -> Members:
-        """See `DataMixtureModule.members_at`."""
-        return as_members(self.link.guide.posterior(self.name, x))
 
 
 @final
@@ -269,7 +265,7 @@ class AggregatedPrior(Prior):
 
     def build(self, site: Site, given: Mapping[str, Shape], link: Link) -> nn.Module:
         """See `Prior.build`."""
-        return AggregatedModule(site.name, link, self.components, self.leave_one_out)
+        return DataMixtureModule(site.name, link, self.components, self.leave_one_out)
 
 
 class ExemplarModule(DataMixtureModule):
@@ -279,10 +275,10 @@ class ExemplarModule(DataMixtureModule):
         super().__init__(name, link, components, leave_one_out)
         self.log_scale = nn.Parameter(torch.zeros(()))
 
-    def members_at(self, x: Tensor) -> Members:
-        """See `DataMixtureModule.members_at`."""
-        loc = self.link.guide.posterior(self.name, x).mean
-        return Normals(loc, self.log_scale.exp().expand_as(loc))
+    def components_of(self, q: Members) -> Members:
+        """See `DataMixtureModule.components_of`."""
+        assert isinstance(q, Normals | FullRankNormals)  # noqa: S101 - `as_members` makes no others
+        return Normals(q.loc, self.log_scale.exp().expand_as(q.loc))
 
 
 @final

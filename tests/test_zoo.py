@@ -1,0 +1,129 @@
+"""Every file of the zoo, fitted for a moment: fitted, read again, resumed, taken apart, reported."""
+
+# A figure that may be None fails its test if it is.
+# mypy: disable-error-code="union-attr"
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+import pvae
+from pvae import zoo
+from pvae.analysis import evidence, report, surgery
+from pvae.errors import DataError
+from pvae.run import Run
+from pvae.show import formulas
+from pvae.spec import Experiment
+
+CONTINUOUS = {
+    "vae", "vae_normal", "autoencoder", "em_mixture", "kmeans", "flow", "flow_dequantised", "flow_variational",
+    "mixture_prior", "vamp", "exemplar", "aggregated", "realnvp_prior", "maf_prior", "spline_prior", "iaf_posterior",
+    "hvae", "ladder", "bidirectional", "conditional",
+}  # fmt: skip
+POINTS = {"autoencoder", "flow"}
+"""Systems whose codes are deterministic."""
+every_system = pytest.mark.parametrize("name", zoo.names())
+
+
+def declared(name: str, *overrides: str) -> Experiment:
+    few = {
+        "digits": [
+            "data.splits.train=[0, 200]",
+            "data.splits.validation=[1000, 1060]",
+            "data.splits.test=[1350, 1410]",
+        ],
+        "toy": ["data.rows=200"],
+    }
+    source = str(Experiment.load(name).data.source)  # type: ignore[attr-defined]
+    return Experiment.load(name, [*few[source], "train.engine=eager", "train.schedule=constant", *overrides])
+
+
+def fit(name: str, folder: Path, epochs: int) -> Run:
+    return pvae.fit(declared(name, f"train.epochs={epochs}"), run_dir=folder, progress=False)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
+    return {}
+
+
+@pytest.fixture
+def run(request: pytest.FixtureRequest, runs: dict[str, Run], tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """The system fitted for two epochs, once for all tests of it."""
+    name = request.getfixturevalue("name")
+    if name not in runs:
+        runs[name] = fit(name, tmp_path_factory.mktemp(name), 2)
+    return runs[name]
+
+
+def test_the_zoo_is_complete():
+    assert set(zoo.names()) >= CONTINUOUS
+
+
+@every_system
+def test_it_is_read_back_as_it_was_written(name, run):
+    assert Experiment.from_toml(declared(name).to_toml()) == declared(name)
+    text = formulas(run.experiment)
+    assert text["model"].startswith("p(x, ")
+    assert text["guide"].startswith("q(") or run.pair.layout.enumerated
+
+
+@every_system
+def test_it_is_fitted_and_read_again(name, run):
+    again = Run.load(run.path)
+    for key, value in run.pair.state_dict().items():
+        assert torch.equal(value, again.pair.state_dict()[key]), key
+    assert math.isfinite(run.status["elbo"])
+    assert run.pair.check(run.data.train.x[:3]) == []
+
+
+@every_system
+def test_it_is_resumed_bit_for_bit(name, tmp_path):
+    whole, half = fit(name, tmp_path / "whole", 2), fit(name, tmp_path / "half", 1)
+    if half.files.manifest.get("parent"):  # the second stage has the same epochs; the first is compared
+        whole, half = (Run.load(r.files.manifest["parent"]["run"], root=r.path.parent.parent) for r in (whole, half))
+    longer = pvae.resume(half, "train.epochs=2", allow_changes=True, progress=False)
+    if longer.files.manifest.get("parent"):
+        longer = Run.load(half.path)
+    for key, value in whole.pair.state_dict().items():
+        assert torch.equal(value, longer.pair.state_dict()[key]), key
+
+
+@every_system
+def test_it_is_taken_apart(name, run):
+    x = run.data.test.x
+    found = surgery(run.pair, x, samples=2)
+    shared = 0.0 if found.global_kl is None else found.global_kl.value
+    assert found.elbo.value == pytest.approx(found.reconstruction.value - found.kl.value - shared, abs=1e-6)
+    assert -0.5 < found.mutual_information.value <= found.log_n.value + 1e-9
+    if name in POINTS:
+        assert found.marginal_kl is None
+        assert found.mutual_information.value == pytest.approx(math.log(len(x)))
+        assert "deterministic code" in " ".join(found.notes)
+    else:
+        assert found.kl.value == pytest.approx(found.mutual_information.value + found.marginal_kl.value, abs=1e-6)
+
+
+@every_system
+def test_its_evidence_is_bounded(name, run):
+    x = run.data.test.x[:20]
+    if name == "autoencoder":
+        with pytest.raises(DataError, match="a point for z"):
+            evidence(run.pair, x, samples=20)
+        return
+    found = evidence(run.pair, x, samples=50)
+    assert found.iwae.value >= found.elbo.value - 1e-6
+    if name in {"flow", "em_mixture", "kmeans"}:
+        assert found.exact.value == pytest.approx(found.iwae.value, abs=1e-4)
+
+
+@every_system
+def test_it_is_reported(name, run):
+    path = report(run)
+    text = Path(path).read_text()
+    assert len(text) > 5000
+    assert "nan" not in text.lower().split("base64")[0]
