@@ -12,17 +12,22 @@ from pvae.analysis.estimate import Estimate
 from pvae.analysis.evidence import Evidence, PriorEvidence, evidence, prior_evidence
 from pvae.analysis.gain import Gain, gain
 from pvae.analysis.gap import Gap, gap
+from pvae.analysis.generate import Code, Encoding, Reconstructions, Samples, encode, reconstruct, sample
 from pvae.analysis.groups import Posterior
 from pvae.analysis.posterior import posterior
+from pvae.analysis.rate_distortion import RateDistortion, rate_distortion
 from pvae.analysis.report import report
 from pvae.analysis.selfcheck import SelfCheck, selfcheck
 from pvae.analysis.surgery import surgery
+from pvae.analysis.traversal import Traversal, traverse
 
 __all__ = [
     "AggregatedPosterior",
     "Annealed",
     "Bracket",
+    "Code",
     "Collapse",
+    "Encoding",
     "Estimate",
     "Evidence",
     "Gain",
@@ -30,17 +35,26 @@ __all__ = [
     "LatentSurgery",
     "Posterior",
     "PriorEvidence",
+    "RateDistortion",
+    "Reconstructions",
+    "Samples",
     "SelfCheck",
     "Surgery",
+    "Traversal",
     "ais",
     "bracket",
     "collapse",
+    "encode",
     "evidence",
     "gain",
     "gap",
     "posterior",
     "prior_evidence",
+    "rate_distortion",
+    "reconstruct",
     "report",
+    "sample",
     "selfcheck",
     "surgery",
+    "traverse",
 ]

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import io
 import math
+import textwrap
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import matplotlib
@@ -18,12 +19,17 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import findfont, get_font
 from matplotlib.patches import Ellipse
 from matplotlib.patheffects import withStroke
+from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
+from matplotlib.transforms import Bbox
 from numpy.typing import NDArray
 from scipy.ndimage import gaussian_filter
 
 from pvae.analysis.anatomy import Surgery
 from pvae.analysis.collapse import ACTIVE, LatentCollapse
+from pvae.analysis.generate import Encoding, Reconstructions, Samples
+from pvae.analysis.sites import numpy_of
+from pvae.analysis.traversal import Traversal
 
 Array = NDArray[np.float64]
 Row = Mapping[str, Any]
@@ -521,7 +527,7 @@ def reconstructions(parts: Sequence[Rebuilt], low: float, high: float) -> Figure
         return _rebuilt_lines(parts)
 
 
-def _rebuilt_images(parts: Sequence[Rebuilt], low: float, high: float) -> Figure:
+def _rebuilt_images(parts: Sequence[Rebuilt], low: float, high: float, below: str = "mean") -> Figure:
     columns = max(len(part.data) for part in parts)
     h, w = parts[0].data.shape[-2:]
     made = figure(len(parts) * (2.15 * 0.89 * WIDTH / columns * h / w + 0.55))
@@ -530,7 +536,7 @@ def _rebuilt_images(parts: Sequence[Rebuilt], low: float, high: float) -> Figure
         axes.imshow(tiles(np.concatenate([part.data, part.means]), len(part.data), low, high), aspect="equal")
         gap = max(1, round(w / 10))
         axes.set_xticks([i * (w + gap) + w / 2 - 0.5 for i in range(len(part.nats))], [nats(v, 1) for v in part.nats])
-        axes.set_yticks([h / 2, h + gap + h / 2], ["data", "mean"])
+        axes.set_yticks([h / 2, h + gap + h / 2], ["data", below])
         axes.tick_params(length=0, labelsize=9)
         axes.spines[:].set_visible(False)
         axes.set_title(part.title)
@@ -593,3 +599,270 @@ def _sampled_vectors(means: Array, data: Array) -> Figure:
         axes.hist(means[:, 0], 40, density=True, histtype="step", color=RED, linewidth=1.6, label="means of p(x | z)")
     axes.legend(loc="best")
     return made
+
+
+# ---------------------------------------------------------------------- what a model makes
+
+SHEET = 100
+"""Most pictures of a sheet."""
+PICTURE = 1.1
+"""Largest width of a picture, inches."""
+CAPTION = 96
+"""Characters of a line of a caption."""
+
+
+def is_shown(shape: Sequence[int]) -> bool:
+    """Whether data of an event are pictures, `(1|3, H, W)` or `(H, H)`, or points of the plane."""
+    return tuple(shape) == (2,) or (is_image(shape) and (len(shape) == 3 or shape[0] == shape[1]))
+
+
+def sampled(found: Samples, data: Array) -> Figure | None:
+    """Samples as pictures, or as points before the data `(m, *shape)`; None for data of other shapes."""
+    x = numpy_of(found.x).astype(np.float64)
+    if not is_shown(x.shape[1:]):
+        return None
+    what = "means of p(x | z)" if found.is_mean else "draws of p(x | z)"
+    told = ", ".join(f"{plain(name)} = {_range(numpy_of(values))}" for name, values in found.covariates.items())
+    caption = f"{what[0].upper()}{what[1:]}, each at its own draw of z from the prior{told and f', given {told}'}."
+    shown = x[:SHEET]
+    some = f" ({len(shown)} of {len(x)})" if len(shown) < len(x) and x.ndim > 2 else ""
+    if x.ndim == 2:
+        return _points([(x, what)], data, "Samples", caption)
+    return _sheet(shown, math.ceil(math.sqrt(len(shown))), data, f"Samples{some}", caption)
+
+
+def _range(values: NDArray[Any]) -> str:
+    low, high = int(values.min()), int(values.max())
+    return str(low) if low == high else f"{low} to {high}"
+
+
+def reconstructed(found: Reconstructions, x: Array, data: Array) -> Figure | None:
+    """Reconstructions below their data `(n, *shape)`, best, median and worst; None for data of other shapes."""
+    made, log_p = numpy_of(found.x).astype(np.float64), numpy_of(found.log_p)
+    if not is_shown(x.shape[1:]):
+        return None
+    what = "mean" if found.is_mean else "draw"
+    if x.ndim == 2:
+        caption = f"Lines join each datum to the {what} of p(x | z) at one draw of q(z | x)."
+        return _points([(made, f"{what}s of p(x | z)")], x, "Reconstructions", caption, joined=True)
+    order = np.argsort(-log_p, kind="stable")
+    count = min(8, len(order))
+    middle = (len(order) - count) // 2
+    picks = (("best", order[:count]), ("median", order[middle : middle + count]), ("worst", order[-count:]))
+    parts = [Rebuilt(name, x[i], made[i], log_p[i]) for name, i in picks[: 3 if len(order) >= 3 * count else 1]]
+    parts = parts if len(parts) > 1 else [replace(parts[0], title="Reconstructions")]
+    with style():
+        sheet = _rebuilt_images(parts, float(data.min()), float(data.max()), what)
+        _caption(sheet, f"Above the datum, below the {what} of p(x | z) at one draw of q(z | x); log p(x | z), nats.")
+    return sheet
+
+
+def traversed(found: Traversal, data: Array) -> Figure | None:
+    """A row of pictures for every coordinate, or its path before the data; None for data of other shapes."""
+    x, values = numpy_of(found.x).astype(np.float64), numpy_of(found.values)
+    if not is_shown(x.shape[2:]):
+        return None
+    name = plain(found.latent)[:SHORT]
+    names = [f"{name}[{d}]" for d in found.dims] if values.shape[0] > 1 or found.dims[0] else [name]
+    title = f"Traversal of {name}"
+    by = f", ordered by {found.order}" if len(names) > 1 else ""
+    if x.ndim == 3:
+        caption = f"Paths of the mean of p(x | z) as one coordinate moves, the others held{by}; a dot where each ends."
+        return _points([(path, label) for path, label in zip(x, names, strict=True)], data, title, caption, paths=True)
+    same = bool((values == values[:1]).all())
+    caption = f"Means of p(x | z); in each row one coordinate moves, the others are held{by}."
+    caption += " Below: its value." if same else " Below: its value in the first row; each moves as far as its prior."
+    columns = [f"{v:.3g}".replace("-", "−") for v in values[0]]
+    return _sheet(x.reshape(-1, *x.shape[2:]), x.shape[1], data, title, caption, names, columns)
+
+
+def encoded(
+    found: Encoding, prior: Samples, labels: NDArray[Any] | None = None, names: Sequence[str] | None = None
+) -> dict[str, Figure]:
+    """The plane of every real latent of at least two rows: draws of q_agg against draws of the prior; by name."""
+    planes = {}
+    for name, code in found.latents.items():
+        if code.probs is None and name in prior.latents and len(code.value) > 1:
+            flat = [numpy_of(t.double().reshape(len(t), -1)) for t in (code.value, prior.latents[name])]
+            means = flat[0] if code.loc is None else numpy_of(code.loc.double().reshape(len(code.loc), -1))
+            planes[name] = plane(Cloud(name, means, flat[0], flat[1]), labels, names)
+    return planes
+
+
+def _sheet(
+    images: Array,
+    columns: int,
+    data: Array,
+    title: str,
+    caption: str,
+    row_names: Sequence[str] = (),
+    column_names: Sequence[str] = (),
+) -> Figure:
+    """Pictures in a grid, on the scale of grey of the data; names of rows at the left, of columns below."""
+    h, w = images.shape[-2:]
+    gap, rows = max(1, round(w / 10)), math.ceil(len(images) / columns)
+    size = min(PICTURE, 0.9 * WIDTH / columns)
+    with style():
+        made = figure(rows * size * h / w * 1.08 + 0.75)
+        axes = made.subplots()
+        axes.imshow(tiles(images, columns, float(data.min()), float(data.max())), aspect="equal")
+        axes.set_xticks([i * (w + gap) + w / 2 - 0.5 for i in range(len(column_names))], column_names)
+        axes.set_yticks([i * (h + gap) + h / 2 - 0.5 for i in range(len(row_names))], row_names)
+        axes.tick_params(length=0, labelsize=9)
+        axes.spines[:].set_visible(False)
+        axes.set_title(title)
+        _caption(made, caption)
+    return made
+
+
+def _points(
+    groups_of: Sequence[tuple[Array, str]],
+    data: Array,
+    title: str,
+    caption: str,
+    *,
+    joined: bool = False,
+    paths: bool = False,
+) -> Figure:
+    """Points of the plane before the data: as they are, joined each to its datum, or as paths."""
+    with style():
+        made = figure(5.4)
+        axes = made.subplots()
+        size = float(np.clip(9000 / max(map(len, (data, groups_of[0][0]))), 4, 16))
+        axes.scatter(data[:, 0], data[:, 1], s=size, color=PALE if not joined else GREY, linewidths=0, label="data")
+        for i, (x, label) in enumerate(groups_of):
+            if joined:
+                axes.plot(
+                    np.stack([data[:, 0], x[:, 0]]), np.stack([data[:, 1], x[:, 1]]), color=PALE, lw=0.8, zorder=0
+                )
+            if paths:
+                colour, dash = SERIES[i % len(SERIES)], ("-", "--")[i // len(SERIES) % 2]
+                axes.plot(x[:, 0], x[:, 1], color=colour, linestyle=dash, label=label)
+                axes.plot(x[-1:, 0], x[-1:, 1], "o", color=colour, markersize=5)
+            else:
+                axes.scatter(x[:, 0], x[:, 1], s=1.5 * size, color=RED, alpha=0.7, linewidths=0, label=label)
+        axes.set_aspect("equal", adjustable="datalim")
+        axes.set_title(title)
+        axes.set_xlabel("x[0]")
+        axes.set_ylabel("x[1]")
+        made.legend(loc="outside upper right", ncols=min(6, 1 + len(groups_of)), columnspacing=1.0)
+        made.set_layout_engine("constrained", w_pad=0.1)
+        _caption(made, caption)
+    return made
+
+
+def _caption(made: Figure, text: str) -> None:
+    made.supxlabel("\n".join(textwrap.wrap(text, CAPTION)), x=0.02, ha="left", fontsize=8.5, color="#444444")
+
+
+# ---------------------------------------------------------------------- runs on one plane
+
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+LABEL = 36
+"""Characters of a label."""
+REACHES = (9, 20, 34, 52, 74, 100, 140, 190)
+"""How far from its point a label may stand, points of 1/72 inch; beyond the second a line leads to it."""
+TURNS = tuple(math.radians(angle) for angle in (0, 180, 90, 270, 35, 145, 325, 215, 65, 115, 295, 245))
+"""In which direction, the first that is free."""
+
+
+def rate_distortion(
+    names: Sequence[str], rates: Sequence[float], distortions: Sequence[float], errors: Sequence[tuple[float, float]]
+) -> Figure:
+    """Runs on the plane of rate and distortion, with lines of equal ELBO; labels stand clear of each other.
+
+    Arguments:
+        names: of the runs.
+        rates: nats per datum.
+        distortions: nats per datum.
+        errors: standard errors of both; what is not finite is not drawn.
+    """
+    points = np.column_stack([rates, distortions]).astype(np.float64)
+    spread = np.nan_to_num(np.asarray(errors, dtype=np.float64), posinf=0.0).reshape(-1, 2)
+    with style():
+        made = figure(5.0)
+        axes = made.subplots()
+        for i, ((x, y), (e_x, e_y)) in enumerate(zip(points, spread, strict=True)):
+            axes.errorbar(
+                x, y, xerr=e_x or None, yerr=e_y or None, color=SERIES[i % len(SERIES)], elinewidth=1.2,
+                marker=MARKERS[i % len(MARKERS)], markersize=7, markeredgecolor="white", markeredgewidth=0.8, zorder=3,
+            )  # fmt: skip
+        low, high = (points - spread).min(0), (points + spread).max(0)
+        pad = np.where(high > low, 0.18 * (high - low), np.maximum(1.0, 0.05 * np.abs(high)))
+        axes.set_xlim(low[0] - pad[0], high[0] + pad[0])
+        axes.set_ylim(low[1] - pad[1], high[1] + pad[1])
+        axes.set_title("Rate and distortion")
+        axes.set_xlabel("rate: KL(q(z | x) || p(z)), nats per datum")
+        axes.set_ylabel("distortion: −E log p(x | z), nats per datum")
+        _caption(made, "Dashed: equal ELBO = −(rate + distortion). Towards the lower left the ELBO is higher.")
+        made.draw_without_rendering()
+        made.set_layout_engine("none")
+        taken = _equal_elbo(made, axes)
+        ends = axes.transData.transform(np.concatenate([points - spread, points + spread])).reshape(2, -1, 2)
+        for (x, y), (x0, y0), (x1, y1) in zip(axes.transData.transform(points), *ends, strict=True):
+            taken += [Bbox.from_extents(x0, y - 2, x1, y + 2), Bbox.from_extents(x - 2, y0, x + 2, y1)]
+        _label_points(made, axes, [_shortened(plain(name)) for name in names], points, taken)
+    return made
+
+
+def _equal_elbo(made: Figure, axes: Axes) -> list[Bbox]:
+    """Dashed lines rate + distortion = -ELBO with their ELBO at the edge; returns where those stand."""
+    (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
+    boxes, levels = [], MaxNLocator(7).tick_values(left + bottom, right + top)
+    digits = max(0, -math.floor(math.log10(levels[1] - levels[0]) + 1e-9))
+    for level in levels:
+        if not left + bottom < level < right + top:
+            continue
+        axes.plot([left, right], [level - left, level - right], color=PALE, linestyle="--", linewidth=0.9, zorder=0)
+        at = (left, level - left) if level - left <= top else (level - top, top)
+        if at[0] > right - 0.12 * (right - left) or at[1] < bottom + 0.04 * (top - bottom):
+            continue
+        note = axes.annotate(
+            nats(-level, digits), at, xytext=(3, -2), textcoords="offset points", ha="left",
+            va="top", fontsize=8, color=GREY, path_effects=[withStroke(linewidth=2, foreground="white")],
+        )  # fmt: skip
+        boxes.append(note.get_window_extent(made.canvas.get_renderer()))  # type: ignore[attr-defined]
+    axes.set_xlim(left, right)
+    axes.set_ylim(bottom, top)
+    return boxes
+
+
+def _shortened(name: str) -> str:
+    """A long name without its middle."""
+    return name if len(name) <= LABEL else f"{name[: LABEL // 2]}…{name[-LABEL // 2 + 1 :]}"
+
+
+def _label_points(made: Figure, axes: Axes, names: Sequence[str], points: Array, taken: list[Bbox]) -> None:
+    """A label for every point at the first place that is free: of other labels and points, and inside the frame."""
+    places = axes.transData.transform(points)
+    scale, frame = made.dpi / 72, axes.get_window_extent()
+    obstacles = [*taken, *(Bbox.from_extents(*(place - 5 * scale), *(place + 5 * scale)) for place in places)]
+    labels: list[Bbox] = []
+    for name, place, point in zip(names, places, points, strict=True):
+        note = axes.annotate(
+            name, (float(point[0]), float(point[1])), xytext=(0, 0), textcoords="offset points", fontsize=9, zorder=4,
+            path_effects=[withStroke(linewidth=2.5, foreground="white")],
+            arrowprops={"arrowstyle": "-", "color": GREY, "linewidth": 0.7, "shrinkA": 0, "shrinkB": 3},
+        )  # fmt: skip
+        size = Text.get_window_extent(note, made.canvas.get_renderer())  # type: ignore[attr-defined]  # not the line's
+        spots = [
+            (reach, _beside(place, size.width, size.height, turn, reach * scale)) for reach in REACHES for turn in TURNS
+        ]
+        inside = [(reach, box) for reach, box in spots if _inside(box, frame)] or spots
+        clear = [(reach, box) for reach, box in inside if not box.count_overlaps(labels)] or inside
+        reach, box = next((spot for spot in clear if not spot[1].count_overlaps(obstacles)), clear[0])
+        labels.append(box)
+        note.set_position(((box.x0 - place[0]) / scale, (box.y0 - place[1]) / scale))
+        if reach <= REACHES[1] and note.arrow_patch is not None:
+            note.arrow_patch.set_visible(False)
+
+
+def _beside(place: Array, width: float, height: float, turn: float, reach: float) -> Bbox:
+    """A box of some size whose near edge lies in a direction from a point."""
+    cos, sin = math.cos(turn), math.sin(turn)
+    middle = place + np.array([cos * (reach + width / 2), sin * (reach + height / 2)])
+    return Bbox.from_bounds(middle[0] - width / 2, middle[1] - height / 2, width, height)
+
+
+def _inside(box: Bbox, frame: Bbox) -> bool:
+    return frame.x0 < box.x0 and box.x1 < frame.x1 and frame.y0 < box.y0 and box.y1 < frame.y1

@@ -27,7 +27,9 @@ from pvae.analysis.collapse import ACTIVE, Collapse, collapse
 from pvae.analysis.draws import Draw, LatentDraw, draw, quiet
 from pvae.analysis.estimate import Estimate
 from pvae.analysis.evidence import Evidence, evidence
+from pvae.analysis.generate import frame_of, mean_of, sample
 from pvae.analysis.surgery import surgery
+from pvae.errors import DeclarationError
 from pvae.files import write_atomic
 from pvae.pair import Pair
 from pvae.run import Run
@@ -165,7 +167,7 @@ def examine(
     with quiet(pair, x, seed):
         drawn = draw(pair, x)
         rebuilt = _attempt(lambda: rebuild(pair, x, drawn), "reconstructions", missing)
-        prior, sampled = _attempt(lambda: simulate(pair, x), "samples", missing) or ({}, None)
+        prior, sampled = _attempt(lambda: simulate(run, seed), "samples", missing) or ({}, None)
     on_progress(4, len(STEPS), STEPS[4])
     return Findings(
         run, split, rows, surgeries, bound, evidence_rows, collapse(pair, x, seed), drawn, prior, sampled,
@@ -193,26 +195,12 @@ def _attempt(make: Callable[[], Any], section: str, missing: dict[str, str]) -> 
     """What `make` gives; a hand-written pair that cannot do it loses a section, not the report."""
     try:
         return make()
-    except (NotImplementedError, ValueError, RuntimeError, LookupError, AttributeError) as error:
+    except (DeclarationError, NotImplementedError, ValueError, RuntimeError, LookupError, AttributeError) as error:
         missing[section] = (str(error).splitlines() or [type(error).__name__])[0][:300]
         return None
 
 
 # ---------------------------------------------------------------------- reading the pair
-
-
-def mean_of(fn: Any) -> Tensor:
-    """The mean of a site's distribution, `(batch, *event)`; of an unordered level, its expected index."""
-    base = fn
-    while isinstance(base, torch.distributions.Independent):
-        base = base.base_dist
-    if isinstance(base, torch.distributions.Categorical):
-        levels = torch.arange(base.probs.shape[-1], dtype=base.probs.dtype, device=base.probs.device)
-        return base.probs @ levels
-    mean = fn.mean
-    if not isinstance(mean, Tensor) or bool(mean.isnan().any()):
-        raise NotImplementedError(f"{type(base).__name__} has no mean")
-    return mean
 
 
 def rebuild(pair: Pair, x: Tensor, drawn: Draw) -> tuple[plots.Rebuilt, ...]:
@@ -231,22 +219,17 @@ def rebuild(pair: Pair, x: Tensor, drawn: Draw) -> tuple[plots.Rebuilt, ...]:
         for name, latent in drawn.latents.items():
             values[name] = latent.value[rows].to(values[name].dtype).reshape(values[name].shape)
         fn = pair.model_trace(chosen, values).nodes[pair.layout.observed[0]]["fn"]
-        mean = mean_of(fn).expand(chosen.shape)
-        parts.append(plots.Rebuilt(title, array(chosen), array(mean), array(drawn.reconstruction[rows])))
+        data = frame_of(pair).split(chosen)[0]
+        mean = mean_of(fn).expand(data.shape)
+        parts.append(plots.Rebuilt(title, array(data), array(mean), array(drawn.reconstruction[rows])))
     return tuple(parts)
 
 
-def simulate(pair: Pair, x: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+def simulate(run: Run, seed: int) -> tuple[dict[str, Tensor], Tensor]:
     """Draws of every latent's prior `(m, D)`, and means of p(x | z) for the first of them."""
-    batch = x[torch.arange(min(1000, PRIOR_DRAWS), device=x.device) % len(x)]
-    traces = [pair.simulate(batch) for _ in range(math.ceil(PRIOR_DRAWS / len(batch)))]
-    prior = {
-        name: torch.cat([torch.as_tensor(t.nodes[name]["value"]).reshape(len(batch), -1) for t in traces])[:PRIOR_DRAWS]
-        for name in pair.layout.latents
-        if name in traces[0].nodes
-    }
-    observed = traces[0].nodes[pair.layout.observed[0]]
-    return prior, mean_of(observed["fn"]).expand(batch.shape)[:SHOWN_SAMPLES]
+    drawn = sample(run, PRIOR_DRAWS, mean=True, seed=seed)
+    known = {name: drawn.latents[name] for name in run.pair.layout.latents if name in drawn.latents}
+    return {name: values.reshape(len(values), -1) for name, values in known.items()}, drawn.x[:SHOWN_SAMPLES]
 
 
 def array(t: Tensor) -> plots.Array:
@@ -364,7 +347,8 @@ def picture(made: Figure, alt: str, caption: str) -> Picture:
 
 def pictures(found: Findings) -> dict[str, list[Picture]]:
     """All figures by section."""
-    low, high = (float(v) for v in found.rows["train"].x.aminmax())
+    train = frame_of(found.run.pair).split(found.rows["train"].x)[0]
+    low, high = (float(v) for v in train.aminmax())
     drawn: dict[str, list[Picture]] = {"units": [], "planes": [], "rebuilt": [], "samples": []}
     rows = found.run.files.metrics_rows()
     drawn["training"] = [_training(rows, found)] if rows else []
@@ -382,8 +366,7 @@ def pictures(found: Findings) -> dict[str, list[Picture]]:
         made = plots.reconstructions(found.rebuilt, low, high)
         drawn["rebuilt"] = [picture(made, f"Data of {found.split} beside their reconstructions.", REBUILT_CAPTION)]
     if found.sampled is not None:
-        data = array(found.rows["train"].x[:1000])
-        made = plots.samples(array(found.sampled), data, low, high)
+        made = plots.samples(array(found.sampled), array(train[:1000]), low, high)
         drawn["samples"] = [picture(made, f"{len(found.sampled)} samples of the model.", SAMPLES_CAPTION)]
     return drawn
 

@@ -1,0 +1,177 @@
+"""Rate and distortion: runs on one plane, where the ELBO hides what a code costs and what it buys."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from pvae import seeds
+from pvae.analysis.anatomy import Surgery
+from pvae.analysis.surgery import surgery
+from pvae.errors import DataError
+from pvae.run import Run
+from pvae.spec import Experiment
+
+if TYPE_CHECKING:
+    import pandas
+    from matplotlib.figure import Figure
+    from rich.table import Table
+
+COLUMNS = ("run", "rate", "rate_error", "distortion", "distortion_error", "elbo", "elbo_error", "n")
+
+
+@dataclass(frozen=True)
+class RateDistortion:
+    """Runs on the plane of rate and distortion; nats per datum, estimates with standard errors.
+
+    Every row holds `elbo = -(rate + distortion)`, exactly: one set of draws serves all three.
+    """
+
+    split: str
+    rows: tuple[Mapping[str, Any], ...]
+    """One for each run, in the order given; keys `COLUMNS`."""
+    surgeries: Mapping[str, Surgery] = field(repr=False)
+    """Where the figures come from, by run."""
+
+    def to_frame(self) -> pandas.DataFrame:
+        """One row per run: `rate`, `distortion`, `elbo` with `<figure>_error`, and `n` rows of data."""
+        import pandas
+
+        return pandas.DataFrame([dict(row) for row in self.rows], columns=list(COLUMNS))
+
+    def figure(self) -> Figure:
+        """The plane, with lines of equal ELBO."""
+        from pvae.analysis import plots
+
+        names, rates, distortions = ([row[key] for row in self.rows] for key in ("run", "rate", "distortion"))
+        return plots.rate_distortion(
+            names, rates, distortions, [(row["rate_error"], row["distortion_error"]) for row in self.rows]
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers and strings, for JSON; an error that is not defined (one draw of one row) is None."""
+        rows = [
+            {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in row.items()}
+            for row in self.rows
+        ]
+        return {"unit": "nats per datum", "split": self.split, "runs": rows}
+
+    def __rich__(self) -> Table:
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(title=Text(f"rate and distortion, nats per datum ({self.split}, n = {self.rows[0]['n']})"))
+        for column in ("run", "rate", "distortion", "elbo"):
+            table.add_column(column, justify="left" if column == "run" else "right", no_wrap=column != "run")
+        for row in self.rows:
+            figures = (f"{row[key]:.4f} ± {row[f'{key}_error']:.4f}" for key in ("rate", "distortion", "elbo"))
+            table.add_row(Text(row["run"]), *figures)
+        return table
+
+    def __str__(self) -> str:
+        return self.to_frame().to_string(index=False, float_format="{:.4f}".format)
+
+    def _repr_html_(self) -> str:
+        return str(self.to_frame().to_html(index=False, float_format="{:.4f}".format))
+
+
+def rate_distortion(
+    runs: Sequence[Run],
+    split: str = "test",
+    rows: int | None = None,
+    samples: int = 1,
+    seed: int = 0,
+    *,
+    on_progress: Callable[[int, int], None] = lambda _done, _total: None,
+) -> RateDistortion:
+    """The rate and the distortion of several runs on the same rows.
+
+    The rate is surgery's `kl`, E_q[log q(z | x) - log p(z)] (with the share of global latents where there are any),
+    the distortion minus its `reconstruction`. Runs of equal ELBO may differ in both: a decoder that ignores z has rate
+    0, an autoencoder no distortion to speak of. Where the posterior is a point (flows, autoencoders) the rate is
+    what surgery says all the same, no longer the length of a code, and may be negative.
+
+    Warning: a density and a mass function (likelihoods `normal` and `discretized_logistic`, say) have distortions of
+    different units; nothing here can tell.
+
+    References:
+        Fixing a Broken ELBO (Alemi et al., 2018), https://arxiv.org/abs/1711.00464
+
+    Arguments:
+        runs: runs on the same data, prepared alike; each counts once.
+        split: "train", "validation" or "test".
+        rows: this many rows, drawn at random by `seed`; all unless said.
+        samples: draws per datum.
+        seed: of rows and draws; the same for all runs.
+        on_progress: called with (draws done, draws of all runs).
+
+    Returns:
+        RateDistortion: estimates, with surgery's standard errors (one draw: conservative).
+
+    Raises:
+        DataError: no runs, or runs whose figures do not compare: other data, binarisation, splits or covariates.
+        DeclarationError: no split of that name.
+    """
+    if not runs:
+        raise DataError("rate_distortion: expected at least one run; got none.")
+    runs = list({run.path: run for run in runs}.values())
+    for run in runs[1:]:
+        _require_alike(runs[0], run)
+    names, found = _names(runs), {}
+    for i, (name, run) in enumerate(zip(names, runs, strict=True)):
+        part = run.data.split(split)
+        x = part.x[seeds.subset(len(part), rows, seed).to(part.x.device)]
+        found[name] = surgery(
+            run.pair, x, samples=samples, seed=seed,
+            on_progress=lambda done, total, i=i: on_progress(i * total + done, len(runs) * total),  # type: ignore[misc]
+        )  # fmt: skip
+    return RateDistortion(split, tuple(_row(name, s) for name, s in found.items()), found)
+
+
+def _row(name: str, s: Surgery) -> dict[str, Any]:
+    shared = 0.0 if s.global_kl is None else s.global_kl.value
+    shared_error = 0.0 if s.global_kl is None else s.global_kl.standard_error
+    figures = (
+        s.kl.value + shared, math.hypot(s.kl.standard_error, shared_error),
+        -s.reconstruction.value, s.reconstruction.standard_error, s.elbo.value, s.elbo.standard_error,
+    )  # fmt: skip
+    return dict(zip(COLUMNS, (name, *figures, s.n), strict=True))
+
+
+def _names(runs: Sequence[Run]) -> list[str]:
+    """The names of runs, with their ids where they share one."""
+    names = [run.name for run in runs]
+    return [
+        name if names.count(name) == 1 else f"{name}/{run.path.name}" for name, run in zip(names, runs, strict=True)
+    ]
+
+
+DECISIVE = ("fingerprint", "data.binarize", "covariates")
+"""What must be the same; the fingerprint is of the values of all splits."""
+
+
+def _require_alike(first: Run, other: Run) -> None:
+    """Refuse two runs whose figures do not compare, and say how they differ."""
+    one, two = _conditions(first), _conditions(other)
+    differing = [key for key in one if key in two and one[key] != two[key]]
+    if not set(differing) & set(DECISIVE):
+        return
+    told = "; ".join(f"{key} {one[key]} and {two[key]}" for key in differing)
+    raise DataError(
+        f"rate_distortion: expected runs on the same data, prepared alike, whose figures compare; got {first.name} "
+        f"({first.path}) and {other.name} ({other.path}), which differ: {told}. Put them on planes of their own."
+    )
+
+
+def _conditions(run: Run) -> dict[str, str]:
+    """What a run's figures are of, as far as it is known: a run of a hand-written pair does not declare its data."""
+    data, plan = run.files.manifest.get("data", {}), run.plan
+    found = {"fingerprint": str(data.get("fingerprint"))[:16], "source": str(data.get("source"))}
+    if not isinstance(plan, Experiment):
+        return found
+    covariates = ", ".join(f"{name} ({covariate.codes} values)" for name, covariate in plan.covariates.items())
+    splits = ", ".join(f"{name} {low} .. {high}" for name, (low, high) in plan.data.splits.declared.items())
+    declared = {"data.binarize": plan.data.binarize, "data.splits": splits or "the source's own"}
+    return {**found, **declared, "covariates": covariates or "none"}

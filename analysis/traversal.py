@@ -1,0 +1,284 @@
+"""Latent traversal: what each coordinate of a latent does to x, moved by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pvae import seeds, traces
+from pvae.analysis.collapse import activity, kl_per_dimension
+from pvae.analysis.draws import accept, draw
+from pvae.analysis.generate import (
+    CHUNK,
+    Centred,
+    Generated,
+    Given,
+    Progress,
+    Template,
+    analysed,
+    chunks,
+    datum,
+    decoded_mean,
+    encode,
+    frame_of,
+    is_discrete,
+    known_name,
+    opened,
+    row_values,
+    silent,
+)
+from pvae.errors import DataError, DeclarationError
+from pvae.exponential import Normals
+from pvae.pair import Pair
+from pvae.run import Run
+from pvae.traces import Layout, SiteShape, log_prob, samples, site_shape
+
+PRIOR_DRAWS = 1000
+"""Draws from which the mean and spread of a prior are taken that is not one normal."""
+ORDER_ROWS = 500
+"""Rows over which the KL of coordinates is taken to put them in order."""
+SHOWN_DIMS = 10
+"""Most coordinates that a traversal moves unless said."""
+ALIKE = 1e-4
+"""Relative difference of two log densities below which they are the same: rounding in batches of other shapes."""
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Traversal(Generated):
+    """One coordinate moved at a time; `save` has the keys `x`, `values`, `dims`."""
+
+    x: Tensor
+    """Means of p(x | z), `(dims, steps, *shape)`."""
+    values: Tensor
+    """What the coordinate was set to, `(dims, steps)`."""
+    latent: str
+    """The latent that is moved."""
+    dims: tuple[int, ...]
+    """Its coordinates, in the order of x."""
+    order: str
+    """By what they were put in this order."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """See `Generated.tensors`."""
+        return {"x": self.x, "values": self.values, "dims": torch.tensor(self.dims)}
+
+
+def traverse(
+    run_or_pair: Run | Pair,
+    x: Any = None,
+    latent: str | None = None,
+    dims: Sequence[int] | None = None,
+    steps: int = 9,
+    span: float = 3.0,
+    *,
+    given: Given | None = None,
+    rows: Any = None,
+    seed: int = 0,
+    on_progress: Progress = silent,
+) -> Traversal:
+    """Move one coordinate of a latent at a time and decode the means E[x | z].
+
+    A coordinate takes `steps` values, evenly spaced within `span` standard deviations of its prior's mean; mean and
+    standard deviation are those of the prior where it is one normal, else of `PRIOR_DRAWS` draws. A single code takes
+    all its values instead. All other coordinates stay: at the centre of the row's encoding (see `encode`), or at the
+    prior's mean. Latents whose prior reads the moved one, in one or several steps, follow at their mean given it.
+
+    Arguments:
+        run_or_pair: a run, or any pair that has seen data.
+        x: one row of data, `(*row)` or `(1, *row)`; None for the prior's mean.
+        latent: which; the guide's first unless said.
+        dims: its coordinates (event dimensions flattened); unless said the first `SHOWN_DIMS` in the order of their
+            KL over `rows`, largest first. Where q and p are not both normal, of the variance of their posterior mean;
+            where that is not known either, their own order.
+        steps: values of each.
+        span: how far, in standard deviations of the prior.
+        given: covariates, where there is no row; see `sample`.
+        rows: data `(n, *row)` for that order; a run's test rows unless said, else x itself.
+        seed: of what is drawn; the same seed, the same numbers.
+        on_progress: called with (rows decoded, in all).
+
+    Returns:
+        Traversal: x `(dims, steps, *shape)`, values `(dims, steps)`.
+
+    Raises:
+        DataError: more than one row, a count below 1, or nothing to traverse.
+        DeclarationError: no such latent or coordinate; a likelihood without a mean.
+    """
+    if steps < 1 or not 0 < span < float("inf"):
+        raise DataError(f"traverse: expected at least one step and a span above 0; got steps={steps}, span={span}.")
+    pair = opened(run_or_pair)
+    row = None if x is None else _one_row(pair, x)
+    if row is not None and given:
+        raise DeclarationError("given: expected none beside a row of data, which has covariates of its own; got some.")
+    layout = pair.layout
+    names = (*layout.latents, *layout.enumerated)
+    if not names:
+        raise DataError(f"traverse: expected latents of single data; got only global {', '.join(layout.shared)}.")
+    name = names[0] if latent is None else known_name(latent, names, "latent")
+    template = Template(run_or_pair, pair, 1, given, seed, row)
+    if rows is None and isinstance(run_or_pair, Run):
+        held = run_or_pair.data.test.x
+        rows = held[seeds.subset(len(held), ORDER_ROWS, seed).to(held.device)]
+    seen = row if rows is None else accept(pair, rows)[:ORDER_ROWS]
+    base = {} if row is None else encode(pair, row, mean=True, seed=seed).latents
+    with analysed(pair, template.at(0, 2), seed):
+        prior = _prior(pair, template, names, name)
+        scores, order = (None, "their own order") if seen is None else _scores(pair, seen, name)
+        at = base[name].value.flatten() if base else prior.means[name]
+        chosen = _dims(dims, name, len(at), scores)
+        places = _places(prior, name, chosen, steps, span)
+        moved = at.expand(*places.shape, -1).clone()
+        moved[range(len(chosen)), :, list(chosen)] = places.to(moved)
+        held_at = {z: code.value.reshape(1, -1) for z, code in base.items() if z != name}
+        decoded = _decode(pair, template, name, moved.flatten(0, 1), held_at, prior, on_progress)
+    return Traversal(decoded.unflatten(0, places.shape), places, name, chosen, order)
+
+
+def _one_row(pair: Pair, x: Any) -> Tensor:
+    """One row of data `(1, *row)`, as the pair takes it."""
+    try:
+        row = torch.as_tensor(x)
+    except (TypeError, ValueError, RuntimeError):
+        return accept(pair, x)  # which says what is wrong
+    found = accept(pair, row[None] if tuple(row.shape) == frame_of(pair).row else row)
+    if len(found) != 1:
+        raise DataError(f"traverse: expected one row of data; got {len(found)}. Pass x[:1], or rows=x for the order.")
+    return found
+
+
+@dataclass(frozen=True)
+class Priors:
+    """What there is to know of the priors of all latents, flat."""
+
+    means: dict[str, Tensor]
+    """Of the prior, or of its draws; of a code the most probable, `(numel,)`."""
+    scales: dict[str, Tensor]
+    """Standard deviations, `(numel,)`."""
+    states: Tensor | None
+    """All values `(K,)` of the moved latent where it is a single code."""
+    sites: dict[str, tuple[SiteShape, Tensor]]
+    """Shape of every site, and a value of its type."""
+
+    def spread(self, flat: Mapping[str, Tensor], count: int) -> dict[str, Tensor]:
+        """Flat values `(count or 1, numel)` as those of the sites."""
+        known = {name: (*self.sites[name], value) for name, value in flat.items() if name in self.sites}
+        return {name: shape.spread(value.to(like).expand(count, -1)) for name, (shape, like, value) in known.items()}
+
+
+def _prior(pair: Pair, template: Template, names: Sequence[str], moved: str) -> Priors:
+    """Of one normal exactly, of other priors from draws."""
+    nodes = samples(pair.simulate(template.at(0, 8)))
+    exact = {name: _one_normal(nodes[name], pair.layout, 8) for name in names if name in nodes}
+    if moved not in exact:
+        raise DataError(f"traverse: expected {moved} in the model; got a latent of the guide alone.")
+    drawn: dict[str, list[Tensor]] = {name: [] for name, found in exact.items() if found is None}
+    for start, stop in chunks(PRIOR_DRAWS, template.numbers) if drawn else ():
+        later = samples(pair.simulate(template.at(start, stop)))
+        for name, parts in drawn.items():
+            parts.append(
+                row_values(later[name]["value"], later[name], pair.layout, stop - start).reshape(stop - start, -1)
+            )
+    means, scales = {}, {}
+    for name, found in exact.items():
+        values = None if found is not None else torch.cat(drawn[name])
+        if values is not None and is_discrete(nodes[name]["fn"]):
+            means[name], scales[name] = values.mode(0).values, torch.zeros_like(values[0])
+        elif values is not None:
+            means[name], scales[name] = values.mean(0), values.std(0)
+        elif found is not None:
+            means[name], scales[name] = found.loc[0].cpu(), found.scale[0].cpu()
+    fn, states = nodes[moved]["fn"], None
+    if is_discrete(fn):
+        if len(means[moved]) > 1 or not fn.has_enumerate_support:
+            raise DataError(f"traverse: expected real coordinates or a single code; got {moved}, a grid of codes.")
+        states = fn.enumerate_support(expand=False).flatten().cpu()
+    sites = {name: (site_shape(nodes[name], pair.layout), nodes[name]["value"]) for name in exact}
+    return Priors(means, scales, states, sites)
+
+
+def _one_normal(node: Mapping[str, Any], layout: Layout, count: int) -> Normals | None:
+    """The prior, where it is one diagonal normal for all rows."""
+    found = traces.members(node, layout, count)
+    if not isinstance(found, Normals):
+        return None
+    return found if all(bool((t == t[:1]).all()) for t in (found.loc, found.scale)) else None
+
+
+def _scores(pair: Pair, x: Tensor, name: str) -> tuple[Tensor | None, str]:
+    """What every coordinate of a latent carries over some data, and what that is."""
+    layout = pair.layout
+    if name in layout.enumerated or (layout.enumerated and len(layout.latents) > 1):
+        return None, "their own order"
+    drawn = draw(pair, x).latents[name]
+    kl = kl_per_dimension([drawn])
+    if kl is not None:
+        return torch.tensor(kl), "KL"
+    variance = activity(drawn)
+    return variance, "their own order" if variance is None else "variance of the posterior mean"
+
+
+def _dims(dims: Sequence[int] | None, name: str, count: int, scores: Tensor | None) -> tuple[int, ...]:
+    if dims is None:
+        order = range(count) if scores is None else scores.argsort(descending=True, stable=True).tolist()
+        return tuple(order[:SHOWN_DIMS])
+    wrong = [d for d in dims if not 0 <= d < count]
+    if wrong or not len(dims):
+        raise DeclarationError(f"dims: expected coordinates of {name}, 0 .. {count - 1}; got {list(wrong or dims)}.")
+    return tuple(dims)
+
+
+def _places(prior: Priors, name: str, dims: Sequence[int], steps: int, span: float) -> Tensor:
+    """Values that each coordinate takes, `(dims, steps)`."""
+    if prior.states is not None:
+        return prior.states.expand(len(dims), -1)
+    units = torch.linspace(-span, span, steps) if steps > 1 else torch.zeros(1)
+    loc, scale = prior.means[name][list(dims)], prior.scales[name][list(dims)]
+    return loc[:, None] + scale[:, None] * units.to(loc)
+
+
+def _decode(
+    pair: Pair,
+    template: Template,
+    name: str,
+    moved: Tensor,
+    held: Mapping[str, Tensor],
+    prior: Priors,
+    on_progress: Progress,
+) -> Tensor:
+    """E[x | z] with one latent set to `moved` `(m, numel)`; others held where they do not follow it."""
+    below = _followers(pair, template, name, moved, held, prior)
+    kept = {z: value for z, value in held.items() if z not in below}
+    parts = []
+    for start, stop in chunks(len(moved), template.numbers):
+        nodes = _set(pair, template.at(start, stop), {**kept, name: moved[start:stop]}, prior)
+        parts.append(decoded_mean(nodes[datum(pair.layout, nodes)], pair.layout, stop - start))
+        on_progress(stop, len(moved))
+    return torch.cat(parts)
+
+
+def _followers(
+    pair: Pair, template: Template, name: str, moved: Tensor, held: Mapping[str, Tensor], prior: Priors
+) -> set[str]:
+    """Latents whose prior depends on the moved one, directly or through others.
+
+    With all of them free at their centres, the density of one and the same value differs from row to row.
+    """
+    found: set[str] = set()
+    if held:
+        some = moved[torch.linspace(0, len(moved) - 1, min(len(moved), CHUNK)).long()]
+        nodes = _set(pair, template.at(0, len(some)), {name: some}, prior)
+        for z, same in prior.spread(held, len(some)).items():
+            scores = log_prob({**nodes[z], "value": same}, pair.layout, 0)
+            if float((scores - scores[0]).abs().max()) > ALIKE * (1 + float(scores.abs().max())):
+                found.add(z)
+    return found
+
+
+def _set(pair: Pair, rows: Tensor, values: Mapping[str, Tensor], prior: Priors) -> dict[str, Any]:
+    """The model's sites at flat values of some latents, the others at their centres given them."""
+    with Centred(prior.spread(prior.means, len(rows))):
+        return samples(pair.model_trace(rows, prior.spread(values, len(rows))))
