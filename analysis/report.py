@@ -29,7 +29,7 @@ from pvae.analysis.estimate import Estimate
 from pvae.analysis.evidence import Evidence, evidence
 from pvae.analysis.generate import frame_of, mean_of, sample
 from pvae.analysis.surgery import surgery
-from pvae.errors import DeclarationError
+from pvae.errors import DataError, DeclarationError
 from pvae.files import write_atomic
 from pvae.pair import Pair
 from pvae.run import Run
@@ -80,7 +80,8 @@ class Findings:
     """Rows of the surgery, by split."""
     surgeries: dict[str, Surgery]
     """By split: train, and the split of the report."""
-    evidence: Evidence
+    evidence: Evidence | None
+    """None where nothing bounds log p(x): the code is a point."""
     evidence_rows: Rows
     collapse: Collapse
     drawn: Draw
@@ -161,9 +162,9 @@ def examine(
     x = rows[split].x
     on_progress(2, len(STEPS), STEPS[2])
     evidence_rows = some(data.split(split).x, EVIDENCE_ROWS, seed)
-    bound = evidence(pair, evidence_rows.x, samples=evidence_samples, seed=seed)
-    on_progress(3, len(STEPS), STEPS[3])
     missing: dict[str, str] = {}
+    bound = _attempt(lambda: evidence(pair, evidence_rows.x, samples=evidence_samples, seed=seed), "evidence", missing)
+    on_progress(3, len(STEPS), STEPS[3])
     with quiet(pair, x, seed):
         drawn = draw(pair, x)
         rebuilt = _attempt(lambda: rebuild(pair, x, drawn), "reconstructions", missing)
@@ -191,11 +192,22 @@ def some(x: Tensor, most: int, seed: int) -> Rows:
     return Rows(x[seeds.subset(len(x), most, seeds.mix(seed, seeds.ANALYSIS, 2)).to(x.device)], len(x))
 
 
+REFUSALS = (DataError, DeclarationError, NotImplementedError, ValueError, RuntimeError, LookupError, AttributeError)
+
+
 def _attempt(make: Callable[[], Any], section: str, missing: dict[str, str]) -> Any:
     """What `make` gives; a hand-written pair that cannot do it loses a section, not the report."""
     try:
         return make()
-    except (DeclarationError, NotImplementedError, ValueError, RuntimeError, LookupError, AttributeError) as error:
+    except (
+        DataError,
+        DeclarationError,
+        NotImplementedError,
+        ValueError,
+        RuntimeError,
+        LookupError,
+        AttributeError,
+    ) as error:
         missing[section] = (str(error).splitlines() or [type(error).__name__])[0][:300]
         return None
 
@@ -278,6 +290,10 @@ def _on_elbo(found: Findings) -> Sentence:
 
 def _on_evidence(found: Findings) -> Sentence:
     e = found.evidence
+    if e is None:
+        return Sentence("Nothing here bounds log p(x): the code is a point, whose KL to a density is not defined.")
+    if e.exact is not None:
+        return Sentence(f"log p(x) itself is {nats(e.exact)} nats: no other guide could be tighter.")
     where = "" if e.n == found.evidence_rows.of else f"On {found.evidence_rows.note}, "
     return Sentence(
         f"{where}log p(x) is at least {nats(e.iwae)} nats and the ELBO {nats(e.elbo)}: a better guide would win "
@@ -487,7 +503,7 @@ def figures(found: Findings) -> dict[str, Any]:
         "verdict": [{"text": s.text, "alert": s.is_alert} for s in verdict(found)],
         "surgery": {split: {**s.to_dict(), "rows": found.rows[split].note} for split, s in found.surgeries.items()},
         "train_gap": found.gap,
-        "evidence": {**found.evidence.to_dict(), "rows": found.evidence_rows.note},
+        "evidence": None if found.evidence is None else {**found.evidence.to_dict(), "rows": found.evidence_rows.note},
         "collapse": found.collapse.to_dict(),
         "reconstructions": {part.title: part.nats.tolist() for part in found.rebuilt},
         "missing": found.missing,
@@ -584,10 +600,9 @@ def kind_of(e: Estimate) -> str:
 def tiles(found: Findings) -> list[tuple[str, str, str]]:
     """The headline figures: (what, figure, unit and condition)."""
     s = found.held
-    out = [
-        ("ELBO", nats(s.elbo), f"nats per datum, {found.split}"),
-        ("log p(x) − ELBO", nats(found.evidence.gap), f"nats or more, {found.evidence.n} rows"),
-    ]
+    out = [("ELBO", nats(s.elbo), f"nats per datum, {found.split}")]
+    if found.evidence is not None:
+        out.append(("log p(x) − ELBO", nats(found.evidence.gap), f"nats or more, {found.evidence.n} rows"))
     if s.marginal_kl is not None:
         out.append(("marginal KL", nats(s.marginal_kl), "nats, the most a prior can win"))
     if found.gap is not None:
