@@ -808,7 +808,7 @@ def rate_distortion(
 def _equal_elbo(made: Figure, axes: Axes) -> list[Bbox]:
     """Dashed lines rate + distortion = -ELBO with their ELBO at the edge; returns where those stand."""
     (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
-    boxes, levels = [], MaxNLocator(7).tick_values(left + bottom, right + top)
+    boxes, levels = [], MaxNLocator(7, steps=[1, 2, 5, 10]).tick_values(left + bottom, right + top)
     digits = max(0, -math.floor(math.log10(levels[1] - levels[0]) + 1e-9))
     for level in levels:
         if not left + bottom < level < right + top:

@@ -40,9 +40,11 @@ def formulas(experiment: Experiment) -> dict[str, str]:
     sites, guide_sites = experiment.sites(), experiment.guide_sites()
     names = ", ".join(site.name for site in sites)
     priors = [factor("p", site.name, site.given) for site in sites]
-    model = f"p({OBSERVED}, {names}) = {' '.join(priors)} {factor('p', OBSERVED, experiment.decoder_given())}"
+    joint = factor("p", f"{OBSERVED}, {names}", experiment.covariates)
+    model = f"{joint} = {' '.join(priors)} {factor('p', OBSERVED, experiment.decoder_given())}"
     posteriors = [factor("q", site.name, site.guide_given) for site in guide_sites]
-    guide = f"q({names} | {OBSERVED}) = {' '.join(posteriors)}"
+    posteriors += [factor("p", site.name, (OBSERVED, *site.given)) for site in sites if site.summed]  # by Bayes
+    guide = f"{factor('q', names, (OBSERVED, *experiment.covariates))} = {' '.join(posteriors)}"
     return {"model": model, "guide": guide, "model_latex": latex(model), "guide_latex": latex(guide)}
 
 
@@ -76,7 +78,8 @@ def render(experiment: Experiment, x: Shape, pair: Pair) -> RenderableType:
         latent = experiment.latents[site.name]
         prior = f"{latent.prior.kind}: {factor('p', site.name, site.given)}"  # type: ignore[attr-defined]
         posterior = f"{latent.posterior.kind}: {factor('q', site.name, site.guide_given)}"  # type: ignore[attr-defined]
-        latents.add_row(site.name, str(list(site.event)), prior, posterior)
+        size = str(list(site.event)) if site.codes is None else f"{site.codes} codes"
+        latents.add_row(site.name, size, prior, posterior)
     likelihood = experiment.decoder.likelihood.kind  # type: ignore[attr-defined]
     latents.add_row(
         OBSERVED, str(list(x)), f"{likelihood}: {factor('p', OBSERVED, experiment.decoder_given())}", "data"
