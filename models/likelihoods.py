@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
+from collections.abc import Callable
+from math import prod
 from typing import Any, ClassVar, Literal, final
 
 import pyro.distributions as dist
@@ -13,7 +16,9 @@ from torch.distributions import constraints
 
 from pvae.component import Component, Shape
 from pvae.determined import Determined, Rounded
+from pvae.errors import DataError
 from pvae.event import Event
+from pvae.normal import lower_factor
 
 Size = torch.Size | list[int] | tuple[int, ...]
 
@@ -22,6 +27,8 @@ class Likelihood(Component):
     """The density of a datum given the decoder's output."""
 
     hint: ClassVar[str] = ""
+    closed_form: ClassVar[bool] = False
+    """Whether the objective `em` can fit it: its module is a `ClosedForm`."""
 
     @property
     @abstractmethod
@@ -61,8 +68,57 @@ class LikelihoodModule(nn.Module):
         return h.unflatten(-len(self.x), (self.channels, self.x[0])).unbind(-len(self.x) - 1)
 
 
-class BernoulliModule(LikelihoodModule):
+class ClosedForm(LikelihoodModule):
+    """A likelihood whose weighted maximum is in closed form: an exponential family of the decoder's output.
+
+    Statistics are float64 sums over data, so that they add up over batches; those of normal families are about
+    `origin`, `(prod(x),)`, the mean of the data, against cancellation.
+    """
+
+    def statistics(self, x: Tensor, origin: Tensor) -> Tensor:
+        """Sufficient statistics of data `(n, *x)`, `(n, F)`; here x itself."""
+        return x.flatten(1)
+
+    def maximise(self, counts: Tensor, sums: Tensor, origin: Tensor) -> Tensor:
+        """The decoder's outputs under which weighted data are most likely; sets what the components share.
+
+        Arguments:
+            counts: sums of the weights, `(K,)`; none is zero.
+            sums: weighted sums of `statistics`, `(K, F)`.
+            origin: as in `statistics`.
+
+        Returns:
+            One output for each component, flattened, `(K, prod(inputs))`.
+
+        Raises:
+            DataError: there is no maximum: a covariance is singular.
+        """
+        raise NotImplementedError  # pragma: no cover - abstract
+
+    def around(self, x: Tensor, mean: Tensor, origin: Tensor) -> Tensor:
+        """Statistics of a component moved to data `(m, *x)`, `(m, F)`: half way from the mean over all data."""
+        return (self.statistics(x, origin) + mean) / 2
+
+
+class NormalForm(ClosedForm):
+    """A normal family: its first statistics are x - origin, the others its second moments."""
+
+    def around(self, x: Tensor, mean: Tensor, origin: Tensor) -> Tensor:
+        """Located at `x`, and as spread out as all data are."""
+        centre = mean[None, : len(origin)] + origin
+        return self.statistics(x, origin) + mean - self.statistics(centre, origin)
+
+
+LOWEST = -12.0
+"""Least log-odds or log-rate that a closed form gives: a value never seen stays possible."""
+
+
+class BernoulliModule(ClosedForm):
     """Independent Bernoulli elements; the decoder gives logits."""
+
+    def maximise(self, counts: Tensor, sums: Tensor, origin: Tensor) -> Tensor:
+        """See `ClosedForm.maximise`."""
+        return torch.logit(sums / counts[:, None], eps=1 / (1 + math.exp(-LOWEST)))
 
     def forward(self, h: Tensor) -> dist.TorchDistribution:
         """Logits `(..., *x)` to the distribution."""
@@ -75,6 +131,7 @@ class Bernoulli(Likelihood):
 
     kind: Literal["bernoulli"] = "bernoulli"
     hint: ClassVar[str] = "set data.binarize to 'dynamic', 'static' or 'threshold', or use likelihood 'normal'"
+    closed_form: ClassVar[bool] = True
 
     @property
     def support(self) -> constraints.Constraint:
@@ -86,7 +143,7 @@ class Bernoulli(Likelihood):
         return BernoulliModule(x, 1)
 
 
-class NormalModule(LikelihoodModule):
+class NormalModule(NormalForm):
     """Independent normal elements with a fixed, a shared learned, or a predicted scale."""
 
     log_scale: Tensor
@@ -109,12 +166,35 @@ class NormalModule(LikelihoodModule):
             log_scale = offset + self.offset
         return Event(dist.Normal(loc, log_scale.exp().clamp(min=self.floor)), len(self.x))
 
+    def statistics(self, x: Tensor, origin: Tensor) -> Tensor:
+        """x and, where a scale is learned, its square."""
+        y = x.flatten(1) - origin
+        return torch.cat([y, y.square()], 1) if self.learns_scale else y
+
+    @property
+    def learns_scale(self) -> bool:
+        """Whether the scale is no constant."""
+        return self.channels == 2 or isinstance(self.log_scale, nn.Parameter)
+
+    def maximise(self, counts: Tensor, sums: Tensor, origin: Tensor) -> Tensor:
+        """See `ClosedForm.maximise`; scales are at least `floor`."""
+        mean, *square = (sums / counts[:, None]).split(len(origin), 1)
+        if not square:
+            return mean + origin
+        variance = (square[0] - mean.square()).clamp(min=self.floor**2)
+        if self.channels == 2:
+            return torch.cat([mean + origin, 0.5 * variance.log() - self.offset], 1)
+        pooled = counts @ (square[0] - mean.square()) / counts.sum()
+        self.log_scale.copy_(0.5 * pooled.mean().clamp(min=self.floor**2).log())
+        return mean + origin
+
 
 @final
 class Normal(Likelihood):
     """Independent normal elements; a fixed scale makes the reconstruction a scaled squared error."""
 
     kind: Literal["normal"] = "normal"
+    closed_form: ClassVar[bool] = True
     scale: Literal["fixed", "shared", "per_datum"] = "shared"
     """`fixed`: the declared `value`; `shared`: one learned number; `per_datum`: predicted for every element."""
     value: float = Field(default=0.3, gt=0)
@@ -137,8 +217,193 @@ class Normal(Likelihood):
         return NormalModule(x, self.scale, self.value, self.floor)
 
 
-class CategoricalModule(LikelihoodModule):
+class FactoredNormal(dist.TorchDistribution):
+    """N(loc, L L^T) over an event of any shape, flattened; rows that share a factor L never copy it.
+
+    torch's own copies the factor for every row once a plate has expanded it: K n D^2 numbers for n rows under K
+    enumerated components.
+
+    Arguments:
+        loc: `(..., D)`.
+        scale_tril: L, `(D, D)`, or `(..., D, D)` with as many batch dimensions as `loc`.
+        event: shape of an event of D elements.
+        batch: batch shape, when it is larger than that of `loc`.
+    """
+
+    arg_constraints = {"loc": constraints.real_vector, "scale_tril": constraints.lower_cholesky}
+    has_rsample = True
+
+    def __init__(
+        self,
+        loc: Tensor,
+        scale_tril: Tensor,
+        event: Size,
+        batch: Size | None = None,
+        validate_args: bool | None = None,
+    ) -> None:
+        self.loc, self.scale_tril = loc, scale_tril
+        super().__init__(
+            torch.Size(loc.shape[:-1] if batch is None else batch), torch.Size(event), validate_args=validate_args
+        )
+
+    @property
+    def support(self) -> constraints.Constraint:
+        """Real numbers."""
+        return constraints.independent(constraints.real, len(self.event_shape))
+
+    def expand(self, batch_shape: Size, _instance: Any = None) -> FactoredNormal:
+        """The same distribution over more batch dimensions."""
+        return FactoredNormal(self.loc, self.scale_tril, self.event_shape, batch_shape, validate_args=False)
+
+    def _along(self, operation: Callable[[Tensor, Tensor], Tensor], vectors: Tensor) -> Tensor:
+        """`operation(L, columns)` of vectors `(..., D)`: as one matrix where the last batch dimension shares L."""
+        factor = self.scale_tril
+        if vectors.dim() == 1 or factor.dim() > 2 and factor.shape[-3] > 1:
+            return operation(factor, vectors.unsqueeze(-1)).squeeze(-1)
+        return operation(factor.squeeze(-3) if factor.dim() > 2 else factor, vectors.mT).mT
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Log density, nats, `(...)`; exact."""
+        if self._validate_args:
+            self._validate_sample(value)
+        difference = value.flatten(value.dim() - len(self.event_shape)) - self.loc
+        unit = self._along(lambda factor, y: torch.linalg.solve_triangular(factor, y, upper=False), difference)
+        log_det = self.scale_tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+        score = -0.5 * (unit.square().sum(-1) + unit.shape[-1] * math.log(2 * math.pi)) - log_det
+        return score.expand(torch.broadcast_shapes(score.shape, self.batch_shape))
+
+    def rsample(self, sample_shape: Size = torch.Size()) -> Tensor:
+        """Differentiable draws `sample_shape + (..., *event)`."""
+        shape = (*sample_shape, *self.batch_shape, self.loc.shape[-1])
+        noise = torch.randn(shape, dtype=self.loc.dtype, device=self.loc.device)
+        return (self.loc + self._along(torch.matmul, noise)).unflatten(-1, self.event_shape)
+
+    def _full(self, value: Tensor) -> Tensor:
+        return value.expand(*self.batch_shape, value.shape[-1]).unflatten(-1, self.event_shape)
+
+    @property
+    def mean(self) -> Tensor:
+        """`(..., *event)`."""
+        return self._full(self.loc)
+
+    @property
+    def variance(self) -> Tensor:
+        """Of every element by itself, `(..., *event)`."""
+        return self._full(self.scale_tril.square().sum(-1))
+
+
+class MultivariateNormalModule(NormalForm):
+    """One normal over all elements of x; the decoder gives its mean and (if `full`) the factor of its covariance.
+
+    The factor is diag(s) (I + strictly lower triangle) with s^2 = value^2 exp(2 a) + floor: any a and any triangle
+    will do, and no conditional variance is below `floor`.
+    """
+
+    def __init__(self, x: Shape, covariance: str, value: float, floor: float) -> None:
+        super().__init__(x, 1)
+        self.size = d = prod(self.x)
+        self.full, self.offset, self.floor = covariance == "full", math.log(value), floor
+        if not self.full:
+            self.factor = nn.Parameter(torch.zeros(d * (d + 1) // 2))
+
+    @property
+    def inputs(self) -> Shape:
+        """The event's shape or, with a full covariance, D (D + 3) / 2 numbers."""
+        return (self.size * (self.size + 3) // 2,) if self.full else self.x
+
+    def forward(self, h: Tensor) -> dist.TorchDistribution:
+        """`(..., *inputs)` to the distribution."""
+        d = self.size
+        if self.full:
+            loc, log_scale, below = h.split([d, d, d * (d - 1) // 2], -1)
+        else:
+            loc = h.flatten(h.dim() - len(self.x))
+            log_scale, below = self.factor.split([d, d * (d - 1) // 2])
+        scale = (2 * (log_scale + self.offset)).exp().add(self.floor).sqrt()
+        return FactoredNormal(loc, lower_factor(scale, below), self.x)
+
+    def statistics(self, x: Tensor, origin: Tensor) -> Tensor:
+        """x and the lower triangle of x x^T."""
+        y = x.flatten(1) - origin
+        row, column = torch.tril_indices(self.size, self.size, device=y.device)
+        return torch.cat([y, y[:, row] * y[:, column]], 1)
+
+    def maximise(self, counts: Tensor, sums: Tensor, origin: Tensor) -> Tensor:
+        """See `ClosedForm.maximise`; `floor` is added to the variances."""
+        d = self.size
+        row, column = torch.tril_indices(d, d, device=sums.device)
+        mean, packed = (sums / counts[:, None]).split([d, len(row)], 1)
+        packed = packed - mean[:, row] * mean[:, column]
+        if not self.full:
+            packed = (counts @ packed / counts.sum())[None]
+        covariance = packed.new_zeros(len(packed), d, d)
+        covariance[:, row, column] = covariance[:, column, row] = packed
+        covariance.diagonal(dim1=1, dim2=2).add_(self.floor)
+        square = mean.square() if self.full else mean.square().amax(0)
+        noise = 8 * d * torch.finfo(sums.dtype).eps * (covariance.diagonal(dim1=1, dim2=2) + square)
+        factor, failed = torch.linalg.cholesky_ex(covariance)
+        scale = factor.diagonal(dim1=1, dim2=2)
+        pivots = scale.square().masked_fill(failed[:, None] > 0, 0.0)
+        self._require_regular(pivots, noise, counts)
+        log_scale = 0.5 * (pivots - self.floor).clamp(min=torch.finfo(sums.dtype).tiny).log() - self.offset
+        row, column = torch.tril_indices(d, d, -1, device=sums.device)
+        free = torch.cat([log_scale, factor[:, row, column] / scale[:, row]], 1)
+        if self.full:
+            return torch.cat([mean + origin, free], 1)
+        self.factor.copy_(free[0])
+        return mean + origin
+
+    def _require_regular(self, pivots: Tensor, noise: Tensor, counts: Tensor) -> None:
+        """Refuse covariances whose pivots, the conditional variances, may be rounding: they have no density."""
+        bad = (pivots <= noise).any(1).nonzero().flatten().tolist()
+        if bad:
+            which, weight = (f"component {bad[0]}", counts[bad[0]]) if self.full else ("all components", counts.sum())
+            remedy = "declare fewer codes, or covariance = 'tied'" if self.full else "or leave out constant features"
+            least = max(1e-6, 2 * float(noise[bad[0]].max()))
+            raise DataError(
+                f"likelihood multivariate_normal: expected a covariance of full rank for {which}; got a singular one, "
+                f"of {weight:.6g} data in {self.size} dimensions. Set likelihood.floor to {least:.1g}, {remedy}."
+            )
+
+
+@final
+class MultivariateNormal(Likelihood):
+    """One normal over all elements of x, of any covariance: with a `table`, the Gaussian mixture."""
+
+    kind: Literal["multivariate_normal"] = "multivariate_normal"
+    closed_form: ClassVar[bool] = True
+    covariance: Literal["full", "tied"] = "full"
+    """`full`: predicted for every datum (one for each component of a mixture); `tied`: one learned for all."""
+    value: float = Field(default=0.3, gt=0)
+    """Standard deviation of every element where gradient learning starts."""
+    floor: float = Field(default=1e-6, ge=0)
+    """Least variance. The objective `em` adds it to the diagonal, as scikit-learn does with `reg_covar`."""
+
+    @property
+    def support(self) -> constraints.Constraint:
+        """Real numbers."""
+        return constraints.real
+
+    def build(self, x: Shape) -> LikelihoodModule:
+        """See `Likelihood.build`."""
+        return MultivariateNormalModule(x, self.covariance, self.value, self.floor)
+
+
+class CategoricalModule(ClosedForm):
     """Independent categorical elements; the decoder gives one logit per level."""
+
+    def statistics(self, x: Tensor, origin: Tensor) -> Tensor:
+        """Which level every element has, level by level."""
+        levels = torch.arange(self.channels, device=x.device)[:, None]
+        return (x.flatten(1)[:, None] == levels).to(origin).flatten(1)
+
+    def maximise(self, counts: Tensor, sums: Tensor, origin: Tensor) -> Tensor:
+        """See `ClosedForm.maximise`."""
+        p = (sums / counts[:, None]).unflatten(1, (self.channels, -1))
+        least = math.exp(LOWEST)
+        rare = p < least
+        kept = (1 - least * rare.sum(1, keepdim=True)) / p.masked_fill(rare, 0.0).sum(1, keepdim=True)
+        return (p * kept).masked_fill(rare, least).log().flatten(1)
 
     def forward(self, h: Tensor) -> dist.TorchDistribution:
         """`(..., levels * x[0], *x[1:])` to the distribution."""
@@ -150,6 +415,7 @@ class Categorical(Likelihood):
     """Independent elements with unordered levels 0 .. levels - 1."""
 
     kind: Literal["categorical"] = "categorical"
+    closed_form: ClassVar[bool] = True
     levels: int = Field(gt=1)
     """Number of levels."""
     hint: ClassVar[str] = "set data.scale = 'raw' and likelihood.levels to the number of levels"
@@ -296,7 +562,7 @@ class DiscretizedLogisticLikelihood(Likelihood):
         return DiscretizedLogisticModule(x, self.levels, self.floor)
 
 
-class PoissonModule(LikelihoodModule):
+class PoissonModule(ClosedForm):
     """Independent counts; the decoder gives log-rates."""
 
     def __init__(self, x: Shape, bounds: tuple[float, float]) -> None:
@@ -307,12 +573,17 @@ class PoissonModule(LikelihoodModule):
         """Log-rates `(..., *x)` to the distribution."""
         return Event(dist.Poisson(h.clamp(*self.bounds).exp()), len(self.x))
 
+    def maximise(self, counts: Tensor, sums: Tensor, origin: Tensor) -> Tensor:
+        """See `ClosedForm.maximise`."""
+        return (sums / counts[:, None]).log().clamp(*self.bounds)
+
 
 @final
 class Poisson(Likelihood):
     """Independent counts 0, 1, 2, ..."""
 
     kind: Literal["poisson"] = "poisson"
+    closed_form: ClassVar[bool] = True
     hint: ClassVar[str] = "set data.scale = 'raw', or use likelihood 'normal'"
 
     @property
@@ -322,7 +593,7 @@ class Poisson(Likelihood):
 
     def build(self, x: Shape) -> LikelihoodModule:
         """See `Likelihood.build`."""
-        return PoissonModule(x, (-12.0, 12.0))
+        return PoissonModule(x, (LOWEST, -LOWEST))
 
 
 # ---------------------------------------------------------------------- x as the decoder says, with certainty

@@ -178,6 +178,37 @@ def he_initialise(module: nn.Module) -> None:
         nn.init.zeros_(module.bias)
 
 
+class TableModule(NetworkModule):
+    """`(..., codes)` one-hot to the row of its code; of any other vector, a linear map without a bias."""
+
+    def __init__(self, inputs: Mapping[str, Shape], output: Shape) -> None:
+        super().__init__(inputs, output)
+        ((self.name, shape),) = self.inputs.items()
+        self.weight = nn.Parameter(0.1 * torch.randn(prod(shape), prod(self.output)))
+
+    def forward(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Named tensors `(..., *shape)` to `(..., *output)`."""
+        h = flatten(inputs[self.name], self.inputs[self.name]).to(self.weight) @ self.weight
+        return h if len(self.output) == 1 else h.unflatten(-1, self.output)
+
+
+@final
+class Table(Network):
+    """One learned row for every code: the parameters of the components of a mixture."""
+
+    kind: Literal["table"] = "table"
+
+    def build(self, inputs: Mapping[str, Shape], output: Shape | None) -> NetworkModule:
+        """See `Network.build`; of one input, and never for features."""
+        if len(inputs) != 1 or output is None:
+            found = ", ".join(inputs) + (" and no output" if output is None else "")
+            raise DeclarationError(
+                f"network table: expected one input (a latent with codes) and an output, as a decoder has; "
+                f"got {found}. Use kind = 'mlp'."
+            )
+        return TableModule(inputs, output)
+
+
 def halvings(size: int, times: int) -> list[int]:
     """Sizes of one image side before and after each stride-2 convolution: 28, 14, 7, 4 ..."""
     sizes = [size]

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Annotated
 
 import pyro.distributions as dist
+import torch
 from pydantic import AfterValidator, Field
 from torch import Tensor, nn
 
@@ -29,6 +30,20 @@ def diagonal_normal(parameters: Tensor, bounds: tuple[float, float]) -> dist.Tor
     """N(loc, diag(exp(log_variance))) with event shape `(dim,)` from `parameters` `(..., 2 dim)`."""
     loc, log_variance = parameters.chunk(2, -1)
     return Event(dist.Normal(loc, log_variance.clamp(*bounds).mul(0.5).exp()), 1)
+
+
+def lower_factor(scale: Tensor, below: Tensor) -> Tensor:
+    """diag(scale) (I + strictly lower triangle), `(..., d, d)`: a Cholesky factor from numbers free to move.
+
+    Arguments:
+        scale: the diagonal, `(..., d)`; the standard deviations of each coordinate given those before it.
+        below: the strictly lower triangle of the unit factor, row by row, `(..., d (d - 1) / 2)`.
+    """
+    d = scale.shape[-1]
+    row, column = torch.tril_indices(d, d, -1, device=scale.device)
+    unit = torch.diag_embed(torch.ones_like(scale))
+    unit[..., row, column] = below
+    return scale[..., None] * unit
 
 
 class NormalHead(nn.Module):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from abc import abstractmethod
-from typing import ClassVar, Literal, Self, final
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, ClassVar, Literal, Self, final
 
 import torch
 from pydantic import Field, model_validator
@@ -15,11 +16,37 @@ from pvae.pair import Pair, Terms
 from pvae.schedules import Constant, Schedule
 from pvae.traces import sum_over
 
+if TYPE_CHECKING:
+    from pvae.data import Split
+
+
+class Stepper(ABC):
+    """What a fit does with its batches: a gradient step with each (`pvae.step.Step`), or sums for a closed form."""
+
+    @property
+    @abstractmethod
+    def names(self) -> tuple[str, ...]:
+        """What the returned vector holds."""
+
+    @abstractmethod
+    def __call__(self, x: Tensor, frozen: Sequence[nn.Parameter] = ()) -> Tensor:
+        """Take in one batch; parameters in `frozen` do not move. Returns the detached vector named by `names`."""
+
+    def begin(self) -> None:  # noqa: B027 - most have nothing to do
+        """Called once, before the first step of a fit."""
+
+    def end_epoch(self) -> None:  # noqa: B027
+        """Called after the last step of every epoch, before validation."""
+
 
 class Objective(Component):
     """A loss over `Terms`; `beta` weighs the KL, `free_bits` leaves the first nats of each latent unpenalised."""
 
     default: ClassVar[str] = "trace_elbo"
+    dtype: ClassVar[torch.dtype | None] = None
+    """What parameters are cast to; None leaves them as they are."""
+    refuses: ClassVar[tuple[str, ...]] = ()
+    """Keys of `train` that must stay as they are by default."""
 
     beta: Schedule = Constant()
     """Weight of the KL in per-datum nats: 1 is the ELBO, 0 an autoencoder."""
@@ -37,6 +64,31 @@ class Objective(Component):
     @abstractmethod
     def loss(self, terms: Terms, beta: Tensor) -> Tensor:
         """Scalar loss, nats per datum."""
+
+    def misfits(self, pair: Pair, rows: int) -> list[str]:
+        """What keeps a pair from being fitted to `rows` training rows by this objective, one line each."""
+        return []
+
+    def stepper(
+        self,
+        loss: Loss,
+        data: Split,
+        steps: int,
+        seed: int,
+        gathered: dict[str, Tensor],
+        tell: Callable[[str, str], None],
+    ) -> Stepper | None:
+        """What fits the pair instead of gradient steps; None for those.
+
+        Arguments:
+            loss: this objective over the pair.
+            data: the training data.
+            steps: batches of an epoch.
+            seed: of the fit.
+            gathered: what the steps of an epoch sum up, kept here because it belongs to every checkpoint.
+            tell: reports an event, as kind and message.
+        """
+        return None
 
     def penalised(self, loss: Tensor, terms: Terms) -> Tensor:
         """A loss plus the batch means of what is added beside the ELBO (commitment and the like)."""

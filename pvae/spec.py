@@ -18,6 +18,7 @@ from torch import nn
 from pvae import toml, zoo
 from pvae.component import Component, Names, Section, Shape, Table
 from pvae.data.declared import Data, Digits
+from pvae.em import EM
 from pvae.errors import DeclarationError, near
 from pvae.guides import flows as _guide_flows  # noqa: F401 - their kinds register themselves
 from pvae.guides import inverse, topdown  # noqa: F401
@@ -27,7 +28,9 @@ from pvae.guides.posteriors import ExactPosterior, NormalPosterior, Posterior
 from pvae.models import flows, invertible, mixture  # noqa: F401
 from pvae.models.decoders import Decoder
 from pvae.models.graph import GraphModel
-from pvae.models.priors import CategoricalPrior, Prior, StandardNormal
+from pvae.models.likelihoods import Likelihood
+from pvae.models.priors import CategoricalPrior, Prior, StandardNormal, UniformPrior
+from pvae.networks import Table as NetworkTable
 from pvae.objectives import Objective, TraceELBO
 from pvae.optimizers import Adam, Optimizer
 from pvae.pair import Pair
@@ -297,7 +300,8 @@ class Experiment(Plan):
         """The Pyro pair for data of event shape `x`; weights drawn from `seed`, the global random state untouched."""
         with torch.random.fork_rng():
             torch.manual_seed(self.seed)
-            return self._build(self.frame(x))
+            pair = self._build(self.frame(x))
+        return pair if self.objective.dtype is None else pair.to(self.objective.dtype)
 
     def _build(self, frame: Frame) -> Pair:
         link, sites, guide_sites = Link(), self.sites(), self.guide_sites()
@@ -356,6 +360,39 @@ def _findings(e: Experiment) -> Iterator[Finding]:
         yield from _second_stage(e, e.refit)
     if e.objective.kind == "trace_mean_field_elbo":  # type: ignore[attr-defined]
         yield from _not_mean_field(e)
+    if isinstance(e.objective, EM):
+        yield from _no_mixture(e)
+    yield from refused(e)
+
+
+def refused(plan: Plan) -> Iterator[Finding]:
+    """Keys of `train` that the objective has no use for, each with its path."""
+    for name in plan.objective.refuses:
+        default, value = Train.model_fields[name].default, getattr(plan.train, name)
+        if value != default:
+            kind = plan.objective.kind  # type: ignore[attr-defined]
+            wanted = "nothing" if default is None else default
+            yield ("train", name), f"{wanted}, because the objective {kind} takes no gradient steps", value
+
+
+def _no_mixture(e: Experiment) -> Iterator[Finding]:
+    """What has no closed form: anything but one code, summed over exactly, and a table of components."""
+    if len(e.latents) > 1:
+        yield ("latents",), "exactly one latent, with codes, for the objective em", sorted(e.latents)
+        return
+    ((name, latent),) = e.latents.items()
+    likelihood = e.decoder.likelihood
+    closed = ", ".join(kind for kind, member in Likelihood.members.items() if member.closed_form)  # type: ignore[attr-defined]
+    wanted: list[tuple[tuple[str, ...], Component, bool, str]] = [
+        (("latents", name, "prior"), latent.prior, isinstance(latent.prior, CategoricalPrior | UniformPrior),
+         "categorical or uniform, of a latent with codes,"),
+        (("latents", name, "posterior"), latent.posterior, latent.posterior.summed, "exact, of a latent with codes,"),
+        (("decoder", "network"), e.decoder.network, isinstance(e.decoder.network, NetworkTable), "table"),
+        (("decoder", "likelihood"), likelihood, likelihood.closed_form, f"one with a closed form ({closed})"),
+    ]  # fmt: skip
+    for loc, part, sound, what in wanted:
+        if not sound:
+            yield loc, f"{what} for the objective em", getattr(part, part.tag)
 
 
 def _unknown_parents(e: Experiment, names: set[str]) -> Iterator[Finding]:

@@ -15,7 +15,7 @@ import pyro
 import torch
 from torch import Tensor, nn
 
-from pvae.objectives import Loss
+from pvae.objectives import Loss, Stepper
 
 Forward = Callable[[Tensor], tuple[Tensor, Tensor]]
 COMPILE_SECONDS = 30.0
@@ -84,7 +84,7 @@ def _learned(module: nn.Module) -> list[nn.Parameter]:
     return [p for p in module.parameters() if p.requires_grad]
 
 
-class Step:
+class Step(Stepper):
     """Forward, backward, clip, optimiser, average: one call per batch.
 
     Arguments:

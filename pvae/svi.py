@@ -16,6 +16,7 @@ from pvae import checkpoint
 from pvae.component import IMPORTED
 from pvae.data import Dataset, load
 from pvae.data.declared import TensorSource
+from pvae.em import EM
 from pvae.errors import DataError, DeclarationError, DeviceError
 from pvae.models.likelihoods import Likelihood
 from pvae.objectives import IWAE, Objective, TraceELBO, TraceMeanFieldELBO
@@ -23,7 +24,7 @@ from pvae.pair import Pair
 from pvae.provenance import provenance
 from pvae.run import Run, load_weights
 from pvae.rundir import RunDirectory, slug
-from pvae.spec import Experiment, Plan, Train
+from pvae.spec import Experiment, Plan, Train, refused
 from pvae.step import choose_engine
 from pvae.trainer import Record, Trainer, evaluate
 
@@ -351,10 +352,11 @@ def tensor_source(plan: Plan) -> TensorSource:
 
 def _require_fittable(plan: Plan, pair: Pair, data: Dataset, foreign: bool) -> None:
     """Refuse what would fail later, or silently give wrong numbers; before a run directory is made."""
-    rows, problems = data.train.x[:3], []
+    rows, problems = data.train.x[:3], plan.objective.misfits(pair, len(data.train))
     if foreign:
+        problems += [f"{'.'.join(loc)}: expected {text}; got {found}." for loc, text, found in refused(plan)]
         wrong = {str(p.dtype) for p in pair.parameters() if p.is_floating_point() and p.dtype != rows.dtype}
-        if wrong:
+        if wrong and plan.objective.dtype is None:
             raise DeclarationError(f"pair: expected parameters of {rows.dtype} to fit; got {wrong}. Use pair.float().")
         if plan.train.alternate and not all(n.startswith(("model.", "guide.")) for n, _ in pair.named_parameters()):
             problems.append("train.alternate: expected a pair of two Modules; got plain functions' parameters. Use 0.")
@@ -367,6 +369,8 @@ def _require_fittable(plan: Plan, pair: Pair, data: Dataset, foreign: bool) -> N
 
 
 def _engine(plan: Plan, pair: Pair, data: Dataset, device: torch.device) -> str:
+    if isinstance(plan.objective, EM):
+        return "eager"
     if plan.train.alternate and device.type == "cuda":
         return "eager"
     if plan.train.engine != "auto":

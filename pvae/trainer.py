@@ -23,7 +23,7 @@ from pvae.data import Dataset
 from pvae.diagnose import bad_weights, diagnose
 from pvae.errors import Interrupted, NonFiniteError, PvaeError, StorageError
 from pvae.files import write_atomic
-from pvae.objectives import Loss
+from pvae.objectives import Loss, Stepper
 from pvae.pair import Pair, quiet
 from pvae.progress import Progress
 from pvae.run import load_weights
@@ -54,7 +54,7 @@ def evaluate(pair: Pair, x: Tensor, seed: int) -> dict[str, float]:
     with quiet(pair, x):
         for start in range(0, len(x), CHUNK):
             seeds.set_noise(seeds.mix(seed, seeds.VALIDATION, start), x.device)
-            terms = pair.terms(x[start : start + CHUNK], rows=len(x))
+            terms = pair.terms(pair.accept(x[start : start + CHUNK]), rows=len(x))
             kl = {f"kl/{name}": value.expand_as(terms.reconstruction) for name, value in terms.kl.items()}
             for key, value in {"reconstruction": terms.reconstruction, **kl}.items():
                 totals[key] = totals.get(key, 0.0) + float(value.double().sum())
@@ -138,7 +138,7 @@ class Trainer:
         self.record = record
         self.plan, self.train, self.files, self.device, self.show = plan, plan.train, files, device, show
         self.data = data.to(device)
-        self.pair = pair.to(device).train()
+        self.pair = pair.to(device, plan.objective.dtype).train()
         self.loss = Loss(plan.objective, self.pair, len(data.train)).to(device)
         self.names = [name for name, p in self.pair.named_parameters() if p.requires_grad]
         self.parameters = [p for p in self.pair.parameters() if p.requires_grad]
@@ -150,6 +150,7 @@ class Trainer:
         self.best: dict[str, Tensor] | None = None
         self.state = State()
         self.sums: Tensor | None = None
+        self.gathered: dict[str, Tensor] = {}
         self.engine = engine
         found: list[Any] = [getattr(module, "start", None) for module in self.pair.modules()]
         self.starting: list[Callable[[Tensor], None]] = [start for start in found if start is not None]
@@ -185,6 +186,7 @@ class Trainer:
         with torch.random.fork_rng(devices=devices), pyro.validation_enabled(False), Stop() as stop:
             self.stepper = self._stepper()
             if self.state.step == 0:
+                self.stepper.begin()
                 self._save()
             with Progress(self.train.epochs * self.per_epoch, self.plan.name, show=self.show) as bar:
                 while self.state.epoch < self.train.epochs and not self.state.stopped:
@@ -195,7 +197,11 @@ class Trainer:
         self._save()
         self._status("finished")
 
-    def _stepper(self) -> Step:
+    def _stepper(self) -> Stepper:
+        objective, train = self.plan.objective, self.data.train
+        own = objective.stepper(self.loss, train, self.per_epoch, self.plan.seed, self.gathered, self.tell)
+        if own is not None:
+            return own
         example = self._rows(torch.arange(self.batch, device=self.device))
         average = (self.average, self.train.average) if self.average is not None and self.train.average else None
         watch = self.train.nonfinite != "stop"
@@ -294,7 +300,7 @@ class Trainer:
         """Rows of the training data, announced to the parts that ask which they are."""
         for start in self.starting:
             start(index)
-        return self.data.train.draw(index)
+        return self.pair.accept(self.data.train.draw(index))
 
     def _not_finite(self, x: Tensor, index: Tensor) -> bool:
         """A step whose loss or gradient is not finite, before it moved anything; False when rolled back."""
@@ -352,6 +358,7 @@ class Trainer:
 
     def _end_of_epoch(self, bar: Progress) -> None:
         state = self.state
+        self.stepper.end_epoch()
         assert self.sums is not None
         values = (self.sums[:-1] / self.sums[-1].clamp(min=1)).tolist()
         self.sums.zero_()
@@ -434,7 +441,7 @@ class Trainer:
         if self.best is not None:
             tensors["best"] = self.best
         if self.sums is not None:
-            tensors["progress"] = {"sums": self.sums}
+            tensors["progress"] = {"sums": self.sums, **self.gathered}
         state = {k: v for k, v in asdict(self.state).items() if v != -math.inf}
         self._write(tensors, {**state, "select": self._select()})
         self.last_checkpoint = time.monotonic()
@@ -465,8 +472,10 @@ class Trainer:
         self.best = best if self.train.keep == "best" else None
         if self.average is not None and average is not None:  # in place: the step holds these tensors
             torch._foreach_copy_(self.average, [average[name].to(self.device) for name in self.names])
-        sums = saved.tensors.get("progress", {}).get("sums")
-        self.sums = None if sums is None else sums.to(self.device)
+        progress = {name: value.to(self.device) for name, value in saved.tensors.get("progress", {}).items()}
+        self.sums = progress.pop("sums", None)
+        self.gathered.clear()  # in place: the stepper holds it
+        self.gathered.update(progress)
         known = {k: v for k, v in saved.state.items() if k != "select"}
         self.state = replace(State(), **known)
         if self.train.keep == "best" and self.best is None:

@@ -20,8 +20,10 @@ from pvae.models.likelihoods import (
     Categorical,
     DiscretizedLogistic,
     DiscretizedLogisticLikelihood,
+    FactoredNormal,
     Likelihood,
     LikelihoodModule,
+    MultivariateNormal,
     Normal,
     Poisson,
     lattice,
@@ -53,7 +55,8 @@ class Row:
     """A member, its density written a second time, and data it must refuse."""
 
     likelihood: Likelihood
-    score: Score
+    score: Score | None
+    """None where elements are not independent."""
     bad: float
     levels: tuple[float, ...] | None = None
     """Every value of an element; None for real numbers."""
@@ -70,6 +73,8 @@ ROWS = {
         lambda h, x: scipy.stats.norm.logpdf(x, h[0], 0.5 * np.exp(h[1])),
         np.nan,
     ),
+    "multivariate_normal": Row(MultivariateNormal(), None, np.nan),
+    "multivariate_normal, tied": Row(MultivariateNormal(covariance="tied"), None, np.nan),
     "categorical": Row(Categorical(levels=4), categorical_score, 4.0, (0.0, 1.0, 2.0, 3.0)),
     "discretized_logistic": Row(
         DiscretizedLogisticLikelihood(levels=17),
@@ -89,6 +94,9 @@ ROWS = {
 }
 SHAPES: list[Shape] = [(5,), (1,), (1, 4, 3), (2, 3, 4), (3, 6)]
 every_row = pytest.mark.parametrize("row", ROWS.values(), ids=list(ROWS))
+every_independent_row = pytest.mark.parametrize(
+    "row", [row for row in ROWS.values() if row.score], ids=[name for name, row in ROWS.items() if row.score]
+)
 every_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
 
 
@@ -118,7 +126,8 @@ def test_table_is_complete():
 @pytest.mark.parametrize("lead", [(), (6,), (3, 6)], ids=str)
 def test_shapes(row, shape, lead):
     module = build(row, shape)
-    assert module.inputs == (row.likelihood.channels * shape[0], *shape[1:])
+    if row.score is not None:
+        assert module.inputs == (row.likelihood.channels * shape[0], *shape[1:])
     d = module(output(module, *lead))
     assert (d.batch_shape, d.event_shape) == (lead, shape)
     assert d.sample().shape == (*lead, *shape)
@@ -128,7 +137,7 @@ def test_shapes(row, shape, lead):
 
 
 @every_shape
-@every_row
+@every_independent_row
 def test_density_is_scipys(row, shape):
     module = build(row, shape)
     h = output(module, 7)
@@ -138,7 +147,7 @@ def test_density_is_scipys(row, shape):
     np.testing.assert_allclose(d.log_prob(x).detach().numpy(), want, rtol=1e-6, atol=1e-6)
 
 
-@every_row
+@every_independent_row
 def test_samples_follow_the_density(row):
     # Eight elements per row of the table, each refused with probability 1e-5 when the law holds: 1e-3 over the
     # table for a new seed; the seed is fixed.
@@ -231,7 +240,75 @@ def test_state_round_trips(row):
     torch.testing.assert_close(two(h).log_prob(x), one(h).log_prob(x), rtol=0, atol=0)
 
 
+# ---------------------------------------------------------------------- elements that depend on each other
+
+
+def random_factor(*lead: int, size: int) -> torch.Tensor:
+    """Cholesky factors of moderate condition, `(*lead, size, size)`."""
+    below = (torch.randn(*lead, size, size, dtype=torch.float64) / size).tril(-1)
+    return below + torch.diag_embed(0.5 + torch.rand(*lead, size, dtype=torch.float64))
+
+
+@every_shape
+@pytest.mark.parametrize("covariance", ["full", "tied"])
+def test_multivariate_density_is_scipys(covariance, shape):
+    d = int(np.prod(shape))
+    module = MultivariateNormal(covariance=covariance, floor=0.01, value=0.5).build(shape).double()
+    assert module.inputs == ((d * (d + 3) // 2,) if covariance == "full" else shape)
+    with torch.no_grad():
+        for p in module.parameters():
+            p.copy_(torch.randn_like(p) / d)
+    h = output(module, 3) / d
+    x = torch.randn(3, *shape, dtype=torch.float64)
+    free = h[:, d:] if covariance == "full" else dict(module.named_parameters())["factor"].detach().expand(3, -1)
+    for i in range(3):
+        scale, unit = np.sqrt(0.25 * np.exp(2 * free[i, :d].numpy()) + 0.01), np.eye(d)
+        unit[np.tril_indices(d, -1)] = free[i, d:].numpy()
+        factor = scale[:, None] * unit
+        want = scipy.stats.multivariate_normal.logpdf(x[i].flatten(), h[i].flatten()[:d], factor @ factor.T)
+        assert module(h).log_prob(x)[i].item() == pytest.approx(want, abs=1e-9)
+        np.testing.assert_allclose(module(h).variance[i].detach().flatten(), (factor**2).sum(1), atol=1e-12)
+
+
+# Batch shapes of the mean, of the factor, and of what the distribution is expanded to.
+BATCHES = [
+    ((), (), ()),
+    ((), (), (5,)),
+    ((5,), (), (5,)),
+    ((5,), (5,), (5,)),
+    ((1,), (1,), (5,)),
+    ((3, 1), (3, 1), (3, 5)),
+    ((3, 1), (), (3, 5)),
+    ((3, 5), (3, 5), (3, 5)),
+    ((5,), (5,), (3, 5)),
+    ((3, 1), (3, 1), (2, 3, 5)),
+]
+
+
+@pytest.mark.parametrize(("loc", "factor", "batch"), BATCHES, ids=str)
+def test_factored_normal_is_torchs(loc, factor, batch):
+    mean, tril = torch.randn(*loc, 6).double(), random_factor(*factor, size=6)
+    mine = FactoredNormal(mean, tril, (2, 3)).expand(batch)
+    theirs = torch.distributions.MultivariateNormal(mean, scale_tril=tril).expand(batch)
+    assert (mine.batch_shape, mine.event_shape) == (theirs.batch_shape, (2, 3))
+    for x in (torch.randn(2, 3).double(), torch.randn(4, *batch, 2, 3).double()):
+        torch.testing.assert_close(mine.log_prob(x), theirs.log_prob(x.flatten(-2)), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(mine.mean.flatten(-2), theirs.mean)
+    torch.testing.assert_close(mine.variance.flatten(-2), theirs.variance)
+    torch.manual_seed(1)
+    draws = mine.rsample((7,))
+    torch.manual_seed(1)
+    torch.testing.assert_close(draws.flatten(-2), theirs.rsample((7,)), rtol=1e-10, atol=1e-10)
+
+
 # ---------------------------------------------------------------------- floors
+
+
+def test_conditional_variances_stop_at_their_floor():
+    module = MultivariateNormal(floor=0.04).build((3,)).double()
+    h = torch.cat([torch.zeros(3), torch.full((3,), -200.0), torch.zeros(3)]).double()
+    want = -3 * (np.log(0.2) + 0.5 * np.log(2 * np.pi))
+    assert module(h).log_prob(torch.zeros(3).double()).item() == pytest.approx(want, abs=1e-9)
 
 
 @pytest.mark.parametrize("scale", ["shared", "per_datum"])

@@ -13,7 +13,7 @@ import torch
 
 from pvae.component import Shape
 from pvae.errors import DeclarationError
-from pvae.networks import MLP, Conv, GatedMLP, Network, NetworkModule
+from pvae.networks import MLP, Conv, GatedMLP, Network, NetworkModule, Table
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,8 @@ class Row:
     network: Network
     vectors_only: bool = True
     """Whether it takes declarations without an image."""
+    single: bool = False
+    """Whether it takes only one input, and makes no features."""
 
 
 ROWS = {
@@ -32,6 +34,7 @@ ROWS = {
     "gated_mlp": Row(GatedMLP(hidden=(9, 7))),
     "gated_mlp, linear": Row(GatedMLP(hidden=())),
     "gated_mlp, he": Row(GatedMLP(hidden=(9, 7), init="he")),
+    "table": Row(Table(), single=True),
     "conv": Row(Conv(channels=(3, 4), dense=11, activation="elu"), vectors_only=False),
     "conv, one level": Row(Conv(channels=(3,), dense=11, activation="elu"), vectors_only=False),
     "conv, three levels": Row(Conv(channels=(3, 4, 5), dense=11, activation="elu"), vectors_only=False),
@@ -142,6 +145,8 @@ LAWS = (
 def test_law(law, row, subtests):
     cases = IMAGES | (VECTORS if row.vectors_only else {})
     for label, (inputs, output) in cases.items():
+        if row.single and (len(inputs) > 1 or output is None):
+            continue
         with subtests.test(label):
             law(row.network, inputs, output)
 
@@ -156,6 +161,24 @@ def test_mlp_without_hidden_layers_is_affine_in_all_inputs():
     want = joined @ module.head.weight.T + module.head.bias
     torch.testing.assert_close(module(x), want, rtol=0, atol=1e-12)
     assert sum(p.numel() for p in module.parameters()) == 10 * 5 + 5
+
+
+def test_table_gives_the_row_of_a_code():
+    module = build(Table(), {"c": (4,)}, (2, 3))
+    assert [name for name, _ in module.named_parameters()] == ["weight"]
+    got = module({"c": torch.eye(4)[[2, 0]]})
+    torch.testing.assert_close(got, module.weight[[2, 0]].reshape(2, 2, 3), rtol=0, atol=0)
+    assert 0 < module.weight.abs().max() < 1
+
+
+@pytest.mark.parametrize(
+    ("inputs", "output", "found"), [({"a": (3,), "b": (4,)}, (2,), "a, b"), ({"a": (3,)}, None, "a and no output")]
+)
+def test_table_refuses_several_inputs_and_features(inputs, output, found):
+    with pytest.raises(
+        DeclarationError, match=rf"network table: expected one input .*; got {found}\. Use kind = 'mlp'"
+    ):
+        Table().build(inputs, output)
 
 
 def test_gate_is_a_product_with_a_sigmoid():

@@ -1,0 +1,258 @@
+"""Expectation-maximisation of mixtures: exact responsibilities, closed-form maximisation; k-means is its hard limit."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal, Self, final
+
+import torch
+from pydantic import model_validator
+from torch import Tensor, nn
+
+from pvae import seeds
+from pvae.data import Split
+from pvae.enumeration import read_table
+from pvae.errors import DataError, DeclarationError
+from pvae.models.graph import GraphModel
+from pvae.models.likelihoods import ClosedForm
+from pvae.models.priors import CodesModule
+from pvae.networks import TableModule
+from pvae.objectives import Loss, Objective, Stepper
+from pvae.pair import Pair, Terms
+from pvae.schedules import Constant
+from pvae.site import OBSERVED, Site, one_hot
+
+EMPTY = 1e-8
+"""A component with responsibility for less than this many data is empty."""
+START_ROWS = 10_000
+"""Most rows that k-means++ chooses its centres from."""
+BLOCK = 2**22
+"""Numbers in one block of work."""
+
+
+@final
+class EM(Objective):
+    """Expectation-maximisation of a mixture: an epoch is one exact iteration, whatever the batch size.
+
+    E-step: q(c | x) = p(c | x), exactly. M-step: prior weights and the decoder's table in closed form, at the end of
+    the epoch, from sums over all batches. log p(x) of the training data never falls, unless an empty component is
+    moved (or the floor of a `multivariate_normal` is added to its variances). Computed in float64; the optimiser and
+    its schedules have no part in it.
+
+    References:
+        Maximum Likelihood from Incomplete Data via the EM Algorithm (Dempster, Laird, Rubin, 1977),
+        https://doi.org/10.1111/j.2517-6161.1977.tb01600.x
+    """
+
+    kind: Literal["em"] = "em"
+    dtype: ClassVar[torch.dtype | None] = torch.float64
+    refuses: ClassVar[tuple[str, ...]] = ("average", "alternate")
+    hard: bool = False
+    """Each datum belongs to its most probable code: what never falls is then log max_c p(x, c), minus the `loss`. With
+    a uniform prior and a fixed scale this is k-means.
+
+    References:
+        Least squares quantization in PCM (Lloyd, 1982), https://doi.org/10.1109/TIT.1982.1056489
+        A classification EM algorithm (Celeux, Govaert, 1992), https://doi.org/10.1016/0167-9473(92)90042-E
+    """
+    start: Literal["kmeans++", "rows", "weights"] = "kmeans++"
+    """Centres chosen by k-means++, or rows drawn at random: components are fitted to the data nearest to each. Or the
+    pair's weights as they are.
+
+    References:
+        k-means++: The Advantages of Careful Seeding (Arthur, Vassilvitskii, 2007),
+        https://theory.stanford.edu/~sergei/papers/kMeansPP-soda.pdf
+    """
+    empty: Literal["restart", "stop"] = "restart"
+    """An empty component is moved to the datum of lowest log p(x), as if it held that one alone, or is an error."""
+
+    @model_validator(mode="after")
+    def _no_weights(self) -> Self:
+        if self.beta != Constant() or self.free_bits:
+            raise ValueError("beta = 1 and free_bits = 0 with em: its steps maximise log p(x) itself; use trace_elbo")
+        return self
+
+    def terms(self, pair: Pair, x: Tensor, rows: int | None = None) -> Terms:
+        """See `Objective.terms`."""
+        return pair.terms(x, rows=rows)
+
+    def loss(self, terms: Terms, beta: Tensor) -> Tensor:
+        """Minus log p(x): a diagnosis; nothing follows its gradient."""
+        return self.minus_elbo(terms, beta)
+
+    def misfits(self, pair: Pair, rows: int) -> list[str]:
+        """See `Objective.misfits`."""
+        try:
+            codes = Mixture.of(pair).codes
+        except DeclarationError as error:
+            return error.problems
+        return [] if codes <= rows else [f"codes: expected at most {rows}, one for each training row; got {codes}."]
+
+    def stepper(
+        self,
+        loss: Loss,
+        data: Split,
+        steps: int,
+        seed: int,
+        gathered: dict[str, Tensor],
+        tell: Callable[[str, str], None],
+    ) -> Stepper:
+        """See `Objective.stepper`."""
+        return Iteration(self, loss, data, steps, seed, gathered, tell)
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """The parts of a pair that an M-step sets."""
+
+    model: GraphModel
+    site: Site
+    prior: CodesModule
+    table: TableModule
+    likelihood: ClosedForm
+
+    @property
+    def codes(self) -> int:
+        """K, the number of components."""
+        return len(self.table.weight)
+
+    @classmethod
+    def of(cls, pair: Pair) -> Mixture:
+        """Read off a declared pair.
+
+        Raises:
+            DeclarationError: the pair is no mixture of components in closed form.
+        """
+        model = pair.model
+        if isinstance(model, GraphModel) and len(model.sites) == 1 and model.sites[0].summed:
+            site, decoder = model.sites[0], model.decoder
+            prior, table, likelihood = model.priors[site.name], decoder.network, decoder.likelihood
+            if isinstance(prior, CodesModule) and isinstance(table, TableModule) and isinstance(likelihood, ClosedForm):
+                return cls(model, site, prior, table, likelihood)
+        raise DeclarationError(
+            "pair: expected a declared mixture for the objective em: one latent with codes and the posterior exact, "
+            "the network table, and a likelihood with a closed form; got another pair. Use trace_elbo."
+        )
+
+
+class Iteration(Stepper):
+    """EM on one data set: every call adds a batch's statistics, the end of an epoch moves the parameters.
+
+    Arguments: as `Objective.stepper` has them.
+    """
+
+    def __init__(
+        self,
+        objective: EM,
+        loss: Loss,
+        data: Split,
+        steps: int,
+        seed: int,
+        gathered: dict[str, Tensor],
+        tell: Callable[[str, str], None],
+    ) -> None:
+        self.objective, self.loss = objective, loss
+        self.mixture = Mixture.of(loss.pair)
+        self.data, self.steps, self.seed = data.data, steps, seed
+        self.gathered, self.tell = gathered, tell
+        self.origin = torch.zeros(self.data[0].numel(), dtype=torch.float64, device=self.data.device)
+        for x in self._blocks():
+            self.origin += x.sum(0) / len(self.data)
+
+    def _blocks(self) -> Iterator[Tensor]:
+        """The training data `(rows, prod(x))`, float64, in pieces small enough for a number per row and component."""
+        rows = max(1, BLOCK // max(self.mixture.codes, self.data[0].numel()))
+        return (x.flatten(1).double() for x in self.data.split(rows))
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """See `Stepper.names`; the loss is minus what never falls."""
+        return self.loss.names
+
+    @torch.no_grad()
+    def __call__(self, x: Tensor, frozen: Sequence[nn.Parameter] = ()) -> Tensor:
+        """The E-step of a batch `(n, *row)`; figures are weighed so that their mean over batches is that over data."""
+        pair = self.loss.pair
+        table = read_table(pair.traces(x)[1], pair.layout, 0)
+        log_p = table.log_sum(table.joint)
+        best, code = table.joint.max(0)
+        hard = self.objective.hard
+        weights = one_hot(code, self.mixture.codes, log_p).T if hard else table.weights
+        loss = -best if hard else -log_p
+        figures = torch.stack([loss, table.expected(OBSERVED), *table.kl().values()]).mean(1)
+        if bool(figures.isfinite().all()):
+            self._gather(self.mixture.model.frame.split(x)[0].flatten(1), weights, log_p)
+        return figures * (len(x) * self.steps / len(self.data))
+
+    @torch.no_grad()
+    def begin(self) -> None:
+        """Fit every component to the data nearest to its centre; nothing where the start is the pair's weights."""
+        if self.objective.start == "weights":
+            return
+        centres = self._centres() - self.origin
+        for x in self._blocks():
+            distance, code = torch.cdist(x - self.origin, centres).min(1)
+            self._gather(x, one_hot(code, len(centres), x).T, -distance)
+        self.end_epoch()
+
+    def _centres(self) -> Tensor:
+        """K rows of the training data, `(K, prod(x))`."""
+        k, n = self.mixture.codes, len(self.data)
+        if self.objective.start == "rows":
+            return self.data[seeds.subset(n, k, self.seed).to(self.data.device)].flatten(1).double()
+        from sklearn.cluster import kmeans_plusplus  # here, because it takes a second to import
+
+        rows = self.data[seeds.subset(n, max(k, START_ROWS), self.seed).to(self.data.device)].flatten(1).double()
+        centres, _ = kmeans_plusplus(rows.cpu().numpy(), k, random_state=self.seed)
+        return torch.from_numpy(centres).to(rows)
+
+    # -------------------------------------------------------------- sums
+
+    def _gather(self, x: Tensor, weights: Tensor, score: Tensor) -> None:
+        """Add data `(n, prod(x))` with their weights `(K, n)`; remember those of the K lowest scores."""
+        statistics = self.mixture.likelihood.statistics(x, self.origin)
+        if not self.gathered:
+            k = len(weights)
+            self.gathered["counts"] = weights.new_zeros(k)
+            self.gathered["statistics"] = weights.new_zeros(k, statistics.shape[1])
+            self.gathered["lowest"], self.gathered["rows"] = score.new_full((k,), math.inf), x.new_zeros(k, x.shape[1])
+        self.gathered["counts"] += weights.sum(1)
+        self.gathered["statistics"] += weights @ statistics
+        scores, rows = torch.cat([self.gathered["lowest"], score]), torch.cat([self.gathered["rows"], x])
+        self.gathered["lowest"], index = scores.topk(len(weights), largest=False)
+        self.gathered["rows"] = rows[index]
+
+    @torch.no_grad()
+    def end_epoch(self) -> None:
+        """The M-step.
+
+        Raises:
+            DataError: a component is empty and `empty` is "stop", or a covariance is singular.
+        """
+        if not self.gathered:
+            return
+        counts, sums, mixture = self.gathered["counts"], self.gathered["statistics"], self.mixture
+        self._refill(counts, sums)
+        mixture.table.weight.copy_(mixture.likelihood.maximise(counts, sums, self.origin))
+        if isinstance(mixture.prior.logits, nn.Parameter):
+            mixture.prior.logits.copy_((counts / counts.sum()).log())
+        self.gathered.clear()
+
+    def _refill(self, counts: Tensor, sums: Tensor) -> None:
+        """Move empty components to the data of lowest log p(x)."""
+        empty = (counts < EMPTY).nonzero().flatten()
+        if not len(empty):
+            return
+        shown = ", ".join(map(str, empty[:8].tolist())) + (" ..." if len(empty) > 8 else "")
+        if self.objective.empty == "stop":
+            raise DataError(
+                f"{self.mixture.site.name}: expected data for each of {len(counts)} components; got none for {shown}. "
+                f"Declare fewer codes, set objective.start, or objective.empty = 'restart'."
+            )
+        sums[empty] = self.mixture.likelihood.around(
+            self.gathered["rows"][: len(empty)], sums.sum(0) / counts.sum(), self.origin
+        )
+        counts[empty] = 1.0
+        self.tell("empty", f"{self.mixture.site.name}: component {shown} empty, moved to the least likely data")
