@@ -151,6 +151,9 @@ def gap(
     if pair.layout.shared:
         names = ", ".join(pair.layout.shared)
         raise DataError(f"gap: expected latents of single data only; got global {names}.")
+    if not pair.layout.latents:
+        names = ", ".join(pair.layout.enumerated)
+        raise DataError(f"gap: expected latents in the guide; {names} are summed out exactly, so there is no gap.")
     chunks = x.split(max(1, STATES // particles))
     done = iter(range(1, steps * len(chunks) + 1))
     plan = Plan(steps, samples, evidence_samples, particles, lambda: on_progress(next(done), steps * len(chunks)))

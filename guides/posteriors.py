@@ -7,13 +7,12 @@ from collections.abc import Mapping
 from typing import ClassVar, Literal, final
 
 import pyro.distributions as dist
-import torch
 from torch import Tensor, nn
 
 from pvae.component import Component, Names, Shape
 from pvae.determined import Determined
 from pvae.networks import MLP, Network, NetworkModule
-from pvae.normal import LogVarianceBounds, NormalHead
+from pvae.normal import LogVarianceBounds, NormalHead, lower_factor
 from pvae.site import OBSERVED, Link, Site
 
 
@@ -74,10 +73,7 @@ class FullRankHead(nn.Module):
         d = self.dim
         loc, log_variance, below = self.network(inputs).split([d, d, d * (d - 1) // 2], -1)
         scale = log_variance.clamp(*self.bounds).mul(0.5).exp()
-        row, column = torch.tril_indices(d, d, -1, device=loc.device)
-        unit = torch.diag_embed(torch.ones_like(loc))
-        unit[..., row, column] = below
-        return dist.MultivariateNormal(loc, scale_tril=scale[..., None] * unit, validate_args=False)
+        return dist.MultivariateNormal(loc, scale_tril=lower_factor(scale, below), validate_args=False)
 
 
 @final

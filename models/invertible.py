@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from math import log, prod
-from typing import Literal, final
+from typing import Annotated, Literal, final
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field, WithJsonSchema, field_validator
 from torch import Tensor
 
 from pvae.component import Shape
@@ -78,6 +78,10 @@ class BijectionModule(InvertibleModule):
         return z, outer + log_det
 
 
+FLOW_SCHEMA = WithJsonSchema({"type": ["string", "object"], "description": "A flow: a prior such as realnvp."})
+"""Priors hold networks and this network holds a prior: written out, the schema would have no end."""
+
+
 @final
 class BijectionNetwork(Network):
     """A flow's bijections as the decoder: as many latent coordinates as x has elements, and a way back.
@@ -86,7 +90,7 @@ class BijectionNetwork(Network):
     """
 
     kind: Literal["bijection"] = "bijection"
-    flow: Prior = RealNVP(layers=8)
+    flow: Annotated[Prior, FLOW_SCHEMA] = RealNVP(layers=8)
     """A flow, from z to x: `realnvp`, `maf`, ..."""
     squash: Literal["none", "logit"] = "none"
     """`logit`: x lives in [0, 1], and the flow beyond a logistic map of it."""

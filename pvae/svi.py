@@ -142,6 +142,11 @@ def _refit(run: Run, stage: Experiment, run_dir: Path, device: str, progress: bo
         raise DeclarationError(
             f"refit: expected another prior, e.g. latents.{next(iter(stage.latents))}.prior.kind=realnvp; got none."
         )
+    if summed := [name for name in names if stage.latents[name].posterior.summed]:
+        raise DeclarationError(
+            f"refit: expected latents with a guide of their own; {', '.join(summed)} is inferred by Bayes, so that its "
+            f"codes would follow the new prior. Fit the model anew."
+        )
     pair = stage.build(run.data.shape).attend(run.data.train.data)
     trainable = tuple(f"model.priors.{name}." for name in names)
     weights = {k: v for k, v in run.pair.state_dict().items() if not k.startswith(trainable)}

@@ -18,6 +18,7 @@ from pydantic import ValidationError
 from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
 from torch.distributions import constraints
 
+from pvae.em import EM
 from pvae.errors import DeclarationError
 from pvae.objectives import IWAE, Loss, Objective, TraceELBO, TraceMeanFieldELBO
 from pvae.pair import Pair, Terms
@@ -331,7 +332,7 @@ def test_without_the_kl_no_gradient_comes_from_the_prior(name):
 
 def test_objectives_are_complete():
     shipped = {kind for kind, member in Objective.members.items() if member.__module__.startswith("pvae.")}
-    assert {TraceELBO().kind, TraceMeanFieldELBO().kind, IWAE().kind} == shipped
+    assert {TraceELBO().kind, TraceMeanFieldELBO().kind, IWAE().kind, EM().kind} == shipped
 
 
 # ---------------------------------------------------------------------- global latents
