@@ -302,6 +302,8 @@ def _on_evidence(found: Findings) -> Sentence:
 
 
 def _on_prior(s: Surgery) -> list[Sentence]:
+    if any("deterministic code" in note for note in s.notes):
+        return [Sentence("The code is deterministic: I_q[x, z] is log n, and its marginal KL is not defined.")]
     if s.marginal_kl is None or s.mutual_information is None:
         return [Sentence("The marginal KL is not known for this posterior.")]
     text = f"The marginal KL is {nats(s.marginal_kl)} nats, the most a better prior can win with this encoder."
