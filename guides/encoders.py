@@ -117,7 +117,7 @@ class BottomUpModule(EncoderModule):
 
     def __init__(self, network: Network, levels: Network, known: Mapping[str, Shape], sites: Sequence[Site]) -> None:
         super().__init__()
-        upward = [site.name for site in reversed(sites)]
+        upward = [site.name for site in reversed(sites) if OBSERVED in site.guide_given]
         self.networks = nn.ModuleDict()
         self.shapes = {}
         below = {OBSERVED: known[OBSERVED]}
@@ -127,7 +127,8 @@ class BottomUpModule(EncoderModule):
             self.shapes[name] = {FEATURES: built.output}
             below = {FEATURES: built.output}
         for site in sites:
-            self.shapes[site.name] |= {n: known[n] for n in site.guide_given if n in known and n != OBSERVED}
+            others = {name: known[name] for name in site.guide_given if name != OBSERVED}
+            self.shapes[site.name] = {**self.shapes.get(site.name, {}), **others}
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         """x `(..., *event)` to the features `(..., width)` of every level."""
@@ -141,14 +142,15 @@ class BottomUpModule(EncoderModule):
     def inputs_of(self, site: Site, features: dict[str, Tensor], seen: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """See `EncoderModule.inputs_of`."""
         others = {name: seen[name] for name in site.guide_given if name != OBSERVED}
-        return {FEATURES: features[site.name], **others}
+        return {FEATURES: features[site.name], **others} if site.name in features else others
 
 
 @final
 class BottomUpEncoder(Encoder):
     """Features of x, level by level from the latent nearest to x to the top: what ladders and top-down guides read.
 
-    `network` leads from x to the lowest level, `levels` from each level to the one above.
+    `network` leads from x to the lowest level, `levels` from each level to the one above. A latent whose posterior is
+    not given x has no level.
 
     References:
         Ladder Variational Autoencoders (Sonderby et al., 2016), https://arxiv.org/abs/1602.02282

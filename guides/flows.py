@@ -68,7 +68,7 @@ class PushedNormal(dist.TorchDistribution):
 
     def __init__(self, base: dist.TorchDistribution, steps: nn.ModuleList, context: Tensor) -> None:
         self.base, self.steps, self.context = base, steps, context
-        self._drawn: tuple[Tensor, Tensor] | None = None
+        self._drawn: tuple[Tensor, Tensor, bool] | None = None
         super().__init__(base.batch_shape, base.event_shape, validate_args=False)
 
     def rsample(self, sample_shape: Size = torch.Size()) -> Tensor:
@@ -78,13 +78,14 @@ class PushedNormal(dist.TorchDistribution):
         for step in self.steps:
             z, log_det = step.call(z, self.context)  # type: ignore[operator]
             z, score = z.flip(-1), score - log_det
-        self._drawn = z, score
+        self._drawn = z, score, torch.is_grad_enabled()
         return z
 
     def log_prob(self, value: Tensor) -> Tensor:
         """log q(z), nats; exact."""
-        if self._drawn is not None and value is self._drawn[0]:
+        if self._drawn is not None and value is self._drawn[0] and self._drawn[2] >= torch.is_grad_enabled():
             return self._drawn[1]
+        value = value.expand(torch.broadcast_shapes(value.shape[:-1], self.batch_shape) + self.event_shape)
         score = torch.zeros_like(value[..., 0])
         for step in reversed(self.steps):
             value, log_det = step.invert(value.flip(-1), self.context)  # type: ignore[operator]
@@ -129,7 +130,7 @@ class FlowPosterior(Posterior):
     layers: int = Field(default=2, gt=0)
     """Number of autoregressive steps."""
     hidden: Ints = (64,)
-    """Hidden widths of the network of each; at least as wide as the latent."""
+    """Hidden widths of the network of each; every one at least as wide as the latent."""
     context: int = Field(default=64, gt=0)
     """Numbers that the encoder hands to every step."""
     log_variance: LogVarianceBounds = (-12.0, 6.0)
@@ -139,10 +140,10 @@ class FlowPosterior(Posterior):
     def build(self, site: Site, inputs: Mapping[str, Shape], link: Link) -> nn.Module:
         """See `Posterior.build`."""
         dim = site.event[0]
-        if dim < 2 or min(self.hidden, default=dim) < dim:
+        if dim < 2 or min(self.hidden, default=0) < dim:
             raise DeclarationError(
-                f"latents.{site.name}.posterior.hidden: expected a latent of at least 2 coordinates and hidden layers "
-                f"at least as wide; got dim = {dim} and {list(self.hidden)}."
+                f"latents.{site.name}.posterior.hidden: expected a latent of at least 2 coordinates and one hidden "
+                f"layer or more, each at least as wide; got dim = {dim} and {list(self.hidden)}."
             )
         network = (self.network or MLP(hidden=())).build(inputs, (2 * dim + self.context,))
         steps = [GatedStep(dim, self.context, self.hidden) for _ in range(self.layers)]

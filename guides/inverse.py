@@ -10,6 +10,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 from torch.distributions import constraints
+from torch.nn.functional import logsigmoid
 
 from pvae.component import Shape
 from pvae.determined import Determined
@@ -97,7 +98,7 @@ class Dequantised(dist.TorchDistribution):
     ) -> None:
         self.decoder, self.x, self.levels, self.logits = decoder, x, levels, logits
         self.cell = (x.flatten(1) * (levels - 1)).round()
-        self._drawn: tuple[Tensor, Tensor] | None = None
+        self._drawn: tuple[Tensor, Tensor, bool] | None = None
         shape = torch.Size(self.cell.shape[:1] if batch_shape is None else batch_shape)
         super().__init__(shape, self.cell.shape[1:], validate_args=False)
 
@@ -106,30 +107,31 @@ class Dequantised(dist.TorchDistribution):
         shape = torch.Size(sample_shape) + self.batch_shape
         if self.logits is None:
             u = torch.rand(shape + self.event_shape, dtype=self.x.dtype, device=self.x.device)
+            noise = torch.zeros_like(u[..., 0])
         else:
             t = self.logits.expand(self.batch_shape).rsample(torch.Size(sample_shape))
-            u = t.sigmoid()
-        u = u.clamp(EDGE, 1 - EDGE)
-        noise = torch.zeros_like(u[..., 0]) if self.logits is None else self._log_noise(u)
-        v = (self.cell + u) / self.levels
+            u, noise = t.sigmoid(), self._log_noise(t)
+        v = (self.cell + u.clamp(EDGE, 1 - EDGE)) / self.levels
         z, log_det = self.decoder.invert(v.unflatten(-1, self.x.shape[1:]))
-        self._drawn = z, noise + self.event_shape[0] * log(self.levels) - log_det
+        self._drawn = z, noise + self.event_shape[0] * log(self.levels) - log_det, torch.is_grad_enabled()
         return z
 
-    def _log_noise(self, u: Tensor) -> Tensor:
+    def _log_noise(self, t: Tensor) -> Tensor:
+        """log q(u | x) at t = logit u; of t itself, because a u that rounds to 0 or 1 has lost it."""
         assert self.logits is not None  # noqa: S101 - the caller has asked
-        return self.logits.log_prob(torch.logit(u)) - (u.log() + (-u).log1p()).sum(-1)
+        return self.logits.log_prob(t) - (logsigmoid(t) + logsigmoid(-t)).sum(-1)
 
     def log_prob(self, value: Tensor) -> Tensor:
         """log q(z | x), nats; exact."""
-        if self._drawn is not None and value is self._drawn[0]:
+        if self._drawn is not None and value is self._drawn[0] and self._drawn[2] >= torch.is_grad_enabled():
             return self._drawn[1]
         v = self.decoder({self.decoder.name: value})
         _, log_det = self.decoder.invert(v)
         u = v.flatten(v.dim() - len(self.decoder.output)) * self.levels - self.cell
         inside = ((u > 0) & (u < 1)).all(-1)
-        u = u.clamp(EDGE, 1 - EDGE)
-        noise = torch.zeros_like(log_det) if self.logits is None else self._log_noise(u)
+        noise = torch.zeros_like(log_det)
+        if self.logits is not None:
+            noise = self._log_noise(torch.logit(u.clamp(EDGE, 1 - EDGE)))
         return torch.where(inside, noise + self.event_shape[0] * log(self.levels) - log_det, -torch.inf)
 
     def expand(self, batch_shape: Size, _instance: Any = None) -> Dequantised:

@@ -10,6 +10,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from pvae.component import Shape
+from pvae.errors import DeclarationError
 from pvae.event import Event
 from pvae.guides.posteriors import Posterior
 from pvae.networks import MLP, Network
@@ -22,14 +23,53 @@ TOP_DOWN = "top_down"
 
 def parameters_of(prior: Any) -> tuple[Tensor, Tensor]:
     """Location and scale of a diagonal normal."""
-    while not isinstance(prior, dist.Normal):
-        prior = prior.base_dist
-    return prior.loc, prior.scale
+    normal = normal_of(prior)
+    assert normal is not None  # noqa: S101 - `require_normal` has looked
+    return normal.loc, normal.scale
 
 
-def without(inputs: Mapping[str, Shape], site: Site) -> dict[str, Shape]:
-    """What a posterior reads beside its model's parents, which reach it through the model."""
-    return {name: shape for name, shape in inputs.items() if name not in site.given}
+def normal_of(prior: Any) -> dist.Normal | None:
+    """A diagonal normal without what declares its event dimensions; None for another distribution."""
+    while prior is not None and not isinstance(prior, dist.Normal):
+        prior = getattr(prior, "base_dist", None)
+    return prior
+
+
+def require_normal(site: Site, link: Link) -> None:
+    """Refuse a prior whose location and scale cannot be asked for.
+
+    Raises:
+        DeclarationError: it is no diagonal normal, or is made of this very posterior.
+    """
+    prior = link.model.priors[site.name]
+    if isinstance(prior, NormalHead):
+        return
+    asks_the_guide = hasattr(prior, "link")
+    if site.given or asks_the_guide or normal_of(prior({})) is None:
+        raise DeclarationError(
+            f"latents.{site.name}.prior: expected a diagonal normal, standard_normal or conditional_normal, of which "
+            f"the posterior reads location and scale; got {type(prior).__name__}."
+        )
+
+
+def without(inputs: Mapping[str, Shape], site: Site, link: Link) -> dict[str, Shape]:
+    """What a posterior reads beside its model's parents, which reach it through the model.
+
+    Raises:
+        DeclarationError: nothing is left, or the guide samples a parent nowhere.
+    """
+    if summed := [above.name for above in link.model.sites if above.summed and above.name in site.given]:
+        raise DeclarationError(
+            f"latents.{site.name}.posterior: expected parents that the guide samples, to ask the model for p(z | "
+            f"parents); got {', '.join(summed)}, summed out by the model. Use the posterior normal."
+        )
+    read = {name: shape for name, shape in inputs.items() if name not in site.given}
+    if not read:
+        raise DeclarationError(
+            f"latents.{site.name}.posterior.given: expected 'x', or a latent that is no parent in the model; got "
+            f"{', '.join(inputs)} alone, which say no more than the prior."
+        )
+    return read
 
 
 class LadderModule(nn.Module):
@@ -73,8 +113,24 @@ class LadderPosterior(Posterior):
 
     def build(self, site: Site, inputs: Mapping[str, Shape], link: Link) -> nn.Module:
         """See `Posterior.build`."""
-        network = (self.network or MLP(hidden=())).build(without(inputs, site), (2 * site.event[0],))
+        read = without(inputs, site, link)
+        if site.given:
+            require_normal(site, link)
+        network = (self.network or MLP(hidden=())).build(read, (2 * site.event[0],))
         return LadderModule(NormalHead(network, self.log_variance), site, link)
+
+
+def _width(site: Site, link: Link) -> int:
+    """Width of the features from which the model makes p(z | parents)."""
+    prior = link.model.priors[site.name]
+    assert isinstance(prior, NormalHead)  # noqa: S101 - `require_normal` has looked
+    try:
+        return prior.network.width
+    except NotImplementedError:
+        raise DeclarationError(
+            f"latents.{site.name}.prior.network: expected a network with features, mlp, gated_mlp or conv, for the "
+            f"posterior to read; got {type(prior.network).__name__}."
+        ) from None
 
 
 class BidirectionalModule(nn.Module):
@@ -90,7 +146,7 @@ class BidirectionalModule(nn.Module):
         read = dict(inputs)
         if self.site.given:
             prior = self.link.model.priors[self.site.name]
-            assert isinstance(prior, NormalHead)  # noqa: S101 - only these have parents
+            assert isinstance(prior, NormalHead)  # noqa: S101 - `require_normal` has looked
             read[TOP_DOWN] = prior.features(seen)
         shift, log_scale = self.network(read).chunk(2, -1)
         scale = prior_scale * log_scale.clamp(-self.bound, self.bound).exp()
@@ -119,10 +175,9 @@ class BidirectionalPosterior(Posterior):
 
     def build(self, site: Site, inputs: Mapping[str, Shape], link: Link) -> nn.Module:
         """See `Posterior.build`."""
-        read = without(inputs, site)
+        read = without(inputs, site, link)
+        require_normal(site, link)
         if site.given:
-            prior = link.model.priors[site.name]
-            assert isinstance(prior, NormalHead)  # noqa: S101 - only these have parents
-            read[TOP_DOWN] = (prior.network.width,)
+            read[TOP_DOWN] = (_width(site, link),)
         network = (self.network or MLP(hidden=())).build(read, (2 * site.event[0],))
         return BidirectionalModule(network, site, link, self.bound)
