@@ -219,7 +219,8 @@ def rebuild(site: str, fn: Any, edit: Edit) -> Any:
             return rebuild(site, whole, edit)
         fn = whole.base_dist
     raise DataError(
-        f"gap: expected a guide whose {site} is built on a normal; got {type(fn).__name__}. Use ais or evidence."
+        f"gap: expected a guide whose {site} is built on a normal; got {type(fn).__name__}. Use ais, or "
+        "evidence where the posterior has a density."
     )
 
 

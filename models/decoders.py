@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import pyro.distributions as dist
 from torch import Tensor, nn
+from torch.distributions import constraints
 
 from pvae.component import Names, Section, Shape
 from pvae.models.likelihoods import Bernoulli, Likelihood
@@ -20,6 +21,12 @@ class Decoder(Section):
     likelihood: Likelihood = Bernoulli()
     given: Names | None = None
     """Latents the decoder reads; default: those that no other latent depends on."""
+
+    @property
+    def support(self) -> constraints.Constraint:
+        """Values a datum may take, elementwise."""
+        squashed = getattr(self.network, "squash", "none") != "none" and not self.likelihood.support.is_discrete
+        return constraints.unit_interval if squashed else self.likelihood.support
 
     def build(self, given: Mapping[str, Shape], x: Shape) -> DecoderModule:
         """A module from the latents' features to a distribution of event shape `x`."""

@@ -9,10 +9,10 @@ import pyro.distributions as dist
 from pyro.poutine.runtime import InferDict
 from torch import Tensor, nn
 
+from pvae.determined import Determined
 from pvae.errors import DeclarationError
 from pvae.models.decoders import DecoderModule
 from pvae.site import OBSERVED, Frame, Site, data_plate
-
 
 SUMMED: InferDict = {"enumerate": "parallel"}
 
@@ -60,4 +60,6 @@ class GraphModel(nn.Module):
             for site in self.sites:
                 infer = SUMMED if site.summed else None
                 seen[site.name] = site.see(pyro.sample(site.name, self.prior(site.name, seen), infer=infer), like)
+            if self.training and x is not None and self.decoder.likelihood.is_point:
+                return pyro.sample(OBSERVED, Determined(x, event_dim=len(self.frame.x)), obs=x)  # no need to decode
             return pyro.sample(OBSERVED, self.decoder(seen), obs=x)

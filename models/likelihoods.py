@@ -53,6 +53,9 @@ class Likelihood(Component):
 class LikelihoodModule(nn.Module):
     """Base of what likelihoods build: splits the decoder's output into the parameters of each element."""
 
+    is_point: ClassVar[bool] = False
+    """Whether z determines x."""
+
     def __init__(self, x: Shape, channels: int) -> None:
         super().__init__()
         self.x = tuple(x)
@@ -602,6 +605,8 @@ class Poisson(Likelihood):
 class DeterminedModule(LikelihoodModule):
     """x is the decoder's output."""
 
+    is_point: ClassVar[bool] = True
+
     def forward(self, h: Tensor) -> dist.TorchDistribution:
         """`(..., *x)` to the point."""
         return Determined(h, event_dim=len(self.x))
@@ -631,6 +636,8 @@ class DeterminedLikelihood(Likelihood):
 
 class RoundedModule(LikelihoodModule):
     """x is the decoder's output rounded down to a level."""
+
+    is_point: ClassVar[bool] = True
 
     def __init__(self, x: Shape, levels: int) -> None:
         super().__init__(x, 1)

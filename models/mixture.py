@@ -310,4 +310,8 @@ def as_members(fn: Any) -> Members:
         fn = fn.base_dist
     if isinstance(fn, torch.distributions.MultivariateNormal):
         return FullRankNormals(fn.loc, fn.scale_tril)
-    return Normals(fn.loc, fn.scale)
+    if isinstance(fn, torch.distributions.Normal):
+        return Normals(fn.loc, fn.scale)
+    raise DeclarationError(
+        f"prior: expected a posterior normal or full_rank_normal, of which mixtures are made; got {type(fn).__name__}."
+    )

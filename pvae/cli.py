@@ -161,7 +161,7 @@ def check(
     from pvae.trainer import evaluate
 
     data = experiment.conditioned(load(experiment.data, data_dir=data_dir, seed=experiment.seed))
-    data.require_support(experiment.decoder.likelihood.support, experiment.decoder.likelihood.hint)
+    data.require_support(experiment.decoder.support, experiment.decoder.likelihood.hint)
     pair = experiment.build(data.shape)
     rows = data.train.x[:4]
     problems = pair.check(rows)

@@ -343,7 +343,7 @@ def _dataset(plan: Plan, data: Dataset | Tensor | None, data_dir: str | Path | N
     if isinstance(plan, Experiment):
         likelihood: Likelihood = plan.decoder.likelihood
         dataset = plan.conditioned(dataset)
-        dataset.require_support(likelihood.support, likelihood.hint)
+        dataset.require_support(plan.decoder.support, likelihood.hint)
     return dataset, plan
 
 
