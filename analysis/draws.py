@@ -20,6 +20,7 @@ from pvae.errors import DataError, DeclarationError
 from pvae.exponential import Codes, FullRankNormals, Members, Normals, product
 from pvae.pair import Pair
 from pvae.pair import quiet as quiet_pair
+from pvae.site import Frame
 from pvae.traces import (
     Layout,
     Unweighed,
@@ -44,7 +45,11 @@ def accept(pair: Pair, x: Any) -> Tensor:
     if not isinstance(pair, Pair):
         hint = " Pass its .pair." if isinstance(getattr(pair, "pair", None), Pair) else ""
         raise DeclarationError(f"pair: expected a pvae.Pair; got {type(pair).__name__}.{hint}")
-    return pair.accept(x)
+    rows = pair.accept(x)
+    frame = getattr(pair.model, "frame", None)
+    if isinstance(frame, Frame):
+        frame.require(rows)
+    return rows
 
 
 @contextmanager
@@ -139,7 +144,8 @@ def determined(pair: Pair, x: Tensor) -> tuple[list[str], list[str]]:
 
     Call it inside `quiet`.
     """
-    guide_trace, model_trace = pair.traces(x[:2])
+    with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):
+        guide_trace, model_trace = pair.traces(x[:2])
     guide, model = samples(guide_trace), samples(model_trace)
     latents = [name for name in pair.layout.latents if is_point(guide[name]["fn"])]
     return latents, [name for name in pair.layout.observed if is_point(model[name]["fn"])]

@@ -39,8 +39,8 @@ class Gain:
         won = f"gained {self.gained.value:.3f} +- {self.gained.standard_error:.3f} nats per datum"
         if self.promised is None:
             return f"{won}; for a deterministic code no marginal KL says how much there was to win"
-        share = f"{100 * self.gained.value / self.promised.value:.0f} %" if self.promised.value > 0 else "all"
-        return f"{won} of the {self.promised.value:.3f} that the marginal KL had promised ({share})"
+        share = f" ({100 * self.gained.value / self.promised.value:.0f} %)" if self.promised.value > 0 else ""
+        return f"{won} of the {self.promised.value:.3f} that the marginal KL had promised{share}"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers and strings, for JSON."""

@@ -14,9 +14,11 @@ from pvae.analysis.estimate import Estimate
 from pvae.pair import Pair
 
 FIGURES = (
-    "reconstruction", "kl", "kl_exact", "mutual_information", "mutual_information_lower", "marginal_kl",
-    "marginal_kl_upper", "leave_one_out", "train_gain", "elbo", "log_n", "global_kl",
+    "reconstruction", "kl", "kl_exact", "mutual_information", "marginal_kl", "leave_one_out", "train_gain", "elbo",
+    "log_n",
 )  # fmt: skip
+BOUNDS = {"mutual_information_lower": "mutual_information", "marginal_kl_upper": "marginal_kl"}
+"""Figures that only groups with a subset of components have, and what stands for them in the others."""
 LEVEL_FIGURES = ("kl", "kl_exact", "mutual_information", "marginal_kl")
 
 
@@ -49,42 +51,55 @@ def by_group(
 
 
 def pool(found: Sequence[Surgery], sizes: Sequence[int]) -> Surgery:
-    """Means of the figures of groups, weighed by their sizes; errors are those of independent draws."""
-    n = sum(sizes)
-    weights = [size / n for size in sizes]
-    first = found[0]
-    latents = {name: _level([s.latents[name] for s in found], weights) for name in first.latents}
+    """Means of the figures of groups, weighed by their sizes; errors are those of independent draws.
+
+    Where some groups have two bounds, the figure of the others stands for both of theirs.
+    """
+    latents = {name: _level([s.latents[name] for s in found], sizes) for name in found[0].latents}
     told = dict.fromkeys(note for s in found for note in s.notes)
     classes = {label: c for s in found for label, c in s.classes.items()}
     distinct = sum(len(s.classes) for s in found) == len(classes)
+    figures = {name: _mean([getattr(s, name) for s in found], sizes) for name in FIGURES}
+    for bound, main in BOUNDS.items():
+        parts = [getattr(s, bound) for s in found]
+        if any(part is not None for part in parts):
+            stand_in = [getattr(s, main) if part is None else part for s, part in zip(found, parts, strict=True)]
+            figures[bound] = _mean(stand_in, sizes)
     return replace(
-        first,
-        n=n,
-        **{name: _mean([getattr(s, name) for s in found], weights) for name in FIGURES},
+        found[0],
+        n=sum(sizes),
+        **figures,
         latents=latents,
         classes=classes if distinct else {},
         label_information=None,
-        shared={name: sum(s.shared[name] for s in found) for name in first.shared},
         notes=(f"conditioned: q_agg(z | y) and I_q[x, z | y] within each of {len(found)} groups", *told),
     )
 
 
-def _mean(parts: Sequence[Estimate | None], weights: Sequence[float]) -> Any:
+def _mean(parts: Sequence[Estimate | None], sizes: Sequence[int]) -> Any:
+    """The weighted mean, of the weakest kind among the parts; a group of one row has the spread of the others."""
     known = [part for part in parts if part is not None]
     if len(known) < len(parts):
         return None
-    value = sum(w * part.value for w, part in zip(weights, known, strict=True))
-    error = math.sqrt(sum((w * part.standard_error) ** 2 for w, part in zip(weights, known, strict=True)))
+    n = sum(sizes)
+    value = sum(size * part.value for size, part in zip(sizes, known, strict=True)) / n
+    spreads = [part.standard_error**2 * size for size, part in zip(sizes, known, strict=True)]
+    finite = [spread for spread in spreads if math.isfinite(spread)]
+    usual = sum(finite) / len(finite) if finite else math.nan
+    variance = sum(
+        size * (spread if math.isfinite(spread) else usual) for size, spread in zip(sizes, spreads, strict=True)
+    )
+    kinds = {part.kind for part in known}
+    kind = next(kind for kind in ("upper_bound", "lower_bound", "estimate", "exact") if kind in kinds)
     note = next((part.note for part in known if part.note), "")
-    return Estimate(value, error, known[0].kind, None, note)
+    return Estimate(value, math.sqrt(variance) / n, kind, None, note)
 
 
-def _level(parts: Sequence[LatentSurgery], weights: Sequence[float]) -> LatentSurgery:
-    figures = {name: _mean([getattr(part, name) for part in parts], weights) for name in LEVEL_FIGURES}
+def _level(parts: Sequence[LatentSurgery], sizes: Sequence[int]) -> LatentSurgery:
+    figures = {name: _mean([getattr(part, name) for part in parts], sizes) for name in LEVEL_FIGURES}
     columns = [part.kl_per_dimension for part in parts if part.kl_per_dimension is not None]
     per_dimension = None
     if len(columns) == len(parts):
-        per_dimension = tuple(
-            sum(w * v for w, v in zip(weights, row, strict=True)) for row in zip(*columns, strict=True)
-        )
+        rows = zip(*columns, strict=True)
+        per_dimension = tuple(sum(n * v for n, v in zip(sizes, row, strict=True)) / sum(sizes) for row in rows)
     return LatentSurgery(**figures, kl_per_dimension=per_dimension, active_units=None)

@@ -16,7 +16,7 @@ from pyro import poutine
 from torch import Tensor
 
 from pvae import __version__, seeds
-from pvae.analysis.draws import CHUNK, Draw, LatentDraw, accept, draw_chunk, quiet, same_globals
+from pvae.analysis.draws import CHUNK, Draw, LatentDraw, accept, determined, draw_chunk, quiet, same_globals
 from pvae.analysis.groups import NATS, Array, Posterior, Variable, dataset, text
 from pvae.analysis.psis import pareto_k
 from pvae.analysis.sites import PROBED, Sites, as_value, numpy_of, parameters_of, read_sites, rows_of, whole
@@ -198,6 +198,10 @@ class Drawn:
         self.values |= {site.site: site.empty(1, draws) for site in sites.shared}
         self.log_q, self.log_p, self.log_likelihood = (np.empty((1, draws, n)) for _ in range(3))
         self.global_log_ratio = np.zeros((1, draws))
+        with quiet(request.pair, request.x, request.seed):
+            points, observed = determined(request.pair, request.x)
+        self.points = [] if observed else points
+        """Codes of an autoencoder."""
         self.kl = {site.site: np.zeros((n, *site.tail)) for site in sites.latents if site.site in sites.closed}
 
     def fill(self, on_progress: Progress) -> None:
@@ -247,20 +251,25 @@ class Drawn:
     def sample_stats(self) -> Group:
         """Their densities."""
         columns = {"log_q": self.log_q, "log_p": self.log_p}
-        if not self.sites.summed:
+        why = self._expected()
+        if not why:
             columns |= {"log_likelihood": self.log_likelihood, "log_weight": self.log_weight}
         found: dict[str, Variable] = {name: ((*DRAW, "datum"), values, NATS) for name, values in columns.items()}
         if self.sites.shared:
             found["global_log_ratio"] = (DRAW, self.global_log_ratio, NATS)
-        return Group(found, dict.fromkeys(("log_likelihood", "log_weight"), why) if (why := self._expected()) else {})
+        return Group(found, dict.fromkeys(("log_likelihood", "log_weight"), why) if why else {})
 
     def _expected(self) -> str:
-        """Why there are no weights of single draws where the model sums latents out, "" where it sums out none."""
-        return f"the model sums out {', '.join(self.sites.summed)}" if self.sites.summed else ""
+        """Why single draws have no weights: the model sums latents out, or a code is a point; else ""."""
+        if self.sites.summed:
+            return f"the model sums out {', '.join(self.sites.summed)}"
+        return f"{', '.join(self.points)}: a point has no density" if self.points else ""
 
     def diagnostics(self) -> Group:
         """Per datum: bounds, and how far the weights can be trusted."""
-        found: dict[str, Variable] = {"elbo": (("datum",), self.log_weight[0].mean(0), NATS)}
+        found: dict[str, Variable] = {}
+        if not self.points:
+            found["elbo"] = (("datum",), self.log_weight[0].mean(0), NATS)
         for site in self.sites.latents:
             if site.site in self.kl:
                 found[f"{site.name}_kl"] = (("datum", *site.dims), self.kl[site.site], {**NATS, **site.attrs})
@@ -268,7 +277,7 @@ class Drawn:
         why = f"expected latents of single data only; got global {names}" if names else self._expected()
         if not why:
             return Group({**found, **self._weights()})
-        return Group(found, {name: why for name in ("log_evidence", "ess", "khat")})
+        return Group(found, dict.fromkeys(("log_evidence", "ess", "khat", *(["elbo"] if self.points else [])), why))
 
     def _weights(self) -> dict[str, Variable]:
         weights = torch.from_numpy(self.log_weight[0])
@@ -320,10 +329,11 @@ def guide(request: Request, sites: Sites) -> Group:
 
 def prior(request: Request, sites: Sites) -> Group:
     """Draws of the model's latents, one run of the model each, so that draws share no global latent."""
-    pair, x = request.pair, request.x[:2]
+    pair, n = request.pair, len(request.x)
     with request.quiet(1):
         draws = [
-            dict(_values_of_prior(samples(pair.simulate(x)), sites, pair.layout, len(x))) for _ in range(request.draws)
+            dict(_values_of_prior(samples(pair.simulate(x)), sites, pair.layout, len(x)))
+            for x in (request.x[torch.tensor([i % n, (i + 1) % n])] for i in range(request.draws))
         ]
     every = [site for site in (*sites.latents, *sites.shared) if site.site in draws[0]]
     stacked = {site: np.stack([draw[site.site] for draw in draws])[None] for site in every}

@@ -96,6 +96,7 @@ def surgery(
     if samples < 1:
         raise DataError(f"surgery: expected at least one draw; got samples={samples}.")
     x = accept(pair, x)
+    train = None if train is None else accept(pair, train)
     if not pair.layout.latents and not pair.layout.enumerated:
         raise DataError(f"surgery: expected latents of single data; got only global {', '.join(pair.layout.shared)}.")
     y = _labels(labels, x)

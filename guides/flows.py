@@ -90,7 +90,8 @@ class PushedNormal(dist.TorchDistribution):
         for step in reversed(self.steps):
             value, log_det = step.invert(value.flip(-1), self.context)  # type: ignore[operator]
             score = score - log_det
-        return score + self.base.log_prob(value)
+        # Where a gate underflows u is infinite and the networks give NaN: the density there is 0.
+        return (score + self.base.log_prob(value)).nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
 
     def expand(self, batch_shape: Size, _instance: Any = None) -> PushedNormal:
         """The same distribution over more batch dimensions."""

@@ -33,6 +33,10 @@ class Posterior(Component):
     given: Names = (OBSERVED,)
     """What it is conditioned on: x and, in a hierarchy, other latents."""
 
+    def follows_prior(self, given: tuple[str, ...]) -> bool:
+        """Whether another prior would move this posterior, for a latent with these parents in the model."""
+        return self.reads_prior or self.summed
+
     @abstractmethod
     def build(self, site: Site, inputs: Mapping[str, Shape], link: Link) -> nn.Module:
         """A module from what the latent is given to its distribution.

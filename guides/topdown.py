@@ -111,6 +111,10 @@ class LadderPosterior(Posterior):
     network: Network | None = None
     """Between the features of x and mu, sigma; default: one linear map."""
 
+    def follows_prior(self, given: tuple[str, ...]) -> bool:
+        """See `Posterior.follows_prior`; the top level does not read its prior."""
+        return bool(given)
+
     def build(self, site: Site, inputs: Mapping[str, Shape], link: Link) -> nn.Module:
         """See `Posterior.build`."""
         read = without(inputs, site, link)

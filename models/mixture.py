@@ -203,6 +203,11 @@ class DataMixtureModule(nn.Module):
         self._kept, self.count = None, 0
         return super().train(mode)
 
+    def _apply(self, *arguments: Any, **options: Any) -> Self:
+        """See `torch.nn.Module._apply`: what was encoded has another type or device."""
+        self._kept = None
+        return super()._apply(*arguments, **options)
+
     def components_of(self, q: Members) -> Members:
         """One component for each posterior."""
         return q
@@ -223,7 +228,7 @@ class DataMixtureModule(nn.Module):
         if self.components is None or self.components >= len(self.rows):
             chosen, x = torch.arange(len(self.rows), device=self.rows.device), self.rows
         else:
-            chosen = torch.randint(len(self.rows), (self.components,), device=self.rows.device)
+            chosen = torch.randperm(len(self.rows), device=self.rows.device)[: self.components]
             x = self.rows[chosen]
         left_out = None
         if self.leave_one_out and self.count:

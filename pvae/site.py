@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pvae.component import Shape
-from pvae.errors import DeclarationError
+from pvae.errors import DataError, DeclarationError
 
 if TYPE_CHECKING:
     from pvae.guides.graph import GraphGuide
@@ -84,6 +84,23 @@ class Frame:
             for (name, codes), column in zip(self.covariates.items(), columns, strict=True)
         }
         return rows[..., :width].reshape(*lead, *self.x), seen
+
+    def join(self, x: Tensor, rows: Tensor) -> Tensor:
+        """Rows `(n, *row)` with other data `(n, *x)` and their own covariates."""
+        return torch.cat([x.reshape(len(rows), -1).to(rows), rows[:, prod(self.x) :]], 1) if self.covariates else x
+
+    def require(self, rows: Tensor) -> None:
+        """Refuse rows whose covariates are no numbers 0 .. codes - 1.
+
+        Raises:
+            DataError: naming the covariate and what was found.
+        """
+        for column, (name, codes) in zip(rows[..., prod(self.x) :].unbind(-1), self.covariates.items(), strict=True):
+            wrong = column[(column != column.round()) | (column < 0) | (column >= codes)]
+            if len(wrong):
+                raise DataError(
+                    f"{name}: expected integers 0 .. {codes - 1} in the last column of x; got {float(wrong[0]):g}."
+                )
 
     def groups(self, rows: Tensor) -> Tensor | None:
         """The joint value of the covariates of every row, numbered, `(n,)`; None where there are none."""

@@ -288,6 +288,26 @@ class Experiment(Plan):
         changes = {"name": f"{self.name}_refit", "objective": TraceELBO(), "train": self.refit.train}
         return type(self).from_dict({**table, **changes})
 
+    def refitted(self, stage: Experiment) -> list[str]:
+        """The latents whose priors a second stage replaces.
+
+        Raises:
+            DeclarationError: there are none, or a posterior is made of its prior and would move with it.
+        """
+        names = [name for name, z in stage.latents.items() if z.prior != self.latents[name].prior]
+        if not names:
+            raise DeclarationError(
+                f"refit: expected another prior, e.g. latents.{next(iter(stage.latents))}.prior.kind=realnvp; got none."
+            )
+        moved = [name for name in names if stage.latents[name].posterior.follows_prior(stage.latents[name].given)]
+        if moved:
+            kinds = ", ".join(f"{name} ({stage.latents[name].posterior.kind})" for name in moved)  # type: ignore[attr-defined]
+            raise DeclarationError(
+                f"refit: expected posteriors that stay as they are; got {kinds}, made of the prior itself, which would "
+                f"move with it. Fit the model anew."
+            )
+        return names
+
     def conditioned(self, data: Dataset) -> Dataset:
         """Data as the declared pair takes them: with covariates, the label stands in every row."""
         return data.conditioned({name: covariate.codes for name, covariate in self.covariates.items()})
@@ -354,6 +374,7 @@ def _findings(e: Experiment) -> Iterator[Finding]:
     if not any(OBSERVED in z.posterior.given or z.posterior.summed for z in e.latents.values()):
         yield ("latents",), "at least one posterior given 'x': the guide never looks at the data", sorted(names)
     yield from _unread(e)
+    yield from _unread_covariates(e)
     yield from _misplaced_priors(e)
     yield from _misplaced_posteriors(e)
     if e.refit is not None:
@@ -412,6 +433,13 @@ def _unknown_parents(e: Experiment, names: set[str]) -> Iterator[Finding]:
         yield ("decoder", "given"), "at least one latent", list(e.decoder.given)
 
 
+def _unread_covariates(e: Experiment) -> Iterator[Finding]:
+    read = {name for z in e.latents.values() for name in (*z.given, *z.posterior.given)} | set(e.decoder_given())
+    for name in e.covariates:
+        if name not in read:
+            yield ("covariates", name), "a covariate that a prior, a posterior or the decoder is given", name
+
+
 def _misplaced_priors(e: Experiment) -> Iterator[Finding]:
     """Priors that cannot read the parents they have, or need parents that are not there."""
     for name, latent in e.latents.items():
@@ -442,8 +470,10 @@ def _second_stage(e: Experiment, refit: Refit) -> Iterator[Finding]:
         if name not in e.latents:
             yield ("refit", "priors", name), f"one of {', '.join(e.latents)}{near(name, e.latents)}", name
             return
+    if refit.train.alternate:
+        yield ("refit", "train", "alternate"), "0, because the guide is frozen", refit.train.alternate
     try:
-        e.second_stage()
+        e.refitted(e.second_stage())
     except DeclarationError as error:
         yield ("refit",), f"a sound second stage; {'; '.join(error.problems)}", sorted(refit.priors)
 

@@ -17,7 +17,7 @@ from pvae.component import IMPORTED
 from pvae.data import Dataset, load
 from pvae.data.declared import TensorSource
 from pvae.em import EM
-from pvae.errors import DataError, DeclarationError, DeviceError
+from pvae.errors import CheckpointError, DataError, DeclarationError, DeviceError
 from pvae.models.likelihoods import Likelihood
 from pvae.objectives import IWAE, Objective, TraceELBO, TraceMeanFieldELBO
 from pvae.pair import Pair
@@ -120,9 +120,12 @@ def refit(
     if not isinstance(run, Run):
         run = Run.load(run, root=root, data_dir=data_dir)
     old = run.experiment
-    stage = old.with_overrides(*overrides).with_changes({"objective": TraceELBO()})
+    stage = old.with_overrides(*overrides)
+    if stage.objective != old.objective:
+        raise DeclarationError("refit: expected no other objective; got one. Priors are fitted by the plain ELBO.")
     changes: dict[str, Any] = {} if stage.name != old.name else {"name": f"{old.name}_refit"}
-    stage = stage.with_changes({**changes, "refit": None})
+    train = {**stage.train.model_dump(exclude_none=True, exclude_unset=True), "alternate": 0}
+    stage = stage.with_changes({**changes, "refit": None, "objective": TraceELBO(), "train": train})
     return _refit(run, stage, Path(run_dir) if run_dir else run.path.parent.parent, device, progress)
 
 
@@ -137,44 +140,40 @@ def _refit(run: Run, stage: Experiment, run_dir: Path, device: str, progress: bo
         raise DeclarationError(
             [f"refit: expected the run's own {line} Only priors are fitted anew." for line in frozen]
         )
-    names = [name for name, z in stage.latents.items() if z.prior != run.experiment.latents[name].prior]
-    if not names:
-        raise DeclarationError(
-            f"refit: expected another prior, e.g. latents.{next(iter(stage.latents))}.prior.kind=realnvp; got none."
-        )
-    if summed := [name for name in names if stage.latents[name].posterior.summed]:
-        raise DeclarationError(
-            f"refit: expected latents with a guide of their own; {', '.join(summed)} is inferred by Bayes, so that its "
-            f"codes would follow the new prior. Fit the model anew."
-        )
+    if stage.seed != run.experiment.seed and getattr(stage.data, "data_seed", 0) == "experiment":
+        raise DeclarationError(f"refit: expected the run's own seed, which its data follow; got {stage.seed}.")
+    names = run.experiment.refitted(stage)
     pair = stage.build(run.data.shape).attend(run.data.train.data)
     trainable = tuple(f"model.priors.{name}." for name in names)
     weights = {k: v for k, v in run.pair.state_dict().items() if not k.startswith(trainable)}
     fresh = {k: v for k, v in pair.state_dict().items() if k.startswith(trainable)}
     load_weights(pair, {**weights, **fresh}, str(run.path))
-    parent = {"run": identity(run), "epoch": run.status.get("epoch")}
+    parent = parent_of(run)
     return _launch(
         stage, pair, run.data, run_dir, pick_device(device), parent=parent, trainable=trainable, progress=progress
     )
 
 
-def _second(run: Run, device: str, progress: bool) -> Run:
-    """The second stage that a declaration asks for, if it does: begun, or gone on with."""
+def _second(run: Run, device: str, progress: bool, *, allow_changes: bool = False) -> Run:
+    """The second stage that a declaration asks for, if it does: begun, or gone on with where it left weights."""
     plan, root = run.plan, run.path.parent.parent
     if not isinstance(plan, Experiment) or plan.refit is None:
         return run
     stage = plan.second_stage()
-    for path in sorted((root / slug(stage.name)).glob("*")):
-        child = RunDirectory(path)
-        with suppress(DataError):
-            if (child.manifest.get("parent") or {}).get("run") == identity(run):
-                return resume(Run(child, data=run.data), device=device, progress=progress)
+    for path in sorted((root / slug(stage.name)).glob("*"), reverse=True):
+        child = Run(RunDirectory(path), data=run.data)
+        with suppress(DataError, DeclarationError, CheckpointError):
+            same = child.files.manifest.get("parent") == parent_of(run) and child.experiment.latents == stage.latents
+            if same and child.checkpoint:
+                if child.status.get("state") == "finished":
+                    return child
+                return resume(child, device=device, progress=progress, allow_changes=allow_changes)
     return _refit(run, stage, root, device, progress)
 
 
-def identity(run: Run) -> str:
-    """A run's name and id, as `Run.load` takes them."""
-    return f"{run.path.parent.name}/{run.path.name}"
+def parent_of(run: Run) -> dict[str, Any]:
+    """What the manifest of a second stage says of the first: name and id, as `Run.load` takes them, and its epoch."""
+    return {"run": f"{run.path.parent.name}/{run.path.name}", "epoch": run.status.get("epoch")}
 
 
 def _launch(
@@ -211,11 +210,16 @@ def _launch(
     for note in dataset.notes:
         files.log_event("data", note)
     with files.lock():
-        if any(p.requires_grad for p in pair.parameters()):
+        if learns(pair):
             Trainer(plan, pair, dataset, files, where, engine, record=_record(plan), show=progress).run()
         else:
             _nothing_to_learn(pair, dataset, plan, files)
     return Run(files, data=dataset, pair=given_pair)
+
+
+def learns(pair: Pair) -> bool:
+    """Whether a parameter is free: a refit with q_agg itself as the prior has none."""
+    return any(p.requires_grad for p in pair.parameters())
 
 
 def freeze(pair: Pair, trainable: Sequence[str] | None) -> None:
@@ -287,9 +291,16 @@ def resume(
         if run.status.get("state") != "finished" or changed:
             pair = run.fresh_pair()
             freeze(pair, files.manifest.get("trainable"))
+            saved = checkpoint.latest(found, report=lambda line: files.log_event("fallback", line))
+            if saved is None and files.manifest.get("trainable") is not None:
+                raise CheckpointError(
+                    f"{files.path}: expected a checkpoint, which holds the frozen weights too; got none. "
+                    f"Refit {(files.manifest.get('parent') or {}).get('run')} again."
+                )
+            if saved is not None and not learns(pair):
+                return run
             engine = str(files.manifest["engine"])
             trainer = Trainer(plan, pair, run.data, files, where, engine, record=_record(plan), show=progress)
-            saved = checkpoint.latest(found, report=lambda line: trainer.tell("fallback", line))
             if saved is not None:
                 trainer.restore(saved)
             if changed:
@@ -297,7 +308,7 @@ def resume(
                 files.write_spec(plan.to_toml())
                 files.log_event("changed", "; ".join(changed))
             trainer.run()
-    return _second(Run(files, data=run.data, pair=run._given_pair), device, progress)
+    return _second(Run(files, data=run.data, pair=run._given_pair), device, progress, allow_changes=allow_changes)
 
 
 def _record(plan: Plan) -> Record | None:

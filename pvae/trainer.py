@@ -195,6 +195,7 @@ class Trainer:
         if bad := bad_weights(self.pair):
             self._fail(f"weights not finite after the last step ({bad[0]})")
         self._save()
+        self.pair.eval()  # nothing announced to it holds any longer
         self._status("finished")
 
     def _stepper(self) -> Stepper:

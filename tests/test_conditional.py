@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import pvae
-from pvae.analysis import evidence, surgery
+from pvae.analysis import bracket, evidence, surgery
 from pvae.data import Dataset
 from pvae.errors import DataError, DeclarationError
 from pvae.pair import Pair
@@ -195,3 +195,69 @@ def test_what_is_refused(case):
 def test_a_model_without_rows_asks_for_its_label():
     with pytest.raises(DeclarationError, match="expected rows with y"):
         declared().model()
+
+
+# ---------------------------------------------------------------------- what was found by looking twice
+
+
+def test_labels_outside_the_codes_are_refused_everywhere(tmp_path):
+    pair, (x, _) = declared(), rows()
+    wrong = x.clone()
+    wrong[5, -1] = 7
+    with pytest.raises(DataError, match=r"y: expected integers 0 \.\. 2 in the last column of x; got 7"):
+        surgery(pair, wrong)
+    data = Dataset.from_tensors(x[:, :6], x[:, 6].long()).conditioned({"y": 3})
+    with pytest.raises(DataError, match=r"expected labels 0 \.\. 1; got 0 \.\. 2"):
+        data.conditioned({"y": 2})
+    assert torch.equal(data.conditioned({}).train.x, data.train.data)
+    plain = {**TABLE, "latents": {"z": {"dim": 2}}, "decoder": {**NETWORK, "likelihood": {"kind": "bernoulli"}}}
+    del plain["covariates"]
+    run = pvae.fit(Experiment.from_dict(plain), "train.epochs=1", data=data, run_dir=tmp_path, progress=False)
+    assert run.data.train.x.shape[1] == 6
+
+
+def test_a_label_of_one_row_leaves_the_errors_known():
+    pair, (x, _) = declared(), rows(20)
+    x[:, -1] = torch.tensor([0.0] * 19 + [1.0])
+    found = surgery(pair, x)
+    assert found.kl.standard_error > 0
+    assert found.log_n.value == pytest.approx(19 / 20 * torch.tensor(19.0).log().item())
+
+
+def test_bounds_of_some_groups_are_bounds_of_all():
+    pair = declared()
+    x, _ = rows(100)
+    x[:, -1] = (torch.arange(100) >= 20).float()
+    for data in (x, torch.cat([x[:, :-1], 1 - x[:, -1:]], 1)):
+        found = surgery(pair, data, components=25, samples=2)
+        assert found.mutual_information.kind == "upper_bound"
+        assert found.mutual_information_lower.kind == "lower_bound"
+        assert found.mutual_information_lower.value <= found.mutual_information.value
+        assert found.marginal_kl.kind == "lower_bound"
+        assert found.marginal_kl_upper.value >= found.marginal_kl.value
+        assert found.kl.value == pytest.approx(
+            found.mutual_information_lower.value + found.marginal_kl_upper.value, abs=1e-9
+        )
+
+
+def test_prior_draws_follow_the_labels_of_the_data(tmp_path):
+    run = pvae.fit(Experiment.from_dict(TABLE), "train.epochs=1", run_dir=tmp_path, progress=False)
+    with torch.no_grad():
+        head = run.pair.model.priors["z"].network.head
+        head.weight.mul_(100)
+    drawn = run.posterior(draws=300).groups["prior"]["z"].values[0]
+    some = [row[None].expand(400, -1) for row in run.data.test.x[:60]]
+    means = [float(run.pair.simulate(x).nodes["z"]["value"].detach().mean()) for x in some]
+    assert max(means) - min(means) > 1
+    assert abs(float(drawn.mean()) - sum(means) / len(means)) < 0.5 * (max(means) - min(means))
+
+
+def test_bracket_simulates_rows_with_their_labels():
+    found = bracket(declared(), rows(12)[0], rows=12, temperatures=3, chains=2)
+    assert found.x.shape == (12, 7)
+
+
+def test_a_covariate_that_nothing_reads_is_refused():
+    table = {**TABLE, "latents": {"z": {"dim": 2}}, "decoder": {**NETWORK, "likelihood": {"kind": "bernoulli"}}}
+    with pytest.raises(DeclarationError, match=r"covariates\.y: expected a covariate that a prior, a posterior or"):
+        Experiment.from_dict(table)

@@ -190,3 +190,35 @@ def test_a_compiled_step_leaves_the_same_rows_out(tmp_path):
     assert [run.status["engine"] for run in runs] == ["eager", "compiled"]
     one, two = (run.metrics.query("split == 'train'")["elbo"].to_numpy() for run in runs)
     assert one == pytest.approx(two, rel=1e-4)
+
+
+def test_two_exemplars_are_never_both_left_out():
+    latents = {"z": {"dim": 2, "prior": {"kind": "exemplar", "components": 2}}}
+    pair = Experiment.from_dict(table("exemplar", latents=latents)).build((6,)).attend(rows(4)).train()
+    for _ in range(50):
+        pair.model.priors["z"].start(torch.arange(4))
+        assert pair(rows(4)).isfinite().all()
+
+
+def test_what_was_announced_ends_with_training():
+    pair = built("exemplar, all", rows()).train()
+    pair.model.priors["z"].start(torch.arange(5))
+    pair.eval()
+    pair.train()
+    assert pair(rows(7)).shape == (7,)
+
+
+@pytest.mark.parametrize("posterior", ["flow", "delta"])
+@pytest.mark.parametrize("kind", ["aggregated", "exemplar"])
+def test_mixtures_are_made_of_normal_posteriors(kind, posterior):
+    latents = {"z": {"dim": 2, "prior": KINDS[kind], "posterior": posterior}}
+    with pytest.raises(DeclarationError, match="expected a posterior normal or full_rank_normal"):
+        Experiment.from_dict(table(kind, latents=latents)).build((6,))
+
+
+def test_a_point_has_no_weights_in_the_export(tmp_path):
+    latents = {"z": {"dim": 2, "posterior": {"kind": "delta"}}}
+    run = pvae.fit(Experiment.from_dict(table("exemplar", latents=latents)), run_dir=tmp_path, progress=False)
+    groups = run.posterior(draws=5, rows=20).groups
+    assert not {"log_evidence", "ess", "khat", "elbo"} & set(groups["diagnostics"].variables)
+    assert "log_weight" not in groups["sample_stats"].variables

@@ -16,7 +16,7 @@ import torch
 import pvae
 from pvae.analysis import gain, surgery
 from pvae.cli import main
-from pvae.errors import DataError, DeclarationError, Interrupted
+from pvae.errors import CheckpointError, DataError, DeclarationError, Interrupted
 from pvae.run import Run
 from pvae.spec import Experiment
 from pvae.trainer import Trainer
@@ -188,3 +188,83 @@ def test_command_line(parent, capsys, monkeypatch):
     child = Run.load("small_refit", root=root)
     record = json.loads((child.path / "analysis" / "refit.json").read_text())
     assert set(record["splits"]) == {"train", "test"}
+
+
+# ---------------------------------------------------------------------- second stages that are not what they seem
+
+
+STAGES = {
+    "refit": {"priors": {"z": {"kind": "mixture", "components": 5}}, "train": {"epochs": 2}},
+    "train": {"epochs": 2},
+}
+
+
+def same_encoder(one: Run, other: Run) -> bool:
+    weights = other.pair.state_dict()
+    return all(torch.equal(v, weights[k]) for k, v in one.pair.state_dict().items() if k.startswith("guide."))
+
+
+def test_a_second_stage_that_left_no_weights_is_fitted_anew(tmp_path, monkeypatch):
+    run = Trainer.run
+
+    def killed(self: Trainer) -> None:
+        if self.plan.name == "small_refit":
+            raise KeyboardInterrupt
+        run(self)
+
+    monkeypatch.setattr(Trainer, "run", killed)
+    with pytest.raises(KeyboardInterrupt):
+        fit(tmp_path, **STAGES)
+    monkeypatch.undo()
+    orphan = next((tmp_path / "small_refit").iterdir())
+    with pytest.raises(CheckpointError, match="holds the frozen weights too; got none. Refit small/"):
+        pvae.resume(orphan, progress=False)
+    done = pvae.resume("small", root=tmp_path, progress=False)
+    assert done.path != orphan
+    assert same_encoder(Run.load("small", root=tmp_path), done)
+
+
+def test_a_first_stage_trained_longer_gets_a_new_second_stage(tmp_path):
+    old = fit(tmp_path, **STAGES)
+    new = pvae.resume("small", "train.epochs=4", root=tmp_path, allow_changes=True, progress=False)
+    assert new.path != old.path
+    assert new.files.manifest["parent"]["epoch"] == 4
+    assert same_encoder(Run.load("small", root=tmp_path), new)
+
+
+def test_another_refit_of_the_same_name_is_not_the_second_stage(tmp_path):
+    declared = fit(tmp_path, **STAGES)
+    parent = Run.load("small", root=tmp_path)
+    other = again(parent, "latents.z.prior.kind=maf", "train.epochs=1")
+    assert other.path.parent == declared.path.parent
+    assert pvae.resume(parent, progress=False).path == declared.path
+
+
+def test_posteriors_made_of_the_prior_are_not_frozen(tmp_path):
+    given = {"dim": 2, "given": ["z2"], "prior": "conditional_normal", "posterior": "ladder"}
+    ladder = fit(
+        tmp_path, latents={"z2": {"dim": 2, "posterior": "ladder"}, "z1": given}, train={"epochs": 1},
+        encoder={"kind": "bottom_up", **NETWORK},
+    )  # fmt: skip
+    with pytest.raises(DeclarationError, match=r"z1 \(ladder\), made of the prior itself"):
+        again(ladder, "latents.z1.prior.log_variance=[-4.0, 1.0]")
+    assert again(ladder, "latents.z2.prior.kind=maf", "train.epochs=1").status["state"] == "finished"  # the top level
+
+
+def test_how_a_refit_is_trained(parent):
+    alternating = parent.experiment.with_overrides("train.alternate=9")
+    object.__setattr__(parent.experiment, "train", alternating.train)
+    child = again(parent, "latents.z.prior.kind=maf", "train.epochs=1")
+    assert child.plan.train.alternate == 0
+    with pytest.raises(DeclarationError, match="refit: expected no other objective"):
+        again(parent, "latents.z.prior.kind=maf", "objective.particles=7")
+    stage = {"priors": {"z": "maf"}, "train": {"alternate": 3}}
+    with pytest.raises(DeclarationError, match=r"refit\.train\.alternate: expected 0"):
+        Experiment.from_dict({**TABLE, "refit": stage})
+    with pytest.raises(DeclarationError, match="refit: expected a sound second stage; .*another prior"):
+        Experiment.from_dict({**TABLE, "refit": {"priors": {"z": "standard_normal"}}})
+
+
+def test_a_refit_without_parameters_is_resumed_as_it_is(parent):
+    child = again(parent, "latents.z.prior.kind=aggregated")
+    assert pvae.resume(child, "train.epochs=5", allow_changes=True, progress=False).path == child.path

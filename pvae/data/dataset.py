@@ -135,10 +135,11 @@ class Dataset:
         Arguments:
             covariates: number of values by name, at most one: the label is the only covariate that data have.
         """
-        if not covariates or self.train.event is not None:
-            return self
+        plain = replace(self, **{split.name: replace(split, x=split.data, event=None) for split in self.splits})  # type: ignore[arg-type]
+        if not covariates:
+            return self if self.train.event is None else plain
         codes = next(iter(covariates.values()))
-        return replace(self, **{split.name: split.conditioned(codes) for split in self.splits})  # type: ignore[arg-type]
+        return replace(self, **{split.name: split.conditioned(codes) for split in plain.splits})  # type: ignore[arg-type]
 
     @classmethod
     def from_tensors(
