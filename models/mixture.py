@@ -17,7 +17,7 @@ from pvae.errors import DeclarationError
 from pvae.exponential import FullRankNormals, Members, Normals
 from pvae.models.priors import Prior
 from pvae.normal import LogVarianceBounds
-from pvae.site import Link, Site
+from pvae.site import Link, MadeOfData, Site
 
 Size = torch.Size | list[int] | tuple[int, ...]
 
@@ -165,7 +165,7 @@ class VampPrior(Prior):
 # ---------------------------------------------------------------------- posteriors at training data
 
 
-class DataMixtureModule(nn.Module):
+class DataMixtureModule(MadeOfData):
     """A mixture over training rows, which `attend` hands in; `components_of` makes them of their posteriors.
 
     In training a random subset of rows stands for all, and (where asked) a datum's own row is left out of its

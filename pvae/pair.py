@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from pvae.enumeration import read_table
 from pvae.errors import DataError, DeclarationError
-from pvae.site import Frame
+from pvae.site import Frame, MadeOfData
 from pvae.traces import (
     Layout,
     closed_kl,
@@ -230,17 +230,17 @@ class Pair(nn.Module):
     @property
     def needs_data(self) -> bool:
         """Whether parts are made of the training data, and wait for `attend`."""
-        return bool(self._made_of_data())
+        return bool(self.made_of_data())
 
     def attend(self, x: Tensor) -> Pair:
         """Hand the training data `(n, *event)` to the parts that are made of them; returns self."""
-        for attend in self._made_of_data():
-            attend(x)
+        for part in self.made_of_data():
+            part.attend(x)
         return self
 
-    def _made_of_data(self) -> list[Callable[[Tensor], None]]:
-        found: list[Any] = [getattr(module, "attend", None) for module in self.modules() if module is not self]
-        return [attend for attend in found if attend is not None]
+    def made_of_data(self) -> list[MadeOfData]:
+        """The parts that are made of the training data."""
+        return [module for module in self.modules() if isinstance(module, MadeOfData)]
 
     # ------------------------------------------------------------------ running
 

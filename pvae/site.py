@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 import pyro
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pvae.component import Shape
 from pvae.errors import DataError, DeclarationError
@@ -116,6 +116,17 @@ class Frame:
 def data_plate(count: int) -> pyro.plate:
     """The plate over the rows of a batch, dim -1; making one costs as much as a layer, so it is made once."""
     return pyro.plate("data", count, dim=-1)
+
+
+class MadeOfData(nn.Module):
+    """Base of parts that are made of the training data (a mixture of posteriors at them, say)."""
+
+    def attend(self, x: Tensor) -> None:
+        """Take the training data `(n, *event)`, when a pair is fitted or read."""
+        raise NotImplementedError  # pragma: no cover - abstract
+
+    def start(self, index: Tensor) -> None:
+        """Hear which training rows the batch to come holds, `(batch,)`."""
 
 
 class Link:

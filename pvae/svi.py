@@ -61,7 +61,8 @@ def fit(
         progress: show a bar on a terminal, a line every few seconds elsewhere.
 
     Returns:
-        The run, with the best (or last, as declared) weights in `run.pair`.
+        The run, with the best (or last, as declared) weights in `run.pair`; of a declaration with `refit`, the run of
+        the second stage, whose manifest names the first.
 
     Raises:
         DeclarationError: the declaration is wrong, or the pair cannot be fitted by this objective.

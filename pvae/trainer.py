@@ -139,6 +139,7 @@ class Trainer:
         self.plan, self.train, self.files, self.device, self.show = plan, plan.train, files, device, show
         self.data = data.to(device)
         self.pair = pair.to(device, plan.objective.dtype).train()
+        self.dtype = plan.objective.dtype or data.train.x.dtype
         self.loss = Loss(plan.objective, self.pair, len(data.train)).to(device)
         self.names = [name for name, p in self.pair.named_parameters() if p.requires_grad]
         self.parameters = [p for p in self.pair.parameters() if p.requires_grad]
@@ -152,8 +153,7 @@ class Trainer:
         self.sums: Tensor | None = None
         self.gathered: dict[str, Tensor] = {}
         self.engine = engine
-        found: list[Any] = [getattr(module, "start", None) for module in self.pair.modules()]
-        self.starting: list[Callable[[Tensor], None]] = [start for start in found if start is not None]
+        self.made_of_data = self.pair.made_of_data()
         self.batch = min(self.train.batch_size, len(data.train))
         self.per_epoch = math.ceil(len(data.train) / self.batch)
         self.groups = self._alternation()
@@ -299,9 +299,9 @@ class Trainer:
 
     def _rows(self, index: Tensor) -> Tensor:
         """Rows of the training data, announced to the parts that ask which they are."""
-        for start in self.starting:
-            start(index)
-        return self.pair.accept(self.data.train.draw(index))
+        for part in self.made_of_data:
+            part.start(index)
+        return self.data.train.draw(index).to(self.dtype)
 
     def _not_finite(self, x: Tensor, index: Tensor) -> bool:
         """A step whose loss or gradient is not finite, before it moved anything; False when rolled back."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import pvae
+from pvae import zoo
 from pvae.analysis import AggregatedPosterior, evidence, surgery
 from pvae.analysis.grid import marginal_log_prob
 from pvae.exponential import Normals
@@ -131,3 +132,12 @@ def test_export_labels_and_mixtures(tmp_path: Path) -> None:
     mixture = AggregatedPosterior.of(run.pair, part.x)
     assert mixture.log_prob(mixture.sample((5,))).device.type == "cuda"
     assert run.posterior(draws=3).groups["posterior"].sizes["draw"] == 3
+
+
+@pytest.mark.parametrize("name", zoo.names())
+def test_every_system_is_fitted_and_taken_apart(name: str, tmp_path: Path) -> None:
+    run = pvae.fit(name, "train.epochs=2", run_dir=tmp_path, device="cuda", progress=False).to("cuda")
+    found = surgery(run.pair, run.data.test.x[:200], samples=2)
+    on_cpu = surgery(run.pair.cpu(), run.data.test.x[:200].cpu(), samples=2)
+    error = 5 * (found.elbo.standard_error + on_cpu.elbo.standard_error) + 0.05
+    assert abs(found.elbo.value - on_cpu.elbo.value) < error

@@ -1,6 +1,6 @@
 """One row for each run: ELBO, its parts on train and test, evidence, and the paired gain over the first run.
 
-    python analysis/results/tabulate.py OUT.csv RUN... [--samples 500] [--rows 10000]
+    python analysis/results/measure.py OUT.csv RUN... [--samples 500] [--rows 10000]
 
 The first run is the reference of the paired differences. Figures are nats per datum; `_error` is their Monte Carlo
 error with the data fixed, except for `gain_error`, the standard error of the paired difference over the test data.
