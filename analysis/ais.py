@@ -16,7 +16,6 @@ from pvae.analysis.estimate import CONSERVATIVE, Estimate, Kind
 from pvae.analysis.table import Figures, Row
 from pvae.errors import DataError
 from pvae.pair import Pair
-from pvae.site import Frame
 from pvae.traces import samples
 
 Progress = Callable[[int, int], None]
@@ -373,9 +372,8 @@ def _simulate(pair: Pair, like: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     (site,) = pair.layout.observed
     value = trace[site]["value"]
     values = {name: node["value"] for name, node in trace.items() if name != site}
-    frame = getattr(pair.model, "frame", None)
-    if isinstance(frame, Frame) and frame.covariates:
-        return frame.join(value, like), values
+    if pair.frame.covariates:
+        return pair.frame.join(value, like), values
     if value.numel() == like.numel():
         x = value.to(like.dtype).reshape(like.shape)
         seen = samples(pair.model_trace(x, values))[site]["value"]

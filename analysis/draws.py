@@ -20,7 +20,6 @@ from pvae.errors import DataError, DeclarationError
 from pvae.exponential import Codes, FullRankNormals, Members, Normals, product
 from pvae.pair import Pair
 from pvae.pair import quiet as quiet_pair
-from pvae.site import Frame
 from pvae.traces import (
     Layout,
     Unweighed,
@@ -46,9 +45,7 @@ def accept(pair: Pair, x: Any) -> Tensor:
         hint = " Pass its .pair." if isinstance(getattr(pair, "pair", None), Pair) else ""
         raise DeclarationError(f"pair: expected a pvae.Pair; got {type(pair).__name__}.{hint}")
     rows = pair.accept(x)
-    frame = getattr(pair.model, "frame", None)
-    if isinstance(frame, Frame):
-        frame.require(rows)
+    pair.frame.require(rows)
     return rows
 
 

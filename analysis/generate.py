@@ -29,7 +29,6 @@ from pvae.errors import DataError, DeclarationError, near
 from pvae.files import write_atomic
 from pvae.pair import Pair
 from pvae.run import Run
-from pvae.site import Frame
 from pvae.traces import Layout, log_prob, samples, sum_over, unwrapped
 
 CHUNK = 250
@@ -227,7 +226,7 @@ class Template:
     def __init__(
         self, source: Run | Pair, pair: Pair, n: int, given: Given | None, seed: int, row: Tensor | None = None
     ) -> None:
-        self.pair, self.frame, self.row = pair, frame_of(pair), row
+        self.pair, self.frame, self.row = pair, pair.frame, row
         self.data = source.data.train.x if isinstance(source, Run) else None
         self.numbers = max(1, prod(self.frame.row))
         self.covariates = self._covariates(n, given, seed)
@@ -491,12 +490,6 @@ def opened(source: Any) -> Pair:
         raise DeclarationError(f"Expected a pvae.Run or a pvae.Pair; got {type(pair).__name__}.")
     _ = pair.layout  # says so where it has seen none
     return pair
-
-
-def frame_of(pair: Pair) -> Frame:
-    """What a row of the pair's data holds; of a hand-written pair, the datum alone."""
-    frame = getattr(pair.model, "frame", None)
-    return frame if isinstance(frame, Frame) else Frame(pair._event)
 
 
 def known_name(name: str, names: Sequence[str] | Mapping[str, Any], what: str) -> str:

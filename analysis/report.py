@@ -27,7 +27,7 @@ from pvae.analysis.collapse import ACTIVE, Collapse, collapse
 from pvae.analysis.draws import Draw, LatentDraw, draw, quiet
 from pvae.analysis.estimate import Estimate
 from pvae.analysis.evidence import Evidence, evidence
-from pvae.analysis.generate import frame_of, mean_of, sample
+from pvae.analysis.generate import mean_of, sample
 from pvae.analysis.surgery import surgery
 from pvae.errors import DataError, DeclarationError
 from pvae.files import write_atomic
@@ -231,7 +231,7 @@ def rebuild(pair: Pair, x: Tensor, drawn: Draw) -> tuple[plots.Rebuilt, ...]:
         for name, latent in drawn.latents.items():
             values[name] = latent.value[rows].to(values[name].dtype).reshape(values[name].shape)
         fn = pair.model_trace(chosen, values).nodes[pair.layout.observed[0]]["fn"]
-        data = frame_of(pair).split(chosen)[0]
+        data = pair.frame.split(chosen)[0]
         mean = mean_of(fn).expand(data.shape)
         parts.append(plots.Rebuilt(title, array(data), array(mean), array(drawn.reconstruction[rows])))
     return tuple(parts)
@@ -365,7 +365,7 @@ def picture(made: Figure, alt: str, caption: str) -> Picture:
 
 def pictures(found: Findings) -> dict[str, list[Picture]]:
     """All figures by section."""
-    train = frame_of(found.run.pair).split(found.rows["train"].x)[0]
+    train = found.run.pair.frame.split(found.rows["train"].x)[0]
     low, high = (float(v) for v in train.aminmax())
     drawn: dict[str, list[Picture]] = {"units": [], "planes": [], "rebuilt": [], "samples": []}
     rows = found.run.files.metrics_rows()

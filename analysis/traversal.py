@@ -24,7 +24,6 @@ from pvae.analysis.generate import (
     datum,
     decoded_mean,
     encode,
-    frame_of,
     is_discrete,
     known_name,
     opened,
@@ -144,7 +143,7 @@ def _one_row(pair: Pair, x: Any) -> Tensor:
         row = torch.as_tensor(x)
     except (TypeError, ValueError, RuntimeError):
         return accept(pair, x)  # which says what is wrong
-    found = accept(pair, row[None] if tuple(row.shape) == frame_of(pair).row else row)
+    found = accept(pair, row[None] if tuple(row.shape) == pair.frame.row else row)
     if len(found) != 1:
         raise DataError(f"traverse: expected one row of data; got {len(found)}. Pass x[:1], or rows=x for the order.")
     return found

@@ -25,8 +25,8 @@ class Decoder(Section):
     @property
     def support(self) -> constraints.Constraint:
         """Values a datum may take, elementwise."""
-        squashed = getattr(self.network, "squash", "none") != "none" and not self.likelihood.support.is_discrete
-        return constraints.unit_interval if squashed else self.likelihood.support
+        own = self.likelihood.support
+        return own if own.is_discrete or not self.likelihood.is_point else self.network.support or own
 
     def build(self, given: Mapping[str, Shape], x: Shape) -> DecoderModule:
         """A module from the latents' features to a distribution of event shape `x`."""

@@ -216,22 +216,30 @@ class FlowModule(nn.Module):
         """The flow, with batch shape `()`."""
         return Flow(self)
 
-    def log_prob(self, z: Tensor) -> Tensor:
-        """log p(z) = log N(u; 0, I) + log|det du/dz|, nats."""
+    def push(self, u: Tensor) -> Tensor:
+        """z of u, in the direction of sampling."""
+        for step in self.steps:
+            assert isinstance(step, Bijection)  # noqa: S101 - narrows the type
+            u = (step.invert(u) if self.inward else step.call(u))[0].flip(-1)
+        return u
+
+    def pull(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """u of z, in the direction of scoring, and log|det du/dz|, nats."""
         total = torch.zeros_like(z[..., 0])
         for step in reversed(self.steps):
             assert isinstance(step, Bijection)  # noqa: S101 - narrows the type
             z, log_det = step.call(z.flip(-1)) if self.inward else step.invert(z.flip(-1))
             total = total + (log_det if self.inward else -log_det)
-        return total + dist.Normal(self.loc, self.scale, validate_args=False).log_prob(z).sum(-1)
+        return z, total
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        """log p(z) = log N(u; 0, I) + log|det du/dz|, nats."""
+        u, log_det = self.pull(z)
+        return log_det + dist.Normal(self.loc, self.scale, validate_args=False).log_prob(u).sum(-1)
 
     def sample(self, shape: torch.Size) -> Tensor:
         """z of u ~ N(0, I), `shape + (D,)`."""
-        z = torch.normal(self.loc.expand(*shape, -1), self.scale.expand(*shape, -1))
-        for step in self.steps:
-            assert isinstance(step, Bijection)  # noqa: S101 - narrows the type
-            z = (step.invert(z) if self.inward else step.call(z))[0].flip(-1)
-        return z
+        return self.push(torch.normal(self.loc.expand(*shape, -1), self.scale.expand(*shape, -1)))
 
 
 def near_identity(transform: nn.Module) -> nn.Module:

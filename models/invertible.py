@@ -9,10 +9,11 @@ from typing import Annotated, Literal, final
 import torch
 from pydantic import Field, WithJsonSchema, field_validator
 from torch import Tensor
+from torch.distributions import constraints
 
 from pvae.component import Shape
 from pvae.errors import DeclarationError
-from pvae.models.flows import Bijection, FlowModule, FlowPrior, RealNVP
+from pvae.models.flows import FlowModule, FlowPrior, RealNVP
 from pvae.models.priors import Prior
 from pvae.networks import InvertibleModule, Network, NetworkModule
 from pvae.site import Link, Site
@@ -35,24 +36,6 @@ class Squash:
         return torch.logit(s), slope.sum(-1)
 
 
-def push(flow: FlowModule, u: Tensor) -> Tensor:
-    """x of u, in the direction of sampling."""
-    for step in flow.steps:
-        assert isinstance(step, Bijection)  # noqa: S101 - narrows the type
-        u = (step.invert(u) if flow.inward else step.call(u))[0].flip(-1)
-    return u
-
-
-def pull(flow: FlowModule, x: Tensor) -> tuple[Tensor, Tensor]:
-    """u of x, in the direction of scoring, and log|det du/dx|."""
-    total = torch.zeros_like(x[..., 0])
-    for step in reversed(flow.steps):
-        assert isinstance(step, Bijection)  # noqa: S101 - narrows the type
-        x, log_det = step.call(x.flip(-1)) if flow.inward else step.invert(x.flip(-1))
-        total = total + (log_det if flow.inward else -log_det)
-    return x, total
-
-
 class BijectionModule(InvertibleModule):
     """x = g(z) by a flow's bijections, and back with the log determinant."""
 
@@ -63,7 +46,7 @@ class BijectionModule(InvertibleModule):
 
     def forward(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """z `(..., D)` to x `(..., *output)`."""
-        x = push(self.flow, inputs[self.name])
+        x = self.flow.push(inputs[self.name])
         if self.squash is not None:
             x = self.squash.call(x)
         return x.unflatten(-1, self.output)
@@ -74,7 +57,7 @@ class BijectionModule(InvertibleModule):
         outer = torch.zeros_like(x[..., 0])
         if self.squash is not None:
             x, outer = self.squash.invert(x)
-        z, log_det = pull(self.flow, x)
+        z, log_det = self.flow.pull(x)
         return z, outer + log_det
 
 
@@ -96,6 +79,11 @@ class BijectionNetwork(Network):
     """`logit`: x lives in [0, 1], and the flow beyond a logistic map of it."""
     edge: float = Field(default=0.01, gt=0, lt=0.5)
     """How far [0, 1] stays from the ends of the logistic map: [edge, 1 - edge]."""
+
+    @property
+    def support(self) -> constraints.Constraint | None:
+        """See `Network.support`."""
+        return None if self.squash == "none" else constraints.unit_interval
 
     @field_validator("flow")
     @classmethod

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, Self, final
 
@@ -12,14 +12,13 @@ from pydantic import model_validator
 from torch import Tensor, nn
 
 from pvae import seeds
-from pvae.data import Split
 from pvae.enumeration import read_table
 from pvae.errors import DataError, DeclarationError
 from pvae.models.graph import GraphModel
 from pvae.models.likelihoods import ClosedForm
 from pvae.models.priors import CodesModule
 from pvae.networks import TableModule
-from pvae.objectives import Loss, Objective, Stepper
+from pvae.objectives import Fitting, Objective, Stepper
 from pvae.pair import Pair, Terms
 from pvae.schedules import Constant
 from pvae.site import OBSERVED, Site, one_hot
@@ -48,6 +47,7 @@ class EM(Objective):
 
     kind: Literal["em"] = "em"
     dtype: ClassVar[torch.dtype | None] = torch.float64
+    engine: ClassVar[str | None] = "eager"
     refuses: ClassVar[tuple[str, ...]] = ("average", "alternate")
     hard: bool = False
     """Each datum belongs to its most probable code: what never falls is then log max_c p(x, c), minus the `loss`. With
@@ -90,17 +90,9 @@ class EM(Objective):
             return error.problems
         return [] if codes <= rows else [f"codes: expected at most {rows}, one for each training row; got {codes}."]
 
-    def stepper(
-        self,
-        loss: Loss,
-        data: Split,
-        steps: int,
-        seed: int,
-        gathered: dict[str, Tensor],
-        tell: Callable[[str, str], None],
-    ) -> Stepper:
+    def stepper(self, fitting: Fitting) -> Stepper:
         """See `Objective.stepper`."""
-        return Iteration(self, loss, data, steps, seed, gathered, tell)
+        return Iteration(self, fitting)
 
 
 @dataclass(frozen=True)
@@ -140,23 +132,16 @@ class Mixture:
 class Iteration(Stepper):
     """EM on one data set: every call adds a batch's statistics, the end of an epoch moves the parameters.
 
-    Arguments: as `Objective.stepper` has them.
+    Arguments:
+        objective: how the sums are made.
+        fitting: of what.
     """
 
-    def __init__(
-        self,
-        objective: EM,
-        loss: Loss,
-        data: Split,
-        steps: int,
-        seed: int,
-        gathered: dict[str, Tensor],
-        tell: Callable[[str, str], None],
-    ) -> None:
-        self.objective, self.loss = objective, loss
-        self.mixture = Mixture.of(loss.pair)
-        self.data, self.steps, self.seed = data.data, steps, seed
-        self.gathered, self.tell = gathered, tell
+    def __init__(self, objective: EM, fitting: Fitting) -> None:
+        self.objective, self.loss = objective, fitting.loss
+        self.mixture = Mixture.of(fitting.loss.pair)
+        self.data, self.steps, self.seed = fitting.data.data, fitting.steps, fitting.seed
+        self.gathered, self.tell = fitting.gathered, fitting.tell
         self.origin = torch.zeros(self.data[0].numel(), dtype=torch.float64, device=self.data.device)
         for x in self._blocks():
             self.origin += x.sum(0) / len(self.data)

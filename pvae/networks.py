@@ -10,6 +10,7 @@ from typing import Literal, final
 import torch
 from pydantic import Field
 from torch import Tensor, nn
+from torch.distributions import constraints
 
 from pvae.component import Component, Ints, Shape
 from pvae.errors import DeclarationError
@@ -27,6 +28,11 @@ Activation = Literal["relu", "elu", "gelu", "silu", "tanh", "softplus"]
 
 class Network(Component):
     """A neural network from several named inputs to one output."""
+
+    @property
+    def support(self) -> constraints.Constraint | None:
+        """Values of the output, elementwise, where they are not all real numbers."""
+        return None
 
     @abstractmethod
     def build(self, inputs: Mapping[str, Shape], output: Shape | None) -> NetworkModule:

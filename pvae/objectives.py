@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal, Self, final
 
 import torch
@@ -39,12 +40,31 @@ class Stepper(ABC):
         """Called after the last step of every epoch, before validation."""
 
 
+@dataclass(frozen=True)
+class Fitting:
+    """What a stepper other than gradient steps knows of its fit."""
+
+    loss: Loss
+    """The objective over the pair."""
+    data: Split
+    """The training data."""
+    steps: int
+    """Batches of an epoch."""
+    seed: int
+    gathered: dict[str, Tensor]
+    """What the steps of an epoch sum up, kept here because it belongs to every checkpoint."""
+    tell: Callable[[str, str], None]
+    """Reports an event, as kind and message."""
+
+
 class Objective(Component):
     """A loss over `Terms`; `beta` weighs the KL, `free_bits` leaves the first nats of each latent unpenalised."""
 
     default: ClassVar[str] = "trace_elbo"
     dtype: ClassVar[torch.dtype | None] = None
     """What parameters are cast to; None leaves them as they are."""
+    engine: ClassVar[str | None] = None
+    """How its steps run, where there is no choice."""
     refuses: ClassVar[tuple[str, ...]] = ()
     """Keys of `train` that must stay as they are by default."""
 
@@ -69,25 +89,8 @@ class Objective(Component):
         """What keeps a pair from being fitted to `rows` training rows by this objective, one line each."""
         return []
 
-    def stepper(
-        self,
-        loss: Loss,
-        data: Split,
-        steps: int,
-        seed: int,
-        gathered: dict[str, Tensor],
-        tell: Callable[[str, str], None],
-    ) -> Stepper | None:
-        """What fits the pair instead of gradient steps; None for those.
-
-        Arguments:
-            loss: this objective over the pair.
-            data: the training data.
-            steps: batches of an epoch.
-            seed: of the fit.
-            gathered: what the steps of an epoch sum up, kept here because it belongs to every checkpoint.
-            tell: reports an event, as kind and message.
-        """
+    def stepper(self, fitting: Fitting) -> Stepper | None:
+        """What fits the pair instead of gradient steps; None for those."""
         return None
 
     def penalised(self, loss: Tensor, terms: Terms) -> Tensor:

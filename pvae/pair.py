@@ -222,15 +222,15 @@ class Pair(nn.Module):
 
     def groups(self, x: Tensor) -> Tensor | None:
         """The joint value of the covariates of every row, numbered, `(n,)`; None for a pair without covariates."""
-        frame = getattr(self.model, "frame", None)
-        return frame.groups(x) if isinstance(frame, Frame) else None
-
-    # ------------------------------------------------------------------ life cycle
+        return self.frame.groups(x)
 
     @property
-    def needs_data(self) -> bool:
-        """Whether parts are made of the training data, and wait for `attend`."""
-        return bool(self.made_of_data())
+    def frame(self) -> Frame:
+        """What a row of data holds; of a hand-written pair, the datum alone."""
+        frame = getattr(self.model, "frame", None)
+        return frame if isinstance(frame, Frame) else Frame(self._event)
+
+    # ------------------------------------------------------------------ life cycle
 
     def attend(self, x: Tensor) -> Pair:
         """Hand the training data `(n, *event)` to the parts that are made of them; returns self."""

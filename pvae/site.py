@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from math import prod
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import pyro
 import torch
@@ -40,11 +40,6 @@ class Site:
     """Number of values of a discrete latent."""
     summed: bool = False
     """Whether the model sums it out exactly, and the guide does not sample it."""
-
-    @property
-    def values(self) -> Literal["real", "index"]:
-        """What a sampled value is."""
-        return "real" if self.codes is None else "index"
 
     def see(self, value: Tensor, like: Tensor) -> Tensor:
         """A sampled value as children and the decoder see it: itself, or an index as a one-hot vector."""
@@ -95,6 +90,8 @@ class Frame:
         Raises:
             DataError: naming the covariate and what was found.
         """
+        if not self.covariates:
+            return
         for column, (name, codes) in zip(rows[..., prod(self.x) :].unbind(-1), self.covariates.items(), strict=True):
             wrong = column[(column != column.round()) | (column < 0) | (column >= codes)]
             if len(wrong):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ from pvae import checkpoint
 from pvae.component import IMPORTED
 from pvae.data import Dataset, load
 from pvae.data.declared import TensorSource
-from pvae.em import EM
 from pvae.errors import CheckpointError, DataError, DeclarationError, DeviceError
 from pvae.models.likelihoods import Likelihood
 from pvae.objectives import IWAE, Objective, TraceELBO, TraceMeanFieldELBO
@@ -163,13 +161,21 @@ def _second(run: Run, device: str, progress: bool, *, allow_changes: bool = Fals
     stage = plan.second_stage()
     for path in sorted((root / slug(stage.name)).glob("*"), reverse=True):
         child = Run(RunDirectory(path), data=run.data)
-        with suppress(DataError, DeclarationError, CheckpointError):
-            same = child.files.manifest.get("parent") == parent_of(run) and child.experiment.latents == stage.latents
-            if same and child.checkpoint:
-                if child.status.get("state") == "finished":
-                    return child
-                return resume(child, device=device, progress=progress, allow_changes=allow_changes)
+        if not _is_stage(child, run, stage):
+            continue
+        if child.status.get("state") == "finished":
+            return child
+        return resume(child, device=device, progress=progress, allow_changes=allow_changes)
     return _refit(run, stage, root, device, progress)
+
+
+def _is_stage(child: Run, run: Run, stage: Experiment) -> bool:
+    """Whether a run is this second stage of this first one, and has weights; a broken one is not."""
+    try:
+        same = child.files.manifest.get("parent") == parent_of(run) and child.experiment.latents == stage.latents
+        return same and bool(child.checkpoint)
+    except (DataError, DeclarationError, CheckpointError):
+        return False
 
 
 def parent_of(run: Run) -> dict[str, Any]:
@@ -290,26 +296,32 @@ def resume(
         for name in checkpoint.sweep(found):
             files.log_event("sweep", f"removed the unfinished {name}")
         if run.status.get("state") != "finished" or changed:
-            pair = run.fresh_pair()
-            freeze(pair, files.manifest.get("trainable"))
-            saved = checkpoint.latest(found, report=lambda line: files.log_event("fallback", line))
-            if saved is None and files.manifest.get("trainable") is not None:
-                raise CheckpointError(
-                    f"{files.path}: expected a checkpoint, which holds the frozen weights too; got none. "
-                    f"Refit {(files.manifest.get('parent') or {}).get('run')} again."
-                )
-            if saved is not None and not learns(pair):
-                return run
-            engine = str(files.manifest["engine"])
-            trainer = Trainer(plan, pair, run.data, files, where, engine, record=_record(plan), show=progress)
-            if saved is not None:
-                trainer.restore(saved)
-            if changed:
-                trainer.state.stopped = False
-                files.write_spec(plan.to_toml())
-                files.log_event("changed", "; ".join(changed))
-            trainer.run()
+            _go_on(run, plan, where, changed, progress=progress)
     return _second(Run(files, data=run.data, pair=run._given_pair), device, progress, allow_changes=allow_changes)
+
+
+def _go_on(run: Run, plan: Plan, where: torch.device, changed: list[str], *, progress: bool) -> None:
+    """Train from the newest checkpoint; a pair without free parameters has nothing to go on with."""
+    files, pair = run.files, run.fresh_pair()
+    freeze(pair, files.manifest.get("trainable"))
+    if not learns(pair):
+        _ = run.checkpoint  # says so where there is none
+        return
+    engine = str(files.manifest["engine"])
+    trainer = Trainer(plan, pair, run.data, files, where, engine, record=_record(plan), show=progress)
+    saved = checkpoint.latest(files.path / "checkpoints", report=lambda line: trainer.tell("fallback", line))
+    if saved is not None:
+        trainer.restore(saved)
+    elif files.manifest.get("trainable") is not None:
+        raise CheckpointError(
+            f"{files.path}: expected a checkpoint, which holds the frozen weights too; got none. "
+            f"Refit {(files.manifest.get('parent') or {}).get('run')} again."
+        )
+    if changed:
+        trainer.state.stopped = False
+        files.write_spec(plan.to_toml())
+        files.log_event("changed", "; ".join(changed))
+    trainer.run()
 
 
 def _record(plan: Plan) -> Record | None:
@@ -386,8 +398,8 @@ def _require_fittable(plan: Plan, pair: Pair, data: Dataset, foreign: bool) -> N
 
 
 def _engine(plan: Plan, pair: Pair, data: Dataset, device: torch.device) -> str:
-    if isinstance(plan.objective, EM):
-        return "eager"
+    if plan.objective.engine is not None:
+        return plan.objective.engine
     if plan.train.alternate and device.type == "cuda":
         return "eager"
     if plan.train.engine != "auto":

@@ -23,7 +23,7 @@ from pvae.data import Dataset
 from pvae.diagnose import bad_weights, diagnose
 from pvae.errors import Interrupted, NonFiniteError, PvaeError, StorageError
 from pvae.files import write_atomic
-from pvae.objectives import Loss, Stepper
+from pvae.objectives import Fitting, Loss, Stepper
 from pvae.pair import Pair, quiet
 from pvae.progress import Progress
 from pvae.run import load_weights
@@ -200,7 +200,7 @@ class Trainer:
 
     def _stepper(self) -> Stepper:
         objective, train = self.plan.objective, self.data.train
-        own = objective.stepper(self.loss, train, self.per_epoch, self.plan.seed, self.gathered, self.tell)
+        own = objective.stepper(Fitting(self.loss, train, self.per_epoch, self.plan.seed, self.gathered, self.tell))
         if own is not None:
             return own
         example = self._rows(torch.arange(self.batch, device=self.device))

@@ -137,10 +137,10 @@ def test_encodings_are_never_stale(kind):
 
 def test_no_prior_without_data():
     pair = Experiment.from_dict(table("aggregated")).build((6,))
-    assert pair.needs_data
+    assert pair.made_of_data()
     with pytest.raises(DeclarationError, match=r"latents\.z\.prior: expected the training data.*pair\.attend"):
         pair(rows())
-    assert not Experiment.from_dict(table("aggregated", latents={"z": {"dim": 2}})).build((6,)).needs_data
+    assert not Experiment.from_dict(table("aggregated", latents={"z": {"dim": 2}})).build((6,)).made_of_data()
 
 
 def test_q_agg_as_prior_wins_the_marginal_kl_on_train_and_not_on_test():

@@ -36,16 +36,8 @@ from pvae.pair import Pair
 from pvae.spec import Experiment
 from pvae.traces import closed_kl
 from pvae.trainer import evaluate
+from tests.laws import FLOWS, require_gradients, slope_along
 
-FLOWS: dict[str, dict[str, Any]] = {
-    "realnvp": {"kind": "realnvp", "hidden": [16]},
-    "maf": {"kind": "maf", "hidden": [16]},
-    "iaf": {"kind": "iaf", "hidden": [16]},
-    "spline_coupling": {"kind": "spline_coupling", "hidden": [16]},
-    "spline_autoregressive": {"kind": "spline_autoregressive", "hidden": [16]},
-    "block_autoregressive": {"kind": "block_autoregressive", "hidden": [4]},
-    "neural_autoregressive": {"kind": "neural_autoregressive", "hidden": [16], "units": 4},
-}
 BISECTED = ("block_autoregressive", "neural_autoregressive")
 NETWORK = {"network": {"kind": "mlp", "hidden": [8]}}
 ONE = torch.ones(())
@@ -564,29 +556,7 @@ def test_gradient_and_particles_of_levels(noise):
     assert pair.terms(X, particles=3).kl["z"].shape == (3, 16)
     loss = IWAE(particles=5)
     loss.loss(loss.terms(pair, X), ONE).backward()
-    for name, parameter in pair.named_parameters():
-        assert parameter.grad is not None, name
-        assert parameter.grad.isfinite().all(), name
-        assert parameter.grad.abs().sum() > 0, name
-
-
-def slope_along(pair: Pair, x: Tensor) -> tuple[float, float]:
-    """The slope of the ELBO along a random direction of all parameters, noise fixed: by autograd, by differences."""
-    parameters = list(pair.parameters())
-    way = [torch.randn_like(p) for p in parameters]
-
-    def elbo(step: float) -> Tensor:
-        with torch.no_grad():
-            for p, w in zip(parameters, way, strict=True):
-                p.add_(step * w)
-        torch.manual_seed(5)
-        terms = pair.terms(x, particles=3)
-        return (terms.reconstruction - sum(terms.kl.values())).mean()
-
-    gradients = torch.autograd.grad(elbo(0.0), parameters)
-    with torch.no_grad():
-        between = float(elbo(1e-6) - elbo(-2e-6)) / 2e-6
-    return sum(float((g * w).sum()) for g, w in zip(gradients, way, strict=True)), between
+    require_gradients(pair)
 
 
 @pytest.mark.parametrize("which", ["uniform", "variational", "inverse"])

@@ -30,6 +30,7 @@ from pvae.objectives import IWAE, TraceELBO, TraceMeanFieldELBO
 from pvae.pair import Pair
 from pvae.spec import Experiment
 from pvae.trainer import Trainer, evaluate
+from tests.laws import require_gradients, slope_along
 
 TANH = {"network": {"kind": "mlp", "hidden": [8], "activation": "tanh"}}
 CONDITIONAL = {"kind": "conditional_normal", **TANH}
@@ -201,10 +202,7 @@ def test_gradient_reaches_every_parameter(kind, encoder):
     pair, x = hierarchy(kind, encoder={"kind": encoder, **TANH}), rows(20)
     assert pair.check(x) == []
     pair(x).mean().neg().backward()
-    for name, parameter in pair.named_parameters():
-        assert parameter.grad is not None, name
-        assert parameter.grad.isfinite().all(), name
-        assert parameter.grad.abs().sum() > 0, name
+    require_gradients(pair)
 
 
 @every_kind
@@ -244,25 +242,6 @@ def value_and_gradient(pair: Pair, loss: Callable[[], Tensor]) -> tuple[float, t
     pyro.set_rng_seed(3)
     value = loss()
     return value.item(), torch.autograd.grad(value, list(pair.parameters()))
-
-
-def slope_along(pair: Pair, x: Tensor) -> tuple[float, float]:
-    """The slope of the ELBO along a random direction of all parameters, noise fixed: by autograd, by differences."""
-    parameters = list(pair.parameters())
-    way = [torch.randn_like(p) for p in parameters]
-
-    def elbo(step: float) -> Tensor:
-        with torch.no_grad():
-            for p, w in zip(parameters, way, strict=True):
-                p.add_(step * w)
-        torch.manual_seed(5)
-        terms = pair.terms(x, particles=3)
-        return (terms.reconstruction - sum(terms.kl.values())).mean()
-
-    gradients = torch.autograd.grad(elbo(0.0), parameters)
-    with torch.no_grad():
-        between = float(elbo(1e-6) - elbo(-2e-6)) / 2e-6
-    return sum(float((g * w).sum()) for g, w in zip(gradients, way, strict=True)), between
 
 
 @every_kind

@@ -29,6 +29,7 @@ from pvae.objectives import IWAE, TraceELBO
 from pvae.pair import Pair
 from pvae.spec import Experiment
 from pvae.trainer import evaluate
+from tests.laws import require_gradients, slope_along
 
 NETWORK = {"network": {"kind": "mlp", "hidden": [8], "activation": "tanh"}}
 FLOW = {"kind": "flow", "layers": 2, "hidden": [16], "context": 5}
@@ -216,29 +217,7 @@ def test_gradient_reaches_every_parameter(encoder, own):
     pair, x = flow_pair(3, encoder=encoder, **({} if own is None else {"network": own})), rows(20)
     assert pair.check(x) == []
     pair(x).mean().neg().backward()
-    for name, parameter in pair.named_parameters():
-        assert parameter.grad is not None, name
-        assert parameter.grad.isfinite().all(), name
-        assert parameter.grad.abs().sum() > 0, name
-
-
-def slope_along(pair: Pair, x: Tensor) -> tuple[float, float]:
-    """The slope of the ELBO along a random direction of all parameters, noise fixed: by autograd, by differences."""
-    parameters = list(pair.parameters())
-    way = [torch.randn_like(p) for p in parameters]
-
-    def elbo(step: float) -> Tensor:
-        with torch.no_grad():
-            for p, w in zip(parameters, way, strict=True):
-                p.add_(step * w)
-        torch.manual_seed(5)
-        terms = pair.terms(x, particles=3)
-        return (terms.reconstruction - sum(terms.kl.values())).mean()
-
-    gradients = torch.autograd.grad(elbo(0.0), parameters)
-    with torch.no_grad():
-        between = float(elbo(1e-6) - elbo(-2e-6)) / 2e-6
-    return sum(float((g * w).sum()) for g, w in zip(gradients, way, strict=True)), between
+    require_gradients(pair)
 
 
 def test_the_gradient_is_the_slope():

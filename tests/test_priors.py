@@ -28,6 +28,7 @@ from pvae.models.priors import Prior
 from pvae.pair import Pair
 from pvae.spec import Experiment
 from pvae.trainer import evaluate
+from tests.laws import FLOWS, require_gradients
 
 NETWORK = {"network": {"kind": "mlp", "hidden": [8]}}
 # Priors of a latent without parents; `conditional_normal` has laws of its own in test_spec.py and test_objectives.py.
@@ -35,20 +36,13 @@ PRIORS: dict[str, dict[str, Any]] = {
     "standard_normal": {"kind": "standard_normal"},
     "mixture": {"kind": "mixture", "components": 7},
     "vamp": {"kind": "vamp", "components": 7},
-    "realnvp": {"kind": "realnvp", "hidden": [16]},
-    "maf": {"kind": "maf", "hidden": [16]},
-    "iaf": {"kind": "iaf", "hidden": [16]},
-    "spline_coupling": {"kind": "spline_coupling", "hidden": [16]},
-    "spline_autoregressive": {"kind": "spline_autoregressive", "hidden": [16]},
-    "block_autoregressive": {"kind": "block_autoregressive", "hidden": [4]},
-    "neural_autoregressive": {"kind": "neural_autoregressive", "hidden": [16], "units": 4},
+    **FLOWS,
     "aggregated": {"kind": "aggregated"},
     "exemplar": {"kind": "exemplar", "components": 20},
 }
 OF_CODES = {"categorical", "uniform"}  # test_em.py
 SPLINES = ("spline_coupling", "spline_autoregressive")
 BISECTED = ("block_autoregressive", "neural_autoregressive")
-FLOWS = ("realnvp", "maf", "iaf", *SPLINES, *BISECTED)
 POSTERIORS: dict[str, dict[str, Any]] = {"normal": {"kind": "normal"}, "full_rank_normal": {"kind": "full_rank_normal"}}
 ELSEWHERE = {"flow", "delta", "inverse", "dequantised", "ladder", "bidirectional", "exact"}
 """Posteriors whose laws are in test_posteriors.py, test_flow_vae.py, test_hierarchies.py and test_em.py."""
@@ -123,10 +117,7 @@ def test_gradient_reaches_every_parameter(prior, posterior):
     pair = declared(prior, posterior)
     assert pair.check(rows()) == []
     pair(rows()).mean().neg().backward()
-    for name, parameter in pair.named_parameters():
-        assert parameter.grad is not None, name
-        assert parameter.grad.isfinite().all(), name
-        assert parameter.grad.abs().sum() > 0, name
+    require_gradients(pair)
 
 
 @every_prior
