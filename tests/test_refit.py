@@ -268,3 +268,22 @@ def test_how_a_refit_is_trained(parent):
 def test_a_refit_without_parameters_is_resumed_as_it_is(parent):
     child = again(parent, "latents.z.prior.kind=aggregated")
     assert pvae.resume(child, "train.epochs=5", allow_changes=True, progress=False).path == child.path
+
+
+def test_what_stops_a_second_stage_is_told(tmp_path, monkeypatch):
+    step = Trainer._step
+
+    def interrupted(self: Trainer, index: torch.Tensor) -> bool:
+        if self.plan.name == "small_refit" and self.state.step == 3:
+            self._interrupted(15, 0.0)
+        return step(self, index)
+
+    monkeypatch.setattr(Trainer, "_step", interrupted)
+    with pytest.raises(Interrupted):
+        fit(tmp_path, **STAGES)
+    monkeypatch.undo()
+    child = Run.load("small_refit", root=tmp_path)
+    child.files.write_manifest({**child.files.manifest, "threads": 99})
+    with pytest.raises(DeclarationError, match="expected the run's own threads = 99"):
+        pvae.resume("small", root=tmp_path, progress=False)
+    assert len(list((tmp_path / "small_refit").iterdir())) == 1  # none was fitted anew behind its back
