@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pvae.enumeration import STATES
+from pvae.discrete import STATES
 from pvae.exponential import Codes
 from pvae.pair import Pair
 from pvae.traces import SiteShape, log_prob, members, samples, site_shape, sum_over

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pvae import seeds, traces
 from pvae.determined import Rounded
+from pvae.discrete import Discretised
 from pvae.enumeration import Table, read_table
 from pvae.errors import DataError, DeclarationError
 from pvae.exponential import Codes, FullRankNormals, Members, Normals, product
@@ -53,9 +54,10 @@ def accept(pair: Pair, x: Any) -> Tensor:
 def quiet(pair: Pair, x: Tensor, seed: int) -> Iterator[None]:
     """`pvae.pair.quiet` with the draws of an analysis seeded, and without weights that handlers put on sites.
 
-    What poutine.scale does to a loss is no part of the ELBO that is analysed.
+    What poutine.scale does to a loss is no part of the ELBO that is analysed. Relaxed latents are taken as the codes
+    they stand for.
     """
-    with quiet_pair(pair, x), Unweighed():
+    with quiet_pair(pair, x), Unweighed(), Discretised():
         seeds.set_noise(seeds.mix(seed, seeds.ANALYSIS), x.device)
         yield
 

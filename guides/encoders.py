@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from math import prod
 from typing import Any, ClassVar, Literal, final
 
 from torch import Tensor, nn
 
 from pvae.component import Component, Shape
-from pvae.networks import MLP, Network
+from pvae.networks import MLP, Network, NetworkModule
 from pvae.site import OBSERVED, Site
 
 FEATURES = "features"
@@ -45,6 +46,12 @@ class EncoderModule(nn.Module):
         raise NotImplementedError  # pragma: no cover - abstract
 
 
+def laid_out(network: Network, inputs: Mapping[str, Shape], sites: Sequence[Site]) -> NetworkModule:
+    """Features of some inputs, on the finest grid of the latents that read them where the network can lay them out."""
+    grids = [site.grid for site in sites if site.grid]
+    return network.build(inputs, network.features_on(max(grids, key=prod)) if grids else None)
+
+
 def shapes_of(site: Site, known: Mapping[str, Shape]) -> dict[str, Shape]:
     """Event shapes of everything that the posterior of `site` is conditioned on."""
     return {name: known[name] for name in site.guide_given}
@@ -55,7 +62,7 @@ class SharedModule(EncoderModule):
 
     def __init__(self, network: Network, known: Mapping[str, Shape], sites: Sequence[Site]) -> None:
         super().__init__()
-        self.network = network.build({OBSERVED: known[OBSERVED]}, None)
+        self.network = laid_out(network, {OBSERVED: known[OBSERVED]}, sites)
         known = {**known, OBSERVED: self.network.output}
         self.shapes = {site.name: shapes_of(site, known) for site in sites}
 
@@ -84,7 +91,9 @@ class PerLatentModule(EncoderModule):
 
     def __init__(self, network: Network, known: Mapping[str, Shape], sites: Sequence[Site]) -> None:
         super().__init__()
-        self.networks = nn.ModuleDict({site.name: network.build(shapes_of(site, known), None) for site in sites})
+        self.networks = nn.ModuleDict(
+            {site.name: laid_out(network, shapes_of(site, known), [site]) for site in sites}
+        )
         self.shapes = {name: {FEATURES: module.output} for name, module in self.networks.items()}  # type: ignore[dict-item]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -117,14 +126,14 @@ class BottomUpModule(EncoderModule):
 
     def __init__(self, network: Network, levels: Network, known: Mapping[str, Shape], sites: Sequence[Site]) -> None:
         super().__init__()
-        upward = [site.name for site in reversed(sites) if OBSERVED in site.guide_given]
+        upward = [site for site in reversed(sites) if OBSERVED in site.guide_given]
         self.networks = nn.ModuleDict()
         self.shapes = {}
         below = {OBSERVED: known[OBSERVED]}
-        for name in upward:
-            built = (levels if self.shapes else network).build(below, None)
-            self.networks[name] = built
-            self.shapes[name] = {FEATURES: built.output}
+        for site in upward:
+            built = laid_out(levels if self.shapes else network, below, [site])
+            self.networks[site.name] = built
+            self.shapes[site.name] = {FEATURES: built.output}
             below = {FEATURES: built.output}
         for site in sites:
             others = {name: known[name] for name in site.guide_given if name != OBSERVED}

@@ -8,8 +8,10 @@ import pyro
 import pyro.distributions as dist
 from torch import Tensor, nn
 
+from pvae.determined import Determined
+from pvae.guides.codes import Estimated, NearestCodes, NearestModule
 from pvae.guides.encoders import EncoderModule
-from pvae.site import OBSERVED, Frame, Site, data_plate
+from pvae.site import EMBEDDED, OBSERVED, Frame, Link, Site, data_plate, embedded
 
 
 class GraphGuide(nn.Module):
@@ -20,6 +22,7 @@ class GraphGuide(nn.Module):
         encoder: prepares what every posterior reads; None where all read x itself.
         posteriors: one module per latent.
         frame: what a row of data holds.
+        link: the way to the model, which knows how a code is seen.
     """
 
     def __init__(
@@ -28,17 +31,19 @@ class GraphGuide(nn.Module):
         encoder: EncoderModule | None,
         posteriors: Mapping[str, nn.Module],
         frame: Frame,
+        link: Link,
     ) -> None:
         super().__init__()
         self.sites = sites
         self.encoder = encoder
         self.posteriors = nn.ModuleDict(posteriors)
         self.frame = frame
+        self.link = link
 
     def posterior(self, name: str, x: Tensor) -> dist.TorchDistribution:
         """q(z_name | x) of a latent that reads x alone, as a function of any x `(batch, *event)`; differentiable."""
         site = next(site for site in self.sites if site.name == name)
-        return self._posterior(site, x, self._encoded(x), {})
+        return self.posteriors[name](self._inputs(site, x, self._encoded(x), {}), {})
 
     def forward(self, rows: Tensor) -> dict[str, Tensor]:
         """Sample every latent of a batch of rows `(batch, *row)`; returns their features by name."""
@@ -46,15 +51,28 @@ class GraphGuide(nn.Module):
         with data_plate(rows.shape[0]):
             features = self._encoded(x)
             for site in self.sites:
-                seen[site.name] = site.see(pyro.sample(site.name, self._posterior(site, x, features, seen)), x)
+                posterior, inputs = self.posteriors[site.name], self._inputs(site, x, features, seen)
+                fn = posterior(inputs, seen)
+                infer = posterior.infer(inputs) if isinstance(posterior, Estimated) else None
+                seen[site.name] = self.link.model.see(site, pyro.sample(site.name, fn, infer=infer), x)
+                if isinstance(posterior, NearestModule):
+                    seen[site.name] = self._carried(site, posterior, fn, seen[site.name])
         return seen
+
+    @staticmethod
+    def _carried(site: Site, posterior: NearestModule, found: NearestCodes, row: Tensor) -> Tensor:
+        """The row of a nearest code, exactly, with the gradient of what was looked up: straight through.
+
+        It is a site of its own, certain on both sides, because an index carries no gradient to the decoder.
+        """
+        through = row.detach() + (found.point - found.point.detach())
+        infer = {**EMBEDDED, "penalties": posterior.penalties(found, row), "point": found.point}
+        return pyro.sample(embedded(site.name), Determined(through, event_dim=len(site.features)), infer=infer)
 
     def _encoded(self, x: Tensor) -> Tensor:
         return x if self.encoder is None else self.encoder(x)
 
-    def _posterior(self, site: Site, x: Tensor, features: Tensor, seen: Mapping[str, Tensor]) -> dist.TorchDistribution:
+    def _inputs(self, site: Site, x: Tensor, features: Tensor, seen: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if self.encoder is not None and site.name in self.encoder.shapes:
-            inputs = self.encoder.inputs_of(site, features, seen)
-        else:
-            inputs = {name: x if name == OBSERVED else seen[name] for name in site.guide_given}
-        return self.posteriors[site.name](inputs, seen)
+            return self.encoder.inputs_of(site, features, seen)
+        return {name: x if name == OBSERVED else seen[name] for name in site.guide_given}

@@ -9,19 +9,26 @@ from typing import ClassVar, Literal, final
 import pyro.distributions as dist
 from torch import Tensor, nn
 
+from pvae.codebook import Codebook
 from pvae.component import Component, Names, Shape
 from pvae.determined import Determined
 from pvae.networks import MLP, Network, NetworkModule
 from pvae.normal import LogVarianceBounds, NormalHead, lower_factor
-from pvae.site import OBSERVED, Link, Site
+from pvae.site import OBSERVED, Link, Site, Values
 
 
 class Posterior(Component):
     """The density of a latent in the guide."""
 
     default: ClassVar[str] = "normal"
-    values: ClassVar[Literal["real", "index"]] = "real"
-    """Whether the latent is a vector (`dim`) or one of `codes`."""
+    values: ClassVar[Values] = "real"
+    """Whether the latent is a vector (`dim`), made of `codes`, or of `bits`."""
+    is_relaxed: ClassVar[bool] = False
+    """Whether it draws relaxed one-hots in place of codes."""
+    is_hard: ClassVar[bool] = False
+    """Whether these are seen as one-hots."""
+    carries: ClassVar[bool] = False
+    """Whether it looks codes up, and needs an embedding to do so."""
     reads_features: ClassVar[bool] = True
     """Whether it reads the encoder's features; else x itself."""
     reads_prior: ClassVar[bool] = False
@@ -36,6 +43,10 @@ class Posterior(Component):
     def follows_prior(self, given: tuple[str, ...]) -> bool:
         """Whether another prior would move this posterior, for a latent with these parents in the model."""
         return self.reads_prior or self.summed
+
+    def codebook(self, codes: int, width: int) -> nn.Module:
+        """The table of a code's embeddings, of which the model will read the rows."""
+        return Codebook(codes, width)
 
     @abstractmethod
     def build(self, site: Site, inputs: Mapping[str, Shape], link: Link) -> nn.Module:
@@ -143,7 +154,7 @@ class ExactPosterior(Posterior):
     """
 
     kind: Literal["exact"] = "exact"
-    values: ClassVar[Literal["real", "index"]] = "index"
+    values: ClassVar[Values] = "index"
     reads_features: ClassVar[bool] = False
     summed: ClassVar[bool] = True
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping
+from math import prod
 from typing import Any, ClassVar, Literal, final
 
 import pyro.distributions as dist
@@ -18,9 +19,10 @@ from torch.distributions import constraints
 from torch.nn.functional import linear, logsigmoid, softplus
 
 from pvae.component import Ints, Shape
+from pvae.discrete import FreeCoordinates
 from pvae.errors import DeclarationError, NonFiniteError
 from pvae.models.priors import Prior
-from pvae.site import Link, Site
+from pvae.site import Link, Site, Values
 
 Size = torch.Size | list[int] | tuple[int, ...]
 
@@ -242,6 +244,18 @@ class FlowModule(nn.Module):
         return self.push(torch.normal(self.loc.expand(*shape, -1), self.scale.expand(*shape, -1)))
 
 
+class RelaxedFlowModule(nn.Module):
+    """A flow over the free coordinates of relaxed codes."""
+
+    def __init__(self, flow: FlowModule, event: Shape) -> None:
+        super().__init__()
+        self.flow, self.event = flow, event
+
+    def forward(self, given: Mapping[str, Tensor]) -> dist.TorchDistribution:
+        """A density of log relaxed one-hots, with batch shape `()`."""
+        return FreeCoordinates(self.flow(given), self.event)
+
+
 def near_identity(transform: nn.Module) -> nn.Module:
     """The transform with small last layers and free parameters: drawn at random, a few fold space into ridges."""
     small: list[Tensor] = []
@@ -279,6 +293,7 @@ SPREAD = 2.5
 class FlowPrior(Prior):
     """What flows share: how many bijections, and the networks inside them."""
 
+    values: ClassVar[tuple[Values, ...]] = ("real", "relaxed")
     inward: ClassVar[bool] = False
     """Whether the fast direction leads from z to u: a fast density and slow draws."""
     layers: int = Field(default=4, gt=0)
@@ -291,11 +306,13 @@ class FlowPrior(Prior):
         """One of Pyro's transforms over `dim` coordinates."""
 
     def build(self, site: Site, given: Mapping[str, Shape], link: Link) -> nn.Module:
-        """See `Prior.build`."""
-        dim = site.event[0]
+        """See `Prior.build`; over relaxed codes, of the K - 1 free coordinates of every position."""
+        relaxed = site.values == "relaxed"
+        dim = prod(site.event[:-1]) * (site.event[-1] - 1) if relaxed else site.event[0]
         if dim < 2:
             raise DeclarationError(f"latents.{site.name}.dim: expected at least 2 coordinates for a flow; got {dim}.")
-        return FlowModule([near_identity(self.bijection(dim)) for _ in range(self.layers)], dim, self.inward)
+        flow = FlowModule([near_identity(self.bijection(dim)) for _ in range(self.layers)], dim, self.inward)
+        return RelaxedFlowModule(flow, site.event) if relaxed else flow
 
 
 @final

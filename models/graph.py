@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from pvae.determined import Determined
 from pvae.errors import DeclarationError
 from pvae.models.decoders import DecoderModule
-from pvae.site import OBSERVED, Frame, Site, data_plate
+from pvae.site import EMBEDDED, OBSERVED, Frame, Site, data_plate, embedded
 
 SUMMED: InferDict = {"enumerate": "parallel"}
 
@@ -25,16 +25,35 @@ class GraphModel(nn.Module):
         priors: one module per latent.
         decoder: from the latents to p(x | z).
         frame: what a row of data holds.
+        codebooks: the embeddings of latents that have some.
+        temperatures: of relaxed latents; prior and posterior share one.
     """
 
     def __init__(
-        self, sites: tuple[Site, ...], priors: Mapping[str, nn.Module], decoder: DecoderModule, frame: Frame
+        self,
+        sites: tuple[Site, ...],
+        priors: Mapping[str, nn.Module],
+        decoder: DecoderModule,
+        frame: Frame,
+        codebooks: Mapping[str, nn.Module] | None = None,
+        temperatures: Mapping[str, nn.Module] | None = None,
     ) -> None:
         super().__init__()
         self.sites = sites
+        self.codebooks = nn.ModuleDict(codebooks or {})
+        self.temperatures = nn.ModuleDict(temperatures or {})
         self.priors = nn.ModuleDict(priors)
         self.decoder = decoder
         self.frame = frame
+
+    def see(self, site: Site, value: Tensor, like: Tensor) -> Tensor:
+        """A latent's value as children and the decoder see it, `(..., *site.features)`."""
+        book = self.codebooks[site.name] if site.name in self.codebooks else None
+        return site.see(value, like, None if book is None else book.table)
+
+    def temperature(self, name: str) -> Tensor:
+        """tau of a relaxed latent, a scalar."""
+        return self.temperatures[name].value
 
     def prior(self, name: str, seen: Mapping[str, Tensor]) -> dist.TorchDistribution:
         """p(z_name | parents) from features by name."""
@@ -59,7 +78,11 @@ class GraphModel(nn.Module):
         with data_plate(size or 1 if rows is None else rows.shape[0]):
             for site in self.sites:
                 infer = SUMMED if site.summed else None
-                seen[site.name] = site.see(pyro.sample(site.name, self.prior(site.name, seen), infer=infer), like)
+                value = pyro.sample(site.name, self.prior(site.name, seen), infer=infer)
+                seen[site.name] = self.see(site, value, like)
+                if site.carries:
+                    row = Determined(seen[site.name], event_dim=len(site.features))
+                    seen[site.name] = pyro.sample(embedded(site.name), row, infer=EMBEDDED)
             if self.training and x is not None and self.decoder.likelihood.is_point:
                 return pyro.sample(OBSERVED, Determined(x, event_dim=len(self.frame.x)), obs=x)  # no need to decode
             return pyro.sample(OBSERVED, self.decoder(seen), obs=x)

@@ -11,17 +11,18 @@ import torch
 from torch import Tensor, nn
 
 from pvae.component import Component, Shape
+from pvae.discrete import RelaxedCodes, Relaxing, bits, code_grid
 from pvae.event import Event
 from pvae.networks import MLP, Network
 from pvae.normal import LogVarianceBounds, NormalHead
-from pvae.site import Link, Site
+from pvae.site import Link, Site, Values
 
 
 class Prior(Component):
     """The density of a latent in the model."""
 
-    values: ClassVar[Literal["real", "index"]] = "real"
-    """Whether the latent is a vector (`dim`) or one of `codes`."""
+    values: ClassVar[tuple[Values, ...]] = ("real",)
+    """What the latent may be."""
     reads_parents: ClassVar[bool] = False
     """Whether it can be declared for a latent with parents."""
     needs_parents: ClassVar[bool] = False
@@ -77,48 +78,103 @@ class ConditionalNormal(Prior):
         return NormalHead(self.network.build(given, (2 * site.event[0],)), self.log_variance)
 
 
-# ---------------------------------------------------------------------- codes
+# ---------------------------------------------------------------------- codes and bits
 
 
 class CodesModule(nn.Module):
-    """One categorical, of learned or even weights."""
+    """Categoricals over a grid, of learned or even weights; relaxed where the latent is."""
 
     logits: Tensor
 
-    def __init__(self, codes: int, learned: bool) -> None:
+    def __init__(self, site: Site, learned: bool, link: Link) -> None:
         super().__init__()
-        logits = torch.zeros(codes)
+        assert site.codes is not None  # noqa: S101 - the declaration has been checked
+        self.name, self.grid, self.link, self.is_relaxed = site.name, len(site.grid), link, site.values == "relaxed"
+        logits = torch.zeros(*site.grid, site.codes)
         if learned:
             self.logits = nn.Parameter(logits)
         else:
             self.register_buffer("logits", logits, persistent=False)
 
     def forward(self, _given: Mapping[str, Tensor]) -> dist.TorchDistribution:
-        """The categorical, with batch shape `()`."""
-        return dist.Categorical(logits=self.logits, validate_args=False)
+        """The codes, with batch shape `()`."""
+        if self.is_relaxed:
+            return RelaxedCodes(self.logits, self.link.model.temperature(self.name), self.grid)
+        return code_grid(self.logits, self.grid)
+
+
+class RelaxingModule(nn.Module):
+    """A prior of codes as that of a relaxed latent, for a loss that takes the KL of the categoricals."""
+
+    def __init__(self, codes: nn.Module, states: int) -> None:
+        super().__init__()
+        self.codes, self.states = codes, states
+
+    def forward(self, given: Mapping[str, Tensor]) -> dist.TorchDistribution:
+        """What prices the codes, as a law of relaxed values."""
+        return Relaxing(self.codes(given), self.states)
+
+
+def prior_of(prior: Prior, site: Site, given: Mapping[str, Shape], link: Link) -> nn.Module:
+    """What a prior builds for a latent; one of codes alone prices relaxed ones by their categoricals."""
+    module = prior.build(site, given, link)
+    if site.values != "relaxed" or "relaxed" in prior.values:
+        return module
+    assert site.codes is not None  # noqa: S101 - the declaration has been checked
+    return RelaxingModule(module, site.codes)
+
+
+class BitsModule(nn.Module):
+    """Independent bits, of learned or even odds."""
+
+    logits: Tensor
+
+    def __init__(self, site: Site, learned: bool) -> None:
+        super().__init__()
+        logits = torch.zeros(site.event)
+        if learned:
+            self.logits = nn.Parameter(logits)
+        else:
+            self.register_buffer("logits", logits, persistent=False)
+
+    def forward(self, _given: Mapping[str, Tensor]) -> dist.TorchDistribution:
+        """The bits, with batch shape `()`."""
+        return bits(self.logits)
 
 
 @final
 class CategoricalPrior(Prior):
-    """Learned weights of the codes."""
+    """Learned weights of the codes, at every position of a grid its own."""
 
     kind: Literal["categorical"] = "categorical"
-    values: ClassVar[Literal["real", "index"]] = "index"
+    values: ClassVar[tuple[Values, ...]] = ("index", "relaxed")
 
     def build(self, site: Site, given: Mapping[str, Shape], link: Link) -> nn.Module:
         """See `Prior.build`."""
-        assert site.codes is not None  # noqa: S101 - the declaration has been checked
-        return CodesModule(site.codes, learned=True)
+        return CodesModule(site, learned=True, link=link)
+
+
+@final
+class BernoulliPrior(Prior):
+    """Learned odds of the bits."""
+
+    kind: Literal["bernoulli"] = "bernoulli"
+    values: ClassVar[tuple[Values, ...]] = ("binary",)
+
+    def build(self, site: Site, given: Mapping[str, Shape], link: Link) -> nn.Module:
+        """See `Prior.build`."""
+        return BitsModule(site, learned=True)
 
 
 @final
 class UniformPrior(Prior):
-    """1 / K for every code: with equal scales, what k-means assumes."""
+    """1 / K for every code, 1 / 2 for every bit: under it a certain code costs log K nats. With equal scales, what
+    k-means assumes.
+    """
 
     kind: Literal["uniform"] = "uniform"
-    values: ClassVar[Literal["real", "index"]] = "index"
+    values: ClassVar[tuple[Values, ...]] = ("index", "relaxed", "binary")
 
     def build(self, site: Site, given: Mapping[str, Shape], link: Link) -> nn.Module:
         """See `Prior.build`."""
-        assert site.codes is not None  # noqa: S101 - the declaration has been checked
-        return CodesModule(site.codes, learned=False)
+        return BitsModule(site, learned=False) if site.codes is None else CodesModule(site, learned=False, link=link)

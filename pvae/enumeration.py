@@ -12,13 +12,10 @@ import torch
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
+from pvae.discrete import STATES
 from pvae.errors import DeclarationError
 from pvae.exponential import IMPOSSIBLE
 from pvae.traces import Layout, log_prob, samples, sum_over
-
-STATES = 4096
-"""Most joint states of one datum."""
-
 
 @dataclass(frozen=True)
 class Table:

@@ -89,13 +89,45 @@ class Objective(Component):
         """What keeps a pair from being fitted to `rows` training rows by this objective, one line each."""
         return []
 
+    def no_free_scores(self, pair: Pair) -> list[str]:
+        """Free bits are no part of the cost that a score function weighs."""
+        if not self.free_bits or not pair.layout.scored:
+            return []
+        names = ", ".join(pair.layout.scored)
+        return [f"objective.free_bits: expected 0 beside a score function ({names}); got {self.free_bits}."]
+
     def stepper(self, fitting: Fitting) -> Stepper | None:
         """What fits the pair instead of gradient steps; None for those."""
         return None
 
     def penalised(self, loss: Tensor, terms: Terms) -> Tensor:
         """A loss plus the batch means of what is added beside the ELBO (commitment and the like)."""
-        return sum_over([loss, *(value.mean() for value in terms.penalties.values())])
+        return sum_over([loss, *(value.mean() for value in terms.penalties.values())]) if terms.penalties else loss
+
+    def estimated(self, loss: Tensor, terms: Terms, beta: Tensor) -> Tensor:
+        """A loss with the gradient of draws that carry none: of every such latent
+
+        (cost - baseline) grad log q, cost = beta * sum of KLs - reconstruction,
+
+        without its own KL where that is in closed form. The value stays as it is. With several particles the baseline
+        of a draw is the mean cost of the others (which leaves the gradient unbiased); a network's is brought nearer to
+        the cost by their squared difference.
+        """
+        for name, score in terms.scores.items():
+            others = [kl for site, kl in terms.kl.items() if score.own_kl or site != name]
+            cost = (beta * sum_over(others) if others else 0.0) - terms.reconstruction
+            cost = cost.detach()
+            score.note(cost)
+            left = cost
+            if score.baseline is not None:
+                left = left - score.baseline.detach()
+            elif cost.dim() > 1:
+                left = (cost - cost.mean(0)) * (len(cost) / (len(cost) - 1))
+            loss = loss + (left * (score.log_q - score.log_q.detach())).mean()
+            if score.learns and score.baseline is not None:
+                error = (score.baseline - cost).square().mean()
+                loss = loss + (error - error.detach())
+        return loss
 
     def minus_elbo(self, terms: Terms, beta: Tensor) -> Tensor:
         """beta * sum of batch-mean KLs, each at least `free_bits`, minus the reconstruction."""
@@ -119,11 +151,15 @@ class TraceELBO(Objective):
 
     def terms(self, pair: Pair, x: Tensor, rows: int | None = None) -> Terms:
         """See `Objective.terms`."""
-        return pair.terms(x, particles=self.particles, rows=rows)
+        return pair.terms(x, particles=self.particles, rows=rows, expected=True)
 
     def loss(self, terms: Terms, beta: Tensor) -> Tensor:
         """Minus the ELBO estimate."""
-        return self.penalised(self.minus_elbo(terms, beta), terms)
+        return self.estimated(self.penalised(self.minus_elbo(terms, beta), terms), terms, beta)
+
+    def misfits(self, pair: Pair, rows: int) -> list[str]:
+        """See `Objective.misfits`."""
+        return self.no_free_scores(pair)
 
 
 @final
@@ -137,11 +173,15 @@ class TraceMeanFieldELBO(Objective):
 
     def terms(self, pair: Pair, x: Tensor, rows: int | None = None) -> Terms:
         """See `Objective.terms`."""
-        return pair.terms(x, closed_form=True, rows=rows)
+        return pair.terms(x, closed_form=True, rows=rows, expected=True)
 
     def loss(self, terms: Terms, beta: Tensor) -> Tensor:
         """Minus the ELBO estimate."""
-        return self.penalised(self.minus_elbo(terms, beta), terms)
+        return self.estimated(self.penalised(self.minus_elbo(terms, beta), terms), terms, beta)
+
+    def misfits(self, pair: Pair, rows: int) -> list[str]:
+        """See `Objective.misfits`."""
+        return self.no_free_scores(pair)
 
 
 @final
@@ -165,6 +205,16 @@ class IWAE(Objective):
     def terms(self, pair: Pair, x: Tensor, rows: int | None = None) -> Terms:
         """See `Objective.terms`."""
         return pair.terms(x, particles=self.particles, rows=rows)
+
+    def misfits(self, pair: Pair, rows: int) -> list[str]:
+        """See `Objective.misfits`."""
+        names = [*pair.layout.scored, *pair.layout.expected]
+        if not names:
+            return []
+        return [
+            f"objective.kind: expected trace_elbo with {', '.join(names)}, whose draws carry no gradient; got iwae. Or "
+            f"relax them (relaxed_onehot)."
+        ]
 
     def loss(self, terms: Terms, beta: Tensor) -> Tensor:
         """Minus the bound; with beta the KL inside the weights is scaled."""

@@ -30,6 +30,7 @@ from pvae.traces import (
     log_prob,
     moved,
     plates_of,
+    priced_kl,
     read_layout,
     samples,
     sum_over,
@@ -48,11 +49,43 @@ class Terms:
     """log q - log p (or its closed form) of every latent, `(batch,)`; a global latent's share per datum, `(1,)`."""
     penalties: dict[str, Tensor] = field(default_factory=dict)
     """What is added to the loss and is no part of the ELBO, `(batch,)`."""
+    scores: dict[str, Score] = field(default_factory=dict)
+    """Of every latent whose draw carries no gradient."""
 
     @cached_property
     def means(self) -> list[Tensor]:
         """Batch means of the reconstruction, then of every KL: taken once, for the loss and the metrics."""
         return [self.reconstruction.mean(), *(kl.mean() for kl in self.kl.values())]
+
+
+@dataclass(frozen=True)
+class Score:
+    """What the gradient of a draw that carries none is made of: E grad = E[(cost - baseline) grad log q]."""
+
+    log_q: Tensor
+    """log q of the draw, `(batch,)`, with its gradient; the latent's own KL holds it without."""
+    own_kl: bool
+    """Whether the cost of the draw holds the latent's KL: not where it is in closed form."""
+    baseline: Tensor | None
+    """What is taken off the cost, `(batch,)` or a number; None for nothing."""
+    learns: bool
+    """Whether the baseline is a network's, to be brought nearer to the cost."""
+    note: Callable[[Tensor], None]
+    """Told the cost, of which an average baseline is made."""
+
+
+def _score(node: Mapping[str, Any], log_q: Tensor, own_kl: bool) -> Score:
+    """Of a site, from what it says of itself in `infer`, as Pyro's `TraceGraph_ELBO` reads it."""
+    infer = node["infer"]
+    told, average = infer.get("baseline", {}), infer.get("average")
+    baseline, learns = told.get("baseline_value"), bool(infer.get("learns_baseline"))
+    if "nn_baseline" in told:
+        baseline, learns = told["nn_baseline"](told["nn_baseline_input"].detach()), True
+    return Score(log_q, own_kl, baseline, learns, _forget if average is None else average.note)
+
+
+def _forget(_cost: Tensor) -> None:
+    """Nobody keeps an average."""
 
 
 @dataclass(frozen=True)
@@ -251,6 +284,17 @@ class Pair(nn.Module):
                 self.guide(x)
             return guide.trace, self._replay(x, guide.trace, particles)
 
+    def _run_expected(self, x: Tensor, particles: int) -> tuple[Trace, Trace]:
+        """Traces in which every latent that asks for it takes all its values, left of all plates."""
+        left = -1 - self.layout.nesting - (particles > 1)
+        plate = pyro.plate(PARTICLES, particles, dim=-1 - self.layout.nesting) if particles > 1 else nullcontext()
+        with self.own_store(), plate, EnumMessenger(left):
+            with TraceMessenger() as guide:
+                self.guide(x)
+            with TraceMessenger() as model, ReplayMessenger(trace=guide.trace):
+                self.model(x)
+        return guide.trace, model.trace
+
     def _replay(self, x: Tensor, guide_trace: Trace, particles: int = 1) -> Trace:
         with TraceMessenger() as model, ReplayMessenger(trace=guide_trace), self._enumeration(particles):
             self.model(x)
@@ -288,7 +332,15 @@ class Pair(nn.Module):
         with self.own_store():
             return poutine.trace(poutine.uncondition(self.model)).get_trace(x)
 
-    def terms(self, x: Tensor, particles: int = 1, *, closed_form: bool = False, rows: int | None = None) -> Terms:
+    def terms(
+        self,
+        x: Tensor,
+        particles: int = 1,
+        *,
+        closed_form: bool = False,
+        rows: int | None = None,
+        expected: bool = False,
+    ) -> Terms:
         """The parts of the ELBO of a batch; differentiable.
 
         Arguments:
@@ -297,25 +349,73 @@ class Pair(nn.Module):
             closed_form: use KL(q || p) in closed form where torch knows it.
             rows: size of the whole data set, over which the KL of global latents is shared; default: as the data
                 plate declares it.
+            expected: take latents of the guide that are marked for enumeration in expectation, not by a draw.
 
         Returns:
             Terms, nats. Their combination `reconstruction - sum(kl)` is an unbiased estimate of the ELBO.
         """
+        self.adopt(x)
+        layout, count = self.layout, particles if particles > 1 else 0
+        if expected and layout.expected:
+            return self._expected_terms(*self._run_expected(x, particles), count, closed_form, rows)
         guide_trace, model_trace = self.traces(x, particles)
-        layout = self.layout
-        count = particles if particles > 1 else 0
         size = full_size(model_trace, layout, rows)
         if layout.enumerated:
             return self._summed_terms(guide_trace, model_trace, count, size)
         reconstruction = sum_over([log_prob(model_trace.nodes[name], layout, count, size) for name in layout.observed])
-        kl = {}
+        kl, scores = {}, {}
         for name in (*layout.latents, *layout.shared):
             q, p = guide_trace.nodes[name], model_trace.nodes.get(name)
-            exact = closed_kl(q, p, layout, count, size) if closed_form and p is not None else None
-            if exact is None:
-                exact = log_prob(q, layout, count, size) - (0.0 if p is None else log_prob(p, layout, count, size))
-            kl[name] = exact
-        return Terms(reconstruction, kl)
+            known = self._known_kl(q, p, count, size, closed_form)
+            if name in layout.scored or name in layout.expected:
+                log_q = log_prob(q, layout, count, size)
+                scores[name] = _score(q, log_q, known is None)
+                drawn = log_q.detach()
+            else:
+                drawn = log_prob(q, layout, count, size) if known is None else None
+            if known is None:
+                assert drawn is not None  # noqa: S101 - made just above
+                known = drawn - (0.0 if p is None else log_prob(p, layout, count, size))
+            kl[name] = known
+        return Terms(reconstruction, kl, penalties_of(guide_trace), scores)
+
+    def _known_kl(
+        self, q: Mapping[str, Any], p: Mapping[str, Any] | None, count: int, size: int, closed_form: bool
+    ) -> Tensor | None:
+        """The KL of a site where it is no matter of log q - log p at a draw."""
+        if p is None:
+            return None
+        priced = priced_kl(q, p, self.layout, count)
+        return closed_kl(q, p, self.layout, count, size) if priced is None and closed_form else priced
+
+    def _expected_terms(
+        self, guide_trace: Trace, model_trace: Trace, count: int, closed_form: bool, rows: int | None
+    ) -> Terms:
+        """E_q(c|x) of every term, by the sum over all joint states c of the latents that are marked for it."""
+        layout = self.layout
+        size = full_size(model_trace, layout, rows)
+        log_q = [log_prob(guide_trace.nodes[name], layout, count) for name in layout.expected]
+        weights = sum_over(log_q).exp()
+        width = 2 if count else 1
+
+        def mean(value: Tensor) -> Tensor:
+            total = weights * value
+            return total.sum(tuple(range(total.dim() - width)))
+
+        observed = sum_over([log_prob(model_trace.nodes[name], layout, count, size) for name in layout.observed])
+        kl, scores = {}, {}
+        for name in (*layout.latents, *layout.shared):
+            q, p = guide_trace.nodes[name], model_trace.nodes.get(name)
+            known = self._known_kl(q, p, count, size, closed_form)
+            if name in layout.scored:
+                raise DeclarationError(
+                    f"{name}: expected a draw with a gradient, or a sum over its states too, beside "
+                    f"{', '.join(layout.expected)}, which are summed over; got a score function."
+                )
+            if known is None:
+                known = log_prob(q, layout, count, size) - (0.0 if p is None else log_prob(p, layout, count, size))
+            kl[name] = mean(known) if name in layout.latents else known
+        return Terms(mean(observed), kl, penalties_of(guide_trace), scores)
 
     def _summed_terms(self, guide_trace: Trace, model_trace: Trace, count: int, size: int) -> Terms:
         """Terms in expectation under p(c | x, z) of the enumerated sites: their sum is log sum_c p(x, z, c) - log q."""
@@ -337,7 +437,7 @@ class Pair(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """ELBO estimate of every datum, nats, `(batch,)`."""
-        terms = self.terms(x)
+        terms = self.terms(x, expected=True)
         return terms.reconstruction - sum_over(list(terms.kl.values()))
 
     # ------------------------------------------------------------------ checking
@@ -388,6 +488,15 @@ def quiet(pair: Pair, x: Tensor) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
+
+
+def penalties_of(guide_trace: Trace) -> dict[str, Tensor]:
+    """What sites of a guide add to the loss beside the ELBO, `<site>/<what>`: their `infer["penalties"]`."""
+    out = {}
+    for name, node in guide_trace.nodes.items():
+        if node["type"] == "sample" and "penalties" in node["infer"]:
+            out |= {f"{name.removesuffix('/embedded')}/{what}": v for what, v in node["infer"]["penalties"].items()}
+    return out
 
 
 # ---------------------------------------------------------------------- findings
@@ -465,19 +574,22 @@ def plate_problems(trace: Trace, count: int) -> list[Problem]:
 
 
 def gradient_problems(pair: Pair, x: Tensor, guide_trace: Trace) -> list[Problem]:
-    """Latents without a pathwise gradient, and parameters that no gradient reaches."""
+    """Global latents whose draw carries no gradient, and parameters that no gradient reaches."""
     problems = [
         Problem(
             name,
-            f"expected a distribution with a pathwise gradient (rsample); got "
-            f"{type(guide_trace.nodes[name]['fn']).__name__}. A plain ELBO would silently lose its gradient.",
+            f"expected a distribution with a pathwise gradient (rsample) outside the data plate; got "
+            f"{type(guide_trace.nodes[name]['fn']).__name__}, whose score function would be that of all data at once.",
         )
-        for name in (*pair.layout.latents, *pair.layout.shared)
-        if not samples(guide_trace)[name]["fn"].has_rsample
+        for name in pair.layout.shared
+        if name in pair.layout.scored
     ]
     parameters = {name: p for name, p in pair.named_parameters() if p.requires_grad}
     with torch.random.fork_rng(), torch.enable_grad():
-        loss = -pair(x).mean()
+        terms = pair.terms(x, expected=True)
+        parts = [*terms.kl.values(), *terms.penalties.values(), *(s.log_q for s in terms.scores.values())]
+        parts += [s.baseline for s in terms.scores.values() if s.learns and s.baseline is not None]
+        loss = sum_over([part.sum() for part in (terms.reconstruction, *parts)])
         gradients = (
             torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
             if loss.requires_grad

@@ -6,7 +6,9 @@ import math
 from abc import abstractmethod
 from typing import Any, Literal, final
 
+import torch
 from pydantic import Field
+from torch import Tensor, nn
 
 from pvae.component import Component
 
@@ -62,6 +64,24 @@ class Linear(Schedule):
 
 
 @final
+class Exponential(Schedule):
+    """From `start` to `end` by equal ratios over `epochs` (default: the whole training), then `end`: a temperature.
+
+    References:
+        Categorical Reparameterization with Gumbel-Softmax (Jang, Gu, Poole, 2017), https://arxiv.org/abs/1611.01144
+    """
+
+    kind: Literal["exponential"] = "exponential"
+    start: float = Field(default=1.0, gt=0)
+    end: float = Field(default=0.5, gt=0)
+    epochs: float | None = Field(default=None, gt=0)
+
+    def at(self, epoch: float, epochs: float) -> float:
+        """See `Schedule.at`."""
+        return self.start * (self.end / self.start) ** progress(epoch, self.epochs or epochs)
+
+
+@final
 class Cosine(Schedule):
     """Half a cosine from `start` to `end` over `epochs` (default: the whole training), then `end`."""
 
@@ -95,3 +115,18 @@ class Cyclical(Schedule):
     def at(self, epoch: float, epochs: float) -> float:
         """See `Schedule.at`."""
         return self.start + (self.end - self.start) * progress(epoch % self.epochs, self.epochs * self.ramp)
+
+
+class Scheduled(nn.Module):
+    """A number inside a pair that follows a schedule; what reads it reads a buffer, which is filled before every step."""
+
+    value: Tensor
+
+    def __init__(self, schedule: Schedule) -> None:
+        super().__init__()
+        self.schedule = schedule
+        self.register_buffer("value", torch.tensor(schedule.at(0, 1)))
+
+    def follow(self, epoch: float, epochs: float) -> None:
+        """Take the value after `epoch` of `epochs` epochs."""
+        self.value.fill_(self.schedule.at(epoch, epochs))

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from math import prod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
 import pyro
 import torch
@@ -23,6 +23,15 @@ OBSERVED = "x"
 """The name of the observed site, and of the data among a posterior's inputs."""
 
 
+EMBEDDED: dict[str, Any] = {"_embedded": True}
+"""Marks the site of a nearest code's row: part of the code, no latent of its own."""
+
+
+def embedded(name: str) -> str:
+    """The site that holds the row of a latent's nearest code; no latent can be declared by this name."""
+    return f"{name}/embedded"
+
+
 @dataclass(frozen=True)
 class Site:
     """One latent variable of a declared graph."""
@@ -37,13 +46,44 @@ class Site:
     guide_given: tuple[str, ...] = (OBSERVED,)
     """Parents in the guide, q(name | guide_given)."""
     codes: int | None = None
-    """Number of values of a discrete latent."""
+    """Number of values of a code."""
+    grid: Shape = ()
+    """Shape of a grid of codes; () for a single one."""
+    values: Values = "real"
+    """What is sampled."""
+    hard: bool = False
+    """Whether a relaxed one-hot is seen as the one-hot of its largest entry, with the gradient of the relaxed one."""
+    carries: bool = False
+    """Whether the guide's embedding carries a gradient that the value cannot: of a nearest code."""
+    has_twin: bool = True
+    """Whether a relaxed latent has a discrete twin, of the same logits: unless its prior is a density of relaxed
+    one-hots."""
     summed: bool = False
     """Whether the model sums it out exactly, and the guide does not sample it."""
 
-    def see(self, value: Tensor, like: Tensor) -> Tensor:
-        """A sampled value as children and the decoder see it: itself, or an index as a one-hot vector."""
-        return value if self.codes is None else one_hot(value, self.codes, like)
+    def see(self, value: Tensor, like: Tensor, codebook: Tensor | None = None) -> Tensor:
+        """A sampled value as children and the decoder see it, `(..., *features)`: a code as its row of a table.
+
+        Arguments:
+            value: numbers `(..., *event)`; of codes, indices `(..., *grid)` or logarithms of relaxed one-hots
+                `(..., *grid, K)`: integers or not says which.
+            like: a tensor of the type and device wanted.
+            codebook: a row for each code, `(K, embedding)`; None for one-hots.
+        """
+        if self.codes is None:
+            return value
+        if not value.is_floating_point():
+            seen = one_hot(value, self.codes, like) if codebook is None else nn.functional.embedding(value, codebook)
+        else:
+            soft = value.exp()
+            if self.hard:
+                soft = one_hot(value.argmax(-1), self.codes, soft).detach() + (soft - soft.detach())
+            seen = soft if codebook is None else soft @ codebook
+        return seen.movedim(-1, -1 - len(self.grid)) if self.grid else seen
+
+
+Values = Literal["real", "index", "binary", "relaxed"]
+"""A vector of real numbers; indices of codes; a vector of 0 and 1; logarithms of relaxed one-hots."""
 
 
 def one_hot(index: Tensor, codes: int, like: Tensor) -> Tensor:
@@ -124,6 +164,17 @@ class MadeOfData(nn.Module):
 
     def start(self, index: Tensor) -> None:
         """Hear which training rows the batch to come holds, `(batch,)`."""
+
+
+class Moving(nn.Module):
+    """Base of parts that something else than a gradient moves: a codebook by averages, a baseline.
+
+    A forward pass in training mode writes scratch alone, so that evaluation moves nothing.
+    """
+
+    def after_step(self) -> None:
+        """Move, after the optimiser has; without synchronisation."""
+        raise NotImplementedError  # pragma: no cover - abstract
 
 
 class Link:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import types
 from collections.abc import Iterator, Mapping, Sequence
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, Union, get_args, get_origin
 
@@ -16,12 +18,14 @@ from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError
 from torch import nn
 
 from pvae import toml, zoo
-from pvae.component import Component, Names, Section, Shape, Table
+from pvae.component import Component, Ints, Names, Section, Shape, Table
 from pvae.data.declared import Data, Digits
 from pvae.em import EM
+from pvae.discrete import STATES
 from pvae.errors import DeclarationError, near
 from pvae.guides import flows as _guide_flows  # noqa: F401 - their kinds register themselves
 from pvae.guides import inverse, topdown  # noqa: F401
+from pvae.guides.codes import BernoulliPosterior, CategoricalPosterior
 from pvae.guides.encoders import Encoder, SharedEncoder
 from pvae.guides.graph import GraphGuide
 from pvae.guides.posteriors import ExactPosterior, NormalPosterior, Posterior
@@ -29,13 +33,13 @@ from pvae.models import flows, invertible, mixture  # noqa: F401
 from pvae.models.decoders import Decoder
 from pvae.models.graph import GraphModel
 from pvae.models.likelihoods import Likelihood
-from pvae.models.priors import CategoricalPrior, Prior, StandardNormal, UniformPrior
+from pvae.models.priors import BernoulliPrior, CategoricalPrior, Prior, StandardNormal, UniformPrior, prior_of
 from pvae.networks import Table as NetworkTable
 from pvae.objectives import Objective, TraceELBO
 from pvae.optimizers import Adam, Optimizer
 from pvae.pair import Pair
-from pvae.schedules import Constant, Schedule
-from pvae.site import OBSERVED, Frame, Link, Site, topological
+from pvae.schedules import Constant, Schedule, Scheduled
+from pvae.site import OBSERVED, Frame, Link, Site, Values, topological
 
 if TYPE_CHECKING:
     from pvae.data import Dataset
@@ -50,7 +54,15 @@ class Latent(Section):
     dim: int | None = Field(default=None, gt=0, le=100_000)
     """Number of coordinates of a real vector."""
     codes: int | None = Field(default=None, gt=1, le=1_000_000)
-    """Number of values of a discrete latent; then prior and posterior are those of codes."""
+    """Number of values of a code; then prior and posterior are those of codes."""
+    grid: Ints | None = Field(default=None, min_length=1, max_length=2)
+    """Shape of a grid of codes, `[7, 7]` or `[20]`; a single code unless said."""
+    embedding: int | None = Field(default=None, gt=0, le=100_000)
+    """Numbers by which a code is seen: its row of a learned codebook. A one-hot unless said."""
+    temperature: Schedule | None = None
+    """Of a relaxed posterior and its prior, which share one; 2/3 unless said."""
+    bits: int | None = Field(default=None, gt=0, le=100_000)
+    """Number of elements of a vector of 0 and 1; then prior and posterior are those of bits."""
     given: Names = ()
     """Latents and covariates it depends on in the model."""
     prior: Prior = StandardNormal()
@@ -59,21 +71,69 @@ class Latent(Section):
     @model_validator(mode="before")
     @classmethod
     def _defaults_of_codes(cls, raw: Any) -> Any:
-        if isinstance(raw, dict) and raw.get("codes") is not None:
-            return {"prior": CategoricalPrior(), "posterior": ExactPosterior(), **raw}
+        if not isinstance(raw, dict):
+            return raw
+        if raw.get("codes") is not None:
+            usual = ExactPosterior() if raw.get("grid") is None else CategoricalPosterior()
+            return {"prior": CategoricalPrior(), "posterior": usual, **raw}
+        if raw.get("bits") is not None:
+            return {"prior": BernoulliPrior(), "posterior": BernoulliPosterior(), **raw}
         return raw
 
     @model_validator(mode="after")
     def _one_size(self) -> Self:
-        if (self.dim is None) == (self.codes is None):
-            found = "neither" if self.dim is None else "both"
-            raise ValueError(f"either dim (a real vector) or codes (a discrete latent); got {found}")
+        sizes = {"dim": self.dim, "codes": self.codes, "bits": self.bits}
+        found = [name for name, size in sizes.items() if size is not None]
+        if len(found) != 1:
+            raise ValueError(
+                f"one of dim (a real vector), codes (a discrete latent) and bits (a vector of 0 and 1); "
+                f"got {' and '.join(found) or 'none'}"
+            )
+        for name in ("grid", "embedding"):
+            if getattr(self, name) is not None and self.codes is None:
+                raise ValueError(f"{name} with codes alone; got {name} with {found[0]}")
+        if self.temperature is not None and not self.posterior.is_relaxed:
+            raise ValueError("a temperature with a relaxed posterior alone (relaxed_onehot, straight_through); got one")
+        if self.posterior.carries and self.codes is not None and self.embedding is None:
+            raise ValueError("embedding, the width of the codebook, with the posterior nearest_code; got none")
         return self
 
     @property
-    def values(self) -> Literal["real", "index"]:
+    def values(self) -> Values:
+        """What a latent is, before its posterior relaxes it."""
+        return "real" if self.dim is not None else "index" if self.codes is not None else "binary"
+
+    @property
+    def sampled(self) -> Values:
         """What a sampled value is."""
-        return "real" if self.codes is None else "index"
+        return "relaxed" if self.posterior.is_relaxed else self.values
+
+    @property
+    def log_states(self) -> float:
+        """Logarithm of the number of joint states of a discrete latent; infinite for a vector."""
+        if self.codes is not None:
+            return prod(self.grid or ()) * math.log(self.codes)
+        return math.inf if self.bits is None else self.bits * math.log(2)
+
+    def site(self, name: str) -> Site:
+        """What model and guide know of it."""
+        grid = self.grid or ()
+        size = (self.dim or self.bits or 0,)
+        event = {"real": size, "binary": size, "index": grid, "relaxed": (*grid, self.codes or 0)}[self.sampled]
+        return Site(
+            name,
+            event,
+            size if self.codes is None else (self.embedding or self.codes, *grid),
+            given=self.given,
+            guide_given=self.guide_given,
+            codes=self.codes,
+            grid=grid,
+            values=self.sampled,
+            hard=self.posterior.is_hard,
+            carries=self.posterior.carries,
+            has_twin="index" in self.prior.values,
+            summed=self.posterior.summed,
+        )
 
     @property
     def guide_given(self) -> tuple[str, ...]:
@@ -249,18 +309,7 @@ class Experiment(Plan):
     def sites(self) -> tuple[Site, ...]:
         """The latents in generative order."""
         order = topological({name: latent.given for name, latent in self.latents.items()}, "latents")
-        return tuple(
-            Site(
-                name,
-                () if z.dim is None else (z.dim,),
-                (z.dim or z.codes or 0,),
-                given=z.given,
-                guide_given=z.guide_given,
-                codes=z.codes,
-                summed=z.posterior.summed,
-            )
-            for name, z in ((name, self.latents[name]) for name in order)
-        )
+        return tuple(self.latents[name].site(name) for name in order)
 
     def guide_sites(self) -> tuple[Site, ...]:
         """The latents that the guide samples, in its order."""
@@ -329,11 +378,11 @@ class Experiment(Plan):
         known = {OBSERVED: frame.x, **{name: (codes,) for name, codes in frame.covariates.items()}}
         known |= {site.name: site.features for site in sites}
         priors = {
-            site.name: self.latents[site.name].prior.build(site, {n: known[n] for n in site.given}, link)
+            site.name: prior_of(self.latents[site.name].prior, site, {n: known[n] for n in site.given}, link)
             for site in sites
         }
         decoder = self.decoder.build({name: known[name] for name in self.decoder_given()}, frame.x)
-        link.model = GraphModel(sites, priors, decoder, frame)
+        link.model = GraphModel(sites, priors, decoder, frame, *self._of_codes(sites))
         reading = [site for site in guide_sites if self.latents[site.name].posterior.reads_features]
         encoder = self.encoder.build(known, reading) if reading else None
         inputs = {site.name: {name: known[name] for name in site.guide_given} for site in guide_sites}
@@ -341,11 +390,22 @@ class Experiment(Plan):
         posteriors = {
             site.name: self.latents[site.name].posterior.build(site, inputs[site.name], link) for site in guide_sites
         }
-        link.guide = GraphGuide(guide_sites, encoder, posteriors, frame)
+        link.guide = GraphGuide(guide_sites, encoder, posteriors, frame, link)
         link.building = True
         pair = Pair(link.model, link.guide).adopt(torch.zeros(2, *frame.row))
         link.building = False
         return pair
+
+    def _of_codes(self, sites: Sequence[Site]) -> tuple[dict[str, nn.Module], dict[str, nn.Module]]:
+        """The codebooks of latents with embeddings, and the temperatures of relaxed ones."""
+        codebooks, temperatures = {}, {}
+        for site in sites:
+            latent = self.latents[site.name]
+            if site.codes is not None and latent.embedding is not None:
+                codebooks[site.name] = latent.posterior.codebook(site.codes, latent.embedding)
+            if latent.posterior.is_relaxed:
+                temperatures[site.name] = Scheduled(latent.temperature or Constant(value=2 / 3))
+        return codebooks, temperatures
 
     def _repr_html_(self) -> str:
         from pvae.show import experiment_html
@@ -440,14 +500,21 @@ def _unread_covariates(e: Experiment) -> Iterator[Finding]:
             yield ("covariates", name), "a covariate that a prior, a posterior or the decoder is given", name
 
 
+WHAT: dict[Values, str] = {"real": "a vector", "index": "codes", "relaxed": "relaxed codes", "binary": "bits"}
+
+
+def _relaxes(latent: Latent) -> bool:
+    """Whether a prior of codes is to price relaxed ones: by the KL of the categoricals, which asks for no density."""
+    return latent.sampled == "relaxed" and "index" in latent.prior.values and latent.posterior.kl == "categorical"  # type: ignore[attr-defined]
+
+
 def _misplaced_priors(e: Experiment) -> Iterator[Finding]:
     """Priors that cannot read the parents they have, or need parents that are not there."""
     for name, latent in e.latents.items():
         kind = latent.prior.kind  # type: ignore[attr-defined]
-        if latent.prior.values != latent.values:
-            kinds = [k for k, member in Prior.members.items() if member.values == latent.values]  # type: ignore[attr-defined]
-            what = "codes" if latent.codes else "a vector"
-            yield ("latents", name, "prior"), f"a prior of {what}: one of {', '.join(kinds)}", kind
+        if latent.sampled not in latent.prior.values and not _relaxes(latent):
+            kinds = [k for k, member in Prior.members.items() if latent.sampled in member.values]  # type: ignore[attr-defined]
+            yield ("latents", name, "prior"), f"a prior of {WHAT[latent.sampled]}: one of {', '.join(kinds)}", kind
             continue
         if latent.given and not latent.prior.reads_parents:
             yield (
@@ -486,8 +553,15 @@ def _misplaced_posteriors(e: Experiment) -> Iterator[Finding]:
         kind = posterior.kind  # type: ignore[attr-defined]
         if posterior.values != latent.values:
             kinds = [k for k, member in Posterior.members.items() if member.values == latent.values]  # type: ignore[attr-defined]
-            what = "codes" if latent.codes else "a vector"
-            yield loc, f"a posterior of {what}: one of {', '.join(kinds)}", kind
+            yield loc, f"a posterior of {WHAT[latent.values]}: one of {', '.join(kinds)}", kind
+            continue
+        if posterior.summed and latent.log_states > math.log(STATES) + 1e-9:
+            yield (
+                loc,
+                f"a sum over at most {STATES} joint states for the posterior {kind} (fewer codes or positions), or "
+                f"another posterior, such as categorical",
+                f"{latent.codes} ** {prod(latent.grid or ())}",
+            )
         wanted = posterior.determines
         if wanted and (wanted != likelihood.kind or e.decoder.network.kind != "bijection"):  # type: ignore[attr-defined]
             yield (

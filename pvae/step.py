@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from pvae.objectives import Loss, Stepper
+from pvae.site import Moving
 
 Forward = Callable[[Tensor], tuple[Tensor, Tensor]]
 COMPILE_SECONDS = 30.0
@@ -113,6 +114,7 @@ class Step(Stepper):
         self.clip_norm = clip_norm or (math.inf if watch else None)
         self.average = average
         self.parameters = _learned(loss)
+        self.moving = [part for part in loss.modules() if isinstance(part, Moving) and part.training]
         self.shape = example.shape
         self.compiled = compile_forward(loss, example) if engine == "compiled" else None
         self.captured = Capture(self, example) if engine == "captured" else None
@@ -158,6 +160,8 @@ class Step(Stepper):
             if self.average is not None:
                 averaged, decay = self.average
                 torch._foreach_lerp_(list(averaged), [p.detach() for p in self.parameters], 1 - decay)
+            for part in self.moving:
+                part.after_step()
         for parameter in self.parameters:
             parameter.grad = None
 
@@ -176,7 +180,7 @@ class Capture:
 
     def __init__(self, step: Step, example: Tensor) -> None:
         self.x = example.clone()
-        moved = [*step.parameters, *(step.average[0] if step.average else ())]
+        moved = [*step.parameters, *step.loss.buffers(), *(step.average[0] if step.average else ())]
         before = [value.detach().clone() for value in moved]
         state = {p: {k: v.clone() for k, v in s.items()} for p, s in step.optimizer.state.items()}
         with torch.random.fork_rng(devices=[example.device]):

@@ -230,9 +230,14 @@ def learns(pair: Pair) -> bool:
 
 
 def freeze(pair: Pair, trainable: Sequence[str] | None) -> None:
-    """Let only parameters move whose names start with one of `trainable`; None lets all."""
-    for name, parameter in pair.named_parameters() if trainable is not None else ():
-        parameter.requires_grad_(name.startswith(tuple(trainable or ())))
+    """Let only parts move whose names start with one of `trainable`, the others in evaluation mode; None lets all."""
+    pair.train()
+    if trainable is None:
+        return
+    for name, parameter in pair.named_parameters():
+        parameter.requires_grad_(name.startswith(tuple(trainable)))
+    for name, module in pair.named_modules():
+        module.training = not name or any(f"{name}.".startswith(t) or t.startswith(f"{name}.") for t in trainable)
 
 
 def _nothing_to_learn(pair: Pair, data: Dataset, plan: Plan, files: RunDirectory) -> None:

@@ -29,6 +29,7 @@ from torch.distributions import (
 
 from pvae.component import Shape
 from pvae.determined import Determined
+from pvae.discrete import Certain, RelaxedCodes, categorical_kl, is_relaxed
 from pvae.errors import DeclarationError
 from pvae.exponential import Codes, FullRankNormals, Members, Normals, product
 
@@ -53,6 +54,12 @@ class Layout:
     """Observed sites of the model."""
     enumerated: tuple[str, ...] = ()
     """Discrete sites of the model alone, marked for enumeration: summed out, and inferred by Bayes."""
+    expected: tuple[str, ...] = ()
+    """Latents of the guide marked for enumeration: a loss takes the ELBO in expectation under them."""
+    scored: tuple[str, ...] = ()
+    """Latents whose draws carry no gradient: a loss needs that of their score function."""
+    relaxed: tuple[str, ...] = ()
+    """Latents with a discrete twin, which every analysis looks at in their place."""
 
     def holds(self, node: Mapping[str, Any]) -> bool:
         """Whether a site stands inside the data plate."""
@@ -64,11 +71,11 @@ class Layout:
 
 
 def samples(trace: Trace) -> dict[str, Any]:
-    """Sample sites of a trace by name, without the plates' own bookkeeping."""
+    """Sample sites of a trace by name, without the plates' own bookkeeping and the rows of nearest codes."""
     return {
         name: node
         for name, node in trace.nodes.items()
-        if node["type"] == "sample" and not poutine.util.site_is_subsample(node)
+        if node["type"] == "sample" and not poutine.util.site_is_subsample(node) and "_embedded" not in node["infer"]
     }
 
 
@@ -122,7 +129,15 @@ def read_layout(guide_trace: Trace, model_trace: Trace, count: int, follows: Col
         shared=tuple(name for name, node in unseen.items() if not inside(node)),
         observed=tuple(name for name, node in model.items() if node["is_observed"]),
         enumerated=tuple(enumerated),
+        expected=tuple(name for name, node in unseen.items() if is_enumerable(node)),
+        scored=tuple(name for name, node in unseen.items() if not is_enumerable(node) and needs_score(node["fn"])),
+        relaxed=tuple(name for name, node in unseen.items() if is_relaxed(node["fn"])),
     )
+
+
+def needs_score(fn: Any) -> bool:
+    """Whether draws of a distribution have a law to learn and carry no gradient."""
+    return not fn.has_rsample and not isinstance(unwrapped(fn), Certain)
 
 
 def _guide_plates(guide: Mapping[str, Any], model: Mapping[str, Any], data: CondIndepStackFrame) -> set[str]:
@@ -151,6 +166,8 @@ def moved(node: Mapping[str, Any]) -> Tensor:
     fn, value = unwrapped(node["fn"]), node["value"]
     if isinstance(fn, Bernoulli):
         return 1 - value
+    if isinstance(fn, Certain):
+        return (value + 1) % fn.states
     if isinstance(fn, OneHotCategorical):
         return value.roll(1, -1)
     if isinstance(fn, Categorical):
@@ -228,6 +245,14 @@ def closed_kl(q: Mapping[str, Any], p: Mapping[str, Any], layout: Layout, partic
     except NotImplementedError:
         return None
     return share(q, value, layout, particles, size)
+
+
+def priced_kl(q: Mapping[str, Any], p: Mapping[str, Any], layout: Layout, particles: int) -> Tensor | None:
+    """The KL of the categoricals under a relaxed site, where its posterior asks for that one; else None."""
+    fn = unwrapped(q["fn"])
+    if not isinstance(fn, RelaxedCodes) or fn.kl != "categorical":
+        return None
+    return share(q, categorical_kl(fn, p["fn"], q["value"]), layout, particles, 1)
 
 
 def rows_first(t: Tensor, node: Mapping[str, Any], layout: Layout, rows: int, beyond: int = 0) -> Tensor:

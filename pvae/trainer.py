@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from math import prod
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -19,15 +20,20 @@ import torch
 from torch import Tensor, nn
 
 from pvae import checkpoint, seeds
-from pvae.data import Dataset
+from pvae.codebook import START_VECTORS
+from pvae.data import Dataset, Split
 from pvae.diagnose import bad_weights, diagnose
+from pvae.discrete import Discretised
 from pvae.errors import Interrupted, NonFiniteError, PvaeError, StorageError
 from pvae.files import write_atomic
+from pvae.guides.codes import NearestModule
 from pvae.objectives import Fitting, Loss, Stepper
 from pvae.pair import Pair, quiet
 from pvae.progress import Progress
 from pvae.run import load_weights
 from pvae.rundir import RunDirectory
+from pvae.schedules import Scheduled
+from pvae.site import embedded
 from pvae.spec import Plan
 from pvae.step import Step, is_finite, load_optimizer_tensors, make_capturable, optimizer_tensors, set_lr
 
@@ -45,22 +51,51 @@ Record = Callable[[Plan, Pair, Dataset], dict[str, float]]
 def evaluate(pair: Pair, x: Tensor, seed: int) -> dict[str, float]:
     """Mean ELBO terms of `x` with one draw per datum, nats per datum; moves no weight and no random state.
 
+    Relaxed latents are taken as the codes they stand for; the ELBO of the relaxed ones is `relaxed_elbo`.
+
     Arguments:
         pair: a pair on the device of `x`.
         x: data `(n, *event)`.
         seed: of the draws; the same seed, the same number.
     """
-    totals: dict[str, float] = {}
     with quiet(pair, x):
-        for start in range(0, len(x), CHUNK):
-            seeds.set_noise(seeds.mix(seed, seeds.VALIDATION, start), x.device)
-            terms = pair.terms(pair.accept(x[start : start + CHUNK]), rows=len(x))
-            kl = {f"kl/{name}": value.expand_as(terms.reconstruction) for name, value in terms.kl.items()}
-            for key, value in {"reconstruction": terms.reconstruction, **kl}.items():
-                totals[key] = totals.get(key, 0.0) + float(value.double().sum())
+        with Discretised():
+            row = _mean_terms(pair, x, seed)
+        if pair.layout.relaxed:
+            row["relaxed_elbo"] = _mean_terms(pair, x, seed)["elbo"]
+    return row
+
+
+def _mean_terms(pair: Pair, x: Tensor, seed: int) -> dict[str, float]:
+    totals: dict[str, float] = {}
+    for start in range(0, len(x), CHUNK):
+        seeds.set_noise(seeds.mix(seed, seeds.VALIDATION, start), x.device)
+        terms = pair.terms(pair.accept(x[start : start + CHUNK]), rows=len(x), expected=True)
+        kl = {f"kl/{name}": value.expand_as(terms.reconstruction) for name, value in terms.kl.items()}
+        for key, value in {"reconstruction": terms.reconstruction, **kl}.items():
+            totals[key] = totals.get(key, 0.0) + float(value.double().sum())
     means = {key: value / len(x) for key, value in totals.items()}
     total_kl = sum(value for key, value in means.items() if key.startswith("kl/"))
     return {"elbo": means["reconstruction"] - total_kl, "kl": total_kl, **means}
+
+
+def start_codebooks(pair: Pair, data: Split, batch: int, seed: int) -> None:
+    """Put every codebook that asks for it at the centres of the first vectors looked up in it, latents in their order.
+
+    Later latents see the rows of earlier ones, so that their vectors are looked up anew.
+    """
+    for posterior in [m for m in pair.modules() if isinstance(m, NearestModule) and m.declared.start == "kmeans"]:
+        if not posterior.codebook.training:
+            continue
+        positions = prod(posterior.site.grid)
+        rows = seeds.subset(len(data), max(1, START_VECTORS // positions), seeds.mix(seed, seeds.ORDER, 1))
+        parts = []
+        with quiet(pair, data.x):
+            seeds.set_noise(seeds.mix(seed, seeds.ORDER, 2), data.x.device)
+            for index in rows.to(data.x.device).split(CHUNK):
+                node = pair.guide_trace(pair.accept(data.draw(index))).nodes[embedded(posterior.site.name)]
+                parts.append(posterior.vectors(node["infer"]["point"]))
+        posterior.codebook.start(torch.cat(parts), seed, batch * positions)
 
 
 @contextmanager
@@ -138,7 +173,7 @@ class Trainer:
         self.record = record
         self.plan, self.train, self.files, self.device, self.show = plan, plan.train, files, device, show
         self.data = data.to(device)
-        self.pair = pair.to(device, plan.objective.dtype).train()
+        self.pair = pair.to(device, plan.objective.dtype)
         self.dtype = plan.objective.dtype or data.train.x.dtype
         self.loss = Loss(plan.objective, self.pair, len(data.train)).to(device)
         self.names = [name for name, p in self.pair.named_parameters() if p.requires_grad]
@@ -154,6 +189,7 @@ class Trainer:
         self.gathered: dict[str, Tensor] = {}
         self.engine = engine
         self.made_of_data = self.pair.made_of_data()
+        self.scheduled = [part for part in self.pair.modules() if isinstance(part, Scheduled)]
         self.batch = min(self.train.batch_size, len(data.train))
         self.per_epoch = math.ceil(len(data.train) / self.batch)
         self.groups = self._alternation()
@@ -184,6 +220,9 @@ class Trainer:
         self.files.truncate_metrics(self.state.epoch)
         self._status("running")
         with torch.random.fork_rng(devices=devices), pyro.validation_enabled(False), Stop() as stop:
+            if self.state.step == 0:
+                self._schedules()
+                start_codebooks(self.pair, self.data.train, self.batch, self.plan.seed)
             self.stepper = self._stepper()
             if self.state.step == 0:
                 self.stepper.begin()
@@ -279,6 +318,9 @@ class Trainer:
         train, epoch = self.train, self.state.step / self.per_epoch
         self.loss.beta.fill_(self.plan.objective.beta.at(epoch, train.epochs))
         warm = min(1.0, (self.state.step + 1) / (train.warmup * self.per_epoch)) if train.warmup else 1.0
+        for part in self.scheduled:
+            if part.training:
+                part.follow(epoch, train.epochs)
         set_lr(self.optimizer, train.optimizer.lr * train.schedule.at(epoch, train.epochs) * warm)
 
     # -------------------------------------------------------------- when it is not finite
