@@ -17,8 +17,9 @@ from pvae import seeds
 from pvae.analysis.draws import CHUNK, accept, first_level, flat_values, members, quiet
 from pvae.analysis.guided import LOWEST, Guided, nothing_as_infinite
 from pvae.errors import DataError, DeclarationError
-from pvae.exponential import Members
+from pvae.exponential import CertainCodes, Members, Product, product
 from pvae.pair import Pair
+from pvae.usage import rows_at_once
 
 ROWS, COLUMNS = 512, 2048
 CHECKED = 8
@@ -71,15 +72,11 @@ class Products(Components):
         top, total = value.new_full((len(value), 1), LOWEST), value.new_zeros(len(value), 1)
         tile, start = value.new_empty(self.rows, self.columns), 0
         for chunk in self.chunks():
-            (eta, constant), origin = chunk.natural(), chunk.origin
+            score = chunk.scorer()
             for at in range(0, len(value), self.rows):
                 rows = slice(at, at + self.rows)
-                statistics = chunk.statistics(value[rows], origin)
-                block = tile[: len(statistics), : len(chunk)]
-                if block.is_contiguous():
-                    torch.addmm(constant, statistics, eta, out=block)
-                else:
-                    block = torch.addmm(constant, statistics, eta)
+                block = tile[: len(value[rows]), : len(chunk)]
+                score(value[rows], block)
                 if skip is not None:
                     _leave_out(block, skip[rows] - start)
                 _accumulate(block, top[rows], total[rows])
@@ -136,6 +133,99 @@ class Kept(Products):
     def sample(self, index: Tensor) -> Tensor:
         """See `Components.sample`."""
         return self.members.rows(index).sample()
+
+
+class Tallied(Components):
+    """Codes known for certain, and what stands beside them: only rows of the same code have a part in a sum.
+
+    Codes alone are counted: exact, in O(n log n) time and the memory of the codes. Rows of one code whose other latents
+    have a density are summed over as `Kept` does.
+    """
+
+    def __init__(self, given: Members, memory: int) -> None:
+        self.members, self.memory = given.double(), memory
+        self.parts = given.parts if isinstance(given, Product) else (given,)
+        others = [part for part in self.parts if not isinstance(part, CertainCodes)]
+        self.rest = product(others).double() if others else None
+        codes = torch.cat([part.index for part in self.parts if isinstance(part, CertainCodes)], 1)
+        self.dim, self.device = given.dim, codes.device
+        self.keys, self.group, self.counts, self.codes = self._grouped(codes)
+
+    def _grouped(self, codes: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Sorted keys of the distinct codes, the number of each row's, how many rows have it, and the codes."""
+        for seed in range(8):
+            generator = torch.Generator().manual_seed(seed)
+            self.odd = torch.randint(2**62, (codes.shape[1],), generator=generator).mul(2).add(1).to(codes.device)
+            keys, group, counts = self._keys(codes).unique(return_inverse=True, return_counts=True)
+            rows = torch.arange(len(codes), device=codes.device)
+            distinct = codes[torch.zeros_like(keys).scatter_(0, group, rows)]
+            if all(bool((part == distinct[g]).all()) for part, g in zip(codes.split(CHUNK), group.split(CHUNK))):
+                return keys, group, counts, distinct
+        raise RuntimeError("eight hashes of 64 bits collided")  # pragma: no cover - cannot be
+
+    def _keys(self, codes: Tensor) -> Tensor:
+        """A hash of 64 bits of every code; which codes are equal is then looked at."""
+        return torch.cat([(part * self.odd).sum(1) for part in codes.split(CHUNK)])
+
+    def __len__(self) -> int:
+        return len(self.group)
+
+    def _split(self, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Flat values as codes `(m, P)` and the rest."""
+        pieces = list(zip(self.parts, value.to(self.device).split([part.dim for part in self.parts], 1), strict=True))
+        codes = torch.cat([z.long() for part, z in pieces if isinstance(part, CertainCodes)], 1)
+        rest = [z for part, z in pieces if not isinstance(part, CertainCodes)]
+        return codes, torch.cat(rest, 1) if rest else codes[:, :0]
+
+    def _found(self, codes: Tensor) -> Tensor:
+        """Which of the distinct codes each is, -1 for none."""
+        keys = self._keys(codes)
+        at = torch.searchsorted(self.keys, keys).clamp(max=len(self.keys) - 1)
+        parts = zip(codes.split(CHUNK), at.split(CHUNK), strict=True)
+        same = torch.cat([(part == self.codes[i]).all(1) for part, i in parts])
+        return torch.where(same & (self.keys[at] == keys), at, -1)
+
+    @torch.no_grad()
+    def log_sum(self, value: Tensor, skip: Tensor | None = None) -> Tensor:
+        """See `Components.log_sum`."""
+        codes, rest = self._split(value)
+        at = self._found(codes)
+        if self.rest is not None:
+            return self._within(rest, at, skip)
+        count = torch.where(at >= 0, self.counts[at.clamp(min=0)], 0)
+        if skip is not None:
+            count = count - ((skip >= 0) & (self.group[skip.clamp(min=0)] == at)).long()
+        return count.double().log()
+
+    def _within(self, rest: Tensor, at: Tensor, skip: Tensor | None) -> Tensor:
+        """The sum over the rows of each value's own code."""
+        assert self.rest is not None  # noqa: S101 - asked above
+        out = torch.full((len(rest),), -math.inf, dtype=torch.float64, device=self.device)
+        place = torch.empty_like(self.group)  # of a row among those of its code
+        for code in at[at >= 0].unique().tolist():
+            mine, rows = (at == code).nonzero()[:, 0], (self.group == code).nonzero()[:, 0]
+            place[rows] = torch.arange(len(rows), device=rows.device)
+            left_out = None
+            if skip is not None:
+                chosen = skip[mine]
+                here = (chosen >= 0) & (self.group[chosen.clamp(min=0)] == code)
+                left_out = torch.where(here, place[chosen.clamp(min=0)], -1)
+            out[mine] = Kept(self.rest.rows(rows), self.memory).log_sum(rest[mine], left_out)
+        return out
+
+    def own(self, value: Tensor, index: Tensor) -> Tensor:
+        """See `Components.own`."""
+        return self.members.rows(index).log_prob(value.to(self.device, torch.float64))
+
+    def sample(self, index: Tensor) -> Tensor:
+        """See `Components.sample`."""
+        return self.members.rows(index).sample()
+
+
+def held(given: Members, memory: int) -> Components:
+    """Members in memory: counted where codes are certain, else multiplied."""
+    parts = given.parts if isinstance(given, Product) else (given,)
+    return (Tallied if any(isinstance(part, CertainCodes) for part in parts) else Kept)(given, memory)
 
 
 class Streamed(Products):
@@ -196,7 +286,8 @@ class GuideRuns(Components):
         """See `Components.sample`."""
         seed = int(torch.randint(2**31, ()))
         with quiet(self.pair, self.x, seed):
-            parts = [flat_values(self.pair, self.x[i], self.guided.latents) for i in index.split(CHUNK)]
+            size = rows_at_once(self.pair, self.x, CHUNK)
+            parts = [flat_values(self.pair, self.x[i], self.guided.latents) for i in index.split(size)]
         return torch.cat(parts)
 
 
@@ -222,6 +313,7 @@ class AggregatedPosterior(dist.TorchDistribution):
 
     Posteriors of an exponential family (normal, full-rank normal, categorical and one-hot grids, Bernoulli, products
     of them) are scored by a matrix product and a logsumexp in float64: log q(z | x_i) = <T(z), eta_i> - A(eta_i).
+    Codes known for certain (a nearest code) are counted: q_agg is then the share of rows with the very same joint code.
     Any other guide, and latents that read each other, are scored by the guide's own `log_prob` on every pair of
     value and row. Values are flat: the event dimensions of all latents in a row, in the guide's order.
 
@@ -251,7 +343,7 @@ class AggregatedPosterior(dist.TorchDistribution):
         index: Tensor | None = None,
         memory: int = MEMORY,
     ) -> None:
-        self.components = Kept(components, memory) if isinstance(components, Members) else components
+        self.components = held(components, memory) if isinstance(components, Members) else components
         if not len(self.components):
             raise DeclarationError("AggregatedPosterior: expected at least one component; got none.")
         self.total = len(self.components) if total is None else total
@@ -300,7 +392,7 @@ class AggregatedPosterior(dist.TorchDistribution):
             made = Streamed(pair, chosen, names, memory)
         else:
             with quiet(pair, x, 0):
-                parts = [members(pair, part, names) for part in chosen.split(CHUNK)]
+                parts = [members(pair, part, names) for part in chosen.split(rows_at_once(pair, x, CHUNK))]
             made = parts[0].joined(parts[1:])  # type: ignore[union-attr]
         return cls(made, len(x), rows, memory)
 

@@ -36,7 +36,7 @@ CHUNK = 250
 NUMBERS = 2**20
 """Most numbers in the data of a chunk."""
 
-Given = Mapping[str, int | Sequence[int] | Tensor]
+Given = Mapping[str, int | str | Sequence[int] | Tensor]
 Progress = Callable[[int, int], None]
 
 
@@ -181,8 +181,8 @@ def sample(
         run_or_pair: a run, or any pair that has seen data.
         n: draws.
         mean: give E[x | z] (Bernoulli probabilities, a normal's location) in place of a draw of x.
-        given: for a model conditioned on covariates, the value of each: an integer, or n of them. Unless said, a run
-            draws them from its training rows.
+        given: for a model conditioned on covariates, the value of each: an integer, or n of them; of a prompt, a text of
+            its vocabulary. Unless said, a run draws them from its training rows.
         seed: of all draws; the same seed, the same numbers.
         on_progress: called with (draws done, n) after every `CHUNK` at most.
 
@@ -232,32 +232,44 @@ class Template:
         self.covariates = self._covariates(n, given, seed)
 
     def _covariates(self, n: int, given: Given | None, seed: int) -> dict[str, Tensor]:
-        known, width = self.frame.covariates, prod(self.frame.x)
+        known = self.frame.covariates
         for name in given or {}:
             if not known:
                 raise DeclarationError(f"given: expected nothing, for the model has no covariates; got {name!r}.")
             known_name(name, known, "given")
         if not known or given:
-            return {name: _values(name, codes, n, given or {}) for name, codes in known.items()}
+            return {name: self._given(name, codes, n, given or {}) for name, codes in known.items()}
         if self.row is not None:
-            found = self.row.flatten()[width:].expand(n, -1)
+            found = self.row.flatten().expand(n, -1)
         elif self.data is not None:
             generator = torch.Generator().manual_seed(seeds.mix(seed, seeds.ANALYSIS, 3))
-            found = self.data[torch.randint(len(self.data), (n,), generator=generator).to(self.data.device), width:]
+            found = self.data[torch.randint(len(self.data), (n,), generator=generator).to(self.data.device)]
         else:
             wanted = ", ".join(f"{name!r}: 0 .. {codes - 1}" for name, codes in known.items())
             raise DeclarationError(
                 f"given: expected a value of what the model is conditioned on, {{{wanted}}}; got none. Say given=..., "
                 f"or pass the run, whose own labels are then drawn."
             )
-        return {name: column.long().cpu() for name, column in zip(known, found.unbind(-1), strict=True)}
+        return {name: column.long().cpu() for name, column in self.frame.columns(found).items()}
+
+    def _given(self, name: str, codes: int, n: int, given: Given) -> Tensor:
+        """A covariate's values, `(n,)`, or those of a prompt, `(n, length)`."""
+        vocabulary = self.frame.prompts.get(name)
+        if vocabulary is None:
+            return _values(name, codes, n, given)
+        text = given.get(name)
+        if not isinstance(text, str):
+            raise DeclarationError(
+                f"given.{name}: expected a text of {', '.join(vocabulary.words[1:])}; got {str(text)[:60]}."
+            )
+        return torch.tensor(vocabulary.encode(text)).expand(n, -1).clone()
 
     def at(self, start: int, stop: int) -> Tensor:
         """Some of the rows, as the pair takes them; the last is repeated where there are none left."""
         count = stop - start
         if self.covariates:
             at = torch.arange(start, stop).clamp(max=len(next(iter(self.covariates.values()))) - 1)
-            columns = torch.stack([column[at] for column in self.covariates.values()], 1)
+            columns = torch.cat([column[at].reshape(count, -1) for column in self.covariates.values()], 1)
             return self.pair.accept(torch.cat([torch.zeros(count, prod(self.frame.x)), columns], 1))
         if self.row is not None:
             return self.row.expand(count, *self.row.shape[1:])

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import pyro
 import torch
@@ -12,7 +13,8 @@ from pyro.poutine.trace_messenger import TraceMessenger
 from torch import Tensor
 
 from pvae.pair import PARTICLES, Pair
-from pvae.traces import log_prob, samples, site_shape, sum_over
+from pvae.traces import certainty, log_prob, samples, site_shape, sum_over
+from pvae.usage import numbers_of
 
 PAIRS = 8192
 """Most guide rows of one block."""
@@ -48,7 +50,8 @@ class Guided:
         self.shapes = {name: site_shape(nodes[name], pair.layout) for name in self.latents}
         self.widths = [self.shapes[name].numel for name in self.latents]
         self.dim = sum(self.widths)
-        self.pairs = min(PAIRS, max(16, memory // (COPIES * 8 * (self.dim + x[0].numel()))))
+        numbers = sum(numbers_of(nodes[name]) for name in self.latents)
+        self.pairs = min(PAIRS, max(16, memory // (COPIES * 8 * (max(self.dim, numbers) + x[0].numel()))))
         self.dtypes = {name: nodes[name]["value"].dtype for name in self.latents}
         self.score = self._tiled if not self._takes_particles() else self._with_particles
 
@@ -93,8 +96,13 @@ class Guided:
         return self._total(tracer.trace, 0, k, c)
 
     def _total(self, trace: poutine.Trace, particles: int, k: int, c: int) -> Tensor:
-        parts = [log_prob(trace.nodes[name], self.pair.layout, particles).double() for name in self.latents]
+        parts = [self._score(trace.nodes[name], particles) for name in self.latents]
         return sum_over(parts).reshape(k, c)
+
+    def _score(self, node: Mapping[str, Any], particles: int) -> Tensor:
+        """log q of a site's value, -inf where its code is another for certain."""
+        found = certainty(node, self.pair.layout, particles)
+        return (log_prob(node, self.pair.layout, particles) if found is None else found).double()
 
     def log_sum(self, value: Tensor, skip: Tensor | None = None) -> Tensor:
         """log sum_j q(z_i | x_j) of `(m, D)`, without row `skip[i]` where that is not negative; `(m,)`, nats."""

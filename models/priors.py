@@ -144,9 +144,10 @@ class BitsModule(nn.Module):
 
 @final
 class CategoricalPrior(Prior):
-    """Learned weights of the codes, at every position of a grid its own."""
+    """Learned weights of the codes, at every position of a grid its own; parents, if any, play no part."""
 
     kind: Literal["categorical"] = "categorical"
+    reads_parents: ClassVar[bool] = True
     values: ClassVar[tuple[Values, ...]] = ("index", "relaxed")
 
     def build(self, site: Site, given: Mapping[str, Shape], link: Link) -> nn.Module:
@@ -156,8 +157,9 @@ class CategoricalPrior(Prior):
 
 @final
 class BernoulliPrior(Prior):
-    """Learned odds of the bits."""
+    """Learned odds of the bits; parents, if any, play no part."""
 
+    reads_parents: ClassVar[bool] = True
     kind: Literal["bernoulli"] = "bernoulli"
     values: ClassVar[tuple[Values, ...]] = ("binary",)
 
@@ -169,10 +171,11 @@ class BernoulliPrior(Prior):
 @final
 class UniformPrior(Prior):
     """1 / K for every code, 1 / 2 for every bit: under it a certain code costs log K nats. With equal scales, what
-    k-means assumes.
+    k-means assumes. Parents, if any, play no part.
     """
 
     kind: Literal["uniform"] = "uniform"
+    reads_parents: ClassVar[bool] = True
     values: ClassVar[tuple[Values, ...]] = ("index", "relaxed", "binary")
 
     def build(self, site: Site, given: Mapping[str, Shape], link: Link) -> nn.Module:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -509,7 +510,7 @@ OUT = Annotated[
     typer.Option("--out", help="What to write, without suffix; COMMAND in the run's analysis folder unless said."),
 ]
 GIVEN = Annotated[
-    list[str] | None, typer.Option("--given", help="A covariate's value, y=3, for a model conditioned on one.")
+    list[str] | None, typer.Option("--given", help="A covariate's value, y=3 or 'words=ankle boot', for a model conditioned on one.")
 ]
 
 
@@ -678,10 +679,12 @@ def _chosen(run: Run, split: str, rows: int | None, seed: int) -> Tensor:
     return seeds.subset(len(run.data.split(split)), rows, seed)
 
 
-def _given(given: list[str] | None) -> dict[str, int] | None:
-    """`y=3` as a value by name."""
+def _given(given: list[str] | None) -> dict[str, int | str] | None:
+    """`y=3` or `words=ankle boot` as a value by name; the model says which of the two it takes."""
     pairs = [text.partition("=") for text in given or ()]
-    return {name.strip(): _integers(f"--given {name}", value)[0] for name, _, value in pairs} if pairs else None
+    number = re.compile(r"\s*[+-]?\d+\s*")
+    found = {name.strip(): int(value) if number.fullmatch(value) else value.strip() for name, _, value in pairs}
+    return found or None
 
 
 def _integers(option: str, text: str) -> list[int]:

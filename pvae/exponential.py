@@ -1,14 +1,15 @@
 """Many distributions of one exponential family at once: sufficient statistics, natural parameters, densities.
 
 log q_i(z) = <T(z), eta_i> - A(eta_i), so the density of m points under n members is one matrix product. A mixture of
-posteriors (aggregated posterior, learned mixtures as priors) is scored this way, whatever the family.
+posteriors (aggregated posterior, learned mixtures as priors) is scored this way, whatever the family. One-hot statistics
+pick one row of the parameters for each position: there the product is a sum of rows.
 """
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
@@ -18,6 +19,12 @@ from torch import Tensor
 
 IMPOSSIBLE = -1e30
 """The logarithm of a probability of zero: finite, because 0 * -inf is NaN in a product."""
+SPARSE = 8
+"""States from which a sum of rows is quicker than the product with one-hots."""
+ROW_COST = 16
+"""Multiplications of a matrix product that take as long as one number in a sum of rows."""
+Scorer = Callable[[Tensor, Tensor], None]
+"""Writes log q_j(z_i) of `(m, D)` values into a tile `(m, n)`."""
 
 
 class Members(ABC):
@@ -42,6 +49,11 @@ class Members(ABC):
     def numbers(self) -> int:
         """How many numbers hold the parameters of one member."""
 
+    @property
+    @abstractmethod
+    def work(self) -> int:
+        """Multiplications of one density, or what takes as long."""
+
     @abstractmethod
     def rows(self, index: slice | Tensor) -> Self:
         """Some of the members."""
@@ -58,6 +70,10 @@ class Members(ABC):
     @abstractmethod
     def statistics(self, value: Tensor, origin: Tensor) -> Tensor:
         """T(z) of `(m, D)` values, `(m, F)`."""
+
+    @abstractmethod
+    def scorer(self) -> Scorer:
+        """What writes log densities of values under all members, nats; natural parameters are made once for it."""
 
     @abstractmethod
     def log_prob(self, value: Tensor) -> Tensor:
@@ -78,6 +94,20 @@ class Members(ABC):
     @abstractmethod
     def map(self, change: Any) -> Self:
         """The same with a function applied to every parameter."""
+
+
+def product_scorer(members: Members) -> Scorer:
+    """The matrix product of sufficient statistics and natural parameters."""
+    (eta, constant), origin = members.natural(), members.origin
+
+    def score(value: Tensor, out: Tensor) -> None:
+        statistics = members.statistics(value, origin)
+        if out.is_contiguous():
+            torch.addmm(constant, statistics, eta, out=out)
+        else:
+            out.copy_(torch.addmm(constant, statistics, eta))
+
+    return score
 
 
 @dataclass(frozen=True)
@@ -104,6 +134,10 @@ class Normals(Members):
     def numbers(self) -> int:
         return 2 * self.dim
 
+    @property
+    def work(self) -> int:
+        return self.features
+
     def rows(self, index: slice | Tensor) -> Normals:
         return Normals(self.loc[index], self.scale[index])
 
@@ -120,6 +154,9 @@ class Normals(Members):
     def statistics(self, value: Tensor, origin: Tensor) -> Tensor:
         z = value - origin
         return torch.cat([z * z, z], 1)
+
+    def scorer(self) -> Scorer:
+        return product_scorer(self)
 
     def log_prob(self, value: Tensor) -> Tensor:
         return dist.Normal(self.loc, self.scale, validate_args=False).log_prob(value).sum(-1)
@@ -164,6 +201,10 @@ class FullRankNormals(Members):
     def numbers(self) -> int:
         return self.dim * (self.dim + 1)
 
+    @property
+    def work(self) -> int:
+        return self.features
+
     def rows(self, index: slice | Tensor) -> FullRankNormals:
         return FullRankNormals(self.loc[index], self.scale_tril[index])
 
@@ -188,6 +229,9 @@ class FullRankNormals(Members):
         z = value - origin
         a, b = self._upper()
         return torch.cat([z[:, a] * z[:, b], z], 1)
+
+    def scorer(self) -> Scorer:
+        return product_scorer(self)
 
     def log_prob(self, value: Tensor) -> Tensor:
         q = dist.MultivariateNormal(self.loc, scale_tril=self.scale_tril, validate_args=False)
@@ -247,6 +291,15 @@ class Codes(Members):
     def numbers(self) -> int:
         return self.features
 
+    @property
+    def work(self) -> int:
+        return self.positions * ROW_COST if self.is_sparse else self.features
+
+    @property
+    def is_sparse(self) -> bool:
+        """Whether values are scored by a sum of rows."""
+        return self.form == "index" and self.states >= SPARSE
+
     def rows(self, index: slice | Tensor) -> Codes:
         return Codes(self.logits[index], self.form)
 
@@ -262,6 +315,18 @@ class Codes(Members):
             return value
         index = value.long().clamp(0, self.states - 1)
         return torch.nn.functional.one_hot(index, self.states).to(self.logits).flatten(1)
+
+    def scorer(self) -> Scorer:
+        if not self.is_sparse:
+            return product_scorer(self)
+        eta = self.logits.flatten(1).T.contiguous()
+        first = self.states * torch.arange(self.positions, device=eta.device)
+
+        def score(value: Tensor, out: Tensor) -> None:
+            at = value.long().clamp(0, self.states - 1) + first
+            out.copy_(torch.nn.functional.embedding_bag(at, eta, mode="sum"))
+
+        return score
 
     def log_prob(self, value: Tensor) -> Tensor:
         if self.form == "one_hot":
@@ -289,6 +354,82 @@ class Codes(Members):
 
 
 @dataclass(frozen=True)
+class CertainCodes(Members):
+    """A grid of P codes known for certain: probability 1 of one joint code, 0 of all others.
+
+    As a family it is `Codes` with log probabilities of 0 and `IMPOSSIBLE`; a mixture of them is counted, not multiplied.
+    """
+
+    index: Tensor
+    """`(n, P)`, int64."""
+    states: int
+    """K."""
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    @property
+    def positions(self) -> int:
+        """P."""
+        return self.index.shape[1]
+
+    @property
+    def dim(self) -> int:
+        return self.positions
+
+    @property
+    def features(self) -> int:
+        return self.positions * self.states
+
+    @property
+    def numbers(self) -> int:
+        return self.positions
+
+    @property
+    def work(self) -> int:
+        return self.positions
+
+    def rows(self, index: slice | Tensor) -> CertainCodes:
+        return CertainCodes(self.index[index], self.states)
+
+    @property
+    def origin(self) -> Tensor:
+        return torch.zeros(self.dim, dtype=torch.float64, device=self.index.device)
+
+    def codes(self) -> Codes:
+        """The same as probabilities, float64."""
+        hit = self.index.unsqueeze(-1) == torch.arange(self.states, device=self.index.device)
+        return Codes(torch.where(hit, 0.0, IMPOSSIBLE).double())
+
+    def natural(self) -> tuple[Tensor, Tensor]:
+        return self.codes().natural()
+
+    def statistics(self, value: Tensor, origin: Tensor) -> Tensor:
+        index = value.long().clamp(0, self.states - 1)
+        return torch.nn.functional.one_hot(index, self.states).flatten(1).double()
+
+    def scorer(self) -> Scorer:
+        return self.codes().scorer()
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        same = (value.long() == self.index).all(-1)
+        return torch.where(same, 0.0, IMPOSSIBLE).double()
+
+    def sample(self) -> Tensor:
+        return self.index.double()
+
+    def write(self, index: Tensor) -> Tensor:
+        """State indices `(m, P)` as flat values `(m, D)`."""
+        return index.double()
+
+    def joined(self, others: Sequence[CertainCodes]) -> CertainCodes:
+        return CertainCodes(torch.cat([self.index, *(p.index for p in others)]), self.states)
+
+    def map(self, change: Any) -> CertainCodes:
+        return CertainCodes(change(self.index).long(), self.states)
+
+
+@dataclass(frozen=True)
 class Product(Members):
     """Independent parts side by side: statistics and natural parameters are joined, normalisers added."""
 
@@ -309,6 +450,10 @@ class Product(Members):
     def numbers(self) -> int:
         return sum(part.numbers for part in self.parts)
 
+    @property
+    def work(self) -> int:
+        return sum(part.work for part in self.parts)
+
     def rows(self, index: slice | Tensor) -> Product:
         return Product(tuple(part.rows(index) for part in self.parts))
 
@@ -316,7 +461,8 @@ class Product(Members):
     def origin(self) -> Tensor:
         return torch.cat([part.origin for part in self.parts])
 
-    def _split(self, value: Tensor) -> tuple[Tensor, ...]:
+    def split(self, value: Tensor) -> tuple[Tensor, ...]:
+        """A flat value's part for every part."""
         return value.split([part.dim for part in self.parts], -1)
 
     def natural(self) -> tuple[Tensor, Tensor]:
@@ -324,11 +470,24 @@ class Product(Members):
         return torch.cat(etas), torch.stack(constants).sum(0)
 
     def statistics(self, value: Tensor, origin: Tensor) -> Tensor:
-        pieces = zip(self.parts, self._split(value), self._split(origin), strict=True)
+        pieces = zip(self.parts, self.split(value), self.split(origin), strict=True)
         return torch.cat([part.statistics(z, at) for part, z, at in pieces], 1)
 
+    def scorer(self) -> Scorer:
+        first, *rest = (part.scorer() for part in self.parts)
+
+        def score(value: Tensor, out: Tensor) -> None:
+            head, *others = self.split(value)
+            first(head, out)
+            for part, z in zip(rest, others, strict=True):
+                more = torch.empty_like(out, memory_format=torch.contiguous_format)
+                part(z, more)
+                out += more
+
+        return score
+
     def log_prob(self, value: Tensor) -> Tensor:
-        pieces = zip(self.parts, self._split(value), strict=True)
+        pieces = zip(self.parts, self.split(value), strict=True)
         return torch.stack([part.log_prob(z) for part, z in pieces]).sum(0)
 
     def sample(self) -> Tensor:
@@ -345,7 +504,7 @@ class Product(Members):
 
 
 def product(parts: Sequence[Members]) -> Members:
-    """One part as it is, diagonal normals as one, several kinds as a `Product`."""
+    """One part as it is, diagonal normals and certain codes as one, several kinds as a `Product`."""
     if all(isinstance(part, Normals) for part in parts):
         normals = [part for part in parts if isinstance(part, Normals)]
         return Normals(torch.cat([p.loc for p in normals], 1), torch.cat([p.scale for p in normals], 1))
@@ -353,4 +512,7 @@ def product(parts: Sequence[Members]) -> Members:
         codes = [part for part in parts if isinstance(part, Codes)]
         if len({(p.form, p.states) for p in codes}) == 1:
             return Codes(torch.cat([p.logits for p in codes], 1), codes[0].form)
+    if all(isinstance(part, CertainCodes) for part in parts):
+        certain = [part for part in parts if isinstance(part, CertainCodes)]
+        return CertainCodes(torch.cat([p.index for p in certain], 1), max(p.states for p in certain))
     return parts[0] if len(parts) == 1 else Product(tuple(parts))

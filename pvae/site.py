@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from pvae.component import Shape
 from pvae.errors import DataError, DeclarationError
+from pvae.prompts import Vocabulary
 
 if TYPE_CHECKING:
     from pvae.guides.graph import GraphGuide
@@ -95,30 +96,54 @@ def one_hot(index: Tensor, codes: int, like: Tensor) -> Tensor:
 class Frame:
     """What one row of data holds: the datum, and after it (where any are declared) the covariates.
 
-    A row with covariates is one vector: the datum flattened, then one number for each covariate.
+    A row with covariates is one vector: the datum flattened, then the numbers of each covariate: one for a label, one
+    for each token of a prompt.
     """
 
     x: Shape
     """Event shape of the datum."""
     covariates: Mapping[str, int] = field(default_factory=dict)
-    """Number of values of every covariate."""
+    """Number of values of every covariate, or of each of its tokens."""
+    prompts: Mapping[str, Vocabulary] = field(default_factory=dict)
+    """The vocabularies of those that are prompts."""
 
     @property
     def row(self) -> Shape:
         """Event shape of a row."""
-        return (prod(self.x) + len(self.covariates),) if self.covariates else self.x
+        return (prod(self.x) + sum(self.widths),) if self.covariates else self.x
+
+    @property
+    def widths(self) -> list[int]:
+        """Numbers that every covariate takes of a row."""
+        return [self.prompts[name].length if name in self.prompts else 1 for name in self.covariates]
+
+    @property
+    def shapes(self) -> dict[str, Shape]:
+        """Event shapes by which parts of a pair see the covariates: one-hots, of a prompt one for each token."""
+        return {
+            name: (codes, self.prompts[name].length) if name in self.prompts else (codes,)
+            for name, codes in self.covariates.items()
+        }
+
+    def columns(self, rows: Tensor) -> dict[str, Tensor]:
+        """The covariates of rows `(..., *row)`: labels `(...)`, prompts `(..., length)`."""
+        if not self.covariates:
+            return {}
+        parts = rows[..., prod(self.x) :].split(self.widths, -1)
+        return {
+            name: part if name in self.prompts else part.squeeze(-1)
+            for name, part in zip(self.covariates, parts, strict=True)
+        }
 
     def split(self, rows: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Rows `(..., *row)` to the data `(..., *x)` and the covariates as one-hot vectors."""
+        """Rows `(..., *row)` to the data `(..., *x)` and the covariates as `shapes` says."""
         if not self.covariates:
             return rows, {}
-        lead, width = rows.shape[:-1], prod(self.x)
-        columns = rows[..., width:].unbind(-1)
-        seen = {
-            name: one_hot(column, codes, rows)
-            for (name, codes), column in zip(self.covariates.items(), columns, strict=True)
-        }
-        return rows[..., :width].reshape(*lead, *self.x), seen
+        seen = {}
+        for name, column in self.columns(rows).items():
+            hot = one_hot(column, self.covariates[name], rows)
+            seen[name] = hot.movedim(-1, -2) if name in self.prompts else hot
+        return rows[..., : prod(self.x)].reshape(*rows.shape[:-1], *self.x), seen
 
     def join(self, x: Tensor, rows: Tensor) -> Tensor:
         """Rows `(n, *row)` with other data `(n, *x)` and their own covariates."""
@@ -130,9 +155,8 @@ class Frame:
         Raises:
             DataError: naming the covariate and what was found.
         """
-        if not self.covariates:
-            return
-        for column, (name, codes) in zip(rows[..., prod(self.x) :].unbind(-1), self.covariates.items(), strict=True):
+        for name, column in self.columns(rows).items():
+            codes = self.covariates[name]
             wrong = column[(column != column.round()) | (column < 0) | (column >= codes)]
             if len(wrong):
                 raise DataError(
@@ -144,8 +168,9 @@ class Frame:
         if not self.covariates:
             return None
         number = torch.zeros(len(rows), dtype=torch.int64, device=rows.device)
-        for column, codes in zip(rows[:, prod(self.x) :].long().unbind(-1), self.covariates.values(), strict=True):
-            number = number * codes + column
+        for name, column in self.columns(rows).items():
+            for token in column.long().reshape(len(rows), -1).unbind(-1):
+                number = number * self.covariates[name] + token
         return number
 
 

@@ -29,7 +29,7 @@ from pvae.guides.codes import BernoulliPosterior, CategoricalPosterior
 from pvae.guides.encoders import Encoder, SharedEncoder
 from pvae.guides.graph import GraphGuide
 from pvae.guides.posteriors import ExactPosterior, NormalPosterior, Posterior
-from pvae.models import flows, invertible, mixture  # noqa: F401
+from pvae.models import autoregressive, flows, invertible, mixture  # noqa: F401
 from pvae.models.decoders import Decoder
 from pvae.models.graph import GraphModel
 from pvae.models.likelihoods import Likelihood
@@ -38,6 +38,7 @@ from pvae.networks import Table as NetworkTable
 from pvae.objectives import Objective, TraceELBO
 from pvae.optimizers import Adam, Optimizer
 from pvae.pair import Pair
+from pvae.prompts import Vocabulary, split
 from pvae.schedules import Constant, Schedule, Scheduled
 from pvae.site import OBSERVED, Frame, Link, Site, Values, topological
 
@@ -143,10 +144,31 @@ class Latent(Section):
 
 
 class Covariate(Section):
-    """What is known of every datum beside x, and not modelled: its label."""
+    """What is known of every datum beside x, and not modelled: its label, as a number or in words."""
 
-    codes: int = Field(gt=1, le=100_000)
+    codes: int | None = Field(default=None, gt=1, le=100_000)
     """Number of values, 0 .. codes - 1."""
+    words: Names | None = Field(default=None, min_length=2)
+    """A text for each label: the model is given its words, a prompt, and may be given any others of the vocabulary."""
+
+    @model_validator(mode="after")
+    def _one_form(self) -> Self:
+        if (self.codes is None) == (self.words is None):
+            found = "neither" if self.codes is None else "both"
+            raise ValueError(f"either codes (a label) or words (a text for each label); got {found}")
+        if self.words is not None and not all(map(split, self.words)):
+            raise ValueError(f"words: at least one word or number in every text; got {list(self.words)}")
+        return self
+
+    @property
+    def labels(self) -> int:
+        """Number of labels."""
+        return len(self.words) if self.words is not None else self.codes or 0
+
+    @property
+    def vocabulary(self) -> Vocabulary | None:
+        """The words, where there are some."""
+        return None if self.words is None else Vocabulary.of(self.words)
 
 
 class Train(Section):
@@ -359,11 +381,18 @@ class Experiment(Plan):
 
     def conditioned(self, data: Dataset) -> Dataset:
         """Data as the declared pair takes them: with covariates, the label stands in every row."""
-        return data.conditioned({name: covariate.codes for name, covariate in self.covariates.items()})
+        tokens = {}
+        for name, covariate in self.covariates.items():
+            if covariate.words is not None and (vocabulary := covariate.vocabulary) is not None:
+                tokens[name] = [vocabulary.encode(text) for text in covariate.words]
+        return data.conditioned({name: covariate.labels for name, covariate in self.covariates.items()}, tokens)
 
     def frame(self, x: Shape) -> Frame:
         """What a row of data holds, for data of event shape `x`."""
-        return Frame(tuple(x), {name: covariate.codes for name, covariate in self.covariates.items()})
+        found = {name: covariate.vocabulary for name, covariate in self.covariates.items()}
+        prompts = {name: vocabulary for name, vocabulary in found.items() if vocabulary is not None}
+        values = {n: len(prompts[n]) if n in prompts else covariate.labels for n, covariate in self.covariates.items()}
+        return Frame(tuple(x), values, prompts)
 
     def build(self, x: Shape) -> Pair:
         """The Pyro pair for data of event shape `x`; weights drawn from `seed`, the global random state untouched."""
@@ -375,7 +404,7 @@ class Experiment(Plan):
     def _build(self, frame: Frame) -> Pair:
         link, sites, guide_sites = Link(), self.sites(), self.guide_sites()
         link.frame = frame
-        known = {OBSERVED: frame.x, **{name: (codes,) for name, codes in frame.covariates.items()}}
+        known: dict[str, Shape] = {OBSERVED: frame.x, **frame.shapes}
         known |= {site.name: site.features for site in sites}
         priors = {
             site.name: prior_of(self.latents[site.name].prior, site, {n: known[n] for n in site.given}, link)

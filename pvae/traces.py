@@ -31,7 +31,7 @@ from pvae.component import Shape
 from pvae.determined import Determined
 from pvae.discrete import Certain, RelaxedCodes, categorical_kl, is_relaxed
 from pvae.errors import DeclarationError
-from pvae.exponential import Codes, FullRankNormals, Members, Normals, product
+from pvae.exponential import CertainCodes, Codes, FullRankNormals, Members, Normals, product
 
 
 @dataclass(frozen=True)
@@ -168,7 +168,7 @@ def moved(node: Mapping[str, Any]) -> Tensor:
         return 1 - value
     if isinstance(fn, Certain):
         return (value + 1) % fn.states
-    if isinstance(fn, OneHotCategorical):
+    if isinstance(fn, OneHotCategorical | RelaxedCodes):
         return value.roll(1, -1)
     if isinstance(fn, Categorical):
         return (value + 1) % fn.logits.shape[-1]
@@ -215,6 +215,19 @@ def log_prob(node: Mapping[str, Any], layout: Layout, particles: int, size: int 
     """Log density of a site per datum, nats; a global site's is divided by the `size` of the data plate."""
     value = node["fn"].log_prob(node["value"])
     return share(node, value, layout, particles, size)
+
+
+def certainty(node: Mapping[str, Any], layout: Layout, particles: int) -> Tensor | None:
+    """log q of a site's value under codes known for certain, 0 or -inf per datum: compared; None for other laws.
+
+    Its `log_prob` compares nothing, for the value is the guide's own wherever a program is scored.
+    """
+    fn = unwrapped(node["fn"])
+    if not isinstance(fn, Certain):
+        return None
+    same = node["value"] == fn.index
+    hit = same.flatten(same.dim() - len(fn.event_shape)).all(-1) if fn.event_shape else same
+    return share(node, torch.where(hit, 0.0, -math.inf), layout, particles, 1)
 
 
 def share(node: Mapping[str, Any], value: Tensor, layout: Layout, particles: int, size: int) -> Tensor:
@@ -336,6 +349,8 @@ def members(node: Mapping[str, Any], layout: Layout, rows: int) -> Members | Non
         loc = flat(fn.loc).reshape(rows, -1, d)
         scale_tril = flat(fn.scale_tril, 1).reshape(rows, -1, d, d)
         return product([FullRankNormals(loc[:, i], scale_tril[:, i]) for i in range(loc.shape[1])])
+    if isinstance(fn, Certain):
+        return CertainCodes(flat(fn.index).long(), fn.states)
     if isinstance(fn, OneHotCategorical):
         return Codes(flat(fn.logits).reshape(rows, -1, fn.logits.shape[-1]), "one_hot")
     if isinstance(fn, Categorical):

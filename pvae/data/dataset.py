@@ -64,8 +64,8 @@ class Split:
         raw = None if self.raw is None else self.raw.to(device)
         return Split(self.name, self.x.to(device), y, raw, self.event)
 
-    def conditioned(self, codes: int) -> Split:
-        """The split with its labels as a covariate of `codes` values in every row.
+    def conditioned(self, codes: int, tokens: Sequence[Sequence[int]] | None = None) -> Split:
+        """The split with its labels as a covariate of `codes` values in every row, or the tokens of each label.
 
         Raises:
             DataError: there are no labels, or one is outside 0 .. codes - 1.
@@ -77,7 +77,8 @@ class Split:
                 f"{self.name}: expected labels 0 .. {codes - 1}; got {int(self.y.min())} .. {int(self.y.max())}. "
                 f"Set the covariate's codes to {int(self.y.max()) + 1}."
             )
-        x = torch.cat([self.x.flatten(1), self.y[:, None].to(self.x)], 1)
+        columns = self.y[:, None] if tokens is None else torch.tensor(tokens, device=self.y.device)[self.y]
+        x = torch.cat([self.x.flatten(1), columns.to(self.x)], 1)
         return replace(self, x=x, event=tuple(self.x.shape[1:]))
 
     def chunks(self) -> Sequence[Tensor]:
@@ -129,17 +130,21 @@ class Dataset:
         moved = {split.name: split.to(device) for split in self.splits}
         return replace(self, **moved)  # type: ignore[arg-type]
 
-    def conditioned(self, covariates: Mapping[str, int]) -> Dataset:
+    def conditioned(
+        self, covariates: Mapping[str, int], tokens: Mapping[str, Sequence[Sequence[int]]] | None = None
+    ) -> Dataset:
         """The data as a model conditioned on the label takes them; itself where there are no covariates.
 
         Arguments:
-            covariates: number of values by name, at most one: the label is the only covariate that data have.
+            covariates: number of labels by name, at most one: the label is the only covariate that data have.
+            tokens: the tokens of every label, where it is told in words.
         """
         plain = replace(self, **{split.name: replace(split, x=split.data, event=None) for split in self.splits})  # type: ignore[arg-type]
         if not covariates:
             return self if self.train.event is None else plain
-        codes = next(iter(covariates.values()))
-        return replace(self, **{split.name: split.conditioned(codes) for split in plain.splits})  # type: ignore[arg-type]
+        ((name, codes),) = covariates.items()
+        words = (tokens or {}).get(name)
+        return replace(self, **{split.name: split.conditioned(codes, words) for split in plain.splits})  # type: ignore[arg-type]
 
     @classmethod
     def from_tensors(
