@@ -8,8 +8,12 @@ from pvae.analysis.aggregated import AggregatedPosterior
 from pvae.analysis.ais import Annealed, Bracket, ais, bracket
 from pvae.analysis.anatomy import LatentSurgery, Surgery
 from pvae.analysis.collapse import Collapse, collapse
+from pvae.analysis.counterexamples import CounterExamples, counterexamples
+from pvae.analysis.critic import CriticKL, critic
 from pvae.analysis.estimate import Estimate
 from pvae.analysis.evidence import Evidence, PriorEvidence, evidence, prior_evidence
+from pvae.analysis.features import Features, features
+from pvae.analysis.fidelity import Fidelity, fidelity
 from pvae.analysis.gain import Gain, gain
 from pvae.analysis.gap import Gap, gap
 from pvae.analysis.generate import Code, Encoding, Reconstructions, Samples, encode, reconstruct, sample
@@ -20,6 +24,7 @@ from pvae.analysis.report import report
 from pvae.analysis.selfcheck import SelfCheck, selfcheck
 from pvae.analysis.surgery import surgery
 from pvae.analysis.traversal import Traversal, traverse
+from pvae.analysis.two_sample import Comparison, TwoSample, compare, two_sample
 
 __all__ = [
     "AggregatedPosterior",
@@ -27,9 +32,14 @@ __all__ = [
     "Bracket",
     "Code",
     "Collapse",
+    "Comparison",
+    "CounterExamples",
+    "CriticKL",
     "Encoding",
     "Estimate",
     "Evidence",
+    "Features",
+    "Fidelity",
     "Gain",
     "Gap",
     "LatentSurgery",
@@ -41,11 +51,17 @@ __all__ = [
     "SelfCheck",
     "Surgery",
     "Traversal",
+    "TwoSample",
     "ais",
     "bracket",
     "collapse",
+    "compare",
+    "counterexamples",
+    "critic",
     "encode",
     "evidence",
+    "features",
+    "fidelity",
     "gain",
     "gap",
     "posterior",
@@ -57,4 +73,5 @@ __all__ = [
     "selfcheck",
     "surgery",
     "traverse",
+    "two_sample",
 ]

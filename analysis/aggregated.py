@@ -159,7 +159,8 @@ class Tallied(Components):
             keys, group, counts = self._keys(codes).unique(return_inverse=True, return_counts=True)
             rows = torch.arange(len(codes), device=codes.device)
             distinct = codes[torch.zeros_like(keys).scatter_(0, group, rows)]
-            if all(bool((part == distinct[g]).all()) for part, g in zip(codes.split(CHUNK), group.split(CHUNK))):
+            parts = zip(codes.split(CHUNK), group.split(CHUNK), strict=True)
+            if all(bool((part == distinct[at]).all()) for part, at in parts):
                 return keys, group, counts, distinct
         raise RuntimeError("eight hashes of 64 bits collided")  # pragma: no cover - cannot be
 

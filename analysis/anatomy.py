@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from pvae.analysis.estimate import CONSERVATIVE, Estimate
+from pvae.analysis.estimate import CONSERVATIVE, Estimate, exact
 from pvae.analysis.table import Figures, Row
 
 if TYPE_CHECKING:
@@ -50,6 +50,12 @@ class LatentSurgery:
     """Coordinate by coordinate; None where q(z_l | .) reads other latents or is of another family."""
     perplexity: tuple[float, ...] | None = None
     """Of a code: exp of the entropy of q_agg, for every position."""
+    states: int | None = None
+    """Of a code: K."""
+    pooled_perplexity: float | None = None
+    """Of codes, not bits: exp of the entropy of q_agg averaged over positions."""
+    used: int | None = None
+    """Of codes: how many have at least a thousandth of an even share of that."""
 
 
 @dataclass(frozen=True)
@@ -104,6 +110,9 @@ class Surgery(Figures):
     """KL of the global latents divided by n; exact, minus the log prior density, where they are points."""
     elements: int | None = None
     """Numbers to a datum, where all of them are discrete: `bits_per_dimension` is then defined."""
+    relaxed_elbo: Estimate | None = None
+    """The ELBO of relaxed latents, with the KL they declare: what was trained. All other figures are of the codes they
+    stand for."""
     notes: tuple[str, ...] = ()
 
     @property
@@ -124,6 +133,7 @@ class Surgery(Figures):
         """(term, figure, what it means) in reading order."""
         rest = " - global_kl" if self.shared else ""
         yield "elbo", self.elbo, f"reconstruction - kl{rest}, a lower bound of log p(x)"
+        yield "relaxed_elbo", self.relaxed_elbo, "of the relaxed codes, as trained: no bound of log p(x)"
         yield "bits_per_dimension", self.bits_per_dimension, "-elbo / (elements of x * log 2): bits, not nats"
         yield "reconstruction", self.reconstruction, "E_q log p(x | z)"
         yield "kl", self.kl, "E_q log q(z | x) - log p(z), the price of the code"
@@ -153,6 +163,9 @@ class Surgery(Figures):
             d = latent.dimensions
             yield f"{prefix}total_correlation", d.total_correlation, "of marginal_kl: coordinates that depend"
             yield f"{prefix}coordinate_kl", d.coordinate_kl, "of marginal_kl: sum over coordinates, one by one"
+        if latent.pooled_perplexity is not None:
+            meaning = f"codes in use, weighed: at most {latent.states}; a number, not nats"
+            yield f"{prefix}perplexity", exact(latent.pooled_perplexity), meaning
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers and strings, for JSON."""

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from pvae.discrete import STATES
-from pvae.exponential import Codes
+from pvae.exponential import CertainCodes, Codes
 from pvae.pair import Pair
 from pvae.traces import SiteShape, log_prob, members, samples, site_shape, sum_over
+from pvae.usage import Tally, entropy_of, in_use, perplexity
 
 BLOCK = 2**22
 """Numbers in one block of work."""
 ROWS = 8192
 """Model rows in one block of work."""
+TWIN = 1e-2
+"""Of the root mean squared distance of two rows of a codebook: rows that are nearer are duplicates."""
 
 
 @dataclass(frozen=True)
@@ -44,61 +47,112 @@ class Joint:
     """KL(q(c | x_i) || q_agg(c)), `(n,)`; the mean is I_q[x, c]."""
 
 
-def entropy(log_p: Tensor) -> Tensor:
-    """-sum p log p over the last dimension, nats."""
-    return -(log_p.exp() * log_p).sum(-1)
+@dataclass(frozen=True)
+class Usage:
+    """How often each code is used, whatever the position; exact."""
+
+    share: Tensor
+    """q_agg(c_p = k) averaged over positions, `(K,)`."""
+    perplexity: float
+    """exp of the entropy of `share`, 1 .. K."""
+    used: int
+    """Codes with at least a thousandth of an even share; the others are dead."""
+    duplicates: int | None
+    """Codes in use that have a twin in use: rows of the codebook that lie (almost) on each other; None without one."""
+
+    @property
+    def states(self) -> int:
+        """K."""
+        return len(self.share)
 
 
-def positions(q: Codes, p: Codes | None) -> Positions:
+def usage(found: Tally, codebook: Tensor | None = None) -> Usage:
+    """Pool a grid over its positions.
+
+    Arguments:
+        found: the tally of the posteriors of all data.
+        codebook: the codes' embeddings, `(K, E)`.
+    """
+    share = found.pooled
+    used = in_use(share)
+    twins = None if codebook is None else len(duplicates(codebook.to(share.device)[used]))
+    return Usage(share, float(perplexity(share)), int(used.sum()), twins)
+
+
+def duplicates(table: Tensor) -> Tensor:
+    """Rows `(k, E)` nearer to another row than `TWIN` of the root mean squared distance of two rows: their numbers."""
+    table = table.detach().double()
+    if len(table) < 2:
+        return torch.zeros(0, dtype=torch.int64, device=table.device)
+    centred = table - table.mean(0)
+    typical = (2 * centred.square().sum() / (len(table) - 1)).sqrt()
+    nearest = []
+    for start in range(0, len(table), rows := max(1, BLOCK // len(table))):
+        apart = torch.cdist(centred[start : start + rows], centred, compute_mode="donot_use_mm_for_euclid_dist")
+        apart[torch.arange(len(apart)), torch.arange(start, start + len(apart))] = torch.inf
+        nearest.append(apart.amin(1))
+    return (torch.cat(nearest) <= TWIN * typical).nonzero()[:, 0]
+
+
+def positions(found: Tally, against: Tensor | None) -> Positions:
     """What every position says of the data.
 
     Arguments:
-        q: the posteriors of n rows.
-        p: the prior, one member for each row, all alike; None where it is not of this kind.
+        found: the tally of the posteriors of n rows.
+        against: log p(c_p = k), `(P, K)`; None where it is not factorised, or not the same for all rows.
     """
-    mean = q.logits.exp().mean(0)
-    log_mean = mean.clamp(min=torch.finfo(mean.dtype).tiny).log()
-    marginal = None if p is None else (mean * (log_mean - p.logits[0])).sum(-1)
+    share = found.share
+    entropy = entropy_of(share)
+    marginal = None
+    if against is not None:
+        marginal = (share * (share.clamp(min=torch.finfo(share.dtype).tiny).log() - against)).sum(-1)
     return Positions(
-        information=entropy(log_mean) - entropy(q.logits).mean(0),
+        information=entropy - found.entropy / found.n,
         marginal_kl=marginal,
-        perplexity=entropy(log_mean).exp(),
-        dead=(mean < 1e-3 / q.states).sum(-1),
+        perplexity=entropy.exp(),
+        dead=(~in_use(share)).sum(-1),
     )
 
 
-def joint(q: Sequence[Codes], p: Sequence[Codes]) -> Joint | None:
+def joint(q: Iterable[Sequence[Codes]], priors: Sequence[Tensor]) -> Joint | None:
     """The exact parts of the KL over the joint code of several latents, or None for more than `STATES` states.
 
     sum_i KL(q_i || p) / n = I_q + KL(q_agg || p), all three by the sum over every joint state.
 
     Arguments:
-        q: the posteriors of n rows, one for each latent.
-        p: the priors, all rows alike.
+        q: the posteriors of all rows, batch after batch, in each one for every latent; gone through twice.
+        priors: log p(c_p = k) of every latent, `(P, K)`, the same for all rows.
     """
-    states = every_state(q)
+    states = every_state([(len(p), p.shape[1]) for p in priors])
     if states is None:
         return None
-    sizes = [part.states for part in q for _ in range(part.positions)]
+    sizes = [p.shape[1] for p in priors for _ in range(len(p))]
     columns = [torch.nn.functional.one_hot(states[:, i], k) for i, k in enumerate(sizes)]
-    one_hot = torch.cat(columns, 1).T.to(q[0].logits)
-    logits = torch.cat([part.logits.flatten(1) for part in q], 1)
-    blocks = logits.split(max(1, BLOCK // len(states)))
-    mean = torch.stack([(rows @ one_hot).exp().sum(0) for rows in blocks]).sum(0) / len(logits)
-    log_mean = mean.clamp(min=torch.finfo(mean.dtype).tiny).log()
-    log_prior = torch.cat([part.logits[0].flatten() for part in p]) @ one_hot
+    one_hot = torch.cat(columns, 1).T.to(priors[0])
+    total, n = priors[0].new_zeros(len(states)), 0
+    for rows in _blocks(q, len(states)):
+        total += (rows @ one_hot).exp().sum(0)
+        n += len(rows)
+    log_mean = (total / n).clamp(min=torch.finfo(total.dtype).tiny).log()
+    log_prior = torch.cat([p.flatten() for p in priors]) @ one_hot
     kl, information = [], []
-    for rows in blocks:
+    for rows in _blocks(q, len(states)):
         log_q = rows @ one_hot
         kl.append((log_q.exp() * (log_q - log_prior)).sum(1))
         information.append((log_q.exp() * (log_q - log_mean)).sum(1))
     return Joint(torch.cat(kl), torch.cat(information))
 
 
-def every_state(q: Sequence[Codes]) -> Tensor | None:
-    """All joint states of several grids of codes, `(S, positions)`; None for more than `STATES`."""
-    sizes = [part.states for part in q for _ in range(part.positions)]
-    if math.prod(sizes) > STATES:
+def _blocks(q: Iterable[Sequence[Codes]], states: int) -> Iterator[Tensor]:
+    """Log probabilities of some rows, `(rows, sum P K)`."""
+    for parts in q:
+        yield from torch.cat([part.logits.flatten(1) for part in parts], 1).split(max(1, BLOCK // states))
+
+
+def every_state(grids: Sequence[tuple[int, int]]) -> Tensor | None:
+    """All joint states of several grids of codes `(P, K)`, `(S, positions)`; None for more than `STATES`."""
+    sizes = [k for p, k in grids for _ in range(p)]
+    if sum(math.log(k) for k in sizes) > math.log(STATES) + 1e-9:
         return None
     return torch.cartesian_prod(*[torch.arange(k) for k in sizes]).reshape(-1, len(sizes))
 
@@ -111,8 +165,9 @@ def log_evidence(pair: Pair, x: Tensor) -> Tensor | None:
     layout, names = pair.layout, pair.layout.latents
     nodes = samples(pair.guide_trace(x[:2]))
     q = [members(nodes[name], layout, len(x[:2])) for name in names]
-    grids = [part for part in q if isinstance(part, Codes)]
-    states = every_state(grids) if grids and len(grids) == len(q) else None
+    grids = [part for part in q if isinstance(part, Codes | CertainCodes)]
+    whole = grids and len(grids) == len(q)
+    states = every_state([(part.positions, part.states) for part in grids]) if whole else None
     if states is None:
         return None
     pieces = states.to(x.device).split([part.positions for part in grids], 1)

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import html
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pvae.analysis.codes import positions
+from pvae.analysis.codes import positions, usage
 from pvae.analysis.draws import LatentDraw, accept, draw, quiet
+from pvae.codebook import Codebook, NearestCodebook
 from pvae.errors import DataError
-from pvae.exponential import Codes
 from pvae.pair import Pair
+from pvae.usage import Tally, codebook_of
 
 ACTIVE = 0.01
 """Variance over the data of a posterior mean above which a coordinate is active (Burda et al., 2015)."""
@@ -33,6 +34,23 @@ class CodeUse:
     """exp of the entropy, for every position: between 1 and K."""
     dead: tuple[int, ...]
     """Codes with less than a thousandth of an even share, for every position."""
+    grid: tuple[int, ...] = ()
+    """Shape of the positions; () for a single code."""
+    share: tuple[float, ...] | None = None
+    """How often each code is used, averaged over positions, falling; None of bits, as all that follows."""
+    pooled_perplexity: float | None = None
+    """exp of the entropy of `share`: between 1 and K."""
+    used: int | None = None
+    """Codes with at least a thousandth of an even share of it."""
+    duplicates: int | None = None
+    """Codes in use whose row of the codebook lies on that of another; None where codes are seen as one-hots."""
+    looked_up: bool = False
+    """Whether the codes are the nearest rows of a codebook."""
+
+    @property
+    def active_share(self) -> float | None:
+        """Share of the codes that are in use."""
+        return None if self.used is None else self.used / self.states
 
 
 @dataclass(frozen=True)
@@ -91,10 +109,18 @@ class Collapse:
 
 def _of(latent: LatentCollapse) -> str:
     if latent.codes is not None:
-        use = latent.codes
-        mean = sum(use.perplexity) / len(use.perplexity)
-        return f"perplexity {mean:.1f} of {use.states} codes (mean of {latent.dim} positions), {sum(use.dead)} dead"
+        return _of_codes(latent.codes)
     return "not known (posterior is not normal)" if latent.active is None else f"{latent.active} of {latent.dim}"
+
+
+def _of_codes(use: CodeUse) -> str:
+    mean = sum(use.perplexity) / len(use.perplexity)
+    count, dead = len(use.perplexity), sum(use.dead)
+    text = f"perplexity {mean:.1f} of {use.states} codes (mean of {count} positions), {dead} dead"
+    if use.pooled_perplexity is None or len(use.perplexity) == 1:
+        return text
+    pooled = f"over all positions {use.pooled_perplexity:.1f}, {use.used} codes in use"
+    return f"{text}; {pooled}" + (f", {use.duplicates} duplicates" if use.duplicates else "")
 
 
 def activity(d: LatentDraw) -> Tensor | None:
@@ -144,16 +170,32 @@ def collapse(pair: Pair, x: Tensor, seed: int = 0) -> Collapse:
     x = accept(pair, x)
     with quiet(pair, x, seed):
         drawn = draw(pair, x)
-    latents = {name: _read(d) for name, d in drawn.latents.items()}
+    latents = {name: _read(d, codebook_of(pair, name)) for name, d in drawn.latents.items()}
     alerts = [text for name, latent in latents.items() if (text := alert(name, latent))]
     return Collapse(len(x), latents, tuple(alerts))
 
 
-def _read(d: LatentDraw) -> LatentCollapse:
-    if isinstance(d.q, Codes):
-        found = positions(d.q, None)
-        used = CodeUse(d.q.states, tuple(found.perplexity.tolist()), tuple(found.dead.tolist()))
-        return LatentCollapse(d.q.positions, None, None, None, None, (), used)
+def _code_use(found: Tally, book: Codebook | NearestCodebook | None) -> CodeUse:
+    per_position = positions(found, None)
+    use = CodeUse(
+        found.states, tuple(per_position.perplexity.tolist()), tuple(per_position.dead.tolist()), tuple(found.grid)
+    )
+    if found.bits:
+        return use
+    pooled = usage(found, None if book is None else book.table)
+    return replace(
+        use,
+        share=tuple(pooled.share.sort(descending=True).values.tolist()),
+        pooled_perplexity=pooled.perplexity,
+        used=pooled.used,
+        duplicates=pooled.duplicates,
+        looked_up=isinstance(book, NearestCodebook),
+    )
+
+
+def _read(d: LatentDraw, book: Codebook | NearestCodebook | None) -> LatentCollapse:
+    if d.tally is not None:
+        return LatentCollapse(d.tally.positions, None, None, None, None, (), _code_use(d.tally, book))
     variance, kl, dim = activity(d), kl_per_dimension([d]), d.value.shape[1]
     if variance is None:
         return LatentCollapse(dim, None, kl, None, None, ())
@@ -190,10 +232,33 @@ def alert(name: str, latent: LatentCollapse) -> str | None:
 
 
 def _alert_of_codes(name: str, use: CodeUse) -> str | None:
-    """What to say of codes that are never chosen; None when all are in use."""
-    total, dead = use.states * len(use.dead), sum(use.dead)
-    if not dead:
-        return None
+    """What to say of codes that are never chosen or lie on each other; None when all are in use and apart."""
     if max(use.perplexity) < 1.01:
-        return f"{name} has collapsed: one code is chosen whatever x is. Give objective.beta a longer warm-up from 0."
-    return f"{name}: {dead} of {total} codes are dead (never chosen). Fewer codes would do."
+        return f"{name} has collapsed: one code is chosen whatever x is. {_revival(name, use)}"
+    texts = []
+    if use.duplicates is not None and use.used is not None:
+        # The positions share one codebook: a code is dead where no position chooses it.
+        if dead := use.states - use.used:
+            texts.append(
+                f"{name}: {dead} of {use.states} codes are dead (never chosen). To use them: {_revival(name, use)} Or "
+                f"latents.{name}.codes = {use.used} would do."
+            )
+        if use.duplicates:
+            texts.append(
+                f"{name}: {use.duplicates} codes lie on each other in the codebook and say the same. Fewer codes "
+                f"(latents.{name}.codes) would do."
+            )
+    elif dead := sum(use.dead):
+        total = use.states * len(use.dead)
+        texts.append(f"{name}: {dead} of {total} codes are dead (never chosen). Fewer codes would do.")
+    return " ".join(texts) or None
+
+
+def _revival(name: str, use: CodeUse) -> str:
+    """Which knob brings codes to life."""
+    if use.looked_up:
+        return (
+            f'Begin with latents.{name}.posterior.start = "kmeans" and raise latents.{name}.posterior.restart, so that '
+            f"dead codes move to where data are."
+        )
+    return "Give objective.beta a longer warm-up from 0."

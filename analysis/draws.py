@@ -12,13 +12,14 @@ from pyro import poutine
 from pyro.poutine.replay_messenger import ReplayMessenger
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
+from torch.distributions import Bernoulli, Categorical
 
 from pvae import seeds, traces
 from pvae.determined import Rounded
-from pvae.discrete import Discretised
+from pvae.discrete import Certain, Discretised
 from pvae.enumeration import Table, read_table
 from pvae.errors import DataError, DeclarationError
-from pvae.exponential import Codes, FullRankNormals, Members, Normals, product
+from pvae.exponential import CertainCodes, Codes, FullRankNormals, Members, Normals, product
 from pvae.pair import Pair
 from pvae.pair import quiet as quiet_pair
 from pvae.traces import (
@@ -33,11 +34,14 @@ from pvae.traces import (
     sum_over,
     unwrapped,
 )
+from pvae.usage import Tally, grid_of, rows_at_once, shared_prior, tally
 
 CHUNK = 1000
 Roots = tuple[set[str], set[str]]
 KEPT = 2**29
 """Bytes of posterior parameters that draws hold on to; larger ones (full rank, long codes) are read off again."""
+LARGE = 1e12
+"""Nats of a KL that no prior but an impossible one (`IMPOSSIBLE`, -1e30) costs."""
 
 
 def accept(pair: Pair, x: Any) -> Tensor:
@@ -45,6 +49,11 @@ def accept(pair: Pair, x: Any) -> Tensor:
     if not isinstance(pair, Pair):
         hint = " Pass its .pair." if isinstance(getattr(pair, "pair", None), Pair) else ""
         raise DeclarationError(f"pair: expected a pvae.Pair; got {type(pair).__name__}.{hint}")
+    if pair.implicit:
+        raise DataError(
+            "pair: expected a model that scores data; got a generator without a likelihood, where nothing is inferred: it "
+            "has no ELBO, no evidence and no codes. Compare its samples with data: pvae two-sample."
+        )
     rows = pair.accept(x)
     pair.frame.require(rows)
     return rows
@@ -75,13 +84,22 @@ class LatentDraw:
     q: Members | None
     """The n posteriors, of an exponential family; None for others, and where they are too large to keep."""
     p: Members | None
-    """The n priors (all alike where it reads no parents)."""
+    """The n priors (all alike where it reads no parents); those of codes are in `prior`."""
     normal: Normals | None
     """Location and standard deviation of every coordinate of a (full-rank) normal posterior."""
     kl: Tensor | None
     """KL(q || p) in closed form where torch knows it, `(n,)`."""
     point: bool = False
     """Whether the guide sets it to a point: `log_q` is then 0, or minus the log determinant of the map to it."""
+    tally: Tally | None = None
+    """Of a grid of codes, what the posteriors of all rows add up to: there whether or not `q` was kept."""
+    prior: Tensor | None = None
+    """Of codes, log p of the states of `q`, `(P, K)`, where it is factorised and the same for all rows."""
+
+    @property
+    def certain(self) -> bool:
+        """Whether it is a code known for certain."""
+        return isinstance(self.q, CertainCodes)
 
     @property
     def loc(self) -> Tensor | None:
@@ -199,22 +217,32 @@ def _observed(model_trace: Trace, layout: Layout, size: int, known: Sequence[str
 
 def _latent(q: Any, p: Any, layout: Layout, n: int) -> LatentDraw:
     value = rows_first(q["value"], q, layout, n).double()
-    posterior, prior = _members(q, layout, n), _members(p, layout, n)
+    posterior, prior = _members(q, layout, n), _prior(p, layout, n)
+    log_p = torch.zeros_like(value[:, 0]) if p is None else _score(p, prior, value, layout)
+    certain = isinstance(posterior, CertainCodes)
     return LatentDraw(
         value=value,
         log_q=_score(q, posterior, value, layout),
-        log_p=torch.zeros_like(value[:, 0]) if p is None else _score(p, prior, value, layout),
+        log_p=log_p,
         q=posterior,
-        p=prior,
+        p=None if isinstance(prior, Codes) else prior,
         normal=_normal(posterior),
-        kl=None if p is None else _closed(q, p, layout),
+        kl=None if p is None else -log_p if certain else _closed(q, p, posterior, prior, layout),
         point=is_point(q["fn"]),
+        tally=tally(posterior, prior, grid_of(q), bits=isinstance(unwrapped(q["fn"]), Bernoulli)),
+        prior=shared_prior(prior),
     )
 
 
 def _members(node: Any, layout: Layout, n: int) -> Members | None:
     found = None if node is None else traces.members(node, layout, n)
     return None if found is None else found.double()
+
+
+def _prior(node: Any, layout: Layout, n: int) -> Members | None:
+    """The priors of n rows: of codes a single member, where they are one."""
+    found = None if node is None else traces.shared_codes(node, layout)
+    return _members(node, layout, n) if found is None else found.double()
 
 
 def _score(node: Any, known: Members | None, value: Tensor, layout: Layout) -> Tensor:
@@ -231,9 +259,18 @@ def _normal(q: Members | None) -> Normals | None:
     return q if isinstance(q, Normals) else None
 
 
-def _closed(q: Any, p: Any, layout: Layout) -> Tensor | None:
+def _closed(q: Any, p: Any, posterior: Members | None, prior: Members | None, layout: Layout) -> Tensor | None:
+    """KL(q || p) in closed form; of codes from the same numbers in float64 that everything else is made of."""
+    if isinstance(posterior, Codes) and isinstance(prior, Codes) and posterior.logits.shape[1:] == prior.logits.shape[1:]:
+        return codes_kl(posterior, prior)
     value = closed_kl(q, p, layout, 0, 1)
     return None if value is None else value.double()
+
+
+def codes_kl(q: Codes, p: Codes) -> Tensor:
+    """KL(q || p) of factorised codes, `(n,)`, nats; infinite where q has what p has not."""
+    found = (q.logits.exp() * (q.logits - p.logits)).sum((1, 2))
+    return torch.where(found > LARGE, torch.inf, found)
 
 
 def _shared(guide_trace: Trace, model_trace: Trace, layout: Layout) -> dict[str, float]:
@@ -259,7 +296,10 @@ def _draw_summed(pair: Pair, guide_trace: Trace, model_trace: Trace, n: int, siz
     table = read_table(model_trace, layout, 0)
     outside = _observed(model_trace, layout, size, list(table.logs))
     if not layout.latents:
-        return Draw(_expected_reconstruction(table) + outside, {"+".join(layout.enumerated): _codes(table, n)}, *rest)
+        summed = [samples(model_trace)[name] for name in layout.enumerated]
+        return Draw(
+            _expected_reconstruction(table) + outside, {"+".join(layout.enumerated): _codes(table, n, summed)}, *rest
+        )
     if len(layout.latents) > 1:
         raise DataError(
             f"surgery: expected at most one latent in the guide beside enumerated ones ({', '.join(layout.enumerated)}"
@@ -275,13 +315,28 @@ def _expected_reconstruction(table: Table) -> Tensor:
     return sum_over([table.expected(name) for name in table.layout.observed if name in table.logs]).double()
 
 
-def _codes(table: Table, n: int) -> LatentDraw:
+def _codes(table: Table, n: int, nodes: Sequence[Any]) -> LatentDraw:
     """The joint state of all enumerated sites as one code."""
     weights, prior = (t.double().reshape(-1, n).T[:, None] for t in (table.joint, table.latent))
     q, p = Codes(weights), Codes(prior)
     value = q.sample()
-    kl = (q.logits.exp() * (q.logits - p.logits)).sum((1, 2))
-    return LatentDraw(value, q.log_prob(value), p.log_prob(value), q, p, None, kl)
+    counted = _tally_of_states(q, p, nodes)
+    return LatentDraw(
+        value, q.log_prob(value), p.log_prob(value), q, None, None, codes_kl(q, p), tally=counted, prior=shared_prior(p)
+    )
+
+
+def _tally_of_states(q: Codes, p: Codes, nodes: Sequence[Any]) -> Tally | None:
+    """The tally of the one site that is summed out, position by position; of several, that of their joint state."""
+    fn = nodes[0]["fn"]
+    if len(nodes) > 1 or not fn.event_shape or not isinstance(unwrapped(fn), Categorical | Bernoulli):
+        return tally(q, p)
+    states = fn.enumerate_support(expand=False).reshape(q.states, -1).long()
+    one_hot = torch.nn.functional.one_hot(states).double()  # (S, P, K)
+    marginals = [Codes(torch.einsum("ns,spk->npk", t.logits[:, 0].exp(), one_hot).log()) for t in (q, p)]
+    apart = torch.einsum("pk,spk->s", marginals[1].logits[0], one_hot)
+    prior = marginals[1] if torch.allclose(apart, p.logits[0, 0], rtol=0, atol=1e-6) else None
+    return tally(marginals[0], prior, grid_of(nodes[0]), bits=isinstance(unwrapped(fn), Bernoulli))
 
 
 # ---------------------------------------------------------------------- all rows
@@ -291,13 +346,45 @@ def draw(pair: Pair, x: Tensor, chunk: int = CHUNK) -> Draw:
     """One draw for every row of `x`, `chunk` rows at a time."""
     parts = []
     with same_globals(pair, x):
+        chunk = _chunk(pair, x, chunk)
         for start in range(0, len(x), chunk):
             part = draw_chunk(pair, x[start : start + chunk], len(x))
             for latent in part.latents.values():
                 _drop_large(latent, len(x))
             parts.append(part)
+            if start:
+                for name, latent in part.latents.items():
+                    _fold(parts[0].latents[name], latent)
     latents = {name: _joined([p.latents[name] for p in parts]) for name in parts[0].latents}
     return Draw(torch.cat([p.reconstruction for p in parts]), latents, parts[0].shared, parts[0].points)
+
+
+def relaxed_terms(pair: Pair, x: Tensor, samples: int, seed: int) -> Tensor | None:
+    """The ELBO per datum of a pair whose relaxed latents are drawn relaxed, with the KL they declare, `(samples, n)`.
+
+    None where no latent is relaxed.
+    """
+    if not pair.layout.relaxed:
+        return None
+    with quiet_pair(pair, x), Unweighed():
+        seeds.set_noise(seeds.mix(seed, seeds.ANALYSIS), x.device)
+        return torch.stack([_relaxed_draw(pair, x) for _ in range(samples)])
+
+
+def _relaxed_draw(pair: Pair, x: Tensor) -> Tensor:
+    parts = []
+    with same_globals(pair, x):
+        for part in x.split(_chunk(pair, x, CHUNK)):
+            terms = pair.terms(part, rows=len(x))
+            kl = sum_over([value.double() for value in terms.kl.values()])
+            parts.append(terms.reconstruction.double() - kl)
+    return torch.cat(parts)
+
+
+def _chunk(pair: Pair, x: Tensor, most: int) -> int:
+    """Rows of a chunk: fewer where codes have many probabilities. Draws nothing."""
+    with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):
+        return rows_at_once(pair, x, most)
 
 
 @contextmanager
@@ -315,10 +402,19 @@ def same_globals(pair: Pair, x: Tensor) -> Iterator[dict[str, Any]]:
 
 def _drop_large(latent: LatentDraw, n: int) -> None:
     """Let go of parameters that would take more than `KEPT` bytes for all rows."""
-    if latent.q is not None and 8 * n * latent.q.numbers > KEPT:
+    if latent.q is not None and not latent.certain and 8 * n * latent.q.numbers > KEPT:
         latent.q = None
     if latent.p is not None and 8 * n * latent.p.numbers > KEPT:
         latent.p = None
+
+
+def _fold(first: LatentDraw, other: LatentDraw) -> None:
+    """Move what chunks add up to, or have in common, to the first of them."""
+    if first.tally is not None and other.tally is not None:
+        first.tally = first.tally + other.tally
+    if first.prior is None or other.prior is None or not torch.equal(first.prior, other.prior):
+        first.prior = None
+    other.tally = other.prior = None
 
 
 def _joined(parts: list[LatentDraw]) -> LatentDraw:
@@ -331,7 +427,7 @@ def _joined(parts: list[LatentDraw]) -> LatentDraw:
         column = [getattr(part, f.name) for part in parts]
         if column[0] is None or f.name == "normal":
             out[f.name] = None
-        elif f.name == "point":
+        elif f.name in ("point", "tally", "prior"):
             out[f.name] = column[0]
         elif isinstance(column[0], Members):
             out[f.name] = column[0].joined(column[1:])
@@ -348,10 +444,11 @@ def _joined(parts: list[LatentDraw]) -> LatentDraw:
 
 
 def first_level(pair: Pair, x: Tensor) -> Roots:
-    """Latents whose posterior (first set) and prior (second set) depend on no other latent of the guide.
+    """Latents whose posterior (first set) depends on no drawn latent of the guide, whose prior (second) on no other.
 
     Found by moving one latent at a time while the others stay: a density that changes reads it. Global latents
-    that are random count as others; points do not.
+    that are random count as others; points do not. A code known for certain is a function of x, unless it reads what
+    is drawn: a posterior that reads it reads x.
     """
     rows = x[:16]
     with quiet(pair, x, 0), same_globals(pair, rows) as shared:
@@ -362,13 +459,19 @@ def first_level(pair: Pair, x: Tensor) -> Roots:
         random = {name: node for name, node in shared.items() if not is_point(node["fn"])}
         base = {name: node["value"] for name, node in {**at, **random}.items()}
         q, p = _scores(pair, rows, base, base)
-        readers: Roots = (set(), set())
+        reads: dict[str, set[str]] = {name: set() for name in q}
+        prior_reads: dict[str, set[str]] = {name: set() for name in p}
         for name, node in {**at, **random}.items():
             changed = _scores(pair, rows, {**base, name: moved(node)}, base)
-            for side, old, new in zip(readers, (q, p), changed, strict=True):
-                side.update(z for z in new if z != name and not torch.equal(new[z], old[z]))
-    names = pair.layout.latents
-    return {z for z in names if z not in readers[0]}, {z for z in names if z in p and z not in readers[1]}
+            for read, old, new in zip((reads, prior_reads), (q, p), changed, strict=True):
+                for z in new:
+                    if z != name and not torch.equal(new[z], old[z]):
+                        read[z].add(name)
+    given: set[str] = set()  # functions of x; the guide's order puts what is read first
+    for name in pair.layout.latents:
+        if isinstance(unwrapped(at[name]["fn"]), Certain) and reads[name] <= given:
+            given.add(name)
+    return {z for z in reads if reads[z] <= given}, {z for z in prior_reads if not prior_reads[z]}
 
 
 def _scores(
@@ -386,6 +489,8 @@ def _scores(
 
 def _trail(fn: Any, value: Tensor) -> Tensor:
     """What changes with a distribution: its density of a value, or the place of a point."""
+    if isinstance(unwrapped(fn), Certain):
+        return unwrapped(fn).index
     return unwrapped(fn).v if is_point(fn) else fn.log_prob(value)
 
 

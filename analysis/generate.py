@@ -24,6 +24,7 @@ from pvae import seeds
 from pvae.analysis.draws import accept, quiet, same_globals
 from pvae.analysis.groups import safe_names
 from pvae.analysis.sites import numpy_of, parameters_of, rows_of
+from pvae.discrete import twin
 from pvae.enumeration import Table, read_table
 from pvae.errors import DataError, DeclarationError, near
 from pvae.files import write_atomic
@@ -110,7 +111,8 @@ class Code:
     scale: Tensor | None
     """Standard deviations of a normal posterior, `(n, *event)`."""
     probs: Tensor | None
-    """Of a discrete posterior, `(n, ...)`; p(c | x, z) where the model sums the site out, `(n, K)`."""
+    """Of a discrete posterior of at most 4096 probabilities, `(n, ...)`; p(c | x, z) where the model sums the site out,
+    `(n, K)`; None of a code known for certain."""
     is_draw: bool
     """Whether the value was drawn."""
 
@@ -488,7 +490,7 @@ class Centred(Messenger):
     def _pyro_sample(self, msg: Any) -> None:
         if msg["is_observed"] or msg["done"] or msg["value"] is not None or poutine.util.site_is_subsample(msg):
             return
-        found = centre(msg["fn"])
+        found = centre(twin(msg["fn"]))
         msg["value"] = self.loose.get(msg["name"]) if found is None else found
 
 

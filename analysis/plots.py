@@ -186,6 +186,34 @@ def history(rows: Sequence[Row]) -> Figure:
 HISTORY = (("mutual_information", "mutual information I_q[x, z]"), ("marginal_kl", "marginal KL(q_agg || p)"))
 
 
+def duel(rows: Sequence[Row]) -> Figure:
+    """Losses of critic and generator, and the nearest-neighbour accuracy of validation, over epochs."""
+    with style():
+        made = figure(4.8)
+        top, bottom = made.subplots(2, 1, sharex=True, height_ratios=[3, 2])
+        for key, label, colour in (("critic_loss", "critic", BLUE), ("generator_loss", "generator", RED)):
+            epochs, values = series(rows, "train", key)
+            mark = "o" if len(epochs) < 10 else None
+            top.plot(epochs, values, color=colour, label=label, marker=mark, markersize=4)
+            top.plot(*series(rows, "validation", key), color=colour, linestyle="--")
+        top.axhline(math.log(4), color=GREY, linestyle=":", label="log 4, of a critic that knows nothing")
+        top.set_title("Losses (dashed: validation)")
+        top.set_ylabel("nats")
+        top.legend(loc="best")
+        epochs, values = series(rows, "validation", "two_sample")
+        bottom.plot(epochs, values, color=GREEN, marker="o" if len(epochs) < 10 else None, markersize=4)
+        bottom.axhline(0.5, color=GREY, linestyle=":")
+        bottom.set_title("Nearest neighbour of the same kind (one half: alike)")
+        bottom.set_ylim(0.0, 1.05)
+        bottom.set_xlabel("epoch")
+        bottom.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+        for axes in (top, bottom):
+            axes.grid(axis="y")
+            if len(epochs) == 1:
+                axes.margins(x=0.5)
+    return made
+
+
 def _elbo_curves(axes: Axes, rows: Sequence[Row]) -> None:
     seen = []
     for split, colour, dash in (("train", BLUE, "-"), ("validation", RED, "--")):

@@ -15,7 +15,7 @@ from pvae.pair import Pair
 
 FIGURES = (
     "reconstruction", "kl", "kl_exact", "mutual_information", "marginal_kl", "leave_one_out", "train_gain", "elbo",
-    "log_n",
+    "log_n", "relaxed_elbo",
 )  # fmt: skip
 BOUNDS = {"mutual_information_lower": "mutual_information", "marginal_kl_upper": "marginal_kl"}
 """Figures that only groups with a subset of components have, and what stands for them in the others."""

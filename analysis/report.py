@@ -134,6 +134,10 @@ def report(
     Raises:
         PvaeError: the run has no checkpoint or no data, or a file cannot be written.
     """
+    if run.pair.implicit:
+        from pvae.analysis import sample_report  # here, because it is made of parts of this module
+
+        return sample_report.write(sample_report.examine(run, split=split, seed=seed, on_progress=on_progress))
     found = examine(
         run, split=split, samples=samples, evidence_samples=evidence_samples, seed=seed, on_progress=on_progress
     )
@@ -277,7 +281,7 @@ def verdict(found: Findings) -> list[Sentence]:
         sentences.append(_on_gap(found, found.gap))
     if not found.collapse.alerts:
         sentences.append(_all_in_use(found.collapse))
-    return sentences + [Sentence(text, True) for text in (*found.collapse.alerts, *_on_training(found.run))]
+    return sentences + [Sentence(text, True) for text in (*found.collapse.alerts, *training_alerts(found.run))]
 
 
 def _on_elbo(found: Findings) -> Sentence:
@@ -326,7 +330,8 @@ def _on_gap(found: Findings, gap: float) -> Sentence:
     return Sentence(text)
 
 
-def _on_training(run: Run) -> list[str]:
+def training_alerts(run: Run) -> list[str]:
+    """What went wrong while a run was fitted, each with what to do."""
     status = run.status
     alerts = []
     if status.get("state") != "finished":
@@ -510,7 +515,7 @@ def figures(found: Findings) -> dict[str, Any]:
         "reconstructions": {part.title: part.nats.tolist() for part in found.rebuilt},
         "missing": found.missing,
         "metrics": run.files.metrics_rows(),
-        "environment": dict(environment(found)),
+        "environment": dict(environment(run)),
     }
 
 
@@ -545,9 +550,8 @@ def surgery_csv(surgeries: Mapping[str, Surgery]) -> str:
     return out.getvalue()
 
 
-def environment(found: Findings) -> list[tuple[str, str]]:
+def environment(run: Run) -> list[tuple[str, str]]:
     """(what, value) from the run's manifest and status."""
-    run = found.run
     manifest, status = run.files.manifest, run.status
     data = _table(manifest.get("data"))
     git = _table(manifest.get("git"))
@@ -612,10 +616,8 @@ def tiles(found: Findings) -> list[tuple[str, str, str]]:
     return out
 
 
-def render(found: Findings) -> str:
-    """The page, with everything that comes from the run escaped."""
-    run = found.run
-    events = [(str(e.get("kind")), str(e.get("message"))) for e in run.files.events() if e.get("kind") in TOLD_EVENTS]
+def page(template: str, **values: Any) -> str:
+    """A template with its values, all of them escaped."""
     engine = Environment(
         loader=FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=True,
@@ -625,7 +627,15 @@ def render(found: Findings) -> str:
         lstrip_blocks=True,
     )
     engine.filters |= {"nats": nats, "error": signed_error, "kind": kind_of}
-    return engine.get_template("report.html.j2").render(
+    return engine.get_template(template).render(**values)
+
+
+def render(found: Findings) -> str:
+    """The page, with everything that comes from the run escaped."""
+    run = found.run
+    events = [(str(e.get("kind")), str(e.get("message"))) for e in run.files.events() if e.get("kind") in TOLD_EVENTS]
+    return page(
+        "report.html.j2",
         found=found,
         name=run.name,
         identity=run.path.name,
@@ -639,6 +649,6 @@ def render(found: Findings) -> str:
         surgery_rows=surgery_table(found.surgeries),
         latent_rows=latent_table(found),
         events=list(dict.fromkeys(events)),
-        environment=environment(found),
+        environment=environment(run),
         active=ACTIVE,
     )

@@ -13,11 +13,15 @@ from torch import Tensor
 
 from pvae.analysis.draws import draw_chunk, quiet
 from pvae.analysis.groups import Array, dims_of, safe_names, text
+from pvae.discrete import Certain
 from pvae.pair import Pair
 from pvae.traces import Layout, samples, unwrapped
+from pvae.usage import numbers_of
 
 PROBED = 16
 """Rows on which it is found out which posteriors read other latents."""
+PROBABILITIES = 4096
+"""Most probabilities of one datum's code that are shown."""
 
 
 # ---------------------------------------------------------------------- values
@@ -57,10 +61,15 @@ def numpy_of(t: Tensor) -> Array:
 
 
 def parameters_of(node: Mapping[str, Any], layout: Layout, count: int) -> dict[str, Tensor]:
-    """`loc` and `scale` of a diagonal normal, `probs` of discrete families, `(count, ...)`; {} for others."""
+    """`loc` and `scale` of a diagonal normal, `probs` of discrete families, `(count, ...)`; {} for others.
+
+    Of codes with more than `PROBABILITIES` to a datum, and of those known for certain, there are none.
+    """
     fn = unwrapped(node["fn"])
     if isinstance(fn, torch.distributions.Normal):
         return {key: rows_of(t, node, layout, count) for key, t in (("loc", fn.loc), ("scale", fn.scale))}
+    if numbers_of(node) > PROBABILITIES and not isinstance(fn, torch.distributions.Bernoulli):
+        return {}
     if isinstance(fn, torch.distributions.Categorical):
         return {"probs": rows_of(fn.probs, node, layout, count, codes=1)}
     if isinstance(fn, torch.distributions.OneHotCategorical | torch.distributions.Bernoulli):
@@ -181,6 +190,10 @@ def _is_normal(node: Mapping[str, Any]) -> bool:
 
 def _why_hidden(node: Mapping[str, Any], found: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> str:
     """Why a posterior's parameters cannot be shown as a function of the datum, "" where they can."""
+    if isinstance(unwrapped(node["fn"]), Certain):
+        return "a code known for certain has no parameters"
+    if not found and isinstance(unwrapped(node["fn"]), torch.distributions.Categorical):
+        return f"expected at most {PROBABILITIES} probabilities of a datum; got {numbers_of(node)}"
     if not found:
         kind = type(unwrapped(node["fn"])).__name__
         return f"expected a diagonal normal, categorical, one-hot or Bernoulli posterior; got {kind}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,13 +15,25 @@ from pvae.analysis import codes
 from pvae.analysis.aggregated import MEMORY, AggregatedPosterior, Kept, choose
 from pvae.analysis.anatomy import ClassSurgery, Dimensions, LatentSurgery, Surgery
 from pvae.analysis.collapse import active_units, kl_per_dimension
-from pvae.analysis.draws import Draw, LatentDraw, Roots, accept, discrete_elements, draw, first_level, quiet
+from pvae.analysis.draws import (
+    Draw,
+    LatentDraw,
+    Roots,
+    accept,
+    discrete_elements,
+    draw,
+    draw_chunk,
+    first_level,
+    quiet,
+    relaxed_terms,
+)
 from pvae.analysis.estimate import Estimate, Kind, exact, exact_mean, over_draws, over_whole_draws
 from pvae.analysis.grid import grid_error, marginal_log_prob
 from pvae.analysis.pooled import by_group
 from pvae.errors import DataError
-from pvae.exponential import Codes, Members, Normals, product
+from pvae.exponential import ROW_COST, CertainCodes, Codes, Members, Normals, product
 from pvae.pair import Pair
+from pvae.usage import perplexity, rows_at_once
 
 GUIDE_ROWS = 512
 """Draws that are scored where every pair of draw and row runs the guide."""
@@ -55,8 +67,12 @@ def surgery(
     - `marginal_kl`: the difference of the two
     - `elbo`: log p(x_i|z_i) minus `kl`
 
-    A code of at most 4096 joint states is summed over instead, and exact. For a latent that reads no other, the
-    marginal KL splits further: total correlation KL(q_agg || prod_d q_agg(z_d)) and a sum over coordinates.
+    A code of at most 4096 joint states is summed over instead, and exact; so is one that is known for certain (a
+    nearest code), whatever its size: rows of the same joint code are counted. Positions of a grid are exact one by one.
+    Relaxed latents are taken as the codes they stand for, and `relaxed_elbo` is that of the relaxed ones.
+
+    For a latent that reads no other, the marginal KL splits further: total correlation KL(q_agg || prod_d q_agg(z_d))
+    and a sum over coordinates.
 
     Where the guide has several levels, q_agg is that of all levels together (each level's density is evaluated
     at the shared z), on a stated subset of draws; where rows are too many for that, components are a random subset
@@ -116,7 +132,7 @@ def surgery(
         account = _Account(pair, x, first, roots, seed, components, memory)
         account.elements = elements
         for done in range(1, samples + 1):
-            account.take(_honest(first if done == 1 else draw(pair, x), bottom_up))
+            account.take(_honest(first if done == 1 or account.certain else draw(pair, x), bottom_up))
             on_progress(done, samples)
     return account.close(y, train)
 
@@ -139,7 +155,8 @@ def _labels(labels: Any, x: Tensor) -> Tensor | None:
 def _honest(d: Draw, bottom_up: set[str]) -> Draw:
     """A draw without closed forms that are no expectations: the prior reads what was inferred from the latent."""
     for name in bottom_up:
-        d.latents[name].kl = d.latents[name].p = None
+        if not d.latents[name].certain:  # nothing is averaged over
+            d.latents[name].kl = d.latents[name].p = None
     return d
 
 
@@ -214,6 +231,34 @@ class _Level:
             self.marginal.append((aggregated - prior).mean(0))
 
 
+@dataclass(frozen=True)
+class _Posteriors:
+    """The posteriors of several codes, batch after batch: those kept, or read off the programs again."""
+
+    pair: Pair
+    x: Tensor
+    names: tuple[str, ...]
+    latents: list[LatentDraw]
+
+    def __iter__(self) -> Iterator[list[Codes]]:
+        kept = [latent.q for latent in self.latents]
+        if None not in kept:
+            yield [_as_codes(q) for q in kept]
+            return
+        with quiet(self.pair, self.x, 0):
+            for part in self.x.split(rows_at_once(self.pair, self.x)):
+                found = draw_chunk(self.pair, part, len(self.x)).latents
+                yield [_as_codes(found[name].q) for name in self.names]
+
+
+def _as_codes(q: Members | None) -> Codes:
+    """Probabilities of codes, of certain ones too."""
+    if isinstance(q, CertainCodes):
+        return q.codes()
+    assert isinstance(q, Codes)  # noqa: S101 - asked of those that have a tally alone
+    return q
+
+
 class _Account:
     """Draws come in, densities per datum stay; the figures are made when all are there."""
 
@@ -225,6 +270,7 @@ class _Account:
         self.elements: int | None = None
         self.names = tuple(first.latents)
         self.levels = {name: _Level() for name in self.names}
+        self.joint: dict[tuple[str, ...], codes.Joint | None] = {}
         self.reconstruction: list[Tensor] = []
         self.shared: list[dict[str, float]] = []
         alone = [(name,) for name in self.names if name in roots[0]]
@@ -235,12 +281,18 @@ class _Account:
         """How a group of latents is scored; None where it cannot be."""
         if any(self.first.latents[name].point for name in names):
             return None
-        known = [q for name in names if (q := self.first.latents[name].q) is not None]
+        latents = [self.first.latents[name] for name in names]
+        known = [latent.q for latent in latents if latent.q is not None]
         if set(names) <= self.roots[0] and len(known) == len(names):
             rows = choose(len(self.x), self.components, self.seed, self.x.device)
             q = product(known)
             mixture = AggregatedPosterior(q if rows is None else q.rows(rows), len(self.x), rows, self.memory)
-            return _Scored(mixture, self._some(int(PRODUCTS / (len(mixture) * q.features))))
+            return _Scored(mixture, self._some(int(PRODUCTS / (len(mixture) * q.work))))
+        guided = set(names) <= self.roots[0] & set(self.pair.layout.latents)
+        if guided and all(latent.q is not None or latent.tally is not None for latent in latents):
+            mixture = self._streamed(names)
+            work = sum(_work(latent) for latent in latents)
+            return _Scored(mixture, self._some(int(PRODUCTS / (len(mixture) * work))))
         if not set(names) <= set(self.pair.layout.latents) or not self.first.points:
             return None  # with random global latents q(z|x) is a mixture over them
         rows = self._some(GUIDE_ROWS)
@@ -249,6 +301,12 @@ class _Account:
             self.pair, self.x, latents=names, components=count, seed=self.seed, memory=self.memory
         )
         return _Scored(mixture, rows, once=True)
+
+    def _streamed(self, names: Sequence[str]) -> AggregatedPosterior:
+        """q_agg of codes whose probabilities are too many to keep."""
+        return AggregatedPosterior.of(
+            self.pair, self.x, latents=names, components=self.components, seed=self.seed, memory=self.memory
+        )
 
     def _some(self, most: int) -> Tensor:
         return seeds.subset(len(self.x), most, seeds.mix(self.seed, seeds.ANALYSIS, 1)).to(self.x.device)
@@ -287,6 +345,7 @@ class _Account:
             shared={name: sum(d[name] for d in self.shared) / len(self.shared) for name in self.first.shared},
             global_kl=self._global_kl(),
             elements=self.elements,
+            relaxed_elbo=self._relaxed_elbo(),
             notes=tuple(self._notes()),
         )
 
@@ -296,9 +355,16 @@ class _Account:
         return torch.stack([torch.stack(v.log_q) - torch.stack(v.log_p) for v in levels]).sum(0)
 
     @property
+    def certain(self) -> bool:
+        """Whether all that is inferred is a function of x: one draw is as good as many."""
+        latents = self.first.latents.values()
+        return all(z.certain for z in latents) and set(self.names) <= self.roots[0] and self.first.points
+
+    @property
     def _nothing_drawn(self) -> bool:
-        """Whether every latent is summed over: the reconstruction, too, is then an expectation."""
-        return not self.pair.layout.latents and self.names[0] in self.roots[0] and self.first.points
+        """Whether every latent is summed over or certain: the reconstruction, too, is then an expectation."""
+        summed = not self.pair.layout.latents and self.names[0] in self.roots[0] and self.first.points
+        return summed or self.certain
 
     def _reconstruction(self) -> Estimate:
         return (
@@ -311,6 +377,11 @@ class _Account:
         terms = torch.stack(self.reconstruction) - self._kl_terms() - self._shares()
         found = exact_mean(terms[0]) if self._nothing_drawn else self._over(terms)
         return replace(found, value=reconstruction.value - kl.value - float(self._shares().mean()))
+
+    def _relaxed_elbo(self) -> Estimate | None:
+        """The ELBO of the relaxed latents themselves, by as many draws."""
+        found = relaxed_terms(self.pair, self.x, len(self.reconstruction), self.seed)
+        return None if found is None else self._over(found)
 
     def _kl_terms(self) -> Tensor:
         """KL of all latents per datum, exact where it is summed, `(samples, n)` or `(n,)`."""
@@ -332,16 +403,27 @@ class _Account:
         """The mean of terms `(samples, rows)`; all data share the noise of random global latents."""
         return over_draws(terms, kind, len(self.x)) if self.first.points else over_whole_draws(terms, kind)
 
-    def _joint_codes(self, names: Sequence[str]) -> codes.Joint | None:
-        """The sum over all joint states of a group of codes that read nothing else; None for other latents."""
-        if not set(names) <= (self.roots[0] & self.roots[1]):
-            return None
+    def _joint_codes(self, names: tuple[str, ...]) -> codes.Joint | None:
+        """What is exact for every datum: certain codes, or the sum over all joint states of codes that read nothing.
+
+        None for other latents.
+        """
+        if names not in self.joint:
+            self.joint[names] = self._made_joint(names)
+        return self.joint[names]
+
+    def _made_joint(self, names: tuple[str, ...]) -> codes.Joint | None:
         latents = [self.first.latents[name] for name in names]
-        q = [latent.q for latent in latents if isinstance(latent.q, Codes)]
-        p = [latent.p for latent in latents if _is_shared_code(latent.p)]
-        if len(q) < len(latents) or len(p) < len(latents):
+        if not set(names) <= self.roots[0]:
             return None
-        return codes.joint(q, p)  # type: ignore[arg-type]
+        if all(latent.certain for latent in latents):
+            q = product([latent.q for latent in latents if latent.q is not None])
+            aggregated = AggregatedPosterior(q, memory=self.memory).log_prob(self.first.flat(names))
+            return codes.Joint(self._kl(names)[0], -aggregated)
+        known = [latent.prior for latent in latents if latent.prior is not None]
+        if len(known) < len(latents) or not set(names) <= self.roots[1]:
+            return None
+        return codes.joint(_Posteriors(self.pair, self.x, names, latents), known)
 
     def _group(self, names: tuple[str, ...]) -> dict[str, Estimate | None]:
         """KL, information and marginal KL of a group of latents, with bounds where components are a subset."""
@@ -411,7 +493,8 @@ class _Account:
         if len(level.closed) == len(level.log_q):
             kl_exact = exact_mean(level.closed[0]) if first and prior_first else self._over(torch.stack(level.closed))
         per_dimension = torch.tensor(level.kl_per_dimension, dtype=torch.float64)
-        coded = latent.q if isinstance(latent.q, Codes) and first else None
+        counted = latent.tally if first else None
+        use = None if counted is None or counted.bits else codes.usage(counted)
         assert group["kl"] is not None  # noqa: S101 - every group has one
         return LatentSurgery(
             kl=group["kl"],
@@ -421,7 +504,10 @@ class _Account:
             kl_per_dimension=tuple(per_dimension.mean(0).tolist()) if len(per_dimension) else None,
             active_units=active_units(latent),
             dimensions=self._dimensions(name, group["mutual_information"]),
-            perplexity=None if coded is None else tuple(codes.positions(coded, None).perplexity.tolist()),
+            perplexity=None if counted is None else tuple(perplexity(counted.share).tolist()),
+            states=None if counted is None else counted.states,
+            pooled_perplexity=None if use is None else use.perplexity,
+            used=None if use is None else use.used,
         )
 
     def _dimensions(self, name: str, information: Estimate | None) -> Dimensions | None:
@@ -431,9 +517,10 @@ class _Account:
             return None
         if level.aggregated:
             return _of_normals(level, scored)
-        if isinstance(latent.q, Codes) and latent.q.positions > 1:
-            prior = latent.p if _is_shared_code(latent.p) and name in self.roots[1] else None
-            return _of_codes(codes.positions(latent.q, prior), information)  # type: ignore[arg-type]
+        if latent.tally is not None and latent.tally.positions > 1:
+            against = latent.tally.prior if name in self.roots[1] else None
+            joint = None if _is_factorised(latent) else self._group((name,))["marginal_kl"]
+            return _of_codes(codes.positions(latent.tally, against), information, joint)
         return None
 
     # ------------------------------------------------------------------ labels, another prior
@@ -447,8 +534,10 @@ class _Account:
         for label in y.unique().tolist():
             mine = y == label
             information = None
-            if scored is not None and scored.whole and len(scored.rows) == len(y):
-                information = (torch.stack(scored.upper) if joint is None else joint.information[None])[:, mine]
+            if joint is not None:
+                information = joint.information[None, mine]
+            elif scored is not None and scored.whole and len(scored.rows) == len(y):
+                information = torch.stack(scored.upper)[:, mine]
             out[int(label)] = ClassSurgery(
                 n=int(mine.sum()),
                 elbo=over_draws((reconstruction - kl - self._shares())[:, mine]),
@@ -485,6 +574,8 @@ class _Account:
         )
         log_p = torch.stack([self.levels[name].log_p[0] for name in self.names]).sum(0)
         terms = mixture.log_prob(self.first.flat(self.names)[scored.rows]) - log_p[scored.rows]
+        if missing := int((terms == -math.inf).sum()):
+            return Estimate(-math.inf, 0.0, note=f"{missing} of {len(terms)} have codes that no training row has")
         return over_draws(terms[None])
 
     def _notes(self) -> list[str]:
@@ -507,6 +598,12 @@ class _Account:
                 f"{', '.join(points)}: a deterministic code, so that kl is -log p(z), less a log determinant where z "
                 f"determines x; the marginal KL of points to a density is not defined"
             )
+        if certain := [name for name, latent in self.first.latents.items() if latent.certain and name in self.roots[0]]:
+            distinct = len(self.first.flat(certain).unique(dim=0))
+            notes.append(
+                f"{', '.join(certain)}: certain codes ({distinct} distinct ones), so that kl is -log p(c) and I_q the "
+                f"entropy of the joint code"
+            )
         for name, level in self.levels.items():
             if level.grid_error is not None and level.grid_error > 1e-3:
                 notes.append(f"{name}: densities of single coordinates are known to {level.grid_error:.1e} nats")
@@ -522,9 +619,12 @@ def _row_numbers(x: Tensor) -> Tensor:
     return ((mixed ^ (mixed >> 29)) * odd[1]).sum(1).unique(return_inverse=True)[1]
 
 
-def _is_shared_code(p: Members | None) -> bool:
-    """Whether a prior is one code for all rows, whose KL to q_agg can be summed."""
-    return isinstance(p, Codes) and bool((p.logits == p.logits[:1]).all())
+def _work(latent: LatentDraw) -> int:
+    """Multiplications of one density of a latent (`Members.work`), of one that was not kept too."""
+    if latent.q is not None:
+        return latent.q.work
+    assert latent.tally is not None  # noqa: S101 - others are scored by the guide
+    return latent.tally.positions * ROW_COST
 
 
 def _total(parts: list[Estimate]) -> Estimate:
@@ -552,11 +652,22 @@ def _of_normals(level: _Level, scored: _Scored) -> Dimensions:
     )
 
 
-def _of_codes(found: codes.Positions, information: Estimate) -> Dimensions:
-    """Positions exactly; their informations exceed the joint one by the total correlation."""
-    total = float(found.information.sum()) - information.value
-    kind: Kind = "lower_bound" if information.kind == "upper_bound" else information.kind
+def _is_factorised(latent: LatentDraw) -> bool:
+    """Whether the posterior of a grid of codes is one of independent positions: not where the model sums it out."""
+    return not isinstance(latent.q, Codes) or latent.tally is None or latent.q.positions == latent.tally.positions
+
+
+def _of_codes(found: codes.Positions, information: Estimate, joint: Estimate | None) -> Dimensions:
+    """Positions exactly.
+
+    Of independent positions the informations exceed the joint one by the total correlation. Of others it is what the
+    `joint` marginal KL has beyond those of the positions.
+    """
     marginal = found.marginal_kl
+    total = float(found.information.sum()) - information.value
+    if joint is not None:
+        total = math.nan if marginal is None else joint.value - float(marginal.sum())
+    kind: Kind = "lower_bound" if information.kind == "upper_bound" else information.kind
     return Dimensions(
         mutual_information=tuple(found.information.tolist()),
         marginal_kl=None if marginal is None else tuple(marginal.tolist()),

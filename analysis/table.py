@@ -18,7 +18,7 @@ Row = tuple[str, Estimate | None, str]
 
 
 class Figures(ABC):
-    """A result made of named estimates in nats per datum."""
+    """A result made of named estimates, in nats per datum unless `unit` says otherwise."""
 
     @property
     @abstractmethod
@@ -28,6 +28,11 @@ class Figures(ABC):
     @abstractmethod
     def rows(self) -> Iterator[Row]:
         """(term, figure, what it means) in reading order."""
+
+    @property
+    def unit(self) -> str:
+        """Of the figures."""
+        return "nats"
 
     @property
     def remarks(self) -> tuple[str, ...]:
@@ -80,6 +85,7 @@ class Figures(ABC):
             f"<td>{html.escape(e.label)}</td><td>{html.escape(meaning)}</td></tr>"
             for name, e, meaning in self.known()
         )
-        head = "<tr><th>term</th><th>nats</th><th>std error</th><th>kind</th><th></th></tr>"
+        unit = html.escape(self.unit)
+        head = f"<tr><th>term</th><th>{unit}</th><th>std error</th><th>kind</th><th></th></tr>"
         remarks = "".join(f"<p>{html.escape(text)}</p>" for text in self.remarks)
         return f"<table><caption>{html.escape(self.title)}</caption>{head}{body}</table>{remarks}"

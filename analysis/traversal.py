@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributions import Bernoulli
 
 from pvae import seeds, traces
 from pvae.analysis.collapse import activity, kl_per_dimension
@@ -83,7 +84,7 @@ def traverse(
 
     A coordinate takes `steps` values, evenly spaced within `span` standard deviations of its prior's mean; mean and
     standard deviation are those of the prior where it is one normal, else of `PRIOR_DRAWS` draws. A single code takes
-    all its values instead. All other coordinates stay: at the centre of the row's encoding (see `encode`), or at the
+    all its values instead, and a bit both. All other coordinates stay: at the centre of the row's encoding (see `encode`), or at the
     prior's mean. Latents whose prior reads the moved one, in one or several steps, follow at their mean given it.
 
     Arguments:
@@ -191,9 +192,13 @@ def _prior(pair: Pair, template: Template, names: Sequence[str], moved: str) -> 
         elif found is not None:
             means[name], scales[name] = found.loc[0].cpu(), found.scale[0].cpu()
     fn, states = nodes[moved]["fn"], None
-    if is_discrete(fn):
+    if is_discrete(fn) and isinstance(traces.unwrapped(fn), Bernoulli):
+        states = torch.tensor([0.0, 1.0])
+    elif is_discrete(fn):
         if len(means[moved]) > 1 or not fn.has_enumerate_support:
-            raise DataError(f"traverse: expected real coordinates or a single code; got {moved}, a grid of codes.")
+            raise DataError(
+                f"traverse: expected real coordinates, bits or a single code; got {moved}, a grid of codes."
+            )
         states = fn.enumerate_support(expand=False).flatten().cpu()
     sites = {name: (site_shape(nodes[name], pair.layout), nodes[name]["value"]) for name in exact}
     return Priors(means, scales, states, sites)

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from math import prod
-from typing import Any, ClassVar, Literal, final
+from typing import Any, ClassVar, Literal, Self, final
 
 import pyro.distributions as dist
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from pvae.codebook import Codebook, NearestCodebook
@@ -58,9 +58,9 @@ class MovingAverage(Moving):
         self.register_buffer("weight", torch.zeros(()))
         self.register_buffer("seen", torch.full((), torch.nan), persistent=False)
 
-    def note(self, cost: Tensor) -> None:
+    def note(self, gain: Tensor) -> None:
         """Remember the mean of a batch until the step is done."""
-        self.seen.copy_(cost.detach().mean())
+        self.seen.copy_(gain.detach().mean())
 
     @torch.no_grad()
     def after_step(self) -> None:
@@ -76,9 +76,9 @@ class Estimated(nn.Module):
 
     Arguments:
         network: from the inputs to logits.
-        estimator: "sum" over every joint state, or "score": (cost - baseline) times the gradient of log q.
-        average: a baseline that follows the mean cost; or None.
-        baseline: a network that foretells the cost from the inputs, or None.
+        estimator: "sum" over every joint state, or "score": (gain - baseline) times the gradient of log q.
+        average: a baseline that follows the mean gain; or None.
+        baseline: a network that foretells the gain from the inputs, or None.
     """
 
     def __init__(
@@ -93,8 +93,9 @@ class Estimated(nn.Module):
             return {"enumerate": "parallel"}
         told: dict[str, Any] = {}
         if self.baseline is not None:
-            told["baseline"] = {"baseline_value": self.baseline(inputs).squeeze(-1)}
-            told["learns_baseline"] = True
+            # Detached: an encoder led by its baseline's error would have another gradient than the ELBO's.
+            still = {name: value.detach() for name, value in inputs.items()}
+            told["baseline"] = {"baseline_value": self.baseline(still).squeeze(-1)}
         elif self.average is not None:
             told["baseline"] = {"baseline_value": self.average.value}
             told["average"] = self.average
@@ -123,8 +124,8 @@ class EstimatedPosterior(Posterior):
     """A discrete posterior from which codes themselves are drawn.
 
     `sum` takes the ELBO in expectation under q, exactly, over every joint state (Pyro's `TraceEnum_ELBO`). `score` draws
-    once and weighs the gradient of log q by the cost, less a baseline (Pyro's `TraceGraph_ELBO`); with several
-    particles the baseline is the mean cost of the others. `auto` sums where there are at most 32 joint states.
+    once and weighs the gradient of log q by the gain, log p(x | z) - KL, less a baseline (Pyro's `TraceGraph_ELBO`); with
+    several particles the mean of the others is taken off as well. `auto` sums where there are at most 32 joint states.
 
     References:
         Simple Statistical Gradient-Following Algorithms (Williams, 1992), https://doi.org/10.1007/BF00992696
@@ -136,7 +137,7 @@ class EstimatedPosterior(Posterior):
     estimator: Estimator = "auto"
     """How the gradient is made."""
     baseline: Literal["average", "network", "none"] = "average"
-    """What is taken off the cost of a score function: its average so far, what a network foretells of it from the
+    """What is taken off the gain of a score function: its average so far, what a network foretells of it from the
     encoder's features, or nothing."""
     network: Network | None = None
     """Between the encoder's features and the logits; default: one linear map."""
@@ -252,6 +253,12 @@ class StraightThroughPosterior(RelaxedPosterior):
     kl: KL = "categorical"
     noise: bool = True
     """Draw Gumbel noise."""
+
+    @model_validator(mode="after")
+    def _no_density_of_a_point(self) -> Self:
+        if not self.noise and self.kl == "relaxed":
+            raise ValueError('kl = "categorical" without noise, where q is a point and has no density; got relaxed')
+        return self
 
     def build(self, site: Site, inputs: Mapping[str, Shape], link: Link) -> nn.Module:
         """See `Posterior.build`."""

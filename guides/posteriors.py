@@ -35,6 +35,8 @@ class Posterior(Component):
     """Whether it asks the model for p(z | parents): it is then given those parents too."""
     summed: ClassVar[bool] = False
     """Whether the latent is summed out by the model, so that the guide does not sample it."""
+    infers: ClassVar[bool] = True
+    """Whether x has anything to do with it."""
     determines: ClassVar[str | None] = None
     """The kind of likelihood under which z determines x, if it needs one."""
     given: Names = (OBSERVED,)

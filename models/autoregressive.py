@@ -39,7 +39,7 @@ def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 def precise(x: Tensor) -> Tensor:
     """A tensor in single precision or better."""
-    return cast(x, torch.promote_types(x.dtype, torch.float32))
+    return x.float() if x.dtype.itemsize < 4 else x
 
 
 def categorical(logits: Tensor) -> Tensor:

@@ -150,7 +150,7 @@ def schema() -> None:
 def check(
     file: NAME,
     overrides: OVERRIDES = None,
-    build: Annotated[bool, typer.Option("--build", help="Also load data, build, and take one ELBO.")] = False,
+    build: Annotated[bool, typer.Option("--build", help="Also load data, build, and take one loss.")] = False,
     data_dir: DATA_DIR = None,
 ) -> None:
     """Check a declaration; with --build also its data, shapes and one ELBO on a tiny batch."""
@@ -168,12 +168,14 @@ def check(
     problems = pair.check(rows)
     if problems:
         raise DeclarationError([f"{file}: {problem}" for problem in problems])
-    terms = evaluate(pair, rows, experiment.seed)
+    measured = experiment.objective.measure(pair, rows, experiment.seed)
+    if measured is None:
+        elbo = evaluate(pair, rows, experiment.seed)["elbo"]
+        said = f"ELBO of {len(rows)} rows before training {elbo:.2f} nats per datum"
+    else:
+        said = f"critic's loss of {len(rows)} rows before training {measured['critic_loss']:.2f} nats; no likelihood"
     count = sum(p.numel() for p in pair.parameters())
-    typer.echo(
-        f"{file}: ok; x {list(data.shape)}, {len(data.train)} training rows, {count:,} parameters, "
-        f"ELBO of {len(rows)} rows before training {terms['elbo']:.2f} nats per datum"
-    )
+    typer.echo(f"{file}: ok; x {list(data.shape)}, {len(data.train)} training rows, {count:,} parameters, {said}")
 
 
 @app.command()
@@ -306,9 +308,9 @@ def runs(run_dir: RUN_DIR = RUNS, as_json: JSON = False) -> None:
     if not rows:
         typer.echo(f"no runs in {run_dir}; make one with: pvae fit vae")
     for row in rows:
-        elbo = f"{row['elbo']:.3f}" if isinstance(row.get("elbo"), float) else "-"
+        elbo = f"elbo {row['elbo']:>10.3f}" if isinstance(row.get("elbo"), float) else ""
         epochs = f"{row.get('epoch') if row.get('epoch') is not None else '-'}/{row.get('epochs') or '-'}"
-        typer.echo(f"{row['state']:12} {epochs:>9}  elbo {elbo:>10}  {row['path']}")
+        typer.echo(f"{row['state']:12} {epochs:>9}  {elbo:15}  {row['path']}")
 
 
 # ---------------------------------------------------------------------- analysis
@@ -442,6 +444,88 @@ def gap(
         say(result)
 
 
+@app.command("two-sample")
+def two_sample(
+    run: RUN,
+    split: SPLIT = "test",
+    rows: ROWS = None,
+    mean: Annotated[bool, typer.Option("--mean", help="Means of p(x | z), without the likelihood's noise.")] = False,
+    neighbours: Annotated[int, typer.Option("-k", min=1, help="Which neighbour the balls of precision reach.")] = 5,
+    seed: SEED = 0,
+    run_dir: RUN_DIR = RUNS,
+    data_dir: DATA_DIR = None,
+    as_json: JSON = False,
+) -> None:
+    """Compare samples with data: can a classifier tell them apart, and what of the data do they reach?"""
+    from pvae.analysis.two_sample import STEPS, compare
+    from pvae.progress import Progress
+
+    opened = _run(run, run_dir, data_dir)
+    with Progress(len(STEPS), "two-sample", show=not as_json) as bar:
+        found = compare(
+            opened, split, rows, seed, mean=mean, k=neighbours, on_progress=lambda done, _, what: bar.update(done, what)
+        )
+    if as_json:
+        emit({"run": str(opened.path), **found.to_dict()})
+    else:
+        say(found)
+
+
+@app.command()
+def critic(
+    run: RUN,
+    split: SPLIT = "train",
+    rows: ROWS = None,
+    seed: SEED = 0,
+    run_dir: RUN_DIR = RUNS,
+    data_dir: DATA_DIR = None,
+    as_json: JSON = False,
+) -> None:
+    """Estimate KL(q_agg || p) from draws alone: also where the code is a point, and no density is known."""
+    from pvae.analysis import critic as estimate
+    from pvae.progress import Progress
+
+    opened = _run(run, run_dir, data_dir)
+    x, _ = _rows(opened, split, rows, seed)
+    with Progress(100, "critic", show=not as_json) as bar:
+        found = estimate(opened, x, seed, on_progress=lambda done, total: bar.update(100 * done // total, ""))
+    if as_json:
+        emit({"run": str(opened.path), "split": split, **found.to_dict()})
+    else:
+        say(found)
+
+
+@app.command()
+def counterexamples(
+    data: Annotated[str, typer.Option("--data", help="digits, fashion_mnist, mnist.")] = "digits",
+    out: Annotated[Path | None, typer.Option("--out", help="Also write a CSV: its path without suffix.")] = None,
+    seed: SEED = 0,
+    data_dir: DATA_DIR = None,
+    as_json: JSON = False,
+) -> None:
+    """Show that samples and likelihood say little of each other: two textbook models on real data."""
+    from pvae.analysis import counterexamples as study
+    from pvae.data import load
+    from pvae.data.declared import Data
+    from pvae.files import write_atomic
+    from pvae.progress import Progress
+
+    known = [name for name in ("digits", "fashion_mnist", "mnist") if name in Data.members]
+    if data not in known:
+        raise DeclarationError(f"--data: expected one of {', '.join(known)}; got {data!r}.")
+    with Progress(100, "counterexamples", show=not as_json) as bar:
+        found = study(
+            load(Data.parse(data), data_dir=data_dir), seed,
+            on_progress=lambda done, total, what: bar.update(100 * done // total, what),
+        )  # fmt: skip
+    if out is not None:
+        write_atomic(_beside(out, ".csv"), found.models().round(4).to_csv())
+    if as_json:
+        emit(found.to_dict())
+    else:
+        say(found)
+
+
 @app.command()
 def selfcheck(device: DEVICE = "auto", seed: SEED = 0, as_json: JSON = False) -> None:
     """Measure models whose every figure is known exactly: are surgery, evidence and gaps right on this machine?"""
@@ -491,13 +575,15 @@ def posterior(
 @app.command()
 def report(run: RUN, run_dir: RUN_DIR = RUNS, data_dir: DATA_DIR = None, split: SPLIT = "test") -> None:
     """Write the report of a run: one HTML file."""
-    from pvae.analysis.report import STEPS, examine, write
+    from importlib import import_module
+
     from pvae.progress import Progress
 
     opened = _run(run, run_dir, data_dir)
-    with Progress(len(STEPS), "report") as bar:
-        findings = examine(opened, split=split, on_progress=lambda done, _, what: bar.update(done, what))
-    path = write(findings)
+    made: Any = import_module(f"pvae.analysis.{'sample_report' if opened.pair.implicit else 'report'}")
+    with Progress(len(made.STEPS), "report") as bar:
+        findings = made.examine(opened, split=split, on_progress=lambda done, _, what: bar.update(done, what))
+    path = made.write(findings)
     say(findings.held)
     typer.echo(f"report: {path}")
 

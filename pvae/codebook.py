@@ -98,32 +98,33 @@ class NearestCodebook(Moving):
 
     def _note(self, flat: Tensor, index: Tensor) -> None:
         flat = flat.to(self.counts)
-        self.batch_counts.copy_(torch.zeros_like(self.counts).index_add_(0, index, torch.ones_like(flat[:, 0])))
+        # A batch that is not finite counts for nothing.
+        sound = flat.sum().isfinite().to(self.counts)
+        self.batch_counts.zero_().index_add_(0, index, sound.expand(len(flat)))
         if self.decay is not None:
-            self.batch_sums.copy_(torch.zeros_like(self.spare).index_add_(0, index, flat))
+            self.batch_sums.zero_().index_add_(0, index, flat)
         if self.restart:
             self.spare.copy_(flat[torch.randint(len(flat), (len(self.counts),), device=flat.device)])
 
     @torch.no_grad()
     def after_step(self) -> None:
         """Averages and rows follow the batch; dead rows move to vectors of it. A batch that is not finite moves nothing."""
-        decay = USE_DECAY if self.decay is None else self.decay
         seen = self.batch_counts.sum() > 0
+        decay = USE_DECAY if self.decay is None else self.decay
         self.counts.lerp_(torch.where(seen, self.batch_counts, self.counts), 1 - decay)
         weight = self.weight
         if self.decay is not None:
-            sound = seen & self.batch_sums.isfinite().all()
-            self.sums.lerp_(torch.where(sound, self.batch_sums, self.sums), 1 - decay)
+            self.sums.lerp_(torch.where(seen, self.batch_sums, self.sums), 1 - decay)
             total = self.counts.sum()
             smooth = (self.counts + SMOOTHING) * (total / (total + len(self.counts) * SMOOTHING))
             weight.copy_(torch.where(seen, self.place(self.sums / smooth[:, None]), weight))
         if self.restart:
             # A row just moved counts as one at the threshold: it has time to be found.
-            dead = (self.counts < self.restart) & seen & self.spare.isfinite().all()
+            dead = (self.counts < self.restart) & seen
             weight.copy_(torch.where(dead[:, None], self.spare, weight))
             if self.decay is not None:
                 self.sums.copy_(torch.where(dead[:, None], self.spare * self.restart, self.sums))
-            self.counts.copy_(torch.where(dead, torch.full_like(self.counts, self.restart), self.counts))
+            self.counts.masked_fill_(dead, self.restart)
         self.batch_counts.zero_()
 
     @torch.no_grad()

@@ -8,6 +8,8 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
+from pvae.errors import DeclarationError
+
 Size = torch.Size | list[int] | tuple[int, ...]
 
 
@@ -36,6 +38,21 @@ class Determined(dist.Delta):
             return self
         shape = torch.Size(batch_shape)
         return Determined(self.v.expand(shape + self.event_shape), self.log_density.expand(shape), self.event_dim)
+
+
+class Implicit(dist.Delta):
+    """`value` with certainty, made of a z that nothing finds back: it can be drawn, and has no density to report."""
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Refused.
+
+        Raises:
+            DeclarationError: always; what is asked for does not exist.
+        """
+        raise DeclarationError(
+            "log p(x | z): expected a likelihood; got x = g(z), a generator without one. It has no ELBO and no "
+            "evidence: compare its samples with data (pvae two-sample)."
+        )
 
 
 class Rounded(Determined):

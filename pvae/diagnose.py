@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +35,20 @@ def gradient_norm(loss: Loss, x: Tensor) -> float:
     with torch.enable_grad():
         gradients = torch.autograd.grad(loss(x)[0], parameters, allow_unused=True)
     return float(torch.stack([g.norm() for g in gradients if g is not None]).norm())
+
+
+def bad_figures(pair: Pair, names: Sequence[str], out: Tensor) -> str:
+    """One sentence for people, where a step has no ELBO whose sites could be asked: what is not finite.
+
+    Arguments:
+        pair: what is fitted.
+        names: of the step's figures.
+        out: the figures themselves.
+    """
+    if weights := bad_weights(pair):
+        return f"weights were already not finite ({weights[0]}): a gradient of an earlier step overflowed"
+    figures = dict(zip(names, out.tolist(), strict=True))
+    return ", ".join(f"{name} {value:.3g}" for name, value in figures.items())
 
 
 def diagnose(loss: Loss, again: Callable[[], Tensor], index: Tensor) -> str:

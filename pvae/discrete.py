@@ -285,11 +285,17 @@ class Discretised(Messenger):
     """Runs programs in their discrete twins: every relaxed site becomes the code of the same logits."""
 
     def _pyro_sample(self, msg: Any) -> None:
-        fn = msg["fn"]
-        while isinstance(fn, dist.ExpandedDistribution):
-            fn = fn.base_dist
-        if isinstance(fn, Relaxing) or (isinstance(fn, RelaxedCodes) and fn.has_twin):
-            msg["fn"] = fn.discrete()
+        msg["fn"] = twin(msg["fn"])
+
+
+def twin(fn: Any) -> Any:
+    """The discrete twin of a relaxed distribution; any other as it is."""
+    base = fn
+    while isinstance(base, dist.ExpandedDistribution):
+        base = base.base_dist
+    if isinstance(base, Relaxing) or (isinstance(base, RelaxedCodes) and base.has_twin):
+        return base.discrete()
+    return fn
 
 
 def is_relaxed(fn: Any) -> bool:

@@ -1,8 +1,8 @@
 """Many distributions of one exponential family at once: sufficient statistics, natural parameters, densities.
 
 log q_i(z) = <T(z), eta_i> - A(eta_i), so the density of m points under n members is one matrix product. A mixture of
-posteriors (aggregated posterior, learned mixtures as priors) is scored this way, whatever the family. One-hot statistics
-pick one row of the parameters for each position: there the product is a sum of rows.
+posteriors (aggregated posterior, learned mixtures as priors) is scored this way, whatever the family. One-hot
+statistics pick one row of the parameters for each position: there the product is a sum of rows.
 """
 
 from __future__ import annotations
@@ -261,10 +261,13 @@ class Codes(Members):
     logits: Tensor
     """Log probabilities, `(n, P, K)`; made normalised and finite."""
     form: Form = "index"
+    normalised: bool = False
+    """Whether the logits given are normalised and finite already."""
 
     def __post_init__(self) -> None:
-        normalised = self.logits.log_softmax(-1).clamp(min=IMPOSSIBLE)
-        object.__setattr__(self, "logits", normalised)
+        if not self.normalised:
+            object.__setattr__(self, "logits", self.logits.log_softmax(-1).clamp(min=IMPOSSIBLE))
+            object.__setattr__(self, "normalised", True)
 
     def __len__(self) -> int:
         return len(self.logits)
@@ -301,7 +304,7 @@ class Codes(Members):
         return self.form == "index" and self.states >= SPARSE
 
     def rows(self, index: slice | Tensor) -> Codes:
-        return Codes(self.logits[index], self.form)
+        return Codes(self.logits[index], self.form, normalised=True)
 
     @property
     def origin(self) -> Tensor:
@@ -347,17 +350,18 @@ class Codes(Members):
         return torch.nn.functional.one_hot(index, self.states).to(self.logits).flatten(1)
 
     def joined(self, others: Sequence[Codes]) -> Codes:
-        return Codes(torch.cat([self.logits, *(p.logits for p in others)]), self.form)
+        return Codes(torch.cat([self.logits, *(p.logits for p in others)]), self.form, normalised=True)
 
     def map(self, change: Any) -> Codes:
-        return Codes(change(self.logits), self.form)
+        changed = change(self.logits)
+        return self if changed is self.logits else Codes(changed, self.form)
 
 
 @dataclass(frozen=True)
 class CertainCodes(Members):
     """A grid of P codes known for certain: probability 1 of one joint code, 0 of all others.
 
-    As a family it is `Codes` with log probabilities of 0 and `IMPOSSIBLE`; a mixture of them is counted, not multiplied.
+    As a family it is `Codes` with log probabilities 0 and `IMPOSSIBLE`; a mixture of them is counted, not multiplied.
     """
 
     index: Tensor
@@ -503,6 +507,11 @@ class Product(Members):
         return Product(tuple(part.map(change) for part in self.parts))
 
 
+def _side_by_side(parts: Sequence[Codes]) -> Codes:
+    """Grids of the same states as one of all their positions."""
+    return Codes(torch.cat([part.logits for part in parts], 1), parts[0].form, normalised=True)
+
+
 def product(parts: Sequence[Members]) -> Members:
     """One part as it is, diagonal normals and certain codes as one, several kinds as a `Product`."""
     if all(isinstance(part, Normals) for part in parts):
@@ -511,7 +520,7 @@ def product(parts: Sequence[Members]) -> Members:
     if all(isinstance(part, Codes) for part in parts):
         codes = [part for part in parts if isinstance(part, Codes)]
         if len({(p.form, p.states) for p in codes}) == 1:
-            return Codes(torch.cat([p.logits for p in codes], 1), codes[0].form)
+            return codes[0] if len(codes) == 1 else _side_by_side(codes)
     if all(isinstance(part, CertainCodes) for part in parts):
         certain = [part for part in parts if isinstance(part, CertainCodes)]
         return CertainCodes(torch.cat([p.index for p in certain], 1), max(p.states for p in certain))

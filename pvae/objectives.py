@@ -55,6 +55,12 @@ class Fitting:
     """What the steps of an epoch sum up, kept here because it belongs to every checkpoint."""
     tell: Callable[[str, str], None]
     """Reports an event, as kind and message."""
+    optimizer: torch.optim.Optimizer
+    """Over all parameters that are free."""
+    clip_norm: float | None = None
+    """Largest norm of a gradient; infinite where it is only watched, None where it is not."""
+    average: tuple[Sequence[Tensor], float] | None = None
+    """Averaged weights in the order of the pair's free parameters, moved in place, with their decay."""
 
 
 class Objective(Component):
@@ -67,6 +73,8 @@ class Objective(Component):
     """How its steps run, where there is no choice."""
     refuses: ClassVar[tuple[str, ...]] = ()
     """Keys of `train` that must stay as they are by default."""
+    scores: ClassVar[bool] = True
+    """Whether it fits a density of x, so that an ELBO can be reported."""
 
     beta: Schedule = Constant()
     """Weight of the KL in per-datum nats: 1 is the ELBO, 0 an autoencoder."""
@@ -84,6 +92,16 @@ class Objective(Component):
     @abstractmethod
     def loss(self, terms: Terms, beta: Tensor) -> Tensor:
         """Scalar loss, nats per datum."""
+
+    def attach(self, pair: Pair) -> None:  # noqa: B027 - most have nothing to add
+        """Add to a declared pair what is fitted beside model and guide; called once, with weights still at random."""
+
+    def measure(self, pair: Pair, x: Tensor, seed: int) -> dict[str, float] | None:
+        """What validation reports of held-out data `(n, *row)` in place of an ELBO; None for that.
+
+        Moves no weight and no random state; the same seed, the same figures.
+        """
+        return None
 
     def misfits(self, pair: Pair, rows: int) -> list[str]:
         """What keeps a pair from being fitted to `rows` training rows by this objective, one line each."""
@@ -107,25 +125,23 @@ class Objective(Component):
     def estimated(self, loss: Tensor, terms: Terms, beta: Tensor) -> Tensor:
         """A loss with the gradient of draws that carry none: of every such latent
 
-        (cost - baseline) grad log q, cost = beta * sum of KLs - reconstruction,
+        (gain - baseline) grad log q, gain = reconstruction - beta * sum of KLs,
 
-        without its own KL where that is in closed form. The value stays as it is. With several particles the baseline
-        of a draw is the mean cost of the others (which leaves the gradient unbiased); a network's is brought nearer to
-        the cost by their squared difference.
+        without its own KL where that is in closed form. The value stays as it is. With several particles the mean of the
+        others is taken off as well (which leaves the gradient unbiased); a network's baseline is brought nearer to the
+        gain by their squared difference.
         """
         for name, score in terms.scores.items():
             others = [kl for site, kl in terms.kl.items() if score.own_kl or site != name]
-            cost = (beta * sum_over(others) if others else 0.0) - terms.reconstruction
-            cost = cost.detach()
-            score.note(cost)
-            left = cost
-            if score.baseline is not None:
-                left = left - score.baseline.detach()
-            elif cost.dim() > 1:
-                left = (cost - cost.mean(0)) * (len(cost) / (len(cost) - 1))
-            loss = loss + (left * (score.log_q - score.log_q.detach())).mean()
+            gain = terms.reconstruction - (beta * sum_over(others) if others else 0.0)
+            gain = gain.detach()
+            score.note(gain)
+            left = gain if score.baseline is None else gain - score.baseline.detach()
+            if left.dim() > 1:
+                left = (left - left.mean(0)) * (len(left) / (len(left) - 1))
+            loss = loss - (left * (score.log_q - score.log_q.detach())).mean()
             if score.learns and score.baseline is not None:
-                error = (score.baseline - cost).square().mean()
+                error = (score.baseline - gain).square().mean()
                 loss = loss + (error - error.detach())
         return loss
 

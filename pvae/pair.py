@@ -60,31 +60,32 @@ class Terms:
 
 @dataclass(frozen=True)
 class Score:
-    """What the gradient of a draw that carries none is made of: E grad = E[(cost - baseline) grad log q]."""
+    """What the gradient of a draw that carries none is made of: grad E gain = E[(gain - baseline) grad log q + grad gain]."""
 
     log_q: Tensor
     """log q of the draw, `(batch,)`, with its gradient; the latent's own KL holds it without."""
     own_kl: bool
-    """Whether the cost of the draw holds the latent's KL: not where it is in closed form."""
+    """Whether the gain of the draw holds the latent's KL: not where it is in closed form."""
     baseline: Tensor | None
-    """What is taken off the cost, `(batch,)` or a number; None for nothing."""
+    """What is taken off the gain, `(batch,)` or a number; None for nothing."""
     learns: bool
-    """Whether the baseline is a network's, to be brought nearer to the cost."""
+    """Whether the baseline has parameters, to be brought nearer to the gain."""
     note: Callable[[Tensor], None]
-    """Told the cost, of which an average baseline is made."""
+    """Told the gain, of which an average baseline is made."""
 
 
 def _score(node: Mapping[str, Any], log_q: Tensor, own_kl: bool) -> Score:
     """Of a site, from what it says of itself in `infer`, as Pyro's `TraceGraph_ELBO` reads it."""
     infer = node["infer"]
     told, average = infer.get("baseline", {}), infer.get("average")
-    baseline, learns = told.get("baseline_value"), bool(infer.get("learns_baseline"))
+    baseline = told.get("baseline_value")
     if "nn_baseline" in told:
-        baseline, learns = told["nn_baseline"](told["nn_baseline_input"].detach()), True
+        baseline = told["nn_baseline"](told["nn_baseline_input"].detach())
+    learns = baseline is not None and baseline.requires_grad
     return Score(log_q, own_kl, baseline, learns, _forget if average is None else average.note)
 
 
-def _forget(_cost: Tensor) -> None:
+def _forget(_gain: Tensor) -> None:
     """Nobody keeps an average."""
 
 
@@ -131,6 +132,8 @@ class Pair(nn.Module):
         self._layout: Layout | None = None
         self._event: tuple[int, ...] = ()
         self._store: Any = {"params": {}, "constraints": {}}
+        self.implicit = False
+        """Whether x can only be drawn: the pair has no likelihood, and nothing is inferred."""
 
     @property
     def layout(self) -> Layout:
@@ -393,6 +396,11 @@ class Pair(nn.Module):
     ) -> Terms:
         """E_q(c|x) of every term, by the sum over all joint states c of the latents that are marked for it."""
         layout = self.layout
+        if layout.enumerated:
+            raise DeclarationError(
+                f"{', '.join(layout.expected)}: expected draws beside {', '.join(layout.enumerated)}, which the model sums "
+                f"out given them; got a sum over their states too. Set estimator = 'score', or relax them."
+            )
         size = full_size(model_trace, layout, rows)
         log_q = [log_prob(guide_trace.nodes[name], layout, count) for name in layout.expected]
         weights = sum_over(log_q).exp()
@@ -400,7 +408,8 @@ class Pair(nn.Module):
 
         def mean(value: Tensor) -> Tensor:
             total = weights * value
-            return total.sum(tuple(range(total.dim() - width)))
+            total = total.sum(tuple(range(total.dim() - width)))
+            return total.expand(count, -1) if count else total
 
         observed = sum_over([log_prob(model_trace.nodes[name], layout, count, size) for name in layout.observed])
         kl, scores = {}, {}
@@ -421,11 +430,13 @@ class Pair(nn.Module):
         """Terms in expectation under p(c | x, z) of the enumerated sites: their sum is log sum_c p(x, z, c) - log q."""
         layout = self.layout
         table = read_table(model_trace, layout, count)
-        kl = {
-            name: log_prob(guide_trace.nodes[name], layout, count)
-            - (table.expected(name) if name in table.logs else 0.0)
-            for name in layout.latents
-        }
+        kl, scores = {}, {}
+        for name in layout.latents:
+            log_q = log_prob(guide_trace.nodes[name], layout, count)
+            if name in layout.scored:
+                scores[name] = _score(guide_trace.nodes[name], log_q, own_kl=True)
+                log_q = log_q.detach()
+            kl[name] = log_q - (table.expected(name) if name in table.logs else 0.0)
         for name in layout.shared:
             q, p = guide_trace.nodes[name], model_trace.nodes.get(name)
             kl[name] = log_prob(q, layout, count, size) - (0.0 if p is None else log_prob(p, layout, count, size))
@@ -433,7 +444,7 @@ class Pair(nn.Module):
             table.expected(name) if name in table.logs else log_prob(model_trace.nodes[name], layout, count, size)
             for name in layout.observed
         ]
-        return Terms(sum_over(observed), {**kl, **table.kl()})
+        return Terms(sum_over(observed), {**kl, **table.kl()}, penalties_of(guide_trace), scores)
 
     def forward(self, x: Tensor) -> Tensor:
         """ELBO estimate of every datum, nats, `(batch,)`."""
@@ -459,7 +470,9 @@ class Pair(nn.Module):
             guide_trace, model_trace = self._run(rows)
         problems = differing_sites(guide_trace, model_trace)
         problems += [p for t in (guide_trace, model_trace) for p in plate_problems(t, len(rows))]
-        return problems or gradient_problems(self.adopt(rows), rows, guide_trace)
+        if problems or self.implicit:  # a pair without a likelihood has no ELBO, whose gradient could be looked at
+            return problems
+        return gradient_problems(self.adopt(rows), rows, guide_trace)
 
 
 def _current_store() -> Any:

@@ -187,13 +187,13 @@ class Run:
 
     def _repr_html_(self) -> str:
         status = self.status
-        elbo = status.get("elbo")
-        figure = f"{elbo:.3f} nats" if isinstance(elbo, float) else "not yet"
         rows = [
             ("run", self.path),
             ("state", f"{status.get('state')}, epoch {status.get('epoch')} of {status.get('epochs')}"),
-            ("validation ELBO", figure),
         ]
+        if "elbo" in status:  # a run without a likelihood has none
+            elbo = status["elbo"]
+            rows.append(("validation ELBO", f"{elbo:.3f} nats" if isinstance(elbo, float) else "not yet"))
         cells = "".join(f"<tr><th>{html.escape(k)}</th><td>{html.escape(str(v))}</td></tr>" for k, v in rows)
         return f"<b>{html.escape(self.name)}</b><table>{cells}</table>"
 

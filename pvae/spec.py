@@ -23,16 +23,17 @@ from pvae.data.declared import Data, Digits
 from pvae.em import EM
 from pvae.discrete import STATES
 from pvae.errors import DeclarationError, near
-from pvae.guides import flows as _guide_flows  # noqa: F401 - their kinds register themselves
-from pvae.guides import inverse, topdown  # noqa: F401
-from pvae.guides.codes import BernoulliPosterior, CategoricalPosterior
+from pvae.gan import GAN as _GAN  # noqa: F401 - kinds register themselves
+from pvae.guides import flows as _guide_flows  # noqa: F401
+from pvae.guides import inverse, topdown, uninferred  # noqa: F401
+from pvae.guides.codes import BernoulliPosterior, CategoricalPosterior, EstimatedPosterior
 from pvae.guides.encoders import Encoder, SharedEncoder
 from pvae.guides.graph import GraphGuide
 from pvae.guides.posteriors import ExactPosterior, NormalPosterior, Posterior
 from pvae.models import autoregressive, flows, invertible, mixture  # noqa: F401
 from pvae.models.decoders import Decoder
 from pvae.models.graph import GraphModel
-from pvae.models.likelihoods import Likelihood
+from pvae.models.likelihoods import DeterminedLikelihood, Likelihood
 from pvae.models.priors import BernoulliPrior, CategoricalPrior, Prior, StandardNormal, UniformPrior, prior_of
 from pvae.networks import Table as NetworkTable
 from pvae.objectives import Objective, TraceELBO
@@ -422,6 +423,7 @@ class Experiment(Plan):
         link.guide = GraphGuide(guide_sites, encoder, posteriors, frame, link)
         link.building = True
         pair = Pair(link.model, link.guide).adopt(torch.zeros(2, *frame.row))
+        self.objective.attach(pair)
         link.building = False
         return pair
 
@@ -460,13 +462,14 @@ def _findings(e: Experiment) -> Iterator[Finding]:
     except DeclarationError as error:
         yield ("latents",), str(error), sorted(names)
         return
-    if not any(OBSERVED in z.posterior.given or z.posterior.summed for z in e.latents.values()):
+    if e.objective.scores and not any(OBSERVED in z.posterior.given or z.posterior.summed for z in e.latents.values()):
         yield ("latents",), "at least one posterior given 'x': the guide never looks at the data", sorted(names)
     yield from _unread(e)
     yield from _unread_covariates(e)
     yield from _misplaced_priors(e)
     yield from _misplaced_posteriors(e)
-    if e.refit is not None:
+    yield from _likelihood_free(e)
+    if e.refit is not None and e.objective.scores:
         yield from _second_stage(e, e.refit)
     if e.objective.kind == "trace_mean_field_elbo":  # type: ignore[attr-defined]
         yield from _not_mean_field(e)
@@ -482,7 +485,8 @@ def refused(plan: Plan) -> Iterator[Finding]:
         if value != default:
             kind = plan.objective.kind  # type: ignore[attr-defined]
             wanted = "nothing" if default is None else default
-            yield ("train", name), f"{wanted}, because the objective {kind} takes no gradient steps", value
+            why = "takes no gradient steps" if plan.objective.scores else "has no ELBO and no guide to fit"
+            yield ("train", name), f"{wanted}, because the objective {kind} {why}", value
 
 
 def _no_mixture(e: Experiment) -> Iterator[Finding]:
@@ -534,7 +538,12 @@ WHAT: dict[Values, str] = {"real": "a vector", "index": "codes", "relaxed": "rel
 
 def _relaxes(latent: Latent) -> bool:
     """Whether a prior of codes is to price relaxed ones: by the KL of the categoricals, which asks for no density."""
-    return latent.sampled == "relaxed" and "index" in latent.prior.values and latent.posterior.kl == "categorical"  # type: ignore[attr-defined]
+    return latent.sampled == "relaxed" and "index" in latent.prior.values and not _wants_density(latent)
+
+
+def _wants_density(latent: Latent) -> bool:
+    """Whether the KL of a relaxed latent is that of the densities."""
+    return latent.posterior.kl == "relaxed"  # type: ignore[attr-defined]
 
 
 def _misplaced_priors(e: Experiment) -> Iterator[Finding]:
@@ -545,6 +554,12 @@ def _misplaced_priors(e: Experiment) -> Iterator[Finding]:
             kinds = [k for k, member in Prior.members.items() if latent.sampled in member.values]  # type: ignore[attr-defined]
             yield ("latents", name, "prior"), f"a prior of {WHAT[latent.sampled]}: one of {', '.join(kinds)}", kind
             continue
+        if latent.sampled == "relaxed" and "index" not in latent.prior.values and not _wants_density(latent):
+            yield (
+                ("latents", name, "posterior", "kl"),
+                f"relaxed, because the prior {kind} is a density of relaxed codes and gives codes no probabilities",
+                "categorical",
+            )
         if latent.given and not latent.prior.reads_parents:
             yield (
                 ("latents", name, "prior"),
@@ -584,12 +599,13 @@ def _misplaced_posteriors(e: Experiment) -> Iterator[Finding]:
             kinds = [k for k, member in Posterior.members.items() if member.values == latent.values]  # type: ignore[attr-defined]
             yield loc, f"a posterior of {WHAT[latent.values]}: one of {', '.join(kinds)}", kind
             continue
-        if posterior.summed and latent.log_states > math.log(STATES) + 1e-9:
+        sums = posterior.summed or (isinstance(posterior, EstimatedPosterior) and posterior.estimator == "sum")
+        if sums and latent.log_states > math.log(STATES) + 1e-9:
             yield (
                 loc,
                 f"a sum over at most {STATES} joint states for the posterior {kind} (fewer codes or positions), or "
-                f"another posterior, such as categorical",
-                f"{latent.codes} ** {prod(latent.grid or ())}",
+                f"{'another posterior, such as categorical' if posterior.summed else 'estimator = score'}",
+                f"{latent.codes or 2} ** {latent.bits or prod(latent.grid or ())}",
             )
         wanted = posterior.determines
         if wanted and (wanted != likelihood.kind or e.decoder.network.kind != "bijection"):  # type: ignore[attr-defined]
@@ -598,12 +614,46 @@ def _misplaced_posteriors(e: Experiment) -> Iterator[Finding]:
                 f"the network bijection and the likelihood {wanted}, of which the posterior {kind} is the way back",
                 f"{e.decoder.network.kind}, {likelihood.kind}",  # type: ignore[attr-defined]
             )
-    if likelihood.is_point and not any(z.posterior.determines for z in e.latents.values()):
+    if e.objective.scores and likelihood.is_point and not any(z.posterior.determines for z in e.latents.values()):
         yield (
             ("decoder", "likelihood"),
             "a density of x given z (normal, bernoulli, ...), unless the posterior is inverse or dequantised",
             likelihood.kind,  # type: ignore[attr-defined]
         )
+
+
+def _likelihood_free(e: Experiment) -> Iterator[Finding]:
+    """A generator needs a critic, a point for x and a guide that infers nothing; none goes without the others."""
+    kind, likelihood = e.objective.kind, e.decoder.likelihood  # type: ignore[attr-defined]
+    determined = isinstance(likelihood, DeterminedLikelihood)
+    if e.objective.scores:
+        for name, latent in e.latents.items():
+            if not latent.posterior.infers:
+                yield (
+                    ("latents", name, "posterior"),
+                    f"a posterior that is inferred from x (normal, ...), for the objective {kind} scores data",
+                    latent.posterior.kind,  # type: ignore[attr-defined]
+                )
+        if isinstance(likelihood, DeterminedLikelihood) and likelihood.squash != "none":
+            yield (
+                ("decoder", "likelihood", "squash"),
+                'none, for only the objective gan never asks for the way back; use the network\'s squash = "logit"',
+                likelihood.squash,
+            )
+        return
+    if not determined:
+        yield ("decoder", "likelihood"), f"determined, x = g(z), for the objective {kind}", likelihood.kind  # type: ignore[attr-defined]
+    for name, latent in e.latents.items():
+        if latent.posterior.infers:
+            yield (
+                ("latents", name, "posterior"),
+                f"prior, for the objective {kind} infers nothing",
+                latent.posterior.kind,  # type: ignore[attr-defined]
+            )
+    if e.refit is not None:
+        yield ("refit",), f"none, for the objective {kind} has no codes to fit a prior to", sorted(e.refit.priors)
+    if e.analysis.every:
+        yield ("analysis", "every"), f"0, for the objective {kind} has no ELBO to take apart", e.analysis.every
 
 
 def _unread(e: Experiment) -> Iterator[Finding]:

@@ -119,6 +119,11 @@ def refit(
     if not isinstance(run, Run):
         run = Run.load(run, root=root, data_dir=data_dir)
     old = run.experiment
+    if not old.objective.scores:
+        raise DeclarationError(
+            f"refit: expected a run with an encoder, whose codes a prior can be fitted to; got one of the objective "
+            f"{old.objective.kind}."  # type: ignore[attr-defined]
+        )
     stage = old.with_overrides(*overrides)
     if stage.objective != old.objective:
         raise DeclarationError("refit: expected no other objective; got one. Priors are fitted by the plain ELBO.")

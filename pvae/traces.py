@@ -330,6 +330,19 @@ def is_point(fn: Any) -> bool:
     return is_point(fn.base_dist) if isinstance(fn, MaskedDistribution) else isinstance(fn, Delta)
 
 
+def shared_codes(node: Mapping[str, Any], layout: Layout) -> Codes | None:
+    """A site's codes as one member, where one set of logits stands for all rows; None otherwise, and for other laws."""
+    fn = unwrapped(node["fn"])
+    if node["mask"] is not None or not isinstance(fn, Categorical):
+        return None
+    event = tuple(node["fn"].event_shape)
+    logits = fn.logits.detach().expand(*node["fn"].batch_shape, *event, -1)
+    axis = logits.dim() - 1 - len(event) + layout.dim
+    if logits.stride(axis) and logits.shape[axis] > 1:
+        return None
+    return Codes(logits.movedim(axis, 0)[:1].reshape(1, -1, logits.shape[-1]))
+
+
 def members(node: Mapping[str, Any], layout: Layout, rows: int) -> Members | None:
     """A site's distributions as members of an exponential family, one for each row; None for other families.
 

@@ -8,7 +8,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from math import prod
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from pvae import checkpoint, seeds
 from pvae.codebook import START_VECTORS
 from pvae.data import Dataset, Split
-from pvae.diagnose import bad_weights, diagnose
+from pvae.diagnose import bad_figures, bad_weights, diagnose
 from pvae.discrete import Discretised
 from pvae.errors import Interrupted, NonFiniteError, PvaeError, StorageError
 from pvae.files import write_atomic
@@ -36,6 +36,7 @@ from pvae.schedules import Scheduled
 from pvae.site import embedded
 from pvae.spec import Plan
 from pvae.step import Step, is_finite, load_optimizer_tensors, make_capturable, optimizer_tensors, set_lr
+from pvae.usage import code_usage
 
 CHUNK = 1000
 STATUS_SECONDS = 2.0
@@ -96,6 +97,12 @@ def start_codebooks(pair: Pair, data: Split, batch: int, seed: int) -> None:
                 node = pair.guide_trace(pair.accept(data.draw(index))).nodes[embedded(posterior.site.name)]
                 parts.append(posterior.vectors(node["infer"]["point"]))
         posterior.codebook.start(torch.cat(parts), seed, batch * positions)
+
+
+def _told(row: Mapping[str, float]) -> str:
+    """The figures of an epoch that progress shows: the ELBO, or what there is in its place."""
+    shown = {"elbo": row["elbo"]} if "elbo" in row else {k: v for k, v in row.items() if "norm" not in k}
+    return " ".join(f"{name} {value:.2f}" for name, value in shown.items())
 
 
 @contextmanager
@@ -238,13 +245,17 @@ class Trainer:
         self._status("finished")
 
     def _stepper(self) -> Stepper:
-        objective, train = self.plan.objective, self.data.train
-        own = objective.stepper(Fitting(self.loss, train, self.per_epoch, self.plan.seed, self.gathered, self.tell))
+        average = (self.average, self.train.average) if self.average is not None and self.train.average else None
+        watch = self.train.nonfinite != "stop"
+        own = self.plan.objective.stepper(
+            Fitting(
+                self.loss, self.data.train, self.per_epoch, self.plan.seed, self.gathered, self.tell, self.optimizer,
+                self.train.clip_norm or (math.inf if watch else None), average,
+            )
+        )  # fmt: skip
         if own is not None:
             return own
         example = self._rows(torch.arange(self.batch, device=self.device))
-        average = (self.average, self.train.average) if self.average is not None and self.train.average else None
-        watch = self.train.nonfinite != "stop"
         make = {"clip_norm": self.train.clip_norm, "watch": watch, "average": average}
         try:
             if self.engine == "compiled":
@@ -290,7 +301,7 @@ class Trainer:
         frozen = self._frozen(state.step)
         out = self.stepper(x, frozen) if frozen else self.stepper(x)
         if not out.is_cuda and not is_finite(out):
-            return self._not_finite(x, index)
+            return self._not_finite(x, index, out)
         self._accumulate(out)
         state.step += 1
         return state.step % self.per_epoch != 0 or self._all_finite()
@@ -345,10 +356,13 @@ class Trainer:
             part.start(index)
         return self.data.train.draw(index).to(self.dtype)
 
-    def _not_finite(self, x: Tensor, index: Tensor) -> bool:
+    def _not_finite(self, x: Tensor, index: Tensor, out: Tensor) -> bool:
         """A step whose loss or gradient is not finite, before it moved anything; False when rolled back."""
         state = self.state
-        why = diagnose(self.loss, lambda: self._draw(index), index)
+        if self.plan.objective.scores:
+            why = diagnose(self.loss, lambda: self._draw(index), index)
+        else:
+            why = bad_figures(self.pair, self.stepper.names, out)
         message = (
             f"loss not finite at step {state.step} (epoch {state.epoch}): {why}; last finite step {state.step - 1}"
         )
@@ -406,17 +420,16 @@ class Trainer:
         values = (self.sums[:-1] / self.sums[-1].clamp(min=1)).tolist()
         self.sums.zero_()
         row = dict(zip(self.stepper.names, values, strict=True))
-        kl = sum(value for name, value in row.items() if name.startswith("kl/"))
-        row |= {"kl": kl, "elbo": row["reconstruction"] - kl}
+        if self.plan.objective.scores:
+            kl = sum(value for name, value in row.items() if name.startswith("kl/"))
+            row |= {"kl": kl, "elbo": row["reconstruction"] - kl, "beta": float(self.loss.beta)}
         state.epoch += 1
         lr = float(self.optimizer.param_groups[0]["lr"])
         common = {"epoch": state.epoch, "step": state.step, "seconds": round(state.seconds, 3)}
-        self.files.log_metrics(
-            {**common, "split": "train", **row, "beta": float(self.loss.beta), "lr": lr, "skipped": state.skipped}
-        )
-        note = f"epoch {state.epoch}/{self.train.epochs} elbo {row['elbo']:.2f}"
+        self.files.log_metrics({**common, "split": "train", **row, "lr": lr, "skipped": state.skipped})
+        note = f"epoch {state.epoch}/{self.train.epochs} {_told(row)}"
         if state.epoch % self.train.validate_every == 0 or state.epoch == self.train.epochs:
-            note = f"{note} validation {self._validate(common):.2f}"
+            note = f"{note} validation {self._validate(common)}"
         bar.update(state.step, note)
         if self.record and self.plan.analysis.every and state.epoch % self.plan.analysis.every == 0:
             self._record(self.record, common)
@@ -434,11 +447,15 @@ class Trainer:
             return
         self.files.log_metrics({**common, "split": "analysis", **row})
 
-    def _validate(self, common: dict[str, Any]) -> float:
-        """Validation ELBO of the weights that would be kept; remembers the best and counts patience."""
-        state = self.state
+    def _validate(self, common: dict[str, Any]) -> str:
+        """Validation of the weights that would be kept, in words; by ELBO remembers the best and counts patience."""
+        state, held = self.state, self.data.validation.x
         with swapped(self.parameters, self.average):
-            row = evaluate(self.pair, self.data.validation.x, self.plan.seed)
+            row = self.plan.objective.measure(self.pair, held, self.plan.seed)
+            if row is not None:
+                self.files.log_metrics({**common, "split": "validation", **row})
+                return _told(row)
+            row = {**evaluate(self.pair, held, self.plan.seed), **code_usage(self.pair, held, self.plan.seed)}
             better = row["elbo"] > state.best
             if better:
                 state.best, state.best_epoch, state.waited = row["elbo"], state.epoch, 0
@@ -451,7 +468,7 @@ class Trainer:
             self.tell(
                 "stop", f"validation ELBO not better for {state.waited} validations: stopped at epoch {state.epoch}"
             )
-        return row["elbo"]
+        return f"{row['elbo']:.2f}"
 
     def _beta_rests(self) -> bool:
         """Patience waits while beta moves: the model is still being led to its bound."""
@@ -535,9 +552,10 @@ class Trainer:
 
     def _status(self, state: str, **fields: Any) -> None:
         s = self.state
-        elbo = s.best if math.isfinite(s.best) else None
+        if self.plan.objective.scores:
+            fields["elbo"] = s.best if math.isfinite(s.best) else None
         self.files.update_status(
-            state=state, epoch=s.epoch, epochs=self.train.epochs, step=s.step, elbo=elbo, engine=self.engine,
+            state=state, epoch=s.epoch, epochs=self.train.epochs, step=s.step, engine=self.engine,
             seconds=round(s.seconds, 1), skipped=s.skipped, **fields,
         )  # fmt: skip
         self.last_status = time.monotonic()

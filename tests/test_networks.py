@@ -13,7 +13,7 @@ import torch
 
 from pvae.component import Shape
 from pvae.errors import DeclarationError
-from pvae.networks import MLP, Conv, GatedMLP, Network, NetworkModule, Table
+from pvae.networks import MLP, Conv, GatedMLP, Network, NetworkModule, Pointwise, Resize, Resnet, Table
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,9 @@ ROWS = {
     "conv": Row(Conv(channels=(3, 4), dense=11, activation="elu"), vectors_only=False),
     "conv, one level": Row(Conv(channels=(3,), dense=11, activation="elu"), vectors_only=False),
     "conv, three levels": Row(Conv(channels=(3, 4, 5), dense=11, activation="elu"), vectors_only=False),
+    "resnet": Row(Resnet(channels=4, blocks=1, activation="elu"), vectors_only=False),
+    "resnet, no blocks": Row(Resnet(channels=6, blocks=0, halvings=1, activation="elu"), vectors_only=False),
+    "resnet, narrow": Row(Resnet(channels=6, inner=1, halvings=0, activation="tanh"), vectors_only=False),
 }
 
 Case = tuple[dict[str, Shape], Shape | None]
@@ -61,6 +64,16 @@ IMAGES: dict[str, Case] = {
     "image and vector to vector": ({"x": (2, 9, 12), "z": (3,)}, (4,)),
     "image and vector to image": ({"x": (2, 9, 12), "z": (3,)}, (1, 7, 5)),
     "two images to vector": ({"x": (1, 7, 5), "c": (2, 4, 4)}, (4,)),
+    "28x28 to a grid of 8x8": ({"x": (1, 28, 28)}, (5, 8, 8)),
+    "a grid of 8x8 to 28x28": ({"c": (5, 8, 8)}, (1, 28, 28)),
+    "28x28 to a grid of 7x7": ({"x": (1, 28, 28)}, (5, 7, 7)),
+    "a grid of 7x7 to 28x28": ({"c": (5, 7, 7)}, (1, 28, 28)),
+    "8x8 to a grid of 4x4": ({"x": (1, 8, 8)}, (5, 4, 4)),
+    "a grid of 4x4 to 8x8": ({"c": (5, 4, 4)}, (1, 8, 8)),
+    "two grids to 28x28": ({"top": (3, 7, 7), "bottom": (5, 14, 14)}, (1, 28, 28)),
+    "image and grid to a grid": ({"x": (1, 28, 28), "top": (3, 7, 7)}, (5, 14, 14)),
+    "grid and vector to a grid": ({"c": (3, 7, 7), "z": (2,)}, (5, 7, 7)),
+    "a row of codes and a grid to 9x12": ({"c": (3, 5), "d": (2, 4, 4)}, (1, 9, 12)),
 }
 
 
@@ -245,3 +258,82 @@ def test_convolution_refuses_vectors_only(inputs, output):
     found = ", ".join(rf"{name} \[{', '.join(map(str, shape))}\]" for name, shape in inputs.items())
     with pytest.raises(DeclarationError, match=rf"expected an image \(channels, height, width\).*; got {found}\. Decl"):
         Conv().build(inputs, output)
+
+
+# ---------------------------------------------------------------------- residual
+
+
+@pytest.mark.parametrize("have", [1, 2, 3, 7, 8, 14, 28, 32])
+@pytest.mark.parametrize("want", [1, 2, 3, 7, 8, 14, 28, 32])
+def test_any_size_is_brought_to_any_other(have, want):
+    resize = Resize((2, have, 9), 4, (want, 5), torch.nn.ELU)
+    x = torch.randn(3, 2, have, 9).requires_grad_()
+    y = resize(x)
+    assert y.shape == (3, 4, want, 5)
+    (found,) = torch.autograd.grad(y.square().sum(), x)
+    assert (found.abs().sum((0, 1)) > 0).all()  # no pixel is left out
+
+
+def test_sizes_that_are_no_powers_of_two_apart_are_padded_evenly():
+    resize = Resize((1, 28, 28), 4, (8, 8), torch.nn.ELU)
+    assert resize.padded == (32, 32)
+    x = torch.randn(2, 1, 28, 28)
+    want = resize.layers(torch.nn.functional.pad(x, (2, 2, 2, 2)))
+    torch.testing.assert_close(resize(x), want, rtol=0, atol=0)
+    assert Resize((1, 28, 28), 4, (7, 7), torch.nn.ELU).padded == (28, 28)
+
+
+WORKING: dict[str, tuple[Case, Shape]] = {
+    "the grid of an output": (({"x": (1, 28, 28)}, (5, 8, 8)), (8, 8)),
+    "the largest grid of a decoder": (({"top": (3, 7, 7), "bottom": (3, 14, 14)}, (1, 28, 28)), (14, 14)),
+    "halved twice without a grid": (({"x": (1, 28, 30)}, (4,)), (7, 8)),
+    "halved twice from a vector": (({"z": (4,)}, (1, 28, 30)), (7, 8)),
+}
+
+
+@pytest.mark.parametrize(("case", "size"), WORKING.values(), ids=list(WORKING))
+def test_where_residual_blocks_run(case, size):
+    module = Resnet(channels=6, blocks=1).build(*case)
+    assert module.work == size
+    seen = []
+    module.blocks.register_forward_hook(lambda _m, _i, out: seen.append(out.shape))
+    module(values(case[0], 3))
+    assert seen == [(3, 6, *size)]
+    assert module.width == 6 * size[0] * size[1]
+    assert module.features(values(case[0], 3)).shape == (3, module.width)
+
+
+def test_features_are_laid_out_on_a_grid_of_two_dimensions():
+    network = Resnet(channels=6)
+    assert network.features_on((7, 5)) == (6, 7, 5)
+    assert network.features_on((20,)) is None
+    assert MLP().features_on((7, 5)) is None
+    assert Conv().features_on((7, 5)) is None
+
+
+def test_a_residual_encoder_reads_a_code_from_its_own_place():
+    # 8 x 8 to 4 x 4 without blocks: a corner pixel reaches the corner code, and never the one opposite.
+    module = build(Resnet(channels=4, blocks=0), {"x": (1, 8, 8)}, (3, 4, 4))
+    x = torch.randn(1, 1, 8, 8).requires_grad_()
+    (found,) = torch.autograd.grad(module({"x": x})[0, :, 0, 0].sum(), x)
+    assert found[0, 0, 0, 0].abs() > 0
+    assert not found[0, 0, 4:, 4:].any()
+
+
+def test_one_map_at_every_position():
+    torch.manual_seed(0)
+    module = Pointwise({"x": (3, 4, 5), "z": (2,)}, (6, 4, 5)).double()
+    x = {"x": torch.randn(7, 3, 4, 5).double(), "z": torch.randn(2, 7, 2).double()}
+    weight, bias = module.maps["x"].weight[:, :, 0, 0], module.maps["x"].bias
+    want = torch.einsum("oc,nchw->nohw", weight, x["x"]) + bias[:, None, None]
+    want = want + (x["z"] @ module.maps["z"].weight.T + module.maps["z"].bias)[..., None, None]
+    torch.testing.assert_close(module(x), want, rtol=1e-12, atol=1e-12)
+    assert module(x).shape == (2, 7, 6, 4, 5)
+
+
+@pytest.mark.parametrize(("inputs", "output"), [({"x": (784,)}, (4,)), ({"z": (3,)}, None), ({"a": (3,)}, (2, 6))])
+def test_a_residual_network_refuses_vectors_only(inputs, output):
+    with pytest.raises(
+        DeclarationError, match=r"network resnet: expected an image \(channels, height, width\) or a grid"
+    ):
+        Resnet().build(inputs, output)

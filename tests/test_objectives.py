@@ -22,7 +22,7 @@ from pvae.em import EM
 from pvae.errors import DeclarationError
 from pvae.objectives import IWAE, Loss, Objective, TraceELBO, TraceMeanFieldELBO
 from pvae.pair import Pair, Terms
-from pvae.schedules import Constant, Cosine, Cyclical, Linear, Schedule
+from pvae.schedules import Constant, Cosine, Cyclical, Exponential, Linear, Schedule, Scheduled
 from pvae.spec import Experiment
 
 ONE = torch.ones(())
@@ -398,6 +398,14 @@ SCHEDULES = {
         Linear(start=2.0, end=1.0, epochs=10.0),
         [(0, 2.0), (2.5, 1.75), (10, 1.0), (15, 1.0)],
     ),
+    "exponential, all along": (
+        Exponential(),
+        [(0, 1.0), (10, math.sqrt(0.5)), (20, 0.5), (30, 0.5)],
+    ),
+    "exponential, four epochs": (
+        Exponential(start=0.25, end=4.0, epochs=4.0),
+        [(0, 0.25), (1, 0.5), (2, 1.0), (3.5, 4 / math.sqrt(2)), (4, 4.0), (19, 4.0)],
+    ),
     "cosine, all along": (
         Cosine(),
         [(0, 1.0), (20 / 3, 0.75), (10, 0.5), (40 / 3, 0.25), (20, 0.0), (25, 0.0)],
@@ -426,6 +434,21 @@ def test_schedules_are_complete():
 def test_schedule_goes_through_its_points(schedule, points):
     for epoch, value in points:
         assert schedule.at(epoch, 20) == pytest.approx(value, abs=1e-12)
+
+
+def test_what_is_scheduled_is_a_buffer_that_follows():
+    part = Scheduled(Exponential(start=2.0, end=0.5))
+    assert part.value.item() == 2.0
+    held = part.value
+    part.follow(10, 20)
+    assert held.item() == pytest.approx(1.0)  # in place: what was compiled reads the same tensor
+    assert part.state_dict() == {"value": held}
+
+
+@pytest.mark.parametrize("bad", [{"start": 0.0}, {"end": -1.0}, {"epochs": 0}])
+def test_an_exponential_schedule_refuses_what_has_no_logarithm(bad):
+    with pytest.raises(ValidationError, match="greater than 0"):
+        Exponential(**bad)
 
 
 @pytest.mark.parametrize("number", [0, 2, 0.25])

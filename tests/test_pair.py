@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -546,16 +547,33 @@ WRONG = {
         {"extra": ("unused",)},
         {"free.idle": "expected a gradient of the ELBO; got none: the parameter is used by neither program"},
     ),
-    "latent without rsample": (
-        {"family": lambda loc: dist.Poisson(loc)},
-        {"z": r"expected a distribution with a pathwise gradient \(rsample\); got .*silently lose its gradient"},
-    ),
     "nothing to learn": ({"learn": False}, {"pair": "expected at least one parameter to learn; got none"}),
 }
 
 
 def test_linear_is_sound_without_options():
     assert linear().check(data()) == []
+
+
+def test_a_draw_without_rsample_is_scored_in_the_data_plate():
+    pair = linear(family=lambda loc: dist.Poisson(loc.exp()))
+    assert pair.check(data()) == []
+    assert pair.layout.scored == ("z",)
+    assert set(pair.terms(data()).scores) == {"z"}
+
+
+def test_check_finds_a_global_draw_without_rsample():
+    def model(x):
+        rate = pyro.sample("rate", dist.Poisson(torch.tensor(2.0)))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(rate, pyro.param("scale", torch.tensor(1.0))), obs=x)
+
+    def guide(x):
+        pyro.sample("rate", dist.Poisson(pyro.param("q", torch.tensor(3.0))))
+
+    (problem,) = Pair(model, guide).check(torch.zeros(4))
+    assert problem.site == "rate"
+    assert re.search(r"a pathwise gradient \(rsample\) outside the data plate; got Poisson", problem.message)
 
 
 @pytest.mark.parametrize(("options", "wanted"), WRONG.values(), ids=list(WRONG))

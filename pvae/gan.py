@@ -1,0 +1,281 @@
+"""Adversarial fitting: a critic learns to tell data from draws of the model, the model learns to pass for data."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import ClassVar, Literal, NoReturn, Self, final
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+from torch.nn.functional import softplus
+
+from pvae import seeds
+from pvae.component import Shape
+from pvae.errors import DeclarationError
+from pvae.models.graph import GraphModel
+from pvae.models.likelihoods import DeterminedModule, ImplicitModule
+from pvae.networks import MLP, Network, NetworkModule
+from pvae.objectives import Fitting, Objective, Stepper
+from pvae.pair import Pair, Terms, quiet
+from pvae.schedules import Constant
+from pvae.site import OBSERVED, Frame
+from pvae.traces import samples
+
+CHUNK = 1000
+NEAREST = 500
+"""Most rows of each side that the two-sample figure of a validation compares."""
+
+
+# ---------------------------------------------------------------------- the game
+
+
+def critic_loss(real: Tensor, fake: Tensor) -> Tensor:
+    r"""-E log D(x) - E log(1 - D(g(z))) with D = sigmoid(s), from the logits s of data and of draws, nats.
+
+    For densities p of data and r of draws the best critic is s = log p - log r, D = p / (p + r), and then
+    E_p log p/(p + r) + E_r log r/(p + r) = 2 JS(p || r) - log 4: the loss is at least log 4 - 2 JS(p || r).
+    """
+    return softplus(-real).mean() + softplus(fake).mean()
+
+
+def generator_loss(fake: Tensor, form: Literal["non_saturating", "minimax"]) -> Tensor:
+    """What draws pay for being told from data, from their logits s, nats.
+
+    `minimax`: E log(1 - D) = -E softplus(s), the generator's part of the game's value, whose slope in s, -D, dies where
+    the critic is sure. `non_saturating`: -E log D = E softplus(-s), of slope -(1 - D): the same fixed point, and a
+    gradient that is largest there.
+    """
+    return softplus(-fake).mean() if form == "non_saturating" else -softplus(fake).mean()
+
+
+def slope_penalty(critic: nn.Module, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits of rows `(n, *row)`, `(n,)`, and 1/2 E ||grad_x s(x)||^2 over them, a scalar; both differentiable."""
+    rows = rows.detach().requires_grad_(True)
+    logits = critic(rows)
+    (slope,) = torch.autograd.grad(logits.sum(), rows, create_graph=True)
+    return logits, 0.5 * slope.flatten(1).square().sum(1).mean()
+
+
+def generate(pair: Pair, rows: Tensor) -> Tensor:
+    """Draws of the model, one for every one of the rows `(n, *row)`, whose covariates they keep; differentiable."""
+    nodes = samples(pair.simulate(rows))
+    return pair.frame.join(nodes[OBSERVED]["value"], rows)
+
+
+def nearest_accuracy(real: Tensor, fake: Tensor) -> float:
+    """How often the nearest other row is of the same kind, over data `(n, D)` and as many draws `(n, D)`.
+
+    The leave-one-out accuracy of a one-nearest-neighbour classifier: 1/2 in expectation for samples of one
+    distribution (a little less on few rows, for one row of its own kind is missing), 1 for samples that lie apart;
+    below 1/2 where draws sit on top of single data.
+
+    References:
+        Revisiting Classifier Two-Sample Tests (Lopez-Paz, Oquab, 2017), https://arxiv.org/abs/1610.06545
+        An empirical study on evaluation metrics of GANs (Xu et al., 2018), https://arxiv.org/abs/1806.07755
+    """
+    rows = torch.cat([real.flatten(1), fake.flatten(1)]).double()
+    distance = torch.cdist(rows, rows).fill_diagonal_(math.inf)
+    own = torch.arange(len(rows), device=rows.device) < len(real)
+    return float((own[distance.argmin(1)] == own).double().mean())
+
+
+# ---------------------------------------------------------------------- the objective
+
+
+class Critic(nn.Module):
+    """A row of data to one logit: positive where it looks like data; given covariates, it sees them too."""
+
+    def __init__(self, network: NetworkModule, frame: Frame) -> None:
+        super().__init__()
+        self.network, self.frame = network, frame
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """Rows `(n, *row)` to logits `(n,)`."""
+        x, seen = self.frame.split(rows)
+        return self.network({OBSERVED: x, **seen}).squeeze(-1)
+
+
+def critic_of(pair: Pair) -> Critic:
+    """The critic that `GAN.attach` has added."""
+    found = pair.critic
+    assert isinstance(found, Critic)  # noqa: S101 - narrows the type
+    return found
+
+
+@final
+class GAN(Objective):
+    """min over the model, max over a critic D of E log D(x) + E log(1 - D(g(z))), z ~ p(z): no likelihood at all.
+
+    A declared pair whose decoder is `determined`, x = g(z), and whose posteriors are all `prior`: nothing is inferred.
+    An epoch takes every training row once; each batch makes `critic_steps` steps of the critic and one of the model,
+    in turns. Whatever `train.keep` says, the last weights are kept: no figure says which are best. `train.average`
+    averages the model's weights and the critic's.
+
+    Warning: the losses do not fall as the model improves; watch `two_sample`, or `pvae two-sample`.
+
+    References:
+        Generative Adversarial Networks (Goodfellow et al., 2014), https://arxiv.org/abs/1406.2661
+    """
+
+    kind: Literal["gan"] = "gan"
+    engine: ClassVar[str | None] = "eager"
+    scores: ClassVar[bool] = False
+    refuses: ClassVar[tuple[str, ...]] = ("alternate", "patience")
+    critic: Network = MLP(hidden=(300, 300))
+    """From x (and covariates) to one logit."""
+    form: Literal["non_saturating", "minimax"] = "non_saturating"
+    """What the model minimises: -E log D(g(z)), or E log(1 - D(g(z))) as in the game's value."""
+    r1: float = Field(default=0.0, ge=0)
+    """Weight of 1/2 E ||grad_x s(x)||^2 over data, s the critic's logit: with it the game converges locally.
+
+    References:
+        Which Training Methods for GANs do actually Converge? (Mescheder et al., 2018), https://arxiv.org/abs/1801.04406
+    """
+    critic_steps: int = Field(default=1, gt=0)
+    """Steps of the critic before each one of the model: the first on the batch, others on rows drawn anew."""
+
+    @model_validator(mode="after")
+    def _no_bound(self) -> Self:
+        if self.beta != Constant() or self.free_bits:
+            raise ValueError("beta = 1 and free_bits = 0 with gan: nothing is inferred, and no KL is paid")
+        return self
+
+    def terms(self, pair: Pair, x: Tensor, rows: int | None = None) -> Terms:
+        """Refused: there are none."""
+        self._refuse()
+
+    def loss(self, terms: Terms, beta: Tensor) -> Tensor:
+        """Refused: a step follows two losses in turn."""
+        self._refuse()
+
+    def _refuse(self) -> NoReturn:
+        raise DeclarationError("objective gan: expected to be fitted by its own steps; got asked for terms of an ELBO.")
+
+    def attach(self, pair: Pair) -> None:
+        """Add the critic, `pair.critic`, and take the density from p(x | z)."""
+        model = pair.model
+        assert isinstance(model, GraphModel)  # noqa: S101 - the declaration has been built
+        point = model.decoder.likelihood
+        assert isinstance(point, DeterminedModule)  # noqa: S101 - the declaration has been checked
+        model.decoder.likelihood = ImplicitModule(point)
+        frame = model.frame
+        inputs: dict[str, Shape] = {OBSERVED: frame.x, **{name: (k,) for name, k in frame.covariates.items()}}
+        try:
+            network = self.critic.build(inputs, (1,))
+        except DeclarationError as error:
+            raise DeclarationError([f"objective.critic: {problem}" for problem in error.problems]) from None
+        pair.implicit = True
+        pair.critic = Critic(network, frame)
+
+    def misfits(self, pair: Pair, rows: int) -> list[str]:
+        """See `Objective.misfits`."""
+        if not pair.implicit:
+            return ["pair: expected a declared pair for the objective gan, which has a critic; got another."]
+        model = pair.model
+        assert isinstance(model, GraphModel)  # noqa: S101 - `attach` has seen it
+        like = torch.zeros(2, *pair.frame.row).to(next(pair.parameters()))
+        with torch.random.fork_rng():
+            nodes = samples(pair.simulate(like))
+        return [
+            f"latents.{name}.prior: expected draws with a pathwise gradient, which is all that reaches it through the "
+            f"critic; got {type(nodes[name]['fn']).__name__}, whose parameters would never move."
+            for name, prior in model.priors.items()
+            if not nodes[name]["fn"].has_rsample and any(p.requires_grad for p in prior.parameters())
+        ]
+
+    def stepper(self, fitting: Fitting) -> Stepper:
+        """See `Objective.stepper`."""
+        return Duel(self, fitting)
+
+    def measure(self, pair: Pair, x: Tensor, seed: int) -> dict[str, float]:
+        """Both losses on data and as many draws, and how well a nearest neighbour tells the first `NEAREST` of them.
+
+        `js_bound` is (log 4 - critic_loss) / 2: on rows the critic has not learned from, a lower bound in expectation
+        of the Jensen-Shannon divergence, nats, at most log 2.
+        """
+        totals, pieces, critic = dict.fromkeys(("critic_loss", "generator_loss"), 0.0), [], critic_of(pair)
+        with quiet(pair, x):
+            for start in range(0, len(x), CHUNK):
+                seeds.set_noise(seeds.mix(seed, seeds.VALIDATION, start), x.device)
+                real = pair.accept(x[start : start + CHUNK])
+                fake = generate(pair, real)
+                pieces.append((real, fake)) if start < NEAREST else None
+                seen, shown = (critic(rows).double() for rows in (real, fake))
+                totals["critic_loss"] += float(critic_loss(seen, shown)) * len(real)
+                totals["generator_loss"] += float(generator_loss(shown, self.form)) * len(real)
+        means = {name: total / len(x) for name, total in totals.items()}
+        sides = [torch.cat(parts)[:NEAREST] for parts in zip(*pieces, strict=True)]
+        bound = (math.log(4) - means["critic_loss"]) / 2
+        return {**means, "js_bound": bound, "two_sample": nearest_accuracy(*sides)}
+
+
+class Duel(Stepper):
+    """Steps of the critic and of the model in turns, by one optimiser: the other side has no gradient, so it rests.
+
+    A loss that is not finite moves nobody who comes after it in a step. On a GPU nothing waits for the device.
+
+    Arguments:
+        objective: the two losses.
+        fitting: of what.
+    """
+
+    def __init__(self, objective: GAN, fitting: Fitting) -> None:
+        self.objective, self.data = objective, fitting.data
+        self.pair, self.optimizer = fitting.loss.pair, fitting.optimizer
+        self.critic = critic_of(self.pair)
+        self.clip_norm, self.average = fitting.clip_norm, fitting.average
+        self.learned = [p for p in self.pair.parameters() if p.requires_grad]
+        self.sound = torch.ones((), dtype=torch.bool)
+        critic = {id(p) for p in self.critic.parameters()}
+        self.sides = [p for p in self.learned if id(p) in critic], [p for p in self.learned if id(p) not in critic]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """See `Stepper.names`; gradient norms only where they are clipped or watched."""
+        norms = ("critic_grad_norm", "generator_grad_norm") if self.clip_norm else ()
+        return ("critic_loss", "r1", *norms[:1], "generator_loss", *norms[1:])
+
+    def __call__(self, x: Tensor, frozen: Sequence[nn.Parameter] = ()) -> Tensor:
+        """The critic's steps and the model's on a batch `(n, *row)`; its figures are means over the critic's steps."""
+        self.sound = torch.ones((), dtype=torch.bool, device=x.device)
+        taken = [self._against(x)]
+        for _ in range(self.objective.critic_steps - 1):
+            index = torch.randint(len(self.data), (len(x),), device=x.device)
+            taken.append(self._against(self.data.draw(index).to(x)))
+        logits = self.critic(generate(self.pair, x))
+        moved = self._move(generator_loss(logits, self.objective.form), 1)
+        if self.average is not None and (x.is_cuda or bool(self.sound)):
+            averaged, decay = self.average
+            torch._foreach_lerp_(list(averaged), [p.detach() for p in self.learned], 1 - decay)
+        return torch.cat([torch.stack(taken).mean(0), moved])
+
+    def _against(self, x: Tensor) -> Tensor:
+        """One step of the critic: its loss, what the penalty adds, and the norm of the gradient where it is wanted."""
+        with torch.no_grad():
+            fake = generate(self.pair, x)
+        if self.objective.r1:
+            real, penalty = slope_penalty(self.critic, x)
+        else:
+            real, penalty = self.critic(x), x.new_zeros(())
+        loss, penalty = critic_loss(real, self.critic(fake)), self.objective.r1 * penalty
+        moved = self._move(loss + penalty, 0)
+        return torch.cat([torch.stack([loss, penalty]).detach(), moved[1:]])
+
+    def _move(self, loss: Tensor, side: int) -> Tensor:
+        """One step of one side, unless it is not finite: the loss, and the gradient's norm where it is asked for."""
+        moving = self.sides[side]
+        for p, gradient in zip(moving, torch.autograd.grad(loss, moving, allow_unused=True), strict=True):
+            p.grad = gradient
+        out = loss.detach().reshape(1)
+        if self.clip_norm:
+            out = torch.cat([out, nn.utils.clip_grad_norm_(moving, self.clip_norm).detach().reshape(1)])
+        self.sound = self.sound & out.isfinite().all()
+        if out.is_cuda:  # no synchronisation: the fused kernel skips the update where found_inf is 1
+            self.optimizer.found_inf = (~self.sound).float()  # type: ignore[attr-defined]
+        if out.is_cuda or bool(self.sound):
+            self.optimizer.step()
+        for p in moving:
+            p.grad = None
+        return out

@@ -1,0 +1,181 @@
+"""Which codes a guide uses: what the posteriors of a grid of codes add up to, batch by batch, in any amount of data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributions import Bernoulli, Categorical, OneHotCategorical
+
+from pvae import seeds
+from pvae.codebook import Codebook, NearestCodebook
+from pvae.component import Shape
+from pvae.discrete import Certain, Discretised
+from pvae.exponential import CertainCodes, Codes, Members
+from pvae.models.graph import GraphModel
+from pvae.pair import Pair, quiet
+from pvae.traces import Layout, members, samples, unwrapped
+
+ROWS = 1000
+"""Most rows of a batch."""
+NUMBERS = 2**21
+"""Most probabilities of a batch (16 MiB in float64; a guide makes several copies)."""
+DEAD = 1e-3
+"""Of an even share: a code with less is not in use."""
+
+
+@dataclass(frozen=True)
+class Tally:
+    """What the posteriors of a grid of P codes with K states add up to, position by position; float64, exact."""
+
+    n: int
+    """Rows."""
+    mass: Tensor
+    """sum_i q(c_p = k | x_i), `(P, K)`."""
+    entropy: Tensor
+    """sum_i H(q(c_p | x_i)), `(P,)`, nats."""
+    grid: Shape = ()
+    """Shape of the grid; () for a single code."""
+    prior: Tensor | None = None
+    """log p(c_p = k), `(P, K)`, where it is factorised and the same for all rows."""
+    bits: bool = False
+    """Whether a position is a bit: what 0 and 1 mean is then its own."""
+
+    @property
+    def positions(self) -> int:
+        """P."""
+        return len(self.mass)
+
+    @property
+    def states(self) -> int:
+        """K."""
+        return self.mass.shape[1]
+
+    @property
+    def share(self) -> Tensor:
+        """q_agg(c_p = k), `(P, K)`."""
+        return self.mass / self.n
+
+    @property
+    def pooled(self) -> Tensor:
+        """The mean of q_agg(c_p) over positions, `(K,)`: how often each code is used at all."""
+        return self.share.mean(0)
+
+    def __add__(self, other: Tally) -> Tally:
+        same = self.prior is not None and other.prior is not None and torch.equal(self.prior, other.prior)
+        return Tally(
+            self.n + other.n, self.mass + other.mass, self.entropy + other.entropy, self.grid,
+            self.prior if same else None, self.bits,
+        )  # fmt: skip
+
+
+def entropy_of(share: Tensor) -> Tensor:
+    """-sum p log p over the last dimension, nats."""
+    return torch.special.entr(share).sum(-1)
+
+
+def perplexity(share: Tensor) -> Tensor:
+    """exp of the entropy over the last dimension: how many codes are in use, weighed."""
+    return entropy_of(share).exp()
+
+
+def in_use(share: Tensor) -> Tensor:
+    """Whether each code has at least a thousandth of an even share."""
+    return share >= DEAD / share.shape[-1]
+
+
+def codebook_of(pair: Pair, name: str) -> Codebook | NearestCodebook | None:
+    """The table of a declared latent's embeddings; None where codes are seen as one-hots, and of other pairs."""
+    books = pair.model.codebooks if isinstance(pair.model, GraphModel) else {}
+    found = books[name] if name in books else None
+    return found if isinstance(found, Codebook | NearestCodebook) else None
+
+
+def tally(q: Members | None, p: Members | None = None, grid: Shape = (), *, bits: bool = False) -> Tally | None:
+    """The tally of a batch of posteriors; None for others than codes."""
+    if isinstance(q, CertainCodes):
+        n, positions = q.index.shape
+        flat = q.index + q.states * torch.arange(positions, device=q.index.device)
+        mass = flat.flatten().bincount(minlength=positions * q.states).reshape(positions, -1).double()
+        return Tally(n, mass, mass.new_zeros(positions), grid, shared_prior(p))
+    if not isinstance(q, Codes):
+        return None
+    logits = q.logits.double()
+    probs = logits.exp()
+    return Tally(len(q), probs.sum(0), -(probs * logits).sum((0, 2)), grid, shared_prior(p), bits)
+
+
+def shared_prior(p: Members | None) -> Tensor | None:
+    """log p(c_p = k) of codes, `(P, K)`, where it is the same for all rows."""
+    if not isinstance(p, Codes) or not bool((p.logits == p.logits[:1]).all()):
+        return None
+    return p.logits[0].double().clone()  # not a view of the rows of a batch
+
+
+def grid_of(node: Mapping[str, Any]) -> Shape:
+    """The shape of a site's codes, as its event has it."""
+    event = tuple(node["fn"].event_shape)
+    return event[:-1] if isinstance(unwrapped(node["fn"]), OneHotCategorical) else event
+
+
+def numbers_of(node: Mapping[str, Any]) -> int:
+    """How many numbers the parameters of one row of a site take: probabilities, where it is a grid of codes."""
+    fn = unwrapped(node["fn"])
+    wide = fn.logits.shape[-1] if isinstance(fn, Categorical) else fn.states if isinstance(fn, Certain) else 1
+    return int(node["fn"].event_shape.numel()) * wide
+
+
+def rows_at_once(pair: Pair, x: Tensor, most: int = ROWS, numbers: int = NUMBERS) -> int:
+    """Rows of a batch in which no latent has more than so many probabilities. Call it inside `quiet`."""
+    nodes = samples(pair.guide_trace(x[:2]))
+    widest = max((numbers_of(nodes[name]) for name in pair.layout.latents), default=1)
+    return max(1, min(most, numbers // widest))
+
+
+def tallies(pair: Pair, x: Tensor, layout: Layout) -> dict[str, Tally]:
+    """The tally of every latent of a guide that is a code, on one batch; of codes that read drawn ones, at a draw."""
+    nodes, found = samples(pair.guide_trace(x)), {}
+    for name in layout.latents:
+        if isinstance(unwrapped(nodes[name]["fn"]), Bernoulli):
+            continue  # bits have no codes to run out of
+        made = tally(members(nodes[name], layout, len(x)), None, grid_of(nodes[name]))
+        if made is not None:
+            found[name] = made
+    return found
+
+
+def code_usage(pair: Pair, x: Tensor, seed: int = 0) -> dict[str, float]:
+    """How many codes of every discrete latent the guide uses on data, from the guide alone.
+
+    Relaxed latents are taken as the codes they stand for. What the model sums out is left out: it has no guide.
+
+    Arguments:
+        pair: any pair.
+        x: data `(n, *event)`.
+        seed: of the draws that other latents read; without such reading, it matters to nothing.
+
+    Returns:
+        `perplexity/<name>`, exp of the entropy of q_agg pooled over positions, 1 .. K, and `used/<name>`, the codes
+        with at least a thousandth of an even share; exact. Empty for a pair without codes.
+    """
+    found: dict[str, Tally] = {}
+    x = pair.accept(x)
+    with quiet(pair, x), Discretised():
+        seeds.set_noise(seeds.mix(seed, seeds.VALIDATION), x.device)
+        if not any(_is_code(node) for node in samples(pair.guide_trace(x[:1])).values()):
+            return {}
+        for part in x.split(rows_at_once(pair, x)):
+            for name, made in tallies(pair, part, pair.layout).items():
+                found[name] = found[name] + made if name in found else made
+    out = {}
+    for name, made in found.items():
+        out[f"perplexity/{name}"] = float(perplexity(made.pooled))
+        out[f"used/{name}"] = float(in_use(made.pooled).sum())
+    return out
+
+
+def _is_code(node: Mapping[str, Any]) -> bool:
+    return isinstance(unwrapped(node["fn"]), Categorical | OneHotCategorical | Certain)
