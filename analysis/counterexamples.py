@@ -107,8 +107,8 @@ def memory_log_prob(x: Tensor, centres: Tensor, scales: Sequence[float]) -> Tens
     for part in x.split(max(1, BLOCK // n)):
         distance = (part.square().sum(1, keepdim=True) + square).addmm_(part, centres.T, alpha=-2).clamp_(min=0)
         found.append(torch.stack([(-0.5 / s**2 * distance).logsumexp(1) for s in scales]))
-    constant = torch.tensor([0.5 * dim * math.log(2 * math.pi * s**2) + math.log(n) for s in scales], dtype=torch.float64)
-    return torch.cat(found, 1) - constant[:, None]
+    level = 0.5 * dim * (2 * math.pi * torch.tensor(scales, dtype=torch.float64).square()).log() + math.log(n)
+    return torch.cat(found, 1) - level[:, None]
 
 
 class Box(Density):

@@ -27,7 +27,8 @@ DRAWS = 20_000
 FOLDS = 4
 FEWEST = 10 * FOLDS
 HIDDEN = 64
-BATCH = 1000
+BATCH, STEPS = 1000, 15
+"""Most rows of each kind in a batch, and fewest batches of an epoch."""
 EPOCHS = 30
 PATIENCE = 5
 """Epochs without a better cross-entropy on rows kept aside, after which training ends."""
@@ -247,10 +248,11 @@ def train(q: Tensor, p: Tensor, seed: int) -> LogRatio:
         network = LogRatio(torch.cat([fit_q, fit_p]))
         optimizer = torch.optim.AdamW(network.parameters(), lr=RATE, weight_decay=1e-3, fused=True)
         best, waited, kept = math.inf, 0, network.state_dict()
+        batch = max(1, min(BATCH, len(fit_q) // STEPS))
         for epoch in range(EPOCHS):
             for group in optimizer.param_groups:
                 group["lr"] = RATE * DECAY**epoch
-            orders = [torch.randperm(len(fit_q)).split(BATCH) for _ in range(2)]
+            orders = [torch.randperm(len(fit_q)).split(batch) for _ in range(2)]
             for one, other in zip(*orders, strict=True):
                 loss = loss_of(network, fit_q[one], fit_p[other])
                 optimizer.zero_grad()

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from scipy.ndimage import gaussian_filter
 
 from pvae.analysis.anatomy import Surgery
-from pvae.analysis.collapse import ACTIVE, LatentCollapse
+from pvae.analysis.collapse import ACTIVE, CodeUse, LatentCollapse
 from pvae.analysis.generate import Encoding, Reconstructions, Samples
 from pvae.analysis.sites import numpy_of
 from pvae.analysis.traversal import Traversal
@@ -361,15 +361,57 @@ def units(name: str, latent: LatentCollapse) -> Figure:
     return made
 
 
-def _bars(axes: Axes, heights: Array, active: NDArray[np.bool_], bottom: float = 0.0) -> None:
+def code_use(name: str, use: CodeUse) -> Figure:
+    """How often each code is used, most used first, above (or beside) the perplexity of every position."""
+    perplexity, mapped = np.array(use.perplexity), len(use.grid) == 2
+    panels = (use.share is not None) + (len(perplexity) > 1)
+    with style():
+        made = figure(2.1 * max(panels, 1) + 0.5 + 1.2 * mapped)
+        ratios = [1.0] * (panels - 1) + [2.0 if mapped else 1.0]
+        grid = list(made.subplots(panels, 1, squeeze=False, height_ratios=ratios)[:, 0])
+        if use.share is not None:
+            share = np.array(use.share)
+            _bars(grid[0], share, np.arange(len(share)) < (use.used or 0), among=("in use", "dead"))
+            grid[0].set_title(f"{plain(name)}: share of each code, most used first")
+            grid[0].set_xlabel(f"rank of the code (1 to {use.states})")
+            grid[0].set_xlim(0.3, max(use.states, 6) + 0.7)
+        if len(perplexity) > 1:
+            _of_positions(made, grid[-1], perplexity.reshape(use.grid if mapped else (-1,)), use.states)
+            grid[-1].set_title(f"{plain(name)}: perplexity of each position, of at most {use.states}")
+    return made
+
+
+def _of_positions(made: Figure, axes: Axes, perplexity: Array, states: int) -> None:
+    """A map of a grid, bars of a row."""
+    if perplexity.ndim == 2:
+        shown = axes.imshow(perplexity, cmap="viridis", vmin=1, vmax=max(float(perplexity.max()), 1.01))
+        made.colorbar(shown, ax=axes)
+        axes.set_xlabel("column")
+        axes.set_ylabel("row")
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_locator(MaxNLocator(integer=True))
+        return
+    _bars(axes, perplexity, np.ones(len(perplexity), bool))
+    axes.set_ylim(0, max(states, 1))
+    axes.set_xlabel(f"position (1 to {len(perplexity)})")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+
+
+def _bars(
+    axes: Axes,
+    heights: Array,
+    active: NDArray[np.bool_],
+    bottom: float = 0.0,
+    among: tuple[str, str] = ("active", "inactive"),
+) -> None:
     place = np.arange(1, len(heights) + 1)
     width = 0.82 if len(heights) <= 100 else 1.0
     if active.any():
-        axes.bar(place[active], heights[active] - bottom, width, bottom=bottom, color=BLUE, label="active")
+        axes.bar(place[active], heights[active] - bottom, width, bottom=bottom, color=BLUE, label=among[0])
     if not active.all():
         axes.bar(
             place[~active], heights[~active] - bottom, width, bottom=bottom, color="white", edgecolor=GREY,
-            hatch="////" if len(heights) <= 100 else None, label="inactive",
+            hatch="////" if len(heights) <= 100 else None, label=among[1],
         )  # fmt: skip
         if not bottom:
             axes.legend(loc="upper right", ncols=2)

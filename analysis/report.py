@@ -23,7 +23,7 @@ from torch import Tensor
 from pvae import seeds
 from pvae.analysis import plots
 from pvae.analysis.anatomy import Surgery
-from pvae.analysis.collapse import ACTIVE, Collapse, collapse
+from pvae.analysis.collapse import ACTIVE, CodeUse, Collapse, collapse
 from pvae.analysis.draws import Draw, LatentDraw, draw, quiet
 from pvae.analysis.estimate import Estimate
 from pvae.analysis.evidence import Evidence, evidence
@@ -345,6 +345,9 @@ def training_alerts(run: Run) -> list[str]:
 
 def _all_in_use(c: Collapse) -> Sentence:
     known = [latent for latent in c.latents.values() if latent.active is not None]
+    coded = [name for name, latent in c.latents.items() if latent.codes is not None]
+    if coded and not known:
+        return Sentence(f"No collapse: no code of {', '.join(coded)} is dead.")
     if not known:
         return Sentence("Active units are not known for this posterior.")
     return Sentence(f"No collapse: all {sum(latent.dim for latent in known)} latent units are active.")
@@ -372,7 +375,7 @@ def pictures(found: Findings) -> dict[str, list[Picture]]:
     """All figures by section."""
     train = found.run.pair.frame.split(found.rows["train"].x)[0]
     low, high = (float(v) for v in train.aminmax())
-    drawn: dict[str, list[Picture]] = {"units": [], "planes": [], "rebuilt": [], "samples": []}
+    drawn: dict[str, list[Picture]] = {"units": [], "codes": [], "planes": [], "rebuilt": [], "samples": []}
     rows = found.run.files.metrics_rows()
     drawn["training"] = [_training(rows, found)] if rows else []
     if any(row.get("split") == "analysis" for row in rows):
@@ -382,7 +385,9 @@ def pictures(found: Findings) -> dict[str, list[Picture]]:
     for name, latent in found.collapse.latents.items():
         if latent.activity is not None or latent.kl_per_dimension is not None:
             drawn["units"].append(_units(found, name))
-        if name in found.prior:
+        if latent.codes is not None:
+            drawn["codes"].append(_codes(name, latent.codes))
+        elif name in found.prior:
             made = plots.plane(cloud(name, found.drawn.latents[name], found.prior[name]), labels, names)
             drawn["planes"].append(picture(made, _alt_of_plane(name, labels is not None), PLANE_CAPTION))
     if found.rebuilt:
@@ -462,6 +467,18 @@ def _units(found: Findings, name: str) -> Picture:
     )
 
 
+def _codes(name: str, use: CodeUse) -> Picture:
+    said = f"{use.used} of {use.states} codes are in use. " if use.used is not None else ""
+    low, high = min(use.perplexity), max(use.perplexity)
+    return picture(
+        plots.code_use(name, use),
+        f"Use of the codes of {name}. {said}Perplexity of positions: {nats(low)} to {nats(high)}.",
+        "Under the aggregated posterior of these rows. A code is in use when its share is above a thousandth of an even "
+        "one. Perplexity is the number of codes in use, weighed: a position at 1 says nothing of x. Look for a long flat "
+        "end (codes that are never chosen: fewer would do) and for positions that stay dark.",
+    )
+
+
 def _labels(found: Findings) -> tuple[np.ndarray | None, tuple[str, ...] | None]:
     """Labels of the split's rows, where all rows are shown and there are at most ten classes."""
     split = found.run.data.split(found.split)
@@ -493,6 +510,20 @@ def latent_table(found: Findings) -> list[dict[str, Any]]:
     return [
         {"name": name, "surgery": z, "use": use[name], "curve": use[name].curve[::4]}
         for name, z in found.held.latents.items()
+    ]
+
+
+def code_table(found: Findings) -> list[dict[str, Any]]:
+    """One row per latent of codes or bits: how many are in use."""
+    use = {name: latent.codes for name, latent in found.collapse.latents.items() if latent.codes is not None}
+    return [
+        {
+            "name": name,
+            "use": codes,
+            "dim": len(codes.perplexity),
+            "mean": sum(codes.perplexity) / len(codes.perplexity),
+        }
+        for name, codes in use.items()
     ]
 
 
@@ -648,6 +679,7 @@ def render(found: Findings) -> str:
         pictures=pictures(found),
         surgery_rows=surgery_table(found.surgeries),
         latent_rows=latent_table(found),
+        code_rows=code_table(found),
         events=list(dict.fromkeys(events)),
         environment=environment(run),
         active=ACTIVE,

@@ -49,13 +49,14 @@ class MovingAverage(Moving):
     """A baseline that follows the mean of what it stands for."""
 
     value: Tensor
+    started: Tensor
     seen: Tensor
 
     def __init__(self, decay: float) -> None:
         super().__init__()
         self.decay = decay
         self.register_buffer("value", torch.zeros(()))
-        self.register_buffer("weight", torch.zeros(()))
+        self.register_buffer("started", torch.zeros(()))
         self.register_buffer("seen", torch.full((), torch.nan), persistent=False)
 
     def note(self, gain: Tensor) -> None:
@@ -65,10 +66,10 @@ class MovingAverage(Moving):
     @torch.no_grad()
     def after_step(self) -> None:
         """Move towards it; the first one is taken as it is."""
-        keep = torch.where(self.weight > 0, self.decay, 0.0)
+        keep = self.decay * self.started
         sound = self.seen.isfinite()
         self.value.copy_(torch.where(sound, keep * self.value + (1 - keep) * self.seen, self.value))
-        self.weight.copy_(torch.where(sound, torch.ones_like(self.weight), self.weight))
+        self.started.copy_(torch.where(sound, torch.ones_like(self.started), self.started))
 
 
 class Estimated(nn.Module):
@@ -123,9 +124,10 @@ class BernoulliModule(Estimated):
 class EstimatedPosterior(Posterior):
     """A discrete posterior from which codes themselves are drawn.
 
-    `sum` takes the ELBO in expectation under q, exactly, over every joint state (Pyro's `TraceEnum_ELBO`). `score` draws
-    once and weighs the gradient of log q by the gain, log p(x | z) - KL, less a baseline (Pyro's `TraceGraph_ELBO`); with
-    several particles the mean of the others is taken off as well. `auto` sums where there are at most 32 joint states.
+    `sum` takes the ELBO in expectation under q, exactly, over every joint state (Pyro's `TraceEnum_ELBO`). `score`
+    draws once and weighs the gradient of log q by the gain, log p(x | z) - KL, less a baseline (Pyro's
+    `TraceGraph_ELBO`); with several particles the mean of the others is taken off as well. `auto` sums where there are
+    at most 32 joint states.
 
     References:
         Simple Statistical Gradient-Following Algorithms (Williams, 1992), https://doi.org/10.1007/BF00992696

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import pyro
 import pyro.distributions as dist
@@ -53,7 +54,7 @@ class GraphGuide(nn.Module):
             for site in self.sites:
                 posterior, inputs = self.posteriors[site.name], self._inputs(site, x, features, seen)
                 fn = posterior(inputs, seen)
-                infer = posterior.infer(inputs) if isinstance(posterior, Estimated) else None
+                infer: Any = posterior.infer(inputs) if isinstance(posterior, Estimated) else None
                 seen[site.name] = self.link.model.see(site, pyro.sample(site.name, fn, infer=infer), x)
                 if isinstance(posterior, NearestModule):
                     seen[site.name] = self._carried(site, posterior, fn, seen[site.name])
@@ -66,7 +67,7 @@ class GraphGuide(nn.Module):
         It is a site of its own, certain on both sides, because an index carries no gradient to the decoder.
         """
         through = row.detach() + (found.point - found.point.detach())
-        infer = {**EMBEDDED, "penalties": posterior.penalties(found, row), "point": found.point}
+        infer: Any = {**EMBEDDED, "penalties": posterior.penalties(found, row), "point": found.point}
         return pyro.sample(embedded(site.name), Determined(through, event_dim=len(site.features)), infer=infer)
 
     def _encoded(self, x: Tensor) -> Tensor:

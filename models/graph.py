@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import pyro
 import pyro.distributions as dist
@@ -48,12 +49,13 @@ class GraphModel(nn.Module):
 
     def see(self, site: Site, value: Tensor, like: Tensor) -> Tensor:
         """A latent's value as children and the decoder see it, `(..., *site.features)`."""
-        book = self.codebooks[site.name] if site.name in self.codebooks else None
+        book: Any = self.codebooks[site.name] if site.name in self.codebooks else None
         return site.see(value, like, None if book is None else book.table)
 
     def temperature(self, name: str) -> Tensor:
         """tau of a relaxed latent, a scalar."""
-        return self.temperatures[name].value
+        found: Any = self.temperatures[name]
+        return found.value
 
     def prior(self, name: str, seen: Mapping[str, Tensor]) -> dist.TorchDistribution:
         """p(z_name | parents) from features by name."""

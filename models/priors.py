@@ -170,8 +170,9 @@ class BernoulliPrior(Prior):
 
 @final
 class UniformPrior(Prior):
-    """1 / K for every code, 1 / 2 for every bit: under it a certain code costs log K nats. With equal scales, what
-    k-means assumes. Parents, if any, play no part.
+    """1 / K for every code, 1 / 2 for every bit: a certain code costs log K nats. Parents, if any, play no part.
+
+    With equal scales of the components it is what k-means assumes.
     """
 
     kind: Literal["uniform"] = "uniform"

@@ -108,7 +108,7 @@ class NearestCodebook(Moving):
 
     @torch.no_grad()
     def after_step(self) -> None:
-        """Averages and rows follow the batch; dead rows move to vectors of it. A batch that is not finite moves nothing."""
+        """Averages and rows follow the batch; dead rows move to vectors of it. One that is not finite moves nothing."""
         seen = self.batch_counts.sum() > 0
         decay = USE_DECAY if self.decay is None else self.decay
         self.counts.lerp_(torch.where(seen, self.batch_counts, self.counts), 1 - decay)

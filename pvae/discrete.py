@@ -233,7 +233,7 @@ class Relaxing(Conditional):
 
     def __init__(self, codes: dist.TorchDistribution, states: int) -> None:
         self.codes, self.states = codes, states
-        super().__init__(codes.batch_shape, (*codes.event_shape, states), validate_args=False)
+        super().__init__(codes.batch_shape, torch.Size((*codes.event_shape, states)), validate_args=False)
 
     @constraints.dependent_property(is_discrete=False)
     def support(self) -> constraints.Constraint:

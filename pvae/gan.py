@@ -161,7 +161,7 @@ class GAN(Objective):
         assert isinstance(point, DeterminedModule)  # noqa: S101 - the declaration has been checked
         model.decoder.likelihood = ImplicitModule(point)
         frame = model.frame
-        inputs: dict[str, Shape] = {OBSERVED: frame.x, **{name: (k,) for name, k in frame.covariates.items()}}
+        inputs: dict[str, Shape] = {OBSERVED: frame.x, **frame.shapes}
         try:
             network = self.critic.build(inputs, (1,))
         except DeclarationError as error:

@@ -343,7 +343,9 @@ class Pointwise(NetworkModule):
         super().__init__(inputs, output)
         self.maps = nn.ModuleDict(
             {
-                name: nn.Conv2d(shape[0], output[0], 1) if shape[1:] == output[1:] else nn.Linear(prod(shape), output[0])
+                name: nn.Conv2d(shape[0], output[0], 1)
+                if shape[1:] == output[1:]
+                else nn.Linear(prod(shape), output[0])
                 for name, shape in inputs.items()
             }
         )
@@ -392,14 +394,15 @@ class Residual(nn.Module):
 class Resize(nn.Module):
     """Convolutions from images of one size to another: strided down, transposed up, one power of two at a time.
 
-    Sizes that are no powers of two apart are padded with zeros before, or cropped after: 28 goes down to 8 through 32.
+    Sizes that are no powers of two apart are padded with zeros before, or cropped after, where that is at most one
+    element of the smaller in all (28 goes down to 8 through 32); else they are averaged before, or interpolated after.
     """
 
     def __init__(self, image: Shape, channels: int, size: Shape, act: Callable[[], nn.Module]) -> None:
         super().__init__()
         self.size, self.image = size, image
-        down = [max(0, math.ceil(math.log2(a / b))) for a, b in zip(image[1:], size, strict=True)]
-        up = [max(0, math.ceil(math.log2(b / a))) for a, b in zip(image[1:], size, strict=True)]
+        down = [doublings(b, a) for a, b in zip(image[1:], size, strict=True)]
+        up = [doublings(a, b) for a, b in zip(image[1:], size, strict=True)]
         layers: list[nn.Module] = []
         width = image[0]
         steps = max(down)
@@ -417,23 +420,39 @@ class Resize(nn.Module):
             kernel = tuple(4 if s == 2 else 3 for s in stride)
             layers += [act(), nn.ConvTranspose2d(channels, channels, kernel, stride, 1)]  # type: ignore[arg-type]
         self.layers = nn.Sequential(*layers)
-        self.padded = tuple(max(a, b * 2**d) if d else a for a, b, d in zip(image[1:], size, down, strict=True))
+        self.padded = tuple(b * 2**d if a > b else a for a, b, d in zip(image[1:], size, down, strict=True))
 
     def forward(self, x: Tensor) -> Tensor:
         """`(b, C, H, W)` to `(b, channels, *size)`."""
-        (height, width), (tall, wide) = self.image[1:], self.padded
-        if (tall, wide) != (height, width):
-            top, left = (tall - height) // 2, (wide - width) // 2
-            x = nn.functional.pad(x, (left, wide - width - left, top, tall - height - top))
-        return cropped(self.layers(x), self.size)
+        return cropped(self.layers(padded(x, self.padded)), self.size)
+
+
+def doublings(small: int, large: int) -> int:
+    """Times that a size is doubled to reach a larger one: past it by one element in all at most, else short of it."""
+    if large <= small:
+        return 0
+    times = math.ceil(math.log2(large / small))
+    return times if small * 2**times - large <= 2**times else times - 1
+
+
+def padded(x: Tensor, size: Shape) -> Tensor:
+    """Images `(b, C, H, W)` in the middle of larger ones; averaged to smaller ones."""
+    if x.shape[-2:] == tuple(size):
+        return x
+    tall, wide = (max(have, want) for have, want in zip(x.shape[-2:], size, strict=True))
+    (height, width), top, left = x.shape[-2:], (tall - x.shape[-2]) // 2, (wide - x.shape[-1]) // 2
+    x = nn.functional.pad(x, (left, wide - width - left, top, tall - height - top))
+    return x if x.shape[-2:] == tuple(size) else nn.functional.adaptive_avg_pool2d(x, (size[0], size[1]))
 
 
 def cropped(x: Tensor, size: Shape) -> Tensor:
-    """The middle of images `(..., H, W)`."""
-    top, left = ((have - want) // 2 for have, want in zip(x.shape[-2:], size, strict=True))
+    """The middle of images `(b, C, H, W)`; interpolated to larger ones."""
     if x.shape[-2:] == tuple(size):
         return x
-    return x[..., top : top + size[0], left : left + size[1]]
+    tall, wide = (min(have, want) for have, want in zip(x.shape[-2:], size, strict=True))
+    top, left = (x.shape[-2] - tall) // 2, (x.shape[-1] - wide) // 2
+    x = x[..., top : top + tall, left : left + wide]
+    return x if x.shape[-2:] == tuple(size) else nn.functional.interpolate(x, list(size), mode="bilinear")
 
 
 class ResnetModule(NetworkModule):
@@ -508,7 +527,7 @@ class Upscale(nn.Module):
     def __init__(self, channels: int, work: Shape, output: Shape, act: Callable[[], nn.Module]) -> None:
         super().__init__()
         self.size = output[1:]
-        ups = [max(0, math.ceil(math.log2(b / a))) for a, b in zip(work, output[1:], strict=True)]
+        ups = [doublings(a, b) for a, b in zip(work, output[1:], strict=True)]
         layers: list[nn.Module] = []
         width, steps = channels, max(ups)
         for i in range(steps):
@@ -519,7 +538,7 @@ class Upscale(nn.Module):
             width = wide
             if i < steps - 1 or width != output[0]:
                 layers.append(act())
-        if width != output[0]:
+        if width != output[0] or not steps:
             layers.append(nn.Conv2d(width, output[0], 1))
         self.layers = nn.Sequential(*layers)
 

@@ -60,7 +60,7 @@ class Terms:
 
 @dataclass(frozen=True)
 class Score:
-    """What the gradient of a draw that carries none is made of: grad E gain = E[(gain - baseline) grad log q + grad gain]."""
+    """What the gradient of a draw that carries none is made of: E[(gain - baseline) grad log q]."""
 
     log_q: Tensor
     """log q of the draw, `(batch,)`, with its gradient; the latent's own KL holds it without."""
@@ -366,19 +366,19 @@ class Pair(nn.Module):
         if layout.enumerated:
             return self._summed_terms(guide_trace, model_trace, count, size)
         reconstruction = sum_over([log_prob(model_trace.nodes[name], layout, count, size) for name in layout.observed])
-        kl, scores = {}, {}
+        kl: dict[str, Tensor] = {}
+        scores: dict[str, Score] = {}
         for name in (*layout.latents, *layout.shared):
             q, p = guide_trace.nodes[name], model_trace.nodes.get(name)
             known = self._known_kl(q, p, count, size, closed_form)
-            if name in layout.scored or name in layout.expected:
+            scored = name in layout.scored or name in layout.expected
+            if scored or known is None:
                 log_q = log_prob(q, layout, count, size)
+            if scored:
                 scores[name] = _score(q, log_q, known is None)
-                drawn = log_q.detach()
-            else:
-                drawn = log_prob(q, layout, count, size) if known is None else None
+                log_q = log_q.detach()
             if known is None:
-                assert drawn is not None  # noqa: S101 - made just above
-                known = drawn - (0.0 if p is None else log_prob(p, layout, count, size))
+                known = log_q - (0.0 if p is None else log_prob(p, layout, count, size))
             kl[name] = known
         return Terms(reconstruction, kl, penalties_of(guide_trace), scores)
 
@@ -398,8 +398,8 @@ class Pair(nn.Module):
         layout = self.layout
         if layout.enumerated:
             raise DeclarationError(
-                f"{', '.join(layout.expected)}: expected draws beside {', '.join(layout.enumerated)}, which the model sums "
-                f"out given them; got a sum over their states too. Set estimator = 'score', or relax them."
+                f"{', '.join(layout.expected)}: expected draws beside {', '.join(layout.enumerated)}, which the model "
+                f"sums out given them; got a sum over their states too. Set estimator = 'score', or relax them."
             )
         size = full_size(model_trace, layout, rows)
         log_q = [log_prob(guide_trace.nodes[name], layout, count) for name in layout.expected]
@@ -412,7 +412,7 @@ class Pair(nn.Module):
             return total.expand(count, -1) if count else total
 
         observed = sum_over([log_prob(model_trace.nodes[name], layout, count, size) for name in layout.observed])
-        kl, scores = {}, {}
+        kl: dict[str, Tensor] = {}
         for name in (*layout.latents, *layout.shared):
             q, p = guide_trace.nodes[name], model_trace.nodes.get(name)
             known = self._known_kl(q, p, count, size, closed_form)
@@ -424,7 +424,7 @@ class Pair(nn.Module):
             if known is None:
                 known = log_prob(q, layout, count, size) - (0.0 if p is None else log_prob(p, layout, count, size))
             kl[name] = mean(known) if name in layout.latents else known
-        return Terms(mean(observed), kl, penalties_of(guide_trace), scores)
+        return Terms(mean(observed), kl, penalties_of(guide_trace))
 
     def _summed_terms(self, guide_trace: Trace, model_trace: Trace, count: int, size: int) -> Terms:
         """Terms in expectation under p(c | x, z) of the enumerated sites: their sum is log sum_c p(x, z, c) - log q."""
@@ -505,10 +505,11 @@ def quiet(pair: Pair, x: Tensor) -> Iterator[None]:
 
 def penalties_of(guide_trace: Trace) -> dict[str, Tensor]:
     """What sites of a guide add to the loss beside the ELBO, `<site>/<what>`: their `infer["penalties"]`."""
-    out = {}
+    out: dict[str, Tensor] = {}
     for name, node in guide_trace.nodes.items():
-        if node["type"] == "sample" and "penalties" in node["infer"]:
-            out |= {f"{name.removesuffix('/embedded')}/{what}": v for what, v in node["infer"]["penalties"].items()}
+        infer: Any = node["infer"] if node["type"] == "sample" else {}
+        if "penalties" in infer:
+            out |= {f"{name.removesuffix('/embedded')}/{what}": v for what, v in infer["penalties"].items()}
     return out
 
 

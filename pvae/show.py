@@ -64,6 +64,15 @@ def counts(pair: Pair) -> dict[str, int]:
     return totals
 
 
+def size_of(site: Site) -> str:
+    """`[40]`, `32 codes`, `7 x 7 of 512 codes as [64]`, `200 bits`."""
+    if site.codes is None:
+        return f"{site.event[0]} bits" if site.values == "binary" else str(list(site.event))
+    grid = f"{' x '.join(map(str, site.grid))} of " if site.grid else ""
+    embedding = f" as [{site.features[0]}]" if site.features[0] != site.codes else ""
+    return f"{grid}{site.codes} codes{embedding}"
+
+
 def render(experiment: Experiment, x: Shape, pair: Pair) -> RenderableType:
     """The whole read-back for a terminal."""
     from rich.console import Group
@@ -78,8 +87,7 @@ def render(experiment: Experiment, x: Shape, pair: Pair) -> RenderableType:
         latent = experiment.latents[site.name]
         prior = f"{latent.prior.kind}: {factor('p', site.name, site.given)}"  # type: ignore[attr-defined]
         posterior = f"{latent.posterior.kind}: {factor('q', site.name, site.guide_given)}"  # type: ignore[attr-defined]
-        size = str(list(site.event)) if site.codes is None else f"{site.codes} codes"
-        latents.add_row(site.name, size, prior, posterior)
+        latents.add_row(site.name, size_of(site), prior, posterior)
     likelihood = experiment.decoder.likelihood.kind  # type: ignore[attr-defined]
     latents.add_row(
         OBSERVED, str(list(x)), f"{likelihood}: {factor('p', OBSERVED, experiment.decoder_given())}", "data"

@@ -24,7 +24,7 @@ OBSERVED = "x"
 """The name of the observed site, and of the data among a posterior's inputs."""
 
 
-EMBEDDED: dict[str, Any] = {"_embedded": True}
+EMBEDDED: Any = {"_embedded": True}
 """Marks the site of a nearest code's row: part of the code, no latent of its own."""
 
 

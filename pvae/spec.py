@@ -30,7 +30,7 @@ from pvae.guides.codes import BernoulliPosterior, CategoricalPosterior, Estimate
 from pvae.guides.encoders import Encoder, SharedEncoder
 from pvae.guides.graph import GraphGuide
 from pvae.guides.posteriors import ExactPosterior, NormalPosterior, Posterior
-from pvae.models import autoregressive, flows, invertible, mixture  # noqa: F401
+from pvae.models import flows, invertible, mixture, pixelcnn, transformer  # noqa: F401
 from pvae.models.decoders import Decoder
 from pvae.models.graph import GraphModel
 from pvae.models.likelihoods import DeterminedLikelihood, Likelihood
@@ -429,7 +429,8 @@ class Experiment(Plan):
 
     def _of_codes(self, sites: Sequence[Site]) -> tuple[dict[str, nn.Module], dict[str, nn.Module]]:
         """The codebooks of latents with embeddings, and the temperatures of relaxed ones."""
-        codebooks, temperatures = {}, {}
+        codebooks: dict[str, nn.Module] = {}
+        temperatures: dict[str, nn.Module] = {}
         for site in sites:
             latent = self.latents[site.name]
             if site.codes is not None and latent.embedding is not None:

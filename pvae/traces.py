@@ -75,8 +75,13 @@ def samples(trace: Trace) -> dict[str, Any]:
     return {
         name: node
         for name, node in trace.nodes.items()
-        if node["type"] == "sample" and not poutine.util.site_is_subsample(node) and "_embedded" not in node["infer"]
+        if node["type"] == "sample" and not poutine.util.site_is_subsample(node) and not is_embedded(node)
     }
+
+
+def is_embedded(node: Mapping[str, Any]) -> bool:
+    """Whether a site is the row of a nearest code."""
+    return "_embedded" in node["infer"]
 
 
 def data_frame(trace: Trace, count: int, among: Collection[str]) -> CondIndepStackFrame | None:

@@ -95,7 +95,8 @@ def start_codebooks(pair: Pair, data: Split, batch: int, seed: int) -> None:
             seeds.set_noise(seeds.mix(seed, seeds.ORDER, 2), data.x.device)
             for index in rows.to(data.x.device).split(CHUNK):
                 node = pair.guide_trace(pair.accept(data.draw(index))).nodes[embedded(posterior.site.name)]
-                parts.append(posterior.vectors(node["infer"]["point"]))
+                infer: Any = node["infer"]
+                parts.append(posterior.vectors(infer["point"]))
         posterior.codebook.start(torch.cat(parts), seed, batch * positions)
 
 

@@ -89,7 +89,7 @@ def in_use(share: Tensor) -> Tensor:
 
 def codebook_of(pair: Pair, name: str) -> Codebook | NearestCodebook | None:
     """The table of a declared latent's embeddings; None where codes are seen as one-hots, and of other pairs."""
-    books = pair.model.codebooks if isinstance(pair.model, GraphModel) else {}
+    books: Mapping[str, Any] = pair.model.codebooks if isinstance(pair.model, GraphModel) else {}
     found = books[name] if name in books else None
     return found if isinstance(found, Codebook | NearestCodebook) else None
 

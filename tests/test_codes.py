@@ -476,13 +476,14 @@ def test_gain_of_a_prior_fitted_to_certain_codes():
 # ---------------------------------------------------------------------- hierarchies
 
 
+TRANSFORMER = {"kind": "transformer", "width": 8, "layers": 1, "heads": 2}
 NEAREST, DRAWN = {"kind": "nearest_code"}, {"kind": "categorical", "estimator": "score"}
 
 
 def hierarchy(top, bottom) -> Pair:
     """Two levels of codes, the bottom given the top on both sides."""
     level = {"codes": 3, "grid": [2], "embedding": 4}
-    below = {"posterior": {**bottom, "given": ["x", "top"]}, "given": ["top"], "prior": "transformer"}
+    below = {"posterior": {**bottom, "given": ["x", "top"]}, "given": ["top"], "prior": TRANSFORMER}
     latents = {"top": {**level, "posterior": top, "prior": "categorical"}, "bottom": {**level, **below}}
     net = {"kind": "mlp", "hidden": [8]}
     decoder = {"network": net, "likelihood": {"kind": "bernoulli"}, "given": ["top", "bottom"]}
@@ -531,7 +532,7 @@ def test_levels_of_codes(top, bottom, first):
         information = np.where(q > 0, q * (log_q - np.log(mean)), 0.0).sum(1).mean()
         kl = np.where(q > 0, q * (log_q - log_p), 0.0).sum(1).mean()
     certain = top is bottom is NEAREST
-    found = surgery(pair, x, samples=1 if certain else 300)
+    found = surgery(pair, x, samples=1 if certain else 60)
     slack = 1e-8 if certain else 0
     for figure, want in ((found.kl, kl), (found.mutual_information, information)):
         error = figure.standard_error
@@ -539,7 +540,9 @@ def test_levels_of_codes(top, bottom, first):
             error = surgery(pair, x).mutual_information.standard_error  # levels that read draws are scored once
         assert figure.value == pytest.approx(want, abs=slack + 4 * error)
     assert found.marginal_kl.value == pytest.approx(found.kl.value - found.mutual_information.value, abs=1e-9)
-    assert found.kl.value == pytest.approx(sum(level.kl.value for level in found.latents.values()), abs=1e-9)
+    levels = [level.kl for level in found.latents.values()]
+    slack = 1e-9 if certain or levels[0].kind == "estimate" else 4 * found.kl.standard_error  # a level may be exact
+    assert found.kl.value == pytest.approx(sum(level.value for level in levels), abs=slack)
     assert found.latents["bottom"].marginal_kl is None
     if certain:
         assert found.elbo.kind == "exact"
@@ -576,7 +579,7 @@ def test_guides_that_are_run_compare_certain_codes():
 
 @pytest.mark.parametrize("posterior", [DRAWN, NEAREST, "straight_through"], ids=["drawn", "nearest", "relaxed"])
 def test_priors_that_are_not_factorised_have_no_positions(posterior):
-    latent = {"codes": 3, "grid": [3], "embedding": 4, "posterior": posterior, "prior": "transformer"}
+    latent = {"codes": 3, "grid": [3], "embedding": 4, "posterior": posterior, "prior": TRANSFORMER}
     pair, x = declared({"c": latent}, spread=0.3), rows(40)
     tables = Tables(pair, x)
     np.testing.assert_allclose(np.exp(tables.log_p).sum(1), 1, atol=1e-6)

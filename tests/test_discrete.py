@@ -481,7 +481,7 @@ def test_a_hand_written_baseline_is_read_as_pyro_reads_it():
             pyro.sample("b", q, infer={"baseline": infer})
 
     x = torch.tensor([0.5, 2.0, -1.0])
-    for kind in ("value", "network"):
+    for kind in ("value", "network"):  # noqa: B007 - the guide reads it
         pair = Pair(model, guide).adopt(x)
         assert pair.check(x) == []
         with pair.own_store():
@@ -969,7 +969,7 @@ def test_averages_follow_the_formula():
 
 
 # vector-quantize-pytorch 1.32.0 on the same vectors: VectorQuantize(2, 4, decay=.9, threshold_ema_dead_code=0), rows
-# started at sin(1.7 i), batch i cos((1.3 + .4 i) j); and with use_cosine_sim=True. Codes of four steps, rows after them.
+# started at sin(1.7 i), batch i cos((1.3 + .4 i) j); with use_cosine_sim=True too. Codes of four steps, then rows.
 PEER = {
     "euclidean": (
         False,

@@ -274,6 +274,21 @@ def test_any_size_is_brought_to_any_other(have, want):
     assert (found.abs().sum((0, 1)) > 0).all()  # no pixel is left out
 
 
+@pytest.mark.parametrize("side", [3, 4, 5, 7, 8, 10, 14, 20, 25, 28])
+def test_every_code_of_any_grid_is_read_by_a_decoder_and_given_by_an_encoder(side):
+    # A grid of 20 that were doubled and cropped to 28 would lose its three outer rings.
+    grid = {"c": torch.randn(2, 3, side, side).requires_grad_()}
+    image = build(Resnet(channels=4, blocks=0, activation="elu"), {"c": (3, side, side)}, (1, 28, 28))(grid)
+    (found,) = torch.autograd.grad(image.square().sum(), grid["c"])
+    assert (found.abs().sum((0, 1)) > 0).all()
+    x = torch.randn(2, 1, 28, 28).requires_grad_()
+    codes = build(Resnet(channels=4, blocks=0, activation="elu"), {"x": (1, 28, 28)}, (3, side, side))({"x": x})
+    (found,) = torch.autograd.grad(codes.square().sum(), x)
+    assert (found.abs().sum((0, 1)) > 0).all()
+    still = build(Resnet(channels=4, blocks=0, activation="elu"), {"x": (1, 28, 28)}, (3, side, side))({"x": 0 * x})
+    assert (codes != still).any(0).any(0).all()  # no code sees padding alone
+
+
 def test_sizes_that_are_no_powers_of_two_apart_are_padded_evenly():
     resize = Resize((1, 28, 28), 4, (8, 8), torch.nn.ELU)
     assert resize.padded == (32, 32)

@@ -46,7 +46,7 @@ SPLINES = ("spline_coupling", "spline_autoregressive")
 BISECTED = ("block_autoregressive", "neural_autoregressive")
 POSTERIORS: dict[str, dict[str, Any]] = {"normal": {"kind": "normal"}, "full_rank_normal": {"kind": "full_rank_normal"}}
 ELSEWHERE = {"flow", "delta", "inverse", "dequantised", "ladder", "bidirectional", "exact", "prior"}
-"""Posteriors whose laws are in test_posteriors.py, test_flow_vae.py, test_hierarchies.py, test_em.py and test_gan.py."""
+"""Posteriors whose laws are in test_posteriors.py, test_flow_vae.py, test_hierarchies.py, test_em.py, test_gan.py."""
 
 
 def declared(prior: str = "standard_normal", posterior: str = "normal", dim: int = 2) -> Pair:

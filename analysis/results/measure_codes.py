@@ -1,0 +1,77 @@
+"""One row for each run with codes: nats and bits per dimension, what its prior won, use of codes, what samples look like.
+
+    python analysis/results/measure_codes.py OUT.csv RUN... [--rows 10000] [--pictures FOLDER]
+
+A run of a second stage is set beside the first, whose uniform prior prices every image the same. Figures are nats per
+datum unless they say otherwise. Samples are means of p(x | codes) at codes of the prior, as many as there are rows.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import pandas
+
+from pvae import Run
+from pvae.analysis import plots, surgery
+from pvae.analysis.generate import sample
+from pvae.analysis.two_sample import compare
+from pvae.seeds import subset
+from pvae.usage import code_usage
+
+
+def row_of(run: Run, first: Run | None, rows: int, *, samples: bool) -> dict[str, object]:
+    """Figures of a run, and of the first stage where it is a second one."""
+    splits = {name: run.data.split(name).x for name in ("train", "test")}
+    chosen = {name: x[subset(len(x), rows, 0)] for name, x in splits.items()}
+    row: dict[str, object] = {"run": run.name, "epochs": run.status["epoch"], "fit_seconds": run.status["seconds"]}
+    for name, x in chosen.items():
+        found = surgery(run.pair, x)
+        row |= {f"{name}_{term}": getattr(found, term).value for term in ("elbo", "reconstruction", "kl")}
+        bits = found.bits_per_dimension
+        row[f"{name}_bits_per_dim"] = None if bits is None else bits.value
+        if name == "test":
+            row |= {f"test_kl_{latent}": level.kl.value for latent, level in found.latents.items()}
+            row["test_error"] = found.elbo.standard_error
+    if first is not None:
+        before = surgery(first.pair, chosen["test"])
+        bits = before.bits_per_dimension
+        row |= {"first_seconds": first.status["seconds"], "uniform_kl": before.kl.value}
+        row["uniform_bits_per_dim"] = None if bits is None else bits.value
+    row |= code_usage(run.pair, chosen["test"])
+    if samples:
+        f = compare(run, "test", rows, mean=True).fidelity
+        relative = f.relative_confidence
+        shares = [share.value for share in f.shares.values()]
+        row |= {"relative_confidence": None if relative is None else relative.value}
+        row |= {"least_share": min(shares), "largest_share": max(shares)} if shares else {}
+        row |= {"precision": f.precision.value, "recall": f.recall.value, "coverage": f.coverage.value}
+    return row
+
+
+def main() -> None:
+    """Write the table, and pictures of samples where they are asked for."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("runs", nargs="+")
+    parser.add_argument("--root", default="runs")
+    parser.add_argument("--rows", type=int, default=10_000)
+    parser.add_argument("--pictures", type=Path)
+    asked = parser.parse_args()
+    table = []
+    for name in asked.runs:
+        run = Run.load(name, root=asked.root)
+        parent = (run.files.manifest.get("parent") or {}).get("run")
+        first = None if parent is None else Run.load(parent, root=asked.root)
+        table.append(row_of(run, first, asked.rows, samples=first is not None))
+        pandas.DataFrame(table).round(4).to_csv(asked.out, index=False)
+        print(pandas.DataFrame(table[-1:]).T.to_string(), flush=True)
+        if asked.pictures and first is not None:
+            figure = plots.sampled(sample(run, 40, mean=True), run.data.train.data[:1000].double().numpy())
+            assert figure is not None  # noqa: S101 - these data are images
+            (asked.pictures / f"{run.experiment.name}.png").write_bytes(plots.png(figure))
+
+
+if __name__ == "__main__":
+    main()

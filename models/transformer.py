@@ -1,0 +1,205 @@
+"""A decoder-only transformer over a prompt and a grid of codes, with cached draws."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal, Self, final
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pvae.component import Shape
+from pvae.models.autoregressive import Choose, TokenModule, require_shapes
+from pvae.models.priors import Prior
+from pvae.site import Link, Site, Values
+
+
+class Positions(nn.Module):
+    """A learned vector for every position of a grid, the sum of one for each axis: `(p, width)`."""
+
+    def __init__(self, grid: Shape, width: int) -> None:
+        super().__init__()
+        self.axes = nn.ParameterList(0.1 * torch.randn(size, width) for size in grid)
+
+    def forward(self) -> Tensor:
+        """See the class."""
+        first, *others = self.axes
+        total = first
+        for axis in others:
+            total = total.unsqueeze(-2) + axis
+        return total.reshape(-1, first.shape[-1])
+
+
+class Tokens(nn.Module):
+    """One parent as tokens of the prompt: a vector is one, a sequence or grid one for each position."""
+
+    def __init__(self, shape: Shape, width: int) -> None:
+        super().__init__()
+        self.shape = shape
+        self.token = nn.Linear(shape[0], width, bias=len(shape) == 1)
+        self.positions = Positions(shape[1:], width) if len(shape) > 1 else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(..., *shape)` to `(..., tokens, width)`."""
+        columns = x.unsqueeze(-1) if self.positions is None else x.flatten(x.dim() + 1 - len(self.shape))
+        tokens = self.token(columns.mT)
+        return tokens if self.positions is None else tokens + self.positions()
+
+
+class Memory:
+    """Keys and values of the positions so far, in room made once for all positions to come."""
+
+    def __init__(self, length: int) -> None:
+        self.length, self.filled = length, 0
+        self.room: Tensor | None = None
+
+    def extend(self, new: Tensor) -> Tensor:
+        """All keys and values `(2, n, heads, filled, d)` after the new ones `(2, n, heads, m, d)`."""
+        if self.room is None:
+            self.room = new.new_empty(*new.shape[:3], self.length, new.shape[-1])
+        start, self.filled = self.filled, self.filled + new.shape[3]
+        self.room[:, :, :, start : self.filled] = new
+        return self.room[:, :, :, : self.filled]
+
+
+class Block(nn.Module):
+    """Causal attention and a perceptron of one hidden layer, each after a norm and with a residual."""
+
+    def __init__(self, width: int, heads: int, dropout: float) -> None:
+        super().__init__()
+        self.heads, self.dropout = heads, dropout
+        self.first, self.second = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.project, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.perceptron = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+
+    def forward(self, h: Tensor) -> Tensor:
+        """All positions at once, `(n, t, width)`."""
+        q, k, v = self._projected(h)
+        return self._mixed(h, F.scaled_dot_product_attention(q, k, v, dropout_p=self._rate, is_causal=True))
+
+    def extend(self, h: Tensor, memory: Memory) -> Tensor:
+        """The first positions `(n, t, width)`, or one more `(n, 1, width)` after those in the memory."""
+        q, *new = self._projected(h)
+        k, v = memory.extend(torch.stack(new))
+        causal = h.shape[1] > 1  # a single new one may read all that is there
+        return self._mixed(h, F.scaled_dot_product_attention(q, k, v, dropout_p=self._rate, is_causal=causal))
+
+    @property
+    def _rate(self) -> float:
+        return self.dropout if self.training else 0.0
+
+    def _projected(self, h: Tensor) -> Sequence[Tensor]:
+        """Queries, keys and values, `(n, heads, t, d)`."""
+        return self.project(self.first(h)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+
+    def _mixed(self, h: Tensor, read: Tensor) -> Tensor:
+        h = h + self._dropped(self.out(read.transpose(1, 2).flatten(2)))
+        return h + self._dropped(self.perceptron(self.second(h)))
+
+    def _dropped(self, h: Tensor) -> Tensor:
+        return F.dropout(h, self.dropout, self.training)
+
+
+class TransformerModule(TokenModule):
+    """The prompt, a start token and the codes but the last, under causal attention."""
+
+    context_dims = 2
+    blocks: Any
+    """`Block`s."""
+
+    def __init__(
+        self,
+        grid: Shape,
+        codes: int,
+        parents: Mapping[str, Shape],
+        *,
+        width: int,
+        layers: int,
+        heads: int,
+        dropout: float,
+    ) -> None:
+        super().__init__(grid, codes, parents, width)
+        self.prompts = nn.ModuleDict({name: Tokens(shape, width) for name, shape in self.parents.items()})
+        self.places = Positions(grid, width) if self.positions > 1 else None
+        self.blocks = nn.ModuleList(Block(width, heads, dropout) for _ in range(layers))
+        self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, codes))
+
+    def encode(self, given: Mapping[str, Tensor], lead: torch.Size) -> Tensor | None:
+        """See `TokenModule.encode`: the prompt and the start token, `(*lead, tokens + 1, width)`."""
+        prompt = [*(self.prompts[name](value) for name, value in given.items()), self.start.unsqueeze(0)]
+        return torch.cat([part.expand(*lead, *part.shape[-2:]) for part in prompt], -2)
+
+    def inputs(self, value: Tensor) -> Tensor:
+        """The codes but the last with their positions, `(n, p - 1, width)`."""
+        h = self.embed(value[:, :-1])
+        return h if self.places is None else h + self.places()[:-1]
+
+    def logits(self, value: Tensor, context: Tensor | None) -> Tensor:
+        """See `TokenModule.logits`."""
+        assert context is not None  # noqa: S101 - there is always a start token
+        h = torch.cat([context, self.inputs(value)], 1)
+        for block in self.blocks:
+            h = block(h)
+        return self.head(h[:, context.shape[1] - 1 :])
+
+    def draw(self, count: int, context: Tensor | None, choose: Choose) -> Tensor:
+        """See `TokenModule.draw`: every code costs one position; keys and values of those before it are kept."""
+        assert context is not None  # noqa: S101 - there is always a start token
+        h = context
+        memories = [Memory(h.shape[1] + self.positions - 1) for _ in self.blocks]
+        places = None if self.places is None else self.places()
+        drawn: list[Tensor] = []
+        while True:
+            for block, memory in zip(self.blocks, memories, strict=True):
+                h = block.extend(h, memory)
+            drawn.append(choose(self.head(h[:, -1])))
+            if places is None or len(drawn) == self.positions:
+                return torch.stack(drawn, 1)
+            h = self.embed(drawn[-1][:, None]) + places[len(drawn) - 1]
+
+
+@final
+class TransformerPrior(Prior):
+    r"""A decoder-only transformer: prod_p p(c_p given prompt, c_1 .. c_{p-1}), by causal attention.
+
+    The parents are the prompt: a vector is one token, a sequence (words as one-hots over their vocabulary) or a grid of
+    embeddings one token for each position. The prompt itself has no price.
+
+    References:
+        Attention Is All You Need (Vaswani et al., 2017), https://arxiv.org/abs/1706.03762
+        Improving Language Understanding by Generative Pre-Training (Radford et al., 2018),
+        https://cdn.openai.com/research-covers/language-unsupervised/language_understanding_paper.pdf
+        Zero-Shot Text-to-Image Generation (Ramesh et al., 2021), https://arxiv.org/abs/2102.12092
+    """
+
+    kind: Literal["transformer"] = "transformer"
+    values: ClassVar[tuple[Values, ...]] = ("index",)
+    reads_parents: ClassVar[bool] = True
+    width: int = Field(default=128, gt=0)
+    """Width of a token; a multiple of `heads`."""
+    layers: int = Field(default=4, gt=0)
+    """Blocks of attention and perceptron."""
+    heads: int = Field(default=4, gt=0)
+    """Heads of attention."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Share of attention and of residuals that is dropped in training."""
+
+    @model_validator(mode="after")
+    def _even_heads(self) -> Self:
+        if self.width % self.heads:
+            raise ValueError(f"a width that {self.heads} heads share evenly; got {self.width}")
+        return self
+
+    def build(self, site: Site, given: Mapping[str, Shape], link: Link) -> nn.Module:
+        """See `Prior.build`."""
+        return TransformerModule(
+            site.grid,
+            require_shapes(site, given, self.kind),
+            given,
+            width=self.width,
+            layers=self.layers,
+            heads=self.heads,
+            dropout=self.dropout,
+        )
