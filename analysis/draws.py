@@ -261,11 +261,7 @@ def _normal(q: Members | None) -> Normals | None:
 
 def _closed(q: Any, p: Any, posterior: Members | None, prior: Members | None, layout: Layout) -> Tensor | None:
     """KL(q || p) in closed form; of codes from the same numbers in float64 that everything else is made of."""
-    if (
-        isinstance(posterior, Codes)
-        and isinstance(prior, Codes)
-        and posterior.logits.shape[1:] == prior.logits.shape[1:]
-    ):
+    if isinstance(posterior, Codes) and isinstance(prior, Codes):
         return codes_kl(posterior, prior)
     value = closed_kl(q, p, layout, 0, 1)
     return None if value is None else value.double()

@@ -364,9 +364,10 @@ def units(name: str, latent: LatentCollapse) -> Figure:
 def code_use(name: str, use: CodeUse) -> Figure:
     """How often each code is used, most used first, above (or beside) the perplexity of every position."""
     perplexity, mapped = np.array(use.perplexity), len(use.grid) == 2
-    panels = (use.share is not None) + (len(perplexity) > 1)
+    several = len(perplexity) > 1 or use.share is None
+    panels = (use.share is not None) + several
     with style():
-        made = figure(2.1 * max(panels, 1) + 0.5 + 1.2 * mapped)
+        made = figure(2.1 * panels + 0.5 + 1.2 * mapped)
         ratios = [1.0] * (panels - 1) + [2.0 if mapped else 1.0]
         grid = list(made.subplots(panels, 1, squeeze=False, height_ratios=ratios)[:, 0])
         if use.share is not None:
@@ -375,7 +376,7 @@ def code_use(name: str, use: CodeUse) -> Figure:
             grid[0].set_title(f"{plain(name)}: share of each code, most used first")
             grid[0].set_xlabel(f"rank of the code (1 to {use.states})")
             grid[0].set_xlim(0.3, max(use.states, 6) + 0.7)
-        if len(perplexity) > 1:
+        if several:
             _of_positions(made, grid[-1], perplexity.reshape(use.grid if mapped else (-1,)), use.states)
             grid[-1].set_title(f"{plain(name)}: perplexity of each position, of at most {use.states}")
     return made
@@ -386,6 +387,7 @@ def _of_positions(made: Figure, axes: Axes, perplexity: Array, states: int) -> N
     if perplexity.ndim == 2:
         shown = axes.imshow(perplexity, cmap="viridis", vmin=1, vmax=max(float(perplexity.max()), 1.01))
         made.colorbar(shown, ax=axes)
+        axes.set_anchor("W")
         axes.set_xlabel("column")
         axes.set_ylabel("row")
         for axis in (axes.xaxis, axes.yaxis):

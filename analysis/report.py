@@ -27,7 +27,7 @@ from pvae.analysis.collapse import ACTIVE, CodeUse, Collapse, collapse
 from pvae.analysis.draws import Draw, LatentDraw, draw, quiet
 from pvae.analysis.estimate import Estimate
 from pvae.analysis.evidence import Evidence, evidence
-from pvae.analysis.generate import mean_of, sample
+from pvae.analysis.generate import mean_of, reconstruct, sample
 from pvae.analysis.surgery import surgery
 from pvae.errors import DataError, DeclarationError
 from pvae.files import write_atomic
@@ -229,13 +229,17 @@ def rebuild(pair: Pair, x: Tensor, drawn: Draw) -> tuple[plots.Rebuilt, ...]:
     parts = []
     for title, rows in picks[: 3 if n >= 3 * count else 1]:
         chosen = x[rows]
+        data = pair.frame.split(chosen)[0]
+        if pair.layout.enumerated:  # scored in expectation: shown at a draw of p(c | x, z)
+            mean = reconstruct(pair, chosen).x
+            parts.append(plots.Rebuilt(title, array(data), array(mean), array(drawn.reconstruction[rows])))
+            continue
         trace = pair.guide_trace(chosen)
         sites = (*pair.layout.latents, *pair.layout.shared)
         values: dict[str, Tensor] = {name: torch.as_tensor(trace.nodes[name]["value"]) for name in sites}
         for name, latent in drawn.latents.items():
             values[name] = latent.value[rows].to(values[name].dtype).reshape(values[name].shape)
         fn = pair.model_trace(chosen, values).nodes[pair.layout.observed[0]]["fn"]
-        data = pair.frame.split(chosen)[0]
         mean = mean_of(fn).expand(data.shape)
         parts.append(plots.Rebuilt(title, array(data), array(mean), array(drawn.reconstruction[rows])))
     return tuple(parts)
@@ -347,7 +351,7 @@ def _all_in_use(c: Collapse) -> Sentence:
     known = [latent for latent in c.latents.values() if latent.active is not None]
     coded = [name for name, latent in c.latents.items() if latent.codes is not None]
     if coded and not known:
-        return Sentence(f"No collapse: no code of {', '.join(coded)} is dead.")
+        return Sentence(f"No collapse: every code (or bit) of {', '.join(coded)} is in use.")
     if not known:
         return Sentence("Active units are not known for this posterior.")
     return Sentence(f"No collapse: all {sum(latent.dim for latent in known)} latent units are active.")
@@ -473,9 +477,9 @@ def _codes(name: str, use: CodeUse) -> Picture:
     return picture(
         plots.code_use(name, use),
         f"Use of the codes of {name}. {said}Perplexity of positions: {nats(low)} to {nats(high)}.",
-        "Under the aggregated posterior of these rows. A code is in use when its share is above a thousandth of an even "
-        "one. Perplexity is the number of codes in use, weighed: a position at 1 says nothing of x. Look for a long flat "
-        "end (codes that are never chosen: fewer would do) and for positions that stay dark.",
+        "Under the aggregated posterior of these rows. A code is in use when its share is above a thousandth of an "
+        "even one. Perplexity is the number of codes in use, weighed: a position at 1 says nothing of x. Look for a "
+        "long flat end (codes that are never chosen: fewer would do) and for positions that stay dark.",
     )
 
 

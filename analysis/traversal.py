@@ -84,8 +84,9 @@ def traverse(
 
     A coordinate takes `steps` values, evenly spaced within `span` standard deviations of its prior's mean; mean and
     standard deviation are those of the prior where it is one normal, else of `PRIOR_DRAWS` draws. A single code takes
-    all its values instead, and a bit both. All other coordinates stay: at the centre of the row's encoding (see `encode`), or at the
-    prior's mean. Latents whose prior reads the moved one, in one or several steps, follow at their mean given it.
+    all its values instead, and a bit both. All other coordinates stay: at the centre of the row's encoding (see
+    `encode`), or at the prior's mean. Latents whose prior reads the moved one, in one or several steps, follow at their
+    mean given it.
 
     Arguments:
         run_or_pair: a run, or any pair that has seen data.

@@ -1,4 +1,4 @@
-"""Every discrete latent taken apart: against sums over all joint states in NumPy, known channels, and its own streams."""
+"""Every discrete latent taken apart: against sums over all joint states in NumPy, known channels, its own streams."""
 
 import math
 import resource

@@ -1,7 +1,7 @@
 """GANs: the game's value, its gradients, the steps, what is learned, what is refused; no likelihood anywhere."""
 
 # Attributes of Modules and Pyro programs have no types, and a figure that may be None fails its test if it is.
-# mypy: disable-error-code="arg-type, attr-defined, index, union-attr"
+# mypy: disable-error-code="arg-type, attr-defined, index, operator, union-attr"
 
 from __future__ import annotations
 

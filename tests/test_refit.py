@@ -19,7 +19,7 @@ from pvae.cli import main
 from pvae.errors import CheckpointError, DataError, DeclarationError, Interrupted
 from pvae.run import Run
 from pvae.spec import Experiment
-from pvae.trainer import Trainer
+from pvae.trainer import Trainer, evaluate
 
 NETWORK = {"network": {"kind": "mlp", "hidden": [32]}}
 TABLE: dict[str, Any] = {
@@ -287,3 +287,21 @@ def test_what_stops_a_second_stage_is_told(tmp_path, monkeypatch):
     with pytest.raises(DeclarationError, match="expected the run's own threads = 99"):
         pvae.resume("small", root=tmp_path, progress=False)
     assert len(list((tmp_path / "small_refit").iterdir())) == 1  # none was fitted anew behind its back
+
+
+def test_a_token_prior_that_overfits_is_caught_by_validation(tmp_path):
+    few = ["data.splits.train=[0, 150]", "data.splits.validation=[1000, 1150]", "data.splits.test=[1350, 1400]"]
+    first = pvae.fit("vq_vae", *few, "train.epochs=3", "train.engine=eager", run_dir=tmp_path, progress=False)
+    second = pvae.refit(
+        first, 'latents.c.prior={kind="transformer", width=64, layers=2, heads=2}', "train.epochs=200",
+        "train.optimizer.lr=3e-3", "train.batch_size=50", "train.patience=5", "train.engine=eager", progress=False,
+    )  # fmt: skip
+    rows = second.files.metrics_rows()
+    train, held = (
+        [row["elbo"] for row in rows if row["split"] == split and "elbo" in row] for split in ("train", "validation")
+    )
+    assert second.status["epoch"] < 200  # stopped
+    assert train[-1] > train[0] + 10  # it went on learning the training codes
+    assert held[-1] < max(held) - 1  # and unlearned all others
+    kept = evaluate(second.pair, second.data.validation.x, second.plan.seed)
+    assert kept["elbo"] == pytest.approx(max(held), abs=1e-3)

@@ -64,11 +64,11 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "unknown source": ({**BASE, "data": {"source": "mnits"}}, r"data\.source: expected one of .*'mnist'"),
     "no latents": ({"latents": {}}, r"latents: expected .*at least 1 item"),
-    "no dim": ({"latents": {"z": {}}}, r"latents\.z: expected either dim .* or codes .*; got neither"),
+    "no dim": ({"latents": {"z": {}}}, r"latents\.z: expected one of dim .*, codes .* and bits .*; got none"),
     "a list for a table": ({"latents": {"z": []}}, r"latents\.z: expected .*; got \[\]"),
     "an import": (
         {**BASE, "decoder": {"network": {"_target_": "os.system"}}},
-        r"decoder\.network\.kind: expected one of bijection, conv, gated_mlp, mlp, table; got none",
+        r"decoder\.network\.kind: expected one of bijection, conv, gated_mlp, mlp, resnet, table; got none",
     ),
     "a class path": (
         {**BASE, "decoder": {"network": {"kind": "mlp", "class_path": "os.system"}}},

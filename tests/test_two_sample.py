@@ -1,7 +1,7 @@
 """Samples beside data: the two-sample test, precision to coverage, the critic's KL, the counterexamples."""
 
 # A figure that may be None fails its test if it is.
-# mypy: disable-error-code="arg-type, union-attr"
+# mypy: disable-error-code="arg-type, attr-defined, union-attr"
 
 from __future__ import annotations
 
