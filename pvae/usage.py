@@ -89,8 +89,9 @@ def in_use(share: Tensor) -> Tensor:
 
 def codebook_of(pair: Pair, name: str) -> Codebook | NearestCodebook | None:
     """The table of a declared latent's embeddings; None where codes are seen as one-hots, and of other pairs."""
-    books: Mapping[str, Any] = pair.model.codebooks if isinstance(pair.model, GraphModel) else {}
-    found = books[name] if name in books else None
+    if not isinstance(pair.model, GraphModel) or name not in pair.model.codebooks:
+        return None
+    found = pair.model.codebooks[name]
     return found if isinstance(found, Codebook | NearestCodebook) else None
 
 

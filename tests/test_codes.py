@@ -1,5 +1,8 @@
 """Every discrete latent taken apart: against sums over all joint states in NumPy, known channels, its own streams."""
 
+# Attributes of Modules and Pyro programs have no types, and a figure that may be None fails its test if it is.
+# mypy: disable-error-code="arg-type, attr-defined, index, misc, operator, union-attr"
+
 import math
 import resource
 
@@ -615,16 +618,26 @@ def test_dead_codes_and_duplicates_are_told_with_the_knob():
     assert f"c: {64 - use.used} of 64 codes are dead" in alert
     assert "posterior.restart" in alert
     assert 'start = "kmeans"' in alert
-    table = pair.model.codebooks["c"].weight
-    common = encode(pair, x)["c"].flatten().unique()[:2]
-    with torch.no_grad():
-        table[common[1]] = table[common[0]]
-    assert collapse(pair, x).latents["c"].codes.duplicates in (0, 2)  # the first of two equal rows is the nearest
-    with torch.no_grad():
-        table[common[1]] = table[common[0]] * (1 + 1e-6)
+    assert use.duplicates == 0
+
+
+def test_duplicates_are_counted_among_codes_in_use():
+    pair, x = declared({"c": {**VQ, "codes": 64, "grid": [2]}}), rows(30)
+    with quiet(pair.adopt(x), x, 0):
+        z = pair.guide_trace(x).nodes["c/embedded"]["infer"]["point"].movedim(1, -1).reshape(-1, 4)
+    apart = torch.cdist(z, z).fill_diagonal_(math.inf)
+    a, b = divmod(int(apart.argmin()), len(z))
+    middle, across = (z[a] + z[b]) / 2, z[a] - z[b]
+    far = z[(z - middle).norm(dim=1).argmax()]
+    with torch.no_grad():  # two codes side by side between two vectors, one at the farthest, the rest nowhere
+        table = pair.model.codebooks["c"].weight
+        table[:] = 1e6
+        table[0], table[1], table[2] = middle + 1e-3 * across, middle - 1e-3 * across, far
     found = collapse(pair, x)
-    if found.latents["c"].codes.duplicates:
-        assert "lie on each other" in found.alerts[0]
+    use = found.latents["c"].codes
+    assert (use.used, use.duplicates) == (3, 2)
+    assert "c: 2 codes lie on each other in the codebook" in found.alerts[0]
+    assert "2 duplicates" in str(found)
 
 
 def test_one_code_for_all_has_collapsed():
