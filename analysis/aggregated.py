@@ -19,7 +19,7 @@ from pvae.analysis.guided import LOWEST, Guided, nothing_as_infinite
 from pvae.errors import DataError, DeclarationError
 from pvae.exponential import CertainCodes, Members, Product, product
 from pvae.pair import Pair
-from pvae.usage import rows_at_once
+from pvae.usage import Undrawn, rows_at_once
 
 ROWS, COLUMNS = 512, 2048
 CHECKED = 8
@@ -238,7 +238,7 @@ class Streamed(Products):
         super().__init__(first.dim, first.features, x.device, memory)
 
     def _read(self, x: Tensor) -> Members:
-        with quiet(self.pair, x, 0):
+        with quiet(self.pair, x, 0), Undrawn(self.latents):
             found = members(self.pair, x, self.latents)
         assert found is not None  # noqa: S101 - `AggregatedPosterior.of` has looked
         return found.double()
@@ -392,7 +392,7 @@ class AggregatedPosterior(dist.TorchDistribution):
         elif 8 * first.numbers * len(chosen) > memory // 2:
             made = Streamed(pair, chosen, names, memory)
         else:
-            with quiet(pair, x, 0):
+            with quiet(pair, x, 0), Undrawn(names):
                 parts = [members(pair, part, names) for part in chosen.split(rows_at_once(pair, x, CHUNK))]
             made = parts[0].joined(parts[1:])  # type: ignore[union-attr]
         return cls(made, len(x), rows, memory)

@@ -1,7 +1,7 @@
 """Posteriors of codes and bits: one latent, several engines.
 
-What differs is how a gradient passes a discrete choice: an exact sum, a score function, a relaxation, a hard choice with
-the gradient of a soft one, or the nearest row of a codebook.
+What differs is how a gradient passes a discrete choice: an exact sum, a score function, a relaxation, a hard choice
+with the gradient of a soft one, or the nearest row of a codebook.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from pvae.codebook import Codebook, NearestCodebook
+from pvae.codebook import NearestCodebook
 from pvae.component import Shape
 from pvae.discrete import KL, Certain, RelaxedCodes, bits, code_grid
 from pvae.guides.posteriors import Posterior
@@ -28,8 +28,10 @@ Estimator = Literal["auto", "sum", "score"]
 
 
 def head(network: Network | None, inputs: Mapping[str, Shape], output: Shape) -> NetworkModule:
-    """From a posterior's inputs to numbers `(..., *output)`; unless said one linear map, on a grid of features one for
-    all positions."""
+    """From a posterior's inputs to numbers `(..., *output)`.
+
+    Unless said it is one linear map, and on a grid of features one for all positions.
+    """
     if network is not None:
         return network.build(inputs, output)
     if len(output) == 3 and any(len(shape) == 3 and shape[1:] == output[1:] for shape in inputs.values()):
@@ -242,8 +244,8 @@ class RelaxedOneHotPosterior(RelaxedPosterior):
 class StraightThroughPosterior(RelaxedPosterior):
     """Seen as the one-hot of the largest entry, with the gradient of the relaxed one-hot: biased, hard, cheap.
 
-    With Gumbel noise the codes seen are exact draws of q(c | x). Without, the most probable code is taken for certain: q
-    is a point, and the KL is -log p of it.
+    With Gumbel noise the codes seen are exact draws of q(c | x). Without, the most probable code is taken for certain:
+    q is a point, and the KL is -log p of it.
 
     References:
         Estimating or Propagating Gradients Through Stochastic Neurons (Bengio, Leonard, Courville, 2013),
@@ -315,7 +317,7 @@ class NearestModule(nn.Module):
         """evenness * positions * (log K - entropy of the mean soft assignment), nats."""
         flat = z.reshape(-1, z.shape[-1])
         scores = self.codebook.scores(flat)
-        spread = (flat.detach().square().sum(1).mean() + 1e-6)
+        spread = flat.detach().square().sum(1).mean() + 1e-6
         share = (scores / (self.declared.softness * spread)).softmax(1).mean(0)
         gap = torch.log(share.new_tensor(float(len(share)))) + (share * (share + 1e-12).log()).sum()
         lead = z.shape[: z.dim() - 1 - self.grid]
@@ -340,7 +342,7 @@ class NearestCodePosterior(Posterior):
     commitment: float = Field(default=0.25, ge=0)
     """Weight of |z - sg e|^2, per datum, summed over positions and coordinates."""
     decay: float = Field(default=0.99, gt=0, lt=1)
-    """Codes follow the averages of what is assigned to them; 0 .. 1, nearer to 1 slower. `gradient = true` ignores it."""
+    """Of the averages of what is assigned to a code, which it follows: nearer to 1, slower. Ignored by `gradient`."""
     gradient: bool = False
     """Codes learn by the gradient of the codebook loss, as first published, in place of averages."""
     start: Literal["kmeans", "random"] = "kmeans"

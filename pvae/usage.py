@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import Bernoulli, Categorical, OneHotCategorical
 
 from pvae import seeds
 from pvae.codebook import Codebook, NearestCodebook
 from pvae.component import Shape
-from pvae.discrete import Certain, Discretised
+from pvae.discrete import Certain, Discretised, twin
 from pvae.exponential import CertainCodes, Codes, Members
 from pvae.models.graph import GraphModel
 from pvae.pair import Pair, quiet
@@ -21,8 +22,8 @@ from pvae.traces import Layout, members, samples, unwrapped
 
 ROWS = 1000
 """Most rows of a batch."""
-NUMBERS = 2**21
-"""Most probabilities of a batch (16 MiB in float64; a guide makes several copies)."""
+NUMBERS = 2**20
+"""Most probabilities of a batch (8 MiB in float64, of which there are a dozen copies)."""
 DEAD = 1e-3
 """Of an even share: a code with less is not in use."""
 
@@ -136,6 +137,21 @@ def rows_at_once(pair: Pair, x: Tensor, most: int = ROWS, numbers: int = NUMBERS
     return max(1, min(most, numbers // widest))
 
 
+class Undrawn(Messenger):
+    """Gives codes of some sites the value 0 in place of a draw: where nothing but their distributions is read."""
+
+    def __init__(self, names: Collection[str]) -> None:
+        super().__init__()
+        self.names = frozenset(names)
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["name"] in self.names and msg["value"] is None and not msg["is_observed"]:
+            fn = twin(msg["fn"])
+            if isinstance(unwrapped(fn), Categorical):
+                shape = fn.batch_shape + fn.event_shape
+                msg["value"] = torch.zeros(shape, dtype=torch.int64, device=unwrapped(fn).logits.device)
+
+
 def tallies(pair: Pair, x: Tensor, layout: Layout) -> dict[str, Tally]:
     """The tally of every latent of a guide that is a code, on one batch; of codes that read drawn ones, at a draw."""
     nodes, found = samples(pair.guide_trace(x)), {}
@@ -164,7 +180,9 @@ def code_usage(pair: Pair, x: Tensor, seed: int = 0) -> dict[str, float]:
     """
     found: dict[str, Tally] = {}
     x = pair.accept(x)
-    with quiet(pair, x), Discretised():
+    # Of several latents one may read another's draw.
+    undrawn = Undrawn(pair.layout.latents if len(pair.layout.latents) == 1 else ())
+    with quiet(pair, x), Discretised(), undrawn:
         seeds.set_noise(seeds.mix(seed, seeds.VALIDATION), x.device)
         if not any(_is_code(node) for node in samples(pair.guide_trace(x[:1])).values()):
             return {}

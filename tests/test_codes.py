@@ -624,7 +624,7 @@ def test_dead_codes_and_duplicates_are_told_with_the_knob():
 def test_duplicates_are_counted_among_codes_in_use():
     pair, x = declared({"c": {**VQ, "codes": 64, "grid": [2]}}), rows(30)
     with quiet(pair.adopt(x), x, 0):
-        z = pair.guide_trace(x).nodes["c/embedded"]["infer"]["point"].movedim(1, -1).reshape(-1, 4)
+        z = pair.guide_trace(x).nodes["c/embedded"]["infer"]["point"].movedim(1, -1).reshape(-1, 4).unique(dim=0)
     apart = torch.cdist(z, z).fill_diagonal_(math.inf)
     a, b = divmod(int(apart.argmin()), len(z))
     middle, across = (z[a] + z[b]) / 2, z[a] - z[b]
@@ -670,16 +670,16 @@ def wide(posterior, codes: int, grid) -> Pair:
     return declared({"c": {**latent, "embedding": 4}}, spread=0.1).float()
 
 
-@pytest.mark.parametrize(("posterior", "n"), [(NEAREST, 3000), (DRAWN, 1500)], ids=["nearest", "drawn"])
+@pytest.mark.parametrize(("posterior", "n"), [(NEAREST, 3000), (DRAWN, 1000)], ids=["nearest", "drawn"])
 def test_memory_does_not_hold_all_probabilities(posterior, n, monkeypatch):
-    # Probabilities of all rows in float64 would be 786 and 393 MB.
+    # Half of what the probabilities of all rows would take in float64: 786 and 262 MB.
     monkeypatch.setattr(draws, "KEPT", 2**26)
     pair, x = wide(posterior, 512, [8, 8]), rows(n).float()
     surgery(pair, x[:200], memory=2**26)  # what is made once
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     found = surgery(pair, x, memory=2**26)
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
-    assert grown < 200
+    assert grown < n * 64 * 512 * 8 / 2**20 / 2
     assert found.latents["c"].dimensions is not None
     assert found.kl.value == pytest.approx(found.mutual_information.value + found.marginal_kl.value, abs=1e-9)
     assert 0 <= found.mutual_information.value <= math.log(n) + 1e-9
