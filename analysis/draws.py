@@ -51,8 +51,8 @@ def accept(pair: Pair, x: Any) -> Tensor:
         raise DeclarationError(f"pair: expected a pvae.Pair; got {type(pair).__name__}.{hint}")
     if pair.implicit:
         raise DataError(
-            "pair: expected a model that scores data; got a generator without a likelihood, where nothing is inferred: it "
-            "has no ELBO, no evidence and no codes. Compare its samples with data: pvae two-sample."
+            "pair: expected a model that scores data; got a generator without a likelihood, where nothing is inferred: "
+            "it has no ELBO, no evidence and no codes. Compare its samples with data: pvae two-sample."
         )
     rows = pair.accept(x)
     pair.frame.require(rows)

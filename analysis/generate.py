@@ -183,8 +183,8 @@ def sample(
         run_or_pair: a run, or any pair that has seen data.
         n: draws.
         mean: give E[x | z] (Bernoulli probabilities, a normal's location) in place of a draw of x.
-        given: for a model conditioned on covariates, the value of each: an integer, or n of them; of a prompt, a text of
-            its vocabulary. Unless said, a run draws them from its training rows.
+        given: for a model conditioned on covariates, the value of each: an integer, or n of them; of a prompt, a text
+            of its vocabulary. Unless said, a run draws them from its training rows.
         seed: of all draws; the same seed, the same numbers.
         on_progress: called with (draws done, n) after every `CHUNK` at most.
 

@@ -91,9 +91,7 @@ class PerLatentModule(EncoderModule):
 
     def __init__(self, network: Network, known: Mapping[str, Shape], sites: Sequence[Site]) -> None:
         super().__init__()
-        self.networks = nn.ModuleDict(
-            {site.name: laid_out(network, shapes_of(site, known), [site]) for site in sites}
-        )
+        self.networks = nn.ModuleDict({site.name: laid_out(network, shapes_of(site, known), [site]) for site in sites})
         self.shapes = {name: {FEATURES: module.output} for name, module in self.networks.items()}  # type: ignore[dict-item]
 
     def forward(self, x: Tensor) -> Tensor:

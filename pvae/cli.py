@@ -596,7 +596,8 @@ OUT = Annotated[
     typer.Option("--out", help="What to write, without suffix; COMMAND in the run's analysis folder unless said."),
 ]
 GIVEN = Annotated[
-    list[str] | None, typer.Option("--given", help="A covariate's value, y=3 or 'words=ankle boot', for a model conditioned on one.")
+    list[str] | None,
+    typer.Option("--given", help="A covariate's value, y=3 or 'words=ankle boot', for a model conditioned on one."),
 ]
 
 

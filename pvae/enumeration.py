@@ -17,6 +17,7 @@ from pvae.errors import DeclarationError
 from pvae.exponential import IMPOSSIBLE
 from pvae.traces import Layout, log_prob, samples, sum_over
 
+
 @dataclass(frozen=True)
 class Table:
     """Log densities of a batch under every joint state of the enumerated sites, `(K_1, ..., K_J, [particles,] n)`."""

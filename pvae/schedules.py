@@ -118,7 +118,7 @@ class Cyclical(Schedule):
 
 
 class Scheduled(nn.Module):
-    """A number inside a pair that follows a schedule; what reads it reads a buffer, which is filled before every step."""
+    """A number inside a pair that follows a schedule: a buffer, filled before every step."""
 
     value: Tensor
 

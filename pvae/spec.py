@@ -20,8 +20,8 @@ from torch import nn
 from pvae import toml, zoo
 from pvae.component import Component, Ints, Names, Section, Shape, Table
 from pvae.data.declared import Data, Digits
-from pvae.em import EM
 from pvae.discrete import STATES
+from pvae.em import EM
 from pvae.errors import DeclarationError, near
 from pvae.gan import GAN as _GAN  # noqa: F401 - kinds register themselves
 from pvae.guides import flows as _guide_flows  # noqa: F401

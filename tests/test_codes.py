@@ -624,7 +624,8 @@ def test_dead_codes_and_duplicates_are_told_with_the_knob():
 def test_duplicates_are_counted_among_codes_in_use():
     pair, x = declared({"c": {**VQ, "codes": 64, "grid": [2]}}), rows(30)
     with quiet(pair.adopt(x), x, 0):
-        z = pair.guide_trace(x).nodes["c/embedded"]["infer"]["point"].movedim(1, -1).reshape(-1, 4).unique(dim=0)
+        infer: Any = pair.guide_trace(x).nodes["c/embedded"]["infer"]
+        z = infer["point"].movedim(1, -1).reshape(-1, 4).unique(dim=0)
     apart = torch.cdist(z, z).fill_diagonal_(math.inf)
     a, b = divmod(int(apart.argmin()), len(z))
     middle, across = (z[a] + z[b]) / 2, z[a] - z[b]

@@ -1,4 +1,4 @@
-"""One row for each run with codes: nats and bits per dimension, what its prior won, use of codes, what samples look like.
+"""One row for each run with codes: nats and bits per dimension, what its prior won, use of codes, looks of samples.
 
     python analysis/results/measure_codes.py OUT.csv RUN... [--rows 10000] [--pictures FOLDER]
 
