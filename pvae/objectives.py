@@ -125,10 +125,10 @@ class Objective(Component):
     def estimated(self, loss: Tensor, terms: Terms, beta: Tensor) -> Tensor:
         """A loss with the gradient of draws that carry none: the score function of every such latent.
 
-        That is (gain - baseline) grad log q, gain = reconstruction - beta * sum of KLs, without the latent's own KL where
-        that is in closed form. The value stays as it is. With several particles the mean of the others is taken off as
-        well (which leaves the gradient unbiased); a network's baseline is brought nearer to the gain by their squared
-        difference.
+        That is (gain - baseline) grad log q, gain = reconstruction - beta * sum of KLs, without the latent's own KL
+        where that is in closed form. The value stays as it is. With several particles the mean of the others is taken
+        off as well (which leaves the gradient unbiased); a network's baseline is brought nearer to the gain by their
+        squared difference.
         """
         for name, score in terms.scores.items():
             others = [kl for site, kl in terms.kl.items() if score.own_kl or site != name]

@@ -234,11 +234,12 @@ def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
         stderr=subprocess.PIPE,
         text=True,
     )
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 180
     while time.monotonic() < deadline and child.poll() is None:
         if any(path.stat().st_size for path in folder.glob("*/*/metrics.jsonl")):
             return child
         time.sleep(0.02)
+    child.kill()  # one that is merely slow would be waited for for ever
     raise AssertionError(child.communicate())
 
 

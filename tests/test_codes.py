@@ -5,6 +5,7 @@
 
 import math
 import resource
+from typing import Any
 
 import numpy as np
 import pyro
