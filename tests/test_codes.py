@@ -1,7 +1,7 @@
 """Every discrete latent taken apart: against sums over all joint states in NumPy, known channels, its own streams."""
 
 # Attributes of Modules and Pyro programs have no types, and a figure that may be None fails its test if it is.
-# mypy: disable-error-code="arg-type, attr-defined, index, misc, operator, union-attr"
+# mypy: disable-error-code="arg-type, attr-defined, index, misc, operator, typeddict-item, union-attr"
 
 import math
 import resource
