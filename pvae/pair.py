@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
+from math import prod
 from types import CellType
 from typing import Any
 
@@ -381,6 +382,17 @@ class Pair(nn.Module):
                 known = log_q - (0.0 if p is None else log_prob(p, layout, count, size))
             kl[name] = known
         return Terms(reconstruction, kl, penalties_of(guide_trace), scores)
+
+    def states(self, x: Tensor) -> int:
+        """Joint states of the latents that a loss sums over, the guide's and the model's; 1 where there are none."""
+        self.adopt(x)
+        names = (*self.layout.expected, *self.layout.enumerated)
+        if not names:
+            return 1
+        with quiet(self, x), self.own_store():
+            guide, model = (samples(trace) for trace in (poutine.trace(self.guide).get_trace(x), self.model_trace(x)))
+        sites = [(guide | model)[name]["fn"] for name in names]
+        return prod(int(fn.enumerate_support(expand=False).shape[0]) for fn in sites)
 
     def _known_kl(
         self, q: Mapping[str, Any], p: Mapping[str, Any] | None, count: int, size: int, closed_form: bool

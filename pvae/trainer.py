@@ -39,6 +39,8 @@ from pvae.step import Step, is_finite, load_optimizer_tensors, make_capturable, 
 from pvae.usage import code_usage
 
 CHUNK = 1000
+DECODED = 32_000
+"""Most rows that are decoded at a time where every joint state of a code is."""
 STATUS_SECONDS = 2.0
 MAX_ROLLBACKS = 3
 DUMP = "nonfinite_batch.safetensors"
@@ -69,9 +71,10 @@ def evaluate(pair: Pair, x: Tensor, seed: int) -> dict[str, float]:
 
 def _mean_terms(pair: Pair, x: Tensor, seed: int) -> dict[str, float]:
     totals: dict[str, float] = {}
-    for start in range(0, len(x), CHUNK):
+    rows = max(1, min(CHUNK, DECODED // pair.states(x[:2])))
+    for start in range(0, len(x), rows):
         seeds.set_noise(seeds.mix(seed, seeds.VALIDATION, start), x.device)
-        terms = pair.terms(pair.accept(x[start : start + CHUNK]), rows=len(x), expected=True)
+        terms = pair.terms(pair.accept(x[start : start + rows]), rows=len(x), expected=True)
         kl = {f"kl/{name}": value.expand_as(terms.reconstruction) for name, value in terms.kl.items()}
         for key, value in {"reconstruction": terms.reconstruction, **kl}.items():
             totals[key] = totals.get(key, 0.0) + float(value.double().sum())
