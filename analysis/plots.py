@@ -114,8 +114,8 @@ def plain(text: object) -> str:
 
 
 def nats(value: float, digits: int = 2) -> str:
-    """A figure with a true minus sign."""
-    return f"{value:.{digits}f}".replace("-", "−")
+    """A figure with a true minus sign, and none before a zero."""
+    return f"{round(value, digits) + 0.0:.{digits}f}".replace("-", "−")
 
 
 # ---------------------------------------------------------------------- training
