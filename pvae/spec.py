@@ -6,7 +6,7 @@ import json
 import math
 import re
 import types
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, Union, get_args, get_origin
@@ -20,28 +20,25 @@ from torch import nn
 from pvae import toml, zoo
 from pvae.component import Component, Ints, Names, Section, Shape, Table
 from pvae.data.declared import Data, Digits
-from pvae.discrete import STATES
-from pvae.em import EM
 from pvae.errors import DeclarationError, near
 from pvae.gan import GAN as _GAN  # noqa: F401 - kinds register themselves
 from pvae.guides import flows as _guide_flows  # noqa: F401
 from pvae.guides import inverse, topdown, uninferred  # noqa: F401
-from pvae.guides.codes import BernoulliPosterior, CategoricalPosterior, EstimatedPosterior
+from pvae.guides.codes import BernoulliPosterior, CategoricalPosterior
 from pvae.guides.encoders import Encoder, SharedEncoder
 from pvae.guides.graph import GraphGuide
 from pvae.guides.posteriors import ExactPosterior, NormalPosterior, Posterior
 from pvae.models import flows, invertible, mixture, pixelcnn, transformer  # noqa: F401
 from pvae.models.decoders import Decoder
 from pvae.models.graph import GraphModel
-from pvae.models.likelihoods import DeterminedLikelihood, Likelihood
-from pvae.models.priors import BernoulliPrior, CategoricalPrior, Prior, StandardNormal, UniformPrior, prior_of
-from pvae.networks import Table as NetworkTable
+from pvae.models.priors import BernoulliPrior, CategoricalPrior, Prior, StandardNormal, prior_of
 from pvae.objectives import Objective, TraceELBO
 from pvae.optimizers import Adam, Optimizer
 from pvae.pair import Pair
 from pvae.prompts import Vocabulary, split
 from pvae.schedules import Constant, Schedule, Scheduled
 from pvae.site import OBSERVED, Frame, Link, Site, Values, topological
+from pvae.soundness import findings
 
 if TYPE_CHECKING:
     from pvae.data import Dataset
@@ -294,13 +291,13 @@ class Experiment(Plan):
 
     @model_validator(mode="after")
     def _sound(self) -> Self:
-        findings = list(_findings(self))
-        if findings:
+        wrong = list(findings(self))
+        if wrong:
             raise ValidationError.from_exception_data(
                 "Experiment",
                 [
                     InitErrorDetails(type=PydanticCustomError("graph", "{text}", {"text": text}), loc=loc, input=found)
-                    for loc, text, found in findings
+                    for loc, text, found in wrong
                 ],
             )
         return self
@@ -443,245 +440,6 @@ class Experiment(Plan):
         from pvae.show import experiment_html
 
         return experiment_html(self)
-
-
-Finding = tuple[tuple[str, ...], str, Any]
-
-
-def _findings(e: Experiment) -> Iterator[Finding]:
-    """What is wrong with the graph, each with its path."""
-    names = set(e.latents)
-    if both := names & set(e.covariates):
-        yield ("covariates",), "names that no latent has", sorted(both)
-        return
-    found = [*_unknown_parents(e, names)]
-    yield from found
-    if found:
-        return
-    try:
-        e.sites(), e.guide_sites()
-    except DeclarationError as error:
-        yield ("latents",), str(error), sorted(names)
-        return
-    if e.objective.scores and not any(OBSERVED in z.posterior.given or z.posterior.summed for z in e.latents.values()):
-        yield ("latents",), "at least one posterior given 'x': the guide never looks at the data", sorted(names)
-    yield from _unread(e)
-    yield from _unread_covariates(e)
-    yield from _misplaced_priors(e)
-    yield from _misplaced_posteriors(e)
-    yield from _likelihood_free(e)
-    if e.refit is not None and e.objective.scores:
-        yield from _second_stage(e, e.refit)
-    if e.objective.kind == "trace_mean_field_elbo":  # type: ignore[attr-defined]
-        yield from _not_mean_field(e)
-    if isinstance(e.objective, EM):
-        yield from _no_mixture(e)
-    yield from refused(e)
-
-
-def refused(plan: Plan) -> Iterator[Finding]:
-    """Keys of `train` that the objective has no use for, each with its path."""
-    for name in plan.objective.refuses:
-        default, value = Train.model_fields[name].default, getattr(plan.train, name)
-        if value != default:
-            kind = plan.objective.kind  # type: ignore[attr-defined]
-            wanted = "nothing" if default is None else default
-            why = "takes no gradient steps" if plan.objective.scores else "has no ELBO and no guide to fit"
-            yield ("train", name), f"{wanted}, because the objective {kind} {why}", value
-
-
-def _no_mixture(e: Experiment) -> Iterator[Finding]:
-    """What has no closed form: anything but one code, summed over exactly, and a table of components."""
-    if len(e.latents) > 1:
-        yield ("latents",), "exactly one latent, with codes, for the objective em", sorted(e.latents)
-        return
-    ((name, latent),) = e.latents.items()
-    likelihood = e.decoder.likelihood
-    closed = ", ".join(kind for kind, member in Likelihood.members.items() if member.closed_form)  # type: ignore[attr-defined]
-    wanted: list[tuple[tuple[str, ...], Component, bool, str]] = [
-        (("latents", name, "prior"), latent.prior, isinstance(latent.prior, CategoricalPrior | UniformPrior),
-         "categorical or uniform, of a latent with codes,"),
-        (("latents", name, "posterior"), latent.posterior, latent.posterior.summed, "exact, of a latent with codes,"),
-        (("decoder", "network"), e.decoder.network, isinstance(e.decoder.network, NetworkTable), "table"),
-        (("decoder", "likelihood"), likelihood, likelihood.closed_form, f"one with a closed form ({closed})"),
-    ]  # fmt: skip
-    for loc, part, sound, what in wanted:
-        if not sound:
-            yield loc, f"{what} for the objective em", getattr(part, part.tag)
-
-
-def _unknown_parents(e: Experiment, names: set[str]) -> Iterator[Finding]:
-    places: list[tuple[tuple[str, ...], tuple[str, ...], set[str]]]
-    known = names | set(e.covariates)
-    sampled = {name for name in names if not e.latents[name].posterior.summed} | set(e.covariates)
-    places = [(("decoder", "given"), e.decoder.given or (), known)]
-    for name, latent in e.latents.items():
-        places.append((("latents", name, "given"), latent.given, known - {name}))
-        places.append((("latents", name, "posterior", "given"), latent.posterior.given, sampled - {name} | {OBSERVED}))
-    for loc, given, allowed in places:
-        for parent in given:
-            if parent not in allowed:
-                wanted = ", ".join(sorted(allowed)) or "no name at all (there is no other latent)"
-                yield loc, f"names among {wanted}{near(parent, allowed)}", parent
-    if e.decoder.given is not None and not set(e.decoder.given) & names:
-        yield ("decoder", "given"), "at least one latent", list(e.decoder.given)
-
-
-def _unread_covariates(e: Experiment) -> Iterator[Finding]:
-    read = {name for z in e.latents.values() for name in (*z.given, *z.posterior.given)} | set(e.decoder_given())
-    for name in e.covariates:
-        if name not in read:
-            yield ("covariates", name), "a covariate that a prior, a posterior or the decoder is given", name
-
-
-WHAT: dict[Values, str] = {"real": "a vector", "index": "codes", "relaxed": "relaxed codes", "binary": "bits"}
-
-
-def _relaxes(latent: Latent) -> bool:
-    """Whether a prior of codes is to price relaxed ones: by the KL of the categoricals, which asks for no density."""
-    return latent.sampled == "relaxed" and "index" in latent.prior.values and not _wants_density(latent)
-
-
-def _wants_density(latent: Latent) -> bool:
-    """Whether the KL of a relaxed latent is that of the densities."""
-    return latent.posterior.kl == "relaxed"  # type: ignore[attr-defined]
-
-
-def _misplaced_priors(e: Experiment) -> Iterator[Finding]:
-    """Priors that cannot read the parents they have, or need parents that are not there."""
-    for name, latent in e.latents.items():
-        kind = latent.prior.kind  # type: ignore[attr-defined]
-        if latent.sampled not in latent.prior.values and not _relaxes(latent):
-            kinds = [k for k, member in Prior.members.items() if latent.sampled in member.values]  # type: ignore[attr-defined]
-            yield ("latents", name, "prior"), f"a prior of {WHAT[latent.sampled]}: one of {', '.join(kinds)}", kind
-            continue
-        if latent.sampled == "relaxed" and "index" not in latent.prior.values and not _wants_density(latent):
-            yield (
-                ("latents", name, "posterior", "kl"),
-                f"relaxed, because the prior {kind} is a density of relaxed codes and gives codes no probabilities",
-                "categorical",
-            )
-        if latent.given and not latent.prior.reads_parents:
-            yield (
-                ("latents", name, "prior"),
-                f"a prior that reads {', '.join(latent.given)}, such as conditional_normal",
-                kind,
-            )
-        if latent.prior.reads_guide and latent.posterior.given != (OBSERVED,):
-            yield (
-                ("latents", name, "posterior", "given"),
-                f"['x'] alone, because the prior {kind} is made of this posterior",
-                list(latent.posterior.given),
-            )
-        if not latent.given and latent.prior.needs_parents:
-            yield ("latents", name, "given"), f"parents for the prior {kind}, e.g. given = ['z2']", []
-
-
-def _second_stage(e: Experiment, refit: Refit) -> Iterator[Finding]:
-    for name in refit.priors:
-        if name not in e.latents:
-            yield ("refit", "priors", name), f"one of {', '.join(e.latents)}{near(name, e.latents)}", name
-            return
-    if refit.train.alternate:
-        yield ("refit", "train", "alternate"), "0, because the guide is frozen", refit.train.alternate
-    try:
-        e.refitted(e.second_stage())
-    except DeclarationError as error:
-        yield ("refit",), f"a sound second stage; {'; '.join(error.problems)}", sorted(refit.priors)
-
-
-def _misplaced_posteriors(e: Experiment) -> Iterator[Finding]:
-    """Posteriors of other values than the latent's, and inverses without what they invert."""
-    likelihood = e.decoder.likelihood
-    for name, latent in e.latents.items():
-        posterior, loc = latent.posterior, ("latents", name, "posterior")
-        kind = posterior.kind  # type: ignore[attr-defined]
-        if posterior.values != latent.values:
-            kinds = [k for k, member in Posterior.members.items() if member.values == latent.values]  # type: ignore[attr-defined]
-            yield loc, f"a posterior of {WHAT[latent.values]}: one of {', '.join(kinds)}", kind
-            continue
-        sums = posterior.summed or (isinstance(posterior, EstimatedPosterior) and posterior.estimator == "sum")
-        if sums and latent.log_states > math.log(STATES) + 1e-9:
-            yield (
-                loc,
-                f"a sum over at most {STATES} joint states for the posterior {kind} (fewer codes or positions), or "
-                f"{'another posterior, such as categorical' if posterior.summed else 'estimator = score'}",
-                f"{latent.codes or 2} ** {latent.bits or prod(latent.grid or ())}",
-            )
-        wanted = posterior.determines
-        if wanted and (wanted != likelihood.kind or e.decoder.network.kind != "bijection"):  # type: ignore[attr-defined]
-            yield (
-                ("decoder",),
-                f"the network bijection and the likelihood {wanted}, of which the posterior {kind} is the way back",
-                f"{e.decoder.network.kind}, {likelihood.kind}",  # type: ignore[attr-defined]
-            )
-    if e.objective.scores and likelihood.is_point and not any(z.posterior.determines for z in e.latents.values()):
-        yield (
-            ("decoder", "likelihood"),
-            "a density of x given z (normal, bernoulli, ...), unless the posterior is inverse or dequantised",
-            likelihood.kind,  # type: ignore[attr-defined]
-        )
-
-
-def _likelihood_free(e: Experiment) -> Iterator[Finding]:
-    """A generator needs a critic, a point for x and a guide that infers nothing; none goes without the others."""
-    kind, likelihood = e.objective.kind, e.decoder.likelihood  # type: ignore[attr-defined]
-    determined = isinstance(likelihood, DeterminedLikelihood)
-    if e.objective.scores:
-        for name, latent in e.latents.items():
-            if not latent.posterior.infers:
-                yield (
-                    ("latents", name, "posterior"),
-                    f"a posterior that is inferred from x (normal, ...), for the objective {kind} scores data",
-                    latent.posterior.kind,  # type: ignore[attr-defined]
-                )
-        if isinstance(likelihood, DeterminedLikelihood) and likelihood.squash != "none":
-            yield (
-                ("decoder", "likelihood", "squash"),
-                'none, for only the objective gan never asks for the way back; use the network\'s squash = "logit"',
-                likelihood.squash,
-            )
-        return
-    if not determined:
-        yield ("decoder", "likelihood"), f"determined, x = g(z), for the objective {kind}", likelihood.kind  # type: ignore[attr-defined]
-    for name, latent in e.latents.items():
-        if latent.posterior.infers:
-            yield (
-                ("latents", name, "posterior"),
-                f"prior, for the objective {kind} infers nothing",
-                latent.posterior.kind,  # type: ignore[attr-defined]
-            )
-    if e.refit is not None:
-        yield ("refit",), f"none, for the objective {kind} has no codes to fit a prior to", sorted(e.refit.priors)
-    if e.analysis.every:
-        yield ("analysis", "every"), f"0, for the objective {kind} has no ELBO to take apart", e.analysis.every
-
-
-def _unread(e: Experiment) -> Iterator[Finding]:
-    """A latent that neither the decoder nor another latent reads can only equal its prior."""
-    read = set(e.decoder_given()) | {parent for z in e.latents.values() for parent in z.given}
-    for name in e.latents:
-        if name not in read:
-            yield ("decoder", "given"), f"every latent read by the decoder or by another latent; {name} is not", name
-
-
-def _not_mean_field(e: Experiment) -> Iterator[Finding]:
-    """Latents whose model parents are inferred from them: a closed-form KL would not be an expectation."""
-    below: dict[str, set[str]] = {}
-    for site in e.guide_sites():
-        below[site.name] = {site.name}
-        for ancestor in below:
-            if ancestor in site.guide_given or any(p in below[ancestor] for p in site.guide_given):
-                below[ancestor].add(site.name)
-    for name, latent in e.latents.items():
-        for parent in latent.given:
-            if parent in below[name]:
-                yield (
-                    ("objective", "kind"),
-                    f"trace_elbo: the guide infers {parent} from {name} while the model has {name} given {parent}, so "
-                    f"KL(q({name}) || p({name} | {parent})) has no closed form",
-                    "trace_mean_field_elbo",
-                )
 
 
 # ---------------------------------------------------------------------- walking the declaration's types

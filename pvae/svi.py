@@ -22,7 +22,8 @@ from pvae.pair import Pair
 from pvae.provenance import provenance
 from pvae.run import Run, load_weights
 from pvae.rundir import RunDirectory, slug
-from pvae.spec import Experiment, Plan, Train, refused
+from pvae.soundness import refused
+from pvae.spec import Experiment, Plan, Train
 from pvae.step import choose_engine
 from pvae.trainer import Record, Trainer, evaluate
 
