@@ -15,6 +15,7 @@ import torch
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import constraints, register_kl
+from torch.nn.functional import logsigmoid, pad
 
 from pvae.component import Shape
 from pvae.event import Event
@@ -329,13 +330,8 @@ def from_coordinates(u: Tensor) -> Tensor:
     """The inverse of `to_coordinates`, `(..., K - 1)` to `(..., K)`."""
     k = u.shape[-1] + 1
     shifted = u - torch.arange(k - 1, 0, -1, device=u.device).to(u).log()
-    taken = nn_pad(torch.nn.functional.logsigmoid(-shifted).cumsum(-1), left=True)
-    return taken + nn_pad(torch.nn.functional.logsigmoid(shifted), left=False)
-
-
-def nn_pad(t: Tensor, left: bool) -> Tensor:
-    """One zero more along the last dimension."""
-    return torch.nn.functional.pad(t, (1, 0) if left else (0, 1))
+    left = pad(logsigmoid(-shifted).cumsum(-1), (1, 0))  # of the stick, before each piece
+    return left + pad(logsigmoid(shifted), (0, 1))  # the last piece is all that is left
 
 
 class FreeCoordinates(dist.TorchDistribution):

@@ -352,21 +352,14 @@ class Pointwise(NetworkModule):
 
     def forward(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """Named tensors `(..., *shape)` to `(..., *output)`."""
-        return total([self._at(name, inputs[name]) for name in self.inputs])
+        first, *others = (self._at(name, inputs[name]) for name in self.inputs)
+        return sum(others, first)
 
     def _at(self, name: str, x: Tensor) -> Tensor:
         layer, shape = self.maps[name], self.inputs[name]
         if isinstance(layer, nn.Linear):
             return layer(flatten(x, shape))[..., None, None]
         return batched(layer, x)
-
-
-def total(parts: Sequence[Tensor]) -> Tensor:
-    """The sum of tensors that broadcast."""
-    out = parts[0]
-    for part in parts[1:]:
-        out = out + part
-    return out
 
 
 def batched(layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
@@ -507,7 +500,7 @@ class ResnetModule(NetworkModule):
                 parts.append(layer(flatten(inputs[name], shape)).unflatten(-1, (self.channels, *self.work)))
             else:
                 parts.append(batched(layer, inputs[name]))
-        return batched(self.blocks, total(parts))
+        return batched(self.blocks, sum(parts[1:], parts[0]))
 
     def features(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """See `NetworkModule.features`."""
