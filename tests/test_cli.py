@@ -220,7 +220,7 @@ def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
         [
             sys.executable,
             "-m",
-            "pvae.cli",
+            "pvae",
             "fit",
             "vae",
             *TINY,
@@ -271,6 +271,6 @@ def test_a_second_process_is_refused(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 
 def test_broken_pipe_is_quiet() -> None:
-    shell = f"{sys.executable} -m pvae.cli schema | head -n 1"
+    shell = f"{sys.executable} -m pvae schema | head -n 1"
     done = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, env={**os.environ}, check=False)
     assert "Traceback" not in done.stderr

@@ -166,7 +166,7 @@ def test_killed_process_resumes_bit_for_bit(tmp_path: Path) -> None:
     whole = fit(tiny(epochs=20), tmp_path / "whole")
     spec = tmp_path / "spec.toml"
     spec.write_text(tiny(epochs=20).to_toml())
-    command = [sys.executable, "-m", "pvae.cli", "fit", str(spec), "--run-dir", str(tmp_path / "killed"), "--quiet"]
+    command = [sys.executable, "-m", "pvae", "fit", str(spec), "--run-dir", str(tmp_path / "killed"), "--quiet"]
     child = subprocess.Popen([*command, "--device", "cpu"], env={**os.environ, "PYTHONPATH": os.getcwd()})
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and child.poll() is None:
