@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from pvae import __version__
+from pvae.errors import DeclarationError
 
 if TYPE_CHECKING:
     from torch import Tensor
