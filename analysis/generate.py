@@ -229,7 +229,7 @@ class Template:
         self, source: Run | Pair, pair: Pair, n: int, given: Given | None, seed: int, row: Tensor | None = None
     ) -> None:
         self.pair, self.frame, self.row = pair, pair.frame, row
-        self.data = source.data.train.x if isinstance(source, Run) else None
+        self.data = source.data.train.rows if isinstance(source, Run) else None
         self.numbers = max(1, prod(self.frame.row))
         self.covariates = self._covariates(n, given, seed)
 

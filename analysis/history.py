@@ -18,7 +18,7 @@ def record(plan: Plan, pair: Pair, data: Dataset) -> dict[str, float]:
     The same rows and the same noise every time, so that what changes is the pair.
     """
     watched = plan.analysis
-    x = data.split(watched.split).x
+    x = data.split(watched.split).rows
     chosen = seeds.subset(len(x), watched.rows, seeds.mix(plan.seed, seeds.ANALYSIS, 4)).to(x.device)
     found = surgery(pair, x[chosen], samples=watched.samples, seed=plan.seed)
     figures = {name: e.value for name, e, _ in found.known() if name in KEPT}

@@ -76,7 +76,7 @@ class Request:
     @cached_property
     def x(self) -> Tensor:
         """The rows as the pair takes them, `(n, *event)`."""
-        return self.pair.accept(self.split.x[self.rows.to(self.split.x.device)])
+        return self.pair.accept(self.split.rows[self.rows.to(self.split.rows.device)])
 
     def quiet(self, counter: int) -> AbstractContextManager[None]:
         """Quiet, with noise of its own."""
@@ -140,7 +140,7 @@ def posterior(
     chosen = seeds.subset(len(part), rows, seed)
     few, some = min(predictive_rows, len(chosen)), min(predictive_draws, draws)
     request = Request(run.pair, part, chosen, draws, seed, few, some)
-    sites = read_sites(run.pair, accept(run.pair, part.x[:PROBED]))
+    sites = read_sites(run.pair, accept(run.pair, part.rows[:PROBED]))
     require_memory(sizes(request, sites), memory)
     origin = {"inference_library": "pvae", "inference_library_version": __version__}
     name = {"run": text(run.name), "run_id": text(str(run.files.manifest.get("id", run.path.name)))}
@@ -318,7 +318,7 @@ def guide(request: Request, sites: Sites) -> Group:
     }
     with request.quiet(0):
         for start in range(0, n, CHUNK) if shown else ():
-            x = pair.accept(request.split.x[start : start + CHUNK])
+            x = pair.accept(request.split.rows[start : start + CHUNK])
             nodes = samples(pair.guide_trace(x))
             for site in shown:
                 for key, t in parameters_of(nodes[site.site], layout, len(x)).items():

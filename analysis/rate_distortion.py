@@ -122,7 +122,7 @@ def rate_distortion(
     names, found = _names(runs), {}
     for i, (name, run) in enumerate(zip(names, runs, strict=True)):
         part = run.data.split(split)
-        x = part.x[seeds.subset(len(part), rows, seed).to(part.x.device)]
+        x = part.rows[seeds.subset(len(part), rows, seed).to(part.rows.device)]
         found[name] = surgery(
             run.pair, x, samples=samples, seed=seed,
             on_progress=lambda done, total, i=i: on_progress(i * total + done, len(runs) * total),  # type: ignore[misc]

@@ -29,6 +29,8 @@ from pvae.analysis.estimate import Estimate
 from pvae.analysis.evidence import Evidence, evidence
 from pvae.analysis.generate import mean_of, reconstruct, sample
 from pvae.analysis.surgery import surgery
+from pvae.analysis.table import cell
+from pvae.data.streamed import Streamed
 from pvae.errors import DataError, DeclarationError
 from pvae.files import write_atomic
 from pvae.pair import Pair
@@ -157,15 +159,15 @@ def examine(
 ) -> Findings:
     """Compute everything a report says; arguments as for `report`."""
     pair, data = run.pair, run.data
-    rows = {name: some(data.split(name).x, TRAIN_ROWS, seed) for name in dict.fromkeys(("train", split))}
-    rows[split] = some(data.split(split).x, 2 * TRAIN_ROWS, seed) if split != "train" else rows[split]
+    rows = {name: some(data.split(name).rows, TRAIN_ROWS, seed) for name in dict.fromkeys(("train", split))}
+    rows[split] = some(data.split(split).rows, 2 * TRAIN_ROWS, seed) if split != "train" else rows[split]
     surgeries = {}
     for i, (name, chosen) in enumerate(rows.items()):
         on_progress(i, len(STEPS), STEPS[i])
         surgeries[name] = surgery(pair, chosen.x, samples=samples, seed=seed)
     x = rows[split].x
     on_progress(2, len(STEPS), STEPS[2])
-    evidence_rows = some(data.split(split).x, EVIDENCE_ROWS, seed)
+    evidence_rows = some(data.split(split).rows, EVIDENCE_ROWS, seed)
     missing: dict[str, str] = {}
     bound = _attempt(lambda: evidence(pair, evidence_rows.x, samples=evidence_samples, seed=seed), "evidence", missing)
     on_progress(3, len(STEPS), STEPS[3])
@@ -191,7 +193,7 @@ def write(found: Findings) -> Path:
     return folder / "index.html"
 
 
-def some(x: Tensor, most: int, seed: int) -> Rows:
+def some(x: Tensor | Streamed, most: int, seed: int) -> Rows:
     """All rows, or `most` of them drawn with a seed, in their order."""
     return Rows(x[seeds.subset(len(x), most, seeds.mix(seed, seeds.ANALYSIS, 2)).to(x.device)], len(x))
 
@@ -563,13 +565,6 @@ def finite(value: Any) -> Any:
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     return value if value is None or isinstance(value, bool | int | str) else str(value)
-
-
-def cell(value: object) -> object:
-    """A CSV cell that no spreadsheet takes for a formula; numbers stay numbers."""
-    if not isinstance(value, str) or not value.startswith(("=", "+", "-", "@", "\t", "\r", "\n")):
-        return value
-    return f"'{value}"
 
 
 def surgery_csv(surgeries: Mapping[str, Surgery]) -> str:

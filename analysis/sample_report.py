@@ -127,7 +127,7 @@ def percent(value: float) -> str:
 def pictures(found: SampleFindings) -> dict[str, list[Picture]]:
     """All figures by section."""
     rows = found.run.files.metrics_rows()
-    data = array(found.run.data.train.data[:1000])
+    data = array(found.run.data.train.observed(found.run.data.train.rows[:1000]))
     low, high = float(data.min()), float(data.max())
     made = plots.sampled(found.sampled, data) or plots.samples(array(found.sampled.x), data, low, high)
     return {

@@ -17,6 +17,13 @@ Row = tuple[str, Estimate | None, str]
 """A term, its figure (None where it is not defined), and what it means."""
 
 
+def cell(value: object) -> object:
+    """A CSV cell that no spreadsheet takes for a formula; numbers stay numbers."""
+    if not isinstance(value, str) or not value.startswith(("=", "+", "-", "@", "\t", "\r", "\n")):
+        return value
+    return f"'{value}"
+
+
 class Figures(ABC):
     """A result made of named estimates, in nats per datum unless `unit` says otherwise."""
 

@@ -24,6 +24,8 @@ FEWEST = 8
 """Fewest rows of each kind that are split in four."""
 MOST = 10_000
 """Most rows of each kind that a run's samples are compared on."""
+MOST_TRAINED = 100_000
+"""Most training rows that features are learnt from."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -198,7 +200,7 @@ def compare(
     """
     part, pair = run.data.split(split), opened(run)
     chosen = seeds.subset(len(part), min(rows or MOST, MOST), seed)
-    real = part.data[chosen.to(part.x.device)].cpu()
+    real = part.observed(part.rows[chosen.to(part.rows.device)]).cpu()
     on_progress(0, len(STEPS), STEPS[0])
     fake = sample(run, len(real), mean=mean, seed=seed).x
     on_progress(1, len(STEPS), STEPS[1])
@@ -206,8 +208,9 @@ def compare(
     on_progress(2, len(STEPS), STEPS[2])
     train = run.data.train
     if space is None:
-        labels = None if train.y is None else train.y.cpu()
-        space = features(train.data.cpu(), labels, run.data.label_names, seed)
+        kept = seeds.subset(len(train), MOST_TRAINED, seed).to(train.rows.device)
+        labels = None if train.y is None else train.y[kept].cpu()
+        space = features(train.observed(train.rows[kept]).cpu(), labels, run.data.label_names, seed)
     on_progress(3, len(STEPS), STEPS[3])
     found = Comparison(test, fidelity(real, fake.reshape(len(fake), *pair.frame.x), k, space), split)
     on_progress(len(STEPS), len(STEPS), "")

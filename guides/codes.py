@@ -6,6 +6,7 @@ with the gradient of a soft one, or the nearest row of a codebook.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from math import prod
 from typing import Any, ClassVar, Literal, Self, final
@@ -146,10 +147,13 @@ class EstimatedPosterior(Posterior):
     network: Network | None = None
     """Between the encoder's features and the logits; default: one linear map."""
 
-    def parts(self, states: float, inputs: Mapping[str, Shape], output: Shape) -> dict[str, Any]:
+    def sums(self, log_states: float) -> bool:
+        """Whether its gradient is that of a sum, for a latent of so many joint states, given as a logarithm."""
+        return self.estimator == "sum" or (self.estimator == "auto" and log_states <= math.log(SMALL) + 1e-9)
+
+    def parts(self, log_states: float, inputs: Mapping[str, Shape], output: Shape) -> dict[str, Any]:
         """What an `Estimated` is made of."""
-        few = states <= SMALL
-        estimator = self.estimator if self.estimator != "auto" else "sum" if few else "score"
+        estimator = "sum" if self.sums(log_states) else "score"
         scores = estimator == "score"
         return {
             "network": head(self.network, inputs, output),
@@ -172,8 +176,8 @@ class CategoricalPosterior(EstimatedPosterior):
     def build(self, site: Site, inputs: Mapping[str, Shape], link: Link) -> nn.Module:
         """See `Posterior.build`."""
         assert site.codes is not None  # noqa: S101 - the declaration has been checked
-        states = float(site.codes) ** prod(site.grid)
-        module = CategoricalModule(**self.parts(states, inputs, (site.codes, *site.grid)))
+        log_states = prod(site.grid) * math.log(site.codes)
+        module = CategoricalModule(**self.parts(log_states, inputs, (site.codes, *site.grid)))
         module.grid = len(site.grid)
         return module
 
@@ -187,7 +191,7 @@ class BernoulliPosterior(EstimatedPosterior):
 
     def build(self, site: Site, inputs: Mapping[str, Shape], link: Link) -> nn.Module:
         """See `Posterior.build`."""
-        return BernoulliModule(**self.parts(2.0 ** site.event[0], inputs, site.event))
+        return BernoulliModule(**self.parts(site.event[0] * math.log(2), inputs, site.event))
 
 
 # ---------------------------------------------------------------------- relaxations

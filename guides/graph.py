@@ -24,6 +24,7 @@ class GraphGuide(nn.Module):
         posteriors: one module per latent.
         frame: what a row of data holds.
         link: the way to the model, which knows how a code is seen.
+        reader: what x goes through first; None where encoder and posteriors read it as it is.
     """
 
     def __init__(
@@ -33,6 +34,7 @@ class GraphGuide(nn.Module):
         posteriors: Mapping[str, nn.Module],
         frame: Frame,
         link: Link,
+        reader: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.sites = sites
@@ -40,15 +42,18 @@ class GraphGuide(nn.Module):
         self.posteriors = nn.ModuleDict(posteriors)
         self.frame = frame
         self.link = link
+        self.reader = reader
 
     def posterior(self, name: str, x: Tensor) -> dist.TorchDistribution:
         """q(z_name | x) of a latent that reads x alone, as a function of any x `(batch, *event)`; differentiable."""
         site = next(site for site in self.sites if site.name == name)
+        x = self._read(x)
         return self.posteriors[name](self._inputs(site, x, self._encoded(x), {}), {})
 
     def forward(self, rows: Tensor) -> dict[str, Tensor]:
         """Sample every latent of a batch of rows `(batch, *row)`; returns their features by name."""
         x, seen = self.frame.split(rows)
+        x = self._read(x)
         with data_plate(rows.shape[0]):
             features = self._encoded(x)
             for site in self.sites:
@@ -69,6 +74,9 @@ class GraphGuide(nn.Module):
         through = row.detach() + (found.point - found.point.detach())
         infer: Any = {**EMBEDDED, "penalties": posterior.penalties(found, row), "point": found.point}
         return pyro.sample(embedded(site.name), Determined(through, event_dim=len(site.features)), infer=infer)
+
+    def _read(self, x: Tensor) -> Tensor:
+        return x if self.reader is None else self.reader(x)
 
     def _encoded(self, x: Tensor) -> Tensor:
         return x if self.encoder is None else self.encoder(x)

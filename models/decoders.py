@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import pyro.distributions as dist
 from torch import Tensor, nn
 from torch.distributions import constraints
 
 from pvae.component import Names, Section, Shape
+from pvae.law import Law
 from pvae.models.likelihoods import Bernoulli, Likelihood
 from pvae.networks import MLP, Network
 
@@ -21,6 +22,10 @@ class Decoder(Section):
     likelihood: Likelihood = Bernoulli()
     given: Names | None = None
     """Latents the decoder reads; default: those that no other latent depends on."""
+
+    def over(self, laws: Sequence[Law]) -> Decoder:
+        """The decoder of a table of such columns; the same where its likelihood asks for none."""
+        return self.model_copy(update={"likelihood": self.likelihood.over(laws)})
 
     @property
     def support(self) -> constraints.Constraint:

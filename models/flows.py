@@ -296,6 +296,8 @@ class FlowPrior(Prior):
     values: ClassVar[tuple[Values, ...]] = ("real", "relaxed")
     inward: ClassVar[bool] = False
     """Whether the fast direction leads from z to u: a fast density and slow draws."""
+    masked: ClassVar[bool] = False
+    """Whether every hidden unit stands for a coordinate: a layer then needs as many at least."""
     layers: int = Field(default=4, gt=0)
     """Number of bijections."""
     hidden: Ints = Field(default=(64, 64), min_length=1)
@@ -311,6 +313,11 @@ class FlowPrior(Prior):
         dim = prod(site.event[:-1]) * (site.event[-1] - 1) if relaxed else site.event[0]
         if dim < 2:
             raise DeclarationError(f"latents.{site.name}.dim: expected at least 2 coordinates for a flow; got {dim}.")
+        if self.masked and min(self.hidden) < dim:
+            raise DeclarationError(
+                f"hidden: expected layers at least as wide as the {dim} coordinates of the flow; got "
+                f"{list(self.hidden)}. Widen them, or use realnvp."
+            )
         flow = FlowModule([near_identity(self.bijection(dim)) for _ in range(self.layers)], dim, self.inward)
         return RelaxedFlowModule(flow, site.event) if relaxed else flow
 
@@ -340,6 +347,7 @@ class MAF(FlowPrior):
     """
 
     kind: Literal["maf"] = "maf"
+    masked: ClassVar[bool] = True
     inward: ClassVar[bool] = True
 
     def bijection(self, dim: int) -> nn.Module:
@@ -357,6 +365,7 @@ class IAF(FlowPrior):
     """
 
     kind: Literal["iaf"] = "iaf"
+    masked: ClassVar[bool] = True
 
     def bijection(self, dim: int) -> nn.Module:
         """See `FlowPrior.bijection`."""
@@ -389,6 +398,7 @@ class SplineAutoregressive(FlowPrior):
     """
 
     kind: Literal["spline_autoregressive"] = "spline_autoregressive"
+    masked: ClassVar[bool] = True
     inward: ClassVar[bool] = True
     bins: int = Field(default=8, gt=1)
     bound: float = Field(default=5.0, gt=0)
@@ -433,6 +443,7 @@ class NeuralAutoregressive(FlowPrior):
     """
 
     kind: Literal["neural_autoregressive"] = "neural_autoregressive"
+    masked: ClassVar[bool] = True
     inward: ClassVar[bool] = True
     units: int = Field(default=16, gt=1)
     """Logistic units of each coordinate."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from math import prod
 from typing import Any, ClassVar, Literal, final
 
@@ -18,6 +18,7 @@ from pvae.component import Component, Shape
 from pvae.determined import Determined, Implicit, Rounded
 from pvae.errors import DataError
 from pvae.event import Event
+from pvae.law import Law
 from pvae.normal import lower_factor
 
 Size = torch.Size | list[int] | tuple[int, ...]
@@ -45,9 +46,23 @@ class Likelihood(Component):
         """Whether z determines x: its posterior must then know the way back."""
         return False
 
+    def over(self, laws: Sequence[Law]) -> Likelihood:
+        """The likelihood of a table of such columns: itself, where it asks for none."""
+        return self
+
+    def reader(self) -> ReaderModule | None:
+        """What x goes through before the guide's networks; None where they read it as it is."""
+        return None
+
     @abstractmethod
     def build(self, x: Shape) -> LikelihoodModule:
         """A module from the decoder's output `(..., channels * x[0], *x[1:])` to a distribution of event `x`."""
+
+
+class ReaderModule(nn.Module):
+    """Data `(..., *x)` as the guide's networks read them, `(..., *output)`; it learns nothing."""
+
+    output: Shape
 
 
 class LikelihoodModule(nn.Module):
@@ -597,6 +612,50 @@ class Poisson(Likelihood):
     def build(self, x: Shape) -> LikelihoodModule:
         """See `Likelihood.build`."""
         return PoissonModule(x, (LOWEST, -LOWEST))
+
+
+MOST_DISPERSED = 7.0
+"""Largest |log r| of a negative binomial."""
+
+
+def dispersed(log_mean: Tensor, log_count: Tensor) -> dist.TorchDistribution:
+    """Negative binomials of given means m `(..., d)` and variances m + m^2 / r, for r `(d,)`; logarithms of both."""
+    log_count = log_count.clamp(-MOST_DISPERSED, MOST_DISPERSED)  # beyond, a Poisson; and lgamma loses digits
+    logits = log_mean.clamp(LOWEST, -LOWEST) - log_count
+    return dist.NegativeBinomial(log_count.exp().expand(logits.shape), logits=logits, validate_args=False)
+
+
+class NegativeBinomialModule(LikelihoodModule):
+    """Independent counts; the decoder gives logarithms of means, and a dispersion is learned for every element."""
+
+    def __init__(self, x: Shape) -> None:
+        super().__init__(x, 1)
+        self.log_count = nn.Parameter(torch.ones(self.x))
+
+    def forward(self, h: Tensor) -> dist.TorchDistribution:
+        """Log-means `(..., *x)` to the distribution."""
+        return Event(dispersed(h, self.log_count), len(self.x))
+
+
+@final
+class NegativeBinomial(Likelihood):
+    """Independent counts of variance m + m^2 / r, with one learned r for every element: RNA counts, say.
+
+    References: Deep generative modeling for single-cell transcriptomics (Lopez et al., 2018),
+        https://doi.org/10.1038/s41592-018-0229-2
+    """
+
+    kind: Literal["negative_binomial"] = "negative_binomial"
+    hint: ClassVar[str] = "set data.scale = 'raw', or use likelihood 'normal'"
+
+    @property
+    def support(self) -> constraints.Constraint:
+        """Non-negative integers."""
+        return constraints.nonnegative_integer
+
+    def build(self, x: Shape) -> LikelihoodModule:
+        """See `Likelihood.build`."""
+        return NegativeBinomialModule(x)
 
 
 # ---------------------------------------------------------------------- x as the decoder says, with certainty

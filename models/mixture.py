@@ -139,7 +139,7 @@ class VampModule(nn.Module):
 
     def forward(self, _given: Mapping[str, Tensor]) -> dist.TorchDistribution:
         """The mixture of posteriors, with batch shape `()`."""
-        return Mixture(as_members(self.link.guide.posterior(self.name, self.pseudo_inputs.clamp(0.0, 1.0))))
+        return Mixture(as_members(self.link.guide.posterior(self.name, self.pseudo_inputs.clamp(0.0, 1.0)), self.name))
 
 
 @final
@@ -214,7 +214,7 @@ class DataMixtureModule(MadeOfData):
 
     def _encoded(self, x: Tensor) -> Members:
         """The posteriors at some rows."""
-        return as_members(self.link.guide.posterior(self.name, x))
+        return as_members(self.link.guide.posterior(self.name, x), self.name)
 
     def forward(self, _given: Mapping[str, Tensor]) -> dist.TorchDistribution:
         """The mixture, with batch shape `()`."""
@@ -309,8 +309,8 @@ class ExemplarPrior(Prior):
         return ExemplarModule(site.name, link, self.components, self.leave_one_out)
 
 
-def as_members(fn: Any) -> Members:
-    """The distributions of a batch `(K,)` as members, differentiable."""
+def as_members(fn: Any, name: str) -> Members:
+    """The distributions of a batch `(K,)` of a latent as members, differentiable."""
     while isinstance(fn, torch.distributions.Independent | dist.ExpandedDistribution):
         fn = fn.base_dist
     if isinstance(fn, torch.distributions.MultivariateNormal):
@@ -318,5 +318,6 @@ def as_members(fn: Any) -> Members:
     if isinstance(fn, torch.distributions.Normal):
         return Normals(fn.loc, fn.scale)
     raise DeclarationError(
-        f"prior: expected a posterior normal or full_rank_normal, of which mixtures are made; got {type(fn).__name__}."
+        f"latents.{name}.posterior: expected normal or full_rank_normal, of which its prior makes a mixture; got "
+        f"{type(fn).__name__}. Or use the prior mixture."
     )

@@ -27,6 +27,8 @@ class Prior(Component):
     """Whether it can be declared for a latent with parents."""
     needs_parents: ClassVar[bool] = False
     """Whether it must have them."""
+    ignores_parents: ClassVar[bool] = False
+    """Whether parents may be declared and play no part: they are for a `refit`."""
     reads_guide: ClassVar[bool] = False
     """Whether it asks the guide for the latent's posterior, which must then read x alone."""
 
@@ -148,6 +150,7 @@ class CategoricalPrior(Prior):
 
     kind: Literal["categorical"] = "categorical"
     reads_parents: ClassVar[bool] = True
+    ignores_parents: ClassVar[bool] = True
     values: ClassVar[tuple[Values, ...]] = ("index", "relaxed")
 
     def build(self, site: Site, given: Mapping[str, Shape], link: Link) -> nn.Module:
@@ -159,8 +162,9 @@ class CategoricalPrior(Prior):
 class BernoulliPrior(Prior):
     """Learned odds of the bits; parents, if any, play no part."""
 
-    reads_parents: ClassVar[bool] = True
     kind: Literal["bernoulli"] = "bernoulli"
+    reads_parents: ClassVar[bool] = True
+    ignores_parents: ClassVar[bool] = True
     values: ClassVar[tuple[Values, ...]] = ("binary",)
 
     def build(self, site: Site, given: Mapping[str, Shape], link: Link) -> nn.Module:
@@ -177,6 +181,7 @@ class UniformPrior(Prior):
 
     kind: Literal["uniform"] = "uniform"
     reads_parents: ClassVar[bool] = True
+    ignores_parents: ClassVar[bool] = True
     values: ClassVar[tuple[Values, ...]] = ("index", "relaxed", "binary")
 
     def build(self, site: Site, given: Mapping[str, Shape], link: Link) -> nn.Module:

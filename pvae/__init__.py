@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pvae import analysis, data, guides, models
+    from pvae.cleaning import clean
     from pvae.data import Dataset
     from pvae.errors import DataError, DeclarationError, PvaeError
     from pvae.pair import Pair
     from pvae.run import Run
     from pvae.spec import Experiment
     from pvae.svi import fit, refit, resume
+    from pvae.upkeep import verify
 
 __version__ = "0.1.0"
 
@@ -24,9 +26,11 @@ _HOMES = {
     "Pair": "pvae.pair",
     "PvaeError": "pvae.errors",
     "Run": "pvae.run",
+    "clean": "pvae.cleaning",
     "fit": "pvae.svi",
     "refit": "pvae.svi",
     "resume": "pvae.svi",
+    "verify": "pvae.upkeep",
 }
 _ROOMS = ("analysis", "data", "guides", "models")
 
@@ -39,12 +43,14 @@ __all__ = [
     "PvaeError",
     "Run",
     "analysis",
+    "clean",
     "data",
     "fit",
     "guides",
     "models",
     "refit",
     "resume",
+    "verify",
 ]
 
 

@@ -29,6 +29,8 @@ from pvae.rundir import slug
 
 SCHEMA = 1
 """The layout written here. A newer one is refused, an older one goes through ``MIGRATIONS``."""
+KEEP = 2
+"""Checkpoints that are kept, the newest."""
 
 _LOG = logging.getLogger("pvae")
 _LIMIT = 16 << 20
@@ -65,7 +67,7 @@ def write(
     tensors: Mapping[str, Mapping[str, Tensor]],
     state: Mapping[str, Any],
     *,
-    keep: int = 2,
+    keep: int = KEEP,
     durable: bool = True,
 ) -> Path:
     """Write the checkpoint of ``step`` into ``folder`` whole or not at all, then remove the oldest beyond ``keep``.
@@ -341,7 +343,7 @@ def latest(folder: Path, *, report: Callable[[str], None] = _LOG.warning) -> Che
     because starting anew in silence would cost a run.
     """
     refused = []
-    for path in _newest_first(folder):
+    for path in newest_first(folder):
         try:
             return read(path)
         except CheckpointError as problem:
@@ -352,7 +354,7 @@ def latest(folder: Path, *, report: Callable[[str], None] = _LOG.warning) -> Che
     return None
 
 
-def _newest_first(folder: Path) -> list[Path]:
+def newest_first(folder: Path) -> list[Path]:
     """The checkpoints by falling step; one that a killed ``write`` set aside stands in where its step is missing."""
     paths = {step: folder / _name(step) for step in _steps(folder)}
     for name in _names(folder):

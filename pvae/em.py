@@ -140,16 +140,21 @@ class Iteration(Stepper):
     def __init__(self, objective: EM, fitting: Fitting) -> None:
         self.objective, self.loss = objective, fitting.loss
         self.mixture = Mixture.of(fitting.loss.pair)
-        self.data, self.steps, self.seed = fitting.data.data, fitting.steps, fitting.seed
+        self.data, self.steps, self.seed = fitting.data, fitting.steps, fitting.seed
+        self.size = self._rows(slice(0, 1)).numel()
         self.gathered, self.tell = fitting.gathered, fitting.tell
-        self.origin = torch.zeros(self.data[0].numel(), dtype=torch.float64, device=self.data.device)
+        self.origin = torch.zeros(self.size, dtype=torch.float64, device=self.data.rows.device)
         for x in self._blocks():
             self.origin += x.sum(0) / len(self.data)
 
     def _blocks(self) -> Iterator[Tensor]:
         """The training data `(rows, prod(x))`, float64, in pieces small enough for a number per row and component."""
-        rows = max(1, BLOCK // max(self.mixture.codes, self.data[0].numel()))
-        return (x.flatten(1).double() for x in self.data.split(rows))
+        step = max(1, BLOCK // max(self.mixture.codes, self.size))
+        return (self._rows(slice(start, start + step)) for start in range(0, len(self.data), step))
+
+    def _rows(self, index: slice | Tensor) -> Tensor:
+        """Some training data `(m, prod(x))`, float64."""
+        return self.data.observed(self.data.rows[index]).flatten(1).double()
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -186,10 +191,10 @@ class Iteration(Stepper):
         """K rows of the training data, `(K, prod(x))`."""
         k, n = self.mixture.codes, len(self.data)
         if self.objective.start == "rows":
-            return self.data[seeds.subset(n, k, self.seed).to(self.data.device)].flatten(1).double()
+            return self._rows(seeds.subset(n, k, self.seed).to(self.origin.device))
         from sklearn.cluster import kmeans_plusplus  # here, because it takes a second to import
 
-        rows = self.data[seeds.subset(n, max(k, START_ROWS), self.seed).to(self.data.device)].flatten(1).double()
+        rows = self._rows(seeds.subset(n, max(k, START_ROWS), self.seed).to(self.origin.device))
         centres, _ = kmeans_plusplus(rows.cpu().numpy(), k, random_state=self.seed)
         return torch.from_numpy(centres).to(rows)
 

@@ -2,8 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import unicodedata
+from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
+
+EXIT_CODES: Mapping[int, str] = {
+    0: "done",
+    1: "training or analysis failed, or a bug",
+    2: "wrong usage or declaration",
+    3: "finished, with alerts, under --strict",
+    65: "bad data or checkpoint",
+    69: "a package is missing",
+    71: "device absent, lost or out of memory",
+    73: "a file or folder cannot be created",
+    74: "reading or writing failed half way",
+    75: "another process holds the run",
+    130: "SIGINT",
+    141: "nobody reads the output any more (SIGPIPE)",
+    143: "SIGTERM; a fit has written a checkpoint",
+}
+"""What the command line ends with."""
 
 
 class PvaeError(Exception):
@@ -46,16 +64,16 @@ class DeviceError(PvaeError):
     exit_code = 71
 
 
-class OutputError(PvaeError):
-    """A file or folder cannot be created."""
-
-    exit_code = 73
-
-
 class StorageError(PvaeError):
     """Writing or reading failed half way (disk full, input/output error)."""
 
     exit_code = 74
+
+
+class OutputError(StorageError):
+    """A file or folder cannot be created: no such folder, no permission, something else in its place."""
+
+    exit_code = 73
 
 
 class BusyError(PvaeError):
@@ -80,3 +98,26 @@ def near(name: str, names: Iterable[str]) -> str:
     """`` (did you mean "a" or "b"?)`` for the names close to ``name``, or nothing."""
     close = get_close_matches(name, list(names), n=2, cutoff=0.6)
     return f" (did you mean {' or '.join(repr(c) for c in close)}?)" if close else ""
+
+
+def printable(text: str) -> str:
+    """Text that moves no cursor and turns no direction: control and format characters are shown as escapes."""
+    return "".join(c if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cf", "Cs") else _escape(c) for c in text)
+
+
+def _escape(character: str) -> str:
+    return character.encode("unicode_escape", "surrogatepass").decode("ascii")
+
+
+def device_lost(error: BaseException) -> bool:
+    """Whether an error says that a GPU does not answer any more."""
+    return isinstance(error, RuntimeError) and "CUDA error" in str(error) and not out_of_memory(error)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out: Python's, torch's on a GPU, or torch's on a CPU."""
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
+    )

@@ -8,15 +8,16 @@ import math
 import os
 import re
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from pvae.errors import DataError, StorageError
+from pvae.errors import DataError, OutputError, StorageError
 
 MIB = 1 << 20
 
+_CANNOT_CREATE = frozenset([errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG])
 _PLAIN_NAME = re.compile(r"(?!\.{1,2}\Z)[^/\\\0]+\Z")
 
 
@@ -52,6 +53,7 @@ def require_plain_target(path: Path) -> None:
 def write_atomic(path: Path, text: str | bytes, *, durable: bool = True) -> None:
     """Replace ``path`` whole or not at all; raises StorageError, and the old file then stands.
 
+    It is an OutputError where no file can be made at all: no such folder, no permission.
     ``durable=False`` leaves out the fsync, for heartbeats that are written all the time.
     """
     content = text.encode(errors="backslashreplace") if isinstance(text, str) else text
@@ -67,7 +69,8 @@ def write_atomic(path: Path, text: str | bytes, *, durable: bool = True) -> None
         if durable:
             sync_folder(path.parent)
     except OSError as problem:
-        raise StorageError(
+        kind = OutputError if problem.errno in _CANNOT_CREATE else StorageError
+        raise kind(
             f"{path}: expected to be written; got {problem.strerror or problem}. What stood there is unchanged."
         ) from problem
 
@@ -135,7 +138,7 @@ def _plain(value: Any) -> Any:  # noqa: ANN401  (any value goes in, its JSON twi
     return number if math.isfinite(number) else None
 
 
-def pretty(fields: Mapping[str, Any]) -> str:
+def pretty(fields: Mapping[str, Any] | list[Any]) -> str:
     """Indented JSON with a last newline; NaN and infinities as null."""
     return json.dumps(_plain(fields), indent=2, allow_nan=False) + "\n"
 
@@ -196,3 +199,14 @@ def read_lines(folder: Path, name: str) -> list[dict[str, Any]]:
             "Delete that line to go on without it."
         )
     return [row for row in rows if row is not None]
+
+
+def walk(folder: Path) -> Iterator[os.DirEntry[str]]:
+    """Everything below ``folder``; links are told and not followed, and a folder that vanishes meanwhile is empty."""
+    waiting = [str(folder)]
+    while waiting:
+        entries: list[os.DirEntry[str]] = []
+        with suppress(FileNotFoundError), os.scandir(waiting.pop()) as found:
+            entries = sorted(found, key=lambda entry: entry.name)
+        waiting += [entry.path for entry in entries if entry.is_dir(follow_symlinks=False)]
+        yield from entries

@@ -13,6 +13,7 @@ from torch.nn.functional import softplus
 
 from pvae import seeds
 from pvae.component import Shape
+from pvae.data.streamed import Streamed
 from pvae.errors import DeclarationError
 from pvae.models.graph import GraphModel
 from pvae.models.likelihoods import DeterminedModule, ImplicitModule
@@ -189,14 +190,14 @@ class GAN(Objective):
         """See `Objective.stepper`."""
         return Duel(self, fitting)
 
-    def measure(self, pair: Pair, x: Tensor, seed: int) -> dict[str, float]:
+    def measure(self, pair: Pair, x: Tensor | Streamed, seed: int) -> dict[str, float]:
         """Both losses on data and as many draws, and how well a nearest neighbour tells the first `NEAREST` of them.
 
         `js_bound` is (log 4 - critic_loss) / 2: on rows the critic has not learned from, a lower bound in expectation
         of the Jensen-Shannon divergence, nats, at most log 2.
         """
         totals, pieces, critic = dict.fromkeys(("critic_loss", "generator_loss"), 0.0), [], critic_of(pair)
-        with quiet(pair, x):
+        with quiet(pair, x[:1]):
             for start in range(0, len(x), CHUNK):
                 seeds.set_noise(seeds.mix(seed, seeds.VALIDATION, start), x.device)
                 real = pair.accept(x[start : start + CHUNK])

@@ -315,7 +315,7 @@ class Conv(Network):
     """
 
     kind: Literal["conv"] = "conv"
-    channels: Ints = (32, 64)
+    channels: Ints = Field(default=(32, 64), min_length=1)
     """Channels after each stride-2 convolution; every one halves height and width."""
     dense: int = Field(default=256, gt=0)
     """Width of the dense layer between the convolutions and a vector."""

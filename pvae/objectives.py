@@ -19,6 +19,7 @@ from pvae.traces import sum_over
 
 if TYPE_CHECKING:
     from pvae.data import Split
+    from pvae.data.streamed import Streamed
 
 
 class Stepper(ABC):
@@ -96,7 +97,7 @@ class Objective(Component):
     def attach(self, pair: Pair) -> None:  # noqa: B027 - most have nothing to add
         """Add to a declared pair what is fitted beside model and guide; called once, with weights still at random."""
 
-    def measure(self, pair: Pair, x: Tensor, seed: int) -> dict[str, float] | None:
+    def measure(self, pair: Pair, x: Tensor | Streamed, seed: int) -> dict[str, float] | None:
         """What validation reports of held-out data `(n, *row)` in place of an ELBO; None for that.
 
         Moves no weight and no random state; the same seed, the same figures.

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from pvae import checkpoint
 from pvae.component import IMPORTED
-from pvae.data import Dataset, load
+from pvae.data import Dataset, Split, load
 from pvae.data.declared import TensorSource
 from pvae.errors import CheckpointError, DataError, DeclarationError
 from pvae.pair import Pair
@@ -48,6 +48,11 @@ def load_weights(module: nn.Module, tensors: Mapping[str, Tensor], origin: str) 
             f"{origin}: expected a checkpoint of this declaration; got another:\n  " + "\n  ".join(lines[:SHOWN] + more)
         )
     module.load_state_dict(dict(tensors))
+
+
+def attended(pair: Pair, train: Split) -> Pair:
+    """A pair whose parts that are made of the training data have them."""
+    return pair.attend(train.data) if pair.made_of_data() else pair
 
 
 def chosen(saved: checkpoint.Checkpoint) -> dict[str, Tensor]:
@@ -166,10 +171,10 @@ class Run:
     def fresh_pair(self) -> Pair:
         """The pair before any weights are loaded."""
         if self._given_pair is not None:
-            return self._given_pair.adopt(self.data.train.x[:2])
+            return self._given_pair.adopt(self.data.train.rows[:2])
         if not isinstance(self.plan, Experiment):
             raise DeclarationError(f"{self.path}: expected pair=... of a hand-written pair; got none.")
-        return self.plan.build(self.data.shape).attend(self.data.train.data)
+        return attended(self.plan.build(self.data.shape), self.data.train)
 
     @property
     def metrics(self) -> pandas.DataFrame:

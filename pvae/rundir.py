@@ -38,6 +38,8 @@ if TYPE_CHECKING:
     import pandas
 
 STATES = ("running", "finished", "interrupted", "failed")
+ALERTS = frozenset(["alert", "analysis", "fallback", "nonfinite", "storage"])
+"""Kinds of events that are no errors and still want to be looked at."""
 STALE_AFTER_SECONDS = 300.0
 
 _RESERVED = {"latest", "con", "nul", "prn", "aux"}
@@ -169,6 +171,19 @@ class RunDirectory:
 
         On the way out a state still ``running`` becomes ``failed`` or ``interrupted``: nobody runs it any more.
         """
+        with self.held():
+            try:
+                self._claim()
+                yield
+            except BaseException as problem:
+                self._leave("interrupted" if isinstance(problem, KeyboardInterrupt | Interrupted) else "failed")
+                raise
+            else:
+                self._leave("interrupted")
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep every other process out, and say nothing of it in the status; raises BusyError as `lock` does."""
         from filelock import FileLock, Timeout
 
         lock = FileLock(self._plain_or_new(".lock"), timeout=0)
@@ -179,13 +194,7 @@ class RunDirectory:
         except (OSError, NotImplementedError) as problem:
             raise OutputError(f"{self.path / '.lock'}: expected a file to lock; got {problem}.") from problem
         try:
-            self._claim()
             yield
-        except BaseException as problem:
-            self._leave("interrupted" if isinstance(problem, KeyboardInterrupt | Interrupted) else "failed")
-            raise
-        else:
-            self._leave("interrupted")
         finally:
             lock.release()
 
@@ -302,6 +311,10 @@ class RunDirectory:
     def events(self) -> list[dict[str, Any]]:
         """Every event; a torn last line is dropped; raises DataError for other damage."""
         return read_lines(self.path, "events.jsonl")
+
+    def alerts(self) -> list[str]:
+        """What went wrong and was no error, in order; raises DataError as `events` does."""
+        return [str(event.get("message")) for event in self.events() if event.get("kind") in ALERTS]
 
     # -- its folders
 

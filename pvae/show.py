@@ -73,6 +73,19 @@ def size_of(site: Site) -> str:
     return f"{grid}{site.codes} codes{embedding}"
 
 
+def described(experiment: Experiment, x: Shape, pair: Pair) -> dict[str, object]:
+    """The whole read-back for a program: formulas, graph, shapes, numbers of learned values by part."""
+    return {
+        "name": experiment.name,
+        "description": experiment.description,
+        **formulas(experiment),
+        "graph": arrows(experiment.sites(), experiment.decoder_given()),
+        "x": list(x),
+        "latents": {site.name: size_of(site) for site in experiment.sites()},
+        "parameters": counts(pair),
+    }
+
+
 def render(experiment: Experiment, x: Shape, pair: Pair) -> RenderableType:
     """The whole read-back for a terminal."""
     from rich.console import Group

@@ -45,6 +45,7 @@ def findings(e: Experiment) -> Iterator[Finding]:
     yield from _unread_covariates(e)
     yield from _misplaced_priors(e)
     yield from _misplaced_posteriors(e)
+    yield from _unlike_sums(e)
     yield from _likelihood_free(e)
     if e.refit is not None and e.objective.scores:
         yield from _second_stage(e, e.refit)
@@ -176,8 +177,9 @@ def _misplaced_posteriors(e: Experiment) -> Iterator[Finding]:
             kinds = [k for k, member in Posterior.members.items() if member.values == latent.values]  # type: ignore[attr-defined]
             yield loc, f"a posterior of {WHAT[latent.values]}: one of {', '.join(kinds)}", kind
             continue
-        sums = posterior.summed or (isinstance(posterior, EstimatedPosterior) and posterior.estimator == "sum")
-        if sums and latent.log_states > math.log(STATES) + 1e-9:
+        if posterior.infers and not posterior.given:
+            yield (*loc, "given"), "'x', or latents that the guide has sampled before", []
+        if _is_summed(latent) and latent.log_states > math.log(STATES) + 1e-9:
             yield (
                 loc,
                 f"a sum over at most {STATES} joint states for the posterior {kind} (fewer codes or positions), or "
@@ -196,6 +198,42 @@ def _misplaced_posteriors(e: Experiment) -> Iterator[Finding]:
             ("decoder", "likelihood"),
             "a density of x given z (normal, bernoulli, ...), unless the posterior is inverse or dequantised",
             likelihood.kind,  # type: ignore[attr-defined]
+        )
+
+
+def _is_summed(latent: Latent) -> bool:
+    """Whether its gradient is that of a sum over its states: by the model, or in expectation under the guide."""
+    posterior = latent.posterior
+    return posterior.summed or (isinstance(posterior, EstimatedPosterior) and posterior.sums(latent.log_states))
+
+
+def _unlike_sums(e: Experiment) -> Iterator[Finding]:
+    """Sums go with draws that carry a gradient, or with sums of their own kind, over few joint states."""
+    exact = [name for name, z in e.latents.items() if z.posterior.summed]
+    summed = [name for name, z in e.latents.items() if not z.posterior.summed and _is_summed(z)]
+    if exact:
+        for name in summed:
+            yield (
+                ("latents", name, "posterior", "estimator"),
+                f"score, because {', '.join(exact)} is summed out given its draws; or a relaxed posterior",
+                "a sum",
+            )
+    for names in (exact, summed):
+        log_states = sum(e.latents[name].log_states for name in names)
+        if len(names) > 1 and math.log(STATES) + 1e-9 < log_states < math.inf:
+            yield (
+                ("latents",),
+                f"at most {STATES} joint states of {', '.join(names)}, which are summed over; infer some by another "
+                f"posterior, such as relaxed_onehot",
+                f"{math.exp(min(log_states, 700)):.3g}",
+            )
+    scored = [z for z in e.latents.items() if isinstance(z[1].posterior, EstimatedPosterior) and not _is_summed(z[1])]
+    for name, _ in scored if summed else ():
+        yield (
+            ("latents", name, "posterior", "estimator"),
+            f"draws that carry a gradient beside {', '.join(summed)}, which is summed over: a sum, or a relaxed "
+            f"posterior",
+            "a score function",
         )
 
 
@@ -234,11 +272,12 @@ def _likelihood_free(e: Experiment) -> Iterator[Finding]:
 
 
 def _unread(e: Experiment) -> Iterator[Finding]:
-    """A latent that neither the decoder nor another latent reads can only equal its prior."""
-    read = set(e.decoder_given()) | {parent for z in e.latents.values() for parent in z.given}
+    """A latent that neither the decoder nor another latent's prior reads can only equal its prior."""
+    read = set(e.decoder_given()) | {above for z in e.latents.values() if not z.prior.ignores_parents for above in z.given}
     for name in e.latents:
         if name not in read:
-            yield ("decoder", "given"), f"every latent read by the decoder or by another latent; {name} is not", name
+            wanted = "every latent read by the decoder or by another latent, through a prior that heeds its parents"
+            yield ("decoder", "given"), f"{wanted}; {name} is not", name
 
 
 def _not_mean_field(e: Experiment) -> Iterator[Finding]:
@@ -249,9 +288,9 @@ def _not_mean_field(e: Experiment) -> Iterator[Finding]:
         for ancestor in below:
             if ancestor in site.guide_given or any(p in below[ancestor] for p in site.guide_given):
                 below[ancestor].add(site.name)
-    for name, latent in e.latents.items():
-        for parent in latent.given:
-            if parent in below[name]:
+    for name, inferred in below.items():
+        for parent in e.latents[name].given:
+            if parent in inferred:
                 yield (
                     ("objective", "kind"),
                     f"trace_elbo: the guide infers {parent} from {name} while the model has {name} given {parent}, so "

@@ -6,7 +6,8 @@ import json
 import math
 import re
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, Union, get_args, get_origin
@@ -28,6 +29,8 @@ from pvae.guides.codes import BernoulliPosterior, CategoricalPosterior
 from pvae.guides.encoders import Encoder, SharedEncoder
 from pvae.guides.graph import GraphGuide
 from pvae.guides.posteriors import ExactPosterior, NormalPosterior, Posterior
+from pvae.memory import weighed
+from pvae.models import columns as _columns  # noqa: F401
 from pvae.models import flows, invertible, mixture, pixelcnn, transformer  # noqa: F401
 from pvae.models.decoders import Decoder
 from pvae.models.graph import GraphModel
@@ -344,6 +347,10 @@ class Experiment(Plan):
         parents = {parent for latent in self.latents.values() for parent in latent.given}
         return tuple(name for name in self.latents if name not in parents)
 
+    def observed(self) -> Decoder:
+        """The decoder of the declared data: of a table, with the distribution of each of its columns."""
+        return self.decoder.over([column.law(name) for name, column in self.data.table.items()])
+
     def second_stage(self) -> Experiment:
         """What `refit` declares: this experiment with the new priors and the plain ELBO as the objective.
 
@@ -393,36 +400,52 @@ class Experiment(Plan):
         return Frame(tuple(x), values, prompts)
 
     def build(self, x: Shape) -> Pair:
-        """The Pyro pair for data of event shape `x`; weights drawn from `seed`, the global random state untouched."""
+        """The Pyro pair for data of event shape `x`; weights drawn from `seed`, the global random state untouched.
+
+        Raises:
+            DeclarationError: it would not fit into memory; nothing large has been allocated.
+        """
         with torch.random.fork_rng():
-            torch.manual_seed(self.seed)
             pair = self._build(self.frame(x))
         return pair if self.objective.dtype is None else pair.to(self.objective.dtype)
 
     def _build(self, frame: Frame) -> Pair:
-        link, sites, guide_sites = Link(), self.sites(), self.guide_sites()
-        link.frame = frame
-        known: dict[str, Shape] = {OBSERVED: frame.x, **frame.shapes}
-        known |= {site.name: site.features for site in sites}
-        priors = {
-            site.name: prior_of(self.latents[site.name].prior, site, {n: known[n] for n in site.given}, link)
-            for site in sites
-        }
-        decoder = self.decoder.build({name: known[name] for name in self.decoder_given()}, frame.x)
-        link.model = GraphModel(sites, priors, decoder, frame, *self._of_codes(sites))
-        reading = [site for site in guide_sites if self.latents[site.name].posterior.reads_features]
-        encoder = self.encoder.build(known, reading) if reading else None
-        inputs = {site.name: {name: known[name] for name in site.guide_given} for site in guide_sites}
-        inputs |= encoder.shapes if encoder is not None else {}
-        posteriors = {
-            site.name: self.latents[site.name].posterior.build(site, inputs[site.name], link) for site in guide_sites
-        }
-        link.guide = GraphGuide(guide_sites, encoder, posteriors, frame, link)
+        link = weighed(lambda: self._parts(frame))
         link.building = True
         pair = Pair(link.model, link.guide).adopt(torch.zeros(2, *frame.row))
         self.objective.attach(pair)
         link.building = False
         return pair
+
+    def _parts(self, frame: Frame) -> Link:
+        """Model and guide, made but never run; the same each time."""
+        torch.manual_seed(self.seed)
+        link, sites, guide_sites = Link(), self.sites(), self.guide_sites()
+        link.frame = frame
+        known: dict[str, Shape] = {OBSERVED: frame.x, **frame.shapes}
+        known |= {site.name: site.features for site in sites}
+        priors = {}
+        for site in sites:
+            with at(f"latents.{site.name}.prior"):
+                above = {name: known[name] for name in site.given}
+                priors[site.name] = prior_of(self.latents[site.name].prior, site, above, link)
+        with at("decoder"):
+            declared = self.observed()
+            decoder = declared.build({name: known[name] for name in self.decoder_given()}, frame.x)
+        link.model = GraphModel(sites, priors, decoder, frame, *self._of_codes(sites))
+        reader = declared.likelihood.reader()
+        known[OBSERVED] = frame.x if reader is None else reader.output
+        reading = [site for site in guide_sites if self.latents[site.name].posterior.reads_features]
+        with at("encoder"):
+            encoder = self.encoder.build(known, reading) if reading else None
+        inputs = {site.name: {name: known[name] for name in site.guide_given} for site in guide_sites}
+        inputs |= encoder.shapes if encoder is not None else {}
+        posteriors = {}
+        for site in guide_sites:
+            with at(f"latents.{site.name}.posterior"):
+                posteriors[site.name] = self.latents[site.name].posterior.build(site, inputs[site.name], link)
+        link.guide = GraphGuide(guide_sites, encoder, posteriors, frame, link, reader)
+        return link
 
     def _of_codes(self, sites: Sequence[Site]) -> tuple[dict[str, nn.Module], dict[str, nn.Module]]:
         """The codebooks of latents with embeddings, and the temperatures of relaxed ones."""
@@ -440,6 +463,21 @@ class Experiment(Plan):
         from pvae.show import experiment_html
 
         return experiment_html(self)
+
+
+@contextmanager
+def at(path: str) -> Iterator[None]:
+    """Name the table whose part could not be built, in problems that name none."""
+    try:
+        yield
+    except DeclarationError as error:
+        raise DeclarationError([_located(problem, path) for problem in error.problems]) from None
+
+
+def _located(problem: str, path: str) -> str:
+    if problem.startswith("latents."):
+        return problem
+    return f"{path}.{problem}" if re.match(r"\w+: ", problem) else f"{path}: {problem}"
 
 
 # ---------------------------------------------------------------------- walking the declaration's types
@@ -509,7 +547,7 @@ def _tag(raw: dict[str, Any], path: Sequence[str]) -> str:
 
 
 def _forget_foreign_keys(raw: dict[str, Any], path: tuple[str, ...]) -> None:
-    if path[-1] not in ("kind", "source") or len(path) == 1:
+    if path[-1] not in ("kind", "source", "type") or len(path) == 1:
         return
     table, kind = table_at(raw, path[:-1])
     if isinstance(table, dict) and kind is not None and not kind.is_family():  # type: ignore[attr-defined]

@@ -19,6 +19,8 @@ from pvae.objectives import Loss, Stepper
 from pvae.site import Moving
 
 Forward = Callable[[Tensor], tuple[Tensor, Tensor]]
+CLIPPED = "clipped"
+"""Whether a step's gradient was clipped; a figure that is counted over an epoch, where others are averaged."""
 COMPILE_SECONDS = 30.0
 SAVED_SHARE = 0.13
 SAVED_SECONDS = 3e-4
@@ -122,7 +124,9 @@ class Step(Stepper):
     @property
     def names(self) -> tuple[str, ...]:
         """What the returned vector holds."""
-        return (*self.loss.names, "grad_norm") if self.clip_norm else self.loss.names
+        if not self.clip_norm:
+            return self.loss.names
+        return (*self.loss.names, *((CLIPPED,) if self.clip_norm < math.inf else ()), "grad_norm")
 
     def __call__(self, x: Tensor, frozen: Sequence[nn.Parameter] = ()) -> Tensor:
         """One step on a batch; parameters in `frozen` do not move. Returns the detached vector named by `names`.
@@ -140,8 +144,8 @@ class Step(Stepper):
         for parameter in frozen:
             parameter.grad = None
         if self.clip_norm:
-            norm = nn.utils.clip_grad_norm_(self.parameters, self.clip_norm)
-            out = torch.cat([out, norm.detach().reshape(1)])
+            norm = nn.utils.clip_grad_norm_(self.parameters, self.clip_norm).detach().reshape(1)
+            out = torch.cat([out, norm > self.clip_norm, norm] if self.clip_norm < math.inf else [out, norm])
         self._move(out)
         return out
 

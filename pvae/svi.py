@@ -16,11 +16,12 @@ from pvae.component import IMPORTED
 from pvae.data import Dataset, load
 from pvae.data.declared import TensorSource
 from pvae.errors import CheckpointError, DataError, DeclarationError, DeviceError
+from pvae.memory import require_training_memory
 from pvae.models.likelihoods import Likelihood
 from pvae.objectives import IWAE, Objective, TraceELBO, TraceMeanFieldELBO
 from pvae.pair import Pair
 from pvae.provenance import provenance
-from pvae.run import Run, load_weights
+from pvae.run import Run, attended, load_weights
 from pvae.rundir import RunDirectory, slug
 from pvae.soundness import refused
 from pvae.spec import Experiment, Plan, Train
@@ -64,9 +65,10 @@ def fit(
         the second stage, whose manifest names the first.
 
     Raises:
-        DeclarationError: the declaration is wrong, or the pair cannot be fitted by this objective.
+        DeclarationError: the declaration is wrong or fits into no memory here, or this objective cannot fit the pair.
         DataError: data are missing, broken, or outside the likelihood's support.
         NonFiniteError: the loss became NaN or infinite and the policy is "stop".
+        DeviceError: memory ran out, or the device was lost; a checkpoint was written if it could be.
         Interrupted: a signal arrived; a checkpoint was written.
 
     Example:
@@ -77,10 +79,12 @@ def fit(
     plan = plan.with_changes({k: v for k, v in (("seed", seed), ("name", name)) if v is not None})
     where = pick_device(device)
     dataset, plan = _dataset(plan, data, data_dir)
-    if given_pair and (problems := given_pair.check(dataset.train.x[:3])):
+    if given_pair and (problems := given_pair.check(dataset.train.rows[:3])):
         raise DeclarationError([f"pair: {problem}" for problem in problems])
-    pair = given_pair.adopt(dataset.train.x[:2]) if given_pair else _experiment(plan).build(dataset.shape)
-    pair.attend(dataset.train.data)
+    pair = given_pair.adopt(dataset.train.rows[:2]) if given_pair else _experiment(plan).build(dataset.shape)
+    rows = min(plan.train.batch_size, len(dataset.train))
+    require_training_memory(pair, math.prod(dataset.shape), rows, where)
+    attended(pair, dataset.train)
     _require_fittable(plan, pair, dataset, given_pair is not None)
     run = _launch(plan, pair, dataset, Path(run_dir), where, given_pair=given_pair, progress=progress)
     return _second(run, device, progress)
@@ -148,7 +152,7 @@ def _refit(run: Run, stage: Experiment, run_dir: Path, device: str, progress: bo
     if stage.seed != run.experiment.seed and getattr(stage.data, "data_seed", 0) == "experiment":
         raise DeclarationError(f"refit: expected the run's own seed, which its data follow; got {stage.seed}.")
     names = run.experiment.refitted(stage)
-    pair = stage.build(run.data.shape).attend(run.data.train.data)
+    pair = attended(stage.build(run.data.shape), run.data.train)
     trainable = tuple(f"model.priors.{name}." for name in names)
     weights = {k: v for k, v in run.pair.state_dict().items() if not k.startswith(trainable)}
     fresh = {k: v for k, v in pair.state_dict().items() if k.startswith(trainable)}
@@ -221,7 +225,7 @@ def _launch(
         }
     )
     for note in dataset.notes:
-        files.log_event("data", note)
+        files.log_event("alert" if "also occur in train" in note else "data", note)
     with files.lock():
         if learns(pair):
             Trainer(plan, pair, dataset, files, where, engine, record=_record(plan), show=progress).run()
@@ -248,7 +252,7 @@ def freeze(pair: Pair, trainable: Sequence[str] | None) -> None:
 
 def _nothing_to_learn(pair: Pair, data: Dataset, plan: Plan, files: RunDirectory) -> None:
     """A run of a pair without free parameters (a refit with q_agg itself as the prior): measured and kept."""
-    row = evaluate(pair, data.validation.x, plan.seed)
+    row = evaluate(pair, data.validation.rows, plan.seed)
     files.log_metrics({"epoch": 0, "step": 0, "seconds": 0.0, "split": "validation", **row})
     tensors: dict[str, dict[str, Tensor]] = {"weights": dict(pair.state_dict()), "optimizer": {}}
     checkpoint.write(files.path / "checkpoints", 0, tensors, {"select": "weights"})
@@ -392,7 +396,7 @@ def tensor_source(plan: Plan) -> TensorSource:
 
 def _require_fittable(plan: Plan, pair: Pair, data: Dataset, foreign: bool) -> None:
     """Refuse what would fail later, or silently give wrong numbers; before a run directory is made."""
-    rows, problems = data.train.x[:3], plan.objective.misfits(pair, len(data.train))
+    rows, problems = data.train.rows[:3], plan.objective.misfits(pair, len(data.train))
     if foreign:
         problems += [f"{'.'.join(loc)}: expected {text}; got {found}." for loc, text, found in refused(plan)]
         wrong = {str(p.dtype) for p in pair.parameters() if p.is_floating_point() and p.dtype != rows.dtype}

@@ -258,8 +258,12 @@ def closed_kl(q: Mapping[str, Any], p: Mapping[str, Any], layout: Layout, partic
     """KL(q || p) of a site per datum in closed form, or None where torch does not know it."""
     if isinstance(q["fn"], Determined):  # torch's rule for `Delta` forgets the density of the point
         return log_prob(q, layout, particles, size) - log_prob(p, layout, particles, size)
+    fns = q["fn"], p["fn"]
+    if isinstance(unwrapped(q["fn"]), dist.Bernoulli):  # torch's rule for bits does not broadcast
+        shape = torch.broadcast_shapes(*(fn.batch_shape for fn in fns))
+        fns = q["fn"].expand(shape), p["fn"].expand(shape)
     try:
-        value = kl_divergence(q["fn"], p["fn"])
+        value = kl_divergence(*fns)
     except NotImplementedError:
         return None
     return share(q, value, layout, particles, size)

@@ -8,8 +8,9 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from math import prod
 from types import FrameType
@@ -20,11 +21,22 @@ import torch
 from torch import Tensor, nn
 
 from pvae import checkpoint, seeds
+from pvae.alerts import ROWS, alerts
 from pvae.codebook import START_VECTORS
 from pvae.data import Dataset, Split
+from pvae.data.streamed import Streamed
 from pvae.diagnose import bad_figures, bad_weights, diagnose
 from pvae.discrete import Discretised
-from pvae.errors import Interrupted, NonFiniteError, PvaeError, StorageError
+from pvae.errors import (
+    DeviceError,
+    Interrupted,
+    NonFiniteError,
+    PvaeError,
+    StorageError,
+    device_lost,
+    out_of_memory,
+    printable,
+)
 from pvae.files import write_atomic
 from pvae.guides.codes import NearestModule
 from pvae.objectives import Fitting, Loss, Stepper
@@ -35,7 +47,7 @@ from pvae.rundir import RunDirectory
 from pvae.schedules import Scheduled
 from pvae.site import embedded
 from pvae.spec import Plan
-from pvae.step import Step, is_finite, load_optimizer_tensors, make_capturable, optimizer_tensors, set_lr
+from pvae.step import CLIPPED, Step, is_finite, load_optimizer_tensors, make_capturable, optimizer_tensors, set_lr
 from pvae.usage import code_usage
 
 CHUNK = 1000
@@ -51,17 +63,17 @@ Record = Callable[[Plan, Pair, Dataset], dict[str, float]]
 """What `analysis.every` asks for: figures of a pair on its data, by name."""
 
 
-def evaluate(pair: Pair, x: Tensor, seed: int) -> dict[str, float]:
+def evaluate(pair: Pair, x: Tensor | Streamed, seed: int) -> dict[str, float]:
     """Mean ELBO terms of `x` with one draw per datum, nats per datum; moves no weight and no random state.
 
     Relaxed latents are taken as the codes they stand for; the ELBO of the relaxed ones is `relaxed_elbo`.
 
     Arguments:
         pair: a pair on the device of `x`.
-        x: data `(n, *event)`.
+        x: data `(n, *event)`, read piece by piece where they are streamed.
         seed: of the draws; the same seed, the same number.
     """
-    with quiet(pair, x):
+    with quiet(pair, x[:1]):
         with Discretised():
             row = _mean_terms(pair, x, seed)
         if pair.layout.relaxed:
@@ -69,7 +81,7 @@ def evaluate(pair: Pair, x: Tensor, seed: int) -> dict[str, float]:
     return row
 
 
-def _mean_terms(pair: Pair, x: Tensor, seed: int) -> dict[str, float]:
+def _mean_terms(pair: Pair, x: Tensor | Streamed, seed: int) -> dict[str, float]:
     totals: dict[str, float] = {}
     rows = max(1, min(CHUNK, DECODED // pair.states(x[:2])))
     for start in range(0, len(x), rows):
@@ -94,9 +106,9 @@ def start_codebooks(pair: Pair, data: Split, batch: int, seed: int) -> None:
         positions = prod(posterior.site.grid)
         rows = seeds.subset(len(data), max(1, START_VECTORS // positions), seeds.mix(seed, seeds.ORDER, 1))
         parts = []
-        with quiet(pair, data.x):
-            seeds.set_noise(seeds.mix(seed, seeds.ORDER, 2), data.x.device)
-            for index in rows.to(data.x.device).split(CHUNK):
+        with quiet(pair, data.rows[:1]):
+            seeds.set_noise(seeds.mix(seed, seeds.ORDER, 2), data.rows.device)
+            for index in rows.to(data.rows.device).split(CHUNK):
                 node = pair.guide_trace(pair.accept(data.draw(index))).nodes[embedded(posterior.site.name)]
                 infer: Any = node["infer"]
                 parts.append(posterior.vectors(infer["point"]))
@@ -185,7 +197,7 @@ class Trainer:
         self.plan, self.train, self.files, self.device, self.show = plan, plan.train, files, device, show
         self.data = data.to(device)
         self.pair = pair.to(device, plan.objective.dtype)
-        self.dtype = plan.objective.dtype or data.train.x.dtype
+        self.dtype = plan.objective.dtype or data.train.rows.dtype
         self.loss = Loss(plan.objective, self.pair, len(data.train)).to(device)
         self.names = [name for name, p in self.pair.named_parameters() if p.requires_grad]
         self.parameters = [p for p in self.pair.parameters() if p.requires_grad]
@@ -220,7 +232,7 @@ class Trainer:
         """An event for the record and for whoever watches."""
         self.files.log_event(kind, message)
         if self.show:
-            print(f"pvae: {message}", file=sys.stderr, flush=True)
+            print(printable(f"pvae: {message}"), file=sys.stderr, flush=True)
 
     # -------------------------------------------------------------- running
 
@@ -230,7 +242,7 @@ class Trainer:
         started = time.monotonic() - self.state.seconds
         self.files.truncate_metrics(self.state.epoch)
         self._status("running")
-        with torch.random.fork_rng(devices=devices), pyro.validation_enabled(False), Stop() as stop:
+        with torch.random.fork_rng(devices=devices), pyro.validation_enabled(False), Stop() as stop, self._enough():
             if self.state.step == 0:
                 self._schedules()
                 start_codebooks(self.pair, self.data.train, self.batch, self.plan.seed)
@@ -246,6 +258,7 @@ class Trainer:
             self._fail(f"weights not finite after the last step ({bad[0]})")
         self._save()
         self.pair.eval()  # nothing announced to it holds any longer
+        self._alerts()
         self._status("finished")
 
     def _stepper(self) -> Stepper:
@@ -279,7 +292,7 @@ class Trainer:
 
     def _epoch(self, stop: Stop, bar: Progress, started: float) -> None:
         state = self.state
-        order = seeds.permutation(len(self.data.train), self.plan.seed, state.epoch).to(self.device)
+        order = self.data.train.order(self.plan.seed, state.epoch)
         if self.sums is None:
             self.sums = torch.zeros(len(self.stepper.names) + 1, dtype=torch.float64, device=self.device)
         while state.step < (state.epoch + 1) * self.per_epoch:
@@ -337,6 +350,59 @@ class Trainer:
             if part.training:
                 part.follow(epoch, train.epochs)
         set_lr(self.optimizer, train.optimizer.lr * train.schedule.at(epoch, train.epochs) * warm)
+
+    # -------------------------------------------------------------- when memory or the device goes
+
+    @contextmanager
+    def _enough(self) -> Iterator[None]:
+        """Where memory runs out or the device is lost: keep what can be kept, and say what would fit."""
+        try:
+            yield
+        except Exception as error:
+            lost = device_lost(error)
+            if not lost and not out_of_memory(error):
+                raise
+            traceback.clear_frames(error.__traceback__)  # they hold the tensors of the failed step
+            message = f"{'device lost' if lost else 'out of memory'} at step {self.state.step} on {self.device}"
+            advice = "" if lost else self._emergency()
+            with suppress(RuntimeError):  # of a device that does not answer
+                self._status("failed", error=message)
+            raise DeviceError(
+                f"Expected a fit that goes through; got {message} ({str(error).splitlines()[0][:200]}). {advice}Go on "
+                f"from the last checkpoint with: pvae resume {self.files.path}, on another device if need be."
+            ) from error
+
+    def _emergency(self) -> str:
+        """A checkpoint, and what would fit in place of the batch that did not."""
+        for parameter in self.parameters:
+            parameter.grad = None
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        with suppress(StorageError):
+            self._save()
+        rows = self._fitting_rows() if self.plan.objective.scores else None
+        if rows is None:
+            return "A smaller train.batch_size or smaller networks need less. "
+        if rows == 0:
+            return "Not even one row fits: make the networks smaller. "
+        return f"Batches of {rows} rows fit: add train.batch_size={rows} --allow-changes. "
+
+    def _fitting_rows(self) -> int:
+        """The largest batch whose loss and gradient go through, found by halving; 0 where none does."""
+        rows = self.batch // 2
+        while rows:
+            try:
+                self.loss(self._rows(torch.arange(rows, device=self.device)))[0].backward()
+                return rows
+            except Exception as error:
+                if not out_of_memory(error):
+                    raise
+                traceback.clear_frames(error.__traceback__)
+                rows //= 2
+            finally:
+                for parameter in self.parameters:
+                    parameter.grad = None
+        return 0
 
     # -------------------------------------------------------------- when it is not finite
 
@@ -413,7 +479,10 @@ class Trainer:
         from safetensors.torch import save
 
         content = save({"x": x.detach().cpu().contiguous(), "index": index.cpu().contiguous()})
-        write_atomic(self.files.analysis / DUMP, content)
+        try:
+            write_atomic(self.files.analysis / DUMP, content)
+        except StorageError as error:  # the diagnosis is worth more than the batch
+            self.tell("storage", str(error))
 
     # -------------------------------------------------------------- between epochs
 
@@ -421,9 +490,10 @@ class Trainer:
         state = self.state
         self.stepper.end_epoch()
         assert self.sums is not None
-        values = (self.sums[:-1] / self.sums[-1].clamp(min=1)).tolist()
+        means = dict(zip(self.stepper.names, (self.sums[:-1] / self.sums[-1].clamp(min=1)).tolist(), strict=True))
+        counted = dict(zip(self.stepper.names, self.sums[:-1].tolist(), strict=True))
+        row = {name: counted[name] if name == CLIPPED else value for name, value in means.items()}
         self.sums.zero_()
-        row = dict(zip(self.stepper.names, values, strict=True))
         if self.plan.objective.scores:
             kl = sum(value for name, value in row.items() if name.startswith("kl/"))
             row |= {"kl": kl, "elbo": row["reconstruction"] - kl, "beta": float(self.loss.beta)}
@@ -453,7 +523,7 @@ class Trainer:
 
     def _validate(self, common: dict[str, Any]) -> str:
         """Validation of the weights that would be kept, in words; by ELBO remembers the best and counts patience."""
-        state, held = self.state, self.data.validation.x
+        state, held = self.state, self.data.validation.rows
         with swapped(self.parameters, self.average):
             row = self.plan.objective.measure(self.pair, held, self.plan.seed)
             if row is not None:
@@ -482,6 +552,19 @@ class Trainer:
     def _remember(self) -> None:
         if self.train.keep == "best":
             self.best = {name: value.detach().clone() for name, value in self.pair.state_dict().items()}
+
+    def _alerts(self) -> None:
+        """What is worth an alert in the weights that the run keeps; an alert stops nothing."""
+        if self.files.degraded is not None:
+            self.tell("alert", f"the record of this run has gaps: {self.files.degraded}")
+        if not self.plan.objective.scores:
+            return
+        kept = self.average
+        if self.best is not None:
+            kept = [self.best[name].to(self.device) for name in self.names]
+        with swapped(self.parameters, kept):
+            for message in alerts(self.plan, self.pair, self.data.validation.rows[:ROWS], self.plan.seed):
+                self.tell("alert", message)
 
     # -------------------------------------------------------------- keeping
 

@@ -14,6 +14,7 @@ from torch.distributions import Bernoulli, Categorical, OneHotCategorical
 from pvae import seeds
 from pvae.codebook import Codebook, NearestCodebook
 from pvae.component import Shape
+from pvae.data.streamed import Streamed
 from pvae.discrete import Certain, Discretised, twin
 from pvae.exponential import CertainCodes, Codes, Members
 from pvae.models.graph import GraphModel
@@ -164,7 +165,7 @@ def tallies(pair: Pair, x: Tensor, layout: Layout) -> dict[str, Tally]:
     return found
 
 
-def code_usage(pair: Pair, x: Tensor, seed: int = 0) -> dict[str, float]:
+def code_usage(pair: Pair, x: Tensor | Streamed, seed: int = 0) -> dict[str, float]:
     """How many codes of every discrete latent the guide uses on data, from the guide alone.
 
     Relaxed latents are taken as the codes they stand for. What the model sums out is left out: it has no guide.
@@ -179,15 +180,16 @@ def code_usage(pair: Pair, x: Tensor, seed: int = 0) -> dict[str, float]:
         with at least a thousandth of an even share; exact. Empty for a pair without codes.
     """
     found: dict[str, Tally] = {}
-    x = pair.accept(x)
+    first = pair.accept(x[:2])
     # Of several latents one may read another's draw.
     undrawn = Undrawn(pair.layout.latents if len(pair.layout.latents) == 1 else ())
-    with quiet(pair, x), Discretised(), undrawn:
-        seeds.set_noise(seeds.mix(seed, seeds.VALIDATION), x.device)
-        if not any(_is_code(node) for node in samples(pair.guide_trace(x[:1])).values()):
+    with quiet(pair, first), Discretised(), undrawn:
+        seeds.set_noise(seeds.mix(seed, seeds.VALIDATION), first.device)
+        if not any(_is_code(node) for node in samples(pair.guide_trace(first[:1])).values()):
             return {}
-        for part in x.split(rows_at_once(pair, x)):
-            for name, made in tallies(pair, part, pair.layout).items():
+        step = rows_at_once(pair, first)
+        for start in range(0, len(x), step):
+            for name, made in tallies(pair, pair.accept(x[start : start + step]), pair.layout).items():
                 found[name] = found[name] + made if name in found else made
     out = {}
     for name, made in found.items():

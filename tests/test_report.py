@@ -19,8 +19,9 @@ from pvae.analysis import plots
 from pvae.analysis.collapse import Collapse, LatentCollapse, alert, collapse
 from pvae.analysis.estimate import exact
 from pvae.analysis.generate import mean_of
-from pvae.analysis.report import _on_prior, cell, finite, report, shown, some, surgery_csv
+from pvae.analysis.report import _on_prior, finite, report, shown, some, surgery_csv
 from pvae.analysis.surgery import surgery
+from pvae.analysis.table import cell
 from pvae.data import Dataset
 from pvae.errors import DataError, DeclarationError
 from pvae.pair import Pair

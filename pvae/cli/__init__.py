@@ -5,41 +5,62 @@ One module for each group of commands; each registers its commands on `pvae.cli.
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
+import traceback
 from importlib import import_module
+from io import StringIO, TextIOWrapper
 
-from pvae.cli.app import app
-from pvae.errors import PvaeError
+from pvae.cli.app import Settings, app
+from pvae.errors import DeviceError, PvaeError, StorageError, out_of_memory, printable
 
 __all__ = ["app", "main"]
 
-for group in ("declarations", "fitting", "analyses", "making"):  # in the order of `pvae --help`
+for group in ("declarations", "fitting", "analyses", "making", "upkeep"):  # in the order of `pvae --help`
     import_module(f"pvae.cli.{group}")
 
 
 def main() -> None:
-    """Run the command line; every deliberate error becomes its message and its exit code."""
+    """Run the command line; every error becomes a message on standard error and an exit code (`EXIT_CODES`)."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal may know no more than ASCII
+    settings = Settings()
     try:
-        code = app(standalone_mode=False)
-    except PvaeError as error:
-        for line in str(error).splitlines():
-            print(line, file=sys.stderr)
-        sys.exit(error.exit_code)
+        code = app(standalone_mode=False, obj=settings)
+        sys.stdout.flush()
     except KeyboardInterrupt:
-        sys.exit(130)
+        code = 130
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
+        _forget_output()
+        code = 141
     except Exception as error:
-        _usage_or_bug(error)
+        code, message = _told(error)
+        shown = traceback.format_exc() if settings.traceback else ""
+        print(printable(f"{shown}{message}"), file=sys.stderr)
     sys.exit(code if isinstance(code, int) else 0)
 
 
-def _usage_or_bug(error: Exception) -> None:
-    """Wrong usage is shown as the parser words it; anything else is a bug and keeps its traceback."""
-    show_usage = getattr(error, "show", None)
-    if show_usage is None:
-        raise error
-    show_usage()
-    sys.exit(2)
+def _told(error: Exception) -> tuple[int, str]:
+    """The exit code and the message of an error."""
+    if isinstance(error, PvaeError):
+        return error.exit_code, str(error)
+    if show := getattr(error, "show", None):  # wrong usage, in the parser's words
+        text = StringIO()
+        show(text)
+        return 2, text.getvalue().rstrip()
+    if out_of_memory(error):
+        return DeviceError.exit_code, f"Expected enough memory; got {error or 'none left'}. Use fewer rows or draws."
+    if isinstance(error, OSError):
+        if error.errno == errno.ENOSPC:
+            _forget_output()
+        where = error.filename or "output or a temporary file"
+        return StorageError.exit_code, f"{where}: expected to be read or written; got {error.strerror or error}."
+    message = f"unexpected error {type(error).__name__}: {error}"
+    return 1, f"{message}; run again with `pvae --traceback ...` and report it"
+
+
+def _forget_output() -> None:
+    """What is left in the buffer cannot be written, and Python would say so once more at its end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

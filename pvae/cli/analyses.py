@@ -23,6 +23,7 @@ from pvae.cli.app import (
     open_run,
     rows_of,
     say,
+    tell,
 )
 from pvae.errors import DeclarationError
 
@@ -262,20 +263,27 @@ def posterior(
     ] = None,
     run_dir: RUN_DIR = RUNS,
     data_dir: DATA_DIR = None,
+    as_json: JSON = False,
 ) -> None:
     """Export draws of the guide, with densities and diagnostics, as NetCDF for ArviZ."""
     from pvae.progress import Progress
 
     opened = open_run(run, run_dir, data_dir)
-    with Progress(draws, "posterior") as bar:
+    with Progress(draws, "posterior", show=not as_json) as bar:
         found = opened.posterior(split, draws, rows, seed, on_progress=lambda done, _: bar.update(done, ""))
     path = found.save(out or opened.files.analysis / f"posterior-{split}.nc")
-    typer.echo(found.summary().to_string(float_format="{:.3f}".format, max_rows=40))
-    typer.echo(f"posterior: {path}")
+    summary = found.summary()
+    if as_json:
+        emit({"run": str(opened.path), "split": split, "file": str(path), "summary": summary.to_dict("index")})
+        return
+    tell(summary.to_string(float_format="{:.3f}".format, max_rows=40))
+    tell(f"posterior: {path}")
 
 
 @app.command()
-def report(run: RUN, run_dir: RUN_DIR = RUNS, data_dir: DATA_DIR = None, split: SPLIT = "test") -> None:
+def report(
+    run: RUN, run_dir: RUN_DIR = RUNS, data_dir: DATA_DIR = None, split: SPLIT = "test", as_json: JSON = False
+) -> None:
     """Write the report of a run: one HTML file."""
     from importlib import import_module
 
@@ -283,8 +291,11 @@ def report(run: RUN, run_dir: RUN_DIR = RUNS, data_dir: DATA_DIR = None, split: 
 
     opened = open_run(run, run_dir, data_dir)
     made: Any = import_module(f"pvae.analysis.{'sample_report' if opened.pair.implicit else 'report'}")
-    with Progress(len(made.STEPS), "report") as bar:
+    with Progress(len(made.STEPS), "report", show=not as_json) as bar:
         findings = made.examine(opened, split=split, on_progress=lambda done, _, what: bar.update(done, what))
     path = made.write(findings)
+    if as_json:
+        emit({"run": str(opened.path), "split": split, "file": str(path)})
+        return
     say(findings.held)
-    typer.echo(f"report: {path}")
+    tell(f"report: {path}")

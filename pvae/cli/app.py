@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from pvae import __version__
-from pvae.errors import DeclarationError
+from pvae.errors import EXIT_CODES, DeclarationError, printable
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 app = typer.Typer(
     name="pvae",
     help="Declare a latent-variable model, fit it by SVI, see where every nat of its ELBO goes.",
+    epilog="\b\nExit codes:\n" + "\n".join(f"{code:5} {meaning}" for code, meaning in EXIT_CODES.items()),
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -46,16 +47,33 @@ SEED = Annotated[int, typer.Option("--seed", help="Seed of the draws.")]
 RUNS = Path("runs")
 
 
+@dataclass
+class Settings:
+    """What holds for every command."""
+
+    traceback: bool = False
+
+
 def emit(data: Any) -> None:
-    """JSON on standard output."""
-    typer.echo(json.dumps(data, indent=2, allow_nan=False))
+    """JSON on standard output: the only document there."""
+    from pvae.files import pretty
+
+    typer.echo(pretty(data), nl=False)
+
+
+def tell(text: str, *, err: bool = False) -> None:
+    """A line for people, which moves no cursor whatever the names in it are."""
+    typer.echo(printable(text), err=err)
 
 
 def say(renderable: Any) -> None:
     """Something rich can draw, on standard output; wide when it is not a terminal."""
     from rich.console import Console
+    from rich.segment import Segment, Segments
 
-    Console(width=None if sys.stdout.isatty() else 120).print(renderable)
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    drawn = [Segment(printable(part.text), part.style) for part in console.render(renderable)]
+    console.print(Segments(drawn), end="")
 
 
 def _version(asked: bool) -> None:
@@ -66,11 +84,14 @@ def _version(asked: bool) -> None:
 
 @app.callback()
 def _main(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
     ] = False,
     plugins: Annotated[list[str] | None, typer.Option("--import", help="Import a module that defines kinds.")] = None,
+    traceback: Annotated[bool, typer.Option("--traceback", help="Show where an error was raised, too.")] = False,
 ) -> None:
+    context.ensure_object(Settings).traceback = traceback
     if plugins:
         from pvae.component import load_plugins
 
@@ -83,7 +104,7 @@ def load_declaration(name: str, overrides: list[str] | None) -> Experiment:
     from pvae.component import load_plugins
     from pvae.spec import Experiment
 
-    load_plugins(report=lambda line: typer.echo(line, err=True))
+    load_plugins(report=lambda line: tell(line, err=True))
     return Experiment.load(name, overrides or ())
 
 
@@ -92,7 +113,7 @@ def open_run(run: str, run_dir: Path, data_dir: Path | None) -> Run:
     from pvae.component import load_plugins
     from pvae.run import Run
 
-    load_plugins(report=lambda line: typer.echo(line, err=True))
+    load_plugins(report=lambda line: tell(line, err=True))
     return Run.load(run, root=run_dir, data_dir=data_dir)
 
 
@@ -102,7 +123,7 @@ def rows_of(run: Run, split: str, rows: int | None, seed: int) -> tuple[Tensor, 
 
     part = run.data.split(split)
     chosen = seeds.subset(len(part), rows, seed)
-    return part.x[chosen], None if part.y is None else part.y[chosen]
+    return part.rows[chosen], None if part.y is None else part.y[chosen]
 
 
 def beside(path: Path, suffix: str) -> Path:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -17,11 +17,9 @@ from pvae.cli.app import (
     emit,
     load_declaration,
     say,
+    tell,
 )
-from pvae.errors import DeclarationError
-
-if TYPE_CHECKING:
-    pass
+from pvae.errors import DeclarationError, OutputError
 
 
 @app.command("list")
@@ -55,7 +53,10 @@ def new(
     lines = zoo.find(like or (name if name in zoo.names() else "vae")).read_text().splitlines()
     body = [line for line in lines if not line.startswith("name =")]
     head = ["#:schema pvae.schema.json", f"name = {json.dumps(name, ensure_ascii=False)}"]
-    path.write_text("\n".join([*head, *body, ""]))
+    try:
+        path.write_text("\n".join([*head, *body, ""]), encoding="utf-8")
+    except OSError as problem:
+        raise OutputError(f"{path}: expected to be written here; got {problem.strerror}.") from problem
     typer.echo(f"wrote {path}; check it with: pvae check {path}")
     typer.echo("for completion in an editor: pvae schema > pvae.schema.json")
 
@@ -74,38 +75,45 @@ def check(
     overrides: OVERRIDES = None,
     build: Annotated[bool, typer.Option("--build", help="Also load data, build, and take one loss.")] = False,
     data_dir: DATA_DIR = None,
+    as_json: JSON = False,
 ) -> None:
     """Check a declaration; with --build also its data, shapes and one ELBO on a tiny batch."""
     experiment = load_declaration(file, overrides)
+    found: dict[str, Any] = {"file": file, "ok": True, "name": experiment.name}
     if not build:
-        typer.echo(f"{file}: ok")
+        emit(found) if as_json else tell(f"{file}: ok")
         return
     from pvae.data import load
     from pvae.trainer import evaluate
 
     data = experiment.conditioned(load(experiment.data, data_dir=data_dir, seed=experiment.seed))
-    data.require_support(experiment.decoder.support, experiment.decoder.likelihood.hint)
+    data.require_support(experiment.observed().support, experiment.decoder.likelihood.hint)
     pair = experiment.build(data.shape)
-    rows = data.train.x[:4]
+    rows = data.train.rows[:4]
     problems = pair.check(rows)
     if problems:
         raise DeclarationError([f"{file}: {problem}" for problem in problems])
-    measured = experiment.objective.measure(pair, rows, experiment.seed)
-    if measured is None:
-        elbo = evaluate(pair, rows, experiment.seed)["elbo"]
-        said = f"ELBO of {len(rows)} rows before training {elbo:.2f} nats per datum"
+    figures = experiment.objective.measure(pair, rows, experiment.seed)
+    if figures is None:
+        figures = evaluate(pair, rows, experiment.seed)
+        said = f"ELBO of {len(rows)} rows before training {figures['elbo']:.2f} nats per datum"
     else:
-        said = f"critic's loss of {len(rows)} rows before training {measured['critic_loss']:.2f} nats; no likelihood"
+        said = f"critic's loss of {len(rows)} rows before training {figures['critic_loss']:.2f} nats; no likelihood"
     count = sum(p.numel() for p in pair.parameters())
-    typer.echo(f"{file}: ok; x {list(data.shape)}, {len(data.train)} training rows, {count:,} parameters, {said}")
+    found |= {"shape": list(data.shape), "rows": len(data.train), "parameters": count, "before_training": figures}
+    if as_json:
+        emit(found)
+        return
+    tell(f"{file}: ok; x {list(data.shape)}, {len(data.train)} training rows, {count:,} parameters, {said}")
 
 
 @app.command()
-def show(file: NAME, overrides: OVERRIDES = None, data_dir: DATA_DIR = None) -> None:
+def show(file: NAME, overrides: OVERRIDES = None, data_dir: DATA_DIR = None, as_json: JSON = False) -> None:
     """Read a declaration back: graph, formulas, shapes, parameter counts."""
     from pvae.data import load
-    from pvae.show import render
+    from pvae.show import described, render
 
     experiment = load_declaration(file, overrides)
     data = load(experiment.data, data_dir=data_dir, seed=experiment.seed)
-    say(render(experiment, data.shape, experiment.build(data.shape)))
+    pair = experiment.build(data.shape)
+    emit(described(experiment, data.shape, pair)) if as_json else say(render(experiment, data.shape, pair))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -23,10 +23,14 @@ from pvae.cli.app import (
     open_run,
     rows_of,
     say,
+    tell,
 )
 
 if TYPE_CHECKING:
     from pvae.run import Run
+
+STRICT = Annotated[bool, typer.Option("--strict", help="Exit with 3 where the run finished with alerts.")]
+QUIET = Annotated[bool, typer.Option("--quiet", help="No progress.")]
 
 
 @app.command()
@@ -36,14 +40,16 @@ def fit(
     device: DEVICE = "auto",
     run_dir: RUN_DIR = RUNS,
     data_dir: DATA_DIR = None,
-    quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
+    quiet: QUIET = False,
+    strict: STRICT = False,
+    as_json: JSON = False,
 ) -> None:
     """Fit an experiment and keep everything in a run directory."""
     from pvae.svi import fit as fit_experiment
 
     experiment = load_declaration(name, overrides)
     run = fit_experiment(experiment, run_dir=run_dir, data_dir=data_dir, device=device, progress=not quiet)
-    _done(run, run_dir, data_dir, quiet=quiet)
+    _done(run, run_dir, data_dir, quiet=quiet, strict=strict, as_json=as_json)
 
 
 @app.command()
@@ -54,7 +60,9 @@ def resume(
     device: DEVICE = "auto",
     run_dir: RUN_DIR = RUNS,
     data_dir: DATA_DIR = None,
-    quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
+    quiet: QUIET = False,
+    strict: STRICT = False,
+    as_json: JSON = False,
 ) -> None:
     """Go on where a run stopped; bit for bit on a CPU."""
     from pvae.svi import resume as resume_run
@@ -62,11 +70,14 @@ def resume(
     opened = open_run(run, run_dir, data_dir)
     second = getattr(opened.plan, "refit", None) is not None
     if opened.status.get("state") == "finished" and not overrides and not second:
-        typer.echo(f"{opened.path} is finished (epoch {opened.status.get('epoch')}); nothing to resume")
-        typer.echo("to train longer: pvae resume RUN train.epochs=N --allow-changes")
+        tell(f"{opened.path} is finished (epoch {opened.status.get('epoch')}); nothing to resume", err=as_json)
+        tell("to train longer: pvae resume RUN train.epochs=N --allow-changes", err=as_json)
+        if as_json:
+            emit(_facts(opened))
+        _require_quiet(opened, strict)
         return
     done = resume_run(opened, *(overrides or ()), allow_changes=allow_changes, device=device, progress=not quiet)
-    _done(done, run_dir, data_dir, quiet=quiet)
+    _done(done, run_dir, data_dir, quiet=quiet, strict=strict, as_json=as_json)
 
 
 @app.command()
@@ -78,16 +89,17 @@ def refit(
     device: DEVICE = "auto",
     run_dir: RUN_DIR = RUNS,
     data_dir: DATA_DIR = None,
-    quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
+    quiet: QUIET = False,
+    strict: STRICT = False,
     as_json: JSON = False,
 ) -> None:
     """Freeze a run and fit another prior to its codes, say latents.z.prior.kind=realnvp train.epochs=50."""
     from pvae.svi import refit as refit_run
 
     opened = open_run(run, run_dir, data_dir)
-    quiet = quiet or as_json
     child = refit_run(opened, *(overrides or ()), run_dir=run_dir, device=device, progress=not quiet)
     _compare(opened, child, rows, samples, as_json=as_json, quiet=quiet)
+    _require_quiet(child, strict)
 
 
 def _compare(parent: Run, child: Run, rows: int | None, samples: int, *, as_json: bool, quiet: bool) -> None:
@@ -106,7 +118,7 @@ def _compare(parent: Run, child: Run, rows: int | None, samples: int, *, as_json
     record = {"run": str(child.path), "parent": str(parent.path), "splits": {k: v.to_dict() for k, v in found.items()}}
     write_atomic(child.files.analysis / "refit.json", pretty(record))
     if as_json:
-        emit(record)
+        emit({**_facts(child), **record})
         return
     _finished(child)
     for split, result in found.items():
@@ -114,23 +126,51 @@ def _compare(parent: Run, child: Run, rows: int | None, samples: int, *, as_json
         say(result)
 
 
-def _done(run: Run, run_dir: Path, data_dir: Path | None, *, quiet: bool) -> None:
+def _done(run: Run, run_dir: Path, data_dir: Path | None, *, quiet: bool, strict: bool, as_json: bool) -> None:
     """The last line of a fit; after a second stage also what it won."""
-    parent = (run.files.manifest.get("parent") or {}).get("run")
-    if parent is None:
+    name = _parent(run)
+    parent = None if name is None else open_run(name, run_dir, data_dir)
+    if parent is not None:
+        _compare(parent, run, None, 1, as_json=as_json, quiet=quiet)
+    elif as_json:
+        emit(_facts(run))
+    else:
         _finished(run)
-        return
-    _compare(open_run(str(parent), run_dir, data_dir), run, None, 1, as_json=False, quiet=quiet)
+    for stage in (parent, run):
+        if stage is not None:
+            _require_quiet(stage, strict)
+
+
+def _parent(run: Run) -> str | None:
+    """The run whose prior this one fits anew, if there is one."""
+    name = (run.files.manifest.get("parent") or {}).get("run")
+    return None if name is None else str(name)
+
+
+def _facts(run: Run) -> dict[str, Any]:
+    """A run for programs: where it is, how it stands, its alerts."""
+    keys = ("state", "epoch", "epochs", "step", "elbo", "seconds", "skipped", "degraded")
+    status = {key: run.status.get(key) for key in keys}
+    return {"run": str(run.path), "name": run.name, "parent": _parent(run), **status, "alerts": run.files.alerts()}
 
 
 def _finished(run: Run) -> None:
-    parent = (run.files.manifest.get("parent") or {}).get("run")
-    if parent:
-        typer.echo(f"{run.path} (prior fitted anew; parent {parent})")
+    if parent := _parent(run):
+        tell(f"{run.path} (prior fitted anew; parent {parent})")
     status = run.status
     elbo = status.get("elbo")
     figure = f", best validation ELBO {elbo:.3f} nats per datum" if isinstance(elbo, float) else ""
-    typer.echo(f"{run.path}: epoch {status.get('epoch')} of {status.get('epochs')}, {status.get('seconds')} s{figure}")
+    alerts = f"; {n} alerts, see events.jsonl" if (n := len(run.files.alerts())) else ""
+    epochs = f"epoch {status.get('epoch')} of {status.get('epochs')}"
+    tell(f"{run.path}: {epochs}, {status.get('seconds')} s{figure}{alerts}")
+
+
+def _require_quiet(run: Run, strict: bool) -> None:
+    """Under --strict, alerts are told and end the command with 3."""
+    if strict and (alerts := run.files.alerts()):
+        for line in alerts:
+            tell(f"alert: {line}", err=True)
+        raise typer.Exit(3)
 
 
 @app.command()
@@ -143,8 +183,8 @@ def runs(run_dir: RUN_DIR = RUNS, as_json: JSON = False) -> None:
         emit(rows)
         return
     if not rows:
-        typer.echo(f"no runs in {run_dir}; make one with: pvae fit vae")
+        tell(f"no runs in {run_dir}; make one with: pvae fit vae")
     for row in rows:
         elbo = f"elbo {row['elbo']:>10.3f}" if isinstance(row.get("elbo"), float) else ""
         epochs = f"{row.get('epoch') if row.get('epoch') is not None else '-'}/{row.get('epochs') or '-'}"
-        typer.echo(f"{row['state']:12} {epochs:>9}  {elbo:15}  {row['path']}")
+        tell(f"{row['state']:12} {epochs:>9}  {elbo:15}  {row['path']}")

@@ -22,6 +22,7 @@ from pvae.cli.app import (
     emit,
     open_run,
     say,
+    tell,
 )
 from pvae.errors import DeclarationError
 
@@ -92,7 +93,7 @@ def encode(
     part, chosen = opened.data.split(split), _chosen(opened, split, rows, seed)
     with Progress(len(chosen), "encode", show=not as_json) as bar:
         found = find_codes(
-            opened, part.x[chosen], mean=mean, seed=seed, on_progress=lambda done, _: bar.update(done, "")
+            opened, part.rows[chosen], mean=mean, seed=seed, on_progress=lambda done, _: bar.update(done, "")
         )
     more = {"row": chosen} if part.y is None else {"row": chosen, "label": part.y[chosen]}
     labels = None if part.y is None else part.y[chosen].numpy()
@@ -121,9 +122,9 @@ def reconstruct(
     part, chosen = opened.data.split(split), _chosen(opened, split, rows, seed)
     with Progress(len(chosen), "reconstruct", show=not as_json) as bar:
         found = decode_again(
-            opened, part.x[chosen], mean=not draw, seed=seed, on_progress=lambda done, _: bar.update(done, "")
+            opened, part.rows[chosen], mean=not draw, seed=seed, on_progress=lambda done, _: bar.update(done, "")
         )
-    picture = plots.reconstructed(found, part.data[chosen].double().numpy(), _background(opened))
+    picture = plots.reconstructed(found, part.observed(part.rows[chosen]).double().numpy(), _background(opened))
     _keep(opened, f"reconstruct-{split}", out, found, {"": picture}, as_json, row=chosen)
 
 
@@ -155,7 +156,7 @@ def traverse(
     part = opened.data.split(split)
     if row >= len(part):
         raise DeclarationError(f"--row: expected a row of {split}, 0 .. {len(part) - 1}; got {row}.")
-    start = None if prior else part.x[row : row + 1]
+    start = None if prior else part.rows[row : row + 1]
     with Progress(100, "traverse", show=not as_json) as bar:
         found = move(
             opened, start, latent, places, steps, span, given=_given(given), seed=seed,
@@ -184,6 +185,7 @@ def rate_distortion(
     """Put runs on one plane: what their codes cost, and what is lost by them."""
     from pvae.analysis import plots
     from pvae.analysis import rate_distortion as measure
+    from pvae.analysis.table import cell
     from pvae.files import write_atomic
     from pvae.progress import Progress
 
@@ -193,14 +195,14 @@ def rate_distortion(
             opened, split, rows, samples, seed, on_progress=lambda done, total: bar.update(100 * done // total, "")
         )
     table, picture = beside(out, ".csv"), beside(out, ".png")
-    write_atomic(table, found.to_frame().to_csv(index=False))
+    write_atomic(table, found.to_frame().map(cell).to_csv(index=False))
     write_atomic(picture, plots.png(found.figure()))
     if as_json:
         emit({**found.to_dict(), "csv": str(table), "png": str(picture)})
         return
     say(found)
-    typer.echo(f"csv: {table}")
-    typer.echo(f"png: {picture}")
+    tell(f"csv: {table}")
+    tell(f"png: {picture}")
 
 
 def _chosen(run: Run, split: str, rows: int | None, seed: int) -> Tensor:
@@ -228,7 +230,8 @@ def _integers(option: str, text: str) -> list[int]:
 
 def _background(run: Run) -> Any:
     """Training data `(m, *shape)` to show samples against: as numpy has them, a thousand at most."""
-    return run.data.train.data[:1000].double().numpy()
+    train = run.data.train
+    return train.observed(train.rows[:1000]).double().numpy()
 
 
 def _keep(
@@ -256,6 +259,6 @@ def _keep(
         shapes = {key: list(t.shape) for key, t in {**found.tensors(), **more}.items()}
         emit({"run": str(run.path), "npz": str(arrays), "png": [str(p) for p in pictures], "shapes": shapes})
         return
-    typer.echo(f"npz: {arrays}")
+    tell(f"npz: {arrays}")
     for target in pictures:
-        typer.echo(f"png: {target}")
+        tell(f"png: {target}")

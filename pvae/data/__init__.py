@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pvae.data.dataset import Dataset, Split, load
-    from pvae.data.declared import MNIST, Data, Digits, FashionMNIST, Npz, Splits, TensorSource, Toy
+    from pvae.data.declared import MNIST, Data, Digits, FashionMNIST, Idx, Images, Npy, Npz, Splits, TensorSource, Toy
     from pvae.data.rows import Rows
 
 _HOMES = {
@@ -18,7 +18,10 @@ _HOMES = {
     "Dataset": "dataset",
     "Digits": "declared",
     "FashionMNIST": "declared",
+    "Idx": "declared",
+    "Images": "declared",
     "MNIST": "declared",
+    "Npy": "declared",
     "Npz": "declared",
     "Rows": "rows",
     "Split": "dataset",
@@ -34,6 +37,9 @@ __all__ = [
     "Dataset",
     "Digits",
     "FashionMNIST",
+    "Idx",
+    "Images",
+    "Npy",
     "Npz",
     "Rows",
     "Split",

@@ -1,41 +1,119 @@
-"""NumPy archives: read without pickle, sizes checked before anything is allocated."""
+"""NumPy's files, `.npy` and `.npz`: read without pickle, sizes checked before anything is allocated."""
 
 from __future__ import annotations
 
-import os
+import stat
+import struct
 import zipfile
 import zlib
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pvae.data.rows import SPLITS, Array, Rows, joined
+from pvae.data.arrays import Announced, AnyArray, Array, FileArray, announced, npy_array, npy_header, version_of
+from pvae.data.cache import Writer, decoded
+from pvae.data.files import MAX_DEFLATE_RATIO, file_rows, gathered, held, located, pieces, require_room
+from pvae.data.rows import SPLITS, Rows, joined
 from pvae.errors import DataError, near
 
 if TYPE_CHECKING:
-    from pvae.data.declared import Npz
+    from pvae.data.declared import Npy, Npz
 
-MAX_HEADER_BYTES = 2**16
-BROKEN = (zipfile.BadZipFile, zlib.error, EOFError, ValueError, OSError, NotImplementedError, RuntimeError)
+BROKEN = (
+    zipfile.BadZipFile, zlib.error, struct.error, EOFError, ValueError, OSError, OverflowError, RuntimeError,
+)  # fmt: skip
+LOCAL_HEADER = 30
+"""Bytes of a zip archive's local header, before a name and extra fields whose lengths are its last two numbers."""
 
 
-def read_arrays(path: Path, keys: Sequence[str]) -> dict[str, Array]:
-    """Some arrays of an archive.
+def read_npy(declared: Npy, data_dir: Path | None) -> Rows:
+    """The rows of a declared `.npy` file.
 
     Raises:
-        DataError: the file is missing or broken, a key is absent, an array holds objects, or sizes disagree.
+        DataError: see `npy_array` and `require_room`.
     """
+    x = npy(located(declared.path, data_dir), declared.stream)
+    y = np.asarray(npy(located(declared.labels, data_dir))) if declared.labels else None
+    return file_rows(declared, x, y, "x")
+
+
+def npy(path: Path, stream: bool = False) -> AnyArray:
+    """The array of a `.npy` file, in memory or where it is.
+
+    Raises:
+        DataError: see `npy_array` and `require_room`.
+    """
+    if stream:
+        return npy_array(path)
+    found, version = npy_header(path)
+    x = held(FileArray(path, found.dtype, found.shape, found.offset, version), False, str(path))
+    return np.ascontiguousarray(x.T) if found.fortran and isinstance(x, np.ndarray) else x
+
+
+def read_npz(declared: Npz, data_dir: Path | None) -> Rows:
+    """The rows of a declared archive.
+
+    Raises:
+        DataError: see `read_arrays` and `joined`.
+    """
+    path = located(declared.path, data_dir)
+    names = held_keys(path)
+    if declared.x in names or f"{declared.x}_train" not in names:
+        arrays = read_arrays(path, [declared.x], declared.stream)
+        y = read_arrays(path, [declared.y])[declared.y] if declared.y else None
+        return file_rows(declared, arrays[declared.x], y if y is None else np.asarray(y), declared.x)
+    splits = [name for name in SPLITS if f"{declared.x}_{name}" in names]
+    arrays = read_arrays(path, [f"{declared.x}_{name}" for name in splits], declared.stream)
+    labels = read_arrays(path, [f"{declared.y}_{name}" for name in splits]) if declared.y else {}
+    given = {name: (arrays[f"{declared.x}_{name}"], labels.get(f"{declared.y}_{name}")) for name in splits}
+    rows = joined(given, declared.split_seed)
+    return Rows(rows.x, rows.y, rows.parts, declared.largest or rows.largest, name=declared.x)
+
+
+@dataclass(frozen=True)
+class Member:
+    """An array of an archive."""
+
+    info: zipfile.ZipInfo
+    array: Announced
+
+    def pieces(self, archive: zipfile.ZipFile) -> Iterator[Array]:
+        """Its rows, a few MiB at a time; the last one only if the member's checksum is right."""
+        with archive.open(self.info) as stream:
+            stream.read(self.array.offset)
+            yield from pieces(stream, self.array.shape, self.array.dtype)
+            stream.read(1)  # at the end of a member zipfile compares its checksum
+
+
+def read_arrays(path: Path, keys: Sequence[str], stream: bool = False) -> dict[str, AnyArray]:
+    """Some arrays of an archive.
+
+    Arguments:
+        path: the archive.
+        keys: their names.
+        stream: leave them on the disk: stored members where they are, deflated ones decoded once into the cache.
+
+    Raises:
+        DataError: the file is missing or broken, a key is absent, an array holds objects, sizes disagree or are too
+            large for memory.
+    """
+    with _broken(path), zipfile.ZipFile(path) as archive:
+        members = {key: _member(archive, key, path) for key in keys}
+        if stream:
+            return {key: _streamed(archive, member, path, key) for key, member in members.items()}
+        for key, member in members.items():
+            require_room(member.array.shape, member.array.dtype, f"{path}, {key!r}")
+        return {key: _held(archive, member) for key, member in members.items()}
+
+
+@contextmanager
+def _broken(path: Path) -> Iterator[None]:
     try:
-        with zipfile.ZipFile(path) as archive:
-            held = [name.removesuffix(".npy") for name in archive.namelist()]
-            for key in keys:
-                if key not in held:
-                    raise DataError(f"{path}: expected an array {key!r}; got {', '.join(held)}{near(key, held)}.")
-                _check_member(archive, key, path)
-        with np.load(path, allow_pickle=False) as arrays:
-            return {key: arrays[key] for key in keys}
+        yield
     except FileNotFoundError:
         raise DataError(f"Expected a NumPy archive at {path}; got no such file.") from None
     except BROKEN as error:
@@ -46,55 +124,74 @@ def held_keys(path: Path) -> list[str]:
     """The names of the arrays in an archive; none when it is missing or foreign."""
     try:
         with zipfile.ZipFile(path) as archive:
-            return [name.removesuffix(".npy") for name in archive.namelist()]
-    except (OSError, zipfile.BadZipFile):
+            return _names(archive)
+    except BROKEN:
         return []
 
 
-def _check_member(archive: zipfile.ZipFile, key: str, path: Path) -> None:
-    """Compare the header's announcement with the bytes that are there."""
+def _names(archive: zipfile.ZipFile) -> list[str]:
+    return [name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")]
+
+
+def _member(archive: zipfile.ZipFile, key: str, path: Path) -> Member:
+    """Compare what the archive and the array's header announce with the bytes that are there."""
+    names = _names(archive)
+    if key not in names:
+        raise DataError(f"{path}: expected an array {key!r}; got {', '.join(names)}{near(key, names)}.")
     info = archive.getinfo(f"{key}.npy")
+    _refuse_trick(info, f"{path}, {key!r}")
     with archive.open(info) as stream:
-        version = np.lib.format.read_magic(stream)
-        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, _, dtype = read(stream, max_header_size=MAX_HEADER_BYTES)
-        header = stream.tell()
-    if dtype.hasobject:
-        raise DataError(f"{path}: expected numbers in {key!r}; got an object array, which could run code. Save floats.")
-    wanted = header + dtype.itemsize * int(np.prod(shape, dtype=object))
-    if info.file_size != wanted:
-        raise DataError(f"{path}: expected {wanted} bytes for {key!r} {shape}; got {info.file_size}.")
-    if wanted > _memory_bytes():
-        raise DataError(f"{path}: {key!r} {shape} needs {wanted} bytes; this computer has {_memory_bytes()}.")
+        array = announced(stream, info.file_size, f"{path}, {key!r}")
+    if not array.shape or 0 in array.shape:
+        raise DataError(f"{path}, {key!r}: expected an array (rows, ...) with at least one row; got shape {array.shape}.")
+    return Member(info, array)
 
 
-def _memory_bytes() -> int:
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, ValueError):  # a system that does not say
-        return 2**40
+def _refuse_trick(info: zipfile.ZipInfo, where: str) -> None:
+    name = PurePosixPath(info.filename.replace("\\", "/"))
+    if name.is_absolute() or ".." in name.parts:
+        raise DataError(f"{where}: expected a plain name in the archive; got one that leads out of it.")
+    if stat.S_ISLNK(info.external_attr >> 16):
+        raise DataError(f"{where}: expected an array in the archive; got a link.")
+    if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise DataError(f"{where}: expected an array stored or deflated, as NumPy does; got method {info.compress_type}.")
+    most = info.compress_size * (MAX_DEFLATE_RATIO if info.compress_type == zipfile.ZIP_DEFLATED else 1)
+    if info.file_size > most:
+        raise DataError(
+            f"{where}: expected {info.file_size} bytes, as the archive says; got {info.compress_size}, which hold at "
+            f"most {most}."
+        )
 
 
-def read_npz(declared: Npz, data_dir: Path | None) -> Rows:
-    """The rows of a declared archive.
-
-    Raises:
-        DataError: see `read_arrays` and `joined`.
-    """
-    from pvae.data.sources import user_folder
-
-    path = _located(declared.path, user_folder(data_dir))
-    held = held_keys(path)
-    if declared.x not in held and f"{declared.x}_train" in held:
-        names = [name for name in SPLITS if f"{declared.x}_{name}" in held]
-        keys = {name: (f"{declared.x}_{name}", declared.y and f"{declared.y}_{name}") for name in names}
-    else:
-        keys = {"train": (declared.x, declared.y)}
-    arrays = read_arrays(path, [key for pair in keys.values() for key in pair if key])
-    rows = joined({name: (arrays[x], arrays[y] if y else None) for name, (x, y) in keys.items()}, declared.split_seed)
-    return Rows(rows.x, rows.y, rows.parts, declared.largest or rows.largest, name=declared.x)
+def _held(archive: zipfile.ZipFile, member: Member) -> Array:
+    array = member.array
+    x = gathered(member.pieces(archive), array.shape, array.dtype)
+    return np.ascontiguousarray(x.T) if array.fortran else x
 
 
-def _located(path: str, folder: Path | None) -> Path:
-    inside = folder / path if folder else Path(path)
-    return inside if inside.is_file() else Path(path)
+def _streamed(archive: zipfile.ZipFile, member: Member, path: Path, key: str) -> FileArray:
+    array, version = member.array, version_of(path)
+    if array.fortran:
+        raise DataError(f"{path}, {key!r}: expected rows one after another; got columns (Fortran order). Save C order.")
+    if member.info.compress_type == zipfile.ZIP_DEFLATED:
+        entry = {"source": "npz", "path": str(path.resolve()), "version": version, "member": key}
+        return decoded(entry, lambda writer: _decode(writer, archive, member, path)).arrays["x"]
+    offset = _offset(path, member.info)
+    for _ in member.pieces(archive):  # for the checksum's sake
+        pass
+    return FileArray(path, array.dtype, array.shape, offset + array.offset, version)
+
+
+def _decode(writer: Writer, archive: zipfile.ZipFile, member: Member, path: Path) -> None:
+    with _broken(path):
+        for rows in member.pieces(archive):
+            writer.append("x", rows)
+
+
+def _offset(path: Path, info: zipfile.ZipInfo) -> int:
+    """Where a stored member's first byte is."""
+    with path.open("rb") as file:
+        file.seek(info.header_offset)
+        local = file.read(LOCAL_HEADER)
+    lengths = local[LOCAL_HEADER - 4 :]
+    return info.header_offset + LOCAL_HEADER + sum(int.from_bytes(lengths[i : i + 2], "little") for i in (0, 2))

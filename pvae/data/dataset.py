@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
@@ -11,12 +11,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.distributions import constraints
 
+from pvae import seeds
+from pvae.data.arrays import AnyArray, Array, Stored
 from pvae.data.declared import Data, TensorSource
 from pvae.data.prepare import Prepared, prepare, scaled
-from pvae.data.rows import CHUNK_ELEMENTS, SPLITS, Array, Part, Rows, joined, partition, reshape, shared_rows
+from pvae.data.rows import CHUNK_ELEMENTS, SPLITS, Part, Rows, joined, partition, reshape, shared_rows
+from pvae.data.streamed import Streamed, Streams, WindowOrder, streams
 from pvae.errors import DataError, DeclarationError, near
 
 if TYPE_CHECKING:
@@ -29,40 +33,70 @@ class Split:
 
     Arguments:
         name: "train", "validation" or "test".
-        x: (n, *shape) float32; with covariates (n, D + covariates), each row flattened and followed by them.
+        rows: (n, *shape) float32; with covariates (n, D + covariates), each row flattened and followed by them. Data
+            that stay on the disk are `Streamed`: they are read when they are indexed.
         y: (n,) int64 labels, or None.
         raw: (n, *shape) intensities in [0, 1] that `draw` binarises anew, or None.
-        event: shape of a datum, where x holds covariates too; else None.
+        event: shape of a datum, where rows hold covariates too; else None.
     """
 
     name: str
-    x: Tensor
+    rows: Tensor | Streamed
     y: Tensor | None = None
-    raw: Tensor | None = None
+    raw: Tensor | Streamed | None = None
     event: tuple[int, ...] | None = None
 
     def __len__(self) -> int:
-        return len(self.x)
+        return len(self.rows)
+
+    @property
+    def x(self) -> Tensor:
+        """All rows as one tensor.
+
+        Raises:
+            DataError: they are streamed, and too many to be read at once; index `rows` instead.
+        """
+        return self.rows[:] if isinstance(self.rows, Streamed) else self.rows
 
     @property
     def data(self) -> Tensor:
-        """The data alone, (n, *shape)."""
-        return self.x if self.event is None else self.x[:, : prod(self.event)].reshape(len(self.x), *self.event)
+        """The data alone, (n, *shape), without covariates; all of them, as `x`."""
+        return self.observed(self.x)
+
+    def observed(self, rows: Tensor) -> Tensor:
+        """The data of some rows `(m, ...)`, without covariates: `(m, *shape)`."""
+        return rows if self.event is None else rows[:, : prod(self.event)].reshape(len(rows), *self.event)
+
+    def order(self, seed: int, epoch: int) -> Tensor | WindowOrder:
+        """The order of the rows in an epoch, a function of (seed, epoch); slices of it are row numbers."""
+        x = self.rows if self.raw is None else self.raw
+        if isinstance(x, Streamed):
+            return x.order(seed, epoch)
+        return seeds.permutation(len(x), seed, epoch).to(x.device)
 
     def draw(self, index: Tensor) -> Tensor:
-        """A batch of rows of x; dynamically binarised data are drawn anew from torch's global generator."""
+        """A batch of rows; dynamically binarised data are drawn anew from torch's global generator."""
         if self.raw is None:
-            return self.x[index]
+            return self.rows[index]
         fresh = torch.bernoulli(self.raw[index])
         if self.event is None:
             return fresh
-        return torch.cat([fresh.flatten(1), self.x[index, prod(self.event) :]], 1)
+        columns = self.rows.columns if isinstance(self.rows, Streamed) else self.rows[:, prod(self.event) :]
+        assert columns is not None  # noqa: S101 - there is an event, so columns stand behind it
+        return torch.cat([fresh.flatten(1), columns[index].to(fresh)], 1)
 
     def to(self, device: str | torch.device) -> Split:
-        """The split on a device."""
+        """The split on a device; streamed rows are put there when they are read."""
         y = None if self.y is None else self.y.to(device)
         raw = None if self.raw is None else self.raw.to(device)
-        return Split(self.name, self.x.to(device), y, raw, self.event)
+        return Split(self.name, self.rows.to(device), y, raw, self.event)
+
+    def plain(self) -> Split:
+        """The split without covariates in its rows."""
+        if self.event is None:
+            return self
+        rows = self.rows.plain() if isinstance(self.rows, Streamed) else self.data
+        return replace(self, rows=rows, event=None)
 
     def conditioned(self, codes: int, tokens: Sequence[Sequence[int]] | None = None) -> Split:
         """The split with its labels as a covariate of `codes` values in every row, or the tokens of each label.
@@ -78,12 +112,15 @@ class Split:
                 f"Set the covariate's codes to {int(self.y.max()) + 1}."
             )
         columns = self.y[:, None] if tokens is None else torch.tensor(tokens, device=self.y.device)[self.y]
-        x = torch.cat([self.x.flatten(1), columns.to(self.x)], 1)
-        return replace(self, x=x, event=tuple(self.x.shape[1:]))
+        event = tuple(self.rows.shape[1:])
+        if isinstance(self.rows, Streamed):
+            return replace(self, rows=self.rows.with_columns(columns), event=event)
+        return replace(self, rows=torch.cat([self.rows.flatten(1), columns.to(self.rows)], 1), event=event)
 
-    def chunks(self) -> Sequence[Tensor]:
+    def chunks(self) -> Iterator[Tensor]:
         """The data in pieces whose float64 copy is small."""
-        return self.data.split(max(1, CHUNK_ELEMENTS // max(1, self.x[0].numel())))
+        step = max(1, CHUNK_ELEMENTS // max(1, prod(self.rows.shape[1:])))
+        return (self.observed(self.rows[start : start + step]) for start in range(0, len(self), step))
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,7 +133,7 @@ class Dataset:
         binarize: "none", "threshold", "static" or "dynamic".
         fingerprint: SHA-256 over every value, in hexadecimal: the same data, the same fingerprint.
         label_names: a name for each label, or None.
-        notes: what is worth knowing and no error: rows shared between splits, constant features.
+        notes: what is worth knowing and no error: files left out, rows shared between splits, constant features.
     """
 
     train: Split
@@ -139,7 +176,7 @@ class Dataset:
             covariates: number of labels by name, at most one: the label is the only covariate that data have.
             tokens: the tokens of every label, where it is told in words.
         """
-        plain = replace(self, **{split.name: replace(split, x=split.data, event=None) for split in self.splits})  # type: ignore[arg-type]
+        plain = replace(self, **{split.name: split.plain() for split in self.splits})  # type: ignore[arg-type]
         if not covariates:
             return self if self.train.event is None else plain
         ((name, codes),) = covariates.items()
@@ -194,6 +231,8 @@ class Dataset:
             DataError: with the first value outside: its split, row, element, and what is expected.
         """
         element = _elementwise(constraint)
+        if element is constraints.real:  # all data are finite
+            return
         for split in self.splits:
             _require_split(split, element, hint)
 
@@ -215,7 +254,8 @@ def load(data: Data, *, data_dir: Path | None = None, seed: int = 0) -> Dataset:
 def _assembled(data: Data, rows: Rows) -> Dataset:
     parts = partition(data.splits, rows)
     x = reshape(rows, data.shape)
-    prepared = prepare(scaled(data.scale, rows, x, parts["train"]), parts, data.binarize)
+    ready = scaled(data.scale, rows, x, parts["train"])
+    prepared = (streams if isinstance(x, Stored) else prepare)(ready, parts, data.binarize)
     splits = {name: _split(name, prepared, rows.y, parts[name]) for name in SPLITS}
     return Dataset(
         **splits,
@@ -224,36 +264,40 @@ def _assembled(data: Data, rows: Rows) -> Dataset:
         binarize=data.binarize,
         fingerprint=_fingerprint(splits.values(), tuple(x.shape[1:]), data.binarize),
         label_names=rows.label_names,
-        notes=(*_constant_features(splits["train"]), *_shared(x, parts)),
+        notes=(*rows.notes, *_constant_features(splits["train"]), *_shared(x, parts)),
     )
 
 
-def _split(name: str, prepared: Prepared, y: Array | None, part: Part) -> Split:
+def _split(name: str, prepared: Prepared | Streams, y: Array | None, part: Part) -> Split:
     labels = None if y is None else torch.from_numpy(y[np.asarray(part)].astype(np.int64))
-    raw = torch.from_numpy(prepared.raw) if name == "train" and prepared.raw is not None else None
-    return Split(name, torch.from_numpy(prepared.x[name]), labels, raw)
+    raw = prepared.raw if name == "train" else None
+    return Split(name, _tensor(prepared.x[name]), labels, None if raw is None else _tensor(raw))
+
+
+def _tensor(x: NDArray[np.float32] | Streamed) -> Tensor | Streamed:
+    return x if isinstance(x, Streamed) else torch.from_numpy(x)
 
 
 def _fingerprint(splits: Any, shape: tuple[int, ...], binarize: str) -> str:
     digest = hashlib.sha256(f"{shape} {binarize}".encode())
     for split in splits:
-        for field, tensor in (("x", split.x), ("y", split.y), ("raw", split.raw)):
+        for field, tensor in (("x", split.rows), ("y", split.y), ("raw", split.raw)):
             if tensor is not None:
                 digest.update(f" {split.name}.{field} {tuple(tensor.shape)} {tensor.dtype} ".encode())
-                digest.update(memoryview(tensor.numpy()).cast("B"))
+                digest.update(tensor.digest if isinstance(tensor, Streamed) else memoryview(tensor.numpy()).cast("B"))
     return digest.hexdigest()
 
 
 def _constant_features(train: Split) -> list[str]:
-    x = train.x if train.raw is None else train.raw
-    constant = int((x.amin(0) == x.amax(0)).sum())
-    features = x[0].numel()
+    x = train.rows if train.raw is None else train.raw
+    low, high = (x.low, x.high) if isinstance(x, Streamed) else (x.amin(0), x.amax(0))
+    constant, features = int(torch.as_tensor(low == high).sum()), prod(x.shape[1:])
     if constant == features:
         raise DataError(f"Expected features that vary in train; all {features} are constant over its {len(x)} rows.")
     return [f"{constant} of {features} features are constant in train"] if constant else []
 
 
-def _shared(x: Array, parts: dict[str, Part]) -> list[str]:
+def _shared(x: AnyArray, parts: dict[str, Part]) -> list[str]:
     counts = {name: shared_rows(x, parts, name) for name in SPLITS[1:]}
     return [f"{n} of {len(parts[name])} rows of {name} also occur in train" for name, n in counts.items() if n]
 

@@ -6,12 +6,14 @@ A new source is one final class with ``source: Literal["name"] = "name"`` and a 
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, final, get_args
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, final, get_args
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
-from pvae.component import Component, Ints, Section, Table
+from pvae.component import Component, Ints, Names, Section, Table
+from pvae.data.columns import Column
 from pvae.errors import DataError, near
 
 if TYPE_CHECKING:
@@ -22,6 +24,9 @@ Range = Annotated[tuple[int, int], Field(strict=False)]
 
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 """A seed of `numpy.random.RandomState`."""
+
+Side = Annotated[int, Field(gt=0, le=2**13)]
+"""Pixels along one side of an image."""
 
 Binarize = Literal["none", "threshold", "static", "dynamic"]
 Scale = Literal["unit", "raw", "standardise"]
@@ -58,6 +63,11 @@ class Data(Component):
     """Reshape each row, for example `[1, 28, 28]`."""
     splits: Table[Splits] = Splits()
     """Row ranges, `train = [0, 50000]` and so on."""
+
+    @property
+    def table(self) -> Mapping[str, Column]:
+        """The columns of a table, in the order of x; none for other data."""
+        return {}
 
     @abstractmethod
     def read(self, data_dir: Path | None, seed: int) -> Rows:
@@ -118,35 +128,103 @@ class MNIST(Data):
         return read_collection(MNIST_FILES, data_dir)
 
 
-@final
-class Npz(Data):
-    """Arrays of a NumPy archive: `x` (n, ...), or `x_train`, `x_test` and possibly `x_validation`.
+class FileData(Data):
+    """What sources that read the user's own files share.
 
-    Object arrays are refused: reading them could run code.
-
-    Without declared splits the rows are permuted with `split_seed`: 80 % train, 10 % validation, 10 % test (what
-    the archive splits already stays as it is).
+    Without declared splits the rows are permuted with `split_seed`: 80 % train, 10 % validation, 10 % test.
     """
 
-    source: Literal["npz"] = "npz"
     path: str
-    """The archive; a relative path is sought in the data folder, then in the working directory."""
-    x: str = "x"
-    """Key of the rows, or its stem before `_train`."""
-    y: str | None = None
-    """Key of integer labels, or its stem; none are read by default."""
+    """The file or folder; a relative path is sought in the data folder, then in the working directory."""
     scale: Scale = "raw"
     """`unit` needs `largest`, or unsigned bytes (255)."""
     largest: Annotated[float, Field(gt=0)] | None = None
     """The largest level, for `scale = "unit"`."""
     split_seed: Seed = 0
     """Seed of the permutation."""
+    stream: bool = False
+    """Leave the rows on the disk and read them in shuffled blocks: for data larger than memory."""
+
+
+@final
+class Npz(FileData):
+    """Arrays of a NumPy archive: `x` (n, ...), or `x_train`, `x_test` and possibly `x_validation`.
+
+    Object arrays are refused: reading them could run code.
+
+    Without declared splits the rows are permuted with `split_seed` (what the archive splits already stays as it is).
+    """
+
+    source: Literal["npz"] = "npz"
+    x: str = "x"
+    """Key of the rows, or its stem before `_train`."""
+    y: str | None = None
+    """Key of integer labels, or its stem; none are read by default."""
 
     def read(self, data_dir: Path | None, seed: int) -> Rows:
         """Rows (n, ...) of the archive."""
         from pvae.data.archives import read_npz
 
         return read_npz(self, data_dir)
+
+
+@final
+class Npy(FileData):
+    """One array of a `.npy` file, (n, ...); with `stream` it is mapped, whatever its size.
+
+    Object arrays are refused: reading them could run code.
+    """
+
+    source: Literal["npy"] = "npy"
+    labels: str | None = None
+    """A second `.npy` file, of integer labels; none are read by default."""
+
+    def read(self, data_dir: Path | None, seed: int) -> Rows:
+        """Rows (n, ...) of the array."""
+        from pvae.data.archives import read_npy
+
+        return read_npy(self, data_dir)
+
+
+@final
+class Idx(FileData):
+    """An IDX file, as MNIST's: numbers of any of its six types in any dimensions, plain or gzipped.
+
+    References: Gradient-based learning applied to document recognition (LeCun et al., 1998)
+    """
+
+    source: Literal["idx"] = "idx"
+    labels: str | None = None
+    """A second IDX file, of integer labels; none are read by default."""
+
+    def read(self, data_dir: Path | None, seed: int) -> Rows:
+        """Rows (n, ...) of the file."""
+        from pvae.data.idx import read
+
+        return read(self, data_dir)
+
+
+@final
+class Images(FileData):
+    """A folder of images (PNG, JPEG, BMP, GIF, PPM, TIFF, WebP), its sub-folders among it, in the order of their names.
+
+    They are decoded once into the cache. What cannot be read is skipped and listed in `Dataset.notes`. When every image
+    is in a sub-folder, the sub-folders are the labels.
+    """
+
+    source: Literal["images"] = "images"
+    size: Annotated[tuple[Side, Side], Field(strict=False)] | None = None
+    """`[height, width]`, to which images are resized (bilinear, antialiased); by default all must be of one size."""
+    mode: Literal["L", "RGB"] = "RGB"
+    """One channel of luminance (`L`), or three of colour."""
+    scale: Scale = "unit"
+    """`unit`: divide by 255."""
+
+    def read(self, data_dir: Path | None, seed: int) -> Rows:
+        """Rows (n, channels, height, width), uint8."""
+        from pvae.data.images import read
+
+        return read(self, data_dir)
 
 
 @final
@@ -200,3 +278,84 @@ class Toy(Data):
         from pvae.data.toys import read_toy
 
         return read_toy(self.density, self.rows, self.noise, seed if self.data_seed == "experiment" else self.data_seed)
+
+
+class Tabular(Data):
+    """What tables share: x has a number for every declared column, NaN where one is missing."""
+
+    scale: Scale = "raw"
+    """Not for tables, whose columns have transforms of their own; nor are `binarize` and `shape`."""
+    columns: dict[str, Column] = Field(min_length=1)
+    """What every column holds, by its name in the table; columns that are not declared are left out."""
+    label: str | None = None
+    """A column that is no part of x: the label of every row."""
+    na: Names = ("", "NA", "nan")
+    """What is written for a missing value."""
+
+    @property
+    def table(self) -> Mapping[str, Column]:
+        """See `Data.table`."""
+        return self.columns
+
+    @model_validator(mode="after")
+    def _a_table(self) -> Self:
+        usual = {"scale": "raw", "binarize": "none", "shape": None, "largest": None}
+        for name, value in usual.items():
+            found = getattr(self, name, value)
+            if found != value:
+                raise ValueError(f"no {name} in a table, whose columns have transforms of their own; got {found!r}")
+        if self.label in self.columns:
+            raise ValueError(f"a label that is no part of x; got {self.label!r}, which is in columns too")
+        for name, column in self.columns.items():
+            if lost := sorted(set(column.words) & set(self.na)):
+                raise ValueError(f"levels of {name!r} that are not in na, the words for what is missing; got {lost}")
+        return self
+
+
+@final
+class CSV(Tabular, FileData):
+    """A table of text, UTF-8, with a line of column names: decoded once into the cache."""
+
+    source: Literal["csv"] = "csv"
+    separator: Literal[",", ";", "\t", "|"] = ","
+    """What stands between two cells."""
+
+    def read(self, data_dir: Path | None, seed: int) -> Rows:
+        """Rows (n, columns) of the file."""
+        from pvae.data.tables import read_csv
+
+        return read_csv(self, data_dir)
+
+
+@final
+class Parquet(Tabular, FileData):
+    """A table in a Parquet file: decoded once into the cache. Needs pyarrow."""
+
+    source: Literal["parquet"] = "parquet"
+
+    def read(self, data_dir: Path | None, seed: int) -> Rows:
+        """Rows (n, columns) of the file.
+
+        Raises:
+            MissingExtraError: pyarrow is not installed.
+        """
+        from pvae.data.tables import read_parquet
+
+        return read_parquet(self, data_dir)
+
+
+@final
+class FrameSource(Tabular):
+    """A pandas DataFrame passed in Python: `pvae.fit(experiment, data=frame)`, or `Dataset.from_frame`."""
+
+    source: Literal["frame"] = "frame"
+    split_seed: Seed = 0
+    """Seed of the permutation for splits that are not declared."""
+
+    def read(self, data_dir: Path | None, seed: int) -> Rows:
+        """Nothing to read.
+
+        Raises:
+            DataError: always; the data must be passed.
+        """
+        raise DataError('Expected a DataFrame for data.source = "frame"; got none. Pass data=... in Python.')

@@ -8,12 +8,15 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from pvae.data.arrays import AnyArray, Array
 from pvae.data.declared import Binarize, Scale
-from pvae.data.rows import Array, Part, Rows, chunks
+from pvae.data.rows import Part, Rows, chunks, rows_of
 from pvae.errors import DataError
 
 Floats = NDArray[np.float64]
 Rule = Callable[[Floats], Array]
+BlockRule = Callable[[Floats, int], Array]
+"""A rule that draws anew for every block, whose number it gets."""
 
 PUBLISHED_SEED = 777
 TRAIN_SEED = 778
@@ -23,14 +26,22 @@ TRAIN_SEED = 778
 class Scaled:
     """Rows as float64 chunks of ``(x - shift) / divisor``."""
 
-    x: Array
+    x: AnyArray
     shift: Floats | float = 0.0
     divisor: Floats | float = 1.0
 
     def chunks(self, part: Part) -> Iterator[tuple[int, Floats]]:
         """Chunks of the part, each with its first position."""
         for start, chunk in chunks(self.x, part):
-            yield start, (chunk.astype(np.float64) - self.shift) / self.divisor
+            yield start, self.scale(chunk)
+
+    def of(self, part: Part) -> Floats:
+        """A part that is small enough to copy, at once."""
+        return self.scale(rows_of(self.x, part))
+
+    def scale(self, chunk: Array) -> Floats:
+        """Stored values as they are seen."""
+        return (chunk.astype(np.float64) - self.shift) / self.divisor
 
     def apply(self, part: Part, rule: Rule) -> NDArray[np.float32]:
         """The part as float32 (rows, *shape), after a rule."""
@@ -40,7 +51,7 @@ class Scaled:
         return out
 
 
-def scaled(scale: Scale, rows: Rows, x: Array, train: Part) -> Scaled:
+def scaled(scale: Scale, rows: Rows, x: AnyArray, train: Part) -> Scaled:
     """The declared scaling.
 
     Raises:
@@ -55,12 +66,12 @@ def scaled(scale: Scale, rows: Rows, x: Array, train: Part) -> Scaled:
     return Scaled(x, divisor=rows.largest)
 
 
-def _standardised(x: Array, train: Part) -> Scaled:
+def _standardised(x: AnyArray, train: Part) -> Scaled:
     plain = Scaled(x)
     mean = sum((c.sum(0) for _, c in plain.chunks(train)), np.zeros(x.shape[1:])) / len(train)
     centred = Scaled(x, shift=mean)
     variance = sum(((c * c).sum(0) for _, c in centred.chunks(train)), np.zeros(x.shape[1:])) / len(train)
-    low, high = _extremes(x, train)
+    low, high = extremes(x, train)
     if constant := np.argwhere(np.atleast_1d(low == high)).tolist():
         where = constant[0][0] if len(constant[0]) == 1 else tuple(constant[0])
         raise DataError(
@@ -70,9 +81,12 @@ def _standardised(x: Array, train: Part) -> Scaled:
     return Scaled(x, mean, np.sqrt(variance))
 
 
-def _extremes(x: Array, part: Part) -> tuple[Array, Array]:
-    pieces = [(chunk.min(0), chunk.max(0)) for _, chunk in chunks(x, part)]
-    return np.min([low for low, _ in pieces], axis=0), np.max([high for _, high in pieces], axis=0)
+def extremes(x: AnyArray, part: Part) -> tuple[Array, Array]:
+    """Least and largest value of every feature `(*row)` over a part; what is missing (NaN) is left out."""
+    low = high = np.full(x.shape[1:], np.nan)
+    for _, chunk in chunks(x, part):
+        low, high = np.fmin(low, np.fmin.reduce(chunk, 0)), np.fmax(high, np.fmax.reduce(chunk, 0))
+    return low, high
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,15 +128,22 @@ def _rules(binarize: Binarize, published: np.random.RandomState, own: np.random.
 
 def _within_unit(name: str, rule: Rule) -> Rule:
     def checked(chunk: Floats) -> Array:
-        low, high = chunk.min(), chunk.max()
-        if low < 0 or high > 1:
-            raise DataError(
-                f"data.binarize: expected values in [0, 1]; got {low if low < 0 else high:g} in {name}. "
-                f'Use scale = "unit".'
-            )
+        require_unit(name, chunk.min(), chunk.max())
         return rule(chunk)
 
     return checked
+
+
+def require_unit(name: str, low: float, high: float) -> None:
+    """Refuse intensities outside of [0, 1].
+
+    Raises:
+        DataError: see above.
+    """
+    if low < 0 or high > 1:
+        raise DataError(
+            f'data.binarize: expected values in [0, 1]; got {low if low < 0 else high:g} in {name}. Use scale = "unit".'
+        )
 
 
 def _same(chunk: Floats) -> Floats:

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from typing import Any
+from math import prod
 
 import numpy as np
 from numpy.typing import NDArray
 
+from pvae.data.arrays import AnyArray, Array, Joined
 from pvae.data.declared import Splits
 from pvae.errors import DataError
 
-Array = NDArray[Any]
 Part = range | NDArray[np.int64]
 """Which rows: a range that a declaration may change, or a permutation's indices."""
 
@@ -26,23 +26,25 @@ class Rows:
     """What a source gives.
 
     Arguments:
-        x: (n, *shape), any real type.
+        x: (n, *shape), any real type; in memory, or read as it is needed.
         y: (n,) integer labels, or None.
         parts: rows of "train", "validation" and "test" unless the declaration says otherwise.
         largest: the largest level, for ``scale = "unit"``.
         label_names: a name for each label.
         name: what messages call the array.
+        notes: what is worth knowing and no error.
 
     Raises:
         DataError: no rows, values that are not real numbers, NaN or infinity, labels that do not fit.
     """
 
-    x: Array
+    x: AnyArray
     y: Array | None
     parts: Mapping[str, Part]
     largest: float | None = None
     label_names: tuple[str, ...] | None = None
     name: str = "x"
+    notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         check_array(self.x, self.name)
@@ -50,7 +52,7 @@ class Rows:
             check_labels(self.y, len(self.x), self.name)
 
 
-def check_array(x: Array, name: str) -> None:
+def check_array(x: AnyArray, name: str) -> None:
     """Refuse what is not a non-empty array of finite real numbers.
 
     Raises:
@@ -64,7 +66,7 @@ def check_array(x: Array, name: str) -> None:
         check_finite(x, name)
 
 
-def check_finite(x: Array, name: str) -> None:
+def check_finite(x: AnyArray, name: str) -> None:
     """Refuse NaN, infinity, and what overflows float32.
 
     Raises:
@@ -102,7 +104,7 @@ def _element(column: Sequence[int]) -> str:
     return str(column[0]) if len(column) == 1 else str(tuple(column))
 
 
-def reshape(rows: Rows, shape: tuple[int, ...] | None) -> Array:
+def reshape(rows: Rows, shape: tuple[int, ...] | None) -> AnyArray:
     """x as (n, *shape).
 
     Raises:
@@ -112,18 +114,23 @@ def reshape(rows: Rows, shape: tuple[int, ...] | None) -> Array:
         raise DataError(f"{rows.name}: expected rows of features, (n, ...); got shape {rows.x.shape}. Set shape = [1].")
     if shape is None:
         return rows.x
-    size, wanted = rows.x[0].size, int(np.prod(shape, dtype=object))
+    size, wanted = prod(rows.x.shape[1:]), prod(shape)
     if size != wanted:
         raise DataError(f"data.shape: expected {size} values, as a row has; got {list(shape)}, which is {wanted}.")
     return rows.x.reshape(len(rows.x), *shape)
 
 
-def chunks(x: Array, part: Part) -> Iterator[tuple[int, Array]]:
+def chunks(x: AnyArray, part: Part) -> Iterator[tuple[int, Array]]:
     """Pieces of ``x[part]``, each with its first position in the part, small enough to copy."""
-    step = max(1, CHUNK_ELEMENTS // max(1, x[:1].size))
+    step = max(1, CHUNK_ELEMENTS // max(1, prod(x.shape[1:])))
     for start in range(0, len(part), step):
         piece = part[start : start + step]
-        yield start, x[piece.start : piece.stop] if isinstance(piece, range) else x[piece]
+        yield start, rows_of(x, piece)
+
+
+def rows_of(x: AnyArray, part: Part) -> Array:
+    """`x[part]`."""
+    return x[part.start : part.stop] if isinstance(part, range) else x[part]
 
 
 def partition(splits: Splits, rows: Rows) -> dict[str, Part]:
@@ -184,7 +191,7 @@ def tenths(rows: int, missing: Sequence[str], seed: int) -> dict[str, Part]:
     return {"train": np.sort(order[len(missing) * size :]), **parts}
 
 
-def joined(given: Mapping[str, tuple[Array, Array | None]], seed: int) -> Rows:
+def joined(given: Mapping[str, tuple[AnyArray, Array | None]], seed: int) -> Rows:
     """One array from "train" and the splits that are given; the others are tenths of "train".
 
     Raises:
@@ -202,13 +209,20 @@ def joined(given: Mapping[str, tuple[Array, Array | None]], seed: int) -> Rows:
             parts[name] = np.arange(start, start + len(given[name][0]))
             start += len(given[name][0])
     order = [name for name in SPLITS if name in given]
-    x = np.concatenate([given[name][0] for name in order]) if len(order) > 1 else given["train"][0]
+    x = _one_after_another([given[name][0] for name in order])
     labels = [y for name in order if (y := given[name][1]) is not None]
     largest = 255.0 if x.dtype == np.uint8 else None
     return Rows(x, np.concatenate(labels) if labels else None, parts, largest)
 
 
-def _refuse_unlike(given: Mapping[str, tuple[Array, Array | None]]) -> None:
+def _one_after_another(arrays: Sequence[AnyArray]) -> AnyArray:
+    if len(arrays) == 1:
+        return arrays[0]
+    held = [array for array in arrays if isinstance(array, np.ndarray)]
+    return np.concatenate(held) if len(held) == len(arrays) else Joined(arrays)
+
+
+def _refuse_unlike(given: Mapping[str, tuple[AnyArray, Array | None]]) -> None:
     x, y = given["train"]
     for name, (other, labels) in given.items():
         if other.shape[1:] != x.shape[1:]:
@@ -218,7 +232,20 @@ def _refuse_unlike(given: Mapping[str, tuple[Array, Array | None]]) -> None:
             raise DataError(f"Expected labels in every split or in none; got some in {have} and none in {lack}.")
 
 
-def shared_rows(x: Array, parts: Mapping[str, Part], name: str) -> int:
-    """How many rows of a split also occur, byte for byte, in "train"."""
-    train = {hash(row.tobytes()) for _, chunk in chunks(x, parts["train"]) for row in chunk}
-    return sum(hash(row.tobytes()) in train for _, chunk in chunks(x, parts[name]) for row in chunk)
+def shared_rows(x: AnyArray, parts: Mapping[str, Part], name: str) -> int:
+    """How many rows of a split also occur, value for value, in "train"."""
+    train = np.sort(_hashes(x, parts["train"]))
+    return int(np.isin(_hashes(x, parts[name]), train).sum())
+
+
+def _hashes(x: AnyArray, part: Part) -> NDArray[np.uint64]:
+    """64 bits of every row: a sum of its words, each times a random odd number."""
+    width = -(-x.dtype.itemsize * prod(x.shape[1:]) // 8)
+    factors = np.random.RandomState(0).randint(0, 2**63, width, np.int64).astype(np.uint64) * 2 + 1
+    out = np.empty(len(part), np.uint64)
+    for start, chunk in chunks(x, part):
+        content = np.ascontiguousarray(chunk).reshape(len(chunk), -1).view(np.uint8)
+        words = np.zeros((len(chunk), 8 * width), np.uint8)
+        words[:, : content.shape[1]] = content
+        out[start : start + len(chunk)] = (words.view(np.uint64) * factors).sum(1)
+    return out

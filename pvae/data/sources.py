@@ -6,27 +6,25 @@ cache, the mirrors. ``PVAE_OFFLINE=1`` forbids the last.
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import os
 import tempfile
-import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
-from typing import IO, cast
 
 import numpy as np
 
 from pvae.data.archives import read_arrays
-from pvae.data.rows import Array, Rows
-from pvae.errors import BusyError, DataError, OutputError
+from pvae.data.arrays import Array
+from pvae.data.cache import cache_folder, locked
+from pvae.data.files import user_folder
+from pvae.data.idx import Header, read_idx
+from pvae.data.rows import Rows
+from pvae.errors import DataError
 
 BLOCK_BYTES = 2**20
-MAX_DEFLATE_RATIO = 1032  # of the deflate format: one byte cannot hold more
 CONNECT_AND_READ_SECONDS = (10, 60)
-LOCK_SECONDS = 900
 KEYS = ("x_train", "y_train", "x_test", "y_test")
 
 
@@ -119,20 +117,6 @@ def read_collection(collection: Collection, data_dir: Path | None) -> Rows:
     return Rows(x, y, parts, 255.0, collection.label_names, collection.slug)
 
 
-def user_folder(data_dir: Path | None) -> Path | None:
-    """The folder that the user names, by argument or by ``PVAE_DATA_DIR``.
-
-    Raises:
-        DataError: it does not exist.
-    """
-    named = data_dir or os.environ.get("PVAE_DATA_DIR")
-    if not named:
-        return None
-    if not Path(named).is_dir():
-        raise DataError(f"--data-dir, PVAE_DATA_DIR: expected a folder; got {named}.")
-    return Path(named)
-
-
 def _user_folders(collection: Collection, data_dir: Path | None) -> list[Path]:
     folder = user_folder(data_dir)
     return [folder / collection.slug, folder] if folder else []
@@ -146,17 +130,14 @@ def _read_archive(collection: Collection, data_dir: Path | None) -> dict[str, Ar
         path = folder / collection.archive
         if path.is_file():
             arrays = read_arrays(path, KEYS)
-            return {key: _checked_array(arrays[key], file, path, key) for key, file in collection.files.items()}
+            return {key: _checked_array(np.asarray(arrays[key]), file, path, key) for key, file in collection.files.items()}
     return None
 
 
 def _checked_array(array: Array, file: IdxFile, path: Path, key: str) -> Array:
-    size = int(np.prod(file.shape))
-    if array.dtype != np.uint8 or array.size != size or len(array) != file.shape[0]:
+    if array.dtype != np.uint8 or array.size != prod(file.shape) or len(array) != file.shape[0]:
         raise DataError(f"{path}: expected {key!r} of {file.shape} unsigned bytes; got {array.shape} {array.dtype}.")
-    array = array.reshape(file.shape)
-    _check_digest(hashlib.sha256(idx_header(file.shape) + array.tobytes()).hexdigest(), file, path)
-    return array
+    return _checked_digest(array.reshape(file.shape), file, path)
 
 
 def _read_file(collection: Collection, file: IdxFile, data_dir: Path | None) -> Array:
@@ -164,102 +145,33 @@ def _read_file(collection: Collection, file: IdxFile, data_dir: Path | None) -> 
     for folder in folders:
         for path in (folder / file.name, folder / f"{file.name}.gz"):
             if path.is_file():
-                return read_idx(path, file)
+                return read_known(path, file)
     return _cached(collection, file)
 
 
-# IDX
-
-
-def idx_header(shape: tuple[int, ...]) -> bytes:
-    """The header of an IDX file of unsigned bytes."""
-    return bytes([0, 0, 8, len(shape)]) + b"".join(size.to_bytes(4, "big") for size in shape)
-
-
-def read_idx(path: Path, file: IdxFile) -> Array:
-    """An IDX file of unsigned bytes, plain or gzipped.
+def read_known(path: Path, file: IdxFile) -> Array:
+    """A file of a collection, plain or gzipped.
 
     Returns: array ``file.shape``, uint8.
 
     Raises:
-        DataError: wrong magic, sizes, length or digest; with the bytes expected and found.
+        DataError: see `read_idx`; or another SHA-256.
     """
-    try:
-        with _opened(path) as stream:
-            header = idx_header(file.shape)
-            _check_header(stream.read(len(header)), header, path)
-            content = _read_exactly(stream, int(np.prod(file.shape)), len(header), path)
-    except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{path}: expected {_total(file)} bytes of IDX data; got a broken file: {error}.") from error
-    _check_digest(hashlib.sha256(header + content).hexdigest(), file, path)
-    return np.frombuffer(content, np.uint8).reshape(file.shape)
+    return _checked_digest(np.asarray(read_idx(path, Header(file.shape))), file, path)
 
 
-def _total(file: IdxFile) -> int:
-    return len(idx_header(file.shape)) + int(np.prod(file.shape))
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[IO[bytes]]:
-    with path.open("rb") as plain:
-        zipped = plain.read(2) == b"\x1f\x8b"
-        plain.seek(0)
-        if zipped:
-            with gzip.GzipFile(fileobj=plain) as stream:
-                yield cast("IO[bytes]", stream)
-        else:
-            yield plain
-
-
-def _check_header(found: bytes, wanted: bytes, path: Path) -> None:
-    """Magic and sizes, before anything is allocated: only the sizes of the known file are accepted."""
-    if found[:4] != wanted[:4]:
-        shown = f"{found[:4].hex(' ') or 'no bytes'}{' (a web page?)' if found[:1] == b'<' else ''}"
-        raise DataError(f"{path}: expected the IDX magic {wanted[:4].hex(' ')}; got {shown}.")
-    if len(found) < len(wanted):
-        raise DataError(f"{path}: expected a header of {len(wanted)} bytes; got {len(found)}.")
-    if found != wanted:
-        raise DataError(f"{path}: expected sizes {_sizes(wanted)}; got {_sizes(found)}.")
-
-
-def _sizes(header: bytes) -> list[int]:
-    return [int.from_bytes(header[i : i + 4], "big") for i in range(4, len(header), 4)]
-
-
-def _read_exactly(stream: IO[bytes], size: int, before: int, path: Path) -> bytes:
-    content = bytearray()
-    try:
-        while len(content) < size and (block := stream.read(min(BLOCK_BYTES, size - len(content)))):
-            content += block
-        extra = 0 if len(content) < size else len(stream.read(BLOCK_BYTES))
-    except EOFError:  # a truncated gzip stream
-        extra = 0
-        if len(content) == size:
-            raise
-    found = before + len(content) + extra
-    if found != before + size:
-        more = "at least " if extra == BLOCK_BYTES else ""
-        what = "trailing bytes" if extra else "a truncated file"
-        raise DataError(f"{path}: expected {before + size} bytes; got {more}{found} ({what}).")
-    return bytes(content)
-
-
-def _check_digest(found: str, file: IdxFile, path: Path) -> None:
-    if found != file.sha256:
+def _checked_digest(array: Array, file: IdxFile, path: Path) -> Array:
+    digest = hashlib.sha256(Header(file.shape).content)
+    digest.update(np.ascontiguousarray(array).data)
+    if digest.hexdigest() != file.sha256:
         raise DataError(
-            f"{path}: expected the bytes of {file.name} with SHA-256 {file.sha256}; got {found}. "
+            f"{path}: expected the bytes of {file.name} with SHA-256 {file.sha256}; got {digest.hexdigest()}. "
             f"The file is damaged, or belongs to another collection."
         )
+    return array
 
 
 # Cache and download
-
-
-def cache_folder() -> Path:
-    """Where downloads are kept."""
-    from platformdirs import user_cache_dir
-
-    return Path(user_cache_dir("pvae"))
 
 
 def _cached(collection: Collection, file: IdxFile) -> Array:
@@ -270,7 +182,7 @@ def _cached(collection: Collection, file: IdxFile) -> Array:
         return found
     if os.environ.get("PVAE_OFFLINE", "0") not in ("", "0"):
         raise DataError(f"Expected {file.name}.gz; got no such file, and PVAE_OFFLINE is set. {_by_hand(collection)}")
-    with _locked(path.parent):
+    with locked(path.parent):
         found = _verified(path, file)
         if found is not None:
             return found
@@ -280,24 +192,9 @@ def _cached(collection: Collection, file: IdxFile) -> Array:
 
 def _verified(path: Path, file: IdxFile) -> Array | None:
     try:
-        return read_idx(path, file) if path.is_file() else None
+        return read_known(path, file) if path.is_file() else None
     except DataError:
         return None
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    from filelock import FileLock, Timeout
-
-    lock = folder.parent / f"{folder.name}.lock"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(lock, timeout=LOCK_SECONDS):
-            yield
-    except Timeout:
-        raise BusyError(f"Expected the lock {lock}; another process holds it for {LOCK_SECONDS} s.") from None
-    except OSError as error:
-        raise OutputError(f"Expected a cache folder at {folder}; got {error}. Set XDG_CACHE_HOME.") from error
 
 
 def _by_hand(collection: Collection) -> str:
@@ -335,7 +232,7 @@ def _fetch(url: str, file: IdxFile, path: Path) -> Array:
     try:
         with os.fdopen(descriptor, "wb") as out:
             pooch.HTTPDownloader(chunk_size=BLOCK_BYTES, timeout=CONNECT_AND_READ_SECONDS)(url, out, None)
-        array = read_idx(part, file)
+        array = read_known(part, file)
         part.replace(path)
         return array
     except requests.RequestException as error:

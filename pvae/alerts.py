@@ -1,0 +1,116 @@
+"""What is worth an alert at the end of a fit: sleeping latents, dead codes, scales at their bounds. No errors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import pyro.distributions as dist
+import torch
+from torch import Tensor
+from torch.distributions import Categorical, OneHotCategorical
+
+from pvae import seeds
+from pvae.discrete import Certain, Discretised
+from pvae.models.likelihoods import FactoredNormal
+from pvae.pair import Pair, quiet
+from pvae.spec import Experiment, Plan
+from pvae.traces import samples, unwrapped
+from pvae.usage import code_usage, grid_of
+
+ROWS = 1000
+"""Most rows that are looked at."""
+SILENT_NATS = 0.01
+"""A latent that costs less says nothing of x."""
+SHARE = 0.05
+"""Of the scales of a site that may stand at a bound without an alert."""
+CHANCES = 10
+"""Codes drawn on average if all were used alike, before a code that never occurs is called dead."""
+UNBOUNDED = (1e-6, 1e6)
+"""Scales outside of this are on their way to 0 or infinity, whatever is declared."""
+
+
+def alerts(plan: Plan, pair: Pair, x: Tensor, seed: int) -> list[str]:
+    """One line for each latent that has collapsed, codebook with dead codes, and site whose scales are at a bound.
+
+    Arguments:
+        plan: how the pair was declared.
+        pair: a fitted pair with an ELBO, on the device of `x`.
+        x: data `(n, *event)`; at most a thousand rows of it are read.
+        seed: of the draws.
+    """
+    x = pair.accept(x[:ROWS])
+    with quiet(pair, x):
+        seeds.set_noise(seeds.mix(seed, seeds.VALIDATION), x.device)
+        with Discretised():
+            terms = pair.terms(x, rows=len(x), expected=True)
+        guide, model = (samples(trace) for trace in pair.traces(x))
+    kl = {name: float(value.double().mean()) for name, value in terms.kl.items()}
+    return [*_asleep(kl), *_dead(guide, code_usage(pair, x, seed), len(x)), *_at_bounds(plan, guide, model)]
+
+
+def _asleep(kl: Mapping[str, float]) -> Iterator[str]:
+    for name, nats in kl.items():
+        if abs(nats) < SILENT_NATS:
+            yield (
+                f"{name} has collapsed onto its prior: its KL is {nats:.4f} nats per datum. Give objective.beta a "
+                "longer linear warm-up from 0, or set objective.free_bits."
+            )
+
+
+def _dead(guide: Mapping[str, Any], usage: Mapping[str, float], rows: int) -> Iterator[str]:
+    for name, node in guide.items():
+        states, used = _states(node), usage.get(f"used/{name}")
+        positions = math.prod(grid_of(node)) if states else 0
+        if states is None or used is None or rows * positions < CHANCES * states:
+            continue
+        if usage[f"perplexity/{name}"] < 1.01:
+            yield f"{name} has collapsed: one of {states} codes is chosen whatever x is."
+        elif used < states:
+            yield f"{name}: {states - used:.0f} of {states} codes are dead: on {rows} rows they are not in use."
+
+
+def _states(node: Mapping[str, Any]) -> int | None:
+    """How many values a code has; None for what is no code."""
+    fn = unwrapped(node["fn"])
+    if isinstance(fn, Certain):
+        return int(fn.states)
+    return int(fn.logits.shape[-1]) if isinstance(fn, Categorical | OneHotCategorical) else None
+
+
+def _at_bounds(plan: Plan, guide: Mapping[str, Any], model: Mapping[str, Any]) -> Iterator[str]:
+    for side, nodes in (("guide", guide), ("model", model)):
+        for name, node in nodes.items():
+            scale = _scale(node)
+            bounds, learned = _bounds(plan, side, name)
+            if scale is None or not learned:
+                continue
+            for where, at in (("floor", scale <= bounds[0] * 1.001), ("ceiling", scale >= bounds[1] * 0.999)):
+                share = float(at.double().mean())
+                if share > SHARE:
+                    bound = bounds[0] if where == "floor" else bounds[1]
+                    yield (
+                        f"{side}.{name}: {share:.0%} of the scales stand at their {where}, {bound:.3g}. The density "
+                        "wants to go on to there and beyond: widen the bounds if that is meant, else look at the data."
+                    )
+
+
+def _scale(node: Mapping[str, Any]) -> Tensor | None:
+    """The scales of a normal site, of a factor its diagonal; None for other sites."""
+    fn = unwrapped(node["fn"])
+    if isinstance(fn, FactoredNormal | dist.MultivariateNormal):
+        return fn.scale_tril.diagonal(dim1=-2, dim2=-1)
+    return fn.scale if isinstance(fn, torch.distributions.Normal) else None
+
+
+def _bounds(plan: Plan, side: str, name: str) -> tuple[tuple[float, float], bool]:
+    """Smallest and largest scale that the declaration allows a site, and whether they are learned at all."""
+    if not isinstance(plan, Experiment):
+        return UNBOUNDED, True
+    if name in plan.latents:
+        latent = plan.latents[name]
+        declared = (latent.posterior if side == "guide" else latent.prior).model_dump().get("log_variance")
+        return (UNBOUNDED if declared is None else (math.exp(declared[0] / 2), math.exp(declared[1] / 2))), True
+    table = plan.decoder.likelihood.model_dump()
+    return (max(table.get("floor", 0.0), UNBOUNDED[0]), UNBOUNDED[1]), table.get("scale") != "fixed"

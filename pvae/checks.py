@@ -1,0 +1,133 @@
+"""What a check found, how it stands and what to do: the findings of `verify` and `doctor`. Standard library only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, final
+
+from pvae.errors import PvaeError, printable
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+Level = Literal["ok", "warning", "failed"]
+
+_STYLES = {"ok": "", "warning": "yellow", "failed": "bold red"}
+
+
+def one_line(text: str) -> str:
+    """`text` on one line, with escapes spelt out: the names of files may hold some."""
+    return printable(" ".join(text.split()))
+
+
+@final
+@dataclass(frozen=True)
+class Check:
+    """One thing that was looked at.
+
+    Arguments:
+        name: of it.
+        level: how it stands.
+        found: what was found, a line.
+        advice: what to do about it, a line; empty where there is nothing to do.
+        facts: the same for programs, as JSON can say it.
+    """
+
+    name: str
+    level: Level
+    found: str
+    advice: str = ""
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """name, level, found, advice, facts."""
+        texts = {key: one_line(getattr(self, key)) for key in ("name", "level", "found", "advice")}
+        return {**texts, "facts": dict(self.facts)}
+
+
+@final
+@dataclass(frozen=True, repr=False)
+class Checks:
+    """Checks in the order they were made.
+
+    Arguments:
+        title: of all.
+        checks: the checks.
+        facts: about all of them, for programs.
+    """
+
+    title: str
+    checks: tuple[Check, ...]
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+    def of(self, level: Level) -> tuple[Check, ...]:
+        """Those of a level."""
+        return tuple(check for check in self.checks if check.level == level)
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing failed; there may be warnings."""
+        return not self.of("failed")
+
+    def summary(self) -> str:
+        """How many of each level, in a sentence."""
+        counts = [f"{len(found)} {level}" for level in ("failed", "warning", "ok") if (found := self.of(level))]
+        return f"{self.title}: {', '.join(counts)}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON: the facts, ok, the number of failures and warnings, and every check."""
+        counts = {"failed": len(self.of("failed")), "warnings": len(self.of("warning"))}
+        return {**self.facts, "ok": self.ok, **counts, "checks": [check.to_dict() for check in self.checks]}
+
+    def __rich__(self) -> Table:
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(title=Text(one_line(self.title)), caption=Text(one_line(self.summary())), caption_justify="left")
+        table.add_column("check")
+        table.add_column("verdict", no_wrap=True)
+        table.add_column("found", overflow="fold")
+        for row in self.to_dict()["checks"]:
+            found = Text(row["found"]) if not row["advice"] else Text(f"{row['found']}\n-> {row['advice']}")
+            table.add_row(Text(row["name"]), row["level"], found, style=_STYLES[row["level"]])
+        return table
+
+    def __repr__(self) -> str:
+        return str(self)
+
+    def __str__(self) -> str:
+        rows = self.to_dict()["checks"]
+        width = max((len(row["name"]) for row in rows), default=0)
+        lines = []
+        for row in rows:
+            lines.append(f"{row['level']:7}  {row['name']:{width}}  {row['found']}")
+            lines += [f"{'':7}  {'':{width}}  -> {row['advice']}"] * bool(row["advice"])
+        return "\n".join([*lines, one_line(self.summary())])
+
+
+def attempt(name: str, check: Callable[[], Iterable[Check]]) -> list[Check]:
+    """What `check` finds; whatever it raises becomes a failed check called `name`, after what it had found."""
+    found = []
+    try:
+        for one in check():  # one by one: what was found before an error is kept
+            found.append(one)
+    except Exception as problem:
+        text = str(problem) if isinstance(problem, PvaeError) else f"{type(problem).__name__}: {problem}"
+        found.append(Check(name, "failed", text, _advice(problem)))
+    return found
+
+
+def _advice(problem: Exception) -> str:
+    """What to do about an error that nobody expected; a deliberate one says it itself."""
+    if isinstance(problem, PvaeError):
+        return ""
+    if isinstance(problem, Warning):
+        return "Python turns warnings into errors here: leave out -W error and PYTHONWARNINGS."
+    if isinstance(problem, ImportError):
+        return "Install pvae again: pip install --force-reinstall pvae-pyro."
+    if isinstance(problem, MemoryError):
+        return "Free some memory and look again."
+    if isinstance(problem, OSError):
+        return "See to that file or folder: does it exist, is it yours, is the disk full?"
+    return "This should not happen: report it with these lines."

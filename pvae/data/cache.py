@@ -1,0 +1,177 @@
+"""What was downloaded or decoded once: locked while it is made, checked when it is opened, made again when damaged."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pvae.data.arrays import Array, FileArray, npy_array
+from pvae.errors import BusyError, DataError, OutputError, StorageError
+from pvae.files import pretty, read_object
+
+LOCK_SECONDS = 900
+FORMAT = 1
+"""Of decoded entries: another one is made again."""
+INDEX = "index.json"
+
+
+def cache_folder() -> Path:
+    """Where downloads and decoded data are kept."""
+    from platformdirs import user_cache_dir
+
+    return Path(user_cache_dir("pvae"))
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Own a folder of the cache, made on demand.
+
+    Raises:
+        BusyError: another process holds it for a quarter of an hour.
+        OutputError: it cannot be made.
+    """
+    from filelock import FileLock, Timeout
+
+    lock = folder.parent / f"{folder.name}.lock"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(lock, timeout=LOCK_SECONDS):
+            yield
+    except Timeout:
+        raise BusyError(f"Expected the lock {lock}; another process holds it for {LOCK_SECONDS} s.") from None
+    except OSError as error:
+        raise OutputError(f"Expected a cache folder at {folder}; got {error}. Set XDG_CACHE_HOME.") from error
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """Arrays of a source in a form that can be read by rows, with what else was learnt when they were decoded."""
+
+    arrays: dict[str, FileArray]
+    notes: dict[str, Any]
+
+
+class Writer:
+    """Where a source puts what it decodes, piece by piece.
+
+    Arguments:
+        folder: of the entry that is being made.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.notes: dict[str, Any] = {}
+        """Kept beside the arrays; anything JSON can say."""
+        self.arrays: dict[str, Growing] = {}
+
+    def append(self, name: str, rows: Array) -> None:
+        """Add rows `(m, *row)` to an array; its type and the shape of a row are those of its first piece."""
+        if name not in self.arrays:
+            self.arrays[name] = Growing(self.folder / f"{name}.npy", rows.dtype, rows.shape[1:])
+        self.arrays[name].append(rows)
+
+
+class Growing:
+    """A `.npy` file that grows by rows."""
+
+    def __init__(self, path: Path, dtype: np.dtype[Any], row: tuple[int, ...]) -> None:
+        self.path, self.dtype, self.row, self.rows = path, dtype, row, 0
+        self.file = path.open("xb")
+        self._head()
+
+    def _head(self) -> None:
+        """NumPy leaves room in a header for the number of rows, so that it can be written anew."""
+        described = {"descr": np.lib.format.dtype_to_descr(self.dtype), "fortran_order": False}
+        np.lib.format.write_array_header_1_0(self.file, {**described, "shape": (self.rows, *self.row)})
+
+    def append(self, rows: Array) -> None:
+        """Add rows."""
+        self.file.write(np.ascontiguousarray(rows, self.dtype).data)
+        self.rows += len(rows)
+
+    def close(self) -> None:
+        """Announce the rows, and see them on the disk."""
+        self.file.seek(0)
+        self._head()
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        self.file.close()
+
+
+def decoded(key: Mapping[str, Any], make: Callable[[Writer], None]) -> Decoded:
+    """Arrays that `make` decodes, from the cache when they are there and whole.
+
+    Arguments:
+        key: what they depend on, the version of the file they come from included; anything JSON can say.
+        make: decodes them; what it raises is raised, and nothing is kept.
+
+    Raises:
+        DataError: nothing was decoded.
+        OutputError: the cache cannot be written.
+        StorageError: the disk is full.
+    """
+    name = hashlib.sha256(pretty({**key, "format": FORMAT}).encode()).hexdigest()[:32]
+    root = cache_folder() / "decoded"
+    found = _opened(root / name)
+    if found is not None:
+        return found
+    with locked(root / name):
+        found = _opened(root / name)
+        if found is None:
+            _make(root / name, make)
+            found = _opened(root / name)
+    if found is None:
+        raise StorageError(f"{root / name}: expected what was just decoded; got something else. Check the disk.")
+    return found
+
+
+def _opened(folder: Path) -> Decoded | None:
+    """An entry whose every byte is what was written, or None."""
+    try:
+        index = read_object(folder, INDEX)
+        arrays = {}
+        for name, digest in index["arrays"].items():
+            path = folder / f"{name}.npy"
+            with path.open("rb") as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() != digest:
+                    return None
+            arrays[name] = npy_array(path)
+        return Decoded(arrays, index["notes"])
+    except (OSError, DataError, KeyError, AttributeError, TypeError):
+        return None
+
+
+def _make(folder: Path, make: Callable[[Writer], None]) -> None:
+    for stray in folder.parent.glob(f".part-{folder.name}-*"):  # of a process that was killed; the lock is ours
+        shutil.rmtree(stray, ignore_errors=True)
+    part = Path(tempfile.mkdtemp(prefix=f".part-{folder.name}-", dir=folder.parent))
+    try:
+        writer = Writer(part)
+        try:
+            make(writer)
+        finally:
+            for array in writer.arrays.values():
+                with suppress(ValueError):
+                    array.close()
+        digests = {}
+        for name in writer.arrays:
+            with (part / f"{name}.npy").open("rb") as file:
+                digests[name] = hashlib.file_digest(file, "sha256").hexdigest()
+        (part / INDEX).write_text(pretty({"arrays": digests, "notes": writer.notes}))
+        shutil.rmtree(folder)
+        part.rename(folder)
+    except OSError as error:
+        raise StorageError(
+            f"{folder}: expected room for the decoded data; got {error}. Free some, or set XDG_CACHE_HOME."
+        ) from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)

@@ -1,0 +1,210 @@
+"""The columns of a declared table: what each holds, and how it is scored. Importing this needs only pydantic.
+
+A new type of column is one final class with ``type: Literal["name"] = "name"``.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self, final
+
+from pydantic import Field, model_validator
+
+from pvae.component import Component
+from pvae.law import Law
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    Floats = NDArray[np.float64]
+
+Levels = Annotated[tuple[int | str, ...], Field(strict=False)]
+"""Words or integers; a list (all that TOML has) is accepted."""
+
+LARGEST_COUNT = 2**24
+"""Above it single precision does not hold every integer."""
+LARGEST = 3.4e38
+"""About the largest number of single precision."""
+
+TRUTH = (("0", "false", "False", "FALSE"), ("1", "true", "True", "TRUE"))
+"""What is read as 0 and 1 where a declaration names no words."""
+
+
+class Column(Component):
+    """What one column of a table holds."""
+
+    tag: ClassVar[str] = "type"
+
+    missing: Literal["error", "mask"] = "error"
+    """`error`: a missing value is refused; `mask`: it adds nothing to the likelihood, and the guide is told."""
+
+    @property
+    @abstractmethod
+    def family(self) -> str:
+        """Name of its distribution: see `pvae.law.Law`."""
+
+    @property
+    @abstractmethod
+    def expected(self) -> str:
+        """What a value must be, in words."""
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        """What is written for 0, 1, 2, ...; nothing for a column of numbers."""
+        return ()
+
+    @property
+    def warp(self) -> str:
+        """The function that numbers go through first: `none`, `log`, `log1p` or `logit`."""
+        return "none"
+
+    @property
+    def is_standardised(self) -> bool:
+        """Whether numbers are then scaled by mean and deviation of the training rows."""
+        return False
+
+    @abstractmethod
+    def inside(self, values: Floats) -> NDArray[np.bool_]:
+        """Which values it may hold; NaN is asked for elsewhere."""
+
+    def code_of(self, word: str) -> int | None:
+        """The number of a word as it stands in a file; None for others."""
+        return self.words.index(word) if word in self.words else None
+
+    def law(self, name: str) -> Law:
+        """How it is scored."""
+        return Law(self.family, max(1, len(self.words)), self.missing == "mask", name)
+
+
+@final
+class ContinuousColumn(Column):
+    """Real numbers."""
+
+    type: Literal["continuous"] = "continuous"
+    transform: Literal["standardise", "none", "log", "log1p", "logit"] = "standardise"
+    """All but `none` standardise by the observed training rows, after a logarithm, log(1 + x) or log(x / (1 - x))."""
+    likelihood: Literal["normal", "student_t"] = "normal"
+    """Scale (and degrees of freedom) are learned, one for the column."""
+
+    @property
+    def family(self) -> str:
+        """See `Column.family`."""
+        return self.likelihood
+
+    @property
+    def expected(self) -> str:
+        """See `Column.expected`."""
+        where = {"log": " above 0", "log1p": " above -1", "logit": " between 0 and 1, neither of them"}
+        return f"a finite number{where.get(self.transform, '')}"
+
+    @property
+    def warp(self) -> str:
+        """See `Column.warp`."""
+        return "none" if self.transform == "standardise" else self.transform
+
+    @property
+    def is_standardised(self) -> bool:
+        """See `Column.is_standardised`."""
+        return self.transform != "none"
+
+    def inside(self, values: Floats) -> NDArray[np.bool_]:
+        """See `Column.inside`."""
+        low = {"log": 0.0, "log1p": -1.0, "logit": 0.0}.get(self.transform, -LARGEST)
+        high = 1.0 if self.transform == "logit" else LARGEST
+        return (values > low) & (values < high)
+
+
+@final
+class CountColumn(Column):
+    """Whole numbers 0, 1, 2, ..."""
+
+    type: Literal["count"] = "count"
+    likelihood: Literal["poisson", "negative_binomial"] = "poisson"
+    """The dispersion of a negative binomial is learned, one for the column."""
+
+    @property
+    def family(self) -> str:
+        """See `Column.family`."""
+        return self.likelihood
+
+    @property
+    def expected(self) -> str:
+        """See `Column.expected`."""
+        return f"a count, an integer 0 .. {LARGEST_COUNT}"
+
+    def inside(self, values: Floats) -> NDArray[np.bool_]:
+        """See `Column.inside`."""
+        return (values >= 0) & (values <= LARGEST_COUNT) & (values % 1 == 0)
+
+
+class WordColumn(Column):
+    """What columns of words share: their values are 0, 1, 2, ... by the order of the words."""
+
+    @property
+    def expected(self) -> str:
+        """See `Column.expected`."""
+        shown = ", ".join(map(repr, self.words[:12]))
+        return f"one of {shown}{', ...' if len(self.words) > 12 else ''}"
+
+    def inside(self, values: Floats) -> NDArray[np.bool_]:
+        """See `Column.inside`."""
+        return (values >= 0) & (values < len(self.words)) & (values % 1 == 0)
+
+    def _different(self, levels: Levels) -> None:
+        if len(set(self.words)) < len(levels):
+            raise ValueError(f"levels that differ as they are written; got {list(levels)[:20]}")
+
+
+@final
+class BinaryColumn(WordColumn):
+    """One of two values."""
+
+    type: Literal["binary"] = "binary"
+    values: Annotated[Levels, Field(min_length=2, max_length=2)] | None = None
+    """What is written for 0 and for 1; 0 and 1, or false and true, unless said."""
+
+    @property
+    def family(self) -> str:
+        """See `Column.family`."""
+        return "bernoulli"
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        """See `Column.words`."""
+        return ("0", "1") if self.values is None else tuple(map(str, self.values))
+
+    def code_of(self, word: str) -> int | None:
+        """See `Column.code_of`."""
+        if self.values is not None:
+            return super().code_of(word)
+        return next((code for code, words in enumerate(TRUTH) if word in words), None)
+
+    @model_validator(mode="after")
+    def _sound(self) -> Self:
+        self._different(self.values or ("0", "1"))
+        return self
+
+
+@final
+class CategoricalColumn(WordColumn):
+    """One of several levels without an order."""
+
+    type: Literal["categorical"] = "categorical"
+    levels: Annotated[Levels, Field(min_length=2, max_length=10_000)]
+    """Every level, as it is written: words or integers."""
+
+    @property
+    def family(self) -> str:
+        """See `Column.family`."""
+        return "categorical"
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        """See `Column.words`."""
+        return tuple(map(str, self.levels))
+
+    @model_validator(mode="after")
+    def _sound(self) -> Self:
+        self._different(self.levels)
+        return self

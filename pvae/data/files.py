@@ -1,0 +1,123 @@
+"""What the sources of the user's own files share: where a file is, whether its rows fit into memory, how they split."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from math import prod
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+import numpy as np
+
+from pvae.data.arrays import AnyArray, Array, Stored
+from pvae.data.rows import SPLITS, Rows, tenths
+from pvae.errors import DataError
+from pvae.memory import GIB, total_memory
+
+if TYPE_CHECKING:
+    from pvae.data.declared import FileData
+
+BLOCK_BYTES = 2**21
+MAX_DEFLATE_RATIO = 1032
+"""Of the deflate format: one byte cannot hold more."""
+
+
+def user_folder(data_dir: Path | None) -> Path | None:
+    """The folder that the user names, by argument or by ``PVAE_DATA_DIR``.
+
+    Raises:
+        DataError: it does not exist.
+    """
+    named = data_dir or os.environ.get("PVAE_DATA_DIR")
+    if not named:
+        return None
+    if not Path(named).is_dir():
+        raise DataError(f"--data-dir, PVAE_DATA_DIR: expected a folder; got {named}.")
+    return Path(named)
+
+
+def located(path: str, data_dir: Path | None) -> Path:
+    """A declared file: in the data folder if it is there, else as it is written.
+
+    Raises:
+        DataError: there is none; or it is a folder, a device or a pipe, which are never opened.
+    """
+    folder = user_folder(data_dir)
+    inside = folder / path if folder else Path(path)
+    found = inside if inside.is_file() else Path(path)
+    if not found.exists():
+        raise DataError(f"Expected a file of data at {found}; got no such file.")
+    if not found.is_file():
+        raise DataError(f"{found}: expected a file of data; got {'a folder' if found.is_dir() else 'a device or pipe'}.")
+    return found
+
+
+def require_room(shape: tuple[int, ...], dtype: np.dtype[Any], name: str, advice: str = "") -> None:
+    """Refuse rows that, as stored and as float32, take more than half of this computer's memory.
+
+    Raises:
+        DataError: with the memory that they need.
+    """
+    needed, memory = (dtype.itemsize + 4) * prod(shape), total_memory()
+    if 2 * needed > memory:
+        raise DataError(
+            f"{name}: expected rows that fit into half of this computer's memory of {memory / GIB:,.2f} GiB; got "
+            f"{shape} {dtype}, which need {needed / GIB:,.2f} GiB. {advice or 'Set data.stream = true.'}"
+        )
+
+
+def held(x: Stored, stream: bool, name: str) -> AnyArray:
+    """The rows where they are, or read into memory.
+
+    Raises:
+        DataError: see `require_room`.
+    """
+    if stream:
+        return x
+    require_room(x.shape, x.dtype, name)
+    return x[:] if x.ndim and x.size else np.empty(x.shape, x.dtype)
+
+
+def pieces(stream: IO[bytes], shape: tuple[int, ...], dtype: np.dtype[Any]) -> Iterator[Array]:
+    """The rows of a stream, a few MiB at a time.
+
+    Raises:
+        EOFError: the stream ends early; its argument is the number of bytes that were there.
+    """
+    row = dtype.itemsize * prod(shape[1:])
+    step, done = max(1, BLOCK_BYTES // row), 0
+    for start in range(0, shape[0], step):
+        rows = min(step, shape[0] - start)
+        content = stream.read(rows * row)
+        done += len(content)
+        if len(content) < rows * row:
+            raise EOFError(done)
+        yield np.frombuffer(content, dtype).reshape(rows, *shape[1:])
+
+
+def gathered(some: Iterable[Array], shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+    """Pieces as one array, which is made at once."""
+    out, start = np.empty(shape, dtype), 0
+    for piece in some:
+        out[start : start + len(piece)] = piece
+        start += len(piece)
+    return out
+
+
+def file_rows(declared: FileData, x: AnyArray, y: Array | None, name: str, **more: Any) -> Rows:
+    """The rows of a file, with seeded tenths to validate and to test.
+
+    Arguments:
+        declared: the source.
+        x: (n, *shape).
+        y: (n,) integer labels, or None.
+        name: what messages call the rows.
+        more: further fields of `Rows`.
+
+    Raises:
+        DataError: see `Rows` and `tenths`.
+    """
+    parts = tenths(x.shape[0], SPLITS[1:], declared.split_seed) if x.ndim and x.size else {}
+    largest = declared.largest or (255.0 if x.dtype == np.uint8 else None)
+    return Rows(x, y, parts, largest, name=name, **more)

@@ -1,0 +1,177 @@
+"""The IDX format: big-endian numbers of one type in any number of dimensions, plain or gzipped.
+
+References: Gradient-based learning applied to document recognition (LeCun et al., 1998)
+"""
+
+from __future__ import annotations
+
+import gzip
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, cast
+
+import numpy as np
+
+from pvae.data.arrays import AnyArray, Array, FileArray, version_of
+from pvae.data.cache import Writer, decoded
+from pvae.data.files import (
+    BLOCK_BYTES,
+    MAX_DEFLATE_RATIO,
+    file_rows,
+    gathered,
+    held,
+    located,
+    pieces,
+    require_room,
+)
+from pvae.data.rows import Rows
+from pvae.errors import DataError
+
+if TYPE_CHECKING:
+    from pvae.data.declared import Idx
+
+TYPES = {0x08: "u1", 0x09: "i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
+MAX_DIMENSIONS = 32
+GZIP = b"\x1f\x8b"
+
+
+@dataclass(frozen=True)
+class Header:
+    """What an IDX file begins with.
+
+    Arguments:
+        shape: (n, *row).
+        dtype: of a number.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any] = np.dtype(np.uint8)
+
+    @property
+    def content(self) -> bytes:
+        """The header's own bytes."""
+        code = next(code for code, name in TYPES.items() if np.dtype(name) == self.dtype)
+        return bytes([0, 0, code, len(self.shape)]) + b"".join(size.to_bytes(4, "big") for size in self.shape)
+
+    @property
+    def total(self) -> int:
+        """Bytes of the whole file, decompressed."""
+        return 4 + 4 * len(self.shape) + self.dtype.itemsize * prod(self.shape)
+
+
+def read(declared: Idx, data_dir: Path | None) -> Rows:
+    """The rows of a declared file.
+
+    Raises:
+        DataError: see `read_idx`.
+    """
+    x = read_idx(located(declared.path, data_dir), stream=declared.stream)
+    y = read_idx(located(declared.labels, data_dir)) if declared.labels else None
+    return file_rows(declared, x, y if y is None else np.asarray(y), "x")
+
+
+def read_idx(path: Path, wanted: Header | None = None, *, stream: bool = False) -> AnyArray:
+    """An IDX file, plain or gzipped.
+
+    Arguments:
+        path: the file.
+        wanted: the only header to accept, if there is one.
+        stream: leave the numbers on the disk; of a gzipped file, decompressed once into the cache.
+
+    Returns:
+        The array, big-endian as stored.
+
+    Raises:
+        DataError: wrong magic, sizes or length, with the bytes expected and found; or too large for memory.
+            Sizes are checked before anything is allocated.
+    """
+    with _broken(path), _opened(path) as (file, zipped):
+        header = _read_header(file, wanted, path)
+        version = version_of(path)
+        if not zipped:
+            _require_length(path, header.total, version[0])
+            array = FileArray(path, header.dtype, header.shape, len(header.content), version)
+            return held(array, stream, str(path))
+        _require_holdable(path, header.total, version[0])
+        content = _content(file, header, path)
+        if not stream:
+            require_room(header.shape, header.dtype, str(path))
+            return gathered(content, header.shape, header.dtype)
+        key = {"source": "idx", "path": str(path.resolve()), "version": version}
+        return decoded(key, lambda writer: _write(writer, content)).arrays["x"]
+
+
+def _write(writer: Writer, content: Iterator[Array]) -> None:
+    for rows in content:
+        writer.append("x", rows)
+
+
+@contextmanager
+def _broken(path: Path) -> Iterator[None]:
+    """What a decompressor or the disk finds wrong, as an error of the data."""
+    try:
+        yield
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{path}: expected IDX data; got a broken file of {version_of(path)[0]} bytes: {error}.") from error
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[tuple[IO[bytes], bool]]:
+    """The decompressed bytes, and whether they were compressed."""
+    with path.open("rb") as plain:
+        zipped = plain.read(2) == GZIP
+        plain.seek(0)
+        if zipped:
+            with gzip.GzipFile(fileobj=plain) as file:
+                yield cast("IO[bytes]", file), True
+        else:
+            yield plain, False
+
+
+def _read_header(file: IO[bytes], wanted: Header | None, path: Path) -> Header:
+    magic = file.read(4)
+    expected = wanted.content[:4].hex(" ") if wanted else "00 00, a type (08 09 0b 0c 0d 0e) and 1 to 32 dimensions"
+    known = len(magic) == 4 and magic[:2] == b"\0\0" and magic[2] in TYPES and 1 <= magic[3] <= MAX_DIMENSIONS
+    if not known or (wanted and magic != wanted.content[:4]):
+        shown = f"{magic.hex(' ') or 'no bytes'}{' (a web page?)' if magic[:1] == b'<' else ''}"
+        raise DataError(f"{path}: expected the IDX magic {expected}; got {shown}.")
+    sizes = file.read(4 * magic[3])
+    if len(sizes) < 4 * magic[3]:
+        raise DataError(f"{path}: expected a header of {4 + 4 * magic[3]} bytes; got {4 + len(sizes)}.")
+    shape = tuple(int.from_bytes(sizes[i : i + 4], "big") for i in range(0, len(sizes), 4))
+    if wanted and shape != wanted.shape:
+        raise DataError(f"{path}: expected sizes {list(wanted.shape)}; got {list(shape)}.")
+    if 0 in shape:
+        raise DataError(f"{path}: expected sizes of at least 1; got {list(shape)}.")
+    return Header(shape, np.dtype(TYPES[magic[2]]))
+
+
+def _require_length(path: Path, wanted: int, found: int, more: str = "") -> None:
+    if found != wanted:
+        what = "trailing bytes" if found > wanted else "a truncated file"
+        raise DataError(f"{path}: expected {wanted} bytes; got {more}{found} ({what}).")
+
+
+def _require_holdable(path: Path, wanted: int, found: int) -> None:
+    if wanted > MAX_DEFLATE_RATIO * found:
+        raise DataError(
+            f"{path}: expected {wanted} bytes, as its header says; got a gzipped file of {found}, which holds at most "
+            f"{MAX_DEFLATE_RATIO * found}."
+        )
+
+
+def _content(file: IO[bytes], header: Header, path: Path) -> Iterator[Array]:
+    """The rows, and nothing behind them."""
+    with _broken(path):
+        try:
+            yield from pieces(file, header.shape, header.dtype)
+        except EOFError as error:
+            if isinstance(error.args[0], int):  # else the gzipped stream itself is cut short
+                _require_length(path, header.total, len(header.content) + error.args[0])
+            raise
+        extra = len(file.read(BLOCK_BYTES))
+    _require_length(path, header.total, header.total + extra, "at least " if extra == BLOCK_BYTES else "")

@@ -1,0 +1,201 @@
+"""Folders of images: found in one order, decoded once into the cache; what is broken, too large or foreign is listed."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+import warnings
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import PIL
+from PIL import Image, ImageOps
+
+from pvae.data.arrays import Array
+from pvae.data.cache import Writer, decoded
+from pvae.data.files import file_rows, held, user_folder
+from pvae.data.rows import Rows
+from pvae.errors import DataError, printable
+from pvae.files import pretty
+
+if TYPE_CHECKING:
+    from pvae.data.declared import Images
+
+FORMATS = ("PNG", "JPEG", "BMP", "GIF", "PPM", "TIFF", "WEBP")
+SUFFIXES = frozenset(".png .jpg .jpeg .bmp .gif .ppm .pgm .pbm .tif .tiff .webp".split())
+MAX_PIXELS = 2**26
+"""Of one image: 8192 x 8192."""
+TOGETHER = 8
+"""Images that are decoded at a time."""
+THREADS = 4
+SHOWN = 5
+
+
+@dataclass(frozen=True)
+class Found:
+    """A file that may be an image.
+
+    Arguments:
+        name: its path in the folder, with slashes.
+        version: its size and time of change (ns).
+    """
+
+    name: str
+    version: tuple[int, int]
+
+
+def read(declared: Images, data_dir: Path | None) -> Rows:
+    """The images of a declared folder.
+
+    Raises:
+        DataError: there is no folder, no image in it that can be read, or images are of unlike sizes and none is
+            declared.
+    """
+    root = _located(declared.path, data_dir)
+    files, skipped = found(root)
+    if not files:
+        raise DataError(f"{root}: expected images ({', '.join(FORMATS)}); got none.{_listed(skipped)}")
+    listing = hashlib.sha256(pretty({"files": [[file.name, *file.version] for file in files]}).encode()).hexdigest()
+    entry = {"source": "images", "path": str(root.resolve()), "files": listing, "skipped": skipped}
+    options = {"size": declared.size, "mode": declared.mode, "pillow": PIL.__version__}
+    kept = decoded({**entry, **options}, lambda writer: _decode(writer, root, files, skipped, declared))
+    names = kept.notes["label_names"]
+    x, y = kept.arrays["x"], kept.arrays.get("y")
+    return file_rows(
+        declared,
+        held(x, declared.stream, str(root)),
+        None if y is None else y[:],
+        "images",
+        label_names=tuple(names) if names else None,
+        notes=tuple(kept.notes["skipped"]),
+    )
+
+
+def _located(path: str, data_dir: Path | None) -> Path:
+    folder = user_folder(data_dir)
+    inside = folder / path if folder else Path(path)
+    root = inside if inside.is_dir() else Path(path)
+    if root.is_dir():
+        return root
+    if root.is_file():
+        raise DataError(f"{root}: expected a folder of images; got a file. Unpack an archive first.")
+    raise DataError(f"Expected a folder of images at {root}; got no such folder.")
+
+
+def found(root: Path) -> tuple[list[Found], list[str]]:
+    """The files that may be images, in the order of their names, and what is left out of consideration, with why.
+
+    Hidden files and folders are ignored; links that lead out of the folder, links to folders, devices and pipes are not
+    followed.
+    """
+    files: list[Found] = []
+    skipped: list[str] = []
+    inside = root.resolve()
+
+    def unreadable(error: OSError) -> None:
+        skipped.append(f"{printable(str(error.filename))} ({error.strerror})")
+
+    for folder, folders, names in os.walk(root, onerror=unreadable):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        linked = [name for name in folders if (Path(folder) / name).is_symlink()]
+        for name in [*linked, *(name for name in names if not name.startswith("."))]:
+            path = Path(folder) / name
+            local = path.relative_to(root).as_posix()
+            problem = "a link to a folder" if name in linked else _problem(path, inside)
+            if problem:
+                skipped.append(f"{printable(local)} ({problem})")
+            else:
+                status = path.stat()
+                files.append(Found(local, (status.st_size, status.st_mtime_ns)))
+    return sorted(files, key=lambda file: file.name), sorted(skipped)
+
+
+def _problem(path: Path, root: Path) -> str:
+    try:
+        if path.is_symlink() and not path.resolve(strict=True).is_relative_to(root):
+            return "a link out of the folder"
+        if not stat.S_ISREG(path.stat().st_mode):
+            return "no plain file"
+    except (OSError, RuntimeError):  # a loop of links
+        return "a link to nothing"
+    return "" if path.suffix.lower() in SUFFIXES else "no image by its name"
+
+
+def _decode(writer: Writer, root: Path, files: list[Found], skipped: list[str], declared: Images) -> None:
+    """Into the cache: `x` (n, C, H, W) uint8, `y` (n,) if all images are in sub-folders, and notes."""
+    size, good, bad = None, list[str](), list(skipped)
+    for some in _decoded(root, files, declared):
+        images = []
+        for name, image in some:
+            if isinstance(image, str):
+                bad.append(f"{printable(name)} ({image})")
+                continue
+            size = size or image.shape
+            if image.shape != size:
+                raise DataError(
+                    f"{root}: expected images of one size; got {_shown(size)} in {printable(good[0])} and "
+                    f"{_shown(image.shape)} in {printable(name)}. Set data.size = [height, width] to resize them."
+                )
+            images.append(image)
+            good.append(name)
+        if images:
+            writer.append("x", np.stack(images))
+    if not good:
+        raise DataError(f"{root}: expected images that can be read; got none.{_listed(bad)}")
+    writer.notes["skipped"] = [f"{root}:{_listed(bad)}"] if bad else []
+    writer.notes["label_names"] = _label(writer, good)
+
+
+def _decoded(root: Path, files: list[Found], declared: Images) -> Iterator[list[tuple[str, Array | str]]]:
+    """Names with images (C, H, W), or with what is wrong with them; some at a time."""
+    with warnings.catch_warnings(), ThreadPoolExecutor(THREADS) as pool:
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        for start in range(0, len(files), TOGETHER):
+            names = [file.name for file in files[start : start + TOGETHER]]
+            images = pool.map(lambda name: image(root / name, declared.size, declared.mode), names)
+            yield list(zip(names, images, strict=True))
+
+
+def image(path: Path, size: tuple[int, int] | None, mode: str) -> Array | str:
+    """An image (C, H, W) uint8, upright, or what is wrong with it."""
+    try:
+        with Image.open(path, formats=FORMATS) as file:
+            width, height = file.size
+            if width * height > MAX_PIXELS:  # known from the header; nothing is decoded yet
+                return f"{width} x {height} pixels, more than {MAX_PIXELS}"
+            if file.mode[0] in "IF":
+                return f"more than 8 bits a channel, mode {file.mode}"
+            upright = ImageOps.exif_transpose(file).convert(mode)
+            if size is not None and upright.size != size[::-1]:
+                upright = upright.resize(size[::-1], Image.Resampling.BILINEAR)
+            pixels = np.asarray(upright, np.uint8)
+    except Exception as error:  # decoders of foreign bytes may raise anything
+        return printable(str(error).replace(str(path), "it")) or type(error).__name__
+    return pixels.reshape(*pixels.shape[:2], -1).transpose(2, 0, 1)
+
+
+def _label(writer: Writer, names: list[str]) -> list[str]:
+    """Write the sub-folder of every image as its label, if every image is in one; gives the labels' names."""
+    if not all("/" in name for name in names):
+        return []
+    folders = [name.split("/", 1)[0] for name in names]
+    known = sorted(set(folders))
+    writer.append("y", np.searchsorted(known, folders))
+    return known
+
+
+def _shown(shape: tuple[int, ...]) -> str:
+    return f"{shape[1]} x {shape[2]}"
+
+
+def _listed(skipped: list[str]) -> str:
+    if not skipped:
+        return ""
+    more = f" and {len(skipped) - SHOWN} more" if len(skipped) > SHOWN else ""
+    return f" {len(skipped)} skipped: {', '.join(skipped[:SHOWN])}{more}."

@@ -1,0 +1,22 @@
+"""How one column of a table is scored: what a declared column says to the likelihood, and to the guide that reads it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Law:
+    """The distribution of one column.
+
+    Arguments:
+        family: "normal", "student_t", "poisson", "negative_binomial", "bernoulli" or "categorical".
+        levels: number of levels of a categorical column.
+        masked: whether values may be missing, as NaN.
+        column: its name, for messages.
+    """
+
+    family: str
+    levels: int = 1
+    masked: bool = False
+    column: str = ""

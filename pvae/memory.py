@@ -1,0 +1,119 @@
+"""Whether a declaration fits into memory: known before anything large is allocated."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from pvae.errors import DeclarationError
+
+LARGE = 1 << 27
+"""Bytes from which a tensor is counted before it is made, and an eighth of what all may take until then."""
+GIB = 1 << 30
+MAKERS = frozenset([torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn, torch.eye, torch.arange])
+
+Made = TypeVar("Made")
+
+
+class _Counting(TorchFunctionMode):
+    """Makes small tensors, counts all, and gives large ones without memory (on torch's meta device)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+        self.large = False
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        given = dict(kwargs or {})
+        if func in MAKERS and given.get("out") is None:
+            counted: Tensor = func(*args, **{**given, "device": "meta"})
+            self.bytes += counted.nbytes
+            if counted.nbytes > LARGE or self.bytes > 8 * LARGE:
+                self.large = True
+                return counted.requires_grad_(bool(given.get("requires_grad", False)))
+        return func(*args, **given)
+
+
+def weighed(make: Callable[[], Made]) -> Made:
+    """What `make()` gives, unless its tensors need more memory than this computer has.
+
+    It is called a second time where a tensor is large but all of them fit; it must give the same both times.
+
+    Raises:
+        DeclarationError: they do not fit; nothing large was allocated.
+    """
+    counting = _Counting()
+    try:
+        with counting:
+            made = make()
+    except Exception as error:
+        if isinstance(error, RuntimeError) and "overflow" in str(error):
+            raise _refused("more than 2^63 bytes") from error
+        if not counting.large:
+            raise
+    else:
+        if not counting.large:
+            return made
+    if counting.bytes > total_memory():
+        raise _refused(f"at least {_gib(counting.bytes)}")
+    return make()
+
+
+def require_training_memory(pair: nn.Module, row: int, rows: int, device: torch.device) -> None:
+    """Refuse a fit whose weights, gradients, optimiser and one batch cannot fit.
+
+    Counted are five copies of the weights (themselves, gradients, two moments, the best kept), and of a batch its
+    values and what linear layers make of it, with gradients.
+
+    Arguments:
+        pair: what is to be fitted.
+        row: numbers of a datum.
+        rows: of a batch.
+        device: where it is to be fitted.
+
+    Raises:
+        DeclarationError: it cannot; the message has the memory it would need.
+    """
+    weights = sum(p.nbytes for p in pair.parameters())
+    widths = sum(part.out_features for part in pair.modules() if isinstance(part, nn.Linear))
+    needed = 5 * weights + 4 * rows * (row + 2 * widths)
+    if needed > total_memory(device):
+        raise _refused(
+            f"at least {_gib(needed)} to be trained ({weights // 4:,} weights five times over, and batches of {rows:,} "
+            "rows)",
+            device,
+        )
+
+
+def _refused(needed: str, device: torch.device | None = None) -> DeclarationError:
+    where = "this GPU" if device is not None and device.type == "cuda" else "this computer"
+    return DeclarationError(
+        f"Expected a declaration that fits into the {_gib(total_memory(device))} of {where}; got one that needs "
+        f"{needed}. Make latents, codes, networks or batches smaller."
+    )
+
+
+def _gib(size: int) -> str:
+    return f"{size / GIB:,.1f} GiB"
+
+
+def total_memory(device: torch.device | None = None) -> int:
+    """Bytes of the GPU, or of this computer: physical memory, or less where a control group allows less."""
+    if device is not None and device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    found = [1 << 62]
+    with suppress(AttributeError, ValueError, OSError):  # a system that does not say
+        found.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        with suppress(OSError, ValueError):
+            found.append(int(Path(file).read_text()))
+    return min(found)
