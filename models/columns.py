@@ -219,6 +219,10 @@ class columns(constraints.Constraint):  # noqa: N801 - named as torch names its 
                 found[..., places] = FAMILIES[name].support.check(part)
         return found | (value.isnan() & masked)
 
+    def named(self, place: int) -> str:
+        """A column by its name."""
+        return f"column {self.laws[place].column!r}"
+
     def of(self, place: int) -> str:
         """What one column expects, in words."""
         law = self.laws[place]

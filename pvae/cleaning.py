@@ -174,8 +174,8 @@ class _Broom:
     def sweep(self, doomed: Iterable[tuple[Path, str]]) -> None:
         """Remove, or only note."""
         for path, why in doomed:
-            removal = Removal(path, _size(path), why)
             try:
+                removal = Removal(path, _size(path), why)
                 if self.apply:
                     _remove(path)
                 self.removals.append(removal)
@@ -252,12 +252,10 @@ def _cached() -> Iterator[tuple[Path, Path]]:
 
 def _size(path: Path) -> int:
     """Bytes of a file, or of all files of a folder; links count as themselves."""
-    with suppress(FileNotFoundError):
-        own = path.lstat()
-        if not stat.S_ISDIR(own.st_mode):
-            return own.st_size
-        return sum(e.stat(follow_symlinks=False).st_size for e in walk(path) if not e.is_dir(follow_symlinks=False))
-    return 0
+    own = path.lstat()
+    if not stat.S_ISDIR(own.st_mode):
+        return own.st_size
+    return sum(e.stat(follow_symlinks=False).st_size for e in walk(path) if not e.is_dir(follow_symlinks=False))
 
 
 def _remove(path: Path) -> None:

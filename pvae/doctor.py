@@ -387,7 +387,8 @@ def _temporary() -> Iterator[Check]:
 
 
 def _data(data_dir: Path | None) -> Iterator[Check]:
-    from pvae.data.sources import FASHION_MNIST, MNIST_FILES, user_folder
+    from pvae.data.files import user_folder
+    from pvae.data.sources import FASHION_MNIST, MNIST_FILES
 
     named = user_folder(data_dir)
     if find_spec("sklearn") is None:

@@ -94,7 +94,8 @@ def read_inside(folder: Path, name: str, limit: int = 16 * MIB) -> bytes:
         raise DataError(f"{folder}: expected a plain file name; got {name!r}.")
     try:
         with os.fdopen(_open_plain(folder / name, os.O_RDONLY), "rb") as file:
-            content = file.read(limit + 1)
+            size = os.fstat(file.fileno()).st_size
+            content = file.read(min(size, limit) + 1)  # it allocates what it is asked for
     except OSError as problem:
         raise DataError(
             f"{folder / name}: expected a plain readable file; got {problem.strerror or problem}."

@@ -6,7 +6,7 @@ import html
 from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from pvae import checkpoint
 from pvae.component import IMPORTED
 from pvae.data import Dataset, Split, load
-from pvae.data.declared import TensorSource
+from pvae.data.declared import FrameSource, TensorSource
 from pvae.errors import CheckpointError, DataError, DeclarationError
 from pvae.pair import Pair
 from pvae.rundir import RunDirectory
@@ -56,7 +56,13 @@ def attended(pair: Pair, train: Split) -> Pair:
 
 
 def chosen(saved: checkpoint.Checkpoint) -> dict[str, Tensor]:
-    """The weights that a run stands for: the best kept, else the average, else the last."""
+    """The weights that a run stands for: the best kept, else the average, else the last.
+
+    Raises:
+        CheckpointError: there are none.
+    """
+    if "weights" not in saved.tensors:
+        raise CheckpointError(f"{saved.path}: expected weights.safetensors; got {', '.join(saved.tensors) or 'none'}.")
     weights = dict(saved.tensors["weights"])
     group = saved.tensors.get(str(saved.state.get("select", "weights")), {})
     return {**weights, **group}
@@ -90,21 +96,22 @@ class Run:
         cls,
         path: str | Path,
         *,
-        data: Dataset | Tensor | None = None,
+        data: Any = None,
         pair: Pair | None = None,
         root: str | Path = "runs",
         data_dir: str | Path | None = None,
     ) -> Run:
         """Open a run by folder, by name (its newest), by `name/id`, or `latest`.
 
-        A run of a hand-written pair, or of tensors passed in Python, needs the same `pair` or `data` again.
+        A run of a hand-written pair, or of data passed in Python, needs the same `pair` or `data` again (what
+        `Dataset.of` takes).
         """
         where = Path(data_dir) if data_dir else None
         run = cls(RunDirectory.open(path, Path(root)), pair=pair, data_dir=where)
         if data is not None and not isinstance(data, Dataset):
             bare = run.files.manifest.get("data", {}).get("shape") == []
             declared = run.plan.data if isinstance(run.plan, Experiment) else TensorSource(shape=() if bare else None)
-            data = Dataset.from_tensors(data, declared=declared if isinstance(declared, TensorSource) else None)
+            data = Dataset.of(data, declared if isinstance(declared, TensorSource | FrameSource) else None)
         run._given_data = data
         return run
 
@@ -142,7 +149,7 @@ class Run:
         """The data, checked against the fingerprint of the fit."""
         data = self._given_data
         if data is None:
-            if not isinstance(self.plan, Experiment) or isinstance(self.plan.data, TensorSource):
+            if not isinstance(self.plan, Experiment) or isinstance(self.plan.data, TensorSource | FrameSource):
                 raise DataError(f"{self.path}: expected the tensors of the fit; got none. Pass data=... to Run.load.")
             data = load(self.plan.data, data_dir=self._data_dir, seed=self.plan.seed)
         wanted = self.files.manifest.get("data", {}).get("fingerprint")

@@ -13,6 +13,7 @@ from pvae.em import EM
 from pvae.errors import DeclarationError, near
 from pvae.guides.codes import EstimatedPosterior
 from pvae.guides.posteriors import Posterior
+from pvae.models.columns import ColumnsLikelihood, support_of
 from pvae.models.likelihoods import DeterminedLikelihood, Likelihood
 from pvae.models.priors import CategoricalPrior, Prior, UniformPrior
 from pvae.networks import Table as NetworkTable
@@ -47,6 +48,7 @@ def findings(e: Experiment) -> Iterator[Finding]:
     yield from _misplaced_posteriors(e)
     yield from _unlike_sums(e)
     yield from _likelihood_free(e)
+    yield from _columns(e)
     if e.refit is not None and e.objective.scores:
         yield from _second_stage(e, e.refit)
     if e.objective.kind == "trace_mean_field_elbo":  # type: ignore[attr-defined]
@@ -269,6 +271,24 @@ def _likelihood_free(e: Experiment) -> Iterator[Finding]:
         yield ("refit",), f"none, for the objective {kind} has no codes to fit a prior to", sorted(e.refit.priors)
     if e.analysis.every:
         yield ("analysis", "every"), f"0, for the objective {kind} has no ELBO to take apart", e.analysis.every
+
+
+def _columns(e: Experiment) -> Iterator[Finding]:
+    """The likelihood `columns` is that of a declared table, and a table needs no other unless it is of one kind."""
+    likelihood, loc = e.decoder.likelihood, ("decoder", "likelihood")
+    kind = likelihood.kind  # type: ignore[attr-defined]
+    if isinstance(likelihood, ColumnsLikelihood):
+        if not e.data.table:
+            yield loc, "another likelihood, unless the data are a table with data.columns", kind
+        return
+    for name, column in e.data.table.items():
+        law = column.law(name)
+        if law.masked:
+            yield loc, f"columns, because values of {name!r} may be missing", kind
+            return
+        if support_of(law) is not likelihood.support:
+            yield loc, f"columns, because {name!r} is {column.type}", kind  # type: ignore[attr-defined]
+            return
 
 
 def _unread(e: Experiment) -> Iterator[Finding]:

@@ -249,9 +249,16 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 
 def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """The inverse of `optimizer_tensors`; learning rate and flags stay as they are."""
+    """The inverse of `optimizer_tensors`; learning rate and flags stay as they are.
+
+    Raises:
+        ValueError: a tensor is of no parameter that the optimiser moves, or of another shape.
+    """
+    shapes = {str(i): p.shape for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"])}
     state: dict[int, dict[str, Any]] = {}
     for key, value in tensors.items():
         index, _, name = key.partition(".")
+        if index not in shapes or (value.dim() and value.shape != shapes[index]):
+            raise ValueError(f"the optimiser has {key} of shape {list(value.shape)}")
         state.setdefault(int(index), {})[name] = value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -14,7 +14,8 @@ from torch import Tensor
 from pvae import checkpoint
 from pvae.component import IMPORTED
 from pvae.data import Dataset, load
-from pvae.data.declared import TensorSource
+from pvae.data.declared import FrameSource, Tabular, TensorSource
+from pvae.data.python import is_bare
 from pvae.errors import CheckpointError, DataError, DeclarationError, DeviceError
 from pvae.memory import require_training_memory
 from pvae.models.likelihoods import Likelihood
@@ -35,7 +36,7 @@ RESUMABLE = ("train.", "objective.", "analysis.", "description", "device", "thre
 def fit(
     what: str | Path | Experiment | Pair,
     *overrides: str,
-    data: Dataset | Tensor | None = None,
+    data: Any = None,
     objective: Objective | None = None,
     train: Train | None = None,
     seed: int | None = None,
@@ -50,7 +51,8 @@ def fit(
     Arguments:
         what: a zoo name, a TOML file, an `Experiment`, or a hand-written `Pair` (then `data` is needed).
         overrides: dotted overrides, `"train.epochs=20"`.
-        data: a `Dataset` or a tensor `(n, *event)`, instead of the declared source.
+        data: instead of the declared source, what `Dataset.of` takes: a `Dataset`, a tensor or array `(n, *event)`, a
+            torch `Dataset`, AnnData.
         objective: for a pair; default `trace_elbo`.
         train: for a pair; default `Train()`.
         seed: replaces the declared seed.
@@ -288,11 +290,14 @@ def resume(
 
     Raises:
         DeclarationError: something differs and `allow_changes` is not given; the differences are listed.
+        DataError: the run was stopped before it began.
         CheckpointError: no checkpoint verifies, or it belongs to another declaration.
         BusyError: another process holds the run.
     """
     if not isinstance(run, Run):
         run = Run.load(run, root=root, data_dir=data_dir, data=data, pair=pair)
+    if "engine" not in run.files.manifest:
+        raise DataError(f"{run.path}: expected a run that began; got one stopped before its first step. Fit it anew.")
     files, plan, where = run.files, run.plan.with_overrides(*overrides), pick_device(device)
     changed = differences(run, plan, where)
     other = [line for line in changed if not line.startswith(RESUMABLE)]
@@ -366,13 +371,13 @@ def _experiment(plan: Plan) -> Experiment:
     return plan
 
 
-def _dataset(plan: Plan, data: Dataset | Tensor | None, data_dir: str | Path | None) -> tuple[Dataset, Plan]:
+def _dataset(plan: Plan, data: Any, data_dir: str | Path | None) -> tuple[Dataset, Plan]:
     """The data to fit; a declaration given other data says so."""
     if data is not None:
-        declared = tensor_source(plan)
-        if not isinstance(plan, Experiment) and not isinstance(data, Dataset) and torch.as_tensor(data).dim() == 1:
+        declared = passed_source(plan)
+        if not isinstance(plan, Experiment) and is_bare(data):
             declared = TensorSource(shape=())  # a hand-written pair may observe bare numbers
-        dataset = data if isinstance(data, Dataset) else Dataset.from_tensors(data, declared=declared)
+        dataset = Dataset.of(data, declared)
         if isinstance(plan, Experiment):
             plan = plan.model_copy(update={"data": declared})
     elif isinstance(plan, Experiment):
@@ -382,8 +387,16 @@ def _dataset(plan: Plan, data: Dataset | Tensor | None, data_dir: str | Path | N
     if isinstance(plan, Experiment):
         likelihood: Likelihood = plan.decoder.likelihood
         dataset = plan.conditioned(dataset)
-        dataset.require_support(plan.decoder.support, likelihood.hint)
+        dataset.require_support(plan.observed().support, likelihood.hint)
     return dataset, plan
+
+
+def passed_source(plan: Plan) -> TensorSource | FrameSource:
+    """The declaration of data passed in Python: of a table's columns, where a table is declared."""
+    if not isinstance(plan, Experiment) or not isinstance(plan.data, Tabular):
+        return tensor_source(plan)
+    shared = (plan.data.model_fields_set & FrameSource.model_fields.keys()) - {"source"}
+    return FrameSource(**{name: getattr(plan.data, name) for name in shared})
 
 
 def tensor_source(plan: Plan) -> TensorSource:

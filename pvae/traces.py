@@ -259,7 +259,7 @@ def closed_kl(q: Mapping[str, Any], p: Mapping[str, Any], layout: Layout, partic
     if isinstance(q["fn"], Determined):  # torch's rule for `Delta` forgets the density of the point
         return log_prob(q, layout, particles, size) - log_prob(p, layout, particles, size)
     fns = q["fn"], p["fn"]
-    if isinstance(unwrapped(q["fn"]), dist.Bernoulli):  # torch's rule for bits does not broadcast
+    if isinstance(unwrapped(q["fn"]), Bernoulli):  # torch's rule for bits does not broadcast
         shape = torch.broadcast_shapes(*(fn.batch_shape for fn in fns))
         fns = q["fn"].expand(shape), p["fn"].expand(shape)
     try:

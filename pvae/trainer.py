@@ -28,6 +28,7 @@ from pvae.data.streamed import Streamed
 from pvae.diagnose import bad_figures, bad_weights, diagnose
 from pvae.discrete import Discretised
 from pvae.errors import (
+    CheckpointError,
     DeviceError,
     Interrupted,
     NonFiniteError,
@@ -153,6 +154,19 @@ class State:
     seconds: float = 0.0
     stopped: bool = False
 
+    @classmethod
+    def of(cls, saved: Mapping[str, Any]) -> State:
+        """The state in a checkpoint, which also says what was `select`ed; raises ValueError for another."""
+        known, found = asdict(cls()), {key: value for key, value in saved.items() if key != "select"}
+        for key, value in found.items():
+            kind = type(known.get(key))
+            number = kind is not bool and isinstance(value, int | float) and not isinstance(value, bool)
+            if type(value) is not kind and not (kind is float and number):
+                raise ValueError(f"state.json has {key} = {value!r}")
+            if number and key != "best" and not -1 <= value < 1 << 53:
+                raise ValueError(f"state.json has {key} = {value!r}")
+        return replace(cls(), **found)
+
 
 class Stop:
     """Remembers a signal so that the loop can finish its step; a second one exits at once."""
@@ -244,7 +258,7 @@ class Trainer:
         self._status("running")
         with torch.random.fork_rng(devices=devices), pyro.validation_enabled(False), Stop() as stop, self._enough():
             if self.state.step == 0:
-                self._schedules()
+                self._schedules(0)
                 start_codebooks(self.pair, self.data.train, self.batch, self.plan.seed)
             self.stepper = self._stepper()
             if self.state.step == 0:
@@ -313,7 +327,7 @@ class Trainer:
     def _step(self, index: Tensor) -> bool:
         """One optimisation step; False when the fit was rolled back."""
         state = self.state
-        self._schedules()
+        self._schedules(state.step)
         x = self._draw(index)
         frozen = self._frozen(state.step)
         out = self.stepper(x, frozen) if frozen else self.stepper(x)
@@ -342,10 +356,11 @@ class Trainer:
         k = self.train.alternate
         return [] if not k else self.groups[0 if step % (k + 1) < k else 1]
 
-    def _schedules(self) -> None:
-        train, epoch = self.train, self.state.step / self.per_epoch
+    def _schedules(self, step: int) -> None:
+        """Beta, temperatures and the learning rate as a step wants them."""
+        train, epoch = self.train, step / self.per_epoch
         self.loss.beta.fill_(self.plan.objective.beta.at(epoch, train.epochs))
-        warm = min(1.0, (self.state.step + 1) / (train.warmup * self.per_epoch)) if train.warmup else 1.0
+        warm = min(1.0, (step + 1) / (train.warmup * self.per_epoch)) if train.warmup else 1.0
         for part in self.scheduled:
             if part.training:
                 part.follow(epoch, train.epochs)
@@ -610,8 +625,22 @@ class Trainer:
             self.tell("storage", str(error))
 
     def restore(self, saved: checkpoint.Checkpoint) -> None:
-        """Put weights, optimiser, averages and state back as a checkpoint has them."""
-        load_weights(self.pair, saved.tensors["weights"], str(saved.path))
+        """Put weights, optimiser, averages and state back as a checkpoint has them.
+
+        Raises:
+            CheckpointError: its content is not that of a checkpoint of this fit.
+        """
+        try:
+            self._restore(saved)
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise CheckpointError(
+                f"{saved.path}: expected the state of this fit; got another: {error}. Go on from the checkpoint before."
+            ) from error
+
+    def _restore(self, saved: checkpoint.Checkpoint) -> None:
+        for group in ("best", "weights"):  # the best are kept as they are: they too must be of this pair
+            if group == "weights" or group in saved.tensors:
+                load_weights(self.pair, saved.tensors[group], str(saved.path))
         load_optimizer_tensors(self.optimizer, saved.tensors["optimizer"])
         if self.device.type == "cuda":
             make_capturable(self.optimizer, self.device)
@@ -623,10 +652,11 @@ class Trainer:
         self.sums = progress.pop("sums", None)
         self.gathered.clear()  # in place: the stepper holds it
         self.gathered.update(progress)
-        known = {k: v for k, v in saved.state.items() if k != "select"}
-        self.state = replace(State(), **known)
+        self.state = State.of(saved.state)
         if self.train.keep == "best" and self.best is None:
             self.state.best = -math.inf
+        if self.state.step:
+            self._schedules(self.state.step - 1)  # as the last step left them: the end of its epoch may be to come
 
     def _interrupted(self, number: int, started: float) -> None:
         self.state.seconds = time.monotonic() - started

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from pvae import checkpoint
 from pvae.checks import Check, Checks, Level, attempt
-from pvae.data.declared import TensorSource
+from pvae.data.declared import FrameSource, TensorSource
 from pvae.diagnose import bad_weights
 from pvae.errors import CheckpointError, DataError
 from pvae.files import MIB, read_inside, read_lines, walk
@@ -127,7 +127,7 @@ class _Look:
             raise DataError(
                 f"{self.path / 'spec.toml'}: expected a declaration that round-trips; got another. Report it."
             )
-        manifest = self._manifest()
+        manifest = self.run.files.manifest
         for key, found in (("seed", plan.seed), ("name", plan.name)):
             if key in manifest and manifest[key] != found:
                 raise DataError(
@@ -138,12 +138,6 @@ class _Look:
             yield Check("spec.toml", "warning", "not as it was written: edited, or of another version of pvae")
         else:
             yield Check("spec.toml", "ok", f"declaration {plan.name}")
-
-    def _manifest(self) -> dict[str, Any]:
-        try:
-            return self.run.files.manifest
-        except DataError:  # told by its own check
-            return {}
 
     def state(self) -> Iterator[Check]:
         """The status reads; a run whose process is gone, or that could not write, is told."""
@@ -189,8 +183,8 @@ class _Look:
     def checkpoints(self) -> Iterator[Check]:
         """Every checkpoint, newest first: the first that reads is the one that is loaded."""
         folder = self.path / "checkpoints"
-        if folder.is_symlink():
-            raise CheckpointError(f"{folder}: expected a folder inside the run; got a link to {os.readlink(folder)!r}.")
+        if folder.is_symlink():  # told by `strangers`
+            return
         found = [
             check
             for path in checkpoint.newest_first(folder)
@@ -229,7 +223,7 @@ class _Look:
         """The pair that checkpoints are compared with, before any weights, and without reading data."""
         plan = self.run.plan
         if isinstance(plan, Experiment):
-            self.pair = plan.build(_shape(self._manifest()))
+            self.pair = plan.build(_shape(self.run.files.manifest))
         elif self.run._given_pair is not None:
             self.pair = self.run.fresh_pair()
         if self.pair is None:
@@ -280,7 +274,8 @@ class _Look:
     def data(self) -> Iterator[Check]:
         """The data are those of the fit, and the weights make the recorded figures of them."""
         plan = self.run.plan
-        if self.run._given_data is None and (not isinstance(plan, Experiment) or isinstance(plan.data, TensorSource)):
+        passed = not isinstance(plan, Experiment) or isinstance(plan.data, TensorSource | FrameSource)
+        if self.run._given_data is None and passed:
             yield Check("data", "ok", "passed in Python, and not at hand", "Pass pvae.verify a Run that has its data.")
             return
         yield Check("data", "ok", f"fingerprint {self.run.data.fingerprint[:16]}")
@@ -288,7 +283,7 @@ class _Look:
 
     def elbo(self) -> Iterator[Check]:
         """The recorded validation figures, computed again from the weights that would be loaded."""
-        device = str(self._manifest().get("device", "cpu"))
+        device = str(self.run.files.manifest.get("device", "cpu"))
         if self.saved is None:
             yield Check("elbo", "ok", "not computed: there are no weights")
         elif device.startswith("cuda") and not torch.cuda.is_available():
@@ -314,7 +309,8 @@ class _Look:
             told = ", ".join(f"{name} {recorded[name]:.6f} recorded, {measured[name]:.6f} computed" for name in wrong)
             advice = "Weights, declaration or data are not those that were measured; fit anew."
             return Check("elbo", "failed", told, advice, facts)
-        first = f"{names[0]} {recorded[names[0]]:.6f} nats per datum" if names else "nothing"
+        unit = " nats per datum" if "elbo" in names else ""
+        first = f"{names[0]} {recorded[names[0]]:.6f}{unit}" if names else "nothing"
         largest = max(off.values(), default=0.0)
         how = (
             "the same bits" if not largest else f"within {TOLERANCE:g}, off by {largest:.1e}: {self._elsewhere(device)}"
@@ -323,7 +319,7 @@ class _Look:
 
     def _elsewhere(self, device: str) -> str:
         """Why bits may differ."""
-        there, here = self._manifest(), {**provenance(), "threads": torch.get_num_threads()}
+        there, here = self.run.files.manifest, {**provenance(), "threads": torch.get_num_threads()}
         keys = [key for key in ("host", "threads", "versions") if there.get(key) != here[key]]
         return f"other {' and '.join(keys)}" if keys else f"same host, threads and versions ({device})"
 

@@ -217,6 +217,9 @@ def sound(draw: DrawFn) -> Drawn:
     conditioned = recipe == "scored" and draw(st.integers(0, 3)) == 3
     raw["decoder"] = draw(_decoders(recipe, shape, latents, conditioned))
     raw["encoder"] = draw(_encoders(shape))
+    heedless = any(Prior.members[z["prior"]["kind"]].ignores_parents for z in latents.values())  # type: ignore[attr-defined]
+    if len(latents) > 1 and (heedless or draw(st.booleans())):
+        raw["decoder"]["given"] = list(latents)
     if conditioned:
         _condition(raw, draw(tables_of_covariates()))
     if draw(st.integers(0, 5)) == 5:
@@ -408,11 +411,16 @@ DAMAGE = ("junk", "alike", "alike", "alike", "drop", "rename", "add", "swap", "m
 def wild(draw: DrawFn) -> Drawn:
     """A sound declaration with one to three values put in, taken away, renamed or swapped."""
     drawn = draw(sound())
-    raw = copy.deepcopy(drawn.raw)
+    return Drawn(damaged(draw, drawn.raw), drawn.shape, drawn.rows, drawn.seed, drawn.fitting)
+
+
+def damaged(draw: DrawFn, table: Raw) -> Raw:
+    """Nested tables with one to three places damaged."""
+    raw = copy.deepcopy(table)
     for _ in range(draw(st.integers(1, 3))):
         if places(raw):
             _damage(draw, raw)
-    return Drawn(raw, drawn.shape, drawn.rows, drawn.seed, drawn.fitting)
+    return raw
 
 
 def _damage(draw: DrawFn, raw: Raw) -> None:

@@ -185,6 +185,7 @@ def test_the_same_step_again_replaces(tmp_path: Path) -> None:
 
 
 def test_17_latest_goes_by_step_and_not_by_time(tmp_path: Path) -> None:
+    """FAULTS 17."""
     put(tmp_path, 99_999_999)
     put(tmp_path, 100_000_000)  # nine digits sort after eight
     os.utime(tmp_path / "step-100000000", (0, 0))
@@ -250,6 +251,7 @@ def kill_a_child(process: subprocess.Popen[str], after: float) -> None:
 
 
 def test_01_a_kill_at_any_moment_loses_nothing(tmp_path: Path, writer: subprocess.Popen[str]) -> None:
+    """FAULTS 1."""
     put(tmp_path, 0)
     chance, last, strays = random.Random(1), 0, 0
     for _ in range(24):
@@ -272,6 +274,7 @@ def test_01_a_kill_at_any_moment_loses_nothing(tmp_path: Path, writer: subproces
 def test_01_a_kill_between_the_renames_of_a_replacement_loses_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """FAULTS 1."""
     put(tmp_path, 1)
     real = os.rename
 
@@ -297,6 +300,7 @@ def test_01_a_kill_between_the_renames_of_a_replacement_loses_nothing(
 
 
 def test_01_a_kill_during_a_removal_leaves_no_half_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """FAULTS 1."""
     put(tmp_path, 1)
 
     def killed(path: Path, **_: object) -> None:
@@ -317,6 +321,7 @@ def test_01_a_kill_during_a_removal_leaves_no_half_checkpoint(tmp_path: Path, mo
 
 
 def test_01_sweep_says_what_it_removes_and_leaves_the_rest(tmp_path: Path) -> None:
+    """FAULTS 1."""
     put(tmp_path, 1)
     (tmp_path / ".tmp-folder" / "deep").mkdir(parents=True)
     (tmp_path / ".tmp-file").touch()
@@ -347,6 +352,7 @@ sys.exit(code)
 
 
 def test_02_a_full_disk_leaves_the_earlier_checkpoint_and_no_temporary(tmp_path: Path) -> None:
+    """FAULTS 2."""
     done = subprocess.run([sys.executable, "-c", LIMITED, str(tmp_path)], cwd=HERE, capture_output=True, text=True)
     assert done.returncode == 74, done.stderr
     assert done.stdout.count("File too large. Earlier checkpoints are untouched") == 2
@@ -358,6 +364,7 @@ def test_02_a_full_disk_leaves_the_earlier_checkpoint_and_no_temporary(tmp_path:
 def test_02_a_replacement_that_fails_puts_the_old_one_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: int
 ) -> None:
+    """FAULTS 2."""
     put(tmp_path, 1)
     real, calls = os.rename, 0
 
@@ -376,6 +383,7 @@ def test_02_a_replacement_that_fails_puts_the_old_one_back(
 
 
 def test_02_a_folder_that_is_a_file_is_a_storage_error(tmp_path: Path) -> None:
+    """FAULTS 2."""
     (tmp_path / "checkpoints").touch()
     with pytest.raises(StorageError, match="File exists"):
         put(tmp_path / "checkpoints", 1)
@@ -386,6 +394,7 @@ def test_02_a_folder_that_is_a_file_is_a_storage_error(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["weights.safetensors", "state.json", "manifest.json"])
 def test_04_a_truncated_file_falls_back_and_says_why(tmp_path: Path, name: str) -> None:
+    """FAULTS 4."""
     put(tmp_path, 1)
     broken = put(tmp_path, 2) / name
     broken.write_bytes(broken.read_bytes()[:-5])
@@ -400,6 +409,7 @@ def test_04_a_truncated_file_falls_back_and_says_why(tmp_path: Path, name: str) 
 
 
 def test_04_the_default_report_is_a_logged_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """FAULTS 4."""
     put(tmp_path, 1)
     (put(tmp_path, 2) / "state.json").write_text("")
     checkpoint.latest(tmp_path)
@@ -407,6 +417,7 @@ def test_04_the_default_report_is_a_logged_warning(tmp_path: Path, caplog: pytes
 
 
 def test_04_all_refused_lists_each(tmp_path: Path) -> None:
+    """FAULTS 4."""
     (put(tmp_path, 1) / "state.json").unlink()
     (put(tmp_path, 2) / "manifest.json").write_text("{")
     with pytest.raises(CheckpointError, match=r"(?s)got none.*step-00000002/manifest.*step-00000001/state") as caught:
@@ -415,6 +426,7 @@ def test_04_all_refused_lists_each(tmp_path: Path) -> None:
 
 
 def test_04_size_expected_and_found_are_named(tmp_path: Path) -> None:
+    """FAULTS 4."""
     path = put(tmp_path, 1)
     size = (path / "weights.safetensors").stat().st_size
     with (path / "weights.safetensors").open("ab") as file:
@@ -424,6 +436,7 @@ def test_04_size_expected_and_found_are_named(tmp_path: Path) -> None:
 
 
 def test_05_a_flipped_byte_anywhere_is_refused_or_harmless(tmp_path: Path) -> None:
+    """FAULTS 5."""
     path = put(tmp_path, 1)
     good, refused, total = checkpoint.read(path), 0, 0
     for file in sorted(path.iterdir()):
@@ -445,6 +458,7 @@ def test_05_a_flipped_byte_anywhere_is_refused_or_harmless(tmp_path: Path) -> No
 
 
 def test_05_the_flipped_file_and_both_digests_are_named(tmp_path: Path) -> None:
+    """FAULTS 5."""
     path = put(tmp_path, 1)
     content = bytearray((path / "weights.safetensors").read_bytes())
     content[-1] ^= 1
@@ -457,6 +471,7 @@ def test_05_the_flipped_file_and_both_digests_are_named(tmp_path: Path) -> None:
     "content", [b"", b"\0" * 40, b"\xff\xfe", b"[]", b"null", b"{}", b"[" * 100_000, b'{"schema": "1"}', b"9" * 5000]
 )
 def test_06_a_garbage_manifest_is_refused(tmp_path: Path, content: bytes) -> None:
+    """FAULTS 6."""
     path = put(tmp_path, 1)
     (path / "manifest.json").write_bytes(content)
     with pytest.raises(CheckpointError, match=r"manifest.json: expected .*; got ") as caught:
@@ -466,6 +481,7 @@ def test_06_a_garbage_manifest_is_refused(tmp_path: Path, content: bytes) -> Non
 
 @pytest.mark.parametrize("name", ["manifest.json", "state.json"])
 def test_06_a_huge_file_is_not_read(tmp_path: Path, name: str) -> None:
+    """FAULTS 6."""
     path = put(tmp_path, 1)
     with (path / name).open("ab") as file:
         file.truncate(1 << 40)
@@ -477,6 +493,7 @@ def test_06_a_huge_file_is_not_read(tmp_path: Path, name: str) -> None:
 
 @pytest.mark.parametrize("missing", ["manifest.json", "state.json", "weights.safetensors"])
 def test_06_a_missing_file_is_named(tmp_path: Path, missing: str) -> None:
+    """FAULTS 6."""
     path = put(tmp_path, 1)
     (path / missing).unlink()
     with pytest.raises(CheckpointError, match=f"{missing}: expected a plain readable file; got No such file"):
@@ -484,6 +501,7 @@ def test_06_a_missing_file_is_named(tmp_path: Path, missing: str) -> None:
 
 
 def test_06_a_missing_folder_and_a_file_in_its_place_are_refused(tmp_path: Path) -> None:
+    """FAULTS 6."""
     (tmp_path / "step-00000001").touch()
     for name in ("step-00000001", "step-00000002"):
         with pytest.raises(CheckpointError, match="expected a checkpoint folder"):
@@ -492,6 +510,7 @@ def test_06_a_missing_folder_and_a_file_in_its_place_are_refused(tmp_path: Path)
 
 @pytest.mark.parametrize("content", [b"", b"[1]", b"\xff", b"{"])
 def test_06_a_state_of_another_kind_is_refused_even_if_its_digest_is_right(tmp_path: Path, content: bytes) -> None:
+    """FAULTS 6."""
     path = put(tmp_path, 1)
     forge(path, "state.json", content)
     with pytest.raises(CheckpointError, match=r"state.json: expected"):
@@ -499,6 +518,7 @@ def test_06_a_state_of_another_kind_is_refused_even_if_its_digest_is_right(tmp_p
 
 
 def test_06_a_checkpoint_under_the_name_of_another_step_is_refused(tmp_path: Path) -> None:
+    """FAULTS 6."""
     put(tmp_path, 1).rename(tmp_path / "step-00000002")
     with pytest.raises(CheckpointError, match="expected step 2, as the folder says; got step 1"):
         checkpoint.read(tmp_path / "step-00000002")
@@ -515,6 +535,7 @@ class Trap:
 
 
 def test_07_a_pickle_is_never_unpickled(tmp_path: Path) -> None:
+    """FAULTS 7."""
     mark, path = tmp_path / "mark", put(tmp_path / "checkpoints", 1)
     poison = pickle.dumps(Trap(mark))
     (path / "extra.pkl").write_bytes(poison)
@@ -533,6 +554,7 @@ def test_07_a_pickle_is_never_unpickled(tmp_path: Path) -> None:
 
 
 def test_07_a_torch_file_is_refused(tmp_path: Path) -> None:
+    """FAULTS 7."""
     path = put(tmp_path, 1)
     torch.save({"w": torch.ones(2)}, tmp_path / "file.pt")
     forge(path, "weights.safetensors", (tmp_path / "file.pt").read_bytes())
@@ -544,6 +566,7 @@ def test_07_a_torch_file_is_refused(tmp_path: Path) -> None:
 
 
 def test_09_a_newer_schema_is_refused_with_a_hint(tmp_path: Path) -> None:
+    """FAULTS 9."""
     path = put(tmp_path, 1)
     (path / "manifest.json").write_text(json.dumps({"schema": checkpoint.SCHEMA + 1, "unknown": "layout"}))
     with pytest.raises(CheckpointError, match="schema 1 or older; got schema 2; upgrade pvae"):
@@ -551,6 +574,7 @@ def test_09_a_newer_schema_is_refused_with_a_hint(tmp_path: Path) -> None:
 
 
 def test_09_an_older_schema_migrates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """FAULTS 9."""
     path = put(tmp_path, 1)
     edit_manifest(path, lambda manifest: manifest.update(schema=0))
     with pytest.raises(CheckpointError, match="schema 0, which nothing migrates"):
@@ -571,6 +595,7 @@ def test_09_an_older_schema_migrates(tmp_path: Path, monkeypatch: pytest.MonkeyP
     "name", ["../x.safetensors", "/etc/x.safetensors", "..", "a/b.safetensors", "", ".safetensors", "extra.pkl", "x\0"]
 )
 def test_36_a_manifest_names_plain_files_only(tmp_path: Path, name: str) -> None:
+    """FAULTS 36."""
     path = put(tmp_path, 1)
     edit_manifest(path, lambda manifest: manifest["files"].update({name: {"sha256": "0" * 64, "size": 0}}))
     with pytest.raises(CheckpointError, match="manifest.json: expected plain names"):
@@ -579,6 +604,7 @@ def test_36_a_manifest_names_plain_files_only(tmp_path: Path, name: str) -> None
 
 @pytest.mark.parametrize("name", ["weights.safetensors", "state.json", "manifest.json"])
 def test_36_a_link_out_is_refused_even_if_its_bytes_are_right(tmp_path: Path, name: str) -> None:
+    """FAULTS 36."""
     path = put(tmp_path / "checkpoints", 1)
     (path / name).rename(tmp_path / "outside")
     (path / name).symlink_to(tmp_path / "outside")
@@ -589,6 +615,7 @@ def test_36_a_link_out_is_refused_even_if_its_bytes_are_right(tmp_path: Path, na
 
 
 def test_36_a_pipe_or_a_linked_folder_is_refused(tmp_path: Path) -> None:
+    """FAULTS 36."""
     path = put(tmp_path, 1)
     (tmp_path / "step-00000002").symlink_to(path)
     with pytest.raises(CheckpointError, match="expected a checkpoint folder; got a link"):

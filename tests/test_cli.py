@@ -271,6 +271,7 @@ def test_a_second_process_is_refused(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 
 def test_broken_pipe_is_quiet() -> None:
+    """FAULTS 42."""
     shell = f"{sys.executable} -m pvae schema | head -n 1"
     done = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, env={**os.environ}, check=False)
     assert "Traceback" not in done.stderr

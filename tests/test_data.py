@@ -21,10 +21,27 @@ import numpy as np
 import pytest
 import torch
 from filelock import FileLock
+from PIL import Image
 from pydantic import ValidationError
 from torch.distributions import constraints
 
-from pvae.data import MNIST, Data, Dataset, Digits, FashionMNIST, Npz, Splits, TensorSource, Toy, cache, load, sources
+from pvae.data import (
+    MNIST,
+    Data,
+    Dataset,
+    Digits,
+    FashionMNIST,
+    Idx,
+    Images,
+    Npy,
+    Npz,
+    Splits,
+    TensorSource,
+    Toy,
+    cache,
+    load,
+    sources,
+)
 from pvae.data.idx import Header
 from pvae.data.rows import shared_rows
 from pvae.data.sources import FASHION_MNIST, Collection, IdxFile, read_collection, read_known
@@ -94,12 +111,36 @@ def mnist_npz(folder: Path) -> MNIST:
     return MNIST()
 
 
+def npy(folder: Path, name: str, array: np.ndarray) -> str:
+    np.save(folder / f"{name}.npy", array)
+    return str(folder / f"{name}.npy")
+
+
+def idx_files(folder: Path) -> Idx:
+    floats = bytes([0, 0, 0x0D, 2]) + np.array(X.shape, ">u4").tobytes() + X.astype(">f4").tobytes()
+    (folder / "x.idx").write_bytes(floats)
+    (folder / "y.idx.gz").write_bytes(gzip.compress(idx(Y)))
+    return Idx(path=str(folder / "x.idx"), labels=str(folder / "y.idx.gz"))
+
+
+def image_files(folder: Path) -> Images:
+    for number, label in enumerate(Y):
+        place = folder / "images" / "abc"[label]
+        place.mkdir(parents=True, exist_ok=True)
+        pixels = np.random.RandomState(number).randint(0, 256, (2, 3)).astype(np.uint8)
+        Image.fromarray(pixels).save(place / f"{number}.png")
+    return Images(path=str(folder / "images"), mode="L")
+
+
 TABLE = {
     "digits": Row(lambda _: Digits(), (1, 8, 8), (1000, 350, 447)),
     "fashion_mnist": Row(lambda _: FashionMNIST(), (1, 28, 28), (50000, 10000, 10000)),
     "mnist": Row(mnist_npz, (1, 3, 3), (10, 2, 4)),
     "npz": Row(lambda p: Npz(path=npz(p, x=X, y=Y), y="y"), (4,), (32, 4, 4)),
     "tensor": Row(lambda _: TensorSource(), (4,), (32, 4, 4)),
+    "npy": Row(lambda p: Npy(path=npy(p, "x", X), labels=npy(p, "y", Y)), (4,), (32, 4, 4)),
+    "idx": Row(idx_files, (4,), (32, 4, 4)),
+    "images": Row(image_files, (1, 2, 3), (32, 4, 4)),
     "toy": Row(lambda _: Toy(rows=100), (2,), (100, 10, 10), (-5, 5)),
 }
 
@@ -215,6 +256,7 @@ def test_standardise_by_the_training_split():
 
 
 def test_standardise_names_the_constant_column():
+    """FAULTS 24."""
     x = X.copy()
     x[:, 2] = 0.1
     with pytest.raises(DataError, match=r"column 2 is constant \(1 such"):
@@ -266,6 +308,7 @@ def test_splits_parse_from_lists_and_stay_strict():
     ],
 )
 def test_broken_splits(splits: Splits, match: str):
+    """FAULTS 24."""
     with pytest.raises(DataError, match=match):
         load(Digits(splits=splits))
 
@@ -333,6 +376,7 @@ def test_a_missing_split_is_a_tenth_of_train():
     ],
 )
 def test_broken_tensors(call: Callable[[], Dataset], match: str):
+    """FAULTS 24 and 25."""
     with pytest.raises(DataError, match=match):
         call()
 
@@ -343,6 +387,7 @@ def test_bare_numbers_with_a_declared_shape():
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1e300])
 def test_values_that_are_not_finite(value: float):
+    """FAULTS 19."""
     x = X.astype(np.float64)
     x[7, 2] = x[9, 1] = value
     with pytest.raises(DataError, match=r"test: expected finite .* in row 7, column 2 \(2 such"):
@@ -350,6 +395,7 @@ def test_values_that_are_not_finite(value: float):
 
 
 def test_not_finite_in_images_names_the_element():
+    """FAULTS 19."""
     x = np.zeros((30, 1, 3, 3))
     x[4, 0, 2, 1] = np.nan
     with pytest.raises(DataError, match=r"row 4, column \(0, 2, 1\)"):
@@ -357,6 +403,7 @@ def test_not_finite_in_images_names_the_element():
 
 
 def test_rows_shared_between_splits_are_noted():
+    """FAULTS 25."""
     data = Dataset.from_tensors(X, validation=X[:5] + 1, test=np.concatenate([X[:3], X[:2] + 2]))
     assert data.notes == ("3 of 5 rows of test also occur in train",)
     parts = {"train": np.array([0, 1]), "test": np.array([2, 3])}
@@ -364,6 +411,7 @@ def test_rows_shared_between_splits_are_noted():
 
 
 def test_constant_features_are_noted():
+    """FAULTS 24."""
     assert "3 of 64 features are constant in train" in load(Digits()).notes
 
 
@@ -380,6 +428,7 @@ def test_constant_features_are_noted():
     ],
 )
 def test_support_names_the_first_value_outside(constraint: constraints.Constraint, value: float):
+    """FAULTS 20."""
     x = np.tile([[0.0, 1.0], [1.0, 0.0]], (15, 1))
     bad = x.copy()
     bad[11, 1] = value
@@ -389,11 +438,13 @@ def test_support_names_the_first_value_outside(constraint: constraints.Constrain
 
 
 def test_support_of_raw_pixels():
+    """FAULTS 20."""
     with pytest.raises(DataError, match=r"train, row 0, element \(0, 0, 2\): expected .*0.0.*1.0.*; got 5"):
         load(Digits(scale="raw")).require_support(constraints.unit_interval, 'Set data.scale = "unit".')
 
 
 def test_binarising_needs_unit_values():
+    """FAULTS 20."""
     with pytest.raises(DataError, match=r'values in \[0, 1\]; got 1[56] in validation. Use scale = "unit"'):
         load(Digits(scale="raw", binarize="threshold"))
     with pytest.raises(DataError, match=r"got -\d"):
@@ -493,11 +544,13 @@ def written(folder: Path, content: bytes) -> str:
     ],
 )
 def test_broken_archives(path: Callable[[Path], str], match: str, tmp_path: Path):
+    """FAULTS 28."""
     with pytest.raises(DataError, match=match):
         load(Npz(path=path(tmp_path)))
 
 
 def test_archive_larger_than_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """FAULTS 45."""
     monkeypatch.setattr("pvae.data.files.total_memory", lambda: 1000)
     with pytest.raises(DataError, match=r"half of this computer's memory .* got \(40, 4\) float32, .*stream = true"):
         load(Npz(path=npz(tmp_path, x=X)))
@@ -536,6 +589,7 @@ def test_idx_plain_and_gzipped(content: bytes, tmp_path: Path):
     ],
 )
 def test_broken_idx(content: bytes, match: str, tmp_path: Path):
+    """FAULTS 26."""
     (tmp_path / "images").write_bytes(content)
     with pytest.raises(DataError, match=match):
         read_known(tmp_path / "images", FILE)
@@ -580,6 +634,7 @@ def test_another_collection_s_files_are_refused(tmp_path: Path):
 
 
 def test_offline_fails_at_once_and_says_what_to_do(monkeypatch: pytest.MonkeyPatch):
+    """FAULTS 31."""
     monkeypatch.setenv("PVAE_OFFLINE", "1")
     start = time.monotonic()
     with pytest.raises(DataError, match=r"PVAE_OFFLINE is set. Get train-images.*mnist.npz.*PVAE_DATA_DIR=DIR"):
@@ -643,6 +698,7 @@ def test_download_once(site: Site):
 
 
 def test_a_damaged_cache_entry_is_made_again(site: Site):
+    """FAULTS 32."""
     small = remote(site)
     read_collection(small, None)
     entry = cache.cache_folder() / small.slug / f"{small.files['x_test'].name}.gz"
@@ -653,6 +709,7 @@ def test_a_damaged_cache_entry_is_made_again(site: Site):
 
 
 def test_two_writers_make_one_download(site: Site):
+    """FAULTS 32."""
     small = remote(site)
     threads = [threading.Thread(target=read_collection, args=(small, None)) for _ in range(4)]
     for thread in threads:
@@ -689,6 +746,7 @@ def partial(site: Site) -> None:
     ],
 )
 def test_failed_downloads_leave_nothing(fault: Callable[[Site], None], match: str, site: Site):
+    """FAULTS 31."""
     small = remote(site)
     fault(site)
     with pytest.raises(DataError, match=f"from a mirror; got: {site.url}.*{match}.*pass --data-dir DIR"):
@@ -697,11 +755,13 @@ def test_failed_downloads_leave_nothing(fault: Callable[[Site], None], match: st
 
 
 def test_the_next_mirror_is_tried(site: Site):
+    """FAULTS 31."""
     small = remote(site)
     assert read_collection(replace(small, mirrors=("http://127.0.0.1:9/", site.url)), None).x.shape[0] == 16
 
 
 def test_a_cache_that_cannot_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """FAULTS 42."""
     (tmp_path / "file").write_bytes(b"")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     with pytest.raises(OutputError, match="Expected a cache folder"):
@@ -709,6 +769,7 @@ def test_a_cache_that_cannot_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_a_cache_that_another_process_holds(monkeypatch: pytest.MonkeyPatch):
+    """FAULTS 32."""
     small = small_collection()
     monkeypatch.setattr(cache, "LOCK_SECONDS", 0.05)
     folder = cache.cache_folder()

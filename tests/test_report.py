@@ -195,6 +195,7 @@ def test_split_train_has_no_gap(make):
 
 
 def test_hostile_text_comes_out_as_text(hostile):
+    """FAULTS 38."""
     page = assert_harmless(brief(hostile))
     for text in HOSTILE[:4]:
         assert text in page.text
@@ -224,6 +225,7 @@ def test_pair_that_cannot_be_sampled_loses_a_section_only(by_hand, monkeypatch):
 
 
 def test_progress_and_interruption_leave_the_old_report(make, monkeypatch):
+    """FAULTS 44."""
     run = make("vae")
     told: list[tuple[int, int, str]] = []
     path = brief(run, on_progress=lambda *step: told.append(step))
@@ -289,12 +291,14 @@ def test_alert_says_how_many_and_what_to_turn(idle, words):
 
 
 def test_cells_that_are_formulas_are_quoted_and_numbers_are_not():
+    """FAULTS 39."""
     for text in ("=1", "+1", "-1", "@x", "\t=1"):
         assert cell(text) == f"'{text}"
     assert [cell(value) for value in (-1.5, None, "z", "a=b")] == [-1.5, None, "z", "a=b"]
 
 
 def test_json_and_text_are_cleaned():
+    """FAULTS 38."""
     assert finite({"a": [float("nan"), float("inf"), 1.5, None, Path("x")]}) == {"a": [None, None, 1.5, None, "x"]}
     assert shown("a\x1b[31m\u202eb\nc") == "a\ufffd[31m\ufffdb\nc"
 
@@ -347,6 +351,7 @@ def test_every_event_can_be_shown(shape):
 @pytest.mark.parametrize("dim", [1, 2, 5])
 @pytest.mark.parametrize("exact", [True, False], ids=["normal prior", "sampled prior"])
 def test_every_latent_can_be_shown(dim, exact):
+    """FAULTS 38."""
     draws = np.random.default_rng(0).normal(size=(50, dim))
     normal = (np.zeros(dim), np.ones(dim)) if exact else None
     cloud = plots.Cloud(r"$\foo$ [red] 潜", draws, draws, draws, normal)

@@ -97,11 +97,13 @@ print(*sorted(new - sys.stdlib_module_names))
     ],
 )
 def test_37_a_slug_keeps_what_is_safe(name: str, expected: str) -> None:
+    """FAULTS 37."""
     assert slug(name) == expected
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "/", "🙂", "latest", "NUL", "x" * 300, "\ud800", "\u202e"])
 def test_37_a_name_with_little_to_keep_gets_a_digest(name: str) -> None:
+    """FAULTS 37."""
     assert re.fullmatch(r"[A-Za-z]+-[0-9a-f]{8}", slug(name))
     assert slug(name) != slug(name + "🙃" + "y" * 70)
 
@@ -109,6 +111,7 @@ def test_37_a_name_with_little_to_keep_gets_a_digest(name: str) -> None:
 @settings(max_examples=300, deadline=None, derandomize=True)
 @given(st.text(st.characters(), max_size=100))
 def test_37_every_slug_is_a_safe_folder_name(name: str) -> None:
+    """FAULTS 37."""
     found = slug(name)
     assert re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", found)
     assert slug(found) == found
@@ -116,6 +119,7 @@ def test_37_every_slug_is_a_safe_folder_name(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["a/../b", "🙂", "x" * 300, "\x1b]0;title\x07", "\ud800", "latest", ""])
 def test_37_a_run_of_any_name_is_created_listed_and_found(tmp_path: Path, name: str) -> None:
+    """FAULTS 37."""
     run = RunDirectory.create(tmp_path, name)
     assert run.path.parent.parent == tmp_path
     assert run.manifest["name"] == name
@@ -133,10 +137,12 @@ def test_a_run_id_is_its_start_and_eight_digits(run: RunDirectory) -> None:
 
 
 def test_17_runs_of_the_same_second_are_apart(tmp_path: Path) -> None:
+    """FAULTS 17."""
     assert len({RunDirectory.create(tmp_path, "vamp").path for _ in range(30)}) == 30
 
 
 def test_17_a_run_id_that_is_taken_is_drawn_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """FAULTS 17."""
     ids = iter(["same", "same", "same", "other"])
     monkeypatch.setattr(rundir, "_run_id", lambda: next(ids))
     assert [RunDirectory.create(tmp_path, "vamp").path.name for _ in range(2)] == ["same", "other"]
@@ -146,6 +152,7 @@ def test_17_a_run_id_that_is_taken_is_drawn_again(tmp_path: Path, monkeypatch: p
 
 
 def test_42_a_root_that_cannot_be_written_is_an_output_error(tmp_path: Path) -> None:
+    """FAULTS 42."""
     (tmp_path / "file").touch()
     with pytest.raises(OutputError, match="expected a folder to write runs into; got ") as caught:
         RunDirectory.create(tmp_path / "file", "vamp")
@@ -192,6 +199,7 @@ def test_write_atomic_replaces_and_leaves_no_temporary(tmp_path: Path) -> None:
 
 
 def test_36_write_atomic_goes_through_no_device_link_or_folder(tmp_path: Path) -> None:
+    """FAULTS 36."""
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "folder").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "target")
@@ -205,6 +213,7 @@ def test_36_write_atomic_goes_through_no_device_link_or_folder(tmp_path: Path) -
 
 
 def test_44_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """FAULTS 44."""
     write_atomic(tmp_path / "file", "old")
 
     def full(_: int) -> None:
@@ -268,6 +277,7 @@ def test_folders_are_made_on_demand(run: RunDirectory) -> None:
 @pytest.mark.parametrize("name", ["manifest.json", "status.json", "metrics.jsonl", "events.jsonl", "spec.toml"])
 @pytest.mark.parametrize("kind", ["link", "pipe", "folder"])
 def test_36_nothing_is_read_outside_the_run(run: RunDirectory, tmp_path: Path, name: str, kind: str) -> None:
+    """FAULTS 36."""
     (tmp_path / "secret").write_text('{"secret": 1}\n')
     path = run.path / name
     path.unlink(missing_ok=True)
@@ -290,6 +300,7 @@ def test_36_nothing_is_read_outside_the_run(run: RunDirectory, tmp_path: Path, n
 
 @pytest.mark.parametrize("name", ["checkpoints", "analysis", "report"])
 def test_36_a_folder_of_the_run_is_no_link_and_no_file(run: RunDirectory, tmp_path: Path, name: str) -> None:
+    """FAULTS 36."""
     (run.path / name).symlink_to(tmp_path)
     with pytest.raises(DataError, match="expected a folder inside the run; got a link"):
         getattr(run, name)
@@ -300,6 +311,7 @@ def test_36_a_folder_of_the_run_is_no_link_and_no_file(run: RunDirectory, tmp_pa
 
 
 def test_36_nothing_is_written_through_a_link(run: RunDirectory, tmp_path: Path) -> None:
+    """FAULTS 36."""
     (tmp_path / "precious").write_text("keep")
     for name in (".lock", "metrics.jsonl", "events.jsonl", "status.json"):
         (run.path / name).symlink_to(tmp_path / "precious")
@@ -313,6 +325,7 @@ def test_36_nothing_is_written_through_a_link(run: RunDirectory, tmp_path: Path)
 
 @pytest.mark.parametrize("name", ["../x", "/etc/passwd", "..", ".", "", "a/b", "a\0"])
 def test_36_read_inside_takes_plain_names(tmp_path: Path, name: str) -> None:
+    """FAULTS 36."""
     with pytest.raises(DataError, match="expected a plain file name"):
         files.read_inside(tmp_path, name)
 
@@ -343,6 +356,7 @@ def test_metrics_are_a_table(run: RunDirectory) -> None:
 
 
 def test_43_a_line_torn_anywhere_is_dropped_by_readers_and_cut_by_writers(run: RunDirectory) -> None:
+    """FAULTS 43."""
     path = run.path / "metrics.jsonl"
     run.log_metrics({"step": 1})
     run.log_metrics({"step": 2, "elbo": -1.5})
@@ -359,6 +373,7 @@ def test_43_a_line_torn_anywhere_is_dropped_by_readers_and_cut_by_writers(run: R
 
 @pytest.mark.parametrize("tail", [b"\0" * 100, b"\xff\xfe", b"[1, 2]", b"[" * 100_000, b'"text"', b"{'a': 1}"])
 def test_43_a_last_line_of_garbage_is_dropped(run: RunDirectory, tail: bytes) -> None:
+    """FAULTS 43."""
     run.log_metrics({"step": 1})
     run.log_event("alert", "one")
     for name, end in (("metrics.jsonl", b""), ("events.jsonl", b"\n")):
@@ -371,6 +386,7 @@ def test_43_a_last_line_of_garbage_is_dropped(run: RunDirectory, tail: bytes) ->
 
 
 def test_43_a_damaged_line_in_the_middle_is_named(run: RunDirectory) -> None:
+    """FAULTS 43."""
     (run.path / "metrics.jsonl").write_text('{"step": 1}\ngarbage\n{"step": 3}\n')
     with pytest.raises(DataError, match=r"metrics.jsonl: .*got garbage in line 2. Delete that line"):
         run.metrics_rows()
@@ -403,6 +419,7 @@ def test_events_keep_kind_message_and_fields(run: RunDirectory) -> None:
 
 
 def test_03_metrics_that_cannot_be_written_degrade_the_run(run: RunDirectory) -> None:
+    """FAULTS 3."""
     (run.path / "metrics.jsonl").mkdir()
     run.log_metrics({"step": 1})
     assert run.degraded == "metrics.jsonl could not be written: Is a directory"
@@ -413,6 +430,7 @@ def test_03_metrics_that_cannot_be_written_degrade_the_run(run: RunDirectory) ->
 
 
 def test_03_a_status_that_cannot_be_written_degrades_the_run(run: RunDirectory) -> None:
+    """FAULTS 3."""
     (run.path / "status.json").mkdir()
     run.update_status(state="running")
     assert run.degraded is not None
@@ -420,6 +438,7 @@ def test_03_a_status_that_cannot_be_written_degrades_the_run(run: RunDirectory) 
 
 
 def test_03_a_row_that_fits_only_half_is_not_written_at_all(run: RunDirectory) -> None:
+    """FAULTS 3."""
     run.log_metrics({"step": 0})
     code = """
 import resource
@@ -464,6 +483,7 @@ def attempt(run: RunDirectory) -> tuple[int, str]:
 
 
 def test_16_a_second_process_exits_75_and_names_the_owner(run: RunDirectory) -> None:
+    """FAULTS 16."""
     with child(HOLD, str(run.path)) as owner:
         assert owner.stdout is not None
         assert owner.stdout.readline() == "locked\n"
@@ -476,6 +496,7 @@ def test_16_a_second_process_exits_75_and_names_the_owner(run: RunDirectory) -> 
 
 
 def test_16_a_second_lock_in_one_process_is_refused_and_released_after(run: RunDirectory) -> None:
+    """FAULTS 16."""
     with run.lock():
         with pytest.raises(BusyError, match=f"process {os.getpid()} on host") as caught:
             RunDirectory.open(run.path).lock().__enter__()
@@ -485,6 +506,7 @@ def test_16_a_second_lock_in_one_process_is_refused_and_released_after(run: RunD
 
 
 def test_15_16_a_killed_owner_leaves_a_stale_run_that_can_be_locked(run: RunDirectory) -> None:
+    """FAULTS 15 and 16."""
     with child(HOLD, str(run.path)) as owner:
         assert owner.stdout is not None
         assert owner.stdout.readline() == "locked\n"
@@ -550,11 +572,13 @@ def test_leaving_the_lock_keeps_a_state_that_was_set(run: RunDirectory) -> None:
     ],
 )
 def test_15_a_run_whose_machine_died_is_stale(run: RunDirectory, fields: dict[str, Any], state: str) -> None:
+    """FAULTS 15."""
     run.update_status(state="running", **{k: v() if callable(v) else v for k, v in fields.items()})
     assert state_of(run) == state
 
 
 def test_15_a_run_whose_process_died_is_stale(run: RunDirectory) -> None:
+    """FAULTS 15."""
     run.update_status(state="running", host=HOST, pid=dead_pid())
     assert state_of(run) == "stale"
     run.update_status(state="finished")
@@ -562,6 +586,7 @@ def test_15_a_run_whose_process_died_is_stale(run: RunDirectory) -> None:
 
 
 def test_15_a_zombie_is_dead(run: RunDirectory) -> None:
+    """FAULTS 15."""
     pid = os.fork()
     if pid == 0:
         os._exit(0)

@@ -244,6 +244,7 @@ def test_read_back() -> None:
 
 
 def test_notebook_view_is_escaped() -> None:
+    """FAULTS 38."""
     view = Experiment.from_dict({**BASE, "name": "<script>", "description": "<b>"})._repr_html_()
     assert "<script>" not in view
     assert "&lt;script&gt;" in view

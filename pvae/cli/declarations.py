@@ -1,4 +1,4 @@
-"""Commands on declarations: list, new, schema, check, show."""
+"""Commands on declarations: list, new, columns, schema, check, show."""
 
 from __future__ import annotations
 
@@ -59,6 +59,28 @@ def new(
         raise OutputError(f"{path}: expected to be written here; got {problem.strerror}.") from problem
     typer.echo(f"wrote {path}; check it with: pvae check {path}")
     typer.echo("for completion in an editor: pvae schema > pvae.schema.json")
+
+
+@app.command()
+def columns(
+    file: Annotated[str, typer.Argument(help="A table: CSV, or Parquet.")],
+    label: Annotated[str | None, typer.Option("--label", help="The column that is the label of a row.")] = None,
+    data_dir: DATA_DIR = None,
+    as_json: JSON = False,
+) -> None:
+    """Guess what the columns of a table hold, and print a declaration of it to begin with."""
+    import tomli_w
+
+    from pvae.data.guess import guess
+
+    found = guess(file, data_dir, label)
+    if as_json:
+        emit({"declaration": found.declaration, "left_out": dict(found.left_out), "rows": found.rows})
+        return
+    tell(f"# guessed from the first {found.rows:,} rows: look at every column")
+    for name, reason in found.left_out.items():
+        tell(f"# left out: {json.dumps(name, ensure_ascii=False)}, {reason}")
+    tell(tomli_w.dumps(found.declaration).rstrip())
 
 
 @app.command()

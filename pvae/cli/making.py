@@ -234,6 +234,19 @@ def _background(run: Run) -> Any:
     return train.observed(train.rows[:1000]).double().numpy()
 
 
+def _as_table(run: Run, path: Path, found: Generated) -> list[Path]:
+    """Write rows of a table in its own words and units; the path, where the data are one."""
+    from pvae.data.tables import safe_csv
+    from pvae.files import write_atomic
+
+    table, x = run.data.table, found.tensors().get("x")
+    if table is None or x is None or x.dim() != 2:
+        return []
+    target = beside(path, ".csv")
+    write_atomic(target, safe_csv(table.to_frame(x)))
+    return [target]
+
+
 def _keep(
     run: Run,
     stem: str,
@@ -255,10 +268,14 @@ def _keep(
     pictures = [beside(path, f"-{name}.png" if name else ".png") for name in names.values()]
     for target, figure in zip(pictures, figures.values(), strict=True):
         write_atomic(target, plots.png(figure))
+    tables = _as_table(run, path, found)
     if as_json:
         shapes = {key: list(t.shape) for key, t in {**found.tensors(), **more}.items()}
-        emit({"run": str(run.path), "npz": str(arrays), "png": [str(p) for p in pictures], "shapes": shapes})
+        written = {"npz": str(arrays), "png": [str(p) for p in pictures], "csv": [str(p) for p in tables]}
+        emit({"run": str(run.path), **written, "shapes": shapes})
         return
     tell(f"npz: {arrays}")
+    for target in tables:
+        tell(f"csv: {target}")
     for target in pictures:
         tell(f"png: {target}")

@@ -10,19 +10,37 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pvae.data.dataset import Dataset, Split, load
-    from pvae.data.declared import MNIST, Data, Digits, FashionMNIST, Idx, Images, Npy, Npz, Splits, TensorSource, Toy
+    from pvae.data.declared import (
+        CSV,
+        MNIST,
+        Data,
+        Digits,
+        FashionMNIST,
+        FrameSource,
+        Idx,
+        Images,
+        Npy,
+        Npz,
+        Parquet,
+        Splits,
+        TensorSource,
+        Toy,
+    )
     from pvae.data.rows import Rows
 
 _HOMES = {
+    "CSV": "declared",
     "Data": "declared",
     "Dataset": "dataset",
     "Digits": "declared",
     "FashionMNIST": "declared",
+    "FrameSource": "declared",
     "Idx": "declared",
     "Images": "declared",
     "MNIST": "declared",
     "Npy": "declared",
     "Npz": "declared",
+    "Parquet": "declared",
     "Rows": "rows",
     "Split": "dataset",
     "Splits": "declared",
@@ -32,15 +50,18 @@ _HOMES = {
 }
 
 __all__ = [
+    "CSV",
     "MNIST",
     "Data",
     "Dataset",
     "Digits",
     "FashionMNIST",
+    "FrameSource",
     "Idx",
     "Images",
     "Npy",
     "Npz",
+    "Parquet",
     "Rows",
     "Split",
     "Splits",

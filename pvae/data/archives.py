@@ -69,8 +69,8 @@ def read_npz(declared: Npz, data_dir: Path | None) -> Rows:
     splits = [name for name in SPLITS if f"{declared.x}_{name}" in names]
     arrays = read_arrays(path, [f"{declared.x}_{name}" for name in splits], declared.stream)
     labels = read_arrays(path, [f"{declared.y}_{name}" for name in splits]) if declared.y else {}
-    given = {name: (arrays[f"{declared.x}_{name}"], labels.get(f"{declared.y}_{name}")) for name in splits}
-    rows = joined(given, declared.split_seed)
+    y_of = {name: np.asarray(labels[f"{declared.y}_{name}"]) if labels else None for name in splits}
+    rows = joined({name: (arrays[f"{declared.x}_{name}"], y_of[name]) for name in splits}, declared.split_seed)
     return Rows(rows.x, rows.y, rows.parts, declared.largest or rows.largest, name=declared.x)
 
 
@@ -143,7 +143,9 @@ def _member(archive: zipfile.ZipFile, key: str, path: Path) -> Member:
     with archive.open(info) as stream:
         array = announced(stream, info.file_size, f"{path}, {key!r}")
     if not array.shape or 0 in array.shape:
-        raise DataError(f"{path}, {key!r}: expected an array (rows, ...) with at least one row; got shape {array.shape}.")
+        raise DataError(
+            f"{path}, {key!r}: expected an array (rows, ...) with at least one row; got shape {array.shape}."
+        )
     return Member(info, array)
 
 
@@ -154,7 +156,9 @@ def _refuse_trick(info: zipfile.ZipInfo, where: str) -> None:
     if stat.S_ISLNK(info.external_attr >> 16):
         raise DataError(f"{where}: expected an array in the archive; got a link.")
     if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-        raise DataError(f"{where}: expected an array stored or deflated, as NumPy does; got method {info.compress_type}.")
+        raise DataError(
+            f"{where}: expected an array stored or deflated, as NumPy does; got method {info.compress_type}."
+        )
     most = info.compress_size * (MAX_DEFLATE_RATIO if info.compress_type == zipfile.ZIP_DEFLATED else 1)
     if info.file_size > most:
         raise DataError(

@@ -69,8 +69,9 @@ class Column(Component):
         """Which values it may hold; NaN is asked for elsewhere."""
 
     def code_of(self, word: str) -> int | None:
-        """The number of a word as it stands in a file; None for others."""
-        return self.words.index(word) if word in self.words else None
+        """The number of a word as it stands in a file, an integer also as `1.0`; None for others."""
+        known = word if word in self.words else word.removesuffix(".0")
+        return self.words.index(known) if known in self.words else None
 
     def law(self, name: str) -> Law:
         """How it is scored."""
@@ -178,7 +179,7 @@ class BinaryColumn(WordColumn):
         """See `Column.code_of`."""
         if self.values is not None:
             return super().code_of(word)
-        return next((code for code, words in enumerate(TRUTH) if word in words), None)
+        return next((code for code, words in enumerate(TRUTH) if word.removesuffix(".0") in words), None)
 
     @model_validator(mode="after")
     def _sound(self) -> Self:

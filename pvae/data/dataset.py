@@ -14,14 +14,19 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.distributions import constraints
+from torch.utils.data import Dataset as TorchDataset
 
 from pvae import seeds
 from pvae.data.arrays import AnyArray, Array, Stored
-from pvae.data.declared import Data, TensorSource
+from pvae.data.declared import Data, FrameSource, TensorSource
+from pvae.data.files import require_room
 from pvae.data.prepare import Prepared, prepare, scaled
+from pvae.data.python import anndata_rows, as_array, is_anndata, torch_rows
 from pvae.data.rows import CHUNK_ELEMENTS, SPLITS, Part, Rows, joined, partition, reshape, shared_rows
 from pvae.data.streamed import Streamed, Streams, WindowOrder, streams
+from pvae.data.tables import Table
 from pvae.errors import DataError, DeclarationError, near
+from pvae.models.columns import columns as of_columns
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
@@ -134,6 +139,7 @@ class Dataset:
         fingerprint: SHA-256 over every value, in hexadecimal: the same data, the same fingerprint.
         label_names: a name for each label, or None.
         notes: what is worth knowing and no error: files left out, rows shared between splits, constant features.
+        table: of a table, what its columns are and how they were transformed; else None.
     """
 
     train: Split
@@ -145,6 +151,7 @@ class Dataset:
     fingerprint: str
     label_names: tuple[str, ...] | None = None
     notes: tuple[str, ...] = ()
+    table: Table | None = None
 
     @property
     def splits(self) -> tuple[Split, Split, Split]:
@@ -212,13 +219,86 @@ class Dataset:
             torch.Size([5, 3])
         """
         declared = declared or TensorSource()
+        _refuse_splits(declared, validation, test)
         given = {"train": (x, y)}
         given |= {name: _pair(part) for name, part in (("validation", validation), ("test", test)) if part is not None}
-        arrays = {name: (_array(a, name), None if b is None else _array(b, name)) for name, (a, b) in given.items()}
-        if len(given) > 1 and declared.splits.declared:
-            raise DataError("Expected data.splits or validation=... and test=...; got both.")
-        rows = joined(arrays, declared.split_seed)
-        return _assembled(declared, replace(rows, label_names=tuple(label_names) if label_names else None))
+        arrays = {name: _arrays(a, b, name) for name, (a, b) in given.items()}
+        return _assembled(declared, joined(arrays, declared.split_seed, label_names))
+
+    @classmethod
+    def from_torch(
+        cls,
+        dataset: TorchDataset[Any],
+        *,
+        validation: TorchDataset[Any] | None = None,
+        test: TorchDataset[Any] | None = None,
+        stream: bool = False,
+        declared: TensorSource | None = None,
+        label_names: Sequence[str] | None = None,
+    ) -> Dataset:
+        """A torch `Dataset`, map-style or iterable, gone through once.
+
+        Arguments:
+            dataset: its items are x, (x, y), or mappings with "x" and perhaps "y"; y is a whole number.
+            validation: another one; None takes a seeded tenth of the training rows.
+            test: as ``validation``.
+            stream: keep the rows in a temporary file of the cache folder, for data larger than memory.
+            declared: scale, binarisation, shape, splits and the seed of the permutation.
+            label_names: a name for each label.
+
+        Raises:
+            DataError: items are of unlike shapes or types, or too many for memory; see `from_tensors`.
+            StorageError: the cache folder is full.
+        """
+        declared = declared or TensorSource()
+        _refuse_splits(declared, validation, test)
+        given = {"train": dataset, "validation": validation, "test": test}
+        held = {name: part for name, part in given.items() if part is not None}
+        return _assembled(declared, torch_rows(held, stream, declared.split_seed, label_names))
+
+    @classmethod
+    def from_anndata(
+        cls,
+        adata: Any,
+        *,
+        layer: str | None = None,
+        labels: str | None = None,
+        declared: TensorSource | None = None,
+    ) -> Dataset:
+        """AnnData, or any object with `X`, `obs` and `layers` like it.
+
+        A sparse matrix stays sparse, and a backed one on the disk: their rows are made dense batch by batch.
+
+        Arguments:
+            adata: the object.
+            layer: its name, instead of `X`.
+            labels: a column of `obs`: categories or names, which become `label_names`, or integers.
+            declared: scale, binarisation, shape, splits and the seed of the permutation.
+
+        Raises:
+            DataError: no such layer or column, a row without a label; see `from_tensors`.
+        """
+        declared = declared or TensorSource()
+        return _assembled(declared, anndata_rows(adata, layer, labels, declared.split_seed))
+
+    @classmethod
+    def of(cls, data: Any, declared: TensorSource | FrameSource | None = None) -> Dataset:
+        """Whatever holds data: a `Dataset`, as it is; torch's; AnnData; or a tensor, an array or a sparse matrix.
+
+        Where a table is declared, a DataFrame.
+
+        Raises:
+            DataError: see `from_torch`, `from_anndata`, `from_frame` and `from_tensors`.
+        """
+        if isinstance(data, Dataset):
+            return data
+        if isinstance(declared, FrameSource):
+            return cls.from_frame(data, declared=declared)
+        if isinstance(data, TorchDataset):
+            return cls.from_torch(data, declared=declared)
+        if is_anndata(data):
+            return cls.from_anndata(data, declared=declared)
+        return cls.from_tensors(data, declared=declared)
 
     def require_support(self, constraint: constraints.Constraint, hint: str) -> None:
         """Refuse data that a likelihood cannot score.
@@ -264,6 +344,7 @@ def _assembled(data: Data, rows: Rows) -> Dataset:
         binarize=data.binarize,
         fingerprint=_fingerprint(splits.values(), tuple(x.shape[1:]), data.binarize),
         label_names=rows.label_names,
+        table=Table(rows.table, *ready.affine(), ready.warps) if rows.table else None,
         notes=(*rows.notes, *_constant_features(splits["train"]), *_shared(x, parts)),
     )
 
@@ -306,14 +387,16 @@ def _pair(part: Any) -> tuple[Any, Any]:
     return part if isinstance(part, tuple) and len(part) == 2 else (part, None)
 
 
-def _array(values: Any, name: str) -> Array:
-    if isinstance(values, Tensor):
-        values = values.detach().cpu()
-        return (values.float() if values.dtype is torch.bfloat16 else values).numpy()
-    try:
-        return np.asarray(values)
-    except ValueError as error:
-        raise DataError(f"{name}: expected an array; got {error}.") from error
+def _arrays(x: Any, y: Any, name: str) -> tuple[AnyArray, Array | None]:
+    array = as_array(x, name)
+    if isinstance(array, np.ndarray):
+        require_room(array.shape, array.dtype, name, "Pass a torch Dataset and stream=True to Dataset.from_torch.")
+    return array, None if y is None else np.asarray(as_array(y, name))
+
+
+def _refuse_splits(declared: TensorSource, *passed: Any) -> None:
+    if declared.splits.declared and any(part is not None for part in passed):
+        raise DataError("Expected data.splits or validation=... and test=...; got both.")
 
 
 def _elementwise(constraint: Any) -> Any:
@@ -331,9 +414,11 @@ def _require_split(split: Split, constraint: Any, hint: str) -> None:
             first, *element = (int(i) for i in (~inside).nonzero()[0])
             value = chunk[(first, *element)]
             shown = f"{value.item():g}" if value.numel() == 1 else str(value.flatten()[:6].tolist())
+            where, wanted = f"element {tuple(element)}", _described(constraint)
+            if isinstance(constraint, of_columns):
+                where, wanted = constraint.named(element[0]), constraint.of(element[0])
             raise DataError(
-                f"{split.name}, row {row + first}, element {tuple(element)}: expected {_described(constraint)}, as the "
-                f"likelihood does; got {shown}. {hint}"
+                f"{split.name}, row {row + first}, {where}: expected {wanted}, as the likelihood does; got {shown}. {hint}"
             )
         row += len(chunk)
 

@@ -49,7 +49,9 @@ def located(path: str, data_dir: Path | None) -> Path:
     if not found.exists():
         raise DataError(f"Expected a file of data at {found}; got no such file.")
     if not found.is_file():
-        raise DataError(f"{found}: expected a file of data; got {'a folder' if found.is_dir() else 'a device or pipe'}.")
+        raise DataError(
+            f"{found}: expected a file of data; got {'a folder' if found.is_dir() else 'a device or pipe'}."
+        )
     return found
 
 

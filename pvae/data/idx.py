@@ -116,7 +116,9 @@ def _broken(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{path}: expected IDX data; got a broken file of {version_of(path)[0]} bytes: {error}.") from error
+        raise DataError(
+            f"{path}: expected IDX data; got a broken file of {version_of(path)[0]} bytes: {error}."
+        ) from error
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Folders of images: found in one order, decoded once into the cache; what is broken, too large or foreign is listed."""
+"""Folders of images: found in one order, decoded once into the cache; what is broken or foreign is listed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import PIL
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from pvae.data.arrays import Array
 from pvae.data.cache import Writer, decoded
@@ -166,18 +166,26 @@ def image(path: Path, size: tuple[int, int] | None, mode: str) -> Array | str:
     """An image (C, H, W) uint8, upright, or what is wrong with it."""
     try:
         with Image.open(path, formats=FORMATS) as file:
-            width, height = file.size
-            if width * height > MAX_PIXELS:  # known from the header; nothing is decoded yet
-                return f"{width} x {height} pixels, more than {MAX_PIXELS}"
-            if file.mode[0] in "IF":
-                return f"more than 8 bits a channel, mode {file.mode}"
+            if problem := _unfit(file):  # known from the header; nothing is decoded yet
+                return problem
+            file.verify()  # checksums, where the format has them
+        with Image.open(path, formats=FORMATS) as file:
             upright = ImageOps.exif_transpose(file).convert(mode)
             if size is not None and upright.size != size[::-1]:
                 upright = upright.resize(size[::-1], Image.Resampling.BILINEAR)
             pixels = np.asarray(upright, np.uint8)
+    except UnidentifiedImageError:
+        return "no image by its content"
     except Exception as error:  # decoders of foreign bytes may raise anything
-        return printable(str(error).replace(str(path), "it")) or type(error).__name__
+        return printable(str(error)) or type(error).__name__
     return pixels.reshape(*pixels.shape[:2], -1).transpose(2, 0, 1)
+
+
+def _unfit(file: Image.Image) -> str:
+    width, height = file.size
+    if width * height > MAX_PIXELS:
+        return f"{width} x {height} pixels, more than {MAX_PIXELS}"
+    return f"more than 8 bits a channel, mode {file.mode}" if file.mode[0] in "IF" else ""
 
 
 def _label(writer: Writer, names: list[str]) -> list[str]:

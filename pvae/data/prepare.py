@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,16 +24,28 @@ TRAIN_SEED = 778
 
 @dataclass(frozen=True, eq=False)
 class Scaled:
-    """Rows as float64 chunks of ``(x - shift) / divisor``."""
+    """Rows as float64 chunks of ``(x - shift) / divisor``, in a table after the functions of some columns."""
 
     x: AnyArray
     shift: Floats | float = 0.0
     divisor: Floats | float = 1.0
+    warps: Mapping[str, list[int]] = field(default_factory=dict)
+    """Names in `WARPS`, and the columns that go through them."""
+
+    @property
+    def as_stored(self) -> bool:
+        """Whether nothing is done to the values."""
+        return not self.warps and isinstance(self.shift, float) and (self.shift, self.divisor) == (0.0, 1.0)
 
     def chunks(self, part: Part) -> Iterator[tuple[int, Floats]]:
         """Chunks of the part, each with its first position."""
         for start, chunk in chunks(self.x, part):
             yield start, self.scale(chunk)
+
+    def affine(self) -> tuple[Floats, Floats]:
+        """Shift and divisor of every feature, `(*row)`."""
+        shift, divisor = (np.broadcast_to(part, self.x.shape[1:]) for part in (self.shift, self.divisor))
+        return shift, divisor
 
     def of(self, part: Part) -> Floats:
         """A part that is small enough to copy, at once."""
@@ -41,7 +53,12 @@ class Scaled:
 
     def scale(self, chunk: Array) -> Floats:
         """Stored values as they are seen."""
-        return (chunk.astype(np.float64) - self.shift) / self.divisor
+        values = chunk.astype(np.float64)
+        for name, columns in self.warps.items():
+            values[..., columns] = WARPS[name](values[..., columns])
+        values -= self.shift
+        values /= self.divisor
+        return values
 
     def apply(self, part: Part, rule: Rule) -> NDArray[np.float32]:
         """The part as float32 (rows, *shape), after a rule."""
@@ -57,6 +74,8 @@ def scaled(scale: Scale, rows: Rows, x: AnyArray, train: Part) -> Scaled:
     Raises:
         DataError: ``unit`` without a known largest level; ``standardise`` with a constant column.
     """
+    if rows.table:
+        return _table(rows, x, train)
     if scale == "raw":
         return Scaled(x)
     if scale == "standardise":
@@ -79,6 +98,59 @@ def _standardised(x: AnyArray, train: Part) -> Scaled:
             f"({len(constant)} such columns in all). Drop them, or use another scale."
         )
     return Scaled(x, mean, np.sqrt(variance))
+
+
+def _table(rows: Rows, x: AnyArray, train: Part) -> Scaled:
+    """Every column by its own transform, fitted on what is there of it in the training rows.
+
+    Raises:
+        DataError: a column has no value in train, or a standardised one is constant there.
+    """
+    columns = rows.table.values()
+    warps = {name: [i for i, column in enumerate(columns) if column.warp == name] for name in WARPS}
+    warped = Scaled(x, warps={name: places for name, places in warps.items() if places})
+    low, high = extremes(x, train)
+    chosen = np.array([column.is_standardised for column in columns])
+    for place, (name, column) in enumerate(rows.table.items()):
+        if np.isnan(low[place]):
+            raise DataError(f"data.columns.{name!r}: expected values in train; got none, all are missing. Drop it.")
+        if chosen[place] and low[place] == high[place]:
+            raise DataError(
+                f"data.columns.{name!r}: expected a column that varies in train; got {low[place]:g} alone. Drop it, or "
+                f'set transform = "none".'
+            )
+    mean = _mean_of_present(warped, train, 0.0, power=1)
+    variance = _mean_of_present(warped, train, mean, power=2)
+    return Scaled(x, np.where(chosen, mean, 0.0), np.where(chosen, np.sqrt(variance), 1.0), warped.warps)
+
+
+def _mean_of_present(data: Scaled, part: Part, centre: Floats | float, power: int) -> Floats:
+    """Mean of ``(x - centre) ** power`` of every column, over what is not missing."""
+    total, count = np.zeros(data.x.shape[1:]), np.zeros(data.x.shape[1:])
+    for _, chunk in data.chunks(part):
+        missing = np.isnan(chunk)
+        chunk -= centre
+        chunk[missing] = 0.0
+        chunk **= power
+        total += chunk.sum(0)
+        count += len(chunk) - missing.sum(0)
+    return total / count
+
+
+def logit(p: Floats) -> Floats:
+    """log(p / (1 - p))."""
+    return np.log(p) - np.log1p(-p)
+
+
+def expit(x: Floats) -> Floats:
+    """1 / (1 + exp(-x))."""
+    return np.exp(-np.logaddexp(0.0, -x))
+
+
+WARPS: Mapping[str, Callable[[Floats], Floats]] = {"log": np.log, "log1p": np.log1p, "logit": logit}
+"""What columns of a table may go through before they are standardised."""
+UNWARPS: Mapping[str, Callable[[Floats], Floats]] = {"log": np.exp, "log1p": np.expm1, "logit": expit}
+"""Their inverses."""
 
 
 def extremes(x: AnyArray, part: Part) -> tuple[Array, Array]:

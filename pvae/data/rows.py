@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import combinations
 from math import prod
 
@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pvae.data.arrays import AnyArray, Array, Joined
+from pvae.data.columns import Column
 from pvae.data.declared import Splits
 from pvae.errors import DataError
 
@@ -33,6 +34,7 @@ class Rows:
         label_names: a name for each label.
         name: what messages call the array.
         notes: what is worth knowing and no error.
+        table: the columns of a table, (n, columns), in which those that are masked may hold NaN.
 
     Raises:
         DataError: no rows, values that are not real numbers, NaN or infinity, labels that do not fit.
@@ -45,15 +47,21 @@ class Rows:
     label_names: tuple[str, ...] | None = None
     name: str = "x"
     notes: tuple[str, ...] = ()
+    table: Mapping[str, Column] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        check_array(self.x, self.name)
+        check_array(self.x, self.name, [column.missing == "mask" for column in self.table.values()])
         if self.y is not None:
             check_labels(self.y, len(self.x), self.name)
 
 
-def check_array(x: AnyArray, name: str) -> None:
+def check_array(x: AnyArray, name: str, masked: Sequence[bool] = ()) -> None:
     """Refuse what is not a non-empty array of finite real numbers.
+
+    Arguments:
+        x: the array.
+        name: what messages call it.
+        masked: of a table, which columns may hold NaN.
 
     Raises:
         DataError: see above; the message says which array, row and column.
@@ -63,11 +71,11 @@ def check_array(x: AnyArray, name: str) -> None:
     if x.ndim == 0 or x.size == 0:
         raise DataError(f"{name}: expected an array (rows, ...) with at least one row; got shape {x.shape}.")
     if x.dtype.kind == "f":
-        check_finite(x, name)
+        check_finite(x, name, masked)
 
 
-def check_finite(x: AnyArray, name: str) -> None:
-    """Refuse NaN, infinity, and what overflows float32.
+def check_finite(x: AnyArray, name: str, masked: Sequence[bool] = ()) -> None:
+    """Refuse NaN (but in columns that are masked), infinity, and what overflows float32.
 
     Raises:
         DataError: with the first row and column, and how many there are.
@@ -76,6 +84,8 @@ def check_finite(x: AnyArray, name: str) -> None:
     for start, chunk in chunks(x, range(len(x))):
         with np.errstate(over="ignore", invalid="ignore"):
             bad = ~np.isfinite(chunk.astype(np.float32))
+        if any(masked):
+            bad &= ~(np.isnan(chunk) & np.array(masked))
         if first is None and bad.any():
             row, *column = (int(i) for i in np.argwhere(bad)[0])
             first = (start + row, column, chunk[(row, *column)])
@@ -191,7 +201,9 @@ def tenths(rows: int, missing: Sequence[str], seed: int) -> dict[str, Part]:
     return {"train": np.sort(order[len(missing) * size :]), **parts}
 
 
-def joined(given: Mapping[str, tuple[AnyArray, Array | None]], seed: int) -> Rows:
+def joined(
+    given: Mapping[str, tuple[AnyArray, Array | None]], seed: int, label_names: Sequence[str] | None = None
+) -> Rows:
     """One array from "train" and the splits that are given; the others are tenths of "train".
 
     Raises:
@@ -212,7 +224,8 @@ def joined(given: Mapping[str, tuple[AnyArray, Array | None]], seed: int) -> Row
     x = _one_after_another([given[name][0] for name in order])
     labels = [y for name in order if (y := given[name][1]) is not None]
     largest = 255.0 if x.dtype == np.uint8 else None
-    return Rows(x, np.concatenate(labels) if labels else None, parts, largest)
+    y = np.concatenate(labels) if labels else None
+    return Rows(x, y, parts, largest, tuple(label_names) if label_names else None)
 
 
 def _one_after_another(arrays: Sequence[AnyArray]) -> AnyArray:

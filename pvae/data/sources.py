@@ -130,7 +130,9 @@ def _read_archive(collection: Collection, data_dir: Path | None) -> dict[str, Ar
         path = folder / collection.archive
         if path.is_file():
             arrays = read_arrays(path, KEYS)
-            return {key: _checked_array(np.asarray(arrays[key]), file, path, key) for key, file in collection.files.items()}
+            return {
+                key: _checked_array(np.asarray(arrays[key]), file, path, key) for key, file in collection.files.items()
+            }
     return None
 
 

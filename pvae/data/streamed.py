@@ -22,7 +22,7 @@ from pvae import seeds
 from pvae.data.arrays import Stored
 from pvae.data.declared import Binarize
 from pvae.data.prepare import PUBLISHED_SEED, BlockRule, Scaled, require_unit
-from pvae.data.rows import SPLITS, Part, chunks
+from pvae.data.rows import SPLITS, Part, chunks, rows_of
 from pvae.errors import DataError
 
 BLOCK_BYTES = 2**21
@@ -51,7 +51,7 @@ class Survey:
 
 def survey(rows: Scaled, part: Part, binarize: Binarize) -> Survey:
     """Look at every stored value of a part once."""
-    prepared = (str(rows.x.dtype), rows.x.shape[1:], binarize)
+    prepared = (str(rows.x.dtype), rows.x.shape[1:], binarize, dict(rows.warps))
     digest = hashlib.sha256(repr(prepared).encode())
     for number in (rows.shift, rows.divisor):
         digest.update(np.asarray(number, np.float64).tobytes())
@@ -192,8 +192,9 @@ class Streamed:
 
     def _read(self, number: int) -> NDArray[Any]:
         part = self.part[number * self.block : (number + 1) * self.block]
-        chunk = self.rows.of(part)
-        return chunk if self.rule is None else self.rule(chunk, number)
+        if self.rule is not None:
+            return self.rule(self.rows.of(part), number)
+        return rows_of(self.rows.x, part) if self.rows.as_stored else self.rows.of(part)
 
     def order(self, seed: int, epoch: int) -> Tensor | WindowOrder:
         """The order of the rows in an epoch; slices of it are row numbers."""

@@ -1,0 +1,172 @@
+"""Text with a cell for every column: its header, and its records in pieces, each checked before anything parses it."""
+
+from __future__ import annotations
+
+import csv
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pvae.errors import DataError, printable
+
+PIECE_BYTES = 2**22
+MAX_HEADER_BYTES = 2**20
+MAX_RECORD_BYTES = 2**24
+QUOTE, NEWLINE = ord('"'), ord("\n")
+BOM = b"\xef\xbb\xbf"
+
+
+@dataclass(frozen=True)
+class Header:
+    """The names of the columns, and where the rows begin."""
+
+    names: list[str]
+    bytes: int
+    lines: int
+
+
+@dataclass(frozen=True, eq=False)
+class Piece:
+    """Whole records, each with as many cells as the header.
+
+    Arguments:
+        text: UTF-8 without NUL, lines ended by a line feed, empty lines left out where there are several columns.
+        lines: of the file, counted from 1, on which every record begins.
+    """
+
+    text: bytes
+    lines: NDArray[np.int64]
+
+
+def shown(text: str) -> str:
+    """A cell or a name in a message: quoted, its control characters escaped, and not too long."""
+    return repr(printable(text if len(text) <= 60 else text[:57] + "..."))
+
+
+def read_header(path: Path, separator: str) -> Header:
+    """The first record of a file.
+
+    Raises:
+        DataError: the file is empty or no text; the record is too long, or names a column twice.
+    """
+    with path.open("rb") as file:
+        start = file.read(MAX_HEADER_BYTES + 1)
+    if not start.removeprefix(BOM).strip():
+        raise DataError(f"{path}: expected a line of column names; got an empty file.")
+    marks = np.frombuffer(start, np.uint8)
+    ends = np.flatnonzero((marks == NEWLINE) & ~_quoted(marks))
+    if not len(ends) and len(start) > MAX_HEADER_BYTES:
+        raise DataError(f"{path}, line 1: expected column names in at most {MAX_HEADER_BYTES >> 20} MiB; got more.")
+    size = int(ends[0]) + 1 if len(ends) else len(start)
+    text = _decoded(start[:size], path, 1).removeprefix("\ufeff").rstrip("\r\n")
+    names = next(csv.reader([*text.splitlines(keepends=True)], delimiter=separator), [])
+    name, times = Counter(names).most_common(1)[0] if names else ("", 0)
+    if times > 1:
+        raise DataError(f"{path}, line 1: expected every column to be named once; got {shown(name)} {times} times.")
+    return Header(names, size, start[:size].count(b"\n"))
+
+
+def read_pieces(path: Path, header: Header, separator: str) -> Iterator[Piece]:
+    """The records below the header, a few MiB at a time.
+
+    Raises:
+        DataError: with the line: not UTF-8, a NUL, a record with another number of cells than the header, a quote in
+            the middle of a cell or never closed, a record that is too long.
+    """
+    width, line, rest = len(header.names), header.lines + 1, b""
+    with path.open("rb") as file:
+        file.seek(header.bytes)
+        while block := file.read(PIECE_BYTES) or (b"\n" if rest else b""):  # a last line may lack its end
+            whole, rest = _split(rest + block, path, line)
+            if not whole and block == b"\n":
+                raise DataError(f"{path}, line {line}: expected a closing quote; got the end of the file.")
+            if whole:
+                text = _cleaned(whole, path, line)
+                yield _piece(text, width, ord(separator), path, line)
+                line += text.count(b"\n")
+
+
+def _split(block: bytes, path: Path, line: int) -> tuple[bytes, bytes]:
+    """The records that end in a block, and the beginning of the next one."""
+    marks = np.frombuffer(block, np.uint8)
+    ends = np.flatnonzero((marks == NEWLINE) & ~_quoted(marks)) if b'"' in block else None
+    size = block.rfind(b"\n") + 1 if ends is None else int(ends[-1]) + 1 if len(ends) else 0
+    if len(block) - size > MAX_RECORD_BYTES:
+        raise DataError(
+            f"{path}, line {_line(block, size, line)}: expected a record of at most "
+            f"{MAX_RECORD_BYTES >> 20} MiB; got a longer one. Close its quotes."
+        )
+    return block[:size], block[size:]
+
+
+def _line(text: bytes, place: int, first: int) -> int:
+    """The line of the file in which a byte stands."""
+    return first + text.count(b"\n", 0, place)
+
+
+def _quoted(marks: NDArray[np.uint8]) -> NDArray[np.bool_]:
+    """Which bytes stand between quotes; the closing ones do not."""
+    return np.cumsum(marks == QUOTE, dtype=np.int32) % 2 == 1
+
+
+def _cleaned(text: bytes, path: Path, line: int) -> bytes:
+    """Text that is sound, its lines ended by a line feed."""
+    _decoded(text, path, line)
+    if b"\r" in text:
+        text = text.replace(b"\r\n", b"\n")
+    if b"\r" in text:
+        at = _line(text, text.index(b"\r"), line)
+        raise DataError(f"{path}, line {at}: expected lines that end in a line feed; got a carriage return alone.")
+    return text
+
+
+def _decoded(text: bytes, path: Path, line: int) -> str:
+    if b"\0" in text:
+        at = _line(text, text.index(b"\0"), line)
+        raise DataError(f"{path}, line {at}: expected text; got a NUL byte. Save it as UTF-8.")
+    try:
+        return text.decode("utf-8")
+    except UnicodeDecodeError as error:
+        at = _line(text, error.start, line)
+        raise DataError(
+            f"{path}, line {at}: expected UTF-8; got the byte 0x{text[error.start]:02x}. Save it as UTF-8."
+        ) from None
+
+
+def _piece(text: bytes, width: int, separator: int, path: Path, line: int) -> Piece:
+    """Count the cells of every record."""
+    marks = np.frombuffer(text, np.uint8)
+    newlines, separators = marks == NEWLINE, marks == separator
+    before = None
+    if b'"' in text:
+        inside = _quoted(marks)
+        _refuse_stray(marks, inside, separator, path, line)
+        before = np.cumsum(newlines)
+        newlines, separators = newlines & ~inside, separators & ~inside
+    ends = np.flatnonzero(newlines)
+    starts = np.concatenate([[0], ends[:-1] + 1])
+    lines = line + (np.arange(len(ends)) if before is None else np.concatenate([[0], before[ends[:-1]]]))
+    cells = np.diff(np.cumsum(separators, dtype=np.int32)[ends], prepend=0) + 1
+    empty = (starts == ends) if width > 1 else np.zeros(len(ends), bool)
+    wrong = np.flatnonzero((cells != width) & ~empty)
+    if len(wrong):
+        raise DataError(
+            f"{path}, line {lines[wrong[0]]}: expected {width} cells, as the header has; got {cells[wrong[0]]}."
+        )
+    if empty.any():
+        text = b"".join(text[a : b + 1] for a, b, gone in zip(starts, ends, empty, strict=True) if not gone)
+    return Piece(text, lines[~empty])
+
+
+def _refuse_stray(marks: NDArray[np.uint8], inside: NDArray[np.bool_], separator: int, path: Path, line: int) -> None:
+    """Quotes stand around whole cells: an opening one follows a separator, a new line or a closing one."""
+    opening = np.flatnonzero((marks == QUOTE) & inside)
+    before = np.where(opening > 0, marks[opening - 1], NEWLINE)
+    stray = opening[(before != separator) & (before != NEWLINE) & (before != QUOTE)]
+    if len(stray):
+        at = line + int((marks[: stray[0]] == NEWLINE).sum())
+        raise DataError(f"{path}, line {at}: expected quotes around a whole cell; got one in the middle. Double it.")

@@ -1,0 +1,273 @@
+"""Data that Python objects hold: tensors, arrays, sparse matrices, torch's datasets, AnnData and its like."""
+
+from __future__ import annotations
+
+import tempfile
+import weakref
+from collections.abc import Iterator, Mapping, Sequence, Sized
+from typing import IO, Any
+
+import numpy as np
+import torch
+from scipy.sparse import issparse
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import Dataset as TorchDataset
+
+from pvae.data.arrays import AnyArray, Array, Index, SparseRows, Stored
+from pvae.data.cache import cache_folder
+from pvae.data.files import BLOCK_BYTES, require_room
+from pvae.data.rows import SPLITS, Rows, joined, tenths
+from pvae.errors import DataError, OutputError, StorageError, near
+
+GAP = 4
+"""Rows that are read, of which one is wanted, before they are better fetched one by one."""
+
+
+def as_array(values: Any, name: str) -> AnyArray:
+    """A tensor, an array-like, or a sparse matrix (whose rows are made dense when they are read).
+
+    Raises:
+        DataError: it is none of these.
+    """
+    if isinstance(values, Stored):
+        return values
+    if issparse(values):
+        if values.ndim != 2:
+            raise DataError(f"{name}: expected a sparse matrix (rows, features); got shape {values.shape}.")
+        return SparseRows(values)
+    if isinstance(values, Tensor):
+        values = values.detach().cpu()
+        return np.asarray(values.float() if values.dtype is torch.bfloat16 else values)
+    try:
+        return np.asarray(values)
+    except (ValueError, TypeError) as error:
+        raise DataError(f"{name}: expected an array; got {error}.") from error
+
+
+def is_bare(data: Any) -> bool:
+    """Whether data are bare numbers (n,)."""
+    return not isinstance(data, TorchDataset) and not is_anndata(data) and np.ndim(data) == 1
+
+
+# torch
+
+
+class Spool(Stored):
+    """Rows in a file without a name, which is gone with the last array over it, however the process ends.
+
+    Arguments:
+        file: the open file, at any position.
+        dtype: of a value.
+        shape: (n, *row).
+    """
+
+    def __init__(self, file: Opened, dtype: np.dtype[Any], shape: tuple[int, ...]) -> None:
+        self.file, self.dtype, self.shape = file, dtype, shape
+
+    def read(self, index: Index) -> Array:
+        """See `Stored.read`."""
+        return np.array(np.memmap(self.file.file, self.dtype, "r", 0, self.shape)[index])
+
+    def reshape(self, *shape: int) -> Spool:
+        """See `Stored.reshape`."""
+        return Spool(self.file, self.dtype, shape)
+
+
+class Opened:
+    """A file without a name in the cache folder, closed when nothing refers to it any more."""
+
+    def __init__(self) -> None:
+        try:
+            cache_folder().mkdir(parents=True, exist_ok=True)
+            self.file: IO[bytes] = tempfile.TemporaryFile(dir=cache_folder())
+        except OSError as error:
+            raise OutputError(
+                f"Expected a cache folder at {cache_folder()}; got {error}. Set XDG_CACHE_HOME."
+            ) from error
+        weakref.finalize(self, self.file.close)
+
+    def append(self, rows: Array) -> None:
+        """Write some rows.
+
+        Raises:
+            StorageError: the disk is full.
+        """
+        try:
+            self.file.write(np.ascontiguousarray(rows).data)
+            self.file.flush()
+        except OSError as error:
+            raise StorageError(f"{cache_folder()}: expected room for the rows; got {error}. Free some.") from error
+
+
+def torch_rows(given: Mapping[str, Any], stream: bool, seed: int, label_names: Sequence[str] | None) -> Rows:
+    """The rows of torch's datasets, one for each split that is given.
+
+    Raises:
+        DataError: see `collected`.
+    """
+    parts = {name: collected(dataset, name, stream) for name, dataset in given.items()}
+    return joined(parts, seed, label_names)
+
+
+def collected(dataset: Any, name: str, stream: bool) -> tuple[AnyArray, Array | None]:
+    """Every item of a dataset, in its order: x (n, ...) and labels (n,), or None.
+
+    Arguments:
+        dataset: map-style or iterable, of items x, (x,), (x, y), or a mapping with "x" and perhaps "y".
+        name: of the split, for messages.
+        stream: write x to a temporary file in the cache folder, a few MiB at a time, instead of keeping it in memory.
+
+    Raises:
+        DataError: no items, items of unlike shapes or types, or too many for memory.
+    """
+    blocks: list[Array] = []
+    labels: list[Any] = []
+    file, rows, last = Opened() if stream else None, 0, None
+    for x, y in _blocks(dataset, name):
+        rows, last = rows + len(x), x
+        labels += y
+        if file is not None:
+            file.append(x)
+        else:
+            require_room((rows, *x.shape[1:]), x.dtype, name, "Pass stream=True to Dataset.from_torch.")
+            blocks.append(x)
+    if last is None:
+        raise DataError(f"{name}: expected a dataset of at least one item; got none.")
+    known = [label for label in labels if label is not None]
+    if known and len(known) < rows:
+        raise DataError(f"{name}: expected a label with every item or with none; got {len(known)} with {rows} items.")
+    held = np.concatenate(blocks) if file is None else Spool(file, last.dtype, (rows, *last.shape[1:]))
+    return held, np.asarray(as_array(known, f"Labels of {name}")) if known else None
+
+
+def _blocks(dataset: Any, name: str) -> Iterator[tuple[Array, list[Any]]]:
+    """Items stacked, a few MiB at a time."""
+    first, xs, ys = None, list[Array](), list[Any]()
+    for number, item in enumerate(_items(dataset, name)):
+        x, y = _parted(item, f"{name}, item {number}")
+        first = x if first is None else first
+        if (x.shape, x.dtype) != (first.shape, first.dtype):
+            raise DataError(
+                f"{name}, item {number}: expected {first.shape} {first.dtype}, as item 0; got {x.shape} {x.dtype}."
+            )
+        xs.append(x)
+        ys.append(y)
+        if len(xs) * max(1, x.nbytes) >= BLOCK_BYTES:
+            yield np.stack(xs), ys
+            xs, ys = [], []
+    if xs:
+        yield np.stack(xs), ys
+
+
+def _items(dataset: Any, name: str) -> Iterator[Any]:
+    if isinstance(dataset, DataLoader):
+        raise DataError(f"{name}: expected a dataset; got a DataLoader, which batches it. Pass its .dataset.")
+    if isinstance(dataset, IterableDataset):
+        return iter(dataset)
+    if not isinstance(dataset, TorchDataset) or not isinstance(dataset, Sized):
+        raise DataError(f"{name}: expected a torch Dataset with a length, or an IterableDataset; got {type(dataset)}.")
+    return (dataset[number] for number in range(len(dataset)))
+
+
+def _parted(item: Any, where: str) -> tuple[Array, Any]:
+    if isinstance(item, Mapping):
+        if "x" not in item:
+            raise DataError(f'{where}: expected "x" and perhaps "y"; got {", ".join(map(str, item))}.')
+        x, y = item["x"], item.get("y")
+    elif isinstance(item, tuple | list) and len(item) in (1, 2):
+        x, y = (*item, None)[:2]
+    elif isinstance(item, tuple | list):
+        raise DataError(f"{where}: expected x, (x, y) or a mapping; got {len(item)} values. Wrap the dataset.")
+    else:
+        x, y = item, None
+    array = np.asarray(as_array(x, where))
+    return array, y.item() if isinstance(y, Tensor) and y.numel() == 1 else y
+
+
+# AnnData
+
+
+class Sliced(Stored):
+    """Rows of whatever gives some when it is sliced, as an HDF5 dataset does; sparse ones are made dense.
+
+    Arguments:
+        source: with a shape, a type, slices, and rows of ascending numbers.
+        row: shape of a row, if not the source's.
+    """
+
+    def __init__(self, source: Any, row: tuple[int, ...] | None = None) -> None:
+        self.source = source
+        self.shape = (source.shape[0], *(tuple(source.shape[1:]) if row is None else row))
+        self.dtype = np.dtype(source.dtype)
+
+    def read(self, index: Index) -> Array:
+        """See `Stored.read`."""
+        try:
+            rows = self._rows(index)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise DataError(f"Expected the rows of an open file; got {error}. Keep it open.") from error
+        return rows.reshape(len(rows), *self.shape[1:])
+
+    def _rows(self, index: Index) -> Array:
+        if isinstance(index, slice) or not len(index):
+            return self._dense(self.source[index if isinstance(index, slice) else slice(0, 0)])
+        low, high = int(index[0]), int(index[-1]) + 1
+        if high - low <= GAP * len(index):
+            return self._dense(self.source[low:high])[index - low]
+        return self._dense(self.source[index])
+
+    @staticmethod
+    def _dense(rows: Any) -> Array:
+        return np.asarray(rows.toarray() if issparse(rows) else rows)
+
+    def reshape(self, *shape: int) -> Sliced:
+        """See `Stored.reshape`."""
+        return Sliced(self.source, shape[1:])
+
+
+def is_anndata(data: Any) -> bool:
+    """Whether an object looks like AnnData: a matrix `X` and a table `obs` of what is known of its rows."""
+    return hasattr(data, "X") and hasattr(data, "obs")
+
+
+def anndata_rows(adata: Any, layer: str | None, labels: str | None, seed: int) -> Rows:
+    """The rows of an AnnData-like object, with seeded tenths to validate and to test.
+
+    Raises:
+        DataError: no such layer or column; labels are missing or not whole numbers or names; see `Rows`.
+    """
+    name = "X" if layer is None else f"layers[{layer!r}]"
+    x = _matrix(adata, layer, name)
+    y, label_names = _labels(adata.obs, labels) if labels is not None else (None, None)
+    parts = tenths(x.shape[0], SPLITS[1:], seed) if x.ndim and x.size else {}
+    return Rows(x, y, parts, 255.0 if x.dtype == np.uint8 else None, label_names, name)
+
+
+def _matrix(adata: Any, layer: str | None, name: str) -> AnyArray:
+    if layer is not None and layer not in adata.layers:
+        held = list(adata.layers)
+        raise DataError(f"Expected a layer, {', '.join(held) or 'none there'}; got {layer!r}{near(layer, held)}.")
+    matrix = adata.X if layer is None else adata.layers[layer]
+    if matrix is None:
+        raise DataError(f"{name}: expected a matrix; got none. Name a layer.")
+    if isinstance(matrix, np.ndarray | Stored | Tensor) or issparse(matrix):
+        return as_array(matrix, name)
+    return Sliced(matrix)
+
+
+def _labels(obs: Any, column: str) -> tuple[Array, tuple[str, ...] | None]:
+    import pandas as pd
+
+    if column not in obs:
+        names = [str(name) for name in obs]
+        raise DataError(f"Expected a column of obs, {', '.join(names)}; got {column!r}{near(column, names)}.")
+    values = pd.Series(obs[column])
+    if missing := int(values.isna().sum()):
+        raise DataError(f"obs[{column!r}]: expected a label for every row; got none for {missing}. Drop those rows.")
+    if pd.api.types.is_integer_dtype(values.dtype):
+        return values.to_numpy(np.int64), None
+    if pd.api.types.is_float_dtype(values.dtype):
+        raise DataError(f"obs[{column!r}]: expected categories, names or integers; got {values.dtype}. Make it one.")
+    categories = values.astype("category").cat
+    return categories.codes.to_numpy(np.int64), tuple(map(str, categories.categories))

@@ -1,0 +1,685 @@
+"""Faults injected for real: full disks, kills, lost memory, hostile names, absurd sizes; exit codes; one JSON document.
+
+Rows of the table in tests/README.md are named in the docstrings; the last section checks that the table is whole.
+"""
+
+from __future__ import annotations
+
+import ast
+import csv
+import json
+import os
+import re
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import typer.main
+from rich.text import Text
+from torch import Tensor
+
+import pvae
+from pvae import cli, memory
+from pvae.analysis.report import report
+from pvae.cli.app import app, say, tell
+from pvae.data import Dataset
+from pvae.errors import EXIT_CODES, DataError, DeclarationError, DeviceError, PvaeError, StorageError, printable
+from pvae.objectives import Loss
+from pvae.rundir import RunDirectory
+from pvae.spec import Experiment
+from pvae.trainer import Trainer
+from tests.test_cli import TINY, npz, run_cli
+from tests.test_svi import Fragile as TwoNumbers
+from tests.test_svi import assert_same, fit, fit_pair, last_weights, tiny
+
+HERE = Path(__file__).parent
+FEW = {"epochs": 6, "batch_size": 1000}
+"""Six steps, each an epoch with a checkpoint."""
+
+
+@contextmanager
+def disk_full(size: int) -> Iterator[None]:
+    """Every write beyond so many bytes of a file fails, as on a full disk, in this process and for a while."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with one finished run called vae, that nobody changes."""
+    folder = tmp_path_factory.mktemp("runs")
+    pvae.fit("vae", *TINY, "train.epochs=2", run_dir=folder, device="cpu", progress=False)
+    return folder
+
+
+# ---------------------------------------------------------------------- killed
+
+
+def test_kills_at_random_moments_change_nothing() -> None:
+    """FAULTS 1, 10, 41: the soak in small; one process writes, and one that dies leaves what the next goes on with."""
+    command = [sys.executable, str(HERE / "soak" / "kills.py"), "--kills", "6", "--seed", "1"]
+    environment = {**os.environ, "PYTHONPATH": str(HERE.parent)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.startswith("6 kills in 1 rounds")
+    assert "bit for bit" in done.stdout
+
+
+def test_a_run_killed_before_its_first_step_says_so(tmp_path: Path) -> None:
+    """FAULTS 1, 6: no manifest yet of what was to be fitted."""
+    run = RunDirectory.create(tmp_path, "vae")
+    run.write_spec(tiny().to_toml())
+    with pytest.raises(DataError, match="stopped before its first step. Fit it anew"):
+        pvae.resume(run.path, device="cpu", progress=False)
+
+
+# ---------------------------------------------------------------------- full disks
+
+
+@pytest.mark.parametrize("made_room", [True, False])
+def test_checkpoints_on_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, made_room: bool) -> None:
+    """FAULTS 2: the old one stays and the next occasion is taken; only at the end is it an error, 74."""
+    whole = fit(tiny(**FEW), tmp_path / "whole")
+    naps: list[float] = []
+    monkeypatch.setattr(time, "sleep", naps.append)
+    original, (soft, hard) = Trainer._end_of_epoch, resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def fills(self: Trainer, *arguments: Any) -> None:
+        original(self, *arguments)
+        limits = {2: 8192, 5: soft if made_room else 8192}
+        if self.state.epoch in limits:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limits[self.state.epoch], hard))
+
+    monkeypatch.setattr(Trainer, "_end_of_epoch", fills)
+    with disk_full(soft):  # puts the limit back
+        if made_room:
+            fit(tiny(**FEW), tmp_path / "full")
+        else:
+            with pytest.raises(StorageError, match="File too large.*Earlier checkpoints are untouched") as caught:
+                fit(tiny(**FEW), tmp_path / "full")
+            assert caught.value.exit_code == 74
+    monkeypatch.undo()
+    (folder,) = (tmp_path / "full").glob("*/*")
+    run = pvae.Run.load(folder)
+    told = [event for event in run.files.events() if event["kind"] == "storage"]
+    assert len(told) == (3 if made_room else 7)
+    assert naps == ([] if made_room else [0.1, 0.5, 2.0])
+    assert len(run.files.alerts()) >= 3
+    assert run.status["state"] == ("finished" if made_room else "failed")
+    assert run.checkpoint.step == (6 if made_room else 2)
+    assert not [*(folder / "checkpoints").glob(".*")]
+    done = pvae.resume(run, device="cpu", progress=False)
+    assert_same(last_weights(whole), last_weights(done))
+
+
+def test_metrics_on_a_full_disk_do_not_stop_a_fit(tmp_path: Path) -> None:
+    """FAULTS 3: the run is marked, an alert says so, and the weights are there."""
+    with disk_full(4096):
+        run = fit_pair(TwoNumbers(), tmp_path, "train.epochs=40", "train.engine=eager")
+    assert run.status["state"] == "finished"
+    assert run.status["epoch"] == 40
+    assert run.status["degraded"] == "metrics.jsonl could not be written: File too large"
+    assert 2 < len(run.files.metrics_rows()) < 80
+    assert any("the record of this run has gaps: metrics.jsonl" in line for line in run.files.alerts())
+
+
+def test_a_report_on_a_full_disk_leaves_the_old_one(runs: Path) -> None:
+    """FAULTS 3, 44: 74, and nothing half written."""
+    run = pvae.Run.load("vae", root=runs)
+    page = report(run, samples=1, evidence_samples=2)
+    before = {path: path.read_bytes() for path in page.parent.iterdir()}
+    with disk_full(2000), pytest.raises(StorageError, match="What stood there is unchanged") as caught:
+        report(run, samples=2, evidence_samples=2)
+    assert caught.value.exit_code == 74
+    assert {path: path.read_bytes() for path in page.parent.iterdir()} == before
+
+
+def test_two_reports_at_once_are_both_whole(runs: Path) -> None:
+    """FAULTS 44: the one that ends last stands, whole."""
+    run = pvae.Run.load("vae", root=runs)
+    alone = report(run, samples=1, evidence_samples=2).read_bytes()
+    others: list[bytes] = []
+
+    def interleaved(done: int, total: int, _what: str) -> None:
+        if done == total - 1 and not others:
+            others.append(report(run, samples=2, evidence_samples=2).read_bytes())
+
+    page = report(run, samples=1, evidence_samples=2, on_progress=interleaved)
+    assert page.read_bytes() == alone != others[0]
+    assert others[0].rstrip().endswith(b"</html>")
+    assert not [path for path in page.parent.iterdir() if path.name.startswith(".tmp")]
+
+
+def test_standard_output_on_a_full_disk_is_74(runs: Path) -> None:
+    """FAULTS 42: the output goes where nothing fits, and nobody reads it: said, without a traceback."""
+    shell = f"{sys.executable} -m pvae list > /dev/full; echo $?; {sys.executable} -m pvae list | true; "
+    done = subprocess.run(["bash", "-c", shell + "echo ${PIPESTATUS[0]}"], capture_output=True, text=True, timeout=60)
+    assert done.stdout.split() == ["74", "141"] or done.stdout.split() == ["74", "0"]  # the list may fit into the pipe
+    assert "expected to be read or written; got No space left on device" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+# ---------------------------------------------------------------------- another machine, another declaration
+
+
+def test_another_device_and_thread_count_are_listed(tmp_path: Path) -> None:
+    """FAULTS 11: what is no longer exact, and the flag that accepts it."""
+    run = fit(tiny(epochs=2), tmp_path)
+    manifest = run.files.manifest
+    run.files.write_manifest({**manifest, "device": "cuda", "threads": 77})
+    run.files.update_status(state="interrupted")
+    with pytest.raises(DeclarationError, match="device = 'cuda'; got 'cpu'") as caught:
+        pvae.resume(run.path, device="cpu", progress=False)
+    assert "threads = 77" in str(caught.value)
+    assert "--allow-changes" in str(caught.value)
+    done = pvae.resume(run.path, device="cpu", allow_changes=True, progress=False)
+    assert done.status["state"] == "finished"
+    assert [event for event in done.files.events() if event["kind"] == "changed"]
+
+
+# ---------------------------------------------------------------------- alerts
+
+
+def alerts_of(experiment: Experiment, where: Path, **options: Any) -> str:
+    """All alerts of a fit that finished, as one text."""
+    run = fit(experiment, where, **options)
+    assert run.status["state"] == "finished"
+    assert [event["kind"] for event in run.files.events()].count("alert") == len(run.files.alerts())
+    return "\n".join(run.files.alerts())
+
+
+def test_scales_at_their_bounds_are_an_alert(tmp_path: Path) -> None:
+    """FAULTS 21: the floors are declared, and a scale that stands at one is told."""
+    quick = {"epochs": 4, "optimizer": {"kind": "adam", "lr": 0.01}}
+    low = tiny(**quick).with_overrides("latents.z.posterior.log_variance=[-0.2, 6.0]")
+    assert re.search(r"guide\.z: \d+% of the scales stand at their floor, 0\.905", alerts_of(low, tmp_path))
+    high = tiny(**quick).with_overrides("latents.z.posterior.log_variance=[-12.0, -6.0]")
+    assert re.search(r"guide\.z: \d+% of the scales stand at their ceiling, 0\.0498", alerts_of(high, tmp_path))
+    normal = tiny(**quick).with_overrides(
+        'decoder.likelihood={kind="normal", value=0.35, floor=0.34}', "data.binarize=none"
+    )
+    assert "model.x: 100% of the scales stand at their floor, 0.34" in alerts_of(normal, tmp_path)
+    assert alerts_of(tiny(**quick), tmp_path) == ""
+
+
+def test_collapse_and_dead_codes_are_alerts_and_no_errors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """FAULTS 22: an event and a line; `--strict` makes of it exit code 3."""
+    asleep = ["fit", "vae", *TINY, "train.epochs=8", "train.optimizer.lr=0.01", "objective.beta=1000"]
+    where = ["--quiet", "--run-dir", str(tmp_path), "--device", "cpu"]
+    out, _ = run_cli(*asleep, *where, capsys=capsys)
+    assert "1 alerts, see events.jsonl" in out
+    _, err = run_cli(*asleep, *where, "--strict", capsys=capsys, code=3)
+    assert "alert: z has collapsed onto its prior" in err
+    assert "Traceback" not in err
+    assert pvae.Run.load("latest", root=tmp_path).status["state"] == "finished"
+    run_cli("resume", "latest", "--run-dir", str(tmp_path), "--strict", capsys=capsys, code=3)
+    idle = alerts_of(Experiment.load("vq_vae", [*DEAD, "train.epochs=1"]), tmp_path)
+    assert re.search(r"c: \d+ of 256 codes are dead", idle)
+
+
+DEAD = [
+    "train.engine=eager", "latents.c.codes=256", "encoder.network.channels=[4]", "decoder.network.channels=[4]",
+    "encoder.network.dense=8", "decoder.network.dense=8",
+]  # fmt: skip
+
+
+def test_clipped_gradients_are_counted(tmp_path: Path) -> None:
+    """FAULTS 23: 11 steps an epoch, all of them or none."""
+    for norm, count in ((1e-3, 11), (1e9, 0)):
+        run = fit(tiny(epochs=2, clip_norm=norm), tmp_path)
+        assert [row["clipped"] for row in run.files.metrics_rows() if row["split"] == "train"] == [count, count]
+    assert all("clipped" not in row for row in fit(tiny(epochs=1), tmp_path).files.metrics_rows())
+
+
+def test_fewer_rows_than_a_batch_are_one_batch(tmp_path: Path) -> None:
+    """FAULTS 24, 45: the stated rule, and a batch of 10^9 is as many rows as there are."""
+    data = Dataset.from_tensors(torch.rand(3, 5).round(), validation=torch.rand(2, 5).round(), test=torch.zeros(1, 5))
+    for size in (100, 10**9):
+        run = fit(tiny(epochs=3, batch_size=size), tmp_path, data=data)
+        assert run.status["step"] == 3
+        assert np.isfinite(run.metrics["elbo"]).all()
+
+
+def test_rows_of_test_that_are_in_train_are_an_alert(tmp_path: Path) -> None:
+    """FAULTS 25."""
+    x = torch.rand(60, 8)
+    data = Dataset.from_tensors(x, validation=torch.rand(20, 8), test=torch.cat([x[:4], torch.rand(6, 8)]))
+    run = pvae.fit(
+        tiny(epochs=1).with_overrides('decoder.likelihood={kind="normal"}', "data.binarize=none"),
+        data=data, run_dir=tmp_path, device="cpu", progress=False,
+    )  # fmt: skip
+    assert "4 of 10 rows of test also occur in train" in run.files.alerts()
+
+
+# ---------------------------------------------------------------------- memory and devices
+
+
+def fails_after(steps: int, error: Callable[[Tensor], Exception | None]) -> Callable[[Loss, Tensor], Any]:
+    """A loss that raises what `error` gives for a batch, once so many batches went through."""
+    original, calls = Loss.forward, []
+
+    def forward(self: Loss, x: Tensor) -> Any:
+        calls.append(len(x))
+        if len(calls) > steps and (found := error(x)) is not None:
+            raise found
+        return original(self, x)
+
+    return forward
+
+
+CUDA_FULL = "CUDA out of memory. Tried to allocate 20.00 GiB.\nSee the documentation"
+CPU_FULL = "[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried to allocate"
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (lambda x: torch.OutOfMemoryError(CUDA_FULL) if len(x) > 30 else None, "Batches of 24 rows fit"),
+        (lambda x: RuntimeError(CPU_FULL) if len(x) > 60 else None, "Batches of 48 rows fit"),
+        (lambda _: MemoryError(), "Not even one row fits"),
+    ],
+)
+def test_out_of_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Any, said: str) -> None:
+    """FAULTS 40: an emergency checkpoint, 71, and what fits; the continuation is exact."""
+    whole = fit(tiny(), tmp_path / "whole")
+    monkeypatch.setattr(Loss, "forward", fails_after(5, error))
+    with pytest.raises(DeviceError, match=f"out of memory at step 5 on cpu .*{said}.*pvae resume") as caught:
+        fit(tiny(checkpoint_seconds=1000.0), tmp_path / "part")
+    monkeypatch.undo()
+    assert caught.value.exit_code == 71
+    run = pvae.Run.load(next((tmp_path / "part").glob("*/*")))
+    assert (run.status["state"], run.checkpoint.step) == ("failed", 5)
+    done = pvae.resume(run, device="cpu", progress=False)
+    assert_same(last_weights(whole), last_weights(done))
+
+
+def test_a_lost_device_leaves_the_last_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """FAULTS 40."""
+    lost = RuntimeError("CUDA error: an illegal memory access was encountered")
+    monkeypatch.setattr(Loss, "forward", fails_after(5, lambda _: lost))
+    with pytest.raises(DeviceError, match="device lost at step 5 .*Go on from the last checkpoint") as caught:
+        fit(tiny(checkpoint_seconds=1000.0), tmp_path)
+    assert caught.value.exit_code == 71
+    assert pvae.Run.load(next(tmp_path.glob("*/*"))).checkpoint.step == 0
+
+
+ABSURD: dict[str, list[str]] = {
+    "dim and width": ["latents.z.dim=100000", "encoder.network.hidden=[100000]"],
+    "width": ["encoder.network.hidden=[1000000000000]"],
+    "more than 2^63": ["encoder.network.hidden=[9999999999999999]", "decoder.network.hidden=[9999999999]"],
+    "components": ['latents.z.prior={kind="mixture", components=10000000000}'],
+    "pseudo-inputs": ['latents.z.prior={kind="vamp", components=1000000000}'],
+    "full rank": ["latents.z.dim=100000", "latents.z.posterior.kind=full_rank_normal"],
+    "channels": ['decoder.network={kind="conv", channels=[1000000, 1000000]}'],
+    "many layers": [f"decoder.network.hidden={[20_000] * 40}"],
+}
+
+
+@pytest.mark.parametrize("case", ABSURD, ids=list(ABSURD))
+def test_absurd_declarations_are_refused_before_anything_is_allocated(case: str) -> None:
+    """FAULTS 45: with the memory they would need; within a second, and without taking it."""
+    before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
+    with pytest.raises(DeclarationError, match=r"got one that needs (at least [\d,.]+ GiB|more than 2\^63 bytes)") as e:
+        Experiment.load("vae", ABSURD[case]).build((1, 28, 28))
+    assert e.value.exit_code == 2
+    assert time.monotonic() - started < 5
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1.5 * (1 << 20)  # KiB: at most a GiB is tried
+
+
+def test_what_fits_is_built_as_ever_though_it_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    """FAULTS 45: counting first changes no weight."""
+    experiment = Experiment.load("vae")
+    plain = experiment.build((1, 8, 8)).state_dict()
+    monkeypatch.setattr(memory, "LARGE", 1000)
+    assert_same(dict(plain), dict(experiment.build((1, 8, 8)).state_dict()))
+
+
+def test_a_fit_that_cannot_be_trained_here_leaves_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """FAULTS 45: weights that fit, but not with gradients, optimiser and a batch."""
+    monkeypatch.setattr("pvae.memory.total_memory", lambda *_: 100_000)
+    with pytest.raises(DeclarationError, match=r"to be trained \([\d,]+ weights five times over, and batches of 96"):
+        fit(tiny(), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+# ---------------------------------------------------------------------- hostile text
+
+EVIL = "\x1b[31m\x1b]0;title\x07\u202e=cmd [red] $\\foo$ <script>"
+
+
+def test_a_declaration_of_a_gigabyte_is_not_read(tmp_path: Path) -> None:
+    """FAULTS 33: 1 MiB is the most that is looked at; neither a device nor a folder is a declaration."""
+    path = tmp_path / "huge.toml"
+    path.touch()
+    os.truncate(path, 1 << 30)
+    started = time.monotonic()
+    for wrong, said in ((path, "at most 1 MiB"), (Path("/dev/zero"), "at most 1 MiB"), (tmp_path, "Is a directory")):
+        with pytest.raises(DeclarationError, match=said):
+            Experiment.load(wrong)
+    assert time.monotonic() - started < 1
+
+
+def test_terminal_escapes_come_out_as_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """FAULTS 38: in names, in files' keys, in folders, in tables and in exceptions."""
+    (tmp_path / "runs" / EVIL.replace("/", "") / "id").mkdir(parents=True)
+    out, _ = run_cli("runs", "--run-dir", str(tmp_path / "runs"), capsys=capsys)
+    (tmp_path / "evil.toml").write_text('[latents.z]\ndim = 2\n"\\u001b[2J\\u202e" = 1\n')
+    _, err = run_cli("check", str(tmp_path / "evil.toml"), capsys=capsys, code=2)
+    _, more = run_cli("check", f"{EVIL}.toml", capsys=capsys, code=2)
+    say(Text(EVIL))
+    tell(EVIL)
+    out += capsys.readouterr().out
+    for text in (out, err, more):
+        assert "\\x1b" in text
+        assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e]", text)
+    assert "[red] $\\foo$ <script>" in out
+
+
+def test_what_a_fit_tells_moves_no_cursor(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """FAULTS 37, 38: a run of an evil name is fitted, kept and told."""
+    experiment = tiny(epochs=1).with_changes({"name": EVIL})
+    run = pvae.fit(experiment, run_dir=tmp_path, device="cpu")
+    assert run.name == EVIL
+    assert run.path.parent.parent == tmp_path
+    assert "\x1b" not in capsys.readouterr().err
+
+
+def test_cells_of_a_table_of_runs_are_no_formulas(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """FAULTS 39, and 38: the same name in a picture is no mathematics."""
+    name = "=cmd|' /C calc'!A0 $\\foo$"
+    run = fit(tiny(epochs=1).with_changes({"name": name}), tmp_path)
+    run_cli("rate-distortion", str(run.path), "--rows", "20", "--out", str(tmp_path / "plane"), capsys=capsys)
+    (row,) = csv.DictReader((tmp_path / "plane.csv").read_text().splitlines())
+    assert row["run"] == f"'{name}"
+    assert (tmp_path / "plane.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_printable_keeps_what_people_write() -> None:
+    """FAULTS 38."""
+    assert printable("naïve 潜 🙂 [a]\n\tb") == "naïve 潜 🙂 [a]\n\tb"
+    assert printable("\x1b\x00\x9b\u202e\ud800") == "\\x1b\\x00\\x9b\\u202e\\ud800"
+
+
+# ---------------------------------------------------------------------- a bad place to run in
+
+
+def test_no_home_no_terminal_no_locale_no_temporary_folder(tmp_path: Path) -> None:
+    """FAULTS 42: it works. (In /proc nobody can make a folder, not even root.)"""
+    nowhere = "/proc/nowhere"
+    environment = {"PATH": os.environ["PATH"], "PYTHONPATH": str(HERE.parent), "LC_ALL": "C", "OMP_NUM_THREADS": "2"}
+    environment |= dict.fromkeys(("HOME", "XDG_CACHE_HOME", "XDG_CONFIG_HOME", "TMPDIR"), nowhere)
+    environment |= {"TORCHINDUCTOR_CACHE_DIR": nowhere, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
+    fitting = ["fit", "vae", *TINY, "train.epochs=1", "train.engine=compiled", "name=naïve 🙂", "--run-dir", "runs"]
+    script = "import sys\nfrom pvae import cli\nfor command in COMMANDS:\n    sys.argv = ['pvae', *command]\n    try:\n"
+    script += "        cli.main()\n    except SystemExit as end:\n        assert end.code == 0, (command, end.code)\n"
+    commands = [["new", "vq"], fitting, ["report", "latest", "--run-dir", "runs"], ["runs", "--run-dir", "runs"]]
+    done = subprocess.run(
+        [sys.executable, "-c", script.replace("COMMANDS", ascii(commands))],
+        cwd=tmp_path, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=200,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    assert pvae.Run.load("latest", root=tmp_path / "runs").name == "naïve 🙂"
+
+
+def test_warnings_that_are_errors(tmp_path: Path) -> None:
+    """FAULTS 42: `python -W error` fits as ever."""
+    fitting = ["fit", "vae", *TINY, "train.epochs=1", "--run-dir", str(tmp_path)]
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-m", "pvae", *fitting], capture_output=True, text=True, timeout=100
+    )
+    assert done.returncode == 0, done.stderr
+
+
+# ---------------------------------------------------------------------- exit codes
+
+
+def no_such_package(folder: Path, patch: pytest.MonkeyPatch) -> list[str]:
+    """A table that only an optional package can read."""
+    patch.setitem(sys.modules, "pyarrow", None)
+    (folder / "table.parquet").write_bytes(b"PAR1")
+    return ["check", "vae", f'data={{source="parquet", path="{folder / "table.parquet"}"}}', "--build"]
+
+
+def signalled(name: str) -> Callable[[Path, pytest.MonkeyPatch], list[str]]:
+    """A fit that gets a signal at its third step."""
+
+    def arguments(folder: Path, patch: pytest.MonkeyPatch) -> list[str]:
+        original = Trainer._step
+
+        def step(self: Trainer, index: Tensor) -> bool:
+            if self.state.step == 2:
+                os.kill(os.getpid(), getattr(signal, name))
+            return original(self, index)
+
+        patch.setattr(Trainer, "_step", step)
+        return fitting(folder)
+
+    return arguments
+
+
+def fitting(folder: Path, *more: str) -> list[str]:
+    """A short fit."""
+    return [
+        "fit",
+        "vae",
+        *TINY,
+        "train.epochs=1",
+        *more,
+        "--quiet",
+        "--device",
+        "cpu",
+        "--run-dir",
+        str(folder / "new"),
+    ]
+
+
+def with_nan(folder: Path, _: pytest.MonkeyPatch) -> list[str]:
+    """A fit of data with a NaN."""
+    return fitting(folder, npz(folder / "x.npz", np.full((50, 4), np.nan)), "data.source=npz", "data.binarize=none")
+
+
+def on_a_file(folder: Path, _: pytest.MonkeyPatch) -> list[str]:
+    """Runs to be kept where a file stands."""
+    (folder / "new").touch()
+    return fitting(folder)
+
+
+def no_room(folder: Path, patch: pytest.MonkeyPatch) -> list[str]:
+    """A fit on a disk that takes no file of weights."""
+    patch.setattr(time, "sleep", lambda _: None)
+    patch.setattr(Trainer, "_alerts", lambda self: None)
+    return fitting(folder)
+
+
+def no_gpu(folder: Path, patch: pytest.MonkeyPatch) -> list[str]:
+    """A GPU is asked for where there is none."""
+    patch.setattr(torch.cuda, "is_available", lambda: False)
+    return [*fitting(folder), "--device", "cuda"]
+
+
+ENDS: list[tuple[int, Callable[[Path, pytest.MonkeyPatch], list[str]], str]] = [
+    (0, lambda *_: ["list"], ""),
+    (1, lambda folder, _: fitting(folder, "train.optimizer.lr=1e30"), "loss not finite"),
+    (2, lambda *_: ["fit", "vea"], "did you mean 'vae'"),
+    (2, lambda *_: ["fit", "vae", "--no-such-option"], "No such option"),
+    (3, lambda folder, _: [*fitting(folder, "objective.beta=1e6", "train.epochs=8"), "--strict"], "alert: "),
+    (65, with_nan, "row 0"),
+    (69, no_such_package, "pyarrow"),
+    (71, no_gpu, "Use --device cpu"),
+    (73, on_a_file, "Choose another"),
+    (74, no_room, "File too large"),
+    (130, signalled("SIGINT"), "pvae resume"),
+    (143, signalled("SIGTERM"), "pvae resume"),
+]
+
+
+@pytest.mark.parametrize(("code", "arguments", "said"), ENDS, ids=[str(end[0]) for end in ENDS])
+def test_exit_codes(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    code: int,
+    arguments: Any,
+    said: str,
+) -> None:
+    """FAULTS 2, 14, 19, 40, 42: every way to end, without a traceback."""
+    given = arguments(tmp_path, monkeypatch)
+    with disk_full(8192 if code == 74 else resource.getrlimit(resource.RLIMIT_FSIZE)[0]):
+        _, err = run_cli(*given, capsys=capsys, code=code)
+    assert said in err
+    assert "Traceback" not in err
+
+
+def test_a_busy_run_is_75(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """FAULTS 16, 41: one process writes; a second is told which."""
+    run = RunDirectory.open("vae", root=runs)
+    with run.held():
+        given = ["resume", str(run.path), "train.epochs=3", "--allow-changes", "--device", "cpu"]
+        _, err = run_cli(*given, capsys=capsys, code=75)
+    assert "expected a run that nobody holds" in err
+
+
+def test_exit_codes_are_documented(capsys: pytest.CaptureFixture[str]) -> None:
+    """FAULTS 42: in `pvae --help` and in CONTRIBUTING.md; every error has one of them."""
+    out, _ = run_cli("--help", capsys=capsys)
+    contributing = (HERE.parent / "CONTRIBUTING.md").read_text()
+    for code, meaning in EXIT_CODES.items():
+        assert re.search(rf"^ +{code} {re.escape(meaning)}$", out, re.MULTILINE)
+        assert f"| {code} | {meaning} |" in contributing
+    kinds = [PvaeError, *PvaeError.__subclasses__(), *StorageError.__subclasses__()]
+    assert {kind.exit_code for kind in kinds} <= set(EXIT_CODES)
+    assert {end[0] for end in ENDS} | {75, 141} == set(EXIT_CODES)
+
+
+def test_traceback_is_shown_when_it_is_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    """FAULTS 38, 42: of deliberate errors, and of bugs, which say so and end with 1."""
+    _, err = run_cli("--traceback", "fit", "vea", capsys=capsys, code=2)
+    assert "Traceback (most recent call last)" in err
+    assert err.rstrip().endswith("(did you mean 'vae'?).")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pvae.zoo.entries", lambda: {}["\x1b[31m"])
+        _, err = run_cli("list", capsys=capsys, code=1)
+        assert err.startswith("unexpected error KeyError: '\\x1b[31m'; run again with `pvae --traceback ...`")
+        assert "Traceback" not in err
+        _, err = run_cli("--traceback", "list", capsys=capsys, code=1)
+        assert "Traceback (most recent call last)" in err
+
+
+# ---------------------------------------------------------------------- one JSON document
+
+PICTURES = ["--rows", "4", "--out", "OUT/shown"]
+PRINTS_JSON: dict[str, list[str]] = {
+    "list": [],
+    "check": ["vae", "--build"],
+    "show": ["vae"],
+    "fit": ["vae", *TINY, "train.epochs=1", "--device", "cpu", "--run-dir", "OUT"],
+    "resume": ["vae"],
+    "refit": ["vae", "latents.z.prior.kind=mixture", "train.epochs=1", "--rows", "50", "--run-dir", "OUT"],
+    "runs": [],
+    "surgery": ["vae"],
+    "evidence": ["vae", "--rows", "4", "--samples", "5"],
+    "gap": ["vae", "--rows", "4", "--steps", "2"],
+    "two-sample": ["vae", "--rows", "60"],
+    "critic": ["vae", "--rows", "60"],
+    "posterior": ["vae", "--rows", "4", "--draws", "5", "--out", "OUT/draws.nc"],
+    "report": ["vae"],
+    "sample": ["vae", "-n", "4", "--out", "OUT/shown"],
+    "encode": ["vae", *PICTURES],
+    "reconstruct": ["vae", *PICTURES],
+    "traverse": ["vae", "--steps", "2", "--dims", "0", "--out", "OUT/shown"],
+    "rate-distortion": ["vae", *PICTURES],
+    "verify": ["vae"],
+    "doctor": [],
+    "clean": [],
+}
+SLOW = {"selfcheck", "counterexamples"}
+"""Print JSON in tests of their own."""
+NO_JSON = {"new": "writes a file for people to edit", "schema": "prints nothing but JSON"}
+
+
+def test_every_command_prints_json_or_says_why_not() -> None:
+    """FAULTS 42: nobody has to read tables by program."""
+    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    with_json = {name for name, command in commands.items() if any("--json" in p.opts for p in command.params)}
+    assert with_json == set(PRINTS_JSON) | SLOW
+    assert set(commands) == with_json | set(NO_JSON)
+
+
+@pytest.mark.parametrize("command", PRINTS_JSON)
+def test_standard_output_is_one_json_document(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    """FAULTS 42: progress and remarks go to standard error."""
+    given = [text.replace("OUT", str(tmp_path)) for text in PRINTS_JSON[command]]
+    if (
+        any(p.name == "run_dir" for p in typer.main.get_command(app).commands[command].params)
+        and "--run-dir" not in given
+    ):  # type: ignore[attr-defined]
+        given += ["--run-dir", str(runs)]
+    if command == "refit":
+        given[0] = str(next(runs.glob("vae/*")))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["pvae", command, *given, "--json"])
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+    captured = capsys.readouterr()
+    assert caught.value.code in (0, 1 if command == "doctor" else 0), captured.err
+    found = json.loads(captured.out, parse_constant=lambda text: pytest.fail(f"{text} is not JSON"))
+    assert found
+
+
+# ---------------------------------------------------------------------- the table itself
+
+
+def table() -> dict[int, list[str]]:
+    """The tests that tests/README.md names for each row."""
+    rows = {}
+    for line in (HERE / "README.md").read_text().splitlines():
+        if found := re.match(r"\| (\d+) \|.*\|([^|]*)\|$", line):
+            rows[int(found[1])] = re.findall(r"`([\w/]+\.py::\w+)`", found[2])
+    return rows
+
+
+def docstrings(file: str) -> dict[str, str]:
+    """The docstring of every test of a file."""
+    tree = ast.parse((HERE / file).read_text())
+    return {n.name: ast.get_docstring(n) or "" for n in ast.walk(tree) if isinstance(n, ast.FunctionDef)}
+
+
+def rows_named(docstring: str) -> set[int]:
+    """The rows in a docstring: `FAULTS 3`, `FAULTS 3 and 4`, `FAULTS 3, 4 and 5`."""
+    parts = re.findall(r"FAULTS ((?:\d+(?:,? and |, )?)+)", docstring)
+    return {int(number) for part in parts for number in re.findall(r"\d+", part)}
+
+
+@pytest.mark.parametrize("row", range(1, 46))
+def test_the_table_names_tests_that_are_there(row: int) -> None:
+    tests = table()[row]
+    assert tests
+    for test in tests:
+        file, _, name = test.partition("::")
+        assert name in docstrings(file), f"{test}: no such test"
+        assert row in rows_named(docstrings(file)[name]), f"{test}: its docstring does not say FAULTS {row}"
+
+
+def test_every_named_row_is_in_the_table() -> None:
+    listed = {(row, test) for row, tests in table().items() for test in tests}
+    assert set(table()) == set(range(1, 46))
+    for path in HERE.glob("test_*.py"):
+        for name, text in docstrings(path.name).items():
+            for row in rows_named(text) if name.startswith("test_") else ():
+                assert (row, f"{path.name}::{name}") in listed, f"row {row} of the table does not name it"

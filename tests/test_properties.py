@@ -1,0 +1,206 @@
+"""Whatever is declared, and whatever bytes are read: built and trained, or refused by a typed error with its place."""
+
+from __future__ import annotations
+
+import shutil
+import time
+import tracemalloc
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, Phase, given, settings
+
+import pvae
+from pvae.errors import CheckpointError, DeclarationError
+from pvae.files import read_lines
+from pvae.objectives import TraceMeanFieldELBO
+from pvae.run import chosen
+from pvae.spec import Experiment
+from pvae.trainer import State
+from tests.drawn import Drawn, sound, wild
+from tests.hostile import mangled, surfaces, try_bytes, try_declaration
+
+MANY = settings(
+    deadline=None,
+    derandomize=True,
+    database=None,
+    phases=(Phase.generate,),
+    suppress_health_check=list(HealthCheck),
+)
+LONGEST = 60.0
+"""Seconds that no input may take, on a busy machine."""
+
+
+def test_sound_declarations_build_train_and_read_back(tmp_path: Path) -> None:
+    """At least a third of what is drawn to be sound is; FAULTS 34."""
+    outcomes: Counter[str] = Counter()
+
+    @settings(MANY, max_examples=60)
+    @given(sound())
+    def hold(drawn: Drawn) -> None:
+        outcomes[try_declaration(drawn, tmp_path / str(outcomes.total()))] += 1
+
+    hold()
+    assert 3 * outcomes["trained"] >= outcomes.total(), outcomes
+
+
+def test_damaged_declarations_are_refused_with_paths_or_train(tmp_path: Path) -> None:
+    """FAULTS 34, 45."""
+    outcomes: Counter[str] = Counter()
+
+    @settings(MANY, max_examples=120)
+    @given(wild())
+    def hold(drawn: Drawn) -> None:
+        outcomes[try_declaration(drawn, tmp_path / str(outcomes.total()))] += 1
+
+    hold()
+    assert outcomes["refused"] > 0
+    assert outcomes["trained"] > 0
+
+
+def test_any_bytes_are_read_or_refused_by_a_typed_error(tmp_path: Path) -> None:
+    """FAULTS 6, 7, 26, 28, 33, 43."""
+    for name, surface in surfaces(tmp_path / "home").items():
+        outcomes: Counter[str] = Counter()
+
+        @settings(MANY, max_examples=25)
+        @given(mangled(surface.seeds))
+        def hold(content: bytes) -> None:
+            started, folder = time.monotonic(), tmp_path / "input"
+            folder.mkdir()
+            try:
+                outcomes[try_bytes(surface, content, folder)] += 1  # noqa: B023 - called in this turn of the loop
+            finally:
+                shutil.rmtree(folder)
+            assert time.monotonic() - started < LONGEST
+
+        hold()
+        (tmp_path / name).mkdir()
+        assert try_bytes(surface, surface.seeds[0], tmp_path / name) == "read", name
+        assert outcomes["refused"] > 0 or name == "source images", name  # a broken image is skipped
+
+
+# ---------------------------------------------------------------------- what was found, and must not come back
+
+SMALL = {"kind": "mlp", "hidden": [3]}
+CODES = {"codes": 3, "posterior": {"kind": "exact"}}
+BITS = {"bits": 2, "posterior": {"kind": "bernoulli", "estimator": "sum"}}
+
+
+def declared(latents: dict[str, Any], **rest: Any) -> dict[str, Any]:
+    parts = {"encoder": {"network": SMALL}, "decoder": {"network": SMALL, "likelihood": "normal"}, "train": {"epochs": 1}}
+    return {"data": {"source": "tensor"}, "latents": latents, **parts, **rest}
+
+
+UNSOUND: dict[str, tuple[dict[str, Any], str]] = {
+    "convolutions without channels": (
+        declared({"z": {"dim": 2}}, encoder={"network": {"kind": "conv", "channels": []}}),
+        r"encoder\.network\.channels: expected .*at least 1 item",
+    ),
+    "a posterior given nothing": (
+        declared({"z": {"dim": 2}, "w": {"dim": 2, "posterior": {"given": []}}}),
+        r"latents\.w\.posterior\.given: expected 'x'.*; got \[\]",
+    ),
+    "a flow narrower than its latent": (
+        declared({"z": {"dim": 5, "prior": {"kind": "maf", "hidden": [4]}}}),
+        r"latents\.z\.prior\.hidden: expected layers at least as wide as the 5 coordinates of the flow; got \[4\]",
+    ),
+    "a network that the decoder cannot have": (
+        declared({"z": {"dim": 2}, "w": {"dim": 2}}, decoder={"network": "table", "likelihood": "normal"}),
+        r"decoder: network table: expected one input .*; got z, w",
+    ),
+    "a network that the encoder cannot have": (
+        declared({"z": {"dim": 2}}, encoder={"network": "conv"}),
+        r"encoder: network conv: expected an image .*; got x \[3\]",
+    ),
+    "a mixture of posteriors that are none": (
+        declared({"z": {"dim": 2, "prior": "aggregated", "posterior": "delta"}}),
+        r"latents\.z\.posterior: expected normal or full_rank_normal, .*; got Determined",
+    ),
+    "a sum beside an exact sum": (
+        declared({"c": CODES, "b": BITS}),
+        r"latents\.b\.posterior\.estimator: expected score, because c is summed out given its draws.*; got \"a sum\"",
+    ),
+    "a score function beside a sum": (
+        declared({"a": {"bits": 9}, "b": BITS}),
+        r"latents\.a\.posterior\.estimator: expected draws that carry a gradient beside b.*; got \"a score function\"",
+    ),
+    "sums of too many joint states": (
+        declared({name: {**CODES, "codes": 100, "posterior": "exact"} for name in ("c", "d")}),
+        r"latents: expected at most 4096 joint states of c, d.*; got \"1e\+04\"",
+    ),
+    "a latent read by a prior that heeds no parents": (
+        declared({"c": {"codes": 3, "posterior": "categorical"}, "d": {"codes": 3, "given": ["c"], "posterior": "categorical"}}),
+        r"decoder\.given: expected every latent read by the decoder or .* heeds its parents; c is not",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", UNSOUND)
+def test_what_cannot_be_fitted_is_refused_with_its_path(case: str, tmp_path: Path) -> None:
+    """FAULTS 34, 45."""
+    raw, message = UNSOUND[case]
+    with pytest.raises(DeclarationError, match=message):
+        pvae.fit(Experiment.from_dict(raw), data=torch.randn(30, 3), run_dir=tmp_path, progress=False)
+    assert not list(tmp_path.iterdir())
+
+
+SOUND: dict[str, dict[str, Any]] = {
+    "mean field beside an exact sum given its parent": declared(
+        {"b": {"codes": 2, "posterior": "relaxed_onehot"}, "c": {**CODES, "given": ["b"]}},
+        decoder={"network": SMALL, "likelihood": "normal", "given": ["b", "c"]},
+        objective={"kind": "trace_mean_field_elbo"},
+    ),
+    "bits given bits, both summed, mean field": declared(
+        {"b": {**BITS, "posterior": {"kind": "bernoulli", "given": ["x", "c"]}}, "c": BITS},
+        objective={"kind": "trace_mean_field_elbo"},
+    ),
+    "more joint states of bits than a float can count": declared({"b": {"bits": 1100}}),
+    "more joint states of codes than a float can count": declared(
+        {"c": {"codes": 10, "grid": [20, 20], "posterior": "categorical"}}
+    ),
+}
+
+
+@pytest.mark.parametrize("case", SOUND)
+def test_what_is_sound_trains_and_is_read_back(case: str, tmp_path: Path) -> None:
+    assert try_declaration(Drawn(SOUND[case], (3,), 20, 0, fitting=True), tmp_path) == "trained"
+
+
+def test_the_closed_kl_of_bits_broadcasts(tmp_path: Path) -> None:
+    pair = Experiment.from_dict(SOUND["bits given bits, both summed, mean field"]).build((3,))
+    x = torch.randn(500, 3)
+    torch.manual_seed(0)
+    closed, drawn = (pair.terms(x, closed_form=way).kl["b"].detach().mean() for way in (True, False))
+    assert float(closed) == pytest.approx(float(drawn), rel=1e-3)
+    assert TraceMeanFieldELBO().terms(pair, x).kl["b"].shape == (500,)
+
+
+def test_reading_lines_takes_no_more_memory_than_the_file(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"epoch": 1}\n' * 1000)
+    tracemalloc.start()
+    try:
+        assert len(read_lines(tmp_path, "metrics.jsonl")) == 1000
+        assert tracemalloc.get_traced_memory()[1] < 4 << 20
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize(
+    "state", [{"epohc": 1}, {"epoch": "1"}, {"epoch": True}, {"step": -7}, {"seconds": 1e300}, {"stopped": 1}]
+)
+def test_a_state_of_another_kind_is_none(state: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=f"state.json has {next(iter(state))} = "):
+        State.of(state)
+    assert State.of({"epoch": 3, "best": -1, "select": "best"}) == State(epoch=3, best=-1)
+
+
+def test_weights_are_asked_for_by_name(tmp_path: Path) -> None:
+    run = pvae.fit(Experiment.from_dict(declared({"z": {"dim": 2}})), data=torch.randn(30, 3), run_dir=tmp_path, progress=False)
+    saved = run.checkpoint
+    saved.tensors.pop("weights")
+    with pytest.raises(CheckpointError, match=r"expected weights\.safetensors; got optimizer, best"):
+        chosen(saved)

@@ -1,0 +1,809 @@
+"""Sources of the user's own data: each against values that NumPy, struct, gzip, Pillow or SciPy wrote.
+
+The faults are those of files: truncated, trailing, lying, hostile, too large; every one has its typed error.
+"""
+
+from __future__ import annotations
+
+import gc
+import gzip
+import os
+import struct
+import subprocess
+import sys
+import tempfile
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import h5py
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+from scipy import sparse
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from torch.utils.data import Dataset as TorchDataset
+
+import pvae
+from pvae.data import Data, Dataset, Idx, Images, Npy, Npz, TensorSource, load
+from pvae.data.arrays import Index, SparseRows
+from pvae.data.cache import cache_folder
+from pvae.data.python import Spool
+from pvae.errors import DataError, StorageError
+from pvae.run import Run
+
+RNG = np.random.RandomState(0)
+ROWS = 60
+X = RNG.randint(0, 256, (ROWS, 2, 3)).astype(np.uint8)
+FLOATS = RNG.standard_normal((ROWS, 5)).astype(np.float32)
+Y = RNG.permutation(np.arange(ROWS) % 3)
+NAMES = ("ant", "bee", "cow")
+SMALL = ("latents.z.dim=2", "train.epochs=1", "train.batch_size=16", "train.engine=eager")
+
+
+# Independent writers
+
+
+def npy(path: Path, array: Any) -> str:
+    np.save(path, array)
+    return str(path)
+
+
+def npz(folder: Path, save: Callable[..., None] = np.savez, **arrays: Any) -> str:
+    save(folder / "data.npz", **arrays)
+    return str(folder / "data.npz")
+
+
+def idx(path: Path, array: np.ndarray, code: int = 0x08, letter: str = "B", zipped: bool = False) -> str:
+    content = struct.pack(f">BBBB{array.ndim}I", 0, 0, code, array.ndim, *array.shape)
+    content += struct.pack(f">{array.size}{letter}", *array.flatten().tolist())
+    path.write_bytes(gzip.compress(content) if zipped else content)
+    return str(path)
+
+
+def pictures(folder: Path) -> str:
+    for number, (pixels, label) in enumerate(zip(X, Y, strict=True)):
+        place = folder / "pictures" / NAMES[label]
+        place.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(place / f"{number:02}.{('png', 'bmp', 'pgm')[number % 3]}")
+    return str(folder / "pictures")
+
+
+@dataclass(frozen=True)
+class Row:
+    """A source, the rows that it must give, their labels, and what the labels are called."""
+
+    make: Callable[[Path], Data]
+    x: np.ndarray
+    y: np.ndarray | None
+    label_names: tuple[str, ...] | None = None
+
+
+BY_NAME = np.argsort(Y, kind="stable")
+"""The order of the pictures: sub-folders, and names in each."""
+
+TABLE = {
+    "npy": Row(lambda p: Npy(path=npy(p / "x.npy", FLOATS), labels=npy(p / "y.npy", Y)), FLOATS, Y),
+    "npy_bytes": Row(lambda p: Npy(path=npy(p / "x.npy", X), scale="unit"), X, None),
+    "npz": Row(lambda p: Npz(path=npz(p, x=FLOATS, y=Y), y="y"), FLOATS, Y),
+    "npz_deflated": Row(lambda p: Npz(path=npz(p, np.savez_compressed, a=X, b=Y), x="a", y="b"), X, Y),
+    "npz_split": Row(lambda p: Npz(path=npz(p, x_train=FLOATS[:40], x_test=FLOATS[40:])), FLOATS, None),
+    "idx": Row(lambda p: Idx(path=idx(p / "x", X), labels=idx(p / "y", Y)), X, Y),
+    "idx_gz": Row(lambda p: Idx(path=idx(p / "x.gz", FLOATS, 0x0D, "f", zipped=True), binarize="none"), FLOATS, None),
+    "images": Row(lambda p: Images(path=pictures(p), mode="L"), X[BY_NAME][:, None], Y[BY_NAME], NAMES),
+}
+
+
+def made(name: str, folder: Path, **changes: Any) -> Any:
+    return TABLE[name].make(folder).model_copy(update=changes)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("name", TABLE)
+def test_values_are_those_that_were_written(name: str, stream: bool, tmp_path: Path):
+    row, rows = TABLE[name], made(name, tmp_path, stream=stream).read(None, 0)
+    assert isinstance(rows.x, np.ndarray) != stream
+    assert np.array_equal(rows.x[:], row.x)
+    assert np.array_equal(rows.y, row.y) if row.y is not None else rows.y is None
+    assert rows.label_names == row.label_names
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_streamed_rows_are_the_held_ones(name: str, tmp_path: Path):
+    held, streamed = (load(made(name, tmp_path, stream=stream)) for stream in (False, True))
+    for one, other in zip(held.splits, streamed.splits, strict=True):
+        assert torch.equal(one.x, other.x)
+        assert torch.equal(one.x[[2, 0]], other.rows[torch.tensor([2, 0])])
+        assert one.y is other.y is None or torch.equal(one.y, other.y)  # type: ignore[arg-type]
+    assert held.notes == streamed.notes
+    assert held.label_names == streamed.label_names
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_a_fit_on_streamed_rows(name: str, tmp_path: Path):
+    experiment = pvae.Experiment.load("vae", SMALL).model_copy(update={"data": made(name, tmp_path, stream=True)})
+    declared = experiment.with_overrides("decoder.likelihood.kind=normal")
+    run = pvae.fit(declared, run_dir=tmp_path / "runs", device="cpu", progress=False)
+    assert np.isfinite(run.metrics["elbo"]).all()
+    assert Run.load(run.path).data.fingerprint == run.data.fingerprint
+
+
+@pytest.mark.parametrize("name", ["npy", "npz_deflated", "idx_gz", "images"])
+def test_rows_too_large_for_memory(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """FAULTS 45 (data): refused with the memory they need, before they are read; streamed they pass."""
+    monkeypatch.setattr("pvae.data.files.total_memory", lambda: 2000)
+    with pytest.raises(DataError, match=r"half of this computer's memory of .* GiB; got \(60, .*stream = true"):
+        load(made(name, tmp_path))
+    assert len(load(made(name, tmp_path, stream=True)).train) == 48
+
+
+# NumPy's files
+
+
+def test_columns_one_after_another(tmp_path: Path):
+    path = npy(tmp_path / "x.npy", np.asfortranarray(FLOATS))
+    assert np.array_equal(Npy(path=path).read(None, 0).x[:], FLOATS)
+    with pytest.raises(DataError, match="got columns .Fortran order.. Save it in C order"):
+        load(Npy(path=path, stream=True))
+    path = npz(tmp_path, x=np.asfortranarray(FLOATS))
+    assert np.array_equal(Npz(path=path).read(None, 0).x[:], FLOATS)
+    with pytest.raises(DataError, match="got columns .Fortran order"):
+        load(Npz(path=path, stream=True))
+
+
+def announcing(shape: str, content: bytes = b"") -> bytes:
+    """A `.npy` file whose header says `shape`, whatever stands behind it."""
+    text = f"{{'descr': '<f8', 'fortran_order': False, 'shape': {shape}, }}".encode().ljust(117) + b"\n"
+    return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text)) + text + content
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("content", "match"),
+    [
+        (b"", "broken or foreign file"),
+        (b"\x80\x04K\x01.", "broken or foreign file"),
+        (announcing("(3, 1)", bytes(23)), r"expected 152 bytes for \(3, 1\) float64; got 151"),
+        (announcing("(3, 1)", bytes(25)), r"expected 152 bytes for \(3, 1\) float64; got 153"),
+        (announcing("(4611686018427387904, 4611686018427387904)"), r"expected 17014118346046923\d+ bytes .*; got 128"),
+        (announcing("(-3, -1)", bytes(24)), r"got 152"),
+        (announcing("()", bytes(8)), r"expected an array \(rows, ...\) with at least one row; got shape \(\)"),
+        (announcing("(0, 3)"), r"with at least one row; got shape \(0, 3\)"),
+        (
+            announcing("(3, 1)", np.array([1.0, np.nan, 2.0]).tobytes()),
+            "expected finite numbers; got nan in row 1, col",
+        ),
+        (announcing("(3,", bytes(24)), "broken or foreign file"),
+    ],
+)
+def test_broken_npy(content: bytes, match: str, stream: bool, tmp_path: Path):
+    """FAULTS 19, 24, 26: sizes are compared with the file before anything is allocated."""
+    (tmp_path / "x.npy").write_bytes(content)
+    with pytest.raises(DataError, match=match):
+        load(Npy(path=str(tmp_path / "x.npy"), stream=stream))
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_objects_are_never_unpickled(stream: bool, tmp_path: Path):
+    """FAULTS 7, 28."""
+    objects = np.array([{"a": 1}] * ROWS, dtype=object)
+    for data in (Npy(path=npy(tmp_path / "x.npy", objects), stream=stream), Npz(path=npz(tmp_path, x=objects))):
+        with pytest.raises(DataError, match="got an object array, which could run code. Save floats"):
+            load(data.model_copy(update={"stream": stream}))
+    with pytest.raises(DataError, match="expected real numbers; got"):
+        load(Npy(path=npy(tmp_path / "x.npy", np.zeros(9, "f4,i4")), stream=stream))
+
+
+def test_what_is_no_file_is_not_opened(tmp_path: Path):
+    """FAULTS 36: a pipe would block, a device would never end."""
+    os.mkfifo(tmp_path / "pipe")
+    for path, match in (
+        ("pipe", "got a device or pipe"),
+        ("/dev/zero", "got a device or pipe"),
+        (".", "got a folder"),
+        ("absent", "got no such file"),
+    ):
+        for source in (Npy, Npz, Idx):
+            with pytest.raises(DataError, match=match):
+                load(source(path=str(tmp_path / path)))
+
+
+def test_labels_that_do_not_fit(tmp_path: Path):
+    """FAULTS 25."""
+    path = npy(tmp_path / "x.npy", FLOATS)
+    with pytest.raises(DataError, match=r"one for each of 60 rows; got shape \(59,\)"):
+        load(Npy(path=path, labels=npy(tmp_path / "y.npy", Y[1:])))
+    with pytest.raises(DataError, match="expected integers; got >f8"):
+        load(Idx(path=idx(tmp_path / "x", X), labels=idx(tmp_path / "y", Y / 2, 0x0E, "d")))
+
+
+def patched(folder: Path, offset: int, value: bytes, save: Callable[..., None] = np.savez_compressed) -> str:
+    """An archive with other bytes at an offset of its central directory's first entry."""
+    path = Path(npz(folder, save, x=FLOATS))
+    content = bytearray(path.read_bytes())
+    start = content.rindex(b"PK\1\2") + offset
+    content[start : start + len(value)] = value
+    path.write_bytes(content)
+    return str(path)
+
+
+def renamed(folder: Path, name: str, method: int = zipfile.ZIP_STORED, mode: int = 0) -> str:
+    """An archive whose member bears another name, another method, or the mode of another kind of file."""
+    np.save(folder / "x.npy", FLOATS)
+    info = zipfile.ZipInfo(name)
+    info.external_attr, info.compress_type = mode << 16, method
+    with zipfile.ZipFile(folder / "data.npz", "w") as archive:
+        archive.writestr(info, (folder / "x.npy").read_bytes())
+    return str(folder / "data.npz")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("path", "key", "match"),
+    [
+        (lambda p: renamed(p, "../x.npy"), "../x", "expected a plain name in the archive; got one that leads out"),
+        (lambda p: renamed(p, "/etc/x.npy"), "/etc/x", "got one that leads out"),
+        (lambda p: renamed(p, "a\\..\\..\\x.npy"), "a\\..\\..\\x", "got one that leads out"),
+        (lambda p: renamed(p, "x.npy", mode=0o120777), "x", "expected an array in the archive; got a link"),
+        (
+            lambda p: renamed(p, "x.npy", zipfile.ZIP_LZMA),
+            "x",
+            "expected an array stored or deflated, as NumPy does; got method 14",
+        ),
+        (lambda p: renamed(p, "x"), "x", "expected an array 'x'; got"),
+        (
+            lambda p: patched(p, 24, b"\xf0\xff\xff\xff"),
+            "x",
+            r"'x': expected 4294967280 bytes, as the archive says; got",
+        ),
+        (
+            lambda p: patched(p, 24, b"\xf0\xff\xff\xff", np.savez),
+            "x",
+            "expected 4294967280 bytes, as the archive says",
+        ),
+        (lambda p: patched(p, 16, b"\0\0\0\0"), "x", "broken or foreign file: Bad CRC-32"),
+        (lambda p: patched(p, 16, b"\0\0\0\0", np.savez), "x", "broken or foreign file: Bad CRC-32"),
+        (lambda p: patched(p, 8, b"\1"), "x", "broken or foreign file: .*encrypted"),
+        (lambda p: patched(p, 42, b"\x20"), "x", "broken or foreign file"),
+    ],
+)
+def test_hostile_archives(path: Callable[[Path], str], key: str, match: str, stream: bool, tmp_path: Path):
+    """FAULTS 27: names that lead out, links, bombs; nothing of it reaches the cache."""
+    with pytest.raises(DataError, match=match):
+        load(Npz(path=path(tmp_path), x=key, stream=stream))
+    assert not list(cache_folder().glob("decoded/*/*"))
+
+
+def test_a_bomb_is_decoded_in_bounded_memory_or_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """FAULTS 27: 64 MiB of zeros in 64 KiB."""
+    path = npz(tmp_path, np.savez_compressed, x=np.zeros((2**13, 2**10)))
+    assert os.path.getsize(path) < 2**17
+    monkeypatch.setattr("pvae.data.files.total_memory", lambda: 2**27)
+    with pytest.raises(DataError, match="'x': expected rows that fit into half of this computer's memory"):
+        load(Npz(path=path))
+
+
+# IDX
+
+
+@pytest.mark.parametrize("zipped", [False, True])
+@pytest.mark.parametrize(
+    ("code", "letter"), [(0x08, "B"), (0x09, "b"), (0x0B, "h"), (0x0C, "i"), (0x0D, "f"), (0x0E, "d")]
+)
+def test_every_type_of_idx(code: int, letter: str, zipped: bool, tmp_path: Path):
+    values = RNG.randint(0, 100, (20, 2, 1, 3)) * (1 if code == 0x08 else -1)
+    path = idx(tmp_path / "x", values.astype(float) / 2 if letter in "fd" else values, code, letter, zipped)
+    for stream in (False, True):
+        x = Idx(path=path, stream=stream).read(None, 0).x
+        assert np.array_equal(x[:] * (2 if letter in "fd" else 1), values)
+
+
+WHOLE = struct.pack(">BBBB2I", 0, 0, 0x0B, 2, 3, 4) + bytes(24)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("content", "match"),
+    [
+        (b"", "expected the IDX magic 00 00, a type .*; got no bytes"),
+        (b"\0\0\x0a\2" + WHOLE[4:], "got 00 00 0a 02"),
+        (b"\0\0\x08\0\5", "got 00 00 08 00"),
+        (b"\0\0\x08\xff" + bytes(2000), "got 00 00 08 ff"),
+        (WHOLE[:9], "expected a header of 12 bytes; got 9"),
+        (WHOLE[:-1], r"expected 36 bytes; got 35 \(a truncated file\)"),
+        (WHOLE + b"x", r"expected 36 bytes; got 37 \(trailing bytes\)"),
+        (struct.pack(">BBBB2I", 0, 0, 8, 2, 0, 4), r"expected sizes of at least 1; got \[0, 4\]"),
+        (b"\0\0\x0e\4" + b"\xff" * 16, r"expected 27222589\d+ bytes; got 20 \(a truncated file\)"),
+        (
+            gzip.compress(b"\0\0\x0e\4" + b"\xff" * 16),
+            r"expected 27222589\d+ bytes, as its header says; got a gzipped",
+        ),
+        (gzip.compress(WHOLE)[:-12], "got a broken file of 2. bytes: Compressed file ended"),
+        (gzip.compress(WHOLE)[:-4] + b"abcd", "broken file of .* bytes: Incorrect length"),
+        (gzip.compress(WHOLE[:30]), r"expected 36 bytes; got 30 \(a truncated file\)"),
+        (gzip.compress(WHOLE + bytes(5)), r"expected 36 bytes; got 41 \(trailing bytes\)"),
+        (gzip.compress(WHOLE + bytes(2**25)), r"got at least \d+ \(trailing bytes\)"),
+        (b"\x1f\x8bgarbage", "broken file"),
+    ],
+)
+def test_broken_idx(content: bytes, match: str, stream: bool, tmp_path: Path):
+    """FAULTS 26: with the bytes expected and found; sizes are checked before anything is allocated."""
+    (tmp_path / "x").write_bytes(content)
+    with pytest.raises(DataError, match=match):
+        load(Idx(path=str(tmp_path / "x"), stream=stream))
+    assert not list(cache_folder().glob("decoded/*/*"))
+
+
+def test_idx_that_is_not_finite(tmp_path: Path):
+    """FAULTS 19."""
+    values = FLOATS.copy()
+    values[7, 2] = np.inf
+    for zipped in (False, True):
+        with pytest.raises(DataError, match="expected finite numbers; got inf in row 7, column 2"):
+            load(Idx(path=idx(tmp_path / "x", values, 0x0D, "f", zipped), stream=True))
+
+
+# Images
+
+
+def save(path: Path, pixels: Any, **options: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.asarray(pixels)).save(path, **options)
+
+
+COLOUR = RNG.randint(0, 256, (12, 6, 4, 3)).astype(np.uint8)
+
+
+def colours(folder: Path) -> Path:
+    for number, pixels in enumerate(COLOUR):
+        save(folder / f"{number:02}.png", pixels)
+    return folder
+
+
+def test_colour_luminance_and_size(tmp_path: Path):
+    path = str(colours(tmp_path / "a"))
+    whole = Images(path=path).read(None, 0).x[:]
+    assert np.array_equal(whole, COLOUR.transpose(0, 3, 1, 2))
+    grey = Images(path=path, mode="L", size=(3, 5)).read(None, 0).x[:]
+    by_hand = [Image.fromarray(p).convert("L").resize((5, 3), Image.Resampling.BILINEAR) for p in COLOUR]
+    assert np.array_equal(grey[:, 0], np.stack([np.asarray(image) for image in by_hand]))
+
+
+def test_other_modes_of_colour_and_the_camera_s_orientation(tmp_path: Path):
+    picture = Image.fromarray(COLOUR[0])
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by a quarter, clockwise
+    Image.fromarray(COLOUR[0].transpose(1, 0, 2)[::-1].copy()).save(tmp_path / "a.png", exif=exif)
+    picture.convert("RGBA").save(tmp_path / "b.png")
+    picture.quantize(256).save(tmp_path / "c.gif")
+    picture.save(tmp_path / "d.webp", lossless=True)
+    picture.save(tmp_path / "e.tif")
+    x = Images(path=str(tmp_path)).read(None, 0).x[:]
+    assert all(np.array_equal(image, COLOUR[0].transpose(2, 0, 1)) for image in x)
+    assert len(x) == 5
+
+
+def chunk(kind: bytes, content: bytes) -> bytes:
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+
+def bomb(width: int, height: int) -> bytes:
+    """A PNG of zeros, valid as far as its header goes."""
+    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(10**6)))
+
+
+@pytest.fixture
+def troubled(tmp_path: Path) -> Path:
+    """A folder of twelve images, and of everything that is none."""
+    folder = colours(tmp_path / "images")
+    whole = (folder / "03.png").read_bytes()
+    outside = tmp_path / "outside"
+    save(outside / "secret.png", COLOUR[0])
+    contents = {
+        "a_truncated.png": whole[: len(whole) // 2],
+        "b_flipped.png": whole[:60] + bytes([whole[60] ^ 1]) + whole[61:],
+        "c_bomb.png": bomb(9000, 9000),
+        "d_larger_bomb.png": bomb(50000, 50000),
+        "e_text.png": b"no image",
+        "f_empty.jpg": b"",
+        "g_script.png": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n",
+        "labels.csv": b"a,b\n",
+        "h\x1b[2Jescape.png": b"no image",
+        ".hidden.png": b"no image",
+    }
+    for name, content in contents.items():
+        (folder / name).write_bytes(content)
+    save(folder / "i_deep.png", np.zeros((6, 4), np.uint16))
+    (folder / "j_out.png").symlink_to(outside / "secret.png")
+    (folder / "k_folder").symlink_to(outside)
+    (folder / "l_loop.png").symlink_to(folder / "l_loop.png")
+    os.mkfifo(folder / "m_pipe.png")
+    (folder / ".cache").mkdir()
+    save(folder / ".cache" / "thumbnail.png", COLOUR[0])
+    return folder
+
+
+def test_what_is_no_image_is_skipped_and_listed(troubled: Path, monkeypatch: pytest.MonkeyPatch):
+    """FAULTS 27, 29, 36, 38: broken, bombs (none decoded), links out, devices; and the good ones are all there."""
+    monkeypatch.setattr("pvae.data.images.SHOWN", 99)
+    data = load(Images(path=str(troubled)))
+    assert sum(len(split) for split in data.splits) == 12
+    (listed,) = [note for note in data.notes if "skipped" in note]
+    assert " 14 skipped: " in listed
+    for told in (
+        "a_truncated.png (",
+        "b_flipped.png (broken PNG file (bad header checksum in b'IDAT'))",
+        "c_bomb.png (9000 x 9000 pixels, more than 67108864)",
+        "d_larger_bomb.png (Image size (2500000000 pixels) exceeds limit",
+        "e_text.png (no image by its content)",
+        "f_empty.jpg (no image by its content)",
+        "g_script.png (no image by its content)",
+        "labels.csv (no image by its name)",
+        "h\\x1b[2Jescape.png (",
+        "i_deep.png (more than 8 bits a channel, mode I;16)",
+        "j_out.png (a link out of the folder)",
+        "k_folder (a link to a folder)",
+        "l_loop.png (a link to nothing)",
+        "m_pipe.png (no plain file)",
+    ):
+        assert told in listed
+
+
+def test_the_list_of_what_is_skipped_is_short(troubled: Path):
+    (listed,) = [note for note in load(Images(path=str(troubled))).notes if "skipped" in note]
+    assert listed.endswith(" and 9 more.")
+
+
+def test_folders_that_give_no_images(tmp_path: Path):
+    """FAULTS 29: an error when all are bad."""
+    with pytest.raises(DataError, match="Expected a folder of images at .*absent; got no such folder"):
+        load(Images(path=str(tmp_path / "absent")))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match=r"expected images \(PNG, .*\); got none\.$"):
+        load(Images(path=str(tmp_path / "empty")))
+    (tmp_path / "empty" / "a.png").write_bytes(b"no image")
+    with pytest.raises(DataError, match=r"expected images that can be read; got none. 1 skipped: a.png \(no image by"):
+        load(Images(path=str(tmp_path / "empty")))
+    with zipfile.ZipFile(tmp_path / "images.zip", "w") as archive:
+        archive.writestr("a.png", b"")
+    with pytest.raises(DataError, match="expected a folder of images; got a file. Unpack an archive first"):
+        load(Images(path=str(tmp_path / "images.zip")))
+    save(colours(tmp_path / "mixed") / "12.png", np.zeros((5, 4, 3), np.uint8))
+    with pytest.raises(DataError, match=r"one size; got 6 x 4 in 00.png and 5 x 4 in 12.png. Set data.size = \["):
+        load(Images(path=str(tmp_path / "mixed")))
+    assert len(load(Images(path=str(tmp_path / "mixed"), size=(6, 4))).train) == 11
+
+
+def test_labels_are_sub_folders_only_if_every_image_is_in_one(tmp_path: Path):
+    path = Path(pictures(tmp_path))
+    assert load(Images(path=str(path), mode="L")).label_names == NAMES
+    save(path / "top.png", X[0] ^ 1)
+    data = load(Images(path=str(path), mode="L"))
+    assert data.label_names is None
+    assert data.train.y is None
+
+
+# The cache
+
+
+def entries() -> list[Path]:
+    return sorted(cache_folder().glob("decoded/*/x.npy"))
+
+
+def test_an_entry_is_made_once_and_again_when_damaged_or_out_of_date(tmp_path: Path):
+    """FAULTS 32."""
+    folder = colours(tmp_path / "images")
+    declared = Images(path=str(folder), stream=True)
+    before = load(declared)
+    (entry,) = entries()
+    made_at = entry.stat().st_mtime_ns
+    load(declared)
+    assert entry.stat().st_mtime_ns == made_at
+    content = bytearray(entry.read_bytes())
+    content[-1] ^= 1
+    entry.write_bytes(content)
+    assert load(declared).fingerprint == before.fingerprint
+    save(folder / "00.png", COLOUR[0] ^ 1)
+    assert load(declared).fingerprint != before.fingerprint
+    assert len(entries()) == 2
+    load(declared.model_copy(update={"mode": "L"}))
+    assert len(entries()) == 3
+    assert not list(cache_folder().glob("decoded/.part-*"))
+
+
+DECODE = """
+import sys, time
+import numpy as np
+from pvae.data.cache import decoded
+def make(writer):
+    with open(sys.argv[1], "a") as log:
+        log.write("made\\n")
+    time.sleep(0.5)
+    writer.append("x", np.arange(6).reshape(3, 2))
+print(decoded({"source": "a test"}, make).arrays["x"][:].tolist())
+"""
+
+
+def test_two_processes_that_decode_at_once(tmp_path: Path):
+    """FAULTS 32: one decodes, the other waits for it."""
+    log = tmp_path / "log"
+    command = [sys.executable, "-c", DECODE, str(log)]
+    writers = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    assert [writer.communicate(timeout=60)[0].strip() for writer in writers] == ["[[0, 1], [2, 3], [4, 5]]"] * 2
+    assert log.read_text() == "made\n"
+    assert len(entries()) == 1
+
+
+def test_a_file_that_changes_while_it_is_streamed(tmp_path: Path):
+    path = Path(npy(tmp_path / "x.npy", FLOATS))
+    rows = Npy(path=str(path), stream=True).read(None, 0)
+    np.save(path, FLOATS[:30])
+    with pytest.raises(DataError, match="expected the file of the start; got another"):
+        rows.x[:]
+
+
+# Torch's datasets
+
+
+class Counting(IterableDataset[Any]):
+    """An iterable data set that counts how often it was gone through."""
+
+    def __init__(self, items: list[Any]) -> None:
+        self.items, self.times = items, 0
+
+    def __iter__(self) -> Iterator[Any]:
+        self.times += 1
+        return iter(self.items)
+
+
+class Listed(TorchDataset[Any]):
+    """A map-style data set."""
+
+    def __init__(self, items: list[Any]) -> None:
+        self.items = items
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, number: int) -> Any:
+        return self.items[number]
+
+
+XT, YT = torch.from_numpy(FLOATS), torch.from_numpy(Y)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    "dataset",
+    [
+        TensorDataset(XT, YT),
+        Listed([(x, int(y)) for x, y in zip(FLOATS, Y, strict=True)]),
+        Counting([[x.tolist(), y] for x, y in zip(XT, YT, strict=True)]),
+        Counting([{"x": x, "y": y[None]} for x, y in zip(XT, YT, strict=True)]),
+    ],
+)
+def test_torch_datasets(dataset: TorchDataset[Any], stream: bool, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("pvae.data.python.BLOCK_BYTES", 1000)  # several blocks
+    data, wanted = Dataset.from_torch(dataset, stream=stream, label_names=NAMES), Dataset.from_tensors(FLOATS, Y)
+    for one, other in zip(data.splits, wanted.splits, strict=True):
+        assert torch.equal(one.x, other.x)
+        assert one.y is not None
+        assert torch.equal(one.y, other.y)  # type: ignore[arg-type]
+    assert data.label_names == NAMES
+    assert not isinstance(dataset, Counting) or dataset.times <= 2  # once for each value of `stream`
+
+
+def test_torch_datasets_without_labels_and_with_splits():
+    bare, single = Dataset.from_torch(Listed(list(XT))), Dataset.from_torch(TensorDataset(XT))
+    assert bare.fingerprint == single.fingerprint == Dataset.from_tensors(FLOATS).fingerprint
+    for stream in (False, True):
+        data = Dataset.from_torch(Listed(list(XT)), test=Listed(list(XT[:7] + 1)), stream=stream)
+        assert [len(split) for split in data.splits] == [54, 6, 7]
+        assert torch.equal(data.test.x, XT[:7] + 1)
+
+
+@pytest.mark.parametrize(
+    ("dataset", "match"),
+    [
+        (
+            DataLoader(TensorDataset(XT)),
+            "train: expected a dataset; got a DataLoader, which batches it. Pass its .data",
+        ),
+        (Listed([]), "train: expected a dataset of at least one item; got none"),
+        (Listed([XT[0], XT[1, :3]]), r"item 1: expected \(5,\) float32, as item 0; got \(3,\) float32"),
+        (Listed([XT[0], XT[1].double()]), r"item 1: expected \(5,\) float32, as item 0; got \(5,\) float64"),
+        (Listed([(x, 1, 2) for x in XT]), r"item 0: expected x, \(x, y\) or a mapping; got 3 values. Wrap"),
+        (Listed([{"image": x} for x in XT]), 'item 0: expected "x" and perhaps "y"; got image'),
+        (Listed([(XT[0], 1), (XT[1], None)]), "a label with every item or with none; got 1 with 2 items"),
+        (Listed([(x, 0.5) for x in XT]), "expected integers; got float64"),
+        (Listed([(x, x) for x in XT]), r"one for each of 60 rows; got shape \(60, 5\)"),
+        (Listed([x / 0 for x in XT]), "expected finite numbers; got .*inf in row 0"),
+        (Listed(list("abc" * 9)), "expected real numbers"),
+        (TorchDataset(), "expected a torch Dataset with a length, or an IterableDataset"),
+    ],
+)
+def test_broken_torch_datasets(dataset: Any, match: str):
+    for stream in (False, True):
+        with pytest.raises(DataError, match=match):
+            Dataset.from_torch(dataset, stream=stream)
+
+
+def test_torch_datasets_larger_than_memory(monkeypatch: pytest.MonkeyPatch):
+    """FAULTS 45 (data)."""
+    monkeypatch.setattr("pvae.data.files.total_memory", lambda: 1000)
+    with pytest.raises(DataError, match="got .60, 5. float32, which need .* Pass stream=True to Dataset.from_torch"):
+        Dataset.from_torch(TensorDataset(XT))
+    with pytest.raises(DataError, match=r"train: expected rows that fit .* Pass a torch Dataset and stream=True"):
+        Dataset.from_tensors(XT)
+    assert len(Dataset.from_torch(TensorDataset(XT), stream=True).train) == 48
+
+
+def open_files() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+def test_a_spool_leaves_nothing_behind():
+    before = open_files()
+    data = Dataset.from_torch(TensorDataset(XT), stream=True, declared=TensorSource(shape=(5, 1)))
+    assert list(cache_folder().iterdir()) == []
+    assert open_files() > before
+    assert torch.equal(data.train.rows[:2], data.train.x[:2])
+    del data
+    gc.collect()
+    assert open_files() == before
+
+
+class Full:
+    """A file on a full disk."""
+
+    def write(self, content: Any) -> int:
+        raise OSError(28, "No space left on device")
+
+    def close(self) -> None: ...
+
+
+def test_a_spool_on_a_full_disk(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(tempfile, "TemporaryFile", lambda dir: Full())
+    with pytest.raises(StorageError, match="expected room for the rows; got .*No space left"):
+        Dataset.from_torch(TensorDataset(XT), stream=True)
+
+
+# AnnData and its like
+
+
+COUNTS = RNG.poisson(0.3, (ROWS, 7))
+GROUPS = pd.Categorical(np.take(["cow", "ant", "bee"], Y), categories=["cow", "ant", "bee", "none"])
+
+
+def annotated(x: Any, **layers: Any) -> Any:
+    obs = pd.DataFrame({"group": GROUPS, "number": Y, "name": np.take(NAMES, Y), "score": Y / 2})
+    obs["gap"] = obs["group"].where(obs["number"] > 0)
+    return SimpleNamespace(X=x, obs=obs, layers=layers)
+
+
+@pytest.fixture
+def backed(tmp_path: Path) -> Iterator[h5py.Dataset]:
+    with h5py.File(tmp_path / "x.h5", "w") as file:
+        yield file.create_dataset("x", data=COUNTS)
+
+
+def test_annotated_matrices_dense_sparse_and_backed(backed: h5py.Dataset):
+    wanted = Dataset.from_tensors(COUNTS, Y)
+    for x in (COUNTS, torch.from_numpy(COUNTS), sparse.csr_matrix(COUNTS), sparse.csc_array(COUNTS), backed):
+        data = Dataset.from_anndata(annotated(x), labels="group", declared=TensorSource(shape=(7, 1)))
+        for one, other in zip(data.splits, wanted.splits, strict=True):
+            assert torch.equal(one.x.squeeze(2), other.x)
+            assert torch.equal(one.rows[torch.tensor([3, 0])], one.x[[3, 0]])
+            assert torch.equal(one.y, other.y)  # type: ignore[arg-type]
+        assert data.label_names == ("cow", "ant", "bee", "none")
+
+
+def test_rows_far_apart_in_a_backed_matrix(backed: h5py.Dataset):
+    from pvae.data.python import Sliced
+
+    for index in (np.array([0, 59]), np.array([3, 4, 6]), np.array([], int), slice(5, 9)):
+        assert np.array_equal(Sliced(backed).read(index), COUNTS[index])
+
+
+def test_layers_and_other_columns():
+    adata = annotated(None, raw=sparse.csr_matrix(COUNTS))
+    assert Dataset.from_anndata(adata, layer="raw", labels="number").label_names is None
+    named = Dataset.from_anndata(adata, layer="raw", labels="name")
+    assert named.label_names == NAMES
+    assert torch.equal(named.train.y, Dataset.from_tensors(COUNTS, Y).train.y)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("call", "match"),
+    [
+        (lambda: Dataset.from_anndata(annotated(None)), "X: expected a matrix; got none. Name a layer"),
+        (lambda: Dataset.from_anndata(annotated(COUNTS, raw=1), layer="rwa"), "got 'rwa' .did you mean 'raw'"),
+        (lambda: Dataset.from_anndata(annotated(COUNTS), labels="grp"), "column of obs, group, .* got 'grp' .did you"),
+        (lambda: Dataset.from_anndata(annotated(COUNTS), labels="gap"), "label for every row; got none for 20. Drop"),
+        (lambda: Dataset.from_anndata(annotated(COUNTS), labels="score"), "categories, names or integers; got float64"),
+        (lambda: Dataset.from_anndata(annotated(sparse.csr_matrix((0, 7)))), r"at least one row; got shape \(0, 7\)"),
+        (lambda: Dataset.from_anndata(annotated(COUNTS[1:]), labels="group"), r"one for each of 59 rows; got shape"),
+        (
+            lambda: Dataset.from_tensors(sparse.coo_array(COUNTS[0])),
+            r"sparse matrix \(rows, features\); got shape \(7,\)",
+        ),
+    ],
+)
+def test_broken_annotated_matrices(call: Callable[[], Dataset], match: str):
+    """FAULTS 24, 25."""
+    with pytest.raises(DataError, match=match):
+        call()
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, 1e300])
+def test_sparse_values_that_are_not_finite(value: float):
+    """FAULTS 19."""
+    x = sparse.csr_matrix(COUNTS.astype(float))
+    x[5, 3] = value
+    with pytest.raises(DataError, match="X: expected finite numbers; got .* in row 5, column 3"):
+        Dataset.from_anndata(annotated(x))
+
+
+def test_a_backed_file_that_was_closed(tmp_path: Path):
+    with h5py.File(tmp_path / "x.h5", "w") as file:
+        data = Dataset.from_anndata(annotated(file.create_dataset("x", data=COUNTS)))
+    with pytest.raises(DataError, match="Expected the rows of an open file; got"):
+        data.train.rows[:2]
+
+
+class Watched(SparseRows):
+    """Sparse rows that know how many values were ever dense at once."""
+
+    largest = 0
+
+    def read(self, index: Index) -> Any:
+        rows = super().read(index)
+        Watched.largest = max(Watched.largest, rows.size)
+        return rows
+
+
+def test_a_fit_on_sparse_counts_never_makes_them_dense(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("pvae.data.rows.CHUNK_ELEMENTS", 2**16)
+    monkeypatch.setattr("pvae.data.dataset.CHUNK_ELEMENTS", 2**16)
+    counts = sparse.random_array((3000, 200), density=0.05, rng=np.random.default_rng(0), data_sampler=None)
+    data = Dataset.of(Watched(counts))
+    overrides = (*SMALL, "train.batch_size=500", "data={source='tensor'}", "decoder.likelihood.kind=normal")
+    run = pvae.fit("vae", *overrides, data=data, run_dir=tmp_path, device="cpu", progress=False)
+    assert np.isfinite(run.metrics["elbo"]).all()
+    assert 0 < Watched.largest <= 2**17 < counts.shape[0] * counts.shape[1]
+
+
+# One way in
+
+
+def test_fit_and_load_take_whatever_holds_data(tmp_path: Path):
+    """A tensor, an array, torch's data set, AnnData, a `Dataset`: the same run, opened again with any of them."""
+    x = COUNTS.astype(np.float32)
+    holders = {
+        "tensor": torch.from_numpy(x),
+        "array": x,
+        "torch": TensorDataset(torch.from_numpy(x)),
+        "anndata": annotated(x),
+        "dataset": Dataset.from_tensors(x),
+    }
+    overrides = (*SMALL, "data={source='tensor'}", "decoder.likelihood.kind=normal")
+    for name, data in holders.items():
+        run = pvae.fit("vae", *overrides, name=name, data=data, run_dir=tmp_path, device="cpu", progress=False)
+        assert run.data.fingerprint == holders["dataset"].fingerprint
+    for data in holders.values():
+        assert Run.load(run.path, data=data).data.fingerprint == run.data.fingerprint
+
+
+def test_spools_and_files_are_reshaped_in_place(tmp_path: Path):
+    data = Dataset.from_torch(TensorDataset(XT), stream=True, declared=TensorSource(shape=(1, 5)))
+    assert data.train.rows[:3].shape == (3, 1, 5)
+    assert isinstance(data.train.rows.rows.x, Spool)  # type: ignore[union-attr]
+    path = npy(tmp_path / "x.npy", FLOATS)
+    assert torch.equal(load(Npy(path=path, stream=True, shape=(1, 5))).train.x, data.train.x)
