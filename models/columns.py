@@ -143,11 +143,13 @@ class CategoricalColumns(Family):
         self.most = max(self.levels)
         starts = [sum(self.levels[:i]) for i in range(len(laws))]
         absent = sum(self.levels)  # a last entry, appended to the logits
-        self.pick = Pick([
-            start + level if level < size else absent
-            for start, size in zip(starts, self.levels, strict=True)
-            for level in range(self.most)
-        ])
+        self.pick = Pick(
+            [
+                start + level if level < size else absent
+                for start, size in zip(starts, self.levels, strict=True)
+                for level in range(self.most)
+            ]
+        )
 
     @property
     def outputs(self) -> int:
@@ -301,7 +303,9 @@ class ColumnsModule(LikelihoodModule):
         super().__init__(x, 1)
         self.laws = tuple(laws)
         places = grouped(laws)
-        self.families = nn.ModuleDict({name: FAMILIES[name]([laws[i] for i in at], floor) for name, at in places.items()})
+        self.families = nn.ModuleDict(
+            {name: FAMILIES[name]([laws[i] for i in at], floor) for name, at in places.items()}
+        )
         self.picks = nn.ModuleDict({name: Pick(at) for name, at in places.items()})
         order = [i for at in places.values() for i in at]
         self.order = Pick([order.index(i) for i in range(len(laws))])

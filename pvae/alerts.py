@@ -21,8 +21,8 @@ from pvae.usage import code_usage, grid_of
 
 ROWS = 1000
 """Most rows that are looked at."""
-SILENT_NATS = 0.01
-"""A latent that costs less says nothing of x."""
+SILENT_NATS, SILENT = 0.01, 0.1
+"""A latent that costs less for each of its coordinates, and less in all, says nothing of x."""
 SHARE = 0.05
 """Of the scales of a site that may stand at a bound without an alert."""
 CHANCES = 10
@@ -47,12 +47,13 @@ def alerts(plan: Plan, pair: Pair, x: Tensor, seed: int) -> list[str]:
             terms = pair.terms(x, rows=len(x), expected=True)
         guide, model = (samples(trace) for trace in pair.traces(x))
     kl = {name: float(value.double().mean()) for name, value in terms.kl.items()}
-    return [*_asleep(kl), *_dead(guide, code_usage(pair, x, seed), len(x)), *_at_bounds(plan, guide, model)]
+    return [*_asleep(kl, guide), *_dead(guide, code_usage(pair, x, seed), len(x)), *_at_bounds(plan, guide, model)]
 
 
-def _asleep(kl: Mapping[str, float]) -> Iterator[str]:
+def _asleep(kl: Mapping[str, float], guide: Mapping[str, Any]) -> Iterator[str]:
     for name, nats in kl.items():
-        if abs(nats) < SILENT_NATS:
+        size = guide[name]["fn"].event_shape.numel() if name in guide else 1
+        if abs(nats) < min(SILENT_NATS * size, SILENT):
             yield (
                 f"{name} has collapsed onto its prior: its KL is {nats:.4f} nats per datum. Give objective.beta a "
                 "longer linear warm-up from 0, or set objective.free_bits."

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.metadata import entry_points
 from typing import Annotated, Any, ClassVar, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, GetJsonSchemaHandler, SerializationInfo
+from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, GetJsonSchemaHandler, SerializationInfo, model_validator
 from pydantic_core import CoreSchema, InitErrorDetails, PydanticCustomError, ValidationError, core_schema
 
 from pvae.errors import DeclarationError, near
@@ -44,6 +44,40 @@ class Section(BaseModel):
     model_config = ConfigDict(
         strict=True, extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
     )
+
+    @model_validator(mode="after")
+    def _holdable(self) -> Self:
+        """Numbers go to torch: integers that it cannot count to, or what single precision cannot hold, are refused."""
+        wrong = [
+            InitErrorDetails(type=PydanticCustomError("too_large", "{wanted}", {"wanted": wanted}), loc=loc, input=found)
+            for name in type(self).model_fields
+            for loc, found in _numbers((name,), getattr(self, name))
+            if (wanted := _too_large(found))
+        ]
+        if wrong:
+            raise ValidationError.from_exception_data(type(self).__name__, wrong)
+        return self
+
+
+LARGEST_INTEGER = 1 << 53
+LARGEST_FLOAT = 3.4e38
+"""About the largest number of single precision."""
+
+
+def _numbers(loc: tuple[int | str, ...], value: Any) -> Iterator[tuple[tuple[int | str, ...], int | float]]:
+    """Numbers in a field, each with its place."""
+    if isinstance(value, tuple):
+        for index, item in enumerate(value):
+            yield from _numbers((*loc, index), item)
+    elif isinstance(value, int | float):
+        yield loc, value
+
+
+def _too_large(number: int | float) -> str:
+    """What is expected in place of a number that is too large; nothing for others."""
+    if isinstance(number, int):
+        return f"an integer of at most {LARGEST_INTEGER}" if abs(number) > LARGEST_INTEGER else ""
+    return f"a number that single precision holds, at most {LARGEST_FLOAT:g}" if abs(number) > LARGEST_FLOAT else ""
 
 
 class Component(Section):

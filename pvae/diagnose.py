@@ -24,6 +24,7 @@ def first_bad_site(pair: Pair, x: Tensor) -> tuple[str, list[int]] | None:
     for side, trace in (("guide", guide_trace), ("model", model_trace)):
         for name, node in samples(trace).items():
             bad = ~log_prob(node, pair.layout, 0).isfinite()
+            bad = bad.flatten(0, -2).any(0) if bad.dim() > 1 else bad  # of sums, in any state
             if bool(bad.any()):
                 return f"{side}.{name}", bad.nonzero().flatten().tolist()
     return None

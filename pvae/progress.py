@@ -7,6 +7,8 @@ import time
 from types import TracebackType
 from typing import Any, Self
 
+from pvae.errors import printable
+
 EVERY_SECONDS = 5.0
 
 
@@ -21,7 +23,7 @@ class Progress:
 
     def __init__(self, total: int, label: str, *, show: bool = True) -> None:
         self.total = total
-        self.label = label
+        self.label = printable(label)
         self.show = show
         self.started = self.last = time.monotonic()
         self.bar: Any = None
@@ -53,7 +55,7 @@ class Progress:
     def update(self, done: int, note: str | None = None) -> None:
         """Say that `done` units are done; cheap enough to call often. A note stands until the next one."""
         finished = done == self.total and note is not None
-        self.note = self.note if note is None else note
+        self.note = self.note if note is None else printable(note)
         if self.bar is not None:
             self.bar.update(self.task, completed=done, note=self.note)
         elif self.show and (time.monotonic() - self.last > EVERY_SECONDS or finished):

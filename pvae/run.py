@@ -123,7 +123,7 @@ class Run:
     @property
     def name(self) -> str:
         """The declared name."""
-        return str(self.files.manifest["name"])
+        return str(self.files.manifest.get("name", self.path.parent.name))
 
     @cached_property
     def plan(self) -> Plan:
@@ -155,7 +155,7 @@ class Run:
         wanted = self.files.manifest.get("data", {}).get("fingerprint")
         if wanted and data.fingerprint != wanted:
             raise DataError(
-                f"{self.path}: expected data of fingerprint {wanted[:16]}; got {data.fingerprint[:16]}. "
+                f"{self.path}: expected data of fingerprint {str(wanted)[:16]}; got {data.fingerprint[:16]}. "
                 f"The run was fitted on other data."
             )
         return self.plan.conditioned(data) if isinstance(self.plan, Experiment) else data

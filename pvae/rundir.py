@@ -120,6 +120,13 @@ def is_stale(status: Mapping[str, Any]) -> bool:
 # ---------------------------------------------------------------------------------------------- the run
 
 
+MANIFEST: dict[str, type] = {
+    "name": str, "device": str, "engine": str, "declared": bool, "imports": list, "trainable": list, "parent": dict,
+    "data": dict,
+}  # fmt: skip
+"""What a manifest holds, where it says it at all."""
+
+
 class RunDirectory:
     """The folder of one run. Only its lock's owner writes; anybody may read, also while it runs.
 
@@ -225,7 +232,15 @@ class RunDirectory:
     @property
     def manifest(self) -> dict[str, Any]:
         """What the run is: name, id, start, versions, seeds; raises DataError if damaged."""
-        return read_object(self.path, "manifest.json")
+        found = read_object(self.path, "manifest.json")
+        for key, kind in MANIFEST.items():
+            if not isinstance(found.get(key), kind | None):
+                wanted = "text" if kind is str else "true or false" if kind is bool else f"a {kind.__name__}"
+                raise DataError(
+                    f"{self.path / 'manifest.json'}: expected {wanted} for {key!r}; got {str(found[key])[:60]!r}. "
+                    f"Restore it from a copy of the run."
+                )
+        return found
 
     def write_manifest(self, fields: Mapping[str, Any]) -> None:
         """Replace the manifest; ``name``, ``id`` and ``started`` from the creation stay. Raises StorageError."""

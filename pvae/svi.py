@@ -84,7 +84,7 @@ def fit(
     if given_pair and (problems := given_pair.check(dataset.train.rows[:3])):
         raise DeclarationError([f"pair: {problem}" for problem in problems])
     pair = given_pair.adopt(dataset.train.rows[:2]) if given_pair else _experiment(plan).build(dataset.shape)
-    rows = min(plan.train.batch_size, len(dataset.train))
+    rows = min(plan.train.batch_size, len(dataset.train)) * getattr(plan.objective, "particles", 1)
     require_training_memory(pair, math.prod(dataset.shape), rows, where)
     attended(pair, dataset.train)
     _require_fittable(plan, pair, dataset, given_pair is not None)
@@ -327,7 +327,7 @@ def _go_on(run: Run, plan: Plan, where: torch.device, changed: list[str], *, pro
     if not learns(pair):
         _ = run.checkpoint  # says so where there is none
         return
-    engine = str(files.manifest["engine"])
+    engine = str(files.manifest.get("engine", "eager"))
     trainer = Trainer(plan, pair, run.data, files, where, engine, record=_record(plan), show=progress)
     saved = checkpoint.latest(files.path / "checkpoints", report=lambda line: trainer.tell("fallback", line))
     if saved is not None:

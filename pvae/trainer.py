@@ -379,11 +379,12 @@ class Trainer:
                 raise
             traceback.clear_frames(error.__traceback__)  # they hold the tensors of the failed step
             message = f"{'device lost' if lost else 'out of memory'} at step {self.state.step} on {self.device}"
+            shown = (str(error) or type(error).__name__).splitlines()[0]
             advice = "" if lost else self._emergency()
             with suppress(RuntimeError):  # of a device that does not answer
                 self._status("failed", error=message)
             raise DeviceError(
-                f"Expected a fit that goes through; got {message} ({str(error).splitlines()[0][:200]}). {advice}Go on "
+                f"Expected a fit that goes through; got {message} ({shown[:200]}). {advice}Go on "
                 f"from the last checkpoint with: pvae resume {self.files.path}, on another device if need be."
             ) from error
 

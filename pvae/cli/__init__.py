@@ -32,7 +32,7 @@ def main() -> None:
         sys.stdout.flush()
     except KeyboardInterrupt:
         code = 130
-    except BrokenPipeError:
+    except (BrokenPipeError, SystemExit):  # the latter is the parser's own answer to a broken pipe
         _forget_output()
         code = 141
     except Exception as error:

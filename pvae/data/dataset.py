@@ -24,11 +24,12 @@ from pvae.data.prepare import Prepared, prepare, scaled
 from pvae.data.python import anndata_rows, as_array, is_anndata, torch_rows
 from pvae.data.rows import CHUNK_ELEMENTS, SPLITS, Part, Rows, joined, partition, reshape, shared_rows
 from pvae.data.streamed import Streamed, Streams, WindowOrder, streams
-from pvae.data.tables import Table
+from pvae.data.tables import Table, declared_frame, read_frame
 from pvae.errors import DataError, DeclarationError, near
 from pvae.models.columns import columns as of_columns
 
 if TYPE_CHECKING:
+    import pandas
     from numpy.typing import ArrayLike
 
 
@@ -280,6 +281,36 @@ class Dataset:
         """
         declared = declared or TensorSource()
         return _assembled(declared, anndata_rows(adata, layer, labels, declared.split_seed))
+
+    @classmethod
+    def from_frame(
+        cls,
+        frame: pandas.DataFrame,
+        columns: Mapping[str, Any] | None = None,
+        *,
+        declared: FrameSource | None = None,
+        **more: Any,
+    ) -> Dataset:
+        """A table passed in Python.
+
+        Arguments:
+            frame: one row for each datum.
+            columns: what every column holds: a type, `"continuous"`, or a table as under `[data.columns]`.
+            declared: the declaration, in the place of `columns` and `more`.
+            more: other fields of `FrameSource`: `label`, `na`, `split_seed`, `splits`.
+
+        Raises:
+            DataError: a column is absent, or holds what it should not; with the row.
+            DeclarationError: columns or fields are not what they should be.
+
+        Example:
+            >>> import pandas
+            >>> frame = pandas.DataFrame({"size": [1.0, 2.5, 4.0, 3.0], "seen": [True, False, True, True]})
+            >>> Dataset.from_frame(frame, {"size": "continuous", "seen": "binary"}).shape
+            (2,)
+        """
+        source = declared or declared_frame(columns or {}, more)
+        return _assembled(source, read_frame(frame, source))
 
     @classmethod
     def of(cls, data: Any, declared: TensorSource | FrameSource | None = None) -> Dataset:

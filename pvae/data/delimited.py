@@ -80,9 +80,9 @@ def read_pieces(path: Path, header: Header, separator: str) -> Iterator[Piece]:
     width, line, rest = len(header.names), header.lines + 1, b""
     with path.open("rb") as file:
         file.seek(header.bytes)
-        while block := file.read(PIECE_BYTES) or (b"\n" if rest else b""):  # a last line may lack its end
-            whole, rest = _split(rest + block, path, line)
-            if not whole and block == b"\n":
+        while (block := file.read(PIECE_BYTES)) or rest:
+            whole, rest = _split(rest + (block or b"\n"), path, line)  # a last line may lack its end
+            if not whole and not block:
                 raise DataError(f"{path}, line {line}: expected a closing quote; got the end of the file.")
             if whole:
                 text = _cleaned(whole, path, line)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import expit, logit
 
 from pvae.data.arrays import AnyArray, Array
 from pvae.data.declared import Binarize, Scale
@@ -135,16 +136,6 @@ def _mean_of_present(data: Scaled, part: Part, centre: Floats | float, power: in
         total += chunk.sum(0)
         count += len(chunk) - missing.sum(0)
     return total / count
-
-
-def logit(p: Floats) -> Floats:
-    """log(p / (1 - p))."""
-    return np.log(p) - np.log1p(-p)
-
-
-def expit(x: Floats) -> Floats:
-    """1 / (1 + exp(-x))."""
-    return np.exp(-np.logaddexp(0.0, -x))
 
 
 WARPS: Mapping[str, Callable[[Floats], Floats]] = {"log": np.log, "log1p": np.log1p, "logit": logit}

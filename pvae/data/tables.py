@@ -88,14 +88,12 @@ class Decoder:
         values = self._coded(series, name, column, where) if words else self._numbers(series, name, column, where)
         missing = np.isnan(values)
         if column.missing == "error" and missing.any():
-            raise self._wrong(
-                int(missing.argmax()), name, "a value", "none", where,
-                f' Set data.columns.{name!r}.missing = "mask", or leave the row out.',
-            )  # fmt: skip
+            todo = f'Set data.columns.{name!r}.missing = "mask", or leave the row out.'
+            raise self._wrong(int(missing.argmax()), name, "a value", "none", where, todo)
         wrong = ~missing & ~column.inside(values)
         if wrong.any():
             at = int(wrong.argmax())
-            raise self._wrong(at, name, column.expected, f"{values[at]:.17g}", where)
+            raise self._wrong(at, name, column.expected, f"{values[at]:.15g}", where)
         return values
 
     def _numbers(self, series: pandas.Series[Any], name: str, column: Column, where: Where) -> Floats:
@@ -120,7 +118,7 @@ class Decoder:
         if wrong.any():
             at = int(wrong.argmax())
             word = str(words[codes[at]])
-            raise self._wrong(at, name, column.expected, shown(word), where, near(word, column.words))
+            raise self._wrong(at, name, column.expected, f"{shown(word)}{near(word, column.words)}", where)
         return np.array([*(np.nan if code is None else code for code in found), np.nan], np.float64)[codes]
 
     def _words(self, series: pandas.Series[Any]) -> tuple[NDArray[np.int64], list[str | None]]:
@@ -135,7 +133,7 @@ class Decoder:
         codes, words = self._words(series)
         missing = (codes < 0) | np.isin(codes, [i for i, word in enumerate(words) if word is None])
         if missing.any():
-            raise self._wrong(int(missing.argmax()), name, "a label", "none", where, " Leave the row out.")
+            raise self._wrong(int(missing.argmax()), name, "a label", "none", where, "Leave the row out.")
         for code in dict.fromkeys(codes.tolist()):
             self.labels.setdefault(str(words[code]), len(self.labels))
         if len(self.labels) > MAX_LABELS:
@@ -150,9 +148,9 @@ class Decoder:
             return value in self.declared.na
         return value is None or value != value or type(value).__name__ in ("NAType", "NaTType")
 
-    def _wrong(self, at: int, name: str, expected: str, got: str, where: Where, hint: str = "") -> DataError:
-        end = "" if hint.endswith(".") else "."
-        return DataError(f"{self.origin}, {where(at)}, column {shown(name)}: expected {expected}; got {got}{hint}{end}")
+    def _wrong(self, at: int, name: str, expected: str, got: str, where: Where, todo: str = "") -> DataError:
+        text = f"{self.origin}, {where(at)}, column {shown(name)}: expected {expected}; got {got}. {todo}"
+        return DataError(text.rstrip())
 
 
 def _is_number(value: Any) -> bool:

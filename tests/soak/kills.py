@@ -40,8 +40,8 @@ PHASES = (RESUMING, "in the middle of an epoch", "in the write of a checkpoint",
 START, STEP, WRITE, END = range(4)
 MOMENTS = ((START, 0.25), (STEP, 0.1), (STEP, 0.1), (WRITE, 0.01))
 """When a child is killed, one of these at even odds: the phase waited for, and the most seconds into it."""
-ROUND = 40
-"""Kills of a round, after which a child is left alone."""
+ROUND = 15
+"""Kills of a round, after which a child is left alone; the first two come while it starts."""
 TERM = 0.2
 """Share of kills that are SIGTERM."""
 DECLARED: dict[str, Any] = {
@@ -179,9 +179,9 @@ def round_of(
     folder: Path, experiment: Experiment, kills: int, chance: random.Random, phase: mmap.mmap, tally: Tally
 ) -> None:
     """One fit, killed so many times and resumed to its end."""
-    for _ in range(kills):
+    for kill in range(kills):
         number = signal.SIGTERM if chance.random() < TERM else signal.SIGKILL
-        wanted, most = chance.choice(MOMENTS)
+        wanted, most = MOMENTS[0] if kill < 2 else chance.choice(MOMENTS)
         code, where = killed(forked(folder, experiment, phase), wanted, chance.uniform(0, most), number, phase)
         tally.exits[code] += 1
         if code == 0 or where == END:
