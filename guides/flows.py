@@ -128,7 +128,7 @@ class FlowPosterior(Posterior):
     """
 
     kind: Literal["flow"] = "flow"
-    layers: int = Field(default=2, gt=0)
+    layers: int = Field(default=2, gt=0, le=1000)
     """Number of autoregressive steps."""
     hidden: Ints = (64,)
     """Hidden widths of the network of each; every one at least as wide as the latent."""

@@ -122,7 +122,7 @@ class NegativeBinomialColumns(PoissonColumns):
         self.log_count = nn.Parameter(torch.ones(self.count))
 
     def forward(self, h: Tensor) -> dist.TorchDistribution:
-        return dispersed(h, self.log_count)
+        return dispersed(h, self.log_count, validate_args=False)
 
 
 class BernoulliColumns(Family):
@@ -303,13 +303,12 @@ class ColumnsModule(LikelihoodModule):
         super().__init__(x, 1)
         self.laws = tuple(laws)
         places = grouped(laws)
-        self.families = nn.ModuleDict(
-            {name: FAMILIES[name]([laws[i] for i in at], floor) for name, at in places.items()}
-        )
+        families = {name: FAMILIES[name]([laws[i] for i in at], floor) for name, at in places.items()}
+        self.families = nn.ModuleDict(families)
         self.picks = nn.ModuleDict({name: Pick(at) for name, at in places.items()})
         order = [i for at in places.values() for i in at]
         self.order = Pick([order.index(i) for i in range(len(laws))])
-        self.sizes = [family.outputs for family in self.families.values()]  # type: ignore[union-attr]
+        self.sizes = [family.outputs for family in families.values()]
 
     @property
     def inputs(self) -> Shape:
@@ -361,12 +360,13 @@ class Reader(ReaderModule):
 
 @final
 class ColumnsLikelihood(Likelihood):
-    """A table's columns, each with the distribution that `data.columns` declares; a missing value adds exactly nothing."""
+    """Columns of a table, each with the distribution that `data.columns` declares; a missing value adds nothing."""
 
     kind: Literal["columns"] = "columns"
     floor: float = Field(default=1e-3, gt=0)
     """Smallest scale of a continuous column, in units of its transform."""
-    hint: ClassVar[str] = "see data.columns"
+    hint: ClassVar[str] = "See data.columns."
+    of_tables: ClassVar[bool] = True
     _laws: tuple[Law, ...] = PrivateAttr(default=())
 
     def over(self, laws: Sequence[Law]) -> Likelihood:

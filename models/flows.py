@@ -298,7 +298,7 @@ class FlowPrior(Prior):
     """Whether the fast direction leads from z to u: a fast density and slow draws."""
     masked: ClassVar[bool] = False
     """Whether every hidden unit stands for a coordinate: a layer then needs as many at least."""
-    layers: int = Field(default=4, gt=0)
+    layers: int = Field(default=4, gt=0, le=1000)
     """Number of bijections."""
     hidden: Ints = Field(default=(64, 64), min_length=1)
     """Hidden widths of the network of each."""

@@ -28,6 +28,8 @@ class Likelihood(Component):
     """The density of a datum given the decoder's output."""
 
     hint: ClassVar[str] = ""
+    of_tables: ClassVar[bool] = False
+    """Whether it is made of the columns of a table, and of no other data."""
     closed_form: ClassVar[bool] = False
     """Whether the objective `em` can fit it: its module is a `ClosedForm`."""
 
@@ -618,11 +620,11 @@ MOST_DISPERSED = 7.0
 """Largest |log r| of a negative binomial."""
 
 
-def dispersed(log_mean: Tensor, log_count: Tensor) -> dist.TorchDistribution:
+def dispersed(log_mean: Tensor, log_count: Tensor, validate_args: bool | None = None) -> dist.TorchDistribution:
     """Negative binomials of given means m `(..., d)` and variances m + m^2 / r, for r `(d,)`; logarithms of both."""
     log_count = log_count.clamp(-MOST_DISPERSED, MOST_DISPERSED)  # beyond, a Poisson; and lgamma loses digits
     logits = log_mean.clamp(LOWEST, -LOWEST) - log_count
-    return dist.NegativeBinomial(log_count.exp().expand(logits.shape), logits=logits, validate_args=False)
+    return dist.NegativeBinomial(log_count.exp().expand(logits.shape), logits=logits, validate_args=validate_args)
 
 
 class NegativeBinomialModule(LikelihoodModule):

@@ -235,7 +235,7 @@ class PixelCNNPrior(Prior):
     reads_parents: ClassVar[bool] = True
     channels: int = Field(default=64, gt=0)
     """Channels of both stacks."""
-    layers: int = Field(default=6, gt=0)
+    layers: int = Field(default=6, gt=0, le=1000)
     """Gated layers."""
     kernel: int = Field(default=5, gt=1)
     """Side of the window whose earlier half a layer reads; odd."""

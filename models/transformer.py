@@ -179,7 +179,7 @@ class TransformerPrior(Prior):
     reads_parents: ClassVar[bool] = True
     width: int = Field(default=128, gt=0)
     """Width of a token; a multiple of `heads`."""
-    layers: int = Field(default=4, gt=0)
+    layers: int = Field(default=4, gt=0, le=1000)
     """Blocks of attention and perceptron."""
     heads: int = Field(default=4, gt=0)
     """Heads of attention."""

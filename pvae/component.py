@@ -27,8 +27,8 @@ Table = Annotated[T, Field(strict=False)]
 Shape = tuple[int, ...]
 """Sizes of the event dimensions of a tensor, without batch dimensions."""
 
-Ints = Annotated[tuple[Annotated[int, Field(gt=0)], ...], Field(strict=False)]
-"""A tuple of positive integers; a list (all that TOML has) is accepted."""
+Ints = Annotated[tuple[Annotated[int, Field(gt=0)], ...], Field(strict=False, max_length=1000)]
+"""A tuple of at most 1000 positive integers; a list (all that TOML has) is accepted."""
 
 Names = Annotated[tuple[str, ...], Field(strict=False)]
 """A tuple of names; a list is accepted."""

@@ -1,4 +1,4 @@
-"""How one column of a table is scored: what a declared column says to the likelihood, and to the guide that reads it."""
+"""How one column of a table is scored: what a declaration says to the likelihood, and to the guide that reads x."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from pvae.errors import DeclarationError
+from pvae.errors import DeclarationError, out_of_memory
 
 LARGE = 1 << 27
 """Bytes from which a tensor is counted before it is made, and an eighth of what all may take until then."""
@@ -58,6 +58,8 @@ def weighed(make: Callable[[], Made]) -> Made:
     except Exception as error:
         if isinstance(error, RuntimeError) and "overflow" in str(error):
             raise _refused("more than 2^63 bytes") from error
+        if out_of_memory(error):  # of a tensor that is made of small ones
+            raise _refused("more than is free") from error
         if not counting.large:
             raise
     else:
@@ -65,7 +67,12 @@ def weighed(make: Callable[[], Made]) -> Made:
             return made
     if counting.bytes > total_memory():
         raise _refused(f"at least {_gib(counting.bytes)}")
-    return make()
+    try:
+        return make()
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        raise _refused("more than is free") from error
 
 
 def require_training_memory(pair: nn.Module, row: int, rows: int, device: torch.device) -> None:

@@ -556,11 +556,11 @@ class Resnet(Network):
     kind: Literal["resnet"] = "resnet"
     channels: int = Field(default=64, gt=1)
     """Of the blocks."""
-    blocks: int = Field(default=2, ge=0)
+    blocks: int = Field(default=2, ge=0, le=1000)
     """Residual blocks."""
     inner: int | None = Field(default=None, gt=0)
     """Channels inside a block; half of `channels` unless said."""
-    halvings: int = Field(default=2, ge=0)
+    halvings: int = Field(default=2, ge=0, le=30)
     """Times that sizes are halved where no grid says how large the working size is."""
     activation: Activation = "relu"
 

@@ -13,10 +13,11 @@ from pvae.em import EM
 from pvae.errors import DeclarationError, near
 from pvae.guides.codes import EstimatedPosterior
 from pvae.guides.posteriors import Posterior
-from pvae.models.columns import ColumnsLikelihood, support_of
+from pvae.models.columns import support_of
 from pvae.models.likelihoods import DeterminedLikelihood, Likelihood
 from pvae.models.priors import CategoricalPrior, Prior, UniformPrior
 from pvae.networks import Table as NetworkTable
+from pvae.schedules import Schedule
 from pvae.site import OBSERVED, Values
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ def findings(e: Experiment) -> Iterator[Finding]:
     yield from _misplaced_priors(e)
     yield from _misplaced_posteriors(e)
     yield from _unlike_sums(e)
+    yield from _negative_schedules(e)
     yield from _likelihood_free(e)
     yield from _columns(e)
     if e.refit is not None and e.objective.scores:
@@ -203,6 +205,31 @@ def _misplaced_posteriors(e: Experiment) -> Iterator[Finding]:
         )
 
 
+COLDEST = 1e-6
+"""Least temperature: below it single precision holds no relaxed one-hot but a hard one."""
+MOMENTS = 1000
+"""Of training, at which a schedule is asked."""
+
+
+def _negative_schedules(e: Experiment) -> Iterator[Finding]:
+    """Weights and rates that would turn a minimum into a maximum, and temperatures without a meaning."""
+    epochs = float(e.train.epochs)
+    asked: list[tuple[tuple[str, ...], Schedule, float, float, str]] = [
+        (("objective", "beta"), e.objective.beta, 0.0, epochs, "a weight of the KL"),
+        (("train", "schedule"), e.train.schedule, 0.0, epochs, "a factor on the learning rate"),
+    ]
+    if e.refit is not None:
+        train = e.refit.train
+        asked.append((("refit", "train", "schedule"), train.schedule, 0.0, train.epochs, "a factor on the learning rate"))
+    for name, latent in e.latents.items():
+        if latent.temperature is not None:
+            asked.append((("latents", name, "temperature"), latent.temperature, COLDEST, epochs, "a temperature"))
+    for loc, schedule, least, length, what in asked:
+        lowest = min(schedule.at(length * moment / MOMENTS, length) for moment in range(MOMENTS + 1))
+        if lowest < least:
+            yield loc, f"{what} of at least {least:g} all through training", lowest
+
+
 def _is_summed(latent: Latent) -> bool:
     """Whether its gradient is that of a sum over its states: by the model, or in expectation under the guide."""
     posterior = latent.posterior
@@ -277,7 +304,7 @@ def _columns(e: Experiment) -> Iterator[Finding]:
     """The likelihood `columns` is that of a declared table, and a table needs no other unless it is of one kind."""
     likelihood, loc = e.decoder.likelihood, ("decoder", "likelihood")
     kind = likelihood.kind  # type: ignore[attr-defined]
-    if isinstance(likelihood, ColumnsLikelihood):
+    if likelihood.of_tables:
         if not e.data.table:
             yield loc, "another likelihood, unless the data are a table with data.columns", kind
         return
@@ -293,7 +320,8 @@ def _columns(e: Experiment) -> Iterator[Finding]:
 
 def _unread(e: Experiment) -> Iterator[Finding]:
     """A latent that neither the decoder nor another latent's prior reads can only equal its prior."""
-    read = set(e.decoder_given()) | {above for z in e.latents.values() if not z.prior.ignores_parents for above in z.given}
+    heeded = {above for z in e.latents.values() if not z.prior.ignores_parents for above in z.given}
+    read = set(e.decoder_given()) | heeded
     for name in e.latents:
         if name not in read:
             wanted = "every latent read by the decoder or by another latent, through a prior that heeds its parents"

@@ -25,7 +25,7 @@ from pvae.alerts import ROWS, alerts
 from pvae.codebook import START_VECTORS
 from pvae.data import Dataset, Split
 from pvae.data.streamed import Streamed
-from pvae.diagnose import bad_figures, bad_weights, diagnose
+from pvae.diagnose import bad_figures, bad_weights, diagnose, is_refused_draw
 from pvae.discrete import Discretised
 from pvae.errors import (
     CheckpointError,
@@ -166,6 +166,10 @@ class State:
             if number and key != "best" and not -1 <= value < 1 << 53:
                 raise ValueError(f"state.json has {key} = {value!r}")
         return replace(cls(), **found)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0][:200]
 
 
 class Stop:
@@ -330,7 +334,12 @@ class Trainer:
         self._schedules(state.step)
         x = self._draw(index)
         frozen = self._frozen(state.step)
-        out = self.stepper(x, frozen) if frozen else self.stepper(x)
+        try:
+            out = self.stepper(x, frozen) if frozen else self.stepper(x)
+        except (RuntimeError, ValueError) as error:
+            if not is_refused_draw(error):
+                raise
+            return self._next(self._handle(f"no draw at step {state.step}: {_first_line(error)}", 1))
         if not out.is_cuda and not is_finite(out):
             return self._not_finite(x, index, out)
         self._accumulate(out)
@@ -374,17 +383,18 @@ class Trainer:
         try:
             yield
         except Exception as error:
+            if is_refused_draw(error):
+                self._fail(f"no draw after step {self.state.step}: {_first_line(error)}")
             lost = device_lost(error)
             if not lost and not out_of_memory(error):
                 raise
             traceback.clear_frames(error.__traceback__)  # they hold the tensors of the failed step
             message = f"{'device lost' if lost else 'out of memory'} at step {self.state.step} on {self.device}"
-            shown = (str(error) or type(error).__name__).splitlines()[0]
             advice = "" if lost else self._emergency()
             with suppress(RuntimeError):  # of a device that does not answer
                 self._status("failed", error=message)
             raise DeviceError(
-                f"Expected a fit that goes through; got {message} ({shown[:200]}). {advice}Go on "
+                f"Expected a fit that goes through; got {message} ({_first_line(error)}). {advice}Go on "
                 f"from the last checkpoint with: pvae resume {self.files.path}, on another device if need be."
             ) from error
 
@@ -454,9 +464,11 @@ class Trainer:
         )
         if self.train.nonfinite != "skip":
             self._dump(x, index)
-        going_on = self._handle(message, 1)
-        if going_on:
-            state.step += 1
+        return self._next(self._handle(message, 1))
+
+    def _next(self, going_on: bool) -> bool:
+        """Count a step that moved nothing, unless the fit was rolled back."""
+        self.state.step += going_on
         return going_on
 
     def _handle(self, message: str, steps: int) -> bool:
@@ -579,7 +591,13 @@ class Trainer:
         if self.best is not None:
             kept = [self.best[name].to(self.device) for name in self.names]
         with swapped(self.parameters, kept):
-            for message in alerts(self.plan, self.pair, self.data.validation.rows[:ROWS], self.plan.seed):
+            try:
+                found = list(alerts(self.plan, self.pair, self.data.validation.rows[:ROWS], self.plan.seed))
+            except (RuntimeError, ValueError) as error:
+                if not is_refused_draw(error):
+                    raise
+                found = [f"the weights that are kept give no distribution: {_first_line(error)}"]
+            for message in found:
                 self.tell("alert", message)
 
     # -------------------------------------------------------------- keeping

@@ -110,7 +110,7 @@ def _tuples(args: tuple[Any, ...], bounds: dict[str, Any], depth: int) -> Search
         item = values(args[0], {}, depth)
         wide = _unwrapped(args[0]) is int and "max_length" not in bounds
         return st.lists(st.one_of(item, st.just(WIDE)) if wide else item, min_size=least, max_size=most)
-    return st.tuples(*(values(arg, {}, depth) for arg in args)).map(lambda found: sorted(found))
+    return st.tuples(*(values(arg, {"ge": -10.0}, depth) for arg in args)).map(lambda found: sorted(found))
 
 
 def _unwrapped(annotation: Any) -> Any:
@@ -123,7 +123,7 @@ def _integers(bounds: dict[str, Any]) -> SearchStrategy[int]:
 
 
 def _floats(bounds: dict[str, Any]) -> SearchStrategy[float]:
-    low, high = bounds.get("ge", -math.inf), bounds.get("le", math.inf)
+    low, high = bounds.get("ge", 0.0), bounds.get("le", math.inf)
     above, below = bounds.get("gt", -math.inf), bounds.get("lt", math.inf)
     return st.sampled_from([x for x in NUMBERS if low <= x <= high and above < x < below])
 
@@ -370,7 +370,8 @@ def _decoders(draw: DrawFn, recipe: str, shape: Shape, latents: Raw, conditioned
 
 
 def _scores(table: Raw) -> bool:
-    return not Likelihood.parse(table).is_point
+    likelihood = Likelihood.parse(table)
+    return not likelihood.is_point and not likelihood.of_tables
 
 
 def _encoders(shape: Shape) -> SearchStrategy[Raw]:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas
 import pytest
 import torch
 from filelock import FileLock
@@ -26,15 +27,18 @@ from pydantic import ValidationError
 from torch.distributions import constraints
 
 from pvae.data import (
+    CSV,
     MNIST,
     Data,
     Dataset,
     Digits,
     FashionMNIST,
+    FrameSource,
     Idx,
     Images,
     Npy,
     Npz,
+    Parquet,
     Splits,
     TensorSource,
     Toy,
@@ -132,6 +136,26 @@ def image_files(folder: Path) -> Images:
     return Images(path=str(folder / "images"), mode="L")
 
 
+COLUMNS: dict[str, Any] = {
+    "columns": {name: {"type": "continuous", "transform": "none"} for name in "abcd"},
+    "label": "y",
+}
+
+
+def frame() -> pandas.DataFrame:
+    return pandas.DataFrame(X, columns=list("abcd")).assign(y=Y)
+
+
+def csv_file(folder: Path) -> CSV:
+    frame().to_csv(folder / "table.csv", index=False)
+    return CSV.model_validate({"path": str(folder / "table.csv"), **COLUMNS})
+
+
+def parquet_file(folder: Path) -> Parquet:
+    frame().to_parquet(folder / "table.parquet")
+    return Parquet.model_validate({"path": str(folder / "table.parquet"), **COLUMNS})
+
+
 TABLE = {
     "digits": Row(lambda _: Digits(), (1, 8, 8), (1000, 350, 447)),
     "fashion_mnist": Row(lambda _: FashionMNIST(), (1, 28, 28), (50000, 10000, 10000)),
@@ -141,6 +165,9 @@ TABLE = {
     "npy": Row(lambda p: Npy(path=npy(p, "x", X), labels=npy(p, "y", Y)), (4,), (32, 4, 4)),
     "idx": Row(idx_files, (4,), (32, 4, 4)),
     "images": Row(image_files, (1, 2, 3), (32, 4, 4)),
+    "csv": Row(csv_file, (4,), (32, 4, 4)),
+    "parquet": Row(parquet_file, (4,), (32, 4, 4)),
+    "frame": Row(lambda _: FrameSource.model_validate(COLUMNS), (4,), (32, 4, 4)),
     "toy": Row(lambda _: Toy(rows=100), (2,), (100, 10, 10), (-5, 5)),
 }
 
@@ -149,6 +176,8 @@ def loaded(name: str, folder: Path, **changes: Any) -> Dataset:
     data = TABLE[name].make(folder).model_copy(update=changes)
     if isinstance(data, TensorSource):
         return Dataset.from_tensors(X, Y, declared=data)
+    if isinstance(data, FrameSource):
+        return Dataset.from_frame(frame(), declared=data)
     return load(data, data_dir=folder)
 
 

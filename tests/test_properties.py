@@ -132,6 +132,18 @@ UNSOUND: dict[str, tuple[dict[str, Any], str]] = {
         declared({name: {**CODES, "codes": 100, "posterior": "exact"} for name in ("c", "d")}),
         r"latents: expected at most 4096 joint states of c, d.*; got \"1e\+04\"",
     ),
+    "masks larger than memory": (
+        declared({"z": {"dim": 3, "prior": {"kind": "neural_autoregressive", "hidden": [4], "units": 10**12}}}),
+        r"xpected a declaration that fits into .* GiB.*; got one that needs",
+    ),
+    "more layers than anybody waits for": (
+        declared({"z": {"dim": 3, "prior": {"kind": "realnvp", "layers": 10**9}}}),
+        r"latents\.z\.prior\.layers: expected less than or equal to 1000; got 1000000000",
+    ),
+    "as many layers one by one": (
+        declared({"z": {"dim": 3}}, encoder={"network": {"kind": "mlp", "hidden": [1] * 2000}}),
+        r"encoder\.network\.hidden: expected .*at most 1000 items",
+    ),
     "more particles than memory holds": (
         declared({"z": {"dim": 2}}, objective={"kind": "iwae", "particles": 10**9}),
         r"xpected a declaration that fits into .* GiB.*; got one that needs at least .* GiB",

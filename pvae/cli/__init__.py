@@ -56,7 +56,8 @@ def _told(error: Exception) -> tuple[int, str]:
         if error.errno == errno.ENOSPC:
             _forget_output()
         where = error.filename or "output or a temporary file"
-        return StorageError.exit_code, f"{where}: expected to be read or written; got {error.strerror or error}."
+        message = f"{where}: expected to be read or written; got {error.strerror or error}."
+        return StorageError.exit_code, f"{message} Make room there, or set TMPDIR and XDG_CACHE_HOME to other folders."
     message = f"unexpected error {type(error).__name__}: {error}"
     return 1, f"{message}; run again with `pvae --traceback ...` and report it"
 

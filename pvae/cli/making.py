@@ -236,14 +236,14 @@ def _background(run: Run) -> Any:
 
 def _as_table(run: Run, path: Path, found: Generated) -> list[Path]:
     """Write rows of a table in its own words and units; the path, where the data are one."""
-    from pvae.data.tables import safe_csv
+    from pvae.analysis.table import cell
     from pvae.files import write_atomic
 
     table, x = run.data.table, found.tensors().get("x")
     if table is None or x is None or x.dim() != 2:
         return []
     target = beside(path, ".csv")
-    write_atomic(target, safe_csv(table.to_frame(x)))
+    write_atomic(target, table.to_frame(x).rename(columns=cell).map(cell).to_csv(index=False))
     return [target]
 
 

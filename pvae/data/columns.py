@@ -50,9 +50,14 @@ class Column(Component):
         """What a value must be, in words."""
 
     @property
-    def words(self) -> tuple[str, ...]:
-        """What is written for 0, 1, 2, ...; nothing for a column of numbers."""
+    def said(self) -> tuple[int | str, ...]:
+        """What 0, 1, 2, ... stand for; nothing for a column of numbers."""
         return ()
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        """How that is written."""
+        return tuple(map(str, self.said))
 
     @property
     def warp(self) -> str:
@@ -152,9 +157,11 @@ class WordColumn(Column):
         """See `Column.inside`."""
         return (values >= 0) & (values < len(self.words)) & (values % 1 == 0)
 
-    def _different(self, levels: Levels) -> None:
-        if len(set(self.words)) < len(levels):
-            raise ValueError(f"levels that differ as they are written; got {list(levels)[:20]}")
+    @model_validator(mode="after")
+    def _different(self) -> Self:
+        if len(set(self.words)) < len(self.said):
+            raise ValueError(f"levels that differ as they are written; got {list(self.said)[:20]}")
+        return self
 
 
 @final
@@ -171,20 +178,15 @@ class BinaryColumn(WordColumn):
         return "bernoulli"
 
     @property
-    def words(self) -> tuple[str, ...]:
-        """See `Column.words`."""
-        return ("0", "1") if self.values is None else tuple(map(str, self.values))
+    def said(self) -> tuple[int | str, ...]:
+        """See `Column.said`."""
+        return (0, 1) if self.values is None else self.values
 
     def code_of(self, word: str) -> int | None:
         """See `Column.code_of`."""
         if self.values is not None:
             return super().code_of(word)
         return next((code for code, words in enumerate(TRUTH) if word.removesuffix(".0") in words), None)
-
-    @model_validator(mode="after")
-    def _sound(self) -> Self:
-        self._different(self.values or ("0", "1"))
-        return self
 
 
 @final
@@ -201,11 +203,6 @@ class CategoricalColumn(WordColumn):
         return "categorical"
 
     @property
-    def words(self) -> tuple[str, ...]:
-        """See `Column.words`."""
-        return tuple(map(str, self.levels))
-
-    @model_validator(mode="after")
-    def _sound(self) -> Self:
-        self._different(self.levels)
-        return self
+    def said(self) -> tuple[int | str, ...]:
+        """See `Column.said`."""
+        return self.levels

@@ -449,7 +449,8 @@ def _require_split(split: Split, constraint: Any, hint: str) -> None:
             if isinstance(constraint, of_columns):
                 where, wanted = constraint.named(element[0]), constraint.of(element[0])
             raise DataError(
-                f"{split.name}, row {row + first}, {where}: expected {wanted}, as the likelihood does; got {shown}. {hint}"
+                f"{split.name}, row {row + first}, {where}: expected {wanted}, as the likelihood does; got {shown}. "
+                f"{hint}".rstrip()
             )
         row += len(chunk)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from pvae.errors import DataError, printable
+from pvae.errors import DataError
 
 PIECE_BYTES = 2**22
 MAX_HEADER_BYTES = 2**20
@@ -44,7 +44,7 @@ class Piece:
 
 def shown(text: str) -> str:
     """A cell or a name in a message: quoted, its control characters escaped, and not too long."""
-    return repr(printable(text if len(text) <= 60 else text[:57] + "..."))
+    return repr(text if len(text) <= 60 else text[:57] + "...")
 
 
 def read_header(path: Path, separator: str) -> Header:

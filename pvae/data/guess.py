@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
@@ -69,7 +70,7 @@ def guess(path: str, data_dir: Path | None = None, label: str | None = None) -> 
         cells = _text_cells(where, separator)
     if label is not None:
         if label not in cells:
-            raise DataError(f"{path}: expected a column {shown(label)}; got none{near(label, list(cells))}.")
+            raise DataError(f"{path}: expected a column {shown(label)}; got none{near(label, map(str, cells))}.")
         found["label"] = label
     columns: dict[str, Found] = {}
     left: dict[str, str] = {}
@@ -138,7 +139,7 @@ def column_of(cells: Cells) -> Found | str:
 def _two(words: Sequence[str]) -> Found:
     """One of two words."""
     plain = [next((code for code, known in enumerate(TRUTH) if word in known), None) for word in words]
-    return {"type": "binary"} if set(plain) == {0, 1} else {"type": "binary", "values": sorted(words)}
+    return {"type": "binary"} if set(plain) == {0, 1} else {"type": "binary", "values": _in_order(words)}
 
 
 def _numbers(given: Cells) -> Found | str | None:
@@ -174,4 +175,10 @@ def _levels(words: Sequence[str], rows: int) -> Found | str:
     """One of several words; or why not."""
     if len(words) > min(MAX_LEVELS, max(3, rows // 2)):
         return f"{len(words)} different words"
-    return {"type": "categorical", "levels": sorted(words)}
+    return {"type": "categorical", "levels": _in_order(words)}
+
+
+def _in_order(words: Sequence[str]) -> list[str] | list[int]:
+    """Sorted; as integers where all are written as such."""
+    whole = all(re.fullmatch(r"0|-?[1-9]\d{0,17}", word) for word in words)
+    return sorted(map(int, words)) if whole else sorted(words)

@@ -112,7 +112,7 @@ def _table(rows: Rows, x: AnyArray, train: Part) -> Scaled:
     warped = Scaled(x, warps={name: places for name, places in warps.items() if places})
     low, high = extremes(x, train)
     chosen = np.array([column.is_standardised for column in columns])
-    for place, (name, column) in enumerate(rows.table.items()):
+    for place, name in enumerate(rows.table):
         if np.isnan(low[place]):
             raise DataError(f"data.columns.{name!r}: expected values in train; got none, all are missing. Drop it.")
         if chosen[place] and low[place] == high[place]:

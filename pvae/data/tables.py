@@ -1,4 +1,4 @@
-"""Tables of mixed columns, from text, Parquet or a DataFrame, as numbers; and numbers in the words of the table again."""
+"""Tables of mixed columns, from text, Parquet or a DataFrame, as numbers; and numbers in the table's words again."""
 
 from __future__ import annotations
 
@@ -28,8 +28,6 @@ if TYPE_CHECKING:
 
 BATCH_ROWS = 2**14
 MAX_LABELS = 2**16
-FORMULA = re.compile(r"^[=+\-@\t\r]")
-"""The beginning of what a spreadsheet would compute."""
 
 Where = Callable[[int], str]
 """What messages call a row of a piece: its line, or its number."""
@@ -127,7 +125,7 @@ class Decoder:
 
         kinds = series if isinstance(series.dtype, pandas.CategoricalDtype) else series.astype("category")
         words = [None if self._is_missing(value) else word_of(value) for value in kinds.cat.categories]
-        return kinds.cat.codes.to_numpy(np.int64), words
+        return np.asarray(kinds.cat.codes, np.int64), words
 
     def _labels(self, series: pandas.Series[Any], name: str, where: Where) -> NDArray[np.int64]:
         codes, words = self._words(series)
@@ -137,9 +135,8 @@ class Decoder:
         for code in dict.fromkeys(codes.tolist()):
             self.labels.setdefault(str(words[code]), len(self.labels))
         if len(self.labels) > MAX_LABELS:
-            raise DataError(
-                f"{self.origin}: expected at most {MAX_LABELS} labels in {shown(name)}; got more. Declare another label."
-            )
+            found = f"{shown(name)}, which has more. Declare another label"
+            raise DataError(f"{self.origin}: expected at most {MAX_LABELS} different labels; got {found}.")
         table = np.array([self.labels.get(str(word), -1) for word in words], np.int64)
         return table[codes]
 
@@ -277,10 +274,8 @@ class Parser:
             index_col=False, engine="c", encoding="utf-8", skip_blank_lines=False, quotechar='"',
         )  # fmt: skip
         if len(frame) != len(piece.lines):
-            first, last = piece.lines[[0, -1]]
-            raise DataError(
-                f"{self.decoder.origin}, lines {first} to {last}: expected {len(piece.lines)} records; got {len(frame)}."
-            )
+            where = f"{self.decoder.origin}, lines {piece.lines[0]} to {piece.lines[-1]}"
+            raise DataError(f"{where}: expected {len(piece.lines)} records; got {len(frame)}. Check its quotes.")
         return frame[list(self.places.values())].set_axis(list(self.places), axis=1)
 
 
@@ -426,7 +421,8 @@ class Table:
 
         values = np.asarray(x, np.float64) * self.divisor + self.shift
         for name, places in self.warps.items():
-            values[:, places] = UNWARPS[name](values[:, places])
+            with np.errstate(over="ignore"):
+                values[:, places] = UNWARPS[name](values[:, places])
         made = {name: _worded(values[:, i], column) for i, (name, column) in enumerate(self.columns.items())}
         return pandas.DataFrame(made)
 
@@ -435,33 +431,9 @@ def _worded(values: Floats, column: Column) -> Any:
     """A column of numbers as it would stand in a file."""
     import pandas
 
-    words = column.words
-    if words:
-        codes = np.where(np.isnan(values), -1, np.clip(np.rint(values), 0, len(words) - 1)).astype(np.int64)
-        return pandas.Categorical.from_codes(codes, categories=list(words))
+    if said := column.said:
+        codes = np.where(np.isnan(values), -1, np.clip(np.rint(values), 0, len(said) - 1)).astype(np.int64)
+        return pandas.Categorical.from_codes(codes, dtype=pandas.CategoricalDtype(list(said)))
     if column.family in ("poisson", "negative_binomial") and not (values % 1 > 0).any():
-        return pandas.array(values).astype("Int64")  # type: ignore[call-overload]
+        return pandas.array(values).astype("Int64")
     return values
-
-
-def safe_csv(frame: pandas.DataFrame) -> str:
-    """A table as CSV in which no spreadsheet computes anything: text that begins like a formula gets a quote before it.
-
-    Numbers, negative ones among them, stay numbers.
-    """
-    safe = frame.rename(columns=_quoted_cell)
-    for name in safe.columns:
-        if not _holds_numbers(safe[name]):
-            safe[name] = safe[name].astype(object).map(_quoted_cell, na_action="ignore")
-    return safe.to_csv(index=False)
-
-
-def _holds_numbers(series: pandas.Series[Any]) -> bool:
-    from pandas.api.types import is_numeric_dtype
-
-    return is_numeric_dtype(series.dtype)
-
-
-def _quoted_cell(text: Any) -> Any:
-    plain = isinstance(text, str) and FORMULA.match(text) and not re.fullmatch(r"[+-]?[\d.]+(e[+-]?\d+)?", text)
-    return f"'{text}" if plain else text

@@ -200,7 +200,11 @@ def feed(pool: Pool, name: str, strategy: SearchStrategy[Any], inputs: int, numb
 
     @seed(number)
     @settings(
-        max_examples=inputs, database=None, deadline=None, phases=(Phase.generate,), suppress_health_check=list(HealthCheck)
+        max_examples=inputs,
+        database=None,
+        deadline=None,
+        phases=(Phase.generate,),
+        suppress_health_check=list(HealthCheck),
     )
     @given(strategy)
     def draw(content: Any) -> None:

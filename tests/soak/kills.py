@@ -52,7 +52,7 @@ DECLARED: dict[str, Any] = {
     "decoder": {"network": {"kind": "mlp", "hidden": [32]}},
     "train": {"epochs": 30, "batch_size": 96, "engine": "eager", "average": 0.9, "schedule": {"kind": "cosine"}},
 }
-EVERY = (0.0, 0.02, 0.2)
+EVERY = (0.05, 0.0, 0.2)
 """Least seconds between two checkpoints, round by round: with 0 every step writes one."""
 
 
