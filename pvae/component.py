@@ -14,7 +14,15 @@ from collections.abc import Callable, Iterator
 from importlib.metadata import entry_points
 from typing import Annotated, Any, ClassVar, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, GetJsonSchemaHandler, SerializationInfo, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
+    SerializationInfo,
+    model_validator,
+)
 from pydantic_core import CoreSchema, InitErrorDetails, PydanticCustomError, ValidationError, core_schema
 
 from pvae.errors import DeclarationError, near
@@ -49,7 +57,9 @@ class Section(BaseModel):
     def _holdable(self) -> Self:
         """Numbers go to torch: integers that it cannot count to, or what single precision cannot hold, are refused."""
         wrong = [
-            InitErrorDetails(type=PydanticCustomError("too_large", "{wanted}", {"wanted": wanted}), loc=loc, input=found)
+            InitErrorDetails(
+                type=PydanticCustomError("too_large", "{wanted}", {"wanted": wanted}), loc=loc, input=found
+            )
             for name in type(self).model_fields
             for loc, found in _numbers((name,), getattr(self, name))
             if (wanted := _too_large(found))

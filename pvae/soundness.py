@@ -220,7 +220,9 @@ def _negative_schedules(e: Experiment) -> Iterator[Finding]:
     ]
     if e.refit is not None:
         train = e.refit.train
-        asked.append((("refit", "train", "schedule"), train.schedule, 0.0, train.epochs, "a factor on the learning rate"))
+        asked.append(
+            (("refit", "train", "schedule"), train.schedule, 0.0, train.epochs, "a factor on the learning rate")
+        )
     for name, latent in e.latents.items():
         if latent.temperature is not None:
             asked.append((("latents", name, "temperature"), latent.temperature, COLDEST, epochs, "a temperature"))

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import annotated_types
+import torch
 from hypothesis import strategies as st
 from hypothesis.strategies import DrawFn, SearchStrategy
 from pydantic import BaseModel, ValidationError
@@ -21,6 +22,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
 from pvae.component import Component, Shape
+from pvae.data.declared import Binarize
 from pvae.errors import DeclarationError
 from pvae.guides.encoders import Encoder
 from pvae.guides.posteriors import Posterior
@@ -78,7 +80,9 @@ def bounds_of(metadata: Iterable[Any]) -> dict[str, Any]:
         elif isinstance(item, annotated_types.GroupedMetadata):
             found |= bounds_of(iter(item))
         else:
-            found |= {k: getattr(item, k) for k in ("ge", "gt", "le", "lt", "min_length", "max_length") if hasattr(item, k)}
+            found |= {
+                k: getattr(item, k) for k in ("ge", "gt", "le", "lt", "min_length", "max_length") if hasattr(item, k)
+            }
     return found
 
 
@@ -108,7 +112,7 @@ def _tuples(args: tuple[Any, ...], bounds: dict[str, Any], depth: int) -> Search
         least = bounds.get("min_length", 0)
         most = min(bounds.get("max_length", 2), least + 2)
         item = values(args[0], {}, depth)
-        wide = _unwrapped(args[0]) is int and "max_length" not in bounds
+        wide = _unwrapped(args[0]) is int and bounds.get("max_length", WIDE) >= WIDE  # layers, no sides of a grid
         return st.lists(st.one_of(item, st.just(WIDE)) if wide else item, min_size=least, max_size=most)
     return st.tuples(*(values(arg, {"ge": -10.0}, depth) for arg in args)).map(lambda found: sorted(found))
 
@@ -148,7 +152,11 @@ def tables(draw: DrawFn, kind: type[BaseModel], depth: int = 0, without: tuple[s
     tag = kind.tag if issubclass(kind, Component) else None
     found: Raw = {} if tag is None else {tag: kind.model_fields[tag].default}
     for name, field in kind.model_fields.items():
-        if name != tag and name not in without and (field.is_required() or is_size(field) or draw(st.integers(0, 3)) == 3):
+        if (
+            name != tag
+            and name not in without
+            and (field.is_required() or is_size(field) or draw(st.integers(0, 3)) == 3)
+        ):
             found[name] = draw(values(field.annotation, bounds_of(field.metadata), depth))
     return found
 
@@ -217,6 +225,9 @@ def sound(draw: DrawFn) -> Drawn:
     conditioned = recipe == "scored" and draw(st.integers(0, 3)) == 3
     raw["decoder"] = draw(_decoders(recipe, shape, latents, conditioned))
     raw["encoder"] = draw(_encoders(shape))
+    support = Likelihood.parse(raw["decoder"]["likelihood"]).support
+    if bool(support.check(torch.tensor([0.0, 1.0])).all()) and draw(st.integers(0, 3)) == 3:
+        raw["data"]["binarize"] = draw(st.sampled_from(get_args(Binarize)))
     heedless = any(Prior.members[z["prior"]["kind"]].ignores_parents for z in latents.values())  # type: ignore[attr-defined]
     if len(latents) > 1 and (heedless or draw(st.booleans())):
         raw["decoder"]["given"] = list(latents)
@@ -281,7 +292,12 @@ def _latents(draw: DrawFn, size: Raw, given: list[str], guide_given: list[str]) 
     wanted = "real" if "dim" in size else "binary" if "bits" in size else "index"
 
     def infers(kind: Any) -> bool:
-        return kind.values == wanted and kind.infers and kind.determines is None and not (kind.carries and "embedding" not in size)
+        return (
+            kind.values == wanted
+            and kind.infers
+            and kind.determines is None
+            and not (kind.carries and "embedding" not in size)
+        )
 
     width = (size.get("dim") or size.get("bits") or 1,)
     site = Site("z", width, width)
@@ -306,7 +322,9 @@ def priors_of(wanted: str, parents: bool, dim: int = 3) -> SearchStrategy[Raw]:
     def fits(kind: Any) -> bool:
         return wanted in kind.values and (kind.reads_parents if parents else not kind.needs_parents)
 
-    return members(Prior, among=fits).filter(lambda table: builds(lambda: Prior.parse(table).build(site, given, Link())))
+    return members(Prior, among=fits).filter(
+        lambda table: builds(lambda: Prior.parse(table).build(site, given, Link()))
+    )
 
 
 @st.composite
@@ -327,7 +345,13 @@ def _never_inferred(draw: DrawFn, _shape: Shape) -> Raw:
 @st.composite
 def _mixture(draw: DrawFn, _shape: Shape) -> Raw:
     posterior = draw(members(Posterior, among=lambda kind: kind.summed, without=("given",)))
-    return {"c": {"codes": draw(st.integers(2, 4)), "prior": draw(priors_of("index", parents=False)), "posterior": posterior}}
+    return {
+        "c": {
+            "codes": draw(st.integers(2, 4)),
+            "prior": draw(priors_of("index", parents=False)),
+            "posterior": posterior,
+        }
+    }
 
 
 LATENTS: dict[str, Callable[[Shape], SearchStrategy[Raw]]] = {
@@ -398,9 +422,9 @@ def _refits(draw: DrawFn, latents: Raw) -> Raw:
 # ---------------------------------------------------------------------- damage
 
 JUNK: tuple[Any, ...] = (
-    True, None, "3", "", "x", "é", "\x00", "a.b", 0, -1, 1, 2, 7, 1.5, -0.5, 1e-300, 1e300, math.inf, math.nan, 2000, 10**9, 2**31,
-    2**63, 10**400, [], {}, [[]], [0], [1, 2, 3, 4], ["x"], ["z", "c"], ["nobody"], {"kind": "nobody"}, {"_target_": "os.system"},
-    [1] * 2000, [10**9], "mlp", "normal", "uniform",
+    True, None, "3", "", "x", "é", "\x00", "a.b", 0, -1, 1, 2, 7, 1.5, -0.5, 1e-300, 1e300, math.inf, math.nan, 2000,
+    10**9, 2**31, 2**63, 10**400, [], {}, [[]], [0], [1, 2, 3, 4], ["x"], ["z", "c"],
+    ["nobody"], {"kind": "nobody"}, {"_target_": "os.system"}, [1] * 2000, [10**9], "mlp", "normal", "uniform",
 )  # fmt: skip
 """What may stand anywhere: of a wrong type, out of range, absurd."""
 

@@ -64,7 +64,9 @@ def elementwise(constraint: constraints.Constraint) -> constraints.Constraint:
     return constraint
 
 
-def rows_in(support: constraints.Constraint, shape: tuple[int, ...], generator: torch.Generator, fitting: bool) -> Tensor:
+def rows_in(
+    support: constraints.Constraint, shape: tuple[int, ...], generator: torch.Generator, fitting: bool
+) -> Tensor:
     """Random numbers in a support: normal, uniform, or small whole numbers, whichever it takes."""
     even = torch.rand(shape, generator=generator)
     for x in (torch.randn(shape, generator=generator), even, even.round(), (even * 3).floor()):
@@ -145,9 +147,9 @@ def same_bits(one: Tensor, other: Tensor) -> bool:
 # ---------------------------------------------------------------------- bytes
 
 TOKENS = (
-    b"\x00", b"\xef\xbb\xbf", b"\xed\xa0\x80", b"\xff", b"\x80\x04\x95", b"9" * 5000, b"[" * 5000, b'{"a":' * 5000, b"\xff" * 8,
-    b"\xff\xff\xff\xff\xff\xff\xff\x7f", b"\x00\x00\x00\x00", b"NaN", b"Infinity", b"1e999", b"-1", b"null", b"true", b'"', b"\r\n",
-    b"../../etc/passwd", b"\\ud800", b"<html>", b"=1+1", b",,,,", b"a" * 1000,
+    b"\x00", b"\xef\xbb\xbf", b"\xed\xa0\x80", b"\xff", b"\x80\x04\x95", b"9" * 5000, b"[" * 5000, b'{"a":' * 5000,
+    b"\xff" * 8, b"\xff\xff\xff\xff\xff\xff\xff\x7f", b"\x00\x00\x00\x00", b"NaN", b"Infinity", b"1e999", b"-1",
+    b"null", b"true", b'"', b"\r\n", b"../../etc/passwd", b"\\ud800", b"<html>", b"=1+1", b",,,,", b"a" * 1000,
 )  # fmt: skip
 """What turns up in files that are not what their name says: other encodings, depths, lengths and numbers."""
 
@@ -314,7 +316,9 @@ def _sources(home: Path) -> dict[str, Surface]:
         name: Surface(seeds, partial(_load, {"source": name, "path": f"file.{name}", **extra}, f"file.{name}"))
         for name, (extra, seeds) in rows.items()
     }
-    pictures = tuple(_written(lambda to, i=i: Image.fromarray(x[i : i + 9].astype(np.uint8)).save(to, "PNG")) for i in range(9))
+    pictures = tuple(
+        _written(lambda to, i=i: Image.fromarray(x[i : i + 9].astype(np.uint8)).save(to, "PNG")) for i in range(9)
+    )
     found["images"] = Surface(pictures[:1], partial(_load_images, pictures))
     return found
 

@@ -212,7 +212,7 @@ def test_what_was_announced_ends_with_training():
 @pytest.mark.parametrize("kind", ["aggregated", "exemplar"])
 def test_mixtures_are_made_of_normal_posteriors(kind, posterior):
     latents = {"z": {"dim": 2, "prior": KINDS[kind], "posterior": posterior}}
-    with pytest.raises(DeclarationError, match="expected a posterior normal or full_rank_normal"):
+    with pytest.raises(DeclarationError, match=r"latents\.z\.posterior: expected normal or full_rank_normal"):
         Experiment.from_dict(table(kind, latents=latents)).build((6,))
 
 

@@ -364,15 +364,43 @@ def test_joint_states_are_all_and_each_once():
 
 
 def test_a_sum_beside_a_latent_that_the_model_sums_out_is_refused():
-    pair = built({"c": {"codes": 3, "posterior": SUM}, "d": {"codes": 2}}, ["c", "d"])
-    with pytest.raises(DeclarationError, match="c: expected draws beside d, which the model sums out given them"):
-        minus_elbo(pair, rows())
+    with pytest.raises(
+        DeclarationError, match=r"latents\.c\.posterior\.estimator: expected score, because d is summed out"
+    ):
+        built({"c": {"codes": 3, "posterior": SUM}, "d": {"codes": 2}}, ["c", "d"])
 
 
 def test_a_sum_beside_a_score_function_is_refused():
-    pair = built({"c": {"codes": 3, "posterior": SUM}, "b": {"bits": 2, "posterior": SCORED_BITS}}, ["c", "b"])
-    with pytest.raises(DeclarationError, match="b: expected a draw with a gradient, or a sum over its states too"):
-        minus_elbo(pair, rows())
+    with pytest.raises(
+        DeclarationError, match=r"latents\.b\.posterior\.estimator: expected draws that carry a gradient"
+    ):
+        built({"c": {"codes": 3, "posterior": SUM}, "b": {"bits": 2, "posterior": SCORED_BITS}}, ["c", "b"])
+
+
+@pytest.mark.parametrize(
+    ("marked", "message"),
+    [
+        (["model"], "c: expected draws beside b, which the model sums out given them"),
+        ([], "b: expected a draw with a gradient, or a sum over its states too, beside c"),
+    ],
+)
+def test_sums_of_two_kinds_are_refused_in_programs_written_by_hand(marked: list[str], message: str):
+    def model(x):
+        with pyro.plate("data", len(x)):
+            b = pyro.sample("b", dist.Bernoulli(torch.tensor(0.3)), infer={"enumerate": "parallel"} if marked else None)
+            c = pyro.sample("c", dist.Categorical(torch.ones(3)))
+            pyro.sample("x", dist.Normal(b + c, 1.0), obs=x)
+
+    def guide(x):
+        logits = pyro.param("logits", torch.zeros(3))
+        with pyro.plate("data", len(x)):
+            if not marked:
+                pyro.sample("b", dist.Bernoulli(logits=logits[0]))
+            pyro.sample("c", dist.Categorical(logits=logits), infer={"enumerate": "parallel"})
+
+    x = torch.randn(5)
+    with pytest.raises(DeclarationError, match=message):
+        Pair(model, guide).adopt(x).terms(x, expected=True)
 
 
 # ---------------------------------------------------------------------- score functions

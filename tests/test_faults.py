@@ -638,10 +638,7 @@ def test_standard_output_is_one_json_document(
     """FAULTS 42: progress and remarks go to standard error."""
     (tmp_path / "table.csv").write_text("a,b\n" + "".join(f"{i / 7:.3f},{i % 2}\n" for i in range(50)))
     given = [text.replace("OUT", str(tmp_path)) for text in PRINTS_JSON[command]]
-    if (
-        any(p.name == "run_dir" for p in typer.main.get_command(app).commands[command].params)
-        and "--run-dir" not in given
-    ):  # type: ignore[attr-defined]
+    if "--run-dir" not in given and "run_dir" in {p.name for p in commands()[command].params}:
         given += ["--run-dir", str(runs)]
     if command == "refit":
         given[0] = str(next(runs.glob("vae/*")))

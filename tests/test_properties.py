@@ -9,12 +9,14 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import pyro
 import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
 
 import pvae
-from pvae.errors import CheckpointError, DeclarationError
+from pvae.diagnose import first_bad_site
+from pvae.errors import CheckpointError, DeclarationError, NonFiniteError
 from pvae.files import read_lines
 from pvae.objectives import TraceMeanFieldELBO
 from pvae.run import chosen
@@ -38,7 +40,7 @@ def test_sound_declarations_build_train_and_read_back(tmp_path: Path) -> None:
     """At least a third of what is drawn to be sound is; FAULTS 34."""
     outcomes: Counter[str] = Counter()
 
-    @settings(MANY, max_examples=60)
+    @settings(MANY, max_examples=40)
     @given(sound())
     def hold(drawn: Drawn) -> None:
         outcomes[try_declaration(drawn, tmp_path / str(outcomes.total()))] += 1
@@ -51,7 +53,7 @@ def test_damaged_declarations_are_refused_with_paths_or_train(tmp_path: Path) ->
     """FAULTS 34, 45."""
     outcomes: Counter[str] = Counter()
 
-    @settings(MANY, max_examples=120)
+    @settings(MANY, max_examples=100)
     @given(wild())
     def hold(drawn: Drawn) -> None:
         outcomes[try_declaration(drawn, tmp_path / str(outcomes.total()))] += 1
@@ -91,7 +93,11 @@ BITS = {"bits": 2, "posterior": {"kind": "bernoulli", "estimator": "sum"}}
 
 
 def declared(latents: dict[str, Any], **rest: Any) -> dict[str, Any]:
-    parts = {"encoder": {"network": SMALL}, "decoder": {"network": SMALL, "likelihood": "normal"}, "train": {"epochs": 1}}
+    parts = {
+        "encoder": {"network": SMALL},
+        "decoder": {"network": SMALL, "likelihood": "normal"},
+        "train": {"epochs": 1},
+    }
     return {"data": {"source": "tensor"}, "latents": latents, **parts, **rest}
 
 
@@ -132,6 +138,26 @@ UNSOUND: dict[str, tuple[dict[str, Any], str]] = {
         declared({name: {**CODES, "codes": 100, "posterior": "exact"} for name in ("c", "d")}),
         r"latents: expected at most 4096 joint states of c, d.*; got \"1e\+04\"",
     ),
+    "a temperature that falls below 0": (
+        declared(
+            {
+                "c": {
+                    "codes": 3,
+                    "posterior": "relaxed_onehot",
+                    "temperature": {"kind": "linear", "start": 1.0, "end": -1.0},
+                }
+            }
+        ),
+        r"latents\.c\.temperature: expected a temperature of at least 1e-06 all through training; got -1\.0",
+    ),
+    "a learning rate that changes its sign": (
+        declared({"z": {"dim": 2}}, train={"epochs": 1, "schedule": {"kind": "cosine", "end": -0.5}}),
+        r"train\.schedule: expected a factor on the learning rate of at least 0 all through training; got -0\.5",
+    ),
+    "a KL that is rewarded": (
+        declared({"z": {"dim": 2}}, objective={"beta": -1.0}),
+        r"objective\.beta: expected a weight of the KL of at least 0 all through training; got -1\.0",
+    ),
     "masks larger than memory": (
         declared({"z": {"dim": 3, "prior": {"kind": "neural_autoregressive", "hidden": [4], "units": 10**12}}}),
         r"xpected a declaration that fits into .* GiB.*; got one that needs",
@@ -161,7 +187,12 @@ UNSOUND: dict[str, tuple[dict[str, Any], str]] = {
         r"latents\.z\.posterior\.log_variance\.0: expected a number that single precision holds",
     ),
     "a latent read by a prior that heeds no parents": (
-        declared({"c": {"codes": 3, "posterior": "categorical"}, "d": {"codes": 3, "given": ["c"], "posterior": "categorical"}}),
+        declared(
+            {
+                "c": {"codes": 3, "posterior": "categorical"},
+                "d": {"codes": 3, "given": ["c"], "posterior": "categorical"},
+            }
+        ),
         r"decoder\.given: expected every latent read by the decoder or .* heeds its parents; c is not",
     ),
 }
@@ -207,6 +238,25 @@ def test_the_closed_kl_of_bits_broadcasts(tmp_path: Path) -> None:
     assert TraceMeanFieldELBO().terms(pair, x).kl["b"].shape == (500,)
 
 
+@pytest.mark.parametrize("policy", ["stop", "skip", "rollback"])
+def test_a_draw_that_cannot_be_made_is_a_loss_that_is_not_finite(policy: str, tmp_path: Path) -> None:
+    """FAULTS 18."""
+    codes = {"codes": 4, "grid": [3, 2], "posterior": {"kind": "categorical", "estimator": "score"}}
+    train = {"epochs": 2, "batch_size": 7, "optimizer": {"kind": "sgd", "lr": 1e30}, "nonfinite": policy}
+    experiment = Experiment.from_dict(declared({"c": codes}, train=train))
+    with pytest.raises(NonFiniteError, match=r"no draw (at|after) step \d+: probability tensor contains|not finite"):
+        pvae.fit(experiment, data=torch.randn(30, 3), run_dir=tmp_path, progress=False)
+
+
+def test_the_rows_of_a_bad_sum_are_those_of_the_batch() -> None:
+    """FAULTS 18."""
+    pair = Experiment.from_dict(declared({"c": CODES})).build((3,))
+    x = torch.zeros(5, 3)
+    x[3] = torch.nan
+    with pyro.validation_enabled(False):
+        assert first_bad_site(pair, x) == ("model.x", [3])
+
+
 def test_reading_lines_takes_no_more_memory_than_the_file(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"epoch": 1}\n' * 1000)
     tracemalloc.start()
@@ -227,7 +277,9 @@ def test_a_state_of_another_kind_is_none(state: dict[str, Any]) -> None:
 
 
 def test_weights_are_asked_for_by_name(tmp_path: Path) -> None:
-    run = pvae.fit(Experiment.from_dict(declared({"z": {"dim": 2}})), data=torch.randn(30, 3), run_dir=tmp_path, progress=False)
+    run = pvae.fit(
+        Experiment.from_dict(declared({"z": {"dim": 2}})), data=torch.randn(30, 3), run_dir=tmp_path, progress=False
+    )
     saved = run.checkpoint
     saved.tensors.pop("weights")
     with pytest.raises(CheckpointError, match=r"expected weights\.safetensors; got optimizer, best"):

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 Array = NDArray[Any]
 MAX_HEADER_BYTES = 2**16
+SPAN_BYTES = 2**25
+"""Most of a file that is mapped to read scattered rows: what is touched there is resident until they are read."""
 MAX_DIMENSIONS = 32
 
 Index = slice | NDArray[np.int64]
@@ -93,18 +95,34 @@ class FileArray(Stored):
 
     def read(self, index: Index) -> Array:
         """See `Stored.read`."""
+        if isinstance(index, slice):
+            return np.array(self._mapped()[index])
+        out = np.empty((len(index), *self.shape[1:]), self.dtype)
+        span = max(1, SPAN_BYTES // max(1, self._row))
+        start = 0
+        while start < len(index):
+            stop = int(np.searchsorted(index, index[start] + span))
+            out[start:stop] = self._mapped()[index[start:stop]]
+            start = stop
+        return out
+
+    @property
+    def _row(self) -> int:
+        """Bytes of a row."""
+        return self.dtype.itemsize * prod(self.shape[1:])
+
+    def _mapped(self) -> Array:
         if version_of(self.path) != self.version:
             raise DataError(f"{self.path}: expected the file of the start; got another, changed since. Start again.")
-        mapped = np.memmap(self.path, self.dtype, "r", self.offset, self.shape)
-        return np.array(mapped[index])
+        return np.memmap(self.path, self.dtype, "r", self.offset, self.shape)
 
     def expect(self, start: int, stop: int) -> None:
         """See `Stored.expect`: the system reads them into its own cache, where it can."""
         if not hasattr(os, "posix_fadvise"):
             return
-        row = self.dtype.itemsize * prod(self.shape[1:])
+        first, length = self.offset + start * self._row, (stop - start) * self._row
         with self.path.open("rb") as file:
-            os.posix_fadvise(file.fileno(), self.offset + start * row, (stop - start) * row, os.POSIX_FADV_WILLNEED)
+            os.posix_fadvise(file.fileno(), first, length, os.POSIX_FADV_WILLNEED)
 
     def reshape(self, *shape: int) -> FileArray:
         """See `Stored.reshape`."""

@@ -205,7 +205,9 @@ class Streamed:
     def _expect(self, blocks: NDArray[np.int64]) -> None:
         """The blocks of the next window, so that the disk is at work while this one is fitted."""
         source = self.rows.x
-        for number in blocks.tolist() if isinstance(source, Stored) else ():
+        if not isinstance(source, Stored):
+            return
+        for number in blocks.tolist():
             part = self.part[number * self.block : (number + 1) * self.block]
             source.expect(int(part[0]), int(part[-1]) + 1)
 

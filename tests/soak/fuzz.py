@@ -29,7 +29,8 @@ from typing import Any
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis.strategies import SearchStrategy
 
-from tests.drawn import sound, wild
+from pvae.spec import Experiment
+from tests.drawn import families, kinds_in, sound, wild
 from tests.hostile import Surface, mangled, surfaces, try_bytes, try_declaration
 
 MIB = 1 << 20
@@ -120,11 +121,15 @@ class Report:
     slowest: tuple[float, str] = (0.0, "")
     peak: tuple[float, str] = (0.0, "")
     bad: int = 0
+    kinds: set[tuple[str, str]] = field(default_factory=set)
+    """Family and kind of every part that was trained."""
 
     def note(self, job: tuple[str, Any], answer: Answer) -> None:
         """Count an answer."""
         name, content = job
         self.counts[name, answer.outcome] += 1
+        if answer.outcome == "trained":
+            self.kinds |= kinds_in(Experiment.from_dict(content.raw))
         self.slowest = max(self.slowest, (answer.seconds, name))
         self.peak = max(self.peak, (answer.peak, name))
         if answer.outcome.startswith("UNTYPED"):
@@ -132,6 +137,12 @@ class Report:
             self.folder.mkdir(parents=True, exist_ok=True)
             text = f"{name}: {answer.outcome}\n\n{answer.trace}\n{content!r}\n"
             (self.folder / f"{self.bad:04d}-{name.replace(' ', '-')}.txt").write_text(text)
+
+    @property
+    def missing(self) -> list[str]:
+        """Kinds of model and fit that no declaration trained with; sources of data are surfaces of their own."""
+        known = {(family.__name__, kind) for family in families() for kind in family.members}
+        return [f"{family} {kind}" for family, kind in sorted(known - self.kinds) if family not in ("Data", "Column")]
 
     def __str__(self) -> str:
         lines = [f"{name:<34} {outcome:<28} {n:>6}" for (name, outcome), n in sorted(self.counts.items())]
@@ -141,6 +152,7 @@ class Report:
                 *lines,
                 f"inputs {total}, untyped errors {self.bad}, slowest {self.slowest[0]:.1f} s ({self.slowest[1]}), "
                 f"peak memory over the baseline {self.peak[0]:.0f} MiB ({self.peak[1]})",
+                f"kinds trained {len(self.kinds)}; never: {', '.join(self.missing) or 'none'}",
             ]
         )
 
