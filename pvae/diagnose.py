@@ -17,15 +17,6 @@ def bad_weights(module: nn.Module) -> list[str]:
     return [name for name, p in module.named_parameters() if not bool(p.isfinite().all())]
 
 
-REFUSED = ("probability tensor contains", "Expected parameter ", "normal expects all elements of std", "Expected p_in")
-"""How torch and Pyro begin to say that what a draw is made of is NaN, infinite or out of range."""
-
-
-def is_refused_draw(error: Exception) -> bool:
-    """Whether an error says that a distribution could not be made or drawn from, its parameters not being finite."""
-    return isinstance(error, RuntimeError | ValueError) and any(words in str(error) for words in REFUSED)
-
-
 def first_bad_site(pair: Pair, x: Tensor) -> tuple[str, list[int]] | None:
     """The first site, guide first, whose log density is not finite, with the rows of the batch."""
     with torch.no_grad():

@@ -114,6 +114,15 @@ def device_lost(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and "CUDA error" in str(error) and not out_of_memory(error)
 
 
+REFUSED = ("probability tensor contains", "Expected parameter ", "normal expects all elements of std", "Expected p_in")
+"""How torch and Pyro begin to say that what a draw is made of is NaN, infinite or out of range."""
+
+
+def is_refused_draw(error: Exception) -> bool:
+    """Whether an error says that a distribution could not be made or drawn from, its parameters not being finite."""
+    return isinstance(error, RuntimeError | ValueError) and any(words in str(error) for words in REFUSED)
+
+
 def out_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory ran out: Python's, torch's on a GPU, or torch's on a CPU."""
     return (

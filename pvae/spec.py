@@ -21,7 +21,7 @@ from torch import nn
 from pvae import toml, zoo
 from pvae.component import Component, Ints, Names, Section, Shape, Table
 from pvae.data.declared import Data, Digits
-from pvae.errors import DeclarationError, near
+from pvae.errors import DeclarationError, is_refused_draw, near
 from pvae.gan import GAN as _GAN  # noqa: F401 - kinds register themselves
 from pvae.guides import flows as _guide_flows  # noqa: F401
 from pvae.guides import inverse, topdown, uninferred  # noqa: F401
@@ -412,7 +412,15 @@ class Experiment(Plan):
     def _build(self, frame: Frame) -> Pair:
         link = weighed(lambda: self._parts(frame))
         link.building = True
-        pair = Pair(link.model, link.guide).adopt(torch.zeros(2, *frame.row))
+        try:
+            pair = Pair(link.model, link.guide).adopt(torch.zeros(2, *frame.row))
+        except (RuntimeError, ValueError) as error:
+            if not is_refused_draw(error):
+                raise
+            raise DeclarationError(
+                f"Expected distributions that are finite before training; got: {str(error).splitlines()[0][:200]}. "
+                f"Look at scales, log_variance bounds and temperatures."
+            ) from error
         self.objective.attach(pair)
         link.building = False
         return pair

@@ -25,7 +25,7 @@ from pvae.alerts import ROWS, alerts
 from pvae.codebook import START_VECTORS
 from pvae.data import Dataset, Split
 from pvae.data.streamed import Streamed
-from pvae.diagnose import bad_figures, bad_weights, diagnose, is_refused_draw
+from pvae.diagnose import bad_figures, bad_weights, diagnose
 from pvae.discrete import Discretised
 from pvae.errors import (
     CheckpointError,
@@ -35,6 +35,7 @@ from pvae.errors import (
     PvaeError,
     StorageError,
     device_lost,
+    is_refused_draw,
     out_of_memory,
     printable,
 )

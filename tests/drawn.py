@@ -368,7 +368,8 @@ def _objectives(recipe: str) -> SearchStrategy[Raw]:
             return not kind.scores
         return kind.scores and (recipe == "mixture" or kind.engine is None)
 
-    return members(Objective, among=fits)
+    own = members(Objective, among=lambda kind: kind.scores and kind.engine is not None)
+    return st.one_of(own, members(Objective, among=fits)) if recipe == "mixture" else members(Objective, among=fits)
 
 
 @st.composite

@@ -33,7 +33,7 @@ from pvae.spec import Experiment, Train
 from pvae.svi import tensor_source
 from tests.drawn import Drawn, Raw, damaged
 
-LOCATED = re.compile(r"(\S+: (?s:.)*e|E)xpected (?s:.)+; got (?s:.)+")
+LOCATED = re.compile(r"(\S+: (?s:.)*e|E)xpected (?s:.)+; got:? (?s:.)+")
 """A dotted path (after the file's name where there is one), what was expected, what was found; without a path, what is
 too large as a whole."""
 

@@ -9,12 +9,15 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import pyarrow
+import pyarrow.parquet
 import pyro
 import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
 
 import pvae
+from pvae.data import Data, load
 from pvae.diagnose import first_bad_site
 from pvae.errors import CheckpointError, DeclarationError, NonFiniteError
 from pvae.files import read_lines
@@ -158,6 +161,13 @@ UNSOUND: dict[str, tuple[dict[str, Any], str]] = {
         declared({"z": {"dim": 2}}, objective={"beta": -1.0}),
         r"objective\.beta: expected a weight of the KL of at least 0 all through training; got -1\.0",
     ),
+    "variances that overflow before training": (
+        declared(
+            {"z": {"dim": 2, "posterior": {"log_variance": [160.0, 170.0]}}},
+            decoder={"network": SMALL, "likelihood": "multivariate_normal"},
+        ),
+        r"xpected distributions that are finite before training; got: Expected parameter",
+    ),
     "masks larger than memory": (
         declared({"z": {"dim": 3, "prior": {"kind": "neural_autoregressive", "hidden": [4], "units": 10**12}}}),
         r"xpected a declaration that fits into .* GiB.*; got one that needs",
@@ -236,6 +246,14 @@ def test_the_closed_kl_of_bits_broadcasts(tmp_path: Path) -> None:
     closed, drawn = (pair.terms(x, closed_form=way, expected=True).kl["b"].detach().mean() for way in (True, False))
     assert float(closed) == pytest.approx(float(drawn), rel=1e-3)
     assert TraceMeanFieldELBO().terms(pair, x).kl["b"].shape == (500,)
+
+
+def test_what_a_parquet_file_says_to_pandas_is_not_read(tmp_path: Path) -> None:
+    """FAULTS 30."""
+    table = pyarrow.table({"a": [float(i) for i in range(20)]}).replace_schema_metadata({"pandas": "{"})
+    pyarrow.parquet.write_table(table, tmp_path / "t.parquet")
+    declared_data = {"source": "parquet", "path": "t.parquet", "columns": {"a": {"type": "continuous"}}}
+    assert load(Data.parse(declared_data), data_dir=tmp_path).shape == (1,)
 
 
 @pytest.mark.parametrize("policy", ["stop", "skip", "rollback"])

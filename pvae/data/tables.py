@@ -337,7 +337,7 @@ def parquet_pieces(file: Any, decoder: Decoder, path: Path) -> Iterator[tuple[Fl
     start = 0
     try:
         for batch in file.iter_batches(BATCH_ROWS, columns=decoder.names):
-            frame = batch.select(decoder.names).to_pandas(strings_to_categorical=True)
+            frame = batch.select(decoder.names).replace_schema_metadata().to_pandas(strings_to_categorical=True)
             yield decoder.decode(frame, lambda row, first=start: f"row {first + row}")  # type: ignore[misc]
             start += len(frame)
     except (ArrowException, OSError) as error:

@@ -26,6 +26,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+import torch
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis.strategies import SearchStrategy
 
@@ -62,6 +63,7 @@ def serve(connection: Connection, memory: int) -> None:
     warnings.simplefilter("error")
     warnings.filterwarnings("ignore", message="`torch.jit.script")  # torch's own, as in pyproject.toml
     logging.disable(logging.CRITICAL)
+    torch.set_num_threads(1)  # a run notes it, and goes on with no other
     with tempfile.TemporaryDirectory() as home:
         os.environ["XDG_CACHE_HOME"] = f"{home}/cache"
         table = surfaces(Path(home))
@@ -236,7 +238,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=120.0, help="an input may take")
     parser.add_argument("--only", default="", help="surfaces whose name holds this")
     options = parser.parse_args()
-    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as home:
         strategies = {name: mangled(surface.seeds) for name, surface in surfaces(Path(home)).items()}
     strategies |= {name: draws() for name, draws in DECLARED.items()}
