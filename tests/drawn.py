@@ -22,6 +22,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
 from pvae.component import Component, Shape
+from pvae.data.columns import Column
 from pvae.data.declared import Binarize
 from pvae.errors import DeclarationError
 from pvae.guides.encoders import Encoder
@@ -209,15 +210,16 @@ def builds(make: Callable[[], Any]) -> bool:
 # ---------------------------------------------------------------------- whole declarations
 
 VECTOR: Shape = (3,)
-RECIPES = ("scored", "scored", "scored", "scored", "flow", "drawn", "mixture")
-"""Systems whose parts must fit each other: a likelihood, a bijection, nothing but draws, an exact mixture."""
+RECIPES = ("scored", "scored", "scored", "scored", "flow", "drawn", "mixture", "table")
+"""Systems whose parts must fit each other: a likelihood, a bijection, nothing but draws, an exact mixture, columns."""
 
 
 @st.composite
 def sound(draw: DrawFn) -> Drawn:
     """A declaration that is steered to build, with data that fit it."""
     recipe = draw(st.sampled_from(RECIPES))
-    shape = draw(st.sampled_from(SHAPES))
+    columns = draw(st.lists(members(Column), min_size=1, max_size=3)) if recipe == "table" else []
+    shape = (len(columns),) if columns else draw(st.sampled_from(SHAPES))
     latents = draw(LATENTS[recipe](shape))
     raw: Raw = {"latents": latents, "data": {"source": "tensor"}, "seed": draw(st.integers(0, 2**32 - 1))}
     raw["objective"] = draw(_objectives(recipe))
@@ -226,7 +228,9 @@ def sound(draw: DrawFn) -> Drawn:
     raw["decoder"] = draw(_decoders(recipe, shape, latents, conditioned))
     raw["encoder"] = draw(_encoders(shape))
     support = Likelihood.parse(raw["decoder"]["likelihood"]).support
-    if bool(support.check(torch.tensor([0.0, 1.0])).all()) and draw(st.integers(0, 3)) == 3:
+    if columns:
+        raw["data"] = {"source": "frame", "columns": {f"column {i}": column for i, column in enumerate(columns)}}
+    elif bool(support.check(torch.tensor([0.0, 1.0])).all()) and draw(st.integers(0, 3)) == 3:
         raw["data"]["binarize"] = draw(st.sampled_from(get_args(Binarize)))
     heedless = any(Prior.members[z["prior"]["kind"]].ignores_parents for z in latents.values())  # type: ignore[attr-defined]
     if len(latents) > 1 and (heedless or draw(st.booleans())):
@@ -359,6 +363,7 @@ LATENTS: dict[str, Callable[[Shape], SearchStrategy[Raw]]] = {
     "flow": _flow,
     "drawn": _never_inferred,
     "mixture": _mixture,
+    "table": _scored,
 }
 
 
@@ -386,6 +391,10 @@ def _decoders(draw: DrawFn, recipe: str, shape: Shape, latents: Raw, conditioned
         way_back = members(Network, among=lambda kind: "flow" in kind.model_fields)
         going = way_back.filter(lambda n: builds(lambda: Network.parse(n).build({"z": (math.prod(shape),)}, shape)))
         return {"network": draw(going), "likelihood": {"kind": determines.pop()}}
+    if recipe == "table":
+        many = {f"z{i}": VECTOR for i in range(len(latents))}
+        tabular = members(Likelihood, among=lambda kind: kind.of_tables)
+        return {"network": draw(networks(many, shape)), "likelihood": draw(tabular)}
     if recipe == "drawn":
         return {"network": draw(networks({"z": VECTOR}, shape)), "likelihood": {"kind": "determined"}}
     likelihood = draw(members(Likelihood, among=lambda kind: recipe != "mixture" or kind.closed_form).filter(_scores))

@@ -26,6 +26,8 @@ from torch.distributions import constraints
 import pvae
 from pvae import checkpoint, zoo
 from pvae.data import Data, Dataset, load
+from pvae.data.columns import Column
+from pvae.data.declared import FrameSource
 from pvae.errors import DataError, DeclarationError, DeviceError, NonFiniteError, PvaeError
 from pvae.listing import list_runs
 from pvae.run import Run
@@ -48,6 +50,9 @@ def require_located(error: DeclarationError, origin: str = "") -> None:
 def data_for(experiment: Experiment, drawn: Drawn) -> Dataset:
     """Rows that the likelihood can score; or rows that are drawn without a look at it."""
     generator = torch.Generator().manual_seed(drawn.seed)
+    if isinstance(experiment.data, FrameSource):
+        frame = {name: cells(column, drawn, i) for i, (name, column) in enumerate(experiment.data.columns.items())}
+        return Dataset.from_frame(pandas.DataFrame(frame), declared=experiment.data)
     binarize = experiment.data.binarize != "none"
     support = constraints.unit_interval if binarize else elementwise(experiment.decoder.support)
     x = rows_in(support, (drawn.rows, *drawn.shape), generator, drawn.fitting)
@@ -55,6 +60,16 @@ def data_for(experiment: Experiment, drawn: Drawn) -> Dataset:
     for covariate in experiment.covariates.values():
         y = torch.randint(covariate.labels if drawn.fitting else 5, (drawn.rows,), generator=generator)
     return Dataset.from_tensors(x, y, declared=tensor_source(experiment))
+
+
+def cells(column: Column, drawn: Drawn, number: int) -> list[Any]:
+    """What a column of a table may hold; the first cell is empty where it may be."""
+    random = np.random.default_rng((drawn.seed, number))
+    found: list[Any] = list(random.choice(column.words or ("0", "1"), drawn.rows))
+    if not column.words:
+        tries = random.normal(size=drawn.rows), random.uniform(0.1, 0.9, drawn.rows), random.poisson(2.0, drawn.rows)
+        found = next((list(x) for x in tries if bool(column.inside(x.astype(np.float64)).all())), found)
+    return [None, *found[1:]] if column.missing == "mask" else found
 
 
 def elementwise(constraint: constraints.Constraint) -> constraints.Constraint:

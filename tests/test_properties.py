@@ -43,7 +43,7 @@ def test_sound_declarations_build_train_and_read_back(tmp_path: Path) -> None:
     """At least a third of what is drawn to be sound is; FAULTS 34."""
     outcomes: Counter[str] = Counter()
 
-    @settings(MANY, max_examples=40)
+    @settings(MANY, max_examples=80)
     @given(sound())
     def hold(drawn: Drawn) -> None:
         outcomes[try_declaration(drawn, tmp_path / str(outcomes.total()))] += 1
@@ -56,7 +56,7 @@ def test_damaged_declarations_are_refused_with_paths_or_train(tmp_path: Path) ->
     """FAULTS 34, 45."""
     outcomes: Counter[str] = Counter()
 
-    @settings(MANY, max_examples=100)
+    @settings(MANY, max_examples=160)
     @given(wild())
     def hold(drawn: Drawn) -> None:
         outcomes[try_declaration(drawn, tmp_path / str(outcomes.total()))] += 1
@@ -71,7 +71,7 @@ def test_any_bytes_are_read_or_refused_by_a_typed_error(tmp_path: Path) -> None:
     for name, surface in surfaces(tmp_path / "home").items():
         outcomes: Counter[str] = Counter()
 
-        @settings(MANY, max_examples=25)
+        @settings(MANY, max_examples=40)
         @given(mangled(surface.seeds))
         def hold(content: bytes) -> None:
             started, folder = time.monotonic(), tmp_path / "input"
