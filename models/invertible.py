@@ -15,7 +15,7 @@ from pvae.component import Shape
 from pvae.errors import DeclarationError
 from pvae.models.flows import FlowModule, FlowPrior, RealNVP
 from pvae.models.priors import Prior
-from pvae.networks import InvertibleModule, Network, NetworkModule
+from pvae.networks import InvertibleModule, Network, NetworkModule, flatten
 from pvae.site import Link, Site
 
 
@@ -45,8 +45,8 @@ class BijectionModule(InvertibleModule):
         self.flow, self.squash = flow, squash
 
     def forward(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        """z `(..., D)` to x `(..., *output)`."""
-        x = self.flow.push(inputs[self.name])
+        """z `(..., D)`, or of any shape of D elements, to x `(..., *output)`."""
+        x = self.flow.push(flatten(inputs[self.name], self.inputs[self.name]))
         if self.squash is not None:
             x = self.squash.call(x)
         return x.unflatten(-1, self.output)

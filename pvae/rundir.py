@@ -310,11 +310,17 @@ class RunDirectory:
         return read_lines(self.path, "metrics.jsonl")
 
     def metrics(self) -> pandas.DataFrame:
-        """The metrics as a table, null as NaN."""
+        """The metrics as a table, null as NaN; raises DataError where they cannot be one."""
         import pandas
 
         rows = self.metrics_rows()
-        return pandas.DataFrame([{k: math.nan if v is None else v for k, v in row.items()} for row in rows])
+        try:
+            return pandas.DataFrame([{k: math.nan if v is None else v for k, v in row.items()} for row in rows])
+        except (ValueError, OverflowError) as problem:  # half a surrogate pair, which JSON can spell
+            raise DataError(
+                f"{self.path / 'metrics.jsonl'}: expected names and values that a table can hold; got: {problem}. "
+                f"Delete the line that holds them."
+            ) from problem
 
     def truncate_metrics(self, epoch: int) -> None:
         """Drop the rows after ``epoch``, atomically: a resumed run writes them again. Raises StorageError."""

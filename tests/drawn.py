@@ -229,7 +229,7 @@ def sound(draw: DrawFn) -> Drawn:
     raw["encoder"] = draw(_encoders(shape))
     support = Likelihood.parse(raw["decoder"]["likelihood"]).support
     if columns:
-        raw["data"] = {"source": "frame", "columns": {f"column {i}": column for i, column in enumerate(columns)}}
+        raw["data"] = {"source": "frame", "columns": {f"column_{i}": column for i, column in enumerate(columns)}}
     elif bool(support.check(torch.tensor([0.0, 1.0])).all()) and draw(st.integers(0, 3)) == 3:
         raw["data"]["binarize"] = draw(st.sampled_from(get_args(Binarize)))
     heedless = any(Prior.members[z["prior"]["kind"]].ignores_parents for z in latents.values())  # type: ignore[attr-defined]

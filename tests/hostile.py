@@ -244,13 +244,32 @@ def surfaces(home: Path) -> dict[str, Surface]:
     found = {f"source {name}": surface for name, surface in _sources(home).items()}
     found["declaration"] = Surface(tuple(zoo.find(name).read_bytes() for name in zoo.names()), _read_declaration)
     for name in ("spec.toml", "manifest.json", "status.json", "metrics.jsonl", "events.jsonl"):
-        found[f"run {name}"] = Surface(((run / name).read_bytes(),), partial(_read_run, run, name))
+        found[f"run {name}"] = Surface((_steady((run / name).read_bytes()),), partial(_read_run, run, name))
     saved = max((run / "checkpoints").glob("step-*"))
     for path in saved.iterdir():
         found[f"checkpoint {path.name}"] = Surface((path.read_bytes(),), partial(_read_checkpoint, saved, path.name))
         if path.name != "manifest.json":
             found[f"sealed {path.name}"] = Surface((path.read_bytes(),), partial(_resume, run, saved.name, path.name))
     return found
+
+
+CHANGING = re.compile(
+    rb'("(?:seconds|time|started|heartbeat|host|platform|birth|id|pid|commit|best|elbo|kl|kl/z|reconstruction|loss)": )'
+    rb'("[^"]*"|-?[0-9.e-]+)'
+    rb'|("argv": )(\[[^]]*\])'
+)
+"""What differs from run to run and from machine to machine."""
+
+
+def _steady(content: bytes) -> bytes:
+    """A file of JSON with nothing in it that differs, so that the same bytes are drawn everywhere."""
+    return CHANGING.sub(_in_place, content)
+
+
+def _in_place(found: re.Match[bytes]) -> bytes:
+    if found[3]:
+        return found[3] + b"[]"
+    return found[1] + (b'"0"' if found[2].startswith(b'"') else b"0.5")
 
 
 def _small_run(home: Path) -> Path:

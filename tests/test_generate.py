@@ -638,4 +638,4 @@ def test_cli_says_what_is_wrong(folder, tmp_path, capsys):
     assert "expected an integer" in run_cli(capsys, folder, "traverse", "digits", "--dims", "a", code=2)
     assert "Expected a split" in run_cli(capsys, folder, "encode", "digits", "--split", "tset", code=2)
     out = str(tmp_path / "missing" / "s")
-    assert "expected to be written" in run_cli(capsys, folder, "sample", "digits", "--out", out, code=74)
+    assert "expected to be written" in run_cli(capsys, folder, "sample", "digits", "--out", out, code=73)

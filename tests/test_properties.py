@@ -19,10 +19,11 @@ from hypothesis import HealthCheck, Phase, given, settings
 import pvae
 from pvae.data import Data, load
 from pvae.diagnose import first_bad_site
-from pvae.errors import CheckpointError, DeclarationError, NonFiniteError
+from pvae.errors import CheckpointError, DataError, DeclarationError, NonFiniteError
 from pvae.files import read_lines
 from pvae.objectives import TraceMeanFieldELBO
 from pvae.run import chosen
+from pvae.rundir import RunDirectory
 from pvae.spec import Experiment
 from pvae.trainer import State
 from tests.drawn import Drawn, sound, wild
@@ -227,6 +228,19 @@ SOUND: dict[str, dict[str, Any]] = {
         {"b": {**BITS, "posterior": {"kind": "bernoulli", "given": ["x", "c"]}}, "c": BITS},
         objective={"kind": "trace_mean_field_elbo"},
     ),
+    "a bijection of features on a grid": declared(
+        {
+            "c": {
+                "codes": 5,
+                "grid": [3, 2],
+                "posterior": {
+                    "kind": "categorical",
+                    "network": {"kind": "bijection", "flow": {"kind": "realnvp", "hidden": [9]}},
+                },
+            }
+        },
+        encoder={"network": {"kind": "mlp", "hidden": [30]}},
+    ),
     "more joint states of bits than a float can count": declared({"b": {"bits": 1100}}),
     "more joint states of codes than a float can count": declared(
         {"c": {"codes": 10, "grid": [20, 20], "posterior": "categorical"}}
@@ -254,6 +268,14 @@ def test_what_a_parquet_file_says_to_pandas_is_not_read(tmp_path: Path) -> None:
     pyarrow.parquet.write_table(table, tmp_path / "t.parquet")
     declared_data = {"source": "parquet", "path": "t.parquet", "columns": {"a": {"type": "continuous"}}}
     assert load(Data.parse(declared_data), data_dir=tmp_path).shape == (1,)
+
+
+def test_metrics_that_are_no_table_are_refused(tmp_path: Path) -> None:
+    """FAULTS 43."""
+    run = RunDirectory.create(tmp_path, "run")
+    (run.path / "metrics.jsonl").write_text('{"epoch": 1, "\\ud800": 2}\n' * 2)
+    with pytest.raises(DataError, match=r"metrics\.jsonl: expected names and values that a table can hold; got: "):
+        run.metrics()
 
 
 @pytest.mark.parametrize("policy", ["stop", "skip", "rollback"])
