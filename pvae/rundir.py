@@ -125,6 +125,8 @@ MANIFEST: dict[str, type] = {
     "data": dict,
 }  # fmt: skip
 """What a manifest holds, where it says it at all."""
+_OPTIONAL = ("trainable", "parent")
+"""What may be null there."""
 
 
 class RunDirectory:
@@ -234,7 +236,7 @@ class RunDirectory:
         """What the run is: name, id, start, versions, seeds; raises DataError if damaged."""
         found = read_object(self.path, "manifest.json")
         for key, kind in MANIFEST.items():
-            if not isinstance(found.get(key), kind | None):
+            if key in found and not isinstance(found[key], kind | None if key in _OPTIONAL else kind):
                 wanted = "text" if kind is str else "true or false" if kind is bool else f"a {kind.__name__}"
                 raise DataError(
                     f"{self.path / 'manifest.json'}: expected {wanted} for {key!r}; got {str(found[key])[:60]!r}. "

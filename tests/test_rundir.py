@@ -248,6 +248,18 @@ def test_readers_never_see_half_a_status(run: RunDirectory) -> None:
 # -- manifest, spec, folders
 
 
+@pytest.mark.parametrize("key", ["name", "device", "engine", "declared", "imports", "data", "trainable", "parent"])
+def test_a_manifest_of_other_kinds_is_refused(run: RunDirectory, key: str) -> None:
+    found = run.manifest
+    for wrong in (None, 3):
+        (run.path / "manifest.json").write_text(json.dumps({**found, key: wrong}))
+        if wrong is None and key in ("trainable", "parent"):
+            assert run.manifest[key] is None
+        else:
+            with pytest.raises(DataError, match=f"expected .* for '{key}'; got '{wrong}'"):
+                _ = run.manifest
+
+
 def test_the_manifest_keeps_its_identity(run: RunDirectory) -> None:
     started = run.manifest["started"]
     run.write_manifest({"seed": 1, "name": "other", "loss": math.inf, "path": Path("x"), "n": np.float32(0.5)})
