@@ -15,7 +15,7 @@ from torch.distributions import constraints
 from pvae.component import Shape
 from pvae.errors import DeclarationError
 from pvae.law import Law
-from pvae.models.likelihoods import LOWEST, Likelihood, LikelihoodModule, ReaderModule, Size, dispersed
+from pvae.models.likelihoods import HIGHEST, LOWEST, Likelihood, LikelihoodModule, ReaderModule, Size, dispersed
 
 FAR = -1e30
 """The logit of a level that a column does not have: no gradient, no NaN."""
@@ -107,7 +107,7 @@ class PoissonColumns(Family):
     support = constraints.nonnegative_integer
 
     def forward(self, h: Tensor) -> dist.TorchDistribution:
-        return dist.Poisson(h.clamp(LOWEST, -LOWEST).exp(), validate_args=False)
+        return dist.Poisson(h.clamp(LOWEST, HIGHEST).exp(), validate_args=False)
 
     @staticmethod
     def read(x: Tensor, laws: Sequence[Law]) -> Tensor:

@@ -131,6 +131,8 @@ class NormalForm(ClosedForm):
 
 LOWEST = -12.0
 """Least log-odds or log-rate that a closed form gives: a value never seen stays possible."""
+HIGHEST = 24 * math.log(2) + 1
+"""Largest log-rate: counts go up to 2^24, the integers that single precision holds."""
 
 
 class BernoulliModule(ClosedForm):
@@ -613,7 +615,7 @@ class Poisson(Likelihood):
 
     def build(self, x: Shape) -> LikelihoodModule:
         """See `Likelihood.build`."""
-        return PoissonModule(x, (LOWEST, -LOWEST))
+        return PoissonModule(x, (LOWEST, HIGHEST))
 
 
 MOST_DISPERSED = 7.0
@@ -623,7 +625,7 @@ MOST_DISPERSED = 7.0
 def dispersed(log_mean: Tensor, log_count: Tensor, validate_args: bool | None = None) -> dist.TorchDistribution:
     """Negative binomials of given means m `(..., d)` and variances m + m^2 / r, for r `(d,)`; logarithms of both."""
     log_count = log_count.clamp(-MOST_DISPERSED, MOST_DISPERSED)  # beyond, a Poisson; and lgamma loses digits
-    logits = log_mean.clamp(LOWEST, -LOWEST) - log_count
+    logits = log_mean.clamp(LOWEST, HIGHEST) - log_count
     return dist.NegativeBinomial(log_count.exp().expand(logits.shape), logits=logits, validate_args=validate_args)
 
 

@@ -134,7 +134,9 @@ def clean(root: str | Path = "runs", *, apply: bool = False, failed: bool = Fals
         broom.run(Path(row["path"]), row["state"], failed)
     for folder in folders(Path(root)):
         broom.sweep(_old_temporaries(folder))
-    for entry, lock in _cached() if cache else ():
+    if cache and broom.at_work:
+        broom.skipped.append((cache_folder(), "a run at work may be reading from it"))
+    for entry, lock in _cached() if cache and not broom.at_work else ():
         broom.cached(entry, lock)
     return Cleaning(Path(root), apply, tuple(broom.removals), tuple(broom.skipped), tuple(broom.failed))
 
@@ -143,7 +145,7 @@ class _Broom:
     """Collects what may go, and removes it where it is told to."""
 
     def __init__(self, root: Path, apply: bool) -> None:
-        self.root, self.apply = root, apply
+        self.root, self.apply, self.at_work = root, apply, False
         self.removals: list[Removal] = []
         self.skipped: list[tuple[Path, str]] = []
         self.failed: list[tuple[Path, str]] = []
@@ -153,6 +155,7 @@ class _Broom:
         if not _is_plain(path / "manifest.json"):
             return
         if state == "running":
+            self.at_work = True
             self.skipped.append((path, "at work"))
             return
         try:

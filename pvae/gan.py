@@ -250,6 +250,7 @@ class Duel(Stepper):
         if self.average is not None and (x.is_cuda or bool(self.sound)):
             averaged, decay = self.average
             torch._foreach_lerp_(list(averaged), [p.detach() for p in self.learned], 1 - decay)
+        self.moving_now = False
         return torch.cat([torch.stack(taken).mean(0), moved])
 
     def _against(self, x: Tensor) -> Tensor:
@@ -276,6 +277,7 @@ class Duel(Stepper):
         if out.is_cuda:  # no synchronisation: the fused kernel skips the update where found_inf is 1
             self.optimizer.found_inf = (~self.sound).float()  # type: ignore[attr-defined]
         if out.is_cuda or bool(self.sound):
+            self.moving_now = True
             self.optimizer.step()
         for p in moving:
             p.grad = None

@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 class Stepper(ABC):
     """What a fit does with its batches: a gradient step with each (`pvae.step.Step`), or sums for a closed form."""
 
+    moving_now = False
+    """Whether a step has begun to move weights and has not ended; it stays so where it broke off."""
+
     @property
     @abstractmethod
     def names(self) -> tuple[str, ...]:

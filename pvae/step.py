@@ -160,12 +160,14 @@ class Step(Stepper):
             finite = out[0].isfinite() & out[-1].isfinite()
             self.optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
         if out.is_cuda or is_finite(out):
+            self.moving_now = True
             self.optimizer.step()
             if self.average is not None:
                 averaged, decay = self.average
                 torch._foreach_lerp_(list(averaged), [p.detach() for p in self.parameters], 1 - decay)
             for part in self.moving:
                 part.after_step()
+            self.moving_now = False
         for parameter in self.parameters:
             parameter.grad = None
 

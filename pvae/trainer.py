@@ -124,7 +124,7 @@ def _told(row: Mapping[str, float]) -> str:
 
 
 @contextmanager
-def swapped(parameters: Sequence[nn.Parameter], values: Sequence[Tensor] | None) -> Iterator[None]:
+def swapped(parameters: Sequence[Tensor], values: Sequence[Tensor] | None) -> Iterator[None]:
     """Put other values into parameters for a while."""
     if values is None:
         yield
@@ -405,8 +405,10 @@ class Trainer:
             parameter.grad = None
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-        with suppress(StorageError):
-            self._save()
+        stepper: Stepper | None = getattr(self, "stepper", None)
+        if stepper is None or not stepper.moving_now:  # half of a step is in no weights that a run could go on from
+            with suppress(StorageError):
+                self._save()
         rows = self._fitting_rows() if self.plan.objective.scores else None
         if rows is None:
             return "A smaller train.batch_size or smaller networks need less. "
@@ -588,10 +590,12 @@ class Trainer:
             self.tell("alert", f"the record of this run has gaps: {self.files.degraded}")
         if not self.plan.objective.scores:
             return
-        kept = self.average
-        if self.best is not None:
-            kept = [self.best[name].to(self.device) for name in self.names]
-        with swapped(self.parameters, kept):
+        places: Sequence[Tensor] = self.parameters
+        kept: Sequence[Tensor] | None = self.average
+        if self.best is not None:  # with codebooks and the like, which are no parameters
+            own = self.pair.state_dict()
+            places, kept = list(own.values()), [self.best[name].to(self.device) for name in own]
+        with swapped(places, kept):
             try:
                 found = list(alerts(self.plan, self.pair, self.data.validation.rows[:ROWS], self.plan.seed))
             except (RuntimeError, ValueError) as error:

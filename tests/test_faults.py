@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import csv
+import itertools
 import json
 import os
 import re
@@ -319,6 +320,26 @@ def test_out_of_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: A
     assert caught.value.exit_code == 71
     run = pvae.Run.load(next((tmp_path / "part").glob("*/*")))
     assert (run.status["state"], run.checkpoint.step) == ("failed", 5)
+    done = pvae.resume(run, device="cpu", progress=False)
+    assert_same(last_weights(whole), last_weights(done))
+
+
+def test_memory_that_runs_out_within_the_optimiser(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """FAULTS 40: weights have moved and the step has not ended, so they are in no checkpoint."""
+    whole = fit(tiny(**CALM), tmp_path / "whole")
+    original, calls = torch.optim.Adam.step, itertools.count()
+
+    def step(self: torch.optim.Adam) -> None:
+        original(self)
+        if next(calls) == 3:
+            raise MemoryError
+
+    monkeypatch.setattr(torch.optim.Adam, "step", step)
+    with pytest.raises(DeviceError, match="out of memory at step 3"):
+        fit(tiny(**CALM), tmp_path / "part")
+    monkeypatch.undo()
+    run = pvae.Run.load(next((tmp_path / "part").glob("*/*")))
+    assert run.checkpoint.step == 0
     done = pvae.resume(run, device="cpu", progress=False)
     assert_same(last_weights(whole), last_weights(done))
 

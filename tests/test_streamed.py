@@ -209,6 +209,38 @@ def test_rows_that_two_splits_share_are_counted() -> None:
     assert shared_rows(distinct, parts, "test") == 0
 
 
+@pytest.mark.parametrize("dtype", [np.float64, np.float32, np.int64])
+def test_distinct_rows_of_whole_numbers_are_not_taken_for_each_other(dtype: Any) -> None:
+    x = np.random.RandomState(0).randint(0, 50, (4000, 20)).astype(dtype)
+    assert len({row.tobytes() for row in x}) == 4000
+    assert shared_rows(x, tenths(4000, ["validation", "test"], 0), "validation") == 0
+
+
+@pytest.mark.usefixtures("narrow")
+def test_a_file_that_vanishes_is_said_by_the_read_and_not_by_the_hint(tmp_path: Path) -> None:
+    _, kept = both(tmp_path, TensorSource(scale="unit"))
+    (tmp_path / "x.npy").unlink()
+    where = kept.train.order(0, 0)[0:8]
+    with pytest.raises(DataError, match="expected a file of data"):
+        kept.train.draw(where)
+
+
+def test_what_a_threshold_makes_constant_is_refused_on_the_disk_too(tmp_path: Path) -> None:
+    """FAULTS 24."""
+    x = np.random.RandomState(0).random_sample((50, 4)) * 0.4
+    with pytest.raises(DataError, match="all 4 are constant"):
+        both(tmp_path, TensorSource(binarize="threshold"), x)
+    np.save(tmp_path / "x.npy", x)
+    with pytest.raises(DataError, match="all 4 are constant"):
+        pvae.data.load(pvae.data.Npy(path=str(tmp_path / "x.npy"), binarize="threshold", stream=True))
+
+
+def test_what_varies_by_rounding_is_not_standardised() -> None:
+    """FAULTS 24: the deviation underflows, although no two values are the same."""
+    with pytest.raises(DataError, match="columns that vary in train"):
+        Dataset.from_tensors(np.random.RandomState(0).rand(40, 2) * 1e-200, declared=TensorSource(scale="standardise"))
+
+
 # ---------------------------------------------------------------------- fitting
 
 

@@ -845,3 +845,54 @@ def test_no_cell_is_computed_and_numbers_stay_numbers(tmp_path: Path, capsys: py
     assert any(float(row[0]) < 0 for row in rows)
     assert {row[1] for row in rows} <= {"'=cmd|' /C calc'!A0", "'@sum"}
     assert {row[2] for row in rows} <= {"-1", "-2"}
+
+
+# ---------------------------------------------------------------------- words that look like numbers
+
+
+def test_words_stay_words_wherever_a_piece_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """007, 7 and 01 are three words, in the first piece of a file as in the last."""
+    words = ["01", "1", "007"] * 10 + ["01", "1", "u"] * 10
+    (tmp_path / "t.csv").write_text("g,x,h\n" + "".join(f"{w},{i / 2},{w}\n" for i, w in enumerate(words)))
+    monkeypatch.setattr("pvae.data.delimited.PIECE_BYTES", 64)
+    columns = {"x": {"type": "continuous"}, "g": {"type": "categorical", "levels": ["01", "1", "007", "u"]}}
+    declared = CSV.model_validate({"path": str(tmp_path / "t.csv"), "columns": columns, "label": "h"})
+    data = load(declared)
+    assert sorted(data.label_names or ()) == ["007", "01", "1", "u"]
+    for split in data.splits:
+        assert split.y is not None
+        codes = split.x[:, 1].long().tolist()
+        names = [(data.label_names or ())[y] for y in split.y.tolist()]
+        assert [("01", "1", "007", "u")[code] for code in codes] == names
+
+
+def test_cells_that_are_lists_are_refused(tmp_path: Path) -> None:
+    """FAULTS 30: also where Parquet can hold them."""
+    import pyarrow
+    from pyarrow import parquet
+
+    parquet.write_table(pyarrow.table({"a": [[1.0, 2.0], [3.0], [4.0], [5.0]]}), tmp_path / "t.parquet")
+    for column in ({"type": "binary"}, {"type": "continuous"}):
+        with pytest.raises(DataError, match="something else|expected"):
+            load(Parquet.model_validate({"path": str(tmp_path / "t.parquet"), "columns": {"a": column}}))
+
+
+def test_a_header_cell_too_long_for_the_parser(tmp_path: Path) -> None:
+    """FAULTS 30."""
+    (tmp_path / "t.csv").write_text("a," + "b" * 200_000 + "\n1,2\n")
+    with pytest.raises(DataError, match="line 1: expected column names"):
+        load(CSV.model_validate({"path": str(tmp_path / "t.csv"), "columns": {"a": {"type": "continuous"}}}))
+
+
+def test_an_index_that_was_changed_is_made_again(tmp_path: Path) -> None:
+    """FAULTS 32: what labels are called stands beside the arrays."""
+    from pvae.data.cache import cache_folder
+
+    (tmp_path / "t.csv").write_text("x,h\n" + "".join(f"{i},{'uvw'[i % 3]}\n" for i in range(60)))
+    table = {"path": str(tmp_path / "t.csv"), "columns": {"x": {"type": "continuous"}}, "label": "h"}
+    first = load(CSV.model_validate(table))
+    (index,) = cache_folder().glob("decoded/*/index.json")
+    index.write_text(index.read_text().replace('"u"', '"x"'))
+    again = load(CSV.model_validate(table))
+    assert again.label_names == first.label_names == ("u", "v", "w")
+    assert again.fingerprint == first.fingerprint

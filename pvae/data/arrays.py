@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
+from contextlib import suppress
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -121,7 +122,7 @@ class FileArray(Stored):
         if not hasattr(os, "posix_fadvise"):
             return
         first, length = self.offset + start * self._row, (stop - start) * self._row
-        with self.path.open("rb") as file:
+        with suppress(OSError), self.path.open("rb") as file:  # a hint only: `read` says what is wrong
             os.posix_fadvise(file.fileno(), first, length, os.POSIX_FADV_WILLNEED)
 
     def reshape(self, *shape: int) -> FileArray:

@@ -19,7 +19,7 @@ from pvae.errors import BusyError, DataError, OutputError, StorageError
 from pvae.files import pretty, read_object
 
 LOCK_SECONDS = 900
-FORMAT = 1
+FORMAT = 2
 """Of decoded entries: another one is made again."""
 INDEX = "index.json"
 
@@ -95,7 +95,10 @@ class Growing:
 
     def append(self, rows: Array) -> None:
         """Add rows."""
-        self.file.write(np.ascontiguousarray(rows, self.dtype).data)
+        try:
+            self.file.write(np.ascontiguousarray(rows, self.dtype).data)
+        except OSError as error:  # here, so that no reader takes a full disk for a broken file
+            raise _no_room(self.path.parent, error) from error
         self.rows += len(rows)
 
     def close(self) -> None:
@@ -138,7 +141,9 @@ def _opened(folder: Path) -> Decoded | None:
     """An entry whose every byte is what was written, or None."""
     try:
         index = read_object(folder, INDEX)
-        arrays = {}
+        if index.pop("sha256") != _digest(index):
+            return None
+        arrays: dict[str, FileArray] = {}
         for name, digest in index["arrays"].items():
             path = folder / f"{name}.npy"
             with path.open("rb") as file:
@@ -150,6 +155,10 @@ def _opened(folder: Path) -> Decoded | None:
         return None
 
 
+def _digest(index: Mapping[str, Any]) -> str:
+    return hashlib.sha256(pretty(index).encode()).hexdigest()
+
+
 def _make(folder: Path, make: Callable[[Writer], None]) -> None:
     for stray in folder.parent.glob(f".part-{folder.name}-*"):  # of a process that was killed; the lock is ours
         shutil.rmtree(stray, ignore_errors=True)
@@ -157,7 +166,7 @@ def _make(folder: Path, make: Callable[[Writer], None]) -> None:
     try:
         writer = Writer(part)
         try:
-            make(writer)
+            _read_by(make, writer)
         finally:
             for array in writer.arrays.values():
                 with suppress(ValueError):
@@ -166,12 +175,23 @@ def _make(folder: Path, make: Callable[[Writer], None]) -> None:
         for name in writer.arrays:
             with (part / f"{name}.npy").open("rb") as file:
                 digests[name] = hashlib.file_digest(file, "sha256").hexdigest()
-        (part / INDEX).write_text(pretty({"arrays": digests, "notes": writer.notes}))
+        index = {"arrays": digests, "notes": writer.notes}
+        (part / INDEX).write_text(pretty({**index, "sha256": _digest(index)}))
         shutil.rmtree(folder)
         part.rename(folder)
     except OSError as error:
-        raise StorageError(
-            f"{folder}: expected room for the decoded data; got {error}. Free some, or set XDG_CACHE_HOME."
-        ) from error
+        raise _no_room(folder, error) from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+def _read_by(make: Callable[[Writer], None], writer: Writer) -> None:
+    """What a source cannot read is no fault of the cache's disk."""
+    try:
+        make(writer)
+    except OSError as error:
+        raise DataError(f"Expected data that can be read; got {error}.") from error
+
+
+def _no_room(folder: Path, error: OSError) -> StorageError:
+    return StorageError(f"{folder}: expected room for the decoded data; got {error}. Free some, or set XDG_CACHE_HOME.")

@@ -20,7 +20,7 @@ from pvae import seeds
 from pvae.data.arrays import AnyArray, Array, Stored
 from pvae.data.declared import Data, FrameSource, TensorSource
 from pvae.data.files import require_room
-from pvae.data.prepare import Prepared, prepare, scaled
+from pvae.data.prepare import Prepared, extremes, prepare, scaled
 from pvae.data.python import anndata_rows, as_array, is_anndata, torch_rows
 from pvae.data.rows import CHUNK_ELEMENTS, SPLITS, Part, Rows, joined, partition, reshape, shared_rows
 from pvae.data.streamed import Streamed, Streams, WindowOrder, streams
@@ -402,8 +402,8 @@ def _fingerprint(splits: Any, shape: tuple[int, ...], binarize: str) -> str:
 
 def _constant_features(train: Split) -> list[str]:
     x = train.rows if train.raw is None else train.raw
-    low, high = (x.low, x.high) if isinstance(x, Streamed) else (x.amin(0), x.amax(0))
-    constant, features = int(torch.as_tensor(low == high).sum()), prod(x.shape[1:])
+    low, high = x.extremes if isinstance(x, Streamed) else extremes(x.numpy(), range(len(x)))
+    constant, features = int((low == high).sum()), prod(x.shape[1:])
     if constant == features:
         raise DataError(f"Expected features that vary in train; all {features} are constant over its {len(x)} rows.")
     return [f"{constant} of {features} features are constant in train"] if constant else []

@@ -6,6 +6,7 @@ import csv
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
 
 import numpy as np
@@ -63,7 +64,10 @@ def read_header(path: Path, separator: str) -> Header:
         raise DataError(f"{path}, line 1: expected column names in at most {MAX_HEADER_BYTES >> 20} MiB; got more.")
     size = int(ends[0]) + 1 if len(ends) else len(start)
     text = _decoded(start[:size], path, 1).removeprefix("\ufeff").rstrip("\r\n")
-    names = next(csv.reader([*text.splitlines(keepends=True)], delimiter=separator), [])
+    try:
+        names = next(csv.reader(StringIO(text, newline=""), delimiter=separator), [])
+    except csv.Error as error:
+        raise DataError(f"{path}, line 1: expected column names; got {error}.") from error
     name, times = Counter(names).most_common(1)[0] if names else ("", 0)
     if times > 1:
         raise DataError(f"{path}, line 1: expected every column to be named once; got {shown(name)} {times} times.")

@@ -92,7 +92,7 @@ def _standardised(x: AnyArray, train: Part) -> Scaled:
     centred = Scaled(x, shift=mean)
     variance = sum(((c * c).sum(0) for _, c in centred.chunks(train)), np.zeros(x.shape[1:])) / len(train)
     low, high = extremes(x, train)
-    if constant := np.argwhere(np.atleast_1d(low == high)).tolist():
+    if constant := np.argwhere(np.atleast_1d((low == high) | _flat(mean, variance))).tolist():
         where = constant[0][0] if len(constant[0]) == 1 else tuple(constant[0])
         raise DataError(
             f'data.scale = "standardise": expected columns that vary in train; column {where} is constant '
@@ -122,7 +122,18 @@ def _table(rows: Rows, x: AnyArray, train: Part) -> Scaled:
             )
     mean = _mean_of_present(warped, train, 0.0, power=1)
     variance = _mean_of_present(warped, train, mean, power=2)
+    for (name, _), flat in zip(rows.table.items(), chosen & _flat(mean, variance), strict=True):
+        if flat:
+            raise DataError(
+                f"data.columns.{name!r}: expected a column that varies in train; what it varies by is rounding. Drop "
+                f"it, or set another transform."
+            )
     return Scaled(x, np.where(chosen, mean, 0.0), np.where(chosen, np.sqrt(variance), 1.0), warped.warps)
+
+
+def _flat(mean: Floats, variance: Floats) -> NDArray[np.bool_]:
+    """Where what varies is no more than the rounding of the numbers themselves."""
+    return np.sqrt(variance) <= 1e-12 * np.maximum(np.abs(mean), np.finfo(np.float32).tiny)
 
 
 def _mean_of_present(data: Scaled, part: Part, centre: Floats | float, power: int) -> Floats:

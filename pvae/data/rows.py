@@ -252,7 +252,7 @@ def shared_rows(x: AnyArray, parts: Mapping[str, Part], name: str) -> int:
 
 
 def _hashes(x: AnyArray, part: Part) -> NDArray[np.uint64]:
-    """64 bits of every row: a sum of its words, each times a random odd number."""
+    """64 bits of every row: a sum of its words, each mixed and times a random odd number."""
     width = -(-x.dtype.itemsize * prod(x.shape[1:]) // 8)
     factors = np.random.RandomState(0).randint(0, 2**63, width, np.int64).astype(np.uint64) * 2 + 1
     out = np.empty(len(part), np.uint64)
@@ -260,5 +260,10 @@ def _hashes(x: AnyArray, part: Part) -> NDArray[np.uint64]:
         content = np.ascontiguousarray(chunk).reshape(len(chunk), -1).view(np.uint8)
         words = np.zeros((len(chunk), 8 * width), np.uint8)
         words[:, : content.shape[1]] = content
-        out[start : start + len(chunk)] = (words.view(np.uint64) * factors).sum(1)
+        mixed = words.view(np.uint64)
+        for shift, factor in ((32, 0xBF58476D1CE4E5B9), (29, 0x94D049BB133111EB)):  # whole numbers have low bits of 0
+            mixed ^= mixed >> np.uint64(shift)
+            mixed *= np.uint64(factor)
+        mixed ^= mixed >> np.uint64(32)
+        out[start : start + len(chunk)] = (mixed * factors).sum(1)
     return out

@@ -101,14 +101,12 @@ class Streamed:
         return self.survey.digest
 
     @property
-    def low(self) -> NDArray[Any]:
-        """Least value of every feature, as stored, `(*row)`."""
-        return self.survey.low
-
-    @property
-    def high(self) -> NDArray[Any]:
-        """Largest value of every feature, as stored, `(*row)`."""
-        return self.survey.high
+    def extremes(self) -> tuple[NDArray[Any], NDArray[Any]]:
+        """Least and largest value of every feature, `(*row)`: as stored, or above or below the threshold."""
+        low, high = self.survey.low, self.survey.high
+        if self.rule is threshold:
+            return threshold(self.rows.scale(low), 0), threshold(self.rows.scale(high), 0)
+        return low, high
 
     def __len__(self) -> int:
         return self.shape[0]

@@ -255,7 +255,7 @@ class Parser:
         """
         numbers = {place for name, place in self.places.items() if self._is_number(name)}
         try:
-            frame = self._frame(piece, {p: "float64" if p in numbers else "category" for p in self.places.values()})
+            frame = self._frame(piece, {p: "float64" if p in numbers else "str" for p in self.places.values()})
         except (ValueError, OverflowError):  # some cell is no number: the same cells as text show which
             frame = self._frame(piece, dict.fromkeys(self.places.values(), "str"))
             frame = frame.assign(**{name: _numeric(frame[name]) for name in self.places if self._is_number(name)})
@@ -340,6 +340,10 @@ def parquet_pieces(file: Any, decoder: Decoder, path: Path) -> Iterator[tuple[Fl
             frame = batch.select(decoder.names).replace_schema_metadata().to_pandas(strings_to_categorical=True)
             yield decoder.decode(frame, lambda row, first=start: f"row {first + row}")  # type: ignore[misc]
             start += len(frame)
+    except (TypeError, ValueError) as error:  # cells that are lists or the like; Arrow's own errors are such too
+        if isinstance(error, ArrowException):
+            raise DataError(f"{path}: expected a whole Parquet file; got a broken one: {_brief(error)}.") from error
+        raise DataError(f"{path}: expected numbers and words; got something else: {_brief(error)}.") from error
     except (ArrowException, OSError) as error:
         raise DataError(f"{path}: expected a whole Parquet file; got a broken one: {_brief(error)}.") from error
 
@@ -384,7 +388,7 @@ def read_frame(frame: Any, declared: FrameSource) -> Rows:
         raise DataError("data: expected a DataFrame with rows; got none.")
     try:
         x, y = decoder.decode(frame.set_axis(names, axis=1), lambda row: f"row {row}")
-    except TypeError as error:  # cells that are lists or the like
+    except (TypeError, ValueError) as error:  # cells that are lists or the like
         raise DataError(f"data: expected numbers and words; got something else: {_brief(error)}.") from error
     named = _finished(declared, x, y, list(decoder.labels))
     parts = tenths(len(x), SPLITS[1:], declared.split_seed)
