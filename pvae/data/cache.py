@@ -85,8 +85,11 @@ class Growing:
 
     def __init__(self, path: Path, dtype: np.dtype[Any], row: tuple[int, ...]) -> None:
         self.path, self.dtype, self.row, self.rows = path, dtype, row, 0
-        self.file = path.open("xb")
-        self._head()
+        try:
+            self.file = path.open("xb")
+            self._head()
+        except OSError as error:
+            raise _no_room(path.parent, error) from error
 
     def _head(self) -> None:
         """NumPy leaves room in a header for the number of rows, so that it can be written anew."""
