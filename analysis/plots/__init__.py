@@ -1,0 +1,46 @@
+"""Figures: pure functions from numbers to matplotlib Figures; no pyplot, no global settings."""
+
+from pvae.analysis.plots.anatomy import Step, reach, waterfall, waterfall_steps
+from pvae.analysis.plots.base import Array, Row, figure, nats, plain, png, set_caption, style
+from pvae.analysis.plots.curves import duel, history, series, training
+from pvae.analysis.plots.latents import Cloud, class_name, code_use, groups, leading, plane, units
+from pvae.analysis.plots.pictures import Rebuilt, is_image, reconstructions, samples, tiles
+from pvae.analysis.plots.points import rate_distortion
+from pvae.analysis.plots.sheets import encoded, is_shown, reconstructed, sampled, traversed
+
+__all__ = [
+    "Array",
+    "Cloud",
+    "Rebuilt",
+    "Row",
+    "Step",
+    "class_name",
+    "code_use",
+    "duel",
+    "encoded",
+    "figure",
+    "groups",
+    "history",
+    "is_image",
+    "is_shown",
+    "leading",
+    "nats",
+    "plain",
+    "plane",
+    "png",
+    "rate_distortion",
+    "reach",
+    "reconstructed",
+    "reconstructions",
+    "sampled",
+    "samples",
+    "series",
+    "set_caption",
+    "style",
+    "tiles",
+    "training",
+    "traversed",
+    "units",
+    "waterfall",
+    "waterfall_steps",
+]

@@ -1,0 +1,99 @@
+"""The waterfall of an ELBO."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
+
+from pvae.analysis.anatomy import Surgery
+from pvae.analysis.plots.base import BLACK, BLUE, GREY, ORANGE, SERIES, figure, nats, plain, style
+
+
+@dataclass(frozen=True)
+class Step:
+    """One line of a waterfall: a level that is reached, or a cost that is paid."""
+
+    label: str
+    value: float
+    is_level: bool = False
+    colour: str = GREY
+
+
+def waterfall_steps(surgery: Surgery) -> list[list[Step]]:
+    """From reconstruction to ELBO: by term, and by latent where there are several."""
+    start = Step("reconstruction", surgery.reconstruction.value, True)
+    end = Step("ELBO", surgery.elbo.value, True)
+    by_latent = [
+        Step(f"− KL of {name}", z.kl.value, colour=SERIES[i % len(SERIES)])
+        for i, (name, z) in enumerate(surgery.latents.items())
+    ]
+    if surgery.mutual_information is None or surgery.marginal_kl is None:
+        return [[start, *by_latent, end]]
+    terms = [
+        Step("− I_q[x, z]", surgery.mutual_information.value, colour=BLUE),
+        Step("− marginal KL", surgery.marginal_kl.value, colour=ORANGE),
+    ]
+    panels = [[start, *terms, end]]
+    return [*panels, [start, *by_latent, end]] if len(by_latent) > 1 else panels
+
+
+def waterfall(surgery: Surgery) -> Figure:
+    """From the reconstruction down through what the code costs to the ELBO, nats per datum."""
+    panels = waterfall_steps(surgery)
+    titles = ("by term", "by latent") if len(panels) > 1 else ("where the nats go",)
+    with style():
+        heights = [0.5 * len(steps) + 0.8 for steps in panels]
+        made = figure(sum(heights) + 0.2)
+        grid = made.subplots(len(panels), 1, squeeze=False, sharex=True, height_ratios=heights)
+        for axes, steps, title in zip(grid[:, 0], panels, titles, strict=True):
+            _fall(axes, steps)
+            low, high = reach(panels)
+            axes.set_xlim(low - 0.2 * (high - low), high + 0.06 * (high - low))
+            axes.set_title(title)
+        grid[-1, 0].set_xlabel("nats per datum")
+    return made
+
+
+def reach(panels: Sequence[Sequence[Step]]) -> tuple[float, float]:
+    """Lowest and highest level that any panel touches, at least a little apart."""
+    levels = []
+    for steps in panels:
+        position = steps[0].value
+        for step in steps:
+            position = step.value if step.is_level else position - step.value
+            levels.append(position)
+    return min(levels), max(max(levels), min(levels) + 1e-3)
+
+
+def _fall(axes: Axes, steps: Sequence[Step]) -> None:
+    """Levels as ticks, costs as bars from one level down to the next."""
+    position = steps[0].value
+    for i, step in enumerate(steps):
+        if step.is_level:
+            position = step.value
+            axes.plot([position] * 2, [i - 0.38, i + 0.38], color=BLACK, linewidth=3, solid_capstyle="butt")
+            _note(axes, position, i, nats(step.value), toward=1 if i else -1)
+        else:
+            axes.barh(i, -step.value, left=position, height=0.62, color=step.colour)
+            end = min(position, position - step.value)
+            _note(axes, end, i, nats(-step.value), toward=-1)
+            position -= step.value
+        if i + 1 < len(steps):
+            axes.plot([position] * 2, [i, i + 1], color=GREY, linewidth=0.8, linestyle=":", zorder=0)
+    axes.set_yticks(range(len(steps)), [plain(step.label) for step in steps])
+    axes.set_ylim(len(steps) - 0.4, -0.6)
+    axes.tick_params(axis="y", length=0)
+    axes.spines["left"].set_visible(False)
+    axes.grid(axis="x")
+    axes.set_axisbelow(True)
+
+
+def _note(axes: Axes, x: float, y: float, text: str, toward: int) -> None:
+    axes.annotate(
+        text, (x, y), xytext=(6 * toward, 0), textcoords="offset points", va="center", fontsize=10, fontweight="bold",
+        ha="left" if toward > 0 else "right", path_effects=[withStroke(linewidth=3, foreground="white")],
+    )  # fmt: skip

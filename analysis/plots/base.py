@@ -1,0 +1,110 @@
+"""What all figures share: their look, their size, and how text and PNG come out."""
+
+from __future__ import annotations
+
+import io
+import textwrap
+import unicodedata
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.font_manager import findfont, get_font
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+Row = Mapping[str, Any]
+
+DPI = 120
+WIDTH = 6.0
+"""Inches: 720 pixels, so that text is still legible on a phone."""
+BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, RED, PURPLE = (
+    "#000000", "#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7",
+)  # fmt: skip
+"""Okabe and Ito's palette, told apart by every kind of colour vision."""
+GREY, PALE = "#767676", "#C8C8C8"
+SERIES = (BLUE, RED, GREEN, PURPLE, ORANGE, SKY, BLACK)
+CLASSES = (BLUE, ORANGE, GREEN, RED, SKY, PURPLE, BLACK, YELLOW, "#8A8A8A", "#7A4A1E")
+CAPTION = 96
+"""Characters of a line of a caption."""
+TEXT, SHORT = 60, 16
+"""Characters of a name that a figure shows, and of a class's name."""
+
+STYLE: dict[str, Any] = {
+    "text.parse_math": False,
+    "text.usetex": False,
+    "axes.formatter.use_mathtext": False,
+    "axes.unicode_minus": True,
+    "font.family": ["DejaVu Sans"],
+    "font.size": 10.0,
+    "axes.titlesize": 11.0,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.labelsize": 10.0,
+    "axes.edgecolor": "#888888",
+    "axes.linewidth": 0.8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": False,
+    "axes.facecolor": "white",
+    "figure.facecolor": "white",
+    "figure.dpi": DPI,
+    "savefig.dpi": DPI,
+    "savefig.facecolor": "white",
+    "savefig.bbox": None,
+    "xtick.color": "#444444",
+    "ytick.color": "#444444",
+    "grid.color": "#E4E4E4",
+    "grid.linewidth": 0.8,
+    "legend.frameon": False,
+    "legend.fontsize": 9.0,
+    "lines.linewidth": 1.8,
+    "hatch.linewidth": 0.6,
+    "image.interpolation": "nearest",
+}
+
+
+@contextmanager
+def style() -> Iterator[None]:
+    """The figures' settings for a while; whatever the user has set comes back."""
+    with matplotlib.rc_context(STYLE):  # type: ignore[arg-type]
+        yield
+
+
+def figure(height: float) -> Figure:
+    """An empty figure of the report's width, `height` in inches."""
+    made = Figure(figsize=(WIDTH, height), layout="constrained")
+    FigureCanvasAgg(made)
+    return made
+
+
+def png(made: Figure) -> bytes:
+    """PNG bytes at 120 dpi; the same figure gives the same bytes."""
+    buffer = io.BytesIO()
+    with style():
+        made.savefig(buffer, format="png", dpi=DPI, metadata={"Software": None}, pil_kwargs={"optimize": True})
+    return buffer.getvalue()
+
+
+def plain(text: object) -> str:
+    """A name that the font can show: no control characters, at most `TEXT` characters."""
+    known = get_font(findfont("DejaVu Sans")).get_charmap()
+    shown = "".join(
+        "\N{REPLACEMENT CHARACTER}" if unicodedata.category(c) in ("Cc", "Cf", "Cs") or ord(c) not in known else c
+        for c in str(text)
+    )
+    return shown if len(shown) <= TEXT else shown[: TEXT - 1] + "…"
+
+
+def nats(value: float, digits: int = 2) -> str:
+    """A figure with a true minus sign, and none before a zero."""
+    return f"{round(value, digits) + 0.0:.{digits}f}".replace("-", "−")
+
+
+def set_caption(made: Figure, text: str) -> None:
+    """Text below a figure that stands alone."""
+    made.supxlabel("\n".join(textwrap.wrap(text, CAPTION)), x=0.02, ha="left", fontsize=8.5, color="#444444")

@@ -1,0 +1,127 @@
+"""Data, samples and reconstructions, as pictures or as lines."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from pvae.analysis.plots.base import BLACK, GREY, ORANGE, PALE, RED, WIDTH, Array, figure, nats, style
+
+
+def is_image(shape: Sequence[int]) -> bool:
+    """Whether an event `(1|3, H, W)` or `(H, W)` can be shown as a picture."""
+    return (len(shape) == 3 and shape[0] in (1, 3)) or (len(shape) == 2 and min(shape) > 1)
+
+
+def tiles(images: Array, columns: int, low: float, high: float) -> Array:
+    """Pictures `(n, 1|3, H, W)` or `(n, H, W)` side by side with white between them, `(rows H, columns W, 3)`."""
+    images = images[:, None] if images.ndim == 3 else images
+    grey = np.clip((images - low) / ((high - low) or 1.0), 0, 1)
+    colour = np.broadcast_to(grey, (len(grey), 3, *grey.shape[2:])).transpose(0, 2, 3, 1)
+    h, w = colour.shape[1:3]
+    gap = max(1, round(w / 10))
+    rows = math.ceil(len(colour) / columns)
+    out = np.ones((rows * (h + gap) - gap, columns * (w + gap) - gap, 3))
+    for i, picture in enumerate(colour):
+        top, left = i // columns * (h + gap), i % columns * (w + gap)
+        out[top : top + h, left : left + w] = picture
+    return out
+
+
+@dataclass(frozen=True)
+class Rebuilt:
+    """Some data beside the mean of p(x | z) at their own draw of z."""
+
+    title: str
+    data: Array
+    means: Array
+    nats: Array
+
+
+def reconstructions(parts: Sequence[Rebuilt], low: float, high: float) -> Figure:
+    """Best, median and worst data by log p(x | z): the datum above, the decoder's mean below."""
+    shape = parts[0].data.shape[1:]
+    with style():
+        if is_image(shape):
+            return rebuilt_images(parts, low, high)
+        return _rebuilt_lines(parts)
+
+
+def rebuilt_images(parts: Sequence[Rebuilt], low: float, high: float, below: str = "mean") -> Figure:
+    """The datum above, what was made of it below, with its nats."""
+    columns = max(len(part.data) for part in parts)
+    h, w = parts[0].data.shape[-2:]
+    made = figure(len(parts) * (2.15 * 0.89 * WIDTH / columns * h / w + 0.55))
+    grid = made.subplots(len(parts), 1, squeeze=False)
+    for axes, part in zip(grid[:, 0], parts, strict=True):
+        axes.imshow(tiles(np.concatenate([part.data, part.means]), len(part.data), low, high), aspect="equal")
+        gap = max(1, round(w / 10))
+        axes.set_xticks([i * (w + gap) + w / 2 - 0.5 for i in range(len(part.nats))], [nats(v, 1) for v in part.nats])
+        axes.set_yticks([h / 2, h + gap + h / 2], ["data", below])
+        axes.tick_params(length=0, labelsize=9)
+        axes.spines[:].set_visible(False)
+        axes.set_title(part.title)
+    return made
+
+
+def _rebuilt_lines(parts: Sequence[Rebuilt]) -> Figure:
+    made = figure(1.6 * len(parts) + 0.4)
+    columns = min(4, max(len(part.data) for part in parts))
+    grid = made.subplots(len(parts), columns, squeeze=False, sharex=True)
+    for row, part in zip(grid, parts, strict=True):
+        for i, axes in enumerate(row):
+            if i >= len(part.data):
+                axes.set_axis_off()
+                continue
+            data, mean = part.data[i].ravel(), part.means[i].ravel()
+            mark = "o" if len(data) <= 40 else None
+            axes.plot(data, color=BLACK, linewidth=1, marker=mark, markersize=3, label="data")
+            axes.plot(mean, color=ORANGE, linewidth=1.6, label="mean of p(x | z)")
+            axes.set_title(f"{part.title}: {nats(part.nats[i], 1)}" if i == 0 else nats(part.nats[i], 1), fontsize=9)
+            axes.tick_params(labelsize=8)
+            axes.xaxis.set_major_locator(MaxNLocator(3, integer=True))
+    handles, names = grid[0, 0].get_legend_handles_labels()
+    made.legend(handles, names, loc="outside lower center", ncols=2)
+    return made
+
+
+def samples(means: Array, data: Array, low: float, high: float) -> Figure:
+    """Means of p(x | z) for draws of the prior; beside some data where events are no pictures."""
+    shape = means.shape[1:]
+    with style():
+        if is_image(shape):
+            columns = min(10, len(means))
+            rows = math.ceil(len(means) / columns)
+            made = figure(rows * WIDTH / columns * shape[-2] / shape[-1] + 0.1)
+            axes = made.subplots()
+            axes.imshow(tiles(means, columns, low, high), aspect="equal")
+            axes.set_axis_off()
+            return made
+        return _sampled_vectors(means.reshape(len(means), -1), data.reshape(len(data), -1))
+
+
+def _sampled_vectors(means: Array, data: Array) -> Figure:
+    if means.shape[1] > 2:
+        made = figure(4.6)
+        top, bottom = made.subplots(2, 1, sharex=True, sharey=True)
+        for axes, values, title, colour in ((top, data, "data", BLACK), (bottom, means, "means of p(x | z)", ORANGE)):
+            axes.plot(values[:40].T, color=colour, linewidth=0.8, alpha=0.5)
+            axes.set_title(title)
+        bottom.set_xlabel("coordinate of x")
+        bottom.xaxis.set_major_locator(MaxNLocator(integer=True))
+        return made
+    made = figure(3.4)
+    axes = made.subplots()
+    if means.shape[1] == 2:
+        axes.scatter(data[:, 0], data[:, 1], s=10, color=GREY, alpha=0.5, linewidths=0, label="data")
+        axes.scatter(means[:, 0], means[:, 1], s=16, color=ORANGE, linewidths=0, label="means of p(x | z)")
+    else:
+        axes.hist(data[:, 0], 40, density=True, color=PALE, label="data")
+        axes.hist(means[:, 0], 40, density=True, histtype="step", color=RED, linewidth=1.6, label="means of p(x | z)")
+    axes.legend(loc="best")
+    return made

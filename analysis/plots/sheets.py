@@ -1,0 +1,166 @@
+"""What a model makes, as a sheet with a caption of its own: the figures that commands write."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+from pvae.analysis.generate import Encoding, Reconstructions, Samples
+from pvae.analysis.plots.base import GREY, PALE, RED, SERIES, SHORT, WIDTH, Array, figure, plain, set_caption, style
+from pvae.analysis.plots.latents import Cloud, plane
+from pvae.analysis.plots.pictures import Rebuilt, is_image, rebuilt_images, tiles
+from pvae.analysis.sites import numpy_of
+from pvae.analysis.traversal import Traversal
+
+SHEET = 100
+"""Most pictures of a sheet."""
+PICTURE = 1.1
+"""Largest width of a picture, inches."""
+
+
+def is_shown(shape: Sequence[int]) -> bool:
+    """Whether data of an event are pictures, `(1|3, H, W)` or `(H, H)`, or points of the plane."""
+    return tuple(shape) == (2,) or (is_image(shape) and (len(shape) == 3 or shape[0] == shape[1]))
+
+
+def sampled(found: Samples, data: Array) -> Figure | None:
+    """Samples as pictures, or as points before the data `(m, *shape)`; None for data of other shapes."""
+    x = numpy_of(found.x).astype(np.float64)
+    if not is_shown(x.shape[1:]):
+        return None
+    what = "means of p(x | z)" if found.is_mean else "draws of p(x | z)"
+    told = ", ".join(f"{plain(name)} = {_range(numpy_of(values))}" for name, values in found.covariates.items())
+    caption = f"{what[0].upper()}{what[1:]}, each at its own draw of z from the prior{told and f', given {told}'}."
+    shown = x[:SHEET]
+    some = f" ({len(shown)} of {len(x)})" if len(shown) < len(x) and x.ndim > 2 else ""
+    if x.ndim == 2:
+        return _points([(x, what)], data, "Samples", caption)
+    return _sheet(shown, math.ceil(math.sqrt(len(shown))), data, f"Samples{some}", caption)
+
+
+def _range(values: NDArray[Any]) -> str:
+    low, high = int(values.min()), int(values.max())
+    return str(low) if low == high else f"{low} to {high}"
+
+
+def reconstructed(found: Reconstructions, x: Array, data: Array) -> Figure | None:
+    """Reconstructions below their data `(n, *shape)`, best, median and worst; None for data of other shapes."""
+    made, log_p = numpy_of(found.x).astype(np.float64), numpy_of(found.log_p)
+    if not is_shown(x.shape[1:]):
+        return None
+    what = "mean" if found.is_mean else "draw"
+    if x.ndim == 2:
+        caption = f"Lines join each datum to the {what} of p(x | z) at one draw of q(z | x)."
+        return _points([(made, f"{what}s of p(x | z)")], x, "Reconstructions", caption, joined=True)
+    order = np.argsort(-log_p, kind="stable")
+    count = min(8, len(order))
+    middle = (len(order) - count) // 2
+    picks = (("best", order[:count]), ("median", order[middle : middle + count]), ("worst", order[-count:]))
+    parts = [Rebuilt(name, x[i], made[i], log_p[i]) for name, i in picks[: 3 if len(order) >= 3 * count else 1]]
+    parts = parts if len(parts) > 1 else [replace(parts[0], title="Reconstructions")]
+    with style():
+        sheet = rebuilt_images(parts, float(data.min()), float(data.max()), what)
+        set_caption(
+            sheet, f"Above the datum, below the {what} of p(x | z) at one draw of q(z | x); log p(x | z), nats."
+        )
+    return sheet
+
+
+def traversed(found: Traversal, data: Array) -> Figure | None:
+    """A row of pictures for every coordinate, or its path before the data; None for data of other shapes."""
+    x, values = numpy_of(found.x).astype(np.float64), numpy_of(found.values)
+    if not is_shown(x.shape[2:]):
+        return None
+    name = plain(found.latent)[:SHORT]
+    names = [f"{name}[{d}]" for d in found.dims] if values.shape[0] > 1 or found.dims[0] else [name]
+    title = f"Traversal of {name}"
+    by = f", ordered by {found.order}" if len(names) > 1 else ""
+    if x.ndim == 3:
+        caption = f"Paths of the mean of p(x | z) as one coordinate moves, the others held{by}; a dot where each ends."
+        return _points([(path, label) for path, label in zip(x, names, strict=True)], data, title, caption, paths=True)
+    same = bool((values == values[:1]).all())
+    caption = f"Means of p(x | z); in each row one coordinate moves, the others are held{by}."
+    caption += " Below: its value." if same else " Below: its value in the first row; each moves as far as its prior."
+    columns = [f"{v:.3g}".replace("-", "−") for v in values[0]]
+    return _sheet(x.reshape(-1, *x.shape[2:]), x.shape[1], data, title, caption, names, columns)
+
+
+def encoded(
+    found: Encoding, prior: Samples, labels: NDArray[Any] | None = None, names: Sequence[str] | None = None
+) -> dict[str, Figure]:
+    """The plane of every real latent of at least two rows: draws of q_agg against draws of the prior; by name."""
+    planes = {}
+    for name, code in found.latents.items():
+        if code.probs is None and name in prior.latents and len(code.value) > 1:
+            flat = [numpy_of(t.double().reshape(len(t), -1)) for t in (code.value, prior.latents[name])]
+            means = flat[0] if code.loc is None else numpy_of(code.loc.double().reshape(len(code.loc), -1))
+            planes[name] = plane(Cloud(name, means, flat[0], flat[1]), labels, names)
+    return planes
+
+
+def _sheet(
+    images: Array,
+    columns: int,
+    data: Array,
+    title: str,
+    caption: str,
+    row_names: Sequence[str] = (),
+    column_names: Sequence[str] = (),
+) -> Figure:
+    """Pictures in a grid, on the scale of grey of the data; names of rows at the left, of columns below."""
+    h, w = images.shape[-2:]
+    gap, rows = max(1, round(w / 10)), math.ceil(len(images) / columns)
+    size = min(PICTURE, 0.9 * WIDTH / columns)
+    with style():
+        made = figure(rows * size * h / w * 1.08 + 0.75)
+        axes = made.subplots()
+        axes.imshow(tiles(images, columns, float(data.min()), float(data.max())), aspect="equal")
+        axes.set_xticks([i * (w + gap) + w / 2 - 0.5 for i in range(len(column_names))], column_names)
+        axes.set_yticks([i * (h + gap) + h / 2 - 0.5 for i in range(len(row_names))], row_names)
+        axes.tick_params(length=0, labelsize=9)
+        axes.spines[:].set_visible(False)
+        axes.set_title(title)
+        set_caption(made, caption)
+    return made
+
+
+def _points(
+    groups_of: Sequence[tuple[Array, str]],
+    data: Array,
+    title: str,
+    caption: str,
+    *,
+    joined: bool = False,
+    paths: bool = False,
+) -> Figure:
+    """Points of the plane before the data: as they are, joined each to its datum, or as paths."""
+    with style():
+        made = figure(5.4)
+        axes = made.subplots()
+        size = float(np.clip(9000 / max(map(len, (data, groups_of[0][0]))), 4, 16))
+        axes.scatter(data[:, 0], data[:, 1], s=size, color=PALE if not joined else GREY, linewidths=0, label="data")
+        for i, (x, label) in enumerate(groups_of):
+            if joined:
+                axes.plot(
+                    np.stack([data[:, 0], x[:, 0]]), np.stack([data[:, 1], x[:, 1]]), color=PALE, lw=0.8, zorder=0
+                )
+            if paths:
+                colour, dash = SERIES[i % len(SERIES)], ("-", "--")[i // len(SERIES) % 2]
+                axes.plot(x[:, 0], x[:, 1], color=colour, linestyle=dash, label=label)
+                axes.plot(x[-1:, 0], x[-1:, 1], "o", color=colour, markersize=5)
+            else:
+                axes.scatter(x[:, 0], x[:, 1], s=1.5 * size, color=RED, alpha=0.7, linewidths=0, label=label)
+        axes.set_aspect("equal", adjustable="datalim")
+        axes.set_title(title)
+        axes.set_xlabel("x[0]")
+        axes.set_ylabel("x[1]")
+        made.legend(loc="outside upper right", ncols=min(6, 1 + len(groups_of)), columnspacing=1.0)
+        made.set_layout_engine("constrained", w_pad=0.1)
+        set_caption(made, caption)
+    return made
