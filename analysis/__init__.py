@@ -8,8 +8,10 @@ from pvae.analysis.aggregated import AggregatedPosterior
 from pvae.analysis.ais import Annealed, Bracket, ais, bracket
 from pvae.analysis.anatomy import LatentSurgery, Surgery
 from pvae.analysis.collapse import Collapse, collapse
+from pvae.analysis.copying import Copying, copying, data_copying
 from pvae.analysis.counterexamples import CounterExamples, counterexamples
 from pvae.analysis.critic import CriticKL, critic
+from pvae.analysis.distances import Distances, distances, frechet, kernel_distance
 from pvae.analysis.estimate import Estimate
 from pvae.analysis.evidence import Evidence, PriorEvidence, evidence, prior_evidence
 from pvae.analysis.features import Features, features
@@ -18,13 +20,16 @@ from pvae.analysis.gain import Gain, gain
 from pvae.analysis.gap import Gap, gap
 from pvae.analysis.generate import Code, Encoding, Reconstructions, Samples, encode, reconstruct, sample
 from pvae.analysis.groups import Posterior
+from pvae.analysis.interpolate import Interpolation, interpolate
 from pvae.analysis.posterior import posterior
+from pvae.analysis.probe import Probe, probe
 from pvae.analysis.rate_distortion import RateDistortion, rate_distortion
 from pvae.analysis.report import report
 from pvae.analysis.selfcheck import SelfCheck, selfcheck
+from pvae.analysis.sharpness import sharpness
 from pvae.analysis.surgery import surgery
 from pvae.analysis.traversal import Traversal, traverse
-from pvae.analysis.two_sample import Comparison, TwoSample, compare, two_sample
+from pvae.analysis.two_sample import SampleQuality, TwoSample, sample_quality, two_sample
 
 __all__ = [
     "AggregatedPosterior",
@@ -32,9 +37,10 @@ __all__ = [
     "Bracket",
     "Code",
     "Collapse",
-    "Comparison",
+    "Copying",
     "CounterExamples",
     "CriticKL",
+    "Distances",
     "Encoding",
     "Estimate",
     "Evidence",
@@ -42,11 +48,14 @@ __all__ = [
     "Fidelity",
     "Gain",
     "Gap",
+    "Interpolation",
     "LatentSurgery",
     "Posterior",
     "PriorEvidence",
+    "Probe",
     "RateDistortion",
     "Reconstructions",
+    "SampleQuality",
     "Samples",
     "SelfCheck",
     "Surgery",
@@ -55,22 +64,30 @@ __all__ = [
     "ais",
     "bracket",
     "collapse",
-    "compare",
+    "copying",
     "counterexamples",
     "critic",
+    "data_copying",
+    "distances",
     "encode",
     "evidence",
     "features",
     "fidelity",
+    "frechet",
     "gain",
     "gap",
+    "interpolate",
+    "kernel_distance",
     "posterior",
     "prior_evidence",
+    "probe",
     "rate_distortion",
     "reconstruct",
     "report",
     "sample",
+    "sample_quality",
     "selfcheck",
+    "sharpness",
     "surgery",
     "traverse",
     "two_sample",

@@ -34,17 +34,22 @@ class Classifier(nn.Module):
         super().__init__()
         shape: Shape = tuple(x.shape[1:])
         network = Conv(channels=(32, 64), dense=DENSE) if len(shape) == 3 else MLP(hidden=(DENSE, DENSE))
-        self.network: NetworkModule = network.build({X: shape}, (classes,))
+        self.network: NetworkModule = network.build({X: shape}, None)
+        self.head = nn.Linear(self.network.width, classes)
         self.register_buffer("loc", x.mean())
         self.register_buffer("scale", x.std().clamp(min=1e-6))
 
     def features(self, x: Tensor) -> Tensor:
         """What comes before the last layer, `(n, DENSE)`."""
-        return self.network.features({X: (x - self.loc) / self.scale})
+        return self.network({X: (x - self.loc) / self.scale})
+
+    def read(self, h: Tensor) -> Tensor:
+        """Features `(n, DENSE)` to logits `(n, classes)`."""
+        return self.head(h.to(self.loc.device))
 
     def forward(self, x: Tensor) -> Tensor:
         """Data `(n, *shape)` to logits `(n, classes)`."""
-        return self.network({X: (x - self.loc) / self.scale})
+        return self.read(self.features(x))
 
 
 def classify(x: Tensor, y: Tensor, classes: int, seed: int, held: tuple[Tensor, Tensor] | None = None) -> Classifier:
@@ -108,9 +113,12 @@ class Features:
 
     def probs(self, x: Tensor) -> Tensor | None:
         """Probabilities of the classes, `(n, classes)`; None without labels."""
-        if self.classifier is None:
-            return None
-        return in_chunks(self.classifier, x).double().softmax(-1)
+        return None if self.classifier is None else self.read(self.embed(x))
+
+    def read(self, found: Tensor) -> Tensor:
+        """Probabilities of the classes, `(n, classes)`, of features `(n, F)`; only where there is a classifier."""
+        assert self.classifier is not None  # noqa: S101 - the caller has looked
+        return in_chunks(self.classifier.read, found).double().softmax(-1)
 
 
 def features(x: Tensor, y: Tensor | None = None, names: tuple[str, ...] | None = None, seed: int = 0) -> Features:

@@ -49,9 +49,7 @@ class Fidelity(Figures):
         """Confidence in samples by confidence in data; None without a classifier."""
         if self.confidence is None or self.data_confidence is None:
             return None
-        ratio = self.confidence.value / self.data_confidence.value
-        parts = [e.standard_error / e.value for e in (self.confidence, self.data_confidence)]
-        return Estimate(ratio, ratio * math.hypot(*parts), "estimate")
+        return ratio_of(self.confidence, self.data_confidence)
 
     @property
     def expected_coverage(self) -> float:
@@ -145,14 +143,16 @@ def fidelity(real: Tensor, fake: Tensor, k: int = NEIGHBOURS, space: Features | 
             f"fidelity: expected more rows of each kind than k = {k}, at least 1; got {len(real)} and {len(fake)}."
         )
     embed = (lambda x: x.flatten(1).double()) if space is None else space.embed
-    data, samples = embed(real), embed(fake)
+    return among(embed(real), embed(fake), k, space)
+
+
+def among(data: Tensor, samples: Tensor, k: int = NEIGHBOURS, space: Features | None = None) -> Fidelity:
+    """`fidelity` of features of data `(n, F)` and of samples `(m, F)` that are there already."""
     data_reach, reach = radii(data, k), radii(samples, k)
     held, holding, near = within(data, samples, data_reach, reach)
     named: dict[str, Any] = {}
     if space is not None and space.classifier is not None:
-        p, of_data = space.probs(fake), space.probs(real)
-        assert p is not None  # noqa: S101 - there is a classifier
-        assert of_data is not None  # noqa: S101
+        p, of_data = space.read(samples), space.read(data)
         named = {
             "confidence": mean_of(p.amax(1)),
             "data_confidence": mean_of(of_data.amax(1)),
@@ -164,8 +164,8 @@ def fidelity(real: Tensor, fake: Tensor, k: int = NEIGHBOURS, space: Features | 
         recall=mean_of(near.double()),
         density=mean_of(held.double() / k),
         coverage=mean_of(holding.double()),
-        n=len(real),
-        m=len(fake),
+        n=len(data),
+        m=len(samples),
         k=k,
         space="the elements of x" if space is None else space.note,
         **named,
@@ -205,6 +205,13 @@ def mean_of(values: Tensor) -> Estimate:
     """The mean over independent rows `(n,)` with its standard error."""
     error = float(values.std() / math.sqrt(len(values))) if len(values) > 1 else math.nan
     return Estimate(float(values.mean()), error, "estimate")
+
+
+def ratio_of(part: Estimate, whole: Estimate) -> Estimate:
+    """One positive estimate by another that is independent of it, with its error to the first order."""
+    ratio = part.value / whole.value
+    relative = [e.standard_error / e.value if e.value else 0.0 for e in (part, whole)]
+    return Estimate(ratio, ratio * math.hypot(*relative), "estimate")
 
 
 def shares_of(probs: Tensor, names: tuple[str, ...]) -> dict[str, Estimate]:

@@ -74,7 +74,7 @@ class Generated(ABC):
         return f"{type(self).__name__}({', '.join(f'{key} {list(t.shape)}' for key, t in self.tensors().items())})"
 
 
-def _named(what: str, values: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
+def named(what: str, values: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
     """`<what>/<name>` for those that are there, names made safe."""
     names = safe_names({name: () for name in values})
     return {f"{what}/{names[name]}": t for name, t in values.items() if t is not None}
@@ -95,7 +95,7 @@ class Samples(Generated):
 
     def tensors(self) -> dict[str, Tensor]:
         """See `Generated.tensors`."""
-        return {"x": self.x, **_named("latents", self.latents), **_named("covariates", self.covariates)}
+        return {"x": self.x, **named("latents", self.latents), **named("covariates", self.covariates)}
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,7 +141,7 @@ class Encoding(Generated):
         parts = {"latents": "value", "log_q": "log_q", "loc": "loc", "scale": "scale", "probs": "probs"}
         found: dict[str, Tensor] = {}
         for what, field in parts.items():
-            found |= _named(what, {name: getattr(code, field) for name, code in self.latents.items()})
+            found |= named(what, {name: getattr(code, field) for name, code in self.latents.items()})
         return found
 
 
@@ -160,7 +160,7 @@ class Reconstructions(Generated):
 
     def tensors(self) -> dict[str, Tensor]:
         """See `Generated.tensors`."""
-        return {"x": self.x, "log_p": self.log_p, **_named("latents", self.latents)}
+        return {"x": self.x, "log_p": self.log_p, **named("latents", self.latents)}
 
 
 # ---------------------------------------------------------------------- sample

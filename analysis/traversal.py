@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -112,7 +112,7 @@ def traverse(
     if steps < 1 or not 0 < span < float("inf"):
         raise DataError(f"traverse: expected at least one step and a span above 0; got steps={steps}, span={span}.")
     pair = opened(run_or_pair)
-    row = None if x is None else _one_row(pair, x)
+    row = None if x is None else one_row(pair, x)
     if row is not None and given:
         raise DeclarationError("given: expected none beside a row of data, which has covariates of its own; got some.")
     layout = pair.layout
@@ -139,7 +139,7 @@ def traverse(
     return Traversal(decoded.unflatten(0, places.shape), places, name, chosen, order)
 
 
-def _one_row(pair: Pair, x: Any) -> Tensor:
+def one_row(pair: Pair, x: Any, what: str = "traverse", todo: str = "Pass x[:1], or rows=x for the order.") -> Tensor:
     """One row of data `(1, *row)`, as the pair takes it."""
     try:
         row = torch.as_tensor(x)
@@ -147,7 +147,7 @@ def _one_row(pair: Pair, x: Any) -> Tensor:
         return accept(pair, x)  # which says what is wrong
     found = accept(pair, row[None] if tuple(row.shape) == pair.frame.row else row)
     if len(found) != 1:
-        raise DataError(f"traverse: expected one row of data; got {len(found)}. Pass x[:1], or rows=x for the order.")
+        raise DataError(f"{what}: expected one row of data; got {len(found)}. {todo}")
     return found
 
 
@@ -201,8 +201,12 @@ def _prior(pair: Pair, template: Template, names: Sequence[str], moved: str) -> 
                 f"traverse: expected real coordinates, bits or a single code; got {moved}, a grid of codes."
             )
         states = fn.enumerate_support(expand=False).flatten().cpu()
-    sites = {name: (site_shape(nodes[name], pair.layout), nodes[name]["value"]) for name in exact}
-    return Priors(means, scales, states, sites)
+    return Priors(means, scales, states, site_values(pair, nodes, exact))
+
+
+def site_values(pair: Pair, nodes: Mapping[str, Any], names: Iterable[str]) -> dict[str, tuple[SiteShape, Tensor]]:
+    """Shape of every site, and a value of its type; see `Priors.sites`."""
+    return {name: (site_shape(nodes[name], pair.layout), nodes[name]["value"]) for name in names}
 
 
 def _one_normal(node: Mapping[str, Any], layout: Layout, count: int) -> Normals | None:
@@ -259,7 +263,7 @@ def _decode(
     kept = {z: value for z, value in held.items() if z not in below}
     parts = []
     for start, stop in chunks(len(moved), template.numbers):
-        nodes = _set(pair, template.at(start, stop), {**kept, name: moved[start:stop]}, prior)
+        nodes = placed(pair, template.at(start, stop), {**kept, name: moved[start:stop]}, prior)
         parts.append(decoded_mean(nodes[datum(pair.layout, nodes)], pair.layout, stop - start))
         on_progress(stop, len(moved))
     return torch.cat(parts)
@@ -275,7 +279,7 @@ def _followers(
     found: set[str] = set()
     if held:
         some = moved[torch.linspace(0, len(moved) - 1, min(len(moved), CHUNK)).long()]
-        nodes = _set(pair, template.at(0, len(some)), {name: some}, prior)
+        nodes = placed(pair, template.at(0, len(some)), {name: some}, prior)
         for z, same in prior.spread(held, len(some)).items():
             scores = log_prob({**nodes[z], "value": same}, pair.layout, 0)
             if float((scores - scores[0]).abs().max()) > ALIKE * (1 + float(scores.abs().max())):
@@ -283,7 +287,7 @@ def _followers(
     return found
 
 
-def _set(pair: Pair, rows: Tensor, values: Mapping[str, Tensor], prior: Priors) -> dict[str, Any]:
+def placed(pair: Pair, rows: Tensor, values: Mapping[str, Tensor], prior: Priors) -> dict[str, Any]:
     """The model's sites at flat values of some latents, the others at their centres given them."""
     with Centred(prior.spread(prior.means, len(rows))):
         return samples(pair.model_trace(rows, prior.spread(values, len(rows))))

@@ -12,12 +12,14 @@ from scipy.stats import hypergeom
 from torch import Tensor
 
 from pvae import seeds
+from pvae.analysis.distances import Distances, distances
 from pvae.analysis.estimate import Estimate, exact
 from pvae.analysis.features import Features, classify, features, in_chunks
-from pvae.analysis.fidelity import NEIGHBOURS, Fidelity, fidelity
-from pvae.analysis.generate import opened, sample
+from pvae.analysis.fidelity import NEIGHBOURS, Fidelity, among
+from pvae.analysis.generate import Samples, opened, sample
+from pvae.analysis.sharpness import relative_sharpness, sharpness
 from pvae.analysis.table import Figures, Row
-from pvae.errors import DataError
+from pvae.errors import DataError, DeclarationError
 from pvae.run import Run
 
 FEWEST = 8
@@ -26,6 +28,8 @@ MOST = 10_000
 """Most rows of each kind that a run's samples are compared on."""
 MOST_TRAINED = 100_000
 """Most training rows that features are learnt from."""
+SHARP = 1000
+"""Means of p(x | z) whose sharpness is taken beside that of the samples."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -66,12 +70,19 @@ class TwoSample(Figures):
 
 
 @dataclass(frozen=True, repr=False)
-class Comparison(Figures):
-    """Samples of a run beside its data: the two-sample test, and how they lie among each other."""
+class SampleQuality(Figures):
+    """Samples of a run beside its data: the two-sample test, how they lie among each other, distances, sharpness."""
 
     test: TwoSample
     fidelity: Fidelity
+    distances: Distances
     split: str
+    is_mean: bool = False
+    """Whether the samples are means of p(x | z)."""
+    sharpness: Estimate | None = None
+    """Of the samples by that of data; None where data are no images."""
+    sharpness_of_means: Estimate | None = None
+    """The same of means of p(x | z); None where the samples are means, or the likelihood has none."""
 
     @property
     def title(self) -> str:
@@ -87,16 +98,32 @@ class Comparison(Figures):
         """See `Figures.rows`."""
         yield from self.test.rows()
         yield from self.fidelity.rows()
+        yield from self.distances.rows()
+        yield "sharpness", self.sharpness, "of samples by that of data: below 1 blurred, above 1 noisy"
+        yield (
+            "sharpness_of_means",
+            self.sharpness_of_means,
+            "of means of p(x | z), which have no noise, by that of data",
+        )
 
     @property
     def remarks(self) -> tuple[str, ...]:
         """See `Figures.remarks`."""
         asked = f"the classifier of the test was asked about {self.test.held} of each kind"
-        return (*self.fidelity.remarks, f"k = {self.fidelity.k}; {asked}")
+        units = "distances are squared, in units of the features; their floor is no bound"
+        return (*self.fidelity.remarks, f"k = {self.fidelity.k}; {asked}", units)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers and strings, for JSON."""
-        return {"split": self.split, "two_sample": self.test.to_dict(), "fidelity": self.fidelity.to_dict()}
+        sharp = {"samples": self.sharpness, "means": self.sharpness_of_means}
+        return {
+            "split": self.split,
+            "is_mean": self.is_mean,
+            "two_sample": self.test.to_dict(),
+            "fidelity": self.fidelity.to_dict(),
+            "distances": self.distances.to_dict(),
+            "sharpness": {name: None if e is None else e.to_dict() for name, e in sharp.items()},
+        }
 
 
 def two_sample(real: Tensor, fake: Tensor, seed: int = 0) -> TwoSample:
@@ -166,10 +193,10 @@ def _labelled(real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat([real, fake.to(real.device)]), y.to(real.device)
 
 
-STEPS = ("samples", "two-sample test", "feature space", "neighbours")
+STEPS = ("samples", "two-sample test", "feature space", "neighbours", "distances")
 
 
-def compare(
+def sample_quality(
     run: Run,
     split: str = "test",
     rows: int | None = None,
@@ -178,9 +205,13 @@ def compare(
     mean: bool = False,
     k: int = NEIGHBOURS,
     space: Features | None = None,
+    fake: Samples | None = None,
     on_progress: Callable[[int, int, str], None] = lambda _done, _total, _what: None,
-) -> Comparison:
+) -> SampleQuality:
     """Samples of a run beside the data of a split, of any model that can be sampled.
+
+    A classifier's two-sample test (`two_sample`), neighbours (`fidelity`) and distances (`distances`) in a feature
+    space, and, of images, sharpness (`relative_sharpness`).
 
     Arguments:
         run: a run.
@@ -189,11 +220,12 @@ def compare(
         seed: of rows, samples, and of the classifiers.
         mean: take means of p(x | z) for samples: what the model draws without the likelihood's own noise.
         k: which neighbour `fidelity` reaches.
-        space: the feature space; default: `features` of the training rows and their labels.
+        space: the feature space; default: `space_of` the run.
+        fake: samples of the run, where they are there already; `mean` then says nothing.
         on_progress: called with (steps done, steps in all, what comes next).
 
     Returns:
-        Comparison.
+        SampleQuality.
 
     Raises:
         DataError: the split has too few rows.
@@ -202,16 +234,43 @@ def compare(
     chosen = seeds.subset(len(part), min(rows or MOST, MOST), seed)
     real = part.observed(part.rows[chosen.to(part.rows.device)]).cpu()
     on_progress(0, len(STEPS), STEPS[0])
-    fake = sample(run, len(real), mean=mean, seed=seed).x
+    if fake is None:
+        fake = sample(run, len(real), mean=mean, seed=seed)
+    drawn = fake.x.reshape(len(fake.x), *pair.frame.x)
     on_progress(1, len(STEPS), STEPS[1])
-    test = two_sample(real, fake, seed)
+    test = two_sample(real, drawn, seed)
     on_progress(2, len(STEPS), STEPS[2])
-    train = run.data.train
-    if space is None:
-        kept = seeds.subset(len(train), MOST_TRAINED, seed).to(train.rows.device)
-        labels = None if train.y is None else train.y[kept].cpu()
-        space = features(train.observed(train.rows[kept]).cpu(), labels, run.data.label_names, seed)
+    space = space_of(run, seed) if space is None else space
     on_progress(3, len(STEPS), STEPS[3])
-    found = Comparison(test, fidelity(real, fake.reshape(len(fake), *pair.frame.x), k, space), split)
+    of_data, of_samples = space.embed(real), space.embed(drawn)
+    near = among(of_data, of_samples, k, space)
+    on_progress(4, len(STEPS), STEPS[4])
+    far = distances(of_data, of_samples, seed)
+    means = None if fake.is_mean or sharpness(drawn[:1]) is None else _means(run, min(len(real), SHARP), seed)
+    found = SampleQuality(
+        test,
+        near,
+        far,
+        split,
+        fake.is_mean,
+        relative_sharpness(drawn, real),
+        None if means is None else relative_sharpness(means.reshape(len(means), *pair.frame.x), real),
+    )
     on_progress(len(STEPS), len(STEPS), "")
     return found
+
+
+def space_of(run: Run, seed: int = 0) -> Features:
+    """`features` of a run's training rows and their labels; of more than `MOST_TRAINED`, of as many by the seed."""
+    train = run.data.train
+    kept = seeds.subset(len(train), MOST_TRAINED, seed).to(train.rows.device)
+    labels = None if train.y is None else train.y[kept].cpu()
+    return features(train.observed(train.rows[kept]).cpu(), labels, run.data.label_names, seed)
+
+
+def _means(run: Run, n: int, seed: int) -> Tensor | None:
+    """Means of p(x | z) `(n, ...)`; None of a likelihood without one."""
+    try:
+        return sample(run, n, mean=True, seed=seed).x
+    except DeclarationError:
+        return None

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from pvae.pair import Pair
     from pvae.run import Run
     from pvae.spec import Experiment
+    from pvae.studies import Study, study
     from pvae.svi import fit, refit, resume
     from pvae.upkeep import verify
 
@@ -26,10 +27,12 @@ _HOMES = {
     "Pair": "pvae.pair",
     "PvaeError": "pvae.errors",
     "Run": "pvae.run",
+    "Study": "pvae.studies",
     "clean": "pvae.cleaning",
     "fit": "pvae.svi",
     "refit": "pvae.svi",
     "resume": "pvae.svi",
+    "study": "pvae.studies",
     "verify": "pvae.upkeep",
 }
 _ROOMS = ("analysis", "data", "guides", "models")
@@ -42,6 +45,7 @@ __all__ = [
     "Pair",
     "PvaeError",
     "Run",
+    "Study",
     "analysis",
     "clean",
     "data",
@@ -50,6 +54,7 @@ __all__ = [
     "models",
     "refit",
     "resume",
+    "study",
     "verify",
 ]
 

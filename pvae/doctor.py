@@ -37,9 +37,6 @@ EXTRAS = {
     "parquet": "pyarrow",
     "tensorboard": "tensorboardX",
     "mlflow": "mlflow",
-    "wandb": "wandb",
-    "optuna": "optuna",
-    "submitit": "submitit",
 }
 """The module behind each optional extra."""
 VARIABLES = ("PVAE_RUN_DIR", "PVAE_DATA_DIR", "PVAE_OFFLINE")

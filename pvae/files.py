@@ -75,6 +75,22 @@ def write_atomic(path: Path, text: str | bytes, *, durable: bool = True) -> None
         ) from problem
 
 
+def make_folder(folder: Path) -> Path:
+    """A folder that is there, or made in one that is.
+
+    Raises:
+        DataError: it is a link, which could lead anywhere.
+        OutputError: it cannot be made.
+    """
+    if folder.is_symlink():
+        raise DataError(f"{folder}: expected a folder inside the run; got a link to {os.readlink(folder)!r}.")
+    try:
+        folder.mkdir(exist_ok=True)
+    except OSError as problem:
+        raise OutputError(f"{folder}: expected a folder; got {problem.strerror}.") from problem
+    return folder
+
+
 def _open_plain(path: Path, flags: int) -> int:
     """A descriptor of a plain file: a link raises, and a device or pipe neither opens for long nor blocks."""
     descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)

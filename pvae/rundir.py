@@ -26,6 +26,7 @@ from pvae.files import (
     MIB,
     append,
     json_line,
+    make_folder,
     pretty,
     read_inside,
     read_lines,
@@ -122,7 +123,7 @@ def is_stale(status: Mapping[str, Any]) -> bool:
 
 MANIFEST: dict[str, type] = {
     "name": str, "device": str, "engine": str, "declared": bool, "imports": list, "trainable": list, "parent": dict,
-    "data": dict,
+    "data": dict, "exports": list,
 }  # fmt: skip
 """What a manifest holds, where it says it at all."""
 _OPTIONAL = ("trainable", "parent")
@@ -356,15 +357,13 @@ class RunDirectory:
         """The folder of reports, made on demand."""
         return self._folder("report")
 
+    def exports(self, kind: str) -> Path:
+        """The folder of what an exporter of a kind writes, made on demand."""
+        self._folder("exports")
+        return self._folder(f"exports/{kind}")
+
     def _folder(self, name: str) -> Path:
-        folder = self.path / name
-        if folder.is_symlink():
-            raise DataError(f"{folder}: expected a folder inside the run; got a link to {os.readlink(folder)!r}.")
-        try:
-            folder.mkdir(exist_ok=True)
-        except OSError as problem:
-            raise OutputError(f"{folder}: expected a folder; got {problem.strerror}.") from problem
-        return folder
+        return make_folder(self.path / name)
 
 
 def _is_after(row: Mapping[str, Any], epoch: int) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import re
@@ -253,6 +254,11 @@ class Plan(Section):
         last = {key: table.pop(key) for key in ("objective", "train", "analysis")}
         return tomli_w.dumps({**table, **last})
 
+    def digest(self) -> str:
+        """SHA-256, in hex, of all that is declared but name and description: equal declarations, equal digests."""
+        table = self.model_dump(mode="json", exclude={"name", "description"}, exclude_none=True)
+        return hashlib.sha256(json.dumps(table).encode()).hexdigest()
+
 
 class Refit(Section):
     """A second stage: all is frozen but some priors, which are fitted to the aggregated posterior."""
@@ -502,10 +508,10 @@ def _unwrap(annotation: Any) -> Any:
     return annotation
 
 
-def table_at(raw: Any, path: Sequence[Any]) -> tuple[Any, type[BaseModel] | None]:
+def table_at(raw: Any, path: Sequence[Any], root: type[BaseModel] = Experiment) -> tuple[Any, type[BaseModel] | None]:
     """The raw value at `path` of a declaration and the class that would validate it, as far as both are known."""
     value: Any = raw
-    kind: Any = Experiment
+    kind: Any = root
     for part in path:
         if isinstance(kind, type) and issubclass(kind, BaseModel):
             field = kind.model_fields.get(str(part))
@@ -563,12 +569,12 @@ def _forget_foreign_keys(raw: dict[str, Any], path: tuple[str, ...]) -> None:
             del table[key]
 
 
-def describe(error: ErrorDetails, raw: Any) -> str:
+def describe(error: ErrorDetails, raw: Any, root: type[BaseModel] = Experiment) -> str:
     """One pydantic finding as `dotted.path: expected ...; got ... (did you mean ...)`."""
     loc = tuple(part for part in error["loc"] if part != "[key]")
     path = ".".join(str(part) for part in loc) or "(the whole file)"
     if error["type"] == "extra_forbidden":
-        _, kind = table_at(raw, loc[:-1])
+        _, kind = table_at(raw, loc[:-1], root)
         known = sorted(kind.model_fields) if kind else []
         wanted = f"one of {', '.join(known)}" if known else "no such key"
         hint = near(str(loc[-1]), known) or _elsewhere(str(loc[-1]))

@@ -17,6 +17,7 @@ from pvae.data import Dataset, load
 from pvae.data.declared import FrameSource, Tabular, TensorSource
 from pvae.data.python import is_bare
 from pvae.errors import CheckpointError, DataError, DeclarationError, DeviceError
+from pvae.exporters import exporting, remembered, require
 from pvae.memory import require_training_memory
 from pvae.models.likelihoods import Likelihood
 from pvae.objectives import IWAE, Objective, TraceELBO, TraceMeanFieldELBO
@@ -27,6 +28,7 @@ from pvae.rundir import RunDirectory, slug
 from pvae.soundness import refused
 from pvae.spec import Experiment, Plan, Train
 from pvae.step import choose_engine
+from pvae.toml import flat
 from pvae.trainer import Record, Trainer, evaluate
 
 RESUMABLE = ("train.", "objective.", "analysis.", "description", "device", "threads")
@@ -44,6 +46,7 @@ def fit(
     run_dir: str | Path = "runs",
     data_dir: str | Path | None = None,
     device: str = "auto",
+    export: Sequence[str] = (),
     progress: bool = True,
 ) -> Run:
     """Fit an experiment by stochastic variational inference and keep everything in a run directory.
@@ -60,6 +63,7 @@ def fit(
         run_dir: where runs are kept.
         data_dir: where to look for data first.
         device: "auto" (a GPU when there is one), "cpu" or "cuda".
+        export: `"tensorboard"`, `"mlflow"`: where else the run is recorded, also when it is resumed.
         progress: show a bar on a terminal, a line every few seconds elsewhere.
 
     Returns:
@@ -68,6 +72,7 @@ def fit(
 
     Raises:
         DeclarationError: the declaration is wrong or fits into no memory here, or this objective cannot fit the pair.
+        MissingExtraError: a package that `export` needs is not installed.
         DataError: data are missing, broken, or outside the likelihood's support.
         NonFiniteError: the loss became NaN or infinite and the policy is "stop".
         DeviceError: memory ran out, or the device was lost; a checkpoint was written if it could be.
@@ -77,6 +82,7 @@ def fit(
         run = pvae.fit("vae", "train.epochs=50")
         print(pvae.analysis.surgery(run.pair, run.data.test.x))
     """
+    kinds = require(export)
     plan, given_pair = _plan(what, overrides, objective, train)
     plan = plan.with_changes({k: v for k, v in (("seed", seed), ("name", name)) if v is not None})
     where = pick_device(device)
@@ -88,7 +94,7 @@ def fit(
     require_training_memory(pair, math.prod(dataset.shape), rows, where)
     attended(pair, dataset.train)
     _require_fittable(plan, pair, dataset, given_pair is not None)
-    run = _launch(plan, pair, dataset, Path(run_dir), where, given_pair=given_pair, progress=progress)
+    run = _launch(plan, pair, dataset, Path(run_dir), where, given_pair=given_pair, export=kinds, progress=progress)
     return _second(run, device, progress)
 
 
@@ -99,6 +105,7 @@ def refit(
     run_dir: str | Path | None = None,
     data_dir: str | Path | None = None,
     device: str = "auto",
+    export: Sequence[str] = (),
     progress: bool = True,
 ) -> Run:
     """Freeze a fitted pair and fit other priors to its aggregated posterior, by maximum likelihood.
@@ -114,6 +121,7 @@ def refit(
         run_dir: where the new run is kept; default: beside the old one.
         data_dir: where to look for data first.
         device: as in `fit`.
+        export: as in `fit`.
         progress: as in `fit`.
 
     Returns:
@@ -123,37 +131,55 @@ def refit(
         DeclarationError: no prior changes, or something else does.
         CheckpointError: the run has no checkpoint.
     """
+    kinds = require(export)
     if not isinstance(run, Run):
         run = Run.load(run, root=root, data_dir=data_dir)
-    old = run.experiment
-    if not old.objective.scores:
-        raise DeclarationError(
-            f"refit: expected a run with an encoder, whose codes a prior can be fitted to; got one of the objective "
-            f"{old.objective.kind}."  # type: ignore[attr-defined]
-        )
-    stage = old.with_overrides(*overrides)
-    if stage.objective != old.objective:
-        raise DeclarationError("refit: expected no other objective; got one. Priors are fitted by the plain ELBO.")
-    changes: dict[str, Any] = {} if stage.name != old.name else {"name": f"{old.name}_refit"}
-    train = {**stage.train.model_dump(exclude_none=True, exclude_unset=True), "alternate": 0}
-    stage = stage.with_changes({**changes, "refit": None, "objective": TraceELBO(), "train": train})
-    return _refit(run, stage, Path(run_dir) if run_dir else run.path.parent.parent, device, progress)
+    stage = stage_of(run.experiment, run.experiment.with_overrides(*overrides))
+    return fit_stage(run, stage, Path(run_dir) if run_dir else run.path.parent.parent, device, progress, export=kinds)
 
 
 NOT_FROZEN = re.compile(r"latents\.\w+\.prior(\.|$)|train\.|objective\.|analysis\.|refit|(name|description|seed)$")
 
 
-def _refit(run: Run, stage: Experiment, run_dir: Path, device: str, progress: bool) -> Run:
-    old, new = flat(run.experiment.model_dump()), flat(stage.model_dump())
+def stage_of(old: Experiment, changed: Experiment) -> Experiment:
+    """The declaration of a second stage of `old`: what `changed` says of priors and training, and the plain ELBO.
+
+    Raises:
+        DeclarationError: no prior changes, or something else does.
+    """
+    if not old.objective.scores:
+        raise DeclarationError(
+            f"refit: expected a run with an encoder, whose codes a prior can be fitted to; got one of the objective "
+            f"{old.objective.kind}."  # type: ignore[attr-defined]
+        )
+    if changed.objective != old.objective:
+        raise DeclarationError("refit: expected no other objective; got one. Priors are fitted by the plain ELBO.")
+    name = f"{old.name}_refit" if changed.name == old.name else changed.name
+    train = {**changed.train.model_dump(exclude_none=True, exclude_unset=True), "alternate": 0}
+    stage = changed.with_changes({"name": name, "refit": None, "objective": TraceELBO(), "train": train})
+    _refitted(old, stage)
+    return stage
+
+
+def _refitted(first: Experiment, stage: Experiment) -> list[str]:
+    """The latents whose priors a second stage replaces; raises DeclarationError where it changes anything else."""
+    old, new = flat(first.model_dump()), flat(stage.model_dump())
     changed = [key for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
     frozen = [f"{key} = {old.get(key)!r}; got {new.get(key)!r}." for key in changed if not NOT_FROZEN.match(key)]
     if frozen:
         raise DeclarationError(
             [f"refit: expected the run's own {line} Only priors are fitted anew." for line in frozen]
         )
-    if stage.seed != run.experiment.seed and getattr(stage.data, "data_seed", 0) == "experiment":
+    if stage.seed != first.seed and getattr(stage.data, "data_seed", 0) == "experiment":
         raise DeclarationError(f"refit: expected the run's own seed, which its data follow; got {stage.seed}.")
-    names = run.experiment.refitted(stage)
+    return first.refitted(stage)
+
+
+def fit_stage(
+    run: Run, stage: Experiment, run_dir: Path, device: str, progress: bool, *, export: Sequence[str] = ()
+) -> Run:
+    """Freeze a fitted run and fit a second stage of it, in a run of its own; see `refit`."""
+    names = _refitted(run.experiment, stage)
     pair = attended(stage.build(run.data.shape), run.data.train)
     trainable = tuple(f"model.priors.{name}." for name in names)
     weights = {k: v for k, v in run.pair.state_dict().items() if not k.startswith(trainable)}
@@ -161,8 +187,9 @@ def _refit(run: Run, stage: Experiment, run_dir: Path, device: str, progress: bo
     load_weights(pair, {**weights, **fresh}, str(run.path))
     parent = parent_of(run)
     return _launch(
-        stage, pair, run.data, run_dir, pick_device(device), parent=parent, trainable=trainable, progress=progress
-    )
+        stage, pair, run.data, run_dir, pick_device(device),
+        parent=parent, trainable=trainable, export=export, progress=progress,
+    )  # fmt: skip
 
 
 def _second(run: Run, device: str, progress: bool, *, allow_changes: bool = False) -> Run:
@@ -178,7 +205,7 @@ def _second(run: Run, device: str, progress: bool, *, allow_changes: bool = Fals
         if child.status.get("state") == "finished":
             return child
         return resume(child, device=device, progress=progress, allow_changes=allow_changes)
-    return _refit(run, stage, root, device, progress)
+    return fit_stage(run, stage, root, device, progress, export=run.files.manifest.get("exports", []))
 
 
 def _is_stage(child: Run, run: Run, stage: Experiment) -> bool:
@@ -205,6 +232,7 @@ def _launch(
     given_pair: Pair | None = None,
     parent: dict[str, Any] | None = None,
     trainable: tuple[str, ...] | None = None,
+    export: Sequence[str] = (),
     progress: bool,
 ) -> Run:
     """Make the run directory and train."""
@@ -224,11 +252,12 @@ def _launch(
             "parent": parent,
             "trainable": None if trainable is None else list(trainable),
             "data": {"source": dataset.source, "shape": list(dataset.shape), "fingerprint": dataset.fingerprint},
+            "exports": list(export),
         }
     )
     for note in dataset.notes:
         files.log_event("alert" if "also occur in train" in note else "data", note)
-    with files.lock():
+    with files.lock(), exporting(files, export, show=progress):
         if learns(pair):
             Trainer(plan, pair, dataset, files, where, engine, record=_record(plan), show=progress).run()
         else:
@@ -266,6 +295,7 @@ def resume(
     *overrides: str,
     allow_changes: bool = False,
     device: str = "auto",
+    export: Sequence[str] = (),
     root: str | Path = "runs",
     data_dir: str | Path | None = None,
     data: Dataset | None = None,
@@ -279,6 +309,7 @@ def resume(
         overrides: changes to the declaration, such as `"train.epochs=40"`; they need `allow_changes`.
         allow_changes: accept another declaration, device or thread count; the continuation is then no longer exact.
         device: as in `fit`.
+        export: where to record it too, besides where it was recorded before.
         root: where runs are looked up by name.
         data_dir: where to look for data first.
         data: the tensors of the fit, if they were passed in Python.
@@ -292,8 +323,10 @@ def resume(
         DeclarationError: something differs and `allow_changes` is not given; the differences are listed.
         DataError: the run was stopped before it began.
         CheckpointError: no checkpoint verifies, or it belongs to another declaration.
+        MissingExtraError: as in `fit`.
         BusyError: another process holds the run.
     """
+    asked = require(export)
     if not isinstance(run, Run):
         run = Run.load(run, root=root, data_dir=data_dir, data=data, pair=pair)
     if "engine" not in run.files.manifest:
@@ -315,8 +348,10 @@ def resume(
         found = files.path / "checkpoints"
         for name in checkpoint.sweep(found):
             files.log_event("sweep", f"removed the unfinished {name}")
+        kinds = remembered(files, asked)
         if run.status.get("state") != "finished" or changed:
-            _go_on(run, plan, where, changed, progress=progress)
+            with exporting(files, kinds, show=progress):
+                _go_on(run, plan, where, changed, progress=progress)
     return _second(Run(files, data=run.data, pair=run._given_pair), device, progress, allow_changes=allow_changes)
 
 
@@ -459,11 +494,3 @@ def differences(run: Run, plan: Plan, device: torch.device) -> list[str]:
     here = {"device": str(device), "threads": torch.get_num_threads()}
     there = run.files.manifest
     return lines + [f"{k} = {there[k]!r}; got {v!r}." for k, v in here.items() if k in there and there[k] != v]
-
-
-def flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dicts as dotted keys."""
-    out: dict[str, Any] = {}
-    for key, value in table.items():
-        out |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return out

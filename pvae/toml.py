@@ -65,3 +65,11 @@ def parse_overrides(texts: Sequence[str]) -> list[tuple[tuple[str, ...], Any]]:
     if problems:
         raise DeclarationError(problems)
     return parsed
+
+
+def flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dicts as dotted keys."""
+    out: dict[str, Any] = {}
+    for key, value in table.items():
+        out |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return out

@@ -629,14 +629,21 @@ PRINTS_JSON: dict[str, list[str]] = {
     "encode": ["vae", *PICTURES],
     "reconstruct": ["vae", *PICTURES],
     "traverse": ["vae", "--steps", "2", "--dims", "0", "--out", "OUT/shown"],
+    "interpolate": ["vae", "0", "1", "--steps", "2", "--out", "OUT/shown"],
+    "copying": ["vae", "--rows", "20"],
+    "probe": ["vae", "--rows", "20"],
     "rate-distortion": ["vae", *PICTURES],
     "verify": ["vae"],
     "doctor": [],
     "clean": [],
 }
-SLOW = {"selfcheck", "counterexamples", "two-sample", "critic"}
+SLOW = {"selfcheck", "counterexamples", "two-sample", "critic", "study"}
 """Print JSON in tests of their own."""
-NO_JSON = {"new": "writes a file for people to edit", "schema": "prints nothing but JSON"}
+NO_JSON = {
+    "new": "writes a file for people to edit",
+    "schema": "prints nothing but JSON",
+    "study-work": "works for `pvae study`, which prints",
+}
 
 
 def commands() -> dict[str, Any]:

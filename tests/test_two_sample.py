@@ -1,4 +1,4 @@
-"""Samples beside data: the two-sample test, precision to coverage, the critic's KL, the counterexamples."""
+"""Samples beside data: two-sample test, precision to coverage, distances, sharpness, critic's KL, counterexamples."""
 
 # A figure that may be None fails its test if it is.
 # mypy: disable-error-code="arg-type, attr-defined, union-attr"
@@ -10,6 +10,7 @@ import json
 import math
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyro
@@ -17,25 +18,32 @@ import pyro.distributions as dist
 import pytest
 import torch
 from scipy.integrate import quad
+from scipy.linalg import sqrtm
 from scipy.stats import norm
 from sklearn.datasets import load_digits
 from torch import Tensor
 
 import pvae
-from pvae import cli
+from pvae import cli, seeds
 from pvae.analysis import (
-    compare,
     counterexamples,
     critic,
+    distances,
     features,
     fidelity,
+    frechet,
+    kernel_distance,
+    sample,
+    sample_quality,
+    sharpness,
     surgery,
     two_sample,
 )
 from pvae.analysis.counterexamples import Box, Diluted, FactorNormal, Memory
 from pvae.analysis.fidelity import expected_coverage
+from pvae.analysis.sharpness import relative_sharpness
 from pvae.analysis.truths import probabilistic_pca
-from pvae.analysis.two_sample import by_chance
+from pvae.analysis.two_sample import by_chance, space_of
 from pvae.data import Dataset, load
 from pvae.data.declared import Digits
 from pvae.errors import DataError
@@ -247,6 +255,154 @@ def test_one_row_has_no_space():
         features(torch.zeros(1, 3))
 
 
+# ---------------------------------------------------------------------- distances of features
+
+
+def spread(seed: int, d: int) -> tuple[Tensor, Tensor]:
+    """Mean and covariance of some normal, of full rank."""
+    generator = torch.Generator().manual_seed(seed)
+    a = torch.randn(d, d, generator=generator, dtype=torch.float64)
+    return torch.randn(d, generator=generator, dtype=torch.float64), a @ a.T + 0.1 * torch.eye(d)
+
+
+def of_distances(name: str) -> Any:
+    return getattr(sys.modules["pvae.analysis.distances"], name)
+
+
+@pytest.mark.parametrize("d", [1, 3, 20])
+def test_the_frechet_distance_of_normals(d):
+    (loc, cov), (other, wide) = spread(0, d), spread(1, d)
+    root = sqrtm((cov @ wide).numpy())
+    want = ((loc - other) ** 2).sum().item() + np.trace(cov.numpy() + wide.numpy() - 2 * root.real)
+    exact = of_distances("normal_frechet")
+    assert exact(loc, cov, other, wide) == pytest.approx(want, rel=1e-8)
+    assert exact(loc, cov, other, cov) == pytest.approx(((loc - other) ** 2).sum().item())  # shifted
+    a, b = torch.rand(2, d, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    assert exact(loc, a.diag(), loc, b.diag()) == pytest.approx(((a.sqrt() - b.sqrt()) ** 2).sum().item())  # commuting
+    flat = torch.ones(d, d, dtype=torch.float64)  # of rank one
+    assert exact(loc, flat, loc, 4 * flat) == pytest.approx(d)
+    assert exact(loc, cov, loc, cov) == pytest.approx(0, abs=1e-9)
+
+
+def test_frechet_and_kernel_distances_and_their_errors():
+    # Errors beside the spread of 60 repetitions, whose own error is 1 / sqrt(120): 4 of them, and the bias of the first
+    # order for the Frechet distance; means at 4 standard errors. Each fails in 1 of 15 000 cases.
+    scale = torch.tensor([1.0, 1.5, 1.0, 0.5], dtype=torch.float64)
+    found = []
+    for i in range(60):
+        real, fake = normals(400, 4, 2 * i).double(), normals(300, 4, 2 * i + 1).double() * scale
+        fake[:, 0] += 0.7
+        found.append((frechet(real, fake), kernel_distance(real, fake)))
+    for far, truth, over in ((0, 0.49 + 0.25 + 0.25, 0.12), (1, _kernel_of_normals(0.7, scale), 0.0)):
+        values, errors = (np.array([getattr(one[far], what) for one in found]) for what in ("value", "standard_error"))
+        error = 4 * values.std() / math.sqrt(60)
+        assert -error < values.mean() - truth < error + over
+        assert 0.63 < values.std() / errors.mean() < 1.37
+
+
+def _kernel_of_normals(shift: float, scale: Tensor) -> float:
+    """MMD^2 of N(0, I_4) and N((shift, 0, 0, 0), diag scale^2): E(<x, y> / 4 + 1)^3 of independent x, y, by moments."""
+
+    def expected(a: tuple[list[float], list[float]], b: tuple[list[float], list[float]]) -> float:
+        total = 0.0
+        for powers in itertools.product(range(4), repeat=4):
+            if sum(powers) <= 3:
+                ways = math.factorial(3) // math.prod(map(math.factorial, (*powers, 3 - sum(powers))))
+                moments = [
+                    norm.moment(p, *at) if p else 1.0 for law in (a, b) for p, *at in zip(powers, *law, strict=True)
+                ]
+                total += ways * math.prod(moments) / 4 ** sum(powers)
+        return total
+
+    p, q = ([0.0] * 4, [1.0] * 4), ([shift, 0.0, 0.0, 0.0], scale.tolist())
+    return expected(p, p) + expected(q, q) - 2 * expected(p, q)
+
+
+@pytest.mark.parametrize("block", [50, 2**23])
+def test_the_kernel_distance_is_that_of_all_pairs(block, monkeypatch):
+    monkeypatch.setattr(sys.modules["pvae.analysis.fidelity"], "BLOCK", block)
+    a, b = normals(30, 3, 0).double(), normals(20, 3, 1, 0.3).double()
+
+    def brute(a: Tensor, b: Tensor) -> float:
+        k = [[(x @ y / 3 + 1) ** 3 for y in right] for x, right in ((x, b) for x in a)]
+        own = [
+            sum((x @ y / 3 + 1) ** 3 for x, y in itertools.permutations(s, 2)) / len(s) / (len(s) - 1) for s in (a, b)
+        ]
+        return float(own[0] + own[1] - 2 * sum(map(sum, k)) / len(a) / len(b))
+
+    found = kernel_distance(a, b)
+    assert found.value == pytest.approx(brute(a, b), rel=1e-10)
+    left_out = [
+        np.array(
+            [brute(*(torch.cat([s[:i], s[i + 1 :]]) if s is side else s for s in (a, b))) for i in range(len(side))]
+        )
+        for side in (a, b)
+    ]
+    variance = sum((len(v) - 1) / len(v) * ((v - v.mean()) ** 2).sum() for v in left_out)
+    assert found.standard_error == pytest.approx(math.sqrt(variance), rel=1e-8)
+
+
+def test_of_one_law_the_kernel_distance_is_nothing_and_frechets_is_the_floor():
+    # Means of 40 at 4 standard errors, 1 of 15 000.
+    found = [distances(normals(300, 5, 2 * i), normals(200, 5, 2 * i + 1), i) for i in range(40)]
+    kernel, far, floor = (
+        np.array([getattr(one, name).value for one in found]) for name in ("kernel", "frechet", "frechet_floor")
+    )
+    assert abs(kernel.mean()) < 4 * kernel.std() / math.sqrt(40)
+    assert (kernel < 0).any()
+    assert abs(far.mean() - floor.mean()) < 4 * math.hypot(far.std(), floor.std()) / math.sqrt(40) + 0.1 * far.mean()
+    said = np.mean([one.frechet_floor.standard_error for one in found])
+    assert 0.5 < said / far.std() < 2
+    moved = distances(normals(300, 5, 0), normals(200, 5, 1, 1.0), 0)
+    assert moved.kernel.value > 4 * moved.kernel.standard_error
+    assert moved.frechet.value > moved.frechet_floor.value + 10 * moved.frechet_floor.standard_error
+    assert moved.to_dict() == distances(normals(300, 5, 0), normals(200, 5, 1, 1.0), 0).to_dict()
+
+
+def test_features_that_never_move():
+    x = torch.cat([normals(50, 2, 0), torch.zeros(50, 3)], 1).double()
+    found = distances(x, x[:30] + torch.tensor([0.0, 0.0, 0.0, 0.0, 2.0], dtype=torch.float64))
+    assert found.frechet.value >= 4
+    assert math.isfinite(found.frechet.standard_error)
+    with pytest.raises(DataError, match="distances: expected at least 4 rows of data and 2 samples, of one width"):
+        distances(x[:3], x)
+
+
+# ---------------------------------------------------------------------- sharpness
+
+
+def board(size: int) -> Tensor:
+    return (torch.arange(size)[:, None] + torch.arange(size)).remainder(2).float().expand(2, 1, size, size)
+
+
+def test_the_sharpness_of_known_images():
+    assert sharpness(board(8)).tolist() == [4.0, 4.0]
+    assert sharpness(board(8)[:, 0]).tolist() == [4.0, 4.0]
+    assert sharpness(torch.full((3, 3, 8, 8), 0.7)).tolist() == pytest.approx([0.0] * 3, abs=1e-6)
+    assert sharpness(torch.arange(8.0).expand(1, 1, 8, 8)).tolist() == [0.0]  # a ramp
+    point = torch.zeros(1, 1, 5, 5)
+    point[0, 0, 2, 2] = 3.0
+    assert sharpness(point).item() == pytest.approx((4 + 4) * 3 / 9)
+    assert sharpness(torch.zeros(2, 64)) is None
+    assert sharpness(torch.zeros(2, 2, 8, 8)) is None
+    assert sharpness(torch.zeros(2, 1, 2, 8)) is None
+
+
+def test_blurring_lowers_sharpness_and_noise_raises_it():
+    x = digits()[0][:200]
+    kernel = torch.ones(1, 1, 3, 3) / 9
+    blurred = [x]
+    for _ in range(3):
+        blurred.append(torch.nn.functional.conv2d(blurred[-1], kernel, padding=1))
+    found = [relative_sharpness(images, x) for images in blurred]
+    assert found[0].value == 1.0
+    assert all(a.value > b.value + 4 * b.standard_error for a, b in itertools.pairwise(found))
+    assert relative_sharpness(x + normals(200, 64, 0).reshape(x.shape), x).value > 1
+    halves = relative_sharpness(x[:100], x[100:])
+    assert abs(halves.value - 1) < 4 * halves.standard_error
+    assert relative_sharpness(x, 0 * x) is None
+
+
 # ---------------------------------------------------------------------- of a run
 
 
@@ -262,14 +418,32 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("name", ["vae", "gan"])
 def test_any_run_is_compared(short, runs, name):
     run = pvae.Run.load(name, root=runs)
-    found = compare(run, rows=200)
+    found = sample_quality(run, rows=200)
     assert found.fidelity.n == found.fidelity.m == 200
     assert found.test.accuracy.value > 0.8
     assert found.fidelity.data_confidence is not None
     assert found.fidelity.unit == "share"
     assert json.loads(json.dumps(found.to_dict()))["two_sample"]["held"] == 100
     assert "precision" in str(found)
-    assert compare(run, rows=200).to_dict() == found.to_dict()
+    assert sample_quality(run, rows=200).to_dict() == found.to_dict()
+    assert found.distances.frechet.value > found.distances.frechet_floor.value
+    assert {"frechet", "frechet_floor", "kernel", "sharpness"} <= {row for row, _, _ in found.known()}
+    assert found.sharpness_of_means.value > 0
+
+
+def test_samples_and_space_that_are_there_already(short, runs):
+    run = pvae.Run.load("vae", root=runs)
+    drawn, space = sample(run, 200), space_of(run)
+    found = sample_quality(run, rows=200, fake=drawn, space=space)
+    assert found.to_dict() == sample_quality(run, rows=200).to_dict()
+    data = run.data.test.data[seeds.subset(len(run.data.test), 200, 0)]
+    assert found.fidelity.to_dict() == fidelity(data, drawn.x, space=space).to_dict()
+    assert found.distances.to_dict() == distances(space.embed(data), space.embed(drawn.x)).to_dict()
+    assert found.sharpness == relative_sharpness(drawn.x, data)
+    means = sample_quality(run, rows=200, fake=sample(run, 100, mean=True), space=space)
+    assert (means.is_mean, means.fidelity.m) == (True, 100)
+    assert means.sharpness_of_means is None
+    assert means.sharpness.value < found.sharpness.value
 
 
 def run_cli(*arguments: str, capsys: pytest.CaptureFixture[str], code: int = 0) -> tuple[str, str]:

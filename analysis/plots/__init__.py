@@ -1,12 +1,13 @@
 """Figures: pure functions from numbers to matplotlib Figures; no pyplot, no global settings."""
 
-from pvae.analysis.plots.anatomy import Step, reach, waterfall, waterfall_steps
+from pvae.analysis.plots.anatomy import Step, inference_steps, reach, waterfall, waterfall_steps
 from pvae.analysis.plots.base import Array, Row, figure, nats, plain, png, set_caption, style
 from pvae.analysis.plots.curves import duel, history, series, training
-from pvae.analysis.plots.latents import Cloud, class_name, code_use, groups, leading, plane, units
-from pvae.analysis.plots.pictures import Rebuilt, is_image, reconstructions, samples, tiles
+from pvae.analysis.plots.latents import Cloud, class_name, code_maps, code_use, groups, leading, marginals, plane, units
+from pvae.analysis.plots.pictures import Rebuilt, gallery, is_image, reconstructions, samples, tiles
 from pvae.analysis.plots.points import rate_distortion
-from pvae.analysis.plots.sheets import encoded, is_shown, reconstructed, sampled, traversed
+from pvae.analysis.plots.sheets import encoded, interpolated, is_shown, reconstructed, sampled, traversed
+from pvae.analysis.plots.trust import importance, khats
 
 __all__ = [
     "Array",
@@ -21,6 +22,7 @@ __all__ = [
     "figure",
     "groups",
     "history",
+    "interpolated",
     "is_image",
     "is_shown",
     "leading",
@@ -43,4 +45,10 @@ __all__ = [
     "units",
     "waterfall",
     "waterfall_steps",
+    "importance",
+    "khats",
+    "code_maps",
+    "marginals",
+    "gallery",
+    "inference_steps",
 ]

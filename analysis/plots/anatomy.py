@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,7 +11,8 @@ from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 
 from pvae.analysis.anatomy import Surgery
-from pvae.analysis.plots.base import BLACK, BLUE, GREY, ORANGE, SERIES, figure, nats, plain, style
+from pvae.analysis.evidence import Evidence
+from pvae.analysis.plots.base import BLACK, BLUE, GREY, ORANGE, RED, SERIES, YELLOW, figure, nats, plain, style
 
 
 @dataclass(frozen=True)
@@ -23,37 +25,57 @@ class Step:
     colour: str = GREY
 
 
-def waterfall_steps(surgery: Surgery) -> list[list[Step]]:
-    """From reconstruction to ELBO: by term, and by latent where there are several."""
+def inference_steps(surgery: Surgery, evidence: Evidence | None) -> list[Step]:
+    """From log p(x) to the ELBO, by what importance sampling found above it; none where nothing was found."""
+    if evidence is None or not math.isfinite(evidence.gap):
+        return []
+    elbo = surgery.elbo.value
+    return [
+        Step("log p(x), or less", elbo + evidence.gap, True),
+        Step("− KL(q(z | x) || p(z | x))", evidence.gap, colour=RED),
+        Step("ELBO", elbo, True),
+    ]
+
+
+def waterfall_steps(surgery: Surgery, above: Sequence[Step] = ()) -> list[list[Step]]:
+    """From reconstruction to ELBO, by term, and by latent where there are several; `above` comes first."""
     start = Step("reconstruction", surgery.reconstruction.value, True)
     end = Step("ELBO", surgery.elbo.value, True)
     by_latent = [
         Step(f"− KL of {name}", z.kl.value, colour=SERIES[i % len(SERIES)])
         for i, (name, z) in enumerate(surgery.latents.items())
     ]
+    panels = [list(above)] if above else []
     if surgery.mutual_information is None or surgery.marginal_kl is None:
-        return [[start, *by_latent, end]]
-    terms = [
-        Step("− I_q[x, z]", surgery.mutual_information.value, colour=BLUE),
-        Step("− marginal KL", surgery.marginal_kl.value, colour=ORANGE),
-    ]
-    panels = [[start, *terms, end]]
+        return [*panels, [start, *by_latent, end]]
+    panels.append([start, Step("− I_q[x, z]", surgery.mutual_information.value, colour=BLUE), *_marginal(surgery), end])
     return [*panels, [start, *by_latent, end]] if len(by_latent) > 1 else panels
 
 
-def waterfall(surgery: Surgery) -> Figure:
-    """From the reconstruction down through what the code costs to the ELBO, nats per datum."""
-    panels = waterfall_steps(surgery)
-    titles = ("by term", "by latent") if len(panels) > 1 else ("where the nats go",)
+def _marginal(surgery: Surgery) -> list[Step]:
+    """The marginal KL, in two where it splits: coordinates that depend, and coordinates of another shape."""
+    assert surgery.marginal_kl is not None  # noqa: S101 - asked before
+    whole, parts = surgery.marginal_kl.value, [z.dimensions for z in surgery.latents.values()]
+    if len(parts) == 1 and parts[0] is not None and parts[0].coordinate_kl is not None:
+        apart = parts[0].coordinate_kl.value
+        return [
+            Step("− total correlation", whole - apart, colour=ORANGE),
+            Step("− KL of coordinates", apart, colour=YELLOW),
+        ]
+    return [Step("− marginal KL", whole, colour=ORANGE)]
+
+
+def waterfall(panels: Sequence[Sequence[Step]]) -> Figure:
+    """Panels of levels and costs on one axis, nats per datum."""
     with style():
         heights = [0.5 * len(steps) + 0.8 for steps in panels]
         made = figure(sum(heights) + 0.2)
         grid = made.subplots(len(panels), 1, squeeze=False, sharex=True, height_ratios=heights)
-        for axes, steps, title in zip(grid[:, 0], panels, titles, strict=True):
+        for axes, steps in zip(grid[:, 0], panels, strict=True):
             _fall(axes, steps)
             low, high = reach(panels)
             axes.set_xlim(low - 0.2 * (high - low), high + 0.06 * (high - low))
-            axes.set_title(title)
+            axes.set_title(f"from {plain(steps[0].label.split(',')[0])} to the {plain(steps[-1].label)}")
         grid[-1, 0].set_xlabel("nats per datum")
     return made
 

@@ -17,7 +17,23 @@ from numpy.typing import NDArray
 from scipy.ndimage import gaussian_filter
 
 from pvae.analysis.collapse import ACTIVE, CodeUse, LatentCollapse
-from pvae.analysis.plots.base import BLACK, BLUE, CLASSES, GREY, RED, SHORT, SKY, YELLOW, Array, figure, plain, style
+from pvae.analysis.plots.base import (
+    BLACK,
+    BLUE,
+    CLASSES,
+    GREY,
+    RED,
+    SHORT,
+    SKY,
+    WIDTH,
+    YELLOW,
+    Array,
+    figure,
+    nats,
+    plain,
+    style,
+)
+from pvae.analysis.plots.pictures import tiles
 
 
 def units(name: str, latent: LatentCollapse) -> Figure:
@@ -238,3 +254,56 @@ def _contours(axes: Axes, prior: Array, points: Array) -> None:
     if levels[0] > 0:
         axes.contour(*middles, density.T, levels=levels, colors=BLACK, linewidths=1.2)
     axes.plot([], [], color=BLACK, linewidth=1.2, label="prior")
+
+
+# ---------------------------------------------------------------------- single coordinates, single codes
+
+MARGINALS = 12
+"""Most coordinates whose marginals are shown."""
+
+
+def marginals(cloud: Cloud, order: Sequence[int], nats_of: Sequence[float] | None) -> Figure:
+    """q_agg against the prior in single coordinates, in the order given; with the marginal KL of each, where known."""
+    chosen = list(order)[:MARGINALS]
+    columns = min(4, len(chosen))
+    rows = math.ceil(len(chosen) / columns)
+    with style():
+        made = figure(1.35 * rows + 0.7)
+        grid = made.subplots(rows, columns, squeeze=False)
+        for axes in grid.ravel()[len(chosen) :]:
+            axes.set_axis_off()
+        for axes, d in zip(grid.ravel(), chosen, strict=False):
+            values, prior = cloud.values[:, d], cloud.prior[:, d]
+            low, high = np.percentile(np.concatenate([values, prior]), [0.2, 99.8])
+            edges = np.linspace(low, high if high > low else low + 1, 41).tolist()
+            axes.hist(values, edges, density=True, color=SKY, label="aggregated posterior")
+            axes.hist(prior, edges, density=True, histtype="step", color=BLACK, linewidth=1.3, label="prior")
+            said = "" if nats_of is None else f": {nats(nats_of[d])} nats"
+            axes.set_title(f"{plain(cloud.name)[:SHORT]}[{d}]{said}", fontsize=8.5)
+            axes.set_yticks([])
+            axes.tick_params(labelsize=8)
+            axes.xaxis.set_major_locator(MaxNLocator(3))
+        handles, shown = grid[0, 0].get_legend_handles_labels()
+        made.legend(handles, shown, loc="outside lower center", ncols=2)
+    return made
+
+
+def code_maps(name: str, data: Array, maps: NDArray[Any], states: int, low: float, high: float) -> Figure:
+    """Data `(n, *shape)` above the codes `(n, H, W)` that stand for them; colours are ranks of use, most used first."""
+    counts = np.bincount(maps.ravel(), minlength=states)
+    rank = np.empty(states, dtype=np.int64)
+    rank[np.argsort(-counts, kind="stable")] = np.arange(states)
+    with style():
+        made = figure(2 * 0.92 * WIDTH / len(data) + 0.75)
+        grid = made.subplots(2, len(data), squeeze=False)
+        for i, (above, below) in enumerate(zip(grid[0], grid[1], strict=True)):
+            above.imshow(tiles(data[i : i + 1], 1, low, high), aspect="equal")
+            shown = below.imshow(rank[maps[i]], cmap="cividis", vmin=0, vmax=max(1, states - 1))
+            for axes in (above, below):
+                axes.set_xticks([])
+                axes.set_yticks([])
+                axes.spines[:].set_visible(False)
+        bar = made.colorbar(shown, ax=grid[1].tolist(), location="bottom", aspect=40, pad=0.03, shrink=0.7)
+        bar.set_label(f"{plain(name)}: rank of the code, most used (0) first", fontsize=9)
+        bar.ax.tick_params(labelsize=8)
+    return made

@@ -125,3 +125,26 @@ def _sampled_vectors(means: Array, data: Array) -> Figure:
         axes.hist(means[:, 0], 40, density=True, histtype="step", color=RED, linewidth=1.6, label="means of p(x | z)")
     axes.legend(loc="best")
     return made
+
+
+def gallery(
+    images: Array,
+    low: float,
+    high: float,
+    row_names: Sequence[str] = (),
+    column_names: Sequence[str] = (),
+) -> Figure:
+    """Pictures `(rows, columns, *shape)`; names of rows at the left, of columns below."""
+    rows, columns = images.shape[:2]
+    h, w = images.shape[-2:]
+    gap = max(1, round(w / 10))
+    size = min(1.1, 0.9 * WIDTH / columns)
+    with style():
+        made = figure(rows * size * h / w * 1.08 + 0.45)
+        axes = made.subplots()
+        axes.imshow(tiles(images.reshape(-1, *images.shape[2:]), columns, low, high), aspect="equal")
+        axes.set_xticks([i * (w + gap) + w / 2 - 0.5 for i in range(len(column_names))], column_names)
+        axes.set_yticks([i * (h + gap) + h / 2 - 0.5 for i in range(len(row_names))], row_names)
+        axes.tick_params(length=0, labelsize=9)
+        axes.spines[:].set_visible(False)
+    return made

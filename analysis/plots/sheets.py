@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from pvae.analysis.generate import Encoding, Reconstructions, Samples
+from pvae.analysis.interpolate import Interpolation
 from pvae.analysis.plots.base import GREY, PALE, RED, SERIES, SHORT, WIDTH, Array, figure, plain, set_caption, style
 from pvae.analysis.plots.latents import Cloud, plane
 from pvae.analysis.plots.pictures import Rebuilt, is_image, rebuilt_images, tiles
@@ -89,6 +90,20 @@ def traversed(found: Traversal, data: Array) -> Figure | None:
     caption += " Below: its value." if same else " Below: its value in the first row; each moves as far as its prior."
     columns = [f"{v:.3g}".replace("-", "−") for v in values[0]]
     return _sheet(x.reshape(-1, *x.shape[2:]), x.shape[1], data, title, caption, names, columns)
+
+
+def interpolated(found: Interpolation, data: Array) -> Figure | None:
+    """A row of pictures from one datum to the other, or a path before the data; None for data of other shapes."""
+    x = numpy_of(found.x).astype(np.float64)
+    if not is_shown(x.shape[1:]):
+        return None
+    title, caption = "Interpolation", "Means of p(x | z) on the line between the codes of two data"
+    if x.ndim == 2:
+        return _points([(x, "the way")], data, title, f"{caption}; a dot where it ends.", paths=True)
+    if found.log_prior is None:
+        return _sheet(x, len(x), data, title, f"{caption}.")
+    nats = [f"{v:.1f}".replace("-", "−") for v in numpy_of(found.log_prior)]
+    return _sheet(x, len(x), data, title, f"{caption}. Below: log p(z), nats.", (), nats)
 
 
 def encoded(

@@ -16,7 +16,7 @@ import pandas
 from pvae import Run
 from pvae.analysis import plots, surgery
 from pvae.analysis.generate import sample
-from pvae.analysis.two_sample import compare
+from pvae.analysis.two_sample import sample_quality
 from pvae.seeds import subset
 from pvae.usage import code_usage
 
@@ -41,7 +41,7 @@ def row_of(run: Run, first: Run | None, rows: int, *, samples: bool) -> dict[str
         row["uniform_bits_per_dim"] = None if bits is None else bits.value
     row |= code_usage(run.pair, chosen["test"])
     if samples:
-        f = compare(run, "test", rows, mean=True).fidelity
+        f = sample_quality(run, "test", rows, mean=True).fidelity
         relative = f.relative_confidence
         shares = [share.value for share in f.shares.values()]
         row |= {"relative_confidence": None if relative is None else relative.value}

@@ -160,13 +160,65 @@ def two_sample(
     as_json: JSON = False,
 ) -> None:
     """Compare samples with data: can a classifier tell them apart, and what of the data do they reach?"""
-    from pvae.analysis.two_sample import STEPS, compare
+    from pvae.analysis.two_sample import STEPS, sample_quality
     from pvae.progress import Progress
 
     opened = open_run(run, run_dir, data_dir)
     with Progress(len(STEPS), "two-sample", show=not as_json) as bar:
-        found = compare(
+        found = sample_quality(
             opened, split, rows, seed, mean=mean, k=neighbours, on_progress=lambda done, _, what: bar.update(done, what)
+        )
+    if as_json:
+        emit({"run": str(opened.path), **found.to_dict()})
+    else:
+        say(found)
+
+
+@app.command()
+def copying(
+    run: RUN,
+    split: SPLIT = "test",
+    rows: ROWS = None,
+    mean: Annotated[bool, typer.Option("--mean", help="Means of p(x | z), without the likelihood's noise.")] = False,
+    seed: SEED = 0,
+    run_dir: RUN_DIR = RUNS,
+    data_dir: DATA_DIR = None,
+    as_json: JSON = False,
+) -> None:
+    """Ask whether samples are copies of training rows: nearer to them than data not trained on are?"""
+    from pvae.analysis import copying as look
+    from pvae.progress import Progress
+
+    opened = open_run(run, run_dir, data_dir)
+    with Progress(100, "copying", show=not as_json) as bar:
+        found = look(
+            opened, split, rows, seed, mean=mean,
+            on_progress=lambda done, total: bar.update(100 * done // total, ""),
+        )  # fmt: skip
+    if as_json:
+        emit({"run": str(opened.path), "split": split, **found.to_dict()})
+    else:
+        say(found)
+
+
+@app.command()
+def probe(
+    run: RUN,
+    split: SPLIT = "test",
+    rows: ROWS = None,
+    seed: SEED = 0,
+    run_dir: RUN_DIR = RUNS,
+    data_dir: DATA_DIR = None,
+    as_json: JSON = False,
+) -> None:
+    """Read labels off the codes by simple readers, and off the data by the same."""
+    from pvae.analysis import probe as read
+    from pvae.progress import Progress
+
+    opened = open_run(run, run_dir, data_dir)
+    with Progress(100, "probe", show=not as_json) as bar:
+        found = read(
+            opened, split, rows, seed, on_progress=lambda done, total: bar.update(100 * done // total, "")
         )
     if as_json:
         emit({"run": str(opened.path), **found.to_dict()})

@@ -40,6 +40,9 @@ DATA_DIR = Annotated[
     Path | None, typer.Option("--data-dir", help="Where to look for data first.", envvar="PVAE_DATA_DIR")
 ]
 DEVICE = Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")]
+EXPORT = Annotated[
+    list[str] | None, typer.Option("--export", help="Record it there too: tensorboard, mlflow.", metavar="KIND")
+]
 JSON = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 SPLIT = Annotated[str, typer.Option("--split", help="train, validation or test.")]
 ROWS = Annotated[int | None, typer.Option("--rows", min=1, help="Use this many rows, drawn at random by the seed.")]

@@ -10,6 +10,7 @@ import typer
 from pvae.cli.app import (
     DATA_DIR,
     DEVICE,
+    EXPORT,
     JSON,
     NAME,
     OVERRIDES,
@@ -38,6 +39,7 @@ def fit(
     name: NAME,
     overrides: OVERRIDES = None,
     device: DEVICE = "auto",
+    export: EXPORT = None,
     run_dir: RUN_DIR = RUNS,
     data_dir: DATA_DIR = None,
     quiet: QUIET = False,
@@ -48,7 +50,9 @@ def fit(
     from pvae.svi import fit as fit_experiment
 
     experiment = load_declaration(name, overrides)
-    run = fit_experiment(experiment, run_dir=run_dir, data_dir=data_dir, device=device, progress=not quiet)
+    run = fit_experiment(
+        experiment, run_dir=run_dir, data_dir=data_dir, device=device, export=export or (), progress=not quiet
+    )
     _done(run, run_dir, data_dir, quiet=quiet, strict=strict, as_json=as_json)
 
 
@@ -58,6 +62,7 @@ def resume(
     overrides: OVERRIDES = None,
     allow_changes: Annotated[bool, typer.Option("--allow-changes", help="Accept an inexact continuation.")] = False,
     device: DEVICE = "auto",
+    export: EXPORT = None,
     run_dir: RUN_DIR = RUNS,
     data_dir: DATA_DIR = None,
     quiet: QUIET = False,
@@ -72,11 +77,20 @@ def resume(
     if opened.status.get("state") == "finished" and not overrides and not second:
         tell(f"{opened.path} is finished (epoch {opened.status.get('epoch')}); nothing to resume", err=as_json)
         tell("to train longer: pvae resume RUN train.epochs=N --allow-changes", err=as_json)
+        if export:
+            tell(f"to export what is there: pvae export RUN {export[0]}", err=as_json)
         if as_json:
             emit(_facts(opened))
         _require_quiet(opened, strict)
         return
-    done = resume_run(opened, *(overrides or ()), allow_changes=allow_changes, device=device, progress=not quiet)
+    done = resume_run(
+        opened,
+        *(overrides or ()),
+        allow_changes=allow_changes,
+        device=device,
+        export=export or (),
+        progress=not quiet,
+    )
     _done(done, run_dir, data_dir, quiet=quiet, strict=strict, as_json=as_json)
 
 
@@ -87,6 +101,7 @@ def refit(
     samples: Annotated[int, typer.Option("--samples", min=1, help="Draws per datum of the surgeries.")] = 1,
     rows: ROWS = None,
     device: DEVICE = "auto",
+    export: EXPORT = None,
     run_dir: RUN_DIR = RUNS,
     data_dir: DATA_DIR = None,
     quiet: QUIET = False,
@@ -97,7 +112,9 @@ def refit(
     from pvae.svi import refit as refit_run
 
     opened = open_run(run, run_dir, data_dir)
-    child = refit_run(opened, *(overrides or ()), run_dir=run_dir, device=device, progress=not quiet)
+    child = refit_run(
+        opened, *(overrides or ()), run_dir=run_dir, device=device, export=export or (), progress=not quiet
+    )
     _compare(opened, child, rows, samples, as_json=as_json, quiet=quiet)
     _require_quiet(child, strict)
 
@@ -171,6 +188,24 @@ def _require_quiet(run: Run, strict: bool) -> None:
         for line in alerts:
             tell(f"alert: {line}", err=True)
         raise typer.Exit(3)
+
+
+@app.command()
+def export(
+    run: RUN,
+    kind: Annotated[str, typer.Argument(help="tensorboard or mlflow (MLFLOW_TRACKING_URI says where).")],
+    run_dir: RUN_DIR = RUNS,
+    as_json: JSON = False,
+) -> None:
+    """Export a run's metrics, parameters, alerts and pictures to TensorBoard or MLflow."""
+    from pvae.exporters import export as export_run
+    from pvae.rundir import RunDirectory
+
+    where = export_run(RunDirectory.open(run, run_dir), kind)
+    if as_json:
+        emit({"kind": kind, "where": where})
+    else:
+        tell(where)
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""Commands that show what a model makes: samples, codes, reconstructions, traversals."""
+"""Commands that show what a model makes: samples, codes, reconstructions, traversals, interpolations."""
 
 from __future__ import annotations
 
@@ -164,6 +164,33 @@ def traverse(
         )  # fmt: skip
     picture = plots.traversed(found, _background(opened))
     _keep(opened, f"traverse-{found.latent}", out, found, {"": picture}, as_json)
+
+
+@app.command()
+def interpolate(
+    run: RUN,
+    first: Annotated[int, typer.Argument(min=0, help="A row of the split.", metavar="I")],
+    last: Annotated[int, typer.Argument(min=0, help="Another.", metavar="J")],
+    split: SPLIT = "test",
+    steps: Annotated[int, typer.Option("--steps", min=2, help="Points of the way, both ends among them.")] = 9,
+    seed: SEED = 0,
+    out: OUT = None,
+    run_dir: RUN_DIR = RUNS,
+    data_dir: DATA_DIR = None,
+    as_json: JSON = False,
+) -> None:
+    """Decode the line between the codes of two rows."""
+    from pvae.analysis import interpolate as walk
+    from pvae.analysis import plots
+
+    opened = open_run(run, run_dir, data_dir)
+    part = opened.data.split(split)
+    for name, row in (("I", first), ("J", last)):
+        if row >= len(part):
+            raise DeclarationError(f"{name}: expected a row of {split}, 0 .. {len(part) - 1}; got {row}.")
+    found = walk(opened, part.rows[first : first + 1], part.rows[last : last + 1], steps, seed=seed)
+    picture = plots.interpolated(found, _background(opened))
+    _keep(opened, f"interpolate-{split}-{first}-{last}", out, found, {"": picture}, as_json)
 
 
 @app.command("rate-distortion")

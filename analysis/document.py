@@ -1,0 +1,356 @@
+"""A report as data: sections of text, tables and pictures; how they leave as HTML, JSON, CSV, PNG and text."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import io
+import json
+import math
+import re
+import unicodedata
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+from matplotlib.figure import Figure
+
+from pvae.analysis import plots
+from pvae.analysis.estimate import Estimate
+from pvae.analysis.table import Figures, cell
+from pvae.files import make_folder, write_atomic
+
+if TYPE_CHECKING:
+    from rich.console import Group
+    from rich.table import Table as RichTable
+
+Value = Estimate | float | int | str | None
+"""What a cell of a table holds; None is shown as a dash."""
+PAGE, NUMBERS, TABLES, PICTURES = "index.html", "report.json", "tables", "figures"
+
+
+# ---------------------------------------------------------------------- parts
+
+
+@dataclass(frozen=True)
+class Sentence:
+    """One sentence of the verdict; an alert names the knob to turn."""
+
+    text: str
+    is_alert: bool = False
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A headline figure."""
+
+    what: str
+    figure: str
+    unit: str
+    """Its unit, and what it is of."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A figure with words for those who cannot see it, and what to look for for those who can."""
+
+    id: str
+    png: bytes = field(repr=False)
+    alt: str
+    caption: str
+
+    @property
+    def source(self) -> str:
+        """Data URI."""
+        return "data:image/png;base64," + base64.b64encode(self.png).decode("ascii")
+
+
+def picture(id: str, made: Figure, alt: str, caption: str) -> Picture:
+    """A figure, drawn at 120 dpi."""
+    return Picture(id, plots.png(made), alt, caption)
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column of a table."""
+
+    title: str
+    digits: int = 3
+    """Of numbers."""
+    is_text: bool = False
+    """Whether it holds words, which may be long."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """Figures in rows; the first column names them."""
+
+    id: str
+    caption: str
+    """What it holds, of which data, in which unit."""
+    columns: tuple[Column, ...]
+    rows: tuple[tuple[Value, ...], ...]
+    strong: tuple[int, ...] = ()
+    """Rows that are set in bold."""
+    folded: bool = False
+    """Whether it is shown on demand: figures that a picture shows already."""
+
+    def to_csv(self) -> str:
+        """One line for each row; an estimate has its error and kind beside it, numbers in full."""
+        out = io.StringIO()
+        sheet = csv.writer(out, lineterminator="\n")
+        parts = [self._parts(i) for i in range(len(self.columns))]
+        sheet.writerow([cell(name) for i, column in enumerate(self.columns) for name in _names(column.title, parts[i])])
+        for row in self.rows:
+            sheet.writerow([cell(value) for i, v in enumerate(row) for value in _values(v, parts[i])])
+        return out.getvalue()
+
+    def _parts(self, i: int) -> tuple[str, ...]:
+        """What there is to say of the estimates of a column besides their value."""
+        found = [row[i] for row in self.rows if isinstance(row[i], Estimate)]
+        return ("error", "data_error", "kind") if found else ()
+
+    def rich(self) -> RichTable:
+        """For a terminal."""
+        from rich.table import Table as Made
+        from rich.text import Text
+
+        made = Made(title=Text(self.caption), title_justify="left")
+        for i, column in enumerate(self.columns):
+            made.add_column(
+                Text(column.title), justify="left" if column.is_text or not i else "right", no_wrap=not column.is_text
+            )
+        for r, row in enumerate(self.rows):
+            cells = [Text(shown_value(v, column.digits)) for v, column in zip(row, self.columns, strict=True)]
+            made.add_row(*cells, style="bold" if r in self.strong else None)
+        return made
+
+
+def _names(title: str, parts: Sequence[str]) -> list[str]:
+    return [title, *(f"{title} {part.replace('_', ' ')}" for part in parts)]
+
+
+def _values(value: Value, parts: Sequence[str]) -> list[Any]:
+    if not parts:
+        return [value]
+    if not isinstance(value, Estimate):
+        return [value, *("" for _ in parts)]
+    return [value.value, value.standard_error, value.data_error, value.label]
+
+
+@dataclass(frozen=True)
+class Note:
+    """A quiet paragraph."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Code:
+    """Lines as they stand: a declaration, formulas."""
+
+    text: str
+    label: str
+    """What it is, for those who hear the page."""
+    folded: bool = False
+    """Whether it is shown on demand."""
+
+
+Block = Picture | Table | Note | Code
+
+
+@dataclass(frozen=True)
+class Section:
+    """One part of a report."""
+
+    id: str
+    title: str
+    blocks: tuple[Block, ...] = ()
+    lead: str = ""
+    """One paragraph before them."""
+    sentences: tuple[Sentence, ...] = ()
+    """What it adds to the verdict."""
+    tiles: tuple[Tile, ...] = ()
+    numbers: Mapping[str, Any] = field(default_factory=dict)
+    """Every number of it, by key of `report.json`; one key belongs to one section."""
+    is_appendix: bool = False
+    """Whether it is left out of a terminal."""
+
+    def of(self, kind: type[Any]) -> Iterator[Any]:
+        """Its blocks of one kind."""
+        return (block for block in self.blocks if isinstance(block, kind))
+
+
+# ---------------------------------------------------------------------- the whole
+
+
+@dataclass(frozen=True)
+class Document:
+    """A report: what it is of, and its sections in reading order."""
+
+    kicker: str
+    title: str
+    description: str
+    identity: str
+    """Which run, when."""
+    numbers: Mapping[str, Any]
+    """What `report.json` begins with."""
+    sections: tuple[Section, ...]
+    footer: str
+
+    @property
+    def verdict(self) -> list[Sentence]:
+        """What the sections say: alerts first."""
+        said = [sentence for section in self.sections for sentence in section.sentences]
+        return sorted(said, key=lambda sentence: not sentence.is_alert)
+
+    @property
+    def tiles(self) -> list[Tile]:
+        """The headline figures."""
+        return [tile for section in self.sections for tile in section.tiles]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every number, as JSON can hold it."""
+        verdict = [{"text": s.text, "alert": s.is_alert} for s in self.verdict]
+        parts: dict[str, Any] = {**self.numbers, "verdict": verdict}
+        for section in self.sections:
+            parts |= section.numbers
+        found = finite(parts)
+        assert isinstance(found, dict)  # noqa: S101 - of a dict
+        return found
+
+    def to_html(self) -> str:
+        """The page: one file that loads nothing and runs nothing."""
+        engine = Environment(
+            loader=FileSystemLoader(Path(__file__).parent / "templates"),
+            autoescape=True,
+            finalize=legible,
+            undefined=StrictUndefined,
+            trim_blocks=True,
+            lstrip_blocks=True,
+        )
+        engine.filters |= {"kind": lambda block: type(block).__name__, "cell": _html_cell}
+        return engine.get_template("document.html.j2").render(document=self)
+
+    def write(self, folder: Path, *, figures: bool = False) -> Path:
+        """Write page, numbers, a CSV for each table and, on request, a PNG for each picture; returns the page's path.
+
+        Each file is whole or not there; tables and pictures of an earlier report that this one lacks are taken away.
+        The page comes last: where it is new, all of it is.
+        """
+        write_atomic(folder / NUMBERS, json.dumps(self.to_dict(), indent=2, allow_nan=False, ensure_ascii=True) + "\n")
+        blocks = [block for section in self.sections for block in section.blocks]
+        for name in (TABLES, *([PICTURES] if figures else [])):
+            make_folder(folder / name)
+        _fill(folder / TABLES, {f"{slug(b.id)}.csv": b.to_csv().encode() for b in blocks if isinstance(b, Table)})
+        pictures = {f"{slug(b.id)}.png": b.png for b in blocks if isinstance(b, Picture)}
+        if figures or (folder / PICTURES).is_dir():
+            _fill(folder / PICTURES, pictures)
+        write_atomic(folder / PAGE, self.to_html())
+        return folder / PAGE
+
+    def __rich__(self) -> Group:
+        from rich.console import Group
+        from rich.padding import Padding
+        from rich.text import Text
+
+        parts: list[Any] = [Text(self.title, style="bold")]
+        for sentence in self.verdict:
+            mark = ("! ", "bold red") if sentence.is_alert else ("- ", "")
+            parts.append(Text.assemble(mark, sentence.text))
+        for section in self.sections:
+            if not section.is_appendix:
+                tables = [table for table in section.of(Table) if not table.folded]
+                parts += [Padding(table.rich(), (1, 0, 0, 0)) for table in tables]
+        return Group(*parts)
+
+
+def _fill(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Make a folder hold these files, and none of their kinds besides."""
+    for name, content in files.items():
+        write_atomic(folder / name, content)
+    for old in [*folder.glob("*.csv"), *folder.glob("*.png")]:
+        if old.name not in files:
+            old.unlink(missing_ok=True)
+
+
+def slug(name: str) -> str:
+    """A name as a file can bear it; other names, other files."""
+    return re.sub(r"[^A-Za-z0-9._-]", lambda m: f"-{ord(m.group()):x}", name)[:100] or "-"
+
+
+# ---------------------------------------------------------------------- how things read
+
+
+def nats(value: float | Estimate, digits: int = 2) -> str:
+    """A figure with a true minus sign; a dash where there is none."""
+    number = float(value)
+    return plots.nats(number, digits) if math.isfinite(number) else "–"
+
+
+def percent(value: float) -> str:
+    """A share in whole per cent; small ones with a digit more."""
+    if not math.isfinite(value):
+        return "–"
+    return f"{100 * value:.0f} %" if value == 0 or abs(value) >= 0.095 else f"{100 * value:.1f} %"
+
+
+def shown_value(value: Value, digits: int) -> str:
+    """A cell as text."""
+    if isinstance(value, Estimate):
+        return " ".join(part for part in (nats(value, digits), error_of(value, digits)) if part)
+    if isinstance(value, bool) or value is None:
+        return "–" if value is None else ("yes" if value else "no")
+    if isinstance(value, int):
+        return f"{value:,}".replace(",", "\u202f").replace("-", "−")
+    return nats(value, digits) if isinstance(value, float) else value
+
+
+def error_of(e: Estimate, digits: int = 3) -> str:
+    """`± 0.012`, or nothing for an exact figure."""
+    return f"± {nats(e.standard_error, digits)}" if e.standard_error and math.isfinite(e.standard_error) else ""
+
+
+def _html_cell(value: Value, digits: int) -> Markup:
+    """A cell as HTML: the error is quiet."""
+    if isinstance(value, Estimate) and (error := error_of(value, digits)):
+        return Markup("{} <span class='error'>{}</span>").format(nats(value, digits), error)
+    return Markup("{}").format(legible(shown_value(value, digits)))
+
+
+def legible(value: Any) -> Any:
+    """Text without control characters or marks that turn its direction; newlines stay."""
+    if not isinstance(value, str) or isinstance(value, Markup):  # Markup is a macro's own output, cleaned inside
+        return value
+    return "".join(c if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cs", "Cf") else "\ufffd" for c in value)
+
+
+def finite(value: Any) -> Any:
+    """The value as JSON can hold it: NaN and infinities become null, what is unknown its text."""
+    if isinstance(value, Estimate):
+        return finite(value.to_dict())
+    if isinstance(value, Mapping):
+        return {str(key): finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if value is None or isinstance(value, bool | int | str) else str(value)
+
+
+def table_of(id: str, figures: Figures, caption: str = "", digits: int = 3) -> Table:
+    """A result as a table: term, figure, kind, what it is."""
+    return Table(
+        id,
+        caption or figures.title,
+        (
+            Column("term"),
+            Column(figures.unit, digits),
+            Column("kind", is_text=True),
+            Column("what it is", is_text=True),
+        ),
+        tuple((name, e, e.label, meaning) for name, e, meaning in figures.known()),
+    )

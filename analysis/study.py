@@ -1,0 +1,187 @@
+"""What is read off the finished runs of a study: figures, kept in each run's folder, and the tables made of them."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from pvae import checkpoint, seeds
+from pvae.analysis.evidence import evidence
+from pvae.analysis.surgery import surgery
+from pvae.analysis.table import cell
+from pvae.errors import CheckpointError, DataError
+from pvae.files import pretty, read_inside, read_object, write_atomic
+from pvae.run import Run
+from pvae.rundir import RunDirectory
+from pvae.sweep import Measure
+
+if TYPE_CHECKING:
+    import pandas
+    from rich.table import Table
+
+FILE = "study.json"
+SCHEMA = 1
+TERMS = ("elbo", "reconstruction", "kl", "mutual_information", "marginal_kl")
+"""What is kept of a surgery."""
+FIGURES = (*TERMS, "iwae", *(f"train_{term}" for term in TERMS), "seconds")
+"""The figures of a run: of the test split, of the training split, and the seconds of training."""
+SHOWN = {
+    "elbo": "ELBO", "reconstruction": "recon.", "mutual_information": "I_q", "marginal_kl": "marginal KL",
+    "train_marginal_kl": "of train", "iwae": "IWAE",
+}  # fmt: skip
+"""The figures that a terminal has room for."""
+NAMES = ("case", "seed", "stage")
+
+
+# ---------------------------------------------------------------------- figures of one run
+
+
+def figures(
+    run: Run, measure: Measure, *, on_progress: Callable[[int, int], None] = lambda _done, _total: None
+) -> dict[str, Any]:
+    """The figures of a finished run, measured once: they are kept in `analysis/study.json` of its folder.
+
+    What is kept counts for one checkpoint and one `measure`; with others it is measured again.
+
+    Arguments:
+        run: a finished run.
+        measure: draws, importance samples and rows.
+        on_progress: called with (parts done, parts in all).
+
+    Returns:
+        `test` and `train`: estimates by term, nats per datum, as `Estimate.to_dict` has them, None where a term is not
+        defined; `iwae`, a lower bound of the mean log p(x) of test, or None; `seconds` of training; `notes` on what
+        could not be measured.
+
+    Raises:
+        DataError: the data are missing, or others than those of the fit.
+        CheckpointError: there is none that verifies.
+    """
+    found = kept(run.files, measure)
+    if found is not None:
+        return found
+    key = _key(run.files, measure)
+    found = _measured(run, measure, on_progress)
+    write_atomic(run.files.analysis / FILE, pretty({"schema": SCHEMA, "key": key, "figures": found}))
+    return found
+
+
+def kept(files: RunDirectory, measure: Measure) -> dict[str, Any] | None:
+    """What a run's folder holds of these figures; None where they have not been measured, or are damaged."""
+    try:
+        table = read_object(files.path / "analysis", FILE)
+        found = table.get("figures")
+        fresh = table.get("schema") == SCHEMA and table.get("key") == _key(files, measure)
+    except (DataError, CheckpointError):
+        return None
+    whole = isinstance(found, dict) and all(isinstance(found.get(split), dict) for split in ("test", "train"))
+    return found if fresh and whole else None
+
+
+def _key(files: RunDirectory, measure: Measure) -> dict[str, Any]:
+    """What the figures depend on: the newest checkpoint, by the digest of its manifest, and the settings."""
+    newest = checkpoint.newest_first(files.path / "checkpoints")
+    if not newest:
+        raise CheckpointError(f"{files.path}: expected a checkpoint; got none. Fit the run anew.")
+    manifest = read_inside(newest[0], "manifest.json")
+    return {"checkpoint": hashlib.sha256(manifest).hexdigest(), **measure.model_dump()}
+
+
+def _measured(run: Run, measure: Measure, on_progress: Callable[[int, int], None]) -> dict[str, Any]:
+    seconds = run.status.get("seconds")
+    found: dict[str, Any] = {"iwae": None, "seconds": seconds, "notes": []}
+    for i, split in enumerate(("test", "train")):
+        part = run.data.split(split)
+        x = part.rows[seeds.subset(len(part), measure.rows, 0).to(part.rows.device)]
+        found[split] = dict.fromkeys(TERMS)
+        try:
+            parts = surgery(run.pair, x, samples=measure.samples)
+            found[split] = {term: _plain(getattr(parts, term)) for term in TERMS}
+        except DataError as problem:  # a generator without a likelihood has no ELBO
+            found["notes"].append(f"{split}: {problem}")
+        on_progress(i + 1, 3)
+        if split == "test" and measure.evidence:
+            try:
+                found["iwae"] = _plain(evidence(run.pair, x, measure.evidence).iwae)
+            except DataError as problem:  # points bound nothing
+                found["notes"].append(f"iwae: {problem}")
+    on_progress(3, 3)
+    return found
+
+
+def _plain(figure: Any) -> dict[str, Any] | None:
+    return None if figure is None else figure.to_dict()
+
+
+# ---------------------------------------------------------------------- tables of many
+
+
+def row_of(found: Mapping[str, Any]) -> dict[str, float]:
+    """The figures of a run as one row: `FIGURES`, and `<figure>_error` with its Monte Carlo error; NaN for none."""
+    named = {**found["test"], "iwae": found.get("iwae"), **{f"train_{k}": v for k, v in found["train"].items()}}
+    row: dict[str, float] = {}
+    for name in FIGURES[:-1]:
+        estimate = named.get(name)
+        estimate = estimate if isinstance(estimate, dict) else {}
+        row[name] = _number(estimate.get("value"))
+        row[f"{name}_error"] = _number(estimate.get("standard_error"))
+    return {**row, "seconds": _number(found.get("seconds"))}
+
+
+def _number(value: object) -> float:
+    return float(value) if isinstance(value, int | float) else math.nan
+
+
+def frame(rows: Sequence[Mapping[str, Any]]) -> pandas.DataFrame:
+    """One row per run: case, seed, stage, what was declared of it, its figures, its folder."""
+    import pandas
+
+    errors = [column for name in FIGURES[:-1] for column in (name, f"{name}_error")]
+    ends = (*errors, FIGURES[-1], "run")
+    declared = dict.fromkeys(key for row in rows for key in row if key not in (*NAMES, *ends))
+    return pandas.DataFrame([dict(row) for row in rows], columns=[*NAMES, *declared, *ends])
+
+
+def csv(found: pandas.DataFrame) -> str:
+    """A table as CSV, with text that a spreadsheet would take for a formula quoted."""
+    return str(found.map(cell).rename(columns=cell).to_csv(index=False))
+
+
+def summary(runs: pandas.DataFrame) -> pandas.DataFrame:
+    """One row per case and stage, in the order of `frame`: mean and standard error of each figure over the seeds.
+
+    `seeds` counts the runs; `<figure>_error` is the sample deviation over seeds by the root of their number, NaN for
+    one seed. It tells how far fits differ, not the Monte Carlo error of one.
+    """
+    groups = runs.groupby(["case", "stage"], sort=False)[list(FIGURES)]
+    means, errors = groups.mean(), groups.sem().add_suffix("_error")
+    both = means.join(errors)[[column for name in FIGURES for column in (name, f"{name}_error")]]
+    both.insert(0, "seeds", groups.size())
+    return both.reset_index()
+
+
+def table(means: pandas.DataFrame, title: str) -> Table:
+    """A summary for terminals: mean and standard error over seeds, nats per datum."""
+    from rich.table import Table
+    from rich.text import Text
+
+    drawn = Table(title=Text(title), caption=Text(CAPTION), caption_justify="left")
+    for column in ("case", "stage"):
+        drawn.add_column(column, overflow="fold")
+    for column in ("seeds", *SHOWN.values()):
+        drawn.add_column(column, justify="right", no_wrap=True)
+    for row in means.to_dict("records"):
+        figures = [_with_error(row[name], row[f"{name}_error"]) for name in SHOWN]
+        drawn.add_row(Text(str(row["case"])), Text(str(row["stage"])), str(row["seeds"]), *figures)
+    return drawn
+
+
+CAPTION = "test, nats per datum: mean ± standard error over seeds; IWAE bounds log p(x) from below"
+
+
+def _with_error(value: float, error: float) -> str:
+    if math.isnan(value):
+        return "-"
+    return f"{value:.2f}" if math.isnan(error) else f"{value:.2f} ± {error:.2f}"

@@ -1,0 +1,295 @@
+"""The cases of a study: every declaration, row and combination of a sweep under every seed, checked before any runs."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Self
+
+from pvae import toml, zoo
+from pvae.data.declared import FrameSource, TensorSource
+from pvae.errors import DeclarationError, near
+from pvae.spec import Experiment, apply_overrides
+from pvae.svi import stage_of
+from pvae.sweep import FIRST, SECOND, Measure, StudyFile, Sweep, find, validated
+
+SHOWN = 40
+"""Problems that are told."""
+
+
+@dataclass(frozen=True, eq=False)
+class Case:
+    """One run of a study: a resolved declaration, and what sets it apart."""
+
+    label: str
+    parts: tuple[str, ...]
+    """What the label is made of: declaration, row, values."""
+    seed: int
+    stage: str
+    """`fit`; `refit` for the second stage that the declaration asks for; else the label of a `[[sweep.refits]]`."""
+    experiment: Experiment
+    differences: Mapping[str, str]
+    """What was set for it, by dotted path."""
+    parent: Case | None = None
+    """Of a second stage: the first."""
+
+    @property
+    def key(self) -> tuple[str, int, str]:
+        """(label, seed, stage): one of a kind in a study."""
+        return self.label, self.seed, self.stage
+
+    @property
+    def title(self) -> str:
+        """The case in words."""
+        stage = "" if self.stage == FIRST else f", {self.stage}"
+        return f"{self.label}{stage}, seed {self.seed}"
+
+    @cached_property
+    def digest(self) -> str:
+        """Of the declaration without names: what a finished run is recognised by."""
+        return self.experiment.digest()
+
+
+@dataclass(frozen=True)
+class Declared:
+    """A study, read and expanded; everything in it has been validated."""
+
+    name: str
+    description: str
+    origin: str
+    """The name or file it was loaded by."""
+    cases: tuple[Case, ...]
+    """First stages, each followed by its second ones."""
+    measure: Measure
+
+    @classmethod
+    def load(cls, name_or_file: str | Path) -> Self:
+        """Read a study by name, or a TOML file, and expand it.
+
+        Raises:
+            DeclarationError: every problem of the file, or else of all its cases, each with its place.
+        """
+        path, origin = find(str(name_or_file)), str(name_or_file)
+        raw = toml.read(path)
+        file = validated({"name": path.stem, **raw}, origin)
+        settings = _settings(file, raw, path)
+        problems = _Problems(origin, len(settings))
+        cases = [case for setting in settings for case in _cases(file, setting, problems)]
+        _require_distinct(cases, problems)
+        unknown = _unknown_first_stages(file.sweep, settings)
+        if found := [*problems.lines(), *(f"{origin}: {line}" for line in unknown)]:
+            raise DeclarationError(found)
+        return cls(file.name, file.description, origin, tuple(cases), file.sweep.measure)
+
+
+# ---------------------------------------------------------------------- expansion
+
+
+@dataclass(frozen=True)
+class _Setting:
+    """A case before its seed: a declaration, and what is set in it."""
+
+    label: str
+    parts: tuple[str, ...]
+    raw: Mapping[str, Any]
+    changes: tuple[tuple[str, Any], ...]
+    differences: Mapping[str, str]
+
+
+def _settings(file: StudyFile, raw: Mapping[str, Any], path: Path) -> list[_Setting]:
+    """Declarations x rows x combinations, in this order; labels are of one kind each."""
+    sweep = file.sweep
+    own = {key: value for key, value in raw.items() if key != "sweep"}
+    bases = _read_specs(sweep.specs, path) if sweep.specs else {"": own}
+    rows, combinations = _rows(sweep.zip), _combinations(sweep.grid)
+    settings = []
+    for (spec, base), (row, together), (point, each) in itertools.product(bases.items(), rows, combinations):
+        changes = (*together, *each)
+        parts = tuple(part for part in (spec if len(bases) > 1 else "", row, *point) if part)
+        differences = {"spec": spec} if len(bases) > 1 else {}
+        differences |= {path: _text(value) for path, value in changes}
+        label = ", ".join(parts) or spec or file.name
+        settings.append(_Setting(label, parts, base, changes, differences))
+    return settings
+
+
+def _read_specs(specs: Sequence[str], study: Path) -> dict[str, dict[str, Any]]:
+    """The declarations by name; raises DeclarationError with every one that is not there, or elsewhere."""
+    found, problems = {}, []
+    for spec in specs:
+        try:
+            path = _spec_file(spec, study.resolve().parent)
+            found[path.stem if path.stem not in found else spec] = toml.read(path)
+        except DeclarationError as error:
+            problems += [f"{study}: sweep.specs: {problem}" for problem in error.problems]
+    if problems:
+        raise DeclarationError(problems)
+    return found
+
+
+def _spec_file(spec: str, folder: Path) -> Path:
+    """A zoo name's file, or one below `folder`: a study that was handed on reads nothing else."""
+    if spec in zoo.names():
+        return zoo.FOLDER / f"{spec}.toml"
+    path = (folder / spec).resolve() if "\0" not in spec else folder
+    if path.suffix == ".toml" and path.is_relative_to(folder) and path.is_file():
+        return path
+    raise DeclarationError(
+        f"expected a zoo name, or a TOML file below the study's folder; got {spec[:200]!r}{near(spec, zoo.names())}."
+    )
+
+
+def _rows(zipped: Mapping[str, Sequence[Any]]) -> list[tuple[str, list[tuple[str, Any]]]]:
+    """Label and values of each zipped row; one without values where nothing is zipped."""
+    paths = [path for path in zipped if path != "label"]
+    if not paths:
+        return [("", [])]
+    values = list(zip(*(zipped[path] for path in paths), strict=True))
+    varying = [i for i, path in enumerate(paths) if len({_text(value) for value in zipped[path]}) > 1]
+    named = {i: _named(paths, paths[i], zipped[paths[i]]) for i in varying or range(len(paths))}
+    made = [" ".join(texts[row] for texts in named.values()) for row in range(len(values))]
+    labels = zipped.get("label", made)
+    return [(label, list(zip(paths, row, strict=True))) for label, row in zip(labels, values, strict=True)]
+
+
+def _combinations(grid: Mapping[str, Sequence[Any]]) -> list[tuple[list[str], list[tuple[str, Any]]]]:
+    """Label parts and values of each combination, the last path varying fastest."""
+    paths = list(grid)
+    axes = [zip(_named(paths, path, grid[path]), grid[path], strict=True) for path in paths]
+    return [
+        ([name for name, _ in point], [(path, value) for path, (_, value) in zip(paths, point, strict=True)])
+        for point in itertools.product(*axes)
+    ]
+
+
+def _named(paths: Sequence[str], path: str, values: Sequence[Any]) -> list[str]:
+    """Short names of the values of a path: the kind of a table where kinds differ, else the end of the path = value."""
+    kinds = [value.get("kind") if isinstance(value, dict) else None for value in values]
+    if None not in kinds and len(set(map(str, kinds))) == len(values):
+        return [_short(str(kind)) for kind in kinds]
+    ends = [path.split(".")[-n:] for n in range(1, path.count(".") + 2)]
+    end = next((e for e in ends if sum(p.split(".")[-len(e) :] == e for p in paths) == 1), ends[-1])
+    return [_short(f"{'.'.join(end)}={_text(value)}") for value in values]
+
+
+def _text(value: Any) -> str:
+    """A value of TOML on one line."""
+    return value if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False)
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+# ---------------------------------------------------------------------- cases
+
+
+class _Problems:
+    """Problems with the cases that have them: one of all cases is told once."""
+
+    def __init__(self, origin: str, cases: int) -> None:
+        self.origin, self.cases = origin, cases
+        self.found: dict[str, list[str]] = {}
+
+    def add(self, case: str, problems: Sequence[str]) -> None:
+        for problem in problems:
+            cases = self.found.setdefault(problem, [])
+            cases += [case] if case not in cases else []  # seeds of a case have the same
+
+    def lines(self) -> list[str]:
+        lines = []
+        for problem, cases in self.found.items():
+            everywhere = len(cases) == self.cases and self.cases > 1
+            told = ["every case"] if everywhere else [f"case {case!r}" for case in cases]
+            lines += [f"{self.origin}: {case}: {problem}" for case in told]
+        more = [f"... and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else []
+        return lines[:SHOWN] + more
+
+
+def _cases(file: StudyFile, setting: _Setting, problems: _Problems) -> Iterator[Case]:
+    """The runs of a setting, seed by seed; what is wrong is the same for each, and noted once."""
+    try:
+        base = _experiment(file, setting)
+    except DeclarationError as error:
+        problems.add(setting.label, _bare(error))
+        return
+    for seed in file.sweep.seeds or (base.seed,):
+        experiment = base.with_changes({"seed": seed})
+        case = Case(setting.label, setting.parts, seed, FIRST, experiment, setting.differences)
+        yield case
+        for name in _stages(file.sweep, case):
+            try:
+                stage = _second_stage(file.sweep, case, name)
+            except DeclarationError as error:
+                problems.add(setting.label, [f"refit {name!r}: {problem}" for problem in _bare(error)])
+            else:
+                yield Case(case.label, case.parts, seed, name, stage, case.differences, case)
+
+
+def _bare(error: DeclarationError) -> list[str]:
+    """Problems without the origin that `_experiment` and `_second_stage` give them."""
+    return [problem.removeprefix("\0: ") for problem in error.problems]
+
+
+def _experiment(file: StudyFile, setting: _Setting) -> Experiment:
+    """The declaration with its values set; a run is called by study and label."""
+    raw: dict[str, Any] = copy.deepcopy(dict(setting.raw))
+    apply_overrides(raw, [(tuple(path.split(".")), copy.deepcopy(value)) for path, value in setting.changes])
+    name = file.name if setting.label == file.name else f"{file.name} {setting.label}"
+    found = Experiment.from_dict({**raw, "name": name[:250]}, origin="\0")
+    if isinstance(found.data, TensorSource | FrameSource):
+        raise DeclarationError(f"data.source: expected one that is read from files; got {found.data.source!r}.")
+    return found
+
+
+def _stages(sweep: Sweep, case: Case) -> Iterator[str]:
+    """The second stages of a first one: what its declaration asks for, then what the sweep does."""
+    if case.experiment.refit is not None:
+        yield SECOND
+    for refit in sweep.refits:
+        if not refit.of or {case.label, *case.parts} & set(refit.of):
+            yield refit.label
+
+
+def _second_stage(sweep: Sweep, case: Case, name: str) -> Experiment:
+    """Its declaration; raises DeclarationError where it changes more than priors and training."""
+    first = case.experiment
+    if name == SECOND:
+        stage = first.second_stage()
+        first.refitted(stage)
+        return stage
+    raw = first.model_dump(exclude_none=True, exclude_unset=True)
+    overrides = toml.flat(copy.deepcopy(next(refit.overrides for refit in sweep.refits if refit.label == name)))
+    apply_overrides(raw, [(tuple(path.split(".")), value) for path, value in overrides.items()])
+    return stage_of(first, Experiment.from_dict({**raw, "name": f"{first.name}, {name}"[:300]}, origin="\0"))
+
+
+def _require_distinct(cases: Sequence[Case], problems: _Problems) -> None:
+    """No two cases of one name, and none that declare the same."""
+    labels = Counter(case.key for case in cases)
+    for label in dict.fromkeys(label for (label, _, _), count in labels.items() if count > 1):
+        problems.add(label, ["expected a label of its own; got it twice. Name the rows with sweep.zip.label."])
+    first: dict[tuple[str, Case | None], Case] = {}
+    for case in cases:
+        other = first.setdefault((case.digest, case.parent), case)
+        if other is not case and other.label != case.label:
+            problems.add(case.label, [f"expected another declaration than {other.label!r}; got the same. Drop one."])
+        elif other is not case and other.stage != case.stage:
+            problems.add(
+                case.label, [f"expected {case.stage!r} to differ from {other.stage!r}; got the same. Drop one."]
+            )
+
+
+def _unknown_first_stages(sweep: Sweep, settings: Sequence[_Setting]) -> Iterator[str]:
+    known = sorted({name for setting in settings for name in (setting.label, *setting.parts)})
+    for i, refit in enumerate(sweep.refits):
+        for name in refit.of:
+            if name not in known:
+                told = ", ".join(map(repr, known[:20]))
+                yield f"sweep.refits.{i}.of: expected labels among {told}; got {name!r}{near(name, known)}."

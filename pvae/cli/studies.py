@@ -1,0 +1,76 @@
+"""The command study: everything that a study file declares, run and compared; and the work of its processes."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from pvae.cli.app import DATA_DIR, DEVICE, JSON, RUN_DIR, RUNS, app, beside, emit, say, tell
+
+
+@app.command()
+def study(
+    file: Annotated[str, typer.Argument(help="The name of a study (priors, discrete) or a TOML file with [sweep].")],
+    jobs: Annotated[int | None, typer.Option("--jobs", min=1, help="Processes at a time; cores / threads.")] = None,
+    threads: Annotated[int, typer.Option("--threads", min=1, help="Of each process.")] = 1,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the cases with their states, run nothing.")] = False,
+    out: Annotated[Path | None, typer.Option("--out", help="Also write CSV files: their path without suffix.")] = None,
+    device: DEVICE = "auto",
+    run_dir: RUN_DIR = RUNS,
+    data_dir: DATA_DIR = None,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
+    as_json: JSON = False,
+) -> None:
+    """Run a study: declarations, values and seeds in parallel processes; finished runs are recognised and kept."""
+    from pvae.component import load_plugins
+    from pvae.studies import study as run_study
+
+    load_plugins(report=lambda line: tell(line, err=True))
+    if dry_run:
+        _list(file, run_dir, as_json)
+        return
+    found = run_study(
+        file, run_dir=run_dir, data_dir=data_dir, device=device, jobs=jobs, threads=threads, progress=not quiet
+    )
+    if out is not None:
+        from pvae.analysis.study import csv
+        from pvae.files import write_atomic
+
+        write_atomic(beside(out, ".csv"), csv(found.to_frame()))
+        write_atomic(beside(out, "-summary.csv"), csv(found.summary()))
+    emit(found.to_dict()) if as_json else say(found)
+    for (case, seed, stage), error in found.failures.items():
+        tell(f"failed: {case}, {stage}, seed {seed}: {error}", err=True)
+    if found.failures:
+        raise typer.Exit(1)
+
+
+def _list(file: str, run_dir: Path, as_json: bool) -> None:
+    from pvae.cases import Declared
+    from pvae.studies import states
+
+    rows: list[dict[str, Any]] = [
+        {"case": case.label, "seed": case.seed, "stage": case.stage, "state": state, "run": run and str(run.path)}
+        for case, state, run in states(Declared.load(file), run_dir)
+    ]
+    if as_json:
+        emit(rows)
+        return
+    width = max(len(row["case"]) for row in rows)
+    for row in rows:
+        tell(f"{row['state']:9} {row['case']:{width}}  seed {row['seed']}  {row['stage']}  {row['run'] or ''}".rstrip())
+
+
+@app.command("study-work", hidden=True)
+def study_work() -> None:
+    """Do one piece of a study, read as JSON from standard input: what `pvae study` starts processes with."""
+    import json
+
+    from pvae.component import load_plugins
+    from pvae.runner import work
+
+    load_plugins(report=lambda line: tell(line, err=True))
+    work(json.load(sys.stdin))

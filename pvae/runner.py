@@ -1,0 +1,331 @@
+"""The runs of a study in independent processes: begun, gone on with, waited for, measured."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from subprocess import DEVNULL, Popen
+from typing import IO, TYPE_CHECKING, Any
+
+from pvae.cases import Case
+from pvae.component import IMPORTED
+from pvae.errors import DataError, Interrupted, OutputError
+from pvae.rundir import RunDirectory, folders, slug
+from pvae.shelf import Shelf, standing
+from pvae.spec import Experiment
+from pvae.sweep import SECOND, Measure
+
+if TYPE_CHECKING:
+    from types import FrameType
+
+    from filelock import FileLock
+
+ENTRY = "study-work"
+"""The command of a child process: it reads what to do from standard input."""
+POLL_SECONDS = 0.1
+LOOK_SECONDS = 2.0
+"""Between two looks at what another process holds."""
+DONE = frozenset(["finished", "found", "failed", "stopped"])
+CLAIMS = ".studies"
+
+
+# ---------------------------------------------------------------------- tasks
+
+
+@dataclass
+class Task:
+    """The work of one process: a first stage with the second that it declares, or a second stage of the study."""
+
+    cases: tuple[Case, ...]
+    state: str = "waiting"
+    doing: str = ""
+    """fit, resume, refit or measure, while it is running."""
+    error: str = ""
+    """The last line of a failed process."""
+    process: Popen[bytes] | None = None
+    told: IO[bytes] | None = None
+    claim: FileLock | None = None
+    looked: float = field(default=-1e9)
+
+    @property
+    def case(self) -> Case:
+        """The first of its cases."""
+        return self.cases[0]
+
+    @property
+    def title(self) -> str:
+        """What it works on, in words."""
+        return self.case.title
+
+    def now(self, root: Path) -> Mapping[str, Any]:
+        """The status of the run that its process works on; {} before it has one."""
+        for case in reversed(self.cases) if self.process is not None else ():
+            for path in reversed(folders(root / slug(case.experiment.name))):
+                with suppress(DataError):
+                    status = RunDirectory(path).status()
+                    if self.process is not None and status.get("pid") == self.process.pid:
+                        return status
+        return {}
+
+
+def tasks_of(cases: Sequence[Case]) -> list[Task]:
+    """One task for each first stage and each second stage of the sweep, in order."""
+    second = {case.parent: case for case in cases if case.stage == SECOND}
+    return [
+        Task((case, *([second[case]] if case in second else ()))) for case in cases if case.stage != SECOND
+    ]  # fmt: skip
+
+
+class Runner:
+    """Works tasks off in processes of their own, at most `jobs` at a time.
+
+    Arguments:
+        tasks: what there is to do.
+        root: where runs are kept.
+        data_dir: where to look for data first.
+        device: as in `fit`.
+        jobs: processes at a time.
+        threads: of each process.
+        measure: what is measured of a finished run.
+        on_change: called with the tasks after every look at them.
+        origin: what `pvae study` was given, to say how to go on.
+    """
+
+    def __init__(
+        self,
+        tasks: Sequence[Task],
+        root: Path,
+        *,
+        data_dir: Path | None,
+        device: str,
+        jobs: int,
+        threads: int,
+        measure: Measure,
+        on_change: Callable[[Sequence[Task]], None],
+        origin: str,
+    ) -> None:
+        self.tasks, self.root, self.data_dir, self.device = tasks, root, data_dir, device
+        self.jobs, self.threads, self.measure = jobs, threads, measure
+        self.on_change, self.origin = on_change, origin
+        self.shelf = Shelf(root)
+        self.signal: int | None = None
+
+    def run(self) -> None:
+        """Until every task is finished or failed; raises Interrupted where a signal stopped it."""
+        with self._signals():
+            try:
+                while any(task.state not in DONE for task in self.tasks):
+                    self._look()
+                    self.on_change(self.tasks)
+                    time.sleep(POLL_SECONDS)
+            finally:
+                self._end_all()
+        if self.signal is not None:
+            done = sum(task.state in ("finished", "found") for task in self.tasks)
+            raise Interrupted(
+                f"{signal.Signals(self.signal).name}: {done} of {len(self.tasks)} cases are finished; those under way "
+                f"wrote checkpoints. Go on with: pvae study {self.origin}",
+                self.signal,
+            )
+
+    def _look(self) -> None:
+        for task in self.tasks:
+            if task.process is not None and task.process.poll() is not None:
+                self._ended(task)
+        for task in self.tasks:
+            if self.signal is not None and task.state in ("waiting", "held"):
+                task.state = "stopped"
+            free = sum(other.process is not None for other in self.tasks) < self.jobs
+            due = time.monotonic() - task.looked > (LOOK_SECONDS if task.state == "held" else 0)
+            if free and due and task.state in ("waiting", "held"):
+                self._try(task)
+
+    def _try(self, task: Task) -> None:
+        """Begin a task, unless its first stage is missing or another process has it."""
+        if task.case.parent is not None and not self._is_ready(task, task.case.parent):
+            return
+        task.looked = time.monotonic()
+        try:
+            task.claim = self._claim(task)
+            job = None if task.claim is None else self._job(task)
+            if job is None:
+                task.state = "held" if task.state != "found" else task.state
+            else:
+                self._start(task, job)
+        except (DataError, OutputError) as problem:
+            task.state, task.error = "failed", str(problem).splitlines()[0]
+        finally:
+            if task.process is None:
+                self._let_go(task)
+
+    def _is_ready(self, task: Task, parent: Case) -> bool:
+        """Whether the first stage is finished; where it failed the second fails with it."""
+        first = next(other for other in self.tasks if other.case is parent)
+        if first.state == "failed":
+            task.state, task.error = "failed", "its first stage failed"
+        return first.state in ("finished", "found")
+
+    def _claim(self, task: Task) -> FileLock | None:
+        """The right to work on a case in this run folder; None while another study has it."""
+        from filelock import FileLock, Timeout
+
+        name = hashlib.sha256("".join(c.digest for c in (task.case, task.case.parent) if c).encode()).hexdigest()[:32]
+        try:
+            (self.root / CLAIMS).mkdir(parents=True, exist_ok=True)
+            lock = FileLock(self.root / CLAIMS / f"{name}.lock", timeout=0)
+            lock.acquire()
+        except Timeout:
+            return None
+        except (OSError, NotImplementedError) as problem:
+            raise OutputError(f"{self.root}: expected a folder to keep runs in; got {problem}.") from problem
+        return lock
+
+    def _job(self, task: Task) -> dict[str, Any] | None:
+        """What is left to do of a task that this process has claimed; None while a run of it is held, or nothing is."""
+        runs = [self.shelf.best(case) for case in task.cases]
+        states = ["" if run is None else standing(run) for run in runs]
+        if "held" in states:
+            return None
+        if set(states) == {"finished"}:
+            from pvae.analysis.study import kept
+
+            if all(run is not None and kept(run, self.measure) for run in runs):
+                task.state = "found"
+                return None
+            return self._told("measure", run=runs[-1])
+        if runs[0] is not None:
+            going_on = runs[-1] if states[-1] == "stopped" else runs[0]
+            return self._told("resume", run=runs[0], like=going_on)
+        if task.case.parent is None:
+            return self._told("fit", spec=task.case.experiment)
+        return self._told("refit", run=self.shelf.best(task.case.parent), spec=task.case.experiment)
+
+    def _told(
+        self,
+        kind: str,
+        *,
+        run: RunDirectory | None = None,
+        spec: Experiment | None = None,
+        like: RunDirectory | None = None,
+    ) -> dict[str, Any]:
+        """A job as a child process reads it; a run goes on with the threads and the device that it had."""
+        had = {} if like is None else like.manifest
+        return {
+            "kind": kind,
+            "run": None if run is None else str(run.path),
+            "spec": None if spec is None else spec.to_toml(),
+            "run_dir": str(self.root),
+            "data_dir": None if self.data_dir is None else str(self.data_dir),
+            "device": had.get("device", self.device),
+            "threads": had.get("threads", self.threads),
+            "measure": self.measure.model_dump(exclude_none=True),
+        }
+
+    def _start(self, task: Task, job: Mapping[str, Any]) -> None:
+        threads = str(job["threads"])
+        environment = {**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
+        command = [sys.executable, "-m", "pvae", *(f"--import={name}" for name in IMPORTED), ENTRY]
+        task.told = tempfile.TemporaryFile()
+        with tempfile.TemporaryFile() as written:
+            written.write(json.dumps(job).encode())
+            written.seek(0)
+            # A session of its own: a terminal's Ctrl-C reaches this process alone, which passes it on once.
+            task.process = Popen(
+                command, stdin=written, stdout=DEVNULL, stderr=task.told, env=environment,
+                start_new_session=True,
+            )  # fmt: skip
+        task.state, task.doing = "running", str(job["kind"])
+
+    def _ended(self, task: Task) -> None:
+        process, told = task.process, task.told
+        assert process is not None  # noqa: S101 - the caller has asked
+        assert told is not None  # noqa: S101
+        code = process.wait()
+        if code == 0:
+            task.state = "finished"
+        elif self.signal is not None:
+            task.state = "stopped"
+        else:
+            task.state, task.error = "failed", _last_line(told) or f"its process ended with {code}"
+        told.close()
+        task.process = task.told = None
+        self._let_go(task)
+
+    def _let_go(self, task: Task) -> None:
+        if task.claim is not None:
+            task.claim.release()
+            task.claim = None
+
+    def _end_all(self) -> None:
+        """On the way out of an error: nothing goes on unseen."""
+        running = [task for task in self.tasks if task.process is not None]
+        self._pass_on(signal.SIGTERM)
+        for task in running:
+            self._ended(task)
+
+    def _pass_on(self, number: int) -> None:
+        for task in self.tasks:
+            if task.process is not None:
+                task.process.send_signal(number)
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        """Pass signals on to the processes: the first lets them write checkpoints, a second ends them at once."""
+        old: dict[int, Any] = {}
+        if threading.current_thread() is threading.main_thread():
+            old = {int(n): signal.signal(n, self._note) for n in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in old.items():
+                signal.signal(number, handler)
+
+    def _note(self, number: int, _frame: FrameType | None) -> None:
+        self.signal = number
+        self._pass_on(number)
+
+
+def _last_line(told: IO[bytes]) -> str:
+    """The last line that says something, of the end of a file."""
+    told.seek(0, os.SEEK_END)
+    told.seek(max(0, told.tell() - 8192))
+    lines = [line for line in told.read().decode(errors="replace").splitlines() if line.strip()]
+    return lines[-1].strip()[:1000] if lines else ""
+
+
+# ---------------------------------------------------------------------- in the child process
+
+
+def work(job: Mapping[str, Any]) -> None:
+    """Do one job of a study in this process: fit, resume, refit or nothing, then measure what is finished."""
+    import torch
+
+    from pvae.analysis.study import figures
+    from pvae.run import Run
+    from pvae.svi import fit, fit_stage, resume
+
+    torch.set_num_threads(int(job["threads"]))
+    root, device = Path(job["run_dir"]), str(job["device"])
+    spec = None if job["spec"] is None else Experiment.from_toml(job["spec"])
+    run = None if job["run"] is None else Run.load(job["run"], root=root, data_dir=job["data_dir"])
+    if job["kind"] == "resume" and run is not None:
+        run = resume(run, device=device, progress=False)
+    elif run is not None and spec is not None:
+        run = fit_stage(run, spec, root, device, progress=False)
+    elif spec is not None:
+        run = fit(spec, run_dir=root, data_dir=job["data_dir"], device=device, progress=False)
+    measure = Measure.model_validate(job["measure"])
+    while run is not None:
+        figures(run, measure)
+        parent = (run.files.manifest.get("parent") or {}).get("run")
+        run = None if parent is None else Run.load(parent, root=root, data_dir=job["data_dir"])

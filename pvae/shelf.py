@@ -1,0 +1,80 @@
+"""Runs found again by what they declare, whatever they are called."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from pvae import checkpoint
+from pvae.cases import Case
+from pvae.errors import DataError, DeclarationError
+from pvae.run import Run
+from pvae.rundir import RunDirectory, folders, is_stale
+from pvae.spec import Experiment
+from pvae.svi import parent_of
+
+RANKS = ("finished", "held", "stopped")
+"""What a run is worth to a case, the best first."""
+
+
+def standing(run: RunDirectory) -> str:
+    """How a run stands: finished, held (a process works on it), stopped (it can be gone on with), or void.
+
+    Raises:
+        DataError: its files are damaged.
+    """
+    manifest, status = run.manifest, run.status()
+    if status.get("state") == "finished":
+        return "finished"
+    if status.get("state") == "running" and not is_stale(status):
+        return "held"
+    begun = manifest.get("parent") is None or checkpoint.newest_first(run.path / "checkpoints")
+    return "stopped" if "engine" in manifest and begun else "void"
+
+
+class Shelf:
+    """The runs below a folder by what they declare; one whose files are damaged is passed over."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.known: dict[Path, tuple[int, tuple[str, Any]]] = {}
+
+    def best(self, case: Case) -> RunDirectory | None:
+        """The run of a case that is furthest: finished, else held, else stopped; the newest of these.
+
+        A second stage has the first that it is said to have, as far as that was trained.
+        """
+        parent: Mapping[str, Any] | None = None
+        if case.parent is not None:
+            first = self.best(case.parent)
+            if first is None or standing(first) != "finished":
+                return None
+            parent = parent_of(Run(first))
+        found: list[tuple[int, RunDirectory]] = []
+        for run in self._newest_first():
+            with suppress(DataError, DeclarationError):
+                if self._declared(run) == (case.digest, parent) and (state := standing(run)) in RANKS:
+                    found.append((RANKS.index(state), run))
+        return min(found, key=lambda ranked: ranked[0])[1] if found else None
+
+    def _newest_first(self) -> Iterator[RunDirectory]:
+        paths = [path for name in folders(self.root) for path in folders(name)]
+        yield from map(RunDirectory, sorted(paths, key=lambda path: path.name, reverse=True))
+
+    def _declared(self, run: RunDirectory) -> tuple[str, Any]:
+        """Digest and parent of a run, read once: its declaration is replaced where it changes, never written into."""
+        try:
+            age = (run.path / "spec.toml").lstat().st_mtime_ns
+        except OSError:
+            return "", None
+        known = self.known.get(run.path)
+        if known is not None and known[0] == age:
+            return known[1]
+        manifest = run.manifest
+        if manifest.get("declared") is not True:  # a pair written by hand, or a run that has not begun
+            return "", None
+        declared = Experiment.from_toml(run.spec_text).digest(), manifest.get("parent")
+        self.known[run.path] = age, declared
+        return declared

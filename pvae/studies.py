@@ -1,0 +1,227 @@
+"""`pvae.study`: run what a study file declares, and read it off as tables."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+from pvae.cases import Case, Declared
+from pvae.errors import DeclarationError, printable
+from pvae.run import Run
+from pvae.rundir import RunDirectory
+from pvae.runner import DONE, Runner, Task, tasks_of
+from pvae.shelf import Shelf, standing
+
+if TYPE_CHECKING:
+    import pandas
+    from rich.table import Table
+
+Key = tuple[str, int, str]
+"""Label of the case, seed, stage (`fit`, `refit`, or the label of a `[[sweep.refits]]`)."""
+
+
+@dataclass(frozen=True)
+class Study:
+    """A study that has been run: its finished runs, and why the others failed."""
+
+    declared: Declared
+    finished: Mapping[Key, RunDirectory]
+    failures: Mapping[Key, str]
+    """The last line that a failed case said."""
+    data_dir: Path | None = None
+
+    @cached_property
+    def runs(self) -> dict[Key, Run]:
+        """The finished runs by (label, seed, stage), in the order of the study."""
+        return {key: Run(files, data_dir=self.data_dir) for key, files in self.finished.items()}
+
+    def to_frame(self) -> pandas.DataFrame:
+        """One row per finished run.
+
+        Columns: `case`, `seed`, `stage`; a column for each dotted path that was set; of the test split `elbo`,
+        `reconstruction`, `kl`, `mutual_information`, `marginal_kl` (estimates) and `iwae` (a lower bound of log p(x)),
+        of the training split `train_elbo` and so on, each with its Monte Carlo error `<figure>_error`, in nats per
+        datum; `seconds` of training; `run`, the folder. NaN where a figure is not defined.
+        """
+        from pvae.analysis.study import figures, frame, row_of  # here, because analysis stands above
+
+        rows = []
+        for case in self.declared.cases:
+            if case.key in self.runs:
+                run = self.runs[case.key]
+                names = {"case": case.label, "seed": case.seed, "stage": case.stage, **case.differences}
+                rows.append({**names, **row_of(figures(run, self.declared.measure)), "run": str(run.path)})
+        return frame(rows)
+
+    def summary(self) -> pandas.DataFrame:
+        """One row per case and stage: the mean of each figure over seeds, and `<figure>_error`, its standard error.
+
+        The error is the deviation between seeds by the root of their number; NaN for a single seed.
+        """
+        from pvae.analysis.study import summary
+
+        return summary(self.to_frame())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers and strings, for JSON; what is not defined is NaN here and null there."""
+        return {
+            "study": self.declared.name,
+            "description": self.declared.description,
+            "unit": "nats per datum",
+            "runs": self.to_frame().to_dict("records"),
+            "summary": self.summary().to_dict("records"),
+            "failures": [{**_names(key), "error": error} for key, error in self.failures.items()],
+        }
+
+    def __rich__(self) -> Table:
+        from pvae.analysis.study import table
+
+        return table(self.summary(), self.declared.name)
+
+    def __str__(self) -> str:
+        return self.summary().to_string(index=False, float_format="{:.4f}".format)
+
+
+def _names(key: Key) -> dict[str, Any]:
+    return dict(zip(("case", "seed", "stage"), key, strict=True))
+
+
+def study(
+    file: str | Path,
+    *,
+    run_dir: str | Path = "runs",
+    data_dir: str | Path | None = None,
+    device: str = "auto",
+    jobs: int | None = None,
+    threads: int = 1,
+    progress: bool = True,
+) -> Study:
+    """Run every case of a study in processes of its own, and measure each.
+
+    A run in `run_dir` that declares the same as a case (all but name and description) is the case's run: a finished one
+    is taken as it is, an interrupted one gone on with, one that another process works on waited for. A case that fails
+    stops no other. Figures are kept in the folder of each run, so that a second call costs nothing.
+
+    Arguments:
+        file: the name of a study that comes with pvae, or a TOML file with a table `[sweep]`.
+        run_dir: where runs are kept.
+        data_dir: where to look for data first.
+        device: "auto", "cpu" or "cuda"; a run that is gone on with stays where it was.
+        jobs: processes at a time; by default as many as there are cores for `threads` each.
+        threads: of each process; a run that is gone on with keeps its own number.
+        progress: show a table on a terminal, a line for each change elsewhere.
+
+    Returns:
+        Study, with the finished runs, and for each failed case the last line of its process.
+
+    Raises:
+        DeclarationError: the study is wrong; every problem of every case, before anything runs.
+        Interrupted: a signal arrived; processes under way wrote checkpoints. The same call goes on.
+
+    Example:
+        found = pvae.study("priors")
+        print(found.summary()[["case", "stage", "elbo", "elbo_error", "marginal_kl"]])
+    """
+    declared = Declared.load(file)
+    for name, given in (("jobs", jobs), ("threads", threads)):
+        if given is not None and given < 1:
+            raise DeclarationError(f"{name}: expected at least 1; got {given}.")
+    root = Path(run_dir)
+    tasks = tasks_of(declared.cases)
+    with Board(declared.name, root, show=progress) as board:
+        Runner(
+            tasks, root, data_dir=None if data_dir is None else Path(data_dir), device=device,
+            jobs=jobs or max(1, _cores() // threads), threads=threads, measure=declared.measure,
+            on_change=board.update, origin=declared.origin,
+        ).run()  # fmt: skip
+    return _read(declared, root, tasks, None if data_dir is None else Path(data_dir))
+
+
+def _cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _read(declared: Declared, root: Path, tasks: Sequence[Task], data_dir: Path | None) -> Study:
+    shelf = Shelf(root)
+    failures = {case.key: task.error for task in tasks if task.state == "failed" for case in task.cases}
+    found = {case.key: shelf.best(case) for case in declared.cases if case.key not in failures}
+    finished = {key: run for key, run in found.items() if run is not None and standing(run) == "finished"}
+    return Study(declared, finished, failures, data_dir)
+
+
+def states(declared: Declared, root: Path) -> list[tuple[Case, str, RunDirectory | None]]:
+    """Every case with its state (finished, held, stopped, or to do) and its run, without running anything."""
+    shelf, found = Shelf(root), []
+    for case in declared.cases:
+        run = shelf.best(case)
+        found.append((case, "to do" if run is None else standing(run), run))
+    return found
+
+
+class Board:
+    """How a study goes: a table that changes on a terminal, a line for each change elsewhere, or nothing."""
+
+    def __init__(self, name: str, root: Path, *, show: bool = True) -> None:
+        self.name, self.root, self.show = name, root, show
+        self.live: Any = None
+        self.told: dict[int, str] = {}
+
+    def __enter__(self) -> Self:
+        if self.show and sys.stderr.isatty():
+            from rich.console import Console
+            from rich.live import Live
+
+            self.live = Live(console=Console(stderr=True), refresh_per_second=2, transient=True)
+            self.live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.live is not None:
+            self.live.stop()
+
+    def update(self, tasks: Sequence[Task]) -> None:
+        """Say what has changed since the last call."""
+        if self.live is not None:
+            self.live.update(self.table(tasks))
+        elif self.show:
+            for i, task in enumerate(tasks):
+                line = told(task)
+                if task.state != "waiting" and self.told.get(i) != line:
+                    self.told[i] = line
+                    print(printable(f"{self.name}: {task.title}: {line}"), file=sys.stderr, flush=True)
+
+    def table(self, tasks: Sequence[Task]) -> Table:
+        """What is under way and what failed, with a count of the rest."""
+        from rich.table import Table
+        from rich.text import Text
+
+        done = sum(task.state in DONE for task in tasks)
+        drawn = Table(title=Text(printable(f"{self.name}: {done} of {len(tasks)}")))
+        for column in ("case", "state", "epoch", "ELBO"):
+            drawn.add_column(column, justify="left" if column in ("case", "state") else "right")
+        for task in tasks:
+            if task.state in ("running", "held", "failed"):
+                status = task.now(self.root) if task.state == "running" else {}
+                epoch = f"{status['epoch']}/{status.get('epochs')}" if "epoch" in status else ""
+                elbo = status.get("elbo")
+                figure = f"{elbo:.2f}" if isinstance(elbo, float) else ""
+                drawn.add_row(Text(printable(task.title)), Text(printable(told(task))), Text(epoch), figure)
+        return drawn
+
+
+def told(task: Task) -> str:
+    """The state of a task in words."""
+    words = {
+        "running": task.doing, "held": "waiting for another process that has it", "failed": f"failed: {task.error}",
+        "found": "finished before", "stopped": "stopped",
+    }  # fmt: skip
+    return words.get(task.state, task.state)

@@ -1,0 +1,160 @@
+"""Studies as they are declared: a `[sweep]` over declarations, values and seeds."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterator, Sequence
+from math import prod
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field, ValidationError, field_validator
+
+from pvae.component import Names, Section, Table
+from pvae.errors import DeclarationError, near
+from pvae.spec import describe
+from pvae.toml import flat
+
+FOLDER = Path(__file__).parent / "analysis" / "studies"
+"""Where the studies that come with pvae lie."""
+MOST = 1000
+"""Runs of one study."""
+FIRST, SECOND = "fit", "refit"
+"""The stage of a run that fits a model, and of the second stage that its own declaration asks for."""
+
+Values = Annotated[tuple[Any, ...], Field(strict=False, min_length=1, max_length=MOST)]
+Seeds = Annotated[tuple[Annotated[int, Field(ge=0, lt=2**32)], ...], Field(strict=False, max_length=MOST)]
+Label = Annotated[str, Field(min_length=1, max_length=100)]
+
+
+class SecondStage(Section):
+    """Another prior, fitted to finished first stages that stay as they are."""
+
+    label: Label
+    of: Names = ()
+    """Which cases: their labels, or parts of them; all unless said."""
+    overrides: dict[str, Any] = Field(min_length=1)
+    """The new priors and how they are trained, as `pvae refit` takes them."""
+
+
+class Measure(Section):
+    """What is measured of every finished run."""
+
+    samples: int = Field(default=1, gt=0)
+    """Draws per datum of the surgeries of train and test."""
+    evidence: int = Field(default=500, ge=0)
+    """Importance samples per test datum; 0 leaves IWAE out."""
+    rows: int | None = Field(default=None, gt=1)
+    """At most this many rows of each split, drawn once at random; all unless said."""
+
+
+class Sweep(Section):
+    """What varies: every declaration, row and combination, under every seed."""
+
+    specs: Names = Field(default=(), max_length=MOST)
+    """Zoo names, or TOML files below the study's folder; the study's own declaration unless said."""
+    seeds: Seeds = ()
+    """The declaration's own unless said."""
+    grid: dict[str, Values] = {}
+    """Values of dotted paths; every combination is a case."""
+    zip: dict[str, Values] = {}
+    """Values of dotted paths that go together, row by row; `label` names the rows."""
+    refits: Annotated[tuple[Table[SecondStage], ...], Field(strict=False, max_length=100)] = ()
+    measure: Table[Measure] = Measure()
+
+    @field_validator("grid", "zip", mode="before")
+    @classmethod
+    def _dotted(cls, raw: Any) -> Any:
+        """A path is one quoted key, or tables within tables: the list of values is where it ends."""
+        return flat(raw) if isinstance(raw, dict) else raw
+
+
+class StudyFile(Section):
+    """What a study file holds beside the declaration that it sweeps."""
+
+    name: str = Field(min_length=1, max_length=100)
+    description: str = ""
+    sweep: Table[Sweep]
+
+
+def names() -> list[str]:
+    """Names of the studies that come with pvae, sorted."""
+    return sorted(path.stem for path in FOLDER.glob("*.toml"))
+
+
+def find(name_or_file: str) -> Path:
+    """The file that the name of a study or a path means; raises DeclarationError, with near names, for neither."""
+    if name_or_file in names():
+        return FOLDER / f"{name_or_file}.toml"
+    path = Path(name_or_file)
+    if path.is_file():
+        return path
+    raise DeclarationError(
+        f"{name_or_file}: expected a study ({', '.join(names())}) or a TOML file with a table [sweep]; "
+        f"got neither{near(name_or_file, names())}."
+    )
+
+
+# ---------------------------------------------------------------------- the file
+
+
+def validated(raw: dict[str, Any], origin: str) -> StudyFile:
+    """The study's own keys; raises DeclarationError with every problem of them."""
+    if "sweep" not in raw:
+        raise DeclarationError(f"{origin}: sweep: expected a table; got none. Fit one experiment with: pvae fit FILE.")
+    own = {key: value for key, value in raw.items() if key in StudyFile.model_fields}
+    try:
+        file = StudyFile.model_validate(own)
+    except ValidationError as error:
+        raise DeclarationError([f"{origin}: {describe(e, own, StudyFile)}" for e in error.errors()]) from None
+    foreign = sorted(raw.keys() - StudyFile.model_fields.keys()) if file.sweep.specs else []
+    problems = [f"{key}: expected in the files of sweep.specs; got it beside them. Move it there." for key in foreign]
+    problems += _problems(file.sweep)
+    if problems:
+        raise DeclarationError([f"{origin}: {problem}" for problem in problems])
+    return file
+
+
+def _problems(sweep: Sweep) -> Iterator[str]:
+    """What is wrong between the keys of a sweep."""
+    lengths = {path: len(values) for path, values in sweep.zip.items()}
+    if len(set(lengths.values())) > 1:
+        told = ", ".join(f"{path} {length}" for path, length in lengths.items())
+        yield f"sweep.zip: expected lists of one length; got {told}."
+    if set(lengths) == {"label"}:
+        yield "sweep.zip: expected what the labels are of; got labels alone. Add a dotted path with its values."
+    yield from _label_problems(sweep.zip.get("label", ()))
+    for name in ("specs", "seeds"):
+        if len(set(given := getattr(sweep, name))) < len(given):
+            yield f"sweep.{name}: expected each once; got {list(given)}. Leave out the repeated ones."
+    refits = [stage.label for stage in sweep.refits]
+    if len({*refits, FIRST, SECOND}) < len(refits) + 2:
+        yield f"sweep.refits: expected labels of their own, none {FIRST!r} or {SECOND!r}; got {refits}. Rename one."
+    yield from _path_problems(sweep)
+    rows, combinations = max(lengths.values(), default=1), prod(len(values) for values in sweep.grid.values())
+    counts = (len(sweep.specs) or 1, rows, combinations, len(sweep.seeds) or 1, 1 + len(sweep.refits))
+    if prod(counts) > MOST:
+        told = "{} specs x {} rows x {} combinations x {} seeds x {} stages".format(*counts)
+        yield f"sweep: expected at most {MOST} runs; got {prod(counts)} ({told}). Split the study."
+
+
+def _label_problems(labels: Sequence[Any]) -> Iterator[str]:
+    wrong = [label for label in labels if not isinstance(label, str) or not 0 < len(label) <= 100]
+    if wrong:
+        yield f"sweep.zip.label: expected texts of 1 to 100 characters; got {json.dumps(wrong[0], default=str)[:60]}."
+    elif len(set(labels)) < len(labels):
+        yield f"sweep.zip.label: expected a name of its own for each row; got {list(labels)}. Rename one."
+
+
+def _path_problems(sweep: Sweep) -> Iterator[str]:
+    """What cannot be swept, or is swept twice."""
+    paths = [("grid", path) for path in sweep.grid] + [("zip", path) for path in sweep.zip if path != "label"]
+    for table, path in paths:
+        root = path.partition(".")[0]
+        if root in ("name", "description", "sweep", "seed", "label") or not all(path.split(".")):
+            advice = "Use sweep.seeds." if root == "seed" else "Write it as an override has it, train.epochs."
+            yield f"sweep.{table}: expected a dotted path of the declaration; got {path!r}. {advice}"
+    for (one, first), (two, second) in itertools.combinations(paths, 2):
+        if f"{first}.".startswith(f"{second}.") or f"{second}.".startswith(f"{first}."):
+            yield f"sweep.{two}: expected paths apart from each other; got {second!r} beside {first!r} of sweep.{one}."

@@ -1,0 +1,534 @@
+"""Exporters: what is read back is what the metrics say, once for each step; whatever fails stops nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import struct
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from mlflow.exceptions import MlflowException
+from mlflow.tracking import MlflowClient
+from tensorboardX.proto.event_pb2 import Event
+from tensorboardX.record_writer import masked_crc32c
+
+from pvae import exporters
+from pvae.cli import main
+from pvae.data import Dataset
+from pvae.errors import BusyError, DataError, DeclarationError, MissingExtraError, StorageError
+from pvae.exporters import KINDS, MLflow, TensorBoard, export, exporting, safe_key
+from pvae.run import Run
+from pvae.rundir import RunDirectory
+from pvae.spec import Experiment
+from pvae.svi import fit, refit, resume
+
+TINY = (
+    "train.epochs=3", "train.batch_size=20", "train.engine=eager", "train.schedule=constant", "latents.z.dim=2",
+    "encoder.network.hidden=[8]", "decoder.network.hidden=[8]",
+)  # fmt: skip
+HOSTILE = (
+    "<script>alert(1)</script>", r"$\foo$", "=cmd|' /C calc'!A0", "[red]", "\x1b[31m", "\u202e", "../../x", "a" * 300,
+    "a" * 301, "\ud800", "a//b", "", ".", "kl/z", "kl.z", "é",
+)  # fmt: skip
+THEIRS = "tags.`pvae.id` = '{}'"
+Points = dict[tuple[str, int], list[float]]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def tracking(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """One SQLite store for all tests: making one takes seconds."""
+    folder = tmp_path_factory.mktemp("tracking")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder / 'mlflow.db'}")
+        patch.setenv("MLFLOW_LOGGING_LEVEL", "ERROR")
+        patch.chdir(folder)  # a store that is named says itself where its files go: here ./mlruns
+        yield os.environ["MLFLOW_TRACKING_URI"]
+
+
+def tiny(root: Path, *overrides: str, **options: Any) -> Run:
+    data = Dataset.from_tensors(torch.rand(80, 6, generator=torch.Generator().manual_seed(0)).round())
+    return fit(Experiment.load("vae", [*TINY, *overrides]), data=data, run_dir=root, progress=False, **options)
+
+
+def again(run: Run, *overrides: str, **options: Any) -> Run:
+    return resume(Run.load(run.path, data=run.data), *overrides, allow_changes=True, progress=False, **options)
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return tiny(tmp_path_factory.mktemp("plain"))
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return tiny(tmp_path_factory.mktemp("exported"), export=("tensorboard", "mlflow"))
+
+
+@pytest.fixture
+def made(tmp_path: Path) -> RunDirectory:
+    """A run directory of two rows, without any fit behind it."""
+    files = RunDirectory.create(tmp_path, "made")
+    files.write_spec('name = "made"\n[train]\nepochs = 3\n')
+    files.update_status(state="finished", step=20, epoch=2, elbo=-2.0, skipped=0, seconds=2.0)
+    for epoch in (1, 2):
+        log(files, epoch, -float(epoch))
+    return files
+
+
+def log(files: RunDirectory, epoch: int, elbo: float, **more: Any) -> None:
+    files.log_metrics(
+        {"epoch": epoch, "step": 10 * epoch, "seconds": float(epoch), "split": "train", "elbo": elbo, **more}
+    )
+
+
+# ---------------------------------------------------------------------- reading back
+
+
+def events(files: RunDirectory) -> list[Event]:
+    """All events of all event files, every checksum compared."""
+    found = []
+    for path in sorted((files.path / "exports" / "tensorboard").iterdir()):
+        content = path.read_bytes()
+        while content:
+            (size,) = struct.unpack("<Q", content[:8])
+            data = content[12 : 12 + size]
+            assert struct.unpack("<I", content[8:12])[0] == masked_crc32c(content[:8])
+            assert struct.unpack("<I", content[12 + size : 16 + size])[0] == masked_crc32c(data)
+            found.append(Event.FromString(data))
+            content = content[16 + size :]
+    return found
+
+
+def summaries(files: RunDirectory) -> list[tuple[Event, Any]]:
+    return [(event, value) for event in events(files) for value in event.summary.value]
+
+
+def scalars(files: RunDirectory) -> Points:
+    found: Points = {}
+    for event, value in summaries(files):
+        if value.WhichOneof("value") == "simple_value":
+            found.setdefault((value.tag, event.step), []).append(value.simple_value)
+    return found
+
+
+def texts(files: RunDirectory) -> dict[str, str]:
+    return {v.tag: v.tensor.string_val[0].decode() for _, v in summaries(files) if v.WhichOneof("value") == "tensor"}
+
+
+def mlflow_runs(files: RunDirectory) -> list[Any]:
+    """The MLflow runs of a run, the one that holds last."""
+    client = MlflowClient()
+    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+    found = client.search_runs(experiments, THEIRS.format(files.path.name))
+    return sorted(found, key=lambda run: "pvae.superseded" not in run.data.tags)
+
+
+def metrics(files: RunDirectory) -> Points:
+    run, client = mlflow_runs(files)[-1], MlflowClient()
+    found: Points = {}
+    for key in run.data.metrics:
+        for metric in client.get_metric_history(run.info.run_id, key):
+            found.setdefault((metric.key, metric.step), []).append(metric.value)
+    return found
+
+
+def wanted(files: RunDirectory, cls: type[TensorBoard] | type[MLflow]) -> Points:
+    """What the metrics say, by the names that an exporter gives them; figures of the whole run left out."""
+    name = cls(files).key
+    return {
+        (name(row["split"], term), row["step"]): [float(value)]
+        for row in files.metrics_rows()
+        for term, value in row.items()
+        if term not in ("step", "seconds", "split") and value is not None
+    }
+
+
+def of_rows(points: Points) -> Points:
+    return {key: value for key, value in points.items() if not key[0].startswith("last/")}
+
+
+def assert_exported(files: RunDirectory) -> None:
+    """Both hold the metrics and nothing else, every point once."""
+    assert of_rows(metrics(files)) == wanted(files, MLflow)
+    found = of_rows(scalars(files))
+    assert found == {k: pytest.approx(v, rel=1e-6) for k, v in wanted(files, TensorBoard).items()}
+
+
+def complaints(files: RunDirectory) -> list[str]:
+    """The alerts of exporters."""
+    return [alert for alert in files.alerts() if alert.startswith("Expected to export to ")]
+
+
+# ---------------------------------------------------------------------- what is exported
+
+
+def test_the_metrics_are_read_back(exported: Run) -> None:
+    assert_exported(exported.files)
+    step, elbo = exported.files.status()["step"], exported.files.status()["elbo"]
+    assert ("validation/elbo", step) in scalars(exported.files)
+    assert metrics(exported.files)["last/elbo", step] == [elbo]
+    assert scalars(exported.files)["last/elbo", step] == [pytest.approx(elbo)]
+    assert ("train/kl/z", step) in scalars(exported.files)
+    assert ("train/kl.z", step) in metrics(exported.files)
+    assert complaints(exported.files) == []
+
+
+def test_parameters_and_tags_are_read_back(exported: Run) -> None:
+    (run,) = mlflow_runs(exported.files)
+    manifest = exported.files.manifest
+    assert run.info.status == "FINISHED"
+    assert run.data.params["latents.z.prior.kind"] == "standard_normal"
+    assert run.data.params["train.batch_size"] == "20"
+    assert run.data.tags["pvae.fingerprint"] == manifest["data"]["fingerprint"]
+    assert run.data.tags["pvae.seed"] == "0"
+    assert manifest["id"] in run.info.run_name
+    hparams = {v.tag: v.metadata.plugin_data.content for _, v in summaries(exported.files) if "_hparams_" in v.tag}
+    assert b"latents.z.prior.kind" in hparams["_hparams_/session_start_info"]
+    assert "_hparams_/session_end_info" in hparams
+    assert manifest["data"]["fingerprint"] in texts(exported.files)["run/text_summary"]
+
+
+def test_the_weights_are_those_of_a_run_without(exported: Run, plain: Run) -> None:
+    ours, theirs = exported.pair.state_dict(), plain.pair.state_dict()
+    assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
+    assert [{**row, "seconds": 0} for row in exported.files.metrics_rows()] == [
+        {**row, "seconds": 0} for row in plain.files.metrics_rows()
+    ]
+
+
+def test_alerts_and_pictures_are_exported_and_links_are_not(made: RunDirectory, tmp_path: Path) -> None:
+    """FAULTS 36, 38."""
+    png = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" + struct.pack(">II", 7, 5) + b"\x08\x02\0\0\0"
+    (made.analysis / "sample.png").write_bytes(png)
+    (tmp_path / "secret.png").write_bytes(b"secret" * 10)
+    (made.report / "link.png").symlink_to(tmp_path / "secret.png")
+    made.log_event("alert", "z has collapsed <script>\nsecond \x1b[31m line")
+    for kind in KINDS:
+        export(made, kind)
+    images = {value.tag: value.image for _, value in summaries(made) if value.WhichOneof("value") == "image"}
+    assert images.keys() == {"analysis/sample.png"}
+    assert (images["analysis/sample.png"].width, images["analysis/sample.png"].height) == (7, 5)
+    assert images["analysis/sample.png"].encoded_image_string == png
+    shown = texts(made)["alerts/text_summary"]
+    assert shown == "    z has collapsed <script>\n    second \\x1b[31m line"  # Markdown shows indented text as it is
+    (run,) = mlflow_runs(made)
+    client = MlflowClient()
+    assert {f.path for f in client.list_artifacts(run.info.run_id)} == {"alerts.txt", "analysis", "spec.toml"}
+    told = Path(client.download_artifacts(run.info.run_id, "alerts.txt")).read_text()
+    assert told == "z has collapsed <script>\nsecond \\x1b[31m line\n"
+
+
+def test_hostile_names_become_keys_that_differ(made: RunDirectory) -> None:
+    """FAULTS 37, 38, 39."""
+    log(made, 3, -3.0, **dict.fromkeys(HOSTILE, 1.0), **{"not finite": float("nan")})
+    for kind in KINDS:
+        export(made, kind)
+    assert_exported(made)
+    for found in (metrics(made), scalars(made)):
+        keys = {key for key, step in found if step == 30 and key.startswith("train/")}
+        assert len(keys) == len(HOSTILE) + 2  # elbo and epoch
+        assert all(key.isascii() and key.isprintable() and not set(key) & set("<>$'[]|") for key in keys)
+
+
+@pytest.mark.parametrize("separator", ["/", "."])
+def test_keys_are_safe_stable_and_do_not_collide(separator: str) -> None:
+    keys = {name: safe_key(name, separator) for name in (*HOSTILE, "elbo", "train/elbo")}
+    assert len(set(keys.values())) == len(keys)
+    assert keys["elbo"] == "elbo"
+    assert keys["train/elbo"] == f"train{separator}elbo"
+    assert all(len(key) <= 200 and ".." not in key.split("/") for key in keys.values())
+
+
+def test_without_an_address_the_store_is_beside_the_runs(
+    made: RunDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    MlflowClient().search_experiments()  # the store of these tests is made by now, and making one takes seconds
+    shutil.copy(os.environ["MLFLOW_TRACKING_URI"].removeprefix("sqlite:///"), tmp_path / "mlflow.db")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "of_its_own")
+    assert str(tmp_path / "mlflow.db") in export(made, "mlflow")
+    client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    (run,) = client.search_runs([e.experiment_id for e in client.search_experiments()], THEIRS.format(made.path.name))
+    assert run.data.metrics["train/elbo"] == -2.0
+    kept = tmp_path / "mlflow-files" / "of_its_own" / run.info.run_id / "artifacts" / "spec.toml"
+    assert kept.read_text() == made.spec_text
+
+
+# ---------------------------------------------------------------------- going on
+
+
+def test_a_resume_goes_on_exporting_without_being_told(exported: Run, tmp_path: Path) -> None:
+    """FAULTS 10; and a parameter that changed is kept beside the first."""
+    run = tiny(tmp_path, export="mlflow")
+    assert run.files.manifest["exports"] == ["mlflow"]
+    longer = again(run, "train.epochs=5", export=("tensorboard",))
+    assert longer.files.manifest["exports"] == ["mlflow", "tensorboard"]
+    longest = again(longer, "train.epochs=6")
+    assert longest.status["epoch"] == 6
+    assert complaints(longest.files) == []
+    assert_exported(longest.files)
+    (found,) = mlflow_runs(longest.files)
+    assert found.data.params["train.epochs"] == "3"
+    assert found.data.tags["pvae.now.train.epochs"] == "6"
+
+
+def test_a_second_stage_is_a_run_of_its_own(exported: Run) -> None:
+    child = refit(exported, "latents.z.prior.kind=mixture", "train.epochs=2", export="mlflow", progress=False)
+    (found,) = mlflow_runs(child.files)
+    assert found.data.tags["pvae.parent"] == f"vae/{exported.path.name}"
+    assert of_rows(metrics(child.files)) == wanted(child.files, MLflow)
+    assert refit(exported, "latents.z.prior.kind=mixture", "train.epochs=1", progress=False).files.manifest[
+        "exports"
+    ] == []  # fmt: skip
+
+
+def test_rows_taken_back_and_written_again_are_exported_once(made: RunDirectory) -> None:
+    """FAULTS 1, 10: a crash after the last checkpoint, and an exact resume, whose clock alone differs."""
+    for kind in KINDS:
+        export(made, kind)
+    made.truncate_metrics(1)
+    both = [cls(made) for cls in KINDS.values()]
+    for exporter in both:
+        exporter.catch_up()
+    made.log_metrics({"epoch": 2, "step": 20, "seconds": 99.0, "split": "train", "elbo": -2.0})
+    log(made, 3, -3.0)
+    for exporter in both:
+        exporter.catch_up()
+    assert_exported(made)
+    assert len(mlflow_runs(made)) == 1
+
+
+def test_rows_written_again_otherwise_begin_another_export(made: RunDirectory) -> None:
+    """FAULTS 18: a rollback with other noise, in the process that exports."""
+    both = [cls(made) for cls in KINDS.values()]
+    for exporter in both:
+        exporter.catch_up()
+    made.truncate_metrics(1)
+    log(made, 2, -7.0)
+    for exporter in both:
+        exporter.catch_up()
+        exporter.close()
+    assert_exported(made)
+    old, new = mlflow_runs(made)
+    assert old.info.status == "KILLED"
+    assert old.data.metrics["train/elbo"] == -2.0  # nothing of a user's is thrown away
+    assert new.data.metrics["train/elbo"] == -7.0
+
+
+def test_a_line_that_is_being_written_waits(made: RunDirectory) -> None:
+    """FAULTS 43."""
+    exporter = TensorBoard(made)
+    with (made.path / "metrics.jsonl").open("ab") as file:
+        file.write(b'{"epoch": 3, "step": 30, "split": "train", "el')
+    exporter.catch_up()
+    assert max(step for _, step in scalars(made)) == 20
+    with (made.path / "metrics.jsonl").open("ab") as file:
+        file.write(b'bo": -3.0}\n')
+    exporter.catch_up()
+    assert scalars(made)["train/elbo", 30] == [-3.0]
+
+
+def test_a_damaged_row_is_named(made: RunDirectory) -> None:
+    with (made.path / "metrics.jsonl").open("ab") as file:
+        file.write(b'{"epoch": 3}\n')
+    with pytest.raises(DataError, match="expected rows with a step and a split; got"):
+        export(made, "tensorboard")
+
+
+def test_a_run_at_work_is_left_alone(made: RunDirectory) -> None:
+    """FAULTS 16."""
+    with made.held(), pytest.raises(BusyError):
+        export(RunDirectory(made.path), "tensorboard")
+    assert not (made.path / "exports").exists()
+
+
+# ---------------------------------------------------------------------- failing
+
+
+def refusing(message: str = "no server at https://me:secret@host/api\nsecond line") -> Any:
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise ConnectionError(message)
+
+    return refuse
+
+
+def assert_unharmed(run: Run, plain: Run, kind: str) -> str:
+    """Finished, with the weights of a run without exporters, and one alert, which is returned."""
+    assert run.status["state"] == "finished"
+    theirs = plain.pair.state_dict()
+    assert all(torch.equal(value, theirs[name]) for name, value in run.pair.state_dict().items())
+    (alert,) = complaints(run.files)
+    assert f"export to {kind}; got " in alert
+    assert alert.endswith(f"The fit goes on. Later: pvae export RUN {kind}")
+    return alert
+
+
+CALLS = [
+    *((TensorBoard, name) for name in ("__init__", "begin", "write", "finish", "key", "catch_up", "last", "_flush")),
+    *((MLflow, name) for name in ("__init__", "begin", "write", "finish", "_describe", "_held")),
+    *((MlflowClient, name) for name in ("__init__", "get_experiment_by_name", "search_runs", "create_run")),
+    *((MlflowClient, name) for name in ("log_batch", "set_tag", "update_run", "log_text", "set_terminated")),
+]
+
+
+@pytest.mark.parametrize(("owner", "name"), CALLS, ids=[f"{owner.__name__}.{name}" for owner, name in CALLS])
+def test_a_failure_anywhere_is_one_alert(
+    owner: type, name: str, plain: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """FAULTS 3, 31: the first line of the error, without passwords, and what to do."""
+    kind = "tensorboard" if owner is TensorBoard else "mlflow"
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, refusing())
+        run = tiny(tmp_path, export=(kind,))
+    alert = assert_unharmed(run, plain, kind)
+    assert "ConnectionError: no server at https://***@host/api." in alert
+    assert "second line" not in alert
+    export(run.files, kind)  # the advice of the alert
+    assert of_rows((scalars if kind == "tensorboard" else metrics)(run.files)).keys() == wanted(
+        run.files, TensorBoard if kind == "tensorboard" else MLflow
+    ).keys()  # fmt: skip
+
+
+def test_a_folder_that_cannot_be_made_is_an_alert(plain: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """FAULTS 3, 36: here a link out of the run stands in the place of the folder."""
+    create = RunDirectory.create
+
+    def linked(root: Path, name: str) -> RunDirectory:
+        files = create(root, name)
+        (files.path / "exports").symlink_to(tmp_path)
+        return files
+
+    monkeypatch.setattr(RunDirectory, "create", linked)
+    alert = assert_unharmed(tiny(tmp_path, export=["tensorboard"]), plain, "tensorboard")
+    assert "expected a folder inside the run; got a link" in alert
+
+
+def test_an_exporter_that_hangs_is_left_behind(plain: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    release = threading.Event()
+    monkeypatch.setattr(exporters, "PATIENCE_SECONDS", 0.3)
+    monkeypatch.setattr(TensorBoard, "write", lambda *_: release.wait(60))
+    alert = assert_unharmed(tiny(tmp_path, export=["tensorboard"]), plain, "tensorboard")
+    release.set()
+    assert "no answer for 0.3 s" in alert
+    for thread in [thread for thread in threading.enumerate() if thread.name == "pvae-tensorboard"]:
+        thread.join(10)
+
+
+def test_an_exporter_follows_while_the_block_runs(made: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exporters, "SECONDS", 0.01)
+    reached = threading.Event()
+    write = TensorBoard.write
+
+    def writing(*args: Any) -> None:
+        write(*args)
+        reached.set()
+
+    monkeypatch.setattr(TensorBoard, "write", writing)
+    with exporting(made, ["tensorboard"], show=False):
+        assert reached.wait(30)
+        reached.clear()
+        log(made, 3, -3.0)
+        assert reached.wait(30)
+    assert scalars(made)["train/elbo", 30] == [-3.0]
+    assert made.alerts() == []
+
+
+def test_an_interrupted_block_is_still_told(made: RunDirectory) -> None:
+    """FAULTS 14: the error goes through, and what there is has been exported."""
+    made.update_status(state="interrupted")
+    with pytest.raises(KeyboardInterrupt), exporting(made, ["tensorboard", "mlflow"], show=False):
+        raise KeyboardInterrupt
+    assert_exported(made)
+    assert mlflow_runs(made)[-1].info.status == "KILLED"
+
+
+def test_exporting_by_hand_says_what_is_wrong(made: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(MlflowClient, "create_run", refusing())
+    with pytest.raises(StorageError, match=r"got ConnectionError: no server at https://\*\*\*@host/api. Try"):
+        export(made, "mlflow")
+
+
+def test_a_store_that_mlflow_refuses_is_told(made: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(MlflowClient, "search_runs", lambda *_: (_ for _ in ()).throw(MlflowException("gone")))
+    with pytest.raises(StorageError, match="MlflowException: gone"):
+        export(made, "mlflow")
+
+
+# ---------------------------------------------------------------------- kinds and packages
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_missing_package_is_told_before_the_fit(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(exporters, "find_spec", lambda _: None)
+    with pytest.raises(MissingExtraError, match=rf"pip install 'pvae-pyro\[{kind}\]'"):
+        tiny(tmp_path, export=[kind])
+    monkeypatch.setattr(sys, "argv", ["pvae", "fit", "vae", "--export", kind, "--run-dir", str(tmp_path)])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 69
+    assert "it is not installed" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_remembered_exporter_that_is_gone_is_an_alert(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = tiny(tmp_path, export=["tensorboard"])
+    run.files.write_manifest({**run.files.manifest, "exports": ["tensorboard", "from_the_future"]})
+    for name in [name for name in sys.modules if name.startswith("tensorboardX")]:
+        monkeypatch.setitem(sys.modules, name, None)
+    longer = again(run, "train.epochs=4")
+    assert longer.status["epoch"] == 4
+    gone, unknown = complaints(longer.files)
+    assert "tensorboard; got ModuleNotFoundError" in gone
+    assert "from_the_future; got DataError: no exporter of that name, only tensorboard, mlflow" in unknown
+
+
+def test_an_unknown_kind_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DeclarationError, match=r"got 'tensorbord' \(did you mean 'tensorboard'\?\)"):
+        tiny(tmp_path, export=["tensorbord"])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_command_line_exports(
+    made: RunDirectory, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["pvae", "export", str(made.path), "tensorboard", "--json"])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["kind"] == "tensorboard"
+    assert str(made.path / "exports" / "tensorboard") in told["where"]
+    assert scalars(made)["train/elbo", 20] == [-2.0]
+
+
+ALONE = """
+import socket, sys, threading
+def refuse(*_): raise AssertionError("an address was asked for")
+socket.socket.connect = socket.getaddrinfo = refuse
+import pvae.cli, pvae.svi
+assert not {"mlflow", "tensorboardX"} & sys.modules.keys(), "imported before they are asked for"
+from pathlib import Path
+from pvae.exporters import KINDS
+from pvae.rundir import RunDirectory
+for cls in KINDS.values():
+    cls(RunDirectory(Path(sys.argv[1])))
+from mlflow.telemetry import get_telemetry_client
+assert get_telemetry_client() is None, "telemetry"
+assert threading.active_count() == 1, threading.enumerate()
+"""
+
+
+def test_nothing_is_imported_unasked_and_no_telemetry_begins(made: RunDirectory) -> None:
+    here = {k: v for k, v in os.environ.items() if k not in ("CI", "PYTEST_CURRENT_TEST", "MLFLOW_DISABLE_TELEMETRY")}
+    done = subprocess.run([sys.executable, "-c", ALONE, str(made.path)], capture_output=True, text=True, env=here)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,190 @@
+"""Interpolations: their ends, lines under linear decoders, densities of priors, and codes, which have no in-between."""
+
+# mypy: disable-error-code="arg-type, attr-defined, index, misc, operator, union-attr"
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from scipy.stats import norm
+from torch import Tensor, nn
+
+import pvae
+from pvae import cli
+from pvae.analysis import encode, interpolate, plots
+from pvae.data import Dataset
+from pvae.errors import DataError
+from pvae.pair import Pair
+from pvae.run import Run
+from pvae.spec import Experiment
+
+
+class Levels(nn.Module):
+    """z2 ~ N(0, I_2), z1 ~ N(2 z2, 0.5), x ~ N(W z1 + b, 1); q(z1 | x) = N(G x, 0.2), q(z2 | z1) = N(z1 / 3, 0.3)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.w = nn.Parameter(torch.randn(3, 2, generator=generator))
+        self.g = nn.Parameter(torch.randn(2, 3, generator=generator))
+
+    def model(self, x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z2 = pyro.sample("z2", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            z1 = pyro.sample("z1", dist.Normal(2 * z2, 0.5).to_event(1))
+            pyro.sample("x", dist.Normal(z1 @ self.w.T + 1, 1.0).to_event(1), obs=x)
+
+    def guide(self, x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z1 = pyro.sample("z1", dist.Normal(x @ self.g.T, 0.2).to_event(1))
+            pyro.sample("z2", dist.Normal(z1 / 3, 0.3).to_event(1))
+
+
+class Coded(nn.Module):
+    """A code c of three, summed out, beside a real z; x ~ N(5 c + z, 1), z nearly known."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = nn.Parameter(torch.tensor(1.0))
+
+    def model(self, x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            c = pyro.sample("c", dist.Categorical(torch.ones(3)), infer={"enumerate": "parallel"})
+            z = pyro.sample("z", dist.Normal(torch.zeros(()), 1.0))
+            pyro.sample("x", dist.Normal(self.one * 5 * c + z, 0.1), obs=x)
+
+    def guide(self, x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x - 5 * (x / 5).round(), 0.01))
+
+
+def pair_of(module: nn.Module, *event: int) -> Pair:
+    return Pair(module.model, module.guide).adopt(torch.zeros(3, *event))
+
+
+X = torch.tensor([[1.0, -0.5, 0.3], [-2.0, 0.7, 0.9]])
+
+
+def test_of_a_linear_decoder_the_way_is_a_line_and_its_prior_known():
+    module = Levels()
+    found = interpolate(pair_of(module, 3), X[0], X[1:], steps=5)
+    w, g, at = module.w.detach(), module.g.detach(), torch.linspace(0, 1, 5)[:, None]
+    z1 = torch.lerp(X[0] @ g.T, X[1] @ g.T, at)
+    assert torch.equal(found.at, at[:, 0])
+    assert torch.allclose(found.latents["z1"], z1, atol=1e-6)
+    assert torch.allclose(found.latents["z2"], z1 / 3, atol=1e-6)  # all levels move together
+    assert torch.allclose(found.x, z1 @ w.T + 1, atol=1e-5)
+    assert torch.allclose(found.x.diff(dim=0), (found.x[1] - found.x[0]).expand(4, -1), atol=1e-5)
+    log_prior = norm.logpdf(z1 / 3).sum(1) + norm.logpdf(z1, 2 * z1 / 3, 0.5).sum(1)
+    np.testing.assert_allclose(found.log_prior.numpy(), log_prior, rtol=1e-5)
+    assert found.log_prior.dtype is torch.float64
+
+
+def test_a_code_that_both_rows_share_stays_and_others_have_no_in_between():
+    pair = pair_of(Coded())
+    found = interpolate(pair, torch.tensor([5.4]), torch.tensor([4.8]), steps=3)
+    assert found.latents["c"].tolist() == [1, 1, 1]
+    assert found.x.tolist() == pytest.approx([5.4, 5.1, 4.8], abs=1e-5)
+    z = np.array([0.4, 0.1, -0.2])
+    assert found.log_prior.numpy() == pytest.approx(norm.logpdf(z) - np.log(3), abs=1e-5)
+    with pytest.raises(DataError, match=r"interpolate: expected latents of real numbers.*got c, .* no in-between"):
+        interpolate(pair, torch.tensor([0.1]), torch.tensor([5.1]))
+
+
+def test_what_has_no_way():
+    """FAULTS 24: too few rows, too few steps."""
+    pair = pair_of(Levels(), 3)
+    with pytest.raises(DataError, match="interpolate: expected at least two steps; got steps=1"):
+        interpolate(pair, X[0], X[1], 1)
+    with pytest.raises(DataError, match="interpolate: expected one row of data; got 2. Pass"):
+        interpolate(pair, X, X[1])
+
+
+# ---------------------------------------------------------------------- of declared systems
+
+
+SMALL = ["encoder.network.hidden=[8]", "decoder.network.hidden=[8]"]
+ZOO = ["vae", "hvae", "ladder", "realnvp_prior", "iaf_posterior"]
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_the_ends_are_the_reconstructions_of_both_rows(name):
+    x = torch.bernoulli(torch.rand(4, 1, 8, 8, generator=torch.Generator().manual_seed(0)))
+    pair = Experiment.load(name, SMALL).build((1, 8, 8)).adopt(x)
+    a, b = x[:1], x[1:2]
+    found = interpolate(pair, a, b, steps=3)
+    for x, end in ((a, 0), (b, -1)):
+        codes = encode(pair, x, mean=True)
+        values = {z: code.value for z, code in codes.latents.items()}
+        with torch.no_grad():
+            trace = pair.eval().model_trace(x, values)
+        node = trace.nodes["x"]
+        assert torch.allclose(found.x[end], node["fn"].mean[0], atol=1e-6)
+        for z, value in values.items():
+            assert torch.equal(found.latents[z][end], value[0])
+    assert torch.equal(found.x, interpolate(pair, a, b, steps=3).x)
+    assert found.log_prior.isfinite().all()
+
+
+@pytest.fixture(scope="module")
+def moons(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Two classes in the plane, told to the model."""
+    generator = torch.Generator().manual_seed(0)
+    y = torch.randint(2, (200,), generator=generator)
+    x = torch.randn(200, 2, generator=generator) + 3 * y[:, None]
+    spec = {
+        "name": "told", "covariates": {"y": {"codes": 2}},
+        "latents": {"z": {"dim": 2, "given": ["y"], "prior": {"kind": "conditional_normal"}}},
+        "decoder": {"given": ["z", "y"], "likelihood": {"kind": "normal"}}, "train": {"epochs": 1, "engine": "eager"},
+    }  # fmt: skip
+    folder = tmp_path_factory.mktemp("runs")
+    return pvae.fit(
+        Experiment.from_dict(spec), data=Dataset.from_tensors(x, y), run_dir=folder, device="cpu", progress=False
+    )
+
+
+def test_covariates_are_those_of_the_first_row(moons):
+    rows = moons.data.test.x
+    a, b = rows[rows[:, 2] == 0][:1], rows[rows[:, 2] == 1][:1]
+    found = interpolate(moons, a, b, steps=3)
+    z = encode(moons, b, mean=True)["z"]
+    told = torch.tensor([[1.0, 0.0]])
+    with torch.no_grad():
+        assert torch.allclose(found.x[-1:], moons.pair.model.decoder({"z": z, "y": told}).mean, atol=1e-6)
+        prior = moons.pair.model.prior("z", {"y": told}).log_prob(z)
+    assert float(found.log_prior[-1]) == pytest.approx(float(prior), rel=1e-5)
+
+
+def test_it_is_saved_and_shown(moons, tmp_path, capsys):
+    found = interpolate(moons, moons.data.test.x[0], moons.data.test.x[1])
+    with np.load(found.save(tmp_path / "way.npz"), allow_pickle=False) as saved:
+        assert set(saved) == {"x", "at", "latents/z", "log_prior"}
+        assert saved["x"].shape == (9, 2)
+    assert plots.interpolated(found, moons.data.train.data.numpy()) is not None
+
+
+def run_cli(*arguments: str, code: int = 0) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["pvae", *arguments])
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+    assert (caught.value.code or 0) == code
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    pvae.fit("vae", *SMALL, "train.epochs=1", "train.engine=eager", run_dir=tmp_path, device="cpu", progress=False)
+    where = ["--run-dir", str(tmp_path)]
+    run_cli("interpolate", "vae", "0", "1", "--steps", "3", "--json", *where)
+    found = json.loads(capsys.readouterr().out)
+    assert found["shapes"]["x"][0] == 3
+    assert all(Path(path).stat().st_size for path in (found["npz"], *found["png"]))
+    assert len(found["png"]) == 1
+    run_cli("interpolate", "vae", "0", "99999", *where, code=2)
+    assert "J: expected a row of test, 0 .. 446; got 99999" in capsys.readouterr().err

@@ -1,0 +1,176 @@
+"""Probes: codes whose accuracy is known, the readers by hand, and runs of every kind of latent."""
+
+# mypy: disable-error-code="arg-type, attr-defined, index, misc, operator, union-attr"
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import warnings
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from scipy import sparse
+from scipy.stats import norm
+from sklearn.decomposition import PCA
+from sklearn.linear_model import LogisticRegression
+from sklearn.neighbors import KNeighborsClassifier
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from torch import Tensor, nn
+
+import pvae
+from pvae.analysis import encode, probe
+from pvae.data import Dataset
+from pvae.errors import DataError
+from pvae.run import Run
+from pvae.spec import Experiment
+
+QUICK = {"run_dir": None, "device": "cpu", "progress": False}
+
+
+class Told(nn.Module):
+    """Codes that are what a test says: a = x[0], which holds the label, and b = x[1], which does not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = nn.Parameter(torch.tensor(1.0))
+
+    def model(self, x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            a = pyro.sample("a", dist.Normal(torch.zeros(1), 3.0).to_event(1))
+            b = pyro.sample("b", dist.Normal(torch.zeros(1), 3.0).to_event(1))
+            pyro.sample("x", dist.Normal(self.one * torch.cat([a, b], -1), 1.0).to_event(1), obs=x)
+
+    def guide(self, x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("a", dist.Normal(x[:, :1], 0.1).to_event(1))
+            pyro.sample("b", dist.Normal(x[:, 1:], 0.1).to_event(1))
+
+
+def blobs(n: int, shift: float, seed: int) -> tuple[Tensor, Tensor]:
+    """A label, and rows of which the first number is shifted by it, the second is noise."""
+    generator = torch.Generator().manual_seed(seed)
+    y = torch.randint(2, (n,), generator=generator)
+    x = torch.randn(n, 2, generator=generator)
+    x[:, 0] += shift * y
+    return x, y
+
+
+@pytest.fixture(scope="module")
+def told(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    module, (x, y) = Told(), blobs(2000, 2.0, 0)
+    data = Dataset.from_tensors(x, y, test=blobs(4000, 2.0, 1))
+    pair = pvae.Pair(model=module.model, guide=module.guide)
+    where = tmp_path_factory.mktemp("runs")
+    return pvae.fit(
+        pair, "train.epochs=1", "train.optimizer.lr=1e-9", data=data, run_dir=where, device="cpu", progress=False
+    )
+
+
+def test_the_linear_reader_is_bayes_and_noise_reads_nothing(told):
+    # Two normals 2 apart: the best reader is right with probability Phi(1); 4 standard errors, 1 of 15 000.
+    found, bayes = probe(told), norm.cdf(1)
+    for of in ("a", "all latents", "x"):
+        assert abs(found[of].linear.value - bayes) < 4 * found[of].linear.standard_error + 0.003
+        assert bayes - 0.06 < found[of].knn.value < bayes + 4 * found[of].knn.standard_error
+    for reading in (found["b"].linear, found["b"].knn, found.majority):
+        assert abs(reading.value - 0.5) < 4 * reading.standard_error + 0.01
+    p = found["a"].linear.value
+    assert found["a"].linear.standard_error == pytest.approx(math.sqrt(p * (1 - p) / 4000), rel=1e-3)
+    assert found["a"].linear.kind == "estimate"
+    assert (found.asked, found.trained) == (4000, len(told.data.train))
+
+
+def test_gains_are_paired(told):
+    found = probe(told)
+    both = found["all latents"]
+    assert both.linear_gain.value == pytest.approx(both.linear.value - found["x"].linear.value)
+    # a and b are x, turned: the same rows are right, which unpaired errors would not know
+    assert both.knn_gain.value == 0
+    assert both.knn_gain.standard_error == 0
+    assert found["b"].knn_gain.value < -0.2
+    assert found["b"].knn_gain.standard_error > both.knn.standard_error
+    assert found["x"].knn_gain is None
+
+
+def test_the_readers_are_scikit_learns(told):
+    found = probe(told, rows=300, seed=3)
+    chosen = pvae.seeds.subset(4000, 300, 3)
+    x, y = told.data.train.x, told.data.train.y.numpy()
+    asked, labels = told.data.test.x[chosen], told.data.test.y[chosen].numpy()
+    learnt, seen = (encode(told, rows, mean=True)["b"].double().numpy() for rows in (x, asked))
+    linear = make_pipeline(StandardScaler(), LogisticRegression()).fit(learnt, y)
+    assert found["b"].linear.value == pytest.approx(linear.score(seen, labels))
+    knn = KNeighborsClassifier(5).fit(PCA(2).fit_transform(x.double()), y)
+    assert found["x"].knn.value == pytest.approx(knn.score(PCA(2).fit(x.double()).transform(asked.double()), labels))
+    assert found.to_dict() == probe(told, rows=300, seed=3).to_dict()
+
+
+def test_few_training_rows_are_drawn_by_the_seed(told, monkeypatch):
+    monkeypatch.setattr(sys.modules["pvae.analysis.probe"], "MOST_TRAINED", 3)
+    found = probe(told, rows=50, seed=1)
+    assert (found.trained, found.asked) == (3, 50)
+    monkeypatch.setattr(sys.modules["pvae.analysis.probe"], "STEPS", 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert probe(told, rows=50, seed=1)["a"].linear.value > 0.2  # cut short, and no warning
+
+
+def test_one_hots():
+    columns = sys.modules["pvae.analysis.probe"]._read(torch.tensor([[0, 2], [1, 1]]), torch.tensor([[3, 0]]))
+    learnt, asked = columns.plain
+    assert sparse.issparse(learnt)
+    assert learnt.toarray().tolist() == [[1, 0, 0, 0, 0, 0, 1, 0], [0, 1, 0, 0, 0, 1, 0, 0]]
+    assert asked.toarray().tolist() == [[0, 0, 0, 1, 1, 0, 0, 0]]
+
+
+SMALL = ["train.epochs=1", "train.engine=eager"]
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "of"),
+    [
+        ("em_mixture", [], ["c", "x"]),
+        ("bernoulli_vae", ["latents.b.bits=6"], ["b", "x"]),
+        ("hvae", ["encoder.network.hidden=[8]", "decoder.network.hidden=[8]"], ["z2", "z1", "all latents", "x"]),
+        ("vq_vae", [f"{side}.network={{kind='mlp',hidden=[8]}}" for side in ("encoder", "decoder")], ["c", "x"]),
+    ],
+)
+def test_every_kind_of_latent_is_read(name, overrides, of, tmp_path):
+    run = pvae.fit(name, *overrides, *SMALL, run_dir=tmp_path, device="cpu", progress=False)
+    found = probe(run, rows=100)
+    assert sorted(reading.of for reading in found.readings) == sorted(of)
+    assert found["x"].knn.value > 0.6  # digits, black and white or not
+    assert json.loads(json.dumps(found.to_dict()))["x/linear"]["value"] > 0.6
+    assert "majority" in str(found)
+    assert np.isfinite(found.majority.value)
+
+
+def test_where_there_is_nothing_to_read(told, tmp_path):
+    """FAULTS 24: no labels, or one; and a model that is told the label."""
+    x, y = blobs(100, 1.0, 0)
+    spec = {
+        "name": "told", "covariates": {"y": {"codes": 2}}, "latents": {"z": {"dim": 1}},
+        "decoder": {"given": ["z", "y"], "likelihood": {"kind": "normal"}}, "train": {"epochs": 1, "engine": "eager"},
+    }  # fmt: skip
+    keep = {"run_dir": tmp_path, "device": "cpu", "progress": False}
+    run = pvae.fit(Experiment.from_dict(spec), data=Dataset.from_tensors(x, y), **keep)
+    with pytest.raises(DataError, match="probe: expected a model that is not told the label; got one conditioned on y"):
+        probe(run)
+    module = Told()
+    for labels, message in (
+        (None, "probe: expected labels.*got none in train"),
+        (0 * y, "probe: expected at least two"),
+    ):
+        pair = pvae.Pair(model=module.model, guide=module.guide)
+        run = pvae.fit(pair, "train.epochs=1", data=Dataset.from_tensors(x, labels), **keep)
+        with pytest.raises(DataError, match=message):
+            probe(run)
+    gan = pvae.fit("gan", "decoder.network.hidden=[8]", "objective.critic.hidden=[8]", "train.epochs=1", **keep)
+    with pytest.raises(DataError, match="without a likelihood"):
+        probe(gan)
