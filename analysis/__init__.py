@@ -8,6 +8,7 @@ from pvae.analysis.aggregated import AggregatedPosterior
 from pvae.analysis.ais import Annealed, Bracket, ais, bracket
 from pvae.analysis.anatomy import LatentSurgery, Surgery
 from pvae.analysis.collapse import Collapse, collapse
+from pvae.analysis.compare import compare
 from pvae.analysis.copying import Copying, copying, data_copying
 from pvae.analysis.counterexamples import CounterExamples, counterexamples
 from pvae.analysis.critic import CriticKL, critic
@@ -21,6 +22,7 @@ from pvae.analysis.gap import Gap, gap
 from pvae.analysis.generate import Code, Encoding, Reconstructions, Samples, encode, reconstruct, sample
 from pvae.analysis.groups import Posterior
 from pvae.analysis.interpolate import Interpolation, interpolate
+from pvae.analysis.paired import Paired, elbos, paired
 from pvae.analysis.posterior import posterior
 from pvae.analysis.probe import Probe, probe
 from pvae.analysis.rate_distortion import RateDistortion, rate_distortion
@@ -50,6 +52,7 @@ __all__ = [
     "Gap",
     "Interpolation",
     "LatentSurgery",
+    "Paired",
     "Posterior",
     "PriorEvidence",
     "Probe",
@@ -64,12 +67,14 @@ __all__ = [
     "ais",
     "bracket",
     "collapse",
+    "compare",
     "copying",
     "counterexamples",
     "critic",
     "data_copying",
     "distances",
     "encode",
+    "elbos",
     "evidence",
     "features",
     "fidelity",
@@ -78,6 +83,7 @@ __all__ = [
     "gap",
     "interpolate",
     "kernel_distance",
+    "paired",
     "posterior",
     "prior_evidence",
     "probe",

@@ -85,14 +85,22 @@ class Case:
         samples: draws per datum for the surgery, `DRAWS` at most in all.
         evidence_samples: importance samples per datum, on at most `EVIDENCE_ROWS` rows.
         seed: of all draws.
+        train_rows: most training rows of a surgery.
     """
 
     def __init__(
-        self, run: Run, split: str = "test", *, samples: int = 8, evidence_samples: int = 500, seed: int = 0
+        self,
+        run: Run,
+        split: str = "test",
+        *,
+        samples: int = 8,
+        evidence_samples: int = 500,
+        seed: int = 0,
+        train_rows: int = ROWS["train"],
     ) -> None:
         self.run, self.pair, self.data = run, run.pair, run.data
         self.split, self.samples, self.evidence_samples, self.seed = split, samples, evidence_samples, seed
-        self.part = run.data.split(split)
+        self.train_rows, self.part = train_rows, run.data.split(split)
         self.missing: dict[str, str] = {}
         """What could not be told, and why."""
 
@@ -124,8 +132,8 @@ class Case:
     @cached_property
     def rows(self) -> dict[str, Rows]:
         """Rows of the surgery, by split: train, and the split of the report."""
-        held = {self.split: self.some(self.split, ROWS["train" if self.split == "train" else "held"])}
-        return {"train": self.some("train", ROWS["train"]), **held}
+        most = {"train": self.train_rows, self.split: self.train_rows if self.split == "train" else ROWS["held"]}
+        return {name: self.some(name, count) for name, count in most.items()}
 
     @property
     def x(self) -> Tensor:

@@ -92,7 +92,8 @@ class Table:
     caption: str
     """What it holds, of which data, in which unit."""
     columns: tuple[Column, ...]
-    rows: tuple[tuple[Value, ...], ...]
+    rows: Sequence[tuple[Any, ...]]
+    """Of `Value`s, one for each column."""
     strong: tuple[int, ...] = ()
     """Rows that are set in bold."""
     folded: bool = False
@@ -241,10 +242,10 @@ class Document:
         Each file is whole or not there; tables and pictures of an earlier report that this one lacks are taken away.
         The page comes last: where it is new, all of it is.
         """
+        for name in (".", TABLES, *([PICTURES] if figures else [])):
+            make_folder(folder / name)
         write_atomic(folder / NUMBERS, json.dumps(self.to_dict(), indent=2, allow_nan=False, ensure_ascii=True) + "\n")
         blocks = [block for section in self.sections for block in section.blocks]
-        for name in (TABLES, *([PICTURES] if figures else [])):
-            make_folder(folder / name)
         _fill(folder / TABLES, {f"{slug(b.id)}.csv": b.to_csv().encode() for b in blocks if isinstance(b, Table)})
         pictures = {f"{slug(b.id)}.png": b.png for b in blocks if isinstance(b, Picture)}
         if figures or (folder / PICTURES).is_dir():

@@ -118,8 +118,8 @@ def rate_distortion(
         raise DataError("rate_distortion: expected at least one run; got none.")
     runs = list({run.path: run for run in runs}.values())
     for run in runs[1:]:
-        _require_alike(runs[0], run)
-    names, found = _names(runs), {}
+        require_alike(runs[0], run)
+    names, found = named(runs), {}
     for i, (name, run) in enumerate(zip(names, runs, strict=True)):
         part = run.data.split(split)
         x = part.rows[seeds.subset(len(part), rows, seed).to(part.rows.device)]
@@ -127,6 +127,11 @@ def rate_distortion(
             run.pair, x, samples=samples, seed=seed,
             on_progress=lambda done, total, i=i: on_progress(i * total + done, len(runs) * total),  # type: ignore[misc]
         )  # fmt: skip
+    return rate_distortion_of(split, found)
+
+
+def rate_distortion_of(split: str, found: Mapping[str, Surgery]) -> RateDistortion:
+    """The plane of surgeries of the same rows, by run."""
     return RateDistortion(split, tuple(_row(name, s) for name, s in found.items()), found)
 
 
@@ -140,7 +145,7 @@ def _row(name: str, s: Surgery) -> dict[str, Any]:
     return dict(zip(COLUMNS, (name, *figures, s.n), strict=True))
 
 
-def _names(runs: Sequence[Run]) -> list[str]:
+def named(runs: Sequence[Run]) -> list[str]:
     """The names of runs, with their ids where they share one."""
     names = [run.name for run in runs]
     return [
@@ -152,7 +157,7 @@ DECISIVE = ("fingerprint", "data.binarize", "covariates")
 """What must be the same; the fingerprint is of the values of all splits."""
 
 
-def _require_alike(first: Run, other: Run) -> None:
+def require_alike(first: Run, other: Run) -> None:
     """Refuse two runs whose figures do not compare, and say how they differ."""
     one, two = _conditions(first), _conditions(other)
     differing = [key for key in one if key in two and one[key] != two[key]]
@@ -160,7 +165,7 @@ def _require_alike(first: Run, other: Run) -> None:
         return
     told = "; ".join(f"{key} {one[key]} and {two[key]}" for key in differing)
     raise DataError(
-        f"rate_distortion: expected runs on the same data, prepared alike, whose figures compare; got {first.name} "
+        f"Expected runs on the same data, prepared alike, whose figures compare; got {first.name} "
         f"({first.path}) and {other.name} ({other.path}), which differ: {told}. Put them on planes of their own."
     )
 

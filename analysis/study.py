@@ -15,7 +15,7 @@ from pvae.errors import CheckpointError, DataError
 from pvae.files import pretty, read_inside, read_object, write_atomic
 from pvae.run import Run
 from pvae.rundir import RunDirectory
-from pvae.sweep import Measure
+from pvae.sweep import FIRST, Measure
 
 if TYPE_CHECKING:
     import pandas
@@ -28,8 +28,8 @@ TERMS = ("elbo", "reconstruction", "kl", "mutual_information", "marginal_kl")
 FIGURES = (*TERMS, "iwae", *(f"train_{term}" for term in TERMS), "seconds")
 """The figures of a run: of the test split, of the training split, and the seconds of training."""
 SHOWN = {
-    "elbo": "ELBO", "reconstruction": "recon.", "mutual_information": "I_q", "marginal_kl": "marginal KL",
-    "train_marginal_kl": "of train", "iwae": "IWAE",
+    "elbo": "ELBO", "mutual_information": "I_q", "marginal_kl": "marginal KL",
+    "train_marginal_kl": "marginal KL, train", "iwae": "IWAE",
 }  # fmt: skip
 """The figures that a terminal has room for."""
 NAMES = ("case", "seed", "stage")
@@ -168,13 +168,13 @@ def table(means: pandas.DataFrame, title: str) -> Table:
     from rich.text import Text
 
     drawn = Table(title=Text(title), caption=Text(CAPTION), caption_justify="left")
-    for column in ("case", "stage"):
-        drawn.add_column(column, overflow="fold")
+    drawn.add_column("case", overflow="fold", min_width=10)
     for column in ("seeds", *SHOWN.values()):
-        drawn.add_column(column, justify="right", no_wrap=True)
+        drawn.add_column(column, justify="right")
     for row in means.to_dict("records"):
+        stage = "" if row["stage"] == FIRST else f", {row['stage']}"
         figures = [_with_error(row[name], row[f"{name}_error"]) for name in SHOWN]
-        drawn.add_row(Text(str(row["case"])), Text(str(row["stage"])), str(row["seeds"]), *figures)
+        drawn.add_row(Text(f"{row['case']}{stage}"), str(row["seeds"]), *figures)
     return drawn
 
 
@@ -184,4 +184,4 @@ CAPTION = "test, nats per datum: mean ± standard error over seeds; IWAE bounds 
 def _with_error(value: float, error: float) -> str:
     if math.isnan(value):
         return "-"
-    return f"{value:.2f}" if math.isnan(error) else f"{value:.2f} ± {error:.2f}"
+    return f"{value:.2f}" if math.isnan(error) else f"{value:.2f}\n± {error:.2f}"

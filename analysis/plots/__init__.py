@@ -6,6 +6,7 @@ from pvae.analysis.plots.curves import duel, history, series, training
 from pvae.analysis.plots.latents import Cloud, class_name, code_maps, code_use, groups, leading, marginals, plane, units
 from pvae.analysis.plots.pictures import Rebuilt, gallery, is_image, reconstructions, samples, tiles
 from pvae.analysis.plots.points import rate_distortion
+from pvae.analysis.plots.runs import differences, overlaid, together
 from pvae.analysis.plots.sheets import encoded, interpolated, is_shown, reconstructed, sampled, traversed
 from pvae.analysis.plots.trust import importance, khats
 
@@ -16,17 +17,25 @@ __all__ = [
     "Row",
     "Step",
     "class_name",
+    "code_maps",
     "code_use",
+    "differences",
     "duel",
     "encoded",
     "figure",
+    "gallery",
     "groups",
     "history",
+    "importance",
+    "inference_steps",
     "interpolated",
     "is_image",
     "is_shown",
+    "khats",
     "leading",
+    "marginals",
     "nats",
+    "overlaid",
     "plain",
     "plane",
     "png",
@@ -40,15 +49,10 @@ __all__ = [
     "set_caption",
     "style",
     "tiles",
+    "together",
     "training",
     "traversed",
     "units",
     "waterfall",
     "waterfall_steps",
-    "importance",
-    "khats",
-    "code_maps",
-    "marginals",
-    "gallery",
-    "inference_steps",
 ]

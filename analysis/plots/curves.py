@@ -120,12 +120,12 @@ def _elbo_curves(axes: Axes, rows: Sequence[Row]) -> None:
         axes.set_title(f"ELBO (circle: best of validation, {nats(values[best])})")
     else:
         axes.set_title("ELBO")
-    _set_robust_limits(axes, seen)
+    robust_limits(axes, seen)
     axes.set_ylabel("nats per datum")
     axes.legend(loc="lower right")
 
 
-def _set_robust_limits(axes: Axes, curves: Sequence[tuple[Array, Array]]) -> None:
+def robust_limits(axes: Axes, curves: Sequence[tuple[Array, Array]]) -> None:
     """Frame the later nine tenths of training: the first steps can lie a hundred times lower."""
     last = max((float(epochs[-1]) for epochs, _ in curves if len(epochs)), default=0.0)
     late = [values[epochs > 0.1 * last] for epochs, values in curves if len(values)]

@@ -140,7 +140,8 @@ def gallery(
     gap = max(1, round(w / 10))
     size = min(1.1, 0.9 * WIDTH / columns)
     with style():
-        made = figure(rows * size * h / w * 1.08 + 0.45)
+        wide = min(1.0, 1.08 * columns * size / WIDTH) * (WIDTH - 0.1 - (0.7 if row_names else 0))
+        made = figure(wide * (rows * (h + gap)) / (columns * (w + gap)) + (0.4 if column_names else 0.15))
         axes = made.subplots()
         axes.imshow(tiles(images.reshape(-1, *images.shape[2:]), columns, low, high), aspect="equal")
         axes.set_xticks([i * (w + gap) + w / 2 - 0.5 for i in range(len(column_names))], column_names)

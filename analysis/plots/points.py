@@ -59,7 +59,7 @@ def rate_distortion(
         ends = axes.transData.transform(np.concatenate([points - spread, points + spread])).reshape(2, -1, 2)
         for (x, y), (x0, y0), (x1, y1) in zip(axes.transData.transform(points), *ends, strict=True):
             taken += [Bbox.from_extents(x0, y - 2, x1, y + 2), Bbox.from_extents(x - 2, y0, x + 2, y1)]
-        _label_points(made, axes, [_shortened(plain(name)) for name in names], points, taken)
+        label_points(made, axes, [shortened(plain(name)) for name in names], points, taken)
     return made
 
 
@@ -85,12 +85,12 @@ def _equal_elbo(made: Figure, axes: Axes) -> list[Bbox]:
     return boxes
 
 
-def _shortened(name: str) -> str:
+def shortened(name: str) -> str:
     """A long name without its middle."""
     return name if len(name) <= LABEL else f"{name[: LABEL // 2]}…{name[-LABEL // 2 + 1 :]}"
 
 
-def _label_points(made: Figure, axes: Axes, names: Sequence[str], points: Array, taken: list[Bbox]) -> None:
+def label_points(made: Figure, axes: Axes, names: Sequence[str], points: Array, taken: list[Bbox]) -> None:
     """A label for every point at the first place that is free: of other labels and points, and inside the frame."""
     places = axes.transData.transform(points)
     scale, frame = made.dpi / 72, axes.get_window_extent()

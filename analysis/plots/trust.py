@@ -28,7 +28,7 @@ def importance(found: Bounds) -> Figure:
         axes.set_xlabel("importance samples per datum")
         axes.set_ylabel("nats per datum")
         axes.grid(axis="y")
-        axes.legend(loc="lower right")
+        axes.legend(loc="center right")
     return made
 
 

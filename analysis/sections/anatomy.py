@@ -63,7 +63,10 @@ def on_prior(s: Surgery) -> list[Sentence]:
             f"log {s.n} = {nats(s.log_n)}, so part of the marginal KL only says that {s.n} rows are few."
         )
     if s.train_gain is not None:
-        text += f" As the prior, q_agg of the training rows would win {nats(s.train_gain)} of them here."
+        gain = s.train_gain.value
+        text += (
+            f" As the prior, q_agg of the training rows would {'win' if gain >= 0 else 'lose'} {nats(abs(gain))} here."
+        )
     return [Sentence(text)]
 
 
@@ -74,8 +77,8 @@ def _waterfall(case: Case) -> Picture:
         f"{step.label} {nats(step.value if step.is_level else -step.value)}" for steps in panels[:2] for step in steps
     )
     above = (
-        f"On top, from log p(x) down to the ELBO: what inference loses (found on {case.evidence_rows.note}). Below, from "
-        f"log p(x | z) down"
+        f"On top, from log p(x) down to the ELBO: what inference loses (found on {case.evidence_rows.note}). Below, "
+        "from log p(x | z) down"
         if gaps
         else "From log p(x | z) down"
     )
@@ -83,8 +86,8 @@ def _waterfall(case: Case) -> Picture:
         "waterfall",
         plots.waterfall(panels),
         f"Waterfall of the ELBO on {case.split}: {said} nats per datum.",
-        f"{above} to the ELBO: I_q[x, z] is information about x that the code really carries, the marginal KL is what the "
-        f"prior's shape wastes. A long bar of marginal KL: try a richer prior. The axis does not start at 0.",
+        f"{above} to the ELBO: I_q[x, z] is information about x that the code really carries, the marginal KL is what "
+        "the prior's shape wastes. A long bar of marginal KL: try a richer prior. The axis does not start at 0.",
     )
 
 

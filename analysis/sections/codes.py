@@ -60,9 +60,9 @@ def _use(name: str, use: CodeUse) -> Picture:
         f"codes_{name}",
         plots.code_use(name, use),
         f"Use of the codes of {name}. {said}Perplexity of positions: {nats(low)} to {nats(high)}.",
-        "Under the aggregated posterior of these rows. A code is in use when its share is above a thousandth of an even "
-        "one. Perplexity is the number of codes in use, weighed: a position at 1 says nothing of x. Look for a long flat "
-        "end (codes that are never chosen: fewer would do) and for positions that stay dark.",
+        "Under the aggregated posterior of these rows. A code is in use when its share is above a thousandth of an "
+        "even one. Perplexity is the number of codes in use, weighed: a position at 1 says nothing of x. Look for a "
+        "long flat end (codes that are never chosen: fewer would do) and for positions that stay dark.",
     )
 
 
@@ -81,6 +81,7 @@ def _maps(case: Case, name: str, use: CodeUse) -> Picture | None:
         f"code_maps_{name}",
         plots.code_maps(name, data, maps, use.states, *case.scale_of_grey),
         f"{len(rows)} data of {case.split}, and below each the grid of codes of {name} that stands for it.",
-        "Colours are ranks of use among these rows: dark codes are common (background, often), bright ones rare. Look for "
-        "maps that follow the picture (codes say what is where), and for maps that are all alike (they say little).",
+        "Colours are ranks of use among these rows: dark codes are common (background, often), bright ones rare. "
+        "Look for maps that follow the picture (codes say what is where), and for maps that are all alike (they say "
+        "little).",
     )

@@ -48,8 +48,8 @@ def section(case: Case) -> Section | None:
 
 def _of_bound(case: Case, bound: Evidence) -> list[Block]:
     note = (
-        f"Effective samples per datum: median {bound.ess.median():.0f}, least {bound.ess.min():.1f} of {bound.samples}. "
-        f"Few effective samples mean a loose bound: ask for more (pvae evidence RUN --samples)."
+        f"Effective samples per datum: median {bound.ess.median():.0f}, least {bound.ess.min():.1f} of "
+        f"{bound.samples}. Few effective samples mean a loose bound: ask for more (pvae evidence RUN --samples)."
     )
     caption = f"{case.split}, {case.evidence_rows.note}, {bound.samples} samples per datum"
     table = table_of("evidence", bound, caption)

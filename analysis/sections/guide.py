@@ -27,8 +27,8 @@ def section(case: Case) -> Section | None:
             "khat",
             plots.khats(khat, bound.khat_limit),
             f"Histogram of k-hat over {bound.n} data; {percent(bound.khat_share)} above {bound.khat_limit:.2f}.",
-            "k-hat says how heavy the tail of a datum's importance weights is. Right of the dashed line the guide is too "
-            "narrow, or in the wrong place: for these data the bound on log p(x) is loose and its error too small.",
+            "k-hat says how heavy the tail of a datum's importance weights is. Right of the dashed line the guide is "
+            "too narrow, or in the wrong place: for these data the bound on log p(x) is loose and its error too small.",
         )
     ]
     rows = case.evidence_rows
@@ -39,8 +39,8 @@ def section(case: Case) -> Section | None:
                 "worst_inferred",
                 plots.gallery(data[None], *case.scale_of_grey, column_names=[f"{khat[i]:.2f}" for i in order]),
                 f"The {len(order)} data with the largest k-hat.",
-                "The data whose posterior the guide finds hardest, with their k-hat. Look for a kind that comes back: rare "
-                "data, labels in doubt, or something the decoder cannot draw.",
+                "The data whose posterior the guide finds hardest, with their k-hat. Look for a kind that comes "
+                "back: rare data, labels in doubt, or something the decoder cannot draw.",
             )
         )
     caption = (
@@ -63,10 +63,11 @@ def _on_khat(bound: Evidence) -> Sentence:
     if bound.khat_share > SHARE:
         return Sentence(
             f"k-hat is above {bound.khat_limit:.2f} for {percent(bound.khat_share)} of data: the guide is too narrow "
-            f"there, and log p(x) may be nats above {nats(bound.iwae)}. Try posterior.kind = full_rank_normal or flow, or "
-            f"train with objective.kind = iwae; for the figure alone, more samples.",
+            f"there, and log p(x) may be nats above {nats(bound.iwae)}. Try posterior.kind = full_rank_normal or "
+            "flow, or train with objective.kind = iwae; for the figure alone, more samples.",
             True,
         )
     return Sentence(
-        f"k-hat is above {bound.khat_limit:.2f} for {percent(bound.khat_share)} of data: importance weights can be trusted."
+        f"k-hat is above {bound.khat_limit:.2f} for {percent(bound.khat_share)} of data: importance weights can be "
+        "trusted."
     )

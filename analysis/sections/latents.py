@@ -98,9 +98,9 @@ def _units(case: Case, name: str) -> list[Block]:
             f"units_{name}",
             plots.units(name, latent),
             f"Bars, one per coordinate: KL, and variance of the posterior mean. {said}",
-            f"All charts have the same order. A unit is active when the variance of its posterior mean over the data is "
-            f"above {ACTIVE} (dashed line). Look for a step: what lies behind it is not used. Where a prior reads other "
-            f"latents the mean can move with it: there trust the KL.",
+            "All charts have the same order. A unit is active when the variance of its posterior mean over the data "
+            f"is above {ACTIVE} (dashed line). Look for a step: what lies behind it is not used. Where a prior reads "
+            "other latents the mean can move with it: there trust the KL.",
         ),
         Table(
             f"units_{name}",
@@ -129,9 +129,9 @@ def _against_prior(case: Case, name: str) -> list[Picture]:
                 f"marginals_{name}",
                 plots.marginals(seen, order.tolist(), costs),
                 f"Histograms of the aggregated posterior of {name} in single coordinates, with the prior's outline.",
-                f"Coordinates in the order of {by}, largest first. Where the filled shape leaves the outline the prior is "
-                f"wrong in that coordinate alone: a prior with another location, scale or shape would do. Where all "
-                f"shapes agree and the marginal KL is large, it is how coordinates hang together.",
+                f"Coordinates in the order of {by}, largest first. Where the filled shape leaves the outline the "
+                "prior is wrong in that coordinate alone: a prior with another location, scale or shape would do. "
+                "Where all shapes agree and the marginal KL is large, it is how coordinates hang together.",
             )
         )
     coloured = ", coloured by label" if labels is not None else ""
@@ -139,11 +139,12 @@ def _against_prior(case: Case, name: str) -> list[Picture]:
         picture(
             f"plane_{name}",
             plots.plane(seen, labels, names),
-            f"Draws of the aggregated posterior of {name} in its two leading directions{coloured}, and the prior's lines.",
-            "Each point is one draw of q(z | x), projected on the two directions in which the posterior means vary most; "
-            "dark lines are the prior: 1, 2, 3 standard deviations, or 39, 86, 99 % of its draws where it is no single "
-            "normal. Look for points outside the lines (codes the prior thinks unlikely) and for empty room inside them "
-            "(holes: prior draws there decode to nothing the model has seen).",
+            f"Draws of the aggregated posterior of {name} in its two leading directions{coloured}, and the prior's "
+            "lines.",
+            "Each point is one draw of q(z | x), projected on the two directions in which the posterior means vary "
+            "most; dark lines are the prior: 1, 2, 3 standard deviations, or 39, 86, 99 % of its draws where it is "
+            "no single normal. Look for points outside the lines (codes the prior thinks unlikely) and for empty "
+            "room inside them (holes: prior draws there decode to nothing the model has seen).",
         )
     )
     return made
@@ -175,8 +176,8 @@ def _curves(case: Case, names: list[str]) -> Table | None:
     thresholds = [threshold for threshold, _ in next(iter(use.values())).curve[::4]]
     rows = tuple((name, latent.dim, *(count for _, count in latent.curve[::4])) for name, latent in use.items())
     caption = (
-        f"Active units by threshold on the variance of the posterior mean (usual threshold {ACTIVE}); steady counts mean "
-        f"a clear answer"
+        f"Active units by threshold on the variance of the posterior mean (usual threshold {ACTIVE}); steady counts "
+        "mean a clear answer"
     )
     columns = (Column("latent"), Column("size"), *(Column(f"> {threshold:g}") for threshold in thresholds))
     return Table("active_units", caption, columns, rows)
@@ -247,8 +248,8 @@ def _on_holes(found: Holes) -> Sentence:
     )
     if found.share > HOLES:
         return Sentence(
-            f"The prior has holes: {text}. What the model draws there it has never been fitted to. Fit a richer prior to "
-            f"the codes (pvae refit RUN latents.z.prior.kind=realnvp), or train with vamp or mixture.",
+            f"The prior has holes: {text}. What the model draws there it has never been fitted to. Fit a richer prior "
+            "to the codes (pvae refit RUN latents.z.prior.kind=realnvp), or train with vamp or mixture.",
             True,
         )
     return Sentence(f"{text} ({percent(found.expected)} is the aim).")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from functools import partial
 
 from pvae.analysis.case import Case
 from pvae.analysis.document import Block, Column, Note, Section, Sentence, Table, Tile, nats, percent
@@ -37,28 +38,26 @@ def section(case: Case) -> Section | None:
         ),
     )
     lead = (
-        "Two models are compared by what they draw: can a classifier tell samples from data, how far apart do they lie in "
-        "a space of features, and what of the data is never drawn? None of it says how probable a datum is."
+        "Samples beside data: can a classifier tell samples from data, how far apart do they "
+        "lie in a space of features, and what of the data is never drawn? None of it says how probable a datum is."
     )
     numbers = {"sample_quality": {name: quality.to_dict() for name, quality in found.items()}}
     said = (_on_test(case, first), *_on_fidelity(case, first))
     return Section("quality", "Sample quality", tuple(blocks), lead, said, tiles, numbers)
 
 
-def measure(case: Case) -> dict[str, SampleQuality]:
+def measure(case: Case, wanted: Collection[str] = ("draws", "means")) -> dict[str, SampleQuality]:
     """Of draws of the model and, where data are not binary, of means of p(x | z), as is the custom."""
     kinds = {"draws": case.draws}
     if case.sampled is not None and case.sampled.is_mean and not case.binary:
         kinds["means"] = case.sampled
     found = {}
     for name, drawn in kinds.items():
-        if drawn is None or case.space is None:
+        if name not in wanted or drawn is None or case.space is None:
             continue
         quality = case.attempt(
             f"sample quality of {name}",
-            lambda drawn=drawn: sample_quality(
-                case.run, case.split, len(drawn.x), case.seed, space=case.space, fake=drawn
-            ),
+            partial(sample_quality, case.run, case.split, len(drawn.x), case.seed, space=case.space, fake=drawn),
         )
         if quality is not None:
             found[name] = quality

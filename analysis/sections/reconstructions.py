@@ -25,8 +25,8 @@ def section(case: Case) -> Section | None:
         "reconstructions",
         plots.reconstructions(found, *case.scale_of_grey),
         f"Data of {case.split} beside their reconstructions.",
-        "Above the datum, below the mean of p(x | z) for one draw of q(z | x); figures are log p(x | z) in nats. Look at "
-        "the worst: are they rare data, or something the decoder cannot draw?",
+        "Above the datum, below the mean of p(x | z) for one draw of q(z | x); figures are log p(x | z) in nats. "
+        "Look at the worst: are they rare data, or something the decoder cannot draw?",
     )
     rows = tuple((part.title, *(float(v) for v in part.nats)) for part in found)
     columns = (Column("data"), *(Column(str(i + 1), 1) for i in range(len(found[0].nats))))

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from functools import partial
+
 import numpy as np
 
 from pvae.analysis import plots
 from pvae.analysis.case import Case, array
 from pvae.analysis.copying import Copying, copying
-from pvae.analysis.document import Block, Note, Section, Sentence, Tile, percent, picture, table_of
+from pvae.analysis.document import Block, Column, Note, Picture, Section, Sentence, Table, Tile, percent, picture
 
 SHOWN, BESIDE = 40, 10
 """Samples on the sheet, and beside their neighbours."""
@@ -28,33 +31,52 @@ def section(case: Case) -> Section | None:
             "samples",
             plots.samples(x, data, *case.scale_of_grey),
             f"{len(x)} samples of the model.",
-            f"{what[0].upper()}{what[1:]}, each at its own draw of the prior. {_noise(drawn.is_mean)}Look for samples that "
-            f"mix kinds (they come from where the prior has mass and q_agg has none), for kinds that are missing, and "
-            f"for samples that repeat.",
+            f"{what[0].upper()}{what[1:]}, each at its own draw of the prior. {_noise(drawn.is_mean)}Look for samples "
+            "that mix kinds (they come from where the prior has mass and q_agg has none), for kinds that are "
+            "missing, and for samples that repeat.",
         )
     ]
-    found = case.attempt("copying", lambda: copying(case.run, case.split, seed=case.seed, samples=drawn))
+    found = {
+        kind: case.attempt("copying", partial(copying, case.run, case.split, seed=case.seed, samples=some))
+        for kind, some in (("means", drawn), ("draws", case.draws))
+        if some is not None and some.is_mean == (kind == "means")
+    }
+    known = {kind: copies for kind, copies in found.items() if copies is not None}
     said, tiles = [], []
-    if found is not None:
+    if known:
+        first = next(iter(known.values()))
         if plots.is_image(case.shape):
-            nearest = case.data.train.observed(case.data.train.rows[found.nearest[:BESIDE].to(case.x.device)])
-            pairs = np.stack([x[:BESIDE], array(nearest)[: len(x)]])
-            blocks.append(
-                picture(
-                    "nearest",
-                    plots.gallery(pairs, *case.scale_of_grey, row_names=("sample", "nearest")),
-                    f"{len(pairs[0])} samples, and below each the training datum nearest to it.",
-                    "Above a sample, below the training datum nearest to it. Look for pairs that are one and the same: a "
-                    "model that has learned its data by heart.",
-                )
-            )
-        blocks += [table_of("copying", found), *(Note(text) for text in found.remarks)]
-        said.append(_on_copies(found))
-        tiles.append(
-            Tile("nearer to train", percent(found.nearer.value), "of samples, than to held-out data; 50 % is the aim")
-        )
-    numbers = {"copying": None if found is None else found.to_dict()}
+            blocks.append(_beside(case, x, first))
+        blocks += [_table(known), *(Note(text) for text in next(reversed(known.values())).remarks)]
+        said.append(_on_copies(first))
+        where = "of samples, than to held-out data; 50 % is the aim"
+        tiles.append(Tile("nearer to train", percent(first.nearer.value), where))
+    numbers = {"copying": {kind: copies.to_dict() for kind, copies in known.items()}}
     return Section("samples", "Samples", tuple(blocks), "", tuple(said), tuple(tiles), numbers)
+
+
+def _beside(case: Case, x: plots.Array, found: Copying) -> Picture:
+    nearest = case.data.train.observed(case.data.train.rows[found.nearest[:BESIDE].to(case.x.device)])
+    pairs = np.stack([x[:BESIDE], array(nearest)[: len(x)]])
+    return picture(
+        "nearest",
+        plots.gallery(pairs, *case.scale_of_grey, row_names=("sample", "nearest")),
+        f"{len(pairs[0])} samples, and below each the training datum nearest to it.",
+        "Above a sample, below the training datum nearest to it. Look for pairs that are one and the same: a model "
+        "that has learned its data by heart.",
+    )
+
+
+def _table(known: Mapping[str, Copying]) -> Table:
+    """Means have no noise: only `nearer` is fair to them."""
+    columns = {kind: {term: e for term, e, _ in copies.known()} for kind, copies in known.items()}
+    if "means" in columns:
+        columns["means"] = {"nearer": columns["means"]["nearer"]}
+    first = next(iter(known.values()))
+    rows = tuple((term, *(c.get(term) for c in columns.values()), meaning) for term, _, meaning in first.known())
+    titles = (Column("figure"), *(Column(kind) for kind in columns), Column("what it is", is_text=True))
+    shown = tuple(row for row in rows if any(e is not None for e in row[1:-1]))
+    return Table("copying", f"{first.title}; shares", titles, shown)
 
 
 def _noise(is_mean: bool) -> str:
@@ -66,8 +88,8 @@ def _on_copies(found: Copying) -> Sentence:
     text = f"{percent(found.nearer.value)} of samples lie nearer to training data than to as many held-out data"
     if found.nearer.value > max(COPIES, 0.5 + 4 * found.nearer.standard_error):
         return Sentence(
-            f"The model has memorised: {text}. Stop earlier (train.patience), use smaller networks or fewer components, "
-            f"or more data.",
+            f"The model has memorised: {text}. Stop earlier (train.patience), use smaller networks or fewer "
+            "components, or more data.",
             True,
         )
     return Sentence(f"No copies: {text} (50 % is the aim).")

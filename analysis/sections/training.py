@@ -40,7 +40,8 @@ def _state(case: Case) -> list[str]:
     skipped = status.get("skipped")
     if isinstance(skipped, int) and skipped > 0:
         alerts.append(
-            f"{skipped} steps with a NaN or infinite loss were skipped: lower train.optimizer.lr, or set train.clip_norm."
+            f"{skipped} steps with a NaN or infinite loss were skipped: lower train.optimizer.lr, or set "
+            "train.clip_norm."
         )
     return alerts
 

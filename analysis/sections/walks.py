@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import torch
 
@@ -24,7 +26,7 @@ def traversals(case: Case) -> Section | None:
         return None
     blocks: list[Block] = []
     for name in list(case.pair.layout.latents)[:WALKED]:
-        found = case.attempt(f"traversal of {name}", lambda name=name: traverse(case.run, latent=name, seed=case.seed))
+        found = case.attempt(f"traversal of {name}", partial(traverse, case.run, latent=name, seed=case.seed))
         if found is None:
             continue
         values = array(found.values)

@@ -217,9 +217,7 @@ def probe(
 
     opened = open_run(run, run_dir, data_dir)
     with Progress(100, "probe", show=not as_json) as bar:
-        found = read(
-            opened, split, rows, seed, on_progress=lambda done, total: bar.update(100 * done // total, "")
-        )
+        found = read(opened, split, rows, seed, on_progress=lambda done, total: bar.update(100 * done // total, ""))
     if as_json:
         emit({"run": str(opened.path), **found.to_dict()})
     else:
@@ -330,24 +328,3 @@ def posterior(
         return
     tell(summary.to_string(float_format="{:.3f}".format, max_rows=40))
     tell(f"posterior: {path}")
-
-
-@app.command()
-def report(
-    run: RUN, run_dir: RUN_DIR = RUNS, data_dir: DATA_DIR = None, split: SPLIT = "test", as_json: JSON = False
-) -> None:
-    """Write the report of a run: one HTML file."""
-    from importlib import import_module
-
-    from pvae.progress import Progress
-
-    opened = open_run(run, run_dir, data_dir)
-    made: Any = import_module(f"pvae.analysis.{'sample_report' if opened.pair.implicit else 'report'}")
-    with Progress(len(made.STEPS), "report", show=not as_json) as bar:
-        findings = made.examine(opened, split=split, on_progress=lambda done, _, what: bar.update(done, what))
-    path = made.write(findings)
-    if as_json:
-        emit({"run": str(opened.path), "split": split, "file": str(path)})
-        return
-    say(findings.held)
-    tell(f"report: {path}")
