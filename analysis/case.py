@@ -84,6 +84,7 @@ class Case:
         split: the rows that are reported: "train", "validation" or "test".
         samples: draws per datum for the surgery, `DRAWS` at most in all.
         evidence_samples: importance samples per datum, on at most `EVIDENCE_ROWS` rows.
+        gap_steps: of the refinement behind the gaps; 0 leaves them out.
         seed: of all draws.
         train_rows: most training rows of a surgery.
     """
@@ -95,11 +96,13 @@ class Case:
         *,
         samples: int = 8,
         evidence_samples: int = 500,
+        gap_steps: int = 200,
         seed: int = 0,
         train_rows: int = ROWS["train"],
     ) -> None:
         self.run, self.pair, self.data = run, run.pair, run.data
         self.split, self.samples, self.evidence_samples, self.seed = split, samples, evidence_samples, seed
+        self.gap_steps = gap_steps
         self.train_rows, self.part = train_rows, run.data.split(split)
         self.missing: dict[str, str] = {}
         """What could not be told, and why."""

@@ -114,12 +114,11 @@ class Bench:
             raise DataError(f"compare: expected a group for each of {len(runs)} runs; got {len(groups)}.")
         for run in runs[1:]:
             require_alike(runs[0], run)
+            if not _covariates(run) and not _covariates(runs[0]):
+                run.__dict__["data"] = runs[0].data  # the same by its fingerprint, and held once
         self.split, self.groups = split, groups
         options = {"samples": samples, "evidence_samples": evidence_samples, "seed": seed, "train_rows": TRAIN_ROWS}
         self.cases = {name: Case(run, split, **options) for name, run in zip(names, runs, strict=True)}
-        first, *others = self.cases.values()
-        for case in others:  # the data are the same, and so is what a classifier of them sees
-            case.run.__dict__["data"] = case.data if case.pair.frame.covariates else first.data
 
     @property
     def names(self) -> list[str]:
@@ -191,6 +190,11 @@ class Bench:
             row |= {"coverage": f.coverage, "sharpness of means": quality.sharpness_of_means}
         seconds = case.run.status.get("seconds")
         return {**row, "seconds": float(seconds) if isinstance(seconds, int | float) else None}
+
+
+def _covariates(run: Run) -> bool:
+    """Whether rows hold more than data."""
+    return bool(getattr(run.plan, "covariates", None))
 
 
 def examine(bench: Bench, title: str, description: str, on_progress: Progress = silent) -> Document:

@@ -280,7 +280,7 @@ def _fill(folder: Path, files: Mapping[str, bytes]) -> None:
 
 def slug(name: str) -> str:
     """A name as a file can bear it; other names, other files."""
-    return re.sub(r"[^A-Za-z0-9._-]", lambda m: f"-{ord(m.group()):x}", name)[:100] or "-"
+    return re.sub(r"[^A-Za-z0-9._]", lambda m: f"-{ord(m.group()):x}", name)[:100] or "-"
 
 
 # ---------------------------------------------------------------------- how things read

@@ -16,6 +16,7 @@ def report(
     split: str = "test",
     samples: int = 8,
     evidence_samples: int = 500,
+    gap_steps: int = 200,
     seed: int = 0,
     figures: bool = False,
     on_progress: Progress = silent,
@@ -27,6 +28,7 @@ def report(
         split: the rows that are reported: "train", "validation" or "test".
         samples: draws per datum for the surgery, 20 000 at most in all.
         evidence_samples: importance samples per datum, on at most 500 rows.
+        gap_steps: of the refinement of q(z | x), datum by datum, on 50 rows; 0 leaves the gaps out.
         seed: of all draws.
         figures: also write every picture, `figures/*.png`.
         on_progress: called with (steps done, steps in all, what comes next).
@@ -37,7 +39,7 @@ def report(
     Raises:
         PvaeError: the run has no checkpoint or no data, or a file cannot be written.
     """
-    case = Case(run, split, samples=samples, evidence_samples=evidence_samples, seed=seed)
+    case = Case(run, split, samples=samples, evidence_samples=evidence_samples, gap_steps=gap_steps, seed=seed)
     return examine(case, on_progress).write(run.files.report, figures=figures)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from pvae.cases import Case, Declared
 from pvae.errors import DeclarationError, printable
+from pvae.files import write_atomic
 from pvae.run import Run
 from pvae.rundir import RunDirectory
 from pvae.runner import DONE, Runner, Task, tasks_of
@@ -67,6 +68,33 @@ class Study:
         from pvae.analysis.study import summary
 
         return summary(self.to_frame())
+
+    def compare(
+        self, out: str | Path, *, on_progress: Callable[[int, int, str], None] = lambda _done, _total, _what: None
+    ) -> Path:
+        """Compare the finished runs: `index.html`, `report.json`, `tables/`, `runs.csv`, `summary.csv` in a folder.
+
+        Runs of one case and stage are averaged over their seeds; the first run is the reference of paired differences.
+
+        Returns:
+            The path of the HTML file.
+
+        Raises:
+            DataError: fewer than two finished runs, or runs of different data.
+        """
+        from pvae.analysis.compare import compare  # here, because analysis stands above
+        from pvae.analysis.study import csv
+
+        groups = [case if stage == "fit" else f"{case}, {stage}" for case, _, stage in self.runs]
+        names = [f"{group} #{seed}" for group, (_, seed, _) in zip(groups, self.runs, strict=True)]
+        title, description = self.declared.name, self.declared.description
+        page = compare(
+            list(self.runs.values()), Path(out), names=names, groups=groups, title=title, description=description,
+            on_progress=on_progress,
+        )  # fmt: skip
+        write_atomic(Path(out) / "runs.csv", csv(self.to_frame()))
+        write_atomic(Path(out) / "summary.csv", csv(self.summary()))
+        return page
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers and strings, for JSON; what is not defined is NaN here and null there."""

@@ -23,9 +23,11 @@ WIDTHS = {"phone": (390, 844), "desktop": (1280, 800)}
 SCHEMES = ("light", "dark")
 CONTRAST = 4.5
 """Of text against what is behind it, at least: WCAG 2 AA. Large text needs 3."""
+SHRINK = 1.25
+"""A browser prints a page that is too wide smaller, all of it: more than this is a fault."""
 
 LOOK = r"""
-(contrast) => {
+([contrast, slack]) => {
   const label = (e) => e.tagName.toLowerCase() + (e.id ? '#' + e.id : '') +
     ' ' + JSON.stringify((e.getAttribute('alt') || e.textContent || '').trim().slice(0, 40));
   const all = (what) => [...document.querySelectorAll(what)];
@@ -40,7 +42,7 @@ LOOK = r"""
     return name && !document.getElementById(name);
   }).map((e) => e.getAttribute('href'));
 
-  const root = document.scrollingElement, width = root.clientWidth;
+  const root = document.scrollingElement, width = root.clientWidth * slack;
   const scrolls = (e) => ['auto', 'scroll'].includes(getComputedStyle(e).overflowX);
   const held = (e) => e.parentElement && e.parentElement !== root && e.parentElement !== document.body &&
     (scrolls(e.parentElement) || held(e.parentElement));
@@ -140,7 +142,7 @@ def opened(running: Browser, path: Path) -> Seen:
 
 
 def _faults(page: Page, view: str) -> list[str]:
-    found: dict[str, Any] = page.evaluate(LOOK, CONTRAST)
+    found: dict[str, Any] = page.evaluate(LOOK, [CONTRAST, SHRINK if view == "print" else 1])
     return [f"{view}: {what}: {where}" for what, places in found.items() for where in places]
 
 

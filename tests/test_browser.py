@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 from playwright.sync_api import Browser
 
 import pvae
+from pvae.analysis.gap import gap
 from pvae.analysis.report import report
+from pvae.analysis.sections import fit
 from tests.browser import browser, opened
 from tests.test_zoo import declared, every_system
 
@@ -79,7 +83,7 @@ BAD = {
         POLICY,
     ),
     "wide on paper": (
-        '<style>@media print { #w { width: 900px } }</style><div id="w">wide</div>',
+        '<style>@media print { #w { width: 1000px } }</style><div id="w">wide</div>',
         'print: wider than the window: div#w "wide"',
         POLICY,
     ),
@@ -115,10 +119,19 @@ def test_the_pages_of_a_print_are_counted(chromium: Browser, tmp_path: Path) -> 
     assert seen.pages in (12, 13)
 
 
+@pytest.fixture
+def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every section of a report, after a moment's work: what the figures are worth is tested elsewhere."""
+    monkeypatch.setattr(import_module("pvae.analysis.features"), "EXPOSURES", 400)
+    monkeypatch.setattr(fit, "REFINED_ROWS", 3)
+    monkeypatch.setattr(fit, "gap", partial(gap, steps=3, samples=5, evidence_samples=20))
+
+
 @every_system
+@pytest.mark.usefixtures("hasty")
 def test_the_report_of_every_system_is_faultless(name: str, chromium: Browser, tmp_path: Path) -> None:
     run = pvae.fit(declared(name, "train.epochs=2"), run_dir=tmp_path, progress=False)
-    seen = opened(chromium, report(run))
+    seen = opened(chromium, report(run, samples=2, evidence_samples=10))
     assert seen.faults == ()
     assert seen.images >= 1
     assert 2 <= seen.pages <= 60

@@ -501,7 +501,7 @@ def test_hostile_labels_are_harmless_everywhere(tmp_path, started, capsys):
     assert "<script>" in err
     text = (tmp_path / "table.csv").read_text()
     assert "\n'=cmd|" in text
-    assert "\n'=cmd|" in (tmp_path / "table-summary.csv").read_text()
+    assert "\n'=cmd|" in (tmp_path / "table" / "summary.csv").read_text()
     assert "\n=cmd" not in text
     assert {path.parent.parent for path in (tmp_path / "runs").glob("*/*/manifest.json")} == {
         path for path in (tmp_path / "runs").iterdir() if not path.name.startswith(".")

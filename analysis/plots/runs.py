@@ -47,7 +47,7 @@ def differences(names: Sequence[str], gains: Sequence[Estimate], reference: str,
         for i, gain in enumerate(gains):
             error = 2 * gain.standard_error if np.isfinite(gain.standard_error) else 0.0
             axes.errorbar(
-                gain.value, i, xerr=error, color=SERIES[i % len(SERIES)], marker=MARKERS[i % len(MARKERS)],
+                gain.value, i, xerr=error, color=SERIES[(i + 1) % len(SERIES)], marker=MARKERS[(i + 1) % len(MARKERS)],
                 markersize=6, elinewidth=2, capsize=3,
             )  # fmt: skip
         axes.axvline(0, color=BLACK, linewidth=1)

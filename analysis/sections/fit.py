@@ -67,10 +67,13 @@ def _of_bound(case: Case, bound: Evidence) -> list[Block]:
 
 
 def _gaps(case: Case) -> Gap | None:
-    if case.evidence is None or case.evidence.exact is not None:
+    if case.evidence is None or case.evidence.exact is not None or not case.gap_steps:
         return None
     rows = case.some(case.split, REFINED_ROWS)
-    return case.attempt("gaps", lambda: gap(case.pair, rows.x, seed=case.seed))
+    samples = 4 * case.evidence_samples
+    return case.attempt(
+        "gaps", lambda: gap(case.pair, rows.x, steps=case.gap_steps, evidence_samples=samples, seed=case.seed)
+    )
 
 
 def _on_elbo(case: Case) -> Sentence:

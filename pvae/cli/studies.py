@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pvae.cli.app import DATA_DIR, DEVICE, JSON, RUN_DIR, RUNS, app, beside, emit, say, tell
+from pvae.cli.app import DATA_DIR, DEVICE, JSON, RUN_DIR, RUNS, app, emit, say, tell
+from pvae.errors import DataError
+
+if TYPE_CHECKING:
+    from pvae.studies import Study
 
 
 @app.command()
@@ -17,7 +21,8 @@ def study(
     jobs: Annotated[int | None, typer.Option("--jobs", min=1, help="Processes at a time; cores / threads.")] = None,
     threads: Annotated[int, typer.Option("--threads", min=1, help="Of each process.")] = 1,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List the cases with their states, run nothing.")] = False,
-    out: Annotated[Path | None, typer.Option("--out", help="Also write CSV files: their path without suffix.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Folder of the comparison; study-NAME unless said.")] = None,
+    page: Annotated[bool, typer.Option("--page/--no-page", help="Compare the runs on one HTML page.")] = True,
     device: DEVICE = "auto",
     run_dir: RUN_DIR = RUNS,
     data_dir: DATA_DIR = None,
@@ -26,6 +31,7 @@ def study(
 ) -> None:
     """Run a study: declarations, values and seeds in parallel processes; finished runs are recognised and kept."""
     from pvae.component import load_plugins
+    from pvae.rundir import slug
     from pvae.studies import study as run_study
 
     load_plugins(report=lambda line: tell(line, err=True))
@@ -35,17 +41,28 @@ def study(
     found = run_study(
         file, run_dir=run_dir, data_dir=data_dir, device=device, jobs=jobs, threads=threads, progress=not quiet
     )
-    if out is not None:
-        from pvae.analysis.study import csv
-        from pvae.files import write_atomic
-
-        write_atomic(beside(out, ".csv"), csv(found.to_frame()))
-        write_atomic(beside(out, "-summary.csv"), csv(found.summary()))
-    emit(found.to_dict()) if as_json else say(found)
+    where = out or Path(f"study-{slug(found.declared.name)}")
+    written = _compared(found, where, show=not (quiet or as_json)) if page else None
+    emit({**found.to_dict(), "file": written and str(written)}) if as_json else say(found)
+    if written is not None and not as_json:
+        tell(f"comparison: {written}")
     for (case, seed, stage), error in found.failures.items():
         tell(f"failed: {case}, {stage}, seed {seed}: {error}", err=True)
     if found.failures:
         raise typer.Exit(1)
+
+
+def _compared(found: Study, out: Path, *, show: bool) -> Path | None:
+    """The page and the tables of a study; None, and a word, where its runs do not compare."""
+    from pvae.analysis.compare import SECTIONS
+    from pvae.progress import Progress
+
+    try:
+        with Progress(len(SECTIONS), "compare", show=show) as bar:
+            return found.compare(out, on_progress=lambda done, _, what: bar.update(done, what))
+    except DataError as error:
+        tell(f"no comparison: {error}", err=True)
+        return None
 
 
 def _list(file: str, run_dir: Path, as_json: bool) -> None:

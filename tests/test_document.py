@@ -1,0 +1,145 @@
+"""A report as data, and how it leaves."""
+
+import csv
+import io
+import math
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from pvae.analysis import plots
+from pvae.analysis.document import (
+    Code,
+    Column,
+    Document,
+    Note,
+    Section,
+    Sentence,
+    Table,
+    Tile,
+    error_of,
+    finite,
+    legible,
+    percent,
+    picture,
+    shown_value,
+    slug,
+)
+from pvae.analysis.estimate import Estimate, exact
+from pvae.analysis.table import cell
+from pvae.errors import DataError
+
+HOSTILE = ("<script>alert(1)</script>", r"$\foo$", "=cmd|' /C calc'!A0", "[red]", "\x1b[31m", "\u202e", "../../etc")
+
+
+def table(id: str = "t", *, folded: bool = False) -> Table:
+    columns = (Column(HOSTILE[0]), Column("nats", 2), Column("rows"), Column("words", is_text=True))
+    rows = (
+        (HOSTILE[2], Estimate(-1.23456, 0.05, "estimate", 0.1), 12345, HOSTILE[3]),
+        ("plain", exact(2.0), None, HOSTILE[4]),
+        ("bare", 0.5, -3, HOSTILE[5]),
+    )
+    return Table(id, "A caption, nats", columns, rows, strong=(0,), folded=folded)
+
+
+def document(*sections: Section) -> Document:
+    return Document("kicker", HOSTILE[0], HOSTILE[1], HOSTILE[3], {"a": math.nan}, sections, "footer")
+
+
+def whole() -> Document:
+    made = picture("p" + HOSTILE[6], plots.figure(1.0), HOSTILE[0], HOSTILE[1])
+    first = Section("one", HOSTILE[0], (table(), made, Note(HOSTILE[0]), Code(HOSTILE[0], HOSTILE[3])), "lead",
+                    (Sentence("fine"),), (Tile(HOSTILE[0], "1", HOSTILE[1]),), {"one": exact(1.0)})  # fmt: skip
+    blocks = (table("u", folded=True), Code("x", "folded", folded=True))
+    said = (Sentence("turn it", True),)
+    second = Section("two", "Two", blocks, sentences=said, numbers={"two": {1: math.inf}}, is_appendix=True)
+    return document(first, second)
+
+
+def test_alerts_come_first_and_every_number_is_json():
+    found = whole().to_dict()
+    assert found["verdict"] == [{"text": "turn it", "alert": True}, {"text": "fine", "alert": False}]
+    assert found["a"] is None
+    assert found["one"]["value"] == 1.0
+    assert found["two"] == {"1": None}
+
+
+def test_hostile_text_comes_out_as_text():
+    """FAULTS 38."""
+    page = whole().to_html()
+    assert "<script" not in page
+    assert "&lt;script&gt;" in page
+    assert "\x1b" not in page
+    assert "\u202e" not in page
+    assert r"$\foo$" in page
+    assert page.count("<details>") == 2
+    assert page.count("data:image/png;base64,") == 1
+
+
+def test_files_bear_safe_names_and_old_ones_go(tmp_path: Path):
+    path = whole().write(tmp_path / "out", figures=True)
+    assert path == tmp_path / "out" / "index.html"
+    found = {str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()}
+    assert found == {
+        "out/index.html", "out/report.json", "out/tables/t.csv", "out/tables/u.csv", "out/figures/p..-2f..-2fetc.png",
+    }  # fmt: skip
+    document(Section("one", "One", (table("v"),))).write(tmp_path / "out")
+    assert {p.name for p in (tmp_path / "out" / "tables").iterdir()} == {"v.csv"}
+    assert not list((tmp_path / "out" / "figures").iterdir())
+
+
+def test_a_link_in_the_place_of_a_folder_is_refused(tmp_path: Path):
+    """FAULTS 37: what a link leads to is not written."""
+    (tmp_path / "else").mkdir()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "tables").symlink_to(tmp_path / "else")
+    with pytest.raises(DataError, match="got a link"):
+        whole().write(tmp_path / "out")
+    assert not list((tmp_path / "else").iterdir())
+
+
+def test_csv_has_value_error_and_kind_in_full_and_no_formulas():
+    """FAULTS 39."""
+    rows = list(csv.reader(io.StringIO(table().to_csv())))
+    assert rows[0] == [HOSTILE[0], "nats", "nats error", "nats data error", "nats kind", "rows", "words"]
+    assert rows[1] == ["'" + HOSTILE[2], "-1.23456", "0.05", "0.1", "estimate", "12345", "[red]"]
+    assert rows[2][1:6] == ["2.0", "0.0", "", "exact", ""]
+    assert rows[3][1:6] == ["0.5", "", "", "", "-3"]
+    for text in ("=1", "+1", "-1", "@x", "\t=1"):
+        assert cell(text) == f"'{text}"
+    assert [cell(value) for value in (-1.5, None, "z", "a=b")] == [-1.5, None, "z", "a=b"]
+
+
+def test_a_terminal_sees_the_same_tables():
+    out = io.StringIO()
+    Console(file=out, width=200, color_system=None).print(whole())
+    text = out.getvalue()
+    assert text.index("! turn it") < text.index("- fine")
+    assert "−1.23 ± 0.05" in text
+    assert "[red]" in text
+    assert text.count("A caption") == 1  # not the folded one, nor the appendix
+
+
+def test_cells_read_well():
+    assert shown_value(Estimate(-0.0001, 0.0, "exact"), 2) == "0.00"
+    assert shown_value(None, 2) == "–"
+    assert shown_value(1234567, 2) == "1\u202f234\u202f567"
+    assert shown_value(math.nan, 2) == "–"
+    assert shown_value(True, 2) == "yes"
+    assert error_of(Estimate(1.0, math.nan, "estimate")) == ""
+    assert [percent(v) for v in (0.0, 0.0123, 0.5, math.nan)] == ["0 %", "1.2 %", "50 %", "–"]
+
+
+def test_json_and_text_are_cleaned():
+    """FAULTS 38."""
+    assert finite({"a": [math.nan, math.inf, 1.5, None, Path("x")]}) == {"a": [None, None, 1.5, None, "x"]}
+    assert legible("a\x1b[31m\u202eb\nc") == "a\ufffd[31m\ufffdb\nc"
+
+
+@pytest.mark.parametrize("name", [*HOSTILE, "z", "units_z1", "", "a/b", "a\\b", "." * 3])
+def test_slugs_are_plain_and_differ(name: str):
+    found = slug(name)
+    assert found
+    assert not set(found) - set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-")
+    assert len({slug(other) for other in (*HOSTILE, "z", "a/b", "a\\b", "a-b")}) == len(HOSTILE) + 4
