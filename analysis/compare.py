@@ -278,7 +278,7 @@ def _on_best(bench: Bench) -> list[Sentence]:
     second = max(gains, key=lambda name: gains[name].value)
     gain, what = gains[second], "bound on log p(x)" if rest[second].log_p is not None else "ELBO"
     text = f"{bench.best} has the highest {what}, {nats(-gain.value)} ± {nats(gain.standard_error)} nats above {second}"
-    if -gain.value < 2 * gain.standard_error:
+    if -gain.value <= 2 * gain.standard_error:
         return [Sentence(f"{text}: on these data the two cannot be told apart.")]
     return [Sentence(f"{text}, datum by datum.")]
 

@@ -15,7 +15,7 @@ from pvae.errors import CheckpointError, DataError
 from pvae.files import pretty, read_inside, read_object, write_atomic
 from pvae.run import Run
 from pvae.rundir import RunDirectory
-from pvae.sweep import FIRST, Measure
+from pvae.studies.sweep import FIRST, Measure
 
 if TYPE_CHECKING:
     import pandas

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from pvae.pair import Pair
     from pvae.run import Run
     from pvae.spec import Experiment
-    from pvae.studies import Study, study
+    from pvae.studies.study import Study, study
     from pvae.svi import fit, refit, resume
     from pvae.upkeep import verify
 

@@ -22,15 +22,15 @@ from rich.console import Console
 import pvae
 from pvae import zoo
 from pvae.analysis.study import FIGURES, csv, frame, kept
-from pvae.cases import Case, Declared
 from pvae.errors import DeclarationError, Interrupted, PvaeError
 from pvae.run import Run
 from pvae.rundir import RunDirectory
-from pvae.runner import Runner, Task, tasks_of, work
-from pvae.shelf import Shelf, standing
 from pvae.spec import Experiment
-from pvae.studies import Board, states, study
-from pvae.sweep import Measure, names
+from pvae.studies.cases import Case, Declared
+from pvae.studies.runner import Runner, Task, tasks_of, work
+from pvae.studies.shelf import Shelf, standing
+from pvae.studies.study import Board, states, study
+from pvae.studies.sweep import Measure, names
 from pvae.trainer import Trainer
 from tests.test_cli import run_cli
 
@@ -283,7 +283,7 @@ class InProcess:
 @pytest.fixture
 def started(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """The jobs that were begun; processes are replaced, which would import torch for seconds each."""
-    monkeypatch.setattr("pvae.runner.Popen", InProcess)
+    monkeypatch.setattr("pvae.studies.runner.Popen", InProcess)
     monkeypatch.setattr(InProcess, "started", [])
     return InProcess.started
 
@@ -404,7 +404,7 @@ def runner(file: Path, root: Path) -> Runner:
 
 def test_two_studies_at_once_fit_no_case_twice(tmp_path, started, monkeypatch):
     """FAULTS 16: what the other has is waited for, then found finished."""
-    monkeypatch.setattr("pvae.runner.LOOK_SECONDS", 0.0)
+    monkeypatch.setattr("pvae.studies.runner.LOOK_SECONDS", 0.0)
     file, root = write(tmp_path, {"zip": PRIORS}), tmp_path / "runs"
     both = runner(file, root), runner(file, root)
     seen = set()

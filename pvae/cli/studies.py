@@ -66,8 +66,8 @@ def _compared(found: Study, out: Path, *, show: bool) -> Path | None:
 
 
 def _list(file: str, run_dir: Path, as_json: bool) -> None:
-    from pvae.cases import Declared
     from pvae.studies import states
+    from pvae.studies.cases import Declared
 
     rows: list[dict[str, Any]] = [
         {"case": case.label, "seed": case.seed, "stage": case.stage, "state": state, "run": run and str(run.path)}
@@ -87,7 +87,7 @@ def study_work() -> None:
     import json
 
     from pvae.component import load_plugins
-    from pvae.runner import work
+    from pvae.studies.runner import work
 
     load_plugins(report=lambda line: tell(line, err=True))
     work(json.load(sys.stdin))

@@ -16,7 +16,7 @@ from pvae.errors import DeclarationError, near
 from pvae.spec import describe
 from pvae.toml import flat
 
-FOLDER = Path(__file__).parent / "analysis" / "studies"
+FOLDER = Path(__file__).parent.parent / "analysis" / "studies"
 """Where the studies that come with pvae lie."""
 MOST = 1000
 """Runs of one study."""

@@ -17,13 +17,13 @@ from pathlib import Path
 from subprocess import DEVNULL, Popen
 from typing import IO, TYPE_CHECKING, Any
 
-from pvae.cases import Case
 from pvae.component import IMPORTED
 from pvae.errors import DataError, Interrupted, OutputError
 from pvae.rundir import RunDirectory, folders, slug
-from pvae.shelf import Shelf, standing
 from pvae.spec import Experiment
-from pvae.sweep import SECOND, Measure
+from pvae.studies.cases import Case
+from pvae.studies.shelf import Shelf, standing
+from pvae.studies.sweep import SECOND, Measure
 
 if TYPE_CHECKING:
     from types import FrameType

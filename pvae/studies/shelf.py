@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from pvae import checkpoint
-from pvae.cases import Case
 from pvae.errors import DataError, DeclarationError
 from pvae.run import Run
 from pvae.rundir import RunDirectory, folders, is_stale
 from pvae.spec import Experiment
+from pvae.studies.cases import Case
 from pvae.svi import parent_of
 
 RANKS = ("finished", "held", "stopped")

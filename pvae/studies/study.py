@@ -11,13 +11,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-from pvae.cases import Case, Declared
 from pvae.errors import DeclarationError, printable
 from pvae.files import write_atomic
 from pvae.run import Run
 from pvae.rundir import RunDirectory
-from pvae.runner import DONE, Runner, Task, tasks_of
-from pvae.shelf import Shelf, standing
+from pvae.studies.cases import Case, Declared
+from pvae.studies.runner import DONE, Runner, Task, tasks_of
+from pvae.studies.shelf import Shelf, standing
 
 if TYPE_CHECKING:
     import pandas

@@ -16,8 +16,8 @@ from pvae import toml, zoo
 from pvae.data.declared import FrameSource, TensorSource
 from pvae.errors import DeclarationError, near
 from pvae.spec import Experiment, apply_overrides
+from pvae.studies.sweep import FIRST, SECOND, Measure, StudyFile, Sweep, find, validated
 from pvae.svi import stage_of
-from pvae.sweep import FIRST, SECOND, Measure, StudyFile, Sweep, find, validated
 
 SHOWN = 40
 """Problems that are told."""

@@ -1,0 +1,160 @@
+"""Runs side by side: what compares, what is refused, and paired differences against their own formula."""
+
+import json
+import math
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import ttest_rel
+
+from pvae.analysis import compare, elbos, paired, surgery
+from pvae.analysis.compare import Bench, examine
+from pvae.data import Dataset
+from pvae.errors import DataError
+from pvae.run import Run
+from pvae.svi import fit
+from tests.test_report import HOSTILE, assert_harmless
+
+TINY = ("train.epochs=3", "encoder.network.hidden=[8]", "decoder.network.hidden=[8]", "train.engine=eager")
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def runs(root: Path) -> list[Run]:
+    changes = {"one": "seed=0", "two": "seed=1", "flow": "latents.z.prior.kind=realnvp", "wide": "latents.z.dim=3"}
+    return [fit("vae", *TINY, change, f"name={name}", run_dir=root, progress=False) for name, change in changes.items()]
+
+
+@pytest.fixture(scope="module")
+def page(runs: list[Run], root: Path) -> Path:
+    return compare(runs, root / "out", groups=["N", "N", "flow", "wide"], title=HOSTILE[0], evidence_samples=10)
+
+
+def numbers(page: Path) -> dict:
+    return json.loads((page.parent / "report.json").read_text())
+
+
+def test_a_page_for_several_runs(page: Path, runs: list[Run]):
+    seen = assert_harmless(page)
+    assert HOSTILE[0] in seen.text
+    found = re.findall(r'<h2 id="(\w+)"', page.read_text())
+    assert found == [
+        "verdict", "overview", "training", "plane", "paired", "surgery", "together", "samples", "declarations",
+    ]  # fmt: skip
+    said = numbers(page)
+    assert set(said["figures"]) == {"one", "two", "flow", "wide"}
+    assert said["declarations"]["seed"] == ["0", "1", "0", "0"]
+    assert (page.parent / "tables" / "averages.csv").exists()
+    assert len(list((page.parent / "tables").iterdir())) == len(seen.all("table"))
+
+
+def test_figures_are_those_of_each_run_alone(page: Path, runs: list[Run]):
+    said = numbers(page)
+    for run in runs:
+        alone = surgery(run.pair, run.data.test.x, samples=2, train=run.data.train.x, labels=run.data.test.y)
+        assert said["figures"][run.name]["elbo"]["value"] == alone.elbo.value
+        assert said["surgery"][run.name]["figures"] == alone.to_dict()["figures"]
+
+
+def test_paired_differences_are_those_of_a_paired_t_test(page: Path, runs: list[Run]):
+    x = runs[0].data.test.x
+    a, b = (elbos(run.pair, x, 8, 0).numpy() for run in (runs[2], runs[0]))
+    found = numbers(page)["paired"]["runs"]["flow"]["elbo"]
+    assert found["value"] == pytest.approx(float((a - b).mean()))
+    assert found["value"] / found["standard_error"] == pytest.approx(ttest_rel(a, b).statistic)
+
+
+def test_a_run_against_itself_is_nothing():
+    values = torch.linspace(-3, 2, 9)
+    same = paired(values, values, values, values)
+    assert (same.elbo.value, same.elbo.standard_error, same.wins.value) == (0.0, 0.0, 0.5)
+    better = paired(values + 1, values)
+    assert better.elbo.value == pytest.approx(1.0)
+    assert better.log_p is None
+    assert better.wins.value == 1.0
+
+
+def test_pairing_cancels_what_is_hard_for_both():
+    generator = torch.Generator().manual_seed(0)
+    hard = 10 * torch.randn(2000, generator=generator, dtype=torch.float64)
+    noise = 0.1 * torch.randn(2, 2000, generator=generator, dtype=torch.float64)
+    found = paired(hard + 0.05 + noise[0], hard + noise[1])
+    assert found.elbo.standard_error == pytest.approx(math.sqrt(0.02 / 2000), rel=0.1)
+    assert abs(found.elbo.value - 0.05) < 4 * found.elbo.standard_error
+
+
+@pytest.mark.parametrize("rows", [(3, 4), (1, 1)])
+def test_other_rows_do_not_pair(rows: tuple[int, int]):
+    with pytest.raises(DataError, match="same two or more data"):
+        paired(torch.zeros(rows[0]), torch.zeros(rows[1]))
+    with pytest.raises(DataError, match="bounds on the same data"):
+        paired(torch.zeros(3), torch.zeros(3), torch.zeros(2), torch.zeros(1))
+
+
+def test_the_mean_of_elbos_is_the_surgery(runs: list[Run]):
+    run = runs[0]
+    x = run.data.test.x
+    found, whole = elbos(run.pair, x, 8, 0), surgery(run.pair, x, samples=8, seed=0)
+    assert found.shape == (len(x),)
+    assert float(found.mean()) == pytest.approx(whole.elbo.value, abs=5 * whole.elbo.standard_error)
+
+
+def test_two_comparisons_are_byte_identical(runs: list[Run], tmp_path: Path):
+    pages = [compare([Run.load(run.path) for run in runs[:2]], tmp_path / name, evidence_samples=5) for name in "ab"]
+    first, second = ({p.relative_to(page.parent): p.read_bytes() for p in page.parent.rglob("*.*")} for page in pages)
+    assert first == second
+
+
+def test_the_verdict_knows_a_tie(runs: list[Run], tmp_path: Path):
+    again = fit("vae", *TINY, "name=again", run_dir=tmp_path, progress=False)
+    bench = Bench([runs[0], again], evidence_samples=5)
+    said = [s.text for s in examine(bench, "t", "").verdict]
+    assert any("the two cannot be told apart" in text for text in said)
+
+
+def test_many_runs_stand_below_each_other(runs: list[Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sys.modules["pvae.analysis.compare"], "WIDE", 1)
+    path = compare(runs[:2], tmp_path, evidence_samples=2)
+    head = (path.parent / "tables" / "overview.csv").read_text().splitlines()
+    assert head[0].startswith("run,elbo,elbo error")
+    assert [line.split(",")[0] for line in head[1:]] == ["one", "two"]
+
+
+@pytest.mark.parametrize(
+    "change", ["data.binarize=threshold", "data.splits.train=[0, 900]"], ids=["another binarisation", "other rows"]
+)
+def test_elbos_of_other_data_are_not_compared(runs: list[Run], change: str, tmp_path: Path):
+    other = fit("vae", *TINY, change, "name=other", run_dir=tmp_path / "runs", progress=False)
+    with pytest.raises(DataError, match="Expected runs on the same data, prepared alike") as caught:
+        compare([runs[0], other], tmp_path / "out")
+    assert "other" in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_one_run_is_no_comparison(runs: list[Run], tmp_path: Path):
+    for given in ([], runs[:1], [runs[0], Run.load(runs[0].path)]):
+        with pytest.raises(DataError, match="two or more runs"):
+            compare(given, tmp_path)
+    with pytest.raises(DataError, match="a group for each"):
+        compare(runs[:2], tmp_path, groups=["a"])
+
+
+def test_a_model_without_a_likelihood_stands_beside_one_that_has(tmp_path: Path):
+    x = torch.from_numpy(np.random.default_rng(0).random((300, 1, 4, 4), dtype=np.float32))
+    data = Dataset.from_tensors(x)
+    small = ("train.epochs=1", "train.engine=eager")
+    gan = fit("gan", *small, "data.source=tensor", data=data, run_dir=tmp_path, progress=False)
+    vae = fit("vae_normal", *small, "data.source=tensor", data=data, run_dir=tmp_path, progress=False)
+    path = compare([gan, vae], tmp_path / "out", evidence_samples=2)
+    found = numbers(path)["figures"]
+    assert "elbo" not in found["gan"]
+    assert found["gan"]["told apart"]["value"] >= 0
+    assert found["vae_normal"]["elbo"]["value"] < 0 or found["vae_normal"]["elbo"]["value"] > 0
