@@ -430,7 +430,11 @@ def _samples(bench: Bench) -> Section | None:
         columns = [{term: e for term, e, _ in q.rows()} for q in quality.values()]
         first = next(iter(quality.values()))
         found = {term: [column.get(term) for column in columns] for term, _, _ in first.rows()}
-        known = {term: values for term, values in found.items() if any(v is not None for v in values)}
+        known = {
+            term: values
+            for term, values in found.items()
+            if not term.startswith("share/") and any(v is not None for v in values)
+        }
         caption = f"Draws of each run beside data of {bench.split}: shares, and distances in {first.fidelity.space}"
         blocks.append(_side_by_side("sample_quality", caption, list(quality), known))
     if not blocks:

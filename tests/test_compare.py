@@ -11,6 +11,7 @@ import pytest
 import torch
 from scipy.stats import ttest_rel
 
+from pvae import cli
 from pvae.analysis import compare, elbos, paired, surgery
 from pvae.analysis.compare import Bench, examine
 from pvae.data import Dataset
@@ -158,3 +159,17 @@ def test_a_model_without_a_likelihood_stands_beside_one_that_has(tmp_path: Path)
     assert "elbo" not in found["gan"]
     assert found["gan"]["told apart"]["value"] >= 0
     assert found["vae_normal"]["elbo"]["value"] < 0 or found["vae_normal"]["elbo"]["value"] > 0
+
+
+def test_the_command_prints_tables_or_one_json_document(
+    runs: list[Run], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    """FAULTS 42."""
+    given = [*(str(run.path) for run in runs[:2]), "--evidence-samples", "5", "--out", str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", ["pvae", "compare", *given, "--json"])
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    assert caught.value.code == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["file"] == str(tmp_path / "out" / "index.html")
+    assert set(found["figures"]) == {"one", "two"}

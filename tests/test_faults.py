@@ -630,6 +630,7 @@ PRINTS_JSON: dict[str, list[str]] = {
     "gap": ["vae", "--rows", "4", "--steps", "2"],
     "posterior": ["vae", "--rows", "4", "--draws", "5", "--out", "OUT/draws.nc"],
     "report": ["vae"],
+    "export": ["vae", "tensorboard"],
     "sample": ["vae", "-n", "4", "--out", "OUT/shown"],
     "encode": ["vae", *PICTURES],
     "reconstruct": ["vae", *PICTURES],
@@ -642,7 +643,7 @@ PRINTS_JSON: dict[str, list[str]] = {
     "doctor": [],
     "clean": [],
 }
-SLOW = {"selfcheck", "counterexamples", "two-sample", "critic", "study"}
+SLOW = {"selfcheck", "counterexamples", "two-sample", "critic", "compare", "study"}
 """Print JSON in tests of their own."""
 NO_JSON = {
     "new": "writes a file for people to edit",

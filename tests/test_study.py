@@ -499,10 +499,14 @@ def test_hostile_labels_are_harmless_everywhere(tmp_path, started, capsys):
     assert "\x1b" not in out + err
     assert "[red]" in out
     assert "<script>" in err
-    text = (tmp_path / "table.csv").read_text()
+    text = (tmp_path / "table" / "runs.csv").read_text()
     assert "\n'=cmd|" in text
     assert "\n'=cmd|" in (tmp_path / "table" / "summary.csv").read_text()
     assert "\n=cmd" not in text
+    page = (tmp_path / "table" / "index.html").read_text()
+    assert "<script" not in page
+    assert "&lt;script&gt;" in page
+    assert "\x1b" not in page
     assert {path.parent.parent for path in (tmp_path / "runs").glob("*/*/manifest.json")} == {
         path for path in (tmp_path / "runs").iterdir() if not path.name.startswith(".")
     }

@@ -27,7 +27,7 @@ class Step:
 
 def inference_steps(surgery: Surgery, evidence: Evidence | None) -> list[Step]:
     """From log p(x) to the ELBO, by what importance sampling found above it; none where nothing was found."""
-    if evidence is None or not math.isfinite(evidence.gap):
+    if evidence is None or not math.isfinite(evidence.gap) or evidence.gap < 1e-6:
         return []
     elbo = surgery.elbo.value
     return [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 from pvae.analysis import plots
@@ -64,8 +65,11 @@ def on_prior(s: Surgery) -> list[Sentence]:
         )
     if s.train_gain is not None:
         gain = s.train_gain.value
+        verb = "win" if gain >= 0 else "lose"
         text += (
-            f" As the prior, q_agg of the training rows would {'win' if gain >= 0 else 'lose'} {nats(abs(gain))} here."
+            f" As the prior, q_agg of the training rows would {verb} {nats(abs(gain))} here."
+            if math.isfinite(gain)
+            else " q_agg of the training rows is no prior for these: it gives some of their codes no probability."
         )
     return [Sentence(text)]
 

@@ -12,6 +12,8 @@ from pvae.analysis.gap import Gap, gap
 
 GAP_NATS = 1.0
 """Train minus test ELBO above which the report speaks of overfitting."""
+NOTHING = 1e-6
+"""Nats up to which importance sampling found nothing: its weights are all alike."""
 REFINED_ROWS = 50
 """Rows whose posterior is refined, datum by datum."""
 
@@ -53,7 +55,7 @@ def _of_bound(case: Case, bound: Evidence) -> list[Block]:
     )
     caption = f"{case.split}, {case.evidence_rows.note}, {bound.samples} samples per datum"
     table = table_of("evidence", bound, caption)
-    if len(bound.curve) < 2:
+    if len(bound.curve) < 2 or bound.gap < NOTHING:
         return [table]
     last = bound.curve[-1][1]
     chart = picture(
@@ -89,6 +91,11 @@ def _on_evidence(case: Case, e: Evidence | None) -> Sentence:
         return Sentence("Nothing here bounds log p(x): the code is a point, whose KL to a density is not defined.")
     if e.exact is not None:
         return Sentence(f"log p(x) itself is {nats(e.exact)} nats: no other guide could be tighter.")
+    if e.gap < NOTHING:
+        return Sentence(
+            f"log p(x) is at least {nats(e.iwae)} nats. Importance sampling finds nothing above the ELBO: all of its "
+            f"weights are alike, as where codes are known for certain."
+        )
     where = "" if e.n == case.evidence_rows.of else f"On {case.evidence_rows.note}, "
     return Sentence(
         f"{where}log p(x) is at least {nats(e.iwae)} nats and the ELBO {nats(e.elbo)}: a better guide would win "

@@ -70,7 +70,7 @@ def _table(case: Case, found: Mapping[str, SampleQuality]) -> Table:
     rows = tuple(
         (term, *(column.get(term) for column in columns), meaning)
         for term, _, meaning in first.rows()
-        if any(column.get(term) is not None for column in columns)
+        if not term.startswith("share/") and any(column.get(term) is not None for column in columns)
     )
     titles = (Column("figure"), *(Column(name, 4) for name in found), Column("what it is", is_text=True))
     return Table("sample_quality", f"{first.title}; shares, and distances", titles, rows)

@@ -92,4 +92,6 @@ def _on_copies(found: Copying) -> Sentence:
             "components, or more data.",
             True,
         )
+    if 4 * found.nearer.standard_error > COPIES - 0.5:
+        return Sentence(f"{text} (± {percent(found.nearer.standard_error)}; 50 % is the aim).")
     return Sentence(f"No copies: {text} (50 % is the aim).")
