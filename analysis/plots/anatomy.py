@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
+from matplotlib.ticker import MaxNLocator
 
 from pvae.analysis.anatomy import Surgery
 from pvae.analysis.evidence import Evidence
@@ -76,6 +77,7 @@ def waterfall(panels: Sequence[Sequence[Step]]) -> Figure:
             low, high = reach(panels)
             axes.set_xlim(low - 0.2 * (high - low), high + 0.06 * (high - low))
             axes.set_title(f"from {plain(steps[0].label.split(',')[0])} to the {plain(steps[-1].label)}")
+        grid[-1, 0].xaxis.set_major_locator(MaxNLocator(6))
         grid[-1, 0].set_xlabel("nats per datum")
     return made
 

@@ -52,7 +52,7 @@ def section(case: Case) -> Section | None:
         Column(f"effective samples of {bound.samples}", 1),
         Column("log p(x)"),
     )
-    table = tuple((int(rows.chosen[i]), float(khat[i]), float(bound.ess[i]), float(bound.log_p[i])) for i in order)
+    table = tuple((str(int(rows.chosen[i])), float(khat[i]), float(bound.ess[i]), float(bound.log_p[i])) for i in order)
     blocks.append(Table("worst_inferred", caption, columns, table))
     lead = "Importance weights p(x, z) / q(z | x) tell, datum by datum, whether q(z | x) covers the posterior."
     tiles = [Tile("k-hat above limit", percent(bound.khat_share), f"of {bound.n} data, limit {bound.khat_limit:.2f}")]
