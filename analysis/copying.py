@@ -26,6 +26,8 @@ MOST_TRAINED = 100_000
 """Most training rows that are looked through."""
 CLOSE = 0.01
 """Share of held-out rows that counts as close to a training row."""
+FEW = 8
+"""Most rows of a kind for which the p-value counts all orders of distances."""
 WIDTH = 8192
 """Training rows in one block of distances."""
 
@@ -256,10 +258,14 @@ def nearest_of(points: Tensor, among: Tensor) -> tuple[Tensor, Tensor]:
 def _farther(distance: Tensor, held: Tensor) -> tuple[Estimate, Estimate]:
     """z of U, and the probability of one as low."""
     m, h = len(distance), len(held)
-    tested = mannwhitneyu(distance.numpy(), held.numpy(), alternative="less")
-    spread = math.sqrt(m * h * (m + h + 1) / 12 * tiecorrect(rankdata(torch.cat([distance, held]).numpy())))
-    z = (float(tested.statistic) - m * h / 2) / spread if spread else 0.0
-    return Estimate(z, 1.0, "estimate"), exact(float(tested.pvalue) if spread else 1.0)
+    ties = float(tiecorrect(rankdata(torch.cat([distance, held]).numpy())))
+    if not ties:  # all distances are the same
+        return Estimate(0.0, 1.0, "estimate"), exact(1.0)
+    method = "exact" if min(m, h) <= FEW and ties == 1 else "asymptotic"
+    tested = mannwhitneyu(distance.numpy(), held.numpy(), alternative="less", method=method)
+    z = (float(tested.statistic) - m * h / 2) / math.sqrt(m * h * (m + h + 1) / 12 * ties)
+    p = float(tested.pvalue)
+    return Estimate(z, 1.0, "estimate"), exact(p) if method == "exact" else Estimate(p, note="of the normal")
 
 
 def _nearer(train: Tensor, held: Tensor, fake: Tensor, seed: int) -> Estimate:

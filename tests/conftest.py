@@ -12,6 +12,7 @@ import pyro
 import pytest
 import torch
 from hypothesis import settings
+from playwright.sync_api import Browser
 
 settings.register_profile("pvae", deadline=None, derandomize=True)
 settings.load_profile("pvae")
@@ -61,6 +62,15 @@ def find_newer_python() -> str | None:
     code = "import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 12))"
     asked = (name for name in found if subprocess.run([name, "-c", code], capture_output=True).returncode == 0)
     return next(asked, None)
+
+
+@pytest.fixture(scope="session")
+def chromium() -> Iterator[Browser]:
+    """One browser for all tests."""
+    from tests.browser import browser
+
+    with browser() as running:
+        yield running
 
 
 @pytest.fixture(scope="session")

@@ -1,21 +1,13 @@
-"""The report of every system of the zoo, as a browser shows and prints it; and the browser harness itself."""
+"""The browser harness: a good page has no fault, and each fault is caught. `test_zoo.py` shows it every report."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from functools import partial
-from importlib import import_module
 from pathlib import Path
 
 import pytest
 from playwright.sync_api import Browser
 
-import pvae
-from pvae.analysis.gap import gap
-from pvae.analysis.report import report
-from pvae.analysis.sections import fit
-from tests.browser import browser, opened
-from tests.test_zoo import declared, every_system
+from tests.browser import opened
 
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 PIXEL = "data:image/gif;base64,R0lGODlhAQABAIAAAAAAAP///yH5BAEAAAAALAAAAAABAAEAAAIBRAA7"
@@ -32,12 +24,6 @@ GOOD = f"""
 <div class="scroll"><table style="width: 3000px"><caption>Wide</caption><tr><td>1</td></tr></table></div>
 <details><summary>more</summary><p>inside</p></details>
 """
-
-
-@pytest.fixture(scope="session")
-def chromium() -> Iterator[Browser]:
-    with browser() as running:
-        yield running
 
 
 def page(folder: Path, body: str, policy: str = POLICY) -> Path:
@@ -117,21 +103,3 @@ def test_a_page_with_one_fault_is_caught(fault: str, chromium: Browser, tmp_path
 def test_the_pages_of_a_print_are_counted(chromium: Browser, tmp_path: Path) -> None:
     seen = opened(chromium, page(tmp_path, "".join('<p style="break-after: page">p</p>' for _ in range(12))))
     assert seen.pages in (12, 13)
-
-
-@pytest.fixture
-def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every section of a report, after a moment's work: what the figures are worth is tested elsewhere."""
-    monkeypatch.setattr(import_module("pvae.analysis.features"), "EXPOSURES", 400)
-    monkeypatch.setattr(fit, "REFINED_ROWS", 3)
-    monkeypatch.setattr(fit, "gap", partial(gap, steps=3, samples=5, evidence_samples=20))
-
-
-@every_system
-@pytest.mark.usefixtures("hasty")
-def test_the_report_of_every_system_is_faultless(name: str, chromium: Browser, tmp_path: Path) -> None:
-    run = pvae.fit(declared(name, "train.epochs=2"), run_dir=tmp_path, progress=False)
-    seen = opened(chromium, report(run, samples=2, evidence_samples=10))
-    assert seen.faults == ()
-    assert seen.images >= 1
-    assert 2 <= seen.pages <= 60

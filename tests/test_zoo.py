@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from pvae.errors import DataError
 from pvae.run import Run
 from pvae.show import formulas
 from pvae.spec import Experiment
+from tests.browser import opened
 
 CONTINUOUS = {
     "vae", "vae_normal", "autoencoder", "em_mixture", "kmeans", "flow", "flow_dequantised", "flow_variational",
@@ -137,10 +139,23 @@ def test_its_evidence_is_bounded(name, run):
         assert found.exact.value == pytest.approx(found.iwae.value, abs=1e-4)
 
 
+@pytest.fixture
+def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every section of a report, after a moment's work: what the figures are worth is tested elsewhere."""
+    monkeypatch.setattr(import_module("pvae.analysis.features"), "EXPOSURES", 400)
+    monkeypatch.setattr(import_module("pvae.analysis.sections.fit"), "REFINED_ROWS", 3)
+    monkeypatch.setattr(import_module("pvae.analysis.case"), "SAMPLES", 200)
+
+
 @every_system
-def test_it_is_reported(name, run):
-    path = report(run)
-    text = Path(path).read_text()
-    assert len(text) > 5000
+@pytest.mark.usefixtures("hasty")
+def test_it_is_reported(name, run, chromium):
+    """In a browser at two widths, light, dark and on paper: no error, no request, all images, nothing too wide."""
+    path = report(run, samples=1, evidence_samples=10, gap_steps=3)
+    seen = opened(chromium, path)
+    assert seen.faults == ()
+    assert seen.images >= 1
+    assert 2 <= seen.pages <= 60
+    text = path.read_text()
     assert "nan" not in text.lower().split("base64")[0]
     assert name not in LIKELIHOOD_FREE or "elbo" not in text.lower()
