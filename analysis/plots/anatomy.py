@@ -32,7 +32,7 @@ def inference_steps(surgery: Surgery, evidence: Evidence | None) -> list[Step]:
         return []
     elbo = surgery.elbo.value
     return [
-        Step("log p(x), or less", elbo + evidence.gap, True),
+        Step("log p(x), from below", elbo + evidence.gap, True),
         Step("− KL(q(z | x) || p(z | x))", evidence.gap, colour=RED),
         Step("ELBO", elbo, True),
     ]
