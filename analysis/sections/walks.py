@@ -12,7 +12,7 @@ from pvae.analysis import plots
 from pvae.analysis.case import Case, array
 from pvae.analysis.document import Block, Column, Section, Table, picture
 from pvae.analysis.interpolate import interpolate
-from pvae.analysis.traversal import traverse
+from pvae.analysis.traversal import Traversal, traverse
 
 WALKED = 3
 """Most latents that are walked through."""
@@ -21,13 +21,16 @@ PAIRS = 4
 
 
 def traversals(case: Case) -> Section | None:
-    """One coordinate at a time, the dearest first; None where data are no pictures."""
-    if case.implicit or not plots.is_image(case.shape):
+    """One coordinate at a time, the dearest first; None where data are neither pictures nor points of the plane."""
+    if case.implicit or not plots.is_shown(case.shape):
         return None
     blocks: list[Block] = []
     for name in list(case.pair.layout.latents)[:WALKED]:
         found = case.attempt(f"traversal of {name}", partial(traverse, case.run, latent=name, seed=case.seed))
         if found is None:
+            continue
+        if not plots.is_image(case.shape):
+            blocks += _paths(case, found)
             continue
         values = array(found.values)
         same = bool((values == values[:1]).all())
@@ -45,6 +48,24 @@ def traversals(case: Case) -> Section | None:
             )
         )
     return Section("traversals", "Traversals", tuple(blocks)) if blocks else None
+
+
+def _paths(case: Case, found: Traversal) -> list[Block]:
+    """Of points of the plane: where the mean goes as each coordinate moves."""
+    made = plots.traversed(found, array(case.observed(case.x[:1000])))
+    if made is None:
+        return []
+    alt = (
+        f"Data, and the path of the mean of p(x | z) as each of {len(found.dims)} coordinates of {found.latent} moves."
+    )
+    return [
+        picture(
+            f"traversal_{found.latent}",
+            made,
+            alt,
+            "Look for paths that follow the data, and for dots that stand still.",
+        )
+    ]
 
 
 def interpolations(case: Case) -> Section | None:
