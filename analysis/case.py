@@ -199,9 +199,10 @@ class Case:
     @cached_property
     def evidence(self) -> Evidence | None:
         """None where nothing bounds log p(x): the code is a point."""
+        certain = all(latent.certain for latent in self.drawn.latents.values())  # all draws of it are one draw
+        samples = 1 if certain else self.evidence_samples
         return self.attempt(
-            "evidence",
-            lambda: evidence(self.pair, self.evidence_rows.x, samples=self.evidence_samples, seed=self.seed),
+            "evidence", lambda: evidence(self.pair, self.evidence_rows.x, samples=samples, seed=self.seed)
         )
 
     @cached_property

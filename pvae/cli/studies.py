@@ -43,6 +43,8 @@ def study(
     )
     where = out or Path(f"study-{slug(found.declared.name)}")
     written = _compared(found, where, show=not (quiet or as_json)) if page else None
+    if out is not None and written is None:
+        found.save(out)
     emit({**found.to_dict(), "file": written and str(written)}) if as_json else say(found)
     if written is not None and not as_json:
         tell(f"comparison: {written}")

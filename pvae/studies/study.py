@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from pvae.errors import DeclarationError, printable
-from pvae.files import write_atomic
+from pvae.files import make_folder, write_atomic
 from pvae.run import Run
 from pvae.rundir import RunDirectory
 from pvae.studies.cases import Case, Declared
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     import pandas
     from rich.table import Table
 
+EVIDENCE = 100
+"""Importance samples for each of 500 data behind the comparison's bound on log p(x)."""
 Key = tuple[str, int, str]
 """Label of the case, seed, stage (`fit`, `refit`, or the label of a `[[sweep.refits]]`)."""
 
@@ -83,18 +85,24 @@ class Study:
             DataError: fewer than two finished runs, or runs of different data.
         """
         from pvae.analysis.compare import compare  # here, because analysis stands above
-        from pvae.analysis.study import csv
 
         groups = [case if stage == "fit" else f"{case}, {stage}" for case, _, stage in self.runs]
         names = [f"{group} #{seed}" for group, (_, seed, _) in zip(groups, self.runs, strict=True)]
         title, description = self.declared.name, self.declared.description
         page = compare(
             list(self.runs.values()), Path(out), names=names, groups=groups, title=title, description=description,
-            on_progress=on_progress,
+            evidence_samples=EVIDENCE, on_progress=on_progress,
         )  # fmt: skip
-        write_atomic(Path(out) / "runs.csv", csv(self.to_frame()))
-        write_atomic(Path(out) / "summary.csv", csv(self.summary()))
+        self.save(out)
         return page
+
+    def save(self, out: str | Path) -> None:
+        """Write `runs.csv` and `summary.csv` into a folder, made if it is not there."""
+        from pvae.analysis.study import csv
+
+        folder = make_folder(Path(out))
+        write_atomic(folder / "runs.csv", csv(self.to_frame()))
+        write_atomic(folder / "summary.csv", csv(self.summary()))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers and strings, for JSON; what is not defined is NaN here and null there."""
