@@ -468,7 +468,13 @@ def test_no_home_no_terminal_no_locale_no_temporary_folder_no_warning(tmp_path: 
     fitting = ["fit", "vae", *TINY, "train.epochs=1", "name=naïve 🙂", "--run-dir", "runs"]
     script = "import sys\nfrom pvae import cli\nfor command in COMMANDS:\n    sys.argv = ['pvae', *command]\n    try:\n"
     script += "        cli.main()\n    except SystemExit as end:\n        assert end.code == 0, (command, end.code)\n"
-    commands = [["new", "vq"], fitting, ["report", "latest", "--run-dir", "runs"], ["runs", "--run-dir", "runs"]]
+    hasty = ["--evidence-samples", "10", "--gap-steps", "5"]
+    commands = [
+        ["new", "vq"],
+        fitting,
+        ["report", "latest", "--run-dir", "runs", *hasty],
+        ["runs", "--run-dir", "runs"],
+    ]
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", script.replace("COMMANDS", ascii(commands))],
         cwd=tmp_path, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=200,
@@ -629,7 +635,7 @@ PRINTS_JSON: dict[str, list[str]] = {
     "evidence": ["vae", "--rows", "4", "--samples", "5"],
     "gap": ["vae", "--rows", "4", "--steps", "2"],
     "posterior": ["vae", "--rows", "4", "--draws", "5", "--out", "OUT/draws.nc"],
-    "report": ["vae"],
+    "report": ["vae", "--evidence-samples", "10", "--gap-steps", "5"],
     "export": ["vae", "tensorboard"],
     "sample": ["vae", "-n", "4", "--out", "OUT/shown"],
     "encode": ["vae", *PICTURES],

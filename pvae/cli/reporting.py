@@ -18,6 +18,7 @@ def report(
     run: RUN,
     split: SPLIT = "test",
     evidence_samples: SAMPLES = 500,
+    gap_steps: Annotated[int, typer.Option("--gap-steps", min=0, help="Of the refinement of q; 0: no gaps.")] = 200,
     figures: FIGURES = False,
     seed: SEED = 0,
     run_dir: RUN_DIR = RUNS,
@@ -31,7 +32,7 @@ def report(
     from pvae.progress import Progress
 
     opened = open_run(run, run_dir, data_dir)
-    case = Case(opened, split, evidence_samples=evidence_samples, seed=seed)
+    case = Case(opened, split, evidence_samples=evidence_samples, gap_steps=gap_steps, seed=seed)
     with Progress(len(SECTIONS), "report", show=not as_json) as bar:
         found = examine(case, lambda done, _, what: bar.update(done, what))
     path = found.write(opened.files.report, figures=figures)
