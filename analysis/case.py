@@ -76,6 +76,11 @@ def some(x: Tensor | Streamed, most: int, seed: int) -> Rows:
     return Rows(x[chosen.to(x.device)], len(x), chosen)
 
 
+def draws(wanted: int, n: int) -> int:
+    """Draws for each of n data, `DRAWS` at most in all and at least one for each."""
+    return max(1, min(wanted, DRAWS // n))
+
+
 class Case:
     """A run with everything that its report says of it.
 
@@ -175,10 +180,11 @@ class Case:
         """By split: train, and the split of the report; q_agg of train is tried as the prior of the other."""
         found: dict[str, Surgery] = {}
         for name, rows in self.rows.items():
-            draws = max(1, min(self.samples, DRAWS // len(rows.x)))
             train = self.rows["train"].x if name != "train" else None
             labels = self.classes if name == self.split and not self.pair.frame.covariates else None
-            found[name] = surgery(self.pair, rows.x, samples=draws, seed=self.seed, train=train, labels=labels)
+            found[name] = surgery(
+                self.pair, rows.x, samples=draws(self.samples, len(rows.x)), seed=self.seed, train=train, labels=labels
+            )
         return found
 
     @property
