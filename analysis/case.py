@@ -17,7 +17,7 @@ from pvae.analysis.anatomy import Surgery
 from pvae.analysis.collapse import Collapse, collapse
 from pvae.analysis.draws import Draw, draw, quiet
 from pvae.analysis.evidence import Evidence, evidence
-from pvae.analysis.features import Features
+from pvae.analysis.features import CLASSES, FEW, NUMBERS, Features, affordable
 from pvae.analysis.generate import Samples, sample
 from pvae.analysis.surgery import surgery
 from pvae.analysis.two_sample import space_of
@@ -27,17 +27,11 @@ from pvae.run import Run
 
 ROWS = {"train": 60_000, "held": 10_000}
 """Most rows of a surgery: of train, and of the split that is reported."""
-HELD_NUMBERS = 100_000_000
-"""Most numbers that they are made of, where data are large."""
-FEW = 1000
-"""Rows that are taken however large they are."""
 EVIDENCE_ROWS = 500
 SAMPLES = 5000
 """Draws of the model: for the pictures, the planes of latents, and the comparison with data."""
 DRAWS = 20_000
 """Draws of a surgery in all: fewer for each datum where there are more data, at least one."""
-CLASSES = 50
-"""Most labels that figures are given for one by one."""
 
 T = TypeVar("T")
 Progress = Callable[[int, int, str], None]
@@ -49,7 +43,7 @@ def silent(_done: int, _total: int, _what: str) -> None:
 
 REFUSED = (DataError, DeclarationError)
 """What says that a figure is not defined here."""
-UNFIT = (*REFUSED, NotImplementedError, ValueError, RuntimeError, LookupError, AttributeError)
+UNFIT = (*REFUSED, NotImplementedError, ValueError, RuntimeError, LookupError, AttributeError, MemoryError)
 """What a hand-written pair may raise that cannot do what is asked: it loses a section, not the report."""
 
 
@@ -135,7 +129,7 @@ class Case:
     def some(self, name: str, most: int) -> Rows:
         """Rows of a split, few enough for memory."""
         part = self.data.split(name)
-        return some(part.rows, min(most, max(FEW, HELD_NUMBERS // max(1, prod(part.rows.shape[1:])))), self.seed)
+        return some(part.rows, affordable(most, tuple(part.rows.shape[1:])), self.seed)
 
     @cached_property
     def rows(self) -> dict[str, Rows]:
@@ -194,8 +188,11 @@ class Case:
 
     @property
     def gap(self) -> float | None:
-        """ELBO of train minus that of the split, nats per datum."""
-        return None if self.split == "train" else self.surgeries["train"].elbo.value - self.held.elbo.value
+        """ELBO of train minus that of the split, nats per datum, without what global latents cost."""
+        if self.split == "train":
+            return None
+        one, other = ((s.reconstruction.value - s.kl.value) for s in (self.surgeries["train"], self.held))
+        return one - other
 
     @cached_property
     def evidence_rows(self) -> Rows:
@@ -231,7 +228,7 @@ class Case:
     @cached_property
     def sampled(self) -> Samples | None:
         """Means of p(x | z), or draws where it has none, for draws of the prior."""
-        count = max(100, min(SAMPLES, HELD_NUMBERS // max(1, prod(self.shape))))
+        count = max(100, min(SAMPLES, NUMBERS // max(1, prod(self.shape))))
 
         def make() -> Samples:
             try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from pvae.analysis.document import (
     Sentence,
     Table,
     Value,
+    claim,
     nats,
     picture,
 )
@@ -88,6 +90,7 @@ def compare(
         DataError: fewer than two runs, or runs whose figures do not compare: other data, binarisation or covariates.
     """
     bench = Bench(runs, names, groups, split=split, samples=samples, evidence_samples=evidence_samples, seed=seed)
+    claim(out)
     return examine(bench, title, description, on_progress).write(out, figures=figures)
 
 
@@ -153,14 +156,23 @@ class Bench:
             case.__dict__["space"] = space
             if (quality := measure(case, ("draws",)).get("draws")) is not None:
                 found[name] = quality
+            self._forget(case)
         return found
 
-    def against(self, reference: str) -> dict[str, Paired]:
-        """Paired differences of all other runs to one."""
-        return {
-            name: paired(
-                self.elbos[name], self.elbos[reference], self.log_p.get(name), self.log_p.get(reference)
+    @staticmethod
+    def _forget(case: Case) -> None:
+        """Let go of samples, but for those that are shown: of many runs they would fill the memory."""
+        case.__dict__["draws"] = None
+        if case.sampled is not None:
+            case.__dict__["sampled"] = replace(
+                case.sampled, x=case.sampled.x[:STRIP].clone(), latents={}, covariates={}
             )
+
+    def against(self, reference: str) -> dict[str, Paired]:
+        """Paired differences of all other runs to one; of bounds on log p(x) only where all runs have one."""
+        known = self.log_p if len(self.log_p) == len(self.scored) else {}
+        return {
+            name: paired(self.elbos[name], self.elbos[reference], known.get(name), known.get(reference))
             for name in self.elbos
             if name != reference
         }  # fmt: skip
@@ -353,7 +365,7 @@ def _pairs(bench: Bench) -> Section | None:
     reference = next(iter(bench.scored))
     found = bench.against(reference)
     gains = {name: d.log_p or d.elbo for name, d in found.items()}
-    what = "bound on log p(x)" if all(d.log_p is not None for d in found.values()) else "bound on log p(x), or ELBO"
+    what = "bound on log p(x)" if all(d.log_p is not None for d in found.values()) else "ELBO"
     made = picture(
         "paired",
         plots.differences(list(gains), list(gains.values()), reference, what[0].upper() + what[1:]),

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pvae import seeds
 from pvae.analysis.estimate import Estimate, exact
-from pvae.analysis.features import Features
+from pvae.analysis.features import Features, affordable
 from pvae.analysis.fidelity import BLOCK, mean_of
 from pvae.analysis.generate import Samples, opened, sample
 from pvae.analysis.table import Figures, Row
@@ -138,7 +138,7 @@ def copying(
     chosen = seeds.subset(len(part), min(rows or MOST, MOST), seed)
     if samples is None:
         samples = sample(run, len(chosen), mean=mean, seed=seed)
-    kept = seeds.subset(len(train), MOST_TRAINED, seed)
+    kept = seeds.subset(len(train), affordable(MOST_TRAINED, tuple(train.rows.shape[1:])), seed)
     found = data_copying(
         train.observed(train.rows[kept.to(train.rows.device)]).cpu(),
         part.observed(part.rows[chosen.to(part.rows.device)]).cpu(),

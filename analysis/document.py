@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import csv
+import hashlib
 import io
 import json
 import math
@@ -21,7 +22,8 @@ from matplotlib.figure import Figure
 from pvae.analysis import plots
 from pvae.analysis.estimate import Estimate
 from pvae.analysis.table import Figures, cell
-from pvae.files import make_folder, write_atomic
+from pvae.errors import DataError, OutputError
+from pvae.files import make_folder, read_object, write_atomic
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -29,7 +31,13 @@ if TYPE_CHECKING:
 
 Value = Estimate | float | int | str | None
 """What a cell of a table holds; None is shown as a dash."""
-PAGE, NUMBERS, TABLES, PICTURES = "index.html", "report.json", "tables", "figures"
+PAGE, NUMBERS, TABLES, PICTURES, FILES = "index.html", "report.json", "tables", "figures", "files"
+LONGEST = 80
+"""Characters of a name that a file bears in full."""
+LARGEST = 1 << 28
+"""Bytes of the numbers of an earlier report."""
+OWN = re.compile(rf"{TABLES}/[\w.-]+\.csv|{PICTURES}/[\w.-]+\.png", re.ASCII)
+"""Files that a report writes beside its page."""
 
 
 # ---------------------------------------------------------------------- parts
@@ -239,17 +247,26 @@ class Document:
     def write(self, folder: Path, *, figures: bool = False) -> Path:
         """Write page, numbers, a CSV for each table and, on request, a PNG for each picture; returns the page's path.
 
-        Each file is whole or not there; tables and pictures of an earlier report that this one lacks are taken away.
-        The page comes last: where it is new, all of it is.
+        Each file is whole or not there. Tables and pictures that an earlier report wrote and this one lacks are taken
+        away, and nothing else; pictures once asked for are kept fresh. The page comes last: where it is new, all is.
+
+        Raises:
+            DataError: the folder holds pages or numbers that are of no report, or a link.
+            OutputError: it cannot be made, or written to.
         """
-        for name in (".", TABLES, *([PICTURES] if figures else [])):
-            make_folder(folder / name)
-        write_atomic(folder / NUMBERS, json.dumps(self.to_dict(), indent=2, allow_nan=False, ensure_ascii=True) + "\n")
+        old = claim(folder)
         blocks = [block for section in self.sections for block in section.blocks]
-        _fill(folder / TABLES, {f"{slug(b.id)}.csv": b.to_csv().encode() for b in blocks if isinstance(b, Table)})
-        pictures = {f"{slug(b.id)}.png": b.png for b in blocks if isinstance(b, Picture)}
-        if figures or (folder / PICTURES).is_dir():
-            _fill(folder / PICTURES, pictures)
+        files = {f"{TABLES}/{slug(b.id)}.csv": b.to_csv().encode() for b in blocks if isinstance(b, Table)}
+        if figures or any(name.startswith(f"{PICTURES}/") for name in old):
+            files |= {f"{PICTURES}/{slug(b.id)}.png": b.png for b in blocks if isinstance(b, Picture)}
+        for name in sorted({name.split("/")[0] for name in (*files, *old)}):
+            make_folder(folder / name)
+        numbers = {**self.to_dict(), FILES: sorted(files)}
+        write_atomic(folder / NUMBERS, json.dumps(numbers, indent=2, allow_nan=False, ensure_ascii=True) + "\n")
+        for name, content in files.items():
+            write_atomic(folder / name, content)
+        for name in old - files.keys():
+            (folder / name).unlink(missing_ok=True)
         write_atomic(folder / PAGE, self.to_html())
         return folder / PAGE
 
@@ -269,18 +286,36 @@ class Document:
         return Group(*parts)
 
 
-def _fill(folder: Path, files: Mapping[str, bytes]) -> None:
-    """Make a folder hold these files, and none of their kinds besides."""
-    for name, content in files.items():
-        write_atomic(folder / name, content)
-    for old in [*folder.glob("*.csv"), *folder.glob("*.png")]:
-        if old.name not in files:
-            old.unlink(missing_ok=True)
+def claim(folder: Path) -> set[str]:
+    """Make a folder, with its parents, or take that of an earlier report: the files that one wrote.
+
+    Raises:
+        DataError: it holds an `index.html` or `report.json` that no report wrote.
+        OutputError: it cannot be made.
+    """
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as problem:
+        raise OutputError(f"{folder}: expected a folder; got {problem.strerror}.") from problem
+    make_folder(folder)
+    if not any((folder / name).exists() for name in (PAGE, NUMBERS)):
+        return set()
+    found = read_object(folder, NUMBERS, LARGEST) if (folder / NUMBERS).exists() else {}
+    if "verdict" not in found:
+        raise DataError(
+            f"{folder}: expected an empty folder, or one of an earlier report; got other pages. Say another with --out."
+        )
+    listed = found.get(FILES)
+    names = [name for name in listed if isinstance(name, str)] if isinstance(listed, list) else []
+    return {name for name in names if OWN.fullmatch(name)}
 
 
 def slug(name: str) -> str:
     """A name as a file can bear it; other names, other files."""
-    return re.sub(r"[^A-Za-z0-9._]", lambda m: f"-{ord(m.group()):x}", name)[:100] or "-"
+    plain = re.sub(r"[^A-Za-z0-9._]", lambda m: f"-{ord(m.group()):x}", name) or "-"
+    if len(plain) <= LONGEST:
+        return plain
+    return f"{plain[:LONGEST]}-{hashlib.sha256(name.encode(errors='surrogatepass')).hexdigest()[:16]}"
 
 
 # ---------------------------------------------------------------------- how things read

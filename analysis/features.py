@@ -16,12 +16,23 @@ from pvae.networks import MLP, Conv, NetworkModule
 
 EXPOSURES = 40_000
 """Data that a classifier is shown, at least; two epochs where there are more."""
+NUMBERS = 100_000_000
+"""Most numbers that rows which are held at once are made of."""
+FEW = 1000
+"""Rows that are taken however large they are."""
+CLASSES = 50
+"""Most labels that a classifier, or a reader of codes, is asked to tell apart."""
 BATCH = 100
 DENSE = 128
 COMPONENTS = 50
 """Most principal components of a feature space without labels."""
 CHUNK = 2000
 X = "x"
+
+
+def affordable(most: int, shape: Shape) -> int:
+    """How many rows of a shape to hold: `most`, or fewer where they are large."""
+    return min(most, max(FEW, NUMBERS // max(1, math.prod(shape))))
 
 
 class Classifier(nn.Module):

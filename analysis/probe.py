@@ -19,7 +19,7 @@ from torch import Tensor
 
 from pvae import seeds
 from pvae.analysis.estimate import Estimate
-from pvae.analysis.features import COMPONENTS, principal
+from pvae.analysis.features import CLASSES, COMPONENTS, affordable, principal
 from pvae.analysis.fidelity import mean_of
 from pvae.analysis.generate import encode, opened
 from pvae.analysis.table import Figures, Row
@@ -142,8 +142,13 @@ def probe(
             f"hold what they are given."
         )
     (x, y), (asked, labels) = _some(train, MOST_TRAINED, seed), _some(part, min(rows or MOST, MOST), seed)
-    if len(np.unique(y)) < 2:
-        raise DataError("probe: expected at least two labels among the training rows; got one.")
+    there = np.unique(y)
+    if not 1 < len(there) <= CLASSES:
+        raise DataError(f"probe: expected 2 to {CLASSES} labels among the training rows; got {len(there)}.")
+    known = np.isin(labels, there)
+    y, labels = (np.where(np.isin(side, there), np.searchsorted(there, side), len(there)) for side in (y, labels))
+    if not known.any():
+        raise DataError("probe: expected rows of labels that train has; got none.")
     if not all(bool(side.isfinite().all()) for side in (x, asked)):
         raise DataError("probe: expected finite numbers; got NaN or infinity, of which x has no principal components.")
     codes = [encode(run, side, mean=True, seed=seed).latents for side in (x, asked)]
@@ -167,7 +172,7 @@ def _some(split: Split, most: int, seed: int) -> tuple[Tensor, NDArray[Any]]:
     """Rows `(m, *row)` and labels `(m,)` of a split, at most so many."""
     if split.y is None:
         raise DataError(f"probe: expected labels, which codes are read for; got none in {split.name}.")
-    index = seeds.subset(len(split), most, seed)
+    index = seeds.subset(len(split), affordable(most, tuple(split.rows.shape[1:])), seed)
     return split.rows[index.to(split.rows.device)], split.y[index.to(split.y.device)].cpu().numpy()
 
 

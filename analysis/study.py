@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from pvae import checkpoint, seeds
 from pvae.analysis.evidence import evidence
+from pvae.analysis.features import affordable
 from pvae.analysis.surgery import surgery
 from pvae.analysis.table import cell
 from pvae.errors import CheckpointError, DataError
@@ -94,7 +95,8 @@ def _measured(run: Run, measure: Measure, on_progress: Callable[[int, int], None
     found: dict[str, Any] = {"iwae": None, "seconds": seconds, "notes": []}
     for i, split in enumerate(("test", "train")):
         part = run.data.split(split)
-        x = part.rows[seeds.subset(len(part), measure.rows, 0).to(part.rows.device)]
+        most = measure.rows or affordable(len(part), tuple(part.rows.shape[1:]))  # of streamed data, what memory holds
+        x = part.rows[seeds.subset(len(part), most, 0).to(part.rows.device)]
         found[split] = dict.fromkeys(TERMS)
         try:
             parts = surgery(run.pair, x, samples=measure.samples)
@@ -172,7 +174,7 @@ def table(means: pandas.DataFrame, title: str) -> Table:
     for column in ("seeds", *SHOWN.values()):
         drawn.add_column(column, justify="right")
     for row in means.to_dict("records"):
-        stage = "" if row["stage"] == FIRST else f", {row['stage']}"
+        stage = "" if row["stage"] == FIRST else f": {row['stage']}"
         figures = [_with_error(row[name], row[f"{name}_error"]) for name in SHOWN]
         drawn.add_row(Text(f"{row['case']}{stage}"), str(row["seeds"]), *figures)
     return drawn

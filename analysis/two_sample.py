@@ -14,7 +14,7 @@ from torch import Tensor
 from pvae import seeds
 from pvae.analysis.distances import Distances, distances
 from pvae.analysis.estimate import Estimate, exact
-from pvae.analysis.features import Features, classify, features, in_chunks
+from pvae.analysis.features import CLASSES, Features, affordable, classify, features, in_chunks
 from pvae.analysis.fidelity import NEIGHBOURS, Fidelity, among
 from pvae.analysis.generate import Samples, opened, sample
 from pvae.analysis.sharpness import relative_sharpness, sharpness
@@ -261,11 +261,21 @@ def sample_quality(
 
 
 def space_of(run: Run, seed: int = 0) -> Features:
-    """`features` of a run's training rows and their labels; of more than `MOST_TRAINED`, of as many by the seed."""
+    """`features` of a run's training rows and their labels; of more than `MOST_TRAINED`, of as many by the seed.
+
+    Without labels, with one alone, or with more than `CLASSES` (numbers of rows, say): principal components.
+    """
     train = run.data.train
-    kept = seeds.subset(len(train), MOST_TRAINED, seed).to(train.rows.device)
-    labels = None if train.y is None else train.y[kept].cpu()
-    return features(train.observed(train.rows[kept]).cpu(), labels, run.data.label_names, seed)
+    most = affordable(MOST_TRAINED, tuple(train.rows.shape[1:]))
+    kept = seeds.subset(len(train), most, seed).to(train.rows.device)
+    x = train.observed(train.rows[kept]).cpu()
+    if train.y is None:
+        return features(x, None, None, seed)
+    there, labels = torch.unique(train.y[kept].cpu(), return_inverse=True)
+    if not 1 < len(there) <= CLASSES:
+        return features(x, None, None, seed)
+    own = run.data.label_names
+    return features(x, labels, tuple(own[i] if own and 0 <= i < len(own) else str(i) for i in there.tolist()), seed)
 
 
 def _means(run: Run, n: int, seed: int) -> Tensor | None:

@@ -2,7 +2,9 @@
 
 import csv
 import io
+import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -84,9 +86,47 @@ def test_files_bear_safe_names_and_old_ones_go(tmp_path: Path):
     assert found == {
         "out/index.html", "out/report.json", "out/tables/t.csv", "out/tables/u.csv", "out/figures/p..-2f..-2fetc.png",
     }  # fmt: skip
+    (tmp_path / "out" / "tables" / "mine.csv").write_text("of the user")
     document(Section("one", "One", (table("v"),))).write(tmp_path / "out")
-    assert {p.name for p in (tmp_path / "out" / "tables").iterdir()} == {"v.csv"}
+    assert {p.name for p in (tmp_path / "out" / "tables").iterdir()} == {"v.csv", "mine.csv"}
     assert not list((tmp_path / "out" / "figures").iterdir())
+
+
+def test_a_folder_of_other_pages_is_left_alone(tmp_path: Path):
+    """FAULTS 37: nothing is written over, and nothing taken away, that no report wrote."""
+    for name, text in (("index.html", "my page"), ("report.json", '{"mine": 1}')):
+        folder = tmp_path / name
+        (folder / "tables").mkdir(parents=True)
+        (folder / name).write_text(text)
+        (folder / "tables" / "t.csv").write_text("my table")
+        with pytest.raises(DataError, match="got other pages"):
+            whole().write(folder)
+        assert (folder / name).read_text() == text
+        assert (folder / "tables" / "t.csv").read_text() == "my table"
+
+
+def test_a_link_among_the_pictures_is_refused_even_unasked(tmp_path: Path):
+    """FAULTS 37."""
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "holiday.png").write_text("mine")
+    whole().write(tmp_path / "out", figures=True)
+    shutil.rmtree(tmp_path / "out" / "figures")
+    (tmp_path / "out" / "figures").symlink_to(tmp_path / "pictures")
+    with pytest.raises(DataError, match="got a link"):
+        whole().write(tmp_path / "out")
+    assert [p.name for p in (tmp_path / "pictures").iterdir()] == ["holiday.png"]
+
+
+def test_a_list_of_files_that_leads_elsewhere_is_not_followed(tmp_path: Path):
+    """FAULTS 37: report.json is text that anyone may have written."""
+    (tmp_path / "mine.csv").write_text("mine")
+    whole().write(tmp_path / "out")
+    numbers = json.loads((tmp_path / "out" / "report.json").read_text())
+    numbers["files"] = ["../mine.csv", "tables/../../mine.csv", "/etc/hostname", 3, "tables/t.csv"]
+    (tmp_path / "out" / "report.json").write_text(json.dumps(numbers))
+    document(Section("one", "One", (table("v"),))).write(tmp_path / "out")
+    assert (tmp_path / "mine.csv").exists()
+    assert not (tmp_path / "out" / "tables" / "t.csv").exists()
 
 
 def test_a_link_in_the_place_of_a_folder_is_refused(tmp_path: Path):
@@ -142,4 +182,5 @@ def test_slugs_are_plain_and_differ(name: str):
     found = slug(name)
     assert found
     assert not set(found) - set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-")
+    assert slug("a" * 90) != slug("a" * 91)
     assert len({slug(other) for other in (*HOSTILE, "z", "a/b", "a\\b", "a-b")}) == len(HOSTILE) + 4

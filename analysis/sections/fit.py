@@ -12,6 +12,8 @@ from pvae.analysis.gap import Gap, gap
 
 GAP_NATS = 1.0
 """Train minus test ELBO above which the report speaks of overfitting."""
+WORTH = 0.1
+"""Nats by which one gap must exceed the other before it is worth advice."""
 NOTHING = 1e-6
 """Nats up to which importance sampling found nothing: its weights are all alike."""
 REFINED_ROWS = 50
@@ -32,7 +34,7 @@ def section(case: Case) -> Section | None:
     if found is not None:
         blocks.append(table_of("gaps", found, f"{case.split}, {found.n} rows: {found.title}"))
         blocks += [Note(text) for text in found.remarks]
-        said.append(_on_gaps(found))
+        said.append(_on_gaps(case, found))
     if case.gap is not None:
         tiles.append(Tile(f"train − {case.split}", nats(case.gap), "nats of ELBO"))
         said.append(_on_overfitting(case, case.gap))
@@ -80,15 +82,16 @@ def _gaps(case: Case) -> Gap | None:
 
 def _on_elbo(case: Case) -> Sentence:
     s = case.held
+    shared = "" if s.global_kl is None else f", less {nats(s.global_kl)} for global latents, shared by these rows"
     return Sentence(
         f"On {case.split} ({case.rows[case.split].note}) the ELBO is {nats(s.elbo)} nats per datum: "
-        f"{nats(s.reconstruction)} for the reconstruction, less {nats(s.kl)} that the code costs."
+        f"{nats(s.reconstruction)} for the reconstruction, less {nats(s.kl)} that the code costs{shared}."
     )
 
 
 def _on_evidence(case: Case, e: Evidence | None) -> Sentence:
     if e is None:
-        return Sentence("Nothing here bounds log p(x): the code is a point, whose KL to a density is not defined.")
+        return Sentence(f"Nothing here bounds log p(x). {case.missing['evidence']}")
     if e.exact is not None:
         return Sentence(f"log p(x) itself is {nats(e.exact)} nats: no other guide could be tighter.")
     if e.gap < NOTHING:
@@ -103,25 +106,36 @@ def _on_evidence(case: Case, e: Evidence | None) -> Sentence:
     )
 
 
-def _on_gaps(found: Gap) -> Sentence:
-    a, b = found.approximation.value, found.amortisation.value
-    advice = (
-        "the family is what limits: try posterior.kind = full_rank_normal or flow"
-        if a > b
-        else "the encoder is what limits: give it more units, or train longer"
-    )
-    return Sentence(
+def _on_gaps(case: Case, found: Gap) -> Sentence:
+    a, b = found.approximation, found.amortisation
+    text = (
         f"Of what the guide loses, {nats(a)} nats are the family's (approximation) and {nats(b)} the network's "
-        f"(amortisation; {found.n} rows): {advice}."
+        f"(amortisation; {found.n} rows)"
     )
+    error = math.hypot(a.standard_error, b.standard_error)
+    if not abs(a.value - b.value) > max(2 * error, WORTH):
+        return Sentence(f"{text}.")
+    if a.value < b.value:
+        return Sentence(f"{text}: the encoder is what limits. Give it more units, or train longer.")
+    return Sentence(f"{text}: the family is what limits.{richer(case)}")
+
+
+def richer(case: Case) -> str:
+    """Which posteriors would be richer than those declared; nothing where there are none."""
+    latents = getattr(case.run.plan, "latents", {})
+    used = {getattr(latent.posterior, "kind", "") for latent in latents.values()}
+    left = [kind for kind in ("full_rank_normal", "flow") if kind not in used]
+    return f" Try posterior.kind = {' or '.join(left)}." if left and latents else ""
 
 
 def _on_overfitting(case: Case, difference: float) -> Sentence:
-    train, held = case.surgeries["train"].elbo, case.held.elbo
-    error = math.hypot(train.data_error or 0.0, held.data_error or 0.0)
-    text = f"Train stands {nats(difference)} nats above {case.split} (± {nats(error)} from the choice of rows)."
+    errors = [case.surgeries[split].elbo.data_error for split in ("train", case.split)]
+    known = [error for error in errors if error is not None and math.isfinite(error)]
+    error = math.hypot(*known) if len(known) == len(errors) else math.nan
+    spread = f" (± {nats(error)} from the choice of rows)" if math.isfinite(error) else ""
+    if difference < 0:
+        return Sentence(f"Train stands {nats(-difference)} nats below {case.split}{spread}: no sign of overfitting.")
+    text = f"Train stands {nats(difference)} nats above {case.split}{spread}."
     if difference > max(GAP_NATS, 2 * error):
         return Sentence(f"{text} The model overfits: set train.patience, use smaller networks, or more data.", True)
-    if difference < 0:
-        return Sentence(f"Train stands {nats(-difference)} nats below {case.split}: no sign of overfitting.")
     return Sentence(text)

@@ -8,6 +8,7 @@ from pvae.analysis import plots
 from pvae.analysis.case import Case, array
 from pvae.analysis.document import Block, Column, Section, Sentence, Table, Tile, nats, percent, picture
 from pvae.analysis.evidence import Evidence
+from pvae.analysis.sections.fit import richer
 
 SHARE = 0.1
 """Of data whose k-hat is above its limit, beyond which the report speaks of it."""
@@ -56,15 +57,15 @@ def section(case: Case) -> Section | None:
     blocks.append(Table("worst_inferred", caption, columns, table))
     lead = "Importance weights p(x, z) / q(z | x) tell, datum by datum, whether q(z | x) covers the posterior."
     tiles = [Tile("k-hat above limit", percent(bound.khat_share), f"of {bound.n} data, limit {bound.khat_limit:.2f}")]
-    return Section("guide", "Guide quality", tuple(blocks), lead, (_on_khat(bound),), tuple(tiles))
+    return Section("guide", "Guide quality", tuple(blocks), lead, (_on_khat(case, bound),), tuple(tiles))
 
 
-def _on_khat(bound: Evidence) -> Sentence:
+def _on_khat(case: Case, bound: Evidence) -> Sentence:
     if bound.khat_share > SHARE:
         return Sentence(
             f"k-hat is above {bound.khat_limit:.2f} for {percent(bound.khat_share)} of data: the guide is too narrow "
-            f"there, and log p(x) may be nats above {nats(bound.iwae)}. Try posterior.kind = full_rank_normal or "
-            "flow, or train with objective.kind = iwae; for the figure alone, more samples.",
+            f"there, and log p(x) may be nats above {nats(bound.iwae)}.{richer(case)} Training with "
+            "objective.kind = iwae helps, too; for the figure alone, more samples do.",
             True,
         )
     return Sentence(

@@ -188,6 +188,8 @@ def _all_in_use(c: Collapse) -> Sentence:
     coded = [name for name, latent in c.latents.items() if latent.codes is not None]
     if coded and not known:
         return Sentence(f"No collapse: every code (or bit) of {', '.join(coded)} is in use.")
+    if c.n < 2:
+        return Sentence("Of a single row it cannot be said which units are active.")
     if not known:
         return Sentence("Active units are not known for this posterior.")
     return Sentence(f"No collapse: all {sum(latent.dim for latent in known)} latent units are active.")
@@ -223,6 +225,8 @@ def holes(case: Case) -> Holes:
     Raises:
         DataError: codes are points, discrete, or the model is conditioned: no one q_agg and prior face each other.
     """
+    if case.split == "train":
+        raise DataError("holes: expected codes of data that q_agg is not made of; got those of train.")
     names = list(case.pair.layout.latents)
     known = [case.drawn.latents[name] for name in names]
     if case.pair.frame.covariates or any(latent.point or latent.normal is None for latent in known):

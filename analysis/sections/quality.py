@@ -102,7 +102,8 @@ def _on_fidelity(case: Case, quality: SampleQuality) -> list[Sentence]:
         )
         sentences.append(Sentence(f"Most data have no sample near. {knob}", True))
     if f.confidence is not None and f.data_confidence is not None:
-        least = min(f.shares, key=lambda name: f.shares[name].value)
+        there = [name for name in f.shares if f.data_shares[name].value > 0]
+        least = min(there, key=lambda name: f.shares[name].value)
         sentences.append(
             Sentence(
                 f"A classifier of the data is {percent(f.confidence.value / f.data_confidence.value)} as sure of the "

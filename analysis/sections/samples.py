@@ -48,7 +48,7 @@ def section(case: Case) -> Section | None:
         if plots.is_image(case.shape):
             blocks.append(_beside(case, x, first))
         blocks += [_table(known), *(Note(text) for text in next(reversed(known.values())).remarks)]
-        said.append(_on_copies(first))
+        said.append(_on_copies(known))
         where = "of samples, than to held-out data; 50 % is the aim"
         tiles.append(Tile("nearer to train", percent(first.nearer.value), where))
     numbers = {"copying": {kind: copies.to_dict() for kind, copies in known.items()}}
@@ -84,14 +84,24 @@ def _noise(is_mean: bool) -> str:
     return "Without the likelihood's own noise they look smoother than data. " if is_mean else ""
 
 
-def _on_copies(found: Copying) -> Sentence:
-    text = f"{percent(found.nearer.value)} of samples lie nearer to training data than to as many held-out data"
-    if found.nearer.value > max(COPIES, 0.5 + 4 * found.nearer.standard_error):
+def _on_copies(known: Mapping[str, Copying]) -> Sentence:
+    """Of means and draws: nearer to train than to held-out data, or (draws alone) too many too near."""
+    first, last = next(iter(known.values())), known.get("draws")
+    text = f"{percent(first.nearer.value)} of samples lie nearer to training data than to as many held-out data"
+    near = [copies.nearer for copies in known.values()]
+    clear = any(e.value > max(COPIES, 0.5 + 4 * e.standard_error) for e in near)
+    doubt = any(e.value > 0.5 + 2 * e.standard_error or not e.standard_error < 0.05 for e in near)
+    if last is not None:
+        excess = last.share.value - last.held_share
+        if excess > max(4 * last.share.standard_error, last.held_share):
+            clear = True
+            text += f", and {percent(last.share.value)} as near as {percent(last.held_share)} of held-out data"
+    if clear:
         return Sentence(
             f"The model has memorised: {text}. Stop earlier (train.patience), use smaller networks or fewer "
             "components, or more data.",
             True,
         )
-    if 4 * found.nearer.standard_error > COPIES - 0.5:
-        return Sentence(f"{text} (± {percent(found.nearer.standard_error)}; 50 % is the aim).")
-    return Sentence(f"No copies: {text} (50 % is the aim).")
+    return Sentence(
+        f"{'' if doubt else 'No copies: '}{text} (± {percent(first.nearer.standard_error)}; 50 % is the aim)."
+    )

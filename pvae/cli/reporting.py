@@ -59,10 +59,12 @@ def compare(
 ) -> None:
     """Compare runs on the same data: one HTML file with a column for each, paired differences, rate and distortion."""
     from pvae.analysis.compare import SECTIONS, Bench, examine
+    from pvae.analysis.document import claim
     from pvae.progress import Progress
 
     opened = [open_run(run, run_dir, data_dir) for run in runs]
     bench = Bench(opened, split=split, evidence_samples=evidence_samples, seed=seed)
+    claim(out)  # before the work
     with Progress(len(SECTIONS), "compare", show=not as_json) as bar:
         found = examine(bench, " and ".join(bench.names), "", lambda done, _, what: bar.update(done, what))
     path = found.write(out, figures=figures)

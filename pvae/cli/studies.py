@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from pvae.cli.app import DATA_DIR, DEVICE, JSON, RUN_DIR, RUNS, app, emit, say, tell
-from pvae.errors import DataError
+from pvae.errors import PvaeError
 
 if TYPE_CHECKING:
     from pvae.studies import Study
@@ -30,18 +30,22 @@ def study(
     as_json: JSON = False,
 ) -> None:
     """Run a study: declarations, values and seeds in parallel processes; finished runs are recognised and kept."""
+    from pvae.analysis.document import claim
     from pvae.component import load_plugins
     from pvae.rundir import slug
     from pvae.studies import study as run_study
+    from pvae.studies.cases import Declared
 
     load_plugins(report=lambda line: tell(line, err=True))
     if dry_run:
         _list(file, run_dir, as_json)
         return
+    where = out or Path(f"study-{slug(Declared.load(file).name)}")
+    if page or out is not None:
+        claim(where)  # before the work
     found = run_study(
         file, run_dir=run_dir, data_dir=data_dir, device=device, jobs=jobs, threads=threads, progress=not quiet
     )
-    where = out or Path(f"study-{slug(found.declared.name)}")
     written = _compared(found, where, show=not (quiet or as_json)) if page else None
     if out is not None and written is None:
         found.save(out)
@@ -62,7 +66,7 @@ def _compared(found: Study, out: Path, *, show: bool) -> Path | None:
     try:
         with Progress(len(SECTIONS), "compare", show=show) as bar:
             return found.compare(out, on_progress=lambda done, _, what: bar.update(done, what))
-    except DataError as error:
+    except PvaeError as error:
         tell(f"no comparison: {error}", err=True)
         return None
 

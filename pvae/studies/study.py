@@ -86,7 +86,7 @@ class Study:
         """
         from pvae.analysis.compare import compare  # here, because analysis stands above
 
-        groups = [case if stage == "fit" else f"{case}, {stage}" for case, _, stage in self.runs]
+        groups = [case if stage == "fit" else f"{case}: {stage}" for case, _, stage in self.runs]
         names = [f"{group} #{seed}" for group, (_, seed, _) in zip(groups, self.runs, strict=True)]
         title, description = self.declared.name, self.declared.description
         page = compare(
@@ -186,9 +186,10 @@ def _cores() -> int:
 
 def _read(declared: Declared, root: Path, tasks: Sequence[Task], data_dir: Path | None) -> Study:
     shelf = Shelf(root)
-    failures = {case.key: task.error for task in tasks if task.state == "failed" for case in task.cases}
-    found = {case.key: shelf.best(case) for case in declared.cases if case.key not in failures}
+    found = {case.key: shelf.best(case) for case in declared.cases}
     finished = {key: run for key, run in found.items() if run is not None and standing(run) == "finished"}
+    failed = {case.key: task.error for task in tasks if task.state == "failed" for case in task.cases}
+    failures = {key: error for key, error in failed.items() if key not in finished}
     return Study(declared, finished, failures, data_dir)
 
 
