@@ -173,3 +173,11 @@ def test_the_command_prints_tables_or_one_json_document(
     found = json.loads(capsys.readouterr().out)
     assert found["file"] == str(tmp_path / "out" / "index.html")
     assert set(found["figures"]) == {"one", "two"}
+
+
+def test_one_run_without_a_bound_makes_all_compare_their_elbos(runs: list[Run]):
+    bench = Bench(runs[:3], evidence_samples=5)
+    bench.cases["flow"].__dict__["evidence"] = None
+    assert set(bench.log_p) == {"one", "two"}
+    assert all(found.log_p is None for found in bench.against("one").values())
+    assert bench.best == max(bench.elbos, key=lambda name: float(bench.elbos[name].mean()))

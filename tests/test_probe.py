@@ -165,7 +165,7 @@ def test_where_there_is_nothing_to_read(told, tmp_path):
     module = Told()
     for labels, message in (
         (None, "probe: expected labels.*got none in train"),
-        (0 * y, "probe: expected at least two"),
+        (0 * y, "probe: expected 2 to 50 labels.*got 1"),
     ):
         pair = pvae.Pair(model=module.model, guide=module.guide)
         run = pvae.fit(pair, "train.epochs=1", data=Dataset.from_tensors(x, labels), **keep)

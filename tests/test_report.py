@@ -19,12 +19,14 @@ from torch import Tensor, nn
 from pvae.analysis import plots
 from pvae.analysis.case import Case, some
 from pvae.analysis.collapse import Collapse, LatentCollapse, alert, collapse
+from pvae.analysis.copying import data_copying
 from pvae.analysis.estimate import exact
 from pvae.analysis.generate import mean_of
 from pvae.analysis.report import report
 from pvae.analysis.sections import SECTIONS
 from pvae.analysis.sections.anatomy import on_prior
 from pvae.analysis.sections.latents import HOLE, holes
+from pvae.analysis.sections.samples import on_copies
 from pvae.analysis.surgery import surgery
 from pvae.data import Dataset
 from pvae.errors import DataError, DeclarationError
@@ -319,6 +321,32 @@ def test_a_run_that_skipped_steps_or_was_stopped_says_so(make):
         (run.path / "status.json").write_text(json.dumps(status))
 
 
+def test_copies_among_good_samples_are_told():
+    """A tenth of the samples are training rows: most of the others are as far away as held-out data."""
+    generator = torch.Generator().manual_seed(0)
+    train, held, fresh = torch.randn(3, 800, 6, generator=generator)
+    fresh[:80] = train[:80]
+    copied, clean = (
+        data_copying(train, held, fresh),
+        data_copying(train, held, torch.randn(800, 6, generator=generator)),
+    )
+    assert on_copies({"draws": copied}).is_alert
+    assert not on_copies({"draws": clean}).is_alert
+
+
+def test_labels_that_are_numbers_of_rows_are_no_classes(tmp_path):
+    x = torch.rand(300, 6, generator=torch.Generator().manual_seed(0)).round()
+    y = 10**11 + torch.arange(300)
+    raw = {"name": "ids", "latents": {"z": {"dim": 2}}}
+    experiment = Experiment.from_dict(raw).with_overrides(*TINY)
+    data = Dataset.from_tensors(x, y)
+    run = fit(experiment, data=data, run_dir=tmp_path, progress=False)
+    assert_harmless(brief(run))
+    assert "expected 2 to 50 labels" in numbers_of(run)["missing"]["probe"]
+    assert "principal components" in str(numbers_of(run)["sample_quality"])
+    assert "label" not in " ".join(s["text"] for s in numbers_of(run)["verdict"])
+
+
 class Shifted(nn.Module):
     """One latent whose codes are all at 0, under a prior somewhere else: it has nothing but holes at `loc` = 9."""
 
@@ -344,6 +372,8 @@ def test_holes_are_where_the_prior_has_mass_and_codes_have_none(loc, low, high, 
     pair = Pair(model=module.model, guide=module.guide)
     run = fit(pair, "train.epochs=1", "train.optimizer.lr=1e-9", data=Dataset.from_tensors(x), run_dir=tmp_path,
               progress=False)  # fmt: skip
+    with pytest.raises(DataError, match="not made of"):
+        holes(Case(run, "train"))
     found = holes(Case(run))
     assert low <= found.share <= high
     assert found.expected == HOLE

@@ -48,7 +48,7 @@ def section(case: Case) -> Section | None:
         if plots.is_image(case.shape):
             blocks.append(_beside(case, x, first))
         blocks += [_table(known), *(Note(text) for text in next(reversed(known.values())).remarks)]
-        said.append(_on_copies(known))
+        said.append(on_copies(known))
         where = "of samples, than to held-out data; 50 % is the aim"
         tiles.append(Tile("nearer to train", percent(first.nearer.value), where))
     numbers = {"copying": {kind: copies.to_dict() for kind, copies in known.items()}}
@@ -84,7 +84,7 @@ def _noise(is_mean: bool) -> str:
     return "Without the likelihood's own noise they look smoother than data. " if is_mean else ""
 
 
-def _on_copies(known: Mapping[str, Copying]) -> Sentence:
+def on_copies(known: Mapping[str, Copying]) -> Sentence:
     """Of means and draws: nearer to train than to held-out data, or (draws alone) too many too near."""
     first, last = next(iter(known.values())), known.get("draws")
     text = f"{percent(first.nearer.value)} of samples lie nearer to training data than to as many held-out data"
