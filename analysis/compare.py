@@ -26,14 +26,14 @@ from pvae.analysis.document import (
     claim,
     nats,
     picture,
+    side_by_side,
 )
 from pvae.analysis.estimate import Estimate
 from pvae.analysis.paired import Paired, elbos, paired
 from pvae.analysis.rate_distortion import named, rate_distortion_of, require_alike
-from pvae.analysis.sections.anatomy import surgery_table
 from pvae.analysis.sections.appendix import environment_of
 from pvae.analysis.sections.fit import GAP_NATS
-from pvae.analysis.sections.quality import measure
+from pvae.analysis.sections.quality import measure, whole
 from pvae.analysis.two_sample import SampleQuality
 from pvae.errors import DataError
 from pvae.run import Run
@@ -175,7 +175,7 @@ class Bench:
             name: paired(self.elbos[name], self.elbos[reference], known.get(name), known.get(reference))
             for name in self.elbos
             if name != reference
-        }  # fmt: skip
+        }
 
     @cached_property
     def best(self) -> str | None:
@@ -248,7 +248,7 @@ def _overview(bench: Bench) -> Section:
         f"Nats per datum on {bench.split} ({case.rows[bench.split].note}; log_p, from below, on "
         f"{case.evidence_rows.note}); shares; Fréchet distances in features; seconds of training"
     )
-    blocks: list[Block] = [_side_by_side("overview", caption, bench.names, known)]
+    blocks: list[Block] = [_by_run("overview", caption, bench.names, known)]
     if bench.groups is not None and len(set(bench.groups)) < len(bench.names):
         blocks.append(_averages(bench.groups, known))
     said = [*_on_best(bench), *_on_overfitting(bench), *_on_samples(bench)]
@@ -256,7 +256,7 @@ def _overview(bench: Bench) -> Section:
     return Section("overview", "Overview", tuple(blocks), sentences=tuple(said), numbers=numbers)
 
 
-def _side_by_side(id: str, caption: str, names: Sequence[str], found: Mapping[str, Sequence[Value]]) -> Table:
+def _by_run(id: str, caption: str, names: Sequence[str], found: Mapping[str, Sequence[Value]]) -> Table:
     """A column for each run, or a row where they are many."""
     if len(names) <= WIDE:
         rows = tuple((term, *values) for term, values in found.items())
@@ -389,13 +389,13 @@ def _surgeries(bench: Bench) -> Section | None:
     if not bench.scored:
         return None
     found = {name: case.held for name, case in bench.scored.items()}
-    rows = surgery_table(found)
+    rows = side_by_side(found)
     caption = f"Surgery on {bench.split}: nats per datum, ± Monte Carlo standard error with the data fixed"
     if len(found) <= WIDE:
         titles = (Column("term"), *(Column(name) for name in found), Column("what it is", is_text=True))
         table = Table("surgery", caption, titles, tuple(rows), strong=(0,))
     else:
-        table = _side_by_side("surgery", caption, list(found), {str(row[0]): row[1:-1] for row in rows})
+        table = _by_run("surgery", caption, list(found), {str(row[0]): row[1:-1] for row in rows})
     numbers = {"surgery": {name: s.to_dict() for name, s in found.items()}}
     return Section("surgery", "ELBO surgery", (table,), numbers=numbers)
 
@@ -442,16 +442,10 @@ def _samples(bench: Bench) -> Section | None:
         blocks.append(strips)
     quality = bench.quality
     if quality:
-        columns = [{term: e for term, e, _ in q.rows()} for q in quality.values()]
         first = next(iter(quality.values()))
-        found = {term: [column.get(term) for column in columns] for term, _, _ in first.rows()}
-        known = {
-            term: values
-            for term, values in found.items()
-            if not term.startswith("share/") and any(v is not None for v in values)
-        }
+        known = {str(row[0]): row[1:-1] for row in whole(quality)}
         caption = f"Draws of each run beside data of {bench.split}: shares, and distances in {first.fidelity.space}"
-        blocks.append(_side_by_side("sample_quality", caption, list(quality), known))
+        blocks.append(_by_run("sample_quality", caption, list(quality), known))
     if not blocks:
         return None
     numbers = {"sample_quality": {name: q.to_dict() for name, q in quality.items()}}
@@ -485,11 +479,11 @@ def _declared(bench: Bench) -> Section:
     found = {key: [_told(tables[name].get(key)) for name in bench.names] for key in differing}
     blocks: tuple[Block, ...] = ()
     if found:
-        blocks = (_side_by_side("declarations", "What the declarations do not share", bench.names, found),)
+        blocks = (_by_run("declarations", "What the declarations do not share", bench.names, found),)
     environments = {name: dict(environment_of(case.run)) for name, case in bench.cases.items()}
     whats = list(dict.fromkeys(what for table in environments.values() for what in table))
     rows = {what: [environments[name].get(what) for name in bench.names] for what in whats}
-    blocks += (_side_by_side("environment", "What the runs were made with", bench.names, rows),)
+    blocks += (_by_run("environment", "What the runs were made with", bench.names, rows),)
     return Section("declarations", "Declarations", blocks, numbers={"declarations": found}, is_appendix=True)
 
 

@@ -390,3 +390,15 @@ def table_of(id: str, figures: Figures, caption: str = "", digits: int = 3) -> T
         ),
         tuple((name, e, e.label, meaning) for name, e, meaning in figures.known()),
     )
+
+
+def side_by_side(results: Mapping[str, Figures]) -> list[tuple[Any, ...]]:
+    """Several results of one kind: a row per term, with its name, a figure (or None) for each, and what it is.
+
+    Terms come in the order of the result that has most of them, then those that only others have.
+    """
+    listed = sorted(([*result.rows()] for result in results.values()), key=len, reverse=True)
+    terms = {term: meaning for rows in listed for term, _, meaning in rows}
+    columns = [{term: e for term, e, _ in result.rows()} for result in results.values()]
+    rows = [(term, *(column.get(term) for column in columns), meaning) for term, meaning in terms.items()]
+    return [row for row in rows if any(e is not None for e in row[1:-1])]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from pvae.analysis.draws import accept, draw, quiet
 from pvae.analysis.estimate import Estimate
+from pvae.analysis.fidelity import mean_of
 from pvae.analysis.table import Figures, Row
 from pvae.errors import DataError
 from pvae.pair import Pair
@@ -89,8 +89,4 @@ def paired(elbo: Tensor, other: Tensor, log_p: Tensor | None = None, other_log_p
     difference = (elbo - other).double().cpu()
     judged = difference if bound is None else bound
     wins = (judged > 0).double() + 0.5 * (judged == 0)
-    return Paired(len(elbo), _mean(difference), None if bound is None else _mean(bound), _mean(wins))
-
-
-def _mean(values: Tensor) -> Estimate:
-    return Estimate(float(values.mean()), float(values.std() / math.sqrt(len(values))), "estimate")
+    return Paired(len(elbo), mean_of(difference), None if bound is None else mean_of(bound), mean_of(wins))

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pvae.errors import DeclarationError
+from pvae.errors import DeclarationError, near
 
 SIZE_CAP = 1 << 20
 
@@ -65,6 +65,23 @@ def parse_overrides(texts: Sequence[str]) -> list[tuple[tuple[str, ...], Any]]:
     if problems:
         raise DeclarationError(problems)
     return parsed
+
+
+def find(name_or_file: str, folder: Path, wanted: str, file: str) -> Path:
+    """The file of a folder by its name, or a path.
+
+    Raises:
+        DeclarationError: neither; near names are suggested.
+    """
+    known = sorted(path.stem for path in folder.glob("*.toml"))
+    if name_or_file in known:
+        return folder / f"{name_or_file}.toml"
+    path = Path(name_or_file)
+    if path.is_file():
+        return path
+    raise DeclarationError(
+        f"{name_or_file}: expected {wanted} ({', '.join(known)}) or {file}; got neither{near(name_or_file, known)}."
+    )
 
 
 def flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 from pvae import toml
-from pvae.errors import DeclarationError, near
 
 FOLDER = Path(__file__).parent / "models" / "zoo"
 
@@ -26,12 +25,4 @@ def find(name_or_file: str) -> Path:
     Raises:
         DeclarationError: neither; near names are suggested.
     """
-    if name_or_file in names():
-        return FOLDER / f"{name_or_file}.toml"
-    path = Path(name_or_file)
-    if path.is_file():
-        return path
-    raise DeclarationError(
-        f"{name_or_file}: expected a zoo name ({', '.join(names())}) or a TOML file; "
-        f"got neither{near(name_or_file, names())}."
-    )
+    return toml.find(name_or_file, FOLDER, "a zoo name", "a TOML file")

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from importlib import import_module
 from pathlib import Path
@@ -156,6 +157,8 @@ def test_it_is_reported(name, run, chromium):
     assert seen.faults == ()
     assert seen.images >= 1
     assert 2 <= seen.pages <= 60
+    reasons = json.loads((path.parent / "report.json").read_text())["missing"]
+    assert all("expected" in reason for reason in reasons.values()), reasons  # refused on purpose, no bug in hiding
     text = path.read_text()
     assert "nan" not in text.lower().split("base64")[0]
     assert name not in LIKELIHOOD_FREE or "elbo" not in text.lower()

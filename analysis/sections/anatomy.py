@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
 
 from pvae.analysis import plots
 from pvae.analysis.anatomy import Surgery
@@ -17,9 +16,9 @@ from pvae.analysis.document import (
     Sentence,
     Table,
     Tile,
-    Value,
     nats,
     picture,
+    side_by_side,
 )
 
 SATURATED = 0.9
@@ -96,7 +95,7 @@ def _waterfall(case: Case) -> Picture:
 
 
 def _table(case: Case) -> Table:
-    rows = surgery_table(case.surgeries)
+    rows = side_by_side(case.surgeries)
     where = "; ".join(f"{split}: {case.rows[split].note}, {s.samples} draws" for split, s in case.surgeries.items())
     return Table(
         "surgery",
@@ -105,21 +104,6 @@ def _table(case: Case) -> Table:
         tuple(rows),
         strong=tuple(i for i, row in enumerate(rows) if row[0] == "elbo"),
     )
-
-
-def surgery_table(surgeries: Mapping[str, Surgery]) -> list[tuple[Value, ...]]:
-    """One row per term: its name, an estimate for each surgery, what it is."""
-    columns = [{term: e for term, e, _ in s.rows()} for s in surgeries.values()]
-    terms = {term: meaning for s in surgeries.values() for term, _, meaning in s.rows()}
-    rows = [(term, *(column.get(term) for column in columns), meaning) for term, meaning in _in_order(surgeries, terms)]
-    return [row for row in rows if any(e is not None for e in row[1:-1])]
-
-
-def _in_order(surgeries: Mapping[str, Surgery], terms: Mapping[str, str]) -> Sequence[tuple[str, str]]:
-    """Terms in the order of the surgery that has most of them, then what only others have."""
-    longest = max(surgeries.values(), key=lambda s: len(list(s.rows())))
-    first = [term for term, _, _ in longest.rows()]
-    return [(term, terms[term]) for term in dict.fromkeys([*first, *terms])]
 
 
 def _classes(case: Case) -> Table | None:

@@ -136,6 +136,6 @@ def _on_overfitting(case: Case, difference: float) -> Sentence:
     if difference < 0:
         return Sentence(f"Train stands {nats(-difference)} nats below {case.split}{spread}: no sign of overfitting.")
     text = f"Train stands {nats(difference)} nats above {case.split}{spread}."
-    if difference > max(GAP_NATS, 2 * error):
+    if math.isfinite(error) and difference > max(GAP_NATS, 2 * error):
         return Sentence(f"{text} The model overfits: set train.patience, use smaller networks, or more data.", True)
     return Sentence(text)

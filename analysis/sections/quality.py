@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from functools import partial
+from typing import Any
 
 from pvae.analysis.case import Case
-from pvae.analysis.document import Block, Column, Note, Section, Sentence, Table, Tile, nats, percent
+from pvae.analysis.document import Block, Column, Note, Section, Sentence, Table, Tile, nats, percent, side_by_side
 from pvae.analysis.two_sample import SampleQuality, sample_quality
 
 ALIKE = 0.05
@@ -21,7 +22,7 @@ def section(case: Case) -> Section | None:
     if not found:
         return None
     first = next(iter(found.values()))
-    blocks: list[Block] = [_table(case, found), *(Note(text) for text in first.remarks)]
+    blocks: list[Block] = [_table(found), *(Note(text) for text in first.remarks)]
     fidelity = first.fidelity
     if fidelity.shares:
         rows = tuple((name, share, fidelity.data_shares[name]) for name, share in fidelity.shares.items())
@@ -64,16 +65,15 @@ def measure(case: Case, wanted: Collection[str] = ("draws", "means")) -> dict[st
     return found
 
 
-def _table(case: Case, found: Mapping[str, SampleQuality]) -> Table:
-    columns = [{term: e for term, e, _ in quality.rows()} for quality in found.values()]
-    first = next(iter(found.values()))
-    rows = tuple(
-        (term, *(column.get(term) for column in columns), meaning)
-        for term, _, meaning in first.rows()
-        if not term.startswith("share/") and any(column.get(term) is not None for column in columns)
-    )
+def _table(found: Mapping[str, SampleQuality]) -> Table:
     titles = (Column("figure"), *(Column(name, 4) for name in found), Column("what it is", is_text=True))
-    return Table("sample_quality", f"{first.title}; shares, and distances", titles, rows)
+    title = next(iter(found.values())).title
+    return Table("sample_quality", f"{title}; shares, and distances", titles, whole(found))
+
+
+def whole(found: Mapping[str, SampleQuality]) -> list[tuple[Any, ...]]:
+    """The figures side by side, without those of single labels, which have a table of their own."""
+    return [row for row in side_by_side(found) if not row[0].startswith("share/")]
 
 
 def _on_test(case: Case, quality: SampleQuality) -> Sentence:

@@ -10,7 +10,19 @@ import numpy as np
 from pvae.analysis import plots
 from pvae.analysis.case import Case, array
 from pvae.analysis.copying import Copying, copying
-from pvae.analysis.document import Block, Column, Note, Picture, Section, Sentence, Table, Tile, percent, picture
+from pvae.analysis.document import (
+    Block,
+    Column,
+    Note,
+    Picture,
+    Section,
+    Sentence,
+    Table,
+    Tile,
+    percent,
+    picture,
+    side_by_side,
+)
 
 SHOWN, BESIDE = 40, 10
 """Samples on the sheet, and beside their neighbours."""
@@ -69,14 +81,17 @@ def _beside(case: Case, x: plots.Array, found: Copying) -> Picture:
 
 def _table(known: Mapping[str, Copying]) -> Table:
     """Means have no noise: only `nearer` is fair to them."""
-    columns = {kind: {term: e for term, e, _ in copies.known()} for kind, copies in known.items()}
-    if "means" in columns:
-        columns["means"] = {"nearer": columns["means"]["nearer"]}
-    first = next(iter(known.values()))
-    rows = tuple((term, *(c.get(term) for c in columns.values()), meaning) for term, _, meaning in first.known())
-    titles = (Column("figure"), *(Column(kind) for kind in columns), Column("what it is", is_text=True))
-    shown = tuple(row for row in rows if any(e is not None for e in row[1:-1]))
-    return Table("copying", f"{first.title}; shares", titles, shown)
+    rows = [
+        (
+            term,
+            *(None if kind == "means" and term != "nearer" else e for kind, e in zip(known, found, strict=True)),
+            what,
+        )
+        for term, *found, what in side_by_side(known)
+    ]
+    titles = (Column("figure"), *(Column(kind) for kind in known), Column("what it is", is_text=True))
+    shown = [row for row in rows if any(e is not None for e in row[1:-1])]
+    return Table("copying", f"{next(iter(known.values())).title}; shares", titles, shown)
 
 
 def _noise(is_mean: bool) -> str:

@@ -30,16 +30,17 @@ def study(
     as_json: JSON = False,
 ) -> None:
     """Run a study: declarations, values and seeds in parallel processes; finished runs are recognised and kept."""
-    from pvae.analysis.document import claim
     from pvae.component import load_plugins
-    from pvae.rundir import slug
-    from pvae.studies import study as run_study
-    from pvae.studies.cases import Declared
 
     load_plugins(report=lambda line: tell(line, err=True))
     if dry_run:
         _list(file, run_dir, as_json)
         return
+    from pvae.analysis.document import claim
+    from pvae.rundir import slug
+    from pvae.studies import study as run_study
+    from pvae.studies.cases import Declared
+
     where = out or Path(f"study-{slug(Declared.load(file).name)}")
     if page or out is not None:
         claim(where)  # before the work

@@ -12,8 +12,9 @@ from typing import Annotated, Any
 from pydantic import Field, ValidationError, field_validator
 
 from pvae.component import Names, Section, Table
-from pvae.errors import DeclarationError, near
+from pvae.errors import DeclarationError
 from pvae.spec import describe
+from pvae.toml import find as find_declared
 from pvae.toml import flat
 
 FOLDER = Path(__file__).parent.parent / "analysis" / "studies"
@@ -85,15 +86,7 @@ def names() -> list[str]:
 
 def find(name_or_file: str) -> Path:
     """The file that the name of a study or a path means; raises DeclarationError, with near names, for neither."""
-    if name_or_file in names():
-        return FOLDER / f"{name_or_file}.toml"
-    path = Path(name_or_file)
-    if path.is_file():
-        return path
-    raise DeclarationError(
-        f"{name_or_file}: expected a study ({', '.join(names())}) or a TOML file with a table [sweep]; "
-        f"got neither{near(name_or_file, names())}."
-    )
+    return find_declared(name_or_file, FOLDER, "a study", "a TOML file with a table [sweep]")
 
 
 # ---------------------------------------------------------------------- the file
