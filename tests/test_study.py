@@ -280,6 +280,12 @@ class InProcess:
         self.code = 128 + number
 
 
+@pytest.fixture(autouse=True)
+def folder_of_its_own(tmp_path, monkeypatch):
+    """A study writes its page where it is called."""
+    monkeypatch.chdir(tmp_path)
+
+
 @pytest.fixture
 def started(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """The jobs that were begun; processes are replaced, which would import torch for seconds each."""
