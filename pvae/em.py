@@ -48,7 +48,7 @@ class EM(Objective):
     kind: Literal["em"] = "em"
     dtype: ClassVar[torch.dtype | None] = torch.float64
     engine: ClassVar[str | None] = "eager"
-    refuses: ClassVar[tuple[str, ...]] = ("average", "alternate")
+    refuses: ClassVar[tuple[str, ...]] = ("average", "alternate", "precision")
     hard: bool = False
     """Each datum belongs to its most probable code: what never falls is then log max_c p(x, c), minus the `loss`. With
     a uniform prior and a fixed scale this is k-means.

@@ -123,7 +123,7 @@ class GAN(Objective):
     kind: Literal["gan"] = "gan"
     engine: ClassVar[str | None] = "eager"
     scores: ClassVar[bool] = False
-    refuses: ClassVar[tuple[str, ...]] = ("alternate", "patience")
+    refuses: ClassVar[tuple[str, ...]] = ("alternate", "patience", "precision")
     critic: Network = MLP(hidden=(300, 300))
     """From x (and covariates) to one logit."""
     form: Literal["non_saturating", "minimax"] = "non_saturating"

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from pvae.component import Component
 from pvae.pair import Pair, Terms
+from pvae.precision import Precision, products_in
 from pvae.schedules import Constant, Schedule
 from pvae.traces import sum_over
 
@@ -246,14 +247,16 @@ class Loss(nn.Module):
     """An objective over a pair as one module, ready to be exported: weights that change live in buffers.
 
     `forward(x)` returns the loss, differentiable, and a vector of figures without gradient: loss, reconstruction,
-    then the KL of every latent (batch means, nats per datum); `names` names them.
+    then the KL of every latent (batch means, nats per datum); `names` names them. Networks multiply in `precision`.
     """
 
     beta: Tensor
 
-    def __init__(self, objective: Objective, pair: Pair, rows: int | None = None) -> None:
+    def __init__(
+        self, objective: Objective, pair: Pair, rows: int | None = None, precision: Precision = "float32"
+    ) -> None:
         super().__init__()
-        self.rows = rows
+        self.rows, self.precision = rows, precision
         self.objective = objective
         self.pair = pair
         sites = (*pair.layout.latents, *pair.layout.shared, *pair.layout.enumerated)
@@ -262,6 +265,7 @@ class Loss(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x `(batch, *event)` to the scalar loss and the vector named by `names`."""
-        terms = self.objective.terms(self.pair, x, self.rows)
+        with products_in(self.precision):
+            terms = self.objective.terms(self.pair, x, self.rows)
         loss = self.objective.loss(terms, self.beta)
         return loss, torch.stack([loss, *terms.means]).detach()

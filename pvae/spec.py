@@ -39,6 +39,7 @@ from pvae.models.priors import BernoulliPrior, CategoricalPrior, Prior, Standard
 from pvae.objectives import Objective, TraceELBO
 from pvae.optimizers import Adam, Optimizer
 from pvae.pair import Pair
+from pvae.precision import Precision
 from pvae.prompts import Vocabulary, split
 from pvae.schedules import Constant, Schedule, Scheduled
 from pvae.site import OBSERVED, Frame, Link, Site, Values, topological
@@ -199,6 +200,9 @@ class Train(Section):
     """What a NaN or infinite loss does: stop with a diagnosis, skip the step, or go back to the last checkpoint."""
     checkpoint_seconds: float = Field(default=30.0, ge=0)
     """Least time between two checkpoints; one is always written at the end."""
+    precision: Precision = "float32"
+    """What dense layers and convolutions multiply in while they learn: `bfloat16` is about 1.5 times as fast where the
+    machine has its instructions (avx512_bf16). Weights, densities, validation and analyses are float32 in any case."""
     engine: Literal["auto", "eager", "compiled"] = "auto"
     """How a step runs: `compiled` is export + Inductor, `auto` weighs compile time against the steps to come."""
 

@@ -217,7 +217,7 @@ class Trainer:
         self.data = data.to(device)
         self.pair = pair.to(device, plan.objective.dtype)
         self.dtype = plan.objective.dtype or data.train.rows.dtype
-        self.loss = Loss(plan.objective, self.pair, len(data.train)).to(device)
+        self.loss = Loss(plan.objective, self.pair, len(data.train), self.train.precision).to(device)
         self.names = [name for name, p in self.pair.named_parameters() if p.requires_grad]
         self.parameters = [p for p in self.pair.parameters() if p.requires_grad]
         self.optimizer = self.train.optimizer.build(self.parameters)

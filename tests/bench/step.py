@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from pvae import Experiment
 from pvae.objectives import Loss
+from pvae.precision import Precision
 from pvae.seeds import set_noise
 from pvae.step import Step, make_capturable
 
@@ -67,14 +68,14 @@ def hand_written() -> Variant:
     return step
 
 
-def ours(engine: str, x: Tensor) -> Variant:
+def ours(engine: str, x: Tensor, precision: Precision = "float32") -> Variant:
     """pvae's step, as `fit` takes it."""
     experiment = Experiment.from_dict(SPEC)
     pair = experiment.build((784,)).to(DEVICE)
     optimizer = torch.optim.Adam(pair.parameters(), lr=1e-3, fused=True)
     if DEVICE.type == "cuda":
         make_capturable(optimizer, DEVICE)
-    stepper = Step(Loss(experiment.objective, pair).to(DEVICE), optimizer, engine, x)
+    stepper = Step(Loss(experiment.objective, pair, precision=precision).to(DEVICE), optimizer, engine, x)
     count = 0
 
     def step(x: Tensor) -> None:
@@ -177,6 +178,7 @@ def main() -> None:
     variants: dict[str, Variant] = {
         "hand-written, fused Adam": hand_written(),
         f"pvae {fast}": ours(fast, batches[0]),
+        f"pvae {fast}, bfloat16": ours(fast, batches[0], "bfloat16"),
         "pvae eager": ours("eager", batches[0]),
         "stock SVI.step": stock_svi(),
     }

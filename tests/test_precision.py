@@ -1,0 +1,141 @@
+"""Training with products in bfloat16: what is rounded, what is not, and that a fit comes out the same."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pyro
+import pytest
+import torch
+from torch import Tensor, nn
+
+import pvae
+from pvae import checkpoint
+from pvae.errors import DeclarationError
+from pvae.objectives import Loss
+from pvae.precision import BFloat16Products, products_in
+from pvae.spec import Experiment
+from pvae.step import TOLERANCE, compile_forward
+
+SPEC = {
+    "latents": {"z": {"dim": 3}},
+    "data": {"source": "digits", "binarize": "dynamic"},
+    "encoder": {"network": {"kind": "gated_mlp", "hidden": [32]}},
+    "decoder": {"network": {"kind": "gated_mlp", "hidden": [32]}},
+    "train": {"epochs": 6, "engine": "eager", "checkpoint_seconds": 0.0, "optimizer": {"kind": "adam", "lr": 3e-3}},
+}
+LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "dense": (lambda: nn.Linear(7, 5), (4, 7)),
+    "dense without bias": (lambda: nn.Linear(7, 5, bias=False), (2, 4, 7)),
+    "convolution": (lambda: nn.Conv2d(3, 4, 3, stride=2, padding=1), (2, 3, 8, 8)),
+    "transposed convolution": (lambda: nn.ConvTranspose2d(3, 4, 4, stride=2, padding=1), (2, 3, 4, 4)),
+}
+
+
+@pytest.mark.parametrize("case", LAYERS)
+def test_a_layer_multiplies_rounded_factors(case: str) -> None:
+    """Float64 products of the factors, each rounded to bfloat16: value to one rounding, gradients to two."""
+    make, shape = LAYERS[case]
+    torch.manual_seed(0)
+    layer, x = make(), torch.randn(shape, requires_grad=True)
+    if (bias := getattr(layer, "bias", None)) is not None:
+        nn.init.constant_(bias, 1 / 3)  # not a bfloat16: added as it is
+    with BFloat16Products():
+        out = layer(x)
+    reference = make().double()
+    reference.load_state_dict(layer.state_dict())
+    with torch.no_grad():
+        reference.weight.copy_(layer.weight.bfloat16())  # type: ignore[operator, arg-type]
+    rounded = x.detach().bfloat16().double().requires_grad_()
+    exact = reference(rounded)
+    assert out.dtype is torch.float32
+    assert torch.allclose(out.double(), exact, rtol=2**-8, atol=2**-9)
+    assert not torch.allclose(out.double(), layer.double()(x.double()), rtol=1e-5, atol=1e-5)
+    direction = torch.randn(out.shape)
+    ours = torch.autograd.grad(out, x, direction)[0]
+    theirs = torch.autograd.grad(exact, rounded, direction.double())[0]
+    assert ours.dtype is torch.float32
+    assert torch.allclose(ours.double(), theirs, rtol=2**-7, atol=2**-6)
+
+
+def test_nothing_else_is_rounded() -> None:
+    """Products of double precision, matrix products of a density, activations."""
+    torch.manual_seed(0)
+    x, w = torch.randn(4, 7), torch.randn(5, 7)
+    with products_in("bfloat16"):
+        assert torch.equal(nn.functional.linear(x.double(), w.double()), x.double() @ w.double().T)
+        assert torch.equal(x @ w.T, torch.mm(x, w.T))
+        assert torch.equal(nn.functional.glu(x[:, :6]), x[:, :3] * x[:, 3:6].sigmoid())
+    with products_in("float32"):
+        assert torch.equal(nn.functional.linear(x, w), x @ w.T)
+
+
+def spec_of(**train: object) -> Experiment:
+    """A small VAE on digits."""
+    return Experiment.from_dict({**SPEC, "train": {**SPEC["train"], **train}})  # type: ignore[dict-item]
+
+
+def gradient(experiment: Experiment, precision: str, x: Tensor) -> tuple[Tensor, Tensor, pvae.Pair]:
+    """Loss and whole gradient of a fresh pair, with one noise."""
+    torch.manual_seed(0)
+    pair = experiment.build((1, 8, 8))
+    loss = Loss(experiment.objective, pair, precision=precision)  # type: ignore[arg-type]
+    torch.manual_seed(1)
+    value, _ = loss(x)
+    found = torch.autograd.grad(value, list(pair.parameters()))
+    assert all(g.dtype is torch.float32 for g in found)
+    return value.detach(), torch.cat([g.flatten() for g in found]), pair
+
+
+def test_loss_and_gradient_are_near_those_in_float32() -> None:
+    experiment, x = spec_of(), (torch.rand(200, 1, 8, 8) > 0.5).float()
+    with pyro.validation_enabled(False):
+        value, slope, pair = gradient(experiment, "float32", x)
+        value_half, slope_half, _ = gradient(experiment, "bfloat16", x)
+    assert value != value_half
+    assert abs(value - value_half) < 2e-3 * abs(value)
+    assert (slope - slope_half).norm() < 1e-2 * slope.norm()
+    assert all(p.dtype is torch.float32 for p in pair.parameters())
+
+
+def test_the_compiled_step_rounds_alike() -> None:
+    """`compile_forward` compares with the eager step to `TOLERANCE`; a step in float32 is further away."""
+    experiment, x = spec_of(), (torch.rand(50, 1, 8, 8) > 0.5).float()
+    pair = experiment.build((1, 8, 8))
+    loss, plain = Loss(experiment.objective, pair, precision="bfloat16"), Loss(experiment.objective, pair)
+    with pyro.validation_enabled(False):
+        compiled = compile_forward(loss, x)
+        torch.manual_seed(3)
+        fast = compiled(x)[1]
+        torch.manual_seed(3)
+        slow = loss(x)[1]
+        torch.manual_seed(3)
+        exact = plain(x)[1]
+    assert (fast - slow).abs().max() < 0.1 * TOLERANCE["bfloat16"] * slow.abs().max()
+    assert not torch.equal(exact, slow)
+
+
+def test_a_fit_comes_out_the_same_and_resumes_bit_for_bit(tmp_path: Path) -> None:
+    """The validation ELBO of the same seed in both; validation itself is float32, whatever the fit is."""
+    runs = {
+        precision: pvae.fit(spec_of(precision=precision), run_dir=tmp_path / precision, device="cpu", progress=False)
+        for precision in ("float32", "bfloat16")
+    }
+    last = {name: run.metrics.query("split == 'validation'")["elbo"].iloc[-1] for name, run in runs.items()}
+    assert last["float32"] != last["bfloat16"]
+    assert abs(last["float32"] - last["bfloat16"]) < 0.1
+    first = spec_of(precision="bfloat16", epochs=3)
+    run = pvae.fit(first, run_dir=tmp_path / "part", device="cpu", progress=False)
+    done = pvae.resume(run.path, "train.epochs=6", allow_changes=True, device="cpu", progress=False)
+    whole, resumed = (checkpoint.latest(r.path / "checkpoints") for r in (runs["bfloat16"], done))
+    assert whole is not None
+    assert resumed is not None
+    for name, value in whole.tensors["weights"].items():
+        assert torch.equal(value, resumed.tensors["weights"][name]), name
+
+
+@pytest.mark.parametrize("zoo", ["gan", "em_mixture"])
+def test_what_takes_no_such_step_says_so(zoo: str) -> None:
+    with pytest.raises(DeclarationError, match=r"train.precision: expected float32.*got .bfloat16"):
+        Experiment.load(zoo, ["train.precision=bfloat16"])
