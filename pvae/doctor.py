@@ -432,8 +432,8 @@ def _elbo() -> Iterator[Check]:
     import torch
     from pyro.distributions import Normal
 
+    from pvae.evaluation import evaluate
     from pvae.pair import Pair
-    from pvae.trainer import evaluate
 
     def model(x: Tensor) -> None:
         with pyro.plate("data", len(x)):

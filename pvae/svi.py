@@ -17,6 +17,7 @@ from pvae.data import Dataset, load
 from pvae.data.declared import FrameSource, Tabular, TensorSource
 from pvae.data.python import is_bare
 from pvae.errors import CheckpointError, DataError, DeclarationError, DeviceError
+from pvae.evaluation import evaluate
 from pvae.exporters import exporting, remembered, require
 from pvae.memory import require_training_memory
 from pvae.models.likelihoods import Likelihood
@@ -29,7 +30,7 @@ from pvae.soundness import refused
 from pvae.spec import Experiment, Plan, Train
 from pvae.step import choose_engine
 from pvae.toml import flat
-from pvae.trainer import Record, Trainer, evaluate
+from pvae.trainer import Record, Trainer
 
 RESUMABLE = ("train.", "objective.", "analysis.", "description", "device", "threads")
 """What `allow_changes` may change in a run: how it is trained, never what it is."""

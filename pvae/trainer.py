@@ -24,9 +24,7 @@ from pvae import checkpoint, seeds
 from pvae.alerts import ROWS, alerts
 from pvae.codebook import START_VECTORS
 from pvae.data import Dataset, Split
-from pvae.data.streamed import Streamed
 from pvae.diagnose import bad_figures, bad_weights, diagnose
-from pvae.discrete import Discretised
 from pvae.errors import (
     CheckpointError,
     DeviceError,
@@ -39,6 +37,7 @@ from pvae.errors import (
     out_of_memory,
     printable,
 )
+from pvae.evaluation import CHUNK, evaluate
 from pvae.files import write_atomic
 from pvae.guides.codes import NearestModule
 from pvae.objectives import Fitting, Loss, Stepper
@@ -52,9 +51,6 @@ from pvae.spec import Plan
 from pvae.step import CLIPPED, Step, is_finite, load_optimizer_tensors, make_capturable, optimizer_tensors, set_lr
 from pvae.usage import code_usage
 
-CHUNK = 1000
-DECODED = 32_000
-"""Most rows that are decoded at a time where every joint state of a code is."""
 STATUS_SECONDS = 2.0
 MAX_ROLLBACKS = 3
 DUMP = "nonfinite_batch.safetensors"
@@ -63,38 +59,6 @@ SIGNALS = tuple(s for s in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, s
 
 Record = Callable[[Plan, Pair, Dataset], dict[str, float]]
 """What `analysis.every` asks for: figures of a pair on its data, by name."""
-
-
-def evaluate(pair: Pair, x: Tensor | Streamed, seed: int) -> dict[str, float]:
-    """Mean ELBO terms of `x` with one draw per datum, nats per datum; moves no weight and no random state.
-
-    Relaxed latents are taken as the codes they stand for; the ELBO of the relaxed ones is `relaxed_elbo`.
-
-    Arguments:
-        pair: a pair on the device of `x`.
-        x: data `(n, *event)`, read piece by piece where they are streamed.
-        seed: of the draws; the same seed, the same number.
-    """
-    with quiet(pair, x[:1]):
-        with Discretised():
-            row = _mean_terms(pair, x, seed)
-        if pair.layout.relaxed:
-            row["relaxed_elbo"] = _mean_terms(pair, x, seed)["elbo"]
-    return row
-
-
-def _mean_terms(pair: Pair, x: Tensor | Streamed, seed: int) -> dict[str, float]:
-    totals: dict[str, float] = {}
-    rows = max(1, min(CHUNK, DECODED // pair.states(x[:2])))
-    for start in range(0, len(x), rows):
-        seeds.set_noise(seeds.mix(seed, seeds.VALIDATION, start), x.device)
-        terms = pair.terms(pair.accept(x[start : start + rows]), rows=len(x), expected=True)
-        kl = {f"kl/{name}": value.expand_as(terms.reconstruction) for name, value in terms.kl.items()}
-        for key, value in {"reconstruction": terms.reconstruction, **kl}.items():
-            totals[key] = totals.get(key, 0.0) + float(value.double().sum())
-    means = {key: value / len(x) for key, value in totals.items()}
-    total_kl = sum(value for key, value in means.items() if key.startswith("kl/"))
-    return {"elbo": means["reconstruction"] - total_kl, "kl": total_kl, **means}
 
 
 def start_codebooks(pair: Pair, data: Split, batch: int, seed: int) -> None:

@@ -21,13 +21,14 @@ from pvae.checks import Check, Checks, Level, attempt
 from pvae.data.declared import FrameSource, TensorSource
 from pvae.diagnose import bad_weights
 from pvae.errors import CheckpointError, DataError
+from pvae.evaluation import evaluate
 from pvae.files import MIB, read_inside, read_lines, walk
 from pvae.pair import Pair
 from pvae.provenance import provenance
 from pvae.run import Run, chosen, load_weights
 from pvae.rundir import STATES, RunDirectory, is_stale
 from pvae.spec import Experiment
-from pvae.trainer import State, evaluate
+from pvae.trainer import State
 
 if TYPE_CHECKING:
     pass

@@ -15,10 +15,10 @@ from torch import Tensor
 import pvae
 from pvae.analysis import surgery
 from pvae.errors import DeclarationError
+from pvae.evaluation import evaluate
 from pvae.pair import Pair
 from pvae.run import Run
 from pvae.spec import Experiment
-from pvae.trainer import evaluate
 
 NETWORK = {"network": {"kind": "mlp", "hidden": [16]}}
 KINDS: dict[str, dict[str, Any]] = {

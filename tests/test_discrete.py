@@ -42,6 +42,7 @@ from pvae.discrete import (
     to_coordinates,
 )
 from pvae.errors import DeclarationError
+from pvae.evaluation import evaluate
 from pvae.guides.posteriors import Posterior
 from pvae.objectives import Loss, Objective, TraceELBO, TraceMeanFieldELBO
 from pvae.pair import Pair
@@ -49,7 +50,7 @@ from pvae.schedules import Exponential
 from pvae.spec import Experiment
 from pvae.step import Step
 from pvae.svi import refit
-from pvae.trainer import Trainer, evaluate, start_codebooks
+from pvae.trainer import Trainer, start_codebooks
 from tests.laws import FLOWS, require_gradients
 
 ONE = torch.ones(())

@@ -28,12 +28,13 @@ from pvae.analysis import evidence, surgery
 from pvae.data import Dataset
 from pvae.em import EM
 from pvae.errors import DataError, DeclarationError
+from pvae.evaluation import evaluate
 from pvae.law import Law
 from pvae.models.likelihoods import ClosedForm, FactoredNormal, Likelihood
 from pvae.objectives import Loss, TraceELBO
 from pvae.pair import Pair
 from pvae.spec import Experiment, Train
-from pvae.trainer import Trainer, evaluate
+from pvae.trainer import Trainer
 
 DIAG = {"kind": "normal", "scale": "per_datum"}
 SHARED = {"kind": "normal", "scale": "shared"}

@@ -28,6 +28,7 @@ from pvae.analysis import ais, bracket, evidence, gap, prior_evidence, surgery
 from pvae.data import toys
 from pvae.determined import Determined, Rounded
 from pvae.errors import DataError, DeclarationError
+from pvae.evaluation import evaluate
 from pvae.models.flows import FlowPrior
 from pvae.models.invertible import BijectionModule, BijectionNetwork
 from pvae.models.priors import Prior
@@ -35,7 +36,6 @@ from pvae.objectives import IWAE, TraceELBO, TraceMeanFieldELBO
 from pvae.pair import Pair
 from pvae.spec import Experiment
 from pvae.traces import closed_kl
-from pvae.trainer import evaluate
 from tests.laws import FLOWS, require_gradients, slope_along
 
 BISECTED = ("block_autoregressive", "neural_autoregressive")

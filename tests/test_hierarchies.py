@@ -25,11 +25,12 @@ from torch import Tensor, nn
 import pvae
 from pvae.analysis import evidence, surgery
 from pvae.errors import DeclarationError
+from pvae.evaluation import evaluate
 from pvae.guides.topdown import TOP_DOWN
 from pvae.objectives import IWAE, TraceELBO, TraceMeanFieldELBO
 from pvae.pair import Pair
 from pvae.spec import Experiment
-from pvae.trainer import Trainer, evaluate
+from pvae.trainer import Trainer
 from tests.laws import require_gradients, slope_along
 
 TANH = {"network": {"kind": "mlp", "hidden": [8], "activation": "tanh"}}

@@ -24,11 +24,11 @@ import pvae
 from pvae.analysis import AggregatedPosterior, evidence, surgery
 from pvae.analysis.draws import draw, quiet
 from pvae.errors import DeclarationError
+from pvae.evaluation import evaluate
 from pvae.guides.flows import GatedStep, PushedNormal
 from pvae.objectives import IWAE, TraceELBO
 from pvae.pair import Pair
 from pvae.spec import Experiment
-from pvae.trainer import evaluate
 from tests.laws import require_gradients, slope_along
 
 NETWORK = {"network": {"kind": "mlp", "hidden": [8], "activation": "tanh"}}

@@ -20,6 +20,7 @@ from pvae.analysis import surgery
 from pvae.analysis.draws import draw, quiet
 from pvae.data import toys
 from pvae.errors import DeclarationError, NonFiniteError
+from pvae.evaluation import evaluate
 from pvae.exponential import Normals
 from pvae.guides.posteriors import Posterior
 from pvae.models.flows import bisected
@@ -27,7 +28,6 @@ from pvae.models.mixture import Mixture
 from pvae.models.priors import Prior
 from pvae.pair import Pair
 from pvae.spec import Experiment
-from pvae.trainer import evaluate
 from tests.laws import FLOWS, require_gradients
 
 NETWORK = {"network": {"kind": "mlp", "hidden": [8]}}

@@ -17,9 +17,10 @@ import pvae
 from pvae.analysis import gain, surgery
 from pvae.cli import main
 from pvae.errors import CheckpointError, DataError, DeclarationError, Interrupted
+from pvae.evaluation import evaluate
 from pvae.run import Run
 from pvae.spec import Experiment
-from pvae.trainer import Trainer, evaluate
+from pvae.trainer import Trainer
 
 NETWORK = {"network": {"kind": "mlp", "hidden": [32]}}
 TABLE: dict[str, Any] = {

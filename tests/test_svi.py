@@ -22,12 +22,13 @@ import pvae
 from pvae import checkpoint
 from pvae.analysis import evidence, surgery
 from pvae.errors import CheckpointError, DataError, DeclarationError, DeviceError, NonFiniteError, StorageError
+from pvae.evaluation import evaluate
 from pvae.objectives import Loss, TraceELBO
 from pvae.run import load_weights
 from pvae.spec import Experiment, Train
 from pvae.step import Step, choose_engine, compile_forward, require_equal, set_lr
 from pvae.svi import pick_device
-from pvae.trainer import Stop, Trainer, evaluate
+from pvae.trainer import Stop, Trainer
 
 TINY = {
     "latents": {"z": {"dim": 3}},

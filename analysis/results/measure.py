@@ -1,41 +1,54 @@
-"""One row for each run: ELBO, its parts on train and test, evidence, and the paired gain over the first run.
+"""One row for each run: surgery on train and test, evidence and gap on both, samples, the paired gain over the first.
 
-    python analysis/results/measure.py OUT.csv RUN... [--samples 500] [--rows 10000]
+    python analysis/results/measure.py OUT.csv RUN... [--samples 500] [--rows 10000] [--train-evidence 0] [--draws 0]
+    python analysis/results/measure.py OUT.csv          (its tables, as they stand in README.md)
 
-The first run is the reference of the paired differences. Figures are nats per datum; `_error` is their Monte Carlo
-error with the data fixed, except for `gain_error`, the standard error of the paired difference over the test data.
+The first run of a data set is the reference of the paired differences of the others. A run that has a row is not
+measured again, so that the test data are scored once. Figures are nats per datum; `_error` is their Monte Carlo error
+with the data fixed, except for `gain_error`, the standard error of the paired difference over the test data. `_gap` is
+the bound on log p(x) less the ELBO of the same data: a lower bound on KL(q(z|x) || p(z|x)).
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pandas
 import torch
+from safetensors.torch import load_file, save_file
 
 from pvae import Run
 from pvae.analysis import evidence, surgery
+from pvae.analysis.two_sample import sample_quality
 from pvae.seeds import subset
 
 TERMS = ("elbo", "reconstruction", "kl", "mutual_information", "marginal_kl", "marginal_kl_upper", "train_gain")
 
 
-def row_of(run: Run, samples: int, rows: int, train_rows: int) -> tuple[dict[str, object], torch.Tensor]:
-    """Figures of a run, and log p(x) of every test datum."""
+def fitted(run: Run) -> dict[str, object]:
+    """What the fit was and took."""
+    status, manifest = run.status, run.files.manifest
+    best = run.metrics.query("split == 'validation'").sort_values("elbo").iloc[-1]
+    train = run.plan.train
+    return {
+        "run": run.name, "data": run.data.source, "epochs": status["epoch"], "best_epoch": best["epoch"],
+        "fit_seconds": status["seconds"], "threads": manifest["threads"], "engine": status["engine"],
+        "precision": train.precision, "parameters": sum(p.numel() for p in run.pair.parameters()),
+        "validation_elbo": best["elbo"],
+    }  # fmt: skip
+
+
+def anatomy(run: Run, rows: int, train_rows: int) -> dict[str, object]:
+    """ELBO surgery of train and test."""
     train, test = run.data.train.x, run.data.test.x[subset(len(run.data.test), rows, 0)]
     found = {
         "train": surgery(run.pair, train[subset(len(train), train_rows, 0)]),
         "test": surgery(run.pair, test, train=train),
     }
-    bound = evidence(run.pair, test, samples=samples)
-    row: dict[str, object] = {
-        "run": run.name,
-        "epochs": run.status["epoch"],
-        "fit_seconds": run.status["seconds"],
-        "threads": run.files.manifest["threads"],
-        "engine": run.status["engine"],
-    }
+    row: dict[str, object] = {}
     for split, s in found.items():
         for term in TERMS:
             figure = getattr(s, term)
@@ -43,27 +56,109 @@ def row_of(run: Run, samples: int, rows: int, train_rows: int) -> tuple[dict[str
                 row |= {f"{split}_{term}": figure.value, f"{split}_{term}_error": figure.standard_error}
         for name, latent in s.latents.items():
             row[f"{split}_kl_{name}"] = latent.kl.value
-    last = bound.iwae
-    row |= {"iwae": last.value, "iwae_error": last.standard_error, "iwae_samples": samples}
-    return row, bound.log_p
+    return row
+
+
+def bounded(run: Run, split: str, rows: int, samples: int) -> tuple[dict[str, object], torch.Tensor]:
+    """The importance-weighted bound of some rows of a split, its gap, and the bound of each."""
+    x = run.data.split(split).x
+    found = evidence(run.pair, x[subset(len(x), rows, 0)], samples=samples)
+    figures = {
+        "iwae": found.iwae.value, "iwae_error": found.iwae.standard_error, "gap": found.gap,
+        "ess_median": float(found.ess.median()), "khat_share": found.khat_share, "evidence_rows": found.n,
+    }  # fmt: skip
+    return {f"{split}_{name}": value for name, value in figures.items()}, found.log_p
+
+
+def sampled(run: Run, draws: int) -> dict[str, object]:
+    """How draws of the prior look beside test data."""
+    found = sample_quality(run, "test", draws)
+    sharp = found.sharpness_of_means
+    return {
+        "told_apart": found.test.accuracy.value, "frechet": found.distances.frechet.value,
+        "precision_of_samples": found.fidelity.precision.value, "recall": found.fidelity.recall.value,
+        "coverage": found.fidelity.coverage.value, "sharpness_of_means": None if sharp is None else sharp.value,
+    }  # fmt: skip
+
+
+TABLES: dict[str, tuple[str, ...]] = {
+    "Test": ("test_iwae", "gain", "test_elbo", "test_gap", "test_reconstruction", "test_mutual_information",
+             "test_marginal_kl", "test_marginal_kl_upper"),
+    "Train": ("train_iwae", "train_gap", "train_elbo", "train_reconstruction", "train_mutual_information",
+              "train_marginal_kl", "train_marginal_kl_upper"),
+    "Samples": ("told_apart", "frechet", "precision_of_samples", "recall", "coverage", "sharpness_of_means"),
+    "Fit": ("epochs", "best_epoch", "minutes", "threads", "parameters"),
+}  # fmt: skip
+"""Columns of each table of the page."""
+TITLES = {
+    "test_iwae": "log p(x)", "test_elbo": "ELBO", "test_mutual_information": "I_q", "test_marginal_kl": "marginal KL",
+    "test_marginal_kl_upper": "at most", "frechet": "Fréchet",
+}  # fmt: skip
+
+
+def pages(frame: pandas.DataFrame) -> Iterator[str]:
+    """The tables in Markdown; what a run has not is left empty."""
+    frame = frame.assign(minutes=frame["fit_seconds"] / 60)
+    for name, wanted in TABLES.items():
+        columns = [column for column in wanted if column in frame and frame[column].notna().any()]
+        if not columns:
+            continue
+        titles = [
+            TITLES.get(c.replace("train", "test"), c.removeprefix(f"{name.lower()}_").replace("_", " "))
+            for c in columns
+        ]
+        lines = [f"| {name} | " + " | ".join(titles) + " |", "|---" * (len(columns) + 1) + "|"]
+        for _, row in frame.iterrows():
+            lines.append(f"| {row['run']} | " + " | ".join(_cell(row, column) for column in columns) + " |")
+        yield "\n".join(lines)
+
+
+def _cell(row: pandas.Series, column: str) -> str:
+    value = row[column]
+    if pandas.isna(value):
+        return ""
+    if column in ("epochs", "best_epoch", "minutes", "threads", "parameters"):
+        return f"{value:.0f}"
+    if column in TABLES["Samples"]:
+        return f"{value:.1f}" if column == "frechet" else f"{value:.3f}"
+    return f"{value:.2f} ± {row['gain_error']:.2f}" if column == "gain" else f"{value:.2f}"
 
 
 def main() -> None:
-    """Write the table."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    """Add the rows that the table has not; without runs, print it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
-    parser.add_argument("runs", nargs="+")
+    parser.add_argument("runs", nargs="*")
     parser.add_argument("--root", default="runs")
     parser.add_argument("--samples", type=int, default=500)
     parser.add_argument("--rows", type=int, default=10_000)
     parser.add_argument("--train-rows", type=int, default=50_000)
+    parser.add_argument("--train-evidence", type=int, default=0, help="training rows whose evidence is asked for")
+    parser.add_argument("--draws", type=int, default=0, help="draws set beside as many test data")
     asked = parser.parse_args()
-    rows, reference = [], None
+    rows: list[Any] = pandas.read_csv(asked.out).to_dict("records") if asked.out.exists() else []
+    if not asked.runs:
+        print("\n\n".join(pages(pandas.DataFrame(rows))))
     for name in asked.runs:
-        row, log_p = row_of(Run.load(name, root=asked.root), asked.samples, asked.rows, asked.train_rows)
-        reference = log_p if reference is None else reference
-        difference = log_p - reference
-        row |= {"gain": float(difference.mean()), "gain_error": float(difference.std() / len(difference) ** 0.5)}
+        if any(row["run"] == name for row in rows):
+            print(f"{name}: measured already")
+            continue
+        run = Run.load(name, root=asked.root)
+        row = fitted(run) | anatomy(run, asked.rows, asked.train_rows)
+        kept = run.path / "analysis" / f"log_p_{asked.rows}_{asked.samples}.safetensors"
+        scores, log_p = bounded(run, "test", asked.rows, asked.samples)
+        kept.parent.mkdir(exist_ok=True)
+        save_file({"log_p": log_p}, kept)
+        row |= scores | {"samples": asked.samples}
+        if asked.train_evidence:
+            row |= bounded(run, "train", asked.train_evidence, asked.samples)[0]
+        if asked.draws:
+            row |= sampled(run, asked.draws)
+        first = next((r for r in rows if r["data"] == row["data"]), None)
+        if first is not None:
+            at = Run.load(first["run"], root=asked.root).path / "analysis" / kept.name
+            difference = log_p - load_file(at)["log_p"]
+            row |= {"gain": float(difference.mean()), "gain_error": float(difference.std() / len(difference) ** 0.5)}
         rows.append(row)
         pandas.DataFrame(rows).round(4).to_csv(asked.out, index=False)
         print(pandas.DataFrame(rows).T.to_string(), flush=True)
