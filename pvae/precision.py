@@ -27,24 +27,27 @@ PRODUCTS = (
 class BFloat16Products(TorchFunctionMode):
     """Dense layers and convolutions of float32 tensors multiply in bfloat16, forward and backward.
 
-    Factors and results are rounded to bfloat16, a relative error of at most 2^-9 (binary x is exact); biases are added
+    Factors and results are rounded to bfloat16, a relative error of at most 2^-8 (binary x is exact); biases are added
     in float32, and all else stays as it is: weights, optimiser, activations, draws, densities, and products of other
-    types. (autocast would hand bfloat16 on to what follows, down to the scales of distributions.)
+    types. (autocast would hand bfloat16 on to what follows, down to the scales of distributions.) Layers inside torch's
+    own composites (`nn.MultiheadAttention`, `nn.GRU`) are not reached, and what is computed anew on the way back
+    (`torch.utils.checkpoint`) is refused by torch, since the mode holds on the way forward.
     """
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         """See `torch.overrides.TorchFunctionMode`."""
-        if func in PRODUCTS and args and args[0].dtype is torch.float32:
-            return _product(func, *args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
+        options = dict(kwargs or {})
+        if func in PRODUCTS and (args[0] if args else options["input"]).dtype is torch.float32:
+            return _product(func, *args, **options)
+        return func(*args, **options)
 
 
 def _product(
-    func: Callable[..., Tensor], x: Tensor, weight: Tensor, bias: Tensor | None = None, *rest: Any, **options: Any
+    func: Callable[..., Tensor], input: Tensor, weight: Tensor, bias: Tensor | None = None, *rest: Any, **options: Any
 ) -> Tensor:
-    out = func(x.bfloat16(), weight.bfloat16(), None, *rest, **options).float()
+    out = func(input.bfloat16(), weight.bfloat16(), None, *rest, **options).float()
     if bias is None:
         return out
     return out + (bias if func is functional.linear else bias.reshape(-1, *[1] * (weight.dim() - 2)))

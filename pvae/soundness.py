@@ -67,7 +67,7 @@ def refused(plan: Plan) -> Iterator[Finding]:
         if value != default:
             kind = plan.objective.kind  # type: ignore[attr-defined]
             wanted = "nothing" if default is None else default
-            why = "takes no gradient steps" if plan.objective.scores else "has no ELBO and no guide to fit"
+            why = "takes no gradient steps" if plan.objective.scores else "has no ELBO, no guide, and its own steps"
             yield ("train", name), f"{wanted}, because the objective {kind} {why}", value
 
 

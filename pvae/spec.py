@@ -202,7 +202,7 @@ class Train(Section):
     """Least time between two checkpoints; one is always written at the end."""
     precision: Precision = "float32"
     """What dense layers and convolutions multiply in while they learn: `bfloat16` is about 1.5 times as fast where the
-    machine has its instructions (avx512_bf16). Weights, densities, validation and analyses are float32 in any case."""
+    machine has its instructions (avx512_bf16). All else, validation and analyses are float32 in any case."""
     engine: Literal["auto", "eager", "compiled"] = "auto"
     """How a step runs: `compiled` is export + Inductor, `auto` weighs compile time against the steps to come."""
 

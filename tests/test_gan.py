@@ -437,11 +437,11 @@ BAD = {
     ),
     "alternate": (
         {"train": {"alternate": 2}},
-        "train.alternate: expected 0, because the objective gan has no ELBO and no guide to fit; got 2",
+        "train.alternate: expected 0, because the objective gan has no ELBO, no guide, and its own steps; got 2",
     ),
     "patience": (
         {"train": {"patience": 2}},
-        "train.patience: expected nothing, because the objective gan has no ELBO and no guide to fit; got 2",
+        "train.patience: expected nothing, because the objective gan has no ELBO, no guide, and its own steps; got 2",
     ),
     "beta": ({"objective": {"beta": 0.5}}, "objective: expected beta = 1 and free_bits = 0 with gan"),
     "analysis": ({"analysis": {"every": 1}}, "analysis.every: expected 0, for the objective gan has no ELBO"),

@@ -3,7 +3,7 @@
     python analysis/results/measure.py OUT.csv RUN... [--samples 500] [--rows 10000] [--train-evidence 0] [--draws 0]
     python analysis/results/measure.py OUT.csv          (its tables, as they stand in README.md)
 
-The first run of a data set is the reference of the paired differences of the others. A run that has a row is not
+The first run on the same data is the reference of the paired differences of the others. A run that has a row is not
 measured again, so that the test data are scored once. Figures are nats per datum; `_error` is their Monte Carlo error
 with the data fixed, except for `gain_error`, the standard error of the paired difference over the test data. `_gap` is
 the bound on log p(x) less the ELBO of the same data: a lower bound on KL(q(z|x) || p(z|x)).
@@ -29,15 +29,15 @@ TERMS = ("elbo", "reconstruction", "kl", "mutual_information", "marginal_kl", "m
 
 
 def fitted(run: Run) -> dict[str, object]:
-    """What the fit was and took."""
-    status, manifest = run.status, run.files.manifest
-    best = run.metrics.query("split == 'validation'").sort_values("elbo").iloc[-1]
-    train = run.plan.train
+    """What the fit was and took, and of which weights and data the figures are."""
+    status, manifest, train = run.status, run.files.manifest, run.plan.train
+    validated = run.metrics.query("split == 'validation'")
+    kept = validated.iloc[int(validated["elbo"].argmax()) if train.keep == "best" else -1]
     return {
-        "run": run.name, "data": run.data.source, "epochs": status["epoch"], "best_epoch": best["epoch"],
-        "fit_seconds": status["seconds"], "threads": manifest["threads"], "engine": status["engine"],
-        "precision": train.precision, "parameters": sum(p.numel() for p in run.pair.parameters()),
-        "validation_elbo": best["elbo"],
+        "run": run.name, "id": run.path.name, "data": run.data.source, "fingerprint": run.data.fingerprint[:16],
+        "epochs": status["epoch"], "best_epoch": kept["epoch"], "fit_seconds": status["seconds"],
+        "threads": manifest["threads"], "engine": status["engine"], "precision": train.precision,
+        "parameters": sum(p.numel() for p in run.pair.parameters()), "validation_elbo": kept["elbo"],
     }  # fmt: skip
 
 
@@ -140,28 +140,38 @@ def main() -> None:
     if not asked.runs:
         print("\n\n".join(pages(pandas.DataFrame(rows))))
     for name in asked.runs:
-        if any(row["run"] == name for row in rows):
+        run = Run.load(name, root=asked.root)
+        if run.status["state"] != "finished":
+            parser.error(f"{name}: expected a run that is finished; it is {run.status['state']}")
+        if any(row["id"] == run.path.name for row in rows):
             print(f"{name}: measured already")
             continue
-        run = Run.load(name, root=asked.root)
-        row = fitted(run) | anatomy(run, asked.rows, asked.train_rows)
-        kept = run.path / "analysis" / f"log_p_{asked.rows}_{asked.samples}.safetensors"
+        row = fitted(run)
+        alike = [r for r in rows if (r["fingerprint"], r["samples"], r["test_evidence_rows"]) == (
+            row["fingerprint"], asked.samples, min(asked.rows, len(run.data.test)))]  # fmt: skip
+        reference = load_file(log_p_of(asked.root, alike[0]))["log_p"] if alike else None
+        row |= anatomy(run, asked.rows, asked.train_rows)
         scores, log_p = bounded(run, "test", asked.rows, asked.samples)
+        row |= scores | {"samples": asked.samples}
+        kept = log_p_of(asked.root, row)
         kept.parent.mkdir(exist_ok=True)
         save_file({"log_p": log_p}, kept)
-        row |= scores | {"samples": asked.samples}
+        if reference is not None:
+            difference = log_p - reference
+            row |= {"gain": float(difference.mean()), "gain_error": float(difference.std() / len(difference) ** 0.5)}
         if asked.train_evidence:
             row |= bounded(run, "train", asked.train_evidence, asked.samples)[0]
         if asked.draws:
             row |= sampled(run, asked.draws)
-        first = next((r for r in rows if r["data"] == row["data"]), None)
-        if first is not None:
-            at = Run.load(first["run"], root=asked.root).path / "analysis" / kept.name
-            difference = log_p - load_file(at)["log_p"]
-            row |= {"gain": float(difference.mean()), "gain_error": float(difference.std() / len(difference) ** 0.5)}
         rows.append(row)
         pandas.DataFrame(rows).round(4).to_csv(asked.out, index=False)
         print(pandas.DataFrame(rows).T.to_string(), flush=True)
+
+
+def log_p_of(root: str, row: dict[str, Any]) -> Path:
+    """Where the bound of every test datum is kept, for differences."""
+    name = f"log_p_{row['test_evidence_rows']}_{row['samples']}.safetensors"
+    return Path(root) / row["run"] / row["id"] / "analysis" / name
 
 
 if __name__ == "__main__":
