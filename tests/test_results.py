@@ -1,0 +1,113 @@
+"""The published tables: their declared files are sound, and the page says what the tables say."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from pathlib import Path
+from types import ModuleType
+
+import pandas
+import pytest
+
+import pvae
+from pvae.spec import Experiment
+
+RESULTS = Path(__file__).parent.parent / "analysis" / "results"
+DECLARED = sorted(str(p.relative_to(RESULTS)) for p in RESULTS.rglob("*.toml"))
+PUBLISHED = RESULTS / "published"
+ROWS = sorted(p.stem for p in PUBLISHED.glob("*.toml"))
+CONTINUOUS = [row for row in ROWS if not row.endswith(("bernoulli", "gumbel"))]
+
+
+@pytest.fixture(scope="module")
+def measure() -> ModuleType:
+    """The script beside the tables."""
+    spec = importlib.util.spec_from_file_location("measure", RESULTS / "measure.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("name", DECLARED)
+def test_declared_files_are_sound(name: str) -> None:
+    experiment = Experiment.load(RESULTS / name)
+    assert Experiment.from_toml(experiment.to_toml()) == experiment
+
+
+@pytest.mark.parametrize("row", CONTINUOUS)
+def test_networks_are_those_of_the_published_rows(row: str) -> None:
+    """Gated 784-300-300, heads of 40 + 40, gated 40-300-300, linear 784: numbers counted by hand."""
+    experiment = Experiment.load(PUBLISHED / f"{row}.toml")
+    assert experiment.name == row
+    assert experiment.data.binarize == "dynamic"
+    pair = experiment.build((784,))
+    gated = {(a, b): 2 * (a * b + b) for a, b in ((784, 300), (300, 300), (40, 300), (600, 300))}
+    heads, pixels = 300 * 80 + 80, 300 * 784 + 784
+    named = [item for item in pair.named_parameters() if "prior" not in item[0]]
+    count = {part: sum(p.numel() for name, p in named if name.startswith(part)) for part in ("guide.", "model.")}
+    both = gated[784, 300] + gated[40, 300] + gated[600, 300] + heads
+    one = gated[784, 300] + gated[300, 300] + heads
+    assert count["guide."] == (one + both if row.endswith("hvae") else one)
+    decoder = 2 * gated[40, 300] + gated[600, 300] if row.endswith("hvae") else gated[40, 300] + gated[300, 300]
+    assert count["model."] == decoder + pixels
+
+
+def test_the_page_says_what_the_table_says(measure: ModuleType) -> None:
+    """Every table of the page is printed from `published.csv`, of runs whose files are there."""
+    frame = pandas.read_csv(RESULTS / "published.csv")
+    assert set(frame["run"]) <= set(ROWS)
+    page = (RESULTS / "README.md").read_text()
+    for table in measure.pages(frame):
+        assert table in page, table
+
+
+def test_figures_of_the_table_belong_together() -> None:
+    """ELBO = reconstruction - I_q - marginal KL; log p(x) above it; gains are differences of log p(x)."""
+    frame = pandas.read_csv(RESULTS / "published.csv")
+    for _, row in frame.iterrows():
+        for split in ("train", "test"):
+            kl = row[f"{split}_kl"]
+            assert row[f"{split}_reconstruction"] - kl == pytest.approx(row[f"{split}_elbo"], abs=1e-3)
+            assert row[f"{split}_gap"] > 0
+            if not row.get(f"{split}_marginal_kl_upper", math.nan) > 0:  # known but between bounds on two levels
+                assert row[f"{split}_mutual_information"] + row[f"{split}_marginal_kl"] == pytest.approx(kl, abs=1e-3)
+        assert row["test_iwae"] > row["test_elbo"]
+        assert row["samples"] >= (5000 if row["run"] in CONTINUOUS else 1000)
+        assert row["test_evidence_rows"] == 10_000
+        first = frame[frame["fingerprint"] == row["fingerprint"]].iloc[0]
+        if row["run"] != first["run"]:
+            assert row["test_iwae"] - first["test_iwae"] == pytest.approx(row["gain"], abs=1e-3)
+
+
+def test_a_run_is_measured_once(
+    measure: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two runs get a row each, the second its paired gain; asked again, none is measured again."""
+    spec = {
+        "latents": {"z": {"dim": 2}}, "data": {"source": "digits", "binarize": "dynamic"},
+        "encoder": {"network": {"kind": "mlp", "hidden": [8]}}, "decoder": {"network": {"kind": "mlp", "hidden": [8]}},
+    }  # fmt: skip
+    for name, epochs in (("short", 1), ("long", 6)):
+        experiment = Experiment.from_dict({**spec, "name": name, "train": {"epochs": epochs, "engine": "eager"}})
+        pvae.fit(experiment, run_dir=tmp_path / "runs", device="cpu", progress=False)
+    out = tmp_path / "table.csv"
+    options = ["--samples", "5", "--rows", "50", "--train-rows", "60", "--train-evidence", "40", "--draws", "60"]
+    command = ["measure.py", str(out), "short", "long", "--root", str(tmp_path / "runs"), *options]
+    monkeypatch.setattr("sys.argv", command)
+    measure.main()
+    frame = pandas.read_csv(out)
+    assert list(frame["run"]) == ["short", "long"]
+    assert pandas.isna(frame["gain"][0])
+    assert frame["gain"][1] == pytest.approx(frame["test_iwae"][1] - frame["test_iwae"][0], abs=1e-3)
+    assert frame["epochs"].tolist() == [1, 6]
+    written = out.read_bytes()
+    capsys.readouterr()
+    measure.main()
+    assert capsys.readouterr().out.count("measured already") == 2
+    assert out.read_bytes() == written
+    monkeypatch.setattr("sys.argv", ["measure.py", str(out)])
+    measure.main()
+    assert "| long |" in capsys.readouterr().out
