@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,9 +29,6 @@ from pvae.run import Run, chosen, load_weights
 from pvae.rundir import STATES, RunDirectory, is_stale
 from pvae.spec import Experiment
 from pvae.trainer import State
-
-if TYPE_CHECKING:
-    pass
 
 FILES = ("manifest.json", "spec.toml", "status.json", "metrics.jsonl", "events.jsonl", ".lock")
 FOLDERS = ("checkpoints", "analysis", "report")

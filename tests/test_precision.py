@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pyro
 import pytest
@@ -15,18 +16,19 @@ from pvae import checkpoint
 from pvae.errors import DeclarationError
 from pvae.evaluation import evaluate
 from pvae.objectives import Loss
-from pvae.precision import BFloat16Products, products_in
+from pvae.precision import BFloat16Products, Precision, products_in
 from pvae.spec import Experiment
 from pvae.step import compile_forward
 
-SPEC = {
+SPEC: dict[str, dict[str, Any]] = {
     "latents": {"z": {"dim": 3}},
     "data": {"source": "digits", "binarize": "dynamic"},
     "encoder": {"network": {"kind": "gated_mlp", "hidden": [32]}},
     "decoder": {"network": {"kind": "gated_mlp", "hidden": [32]}},
     "train": {"epochs": 6, "engine": "eager", "checkpoint_seconds": 0.0, "optimizer": {"kind": "adam", "lr": 3e-3}},
 }
-LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+Layer = nn.Linear | nn.Conv2d | nn.ConvTranspose2d
+LAYERS: dict[str, tuple[Callable[[], Layer], tuple[int, ...]]] = {
     "dense": (lambda: nn.Linear(7, 5), (4, 7)),
     "dense without bias": (lambda: nn.Linear(7, 5, bias=False), (2, 4, 7)),
     "convolution": (lambda: nn.Conv2d(3, 4, 3, stride=2, padding=1), (2, 3, 8, 8)),
@@ -40,14 +42,14 @@ def test_a_layer_multiplies_rounded_factors(case: str) -> None:
     make, shape = LAYERS[case]
     torch.manual_seed(0)
     layer, x = make(), torch.randn(shape, requires_grad=True)
-    if (bias := getattr(layer, "bias", None)) is not None:
-        nn.init.constant_(bias, 1 / 3)  # not a bfloat16: added as it is
+    if layer.bias is not None:
+        nn.init.constant_(layer.bias, 1 / 3)  # not a bfloat16: added as it is
     with BFloat16Products():
         out = layer(x)
     reference = make().double()
     reference.load_state_dict(layer.state_dict())
     with torch.no_grad():
-        reference.weight.copy_(layer.weight.bfloat16())  # type: ignore[operator, arg-type]
+        reference.weight.copy_(layer.weight.bfloat16())
     rounded = x.detach().bfloat16().double().requires_grad_()
     exact = reference(rounded)
     assert out.dtype is torch.float32
@@ -59,7 +61,7 @@ def test_a_layer_multiplies_rounded_factors(case: str) -> None:
     for a, b in zip(ours, theirs, strict=True):
         assert a.dtype is torch.float32
         assert (a.double() - b).norm() < 2**-7 * b.norm()
-    if bias is not None:
+    if layer.bias is not None:
         assert torch.allclose(ours[2], direction.movedim(-1 if len(shape) == 2 else 1, 0).flatten(1).sum(1), atol=1e-4)
 
 
@@ -78,14 +80,14 @@ def test_nothing_else_is_rounded() -> None:
 
 def spec_of(**train: object) -> Experiment:
     """A small VAE on digits."""
-    return Experiment.from_dict({**SPEC, "train": {**SPEC["train"], **train}})  # type: ignore[dict-item]
+    return Experiment.from_dict({**SPEC, "train": {**SPEC["train"], **train}})
 
 
-def gradient(experiment: Experiment, precision: str, x: Tensor) -> tuple[Tensor, Tensor, pvae.Pair]:
+def gradient(experiment: Experiment, precision: Precision, x: Tensor) -> tuple[Tensor, Tensor, pvae.Pair]:
     """Loss and whole gradient of a fresh pair, with one noise."""
     torch.manual_seed(0)
     pair = experiment.build((1, 8, 8))
-    loss = Loss(experiment.objective, pair, precision=precision)  # type: ignore[arg-type]
+    loss = Loss(experiment.objective, pair, precision=precision)
     torch.manual_seed(1)
     value, _ = loss(x)
     found = torch.autograd.grad(value, list(pair.parameters()))

@@ -111,3 +111,14 @@ def test_a_run_is_measured_once(
     monkeypatch.setattr("sys.argv", ["measure.py", str(out)])
     measure.main()
     assert "| long |" in capsys.readouterr().out
+    frame[:1].to_csv(out, index=False)
+    next(tmp_path.glob("runs/short/*/analysis/log_p_50_5.safetensors")).unlink()
+    monkeypatch.setattr("sys.argv", command)
+    with pytest.raises(SystemExit):
+        measure.main()
+    assert "long: expected" in (told := capsys.readouterr().err)
+    assert "which measuring short wrote; got none. Name a new table." in told
+    next(tmp_path.glob("runs/long/*/status.json")).write_text('{"state": "interrupted", "epoch": 1}')
+    with pytest.raises(SystemExit):
+        measure.main()
+    assert "long: expected a run that is finished; it is interrupted" in capsys.readouterr().err
