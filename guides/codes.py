@@ -323,7 +323,7 @@ class NearestModule(nn.Module):
         scores = self.codebook.scores(flat)
         spread = flat.detach().square().sum(1).mean() + 1e-6
         share = (scores / (self.declared.softness * spread)).softmax(1).mean(0)
-        gap = torch.log(share.new_tensor(float(len(share)))) + (share * (share + 1e-12).log()).sum()
+        gap = math.log(len(share)) + (share * (share + 1e-12).log()).sum()
         lead = z.shape[: z.dim() - 1 - self.grid]
         return (self.declared.evenness * prod(z.shape[len(lead) : -1]) * gap).expand(lead)
 

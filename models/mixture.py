@@ -51,7 +51,7 @@ class Mixture(dist.TorchDistribution):
         """log p(z) of `(..., D)`, nats, `(...)`; exact."""
         members = self.members.double()
         eta, constant = members.natural()
-        even = constant.new_tensor(-math.log(len(members)))
+        even = constant.new_full((), -math.log(len(members)))
         constant = constant + (even if self.log_weights is None else self.log_weights.double())
         flat = value.reshape(-1, self.event_shape[0]).double()
         if torch.is_grad_enabled():

@@ -190,7 +190,7 @@ class Capture:
         moved = [*step.parameters, *step.loss.buffers(), *(step.average[0] if step.average else ())]
         before = [value.detach().clone() for value in moved]
         state = {p: {k: v.clone() for k, v in s.items()} for p, s in step.optimizer.state.items()}
-        with torch.random.fork_rng(devices=[example.device]):
+        with torch.random.fork_rng(devices=[example.device]), pyro.validation_enabled(False):
             self.graph, self.out = self._record(step)
             torch.manual_seed(0)
             with torch.no_grad():
@@ -213,8 +213,12 @@ class Capture:
                 step.run(self.x)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            out = step.run(self.x)
+        try:
+            with torch.cuda.graph(graph):
+                out = step.run(self.x)
+        except Exception:
+            release_generator(self.x.device)
+            raise
         return graph, out
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -222,6 +226,12 @@ class Capture:
         self.x.copy_(x)
         self.graph.replay()
         return self.out
+
+
+def release_generator(device: torch.device) -> None:
+    """Let a GPU's default generator draw again after a capture that failed: torch leaves it waiting for the end."""
+    generator = torch.cuda.default_generators[device.index or 0]
+    generator.graphsafe_set_state(generator.clone_state())
 
 
 def make_capturable(optimizer: torch.optim.Optimizer, device: torch.device) -> None:

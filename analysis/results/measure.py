@@ -1,6 +1,7 @@
 """One row for each run: surgery on train and test, evidence and gap on both, samples, the paired gain over the first.
 
     python analysis/results/measure.py OUT.csv RUN... [--samples 500] [--rows 10000] [--train-evidence 0] [--draws 0]
+                                                    [--device cpu]
     python analysis/results/measure.py OUT.csv          (its tables, as they stand in README.md)
 
 The first run on the same data is the reference of the paired differences of the others. A run that has a row is not
@@ -25,6 +26,7 @@ from pvae import Run
 from pvae.analysis import evidence, surgery
 from pvae.analysis.two_sample import sample_quality
 from pvae.seeds import subset
+from pvae.svi import pick_device
 
 TERMS = ("elbo", "reconstruction", "kl", "mutual_information", "marginal_kl", "marginal_kl_upper", "train_gain")
 
@@ -37,7 +39,8 @@ def fitted(run: Run) -> dict[str, object]:
     return {
         "run": run.name, "id": run.path.name, "data": run.data.source, "fingerprint": run.data.fingerprint[:16],
         "epochs": status["epoch"], "best_epoch": kept["epoch"], "fit_seconds": status["seconds"],
-        "threads": manifest["threads"], "engine": status["engine"], "precision": train.precision,
+        "device": manifest["device"], "threads": manifest["threads"], "engine": status["engine"],
+        "precision": train.precision,
         "parameters": sum(p.numel() for p in run.pair.parameters()), "validation_elbo": kept["elbo"],
     }  # fmt: skip
 
@@ -68,7 +71,7 @@ def bounded(run: Run, split: str, rows: int, samples: int) -> tuple[dict[str, ob
         "iwae": found.iwae.value, "iwae_error": found.iwae.standard_error, "gap": found.gap,
         "ess_median": float(found.ess.median()), "khat_share": found.khat_share, "evidence_rows": found.n,
     }  # fmt: skip
-    return {f"{split}_{name}": value for name, value in figures.items()}, found.log_p
+    return {f"{split}_{name}": value for name, value in figures.items()}, found.log_p.cpu()
 
 
 def sampled(run: Run, draws: int) -> dict[str, object]:
@@ -137,6 +140,7 @@ def main() -> None:
     parser.add_argument("--train-rows", type=int, default=50_000)
     parser.add_argument("--train-evidence", type=int, default=0, help="training rows whose evidence is asked for")
     parser.add_argument("--draws", type=int, default=0, help="draws set beside as many test data")
+    parser.add_argument("--device", default="cpu", help="where figures are computed: auto, cpu or cuda")
     asked = parser.parse_args()
     rows: list[Any] = pandas.read_csv(asked.out).to_dict("records") if asked.out.exists() else []
     if not asked.runs:
@@ -145,6 +149,7 @@ def main() -> None:
         run = Run.load(name, root=asked.root)
         if run.status["state"] != "finished":
             parser.error(f"{name}: expected a run that is finished; it is {run.status['state']}")
+        run.to(pick_device(asked.device))
         if any(row.get("id") == run.path.name for row in rows):
             print(f"{name}: measured already")
             continue

@@ -3,7 +3,8 @@
 All priors take turns in one process on the same batches; a figure is the median over rounds of the ratio to the
 step with N(0, I) of the same round. Gated 784-300-300-40, Bernoulli, fused Adam. One row more: N(0, I) in bfloat16.
 
-    python tests/bench/priors.py [--rounds 100] [--engine eager] [--batch 100] [--threads 1] [--only NAME...]
+    python tests/bench/priors.py [--rounds 100] [--engine eager] [--batch 100] [--threads 1] [--device cpu]
+                                  [--only NAME...]
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import torch
 from pvae import Experiment
 from pvae.objectives import Loss
 from pvae.seeds import set_noise
-from pvae.step import Step
+from pvae.step import Step, make_capturable
 
 NETWORK = {"kind": "gated_mlp", "hidden": [300, 300]}
 HVAE = "two levels"
@@ -50,25 +51,30 @@ def step_of(name: str, engine: str, x: torch.Tensor) -> Step:
         spec["encoder"] = {"kind": "per_latent", "network": NETWORK}
         spec["decoder"] = {**decoder, "given": ["z1", "z2"]}
     experiment = Experiment.from_dict(spec)
-    pair = experiment.build((784,)).attend(x.repeat(20, 1))
-    loss = Loss(experiment.objective, pair, precision="bfloat16" if name == HALF else "float32")
-    return Step(loss, experiment.train.optimizer.build(pair.parameters()), engine, x)
+    pair = experiment.build((784,)).attend(x.repeat(20, 1).cpu()).to(x.device)
+    loss = Loss(experiment.objective, pair, precision="bfloat16" if name == HALF else "float32").to(x.device)
+    optimizer = experiment.train.optimizer.build(pair.parameters())
+    if x.is_cuda:
+        make_capturable(optimizer, x.device)
+    return Step(loss, optimizer, engine, x)
 
 
 def main() -> None:
     """Run and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=100)
-    parser.add_argument("--engine", default="eager", choices=["eager", "compiled"])
+    parser.add_argument("--engine", default="eager", choices=["eager", "compiled", "captured"])
     parser.add_argument("--batch", type=int, default=100)
     parser.add_argument("--threads", type=int)
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--only", nargs="*", default=[*PRIORS], choices=[*PRIORS], metavar="NAME")
     a = parser.parse_args()
     if a.threads:
         torch.set_num_threads(a.threads)
     warnings.filterwarnings("ignore")
     torch.manual_seed(0)
-    batches = (torch.rand(20, a.batch, 784) > 0.5).float()
+    device = torch.device(a.device)
+    batches = (torch.rand(20, a.batch, 784) > 0.5).float().to(device)
     with pyro.validation_enabled(False):
         steps = {}
         for name in dict.fromkeys(["standard_normal", *a.only]):
@@ -79,9 +85,11 @@ def main() -> None:
         times: dict[str, list[float]] = {name: [] for name in steps}
         for i in range(a.rounds + 10):
             for name, step in steps.items():
-                set_noise(i, torch.device("cpu"))
+                set_noise(i, device)
                 start = time.perf_counter()
                 step(batches[i % len(batches)])
+                if device.type == "cuda":
+                    torch.cuda.synchronize()
                 times[name].append(time.perf_counter() - start)
     base = times["standard_normal"][10:]
     for name, values in times.items():
