@@ -208,8 +208,12 @@ class TraceMeanFieldELBO(Objective):
 class IWAE(Objective):
     """The importance-weighted bound, E log 1/K sum_k p(x, z_k) / q(z_k | x).
 
+    Draws that carry no gradient have that of their score function, whose baseline is the bound with this draw's weight
+    replaced by the geometric mean of the others' (VIMCO); a posterior's own average is not needed, and not moved.
+
     References:
         Importance Weighted Autoencoders (Burda, Grosse, Salakhutdinov, 2015), https://arxiv.org/abs/1509.00519
+        Variational Inference for Monte Carlo Objectives (Mnih, Rezende, 2016), https://arxiv.org/abs/1602.06725
     """
 
     kind: Literal["iwae"] = "iwae"
@@ -228,19 +232,34 @@ class IWAE(Objective):
 
     def misfits(self, pair: Pair, rows: int) -> list[str]:
         """See `Objective.misfits`."""
-        names = [*pair.layout.scored, *pair.layout.expected]
-        if not names:
-            return []
-        return [
-            f"objective.kind: expected trace_elbo with {', '.join(names)}, whose draws carry no gradient; got iwae. Or "
-            f"relax them (relaxed_onehot)."
-        ]
+        if names := ", ".join(pair.layout.expected):
+            return [
+                f"objective.kind: expected trace_elbo with {names}, whose states are summed over; got iwae. Or set "
+                f"estimator = 'score', or relax them (relaxed_onehot)."
+            ]
+        if any(getattr(part, "baseline", None) is not None for part in pair.modules()):
+            return ["objective.kind: expected trace_elbo with a baseline network; got iwae. Or set baseline = 'none'."]
+        return []
 
     def loss(self, terms: Terms, beta: Tensor) -> Tensor:
         """Minus the bound; with beta the KL inside the weights is scaled."""
         log_weight = terms.reconstruction - beta * sum_over(list(terms.kl.values()))
         bound = torch.logsumexp(log_weight, 0) - math.log(self.particles)
-        return self.penalised(-bound.mean(), terms)
+        loss = self.penalised(-bound.mean(), terms)
+        if not terms.scores:
+            return loss
+        with torch.no_grad():  # d bound / d log q is -beta times the normalised weight, of a log q without gradient
+            left = bound - self.without_each(log_weight) - beta * log_weight.softmax(0)
+        scores = [score.log_q - score.log_q.detach() for score in terms.scores.values()]
+        return loss - (left * sum_over(scores)).sum(0).mean()
+
+    @staticmethod
+    def without_each(log_weight: Tensor) -> Tensor:
+        """The bound with each of K log-weights `(K, n)` replaced by the mean of the others, `(K, n)`."""
+        k = len(log_weight)
+        mean = (log_weight.sum(0) - log_weight) / (k - 1)
+        own = torch.eye(k, dtype=torch.bool, device=log_weight.device).unsqueeze(-1)
+        return torch.where(own, mean, log_weight.expand(k, -1, -1)).logsumexp(1) - math.log(k)
 
 
 class Loss(nn.Module):

@@ -525,6 +525,7 @@ def test_compiled_fit_resumes_bit_for_bit(tmp_path: Path) -> None:
 
 KINDS: dict[str, tuple[str, list[str]]] = {
     "iwae on two levels": ("hvae", ["objective.kind=iwae"]),
+    "iwae of scored bits": ("bernoulli_vae", ["objective={kind='iwae'}", "latents.b.posterior.baseline=none"]),
     "mean field with free bits": ("hvae", ["objective.kind=trace_mean_field_elbo", "objective.free_bits=0.5"]),
     "convolutions": ("vae", ["encoder.network.kind=conv", "decoder.network.kind=conv"]),
     "counts": ("vae", ["data.binarize=none", "data.scale=raw", "decoder.likelihood.kind=poisson"]),
@@ -561,7 +562,16 @@ def test_every_kind_is_fitted_and_read(tmp_path: Path, case: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "case", ["iwae on two levels", "grey values", "mixture prior", "pseudo-inputs", "full rank", "real nvp"]
+    "case",
+    [
+        "iwae on two levels",
+        "iwae of scored bits",
+        "grey values",
+        "mixture prior",
+        "pseudo-inputs",
+        "full rank",
+        "real nvp",
+    ],
 )
 def test_other_kinds_compile_to_the_same_numbers(case: str) -> None:
     """`compile_forward` itself compares value and gradient with the eager program's."""

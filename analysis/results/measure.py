@@ -91,7 +91,7 @@ TABLES: dict[str, tuple[str, ...]] = {
     "Train": ("train_iwae", "train_gap", "train_elbo", "train_reconstruction", "train_mutual_information",
               "train_marginal_kl", "train_marginal_kl_upper"),
     "Samples": ("told_apart", "frechet", "precision_of_samples", "recall", "coverage", "sharpness_of_means"),
-    "Fit": ("epochs", "best_epoch", "minutes", "threads", "parameters"),
+    "Fit": ("epochs", "best_epoch", "minutes", "device", "threads", "parameters"),
 }  # fmt: skip
 """Columns of each table of the page."""
 TITLES = {
@@ -122,6 +122,8 @@ def _cell(row: pandas.Series, column: str) -> str:
     value = row[column]
     if pandas.isna(value):
         return ""
+    if column == "device":
+        return str(value)
     if column in ("epochs", "best_epoch", "minutes", "threads", "parameters"):
         return f"{value:.0f}"
     if column in TABLES["Samples"]:
