@@ -18,9 +18,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from pvae import zoo
+from pvae.data import load
 from pvae.objectives import Loss
+from pvae.run import attended
 from pvae.spec import Experiment
-from pvae.svi import _dataset, attended
 
 FROM_NUMBERS = (Tensor.new_tensor, torch.tensor, torch.as_tensor)
 """What makes a tensor on the host and moves it; on `meta` nothing would be seen of it."""
@@ -57,10 +58,8 @@ class NoCopies(TorchDispatchMode):
 
 def one_step(experiment: Experiment) -> Tensor:
     """Loss and gradient of a batch on `meta`; the figures."""
-    data, experiment = _dataset(experiment, None, None)
-    pair = experiment.build(data.shape)
-    attended(pair, data.train)
-    pair = pair.to("meta")
+    data = experiment.conditioned(load(experiment.data))
+    pair = attended(experiment.build(data.shape), data.train).to("meta")
     loss = Loss(experiment.objective, pair, len(data.train), experiment.train.precision).to("meta")
     x = torch.empty_like(data.train.rows[:100], device="meta")
     with pyro.validation_enabled(False), NoNumbers(), NoCopies():
@@ -81,20 +80,22 @@ def test_a_step_stays_on_its_device(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "override",
+    ("name", "overrides"),
     [
-        "train.precision='bfloat16'",
-        "objective.particles=3",
-        "objective={kind='iwae', particles=4}",
-        "objective={kind='trace_mean_field_elbo', free_bits=0.1}",
-        "latents.z.prior={kind='iaf', layers=2}",
-        "latents.z.prior={kind='neural_autoregressive'}",
-        "latents.z.prior={kind='block_autoregressive'}",
-        "latents.z.posterior={kind='full_rank_normal'}",
+        ("vae", ["train.precision='bfloat16'"]),
+        ("vae", ["objective.particles=3"]),
+        ("vae", ["objective={kind='iwae', particles=4}"]),
+        ("vae", ["objective={kind='trace_mean_field_elbo', free_bits=0.1}"]),
+        ("vae", ["latents.z.prior={kind='iaf', layers=2}"]),
+        ("vae", ["latents.z.prior={kind='neural_autoregressive'}"]),
+        ("vae", ["latents.z.prior={kind='block_autoregressive'}"]),
+        ("vae", ["latents.z.posterior={kind='full_rank_normal'}"]),
+        ("bernoulli_vae", ["objective={kind='iwae'}", "latents.b.posterior.baseline=average"]),
     ],
+    ids=lambda value: value if isinstance(value, str) else value[0],
 )
-def test_other_kinds_stay_on_their_device(override: str) -> None:
-    one_step(Experiment.load("vae", [override]))
+def test_other_kinds_stay_on_their_device(name: str, overrides: list[str]) -> None:
+    one_step(Experiment.load(name, overrides))
 
 
 def test_copies_and_reads_are_refused() -> None:
