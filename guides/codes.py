@@ -130,7 +130,8 @@ class EstimatedPosterior(Posterior):
     `sum` takes the ELBO in expectation under q, exactly, over every joint state (Pyro's `TraceEnum_ELBO`). `score`
     draws once and weighs the gradient of log q by the gain, log p(x | z) - KL, less a baseline (Pyro's
     `TraceGraph_ELBO`); with several particles the mean of the others is taken off as well. `auto` sums where there are
-    at most 32 joint states.
+    at most 32 joint states. Under `iwae`, which does not sum, the gain is the bound, and the weights of the other
+    particles make its baseline.
 
     References:
         Simple Statistical Gradient-Following Algorithms (Williams, 1992), https://doi.org/10.1007/BF00992696
@@ -143,7 +144,7 @@ class EstimatedPosterior(Posterior):
     """How the gradient is made."""
     baseline: Literal["average", "network", "none"] = "average"
     """What is taken off the gain of a score function: its average so far, what a network foretells of it from the
-    encoder's features, or nothing."""
+    encoder's features, or nothing. Under `iwae` none is needed: `average` rests, `network` is refused."""
     network: Network | None = None
     """Between the encoder's features and the logits; default: one linear map."""
 

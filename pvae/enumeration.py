@@ -15,7 +15,7 @@ from torch import Tensor
 from pvae.discrete import STATES
 from pvae.errors import DeclarationError
 from pvae.exponential import IMPOSSIBLE
-from pvae.traces import Layout, log_prob, samples, sum_over
+from pvae.traces import Layout, log_prob, plate_scale, samples, sum_over
 
 
 @dataclass(frozen=True)
@@ -97,8 +97,7 @@ def read_table(model_trace: Trace, layout: Layout, particles: int) -> Table:
 
 def _require_plain(name: str, node: Mapping[str, Any], layout: Layout) -> None:
     """Refuse weights inside of the sum: p(c)^scale is no distribution, and a masked site has no sum to one."""
-    frames = [f for f in node["cond_indep_stack"] if f.vectorized and f.full_size not in (None, f.size)]
-    scale = node["scale"] / math.prod(f.full_size / f.size for f in frames)
+    scale = node["scale"] / plate_scale(node)
     if not bool(torch.as_tensor(abs(scale - 1) < 1e-6).all()):
         raise DeclarationError(
             f"{name}: expected sites beside enumerated ones without poutine.scale; got a scale of {scale}. "

@@ -13,6 +13,8 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from pvae.component import Component
+from pvae.errors import DeclarationError
+from pvae.guides.codes import Estimated
 from pvae.pair import Pair, Terms
 from pvae.precision import Precision, products_in
 from pvae.schedules import Constant, Schedule
@@ -232,14 +234,19 @@ class IWAE(Objective):
 
     def misfits(self, pair: Pair, rows: int) -> list[str]:
         """See `Objective.misfits`."""
+        found = []
         if names := ", ".join(pair.layout.expected):
-            return [
-                f"objective.kind: expected trace_elbo with {names}, whose states are summed over; got iwae. Or set "
-                f"estimator = 'score', or relax them (relaxed_onehot)."
-            ]
-        if any(getattr(part, "baseline", None) is not None for part in pair.modules()):
-            return ["objective.kind: expected trace_elbo with a baseline network; got iwae. Or set baseline = 'none'."]
-        return []
+            found.append(
+                f"objective.kind: expected trace_elbo with {names}, whose states are summed over; got iwae. Or let the "
+                f"posterior draw: estimator = 'score'."
+            )
+        for name, part in pair.named_modules():
+            if isinstance(part, Estimated) and part.baseline is not None:
+                key = f"latents.{name.rpartition('.')[2]}.posterior.baseline"
+                found.append(f"{key}: expected 'none' or 'average' with iwae; got 'network'.")
+        if names := ", ".join(pair.layout.shared):
+            found.append(f"objective.kind: expected trace_elbo with global latents ({names}); got iwae.")
+        return found
 
     def loss(self, terms: Terms, beta: Tensor) -> Tensor:
         """Minus the bound; with beta the KL inside the weights is scaled."""
@@ -248,18 +255,23 @@ class IWAE(Objective):
         loss = self.penalised(-bound.mean(), terms)
         if not terms.scores:
             return loss
-        with torch.no_grad():  # d bound / d log q is -beta times the normalised weight, of a log q without gradient
-            left = bound - self.without_each(log_weight) - beta * log_weight.softmax(0)
-        scores = [score.log_q - score.log_q.detach() for score in terms.scores.values()]
-        return loss - (left * sum_over(scores)).sum(0).mean()
+        if names := ", ".join(name for name, score in terms.scores.items() if score.learns):
+            raise DeclarationError(f"{names}: expected no baseline network under iwae; got one. Set baseline = 'none'.")
+        with torch.no_grad():
+            left, share = bound - self.without_each(log_weight), beta * log_weight.softmax(0)
+        for score in terms.scores.values():  # the KL holds log q without its gradient: d bound / d log q = -share
+            gain = left * score.log_q - share * score.weighed
+            loss = loss - (gain - gain.detach()).sum(0).mean()
+        return loss
 
     @staticmethod
     def without_each(log_weight: Tensor) -> Tensor:
         """The bound with each of K log-weights `(K, n)` replaced by the mean of the others, `(K, n)`."""
         k = len(log_weight)
-        mean = (log_weight.sum(0) - log_weight) / (k - 1)
         own = torch.eye(k, dtype=torch.bool, device=log_weight.device).unsqueeze(-1)
-        return torch.where(own, mean, log_weight.expand(k, -1, -1)).logsumexp(1) - math.log(k)
+        others = log_weight.expand(k, -1, -1)
+        mean = torch.where(own, 0.0, others).sum(1, keepdim=True) / (k - 1)
+        return torch.where(own, mean, others).logsumexp(1) - math.log(k)
 
 
 class Loss(nn.Module):

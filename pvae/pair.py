@@ -30,6 +30,7 @@ from pvae.traces import (
     is_enumerable,
     log_prob,
     moved,
+    plate_scale,
     plates_of,
     priced_kl,
     read_layout,
@@ -61,10 +62,12 @@ class Terms:
 
 @dataclass(frozen=True)
 class Score:
-    """What the gradient of a draw that carries none is made of: E[(gain - baseline) grad log q]."""
+    """What the gradient of a draw that carries none is made of: E[(gain - baseline) grad log q], or as `IWAE` says."""
 
     log_q: Tensor
-    """log q of the draw, `(batch,)`, with its gradient; the latent's own KL holds it without."""
+    """log q of the draw, `(batch,)`, with its gradient: the law that it was drawn from, whatever weight it has."""
+    weighed: Tensor
+    """The same times the weight of its site (`poutine.scale`), as the latent's own KL holds it, without gradient."""
     own_kl: bool
     """Whether the gain of the draw holds the latent's KL: not where it is in closed form."""
     baseline: Tensor | None
@@ -75,15 +78,17 @@ class Score:
     """Told the gain, of which an average baseline is made."""
 
 
-def _score(node: Mapping[str, Any], log_q: Tensor, own_kl: bool) -> Score:
+def _score(node: Mapping[str, Any], layout: Layout, particles: int, weighed: Tensor, own_kl: bool) -> Score:
     """Of a site, from what it says of itself in `infer`, as Pyro's `TraceGraph_ELBO` reads it."""
-    infer = node["infer"]
+    infer, scale = node["infer"], plate_scale(node)
+    usual = node["scale"].__class__ is float and node["scale"] == scale
+    log_q = weighed if usual else log_prob({**node, "scale": scale}, layout, particles)
     told, average = infer.get("baseline", {}), infer.get("average")
     baseline = told.get("baseline_value")
     if "nn_baseline" in told:
         baseline = told["nn_baseline"](told["nn_baseline_input"].detach())
     learns = baseline is not None and baseline.requires_grad
-    return Score(log_q, own_kl, baseline, learns, _forget if average is None else average.note)
+    return Score(log_q, weighed, own_kl, baseline, learns, _forget if average is None else average.note)
 
 
 def _forget(_gain: Tensor) -> None:
@@ -376,7 +381,7 @@ class Pair(nn.Module):
             if scored or known is None:
                 log_q = log_prob(q, layout, count, size)
             if scored:
-                scores[name] = _score(q, log_q, known is None)
+                scores[name] = _score(q, layout, count, log_q, known is None)
                 log_q = log_q.detach()
             if known is None:
                 known = log_q - (0.0 if p is None else log_prob(p, layout, count, size))
@@ -446,7 +451,7 @@ class Pair(nn.Module):
         for name in layout.latents:
             log_q = log_prob(guide_trace.nodes[name], layout, count)
             if name in layout.scored:
-                scores[name] = _score(guide_trace.nodes[name], log_q, own_kl=True)
+                scores[name] = _score(guide_trace.nodes[name], layout, count, log_q, own_kl=True)
                 log_q = log_q.detach()
             kl[name] = log_q - (table.expected(name) if name in table.logs else 0.0)
         for name in layout.shared:

@@ -190,33 +190,38 @@ class Capture:
         moved = [*step.parameters, *step.loss.buffers(), *(step.average[0] if step.average else ())]
         before = [value.detach().clone() for value in moved]
         state = {p: {k: v.clone() for k, v in s.items()} for p, s in step.optimizer.state.items()}
-        with torch.random.fork_rng(devices=[example.device]), pyro.validation_enabled(False):
-            self.graph, self.out = self._record(step)
-            torch.manual_seed(0)
+        try:
+            with torch.random.fork_rng(devices=[example.device]), pyro.validation_enabled(False):
+                self.graph, self.out = self._record(step)
+                torch.manual_seed(0)
+                with torch.no_grad():
+                    _, expected = step.loss(self.x)
+                torch.manual_seed(0)
+                self.graph.replay()
+                require_equal(self.out[: len(expected)], expected, "value")
+        finally:
+            for parameter in step.parameters:
+                parameter.grad = None
             with torch.no_grad():
-                _, expected = step.loss(self.x)
-            torch.manual_seed(0)
-            self.graph.replay()
-            require_equal(self.out[: len(expected)], expected, "value")
-        with torch.no_grad():
-            for value, old in zip(moved, before, strict=True):
-                value.copy_(old)
-            for p, current in step.optimizer.state.items():
-                for k, v in current.items():
-                    v.copy_(state[p][k]) if p in state else v.zero_()
+                for value, old in zip(moved, before, strict=True):
+                    value.copy_(old)
+                for p, current in step.optimizer.state.items():
+                    for k, v in current.items():
+                        v.copy_(state[p][k]) if p in state else v.zero_()
 
     def _record(self, step: Step) -> tuple[torch.cuda.CUDAGraph, Tensor]:
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
+        stream, usual = torch.cuda.Stream(), torch.cuda.current_stream()
+        stream.wait_stream(usual)
         with torch.cuda.stream(stream):
             for _ in range(3):
                 step.run(self.x)
-        torch.cuda.current_stream().wait_stream(stream)
+        usual.wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(graph):
                 out = step.run(self.x)
-        except Exception:
+        except Exception:  # torch leaves its own stream current, and the generator waiting for the end of a capture
+            torch.cuda.set_stream(usual)
             release_generator(self.x.device)
             raise
         return graph, out
@@ -229,7 +234,7 @@ class Capture:
 
 
 def release_generator(device: torch.device) -> None:
-    """Let a GPU's default generator draw again after a capture that failed: torch leaves it waiting for the end."""
+    """Let a GPU's default generator draw again after a capture that failed."""
     generator = torch.cuda.default_generators[device.index or 0]
     generator.graphsafe_set_state(generator.clone_state())
 

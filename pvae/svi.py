@@ -21,7 +21,7 @@ from pvae.evaluation import evaluate
 from pvae.exporters import exporting, remembered, require
 from pvae.memory import require_training_memory
 from pvae.models.likelihoods import Likelihood
-from pvae.objectives import IWAE, Objective, TraceELBO, TraceMeanFieldELBO
+from pvae.objectives import Objective, TraceELBO, TraceMeanFieldELBO
 from pvae.pair import Pair
 from pvae.provenance import provenance
 from pvae.run import Run, attended, load_weights
@@ -453,8 +453,6 @@ def _require_fittable(plan: Plan, pair: Pair, data: Dataset, foreign: bool) -> N
             raise DeclarationError(f"pair: expected parameters of {rows.dtype} to fit; got {wrong}. Use pair.float().")
         if plan.train.alternate and not all(n.startswith(("model.", "guide.")) for n, _ in pair.named_parameters()):
             problems.append("train.alternate: expected a pair of two Modules; got plain functions' parameters. Use 0.")
-    if isinstance(plan.objective, IWAE) and pair.layout.shared:
-        problems.append(f"objective.kind: expected trace_elbo with global latents ({', '.join(pair.layout.shared)}).")
     if isinstance(plan.objective, TraceMeanFieldELBO) and foreign and (names := pair.reads_itself(rows)):
         problems.append(f"objective.kind: expected trace_elbo; the guide infers parents of {', '.join(names)} from it.")
     if problems:

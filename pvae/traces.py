@@ -162,8 +162,13 @@ class Unweighed(Messenger):
     """Takes the weights that handlers put on sites (poutine.scale) off again; those of subsampling plates stay."""
 
     def _pyro_sample(self, msg: Any) -> None:
-        frames = [f for f in msg["cond_indep_stack"] if f.vectorized and f.full_size not in (None, f.size)]
-        msg["scale"] = math.prod(f.full_size / f.size for f in frames) if frames else 1.0
+        msg["scale"] = plate_scale(msg)
+
+
+def plate_scale(node: Mapping[str, Any]) -> float:
+    """The weight of a site that stands in subsampling plates, without what handlers put on it."""
+    frames = [f for f in node["cond_indep_stack"] if f.vectorized and f.full_size not in (None, f.size)]
+    return math.prod(f.full_size / f.size for f in frames) if frames else 1.0
 
 
 def moved(node: Mapping[str, Any]) -> Tensor:

@@ -21,6 +21,7 @@ from pvae import zoo
 from pvae.data import load
 from pvae.objectives import Loss
 from pvae.run import attended
+from pvae.site import Moving
 from pvae.spec import Experiment
 
 FROM_NUMBERS = (Tensor.new_tensor, torch.tensor, torch.as_tensor)
@@ -66,6 +67,9 @@ def one_step(experiment: Experiment) -> Tensor:
         value, out = loss(x)
         if value.requires_grad:  # not where counts move the weights (`em`)
             value.backward()
+        for part in pair.modules():
+            if isinstance(part, Moving):
+                part.after_step()
     return out
 
 

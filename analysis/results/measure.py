@@ -151,10 +151,10 @@ def main() -> None:
         run = Run.load(name, root=asked.root)
         if run.status["state"] != "finished":
             parser.error(f"{name}: expected a run that is finished; it is {run.status['state']}")
-        run.to(pick_device(asked.device))
         if any(row.get("id") == run.path.name for row in rows):
             print(f"{name}: measured already")
             continue
+        run.to(pick_device(asked.device))
         row = fitted(run)
         scored = (row["fingerprint"], asked.samples, min(asked.rows, len(run.data.test)))
         alike = [r for r in rows if tuple(r.get(k) for k in ("fingerprint", "samples", "test_evidence_rows")) == scored]
