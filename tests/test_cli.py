@@ -144,6 +144,22 @@ def test_runs_surgery_evidence(runs: Path, capsys: pytest.CaptureFixture[str]) -
     assert "vae" in err
 
 
+ON_A_DEVICE = ("surgery", "evidence", "gap", "two-sample", "posterior")
+"""Analyses that a GPU makes faster; `test_cuda.py` runs them there."""
+
+
+@pytest.mark.parametrize("command", ON_A_DEVICE)
+def test_an_analysis_goes_to_the_device_that_is_named(
+    command: str, runs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    given = [command, "latest", "--run-dir", str(runs), "--device"]
+    _, err = run_cli(*given, "cuda", capsys=capsys, code=71)
+    assert "Use --device cpu" in err
+    _, err = run_cli(*given, "gpu", capsys=capsys, code=2)
+    assert "expected auto, cpu or cuda; got 'gpu'" in err
+
+
 def test_surgery_of_two_splits_and_by_class(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     where = ["--run-dir", str(runs)]
     out, _ = run_cli("surgery", "latest", "--split", "both", "--by-class", "--rows", "150", *where, capsys=capsys)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from pvae.objectives import Loss
 from pvae.spec import Experiment
 from pvae.step import Step, load_optimizer_tensors, make_capturable, optimizer_tensors, set_lr
 from tests.test_capturable import READ_BACK
+from tests.test_cli import ON_A_DEVICE, run_cli
 
 pytestmark = pytest.mark.cuda
 SPEC = Experiment.from_dict(
@@ -133,6 +135,14 @@ def test_export_labels_and_mixtures(tmp_path: Path) -> None:
     mixture = AggregatedPosterior.of(run.pair, part.x)
     assert mixture.log_prob(mixture.sample((5,))).device.type == "cuda"
     assert run.posterior(draws=3).groups["posterior"].sizes["draw"] == 3
+
+
+@pytest.mark.parametrize("command", ON_A_DEVICE)
+def test_analyses_of_the_command_line(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pvae.fit(SPEC, "train.epochs=2", run_dir=tmp_path, progress=False)
+    given = [command, "latest", "--rows", "100", "--json", "--run-dir", str(tmp_path), "--device"]
+    on_cpu, on_gpu = (json.loads(run_cli(*given, device, capsys=capsys)[0]) for device in ("cpu", "cuda"))
+    assert on_gpu.keys() == on_cpu.keys()
 
 
 @pytest.mark.parametrize("name", [name for name in zoo.names() if name != "gan"])  # its own: tests/test_gan.py

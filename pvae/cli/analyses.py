@@ -39,6 +39,7 @@ def surgery(
     ] = None,
     by_class: Annotated[bool, typer.Option("--by-class", help="Also one row for each label.")] = False,
     seed: SEED = 0,
+    device: DEVICE = "cpu",
     run_dir: RUN_DIR = RUNS,
     data_dir: DATA_DIR = None,
     as_json: JSON = False,
@@ -48,7 +49,7 @@ def surgery(
     from pvae.analysis.anatomy import Surgery, class_table, side_by_side
     from pvae.progress import Progress
 
-    opened = open_run(run, run_dir, data_dir)
+    opened = open_run(run, run_dir, data_dir, device)
     names = ("train", "test") if split == "both" else (split,)
     found: dict[str, Surgery] = {}
     train = None
@@ -91,6 +92,7 @@ def evidence(
     chains: Annotated[int, typer.Option("--chains", min=1, help="Of ais and bracket, per datum.")] = 16,
     rows: ROWS = None,
     seed: SEED = 0,
+    device: DEVICE = "cpu",
     run_dir: RUN_DIR = RUNS,
     data_dir: DATA_DIR = None,
     as_json: JSON = False,
@@ -101,7 +103,7 @@ def evidence(
 
     if method not in METHODS:
         raise DeclarationError(f"--method: expected one of {', '.join(METHODS)}; got {method!r}.")
-    opened = open_run(run, run_dir, data_dir)
+    opened = open_run(run, run_dir, data_dir, device)
     x, _ = rows_of(opened, split, rows, seed)
     with Progress(100, method, show=not as_json) as bar:
         common = {"seed": seed, "on_progress": lambda done, total: bar.update(100 * done // total, "")}
@@ -127,6 +129,7 @@ def gap(
     steps: Annotated[int, typer.Option("--steps", min=1, help="Of the refinement of q, for every datum.")] = 300,
     rows: Annotated[int, typer.Option("--rows", min=1, help="Use this many rows, drawn at random by the seed.")] = 200,
     seed: SEED = 0,
+    device: DEVICE = "cpu",
     run_dir: RUN_DIR = RUNS,
     data_dir: DATA_DIR = None,
     as_json: JSON = False,
@@ -135,7 +138,7 @@ def gap(
     from pvae.analysis import gap as split_gap
     from pvae.progress import Progress
 
-    opened = open_run(run, run_dir, data_dir)
+    opened = open_run(run, run_dir, data_dir, device)
     x, _ = rows_of(opened, split, rows, seed)
     with Progress(100, "gap", show=not as_json) as bar:
         result = split_gap(
@@ -155,6 +158,7 @@ def two_sample(
     mean: Annotated[bool, typer.Option("--mean", help="Means of p(x | z), without the likelihood's noise.")] = False,
     neighbours: Annotated[int, typer.Option("-k", min=1, help="Which neighbour the balls of precision reach.")] = 5,
     seed: SEED = 0,
+    device: DEVICE = "cpu",
     run_dir: RUN_DIR = RUNS,
     data_dir: DATA_DIR = None,
     as_json: JSON = False,
@@ -163,7 +167,7 @@ def two_sample(
     from pvae.analysis.two_sample import STEPS, sample_quality
     from pvae.progress import Progress
 
-    opened = open_run(run, run_dir, data_dir)
+    opened = open_run(run, run_dir, data_dir, device)
     with Progress(len(STEPS), "two-sample", show=not as_json) as bar:
         found = sample_quality(
             opened, split, rows, seed, mean=mean, k=neighbours, on_progress=lambda done, _, what: bar.update(done, what)
@@ -311,6 +315,7 @@ def posterior(
     out: Annotated[
         Path | None, typer.Option("--out", help="The file; analysis/posterior-SPLIT.nc unless said.")
     ] = None,
+    device: DEVICE = "cpu",
     run_dir: RUN_DIR = RUNS,
     data_dir: DATA_DIR = None,
     as_json: JSON = False,
@@ -318,7 +323,7 @@ def posterior(
     """Export draws of the guide, with densities and diagnostics, as NetCDF for ArviZ."""
     from pvae.progress import Progress
 
-    opened = open_run(run, run_dir, data_dir)
+    opened = open_run(run, run_dir, data_dir, device)
     with Progress(draws, "posterior", show=not as_json) as bar:
         found = opened.posterior(split, draws, rows, seed, on_progress=lambda done, _: bar.update(done, ""))
     path = found.save(out or opened.files.analysis / f"posterior-{split}.nc")

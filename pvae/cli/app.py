@@ -111,13 +111,16 @@ def load_declaration(name: str, overrides: list[str] | None) -> Experiment:
     return Experiment.load(name, overrides or ())
 
 
-def open_run(run: str, run_dir: Path, data_dir: Path | None) -> Run:
-    """A run, with the kinds of installed plugins."""
+def open_run(run: str, run_dir: Path, data_dir: Path | None, device: str = "cpu") -> Run:
+    """A run on a device, with the kinds of installed plugins."""
     from pvae.component import load_plugins
     from pvae.run import Run
+    from pvae.svi import pick_device
 
     load_plugins(report=lambda line: tell(line, err=True))
-    return Run.load(run, root=run_dir, data_dir=data_dir)
+    where = pick_device(device)
+    opened = Run.load(run, root=run_dir, data_dir=data_dir)
+    return opened if where.type == "cpu" else opened.to(where)
 
 
 def rows_of(run: Run, split: str, rows: int | None, seed: int) -> tuple[Tensor, Tensor | None]:
