@@ -352,8 +352,9 @@ class NearestCodePosterior(Posterior):
     """Codes learn by the gradient of the codebook loss, as first published, in place of averages."""
     start: Literal["kmeans", "random"] = "kmeans"
     """Codes begin at the centres of a k-means of the first vectors, or near 0."""
-    restart: float = Field(default=1.0, ge=0)
-    """A code that is nearest to fewer vectors of a batch, on average, moves to one of them; 0 leaves it."""
+    restart: float = Field(default=0.05, ge=0, le=1)
+    """A code that is used less than this share of an even use, on average, moves to a vector of the batch; 0 leaves it.
+    """
     unit: bool = False
     """Vectors and codes on the unit sphere: the largest cosine is the nearest.
 

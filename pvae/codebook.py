@@ -32,7 +32,8 @@ class NearestCodebook(Moving):
 
     With `decay`, every row follows the mean of the vectors assigned to it: N <- decay N + (1 - decay) n and the sums
     likewise, row = sum / N (Laplace-smoothed N). Without, rows learn by the gradient of the codebook loss. Either way a
-    row whose average number of vectors in a batch falls below `restart` is put at a vector drawn from the batch.
+    row whose average number of vectors in a batch falls below `restart` of an even share, a batch's vectors over K, is
+    put at a vector drawn from the batch, and counts as one of an even share: it has time to be found.
 
     A forward pass in training mode notes what was assigned; `after_step` moves. Nothing waits for the device.
 
@@ -45,7 +46,7 @@ class NearestCodebook(Moving):
         codes: K.
         width: E.
         decay: of the averages; None for gradients.
-        restart: vectors of a batch, on average, below which a row is dead; 0 never moves one.
+        restart: the share of an even use below which a row is dead; 0 never moves one.
         unit: keep rows, and compare vectors, on the unit sphere.
     """
 
@@ -119,12 +120,12 @@ class NearestCodebook(Moving):
             smooth = (self.counts + SMOOTHING) * (total / (total + len(self.counts) * SMOOTHING))
             weight.copy_(torch.where(seen, self.place(self.sums / smooth[:, None]), weight))
         if self.restart:
-            # A row just moved counts as one at the threshold: it has time to be found.
-            dead = (self.counts < self.restart) & seen
+            even = torch.maximum(self.batch_counts.mean(), self.counts.mean())  # the last batch may be a small one
+            dead = (self.counts < self.restart * even) & seen
             weight.copy_(torch.where(dead[:, None], self.spare, weight))
             if self.decay is not None:
-                self.sums.copy_(torch.where(dead[:, None], self.spare * self.restart, self.sums))
-            self.counts.masked_fill_(dead, self.restart)
+                self.sums.copy_(torch.where(dead[:, None], self.spare * even, self.sums))
+            self.counts.copy_(torch.where(dead, even, self.counts))
         self.batch_counts.zero_()
 
     @torch.no_grad()
