@@ -30,6 +30,8 @@ from pvae.errors import DataError, DeclarationError, near
 from pvae.files import write_atomic
 from pvae.pair import Pair
 from pvae.run import Run
+from pvae.schedules import Constant
+from pvae.spec import Experiment
 from pvae.traces import Layout, log_prob, samples, sum_over, unwrapped
 
 CHUNK = 250
@@ -194,10 +196,12 @@ def sample(
     Raises:
         DataError: n below 1.
         DeclarationError: `given` names what the model is not conditioned on, or a value that it does not take; a
-            conditioned pair without `given`; `mean` of a likelihood that has none.
+            conditioned pair without `given`; `mean` of a likelihood that has none; a run whose prior has never met
+            its codes.
     """
     if n < 1:
         raise DataError(f"sample: expected at least one draw; got n={n}.")
+    _require_density(run_or_pair)
     pair = opened(run_or_pair)
     rows = Template(run_or_pair, pair, n, given, seed)
     parts: list[Samples] = []
@@ -209,6 +213,18 @@ def sample(
     return Samples(
         torch.cat([part.x for part in parts]), _joined([part.latents for part in parts]), rows.covariates, mean
     )
+
+
+def _require_density(source: Run | Pair) -> None:
+    """Refuse an autoencoder: without a KL no code had to lie where the prior draws, and no prior was brought there."""
+    if not isinstance(source, Run) or not isinstance(source.plan, Experiment):
+        return
+    free = [name for name, latent in source.plan.latents.items() if latent.dim is not None]
+    if free and source.plan.objective.beta == Constant(value=0.0):
+        raise DeclarationError(
+            f"{source.path}: expected a prior that was fitted to the codes; got objective.beta = 0, under which none "
+            f"is. Fit one: pvae refit {source.name} latents.{free[0]}.prior.kind=mixture"
+        )
 
 
 def _sampled(pair: Pair, trace: Trace, count: int, mean: bool) -> Samples:

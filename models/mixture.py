@@ -17,7 +17,7 @@ from pvae.errors import DeclarationError
 from pvae.exponential import FullRankNormals, Members, Normals
 from pvae.models.priors import Prior
 from pvae.normal import LogVarianceBounds
-from pvae.site import Link, MadeOfData, Site
+from pvae.site import Link, MadeOfData, Site, StartsAtData
 
 Size = torch.Size | list[int] | tuple[int, ...]
 
@@ -129,24 +129,41 @@ class MixturePrior(Prior):
 # ---------------------------------------------------------------------- posteriors at pseudo-inputs
 
 
-class VampModule(nn.Module):
-    """Pseudo-inputs in [0, 1]; the guide, reached through the link, gives its posterior at each."""
+class VampModule(StartsAtData):
+    """Pseudo-inputs; the guide, reached through the link, gives its posterior at each.
 
-    def __init__(self, components: int, x: Shape, name: str, link: Link) -> None:
+    Where data lie in [0, 1], pseudo-inputs are read no further out, and begin at random; elsewhere they are free, and
+    begin at training data.
+    """
+
+    def __init__(self, components: int, name: str, link: Link) -> None:
         super().__init__()
-        self.pseudo_inputs = nn.Parameter(torch.rand(components, *x))
+        self.pseudo_inputs = nn.Parameter(torch.rand(components, *link.x))
         self.name, self.link = name, link
+        self.bounded = link.support in (constraints.boolean, constraints.unit_interval)
+
+    @property
+    def wanted(self) -> int:
+        """See `StartsAtData.wanted`."""
+        return 0 if self.bounded else len(self.pseudo_inputs)
+
+    @torch.no_grad()
+    def begin(self, x: Tensor) -> None:
+        """See `StartsAtData.begin`; where there are fewer data than pseudo-inputs, the others stay at random."""
+        self.pseudo_inputs[: len(x)].copy_(x.nan_to_num(0.0))
 
     def forward(self, _given: Mapping[str, Tensor]) -> dist.TorchDistribution:
         """The mixture of posteriors, with batch shape `()`."""
-        return Mixture(as_members(self.link.guide.posterior(self.name, self.pseudo_inputs.clamp(0.0, 1.0)), self.name))
+        read = self.pseudo_inputs.clamp(0.0, 1.0) if self.bounded else self.pseudo_inputs
+        return Mixture(as_members(self.link.guide.posterior(self.name, read), self.name))
 
 
 @final
 class VampPrior(Prior):
-    r"""1/K sum_k q(z | u_k): the guide's own posterior at learned pseudo-inputs u_k in [0, 1].
+    r"""1/K sum_k q(z | u_k): the guide's own posterior at learned pseudo-inputs u_k.
 
-    Its gradient reaches the encoder too. The latent's posterior must read x alone.
+    Its gradient reaches the encoder too. The latent's posterior must read x alone. Pseudo-inputs of pixels begin at
+    random and stay in [0, 1], as published; of other data they begin at training rows.
 
     References:
         VAE with a VampPrior (Tomczak, Welling, 2018), https://arxiv.org/abs/1705.07120
@@ -159,7 +176,7 @@ class VampPrior(Prior):
 
     def build(self, site: Site, given: Mapping[str, Shape], link: Link) -> nn.Module:
         """See `Prior.build`."""
-        return VampModule(self.components, link.x, site.name, link)
+        return VampModule(self.components, site.name, link)
 
 
 # ---------------------------------------------------------------------- posteriors at training data

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import pyro
 import torch
 from torch import Tensor, nn
+from torch.distributions import constraints
 
 from pvae.component import Shape
 from pvae.errors import DataError, DeclarationError
@@ -191,6 +192,19 @@ class MadeOfData(nn.Module):
         """Hear which training rows the batch to come holds, `(batch,)`."""
 
 
+class StartsAtData(nn.Module):
+    """Base of parts whose weights begin at training data."""
+
+    def begin(self, x: Tensor) -> None:
+        """Begin at some training data `(m, *event)`, before the first step."""
+        raise NotImplementedError  # pragma: no cover - abstract
+
+    @property
+    def wanted(self) -> int:
+        """How many data `begin` asks for; 0 where it begins elsewhere."""
+        raise NotImplementedError  # pragma: no cover - abstract
+
+
 class Moving(nn.Module):
     """Base of parts that something else than a gradient moves: a codebook by averages, a baseline.
 
@@ -209,6 +223,8 @@ class Link:
     guide: GraphGuide
     frame: Frame
     """What a row of data holds."""
+    support: constraints.Constraint = constraints.real
+    """Values that an element of a datum may take."""
     building: bool = False
     """Whether the pair is being made: parts made of data have none yet."""
 

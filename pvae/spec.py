@@ -439,7 +439,7 @@ class Experiment(Plan):
         """Model and guide, made but never run; the same each time."""
         torch.manual_seed(self.seed)
         link, sites, guide_sites = Link(), self.sites(), self.guide_sites()
-        link.frame = frame
+        link.frame, link.support = frame, self.observed().support
         known: dict[str, Shape] = {OBSERVED: frame.x, **frame.shapes}
         known |= {site.name: site.features for site in sites}
         priors = {}

@@ -46,7 +46,7 @@ from pvae.progress import Progress
 from pvae.run import load_weights
 from pvae.rundir import RunDirectory
 from pvae.schedules import Scheduled
-from pvae.site import embedded
+from pvae.site import StartsAtData, embedded
 from pvae.spec import Plan
 from pvae.step import CLIPPED, Step, is_finite, load_optimizer_tensors, make_capturable, optimizer_tensors, set_lr
 from pvae.usage import code_usage
@@ -61,11 +61,15 @@ Record = Callable[[Plan, Pair, Dataset], dict[str, float]]
 """What `analysis.every` asks for: figures of a pair on its data, by name."""
 
 
-def start_codebooks(pair: Pair, data: Split, batch: int, seed: int) -> None:
-    """Put every codebook that asks for it at the centres of the first vectors looked up in it, latents in their order.
+def start_from_data(pair: Pair, data: Split, batch: int, seed: int) -> None:
+    """Put what begins at training data there: pseudo-inputs at rows, codebooks at the centres of the first vectors.
 
-    Later latents see the rows of earlier ones, so that their vectors are looked up anew.
+    Codebooks come in the order of their latents: later ones see the rows of earlier ones, so that their vectors are
+    looked up anew.
     """
+    for part in [m for m in pair.modules() if isinstance(m, StartsAtData) and m.training and m.wanted]:
+        rows = seeds.subset(len(data), part.wanted, seeds.mix(seed, seeds.ORDER, 3))
+        part.begin(data.observed(data.rows[rows.to(data.rows.device)]))
     for posterior in [m for m in pair.modules() if isinstance(m, NearestModule) and m.declared.start == "kmeans"]:
         if not posterior.codebook.training:
             continue
@@ -228,7 +232,7 @@ class Trainer:
         with torch.random.fork_rng(devices=devices), pyro.validation_enabled(False), Stop() as stop, self._enough():
             if self.state.step == 0:
                 self._schedules(0)
-                start_codebooks(self.pair, self.data.train, self.batch, self.plan.seed)
+                start_from_data(self.pair, self.data.train, self.batch, self.plan.seed)
             self.stepper = self._stepper()
             if self.state.step == 0:
                 self.stepper.begin()

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import pvae
-from pvae.analysis import gain, surgery
+from pvae.analysis import gain, sample, surgery
 from pvae.cli import main
 from pvae.errors import CheckpointError, DataError, DeclarationError, Interrupted
 from pvae.evaluation import evaluate
@@ -109,6 +109,11 @@ def test_an_autoencoder_gets_a_density_to_sample_from(tmp_path):
     first = Run.load(f"auto/{auto.files.manifest['parent']['run'].split('/')[1]}", root=tmp_path)
     assert first.experiment.refit is not None
     assert auto.experiment.refit is None
+    with pytest.raises(
+        DeclarationError, match=r"auto.*: expected a prior that was fitted .* pvae refit auto latents.z"
+    ):
+        sample(first)
+    assert sample(auto, 5).x.shape == (5, *auto.data.shape)
     x = auto.data.train.x
     assert gain(first.pair, auto.pair, x).gained.value > 1  # codes are no N(0, I)
     with torch.no_grad():

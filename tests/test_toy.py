@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -12,6 +12,8 @@ import torch
 from pydantic import ValidationError
 
 import pvae
+from pvae.analysis import surgery
+from pvae.analysis.anatomy import Surgery
 from pvae.data import Toy, load, toys
 from pvae.data.declared import Density
 from pvae.errors import DataError, DeclarationError
@@ -199,3 +201,58 @@ def test_declarations_round_trip():
 def test_a_vae_fits(name, tmp_path: Path):
     run = pvae.fit(declared(density=name), run_dir=tmp_path / "run", device="cpu", progress=False)
     assert math.isfinite(run.metrics["elbo"].iloc[-1])
+
+
+# ---------------------------------------------------------------------- priors
+
+
+LEARNED: dict[str, dict[str, Any]] = {
+    "mixture": {"components": 30},
+    "vamp": {"components": 30},
+    "exemplar": {"components": 200},
+    "realnvp": {},
+    "maf": {},
+    "spline_coupling": {},
+}
+
+
+def plane(folder: Path, prior: str) -> pvae.Run:
+    """A VAE of eight normals in the plane, with a narrow decoder, so that the prior must hold the shape."""
+    table = {
+        "name": prior,
+        "data": {"source": "toy", "density": "eight_gaussians", "rows": 2000},
+        "latents": {"z": {"dim": 2, "prior": {"kind": prior, **LEARNED.get(prior, {})}}},
+        "encoder": {"network": {"kind": "mlp", "hidden": [64]}},
+        "decoder": {
+            "network": {"kind": "mlp", "hidden": [64]},
+            "likelihood": {"kind": "normal", "scale": "fixed", "value": 0.3},
+        },
+        "train": {
+            "epochs": 40,
+            "batch_size": 100,
+            "engine": "eager",
+            "optimizer": {"kind": "adam", "lr": 5e-3},
+            "schedule": {"kind": "cosine"},
+        },
+    }
+    return pvae.fit(pvae.Experiment.from_dict(table), run_dir=folder, device="cpu", progress=False)
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Surgery:
+    """The surgery of a VAE of the plane whose prior is N(0, I)."""
+    run = plane(tmp_path_factory.mktemp("plain"), "standard_normal")
+    return surgery(run.pair, run.data.test.x, samples=5)
+
+
+@pytest.mark.parametrize("prior", LEARNED)
+def test_a_prior_that_learns_wins_in_the_plane(prior: str, plain: Surgery, tmp_path: Path) -> None:
+    run = plane(tmp_path, prior)
+    found = surgery(run.pair, run.data.test.x, samples=5)
+    assert found.elbo.value > plain.elbo.value + 0.25
+    assert found.marginal_kl.value < plain.marginal_kl.value - 0.15
+    if prior == "vamp":  # pseudo-inputs went where data are, none beyond, and no two to the same place
+        inputs = run.pair.model.priors["z"].pseudo_inputs.detach()
+        assert run.data.train.x.abs().max() > 2
+        assert 1.5 < inputs.abs().max() < 4
+        assert torch.cdist(inputs, inputs).fill_diagonal_(torch.inf).min() > 1e-3
