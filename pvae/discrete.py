@@ -14,7 +14,7 @@ import pyro.distributions as dist
 import torch
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
-from torch.distributions import constraints, register_kl
+from torch.distributions import Transform, biject_to, constraints, register_kl
 from torch.nn.functional import logsigmoid, pad
 
 from pvae.component import Shape
@@ -25,6 +25,19 @@ Size = torch.Size | list[int] | tuple[int, ...]
 STATES = 4096
 """Most joint states of one datum that are summed over."""
 KL = Literal["relaxed", "categorical"]
+
+
+class LogSimplex(constraints.Constraint):
+    """Logarithms of points of the simplex, whose sum is 1 to rounding."""
+
+    event_dim = 1
+
+    def check(self, value: Tensor) -> Tensor:
+        """Membership of `(..., K)`, `(...)`."""
+        return value.logsumexp(-1).abs() < 1e-3
+
+
+log_simplex = LogSimplex()
 
 
 class Enumerable(Event):
@@ -186,8 +199,8 @@ class RelaxedCodes(dist.TorchDistribution):
 
     @constraints.dependent_property(is_discrete=False)
     def support(self) -> constraints.Constraint:
-        """Logarithms of points of the simplex; not checked, since their sum is 1 to rounding alone."""
-        return constraints.independent(constraints.real, self.grid + 1)
+        """Logarithms of points of the simplex, at every position."""
+        return constraints.independent(log_simplex, self.grid)
 
     def expand(self, batch_shape: Size, _instance: Any = None) -> RelaxedCodes:
         """The same law over more batch dimensions."""
@@ -239,7 +252,7 @@ class Relaxing(Conditional):
     @constraints.dependent_property(is_discrete=False)
     def support(self) -> constraints.Constraint:
         """As that of `RelaxedCodes`."""
-        return constraints.independent(constraints.real, len(self.event_shape))
+        return constraints.independent(log_simplex, len(self.event_shape) - 1)
 
     def expand(self, batch_shape: Size, _instance: Any = None) -> Relaxing:
         """The same law over more batch dimensions."""
@@ -334,6 +347,42 @@ def from_coordinates(u: Tensor) -> Tensor:
     return left + pad(logsigmoid(shifted), (0, 1))  # the last piece is all that is left
 
 
+class Coordinates(Transform):
+    """u to log c, as `from_coordinates`; its Jacobian is 1 in the measure in which `RelaxedCodes` has its density."""
+
+    domain = constraints.real_vector
+    codomain = log_simplex
+    bijective = True
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Coordinates)
+
+    __hash__ = Transform.__hash__
+
+    def _call(self, x: Tensor) -> Tensor:
+        return from_coordinates(x)
+
+    def _inverse(self, y: Tensor) -> Tensor:
+        return to_coordinates(y)
+
+    def log_abs_det_jacobian(self, x: Tensor, _y: Tensor) -> Tensor:
+        """0, `(...)`."""
+        return torch.zeros_like(x[..., 0])
+
+    def forward_shape(self, shape: Shape) -> Shape:
+        """`(..., K - 1)` to `(..., K)`."""
+        return *shape[:-1], shape[-1] + 1
+
+    def inverse_shape(self, shape: Shape) -> Shape:
+        """`(..., K)` to `(..., K - 1)`."""
+        return *shape[:-1], shape[-1] - 1
+
+
+@biject_to.register(type(log_simplex))
+def _to_log_simplex(_constraint: constraints.Constraint) -> Coordinates:
+    return Coordinates()
+
+
 class FreeCoordinates(dist.TorchDistribution):
     """A density over free coordinates `(..., P (K - 1))` as one of relaxed codes `(..., *grid, K)`.
 
@@ -351,7 +400,7 @@ class FreeCoordinates(dist.TorchDistribution):
     @constraints.dependent_property(is_discrete=False)
     def support(self) -> constraints.Constraint:
         """As that of `RelaxedCodes`."""
-        return constraints.independent(constraints.real, len(self.event_shape))
+        return constraints.independent(log_simplex, len(self.event_shape) - 1)
 
     def expand(self, batch_shape: Size, _instance: Any = None) -> FreeCoordinates:
         """The same density over more batch dimensions."""

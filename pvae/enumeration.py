@@ -75,6 +75,8 @@ def read_table(model_trace: Trace, layout: Layout, particles: int) -> Table:
         DeclarationError: an enumerated site stands in a plate beside the data's, or there are too many states.
     """
     nodes = samples(model_trace)
+    for name in layout.enumerated:
+        require_summable(name, nodes[name], layout)
     sizes = tuple(_size(name, nodes[name], layout) for name in layout.enumerated)
     if math.prod(sizes) > STATES:
         raise DeclarationError(
@@ -85,7 +87,7 @@ def read_table(model_trace: Trace, layout: Layout, particles: int) -> Table:
     for name, node in nodes.items():
         if not layout.holds(node):
             continue
-        _require_plain(name, node, layout)
+        _require_plain(name, node)
         value = log_prob(node, layout, particles)
         lead = value.dim() - (2 if particles else 1)
         value = value.reshape((1,) * (len(sizes) - lead) + value.shape)
@@ -95,16 +97,28 @@ def read_table(model_trace: Trace, layout: Layout, particles: int) -> Table:
     return Table(layout, sizes, logs)
 
 
-def _require_plain(name: str, node: Mapping[str, Any], layout: Layout) -> None:
-    """Refuse weights inside of the sum: p(c)^scale is no distribution, and a masked site has no sum to one."""
+def require_summable(name: str, node: Mapping[str, Any], layout: Layout) -> None:
+    """Refuse a site whose states cannot be summed over datum by datum.
+
+    Raises:
+        DeclarationError: it is global, stands in a plate beside the data's, or has a weight or a mask.
+    """
+    if not layout.holds(node):
+        raise DeclarationError(f"{name}: expected a site to sum over inside the data plate; got a global one. Draw it.")
+    _require_plain(name, node)
+    if node["mask"] is not None:
+        raise DeclarationError(f"{name}: expected a site to sum over without a mask; got one. Mask what is observed.")
+    _size(name, node, layout)
+
+
+def _require_plain(name: str, node: Mapping[str, Any]) -> None:
+    """Refuse weights inside of the sum: p(c)^scale is no distribution."""
     scale = node["scale"] / plate_scale(node)
     if not bool(torch.as_tensor(abs(scale - 1) < 1e-6).all()):
         raise DeclarationError(
             f"{name}: expected sites beside enumerated ones without poutine.scale; got a scale of {scale}. "
             f"Set objective.beta instead."
         )
-    if node["mask"] is not None and name in layout.enumerated:
-        raise DeclarationError(f"{name}: expected an enumerated site without a mask; got one. Mask what is observed.")
 
 
 def _size(name: str, node: Mapping[str, Any], layout: Layout) -> int:

@@ -20,7 +20,7 @@ from pyro.poutine.trace_messenger import TraceMessenger
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor, nn
 
-from pvae.enumeration import read_table
+from pvae.enumeration import read_table, require_summable
 from pvae.errors import DataError, DeclarationError
 from pvae.site import Frame, MadeOfData
 from pvae.traces import (
@@ -418,6 +418,8 @@ class Pair(nn.Module):
                 f"{', '.join(layout.expected)}: expected draws beside {', '.join(layout.enumerated)}, which the model "
                 f"sums out given them; got a sum over their states too. Set estimator = 'score', or relax them."
             )
+        for name in layout.expected:
+            require_summable(name, guide_trace.nodes[name], layout)
         size = full_size(model_trace, layout, rows)
         log_q = [log_prob(guide_trace.nodes[name], layout, count) for name in layout.expected]
         weights = sum_over(log_q).exp()
@@ -453,7 +455,10 @@ class Pair(nn.Module):
             if name in layout.scored:
                 scores[name] = _score(guide_trace.nodes[name], layout, count, log_q, own_kl=True)
                 log_q = log_q.detach()
-            kl[name] = log_q - (table.expected(name) if name in table.logs else 0.0)
+            priced = self._known_kl(guide_trace.nodes[name], model_trace.nodes.get(name), count, size, False)
+            if priced is None:
+                priced = log_q - (table.expected(name) if name in table.logs else 0.0)
+            kl[name] = priced
         for name in layout.shared:
             q, p = guide_trace.nodes[name], model_trace.nodes.get(name)
             kl[name] = log_prob(q, layout, count, size) - (0.0 if p is None else log_prob(p, layout, count, size))

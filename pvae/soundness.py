@@ -17,6 +17,7 @@ from pvae.models.columns import support_of
 from pvae.models.likelihoods import DeterminedLikelihood, Likelihood
 from pvae.models.priors import CategoricalPrior, Prior, UniformPrior
 from pvae.networks import Table as NetworkTable
+from pvae.objectives import IWAE
 from pvae.schedules import Schedule
 from pvae.site import OBSERVED, Values
 
@@ -53,8 +54,8 @@ def findings(e: Experiment) -> Iterator[Finding]:
     yield from _columns(e)
     if e.refit is not None and e.objective.scores:
         yield from _second_stage(e, e.refit)
-    if e.objective.kind == "trace_mean_field_elbo":  # type: ignore[attr-defined]
-        yield from _not_mean_field(e)
+    yield from _not_mean_field(e)
+    yield from _priced(e)
     if isinstance(e.objective, EM):
         yield from _no_mixture(e)
     yield from refused(e)
@@ -338,12 +339,33 @@ def _not_mean_field(e: Experiment) -> Iterator[Finding]:
         for ancestor in below:
             if ancestor in site.guide_given or any(p in below[ancestor] for p in site.guide_given):
                 below[ancestor].add(site.name)
+    closed = e.objective.kind == "trace_mean_field_elbo"  # type: ignore[attr-defined]
     for name, inferred in below.items():
-        for parent in e.latents[name].given:
+        for parent in e.latents[name].given if closed or _prices_codes(e.latents[name]) else ():
             if parent in inferred:
-                yield (
-                    ("objective", "kind"),
-                    f"trace_elbo: the guide infers {parent} from {name} while the model has {name} given {parent}, so "
-                    f"KL(q({name}) || p({name} | {parent})) has no closed form",
-                    "trace_mean_field_elbo",
+                where, wanted, got = (
+                    (("objective", "kind"), "trace_elbo", "trace_mean_field_elbo")
+                    if closed
+                    else (("latents", name, "posterior", "kl"), "relaxed, or a posterior of codes", "categorical")
                 )
+                why = f"the guide infers {parent} from {name} while the model has {name} given {parent}, so"
+                yield where, f"{wanted}: {why} KL(q({name}) || p({name} | {parent})) has no closed form", got
+
+
+def _prices_codes(latent: Latent) -> bool:
+    """Whether the KL of a relaxed latent is that of its codes."""
+    return getattr(latent.posterior, "kl", None) == "categorical"
+
+
+def _priced(e: Experiment) -> Iterator[Finding]:
+    """Where the KL of the codes of a relaxed latent is none of the objective's: inside weights, and inside a sum."""
+    exact = [name for name, z in e.latents.items() if z.posterior.summed]
+    for name, latent in e.latents.items():
+        if not _prices_codes(latent):
+            continue
+        at = ("latents", name, "posterior", "kl")
+        if isinstance(e.objective, IWAE) and getattr(latent.posterior, "noise", True):
+            yield at, "relaxed with iwae, whose weights are densities at draws; or trace_elbo", "categorical"
+        for parent in latent.given:
+            if parent in exact:
+                yield at, f"relaxed, because p({name}) reads {parent}, which is summed out", "categorical"

@@ -474,6 +474,25 @@ def test_refusal(call, message):
         call()
 
 
+@pytest.mark.parametrize("start", STARTS)
+def test_relaxed_codes_stay_on_the_simplex(start):
+    flow = {"kind": "realnvp", "layers": 2, "hidden": [8]}
+    latent = {"codes": 4, "prior": flow, "posterior": {"kind": "relaxed_onehot", "kl": "relaxed"}}
+    networks = {
+        "encoder": {"network": {"kind": "mlp", "hidden": [8]}},
+        "decoder": {"network": {"kind": "mlp", "hidden": []}},
+    }
+    pair = Experiment.from_dict({"latents": {"c": latent}, **networks}).build((12,))
+    x = (torch.rand(6, 12, generator=torch.Generator().manual_seed(1)) < 0.4).float()
+    with torch.no_grad():
+        pair.model.decoder.network.head.weight.copy_((4 * x[:4] - 2).T)  # every code means a datum
+        c = pair.model.priors["c"]({}).sample(torch.Size([100_000]))
+        law = pair.model.decoder({"c": c.exp()})
+        log_p = torch.stack([law.log_prob(row) for row in x]).double().logsumexp(1) - math.log(len(c))
+    found = ais(pair, x, temperatures=100, chains=16, leapfrog=3, start=start)
+    assert found.log_p.mean() == pytest.approx(float(log_p.mean()), abs=5 * found.lower.standard_error + 0.02)
+
+
 @pytest.mark.parametrize("pair", [pair_of(gamma_prior, normal_guide), pair_of(normal_model, with_more)])
 def test_the_prior_needs_no_guide(pair):
     found = ais(pair, ROWS, temperatures=3, chains=4, leapfrog=2, start="prior")

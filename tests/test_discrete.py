@@ -6,6 +6,7 @@ relaxations against their limit; nearest codes against formulas written by hand.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
 import math
@@ -43,6 +44,7 @@ from pvae.discrete import (
 )
 from pvae.errors import DeclarationError
 from pvae.evaluation import evaluate
+from pvae.guides.codes import NearestCodePosterior
 from pvae.guides.posteriors import Posterior
 from pvae.objectives import IWAE, Loss, Objective, TraceELBO, TraceMeanFieldELBO
 from pvae.pair import Pair
@@ -50,7 +52,7 @@ from pvae.schedules import Exponential
 from pvae.spec import Experiment
 from pvae.step import Step
 from pvae.svi import refit
-from pvae.trainer import Trainer, start_codebooks
+from pvae.trainer import Trainer, start_from_data
 from tests.laws import FLOWS, require_gradients
 
 ONE = torch.ones(())
@@ -923,6 +925,104 @@ def test_the_twin_is_the_categorical_posterior_of_the_same_weights(latent):
     torch.testing.assert_close(ours.reconstruction, theirs.reconstruction, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("noise", [True, False])
+def test_a_code_that_is_summed_out_leaves_the_kl_of_a_relaxed_one(noise):
+    latent = {"codes": 4, "grid": [3], "prior": "uniform", "posterior": {"kind": "straight_through", "noise": noise}}
+    table = {"latents": {"k": latent}, "encoder": NETWORK, "decoder": NETWORK}
+    alone = Experiment.from_dict(table).build((X,))
+    latents = {"k": latent, "c": {"codes": 3, "posterior": "exact"}}
+    beside = Experiment.from_dict({**table, "latents": latents, "decoder": {**NETWORK, "given": ["k", "c"]}}).build(
+        (X,)
+    )
+    beside.guide.load_state_dict(alone.guide.state_dict())
+    x = rows(20)
+    assert beside.layout.enumerated == ("c",)
+    pyro.set_rng_seed(3)
+    want = alone.terms(x).kl["k"]
+    pyro.set_rng_seed(3)
+    found = beside.terms(x).kl["k"]
+    torch.testing.assert_close(found, want)
+    if not noise:
+        torch.testing.assert_close(found, torch.full((20,), 3 * math.log(4)))
+
+
+PRICED: dict[str, tuple[dict[str, Any], str]] = {
+    "iwae": (
+        {"latents": {"k": {"codes": 4, "posterior": "straight_through"}}, "objective": "iwae"},
+        r"latents.k.posterior.kl: expected relaxed with iwae, whose weights are densities",
+    ),
+    "a parent that is summed out": (
+        {
+            "latents": {
+                "c": {"codes": 3, "posterior": "exact"},
+                "k": {"codes": 4, "grid": [3], "given": ["c"], "prior": "transformer", "posterior": "straight_through"},
+            },
+            "decoder": {**NETWORK, "given": ["c", "k"]},
+        },
+        r"latents.k.posterior.kl: expected relaxed, because p\(k\) reads c, which is summed out",
+    ),
+    "a parent inferred from it": (
+        {
+            "latents": {
+                "k": {"codes": 4, "grid": [3], "given": ["z"], "prior": "transformer", "posterior": "straight_through"},
+                "z": {"dim": 2, "posterior": {"kind": "normal", "given": ["x", "k"]}},
+            },
+            "encoder": {"kind": "per_latent", **NETWORK},
+            "decoder": {**NETWORK, "given": ["k", "z"]},
+        },
+        r"latents.k.posterior.kl: .*infers z from k while the model has k given z",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", PRICED)
+def test_the_kl_of_codes_is_refused_where_it_is_no_term_of_a_bound(case):
+    changes, message = PRICED[case]
+    table = {"latents": {}, "encoder": NETWORK, "decoder": NETWORK, **changes}
+    with pytest.raises(DeclarationError, match=message):
+        Experiment.from_dict(table)
+
+
+class Side(torch.nn.Module):
+    """One side of a mixture of three normals, whose code the guide sums over; its site stands under a handler."""
+
+    def __init__(self, around: Callable[[], Any], *, outside: bool, is_model: bool) -> None:
+        super().__init__()
+        self.logits = torch.nn.Parameter(torch.zeros(3) if is_model else torch.tensor([0.3, 0.1, -0.5]))
+        self.around, self.outside, self.is_model = around, outside, is_model
+
+    def forward(self, x: Tensor) -> None:
+        data = pyro.plate("data", len(x))
+        infer: Any = {} if self.is_model else {"enumerate": "parallel"}
+        with contextlib.nullcontext() if self.outside else data, self.around():
+            c = pyro.sample("c", dist.Categorical(logits=self.logits), infer=infer)
+        if self.is_model:
+            with data:
+                loc = torch.tensor([-1.0, 0.5, 2.0])[c].unsqueeze(-1)
+                pyro.sample("x", dist.Normal(loc, torch.ones(X)).to_event(1), obs=x)
+
+
+def three(around: Callable[[], Any] = contextlib.nullcontext, *, outside: bool = False) -> Pair:
+    return Pair(*(Side(around, outside=outside, is_model=is_model) for is_model in (True, False)))
+
+
+NOT_SUMMED = {
+    "weighed": (lambda: three(lambda: poutine.scale(scale=0.3)), "without poutine.scale; got a scale of 0.3"),
+    "masked": (lambda: three(lambda: poutine.mask(mask=torch.arange(20) < 19)), "without a mask; got one"),
+    "global": (lambda: three(outside=True), "inside the data plate; got a global one"),
+}
+
+
+@pytest.mark.parametrize("case", NOT_SUMMED)
+def test_a_site_that_cannot_be_summed_over_row_by_row_is_refused(case):
+    make, message = NOT_SUMMED[case]
+    with pytest.raises(DeclarationError, match=message):
+        make().terms(rows(20), expected=True)
+    plain = three()
+    theirs = TraceEnum_ELBO(max_plate_nesting=1).loss(plain.model, plain.guide, rows(20)) / 20
+    assert float(plain(rows(20)).detach().mean()) == pytest.approx(-theirs, rel=1e-5)
+
+
 @pytest.mark.parametrize("posterior", ["relaxed_onehot", "straight_through"])
 @pytest.mark.parametrize("prior", ["categorical", "uniform"])
 def test_the_categorical_kl_is_torch_s(posterior, prior):
@@ -1129,7 +1229,7 @@ def test_averages_are_vector_quantize_pytorch_s(unit):
 
 @pytest.mark.parametrize("decay", [0.9, None])
 def test_dead_rows_move_to_vectors_of_the_batch_and_no_other(decay):
-    found, z = book(8, 3, decay=decay, restart=1.0), drawn(64)
+    found, z = book(8, 3, decay=decay, restart=0.125), drawn(64)  # an even share is 8 vectors, an eighth of it 1
     with torch.no_grad():
         found.weight[:4] = z[:4]
         found.weight[4:] = 100.0 + drawn(4, 3, 1)  # too far to be found
@@ -1147,15 +1247,28 @@ def test_dead_rows_move_to_vectors_of_the_batch_and_no_other(decay):
     for row in (4, 6):
         assert (found.weight[row] == z).all(1).any()
         assert (alive.weight[row] - before[row]).abs().max() < 0.01
-        assert found.counts[row] == 1.0
+        assert found.counts[row] == 8.0
         if decay is not None:
-            torch.testing.assert_close(found.sums[row], found.weight[row])
+            torch.testing.assert_close(found.sums[row], 8 * found.weight[row])
+
+
+def test_codes_stay_where_they_are_found_with_fewer_vectors_than_codes():
+    centres = 3 * drawn(128, 8, 1)
+    found = book(128, 8, decay=0.99, restart=NearestCodePosterior.model_fields["restart"].default)
+    with torch.no_grad():
+        found.weight.copy_(centres)
+        found.counts.fill_(40 / 128)
+        found.sums.copy_(centres * found.counts[:, None])
+    for step in range(400):
+        found.nearest(centres[(torch.arange(40) + 40 * step) % 128] + 0.01 * drawn(40, 8, step))
+        found.after_step()
+    torch.testing.assert_close(found.weight, centres, rtol=0, atol=0.02)
 
 
 @pytest.mark.parametrize("decay", [0.9, None])
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_a_batch_that_is_not_finite_moves_nothing(decay, bad):
-    found, z = book(8, 3, decay=decay, restart=1.0), drawn(64)
+    found, z = book(8, 3, decay=decay, restart=0.5), drawn(64)
     with torch.no_grad():
         found.counts.fill_(0.5)  # all would be restarted
     before = {name: value.clone() for name, value in found.state_dict().items()}
@@ -1170,7 +1283,7 @@ def test_a_batch_that_is_not_finite_moves_nothing(decay, bad):
 
 
 def test_nothing_moves_without_a_batch():
-    found = book(8, 3, restart=1.0)
+    found = book(8, 3, restart=0.5)
     found.nearest(drawn(64))
     found.after_step()
     before = {name: value.clone() for name, value in found.state_dict().items()}
@@ -1333,7 +1446,7 @@ def test_a_fit_starts_at_k_means_and_moves_from_there(tmp_path):
     book = run.pair.model.codebooks["c"]
     start = NearestCodebook(6, 5, 0.99, 1.0, False)
     fresh = small({**NEAREST, "posterior": "nearest_code"}).build((X,))
-    start_codebooks(fresh, run.data.train, 20, 0)
+    start_from_data(fresh, run.data.train, 20, 0)
     assert not torch.equal(fresh.model.codebooks["c"].weight, book.weight)
     assert float(fresh.model.codebooks["c"].counts.sum()) == pytest.approx(80, abs=1e-3)
     guide = fresh.guide_trace(run.data.train.x)
