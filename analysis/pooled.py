@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from pvae import seeds
 from pvae.analysis.anatomy import LatentSurgery, Surgery
 from pvae.analysis.estimate import Estimate
 from pvae.pair import Pair
@@ -19,11 +20,13 @@ FIGURES = (
 )  # fmt: skip
 BOUNDS = {"mutual_information_lower": "mutual_information", "marginal_kl_upper": "marginal_kl"}
 """Figures that only groups with a subset of components have, and what stands for them in the others."""
+GROUPS = 1000
+"""The draws of groups among those of an analysis: this number and the next."""
 LEVEL_FIGURES = ("kl", "kl_exact", "mutual_information", "marginal_kl")
 
 
 def by_group(
-    pair: Pair, x: Tensor, labels: Tensor | None, train: Tensor | None, take_apart: Callable[..., Surgery]
+    pair: Pair, x: Tensor, labels: Tensor | None, train: Tensor | None, take_apart: Callable[..., Surgery], seed: int
 ) -> Surgery | None:
     """The surgery of every group of rows with the same covariates, pooled; None where there is but one group.
 
@@ -34,7 +37,8 @@ def by_group(
         x: rows.
         labels: of the rows, or None.
         train: other rows, whose q_agg(z | y) is tried as the prior.
-        take_apart: the surgery of one group: `(rows, labels, train)`.
+        take_apart: the surgery of one group: `(rows, labels, train, seed)`.
+        seed: of the draws; groups draw apart, so that their errors are independent.
     """
     groups = pair.groups(x)
     if groups is None or len(present := groups.unique().tolist()) < 2:
@@ -45,7 +49,8 @@ def by_group(
         mine = groups == group
         same = None if train is None or others is None else train[others == group]
         same = same if same is not None and len(same) else None
-        found.append(take_apart(x[mine], None if labels is None else labels[mine], same))
+        own = seeds.mix(seed, seeds.ANALYSIS, GROUPS + group)
+        found.append(take_apart(x[mine], None if labels is None else labels[mine], same, own))
         sizes.append(int(mine.sum()))
     return pool(found, sizes)
 

@@ -118,9 +118,10 @@ def surgery(
     y = _labels(labels, x)
     pooled = by_group(
         pair, x, _labels(labels, x), train,
-        lambda rows, y, other: surgery(
-            pair, rows, samples, seed, labels=y, train=other, components=components, memory=memory
+        lambda rows, y, other, own: surgery(
+            pair, rows, samples, own, labels=y, train=other, components=components, memory=memory
         ),
+        seed,
     )  # fmt: skip
     if pooled is not None:
         return pooled
@@ -612,7 +613,7 @@ class _Account:
 
 def _row_numbers(x: Tensor) -> Tensor:
     """A number for every row, the same for rows that are equal bit for bit, `(n,)`: by an exact hash of 64 bits."""
-    bits = x.flatten(1).contiguous().view(torch.int64 if x.element_size() == 8 else torch.int32).long()
+    bits = x.reshape(len(x), -1).contiguous().view(torch.int64 if x.element_size() == 8 else torch.int32).long()
     generator = torch.Generator().manual_seed(0)
     odd = torch.randint(2**62, (2, bits.shape[1]), generator=generator).mul(2).add(1).to(x.device)
     mixed = (bits ^ (bits >> 15)) * odd[0]

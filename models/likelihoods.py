@@ -172,7 +172,7 @@ class NormalModule(NormalForm):
 
     def __init__(self, x: Shape, mode: str, scale: float, floor: float) -> None:
         super().__init__(x, 2 if mode == "per_datum" else 1)
-        self.floor = floor
+        self.floor = 0.0 if mode == "fixed" else floor
         self.offset = torch.tensor(scale).log().item()
         if mode == "shared":
             self.log_scale = nn.Parameter(torch.tensor(self.offset))

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 import pvae
+from pvae import seeds
 from pvae.analysis import bracket, evidence, surgery
+from pvae.analysis.pooled import GROUPS
 from pvae.data import Dataset
 from pvae.errors import DataError, DeclarationError
 from pvae.pair import Pair
@@ -109,7 +111,8 @@ def test_surgery_is_made_within_each_label():
     pair, (x, y) = declared(), rows()
     found = surgery(pair, x, samples=3, labels=y)
     sizes = [int((y == label).sum()) for label in range(3)]
-    parts = [surgery(pair, x[y == label], samples=3) for label in range(3)]
+    own = [seeds.mix(0, seeds.ANALYSIS, GROUPS + label) for label in range(3)]
+    parts = [surgery(pair, x[y == label], samples=3, seed=seed) for label, seed in enumerate(own)]
     for name in ("elbo", "reconstruction", "kl", "kl_exact", "mutual_information", "marginal_kl", "log_n"):
         mean = sum(n * getattr(s, name).value for n, s in zip(sizes, parts, strict=True)) / 60
         assert getattr(found, name).value == pytest.approx(mean, abs=1e-9), name
@@ -121,6 +124,17 @@ def test_surgery_is_made_within_each_label():
     gain = surgery(pair, x, train=rows(90)[0]).train_gain
     assert gain is not None
     assert gain.value < found.marginal_kl.value + 4 * gain.standard_error
+
+
+def test_groups_draw_apart_so_that_the_stated_error_is_the_spread_over_seeds():
+    pair, (x, _) = declared(codes=10), rows(200, codes=10)
+    with torch.no_grad():
+        for name, parameter in pair.named_parameters():
+            if name.startswith("guide") and parameter.dim() == 1:  # posteriors narrower than their prior
+                parameter -= 1.5
+    found = [surgery(pair, x, samples=2, seed=seed).kl for seed in range(40)]
+    spread = float(torch.tensor([kl.value for kl in found]).std())
+    assert 0.6 < spread / found[0].standard_error < 1.4
 
 
 def test_information_is_that_of_an_independent_sum():

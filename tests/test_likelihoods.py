@@ -69,6 +69,9 @@ ROWS = {
     ),
     "normal, shared": Row(Normal(), lambda h, x: scipy.stats.norm.logpdf(x, h[0], 0.3), np.nan),
     "normal, fixed": Row(Normal(scale="fixed", value=0.7), lambda h, x: scipy.stats.norm.logpdf(x, h[0], 0.7), np.nan),
+    "normal, fixed below the floor": Row(  # of learned scales
+        Normal(scale="fixed", value=0.05, floor=0.1), lambda h, x: scipy.stats.norm.logpdf(x, h[0], 0.05), np.nan
+    ),
     "normal, per_datum": Row(
         Normal(scale="per_datum", value=0.5),
         lambda h, x: scipy.stats.norm.logpdf(x, h[0], 0.5 * np.exp(h[1])),
