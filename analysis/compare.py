@@ -194,6 +194,8 @@ class Bench:
         row: dict[str, Value] = {}
         if not case.implicit:
             row |= {term: getattr(case.held, term) for term in DEFINED}
+            if (bits := case.held.bits_per_dimension) is not None:
+                row["bits_per_dimension"] = bits
             bound = case.evidence
             row["log_p"] = None if bound is None else bound.curve[-1][1]
             row["gap"] = None if bound is None else bound.gap

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyro
@@ -298,6 +299,55 @@ def test_label_information_is_that_of_the_class_mixtures():
     shuffled = y[torch.randperm(300)]
     broad = channel(lambda x: torch.full_like(x, 5.0))
     assert surgery(broad, x, labels=shuffled).label_information.value == pytest.approx(0, abs=0.02)
+
+
+def test_a_uniform_byte_has_eight_bits_and_a_real_number_none():
+    def program(law: Any) -> Callable[[Tensor], None]:
+        def run(x: Tensor) -> None:
+            with pyro.plate("data", len(x)):
+                loc = pyro.param("loc", number(0.0))
+                pyro.sample("z", dist.Normal(loc.expand(2), 1.0).to_event(1))
+                if law is not None:
+                    pyro.sample("x", law.to_event(1), obs=x)
+
+        return run
+
+    x = torch.randint(0, 256, (30, 3)).double()
+    found = surgery(Pair(program(dist.Categorical(torch.ones(3, 256).double())), program(None)), x)
+    assert found.elements == 3
+    assert found.elbo.value == pytest.approx(-3 * math.log(256), abs=1e-9)
+    assert found.bits_per_dimension.value == pytest.approx(8, abs=1e-9)
+    real = surgery(Pair(program(dist.Normal(torch.zeros(3).double(), 1.0)), program(None)), x / 256)
+    assert real.elements is None
+    assert real.bits_per_dimension is None
+
+
+def test_covariates_are_no_elements_and_rounded_numbers_are():
+    decoder = {"given": ["z", "y"], "network": {"kind": "mlp", "hidden": [4]}}
+    latents = {"z": {"dim": 2}}
+    table = {"covariates": {"y": {"codes": 3}}, "latents": latents, "decoder": decoder}
+    x = torch.cat([(torch.rand(20, 6) > 0.5).float(), torch.ones(20, 1)], 1)
+    found = surgery(Experiment.from_dict(table).build((6,)), x)
+    assert found.elements == 6
+    assert found.bits_per_dimension.value == pytest.approx(-found.elbo.value / 6 / math.log(2), abs=1e-9)
+    grey = Experiment.from_dict({"latents": latents, "decoder": {"likelihood": "discretized_logistic"}}).build((6,))
+    assert surgery(grey, torch.rand(20, 6).mul(255).round() / 255).elements == 6
+
+
+def test_bare_numbers_under_a_point_of_a_guide_are_taken_apart():
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(number(0.0), 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Delta(pyro.param("half", torch.tensor(0.5).double()) * x))
+
+    x = torch.randn(7).double()
+    found = surgery(Pair(model, guide), x)
+    want = torch.distributions.Normal(x / 2, 1.0).log_prob(x).mean()
+    assert found.reconstruction.value == pytest.approx(float(want), abs=1e-9)
 
 
 def test_labels_must_fit():

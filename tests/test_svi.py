@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -393,6 +394,26 @@ def test_alternate_moves_one_side_at_a_time() -> None:
     step(x, [p for name, p in pair.named_parameters() if name.startswith("model.")])
     moved = {name for name, p in pair.named_parameters() if not torch.equal(before[name], p)}
     assert moved == {name for name in before if name.startswith("guide.")}
+
+
+def test_alternation_is_so_many_guide_steps_and_then_one_of_the_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order: list[str] = []
+    run = Step.run
+
+    def watched(self: Step, x: Tensor, frozen: Sequence[torch.nn.Parameter] = ()) -> Tensor:
+        named = list(self.loss.pair.named_parameters())
+        before = [p.detach().clone() for _, p in named]
+        out = run(self, x, frozen)
+        moved = {n.split(".")[0] for (n, p), old in zip(named, before, strict=True) if not torch.equal(p, old)}
+        order.append("".join(sorted(side[0] for side in moved)))
+        return out
+
+    monkeypatch.setattr(Step, "run", watched)
+    experiment = tiny(alternate=2, epochs=1, batch_size=150, engine="eager", schedule={"kind": "constant"})
+    pvae.fit(experiment, run_dir=tmp_path, device="cpu", progress=False)
+    assert order[:6] == ["g", "g", "m", "g", "g", "m"]
 
 
 def test_gpu_asked_for_and_absent(monkeypatch: pytest.MonkeyPatch) -> None:
