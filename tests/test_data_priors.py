@@ -14,6 +14,8 @@ from torch import Tensor
 
 import pvae
 from pvae.analysis import surgery
+from pvae.data import Dataset, load
+from pvae.data.declared import Digits
 from pvae.errors import DeclarationError
 from pvae.evaluation import evaluate
 from pvae.pair import Pair
@@ -222,3 +224,32 @@ def test_a_point_has_no_weights_in_the_export(tmp_path):
     groups = run.posterior(draws=5, rows=20).groups
     assert not {"log_evidence", "ess", "khat", "elbo"} & set(groups["diagnostics"].variables)
     assert "log_weight" not in groups["sample_stats"].variables
+
+
+def test_leave_one_out_keeps_the_prior_from_learning_the_training_rows_by_heart(tmp_path):
+    digits = load(Digits(binarize="dynamic"))
+    data = Dataset.from_tensors(digits.train.x[:60], validation=digits.validation.x[:50], test=digits.test.x[:200])
+    wide = {"network": {"kind": "mlp", "hidden": [64]}}
+    changes = {
+        "data": {"source": "tensor"},
+        "encoder": wide,
+        "decoder": {**wide, "likelihood": {"kind": "bernoulli"}},
+        "train": {
+            "epochs": 150,
+            "batch_size": 30,
+            "engine": "eager",
+            "keep": "last",
+            "optimizer": {"kind": "adam", "lr": 3e-3},
+        },
+    }
+    gaps, marginal = [], []
+    for kind in ("aggregated", "aggregated, loo"):
+        latents = {"z": {"dim": 4, "prior": KINDS[kind]}}
+        experiment = Experiment.from_dict(table(kind, **{**changes, "latents": latents}))
+        run = pvae.fit(experiment, data=data, run_dir=tmp_path, device="cpu", progress=False)
+        train, test = (surgery(run.pair, split.x, samples=5) for split in (data.train, data.test))
+        assert train.marginal_kl.value == pytest.approx(0, abs=1e-4)  # of its training rows it is q_agg either way
+        gaps.append(train.elbo.value - test.elbo.value)
+        marginal.append(test.marginal_kl.value)
+    assert gaps[1] < 0.5 * gaps[0]
+    assert marginal[1] < 0.5 * marginal[0]
