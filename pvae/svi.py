@@ -284,7 +284,7 @@ def freeze(pair: Pair, trainable: Sequence[str] | None) -> None:
 
 def _nothing_to_learn(pair: Pair, data: Dataset, plan: Plan, files: RunDirectory) -> None:
     """A run of a pair without free parameters (a refit with q_agg itself as the prior): measured and kept."""
-    row = evaluate(pair, data.validation.rows, plan.seed)
+    row = evaluate(pair, data.validation.rows, plan.seed, len(data.train))
     files.log_metrics({"epoch": 0, "step": 0, "seconds": 0.0, "split": "validation", **row})
     tensors: dict[str, dict[str, Tensor]] = {"weights": dict(pair.state_dict()), "optimizer": {}}
     checkpoint.write(files.path / "checkpoints", 0, tensors, {"select": "weights"})

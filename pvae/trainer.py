@@ -528,7 +528,8 @@ class Trainer:
             if row is not None:
                 self.files.log_metrics({**common, "split": "validation", **row})
                 return _told(row)
-            row = {**evaluate(self.pair, held, self.plan.seed), **code_usage(self.pair, held, self.plan.seed)}
+            seed, fitted = self.plan.seed, len(self.data.train)
+            row = {**evaluate(self.pair, held, seed, fitted), **code_usage(self.pair, held, seed)}
             better = row["elbo"] > state.best
             if better:
                 state.best, state.best_epoch, state.waited = row["elbo"], state.epoch, 0

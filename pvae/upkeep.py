@@ -295,8 +295,9 @@ class _Look:
         plan, pair = self.run.plan, self.run.fresh_pair()
         load_weights(pair, chosen(saved), str(saved.path))
         pair = pair.to(torch.device(device), plan.objective.dtype).eval()
-        x = self.run.data.to(device).validation.rows
-        return plan.objective.measure(pair, x, plan.seed) or evaluate(pair, x, plan.seed)
+        data = self.run.data.to(device)
+        x, fitted = data.validation.rows, len(data.train)
+        return plan.objective.measure(pair, x, plan.seed) or evaluate(pair, x, plan.seed, fitted)
 
     def _same(self, recorded: Mapping[str, Any], measured: Mapping[str, float], device: str) -> Check:
         names = [name for name in measured if isinstance(recorded.get(name), float)]

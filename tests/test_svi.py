@@ -314,7 +314,7 @@ def test_global_latents_are_fitted(tmp_path: Path) -> None:
     def guide(x: Tensor) -> None:
         pyro.sample("b", dist.Normal(pyro.param("loc", loc), pyro.param("log_scale", log_scale).exp()))
 
-    data = pvae.Dataset.from_tensors(x, validation=x, test=x)
+    data = pvae.Dataset.from_tensors(x, validation=x[:50], test=x)
     train = Train.model_validate(
         {"epochs": 3000, "batch_size": 400, "optimizer": {"kind": "adam", "lr": 0.05}, "schedule": {"kind": "cosine"},
          "validate_every": 500, "keep": "last", "engine": "eager"}
@@ -323,6 +323,9 @@ def test_global_latents_are_fitted(tmp_path: Path) -> None:
     found = {name.rpartition(".")[2]: p.item() for name, p in run.pair.named_parameters()}
     assert found["loc"] == pytest.approx(float(x.sum() / 401), abs=0.03)
     assert found["log_scale"] == pytest.approx(-0.5 * math.log(401), abs=0.15)
+    q, p = dist.Normal(found["loc"], math.exp(found["log_scale"])), dist.Normal(0.0, 1.0)
+    exact = float(torch.distributions.kl_divergence(q, p)) / 400  # shared by the training rows, not the 50 held out
+    assert run.metrics.query("split == 'validation'")["kl/b"].iloc[-1] == pytest.approx(exact, abs=4 / 400)
 
 
 def test_other_data_are_refused(tmp_path: Path) -> None:
