@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import pyro
@@ -484,10 +485,11 @@ def test_relaxed_codes_stay_on_the_simplex(start):
     }
     pair = Experiment.from_dict({"latents": {"c": latent}, **networks}).build((12,))
     x = (torch.rand(6, 12, generator=torch.Generator().manual_seed(1)) < 0.4).float()
+    model: Any = pair.model
     with torch.no_grad():
-        pair.model.decoder.network.head.weight.copy_((4 * x[:4] - 2).T)  # every code means a datum
-        c = pair.model.priors["c"]({}).sample(torch.Size([100_000]))
-        law = pair.model.decoder({"c": c.exp()})
+        model.decoder.network.head.weight.copy_((4 * x[:4] - 2).T)  # every code means a datum
+        c = model.priors["c"]({}).sample(torch.Size([100_000]))
+        law = model.decoder({"c": c.exp()})
         log_p = torch.stack([law.log_prob(row) for row in x]).double().logsumexp(1) - math.log(len(c))
     found = ais(pair, x, temperatures=100, chains=16, leapfrog=3, start=start)
     assert found.log_p.mean() == pytest.approx(float(log_p.mean()), abs=5 * found.lower.standard_error + 0.02)

@@ -250,9 +250,12 @@ def test_a_prior_that_learns_wins_in_the_plane(prior: str, plain: Surgery, tmp_p
     run = plane(tmp_path, prior)
     found = surgery(run.pair, run.data.test.x, samples=5)
     assert found.elbo.value > plain.elbo.value + 0.25
+    assert found.marginal_kl is not None
+    assert plain.marginal_kl is not None
     assert found.marginal_kl.value < plain.marginal_kl.value - 0.15
     if prior == "vamp":  # pseudo-inputs went where data are, none beyond, and no two to the same place
-        inputs = run.pair.model.priors["z"].pseudo_inputs.detach()
+        model: Any = run.pair.model
+        inputs = model.priors["z"].pseudo_inputs.detach()
         assert run.data.train.x.abs().max() > 2
         assert 1.5 < inputs.abs().max() < 4
         assert torch.cdist(inputs, inputs).fill_diagonal_(torch.inf).min() > 1e-3
