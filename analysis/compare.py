@@ -247,8 +247,8 @@ def _overview(bench: Bench) -> Section:
     known = {term: values for term, values in found.items() if any(value is not None for value in values)}
     case = next(iter(bench.cases.values()))
     caption = (
-        f"Nats per datum on {bench.split} ({case.rows[bench.split].note}; log_p, from below, on "
-        f"{case.evidence_rows.note}); shares; Fréchet distances in features; seconds of training"
+        f"Nats per datum (bits per dimension: bits) on {bench.split} ({case.rows[bench.split].note}; log_p, from "
+        f"below, on {case.evidence_rows.note}); shares; Fréchet distances in features; seconds of training"
     )
     blocks: list[Block] = [_by_run("overview", caption, bench.names, known)]
     if bench.groups is not None and len(set(bench.groups)) < len(bench.names):

@@ -219,11 +219,12 @@ def _require_density(source: Run | Pair) -> None:
     """Refuse an autoencoder: without a KL no code had to lie where the prior draws, and no prior was brought there."""
     if not isinstance(source, Run) or not isinstance(source.plan, Experiment):
         return
-    free = [name for name, latent in source.plan.latents.items() if latent.dim is not None]
+    latents = source.plan.latents.items()
+    free = [name for name, latent in latents if latent.dim is not None and not latent.prior.reads_guide]
     if free and source.plan.objective.beta == Constant(value=0.0):
         raise DeclarationError(
             f"{source.path}: expected a prior that was fitted to the codes; got objective.beta = 0, under which none "
-            f"is. Fit one: pvae refit {source.name} latents.{free[0]}.prior.kind=mixture"
+            f"is. Fit one: pvae refit {source.name} latents.{free[0]}.prior.kind=realnvp"
         )
 
 

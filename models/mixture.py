@@ -15,6 +15,7 @@ from torch.distributions import constraints
 from pvae.component import Shape
 from pvae.errors import DeclarationError
 from pvae.exponential import FullRankNormals, Members, Normals
+from pvae.models.likelihoods import lattice
 from pvae.models.priors import Prior
 from pvae.normal import LogVarianceBounds
 from pvae.site import Link, MadeOfData, Site, StartsAtData
@@ -140,7 +141,9 @@ class VampModule(StartsAtData):
         super().__init__()
         self.pseudo_inputs = nn.Parameter(torch.rand(components, *link.x))
         self.name, self.link = name, link
-        self.bounded = link.support in (constraints.boolean, constraints.unit_interval)
+        self.bounded = link.support in (constraints.boolean, constraints.unit_interval) or isinstance(
+            link.support, lattice
+        )
 
     @property
     def wanted(self) -> int:

@@ -446,7 +446,10 @@ class Pair(nn.Module):
         return Terms(mean(observed), kl, penalties_of(guide_trace))
 
     def _summed_terms(self, guide_trace: Trace, model_trace: Trace, count: int, size: int) -> Terms:
-        """Terms in expectation under p(c | x, z) of the enumerated sites: their sum is log sum_c p(x, z, c) - log q."""
+        """Terms in expectation under p(c | x, z) of the enumerated sites: their sum is log sum_c p(x, z, c) - log q.
+
+        The KL of a relaxed latent that is priced by its codes stands in the place of its own part of the sum.
+        """
         layout = self.layout
         table = read_table(model_trace, layout, count)
         kl, scores = {}, {}

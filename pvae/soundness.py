@@ -341,31 +341,48 @@ def _not_mean_field(e: Experiment) -> Iterator[Finding]:
                 below[ancestor].add(site.name)
     closed = e.objective.kind == "trace_mean_field_elbo"  # type: ignore[attr-defined]
     for name, inferred in below.items():
-        for parent in e.latents[name].given if closed or _prices_codes(e.latents[name]) else ():
-            if parent in inferred:
-                where, wanted, got = (
-                    (("objective", "kind"), "trace_elbo", "trace_mean_field_elbo")
-                    if closed
-                    else (("latents", name, "posterior", "kl"), "relaxed, or a posterior of codes", "categorical")
-                )
-                why = f"the guide infers {parent} from {name} while the model has {name} given {parent}, so"
-                yield where, f"{wanted}: {why} KL(q({name}) || p({name} | {parent})) has no closed form", got
+        for parent in e.latents[name].given:
+            if parent not in inferred:
+                continue
+            why = (
+                f"the guide infers {parent} from {name} while the model has {name} given {parent}, so "
+                f"KL(q({name}) || p({name} | {parent})) has no closed form"
+            )
+            if closed:
+                yield ("objective", "kind"), f"trace_elbo: {why}", "trace_mean_field_elbo"
+            elif _prices_codes(latent := e.latents[name]) and _is_drawn(latent):
+                yield ("latents", name, "posterior"), f"{OF_CODES}: {why}", f"{_kind(latent)}, with the KL of its codes"
+
+
+OF_CODES = "one of codes (categorical by scores, nearest_code)"
 
 
 def _prices_codes(latent: Latent) -> bool:
-    """Whether the KL of a relaxed latent is that of its codes."""
-    return getattr(latent.posterior, "kl", None) == "categorical"
+    """Whether the KL of a relaxed latent is that of its codes, under a prior that reads its parents if it has some."""
+    reads = not latent.given or not latent.prior.ignores_parents
+    return reads and getattr(latent.posterior, "kl", None) == "categorical"
+
+
+def _is_drawn(latent: Latent) -> bool:
+    """Whether a relaxed latent is no point given x."""
+    return bool(getattr(latent.posterior, "noise", True))
+
+
+def _kind(latent: Latent) -> str:
+    return str(latent.posterior.kind)  # type: ignore[attr-defined]
 
 
 def _priced(e: Experiment) -> Iterator[Finding]:
     """Where the KL of the codes of a relaxed latent is none of the objective's: inside weights, and inside a sum."""
     exact = [name for name, z in e.latents.items() if z.posterior.summed]
     for name, latent in e.latents.items():
-        if not _prices_codes(latent):
+        if getattr(latent.posterior, "kl", None) != "categorical":
             continue
-        at = ("latents", name, "posterior", "kl")
-        if isinstance(e.objective, IWAE) and getattr(latent.posterior, "noise", True):
-            yield at, "relaxed with iwae, whose weights are densities at draws; or trace_elbo", "categorical"
-        for parent in latent.given:
+        at = ("latents", name, "posterior")
+        if isinstance(e.objective, IWAE) and _is_drawn(latent):
+            wanted = "relaxed with iwae, whose weights are densities at draws; or trace_elbo"
+            yield (*at, "kl"), wanted, "categorical"
+        for parent in latent.given if _prices_codes(latent) else ():
             if parent in exact:
-                yield at, f"relaxed, because p({name}) reads {parent}, which is summed out", "categorical"
+                why = f"because p({name}) reads {parent}, which is summed out"
+                yield at, f"{OF_CODES}, {why}; or draws of {parent}", f"{_kind(latent)}, with the KL of its codes"

@@ -233,6 +233,8 @@ class Trainer:
             if self.state.step == 0:
                 self._schedules(0)
                 start_from_data(self.pair, self.data.train, self.batch, self.plan.seed)
+                if self.average is not None:
+                    torch._foreach_copy_(self.average, [p.detach() for p in self.parameters])
             self.stepper = self._stepper()
             if self.state.step == 0:
                 self.stepper.begin()

@@ -959,7 +959,7 @@ PRICED: dict[str, tuple[dict[str, Any], str]] = {
             },
             "decoder": {**NETWORK, "given": ["c", "k"]},
         },
-        r"latents.k.posterior.kl: expected relaxed, because p\(k\) reads c, which is summed out",
+        r"latents.k.posterior: expected one of codes .*, because p\(k\) reads c, which is summed out; or draws of c",
     ),
     "a parent inferred from it": (
         {
@@ -970,9 +970,16 @@ PRICED: dict[str, tuple[dict[str, Any], str]] = {
             "encoder": {"kind": "per_latent", **NETWORK},
             "decoder": {**NETWORK, "given": ["k", "z"]},
         },
-        r"latents.k.posterior.kl: .*infers z from k while the model has k given z",
+        r"latents.k.posterior: expected one of codes .*infers z from k while the model has k given z",
     ),
 }
+
+
+@pytest.mark.parametrize("case", [case for case in PRICED if case != "iwae"])
+def test_a_prior_that_ignores_its_parents_prices_codes_all_the_same(case):
+    changes = copy.deepcopy(PRICED[case][0])
+    changes["latents"]["k"]["prior"] = "uniform"
+    Experiment.from_dict({"encoder": NETWORK, "decoder": NETWORK, **changes})
 
 
 @pytest.mark.parametrize("case", PRICED)
@@ -1271,7 +1278,7 @@ def test_codes_stay_where_they_are_found_with_fewer_vectors_than_codes():
 def test_a_batch_that_is_not_finite_moves_nothing(decay, bad):
     found, z = book(8, 3, decay=decay, restart=0.5), drawn(64)
     with torch.no_grad():
-        found.counts.fill_(0.5)  # all would be restarted
+        found.counts.copy_(torch.tensor([0.01] * 4 + [0.5] * 4))  # four would be restarted
     before = {name: value.clone() for name, value in found.state_dict().items()}
     z[7, 1] = bad
     found.nearest(z)

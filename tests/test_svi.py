@@ -388,6 +388,20 @@ def test_average_is_what_validation_sees(tmp_path: Path) -> None:
     assert torch.equal(dict(run.pair.state_dict())[name], saved.tensors["average"][name])
 
 
+def test_the_average_begins_where_weights_do(tmp_path: Path) -> None:
+    """Pseudo-inputs begin at training rows, after the trainer is made."""
+    latents = {"z": {"dim": 2, "prior": {"kind": "vamp", "components": 5}}}
+    decoder = {"network": {"kind": "mlp", "hidden": [4]}, "likelihood": {"kind": "normal"}}
+    table = {**TINY, "data": {"source": "toy", "rows": 50}, "latents": latents, "decoder": decoder}
+    train = {"epochs": 1, "batch_size": 10, "average": 0.999, "keep": "last", "engine": "eager"}
+    run = fit(Experiment.from_dict({**table, "train": train}), tmp_path)
+    name = "model.priors.z.pseudo_inputs"
+    weights, average = (run.checkpoint.tensors[group][name] for group in ("weights", "average"))
+    torch.testing.assert_close(average, weights, rtol=0, atol=0.05)
+    near = torch.cdist(weights, run.data.train.x).min(1).values
+    assert near.max() < 0.1
+
+
 def test_alternate_moves_one_side_at_a_time() -> None:
     experiment = tiny(alternate=2)
     pair = experiment.build((1, 8, 8))

@@ -34,6 +34,11 @@ WIDTH, SIDE, BATCH, DECAY, DEAD, COMMITMENT = 64, 8, 128, 0.99, 1.0, 0.25
 Variant = Callable[[Tensor], object]
 
 
+def share(codes: int) -> float:
+    """The share of an even use that is `DEAD` vectors of a batch."""
+    return DEAD * codes / (BATCH * SIDE * SIDE)
+
+
 def ours(book: NearestCodebook) -> Variant:
     """The codebook as a pair uses it."""
 
@@ -79,7 +84,7 @@ def book_at(rows: Tensor, dead: float) -> NearestCodebook:
 def codebooks(codes: int, batches: Tensor) -> dict[str, Variant]:
     """Both codebooks, started at the same vectors of the data."""
     rows = batches[0].movedim(1, -1).reshape(-1, WIDTH)[:codes]
-    variants = {"pvae": ours(book_at(rows, DEAD))}
+    variants = {"pvae": ours(book_at(rows, share(codes)))}
     if find_spec("vector_quantize_pytorch"):
         variants = {"vector-quantize-pytorch": peer(rows, DEAD)[0], **variants}
         book, (step, theirs) = book_at(rows, 0.0), peer(rows, 0.0)
@@ -97,7 +102,7 @@ NETWORK = {"kind": "resnet", "channels": 32}
 
 def declared(codes: int) -> Experiment:
     """A VQ-VAE with residual networks."""
-    posterior = {"kind": "nearest_code", "decay": DECAY, "restart": DEAD, "start": "random"}
+    posterior = {"kind": "nearest_code", "decay": DECAY, "restart": share(codes), "start": "random"}
     latent = {"codes": codes, "grid": [SIDE, SIDE], "embedding": WIDTH, "prior": "uniform", "posterior": posterior}
     decoder = {"network": NETWORK, "likelihood": {"kind": "bernoulli"}}
     return Experiment.from_dict({"latents": {"c": latent}, "encoder": {"network": NETWORK}, "decoder": decoder})
