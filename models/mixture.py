@@ -18,7 +18,7 @@ from pvae.exponential import FullRankNormals, Members, Normals
 from pvae.models.likelihoods import lattice
 from pvae.models.priors import Prior
 from pvae.normal import LogVarianceBounds
-from pvae.site import Link, MadeOfData, Site, StartsAtData
+from pvae.site import Link, MadeOfData, Site
 
 Size = torch.Size | list[int] | tuple[int, ...]
 
@@ -130,7 +130,7 @@ class MixturePrior(Prior):
 # ---------------------------------------------------------------------- posteriors at pseudo-inputs
 
 
-class VampModule(StartsAtData):
+class VampModule(nn.Module):
     """Pseudo-inputs; the guide, reached through the link, gives its posterior at each.
 
     Where data lie in [0, 1], pseudo-inputs are read no further out, and begin at random; elsewhere they are free, and
@@ -145,14 +145,9 @@ class VampModule(StartsAtData):
             link.support, lattice
         )
 
-    @property
-    def wanted(self) -> int:
-        """See `StartsAtData.wanted`."""
-        return 0 if self.bounded else len(self.pseudo_inputs)
-
     @torch.no_grad()
     def begin(self, x: Tensor) -> None:
-        """See `StartsAtData.begin`; where there are fewer data than pseudo-inputs, the others stay at random."""
+        """Put the first pseudo-inputs at data `(m, *event)`, m <= K; the others stay at random."""
         self.pseudo_inputs[: len(x)].copy_(x.nan_to_num(0.0))
 
     def forward(self, _given: Mapping[str, Tensor]) -> dist.TorchDistribution:

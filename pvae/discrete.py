@@ -357,8 +357,6 @@ class Coordinates(Transform):
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Coordinates)
 
-    __hash__ = Transform.__hash__
-
     def _call(self, x: Tensor) -> Tensor:
         return from_coordinates(x)
 

@@ -77,7 +77,7 @@ def read_table(model_trace: Trace, layout: Layout, particles: int) -> Table:
     nodes = samples(model_trace)
     for name in layout.enumerated:
         require_summable(name, nodes[name], layout)
-    sizes = tuple(_size(name, nodes[name], layout) for name in layout.enumerated)
+    sizes = tuple(int(nodes[name]["fn"].enumerate_support(expand=False).shape[0]) for name in layout.enumerated)
     if math.prod(sizes) > STATES:
         raise DeclarationError(
             f"{', '.join(layout.enumerated)}: expected at most {STATES} joint states to sum over; got "
@@ -105,10 +105,15 @@ def require_summable(name: str, node: Mapping[str, Any], layout: Layout) -> None
     """
     if not layout.holds(node):
         raise DeclarationError(f"{name}: expected a site to sum over inside the data plate; got a global one. Draw it.")
+    plates = [f.name for f in node["cond_indep_stack"] if f.vectorized and not f.name.startswith("_")]
+    if extra := [plate for plate in plates if plate not in layout.plates]:
+        raise DeclarationError(
+            f"{name}: expected an enumerated site in the data plate alone; got it inside {', '.join(extra)} too. "
+            f"Write one site for each element."
+        )
     _require_plain(name, node)
     if node["mask"] is not None:
         raise DeclarationError(f"{name}: expected a site to sum over without a mask; got one. Mask what is observed.")
-    _size(name, node, layout)
 
 
 def _require_plain(name: str, node: Mapping[str, Any]) -> None:
@@ -119,14 +124,3 @@ def _require_plain(name: str, node: Mapping[str, Any]) -> None:
             f"{name}: expected sites beside enumerated ones without poutine.scale; got a scale of {scale}. "
             f"Set objective.beta instead."
         )
-
-
-def _size(name: str, node: Mapping[str, Any], layout: Layout) -> int:
-    plates = [f.name for f in node["cond_indep_stack"] if f.vectorized and not f.name.startswith("_")]
-    extra = [plate for plate in plates if plate not in layout.plates]
-    if extra:
-        raise DeclarationError(
-            f"{name}: expected an enumerated site in the data plate alone; got it inside {', '.join(extra)} too. "
-            f"Write one site for each element."
-        )
-    return int(node["fn"].enumerate_support(expand=False).shape[0])

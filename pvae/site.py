@@ -192,19 +192,6 @@ class MadeOfData(nn.Module):
         """Hear which training rows the batch to come holds, `(batch,)`."""
 
 
-class StartsAtData(nn.Module):
-    """Base of parts whose weights begin at training data."""
-
-    def begin(self, x: Tensor) -> None:
-        """Begin at some training data `(m, *event)`, before the first step."""
-        raise NotImplementedError  # pragma: no cover - abstract
-
-    @property
-    def wanted(self) -> int:
-        """How many data `begin` asks for; 0 where it begins elsewhere."""
-        raise NotImplementedError  # pragma: no cover - abstract
-
-
 class Moving(nn.Module):
     """Base of parts that something else than a gradient moves: a codebook by averages, a baseline.
 

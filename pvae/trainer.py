@@ -40,13 +40,14 @@ from pvae.errors import (
 from pvae.evaluation import CHUNK, evaluate
 from pvae.files import write_atomic
 from pvae.guides.codes import NearestModule
+from pvae.models.mixture import VampModule
 from pvae.objectives import Fitting, Loss, Stepper
 from pvae.pair import Pair, quiet
 from pvae.progress import Progress
 from pvae.run import load_weights
 from pvae.rundir import RunDirectory
 from pvae.schedules import Scheduled
-from pvae.site import StartsAtData, embedded
+from pvae.site import embedded
 from pvae.spec import Plan
 from pvae.step import CLIPPED, Step, is_finite, load_optimizer_tensors, make_capturable, optimizer_tensors, set_lr
 from pvae.usage import code_usage
@@ -67,9 +68,9 @@ def start_from_data(pair: Pair, data: Split, batch: int, seed: int) -> None:
     Codebooks come in the order of their latents: later ones see the rows of earlier ones, so that their vectors are
     looked up anew.
     """
-    for part in [m for m in pair.modules() if isinstance(m, StartsAtData) and m.training and m.wanted]:
-        rows = seeds.subset(len(data), part.wanted, seeds.mix(seed, seeds.ORDER, 3))
-        part.begin(data.observed(data.rows[rows.to(data.rows.device)]))
+    for prior in [m for m in pair.modules() if isinstance(m, VampModule) and m.training and not m.bounded]:
+        rows = seeds.subset(len(data), len(prior.pseudo_inputs), seeds.mix(seed, seeds.ORDER, 3))
+        prior.begin(data.observed(data.rows[rows.to(data.rows.device)]))
     for posterior in [m for m in pair.modules() if isinstance(m, NearestModule) and m.declared.start == "kmeans"]:
         if not posterior.codebook.training:
             continue

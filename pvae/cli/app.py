@@ -115,12 +115,14 @@ def open_run(run: str, run_dir: Path, data_dir: Path | None, device: str = "cpu"
     """A run on a device, with the kinds of installed plugins."""
     from pvae.component import load_plugins
     from pvae.run import Run
-    from pvae.svi import pick_device
 
     load_plugins(report=lambda line: tell(line, err=True))
-    where = pick_device(device)
     opened = Run.load(run, root=run_dir, data_dir=data_dir)
-    return opened if where.type == "cpu" else opened.to(where)
+    if device == "cpu":
+        return opened
+    from pvae.svi import pick_device
+
+    return opened.to(pick_device(device))
 
 
 def rows_of(run: Run, split: str, rows: int | None, seed: int) -> tuple[Tensor, Tensor | None]:
