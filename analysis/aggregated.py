@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints
 
-from pvae import seeds
 from pvae.analysis.draws import CHUNK, accept, first_level, flat_values, members, quiet
 from pvae.analysis.guided import LOWEST, Guided, nothing_as_infinite
+from pvae.distributions.exponential import CertainCodes, Members, Product, product
 from pvae.errors import DataError, DeclarationError
-from pvae.exponential import CertainCodes, Members, Product, product
 from pvae.pair import Pair
 from pvae.usage import Undrawn, rows_at_once
+from pvae.util import seeds
 
 ROWS, COLUMNS = 512, 2048
 CHECKED = 8
@@ -328,7 +328,7 @@ class AggregatedPosterior(dist.TorchDistribution):
         memory: bytes.
 
     Example:
-        >>> from pvae.exponential import Normals
+        >>> from pvae.distributions.exponential import Normals
         >>> q = AggregatedPosterior(Normals(torch.zeros(3, 2), torch.ones(3, 2)))
         >>> bool(torch.isclose(q.log_prob(torch.zeros(2)), torch.tensor(-math.log(2 * math.pi)).double()))
         True

@@ -11,7 +11,6 @@ from typing import Any, TypeVar
 import numpy as np
 from torch import Tensor
 
-from pvae import seeds
 from pvae.analysis import plots
 from pvae.analysis.anatomy import Surgery
 from pvae.analysis.collapse import Collapse, collapse
@@ -24,6 +23,7 @@ from pvae.analysis.two_sample import space_of
 from pvae.data.streamed import Streamed
 from pvae.errors import DataError, DeclarationError
 from pvae.run import Run
+from pvae.util import seeds
 
 ROWS = {"train": 60_000, "held": 10_000}
 """Most rows of a surgery: of train, and of the split that is reported."""

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pvae.discrete import STATES
-from pvae.exponential import CertainCodes, Codes
+from pvae.distributions.codes import STATES
+from pvae.distributions.exponential import CertainCodes, Codes
 from pvae.pair import Pair
 from pvae.traces import SiteShape, log_prob, members, samples, site_shape, sum_over
 from pvae.usage import Tally, entropy_of, in_use, perplexity

@@ -37,7 +37,7 @@ from pvae.analysis.sections.quality import measure, whole
 from pvae.analysis.two_sample import SampleQuality
 from pvae.errors import DataError
 from pvae.run import Run
-from pvae.toml import flat
+from pvae.util.toml import flat
 
 PAIRED_DRAWS = 8
 """Draws per datum behind a paired difference of ELBOs, fewer where there are many data."""

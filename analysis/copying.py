@@ -11,7 +11,6 @@ import torch
 from scipy.stats import mannwhitneyu, rankdata, tiecorrect
 from torch import Tensor
 
-from pvae import seeds
 from pvae.analysis.estimate import Estimate, exact
 from pvae.analysis.features import Features, affordable
 from pvae.analysis.fidelity import BLOCK, mean_of
@@ -19,6 +18,7 @@ from pvae.analysis.generate import Samples, opened, sample
 from pvae.analysis.table import Figures, Row
 from pvae.errors import DataError
 from pvae.run import Run
+from pvae.util import seeds
 
 MOST = 5000
 """Most held-out rows, and samples, unless samples are given."""

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from pvae import seeds
 from pvae.analysis.estimate import Estimate, exact_mean
 from pvae.analysis.fidelity import BLOCK, fidelity
 from pvae.analysis.table import Figures, Row
 from pvae.analysis.two_sample import two_sample
 from pvae.data import Dataset
 from pvae.errors import DataError
+from pvae.util import seeds
 
 if TYPE_CHECKING:
     import pandas

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
-from pvae import seeds
 from pvae.analysis.draws import accept
 from pvae.analysis.estimate import Estimate
 from pvae.analysis.generate import Progress, analysed, chunks, encode, opened, silent
@@ -21,6 +20,7 @@ from pvae.errors import DataError
 from pvae.pair import Pair
 from pvae.run import Run
 from pvae.traces import samples as sites_of
+from pvae.util import seeds
 
 DRAWS = 20_000
 """Codes that a critic is trained on, at least, with several draws of a datum where there are fewer data."""

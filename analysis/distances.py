@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pvae import seeds
 from pvae.analysis.estimate import Estimate
 from pvae.analysis.fidelity import blocks
 from pvae.analysis.table import Figures, Row
 from pvae.errors import DataError
+from pvae.util import seeds
 
 HALVINGS = 5
 """Random halves of the data that the floor of the Fréchet distance is averaged over."""

@@ -23,7 +23,7 @@ from pvae.analysis import plots
 from pvae.analysis.estimate import Estimate
 from pvae.analysis.table import Figures, cell
 from pvae.errors import DataError, OutputError
-from pvae.files import make_folder, read_object, write_atomic
+from pvae.util.files import make_folder, read_object, write_atomic
 
 if TYPE_CHECKING:
     from rich.console import Group

@@ -14,12 +14,12 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 from torch.distributions import Bernoulli, Categorical
 
-from pvae import seeds, traces
-from pvae.determined import Rounded
-from pvae.discrete import Certain, Discretised
+from pvae import traces
+from pvae.distributions.codes import Certain, Discretised
+from pvae.distributions.determined import Rounded
+from pvae.distributions.exponential import CertainCodes, Codes, FullRankNormals, Members, Normals, product
 from pvae.enumeration import Table, read_table
 from pvae.errors import DataError, DeclarationError
-from pvae.exponential import CertainCodes, Codes, FullRankNormals, Members, Normals, product
 from pvae.pair import Pair
 from pvae.pair import quiet as quiet_pair
 from pvae.traces import (
@@ -35,6 +35,7 @@ from pvae.traces import (
     unwrapped,
 )
 from pvae.usage import Tally, grid_of, rows_at_once, shared_prior, tally
+from pvae.util import seeds
 
 CHUNK = 1000
 Roots = tuple[set[str], set[str]]

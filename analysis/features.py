@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from pvae import seeds
 from pvae.component import Shape
 from pvae.errors import DataError
 from pvae.networks import MLP, Conv, NetworkModule
+from pvae.util import seeds
 
 EXPOSURES = 40_000
 """Data that a classifier is shown, at least; two epochs where there are more."""

@@ -13,13 +13,13 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import Independent, MultivariateNormal, Normal, TransformedDistribution
 
-from pvae import seeds
 from pvae.analysis.draws import accept, quiet, require_likelihood
 from pvae.analysis.estimate import CONSERVATIVE, Estimate, Kind, over_draws
 from pvae.analysis.table import Figures, Row
 from pvae.errors import DataError
 from pvae.pair import Pair
 from pvae.traces import samples as sample_sites
+from pvae.util import seeds
 
 Draw = Callable[[Tensor, int], Tensor]
 """Of rows and a number of draws, log p(x, z) - log q(z | x), `(draws, rows)`, float64."""

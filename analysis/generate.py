@@ -20,19 +20,19 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 from torch.distributions import Categorical, Distribution, LowRankMultivariateNormal, MultivariateNormal
 
-from pvae import seeds
 from pvae.analysis.draws import accept, quiet, same_globals
 from pvae.analysis.groups import safe_names
 from pvae.analysis.sites import numpy_of, parameters_of, rows_of
-from pvae.discrete import twin
+from pvae.distributions.codes import twin
 from pvae.enumeration import Table, read_table
 from pvae.errors import DataError, DeclarationError, near
-from pvae.files import write_atomic
 from pvae.pair import Pair
 from pvae.run import Run
 from pvae.schedules import Constant
 from pvae.spec import Experiment
 from pvae.traces import Layout, log_prob, samples, sum_over, unwrapped
+from pvae.util import seeds
+from pvae.util.files import write_atomic
 
 CHUNK = 250
 """Most rows that are drawn, encoded or decoded at a time."""

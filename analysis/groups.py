@@ -18,7 +18,7 @@ import xarray
 from numpy.typing import NDArray
 
 from pvae.errors import CheckpointError, DataError, MissingExtraError, StorageError, near
-from pvae.files import read_inside, require_plain_target, sync_folder, write_atomic
+from pvae.util.files import read_inside, require_plain_target, sync_folder, write_atomic
 
 if TYPE_CHECKING:
     import pandas

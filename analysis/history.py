@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from pvae import seeds
 from pvae.analysis.surgery import surgery
 from pvae.data import Dataset
 from pvae.pair import Pair
 from pvae.spec import Plan
+from pvae.util import seeds
 
 KEPT = ("elbo", "reconstruction", "kl", "mutual_information", "marginal_kl", "total_correlation", "coordinate_kl")
 """Terms of a surgery that are noted."""

@@ -9,10 +9,10 @@ from typing import Any
 
 from torch import Tensor
 
-from pvae import seeds
 from pvae.analysis.anatomy import LatentSurgery, Surgery
 from pvae.analysis.estimate import Estimate
 from pvae.pair import Pair
+from pvae.util import seeds
 
 FIGURES = (
     "reconstruction", "kl", "kl_exact", "mutual_information", "marginal_kl", "leave_one_out", "train_gain", "elbo",

@@ -15,7 +15,7 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from pvae import __version__, seeds
+from pvae import __version__
 from pvae.analysis.draws import CHUNK, Draw, LatentDraw, accept, determined, draw_chunk, quiet, same_globals
 from pvae.analysis.groups import NATS, Array, Posterior, Variable, dataset, text
 from pvae.analysis.psis import pareto_k
@@ -25,6 +25,7 @@ from pvae.errors import DataError
 from pvae.pair import Pair
 from pvae.run import Run
 from pvae.traces import Layout, samples
+from pvae.util import seeds
 
 GIB = 1 << 30
 DOUBLE = 8

@@ -17,7 +17,6 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
-from pvae import seeds
 from pvae.analysis.estimate import Estimate
 from pvae.analysis.features import CLASSES, COMPONENTS, affordable, principal
 from pvae.analysis.fidelity import mean_of
@@ -26,6 +25,7 @@ from pvae.analysis.table import Figures, Row
 from pvae.data.dataset import Split
 from pvae.errors import DataError
 from pvae.run import Run
+from pvae.util import seeds
 
 MOST = 10_000
 """Most rows that readers are asked about."""

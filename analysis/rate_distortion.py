@@ -7,12 +7,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from pvae import seeds
 from pvae.analysis.anatomy import Surgery
 from pvae.analysis.surgery import surgery
 from pvae.errors import DataError
 from pvae.run import Run
 from pvae.spec import Experiment
+from pvae.util import seeds
 
 if TYPE_CHECKING:
     import pandas

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pvae.analysis.draws import draw_chunk, quiet
 from pvae.analysis.groups import Array, dims_of, safe_names, text
-from pvae.discrete import Certain
+from pvae.distributions.codes import Certain
 from pvae.pair import Pair
 from pvae.traces import Layout, samples, unwrapped
 from pvae.usage import numbers_of

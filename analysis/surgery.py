@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pvae import seeds
 from pvae.analysis import codes
 from pvae.analysis.aggregated import MEMORY, AggregatedPosterior, Kept, choose
 from pvae.analysis.anatomy import ClassSurgery, Dimensions, LatentSurgery, Surgery
@@ -30,10 +29,11 @@ from pvae.analysis.draws import (
 from pvae.analysis.estimate import Estimate, Kind, exact, exact_mean, over_draws, over_whole_draws
 from pvae.analysis.grid import grid_error, marginal_log_prob
 from pvae.analysis.pooled import by_group
+from pvae.distributions.exponential import ROW_COST, CertainCodes, Codes, Members, Normals, product
 from pvae.errors import DataError
-from pvae.exponential import ROW_COST, CertainCodes, Codes, Members, Normals, product
 from pvae.pair import Pair
 from pvae.usage import perplexity, rows_at_once
+from pvae.util import seeds
 
 GUIDE_ROWS = 512
 """Draws that are scored where every pair of draw and row runs the guide."""

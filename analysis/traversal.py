@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Bernoulli
 
-from pvae import seeds, traces
+from pvae import traces
 from pvae.analysis.collapse import activity, kl_per_dimension
 from pvae.analysis.draws import accept, draw
 from pvae.analysis.generate import (
@@ -31,11 +31,12 @@ from pvae.analysis.generate import (
     row_values,
     silent,
 )
+from pvae.distributions.exponential import Normals
 from pvae.errors import DataError, DeclarationError
-from pvae.exponential import Normals
 from pvae.pair import Pair
 from pvae.run import Run
 from pvae.traces import Layout, SiteShape, log_prob, samples, site_shape
+from pvae.util import seeds
 
 PRIOR_DRAWS = 1000
 """Draws from which the mean and spread of a prior are taken that is not one normal."""

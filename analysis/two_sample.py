@@ -11,7 +11,6 @@ import torch
 from scipy.stats import hypergeom
 from torch import Tensor
 
-from pvae import seeds
 from pvae.analysis.distances import Distances, distances
 from pvae.analysis.estimate import Estimate, exact
 from pvae.analysis.features import CLASSES, Features, affordable, classify, features, in_chunks
@@ -21,6 +20,7 @@ from pvae.analysis.sharpness import relative_sharpness, sharpness
 from pvae.analysis.table import Figures, Row
 from pvae.errors import DataError, DeclarationError
 from pvae.run import Run
+from pvae.util import seeds
 
 FEWEST = 8
 """Fewest rows of each kind that are split in four."""

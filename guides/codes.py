@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from pvae.codebook import NearestCodebook
 from pvae.component import Shape
-from pvae.discrete import KL, Certain, RelaxedCodes, bits, code_grid
+from pvae.distributions.codes import KL, Certain, RelaxedCodes, bits, code_grid
 from pvae.guides.posteriors import Posterior
 from pvae.networks import MLP, Network, NetworkModule, Pointwise
 from pvae.site import Link, Moving, Site, Values

@@ -9,7 +9,7 @@ import pyro
 import pyro.distributions as dist
 from torch import Tensor, nn
 
-from pvae.determined import Determined
+from pvae.distributions.determined import Determined
 from pvae.guides.codes import Estimated, NearestCodes, NearestModule
 from pvae.guides.encoders import EncoderModule
 from pvae.site import EMBEDDED, OBSERVED, Frame, Link, Site, data_plate, embedded

@@ -13,7 +13,7 @@ from torch.distributions import constraints
 from torch.nn.functional import logsigmoid
 
 from pvae.component import Shape
-from pvae.determined import Determined
+from pvae.distributions.determined import Determined
 from pvae.errors import DeclarationError
 from pvae.guides.posteriors import Posterior
 from pvae.networks import MLP, InvertibleModule, Network

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pvae.codebook import Codebook
 from pvae.component import Component, Names, Shape
-from pvae.determined import Determined
+from pvae.distributions.determined import Determined
 from pvae.networks import MLP, Network, NetworkModule
 from pvae.normal import LogVarianceBounds, NormalHead, lower_factor
 from pvae.site import OBSERVED, Link, Site, Values

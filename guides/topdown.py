@@ -10,8 +10,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from pvae.component import Shape
+from pvae.distributions.independent import Event
 from pvae.errors import DeclarationError
-from pvae.event import Event
 from pvae.guides.posteriors import Posterior
 from pvae.networks import MLP, Network
 from pvae.normal import LogVarianceBounds, NormalHead

@@ -18,7 +18,7 @@ from torch.distributions import constraints
 from torch.nn import functional as F
 
 from pvae.component import Shape
-from pvae.discrete import STATES, Conditional, joint_states
+from pvae.distributions.codes import STATES, Conditional, joint_states
 from pvae.errors import DeclarationError
 from pvae.site import Site
 

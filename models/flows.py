@@ -19,7 +19,7 @@ from torch.distributions import constraints
 from torch.nn.functional import linear, logsigmoid, softplus
 
 from pvae.component import Ints, Shape
-from pvae.discrete import FreeCoordinates
+from pvae.distributions.codes import FreeCoordinates
 from pvae.errors import DeclarationError, NonFiniteError
 from pvae.models.priors import Prior
 from pvae.site import Link, Site, Values

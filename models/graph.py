@@ -10,7 +10,7 @@ import pyro.distributions as dist
 from pyro.poutine.runtime import InferDict
 from torch import Tensor, nn
 
-from pvae.determined import Determined
+from pvae.distributions.determined import Determined
 from pvae.errors import DeclarationError
 from pvae.models.decoders import DecoderModule
 from pvae.site import EMBEDDED, OBSERVED, Frame, Site, data_plate, embedded

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 from pvae.component import Component, Shape
-from pvae.determined import Determined, Implicit, Rounded
+from pvae.distributions.determined import Determined, Implicit, Rounded
+from pvae.distributions.independent import Event
 from pvae.errors import DataError
-from pvae.event import Event
 from pvae.law import Law
 from pvae.normal import lower_factor
 

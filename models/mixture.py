@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 from pvae.component import Shape
+from pvae.distributions.exponential import FullRankNormals, Members, Normals
 from pvae.errors import DeclarationError
-from pvae.exponential import FullRankNormals, Members, Normals
 from pvae.models.likelihoods import lattice
 from pvae.models.priors import Prior
 from pvae.normal import LogVarianceBounds

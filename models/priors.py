@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from pvae.component import Component, Shape
-from pvae.discrete import RelaxedCodes, Relaxing, bits, code_grid
-from pvae.event import Event
+from pvae.distributions.codes import RelaxedCodes, Relaxing, bits, code_grid
+from pvae.distributions.independent import Event
 from pvae.networks import MLP, Network
 from pvae.normal import LogVarianceBounds, NormalHead
 from pvae.site import Link, Site, Values

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 from torch.distributions import Categorical, OneHotCategorical
 
-from pvae import seeds
-from pvae.discrete import Certain, Discretised
+from pvae.distributions.codes import Certain, Discretised
 from pvae.models.likelihoods import FactoredNormal
 from pvae.pair import Pair, quiet
 from pvae.spec import Experiment, Plan
 from pvae.traces import samples, unwrapped
 from pvae.usage import code_usage, grid_of
+from pvae.util import seeds
 
 ROWS = 1000
 """Most rows that are looked at."""

@@ -24,8 +24,8 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from pvae.errors import CheckpointError, DataError, DeclarationError, StorageError
-from pvae.files import read_inside, sync_folder, write_new
 from pvae.rundir import slug
+from pvae.util.files import read_inside, sync_folder, write_new
 
 SCHEMA = 1
 """The layout written here. A newer one is refused, an older one goes through ``MIGRATIONS``."""

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
 from pvae import checkpoint
-from pvae.checks import one_line
 from pvae.data.cache import cache_folder
 from pvae.errors import BusyError, CheckpointError, DataError, OutputError
-from pvae.files import MIB, walk
 from pvae.listing import list_runs
 from pvae.rundir import STALE_AFTER_SECONDS, RunDirectory, folders
+from pvae.util.checks import one_line
+from pvae.util.files import MIB, walk
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -24,9 +24,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pvae.checks import Check, Checks, Level, attempt
 from pvae.errors import DataError, PvaeError, near
-from pvae.files import MIB, read_inside, write_atomic, write_new
+from pvae.util.checks import Check, Checks, Level, attempt
+from pvae.util.files import MIB, read_inside, write_atomic, write_new
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -469,9 +469,9 @@ def _gradients() -> Tensor:
     """Gradients of the ELBO of a small VAE, from fixed seeds; the random state stays as it was."""
     import torch
 
-    from pvae import seeds
     from pvae.objectives import Loss
     from pvae.spec import Experiment
+    from pvae.util import seeds
 
     experiment = Experiment.from_dict({"latents": {"z": {"dim": 4}}})
     pair = experiment.build((16, 16))

@@ -11,7 +11,6 @@ import torch
 from pydantic import model_validator
 from torch import Tensor, nn
 
-from pvae import seeds
 from pvae.enumeration import read_table
 from pvae.errors import DataError, DeclarationError
 from pvae.models.graph import GraphModel
@@ -22,6 +21,7 @@ from pvae.objectives import Fitting, Objective, Stepper
 from pvae.pair import Pair, Terms
 from pvae.schedules import Constant
 from pvae.site import OBSERVED, Site, one_hot
+from pvae.util import seeds
 
 EMPTY = 1e-8
 """A component with responsibility for less than this many data is empty."""

@@ -12,9 +12,9 @@ import torch
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
-from pvae.discrete import STATES
+from pvae.distributions.codes import STATES
+from pvae.distributions.exponential import IMPOSSIBLE
 from pvae.errors import DeclarationError
-from pvae.exponential import IMPOSSIBLE
 from pvae.traces import Layout, log_prob, plate_scale, samples, sum_over
 
 

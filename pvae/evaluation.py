@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from pvae import seeds
 from pvae.data.streamed import Streamed
-from pvae.discrete import Discretised
+from pvae.distributions.codes import Discretised
 from pvae.pair import Pair, quiet
+from pvae.util import seeds
 
 CHUNK = 1000
 """Most rows at a time."""

@@ -26,10 +26,11 @@ from pathlib import Path
 from time import time_ns
 from typing import Any, ClassVar, final
 
-from pvae import __version__, toml
+from pvae import __version__
 from pvae.errors import DataError, DeclarationError, MissingExtraError, PvaeError, StorageError, near, printable
-from pvae.files import read_inside
 from pvae.rundir import RunDirectory
+from pvae.util import toml
+from pvae.util.files import read_inside
 
 SECONDS = 2.0
 """Between two looks at the metrics."""

@@ -11,7 +11,6 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
-from pvae import seeds
 from pvae.component import Shape
 from pvae.data.streamed import Streamed
 from pvae.errors import DeclarationError
@@ -23,6 +22,7 @@ from pvae.pair import Pair, Terms, quiet
 from pvae.schedules import Constant
 from pvae.site import OBSERVED, Frame
 from pvae.traces import samples
+from pvae.util import seeds
 
 CHUNK = 1000
 NEAREST = 500

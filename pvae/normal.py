@@ -10,7 +10,7 @@ import torch
 from pydantic import AfterValidator, Field
 from torch import Tensor, nn
 
-from pvae.event import Event
+from pvae.distributions.independent import Event
 from pvae.networks import NetworkModule
 
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pvae.errors import BusyError, DataError, DeclarationError, Interrupted, OutputError, StorageError, near
-from pvae.files import (
+from pvae.util.files import (
     MIB,
     append,
     json_line,

@@ -8,7 +8,7 @@ from math import prod
 from typing import TYPE_CHECKING, Any
 
 from pvae.component import Component
-from pvae.discrete import STATES
+from pvae.distributions.codes import STATES
 from pvae.em import EM
 from pvae.errors import DeclarationError, near
 from pvae.guides.codes import EstimatedPosterior

@@ -19,7 +19,7 @@ from pydantic import BaseModel, Field, ValidationError, field_validator, model_v
 from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError
 from torch import nn
 
-from pvae import toml, zoo
+from pvae import zoo
 from pvae.component import Component, Ints, Names, Section, Shape, Table
 from pvae.data.declared import Data, Digits
 from pvae.errors import DeclarationError, is_refused_draw, near
@@ -30,7 +30,6 @@ from pvae.guides.codes import BernoulliPosterior, CategoricalPosterior
 from pvae.guides.encoders import Encoder, SharedEncoder
 from pvae.guides.graph import GraphGuide
 from pvae.guides.posteriors import ExactPosterior, NormalPosterior, Posterior
-from pvae.memory import weighed
 from pvae.models import columns as _columns  # noqa: F401
 from pvae.models import flows, invertible, mixture, pixelcnn, transformer  # noqa: F401
 from pvae.models.decoders import Decoder
@@ -44,6 +43,8 @@ from pvae.prompts import Vocabulary, split
 from pvae.schedules import Constant, Schedule, Scheduled
 from pvae.site import OBSERVED, Frame, Link, Site, Values, topological
 from pvae.soundness import findings
+from pvae.util import toml
+from pvae.util.memory import weighed
 
 if TYPE_CHECKING:
     from pvae.data import Dataset

@@ -19,18 +19,18 @@ from pvae.data.python import is_bare
 from pvae.errors import CheckpointError, DataError, DeclarationError, DeviceError
 from pvae.evaluation import evaluate
 from pvae.exporters import exporting, remembered, require
-from pvae.memory import require_training_memory
 from pvae.models.likelihoods import Likelihood
 from pvae.objectives import Objective, TraceELBO, TraceMeanFieldELBO
 from pvae.pair import Pair
-from pvae.provenance import provenance
 from pvae.run import Run, attended, load_weights
 from pvae.rundir import RunDirectory, slug
 from pvae.soundness import refused
 from pvae.spec import Experiment, Plan, Train
 from pvae.step import choose_engine
-from pvae.toml import flat
 from pvae.trainer import Record, Trainer
+from pvae.util.memory import require_training_memory
+from pvae.util.provenance import provenance
+from pvae.util.toml import flat
 
 RESUMABLE = ("train.", "objective.", "analysis.", "description", "device", "threads")
 """What `allow_changes` may change in a run: how it is trained, never what it is."""

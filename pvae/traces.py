@@ -28,10 +28,10 @@ from torch.distributions import (
 )
 
 from pvae.component import Shape
-from pvae.determined import Determined
-from pvae.discrete import Certain, RelaxedCodes, categorical_kl, is_relaxed
+from pvae.distributions.codes import Certain, RelaxedCodes, categorical_kl, is_relaxed
+from pvae.distributions.determined import Determined
+from pvae.distributions.exponential import CertainCodes, Codes, FullRankNormals, Members, Normals, product
 from pvae.errors import DeclarationError
-from pvae.exponential import CertainCodes, Codes, FullRankNormals, Members, Normals, product
 
 
 @dataclass(frozen=True)

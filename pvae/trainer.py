@@ -20,7 +20,7 @@ import pyro
 import torch
 from torch import Tensor, nn
 
-from pvae import checkpoint, seeds
+from pvae import checkpoint
 from pvae.alerts import ROWS, alerts
 from pvae.codebook import START_VECTORS
 from pvae.data import Dataset, Split
@@ -38,12 +38,10 @@ from pvae.errors import (
     printable,
 )
 from pvae.evaluation import CHUNK, evaluate
-from pvae.files import write_atomic
 from pvae.guides.codes import NearestModule
 from pvae.models.mixture import VampModule
 from pvae.objectives import Fitting, Loss, Stepper
 from pvae.pair import Pair, quiet
-from pvae.progress import Progress
 from pvae.run import load_weights
 from pvae.rundir import RunDirectory
 from pvae.schedules import Scheduled
@@ -51,6 +49,9 @@ from pvae.site import embedded
 from pvae.spec import Plan
 from pvae.step import CLIPPED, Step, is_finite, load_optimizer_tensors, make_capturable, optimizer_tensors, set_lr
 from pvae.usage import code_usage
+from pvae.util import seeds
+from pvae.util.files import write_atomic
+from pvae.util.progress import Progress
 
 STATUS_SECONDS = 2.0
 MAX_ROLLBACKS = 3

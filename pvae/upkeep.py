@@ -17,18 +17,18 @@ import torch
 from torch import Tensor
 
 from pvae import checkpoint
-from pvae.checks import Check, Checks, Level, attempt
 from pvae.data.declared import FrameSource, TensorSource
 from pvae.diagnose import bad_weights
 from pvae.errors import CheckpointError, DataError
 from pvae.evaluation import evaluate
-from pvae.files import MIB, read_inside, read_lines, walk
 from pvae.pair import Pair
-from pvae.provenance import provenance
 from pvae.run import Run, chosen, load_weights
 from pvae.rundir import STATES, RunDirectory, is_stale
 from pvae.spec import Experiment
 from pvae.trainer import State
+from pvae.util.checks import Check, Checks, Level, attempt
+from pvae.util.files import MIB, read_inside, read_lines, walk
+from pvae.util.provenance import provenance
 
 FILES = ("manifest.json", "spec.toml", "status.json", "metrics.jsonl", "events.jsonl", ".lock")
 FOLDERS = ("checkpoints", "analysis", "report")

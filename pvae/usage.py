@@ -11,15 +11,15 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import Bernoulli, Categorical, OneHotCategorical
 
-from pvae import seeds
 from pvae.codebook import Codebook, NearestCodebook
 from pvae.component import Shape
 from pvae.data.streamed import Streamed
-from pvae.discrete import Certain, Discretised, twin
-from pvae.exponential import CertainCodes, Codes, Members
+from pvae.distributions.codes import Certain, Discretised, twin
+from pvae.distributions.exponential import CertainCodes, Codes, Members
 from pvae.models.graph import GraphModel
 from pvae.pair import Pair, quiet
 from pvae.traces import Layout, members, samples, unwrapped
+from pvae.util import seeds
 
 ROWS = 1000
 """Most rows of a batch."""

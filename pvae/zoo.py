@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pvae import toml
+from pvae.util import toml
 
 FOLDER = Path(__file__).parent / "models" / "zoo"
 

@@ -20,8 +20,8 @@ from torch import Tensor
 from pvae.analysis.aggregated import AggregatedPosterior, Kept, Streamed
 from pvae.analysis.draws import first_level, members, quiet
 from pvae.analysis.grid import all_pairs, grid_error, marginal_log_prob
+from pvae.distributions.exponential import Codes, FullRankNormals, Members, Normals, Product, product
 from pvae.errors import DataError, DeclarationError
-from pvae.exponential import Codes, FullRankNormals, Members, Normals, Product, product
 from pvae.pair import Pair
 
 # ---------------------------------------------------------------------- diagonal normals

@@ -25,9 +25,9 @@ from pvae.analysis.gain import gain
 from pvae.analysis.generate import encode, reconstruct, sample
 from pvae.analysis.surgery import surgery
 from pvae.analysis.traversal import traverse
-from pvae.discrete import Certain, joint_states
+from pvae.distributions.codes import Certain, joint_states
+from pvae.distributions.exponential import CertainCodes, Codes, Normals, Product, product
 from pvae.errors import DataError
-from pvae.exponential import CertainCodes, Codes, Normals, Product, product
 from pvae.pair import Pair
 from pvae.spec import Experiment
 from pvae.traces import samples

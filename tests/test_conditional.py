@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 import pvae
-from pvae import seeds
 from pvae.analysis import bracket, evidence, surgery
 from pvae.analysis.pooled import GROUPS
 from pvae.data import Dataset
@@ -22,6 +21,7 @@ from pvae.pair import Pair
 from pvae.run import Run
 from pvae.site import Frame
 from pvae.spec import Experiment
+from pvae.util import seeds
 
 NETWORK = {"network": {"kind": "mlp", "hidden": [16]}}
 PRIOR = {"kind": "conditional_normal", **NETWORK}

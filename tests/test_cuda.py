@@ -15,7 +15,7 @@ import pvae
 from pvae import zoo
 from pvae.analysis import AggregatedPosterior, evidence, surgery
 from pvae.analysis.grid import marginal_log_prob
-from pvae.exponential import Normals
+from pvae.distributions.exponential import Normals
 from pvae.objectives import Loss
 from pvae.spec import Experiment
 from pvae.step import Step, load_optimizer_tensors, make_capturable, optimizer_tensors, set_lr

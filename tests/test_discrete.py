@@ -34,7 +34,7 @@ import pvae
 from pvae import checkpoint
 from pvae.codebook import SMOOTHING, NearestCodebook
 from pvae.data import Dataset
-from pvae.discrete import (
+from pvae.distributions.codes import (
     Discretised,
     RelaxedCodes,
     code_grid,

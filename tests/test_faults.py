@@ -29,7 +29,7 @@ from rich.text import Text
 from torch import Tensor
 
 import pvae
-from pvae import cli, files, memory
+from pvae import cli
 from pvae.analysis.case import Case
 from pvae.analysis.report import examine, report
 from pvae.cli.app import app, say, tell
@@ -39,6 +39,7 @@ from pvae.objectives import Loss
 from pvae.rundir import RunDirectory
 from pvae.spec import Experiment
 from pvae.trainer import Trainer
+from pvae.util import files, memory
 from tests.test_cli import TINY, npz, run_cli
 from tests.test_svi import Fragile as TwoNumbers
 from tests.test_svi import assert_same, fit, fit_pair, last_weights, tiny
@@ -392,7 +393,7 @@ def test_what_fits_is_built_as_ever_though_it_is_large(monkeypatch: pytest.Monke
 
 def test_a_fit_that_cannot_be_trained_here_leaves_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """FAULTS 45: weights that fit, but not with gradients, optimiser and a batch."""
-    monkeypatch.setattr("pvae.memory.total_memory", lambda *_: 100_000)
+    monkeypatch.setattr("pvae.util.memory.total_memory", lambda *_: 100_000)
     with pytest.raises(DeclarationError, match=r"to be trained \([\d,]+ weights five times over, and batches of 96"):
         fit(tiny(), tmp_path)
     assert not list(tmp_path.iterdir())

@@ -1,11 +1,8 @@
 """Importing pvae is cheap and changes nothing outside itself."""
 
-import ast
 import json
-import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -73,42 +70,6 @@ def test_importing_every_module_changes_no_global_state():
 def test_public_name_resolves(name):
     assert getattr(pvae, name) is not None
     assert name in dir(pvae)
-
-
-def rooms() -> dict[str, int]:
-    """The row of every module and package of pvae in the table of CONTRIBUTING.md."""
-    lines = (ROOT / "CONTRIBUTING.md").read_text().split("| room | holds |")[1].split("\n\n")[0].splitlines()
-    found: dict[str, int] = {}
-    for row, line in enumerate(lines[2:]):
-        names = re.findall(r"`(?:pvae/)?(\w+)(?:\.py|/)`", re.sub(r"\(.*?\)", "", line.split("|")[1]))
-        assert names, line
-        found |= dict.fromkeys(names, row)
-    return found
-
-
-def imported(tree: ast.Module) -> Iterator[str]:
-    """The modules and packages of pvae that a module imports as it is read itself."""
-    for node in tree.body:
-        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "pvae":
-            inner = node.module.split(".")[1:2]
-            yield from inner or [alias.name for alias in node.names]
-
-
-def test_a_module_imports_from_its_own_row_of_rooms_and_those_above():
-    found, top = rooms(), ROOT / "pvae"
-    here = {path.stem for path in top.iterdir() if path.suffix == ".py" or (path / "__init__.py").is_file()}
-    assert found.keys() == here - {"__init__", "__main__"}
-    checked = 0
-    for name, row in found.items():
-        package = top / name
-        for path in sorted(package.resolve().rglob("*.py")) if package.is_dir() else [top / f"{name}.py"]:
-            for other in imported(ast.parse(path.read_text())):
-                if other not in found:  # a name of pvae itself
-                    continue
-                checked += 1
-                assert found[other] <= row, f"{path} imports {other}, which stands below it"
-                assert {name, other} != {"models", "guides"}, f"{path} imports {other}"
-    assert checked > 500
 
 
 def test_unknown_name_is_an_attribute_error():

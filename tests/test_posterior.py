@@ -26,9 +26,9 @@ from pvae.data import Dataset
 from pvae.errors import CheckpointError, DataError, DeclarationError, MissingExtraError, StorageError
 from pvae.pair import Pair
 from pvae.run import Run
-from pvae.seeds import subset
 from pvae.svi import fit
 from pvae.traces import samples
+from pvae.util.seeds import subset
 
 ROOT = Path(__file__).parents[1]
 EXPORT = importlib.import_module("pvae.analysis.posterior")  # the module, whatever the package binds to its name

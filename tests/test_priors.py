@@ -19,9 +19,9 @@ from torch import Tensor
 from pvae.analysis import surgery
 from pvae.analysis.draws import draw, quiet
 from pvae.data import toys
+from pvae.distributions.exponential import Normals
 from pvae.errors import DeclarationError, NonFiniteError
 from pvae.evaluation import evaluate
-from pvae.exponential import Normals
 from pvae.guides.posteriors import Posterior
 from pvae.models.flows import bisected
 from pvae.models.mixture import Mixture

@@ -100,7 +100,7 @@ def test_gains_are_paired(told):
 
 def test_the_readers_are_scikit_learns(told):
     found = probe(told, rows=300, seed=3)
-    chosen = pvae.seeds.subset(4000, 300, 3)
+    chosen = pvae.util.seeds.subset(4000, 300, 3)
     x, y = told.data.train.x, told.data.train.y.numpy()
     asked, labels = told.data.test.x[chosen], told.data.test.y[chosen].numpy()
     learnt, seen = (encode(told, rows, mean=True)["b"].double().numpy() for rows in (x, asked))

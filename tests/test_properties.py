@@ -20,12 +20,12 @@ import pvae
 from pvae.data import Data, load
 from pvae.diagnose import first_bad_site
 from pvae.errors import CheckpointError, DataError, DeclarationError, NonFiniteError
-from pvae.files import read_lines
 from pvae.objectives import TraceMeanFieldELBO
 from pvae.run import chosen
 from pvae.rundir import RunDirectory
 from pvae.spec import Experiment
 from pvae.trainer import State
+from pvae.util.files import read_lines
 from tests.drawn import Drawn, sound, wild
 from tests.hostile import mangled, surfaces, try_bytes, try_declaration
 

@@ -21,12 +21,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pvae import files, rundir
+from pvae import rundir
 from pvae.errors import BusyError, DataError, DeclarationError, Interrupted, OutputError, StorageError
-from pvae.files import write_atomic
 from pvae.listing import list_runs
-from pvae.provenance import provenance
 from pvae.rundir import RunDirectory, slug
+from pvae.util import files
+from pvae.util.files import write_atomic
+from pvae.util.provenance import provenance
 
 HERE = Path(__file__).parents[1]
 HOST = platform.node()
@@ -706,6 +707,6 @@ def test_provenance_is_json_without_the_user(tmp_path: Path, monkeypatch: pytest
 def test_provenance_asks_git_and_never_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, expected: dict[str, Any] | None
 ) -> None:
-    monkeypatch.setattr("pvae.provenance.GIT_SECONDS", 1.0)
+    monkeypatch.setattr("pvae.util.provenance.GIT_SECONDS", 1.0)
     fake_git(tmp_path / "bin", script, monkeypatch)
     assert provenance()["git"] == expected

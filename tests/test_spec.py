@@ -12,7 +12,7 @@ import jsonschema  # type: ignore[import-untyped]
 import pytest
 import torch
 
-from pvae import toml, zoo
+from pvae import zoo
 from pvae.component import Component, load_plugins
 from pvae.data import Data
 from pvae.errors import DeclarationError
@@ -26,6 +26,7 @@ from pvae.optimizers import Optimizer
 from pvae.schedules import Schedule
 from pvae.show import arrows, formulas
 from pvae.spec import Experiment
+from pvae.util import toml
 
 BASE: dict[str, Any] = {"latents": {"z": {"dim": 2}}}
 

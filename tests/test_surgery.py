@@ -29,8 +29,8 @@ from pvae.analysis.draws import draw
 from pvae.analysis.estimate import Estimate, exact, over_draws
 from pvae.analysis.evidence import evidence
 from pvae.analysis.surgery import GUIDE_ROWS, surgery
+from pvae.distributions.exponential import Normals
 from pvae.errors import DataError
-from pvae.exponential import Normals
 from pvae.pair import Pair
 from pvae.spec import Experiment
 

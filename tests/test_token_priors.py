@@ -19,7 +19,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from pvae.component import Shape
-from pvae.discrete import conditional_logits
+from pvae.distributions.codes import conditional_logits
 from pvae.errors import DeclarationError
 from pvae.models.autoregressive import DRAWN, Autoregressive, TokenModule
 from pvae.models.pixelcnn import PixelCNNPrior, Resize

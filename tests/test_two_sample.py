@@ -24,7 +24,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 
 import pvae
-from pvae import cli, seeds
+from pvae import cli
 from pvae.analysis import (
     counterexamples,
     critic,
@@ -48,6 +48,7 @@ from pvae.data import Dataset, load
 from pvae.data.declared import Digits
 from pvae.errors import DataError
 from pvae.pair import Pair
+from pvae.util import seeds
 
 TINY = ["encoder.network.hidden=[16]", "decoder.network.hidden=[16]", "train.engine=eager"]
 

@@ -30,12 +30,12 @@ from torch import Tensor
 
 import pvae
 from pvae import checkpoint, cleaning, cli, doctor
-from pvae.checks import Check, Checks, attempt
 from pvae.cleaning import Cleaning, clean
 from pvae.data.cache import cache_folder
 from pvae.errors import DataError, DeclarationError
 from pvae.rundir import RunDirectory, utc_now
 from pvae.upkeep import TOLERANCE, verify
+from pvae.util.checks import Check, Checks, attempt
 
 TINY = ["encoder.network.hidden=[16]", "decoder.network.hidden=[16]", "train.engine=eager"]
 TINY += ["data.source=digits", "latents.z.dim=3"]
@@ -813,7 +813,7 @@ FAULTS: list[tuple[str, Inject, str, str]] = [
     ("variables", environment("PVAE_RUNDIR", "x"), "warning", "PVAE_RUNDIR=x"),
     ("elbo", setting("pvae.evaluation.evaluate", returning({"elbo": -1.0})), "failed", "-1.000000000"),
     ("elbo", setting("pvae.evaluation.evaluate", returning({"elbo": math.nan})), "failed", "nan"),
-    ("determinism", setting("pvae.seeds.set_noise", lambda *_: torch.seed()), "failed", "differ by up to"),
+    ("determinism", setting("pvae.util.seeds.set_noise", lambda *_: torch.seed()), "failed", "differ by up to"),
     ("plots", plotting(**{"matplotlib.pyplot": ["ImportError", "no module"]}), "failed", "no report can be drawn"),
     ("arviz", plotting(arviz=["FutureWarning", "refactored"]), "warning", "FutureWarning: refactored"),
     ("arviz", plotting(arviz=["PermissionError", "cache"]), "warning", "PermissionError: cache"),

@@ -17,8 +17,8 @@ from pvae import Run
 from pvae.analysis import plots, surgery
 from pvae.analysis.generate import sample
 from pvae.analysis.two_sample import sample_quality
-from pvae.seeds import subset
 from pvae.usage import code_usage
+from pvae.util.seeds import subset
 
 
 def row_of(run: Run, first: Run | None, rows: int, *, samples: bool) -> dict[str, object]:

@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pvae import seeds
 from pvae.analysis import plots
 from pvae.analysis.aggregated import AggregatedPosterior
 from pvae.analysis.case import Case, array
@@ -27,6 +26,7 @@ from pvae.analysis.document import (
 )
 from pvae.analysis.draws import LatentDraw, first_level
 from pvae.errors import DataError
+from pvae.util import seeds
 
 HOLE = 0.01
 """Share of the codes of held-out data that lie where q_agg is thinner than the threshold of a hole."""

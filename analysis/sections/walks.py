@@ -7,12 +7,12 @@ from functools import partial
 import numpy as np
 import torch
 
-from pvae import seeds
 from pvae.analysis import plots
 from pvae.analysis.case import Case, array
 from pvae.analysis.document import Block, Column, Section, Table, picture
 from pvae.analysis.interpolate import interpolate
 from pvae.analysis.traversal import Traversal, traverse
+from pvae.util import seeds
 
 WALKED = 3
 """Most latents that are walked through."""

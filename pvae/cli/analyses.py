@@ -47,7 +47,7 @@ def surgery(
     """Take the ELBO apart: reconstruction, mutual information, marginal KL, and what a better prior can win."""
     from pvae.analysis import surgery as take_apart
     from pvae.analysis.anatomy import Surgery, class_table, side_by_side
-    from pvae.progress import Progress
+    from pvae.util.progress import Progress
 
     opened = open_run(run, run_dir, data_dir, device)
     names = ("train", "test") if split == "both" else (split,)
@@ -99,7 +99,7 @@ def evidence(
 ) -> None:
     """Bound log p(x) from below by importance samples (IWAE), or by annealing."""
     from pvae import analysis
-    from pvae.progress import Progress
+    from pvae.util.progress import Progress
 
     if method not in METHODS:
         raise DeclarationError(f"--method: expected one of {', '.join(METHODS)}; got {method!r}.")
@@ -136,7 +136,7 @@ def gap(
 ) -> None:
     """Split log p(x) - ELBO: what a richer guide would win, and what a better encoder would."""
     from pvae.analysis import gap as split_gap
-    from pvae.progress import Progress
+    from pvae.util.progress import Progress
 
     opened = open_run(run, run_dir, data_dir, device)
     x, _ = rows_of(opened, split, rows, seed)
@@ -165,7 +165,7 @@ def two_sample(
 ) -> None:
     """Compare samples with data: can a classifier tell them apart, and what of the data do they reach?"""
     from pvae.analysis.two_sample import STEPS, sample_quality
-    from pvae.progress import Progress
+    from pvae.util.progress import Progress
 
     opened = open_run(run, run_dir, data_dir, device)
     with Progress(len(STEPS), "two-sample", show=not as_json) as bar:
@@ -191,7 +191,7 @@ def copying(
 ) -> None:
     """Ask whether samples are copies of training rows: nearer to them than data not trained on are?"""
     from pvae.analysis import copying as look
-    from pvae.progress import Progress
+    from pvae.util.progress import Progress
 
     opened = open_run(run, run_dir, data_dir)
     with Progress(100, "copying", show=not as_json) as bar:
@@ -217,7 +217,7 @@ def probe(
 ) -> None:
     """Read labels off the codes by simple readers, and off the data by the same."""
     from pvae.analysis import probe as read
-    from pvae.progress import Progress
+    from pvae.util.progress import Progress
 
     opened = open_run(run, run_dir, data_dir)
     with Progress(100, "probe", show=not as_json) as bar:
@@ -240,7 +240,7 @@ def critic(
 ) -> None:
     """Estimate KL(q_agg || p) from draws alone: also where the code is a point, and no density is known."""
     from pvae.analysis import critic as estimate
-    from pvae.progress import Progress
+    from pvae.util.progress import Progress
 
     opened = open_run(run, run_dir, data_dir)
     x, _ = rows_of(opened, split, rows, seed)
@@ -264,8 +264,8 @@ def counterexamples(
     from pvae.analysis import counterexamples as study
     from pvae.data import load
     from pvae.data.declared import Data
-    from pvae.files import write_atomic
-    from pvae.progress import Progress
+    from pvae.util.files import write_atomic
+    from pvae.util.progress import Progress
 
     known = [name for name in ("digits", "fashion_mnist", "mnist") if name in Data.members]
     if data not in known:
@@ -287,8 +287,8 @@ def counterexamples(
 def selfcheck(device: DEVICE = "auto", seed: SEED = 0, as_json: JSON = False) -> None:
     """Measure models whose every figure is known exactly: are surgery, evidence and gaps right on this machine?"""
     from pvae.analysis.selfcheck import selfcheck as measure
-    from pvae.progress import Progress
     from pvae.svi import pick_device
+    from pvae.util.progress import Progress
 
     with Progress(100, "selfcheck", show=not as_json) as bar:
         found = measure(
@@ -321,7 +321,7 @@ def posterior(
     as_json: JSON = False,
 ) -> None:
     """Export draws of the guide, with densities and diagnostics, as NetCDF for ArviZ."""
-    from pvae.progress import Progress
+    from pvae.util.progress import Progress
 
     opened = open_run(run, run_dir, data_dir, device)
     with Progress(draws, "posterior", show=not as_json) as bar:

@@ -59,7 +59,7 @@ class Settings:
 
 def emit(data: Any) -> None:
     """JSON on standard output: the only document there."""
-    from pvae.files import pretty
+    from pvae.util.files import pretty
 
     typer.echo(pretty(data), nl=False)
 
@@ -127,7 +127,7 @@ def open_run(run: str, run_dir: Path, data_dir: Path | None, device: str = "cpu"
 
 def rows_of(run: Run, split: str, rows: int | None, seed: int) -> tuple[Tensor, Tensor | None]:
     """x and labels of a split, or of `rows` of its rows."""
-    from pvae import seeds
+    from pvae.util import seeds
 
     part = run.data.split(split)
     chosen = seeds.subset(len(part), rows, seed)

@@ -61,7 +61,7 @@ def sample(
     """Draw z from the prior and x from the decoder; write both, and x as a picture where it is one."""
     from pvae.analysis import plots
     from pvae.analysis import sample as draw
-    from pvae.progress import Progress
+    from pvae.util.progress import Progress
 
     opened = open_run(run, run_dir, data_dir)
     with Progress(n, "sample", show=not as_json) as bar:
@@ -87,7 +87,7 @@ def encode(
     from pvae.analysis import encode as find_codes
     from pvae.analysis import plots
     from pvae.analysis import sample as draw
-    from pvae.progress import Progress
+    from pvae.util.progress import Progress
 
     opened = open_run(run, run_dir, data_dir)
     part, chosen = opened.data.split(split), _chosen(opened, split, rows, seed)
@@ -116,7 +116,7 @@ def reconstruct(
     """Encode a split's rows and decode them again, with log p(x | z) of each."""
     from pvae.analysis import plots
     from pvae.analysis import reconstruct as decode_again
-    from pvae.progress import Progress
+    from pvae.util.progress import Progress
 
     opened = open_run(run, run_dir, data_dir)
     part, chosen = opened.data.split(split), _chosen(opened, split, rows, seed)
@@ -150,7 +150,7 @@ def traverse(
     """Move one coordinate of a latent at a time and decode."""
     from pvae.analysis import plots
     from pvae.analysis import traverse as move
-    from pvae.progress import Progress
+    from pvae.util.progress import Progress
 
     opened, places = open_run(run, run_dir, data_dir), None if dims is None else _integers("--dims", dims)
     part = opened.data.split(split)
@@ -213,8 +213,8 @@ def rate_distortion(
     from pvae.analysis import plots
     from pvae.analysis import rate_distortion as measure
     from pvae.analysis.table import cell
-    from pvae.files import write_atomic
-    from pvae.progress import Progress
+    from pvae.util.files import write_atomic
+    from pvae.util.progress import Progress
 
     opened = [open_run(run, run_dir, data_dir) for run in runs]
     with Progress(100, "rate-distortion", show=not as_json) as bar:
@@ -234,7 +234,7 @@ def rate_distortion(
 
 def _chosen(run: Run, split: str, rows: int | None, seed: int) -> Tensor:
     """Numbers of a split's rows, `rows` of them at random or all."""
-    from pvae import seeds
+    from pvae.util import seeds
 
     return seeds.subset(len(run.data.split(split)), rows, seed)
 
@@ -264,7 +264,7 @@ def _background(run: Run) -> Any:
 def _as_table(run: Run, path: Path, found: Generated) -> list[Path]:
     """Write rows of a table in its own words and units; the path, where the data are one."""
     from pvae.analysis.table import cell
-    from pvae.files import write_atomic
+    from pvae.util.files import write_atomic
 
     table, x = run.data.table, found.tensors().get("x")
     if table is None or x is None or x.dim() != 2:
@@ -286,7 +286,7 @@ def _keep(
     """Write arrays and pictures, and say where they are."""
     from pvae.analysis import plots
     from pvae.analysis.groups import safe_names
-    from pvae.files import write_atomic
+    from pvae.util.files import write_atomic
 
     path = out or run.files.analysis / stem
     arrays = found.save(beside(path, ".npz"), **more)

@@ -29,7 +29,7 @@ def report(
     from pvae.analysis.case import Case
     from pvae.analysis.report import examine
     from pvae.analysis.sections import SECTIONS
-    from pvae.progress import Progress
+    from pvae.util.progress import Progress
 
     opened = open_run(run, run_dir, data_dir)
     case = Case(opened, split, evidence_samples=evidence_samples, gap_steps=gap_steps, seed=seed)
@@ -60,7 +60,7 @@ def compare(
     """Compare runs on the same data: one HTML file with a column for each, paired differences, rate and distortion."""
     from pvae.analysis.compare import SECTIONS, Bench, examine
     from pvae.analysis.document import claim
-    from pvae.progress import Progress
+    from pvae.util.progress import Progress
 
     opened = [open_run(run, run_dir, data_dir) for run in runs]
     bench = Bench(opened, split=split, evidence_samples=evidence_samples, seed=seed)

@@ -62,7 +62,7 @@ def study(
 def _compared(found: Study, out: Path, *, show: bool) -> Path | None:
     """The page and the tables of a study; None, and a word, where its runs do not compare."""
     from pvae.analysis.compare import SECTIONS
-    from pvae.progress import Progress
+    from pvae.util.progress import Progress
 
     try:
         with Progress(len(SECTIONS), "compare", show=show) as bar:

@@ -16,7 +16,7 @@ import numpy as np
 
 from pvae.data.arrays import Array, FileArray, npy_array
 from pvae.errors import BusyError, DataError, OutputError, StorageError
-from pvae.files import pretty, read_object
+from pvae.util.files import pretty, read_object
 
 LOCK_SECONDS = 900
 FORMAT = 2

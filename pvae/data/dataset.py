@@ -16,7 +16,6 @@ from torch import Tensor
 from torch.distributions import constraints
 from torch.utils.data import Dataset as TorchDataset
 
-from pvae import seeds
 from pvae.data.arrays import AnyArray, Array, Stored
 from pvae.data.declared import Data, FrameSource, TensorSource
 from pvae.data.files import require_room
@@ -27,6 +26,7 @@ from pvae.data.streamed import Streamed, Streams, WindowOrder, streams
 from pvae.data.tables import Table, declared_frame, read_frame
 from pvae.errors import DataError, DeclarationError, near
 from pvae.models.columns import columns as of_columns
+from pvae.util import seeds
 
 if TYPE_CHECKING:
     import pandas

@@ -13,7 +13,7 @@ import numpy as np
 from pvae.data.arrays import AnyArray, Array, Stored
 from pvae.data.rows import SPLITS, Rows, tenths
 from pvae.errors import DataError
-from pvae.memory import GIB, total_memory
+from pvae.util.memory import GIB, total_memory
 
 if TYPE_CHECKING:
     from pvae.data.declared import FileData

@@ -21,7 +21,7 @@ from pvae.data.cache import Writer, decoded
 from pvae.data.files import file_rows, held, user_folder
 from pvae.data.rows import Rows
 from pvae.errors import DataError, printable
-from pvae.files import pretty
+from pvae.util.files import pretty
 
 if TYPE_CHECKING:
     from pvae.data.declared import Images

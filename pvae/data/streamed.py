@@ -18,12 +18,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pvae import seeds
 from pvae.data.arrays import Stored
 from pvae.data.declared import Binarize
 from pvae.data.prepare import PUBLISHED_SEED, BlockRule, Scaled, require_unit
 from pvae.data.rows import SPLITS, Part, chunks, rows_of
 from pvae.errors import DataError
+from pvae.util import seeds
 
 BLOCK_BYTES = 2**21
 WINDOW = 64

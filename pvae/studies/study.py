@@ -12,12 +12,12 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from pvae.errors import DeclarationError, printable
-from pvae.files import make_folder, write_atomic
 from pvae.run import Run
 from pvae.rundir import RunDirectory
 from pvae.studies.cases import Case, Declared
 from pvae.studies.runner import DONE, Runner, Task, tasks_of
 from pvae.studies.shelf import Shelf, standing
+from pvae.util.files import make_folder, write_atomic
 
 if TYPE_CHECKING:
     import pandas

@@ -14,8 +14,8 @@ from pydantic import Field, ValidationError, field_validator
 from pvae.component import Names, Section, Table
 from pvae.errors import DeclarationError
 from pvae.spec import describe
-from pvae.toml import find as find_declared
-from pvae.toml import flat
+from pvae.util.toml import find as find_declared
+from pvae.util.toml import flat
 
 FOLDER = Path(__file__).parent.parent / "analysis" / "studies"
 """Where the studies that come with pvae lie."""

@@ -27,8 +27,8 @@ from torch.nn.functional import binary_cross_entropy_with_logits, embedding, pad
 from pvae import Experiment
 from pvae.codebook import NearestCodebook
 from pvae.objectives import Loss
-from pvae.seeds import set_noise
 from pvae.step import Step
+from pvae.util.seeds import set_noise
 
 WIDTH, SIDE, BATCH, DECAY, DEAD, COMMITMENT = 64, 8, 128, 0.99, 1.0, 0.25
 Variant = Callable[[Tensor], object]

@@ -19,8 +19,8 @@ import torch
 
 from pvae import Experiment
 from pvae.objectives import Loss
-from pvae.seeds import set_noise
 from pvae.step import Step, make_capturable
+from pvae.util.seeds import set_noise
 
 NETWORK = {"kind": "gated_mlp", "hidden": [300, 300]}
 HVAE = "two levels"

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pvae.analysis import AggregatedPosterior
-from pvae.exponential import Normals
+from pvae.distributions.exponential import Normals
 
 
 def broadcasted(z: Tensor, loc: Tensor, scale: Tensor) -> Tensor:

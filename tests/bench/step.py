@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from pvae import Experiment
 from pvae.objectives import Loss
 from pvae.precision import Precision
-from pvae.seeds import set_noise
 from pvae.step import Step, make_capturable
+from pvae.util.seeds import set_noise
 
 BATCH = 100
 DEVICE = torch.device("cpu")

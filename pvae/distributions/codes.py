@@ -18,8 +18,8 @@ from torch.distributions import Transform, biject_to, constraints, register_kl
 from torch.nn.functional import logsigmoid, pad
 
 from pvae.component import Shape
-from pvae.event import Event
-from pvae.exponential import IMPOSSIBLE
+from pvae.distributions.exponential import IMPOSSIBLE
+from pvae.distributions.independent import Event
 
 Size = torch.Size | list[int] | tuple[int, ...]
 STATES = 4096

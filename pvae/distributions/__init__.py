@@ -1,0 +1,1 @@
+"""Distributions that Pyro lacks: codes, relaxed codes, determined values, exponential families."""
