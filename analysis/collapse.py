@@ -11,8 +11,8 @@ from torch import Tensor
 
 from pvae.analysis.codes import positions, usage
 from pvae.analysis.draws import LatentDraw, accept, draw, quiet
-from pvae.codebook import Codebook, NearestCodebook
 from pvae.errors import DataError
+from pvae.nn.codebook import Codebook, NearestCodebook
 from pvae.pair import Pair
 from pvae.usage import Tally, codebook_of
 

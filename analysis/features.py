@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pvae.component import Shape
 from pvae.errors import DataError
-from pvae.networks import MLP, Conv, NetworkModule
+from pvae.nn.dense import MLP, Conv, NetworkModule
 from pvae.util import seeds
 
 EXPOSURES = 40_000

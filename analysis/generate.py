@@ -26,9 +26,9 @@ from pvae.analysis.sites import numpy_of, parameters_of, rows_of
 from pvae.distributions.codes import twin
 from pvae.enumeration import Table, read_table
 from pvae.errors import DataError, DeclarationError, near
+from pvae.nn.schedules import Constant
 from pvae.pair import Pair
 from pvae.run import Run
-from pvae.schedules import Constant
 from pvae.spec import Experiment
 from pvae.traces import Layout, log_prob, samples, sum_over, unwrapped
 from pvae.util import seeds

@@ -16,11 +16,11 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from pvae.codebook import NearestCodebook
 from pvae.component import Shape
 from pvae.distributions.codes import KL, Certain, RelaxedCodes, bits, code_grid
 from pvae.guides.posteriors import Posterior
-from pvae.networks import MLP, Network, NetworkModule, Pointwise
+from pvae.nn.codebook import NearestCodebook
+from pvae.nn.dense import MLP, Network, NetworkModule, Pointwise
 from pvae.site import Link, Moving, Site, Values
 
 SMALL = 32

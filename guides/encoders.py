@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal, final
 from torch import Tensor, nn
 
 from pvae.component import Component, Shape
-from pvae.networks import MLP, Network, NetworkModule
+from pvae.nn.dense import MLP, Network, NetworkModule
 from pvae.site import OBSERVED, Site
 
 FEATURES = "features"

@@ -16,8 +16,8 @@ from pvae.component import Shape
 from pvae.distributions.determined import Determined
 from pvae.errors import DeclarationError
 from pvae.guides.posteriors import Posterior
-from pvae.networks import MLP, InvertibleModule, Network
-from pvae.normal import LogVarianceBounds, NormalHead
+from pvae.nn.dense import MLP, InvertibleModule, Network
+from pvae.nn.heads import LogVarianceBounds, NormalHead
 from pvae.site import OBSERVED, Link, Site
 
 Size = torch.Size | list[int] | tuple[int, ...]

@@ -9,11 +9,11 @@ from typing import ClassVar, Literal, final
 import pyro.distributions as dist
 from torch import Tensor, nn
 
-from pvae.codebook import Codebook
 from pvae.component import Component, Names, Shape
 from pvae.distributions.determined import Determined
-from pvae.networks import MLP, Network, NetworkModule
-from pvae.normal import LogVarianceBounds, NormalHead, lower_factor
+from pvae.nn.codebook import Codebook
+from pvae.nn.dense import MLP, Network, NetworkModule
+from pvae.nn.heads import LogVarianceBounds, NormalHead, lower_factor
 from pvae.site import OBSERVED, Link, Site, Values
 
 

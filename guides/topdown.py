@@ -13,8 +13,8 @@ from pvae.component import Shape
 from pvae.distributions.independent import Event
 from pvae.errors import DeclarationError
 from pvae.guides.posteriors import Posterior
-from pvae.networks import MLP, Network
-from pvae.normal import LogVarianceBounds, NormalHead
+from pvae.nn.dense import MLP, Network
+from pvae.nn.heads import LogVarianceBounds, NormalHead
 from pvae.site import Link, Site
 
 TOP_DOWN = "top_down"

@@ -11,7 +11,7 @@ from torch.distributions import constraints
 from pvae.component import Names, Section, Shape
 from pvae.law import Law
 from pvae.models.likelihoods import Bernoulli, Likelihood
-from pvae.networks import MLP, Network
+from pvae.nn.dense import MLP, Network
 
 
 class Decoder(Section):

@@ -15,7 +15,7 @@ from pvae.component import Shape
 from pvae.errors import DeclarationError
 from pvae.models.flows import FlowModule, FlowPrior, RealNVP
 from pvae.models.priors import Prior
-from pvae.networks import InvertibleModule, Network, NetworkModule, flatten
+from pvae.nn.dense import InvertibleModule, Network, NetworkModule, flatten
 from pvae.site import Link, Site
 
 

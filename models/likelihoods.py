@@ -19,7 +19,7 @@ from pvae.distributions.determined import Determined, Implicit, Rounded
 from pvae.distributions.independent import Event
 from pvae.errors import DataError
 from pvae.law import Law
-from pvae.normal import lower_factor
+from pvae.nn.heads import lower_factor
 
 Size = torch.Size | list[int] | tuple[int, ...]
 

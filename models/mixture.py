@@ -17,7 +17,7 @@ from pvae.distributions.exponential import FullRankNormals, Members, Normals
 from pvae.errors import DeclarationError
 from pvae.models.likelihoods import lattice
 from pvae.models.priors import Prior
-from pvae.normal import LogVarianceBounds
+from pvae.nn.heads import LogVarianceBounds
 from pvae.site import Link, MadeOfData, Site
 
 Size = torch.Size | list[int] | tuple[int, ...]

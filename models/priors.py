@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from pvae.component import Component, Shape
 from pvae.distributions.codes import RelaxedCodes, Relaxing, bits, code_grid
 from pvae.distributions.independent import Event
-from pvae.networks import MLP, Network
-from pvae.normal import LogVarianceBounds, NormalHead
+from pvae.nn.dense import MLP, Network
+from pvae.nn.heads import LogVarianceBounds, NormalHead
 from pvae.site import Link, Site, Values
 
 

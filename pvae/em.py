@@ -16,10 +16,10 @@ from pvae.errors import DataError, DeclarationError
 from pvae.models.graph import GraphModel
 from pvae.models.likelihoods import ClosedForm
 from pvae.models.priors import CodesModule
-from pvae.networks import TableModule
+from pvae.nn.dense import TableModule
+from pvae.nn.schedules import Constant
 from pvae.objectives import Fitting, Objective, Stepper
 from pvae.pair import Pair, Terms
-from pvae.schedules import Constant
 from pvae.site import OBSERVED, Site, one_hot
 from pvae.util import seeds
 

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from pvae.component import Component
 from pvae.errors import DeclarationError
 from pvae.guides.codes import Estimated
+from pvae.nn.precision import Precision, products_in
+from pvae.nn.schedules import Constant, Schedule
 from pvae.pair import Pair, Terms
-from pvae.precision import Precision, products_in
-from pvae.schedules import Constant, Schedule
 from pvae.traces import sum_over
 
 if TYPE_CHECKING:

@@ -16,9 +16,9 @@ from pvae.guides.posteriors import Posterior
 from pvae.models.columns import support_of
 from pvae.models.likelihoods import DeterminedLikelihood, Likelihood
 from pvae.models.priors import CategoricalPrior, Prior, UniformPrior
-from pvae.networks import Table as NetworkTable
+from pvae.nn.dense import Table as NetworkTable
+from pvae.nn.schedules import Schedule
 from pvae.objectives import IWAE
-from pvae.schedules import Schedule
 from pvae.site import OBSERVED, Values
 
 if TYPE_CHECKING:

@@ -35,12 +35,12 @@ from pvae.models import flows, invertible, mixture, pixelcnn, transformer  # noq
 from pvae.models.decoders import Decoder
 from pvae.models.graph import GraphModel
 from pvae.models.priors import BernoulliPrior, CategoricalPrior, Prior, StandardNormal, prior_of
+from pvae.nn.optimizers import Adam, Optimizer
+from pvae.nn.precision import Precision
+from pvae.nn.schedules import Constant, Schedule, Scheduled
 from pvae.objectives import Objective, TraceELBO
-from pvae.optimizers import Adam, Optimizer
 from pvae.pair import Pair
-from pvae.precision import Precision
 from pvae.prompts import Vocabulary, split
-from pvae.schedules import Constant, Schedule, Scheduled
 from pvae.site import OBSERVED, Frame, Link, Site, Values, topological
 from pvae.soundness import findings
 from pvae.util import toml

@@ -22,7 +22,6 @@ from torch import Tensor, nn
 
 from pvae import checkpoint
 from pvae.alerts import ROWS, alerts
-from pvae.codebook import START_VECTORS
 from pvae.data import Dataset, Split
 from pvae.diagnose import bad_figures, bad_weights, diagnose
 from pvae.errors import (
@@ -40,11 +39,12 @@ from pvae.errors import (
 from pvae.evaluation import CHUNK, evaluate
 from pvae.guides.codes import NearestModule
 from pvae.models.mixture import VampModule
+from pvae.nn.codebook import START_VECTORS
+from pvae.nn.schedules import Scheduled
 from pvae.objectives import Fitting, Loss, Stepper
 from pvae.pair import Pair, quiet
 from pvae.run import load_weights
 from pvae.rundir import RunDirectory
-from pvae.schedules import Scheduled
 from pvae.site import embedded
 from pvae.spec import Plan
 from pvae.step import CLIPPED, Step, is_finite, load_optimizer_tensors, make_capturable, optimizer_tensors, set_lr

@@ -11,12 +11,12 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import Bernoulli, Categorical, OneHotCategorical
 
-from pvae.codebook import Codebook, NearestCodebook
 from pvae.component import Shape
 from pvae.data.streamed import Streamed
 from pvae.distributions.codes import Certain, Discretised, twin
 from pvae.distributions.exponential import CertainCodes, Codes, Members
 from pvae.models.graph import GraphModel
+from pvae.nn.codebook import Codebook, NearestCodebook
 from pvae.pair import Pair, quiet
 from pvae.traces import Layout, members, samples, unwrapped
 from pvae.util import seeds

@@ -29,7 +29,7 @@ from pvae.guides.encoders import Encoder
 from pvae.guides.posteriors import Posterior
 from pvae.models.likelihoods import Likelihood
 from pvae.models.priors import Prior
-from pvae.networks import Network
+from pvae.nn.dense import Network
 from pvae.objectives import Objective
 from pvae.site import Link, Site
 from pvae.spec import Experiment, Latent, Refit, Train, Watch

@@ -17,7 +17,7 @@ import pvae
 from pvae import cli
 from pvae.component import IMPORTED
 from pvae.listing import list_runs
-from pvae.schedules import Schedule
+from pvae.nn.schedules import Schedule
 
 TINY = ["encoder.network.hidden=[16]", "decoder.network.hidden=[16]", "train.engine=eager"]
 
@@ -89,7 +89,7 @@ def test_a_run_says_which_import_it_needs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "half.py").write_text(
-        "from typing import Literal\nfrom pvae.schedules import Schedule\n"
+        "from typing import Literal\nfrom pvae.nn.schedules import Schedule\n"
         "class Half(Schedule):\n"
         "    kind: Literal['test_half'] = 'test_half'\n"
         "    def at(self, epoch, epochs):\n        return 0.5\n"

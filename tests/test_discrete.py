@@ -32,7 +32,6 @@ from vector_quantize_pytorch import VectorQuantize
 
 import pvae
 from pvae import checkpoint
-from pvae.codebook import SMOOTHING, NearestCodebook
 from pvae.data import Dataset
 from pvae.distributions.codes import (
     Discretised,
@@ -46,9 +45,10 @@ from pvae.errors import DeclarationError
 from pvae.evaluation import evaluate
 from pvae.guides.codes import NearestCodePosterior
 from pvae.guides.posteriors import Posterior
+from pvae.nn.codebook import SMOOTHING, NearestCodebook
+from pvae.nn.schedules import Exponential
 from pvae.objectives import IWAE, Loss, Objective, TraceELBO, TraceMeanFieldELBO
 from pvae.pair import Pair
-from pvae.schedules import Exponential
 from pvae.spec import Experiment
 from pvae.step import Step
 from pvae.svi import refit
@@ -1184,7 +1184,7 @@ def test_the_nearest_code_is_brute_force_s(unit, monkeypatch):
     if unit:
         assert torch.equal(torch.einsum("bie,ke->bik", z.double(), found.table.double()).argmax(-1), want)
         torch.testing.assert_close(found.table.norm(dim=1), torch.ones(50))
-    monkeypatch.setattr("pvae.codebook.BLOCK", 50 * 7)  # in parts of seven vectors
+    monkeypatch.setattr("pvae.nn.codebook.BLOCK", 50 * 7)  # in parts of seven vectors
     assert torch.equal(found.nearest(z), want)
 
 

@@ -13,7 +13,7 @@ import torch
 
 from pvae.component import Shape
 from pvae.errors import DeclarationError
-from pvae.networks import MLP, Conv, GatedMLP, Network, NetworkModule, Pointwise, Resize, Resnet, Table
+from pvae.nn.dense import MLP, Conv, GatedMLP, Network, NetworkModule, Pointwise, Resize, Resnet, Table
 
 
 @dataclass(frozen=True)

@@ -20,9 +20,9 @@ from torch.distributions import constraints
 
 from pvae.em import EM
 from pvae.errors import DeclarationError
+from pvae.nn.schedules import Constant, Cosine, Cyclical, Exponential, Linear, Schedule, Scheduled
 from pvae.objectives import IWAE, Loss, Objective, TraceELBO, TraceMeanFieldELBO
 from pvae.pair import Pair, Terms
-from pvae.schedules import Constant, Cosine, Cyclical, Exponential, Linear, Schedule, Scheduled
 from pvae.spec import Experiment
 
 ONE = torch.ones(())

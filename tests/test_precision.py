@@ -15,8 +15,8 @@ import pvae
 from pvae import checkpoint
 from pvae.errors import DeclarationError
 from pvae.evaluation import evaluate
+from pvae.nn.precision import BFloat16Products, Precision, products_in
 from pvae.objectives import Loss
-from pvae.precision import BFloat16Products, Precision, products_in
 from pvae.spec import Experiment
 from pvae.step import compile_forward
 

@@ -20,10 +20,10 @@ from pvae.guides.encoders import Encoder
 from pvae.guides.posteriors import Posterior
 from pvae.models.likelihoods import Likelihood
 from pvae.models.priors import Prior
-from pvae.networks import Network
+from pvae.nn.dense import Network
+from pvae.nn.optimizers import Optimizer
+from pvae.nn.schedules import Schedule
 from pvae.objectives import Objective
-from pvae.optimizers import Optimizer
-from pvae.schedules import Schedule
 from pvae.show import arrows, formulas
 from pvae.spec import Experiment
 from pvae.util import toml
@@ -253,7 +253,7 @@ def test_notebook_view_is_escaped() -> None:
 
 def test_plugins_come_from_the_command_line_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "my_kinds.py").write_text(
-        "from typing import Literal\nfrom pvae.schedules import Schedule\n"
+        "from typing import Literal\nfrom pvae.nn.schedules import Schedule\n"
         "class Step(Schedule):\n"
         "    kind: Literal['test_step'] = 'test_step'\n"
         "    def at(self, epoch, epochs):\n        return float(epoch > 3)\n"

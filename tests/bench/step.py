@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from pvae import Experiment
+from pvae.nn.precision import Precision
 from pvae.objectives import Loss
-from pvae.precision import Precision
 from pvae.step import Step, make_capturable
 from pvae.util.seeds import set_noise
 

@@ -1,0 +1,1 @@
+"""Networks, codebooks, schedules, optimizers and the precision of their products."""
