@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from pvae.component import Shape
 from pvae.distributions.codes import KL, Certain, RelaxedCodes, bits, code_grid
+from pvae.graph.site import Link, Moving, Site, Values
 from pvae.guides.posteriors import Posterior
 from pvae.nn.codebook import NearestCodebook
 from pvae.nn.dense import MLP, Network, NetworkModule, Pointwise
-from pvae.site import Link, Moving, Site, Values
 
 SMALL = 32
 """Joint states up to which `estimator = "auto"` sums over all of them: each costs a pass of the decoder."""

@@ -10,8 +10,8 @@ from typing import Any, ClassVar, Literal, final
 from torch import Tensor, nn
 
 from pvae.component import Component, Shape
+from pvae.graph.site import OBSERVED, Site
 from pvae.nn.dense import MLP, Network, NetworkModule
-from pvae.site import OBSERVED, Site
 
 FEATURES = "features"
 """Name of a network's output among a posterior's inputs."""

@@ -10,9 +10,9 @@ import pyro.distributions as dist
 from torch import Tensor, nn
 
 from pvae.distributions.determined import Determined
+from pvae.graph.site import EMBEDDED, OBSERVED, Frame, Link, Site, data_plate, embedded
 from pvae.guides.codes import Estimated, NearestCodes, NearestModule
 from pvae.guides.encoders import EncoderModule
-from pvae.site import EMBEDDED, OBSERVED, Frame, Link, Site, data_plate, embedded
 
 
 class GraphGuide(nn.Module):

@@ -15,10 +15,10 @@ from torch.nn.functional import logsigmoid
 from pvae.component import Shape
 from pvae.distributions.determined import Determined
 from pvae.errors import DeclarationError
+from pvae.graph.site import OBSERVED, Link, Site
 from pvae.guides.posteriors import Posterior
 from pvae.nn.dense import MLP, InvertibleModule, Network
 from pvae.nn.heads import LogVarianceBounds, NormalHead
-from pvae.site import OBSERVED, Link, Site
 
 Size = torch.Size | list[int] | tuple[int, ...]
 

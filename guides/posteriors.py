@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from pvae.component import Component, Names, Shape
 from pvae.distributions.determined import Determined
+from pvae.graph.site import OBSERVED, Link, Site, Values
 from pvae.nn.codebook import Codebook
 from pvae.nn.dense import MLP, Network, NetworkModule
 from pvae.nn.heads import LogVarianceBounds, NormalHead, lower_factor
-from pvae.site import OBSERVED, Link, Site, Values
 
 
 class Posterior(Component):

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from pvae.component import Shape
 from pvae.distributions.independent import Event
 from pvae.errors import DeclarationError
+from pvae.graph.site import Link, Site
 from pvae.guides.posteriors import Posterior
 from pvae.nn.dense import MLP, Network
 from pvae.nn.heads import LogVarianceBounds, NormalHead
-from pvae.site import Link, Site
 
 TOP_DOWN = "top_down"
 """Name of the model's own features among a posterior's inputs."""

@@ -10,8 +10,8 @@ from pydantic import field_validator
 from torch import Tensor, nn
 
 from pvae.component import Names, Shape
+from pvae.graph.site import Link, Site
 from pvae.guides.posteriors import Posterior
-from pvae.site import Link, Site
 
 
 class UninferredModule(nn.Module):

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from pvae.component import Shape
 from pvae.distributions.codes import STATES, Conditional, joint_states
 from pvae.errors import DeclarationError
-from pvae.site import Site
+from pvae.graph.site import Site
 
 Size = torch.Size | list[int] | tuple[int, ...]
 Choose = Callable[[Tensor], Tensor]

@@ -14,7 +14,7 @@ from torch.distributions import constraints
 
 from pvae.component import Shape
 from pvae.errors import DeclarationError
-from pvae.law import Law
+from pvae.graph.column_law import Law
 from pvae.models.likelihoods import HIGHEST, LOWEST, Likelihood, LikelihoodModule, ReaderModule, Size, dispersed
 
 FAR = -1e30

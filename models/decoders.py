@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 from pvae.component import Names, Section, Shape
-from pvae.law import Law
+from pvae.graph.column_law import Law
 from pvae.models.likelihoods import Bernoulli, Likelihood
 from pvae.nn.dense import MLP, Network
 

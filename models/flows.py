@@ -21,8 +21,8 @@ from torch.nn.functional import linear, logsigmoid, softplus
 from pvae.component import Ints, Shape
 from pvae.distributions.codes import FreeCoordinates
 from pvae.errors import DeclarationError, NonFiniteError
+from pvae.graph.site import Link, Site, Values
 from pvae.models.priors import Prior
-from pvae.site import Link, Site, Values
 
 Size = torch.Size | list[int] | tuple[int, ...]
 

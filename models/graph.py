@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from pvae.distributions.determined import Determined
 from pvae.errors import DeclarationError
+from pvae.graph.site import EMBEDDED, OBSERVED, Frame, Site, data_plate, embedded
 from pvae.models.decoders import DecoderModule
-from pvae.site import EMBEDDED, OBSERVED, Frame, Site, data_plate, embedded
 
 SUMMED: InferDict = {"enumerate": "parallel"}
 

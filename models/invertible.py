@@ -13,10 +13,10 @@ from torch.distributions import constraints
 
 from pvae.component import Shape
 from pvae.errors import DeclarationError
+from pvae.graph.site import Link, Site
 from pvae.models.flows import FlowModule, FlowPrior, RealNVP
 from pvae.models.priors import Prior
 from pvae.nn.dense import InvertibleModule, Network, NetworkModule, flatten
-from pvae.site import Link, Site
 
 
 class Squash:

@@ -18,7 +18,7 @@ from pvae.component import Component, Shape
 from pvae.distributions.determined import Determined, Implicit, Rounded
 from pvae.distributions.independent import Event
 from pvae.errors import DataError
-from pvae.law import Law
+from pvae.graph.column_law import Law
 from pvae.nn.heads import lower_factor
 
 Size = torch.Size | list[int] | tuple[int, ...]

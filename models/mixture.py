@@ -15,10 +15,10 @@ from torch.distributions import constraints
 from pvae.component import Shape
 from pvae.distributions.exponential import FullRankNormals, Members, Normals
 from pvae.errors import DeclarationError
+from pvae.graph.site import Link, MadeOfData, Site
 from pvae.models.likelihoods import lattice
 from pvae.models.priors import Prior
 from pvae.nn.heads import LogVarianceBounds
-from pvae.site import Link, MadeOfData, Site
 
 Size = torch.Size | list[int] | tuple[int, ...]
 

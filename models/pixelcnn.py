@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pvae.component import Shape
+from pvae.graph.site import Link, Site, Values
 from pvae.models.autoregressive import Choose, TokenModule, require_shapes
 from pvae.models.priors import Prior
-from pvae.site import Link, Site, Values
 
 
 def gate(h: Tensor) -> Tensor:

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from pvae.component import Component, Shape
 from pvae.distributions.codes import RelaxedCodes, Relaxing, bits, code_grid
 from pvae.distributions.independent import Event
+from pvae.graph.site import Link, Site, Values
 from pvae.nn.dense import MLP, Network
 from pvae.nn.heads import LogVarianceBounds, NormalHead
-from pvae.site import Link, Site, Values
 
 
 class Prior(Component):

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from pvae.enumeration import read_table
 from pvae.errors import DataError, DeclarationError
+from pvae.graph.site import OBSERVED, Site, one_hot
 from pvae.models.graph import GraphModel
 from pvae.models.likelihoods import ClosedForm
 from pvae.models.priors import CodesModule
@@ -20,7 +21,6 @@ from pvae.nn.dense import TableModule
 from pvae.nn.schedules import Constant
 from pvae.objectives import Fitting, Objective, Stepper
 from pvae.pair import Pair, Terms
-from pvae.site import OBSERVED, Site, one_hot
 from pvae.util import seeds
 
 EMPTY = 1e-8

@@ -14,13 +14,13 @@ from torch.nn.functional import softplus
 from pvae.component import Shape
 from pvae.data.streamed import Streamed
 from pvae.errors import DeclarationError
+from pvae.graph.site import OBSERVED, Frame
 from pvae.models.graph import GraphModel
 from pvae.models.likelihoods import DeterminedModule, ImplicitModule
 from pvae.nn.dense import MLP, Network, NetworkModule
 from pvae.nn.schedules import Constant
 from pvae.objectives import Fitting, Objective, Stepper
 from pvae.pair import Pair, Terms, quiet
-from pvae.site import OBSERVED, Frame
 from pvae.traces import samples
 from pvae.util import seeds
 

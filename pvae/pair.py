@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from pvae.enumeration import read_table, require_summable
 from pvae.errors import DataError, DeclarationError
-from pvae.site import Frame, MadeOfData
+from pvae.graph.site import Frame, MadeOfData
 from pvae.traces import (
     Layout,
     closed_kl,

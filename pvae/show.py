@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from pvae.component import Shape
-from pvae.site import OBSERVED, Site
+from pvae.graph.site import OBSERVED, Site
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

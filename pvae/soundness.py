@@ -11,6 +11,7 @@ from pvae.component import Component
 from pvae.distributions.codes import STATES
 from pvae.em import EM
 from pvae.errors import DeclarationError, near
+from pvae.graph.site import OBSERVED, Values
 from pvae.guides.codes import EstimatedPosterior
 from pvae.guides.posteriors import Posterior
 from pvae.models.columns import support_of
@@ -19,7 +20,6 @@ from pvae.models.priors import CategoricalPrior, Prior, UniformPrior
 from pvae.nn.dense import Table as NetworkTable
 from pvae.nn.schedules import Schedule
 from pvae.objectives import IWAE
-from pvae.site import OBSERVED, Values
 
 if TYPE_CHECKING:
     from pvae.spec import Experiment, Latent, Plan, Refit

@@ -24,6 +24,8 @@ from pvae.component import Component, Ints, Names, Section, Shape, Table
 from pvae.data.declared import Data, Digits
 from pvae.errors import DeclarationError, is_refused_draw, near
 from pvae.gan import GAN as _GAN  # noqa: F401 - kinds register themselves
+from pvae.graph.prompts import Vocabulary, split
+from pvae.graph.site import OBSERVED, Frame, Link, Site, Values, topological
 from pvae.guides import flows as _guide_flows  # noqa: F401
 from pvae.guides import inverse, topdown, uninferred  # noqa: F401
 from pvae.guides.codes import BernoulliPosterior, CategoricalPosterior
@@ -40,8 +42,6 @@ from pvae.nn.precision import Precision
 from pvae.nn.schedules import Constant, Schedule, Scheduled
 from pvae.objectives import Objective, TraceELBO
 from pvae.pair import Pair
-from pvae.prompts import Vocabulary, split
-from pvae.site import OBSERVED, Frame, Link, Site, Values, topological
 from pvae.soundness import findings
 from pvae.util import toml
 from pvae.util.memory import weighed

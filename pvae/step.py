@@ -15,8 +15,8 @@ import pyro
 import torch
 from torch import Tensor, nn
 
+from pvae.graph.site import Moving
 from pvae.objectives import Loss, Stepper
-from pvae.site import Moving
 
 Forward = Callable[[Tensor], tuple[Tensor, Tensor]]
 CLIPPED = "clipped"

@@ -37,6 +37,7 @@ from pvae.errors import (
     printable,
 )
 from pvae.evaluation import CHUNK, evaluate
+from pvae.graph.site import embedded
 from pvae.guides.codes import NearestModule
 from pvae.models.mixture import VampModule
 from pvae.nn.codebook import START_VECTORS
@@ -45,7 +46,6 @@ from pvae.objectives import Fitting, Loss, Stepper
 from pvae.pair import Pair, quiet
 from pvae.run import load_weights
 from pvae.rundir import RunDirectory
-from pvae.site import embedded
 from pvae.spec import Plan
 from pvae.step import CLIPPED, Step, is_finite, load_optimizer_tensors, make_capturable, optimizer_tensors, set_lr
 from pvae.usage import code_usage

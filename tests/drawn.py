@@ -25,13 +25,13 @@ from pvae.component import Component, Shape
 from pvae.data.columns import Column
 from pvae.data.declared import Binarize
 from pvae.errors import DeclarationError
+from pvae.graph.site import Link, Site
 from pvae.guides.encoders import Encoder
 from pvae.guides.posteriors import Posterior
 from pvae.models.likelihoods import Likelihood
 from pvae.models.priors import Prior
 from pvae.nn.dense import Network
 from pvae.objectives import Objective
-from pvae.site import Link, Site
 from pvae.spec import Experiment, Latent, Refit, Train, Watch
 
 Raw = dict[str, Any]

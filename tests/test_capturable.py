@@ -19,9 +19,9 @@ from torch.utils._pytree import tree_leaves
 
 from pvae import zoo
 from pvae.data import load
+from pvae.graph.site import Moving
 from pvae.objectives import Loss
 from pvae.run import attended
-from pvae.site import Moving
 from pvae.spec import Experiment
 
 FROM_NUMBERS = (Tensor.new_tensor, torch.tensor, torch.as_tensor)

@@ -17,9 +17,9 @@ from pvae.analysis import bracket, evidence, surgery
 from pvae.analysis.pooled import GROUPS
 from pvae.data import Dataset
 from pvae.errors import DataError, DeclarationError
+from pvae.graph.site import Frame
 from pvae.pair import Pair
 from pvae.run import Run
-from pvae.site import Frame
 from pvae.spec import Experiment
 from pvae.util import seeds
 

@@ -29,7 +29,7 @@ from pvae.data import Dataset
 from pvae.em import EM
 from pvae.errors import DataError, DeclarationError
 from pvae.evaluation import evaluate
-from pvae.law import Law
+from pvae.graph.column_law import Law
 from pvae.models.likelihoods import ClosedForm, FactoredNormal, Likelihood
 from pvae.objectives import Loss, TraceELBO
 from pvae.pair import Pair

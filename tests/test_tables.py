@@ -34,7 +34,7 @@ from pvae.data.delimited import MAX_HEADER_BYTES
 from pvae.data.prepare import UNWARPS, WARPS
 from pvae.data.streamed import Streamed
 from pvae.errors import DataError, DeclarationError, MissingExtraError
-from pvae.law import Law
+from pvae.graph.column_law import Law
 from pvae.models.columns import FAMILIES, ColumnsLikelihood
 from pvae.objectives import Loss
 from pvae.spec import Experiment

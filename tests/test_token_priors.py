@@ -21,11 +21,11 @@ from torch import Tensor, nn
 from pvae.component import Shape
 from pvae.distributions.codes import conditional_logits
 from pvae.errors import DeclarationError
+from pvae.graph.site import Link, Site, one_hot
 from pvae.models.autoregressive import DRAWN, Autoregressive, TokenModule
 from pvae.models.pixelcnn import PixelCNNPrior, Resize
 from pvae.models.priors import Prior
 from pvae.models.transformer import TransformerPrior
-from pvae.site import Link, Site, one_hot
 
 KINDS: dict[str, dict[str, Any]] = {
     "pixelcnn": {"channels": 16, "layers": 2, "kernel": 3},

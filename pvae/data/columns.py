@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self, final
 from pydantic import Field, model_validator
 
 from pvae.component import Component
-from pvae.law import Law
+from pvae.graph.column_law import Law
 
 if TYPE_CHECKING:
     import numpy as np
@@ -42,7 +42,7 @@ class Column(Component):
     @property
     @abstractmethod
     def family(self) -> str:
-        """Name of its distribution: see `pvae.law.Law`."""
+        """Name of its distribution: see `pvae.graph.column_law.Law`."""
 
     @property
     @abstractmethod

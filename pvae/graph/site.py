@@ -15,7 +15,7 @@ from torch.distributions import constraints
 
 from pvae.component import Shape
 from pvae.errors import DataError, DeclarationError
-from pvae.prompts import Vocabulary
+from pvae.graph.prompts import Vocabulary
 
 if TYPE_CHECKING:
     from pvae.guides.graph import GraphGuide
