@@ -10,7 +10,7 @@ from torch.distributions import constraints
 
 from pvae.component import Names, Section, Shape
 from pvae.graph.column_law import Law
-from pvae.models.likelihoods import Bernoulli, Likelihood
+from pvae.models.likelihoods.base import Bernoulli, Likelihood
 from pvae.nn.dense import MLP, Network
 
 

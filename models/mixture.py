@@ -16,7 +16,7 @@ from pvae.component import Shape
 from pvae.distributions.exponential import FullRankNormals, Members, Normals
 from pvae.errors import DeclarationError
 from pvae.graph.site import Link, MadeOfData, Site
-from pvae.models.likelihoods import lattice
+from pvae.models.likelihoods.base import lattice
 from pvae.models.priors import Prior
 from pvae.nn.heads import LogVarianceBounds
 

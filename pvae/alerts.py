@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributions import Categorical, OneHotCategorical
 
 from pvae.distributions.codes import Certain, Discretised
-from pvae.models.likelihoods import FactoredNormal
+from pvae.models.likelihoods.base import FactoredNormal
 from pvae.pair import Pair, quiet
 from pvae.spec import Experiment, Plan
 from pvae.traces import samples, unwrapped

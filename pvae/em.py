@@ -15,7 +15,7 @@ from pvae.enumeration import read_table
 from pvae.errors import DataError, DeclarationError
 from pvae.graph.site import OBSERVED, Site, one_hot
 from pvae.models.graph import GraphModel
-from pvae.models.likelihoods import ClosedForm
+from pvae.models.likelihoods.base import ClosedForm
 from pvae.models.priors import CodesModule
 from pvae.nn.dense import TableModule
 from pvae.nn.schedules import Constant

@@ -16,7 +16,7 @@ from pvae.data.streamed import Streamed
 from pvae.errors import DeclarationError
 from pvae.graph.site import OBSERVED, Frame
 from pvae.models.graph import GraphModel
-from pvae.models.likelihoods import DeterminedModule, ImplicitModule
+from pvae.models.likelihoods.base import DeterminedModule, ImplicitModule
 from pvae.nn.dense import MLP, Network, NetworkModule
 from pvae.nn.schedules import Constant
 from pvae.objectives import Fitting, Objective, Stepper

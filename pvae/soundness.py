@@ -14,8 +14,8 @@ from pvae.errors import DeclarationError, near
 from pvae.graph.site import OBSERVED, Values
 from pvae.guides.codes import EstimatedPosterior
 from pvae.guides.posteriors import Posterior
-from pvae.models.columns import support_of
-from pvae.models.likelihoods import DeterminedLikelihood, Likelihood
+from pvae.models.likelihoods.base import DeterminedLikelihood, Likelihood
+from pvae.models.likelihoods.columns import support_of
 from pvae.models.priors import CategoricalPrior, Prior, UniformPrior
 from pvae.nn.dense import Table as NetworkTable
 from pvae.nn.schedules import Schedule

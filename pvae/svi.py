@@ -19,7 +19,7 @@ from pvae.data.python import is_bare
 from pvae.errors import CheckpointError, DataError, DeclarationError, DeviceError
 from pvae.evaluation import evaluate
 from pvae.exporters import exporting, remembered, require
-from pvae.models.likelihoods import Likelihood
+from pvae.models.likelihoods.base import Likelihood
 from pvae.objectives import Objective, TraceELBO, TraceMeanFieldELBO
 from pvae.pair import Pair
 from pvae.run import Run, attended, load_weights

@@ -28,7 +28,7 @@ from pvae.errors import DeclarationError
 from pvae.graph.site import Link, Site
 from pvae.guides.encoders import Encoder
 from pvae.guides.posteriors import Posterior
-from pvae.models.likelihoods import Likelihood
+from pvae.models.likelihoods.base import Likelihood
 from pvae.models.priors import Prior
 from pvae.nn.dense import Network
 from pvae.objectives import Objective

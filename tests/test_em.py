@@ -30,7 +30,7 @@ from pvae.em import EM
 from pvae.errors import DataError, DeclarationError
 from pvae.evaluation import evaluate
 from pvae.graph.column_law import Law
-from pvae.models.likelihoods import ClosedForm, FactoredNormal, Likelihood
+from pvae.models.likelihoods.base import ClosedForm, FactoredNormal, Likelihood
 from pvae.objectives import Loss, TraceELBO
 from pvae.pair import Pair
 from pvae.spec import Experiment, Train

@@ -15,7 +15,7 @@ import scipy.stats
 import torch
 
 from pvae.component import Shape
-from pvae.models.likelihoods import (
+from pvae.models.likelihoods.base import (
     Bernoulli,
     Categorical,
     DiscretizedLogistic,

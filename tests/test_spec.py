@@ -18,7 +18,7 @@ from pvae.data import Data
 from pvae.errors import DeclarationError
 from pvae.guides.encoders import Encoder
 from pvae.guides.posteriors import Posterior
-from pvae.models.likelihoods import Likelihood
+from pvae.models.likelihoods.base import Likelihood
 from pvae.models.priors import Prior
 from pvae.nn.dense import Network
 from pvae.nn.optimizers import Optimizer

@@ -35,7 +35,7 @@ from pvae.data.prepare import UNWARPS, WARPS
 from pvae.data.streamed import Streamed
 from pvae.errors import DataError, DeclarationError, MissingExtraError
 from pvae.graph.column_law import Law
-from pvae.models.columns import FAMILIES, ColumnsLikelihood
+from pvae.models.likelihoods.columns import FAMILIES, ColumnsLikelihood
 from pvae.objectives import Loss
 from pvae.spec import Experiment
 from tests.test_cli import run_cli

@@ -25,7 +25,7 @@ from pvae.data.rows import CHUNK_ELEMENTS, SPLITS, Part, Rows, joined, partition
 from pvae.data.streamed import Streamed, Streams, WindowOrder, streams
 from pvae.data.tables import Table, declared_frame, read_frame
 from pvae.errors import DataError, DeclarationError, near
-from pvae.models.columns import columns as of_columns
+from pvae.models.likelihoods.columns import columns as of_columns
 from pvae.util import seeds
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from torch.distributions import constraints
 from pvae.component import Shape
 from pvae.errors import DeclarationError
 from pvae.graph.column_law import Law
-from pvae.models.likelihoods import HIGHEST, LOWEST, Likelihood, LikelihoodModule, ReaderModule, Size, dispersed
+from pvae.models.likelihoods.base import HIGHEST, LOWEST, Likelihood, LikelihoodModule, ReaderModule, Size, dispersed
 
 FAR = -1e30
 """The logit of a level that a column does not have: no gradient, no NaN."""
