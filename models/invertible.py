@@ -14,8 +14,8 @@ from torch.distributions import constraints
 from pvae.component import Shape
 from pvae.errors import DeclarationError
 from pvae.graph.site import Link, Site
-from pvae.models.flows import FlowModule, FlowPrior, RealNVP
-from pvae.models.priors import Prior
+from pvae.models.priors.base import Prior
+from pvae.models.priors.flows import FlowModule, FlowPrior, RealNVP
 from pvae.nn.dense import InvertibleModule, Network, NetworkModule, flatten
 
 

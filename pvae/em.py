@@ -16,7 +16,7 @@ from pvae.errors import DataError, DeclarationError
 from pvae.graph.site import OBSERVED, Site, one_hot
 from pvae.models.graph import GraphModel
 from pvae.models.likelihoods.base import ClosedForm
-from pvae.models.priors import CodesModule
+from pvae.models.priors.base import CodesModule
 from pvae.nn.dense import TableModule
 from pvae.nn.schedules import Constant
 from pvae.objectives import Fitting, Objective, Stepper

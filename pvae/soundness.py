@@ -16,7 +16,7 @@ from pvae.guides.codes import EstimatedPosterior
 from pvae.guides.posteriors import Posterior
 from pvae.models.likelihoods.base import DeterminedLikelihood, Likelihood
 from pvae.models.likelihoods.columns import support_of
-from pvae.models.priors import CategoricalPrior, Prior, UniformPrior
+from pvae.models.priors.base import CategoricalPrior, Prior, UniformPrior
 from pvae.nn.dense import Table as NetworkTable
 from pvae.nn.schedules import Schedule
 from pvae.objectives import IWAE

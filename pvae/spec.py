@@ -32,11 +32,12 @@ from pvae.guides.codes import BernoulliPosterior, CategoricalPosterior
 from pvae.guides.encoders import Encoder, SharedEncoder
 from pvae.guides.graph import GraphGuide
 from pvae.guides.posteriors import ExactPosterior, NormalPosterior, Posterior
-from pvae.models import flows, invertible, mixture, pixelcnn, transformer  # noqa: F401
+from pvae.models import invertible  # noqa: F401
 from pvae.models.decoders import Decoder
 from pvae.models.graph import GraphModel
 from pvae.models.likelihoods import columns as _columns  # noqa: F401
-from pvae.models.priors import BernoulliPrior, CategoricalPrior, Prior, StandardNormal, prior_of
+from pvae.models.priors import flows, mixture, pixelcnn, transformer  # noqa: F401
+from pvae.models.priors.base import BernoulliPrior, CategoricalPrior, Prior, StandardNormal, prior_of
 from pvae.nn.optimizers import Adam, Optimizer
 from pvae.nn.precision import Precision
 from pvae.nn.schedules import Constant, Schedule, Scheduled

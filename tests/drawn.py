@@ -29,7 +29,7 @@ from pvae.graph.site import Link, Site
 from pvae.guides.encoders import Encoder
 from pvae.guides.posteriors import Posterior
 from pvae.models.likelihoods.base import Likelihood
-from pvae.models.priors import Prior
+from pvae.models.priors.base import Prior
 from pvae.nn.dense import Network
 from pvae.objectives import Objective
 from pvae.spec import Experiment, Latent, Refit, Train, Watch

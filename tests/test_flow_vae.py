@@ -29,9 +29,9 @@ from pvae.data import toys
 from pvae.distributions.determined import Determined, Rounded
 from pvae.errors import DataError, DeclarationError
 from pvae.evaluation import evaluate
-from pvae.models.flows import FlowPrior
 from pvae.models.invertible import BijectionModule, BijectionNetwork
-from pvae.models.priors import Prior
+from pvae.models.priors.base import Prior
+from pvae.models.priors.flows import FlowPrior
 from pvae.objectives import IWAE, TraceELBO, TraceMeanFieldELBO
 from pvae.pair import Pair
 from pvae.spec import Experiment

@@ -23,9 +23,9 @@ from pvae.distributions.exponential import Normals
 from pvae.errors import DeclarationError, NonFiniteError
 from pvae.evaluation import evaluate
 from pvae.guides.posteriors import Posterior
-from pvae.models.flows import bisected
-from pvae.models.mixture import Mixture
-from pvae.models.priors import Prior
+from pvae.models.priors.base import Prior
+from pvae.models.priors.flows import bisected
+from pvae.models.priors.mixture import Mixture
 from pvae.pair import Pair
 from pvae.spec import Experiment
 from tests.laws import FLOWS, require_gradients

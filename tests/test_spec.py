@@ -19,7 +19,7 @@ from pvae.errors import DeclarationError
 from pvae.guides.encoders import Encoder
 from pvae.guides.posteriors import Posterior
 from pvae.models.likelihoods.base import Likelihood
-from pvae.models.priors import Prior
+from pvae.models.priors.base import Prior
 from pvae.nn.dense import Network
 from pvae.nn.optimizers import Optimizer
 from pvae.nn.schedules import Schedule

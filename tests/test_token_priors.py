@@ -22,10 +22,10 @@ from pvae.component import Shape
 from pvae.distributions.codes import conditional_logits
 from pvae.errors import DeclarationError
 from pvae.graph.site import Link, Site, one_hot
-from pvae.models.autoregressive import DRAWN, Autoregressive, TokenModule
-from pvae.models.pixelcnn import PixelCNNPrior, Resize
-from pvae.models.priors import Prior
-from pvae.models.transformer import TransformerPrior
+from pvae.models.priors.autoregressive import DRAWN, Autoregressive, TokenModule
+from pvae.models.priors.base import Prior
+from pvae.models.priors.pixelcnn import PixelCNNPrior, Resize
+from pvae.models.priors.transformer import TransformerPrior
 
 KINDS: dict[str, dict[str, Any]] = {
     "pixelcnn": {"channels": 16, "layers": 2, "kernel": 3},
@@ -465,6 +465,6 @@ def test_shapes_that_cannot_be_read_are_refused(kind):
 
 
 def test_the_table_is_complete():
-    modules = ("pvae.models.pixelcnn", "pvae.models.transformer")
+    modules = ("pvae.models.priors.pixelcnn", "pvae.models.priors.transformer")
     shipped = {kind for kind, m in Prior.members.items() if m.__module__ in modules}
     assert shipped == set(KINDS)

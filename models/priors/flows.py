@@ -22,7 +22,7 @@ from pvae.component import Ints, Shape
 from pvae.distributions.codes import FreeCoordinates
 from pvae.errors import DeclarationError, NonFiniteError
 from pvae.graph.site import Link, Site, Values
-from pvae.models.priors import Prior
+from pvae.models.priors.base import Prior
 
 Size = torch.Size | list[int] | tuple[int, ...]
 

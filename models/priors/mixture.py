@@ -17,7 +17,7 @@ from pvae.distributions.exponential import FullRankNormals, Members, Normals
 from pvae.errors import DeclarationError
 from pvae.graph.site import Link, MadeOfData, Site
 from pvae.models.likelihoods.base import lattice
-from pvae.models.priors import Prior
+from pvae.models.priors.base import Prior
 from pvae.nn.heads import LogVarianceBounds
 
 Size = torch.Size | list[int] | tuple[int, ...]

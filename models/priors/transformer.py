@@ -12,8 +12,8 @@ from torch.nn import functional as F
 
 from pvae.component import Shape
 from pvae.graph.site import Link, Site, Values
-from pvae.models.autoregressive import Choose, TokenModule, require_shapes
-from pvae.models.priors import Prior
+from pvae.models.priors.autoregressive import Choose, TokenModule, require_shapes
+from pvae.models.priors.base import Prior
 
 
 class Positions(nn.Module):

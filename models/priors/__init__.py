@@ -1,0 +1,1 @@
+"""Priors p(z), a file for each kind or close family."""
