@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from pvae.distributions.determined import Determined
 from pvae.graph.site import EMBEDDED, OBSERVED, Frame, Link, Site, data_plate, embedded
-from pvae.guides.codes import Estimated, NearestCodes, NearestModule
 from pvae.guides.encoders import EncoderModule
+from pvae.guides.posteriors.codes import Estimated, NearestCodes, NearestModule
 
 
 class GraphGuide(nn.Module):

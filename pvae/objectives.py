@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from pvae.component import Component
 from pvae.errors import DeclarationError
-from pvae.guides.codes import Estimated
+from pvae.guides.posteriors.codes import Estimated
 from pvae.nn.precision import Precision, products_in
 from pvae.nn.schedules import Constant, Schedule
 from pvae.pair import Pair, Terms

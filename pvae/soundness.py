@@ -12,8 +12,8 @@ from pvae.distributions.codes import STATES
 from pvae.em import EM
 from pvae.errors import DeclarationError, near
 from pvae.graph.site import OBSERVED, Values
-from pvae.guides.codes import EstimatedPosterior
-from pvae.guides.posteriors import Posterior
+from pvae.guides.posteriors.base import Posterior
+from pvae.guides.posteriors.codes import EstimatedPosterior
 from pvae.models.likelihoods.base import DeterminedLikelihood, Likelihood
 from pvae.models.likelihoods.columns import support_of
 from pvae.models.priors.base import CategoricalPrior, Prior, UniformPrior

@@ -26,12 +26,12 @@ from pvae.errors import DeclarationError, is_refused_draw, near
 from pvae.gan import GAN as _GAN  # noqa: F401 - kinds register themselves
 from pvae.graph.prompts import Vocabulary, split
 from pvae.graph.site import OBSERVED, Frame, Link, Site, Values, topological
-from pvae.guides import flows as _guide_flows  # noqa: F401
-from pvae.guides import inverse, topdown, uninferred  # noqa: F401
-from pvae.guides.codes import BernoulliPosterior, CategoricalPosterior
 from pvae.guides.encoders import Encoder, SharedEncoder
 from pvae.guides.graph import GraphGuide
-from pvae.guides.posteriors import ExactPosterior, NormalPosterior, Posterior
+from pvae.guides.posteriors import flows as _guide_flows  # noqa: F401
+from pvae.guides.posteriors import inverse, topdown  # noqa: F401
+from pvae.guides.posteriors.base import ExactPosterior, NormalPosterior, Posterior
+from pvae.guides.posteriors.codes import BernoulliPosterior, CategoricalPosterior
 from pvae.models import invertible  # noqa: F401
 from pvae.models.decoders import Decoder
 from pvae.models.graph import GraphModel

@@ -38,7 +38,7 @@ from pvae.errors import (
 )
 from pvae.evaluation import CHUNK, evaluate
 from pvae.graph.site import embedded
-from pvae.guides.codes import NearestModule
+from pvae.guides.posteriors.codes import NearestModule
 from pvae.models.priors.mixture import VampModule
 from pvae.nn.codebook import START_VECTORS
 from pvae.nn.schedules import Scheduled

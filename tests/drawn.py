@@ -27,7 +27,7 @@ from pvae.data.declared import Binarize
 from pvae.errors import DeclarationError
 from pvae.graph.site import Link, Site
 from pvae.guides.encoders import Encoder
-from pvae.guides.posteriors import Posterior
+from pvae.guides.posteriors.base import Posterior
 from pvae.models.likelihoods.base import Likelihood
 from pvae.models.priors.base import Prior
 from pvae.nn.dense import Network

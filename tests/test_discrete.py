@@ -43,8 +43,8 @@ from pvae.distributions.codes import (
 )
 from pvae.errors import DeclarationError
 from pvae.evaluation import evaluate
-from pvae.guides.codes import NearestCodePosterior
-from pvae.guides.posteriors import Posterior
+from pvae.guides.posteriors.base import Posterior
+from pvae.guides.posteriors.codes import NearestCodePosterior
 from pvae.nn.codebook import SMOOTHING, NearestCodebook
 from pvae.nn.schedules import Exponential
 from pvae.objectives import IWAE, Loss, Objective, TraceELBO, TraceMeanFieldELBO

@@ -26,7 +26,7 @@ import pvae
 from pvae.analysis import evidence, surgery
 from pvae.errors import DeclarationError
 from pvae.evaluation import evaluate
-from pvae.guides.topdown import TOP_DOWN
+from pvae.guides.posteriors.topdown import TOP_DOWN
 from pvae.objectives import IWAE, TraceELBO, TraceMeanFieldELBO
 from pvae.pair import Pair
 from pvae.spec import Experiment

@@ -25,7 +25,7 @@ from pvae.analysis import AggregatedPosterior, evidence, surgery
 from pvae.analysis.draws import draw, quiet
 from pvae.errors import DeclarationError
 from pvae.evaluation import evaluate
-from pvae.guides.flows import GatedStep, PushedNormal
+from pvae.guides.posteriors.flows import GatedStep, PushedNormal
 from pvae.objectives import IWAE, TraceELBO
 from pvae.pair import Pair
 from pvae.spec import Experiment

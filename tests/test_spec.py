@@ -17,7 +17,7 @@ from pvae.component import Component, load_plugins
 from pvae.data import Data
 from pvae.errors import DeclarationError
 from pvae.guides.encoders import Encoder
-from pvae.guides.posteriors import Posterior
+from pvae.guides.posteriors.base import Posterior
 from pvae.models.likelihoods.base import Likelihood
 from pvae.models.priors.base import Prior
 from pvae.nn.dense import Network

@@ -13,7 +13,7 @@ from pvae.component import Shape
 from pvae.distributions.independent import Event
 from pvae.errors import DeclarationError
 from pvae.graph.site import Link, Site
-from pvae.guides.posteriors import Posterior
+from pvae.guides.posteriors.base import Posterior
 from pvae.nn.dense import MLP, Network
 from pvae.nn.heads import LogVarianceBounds, NormalHead
 

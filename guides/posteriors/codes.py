@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from pvae.component import Shape
 from pvae.distributions.codes import KL, Certain, RelaxedCodes, bits, code_grid
 from pvae.graph.site import Link, Moving, Site, Values
-from pvae.guides.posteriors import Posterior
+from pvae.guides.posteriors.base import Posterior
 from pvae.nn.codebook import NearestCodebook
 from pvae.nn.dense import MLP, Network, NetworkModule, Pointwise
 

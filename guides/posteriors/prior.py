@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pvae.component import Names, Shape
 from pvae.graph.site import Link, Site
-from pvae.guides.posteriors import Posterior
+from pvae.guides.posteriors.base import Posterior
 
 
 class UninferredModule(nn.Module):

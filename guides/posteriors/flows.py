@@ -15,7 +15,7 @@ from torch.distributions import constraints
 from pvae.component import Ints, Shape
 from pvae.errors import DeclarationError
 from pvae.graph.site import Link, Site
-from pvae.guides.posteriors import Posterior
+from pvae.guides.posteriors.base import Posterior
 from pvae.nn.dense import MLP, Network, NetworkModule
 from pvae.nn.heads import LogVarianceBounds, diagonal_normal
 

@@ -16,7 +16,7 @@ from pvae.component import Shape
 from pvae.distributions.determined import Determined
 from pvae.errors import DeclarationError
 from pvae.graph.site import OBSERVED, Link, Site
-from pvae.guides.posteriors import Posterior
+from pvae.guides.posteriors.base import Posterior
 from pvae.nn.dense import MLP, InvertibleModule, Network
 from pvae.nn.heads import LogVarianceBounds, NormalHead
 

@@ -1,0 +1,1 @@
+"""Posteriors q(z | x), a file for each kind or close family."""
