@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
 from pvae import checkpoint
-from pvae.data.cache import cache_folder
+from pvae.data.rows.cache import cache_folder
 from pvae.errors import BusyError, CheckpointError, DataError, OutputError
 from pvae.listing import list_runs
 from pvae.rundir import STALE_AFTER_SECONDS, RunDirectory, folders

@@ -359,7 +359,7 @@ def _writable(name: str, folder: Path, level: Level, advice: str) -> Check:
 
 
 def _cache() -> Iterator[Check]:
-    from pvae.data.cache import cache_folder
+    from pvae.data.rows.cache import cache_folder
 
     yield _writable("cache", cache_folder(), "warning", "Set XDG_CACHE_HOME to a folder that can be written.")
 
@@ -398,7 +398,7 @@ def _data(data_dir: Path | None) -> Iterator[Check]:
 
 def _collection(name: str, collection: Collection, named: Path | None) -> Check:
     """Where the files of a collection are, without reading them."""
-    from pvae.data.cache import cache_folder
+    from pvae.data.rows.cache import cache_folder
 
     own = [named / collection.slug, named] if named else []
     places = [*own, *([collection.system] if collection.system else []), cache_folder() / collection.slug]

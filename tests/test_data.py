@@ -42,12 +42,12 @@ from pvae.data import (
     Splits,
     TensorSource,
     Toy,
-    cache,
     load,
     sources,
 )
 from pvae.data.idx import Header
-from pvae.data.rows import shared_rows
+from pvae.data.rows import cache
+from pvae.data.rows.rows import shared_rows
 from pvae.data.sources import FASHION_MNIST, Collection, IdxFile, read_collection, read_known
 from pvae.errors import BusyError, DataError, DeclarationError, OutputError
 

@@ -32,9 +32,9 @@ from torch.utils.data import Dataset as TorchDataset
 
 import pvae
 from pvae.data import Data, Dataset, Idx, Images, Npy, Npz, TensorSource, load
-from pvae.data.arrays import Index, SparseRows
-from pvae.data.cache import cache_folder
 from pvae.data.python import Spool
+from pvae.data.rows.arrays import Index, SparseRows
+from pvae.data.rows.cache import cache_folder
 from pvae.errors import DataError, StorageError
 from pvae.run import Run
 
@@ -770,7 +770,7 @@ class Watched(SparseRows):
 
 
 def test_a_fit_on_sparse_counts_never_makes_them_dense(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("pvae.data.rows.CHUNK_ELEMENTS", 2**16)
+    monkeypatch.setattr("pvae.data.rows.rows.CHUNK_ELEMENTS", 2**16)
     monkeypatch.setattr("pvae.data.dataset.CHUNK_ELEMENTS", 2**16)
     counts = sparse.random_array((3000, 200), density=0.05, rng=np.random.default_rng(0), data_sampler=None)
     data = Dataset.of(Watched(counts))

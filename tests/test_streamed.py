@@ -11,9 +11,9 @@ import torch
 
 import pvae
 from pvae.data import Dataset, Npz, TensorSource, streamed
-from pvae.data.arrays import Joined, SparseRows, npy_array
 from pvae.data.dataset import _assembled
-from pvae.data.rows import Rows, shared_rows, tenths
+from pvae.data.rows.arrays import Joined, SparseRows, npy_array
+from pvae.data.rows.rows import Rows, shared_rows, tenths
 from pvae.data.streamed import Streamed, WindowOrder
 from pvae.errors import DataError
 from pvae.trainer import Trainer

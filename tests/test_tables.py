@@ -28,10 +28,10 @@ from pydantic import ValidationError
 
 import pvae
 from pvae.data import CSV, Dataset, Parquet, load, tables
-from pvae.data.columns import Column
 from pvae.data.declared import FrameSource
 from pvae.data.delimited import MAX_HEADER_BYTES
-from pvae.data.prepare import UNWARPS, WARPS
+from pvae.data.rows.columns import Column
+from pvae.data.rows.prepare import UNWARPS, WARPS
 from pvae.data.streamed import Streamed
 from pvae.errors import DataError, DeclarationError, MissingExtraError
 from pvae.graph.column_law import Law
@@ -886,7 +886,7 @@ def test_a_header_cell_too_long_for_the_parser(tmp_path: Path) -> None:
 
 def test_an_index_that_was_changed_is_made_again(tmp_path: Path) -> None:
     """FAULTS 32: what labels are called stands beside the arrays."""
-    from pvae.data.cache import cache_folder
+    from pvae.data.rows.cache import cache_folder
 
     (tmp_path / "t.csv").write_text("x,h\n" + "".join(f"{i},{'uvw'[i % 3]}\n" for i in range(60)))
     table = {"path": str(tmp_path / "t.csv"), "columns": {"x": {"type": "continuous"}}, "label": "h"}

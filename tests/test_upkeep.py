@@ -31,7 +31,7 @@ from torch import Tensor
 import pvae
 from pvae import checkpoint, cleaning, cli, doctor
 from pvae.cleaning import Cleaning, clean
-from pvae.data.cache import cache_folder
+from pvae.data.rows.cache import cache_folder
 from pvae.errors import DataError, DeclarationError
 from pvae.rundir import RunDirectory, utc_now
 from pvae.upkeep import TOLERANCE, verify

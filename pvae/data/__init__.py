@@ -26,7 +26,7 @@ if TYPE_CHECKING:
         TensorSource,
         Toy,
     )
-    from pvae.data.rows import Rows
+    from pvae.data.rows.rows import Rows
 
 _HOMES = {
     "CSV": "declared",
@@ -41,7 +41,7 @@ _HOMES = {
     "Npy": "declared",
     "Npz": "declared",
     "Parquet": "declared",
-    "Rows": "rows",
+    "Rows": "rows.rows",
     "Split": "dataset",
     "Splits": "declared",
     "TensorSource": "declared",

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, final
 from pydantic import Field, field_validator, model_validator
 
 from pvae.component import Component, Ints, Names, Section, Table
-from pvae.data.columns import Column
+from pvae.data.rows.columns import Column
 from pvae.errors import DataError, near
 
 if TYPE_CHECKING:
-    from pvae.data.rows import Rows
+    from pvae.data.rows.rows import Rows
 
 Range = Annotated[tuple[int, int], Field(strict=False)]
 """Rows ``[start, stop)`` of a source; a list of two integers is accepted."""

@@ -10,8 +10,8 @@ from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
-from pvae.data.arrays import AnyArray, Array, Stored
-from pvae.data.rows import SPLITS, Rows, tenths
+from pvae.data.rows.arrays import AnyArray, Array, Stored
+from pvae.data.rows.rows import SPLITS, Rows, tenths
 from pvae.errors import DataError
 from pvae.util.memory import GIB, total_memory
 

@@ -16,8 +16,6 @@ from typing import IO, TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from pvae.data.arrays import AnyArray, Array, FileArray, version_of
-from pvae.data.cache import Writer, decoded
 from pvae.data.files import (
     BLOCK_BYTES,
     MAX_DEFLATE_RATIO,
@@ -28,7 +26,9 @@ from pvae.data.files import (
     pieces,
     require_room,
 )
-from pvae.data.rows import Rows
+from pvae.data.rows.arrays import AnyArray, Array, FileArray, version_of
+from pvae.data.rows.cache import Writer, decoded
+from pvae.data.rows.rows import Rows
 from pvae.errors import DataError
 
 if TYPE_CHECKING:

@@ -16,10 +16,10 @@ import numpy as np
 import PIL
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from pvae.data.arrays import Array
-from pvae.data.cache import Writer, decoded
 from pvae.data.files import file_rows, held, user_folder
-from pvae.data.rows import Rows
+from pvae.data.rows.arrays import Array
+from pvae.data.rows.cache import Writer, decoded
+from pvae.data.rows.rows import Rows
 from pvae.errors import DataError, printable
 from pvae.util.files import pretty
 

@@ -18,10 +18,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pvae.data.arrays import Stored
 from pvae.data.declared import Binarize
-from pvae.data.prepare import PUBLISHED_SEED, BlockRule, Scaled, require_unit
-from pvae.data.rows import SPLITS, Part, chunks, rows_of
+from pvae.data.rows.arrays import Stored
+from pvae.data.rows.prepare import PUBLISHED_SEED, BlockRule, Scaled, require_unit
+from pvae.data.rows.rows import SPLITS, Part, chunks, rows_of
 from pvae.errors import DataError
 from pvae.util import seeds
 
@@ -283,7 +283,7 @@ def streams(data: Scaled, parts: dict[str, Part], binarize: Binarize) -> Streams
     """The splits of rows that stay where they are.
 
     Fixed draws of a binarisation are functions of the split and the number of a block, so that they never change; they
-    are other draws than those of `pvae.data.prepare.prepare`, which follow the published protocol.
+    are other draws than those of `pvae.data.rows.prepare.prepare`, which follow the published protocol.
 
     Raises:
         DataError: binarisation of values outside [0, 1].

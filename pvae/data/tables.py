@@ -13,14 +13,14 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
-from pvae.data.arrays import AnyArray, Array, version_of
-from pvae.data.cache import Writer, decoded
-from pvae.data.columns import Column
 from pvae.data.declared import CSV, FrameSource, Parquet, Tabular
 from pvae.data.delimited import Piece, read_header, read_pieces, shown
 from pvae.data.files import file_rows, held, located
-from pvae.data.prepare import UNWARPS, Floats
-from pvae.data.rows import SPLITS, Rows, tenths
+from pvae.data.rows.arrays import AnyArray, Array, version_of
+from pvae.data.rows.cache import Writer, decoded
+from pvae.data.rows.columns import Column
+from pvae.data.rows.prepare import UNWARPS, Floats
+from pvae.data.rows.rows import SPLITS, Rows, tenths
 from pvae.errors import DataError, DeclarationError, MissingExtraError, near
 
 if TYPE_CHECKING:

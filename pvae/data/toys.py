@@ -14,7 +14,7 @@ from numpy.random import Generator
 from numpy.typing import NDArray
 from scipy.special import i0e, logsumexp, ndtr
 
-from pvae.data.rows import Rows
+from pvae.data.rows.rows import Rows
 from pvae.errors import DeclarationError, near
 
 Floats = NDArray[np.float64]

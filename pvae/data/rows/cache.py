@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from pvae.data.arrays import Array, FileArray, npy_array
+from pvae.data.rows.arrays import Array, FileArray, npy_array
 from pvae.errors import BusyError, DataError, OutputError, StorageError
 from pvae.util.files import pretty, read_object
 

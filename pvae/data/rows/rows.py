@@ -10,9 +10,9 @@ from math import prod
 import numpy as np
 from numpy.typing import NDArray
 
-from pvae.data.arrays import AnyArray, Array, Joined
-from pvae.data.columns import Column
 from pvae.data.declared import Splits
+from pvae.data.rows.arrays import AnyArray, Array, Joined
+from pvae.data.rows.columns import Column
 from pvae.errors import DataError
 
 Part = range | NDArray[np.int64]
