@@ -27,12 +27,13 @@ import torch
 from pydantic import ValidationError
 
 import pvae
-from pvae.data import CSV, Dataset, Parquet, load, tables
+from pvae.data import CSV, Dataset, Parquet, load
 from pvae.data.declared import FrameSource
-from pvae.data.delimited import MAX_HEADER_BYTES
 from pvae.data.rows.columns import Column
 from pvae.data.rows.prepare import UNWARPS, WARPS
 from pvae.data.streamed import Streamed
+from pvae.data.tables import tables
+from pvae.data.tables.delimited import MAX_HEADER_BYTES
 from pvae.errors import DataError, DeclarationError, MissingExtraError
 from pvae.graph.column_law import Law
 from pvae.models.likelihoods.columns import FAMILIES, ColumnsLikelihood
@@ -304,7 +305,7 @@ def by_hand(frame: pandas.DataFrame, train: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("piece", [2**22, 500])
 def test_every_form_gives_pandas_own_values(piece: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pvae.data.delimited.PIECE_BYTES", piece)
+    monkeypatch.setattr("pvae.data.tables.delimited.PIECE_BYTES", piece)
     monkeypatch.setattr(tables, "BATCH_ROWS", max(piece // 10, 7))
     frame = mixed()
     forms = sources(tmp_path, frame)
@@ -439,7 +440,7 @@ def test_pieces_do_not_move_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     path = write(tmp_path, text)
     source = CSV.model_validate({"path": str(path), "columns": AB})
     for piece in (2**22, 1, 5, 64, 1000):
-        monkeypatch.setattr("pvae.data.delimited.PIECE_BYTES", piece)
+        monkeypatch.setattr("pvae.data.tables.delimited.PIECE_BYTES", piece)
         with pytest.raises(DataError, match=r"line 252, column 'b': expected one of .* got 'pink'"):
             source.read(None, 0)
     good = CSV.model_validate({"path": str(write(tmp_path, text.replace("pink", "red"))), "columns": AB}).read(None, 0)
@@ -447,8 +448,8 @@ def test_pieces_do_not_move_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_record_has_an_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pvae.data.delimited.PIECE_BYTES", 100)
-    monkeypatch.setattr("pvae.data.delimited.MAX_RECORD_BYTES", 1000)
+    monkeypatch.setattr("pvae.data.tables.delimited.PIECE_BYTES", 100)
+    monkeypatch.setattr("pvae.data.tables.delimited.MAX_RECORD_BYTES", 1000)
     path = write(tmp_path, GOOD + '4,"' + "x\n" * 3000)
     with pytest.raises(DataError, match="line 5: expected a record of at most .* MiB; got a longer one. Close its quo"):
         CSV.model_validate({"path": str(path), "columns": AB}).read(None, 0)
@@ -794,7 +795,7 @@ def test_a_guessed_declaration_builds(
 
 
 def test_guesses_of_single_columns() -> None:
-    from pvae.data.guess import column_of
+    from pvae.data.tables.guess import column_of
 
     def of(*cells: Any) -> Any:
         return column_of(pandas.Series(list(cells), dtype=object))
@@ -854,7 +855,7 @@ def test_words_stay_words_wherever_a_piece_ends(tmp_path: Path, monkeypatch: pyt
     """007, 7 and 01 are three words, in the first piece of a file as in the last."""
     words = ["01", "1", "007"] * 10 + ["01", "1", "u"] * 10
     (tmp_path / "t.csv").write_text("g,x,h\n" + "".join(f"{w},{i / 2},{w}\n" for i, w in enumerate(words)))
-    monkeypatch.setattr("pvae.data.delimited.PIECE_BYTES", 64)
+    monkeypatch.setattr("pvae.data.tables.delimited.PIECE_BYTES", 64)
     columns = {"x": {"type": "continuous"}, "g": {"type": "categorical", "levels": ["01", "1", "007", "u"]}}
     declared = CSV.model_validate({"path": str(tmp_path / "t.csv"), "columns": columns, "label": "h"})
     data = load(declared)

@@ -71,7 +71,7 @@ def columns(
     """Guess what the columns of a table hold, and print a declaration of it to begin with."""
     import tomli_w
 
-    from pvae.data.guess import guess
+    from pvae.data.tables.guess import guess
 
     found = guess(file, data_dir, label)
     if as_json:

@@ -23,7 +23,7 @@ from pvae.data.rows.arrays import AnyArray, Array, Stored
 from pvae.data.rows.prepare import Prepared, extremes, prepare, scaled
 from pvae.data.rows.rows import CHUNK_ELEMENTS, SPLITS, Part, Rows, joined, partition, reshape, shared_rows
 from pvae.data.streamed import Streamed, Streams, WindowOrder, streams
-from pvae.data.tables import Table, declared_frame, read_frame
+from pvae.data.tables.tables import Table, declared_frame, read_frame
 from pvae.errors import DataError, DeclarationError, near
 from pvae.models.likelihoods.columns import columns as of_columns
 from pvae.util import seeds

@@ -322,7 +322,7 @@ class CSV(Tabular, FileData):
 
     def read(self, data_dir: Path | None, seed: int) -> Rows:
         """Rows (n, columns) of the file."""
-        from pvae.data.tables import read_csv
+        from pvae.data.tables.tables import read_csv
 
         return read_csv(self, data_dir)
 
@@ -339,7 +339,7 @@ class Parquet(Tabular, FileData):
         Raises:
             MissingExtraError: pyarrow is not installed.
         """
-        from pvae.data.tables import read_parquet
+        from pvae.data.tables.tables import read_parquet
 
         return read_parquet(self, data_dir)
 

@@ -14,13 +14,13 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from pvae.data.declared import CSV, FrameSource, Parquet, Tabular
-from pvae.data.delimited import Piece, read_header, read_pieces, shown
 from pvae.data.files import file_rows, held, located
 from pvae.data.rows.arrays import AnyArray, Array, version_of
 from pvae.data.rows.cache import Writer, decoded
 from pvae.data.rows.columns import Column
 from pvae.data.rows.prepare import UNWARPS, Floats
 from pvae.data.rows.rows import SPLITS, Rows, tenths
+from pvae.data.tables.delimited import Piece, read_header, read_pieces, shown
 from pvae.errors import DataError, DeclarationError, MissingExtraError, near
 
 if TYPE_CHECKING:
@@ -179,7 +179,7 @@ def read_csv(declared: CSV, data_dir: Path | None) -> Rows:
     """The rows of a declared table of text, decoded once into the cache.
 
     Raises:
-        DataError: with the line and the column; see `pvae.data.delimited` too.
+        DataError: with the line and the column; see `pvae.data.tables.delimited` too.
     """
     path = located(declared.path, data_dir)
     return _cached(declared, path, lambda writer: _decode_text(writer, declared, path))

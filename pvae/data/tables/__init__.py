@@ -1,0 +1,1 @@
+"""Tables: CSV and Parquet files and data frames, and a first guess of their declaration."""
