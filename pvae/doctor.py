@@ -31,7 +31,7 @@ from pvae.util.files import MIB, read_inside, write_atomic, write_new
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from pvae.data.sources import Collection
+    from pvae.data.sources.collections import Collection
 
 EXTRAS = {
     "parquet": "pyarrow",
@@ -384,8 +384,8 @@ def _temporary() -> Iterator[Check]:
 
 
 def _data(data_dir: Path | None) -> Iterator[Check]:
-    from pvae.data.files import user_folder
-    from pvae.data.sources import FASHION_MNIST, MNIST_FILES
+    from pvae.data.sources.collections import FASHION_MNIST, MNIST_FILES
+    from pvae.data.sources.files import user_folder
 
     named = user_folder(data_dir)
     if find_spec("sklearn") is None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from pvae import checkpoint
 from pvae.component import IMPORTED
 from pvae.data import Dataset, Split, load
-from pvae.data.declared import FrameSource, TensorSource
+from pvae.data.sources.base import FrameSource, TensorSource
 from pvae.errors import CheckpointError, DataError, DeclarationError
 from pvae.pair import Pair
 from pvae.rundir import RunDirectory

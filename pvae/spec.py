@@ -21,7 +21,7 @@ from torch import nn
 
 from pvae import zoo
 from pvae.component import Component, Ints, Names, Section, Shape, Table
-from pvae.data.declared import Data, Digits
+from pvae.data.sources.base import Data, Digits
 from pvae.errors import DeclarationError, is_refused_draw, near
 from pvae.gan import GAN as _GAN  # noqa: F401 - kinds register themselves
 from pvae.graph.prompts import Vocabulary, split

@@ -14,8 +14,8 @@ from torch import Tensor
 from pvae import checkpoint
 from pvae.component import IMPORTED
 from pvae.data import Dataset, load
-from pvae.data.declared import FrameSource, Tabular, TensorSource
-from pvae.data.python import is_bare
+from pvae.data.sources.base import FrameSource, Tabular, TensorSource
+from pvae.data.sources.python import is_bare
 from pvae.errors import CheckpointError, DataError, DeclarationError, DeviceError
 from pvae.evaluation import evaluate
 from pvae.exporters import exporting, remembered, require

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from pvae import checkpoint
-from pvae.data.declared import FrameSource, TensorSource
+from pvae.data.sources.base import FrameSource, TensorSource
 from pvae.diagnose import bad_weights
 from pvae.errors import CheckpointError, DataError
 from pvae.evaluation import evaluate

@@ -22,8 +22,8 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
 from pvae.component import Component, Shape
-from pvae.data.declared import Binarize
 from pvae.data.rows.columns import Column
+from pvae.data.sources.base import Binarize
 from pvae.errors import DeclarationError
 from pvae.graph.site import Link, Site
 from pvae.guides.encoders import Encoder

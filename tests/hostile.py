@@ -26,8 +26,8 @@ from torch.distributions import constraints
 import pvae
 from pvae import checkpoint, zoo
 from pvae.data import Data, Dataset, load
-from pvae.data.declared import FrameSource
 from pvae.data.rows.columns import Column
+from pvae.data.sources.base import FrameSource
 from pvae.errors import DataError, DeclarationError, DeviceError, NonFiniteError, PvaeError
 from pvae.listing import list_runs
 from pvae.run import Run

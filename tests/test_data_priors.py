@@ -15,7 +15,7 @@ from torch import Tensor
 import pvae
 from pvae.analysis import surgery
 from pvae.data import Dataset, load
-from pvae.data.declared import Digits
+from pvae.data.sources.base import Digits
 from pvae.errors import DeclarationError
 from pvae.evaluation import evaluate
 from pvae.pair import Pair

@@ -25,7 +25,7 @@ from torch import Tensor
 
 import pvae
 from pvae.analysis import ais, bracket, evidence, gap, prior_evidence, surgery
-from pvae.data import toys
+from pvae.data.sources import toys
 from pvae.distributions.determined import Determined, Rounded
 from pvae.errors import DataError, DeclarationError
 from pvae.evaluation import evaluate

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from pvae.analysis import surgery
 from pvae.analysis.draws import draw, quiet
-from pvae.data import toys
+from pvae.data.sources import toys
 from pvae.distributions.exponential import Normals
 from pvae.errors import DeclarationError, NonFiniteError
 from pvae.evaluation import evaluate

@@ -32,9 +32,9 @@ from torch.utils.data import Dataset as TorchDataset
 
 import pvae
 from pvae.data import Data, Dataset, Idx, Images, Npy, Npz, TensorSource, load
-from pvae.data.python import Spool
 from pvae.data.rows.arrays import Index, SparseRows
 from pvae.data.rows.cache import cache_folder
+from pvae.data.sources.python import Spool
 from pvae.errors import DataError, StorageError
 from pvae.run import Run
 
@@ -137,7 +137,7 @@ def test_a_fit_on_streamed_rows(name: str, tmp_path: Path):
 @pytest.mark.parametrize("name", ["npy", "npz_deflated", "idx_gz", "images"])
 def test_rows_too_large_for_memory(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """FAULTS 45 (data): refused with the memory they need, before they are read; streamed they pass."""
-    monkeypatch.setattr("pvae.data.files.total_memory", lambda: 2000)
+    monkeypatch.setattr("pvae.data.sources.files.total_memory", lambda: 2000)
     with pytest.raises(DataError, match=r"half of this computer's memory of .* GiB; got \(60, .*stream = true"):
         load(made(name, tmp_path))
     assert len(load(made(name, tmp_path, stream=True)).train) == 48
@@ -284,7 +284,7 @@ def test_a_bomb_is_decoded_in_bounded_memory_or_refused(tmp_path: Path, monkeypa
     """FAULTS 27: 64 MiB of zeros in 64 KiB."""
     path = npz(tmp_path, np.savez_compressed, x=np.zeros((2**13, 2**10)))
     assert os.path.getsize(path) < 2**17
-    monkeypatch.setattr("pvae.data.files.total_memory", lambda: 2**27)
+    monkeypatch.setattr("pvae.data.sources.files.total_memory", lambda: 2**27)
     with pytest.raises(DataError, match="'x': expected rows that fit into half of this computer's memory"):
         load(Npz(path=path))
 
@@ -432,7 +432,7 @@ def troubled(tmp_path: Path) -> Path:
 
 def test_what_is_no_image_is_skipped_and_listed(troubled: Path, monkeypatch: pytest.MonkeyPatch):
     """FAULTS 27, 29, 36, 38: broken, bombs (none decoded), links out, devices; and the good ones are all there."""
-    monkeypatch.setattr("pvae.data.images.SHOWN", 99)
+    monkeypatch.setattr("pvae.data.sources.images.SHOWN", 99)
     data = load(Images(path=str(troubled)))
     assert sum(len(split) for split in data.splits) == 12
     (listed,) = [note for note in data.notes if "skipped" in note]
@@ -590,7 +590,7 @@ XT, YT = torch.from_numpy(FLOATS), torch.from_numpy(Y)
     ],
 )
 def test_torch_datasets(dataset: TorchDataset[Any], stream: bool, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("pvae.data.python.BLOCK_BYTES", 1000)  # several blocks
+    monkeypatch.setattr("pvae.data.sources.python.BLOCK_BYTES", 1000)  # several blocks
     data, wanted = Dataset.from_torch(dataset, stream=stream, label_names=NAMES), Dataset.from_tensors(FLOATS, Y)
     for one, other in zip(data.splits, wanted.splits, strict=True):
         assert torch.equal(one.x, other.x)
@@ -637,7 +637,7 @@ def test_broken_torch_datasets(dataset: Any, match: str):
 
 def test_torch_datasets_larger_than_memory(monkeypatch: pytest.MonkeyPatch):
     """FAULTS 45 (data)."""
-    monkeypatch.setattr("pvae.data.files.total_memory", lambda: 1000)
+    monkeypatch.setattr("pvae.data.sources.files.total_memory", lambda: 1000)
     with pytest.raises(DataError, match="got .60, 5. float32, which need .* Pass stream=True to Dataset.from_torch"):
         Dataset.from_torch(TensorDataset(XT))
     with pytest.raises(DataError, match=r"train: expected rows that fit .* Pass a torch Dataset and stream=True"):
@@ -706,7 +706,7 @@ def test_annotated_matrices_dense_sparse_and_backed(backed: h5py.Dataset):
 
 
 def test_rows_far_apart_in_a_backed_matrix(backed: h5py.Dataset):
-    from pvae.data.python import Sliced
+    from pvae.data.sources.python import Sliced
 
     for index in (np.array([0, 59]), np.array([3, 4, 6]), np.array([], int), slice(5, 9)):
         assert np.array_equal(Sliced(backed).read(index), COUNTS[index])

@@ -28,9 +28,9 @@ from pydantic import ValidationError
 
 import pvae
 from pvae.data import CSV, Dataset, Parquet, load
-from pvae.data.declared import FrameSource
 from pvae.data.rows.columns import Column
 from pvae.data.rows.prepare import UNWARPS, WARPS
+from pvae.data.sources.base import FrameSource
 from pvae.data.streamed import Streamed
 from pvae.data.tables import tables
 from pvae.data.tables.delimited import MAX_HEADER_BYTES
@@ -366,7 +366,7 @@ def test_a_table_of_any_length_is_decoded_in_the_same_memory(tmp_path: Path) -> 
         "import sys\n"
         "import pandas\n"
         "from pvae.data import rows, tables\n"
-        "from pvae.data.declared import CSV\n"
+        "from pvae.data.sources.base import CSV\n"
         "def peak():\n"
         "    lines = open('/proc/self/status').read().splitlines()\n"
         "    return next(int(line.split()[1]) for line in lines if line.startswith('VmHWM')) // 1024\n"

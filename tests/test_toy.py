@@ -14,8 +14,9 @@ from pydantic import ValidationError
 import pvae
 from pvae.analysis import surgery
 from pvae.analysis.anatomy import Surgery
-from pvae.data import Toy, load, toys
-from pvae.data.declared import Density
+from pvae.data import Toy, load
+from pvae.data.sources import toys
+from pvae.data.sources.base import Density
 from pvae.errors import DataError, DeclarationError
 
 PARTS = {"moons": 2, "rings": 3, "pinwheel": 5, "checkerboard": 8, "eight_gaussians": 8, "spiral": 2}

@@ -48,7 +48,7 @@ from pvae.analysis.truths import (
     wrong_guide,
 )
 from pvae.data import load
-from pvae.data.declared import FashionMNIST
+from pvae.data.sources.base import FashionMNIST
 from pvae.errors import DataError
 
 

@@ -45,7 +45,7 @@ from pvae.analysis.sharpness import relative_sharpness
 from pvae.analysis.truths import probabilistic_pca
 from pvae.analysis.two_sample import by_chance, space_of
 from pvae.data import Dataset, load
-from pvae.data.declared import Digits
+from pvae.data.sources.base import Digits
 from pvae.errors import DataError
 from pvae.pair import Pair
 from pvae.util import seeds

@@ -929,7 +929,7 @@ def test_imports_are_tried_in_a_process_like_this_one(
 
 
 def test_where_a_collection_lies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from pvae.data.sources import MNIST_FILES
+    from pvae.data.sources.collections import MNIST_FILES
 
     (tmp_path / "mnist.npz").touch()
     check = doctor._collection("data.mnist", MNIST_FILES, tmp_path)

@@ -263,7 +263,7 @@ def counterexamples(
     """Show that samples and likelihood say little of each other: two textbook models on real data."""
     from pvae.analysis import counterexamples as study
     from pvae.data import load
-    from pvae.data.declared import Data
+    from pvae.data.sources.base import Data
     from pvae.util.files import write_atomic
     from pvae.util.progress import Progress
 

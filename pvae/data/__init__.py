@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pvae.data.dataset import Dataset, Split, load
-    from pvae.data.declared import (
+    from pvae.data.rows.rows import Rows
+    from pvae.data.sources.base import (
         CSV,
         MNIST,
         Data,
@@ -26,26 +27,25 @@ if TYPE_CHECKING:
         TensorSource,
         Toy,
     )
-    from pvae.data.rows.rows import Rows
 
 _HOMES = {
-    "CSV": "declared",
-    "Data": "declared",
+    "CSV": "sources.base",
+    "Data": "sources.base",
     "Dataset": "dataset",
-    "Digits": "declared",
-    "FashionMNIST": "declared",
-    "FrameSource": "declared",
-    "Idx": "declared",
-    "Images": "declared",
-    "MNIST": "declared",
-    "Npy": "declared",
-    "Npz": "declared",
-    "Parquet": "declared",
+    "Digits": "sources.base",
+    "FashionMNIST": "sources.base",
+    "FrameSource": "sources.base",
+    "Idx": "sources.base",
+    "Images": "sources.base",
+    "MNIST": "sources.base",
+    "Npy": "sources.base",
+    "Npz": "sources.base",
+    "Parquet": "sources.base",
     "Rows": "rows.rows",
     "Split": "dataset",
-    "Splits": "declared",
-    "TensorSource": "declared",
-    "Toy": "declared",
+    "Splits": "sources.base",
+    "TensorSource": "sources.base",
+    "Toy": "sources.base",
     "load": "dataset",
 }
 

@@ -16,12 +16,12 @@ from torch import Tensor
 from torch.distributions import constraints
 from torch.utils.data import Dataset as TorchDataset
 
-from pvae.data.declared import Data, FrameSource, TensorSource
-from pvae.data.files import require_room
-from pvae.data.python import anndata_rows, as_array, is_anndata, torch_rows
 from pvae.data.rows.arrays import AnyArray, Array, Stored
 from pvae.data.rows.prepare import Prepared, extremes, prepare, scaled
 from pvae.data.rows.rows import CHUNK_ELEMENTS, SPLITS, Part, Rows, joined, partition, reshape, shared_rows
+from pvae.data.sources.base import Data, FrameSource, TensorSource
+from pvae.data.sources.files import require_room
+from pvae.data.sources.python import anndata_rows, as_array, is_anndata, torch_rows
 from pvae.data.streamed import Streamed, Streams, WindowOrder, streams
 from pvae.data.tables.tables import Table, declared_frame, read_frame
 from pvae.errors import DataError, DeclarationError, near

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from pvae import zoo
-from pvae.data.declared import FrameSource, TensorSource
+from pvae.data.sources.base import FrameSource, TensorSource
 from pvae.errors import DeclarationError, near
 from pvae.spec import Experiment, apply_overrides
 from pvae.studies.sweep import FIRST, SECOND, Measure, StudyFile, Sweep, find, validated

@@ -9,9 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import expit, logit
 
-from pvae.data.declared import Binarize, Scale
 from pvae.data.rows.arrays import AnyArray, Array
 from pvae.data.rows.rows import Part, Rows, chunks, rows_of
+from pvae.data.sources.base import Binarize, Scale
 from pvae.errors import DataError
 
 Floats = NDArray[np.float64]

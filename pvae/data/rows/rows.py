@@ -10,9 +10,9 @@ from math import prod
 import numpy as np
 from numpy.typing import NDArray
 
-from pvae.data.declared import Splits
 from pvae.data.rows.arrays import AnyArray, Array, Joined
 from pvae.data.rows.columns import Column
+from pvae.data.sources.base import Splits
 from pvae.errors import DataError
 
 Part = range | NDArray[np.int64]

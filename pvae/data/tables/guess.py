@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pvae.data.files import located
 from pvae.data.rows.columns import TRUTH
+from pvae.data.sources.files import located
 from pvae.data.tables.delimited import read_header, read_pieces, shown
 from pvae.data.tables.tables import opened_parquet, word_of
 from pvae.errors import DataError, near

@@ -13,13 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
-from pvae.data.declared import CSV, FrameSource, Parquet, Tabular
-from pvae.data.files import file_rows, held, located
 from pvae.data.rows.arrays import AnyArray, Array, version_of
 from pvae.data.rows.cache import Writer, decoded
 from pvae.data.rows.columns import Column
 from pvae.data.rows.prepare import UNWARPS, Floats
 from pvae.data.rows.rows import SPLITS, Rows, tenths
+from pvae.data.sources.base import CSV, FrameSource, Parquet, Tabular
+from pvae.data.sources.files import file_rows, held, located
 from pvae.data.tables.delimited import Piece, read_header, read_pieces, shown
 from pvae.errors import DataError, DeclarationError, MissingExtraError, near
 

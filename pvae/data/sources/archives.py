@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pvae.data.files import MAX_DEFLATE_RATIO, file_rows, gathered, held, located, pieces, require_room
 from pvae.data.rows.arrays import Announced, AnyArray, Array, FileArray, announced, npy_array, npy_header, version_of
 from pvae.data.rows.cache import Writer, decoded
 from pvae.data.rows.rows import SPLITS, Rows, joined
+from pvae.data.sources.files import MAX_DEFLATE_RATIO, file_rows, gathered, held, located, pieces, require_room
 from pvae.errors import DataError, near
 
 if TYPE_CHECKING:
-    from pvae.data.declared import Npy, Npz
+    from pvae.data.sources.base import Npy, Npz
 
 BROKEN = (
     zipfile.BadZipFile, zlib.error, struct.error, EOFError, ValueError, OSError, OverflowError, RuntimeError,

@@ -16,7 +16,10 @@ from typing import IO, TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from pvae.data.files import (
+from pvae.data.rows.arrays import AnyArray, Array, FileArray, version_of
+from pvae.data.rows.cache import Writer, decoded
+from pvae.data.rows.rows import Rows
+from pvae.data.sources.files import (
     BLOCK_BYTES,
     MAX_DEFLATE_RATIO,
     file_rows,
@@ -26,13 +29,10 @@ from pvae.data.files import (
     pieces,
     require_room,
 )
-from pvae.data.rows.arrays import AnyArray, Array, FileArray, version_of
-from pvae.data.rows.cache import Writer, decoded
-from pvae.data.rows.rows import Rows
 from pvae.errors import DataError
 
 if TYPE_CHECKING:
-    from pvae.data.declared import Idx
+    from pvae.data.sources.base import Idx
 
 TYPES = {0x08: "u1", 0x09: "i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
 MAX_DIMENSIONS = 32

@@ -16,15 +16,15 @@ import numpy as np
 import PIL
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from pvae.data.files import file_rows, held, user_folder
 from pvae.data.rows.arrays import Array
 from pvae.data.rows.cache import Writer, decoded
 from pvae.data.rows.rows import Rows
+from pvae.data.sources.files import file_rows, held, user_folder
 from pvae.errors import DataError, printable
 from pvae.util.files import pretty
 
 if TYPE_CHECKING:
-    from pvae.data.declared import Images
+    from pvae.data.sources.base import Images
 
 FORMATS = ("PNG", "JPEG", "BMP", "GIF", "PPM", "TIFF", "WEBP")
 SUFFIXES = frozenset(".png .jpg .jpeg .bmp .gif .ppm .pgm .pbm .tif .tiff .webp".split())

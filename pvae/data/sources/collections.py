@@ -15,12 +15,12 @@ from pathlib import Path
 
 import numpy as np
 
-from pvae.data.archives import read_arrays
-from pvae.data.files import user_folder
-from pvae.data.idx import Header, read_idx
 from pvae.data.rows.arrays import Array
 from pvae.data.rows.cache import cache_folder, locked
 from pvae.data.rows.rows import Rows
+from pvae.data.sources.archives import read_arrays
+from pvae.data.sources.files import user_folder
+from pvae.data.sources.idx import Header, read_idx
 from pvae.errors import DataError
 
 BLOCK_BYTES = 2**20

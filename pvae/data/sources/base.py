@@ -91,7 +91,7 @@ class Digits(Data):
 
     def read(self, data_dir: Path | None, seed: int) -> Rows:
         """Rows (1797, 1, 8, 8); train [0, 1000), validation [1000, 1350), test [1350, 1797)."""
-        from pvae.data.sources import read_digits
+        from pvae.data.sources.collections import read_digits
 
         return read_digits()
 
@@ -107,7 +107,7 @@ class FashionMNIST(Data):
 
     def read(self, data_dir: Path | None, seed: int) -> Rows:
         """Rows (70000, 1, 28, 28); train [0, 50000), validation [50000, 60000), test [60000, 70000)."""
-        from pvae.data.sources import FASHION_MNIST, read_collection
+        from pvae.data.sources.collections import FASHION_MNIST, read_collection
 
         return read_collection(FASHION_MNIST, data_dir)
 
@@ -123,7 +123,7 @@ class MNIST(Data):
 
     def read(self, data_dir: Path | None, seed: int) -> Rows:
         """Rows (70000, 1, 28, 28); train [0, 50000), validation [50000, 60000), test [60000, 70000)."""
-        from pvae.data.sources import MNIST_FILES, read_collection
+        from pvae.data.sources.collections import MNIST_FILES, read_collection
 
         return read_collection(MNIST_FILES, data_dir)
 
@@ -163,7 +163,7 @@ class Npz(FileData):
 
     def read(self, data_dir: Path | None, seed: int) -> Rows:
         """Rows (n, ...) of the archive."""
-        from pvae.data.archives import read_npz
+        from pvae.data.sources.archives import read_npz
 
         return read_npz(self, data_dir)
 
@@ -181,7 +181,7 @@ class Npy(FileData):
 
     def read(self, data_dir: Path | None, seed: int) -> Rows:
         """Rows (n, ...) of the array."""
-        from pvae.data.archives import read_npy
+        from pvae.data.sources.archives import read_npy
 
         return read_npy(self, data_dir)
 
@@ -199,7 +199,7 @@ class Idx(FileData):
 
     def read(self, data_dir: Path | None, seed: int) -> Rows:
         """Rows (n, ...) of the file."""
-        from pvae.data.idx import read
+        from pvae.data.sources.idx import read
 
         return read(self, data_dir)
 
@@ -222,7 +222,7 @@ class Images(FileData):
 
     def read(self, data_dir: Path | None, seed: int) -> Rows:
         """Rows (n, channels, height, width), uint8."""
-        from pvae.data.images import read
+        from pvae.data.sources.images import read
 
         return read(self, data_dir)
 
@@ -250,7 +250,7 @@ class TensorSource(Data):
 class Toy(Data):
     """Draws of a density in the plane: pairs (x1, x2), labelled by the part of the figure that they belong to.
 
-    `pvae.data.toys.log_density` and `entropy` give the exact density of four of them.
+    `pvae.data.sources.toys.log_density` and `entropy` give the exact density of four of them.
     """
 
     source: Literal["toy"] = "toy"
@@ -275,7 +275,7 @@ class Toy(Data):
 
     def read(self, data_dir: Path | None, seed: int) -> Rows:
         """Rows (1.2 rows, 2); train [0, rows), then validation, then test."""
-        from pvae.data.toys import read_toy
+        from pvae.data.sources.toys import read_toy
 
         return read_toy(self.density, self.rows, self.noise, seed if self.data_seed == "experiment" else self.data_seed)
 

@@ -14,10 +14,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 from torch.utils.data import Dataset as TorchDataset
 
-from pvae.data.files import BLOCK_BYTES, require_room
 from pvae.data.rows.arrays import AnyArray, Array, Index, SparseRows, Stored
 from pvae.data.rows.cache import cache_folder
 from pvae.data.rows.rows import SPLITS, Rows, joined, tenths
+from pvae.data.sources.files import BLOCK_BYTES, require_room
 from pvae.errors import DataError, OutputError, StorageError, near
 
 GAP = 4

@@ -16,7 +16,7 @@ from pvae.errors import DataError
 from pvae.util.memory import GIB, total_memory
 
 if TYPE_CHECKING:
-    from pvae.data.declared import FileData
+    from pvae.data.sources.base import FileData
 
 BLOCK_BYTES = 2**21
 MAX_DEFLATE_RATIO = 1032

@@ -1,0 +1,1 @@
+"""Data sources: each declaration beside its reader."""
