@@ -17,8 +17,8 @@ from pvae.analysis.draws import CHUNK, accept, first_level, flat_values, members
 from pvae.analysis.guided import LOWEST, Guided, nothing_as_infinite
 from pvae.distributions.exponential import CertainCodes, Members, Product, product
 from pvae.errors import DataError, DeclarationError
-from pvae.pair import Pair
-from pvae.usage import Undrawn, rows_at_once
+from pvae.pair.code_usage import Undrawn, rows_at_once
+from pvae.pair.pair import Pair
 from pvae.util import seeds
 
 ROWS, COLUMNS = 512, 2048

@@ -15,8 +15,8 @@ from pvae.analysis.draws import accept, quiet, require_likelihood
 from pvae.analysis.estimate import CONSERVATIVE, Estimate, Kind
 from pvae.analysis.table import Figures, Row
 from pvae.errors import DataError
-from pvae.pair import Pair
-from pvae.traces import samples
+from pvae.pair.densities import samples
+from pvae.pair.pair import Pair
 
 Progress = Callable[[int, int], None]
 

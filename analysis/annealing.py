@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.distributions import Transform, biject_to, constraints
 
 from pvae.errors import DataError
-from pvae.pair import PARTICLES, Pair
-from pvae.traces import Layout, SiteShape, log_prob, samples, site_shape, sum_over
+from pvae.pair.densities import Layout, SiteShape, log_prob, samples, site_shape, sum_over
+from pvae.pair.pair import PARTICLES, Pair
 
 Start = Literal["guide", "prior"]
 Runner = Callable[[Callable[..., Any], "dict[str, Tensor]", int], Trace]

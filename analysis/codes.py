@@ -11,9 +11,9 @@ from torch import Tensor
 
 from pvae.distributions.codes import STATES
 from pvae.distributions.exponential import CertainCodes, Codes
-from pvae.pair import Pair
-from pvae.traces import SiteShape, log_prob, members, samples, site_shape, sum_over
-from pvae.usage import Tally, entropy_of, in_use, perplexity
+from pvae.pair.code_usage import Tally, entropy_of, in_use, perplexity
+from pvae.pair.densities import SiteShape, log_prob, members, samples, site_shape, sum_over
+from pvae.pair.pair import Pair
 
 BLOCK = 2**22
 """Numbers in one block of work."""

@@ -13,8 +13,8 @@ from pvae.analysis.codes import positions, usage
 from pvae.analysis.draws import LatentDraw, accept, draw, quiet
 from pvae.errors import DataError
 from pvae.nn.codebook import Codebook, NearestCodebook
-from pvae.pair import Pair
-from pvae.usage import Tally, codebook_of
+from pvae.pair.code_usage import Tally, codebook_of
+from pvae.pair.pair import Pair
 
 ACTIVE = 0.01
 """Variance over the data of a posterior mean above which a coordinate is active (Burda et al., 2015)."""

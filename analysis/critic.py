@@ -17,9 +17,9 @@ from pvae.analysis.generate import Progress, analysed, chunks, encode, opened, s
 from pvae.analysis.sites import rows_of
 from pvae.analysis.table import Figures, Row
 from pvae.errors import DataError
-from pvae.pair import Pair
+from pvae.pair.densities import samples as sites_of
+from pvae.pair.pair import Pair
 from pvae.run import Run
-from pvae.traces import samples as sites_of
 from pvae.util import seeds
 
 DRAWS = 20_000

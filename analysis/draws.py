@@ -14,15 +14,13 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 from torch.distributions import Bernoulli, Categorical
 
-from pvae import traces
 from pvae.distributions.codes import Certain, Discretised
 from pvae.distributions.determined import Rounded
 from pvae.distributions.exponential import CertainCodes, Codes, FullRankNormals, Members, Normals, product
-from pvae.enumeration import Table, read_table
 from pvae.errors import DataError, DeclarationError
-from pvae.pair import Pair
-from pvae.pair import quiet as quiet_pair
-from pvae.traces import (
+from pvae.pair import densities as traces
+from pvae.pair.code_usage import Tally, grid_of, rows_at_once, shared_prior, tally
+from pvae.pair.densities import (
     Layout,
     Unweighed,
     closed_kl,
@@ -34,7 +32,9 @@ from pvae.traces import (
     sum_over,
     unwrapped,
 )
-from pvae.usage import Tally, grid_of, rows_at_once, shared_prior, tally
+from pvae.pair.enumeration import Table, read_table
+from pvae.pair.pair import Pair
+from pvae.pair.pair import quiet as quiet_pair
 from pvae.util import seeds
 
 CHUNK = 1000
@@ -62,7 +62,7 @@ def accept(pair: Pair, x: Any) -> Tensor:
 
 @contextmanager
 def quiet(pair: Pair, x: Tensor, seed: int) -> Iterator[None]:
-    """`pvae.pair.quiet` with the draws of an analysis seeded, and without weights that handlers put on sites.
+    """`pvae.pair.pair.quiet` with the draws of an analysis seeded, and without weights that handlers put on sites.
 
     What poutine.scale does to a loss is no part of the ELBO that is analysed. Relaxed latents are taken as the codes
     they stand for.

@@ -18,9 +18,9 @@ from pvae.analysis.psis import FEWEST, khat_limit, tail_length
 from pvae.analysis.stream import Draw, Progress, stream
 from pvae.analysis.table import Figures, Row
 from pvae.errors import DataError
-from pvae.pair import PARTICLES, Pair, Terms
-from pvae.traces import is_point, log_prob, sum_over
-from pvae.traces import samples as sample_sites
+from pvae.pair.densities import is_point, log_prob, sum_over
+from pvae.pair.densities import samples as sample_sites
+from pvae.pair.pair import PARTICLES, Pair, Terms
 
 
 def _silent(_done: int, _total: int) -> None:

@@ -14,7 +14,7 @@ from pvae.analysis.draws import accept, draw, quiet
 from pvae.analysis.estimate import Estimate, over_draws
 from pvae.analysis.surgery import surgery
 from pvae.errors import DataError
-from pvae.pair import Pair
+from pvae.pair.pair import Pair
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

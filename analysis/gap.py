@@ -17,8 +17,8 @@ from pvae.analysis.draws import accept, quiet, require_likelihood
 from pvae.analysis.estimate import CONSERVATIVE, Estimate, Kind, over_draws
 from pvae.analysis.table import Figures, Row
 from pvae.errors import DataError
-from pvae.pair import Pair
-from pvae.traces import samples as sample_sites
+from pvae.pair.densities import samples as sample_sites
+from pvae.pair.pair import Pair
 from pvae.util import seeds
 
 Draw = Callable[[Tensor, int], Tensor]

@@ -24,13 +24,13 @@ from pvae.analysis.draws import accept, quiet, same_globals
 from pvae.analysis.groups import safe_names
 from pvae.analysis.sites import numpy_of, parameters_of, rows_of
 from pvae.distributions.codes import twin
-from pvae.enumeration import Table, read_table
 from pvae.errors import DataError, DeclarationError, near
 from pvae.nn.schedules import Constant
-from pvae.pair import Pair
+from pvae.pair.densities import Layout, log_prob, samples, sum_over, unwrapped
+from pvae.pair.enumeration import Table, read_table
+from pvae.pair.pair import Pair
 from pvae.run import Run
 from pvae.spec import Experiment
-from pvae.traces import Layout, log_prob, samples, sum_over, unwrapped
 from pvae.util import seeds
 from pvae.util.files import write_atomic
 

@@ -12,9 +12,9 @@ from pyro import poutine
 from pyro.poutine.trace_messenger import TraceMessenger
 from torch import Tensor
 
-from pvae.pair import PARTICLES, Pair
-from pvae.traces import certainty, log_prob, samples, site_shape, sum_over
-from pvae.usage import numbers_of
+from pvae.pair.code_usage import numbers_of
+from pvae.pair.densities import certainty, log_prob, samples, site_shape, sum_over
+from pvae.pair.pair import PARTICLES, Pair
 
 PAIRS = 8192
 """Most guide rows of one block."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pvae.analysis.surgery import surgery
 from pvae.data import Dataset
-from pvae.pair import Pair
+from pvae.pair.pair import Pair
 from pvae.spec import Plan
 from pvae.util import seeds
 

@@ -26,9 +26,9 @@ from pvae.analysis.generate import (
 )
 from pvae.analysis.traversal import Priors, one_row, placed, site_values
 from pvae.errors import DataError
-from pvae.pair import Pair
+from pvae.pair.densities import log_prob, samples, sum_over
+from pvae.pair.pair import Pair
 from pvae.run import Run
-from pvae.traces import log_prob, samples, sum_over
 
 
 @dataclass(frozen=True, eq=False, repr=False)

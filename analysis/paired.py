@@ -14,8 +14,8 @@ from pvae.analysis.estimate import Estimate
 from pvae.analysis.fidelity import mean_of
 from pvae.analysis.table import Figures, Row
 from pvae.errors import DataError
-from pvae.pair import Pair
-from pvae.traces import sum_over
+from pvae.pair.densities import sum_over
+from pvae.pair.pair import Pair
 
 
 @dataclass(frozen=True, repr=False)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pvae.analysis.anatomy import LatentSurgery, Surgery
 from pvae.analysis.estimate import Estimate
-from pvae.pair import Pair
+from pvae.pair.pair import Pair
 from pvae.util import seeds
 
 FIGURES = (

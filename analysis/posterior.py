@@ -22,9 +22,9 @@ from pvae.analysis.psis import pareto_k
 from pvae.analysis.sites import PROBED, Sites, as_value, numpy_of, parameters_of, read_sites, rows_of, whole
 from pvae.data import Split
 from pvae.errors import DataError
-from pvae.pair import Pair
+from pvae.pair.densities import Layout, samples
+from pvae.pair.pair import Pair
 from pvae.run import Run
-from pvae.traces import Layout, samples
 from pvae.util import seeds
 
 GIB = 1 << 30

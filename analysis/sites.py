@@ -14,9 +14,9 @@ from torch import Tensor
 from pvae.analysis.draws import draw_chunk, quiet
 from pvae.analysis.groups import Array, dims_of, safe_names, text
 from pvae.distributions.codes import Certain
-from pvae.pair import Pair
-from pvae.traces import Layout, samples, unwrapped
-from pvae.usage import numbers_of
+from pvae.pair.code_usage import numbers_of
+from pvae.pair.densities import Layout, samples, unwrapped
+from pvae.pair.pair import Pair
 
 PROBED = 16
 """Rows on which it is found out which posteriors read other latents."""

@@ -31,8 +31,8 @@ from pvae.analysis.grid import grid_error, marginal_log_prob
 from pvae.analysis.pooled import by_group
 from pvae.distributions.exponential import ROW_COST, CertainCodes, Codes, Members, Normals, product
 from pvae.errors import DataError
-from pvae.pair import Pair
-from pvae.usage import perplexity, rows_at_once
+from pvae.pair.code_usage import perplexity, rows_at_once
+from pvae.pair.pair import Pair
 from pvae.util import seeds
 
 GUIDE_ROWS = 512

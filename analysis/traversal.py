@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from torch.distributions import Bernoulli
 
-from pvae import traces
 from pvae.analysis.collapse import activity, kl_per_dimension
 from pvae.analysis.draws import accept, draw
 from pvae.analysis.generate import (
@@ -33,9 +32,10 @@ from pvae.analysis.generate import (
 )
 from pvae.distributions.exponential import Normals
 from pvae.errors import DataError, DeclarationError
-from pvae.pair import Pair
+from pvae.pair import densities as traces
+from pvae.pair.densities import Layout, SiteShape, log_prob, samples, site_shape
+from pvae.pair.pair import Pair
 from pvae.run import Run
-from pvae.traces import Layout, SiteShape, log_prob, samples, site_shape
 from pvae.util import seeds
 
 PRIOR_DRAWS = 1000

@@ -16,7 +16,7 @@ from scipy.special import logsumexp, rel_entr
 from scipy.stats import norm
 from torch import Tensor, nn
 
-from pvae.pair import Pair
+from pvae.pair.pair import Pair
 
 Array = NDArray[np.floating[Any]]
 Estimator = Literal["surgery", "evidence", "prior_evidence", "ais", "bracket", "gap"]

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from pvae.cleaning import clean
     from pvae.data import Dataset
     from pvae.errors import DataError, DeclarationError, PvaeError
-    from pvae.pair import Pair
+    from pvae.pair.pair import Pair
     from pvae.run import Run
     from pvae.spec import Experiment
     from pvae.studies.study import Study, study
@@ -24,7 +24,7 @@ _HOMES = {
     "DataError": "pvae.errors",
     "DeclarationError": "pvae.errors",
     "Experiment": "pvae.spec",
-    "Pair": "pvae.pair",
+    "Pair": "pvae.pair.pair",
     "PvaeError": "pvae.errors",
     "Run": "pvae.run",
     "Study": "pvae.studies",

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from pvae.objectives import Loss
-from pvae.pair import Pair
-from pvae.traces import log_prob, samples
+from pvae.pair.densities import log_prob, samples
+from pvae.pair.pair import Pair
 
 
 def bad_weights(module: nn.Module) -> list[str]:

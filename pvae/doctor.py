@@ -433,7 +433,7 @@ def _elbo() -> Iterator[Check]:
     from pyro.distributions import Normal
 
     from pvae.evaluation import evaluate
-    from pvae.pair import Pair
+    from pvae.pair.pair import Pair
 
     def model(x: Tensor) -> None:
         with pyro.plate("data", len(x)):

@@ -11,7 +11,6 @@ import torch
 from pydantic import model_validator
 from torch import Tensor, nn
 
-from pvae.enumeration import read_table
 from pvae.errors import DataError, DeclarationError
 from pvae.graph.site import OBSERVED, Site, one_hot
 from pvae.models.graph import GraphModel
@@ -20,7 +19,8 @@ from pvae.models.priors.base import CodesModule
 from pvae.nn.dense import TableModule
 from pvae.nn.schedules import Constant
 from pvae.objectives import Fitting, Objective, Stepper
-from pvae.pair import Pair, Terms
+from pvae.pair.enumeration import read_table
+from pvae.pair.pair import Pair, Terms
 from pvae.util import seeds
 
 EMPTY = 1e-8

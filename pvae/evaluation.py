@@ -6,7 +6,7 @@ from torch import Tensor
 
 from pvae.data.streamed import Streamed
 from pvae.distributions.codes import Discretised
-from pvae.pair import Pair, quiet
+from pvae.pair.pair import Pair, quiet
 from pvae.util import seeds
 
 CHUNK = 1000

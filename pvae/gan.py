@@ -20,8 +20,8 @@ from pvae.models.likelihoods.base import DeterminedModule, ImplicitModule
 from pvae.nn.dense import MLP, Network, NetworkModule
 from pvae.nn.schedules import Constant
 from pvae.objectives import Fitting, Objective, Stepper
-from pvae.pair import Pair, Terms, quiet
-from pvae.traces import samples
+from pvae.pair.densities import samples
+from pvae.pair.pair import Pair, Terms, quiet
 from pvae.util import seeds
 
 CHUNK = 1000

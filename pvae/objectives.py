@@ -17,8 +17,8 @@ from pvae.errors import DeclarationError
 from pvae.guides.posteriors.codes import Estimated
 from pvae.nn.precision import Precision, products_in
 from pvae.nn.schedules import Constant, Schedule
-from pvae.pair import Pair, Terms
-from pvae.traces import sum_over
+from pvae.pair.densities import sum_over
+from pvae.pair.pair import Pair, Terms
 
 if TYPE_CHECKING:
     from pvae.data import Split

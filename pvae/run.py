@@ -16,7 +16,7 @@ from pvae.component import IMPORTED
 from pvae.data import Dataset, Split, load
 from pvae.data.sources.base import FrameSource, TensorSource
 from pvae.errors import CheckpointError, DataError, DeclarationError
-from pvae.pair import Pair
+from pvae.pair.pair import Pair
 from pvae.rundir import RunDirectory
 from pvae.spec import Experiment, Plan
 

@@ -13,7 +13,7 @@ from pvae.graph.site import OBSERVED, Site
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from pvae.pair import Pair
+    from pvae.pair.pair import Pair
     from pvae.spec import Experiment
 
 

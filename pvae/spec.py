@@ -42,7 +42,7 @@ from pvae.nn.optimizers import Adam, Optimizer
 from pvae.nn.precision import Precision
 from pvae.nn.schedules import Constant, Schedule, Scheduled
 from pvae.objectives import Objective, TraceELBO
-from pvae.pair import Pair
+from pvae.pair.pair import Pair
 from pvae.soundness import findings
 from pvae.util import toml
 from pvae.util.memory import weighed

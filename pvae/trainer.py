@@ -43,12 +43,12 @@ from pvae.models.priors.mixture import VampModule
 from pvae.nn.codebook import START_VECTORS
 from pvae.nn.schedules import Scheduled
 from pvae.objectives import Fitting, Loss, Stepper
-from pvae.pair import Pair, quiet
+from pvae.pair.code_usage import code_usage
+from pvae.pair.pair import Pair, quiet
 from pvae.run import load_weights
 from pvae.rundir import RunDirectory
 from pvae.spec import Plan
 from pvae.step import CLIPPED, Step, is_finite, load_optimizer_tensors, make_capturable, optimizer_tensors, set_lr
-from pvae.usage import code_usage
 from pvae.util import seeds
 from pvae.util.files import write_atomic
 from pvae.util.progress import Progress

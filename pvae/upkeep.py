@@ -21,7 +21,7 @@ from pvae.data.sources.base import FrameSource, TensorSource
 from pvae.diagnose import bad_weights
 from pvae.errors import CheckpointError, DataError
 from pvae.evaluation import evaluate
-from pvae.pair import Pair
+from pvae.pair.pair import Pair
 from pvae.run import Run, chosen, load_weights
 from pvae.rundir import STATES, RunDirectory, is_stale
 from pvae.spec import Experiment

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pvae.pair import Pair
+from pvae.pair.pair import Pair
 
 FLOWS: dict[str, dict[str, Any]] = {
     "realnvp": {"kind": "realnvp", "hidden": [16]},

@@ -22,7 +22,7 @@ from pvae.analysis.draws import first_level, members, quiet
 from pvae.analysis.grid import all_pairs, grid_error, marginal_log_prob
 from pvae.distributions.exponential import Codes, FullRankNormals, Members, Normals, Product, product
 from pvae.errors import DataError, DeclarationError
-from pvae.pair import Pair
+from pvae.pair.pair import Pair
 
 # ---------------------------------------------------------------------- diagonal normals
 

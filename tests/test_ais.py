@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from pvae.analysis.ais import ais, bracket
 from pvae.analysis.annealing import Plan, Target, schedule, transition
 from pvae.errors import DataError
-from pvae.pair import Pair
+from pvae.pair.pair import Pair
 from pvae.spec import Experiment
 
 # A wrong start is passed on purpose.

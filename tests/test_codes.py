@@ -28,10 +28,10 @@ from pvae.analysis.traversal import traverse
 from pvae.distributions.codes import Certain, joint_states
 from pvae.distributions.exponential import CertainCodes, Codes, Normals, Product, product
 from pvae.errors import DataError
-from pvae.pair import Pair
+from pvae.pair.code_usage import code_usage
+from pvae.pair.densities import samples
+from pvae.pair.pair import Pair
 from pvae.spec import Experiment
-from pvae.traces import samples
-from pvae.usage import code_usage
 
 Array = NDArray[np.floating]
 SHAPE = (1, 2, 3)
@@ -204,8 +204,8 @@ def test_what_is_too_large_to_keep_is_read_off_again(case, monkeypatch):
     _, pair, x, _ = case
     kept = surgery(pair, x, labels=torch.arange(60) % 2)
     monkeypatch.setattr(draws, "KEPT", 8)
-    monkeypatch.setattr("pvae.usage.NUMBERS", 60)
-    monkeypatch.setattr("pvae.usage.rows_at_once.__defaults__", (1000, 60))
+    monkeypatch.setattr("pvae.pair.code_usage.NUMBERS", 60)
+    monkeypatch.setattr("pvae.pair.code_usage.rows_at_once.__defaults__", (1000, 60))
     with quiet(pair, x, 0):
         latent = next(iter(draw(pair, x).latents.values()))
     assert latent.certain or latent.q is None
@@ -657,7 +657,7 @@ def test_usage_does_not_depend_on_batches_and_moves_nothing(monkeypatch):
     assert torch.equal(state, torch.get_rng_state())
     assert all(torch.equal(t, before[name]) for name, t in pair.state_dict().items())
     assert pair.training
-    monkeypatch.setattr("pvae.usage.rows_at_once.__defaults__", (1000, 300))
+    monkeypatch.setattr("pvae.pair.code_usage.rows_at_once.__defaults__", (1000, 300))
     assert code_usage(pair, x) == pytest.approx(want)
     assert set(want) == {"perplexity/c", "used/c"}
     assert code_usage(declared({"z": {"dim": 2}}), x) == {}

@@ -18,7 +18,7 @@ from pvae.analysis.pooled import GROUPS
 from pvae.data import Dataset
 from pvae.errors import DataError, DeclarationError
 from pvae.graph.site import Frame
-from pvae.pair import Pair
+from pvae.pair.pair import Pair
 from pvae.run import Run
 from pvae.spec import Experiment
 from pvae.util import seeds

@@ -18,7 +18,7 @@ from pvae.data import Dataset, load
 from pvae.data.sources.base import Digits
 from pvae.errors import DeclarationError
 from pvae.evaluation import evaluate
-from pvae.pair import Pair
+from pvae.pair.pair import Pair
 from pvae.run import Run
 from pvae.spec import Experiment
 

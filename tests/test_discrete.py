@@ -48,7 +48,7 @@ from pvae.guides.posteriors.codes import NearestCodePosterior
 from pvae.nn.codebook import SMOOTHING, NearestCodebook
 from pvae.nn.schedules import Exponential
 from pvae.objectives import IWAE, Loss, Objective, TraceELBO, TraceMeanFieldELBO
-from pvae.pair import Pair
+from pvae.pair.pair import Pair
 from pvae.spec import Experiment
 from pvae.step import Step
 from pvae.svi import refit

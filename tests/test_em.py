@@ -32,7 +32,7 @@ from pvae.evaluation import evaluate
 from pvae.graph.column_law import Law
 from pvae.models.likelihoods.base import ClosedForm, FactoredNormal, Likelihood
 from pvae.objectives import Loss, TraceELBO
-from pvae.pair import Pair
+from pvae.pair.pair import Pair
 from pvae.spec import Experiment, Train
 from pvae.trainer import Trainer
 

@@ -25,7 +25,7 @@ from pvae.analysis.evidence import PriorEvidence, evidence, prior_evidence, vect
 from pvae.analysis.psis import khat_limit, pareto_k, tail_length
 from pvae.analysis.stream import Stream, block_size, group_sizes
 from pvae.errors import DataError
-from pvae.pair import Pair
+from pvae.pair.pair import Pair
 
 EPS = torch.finfo(torch.float64).eps
 

@@ -33,9 +33,9 @@ from pvae.models.invertible import BijectionModule, BijectionNetwork
 from pvae.models.priors.base import Prior
 from pvae.models.priors.flows import FlowPrior
 from pvae.objectives import IWAE, TraceELBO, TraceMeanFieldELBO
-from pvae.pair import Pair
+from pvae.pair.densities import closed_kl
+from pvae.pair.pair import Pair
 from pvae.spec import Experiment
-from pvae.traces import closed_kl
 from tests.laws import FLOWS, require_gradients, slope_along
 
 BISECTED = ("block_autoregressive", "neural_autoregressive")

@@ -28,7 +28,7 @@ from pvae.errors import DataError, DeclarationError, NonFiniteError
 from pvae.gan import GAN, Duel, critic_loss, critic_of, generate, generator_loss, nearest_accuracy, slope_penalty
 from pvae.listing import list_runs
 from pvae.objectives import Fitting, Loss
-from pvae.pair import Pair
+from pvae.pair.pair import Pair
 from pvae.spec import Experiment
 
 SMALL = {"kind": "mlp", "hidden": [16]}

@@ -17,7 +17,7 @@ from torch.distributions import transforms
 
 from pvae.analysis.gap import Gap, gap
 from pvae.errors import DataError
-from pvae.pair import Pair
+from pvae.pair.pair import Pair
 from pvae.spec import Experiment
 
 

@@ -28,7 +28,7 @@ from pvae.errors import DeclarationError
 from pvae.evaluation import evaluate
 from pvae.guides.posteriors.topdown import TOP_DOWN
 from pvae.objectives import IWAE, TraceELBO, TraceMeanFieldELBO
-from pvae.pair import Pair
+from pvae.pair.pair import Pair
 from pvae.spec import Experiment
 from pvae.trainer import Trainer
 from tests.laws import require_gradients, slope_along

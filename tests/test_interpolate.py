@@ -21,7 +21,7 @@ from pvae import cli
 from pvae.analysis import encode, interpolate, plots
 from pvae.data import Dataset
 from pvae.errors import DataError
-from pvae.pair import Pair
+from pvae.pair.pair import Pair
 from pvae.run import Run
 from pvae.spec import Experiment
 

@@ -22,7 +22,7 @@ from pvae.em import EM
 from pvae.errors import DeclarationError
 from pvae.nn.schedules import Constant, Cosine, Cyclical, Exponential, Linear, Schedule, Scheduled
 from pvae.objectives import IWAE, Loss, Objective, TraceELBO, TraceMeanFieldELBO
-from pvae.pair import Pair, Terms
+from pvae.pair.pair import Pair, Terms
 from pvae.spec import Experiment
 
 ONE = torch.ones(())

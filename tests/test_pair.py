@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 from pvae.errors import DataError, DeclarationError
-from pvae.pair import Pair
-from pvae.traces import Layout
+from pvae.pair.densities import Layout
+from pvae.pair.pair import Pair
 
 D, Z, TOTAL = 6, 2, 1000
 

@@ -24,10 +24,10 @@ from pvae.analysis.draws import draw, quiet
 from pvae.analysis.groups import GROUPS, LONGEST, Posterior, dims_of, safe_names
 from pvae.data import Dataset
 from pvae.errors import CheckpointError, DataError, DeclarationError, MissingExtraError, StorageError
-from pvae.pair import Pair
+from pvae.pair.densities import samples
+from pvae.pair.pair import Pair
 from pvae.run import Run
 from pvae.svi import fit
-from pvae.traces import samples
 from pvae.util.seeds import subset
 
 ROOT = Path(__file__).parents[1]

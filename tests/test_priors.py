@@ -26,7 +26,7 @@ from pvae.guides.posteriors.base import Posterior
 from pvae.models.priors.base import Prior
 from pvae.models.priors.flows import bisected
 from pvae.models.priors.mixture import Mixture
-from pvae.pair import Pair
+from pvae.pair.pair import Pair
 from pvae.spec import Experiment
 from tests.laws import FLOWS, require_gradients
 

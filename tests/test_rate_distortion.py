@@ -23,7 +23,7 @@ from pvae import cli
 from pvae.analysis import plots, rate_distortion, surgery
 from pvae.data import Dataset
 from pvae.errors import DataError, DeclarationError
-from pvae.pair import Pair
+from pvae.pair.pair import Pair
 from pvae.run import Run
 from pvae.spec import Experiment
 

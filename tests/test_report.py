@@ -30,7 +30,7 @@ from pvae.analysis.sections.samples import on_copies
 from pvae.analysis.surgery import surgery
 from pvae.data import Dataset
 from pvae.errors import DataError, DeclarationError
-from pvae.pair import Pair
+from pvae.pair.pair import Pair
 from pvae.run import Run
 from pvae.spec import Experiment
 from pvae.svi import fit

@@ -31,7 +31,7 @@ from pvae.analysis.evidence import evidence
 from pvae.analysis.surgery import GUIDE_ROWS, surgery
 from pvae.distributions.exponential import Normals
 from pvae.errors import DataError
-from pvae.pair import Pair
+from pvae.pair.pair import Pair
 from pvae.spec import Experiment
 
 Array = np.ndarray

@@ -47,7 +47,7 @@ from pvae.analysis.two_sample import by_chance, space_of
 from pvae.data import Dataset, load
 from pvae.data.sources.base import Digits
 from pvae.errors import DataError
-from pvae.pair import Pair
+from pvae.pair.pair import Pair
 from pvae.util import seeds
 
 TINY = ["encoder.network.hidden=[16]", "decoder.network.hidden=[16]", "train.engine=eager"]

@@ -17,7 +17,7 @@ from pvae import Run
 from pvae.analysis import plots, surgery
 from pvae.analysis.generate import sample
 from pvae.analysis.two_sample import sample_quality
-from pvae.usage import code_usage
+from pvae.pair.code_usage import code_usage
 from pvae.util.seeds import subset
 
 

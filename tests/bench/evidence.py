@@ -24,7 +24,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits, glu, softplus
 
 from pvae import Experiment
 from pvae.analysis import evidence
-from pvae.pair import Pair
+from pvae.pair.pair import Pair
 
 ALL = 10_000
 """Images that the times are projected to."""

@@ -15,7 +15,7 @@ from torch import Tensor
 from pvae.distributions.codes import STATES
 from pvae.distributions.exponential import IMPOSSIBLE
 from pvae.errors import DeclarationError
-from pvae.traces import Layout, log_prob, plate_scale, samples, sum_over
+from pvae.pair.densities import Layout, log_prob, plate_scale, samples, sum_over
 
 
 @dataclass(frozen=True)

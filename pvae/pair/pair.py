@@ -20,10 +20,9 @@ from pyro.poutine.trace_messenger import TraceMessenger
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor, nn
 
-from pvae.enumeration import read_table, require_summable
 from pvae.errors import DataError, DeclarationError
 from pvae.graph.site import Frame, MadeOfData
-from pvae.traces import (
+from pvae.pair.densities import (
     Layout,
     closed_kl,
     full_size,
@@ -37,6 +36,7 @@ from pvae.traces import (
     samples,
     sum_over,
 )
+from pvae.pair.enumeration import read_table, require_summable
 
 PARTICLES = "_particles"
 

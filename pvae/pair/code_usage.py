@@ -17,8 +17,8 @@ from pvae.distributions.codes import Certain, Discretised, twin
 from pvae.distributions.exponential import CertainCodes, Codes, Members
 from pvae.models.graph import GraphModel
 from pvae.nn.codebook import Codebook, NearestCodebook
-from pvae.pair import Pair, quiet
-from pvae.traces import Layout, members, samples, unwrapped
+from pvae.pair.densities import Layout, members, samples, unwrapped
+from pvae.pair.pair import Pair, quiet
 from pvae.util import seeds
 
 ROWS = 1000
