@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from pvae.objectives import Loss
+from pvae.objectives.base import Loss
 from pvae.pair.densities import log_prob, samples
 from pvae.pair.pair import Pair
 

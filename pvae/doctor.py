@@ -469,7 +469,7 @@ def _gradients() -> Tensor:
     """Gradients of the ELBO of a small VAE, from fixed seeds; the random state stays as it was."""
     import torch
 
-    from pvae.objectives import Loss
+    from pvae.objectives.base import Loss
     from pvae.spec import Experiment
     from pvae.util import seeds
 

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 from pvae.component import Component
 from pvae.distributions.codes import STATES
-from pvae.em import EM
 from pvae.errors import DeclarationError, near
 from pvae.graph.site import OBSERVED, Values
 from pvae.guides.posteriors.base import Posterior
@@ -19,7 +18,8 @@ from pvae.models.likelihoods.columns import support_of
 from pvae.models.priors.base import CategoricalPrior, Prior, UniformPrior
 from pvae.nn.dense import Table as NetworkTable
 from pvae.nn.schedules import Schedule
-from pvae.objectives import IWAE
+from pvae.objectives.base import IWAE
+from pvae.objectives.em import EM
 
 if TYPE_CHECKING:
     from pvae.spec import Experiment, Latent, Plan, Refit

@@ -23,7 +23,6 @@ from pvae import zoo
 from pvae.component import Component, Ints, Names, Section, Shape, Table
 from pvae.data.sources.base import Data, Digits
 from pvae.errors import DeclarationError, is_refused_draw, near
-from pvae.gan import GAN as _GAN  # noqa: F401 - kinds register themselves
 from pvae.graph.prompts import Vocabulary, split
 from pvae.graph.site import OBSERVED, Frame, Link, Site, Values, topological
 from pvae.guides.encoders import Encoder, SharedEncoder
@@ -41,7 +40,8 @@ from pvae.models.priors.base import BernoulliPrior, CategoricalPrior, Prior, Sta
 from pvae.nn.optimizers import Adam, Optimizer
 from pvae.nn.precision import Precision
 from pvae.nn.schedules import Constant, Schedule, Scheduled
-from pvae.objectives import Objective, TraceELBO
+from pvae.objectives.base import Objective, TraceELBO
+from pvae.objectives.gan import GAN as _GAN  # noqa: F401 - kinds register themselves
 from pvae.pair.pair import Pair
 from pvae.soundness import findings
 from pvae.util import toml

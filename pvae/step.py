@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from pvae.graph.site import Moving
-from pvae.objectives import Loss, Stepper
+from pvae.objectives.base import Loss, Stepper
 
 Forward = Callable[[Tensor], tuple[Tensor, Tensor]]
 CLIPPED = "clipped"

@@ -20,7 +20,7 @@ from pvae.errors import CheckpointError, DataError, DeclarationError, DeviceErro
 from pvae.evaluation import evaluate
 from pvae.exporters import exporting, remembered, require
 from pvae.models.likelihoods.base import Likelihood
-from pvae.objectives import Objective, TraceELBO, TraceMeanFieldELBO
+from pvae.objectives.base import Objective, TraceELBO, TraceMeanFieldELBO
 from pvae.pair.pair import Pair
 from pvae.run import Run, attended, load_weights
 from pvae.rundir import RunDirectory, slug

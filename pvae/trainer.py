@@ -42,7 +42,7 @@ from pvae.guides.posteriors.codes import NearestModule
 from pvae.models.priors.mixture import VampModule
 from pvae.nn.codebook import START_VECTORS
 from pvae.nn.schedules import Scheduled
-from pvae.objectives import Fitting, Loss, Stepper
+from pvae.objectives.base import Fitting, Loss, Stepper
 from pvae.pair.code_usage import code_usage
 from pvae.pair.pair import Pair, quiet
 from pvae.run import load_weights

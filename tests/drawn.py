@@ -31,7 +31,7 @@ from pvae.guides.posteriors.base import Posterior
 from pvae.models.likelihoods.base import Likelihood
 from pvae.models.priors.base import Prior
 from pvae.nn.dense import Network
-from pvae.objectives import Objective
+from pvae.objectives.base import Objective
 from pvae.spec import Experiment, Latent, Refit, Train, Watch
 
 Raw = dict[str, Any]

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 from pvae import zoo
 from pvae.data import load
 from pvae.graph.site import Moving
-from pvae.objectives import Loss
+from pvae.objectives.base import Loss
 from pvae.run import attended
 from pvae.spec import Experiment
 

@@ -16,7 +16,7 @@ from pvae import zoo
 from pvae.analysis import AggregatedPosterior, evidence, surgery
 from pvae.analysis.grid import marginal_log_prob
 from pvae.distributions.exponential import Normals
-from pvae.objectives import Loss
+from pvae.objectives.base import Loss
 from pvae.spec import Experiment
 from pvae.step import Step, load_optimizer_tensors, make_capturable, optimizer_tensors, set_lr
 from tests.test_capturable import READ_BACK

@@ -47,7 +47,7 @@ from pvae.guides.posteriors.base import Posterior
 from pvae.guides.posteriors.codes import NearestCodePosterior
 from pvae.nn.codebook import SMOOTHING, NearestCodebook
 from pvae.nn.schedules import Exponential
-from pvae.objectives import IWAE, Loss, Objective, TraceELBO, TraceMeanFieldELBO
+from pvae.objectives.base import IWAE, Loss, Objective, TraceELBO, TraceMeanFieldELBO
 from pvae.pair.pair import Pair
 from pvae.spec import Experiment
 from pvae.step import Step

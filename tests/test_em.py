@@ -26,12 +26,12 @@ import pvae
 from pvae import checkpoint
 from pvae.analysis import evidence, surgery
 from pvae.data import Dataset
-from pvae.em import EM
 from pvae.errors import DataError, DeclarationError
 from pvae.evaluation import evaluate
 from pvae.graph.column_law import Law
 from pvae.models.likelihoods.base import ClosedForm, FactoredNormal, Likelihood
-from pvae.objectives import Loss, TraceELBO
+from pvae.objectives.base import Loss, TraceELBO
+from pvae.objectives.em import EM
 from pvae.pair.pair import Pair
 from pvae.spec import Experiment, Train
 from pvae.trainer import Trainer

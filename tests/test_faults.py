@@ -35,7 +35,7 @@ from pvae.analysis.report import examine, report
 from pvae.cli.app import app, say, tell
 from pvae.data import Dataset
 from pvae.errors import EXIT_CODES, DataError, DeclarationError, DeviceError, PvaeError, StorageError, printable
-from pvae.objectives import Loss
+from pvae.objectives.base import Loss
 from pvae.rundir import RunDirectory
 from pvae.spec import Experiment
 from pvae.trainer import Trainer

@@ -32,7 +32,7 @@ from pvae.evaluation import evaluate
 from pvae.models.invertible import BijectionModule, BijectionNetwork
 from pvae.models.priors.base import Prior
 from pvae.models.priors.flows import FlowPrior
-from pvae.objectives import IWAE, TraceELBO, TraceMeanFieldELBO
+from pvae.objectives.base import IWAE, TraceELBO, TraceMeanFieldELBO
 from pvae.pair.densities import closed_kl
 from pvae.pair.pair import Pair
 from pvae.spec import Experiment

@@ -25,9 +25,18 @@ from pvae.analysis.fidelity import fidelity
 from pvae.analysis.two_sample import two_sample
 from pvae.data import Dataset
 from pvae.errors import DataError, DeclarationError, NonFiniteError
-from pvae.gan import GAN, Duel, critic_loss, critic_of, generate, generator_loss, nearest_accuracy, slope_penalty
 from pvae.listing import list_runs
-from pvae.objectives import Fitting, Loss
+from pvae.objectives.base import Fitting, Loss
+from pvae.objectives.gan import (
+    GAN,
+    Duel,
+    critic_loss,
+    critic_of,
+    generate,
+    generator_loss,
+    nearest_accuracy,
+    slope_penalty,
+)
 from pvae.pair.pair import Pair
 from pvae.spec import Experiment
 
@@ -243,7 +252,7 @@ def test_a_loss_that_is_not_finite_moves_nobody(tmp_path, monkeypatch):
         logits, penalty = slope_penalty(critic, rows)
         return logits, penalty * 1e39
 
-    monkeypatch.setattr("pvae.gan.slope_penalty", overflow)
+    monkeypatch.setattr("pvae.objectives.gan.slope_penalty", overflow)
     with pytest.raises(NonFiniteError, match=r"step 0 .*generator_loss"):
         fit(declared(objective={"r1": 1.0}), tmp_path)
     experiment = declared(objective={"r1": 1.0}, train={"nonfinite": "skip", "average": 0.9})

@@ -27,7 +27,7 @@ from pvae.analysis import evidence, surgery
 from pvae.errors import DeclarationError
 from pvae.evaluation import evaluate
 from pvae.guides.posteriors.topdown import TOP_DOWN
-from pvae.objectives import IWAE, TraceELBO, TraceMeanFieldELBO
+from pvae.objectives.base import IWAE, TraceELBO, TraceMeanFieldELBO
 from pvae.pair.pair import Pair
 from pvae.spec import Experiment
 from pvae.trainer import Trainer

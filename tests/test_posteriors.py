@@ -26,7 +26,7 @@ from pvae.analysis.draws import draw, quiet
 from pvae.errors import DeclarationError
 from pvae.evaluation import evaluate
 from pvae.guides.posteriors.flows import GatedStep, PushedNormal
-from pvae.objectives import IWAE, TraceELBO
+from pvae.objectives.base import IWAE, TraceELBO
 from pvae.pair.pair import Pair
 from pvae.spec import Experiment
 from tests.laws import require_gradients, slope_along

@@ -16,7 +16,7 @@ from pvae import checkpoint
 from pvae.errors import DeclarationError
 from pvae.evaluation import evaluate
 from pvae.nn.precision import BFloat16Products, Precision, products_in
-from pvae.objectives import Loss
+from pvae.objectives.base import Loss
 from pvae.spec import Experiment
 from pvae.step import compile_forward
 

@@ -20,7 +20,7 @@ import pvae
 from pvae.data import Data, load
 from pvae.diagnose import first_bad_site
 from pvae.errors import CheckpointError, DataError, DeclarationError, NonFiniteError
-from pvae.objectives import TraceMeanFieldELBO
+from pvae.objectives.base import TraceMeanFieldELBO
 from pvae.run import chosen
 from pvae.rundir import RunDirectory
 from pvae.spec import Experiment

@@ -23,7 +23,7 @@ from pvae.models.priors.base import Prior
 from pvae.nn.dense import Network
 from pvae.nn.optimizers import Optimizer
 from pvae.nn.schedules import Schedule
-from pvae.objectives import Objective
+from pvae.objectives.base import Objective
 from pvae.show import arrows, formulas
 from pvae.spec import Experiment
 from pvae.util import toml

@@ -24,7 +24,7 @@ from pvae import checkpoint
 from pvae.analysis import evidence, surgery
 from pvae.errors import CheckpointError, DataError, DeclarationError, DeviceError, NonFiniteError, StorageError
 from pvae.evaluation import evaluate
-from pvae.objectives import Loss, TraceELBO
+from pvae.objectives.base import Loss, TraceELBO
 from pvae.run import load_weights
 from pvae.spec import Experiment, Train
 from pvae.step import Step, choose_engine, compile_forward, require_equal, set_lr

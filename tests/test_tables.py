@@ -37,7 +37,7 @@ from pvae.data.tables.delimited import MAX_HEADER_BYTES
 from pvae.errors import DataError, DeclarationError, MissingExtraError
 from pvae.graph.column_law import Law
 from pvae.models.likelihoods.columns import FAMILIES, ColumnsLikelihood
-from pvae.objectives import Loss
+from pvae.objectives.base import Loss
 from pvae.spec import Experiment
 from tests.test_cli import run_cli
 

@@ -26,7 +26,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits, embedding, pad
 
 from pvae import Experiment
 from pvae.nn.codebook import NearestCodebook
-from pvae.objectives import Loss
+from pvae.objectives.base import Loss
 from pvae.step import Step
 from pvae.util.seeds import set_noise
 

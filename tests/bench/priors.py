@@ -18,7 +18,7 @@ import pyro
 import torch
 
 from pvae import Experiment
-from pvae.objectives import Loss
+from pvae.objectives.base import Loss
 from pvae.step import Step, make_capturable
 from pvae.util.seeds import set_noise
 

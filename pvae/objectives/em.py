@@ -18,7 +18,7 @@ from pvae.models.likelihoods.base import ClosedForm
 from pvae.models.priors.base import CodesModule
 from pvae.nn.dense import TableModule
 from pvae.nn.schedules import Constant
-from pvae.objectives import Fitting, Objective, Stepper
+from pvae.objectives.base import Fitting, Objective, Stepper
 from pvae.pair.enumeration import read_table
 from pvae.pair.pair import Pair, Terms
 from pvae.util import seeds

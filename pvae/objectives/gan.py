@@ -19,7 +19,7 @@ from pvae.models.graph import GraphModel
 from pvae.models.likelihoods.base import DeterminedModule, ImplicitModule
 from pvae.nn.dense import MLP, Network, NetworkModule
 from pvae.nn.schedules import Constant
-from pvae.objectives import Fitting, Objective, Stepper
+from pvae.objectives.base import Fitting, Objective, Stepper
 from pvae.pair.densities import samples
 from pvae.pair.pair import Pair, Terms, quiet
 from pvae.util import seeds
