@@ -25,12 +25,12 @@ from pvae.analysis.groups import safe_names
 from pvae.analysis.sites import numpy_of, parameters_of, rows_of
 from pvae.distributions.codes import twin
 from pvae.errors import DataError, DeclarationError, near
+from pvae.experiment.experiment import Experiment
 from pvae.nn.schedules import Constant
 from pvae.pair.densities import Layout, log_prob, samples, sum_over, unwrapped
 from pvae.pair.enumeration import Table, read_table
 from pvae.pair.pair import Pair
 from pvae.run import Run
-from pvae.spec import Experiment
 from pvae.util import seeds
 from pvae.util.files import write_atomic
 

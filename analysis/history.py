@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pvae.analysis.surgery import surgery
 from pvae.data import Dataset
+from pvae.experiment.experiment import Plan
 from pvae.pair.pair import Pair
-from pvae.spec import Plan
 from pvae.util import seeds
 
 KEPT = ("elbo", "reconstruction", "kl", "mutual_information", "marginal_kl", "total_correlation", "coordinate_kl")

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from pvae.analysis.anatomy import Surgery
 from pvae.analysis.surgery import surgery
 from pvae.errors import DataError
+from pvae.experiment.experiment import Experiment
 from pvae.run import Run
-from pvae.spec import Experiment
 from pvae.util import seeds
 
 if TYPE_CHECKING:

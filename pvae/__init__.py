@@ -10,9 +10,9 @@ if TYPE_CHECKING:
     from pvae.cleaning import clean
     from pvae.data import Dataset
     from pvae.errors import DataError, DeclarationError, PvaeError
+    from pvae.experiment.experiment import Experiment
     from pvae.pair.pair import Pair
     from pvae.run import Run
-    from pvae.spec import Experiment
     from pvae.studies.study import Study, study
     from pvae.svi import fit, refit, resume
     from pvae.upkeep import verify
@@ -23,7 +23,7 @@ _HOMES = {
     "Dataset": "pvae.data",
     "DataError": "pvae.errors",
     "DeclarationError": "pvae.errors",
-    "Experiment": "pvae.spec",
+    "Experiment": "pvae.experiment.experiment",
     "Pair": "pvae.pair.pair",
     "PvaeError": "pvae.errors",
     "Run": "pvae.run",

@@ -12,11 +12,11 @@ from torch import Tensor
 from torch.distributions import Categorical, OneHotCategorical
 
 from pvae.distributions.codes import Certain, Discretised
+from pvae.experiment.experiment import Experiment, Plan
 from pvae.models.likelihoods.base import FactoredNormal
 from pvae.pair.code_usage import code_usage, grid_of
 from pvae.pair.densities import samples, unwrapped
 from pvae.pair.pair import Pair, quiet
-from pvae.spec import Experiment, Plan
 from pvae.util import seeds
 
 ROWS = 1000

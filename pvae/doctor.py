@@ -469,8 +469,8 @@ def _gradients() -> Tensor:
     """Gradients of the ELBO of a small VAE, from fixed seeds; the random state stays as it was."""
     import torch
 
+    from pvae.experiment.experiment import Experiment
     from pvae.objectives.base import Loss
-    from pvae.spec import Experiment
     from pvae.util import seeds
 
     experiment = Experiment.from_dict({"latents": {"z": {"dim": 4}}})

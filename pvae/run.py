@@ -16,9 +16,9 @@ from pvae.component import IMPORTED
 from pvae.data import Dataset, Split, load
 from pvae.data.sources.base import FrameSource, TensorSource
 from pvae.errors import CheckpointError, DataError, DeclarationError
+from pvae.experiment.experiment import Experiment, Plan
 from pvae.pair.pair import Pair
 from pvae.rundir import RunDirectory
-from pvae.spec import Experiment, Plan
 
 if TYPE_CHECKING:
     import pandas

@@ -18,14 +18,14 @@ from pvae.data.sources.base import FrameSource, Tabular, TensorSource
 from pvae.data.sources.python import is_bare
 from pvae.errors import CheckpointError, DataError, DeclarationError, DeviceError
 from pvae.evaluation import evaluate
+from pvae.experiment.experiment import Experiment, Plan, Train
+from pvae.experiment.rules import refused
 from pvae.exporters import exporting, remembered, require
 from pvae.models.likelihoods.base import Likelihood
 from pvae.objectives.base import Objective, TraceELBO, TraceMeanFieldELBO
 from pvae.pair.pair import Pair
 from pvae.run import Run, attended, load_weights
 from pvae.rundir import RunDirectory, slug
-from pvae.soundness import refused
-from pvae.spec import Experiment, Plan, Train
 from pvae.step import choose_engine
 from pvae.trainer import Record, Trainer
 from pvae.util.memory import require_training_memory

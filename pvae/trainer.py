@@ -37,6 +37,7 @@ from pvae.errors import (
     printable,
 )
 from pvae.evaluation import CHUNK, evaluate
+from pvae.experiment.experiment import Plan
 from pvae.graph.site import embedded
 from pvae.guides.posteriors.codes import NearestModule
 from pvae.models.priors.mixture import VampModule
@@ -47,7 +48,6 @@ from pvae.pair.code_usage import code_usage
 from pvae.pair.pair import Pair, quiet
 from pvae.run import load_weights
 from pvae.rundir import RunDirectory
-from pvae.spec import Plan
 from pvae.step import CLIPPED, Step, is_finite, load_optimizer_tensors, make_capturable, optimizer_tensors, set_lr
 from pvae.util import seeds
 from pvae.util.files import write_atomic

@@ -25,6 +25,7 @@ from pvae.component import Component, Shape
 from pvae.data.rows.columns import Column
 from pvae.data.sources.base import Binarize
 from pvae.errors import DeclarationError
+from pvae.experiment.experiment import Experiment, Latent, Refit, Train, Watch
 from pvae.graph.site import Link, Site
 from pvae.guides.encoders import Encoder
 from pvae.guides.posteriors.base import Posterior
@@ -32,7 +33,6 @@ from pvae.models.likelihoods.base import Likelihood
 from pvae.models.priors.base import Prior
 from pvae.nn.dense import Network
 from pvae.objectives.base import Objective
-from pvae.spec import Experiment, Latent, Refit, Train, Watch
 
 Raw = dict[str, Any]
 NUMBERS = (0.0, 0.01, 0.1, 0.3, 0.5, 0.9, 1.0, 1.5, 2.0, -1.0, 10.0, 100.0)

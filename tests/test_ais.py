@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from pvae.analysis.ais import ais, bracket
 from pvae.analysis.annealing import Plan, Target, schedule, transition
 from pvae.errors import DataError
+from pvae.experiment.experiment import Experiment
 from pvae.pair.pair import Pair
-from pvae.spec import Experiment
 
 # A wrong start is passed on purpose.
 # mypy: disable-error-code="arg-type"

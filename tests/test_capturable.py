@@ -17,12 +17,12 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from pvae import zoo
 from pvae.data import load
+from pvae.experiment import zoo
+from pvae.experiment.experiment import Experiment
 from pvae.graph.site import Moving
 from pvae.objectives.base import Loss
 from pvae.run import attended
-from pvae.spec import Experiment
 
 FROM_NUMBERS = (Tensor.new_tensor, torch.tensor, torch.as_tensor)
 """What makes a tensor on the host and moves it; on `meta` nothing would be seen of it."""

@@ -28,10 +28,10 @@ from pvae.analysis.traversal import traverse
 from pvae.distributions.codes import Certain, joint_states
 from pvae.distributions.exponential import CertainCodes, Codes, Normals, Product, product
 from pvae.errors import DataError
+from pvae.experiment.experiment import Experiment
 from pvae.pair.code_usage import code_usage
 from pvae.pair.densities import samples
 from pvae.pair.pair import Pair
-from pvae.spec import Experiment
 
 Array = NDArray[np.floating]
 SHAPE = (1, 2, 3)

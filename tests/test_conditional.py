@@ -17,10 +17,10 @@ from pvae.analysis import bracket, evidence, surgery
 from pvae.analysis.pooled import GROUPS
 from pvae.data import Dataset
 from pvae.errors import DataError, DeclarationError
+from pvae.experiment.experiment import Experiment
 from pvae.graph.site import Frame
 from pvae.pair.pair import Pair
 from pvae.run import Run
-from pvae.spec import Experiment
 from pvae.util import seeds
 
 NETWORK = {"network": {"kind": "mlp", "hidden": [16]}}

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 import pvae
-from pvae import zoo
 from pvae.analysis import AggregatedPosterior, evidence, surgery
 from pvae.analysis.grid import marginal_log_prob
 from pvae.distributions.exponential import Normals
+from pvae.experiment import zoo
+from pvae.experiment.experiment import Experiment
 from pvae.objectives.base import Loss
-from pvae.spec import Experiment
 from pvae.step import Step, load_optimizer_tensors, make_capturable, optimizer_tensors, set_lr
 from tests.test_capturable import READ_BACK
 from tests.test_cli import ON_A_DEVICE, run_cli

@@ -18,9 +18,9 @@ from pvae.data import Dataset, load
 from pvae.data.sources.base import Digits
 from pvae.errors import DeclarationError
 from pvae.evaluation import evaluate
+from pvae.experiment.experiment import Experiment
 from pvae.pair.pair import Pair
 from pvae.run import Run
-from pvae.spec import Experiment
 
 NETWORK = {"network": {"kind": "mlp", "hidden": [16]}}
 KINDS: dict[str, dict[str, Any]] = {

@@ -43,13 +43,13 @@ from pvae.distributions.codes import (
 )
 from pvae.errors import DeclarationError
 from pvae.evaluation import evaluate
+from pvae.experiment.experiment import Experiment
 from pvae.guides.posteriors.base import Posterior
 from pvae.guides.posteriors.codes import NearestCodePosterior
 from pvae.nn.codebook import SMOOTHING, NearestCodebook
 from pvae.nn.schedules import Exponential
 from pvae.objectives.base import IWAE, Loss, Objective, TraceELBO, TraceMeanFieldELBO
 from pvae.pair.pair import Pair
-from pvae.spec import Experiment
 from pvae.step import Step
 from pvae.svi import refit
 from pvae.trainer import Trainer, start_from_data

@@ -28,12 +28,12 @@ from pvae.analysis import evidence, surgery
 from pvae.data import Dataset
 from pvae.errors import DataError, DeclarationError
 from pvae.evaluation import evaluate
+from pvae.experiment.experiment import Experiment, Train
 from pvae.graph.column_law import Law
 from pvae.models.likelihoods.base import ClosedForm, FactoredNormal, Likelihood
 from pvae.objectives.base import Loss, TraceELBO
 from pvae.objectives.em import EM
 from pvae.pair.pair import Pair
-from pvae.spec import Experiment, Train
 from pvae.trainer import Trainer
 
 DIAG = {"kind": "normal", "scale": "per_datum"}

@@ -24,10 +24,10 @@ from pvae import exporters
 from pvae.cli import main
 from pvae.data import Dataset
 from pvae.errors import BusyError, DataError, DeclarationError, MissingExtraError, StorageError
+from pvae.experiment.experiment import Experiment
 from pvae.exporters import KINDS, MLflow, TensorBoard, export, exporting, safe_key
 from pvae.run import Run
 from pvae.rundir import RunDirectory
-from pvae.spec import Experiment
 from pvae.svi import fit, refit, resume
 
 TINY = (

@@ -35,9 +35,9 @@ from pvae.analysis.report import examine, report
 from pvae.cli.app import app, say, tell
 from pvae.data import Dataset
 from pvae.errors import EXIT_CODES, DataError, DeclarationError, DeviceError, PvaeError, StorageError, printable
+from pvae.experiment.experiment import Experiment
 from pvae.objectives.base import Loss
 from pvae.rundir import RunDirectory
-from pvae.spec import Experiment
 from pvae.trainer import Trainer
 from pvae.util import files, memory
 from tests.test_cli import TINY, npz, run_cli
@@ -612,7 +612,7 @@ def test_traceback_is_shown_when_it_is_asked_for(capsys: pytest.CaptureFixture[s
     assert "Traceback (most recent call last)" in err
     assert err.rstrip().endswith("(did you mean 'vae'?).")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pvae.zoo.entries", lambda: os.environ["\x1b[31m"])
+        patch.setattr("pvae.experiment.zoo.entries", lambda: os.environ["\x1b[31m"])
         _, err = run_cli("list", capsys=capsys, code=1)
         assert err.startswith("unexpected error KeyError: '\\x1b[31m'; run again with `pvae --traceback ...`")
         assert "Traceback" not in err

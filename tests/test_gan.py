@@ -25,6 +25,7 @@ from pvae.analysis.fidelity import fidelity
 from pvae.analysis.two_sample import two_sample
 from pvae.data import Dataset
 from pvae.errors import DataError, DeclarationError, NonFiniteError
+from pvae.experiment.experiment import Experiment
 from pvae.listing import list_runs
 from pvae.objectives.base import Fitting, Loss
 from pvae.objectives.gan import (
@@ -38,7 +39,6 @@ from pvae.objectives.gan import (
     slope_penalty,
 )
 from pvae.pair.pair import Pair
-from pvae.spec import Experiment
 
 SMALL = {"kind": "mlp", "hidden": [16]}
 

@@ -17,8 +17,8 @@ from torch.distributions import transforms
 
 from pvae.analysis.gap import Gap, gap
 from pvae.errors import DataError
+from pvae.experiment.experiment import Experiment
 from pvae.pair.pair import Pair
-from pvae.spec import Experiment
 
 
 @pytest.fixture(autouse=True, scope="module")

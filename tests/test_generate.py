@@ -23,9 +23,9 @@ from pvae import cli
 from pvae.analysis import encode, generate, plots, reconstruct, sample, traversal, traverse
 from pvae.data import Dataset
 from pvae.errors import DataError, DeclarationError
+from pvae.experiment.experiment import Experiment
 from pvae.pair.pair import Pair
 from pvae.run import Run
-from pvae.spec import Experiment
 
 N = 20_000
 NOISE = 0.4

@@ -26,10 +26,10 @@ import pvae
 from pvae.analysis import evidence, surgery
 from pvae.errors import DeclarationError
 from pvae.evaluation import evaluate
+from pvae.experiment.experiment import Experiment
 from pvae.guides.posteriors.topdown import TOP_DOWN
 from pvae.objectives.base import IWAE, TraceELBO, TraceMeanFieldELBO
 from pvae.pair.pair import Pair
-from pvae.spec import Experiment
 from pvae.trainer import Trainer
 from tests.laws import require_gradients, slope_along
 

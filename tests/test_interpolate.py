@@ -21,9 +21,9 @@ from pvae import cli
 from pvae.analysis import encode, interpolate, plots
 from pvae.data import Dataset
 from pvae.errors import DataError
+from pvae.experiment.experiment import Experiment
 from pvae.pair.pair import Pair
 from pvae.run import Run
-from pvae.spec import Experiment
 
 
 class Levels(nn.Module):

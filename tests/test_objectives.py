@@ -19,11 +19,11 @@ from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
 from torch.distributions import constraints
 
 from pvae.errors import DeclarationError
+from pvae.experiment.experiment import Experiment
 from pvae.nn.schedules import Constant, Cosine, Cyclical, Exponential, Linear, Schedule, Scheduled
 from pvae.objectives.base import IWAE, Loss, Objective, TraceELBO, TraceMeanFieldELBO
 from pvae.objectives.em import EM
 from pvae.pair.pair import Pair, Terms
-from pvae.spec import Experiment
 
 ONE = torch.ones(())
 ZOO = {

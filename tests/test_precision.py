@@ -15,9 +15,9 @@ import pvae
 from pvae import checkpoint
 from pvae.errors import DeclarationError
 from pvae.evaluation import evaluate
+from pvae.experiment.experiment import Experiment
 from pvae.nn.precision import BFloat16Products, Precision, products_in
 from pvae.objectives.base import Loss
-from pvae.spec import Experiment
 from pvae.step import compile_forward
 
 SPEC: dict[str, dict[str, Any]] = {

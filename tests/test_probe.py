@@ -27,8 +27,8 @@ import pvae
 from pvae.analysis import encode, probe
 from pvae.data import Dataset
 from pvae.errors import DataError
+from pvae.experiment.experiment import Experiment
 from pvae.run import Run
-from pvae.spec import Experiment
 
 QUICK = {"run_dir": None, "device": "cpu", "progress": False}
 

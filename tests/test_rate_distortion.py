@@ -23,9 +23,9 @@ from pvae import cli
 from pvae.analysis import plots, rate_distortion, surgery
 from pvae.data import Dataset
 from pvae.errors import DataError, DeclarationError
+from pvae.experiment.experiment import Experiment
 from pvae.pair.pair import Pair
 from pvae.run import Run
-from pvae.spec import Experiment
 
 SMALL = ["encoder.network.hidden=[8]", "decoder.network.hidden=[8]", "train.engine=eager", "train.epochs=1"]
 TOY = {

@@ -18,8 +18,8 @@ from pvae.analysis import gain, sample, surgery
 from pvae.cli import main
 from pvae.errors import CheckpointError, DataError, DeclarationError, Interrupted
 from pvae.evaluation import evaluate
+from pvae.experiment.experiment import Experiment
 from pvae.run import Run
-from pvae.spec import Experiment
 from pvae.trainer import Trainer
 
 NETWORK = {"network": {"kind": "mlp", "hidden": [32]}}

@@ -11,7 +11,7 @@ import pandas
 import pytest
 
 import pvae
-from pvae.spec import Experiment
+from pvae.experiment.experiment import Experiment
 
 RESULTS = Path(__file__).parent.parent / "analysis" / "results"
 DECLARED = sorted(str(p.relative_to(RESULTS)) for p in RESULTS.rglob("*.toml"))

@@ -12,10 +12,12 @@ import jsonschema  # type: ignore[import-untyped]
 import pytest
 import torch
 
-from pvae import zoo
 from pvae.component import Component, load_plugins
 from pvae.data import Data
 from pvae.errors import DeclarationError
+from pvae.experiment import zoo
+from pvae.experiment.experiment import Experiment
+from pvae.experiment.readback import arrows, formulas
 from pvae.guides.encoders import Encoder
 from pvae.guides.posteriors.base import Posterior
 from pvae.models.likelihoods.base import Likelihood
@@ -24,8 +26,6 @@ from pvae.nn.dense import Network
 from pvae.nn.optimizers import Optimizer
 from pvae.nn.schedules import Schedule
 from pvae.objectives.base import Objective
-from pvae.show import arrows, formulas
-from pvae.spec import Experiment
 from pvae.util import toml
 
 BASE: dict[str, Any] = {"latents": {"z": {"dim": 2}}}
@@ -322,7 +322,5 @@ def test_registered_kinds_are_documented_in_the_readme() -> None:
 
 
 def test_zoo_needs_no_torch() -> None:
-    code = (
-        "import sys, pvae.zoo; pvae.zoo.entries(); assert 'torch' not in sys.modules and 'pydantic' not in sys.modules"
-    )
+    code = "import sys, pvae.experiment.zoo; pvae.experiment.zoo.entries(); assert 'torch' not in sys.modules and 'pydantic' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -20,12 +20,12 @@ from filelock import FileLock
 from rich.console import Console
 
 import pvae
-from pvae import zoo
 from pvae.analysis.study import FIGURES, csv, frame, kept
 from pvae.errors import DeclarationError, Interrupted, PvaeError
+from pvae.experiment import zoo
+from pvae.experiment.experiment import Experiment
 from pvae.run import Run
 from pvae.rundir import RunDirectory
-from pvae.spec import Experiment
 from pvae.studies.cases import Case, Declared
 from pvae.studies.runner import Runner, Task, tasks_of, work
 from pvae.studies.shelf import Shelf, standing

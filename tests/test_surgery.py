@@ -31,8 +31,8 @@ from pvae.analysis.evidence import evidence
 from pvae.analysis.surgery import GUIDE_ROWS, surgery
 from pvae.distributions.exponential import Normals
 from pvae.errors import DataError
+from pvae.experiment.experiment import Experiment
 from pvae.pair.pair import Pair
-from pvae.spec import Experiment
 
 Array = np.ndarray
 ROOT = Path(__file__).parents[1]

@@ -24,9 +24,9 @@ from pvae import checkpoint
 from pvae.analysis import evidence, surgery
 from pvae.errors import CheckpointError, DataError, DeclarationError, DeviceError, NonFiniteError, StorageError
 from pvae.evaluation import evaluate
+from pvae.experiment.experiment import Experiment, Train
 from pvae.objectives.base import Loss, TraceELBO
 from pvae.run import load_weights
-from pvae.spec import Experiment, Train
 from pvae.step import Step, choose_engine, compile_forward, require_equal, set_lr
 from pvae.svi import pick_device
 from pvae.trainer import Stop, Trainer

@@ -35,10 +35,10 @@ from pvae.data.streamed import Streamed
 from pvae.data.tables import tables
 from pvae.data.tables.delimited import MAX_HEADER_BYTES
 from pvae.errors import DataError, DeclarationError, MissingExtraError
+from pvae.experiment.experiment import Experiment
 from pvae.graph.column_law import Law
 from pvae.models.likelihoods.columns import FAMILIES, ColumnsLikelihood
 from pvae.objectives.base import Loss
-from pvae.spec import Experiment
 from tests.test_cli import run_cli
 
 SMALL = {"encoder": {"network": {"kind": "mlp", "hidden": [16]}}}

@@ -14,12 +14,12 @@ import pytest
 import torch
 
 import pvae
-from pvae import zoo
 from pvae.analysis import evidence, report, surgery
 from pvae.errors import DataError
+from pvae.experiment import zoo
+from pvae.experiment.experiment import Experiment
+from pvae.experiment.readback import formulas
 from pvae.run import Run
-from pvae.show import formulas
-from pvae.spec import Experiment
 from tests.browser import opened
 
 CONTINUOUS = {

@@ -16,8 +16,8 @@ from pvae.errors import EXIT_CODES, DeclarationError, printable
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from pvae.experiment.experiment import Experiment
     from pvae.run import Run
-    from pvae.spec import Experiment
 
 app = typer.Typer(
     name="pvae",
@@ -105,7 +105,7 @@ def _main(
 def load_declaration(name: str, overrides: list[str] | None) -> Experiment:
     """A declaration, with the kinds of installed plugins."""
     from pvae.component import load_plugins
-    from pvae.spec import Experiment
+    from pvae.experiment.experiment import Experiment
 
     load_plugins(report=lambda line: tell(line, err=True))
     return Experiment.load(name, overrides or ())

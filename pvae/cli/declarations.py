@@ -25,7 +25,7 @@ from pvae.errors import DeclarationError, OutputError
 @app.command("list")
 def list_zoo(as_json: JSON = False) -> None:
     """Show the zoo: one declared file for every system."""
-    from pvae import zoo
+    from pvae.experiment import zoo
 
     entries = zoo.entries()
     if as_json:
@@ -42,7 +42,7 @@ def new(
     like: Annotated[str | None, typer.Option("--like", help="Zoo entry to start from (vae unless said).")] = None,
 ) -> None:
     """Write a starter file."""
-    from pvae import zoo
+    from pvae.experiment import zoo
     from pvae.rundir import slug
 
     if "/" in name or "\\" in name:
@@ -86,7 +86,7 @@ def columns(
 @app.command()
 def schema() -> None:
     """Print the JSON Schema of a declaration, for editors."""
-    from pvae.spec import Experiment
+    from pvae.experiment.experiment import Experiment
 
     typer.echo(Experiment.schema_json())
 
@@ -133,7 +133,7 @@ def check(
 def show(file: NAME, overrides: OVERRIDES = None, data_dir: DATA_DIR = None, as_json: JSON = False) -> None:
     """Read a declaration back: graph, formulas, shapes, parameter counts."""
     from pvae.data import load
-    from pvae.show import described, render
+    from pvae.experiment.readback import described, render
 
     experiment = load_declaration(file, overrides)
     data = load(experiment.data, data_dir=data_dir, seed=experiment.seed)

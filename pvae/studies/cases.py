@@ -12,10 +12,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
-from pvae import zoo
 from pvae.data.sources.base import FrameSource, TensorSource
 from pvae.errors import DeclarationError, near
-from pvae.spec import Experiment, apply_overrides
+from pvae.experiment import zoo
+from pvae.experiment.experiment import Experiment, apply_overrides
 from pvae.studies.sweep import FIRST, SECOND, Measure, StudyFile, Sweep, find, validated
 from pvae.svi import stage_of
 from pvae.util import toml

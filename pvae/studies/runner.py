@@ -19,8 +19,8 @@ from typing import IO, TYPE_CHECKING, Any
 
 from pvae.component import IMPORTED
 from pvae.errors import DataError, Interrupted, OutputError
+from pvae.experiment.experiment import Experiment
 from pvae.rundir import RunDirectory, folders, slug
-from pvae.spec import Experiment
 from pvae.studies.cases import Case
 from pvae.studies.shelf import Shelf, standing
 from pvae.studies.sweep import SECOND, Measure

@@ -9,9 +9,9 @@ from typing import Any
 
 from pvae import checkpoint
 from pvae.errors import DataError, DeclarationError
+from pvae.experiment.experiment import Experiment
 from pvae.run import Run
 from pvae.rundir import RunDirectory, folders, is_stale
-from pvae.spec import Experiment
 from pvae.studies.cases import Case
 from pvae.svi import parent_of
 

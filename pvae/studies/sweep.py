@@ -13,7 +13,7 @@ from pydantic import Field, ValidationError, field_validator
 
 from pvae.component import Names, Section, Table
 from pvae.errors import DeclarationError
-from pvae.spec import describe
+from pvae.experiment.experiment import describe
 from pvae.util.toml import find as find_declared
 from pvae.util.toml import flat
 

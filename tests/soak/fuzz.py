@@ -30,7 +30,7 @@ import torch
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis.strategies import SearchStrategy
 
-from pvae.spec import Experiment
+from pvae.experiment.experiment import Experiment
 from tests.drawn import families, kinds_in, sound, wild
 from tests.hostile import Surface, mangled, surfaces, try_bytes, try_declaration
 

@@ -33,7 +33,7 @@ import pvae
 from pvae import checkpoint, trainer
 from pvae.data import load
 from pvae.errors import Interrupted
-from pvae.spec import Experiment
+from pvae.experiment.experiment import Experiment
 
 BEFORE, RESUMING = "before the first checkpoint", "while resuming"
 PHASES = (RESUMING, "in the middle of an epoch", "in the write of a checkpoint", "after the end")

@@ -361,7 +361,7 @@ def declared_frame(columns: Mapping[str, Any], more: Mapping[str, Any]) -> Frame
     Raises:
         DeclarationError: every problem, with its path.
     """
-    from pvae.spec import describe
+    from pvae.experiment.experiment import describe
 
     raw = {"columns": dict(columns), **more}
     try:

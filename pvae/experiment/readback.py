@@ -13,8 +13,8 @@ from pvae.graph.site import OBSERVED, Site
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+    from pvae.experiment.experiment import Experiment
     from pvae.pair.pair import Pair
-    from pvae.spec import Experiment
 
 
 def factor(density: str, name: str, given: Iterable[str]) -> str:

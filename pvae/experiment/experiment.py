@@ -19,10 +19,11 @@ from pydantic import BaseModel, Field, ValidationError, field_validator, model_v
 from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError
 from torch import nn
 
-from pvae import zoo
 from pvae.component import Component, Ints, Names, Section, Shape, Table
 from pvae.data.sources.base import Data, Digits
 from pvae.errors import DeclarationError, is_refused_draw, near
+from pvae.experiment import zoo
+from pvae.experiment.rules import findings
 from pvae.graph.prompts import Vocabulary, split
 from pvae.graph.site import OBSERVED, Frame, Link, Site, Values, topological
 from pvae.guides.encoders import Encoder, SharedEncoder
@@ -43,7 +44,6 @@ from pvae.nn.schedules import Constant, Schedule, Scheduled
 from pvae.objectives.base import Objective, TraceELBO
 from pvae.objectives.gan import GAN as _GAN  # noqa: F401 - kinds register themselves
 from pvae.pair.pair import Pair
-from pvae.soundness import findings
 from pvae.util import toml
 from pvae.util.memory import weighed
 
@@ -480,7 +480,7 @@ class Experiment(Plan):
         return codebooks, temperatures
 
     def _repr_html_(self) -> str:
-        from pvae.show import experiment_html
+        from pvae.experiment.readback import experiment_html
 
         return experiment_html(self)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pvae.util import toml
 
-FOLDER = Path(__file__).parent / "models" / "zoo"
+FOLDER = Path(__file__).parents[1] / "models" / "zoo"
 
 
 def names() -> list[str]:

@@ -22,7 +22,7 @@ from pvae.objectives.base import IWAE
 from pvae.objectives.em import EM
 
 if TYPE_CHECKING:
-    from pvae.spec import Experiment, Latent, Plan, Refit
+    from pvae.experiment.experiment import Experiment, Latent, Plan, Refit
 
 Finding = tuple[tuple[str, ...], str, Any]
 

@@ -1,0 +1,1 @@
+"""The whole declaration: TOML in and out, its rules, its formulas, and the pair it builds."""
