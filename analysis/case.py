@@ -22,7 +22,7 @@ from pvae.analysis.surgery import surgery
 from pvae.analysis.two_sample import space_of
 from pvae.data.streamed import Streamed
 from pvae.errors import DataError, DeclarationError
-from pvae.run import Run
+from pvae.runs.run import Run
 from pvae.util import seeds
 
 ROWS = {"train": 60_000, "held": 10_000}

@@ -36,7 +36,7 @@ from pvae.analysis.sections.fit import GAP_NATS
 from pvae.analysis.sections.quality import measure, whole
 from pvae.analysis.two_sample import SampleQuality
 from pvae.errors import DataError
-from pvae.run import Run
+from pvae.runs.run import Run
 from pvae.util.toml import flat
 
 PAIRED_DRAWS = 8

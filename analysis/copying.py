@@ -17,7 +17,7 @@ from pvae.analysis.fidelity import BLOCK, mean_of
 from pvae.analysis.generate import Samples, opened, sample
 from pvae.analysis.table import Figures, Row
 from pvae.errors import DataError
-from pvae.run import Run
+from pvae.runs.run import Run
 from pvae.util import seeds
 
 MOST = 5000

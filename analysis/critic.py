@@ -19,7 +19,7 @@ from pvae.analysis.table import Figures, Row
 from pvae.errors import DataError
 from pvae.pair.densities import samples as sites_of
 from pvae.pair.pair import Pair
-from pvae.run import Run
+from pvae.runs.run import Run
 from pvae.util import seeds
 
 DRAWS = 20_000

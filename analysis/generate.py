@@ -30,7 +30,7 @@ from pvae.nn.schedules import Constant
 from pvae.pair.densities import Layout, log_prob, samples, sum_over, unwrapped
 from pvae.pair.enumeration import Table, read_table
 from pvae.pair.pair import Pair
-from pvae.run import Run
+from pvae.runs.run import Run
 from pvae.util import seeds
 from pvae.util.files import write_atomic
 

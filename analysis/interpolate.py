@@ -28,7 +28,7 @@ from pvae.analysis.traversal import Priors, one_row, placed, site_values
 from pvae.errors import DataError
 from pvae.pair.densities import log_prob, samples, sum_over
 from pvae.pair.pair import Pair
-from pvae.run import Run
+from pvae.runs.run import Run
 
 
 @dataclass(frozen=True, eq=False, repr=False)

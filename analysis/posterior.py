@@ -24,7 +24,7 @@ from pvae.data import Split
 from pvae.errors import DataError
 from pvae.pair.densities import Layout, samples
 from pvae.pair.pair import Pair
-from pvae.run import Run
+from pvae.runs.run import Run
 from pvae.util import seeds
 
 GIB = 1 << 30

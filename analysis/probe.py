@@ -24,7 +24,7 @@ from pvae.analysis.generate import encode, opened
 from pvae.analysis.table import Figures, Row
 from pvae.data.dataset import Split
 from pvae.errors import DataError
-from pvae.run import Run
+from pvae.runs.run import Run
 from pvae.util import seeds
 
 MOST = 10_000

@@ -11,7 +11,7 @@ from pvae.analysis.anatomy import Surgery
 from pvae.analysis.surgery import surgery
 from pvae.errors import DataError
 from pvae.experiment.experiment import Experiment
-from pvae.run import Run
+from pvae.runs.run import Run
 from pvae.util import seeds
 
 if TYPE_CHECKING:

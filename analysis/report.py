@@ -7,7 +7,7 @@ from pathlib import Path
 from pvae.analysis.case import Case, Progress, silent
 from pvae.analysis.document import Document
 from pvae.analysis.sections import SECTIONS
-from pvae.run import Run
+from pvae.runs.run import Run
 
 
 def report(

@@ -7,14 +7,14 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from pvae import checkpoint
 from pvae.analysis.evidence import evidence
 from pvae.analysis.features import affordable
 from pvae.analysis.surgery import surgery
 from pvae.analysis.table import cell
 from pvae.errors import CheckpointError, DataError
-from pvae.run import Run
-from pvae.rundir import RunDirectory
+from pvae.runs import checkpoint
+from pvae.runs.run import Run
+from pvae.runs.rundir import RunDirectory
 from pvae.studies.sweep import FIRST, Measure
 from pvae.util import seeds
 from pvae.util.files import pretty, read_inside, read_object, write_atomic

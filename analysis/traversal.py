@@ -35,7 +35,7 @@ from pvae.errors import DataError, DeclarationError
 from pvae.pair import densities as traces
 from pvae.pair.densities import Layout, SiteShape, log_prob, samples, site_shape
 from pvae.pair.pair import Pair
-from pvae.run import Run
+from pvae.runs.run import Run
 from pvae.util import seeds
 
 PRIOR_DRAWS = 1000

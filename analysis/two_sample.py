@@ -19,7 +19,7 @@ from pvae.analysis.generate import Samples, opened, sample
 from pvae.analysis.sharpness import relative_sharpness, sharpness
 from pvae.analysis.table import Figures, Row
 from pvae.errors import DataError, DeclarationError
-from pvae.run import Run
+from pvae.runs.run import Run
 from pvae.util import seeds
 
 FEWEST = 8

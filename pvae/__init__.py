@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from pvae.errors import DataError, DeclarationError, PvaeError
     from pvae.experiment.experiment import Experiment
     from pvae.pair.pair import Pair
-    from pvae.run import Run
+    from pvae.runs.run import Run
     from pvae.studies.study import Study, study
     from pvae.svi import fit, refit, resume
     from pvae.upkeep import verify
@@ -26,7 +26,7 @@ _HOMES = {
     "Experiment": "pvae.experiment.experiment",
     "Pair": "pvae.pair.pair",
     "PvaeError": "pvae.errors",
-    "Run": "pvae.run",
+    "Run": "pvae.runs.run",
     "Study": "pvae.studies",
     "clean": "pvae.cleaning",
     "fit": "pvae.svi",

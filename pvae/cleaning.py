@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
-from pvae import checkpoint
 from pvae.data.rows.cache import cache_folder
 from pvae.errors import BusyError, CheckpointError, DataError, OutputError
-from pvae.listing import list_runs
-from pvae.rundir import STALE_AFTER_SECONDS, RunDirectory, folders
+from pvae.runs import checkpoint
+from pvae.runs.listing import list_runs
+from pvae.runs.rundir import STALE_AFTER_SECONDS, RunDirectory, folders
 from pvae.util.checks import one_line
 from pvae.util.files import MIB, walk
 

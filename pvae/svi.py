@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pvae import checkpoint
 from pvae.component import IMPORTED
 from pvae.data import Dataset, load
 from pvae.data.sources.base import FrameSource, Tabular, TensorSource
@@ -20,12 +19,13 @@ from pvae.errors import CheckpointError, DataError, DeclarationError, DeviceErro
 from pvae.evaluation import evaluate
 from pvae.experiment.experiment import Experiment, Plan, Train
 from pvae.experiment.rules import refused
-from pvae.exporters import exporting, remembered, require
 from pvae.models.likelihoods.base import Likelihood
 from pvae.objectives.base import Objective, TraceELBO, TraceMeanFieldELBO
 from pvae.pair.pair import Pair
-from pvae.run import Run, attended, load_weights
-from pvae.rundir import RunDirectory, slug
+from pvae.runs import checkpoint
+from pvae.runs.exporters import exporting, remembered, require
+from pvae.runs.run import Run, attended, load_weights
+from pvae.runs.rundir import RunDirectory, slug
 from pvae.step import choose_engine
 from pvae.trainer import Record, Trainer
 from pvae.util.memory import require_training_memory

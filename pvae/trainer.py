@@ -20,7 +20,6 @@ import pyro
 import torch
 from torch import Tensor, nn
 
-from pvae import checkpoint
 from pvae.alerts import ROWS, alerts
 from pvae.data import Dataset, Split
 from pvae.diagnose import bad_figures, bad_weights, diagnose
@@ -46,8 +45,9 @@ from pvae.nn.schedules import Scheduled
 from pvae.objectives.base import Fitting, Loss, Stepper
 from pvae.pair.code_usage import code_usage
 from pvae.pair.pair import Pair, quiet
-from pvae.run import load_weights
-from pvae.rundir import RunDirectory
+from pvae.runs import checkpoint
+from pvae.runs.run import load_weights
+from pvae.runs.rundir import RunDirectory
 from pvae.step import CLIPPED, Step, is_finite, load_optimizer_tensors, make_capturable, optimizer_tensors, set_lr
 from pvae.util import seeds
 from pvae.util.files import write_atomic

@@ -24,15 +24,15 @@ from torch import Tensor
 from torch.distributions import constraints
 
 import pvae
-from pvae import checkpoint
 from pvae.data import Data, Dataset, load
 from pvae.data.rows.columns import Column
 from pvae.data.sources.base import FrameSource
 from pvae.errors import DataError, DeclarationError, DeviceError, NonFiniteError, PvaeError
 from pvae.experiment import zoo
 from pvae.experiment.experiment import Experiment, Train
-from pvae.listing import list_runs
-from pvae.run import Run
+from pvae.runs import checkpoint
+from pvae.runs.listing import list_runs
+from pvae.runs.run import Run
 from pvae.svi import tensor_source
 from tests.drawn import Drawn, Raw, damaged
 

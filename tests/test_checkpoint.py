@@ -24,8 +24,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pvae import checkpoint
 from pvae.errors import CheckpointError, DeclarationError, StorageError
+from pvae.runs import checkpoint
 
 HERE = Path(__file__).parents[1]
 

@@ -16,8 +16,8 @@ import pytest
 import pvae
 from pvae import cli
 from pvae.component import IMPORTED
-from pvae.listing import list_runs
 from pvae.nn.schedules import Schedule
+from pvae.runs.listing import list_runs
 
 TINY = ["encoder.network.hidden=[16]", "decoder.network.hidden=[16]", "train.engine=eager"]
 

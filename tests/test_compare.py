@@ -16,7 +16,7 @@ from pvae.analysis import compare, elbos, paired, surgery
 from pvae.analysis.compare import Bench, examine
 from pvae.data import Dataset
 from pvae.errors import DataError
-from pvae.run import Run
+from pvae.runs.run import Run
 from pvae.svi import fit
 from tests.test_report import HOSTILE, assert_harmless
 

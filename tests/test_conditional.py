@@ -20,7 +20,7 @@ from pvae.errors import DataError, DeclarationError
 from pvae.experiment.experiment import Experiment
 from pvae.graph.site import Frame
 from pvae.pair.pair import Pair
-from pvae.run import Run
+from pvae.runs.run import Run
 from pvae.util import seeds
 
 NETWORK = {"network": {"kind": "mlp", "hidden": [16]}}

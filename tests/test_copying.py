@@ -20,7 +20,7 @@ from pvae.analysis import copying, data_copying, features, sample
 from pvae.analysis.copying import nearest_of
 from pvae.data import Dataset
 from pvae.errors import DataError
-from pvae.run import Run
+from pvae.runs.run import Run
 
 
 def normals(n: int, d: int, seed: int, spread: float = 1.0) -> Tensor:

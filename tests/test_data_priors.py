@@ -20,7 +20,7 @@ from pvae.errors import DeclarationError
 from pvae.evaluation import evaluate
 from pvae.experiment.experiment import Experiment
 from pvae.pair.pair import Pair
-from pvae.run import Run
+from pvae.runs.run import Run
 
 NETWORK = {"network": {"kind": "mlp", "hidden": [16]}}
 KINDS: dict[str, dict[str, Any]] = {

@@ -31,7 +31,6 @@ from torch.distributions.relaxed_categorical import ExpRelaxedCategorical
 from vector_quantize_pytorch import VectorQuantize
 
 import pvae
-from pvae import checkpoint
 from pvae.data import Dataset
 from pvae.distributions.codes import (
     Discretised,
@@ -50,6 +49,7 @@ from pvae.nn.codebook import SMOOTHING, NearestCodebook
 from pvae.nn.schedules import Exponential
 from pvae.objectives.base import IWAE, Loss, Objective, TraceELBO, TraceMeanFieldELBO
 from pvae.pair.pair import Pair
+from pvae.runs import checkpoint
 from pvae.step import Step
 from pvae.svi import refit
 from pvae.trainer import Trainer, start_from_data

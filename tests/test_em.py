@@ -23,7 +23,6 @@ from sklearn.mixture import GaussianMixture
 from torch import Tensor
 
 import pvae
-from pvae import checkpoint
 from pvae.analysis import evidence, surgery
 from pvae.data import Dataset
 from pvae.errors import DataError, DeclarationError
@@ -34,6 +33,7 @@ from pvae.models.likelihoods.base import ClosedForm, FactoredNormal, Likelihood
 from pvae.objectives.base import Loss, TraceELBO
 from pvae.objectives.em import EM
 from pvae.pair.pair import Pair
+from pvae.runs import checkpoint
 from pvae.trainer import Trainer
 
 DIAG = {"kind": "normal", "scale": "per_datum"}

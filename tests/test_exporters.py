@@ -20,14 +20,14 @@ from mlflow.tracking import MlflowClient
 from tensorboardX.proto.event_pb2 import Event
 from tensorboardX.record_writer import masked_crc32c
 
-from pvae import exporters
 from pvae.cli import main
 from pvae.data import Dataset
 from pvae.errors import BusyError, DataError, DeclarationError, MissingExtraError, StorageError
 from pvae.experiment.experiment import Experiment
-from pvae.exporters import KINDS, MLflow, TensorBoard, export, exporting, safe_key
-from pvae.run import Run
-from pvae.rundir import RunDirectory
+from pvae.runs import exporters
+from pvae.runs.exporters import KINDS, MLflow, TensorBoard, export, exporting, safe_key
+from pvae.runs.run import Run
+from pvae.runs.rundir import RunDirectory
 from pvae.svi import fit, refit, resume
 
 TINY = (

@@ -37,7 +37,7 @@ from pvae.data import Dataset
 from pvae.errors import EXIT_CODES, DataError, DeclarationError, DeviceError, PvaeError, StorageError, printable
 from pvae.experiment.experiment import Experiment
 from pvae.objectives.base import Loss
-from pvae.rundir import RunDirectory
+from pvae.runs.rundir import RunDirectory
 from pvae.trainer import Trainer
 from pvae.util import files, memory
 from tests.test_cli import TINY, npz, run_cli

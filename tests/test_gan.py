@@ -26,7 +26,6 @@ from pvae.analysis.two_sample import two_sample
 from pvae.data import Dataset
 from pvae.errors import DataError, DeclarationError, NonFiniteError
 from pvae.experiment.experiment import Experiment
-from pvae.listing import list_runs
 from pvae.objectives.base import Fitting, Loss
 from pvae.objectives.gan import (
     GAN,
@@ -39,6 +38,7 @@ from pvae.objectives.gan import (
     slope_penalty,
 )
 from pvae.pair.pair import Pair
+from pvae.runs.listing import list_runs
 
 SMALL = {"kind": "mlp", "hidden": [16]}
 

@@ -25,7 +25,7 @@ from pvae.data import Dataset
 from pvae.errors import DataError, DeclarationError
 from pvae.experiment.experiment import Experiment
 from pvae.pair.pair import Pair
-from pvae.run import Run
+from pvae.runs.run import Run
 
 N = 20_000
 NOISE = 0.4

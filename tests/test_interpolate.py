@@ -23,7 +23,7 @@ from pvae.data import Dataset
 from pvae.errors import DataError
 from pvae.experiment.experiment import Experiment
 from pvae.pair.pair import Pair
-from pvae.run import Run
+from pvae.runs.run import Run
 
 
 class Levels(nn.Module):

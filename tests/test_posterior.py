@@ -26,7 +26,7 @@ from pvae.data import Dataset
 from pvae.errors import CheckpointError, DataError, DeclarationError, MissingExtraError, StorageError
 from pvae.pair.densities import samples
 from pvae.pair.pair import Pair
-from pvae.run import Run
+from pvae.runs.run import Run
 from pvae.svi import fit
 from pvae.util.seeds import subset
 
@@ -521,7 +521,7 @@ def test_arviz_works_on_it(small, awkward):
 
 def test_arviz_is_not_imported_until_it_is_asked_for(run, tmp_path):
     code = (
-        "import sys, pvae\nfrom pvae.run import Run\n"
+        "import sys, pvae\nfrom pvae.runs.run import Run\n"
         f"found = Run.load({str(run.path)!r}).posterior(draws=2, rows=4)\n"
         f"found.save({str(tmp_path / 'p.nc')!r}), found.summary(), repr(found)\n"
         "print('arviz' in sys.modules)\nfound.to_arviz()\nprint('arviz' in sys.modules)\n"

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 
 import pvae
-from pvae import checkpoint
 from pvae.errors import DeclarationError
 from pvae.evaluation import evaluate
 from pvae.experiment.experiment import Experiment
 from pvae.nn.precision import BFloat16Products, Precision, products_in
 from pvae.objectives.base import Loss
+from pvae.runs import checkpoint
 from pvae.step import compile_forward
 
 SPEC: dict[str, dict[str, Any]] = {

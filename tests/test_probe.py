@@ -28,7 +28,7 @@ from pvae.analysis import encode, probe
 from pvae.data import Dataset
 from pvae.errors import DataError
 from pvae.experiment.experiment import Experiment
-from pvae.run import Run
+from pvae.runs.run import Run
 
 QUICK = {"run_dir": None, "device": "cpu", "progress": False}
 

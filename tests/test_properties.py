@@ -22,8 +22,8 @@ from pvae.diagnose import first_bad_site
 from pvae.errors import CheckpointError, DataError, DeclarationError, NonFiniteError
 from pvae.experiment.experiment import Experiment
 from pvae.objectives.base import TraceMeanFieldELBO
-from pvae.run import chosen
-from pvae.rundir import RunDirectory
+from pvae.runs.run import chosen
+from pvae.runs.rundir import RunDirectory
 from pvae.trainer import State
 from pvae.util.files import read_lines
 from tests.drawn import Drawn, sound, wild

@@ -19,7 +19,7 @@ from pvae.cli import main
 from pvae.errors import CheckpointError, DataError, DeclarationError, Interrupted
 from pvae.evaluation import evaluate
 from pvae.experiment.experiment import Experiment
-from pvae.run import Run
+from pvae.runs.run import Run
 from pvae.trainer import Trainer
 
 NETWORK = {"network": {"kind": "mlp", "hidden": [32]}}

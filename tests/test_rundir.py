@@ -21,10 +21,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pvae import rundir
 from pvae.errors import BusyError, DataError, DeclarationError, Interrupted, OutputError, StorageError
-from pvae.listing import list_runs
-from pvae.rundir import RunDirectory, slug
+from pvae.runs import rundir
+from pvae.runs.listing import list_runs
+from pvae.runs.rundir import RunDirectory, slug
 from pvae.util import files
 from pvae.util.files import write_atomic
 from pvae.util.provenance import provenance
@@ -56,7 +56,7 @@ def state_of(run: RunDirectory) -> str:
 @contextmanager
 def child(code: str, *arguments: str) -> Iterator[subprocess.Popen[str]]:
     """A second process with ``run`` opened on the first argument; it ends when its input does."""
-    start = "import sys\nfrom pvae.rundir import RunDirectory\nrun = RunDirectory.open(sys.argv[1])\n"
+    start = "import sys\nfrom pvae.runs.rundir import RunDirectory\nrun = RunDirectory.open(sys.argv[1])\n"
     command = [sys.executable, "-c", start + code, *arguments]
     with subprocess.Popen(
         command, cwd=HERE, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

@@ -36,7 +36,7 @@ from pvae.data.rows.arrays import Index, SparseRows
 from pvae.data.rows.cache import cache_folder
 from pvae.data.sources.python import Spool
 from pvae.errors import DataError, StorageError
-from pvae.run import Run
+from pvae.runs.run import Run
 
 RNG = np.random.RandomState(0)
 ROWS = 60

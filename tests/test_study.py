@@ -24,8 +24,8 @@ from pvae.analysis.study import FIGURES, csv, frame, kept
 from pvae.errors import DeclarationError, Interrupted, PvaeError
 from pvae.experiment import zoo
 from pvae.experiment.experiment import Experiment
-from pvae.run import Run
-from pvae.rundir import RunDirectory
+from pvae.runs.run import Run
+from pvae.runs.rundir import RunDirectory
 from pvae.studies.cases import Case, Declared
 from pvae.studies.runner import Runner, Task, tasks_of, work
 from pvae.studies.shelf import Shelf, standing

@@ -20,13 +20,13 @@ import torch
 from torch import Tensor, nn
 
 import pvae
-from pvae import checkpoint
 from pvae.analysis import evidence, surgery
 from pvae.errors import CheckpointError, DataError, DeclarationError, DeviceError, NonFiniteError, StorageError
 from pvae.evaluation import evaluate
 from pvae.experiment.experiment import Experiment, Train
 from pvae.objectives.base import Loss, TraceELBO
-from pvae.run import load_weights
+from pvae.runs import checkpoint
+from pvae.runs.run import load_weights
 from pvae.step import Step, choose_engine, compile_forward, require_equal, set_lr
 from pvae.svi import pick_device
 from pvae.trainer import Stop, Trainer

@@ -29,11 +29,12 @@ from filelock import FileLock
 from torch import Tensor
 
 import pvae
-from pvae import checkpoint, cleaning, cli, doctor
+from pvae import cleaning, cli, doctor
 from pvae.cleaning import Cleaning, clean
 from pvae.data.rows.cache import cache_folder
 from pvae.errors import DataError, DeclarationError
-from pvae.rundir import RunDirectory, utc_now
+from pvae.runs import checkpoint
+from pvae.runs.rundir import RunDirectory, utc_now
 from pvae.upkeep import TOLERANCE, verify
 from pvae.util.checks import Check, Checks, attempt
 

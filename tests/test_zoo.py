@@ -19,7 +19,7 @@ from pvae.errors import DataError
 from pvae.experiment import zoo
 from pvae.experiment.experiment import Experiment
 from pvae.experiment.readback import formulas
-from pvae.run import Run
+from pvae.runs.run import Run
 from tests.browser import opened
 
 CONTINUOUS = {

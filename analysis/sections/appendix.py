@@ -9,7 +9,7 @@ from pvae.analysis.case import Case
 from pvae.analysis.document import Block, Code, Column, Note, Section, Table
 from pvae.experiment.experiment import Experiment
 from pvae.experiment.readback import formulas
-from pvae.run import Run
+from pvae.runs.run import Run
 
 
 def declaration(case: Case) -> Section:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from pvae.experiment.experiment import Experiment
-    from pvae.run import Run
+    from pvae.runs.run import Run
 
 app = typer.Typer(
     name="pvae",
@@ -114,7 +114,7 @@ def load_declaration(name: str, overrides: list[str] | None) -> Experiment:
 def open_run(run: str, run_dir: Path, data_dir: Path | None, device: str = "cpu") -> Run:
     """A run on a device, with the kinds of installed plugins."""
     from pvae.component import load_plugins
-    from pvae.run import Run
+    from pvae.runs.run import Run
 
     load_plugins(report=lambda line: tell(line, err=True))
     opened = Run.load(run, root=run_dir, data_dir=data_dir)

@@ -43,7 +43,7 @@ def new(
 ) -> None:
     """Write a starter file."""
     from pvae.experiment import zoo
-    from pvae.rundir import slug
+    from pvae.runs.rundir import slug
 
     if "/" in name or "\\" in name:
         raise DeclarationError(f"{name}: expected a name, not a path; the file is written here.")

@@ -28,7 +28,7 @@ from pvae.cli.app import (
 )
 
 if TYPE_CHECKING:
-    from pvae.run import Run
+    from pvae.runs.run import Run
 
 STRICT = Annotated[bool, typer.Option("--strict", help="Exit with 3 where the run finished with alerts.")]
 QUIET = Annotated[bool, typer.Option("--quiet", help="No progress.")]
@@ -198,8 +198,8 @@ def export(
     as_json: JSON = False,
 ) -> None:
     """Export a run's metrics, parameters, alerts and pictures to TensorBoard or MLflow."""
-    from pvae.exporters import export as export_run
-    from pvae.rundir import RunDirectory
+    from pvae.runs.exporters import export as export_run
+    from pvae.runs.rundir import RunDirectory
 
     where = export_run(RunDirectory.open(run, run_dir), kind)
     if as_json:
@@ -211,7 +211,7 @@ def export(
 @app.command()
 def runs(run_dir: RUN_DIR = RUNS, as_json: JSON = False) -> None:
     """List runs with their state."""
-    from pvae.listing import list_runs
+    from pvae.runs.listing import list_runs
 
     rows = list_runs(run_dir)
     if as_json:

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from pvae.analysis.generate import Generated
-    from pvae.run import Run
+    from pvae.runs.run import Run
 
 
 OUT = Annotated[

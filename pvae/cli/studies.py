@@ -37,7 +37,7 @@ def study(
         _list(file, run_dir, as_json)
         return
     from pvae.analysis.document import claim
-    from pvae.rundir import slug
+    from pvae.runs.rundir import slug
     from pvae.studies import study as run_study
     from pvae.studies.cases import Declared
 

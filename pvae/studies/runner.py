@@ -20,7 +20,7 @@ from typing import IO, TYPE_CHECKING, Any
 from pvae.component import IMPORTED
 from pvae.errors import DataError, Interrupted, OutputError
 from pvae.experiment.experiment import Experiment
-from pvae.rundir import RunDirectory, folders, slug
+from pvae.runs.rundir import RunDirectory, folders, slug
 from pvae.studies.cases import Case
 from pvae.studies.shelf import Shelf, standing
 from pvae.studies.sweep import SECOND, Measure
@@ -311,7 +311,7 @@ def work(job: Mapping[str, Any]) -> None:
     import torch
 
     from pvae.analysis.study import figures
-    from pvae.run import Run
+    from pvae.runs.run import Run
     from pvae.svi import fit, fit_stage, resume
 
     torch.set_num_threads(int(job["threads"]))

@@ -7,11 +7,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from pvae import checkpoint
 from pvae.errors import DataError, DeclarationError
 from pvae.experiment.experiment import Experiment
-from pvae.run import Run
-from pvae.rundir import RunDirectory, folders, is_stale
+from pvae.runs import checkpoint
+from pvae.runs.run import Run
+from pvae.runs.rundir import RunDirectory, folders, is_stale
 from pvae.studies.cases import Case
 from pvae.svi import parent_of
 

@@ -12,8 +12,8 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from pvae.errors import DeclarationError, printable
-from pvae.run import Run
-from pvae.rundir import RunDirectory
+from pvae.runs.run import Run
+from pvae.runs.rundir import RunDirectory
 from pvae.studies.cases import Case, Declared
 from pvae.studies.runner import DONE, Runner, Task, tasks_of
 from pvae.studies.shelf import Shelf, standing

@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from pvae.errors import CheckpointError, DataError, DeclarationError, StorageError
-from pvae.rundir import slug
+from pvae.runs.rundir import slug
 from pvae.util.files import read_inside, sync_folder, write_new
 
 SCHEMA = 1

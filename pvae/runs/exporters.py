@@ -28,7 +28,7 @@ from typing import Any, ClassVar, final
 
 from pvae import __version__
 from pvae.errors import DataError, DeclarationError, MissingExtraError, PvaeError, StorageError, near, printable
-from pvae.rundir import RunDirectory
+from pvae.runs.rundir import RunDirectory
 from pvae.util import toml
 from pvae.util.files import read_inside
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from pvae.errors import DataError, PvaeError
-from pvae.rundir import STATES, RunDirectory, age_seconds, folders, is_stale
+from pvae.runs.rundir import STATES, RunDirectory, age_seconds, folders, is_stale
 
 
 def list_runs(root: Path) -> list[dict[str, Any]]:

@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from pvae import checkpoint
+from pvae.runs import checkpoint
 from pvae.component import IMPORTED
 from pvae.data import Dataset, Split, load
 from pvae.data.sources.base import FrameSource, TensorSource
 from pvae.errors import CheckpointError, DataError, DeclarationError
 from pvae.experiment.experiment import Experiment, Plan
 from pvae.pair.pair import Pair
-from pvae.rundir import RunDirectory
+from pvae.runs.rundir import RunDirectory
 
 if TYPE_CHECKING:
     import pandas
