@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from pvae.pair.pair import Pair
     from pvae.runs.run import Run
     from pvae.studies.study import Study, study
-    from pvae.svi import fit, refit, resume
+    from pvae.training.fit import fit, refit, resume
     from pvae.upkeep import verify
 
 __version__ = "0.1.0"
@@ -29,9 +29,9 @@ _HOMES = {
     "Run": "pvae.runs.run",
     "Study": "pvae.studies",
     "clean": "pvae.cleaning",
-    "fit": "pvae.svi",
-    "refit": "pvae.svi",
-    "resume": "pvae.svi",
+    "fit": "pvae.training.fit",
+    "refit": "pvae.training.fit",
+    "resume": "pvae.training.fit",
     "study": "pvae.studies",
     "verify": "pvae.upkeep",
 }

@@ -432,8 +432,8 @@ def _elbo() -> Iterator[Check]:
     import torch
     from pyro.distributions import Normal
 
-    from pvae.evaluation import evaluate
     from pvae.pair.pair import Pair
+    from pvae.training.evaluation import evaluate
 
     def model(x: Tensor) -> None:
         with pyro.plate("data", len(x)):

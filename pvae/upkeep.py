@@ -17,15 +17,15 @@ import torch
 from torch import Tensor
 
 from pvae.data.sources.base import FrameSource, TensorSource
-from pvae.diagnose import bad_weights
 from pvae.errors import CheckpointError, DataError
-from pvae.evaluation import evaluate
 from pvae.experiment.experiment import Experiment
 from pvae.pair.pair import Pair
 from pvae.runs import checkpoint
 from pvae.runs.run import Run, chosen, load_weights
 from pvae.runs.rundir import STATES, RunDirectory, is_stale
-from pvae.trainer import State
+from pvae.training.diagnose import bad_weights
+from pvae.training.evaluation import evaluate
+from pvae.training.trainer import State
 from pvae.util.checks import Check, Checks, Level, attempt
 from pvae.util.files import MIB, read_inside, read_lines, walk
 from pvae.util.provenance import provenance

@@ -33,7 +33,7 @@ from pvae.experiment.experiment import Experiment, Train
 from pvae.runs import checkpoint
 from pvae.runs.listing import list_runs
 from pvae.runs.run import Run
-from pvae.svi import tensor_source
+from pvae.training.fit import tensor_source
 from tests.drawn import Drawn, Raw, damaged
 
 LOCATED = re.compile(r"(\S+: (?s:.)*e|E)xpected (?s:.)+; got:? (?s:.)+")

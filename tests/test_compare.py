@@ -17,7 +17,7 @@ from pvae.analysis.compare import Bench, examine
 from pvae.data import Dataset
 from pvae.errors import DataError
 from pvae.runs.run import Run
-from pvae.svi import fit
+from pvae.training.fit import fit
 from tests.test_report import HOSTILE, assert_harmless
 
 TINY = ("train.epochs=3", "encoder.network.hidden=[8]", "decoder.network.hidden=[8]", "train.engine=eager")

@@ -18,7 +18,7 @@ from pvae.distributions.exponential import Normals
 from pvae.experiment import zoo
 from pvae.experiment.experiment import Experiment
 from pvae.objectives.base import Loss
-from pvae.step import Step, load_optimizer_tensors, make_capturable, optimizer_tensors, set_lr
+from pvae.training.step import Step, load_optimizer_tensors, make_capturable, optimizer_tensors, set_lr
 from tests.test_capturable import READ_BACK
 from tests.test_cli import ON_A_DEVICE, run_cli
 

@@ -17,10 +17,10 @@ from pvae.analysis import surgery
 from pvae.data import Dataset, load
 from pvae.data.sources.base import Digits
 from pvae.errors import DeclarationError
-from pvae.evaluation import evaluate
 from pvae.experiment.experiment import Experiment
 from pvae.pair.pair import Pair
 from pvae.runs.run import Run
+from pvae.training.evaluation import evaluate
 
 NETWORK = {"network": {"kind": "mlp", "hidden": [16]}}
 KINDS: dict[str, dict[str, Any]] = {

@@ -41,7 +41,6 @@ from pvae.distributions.codes import (
     to_coordinates,
 )
 from pvae.errors import DeclarationError
-from pvae.evaluation import evaluate
 from pvae.experiment.experiment import Experiment
 from pvae.guides.posteriors.base import Posterior
 from pvae.guides.posteriors.codes import NearestCodePosterior
@@ -50,9 +49,10 @@ from pvae.nn.schedules import Exponential
 from pvae.objectives.base import IWAE, Loss, Objective, TraceELBO, TraceMeanFieldELBO
 from pvae.pair.pair import Pair
 from pvae.runs import checkpoint
-from pvae.step import Step
-from pvae.svi import refit
-from pvae.trainer import Trainer, start_from_data
+from pvae.training.evaluation import evaluate
+from pvae.training.fit import refit
+from pvae.training.step import Step
+from pvae.training.trainer import Trainer, start_from_data
 from tests.laws import FLOWS, require_gradients
 
 ONE = torch.ones(())

@@ -26,7 +26,6 @@ import pvae
 from pvae.analysis import evidence, surgery
 from pvae.data import Dataset
 from pvae.errors import DataError, DeclarationError
-from pvae.evaluation import evaluate
 from pvae.experiment.experiment import Experiment, Train
 from pvae.graph.column_law import Law
 from pvae.models.likelihoods.base import ClosedForm, FactoredNormal, Likelihood
@@ -34,7 +33,8 @@ from pvae.objectives.base import Loss, TraceELBO
 from pvae.objectives.em import EM
 from pvae.pair.pair import Pair
 from pvae.runs import checkpoint
-from pvae.trainer import Trainer
+from pvae.training.evaluation import evaluate
+from pvae.training.trainer import Trainer
 
 DIAG = {"kind": "normal", "scale": "per_datum"}
 SHARED = {"kind": "normal", "scale": "shared"}

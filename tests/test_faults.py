@@ -38,7 +38,7 @@ from pvae.errors import EXIT_CODES, DataError, DeclarationError, DeviceError, Pv
 from pvae.experiment.experiment import Experiment
 from pvae.objectives.base import Loss
 from pvae.runs.rundir import RunDirectory
-from pvae.trainer import Trainer
+from pvae.training.trainer import Trainer
 from pvae.util import files, memory
 from tests.test_cli import TINY, npz, run_cli
 from tests.test_svi import Fragile as TwoNumbers

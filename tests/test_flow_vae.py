@@ -28,7 +28,6 @@ from pvae.analysis import ais, bracket, evidence, gap, prior_evidence, surgery
 from pvae.data.sources import toys
 from pvae.distributions.determined import Determined, Rounded
 from pvae.errors import DataError, DeclarationError
-from pvae.evaluation import evaluate
 from pvae.experiment.experiment import Experiment
 from pvae.models.invertible import BijectionModule, BijectionNetwork
 from pvae.models.priors.base import Prior
@@ -36,6 +35,7 @@ from pvae.models.priors.flows import FlowPrior
 from pvae.objectives.base import IWAE, TraceELBO, TraceMeanFieldELBO
 from pvae.pair.densities import closed_kl
 from pvae.pair.pair import Pair
+from pvae.training.evaluation import evaluate
 from tests.laws import FLOWS, require_gradients, slope_along
 
 BISECTED = ("block_autoregressive", "neural_autoregressive")

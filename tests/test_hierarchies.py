@@ -25,12 +25,12 @@ from torch import Tensor, nn
 import pvae
 from pvae.analysis import evidence, surgery
 from pvae.errors import DeclarationError
-from pvae.evaluation import evaluate
 from pvae.experiment.experiment import Experiment
 from pvae.guides.posteriors.topdown import TOP_DOWN
 from pvae.objectives.base import IWAE, TraceELBO, TraceMeanFieldELBO
 from pvae.pair.pair import Pair
-from pvae.trainer import Trainer
+from pvae.training.evaluation import evaluate
+from pvae.training.trainer import Trainer
 from tests.laws import require_gradients, slope_along
 
 TANH = {"network": {"kind": "mlp", "hidden": [8], "activation": "tanh"}}

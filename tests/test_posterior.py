@@ -27,7 +27,7 @@ from pvae.errors import CheckpointError, DataError, DeclarationError, MissingExt
 from pvae.pair.densities import samples
 from pvae.pair.pair import Pair
 from pvae.runs.run import Run
-from pvae.svi import fit
+from pvae.training.fit import fit
 from pvae.util.seeds import subset
 
 ROOT = Path(__file__).parents[1]

@@ -24,11 +24,11 @@ import pvae
 from pvae.analysis import AggregatedPosterior, evidence, surgery
 from pvae.analysis.draws import draw, quiet
 from pvae.errors import DeclarationError
-from pvae.evaluation import evaluate
 from pvae.experiment.experiment import Experiment
 from pvae.guides.posteriors.flows import GatedStep, PushedNormal
 from pvae.objectives.base import IWAE, TraceELBO
 from pvae.pair.pair import Pair
+from pvae.training.evaluation import evaluate
 from tests.laws import require_gradients, slope_along
 
 NETWORK = {"network": {"kind": "mlp", "hidden": [8], "activation": "tanh"}}

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 import pvae
 from pvae.errors import DeclarationError
-from pvae.evaluation import evaluate
 from pvae.experiment.experiment import Experiment
 from pvae.nn.precision import BFloat16Products, Precision, products_in
 from pvae.objectives.base import Loss
 from pvae.runs import checkpoint
-from pvae.step import compile_forward
+from pvae.training.evaluation import evaluate
+from pvae.training.step import compile_forward
 
 SPEC: dict[str, dict[str, Any]] = {
     "latents": {"z": {"dim": 3}},

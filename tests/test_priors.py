@@ -21,13 +21,13 @@ from pvae.analysis.draws import draw, quiet
 from pvae.data.sources import toys
 from pvae.distributions.exponential import Normals
 from pvae.errors import DeclarationError, NonFiniteError
-from pvae.evaluation import evaluate
 from pvae.experiment.experiment import Experiment
 from pvae.guides.posteriors.base import Posterior
 from pvae.models.priors.base import Prior
 from pvae.models.priors.flows import bisected
 from pvae.models.priors.mixture import Mixture
 from pvae.pair.pair import Pair
+from pvae.training.evaluation import evaluate
 from tests.laws import FLOWS, require_gradients
 
 NETWORK = {"network": {"kind": "mlp", "hidden": [8]}}

@@ -18,13 +18,13 @@ from hypothesis import HealthCheck, Phase, given, settings
 
 import pvae
 from pvae.data import Data, load
-from pvae.diagnose import first_bad_site
 from pvae.errors import CheckpointError, DataError, DeclarationError, NonFiniteError
 from pvae.experiment.experiment import Experiment
 from pvae.objectives.base import TraceMeanFieldELBO
 from pvae.runs.run import chosen
 from pvae.runs.rundir import RunDirectory
-from pvae.trainer import State
+from pvae.training.diagnose import first_bad_site
+from pvae.training.trainer import State
 from pvae.util.files import read_lines
 from tests.drawn import Drawn, sound, wild
 from tests.hostile import mangled, surfaces, try_bytes, try_declaration

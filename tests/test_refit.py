@@ -17,10 +17,10 @@ import pvae
 from pvae.analysis import gain, sample, surgery
 from pvae.cli import main
 from pvae.errors import CheckpointError, DataError, DeclarationError, Interrupted
-from pvae.evaluation import evaluate
 from pvae.experiment.experiment import Experiment
 from pvae.runs.run import Run
-from pvae.trainer import Trainer
+from pvae.training.evaluation import evaluate
+from pvae.training.trainer import Trainer
 
 NETWORK = {"network": {"kind": "mlp", "hidden": [32]}}
 TABLE: dict[str, Any] = {

@@ -33,7 +33,7 @@ from pvae.errors import DataError, DeclarationError
 from pvae.experiment.experiment import Experiment
 from pvae.pair.pair import Pair
 from pvae.runs.run import Run
-from pvae.svi import fit
+from pvae.training.fit import fit
 
 HOSTILE = ("<script>alert(1)</script>", r"$\foo$", "=cmd|' /C calc'!A0", "[red]", "\x1b[31m", "\u202e")
 TINY = ("train.epochs=3", "encoder.network.hidden=[8]", "decoder.network.hidden=[8]", "train.engine=eager")

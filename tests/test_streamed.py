@@ -16,7 +16,7 @@ from pvae.data.rows.arrays import Joined, SparseRows, npy_array
 from pvae.data.rows.rows import Rows, shared_rows, tenths
 from pvae.data.streamed import Streamed, WindowOrder
 from pvae.errors import DataError
-from pvae.trainer import Trainer
+from pvae.training.trainer import Trainer
 from tests.test_svi import assert_same, last_weights
 
 

@@ -31,7 +31,7 @@ from pvae.studies.runner import Runner, Task, tasks_of, work
 from pvae.studies.shelf import Shelf, standing
 from pvae.studies.study import Board, states, study
 from pvae.studies.sweep import Measure, names
-from pvae.trainer import Trainer
+from pvae.training.trainer import Trainer
 from tests.test_cli import run_cli
 
 NETWORK = {"network": {"kind": "mlp", "hidden": [8]}}

@@ -883,7 +883,7 @@ def test_global_latents_count_once_and_are_no_evidence_per_datum():
     assert found.shared["b"] == pytest.approx(exact, abs=4)  # one draw: its spread is below one nat
     with pytest.raises(DataError, match="got global b"):
         evidence(pair, x)
-    from pvae.evaluation import evaluate
+    from pvae.training.evaluation import evaluate
 
     assert evaluate(pair, x, 0)["kl/b"] == pytest.approx(exact / 2500, abs=4 / 2500)
 

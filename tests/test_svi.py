@@ -22,14 +22,14 @@ from torch import Tensor, nn
 import pvae
 from pvae.analysis import evidence, surgery
 from pvae.errors import CheckpointError, DataError, DeclarationError, DeviceError, NonFiniteError, StorageError
-from pvae.evaluation import evaluate
 from pvae.experiment.experiment import Experiment, Train
 from pvae.objectives.base import Loss, TraceELBO
 from pvae.runs import checkpoint
 from pvae.runs.run import load_weights
-from pvae.step import Step, choose_engine, compile_forward, require_equal, set_lr
-from pvae.svi import pick_device
-from pvae.trainer import Stop, Trainer
+from pvae.training.evaluation import evaluate
+from pvae.training.fit import pick_device
+from pvae.training.step import Step, choose_engine, compile_forward, require_equal, set_lr
+from pvae.training.trainer import Stop, Trainer
 
 TINY = {
     "latents": {"z": {"dim": 3}},
@@ -636,7 +636,7 @@ def test_uncompilable_pair_goes_on_eagerly(tmp_path: Path, monkeypatch: pytest.M
     def broken(*_: object) -> None:
         raise RuntimeError("no compiler here")
 
-    monkeypatch.setattr("pvae.step.compile_forward", broken)
+    monkeypatch.setattr("pvae.training.step.compile_forward", broken)
     run = fit(tiny(engine="compiled", epochs=1), tmp_path)
     assert run.files.manifest["engine"] == "eager"
     assert any("no compiler here" in event["message"] for event in run.files.events())

@@ -287,7 +287,7 @@ def counterexamples(
 def selfcheck(device: DEVICE = "auto", seed: SEED = 0, as_json: JSON = False) -> None:
     """Measure models whose every figure is known exactly: are surgery, evidence and gaps right on this machine?"""
     from pvae.analysis.selfcheck import selfcheck as measure
-    from pvae.svi import pick_device
+    from pvae.training.fit import pick_device
     from pvae.util.progress import Progress
 
     with Progress(100, "selfcheck", show=not as_json) as bar:

@@ -120,7 +120,7 @@ def open_run(run: str, run_dir: Path, data_dir: Path | None, device: str = "cpu"
     opened = Run.load(run, root=run_dir, data_dir=data_dir)
     if device == "cpu":
         return opened
-    from pvae.svi import pick_device
+    from pvae.training.fit import pick_device
 
     return opened.to(pick_device(device))
 

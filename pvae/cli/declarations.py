@@ -106,7 +106,7 @@ def check(
         emit(found) if as_json else tell(f"{file}: ok")
         return
     from pvae.data import load
-    from pvae.evaluation import evaluate
+    from pvae.training.evaluation import evaluate
 
     data = experiment.conditioned(load(experiment.data, data_dir=data_dir, seed=experiment.seed))
     data.require_support(experiment.observed().support, experiment.decoder.likelihood.hint)

@@ -47,7 +47,7 @@ def fit(
     as_json: JSON = False,
 ) -> None:
     """Fit an experiment and keep everything in a run directory."""
-    from pvae.svi import fit as fit_experiment
+    from pvae.training.fit import fit as fit_experiment
 
     experiment = load_declaration(name, overrides)
     run = fit_experiment(
@@ -70,7 +70,7 @@ def resume(
     as_json: JSON = False,
 ) -> None:
     """Go on where a run stopped; bit for bit on a CPU."""
-    from pvae.svi import resume as resume_run
+    from pvae.training.fit import resume as resume_run
 
     opened = open_run(run, run_dir, data_dir)
     second = getattr(opened.plan, "refit", None) is not None
@@ -109,7 +109,7 @@ def refit(
     as_json: JSON = False,
 ) -> None:
     """Freeze a run and fit another prior to its codes, say latents.z.prior.kind=realnvp train.epochs=50."""
-    from pvae.svi import refit as refit_run
+    from pvae.training.fit import refit as refit_run
 
     opened = open_run(run, run_dir, data_dir)
     child = refit_run(

@@ -312,7 +312,7 @@ def work(job: Mapping[str, Any]) -> None:
 
     from pvae.analysis.study import figures
     from pvae.runs.run import Run
-    from pvae.svi import fit, fit_stage, resume
+    from pvae.training.fit import fit, fit_stage, resume
 
     torch.set_num_threads(int(job["threads"]))
     root, device = Path(job["run_dir"]), str(job["device"])

@@ -27,7 +27,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits, embedding, pad
 from pvae import Experiment
 from pvae.nn.codebook import NearestCodebook
 from pvae.objectives.base import Loss
-from pvae.step import Step
+from pvae.training.step import Step
 from pvae.util.seeds import set_noise
 
 WIDTH, SIDE, BATCH, DECAY, DEAD, COMMITMENT = 64, 8, 128, 0.99, 1.0, 0.25

@@ -19,7 +19,7 @@ import torch
 
 from pvae import Experiment
 from pvae.objectives.base import Loss
-from pvae.step import Step, make_capturable
+from pvae.training.step import Step, make_capturable
 from pvae.util.seeds import set_noise
 
 NETWORK = {"kind": "gated_mlp", "hidden": [300, 300]}

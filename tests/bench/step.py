@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from pvae import Experiment
 from pvae.nn.precision import Precision
 from pvae.objectives.base import Loss
-from pvae.step import Step, make_capturable
+from pvae.training.step import Step, make_capturable
 from pvae.util.seeds import set_noise
 
 BATCH = 100

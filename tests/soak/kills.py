@@ -30,11 +30,11 @@ import torch
 from torch import Tensor
 
 import pvae
-from pvae import trainer
 from pvae.data import load
 from pvae.errors import Interrupted
 from pvae.experiment.experiment import Experiment
 from pvae.runs import checkpoint
+from pvae.training import trainer
 
 BEFORE, RESUMING = "before the first checkpoint", "while resuming"
 PHASES = (RESUMING, "in the middle of an epoch", "in the write of a checkpoint", "after the end")

@@ -20,9 +20,7 @@ import pyro
 import torch
 from torch import Tensor, nn
 
-from pvae.alerts import ROWS, alerts
 from pvae.data import Dataset, Split
-from pvae.diagnose import bad_figures, bad_weights, diagnose
 from pvae.errors import (
     CheckpointError,
     DeviceError,
@@ -35,7 +33,6 @@ from pvae.errors import (
     out_of_memory,
     printable,
 )
-from pvae.evaluation import CHUNK, evaluate
 from pvae.experiment.experiment import Plan
 from pvae.graph.site import embedded
 from pvae.guides.posteriors.codes import NearestModule
@@ -48,7 +45,18 @@ from pvae.pair.pair import Pair, quiet
 from pvae.runs import checkpoint
 from pvae.runs.run import load_weights
 from pvae.runs.rundir import RunDirectory
-from pvae.step import CLIPPED, Step, is_finite, load_optimizer_tensors, make_capturable, optimizer_tensors, set_lr
+from pvae.training.alerts import ROWS, alerts
+from pvae.training.diagnose import bad_figures, bad_weights, diagnose
+from pvae.training.evaluation import CHUNK, evaluate
+from pvae.training.step import (
+    CLIPPED,
+    Step,
+    is_finite,
+    load_optimizer_tensors,
+    make_capturable,
+    optimizer_tensors,
+    set_lr,
+)
 from pvae.util import seeds
 from pvae.util.files import write_atomic
 from pvae.util.progress import Progress

@@ -16,7 +16,6 @@ from pvae.data import Dataset, load
 from pvae.data.sources.base import FrameSource, Tabular, TensorSource
 from pvae.data.sources.python import is_bare
 from pvae.errors import CheckpointError, DataError, DeclarationError, DeviceError
-from pvae.evaluation import evaluate
 from pvae.experiment.experiment import Experiment, Plan, Train
 from pvae.experiment.rules import refused
 from pvae.models.likelihoods.base import Likelihood
@@ -26,8 +25,9 @@ from pvae.runs import checkpoint
 from pvae.runs.exporters import exporting, remembered, require
 from pvae.runs.run import Run, attended, load_weights
 from pvae.runs.rundir import RunDirectory, slug
-from pvae.step import choose_engine
-from pvae.trainer import Record, Trainer
+from pvae.training.evaluation import evaluate
+from pvae.training.step import choose_engine
+from pvae.training.trainer import Record, Trainer
 from pvae.util.memory import require_training_memory
 from pvae.util.provenance import provenance
 from pvae.util.toml import flat

@@ -1,0 +1,1 @@
+"""Fitting: the step, the loop, evaluation, alerts and their entry points."""
