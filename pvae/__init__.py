@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pvae import analysis, data, guides, models
-    from pvae.cleaning import clean
     from pvae.data import Dataset
     from pvae.errors import DataError, DeclarationError, PvaeError
     from pvae.experiment.experiment import Experiment
@@ -15,7 +14,8 @@ if TYPE_CHECKING:
     from pvae.runs.run import Run
     from pvae.studies.study import Study, study
     from pvae.training.fit import fit, refit, resume
-    from pvae.upkeep import verify
+    from pvae.upkeep.clean import clean
+    from pvae.upkeep.verify import verify
 
 __version__ = "0.1.0"
 
@@ -28,12 +28,12 @@ _HOMES = {
     "PvaeError": "pvae.errors",
     "Run": "pvae.runs.run",
     "Study": "pvae.studies",
-    "clean": "pvae.cleaning",
+    "clean": "pvae.upkeep.clean",
     "fit": "pvae.training.fit",
     "refit": "pvae.training.fit",
     "resume": "pvae.training.fit",
     "study": "pvae.studies",
-    "verify": "pvae.upkeep",
+    "verify": "pvae.upkeep.verify",
 }
 _ROOMS = ("analysis", "data", "guides", "models")
 

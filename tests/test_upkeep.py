@@ -29,13 +29,15 @@ from filelock import FileLock
 from torch import Tensor
 
 import pvae
-from pvae import cleaning, cli, doctor
-from pvae.cleaning import Cleaning, clean
+from pvae import cli
 from pvae.data.rows.cache import cache_folder
 from pvae.errors import DataError, DeclarationError
 from pvae.runs import checkpoint
 from pvae.runs.rundir import RunDirectory, utc_now
-from pvae.upkeep import TOLERANCE, verify
+from pvae.upkeep import clean as cleaning
+from pvae.upkeep import doctor
+from pvae.upkeep.clean import Cleaning, clean
+from pvae.upkeep.verify import TOLERANCE, verify
 from pvae.util.checks import Check, Checks, attempt
 
 TINY = ["encoder.network.hidden=[16]", "decoder.network.hidden=[16]", "train.engine=eager"]
@@ -787,7 +789,7 @@ FAULTS: list[tuple[str, Inject, str, str]] = [
     ("python", setting("sys.stdout", io.TextIOWrapper(io.BytesIO(), "ascii")), "warning", "output in ascii"),
     (
         "packages",
-        setting("pvae.doctor.requires", returning(["torch>=1", "absent-one"])),
+        setting("pvae.upkeep.doctor.requires", returning(["torch>=1", "absent-one"])),
         "failed",
         "absent-one missing",
     ),
@@ -798,8 +800,8 @@ FAULTS: list[tuple[str, Inject, str, str]] = [
     ("compiler", no_compiler, "warning", "neither g++ nor clang++"),
     ("compiler", environment("CXX", "WHERE/absent"), "warning", "absent is not found"),
     ("compiler", lambda patch, where: compiler(patch, "echo no omp.h >&2; exit 3", where), "warning", "3: no omp.h"),
-    ("run_dir", setting("pvae.doctor.write_atomic", raising(OSError(30, "Read-only"))), "failed", "Read-only"),
-    ("run_dir", setting("pvae.doctor.read_inside", returning(b"one")), "failed", "something else"),
+    ("run_dir", setting("pvae.upkeep.doctor.write_atomic", raising(OSError(30, "Read-only"))), "failed", "Read-only"),
+    ("run_dir", setting("pvae.upkeep.doctor.read_inside", returning(b"one")), "failed", "something else"),
     ("lock", setting("filelock.FileLock", lambda *_, **__: nullcontext()), "failed", "given twice"),
     ("lock", setting("filelock.FileLock.acquire", raising(OSError(38, "no locks"))), "failed", "no locks"),
     ("space", free(1), "failed", "0.0 GiB"),
@@ -809,7 +811,7 @@ FAULTS: list[tuple[str, Inject, str, str]] = [
     ("temporary", no_room, "failed", "No space left on device"),
     ("temporary", setting("tempfile.gettempdir", raising(FileNotFoundError("none usable"))), "failed", "none usable"),
     ("data", environment("PVAE_DATA_DIR", "WHERE/absent"), "failed", "expected a folder"),
-    ("data.digits", setting("pvae.doctor.find_spec", returning(None)), "failed", "scikit-learn is missing"),
+    ("data.digits", setting("pvae.upkeep.doctor.find_spec", returning(None)), "failed", "scikit-learn is missing"),
     ("data.mnist", environment("PVAE_OFFLINE", "1"), "warning", "4 of 4 files are not here, and PVAE_OFFLINE"),
     ("variables", environment("PVAE_RUNDIR", "x"), "warning", "PVAE_RUNDIR=x"),
     ("elbo", setting("pvae.training.evaluation.evaluate", returning({"elbo": -1.0})), "failed", "-1.000000000"),
@@ -820,7 +822,7 @@ FAULTS: list[tuple[str, Inject, str, str]] = [
     ("arviz", plotting(arviz=["PermissionError", "cache"]), "warning", "PermissionError: cache"),
     ("arviz", plotting(arviz=["AttributeError", "no style"]), "warning", "AttributeError: no style"),
     ("arviz", plotting(arviz="1.1.0"), "warning", "1.1.0, which pvae does not work with"),
-    ("arviz", setting("pvae.doctor.PLOTTING", "raise SystemExit('dead')"), "failed", "exit code 1 and: dead"),
+    ("arviz", setting("pvae.upkeep.doctor.PLOTTING", "raise SystemExit('dead')"), "failed", "exit code 1 and: dead"),
 ]
 
 

@@ -23,7 +23,7 @@ def verify(
 ) -> None:
     """Look at every file of a run: is it whole, which checkpoint would be loaded, which are damaged and why."""
     from pvae.component import load_plugins
-    from pvae.upkeep import verify as look
+    from pvae.upkeep.verify import verify as look
 
     load_plugins(report=lambda line: tell(line, err=True))
     found = look(run, root=run_dir, data=data, data_dir=data_dir)
@@ -37,7 +37,7 @@ def verify(
 @app.command()
 def doctor(run_dir: RUN_DIR = RUNS, data_dir: DATA_DIR = None, as_json: JSON = False) -> None:
     """Look at the machine: packages, devices, threads, compiler, folders, data, arithmetic; and what to do."""
-    from pvae.doctor import doctor as look
+    from pvae.upkeep.doctor import doctor as look
 
     found = look(run_dir, data_dir)
     _show(found, as_json=as_json)
@@ -54,7 +54,7 @@ def clean(
     as_json: JSON = False,
 ) -> None:
     """Show what interrupted writes and old checkpoints take, or remove it; a run at work is left alone."""
-    from pvae.cleaning import clean as sweep
+    from pvae.upkeep.clean import clean as sweep
 
     found = sweep(run_dir, apply=apply, failed=failed, cache=cache)
     _show(found, as_json=as_json)
