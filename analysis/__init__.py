@@ -13,10 +13,10 @@ from pvae.analysis.copying import Copying, copying, data_copying
 from pvae.analysis.counterexamples import CounterExamples, counterexamples
 from pvae.analysis.critic import CriticKL, critic
 from pvae.analysis.distances import Distances, distances, frechet, kernel_distance
-from pvae.analysis.estimate import Estimate
 from pvae.analysis.evidence import Evidence, PriorEvidence, evidence, prior_evidence
 from pvae.analysis.features import Features, features
 from pvae.analysis.fidelity import Fidelity, fidelity
+from pvae.analysis.figures.estimate import Estimate
 from pvae.analysis.gain import Gain, gain
 from pvae.analysis.gap import Gap, gap
 from pvae.analysis.generate import Code, Encoding, Reconstructions, Samples, encode, reconstruct, sample

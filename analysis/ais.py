@@ -12,8 +12,8 @@ from torch import Tensor
 
 from pvae.analysis.annealing import Plan, Start, Target, anneal, pilot, schedule
 from pvae.analysis.draws import accept, quiet, require_likelihood
-from pvae.analysis.estimate import CONSERVATIVE, Estimate, Kind
-from pvae.analysis.table import Figures, Row
+from pvae.analysis.figures.estimate import CONSERVATIVE, Estimate, Kind
+from pvae.analysis.figures.table import Figures, Row
 from pvae.errors import DataError
 from pvae.pair.densities import samples
 from pvae.pair.pair import Pair

@@ -28,7 +28,7 @@ from pvae.analysis.document import (
     picture,
     side_by_side,
 )
-from pvae.analysis.estimate import Estimate
+from pvae.analysis.figures.estimate import Estimate
 from pvae.analysis.paired import Paired, elbos, paired
 from pvae.analysis.rate_distortion import named, rate_distortion_of, require_alike
 from pvae.analysis.sections.appendix import environment_of

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from pvae.analysis.estimate import Estimate, exact_mean
 from pvae.analysis.fidelity import BLOCK, fidelity
-from pvae.analysis.table import Figures, Row
+from pvae.analysis.figures.estimate import Estimate, exact_mean
+from pvae.analysis.figures.table import Figures, Row
 from pvae.analysis.two_sample import two_sample
 from pvae.data import Dataset
 from pvae.errors import DataError

@@ -20,8 +20,8 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from pvae.analysis import plots
-from pvae.analysis.estimate import Estimate
-from pvae.analysis.table import Figures, cell
+from pvae.analysis.figures.estimate import Estimate
+from pvae.analysis.figures.table import Figures, cell
 from pvae.errors import DataError, OutputError
 from pvae.util.files import make_folder, read_object, write_atomic
 

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from pvae.analysis.codes import log_evidence
 from pvae.analysis.draws import accept, determined, quiet, require_likelihood
-from pvae.analysis.estimate import Estimate, exact_mean
+from pvae.analysis.figures.estimate import Estimate, exact_mean
+from pvae.analysis.figures.table import Figures, Row
 from pvae.analysis.psis import FEWEST, khat_limit, tail_length
 from pvae.analysis.stream import Draw, Progress, stream
-from pvae.analysis.table import Figures, Row
 from pvae.errors import DataError
 from pvae.pair.densities import is_point, log_prob, sum_over
 from pvae.pair.densities import samples as sample_sites

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pvae.analysis.anatomy import Surgery, side_by_side
 from pvae.analysis.draws import accept, draw, quiet
-from pvae.analysis.estimate import Estimate, over_draws
+from pvae.analysis.figures.estimate import Estimate, over_draws
 from pvae.analysis.surgery import surgery
 from pvae.errors import DataError
 from pvae.pair.pair import Pair

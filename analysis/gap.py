@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.distributions import Independent, MultivariateNormal, Normal, TransformedDistribution
 
 from pvae.analysis.draws import accept, quiet, require_likelihood
-from pvae.analysis.estimate import CONSERVATIVE, Estimate, Kind, over_draws
-from pvae.analysis.table import Figures, Row
+from pvae.analysis.figures.estimate import CONSERVATIVE, Estimate, Kind, over_draws
+from pvae.analysis.figures.table import Figures, Row
 from pvae.errors import DataError
 from pvae.pair.densities import samples as sample_sites
 from pvae.pair.pair import Pair

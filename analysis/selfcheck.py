@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from pvae.analysis.ais import ais, bracket
-from pvae.analysis.estimate import Estimate
 from pvae.analysis.evidence import Bounds, evidence, prior_evidence
+from pvae.analysis.figures.estimate import Estimate
 from pvae.analysis.gap import gap
 from pvae.analysis.surgery import surgery
 from pvae.analysis.truths import Truth, standard

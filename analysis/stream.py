@@ -11,7 +11,7 @@ from operator import mul
 import torch
 from torch import Tensor
 
-from pvae.analysis.estimate import CONSERVATIVE, Estimate
+from pvae.analysis.figures.estimate import CONSERVATIVE, Estimate
 from pvae.analysis.psis import pareto_k, tail_length
 
 Draw = Callable[[Tensor, int], Tensor]

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from pvae.analysis.evidence import evidence
 from pvae.analysis.features import affordable
+from pvae.analysis.figures.table import cell
 from pvae.analysis.surgery import surgery
-from pvae.analysis.table import cell
 from pvae.errors import CheckpointError, DataError
 from pvae.runs import checkpoint
 from pvae.runs.run import Run

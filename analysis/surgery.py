@@ -26,7 +26,7 @@ from pvae.analysis.draws import (
     quiet,
     relaxed_terms,
 )
-from pvae.analysis.estimate import Estimate, Kind, exact, exact_mean, over_draws, over_whole_draws
+from pvae.analysis.figures.estimate import Estimate, Kind, exact, exact_mean, over_draws, over_whole_draws
 from pvae.analysis.grid import grid_error, marginal_log_prob
 from pvae.analysis.pooled import by_group
 from pvae.distributions.exponential import ROW_COST, CertainCodes, Codes, Members, Normals, product

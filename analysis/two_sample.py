@@ -12,12 +12,12 @@ from scipy.stats import hypergeom
 from torch import Tensor
 
 from pvae.analysis.distances import Distances, distances
-from pvae.analysis.estimate import Estimate, exact
 from pvae.analysis.features import CLASSES, Features, affordable, classify, features, in_chunks
 from pvae.analysis.fidelity import NEIGHBOURS, Fidelity, among
+from pvae.analysis.figures.estimate import Estimate, exact
+from pvae.analysis.figures.table import Figures, Row
 from pvae.analysis.generate import Samples, opened, sample
 from pvae.analysis.sharpness import relative_sharpness, sharpness
-from pvae.analysis.table import Figures, Row
 from pvae.errors import DataError, DeclarationError
 from pvae.runs.run import Run
 from pvae.util import seeds

@@ -28,8 +28,8 @@ from pvae.analysis.document import (
     shown_value,
     slug,
 )
-from pvae.analysis.estimate import Estimate, exact
-from pvae.analysis.table import cell
+from pvae.analysis.figures.estimate import Estimate, exact
+from pvae.analysis.figures.table import cell
 from pvae.errors import DataError
 
 HOSTILE = ("<script>alert(1)</script>", r"$\foo$", "=cmd|' /C calc'!A0", "[red]", "\x1b[31m", "\u202e", "../../etc")

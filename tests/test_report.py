@@ -20,7 +20,7 @@ from pvae.analysis import plots
 from pvae.analysis.case import Case, some
 from pvae.analysis.collapse import Collapse, LatentCollapse, alert, collapse
 from pvae.analysis.copying import data_copying
-from pvae.analysis.estimate import exact
+from pvae.analysis.figures.estimate import exact
 from pvae.analysis.generate import mean_of
 from pvae.analysis.report import report
 from pvae.analysis.sections import SECTIONS

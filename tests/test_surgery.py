@@ -26,8 +26,8 @@ from torch import Tensor, nn
 from pvae.analysis.aggregated import AggregatedPosterior
 from pvae.analysis.anatomy import Surgery
 from pvae.analysis.draws import draw
-from pvae.analysis.estimate import Estimate, exact, over_draws
 from pvae.analysis.evidence import evidence
+from pvae.analysis.figures.estimate import Estimate, exact, over_draws
 from pvae.analysis.surgery import GUIDE_ROWS, surgery
 from pvae.distributions.exponential import Normals
 from pvae.errors import DataError

@@ -24,7 +24,7 @@ from scipy.special import rel_entr
 from pvae import cli
 from pvae.analysis import collapse, evidence, truths
 from pvae.analysis.aggregated import AggregatedPosterior, Information
-from pvae.analysis.estimate import Estimate
+from pvae.analysis.figures.estimate import Estimate
 from pvae.analysis.selfcheck import ESTIMATORS, Check, SelfCheck, selfcheck
 from pvae.analysis.truths import (
     Digits,

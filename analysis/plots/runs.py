@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from pvae.analysis.estimate import Estimate
+from pvae.analysis.figures.estimate import Estimate
 from pvae.analysis.plots.base import BLACK, GREY, SERIES, Row, figure, plain, style
 from pvae.analysis.plots.curves import robust_limits, series
 from pvae.analysis.plots.points import MARKERS, label_points, shortened

@@ -212,7 +212,7 @@ def rate_distortion(
     """Put runs on one plane: what their codes cost, and what is lost by them."""
     from pvae.analysis import plots
     from pvae.analysis import rate_distortion as measure
-    from pvae.analysis.table import cell
+    from pvae.analysis.figures.table import cell
     from pvae.util.files import write_atomic
     from pvae.util.progress import Progress
 
@@ -263,7 +263,7 @@ def _background(run: Run) -> Any:
 
 def _as_table(run: Run, path: Path, found: Generated) -> list[Path]:
     """Write rows of a table in its own words and units; the path, where the data are one."""
-    from pvae.analysis.table import cell
+    from pvae.analysis.figures.table import cell
     from pvae.util.files import write_atomic
 
     table, x = run.data.table, found.tensors().get("x")

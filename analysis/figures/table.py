@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from pvae.analysis.estimate import Estimate
+from pvae.analysis.figures.estimate import Estimate
 
 if TYPE_CHECKING:
     import pandas

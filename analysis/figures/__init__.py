@@ -1,0 +1,1 @@
+"""Figures with their kind and error, and how they are printed."""
