@@ -4,20 +4,21 @@ Functions bear the names of their modules, so they are bound here, eagerly: the 
 put a module in a function's place as soon as somebody imports it.
 """
 
-from pvae.analysis.aggregated import AggregatedPosterior
 from pvae.analysis.ais import Annealed, Bracket, ais, bracket
-from pvae.analysis.anatomy import LatentSurgery, Surgery
-from pvae.analysis.collapse import Collapse, collapse
 from pvae.analysis.compare import compare
 from pvae.analysis.copying import Copying, copying, data_copying
 from pvae.analysis.counterexamples import CounterExamples, counterexamples
 from pvae.analysis.critic import CriticKL, critic
+from pvae.analysis.decompose.aggregated import AggregatedPosterior
+from pvae.analysis.decompose.collapse import Collapse, collapse
+from pvae.analysis.decompose.gain import Gain, gain
+from pvae.analysis.decompose.result import LatentSurgery, Surgery
+from pvae.analysis.decompose.surgery import surgery
 from pvae.analysis.distances import Distances, distances, frechet, kernel_distance
 from pvae.analysis.evidence import Evidence, PriorEvidence, evidence, prior_evidence
 from pvae.analysis.features import Features, features
 from pvae.analysis.fidelity import Fidelity, fidelity
 from pvae.analysis.figures.estimate import Estimate
-from pvae.analysis.gain import Gain, gain
 from pvae.analysis.gap import Gap, gap
 from pvae.analysis.generate import Code, Encoding, Reconstructions, Samples, encode, reconstruct, sample
 from pvae.analysis.groups import Posterior
@@ -29,7 +30,6 @@ from pvae.analysis.rate_distortion import RateDistortion, rate_distortion
 from pvae.analysis.report import report
 from pvae.analysis.selfcheck import SelfCheck, selfcheck
 from pvae.analysis.sharpness import sharpness
-from pvae.analysis.surgery import surgery
 from pvae.analysis.traversal import Traversal, traverse
 from pvae.analysis.two_sample import SampleQuality, TwoSample, sample_quality, two_sample
 

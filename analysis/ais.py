@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pvae.analysis.annealing import Plan, Start, Target, anneal, pilot, schedule
-from pvae.analysis.draws import accept, quiet, require_likelihood
+from pvae.analysis.decompose.draws import accept, quiet, require_likelihood
 from pvae.analysis.figures.estimate import CONSERVATIVE, Estimate, Kind
 from pvae.analysis.figures.table import Figures, Row
 from pvae.errors import DataError

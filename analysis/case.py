@@ -12,13 +12,13 @@ import numpy as np
 from torch import Tensor
 
 from pvae.analysis import plots
-from pvae.analysis.anatomy import Surgery
-from pvae.analysis.collapse import Collapse, collapse
-from pvae.analysis.draws import Draw, draw, quiet
+from pvae.analysis.decompose.collapse import Collapse, collapse
+from pvae.analysis.decompose.draws import Draw, draw, quiet
+from pvae.analysis.decompose.result import Surgery
+from pvae.analysis.decompose.surgery import surgery
 from pvae.analysis.evidence import Evidence, evidence
 from pvae.analysis.features import CLASSES, FEW, NUMBERS, Features, affordable
 from pvae.analysis.generate import Samples, sample
-from pvae.analysis.surgery import surgery
 from pvae.analysis.two_sample import space_of
 from pvae.data.streamed import Streamed
 from pvae.errors import DataError, DeclarationError

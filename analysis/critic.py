@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
-from pvae.analysis.draws import accept
+from pvae.analysis.decompose.draws import accept
 from pvae.analysis.figures.estimate import Estimate
 from pvae.analysis.figures.table import Figures, Row
 from pvae.analysis.generate import Progress, analysed, chunks, encode, opened, silent

@@ -11,8 +11,8 @@ from typing import Any, ClassVar, final
 import pyro
 from torch import Tensor
 
-from pvae.analysis.codes import log_evidence
-from pvae.analysis.draws import accept, determined, quiet, require_likelihood
+from pvae.analysis.decompose.codes import log_evidence
+from pvae.analysis.decompose.draws import accept, determined, quiet, require_likelihood
 from pvae.analysis.figures.estimate import Estimate, exact_mean
 from pvae.analysis.figures.table import Figures, Row
 from pvae.analysis.psis import FEWEST, khat_limit, tail_length

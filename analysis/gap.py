@@ -13,7 +13,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import Independent, MultivariateNormal, Normal, TransformedDistribution
 
-from pvae.analysis.draws import accept, quiet, require_likelihood
+from pvae.analysis.decompose.draws import accept, quiet, require_likelihood
 from pvae.analysis.figures.estimate import CONSERVATIVE, Estimate, Kind, over_draws
 from pvae.analysis.figures.table import Figures, Row
 from pvae.errors import DataError

@@ -20,7 +20,7 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 from torch.distributions import Categorical, Distribution, LowRankMultivariateNormal, MultivariateNormal
 
-from pvae.analysis.draws import accept, quiet, same_globals
+from pvae.analysis.decompose.draws import accept, quiet, same_globals
 from pvae.analysis.groups import safe_names
 from pvae.analysis.sites import numpy_of, parameters_of, rows_of
 from pvae.distributions.codes import twin

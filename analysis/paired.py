@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pvae.analysis.draws import accept, draw, quiet
+from pvae.analysis.decompose.draws import accept, draw, quiet
 from pvae.analysis.fidelity import mean_of
 from pvae.analysis.figures.estimate import Estimate
 from pvae.analysis.figures.table import Figures, Row

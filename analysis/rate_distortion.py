@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from pvae.analysis.anatomy import Surgery
-from pvae.analysis.surgery import surgery
+from pvae.analysis.decompose.result import Surgery
+from pvae.analysis.decompose.surgery import surgery
 from pvae.errors import DataError
 from pvae.experiment.experiment import Experiment
 from pvae.runs.run import Run

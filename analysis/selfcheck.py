@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from pvae.analysis.ais import ais, bracket
+from pvae.analysis.decompose.surgery import surgery
 from pvae.analysis.evidence import Bounds, evidence, prior_evidence
 from pvae.analysis.figures.estimate import Estimate
 from pvae.analysis.gap import gap
-from pvae.analysis.surgery import surgery
 from pvae.analysis.truths import Truth, standard
 from pvae.errors import DataError
 

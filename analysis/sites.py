@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pvae.analysis.draws import draw_chunk, quiet
+from pvae.analysis.decompose.draws import draw_chunk, quiet
 from pvae.analysis.groups import Array, dims_of, safe_names, text
 from pvae.distributions.codes import Certain
 from pvae.pair.code_usage import numbers_of

@@ -7,10 +7,10 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from pvae.analysis.decompose.surgery import surgery
 from pvae.analysis.evidence import evidence
 from pvae.analysis.features import affordable
 from pvae.analysis.figures.table import cell
-from pvae.analysis.surgery import surgery
 from pvae.errors import CheckpointError, DataError
 from pvae.runs import checkpoint
 from pvae.runs.run import Run

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.distributions import Bernoulli
 
-from pvae.analysis.collapse import activity, kl_per_dimension
-from pvae.analysis.draws import accept, draw
+from pvae.analysis.decompose.collapse import activity, kl_per_dimension
+from pvae.analysis.decompose.draws import accept, draw
 from pvae.analysis.generate import (
     CHUNK,
     Centred,

@@ -17,9 +17,9 @@ import scipy.stats
 import torch
 from torch import Tensor
 
-from pvae.analysis.aggregated import AggregatedPosterior, Kept, Streamed
-from pvae.analysis.draws import first_level, members, quiet
-from pvae.analysis.grid import all_pairs, grid_error, marginal_log_prob
+from pvae.analysis.decompose.aggregated import AggregatedPosterior, Kept, Streamed
+from pvae.analysis.decompose.coordinates import all_pairs, grid_error, marginal_log_prob
+from pvae.analysis.decompose.draws import first_level, members, quiet
 from pvae.distributions.exponential import Codes, FullRankNormals, Members, Normals, Product, product
 from pvae.errors import DataError, DeclarationError
 from pvae.pair.pair import Pair

@@ -15,15 +15,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pvae.analysis import draws
-from pvae.analysis.aggregated import AggregatedPosterior, GuideRuns, Streamed, Tallied
-from pvae.analysis.codes import duplicates
-from pvae.analysis.collapse import collapse
-from pvae.analysis.draws import draw, first_level, quiet
+from pvae.analysis.decompose import draws
+from pvae.analysis.decompose.aggregated import AggregatedPosterior, GuideRuns, Streamed, Tallied
+from pvae.analysis.decompose.codes import duplicates
+from pvae.analysis.decompose.collapse import collapse
+from pvae.analysis.decompose.draws import draw, first_level, quiet
+from pvae.analysis.decompose.gain import gain
+from pvae.analysis.decompose.surgery import surgery
 from pvae.analysis.evidence import evidence
-from pvae.analysis.gain import gain
 from pvae.analysis.generate import encode, reconstruct, sample
-from pvae.analysis.surgery import surgery
 from pvae.analysis.traversal import traverse
 from pvae.distributions.codes import Certain, joint_states
 from pvae.distributions.exponential import CertainCodes, Codes, Normals, Product, product

@@ -12,8 +12,9 @@ import torch
 from scipy.stats import ttest_rel
 
 from pvae import cli
-from pvae.analysis import compare, elbos, paired, surgery
+from pvae.analysis import compare, elbos, paired
 from pvae.analysis.compare import Bench, examine
+from pvae.analysis.decompose import surgery
 from pvae.data import Dataset
 from pvae.errors import DataError
 from pvae.runs.run import Run

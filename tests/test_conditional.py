@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 import pvae
-from pvae.analysis import bracket, evidence, surgery
-from pvae.analysis.pooled import GROUPS
+from pvae.analysis import bracket, evidence
+from pvae.analysis.decompose import surgery
+from pvae.analysis.decompose.by_covariate import GROUPS
 from pvae.data import Dataset
 from pvae.errors import DataError, DeclarationError
 from pvae.experiment.experiment import Experiment

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 import pvae
-from pvae.analysis import AggregatedPosterior, evidence, surgery
-from pvae.analysis.grid import marginal_log_prob
+from pvae.analysis import AggregatedPosterior, evidence
+from pvae.analysis.decompose import surgery
+from pvae.analysis.decompose.coordinates import marginal_log_prob
 from pvae.distributions.exponential import Normals
 from pvae.experiment import zoo
 from pvae.experiment.experiment import Experiment

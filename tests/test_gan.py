@@ -20,7 +20,8 @@ from scipy.stats import norm
 from torch import Tensor, nn
 
 import pvae
-from pvae.analysis import encode, sample, surgery
+from pvae.analysis import encode, sample
+from pvae.analysis.decompose import surgery
 from pvae.analysis.fidelity import fidelity
 from pvae.analysis.two_sample import two_sample
 from pvae.data import Dataset

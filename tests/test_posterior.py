@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from pvae import __version__, cli
-from pvae.analysis.draws import draw, quiet
+from pvae.analysis.decompose.draws import draw, quiet
 from pvae.analysis.groups import GROUPS, LONGEST, Posterior, dims_of, safe_names
 from pvae.data import Dataset
 from pvae.errors import CheckpointError, DataError, DeclarationError, MissingExtraError, StorageError

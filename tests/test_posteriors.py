@@ -21,8 +21,9 @@ from pyro.infer import Trace_ELBO
 from torch import Tensor, nn
 
 import pvae
-from pvae.analysis import AggregatedPosterior, evidence, surgery
-from pvae.analysis.draws import draw, quiet
+from pvae.analysis import AggregatedPosterior, evidence
+from pvae.analysis.decompose import surgery
+from pvae.analysis.decompose.draws import draw, quiet
 from pvae.errors import DeclarationError
 from pvae.experiment.experiment import Experiment
 from pvae.guides.posteriors.flows import GatedStep, PushedNormal

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from pvae.analysis import plots
 from pvae.analysis.case import Case, some
-from pvae.analysis.collapse import Collapse, LatentCollapse, alert, collapse
 from pvae.analysis.copying import data_copying
+from pvae.analysis.decompose.collapse import Collapse, LatentCollapse, alert, collapse
+from pvae.analysis.decompose.surgery import surgery
 from pvae.analysis.figures.estimate import exact
 from pvae.analysis.generate import mean_of
 from pvae.analysis.report import report
@@ -27,7 +28,6 @@ from pvae.analysis.sections import SECTIONS
 from pvae.analysis.sections.anatomy import on_prior
 from pvae.analysis.sections.latents import HOLE, holes
 from pvae.analysis.sections.samples import on_copies
-from pvae.analysis.surgery import surgery
 from pvae.data import Dataset
 from pvae.errors import DataError, DeclarationError
 from pvae.experiment.experiment import Experiment

@@ -23,12 +23,12 @@ from pyro.nn import PyroModule, PyroParam
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
-from pvae.analysis.aggregated import AggregatedPosterior
-from pvae.analysis.anatomy import Surgery
-from pvae.analysis.draws import draw
+from pvae.analysis.decompose.aggregated import AggregatedPosterior
+from pvae.analysis.decompose.draws import draw
+from pvae.analysis.decompose.result import Surgery
+from pvae.analysis.decompose.surgery import GUIDE_ROWS, surgery
 from pvae.analysis.evidence import evidence
 from pvae.analysis.figures.estimate import Estimate, exact, over_draws
-from pvae.analysis.surgery import GUIDE_ROWS, surgery
 from pvae.distributions.exponential import Normals
 from pvae.errors import DataError
 from pvae.experiment.experiment import Experiment
@@ -766,7 +766,7 @@ FRESH = """
 from pvae.analysis import Surgery, Evidence, surgery, evidence
 import pvae.analysis.surgery, pvae.analysis.evidence, pvae.analysis
 assert callable(surgery) and callable(evidence), (surgery, evidence)
-assert callable(pvae.analysis.surgery) and callable(pvae.analysis.evidence), pvae.analysis.surgery
+assert callable(pvae.analysis.decompose.surgery) and callable(pvae.analysis.evidence), pvae.analysis.decompose.surgery
 """
 
 
@@ -1083,7 +1083,7 @@ def test_error_of_a_random_subset_of_draws():
     x = correlated(0.2, 400) * torch.linspace(0.1, 6, 400)[:, None]
     pair = channel(lambda x: torch.full_like(x, 0.4))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys.modules["pvae.analysis.surgery"], "PRODUCTS", 400 * 4 * 40)
+        patch.setattr(sys.modules["pvae.analysis.decompose.surgery"], "PRODUCTS", 400 * 4 * 40)
         found = [surgery(pair, x, samples=8, seed=seed).mutual_information for seed in range(20)]
     spread = np.std([e.value for e in found], ddof=1)
     assert 0.5 < np.mean([e.standard_error for e in found]) / spread < 2

@@ -721,7 +721,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Any:
 def test_a_fit_of_a_real_table_beats_independent_columns(run: Any) -> None:
     """The ELBO of unseen rows, a lower bound, is far above what columns by themselves give."""
     alone = independent_nats(run.data.train.x.double().numpy(), run.data.test.x.double().numpy())
-    found = pvae.analysis.surgery(run.pair, run.data.test.x, samples=8).elbo.value
+    found = pvae.analysis.decompose.surgery(run.pair, run.data.test.x, samples=8).elbo.value
     assert found > alone + 5, (found, alone)
 
 

@@ -12,8 +12,8 @@ import torch
 from pydantic import ValidationError
 
 import pvae
-from pvae.analysis import surgery
-from pvae.analysis.anatomy import Surgery
+from pvae.analysis.decompose import surgery
+from pvae.analysis.decompose.result import Surgery
 from pvae.data import Toy, load
 from pvae.data.sources import toys
 from pvae.data.sources.base import Density

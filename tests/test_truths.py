@@ -22,8 +22,9 @@ from rich.console import Console
 from scipy.special import rel_entr
 
 from pvae import cli
-from pvae.analysis import collapse, evidence, truths
-from pvae.analysis.aggregated import AggregatedPosterior, Information
+from pvae.analysis import evidence, truths
+from pvae.analysis.decompose import collapse
+from pvae.analysis.decompose.aggregated import AggregatedPosterior, Information
 from pvae.analysis.figures.estimate import Estimate
 from pvae.analysis.selfcheck import ESTIMATORS, Check, SelfCheck, selfcheck
 from pvae.analysis.truths import (

@@ -36,10 +36,10 @@ from pvae.analysis import (
     sample,
     sample_quality,
     sharpness,
-    surgery,
     two_sample,
 )
 from pvae.analysis.counterexamples import Box, Diluted, FactorNormal, Memory
+from pvae.analysis.decompose import surgery
 from pvae.analysis.fidelity import expected_coverage
 from pvae.analysis.sharpness import relative_sharpness
 from pvae.analysis.truths import probabilistic_pca

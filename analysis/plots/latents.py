@@ -16,7 +16,7 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 from scipy.ndimage import gaussian_filter
 
-from pvae.analysis.collapse import ACTIVE, CodeUse, LatentCollapse
+from pvae.analysis.decompose.collapse import ACTIVE, CodeUse, LatentCollapse
 from pvae.analysis.plots.base import (
     BLACK,
     BLUE,

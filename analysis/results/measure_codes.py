@@ -14,7 +14,8 @@ from pathlib import Path
 import pandas
 
 from pvae import Run
-from pvae.analysis import plots, surgery
+from pvae.analysis import plots
+from pvae.analysis.decompose import surgery
 from pvae.analysis.generate import sample
 from pvae.analysis.two_sample import sample_quality
 from pvae.pair.code_usage import code_usage

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 
 from pvae.analysis import plots
-from pvae.analysis.anatomy import Surgery
 from pvae.analysis.case import Case
+from pvae.analysis.decompose.result import Surgery
 from pvae.analysis.document import (
     Block,
     Column,

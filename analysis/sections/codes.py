@@ -6,7 +6,7 @@ import numpy as np
 
 from pvae.analysis import plots
 from pvae.analysis.case import Case, array
-from pvae.analysis.collapse import CodeUse
+from pvae.analysis.decompose.collapse import CodeUse
 from pvae.analysis.document import Block, Column, Picture, Section, Table, nats, picture
 
 SHOWN = 6

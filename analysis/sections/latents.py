@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from pvae.analysis import plots
-from pvae.analysis.aggregated import AggregatedPosterior
 from pvae.analysis.case import Case, array
-from pvae.analysis.collapse import ACTIVE, Collapse
+from pvae.analysis.decompose.aggregated import AggregatedPosterior
+from pvae.analysis.decompose.collapse import ACTIVE, Collapse
+from pvae.analysis.decompose.draws import LatentDraw, first_level
 from pvae.analysis.document import (
     Block,
     Column,
@@ -24,7 +25,6 @@ from pvae.analysis.document import (
     percent,
     picture,
 )
-from pvae.analysis.draws import LatentDraw, first_level
 from pvae.errors import DataError
 from pvae.util import seeds
 

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from pvae.analysis import plots
 from pvae.analysis.case import Case, array
+from pvae.analysis.decompose.draws import quiet
 from pvae.analysis.document import Column, Section, Table, picture
-from pvae.analysis.draws import quiet
 from pvae.analysis.generate import mean_of, reconstruct
 
 SHOWN = 8

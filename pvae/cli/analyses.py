@@ -45,8 +45,8 @@ def surgery(
     as_json: JSON = False,
 ) -> None:
     """Take the ELBO apart: reconstruction, mutual information, marginal KL, and what a better prior can win."""
-    from pvae.analysis import surgery as take_apart
-    from pvae.analysis.anatomy import Surgery, class_table, side_by_side
+    from pvae.analysis.decompose import surgery as take_apart
+    from pvae.analysis.decompose.result import Surgery, class_table, side_by_side
     from pvae.util.progress import Progress
 
     opened = open_run(run, run_dir, data_dir, device)

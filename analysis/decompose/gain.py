@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from pvae.analysis.anatomy import Surgery, side_by_side
-from pvae.analysis.draws import accept, draw, quiet
+from pvae.analysis.decompose.draws import accept, draw, quiet
+from pvae.analysis.decompose.result import Surgery, side_by_side
+from pvae.analysis.decompose.surgery import surgery
 from pvae.analysis.figures.estimate import Estimate, over_draws
-from pvae.analysis.surgery import surgery
 from pvae.errors import DataError
 from pvae.pair.pair import Pair
 

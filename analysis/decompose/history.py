@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pvae.analysis.surgery import surgery
+from pvae.analysis.decompose.surgery import surgery
 from pvae.data import Dataset
 from pvae.experiment.experiment import Plan
 from pvae.pair.pair import Pair

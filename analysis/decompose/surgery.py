@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pvae.analysis import codes
-from pvae.analysis.aggregated import MEMORY, AggregatedPosterior, Kept, choose
-from pvae.analysis.anatomy import ClassSurgery, Dimensions, LatentSurgery, Surgery
-from pvae.analysis.collapse import active_units, kl_per_dimension
-from pvae.analysis.draws import (
+from pvae.analysis.decompose import codes
+from pvae.analysis.decompose.aggregated import MEMORY, AggregatedPosterior, Kept, choose
+from pvae.analysis.decompose.by_covariate import by_group
+from pvae.analysis.decompose.collapse import active_units, kl_per_dimension
+from pvae.analysis.decompose.coordinates import grid_error, marginal_log_prob
+from pvae.analysis.decompose.draws import (
     Draw,
     LatentDraw,
     Roots,
@@ -26,9 +27,8 @@ from pvae.analysis.draws import (
     quiet,
     relaxed_terms,
 )
+from pvae.analysis.decompose.result import ClassSurgery, Dimensions, LatentSurgery, Surgery
 from pvae.analysis.figures.estimate import Estimate, Kind, exact, exact_mean, over_draws, over_whole_draws
-from pvae.analysis.grid import grid_error, marginal_log_prob
-from pvae.analysis.pooled import by_group
 from pvae.distributions.exponential import ROW_COST, CertainCodes, Codes, Members, Normals, product
 from pvae.errors import DataError
 from pvae.pair.code_usage import perplexity, rows_at_once

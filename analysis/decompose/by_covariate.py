@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from pvae.analysis.anatomy import LatentSurgery, Surgery
+from pvae.analysis.decompose.result import LatentSurgery, Surgery
 from pvae.analysis.figures.estimate import Estimate
 from pvae.pair.pair import Pair
 from pvae.util import seeds

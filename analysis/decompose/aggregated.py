@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints
 
-from pvae.analysis.draws import CHUNK, accept, first_level, flat_values, members, quiet
-from pvae.analysis.guided import LOWEST, Guided, nothing_as_infinite
+from pvae.analysis.decompose.draws import CHUNK, accept, first_level, flat_values, members, quiet
+from pvae.analysis.decompose.pairwise import LOWEST, Guided, nothing_as_infinite
 from pvae.distributions.exponential import CertainCodes, Members, Product, product
 from pvae.errors import DataError, DeclarationError
 from pvae.pair.code_usage import Undrawn, rows_at_once

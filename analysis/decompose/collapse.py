@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pvae.analysis.codes import positions, usage
-from pvae.analysis.draws import LatentDraw, accept, draw, quiet
+from pvae.analysis.decompose.codes import positions, usage
+from pvae.analysis.decompose.draws import LatentDraw, accept, draw, quiet
 from pvae.errors import DataError
 from pvae.nn.codebook import Codebook, NearestCodebook
 from pvae.pair.code_usage import Tally, codebook_of

@@ -1,0 +1,1 @@
+"""ELBO surgery: the aggregated posterior and every term of the decomposition."""
