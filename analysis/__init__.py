@@ -4,7 +4,10 @@ Functions bear the names of their modules, so they are bound here, eagerly: the 
 put a module in a function's place as soon as somebody imports it.
 """
 
-from pvae.analysis.ais import Annealed, Bracket, ais, bracket
+from pvae.analysis.bounds.ais import Annealed, Bracket, ais, bracket
+from pvae.analysis.bounds.evidence import Evidence, PriorEvidence, evidence, prior_evidence
+from pvae.analysis.bounds.gap import Gap, gap
+from pvae.analysis.bounds.rate_distortion import RateDistortion, rate_distortion
 from pvae.analysis.compare import compare
 from pvae.analysis.copying import Copying, copying, data_copying
 from pvae.analysis.counterexamples import CounterExamples, counterexamples
@@ -15,18 +18,15 @@ from pvae.analysis.decompose.gain import Gain, gain
 from pvae.analysis.decompose.result import LatentSurgery, Surgery
 from pvae.analysis.decompose.surgery import surgery
 from pvae.analysis.distances import Distances, distances, frechet, kernel_distance
-from pvae.analysis.evidence import Evidence, PriorEvidence, evidence, prior_evidence
 from pvae.analysis.features import Features, features
 from pvae.analysis.fidelity import Fidelity, fidelity
 from pvae.analysis.figures.estimate import Estimate
-from pvae.analysis.gap import Gap, gap
 from pvae.analysis.generate import Code, Encoding, Reconstructions, Samples, encode, reconstruct, sample
 from pvae.analysis.groups import Posterior
 from pvae.analysis.interpolate import Interpolation, interpolate
 from pvae.analysis.paired import Paired, elbos, paired
 from pvae.analysis.posterior import posterior
 from pvae.analysis.probe import Probe, probe
-from pvae.analysis.rate_distortion import RateDistortion, rate_distortion
 from pvae.analysis.report import report
 from pvae.analysis.selfcheck import SelfCheck, selfcheck
 from pvae.analysis.sharpness import sharpness

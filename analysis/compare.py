@@ -13,6 +13,7 @@ from scipy.stats import spearmanr
 from torch import Tensor
 
 from pvae.analysis import plots
+from pvae.analysis.bounds.rate_distortion import named, rate_distortion_of, require_alike
 from pvae.analysis.case import Case, Progress, array, draws, silent
 from pvae.analysis.document import (
     Block,
@@ -30,7 +31,6 @@ from pvae.analysis.document import (
 )
 from pvae.analysis.figures.estimate import Estimate
 from pvae.analysis.paired import Paired, elbos, paired
-from pvae.analysis.rate_distortion import named, rate_distortion_of, require_alike
 from pvae.analysis.sections.appendix import environment_of
 from pvae.analysis.sections.fit import GAP_NATS
 from pvae.analysis.sections.quality import measure, whole

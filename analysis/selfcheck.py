@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any, Literal, final
 import torch
 from torch import Tensor
 
-from pvae.analysis.ais import ais, bracket
+from pvae.analysis.bounds.ais import ais, bracket
+from pvae.analysis.bounds.evidence import Bounds, evidence, prior_evidence
+from pvae.analysis.bounds.gap import gap
 from pvae.analysis.decompose.surgery import surgery
-from pvae.analysis.evidence import Bounds, evidence, prior_evidence
 from pvae.analysis.figures.estimate import Estimate
-from pvae.analysis.gap import gap
 from pvae.analysis.truths import Truth, standard
 from pvae.errors import DataError
 

@@ -7,8 +7,8 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from pvae.analysis.bounds.evidence import evidence
 from pvae.analysis.decompose.surgery import surgery
-from pvae.analysis.evidence import evidence
 from pvae.analysis.features import affordable
 from pvae.analysis.figures.table import cell
 from pvae.errors import CheckpointError, DataError

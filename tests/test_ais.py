@@ -16,8 +16,8 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from pvae.analysis.ais import ais, bracket
-from pvae.analysis.annealing import Plan, Target, schedule, transition
+from pvae.analysis.bounds.ais import ais, bracket
+from pvae.analysis.bounds.annealing import Plan, Target, schedule, transition
 from pvae.errors import DataError
 from pvae.experiment.experiment import Experiment
 from pvae.pair.pair import Pair

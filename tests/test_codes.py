@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pvae.analysis.bounds.evidence import evidence
 from pvae.analysis.decompose import draws
 from pvae.analysis.decompose.aggregated import AggregatedPosterior, GuideRuns, Streamed, Tallied
 from pvae.analysis.decompose.codes import duplicates
@@ -22,7 +23,6 @@ from pvae.analysis.decompose.collapse import collapse
 from pvae.analysis.decompose.draws import draw, first_level, quiet
 from pvae.analysis.decompose.gain import gain
 from pvae.analysis.decompose.surgery import surgery
-from pvae.analysis.evidence import evidence
 from pvae.analysis.generate import encode, reconstruct, sample
 from pvae.analysis.traversal import traverse
 from pvae.distributions.codes import Certain, joint_states

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 import pvae
-from pvae.analysis import AggregatedPosterior, evidence
+from pvae.analysis import AggregatedPosterior
+from pvae.analysis.bounds import evidence
 from pvae.analysis.decompose import surgery
 from pvae.analysis.decompose.coordinates import marginal_log_prob
 from pvae.distributions.exponential import Normals

@@ -23,7 +23,7 @@ from sklearn.mixture import GaussianMixture
 from torch import Tensor
 
 import pvae
-from pvae.analysis import evidence
+from pvae.analysis.bounds import evidence
 from pvae.analysis.decompose import surgery
 from pvae.data import Dataset
 from pvae.errors import DataError, DeclarationError

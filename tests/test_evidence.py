@@ -21,9 +21,9 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from pvae.analysis.evidence import PriorEvidence, evidence, prior_evidence, vectorises
-from pvae.analysis.psis import khat_limit, pareto_k, tail_length
-from pvae.analysis.stream import Stream, block_size, group_sizes
+from pvae.analysis.bounds.accumulate import Stream, block_size, group_sizes
+from pvae.analysis.bounds.evidence import PriorEvidence, evidence, prior_evidence, vectorises
+from pvae.analysis.bounds.psis import khat_limit, pareto_k, tail_length
 from pvae.errors import DataError
 from pvae.pair.pair import Pair
 

@@ -15,7 +15,7 @@ from rich.console import Console
 from torch import Tensor, nn
 from torch.distributions import transforms
 
-from pvae.analysis.gap import Gap, gap
+from pvae.analysis.bounds.gap import Gap, gap
 from pvae.errors import DataError
 from pvae.experiment.experiment import Experiment
 from pvae.pair.pair import Pair

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 import pvae
 from pvae import cli
-from pvae.analysis import plots, rate_distortion
+from pvae.analysis import plots
+from pvae.analysis.bounds import rate_distortion
 from pvae.analysis.decompose import surgery
 from pvae.data import Dataset
 from pvae.errors import DataError, DeclarationError

@@ -23,11 +23,11 @@ from pyro.nn import PyroModule, PyroParam
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
+from pvae.analysis.bounds.evidence import evidence
 from pvae.analysis.decompose.aggregated import AggregatedPosterior
 from pvae.analysis.decompose.draws import draw
 from pvae.analysis.decompose.result import Surgery
 from pvae.analysis.decompose.surgery import GUIDE_ROWS, surgery
-from pvae.analysis.evidence import evidence
 from pvae.analysis.figures.estimate import Estimate, exact, over_draws
 from pvae.distributions.exponential import Normals
 from pvae.errors import DataError
@@ -766,7 +766,7 @@ FRESH = """
 from pvae.analysis import Surgery, Evidence, surgery, evidence
 import pvae.analysis.surgery, pvae.analysis.evidence, pvae.analysis
 assert callable(surgery) and callable(evidence), (surgery, evidence)
-assert callable(pvae.analysis.decompose.surgery) and callable(pvae.analysis.evidence), pvae.analysis.decompose.surgery
+assert callable(pvae.analysis.decompose.surgery) and callable(pvae.analysis.bounds.evidence), pvae.analysis.decompose.surgery
 """
 
 

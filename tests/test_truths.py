@@ -22,7 +22,8 @@ from rich.console import Console
 from scipy.special import rel_entr
 
 from pvae import cli
-from pvae.analysis import evidence, truths
+from pvae.analysis import truths
+from pvae.analysis.bounds import evidence
 from pvae.analysis.decompose import collapse
 from pvae.analysis.decompose.aggregated import AggregatedPosterior, Information
 from pvae.analysis.figures.estimate import Estimate

@@ -20,7 +20,7 @@ from pyro.optim import Adam
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
-from pvae.analysis import evidence
+from pvae.analysis.bounds import evidence
 from pvae.analysis.decompose import surgery
 from pvae.errors import DeclarationError
 from pvae.objectives.base import Loss, TraceELBO

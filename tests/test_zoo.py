@@ -14,7 +14,8 @@ import pytest
 import torch
 
 import pvae
-from pvae.analysis import evidence, report
+from pvae.analysis import report
+from pvae.analysis.bounds import evidence
 from pvae.analysis.decompose import surgery
 from pvae.errors import DataError
 from pvae.experiment import zoo

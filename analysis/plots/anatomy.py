@@ -11,8 +11,8 @@ from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
 
+from pvae.analysis.bounds.evidence import Evidence
 from pvae.analysis.decompose.result import Surgery
-from pvae.analysis.evidence import Evidence
 from pvae.analysis.plots.base import BLACK, BLUE, GREY, ORANGE, RED, SERIES, YELLOW, figure, nats, plain, style
 
 

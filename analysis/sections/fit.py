@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 
 from pvae.analysis import plots
+from pvae.analysis.bounds.evidence import Evidence
+from pvae.analysis.bounds.gap import Gap, gap
 from pvae.analysis.case import Case
 from pvae.analysis.document import Block, Note, Section, Sentence, Tile, nats, picture, table_of
-from pvae.analysis.evidence import Evidence
-from pvae.analysis.gap import Gap, gap
 
 GAP_NATS = 1.0
 """Train minus test ELBO above which the report speaks of overfitting."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 
 from pvae.analysis import plots
+from pvae.analysis.bounds.evidence import Evidence
 from pvae.analysis.case import Case, array
 from pvae.analysis.document import Block, Column, Section, Sentence, Table, Tile, nats, percent, picture
-from pvae.analysis.evidence import Evidence
 from pvae.analysis.sections.fit import richer
 
 SHARE = 0.1

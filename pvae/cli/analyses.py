@@ -135,7 +135,7 @@ def gap(
     as_json: JSON = False,
 ) -> None:
     """Split log p(x) - ELBO: what a richer guide would win, and what a better encoder would."""
-    from pvae.analysis import gap as split_gap
+    from pvae.analysis.bounds import gap as split_gap
     from pvae.util.progress import Progress
 
     opened = open_run(run, run_dir, data_dir, device)

@@ -211,7 +211,7 @@ def rate_distortion(
 ) -> None:
     """Put runs on one plane: what their codes cost, and what is lost by them."""
     from pvae.analysis import plots
-    from pvae.analysis import rate_distortion as measure
+    from pvae.analysis.bounds import rate_distortion as measure
     from pvae.analysis.figures.table import cell
     from pvae.util.files import write_atomic
     from pvae.util.progress import Progress

@@ -11,8 +11,8 @@ from operator import mul
 import torch
 from torch import Tensor
 
+from pvae.analysis.bounds.psis import pareto_k, tail_length
 from pvae.analysis.figures.estimate import CONSERVATIVE, Estimate
-from pvae.analysis.psis import pareto_k, tail_length
 
 Draw = Callable[[Tensor, int], Tensor]
 """Of a batch and a number of draws, log weights: `(draws, batch)`, or `(batch,)` for one draw."""

@@ -11,12 +11,12 @@ from typing import Any, ClassVar, final
 import pyro
 from torch import Tensor
 
+from pvae.analysis.bounds.accumulate import Draw, Progress, stream
+from pvae.analysis.bounds.psis import FEWEST, khat_limit, tail_length
 from pvae.analysis.decompose.codes import log_evidence
 from pvae.analysis.decompose.draws import accept, determined, quiet, require_likelihood
 from pvae.analysis.figures.estimate import Estimate, exact_mean
 from pvae.analysis.figures.table import Figures, Row
-from pvae.analysis.psis import FEWEST, khat_limit, tail_length
-from pvae.analysis.stream import Draw, Progress, stream
 from pvae.errors import DataError
 from pvae.pair.densities import is_point, log_prob, sum_over
 from pvae.pair.densities import samples as sample_sites

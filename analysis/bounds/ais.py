@@ -10,7 +10,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from pvae.analysis.annealing import Plan, Start, Target, anneal, pilot, schedule
+from pvae.analysis.bounds.annealing import Plan, Start, Target, anneal, pilot, schedule
 from pvae.analysis.decompose.draws import accept, quiet, require_likelihood
 from pvae.analysis.figures.estimate import CONSERVATIVE, Estimate, Kind
 from pvae.analysis.figures.table import Figures, Row

@@ -1,0 +1,1 @@
+"""Bounds and estimates of log p(x): importance sampling, annealing, the gaps of inference."""
