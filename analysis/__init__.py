@@ -18,14 +18,14 @@ from pvae.analysis.decompose.gain import Gain, gain
 from pvae.analysis.decompose.result import LatentSurgery, Surgery
 from pvae.analysis.decompose.surgery import surgery
 from pvae.analysis.distances import Distances, distances, frechet, kernel_distance
+from pvae.analysis.export.datasets import Posterior
+from pvae.analysis.export.posterior import posterior
 from pvae.analysis.features import Features, features
 from pvae.analysis.fidelity import Fidelity, fidelity
 from pvae.analysis.figures.estimate import Estimate
 from pvae.analysis.generate import Code, Encoding, Reconstructions, Samples, encode, reconstruct, sample
-from pvae.analysis.groups import Posterior
 from pvae.analysis.interpolate import Interpolation, interpolate
 from pvae.analysis.paired import Paired, elbos, paired
-from pvae.analysis.posterior import posterior
 from pvae.analysis.probe import Probe, probe
 from pvae.analysis.report import report
 from pvae.analysis.selfcheck import SelfCheck, selfcheck

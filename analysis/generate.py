@@ -21,8 +21,8 @@ from torch import Tensor
 from torch.distributions import Categorical, Distribution, LowRankMultivariateNormal, MultivariateNormal
 
 from pvae.analysis.decompose.draws import accept, quiet, same_globals
-from pvae.analysis.groups import safe_names
-from pvae.analysis.sites import numpy_of, parameters_of, rows_of
+from pvae.analysis.export.datasets import safe_names
+from pvae.analysis.export.sites import numpy_of, parameters_of, rows_of
 from pvae.distributions.codes import twin
 from pvae.errors import DataError, DeclarationError, near
 from pvae.experiment.experiment import Experiment

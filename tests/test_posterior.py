@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from pvae import __version__, cli
 from pvae.analysis.decompose.draws import draw, quiet
-from pvae.analysis.groups import GROUPS, LONGEST, Posterior, dims_of, safe_names
+from pvae.analysis.export.datasets import GROUPS, LONGEST, Posterior, dims_of, safe_names
 from pvae.data import Dataset
 from pvae.errors import CheckpointError, DataError, DeclarationError, MissingExtraError, StorageError
 from pvae.pair.densities import samples
@@ -31,7 +31,7 @@ from pvae.training.fit import fit
 from pvae.util.seeds import subset
 
 ROOT = Path(__file__).parents[1]
-EXPORT = importlib.import_module("pvae.analysis.posterior")  # the module, whatever the package binds to its name
+EXPORT = importlib.import_module("pvae.analysis.export.posterior")  # the module, whatever the package binds to its name
 TINY = ("train.epochs=2", "encoder.network.hidden=[8]", "decoder.network.hidden=[8]", "train.engine=eager")
 DRAWS, ROWS = 5, 30
 AWKWARD = ("enc/z", "chain", "theta_dim")

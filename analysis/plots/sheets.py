@@ -11,12 +11,12 @@ import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from pvae.analysis.export.sites import numpy_of
 from pvae.analysis.generate import Encoding, Reconstructions, Samples
 from pvae.analysis.interpolate import Interpolation
 from pvae.analysis.plots.base import GREY, PALE, RED, SERIES, SHORT, WIDTH, Array, figure, plain, set_caption, style
 from pvae.analysis.plots.latents import Cloud, plane
 from pvae.analysis.plots.pictures import Rebuilt, is_image, rebuilt_images, tiles
-from pvae.analysis.sites import numpy_of
 from pvae.analysis.traversal import Traversal
 
 SHEET = 100

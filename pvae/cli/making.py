@@ -285,7 +285,7 @@ def _keep(
 ) -> None:
     """Write arrays and pictures, and say where they are."""
     from pvae.analysis import plots
-    from pvae.analysis.groups import safe_names
+    from pvae.analysis.export.datasets import safe_names
     from pvae.util.files import write_atomic
 
     path = out or run.files.analysis / stem

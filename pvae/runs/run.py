@@ -23,7 +23,7 @@ from pvae.runs.rundir import RunDirectory
 if TYPE_CHECKING:
     import pandas
 
-    from pvae.analysis.groups import Posterior
+    from pvae.analysis.export.datasets import Posterior
 
 SHOWN = 12
 
@@ -221,8 +221,8 @@ class Run:
         memory: int = 1 << 30,
         on_progress: Callable[[int, int], None] = lambda _done, _total: None,
     ) -> Posterior:
-        """Draws of the guide for a split, with densities and diagnostics: see `pvae.analysis.posterior.posterior`."""
-        from pvae.analysis.posterior import posterior  # here, because analysis stands above run
+        """Draws of the guide for a split, with densities and diagnostics: see `pvae.analysis.export.posterior.posterior`."""
+        from pvae.analysis.export.posterior import posterior  # here, because analysis stands above run
 
         return posterior(
             self,

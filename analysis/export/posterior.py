@@ -18,8 +18,8 @@ from torch import Tensor
 from pvae import __version__
 from pvae.analysis.bounds.psis import pareto_k
 from pvae.analysis.decompose.draws import CHUNK, Draw, LatentDraw, accept, determined, draw_chunk, quiet, same_globals
-from pvae.analysis.groups import NATS, Array, Posterior, Variable, dataset, text
-from pvae.analysis.sites import PROBED, Sites, as_value, numpy_of, parameters_of, read_sites, rows_of, whole
+from pvae.analysis.export.datasets import NATS, Array, Posterior, Variable, dataset, text
+from pvae.analysis.export.sites import PROBED, Sites, as_value, numpy_of, parameters_of, read_sites, rows_of, whole
 from pvae.data import Split
 from pvae.errors import DataError
 from pvae.pair.densities import Layout, samples

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pvae.analysis.decompose.draws import draw_chunk, quiet
-from pvae.analysis.groups import Array, dims_of, safe_names, text
+from pvae.analysis.export.datasets import Array, dims_of, safe_names, text
 from pvae.distributions.codes import Certain
 from pvae.pair.code_usage import numbers_of
 from pvae.pair.densities import Layout, samples, unwrapped

@@ -1,0 +1,1 @@
+"""Posterior draws as labelled arrays for ArviZ and files."""
