@@ -9,29 +9,29 @@ from pvae.analysis.bounds.evidence import Evidence, PriorEvidence, evidence, pri
 from pvae.analysis.bounds.gap import Gap, gap
 from pvae.analysis.bounds.rate_distortion import RateDistortion, rate_distortion
 from pvae.analysis.compare import compare
-from pvae.analysis.copying import Copying, copying, data_copying
 from pvae.analysis.counterexamples import CounterExamples, counterexamples
-from pvae.analysis.critic import CriticKL, critic
 from pvae.analysis.decompose.aggregated import AggregatedPosterior
 from pvae.analysis.decompose.collapse import Collapse, collapse
 from pvae.analysis.decompose.gain import Gain, gain
 from pvae.analysis.decompose.result import LatentSurgery, Surgery
 from pvae.analysis.decompose.surgery import surgery
-from pvae.analysis.distances import Distances, distances, frechet, kernel_distance
 from pvae.analysis.export.datasets import Posterior
 from pvae.analysis.export.posterior import posterior
-from pvae.analysis.features import Features, features
-from pvae.analysis.fidelity import Fidelity, fidelity
 from pvae.analysis.figures.estimate import Estimate
-from pvae.analysis.generate import Code, Encoding, Reconstructions, Samples, encode, reconstruct, sample
-from pvae.analysis.interpolate import Interpolation, interpolate
 from pvae.analysis.paired import Paired, elbos, paired
-from pvae.analysis.probe import Probe, probe
 from pvae.analysis.report import report
+from pvae.analysis.samples.copying import Copying, copying, data_copying
+from pvae.analysis.samples.critic import CriticKL, critic
+from pvae.analysis.samples.distances import Distances, distances, frechet, kernel_distance
+from pvae.analysis.samples.features import Features, features
+from pvae.analysis.samples.fidelity import Fidelity, fidelity
+from pvae.analysis.samples.generate import Code, Encoding, Reconstructions, Samples, encode, reconstruct, sample
+from pvae.analysis.samples.interpolate import Interpolation, interpolate
+from pvae.analysis.samples.probe import Probe, probe
+from pvae.analysis.samples.sharpness import sharpness
+from pvae.analysis.samples.traversal import Traversal, traverse
+from pvae.analysis.samples.two_sample import SampleQuality, TwoSample, sample_quality, two_sample
 from pvae.analysis.selfcheck import SelfCheck, selfcheck
-from pvae.analysis.sharpness import sharpness
-from pvae.analysis.traversal import Traversal, traverse
-from pvae.analysis.two_sample import SampleQuality, TwoSample, sample_quality, two_sample
 
 __all__ = [
     "AggregatedPosterior",

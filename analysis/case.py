@@ -17,9 +17,9 @@ from pvae.analysis.decompose.collapse import Collapse, collapse
 from pvae.analysis.decompose.draws import Draw, draw, quiet
 from pvae.analysis.decompose.result import Surgery
 from pvae.analysis.decompose.surgery import surgery
-from pvae.analysis.features import CLASSES, FEW, NUMBERS, Features, affordable
-from pvae.analysis.generate import Samples, sample
-from pvae.analysis.two_sample import space_of
+from pvae.analysis.samples.features import CLASSES, FEW, NUMBERS, Features, affordable
+from pvae.analysis.samples.generate import Samples, sample
+from pvae.analysis.samples.two_sample import space_of
 from pvae.data.streamed import Streamed
 from pvae.errors import DataError, DeclarationError
 from pvae.runs.run import Run

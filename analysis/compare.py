@@ -31,10 +31,10 @@ from pvae.analysis.document import (
 )
 from pvae.analysis.figures.estimate import Estimate
 from pvae.analysis.paired import Paired, elbos, paired
+from pvae.analysis.samples.two_sample import SampleQuality
 from pvae.analysis.sections.appendix import environment_of
 from pvae.analysis.sections.fit import GAP_NATS
 from pvae.analysis.sections.quality import measure, whole
-from pvae.analysis.two_sample import SampleQuality
 from pvae.errors import DataError
 from pvae.runs.run import Run
 from pvae.util.toml import flat

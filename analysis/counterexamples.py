@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from pvae.analysis.fidelity import BLOCK, fidelity
 from pvae.analysis.figures.estimate import Estimate, exact_mean
 from pvae.analysis.figures.table import Figures, Row
-from pvae.analysis.two_sample import two_sample
+from pvae.analysis.samples.fidelity import BLOCK, fidelity
+from pvae.analysis.samples.two_sample import two_sample
 from pvae.data import Dataset
 from pvae.errors import DataError
 from pvae.util import seeds

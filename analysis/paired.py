@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from pvae.analysis.decompose.draws import accept, draw, quiet
-from pvae.analysis.fidelity import mean_of
 from pvae.analysis.figures.estimate import Estimate
 from pvae.analysis.figures.table import Figures, Row
+from pvae.analysis.samples.fidelity import mean_of
 from pvae.errors import DataError
 from pvae.pair.densities import sum_over
 from pvae.pair.pair import Pair

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from pvae.analysis.bounds.evidence import evidence
 from pvae.analysis.decompose.surgery import surgery
-from pvae.analysis.features import affordable
 from pvae.analysis.figures.table import cell
+from pvae.analysis.samples.features import affordable
 from pvae.errors import CheckpointError, DataError
 from pvae.runs import checkpoint
 from pvae.runs.run import Run

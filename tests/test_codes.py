@@ -23,8 +23,8 @@ from pvae.analysis.decompose.collapse import collapse
 from pvae.analysis.decompose.draws import draw, first_level, quiet
 from pvae.analysis.decompose.gain import gain
 from pvae.analysis.decompose.surgery import surgery
-from pvae.analysis.generate import encode, reconstruct, sample
-from pvae.analysis.traversal import traverse
+from pvae.analysis.samples.generate import encode, reconstruct, sample
+from pvae.analysis.samples.traversal import traverse
 from pvae.distributions.codes import Certain, joint_states
 from pvae.distributions.exponential import CertainCodes, Codes, Normals, Product, product
 from pvae.errors import DataError

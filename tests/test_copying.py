@@ -16,8 +16,9 @@ from scipy.stats import kstest, mannwhitneyu
 from torch import Tensor
 
 import pvae
-from pvae.analysis import copying, data_copying, features, sample
-from pvae.analysis.copying import nearest_of
+from pvae.analysis import data_copying, sample
+from pvae.analysis.samples import copying, features
+from pvae.analysis.samples.copying import nearest_of
 from pvae.data import Dataset
 from pvae.errors import DataError
 from pvae.runs.run import Run
@@ -29,7 +30,7 @@ def normals(n: int, d: int, seed: int, spread: float = 1.0) -> Tensor:
 
 def patched(patch: pytest.MonkeyPatch, **values: int) -> None:
     for name, value in values.items():
-        patch.setattr(sys.modules["pvae.analysis.copying"], name, value)
+        patch.setattr(sys.modules["pvae.analysis.samples.copying"], name, value)
 
 
 # ---------------------------------------------------------------------- the nearest row

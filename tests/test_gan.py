@@ -22,8 +22,8 @@ from torch import Tensor, nn
 import pvae
 from pvae.analysis import encode, sample
 from pvae.analysis.decompose import surgery
-from pvae.analysis.fidelity import fidelity
-from pvae.analysis.two_sample import two_sample
+from pvae.analysis.samples.fidelity import fidelity
+from pvae.analysis.samples.two_sample import two_sample
 from pvae.data import Dataset
 from pvae.errors import DataError, DeclarationError, NonFiniteError
 from pvae.experiment.experiment import Experiment

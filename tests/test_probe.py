@@ -24,7 +24,8 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 
 import pvae
-from pvae.analysis import encode, probe
+from pvae.analysis import encode
+from pvae.analysis.samples import probe
 from pvae.data import Dataset
 from pvae.errors import DataError
 from pvae.experiment.experiment import Experiment
@@ -112,17 +113,17 @@ def test_the_readers_are_scikit_learns(told):
 
 
 def test_few_training_rows_are_drawn_by_the_seed(told, monkeypatch):
-    monkeypatch.setattr(sys.modules["pvae.analysis.probe"], "MOST_TRAINED", 3)
+    monkeypatch.setattr(sys.modules["pvae.analysis.samples.probe"], "MOST_TRAINED", 3)
     found = probe(told, rows=50, seed=1)
     assert (found.trained, found.asked) == (3, 50)
-    monkeypatch.setattr(sys.modules["pvae.analysis.probe"], "STEPS", 1)
+    monkeypatch.setattr(sys.modules["pvae.analysis.samples.probe"], "STEPS", 1)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert probe(told, rows=50, seed=1)["a"].linear.value > 0.2  # cut short, and no warning
 
 
 def test_one_hots():
-    columns = sys.modules["pvae.analysis.probe"]._read(torch.tensor([[0, 2], [1, 1]]), torch.tensor([[3, 0]]))
+    columns = sys.modules["pvae.analysis.samples.probe"]._read(torch.tensor([[0, 2], [1, 1]]), torch.tensor([[3, 0]]))
     learnt, asked = columns.plain
     assert sparse.issparse(learnt)
     assert learnt.toarray().tolist() == [[1, 0, 0, 0, 0, 0, 1, 0], [0, 1, 0, 0, 0, 1, 0, 0]]

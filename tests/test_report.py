@@ -18,12 +18,12 @@ from torch import Tensor, nn
 
 from pvae.analysis import plots
 from pvae.analysis.case import Case, some
-from pvae.analysis.copying import data_copying
 from pvae.analysis.decompose.collapse import Collapse, LatentCollapse, alert, collapse
 from pvae.analysis.decompose.surgery import surgery
 from pvae.analysis.figures.estimate import exact
-from pvae.analysis.generate import mean_of
 from pvae.analysis.report import report
+from pvae.analysis.samples.copying import data_copying
+from pvae.analysis.samples.generate import mean_of
 from pvae.analysis.sections import SECTIONS
 from pvae.analysis.sections.anatomy import on_prior
 from pvae.analysis.sections.latents import HOLE, holes

@@ -25,25 +25,14 @@ from torch import Tensor
 
 import pvae
 from pvae import cli
-from pvae.analysis import (
-    counterexamples,
-    critic,
-    distances,
-    features,
-    fidelity,
-    frechet,
-    kernel_distance,
-    sample,
-    sample_quality,
-    sharpness,
-    two_sample,
-)
+from pvae.analysis import counterexamples, frechet, kernel_distance, sample, sample_quality
 from pvae.analysis.counterexamples import Box, Diluted, FactorNormal, Memory
 from pvae.analysis.decompose import surgery
-from pvae.analysis.fidelity import expected_coverage
-from pvae.analysis.sharpness import relative_sharpness
+from pvae.analysis.samples import critic, distances, features, fidelity, sharpness, two_sample
+from pvae.analysis.samples.fidelity import expected_coverage
+from pvae.analysis.samples.sharpness import relative_sharpness
+from pvae.analysis.samples.two_sample import by_chance, space_of
 from pvae.analysis.truths import probabilistic_pca
-from pvae.analysis.two_sample import by_chance, space_of
 from pvae.data import Dataset, load
 from pvae.data.sources.base import Digits
 from pvae.errors import DataError
@@ -60,8 +49,8 @@ def normals(n: int, d: int, seed: int, loc: float = 0.0) -> Tensor:
 @pytest.fixture
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
     """Classifiers that learn for a moment, critics of few draws."""
-    monkeypatch.setattr(sys.modules["pvae.analysis.features"], "EXPOSURES", 4000)
-    monkeypatch.setattr(sys.modules["pvae.analysis.critic"], "DRAWS", 4000)
+    monkeypatch.setattr(sys.modules["pvae.analysis.samples.features"], "EXPOSURES", 4000)
+    monkeypatch.setattr(sys.modules["pvae.analysis.samples.critic"], "DRAWS", 4000)
 
 
 # ---------------------------------------------------------------------- the two-sample test
@@ -150,7 +139,7 @@ def by_hand(real: np.ndarray, fake: np.ndarray, k: int) -> dict[str, float]:
 @pytest.mark.parametrize("k", [1, 3, 5])
 @pytest.mark.parametrize("block", [7, 2**23])
 def test_figures_are_those_of_the_papers(k, block, monkeypatch):
-    monkeypatch.setattr(sys.modules["pvae.analysis.fidelity"], "BLOCK", block)
+    monkeypatch.setattr(sys.modules["pvae.analysis.samples.fidelity"], "BLOCK", block)
     rng = np.random.default_rng(k)
     real, fake = rng.normal(size=(40, 3)), rng.normal(0.4, 0.8, size=(30, 3))
     found = fidelity(torch.tensor(real), torch.tensor(fake), k)
@@ -267,7 +256,7 @@ def spread(seed: int, d: int) -> tuple[Tensor, Tensor]:
 
 
 def of_distances(name: str) -> Any:
-    return getattr(sys.modules["pvae.analysis.distances"], name)
+    return getattr(sys.modules["pvae.analysis.samples.distances"], name)
 
 
 @pytest.mark.parametrize("d", [1, 3, 20])
@@ -321,7 +310,7 @@ def _kernel_of_normals(shift: float, scale: Tensor) -> float:
 
 @pytest.mark.parametrize("block", [50, 2**23])
 def test_the_kernel_distance_is_that_of_all_pairs(block, monkeypatch):
-    monkeypatch.setattr(sys.modules["pvae.analysis.fidelity"], "BLOCK", block)
+    monkeypatch.setattr(sys.modules["pvae.analysis.samples.fidelity"], "BLOCK", block)
     a, b = normals(30, 3, 0).double(), normals(20, 3, 1, 0.3).double()
 
     def brute(a: Tensor, b: Tensor) -> float:

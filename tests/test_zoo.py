@@ -145,7 +145,7 @@ def test_its_evidence_is_bounded(name, run):
 @pytest.fixture
 def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every section of a report, after a moment's work: what the figures are worth is tested elsewhere."""
-    monkeypatch.setattr(import_module("pvae.analysis.features"), "EXPOSURES", 400)
+    monkeypatch.setattr(import_module("pvae.analysis.samples.features"), "EXPOSURES", 400)
     monkeypatch.setattr(import_module("pvae.analysis.sections.fit"), "REFINED_ROWS", 3)
     monkeypatch.setattr(import_module("pvae.analysis.case"), "SAMPLES", 200)
 

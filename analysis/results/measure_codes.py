@@ -16,8 +16,8 @@ import pandas
 from pvae import Run
 from pvae.analysis import plots
 from pvae.analysis.decompose import surgery
-from pvae.analysis.generate import sample
-from pvae.analysis.two_sample import sample_quality
+from pvae.analysis.samples.generate import sample
+from pvae.analysis.samples.two_sample import sample_quality
 from pvae.pair.code_usage import code_usage
 from pvae.util.seeds import subset
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pvae.analysis.case import Case
 from pvae.analysis.document import Column, Section, Sentence, Table, percent
-from pvae.analysis.probe import RAW, Probe, probe
+from pvae.analysis.samples.probe import RAW, Probe, probe
 
 
 def section(case: Case) -> Section | None:

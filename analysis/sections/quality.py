@@ -8,7 +8,7 @@ from typing import Any
 
 from pvae.analysis.case import Case
 from pvae.analysis.document import Block, Column, Note, Section, Sentence, Table, Tile, nats, percent, side_by_side
-from pvae.analysis.two_sample import SampleQuality, sample_quality
+from pvae.analysis.samples.two_sample import SampleQuality, sample_quality
 
 ALIKE = 0.05
 """A p-value above which samples cannot be told from data."""

@@ -9,7 +9,7 @@ from pvae.analysis import plots
 from pvae.analysis.case import Case, array
 from pvae.analysis.decompose.draws import quiet
 from pvae.analysis.document import Column, Section, Table, picture
-from pvae.analysis.generate import mean_of, reconstruct
+from pvae.analysis.samples.generate import mean_of, reconstruct
 
 SHOWN = 8
 

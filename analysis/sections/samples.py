@@ -9,7 +9,6 @@ import numpy as np
 
 from pvae.analysis import plots
 from pvae.analysis.case import Case, array
-from pvae.analysis.copying import Copying, copying
 from pvae.analysis.document import (
     Block,
     Column,
@@ -23,6 +22,7 @@ from pvae.analysis.document import (
     picture,
     side_by_side,
 )
+from pvae.analysis.samples.copying import Copying, copying
 
 SHOWN, BESIDE = 40, 10
 """Samples on the sheet, and beside their neighbours."""

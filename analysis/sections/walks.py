@@ -10,8 +10,8 @@ import torch
 from pvae.analysis import plots
 from pvae.analysis.case import Case, array
 from pvae.analysis.document import Block, Column, Section, Table, picture
-from pvae.analysis.interpolate import interpolate
-from pvae.analysis.traversal import Traversal, traverse
+from pvae.analysis.samples.interpolate import interpolate
+from pvae.analysis.samples.traversal import Traversal, traverse
 from pvae.util import seeds
 
 WALKED = 3

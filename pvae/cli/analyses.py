@@ -164,7 +164,7 @@ def two_sample(
     as_json: JSON = False,
 ) -> None:
     """Compare samples with data: can a classifier tell them apart, and what of the data do they reach?"""
-    from pvae.analysis.two_sample import STEPS, sample_quality
+    from pvae.analysis.samples.two_sample import STEPS, sample_quality
     from pvae.util.progress import Progress
 
     opened = open_run(run, run_dir, data_dir, device)
@@ -190,7 +190,7 @@ def copying(
     as_json: JSON = False,
 ) -> None:
     """Ask whether samples are copies of training rows: nearer to them than data not trained on are?"""
-    from pvae.analysis import copying as look
+    from pvae.analysis.samples import copying as look
     from pvae.util.progress import Progress
 
     opened = open_run(run, run_dir, data_dir)
@@ -216,7 +216,7 @@ def probe(
     as_json: JSON = False,
 ) -> None:
     """Read labels off the codes by simple readers, and off the data by the same."""
-    from pvae.analysis import probe as read
+    from pvae.analysis.samples import probe as read
     from pvae.util.progress import Progress
 
     opened = open_run(run, run_dir, data_dir)
@@ -239,7 +239,7 @@ def critic(
     as_json: JSON = False,
 ) -> None:
     """Estimate KL(q_agg || p) from draws alone: also where the code is a point, and no density is known."""
-    from pvae.analysis import critic as estimate
+    from pvae.analysis.samples import critic as estimate
     from pvae.util.progress import Progress
 
     opened = open_run(run, run_dir, data_dir)

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from torch import Tensor
 
-    from pvae.analysis.generate import Generated
+    from pvae.analysis.samples.generate import Generated
     from pvae.runs.run import Run
 
 
@@ -180,8 +180,8 @@ def interpolate(
     as_json: JSON = False,
 ) -> None:
     """Decode the line between the codes of two rows."""
-    from pvae.analysis import interpolate as walk
     from pvae.analysis import plots
+    from pvae.analysis.samples import interpolate as walk
 
     opened = open_run(run, run_dir, data_dir)
     part = opened.data.split(split)

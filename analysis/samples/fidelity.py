@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pvae.analysis.features import Features
 from pvae.analysis.figures.estimate import Estimate
 from pvae.analysis.figures.table import Figures, Row
+from pvae.analysis.samples.features import Features
 from pvae.errors import DataError
 
 NEIGHBOURS = 5

@@ -11,13 +11,13 @@ import torch
 from scipy.stats import hypergeom
 from torch import Tensor
 
-from pvae.analysis.distances import Distances, distances
-from pvae.analysis.features import CLASSES, Features, affordable, classify, features, in_chunks
-from pvae.analysis.fidelity import NEIGHBOURS, Fidelity, among
 from pvae.analysis.figures.estimate import Estimate, exact
 from pvae.analysis.figures.table import Figures, Row
-from pvae.analysis.generate import Samples, opened, sample
-from pvae.analysis.sharpness import relative_sharpness, sharpness
+from pvae.analysis.samples.distances import Distances, distances
+from pvae.analysis.samples.features import CLASSES, Features, affordable, classify, features, in_chunks
+from pvae.analysis.samples.fidelity import NEIGHBOURS, Fidelity, among
+from pvae.analysis.samples.generate import Samples, opened, sample
+from pvae.analysis.samples.sharpness import relative_sharpness, sharpness
 from pvae.errors import DataError, DeclarationError
 from pvae.runs.run import Run
 from pvae.util import seeds

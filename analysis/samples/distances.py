@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pvae.analysis.fidelity import blocks
 from pvae.analysis.figures.estimate import Estimate
 from pvae.analysis.figures.table import Figures, Row
+from pvae.analysis.samples.fidelity import blocks
 from pvae.errors import DataError
 from pvae.util import seeds
 

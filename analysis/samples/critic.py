@@ -15,7 +15,7 @@ from pvae.analysis.decompose.draws import accept
 from pvae.analysis.export.sites import rows_of
 from pvae.analysis.figures.estimate import Estimate
 from pvae.analysis.figures.table import Figures, Row
-from pvae.analysis.generate import Progress, analysed, chunks, encode, opened, silent
+from pvae.analysis.samples.generate import Progress, analysed, chunks, encode, opened, silent
 from pvae.errors import DataError
 from pvae.pair.densities import samples as sites_of
 from pvae.pair.pair import Pair

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pvae.analysis.features import in_chunks
-from pvae.analysis.fidelity import mean_of, ratio_of
 from pvae.analysis.figures.estimate import Estimate
 from pvae.analysis.plots.pictures import is_image
+from pvae.analysis.samples.features import in_chunks
+from pvae.analysis.samples.fidelity import mean_of, ratio_of
 
 
 def sharpness(x: Tensor) -> Tensor | None:

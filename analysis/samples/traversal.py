@@ -12,7 +12,7 @@ from torch.distributions import Bernoulli
 
 from pvae.analysis.decompose.collapse import activity, kl_per_dimension
 from pvae.analysis.decompose.draws import accept, draw
-from pvae.analysis.generate import (
+from pvae.analysis.samples.generate import (
     CHUNK,
     Centred,
     Generated,

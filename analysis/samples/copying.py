@@ -11,11 +11,11 @@ import torch
 from scipy.stats import mannwhitneyu, rankdata, tiecorrect
 from torch import Tensor
 
-from pvae.analysis.features import Features, affordable
-from pvae.analysis.fidelity import BLOCK, mean_of
 from pvae.analysis.figures.estimate import Estimate, exact
 from pvae.analysis.figures.table import Figures, Row
-from pvae.analysis.generate import Samples, opened, sample
+from pvae.analysis.samples.features import Features, affordable
+from pvae.analysis.samples.fidelity import BLOCK, mean_of
+from pvae.analysis.samples.generate import Samples, opened, sample
 from pvae.errors import DataError
 from pvae.runs.run import Run
 from pvae.util import seeds

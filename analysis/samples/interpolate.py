@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pvae.analysis.generate import (
+from pvae.analysis.samples.generate import (
     Code,
     Generated,
     Progress,
@@ -24,7 +24,7 @@ from pvae.analysis.generate import (
     opened,
     silent,
 )
-from pvae.analysis.traversal import Priors, one_row, placed, site_values
+from pvae.analysis.samples.traversal import Priors, one_row, placed, site_values
 from pvae.errors import DataError
 from pvae.pair.densities import log_prob, samples, sum_over
 from pvae.pair.pair import Pair

@@ -17,11 +17,11 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
-from pvae.analysis.features import CLASSES, COMPONENTS, affordable, principal
-from pvae.analysis.fidelity import mean_of
 from pvae.analysis.figures.estimate import Estimate
 from pvae.analysis.figures.table import Figures, Row
-from pvae.analysis.generate import encode, opened
+from pvae.analysis.samples.features import CLASSES, COMPONENTS, affordable, principal
+from pvae.analysis.samples.fidelity import mean_of
+from pvae.analysis.samples.generate import encode, opened
 from pvae.data.dataset import Split
 from pvae.errors import DataError
 from pvae.runs.run import Run

@@ -1,0 +1,1 @@
+"""Samples, reconstructions and traversals, and tests of their quality."""
