@@ -8,7 +8,6 @@ from pvae.analysis.bounds.ais import Annealed, Bracket, ais, bracket
 from pvae.analysis.bounds.evidence import Evidence, PriorEvidence, evidence, prior_evidence
 from pvae.analysis.bounds.gap import Gap, gap
 from pvae.analysis.bounds.rate_distortion import RateDistortion, rate_distortion
-from pvae.analysis.compare import compare
 from pvae.analysis.counterexamples import CounterExamples, counterexamples
 from pvae.analysis.decompose.aggregated import AggregatedPosterior
 from pvae.analysis.decompose.collapse import Collapse, collapse
@@ -18,8 +17,9 @@ from pvae.analysis.decompose.surgery import surgery
 from pvae.analysis.export.datasets import Posterior
 from pvae.analysis.export.posterior import posterior
 from pvae.analysis.figures.estimate import Estimate
-from pvae.analysis.paired import Paired, elbos, paired
-from pvae.analysis.report import report
+from pvae.analysis.pages.compare import compare
+from pvae.analysis.pages.paired import Paired, elbos, paired
+from pvae.analysis.pages.report import report
 from pvae.analysis.samples.copying import Copying, copying, data_copying
 from pvae.analysis.samples.critic import CriticKL, critic
 from pvae.analysis.samples.distances import Distances, distances, frechet, kernel_distance

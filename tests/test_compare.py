@@ -12,9 +12,10 @@ import torch
 from scipy.stats import ttest_rel
 
 from pvae import cli
-from pvae.analysis import compare, elbos, paired
-from pvae.analysis.compare import Bench, examine
+from pvae.analysis import elbos
 from pvae.analysis.decompose import surgery
+from pvae.analysis.pages import compare, paired
+from pvae.analysis.pages.compare import Bench, examine
 from pvae.data import Dataset
 from pvae.errors import DataError
 from pvae.runs.run import Run
@@ -123,7 +124,7 @@ def test_the_verdict_knows_a_tie(runs: list[Run], tmp_path: Path):
 
 
 def test_many_runs_stand_below_each_other(runs: list[Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(sys.modules["pvae.analysis.compare"], "WIDE", 1)
+    monkeypatch.setattr(sys.modules["pvae.analysis.pages.compare"], "WIDE", 1)
     path = compare(runs[:2], tmp_path, evidence_samples=2)
     head = (path.parent / "tables" / "overview.csv").read_text().splitlines()
     assert head[0].startswith("run,elbo,elbo error")

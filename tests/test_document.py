@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from pvae.analysis import plots
-from pvae.analysis.document import (
+from pvae.analysis.figures.estimate import Estimate, exact
+from pvae.analysis.figures.table import cell
+from pvae.analysis.pages import plots
+from pvae.analysis.pages.document.document import (
     Code,
     Column,
     Document,
@@ -28,8 +30,6 @@ from pvae.analysis.document import (
     shown_value,
     slug,
 )
-from pvae.analysis.figures.estimate import Estimate, exact
-from pvae.analysis.figures.table import cell
 from pvae.errors import DataError
 
 HOSTILE = ("<script>alert(1)</script>", r"$\foo$", "=cmd|' /C calc'!A0", "[red]", "\x1b[31m", "\u202e", "../../etc")

@@ -30,8 +30,8 @@ from torch import Tensor
 
 import pvae
 from pvae import cli
-from pvae.analysis.case import Case
-from pvae.analysis.report import examine, report
+from pvae.analysis.pages.report import examine, report
+from pvae.analysis.pages.sections.examination import Case
 from pvae.cli.app import app, say, tell
 from pvae.data import Dataset
 from pvae.errors import EXIT_CODES, DataError, DeclarationError, DeviceError, PvaeError, StorageError, printable
@@ -182,7 +182,7 @@ def test_two_reports_at_once_are_both_whole(
             others.append(document.write(run.files.report))
         original(path, text)
 
-    monkeypatch.setattr("pvae.analysis.document.write_atomic", interleaved)
+    monkeypatch.setattr("pvae.analysis.pages.document.document.write_atomic", interleaved)
     assert document.write(run.files.report) == others[1]
     assert written(others[0].parent) == reported
 

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 import pvae
 from pvae import cli
-from pvae.analysis import encode, plots, reconstruct, sample, traverse
+from pvae.analysis import encode, reconstruct, sample, traverse
+from pvae.analysis.pages import plots
 from pvae.analysis.samples import generate, traversal
 from pvae.data import Dataset
 from pvae.errors import DataError, DeclarationError

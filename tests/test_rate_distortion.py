@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 import pvae
 from pvae import cli
-from pvae.analysis import plots
 from pvae.analysis.bounds import rate_distortion
 from pvae.analysis.decompose import surgery
+from pvae.analysis.pages import plots
 from pvae.data import Dataset
 from pvae.errors import DataError, DeclarationError
 from pvae.experiment.experiment import Experiment

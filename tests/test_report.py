@@ -16,18 +16,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pvae.analysis import plots
-from pvae.analysis.case import Case, some
 from pvae.analysis.decompose.collapse import Collapse, LatentCollapse, alert, collapse
 from pvae.analysis.decompose.surgery import surgery
 from pvae.analysis.figures.estimate import exact
-from pvae.analysis.report import report
+from pvae.analysis.pages import plots
+from pvae.analysis.pages.report import report
+from pvae.analysis.pages.sections import SECTIONS
+from pvae.analysis.pages.sections.anatomy import on_prior
+from pvae.analysis.pages.sections.examination import Case, some
+from pvae.analysis.pages.sections.latents import HOLE, holes
+from pvae.analysis.pages.sections.samples import on_copies
 from pvae.analysis.samples.copying import data_copying
 from pvae.analysis.samples.generate import mean_of
-from pvae.analysis.sections import SECTIONS
-from pvae.analysis.sections.anatomy import on_prior
-from pvae.analysis.sections.latents import HOLE, holes
-from pvae.analysis.sections.samples import on_copies
 from pvae.data import Dataset
 from pvae.errors import DataError, DeclarationError
 from pvae.experiment.experiment import Experiment

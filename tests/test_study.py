@@ -20,7 +20,7 @@ from filelock import FileLock
 from rich.console import Console
 
 import pvae
-from pvae.analysis.study import FIGURES, csv, frame, kept
+from pvae.analysis.pages.study import FIGURES, csv, frame, kept
 from pvae.errors import DeclarationError, Interrupted, PvaeError
 from pvae.experiment import zoo
 from pvae.experiment.experiment import Experiment

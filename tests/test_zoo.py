@@ -14,9 +14,9 @@ import pytest
 import torch
 
 import pvae
-from pvae.analysis import report
 from pvae.analysis.bounds import evidence
 from pvae.analysis.decompose import surgery
+from pvae.analysis.pages import report
 from pvae.errors import DataError
 from pvae.experiment import zoo
 from pvae.experiment.experiment import Experiment
@@ -146,8 +146,8 @@ def test_its_evidence_is_bounded(name, run):
 def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every section of a report, after a moment's work: what the figures are worth is tested elsewhere."""
     monkeypatch.setattr(import_module("pvae.analysis.samples.features"), "EXPOSURES", 400)
-    monkeypatch.setattr(import_module("pvae.analysis.sections.fit"), "REFINED_ROWS", 3)
-    monkeypatch.setattr(import_module("pvae.analysis.case"), "SAMPLES", 200)
+    monkeypatch.setattr(import_module("pvae.analysis.pages.sections.fit"), "REFINED_ROWS", 3)
+    monkeypatch.setattr(import_module("pvae.analysis.pages.sections.examination"), "SAMPLES", 200)
 
 
 @every_system

@@ -43,7 +43,7 @@ class RateDistortion:
 
     def figure(self) -> Figure:
         """The plane, with lines of equal ELBO."""
-        from pvae.analysis import plots
+        from pvae.analysis.pages import plots
 
         names, rates, distortions = ([row[key] for row in self.rows] for key in ("run", "rate", "distortion"))
         return plots.rate_distortion(

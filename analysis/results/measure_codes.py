@@ -14,8 +14,8 @@ from pathlib import Path
 import pandas
 
 from pvae import Run
-from pvae.analysis import plots
 from pvae.analysis.decompose import surgery
+from pvae.analysis.pages import plots
 from pvae.analysis.samples.generate import sample
 from pvae.analysis.samples.two_sample import sample_quality
 from pvae.pair.code_usage import code_usage

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from pvae.analysis.figures.estimate import Estimate
-from pvae.analysis.plots.pictures import is_image
+from pvae.analysis.pages.plots.pictures import is_image
 from pvae.analysis.samples.features import in_chunks
 from pvae.analysis.samples.fidelity import mean_of, ratio_of
 

@@ -59,8 +59,8 @@ def sample(
     as_json: JSON = False,
 ) -> None:
     """Draw z from the prior and x from the decoder; write both, and x as a picture where it is one."""
-    from pvae.analysis import plots
     from pvae.analysis import sample as draw
+    from pvae.analysis.pages import plots
     from pvae.util.progress import Progress
 
     opened = open_run(run, run_dir, data_dir)
@@ -85,8 +85,8 @@ def encode(
 ) -> None:
     """Write the latents of a split's rows, and show each beside its prior."""
     from pvae.analysis import encode as find_codes
-    from pvae.analysis import plots
     from pvae.analysis import sample as draw
+    from pvae.analysis.pages import plots
     from pvae.util.progress import Progress
 
     opened = open_run(run, run_dir, data_dir)
@@ -114,8 +114,8 @@ def reconstruct(
     as_json: JSON = False,
 ) -> None:
     """Encode a split's rows and decode them again, with log p(x | z) of each."""
-    from pvae.analysis import plots
     from pvae.analysis import reconstruct as decode_again
+    from pvae.analysis.pages import plots
     from pvae.util.progress import Progress
 
     opened = open_run(run, run_dir, data_dir)
@@ -148,8 +148,8 @@ def traverse(
     as_json: JSON = False,
 ) -> None:
     """Move one coordinate of a latent at a time and decode."""
-    from pvae.analysis import plots
     from pvae.analysis import traverse as move
+    from pvae.analysis.pages import plots
     from pvae.util.progress import Progress
 
     opened, places = open_run(run, run_dir, data_dir), None if dims is None else _integers("--dims", dims)
@@ -180,7 +180,7 @@ def interpolate(
     as_json: JSON = False,
 ) -> None:
     """Decode the line between the codes of two rows."""
-    from pvae.analysis import plots
+    from pvae.analysis.pages import plots
     from pvae.analysis.samples import interpolate as walk
 
     opened = open_run(run, run_dir, data_dir)
@@ -210,9 +210,9 @@ def rate_distortion(
     as_json: JSON = False,
 ) -> None:
     """Put runs on one plane: what their codes cost, and what is lost by them."""
-    from pvae.analysis import plots
     from pvae.analysis.bounds import rate_distortion as measure
     from pvae.analysis.figures.table import cell
+    from pvae.analysis.pages import plots
     from pvae.util.files import write_atomic
     from pvae.util.progress import Progress
 
@@ -284,8 +284,8 @@ def _keep(
     **more: Tensor,
 ) -> None:
     """Write arrays and pictures, and say where they are."""
-    from pvae.analysis import plots
     from pvae.analysis.export.datasets import safe_names
+    from pvae.analysis.pages import plots
     from pvae.util.files import write_atomic
 
     path = out or run.files.analysis / stem

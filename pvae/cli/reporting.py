@@ -26,9 +26,9 @@ def report(
     as_json: JSON = False,
 ) -> None:
     """Write the report of a run: one HTML file, its numbers as JSON and CSV."""
-    from pvae.analysis.case import Case
-    from pvae.analysis.report import examine
-    from pvae.analysis.sections import SECTIONS
+    from pvae.analysis.pages.report import examine
+    from pvae.analysis.pages.sections import SECTIONS
+    from pvae.analysis.pages.sections.examination import Case
     from pvae.util.progress import Progress
 
     opened = open_run(run, run_dir, data_dir)
@@ -58,8 +58,8 @@ def compare(
     as_json: JSON = False,
 ) -> None:
     """Compare runs on the same data: one HTML file with a column for each, paired differences, rate and distortion."""
-    from pvae.analysis.compare import SECTIONS, Bench, examine
-    from pvae.analysis.document import claim
+    from pvae.analysis.pages.compare import SECTIONS, Bench, examine
+    from pvae.analysis.pages.document.document import claim
     from pvae.util.progress import Progress
 
     opened = [open_run(run, run_dir, data_dir) for run in runs]

@@ -36,7 +36,7 @@ def study(
     if dry_run:
         _list(file, run_dir, as_json)
         return
-    from pvae.analysis.document import claim
+    from pvae.analysis.pages.document.document import claim
     from pvae.runs.rundir import slug
     from pvae.studies import study as run_study
     from pvae.studies.cases import Declared
@@ -61,7 +61,7 @@ def study(
 
 def _compared(found: Study, out: Path, *, show: bool) -> Path | None:
     """The page and the tables of a study; None, and a word, where its runs do not compare."""
-    from pvae.analysis.compare import SECTIONS
+    from pvae.analysis.pages.compare import SECTIONS
     from pvae.util.progress import Progress
 
     try:

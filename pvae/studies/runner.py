@@ -197,7 +197,7 @@ class Runner:
         if "held" in states:
             return None
         if set(states) == {"finished"}:
-            from pvae.analysis.study import kept
+            from pvae.analysis.pages.study import kept
 
             if all(run is not None and kept(run, self.measure) for run in runs):
                 task.state = "found"
@@ -310,7 +310,7 @@ def work(job: Mapping[str, Any]) -> None:
     """Do one job of a study in this process: fit, resume, refit or nothing, then measure what is finished."""
     import torch
 
-    from pvae.analysis.study import figures
+    from pvae.analysis.pages.study import figures
     from pvae.runs.run import Run
     from pvae.training.fit import fit, fit_stage, resume
 

@@ -52,7 +52,7 @@ class Study:
         of the training split `train_elbo` and so on, each with its Monte Carlo error `<figure>_error`, in nats per
         datum; `seconds` of training; `run`, the folder. NaN where a figure is not defined.
         """
-        from pvae.analysis.study import figures, frame, row_of  # here, because analysis stands above
+        from pvae.analysis.pages.study import figures, frame, row_of  # here, because analysis stands above
 
         rows = []
         for case in self.declared.cases:
@@ -67,7 +67,7 @@ class Study:
 
         The error is the deviation between seeds by the root of their number; NaN for a single seed.
         """
-        from pvae.analysis.study import summary
+        from pvae.analysis.pages.study import summary
 
         return summary(self.to_frame())
 
@@ -84,7 +84,7 @@ class Study:
         Raises:
             DataError: fewer than two finished runs, or runs of different data.
         """
-        from pvae.analysis.compare import compare  # here, because analysis stands above
+        from pvae.analysis.pages.compare import compare  # here, because analysis stands above
 
         groups = [case if stage == "fit" else f"{case}: {stage}" for case, _, stage in self.runs]
         names = [f"{group} #{seed}" for group, (_, seed, _) in zip(groups, self.runs, strict=True)]
@@ -98,7 +98,7 @@ class Study:
 
     def save(self, out: str | Path) -> None:
         """Write `runs.csv` and `summary.csv` into a folder, made if it is not there."""
-        from pvae.analysis.study import csv
+        from pvae.analysis.pages.study import csv
 
         folder = make_folder(Path(out))
         write_atomic(folder / "runs.csv", csv(self.to_frame()))
@@ -116,7 +116,7 @@ class Study:
         }
 
     def __rich__(self) -> Table:
-        from pvae.analysis.study import table
+        from pvae.analysis.pages.study import table
 
         return table(self.summary(), self.declared.name)
 

@@ -13,7 +13,7 @@ from matplotlib.ticker import MaxNLocator
 
 from pvae.analysis.bounds.evidence import Evidence
 from pvae.analysis.decompose.result import Surgery
-from pvae.analysis.plots.base import BLACK, BLUE, GREY, ORANGE, RED, SERIES, YELLOW, figure, nats, plain, style
+from pvae.analysis.pages.plots.base import BLACK, BLUE, GREY, ORANGE, RED, SERIES, YELLOW, figure, nats, plain, style
 
 
 @dataclass(frozen=True)

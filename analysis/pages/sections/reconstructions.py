@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pvae.analysis import plots
-from pvae.analysis.case import Case, array
 from pvae.analysis.decompose.draws import quiet
-from pvae.analysis.document import Column, Section, Table, picture
+from pvae.analysis.pages import plots
+from pvae.analysis.pages.document.document import Column, Section, Table, picture
+from pvae.analysis.pages.sections.examination import Case, array
 from pvae.analysis.samples.generate import mean_of, reconstruct
 
 SHOWN = 8

@@ -6,7 +6,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from pvae.analysis.bounds.evidence import Bounds
-from pvae.analysis.plots.base import BLUE, GREY, RED, Array, figure, style
+from pvae.analysis.pages.plots.base import BLUE, GREY, RED, Array, figure, style
 
 
 def importance(found: Bounds) -> Figure:

@@ -12,10 +12,10 @@ import numpy as np
 from scipy.stats import spearmanr
 from torch import Tensor
 
-from pvae.analysis import plots
 from pvae.analysis.bounds.rate_distortion import named, rate_distortion_of, require_alike
-from pvae.analysis.case import Case, Progress, array, draws, silent
-from pvae.analysis.document import (
+from pvae.analysis.figures.estimate import Estimate
+from pvae.analysis.pages import plots
+from pvae.analysis.pages.document.document import (
     Block,
     Column,
     Document,
@@ -29,12 +29,12 @@ from pvae.analysis.document import (
     picture,
     side_by_side,
 )
-from pvae.analysis.figures.estimate import Estimate
-from pvae.analysis.paired import Paired, elbos, paired
+from pvae.analysis.pages.paired import Paired, elbos, paired
+from pvae.analysis.pages.sections.appendix import environment_of
+from pvae.analysis.pages.sections.examination import Case, Progress, array, draws, silent
+from pvae.analysis.pages.sections.fit import GAP_NATS
+from pvae.analysis.pages.sections.quality import measure, whole
 from pvae.analysis.samples.two_sample import SampleQuality
-from pvae.analysis.sections.appendix import environment_of
-from pvae.analysis.sections.fit import GAP_NATS
-from pvae.analysis.sections.quality import measure, whole
 from pvae.errors import DataError
 from pvae.runs.run import Run
 from pvae.util.toml import flat

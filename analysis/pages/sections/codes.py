@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from pvae.analysis import plots
-from pvae.analysis.case import Case, array
 from pvae.analysis.decompose.collapse import CodeUse
-from pvae.analysis.document import Block, Column, Picture, Section, Table, nats, picture
+from pvae.analysis.pages import plots
+from pvae.analysis.pages.document.document import Block, Column, Picture, Section, Table, nats, picture
+from pvae.analysis.pages.sections.examination import Case, array
 
 SHOWN = 6
 """Data whose codes are mapped."""

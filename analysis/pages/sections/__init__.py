@@ -2,9 +2,8 @@
 
 from collections.abc import Callable, Mapping
 
-from pvae.analysis.case import Case
-from pvae.analysis.document import Section
-from pvae.analysis.sections import (
+from pvae.analysis.pages.document.document import Section
+from pvae.analysis.pages.sections import (
     anatomy,
     appendix,
     codes,
@@ -18,6 +17,7 @@ from pvae.analysis.sections import (
     training,
     walks,
 )
+from pvae.analysis.pages.sections.examination import Case
 
 SECTIONS: Mapping[str, Callable[[Case], Section | None]] = {
     "training": training.section,

@@ -13,7 +13,7 @@ from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
 from matplotlib.transforms import Bbox
 
-from pvae.analysis.plots.base import GREY, PALE, SERIES, Array, figure, nats, plain, set_caption, style
+from pvae.analysis.pages.plots.base import GREY, PALE, SERIES, Array, figure, nats, plain, set_caption, style
 
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 LABEL = 36

@@ -7,9 +7,9 @@ from functools import partial
 import numpy as np
 import torch
 
-from pvae.analysis import plots
-from pvae.analysis.case import Case, array
-from pvae.analysis.document import Block, Column, Section, Table, picture
+from pvae.analysis.pages import plots
+from pvae.analysis.pages.document.document import Block, Column, Section, Table, picture
+from pvae.analysis.pages.sections.examination import Case, array
 from pvae.analysis.samples.interpolate import interpolate
 from pvae.analysis.samples.traversal import Traversal, traverse
 from pvae.util import seeds

@@ -6,8 +6,19 @@ from collections.abc import Collection, Mapping
 from functools import partial
 from typing import Any
 
-from pvae.analysis.case import Case
-from pvae.analysis.document import Block, Column, Note, Section, Sentence, Table, Tile, nats, percent, side_by_side
+from pvae.analysis.pages.document.document import (
+    Block,
+    Column,
+    Note,
+    Section,
+    Sentence,
+    Table,
+    Tile,
+    nats,
+    percent,
+    side_by_side,
+)
+from pvae.analysis.pages.sections.examination import Case
 from pvae.analysis.samples.two_sample import SampleQuality, sample_quality
 
 ALIKE = 0.05

@@ -12,9 +12,21 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from pvae.analysis.export.sites import numpy_of
-from pvae.analysis.plots.base import GREY, PALE, RED, SERIES, SHORT, WIDTH, Array, figure, plain, set_caption, style
-from pvae.analysis.plots.latents import Cloud, plane
-from pvae.analysis.plots.pictures import Rebuilt, is_image, rebuilt_images, tiles
+from pvae.analysis.pages.plots.base import (
+    GREY,
+    PALE,
+    RED,
+    SERIES,
+    SHORT,
+    WIDTH,
+    Array,
+    figure,
+    plain,
+    set_caption,
+    style,
+)
+from pvae.analysis.pages.plots.latents import Cloud, plane
+from pvae.analysis.pages.plots.pictures import Rebuilt, is_image, rebuilt_images, tiles
 from pvae.analysis.samples.generate import Encoding, Reconstructions, Samples
 from pvae.analysis.samples.interpolate import Interpolation
 from pvae.analysis.samples.traversal import Traversal

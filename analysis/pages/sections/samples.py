@@ -7,9 +7,8 @@ from functools import partial
 
 import numpy as np
 
-from pvae.analysis import plots
-from pvae.analysis.case import Case, array
-from pvae.analysis.document import (
+from pvae.analysis.pages import plots
+from pvae.analysis.pages.document.document import (
     Block,
     Column,
     Note,
@@ -22,6 +21,7 @@ from pvae.analysis.document import (
     picture,
     side_by_side,
 )
+from pvae.analysis.pages.sections.examination import Case, array
 from pvae.analysis.samples.copying import Copying, copying
 
 SHOWN, BESIDE = 40, 10

@@ -9,9 +9,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from pvae.analysis.figures.estimate import Estimate
-from pvae.analysis.plots.base import BLACK, GREY, SERIES, Row, figure, plain, style
-from pvae.analysis.plots.curves import robust_limits, series
-from pvae.analysis.plots.points import MARKERS, label_points, shortened
+from pvae.analysis.pages.plots.base import BLACK, GREY, SERIES, Row, figure, plain, style
+from pvae.analysis.pages.plots.curves import robust_limits, series
+from pvae.analysis.pages.plots.points import MARKERS, label_points, shortened
 
 DASHES = ("-", "--", ":", "-.")
 

@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from pvae.analysis.plots.base import BLACK, GREY, ORANGE, PALE, RED, WIDTH, Array, figure, nats, style
+from pvae.analysis.pages.plots.base import BLACK, GREY, ORANGE, PALE, RED, WIDTH, Array, figure, nats, style
 
 
 def is_image(shape: Sequence[int]) -> bool:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from pvae.analysis.case import Case
-from pvae.analysis.document import Block, Code, Column, Note, Section, Table
+from pvae.analysis.pages.document.document import Block, Code, Column, Note, Section, Table
+from pvae.analysis.pages.sections.examination import Case
 from pvae.experiment.experiment import Experiment
 from pvae.experiment.readback import formulas
 from pvae.runs.run import Run

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from pvae.analysis.case import Case
-from pvae.analysis.document import Column, Section, Sentence, Table, percent
+from pvae.analysis.pages.document.document import Column, Section, Sentence, Table, percent
+from pvae.analysis.pages.sections.examination import Case
 from pvae.analysis.samples.probe import RAW, Probe, probe
 
 

@@ -19,9 +19,9 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
-from pvae.analysis import plots
 from pvae.analysis.figures.estimate import Estimate
 from pvae.analysis.figures.table import Figures, cell
+from pvae.analysis.pages import plots
 from pvae.errors import DataError, OutputError
 from pvae.util.files import make_folder, read_object, write_atomic
 

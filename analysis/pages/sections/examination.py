@@ -11,12 +11,12 @@ from typing import Any, TypeVar
 import numpy as np
 from torch import Tensor
 
-from pvae.analysis import plots
 from pvae.analysis.bounds.evidence import Evidence, evidence
 from pvae.analysis.decompose.collapse import Collapse, collapse
 from pvae.analysis.decompose.draws import Draw, draw, quiet
 from pvae.analysis.decompose.result import Surgery
 from pvae.analysis.decompose.surgery import surgery
+from pvae.analysis.pages import plots
 from pvae.analysis.samples.features import CLASSES, FEW, NUMBERS, Features, affordable
 from pvae.analysis.samples.generate import Samples, sample
 from pvae.analysis.samples.two_sample import space_of

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pvae.analysis.case import Case, Progress, silent
-from pvae.analysis.document import Document
-from pvae.analysis.sections import SECTIONS
+from pvae.analysis.pages.document.document import Document
+from pvae.analysis.pages.sections import SECTIONS
+from pvae.analysis.pages.sections.examination import Case, Progress, silent
 from pvae.runs.run import Run
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 
-from pvae.analysis import plots
 from pvae.analysis.bounds.evidence import Evidence
 from pvae.analysis.bounds.gap import Gap, gap
-from pvae.analysis.case import Case
-from pvae.analysis.document import Block, Note, Section, Sentence, Tile, nats, picture, table_of
+from pvae.analysis.pages import plots
+from pvae.analysis.pages.document.document import Block, Note, Section, Sentence, Tile, nats, picture, table_of
+from pvae.analysis.pages.sections.examination import Case
 
 GAP_NATS = 1.0
 """Train minus test ELBO above which the report speaks of overfitting."""

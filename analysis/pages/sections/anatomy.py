@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 
-from pvae.analysis import plots
-from pvae.analysis.case import Case
 from pvae.analysis.decompose.result import Surgery
-from pvae.analysis.document import (
+from pvae.analysis.pages import plots
+from pvae.analysis.pages.document.document import (
     Block,
     Column,
     Note,
@@ -20,6 +19,7 @@ from pvae.analysis.document import (
     picture,
     side_by_side,
 )
+from pvae.analysis.pages.sections.examination import Case
 
 SATURATED = 0.9
 """Share of log n above which the mutual information is held down by the number of rows."""

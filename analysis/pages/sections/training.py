@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 
-from pvae.analysis import plots
-from pvae.analysis.case import Case
-from pvae.analysis.document import Block, Column, Note, Picture, Section, Sentence, Table, nats, picture
+from pvae.analysis.pages import plots
+from pvae.analysis.pages.document.document import Block, Column, Note, Picture, Section, Sentence, Table, nats, picture
+from pvae.analysis.pages.sections.examination import Case
 
 TOLD_EVENTS = ("nonfinite", "storage", "stop", "changed", "engine", "data", "alert")
 MEASURED = re.compile("has collapsed|are dead")

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from pvae.analysis.plots.base import BLUE, GREEN, GREY, RED, SERIES, Array, Row, figure, nats, plain, style
+from pvae.analysis.pages.plots.base import BLUE, GREEN, GREY, RED, SERIES, Array, Row, figure, nats, plain, style
 
 
 def series(rows: Sequence[Row], split: str, key: str) -> tuple[Array, Array]:

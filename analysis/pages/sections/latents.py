@@ -9,12 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pvae.analysis import plots
-from pvae.analysis.case import Case, array
 from pvae.analysis.decompose.aggregated import AggregatedPosterior
 from pvae.analysis.decompose.collapse import ACTIVE, Collapse
 from pvae.analysis.decompose.draws import LatentDraw, first_level
-from pvae.analysis.document import (
+from pvae.analysis.pages import plots
+from pvae.analysis.pages.document.document import (
     Block,
     Column,
     Picture,
@@ -25,6 +24,7 @@ from pvae.analysis.document import (
     percent,
     picture,
 )
+from pvae.analysis.pages.sections.examination import Case, array
 from pvae.errors import DataError
 from pvae.util import seeds
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from scipy.ndimage import gaussian_filter
 
 from pvae.analysis.decompose.collapse import ACTIVE, CodeUse, LatentCollapse
-from pvae.analysis.plots.base import (
+from pvae.analysis.pages.plots.base import (
     BLACK,
     BLUE,
     CLASSES,
@@ -33,7 +33,7 @@ from pvae.analysis.plots.base import (
     plain,
     style,
 )
-from pvae.analysis.plots.pictures import tiles
+from pvae.analysis.pages.plots.pictures import tiles
 
 
 def units(name: str, latent: LatentCollapse) -> Figure:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from pvae.analysis import plots
 from pvae.analysis.bounds.evidence import Evidence
-from pvae.analysis.case import Case, array
-from pvae.analysis.document import Block, Column, Section, Sentence, Table, Tile, nats, percent, picture
-from pvae.analysis.sections.fit import richer
+from pvae.analysis.pages import plots
+from pvae.analysis.pages.document.document import Block, Column, Section, Sentence, Table, Tile, nats, percent, picture
+from pvae.analysis.pages.sections.examination import Case, array
+from pvae.analysis.pages.sections.fit import richer
 
 SHARE = 0.1
 """Of data whose k-hat is above its limit, beyond which the report speaks of it."""

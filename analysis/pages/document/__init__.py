@@ -1,0 +1,1 @@
+"""A page as data, and the formats in which it is written."""
