@@ -8,7 +8,6 @@ from pvae.analysis.bounds.ais import Annealed, Bracket, ais, bracket
 from pvae.analysis.bounds.evidence import Evidence, PriorEvidence, evidence, prior_evidence
 from pvae.analysis.bounds.gap import Gap, gap
 from pvae.analysis.bounds.rate_distortion import RateDistortion, rate_distortion
-from pvae.analysis.counterexamples import CounterExamples, counterexamples
 from pvae.analysis.decompose.aggregated import AggregatedPosterior
 from pvae.analysis.decompose.collapse import Collapse, collapse
 from pvae.analysis.decompose.gain import Gain, gain
@@ -31,7 +30,8 @@ from pvae.analysis.samples.probe import Probe, probe
 from pvae.analysis.samples.sharpness import sharpness
 from pvae.analysis.samples.traversal import Traversal, traverse
 from pvae.analysis.samples.two_sample import SampleQuality, TwoSample, sample_quality, two_sample
-from pvae.analysis.selfcheck import SelfCheck, selfcheck
+from pvae.analysis.truths.counterexamples import CounterExamples, counterexamples
+from pvae.analysis.truths.selfcheck import SelfCheck, selfcheck
 
 __all__ = [
     "AggregatedPosterior",

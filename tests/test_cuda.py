@@ -126,7 +126,7 @@ def test_q_agg_of_sixty_thousand_rows_takes_two_seconds() -> None:
 
 
 def test_every_estimator_meets_its_truth() -> None:
-    assert pvae.analysis.selfcheck("cuda").ok
+    assert pvae.analysis.truths.selfcheck("cuda").ok
 
 
 def test_export_labels_and_mixtures(tmp_path: Path) -> None:

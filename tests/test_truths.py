@@ -22,13 +22,12 @@ from rich.console import Console
 from scipy.special import rel_entr
 
 from pvae import cli
-from pvae.analysis import truths
 from pvae.analysis.bounds import evidence
 from pvae.analysis.decompose import collapse
 from pvae.analysis.decompose.aggregated import AggregatedPosterior, Information
 from pvae.analysis.figures.estimate import Estimate
-from pvae.analysis.selfcheck import ESTIMATORS, Check, SelfCheck, selfcheck
-from pvae.analysis.truths import (
+from pvae.analysis.truths import models as truths
+from pvae.analysis.truths.models import (
     Digits,
     Linear,
     binary_input,
@@ -49,6 +48,7 @@ from pvae.analysis.truths import (
     widened,
     wrong_guide,
 )
+from pvae.analysis.truths.selfcheck import ESTIMATORS, Check, SelfCheck, selfcheck
 from pvae.data import load
 from pvae.data.sources.base import FashionMNIST
 from pvae.errors import DataError

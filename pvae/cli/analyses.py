@@ -261,7 +261,7 @@ def counterexamples(
     as_json: JSON = False,
 ) -> None:
     """Show that samples and likelihood say little of each other: two textbook models on real data."""
-    from pvae.analysis import counterexamples as study
+    from pvae.analysis.truths import counterexamples as study
     from pvae.data import load
     from pvae.data.sources.base import Data
     from pvae.util.files import write_atomic
@@ -286,7 +286,7 @@ def counterexamples(
 @app.command()
 def selfcheck(device: DEVICE = "auto", seed: SEED = 0, as_json: JSON = False) -> None:
     """Measure models whose every figure is known exactly: are surgery, evidence and gaps right on this machine?"""
-    from pvae.analysis.selfcheck import selfcheck as measure
+    from pvae.analysis.truths.selfcheck import selfcheck as measure
     from pvae.training.fit import pick_device
     from pvae.util.progress import Progress
 

@@ -17,7 +17,7 @@ from pvae.analysis.bounds.evidence import Bounds, evidence, prior_evidence
 from pvae.analysis.bounds.gap import gap
 from pvae.analysis.decompose.surgery import surgery
 from pvae.analysis.figures.estimate import Estimate
-from pvae.analysis.truths import Truth, standard
+from pvae.analysis.truths.models import Truth, standard
 from pvae.errors import DataError
 
 if TYPE_CHECKING:
@@ -350,7 +350,7 @@ def selfcheck(
     Arguments:
         device: "cpu" or "cuda[:i]".
         seed: of the draws.
-        truths: what to measure against; default: `pvae.analysis.truths.standard()`.
+        truths: what to measure against; default: `pvae.analysis.truths.models.standard()`.
         on_progress: called with (estimators run, estimators to run, name of the truth).
 
     Returns:
@@ -360,7 +360,7 @@ def selfcheck(
         DataError: no truths.
 
     Example:
-        >>> from pvae.analysis.truths import symmetric_channel
+        >>> from pvae.analysis.truths.models import symmetric_channel
         >>> selfcheck(truths=[symmetric_channel(2, 0.1)]).ok
         True
     """

@@ -1,0 +1,1 @@
+"""Models with known answers, and the checks of the estimators against them."""
