@@ -12,9 +12,7 @@ import torch
 from scipy.stats import ttest_rel
 
 from pvae import cli
-from pvae.analysis import elbos
-from pvae.analysis.decompose import surgery
-from pvae.analysis.pages import compare, paired
+from pvae.analysis import compare, elbos, paired, surgery
 from pvae.analysis.pages.compare import Bench, examine
 from pvae.data import Dataset
 from pvae.errors import DataError

@@ -13,9 +13,7 @@ import torch
 from torch import Tensor
 
 import pvae
-from pvae.analysis import bracket
-from pvae.analysis.bounds import evidence
-from pvae.analysis.decompose import surgery
+from pvae.analysis import bracket, evidence, surgery
 from pvae.analysis.decompose.by_covariate import GROUPS
 from pvae.data import Dataset
 from pvae.errors import DataError, DeclarationError

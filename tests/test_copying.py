@@ -16,8 +16,7 @@ from scipy.stats import kstest, mannwhitneyu
 from torch import Tensor
 
 import pvae
-from pvae.analysis import data_copying, sample
-from pvae.analysis.samples import copying, features
+from pvae.analysis import copying, data_copying, features, sample
 from pvae.analysis.samples.copying import nearest_of
 from pvae.data import Dataset
 from pvae.errors import DataError

@@ -12,9 +12,7 @@ import torch
 from torch import Tensor
 
 import pvae
-from pvae.analysis import AggregatedPosterior
-from pvae.analysis.bounds import evidence
-from pvae.analysis.decompose import surgery
+from pvae.analysis import AggregatedPosterior, evidence, surgery
 from pvae.analysis.decompose.coordinates import marginal_log_prob
 from pvae.distributions.exponential import Normals
 from pvae.experiment import zoo
@@ -126,7 +124,7 @@ def test_q_agg_of_sixty_thousand_rows_takes_two_seconds() -> None:
 
 
 def test_every_estimator_meets_its_truth() -> None:
-    assert pvae.analysis.truths.selfcheck("cuda").ok
+    assert pvae.analysis.selfcheck("cuda").ok
 
 
 def test_export_labels_and_mixtures(tmp_path: Path) -> None:

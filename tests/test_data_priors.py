@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import pvae
-from pvae.analysis.decompose import surgery
+from pvae.analysis import surgery
 from pvae.data import Dataset, load
 from pvae.data.sources.base import Digits
 from pvae.errors import DeclarationError

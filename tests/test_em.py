@@ -23,8 +23,7 @@ from sklearn.mixture import GaussianMixture
 from torch import Tensor
 
 import pvae
-from pvae.analysis.bounds import evidence
-from pvae.analysis.decompose import surgery
+from pvae.analysis import evidence, surgery
 from pvae.data import Dataset
 from pvae.errors import DataError, DeclarationError
 from pvae.experiment.experiment import Experiment, Train

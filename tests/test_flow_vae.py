@@ -24,9 +24,7 @@ from pyro import poutine
 from torch import Tensor
 
 import pvae
-from pvae.analysis import bracket, prior_evidence
-from pvae.analysis.bounds import ais, evidence, gap
-from pvae.analysis.decompose import surgery
+from pvae.analysis import ais, bracket, evidence, gap, prior_evidence, surgery
 from pvae.data.sources import toys
 from pvae.distributions.determined import Determined, Rounded
 from pvae.errors import DataError, DeclarationError

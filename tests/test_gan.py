@@ -20,8 +20,7 @@ from scipy.stats import norm
 from torch import Tensor, nn
 
 import pvae
-from pvae.analysis import encode, sample
-from pvae.analysis.decompose import surgery
+from pvae.analysis import encode, sample, surgery
 from pvae.analysis.samples.fidelity import fidelity
 from pvae.analysis.samples.two_sample import two_sample
 from pvae.data import Dataset
@@ -417,9 +416,9 @@ def test_nothing_scores_it(run):
     for analysis in (
         surgery,
         encode,
-        pvae.analysis.bounds.evidence,
-        pvae.analysis.bounds.gap,
-        pvae.analysis.bounds.ais,
+        pvae.analysis.evidence,
+        pvae.analysis.gap,
+        pvae.analysis.ais,
     ):
         with pytest.raises(DataError, match="generator without a likelihood"):
             analysis(run.pair, x)

@@ -23,8 +23,7 @@ from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
 from torch import Tensor, nn
 
 import pvae
-from pvae.analysis.bounds import evidence
-from pvae.analysis.decompose import surgery
+from pvae.analysis import evidence, surgery
 from pvae.errors import DeclarationError
 from pvae.experiment.experiment import Experiment
 from pvae.guides.posteriors.topdown import TOP_DOWN

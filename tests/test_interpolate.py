@@ -18,9 +18,8 @@ from torch import Tensor, nn
 
 import pvae
 from pvae import cli
-from pvae.analysis import encode
+from pvae.analysis import encode, interpolate
 from pvae.analysis.pages import plots
-from pvae.analysis.samples import interpolate
 from pvae.data import Dataset
 from pvae.errors import DataError
 from pvae.experiment.experiment import Experiment

@@ -1,8 +1,11 @@
 """Importing pvae is cheap and changes nothing outside itself."""
 
+import ast
 import json
 import subprocess
 import sys
+from collections.abc import Iterator, Set
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -70,6 +73,61 @@ def test_importing_every_module_changes_no_global_state():
 def test_public_name_resolves(name):
     assert getattr(pvae, name) is not None
     assert name in dir(pvae)
+
+
+def room_of(module: str) -> str:
+    """The folder that holds a module of pvae; a module on the ground floor of `pvae/` is a room of its own."""
+    if module.startswith("pvae.data."):  # one room yet
+        return "pvae.data"
+    folder, _, _ = module.rpartition(".")
+    return module if folder == "pvae" else folder
+
+
+def imported(tree: ast.Module, modules: Set[str]) -> Iterator[str]:
+    """The modules of pvae that a module imports when it is imported itself."""
+    for node in tree.body:
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "pvae":
+            for alias in node.names:
+                inner = f"{node.module}.{alias.name}"
+                yield inner if inner in modules else node.module
+
+
+def arrows() -> dict[str, set[str]]:
+    """The rooms that each room imports from. An `__init__` is a front door: what it re-exports makes no arrow."""
+    files = {}
+    for path in sorted(walk(ROOT / "pvae")):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        files[".".join(parts)] = path
+    modules = {name.removesuffix(".__init__") for name in files}
+    found: dict[str, set[str]] = {}
+    for name, path in files.items():
+        if name.endswith(("__init__", "__main__")) or ".results." in name:
+            continue
+        room = room_of(name)
+        found.setdefault(room, set())
+        for other in imported(ast.parse(path.read_text()), modules):
+            there = room_of(other) if f"{other}.__init__" not in files or ".data." in other else other
+            if there not in (room, "pvae"):
+                found[room].add(there)
+    return found
+
+
+def walk(folder: Path) -> Iterator[Path]:
+    """Every Python file below a folder, through the three links."""
+    for path in folder.iterdir():
+        if path.is_dir():
+            yield from walk(path)
+        elif path.suffix == ".py":
+            yield path
+
+
+def test_rooms_import_one_way():
+    rooms = arrows()
+    order = list(TopologicalSorter(rooms).static_order())  # CycleError names the rooms of a circle
+    assert len(order) > 20
+    assert sum(map(len, rooms.values())) > 100
+    for room, others in rooms.items():
+        assert not {room.split(".")[1], *(o.split(".")[1] for o in others)} >= {"models", "guides"}, room
 
 
 def test_unknown_name_is_an_attribute_error():

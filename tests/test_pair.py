@@ -617,7 +617,7 @@ def test_check_puts_data_outside_the_support_in_words():
 
 
 def test_analysis_says_what_to_pass_instead():
-    from pvae.analysis.decompose import surgery
+    from pvae.analysis import surgery
 
     pair = Pair(lambda x: x, lambda x: x)
     with pytest.raises(DataError, match="expected a tensor or an array; got object"):

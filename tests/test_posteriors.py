@@ -21,9 +21,7 @@ from pyro.infer import Trace_ELBO
 from torch import Tensor, nn
 
 import pvae
-from pvae.analysis import AggregatedPosterior
-from pvae.analysis.bounds import evidence
-from pvae.analysis.decompose import surgery
+from pvae.analysis import AggregatedPosterior, evidence, surgery
 from pvae.analysis.decompose.draws import draw, quiet
 from pvae.errors import DeclarationError
 from pvae.experiment.experiment import Experiment

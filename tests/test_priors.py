@@ -16,7 +16,7 @@ import scipy.stats
 import torch
 from torch import Tensor
 
-from pvae.analysis.decompose import surgery
+from pvae.analysis import surgery
 from pvae.analysis.decompose.draws import draw, quiet
 from pvae.data.sources import toys
 from pvae.distributions.exponential import Normals

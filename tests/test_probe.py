@@ -24,8 +24,7 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 
 import pvae
-from pvae.analysis import encode
-from pvae.analysis.samples import probe
+from pvae.analysis import encode, probe
 from pvae.data import Dataset
 from pvae.errors import DataError
 from pvae.experiment.experiment import Experiment

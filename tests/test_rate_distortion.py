@@ -20,8 +20,7 @@ from torch import Tensor, nn
 
 import pvae
 from pvae import cli
-from pvae.analysis.bounds import rate_distortion
-from pvae.analysis.decompose import surgery
+from pvae.analysis import rate_distortion, surgery
 from pvae.analysis.pages import plots
 from pvae.data import Dataset
 from pvae.errors import DataError, DeclarationError

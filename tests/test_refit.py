@@ -14,8 +14,7 @@ import pytest
 import torch
 
 import pvae
-from pvae.analysis import sample
-from pvae.analysis.decompose import gain, surgery
+from pvae.analysis import gain, sample, surgery
 from pvae.cli import main
 from pvae.errors import CheckpointError, DataError, DeclarationError, Interrupted
 from pvae.experiment.experiment import Experiment

@@ -71,7 +71,7 @@ def test_importing_takes_the_standard_library_alone() -> None:
     code = """
 import sys
 before = set(sys.modules)
-import pvae.rundir
+import pvae.runs.rundir
 new = {name.partition('.')[0] for name in set(sys.modules) - before}
 print(*sorted(new - sys.stdlib_module_names))
 """

@@ -322,5 +322,8 @@ def test_registered_kinds_are_documented_in_the_readme() -> None:
 
 
 def test_zoo_needs_no_torch() -> None:
-    code = "import sys, pvae.experiment.zoo; pvae.experiment.zoo.entries(); assert 'torch' not in sys.modules and 'pydantic' not in sys.modules"
+    code = (
+        "import sys; from pvae.experiment import zoo; zoo.entries();"
+        "assert 'torch' not in sys.modules and 'pydantic' not in sys.modules"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -317,7 +317,7 @@ def test_labels_stand_behind_streamed_rows(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("narrow")
 def test_analyses_of_a_streamed_run(tmp_path: Path) -> None:
     run = fit(declared(tmp_path), tmp_path)
-    found = pvae.analysis.decompose.surgery(run.pair, run.data.test.x)
+    found = pvae.analysis.surgery(run.pair, run.data.test.x)
     held = Npz(path=str(tmp_path / "x.npz"), y="y", scale="unit", binarize="dynamic")
     assert np.isfinite(found.elbo.value)
     assert len(pvae.data.load(held).test) == len(run.data.test)

@@ -764,9 +764,9 @@ def test_same_seed_same_numbers(analyse):
 
 FRESH = """
 from pvae.analysis import Surgery, Evidence, surgery, evidence
-import pvae.analysis.surgery, pvae.analysis.evidence, pvae.analysis
+import pvae.analysis.decompose.surgery, pvae.analysis.bounds.evidence, pvae.analysis
 assert callable(surgery) and callable(evidence), (surgery, evidence)
-assert callable(pvae.analysis.decompose.surgery) and callable(pvae.analysis.bounds.evidence), pvae.analysis.decompose.surgery
+assert callable(pvae.analysis.surgery) and callable(pvae.analysis.evidence), pvae.analysis.surgery
 """
 
 

@@ -20,8 +20,7 @@ import torch
 from torch import Tensor, nn
 
 import pvae
-from pvae.analysis.bounds import evidence
-from pvae.analysis.decompose import surgery
+from pvae.analysis import evidence, surgery
 from pvae.errors import CheckpointError, DataError, DeclarationError, DeviceError, NonFiniteError, StorageError
 from pvae.experiment.experiment import Experiment, Train
 from pvae.objectives.base import Loss, TraceELBO

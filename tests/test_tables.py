@@ -365,7 +365,7 @@ def test_a_table_of_any_length_is_decoded_in_the_same_memory(tmp_path: Path) -> 
     code = (
         "import sys\n"
         "import pandas\n"
-        "from pvae.data import rows, tables\n"
+        "from pvae.data.rows import rows\nfrom pvae.data.tables import tables\n"
         "from pvae.data.sources.base import CSV\n"
         "def peak():\n"
         "    lines = open('/proc/self/status').read().splitlines()\n"
@@ -721,7 +721,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Any:
 def test_a_fit_of_a_real_table_beats_independent_columns(run: Any) -> None:
     """The ELBO of unseen rows, a lower bound, is far above what columns by themselves give."""
     alone = independent_nats(run.data.train.x.double().numpy(), run.data.test.x.double().numpy())
-    found = pvae.analysis.decompose.surgery(run.pair, run.data.test.x, samples=8).elbo.value
+    found = pvae.analysis.surgery(run.pair, run.data.test.x, samples=8).elbo.value
     assert found > alone + 5, (found, alone)
 
 

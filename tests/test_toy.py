@@ -12,7 +12,7 @@ import torch
 from pydantic import ValidationError
 
 import pvae
-from pvae.analysis.decompose import surgery
+from pvae.analysis import surgery
 from pvae.analysis.decompose.result import Surgery
 from pvae.data import Toy, load
 from pvae.data.sources import toys

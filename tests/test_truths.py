@@ -22,8 +22,7 @@ from rich.console import Console
 from scipy.special import rel_entr
 
 from pvae import cli
-from pvae.analysis.bounds import evidence
-from pvae.analysis.decompose import collapse
+from pvae.analysis import collapse, evidence
 from pvae.analysis.decompose.aggregated import AggregatedPosterior, Information
 from pvae.analysis.figures.estimate import Estimate
 from pvae.analysis.truths import models as truths

@@ -20,8 +20,7 @@ from pyro.optim import Adam
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
-from pvae.analysis.bounds import evidence
-from pvae.analysis.decompose import surgery
+from pvae.analysis import evidence, surgery
 from pvae.errors import DeclarationError
 from pvae.objectives.base import Loss, TraceELBO
 from pvae.pair.pair import Pair

@@ -25,13 +25,23 @@ from torch import Tensor
 
 import pvae
 from pvae import cli
-from pvae.analysis import frechet, kernel_distance, sample, sample_quality
-from pvae.analysis.decompose import surgery
-from pvae.analysis.samples import critic, distances, features, fidelity, sharpness, two_sample
+from pvae.analysis import (
+    counterexamples,
+    critic,
+    distances,
+    features,
+    fidelity,
+    frechet,
+    kernel_distance,
+    sample,
+    sample_quality,
+    sharpness,
+    surgery,
+    two_sample,
+)
 from pvae.analysis.samples.fidelity import expected_coverage
 from pvae.analysis.samples.sharpness import relative_sharpness
 from pvae.analysis.samples.two_sample import by_chance, space_of
-from pvae.analysis.truths import counterexamples
 from pvae.analysis.truths.counterexamples import Box, Diluted, FactorNormal, Memory
 from pvae.analysis.truths.models import probabilistic_pca
 from pvae.data import Dataset, load

@@ -14,9 +14,7 @@ import pytest
 import torch
 
 import pvae
-from pvae.analysis.bounds import evidence
-from pvae.analysis.decompose import surgery
-from pvae.analysis.pages import report
+from pvae.analysis import evidence, report, surgery
 from pvae.errors import DataError
 from pvae.experiment import zoo
 from pvae.experiment.experiment import Experiment

@@ -23,8 +23,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pvae import Run
-from pvae.analysis.bounds import evidence
-from pvae.analysis.decompose import surgery
+from pvae.analysis import evidence, surgery
 from pvae.analysis.samples.two_sample import sample_quality
 from pvae.training.fit import pick_device
 from pvae.util.seeds import subset

@@ -14,7 +14,7 @@ from pathlib import Path
 import pandas
 
 from pvae import Run
-from pvae.analysis.decompose import surgery
+from pvae.analysis import surgery
 from pvae.analysis.pages import plots
 from pvae.analysis.samples.generate import sample
 from pvae.analysis.samples.two_sample import sample_quality

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from pvae.analysis.figures.estimate import Estimate
-from pvae.analysis.pages.plots.pictures import is_image
 from pvae.analysis.samples.features import in_chunks
 from pvae.analysis.samples.fidelity import mean_of, ratio_of
+
+
+def is_image(shape: Sequence[int]) -> bool:
+    """True for the shape of a datum that can be shown as a picture: `(1|3, H, W)` or `(H, W)`."""
+    return (len(shape) == 3 and shape[0] in (1, 3)) or (len(shape) == 2 and min(shape) > 1)
 
 
 def sharpness(x: Tensor) -> Tensor | None:

@@ -45,7 +45,7 @@ def surgery(
     as_json: JSON = False,
 ) -> None:
     """Take the ELBO apart: reconstruction, mutual information, marginal KL, and what a better prior can win."""
-    from pvae.analysis.decompose import surgery as take_apart
+    from pvae.analysis import surgery as take_apart
     from pvae.analysis.decompose.result import Surgery, class_table, side_by_side
     from pvae.util.progress import Progress
 
@@ -135,7 +135,7 @@ def gap(
     as_json: JSON = False,
 ) -> None:
     """Split log p(x) - ELBO: what a richer guide would win, and what a better encoder would."""
-    from pvae.analysis.bounds import gap as split_gap
+    from pvae.analysis import gap as split_gap
     from pvae.util.progress import Progress
 
     opened = open_run(run, run_dir, data_dir, device)
@@ -190,7 +190,7 @@ def copying(
     as_json: JSON = False,
 ) -> None:
     """Ask whether samples are copies of training rows: nearer to them than data not trained on are?"""
-    from pvae.analysis.samples import copying as look
+    from pvae.analysis import copying as look
     from pvae.util.progress import Progress
 
     opened = open_run(run, run_dir, data_dir)
@@ -216,7 +216,7 @@ def probe(
     as_json: JSON = False,
 ) -> None:
     """Read labels off the codes by simple readers, and off the data by the same."""
-    from pvae.analysis.samples import probe as read
+    from pvae.analysis import probe as read
     from pvae.util.progress import Progress
 
     opened = open_run(run, run_dir, data_dir)
@@ -239,7 +239,7 @@ def critic(
     as_json: JSON = False,
 ) -> None:
     """Estimate KL(q_agg || p) from draws alone: also where the code is a point, and no density is known."""
-    from pvae.analysis.samples import critic as estimate
+    from pvae.analysis import critic as estimate
     from pvae.util.progress import Progress
 
     opened = open_run(run, run_dir, data_dir)
@@ -261,7 +261,7 @@ def counterexamples(
     as_json: JSON = False,
 ) -> None:
     """Show that samples and likelihood say little of each other: two textbook models on real data."""
-    from pvae.analysis.truths import counterexamples as study
+    from pvae.analysis import counterexamples as study
     from pvae.data import load
     from pvae.data.sources.base import Data
     from pvae.util.files import write_atomic

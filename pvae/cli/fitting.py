@@ -121,8 +121,7 @@ def refit(
 
 def _compare(parent: Run, child: Run, rows: int | None, samples: int, *, as_json: bool, quiet: bool) -> None:
     """Surgery before and after a second stage, on train and test; kept with the new run."""
-    from pvae.analysis import Gain
-    from pvae.analysis.decompose import gain
+    from pvae.analysis import Gain, gain
     from pvae.util.files import pretty, write_atomic
     from pvae.util.progress import Progress
 

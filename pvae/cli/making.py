@@ -180,8 +180,8 @@ def interpolate(
     as_json: JSON = False,
 ) -> None:
     """Decode the line between the codes of two rows."""
+    from pvae.analysis import interpolate as walk
     from pvae.analysis.pages import plots
-    from pvae.analysis.samples import interpolate as walk
 
     opened = open_run(run, run_dir, data_dir)
     part = opened.data.split(split)
@@ -210,7 +210,7 @@ def rate_distortion(
     as_json: JSON = False,
 ) -> None:
     """Put runs on one plane: what their codes cost, and what is lost by them."""
-    from pvae.analysis.bounds import rate_distortion as measure
+    from pvae.analysis import rate_distortion as measure
     from pvae.analysis.figures.table import cell
     from pvae.analysis.pages import plots
     from pvae.util.files import write_atomic

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 class Stepper(ABC):
-    """What a fit does with its batches: a gradient step with each (`pvae.training.step.Step`), or sums for a closed form."""
+    """Treatment of batches by a fit: a gradient step with each (`Step`), or sums for a closed form."""
 
     moving_now = False
     """Whether a step has begun to move weights and has not ended; it stays so where it broke off."""

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from pvae.runs import checkpoint
 from pvae.component import IMPORTED
 from pvae.data import Dataset, Split, load
 from pvae.data.sources.base import FrameSource, TensorSource
 from pvae.errors import CheckpointError, DataError, DeclarationError
 from pvae.experiment.experiment import Experiment, Plan
 from pvae.pair.pair import Pair
+from pvae.runs import checkpoint
 from pvae.runs.rundir import RunDirectory
 
 if TYPE_CHECKING:
@@ -221,7 +221,7 @@ class Run:
         memory: int = 1 << 30,
         on_progress: Callable[[int, int], None] = lambda _done, _total: None,
     ) -> Posterior:
-        """Draws of the guide for a split, with densities and diagnostics: see `pvae.analysis.export.posterior.posterior`."""
+        """Draws of the guide for a split, with densities and diagnostics: see `pvae.analysis.posterior`."""
         from pvae.analysis.export.posterior import posterior  # here, because analysis stands above run
 
         return posterior(

@@ -81,7 +81,7 @@ def fit(
 
     Example:
         run = pvae.fit("vae", "train.epochs=50")
-        print(pvae.analysis.decompose.surgery(run.pair, run.data.test.x))
+        print(pvae.analysis.surgery(run.pair, run.data.test.x))
     """
     kinds = require(export)
     plan, given_pair = _plan(what, overrides, objective, train)
@@ -112,7 +112,7 @@ def refit(
     """Freeze a fitted pair and fit other priors to its aggregated posterior, by maximum likelihood.
 
     With the encoder fixed, the marginal KL of the run's surgery is the most that a prior can win here; see
-    `pvae.analysis.decompose.gain` for what it did win. For an autoencoder this makes a model that can be sampled.
+    `pvae.analysis.gain` for what it did win. For an autoencoder this makes a model that can be sampled.
 
     Arguments:
         run: a finished `Run`, its folder, its name, or "latest".

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, glu, softplus
 
 from pvae import Experiment
-from pvae.analysis.bounds import evidence
+from pvae.analysis import evidence
 from pvae.pair.pair import Pair
 
 ALL = 10_000

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 import pvae
-from pvae.analysis import AggregatedPosterior
-from pvae.analysis.decompose import surgery
+from pvae.analysis import AggregatedPosterior, surgery
 from pvae.analysis.decompose.coordinates import all_pairs, marginal_log_prob
 from pvae.analysis.decompose.draws import draw, quiet
 

@@ -14,11 +14,12 @@ from pvae.analysis.pages.plots.latents import (
     plane,
     units,
 )
-from pvae.analysis.pages.plots.pictures import Rebuilt, gallery, is_image, reconstructions, samples, tiles
+from pvae.analysis.pages.plots.pictures import Rebuilt, gallery, reconstructions, samples, tiles
 from pvae.analysis.pages.plots.points import rate_distortion
 from pvae.analysis.pages.plots.runs import differences, overlaid, together
 from pvae.analysis.pages.plots.sheets import encoded, interpolated, is_shown, reconstructed, sampled, traversed
 from pvae.analysis.pages.plots.trust import importance, khats
+from pvae.analysis.samples.sharpness import is_image
 
 __all__ = [
     "Array",

@@ -11,11 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from pvae.analysis.pages.plots.base import BLACK, GREY, ORANGE, PALE, RED, WIDTH, Array, figure, nats, style
-
-
-def is_image(shape: Sequence[int]) -> bool:
-    """Whether an event `(1|3, H, W)` or `(H, W)` can be shown as a picture."""
-    return (len(shape) == 3 and shape[0] in (1, 3)) or (len(shape) == 2 and min(shape) > 1)
+from pvae.analysis.samples.sharpness import is_image
 
 
 def tiles(images: Array, columns: int, low: float, high: float) -> Array:
