@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import pkgutil
 from collections.abc import Callable, Iterator
 from importlib.metadata import entry_points
 from typing import Annotated, Any, ClassVar, Self, TypeVar
@@ -179,6 +180,22 @@ class Component(Section):
     def shorthand(cls, value: Any) -> Any:
         """A family may accept another form (a bare number for a schedule): turn it into a table."""
         return value
+
+
+def load_members(package: str) -> None:
+    """Import every module of a family's folder and of the folders in it, so that the members there register.
+
+    Called with ``__name__`` from the ``__init__`` of such a folder, or with the name of a package.
+
+    Example:
+        >>> load_members("pvae.models.priors")
+        >>> from pvae.models.priors.base import Prior
+        >>> "realnvp" in Prior.members
+        True
+    """
+    folder = importlib.import_module(package)
+    for module in pkgutil.walk_packages(folder.__path__, f"{package}."):
+        importlib.import_module(module.name)
 
 
 def load_plugins(modules: tuple[str, ...] = (), *, report: Callable[[str], None] = lambda _line: None) -> None:

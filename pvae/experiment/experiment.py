@@ -19,7 +19,7 @@ from pydantic import BaseModel, Field, ValidationError, field_validator, model_v
 from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError
 from torch import nn
 
-from pvae.component import Component, Ints, Names, Section, Shape, Table
+from pvae.component import Component, Ints, Names, Section, Shape, Table, load_members
 from pvae.data.sources.base import Data, Digits
 from pvae.errors import DeclarationError, is_refused_draw, near
 from pvae.experiment import zoo
@@ -28,21 +28,15 @@ from pvae.graph.prompts import Vocabulary, split
 from pvae.graph.site import OBSERVED, Frame, Link, Site, Values, topological
 from pvae.guides.encoders import Encoder, SharedEncoder
 from pvae.guides.graph import GraphGuide
-from pvae.guides.posteriors import flows as _guide_flows  # noqa: F401
-from pvae.guides.posteriors import inverse, topdown  # noqa: F401
 from pvae.guides.posteriors.base import ExactPosterior, NormalPosterior, Posterior
 from pvae.guides.posteriors.codes import BernoulliPosterior, CategoricalPosterior
-from pvae.models import invertible  # noqa: F401
 from pvae.models.decoders import Decoder
 from pvae.models.graph import GraphModel
-from pvae.models.likelihoods import columns as _columns  # noqa: F401
-from pvae.models.priors import flows, mixture, pixelcnn, transformer  # noqa: F401
 from pvae.models.priors.base import BernoulliPrior, CategoricalPrior, Prior, StandardNormal, prior_of
 from pvae.nn.optimizers import Adam, Optimizer
 from pvae.nn.precision import Precision
 from pvae.nn.schedules import Constant, Schedule, Scheduled
 from pvae.objectives.base import Objective, TraceELBO
-from pvae.objectives.gan import GAN as _GAN  # noqa: F401 - kinds register themselves
 from pvae.pair.pair import Pair
 from pvae.util import toml
 from pvae.util.memory import weighed
@@ -52,6 +46,8 @@ if TYPE_CHECKING:
 
 NAME = re.compile(r"[a-z][a-z0-9_]{0,39}")
 RESERVED = {OBSERVED, "data", "chain", "draw"}
+for _package in ("pvae.models", "pvae.guides", "pvae.nn", "pvae.objectives"):
+    load_members(_package)
 
 
 class Latent(Section):
