@@ -47,13 +47,13 @@ def surgery(
     """Take the ELBO apart: reconstruction, mutual information, marginal KL, and what a better prior can win."""
     from pvae.analysis import surgery as take_apart
     from pvae.analysis.decompose.result import Surgery, class_table, side_by_side
-    from pvae.util.progress import Progress
+    from pvae.util.progress import ProgressBar
 
     opened = open_run(run, run_dir, data_dir, device)
     names = ("train", "test") if split == "both" else (split,)
     found: dict[str, Surgery] = {}
     train = None
-    with Progress(samples * len(names), "surgery", show=not as_json) as bar:
+    with ProgressBar(samples * len(names), "surgery", show=not as_json) as bar:
         for i, name in enumerate(names):
             x, labels = rows_of(opened, name, rows, seed)
             found[name] = take_apart(
@@ -99,14 +99,14 @@ def evidence(
 ) -> None:
     """Bound log p(x) from below by importance samples (IWAE), or by annealing."""
     from pvae import analysis
-    from pvae.util.progress import Progress
+    from pvae.util.progress import ProgressBar
 
     if method not in METHODS:
         raise DeclarationError(f"--method: expected one of {', '.join(METHODS)}; got {method!r}.")
     opened = open_run(run, run_dir, data_dir, device)
     x, _ = rows_of(opened, split, rows, seed)
-    with Progress(100, method, show=not as_json) as bar:
-        common = {"seed": seed, "on_progress": lambda done, total: bar.update(100 * done // total, "")}
+    with ProgressBar(100, method, show=not as_json) as bar:
+        common = {"seed": seed, "on_progress": bar.report}
         anneal = {"temperatures": temperatures, "chains": chains, **common}
         result: Any
         if method in ("iwae", "prior"):
@@ -136,14 +136,12 @@ def gap(
 ) -> None:
     """Split log p(x) - ELBO: what a richer guide would win, and what a better encoder would."""
     from pvae.analysis import gap as split_gap
-    from pvae.util.progress import Progress
+    from pvae.util.progress import ProgressBar
 
     opened = open_run(run, run_dir, data_dir, device)
     x, _ = rows_of(opened, split, rows, seed)
-    with Progress(100, "gap", show=not as_json) as bar:
-        result = split_gap(
-            opened.pair, x, steps=steps, seed=seed, on_progress=lambda done, total: bar.update(100 * done // total, "")
-        )
+    with ProgressBar(100, "gap", show=not as_json) as bar:
+        result = split_gap(opened.pair, x, steps=steps, seed=seed, on_progress=bar.report)
     if as_json:
         emit({"run": str(opened.path), "split": split, **result.to_dict()})
     else:
@@ -165,13 +163,11 @@ def two_sample(
 ) -> None:
     """Compare samples with data: can a classifier tell them apart, and what of the data do they reach?"""
     from pvae.analysis.samples.two_sample import STEPS, sample_quality
-    from pvae.util.progress import Progress
+    from pvae.util.progress import ProgressBar
 
     opened = open_run(run, run_dir, data_dir, device)
-    with Progress(len(STEPS), "two-sample", show=not as_json) as bar:
-        found = sample_quality(
-            opened, split, rows, seed, mean=mean, k=neighbours, on_progress=lambda done, _, what: bar.update(done, what)
-        )
+    with ProgressBar(len(STEPS), "two-sample", show=not as_json) as bar:
+        found = sample_quality(opened, split, rows, seed, mean=mean, k=neighbours, on_progress=bar.report)
     if as_json:
         emit({"run": str(opened.path), **found.to_dict()})
     else:
@@ -191,13 +187,13 @@ def copying(
 ) -> None:
     """Ask whether samples are copies of training rows: nearer to them than data not trained on are?"""
     from pvae.analysis import copying as look
-    from pvae.util.progress import Progress
+    from pvae.util.progress import ProgressBar
 
     opened = open_run(run, run_dir, data_dir)
-    with Progress(100, "copying", show=not as_json) as bar:
+    with ProgressBar(100, "copying", show=not as_json) as bar:
         found = look(
             opened, split, rows, seed, mean=mean,
-            on_progress=lambda done, total: bar.update(100 * done // total, ""),
+            on_progress=bar.report,
         )  # fmt: skip
     if as_json:
         emit({"run": str(opened.path), "split": split, **found.to_dict()})
@@ -217,11 +213,11 @@ def probe(
 ) -> None:
     """Read labels off the codes by simple readers, and off the data by the same."""
     from pvae.analysis import probe as read
-    from pvae.util.progress import Progress
+    from pvae.util.progress import ProgressBar
 
     opened = open_run(run, run_dir, data_dir)
-    with Progress(100, "probe", show=not as_json) as bar:
-        found = read(opened, split, rows, seed, on_progress=lambda done, total: bar.update(100 * done // total, ""))
+    with ProgressBar(100, "probe", show=not as_json) as bar:
+        found = read(opened, split, rows, seed, on_progress=bar.report)
     if as_json:
         emit({"run": str(opened.path), **found.to_dict()})
     else:
@@ -240,12 +236,12 @@ def critic(
 ) -> None:
     """Estimate KL(q_agg || p) from draws alone: also where the code is a point, and no density is known."""
     from pvae.analysis import critic as estimate
-    from pvae.util.progress import Progress
+    from pvae.util.progress import ProgressBar
 
     opened = open_run(run, run_dir, data_dir)
     x, _ = rows_of(opened, split, rows, seed)
-    with Progress(100, "critic", show=not as_json) as bar:
-        found = estimate(opened, x, seed, on_progress=lambda done, total: bar.update(100 * done // total, ""))
+    with ProgressBar(100, "critic", show=not as_json) as bar:
+        found = estimate(opened, x, seed, on_progress=bar.report)
     if as_json:
         emit({"run": str(opened.path), "split": split, **found.to_dict()})
     else:
@@ -265,15 +261,15 @@ def counterexamples(
     from pvae.data import load
     from pvae.data.sources.base import Data
     from pvae.util.files import write_atomic
-    from pvae.util.progress import Progress
+    from pvae.util.progress import ProgressBar
 
     known = [name for name in ("digits", "fashion_mnist", "mnist") if name in Data.members]
     if data not in known:
         raise DeclarationError(f"--data: expected one of {', '.join(known)}; got {data!r}.")
-    with Progress(100, "counterexamples", show=not as_json) as bar:
+    with ProgressBar(100, "counterexamples", show=not as_json) as bar:
         found = study(
             load(Data.parse(data), data_dir=data_dir), seed,
-            on_progress=lambda done, total, what: bar.update(100 * done // total, what),
+            on_progress=bar.report,
         )  # fmt: skip
     if out is not None:
         write_atomic(beside(out, ".csv"), found.models().round(4).to_csv())
@@ -288,13 +284,13 @@ def selfcheck(device: DEVICE = "auto", seed: SEED = 0, as_json: JSON = False) ->
     """Measure models whose every figure is known exactly: are surgery, evidence and gaps right on this machine?"""
     from pvae.analysis.truths.selfcheck import selfcheck as measure
     from pvae.training.fit import pick_device
-    from pvae.util.progress import Progress
+    from pvae.util.progress import ProgressBar
 
-    with Progress(100, "selfcheck", show=not as_json) as bar:
+    with ProgressBar(100, "selfcheck", show=not as_json) as bar:
         found = measure(
             str(pick_device(device)),
             seed,
-            on_progress=lambda done, total, what: bar.update(100 * done // total, what),
+            on_progress=bar.report,
         )
     if as_json:
         emit(found.to_dict())
@@ -321,11 +317,11 @@ def posterior(
     as_json: JSON = False,
 ) -> None:
     """Export draws of the guide, with densities and diagnostics, as NetCDF for ArviZ."""
-    from pvae.util.progress import Progress
+    from pvae.util.progress import ProgressBar
 
     opened = open_run(run, run_dir, data_dir, device)
-    with Progress(draws, "posterior", show=not as_json) as bar:
-        found = opened.posterior(split, draws, rows, seed, on_progress=lambda done, _: bar.update(done, ""))
+    with ProgressBar(draws, "posterior", show=not as_json) as bar:
+        found = opened.posterior(split, draws, rows, seed, on_progress=bar.report)
     path = found.save(out or opened.files.analysis / f"posterior-{split}.nc")
     summary = found.summary()
     if as_json:

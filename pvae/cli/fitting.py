@@ -123,10 +123,10 @@ def _compare(parent: Run, child: Run, rows: int | None, samples: int, *, as_json
     """Surgery before and after a second stage, on train and test; kept with the new run."""
     from pvae.analysis import Gain, gain
     from pvae.util.files import pretty, write_atomic
-    from pvae.util.progress import Progress
+    from pvae.util.progress import ProgressBar
 
     found: dict[str, Gain] = {}
-    with Progress(4, "surgery", show=not quiet) as bar:
+    with ProgressBar(4, "surgery", show=not quiet) as bar:
         for i, split in enumerate(("train", "test")):
             x, _ = rows_of(child, split, rows, 0)
             found[split] = gain(

@@ -61,13 +61,11 @@ def sample(
     """Draw z from the prior and x from the decoder; write both, and x as a picture where it is one."""
     from pvae.analysis import sample as draw
     from pvae.analysis.pages import plots
-    from pvae.util.progress import Progress
+    from pvae.util.progress import ProgressBar
 
     opened = open_run(run, run_dir, data_dir)
-    with Progress(n, "sample", show=not as_json) as bar:
-        found = draw(
-            opened, n, mean=mean, given=_given(given), seed=seed, on_progress=lambda done, _: bar.update(done, "")
-        )
+    with ProgressBar(n, "sample", show=not as_json) as bar:
+        found = draw(opened, n, mean=mean, given=_given(given), seed=seed, on_progress=bar.report)
     _keep(opened, "sample", out, found, {"": plots.sampled(found, _background(opened))}, as_json)
 
 
@@ -87,14 +85,12 @@ def encode(
     from pvae.analysis import encode as find_codes
     from pvae.analysis import sample as draw
     from pvae.analysis.pages import plots
-    from pvae.util.progress import Progress
+    from pvae.util.progress import ProgressBar
 
     opened = open_run(run, run_dir, data_dir)
     part, chosen = opened.data.split(split), _chosen(opened, split, rows, seed)
-    with Progress(len(chosen), "encode", show=not as_json) as bar:
-        found = find_codes(
-            opened, part.rows[chosen], mean=mean, seed=seed, on_progress=lambda done, _: bar.update(done, "")
-        )
+    with ProgressBar(len(chosen), "encode", show=not as_json) as bar:
+        found = find_codes(opened, part.rows[chosen], mean=mean, seed=seed, on_progress=bar.report)
     more = {"row": chosen} if part.y is None else {"row": chosen, "label": part.y[chosen]}
     labels = None if part.y is None else part.y[chosen].numpy()
     planes = plots.encoded(found, draw(opened, 1000, seed=seed), labels, opened.data.label_names)
@@ -116,14 +112,12 @@ def reconstruct(
     """Encode a split's rows and decode them again, with log p(x | z) of each."""
     from pvae.analysis import reconstruct as decode_again
     from pvae.analysis.pages import plots
-    from pvae.util.progress import Progress
+    from pvae.util.progress import ProgressBar
 
     opened = open_run(run, run_dir, data_dir)
     part, chosen = opened.data.split(split), _chosen(opened, split, rows, seed)
-    with Progress(len(chosen), "reconstruct", show=not as_json) as bar:
-        found = decode_again(
-            opened, part.rows[chosen], mean=not draw, seed=seed, on_progress=lambda done, _: bar.update(done, "")
-        )
+    with ProgressBar(len(chosen), "reconstruct", show=not as_json) as bar:
+        found = decode_again(opened, part.rows[chosen], mean=not draw, seed=seed, on_progress=bar.report)
     picture = plots.reconstructed(found, part.observed(part.rows[chosen]).double().numpy(), _background(opened))
     _keep(opened, f"reconstruct-{split}", out, found, {"": picture}, as_json, row=chosen)
 
@@ -150,17 +144,17 @@ def traverse(
     """Move one coordinate of a latent at a time and decode."""
     from pvae.analysis import traverse as move
     from pvae.analysis.pages import plots
-    from pvae.util.progress import Progress
+    from pvae.util.progress import ProgressBar
 
     opened, places = open_run(run, run_dir, data_dir), None if dims is None else _integers("--dims", dims)
     part = opened.data.split(split)
     if row >= len(part):
         raise DeclarationError(f"--row: expected a row of {split}, 0 .. {len(part) - 1}; got {row}.")
     start = None if prior else part.rows[row : row + 1]
-    with Progress(100, "traverse", show=not as_json) as bar:
+    with ProgressBar(100, "traverse", show=not as_json) as bar:
         found = move(
             opened, start, latent, places, steps, span, given=_given(given), seed=seed,
-            on_progress=lambda done, total: bar.update(100 * done // total, ""),
+            on_progress=bar.report,
         )  # fmt: skip
     picture = plots.traversed(found, _background(opened))
     _keep(opened, f"traverse-{found.latent}", out, found, {"": picture}, as_json)
@@ -214,13 +208,11 @@ def rate_distortion(
     from pvae.analysis.figures.table import cell
     from pvae.analysis.pages import plots
     from pvae.util.files import write_atomic
-    from pvae.util.progress import Progress
+    from pvae.util.progress import ProgressBar
 
     opened = [open_run(run, run_dir, data_dir) for run in runs]
-    with Progress(100, "rate-distortion", show=not as_json) as bar:
-        found = measure(
-            opened, split, rows, samples, seed, on_progress=lambda done, total: bar.update(100 * done // total, "")
-        )
+    with ProgressBar(100, "rate-distortion", show=not as_json) as bar:
+        found = measure(opened, split, rows, samples, seed, on_progress=bar.report)
     table, picture = beside(out, ".csv"), beside(out, ".png")
     write_atomic(table, found.to_frame().map(cell).to_csv(index=False))
     write_atomic(picture, plots.png(found.figure()))

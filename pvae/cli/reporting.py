@@ -29,12 +29,12 @@ def report(
     from pvae.analysis.pages.report import examine
     from pvae.analysis.pages.sections import SECTIONS
     from pvae.analysis.pages.sections.examination import Case
-    from pvae.util.progress import Progress
+    from pvae.util.progress import ProgressBar
 
     opened = open_run(run, run_dir, data_dir)
     case = Case(opened, split, evidence_samples=evidence_samples, gap_steps=gap_steps, seed=seed)
-    with Progress(len(SECTIONS), "report", show=not as_json) as bar:
-        found = examine(case, lambda done, _, what: bar.update(done, what))
+    with ProgressBar(len(SECTIONS), "report", show=not as_json) as bar:
+        found = examine(case, bar.report)
     path = found.write(opened.files.report, figures=figures)
     if as_json:
         emit({"file": str(path), **found.to_dict(), "run": str(opened.path)})
@@ -60,13 +60,13 @@ def compare(
     """Compare runs on the same data: one HTML file with a column for each, paired differences, rate and distortion."""
     from pvae.analysis.pages.compare import SECTIONS, Bench, examine
     from pvae.analysis.pages.document.document import claim
-    from pvae.util.progress import Progress
+    from pvae.util.progress import ProgressBar
 
     opened = [open_run(run, run_dir, data_dir) for run in runs]
     bench = Bench(opened, split=split, evidence_samples=evidence_samples, seed=seed)
     claim(out)  # before the work
-    with Progress(len(SECTIONS), "compare", show=not as_json) as bar:
-        found = examine(bench, " and ".join(bench.names), "", lambda done, _, what: bar.update(done, what))
+    with ProgressBar(len(SECTIONS), "compare", show=not as_json) as bar:
+        found = examine(bench, " and ".join(bench.names), "", bar.report)
     path = found.write(out, figures=figures)
     if as_json:
         emit({"file": str(path), **found.to_dict()})

@@ -62,11 +62,11 @@ def study(
 def _compared(found: Study, out: Path, *, show: bool) -> Path | None:
     """The page and the tables of a study; None, and a word, where its runs do not compare."""
     from pvae.analysis.pages.compare import SECTIONS
-    from pvae.util.progress import Progress
+    from pvae.util.progress import ProgressBar
 
     try:
-        with Progress(len(SECTIONS), "compare", show=show) as bar:
-            return found.compare(out, on_progress=lambda done, _, what: bar.update(done, what))
+        with ProgressBar(len(SECTIONS), "compare", show=show) as bar:
+            return found.compare(out, on_progress=bar.report)
     except PvaeError as error:
         tell(f"no comparison: {error}", err=True)
         return None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +19,7 @@ from pvae.experiment.experiment import Experiment, Plan
 from pvae.pair.pair import Pair
 from pvae.runs import checkpoint
 from pvae.runs.rundir import RunDirectory
+from pvae.util.progress import Progress, silent
 
 if TYPE_CHECKING:
     import pandas
@@ -219,7 +220,7 @@ class Run:
         predictive_rows: int = 20,
         predictive_draws: int = 10,
         memory: int = 1 << 30,
-        on_progress: Callable[[int, int], None] = lambda _done, _total: None,
+        on_progress: Progress = silent,
     ) -> Posterior:
         """Draws of the guide for a split, with densities and diagnostics: see `pvae.analysis.posterior`."""
         from pvae.analysis.export.posterior import posterior  # here, because analysis stands above run

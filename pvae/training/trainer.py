@@ -59,7 +59,7 @@ from pvae.training.step import (
 )
 from pvae.util import seeds
 from pvae.util.files import write_atomic
-from pvae.util.progress import Progress
+from pvae.util.progress import ProgressBar
 
 STATUS_SECONDS = 2.0
 MAX_ROLLBACKS = 3
@@ -249,7 +249,7 @@ class Trainer:
             if self.state.step == 0:
                 self.stepper.begin()
                 self._save()
-            with Progress(self.train.epochs * self.per_epoch, self.plan.name, show=self.show) as bar:
+            with ProgressBar(self.train.epochs * self.per_epoch, self.plan.name, show=self.show) as bar:
                 while self.state.epoch < self.train.epochs and not self.state.stopped:
                     self._epoch(stop, bar, started)
             self.state.seconds = time.monotonic() - started
@@ -289,7 +289,7 @@ class Trainer:
         self.tell("engine", f"{self.engine} step")
         return stepper
 
-    def _epoch(self, stop: Stop, bar: Progress, started: float) -> None:
+    def _epoch(self, stop: Stop, bar: ProgressBar, started: float) -> None:
         state = self.state
         order = self.data.train.order(self.plan.seed, state.epoch)
         if self.sums is None:
@@ -497,7 +497,7 @@ class Trainer:
 
     # -------------------------------------------------------------- between epochs
 
-    def _end_of_epoch(self, bar: Progress) -> None:
+    def _end_of_epoch(self, bar: ProgressBar) -> None:
         state = self.state
         self.stepper.end_epoch()
         assert self.sums is not None

@@ -1,19 +1,30 @@
-"""Progress of long work: a bar on a terminal, a line every few seconds elsewhere, or nothing."""
+"""Progress of long work: callbacks, and the bar that the command line and a fit show."""
 
 from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Self
 
 from pvae.errors import printable
 
+Progress = Callable[[int, int], None]
+"""Callback of long work: called with the number of finished units and their total."""
+
+StageProgress = Callable[[int, int, str], None]
+"""Callback of long work in named stages: finished units, their total, and the name of the present stage."""
+
 EVERY_SECONDS = 5.0
 
 
-class Progress:
-    """Shows `label`, a fraction and a few figures.
+def silent(_done: int, _total: int, _stage: str = "") -> None:
+    """Show no progress: default callback of analyses."""
+
+
+class ProgressBar:
+    """Bar on a terminal, a line every few seconds elsewhere: a label, the finished fraction and a few figures.
 
     Arguments:
         total: number of units of work.
@@ -51,6 +62,10 @@ class Progress:
     ) -> None:
         if self.bar is not None:
             self.bar.stop()
+
+    def report(self, done: int, total: int, note: str = "") -> None:
+        """Show `done` of `total` units as a fraction of the bar: a `Progress` and a `StageProgress`."""
+        self.update(self.total * done // max(total, 1), note)
 
     def update(self, done: int, note: str | None = None) -> None:
         """Say that `done` units are done; cheap enough to call often. A note stands until the next one."""
