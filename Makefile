@@ -5,17 +5,28 @@ PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constrain
 READY := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types build bench clean
+# Workers of the tests, one thread each; `make test WORKERS=0` runs them in one process.
+WORKERS ?= 2
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --doctest-modules
+
+.PHONY: help demo test test-all test-slow lint types check build bench clean
 
 help:  ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(READY)  ## fit a VAE to handwritten digits and report where every nat of its ELBO goes
 	@$(BIN)/pvae fit vae
 	@$(BIN)/pvae report latest
 
-test: $(READY)  ## run the whole test suite and the doctests
-	$(BIN)/python -m pytest --doctest-modules tests pvae
+test: $(READY)  ## run the test suite and the doctests, but for the tests marked slow
+	$(PYTEST) -m "not slow" tests pvae
+
+test-all: $(READY)  ## run every test, the slow ones too (for the night)
+	$(PYTEST) tests pvae
+
+# `PART=2/5` runs the second fifth of them, by name.
+test-slow: $(READY)  ## run the tests marked slow
+	$(PYTEST) -m slow $(if $(PART),--part $(PART)) tests || test $$? -eq 5  # 5: none in this part
 
 lint: $(READY)  ## check style and formatting
 	$(BIN)/ruff check .
@@ -23,6 +34,8 @@ lint: $(READY)  ## check style and formatting
 
 types: $(READY)  ## check types
 	$(BIN)/mypy
+
+check: lint types  ## lint and types
 
 build: $(READY)  ## build the sdist and the wheel into dist/
 	$(BIN)/python -m build --outdir dist

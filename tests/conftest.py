@@ -1,4 +1,4 @@
-"""What every test gets: validation on, a clean process, its own caches; and no skipped test in CI."""
+"""Fixtures of every test: validation on, a clean process, caches of its own; and no skipped test in CI."""
 
 import os
 import shutil
@@ -20,10 +20,10 @@ settings.load_profile("pvae")
 
 @pytest.fixture(scope="session", autouse=True)
 def quiet_machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Two threads; no screen; matplotlib's settings and font cache made once for all tests and their children."""
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
+    """One thread; no screen; matplotlib's settings and font cache made once for all tests and their children."""
+    torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "2")
+        patch.setenv("OMP_NUM_THREADS", "1")
         patch.setenv("MPLBACKEND", "Agg")
         patch.setenv("MPLCONFIGDIR", str(tmp_path_factory.mktemp("matplotlib")))
         yield
@@ -81,13 +81,24 @@ def newer_python() -> str:
     return found
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--part 2/5`: the second fifth of the selected tests."""
+    parser.addoption("--part", metavar="K/N", help="run the K-th of N parts of the tests that are selected")
+
+
+@pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Deselect what needs a GPU, or a newer Python, where there is none."""
+    """Deselect tests that need a GPU or a newer Python where there is none, and those of other parts."""
     marked = {name: [item for item in items if item.get_closest_marker(name)] for name in ("cuda", "python312")}
     homeless = [] if torch.cuda.is_available() else marked["cuda"]
     homeless += marked["python312"] if marked["python312"] and find_newer_python() is None else []
     config.hook.pytest_deselected(items=homeless)
     items[:] = [item for item in items if item not in homeless]
+    if part := config.getoption("part"):
+        k, n = map(int, part.split("/"))
+        chosen = sorted(items, key=lambda item: item.nodeid)[k - 1 :: n]
+        config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+        items[:] = chosen
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
