@@ -19,8 +19,9 @@ from pvae.experiment import zoo
 from pvae.experiment.experiment import Experiment
 from pvae.objectives.base import Loss
 from pvae.training.step import Step, load_optimizer_tensors, make_capturable, optimizer_tensors, set_lr
+from tests.cli.test_cli import ON_A_DEVICE
+from tests.cli_runner import run_cli
 from tests.test_capturable import READ_BACK
-from tests.test_cli import ON_A_DEVICE, run_cli
 
 pytestmark = pytest.mark.cuda
 SPEC = Experiment.from_dict(
@@ -141,7 +142,7 @@ def test_export_labels_and_mixtures(tmp_path: Path) -> None:
 def test_analyses_of_the_command_line(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pvae.fit(SPEC, "train.epochs=2", run_dir=tmp_path, progress=False)
     given = [command, "latest", "--rows", "100", "--json", "--run-dir", str(tmp_path), "--device"]
-    on_cpu, on_gpu = (json.loads(run_cli(*given, device, capsys=capsys)[0]) for device in ("cpu", "cuda"))
+    on_cpu, on_gpu = (json.loads(run_cli(*given, device)[0]) for device in ("cpu", "cuda"))
     assert on_gpu.keys() == on_cpu.keys()
 
 

@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ from pvae.objectives.base import Loss
 from pvae.runs.rundir import RunDirectory
 from pvae.training.trainer import Trainer
 from pvae.util import files, memory
-from tests.test_cli import TINY, npz, run_cli
+from tests.cli_runner import TINY, npz, run_cli
 from tests.test_svi import Fragile as TwoNumbers
 from tests.test_svi import assert_same, fit, fit_pair, last_weights, tiny
 
@@ -243,10 +244,10 @@ def test_collapse_and_dead_codes_are_alerts_and_no_errors(tmp_path: Path, capsys
     """FAULTS 22: an event and a line; `--strict` makes of it exit code 3."""
     asleep = ["fit", "vae", *TINY, *ASLEEP]
     where = ["--quiet", "--run-dir", str(tmp_path), "--device", "cpu"]
-    out, _ = run_cli(*asleep, *where, capsys=capsys)
+    out, _ = run_cli(*asleep, *where)
     assert "1 alerts, see events.jsonl" in out
     assert pvae.Run.load("latest", root=tmp_path).status["state"] == "finished"
-    _, err = run_cli("resume", "latest", "--run-dir", str(tmp_path), "--strict", capsys=capsys, code=3)
+    _, err = run_cli("resume", "latest", "--run-dir", str(tmp_path), "--strict", code=3)
     assert "alert: z has collapsed onto its prior" in err
     idle = alerts_of(Experiment.load("vq_vae", [*DEAD, "train.epochs=1"]), tmp_path)
     assert re.search(r"c: \d+ of 256 codes are dead", idle)
@@ -419,10 +420,10 @@ def test_a_declaration_of_a_gigabyte_is_not_read(tmp_path: Path) -> None:
 def test_terminal_escapes_come_out_as_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """FAULTS 38: in names, in files' keys, in folders, in tables and in exceptions."""
     (tmp_path / "runs" / EVIL.replace("/", "") / "id").mkdir(parents=True)
-    out, _ = run_cli("runs", "--run-dir", str(tmp_path / "runs"), capsys=capsys)
+    out, _ = run_cli("runs", "--run-dir", str(tmp_path / "runs"))
     (tmp_path / "evil.toml").write_text('[latents.z]\ndim = 2\n"\\u001b[2J\\u202e" = 1\n')
-    _, err = run_cli("check", str(tmp_path / "evil.toml"), capsys=capsys, code=2)
-    _, more = run_cli("check", f"{EVIL}.toml", capsys=capsys, code=2)
+    _, err = run_cli("check", str(tmp_path / "evil.toml"), code=2)
+    _, more = run_cli("check", f"{EVIL}.toml", code=2)
     say(Text(EVIL))
     tell(EVIL)
     out += capsys.readouterr().out
@@ -445,7 +446,7 @@ def test_cells_of_a_table_of_runs_are_no_formulas(tmp_path: Path, capsys: pytest
     """FAULTS 39, and 38: the same name in a picture is no mathematics."""
     name = "=cmd|' /C calc'!A0 $\\foo$"
     run = fit(tiny(epochs=1).with_changes({"name": name}), tmp_path)
-    run_cli("rate-distortion", str(run.path), "--rows", "20", "--out", str(tmp_path / "plane"), capsys=capsys)
+    run_cli("rate-distortion", str(run.path), "--rows", "20", "--out", str(tmp_path / "plane"))
     (row,) = csv.DictReader((tmp_path / "plane.csv").read_text().splitlines())
     assert row["run"] == f"'{name}"
     assert (tmp_path / "plane.png").read_bytes().startswith(b"\x89PNG")
@@ -580,7 +581,7 @@ def test_exit_codes(
     """FAULTS 2, 14, 19, 40, 42: every way to end, without a traceback."""
     given = arguments(tmp_path, monkeypatch)
     with disk_full(8192 if code == 74 else resource.getrlimit(resource.RLIMIT_FSIZE)[0]):
-        _, err = run_cli(*given, capsys=capsys, code=code)
+        _, err = run_cli(*given, code=code)
     assert said in err
     assert "Traceback" not in err
 
@@ -590,13 +591,13 @@ def test_a_busy_run_is_75(runs: Path, capsys: pytest.CaptureFixture[str]) -> Non
     run = RunDirectory.open("vae", root=runs)
     with run.held():
         given = ["resume", str(run.path), "train.epochs=3", "--allow-changes", "--device", "cpu"]
-        _, err = run_cli(*given, capsys=capsys, code=75)
+        _, err = run_cli(*given, code=75)
     assert "expected a run that nobody holds" in err
 
 
 def test_exit_codes_are_documented(capsys: pytest.CaptureFixture[str]) -> None:
     """FAULTS 42: in `pvae --help` and in CONTRIBUTING.md; every error has one of them."""
-    out, _ = run_cli("--help", capsys=capsys)
+    out, _ = run_cli("--help")
     contributing = (HERE.parent / "CONTRIBUTING.md").read_text()
     for code, meaning in EXIT_CODES.items():
         assert re.search(rf"^ +{code} {re.escape(meaning)}$", out, re.MULTILINE)
@@ -608,15 +609,15 @@ def test_exit_codes_are_documented(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_traceback_is_shown_when_it_is_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
     """FAULTS 38, 42: of deliberate errors, and of bugs, which say so and end with 1."""
-    _, err = run_cli("--traceback", "fit", "vea", capsys=capsys, code=2)
+    _, err = run_cli("--traceback", "fit", "vea", code=2)
     assert "Traceback (most recent call last)" in err
     assert err.rstrip().endswith("(did you mean 'vae'?).")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("pvae.experiment.zoo.entries", lambda: os.environ["\x1b[31m"])
-        _, err = run_cli("list", capsys=capsys, code=1)
+        _, err = run_cli("list", code=1)
         assert err.startswith("unexpected error KeyError: '\\x1b[31m'; run again with `pvae --traceback ...`")
         assert "Traceback" not in err
-        _, err = run_cli("--traceback", "list", capsys=capsys, code=1)
+        _, err = run_cli("--traceback", "list", code=1)
         assert "Traceback (most recent call last)" in err
 
 
@@ -705,9 +706,10 @@ def table() -> dict[int, list[str]]:
     return rows
 
 
+@cache
 def docstrings(file: str) -> dict[str, str]:
-    """The docstring of every test of a file."""
-    tree = ast.parse((HERE / file).read_text())
+    """The docstring of every test of a file, in whatever folder of the tests it lies: no two share a name."""
+    tree = ast.parse(next(HERE.rglob(file)).read_text())
     return {n.name: ast.get_docstring(n) or "" for n in ast.walk(tree) if isinstance(n, ast.FunctionDef)}
 
 

@@ -39,7 +39,7 @@ from pvae.experiment.experiment import Experiment
 from pvae.graph.column_law import Law
 from pvae.models.likelihoods.columns import FAMILIES, ColumnsLikelihood
 from pvae.objectives.base import Loss
-from tests.test_cli import run_cli
+from tests.cli_runner import run_cli
 
 SMALL = {"encoder": {"network": {"kind": "mlp", "hidden": [16]}}}
 Raw = dict[str, Any]
@@ -739,17 +739,17 @@ def test_hidden_entries_are_found_again(run: Any) -> None:
 
 def test_commands_run_on_a_table(run: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     where = ["--run-dir", str(run.path.parent.parent), "--json"]
-    out, _ = run_cli("sample", str(run.path), "-n", "20", "--out", str(tmp_path / "s"), *where, capsys=capsys)
+    out, _ = run_cli("sample", str(run.path), "-n", "20", "--out", str(tmp_path / "s"), *where)
     made = pandas.read_csv(json.loads(out)["csv"][0])
     assert list(made.columns) == list(run.data.table.columns)
     assert set(made["diagnosis"]) <= {"benign", "malignant"}
     assert set(made["worst"]) <= {"small", "middle", "large"}
     assert made["mean area"].between(50, 5000).all()
     assert (made["points"] % 1 == 0).all()
-    out, _ = run_cli("reconstruct", str(run.path), "--rows", "5", "--out", str(tmp_path / "r"), *where, capsys=capsys)
+    out, _ = run_cli("reconstruct", str(run.path), "--rows", "5", "--out", str(tmp_path / "r"), *where)
     assert len(pandas.read_csv(json.loads(out)["csv"][0])) == 5
-    run_cli("surgery", str(run.path), *where, capsys=capsys)
-    run_cli("report", str(run.path), "--run-dir", str(run.path.parent.parent), capsys=capsys)
+    run_cli("surgery", str(run.path), *where)
+    run_cli("report", str(run.path), "--run-dir", str(run.path.parent.parent))
     page = (run.path / "report" / "index.html").read_text()
     assert "ELBO" in page
 
@@ -783,14 +783,14 @@ def test_a_guessed_declaration_builds(
     frame = mixed().assign(id=range(400), text=[f"row {i}" for i in range(400)])
     sources(tmp_path, frame)
     monkeypatch.chdir(tmp_path)
-    out, _ = run_cli("columns", name, "--label", "label", capsys=capsys)
+    out, _ = run_cli("columns", name, "--label", "label")
     found = tomllib.loads(out)["data"]["columns"]
     kinds = {column: (kind["type"], kind.get("missing", "error")) for column, kind in found.items()}
     assert kinds == {column: (raw["type"], raw.get("missing", "error")) for column, raw in MIXED.items()}
     for left in ("id", "text", "junk"):
         assert f'# left out: "{left}"' in out
     (tmp_path / "made.toml").write_text(out)
-    checked, _ = run_cli("check", "made.toml", "--build", capsys=capsys)
+    checked, _ = run_cli("check", "made.toml", "--build")
     assert "x [6], 320 training rows" in checked
 
 
@@ -819,9 +819,9 @@ def test_files_without_a_column_are_not_guessed(tmp_path: Path, capsys: pytest.C
         ("a\n", "got none"),
         ("", "an empty file"),
     ):
-        _, err = run_cli("columns", str(write(tmp_path, text)), capsys=capsys, code=65)
+        _, err = run_cli("columns", str(write(tmp_path, text)), code=65)
         assert match in err
-    _, err = run_cli("columns", str(write(tmp_path, GOOD)), "--label", "bb", capsys=capsys, code=65)
+    _, err = run_cli("columns", str(write(tmp_path, GOOD)), "--label", "bb", code=65)
     assert "did you mean 'b'" in err
 
 
@@ -840,7 +840,7 @@ def test_no_cell_is_computed_and_numbers_stay_numbers(tmp_path: Path, capsys: py
     data = {"source": "csv", "path": str(path), "columns": columns}
     made = experiment(data=data, train={"epochs": 1, "engine": "eager"})
     run = pvae.fit(made, run_dir=tmp_path / "runs", device="cpu", progress=False)
-    run_cli("reconstruct", str(run.path), "--draw", "--out", str(tmp_path / "made"), capsys=capsys)
+    run_cli("reconstruct", str(run.path), "--draw", "--out", str(tmp_path / "made"))
     head, *rows = csv.reader((tmp_path / "made.csv").read_text().splitlines())
     assert head == ["'=1+1", "word", "'+c"]
     assert any(float(row[0]) < 0 for row in rows)
