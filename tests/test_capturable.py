@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 from pvae.data import load
 from pvae.experiment import zoo
 from pvae.experiment.experiment import Experiment
-from pvae.graph.site import Moving
+from pvae.graph.lifecycle import Moving
 from pvae.objectives.base import Loss
 from pvae.runs.run import attended
 

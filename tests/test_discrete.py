@@ -52,7 +52,8 @@ from pvae.runs import checkpoint
 from pvae.training.evaluation import evaluate
 from pvae.training.fit import refit
 from pvae.training.step import Step
-from pvae.training.trainer import Trainer, start_from_data
+from pvae.training.begin import begin
+from pvae.training.trainer import Trainer
 from tests.laws import FLOWS, require_gradients
 
 ONE = torch.ones(())
@@ -1454,7 +1455,7 @@ def test_a_fit_starts_at_k_means_and_moves_from_there(tmp_path):
     book = run.pair.model.codebooks["c"]
     start = NearestCodebook(6, 5, 0.99, 1.0, False)
     fresh = small({**NEAREST, "posterior": "nearest_code"}).build((X,))
-    start_from_data(fresh, run.data.train, 20, 0)
+    begin(fresh, run.data.train, 20, 0)
     assert not torch.equal(fresh.model.codebooks["c"].weight, book.weight)
     assert float(fresh.model.codebooks["c"].counts.sum()) == pytest.approx(80, abs=1e-3)
     guide = fresh.guide_trace(run.data.train.x)

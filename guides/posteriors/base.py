@@ -59,6 +59,13 @@ class Posterior(Component):
         """
 
 
+class PosteriorModule(nn.Module):
+    """Base of what posteriors build that say more of themselves than their distribution."""
+
+    learns_baseline = False
+    """Whether a network foretells the gain of its score function."""
+
+
 @final
 class NormalPosterior(Posterior):
     """N(mu(x), diag sigma^2(x)), the amortised mean-field posterior.

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 
 from pvae.component import Shape
 from pvae.distributions.codes import KL, Certain, RelaxedCodes, bits, code_grid
-from pvae.graph.site import Link, Moving, Site, Values
-from pvae.guides.posteriors.base import Posterior
-from pvae.nn.codebook import NearestCodebook
+from pvae.graph.lifecycle import Begun, FirstRows, Moving
+from pvae.graph.site import Link, Site, Values, embedded
+from pvae.guides.posteriors.base import Posterior, PosteriorModule
+from pvae.nn.codebook import START_VECTORS, NearestCodebook
 from pvae.nn.dense import MLP, Network, NetworkModule, Pointwise
 
 SMALL = 32
@@ -75,7 +76,7 @@ class MovingAverage(Moving):
         self.started.copy_(torch.where(sound, torch.ones_like(self.started), self.started))
 
 
-class Estimated(nn.Module):
+class Estimated(PosteriorModule):
     """A posterior whose draws carry no gradient: its site says how one is made.
 
     Arguments:
@@ -90,6 +91,7 @@ class Estimated(nn.Module):
     ) -> None:
         super().__init__()
         self.network, self.estimator, self.average, self.baseline = network, estimator, average, baseline
+        self.learns_baseline = baseline is not None
 
     def infer(self, inputs: Mapping[str, Tensor]) -> dict[str, Any]:
         """What a site says of itself, in Pyro's own terms (`TraceEnum_ELBO`, `TraceGraph_ELBO`)."""
@@ -283,7 +285,7 @@ class NearestCodes(Certain):
     point: Tensor
 
 
-class NearestModule(nn.Module):
+class NearestModule(PosteriorModule, Begun):
     """A network's output, looked up in the model's codebook."""
 
     def __init__(self, network: NetworkModule, site: Site, link: Link, declared: NearestCodePosterior) -> None:
@@ -295,6 +297,14 @@ class NearestModule(nn.Module):
     def codebook(self) -> NearestCodebook:
         """The model's."""
         return self.link.model.codebooks[self.site.name]  # type: ignore[return-value]
+
+    def begin(self, rows: FirstRows) -> None:
+        """Put the codebook at the centres of the first vectors, which see the rows of earlier latents' codebooks."""
+        if self.declared.start == "kmeans":
+            positions = prod(self.site.grid)
+            found = rows.inferred(embedded(self.site.name), max(1, START_VECTORS // positions), stream=1)
+            z = torch.cat([self.vectors(infer["point"]) for infer in found])
+            self.codebook.start(z, rows.seed, rows.batch * positions)
 
     def vectors(self, point: Tensor) -> Tensor:
         """Vectors `(..., E, *grid)` in a row, `(m, E)`."""

@@ -87,6 +87,10 @@ class LikelihoodModule(nn.Module):
         """`channels` tensors `(..., *x)`."""
         return h.unflatten(-len(self.x), (self.channels, self.x[0])).unbind(-len(self.x) - 1)
 
+    def implicit(self) -> LikelihoodModule:
+        """Return this likelihood without its density, for a pair in which x is sampled and never scored."""
+        raise NotImplementedError  # pragma: no cover - declarations ask only a likelihood under which z determines x
+
 
 class ClosedForm(LikelihoodModule):
     """A likelihood whose weighted maximum is in closed form: an exponential family of the decoder's output.
@@ -677,6 +681,10 @@ class DeterminedModule(LikelihoodModule):
     def value(self, h: Tensor) -> Tensor:
         """What x is, `(..., *x)`, where the decoder says `h`."""
         return h.sigmoid() if self.squash == "sigmoid" else h
+
+    def implicit(self) -> LikelihoodModule:
+        """See `LikelihoodModule.implicit`."""
+        return ImplicitModule(self)
 
     def forward(self, h: Tensor) -> dist.TorchDistribution:
         """`(..., *x)` to the point."""

@@ -83,7 +83,15 @@ class ConditionalNormal(Prior):
 # ---------------------------------------------------------------------- codes and bits
 
 
-class CodesModule(nn.Module):
+class MixtureWeights(nn.Module):
+    """Base of priors of the component of a mixture whose weights have a closed-form maximum."""
+
+    def maximise(self, counts: Tensor) -> None:
+        """Set the weights to the proportions of sums of responsibilities `(K,)`, where weights are learned."""
+        raise NotImplementedError  # pragma: no cover - abstract
+
+
+class CodesModule(MixtureWeights):
     """Categoricals over a grid, of learned or even weights; relaxed where the latent is."""
 
     logits: Tensor
@@ -97,6 +105,12 @@ class CodesModule(nn.Module):
             self.logits = nn.Parameter(logits)
         else:
             self.register_buffer("logits", logits, persistent=False)
+
+    @torch.no_grad()
+    def maximise(self, counts: Tensor) -> None:
+        """See `MixtureWeights.maximise`."""
+        if isinstance(self.logits, nn.Parameter):
+            self.logits.copy_((counts / counts.sum()).log())
 
     def forward(self, _given: Mapping[str, Tensor]) -> dist.TorchDistribution:
         """The codes, with batch shape `()`."""

@@ -15,7 +15,8 @@ from torch.distributions import constraints
 from pvae.component import Shape
 from pvae.distributions.exponential import FullRankNormals, Members, Normals
 from pvae.errors import DeclarationError
-from pvae.graph.site import Link, MadeOfData, Site
+from pvae.graph.lifecycle import Begun, FirstRows, MadeOfData
+from pvae.graph.site import Link, Site
 from pvae.models.likelihoods.base import lattice
 from pvae.models.priors.base import Prior
 from pvae.nn.heads import LogVarianceBounds
@@ -130,7 +131,7 @@ class MixturePrior(Prior):
 # ---------------------------------------------------------------------- posteriors at pseudo-inputs
 
 
-class VampModule(nn.Module):
+class VampModule(Begun):
     """Pseudo-inputs; the guide, reached through the link, gives its posterior at each.
 
     Where data lie in [0, 1], pseudo-inputs are read no further out, and begin at random; elsewhere they are free, and
@@ -146,9 +147,11 @@ class VampModule(nn.Module):
         )
 
     @torch.no_grad()
-    def begin(self, x: Tensor) -> None:
-        """Put the first pseudo-inputs at data `(m, *event)`, m <= K; the others stay at random."""
-        self.pseudo_inputs[: len(x)].copy_(x.nan_to_num(0.0))
+    def begin(self, rows: FirstRows) -> None:
+        """Put unbounded pseudo-inputs at data; those beyond the number of data stay at random."""
+        if not self.bounded:
+            x = rows.observed(len(self.pseudo_inputs), stream=3)
+            self.pseudo_inputs[: len(x)].copy_(x.nan_to_num(0.0))
 
     def forward(self, _given: Mapping[str, Tensor]) -> dist.TorchDistribution:
         """The mixture of posteriors, with batch shape `()`."""

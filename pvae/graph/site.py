@@ -181,28 +181,6 @@ def data_plate(count: int) -> pyro.plate:
     return pyro.plate("data", count, dim=-1)
 
 
-class MadeOfData(nn.Module):
-    """Base of parts that are made of the training data (a mixture of posteriors at them, say)."""
-
-    def attend(self, x: Tensor) -> None:
-        """Take the training data `(n, *event)`, when a pair is fitted or read."""
-        raise NotImplementedError  # pragma: no cover - abstract
-
-    def start(self, index: Tensor) -> None:
-        """Hear which training rows the batch to come holds, `(batch,)`."""
-
-
-class Moving(nn.Module):
-    """Base of parts that something else than a gradient moves: a codebook by averages, a baseline.
-
-    A forward pass in training mode writes scratch alone, so that evaluation moves nothing.
-    """
-
-    def after_step(self) -> None:
-        """Move, after the optimiser has; without synchronisation."""
-        raise NotImplementedError  # pragma: no cover - abstract
-
-
 class Link:
     """Gives one side of a pair the other at run time; not a Module, so nothing is registered twice."""
 

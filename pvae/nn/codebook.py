@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from pvae.graph.site import Moving
+from pvae.graph.lifecycle import Moving
 
 BLOCK = 2**25
 """Most distances held at a time."""

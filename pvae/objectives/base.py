@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from pvae.component import Component
 from pvae.errors import DeclarationError
-from pvae.guides.posteriors.codes import Estimated
+from pvae.guides.posteriors.base import PosteriorModule
 from pvae.nn.precision import Precision, products_in
 from pvae.nn.schedules import Constant, Schedule
 from pvae.pair.densities import sum_over
@@ -241,7 +241,7 @@ class IWAE(Objective):
                 f"posterior draw: estimator = 'score'."
             )
         for name, part in pair.named_modules():
-            if isinstance(part, Estimated) and part.baseline is not None:
+            if isinstance(part, PosteriorModule) and part.learns_baseline:
                 key = f"latents.{name.rpartition('.')[2]}.posterior.baseline"
                 found.append(f"{key}: expected 'none' or 'average' with iwae; got 'network'.")
         if names := ", ".join(pair.layout.shared):

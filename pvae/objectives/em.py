@@ -15,7 +15,7 @@ from pvae.errors import DataError, DeclarationError
 from pvae.graph.site import OBSERVED, Site, one_hot
 from pvae.models.graph import GraphModel
 from pvae.models.likelihoods.base import ClosedForm
-from pvae.models.priors.base import CodesModule
+from pvae.models.priors.base import MixtureWeights
 from pvae.nn.dense import TableModule
 from pvae.nn.schedules import Constant
 from pvae.objectives.base import Fitting, Objective, Stepper
@@ -101,7 +101,7 @@ class Mixture:
 
     model: GraphModel
     site: Site
-    prior: CodesModule
+    prior: MixtureWeights
     table: TableModule
     likelihood: ClosedForm
 
@@ -121,7 +121,11 @@ class Mixture:
         if isinstance(model, GraphModel) and len(model.sites) == 1 and model.sites[0].summed:
             site, decoder = model.sites[0], model.decoder
             prior, table, likelihood = model.priors[site.name], decoder.network, decoder.likelihood
-            if isinstance(prior, CodesModule) and isinstance(table, TableModule) and isinstance(likelihood, ClosedForm):
+            if (
+                isinstance(prior, MixtureWeights)
+                and isinstance(table, TableModule)
+                and isinstance(likelihood, ClosedForm)
+            ):
                 return cls(model, site, prior, table, likelihood)
         raise DeclarationError(
             "pair: expected a declared mixture for the objective em: one latent with codes and the posterior exact, "
@@ -226,8 +230,7 @@ class Iteration(Stepper):
         counts, sums, mixture = self.gathered["counts"], self.gathered["statistics"], self.mixture
         self._refill(counts, sums)
         mixture.table.weight.copy_(mixture.likelihood.maximise(counts, sums, self.origin))
-        if isinstance(mixture.prior.logits, nn.Parameter):
-            mixture.prior.logits.copy_((counts / counts.sum()).log())
+        mixture.prior.maximise(counts)
         self.gathered.clear()
 
     def _refill(self, counts: Tensor, sums: Tensor) -> None:

@@ -16,7 +16,6 @@ from pvae.data.streamed import Streamed
 from pvae.errors import DeclarationError
 from pvae.graph.site import OBSERVED, Frame
 from pvae.models.graph import GraphModel
-from pvae.models.likelihoods.base import DeterminedModule, ImplicitModule
 from pvae.nn.dense import MLP, Network, NetworkModule
 from pvae.nn.schedules import Constant
 from pvae.objectives.base import Fitting, Objective, Stepper
@@ -158,9 +157,7 @@ class GAN(Objective):
         """Add the critic, `pair.critic`, and take the density from p(x | z)."""
         model = pair.model
         assert isinstance(model, GraphModel)  # noqa: S101 - the declaration has been built
-        point = model.decoder.likelihood
-        assert isinstance(point, DeterminedModule)  # noqa: S101 - the declaration has been checked
-        model.decoder.likelihood = ImplicitModule(point)
+        model.decoder.likelihood = model.decoder.likelihood.implicit()
         frame = model.frame
         inputs: dict[str, Shape] = {OBSERVED: frame.x, **frame.shapes}
         try:

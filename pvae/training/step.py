@@ -15,7 +15,7 @@ import pyro
 import torch
 from torch import Tensor, nn
 
-from pvae.graph.site import Moving
+from pvae.graph.lifecycle import Moving
 from pvae.objectives.base import Loss, Stepper
 
 Forward = Callable[[Tensor], tuple[Tensor, Tensor]]

@@ -12,7 +12,6 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
-from math import prod
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -20,7 +19,7 @@ import pyro
 import torch
 from torch import Tensor, nn
 
-from pvae.data import Dataset, Split
+from pvae.data import Dataset
 from pvae.errors import (
     CheckpointError,
     DeviceError,
@@ -34,20 +33,17 @@ from pvae.errors import (
     printable,
 )
 from pvae.experiment.experiment import Plan
-from pvae.graph.site import embedded
-from pvae.guides.posteriors.codes import NearestModule
-from pvae.models.priors.mixture import VampModule
-from pvae.nn.codebook import START_VECTORS
 from pvae.nn.schedules import Scheduled
 from pvae.objectives.base import Fitting, Loss, Stepper
 from pvae.pair.code_usage import code_usage
-from pvae.pair.pair import Pair, quiet
+from pvae.pair.pair import Pair
 from pvae.runs import checkpoint
 from pvae.runs.run import load_weights
 from pvae.runs.rundir import RunDirectory
 from pvae.training.alerts import ROWS, alerts
+from pvae.training.begin import begin
 from pvae.training.diagnose import bad_figures, bad_weights, diagnose
-from pvae.training.evaluation import CHUNK, evaluate
+from pvae.training.evaluation import evaluate
 from pvae.training.step import (
     CLIPPED,
     Step,
@@ -69,30 +65,6 @@ SIGNALS = tuple(s for s in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, s
 
 Record = Callable[[Plan, Pair, Dataset], dict[str, float]]
 """What `analysis.every` asks for: figures of a pair on its data, by name."""
-
-
-def start_from_data(pair: Pair, data: Split, batch: int, seed: int) -> None:
-    """Put what begins at training data there: pseudo-inputs at rows, codebooks at the centres of the first vectors.
-
-    Codebooks come in the order of their latents: later ones see the rows of earlier ones, so that their vectors are
-    looked up anew.
-    """
-    for prior in [m for m in pair.modules() if isinstance(m, VampModule) and m.training and not m.bounded]:
-        rows = seeds.subset(len(data), len(prior.pseudo_inputs), seeds.mix(seed, seeds.ORDER, 3))
-        prior.begin(data.observed(data.rows[rows.to(data.rows.device)]))
-    for posterior in [m for m in pair.modules() if isinstance(m, NearestModule) and m.declared.start == "kmeans"]:
-        if not posterior.codebook.training:
-            continue
-        positions = prod(posterior.site.grid)
-        rows = seeds.subset(len(data), max(1, START_VECTORS // positions), seeds.mix(seed, seeds.ORDER, 1))
-        parts = []
-        with quiet(pair, data.rows[:1]):
-            seeds.set_noise(seeds.mix(seed, seeds.ORDER, 2), data.rows.device)
-            for index in rows.to(data.rows.device).split(CHUNK):
-                node = pair.guide_trace(pair.accept(data.draw(index))).nodes[embedded(posterior.site.name)]
-                infer: Any = node["infer"]
-                parts.append(posterior.vectors(infer["point"]))
-        posterior.codebook.start(torch.cat(parts), seed, batch * positions)
 
 
 def _told(row: Mapping[str, float]) -> str:
@@ -242,7 +214,7 @@ class Trainer:
         with torch.random.fork_rng(devices=devices), pyro.validation_enabled(False), Stop() as stop, self._enough():
             if self.state.step == 0:
                 self._schedules(0)
-                start_from_data(self.pair, self.data.train, self.batch, self.plan.seed)
+                begin(self.pair, self.data.train, self.batch, self.plan.seed)
                 if self.average is not None:
                     torch._foreach_copy_(self.average, [p.detach() for p in self.parameters])
             self.stepper = self._stepper()

@@ -1,0 +1,49 @@
+"""First weights of the parts that begin at training data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from pvae.data import Split
+from pvae.graph.lifecycle import Begun
+from pvae.pair.pair import Pair, quiet
+from pvae.training.evaluation import CHUNK
+from pvae.util import seeds
+
+
+@dataclass(frozen=True)
+class TrainingRows:
+    """The training data of a pair as `FirstRows`."""
+
+    pair: Pair
+    data: Split
+    batch: int
+    seed: int
+
+    def observed(self, count: int, stream: int) -> Tensor:
+        """See `FirstRows.observed`."""
+        return self.data.observed(self.data.rows[self._subset(count, stream)])
+
+    def inferred(self, site: str, count: int, stream: int) -> list[Mapping[str, Any]]:
+        """See `FirstRows.inferred`; moves no random state."""
+        with quiet(self.pair, self.data.rows[:1]):
+            seeds.set_noise(seeds.mix(self.seed, seeds.ORDER, stream + 1), self.data.rows.device)
+            batches = (self.data.draw(index) for index in self._subset(count, stream).split(CHUNK))
+            nodes = [self.pair.guide_trace(self.pair.accept(x)).nodes[site] for x in batches]
+        return [node["infer"] or {} for node in nodes]
+
+    def _subset(self, count: int, stream: int) -> Tensor:
+        rows = seeds.subset(len(self.data), count, seeds.mix(self.seed, seeds.ORDER, stream))
+        return rows.to(self.data.rows.device)
+
+
+def begin(pair: Pair, data: Split, batch: int, seed: int) -> None:
+    """Let every part that is fitted begin at the training data, in the order in which the pair holds them."""
+    rows = TrainingRows(pair, data, batch, seed)
+    for part in pair.modules():
+        if isinstance(part, Begun) and part.training:
+            part.begin(rows)
