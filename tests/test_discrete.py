@@ -49,10 +49,10 @@ from pvae.nn.schedules import Exponential
 from pvae.objectives.base import IWAE, Loss, Objective, TraceELBO, TraceMeanFieldELBO
 from pvae.pair.pair import Pair
 from pvae.runs import checkpoint
+from pvae.training.begin import begin
 from pvae.training.evaluation import evaluate
 from pvae.training.fit import refit
 from pvae.training.step import Step
-from pvae.training.begin import begin
 from pvae.training.trainer import Trainer
 from tests.laws import FLOWS, require_gradients
 
