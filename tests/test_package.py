@@ -1,12 +1,16 @@
 """Importing pvae is cheap and changes nothing outside itself."""
 
 import ast
+import importlib
+import inspect
 import json
+import pkgutil
 import subprocess
 import sys
 from collections.abc import Iterator, Set
 from graphlib import TopologicalSorter
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -129,6 +133,29 @@ def test_rooms_import_one_way():
     other_side = {"models": "guides", "guides": "models"}
     for room, others in rooms.items():
         assert other_side.get(room.split(".")[1]) not in {other.split(".")[1] for other in others}, room
+
+
+def methods() -> Iterator[tuple[str, type, Any]]:
+    """Every public method and property that a class of pvae defines itself."""
+    for found in pkgutil.walk_packages(pvae.__path__, "pvae."):
+        if found.name == "pvae.__main__":
+            continue
+        for cls in vars(importlib.import_module(found.name)).values():
+            if inspect.isclass(cls) and cls.__module__ == found.name and not cls.__name__.startswith("_"):
+                for name, member in vars(cls).items():
+                    member = getattr(member, "__func__", member)
+                    if not name.startswith("_") and (inspect.isfunction(member) or isinstance(member, property)):
+                        yield name, cls, member
+
+
+def test_every_public_method_is_documented_where_it_is_first_defined():
+    checked = 0
+    for name, cls, member in methods():
+        if any(hasattr(base, name) for base in cls.__mro__[1:]):
+            continue
+        checked += 1
+        assert member.__doc__, f"{cls.__module__}.{cls.__name__}.{name} has no docstring and overrides none"
+    assert checked > 300
 
 
 def test_unknown_name_is_an_attribute_error():
