@@ -1,9 +1,11 @@
-"""What the products of a training step's networks are made in."""
+"""Precision of the products of a training step's networks."""
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from typing import Any, Literal
 
 import torch
@@ -21,32 +23,55 @@ PRODUCTS = (
     functional.conv_transpose2d,
     functional.conv_transpose3d,
 )
-"""What takes (input, weight, bias, ...)."""
+"""Functions of (input, weight, bias, ...) that multiply."""
+SPLIT = 2.0**16 + 1
+"""Veltkamp's factor: it divides the 24 significant bits of a float32 into 8, those of a bfloat16, and 16."""
 
 
 class BFloat16Products(TorchFunctionMode):
     """Dense layers and convolutions of float32 tensors multiply in bfloat16, forward and backward.
 
     Factors and results are rounded to bfloat16, a relative error of at most 2^-8 (binary x is exact); biases are added
-    in float32, and all else stays as it is: weights, optimiser, activations, draws, densities, and products of other
+    in float32, and all else stays as it is: weights, optimiser, activations, samples, densities, and products of other
     types. (autocast would hand bfloat16 on to what follows, down to the scales of distributions.) Layers inside torch's
     own composites (`nn.MultiheadAttention`, `nn.GRU`) are not reached, and what is computed anew on the way back
     (`torch.utils.checkpoint`) is refused by torch, since the mode holds on the way forward.
+
+    A processor without such products would emulate them slowly and round more than once: there the factors of the
+    forward pass are rounded to bfloat16 and multiplied in float32, and nothing else is rounded.
     """
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        """See `torch.overrides.TorchFunctionMode`."""
         options = dict(kwargs or {})
         if func in PRODUCTS and (args[0] if args else options["input"]).dtype is torch.float32:
             return _product(func, *args, **options)
         return func(*args, **options)
 
 
+@cache
+def multiplies_bfloat16() -> bool:
+    """True where the processor has products of bfloat16 (AVX512-BF16, AMX, or those of ARM) and torch uses them."""
+    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return False
+    return platform.machine().lower() not in ("x86_64", "amd64") or torch.cpu._is_avx512_bf16_supported()
+
+
+def rounded(x: Tensor) -> Tensor:
+    """Round a float32 tensor to the nearest bfloat16 and keep it as float32; gradients pass unchanged.
+
+    Inductor may take out a cast to bfloat16 and back, but keeps these sums. Exact below 2^111.
+    """
+    high = x * SPLIT
+    return high - (high - x)
+
+
 def _product(
     func: Callable[..., Tensor], input: Tensor, weight: Tensor, bias: Tensor | None = None, *rest: Any, **options: Any
 ) -> Tensor:
+    if input.device.type == "cpu" and not multiplies_bfloat16():
+        return func(rounded(input), rounded(weight), bias, *rest, **options)
     out = func(input.bfloat16(), weight.bfloat16(), None, *rest, **options).float()
     if bias is None:
         return out

@@ -1,7 +1,11 @@
-"""Training with products in bfloat16: what is rounded, what is not, and that a fit comes out the same."""
+"""Training with products in bfloat16: rounded factors, exact other operations, and fits that come out the same."""
 
 from __future__ import annotations
 
+import os
+import platform
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +18,7 @@ from torch import Tensor, nn
 import pvae
 from pvae.errors import DeclarationError
 from pvae.experiment.experiment import Experiment
+from pvae.nn import precision
 from pvae.nn.precision import BFloat16Products, Precision, products_in
 from pvae.objectives.base import Loss
 from pvae.runs import checkpoint
@@ -36,6 +41,14 @@ LAYERS: dict[str, tuple[Callable[[], Layer], tuple[int, ...]]] = {
 }
 
 
+@pytest.fixture(params=["this processor", "a processor without bfloat16"])
+def _processor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products as this processor makes them, and as one without bfloat16 does."""
+    if request.param != "this processor":
+        monkeypatch.setattr(precision, "multiplies_bfloat16", lambda: False)
+
+
+@pytest.mark.usefixtures("_processor")
 @pytest.mark.parametrize("case", LAYERS)
 def test_a_layer_multiplies_rounded_factors(case: str) -> None:
     """Float64 products of the factors, each rounded to bfloat16: value to one rounding, gradients to two."""
@@ -65,6 +78,24 @@ def test_a_layer_multiplies_rounded_factors(case: str) -> None:
         assert torch.allclose(ours[2], direction.movedim(-1 if len(shape) == 2 else 1, 0).flatten(1).sum(1), atol=1e-4)
 
 
+def test_factors_are_rounded_as_a_cast_rounds_them() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(10_000) * torch.randn(10_000).mul(10).exp()
+    assert torch.equal(precision.rounded(x), x.bfloat16().float())
+    assert torch.equal(torch.func.grad(lambda x: precision.rounded(x).sum())(x), torch.ones_like(x))
+
+
+def test_a_processor_without_avx512_is_known() -> None:
+    """Asked in a process of its own, which torch and oneDNN are told to run on AVX2 alone."""
+    code = "from pvae.nn.precision import multiplies_bfloat16; print(multiplies_bfloat16())"
+    only_avx2 = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, **only_avx2}, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "False" or platform.machine() not in ("x86_64", "AMD64")
+
+
+@pytest.mark.usefixtures("_processor")
 def test_nothing_else_is_rounded() -> None:
     """Products of double precision, matrix products of a density, activations."""
     torch.manual_seed(0)
@@ -106,6 +137,7 @@ def test_loss_and_gradient_are_near_those_in_float32() -> None:
     assert all(p.dtype is torch.float32 for p in pair.parameters())
 
 
+@pytest.mark.usefixtures("_processor")
 def test_the_compiled_step_rounds_alike() -> None:
     """Value and gradient are nearer to the eager step's in bfloat16 than that is to the step in float32."""
     experiment, x = spec_of(), (torch.rand(50, 1, 8, 8) > 0.5).float()
