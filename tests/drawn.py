@@ -23,7 +23,7 @@ from pydantic_core import PydanticCustomError
 
 from pvae.component import Component, Shape
 from pvae.data.rows.columns import Column
-from pvae.data.sources.base import Binarize
+from pvae.data.rows.prepare import Binarize
 from pvae.errors import DeclarationError
 from pvae.experiment.experiment import Experiment, Latent, Refit, Train, Watch
 from pvae.graph.site import Link, Site

@@ -26,7 +26,7 @@ from torch.distributions import constraints
 import pvae
 from pvae.data import Data, Dataset, load
 from pvae.data.rows.columns import Column
-from pvae.data.sources.base import FrameSource
+from pvae.data.sources.tabular import FrameSource
 from pvae.errors import DataError, DeclarationError, DeviceError, NonFiniteError, PvaeError
 from pvae.experiment import zoo
 from pvae.experiment.experiment import Experiment, Train

@@ -503,7 +503,7 @@ def test_fingerprint_changes_with_one_value():
 
 
 def test_importing_the_package_imports_no_torch():
-    code = "import sys, pvae.data.sources.base, pvae.data; print([m for m in ('torch', 'numpy') if m in sys.modules])"
+    code = "import sys, pvae.data, pvae.data.rows.columns; print([m for m in ('torch', 'numpy') if m in sys.modules])"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"
 
@@ -580,7 +580,7 @@ def test_broken_archives(path: Callable[[Path], str], match: str, tmp_path: Path
 
 def test_archive_larger_than_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """FAULTS 45."""
-    monkeypatch.setattr("pvae.data.sources.files.total_memory", lambda: 1000)
+    monkeypatch.setattr("pvae.data.rows.files.total_memory", lambda: 1000)
     with pytest.raises(DataError, match=r"half of this computer's memory .* got \(40, 4\) float32, .*stream = true"):
         load(Npz(path=npz(tmp_path, x=X)))
 

@@ -81,8 +81,6 @@ def test_public_name_resolves(name):
 
 def room_of(module: str) -> str:
     """The folder that holds a module of pvae; a module on the ground floor of `pvae/` is a room of its own."""
-    if module.startswith("pvae.data."):  # one room yet
-        return "pvae.data"
     folder, _, _ = module.rpartition(".")
     return module if folder == "pvae" else folder
 
@@ -110,7 +108,7 @@ def arrows() -> dict[str, set[str]]:
         room = room_of(name)
         found.setdefault(room, set())
         for other in imported(ast.parse(path.read_text()), modules):
-            there = room_of(other) if f"{other}.__init__" not in files or ".data." in other else other
+            there = room_of(other) if f"{other}.__init__" not in files else other
             if there not in (room, "pvae"):
                 found[room].add(there)
     return found

@@ -137,7 +137,7 @@ def test_a_fit_on_streamed_rows(name: str, tmp_path: Path):
 @pytest.mark.parametrize("name", ["npy", "npz_deflated", "idx_gz", "images"])
 def test_rows_too_large_for_memory(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """FAULTS 45 (data): refused with the memory they need, before they are read; streamed they pass."""
-    monkeypatch.setattr("pvae.data.sources.files.total_memory", lambda: 2000)
+    monkeypatch.setattr("pvae.data.rows.files.total_memory", lambda: 2000)
     with pytest.raises(DataError, match=r"half of this computer's memory of .* GiB; got \(60, .*stream = true"):
         load(made(name, tmp_path))
     assert len(load(made(name, tmp_path, stream=True)).train) == 48
@@ -284,7 +284,7 @@ def test_a_bomb_is_decoded_in_bounded_memory_or_refused(tmp_path: Path, monkeypa
     """FAULTS 27: 64 MiB of zeros in 64 KiB."""
     path = npz(tmp_path, np.savez_compressed, x=np.zeros((2**13, 2**10)))
     assert os.path.getsize(path) < 2**17
-    monkeypatch.setattr("pvae.data.sources.files.total_memory", lambda: 2**27)
+    monkeypatch.setattr("pvae.data.rows.files.total_memory", lambda: 2**27)
     with pytest.raises(DataError, match="'x': expected rows that fit into half of this computer's memory"):
         load(Npz(path=path))
 
@@ -521,7 +521,7 @@ def test_an_entry_is_made_once_and_again_when_damaged_or_out_of_date(tmp_path: P
 DECODE = """
 import sys, time
 import numpy as np
-from pvae.data.cache import decoded
+from pvae.data.rows.cache import decoded
 def make(writer):
     with open(sys.argv[1], "a") as log:
         log.write("made\\n")
@@ -637,7 +637,7 @@ def test_broken_torch_datasets(dataset: Any, match: str):
 
 def test_torch_datasets_larger_than_memory(monkeypatch: pytest.MonkeyPatch):
     """FAULTS 45 (data)."""
-    monkeypatch.setattr("pvae.data.sources.files.total_memory", lambda: 1000)
+    monkeypatch.setattr("pvae.data.rows.files.total_memory", lambda: 1000)
     with pytest.raises(DataError, match="got .60, 5. float32, which need .* Pass stream=True to Dataset.from_torch"):
         Dataset.from_torch(TensorDataset(XT))
     with pytest.raises(DataError, match=r"train: expected rows that fit .* Pass a torch Dataset and stream=True"):

@@ -30,9 +30,10 @@ import pvae
 from pvae.data import CSV, Dataset, Parquet, load
 from pvae.data.rows.columns import Column
 from pvae.data.rows.prepare import UNWARPS, WARPS
-from pvae.data.sources.base import FrameSource
+from pvae.data.sources.tabular import FrameSource
 from pvae.data.streamed import Streamed
-from pvae.data.tables import tables
+from pvae.data.tables import delimited
+from pvae.data.tables import parquet as parquet_files
 from pvae.data.tables.delimited import MAX_HEADER_BYTES
 from pvae.errors import DataError, DeclarationError, MissingExtraError
 from pvae.experiment.experiment import Experiment
@@ -306,7 +307,7 @@ def by_hand(frame: pandas.DataFrame, train: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize("piece", [2**22, 500])
 def test_every_form_gives_pandas_own_values(piece: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pvae.data.tables.delimited.PIECE_BYTES", piece)
-    monkeypatch.setattr(tables, "BATCH_ROWS", max(piece // 10, 7))
+    monkeypatch.setattr(parquet_files, "BATCH_ROWS", max(piece // 10, 7))
     frame = mixed()
     forms = sources(tmp_path, frame)
     parts = forms["csv"].read(None, 0).parts
@@ -348,7 +349,7 @@ def test_a_table_is_decoded_once_and_anew_when_it_changed(tmp_path: Path, monkey
     source = CSV.model_validate({"path": str(path), "columns": {"a": "continuous", "b": "binary"}})
     first = source.read(None, 0).x
     with monkeypatch.context() as patch:
-        patch.setattr(tables, "read_pieces", lambda *_: pytest.fail("decoded again"))
+        patch.setattr(delimited, "read_pieces", lambda *_: pytest.fail("decoded again"))
         assert np.array_equal(source.read(None, 0).x, first)
     path.write_text("a,b\n" + "".join(f"{i + 1},{i % 2}\n" for i in range(40)))
     assert np.array_equal(source.read(None, 0).x[:, 0], first[:, 0] + 1)
@@ -365,8 +366,8 @@ def test_a_table_of_any_length_is_decoded_in_the_same_memory(tmp_path: Path) -> 
     code = (
         "import sys\n"
         "import pandas\n"
-        "from pvae.data.rows import rows\nfrom pvae.data.tables import tables\n"
-        "from pvae.data.sources.base import CSV\n"
+        "from pvae.data.rows import rows\n"
+        "from pvae.data.sources.tabular import CSV\n"
         "def peak():\n"
         "    lines = open('/proc/self/status').read().splitlines()\n"
         "    return next(int(line.split()[1]) for line in lines if line.startswith('VmHWM')) // 1024\n"
@@ -489,7 +490,7 @@ def test_faults_of_frames_and_of_parquet(tmp_path: Path, monkeypatch: pytest.Mon
     """FAULTS 6 and 26 for Parquet, and a package that is not there."""
     with pytest.raises(DataError, match="expected a pandas DataFrame; got ndarray"):
         Dataset.from_frame(np.zeros((3, 2)), AB)
-    with pytest.raises(DataError, match="named once; got 'a' twice"):
+    with pytest.raises(DataError, match="named once; got 'a' 2 times"):
         Dataset.from_frame(pandas.DataFrame(np.zeros((3, 2)), columns=["a", "a"]), {"a": "continuous"})
     with pytest.raises(DataError, match="expected numbers and words; got something else"):
         Dataset.from_frame(pandas.DataFrame({"a": [1.0, 2.0], "b": [["x"], ["y"]]}), AB)

@@ -16,7 +16,7 @@ from pvae.analysis import surgery
 from pvae.analysis.decompose.result import Surgery
 from pvae.data import Toy, load
 from pvae.data.sources import toys
-from pvae.data.sources.base import Density
+from pvae.data.sources.toys import DensityName
 from pvae.errors import DataError, DeclarationError
 
 PARTS = {"moons": 2, "rings": 3, "pinwheel": 5, "checkerboard": 8, "eight_gaussians": 8, "spiral": 2}
@@ -39,7 +39,7 @@ def midpoints(reach: float, cells: int) -> tuple[toys.Floats, float]:
 
 
 def test_the_tables_are_complete():
-    assert set(toys.DENSITIES) == set(get_args(Density)) == set(PARTS)
+    assert set(toys.DENSITIES) == set(get_args(DensityName)) == set(PARTS)
     assert EXACT == ["rings", "pinwheel", "checkerboard", "eight_gaussians"]
 
 
@@ -179,7 +179,7 @@ def test_an_unknown_density_is_refused_with_the_near_name():
     with pytest.raises(DeclarationError, match=r"data.density: expected one of moons, .*; got 3"):
         declared(density=3)
     with pytest.raises(ValidationError, match="did you mean 'rings'"):
-        Toy(density="ring")  # type: ignore[arg-type]
+        Toy(density="ring")
 
 
 @pytest.mark.parametrize("change", [{"rows": 0}, {"noise": -0.1}, {"data_seed": "own"}, {"data_seed": -1}])

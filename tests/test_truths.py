@@ -49,7 +49,7 @@ from pvae.analysis.truths.models import (
 )
 from pvae.analysis.truths.selfcheck import ESTIMATORS, Check, SelfCheck, selfcheck
 from pvae.data import load
-from pvae.data.sources.base import FashionMNIST
+from pvae.data.sources.collections import FashionMNIST
 from pvae.errors import DataError
 
 

@@ -45,7 +45,7 @@ from pvae.analysis.samples.two_sample import by_chance, space_of
 from pvae.analysis.truths.counterexamples import Box, Diluted, FactorNormal, Memory
 from pvae.analysis.truths.models import probabilistic_pca
 from pvae.data import Dataset, load
-from pvae.data.sources.base import Digits
+from pvae.data.sources.digits import Digits
 from pvae.errors import DataError
 from pvae.pair.pair import Pair
 from pvae.util import seeds

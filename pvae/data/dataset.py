@@ -12,18 +12,20 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pydantic import ValidationError
 from torch import Tensor
 from torch.distributions import constraints
 from torch.utils.data import Dataset as TorchDataset
 
 from pvae.data.rows.arrays import AnyArray, Array, Stored
+from pvae.data.rows.files import require_room
 from pvae.data.rows.prepare import Prepared, extremes, prepare, scaled
 from pvae.data.rows.rows import CHUNK_ELEMENTS, SPLITS, Part, Rows, joined, partition, reshape, shared_rows
-from pvae.data.sources.base import Data, FrameSource, TensorSource
-from pvae.data.sources.files import require_room
-from pvae.data.sources.python import anndata_rows, as_array, is_anndata, torch_rows
+from pvae.data.sources.base import Data
+from pvae.data.sources.python import TensorSource, anndata_rows, as_array, is_anndata, torch_rows
+from pvae.data.sources.tabular import FrameSource
 from pvae.data.streamed import Streamed, Streams, WindowOrder, streams
-from pvae.data.tables.tables import Table, declared_frame, read_frame
+from pvae.data.tables.transforms import ColumnTransforms
 from pvae.errors import DataError, DeclarationError, near
 from pvae.models.likelihoods.columns import columns as of_columns
 from pvae.util import seeds
@@ -152,7 +154,7 @@ class Dataset:
     fingerprint: str
     label_names: tuple[str, ...] | None = None
     notes: tuple[str, ...] = ()
-    table: Table | None = None
+    table: ColumnTransforms | None = None
 
     @property
     def splits(self) -> tuple[Split, Split, Split]:
@@ -309,8 +311,8 @@ class Dataset:
             >>> Dataset.from_frame(frame, {"size": "continuous", "seen": "binary"}).shape
             (2,)
         """
-        source = declared or declared_frame(columns or {}, more)
-        return _assembled(source, read_frame(frame, source))
+        source = declared or _declared_frame({"columns": dict(columns or {}), **more})
+        return _assembled(source, source.rows_of(frame))
 
     @classmethod
     def of(cls, data: Any, declared: TensorSource | FrameSource | None = None) -> Dataset:
@@ -363,7 +365,7 @@ def load(data: Data, *, data_dir: Path | None = None, seed: int = 0) -> Dataset:
 
 
 def _assembled(data: Data, rows: Rows) -> Dataset:
-    parts = partition(data.splits, rows)
+    parts = partition(data.splits.declared, rows)
     x = reshape(rows, data.shape)
     ready = scaled(data.scale, rows, x, parts["train"])
     prepared = (streams if isinstance(x, Stored) else prepare)(ready, parts, data.binarize)
@@ -375,7 +377,7 @@ def _assembled(data: Data, rows: Rows) -> Dataset:
         binarize=data.binarize,
         fingerprint=_fingerprint(splits.values(), tuple(x.shape[1:]), data.binarize),
         label_names=rows.label_names,
-        table=Table(rows.table, *ready.affine(), ready.warps) if rows.table else None,
+        table=ColumnTransforms(rows.table, *ready.affine(), ready.warps) if rows.table else None,
         notes=(*rows.notes, *_constant_features(splits["train"]), *_shared(x, parts)),
     )
 
@@ -412,6 +414,15 @@ def _constant_features(train: Split) -> list[str]:
 def _shared(x: AnyArray, parts: dict[str, Part]) -> list[str]:
     counts = {name: shared_rows(x, parts, name) for name in SPLITS[1:]}
     return [f"{n} of {len(parts[name])} rows of {name} also occur in train" for name, n in counts.items() if n]
+
+
+def _declared_frame(raw: Mapping[str, Any]) -> FrameSource:
+    from pvae.experiment.experiment import describe
+
+    try:
+        return FrameSource.model_validate(raw)
+    except ValidationError as error:
+        raise DeclarationError([f"from_frame: {describe(e, raw)}" for e in error.errors()]) from None
 
 
 def _pair(part: Any) -> tuple[Any, Any]:

@@ -19,9 +19,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pvae.data.rows.arrays import Stored
-from pvae.data.rows.prepare import PUBLISHED_SEED, BlockRule, Scaled, require_unit
+from pvae.data.rows.prepare import PUBLISHED_SEED, Binarize, BlockRule, Scaled, require_unit
 from pvae.data.rows.rows import SPLITS, Part, chunks, rows_of
-from pvae.data.sources.base import Binarize
 from pvae.errors import DataError
 from pvae.util import seeds
 

@@ -20,7 +20,8 @@ from pydantic_core import ErrorDetails, InitErrorDetails, PydanticCustomError
 from torch import nn
 
 from pvae.component import Component, Ints, Names, Section, Shape, Table, load_members
-from pvae.data.sources.base import Data, Digits
+from pvae.data.sources.base import Data
+from pvae.data.sources.digits import Digits
 from pvae.errors import DeclarationError, is_refused_draw, near
 from pvae.experiment import zoo
 from pvae.experiment.rules import findings

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from pvae.component import IMPORTED
 from pvae.data import Dataset, Split, load
-from pvae.data.sources.base import FrameSource, TensorSource
+from pvae.data.sources.python import TensorSource
+from pvae.data.sources.tabular import FrameSource
 from pvae.errors import CheckpointError, DataError, DeclarationError
 from pvae.experiment.experiment import Experiment, Plan
 from pvae.pair.pair import Pair

@@ -12,7 +12,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
-from pvae.data.sources.base import FrameSource, TensorSource
+from pvae.data.sources.python import TensorSource
+from pvae.data.sources.tabular import FrameSource
 from pvae.errors import DeclarationError, near
 from pvae.experiment import zoo
 from pvae.experiment.experiment import Experiment, apply_overrides

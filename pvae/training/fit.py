@@ -13,8 +13,8 @@ from torch import Tensor
 
 from pvae.component import IMPORTED
 from pvae.data import Dataset, load
-from pvae.data.sources.base import FrameSource, Tabular, TensorSource
-from pvae.data.sources.python import is_bare
+from pvae.data.sources.python import TensorSource, is_bare
+from pvae.data.sources.tabular import FrameSource, Tabular
 from pvae.errors import CheckpointError, DataError, DeclarationError, DeviceError
 from pvae.experiment.experiment import Experiment, Plan, Train
 from pvae.experiment.rules import refused

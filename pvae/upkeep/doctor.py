@@ -384,8 +384,8 @@ def _temporary() -> Iterator[Check]:
 
 
 def _data(data_dir: Path | None) -> Iterator[Check]:
+    from pvae.data.rows.files import user_folder
     from pvae.data.sources.collections import FASHION_MNIST, MNIST_FILES
-    from pvae.data.sources.files import user_folder
 
     named = user_folder(data_dir)
     if find_spec("sklearn") is None:

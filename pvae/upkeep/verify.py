@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pvae.data.sources.base import FrameSource, TensorSource
+from pvae.data.sources.python import TensorSource
+from pvae.data.sources.tabular import FrameSource
 from pvae.errors import CheckpointError, DataError
 from pvae.experiment.experiment import Experiment
 from pvae.pair.pair import Pair

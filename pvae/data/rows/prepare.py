@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,8 +12,10 @@ from scipy.special import expit, logit
 
 from pvae.data.rows.arrays import AnyArray, Array
 from pvae.data.rows.rows import Part, Rows, chunks, rows_of
-from pvae.data.sources.base import Binarize, Scale
 from pvae.errors import DataError
+
+Binarize = Literal["none", "threshold", "static", "dynamic"]
+Scale = Literal["unit", "raw", "standardise"]
 
 Floats = NDArray[np.float64]
 Rule = Callable[[Floats], Array]

@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 
 from pvae.data.rows.arrays import AnyArray, Array, Joined
 from pvae.data.rows.columns import Column
-from pvae.data.sources.base import Splits
 from pvae.errors import DataError
 
 Part = range | NDArray[np.int64]
@@ -143,13 +142,12 @@ def rows_of(x: AnyArray, part: Part) -> Array:
     return x[part.start : part.stop] if isinstance(part, range) else x[part]
 
 
-def partition(splits: Splits, rows: Rows) -> dict[str, Part]:
-    """The rows of each split: as declared, else the source's own.
+def partition(declared: Mapping[str, tuple[int, int]], rows: Rows) -> dict[str, Part]:
+    """Return the rows of each split: the declared range, else the source's own.
 
     Raises:
         DataError: a range is empty, out of range, or shares rows with another.
     """
-    declared = splits.declared
     fixed = all(isinstance(part, range) for part in rows.parts.values())
     missing = [name for name in SPLITS if name not in declared]
     if declared and missing and not fixed:

@@ -10,18 +10,16 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING
+from typing import Literal, final
 
 import numpy as np
 
 from pvae.data.rows.arrays import Announced, AnyArray, Array, FileArray, announced, npy_array, npy_header, version_of
 from pvae.data.rows.cache import Writer, decoded
+from pvae.data.rows.files import MAX_DEFLATE_RATIO, gathered, held, located, pieces, require_room
 from pvae.data.rows.rows import SPLITS, Rows, joined
-from pvae.data.sources.files import MAX_DEFLATE_RATIO, file_rows, gathered, held, located, pieces, require_room
+from pvae.data.sources.base import FileData
 from pvae.errors import DataError, near
-
-if TYPE_CHECKING:
-    from pvae.data.sources.base import Npy, Npz
 
 BROKEN = (
     zipfile.BadZipFile, zlib.error, struct.error, EOFError, ValueError, OSError, OverflowError, RuntimeError,
@@ -30,15 +28,53 @@ LOCAL_HEADER = 30
 """Bytes of a zip archive's local header, before a name and extra fields whose lengths are its last two numbers."""
 
 
-def read_npy(declared: Npy, data_dir: Path | None) -> Rows:
-    """The rows of a declared `.npy` file.
+@final
+class Npy(FileData):
+    """One array of a `.npy` file, (n, ...); with `stream` it is mapped, whatever its size.
 
-    Raises:
-        DataError: see `npy_array` and `require_room`.
+    Object arrays are refused: reading them could run code.
     """
-    x = npy(located(declared.path, data_dir), declared.stream)
-    y = np.asarray(npy(located(declared.labels, data_dir))) if declared.labels else None
-    return file_rows(declared, x, y, "x")
+
+    source: Literal["npy"] = "npy"
+    labels: str | None = None
+    """A second `.npy` file, of integer labels; none are read by default."""
+
+    def read(self, data_dir: Path | None, seed: int) -> Rows:
+        x = npy(located(self.path, data_dir), self.stream)
+        y = np.asarray(npy(located(self.labels, data_dir))) if self.labels else None
+        return self.to_rows(x, y, "x")
+
+
+@final
+class Npz(FileData):
+    """Arrays of a NumPy archive: `x` (n, ...), or `x_train`, `x_test` and possibly `x_validation`.
+
+    Object arrays are refused: reading them could run code.
+
+    Without declared splits the rows are permuted with `split_seed` (what the archive splits already stays as it is).
+    """
+
+    source: Literal["npz"] = "npz"
+    x: str = "x"
+    """Key of the rows, or its stem before `_train`."""
+    y: str | None = None
+    """Key of integer labels, or its stem; none are read by default."""
+
+    def read(self, data_dir: Path | None, seed: int) -> Rows:
+        path = located(self.path, data_dir)
+        names = held_keys(path)
+        whole = self.x in names or f"{self.x}_train" not in names
+        ends = [""] if whole else [f"_{name}" for name in SPLITS if f"{self.x}_{name}" in names]
+        arrays = read_arrays(path, [self.x + end for end in ends], self.stream)
+        labels = read_arrays(path, [self.y + end for end in ends]) if self.y else {}
+        given = {
+            end.removeprefix("_"): (arrays[self.x + end], np.asarray(labels[f"{self.y}{end}"]) if labels else None)
+            for end in ends
+        }
+        if whole:
+            return self.to_rows(*given[""], self.x)
+        rows = joined(given, self.split_seed)
+        return Rows(rows.x, rows.y, rows.parts, self.largest or rows.largest, name=self.x)
 
 
 def npy(path: Path, stream: bool = False) -> AnyArray:
@@ -52,26 +88,6 @@ def npy(path: Path, stream: bool = False) -> AnyArray:
     found, version = npy_header(path)
     x = held(FileArray(path, found.dtype, found.shape, found.offset, version), False, str(path))
     return np.ascontiguousarray(x.T) if found.fortran and isinstance(x, np.ndarray) else x
-
-
-def read_npz(declared: Npz, data_dir: Path | None) -> Rows:
-    """The rows of a declared archive.
-
-    Raises:
-        DataError: see `read_arrays` and `joined`.
-    """
-    path = located(declared.path, data_dir)
-    names = held_keys(path)
-    if declared.x in names or f"{declared.x}_train" not in names:
-        arrays = read_arrays(path, [declared.x], declared.stream)
-        y = read_arrays(path, [declared.y])[declared.y] if declared.y else None
-        return file_rows(declared, arrays[declared.x], y if y is None else np.asarray(y), declared.x)
-    splits = [name for name in SPLITS if f"{declared.x}_{name}" in names]
-    arrays = read_arrays(path, [f"{declared.x}_{name}" for name in splits], declared.stream)
-    labels = read_arrays(path, [f"{declared.y}_{name}" for name in splits]) if declared.y else {}
-    y_of = {name: np.asarray(labels[f"{declared.y}_{name}"]) if labels else None for name in splits}
-    rows = joined({name: (arrays[f"{declared.x}_{name}"], y_of[name]) for name in splits}, declared.split_seed)
-    return Rows(rows.x, rows.y, rows.parts, declared.largest or rows.largest, name=declared.x)
 
 
 @dataclass(frozen=True)

@@ -12,14 +12,16 @@ import tempfile
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from typing import Literal, final
 
 import numpy as np
 
 from pvae.data.rows.arrays import Array
 from pvae.data.rows.cache import cache_folder, locked
+from pvae.data.rows.files import user_folder
 from pvae.data.rows.rows import Rows
 from pvae.data.sources.archives import read_arrays
-from pvae.data.sources.files import user_folder
+from pvae.data.sources.base import Data
 from pvae.data.sources.idx import Header, read_idx
 from pvae.errors import DataError
 
@@ -90,14 +92,32 @@ MNIST_FILES = Collection(
 )
 
 
-def read_digits() -> Rows:
-    """scikit-learn's digits: x (1797, 1, 8, 8), levels 0 to 16; y (1797,)."""
-    from sklearn.datasets import load_digits
+@final
+class FashionMNIST(Data):
+    """Fashion-MNIST: 70 000 images (1, 28, 28) of clothes in ten classes.
 
-    bunch = load_digits()
-    parts = {"train": range(1000), "validation": range(1000, 1350), "test": range(1350, 1797)}
-    x, y = bunch.data.reshape(-1, 1, 8, 8).astype(np.uint8), bunch.target
-    return Rows(x, y, parts, largest=16.0, label_names=tuple("0123456789"), name="digits")
+    References: Fashion-MNIST (Xiao, Rasul, Vollgraf, 2017), https://arxiv.org/abs/1708.07747
+    """
+
+    source: Literal["fashion_mnist"] = "fashion_mnist"
+
+    def read(self, data_dir: Path | None, seed: int) -> Rows:
+        """Return rows (70000, 1, 28, 28); train [0, 50000), validation [50000, 60000), test [60000, 70000)."""
+        return read_collection(FASHION_MNIST, data_dir)
+
+
+@final
+class MNIST(Data):
+    """MNIST: 70 000 handwritten digits (1, 28, 28).
+
+    References: Gradient-based learning applied to document recognition (LeCun et al., 1998)
+    """
+
+    source: Literal["mnist"] = "mnist"
+
+    def read(self, data_dir: Path | None, seed: int) -> Rows:
+        """Return rows (70000, 1, 28, 28); train [0, 50000), validation [50000, 60000), test [60000, 70000)."""
+        return read_collection(MNIST_FILES, data_dir)
 
 
 def read_collection(collection: Collection, data_dir: Path | None) -> Rows:

@@ -12,36 +12,50 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, cast
+from typing import IO, Any, Literal, cast, final
 
 import numpy as np
 
 from pvae.data.rows.arrays import AnyArray, Array, FileArray, version_of
 from pvae.data.rows.cache import Writer, decoded
-from pvae.data.rows.rows import Rows
-from pvae.data.sources.files import (
+from pvae.data.rows.files import (
     BLOCK_BYTES,
     MAX_DEFLATE_RATIO,
-    file_rows,
     gathered,
     held,
     located,
     pieces,
     require_room,
 )
+from pvae.data.rows.rows import Rows
+from pvae.data.sources.base import FileData
 from pvae.errors import DataError
-
-if TYPE_CHECKING:
-    from pvae.data.sources.base import Idx
 
 TYPES = {0x08: "u1", 0x09: "i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
 MAX_DIMENSIONS = 32
 GZIP = b"\x1f\x8b"
 
 
+@final
+class Idx(FileData):
+    """An IDX file, as MNIST's: numbers of any of its six types in any dimensions, plain or gzipped.
+
+    References: Gradient-based learning applied to document recognition (LeCun et al., 1998)
+    """
+
+    source: Literal["idx"] = "idx"
+    labels: str | None = None
+    """A second IDX file, of integer labels; none are read by default."""
+
+    def read(self, data_dir: Path | None, seed: int) -> Rows:
+        x = read_idx(located(self.path, data_dir), stream=self.stream)
+        y = np.asarray(read_idx(located(self.labels, data_dir))) if self.labels else None
+        return self.to_rows(x, y, "x")
+
+
 @dataclass(frozen=True)
 class Header:
-    """What an IDX file begins with.
+    """The header of an IDX file.
 
     Arguments:
         shape: (n, *row).
@@ -61,17 +75,6 @@ class Header:
     def total(self) -> int:
         """Bytes of the whole file, decompressed."""
         return 4 + 4 * len(self.shape) + self.dtype.itemsize * prod(self.shape)
-
-
-def read(declared: Idx, data_dir: Path | None) -> Rows:
-    """The rows of a declared file.
-
-    Raises:
-        DataError: see `read_idx`.
-    """
-    x = read_idx(located(declared.path, data_dir), stream=declared.stream)
-    y = read_idx(located(declared.labels, data_dir)) if declared.labels else None
-    return file_rows(declared, x, y if y is None else np.asarray(y), "x")
 
 
 def read_idx(path: Path, wanted: Header | None = None, *, stream: bool = False) -> AnyArray:

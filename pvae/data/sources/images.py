@@ -10,21 +10,21 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Annotated, Literal, final
 
 import numpy as np
 import PIL
 from PIL import Image, ImageOps, UnidentifiedImageError
+from pydantic import Field
 
 from pvae.data.rows.arrays import Array
 from pvae.data.rows.cache import Writer, decoded
+from pvae.data.rows.files import held, user_folder
+from pvae.data.rows.prepare import Scale
 from pvae.data.rows.rows import Rows
-from pvae.data.sources.files import file_rows, held, user_folder
+from pvae.data.sources.base import FileData
 from pvae.errors import DataError, printable
 from pvae.util.files import pretty
-
-if TYPE_CHECKING:
-    from pvae.data.sources.base import Images
 
 FORMATS = ("PNG", "JPEG", "BMP", "GIF", "PPM", "TIFF", "WEBP")
 SUFFIXES = frozenset(".png .jpg .jpeg .bmp .gif .ppm .pgm .pbm .tif .tiff .webp".split())
@@ -34,6 +34,51 @@ TOGETHER = 8
 """Images that are decoded at a time."""
 THREADS = 4
 SHOWN = 5
+
+
+Side = Annotated[int, Field(gt=0, le=2**13)]
+"""Pixels along one side of an image."""
+
+
+@final
+class Images(FileData):
+    """A folder of images (PNG, JPEG, BMP, GIF, PPM, TIFF, WebP) and its sub-folders, in the order of their names.
+
+    They are decoded once into the cache. A file that cannot be read is skipped and listed in `Dataset.notes`. When
+    every image is in a sub-folder, the sub-folders are the labels.
+    """
+
+    source: Literal["images"] = "images"
+    size: Annotated[tuple[Side, Side], Field(strict=False)] | None = None
+    """`[height, width]`, to which images are resized (bilinear, antialiased); by default all must be of one size."""
+    mode: Literal["L", "RGB"] = "RGB"
+    """One channel of luminance (`L`), or three of colour."""
+    scale: Scale = "unit"
+    """`unit`: divide by 255."""
+
+    def read(self, data_dir: Path | None, seed: int) -> Rows:
+        """Return rows (n, channels, height, width), uint8.
+
+        Raises:
+            DataError: there is no folder, no image in it that can be read, or images are of unlike sizes and none is
+                declared.
+        """
+        root = _located(self.path, data_dir)
+        files, skipped = found(root)
+        if not files:
+            raise DataError(f"{root}: expected images ({', '.join(FORMATS)}); got none.{_listed(skipped)}")
+        listing = hashlib.sha256(pretty({"files": [[file.name, *file.version] for file in files]}).encode()).hexdigest()
+        entry = {"source": "images", "path": str(root.resolve()), "files": listing, "skipped": skipped}
+        options = {"size": self.size, "mode": self.mode, "pillow": PIL.__version__}
+        kept = decoded({**entry, **options}, lambda writer: _decode(writer, root, files, skipped, self))
+        names, y = kept.notes["label_names"], kept.arrays.get("y")
+        return self.to_rows(
+            held(kept.arrays["x"], self.stream, str(root)),
+            None if y is None else y[:],
+            "images",
+            label_names=tuple(names) if names else None,
+            notes=tuple(kept.notes["skipped"]),
+        )
 
 
 @dataclass(frozen=True)
@@ -47,33 +92,6 @@ class Found:
 
     name: str
     version: tuple[int, int]
-
-
-def read(declared: Images, data_dir: Path | None) -> Rows:
-    """The images of a declared folder.
-
-    Raises:
-        DataError: there is no folder, no image in it that can be read, or images are of unlike sizes and none is
-            declared.
-    """
-    root = _located(declared.path, data_dir)
-    files, skipped = found(root)
-    if not files:
-        raise DataError(f"{root}: expected images ({', '.join(FORMATS)}); got none.{_listed(skipped)}")
-    listing = hashlib.sha256(pretty({"files": [[file.name, *file.version] for file in files]}).encode()).hexdigest()
-    entry = {"source": "images", "path": str(root.resolve()), "files": listing, "skipped": skipped}
-    options = {"size": declared.size, "mode": declared.mode, "pillow": PIL.__version__}
-    kept = decoded({**entry, **options}, lambda writer: _decode(writer, root, files, skipped, declared))
-    names = kept.notes["label_names"]
-    x, y = kept.arrays["x"], kept.arrays.get("y")
-    return file_rows(
-        declared,
-        held(x, declared.stream, str(root)),
-        None if y is None else y[:],
-        "images",
-        label_names=tuple(names) if names else None,
-        notes=tuple(kept.notes["skipped"]),
-    )
 
 
 def _located(path: str, data_dir: Path | None) -> Path:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import tempfile
 import weakref
 from collections.abc import Iterator, Mapping, Sequence, Sized
-from typing import IO, Any
+from pathlib import Path
+from typing import IO, Any, Literal, final
 
 import numpy as np
 import torch
@@ -16,12 +17,29 @@ from torch.utils.data import Dataset as TorchDataset
 
 from pvae.data.rows.arrays import AnyArray, Array, Index, SparseRows, Stored
 from pvae.data.rows.cache import cache_folder
+from pvae.data.rows.files import BLOCK_BYTES, require_room
+from pvae.data.rows.prepare import Scale
 from pvae.data.rows.rows import SPLITS, Rows, joined, tenths
-from pvae.data.sources.files import BLOCK_BYTES, require_room
+from pvae.data.sources.base import Data, Seed
 from pvae.errors import DataError, OutputError, StorageError, near
 
 GAP = 4
 """Rows that are read, of which one is wanted, before they are better fetched one by one."""
+
+
+@final
+class TensorSource(Data):
+    """Tensors passed in Python: `pvae.fit(experiment, data=...)`, or `Dataset.from_tensors`."""
+
+    source: Literal["tensor"] = "tensor"
+    scale: Scale = "raw"
+    """`unit` needs unsigned bytes."""
+    split_seed: Seed = 0
+    """Seed of the permutation for splits that are not passed."""
+
+    def read(self, data_dir: Path | None, seed: int) -> Rows:
+        """Raise a DataError: the data must be passed."""
+        raise DataError('Expected tensors for data.source = "tensor"; got none. Pass data=... in Python.')
 
 
 def as_array(values: Any, name: str) -> AnyArray:

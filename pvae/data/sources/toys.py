@@ -8,17 +8,23 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, final, get_args
 
 import numpy as np
 from numpy.random import Generator
 from numpy.typing import NDArray
+from pydantic import Field, field_validator
 from scipy.special import i0e, logsumexp, ndtr
 
+from pvae.data.rows.prepare import Scale
 from pvae.data.rows.rows import Rows
+from pvae.data.sources.base import Data, Seed
 from pvae.errors import DeclarationError, near
 
 Floats = NDArray[np.float64]
 Draws = tuple[Floats, NDArray[np.int64]]
+DensityName = Literal["moons", "rings", "pinwheel", "checkerboard", "eight_gaussians", "spiral"]
 
 COMPASS = ("east", "north-east", "north", "north-west", "west", "south-west", "south", "south-east")
 CENTRES = 2 * np.stack([np.cos(np.arange(8) * math.pi / 4), np.sin(np.arange(8) * math.pi / 4)], 1)
@@ -107,7 +113,7 @@ def _mixed(parts: Floats) -> Floats:
 
 
 @dataclass(frozen=True)
-class Density:
+class ToyDensity:
     """A density of this module.
 
     Arguments:
@@ -124,23 +130,51 @@ class Density:
 
 
 DENSITIES = {
-    "moons": Density(moons, 0.15, ("upper", "lower")),
-    "rings": Density(rings, 0.1, ("inner", "middle", "outer"), _rings),
-    "pinwheel": Density(pinwheel, 0.2, None, _pinwheel),
-    "checkerboard": Density(checkerboard, 0.0, None, _checkerboard),
-    "eight_gaussians": Density(eight_gaussians, 0.2, COMPASS, _eight_gaussians),
-    "spiral": Density(spiral, 0.1),
+    "moons": ToyDensity(moons, 0.15, ("upper", "lower")),
+    "rings": ToyDensity(rings, 0.1, ("inner", "middle", "outer"), _rings),
+    "pinwheel": ToyDensity(pinwheel, 0.2, None, _pinwheel),
+    "checkerboard": ToyDensity(checkerboard, 0.0, None, _checkerboard),
+    "eight_gaussians": ToyDensity(eight_gaussians, 0.2, COMPASS, _eight_gaussians),
+    "spiral": ToyDensity(spiral, 0.1),
 }
 
 
-def read_toy(name: str, rows: int, noise: float | None, seed: int) -> Rows:
-    """Draws of a density: x (n, 2) float32; ``rows`` to train, then a tenth to validate and a tenth to test."""
-    density, tenth = DENSITIES[name], max(1, rows // 10)
-    noise = density.noise if noise is None else noise
-    x, y = density.draw(np.random.default_rng(seed), rows + 2 * tenth, noise)
-    ends = rows, rows + tenth, rows + 2 * tenth
-    parts = {"train": range(ends[0]), "validation": range(ends[0], ends[1]), "test": range(ends[1], ends[2])}
-    return Rows(x.astype(np.float32), y, parts, label_names=density.label_names, name=name)
+@final
+class Toy(Data):
+    """Samples of a density in the plane: pairs (x1, x2), labelled by the part of the figure that they belong to.
+
+    `pvae.data.sources.toys.log_density` and `entropy` give the exact density of four of them.
+    """
+
+    source: Literal["toy"] = "toy"
+    density: DensityName = "moons"
+    rows: int = Field(default=4000, gt=0)
+    """Rows to train; a tenth more validates, another tests."""
+    noise: Annotated[float, Field(ge=0)] | None = None
+    """Deviation of the noise around the figure; by default one that keeps it clear."""
+    scale: Scale = "raw"
+    """Not `unit`: there is no largest level."""
+    data_seed: Seed | Literal["experiment"] = 0
+    """Seed of the samples, the same data for every experiment; `experiment`: each seed of a run draws its own."""
+
+    @field_validator("density", mode="before")
+    @classmethod
+    def _known(cls, density: Any) -> Any:
+        known = get_args(DensityName)
+        if density not in known:
+            hint = near(density, known) if isinstance(density, str) else ""
+            raise ValueError(f"one of {', '.join(known)}; got {density!r}{hint}")
+        return density
+
+    def read(self, data_dir: Path | None, seed: int) -> Rows:
+        """Return rows (1.2 rows, 2), float32; train [0, rows), then validation, then test, a tenth of `rows` each."""
+        density, tenth = DENSITIES[self.density], max(1, self.rows // 10)
+        rng = np.random.default_rng(seed if self.data_seed == "experiment" else self.data_seed)
+        noise = density.noise if self.noise is None else self.noise
+        x, y = density.draw(rng, self.rows + 2 * tenth, noise)
+        ends = self.rows, self.rows + tenth, self.rows + 2 * tenth
+        parts = {"train": range(ends[0]), "validation": range(ends[0], ends[1]), "test": range(ends[1], ends[2])}
+        return Rows(x.astype(np.float32), y, parts, label_names=density.label_names, name=self.density)
 
 
 def log_density(name: str, x: Floats, noise: float | None = None) -> Floats:

@@ -1,18 +1,28 @@
-"""Text with a cell for every column: its header, and its records in pieces, each checked before anything parses it."""
+"""Delimited text: its header, and its records in pieces, each checked before pandas parses it.
+
+pandas alone would fill up a record with too few cells, take a quote in the middle of a cell for a letter, and count
+lines wrongly behind quoted line feeds, so that records and cells are counted here.
+"""
 
 from __future__ import annotations
 
 import csv
-from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from io import StringIO
+from io import BytesIO, StringIO
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
+from pvae.data.tables.cells import CellDecoder, Numbers, require_named_once
 from pvae.errors import DataError
+
+if TYPE_CHECKING:
+    import pandas
+
+    from pvae.data.tables.cells import Cells
 
 PIECE_BYTES = 2**22
 MAX_HEADER_BYTES = 2**20
@@ -22,8 +32,8 @@ BOM = b"\xef\xbb\xbf"
 
 
 @dataclass(frozen=True)
-class Header:
-    """The names of the columns, and where the rows begin."""
+class TextHeader:
+    """The names of the columns, and the place where the rows begin."""
 
     names: list[str]
     bytes: int
@@ -43,12 +53,7 @@ class Piece:
     lines: NDArray[np.int64]
 
 
-def shown(text: str) -> str:
-    """A cell or a name in a message: quoted, its control characters escaped, and not too long."""
-    return repr(text if len(text) <= 60 else text[:57] + "...")
-
-
-def read_header(path: Path, separator: str) -> Header:
+def read_header(path: Path, separator: str) -> TextHeader:
     """The first record of a file.
 
     Raises:
@@ -68,13 +73,11 @@ def read_header(path: Path, separator: str) -> Header:
         names = next(csv.reader(StringIO(text, newline=""), delimiter=separator), [])
     except csv.Error as error:
         raise DataError(f"{path}, line 1: expected column names; got {error}.") from error
-    name, times = Counter(names).most_common(1)[0] if names else ("", 0)
-    if times > 1:
-        raise DataError(f"{path}, line 1: expected every column to be named once; got {shown(name)} {times} times.")
-    return Header(names, size, start[:size].count(b"\n"))
+    require_named_once(names, f"{path}, line 1")
+    return TextHeader(names, size, start[:size].count(b"\n"))
 
 
-def read_pieces(path: Path, header: Header, separator: str) -> Iterator[Piece]:
+def read_pieces(path: Path, header: TextHeader, separator: str) -> Iterator[Piece]:
     """The records below the header, a few MiB at a time.
 
     Raises:
@@ -174,3 +177,51 @@ def _refuse_stray(marks: NDArray[np.uint8], inside: NDArray[np.bool_], separator
     if len(stray):
         at = line + int((marks[: stray[0]] == NEWLINE).sum())
         raise DataError(f"{path}, line {at}: expected quotes around a whole cell; got one in the middle. Double it.")
+
+
+def text_pieces(path: Path, separator: str, decoder: CellDecoder) -> Iterator[Numbers]:
+    """Yield the rows of a text file as numbers, a few MiB of text at a time.
+
+    Raises:
+        DataError: with the line and the column.
+    """
+    header = read_header(path, separator)
+    decoder.require_columns(header.names)
+    words = dict.fromkeys(decoder.names, "str")
+    numbers = {name: "float64" for name, column in decoder.columns.items() if not column.words}
+    for piece in read_pieces(path, header, separator):
+        try:
+            frame = text_frame(piece, header, separator, decoder.na, words | numbers)
+        except (ValueError, OverflowError):  # some cell is no number: the same cells as text show which
+            frame = text_frame(piece, header, separator, decoder.na, words)
+            frame = frame.assign(**{name: _numeric(frame[name]) for name in numbers})
+        yield decoder.decode(frame, lambda row, lines=piece.lines: f"line {lines[row]}")  # type: ignore[misc]
+
+
+def text_frame(
+    piece: Piece, header: TextHeader, separator: str, na: Sequence[str], kinds: Mapping[str, str]
+) -> pandas.DataFrame:
+    """Return some columns of a piece, each of the type in `kinds`.
+
+    Raises:
+        DataError: pandas finds other records than were counted.
+        ValueError: a cell is no number where one is expected.
+    """
+    import pandas
+
+    frame = pandas.read_csv(
+        BytesIO(piece.text), sep=separator, header=None, names=header.names, usecols=list(kinds), dtype=dict(kinds),
+        na_values=list(na), keep_default_na=False, index_col=False, engine="c", encoding="utf-8",
+        skip_blank_lines=False, quotechar='"',
+    )  # fmt: skip
+    if len(frame) != len(piece.lines):
+        where = f"lines {piece.lines[0]} to {piece.lines[-1]}"
+        raise DataError(f"Expected {len(piece.lines)} records in {where}; got {len(frame)}. Check its quotes.")
+    return frame
+
+
+def _numeric(cells: Cells) -> Cells:
+    """Return text as numbers where it is one; other cells stay as they are, for the message."""
+    import pandas
+
+    return pandas.to_numeric(cells, errors="coerce").astype(object).where(lambda found: found.notna(), cells)

@@ -5,27 +5,27 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from pvae.data.rows.columns import TRUTH
-from pvae.data.sources.files import located
-from pvae.data.tables.delimited import read_header, read_pieces, shown
-from pvae.data.tables.tables import opened_parquet, word_of
+from pvae.data.rows.files import located
+from pvae.data.tables.cells import listed, shown, word_of
+from pvae.data.tables.delimited import read_header, read_pieces, text_frame
+from pvae.data.tables.parquet import opened_parquet
 from pvae.errors import DataError, near
 
 if TYPE_CHECKING:
     import pandas
 
-    Cells = pandas.Series[Any]
+    from pvae.data.tables.cells import Cells
 
-ROWS = 10_000
-"""Rows that are looked at."""
+GUESSED_ROWS = 10_000
+"""Rows that a guess reads."""
 MAX_LEVELS = 100
-LARGE = 10_000
+LARGEST_GUESSED_COUNT = 10_000
 """Above it a whole number is taken for a quantity, not a count."""
 SKEWED = 2.0
 SEPARATORS = (",", ";", "\t", "|")
@@ -82,7 +82,7 @@ def guess(path: str, data_dir: Path | None = None, label: str | None = None) -> 
             else:
                 columns[str(name)] = kind
     if not columns:
-        raise DataError(f"{path}: expected a column that varies; got {', '.join(map(shown, list(left)[:12]))}.")
+        raise DataError(f"{path}: expected a column that varies; got {listed(list(left))}.")
     declaration = {
         "name": where.stem or "table",
         "data": {**found, "columns": columns},
@@ -105,23 +105,18 @@ def _text_cells(path: Path, separator: str) -> pandas.DataFrame:
     header = read_header(path, separator)
     parts: list[pandas.DataFrame] = []
     for piece in read_pieces(path, header, separator):
-        parts.append(
-            pandas.read_csv(
-                BytesIO(piece.text), sep=separator, header=None, names=list(range(len(header.names))), dtype="str",
-                na_values=list(NA), keep_default_na=False, index_col=False, skip_blank_lines=False, nrows=ROWS,
-            )
-        )  # fmt: skip
-        if sum(map(len, parts)) >= ROWS:
+        parts.append(text_frame(piece, header, separator, NA, dict.fromkeys(header.names, "str")))
+        if sum(map(len, parts)) >= GUESSED_ROWS:
             break
     if not parts:
         raise DataError(f"{path}: expected rows below the names of the columns; got none.")
-    return pandas.concat(parts).head(ROWS).set_axis(header.names, axis=1)
+    return pandas.concat(parts).head(GUESSED_ROWS)
 
 
 def _parquet_cells(path: Path) -> pandas.DataFrame:
     import pandas
 
-    batches: Iterator[Any] = opened_parquet(path).iter_batches(ROWS)
+    batches: Iterator[Any] = opened_parquet(path).iter_batches(GUESSED_ROWS)
     frame = next((batch.to_pandas() for batch in batches), pandas.DataFrame())
     return frame.apply(lambda cells: cells.astype(object).map(word_of, na_action="ignore"))
 
@@ -153,7 +148,7 @@ def _numbers(given: Cells) -> Found | str | None:
         return {"type": "continuous", **({"transform": "log"} if _wants_logarithm(values) else {})}
     if len(values) > 2 and (np.diff(values) == 1).all():
         return "a number for every row"
-    if values.max() > LARGE:
+    if values.max() > LARGEST_GUESSED_COUNT:
         return {"type": "continuous", "transform": "log1p"}
     spread = values.var() > 1.5 * values.mean()
     return {"type": "count", **({"likelihood": "negative_binomial"} if spread else {})}

@@ -1,4 +1,4 @@
-"""What the sources of the user's own files share: where a file is, whether its rows fit into memory, how they split."""
+"""The user's own files: where one is sought, whether its rows fit into memory, and how they are read in pieces."""
 
 from __future__ import annotations
 
@@ -6,17 +6,13 @@ import os
 from collections.abc import Iterable, Iterator
 from math import prod
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, Any
 
 import numpy as np
 
 from pvae.data.rows.arrays import AnyArray, Array, Stored
-from pvae.data.rows.rows import SPLITS, Rows, tenths
 from pvae.errors import DataError
 from pvae.util.memory import GIB, total_memory
-
-if TYPE_CHECKING:
-    from pvae.data.sources.base import FileData
 
 BLOCK_BYTES = 2**21
 MAX_DEFLATE_RATIO = 1032
@@ -105,21 +101,3 @@ def gathered(some: Iterable[Array], shape: tuple[int, ...], dtype: np.dtype[Any]
         out[start : start + len(piece)] = piece
         start += len(piece)
     return out
-
-
-def file_rows(declared: FileData, x: AnyArray, y: Array | None, name: str, **more: Any) -> Rows:
-    """The rows of a file, with seeded tenths to validate and to test.
-
-    Arguments:
-        declared: the source.
-        x: (n, *shape).
-        y: (n,) integer labels, or None.
-        name: what messages call the rows.
-        more: further fields of `Rows`.
-
-    Raises:
-        DataError: see `Rows` and `tenths`.
-    """
-    parts = tenths(x.shape[0], SPLITS[1:], declared.split_seed) if x.ndim and x.size else {}
-    largest = declared.largest or (255.0 if x.dtype == np.uint8 else None)
-    return Rows(x, y, parts, largest, name=name, **more)

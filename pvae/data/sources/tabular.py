@@ -1,0 +1,157 @@
+"""Tables of mixed columns: in a text file, in a Parquet file, or a pandas DataFrame."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal, Self, final
+
+from pydantic import Field, model_validator
+
+from pvae.component import Names
+from pvae.data.rows.arrays import version_of
+from pvae.data.rows.cache import Writer, decoded
+from pvae.data.rows.columns import Column
+from pvae.data.rows.files import held, located
+from pvae.data.rows.prepare import Scale
+from pvae.data.rows.rows import SPLITS, Rows, tenths
+from pvae.data.sources.base import Data, FileData, Seed
+from pvae.data.tables.cells import CellDecoder, Numbers, in_order, require_named_once
+from pvae.data.tables.delimited import text_pieces
+from pvae.data.tables.parquet import brief, parquet_pieces
+from pvae.errors import DataError
+
+
+class Tabular(Data):
+    """A table: x has a number for every declared column, NaN where one is missing."""
+
+    scale: Scale = "raw"
+    """Not for tables, whose columns have transforms of their own; nor are `binarize` and `shape`."""
+    columns: dict[str, Column] = Field(min_length=1)
+    """The type of every column, by its name in the table; columns that are not declared are left out."""
+    label: str | None = None
+    """A column that is no part of x: the label of every row."""
+    na: Names = ("", "NA", "nan")
+    """The words for a missing value."""
+
+    @property
+    def table(self) -> Mapping[str, Column]:
+        return self.columns
+
+    @model_validator(mode="after")
+    def _a_table(self) -> Self:
+        usual = {"scale": "raw", "binarize": "none", "shape": None, "largest": None}
+        for name, value in usual.items():
+            found = getattr(self, name, value)
+            if found != value:
+                raise ValueError(f"no {name} in a table, whose columns have transforms of their own; got {found!r}")
+        if self.label in self.columns:
+            raise ValueError(f"a label that is no part of x; got {self.label!r}, which is in columns too")
+        for name, column in self.columns.items():
+            if lost := sorted(set(column.words) & set(self.na)):
+                raise ValueError(f"levels of {name!r} that are not in na, the words for what is missing; got {lost}")
+        return self
+
+    def decoder(self, origin: str) -> CellDecoder:
+        """Return the decoder of the table's cells; `origin` is the name of the table in messages."""
+        return CellDecoder(self.columns, self.label, self.na, origin)
+
+
+class TableFile(Tabular, FileData):
+    """A table in a file, decoded once into the cache."""
+
+    @abstractmethod
+    def pieces(self, path: Path, decoder: CellDecoder) -> Iterator[Numbers]:
+        """Yield the rows as numbers, a few at a time.
+
+        Raises:
+            DataError: with the line or row and the column; or the file is broken or foreign.
+        """
+
+    def read(self, data_dir: Path | None, seed: int) -> Rows:
+        """Return rows (n, columns) of the file.
+
+        Raises:
+            DataError: see `pieces`.
+        """
+        path = located(self.path, data_dir)
+        declared = self.model_dump(include={"source", "columns", "label", "na", "separator"})
+        key = {"path": str(path.resolve()), "version": version_of(path), **declared}
+        kept = decoded(key, lambda writer: self._decode(writer, path))
+        more: dict[str, Any] = {"table": self.columns, "notes": tuple(kept.notes["notes"])}
+        y = None
+        if self.label is not None:
+            y, more["label_names"] = in_order(kept.arrays["y"][:], kept.notes["labels"])
+        return self.to_rows(held(kept.arrays["x"], self.stream, str(path)), y, str(path), **more)
+
+    def _decode(self, writer: Writer, path: Path) -> None:
+        decoder = self.decoder(str(path))
+        rows = 0
+        for x, y in self.pieces(path, decoder):
+            writer.append("x", x)
+            if y is not None:
+                writer.append("y", y)
+            rows += len(x)
+        if not rows:
+            raise DataError(f"{path}: expected rows below the names of the columns; got none.")
+        writer.notes |= {"labels": list(decoder.labels), "notes": decoder.notes()}
+
+
+@final
+class CSV(TableFile):
+    """A table of text, UTF-8, with a line of column names: decoded once into the cache."""
+
+    source: Literal["csv"] = "csv"
+    separator: Literal[",", ";", "\t", "|"] = ","
+    """The character between two cells."""
+
+    def pieces(self, path: Path, decoder: CellDecoder) -> Iterator[Numbers]:
+        return text_pieces(path, self.separator, decoder)
+
+
+@final
+class Parquet(TableFile):
+    """A table in a Parquet file: decoded once into the cache. Needs pyarrow."""
+
+    source: Literal["parquet"] = "parquet"
+
+    def pieces(self, path: Path, decoder: CellDecoder) -> Iterator[Numbers]:
+        return parquet_pieces(path, decoder)
+
+
+@final
+class FrameSource(Tabular):
+    """A pandas DataFrame passed in Python: `pvae.fit(experiment, data=frame)`, or `Dataset.from_frame`."""
+
+    source: Literal["frame"] = "frame"
+    split_seed: Seed = 0
+    """Seed of the permutation for splits that are not declared."""
+
+    def read(self, data_dir: Path | None, seed: int) -> Rows:
+        """Raise a DataError: the data must be passed."""
+        raise DataError('Expected a DataFrame for data.source = "frame"; got none. Pass data=... in Python.')
+
+    def rows_of(self, frame: Any) -> Rows:
+        """Return rows (n, columns) of a DataFrame.
+
+        Raises:
+            DataError: with the row and the column.
+        """
+        import pandas
+
+        if not isinstance(frame, pandas.DataFrame):
+            raise DataError(f"data: expected a pandas DataFrame; got {type(frame).__name__}.")
+        names = [str(name) for name in frame.columns]
+        require_named_once(names, "data")
+        decoder = self.decoder("data")
+        decoder.require_columns(names)
+        if not len(frame):
+            raise DataError("data: expected a DataFrame with rows; got none.")
+        try:
+            x, y = decoder.decode(frame.set_axis(names, axis=1), lambda row: f"row {row}")
+        except (TypeError, ValueError) as error:  # cells that are lists or the like
+            raise DataError(f"data: expected numbers and words; got something else: {brief(error)}.") from error
+        parts = tenths(len(x), SPLITS[1:], self.split_seed)
+        y, label_names = (None, None) if y is None else in_order(y, list(decoder.labels))
+        return Rows(x, y, parts, None, label_names, "data", decoder.notes(), self.columns)

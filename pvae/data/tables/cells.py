@@ -1,0 +1,192 @@
+"""The cells of a table as numbers, each value checked against the declaration of its column."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pvae.data.rows.arrays import Array
+from pvae.data.rows.columns import Column
+from pvae.data.rows.prepare import Floats
+from pvae.errors import DataError, near
+
+if TYPE_CHECKING:
+    import pandas
+
+    Cells = pandas.Series[Any]
+
+MAX_LABELS = 2**16
+NAMES_LISTED = 12
+
+Numbers = tuple[Floats, NDArray[np.int64] | None]
+"""Rows `(m, columns)`, NaN where a value is missing, and the numbers `(m,)` of their labels."""
+
+Where = Callable[[int], str]
+"""The name of a row of a piece in messages: its line, or its number."""
+
+
+def shown(text: str) -> str:
+    """Quote a cell or a name for a message: its control characters are escaped, and it is cut when it is long."""
+    return repr(text if len(text) <= 60 else text[:57] + "...")
+
+
+def listed(names: Sequence[str]) -> str:
+    """List the first names of many for a message."""
+    return ", ".join(map(shown, names[:NAMES_LISTED])) + (", ..." if len(names) > NAMES_LISTED else "")
+
+
+def require_named_once(names: Sequence[str], origin: str) -> None:
+    """Refuse a table that has two columns of one name.
+
+    Raises:
+        DataError: with the first such name.
+    """
+    name, times = Counter(names).most_common(1)[0] if names else ("", 0)
+    if times > 1:
+        raise DataError(f"{origin}: expected every column to be named once; got {shown(name)} {times} times.")
+
+
+@dataclass
+class CellDecoder:
+    """Pieces of a table as numbers, each value checked.
+
+    Arguments:
+        columns: the declared columns, by name, in the order of x.
+        label: the column of labels, if there is one.
+        na: the words for a missing value.
+        origin: the name of the table in messages.
+    """
+
+    columns: Mapping[str, Column]
+    label: str | None
+    na: Sequence[str]
+    origin: str
+    labels: dict[str, int] = field(default_factory=dict)
+    """Every label met, numbered in the order of appearance."""
+    left_out: list[str] = field(default_factory=list)
+    """The columns of the table that are not declared."""
+
+    @property
+    def names(self) -> list[str]:
+        """The columns that are read: those of x, then the label."""
+        return [*self.columns, *([] if self.label is None else [self.label])]
+
+    def require_columns(self, found: Sequence[str]) -> None:
+        """Refuse a table that lacks a declared column; the columns that are not declared are noted.
+
+        Raises:
+            DataError: a declared column is not there.
+        """
+        there = set(found)
+        for name in self.names:
+            if name not in there:
+                raise DataError(
+                    f"{self.origin}: expected a column {shown(name)}; got {listed(found)}{near(name, found)}."
+                )
+        self.left_out = [name for name in found if name not in self.names]
+
+    def notes(self) -> tuple[str, ...]:
+        """A note on the columns that are left out, if there are any."""
+        many = f"{len(self.left_out)} columns are not declared and left out: {listed(self.left_out)}"
+        return (many,) if self.left_out else ()
+
+    def decode(self, frame: pandas.DataFrame, where: Where) -> Numbers:
+        """Return the rows of a piece as numbers.
+
+        Raises:
+            DataError: with the row and the column.
+        """
+        x = np.empty((len(frame), len(self.columns)))
+        for place, (name, column) in enumerate(self.columns.items()):
+            x[:, place] = self._column(frame[name], name, column, where)
+        return x, None if self.label is None else self._labels(frame[self.label], self.label, where)
+
+    def _column(self, cells: Cells, name: str, column: Column, where: Where) -> Floats:
+        values = (self._coded if column.words else self._numbers)(cells, name, column, where)
+        missing = np.isnan(values)
+        if column.missing == "error" and missing.any():
+            todo = f'Set data.columns.{name!r}.missing = "mask", or leave the row out.'
+            raise self._wrong(int(missing.argmax()), name, "a value", "none", where, todo)
+        wrong = ~missing & ~column.inside(values)
+        if wrong.any():
+            at = int(wrong.argmax())
+            raise self._wrong(at, name, column.expected, f"{values[at]:.15g}", where)
+        return values
+
+    def _numbers(self, cells: Cells, name: str, column: Column, where: Where) -> Floats:
+        from pandas.api.types import is_bool_dtype, is_numeric_dtype
+
+        if not is_numeric_dtype(cells.dtype) or is_bool_dtype(cells.dtype):
+            values = [np.nan if self._is_missing(value) else value for value in cells.astype(object)]
+            for at, value in enumerate(values):
+                if not _is_number(value):
+                    raise self._wrong(at, name, column.expected, shown(str(value)), where)
+            return np.array(values, np.float64)
+        if cells.dtype.kind == "c":
+            raise self._wrong(0, name, column.expected, "complex numbers", where)
+        return cells.to_numpy(np.float64, na_value=np.nan)
+
+    def _coded(self, cells: Cells, name: str, column: Column, where: Where) -> Floats:
+        codes, words = self._words(cells)
+        found = [np.nan if word is None else column.code_of(word) for word in words]
+        wrong = np.isin(codes, [place for place, code in enumerate(found) if code is None])
+        if wrong.any():
+            at = int(wrong.argmax())
+            word = str(words[codes[at]])
+            raise self._wrong(at, name, column.expected, f"{shown(word)}{near(word, column.words)}", where)
+        return np.array([*found, np.nan], np.float64)[codes]
+
+    def _words(self, cells: Cells) -> tuple[NDArray[np.int64], list[str | None]]:
+        """Return the place of every row's word among the words that occur, -1 for missing; a missing word is None."""
+        import pandas
+
+        kinds = cells if isinstance(cells.dtype, pandas.CategoricalDtype) else cells.astype("category")
+        words = [None if self._is_missing(value) else word_of(value) for value in kinds.cat.categories]
+        return np.asarray(kinds.cat.codes, np.int64), words
+
+    def _labels(self, cells: Cells, name: str, where: Where) -> NDArray[np.int64]:
+        codes, words = self._words(cells)
+        missing = (codes < 0) | np.isin(codes, [place for place, word in enumerate(words) if word is None])
+        if missing.any():
+            raise self._wrong(int(missing.argmax()), name, "a label", "none", where, "Leave the row out.")
+        for code in dict.fromkeys(codes.tolist()):
+            self.labels.setdefault(str(words[code]), len(self.labels))
+        if len(self.labels) > MAX_LABELS:
+            found = f"{shown(name)}, which has more. Declare another label"
+            raise DataError(f"{self.origin}: expected at most {MAX_LABELS} different labels; got {found}.")
+        return np.array([self.labels.get(str(word), -1) for word in words], np.int64)[codes]
+
+    def _is_missing(self, value: Any) -> bool:
+        if isinstance(value, str):
+            return value in self.na
+        return value is None or value != value or type(value).__name__ in ("NAType", "NaTType")
+
+    def _wrong(self, at: int, name: str, expected: str, got: str, where: Where, todo: str = "") -> DataError:
+        text = f"{self.origin}, {where(at)}, column {shown(name)}: expected {expected}; got {got}. {todo}"
+        return DataError(text.rstrip())
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool | np.bool_)
+
+
+def word_of(value: Any) -> str:
+    """Return a value as it would stand in a file."""
+    if isinstance(value, bool | np.bool_):
+        return "true" if value else "false"
+    return str(int(value)) if isinstance(value, float | np.floating) and value.is_integer() else str(value)
+
+
+def in_order(y: Array, labels: Sequence[str]) -> tuple[NDArray[np.int64], tuple[str, ...]]:
+    """Number labels in the order of their names, as integers where all are; return `(n,)` and the names."""
+    whole = all(re.fullmatch(r"[+-]?\d{1,18}", label) for label in labels)
+    order = sorted(range(len(labels)), key=lambda i: (int(labels[i]) if whole else 0, labels[i]))
+    number = np.empty(len(labels), np.int64)
+    number[order] = np.arange(len(labels))
+    return number[y], tuple(labels[i] for i in order)
