@@ -187,15 +187,19 @@ def text_pieces(path: Path, separator: str, decoder: CellDecoder) -> Iterator[Nu
     """
     header = read_header(path, separator)
     decoder.require_columns(header.names)
+    pieces = read_pieces(path, header, separator)
+    return (_numbers(piece, header, separator, decoder) for piece in pieces)  # no piece is kept while the next is read
+
+
+def _numbers(piece: Piece, header: TextHeader, separator: str, decoder: CellDecoder) -> Numbers:
     words = dict.fromkeys(decoder.names, "str")
     numbers = {name: "float64" for name, column in decoder.columns.items() if not column.words}
-    for piece in read_pieces(path, header, separator):
-        try:
-            frame = text_frame(piece, header, separator, decoder.na, words | numbers)
-        except (ValueError, OverflowError):  # some cell is no number: the same cells as text show which
-            frame = text_frame(piece, header, separator, decoder.na, words)
-            frame = frame.assign(**{name: _numeric(frame[name]) for name in numbers})
-        yield decoder.decode(frame, lambda row, lines=piece.lines: f"line {lines[row]}")  # type: ignore[misc]
+    try:
+        frame = text_frame(piece, header, separator, decoder.na, words | numbers)
+    except (ValueError, OverflowError):  # some cell is no number: the same cells as text show which
+        frame = text_frame(piece, header, separator, decoder.na, words)
+        frame = frame.assign(**{name: _numeric(frame[name]) for name in numbers})
+    return decoder.decode(frame, lambda row: f"line {piece.lines[row]}")
 
 
 def text_frame(
