@@ -1,4 +1,4 @@
-"""Commands that take a run apart."""
+"""Commands that analyse a run."""
 
 from __future__ import annotations
 
@@ -8,64 +8,58 @@ from typing import Annotated, Any
 import typer
 
 from pvae.cli.app import (
-    DATA_DIR,
-    DEVICE,
-    JSON,
-    ROWS,
-    RUN,
-    RUN_DIR,
-    RUNS,
-    SEED,
-    SPLIT,
-    app,
+    ON_RUN,
+    ON_RUN_AND_DEVICE,
+    Device,
+    Mean,
+    RowCount,
+    RunName,
+    SampleCount,
+    Seed,
+    Shared,
+    SplitName,
     beside,
+    command,
     emit,
-    open_run,
     rows_of,
     say,
-    tell,
 )
 from pvae.errors import DeclarationError
 
 
-@app.command()
+@command(ON_RUN_AND_DEVICE)
 def surgery(
-    run: RUN,
+    shared: Shared,
+    run: RunName,
     split: Annotated[str, typer.Option("--split", help="train, validation, test; both: train and test.")] = "test",
-    samples: Annotated[int, typer.Option("--samples", min=1, help="Draws per datum.")] = 1,
-    rows: ROWS = None,
+    samples: SampleCount = 1,
+    rows: RowCount = None,
     components: Annotated[
         int | None, typer.Option("--components", min=2, help="Rows behind q_agg, at random; I_q gets two bounds.")
     ] = None,
     by_class: Annotated[bool, typer.Option("--by-class", help="Also one row for each label.")] = False,
-    seed: SEED = 0,
-    device: DEVICE = "cpu",
-    run_dir: RUN_DIR = RUNS,
-    data_dir: DATA_DIR = None,
-    as_json: JSON = False,
+    seed: Seed = 0,
 ) -> None:
-    """Take the ELBO apart: reconstruction, mutual information, marginal KL, and what a better prior can win."""
-    from pvae.analysis import surgery as take_apart
+    """Decompose the ELBO: reconstruction, mutual information, marginal KL, and what a better prior can gain."""
+    from pvae.analysis import surgery as decompose
     from pvae.analysis.decompose.result import Surgery, class_table, side_by_side
-    from pvae.util.progress import ProgressBar
 
-    opened = open_run(run, run_dir, data_dir, device)
+    opened = shared.open_on_device(run)
     names = ("train", "test") if split == "both" else (split,)
     found: dict[str, Surgery] = {}
     train = None
-    with ProgressBar(samples * len(names), "surgery", show=not as_json) as bar:
+    with shared.bar("surgery", samples * len(names)) as bar:
         for i, name in enumerate(names):
             x, labels = rows_of(opened, name, rows, seed)
-            found[name] = take_apart(
+            found[name] = decompose(
                 opened.pair, x, samples=samples, seed=seed, labels=labels, train=train, components=components,
                 on_progress=lambda done, _, i=i: bar.update(i * samples + done, ""),  # type: ignore[misc]
             )  # fmt: skip
             train = x
-    if as_json and split != "both":
-        emit({"run": str(opened.path), "split": split, **found[split].to_dict()})
-        return
-    if as_json:
-        emit({"run": str(opened.path), "splits": {name: s.to_dict() for name, s in found.items()}})
+    if shared.as_json:
+        figures = {name: s.to_dict() for name, s in found.items()}
+        more = {"splits": figures} if split == "both" else {"split": split, **figures[split]}
+        emit({"run": str(opened.path), **more})
         return
     say(side_by_side(found) if split == "both" else found[split])
     for name, s in found.items() if by_class else ():
@@ -75,9 +69,10 @@ def surgery(
 METHODS = ("iwae", "prior", "ais", "bracket")
 
 
-@app.command()
+@command(ON_RUN_AND_DEVICE)
 def evidence(
-    run: RUN,
+    shared: Shared,
+    run: RunName,
     method: Annotated[
         str,
         typer.Option(
@@ -86,246 +81,170 @@ def evidence(
             "ways on simulated data.",
         ),
     ] = "iwae",
-    split: SPLIT = "test",
+    split: SplitName = "test",
     samples: Annotated[int, typer.Option("--samples", min=1, help="Importance samples per datum.")] = 5000,
-    temperatures: Annotated[int, typer.Option("--temperatures", min=1, help="Of ais and bracket.")] = 200,
-    chains: Annotated[int, typer.Option("--chains", min=1, help="Of ais and bracket, per datum.")] = 16,
-    rows: ROWS = None,
-    seed: SEED = 0,
-    device: DEVICE = "cpu",
-    run_dir: RUN_DIR = RUNS,
-    data_dir: DATA_DIR = None,
-    as_json: JSON = False,
+    temperatures: Annotated[int, typer.Option("--temperatures", min=1, help="Temperatures of ais and bracket.")] = 200,
+    chains: Annotated[int, typer.Option("--chains", min=1, help="Chains per datum of ais and bracket.")] = 16,
+    rows: RowCount = None,
+    seed: Seed = 0,
 ) -> None:
     """Bound log p(x) from below by importance samples (IWAE), or by annealing."""
     from pvae import analysis
-    from pvae.util.progress import ProgressBar
 
     if method not in METHODS:
         raise DeclarationError(f"--method: expected one of {', '.join(METHODS)}; got {method!r}.")
-    opened = open_run(run, run_dir, data_dir, device)
+    opened = shared.open_on_device(run)
     x, _ = rows_of(opened, split, rows, seed)
-    with ProgressBar(100, method, show=not as_json) as bar:
-        common = {"seed": seed, "on_progress": bar.report}
+    with shared.bar(method) as bar:
+        common: dict[str, Any] = {"seed": seed, "on_progress": bar.report}
         anneal = {"temperatures": temperatures, "chains": chains, **common}
         result: Any
         if method in ("iwae", "prior"):
             bound = analysis.evidence if method == "iwae" else analysis.prior_evidence
-            result = bound(opened.pair, x, samples=samples, **common)  # type: ignore[arg-type]
+            result = bound(opened.pair, x, samples=samples, **common)
         elif method == "ais":
-            result = analysis.ais(opened.pair, x, **anneal)  # type: ignore[arg-type]
+            result = analysis.ais(opened.pair, x, **anneal)
         else:
-            result = analysis.bracket(opened.pair, x, rows=min(rows or 100, len(x)), **anneal)  # type: ignore[arg-type]
-    if as_json:
-        emit({"run": str(opened.path), "split": split, "method": method, **result.to_dict()})
-    else:
-        say(result)
+            result = analysis.bracket(opened.pair, x, rows=min(rows or 100, len(x)), **anneal)
+    shared.answer({"run": str(opened.path), "split": split, "method": method, **result.to_dict()}, result)
 
 
-@app.command()
+@command(ON_RUN_AND_DEVICE)
 def gap(
-    run: RUN,
-    split: SPLIT = "test",
-    steps: Annotated[int, typer.Option("--steps", min=1, help="Of the refinement of q, for every datum.")] = 300,
-    rows: Annotated[int, typer.Option("--rows", min=1, help="Use this many rows, drawn at random by the seed.")] = 200,
-    seed: SEED = 0,
-    device: DEVICE = "cpu",
-    run_dir: RUN_DIR = RUNS,
-    data_dir: DATA_DIR = None,
-    as_json: JSON = False,
+    shared: Shared,
+    run: RunName,
+    split: SplitName = "test",
+    steps: Annotated[int, typer.Option("--steps", min=1, help="Refinement steps of q for every datum.")] = 300,
+    rows: Annotated[int, typer.Option("--rows", min=1, help="Rows to use, chosen at random by the seed.")] = 200,
+    seed: Seed = 0,
 ) -> None:
-    """Split log p(x) - ELBO: what a richer guide would win, and what a better encoder would."""
+    """Split log p(x) - ELBO into what a richer guide would gain, and what a better encoder would."""
     from pvae.analysis import gap as split_gap
-    from pvae.util.progress import ProgressBar
 
-    opened = open_run(run, run_dir, data_dir, device)
+    opened = shared.open_on_device(run)
     x, _ = rows_of(opened, split, rows, seed)
-    with ProgressBar(100, "gap", show=not as_json) as bar:
+    with shared.bar("gap") as bar:
         result = split_gap(opened.pair, x, steps=steps, seed=seed, on_progress=bar.report)
-    if as_json:
-        emit({"run": str(opened.path), "split": split, **result.to_dict()})
-    else:
-        say(result)
+    shared.answer({"run": str(opened.path), "split": split, **result.to_dict()}, result)
 
 
-@app.command("two-sample")
+@command(ON_RUN_AND_DEVICE, name="two-sample")
 def two_sample(
-    run: RUN,
-    split: SPLIT = "test",
-    rows: ROWS = None,
-    mean: Annotated[bool, typer.Option("--mean", help="Means of p(x | z), without the likelihood's noise.")] = False,
-    neighbours: Annotated[int, typer.Option("-k", min=1, help="Which neighbour the balls of precision reach.")] = 5,
-    seed: SEED = 0,
-    device: DEVICE = "cpu",
-    run_dir: RUN_DIR = RUNS,
-    data_dir: DATA_DIR = None,
-    as_json: JSON = False,
+    shared: Shared,
+    run: RunName,
+    split: SplitName = "test",
+    rows: RowCount = None,
+    mean: Mean = False,
+    neighbours: Annotated[
+        int, typer.Option("-k", min=1, help="Neighbour whose distance is the radius of the balls of precision.")
+    ] = 5,
+    seed: Seed = 0,
 ) -> None:
-    """Compare samples with data: can a classifier tell them apart, and what of the data do they reach?"""
+    """Compare samples with data: accuracy of a classifier that tells them apart, precision and coverage."""
     from pvae.analysis.samples.two_sample import STEPS, sample_quality
-    from pvae.util.progress import ProgressBar
 
-    opened = open_run(run, run_dir, data_dir, device)
-    with ProgressBar(len(STEPS), "two-sample", show=not as_json) as bar:
+    opened = shared.open_on_device(run)
+    with shared.bar("two-sample", len(STEPS)) as bar:
         found = sample_quality(opened, split, rows, seed, mean=mean, k=neighbours, on_progress=bar.report)
-    if as_json:
-        emit({"run": str(opened.path), **found.to_dict()})
-    else:
-        say(found)
+    shared.answer({"run": str(opened.path), **found.to_dict()}, found)
 
 
-@app.command()
+@command(ON_RUN)
 def copying(
-    run: RUN,
-    split: SPLIT = "test",
-    rows: ROWS = None,
-    mean: Annotated[bool, typer.Option("--mean", help="Means of p(x | z), without the likelihood's noise.")] = False,
-    seed: SEED = 0,
-    run_dir: RUN_DIR = RUNS,
-    data_dir: DATA_DIR = None,
-    as_json: JSON = False,
+    shared: Shared,
+    run: RunName,
+    split: SplitName = "test",
+    rows: RowCount = None,
+    mean: Mean = False,
+    seed: Seed = 0,
 ) -> None:
-    """Ask whether samples are copies of training rows: nearer to them than data not trained on are?"""
-    from pvae.analysis import copying as look
-    from pvae.util.progress import ProgressBar
+    """Test whether samples copy training rows: are they nearer to them than held-out data are?"""
+    from pvae.analysis import copying as measure
 
-    opened = open_run(run, run_dir, data_dir)
-    with ProgressBar(100, "copying", show=not as_json) as bar:
-        found = look(
-            opened, split, rows, seed, mean=mean,
-            on_progress=bar.report,
-        )  # fmt: skip
-    if as_json:
-        emit({"run": str(opened.path), "split": split, **found.to_dict()})
-    else:
-        say(found)
+    opened = shared.open(run)
+    with shared.bar("copying") as bar:
+        found = measure(opened, split, rows, seed, mean=mean, on_progress=bar.report)
+    shared.answer({"run": str(opened.path), "split": split, **found.to_dict()}, found)
 
 
-@app.command()
-def probe(
-    run: RUN,
-    split: SPLIT = "test",
-    rows: ROWS = None,
-    seed: SEED = 0,
-    run_dir: RUN_DIR = RUNS,
-    data_dir: DATA_DIR = None,
-    as_json: JSON = False,
-) -> None:
-    """Read labels off the codes by simple readers, and off the data by the same."""
-    from pvae.analysis import probe as read
-    from pvae.util.progress import ProgressBar
+@command(ON_RUN)
+def probe(shared: Shared, run: RunName, split: SplitName = "test", rows: RowCount = None, seed: Seed = 0) -> None:
+    """Predict the labels from the codes, and from the data, with the same simple classifiers."""
+    from pvae.analysis import probe as predict
 
-    opened = open_run(run, run_dir, data_dir)
-    with ProgressBar(100, "probe", show=not as_json) as bar:
-        found = read(opened, split, rows, seed, on_progress=bar.report)
-    if as_json:
-        emit({"run": str(opened.path), **found.to_dict()})
-    else:
-        say(found)
+    opened = shared.open(run)
+    with shared.bar("probe") as bar:
+        found = predict(opened, split, rows, seed, on_progress=bar.report)
+    shared.answer({"run": str(opened.path), **found.to_dict()}, found)
 
 
-@app.command()
-def critic(
-    run: RUN,
-    split: SPLIT = "train",
-    rows: ROWS = None,
-    seed: SEED = 0,
-    run_dir: RUN_DIR = RUNS,
-    data_dir: DATA_DIR = None,
-    as_json: JSON = False,
-) -> None:
-    """Estimate KL(q_agg || p) from draws alone: also where the code is a point, and no density is known."""
+@command(ON_RUN)
+def critic(shared: Shared, run: RunName, split: SplitName = "train", rows: RowCount = None, seed: Seed = 0) -> None:
+    """Estimate KL(q_agg || p) from samples alone, also where the code is a point and has no density."""
     from pvae.analysis import critic as estimate
-    from pvae.util.progress import ProgressBar
 
-    opened = open_run(run, run_dir, data_dir)
+    opened = shared.open(run)
     x, _ = rows_of(opened, split, rows, seed)
-    with ProgressBar(100, "critic", show=not as_json) as bar:
+    with shared.bar("critic") as bar:
         found = estimate(opened, x, seed, on_progress=bar.report)
-    if as_json:
-        emit({"run": str(opened.path), "split": split, **found.to_dict()})
-    else:
-        say(found)
+    shared.answer({"run": str(opened.path), "split": split, **found.to_dict()}, found)
 
 
-@app.command()
+@command(["data_dir", "as_json"])
 def counterexamples(
+    shared: Shared,
     data: Annotated[str, typer.Option("--data", help="digits, fashion_mnist, mnist.")] = "digits",
     out: Annotated[Path | None, typer.Option("--out", help="Also write a CSV: its path without suffix.")] = None,
-    seed: SEED = 0,
-    data_dir: DATA_DIR = None,
-    as_json: JSON = False,
+    seed: Seed = 0,
 ) -> None:
-    """Show that samples and likelihood say little of each other: two textbook models on real data."""
+    """Show with two textbook models on real data that good samples do not imply a high likelihood, nor the reverse."""
     from pvae.analysis import counterexamples as study
     from pvae.data import load
     from pvae.data.sources.base import Data
     from pvae.util.files import write_atomic
-    from pvae.util.progress import ProgressBar
 
     known = [name for name in ("digits", "fashion_mnist", "mnist") if name in Data.members]
     if data not in known:
         raise DeclarationError(f"--data: expected one of {', '.join(known)}; got {data!r}.")
-    with ProgressBar(100, "counterexamples", show=not as_json) as bar:
-        found = study(
-            load(Data.parse(data), data_dir=data_dir), seed,
-            on_progress=bar.report,
-        )  # fmt: skip
+    with shared.bar("counterexamples") as bar:
+        found = study(load(Data.parse(data), data_dir=shared.data_dir), seed, on_progress=bar.report)
     if out is not None:
         write_atomic(beside(out, ".csv"), found.models().round(4).to_csv())
-    if as_json:
-        emit(found.to_dict())
-    else:
-        say(found)
+    shared.answer(found.to_dict(), found)
 
 
-@app.command()
-def selfcheck(device: DEVICE = "auto", seed: SEED = 0, as_json: JSON = False) -> None:
-    """Measure models whose every figure is known exactly: are surgery, evidence and gaps right on this machine?"""
+@command(["as_json"])
+def selfcheck(shared: Shared, device: Device = "auto", seed: Seed = 0) -> None:
+    """Check surgery, evidence and gaps on this machine, on models whose figures are known exactly."""
     from pvae.analysis.truths.selfcheck import selfcheck as measure
     from pvae.training.fit import pick_device
-    from pvae.util.progress import ProgressBar
 
-    with ProgressBar(100, "selfcheck", show=not as_json) as bar:
-        found = measure(
-            str(pick_device(device)),
-            seed,
-            on_progress=bar.report,
-        )
-    if as_json:
-        emit(found.to_dict())
-    else:
-        say(found)
+    with shared.bar("selfcheck") as bar:
+        found = measure(str(pick_device(device)), seed, on_progress=bar.report)
+    shared.answer(found.to_dict(), found)
     if not found.ok:
         typer.echo(found.summary(), err=True)
         raise typer.Exit(1)
 
 
-@app.command()
+@command(ON_RUN_AND_DEVICE)
 def posterior(
-    run: RUN,
-    split: SPLIT = "test",
-    draws: Annotated[int, typer.Option("--draws", min=1, help="Draws per datum.")] = 100,
-    rows: ROWS = None,
-    seed: SEED = 0,
+    shared: Shared,
+    run: RunName,
+    split: SplitName = "test",
+    draws: Annotated[int, typer.Option("--draws", min=1, help="Samples of the guide per datum.")] = 100,
+    rows: RowCount = None,
+    seed: Seed = 0,
     out: Annotated[
         Path | None, typer.Option("--out", help="The file; analysis/posterior-SPLIT.nc unless said.")
     ] = None,
-    device: DEVICE = "cpu",
-    run_dir: RUN_DIR = RUNS,
-    data_dir: DATA_DIR = None,
-    as_json: JSON = False,
 ) -> None:
-    """Export draws of the guide, with densities and diagnostics, as NetCDF for ArviZ."""
-    from pvae.util.progress import ProgressBar
-
-    opened = open_run(run, run_dir, data_dir, device)
-    with ProgressBar(draws, "posterior", show=not as_json) as bar:
+    """Export samples of the guide, with densities and diagnostics, as NetCDF for ArviZ."""
+    opened = shared.open_on_device(run)
+    with shared.bar("posterior", draws) as bar:
         found = opened.posterior(split, draws, rows, seed, on_progress=bar.report)
     path = found.save(out or opened.files.analysis / f"posterior-{split}.nc")
     summary = found.summary()
-    if as_json:
-        emit({"run": str(opened.path), "split": split, "file": str(path), "summary": summary.to_dict("index")})
-        return
-    tell(summary.to_string(float_format="{:.3f}".format, max_rows=40))
-    tell(f"posterior: {path}")
+    data = {"run": str(opened.path), "split": split, "file": str(path), "summary": summary.to_dict("index")}
+    shared.answer(data, summary.to_string(float_format="{:.3f}".format, max_rows=40))
+    shared.tell(f"posterior: {path}")

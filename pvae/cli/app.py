@@ -1,10 +1,13 @@
-"""The parser, the options that commands share, and how they print."""
+"""The parser, the options that commands share, and the ways in which they print."""
 
 from __future__ import annotations
 
+import inspect
 import os
 import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,6 +15,7 @@ import typer
 
 from pvae import __version__
 from pvae.errors import EXIT_CODES, DeclarationError, printable
+from pvae.util.progress import ProgressBar
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,47 +34,136 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-NAME = Annotated[str, typer.Argument(help="A zoo name (see `pvae list`) or a TOML file.", metavar="NAME_OR_FILE")]
-RUN = Annotated[str, typer.Argument(help="A run: its folder, its name (the newest), name/id, or latest.")]
-OVERRIDES = Annotated[
+NameOrFile = Annotated[str, typer.Argument(help="A zoo name (see `pvae list`) or a TOML file.", metavar="NAME_OR_FILE")]
+RunName = Annotated[str, typer.Argument(help="A run: its folder, its name (the newest), name/id, or latest.")]
+Overrides = Annotated[
     list[str] | None, typer.Argument(help="Dotted overrides: train.epochs=20", metavar="[KEY=VALUE]...")
 ]
-RUN_DIR = Annotated[Path, typer.Option("--run-dir", help="Where runs are kept.", envvar="PVAE_RUN_DIR")]
-DATA_DIR = Annotated[
-    Path | None, typer.Option("--data-dir", help="Where to look for data first.", envvar="PVAE_DATA_DIR")
-]
-DEVICE = Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")]
-EXPORT = Annotated[
-    list[str] | None, typer.Option("--export", help="Record it there too: tensorboard, mlflow.", metavar="KIND")
-]
-JSON = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
-SPLIT = Annotated[str, typer.Option("--split", help="train, validation or test.")]
-ROWS = Annotated[int | None, typer.Option("--rows", min=1, help="Use this many rows, drawn at random by the seed.")]
-SEED = Annotated[int, typer.Option("--seed", help="Seed of the draws.")]
-RUNS = Path("runs")
+SplitName = Annotated[str, typer.Option("--split", help="train, validation or test.")]
+RowCount = Annotated[int | None, typer.Option("--rows", min=1, help="Rows to use, chosen at random by the seed.")]
+Seed = Annotated[int, typer.Option("--seed", help="Seed of the random numbers.")]
+Mean = Annotated[bool, typer.Option("--mean", help="Means of p(x | z), without the likelihood's noise.")]
+SampleCount = Annotated[int, typer.Option("--samples", min=1, help="Samples of z per datum.")]
+Device = Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")]
+
+SHARED_OPTIONS: dict[str, Any] = {
+    "device": Device,
+    "export": Annotated[
+        list[str] | None, typer.Option("--export", help="Also export to: tensorboard, mlflow.", metavar="KIND")
+    ],
+    "run_dir": Annotated[Path, typer.Option("--run-dir", help="Folder of runs.", envvar="PVAE_RUN_DIR")],
+    "data_dir": Annotated[
+        Path | None, typer.Option("--data-dir", help="Folder to look for data in first.", envvar="PVAE_DATA_DIR")
+    ],
+    "quiet": Annotated[bool, typer.Option("--quiet", help="No progress.")],
+    "strict": Annotated[bool, typer.Option("--strict", help="Exit with 3 where the run finished with alerts.")],
+    "as_json": Annotated[bool, typer.Option("--json", help="Print JSON for programs.")],
+}
+"""Options that several commands take, in the order in which `--help` lists them, after those of the command itself."""
+ON_RUN = ("run_dir", "data_dir", "as_json")
+ON_RUN_AND_DEVICE = ("device", *ON_RUN)
+TO_FIT = tuple(SHARED_OPTIONS)
+
+
+@dataclass(frozen=True)
+class Shared:
+    """Values of the shared options in one call of a command, and what commands do with them."""
+
+    device: str = "cpu"
+    export: list[str] | None = None
+    run_dir: Path = Path("runs")
+    data_dir: Path | None = None
+    quiet: bool = False
+    strict: bool = False
+    as_json: bool = False
+
+    def open(self, run: str) -> Run:
+        """Open a run on the CPU, with the kinds of installed plugins."""
+        from pvae.runs.run import Run
+
+        load_installed_plugins()
+        return Run.load(run, root=self.run_dir, data_dir=self.data_dir)
+
+    def open_on_device(self, run: str) -> Run:
+        """Open a run and move it to the device that `--device` names."""
+        opened = self.open(run)
+        if self.device == "cpu":
+            return opened
+        from pvae.training.fit import pick_device
+
+        return opened.to(pick_device(self.device))
+
+    def bar(self, label: str, total: int = 100) -> ProgressBar:
+        """Make the progress bar of an analysis; it stays silent under `--json`."""
+        return ProgressBar(total, label, show=not self.as_json)
+
+    def answer(self, data: Any, shown: Any) -> None:
+        """Print `data` as JSON under `--json`, else `shown`: a text, or an object that rich can draw."""
+        if self.as_json:
+            emit(data)
+        elif isinstance(shown, str):
+            tell(shown)
+        else:
+            say(shown)
+
+    def tell(self, text: str) -> None:
+        """Print a line for people, unless standard output holds JSON."""
+        if not self.as_json:
+            tell(text)
+
+
+def command(
+    options: Sequence[str] = (), *, name: str | None = None, device: str = "cpu"
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Register a function `f(shared, ...)` as a command that also takes some of the shared options.
+
+    Arguments:
+        options: names in `SHARED_OPTIONS`; the function gets their values in one `Shared`.
+        name: of the command; the function's own unless given.
+        device: default of `--device`.
+    """
+    defaults = Shared(device=device)
+
+    def register(function: Callable[..., None]) -> Callable[..., None]:
+        @wraps(function)
+        def run(**given: Any) -> None:
+            function(Shared(**{key: given.pop(key) for key in options}), **given)
+
+        signature = inspect.signature(function, eval_str=True)
+        _, *own = signature.parameters.values()
+        more = [
+            inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, default=getattr(defaults, key), annotation=option)
+            for key, option in SHARED_OPTIONS.items()
+            if key in options
+        ]
+        run.__signature__ = signature.replace(parameters=[*own, *more])  # type: ignore[attr-defined]
+        run.__annotations__ = {each.name: each.annotation for each in (*own, *more)}
+        return app.command(name)(run)
+
+    return register
 
 
 @dataclass
 class Settings:
-    """What holds for every command."""
+    """Options of `pvae` itself, which hold for every command."""
 
     traceback: bool = False
 
 
 def emit(data: Any) -> None:
-    """JSON on standard output: the only document there."""
+    """Print JSON on standard output: the only document there."""
     from pvae.util.files import pretty
 
     typer.echo(pretty(data), nl=False)
 
 
 def tell(text: str, *, err: bool = False) -> None:
-    """A line for people, which moves no cursor whatever the names in it are."""
+    """Print a line for people, with control characters shown as escapes."""
     typer.echo(printable(text), err=err)
 
 
 def say(renderable: Any) -> None:
-    """Something rich can draw, on standard output; wide when it is not a terminal."""
+    """Print an object that rich can draw; 120 columns wide where standard output is no terminal."""
     from rich.console import Console
     from rich.segment import Segment, Segments
 
@@ -102,40 +195,36 @@ def _main(
         load_plugins(tuple(plugins))
 
 
-def load_declaration(name: str, overrides: list[str] | None) -> Experiment:
-    """A declaration, with the kinds of installed plugins."""
+def load_installed_plugins() -> None:
+    """Load the kinds of installed plugins; a broken one is told on standard error."""
     from pvae.component import load_plugins
-    from pvae.experiment.experiment import Experiment
 
     load_plugins(report=lambda line: tell(line, err=True))
+
+
+def load_declaration(name: str, overrides: list[str] | None) -> Experiment:
+    """Load a declaration, with the kinds of installed plugins."""
+    from pvae.experiment.experiment import Experiment
+
+    load_installed_plugins()
     return Experiment.load(name, overrides or ())
 
 
-def open_run(run: str, run_dir: Path, data_dir: Path | None, device: str = "cpu") -> Run:
-    """A run on a device, with the kinds of installed plugins."""
-    from pvae.component import load_plugins
-    from pvae.runs.run import Run
+def chosen_rows(run: Run, split: str, rows: int | None, seed: int) -> Tensor:
+    """Row numbers of a split, `(n,)`: `rows` of them chosen by the seed, or all."""
+    from pvae.util import seeds
 
-    load_plugins(report=lambda line: tell(line, err=True))
-    opened = Run.load(run, root=run_dir, data_dir=data_dir)
-    if device == "cpu":
-        return opened
-    from pvae.training.fit import pick_device
-
-    return opened.to(pick_device(device))
+    return seeds.subset(len(run.data.split(split)), rows, seed)
 
 
 def rows_of(run: Run, split: str, rows: int | None, seed: int) -> tuple[Tensor, Tensor | None]:
-    """x and labels of a split, or of `rows` of its rows."""
-    from pvae.util import seeds
-
-    part = run.data.split(split)
-    chosen = seeds.subset(len(part), rows, seed)
+    """Return x and labels of a split, or of `rows` of its rows chosen by the seed."""
+    part, chosen = run.data.split(split), chosen_rows(run, split, rows, seed)
     return part.rows[chosen], None if part.y is None else part.y[chosen]
 
 
 def beside(path: Path, suffix: str) -> Path:
-    """A path with a suffix more, or in the place of .npz, .csv or .png."""
+    """Return a path with a suffix appended, which replaces .npz, .csv or .png."""
     if not path.name:
         raise DeclarationError(f"--out: expected a file's path without suffix; got {str(path)!r}.")
     name = path.stem if path.suffix in (".npz", ".csv", ".png") else path.name

@@ -8,36 +8,24 @@ from typing import Annotated, Any
 
 import typer
 
-from pvae.cli.app import (
-    DATA_DIR,
-    JSON,
-    NAME,
-    OVERRIDES,
-    app,
-    emit,
-    load_declaration,
-    say,
-    tell,
-)
+from pvae.cli.app import NameOrFile, Overrides, Shared, command, load_declaration
 from pvae.errors import DeclarationError, OutputError
 
 
-@app.command("list")
-def list_zoo(as_json: JSON = False) -> None:
+@command(["as_json"], name="list")
+def list_zoo(shared: Shared) -> None:
     """Show the zoo: one declared file for every system."""
     from pvae.experiment import zoo
 
     entries = zoo.entries()
-    if as_json:
-        emit([{"name": name, "description": text} for name, text in entries])
-        return
     width = max(len(name) for name, _ in entries)
-    for name, text in entries:
-        typer.echo(f"{name:{width}}  {text}")
+    lines = "\n".join(f"{name:{width}}  {text}" for name, text in entries)
+    shared.answer([{"name": name, "description": text} for name, text in entries], lines)
 
 
-@app.command()
+@command()
 def new(
+    _: Shared,
     name: Annotated[str, typer.Argument(help="Name of the experiment; writes NAME.toml.")],
     like: Annotated[str | None, typer.Option("--like", help="Zoo entry to start from (vae unless said).")] = None,
 ) -> None:
@@ -61,54 +49,50 @@ def new(
     typer.echo("for completion in an editor: pvae schema > pvae.schema.json")
 
 
-@app.command()
+@command(["data_dir", "as_json"])
 def columns(
+    shared: Shared,
     file: Annotated[str, typer.Argument(help="A table: CSV, or Parquet.")],
     label: Annotated[str | None, typer.Option("--label", help="The column that is the label of a row.")] = None,
-    data_dir: DATA_DIR = None,
-    as_json: JSON = False,
 ) -> None:
-    """Guess what the columns of a table hold, and print a declaration of it to begin with."""
+    """Guess the type of every column of a table, and print a declaration to start from."""
     import tomli_w
 
     from pvae.data.tables.guess import guess
 
-    found = guess(file, data_dir, label)
-    if as_json:
-        emit({"declaration": found.declaration, "left_out": dict(found.left_out), "rows": found.rows})
-        return
-    tell(f"# guessed from the first {found.rows:,} rows: look at every column")
+    found = guess(file, shared.data_dir, label)
+    lines = [f"# guessed from the first {found.rows:,} rows: look at every column"]
     for name, reason in found.left_out.items():
-        tell(f"# left out: {json.dumps(name, ensure_ascii=False)}, {reason}")
-    tell(tomli_w.dumps(found.declaration).rstrip())
+        lines.append(f"# left out: {json.dumps(name, ensure_ascii=False)}, {reason}")
+    data = {"declaration": found.declaration, "left_out": dict(found.left_out), "rows": found.rows}
+    shared.answer(data, "\n".join([*lines, tomli_w.dumps(found.declaration).rstrip()]))
 
 
-@app.command()
-def schema() -> None:
+@command()
+def schema(_: Shared) -> None:
     """Print the JSON Schema of a declaration, for editors."""
     from pvae.experiment.experiment import Experiment
 
     typer.echo(Experiment.schema_json())
 
 
-@app.command()
+@command(["data_dir", "as_json"])
 def check(
-    file: NAME,
-    overrides: OVERRIDES = None,
+    shared: Shared,
+    file: NameOrFile,
+    overrides: Overrides = None,
     build: Annotated[bool, typer.Option("--build", help="Also load data, build, and take one loss.")] = False,
-    data_dir: DATA_DIR = None,
-    as_json: JSON = False,
 ) -> None:
     """Check a declaration; with --build also its data, shapes and one ELBO on a tiny batch."""
     experiment = load_declaration(file, overrides)
     found: dict[str, Any] = {"file": file, "ok": True, "name": experiment.name}
     if not build:
-        emit(found) if as_json else tell(f"{file}: ok")
+        shared.answer(found, f"{file}: ok")
         return
     from pvae.data import load
     from pvae.training.evaluation import evaluate
 
-    data = experiment.conditioned(load(experiment.data, data_dir=data_dir, seed=experiment.seed))
+    data = experiment.conditioned(load(experiment.data, data_dir=shared.data_dir, seed=experiment.seed))
     data.require_support(experiment.observed().support, experiment.decoder.likelihood.hint)
     pair = experiment.build(data.shape)
     rows = data.train.rows[:4]
@@ -123,19 +107,17 @@ def check(
         said = f"critic's loss of {len(rows)} rows before training {figures['critic_loss']:.2f} nats; no likelihood"
     count = sum(p.numel() for p in pair.parameters())
     found |= {"shape": list(data.shape), "rows": len(data.train), "parameters": count, "before_training": figures}
-    if as_json:
-        emit(found)
-        return
-    tell(f"{file}: ok; x {list(data.shape)}, {len(data.train)} training rows, {count:,} parameters, {said}")
+    shape = f"x {list(data.shape)}, {len(data.train)} training rows, {count:,} parameters"
+    shared.answer(found, f"{file}: ok; {shape}, {said}")
 
 
-@app.command()
-def show(file: NAME, overrides: OVERRIDES = None, data_dir: DATA_DIR = None, as_json: JSON = False) -> None:
-    """Read a declaration back: graph, formulas, shapes, parameter counts."""
+@command(["data_dir", "as_json"])
+def show(shared: Shared, file: NameOrFile, overrides: Overrides = None) -> None:
+    """Print a declaration with its graph, formulas, shapes and parameter counts."""
     from pvae.data import load
     from pvae.experiment.readback import described, render
 
     experiment = load_declaration(file, overrides)
-    data = load(experiment.data, data_dir=data_dir, seed=experiment.seed)
+    data = load(experiment.data, data_dir=shared.data_dir, seed=experiment.seed)
     pair = experiment.build(data.shape)
-    emit(described(experiment, data.shape, pair)) if as_json else say(render(experiment, data.shape, pair))
+    shared.answer(described(experiment, data.shape, pair), render(experiment, data.shape, pair))

@@ -1,4 +1,4 @@
-"""Commands that show what a model makes: samples, codes, reconstructions, traversals, interpolations."""
+"""Commands that generate: samples, codes, reconstructions, traversals, interpolations, rate and distortion."""
 
 from __future__ import annotations
 
@@ -9,20 +9,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from pvae.cli.app import (
-    DATA_DIR,
-    JSON,
-    ROWS,
-    RUN,
-    RUN_DIR,
-    RUNS,
-    SEED,
-    SPLIT,
-    app,
+    ON_RUN,
+    Mean,
+    RowCount,
+    RunName,
+    SampleCount,
+    Seed,
+    Shared,
+    SplitName,
     beside,
-    emit,
-    open_run,
-    say,
-    tell,
+    chosen_rows,
+    command,
 )
 from pvae.errors import DeclarationError
 
@@ -33,206 +30,182 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from pvae.analysis.samples.generate import Generated
+    from pvae.data import Split
     from pvae.runs.run import Run
 
 
-OUT = Annotated[
+Out = Annotated[
     Path | None,
-    typer.Option("--out", help="What to write, without suffix; COMMAND in the run's analysis folder unless said."),
+    typer.Option("--out", help="File to write, without suffix; COMMAND in the run's analysis folder unless said."),
 ]
-GIVEN = Annotated[
+Given = Annotated[
     list[str] | None,
     typer.Option("--given", help="A covariate's value, y=3 or 'words=ankle boot', for a model conditioned on one."),
 ]
 
 
-@app.command()
+@command(ON_RUN)
 def sample(
-    run: RUN,
-    n: Annotated[int, typer.Option("-n", min=1, help="Draws.")] = 64,
-    mean: Annotated[bool, typer.Option("--mean", help="Means of p(x | z), without the likelihood's noise.")] = False,
-    given: GIVEN = None,
-    seed: SEED = 0,
-    out: OUT = None,
-    run_dir: RUN_DIR = RUNS,
-    data_dir: DATA_DIR = None,
-    as_json: JSON = False,
+    shared: Shared,
+    run: RunName,
+    n: Annotated[int, typer.Option("-n", min=1, help="Number of samples.")] = 64,
+    mean: Mean = False,
+    given: Given = None,
+    seed: Seed = 0,
+    out: Out = None,
 ) -> None:
-    """Draw z from the prior and x from the decoder; write both, and x as a picture where it is one."""
+    """Sample z from the prior and x from the decoder; write both, and x as a picture where it is one."""
     from pvae.analysis import sample as draw
     from pvae.analysis.pages import plots
-    from pvae.util.progress import ProgressBar
 
-    opened = open_run(run, run_dir, data_dir)
-    with ProgressBar(n, "sample", show=not as_json) as bar:
+    opened = shared.open(run)
+    with shared.bar("sample", n) as bar:
         found = draw(opened, n, mean=mean, given=_given(given), seed=seed, on_progress=bar.report)
-    _keep(opened, "sample", out, found, {"": plots.sampled(found, _background(opened))}, as_json)
+    _keep(shared, opened, "sample", out, found, {"": plots.sampled(found, _background(opened))})
 
 
-@app.command()
+@command(ON_RUN)
 def encode(
-    run: RUN,
-    split: SPLIT = "test",
-    rows: ROWS = None,
-    mean: Annotated[bool, typer.Option("--mean", help="Centres of q(z | x) in place of draws.")] = False,
-    seed: SEED = 0,
-    out: OUT = None,
-    run_dir: RUN_DIR = RUNS,
-    data_dir: DATA_DIR = None,
-    as_json: JSON = False,
+    shared: Shared,
+    run: RunName,
+    split: SplitName = "test",
+    rows: RowCount = None,
+    mean: Annotated[bool, typer.Option("--mean", help="Centres of q(z | x) in place of samples.")] = False,
+    seed: Seed = 0,
+    out: Out = None,
 ) -> None:
     """Write the latents of a split's rows, and show each beside its prior."""
     from pvae.analysis import encode as find_codes
     from pvae.analysis import sample as draw
     from pvae.analysis.pages import plots
-    from pvae.util.progress import ProgressBar
 
-    opened = open_run(run, run_dir, data_dir)
-    part, chosen = opened.data.split(split), _chosen(opened, split, rows, seed)
-    with ProgressBar(len(chosen), "encode", show=not as_json) as bar:
+    opened = shared.open(run)
+    part, chosen = opened.data.split(split), chosen_rows(opened, split, rows, seed)
+    with shared.bar("encode", len(chosen)) as bar:
         found = find_codes(opened, part.rows[chosen], mean=mean, seed=seed, on_progress=bar.report)
     more = {"row": chosen} if part.y is None else {"row": chosen, "label": part.y[chosen]}
     labels = None if part.y is None else part.y[chosen].numpy()
     planes = plots.encoded(found, draw(opened, 1000, seed=seed), labels, opened.data.label_names)
-    _keep(opened, f"encode-{split}", out, found, planes, as_json, **more)
+    _keep(shared, opened, f"encode-{split}", out, found, planes, **more)
 
 
-@app.command()
+@command(ON_RUN)
 def reconstruct(
-    run: RUN,
-    split: SPLIT = "test",
-    rows: ROWS = None,
-    draw: Annotated[bool, typer.Option("--draw", help="Draws of p(x | z) in place of its means.")] = False,
-    seed: SEED = 0,
-    out: OUT = None,
-    run_dir: RUN_DIR = RUNS,
-    data_dir: DATA_DIR = None,
-    as_json: JSON = False,
+    shared: Shared,
+    run: RunName,
+    split: SplitName = "test",
+    rows: RowCount = None,
+    draw: Annotated[bool, typer.Option("--draw", help="Samples of p(x | z) in place of its means.")] = False,
+    seed: Seed = 0,
+    out: Out = None,
 ) -> None:
     """Encode a split's rows and decode them again, with log p(x | z) of each."""
     from pvae.analysis import reconstruct as decode_again
     from pvae.analysis.pages import plots
-    from pvae.util.progress import ProgressBar
 
-    opened = open_run(run, run_dir, data_dir)
-    part, chosen = opened.data.split(split), _chosen(opened, split, rows, seed)
-    with ProgressBar(len(chosen), "reconstruct", show=not as_json) as bar:
+    opened = shared.open(run)
+    part, chosen = opened.data.split(split), chosen_rows(opened, split, rows, seed)
+    with shared.bar("reconstruct", len(chosen)) as bar:
         found = decode_again(opened, part.rows[chosen], mean=not draw, seed=seed, on_progress=bar.report)
     picture = plots.reconstructed(found, part.observed(part.rows[chosen]).double().numpy(), _background(opened))
-    _keep(opened, f"reconstruct-{split}", out, found, {"": picture}, as_json, row=chosen)
+    _keep(shared, opened, f"reconstruct-{split}", out, found, {"": picture}, row=chosen)
 
 
-@app.command()
+@command(ON_RUN)
 def traverse(
-    run: RUN,
-    latent: Annotated[str | None, typer.Option("--latent", help="Which; the guide's first unless said.")] = None,
-    split: SPLIT = "test",
+    shared: Shared,
+    run: RunName,
+    latent: Annotated[str | None, typer.Option("--latent", help="The latent; the guide's first unless said.")] = None,
+    split: SplitName = "test",
     row: Annotated[int, typer.Option("--row", min=0, help="Start from the code of this row of the split.")] = 0,
     prior: Annotated[bool, typer.Option("--prior", help="Start from the prior's mean instead.")] = False,
     dims: Annotated[
-        str | None, typer.Option("--dims", help="Coordinates, 0,1; the ten of most KL unless said.")
+        str | None, typer.Option("--dims", help="Coordinates, 0,1; the ten with most KL unless said.")
     ] = None,
     steps: Annotated[int, typer.Option("--steps", min=1, help="Values of each coordinate.")] = 9,
-    span: Annotated[float, typer.Option("--span", help="How far, in standard deviations of the prior.")] = 3.0,
-    given: GIVEN = None,
-    seed: SEED = 0,
-    out: OUT = None,
-    run_dir: RUN_DIR = RUNS,
-    data_dir: DATA_DIR = None,
-    as_json: JSON = False,
+    span: Annotated[float, typer.Option("--span", help="Range, in standard deviations of the prior.")] = 3.0,
+    given: Given = None,
+    seed: Seed = 0,
+    out: Out = None,
 ) -> None:
     """Move one coordinate of a latent at a time and decode."""
     from pvae.analysis import traverse as move
     from pvae.analysis.pages import plots
-    from pvae.util.progress import ProgressBar
 
-    opened, places = open_run(run, run_dir, data_dir), None if dims is None else _integers("--dims", dims)
+    opened, places = shared.open(run), None if dims is None else _integers("--dims", dims)
     part = opened.data.split(split)
-    if row >= len(part):
-        raise DeclarationError(f"--row: expected a row of {split}, 0 .. {len(part) - 1}; got {row}.")
+    _require_row("--row", row, part, split)
     start = None if prior else part.rows[row : row + 1]
-    with ProgressBar(100, "traverse", show=not as_json) as bar:
+    with shared.bar("traverse") as bar:
         found = move(
             opened, start, latent, places, steps, span, given=_given(given), seed=seed,
             on_progress=bar.report,
         )  # fmt: skip
     picture = plots.traversed(found, _background(opened))
-    _keep(opened, f"traverse-{found.latent}", out, found, {"": picture}, as_json)
+    _keep(shared, opened, f"traverse-{found.latent}", out, found, {"": picture})
 
 
-@app.command()
+@command(ON_RUN)
 def interpolate(
-    run: RUN,
+    shared: Shared,
+    run: RunName,
     first: Annotated[int, typer.Argument(min=0, help="A row of the split.", metavar="I")],
-    last: Annotated[int, typer.Argument(min=0, help="Another.", metavar="J")],
-    split: SPLIT = "test",
-    steps: Annotated[int, typer.Option("--steps", min=2, help="Points of the way, both ends among them.")] = 9,
-    seed: SEED = 0,
-    out: OUT = None,
-    run_dir: RUN_DIR = RUNS,
-    data_dir: DATA_DIR = None,
-    as_json: JSON = False,
+    last: Annotated[int, typer.Argument(min=0, help="Another row of the split.", metavar="J")],
+    split: SplitName = "test",
+    steps: Annotated[int, typer.Option("--steps", min=2, help="Points on the line, both ends included.")] = 9,
+    seed: Seed = 0,
+    out: Out = None,
 ) -> None:
     """Decode the line between the codes of two rows."""
     from pvae.analysis import interpolate as walk
     from pvae.analysis.pages import plots
 
-    opened = open_run(run, run_dir, data_dir)
+    opened = shared.open(run)
     part = opened.data.split(split)
     for name, row in (("I", first), ("J", last)):
-        if row >= len(part):
-            raise DeclarationError(f"{name}: expected a row of {split}, 0 .. {len(part) - 1}; got {row}.")
+        _require_row(name, row, part, split)
     found = walk(opened, part.rows[first : first + 1], part.rows[last : last + 1], steps, seed=seed)
     picture = plots.interpolated(found, _background(opened))
-    _keep(opened, f"interpolate-{split}-{first}-{last}", out, found, {"": picture}, as_json)
+    _keep(shared, opened, f"interpolate-{split}-{first}-{last}", out, found, {"": picture})
 
 
-@app.command("rate-distortion")
+@command(ON_RUN, name="rate-distortion")
 def rate_distortion(
+    shared: Shared,
     runs: Annotated[
         list[str], typer.Argument(help="Runs on the same data, each as for other commands.", metavar="RUN...")
     ],
-    split: SPLIT = "test",
-    rows: ROWS = None,
-    samples: Annotated[int, typer.Option("--samples", min=1, help="Draws per datum.")] = 1,
-    seed: SEED = 0,
-    out: Annotated[Path, typer.Option("--out", help="What to write, without suffix: a CSV and a picture.")] = Path(
+    split: SplitName = "test",
+    rows: RowCount = None,
+    samples: SampleCount = 1,
+    seed: Seed = 0,
+    out: Annotated[Path, typer.Option("--out", help="File to write, without suffix: a CSV and a picture.")] = Path(
         "rate-distortion"
     ),
-    run_dir: RUN_DIR = RUNS,
-    data_dir: DATA_DIR = None,
-    as_json: JSON = False,
 ) -> None:
-    """Put runs on one plane: what their codes cost, and what is lost by them."""
+    """Place runs on the rate-distortion plane: nats that their codes cost, and what is lost."""
     from pvae.analysis import rate_distortion as measure
     from pvae.analysis.figures.table import cell
     from pvae.analysis.pages import plots
     from pvae.util.files import write_atomic
-    from pvae.util.progress import ProgressBar
 
-    opened = [open_run(run, run_dir, data_dir) for run in runs]
-    with ProgressBar(100, "rate-distortion", show=not as_json) as bar:
+    opened = [shared.open(run) for run in runs]
+    with shared.bar("rate-distortion") as bar:
         found = measure(opened, split, rows, samples, seed, on_progress=bar.report)
     table, picture = beside(out, ".csv"), beside(out, ".png")
     write_atomic(table, found.to_frame().map(cell).to_csv(index=False))
     write_atomic(picture, plots.png(found.figure()))
-    if as_json:
-        emit({**found.to_dict(), "csv": str(table), "png": str(picture)})
-        return
-    say(found)
-    tell(f"csv: {table}")
-    tell(f"png: {picture}")
+    shared.answer({**found.to_dict(), "csv": str(table), "png": str(picture)}, found)
+    shared.tell(f"csv: {table}\npng: {picture}")
 
 
-def _chosen(run: Run, split: str, rows: int | None, seed: int) -> Tensor:
-    """Numbers of a split's rows, `rows` of them at random or all."""
-    from pvae.util import seeds
-
-    return seeds.subset(len(run.data.split(split)), rows, seed)
+def _require_row(name: str, row: int, part: Split, split: str) -> None:
+    if row >= len(part):
+        raise DeclarationError(f"{name}: expected a row of {split}, 0 .. {len(part) - 1}; got {row}.")
 
 
 def _given(given: list[str] | None) -> dict[str, int | str] | None:
-    """`y=3` or `words=ankle boot` as a value by name; the model says which of the two it takes."""
+    """Read `y=3` or `words=ankle boot` as values by name; the model decides between number and words."""
     pairs = [text.partition("=") for text in given or ()]
     number = re.compile(r"\s*[+-]?\d+\s*")
     found = {name.strip(): int(value) if number.fullmatch(value) else value.strip() for name, _, value in pairs}
@@ -240,7 +213,7 @@ def _given(given: list[str] | None) -> dict[str, int | str] | None:
 
 
 def _integers(option: str, text: str) -> list[int]:
-    """`0,1` as numbers."""
+    """Read `0,1` as numbers."""
     try:
         return [int(part) for part in text.split(",")]
     except ValueError:
@@ -248,13 +221,13 @@ def _integers(option: str, text: str) -> list[int]:
 
 
 def _background(run: Run) -> Any:
-    """Training data `(m, *shape)` to show samples against: as numpy has them, a thousand at most."""
+    """Return at most 1000 training rows `(m, *shape)` to show samples against."""
     train = run.data.train
     return train.observed(train.rows[:1000]).double().numpy()
 
 
 def _as_table(run: Run, path: Path, found: Generated) -> list[Path]:
-    """Write rows of a table in its own words and units; the path, where the data are one."""
+    """Write samples of a table as CSV in its own words and units; returns the paths written, none for other data."""
     from pvae.analysis.figures.table import cell
     from pvae.util.files import write_atomic
 
@@ -267,15 +240,15 @@ def _as_table(run: Run, path: Path, found: Generated) -> list[Path]:
 
 
 def _keep(
+    shared: Shared,
     run: Run,
     stem: str,
     out: Path | None,
     found: Generated,
     made: Mapping[str, Figure | None],
-    as_json: bool,
     **more: Tensor,
 ) -> None:
-    """Write arrays and pictures, and say where they are."""
+    """Write arrays, pictures and tables, and print their paths."""
     from pvae.analysis.export.datasets import safe_names
     from pvae.analysis.pages import plots
     from pvae.util.files import write_atomic
@@ -288,13 +261,7 @@ def _keep(
     for target, figure in zip(pictures, figures.values(), strict=True):
         write_atomic(target, plots.png(figure))
     tables = _as_table(run, path, found)
-    if as_json:
-        shapes = {key: list(t.shape) for key, t in {**found.tensors(), **more}.items()}
-        written = {"npz": str(arrays), "png": [str(p) for p in pictures], "csv": [str(p) for p in tables]}
-        emit({"run": str(run.path), **written, "shapes": shapes})
-        return
-    tell(f"npz: {arrays}")
-    for target in tables:
-        tell(f"csv: {target}")
-    for target in pictures:
-        tell(f"png: {target}")
+    shapes = {key: list(t.shape) for key, t in {**found.tensors(), **more}.items()}
+    written = {"npz": str(arrays), "png": [str(p) for p in pictures], "csv": [str(p) for p in tables]}
+    lines = [f"npz: {arrays}", *(f"csv: {p}" for p in tables), *(f"png: {p}" for p in pictures)]
+    shared.answer({"run": str(run.path), **written, "shapes": shapes}, "\n".join(lines))

@@ -7,66 +7,57 @@ from typing import Annotated, Any
 
 import typer
 
-from pvae.cli.app import DATA_DIR, JSON, RUN, RUN_DIR, RUNS, app, emit, say, tell
+from pvae.cli.app import ON_RUN, RunName, Shared, command, load_installed_plugins
 
 
-@app.command()
+@command(ON_RUN)
 def verify(
-    run: RUN,
+    shared: Shared,
+    run: RunName,
     data: Annotated[
         bool, typer.Option("--data", help="Read the data too, and compute the recorded ELBO again.")
     ] = False,
     strict: Annotated[bool, typer.Option("--strict", help="Exit with 3 when there are warnings.")] = False,
-    run_dir: RUN_DIR = RUNS,
-    data_dir: DATA_DIR = None,
-    as_json: JSON = False,
 ) -> None:
-    """Look at every file of a run: is it whole, which checkpoint would be loaded, which are damaged and why."""
-    from pvae.component import load_plugins
-    from pvae.upkeep.verify import verify as look
+    """Check every file of a run: is it whole, which checkpoint would be loaded, which are damaged and why."""
+    from pvae.upkeep.verify import verify as check
 
-    load_plugins(report=lambda line: tell(line, err=True))
-    found = look(run, root=run_dir, data=data, data_dir=data_dir)
-    _show(found, as_json=as_json)
+    load_installed_plugins()
+    found = check(run, root=shared.run_dir, data=data, data_dir=shared.data_dir)
+    _answer(shared, found)
     if not found.ok:
         raise typer.Exit(65)
     if strict and found.of("warning"):
         raise typer.Exit(3)
 
 
-@app.command()
-def doctor(run_dir: RUN_DIR = RUNS, data_dir: DATA_DIR = None, as_json: JSON = False) -> None:
-    """Look at the machine: packages, devices, threads, compiler, folders, data, arithmetic; and what to do."""
-    from pvae.upkeep.doctor import doctor as look
+@command(ON_RUN)
+def doctor(shared: Shared) -> None:
+    """Check the machine: packages, devices, threads, compiler, folders, data, arithmetic; and say what to do."""
+    from pvae.upkeep.doctor import doctor as check
 
-    found = look(run_dir, data_dir)
-    _show(found, as_json=as_json)
+    found = check(shared.run_dir, shared.data_dir)
+    _answer(shared, found)
     if not found.ok:
         raise typer.Exit(1)
 
 
-@app.command()
+@command(["run_dir", "as_json"])
 def clean(
+    shared: Shared,
     apply: Annotated[bool, typer.Option("--apply", help="Remove; else only say what would go.")] = False,
     failed: Annotated[bool, typer.Option("--failed", help="Also runs that ended before a first checkpoint.")] = False,
     cache: Annotated[bool, typer.Option("--cache", help="Also downloaded and decoded data.")] = False,
-    run_dir: RUN_DIR = RUNS,
-    as_json: JSON = False,
 ) -> None:
-    """Show what interrupted writes and old checkpoints take, or remove it; a run at work is left alone."""
+    """Show what interrupted writes and old checkpoints take, or remove it; a run in progress is left alone."""
     from pvae.upkeep.clean import clean as sweep
 
-    found = sweep(run_dir, apply=apply, failed=failed, cache=cache)
-    _show(found, as_json=as_json)
+    found = sweep(shared.run_dir, apply=apply, failed=failed, cache=cache)
+    _answer(shared, found)
     if found.failed:
         raise typer.Exit(74)
 
 
-def _show(found: Any, *, as_json: bool) -> None:
-    """JSON for programs, a table on a terminal, plain lines elsewhere."""
-    if as_json:
-        emit(found.to_dict())
-    elif sys.stdout.isatty():
-        say(found)
-    else:
-        tell(str(found))
+def _answer(shared: Shared, found: Any) -> None:
+    """Print JSON for programs, a table on a terminal, plain lines elsewhere."""
+    shared.answer(found.to_dict(), found if sys.stdout.isatty() else str(found))
