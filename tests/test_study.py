@@ -32,7 +32,7 @@ from pvae.studies.shelf import Shelf, standing
 from pvae.studies.study import Board, states, study
 from pvae.studies.sweep import Measure, names
 from pvae.training.trainer import Trainer
-from tests.test_cli import run_cli
+from tests.cli_runner import run_cli
 
 NETWORK = {"network": {"kind": "mlp", "hidden": [8]}}
 TABLE: dict[str, Any] = {
@@ -390,7 +390,7 @@ def test_a_failing_case_stops_no_other(tmp_path, started, capsys):
         },
     )
     where = ("--run-dir", str(tmp_path / "runs"), "--device", "cpu")
-    out, err = run_cli("study", str(file), *where, "--json", capsys=capsys, code=1)
+    out, err = run_cli("study", str(file), *where, "--json", code=1)
     found = json.loads(out)
     assert [row["case"] for row in found["runs"]] == ["sgd"]
     assert [(row["case"], row["stage"]) for row in found["failures"]] == [("adam", "fit"), ("adam", "agg")]
@@ -489,9 +489,9 @@ def test_processes_of_a_study_end_with_it(tmp_path):
 def test_a_dry_run_lists_the_cases_and_makes_nothing(tmp_path, capsys, started):
     file = write(tmp_path, {"seeds": [0, 1], "zip": PRIORS})
     where = ("--run-dir", str(tmp_path / "runs"), "--dry-run")
-    out, _ = run_cli("study", str(file), *where, capsys=capsys)
+    out, _ = run_cli("study", str(file), *where)
     assert out.splitlines() == [f"to do     {case}  seed {seed}  fit" for case in "NM" for seed in (0, 1)]
-    out, _ = run_cli("study", str(file), *where, "--json", capsys=capsys)
+    out, _ = run_cli("study", str(file), *where, "--json")
     assert json.loads(out)[3] == {"case": "M", "seed": 1, "stage": "fit", "state": "to do", "run": None}
     assert not (tmp_path / "runs").exists()
     assert not started
@@ -501,7 +501,7 @@ def test_hostile_labels_are_harmless_everywhere(tmp_path, started, capsys):
     """FAULTS 37, 38 and 39: in the terminal, in CSV, in JSON, as folders."""
     file = write(tmp_path, {"zip": {"train.epochs": [1, 2, 3, 4, 5], "label": HOSTILE}})
     arguments = ("--run-dir", str(tmp_path / "runs"), "--device", "cpu", "--out", str(tmp_path / "table"))
-    out, err = run_cli("study", str(file), *arguments, capsys=capsys)
+    out, err = run_cli("study", str(file), *arguments)
     assert "\x1b" not in out + err
     assert "[red]" in out
     assert "<script>" in err
