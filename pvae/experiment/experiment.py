@@ -476,6 +476,23 @@ class Experiment(Plan):
                 temperatures[site.name] = Scheduled(latent.temperature or Constant(value=2 / 3))
         return codebooks, temperatures
 
+    def to_pyro(self, x: Shape | None = None) -> str:
+        """Return the declaration as a plain Pyro script: networks, `model`, `guide`, and a loop of `SVI`.
+
+        Arguments:
+            x: event shape of a datum; by default the declared data are loaded for it.
+
+        Raises:
+            DeclarationError: the objective is no ELBO that `pyro.infer.SVI` minimises (em, gan, iwae, free bits).
+
+        Example:
+            >>> print(Experiment.load("vae").to_pyro().partition("def model")[2].partition("def guide")[0])
+        """
+        from pvae.data import load
+        from pvae.experiment.pyro_script import pyro_script
+
+        return pyro_script(self, load(self.data, seed=self.seed).shape if x is None else x)
+
     def _repr_html_(self) -> str:
         from pvae.experiment.readback import experiment_html
 
