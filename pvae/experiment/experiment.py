@@ -486,10 +486,12 @@ class Experiment(Plan):
             DeclarationError: the objective is no ELBO that `pyro.infer.SVI` minimises (em, gan, iwae, free bits).
 
         Example:
-            >>> print(Experiment.load("vae").to_pyro().partition("def model")[2].partition("def guide")[0])
+            >>> script = Experiment.load("vae").to_pyro((1, 8, 8))
+            >>> "SVI(model, guide, optimizer, Trace_ELBO())" in script
+            True
         """
         from pvae.data import load
-        from pvae.experiment.pyro_script import pyro_script
+        from pvae.experiment.pyro_script.script import pyro_script
 
         return pyro_script(self, load(self.data, seed=self.seed).shape if x is None else x)
 

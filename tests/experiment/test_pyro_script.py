@@ -18,6 +18,7 @@ from pvae.experiment.experiment import Experiment
 from pvae.nn.schedules import Scheduled
 from pvae.objectives.base import Loss
 from pvae.pair.pair import Pair
+from pvae.training.begin import begin
 from pvae.training.step import Step, set_lr
 
 ANOTHER_LOOP = {
@@ -35,12 +36,13 @@ class Done(Exception):
 
 
 def declared(name: str) -> Experiment:
-    small = ["data.rows=300"] if Experiment.load(name).data.source == "toy" else ["data.splits.train=[0, 100]"]
+    data: Any = Experiment.load(name).data
+    small = ["data.rows=300"] if data.source == "toy" else ["data.splits.train=[0, 100]"]
     return Experiment.load(name, [*small, "train.batch_size=20"])
 
 
-def counterpart(name: str, pair: Pair) -> nn.Module:
-    """The part of the declared pair that a part of the script stands for."""
+def counterpart(name: str, pair: Any) -> nn.Module:
+    """Return the part of the declared pair that a part of the script stands for."""
     model, guide = pair.model, pair.guide
     kind, _, latent = name.partition("_")
     if kind == "decoder":
@@ -54,27 +56,31 @@ def counterpart(name: str, pair: Pair) -> nn.Module:
 
 @torch.no_grad()
 def take_weights(script: dict[str, Any], pair: Pair) -> None:
+    if "pair" in script:  # made by the same declaration
+        expected = pair.state_dict()
+        assert all(value.equal(expected[name]) for name, value in script["pair"].state_dict().items())
+        return
     for name, part in script.items():
-        if isinstance(part, nn.Module) and name != "part":
-            other = pair if name == "pair" else counterpart(name, pair)
-            for mine, theirs in zip(part.parameters(), other.parameters(), strict=True):
+        if isinstance(part, nn.Module):
+            for mine, theirs in zip(part.parameters(), counterpart(name, pair).parameters(), strict=True):
                 mine.copy_(theirs)
 
 
 class Engine:
-    """The declared pair and its eager engine, a step at a time."""
+    """Declared pair and its eager engine, a step at a time."""
 
     def __init__(self, experiment: Experiment) -> None:
         self.experiment, self.train = experiment, experiment.train
         data = experiment.conditioned(load(experiment.data, seed=experiment.seed))
         self.pair = experiment.build(data.shape).attend(data.train.data)
         self.per_epoch = -(-len(data.train) // self.train.batch_size)
+        begin(self.pair, data.train, self.train.batch_size, experiment.seed)
         self.loss = Loss(experiment.objective, self.pair, len(data.train))
         self.optimizer = self.train.optimizer.build(list(self.pair.parameters()))
         self.stepper = Step(self.loss, self.optimizer, "eager", data.train.rows[: self.train.batch_size])
 
     def rows(self, *arguments: Tensor) -> Tensor:
-        """The rows of a batch as the pair takes them: labels are numbers behind x."""
+        """Return a batch as the pair takes it: labels are numbers behind x."""
         x, *labels = arguments
         return torch.cat([x.flatten(1), labels[0].argmax(1, keepdim=True)], 1) if labels else x
 
@@ -90,7 +96,7 @@ class Engine:
 
 
 def same_noise(self: ExpRelaxedCategorical, sample_shape: torch.Size = torch.Size()) -> Tensor:
-    """Pyro's relaxed one-hot from the noise that pvae draws."""
+    """Sample Pyro's relaxed one-hot from the noise that pvae draws."""
     shape = self._extended_shape(sample_shape)
     scores = self.logits.expand(shape) - torch.empty(shape).exponential_().log()
     return (scores / self.temperature).log_softmax(-1)
@@ -100,7 +106,9 @@ def same_noise(self: ExpRelaxedCategorical, sample_shape: torch.Size = torch.Siz
 def test_the_script_runs_as_the_pair(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Same ELBO on the same seed, and the losses of ten steps."""
     experiment = declared(name)
-    engine, losses, steps = Engine(experiment), [], []
+    engine = Engine(experiment)
+    losses: list[float] = []
+    steps: list[float] = []
     script: dict[str, Any] = {"__name__": "__main__"}
     take = SVI.step
 

@@ -1,0 +1,32 @@
+"""Values as Python expressions."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+
+def quoted(text: str) -> str:
+    """Return a string in double quotes."""
+    return json.dumps(text, ensure_ascii=False)
+
+
+def literal(value: Any) -> str:
+    """Return plain data as an expression, strings in double quotes."""
+    if isinstance(value, dict):
+        return named({key: literal(item) for key, item in value.items()})
+    if isinstance(value, tuple | list):
+        inner = ", ".join(map(literal, value))
+        return f"[{inner}]" if isinstance(value, list) else f"({inner}{',' if len(value) == 1 else ''})"
+    return quoted(value) if isinstance(value, str) else repr(value)
+
+
+def named(expressions: Mapping[str, str]) -> str:
+    """Return a dictionary of expressions."""
+    return f"{{{', '.join(f'{quoted(name)}: {value}' for name, value in expressions.items())}}}"
+
+
+def between(start: float, end: float, share: str) -> str:
+    """Return the value that lies a share of the way from start to end."""
+    return share if (start, end) == (0, 1) else f"{start:g} + {end - start!r} * {share}"

@@ -1,0 +1,168 @@
+"""Scripts whose parts are written out in torch and Pyro, or built by name from pvae."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import fields
+from math import prod
+from typing import Any, final
+
+from torch import nn
+
+from pvae.component import Shape
+from pvae.experiment.pyro_script.expressions import literal, named
+from pvae.experiment.pyro_script.layers import chain, layers_of
+from pvae.experiment.pyro_script.page import SUMMED, Script, sampled
+from pvae.experiment.pyro_script.parts import LIKELIHOODS, POSTERIORS, PRIORS, Expression, NotPlainError
+from pvae.graph.lifecycle import MadeOfData
+from pvae.graph.site import OBSERVED, Link, Site
+from pvae.nn.dense import Network, NetworkModule
+from pvae.nn.schedules import Constant
+
+__all__ = ["NotPlainError", "PlainScript"]
+
+
+@final
+class PlainScript(Script):
+    """A script whose parts are written out, or built by name."""
+
+    @property
+    def batch(self) -> dict[str, str]:
+        found = {OBSERVED: "data.train.draw(index)"}
+        for name, covariate in self.experiment.covariates.items():
+            if covariate.words is not None:
+                raise NotPlainError
+            found[name] = f"F.one_hot(data.train.y[index].long(), {covariate.codes}).float()"
+        return found
+
+    def data(self) -> list[str]:
+        seed = f", seed={self.experiment.seed}" if self.experiment.seed else ""
+        self.imports["pvae.data"] = {"load"}
+        return [f"data = load({self.construct(self.experiment.data)}{seed})"]
+
+    def model(self) -> Iterator[str]:
+        if self.pair.layout.scored or self.guider.reader is not None:
+            raise NotPlainError
+        lines = []
+        for site in self.experiment.sites():
+            before, distribution = self.prior(site)
+            lines += [*before, sampled(site.name, distribution, SUMMED if site.summed else "")]
+        likelihood = self.likelihood()
+        yield from self.weighed(lines)
+        yield f'pyro.sample("x", {likelihood}, obs=x)'
+
+    def guide(self) -> Iterator[str]:
+        lines: list[str] = []
+        for site in self.experiment.guide_sites():
+            before, distribution = self.posterior(site, OBSERVED)
+            infer = SUMMED if site.name in self.pair.layout.expected else ""
+            lines += [*(line for line in before if line not in lines), sampled(site.name, distribution, infer)]
+        yield from self.weighed(lines)
+
+    # ------------------------------------------------------------------ parts
+
+    def prior(self, site: Site) -> Expression:
+        """Return p(site | parents)."""
+        name, declared = f"prior_{site.name}", self.experiment.latents[site.name].prior
+        module: Any = self.modeller.priors[site.name]
+        if written := PRIORS.get((declared.kind, site.values)):  # type: ignore[attr-defined]
+            return written(self, name, site, declared, module)
+        if site.values == "relaxed":  # Pyro's value is a relaxed one-hot, that of pvae its logarithm
+            raise NotPlainError
+        shapes = {above: self.shape(above) for above in site.given}
+        self.build(name, f"{self.construct(declared)}.build({self.site(site)}, {literal(shapes)}, Link())", module)
+        return [], f"{name}({named({above: self.seen(above) for above in site.given})})"
+
+    def posterior(self, site: Site, x: str) -> Expression:
+        """Return q(site | x, ...), with an expression for x."""
+        name, declared = f"posterior_{site.name}", self.experiment.latents[site.name].posterior
+        module: Any = self.guider.posteriors[site.name]
+        lines, inputs = self.encoded(site, x) if declared.reads_features else ([], {OBSERVED: x})
+        if written := POSTERIORS.get((declared.kind, site.values)):  # type: ignore[attr-defined]
+            before, distribution = written(self, name, site, declared, module, inputs)
+            return [*lines, *before], distribution
+        shapes = self.guider.encoder.shapes[site.name] if declared.reads_features else {OBSERVED: self.pair.frame.x}
+        self.build(name, f"{self.construct(declared)}.build({self.site(site)}, {literal(shapes)}, Link())", module)
+        return lines, f"{name}({named(inputs)}, {{}})"
+
+    def encoded(self, site: Site, x: str) -> tuple[list[str], dict[str, str]]:
+        """Return the encoder's statements, and the expressions that the posterior of a latent reads, by name."""
+        given = {name: x if name == OBSERVED else self.seen(name) for name in site.guide_given}
+        encoder, module = self.experiment.encoder, self.guider.encoder
+        grids = [tuple(latent.grid) for latent in self.experiment.latents.values() if latent.grid]
+        features = encoder.network.features_on(max(grids, key=prod)) if grids else None
+        if encoder.kind == "shared":  # type: ignore[attr-defined]
+            call = self.network("encoder", encoder.network, module.network, {OBSERVED: x}, features)
+            alone = len(self.guider.sites) == 1
+            read = {**given, OBSERVED: call if alone else "h"} if OBSERVED in given else given
+            return [] if alone else [f"h = {call}"], read
+        if encoder.kind == "per_latent":  # type: ignore[attr-defined]
+            own = module.networks[site.name]
+            call = self.network(f"encoder_{site.name}", encoder.network, own, given, features)
+            return [], {"features": call}
+        raise NotPlainError
+
+    def likelihood(self) -> str:
+        """Return p(x | z)."""
+        declared: Any = self.experiment.decoder.likelihood
+        module, x = self.modeller.decoder, self.pair.frame.x
+        given = {name: self.seen(name) for name in self.experiment.decoder_given()}
+        h = self.network("decoder", self.experiment.decoder.network, module.network, given, module.network.output)
+        if written := LIKELIHOODS.get((declared.kind, getattr(declared, "scale", ""))):
+            return f"{written(self, declared, h)}.to_event({len(x)})"
+        self.build("likelihood", f"{self.construct(declared)}.build({literal(x)})", module.likelihood)
+        return f"likelihood({h})"
+
+    def network(
+        self, name: str, declared: Network, module: NetworkModule, given: Mapping[str, str], output: Shape | None
+    ) -> str:
+        """Add a network, of plain torch where that is a chain of layers; return its call."""
+        if layers := layers_of(module):
+            self.parts[name] = chain(layers)
+            return f"{name}({next(iter(given.values()))})"
+        self.build(name, f"{self.construct(declared)}.build({literal(module.inputs)}, {literal(output)})", module)
+        return f"{name}({named(given)})"
+
+    def build(self, name: str, code: str, module: nn.Module) -> None:
+        """Add a part of pvae that stands alone.
+
+        Raises:
+            NotPlainError: it reads the other side of the pair, or the training data.
+        """
+        if any(isinstance(part, MadeOfData) or isinstance(vars(part).get("link"), Link) for part in module.modules()):
+            raise NotPlainError
+        self.parts[name] = code
+
+    # ------------------------------------------------------------------ latents
+
+    def site(self, site: Site) -> str:
+        """Return the call that makes what a part knows of a latent."""
+        self.imported(Link)
+        given = [
+            f"{f.name}={literal(getattr(site, f.name))}" for f in fields(site) if getattr(site, f.name) != f.default
+        ]
+        return f"{self.imported(Site)}({', '.join(given)})"
+
+    def shape(self, name: str) -> Shape:
+        """Return the event shape of a latent or covariate as other parts see it."""
+        known = {**self.pair.frame.shapes, **{site.name: site.features for site in self.experiment.sites()}}
+        return known[name]
+
+    def seen(self, name: str) -> str:
+        """Return the expression of a latent or covariate as other parts see it."""
+        latent = self.experiment.latents.get(name)
+        if latent is None or latent.codes is None:
+            return name
+        if latent.embedding is not None or latent.sampled == "index" and latent.grid:
+            raise NotPlainError
+        if latent.sampled == "index":
+            return f"F.one_hot({name}, {latent.codes}).float()"
+        return f"{name}.movedim(-1, {-1 - len(latent.grid)})" if latent.grid else name
+
+    def temperature(self, name: str) -> str:
+        """Return the expression of the temperature of a relaxed latent."""
+        schedule = self.experiment.latents[name].temperature or Constant(value=2 / 3)
+        if isinstance(schedule, Constant):
+            return f"torch.tensor({schedule.value!r})"
+        self.numbers[f"tau_{name}"] = schedule
+        return f"torch.tensor(tau_{name})"
