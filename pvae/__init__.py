@@ -13,7 +13,9 @@ if TYPE_CHECKING:
     from pvae.pair.pair import Pair
     from pvae.runs.run import Run
     from pvae.studies.study import Study, study
-    from pvae.training.fit import fit, refit, resume
+    from pvae.training.fit import fit
+    from pvae.training.refit import refit
+    from pvae.training.resume import resume
     from pvae.upkeep.clean import clean
     from pvae.upkeep.verify import verify
 
@@ -30,8 +32,8 @@ _HOMES = {
     "Study": "pvae.studies",
     "clean": "pvae.upkeep.clean",
     "fit": "pvae.training.fit",
-    "refit": "pvae.training.fit",
-    "resume": "pvae.training.fit",
+    "refit": "pvae.training.refit",
+    "resume": "pvae.training.resume",
     "study": "pvae.studies",
     "verify": "pvae.upkeep.verify",
 }

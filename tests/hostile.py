@@ -33,7 +33,7 @@ from pvae.experiment.experiment import Experiment, Train
 from pvae.runs import checkpoint
 from pvae.runs.listing import list_runs
 from pvae.runs.run import Run
-from pvae.training.fit import tensor_source
+from pvae.training.fit import passed_source
 from tests.drawn import Drawn, Raw, damaged
 
 LOCATED = re.compile(r"(\S+: (?s:.)*e|E)xpected (?s:.)+; got:? (?s:.)+")
@@ -60,7 +60,7 @@ def data_for(experiment: Experiment, drawn: Drawn) -> Dataset:
     y = None
     for covariate in experiment.covariates.values():
         y = torch.randint(covariate.labels if drawn.fitting else 5, (drawn.rows,), generator=generator)
-    return Dataset.from_tensors(x, y, declared=tensor_source(experiment))
+    return Dataset.from_tensors(x, y, declared=passed_source(experiment))  # type: ignore[arg-type]
 
 
 def cells(column: Column, drawn: Drawn, number: int) -> list[Any]:

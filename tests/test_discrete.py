@@ -10,8 +10,6 @@ import contextlib
 import copy
 import itertools
 import math
-import os
-import signal
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -48,13 +46,12 @@ from pvae.nn.codebook import SMOOTHING, NearestCodebook
 from pvae.nn.schedules import Exponential
 from pvae.objectives.base import IWAE, Loss, Objective, TraceELBO, TraceMeanFieldELBO
 from pvae.pair.pair import Pair
-from pvae.runs import checkpoint
 from pvae.training.begin import begin
 from pvae.training.evaluation import evaluate
-from pvae.training.fit import refit
+from pvae.training.refit import refit
 from pvae.training.step import Step
-from pvae.training.trainer import Trainer
 from tests.laws import FLOWS, require_gradients
+from tests.runs_shared import assert_resumes_exactly, everything
 
 ONE = torch.ones(())
 NETWORK = {"network": {"kind": "mlp", "hidden": [8], "activation": "tanh"}}
@@ -1418,34 +1415,12 @@ def test_a_child_of_a_nearest_code_reads_its_row():
     assert "c/embedded" not in pair.layout.latents
 
 
-def weights_of(run: pvae.Run) -> dict[str, Tensor]:
-    saved = checkpoint.latest(run.path / "checkpoints")
-    assert saved is not None
-    return {f"{group}/{name}": t for group, named in saved.tensors.items() for name, t in named.items()}
-
-
 @pytest.mark.parametrize("gradient", [False, True])
 def test_a_fit_goes_on_bit_for_bit_in_the_middle_of_an_epoch(tmp_path, gradient):
     latent = {**NEAREST, "posterior": {"kind": "nearest_code", "decay": 0.8, "gradient": gradient}}
-    experiment = small(latent, checkpoint_seconds=0.0)
-    whole = fitted(experiment, tmp_path / "whole")
-    original = Trainer._step
-
-    def stopping(self: Trainer, index: Tensor) -> bool:
-        if self.state.step == 6:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return original(self, index)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Trainer, "_step", stopping)
-        with pytest.raises(pvae.PvaeError, match="SIGTERM"):
-            fitted(experiment, tmp_path / "part")
-    (part,) = (tmp_path / "part").glob("*/*")
-    assert checkpoint.latest(part / "checkpoints").step == 7
-    done = pvae.resume(part, device="cpu", progress=False, data=whole.data)
-    one, two = weights_of(whole), weights_of(done)
-    assert same(one, two)
-    assert (one["weights/model.codebooks.c.counts"] != 1).any()
+    data = Dataset.from_tensors(rows(100), validation=rows(30), test=rows(30))
+    done = assert_resumes_exactly(small(latent, checkpoint_seconds=0.0), tmp_path, 7, data=data)
+    assert (everything(done)["weights/model.codebooks.c.counts"] != 1).any()
 
 
 def test_a_fit_starts_at_k_means_and_moves_from_there(tmp_path):

@@ -6,8 +6,6 @@
 from __future__ import annotations
 
 import math
-import os
-import signal
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,7 +32,7 @@ from pvae.objectives.em import EM
 from pvae.pair.pair import Pair
 from pvae.runs import checkpoint
 from pvae.training.evaluation import evaluate
-from pvae.training.trainer import Trainer
+from tests.runs_shared import assert_same, interrupted
 
 DIAG = {"kind": "normal", "scale": "per_datum"}
 SHARED = {"kind": "normal", "scale": "shared"}
@@ -308,41 +306,17 @@ def test_batch_size_does_not_matter(tmp_path, likelihood):
     assert len({run.metrics["step"].max() for run in runs}) == 3
 
 
-def interrupted(experiment: Experiment, x: Tensor, where: Path, step: int) -> Path:
-    """The folder of a fit that got SIGTERM just before `step`."""
-    inner = Trainer._step
-
-    def with_signal(self: Trainer, index: Tensor) -> bool:
-        if self.state.step == step:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return inner(self, index)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Trainer, "_step", with_signal)
-        with pytest.raises(pvae.PvaeError, match="SIGTERM"):
-            fit(experiment, x, where)
-    return next(where.glob("*/*/spec.toml")).parent
-
-
-def everything(run: pvae.Run) -> dict[str, Tensor]:
-    saved = checkpoint.latest(run.path / "checkpoints")
-    return {f"{group}/{name}": value for group, part in saved.tensors.items() for name, value in part.items()}
-
-
 @pytest.mark.parametrize("step", [1, 7, 8])
 @pytest.mark.parametrize("objective", [{}, {"hard": True}], ids=str)
 def test_resume_in_an_epoch_is_bit_for_bit(tmp_path, objective, step):
     # 178 rows in batches of 50: four steps to an epoch; step 7 is the last of the second.
     experiment = declared(DIAG, 5, objective=objective, train={"epochs": 5, "batch_size": 50})
     straight = fit(experiment, WINE, tmp_path / "straight")
-    part = interrupted(experiment, WINE, tmp_path / "part", step)
+    part = interrupted(experiment, tmp_path / "part", step + 1, data=dataset(WINE))
     saved = checkpoint.latest(part / "checkpoints")
-    assert saved.step == step + 1
     assert saved.tensors["progress"]["counts"].sum().item() == pytest.approx(min(178, 50 * ((step % 4) + 1)))
     done = pvae.resume(pvae.Run.load(part, data=dataset(WINE)), device="cpu", progress=False)
-    one, two = everything(straight), everything(done)
-    assert one.keys() == two.keys()
-    assert [name for name in one if not torch.equal(one[name], two[name])] == []
+    assert_same(straight, done)
     columns = ["epoch", "elbo", "loss"]
     assert done.metrics[columns].equals(straight.metrics[columns])
 

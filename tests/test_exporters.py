@@ -28,7 +28,9 @@ from pvae.runs import exporters
 from pvae.runs.exporters import KINDS, MLflow, TensorBoard, export, exporting, safe_key
 from pvae.runs.run import Run
 from pvae.runs.rundir import RunDirectory
-from pvae.training.fit import fit, refit, resume
+from pvae.training.fit import fit
+from pvae.training.refit import refit
+from pvae.training.resume import resume
 
 TINY = (
     "train.epochs=3", "train.batch_size=20", "train.engine=eager", "train.schedule=constant", "latents.z.dim=2",

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import copy
 import math
-import os
-import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,8 +28,8 @@ from pvae.guides.posteriors.topdown import TOP_DOWN
 from pvae.objectives.base import IWAE, TraceELBO, TraceMeanFieldELBO
 from pvae.pair.pair import Pair
 from pvae.training.evaluation import evaluate
-from pvae.training.trainer import Trainer
 from tests.laws import require_gradients, slope_along
+from tests.runs_shared import assert_resumes_exactly
 
 TANH = {"network": {"kind": "mlp", "hidden": [8], "activation": "tanh"}}
 CONDITIONAL = {"kind": "conditional_normal", **TANH}
@@ -555,26 +553,7 @@ def test_metrics_tell_the_levels_apart(kind, tmp_path: Path):
 
 
 def test_an_interrupted_fit_resumes_bit_for_bit(tmp_path: Path):
-    whole = fit(tiny("bidirectional", average=0.9), tmp_path / "whole")
-    original = Trainer._step
-
-    def with_signal(self: Trainer, index: Tensor) -> bool:
-        if self.state.step == 7:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return original(self, index)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Trainer, "_step", with_signal)
-        with pytest.raises(pvae.PvaeError, match="SIGTERM"):
-            fit(tiny("bidirectional", average=0.9), tmp_path / "part")
-    part = next((tmp_path / "part").glob("*/*"))
-    assert pvae.Run.load(part).status["state"] == "interrupted"
-    done = pvae.resume(part, data=rows(120), device="cpu", progress=False)
-    left, right = whole.checkpoint.tensors["weights"], done.checkpoint.tensors["weights"]
-    assert set(left) == set(right)
-    assert all(torch.equal(left[name], right[name]) for name in left)
-    columns = ["epoch", "split", "elbo", "reconstruction", "kl/z1", "kl/z2", "kl/z3"]
-    assert done.metrics[columns].equals(whole.metrics[columns])
+    assert_resumes_exactly(tiny("bidirectional", average=0.9), tmp_path, 8, data=rows(120))
 
 
 @pytest.mark.parametrize("name", ["ladder", "bidirectional"])

@@ -19,8 +19,10 @@ from pvae.cli import main
 from pvae.errors import CheckpointError, DataError, DeclarationError, Interrupted
 from pvae.experiment.experiment import Experiment
 from pvae.runs.run import Run
+from pvae.training import loop
 from pvae.training.evaluation import evaluate
 from pvae.training.trainer import Trainer
+from tests.runs_shared import signalled_at
 
 NETWORK = {"network": {"kind": "mlp", "hidden": [32]}}
 TABLE: dict[str, Any] = {
@@ -123,20 +125,11 @@ def test_an_autoencoder_gets_a_density_to_sample_from(tmp_path):
     assert float((codes.std(0) / drawn.std(0)).log().abs().max()) < 0.35
 
 
-def test_a_second_stage_that_was_interrupted_goes_on(tmp_path, monkeypatch):
+def test_a_second_stage_that_was_interrupted_goes_on(tmp_path):
     stages = {"refit": {"priors": {"z": {"kind": "realnvp"}}, "train": {"epochs": 4}}, "train": {"epochs": 2}}
     whole = fit(tmp_path / "whole", **stages)
-    step = Trainer._step
-
-    def interrupted(self: Trainer, index: torch.Tensor) -> bool:
-        if self.plan.name == "small_refit" and self.state.step == 17:
-            self._interrupted(15, 0.0)
-        return step(self, index)
-
-    monkeypatch.setattr(Trainer, "_step", interrupted)
-    with pytest.raises(Interrupted):
+    with signalled_at(18, name="small_refit"), pytest.raises(Interrupted):
         fit(tmp_path / "cut", **stages)
-    monkeypatch.undo()
     done = pvae.resume(
         "small", root=tmp_path / "cut", progress=False
     )  # the first stage is finished: the second goes on
@@ -211,14 +204,14 @@ def same_encoder(one: Run, other: Run) -> bool:
 
 
 def test_a_second_stage_that_left_no_weights_is_fitted_anew(tmp_path, monkeypatch):
-    run = Trainer.run
+    train = loop.train
 
-    def killed(self: Trainer) -> None:
-        if self.plan.name == "small_refit":
+    def killed(trainer: Trainer) -> None:
+        if trainer.plan.name == "small_refit":
             raise KeyboardInterrupt
-        run(self)
+        train(trainer)
 
-    monkeypatch.setattr(Trainer, "run", killed)
+    monkeypatch.setattr(loop, "train", killed)
     with pytest.raises(KeyboardInterrupt):
         fit(tmp_path, **STAGES)
     monkeypatch.undo()
@@ -276,18 +269,9 @@ def test_a_refit_without_parameters_is_resumed_as_it_is(parent):
     assert pvae.resume(child, "train.epochs=5", allow_changes=True, progress=False).path == child.path
 
 
-def test_what_stops_a_second_stage_is_told(tmp_path, monkeypatch):
-    step = Trainer._step
-
-    def interrupted(self: Trainer, index: torch.Tensor) -> bool:
-        if self.plan.name == "small_refit" and self.state.step == 3:
-            self._interrupted(15, 0.0)
-        return step(self, index)
-
-    monkeypatch.setattr(Trainer, "_step", interrupted)
-    with pytest.raises(Interrupted):
+def test_what_stops_a_second_stage_is_told(tmp_path):
+    with signalled_at(4, name="small_refit"), pytest.raises(Interrupted):
         fit(tmp_path, **STAGES)
-    monkeypatch.undo()
     child = Run.load("small_refit", root=tmp_path)
     child.files.write_manifest({**child.files.manifest, "threads": 99})
     with pytest.raises(DeclarationError, match="expected the run's own threads = 99"):

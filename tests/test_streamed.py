@@ -1,7 +1,6 @@
 """Data that stay on the disk: the values of memory, every row once an epoch, bit-exact resume, little memory."""
 
 import os
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +15,9 @@ from pvae.data.rows.arrays import Joined, SparseRows, npy_array
 from pvae.data.rows.rows import Rows, shared_rows, tenths
 from pvae.data.streamed import Streamed, WindowOrder
 from pvae.errors import DataError
+from pvae.training import loop
 from pvae.training.trainer import Trainer
-from tests.test_svi import assert_same, last_weights
+from tests.runs_shared import assert_resumes_exactly
 
 
 @pytest.fixture
@@ -263,34 +263,20 @@ def fit(experiment: pvae.Experiment, where: Path) -> pvae.Run:
 @pytest.mark.parametrize("stop_at", [5, 10, 27])
 def test_a_streamed_fit_resumes_bit_for_bit(tmp_path: Path, stop_at: int) -> None:
     """FAULTS 10: within an epoch, at its end, and where a batch lies across two windows."""
-    experiment = declared(tmp_path)
-    whole = fit(experiment, tmp_path / "whole")
-    assert isinstance(whole.data.train.rows, Streamed)
-    original = Trainer._step
-
-    def with_signal(self: Trainer, index: torch.Tensor) -> bool:
-        if self.state.step == stop_at - 1:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return original(self, index)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Trainer, "_step", with_signal)
-        with pytest.raises(pvae.PvaeError, match="SIGTERM"):
-            fit(experiment, tmp_path / "part")
-    done = pvae.resume("streamed", root=tmp_path / "part", device="cpu", progress=False)
-    assert_same(last_weights(whole), last_weights(done))
+    done = assert_resumes_exactly(declared(tmp_path), tmp_path, stop_at)
+    assert isinstance(done.data.train.rows, Streamed)
 
 
 @pytest.mark.usefixtures("narrow")
 def test_an_epoch_of_a_streamed_fit_sees_every_row_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
-    original = Trainer._step
+    original = loop.step
 
-    def noted(self: Trainer, index: torch.Tensor) -> bool:
+    def noted(trainer: Trainer, index: torch.Tensor) -> bool:
         seen.extend(index.tolist())
-        return original(self, index)
+        return original(trainer, index)
 
-    monkeypatch.setattr(Trainer, "_step", noted)
+    monkeypatch.setattr(loop, "step", noted)
     run = fit(declared(tmp_path, epochs=2), tmp_path)
     n = len(run.data.train)
     assert sorted(seen[:n]) == sorted(seen[n:]) == list(range(n))

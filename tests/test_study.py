@@ -31,7 +31,7 @@ from pvae.studies.runner import Runner, Task, tasks_of, work
 from pvae.studies.shelf import Shelf, standing
 from pvae.studies.study import Board, states, study
 from pvae.studies.sweep import Measure, names
-from pvae.training.trainer import Trainer
+from pvae.training import loop
 from tests.cli_runner import run_cli
 
 NETWORK = {"network": {"kind": "mlp", "hidden": [8]}}
@@ -351,7 +351,7 @@ def test_an_interrupted_run_is_gone_on_with(tmp_path, started, monkeypatch):
     whole = pvae.fit(Experiment.from_dict(TABLE), run_dir=tmp_path / "whole", device="cpu", progress=False)
     file = write(tmp_path, {})
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_end_of_epoch", lambda self, _bar: self._interrupted(signal.SIGTERM, time.monotonic()))
+        patch.setattr(loop, "end_epoch", lambda trainer, _bar: loop.interrupt(trainer, signal.SIGTERM))
         with pytest.raises(Interrupted):
             pvae.fit(Experiment.from_dict(TABLE), run_dir=tmp_path / "runs", device="cpu", progress=False)
     declared = Declared.load(file)

@@ -27,42 +27,10 @@ from pvae.objectives.base import Loss, TraceELBO
 from pvae.runs import checkpoint
 from pvae.runs.run import load_weights
 from pvae.training.evaluation import evaluate
-from pvae.training.fit import pick_device
+from pvae.training.launch import pick_device
+from pvae.training.signals import Stop
 from pvae.training.step import Step, choose_engine, compile_forward, require_equal, set_lr
-from pvae.training.trainer import Stop, Trainer
-
-TINY = {
-    "latents": {"z": {"dim": 3}},
-    "data": {"source": "digits", "binarize": "dynamic"},
-    "encoder": {"network": {"kind": "mlp", "hidden": [16]}},
-    "decoder": {"network": {"kind": "mlp", "hidden": [16]}},
-    "train": {"epochs": 4, "batch_size": 96, "checkpoint_seconds": 0.0, "engine": "eager"},
-}
-
-
-def tiny(**train: object) -> Experiment:
-    """A small experiment on digits; 1000 rows in batches of 96, so the last batch is a short one."""
-    return Experiment.from_dict({**TINY, "train": {**TINY["train"], **train}})  # type: ignore[dict-item]
-
-
-def last_weights(run: pvae.Run) -> dict[str, Tensor]:
-    """Everything that training moved, from the newest checkpoint."""
-    saved = checkpoint.latest(run.path / "checkpoints")
-    assert saved is not None
-    return {f"{g}/{k}": v for g, group in saved.tensors.items() for k, v in group.items()}
-
-
-def assert_same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
-    """Bit for bit."""
-    assert a.keys() == b.keys()
-    for key in a:
-        assert torch.equal(a[key], b[key]), key
-
-
-def fit(experiment: Experiment, where: Path, **options: object) -> pvae.Run:
-    """A silent fit on the CPU."""
-    return pvae.fit(experiment, run_dir=where, device="cpu", progress=False, **options)  # type: ignore[arg-type]
-
+from tests.runs_shared import TINY_TABLE, assert_same, everything, fit, interrupted, tiny
 
 # ---------------------------------------------------------------------- fitting
 
@@ -113,14 +81,14 @@ def test_same_seed_same_weights_and_nothing_leaks(tmp_path: Path) -> None:
     assert torch.equal(before, torch.random.get_rng_state())
     b = fit(tiny(), tmp_path)
     c = fit(tiny(), tmp_path, seed=1)
-    assert_same(last_weights(a), last_weights(b))
-    assert any(not torch.equal(v, last_weights(c)[k]) for k, v in last_weights(a).items())
+    assert_same(a, b)
+    assert any(not torch.equal(v, everything(c)[k]) for k, v in everything(a).items())
 
 
 def test_validation_moves_nothing(tmp_path: Path) -> None:
     often = fit(tiny(validate_every=1, keep="last"), tmp_path)
     seldom = fit(tiny(validate_every=4, keep="last"), tmp_path)
-    assert_same(last_weights(often), last_weights(seldom))
+    assert_same(often, seldom)
 
 
 @pytest.mark.parametrize(
@@ -138,29 +106,9 @@ def test_interrupted_fit_resumes_bit_for_bit(tmp_path: Path, train: dict[str, ob
     for stop_at in (15, 22):
         part = interrupted(tiny(**train), tmp_path, stop_at)
         done = pvae.resume(part, device="cpu", progress=False)
-        assert_same(last_weights(whole), last_weights(done))
+        assert_same(whole, done)
         columns = ["epoch", "split", "elbo", "reconstruction", "lr", "beta"]
         assert done.metrics[columns].equals(whole.metrics[columns])
-
-
-def interrupted(experiment: Experiment, where: Path, step: int) -> Path:
-    """The folder of a fit that got SIGTERM just before `step`."""
-    original = Trainer._step
-
-    def with_signal(self: Trainer, index: Tensor) -> bool:
-        if self.state.step == step - 1:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return original(self, index)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Trainer, "_step", with_signal)
-        with pytest.raises(pvae.PvaeError, match="SIGTERM") as caught:
-            fit(experiment, where)
-    assert caught.value.exit_code == 143
-    newest = max(where.glob("*/*"), key=lambda p: p.stat().st_mtime_ns)
-    assert pvae.Run.load(newest).status["state"] == "interrupted"
-    assert pvae.Run.load(newest).checkpoint.step == step
-    return newest
 
 
 def test_killed_process_resumes_bit_for_bit(tmp_path: Path) -> None:
@@ -179,7 +127,7 @@ def test_killed_process_resumes_bit_for_bit(tmp_path: Path) -> None:
     child.kill()
     assert child.wait() == -signal.SIGKILL, "the fit was over before it could be killed"
     done = pvae.resume(next((tmp_path / "killed").glob("*/*")), device="cpu", progress=False)
-    assert_same(last_weights(whole), last_weights(done))
+    assert_same(whole, done)
 
 
 def test_signals_are_remembered_and_handlers_restored(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -226,9 +174,9 @@ def test_full_disk_during_a_fit_keeps_the_old_checkpoint(tmp_path: Path, monkeyp
 def test_finished_run_is_left_alone(tmp_path: Path) -> None:
     """FAULTS 12."""
     run = fit(tiny(epochs=1), tmp_path)
-    before = last_weights(run)
+    before = everything(run)
     assert pvae.resume(run.path, device="cpu", progress=False).status["epoch"] == 1
-    assert_same(before, last_weights(run))
+    assert_same(before, everything(run))
 
 
 def test_changes_are_listed_and_refused_unless_allowed(tmp_path: Path) -> None:
@@ -239,7 +187,7 @@ def test_changes_are_listed_and_refused_unless_allowed(tmp_path: Path) -> None:
         pvae.resume(half, "train.epochs=4", "train.batch_size=50", device="cpu", progress=False)
     assert "train.batch_size = 96; got 50" in str(caught.value)
     done = pvae.resume(half, "train.epochs=4", allow_changes=True, device="cpu", progress=False)
-    assert_same(last_weights(whole), last_weights(done))
+    assert_same(whole, done)
 
 
 def test_a_run_cannot_become_another_model(tmp_path: Path) -> None:
@@ -344,11 +292,11 @@ def test_other_data_are_refused(tmp_path: Path) -> None:
 def test_checkpoint_of_another_declaration_lists_the_differences(tmp_path: Path) -> None:
     """FAULTS 8."""
     small = fit(tiny(epochs=1), tmp_path)
-    other = Experiment.from_dict({**TINY, "latents": {"w": {"dim": 3}}}).build((1, 8, 8))
+    other = Experiment.from_dict({**TINY_TABLE, "latents": {"w": {"dim": 3}}}).build((1, 8, 8))
     with pytest.raises(CheckpointError, match=r"guide\.posteriors\.w\..*not in the checkpoint") as caught:
         load_weights(other, small.checkpoint.tensors["weights"], "here")
     assert "guide.posteriors.z" in str(caught.value)
-    wider = Experiment.from_dict({**TINY, "latents": {"z": {"dim": 4}}}).build((1, 8, 8))
+    wider = Experiment.from_dict({**TINY_TABLE, "latents": {"z": {"dim": 4}}}).build((1, 8, 8))
     with pytest.raises(CheckpointError, match=r"expected shape \[8, 16\]; got \[6, 16\]"):
         load_weights(wider, small.checkpoint.tensors["weights"], "here")
 
@@ -392,7 +340,7 @@ def test_the_average_begins_where_weights_do(tmp_path: Path) -> None:
     """Pseudo-inputs begin at training rows, after the trainer is made."""
     latents = {"z": {"dim": 2, "prior": {"kind": "vamp", "components": 5}}}
     decoder = {"network": {"kind": "mlp", "hidden": [4]}, "likelihood": {"kind": "normal"}}
-    table = {**TINY, "data": {"source": "toy", "rows": 50}, "latents": latents, "decoder": decoder}
+    table = {**TINY_TABLE, "data": {"source": "toy", "rows": 50}, "latents": latents, "decoder": decoder}
     train = {"epochs": 1, "batch_size": 10, "average": 0.999, "keep": "last", "engine": "eager"}
     run = fit(Experiment.from_dict({**table, "train": train}), tmp_path)
     name = "model.priors.z.pseudo_inputs"
@@ -558,7 +506,7 @@ def test_compiled_fit_resumes_bit_for_bit(tmp_path: Path) -> None:
     assert whole.status["engine"] == "compiled"
     done = pvae.resume(interrupted(experiment, tmp_path, 17), device="cpu", progress=False)
     assert done.status["engine"] == "compiled"
-    assert_same(last_weights(whole), last_weights(done))
+    assert_same(whole, done)
 
 
 KINDS: dict[str, tuple[str, list[str]]] = {

@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from pvae import Run
 from pvae.analysis import evidence, surgery
 from pvae.analysis.samples.two_sample import sample_quality
-from pvae.training.fit import pick_device
+from pvae.training.launch import pick_device
 from pvae.util.seeds import subset
 
 TERMS = ("elbo", "reconstruction", "kl", "mutual_information", "marginal_kl", "marginal_kl_upper", "train_gain")

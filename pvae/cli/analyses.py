@@ -217,7 +217,7 @@ def counterexamples(
 def selfcheck(shared: Shared, device: Device = "auto", seed: Seed = 0) -> None:
     """Check surgery, evidence and gaps on this machine, on models whose figures are known exactly."""
     from pvae.analysis.truths.selfcheck import selfcheck as measure
-    from pvae.training.fit import pick_device
+    from pvae.training.launch import pick_device
 
     with shared.bar("selfcheck") as bar:
         found = measure(str(pick_device(device)), seed, on_progress=bar.report)

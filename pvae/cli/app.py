@@ -89,7 +89,7 @@ class Shared:
         opened = self.open(run)
         if self.device == "cpu":
             return opened
-        from pvae.training.fit import pick_device
+        from pvae.training.launch import pick_device
 
         return opened.to(pick_device(self.device))
 

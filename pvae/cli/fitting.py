@@ -51,7 +51,7 @@ def resume(
     allow_changes: Annotated[bool, typer.Option("--allow-changes", help="Accept an inexact continuation.")] = False,
 ) -> None:
     """Continue a run where it stopped, bit for bit on a CPU."""
-    from pvae.training.fit import resume as resume_run
+    from pvae.training.resume import resume as resume_run
 
     opened = shared.open(run)
     second = getattr(opened.plan, "refit", None) is not None
@@ -89,7 +89,7 @@ def refit(
     rows: RowCount = None,
 ) -> None:
     """Freeze a run and fit another prior to its codes, say latents.z.prior.kind=realnvp train.epochs=50."""
-    from pvae.training.fit import refit as refit_run
+    from pvae.training.refit import refit as refit_run
 
     opened = shared.open(run)
     child = refit_run(

@@ -18,7 +18,7 @@ from pvae.errors import DeclarationError, near
 from pvae.experiment import zoo
 from pvae.experiment.experiment import Experiment, apply_overrides
 from pvae.studies.sweep import FIRST, SECOND, Measure, StudyFile, Sweep, find, validated
-from pvae.training.fit import stage_of
+from pvae.training.refit import stage_of
 from pvae.util import toml
 
 SHOWN = 40

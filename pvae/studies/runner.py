@@ -312,7 +312,9 @@ def work(job: Mapping[str, Any]) -> None:
 
     from pvae.analysis.pages.study import figures
     from pvae.runs.run import Run
-    from pvae.training.fit import fit, fit_stage, resume
+    from pvae.training.fit import fit
+    from pvae.training.refit import fit_stage
+    from pvae.training.resume import resume
 
     torch.set_num_threads(int(job["threads"]))
     root, device = Path(job["run_dir"]), str(job["device"])

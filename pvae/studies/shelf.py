@@ -13,7 +13,7 @@ from pvae.runs import checkpoint
 from pvae.runs.run import Run
 from pvae.runs.rundir import RunDirectory, folders, is_stale
 from pvae.studies.cases import Case
-from pvae.training.fit import parent_of
+from pvae.training.refit import parent_of
 
 RANKS = ("finished", "held", "stopped")
 """What a run is worth to a case, the best first."""

@@ -19,7 +19,7 @@ from pvae.pair.densities import samples, unwrapped
 from pvae.pair.pair import Pair, quiet
 from pvae.util import seeds
 
-ROWS = 1000
+ALERT_ROWS = 1000
 """Most rows that are looked at."""
 SILENT_NATS, SILENT = 0.01, 0.1
 """A latent that costs less for each of its coordinates, and less in all, says nothing of x."""
@@ -40,7 +40,7 @@ def alerts(plan: Plan, pair: Pair, x: Tensor, seed: int) -> list[str]:
         x: data `(n, *event)`; at most a thousand rows of it are read.
         seed: of the draws.
     """
-    x = pair.accept(x[:ROWS])
+    x = pair.accept(x[:ALERT_ROWS])
     with quiet(pair, x):
         seeds.set_noise(seeds.mix(seed, seeds.VALIDATION), x.device)
         with Discretised():

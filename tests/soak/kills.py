@@ -34,7 +34,8 @@ from pvae.data import load
 from pvae.errors import Interrupted
 from pvae.experiment.experiment import Experiment
 from pvae.runs import checkpoint
-from pvae.training import trainer
+from pvae.training import loop
+from pvae.training.trainer import Trainer
 
 BEFORE, RESUMING = "before the first checkpoint", "while resuming"
 PHASES = (RESUMING, "in the middle of an epoch", "in the write of a checkpoint", "after the end")
@@ -79,11 +80,11 @@ class Tally:
 
 def watched(phase: mmap.mmap) -> None:
     """Let a child tell its parent where it is, in one shared byte."""
-    write, step = checkpoint.write, trainer.Trainer._step
+    write, step = checkpoint.write, loop.step
 
-    def at_step(self: trainer.Trainer, index: Tensor) -> bool:
+    def at_step(trainer: Trainer, index: Tensor) -> bool:
         phase[0] = STEP
-        return step(self, index)
+        return step(trainer, index)
 
     def told(*arguments: Any, **options: Any) -> Path:
         phase[0] = WRITE
@@ -93,7 +94,7 @@ def watched(phase: mmap.mmap) -> None:
             phase[0] = STEP
 
     checkpoint.write = told
-    trainer.Trainer._step = at_step  # type: ignore[method-assign]
+    loop.step = at_step
 
 
 def attempt(folder: Path, experiment: Experiment) -> int:

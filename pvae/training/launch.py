@@ -1,0 +1,145 @@
+"""Start of a fit: the run directory, the device, the engine, and which parameters are free."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pvae.component import IMPORTED
+from pvae.data import Dataset
+from pvae.errors import DeclarationError, DeviceError
+from pvae.experiment.experiment import Plan
+from pvae.pair.pair import Pair
+from pvae.runs import checkpoint
+from pvae.runs.exporters import exporting
+from pvae.runs.run import Run
+from pvae.runs.rundir import RunDirectory
+from pvae.training import loop
+from pvae.training.evaluation import evaluate
+from pvae.training.step import choose_engine
+from pvae.training.trainer import Record, Trainer
+from pvae.util.provenance import provenance
+
+
+def launch(
+    plan: Plan,
+    pair: Pair,
+    dataset: Dataset,
+    run_dir: Path,
+    where: torch.device,
+    *,
+    given_pair: Pair | None = None,
+    parent: dict[str, Any] | None = None,
+    trainable: tuple[str, ...] | None = None,
+    export: Sequence[str] = (),
+    progress: bool,
+) -> Run:
+    """Make the run directory and train.
+
+    Arguments:
+        plan: how the pair is fitted.
+        pair: what is fitted.
+        dataset: the data.
+        run_dir: folder of the runs.
+        where: the device.
+        given_pair: the pair as it was written by hand; None for a declared one.
+        parent: run and epoch that a second stage begins at, for the manifest.
+        trainable: beginnings of the names of parts that move; None for all.
+        export: kinds of exporters.
+        progress: print events and a bar.
+    """
+    files = RunDirectory.create(run_dir, plan.name)
+    files.write_spec(plan.to_toml())
+    freeze(pair, trainable)
+    engine = engine_of(plan, pair, dataset, where)
+    files.write_manifest(
+        {
+            **provenance(),
+            "declared": given_pair is None,
+            "imports": list(IMPORTED),
+            "seed": plan.seed,
+            "device": str(where),
+            "engine": engine,
+            "threads": torch.get_num_threads(),
+            "parent": parent,
+            "trainable": None if trainable is None else list(trainable),
+            "data": {"source": dataset.source, "shape": list(dataset.shape), "fingerprint": dataset.fingerprint},
+            "exports": list(export),
+        }
+    )
+    for note in dataset.notes:
+        files.log_event("alert" if "also occur in train" in note else "data", note)
+    with files.lock(), exporting(files, export, show=progress):
+        if learns(pair):
+            loop.train(Trainer(plan, pair, dataset, files, where, engine, record=recorder(plan), show=progress))
+        else:
+            keep_as_it_is(pair, dataset, plan, files)
+    return Run(files, data=dataset, pair=given_pair)
+
+
+def learns(pair: Pair) -> bool:
+    """Return whether a parameter is free: a refit with q_agg itself as the prior has none."""
+    return any(p.requires_grad for p in pair.parameters())
+
+
+def freeze(pair: Pair, trainable: Sequence[str] | None) -> None:
+    """Let only parts move whose names start with one of `trainable`, the others in evaluation mode; None lets all."""
+    pair.train()
+    if trainable is None:
+        return
+    for name, parameter in pair.named_parameters():
+        parameter.requires_grad_(name.startswith(tuple(trainable)))
+    for name, module in pair.named_modules():
+        module.training = not name or any(f"{name}.".startswith(t) or t.startswith(f"{name}.") for t in trainable)
+
+
+def keep_as_it_is(pair: Pair, data: Dataset, plan: Plan, files: RunDirectory) -> None:
+    """Evaluate a pair without free parameters (a refit with q_agg itself as the prior) and write its checkpoint."""
+    row = evaluate(pair, data.validation.rows, plan.seed, len(data.train))
+    files.log_metrics({"epoch": 0, "step": 0, "seconds": 0.0, "split": "validation", **row})
+    tensors: dict[str, dict[str, Tensor]] = {"weights": dict(pair.state_dict()), "optimizer": {}}
+    checkpoint.write(files.path / "checkpoints", 0, tensors, {"select": "weights"})
+    files.update_status(state="finished", epoch=0, epochs=0, step=0, elbo=row["elbo"], engine="none", seconds=0.0)
+
+
+def recorder(plan: Plan) -> Record | None:
+    """Return the surgery that `analysis.every` asks for; imported late, because it brings plots and tables with it."""
+    if not plan.analysis.every:
+        return None
+    from pvae.analysis.decompose.history import record
+
+    return record
+
+
+def engine_of(plan: Plan, pair: Pair, data: Dataset, device: torch.device) -> str:
+    """Return the engine of a fit: that of the objective, the declared one, or the faster one for its steps."""
+    if plan.objective.engine is not None:
+        return plan.objective.engine
+    if plan.train.alternate and device.type == "cuda":
+        return "eager"
+    if plan.train.engine != "auto":
+        return "captured" if plan.train.engine == "compiled" and device.type == "cuda" else plan.train.engine
+    batch = min(plan.train.batch_size, len(data.train))
+    steps = plan.train.epochs * math.ceil(len(data.train) / batch)
+    return choose_engine(steps, sum(p.numel() for p in pair.parameters()), batch, device)
+
+
+def pick_device(name: str) -> torch.device:
+    """Return the device for "auto" (a GPU when there is one), "cpu" or "cuda[:i]".
+
+    Raises:
+        DeclarationError: it is none of these.
+        DeviceError: a GPU was asked for and there is none.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name != "cpu" and not name.startswith("cuda"):
+        raise DeclarationError(f"device: expected auto, cpu or cuda; got {name!r}.")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise DeviceError(f"device: expected a CUDA GPU for {name!r}; this machine shows none. Use --device cpu.")
+    return torch.device(name)

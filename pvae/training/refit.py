@@ -1,0 +1,119 @@
+"""Second stages: other priors fitted to the aggregated posterior of a run whose pair is frozen."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pvae.errors import DeclarationError
+from pvae.experiment.experiment import Experiment, Plan
+from pvae.objectives.base import TraceELBO
+from pvae.runs.exporters import require
+from pvae.runs.run import Run, attended, load_weights
+from pvae.training.launch import launch, pick_device
+from pvae.util.toml import flat
+
+NOT_FROZEN = re.compile(r"latents\.\w+\.prior(\.|$)|train\.|objective\.|analysis\.|refit|(name|description|seed)$")
+
+
+def refit(
+    run: Run | str | Path,
+    *overrides: str,
+    root: str | Path = "runs",
+    run_dir: str | Path | None = None,
+    data_dir: str | Path | None = None,
+    device: str = "auto",
+    export: Sequence[str] = (),
+    progress: bool = True,
+) -> Run:
+    """Freeze a fitted pair and fit other priors to its aggregated posterior, by maximum likelihood.
+
+    With the encoder fixed, the marginal KL of the run's surgery is the most that a prior can win here; see
+    `pvae.analysis.gain` for what it did win. For an autoencoder this makes a model that can be sampled.
+
+    Arguments:
+        run: a finished `Run`, its folder, its name, or "latest".
+        overrides: the new priors, `"latents.z.prior.kind=realnvp"`, and how to train them, `"train.epochs=50"`;
+            nothing else may change. What is not said of training is as the run had it.
+        root: where runs are looked up by name.
+        run_dir: where the new run is kept; default: beside the old one.
+        data_dir: where to look for data first.
+        device: as in `fit`.
+        export: as in `fit`.
+        progress: as in `fit`.
+
+    Returns:
+        A run of its own, complete, its manifest naming the parent.
+
+    Raises:
+        DeclarationError: no prior changes, or something else does.
+        CheckpointError: the run has no checkpoint.
+    """
+    kinds = require(export)
+    if not isinstance(run, Run):
+        run = Run.load(run, root=root, data_dir=data_dir)
+    stage = stage_of(run.experiment, run.experiment.with_overrides(*overrides))
+    return fit_stage(run, stage, Path(run_dir) if run_dir else run.path.parent.parent, device, progress, export=kinds)
+
+
+def stage_of(old: Experiment, changed: Experiment) -> Experiment:
+    """Return the second stage of `old`: priors and training as in `changed`, the plain ELBO as the objective.
+
+    Raises:
+        DeclarationError: no prior changes, or something else does.
+    """
+    if not old.objective.scores:
+        raise DeclarationError(
+            f"refit: expected a run with an encoder, whose codes a prior can be fitted to; got one of the objective "
+            f"{old.objective.kind}."  # type: ignore[attr-defined]
+        )
+    if changed.objective != old.objective:
+        raise DeclarationError("refit: expected no other objective; got one. Priors are fitted by the plain ELBO.")
+    name = f"{old.name}_refit" if changed.name == old.name else changed.name
+    train = {**changed.train.model_dump(exclude_none=True, exclude_unset=True), "alternate": 0}
+    stage = changed.with_changes({"name": name, "refit": None, "objective": TraceELBO(), "train": train})
+    _refitted(old, stage)
+    return stage
+
+
+def changed_keys(old: Plan, new: Plan) -> dict[str, str]:
+    """Return a line for each dotted key whose value differs between two declarations."""
+    was, now = flat(old.model_dump()), flat(new.model_dump())
+    lines = {key: f"{key} = {was.get(key)!r}; got {now.get(key)!r}." for key in sorted({*was, *now})}
+    return {key: line for key, line in lines.items() if was.get(key) != now.get(key)}
+
+
+def _refitted(first: Experiment, stage: Experiment) -> list[str]:
+    """Return the latents whose priors a second stage replaces; raises DeclarationError if it changes anything else."""
+    frozen = [line for key, line in changed_keys(first, stage).items() if not NOT_FROZEN.match(key)]
+    if frozen:
+        raise DeclarationError(
+            [f"refit: expected the run's own {line} Only priors are fitted anew." for line in frozen]
+        )
+    if stage.seed != first.seed and getattr(stage.data, "data_seed", 0) == "experiment":
+        raise DeclarationError(f"refit: expected the run's own seed, which its data follow; got {stage.seed}.")
+    return first.refitted(stage)
+
+
+def fit_stage(
+    run: Run, stage: Experiment, run_dir: Path, device: str, progress: bool, *, export: Sequence[str] = ()
+) -> Run:
+    """Freeze a fitted run and fit a second stage of it, in a run of its own; see `refit`."""
+    names = _refitted(run.experiment, stage)
+    pair = attended(stage.build(run.data.shape), run.data.train)
+    trainable = tuple(f"model.priors.{name}." for name in names)
+    weights = {k: v for k, v in run.pair.state_dict().items() if not k.startswith(trainable)}
+    fresh = {k: v for k, v in pair.state_dict().items() if k.startswith(trainable)}
+    load_weights(pair, {**weights, **fresh}, str(run.path))
+    parent = parent_of(run)
+    return launch(
+        stage, pair, run.data, run_dir, pick_device(device),
+        parent=parent, trainable=trainable, export=export, progress=progress,
+    )  # fmt: skip
+
+
+def parent_of(run: Run) -> dict[str, Any]:
+    """Return the parent of a second stage for its manifest: `name/id`, as `Run.load` takes it, and its epoch."""
+    return {"run": f"{run.path.parent.name}/{run.path.name}", "epoch": run.status.get("epoch")}
