@@ -112,12 +112,21 @@ def check(
 
 
 @command(["data_dir", "as_json"])
-def show(shared: Shared, file: NameOrFile, overrides: Overrides = None) -> None:
-    """Print a declaration with its graph, formulas, shapes and parameter counts."""
+def show(
+    shared: Shared,
+    file: NameOrFile,
+    overrides: Overrides = None,
+    pyro: Annotated[bool, typer.Option("--pyro", help="Print it as a plain Pyro script instead.")] = False,
+) -> None:
+    """Print a declaration with its graph, formulas, shapes and parameter counts, or as a Pyro script."""
     from pvae.data import load
     from pvae.experiment.readback import described, render
 
     experiment = load_declaration(file, overrides)
-    data = load(experiment.data, data_dir=shared.data_dir, seed=experiment.seed)
-    pair = experiment.build(data.shape)
-    shared.answer(described(experiment, data.shape, pair), render(experiment, data.shape, pair))
+    shape = load(experiment.data, data_dir=shared.data_dir, seed=experiment.seed).shape
+    if pyro:
+        script = experiment.to_pyro(shape)
+        shared.answer({"script": script}, script.rstrip())
+        return
+    pair = experiment.build(shape)
+    shared.answer(described(experiment, shape, pair), render(experiment, shape, pair))

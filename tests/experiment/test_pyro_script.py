@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pyro
@@ -11,15 +14,18 @@ from pyro.infer import SVI
 from torch import Tensor, nn
 from torch.distributions.relaxed_categorical import ExpRelaxedCategorical
 
+from pvae.component import IMPORTED, load_plugins
 from pvae.data import load
 from pvae.errors import DeclarationError
 from pvae.experiment import zoo
 from pvae.experiment.experiment import Experiment
+from pvae.models.priors.base import Prior
 from pvae.nn.schedules import Scheduled
 from pvae.objectives.base import Loss
 from pvae.pair.pair import Pair
 from pvae.training.begin import begin
 from pvae.training.step import Step, set_lr
+from tests.cli_runner import run_cli
 
 ANOTHER_LOOP = {
     "em_mixture": "closed-form steps of EM",
@@ -141,6 +147,61 @@ def test_the_script_runs_as_the_pair(name: str, monkeypatch: pytest.MonkeyPatch)
         exec(compile(experiment.to_pyro(), name, "exec", dont_inherit=True), script)  # noqa: S102 - printed by pvae
     if name not in ANOTHER_ESTIMATE:
         assert steps == pytest.approx(losses, rel=2e-5)
+
+
+PLUGIN = """
+from typing import Literal
+from pvae.models.priors.base import Prior, StandardNormalModule
+
+class Following(Prior):
+    kind: Literal["following"] = "following"
+    keeps_link: bool = False
+
+    def build(self, site, given, link):
+        module = StandardNormalModule(site.event)
+        if self.keeps_link:
+            vars(module)["link"] = link
+        return module
+"""
+
+
+@pytest.fixture
+def plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    (tmp_path / "following.py").write_text(PLUGIN)
+    monkeypatch.syspath_prepend(tmp_path)
+    load_plugins(("following",))
+    yield "following"
+    Prior.members.pop("following")
+    IMPORTED.remove("following")
+    sys.modules.pop("following")
+
+
+@pytest.mark.parametrize("keeps_link", [False, True])
+def test_a_kind_of_a_plugin_is_imported_by_name(plugin: str, keeps_link: bool) -> None:
+    prior = {"kind": plugin, "keeps_link": keeps_link}
+    data = {"source": "digits", "binarize": "dynamic"}
+    text = Experiment.from_dict({"data": data, "latents": {"z": {"dim": 2, "prior": prior}}}).to_pyro((1, 8, 8))
+    assert "from following import Following" in text
+    assert ("pvae.Experiment.from_toml" in text) is keeps_link
+    script: dict[str, Any] = {"__name__": "script"}
+    with pyro.get_param_store().scope():
+        exec(compile(text, "script", "exec", dont_inherit=True), script)  # noqa: S102 - printed by pvae
+        assert 30 < script["svi"].step(script["data"].train.draw(torch.arange(10))) < 60
+
+
+def test_show_prints_it() -> None:
+    out, _ = run_cli("show", "vae", "--pyro")
+    assert out == Experiment.load("vae").to_pyro()
+    assert len(out.splitlines()) <= 62
+
+
+def test_settings_of_training_are_written_out() -> None:
+    overrides = ["train.warmup=2", "train.clip_norm=1", "train.schedule={kind='cyclical'}", "objective.particles=3"]
+    text = Experiment.load("vae_normal", [*overrides, "seed=3"]).to_pyro((1, 8, 8))
+    assert "# Left out of the declared training: clip_norm = 1.0" in text
+    assert "Cyclical().at(step / STEPS, EPOCHS) * min((step + 1) / (2 * STEPS), 1)" in text
+    assert "Trace_ELBO(num_particles=3, vectorize_particles=True)" in text
+    assert "load(Digits(), seed=3)" in text
 
 
 @pytest.mark.parametrize("name", sorted(ANOTHER_LOOP))

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import final
+from collections.abc import Iterator, Mapping
+from typing import Any, final
 
 import tomli_w
 
+from pvae.component import Section
 from pvae.distributions.codes import categorical_kl
 from pvae.distributions.determined import Determined
 from pvae.experiment.pyro_script.expressions import named, quoted
@@ -28,6 +29,9 @@ class PairScript(Script):
     def data(self) -> list[str]:
         table = self.experiment.model_dump(exclude_none=True, exclude_unset=True)
         toml = tomli_w.dumps({name: part for name, part in table.items() if name not in ("description", "refit")})
+        for part in sections_of(self.experiment):  # a plugin registers its kinds when it is imported
+            if not type(part).__module__.startswith("pvae."):
+                self.imported(type(part))
         begun = f"\nbegin(pair, data.train, BATCH, {self.experiment.seed})" if self.has(Begun) else ""
         if begun:
             self.imports["pvae.training.begin"] = {"begin"}
@@ -115,3 +119,15 @@ class PairScript(Script):
         """Return the statement that samples the row of a nearest code, a point on both sides."""
         point = f"{self.imported(Determined)}({value}, event_dim={len(site.features)})"
         return f'seen[{quoted(site.name)}] = pyro.sample("{embedded(site.name)}", {point})'
+
+
+def sections_of(value: Any) -> Iterator[Section]:
+    """Yield every table of a declaration."""
+    if isinstance(value, Mapping):
+        value = tuple(value.values())
+    if isinstance(value, tuple):
+        for item in value:
+            yield from sections_of(item)
+    elif isinstance(value, Section):
+        yield value
+        yield from sections_of(tuple(getattr(value, name) for name in type(value).model_fields))
