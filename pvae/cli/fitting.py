@@ -179,7 +179,7 @@ def export(
     kind: Annotated[str, typer.Argument(help="tensorboard or mlflow (MLFLOW_TRACKING_URI says where).")],
 ) -> None:
     """Export a run's metrics, parameters, alerts and pictures to TensorBoard or MLflow."""
-    from pvae.runs.exporters import export as export_run
+    from pvae.runs.export.exporting import export as export_run
     from pvae.runs.rundir import RunDirectory
 
     where = export_run(RunDirectory.open(run, shared.run_dir), kind)

@@ -15,7 +15,7 @@ import re
 import stat
 import threading
 import unicodedata
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -134,12 +134,14 @@ class RunDirectory:
     """The folder of one run. Only its lock's owner writes; anybody may read, also while it runs.
 
     ``degraded`` says why metrics, events or status could not be written (None: all is well). Such a failure is
-    remembered and never raised, because hours of training are worth more than a row.
+    remembered and never raised, because hours of training are worth more than a row. ``on_metrics`` is called after
+    each row of metrics.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.degraded: str | None = None
+        self.on_metrics: Callable[[], None] = lambda: None
         self._writing = threading.RLock()
 
     def __repr__(self) -> str:
@@ -288,8 +290,12 @@ class RunDirectory:
                 self.degraded = self.degraded or str(problem)
 
     def log_metrics(self, row: Mapping[str, Any]) -> None:
-        """Append a row to ``metrics.jsonl``: NaN and infinities as null; a failure degrades the run."""
+        """Append a row to ``metrics.jsonl``, NaN and infinities as null, and call ``on_metrics``.
+
+        A failure to write degrades the run.
+        """
         self._log("metrics.jsonl", row)
+        self.on_metrics()
 
     def log_event(self, kind: str, message: str, **fields: Any) -> None:  # noqa: ANN401  (anything JSON can say)
         """Append an event (an alert, a fallback, a stop) to ``events.jsonl``; a failure degrades the run."""

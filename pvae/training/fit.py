@@ -15,7 +15,7 @@ from pvae.experiment.experiment import Experiment, Plan, Train
 from pvae.experiment.rules import refused
 from pvae.objectives.base import Objective, TraceMeanFieldELBO
 from pvae.pair.pair import Pair
-from pvae.runs.exporters import require
+from pvae.runs.export.exporting import require
 from pvae.runs.run import Run, attended
 from pvae.training.launch import launch, pick_device
 from pvae.training.resume import second_stage

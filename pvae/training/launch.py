@@ -16,7 +16,7 @@ from pvae.errors import DeclarationError, DeviceError
 from pvae.experiment.experiment import Plan
 from pvae.pair.pair import Pair
 from pvae.runs import checkpoint
-from pvae.runs.exporters import exporting
+from pvae.runs.export.exporting import exporting
 from pvae.runs.run import Run
 from pvae.runs.rundir import RunDirectory
 from pvae.training import loop

@@ -10,7 +10,7 @@ from typing import Any
 from pvae.errors import DeclarationError
 from pvae.experiment.experiment import Experiment, Plan
 from pvae.objectives.base import TraceELBO
-from pvae.runs.exporters import require
+from pvae.runs.export.exporting import require
 from pvae.runs.run import Run, attended, load_weights
 from pvae.training.launch import launch, pick_device
 from pvae.util.toml import flat

@@ -12,7 +12,7 @@ from pvae.errors import CheckpointError, DataError, DeclarationError
 from pvae.experiment.experiment import Experiment, Plan
 from pvae.pair.pair import Pair
 from pvae.runs import checkpoint
-from pvae.runs.exporters import exporting, remembered, require
+from pvae.runs.export.exporting import exporting, remembered, require
 from pvae.runs.run import Run
 from pvae.runs.rundir import RunDirectory, slug
 from pvae.training import loop

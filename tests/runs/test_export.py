@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import struct
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,17 +19,20 @@ from mlflow.tracking import MlflowClient
 from tensorboardX.proto.event_pb2 import Event
 from tensorboardX.record_writer import masked_crc32c
 
-from pvae.cli import main
 from pvae.data import Dataset
 from pvae.errors import BusyError, DataError, DeclarationError, MissingExtraError, StorageError
 from pvae.experiment.experiment import Experiment
-from pvae.runs import exporters
-from pvae.runs.exporters import KINDS, MLflow, TensorBoard, export, exporting, safe_key
+from pvae.runs.export import exporting as module
+from pvae.runs.export.base import safe_key
+from pvae.runs.export.exporting import KINDS, export, exporting
+from pvae.runs.export.mlflow import MLflow
+from pvae.runs.export.tensorboard import TensorBoard
 from pvae.runs.run import Run
 from pvae.runs.rundir import RunDirectory
 from pvae.training.fit import fit
 from pvae.training.refit import refit
 from pvae.training.resume import resume
+from tests.cli_runner import run_cli, run_cli_json
 
 TINY = (
     "train.epochs=3", "train.batch_size=20", "train.engine=eager", "train.schedule=constant", "latents.z.dim=2",
@@ -362,20 +364,17 @@ def refusing(message: str = "no server at https://me:secret@host/api\nsecond lin
     return refuse
 
 
-def assert_unharmed(run: Run, plain: Run, kind: str) -> str:
-    """Finished, with the weights of a run without exporters, and one alert, which is returned."""
-    assert run.status["state"] == "finished"
-    theirs = plain.pair.state_dict()
-    assert all(torch.equal(value, theirs[name]) for name, value in run.pair.state_dict().items())
-    (alert,) = complaints(run.files)
+def the_alert(files: RunDirectory, kind: str) -> str:
+    """The one alert of exporters, which says how to export later."""
+    (alert,) = complaints(files)
     assert f"export to {kind}; got " in alert
     assert alert.endswith(f"The fit goes on. Later: pvae export RUN {kind}")
     return alert
 
 
 CALLS = [
-    *((TensorBoard, name) for name in ("__init__", "begin", "write", "finish", "key", "catch_up", "last", "_flush")),
-    *((MLflow, name) for name in ("__init__", "begin", "write", "finish", "_describe", "_held")),
+    *((TensorBoard, name) for name in ("__init__", "begin", "write", "finish", "key", "catch_up", "_flush")),
+    *((MLflow, name) for name in ("__init__", "begin", "write", "finish", "_describe", "_exported")),
     *((MlflowClient, name) for name in ("__init__", "get_experiment_by_name", "search_runs", "create_run")),
     *((MlflowClient, name) for name in ("log_batch", "set_tag", "update_run", "log_text", "set_terminated")),
 ]
@@ -383,63 +382,66 @@ CALLS = [
 
 @pytest.mark.parametrize(("owner", "name"), CALLS, ids=[f"{owner.__name__}.{name}" for owner, name in CALLS])
 def test_a_failure_anywhere_is_one_alert(
-    owner: type, name: str, plain: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    owner: type, name: str, made: RunDirectory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """FAULTS 3, 31: the first line of the error, without passwords, and what to do."""
     kind = "tensorboard" if owner is TensorBoard else "mlflow"
+    monkeypatch.setattr(module, "SECONDS_BETWEEN_EXPORTS", 0.0)
     with monkeypatch.context() as patch:
         patch.setattr(owner, name, refusing())
-        run = tiny(tmp_path, export=(kind,))
-    alert = assert_unharmed(run, plain, kind)
+        with exporting(made, [kind], show=False):
+            log(made, 3, -3.0)
+    alert = the_alert(made, kind)
     assert "ConnectionError: no server at https://***@host/api." in alert
     assert "second line" not in alert
-    export(run.files, kind)  # the advice of the alert
-    assert of_rows((scalars if kind == "tensorboard" else metrics)(run.files)).keys() == wanted(
-        run.files, TensorBoard if kind == "tensorboard" else MLflow
-    ).keys()  # fmt: skip
+    export(made, kind)  # the advice of the alert
+    found, cls = (scalars, TensorBoard) if kind == "tensorboard" else (metrics, MLflow)
+    assert of_rows(found(made)) == wanted(made, cls)
 
 
-def test_a_folder_that_cannot_be_made_is_an_alert(plain: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fit_whose_exporters_fail_is_a_fit_without(
+    plain: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """FAULTS 3 and 31."""
+    monkeypatch.setattr(module, "SECONDS_BETWEEN_EXPORTS", 0.0)
+    for cls in KINDS.values():
+        monkeypatch.setattr(cls, "write", refusing())
+    run = tiny(tmp_path, export=("tensorboard", "mlflow"))
+    assert run.status["state"] == "finished"
+    theirs = plain.pair.state_dict()
+    assert all(torch.equal(value, theirs[name]) for name, value in run.pair.state_dict().items())
+    assert len(complaints(run.files)) == 2
+
+
+def test_a_folder_that_cannot_be_made_is_an_alert(made: RunDirectory, tmp_path: Path) -> None:
     """FAULTS 3, 36: here a link out of the run stands in the place of the folder."""
-    create = RunDirectory.create
-
-    def linked(root: Path, name: str) -> RunDirectory:
-        files = create(root, name)
-        (files.path / "exports").symlink_to(tmp_path)
-        return files
-
-    monkeypatch.setattr(RunDirectory, "create", linked)
-    alert = assert_unharmed(tiny(tmp_path, export=["tensorboard"]), plain, "tensorboard")
-    assert "expected a folder inside the run; got a link" in alert
-
-
-def test_an_exporter_that_hangs_is_left_behind(plain: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    release = threading.Event()
-    monkeypatch.setattr(exporters, "PATIENCE_SECONDS", 0.3)
-    monkeypatch.setattr(TensorBoard, "write", lambda *_: release.wait(60))
-    alert = assert_unharmed(tiny(tmp_path, export=["tensorboard"]), plain, "tensorboard")
-    release.set()
-    assert "no answer for 0.3 s" in alert
-    for thread in [thread for thread in threading.enumerate() if thread.name == "pvae-tensorboard"]:
-        thread.join(10)
-
-
-def test_an_exporter_follows_while_the_block_runs(made: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(exporters, "SECONDS", 0.01)
-    reached = threading.Event()
-    write = TensorBoard.write
-
-    def writing(*args: Any) -> None:
-        write(*args)
-        reached.set()
-
-    monkeypatch.setattr(TensorBoard, "write", writing)
+    (made.path / "exports").symlink_to(tmp_path)
     with exporting(made, ["tensorboard"], show=False):
-        assert reached.wait(30)
-        reached.clear()
-        log(made, 3, -3.0)
-        assert reached.wait(30)
-    assert scalars(made)["train/elbo", 30] == [-3.0]
+        pass
+    assert "expected a folder inside the run; got a link" in the_alert(made, "tensorboard")
+
+
+@pytest.mark.parametrize(("took", "calls"), [(0.0, 3), (0.5, 1)])
+def test_an_exporter_follows_and_a_slow_one_pauses(
+    took: float, calls: int, made: RunDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock, asked = [100.0], []
+    monkeypatch.setattr(module, "SECONDS_BETWEEN_EXPORTS", 0.0)
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    catch_up = TensorBoard.catch_up
+
+    def timed(exporter: TensorBoard, *more: Any) -> None:
+        catch_up(exporter, *more)
+        asked.append(len(exporter.rows))
+        clock[0] += took
+
+    monkeypatch.setattr(TensorBoard, "catch_up", timed)
+    with exporting(made, ["tensorboard"], show=False):
+        for epoch in (3, 4, 5):
+            log(made, epoch, -float(epoch))
+        assert len(asked) == calls
+    assert asked[-1] == 5
+    assert ("train/elbo", 50) in scalars(made)
     assert made.alerts() == []
 
 
@@ -468,17 +470,12 @@ def test_a_store_that_mlflow_refuses_is_told(made: RunDirectory, monkeypatch: py
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_missing_package_is_told_before_the_fit(
-    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(exporters, "find_spec", lambda _: None)
+def test_a_missing_package_is_told_before_the_fit(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "find_spec", lambda _: None)
     with pytest.raises(MissingExtraError, match=rf"pip install 'pvae-pyro\[{kind}\]'"):
         tiny(tmp_path, export=[kind])
-    monkeypatch.setattr(sys, "argv", ["pvae", "fit", "vae", "--export", kind, "--run-dir", str(tmp_path)])
-    with pytest.raises(SystemExit) as stopped:
-        main()
-    assert stopped.value.code == 69
-    assert "it is not installed" in capsys.readouterr().err
+    _, err = run_cli("fit", "vae", "--export", kind, "--run-dir", str(tmp_path), code=69)
+    assert "it is not installed" in err
     assert list(tmp_path.iterdir()) == []
 
 
@@ -500,14 +497,8 @@ def test_an_unknown_kind_is_refused(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_command_line_exports(
-    made: RunDirectory, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(sys, "argv", ["pvae", "export", str(made.path), "tensorboard", "--json"])
-    with pytest.raises(SystemExit) as stopped:
-        main()
-    assert stopped.value.code == 0
-    told = json.loads(capsys.readouterr().out)
+def test_the_command_line_exports(made: RunDirectory) -> None:
+    told = run_cli_json("export", str(made.path), "tensorboard")
     assert told["kind"] == "tensorboard"
     assert str(made.path / "exports" / "tensorboard") in told["where"]
     assert scalars(made)["train/elbo", 20] == [-2.0]
@@ -520,8 +511,8 @@ socket.socket.connect = socket.getaddrinfo = refuse
 import pvae.cli, pvae.training.fit
 assert not {"mlflow", "tensorboardX"} & sys.modules.keys(), "imported before they are asked for"
 from pathlib import Path
-from pvae.exporters import KINDS
-from pvae.rundir import RunDirectory
+from pvae.runs.export.exporting import KINDS
+from pvae.runs.rundir import RunDirectory
 for cls in KINDS.values():
     cls(RunDirectory(Path(sys.argv[1])))
 from mlflow.telemetry import get_telemetry_client

@@ -29,7 +29,7 @@ from pvae.util import files
 from pvae.util.files import write_atomic
 from pvae.util.provenance import provenance
 
-HERE = Path(__file__).parents[1]
+HERE = Path(__file__).parents[2]
 HOST = platform.node()
 
 

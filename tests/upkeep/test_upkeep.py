@@ -879,7 +879,7 @@ def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_extras_are_those_that_the_project_offers() -> None:
-    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
     assert set(doctor.EXTRAS) == project["optional-dependencies"].keys() - {"peers", "test", "dev"}
     (check,) = doctor._extras()
     assert check.level == "ok"

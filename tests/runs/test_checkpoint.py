@@ -27,7 +27,7 @@ from torch import Tensor
 from pvae.errors import CheckpointError, DeclarationError, StorageError
 from pvae.runs import checkpoint
 
-HERE = Path(__file__).parents[1]
+HERE = Path(__file__).parents[2]
 
 
 def put(folder: Path, step: int, **options: Any) -> Path:  # noqa: ANN401

@@ -1,0 +1,1 @@
+"""Exporters of a run to TensorBoard and MLflow."""

@@ -1,0 +1,136 @@
+"""Exports of a run: by hand, or while it is fitted."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from importlib.util import find_spec
+
+from pvae.errors import DataError, DeclarationError, MissingExtraError, PvaeError, StorageError, near, printable
+from pvae.runs.export.base import Exporter
+from pvae.runs.export.mlflow import MLflow, without_secrets
+from pvae.runs.export.tensorboard import TensorBoard
+from pvae.runs.rundir import RunDirectory
+
+SECONDS_BETWEEN_EXPORTS = 5.0
+"""Least time between two exports of a fit. An export that takes long is followed by a pause ten times as long."""
+
+KINDS: Mapping[str, type[Exporter]] = {cls.kind: cls for cls in (TensorBoard, MLflow)}
+
+
+def require(kinds: Sequence[str]) -> tuple[str, ...]:
+    """Return `kinds` without duplicates, all of them known and their packages installed.
+
+    Raises:
+        DeclarationError: a kind is unknown.
+        MissingExtraError: its package is not installed.
+    """
+    asked = tuple(dict.fromkeys([kinds] if isinstance(kinds, str) else kinds))
+    for kind in asked:
+        if kind not in KINDS:
+            raise DeclarationError(
+                f"export: expected {' or '.join(KINDS)}; got {str(kind)[:60]!r}{near(str(kind), KINDS)}."
+            )
+        if find_spec(KINDS[kind].package) is None:
+            raise MissingExtraError(
+                f"export: expected {KINDS[kind].package}, which exports to {kind}; it is not installed. "
+                f"Run `pip install 'pvae-pyro[{kind}]'`."
+            )
+    return asked
+
+
+def remembered(files: RunDirectory, asked: Sequence[str]) -> tuple[str, ...]:
+    """Return the kinds a run was exported to before and those `asked` for now, and keep them in its manifest."""
+    manifest = files.manifest
+    before = [str(kind) for kind in manifest.get("exports", [])]
+    kinds = tuple(dict.fromkeys([*before, *asked]))
+    if list(kinds) != before:
+        files.write_manifest({**manifest, "exports": list(kinds)})
+    return kinds
+
+
+def export(files: RunDirectory, kind: str) -> str:
+    """Export a run that no process is fitting; what was exported before stays as it is.
+
+    Arguments:
+        files: of the run, finished or not.
+        kind: `tensorboard` or `mlflow`.
+
+    Returns:
+        A sentence that says where it is.
+
+    Raises:
+        DeclarationError: the kind is unknown.
+        MissingExtraError: its package is not installed.
+        BusyError: a process is fitting the run.
+        DataError: the run's files are damaged.
+        StorageError: it cannot be written there.
+    """
+    require([kind])
+    with files.held():
+        try:
+            return KINDS[kind](files).close()
+        except PvaeError:
+            raise
+        except Exception as error:
+            raise StorageError(f"Expected to export {files.path} to {kind}; got {brief(error)}. Try again.") from error
+
+
+@contextmanager
+def exporting(files: RunDirectory, kinds: Sequence[str], *, show: bool) -> Iterator[None]:
+    """Export a run every few seconds while the block fits it, and once more at the end.
+
+    An exporter that fails is one alert, and is left out from then on: no error of an exporter ends the block.
+
+    Arguments:
+        files: of the run, held by this process.
+        kinds: exporters to use; an unknown one is an alert.
+        show: print alerts on standard error, too.
+    """
+    exporters: dict[str, Exporter] = {}
+
+    def attempt(kind: str, action: Callable[[], object]) -> None:
+        try:
+            action()
+        except Exception as error:
+            exporters.pop(kind, None)
+            what = f"Expected to export to {kind}; got {brief(error)}."
+            message = f"{what} The fit goes on. Later: pvae export RUN {kind}"
+            files.log_event("alert", message)
+            if show:
+                print(printable(f"pvae: {message}"), file=sys.stderr, flush=True)
+
+    def make(kind: str) -> None:
+        if kind not in KINDS:
+            raise DataError(f"no exporter of that name, only {', '.join(KINDS)}")
+        exporters[kind] = KINDS[kind](files)
+
+    due = time.monotonic() + SECONDS_BETWEEN_EXPORTS
+
+    def catch_up() -> None:
+        nonlocal due
+        if (begun := time.monotonic()) < due:
+            return
+        for kind, exporter in list(exporters.items()):
+            attempt(kind, exporter.catch_up)
+        now = time.monotonic()
+        due = now + max(SECONDS_BETWEEN_EXPORTS, 10 * (now - begun))
+
+    for kind in kinds:
+        attempt(kind, partial(make, kind))
+    files.on_metrics = catch_up
+    try:
+        yield
+    finally:
+        files.on_metrics = lambda: None
+        for kind, exporter in list(exporters.items()):
+            attempt(kind, exporter.close)
+
+
+def brief(error: Exception) -> str:
+    """Return the class of an error and the first line of its message."""
+    first = (str(error).splitlines() or [""])[0]
+    return without_secrets(f"{type(error).__name__}: {first}"[:300].rstrip(". "))

@@ -1,0 +1,125 @@
+"""Export to MLflow."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, final
+
+from pvae.errors import printable
+from pvae.runs.export.base import LONGEST_KEY, LONGEST_VALUE, Exported, Exporter, MetricPoint, safe_key
+from pvae.runs.rundir import RunDirectory
+
+SETTINGS = {
+    "MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_LOGGING_LEVEL": "WARNING",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
+}  # fmt: skip
+"""Environment of the client unless set otherwise; a server that does not answer must not hold up a fit for long."""
+BATCH_SIZE = 100
+"""Parameters or metrics in one request."""
+
+
+@final
+class MLflow(Exporter):
+    """One MLflow run for a run, found again by its id: under MLFLOW_TRACKING_URI, or `mlflow.db` beside the runs.
+
+    The experiment is MLFLOW_EXPERIMENT_NAME, or the folder of the runs of that name. Where a fit continues with other
+    values than were exported (a resume that is not exact), another MLflow run begins, and the one before gets the tag
+    `pvae.superseded`.
+    """
+
+    kind = "mlflow"
+    package = "mlflow"
+
+    def __init__(self, files: RunDirectory) -> None:
+        super().__init__(files)
+        for name, value in SETTINGS.items():
+            os.environ.setdefault(name, value)  # read on import
+        from mlflow import entities
+        from mlflow.tracking import MlflowClient
+
+        self.entities, self.open = entities, MlflowClient
+        self.client: Any = None
+        self.id = ""
+
+    def key(self, split: str, term: str) -> str:
+        # one slash alone: a store of files cannot hold both `a` and `a/b`
+        return f"{safe_key(split, '.')}/{safe_key(term, '.')}"
+
+    def begin(self, *, anew: bool) -> Exported:
+        if self.client is None:
+            root = self.files.path.parent.parent.absolute()
+            self.client = self.open(os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{root / 'mlflow.db'}")
+        experiment, found = self._experiment(), None
+        mine = f"tags.`pvae.id` = '{safe_key(self.tags()['id'], '/')}'"
+        for run in self.client.search_runs([experiment], mine):
+            if "pvae.superseded" in run.data.tags:
+                continue
+            if anew:
+                self.client.set_tag(run.info.run_id, "pvae.superseded", "the fit continued with other values")
+                self.client.set_terminated(run.info.run_id, "KILLED")
+            else:
+                found = found or run
+        if found is None:
+            found = self.client.create_run(
+                experiment, int(1000 * self.started), {"pvae.id": safe_key(self.tags()["id"], "/")}, self._name()
+            )
+        self.id = found.info.run_id
+        self.client.update_run(self.id, "RUNNING")
+        self._describe(found.data.params)
+        return self._exported(found.data.metrics)
+
+    def _name(self) -> str:
+        tags = self.tags()
+        return f"{tags['name'][:LONGEST_KEY]} {tags['id'][:40]}"
+
+    def _experiment(self) -> str:
+        """Return the id of the experiment, which the first process that asks creates."""
+        root, name = self.files.path.parent.parent.absolute(), self.files.path.parent.name
+        name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or name
+        local = not os.environ.get("MLFLOW_TRACKING_URI")
+        place = (root / "mlflow-files" / name).as_uri() if local else None
+        found = self.client.get_experiment_by_name(name)
+        try:
+            return str(found.experiment_id if found else self.client.create_experiment(name, place))
+        except Exception:
+            if found := self.client.get_experiment_by_name(name):  # another process was faster
+                return str(found.experiment_id)
+            raise
+
+    def _describe(self, known: Mapping[str, str]) -> None:
+        """Log parameters and tags; MLflow never changes a parameter, so a new value of one becomes a tag."""
+        values = {safe_key(k, "/"): printable(str(v))[:LONGEST_VALUE] for k, v in self.parameters().items()}
+        fresh = [self.entities.Param(key, value) for key, value in values.items() if key not in known]
+        for start in range(0, len(fresh), BATCH_SIZE):
+            self.client.log_batch(self.id, params=fresh[start : start + BATCH_SIZE])
+        tags = {f"pvae.{key}": value for key, value in self.tags().items() if key != "id"}
+        tags |= {f"pvae.now.{key}": value for key, value in values.items() if known.get(key, value) != value}
+        for key, value in tags.items():
+            self.client.set_tag(self.id, key, value)
+
+    def _exported(self, keys: Mapping[str, float]) -> Exported:
+        points = (metric for key in keys for metric in self.client.get_metric_history(self.id, key))
+        return {(metric.key, metric.step): metric.value for metric in points}
+
+    def write(self, points: Sequence[MetricPoint]) -> None:
+        metrics = [self.entities.Metric(p.key, p.value, int(1000 * p.time), p.step) for p in points]
+        for start in range(0, len(metrics), BATCH_SIZE):
+            self.client.log_batch(self.id, metrics=metrics[start : start + BATCH_SIZE])
+
+    def finish(self) -> str:
+        self.client.log_text(self.id, "".join(f"{printable(line)}\n" for line in self.files.alerts()), "alerts.txt")
+        self.client.log_text(self.id, self.files.spec_text, "spec.toml")
+        for path in self.attached(".png", ".html", ".json", ".csv"):
+            self.client.log_artifact(self.id, str(path), path.parent.name)
+        status = self.files.status()
+        state = {"finished": "FINISHED", "interrupted": "KILLED"}.get(str(status.get("state")), "FAILED")
+        end = self.started + float(status.get("seconds") or 0.0)
+        self.client.set_terminated(self.id, state, int(1000 * end))
+        return f"MLflow run {self.id} ({without_secrets(str(self.client.tracking_uri))})"
+
+
+def without_secrets(text: str) -> str:
+    """Return `text` without the user and password of an address."""
+    return re.sub(r"//[^/@\s]+@", "//***@", text)
