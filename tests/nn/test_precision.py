@@ -78,7 +78,9 @@ def test_a_layer_multiplies_rounded_factors(case: str) -> None:
         assert torch.allclose(ours[2], direction.movedim(-1 if len(shape) == 2 else 1, 0).flatten(1).sum(1), atol=1e-4)
 
 
-def test_factors_are_rounded_as_a_cast_rounds_them() -> None:
+@pytest.mark.parametrize("compiling", [False, True])
+def test_factors_are_rounded_as_a_cast_rounds_them(compiling: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
     torch.manual_seed(0)
     x = torch.randn(10_000) * torch.randn(10_000).mul(10).exp()
     assert torch.equal(precision.rounded(x), x.bfloat16().float())
