@@ -71,7 +71,6 @@ class SharedModule(EncoderModule):
         return self.network({OBSERVED: x})
 
     def inputs_of(self, site: Site, features: Tensor, seen: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """See `EncoderModule.inputs_of`."""
         return {name: features if name == OBSERVED else seen[name] for name in site.guide_given}
 
 
@@ -82,7 +81,6 @@ class SharedEncoder(Encoder):
     kind: Literal["shared"] = "shared"
 
     def build(self, known: Mapping[str, Shape], sites: Sequence[Site]) -> EncoderModule:
-        """See `Encoder.build`."""
         return SharedModule(self.network, known, sites)
 
 
@@ -99,7 +97,6 @@ class PerLatentModule(EncoderModule):
         return x
 
     def inputs_of(self, site: Site, features: Tensor, seen: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """See `EncoderModule.inputs_of`."""
         inputs = {name: features if name == OBSERVED else seen[name] for name in site.guide_given}
         return {FEATURES: self.networks[site.name](inputs)}
 
@@ -115,7 +112,6 @@ class PerLatentEncoder(Encoder):
     kind: Literal["per_latent"] = "per_latent"
 
     def build(self, known: Mapping[str, Shape], sites: Sequence[Site]) -> EncoderModule:
-        """See `Encoder.build`."""
         return PerLatentModule(self.network, known, sites)
 
 
@@ -147,7 +143,6 @@ class BottomUpModule(EncoderModule):
         return features
 
     def inputs_of(self, site: Site, features: dict[str, Tensor], seen: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """See `EncoderModule.inputs_of`."""
         others = {name: seen[name] for name in site.guide_given if name != OBSERVED}
         return {FEATURES: features[site.name], **others} if site.name in features else others
 
@@ -168,5 +163,4 @@ class BottomUpEncoder(Encoder):
     """From a level's features to those of the level above."""
 
     def build(self, known: Mapping[str, Shape], sites: Sequence[Site]) -> EncoderModule:
-        """See `Encoder.build`."""
         return BottomUpModule(self.network, self.levels, known, sites)

@@ -82,7 +82,6 @@ class BijectionNetwork(Network):
 
     @property
     def support(self) -> constraints.Constraint | None:
-        """See `Network.support`."""
         return None if self.squash == "none" else constraints.unit_interval
 
     @field_validator("flow")

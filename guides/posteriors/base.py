@@ -80,7 +80,6 @@ class NormalPosterior(Posterior):
     """Between the encoder's features and the parameters; default: one linear map."""
 
     def build(self, site: Site, inputs: Mapping[str, Shape], link: Link) -> nn.Module:
-        """See `Posterior.build`."""
         network = self.network or MLP(hidden=())
         return NormalHead(network.build(inputs, (2 * site.event[0],)), self.log_variance)
 
@@ -115,7 +114,6 @@ class FullRankNormalPosterior(Posterior):
     """Between the encoder's features and the parameters; default: one linear map."""
 
     def build(self, site: Site, inputs: Mapping[str, Shape], link: Link) -> nn.Module:
-        """See `Posterior.build`."""
         d = site.event[0]
         network = (self.network or MLP(hidden=())).build(inputs, (2 * d + d * (d - 1) // 2,))
         return FullRankHead(network, d, self.log_variance)
@@ -148,7 +146,6 @@ class DeltaPosterior(Posterior):
     """Between the encoder's features and the point; default: one linear map."""
 
     def build(self, site: Site, inputs: Mapping[str, Shape], link: Link) -> nn.Module:
-        """See `Posterior.build`."""
         return PointHead((self.network or MLP(hidden=())).build(inputs, site.event))
 
 

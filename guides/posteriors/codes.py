@@ -177,7 +177,6 @@ class CategoricalPosterior(EstimatedPosterior):
     values: ClassVar[Values] = "index"
 
     def build(self, site: Site, inputs: Mapping[str, Shape], link: Link) -> nn.Module:
-        """See `Posterior.build`."""
         assert site.codes is not None  # noqa: S101 - the declaration has been checked
         log_states = prod(site.grid) * math.log(site.codes)
         module = CategoricalModule(**self.parts(log_states, inputs, (site.codes, *site.grid)))
@@ -193,7 +192,6 @@ class BernoulliPosterior(EstimatedPosterior):
     values: ClassVar[Values] = "binary"
 
     def build(self, site: Site, inputs: Mapping[str, Shape], link: Link) -> nn.Module:
-        """See `Posterior.build`."""
         return BernoulliModule(**self.parts(site.event[0] * math.log(2), inputs, site.event))
 
 
@@ -243,7 +241,6 @@ class RelaxedOneHotPosterior(RelaxedPosterior):
     kind: Literal["relaxed_onehot"] = "relaxed_onehot"
 
     def build(self, site: Site, inputs: Mapping[str, Shape], link: Link) -> nn.Module:
-        """See `Posterior.build`."""
         return self._build(site, inputs, link, noise=True)
 
 
@@ -272,7 +269,6 @@ class StraightThroughPosterior(RelaxedPosterior):
         return self
 
     def build(self, site: Site, inputs: Mapping[str, Shape], link: Link) -> nn.Module:
-        """See `Posterior.build`."""
         return self._build(site, inputs, link, noise=self.noise)
 
 
@@ -383,9 +379,7 @@ class NearestCodePosterior(Posterior):
     """Between the encoder's features and the vectors; default: one linear map."""
 
     def codebook(self, codes: int, width: int) -> nn.Module:
-        """See `Posterior.codebook`."""
         return NearestCodebook(codes, width, None if self.gradient else self.decay, self.restart, self.unit)
 
     def build(self, site: Site, inputs: Mapping[str, Shape], link: Link) -> nn.Module:
-        """See `Posterior.build`."""
         return NearestModule(head(self.network, inputs, site.features), site, link, self)

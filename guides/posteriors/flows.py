@@ -18,8 +18,8 @@ from pvae.graph.site import Link, Site
 from pvae.guides.posteriors.base import Posterior
 from pvae.nn.dense import MLP, Network, NetworkModule
 from pvae.nn.heads import LogVarianceBounds, diagonal_normal
+from pvae.util.types import Size
 
-Size = torch.Size | list[int] | tuple[int, ...]
 OPEN = 2.0
 """Added to the gates' logits: at the start a step leaves nearly everything as it is."""
 
@@ -139,7 +139,6 @@ class FlowPosterior(Posterior):
     """Between the encoder's features and the parameters; default: one linear map."""
 
     def build(self, site: Site, inputs: Mapping[str, Shape], link: Link) -> nn.Module:
-        """See `Posterior.build`."""
         dim = site.event[0]
         if dim < 2 or min(self.hidden, default=0) < dim:
             raise DeclarationError(

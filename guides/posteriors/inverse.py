@@ -19,8 +19,7 @@ from pvae.graph.site import OBSERVED, Link, Site
 from pvae.guides.posteriors.base import Posterior
 from pvae.nn.dense import MLP, InvertibleModule, Network
 from pvae.nn.heads import LogVarianceBounds, NormalHead
-
-Size = torch.Size | list[int] | tuple[int, ...]
+from pvae.util.types import Size
 
 
 def decoder_of(link: Link, site: Site) -> InvertibleModule:
@@ -66,7 +65,6 @@ class InversePosterior(Posterior):
     determines: ClassVar[str | None] = "determined"
 
     def build(self, site: Site, inputs: Mapping[str, Shape], link: Link) -> nn.Module:
-        """See `Posterior.build`."""
         decoder_of(link, site)
         return InverseModule(link)
 
@@ -183,7 +181,6 @@ class DequantisedPosterior(Posterior):
     log_variance: LogVarianceBounds = (-6.0, 4.0)
 
     def build(self, site: Site, inputs: Mapping[str, Shape], link: Link) -> nn.Module:
-        """See `Posterior.build`."""
         decoder_of(link, site)
         levels = link.model.decoder.likelihood.levels
         noise = None

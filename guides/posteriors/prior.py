@@ -48,5 +48,4 @@ class PriorPosterior(Posterior):
         return given
 
     def build(self, site: Site, inputs: Mapping[str, Shape], link: Link) -> nn.Module:
-        """See `Posterior.build`."""
         return UninferredModule(site, link)

@@ -116,7 +116,6 @@ class LadderPosterior(Posterior):
         return bool(given)
 
     def build(self, site: Site, inputs: Mapping[str, Shape], link: Link) -> nn.Module:
-        """See `Posterior.build`."""
         read = without(inputs, site, link)
         if site.given:
             require_normal(site, link)
@@ -178,7 +177,6 @@ class BidirectionalPosterior(Posterior):
     """Between the features and d, log e; default: one linear map."""
 
     def build(self, site: Site, inputs: Mapping[str, Shape], link: Link) -> nn.Module:
-        """See `Posterior.build`."""
         read = without(inputs, site, link)
         require_normal(site, link)
         if site.given:

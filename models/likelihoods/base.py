@@ -20,8 +20,7 @@ from pvae.distributions.independent import Event
 from pvae.errors import DataError
 from pvae.graph.column_law import Law
 from pvae.nn.heads import lower_factor
-
-Size = torch.Size | list[int] | tuple[int, ...]
+from pvae.util.types import Size
 
 
 class Likelihood(Component):
@@ -143,7 +142,6 @@ class BernoulliModule(ClosedForm):
     """Independent Bernoulli elements; the decoder gives logits."""
 
     def maximise(self, counts: Tensor, sums: Tensor, origin: Tensor) -> Tensor:
-        """See `ClosedForm.maximise`."""
         return torch.logit(sums / counts[:, None], eps=1 / (1 + math.exp(-LOWEST)))
 
     def forward(self, h: Tensor) -> dist.TorchDistribution:
@@ -165,7 +163,6 @@ class Bernoulli(Likelihood):
         return constraints.boolean
 
     def build(self, x: Shape) -> LikelihoodModule:
-        """See `Likelihood.build`."""
         return BernoulliModule(x, 1)
 
 
@@ -239,7 +236,6 @@ class Normal(Likelihood):
         return 2 if self.scale == "per_datum" else 1
 
     def build(self, x: Shape) -> LikelihoodModule:
-        """See `Likelihood.build`."""
         return NormalModule(x, self.scale, self.value, self.floor)
 
 
@@ -411,7 +407,6 @@ class MultivariateNormal(Likelihood):
         return constraints.real
 
     def build(self, x: Shape) -> LikelihoodModule:
-        """See `Likelihood.build`."""
         return MultivariateNormalModule(x, self.covariance, self.value, self.floor)
 
 
@@ -424,7 +419,6 @@ class CategoricalModule(ClosedForm):
         return (x.flatten(1)[:, None] == levels).to(origin).flatten(1)
 
     def maximise(self, counts: Tensor, sums: Tensor, origin: Tensor) -> Tensor:
-        """See `ClosedForm.maximise`."""
         p = (sums / counts[:, None]).unflatten(1, (self.channels, -1))
         least = math.exp(LOWEST)
         rare = p < least
@@ -457,7 +451,6 @@ class Categorical(Likelihood):
         return self.levels
 
     def build(self, x: Shape) -> LikelihoodModule:
-        """See `Likelihood.build`."""
         return CategoricalModule(x, self.levels)
 
 
@@ -584,7 +577,6 @@ class DiscretizedLogisticLikelihood(Likelihood):
         return 2
 
     def build(self, x: Shape) -> LikelihoodModule:
-        """See `Likelihood.build`."""
         return DiscretizedLogisticModule(x, self.levels, self.floor)
 
 
@@ -600,7 +592,6 @@ class PoissonModule(ClosedForm):
         return Event(dist.Poisson(h.clamp(*self.bounds).exp()), len(self.x))
 
     def maximise(self, counts: Tensor, sums: Tensor, origin: Tensor) -> Tensor:
-        """See `ClosedForm.maximise`."""
         return (sums / counts[:, None]).log().clamp(*self.bounds)
 
 
@@ -618,7 +609,6 @@ class Poisson(Likelihood):
         return constraints.nonnegative_integer
 
     def build(self, x: Shape) -> LikelihoodModule:
-        """See `Likelihood.build`."""
         return PoissonModule(x, (LOWEST, HIGHEST))
 
 
@@ -662,7 +652,6 @@ class NegativeBinomial(Likelihood):
         return constraints.nonnegative_integer
 
     def build(self, x: Shape) -> LikelihoodModule:
-        """See `Likelihood.build`."""
         return NegativeBinomialModule(x)
 
 
@@ -683,7 +672,6 @@ class DeterminedModule(LikelihoodModule):
         return h.sigmoid() if self.squash == "sigmoid" else h
 
     def implicit(self) -> LikelihoodModule:
-        """See `LikelihoodModule.implicit`."""
         return ImplicitModule(self)
 
     def forward(self, h: Tensor) -> dist.TorchDistribution:
@@ -722,11 +710,9 @@ class DeterminedLikelihood(Likelihood):
 
     @property
     def is_point(self) -> bool:
-        """See `Likelihood.is_point`."""
         return True
 
     def build(self, x: Shape) -> LikelihoodModule:
-        """See `Likelihood.build`."""
         return DeterminedModule(x, self.squash)
 
 
@@ -760,9 +746,7 @@ class RoundedLikelihood(Likelihood):
 
     @property
     def is_point(self) -> bool:
-        """See `Likelihood.is_point`."""
         return True
 
     def build(self, x: Shape) -> LikelihoodModule:
-        """See `Likelihood.build`."""
         return RoundedModule(x, self.levels)

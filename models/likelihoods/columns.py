@@ -252,7 +252,6 @@ class ColumnsDistribution(dist.TorchDistribution):
 
     @property
     def support(self) -> constraints.Constraint:
-        """See `columns`."""
         return constraints.independent(columns(self.module.laws), 1)
 
     def expand(self, batch_shape: Size, _instance: Any = None) -> ColumnsDistribution:
@@ -370,7 +369,6 @@ class ColumnsLikelihood(Likelihood):
     _laws: tuple[Law, ...] = PrivateAttr(default=())
 
     def over(self, laws: Sequence[Law]) -> Likelihood:
-        """See `Likelihood.over`."""
         bound = self.model_copy()
         bound._laws = tuple(laws)
         return bound
@@ -381,9 +379,7 @@ class ColumnsLikelihood(Likelihood):
         return columns(self._laws)
 
     def reader(self) -> ReaderModule:
-        """See `Likelihood.reader`."""
         return Reader(self._laws)
 
     def build(self, x: Shape) -> LikelihoodModule:
-        """See `Likelihood.build`."""
         return ColumnsModule(x, self._laws, self.floor)

@@ -21,8 +21,8 @@ from pvae.component import Shape
 from pvae.distributions.codes import STATES, Conditional, joint_states
 from pvae.errors import DeclarationError
 from pvae.graph.site import Site
+from pvae.util.types import Size
 
-Size = torch.Size | list[int] | tuple[int, ...]
 Choose = Callable[[Tensor], Tensor]
 """From logits `(n, K)` of one position to its codes `(n,)`."""
 

@@ -60,7 +60,6 @@ class StandardNormal(Prior):
     kind: Literal["standard_normal"] = "standard_normal"
 
     def build(self, site: Site, given: Mapping[str, Shape], link: Link) -> nn.Module:
-        """See `Prior.build`."""
         return StandardNormalModule(site.event)
 
 
@@ -76,7 +75,6 @@ class ConditionalNormal(Prior):
     log_variance: LogVarianceBounds = (-12.0, 6.0)
 
     def build(self, site: Site, given: Mapping[str, Shape], link: Link) -> nn.Module:
-        """See `Prior.build`."""
         return NormalHead(self.network.build(given, (2 * site.event[0],)), self.log_variance)
 
 
@@ -108,7 +106,6 @@ class CodesModule(MixtureWeights):
 
     @torch.no_grad()
     def maximise(self, counts: Tensor) -> None:
-        """See `MixtureWeights.maximise`."""
         if isinstance(self.logits, nn.Parameter):
             self.logits.copy_((counts / counts.sum()).log())
 
@@ -168,7 +165,6 @@ class CategoricalPrior(Prior):
     values: ClassVar[tuple[Values, ...]] = ("index", "relaxed")
 
     def build(self, site: Site, given: Mapping[str, Shape], link: Link) -> nn.Module:
-        """See `Prior.build`."""
         return CodesModule(site, learned=True, link=link)
 
 
@@ -182,7 +178,6 @@ class BernoulliPrior(Prior):
     values: ClassVar[tuple[Values, ...]] = ("binary",)
 
     def build(self, site: Site, given: Mapping[str, Shape], link: Link) -> nn.Module:
-        """See `Prior.build`."""
         return BitsModule(site, learned=True)
 
 
@@ -199,5 +194,4 @@ class UniformPrior(Prior):
     values: ClassVar[tuple[Values, ...]] = ("index", "relaxed", "binary")
 
     def build(self, site: Site, given: Mapping[str, Shape], link: Link) -> nn.Module:
-        """See `Prior.build`."""
         return BitsModule(site, learned=False) if site.codes is None else CodesModule(site, learned=False, link=link)

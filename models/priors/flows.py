@@ -23,8 +23,7 @@ from pvae.distributions.codes import FreeCoordinates
 from pvae.errors import DeclarationError, NonFiniteError
 from pvae.graph.site import Link, Site, Values
 from pvae.models.priors.base import Prior
-
-Size = torch.Size | list[int] | tuple[int, ...]
+from pvae.util.types import Size
 
 
 class Bijection(nn.Module):
@@ -333,7 +332,6 @@ class RealNVP(FlowPrior):
     kind: Literal["realnvp"] = "realnvp"
 
     def bijection(self, dim: int) -> nn.Module:
-        """See `FlowPrior.bijection`."""
         return bijections.affine_coupling(dim, list(self.hidden))
 
 
@@ -351,7 +349,6 @@ class MAF(FlowPrior):
     inward: ClassVar[bool] = True
 
     def bijection(self, dim: int) -> nn.Module:
-        """See `FlowPrior.bijection`."""
         return bijections.affine_autoregressive(dim, list(self.hidden))
 
 
@@ -368,7 +365,6 @@ class IAF(FlowPrior):
     masked: ClassVar[bool] = True
 
     def bijection(self, dim: int) -> nn.Module:
-        """See `FlowPrior.bijection`."""
         return bijections.affine_autoregressive(dim, list(self.hidden))
 
 
@@ -385,7 +381,6 @@ class SplineCoupling(FlowPrior):
     bound: float = Field(default=5.0, gt=0)
 
     def bijection(self, dim: int) -> nn.Module:
-        """See `FlowPrior.bijection`."""
         return bijections.spline_coupling(dim, dim // 2, list(self.hidden), count_bins=self.bins, bound=self.bound)
 
 
@@ -404,7 +399,6 @@ class SplineAutoregressive(FlowPrior):
     bound: float = Field(default=5.0, gt=0)
 
     def bijection(self, dim: int) -> nn.Module:
-        """See `FlowPrior.bijection`."""
         transform = bijections.spline_autoregressive(dim, list(self.hidden), count_bins=self.bins, bound=self.bound)
         del transform.arn  # its spline holds the same network: registered twice, it would be saved twice
         return transform
@@ -427,7 +421,6 @@ class BlockAutoregressive(FlowPrior):
     """Hidden units of each coordinate, by layer."""
 
     def bijection(self, dim: int) -> nn.Module:
-        """See `FlowPrior.bijection`."""
         return bijections.block_autoregressive(dim, hidden_factors=list(self.hidden), residual="gated")
 
 
@@ -449,5 +442,4 @@ class NeuralAutoregressive(FlowPrior):
     """Logistic units of each coordinate."""
 
     def bijection(self, dim: int) -> nn.Module:
-        """See `FlowPrior.bijection`."""
         return bijections.neural_autoregressive(dim, list(self.hidden), width=self.units)

@@ -20,8 +20,7 @@ from pvae.graph.site import Link, Site
 from pvae.models.likelihoods.base import lattice
 from pvae.models.priors.base import Prior
 from pvae.nn.heads import LogVarianceBounds
-
-Size = torch.Size | list[int] | tuple[int, ...]
+from pvae.util.types import Size
 
 
 class Mixture(dist.TorchDistribution):
@@ -124,7 +123,6 @@ class MixturePrior(Prior):
     log_variance: LogVarianceBounds = (-6.0, 2.0)
 
     def build(self, site: Site, given: Mapping[str, Shape], link: Link) -> nn.Module:
-        """See `Prior.build`."""
         return NormalMixtureModule(self.components, site.event[0], self.log_variance)
 
 
@@ -176,7 +174,6 @@ class VampPrior(Prior):
     """K."""
 
     def build(self, site: Site, given: Mapping[str, Shape], link: Link) -> nn.Module:
-        """See `Prior.build`."""
         return VampModule(self.components, site.name, link)
 
 
@@ -287,7 +284,6 @@ class AggregatedPrior(Prior):
     """Leave a datum's own posterior out while it trains."""
 
     def build(self, site: Site, given: Mapping[str, Shape], link: Link) -> nn.Module:
-        """See `Prior.build`."""
         return DataMixtureModule(site.name, link, self.components, self.leave_one_out)
 
 
@@ -299,7 +295,6 @@ class ExemplarModule(DataMixtureModule):
         self.log_scale = nn.Parameter(torch.zeros(()))
 
     def components_of(self, q: Members) -> Members:
-        """See `DataMixtureModule.components_of`."""
         assert isinstance(q, Normals | FullRankNormals)  # noqa: S101 - `as_members` makes no others
         return Normals(q.loc, self.log_scale.exp().expand_as(q.loc))
 
@@ -323,7 +318,6 @@ class ExemplarPrior(Prior):
     """Leave a datum's own exemplar out while it trains: without, the scale shrinks to nothing."""
 
     def build(self, site: Site, given: Mapping[str, Shape], link: Link) -> nn.Module:
-        """See `Prior.build`."""
         return ExemplarModule(site.name, link, self.components, self.leave_one_out)
 
 

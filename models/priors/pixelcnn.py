@@ -193,7 +193,6 @@ class PixelCNNModule(TokenModule):
         return torch.cat([start, x.narrow(axis, 0, x.shape[axis] - 1)], axis).permute(0, 3, 1, 2)
 
     def logits(self, value: Tensor, context: Tensor | None) -> Tensor:
-        """See `TokenModule.logits`."""
         x = self.embed(value).unflatten(1, self.plane)
         conditions = self.conditions(context)
         return self.head(self.before(x, self.above(x, conditions), conditions)).flatten(2).mT
@@ -249,7 +248,6 @@ class PixelCNNPrior(Prior):
         return self
 
     def build(self, site: Site, given: Mapping[str, Shape], link: Link) -> nn.Module:
-        """See `Prior.build`."""
         return PixelCNNModule(
             site.grid,
             require_shapes(site, given, self.kind),

@@ -137,7 +137,6 @@ class TransformerModule(TokenModule):
         return h if self.places is None else h + self.places()[:-1]
 
     def logits(self, value: Tensor, context: Tensor | None) -> Tensor:
-        """See `TokenModule.logits`."""
         assert context is not None  # noqa: S101 - there is always a start token
         h = torch.cat([context, self.inputs(value)], 1)
         for block in self.blocks:
@@ -193,7 +192,6 @@ class TransformerPrior(Prior):
         return self
 
     def build(self, site: Site, given: Mapping[str, Shape], link: Link) -> nn.Module:
-        """See `Prior.build`."""
         return TransformerModule(
             site.grid,
             require_shapes(site, given, self.kind),

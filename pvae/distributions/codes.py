@@ -20,8 +20,8 @@ from torch.nn.functional import logsigmoid, pad
 from pvae.component import Shape
 from pvae.distributions.exponential import IMPOSSIBLE
 from pvae.distributions.independent import Event
+from pvae.util.types import Size
 
-Size = torch.Size | list[int] | tuple[int, ...]
 STATES = 4096
 """Most joint states of one datum that are summed over."""
 KL = Literal["relaxed", "categorical"]
@@ -271,7 +271,6 @@ class Relaxing(Conditional):
         return score.sum(tuple(range(1 - len(self.event_shape), 0))) if len(self.event_shape) > 1 else score
 
     def conditional_logits(self, value: Tensor) -> Tensor:
-        """See `Conditional.conditional_logits`."""
         return conditional_logits(self.codes, value)
 
     def discrete(self) -> dist.TorchDistribution:

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from pvae.errors import DeclarationError
-
-Size = torch.Size | list[int] | tuple[int, ...]
+from pvae.util.types import Size
 
 
 class Determined(dist.Delta):

@@ -128,11 +128,9 @@ class Dense(NetworkModule):
 
     @property
     def width(self) -> int:
-        """See `NetworkModule.width`."""
         return self.size
 
     def features(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        """See `NetworkModule.features`."""
         flat = [flatten(inputs[name], shape) for name, shape in self.inputs.items()]
         if self.branches is not None:
             flat = [branch(part) for branch, part in zip(self.branches, flat, strict=True)]
@@ -154,7 +152,6 @@ class MLP(Network):
     activation: Activation = "relu"
 
     def build(self, inputs: Mapping[str, Shape], output: Shape | None) -> NetworkModule:
-        """See `Network.build`."""
         act = ACTIVATIONS[self.activation]
         return Dense(inputs, output, self.hidden, lambda a, b: nn.Sequential(nn.Linear(a, b), act()))
 
@@ -175,7 +172,6 @@ class GatedMLP(Network):
     """`he`: normal weights of variance 2 / fan-in, zero biases."""
 
     def build(self, inputs: Mapping[str, Shape], output: Shape | None) -> NetworkModule:
-        """See `Network.build`."""
         module = Dense(inputs, output, self.hidden, Gated)
         if self.init == "he":
             module.apply(he_initialise)
@@ -290,11 +286,9 @@ class ConvModule(NetworkModule):
 
     @property
     def width(self) -> int:
-        """See `NetworkModule.width`."""
         return self.size
 
     def features(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        """See `NetworkModule.features`."""
         flat = [
             self.encoders[name](inputs[name]) if name in self.encoders else flatten(inputs[name], shape)
             for name, shape in self.inputs.items()
@@ -489,7 +483,6 @@ class ResnetModule(NetworkModule):
 
     @property
     def width(self) -> int:
-        """See `NetworkModule.width`."""
         return self.size
 
     def _worked(self, inputs: Mapping[str, Tensor]) -> Tensor:
@@ -503,7 +496,6 @@ class ResnetModule(NetworkModule):
         return batched(self.blocks, sum(parts[1:], parts[0]))
 
     def features(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        """See `NetworkModule.features`."""
         return self._worked(inputs).flatten(-3)
 
     def forward(self, inputs: Mapping[str, Tensor]) -> Tensor:
@@ -565,7 +557,6 @@ class Resnet(Network):
     activation: Activation = "relu"
 
     def features_on(self, grid: Shape) -> Shape | None:
-        """See `Network.features_on`."""
         return (self.channels, *grid) if len(grid) == 2 else None
 
     def build(self, inputs: Mapping[str, Shape], output: Shape | None) -> NetworkModule:

@@ -35,7 +35,6 @@ class Adam(Optimizer):
     eps: float = Field(default=1e-8, gt=0)
 
     def build(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-        """See `Optimizer.build`."""
         return torch.optim.Adam(parameters, lr=self.lr, betas=self.betas, eps=self.eps, fused=True)
 
 
@@ -49,7 +48,6 @@ class AdamW(Optimizer):
     weight_decay: float = Field(default=1e-2, ge=0)
 
     def build(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-        """See `Optimizer.build`."""
         return torch.optim.AdamW(
             parameters, lr=self.lr, betas=self.betas, eps=self.eps, weight_decay=self.weight_decay, fused=True
         )
@@ -63,5 +61,4 @@ class SGD(Optimizer):
     momentum: float = Field(default=0.0, ge=0, lt=1)
 
     def build(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-        """See `Optimizer.build`."""
         return torch.optim.SGD(parameters, lr=self.lr, momentum=self.momentum, fused=True)

@@ -61,7 +61,8 @@ def multiplies_bfloat16() -> bool:
 def rounded(x: Tensor) -> Tensor:
     """Round a float32 tensor to the nearest bfloat16 and keep it as float32; gradients pass unchanged.
 
-    A cast to bfloat16 and back is fastest, but Inductor takes it out: a compiled step rounds by sums, exact below 2^111.
+    A cast to bfloat16 and back is fastest, but Inductor takes it out: a compiled step rounds by sums, which are exact
+    below 2^111.
     """
     still = x.detach()
     if torch.compiler.is_compiling():

@@ -40,7 +40,6 @@ class Constant(Schedule):
     value: float = 1.0
 
     def at(self, epoch: float, epochs: float) -> float:
-        """See `Schedule.at`."""
         return self.value
 
 
@@ -59,7 +58,6 @@ class Linear(Schedule):
     epochs: float | None = Field(default=None, gt=0)
 
     def at(self, epoch: float, epochs: float) -> float:
-        """See `Schedule.at`."""
         return self.start + (self.end - self.start) * progress(epoch, self.epochs or epochs)
 
 
@@ -77,7 +75,6 @@ class Exponential(Schedule):
     epochs: float | None = Field(default=None, gt=0)
 
     def at(self, epoch: float, epochs: float) -> float:
-        """See `Schedule.at`."""
         return self.start * (self.end / self.start) ** progress(epoch, self.epochs or epochs)
 
 
@@ -91,7 +88,6 @@ class Cosine(Schedule):
     epochs: float | None = Field(default=None, gt=0)
 
     def at(self, epoch: float, epochs: float) -> float:
-        """See `Schedule.at`."""
         turn = (1 - math.cos(math.pi * progress(epoch, self.epochs or epochs))) / 2
         return self.start + (self.end - self.start) * turn
 
@@ -113,7 +109,6 @@ class Cyclical(Schedule):
     """Share of a cycle spent rising."""
 
     def at(self, epoch: float, epochs: float) -> float:
-        """See `Schedule.at`."""
         return self.start + (self.end - self.start) * progress(epoch % self.epochs, self.epochs * self.ramp)
 
 
