@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from pvae.component import Component, Shape
 from pvae.graph.site import OBSERVED, Site
-from pvae.nn.dense import MLP, Network, NetworkModule
+from pvae.nn.dense import MLP
+from pvae.nn.network import Network, NetworkModule
 
 FEATURES = "features"
 """Name of a network's output among a posterior's inputs."""

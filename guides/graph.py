@@ -10,9 +10,12 @@ import pyro.distributions as dist
 from torch import Tensor, nn
 
 from pvae.distributions.determined import Determined
-from pvae.graph.site import EMBEDDED, OBSERVED, Frame, Link, Site, data_plate, embedded
+from pvae.graph.frame import Frame, data_plate
+from pvae.graph.link import Link
+from pvae.graph.site import EMBEDDED, OBSERVED, Site, embedded
 from pvae.guides.encoders import EncoderModule
-from pvae.guides.posteriors.codes import Estimated, NearestCodes, NearestModule
+from pvae.guides.posteriors.codes import Estimated
+from pvae.guides.posteriors.nearest import NearestCodes, NearestModule
 
 
 class GraphGuide(nn.Module):

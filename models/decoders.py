@@ -10,8 +10,10 @@ from torch.distributions import constraints
 
 from pvae.component import Names, Section, Shape
 from pvae.graph.column_law import Law
-from pvae.models.likelihoods.base import Bernoulli, Likelihood
-from pvae.nn.dense import MLP, Network
+from pvae.models.likelihoods.base import Likelihood
+from pvae.models.likelihoods.discrete import Bernoulli
+from pvae.nn.dense import MLP
+from pvae.nn.network import Network
 
 
 class Decoder(Section):

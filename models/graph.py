@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from pvae.distributions.determined import Determined
 from pvae.errors import DeclarationError
-from pvae.graph.site import EMBEDDED, OBSERVED, Frame, Site, data_plate, embedded
+from pvae.graph.frame import Frame, data_plate
+from pvae.graph.site import EMBEDDED, OBSERVED, Site, embedded
 from pvae.models.decoders import DecoderModule
 
 SUMMED: InferDict = {"enumerate": "parallel"}

@@ -13,10 +13,11 @@ from torch.distributions import constraints
 
 from pvae.component import Shape
 from pvae.errors import DeclarationError
-from pvae.graph.site import Link, Site
+from pvae.graph.link import Link
+from pvae.graph.site import Site
 from pvae.models.priors.base import Prior
 from pvae.models.priors.flows import FlowModule, FlowPrior, RealNVP
-from pvae.nn.dense import InvertibleModule, Network, NetworkModule, flatten
+from pvae.nn.network import InvertibleModule, Network, NetworkModule, flatten
 
 
 class Squash:

@@ -26,12 +26,13 @@ from pvae.data.rows.columns import Column
 from pvae.data.rows.prepare import Binarize
 from pvae.errors import DeclarationError
 from pvae.experiment.experiment import Experiment, Latent, Refit, Train, Watch
-from pvae.graph.site import Link, Site
+from pvae.graph.link import Link
+from pvae.graph.site import Site
 from pvae.guides.encoders import Encoder
 from pvae.guides.posteriors.base import Posterior
 from pvae.models.likelihoods.base import Likelihood
 from pvae.models.priors.base import Prior
-from pvae.nn.dense import Network
+from pvae.nn.network import Network
 from pvae.objectives.base import Objective
 
 Raw = dict[str, Any]

@@ -20,7 +20,9 @@ from torch import Tensor
 from pvae.analysis.decompose.aggregated import AggregatedPosterior, Kept, Streamed
 from pvae.analysis.decompose.coordinates import all_pairs, grid_error, marginal_log_prob
 from pvae.analysis.decompose.draws import first_level, members, quiet
-from pvae.distributions.exponential import Codes, FullRankNormals, Members, Normals, Product, product
+from pvae.distributions.exponential import FullRankNormals, Members, Normals
+from pvae.distributions.exponential_codes import Codes
+from pvae.distributions.exponential_product import Product, product
 from pvae.errors import DataError, DeclarationError
 from pvae.pair.pair import Pair
 

@@ -26,7 +26,9 @@ from pvae.analysis.decompose.surgery import surgery
 from pvae.analysis.samples.generate import encode, reconstruct, sample
 from pvae.analysis.samples.traversal import traverse
 from pvae.distributions.codes import Certain, joint_states
-from pvae.distributions.exponential import CertainCodes, Codes, Normals, Product, product
+from pvae.distributions.exponential import Normals
+from pvae.distributions.exponential_codes import CertainCodes, Codes
+from pvae.distributions.exponential_product import Product, product
 from pvae.errors import DataError
 from pvae.experiment.experiment import Experiment
 from pvae.pair.code_usage import code_usage

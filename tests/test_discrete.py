@@ -30,18 +30,13 @@ from vector_quantize_pytorch import VectorQuantize
 
 import pvae
 from pvae.data import Dataset
-from pvae.distributions.codes import (
-    Discretised,
-    RelaxedCodes,
-    code_grid,
-    from_coordinates,
-    joint_states,
-    to_coordinates,
-)
+from pvae.distributions.codes import code_grid, joint_states
+from pvae.distributions.relaxed import Discretised, RelaxedCodes
+from pvae.distributions.simplex import from_coordinates, to_coordinates
 from pvae.errors import DeclarationError
 from pvae.experiment.experiment import Experiment
 from pvae.guides.posteriors.base import Posterior
-from pvae.guides.posteriors.codes import NearestCodePosterior
+from pvae.guides.posteriors.nearest import NearestCodePosterior
 from pvae.nn.codebook import SMOOTHING, NearestCodebook
 from pvae.nn.schedules import Exponential
 from pvae.objectives.base import IWAE, Loss, Objective, TraceELBO, TraceMeanFieldELBO

@@ -23,10 +23,12 @@ from torch import Tensor
 import pvae
 from pvae.analysis import evidence, surgery
 from pvae.data import Dataset
+from pvae.distributions.factored_normal import FactoredNormal
 from pvae.errors import DataError, DeclarationError
 from pvae.experiment.experiment import Experiment, Train
 from pvae.graph.column_law import Law
-from pvae.models.likelihoods.base import ClosedForm, FactoredNormal, Likelihood
+from pvae.models.likelihoods.base import Likelihood
+from pvae.models.likelihoods.closed_form import ClosedForm
 from pvae.objectives.base import Loss, TraceELBO
 from pvae.objectives.em import EM
 from pvae.pair.pair import Pair

@@ -15,20 +15,13 @@ import scipy.stats
 import torch
 
 from pvae.component import Shape
-from pvae.models.likelihoods.base import (
-    Bernoulli,
-    Categorical,
-    DiscretizedLogistic,
-    DiscretizedLogisticLikelihood,
-    FactoredNormal,
-    Likelihood,
-    LikelihoodModule,
-    MultivariateNormal,
-    NegativeBinomial,
-    Normal,
-    Poisson,
-    lattice,
-)
+from pvae.distributions.discretized_logistic import DiscretizedLogistic, lattice
+from pvae.distributions.factored_normal import FactoredNormal
+from pvae.models.likelihoods.base import Likelihood, LikelihoodModule
+from pvae.models.likelihoods.counts import NegativeBinomial, Poisson
+from pvae.models.likelihoods.discrete import Bernoulli, Categorical
+from pvae.models.likelihoods.normal import MultivariateNormal, Normal
+from pvae.models.likelihoods.pixels import DiscretizedLogisticLikelihood
 
 Array = np.ndarray
 Score = Callable[[Array, Array], Array]

@@ -13,7 +13,10 @@ import torch
 
 from pvae.component import Shape
 from pvae.errors import DeclarationError
-from pvae.nn.dense import MLP, Conv, GatedMLP, Network, NetworkModule, Pointwise, Resize, Resnet, Table
+from pvae.nn.conv import Conv
+from pvae.nn.dense import MLP, GatedMLP, Table
+from pvae.nn.network import Network, NetworkModule
+from pvae.nn.resnet import Pointwise, Resize, Resnet
 
 
 @dataclass(frozen=True)

@@ -19,13 +19,13 @@ from torch import Tensor
 from pvae.analysis import surgery
 from pvae.analysis.decompose.draws import draw, quiet
 from pvae.data.sources import toys
+from pvae.distributions.bijections import bisected
 from pvae.distributions.exponential import Normals
+from pvae.distributions.mixture import Mixture
 from pvae.errors import DeclarationError, NonFiniteError
 from pvae.experiment.experiment import Experiment
 from pvae.guides.posteriors.base import Posterior
 from pvae.models.priors.base import Prior
-from pvae.models.priors.flows import bisected
-from pvae.models.priors.mixture import Mixture
 from pvae.pair.pair import Pair
 from pvae.training.evaluation import evaluate
 from tests.laws import FLOWS, require_gradients

@@ -22,7 +22,7 @@ from pvae.guides.encoders import Encoder
 from pvae.guides.posteriors.base import Posterior
 from pvae.models.likelihoods.base import Likelihood
 from pvae.models.priors.base import Prior
-from pvae.nn.dense import Network
+from pvae.nn.network import Network
 from pvae.nn.optimizers import Optimizer
 from pvae.nn.schedules import Schedule
 from pvae.objectives.base import Objective

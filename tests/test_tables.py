@@ -38,7 +38,8 @@ from pvae.data.tables.delimited import MAX_HEADER_BYTES
 from pvae.errors import DataError, DeclarationError, MissingExtraError
 from pvae.experiment.experiment import Experiment
 from pvae.graph.column_law import Law
-from pvae.models.likelihoods.columns import FAMILIES, ColumnsLikelihood
+from pvae.models.likelihoods.column_families import FAMILIES
+from pvae.models.likelihoods.columns import ColumnsLikelihood
 from pvae.objectives.base import Loss
 from tests.cli_runner import run_cli
 

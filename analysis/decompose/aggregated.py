@@ -15,7 +15,9 @@ from torch.distributions import constraints
 
 from pvae.analysis.decompose.draws import CHUNK, accept, first_level, flat_values, members, quiet
 from pvae.analysis.decompose.pairwise import LOWEST, Guided, nothing_as_infinite
-from pvae.distributions.exponential import CertainCodes, Members, Product, product
+from pvae.distributions.exponential import Members
+from pvae.distributions.exponential_codes import CertainCodes
+from pvae.distributions.exponential_product import Product, product
 from pvae.errors import DataError, DeclarationError
 from pvae.pair.code_usage import Undrawn, rows_at_once
 from pvae.pair.pair import Pair

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pvae.distributions.codes import STATES
-from pvae.distributions.exponential import CertainCodes, Codes
+from pvae.distributions.exponential_codes import CertainCodes, Codes
 from pvae.pair.code_usage import Tally, entropy_of, in_use, perplexity
 from pvae.pair.densities import SiteShape, log_prob, members, samples, site_shape, sum_over
 from pvae.pair.pair import Pair

@@ -14,9 +14,12 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 from torch.distributions import Bernoulli, Categorical
 
-from pvae.distributions.codes import Certain, Discretised
+from pvae.distributions.codes import Certain
 from pvae.distributions.determined import Rounded
-from pvae.distributions.exponential import CertainCodes, Codes, FullRankNormals, Members, Normals, product
+from pvae.distributions.exponential import FullRankNormals, Members, Normals
+from pvae.distributions.exponential_codes import CertainCodes, Codes
+from pvae.distributions.exponential_product import product
+from pvae.distributions.relaxed import Discretised
 from pvae.errors import DataError, DeclarationError
 from pvae.pair import densities as traces
 from pvae.pair.code_usage import Tally, grid_of, rows_at_once, shared_prior, tally

@@ -29,7 +29,9 @@ from pvae.analysis.decompose.draws import (
 )
 from pvae.analysis.decompose.result import ClassSurgery, Dimensions, LatentSurgery, Surgery
 from pvae.analysis.figures.estimate import Estimate, Kind, exact, exact_mean, over_draws, over_whole_draws
-from pvae.distributions.exponential import ROW_COST, CertainCodes, Codes, Members, Normals, product
+from pvae.distributions.exponential import Members, Normals
+from pvae.distributions.exponential_codes import ROW_COST, CertainCodes, Codes
+from pvae.distributions.exponential_product import product
 from pvae.errors import DataError
 from pvae.pair.code_usage import perplexity, rows_at_once
 from pvae.pair.pair import Pair

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 from pvae.component import Shape
 from pvae.errors import DataError
-from pvae.nn.dense import MLP, Conv, NetworkModule
+from pvae.nn.conv import Conv
+from pvae.nn.dense import MLP
+from pvae.nn.network import NetworkModule
 from pvae.util import seeds
 
 EXPOSURES = 40_000

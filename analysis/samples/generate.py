@@ -23,7 +23,7 @@ from torch.distributions import Categorical, Distribution, LowRankMultivariateNo
 from pvae.analysis.decompose.draws import accept, quiet, same_globals
 from pvae.analysis.export.datasets import safe_names
 from pvae.analysis.export.sites import numpy_of, parameters_of, rows_of
-from pvae.distributions.codes import twin
+from pvae.distributions.relaxed import twin
 from pvae.errors import DataError, DeclarationError, near
 from pvae.experiment.experiment import Experiment
 from pvae.nn.schedules import Constant

@@ -14,10 +14,12 @@ from torch.distributions import constraints
 
 from pvae.component import Ints, Shape
 from pvae.errors import DeclarationError
-from pvae.graph.site import Link, Site
+from pvae.graph.link import Link
+from pvae.graph.site import Site
 from pvae.guides.posteriors.base import Posterior
-from pvae.nn.dense import MLP, Network, NetworkModule
+from pvae.nn.dense import MLP
 from pvae.nn.heads import LogVarianceBounds, diagonal_normal
+from pvae.nn.network import Network, NetworkModule
 from pvae.util.types import Size
 
 OPEN = 2.0

@@ -15,10 +15,12 @@ from torch.nn.functional import logsigmoid
 from pvae.component import Shape
 from pvae.distributions.determined import Determined
 from pvae.errors import DeclarationError
-from pvae.graph.site import OBSERVED, Link, Site
+from pvae.graph.link import Link
+from pvae.graph.site import OBSERVED, Site
 from pvae.guides.posteriors.base import Posterior
-from pvae.nn.dense import MLP, InvertibleModule, Network
+from pvae.nn.dense import MLP
 from pvae.nn.heads import LogVarianceBounds, NormalHead
+from pvae.nn.network import InvertibleModule, Network
 from pvae.util.types import Size
 
 

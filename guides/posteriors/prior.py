@@ -10,7 +10,8 @@ from pydantic import field_validator
 from torch import Tensor, nn
 
 from pvae.component import Names, Shape
-from pvae.graph.site import Link, Site
+from pvae.graph.link import Link
+from pvae.graph.site import Site
 from pvae.guides.posteriors.base import Posterior
 
 

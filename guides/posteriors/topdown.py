@@ -12,10 +12,12 @@ from torch import Tensor, nn
 from pvae.component import Shape
 from pvae.distributions.independent import Event
 from pvae.errors import DeclarationError
-from pvae.graph.site import Link, Site
+from pvae.graph.link import Link
+from pvae.graph.site import Site
 from pvae.guides.posteriors.base import Posterior
-from pvae.nn.dense import MLP, Network
+from pvae.nn.dense import MLP
 from pvae.nn.heads import LogVarianceBounds, NormalHead
+from pvae.nn.network import Network
 
 TOP_DOWN = "top_down"
 """Name of the model's own features among a posterior's inputs."""

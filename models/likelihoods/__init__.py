@@ -1,1 +1,7 @@
-"""Likelihoods p(x | z), a file for each close family."""
+"""Likelihoods p(x | h), a file for each close family; every module of this folder is imported, so that kinds register."""
+
+from pvae.component import load_members
+from pvae.models.likelihoods.base import Likelihood, LikelihoodModule, ReaderModule
+
+__all__ = ["Likelihood", "LikelihoodModule", "ReaderModule"]
+load_members(__name__)

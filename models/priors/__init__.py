@@ -1,1 +1,7 @@
-"""Priors p(z), a file for each kind or close family."""
+"""Priors p(z), a file for each kind or close family; every module of this folder is imported, so that kinds register."""
+
+from pvae.component import load_members
+from pvae.models.priors.base import Prior
+
+__all__ = ["Prior"]
+load_members(__name__)

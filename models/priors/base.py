@@ -4,18 +4,13 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping
-from typing import ClassVar, Literal, final
+from typing import ClassVar
 
-import pyro.distributions as dist
-import torch
 from torch import Tensor, nn
 
 from pvae.component import Component, Shape
-from pvae.distributions.codes import RelaxedCodes, Relaxing, bits, code_grid
-from pvae.distributions.independent import Event
-from pvae.graph.site import Link, Site, Values
-from pvae.nn.dense import MLP, Network
-from pvae.nn.heads import LogVarianceBounds, NormalHead
+from pvae.graph.link import Link
+from pvae.graph.site import Site, Values
 
 
 class Prior(Component):
@@ -37,161 +32,9 @@ class Prior(Component):
         """A module from the parents' features `name -> (..., *shape)` to a distribution of event `site.event`."""
 
 
-class StandardNormalModule(nn.Module):
-    """N(0, I) on the device of its buffers."""
-
-    loc: Tensor
-    scale: Tensor
-
-    def __init__(self, event: Shape) -> None:
-        super().__init__()
-        self.register_buffer("loc", torch.zeros(event), persistent=False)
-        self.register_buffer("scale", torch.ones(event), persistent=False)
-
-    def forward(self, _given: Mapping[str, Tensor]) -> dist.TorchDistribution:
-        """N(0, I) with batch shape `()`."""
-        return Event(dist.Normal(self.loc, self.scale), self.loc.dim())
-
-
-@final
-class StandardNormal(Prior):
-    """N(0, I), the default; it over-regularises, and its marginal KL says by how much."""
-
-    kind: Literal["standard_normal"] = "standard_normal"
-
-    def build(self, site: Site, given: Mapping[str, Shape], link: Link) -> nn.Module:
-        return StandardNormalModule(site.event)
-
-
-@final
-class ConditionalNormal(Prior):
-    """N(mu(parents), diag sigma^2(parents)), the level of a hierarchy."""
-
-    kind: Literal["conditional_normal"] = "conditional_normal"
-    reads_parents: ClassVar[bool] = True
-    needs_parents: ClassVar[bool] = True
-    network: Network = MLP()
-    """From the parents to location and log-variance."""
-    log_variance: LogVarianceBounds = (-12.0, 6.0)
-
-    def build(self, site: Site, given: Mapping[str, Shape], link: Link) -> nn.Module:
-        return NormalHead(self.network.build(given, (2 * site.event[0],)), self.log_variance)
-
-
-# ---------------------------------------------------------------------- codes and bits
-
-
 class MixtureWeights(nn.Module):
     """Base of priors of the component of a mixture whose weights have a closed-form maximum."""
 
     def maximise(self, counts: Tensor) -> None:
         """Set the weights to the proportions of sums of responsibilities `(K,)`, where weights are learned."""
         raise NotImplementedError  # pragma: no cover - abstract
-
-
-class CodesModule(MixtureWeights):
-    """Categoricals over a grid, of learned or even weights; relaxed where the latent is."""
-
-    logits: Tensor
-
-    def __init__(self, site: Site, learned: bool, link: Link) -> None:
-        super().__init__()
-        assert site.codes is not None  # noqa: S101 - the declaration has been checked
-        self.name, self.grid, self.link, self.is_relaxed = site.name, len(site.grid), link, site.values == "relaxed"
-        logits = torch.zeros(*site.grid, site.codes)
-        if learned:
-            self.logits = nn.Parameter(logits)
-        else:
-            self.register_buffer("logits", logits, persistent=False)
-
-    @torch.no_grad()
-    def maximise(self, counts: Tensor) -> None:
-        if isinstance(self.logits, nn.Parameter):
-            self.logits.copy_((counts / counts.sum()).log())
-
-    def forward(self, _given: Mapping[str, Tensor]) -> dist.TorchDistribution:
-        """The codes, with batch shape `()`."""
-        if self.is_relaxed:
-            return RelaxedCodes(self.logits, self.link.model.temperature(self.name), self.grid)
-        return code_grid(self.logits, self.grid)
-
-
-class RelaxingModule(nn.Module):
-    """A prior of codes as that of a relaxed latent, for a loss that takes the KL of the categoricals."""
-
-    def __init__(self, codes: nn.Module, states: int) -> None:
-        super().__init__()
-        self.codes, self.states = codes, states
-
-    def forward(self, given: Mapping[str, Tensor]) -> dist.TorchDistribution:
-        """What prices the codes, as a law of relaxed values."""
-        return Relaxing(self.codes(given), self.states)
-
-
-def prior_of(prior: Prior, site: Site, given: Mapping[str, Shape], link: Link) -> nn.Module:
-    """What a prior builds for a latent; one of codes alone prices relaxed ones by their categoricals."""
-    module = prior.build(site, given, link)
-    if site.values != "relaxed" or "relaxed" in prior.values:
-        return module
-    assert site.codes is not None  # noqa: S101 - the declaration has been checked
-    return RelaxingModule(module, site.codes)
-
-
-class BitsModule(nn.Module):
-    """Independent bits, of learned or even odds."""
-
-    logits: Tensor
-
-    def __init__(self, site: Site, learned: bool) -> None:
-        super().__init__()
-        logits = torch.zeros(site.event)
-        if learned:
-            self.logits = nn.Parameter(logits)
-        else:
-            self.register_buffer("logits", logits, persistent=False)
-
-    def forward(self, _given: Mapping[str, Tensor]) -> dist.TorchDistribution:
-        """The bits, with batch shape `()`."""
-        return bits(self.logits)
-
-
-@final
-class CategoricalPrior(Prior):
-    """Learned weights of the codes, at every position of a grid its own; parents, if any, play no part."""
-
-    kind: Literal["categorical"] = "categorical"
-    reads_parents: ClassVar[bool] = True
-    ignores_parents: ClassVar[bool] = True
-    values: ClassVar[tuple[Values, ...]] = ("index", "relaxed")
-
-    def build(self, site: Site, given: Mapping[str, Shape], link: Link) -> nn.Module:
-        return CodesModule(site, learned=True, link=link)
-
-
-@final
-class BernoulliPrior(Prior):
-    """Learned odds of the bits; parents, if any, play no part."""
-
-    kind: Literal["bernoulli"] = "bernoulli"
-    reads_parents: ClassVar[bool] = True
-    ignores_parents: ClassVar[bool] = True
-    values: ClassVar[tuple[Values, ...]] = ("binary",)
-
-    def build(self, site: Site, given: Mapping[str, Shape], link: Link) -> nn.Module:
-        return BitsModule(site, learned=True)
-
-
-@final
-class UniformPrior(Prior):
-    """1 / K for every code, 1 / 2 for every bit: a certain code costs log K nats. Parents, if any, play no part.
-
-    With equal scales of the components it is what k-means assumes.
-    """
-
-    kind: Literal["uniform"] = "uniform"
-    reads_parents: ClassVar[bool] = True
-    ignores_parents: ClassVar[bool] = True
-    values: ClassVar[tuple[Values, ...]] = ("index", "relaxed", "binary")
-
-    def build(self, site: Site, given: Mapping[str, Shape], link: Link) -> nn.Module:
-        return BitsModule(site, learned=False) if site.codes is None else CodesModule(site, learned=False, link=link)

@@ -25,15 +25,21 @@ from pvae.data.sources.digits import Digits
 from pvae.errors import DeclarationError, is_refused_draw, near
 from pvae.experiment import zoo
 from pvae.experiment.rules import findings
+from pvae.graph.frame import Frame
+from pvae.graph.link import Link
 from pvae.graph.prompts import Vocabulary, split
-from pvae.graph.site import OBSERVED, Frame, Link, Site, Values, topological
+from pvae.graph.site import OBSERVED, Site, Values, topological
 from pvae.guides.encoders import Encoder, SharedEncoder
 from pvae.guides.graph import GraphGuide
-from pvae.guides.posteriors.base import ExactPosterior, NormalPosterior, Posterior
+from pvae.guides.posteriors.base import Posterior
 from pvae.guides.posteriors.codes import BernoulliPosterior, CategoricalPosterior
+from pvae.guides.posteriors.exact import ExactPosterior
+from pvae.guides.posteriors.normal import NormalPosterior
 from pvae.models.decoders import Decoder
 from pvae.models.graph import GraphModel
-from pvae.models.priors.base import BernoulliPrior, CategoricalPrior, Prior, StandardNormal, prior_of
+from pvae.models.priors.base import Prior
+from pvae.models.priors.codes import BernoulliPrior, CategoricalPrior, prior_of
+from pvae.models.priors.normal import StandardNormal
 from pvae.nn.optimizers import Adam, Optimizer
 from pvae.nn.precision import Precision
 from pvae.nn.schedules import Constant, Schedule, Scheduled

@@ -13,9 +13,11 @@ from pvae.errors import DeclarationError, near
 from pvae.graph.site import OBSERVED, Values
 from pvae.guides.posteriors.base import Posterior
 from pvae.guides.posteriors.codes import EstimatedPosterior
-from pvae.models.likelihoods.base import DeterminedLikelihood, Likelihood
+from pvae.models.likelihoods.base import Likelihood
 from pvae.models.likelihoods.columns import support_of
-from pvae.models.priors.base import CategoricalPrior, Prior, UniformPrior
+from pvae.models.likelihoods.determined import DeterminedLikelihood
+from pvae.models.priors.base import Prior
+from pvae.models.priors.codes import CategoricalPrior, UniformPrior
 from pvae.nn.dense import Table as NetworkTable
 from pvae.nn.schedules import Schedule
 from pvae.objectives.base import IWAE

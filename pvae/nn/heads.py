@@ -11,7 +11,7 @@ from pydantic import AfterValidator, Field
 from torch import Tensor, nn
 
 from pvae.distributions.independent import Event
-from pvae.nn.dense import NetworkModule
+from pvae.nn.network import NetworkModule
 
 
 def check_bounds(bounds: tuple[float, float]) -> tuple[float, float]:

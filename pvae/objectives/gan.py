@@ -14,9 +14,11 @@ from torch.nn.functional import softplus
 from pvae.component import Shape
 from pvae.data.streamed import Streamed
 from pvae.errors import DeclarationError
-from pvae.graph.site import OBSERVED, Frame
+from pvae.graph.frame import Frame
+from pvae.graph.site import OBSERVED
 from pvae.models.graph import GraphModel
-from pvae.nn.dense import MLP, Network, NetworkModule
+from pvae.nn.dense import MLP
+from pvae.nn.network import Network, NetworkModule
 from pvae.nn.schedules import Constant
 from pvae.objectives.base import Fitting, Objective, Stepper
 from pvae.pair.densities import samples

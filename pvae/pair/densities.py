@@ -28,9 +28,12 @@ from torch.distributions import (
 )
 
 from pvae.component import Shape
-from pvae.distributions.codes import Certain, RelaxedCodes, categorical_kl, is_relaxed
+from pvae.distributions.codes import Certain
 from pvae.distributions.determined import Determined
-from pvae.distributions.exponential import CertainCodes, Codes, FullRankNormals, Members, Normals, product
+from pvae.distributions.exponential import FullRankNormals, Members, Normals
+from pvae.distributions.exponential_codes import CertainCodes, Codes
+from pvae.distributions.exponential_product import product
+from pvae.distributions.relaxed import RelaxedCodes, categorical_kl, is_relaxed
 from pvae.errors import DeclarationError
 
 

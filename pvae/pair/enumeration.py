@@ -13,7 +13,7 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from pvae.distributions.codes import STATES
-from pvae.distributions.exponential import IMPOSSIBLE
+from pvae.distributions.exponential_codes import IMPOSSIBLE
 from pvae.errors import DeclarationError
 from pvae.pair.densities import Layout, log_prob, plate_scale, samples, sum_over
 

@@ -21,8 +21,8 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor, nn
 
 from pvae.errors import DataError, DeclarationError
+from pvae.graph.frame import Frame
 from pvae.graph.lifecycle import MadeOfData
-from pvae.graph.site import Frame
 from pvae.pair.densities import (
     Layout,
     closed_kl,

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 from torch.distributions import Categorical, OneHotCategorical
 
-from pvae.distributions.codes import Certain, Discretised
+from pvae.distributions.codes import Certain
+from pvae.distributions.factored_normal import FactoredNormal
+from pvae.distributions.relaxed import Discretised
 from pvae.experiment.experiment import Experiment, Plan
-from pvae.models.likelihoods.base import FactoredNormal
 from pvae.pair.code_usage import code_usage, grid_of
 from pvae.pair.densities import samples, unwrapped
 from pvae.pair.pair import Pair, quiet

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from pvae.data.streamed import Streamed
-from pvae.distributions.codes import Discretised
+from pvae.distributions.relaxed import Discretised
 from pvae.pair.pair import Pair, quiet
 from pvae.util import seeds
 

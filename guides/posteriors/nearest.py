@@ -1,0 +1,132 @@
+"""Vector quantisation: the code whose embedding is nearest to a network's output."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from math import prod
+from typing import ClassVar, Literal, final
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from pvae.component import Shape
+from pvae.distributions.codes import Certain
+from pvae.graph.lifecycle import Begun, FirstRows
+from pvae.graph.link import Link
+from pvae.graph.site import Site, Values, embedded
+from pvae.guides.posteriors.base import Posterior, PosteriorModule
+from pvae.guides.posteriors.heads import channels_last, head
+from pvae.nn.codebook import START_VECTORS, NearestCodebook
+from pvae.nn.network import Network, NetworkModule
+
+
+class NearestCodes(Certain):
+    """Codes for certain, and the vectors `(..., E, *grid)` that were looked up."""
+
+    point: Tensor
+
+
+class NearestModule(PosteriorModule, Begun):
+    """A network's output, looked up in the model's codebook."""
+
+    def __init__(self, network: NetworkModule, site: Site, link: Link, declared: NearestCodePosterior) -> None:
+        super().__init__()
+        self.network, self.link, self.site, self.grid = network, link, site, len(site.grid)
+        self.declared = declared
+
+    @property
+    def codebook(self) -> NearestCodebook:
+        """The model's."""
+        return self.link.model.codebooks[self.site.name]  # type: ignore[return-value]
+
+    def begin(self, rows: FirstRows) -> None:
+        """Put the codebook at the centres of the first vectors, which see the rows of earlier latents' codebooks."""
+        if self.declared.start == "kmeans":
+            positions = prod(self.site.grid)
+            found = rows.inferred(embedded(self.site.name), max(1, START_VECTORS // positions), stream=1)
+            z = torch.cat([self.vectors(infer["point"]) for infer in found])
+            self.codebook.start(z, rows.seed, rows.batch * positions)
+
+    def vectors(self, point: Tensor) -> Tensor:
+        """Vectors `(..., E, *grid)` in a row, `(m, E)`."""
+        return channels_last(point, self.grid).reshape(-1, self.site.features[0])
+
+    def forward(self, inputs: Mapping[str, Tensor], _seen: Mapping[str, Tensor]) -> NearestCodes:
+        """Named tensors to the nearest codes, with batch shape `(...)`."""
+        book = self.codebook
+        z = book.place(channels_last(self.network(inputs), self.grid))
+        found = NearestCodes(book.nearest(z), len(book.counts), self.grid)
+        found.point = z.movedim(-1, -1 - self.grid) if self.grid else z
+        return found
+
+    def penalties(self, found: NearestCodes, row: Tensor) -> dict[str, Tensor]:
+        """What is added to the loss beside the ELBO, `(...)`: squared distances, summed over positions."""
+        event = tuple(range(-1 - self.grid, 0))
+        out = {"commitment": self.declared.commitment * (found.point - row.detach()).square().sum(event)}
+        if self.declared.gradient:
+            out["codebook"] = (found.point.detach() - row).square().sum(event)
+        if self.declared.evenness:
+            out["evenness"] = self._unevenness(channels_last(found.point, self.grid))
+        return out
+
+    def _unevenness(self, z: Tensor) -> Tensor:
+        """evenness * positions * (log K - entropy of the mean soft assignment), nats."""
+        flat = z.reshape(-1, z.shape[-1])
+        scores = self.codebook.scores(flat)
+        spread = flat.detach().square().sum(1).mean() + 1e-6
+        share = (scores / (self.declared.softness * spread)).softmax(1).mean(0)
+        gap = math.log(len(share)) + (share * (share + 1e-12).log()).sum()
+        lead = z.shape[: z.dim() - 1 - self.grid]
+        return (self.declared.evenness * prod(z.shape[len(lead) : -1]) * gap).expand(lead)
+
+
+@final
+class NearestCodePosterior(Posterior):
+    r"""k* = argmin_k |z(x) - e_k| at every position: vector quantisation. log q = 0, and the KL is -log p(k*).
+
+    The decoder sees e_k*, and its gradient there goes to z unchanged (straight through). Beside the ELBO the loss has
+    commitment |z - sg e|^2 and, where gradients move the codebook, |sg z - e|^2.
+
+    References:
+        Neural Discrete Representation Learning (van den Oord, Vinyals, Kavukcuoglu, 2017),
+        https://arxiv.org/abs/1711.00937
+    """
+
+    kind: Literal["nearest_code"] = "nearest_code"
+    values: ClassVar[Values] = "index"
+    carries: ClassVar[bool] = True
+    commitment: float = Field(default=0.25, ge=0)
+    """Weight of |z - sg e|^2, per datum, summed over positions and coordinates."""
+    decay: float = Field(default=0.99, gt=0, lt=1)
+    """Of the averages of what is assigned to a code, which it follows: nearer to 1, slower. Ignored by `gradient`."""
+    gradient: bool = False
+    """Codes learn by the gradient of the codebook loss, as first published, in place of averages."""
+    start: Literal["kmeans", "random"] = "kmeans"
+    """Codes begin at the centres of a k-means of the first vectors, or near 0."""
+    restart: float = Field(default=0.05, ge=0, le=1)
+    """A code that is used less than this share of an even use, on average, moves to a vector of the batch; 0 leaves it.
+    """
+    unit: bool = False
+    """Vectors and codes on the unit sphere: the largest cosine is the nearest.
+
+    References:
+        Vector-quantized Image Modeling with Improved VQGAN (Yu et al., 2022), https://arxiv.org/abs/2110.04627
+    """
+    evenness: float = Field(default=0.0, ge=0)
+    """Weight of positions * (log K - entropy of the mean soft assignment), nats: draws the use of codes together.
+
+    References:
+        Language Model Beats Diffusion (Yu et al., 2024), https://arxiv.org/abs/2310.05737
+    """
+    softness: float = Field(default=0.02, gt=0)
+    """Temperature of that assignment, in mean squared lengths of z."""
+    network: Network | None = None
+    """Between the encoder's features and the vectors; default: one linear map."""
+
+    def codebook(self, codes: int, width: int) -> nn.Module:
+        return NearestCodebook(codes, width, None if self.gradient else self.decay, self.restart, self.unit)
+
+    def build(self, site: Site, inputs: Mapping[str, Shape], link: Link) -> nn.Module:
+        return NearestModule(head(self.network, inputs, site.features), site, link, self)

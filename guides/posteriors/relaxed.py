@@ -1,0 +1,92 @@
+"""Relaxed posteriors of codes: Gumbel-softmax, as it is or seen as a one-hot."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar, Literal, Self, final
+
+import pyro.distributions as dist
+from pydantic import model_validator
+from torch import Tensor, nn
+
+from pvae.component import Shape
+from pvae.distributions.relaxed import KL, RelaxedCodes
+from pvae.graph.link import Link
+from pvae.graph.site import Site, Values
+from pvae.guides.posteriors.base import Posterior
+from pvae.guides.posteriors.heads import channels_last, head
+from pvae.nn.network import Network, NetworkModule
+
+
+class RelaxedModule(nn.Module):
+    """A network's output as logits of relaxed codes, at the temperature of the latent."""
+
+    def __init__(self, network: NetworkModule, site: Site, link: Link, kl: KL, noise: bool) -> None:
+        super().__init__()
+        self.network, self.link, self.kl, self.noise = network, link, kl, noise
+        self.name, self.grid, self.has_twin = site.name, len(site.grid), site.has_twin
+
+    def forward(self, inputs: Mapping[str, Tensor], _seen: Mapping[str, Tensor]) -> dist.TorchDistribution:
+        """Named tensors to log relaxed one-hots, with batch shape `(...)`."""
+        logits = channels_last(self.network(inputs), self.grid)
+        tau = self.link.model.temperature(self.name)
+        return RelaxedCodes(logits, tau, self.grid, kl=self.kl, noise=self.noise, has_twin=self.has_twin)
+
+
+class RelaxedPosterior(Posterior):
+    """What relaxations share. The temperature is the latent's own: prior and posterior have one."""
+
+    values: ClassVar[Values] = "index"
+    is_relaxed: ClassVar[bool] = True
+    kl: KL = "relaxed"
+    """The KL that is trained: of the densities of the relaxed variables, or in closed form of the categoricals under
+    them."""
+    network: Network | None = None
+    """Between the encoder's features and the logits; default: one linear map."""
+
+    def _build(self, site: Site, inputs: Mapping[str, Shape], link: Link, noise: bool) -> nn.Module:
+        assert site.codes is not None  # noqa: S101 - the declaration has been checked
+        return RelaxedModule(head(self.network, inputs, (site.codes, *site.grid)), site, link, self.kl, noise)
+
+
+@final
+class RelaxedOneHotPosterior(RelaxedPosterior):
+    r"""Gumbel-softmax: c_k = softmax((log pi_k(x) + g_k) / tau), seen as it is.
+
+    References:
+        Categorical Reparameterization with Gumbel-Softmax (Jang, Gu, Poole, 2017), https://arxiv.org/abs/1611.01144
+        The Concrete Distribution (Maddison, Mnih, Teh, 2017), https://arxiv.org/abs/1611.00712
+    """
+
+    kind: Literal["relaxed_onehot"] = "relaxed_onehot"
+
+    def build(self, site: Site, inputs: Mapping[str, Shape], link: Link) -> nn.Module:
+        return self._build(site, inputs, link, noise=True)
+
+
+@final
+class StraightThroughPosterior(RelaxedPosterior):
+    """Seen as the one-hot of the largest entry, with the gradient of the relaxed one-hot: biased, hard, cheap.
+
+    With Gumbel noise the codes seen are exact draws of q(c | x). Without, the most probable code is taken for certain:
+    q is a point, and the KL is -log p of it.
+
+    References:
+        Estimating or Propagating Gradients Through Stochastic Neurons (Bengio, Leonard, Courville, 2013),
+        https://arxiv.org/abs/1308.3432
+    """
+
+    kind: Literal["straight_through"] = "straight_through"
+    is_hard: ClassVar[bool] = True
+    kl: KL = "categorical"
+    noise: bool = True
+    """Draw Gumbel noise."""
+
+    @model_validator(mode="after")
+    def _no_density_of_a_point(self) -> Self:
+        if not self.noise and self.kl == "relaxed":
+            raise ValueError('kl = "categorical" without noise, where q is a point and has no density; got relaxed')
+        return self
+
+    def build(self, site: Site, inputs: Mapping[str, Shape], link: Link) -> nn.Module:
+        return self._build(site, inputs, link, noise=self.noise)

@@ -1,0 +1,96 @@
+"""Likelihoods of counts: Poisson and negative binomial elements."""
+
+from __future__ import annotations
+
+import math
+from typing import ClassVar, Literal, final
+
+import pyro.distributions as dist
+import torch
+from torch import Tensor, nn
+from torch.distributions import constraints
+
+from pvae.component import Shape
+from pvae.distributions.independent import Event
+from pvae.models.likelihoods.base import Likelihood, LikelihoodModule
+from pvae.models.likelihoods.closed_form import ClosedForm
+
+LOWEST = -12.0
+"""Least log-odds or log-rate that a closed form gives: a value never seen stays possible."""
+HIGHEST = 24 * math.log(2) + 1
+"""Largest log-rate: counts go up to 2^24, the integers that single precision holds."""
+
+
+class PoissonModule(ClosedForm):
+    """Independent counts; the decoder gives log-rates."""
+
+    def __init__(self, x: Shape, bounds: tuple[float, float]) -> None:
+        super().__init__(x, 1)
+        self.bounds = bounds
+
+    def forward(self, h: Tensor) -> dist.TorchDistribution:
+        """Log-rates `(..., *x)` to the distribution."""
+        return Event(dist.Poisson(h.clamp(*self.bounds).exp()), len(self.x))
+
+    def maximise(self, counts: Tensor, sums: Tensor, origin: Tensor) -> Tensor:
+        return (sums / counts[:, None]).log().clamp(*self.bounds)
+
+
+@final
+class Poisson(Likelihood):
+    """Independent counts 0, 1, 2, ..."""
+
+    kind: Literal["poisson"] = "poisson"
+    closed_form: ClassVar[bool] = True
+    hint: ClassVar[str] = "set data.scale = 'raw', or use likelihood 'normal'"
+
+    @property
+    def support(self) -> constraints.Constraint:
+        """Non-negative integers."""
+        return constraints.nonnegative_integer
+
+    def build(self, x: Shape) -> LikelihoodModule:
+        return PoissonModule(x, (LOWEST, HIGHEST))
+
+
+MOST_DISPERSED = 7.0
+"""Largest |log r| of a negative binomial."""
+
+
+def dispersed(log_mean: Tensor, log_count: Tensor, validate_args: bool | None = None) -> dist.TorchDistribution:
+    """Negative binomials of given means m `(..., d)` and variances m + m^2 / r, for r `(d,)`; logarithms of both."""
+    log_count = log_count.clamp(-MOST_DISPERSED, MOST_DISPERSED)  # beyond, a Poisson; and lgamma loses digits
+    logits = log_mean.clamp(LOWEST, HIGHEST) - log_count
+    return dist.NegativeBinomial(log_count.exp().expand(logits.shape), logits=logits, validate_args=validate_args)
+
+
+class NegativeBinomialModule(LikelihoodModule):
+    """Independent counts; the decoder gives logarithms of means, and a dispersion is learned for every element."""
+
+    def __init__(self, x: Shape) -> None:
+        super().__init__(x, 1)
+        self.log_count = nn.Parameter(torch.ones(self.x))
+
+    def forward(self, h: Tensor) -> dist.TorchDistribution:
+        """Log-means `(..., *x)` to the distribution."""
+        return Event(dispersed(h, self.log_count), len(self.x))
+
+
+@final
+class NegativeBinomial(Likelihood):
+    """Independent counts of variance m + m^2 / r, with one learned r for every element: RNA counts, say.
+
+    References: Deep generative modeling for single-cell transcriptomics (Lopez et al., 2018),
+        https://doi.org/10.1038/s41592-018-0229-2
+    """
+
+    kind: Literal["negative_binomial"] = "negative_binomial"
+    hint: ClassVar[str] = "set data.scale = 'raw', or use likelihood 'normal'"
+
+    @property
+    def support(self) -> constraints.Constraint:
+        """Non-negative integers."""
+        return constraints.nonnegative_integer
+
+    def build(self, x: Shape) -> LikelihoodModule:
+        return NegativeBinomialModule(x)

@@ -1,0 +1,60 @@
+"""Normal priors: standard, or of parameters that a network makes of the parents."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar, Literal, final
+
+import pyro.distributions as dist
+import torch
+from torch import Tensor, nn
+
+from pvae.component import Shape
+from pvae.distributions.independent import Event
+from pvae.graph.link import Link
+from pvae.graph.site import Site
+from pvae.models.priors.base import Prior
+from pvae.nn.dense import MLP
+from pvae.nn.heads import LogVarianceBounds, NormalHead
+from pvae.nn.network import Network
+
+
+class StandardNormalModule(nn.Module):
+    """N(0, I) on the device of its buffers."""
+
+    loc: Tensor
+    scale: Tensor
+
+    def __init__(self, event: Shape) -> None:
+        super().__init__()
+        self.register_buffer("loc", torch.zeros(event), persistent=False)
+        self.register_buffer("scale", torch.ones(event), persistent=False)
+
+    def forward(self, _given: Mapping[str, Tensor]) -> dist.TorchDistribution:
+        """N(0, I) with batch shape `()`."""
+        return Event(dist.Normal(self.loc, self.scale), self.loc.dim())
+
+
+@final
+class StandardNormal(Prior):
+    """N(0, I), the default; it over-regularises, and its marginal KL says by how much."""
+
+    kind: Literal["standard_normal"] = "standard_normal"
+
+    def build(self, site: Site, given: Mapping[str, Shape], link: Link) -> nn.Module:
+        return StandardNormalModule(site.event)
+
+
+@final
+class ConditionalNormal(Prior):
+    """N(mu(parents), diag sigma^2(parents)), the level of a hierarchy."""
+
+    kind: Literal["conditional_normal"] = "conditional_normal"
+    reads_parents: ClassVar[bool] = True
+    needs_parents: ClassVar[bool] = True
+    network: Network = MLP()
+    """From the parents to location and log-variance."""
+    log_variance: LogVarianceBounds = (-12.0, 6.0)
+
+    def build(self, site: Site, given: Mapping[str, Shape], link: Link) -> nn.Module:
+        return NormalHead(self.network.build(given, (2 * site.event[0],)), self.log_variance)

@@ -1,0 +1,194 @@
+"""Pyro's bijections without their caches, with stable determinants and inverses in any precision."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import pyro.distributions.transforms as bijections
+import torch
+from pyro.distributions.transforms.utils import clamp_preserve_gradients
+from pyro.nn import AutoRegressiveNN, DenseNN
+from torch import Tensor, nn
+from torch.nn.functional import linear, logsigmoid, softplus
+
+from pvae.errors import NonFiniteError
+
+
+class Bijection(nn.Module):
+    """One of Pyro's transforms without its caches: value and log determinant come back together.
+
+    A cached tensor would stand for another batch, and forbid copies of the Module.
+    """
+
+    def __init__(self, transform: nn.Module) -> None:
+        super().__init__()
+        self.transform = transform
+
+    def call(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """y = T(x) and log|det dy/dx|, `(..., D)` and `(...)`."""
+        if isinstance(self.transform, bijections.NeuralAutoregressive):
+            return mixed(self.transform, x)
+        if isinstance(self.transform, bijections.BlockAutoregressive):
+            return gated(self.transform, x)
+        return self._read(self.transform._call(x))  # type: ignore[operator]
+
+    def invert(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """x = T^-1(y) and log|det dy/dx|; found by bisection, x carries no gradient."""
+        if isinstance(self.transform, bijections.AffineAutoregressive):
+            x = solved(self.transform, y)
+        elif isinstance(self.transform, bijections.NeuralAutoregressive):
+            x = bisected(lambda v: self.call(v)[0], y, self.transform.arn.get_permutation().tolist())
+        elif isinstance(self.transform, bijections.BlockAutoregressive):
+            x = bisected(lambda v: self.call(v)[0], y, range(y.shape[-1]))
+        else:
+            return self._read(self.transform._inverse(y))  # type: ignore[operator]
+        return x, self.call(x)[1]
+
+    def _read(self, value: Tensor) -> tuple[Tensor, Tensor]:
+        """What the transform noted of its determinant; then it forgets."""
+        noted = [vars(self.transform).get(name) for name in CACHES]
+        log_det = next(found for found in noted if found is not None).sum(-1)
+        for module in self.transform.modules():
+            for name in CACHES:
+                if vars(module).get(name) is not None:
+                    setattr(module, name, None)
+            if "_cached_x_y" in vars(module):
+                vars(module)["_cached_x_y"] = None, None
+        return value, log_det
+
+
+def solved(transform: bijections.AffineAutoregressive, y: Tensor) -> Tensor:
+    """x of y = m(x) + s(x) x: every pass makes one more coordinate exact, because m and s read those before it.
+
+    Pyro's own inverse starts from single precision, whatever y is.
+    """
+    x = torch.zeros_like(y)
+    for _ in range(y.shape[-1]):
+        mean, log_scale = transform.arn(x)
+        clipped = clamp_preserve_gradients(log_scale, transform.log_scale_min_clip, transform.log_scale_max_clip)
+        x = (y - mean) * (-clipped).exp()
+    return x
+
+
+def mixed(transform: bijections.NeuralAutoregressive, x: Tensor) -> tuple[Tensor, Tensor]:
+    """y = logit(sum_k w_k sigmoid(a_k x + b_k)) and log|det dy/dx|; w, a > 0 and b read earlier coordinates.
+
+    Pyro's own takes the logit of a sum that rounds to 1 beyond a x + b = 16 in single precision, where y then stands
+    still; from log-sums of both tails it stays exact.
+    """
+    slope, logits, shift = transform.arn(x)
+    slope, log_weight = softplus(slope) + SLOPE, logits.log_softmax(-2)
+    c = slope * x.unsqueeze(-2) + shift
+    low, high = (log_weight + logsigmoid(c)).logsumexp(-2), (log_weight + logsigmoid(-c)).logsumexp(-2)
+    log_density = (slope.log() + log_weight + logsigmoid(c) + logsigmoid(-c)).logsumexp(-2)
+    return low - high, (log_density - low - high).sum(-1)
+
+
+def gated(transform: bijections.BlockAutoregressive, x: Tensor) -> tuple[Tensor, Tensor]:
+    """y = g x + (1 - g) f(x), and log|det dy/dx|; f_d reads x_1 .. x_d, and is increasing in x_d and bounded.
+
+    Pyro's own is NaN where the gate rounds to 1, and picks its weights by a mask, which no CUDA graph can hold.
+    """
+    h, log_slope = x, torch.zeros_like(x).unsqueeze(-1)  # of the units of each coordinate by x_d, (..., D, units)
+    dim, layers = x.shape[-1], list[Any](transform.layers)
+    for index, layer in enumerate(layers):
+        if index > 0:
+            log_slope = log_slope + 2 * (math.log(2) - h - softplus(-2 * h)).unflatten(-1, (dim, -1))
+            h = h.tanh()
+        weight = layer._weight.exp() * layer.mask_d + layer._weight * layer.mask_o
+        norm = weight.norm(dim=-1, keepdim=True)
+        h = linear(h, layer._diag_weight.exp() * weight / norm, layer.bias)
+        log_weight = layer._diag_weight + layer._weight - norm.log()
+        blocks = log_weight.view(dim, len(weight) // dim, dim, -1).diagonal(dim1=0, dim2=2).movedim(-1, 0)
+        log_slope = (blocks + log_slope.unsqueeze(-2)).logsumexp(-1)
+    kept, changed = logsigmoid(transform.gate), logsigmoid(-transform.gate)
+    log_det = torch.logaddexp(kept, changed + log_slope.squeeze(-1)).sum(-1)
+    return kept.exp() * x + changed.exp() * h, log_det
+
+
+SLOPE = 1e-6
+"""Least slope of a logistic unit: without one a bijection could become flat."""
+
+
+def bisected(call: Callable[[Tensor], Tensor], y: Tensor, order: Iterable[int]) -> Tensor:
+    """x of y = T(x), each coordinate increasing in its own x and reading only those before it, to float precision.
+
+    Coordinate after coordinate: brackets [-2^k, 2^k] are doubled until they hold the root, then halved once for every
+    bit; every step is one pass over the batch.
+
+    Arguments:
+        call: T, `(..., D)` to `(..., D)`.
+        y: `(..., D)`.
+        order: the coordinates, each after those it reads.
+
+    Raises:
+        NonFiniteError: no bracket up to 2^DOUBLINGS: weights or y are not finite, or T is nearly flat.
+    """
+    x = torch.zeros_like(y)
+    halvings = 2 - round(math.log2(torch.finfo(y.dtype).eps))
+
+    def value(d: int, at: Tensor) -> Tensor:
+        x[..., d] = at
+        return call(x)[..., d]
+
+    with torch.no_grad():
+        for d in order:
+            high = torch.ones_like(y[..., d])
+            for _ in range(DOUBLINGS):
+                inside = (value(d, -high) <= y[..., d]) & (y[..., d] <= value(d, high))
+                if inside.all():
+                    break
+                high = torch.where(inside, high, 2 * high)
+            else:
+                raise NonFiniteError(
+                    f"Expected a flow that takes every value; got none at {int((~inside).sum())} of {inside.numel()} "
+                    f"within 2^{DOUBLINGS} of 0, in coordinate {d}. Look for weights that are not finite, and fit "
+                    "again with a lower learning rate or train.clip_norm."
+                )
+            low = -high
+            for _ in range(halvings):
+                middle = low + (high - low) / 2
+                below = value(d, middle) < y[..., d]
+                low, high = torch.where(below, middle, low), torch.where(below, high, middle)
+            x[..., d] = low + (high - low) / 2
+    return x
+
+
+DOUBLINGS = 40
+CACHES = ("_cached_log_scale", "_cache_log_detJ")
+
+
+def near_identity(transform: nn.Module) -> nn.Module:
+    """The transform with small last layers and free parameters: drawn at random, a few fold space into ridges."""
+    small: list[Tensor] = []
+    for module in transform.modules():
+        if isinstance(module, AutoRegressiveNN | DenseNN):
+            small += module.layers[-1].parameters()
+        if isinstance(module, bijections.Spline):
+            small += module.parameters()
+    with torch.no_grad():
+        for parameter in small:
+            parameter.mul_(START)
+        if isinstance(transform, bijections.NeuralAutoregressive):
+            slope, _, shift = transform.arn.layers[-1].bias.view(3, transform.hidden_units, -1)
+            slope += math.log(math.e - 1)
+            shift += spread(transform.hidden_units)[:, None]
+        if isinstance(transform, bijections.BlockAutoregressive):
+            transform.gate.fill_(math.log(1 / START - 1))
+            layers = list[Any](transform.layers)
+            for layer in layers:
+                layer._diag_weight.zero_()  # Pyro's log(uniform) may be -inf
+            for layer in layers[:-1]:
+                layer.bias.copy_(spread(layer.out_features // layer.dim).repeat(layer.dim))
+    return transform
+
+
+def spread(units: int) -> Tensor:
+    """Shifts at the start of the units of one coordinate: around 0 all of them, they would learn alike, and slowly."""
+    return torch.linspace(-SPREAD, SPREAD, units + 2)[1:-1]
+
+
+START = 0.1
+SPREAD = 2.5

@@ -1,0 +1,202 @@
+"""Categorical members of an exponential family: grids of codes, uncertain or certain."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from pvae.distributions.exponential import Members, Scorer, product_scorer
+
+IMPOSSIBLE = -1e30
+"""The logarithm of a probability of zero: finite, because 0 * -inf is NaN in a product."""
+SPARSE = 8
+"""States from which a sum of rows is quicker than the product with one-hots."""
+ROW_COST = 16
+"""Multiplications of a matrix product that take as long as one number in a sum of rows."""
+Form = Literal["index", "one_hot"]
+
+
+@dataclass(frozen=True)
+class Codes(Members):
+    """A grid of P independent categoricals over K states: T(z) = one-hot, eta = log probabilities.
+
+    `form` says how a value is written: P indices (also 0 and 1 of a Bernoulli), or P x K one-hots.
+    """
+
+    logits: Tensor
+    """Log probabilities, `(n, P, K)`; made normalised and finite."""
+    form: Form = "index"
+    normalised: bool = False
+    """Whether the logits given are normalised and finite already."""
+
+    def __post_init__(self) -> None:
+        if not self.normalised:
+            object.__setattr__(self, "logits", self.logits.log_softmax(-1).clamp(min=IMPOSSIBLE))
+            object.__setattr__(self, "normalised", True)
+
+    def __len__(self) -> int:
+        return len(self.logits)
+
+    @property
+    def positions(self) -> int:
+        """P."""
+        return self.logits.shape[1]
+
+    @property
+    def states(self) -> int:
+        """K."""
+        return self.logits.shape[2]
+
+    @property
+    def dim(self) -> int:
+        return self.positions if self.form == "index" else self.features
+
+    @property
+    def features(self) -> int:
+        return self.positions * self.states
+
+    @property
+    def numbers(self) -> int:
+        return self.features
+
+    @property
+    def work(self) -> int:
+        return self.positions * ROW_COST if self.is_sparse else self.features
+
+    @property
+    def is_sparse(self) -> bool:
+        """Whether values are scored by a sum of rows."""
+        return self.form == "index" and self.states >= SPARSE
+
+    def rows(self, index: slice | Tensor) -> Codes:
+        return Codes(self.logits[index], self.form, normalised=True)
+
+    @property
+    def origin(self) -> Tensor:
+        return self.logits.new_zeros(self.dim)
+
+    def natural(self) -> tuple[Tensor, Tensor]:
+        return self.logits.flatten(1).T, self.logits.new_zeros(len(self))
+
+    def statistics(self, value: Tensor, origin: Tensor) -> Tensor:
+        if self.form == "one_hot":
+            return value
+        index = value.long().clamp(0, self.states - 1)
+        return torch.nn.functional.one_hot(index, self.states).to(self.logits).flatten(1)
+
+    def scorer(self) -> Scorer:
+        if not self.is_sparse:
+            return product_scorer(self)
+        eta = self.logits.flatten(1).T.contiguous()
+        first = self.states * torch.arange(self.positions, device=eta.device)
+
+        def score(value: Tensor, out: Tensor) -> None:
+            at = value.long().clamp(0, self.states - 1) + first
+            out.copy_(torch.nn.functional.embedding_bag(at, eta, mode="sum"))
+
+        return score
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        if self.form == "one_hot":
+            return (self.logits.flatten(1) * value).sum(-1)
+        index = value.long().unsqueeze(-1)
+        shape = torch.broadcast_shapes(index.shape[:-1], self.logits.shape[:-1])
+        logits = self.logits.expand(*shape, self.states)
+        return logits.gather(-1, index.expand(*shape, 1)).squeeze(-1).sum(-1)
+
+    def sample(self) -> Tensor:
+        gumbel = -torch.empty_like(self.logits).exponential_().log()
+        return self.write((self.logits + gumbel).argmax(-1))
+
+    def write(self, index: Tensor) -> Tensor:
+        """State indices `(m, P)` as flat values `(m, D)`."""
+        if self.form == "index":
+            return index.to(self.logits)
+        return torch.nn.functional.one_hot(index, self.states).to(self.logits).flatten(1)
+
+    def joined(self, others: Sequence[Codes]) -> Codes:
+        return Codes(torch.cat([self.logits, *(p.logits for p in others)]), self.form, normalised=True)
+
+    def map(self, change: Any) -> Codes:
+        changed = change(self.logits)
+        return self if changed is self.logits else Codes(changed, self.form)
+
+
+@dataclass(frozen=True)
+class CertainCodes(Members):
+    """A grid of P codes known for certain: probability 1 of one joint code, 0 of all others.
+
+    As a family it is `Codes` with log probabilities 0 and `IMPOSSIBLE`; a mixture of them is counted, not multiplied.
+    """
+
+    index: Tensor
+    """`(n, P)`, int64."""
+    states: int
+    """K."""
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    @property
+    def positions(self) -> int:
+        """P."""
+        return self.index.shape[1]
+
+    @property
+    def dim(self) -> int:
+        return self.positions
+
+    @property
+    def features(self) -> int:
+        return self.positions * self.states
+
+    @property
+    def numbers(self) -> int:
+        return self.positions
+
+    @property
+    def work(self) -> int:
+        return self.positions
+
+    def rows(self, index: slice | Tensor) -> CertainCodes:
+        return CertainCodes(self.index[index], self.states)
+
+    @property
+    def origin(self) -> Tensor:
+        return torch.zeros(self.dim, dtype=torch.float64, device=self.index.device)
+
+    def codes(self) -> Codes:
+        """The same as probabilities, float64."""
+        hit = self.index.unsqueeze(-1) == torch.arange(self.states, device=self.index.device)
+        return Codes(torch.where(hit, 0.0, IMPOSSIBLE).double())
+
+    def natural(self) -> tuple[Tensor, Tensor]:
+        return self.codes().natural()
+
+    def statistics(self, value: Tensor, origin: Tensor) -> Tensor:
+        index = value.long().clamp(0, self.states - 1)
+        return torch.nn.functional.one_hot(index, self.states).flatten(1).double()
+
+    def scorer(self) -> Scorer:
+        return self.codes().scorer()
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        same = (value.long() == self.index).all(-1)
+        return torch.where(same, 0.0, IMPOSSIBLE).double()
+
+    def sample(self) -> Tensor:
+        return self.index.double()
+
+    def write(self, index: Tensor) -> Tensor:
+        """State indices `(m, P)` as flat values `(m, D)`."""
+        return index.double()
+
+    def joined(self, others: Sequence[CertainCodes]) -> CertainCodes:
+        return CertainCodes(torch.cat([self.index, *(p.index for p in others)]), self.states)
+
+    def map(self, change: Any) -> CertainCodes:
+        return CertainCodes(change(self.index).long(), self.states)
