@@ -1,4 +1,4 @@
-"""Likelihoods p(x | h), a file for each close family; every module of this folder is imported, so that kinds register."""
+"""Likelihoods p(x | h), a file for each close family; every module here is imported, so that kinds register."""
 
 from pvae.component import load_members
 from pvae.models.likelihoods.base import Likelihood, LikelihoodModule, ReaderModule

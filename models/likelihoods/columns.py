@@ -15,8 +15,8 @@ from pvae.component import Shape
 from pvae.errors import DeclarationError
 from pvae.graph.column_law import Law
 from pvae.models.likelihoods.base import Likelihood, LikelihoodModule, ReaderModule
-from pvae.util.types import Size
 from pvae.models.likelihoods.column_families import FAMILIES, Pick, grouped
+from pvae.util.types import Size
 
 
 def support_of(law: Law) -> constraints.Constraint:

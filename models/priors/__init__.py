@@ -1,4 +1,4 @@
-"""Priors p(z), a file for each kind or close family; every module of this folder is imported, so that kinds register."""
+"""Priors p(z), a file for each close family; every module of this folder is imported, so that kinds register."""
 
 from pvae.component import load_members
 from pvae.models.priors.base import Prior

@@ -6,7 +6,9 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from torch import nn
 
-from pvae.nn.dense import ConvModule, Dense, Gated, NetworkModule
+from pvae.nn.conv import ConvModule
+from pvae.nn.dense import Dense, Gated
+from pvae.nn.network import NetworkModule
 
 
 def layers_of(module: NetworkModule) -> list[str]:

@@ -8,13 +8,14 @@ from typing import Any, final
 import tomli_w
 
 from pvae.component import Section
-from pvae.distributions.codes import categorical_kl
 from pvae.distributions.determined import Determined
+from pvae.distributions.relaxed import categorical_kl
 from pvae.experiment.pyro_script.expressions import named, quoted
 from pvae.experiment.pyro_script.page import SUMMED, TIME, Script, sampled
 from pvae.graph.lifecycle import Begun, MadeOfData, Moving
 from pvae.graph.site import OBSERVED, Site, embedded
-from pvae.guides.posteriors.codes import Estimated, NearestModule
+from pvae.guides.posteriors.codes import Estimated
+from pvae.guides.posteriors.nearest import NearestModule
 from pvae.nn.schedules import Scheduled
 
 

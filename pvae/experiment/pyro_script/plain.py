@@ -15,8 +15,9 @@ from pvae.experiment.pyro_script.layers import chain, layers_of
 from pvae.experiment.pyro_script.page import SUMMED, Script, sampled
 from pvae.experiment.pyro_script.parts import LIKELIHOODS, POSTERIORS, PRIORS, Expression, NotPlainError
 from pvae.graph.lifecycle import MadeOfData
-from pvae.graph.site import OBSERVED, Link, Site
-from pvae.nn.dense import Network, NetworkModule
+from pvae.graph.link import Link
+from pvae.graph.site import OBSERVED, Site
+from pvae.nn.network import Network, NetworkModule
 from pvae.nn.schedules import Constant
 
 __all__ = ["NotPlainError", "PlainScript"]
