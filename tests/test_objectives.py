@@ -23,7 +23,8 @@ from pvae.experiment.experiment import Experiment
 from pvae.nn.schedules import Constant, Cosine, Cyclical, Exponential, Linear, Schedule, Scheduled
 from pvae.objectives.base import IWAE, Loss, Objective, TraceELBO, TraceMeanFieldELBO
 from pvae.objectives.em import EM
-from pvae.pair.pair import Pair, Terms
+from pvae.pair.pair import Pair
+from pvae.pair.terms import Terms
 
 ONE = torch.ones(())
 ZOO = {

@@ -24,7 +24,7 @@ from pvae.analysis.decompose.draws import draw, quiet
 from pvae.analysis.export.datasets import GROUPS, LONGEST, Posterior, dims_of, safe_names
 from pvae.data import Dataset
 from pvae.errors import CheckpointError, DataError, DeclarationError, MissingExtraError, StorageError
-from pvae.pair.densities import samples
+from pvae.pair.layout import samples
 from pvae.pair.pair import Pair
 from pvae.runs.run import Run
 from pvae.training.fit import fit

@@ -15,7 +15,7 @@ from pvae.analysis.decompose.draws import accept, quiet, require_likelihood
 from pvae.analysis.figures.estimate import CONSERVATIVE, Estimate, Kind
 from pvae.analysis.figures.table import Figures, Row
 from pvae.errors import DataError
-from pvae.pair.densities import samples
+from pvae.pair.layout import samples
 from pvae.pair.pair import Pair
 
 Progress = Callable[[int, int], None]
@@ -201,7 +201,7 @@ def ais(
     plan.check(pair)
     tick = _counter(2 * temperatures * _chunks(len(x), chains), on_progress)
     with quiet(pair, x, seed):
-        require_likelihood(pair, x, "ais")
+        require_likelihood(pair, "ais")
         parts = [_lower(Target(pair, rows, plan), plan, tick)[:2] for rows in x.split(_rows(chains))]
     log_weights, acceptance = (torch.cat(column, -1).cpu() for column in zip(*parts, strict=True))
     log_p, inverse_ess = _log_mean(log_weights), _inverse_ess(log_weights)
@@ -275,7 +275,7 @@ def bracket(
     tick = _counter(3 * temperatures * _chunks(rows, chains), on_progress)
     template = x_like[torch.arange(rows, device=x_like.device) % len(x_like)]
     with quiet(pair, x_like, seed):
-        require_likelihood(pair, x_like, "bracket")
+        require_likelihood(pair, "bracket")
         parts = [_both(pair, like, plan, tick) for like in template.split(_rows(chains))]
     x, forward, backward, acceptance = (
         torch.cat(column, -1 if i else 0) for i, column in enumerate(zip(*parts, strict=True))

@@ -15,8 +15,10 @@ from torch import Tensor
 from torch.distributions import Transform, biject_to, constraints
 
 from pvae.errors import DataError
-from pvae.pair.densities import Layout, SiteShape, log_prob, samples, site_shape, sum_over
-from pvae.pair.pair import PARTICLES, Pair
+from pvae.pair.densities import log_prob, sum_over
+from pvae.pair.layout import Layout, SiteShape, samples, site_shape
+from pvae.pair.pair import Pair
+from pvae.pair.running import PARTICLES
 
 Start = Literal["guide", "prior"]
 Runner = Callable[[Callable[..., Any], "dict[str, Tensor]", int], Trace]

@@ -14,13 +14,16 @@ from torch import Tensor
 from pvae.analysis.bounds.accumulate import Draw, Progress, stream
 from pvae.analysis.bounds.psis import FEWEST, khat_limit, tail_length
 from pvae.analysis.decompose.codes import log_evidence
-from pvae.analysis.decompose.draws import accept, determined, quiet, require_likelihood
+from pvae.analysis.decompose.draws import accept, quiet, require_likelihood
 from pvae.analysis.figures.estimate import Estimate, exact_mean
 from pvae.analysis.figures.table import Figures, Row
 from pvae.errors import DataError
-from pvae.pair.densities import is_point, log_prob, sum_over
-from pvae.pair.densities import samples as sample_sites
-from pvae.pair.pair import PARTICLES, Pair, Terms
+from pvae.pair.densities import log_prob, sum_over
+from pvae.pair.layout import is_point
+from pvae.pair.layout import samples as sample_sites
+from pvae.pair.pair import Pair
+from pvae.pair.running import PARTICLES
+from pvae.pair.terms import Terms
 
 
 def _silent(_done: int, _total: int) -> None:
@@ -221,7 +224,7 @@ def evidence(pair: Pair, x: Tensor, samples: int = 5000, seed: int = 0, *, on_pr
     x = accept(pair, x)
     with quiet(pair, x, seed):
         given = _points(pair, x, "evidence")
-        certain = _require_bound(pair, x)
+        certain = _require_bound(pair)
 
         def weights(x: Tensor, count: int) -> Tensor:
             return log_weights(pair.terms(x, particles=count), given)
@@ -268,7 +271,7 @@ def prior_evidence(
     x = accept(pair, x)
     with quiet(pair, x, seed):
         given = _points(pair, x, "prior_evidence")
-        require_likelihood(pair, x, "prior_evidence")
+        require_likelihood(pair, "prior_evidence")
 
         def weights(x: Tensor, count: int) -> Tensor:
             return _likelihood(pair, x, count, given)
@@ -278,14 +281,14 @@ def prior_evidence(
     return PriorEvidence(len(x), samples, found.curve(), found.log_p, found.ess, found.khat)
 
 
-def _require_bound(pair: Pair, x: Tensor) -> bool:
+def _require_bound(pair: Pair) -> bool:
     """Refuse a posterior without a density, unless z determines x as x determines z (a flow).
 
     Returns:
         Whether log p(x) is known exactly: in a flow, and where the model sums all its latents out.
     """
-    points, observed = determined(pair, x)
-    if points and not observed:
+    points = [name for name in pair.layout.latents if name in pair.structure.points]
+    if points and not pair.structure.determined:
         raise DataError(
             f"evidence: expected posterior densities; got a point for {', '.join(points)}, as in an autoencoder: its "
             f"log p(x, z) bounds nothing. Use prior_evidence or ais, which do without the guide."

@@ -17,7 +17,7 @@ from pvae.analysis.decompose.draws import accept, quiet, require_likelihood
 from pvae.analysis.figures.estimate import CONSERVATIVE, Estimate, Kind, over_draws
 from pvae.analysis.figures.table import Figures, Row
 from pvae.errors import DataError
-from pvae.pair.densities import samples as sample_sites
+from pvae.pair.layout import samples as sample_sites
 from pvae.pair.pair import Pair
 from pvae.util import seeds
 
@@ -158,7 +158,7 @@ def gap(
     done = iter(range(1, steps * len(chunks) + 1))
     plan = Plan(steps, samples, evidence_samples, particles, lambda: on_progress(next(done), steps * len(chunks)))
     with quiet(pair, x, seed):
-        require_likelihood(pair, x, "gap")
+        require_likelihood(pair, "gap")
         draw = _drawer(pair, x)
         parts = [_measure(pair, rows, draw, plan, Noise(seed, i)) for i, rows in enumerate(chunks)]
     return _assemble(parts, plan)

@@ -13,14 +13,15 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints
 
-from pvae.analysis.decompose.draws import CHUNK, accept, first_level, flat_values, members, quiet
+from pvae.analysis.decompose.draws import accept, flat_values, members, quiet
 from pvae.analysis.decompose.pairwise import LOWEST, Guided, nothing_as_infinite
 from pvae.distributions.exponential import Members
 from pvae.distributions.exponential_codes import CertainCodes
 from pvae.distributions.exponential_product import Product, product
 from pvae.errors import DataError, DeclarationError
-from pvae.pair.code_usage import Undrawn, rows_at_once
+from pvae.pair.code_usage import Undrawn
 from pvae.pair.pair import Pair
+from pvae.pair.structure import ROWS_AT_ONCE
 from pvae.util import seeds
 
 ROWS, COLUMNS = 512, 2048
@@ -161,14 +162,14 @@ class Tallied(Components):
             keys, group, counts = self._keys(codes).unique(return_inverse=True, return_counts=True)
             rows = torch.arange(len(codes), device=codes.device)
             distinct = codes[torch.zeros_like(keys).scatter_(0, group, rows)]
-            parts = zip(codes.split(CHUNK), group.split(CHUNK), strict=True)
+            parts = zip(codes.split(ROWS_AT_ONCE), group.split(ROWS_AT_ONCE), strict=True)
             if all(bool((part == distinct[at]).all()) for part, at in parts):
                 return keys, group, counts, distinct
         raise RuntimeError("eight hashes of 64 bits collided")  # pragma: no cover - cannot be
 
     def _keys(self, codes: Tensor) -> Tensor:
         """A hash of 64 bits of every code; which codes are equal is then looked at."""
-        return torch.cat([(part * self.odd).sum(1) for part in codes.split(CHUNK)])
+        return torch.cat([(part * self.odd).sum(1) for part in codes.split(ROWS_AT_ONCE)])
 
     def __len__(self) -> int:
         return len(self.group)
@@ -184,7 +185,7 @@ class Tallied(Components):
         """Which of the distinct codes each is, -1 for none."""
         keys = self._keys(codes)
         at = torch.searchsorted(self.keys, keys).clamp(max=len(self.keys) - 1)
-        parts = zip(codes.split(CHUNK), at.split(CHUNK), strict=True)
+        parts = zip(codes.split(ROWS_AT_ONCE), at.split(ROWS_AT_ONCE), strict=True)
         same = torch.cat([(part == self.codes[i]).all(1) for part, i in parts])
         return torch.where(same & (self.keys[at] == keys), at, -1)
 
@@ -289,7 +290,7 @@ class GuideRuns(Components):
         """See `Components.sample`."""
         seed = int(torch.randint(2**31, ()))
         with quiet(self.pair, self.x, seed):
-            size = rows_at_once(self.pair, self.x, CHUNK)
+            size = self.pair.structure.rows_at_once()
             parts = [flat_values(self.pair, self.x[i], self.guided.latents) for i in index.split(size)]
         return torch.cat(parts)
 
@@ -386,8 +387,9 @@ class AggregatedPosterior(dist.TorchDistribution):
             raise DataError(f"latents: expected some of {', '.join(pair.layout.latents)}; got {', '.join(names)}.")
         rows = choose(len(x), components, seed, x.device)
         chosen = x if rows is None else x[rows]
+        alone = set(names) <= pair.dependencies(x).guide_roots
         with quiet(pair, x, 0):
-            first = members(pair, chosen[:2], names) if set(names) <= first_level(pair, x)[0] else None
+            first = members(pair, chosen[:2], names) if alone else None
         made: Members | Components
         if first is None:
             made = GuideRuns(pair, chosen, names, memory)
@@ -395,7 +397,7 @@ class AggregatedPosterior(dist.TorchDistribution):
             made = Streamed(pair, chosen, names, memory)
         else:
             with quiet(pair, x, 0), Undrawn(names):
-                parts = [members(pair, part, names) for part in chosen.split(rows_at_once(pair, x, CHUNK))]
+                parts = [members(pair, part, names) for part in chosen.split(pair.structure.rows_at_once())]
             made = parts[0].joined(parts[1:])  # type: ignore[union-attr]
         return cls(made, len(x), rows, memory)
 

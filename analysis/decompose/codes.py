@@ -12,7 +12,8 @@ from torch import Tensor
 from pvae.distributions.codes import STATES
 from pvae.distributions.exponential_codes import CertainCodes, Codes
 from pvae.pair.code_usage import Tally, entropy_of, in_use, perplexity
-from pvae.pair.densities import SiteShape, log_prob, members, samples, site_shape, sum_over
+from pvae.pair.densities import log_prob, members, sum_over
+from pvae.pair.layout import SiteShape, samples, site_shape
 from pvae.pair.pair import Pair
 
 BLOCK = 2**22

@@ -2,46 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
-from pyro import poutine
 from pyro.poutine.replay_messenger import ReplayMessenger
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 from torch.distributions import Bernoulli, Categorical
 
-from pvae.distributions.codes import Certain
-from pvae.distributions.determined import Rounded
 from pvae.distributions.exponential import FullRankNormals, Members, Normals
 from pvae.distributions.exponential_codes import CertainCodes, Codes
 from pvae.distributions.exponential_product import product
 from pvae.distributions.relaxed import Discretised
 from pvae.errors import DataError, DeclarationError
 from pvae.pair import densities as traces
-from pvae.pair.code_usage import Tally, grid_of, rows_at_once, shared_prior, tally
-from pvae.pair.densities import (
-    Layout,
-    Unweighed,
-    closed_kl,
-    is_point,
-    log_prob,
-    moved,
-    rows_first,
-    samples,
-    sum_over,
-    unwrapped,
-)
+from pvae.pair.code_usage import Tally, grid_of, shared_prior, tally
+from pvae.pair.densities import Unweighed, closed_kl, log_prob, rows_first, sum_over
 from pvae.pair.enumeration import Table, read_table
+from pvae.pair.layout import Layout, is_point, samples, unwrapped
 from pvae.pair.pair import Pair
-from pvae.pair.pair import quiet as quiet_pair
+from pvae.pair.running import quiet as quiet_pair
+from pvae.pair.structure import ROWS_AT_ONCE
 from pvae.util import seeds
 
-CHUNK = 1000
-Roots = tuple[set[str], set[str]]
 KEPT = 2**29
 """Bytes of posterior parameters that draws hold on to; larger ones (full rank, long codes) are read off again."""
 LARGE = 1e12
@@ -160,37 +146,13 @@ def flat_values(pair: Pair, x: Tensor, latents: Sequence[str]) -> Tensor:
     return torch.cat([rows_first(nodes[z]["value"], nodes[z], pair.layout, len(x)).double() for z in latents], 1)
 
 
-def determined(pair: Pair, x: Tensor) -> tuple[list[str], list[str]]:
-    """Latents of single data that the guide sets to points, and observations that are points given the latents.
-
-    Call it inside `quiet`.
-    """
-    with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):
-        guide_trace, model_trace = pair.traces(x[:2])
-    guide, model = samples(guide_trace), samples(model_trace)
-    latents = [name for name in pair.layout.latents if is_point(guide[name]["fn"])]
-    return latents, [name for name in pair.layout.observed if is_point(model[name]["fn"])]
-
-
-def discrete_elements(pair: Pair, x: Tensor) -> int | None:
-    """Numbers to a datum, where every observed site is discrete; else None. Call it inside `quiet`."""
-    nodes = [samples(pair.traces(x[:2])[1])[name] for name in pair.layout.observed]
-    try:
-        discrete = [isinstance(n["fn"], Rounded) or unwrapped(n["fn"]).support.is_discrete for n in nodes]
-    except NotImplementedError:  # a distribution that does not say
-        return None
-    if not all(discrete):
-        return None
-    return sum(n["value"].numel() // len(x[:2]) for n in nodes)
-
-
-def require_likelihood(pair: Pair, x: Tensor, caller: str) -> None:
+def require_likelihood(pair: Pair, caller: str) -> None:
     """Refuse a pair whose latents determine x: p(x | z) at another z than the guide's own has no value.
 
     Raises:
-        DataError: naming what is determined. Call it inside `quiet`.
+        DataError: naming what is determined.
     """
-    if found := determined(pair, x)[1]:
+    if found := pair.structure.determined:
         raise DataError(
             f"{caller}: expected a density p(x | z); got {', '.join(found)} determined by the latents. Its log p(x) is "
             f"known through the guide: use evidence."
@@ -346,11 +308,11 @@ def _tally_of_states(q: Codes, p: Codes, nodes: Sequence[Any]) -> Tally | None:
 # ---------------------------------------------------------------------- all rows
 
 
-def draw(pair: Pair, x: Tensor, chunk: int = CHUNK) -> Draw:
+def draw(pair: Pair, x: Tensor, chunk: int = ROWS_AT_ONCE) -> Draw:
     """One draw for every row of `x`, `chunk` rows at a time."""
     parts = []
     with same_globals(pair, x):
-        chunk = _chunk(pair, x, chunk)
+        chunk = pair.structure.rows_at_once(chunk)
         for start in range(0, len(x), chunk):
             part = draw_chunk(pair, x[start : start + chunk], len(x))
             for latent in part.latents.values():
@@ -378,17 +340,11 @@ def relaxed_terms(pair: Pair, x: Tensor, samples: int, seed: int) -> Tensor | No
 def _relaxed_draw(pair: Pair, x: Tensor) -> Tensor:
     parts = []
     with same_globals(pair, x):
-        for part in x.split(_chunk(pair, x, CHUNK)):
+        for part in x.split(pair.structure.rows_at_once()):
             terms = pair.terms(part, rows=len(x))
             kl = sum_over([value.double() for value in terms.kl.values()])
             parts.append(terms.reconstruction.double() - kl)
     return torch.cat(parts)
-
-
-def _chunk(pair: Pair, x: Tensor, most: int) -> int:
-    """Rows of a chunk: fewer where codes have many probabilities. Draws nothing."""
-    with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):
-        return rows_at_once(pair, x, most)
 
 
 @contextmanager
@@ -442,64 +398,3 @@ def _joined(parts: list[LatentDraw]) -> LatentDraw:
     shared = isinstance(out["q"], Normals)
     out["normal"] = out["q"] if shared else normal[0].joined(normal[1:]) if normal else None
     return LatentDraw(**out)
-
-
-# ---------------------------------------------------------------------- who reads whom
-
-
-def first_level(pair: Pair, x: Tensor) -> Roots:
-    """Latents whose posterior (first set) depends on no drawn latent of the guide, whose prior (second) on no other.
-
-    Found by moving one latent at a time while the others stay: a density that changes reads it. Global latents
-    that are random count as others; points do not. A code known for certain is a function of x, unless it reads what
-    is drawn: a posterior that reads it reads x.
-    """
-    rows = x[:16]
-    with quiet(pair, x, 0), same_globals(pair, rows) as shared:
-        if pair.layout.enumerated and not pair.layout.latents:
-            return _summed_level(pair, shared)
-        nodes = samples(pair.guide_trace(rows))
-        at = {name: nodes[name] for name in pair.layout.latents}
-        random = {name: node for name, node in shared.items() if not is_point(node["fn"])}
-        base = {name: node["value"] for name, node in {**at, **random}.items()}
-        q, p = _scores(pair, rows, base, base)
-        reads: dict[str, set[str]] = {name: set() for name in q}
-        prior_reads: dict[str, set[str]] = {name: set() for name in p}
-        for name, node in {**at, **random}.items():
-            changed = _scores(pair, rows, {**base, name: moved(node)}, base)
-            for read, old, new in zip((reads, prior_reads), (q, p), changed, strict=True):
-                for z in new:
-                    if z != name and not torch.equal(new[z], old[z]):
-                        read[z].add(name)
-    given: set[str] = set()  # functions of x; the guide's order puts what is read first
-    for name in pair.layout.latents:
-        if isinstance(unwrapped(at[name]["fn"]), Certain) and reads[name] <= given:
-            given.add(name)
-    return {z for z in reads if reads[z] <= given}, {z for z in prior_reads if not prior_reads[z]}
-
-
-def _scores(
-    pair: Pair, x: Tensor, given: Mapping[str, Tensor], value: Mapping[str, Tensor]
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """log q and log p of every latent's `value` where the programs see the values `given`."""
-    seeds.set_noise(0, x.device)  # what else is drawn stays
-    with poutine.condition(data=dict(given)):
-        guide = samples(pair.guide_trace(x))
-    model = samples(pair.model_trace(x, given))
-    names = pair.layout.latents
-    q = {name: _trail(guide[name]["fn"], value[name]) for name in names}
-    return q, {name: model[name]["fn"].log_prob(value[name]) for name in names if name in model}
-
-
-def _trail(fn: Any, value: Tensor) -> Tensor:
-    """What changes with a distribution: its density of a value, or the place of a point."""
-    if isinstance(unwrapped(fn), Certain):
-        return unwrapped(fn).index
-    return unwrapped(fn).v if is_point(fn) else fn.log_prob(value)
-
-
-def _summed_level(pair: Pair, shared: Mapping[str, Any]) -> Roots:
-    """A code inferred by Bayes depends on nothing but x, unless global latents are random."""
-    name = "+".join(pair.layout.enumerated)
-    still = all(is_point(node["fn"]) for node in shared.values())
-    return ({name}, {name}) if still else (set(), set())

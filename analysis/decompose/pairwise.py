@@ -12,9 +12,10 @@ from pyro import poutine
 from pyro.poutine.trace_messenger import TraceMessenger
 from torch import Tensor
 
-from pvae.pair.code_usage import numbers_of
-from pvae.pair.densities import certainty, log_prob, samples, site_shape, sum_over
-from pvae.pair.pair import PARTICLES, Pair
+from pvae.pair.densities import certainty, log_prob, sum_over
+from pvae.pair.layout import samples
+from pvae.pair.pair import Pair
+from pvae.pair.running import PARTICLES
 
 PAIRS = 8192
 """Most guide rows of one block."""
@@ -46,22 +47,25 @@ class Guided:
 
     def __init__(self, pair: Pair, x: Tensor, latents: Sequence[str], memory: int) -> None:
         self.pair, self.x, self.latents = pair, x, tuple(latents)
-        nodes = samples(pair.guide_trace(x[:2]))
-        self.shapes = {name: site_shape(nodes[name], pair.layout) for name in self.latents}
+        self.shapes = pair.structure.shapes
         self.widths = [self.shapes[name].numel for name in self.latents]
         self.dim = sum(self.widths)
-        numbers = sum(numbers_of(nodes[name]) for name in self.latents)
+        numbers = sum(pair.structure.parameters_per_row[name] for name in self.latents)
         self.pairs = min(PAIRS, max(16, memory // (COPIES * 8 * (max(self.dim, numbers) + x[0].numel()))))
-        self.dtypes = {name: nodes[name]["value"].dtype for name in self.latents}
-        self.score = self._tiled if not self._takes_particles() else self._with_particles
+        asked = f"a plate of particles over {', '.join(self.latents)} in the guide"
+        self.dtypes, takes = pair.remember(asked, (x.dtype, str(x.device)), self._takes_particles)
+        self.score = self._with_particles if takes else self._tiled
 
-    def _takes_particles(self) -> bool:
-        """Whether a plate of particles gives what repeated rows give."""
-        rows = len(self.x[:3])
+    def _takes_particles(self) -> tuple[dict[str, torch.dtype], bool]:
+        """Return the type of each latent, and whether a plate of particles gives what repeated rows give."""
         trace = samples(self.pair.guide_trace(self.x[:3]))
-        parts = [self.shapes[name].flatten(trace[name]["value"]) for name in self.latents]
-        value = torch.cat([part.double() for part in parts], 1)
-        value = value.repeat(3, 1)[: rows + 1]  # another number of particles than rows
+        values = {name: trace[name]["value"] for name in self.latents}
+        self.dtypes = {name: value.dtype for name, value in values.items()}
+        flat = torch.cat([self.shapes[name].flatten(value).double() for name, value in values.items()], 1)
+        return self.dtypes, self._agree(flat.repeat(3, 1)[: len(flat) + 1])  # another number of particles than rows
+
+    def _agree(self, value: Tensor) -> bool:
+        rows = len(self.x[:3])
         try:
             got = self._with_particles(value, self.x[:rows])
         except (ValueError, RuntimeError, IndexError):

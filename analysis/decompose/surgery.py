@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -18,12 +18,9 @@ from pvae.analysis.decompose.coordinates import grid_error, marginal_log_prob
 from pvae.analysis.decompose.draws import (
     Draw,
     LatentDraw,
-    Roots,
     accept,
-    discrete_elements,
     draw,
     draw_chunk,
-    first_level,
     quiet,
     relaxed_terms,
 )
@@ -33,8 +30,9 @@ from pvae.distributions.exponential import Members, Normals
 from pvae.distributions.exponential_codes import ROW_COST, CertainCodes, Codes
 from pvae.distributions.exponential_product import product
 from pvae.errors import DataError
-from pvae.pair.code_usage import perplexity, rows_at_once
+from pvae.pair.code_usage import perplexity
 from pvae.pair.pair import Pair
+from pvae.pair.structure import Dependencies
 from pvae.util import seeds
 
 GUIDE_ROWS = 512
@@ -127,15 +125,12 @@ def surgery(
     )  # fmt: skip
     if pooled is not None:
         return pooled
-    roots, bottom_up = first_level(pair, x), pair.reads_itself(x)
-    with quiet(pair, x, seed):
-        elements = discrete_elements(pair, x)
+    found = pair.dependencies(x)
     with quiet(pair, x, seed):
         first = draw(pair, x)
-        account = _Account(pair, x, first, roots, seed, components, memory)
-        account.elements = elements
+        account = _Account(pair, x, first, found, seed, components, memory)
         for done in range(1, samples + 1):
-            account.take(_honest(first if done == 1 or account.certain else draw(pair, x), bottom_up))
+            account.take(_honest(first if done == 1 or account.certain else draw(pair, x), found.bottom_up))
             on_progress(done, samples)
     return account.close(y, train)
 
@@ -155,7 +150,7 @@ def _labels(labels: Any, x: Tensor) -> Tensor | None:
     return y
 
 
-def _honest(d: Draw, bottom_up: set[str]) -> Draw:
+def _honest(d: Draw, bottom_up: Collection[str]) -> Draw:
     """A draw without closed forms that are no expectations: the prior reads what was inferred from the latent."""
     for name in bottom_up:
         if not d.latents[name].certain:  # nothing is averaged over
@@ -249,7 +244,7 @@ class _Posteriors:
             yield [_as_codes(q) for q in kept]
             return
         with quiet(self.pair, self.x, 0):
-            for part in self.x.split(rows_at_once(self.pair, self.x)):
+            for part in self.x.split(self.pair.structure.rows_at_once()):
                 found = draw_chunk(self.pair, part, len(self.x)).latents
                 yield [_as_codes(found[name].q) for name in self.names]
 
@@ -266,17 +261,17 @@ class _Account:
     """Draws come in, densities per datum stay; the figures are made when all are there."""
 
     def __init__(
-        self, pair: Pair, x: Tensor, first: Draw, roots: Roots, seed: int, components: int | None, memory: int
+        self, pair: Pair, x: Tensor, first: Draw, found: Dependencies, seed: int, components: int | None, memory: int
     ) -> None:
-        self.pair, self.x, self.first, self.roots = pair, x, first, roots
+        self.pair, self.x, self.first = pair, x, first
+        self.guide_roots, self.model_roots = found.guide_roots, found.model_roots
         self.seed, self.components, self.memory = seed, components, memory
-        self.elements: int | None = None
         self.names = tuple(first.latents)
         self.levels = {name: _Level() for name in self.names}
         self.joint: dict[tuple[str, ...], codes.Joint | None] = {}
         self.reconstruction: list[Tensor] = []
         self.shared: list[dict[str, float]] = []
-        alone = [(name,) for name in self.names if name in roots[0]]
+        alone = [(name,) for name in self.names if name in self.guide_roots]
         groups = alone if alone == [self.names] else [*alone, self.names]
         self.scored = {group: made for group in groups if (made := self._scored(group)) is not None}
 
@@ -286,12 +281,12 @@ class _Account:
             return None
         latents = [self.first.latents[name] for name in names]
         known = [latent.q for latent in latents if latent.q is not None]
-        if set(names) <= self.roots[0] and len(known) == len(names):
+        if set(names) <= self.guide_roots and len(known) == len(names):
             rows = choose(len(self.x), self.components, self.seed, self.x.device)
             q = product(known)
             mixture = AggregatedPosterior(q if rows is None else q.rows(rows), len(self.x), rows, self.memory)
             return _Scored(mixture, self._some(int(PRODUCTS / (len(mixture) * q.work))))
-        guided = set(names) <= self.roots[0] & set(self.pair.layout.latents)
+        guided = set(names) <= self.guide_roots & set(self.pair.layout.latents)
         if guided and all(latent.q is not None or latent.tally is not None for latent in latents):
             mixture = self._streamed(names)
             work = sum(_work(latent) for latent in latents)
@@ -320,8 +315,8 @@ class _Account:
         self.shared.append(d.shared)
         for name, latent in d.latents.items():
             self.levels[name].take(latent)
-            if name in self.roots[0] and latent.normal is not None and latent.value.shape[1] > 1:
-                self.levels[name].take_coordinates(latent, latent.normal, name in self.roots[1])
+            if name in self.guide_roots and latent.normal is not None and latent.value.shape[1] > 1:
+                self.levels[name].take_coordinates(latent, latent.normal, name in self.model_roots)
         for names, scored in self.scored.items():
             scored.take(d, names)
 
@@ -347,7 +342,7 @@ class _Account:
             classes={} if y is None else self._classes(y),
             shared={name: sum(d[name] for d in self.shared) / len(self.shared) for name in self.first.shared},
             global_kl=self._global_kl(),
-            elements=self.elements,
+            elements=self.pair.structure.elements,
             relaxed_elbo=self._relaxed_elbo(),
             notes=tuple(self._notes()),
         )
@@ -361,12 +356,12 @@ class _Account:
     def certain(self) -> bool:
         """Whether all that is inferred is a function of x: one draw is as good as many."""
         latents = self.first.latents.values()
-        return all(z.certain for z in latents) and set(self.names) <= self.roots[0] and self.first.points
+        return all(z.certain for z in latents) and set(self.names) <= self.guide_roots and self.first.points
 
     @property
     def _nothing_drawn(self) -> bool:
         """Whether every latent is summed over or certain: the reconstruction, too, is then an expectation."""
-        summed = not self.pair.layout.latents and self.names[0] in self.roots[0] and self.first.points
+        summed = not self.pair.layout.latents and self.names[0] in self.guide_roots and self.first.points
         return summed or self.certain
 
     def _reconstruction(self) -> Estimate:
@@ -417,14 +412,14 @@ class _Account:
 
     def _made_joint(self, names: tuple[str, ...]) -> codes.Joint | None:
         latents = [self.first.latents[name] for name in names]
-        if not set(names) <= self.roots[0]:
+        if not set(names) <= self.guide_roots:
             return None
         if all(latent.certain for latent in latents):
             q = product([latent.q for latent in latents if latent.q is not None])
             aggregated = AggregatedPosterior(q, memory=self.memory).log_prob(self.first.flat(names))
             return codes.Joint(self._kl(names)[0], -aggregated)
         known = [latent.prior for latent in latents if latent.prior is not None]
-        if len(known) < len(latents) or not set(names) <= self.roots[1]:
+        if len(known) < len(latents) or not set(names) <= self.model_roots:
             return None
         return codes.joint(_Posteriors(self.pair, self.x, names, latents), known)
 
@@ -452,7 +447,7 @@ class _Account:
 
         None where codes coincide and other latents tell the rows apart, or where a point follows a draw.
         """
-        if not set(points) <= self.roots[0]:
+        if not set(points) <= self.guide_roots:
             return None
         n = len(self.x)
         same = _row_numbers(self.x)  # equal rows may get codes that differ in the last bit, from batches of other sizes
@@ -491,7 +486,7 @@ class _Account:
 
     def _latent(self, name: str) -> LatentSurgery:
         latent, level, group = self.first.latents[name], self.levels[name], self._group((name,))
-        first, prior_first = name in self.roots[0], name in self.roots[1]
+        first, prior_first = name in self.guide_roots, name in self.model_roots
         kl_exact = None
         if len(level.closed) == len(level.log_q):
             kl_exact = exact_mean(level.closed[0]) if first and prior_first else self._over(torch.stack(level.closed))
@@ -521,7 +516,7 @@ class _Account:
         if level.aggregated:
             return _of_normals(level, scored)
         if latent.tally is not None and latent.tally.positions > 1:
-            against = latent.tally.prior if name in self.roots[1] else None
+            against = latent.tally.prior if name in self.model_roots else None
             joint = None if _is_factorised(latent) else self._group((name,))["marginal_kl"]
             return _of_codes(codes.positions(latent.tally, against), information, joint)
         return None
@@ -601,7 +596,8 @@ class _Account:
                 f"{', '.join(points)}: a deterministic code, so that kl is -log p(z), less a log determinant where z "
                 f"determines x; the marginal KL of points to a density is not defined"
             )
-        if certain := [name for name, latent in self.first.latents.items() if latent.certain and name in self.roots[0]]:
+        certain = [name for name, latent in self.first.latents.items() if latent.certain and name in self.guide_roots]
+        if certain:
             distinct = len(self.first.flat(certain).unique(dim=0))
             notes.append(
                 f"{', '.join(certain)}: certain codes ({distinct} distinct ones), so that kl is -log p(c) and I_q the "

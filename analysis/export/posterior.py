@@ -17,13 +17,14 @@ from torch import Tensor
 
 from pvae import __version__
 from pvae.analysis.bounds.psis import pareto_k
-from pvae.analysis.decompose.draws import CHUNK, Draw, LatentDraw, accept, determined, draw_chunk, quiet, same_globals
+from pvae.analysis.decompose.draws import Draw, LatentDraw, accept, draw_chunk, quiet, same_globals
 from pvae.analysis.export.datasets import NATS, Array, Posterior, Variable, dataset, text
 from pvae.analysis.export.sites import PROBED, Sites, as_value, numpy_of, parameters_of, read_sites, rows_of, whole
 from pvae.data import Split
 from pvae.errors import DataError
-from pvae.pair.densities import Layout, samples
+from pvae.pair.layout import Layout, samples
 from pvae.pair.pair import Pair
+from pvae.pair.structure import ROWS_AT_ONCE
 from pvae.runs.run import Run
 from pvae.util import seeds
 
@@ -199,9 +200,8 @@ class Drawn:
         self.values |= {site.site: site.empty(1, draws) for site in sites.shared}
         self.log_q, self.log_p, self.log_likelihood = (np.empty((1, draws, n)) for _ in range(3))
         self.global_log_ratio = np.zeros((1, draws))
-        with quiet(request.pair, request.x, request.seed):
-            points, observed = determined(request.pair, request.x)
-        self.points = [] if observed else points
+        points = [name for name in request.pair.layout.latents if name in request.pair.structure.points]
+        self.points = [] if request.pair.structure.determined else points
         """Codes of an autoencoder."""
         self.kl = {site.site: np.zeros((n, *site.tail)) for site in sites.latents if site.site in sites.closed}
 
@@ -213,10 +213,9 @@ class Drawn:
                 with same_globals(pair, x) as shared:
                     for site in self.sites.shared:
                         self.values[site.site][0, draw] = numpy_of(whole(shared[site.site]))
-                    for start in range(0, len(x), CHUNK):
-                        self._keep(
-                            draw, slice(start, start + CHUNK), draw_chunk(pair, x[start : start + CHUNK], len(x))
-                        )
+                    for start in range(0, len(x), ROWS_AT_ONCE):
+                        rows = slice(start, start + ROWS_AT_ONCE)
+                        self._keep(draw, rows, draw_chunk(pair, x[rows], len(x)))
                 on_progress(draw + 1, self.request.draws)
 
     def _keep(self, draw: int, rows: slice, part: Draw) -> None:
@@ -318,8 +317,8 @@ def guide(request: Request, sites: Sites) -> Group:
         for key, one in sites.parameters[site.site].items()
     }
     with request.quiet(0):
-        for start in range(0, n, CHUNK) if shown else ():
-            x = pair.accept(request.split.rows[start : start + CHUNK])
+        for start in range(0, n, ROWS_AT_ONCE) if shown else ():
+            x = pair.accept(request.split.rows[start : start + ROWS_AT_ONCE])
             nodes = samples(pair.guide_trace(x))
             for site in shown:
                 for key, t in parameters_of(nodes[site.site], layout, len(x)).items():

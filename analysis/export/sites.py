@@ -14,9 +14,9 @@ from torch import Tensor
 from pvae.analysis.decompose.draws import draw_chunk, quiet
 from pvae.analysis.export.datasets import Array, dims_of, safe_names, text
 from pvae.distributions.codes import Certain
-from pvae.pair.code_usage import numbers_of
-from pvae.pair.densities import Layout, samples, unwrapped
+from pvae.pair.layout import Layout, samples, unwrapped
 from pvae.pair.pair import Pair
+from pvae.pair.structure import numbers_of
 
 PROBED = 16
 """Rows on which it is found out which posteriors read other latents."""
@@ -68,7 +68,7 @@ def parameters_of(node: Mapping[str, Any], layout: Layout, count: int) -> dict[s
     fn = unwrapped(node["fn"])
     if isinstance(fn, torch.distributions.Normal):
         return {key: rows_of(t, node, layout, count) for key, t in (("loc", fn.loc), ("scale", fn.scale))}
-    if numbers_of(node) > PROBABILITIES and not isinstance(fn, torch.distributions.Bernoulli):
+    if numbers_of(node["fn"]) > PROBABILITIES and not isinstance(fn, torch.distributions.Bernoulli):
         return {}
     if isinstance(fn, torch.distributions.Categorical):
         return {"probs": rows_of(fn.probs, node, layout, count, codes=1)}
@@ -173,7 +173,7 @@ def read_sites(pair: Pair, x: Tensor) -> Sites:
             if name not in hidden
         },
         hidden={**hidden, **dict.fromkeys(summed, "the model sums it out; it has no guide")},
-        closed=frozenset(normal - pair.reads_itself(x)),
+        closed=frozenset(normal - pair.dependencies(x).bottom_up),
     )
 
 
@@ -193,7 +193,7 @@ def _why_hidden(node: Mapping[str, Any], found: Mapping[str, Tensor], other: Map
     if isinstance(unwrapped(node["fn"]), Certain):
         return "a code known for certain has no parameters"
     if not found and isinstance(unwrapped(node["fn"]), torch.distributions.Categorical):
-        return f"expected at most {PROBABILITIES} probabilities of a datum; got {numbers_of(node)}"
+        return f"expected at most {PROBABILITIES} probabilities of a datum; got {numbers_of(node['fn'])}"
     if not found:
         kind = type(unwrapped(node["fn"])).__name__
         return f"expected a diagonal normal, categorical, one-hot or Bernoulli posterior; got {kind}"

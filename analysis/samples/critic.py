@@ -17,7 +17,7 @@ from pvae.analysis.figures.estimate import Estimate
 from pvae.analysis.figures.table import Figures, Row
 from pvae.analysis.samples.generate import Progress, analysed, chunks, encode, opened, silent
 from pvae.errors import DataError
-from pvae.pair.densities import samples as sites_of
+from pvae.pair.layout import samples as sites_of
 from pvae.pair.pair import Pair
 from pvae.runs.run import Run
 from pvae.util import seeds

@@ -27,8 +27,9 @@ from pvae.distributions.relaxed import twin
 from pvae.errors import DataError, DeclarationError, near
 from pvae.experiment.experiment import Experiment
 from pvae.nn.schedules import Constant
-from pvae.pair.densities import Layout, log_prob, samples, sum_over, unwrapped
+from pvae.pair.densities import log_prob, sum_over
 from pvae.pair.enumeration import Table, read_table
+from pvae.pair.layout import Layout, samples, unwrapped
 from pvae.pair.pair import Pair
 from pvae.runs.run import Run
 from pvae.util import seeds

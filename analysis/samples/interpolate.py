@@ -26,7 +26,8 @@ from pvae.analysis.samples.generate import (
 )
 from pvae.analysis.samples.traversal import Priors, one_row, placed, site_values
 from pvae.errors import DataError
-from pvae.pair.densities import log_prob, samples, sum_over
+from pvae.pair.densities import log_prob, sum_over
+from pvae.pair.layout import samples
 from pvae.pair.pair import Pair
 from pvae.runs.run import Run
 

@@ -33,7 +33,8 @@ from pvae.analysis.samples.generate import (
 from pvae.distributions.exponential import Normals
 from pvae.errors import DataError, DeclarationError
 from pvae.pair import densities as traces
-from pvae.pair.densities import Layout, SiteShape, log_prob, samples, site_shape
+from pvae.pair.densities import log_prob
+from pvae.pair.layout import Layout, SiteShape, samples, site_shape, unwrapped
 from pvae.pair.pair import Pair
 from pvae.runs.run import Run
 from pvae.util import seeds
@@ -194,7 +195,7 @@ def _prior(pair: Pair, template: Template, names: Sequence[str], moved: str) -> 
         elif found is not None:
             means[name], scales[name] = found.loc[0].cpu(), found.scale[0].cpu()
     fn, states = nodes[moved]["fn"], None
-    if is_discrete(fn) and isinstance(traces.unwrapped(fn), Bernoulli):
+    if is_discrete(fn) and isinstance(unwrapped(fn), Bernoulli):
         states = torch.tensor([0.0, 1.0])
     elif is_discrete(fn):
         if len(means[moved]) > 1 or not fn.has_enumerate_support:

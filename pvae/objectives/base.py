@@ -18,7 +18,8 @@ from pvae.guides.posteriors.base import PosteriorModule
 from pvae.nn.precision import Precision, products_in
 from pvae.nn.schedules import Constant, Schedule
 from pvae.pair.densities import sum_over
-from pvae.pair.pair import Pair, Terms
+from pvae.pair.pair import Pair
+from pvae.pair.terms import Terms
 
 if TYPE_CHECKING:
     from pvae.data import Split

@@ -20,7 +20,8 @@ from pvae.nn.dense import TableModule
 from pvae.nn.schedules import Constant
 from pvae.objectives.base import Fitting, Objective, Stepper
 from pvae.pair.enumeration import read_table
-from pvae.pair.pair import Pair, Terms
+from pvae.pair.pair import Pair
+from pvae.pair.terms import Terms
 from pvae.util import seeds
 
 EMPTY = 1e-8

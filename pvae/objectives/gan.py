@@ -21,8 +21,10 @@ from pvae.nn.dense import MLP
 from pvae.nn.network import Network, NetworkModule
 from pvae.nn.schedules import Constant
 from pvae.objectives.base import Fitting, Objective, Stepper
-from pvae.pair.densities import samples
-from pvae.pair.pair import Pair, Terms, quiet
+from pvae.pair.layout import samples
+from pvae.pair.pair import Pair
+from pvae.pair.running import quiet
+from pvae.pair.terms import Terms
 from pvae.util import seeds
 
 CHUNK = 1000

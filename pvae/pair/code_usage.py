@@ -13,20 +13,17 @@ from torch.distributions import Bernoulli, Categorical, OneHotCategorical
 
 from pvae.component import Shape
 from pvae.data.streamed import Streamed
-from pvae.distributions.codes import Certain
 from pvae.distributions.exponential import Members
 from pvae.distributions.exponential_codes import CertainCodes, Codes
 from pvae.distributions.relaxed import Discretised, twin
 from pvae.models.graph import GraphModel
 from pvae.nn.codebook import Codebook, NearestCodebook
-from pvae.pair.densities import Layout, members, samples, unwrapped
-from pvae.pair.pair import Pair, quiet
+from pvae.pair.densities import members
+from pvae.pair.layout import Layout, samples, unwrapped
+from pvae.pair.pair import Pair
+from pvae.pair.running import quiet
 from pvae.util import seeds
 
-ROWS = 1000
-"""Most rows of a batch."""
-NUMBERS = 2**20
-"""Most probabilities of a batch (8 MiB in float64, of which there are a dozen copies)."""
 DEAD = 1e-3
 """Of an even share: a code with less is not in use."""
 
@@ -126,20 +123,6 @@ def grid_of(node: Mapping[str, Any]) -> Shape:
     return event[:-1] if isinstance(unwrapped(node["fn"]), OneHotCategorical) else event
 
 
-def numbers_of(node: Mapping[str, Any]) -> int:
-    """How many numbers the parameters of one row of a site take: probabilities, where it is a grid of codes."""
-    fn = unwrapped(node["fn"])
-    wide = fn.logits.shape[-1] if isinstance(fn, Categorical) else fn.states if isinstance(fn, Certain) else 1
-    return int(node["fn"].event_shape.numel()) * wide
-
-
-def rows_at_once(pair: Pair, x: Tensor, most: int = ROWS, numbers: int = NUMBERS) -> int:
-    """Rows of a batch in which no latent has more than so many probabilities. Call it inside `quiet`."""
-    nodes = samples(pair.guide_trace(x[:2]))
-    widest = max((numbers_of(nodes[name]) for name in pair.layout.latents), default=1)
-    return max(1, min(most, numbers // widest))
-
-
 class Undrawn(Messenger):
     """Gives codes of some sites the value 0 in place of a draw: where nothing but their distributions is read."""
 
@@ -183,13 +166,13 @@ def code_usage(pair: Pair, x: Tensor | Streamed, seed: int = 0) -> dict[str, flo
     """
     found: dict[str, Tally] = {}
     first = pair.accept(x[:2])
+    if not pair.structure.codes:
+        return {}
     # Of several latents one may read another's draw.
     undrawn = Undrawn(pair.layout.latents if len(pair.layout.latents) == 1 else ())
     with quiet(pair, first), Discretised(), undrawn:
         seeds.set_noise(seeds.mix(seed, seeds.VALIDATION), first.device)
-        if not any(_is_code(node) for node in samples(pair.guide_trace(first[:1])).values()):
-            return {}
-        step = rows_at_once(pair, first)
+        step = pair.structure.rows_at_once()
         for start in range(0, len(x), step):
             for name, made in tallies(pair, pair.accept(x[start : start + step]), pair.layout).items():
                 found[name] = found[name] + made if name in found else made
@@ -198,7 +181,3 @@ def code_usage(pair: Pair, x: Tensor | Streamed, seed: int = 0) -> dict[str, flo
         out[f"perplexity/{name}"] = float(perplexity(made.pooled))
         out[f"used/{name}"] = float(in_use(made.pooled).sum())
     return out
-
-
-def _is_code(node: Mapping[str, Any]) -> bool:
-    return isinstance(unwrapped(node["fn"]), Categorical | OneHotCategorical | Certain)

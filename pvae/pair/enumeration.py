@@ -15,7 +15,8 @@ from torch import Tensor
 from pvae.distributions.codes import STATES
 from pvae.distributions.exponential_codes import IMPOSSIBLE
 from pvae.errors import DeclarationError
-from pvae.pair.densities import Layout, log_prob, plate_scale, samples, sum_over
+from pvae.pair.densities import log_prob, plate_scale, sum_over
+from pvae.pair.layout import Layout, samples
 
 
 @dataclass(frozen=True)

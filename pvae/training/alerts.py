@@ -16,8 +16,9 @@ from pvae.distributions.factored_normal import FactoredNormal
 from pvae.distributions.relaxed import Discretised
 from pvae.experiment.experiment import Experiment, Plan
 from pvae.pair.code_usage import code_usage, grid_of
-from pvae.pair.densities import samples, unwrapped
-from pvae.pair.pair import Pair, quiet
+from pvae.pair.layout import samples, unwrapped
+from pvae.pair.pair import Pair
+from pvae.pair.running import quiet
 from pvae.util import seeds
 
 ALERT_ROWS = 1000

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from pvae.data import Split
 from pvae.graph.lifecycle import Begun
-from pvae.pair.pair import Pair, quiet
+from pvae.pair.pair import Pair
+from pvae.pair.running import quiet
 from pvae.training.evaluation import CHUNK
 from pvae.util import seeds
 

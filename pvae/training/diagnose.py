@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from pvae.objectives.base import Loss
-from pvae.pair.densities import log_prob, samples
+from pvae.pair.densities import log_prob
+from pvae.pair.layout import samples
 from pvae.pair.pair import Pair
 
 

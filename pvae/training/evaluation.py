@@ -6,7 +6,8 @@ from torch import Tensor
 
 from pvae.data.streamed import Streamed
 from pvae.distributions.relaxed import Discretised
-from pvae.pair.pair import Pair, quiet
+from pvae.pair.pair import Pair
+from pvae.pair.running import quiet
 from pvae.util import seeds
 
 CHUNK = 1000
@@ -36,7 +37,7 @@ def evaluate(pair: Pair, x: Tensor | Streamed, seed: int, rows: int | None = Non
 
 def _mean_terms(pair: Pair, x: Tensor | Streamed, seed: int, rows: int | None) -> dict[str, float]:
     totals: dict[str, float] = {}
-    chunk = max(1, min(CHUNK, DECODED // pair.states(x[:2])))
+    chunk = max(1, min(CHUNK, DECODED // pair.adopt(x[:2]).structure.states))
     for start in range(0, len(x), chunk):
         seeds.set_noise(seeds.mix(seed, seeds.VALIDATION, start), x.device)
         terms = pair.terms(pair.accept(x[start : start + chunk]), rows=rows or len(x), expected=True)

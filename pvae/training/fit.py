@@ -141,7 +141,9 @@ def _require_fittable(plan: Plan, pair: Pair, data: Dataset, foreign: bool) -> N
             raise DeclarationError(f"pair: expected parameters of {rows.dtype} to fit; got {wrong}. Use pair.float().")
         if plan.train.alternate and not all(n.startswith(("model.", "guide.")) for n, _ in pair.named_parameters()):
             problems.append("train.alternate: expected a pair of two Modules; got plain functions' parameters. Use 0.")
-    if isinstance(plan.objective, TraceMeanFieldELBO) and foreign and (names := pair.reads_itself(rows)):
-        problems.append(f"objective.kind: expected trace_elbo; the guide infers parents of {', '.join(names)} from it.")
+    if isinstance(plan.objective, TraceMeanFieldELBO) and foreign:
+        names = ", ".join(sorted(pair.dependencies(rows).bottom_up))
+        if names:
+            problems.append(f"objective.kind: expected trace_elbo; the guide infers parents of {names} from it.")
     if problems:
         raise DeclarationError(problems)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pvae.analysis.decompose.aggregated import AggregatedPosterior
 from pvae.analysis.decompose.collapse import ACTIVE, Collapse
-from pvae.analysis.decompose.draws import LatentDraw, first_level
+from pvae.analysis.decompose.draws import LatentDraw
 from pvae.analysis.pages import plots
 from pvae.analysis.pages.document.document import (
     Block,
@@ -233,7 +233,7 @@ def holes(case: Case) -> Holes:
         raise DataError("holes: expected normal posteriors of a model without covariates; got others.")
     if missing := [name for name in names if name not in case.prior]:
         raise DataError(f"holes: expected draws of the prior of {', '.join(missing)}; got none.")
-    most, draws = MANY if set(names) <= first_level(case.pair, case.x)[0] else FEW
+    most, draws = MANY if set(names) <= case.pair.dependencies(case.x).guide_roots else FEW
     chosen = seeds.subset(len(case.rows["train"].x), most, seeds.mix(case.seed, seeds.ANALYSIS, 31))
     q = AggregatedPosterior.of(case.pair, case.rows["train"].x[chosen.to(case.x.device)], latents=names)
     held = case.drawn.flat(names)

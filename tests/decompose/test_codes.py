@@ -20,7 +20,7 @@ from pvae.analysis.decompose import draws
 from pvae.analysis.decompose.aggregated import AggregatedPosterior, GuideRuns, Streamed, Tallied
 from pvae.analysis.decompose.codes import duplicates
 from pvae.analysis.decompose.collapse import collapse
-from pvae.analysis.decompose.draws import draw, first_level, quiet
+from pvae.analysis.decompose.draws import draw, quiet
 from pvae.analysis.decompose.gain import gain
 from pvae.analysis.decompose.surgery import surgery
 from pvae.analysis.samples.generate import encode, reconstruct, sample
@@ -32,7 +32,7 @@ from pvae.distributions.exponential_product import Product, product
 from pvae.errors import DataError
 from pvae.experiment.experiment import Experiment
 from pvae.pair.code_usage import code_usage
-from pvae.pair.densities import samples
+from pvae.pair.layout import samples
 from pvae.pair.pair import Pair
 
 Array = NDArray[np.floating]
@@ -206,8 +206,7 @@ def test_what_is_too_large_to_keep_is_read_off_again(case, monkeypatch):
     _, pair, x, _ = case
     kept = surgery(pair, x, labels=torch.arange(60) % 2)
     monkeypatch.setattr(draws, "KEPT", 8)
-    monkeypatch.setattr("pvae.pair.code_usage.NUMBERS", 60)
-    monkeypatch.setattr("pvae.pair.code_usage.rows_at_once.__defaults__", (1000, 60))
+    monkeypatch.setattr("pvae.pair.structure.PROBABILITIES_AT_ONCE", 60)
     with quiet(pair, x, 0):
         latent = next(iter(draw(pair, x).latents.values()))
     assert latent.certain or latent.q is None
@@ -529,7 +528,8 @@ def joint_tables(pair: Pair, x: Tensor) -> tuple[Array, Array]:
 def test_levels_of_codes(top, bottom, first):
     # Where codes are drawn: 4 standard errors, one new seed in 4000.
     pair, x = hierarchy(top, bottom), rows(40)
-    assert first_level(pair, x) == (first, {"top"})
+    assert pair.dependencies(x).guide_roots == first
+    assert pair.dependencies(x).model_roots == {"top"}
     log_q, log_p = joint_tables(pair, x)
     q = np.exp(log_q)
     np.testing.assert_allclose(q.sum(1), 1, atol=1e-9)
@@ -659,7 +659,7 @@ def test_usage_does_not_depend_on_batches_and_moves_nothing(monkeypatch):
     assert torch.equal(state, torch.get_rng_state())
     assert all(torch.equal(t, before[name]) for name, t in pair.state_dict().items())
     assert pair.training
-    monkeypatch.setattr("pvae.pair.code_usage.rows_at_once.__defaults__", (1000, 300))
+    monkeypatch.setattr("pvae.pair.structure.PROBABILITIES_AT_ONCE", 300)
     assert code_usage(pair, x) == pytest.approx(want)
     assert set(want) == {"perplexity/c", "used/c"}
     assert code_usage(declared({"z": {"dim": 2}}), x) == {}

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 from pvae.errors import DataError, DeclarationError
-from pvae.pair.densities import Layout
+from pvae.pair.layout import Layout
 from pvae.pair.pair import Pair
 
 D, Z, TOTAL = 6, 2, 1000

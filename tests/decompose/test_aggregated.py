@@ -19,7 +19,7 @@ from torch import Tensor
 
 from pvae.analysis.decompose.aggregated import AggregatedPosterior, Kept, Streamed
 from pvae.analysis.decompose.coordinates import all_pairs, grid_error, marginal_log_prob
-from pvae.analysis.decompose.draws import first_level, members, quiet
+from pvae.analysis.decompose.draws import members, quiet
 from pvae.distributions.exponential import FullRankNormals, Members, Normals
 from pvae.distributions.exponential_codes import Codes
 from pvae.distributions.exponential_product import Product, product
@@ -481,7 +481,7 @@ def test_a_latent_that_reads_another_is_no_member_of_a_family():
 
     pair, x = Pair(model=model, guide=guide), torch.randn(30, 1).double()
     pair.adopt(x)
-    assert first_level(pair, x) == ({"a"}, {"a"})
+    assert pair.dependencies(x).guide_roots == pair.dependencies(x).model_roots == {"a"}
     with quiet(pair, x, 0):
         assert isinstance(members(pair, x, ["a"]), Normals)
     mixture = AggregatedPosterior.of(pair, x)

@@ -1,0 +1,332 @@
+"""Structure of a pair: what its two programs do with a row of data, asked once and held against every batch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+from pyro import poutine
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.trace_struct import Trace
+from torch import Tensor
+from torch.distributions import Categorical, OneHotCategorical
+
+from pvae.component import Shape
+from pvae.distributions.codes import Certain
+from pvae.distributions.determined import Rounded
+from pvae.distributions.relaxed import Discretised, twin
+from pvae.errors import DeclarationError
+from pvae.pair.densities import Unweighed, moved, rows_first
+from pvae.pair.layout import Layout, SiteShape, is_point, samples, unwrapped
+from pvae.pair.running import quiet, run
+from pvae.util import seeds
+
+if TYPE_CHECKING:
+    from pvae.pair.pair import Pair
+
+ROWS_AT_ONCE = 1000
+"""Most rows of one batch of an analysis."""
+PROBABILITIES_AT_ONCE = 2**20
+"""Most probabilities of codes in such a batch (8 MiB in float64, of which there are a dozen copies)."""
+PROBED_ROWS = 16
+"""Rows on which it is found out which distribution reads which latent."""
+CLEAR_CHANGE = 1e-3
+"""Relative change of a log density that is no rounding error; after smaller ones the programs are run again."""
+
+
+@dataclass(frozen=True)
+class Structure:
+    """Facts about a pair that hold for any weights and any batch of its rows; relaxed latents stand for their codes."""
+
+    event: Shape
+    """Shape of a row of data."""
+    layout: Layout
+    guide_sites: frozenset[str]
+    """All sample sites of the guide."""
+    model_sites: frozenset[str]
+    """All sample sites of the model."""
+    model_only: tuple[str, ...]
+    """Latents inside the data plate that the guide does not sample."""
+    points: frozenset[str]
+    """Latents that the guide sets to points."""
+    determined: tuple[str, ...]
+    """Observed sites that are points given the latents."""
+    codes: frozenset[str]
+    """Latents of the guide that are codes."""
+    states: int
+    """Number of joint states of the latents that a loss sums over, the guide's and the model's; 1 without such."""
+    parameters_per_row: Mapping[str, int]
+    """Numbers that the parameters of a latent take for one row: probabilities, where it is a grid of codes."""
+    shapes: Mapping[str, SiteShape]
+    """Place of the rows among the dimensions of each latent of single data."""
+    elements: int | None
+    """Number of observed elements of one row, where every observed site is discrete; else None."""
+    nodes: tuple[frozenset[str], frozenset[str]]
+    """Names of all nodes in a trace of the guide and in one of the model."""
+
+    def rows_at_once(self, most: int | None = None) -> int:
+        """Return how many rows a batch may have so that no latent has more than `PROBABILITIES_AT_ONCE`."""
+        widest = max((self.parameters_per_row[name] for name in self.layout.latents), default=1)
+        return max(1, min(most or ROWS_AT_ONCE, PROBABILITIES_AT_ONCE // widest))
+
+    def hold(self, guide_trace: Trace | None, model_trace: Trace | None = None) -> None:
+        """Check that traces of a batch have the sites that the pair was found to have.
+
+        Raises:
+            DeclarationError: a site is missing or new, which every analysis would otherwise leave out in silence.
+        """
+        if guide_trace is not None and guide_trace.nodes.keys() != self.nodes[0]:
+            _require_same("guide", samples(guide_trace), self.guide_sites)
+        if model_trace is not None and model_trace.nodes.keys() != self.nodes[1]:
+            _require_same("model", samples(model_trace), self.model_sites)
+
+
+def _require_same(side: str, found: Collection[str], known: Collection[str]) -> None:
+    missing, new = (", ".join(sorted(names)) for names in ({*known} - {*found}, {*found} - {*known}))
+    if missing or new:
+        got = " and ".join(f"{word} {names}" for word, names in (("without", missing), ("with", new)) if names)
+        raise DeclarationError(
+            f"pair.{side}: expected the sample sites of its first run ({', '.join(sorted(known))}) on every batch; got "
+            f"a batch {got}. Sample the same sites whatever the data are, and mask what a row lacks (poutine.mask)."
+        )
+
+
+def read_structure(guide_trace: Trace, model_trace: Trace, layout: Layout, event: Shape, rows: int) -> Structure:
+    """Read the structure of a pair off a trace of each program on some rows, of which the layout is known."""
+    guide, model = samples(guide_trace), samples(model_trace)
+    twins = {name: twin(guide[name]["fn"]) for name in (*layout.latents, *layout.shared)}
+    hidden = {name: node for name, node in model.items() if name not in guide and not node["is_observed"]}
+    summed = [(guide | model)[name]["fn"] for name in (*layout.expected, *layout.enumerated)]
+    observed = [model[name] for name in layout.observed]
+    return Structure(
+        event=event,
+        layout=layout,
+        guide_sites=frozenset(guide),
+        model_sites=frozenset(model),
+        model_only=tuple(name for name, node in hidden.items() if layout.holds(node)),
+        points=frozenset(name for name, fn in twins.items() if is_point(fn)),
+        determined=tuple(name for name in layout.observed if is_point(model[name]["fn"])),
+        codes=frozenset(name for name, fn in twins.items() if is_code(fn)),
+        states=math.prod(int(fn.enumerate_support(expand=False).shape[0]) for fn in summed),
+        parameters_per_row={name: numbers_of(twins[name]) for name in layout.latents},
+        shapes={name: SiteShape.of(twins[name].shape(), twins[name], layout) for name in layout.latents},
+        elements=_discrete_elements(observed, rows),
+        nodes=(frozenset(guide_trace.nodes), frozenset(model_trace.nodes)),
+    )
+
+
+def is_code(fn: Any) -> bool:
+    """Return whether a distribution is one of codes: categorical, one-hot, or known for certain."""
+    return isinstance(unwrapped(fn), Categorical | OneHotCategorical | Certain)
+
+
+def numbers_of(fn: Any) -> int:
+    """Return how many numbers the parameters of one row of a site take: probabilities, where it is a grid of codes."""
+    base = unwrapped(fn)
+    wide = base.logits.shape[-1] if isinstance(base, Categorical) else base.states if isinstance(base, Certain) else 1
+    return int(fn.event_shape.numel()) * wide
+
+
+def _discrete_elements(observed: Sequence[Mapping[str, Any]], rows: int) -> int | None:
+    try:
+        discrete = [isinstance(n["fn"], Rounded) or unwrapped(n["fn"]).support.is_discrete for n in observed]
+    except NotImplementedError:  # a distribution that does not say
+        return None
+    return sum(n["value"].numel() // rows for n in observed) if all(discrete) else None
+
+
+# ---------------------------------------------------------------------- which distribution reads which latent
+
+
+@dataclass(frozen=True)
+class Dependencies:
+    """Latents that each conditional distribution of a pair depends on, at the weights it was asked with.
+
+    Random global latents count as latents; those that the guide sets to points do not.
+    """
+
+    guide: Mapping[str, frozenset[str]]
+    """Latents that q of each latent reads, in the guide's order."""
+    model: Mapping[str, frozenset[str]]
+    """Latents that p of each latent reads."""
+    certain: frozenset[str] = frozenset()
+    """Latents whose codes are known for certain, given what they read."""
+
+    @cached_property
+    def guide_roots(self) -> frozenset[str]:
+        """Latents whose posterior depends on the row of data alone, directly or through codes known for certain."""
+        given: set[str] = set()
+        for name, read in self.guide.items():
+            if name in self.certain and read <= given:
+                given.add(name)
+        return frozenset(name for name, read in self.guide.items() if read <= given)
+
+    @cached_property
+    def model_roots(self) -> frozenset[str]:
+        """Latents whose prior depends on no other latent."""
+        return frozenset(name for name, read in self.model.items() if not read)
+
+    @cached_property
+    def bottom_up(self) -> frozenset[str]:
+        """Latents whose prior reads a latent that the guide infers from them.
+
+        E_q[log q - log p] of such a latent is not the expectation of a closed-form KL.
+        """
+        return frozenset(name for name, read in self.model.items() if read & self._inferred_from(name))
+
+    def _inferred_from(self, name: str) -> set[str]:
+        """Latents whose posterior reads `name`, directly or through others."""
+        found = {name}
+        while more := {z for z, read in self.guide.items() if z not in found and read & found}:
+            found |= more
+        return found - {name}
+
+
+def dependencies_without_asking(structure: Structure) -> Dependencies | None:
+    """Return the dependencies of a pair that has too few latents to depend on each other; None for other pairs."""
+    layout = structure.layout
+    random = frozenset(layout.shared) - structure.points
+    if layout.enumerated and not layout.latents:  # inferred by Bayes, together
+        joint = "+".join(layout.enumerated)
+        return Dependencies({joint: random}, {joint: random})
+    if len(layout.latents) + len(random) > 1:
+        return None
+    alone: dict[str, frozenset[str]] = dict.fromkeys(layout.latents, frozenset())
+    return Dependencies(alone, {name: read for name, read in alone.items() if name in structure.model_sites})
+
+
+def read_dependencies(pair: Pair, x: Tensor) -> Dependencies:
+    """Find which distribution reads which latent by moving one latent at a time: a density that changes reads it.
+
+    The rows are put into one batch as often as there are latents, with one latent moved in each copy, so that each
+    program runs once. Where a change is no larger than a rounding error may be, and for random global latents, of
+    which a batch has but one value, the programs run again with that latent moved and all else as it was.
+    """
+    layout, rows = pair.layout, x[:PROBED_ROWS]
+    latents = (*layout.latents, *pair.structure.model_only)
+    random = [name for name in layout.shared if name not in pair.structure.points]
+    with quiet(pair, x), Unweighed(), Discretised():
+        seeds.set_noise(seeds.mix(0, seeds.ANALYSIS), x.device)
+        copies = _Copies(latents, layout, len(rows))
+        with pair.own_store(), copies:
+            traces = run(pair, rows.repeat(1 + len(latents), *(1,) * (x.dim() - 1)))
+        pair.structure.hold(*traces)
+        guide, model = (samples(trace) for trace in traces)
+        reads, unclear = _moves(_scores(guide, model, copies.base, layout), latents, len(rows))
+        if again := [*random, *unclear]:
+            base = {name: copies.first(name) for name in latents}
+            _ask_again(pair, rows, base, {name: guide[name]["value"] for name in layout.shared}, again, reads)
+    certain = frozenset(name for name in layout.latents if isinstance(unwrapped(guide[name]["fn"]), Certain))
+    return Dependencies(_of_latents("guide", reads, layout), _of_latents("model", reads, layout), certain)
+
+
+Reads = dict[tuple[str, str], set[str]]
+"""Names that each ("guide" or "model", latent) reads."""
+
+
+def _of_latents(side: str, reads: Reads, layout: Layout) -> dict[str, frozenset[str]]:
+    """Reads of the guide's latents on one side: sites of the model alone stand for what they read themselves."""
+    known, out = {*layout.latents, *layout.shared}, {}
+    for name in (name for name in layout.latents if (side, name) in reads):
+        found: set[str] = set()
+        while more := reads[side, name].union(*(reads[side, z] for z in found - known)) - found:
+            found |= more
+        out[name] = frozenset(found & known - {name})
+    return out
+
+
+class _Copies(Messenger):
+    """Handler that repeats the values of the first rows in all copies of them, with one latent moved in each copy."""
+
+    def __init__(self, names: Sequence[str], layout: Layout, rows: int) -> None:
+        super().__init__()
+        self.copy = {name: i for i, name in enumerate(names, 1)}
+        self.layout, self.rows = layout, rows
+        self.base: dict[str, Tensor] = {}
+        self.axis: dict[str, int] = {}
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        name, value = msg["name"], msg["value"]
+        if name not in self.copy or name in self.base:  # the model gets the guide's values
+            return
+        axis = value.dim() - len(msg["fn"].event_shape) + self.layout.dim
+        row = torch.arange(value.shape[axis], device=value.device)
+        base = value.index_select(axis, row % self.rows)
+        mine = (row // self.rows == self.copy[name]).reshape(-1, *(1,) * (value.dim() - axis - 1))
+        self.base[name], self.axis[name] = base, axis
+        msg["value"] = torch.where(mine, moved({**msg, "value": base}), base)
+
+    def first(self, name: str) -> Tensor:
+        """Value of a latent in the rows themselves."""
+        return self.base[name].narrow(self.axis[name], 0, self.rows)
+
+
+def _scores(
+    guide: Mapping[str, Any], model: Mapping[str, Any], values: Mapping[str, Tensor], layout: Layout
+) -> dict[tuple[str, str], Tensor]:
+    """Return what changes with each distribution, `(rows, ...)`: log densities of `values`, or the place of a point."""
+    return {
+        (side, name): _trail(nodes[name], value, layout)
+        for side, nodes in (("guide", guide), ("model", model))
+        for name, value in values.items()
+        if name in nodes
+    }
+
+
+def _trail(node: Mapping[str, Any], value: Tensor, layout: Layout) -> Tensor:
+    fn, rows = node["fn"], value.shape[value.dim() - len(node["fn"].event_shape) + layout.dim]
+    if isinstance(unwrapped(fn), Certain):
+        return rows_first(unwrapped(fn).index, node, layout, rows)
+    if is_point(fn):
+        return rows_first(unwrapped(fn).v, node, layout, rows)
+    score = fn.log_prob(value).detach().movedim(layout.dim, 0)
+    return score.expand(rows, *score.shape[1:]).reshape(rows, -1)
+
+
+def _moves(scores: Mapping[tuple[str, str], Tensor], latents: Sequence[str], rows: int) -> tuple[Reads, list[str]]:
+    """Return what each distribution reads, and the latents of which that is unclear, from the scores of all copies."""
+    reads: Reads = {}
+    unclear = set()
+    for (side, name), score in scores.items():
+        first, *others = score.split(rows)
+        changed = {z for z, other in zip(latents, others, strict=True) if z != name and not torch.equal(other, first)}
+        reads[side, name] = changed
+        unclear |= {z for z in changed if not _is_clear(first, others[latents.index(z)])}
+    return reads, sorted(unclear)
+
+
+def _is_clear(first: Tensor, other: Tensor) -> bool:
+    change = (other - first).double().abs()
+    return bool((change > CLEAR_CHANGE * (1 + first.double().abs())).any())
+
+
+def _ask_again(
+    pair: Pair, x: Tensor, base: Mapping[str, Tensor], shared: Mapping[str, Tensor], names: Sequence[str], reads: Reads
+) -> None:
+    """Move some latents one by one in runs of their own, and write into `reads` which distributions change."""
+    nodes, first = _conditioned(pair, x, {**base, **shared}, base)
+    for name in names:
+        _, other = _conditioned(pair, x, {**base, **shared, name: moved(nodes[name])}, base)
+        for key in (key for key in first if key[1] != name):
+            (reads[key].discard if torch.equal(first[key], other[key]) else reads[key].add)(name)
+
+
+def _conditioned(
+    pair: Pair, x: Tensor, given: Mapping[str, Tensor], values: Mapping[str, Tensor]
+) -> tuple[dict[str, Any], dict[tuple[str, str], Tensor]]:
+    """Run the programs where they see the values `given`; return their sites, and the scores of `values`."""
+    seeds.set_noise(0, x.device)  # what else is drawn stays
+    with poutine.condition(data=dict(given)):
+        guide = samples(pair.guide_trace(x))
+    model = samples(pair.model_trace(x, given))
+    return {**model, **guide}, _scores(guide, model, values, pair.layout)
+
+
+def weights_of(pair: Pair) -> list[tuple[str, str, float]]:
+    """Return type, device and sum of every parameter and buffer of a pair, by which a change is noticed."""
+    tensors = (t.detach() for t in (*pair.parameters(), *pair.buffers()))
+    return [(str(t.dtype), str(t.device), float(t.double().sum())) for t in tensors]

@@ -1,0 +1,235 @@
+"""The structure of a pair: asked once, kept, held against every batch; runs of the programs are counted."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from torch import Tensor, nn
+
+from pvae.analysis.decompose.surgery import surgery
+from pvae.errors import DeclarationError
+from pvae.experiment.experiment import Experiment
+from pvae.pair.layout import samples
+from pvae.pair.pair import Pair
+from pvae.pair.structure import read_dependencies
+
+NET = {"kind": "mlp", "hidden": [4]}
+SHAPE = (6,)
+CHAIN: dict[str, dict[str, Any]] = {
+    "a": {"dim": 2, "given": ["b"], "prior": "conditional_normal"},
+    "b": {"dim": 2},
+}
+GRID = {"codes": 3, "grid": [2]}
+
+
+def declared(latents: dict[str, Any]) -> Pair:
+    """A tiny declared pair."""
+    decoder = {"network": NET, "likelihood": "normal"}
+    raw = {"data": {"source": "tensor"}, "latents": latents, "encoder": {"network": NET}, "decoder": decoder}
+    return Experiment.from_dict(raw).build(SHAPE)
+
+
+def calls_of(pair: Pair) -> Counter[str]:
+    """Count the runs of both programs from now on."""
+    counted: Counter[str] = Counter()
+    for side in ("model", "guide"):
+        getattr(pair, side).register_forward_pre_hook(lambda *_, side=side: counted.update([side]))
+    return counted
+
+
+RUNS = {
+    "one level": ({"z": {"dim": 2}}, 2, 2),
+    "two levels, each inferred from x": (CHAIN, 4, 2),
+    "a grid of codes": ({"c": {**GRID, "posterior": "categorical"}}, 2, 2),
+    "nearest codes": ({"c": {**GRID, "embedding": 2, "posterior": "nearest_code"}}, 2, 2),
+    "relaxed codes": ({"c": {**GRID, "posterior": "relaxed_onehot"}}, 4, 4),
+    "summed out by the model": ({"c": {"codes": 3, "posterior": "exact"}}, 2, 2),
+}
+
+
+@pytest.mark.parametrize(("latents", "first", "second"), RUNS.values(), ids=list(RUNS))
+def test_one_surgery_runs_the_programs_at_most_four_times(latents, first, second):
+    """A guide and a model for the samples (and those of relaxed codes), the same again to learn who reads whom."""
+    pair, x = declared(latents), torch.randn(20, *SHAPE)
+    counted = calls_of(pair)
+    surgery(pair, x)
+    assert counted == {"guide": first // 2, "model": first // 2}
+    counted.clear()
+    surgery(pair, x)
+    assert counted == {"guide": second // 2, "model": second // 2}
+
+
+def test_levels_that_read_each_other_are_scored_by_the_guide_besides():
+    """The particle check takes three runs, once for a pair; scoring all pairs of sample and row takes one a block."""
+    latents = {**CHAIN, "a": {**CHAIN["a"], "posterior": {"kind": "normal", "given": ["x", "b"]}}}
+    pair, x = declared(latents), torch.randn(20, *SHAPE)
+    counted = calls_of(pair)
+    surgery(pair, x)
+    assert counted == {"guide": 2 + 3 + 1, "model": 2}
+    counted.clear()
+    surgery(pair, x)
+    assert counted == {"guide": 1 + 1, "model": 1}
+
+
+# ---------------------------------------------------------------------- who reads whom
+
+
+class Levels(nn.Module):
+    """A pair of three levels, c -> b -> a -> x in the model; the guide infers them in a chosen order, with `weight`."""
+
+    def __init__(self, weight: float = 1.0, order: str = "abc") -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor(weight).double())
+        self.order = order
+
+    def model(self, x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            value: Any = 0.0
+            for name in "cba":
+                value = pyro.sample(name, dist.Normal(self.weight * value + torch.zeros(2).double(), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(value, 1.0).to_event(1), obs=x)
+
+    def guide(self, x: Tensor) -> None:
+        value = x
+        with pyro.plate("data", len(x)):
+            for name in self.order:
+                value = pyro.sample(name, dist.Normal(self.weight * value, 1.0).to_event(1))
+
+
+def levels(weight: float = 1.0, order: str = "abc") -> Pair:
+    module = Levels(weight, order)
+    return Pair(module.model, module.guide)
+
+
+X = torch.randn(20, 2, generator=torch.Generator().manual_seed(0)).double()
+
+
+@pytest.mark.parametrize(
+    ("order", "guide", "bottom_up"),
+    [("abc", {"a": "", "b": "a", "c": "b"}, {"a", "b"}), ("cba", {"c": "", "b": "c", "a": "b"}, set())],
+    ids=["bottom up", "top down"],
+)
+@pytest.mark.parametrize("weight", [1.0, 1e-4], ids=["strong", "hardly"])
+def test_each_distribution_reads_what_its_program_gives_it(weight, order, guide, bottom_up):
+    found = levels(weight, order).adopt(X).dependencies(X)
+    assert {name: set(read) for name, read in found.guide.items()} == {name: set(z) for name, z in guide.items()}
+    assert found.model == {"a": {"b"}, "b": {"c"}, "c": set()}
+    assert found.guide_roots == {order[0]}
+    assert found.model_roots == {"c"}
+    assert found.bottom_up == bottom_up
+
+
+def test_a_site_of_the_model_alone_stands_for_what_it_reads():
+    """p(a) reads b through a code k that the model sums out."""
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            b = pyro.sample("b", dist.Normal(0.0, 1.0))
+            logits = torch.stack([b, -b], -1)
+            k = pyro.sample("k", dist.Categorical(logits=logits), infer={"enumerate": "parallel"})
+            a = pyro.sample("a", dist.Normal(k.float(), 1.0))
+            pyro.sample("x", dist.Normal(a, 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            for name in "ab":
+                pyro.sample(name, dist.Normal(pyro.param(f"slope of {name}", torch.tensor(0.5)) * x, 1.0))
+
+    x = torch.randn(20)
+    found = Pair(model, guide).adopt(x).dependencies(x)
+    assert found.model == {"a": {"b"}, "b": set()}
+    assert found.guide_roots == {"a", "b"}
+
+
+def test_dependencies_are_kept_until_the_weights_change():
+    pair = levels().adopt(X)
+    first = pair.dependencies(X)
+    assert pair.dependencies(X[:3]) is first
+    with torch.no_grad():
+        for p in pair.parameters():
+            p.zero_()
+    assert pair.dependencies(X).guide_roots == {"a", "b", "c"}
+
+
+def test_a_random_stream_and_the_weights_stay_as_they_were():
+    pair = levels().adopt(X)
+    state, random = copy.deepcopy(pair.state_dict()), torch.get_rng_state()
+    read_dependencies(pair, X)
+    assert torch.equal(torch.get_rng_state(), random)
+    assert all(torch.equal(value, state[name]) for name, value in pair.state_dict().items())
+
+
+# ---------------------------------------------------------------------- kept, and held against every batch
+
+
+def test_the_structure_is_no_part_of_the_state_and_survives_a_copy():
+    pair = declared(CHAIN)
+    assert set(pair.state_dict()) <= {name for name, _ in (*pair.named_parameters(), *pair.named_buffers())}
+    twin = copy.deepcopy(pair)
+    assert twin.structure == pair.structure
+    counted = calls_of(twin)
+    twin.dependencies(torch.randn(5, *SHAPE))
+    assert counted == {"guide": 1, "model": 1}
+
+
+class Fickle(nn.Module):
+    """Programs with a second latent, and a second observation, for batches whose first number is large."""
+
+    def __init__(self, side: str, more: bool) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(1.0))
+        self.side, self.more = side, more
+
+    def _here(self, side: str, x: Tensor) -> bool:
+        return side == self.side and (float(x[0, 0]) > 10) == self.more
+
+    def model(self, x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            if self._here("model", x):
+                pyro.sample("y", dist.Normal(z, 1.0).to_event(1), obs=x)
+            pyro.sample("x", dist.Normal(z, self.scale).to_event(1), obs=x)
+
+    def guide(self, x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x, self.scale).to_event(1))
+            if self._here("guide", x):
+                pyro.sample("w", dist.Normal(z, 1.0).to_event(1))
+
+
+USES: dict[str, Callable[[Pair, Tensor], Any]] = {
+    "terms": lambda pair, x: pair.terms(x),
+    "surgery": lambda pair, x: surgery(pair, x),
+    "guide or model": lambda pair, x: (pair.guide_trace(x), pair.model_trace(x)),
+}
+
+
+@pytest.mark.parametrize("use", USES.values(), ids=list(USES))
+@pytest.mark.parametrize(("side", "site"), [("guide", "w"), ("model", "y")])
+@pytest.mark.parametrize(("more", "word"), [(True, "with"), (False, "without")])
+def test_a_batch_with_other_sites_is_refused(use, side, site, more, word):
+    module = Fickle(side, more)
+    pair = Pair(module.model, module.guide).adopt(torch.zeros(3, 2))
+    with pytest.raises(
+        DeclarationError, match=rf"pair\.{side}: expected the sample sites .* got a batch {word} {site}\."
+    ):
+        use(pair, torch.full((4, 2), 20.0))
+
+
+def test_facts_are_those_of_the_codes_that_relaxed_latents_stand_for():
+    pair = declared({"c": {**GRID, "posterior": "relaxed_onehot"}, "z": {"dim": 4}})
+    found = pair.structure
+    assert found.codes == {"c"}
+    assert found.parameters_per_row == {"c": 6, "z": 4}
+    assert found.shapes["c"].numel == 2
+    assert found.rows_at_once() == 1000
+    assert found.rows_at_once(7) == 7
+    assert found.elements is None
+    assert samples(pair.guide_trace(torch.zeros(2, *SHAPE)))["c"]["value"].shape == (2, 2, 3)
