@@ -31,7 +31,7 @@ def new(
 ) -> None:
     """Write a starter file."""
     from pvae.experiment import zoo
-    from pvae.runs.rundir import slug
+    from pvae.runs.names import slug
 
     if "/" in name or "\\" in name:
         raise DeclarationError(f"{name}: expected a name, not a path; the file is written here.")

@@ -31,7 +31,7 @@ def study(
         _list(shared, file)
         return
     from pvae.analysis.pages.document.document import claim
-    from pvae.runs.rundir import slug
+    from pvae.runs.names import slug
     from pvae.studies import study as run_study
     from pvae.studies.cases import Declared
 

@@ -1,4 +1,4 @@
-"""What `pvae runs` shows: every run below a folder with its state. Standard library only."""
+"""List of all runs below a folder with their states, as `pvae runs` prints it. Standard library only."""
 
 from __future__ import annotations
 
@@ -8,14 +8,18 @@ from pathlib import Path
 from typing import Any, cast
 
 from pvae.errors import DataError, PvaeError
-from pvae.runs.rundir import STATES, RunDirectory, age_seconds, folders, is_stale
+from pvae.runs.find import folders
+from pvae.runs.names import age_seconds
+from pvae.runs.owner import is_stale
+from pvae.runs.rundir import RUN_STATES, RunDirectory
 
 
 def list_runs(root: Path) -> list[dict[str, Any]]:
-    """A row for every run under ``root``, by start: name, id, path, state, epoch, epochs, elbo, started, seconds, why.
+    """Return a row for every run under ``root``, sorted by start. Never raises.
 
-    Never raises. ``state`` is that of the status, or ``created`` before the first, ``stale`` for a running one whose
-    process is dead on this host or silent for five minutes on another, ``broken`` (then ``why`` says what).
+    A row holds name, id, path, state, epoch, epochs, elbo, started, seconds, why. ``state`` is that of the status, or
+    ``created`` before the first, ``stale`` for a running one whose process is dead on this host or silent for five
+    minutes on another, ``broken`` (then ``why`` says what).
     """
     rows = [_row(run) for name in folders(Path(root)) for run in folders(name)]
     return sorted(rows, key=lambda row: (row["started"], row["id"]))
@@ -31,7 +35,7 @@ def _row(path: Path) -> dict[str, Any]:
 
 
 def _started(run_id: str) -> str:
-    """The start that a run id tells, or nothing."""
+    """Return the start time in a run id, or an empty text."""
     try:
         return datetime.strptime(run_id[:16], "%Y%m%dT%H%M%SZ").replace(tzinfo=UTC).isoformat(timespec="milliseconds")
     except ValueError:
@@ -59,19 +63,19 @@ def _text(run: RunDirectory, fields: Mapping[str, Any], key: str, default: str) 
 
 def _state(run: RunDirectory, status: Mapping[str, Any]) -> str:
     state = status.get("state", "created")
-    if state not in (*STATES, "created"):
-        raise DataError(f"{run.path / 'status.json'}: expected a state of {', '.join(STATES)}; got {state!r}.")
+    if state not in (*RUN_STATES, "created"):
+        raise DataError(f"{run.path / 'status.json'}: expected a state of {', '.join(RUN_STATES)}; got {state!r}.")
     return "stale" if state == "running" and is_stale(status) else str(state)
 
 
 def _number(value: object) -> int | float | None:
-    """``value`` if it is a number that a table can show (a status may say anything, also 10^400)."""
+    """Return ``value`` if it is a number that a table can show (a status may hold anything, also 10^400)."""
     known = isinstance(value, int | float) and not isinstance(value, bool) and -1e300 < value < 1e300
     return cast("int | float", value) if known else None
 
 
 def _seconds(status: Mapping[str, Any]) -> float | None:
-    """The training time the status tells, else the time from the owner's start to its last sign of life."""
+    """Return the training time in the status, else the time from the owner's start to its last heartbeat."""
     told = _number(status.get("seconds"))
     if told is not None:
         return float(told)

@@ -1,4 +1,4 @@
-"""Run: what a fit leaves behind, opened again: declaration, pair, data, metrics."""
+"""Run: a run directory opened again, with its declaration, pair, data and metrics."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 
     from pvae.analysis.export.datasets import Posterior
 
-SHOWN = 12
+LISTED_DIFFERENCES = 12
+"""Lines of an error that lists the differences between a checkpoint and a declaration."""
 
 
 def load_weights(module: nn.Module, tensors: Mapping[str, Tensor], origin: str) -> None:
@@ -45,20 +46,21 @@ def load_weights(module: nn.Module, tensors: Mapping[str, Tensor], origin: str) 
         if name in tensors and own[name].shape != tensors[name].shape
     ]
     if lines:
-        more = [f"... and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else []
+        more = [f"... and {len(lines) - LISTED_DIFFERENCES} more"] if len(lines) > LISTED_DIFFERENCES else []
         raise CheckpointError(
-            f"{origin}: expected a checkpoint of this declaration; got another:\n  " + "\n  ".join(lines[:SHOWN] + more)
+            f"{origin}: expected a checkpoint of this declaration; got another:\n  "
+            + "\n  ".join(lines[:LISTED_DIFFERENCES] + more)
         )
     module.load_state_dict(dict(tensors))
 
 
 def attended(pair: Pair, train: Split) -> Pair:
-    """A pair whose parts that are made of the training data have them."""
+    """Return the pair after its data-made parts got the training data."""
     return pair.attend(train.data) if pair.made_of_data() else pair
 
 
 def chosen(saved: checkpoint.Checkpoint) -> dict[str, Tensor]:
-    """The weights that a run stands for: the best kept, else the average, else the last.
+    """Return the weights that a run selects: the best kept, else the average, else the last.
 
     Raises:
         CheckpointError: there are none.
@@ -71,7 +73,7 @@ def chosen(saved: checkpoint.Checkpoint) -> dict[str, Tensor]:
 
 
 class Run:
-    """A run directory with what it holds.
+    """A run directory with its declaration, data, fitted pair and metrics.
 
     Arguments:
         files: the directory.
@@ -192,7 +194,7 @@ class Run:
 
     @property
     def status(self) -> dict[str, object]:
-        """State, epoch, last ELBO."""
+        """State, epoch and last ELBO."""
         return self.files.status()
 
     def __repr__(self) -> str:
@@ -223,8 +225,8 @@ class Run:
         memory: int = 1 << 30,
         on_progress: Progress = silent,
     ) -> Posterior:
-        """Draws of the guide for a split, with densities and diagnostics: see `pvae.analysis.posterior`."""
-        from pvae.analysis.export.posterior import posterior  # here, because analysis stands above run
+        """Sample the guide for a split, with densities and diagnostics; see `pvae.analysis.posterior`."""
+        from pvae.analysis.export.posterior import posterior  # here, because analysis imports pvae.runs
 
         return posterior(
             self,

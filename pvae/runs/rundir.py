@@ -6,22 +6,19 @@ run folder (plain files only, no links), and a full disk never stops a training:
 
 from __future__ import annotations
 
-import errno
-import hashlib
 import math
 import os
 import platform
-import re
-import stat
 import threading
-import unicodedata
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pvae.errors import BusyError, DataError, DeclarationError, Interrupted, OutputError, StorageError, near
+from pvae.errors import BusyError, DataError, Interrupted, OutputError, StorageError
+from pvae.runs.find import find_run, fresh_folder
+from pvae.runs.names import slug, utc_now
+from pvae.runs.owner import birth_of
 from pvae.util.files import (
     MIB,
     append,
@@ -38,96 +35,16 @@ from pvae.util.files import (
 if TYPE_CHECKING:
     import pandas
 
-STATES = ("running", "finished", "interrupted", "failed")
-ALERTS = frozenset(["alert", "analysis", "fallback", "nonfinite", "storage"])
-"""Kinds of events that are no errors and still want to be looked at."""
-STALE_AFTER_SECONDS = 300.0
-
-_RESERVED = {"latest", "con", "nul", "prn", "aux"}
-_SLUG_LENGTH = 64
-
-
-# ---------------------------------------------------------------------------------------------- names and times
-
-
-def slug(name: str) -> str:
-    """A safe folder name for ``name``: ASCII letters, digits, ``.``, ``_``, ``-``; 1 to 64 characters; idempotent.
-
-    A name that has nothing to keep, is too long or is reserved gets a digest, so that it stays recognisable.
-    """
-    plain = unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode()
-    kept = re.sub(r"[^A-Za-z0-9._-]+", "-", plain).strip("-._")
-    if kept and len(kept) <= _SLUG_LENGTH and kept.lower() not in _RESERVED:
-        return kept
-    digest = hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()[:8]
-    return f"{kept[: _SLUG_LENGTH - 9] or 'run'}-{digest}"
-
-
-def utc_now() -> str:
-    """The time in UTC, ISO 8601 with milliseconds."""
-    return datetime.now(UTC).isoformat(timespec="milliseconds")
-
-
-def _token() -> str:
-    return os.urandom(4).hex()
-
-
-def _run_id() -> str:
-    return f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{_token()}"
-
-
-def age_seconds(time: object, until: datetime | None = None) -> float | None:
-    """Seconds from an ISO time to ``until`` (now), or None if it is no such time."""
-    try:
-        return ((until or datetime.now(UTC)) - datetime.fromisoformat(str(time))).total_seconds()
-    except (ValueError, TypeError):
-        return None
-
-
-# ---------------------------------------------------------------------------------------------- the owner
-
-
-def _birth(pid: int) -> str | None:
-    """When process ``pid`` started, in ticks; ``"dead"`` for a zombie; None where the system does not say."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        return "dead" if fields[0] in "ZX" else fields[19]
-    except (OSError, IndexError):
-        return None
-
-
-def _alive(pid: object, birth: object) -> bool:
-    """Whether the process that wrote ``pid`` and ``birth`` lives on this host; a re-used pid has another birth."""
-    if not isinstance(pid, int) or isinstance(pid, bool) or pid <= 0:
-        return False
-    try:
-        os.kill(pid, 0)
-    except PermissionError:
-        pass
-    except (OSError, OverflowError):
-        return False
-    found = _birth(pid)
-    return found != "dead" and (found is None or birth is None or found == birth)
-
-
-def is_stale(status: Mapping[str, Any]) -> bool:
-    """Whether the process of a running status is gone, or silent for too long on another host."""
-    if status.get("host") == platform.node():
-        return not _alive(status.get("pid"), status.get("birth"))
-    age = age_seconds(status.get("heartbeat"))
-    return age is None or age > STALE_AFTER_SECONDS
-
-
-# ---------------------------------------------------------------------------------------------- the run
-
-
-MANIFEST: dict[str, type] = {
+RUN_STATES = ("running", "finished", "interrupted", "failed")
+ALERT_KINDS = frozenset(["alert", "analysis", "fallback", "nonfinite", "storage"])
+"""Kinds of events that are no errors and still need attention."""
+MANIFEST_KEYS: dict[str, type] = {
     "name": str, "device": str, "engine": str, "declared": bool, "imports": list, "trainable": list, "parent": dict,
     "data": dict, "exports": list,
 }  # fmt: skip
-"""What a manifest holds, where it says it at all."""
-_OPTIONAL = ("trainable", "parent")
-"""What may be null there."""
+"""Types of the entries of a manifest; each may be missing."""
+NULLABLE_KEYS = ("trainable", "parent")
+"""Entries that may also be null."""
 
 
 class RunDirectory:
@@ -149,9 +66,9 @@ class RunDirectory:
 
     @classmethod
     def create(cls, root: Path, name: str) -> RunDirectory:
-        """A fresh ``<root>/<slug>/<UTC>-<8 hex>/``; raises OutputError if it cannot be made."""
+        """Make a new ``<root>/<slug>/<UTC>-<8 hex>/``; raises OutputError where it cannot be made."""
         try:
-            run = cls(_fresh_folder(Path(root) / slug(name)))
+            run = cls(fresh_folder(Path(root) / slug(name)))
             run.write_manifest({"name": name, "id": run.path.name, "started": utc_now()})
         except (OSError, StorageError) as problem:
             raise OutputError(
@@ -161,27 +78,17 @@ class RunDirectory:
 
     @classmethod
     def open(cls, path: Path | str, root: Path = Path("runs")) -> RunDirectory:
-        """The run at ``path``: a folder, or under ``root`` ``<name>`` (its newest), ``<name>/<id>`` or ``latest``.
+        """Open the run at ``path``: a folder, or under ``root`` ``<name>`` (its newest), ``<name>/<id>`` or ``latest``.
 
         Raises DeclarationError, with the run names that come near, if there is none.
         """
-        for folder in _candidates(str(path), Path(root)):
-            if _is_run(folder):
-                return cls(folder.resolve())
-        names = _names_near(Path(path), Path(root))
-        there = f"; there are {', '.join(names[:8])}" if names else "; there is none yet, pvae fit vae makes one"
-        raise DeclarationError(
-            f"Expected a run directory (it holds manifest.json), or a run in {root}{there}; got {str(path)[:200]!r}"
-            f"{near(str(path).rstrip('/').rpartition('/')[2], names)}."
-        )
-
-    # -- who owns it
+        return cls(find_run(str(path), Path(root)))
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Own the run: raises BusyError, naming pid and host, where another process does.
+        """Own the run: raises BusyError, with pid and host, where another process owns it.
 
-        On the way out a state still ``running`` becomes ``failed`` or ``interrupted``: nobody runs it any more.
+        At the end a state that is still ``running`` becomes ``failed`` or ``interrupted``.
         """
         with self.held():
             try:
@@ -195,7 +102,7 @@ class RunDirectory:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Keep every other process out, and say nothing of it in the status; raises BusyError as `lock` does."""
+        """Keep other processes out without a change of the status; raises BusyError as `lock` does."""
         from filelock import FileLock, Timeout
 
         lock = FileLock(self._plain_or_new(".lock"), timeout=0)
@@ -212,7 +119,7 @@ class RunDirectory:
 
     def _claim(self) -> None:
         pid = os.getpid()
-        self.update_status(pid=pid, host=platform.node(), birth=_birth(pid), started=utc_now())
+        self.update_status(pid=pid, host=platform.node(), birth=birth_of(pid), started=utc_now())
 
     def _leave(self, state: str) -> None:
         if self._status_or_empty().get("state") == "running":
@@ -224,7 +131,7 @@ class RunDirectory:
         return f"one held by process {pid} on host {host} since {started}; wait for it or stop it"
 
     def _plain_or_new(self, name: str) -> Path:
-        """A path in the run that is a plain file or nothing yet: opening a link would lead out of the run."""
+        """Return the path of a plain file or of none yet: opening a link would lead out of the run."""
         path = self.path / name
         try:
             require_plain_target(path)
@@ -232,14 +139,12 @@ class RunDirectory:
             raise DataError(f"{path}: expected a plain file; got {problem.strerror}.") from problem
         return path
 
-    # -- what it is
-
     @property
     def manifest(self) -> dict[str, Any]:
-        """What the run is: name, id, start, versions, seeds; raises DataError if damaged."""
+        """Name, id, start, versions and seeds of the run; raises DataError if damaged."""
         found = read_object(self.path, "manifest.json")
-        for key, kind in MANIFEST.items():
-            if key in found and not isinstance(found[key], kind | None if key in _OPTIONAL else kind):
+        for key, kind in MANIFEST_KEYS.items():
+            if key in found and not isinstance(found[key], kind | None if key in NULLABLE_KEYS else kind):
                 wanted = "text" if kind is str else "true or false" if kind is bool else f"a {kind.__name__}"
                 raise DataError(
                     f"{self.path / 'manifest.json'}: expected {wanted} for {key!r}; got {str(found[key])[:60]!r}. "
@@ -265,8 +170,6 @@ class RunDirectory:
     def write_spec(self, text: str) -> None:
         """Keep the resolved declaration; raises StorageError."""
         write_atomic(self.path / "spec.toml", text)
-
-    # -- how it goes
 
     def status(self) -> dict[str, Any]:
         """The last status, {} before the first; raises DataError if damaged."""
@@ -343,10 +246,8 @@ class RunDirectory:
         return read_lines(self.path, "events.jsonl")
 
     def alerts(self) -> list[str]:
-        """What went wrong and was no error, in order; raises DataError as `events` does."""
-        return [str(event.get("message")) for event in self.events() if event.get("kind") in ALERTS]
-
-    # -- its folders
+        """Messages of the events that need attention, in order; raises DataError as `events` does."""
+        return [str(event.get("message")) for event in self.events() if event.get("kind") in ALERT_KINDS]
 
     @property
     def checkpoints(self) -> Path:
@@ -375,54 +276,3 @@ class RunDirectory:
 def _is_after(row: Mapping[str, Any], epoch: int) -> bool:
     found = row.get("epoch")
     return isinstance(found, int | float) and found > epoch
-
-
-def _fresh_folder(parent: Path) -> Path:
-    """A folder of its own even for runs of the same second; raises OSError."""
-    parent.mkdir(parents=True, exist_ok=True)
-    for _ in range(100):
-        with suppress(FileExistsError):
-            folder = parent / _run_id()
-            folder.mkdir()
-            return folder
-    raise FileExistsError(errno.EEXIST, f"a hundred run ids that were all taken in {parent}")
-
-
-# ---------------------------------------------------------------------------------------------- finding runs
-
-
-def _is_run(folder: Path) -> bool:
-    try:
-        return stat.S_ISREG((folder / "manifest.json").lstat().st_mode)
-    except (OSError, ValueError):
-        return False
-
-
-def folders(parent: Path) -> list[Path]:
-    """The folders in ``parent``, no links and nothing hidden, [] if it cannot be read."""
-    try:
-        with os.scandir(parent) as entries:
-            found = [e.name for e in entries if not e.name.startswith(".") and e.is_dir(follow_symlinks=False)]
-    except (OSError, ValueError):
-        return []
-    return [parent / name for name in sorted(found)]
-
-
-def _newest(folders: list[Path]) -> list[Path]:
-    """The run whose id is the latest, as a list of one or none."""
-    return sorted(filter(_is_run, folders), key=lambda folder: folder.name)[-1:]
-
-
-def _candidates(path: str, root: Path) -> Iterator[Path]:
-    """Where ``path`` may mean a run, in the order of precedence."""
-    if path == "latest":
-        yield from _newest([run for name in folders(root) for run in folders(name)])
-        return
-    for folder in (Path(path), root / path, root / slug(path)):
-        yield folder
-        yield from _newest(folders(folder))
-
-
-def _names_near(path: Path, root: Path) -> list[str]:
-    runs = folders(path.parent) + folders(root)
-    return sorted({folder.name for folder in runs})

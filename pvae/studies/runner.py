@@ -20,7 +20,9 @@ from typing import IO, TYPE_CHECKING, Any
 from pvae.component import IMPORTED
 from pvae.errors import DataError, Interrupted, OutputError
 from pvae.experiment.experiment import Experiment
-from pvae.runs.rundir import RunDirectory, folders, slug
+from pvae.runs.find import folders
+from pvae.runs.names import slug
+from pvae.runs.rundir import RunDirectory
 from pvae.studies.cases import Case
 from pvae.studies.shelf import Shelf, standing
 from pvae.studies.sweep import SECOND, Measure

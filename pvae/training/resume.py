@@ -13,8 +13,9 @@ from pvae.experiment.experiment import Experiment, Plan
 from pvae.pair.pair import Pair
 from pvae.runs import checkpoint
 from pvae.runs.export.exporting import exporting, remembered, require
+from pvae.runs.names import slug
 from pvae.runs.run import Run
-from pvae.runs.rundir import RunDirectory, slug
+from pvae.runs.rundir import RunDirectory
 from pvae.training import loop
 from pvae.training.keeping import newest, restore
 from pvae.training.launch import freeze, learns, pick_device, recorder

@@ -15,8 +15,10 @@ from typing import TYPE_CHECKING, Any, final
 from pvae.data.rows.cache import cache_folder
 from pvae.errors import BusyError, CheckpointError, DataError, OutputError
 from pvae.runs import checkpoint
+from pvae.runs.find import folders
 from pvae.runs.listing import list_runs
-from pvae.runs.rundir import STALE_AFTER_SECONDS, RunDirectory, folders
+from pvae.runs.owner import STALE_AFTER_SECONDS
+from pvae.runs.rundir import RunDirectory
 from pvae.util.checks import one_line
 from pvae.util.files import MIB, walk
 
@@ -222,11 +224,11 @@ def _surplus(folder: Path) -> list[tuple[Path, str]]:
     """Checkpoints older than the newest that are kept; only such count as read."""
     paths = [] if folder.is_symlink() else checkpoint.newest_first(folder)
     sound = 0
-    for i, path in enumerate(paths if len(paths) > checkpoint.KEEP else ()):
+    for i, path in enumerate(paths if len(paths) > checkpoint.KEPT_CHECKPOINTS else ()):
         with suppress(CheckpointError):
             checkpoint.read(path)
             sound += 1
-        if sound == checkpoint.KEEP:
+        if sound == checkpoint.KEPT_CHECKPOINTS:
             return [(old, f"older than the {sound} newest that read") for old in paths[i + 1 :]]
     return []
 

@@ -22,8 +22,9 @@ from pvae.errors import CheckpointError, DataError
 from pvae.experiment.experiment import Experiment
 from pvae.pair.pair import Pair
 from pvae.runs import checkpoint
+from pvae.runs.owner import is_stale
 from pvae.runs.run import Run, chosen, load_weights
-from pvae.runs.rundir import STATES, RunDirectory, is_stale
+from pvae.runs.rundir import RUN_STATES, RunDirectory
 from pvae.training.diagnose import bad_weights
 from pvae.training.evaluation import evaluate
 from pvae.training.trainer import State
@@ -142,8 +143,8 @@ class _Look:
         """The status reads; a run whose process is gone, or that could not write, is told."""
         self.status = self.run.files.status()
         state = self.status.get("state", "created")
-        if state not in (*STATES, "created"):
-            raise DataError(f"{self.path / 'status.json'}: expected a state of {', '.join(STATES)}; got {state!r}.")
+        if state not in (*RUN_STATES, "created"):
+            raise DataError(f"{self.path / 'status.json'}: expected a state of {', '.join(RUN_STATES)}; got {state!r}.")
         said = f"{state}, epoch {self.status.get('epoch', 0)} of {self.status.get('epochs', '?')}"
         if state == "running" and not self._live:
             yield Check("status.json", "warning", f"{said}, but its process is gone", "Go on with pvae resume.")

@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from pvae.errors import CheckpointError, DeclarationError, StorageError
-from pvae.runs import checkpoint
+from pvae.runs import checkpoint, packing
 
 HERE = Path(__file__).parents[2]
 
@@ -64,7 +64,7 @@ def edit_manifest(path: Path, change: Callable[[dict[str, Any]], object]) -> Non
 # -- what is written comes back
 
 
-@pytest.mark.parametrize("dtype", sorted(checkpoint._DTYPES, key=str), ids=str)
+@pytest.mark.parametrize("dtype", sorted(packing.DTYPES, key=str), ids=str)
 def test_every_dtype_comes_back_bit_for_bit(tmp_path: Path, dtype: torch.dtype) -> None:
     size = torch.empty((), dtype=dtype).element_size()
     raw = torch.randint(0, 2 if dtype == torch.bool else 256, (6 * size,), dtype=torch.uint8)
@@ -207,7 +207,7 @@ WRITER = """
 import os, sys
 from pathlib import Path
 import torch
-from pvae import checkpoint
+from pvae.runs import checkpoint
 torch.set_num_threads(1)
 folder = Path(sys.argv[1])
 
@@ -336,7 +336,7 @@ LIMITED = """
 import resource, sys
 from pathlib import Path
 import torch
-from pvae import checkpoint
+from pvae.runs import checkpoint
 from pvae.errors import StorageError
 folder = Path(sys.argv[1])
 checkpoint.write(folder, 1, {"weights": {"w": torch.ones(10)}}, {"first": True})

@@ -22,9 +22,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pvae.errors import BusyError, DataError, DeclarationError, Interrupted, OutputError, StorageError
-from pvae.runs import rundir
+from pvae.runs import find, owner
 from pvae.runs.listing import list_runs
-from pvae.runs.rundir import RunDirectory, slug
+from pvae.runs.names import slug
+from pvae.runs.rundir import RunDirectory
 from pvae.util import files
 from pvae.util.files import write_atomic
 from pvae.util.provenance import provenance
@@ -145,9 +146,9 @@ def test_17_runs_of_the_same_second_are_apart(tmp_path: Path) -> None:
 def test_17_a_run_id_that_is_taken_is_drawn_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """FAULTS 17."""
     ids = iter(["same", "same", "same", "other"])
-    monkeypatch.setattr(rundir, "_run_id", lambda: next(ids))
+    monkeypatch.setattr(find, "new_run_id", lambda: next(ids))
     assert [RunDirectory.create(tmp_path, "vamp").path.name for _ in range(2)] == ["same", "other"]
-    monkeypatch.setattr(rundir, "_run_id", lambda: "same")
+    monkeypatch.setattr(find, "new_run_id", lambda: "same")
     with pytest.raises(OutputError, match="a hundred run ids"):
         RunDirectory.create(tmp_path, "vamp")
 
@@ -162,7 +163,7 @@ def test_42_a_root_that_cannot_be_written_is_an_output_error(tmp_path: Path) -> 
 
 def test_open_takes_a_path_a_name_a_name_with_id_and_latest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ids = iter(["20260101T000000Z-ffffffff", "20260102T000000Z-00000000", "20260103T000000Z-00000000"])
-    monkeypatch.setattr(rundir, "_run_id", lambda: next(ids))
+    monkeypatch.setattr(find, "new_run_id", lambda: next(ids))
     first, second, other = (RunDirectory.create(tmp_path / "runs", name) for name in ("my vamp", "my vamp", "vq"))
     monkeypatch.chdir(tmp_path)
     table: list[tuple[Path | str, RunDirectory]] = [
@@ -567,7 +568,7 @@ def test_leaving_the_lock_keeps_a_state_that_was_set(run: RunDirectory) -> None:
     ("fields", "state"),
     [
         ({"host": HOST, "pid": os.getpid()}, "running"),
-        ({"host": HOST, "pid": os.getpid(), "birth": rundir._birth(os.getpid())}, "running"),
+        ({"host": HOST, "pid": os.getpid(), "birth": owner.birth_of(os.getpid())}, "running"),
         ({"host": HOST, "pid": os.getpid(), "heartbeat": lambda: ago(days=3)}, "running"),  # a long epoch on this host
         ({"host": HOST, "pid": os.getpid(), "birth": "12"}, "stale"),  # the pid was given to another process
         ({"host": HOST, "pid": 0}, "stale"),

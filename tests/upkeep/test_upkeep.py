@@ -33,7 +33,8 @@ from pvae import cli
 from pvae.data.rows.cache import cache_folder
 from pvae.errors import DataError, DeclarationError
 from pvae.runs import checkpoint
-from pvae.runs.rundir import RunDirectory, utc_now
+from pvae.runs.names import utc_now
+from pvae.runs.rundir import RunDirectory
 from pvae.upkeep import clean as cleaning
 from pvae.upkeep import doctor
 from pvae.upkeep.clean import Cleaning, clean

@@ -1,0 +1,43 @@
+"""Names of run folders and times in files of a run. Standard library only."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import unicodedata
+from datetime import UTC, datetime
+
+RESERVED_SLUGS = frozenset(["latest", "con", "nul", "prn", "aux"])
+LONGEST_SLUG = 64
+
+
+def slug(name: str) -> str:
+    """Return a safe folder name: 1 to 64 ASCII letters, digits, ``.``, ``_``, ``-``; a safe name stays as it is.
+
+    A name that keeps no character, is too long or is reserved gets a digest, so that names stay different.
+    """
+    plain = unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode()
+    kept = re.sub(r"[^A-Za-z0-9._-]+", "-", plain).strip("-._")
+    if kept and len(kept) <= LONGEST_SLUG and kept.lower() not in RESERVED_SLUGS:
+        return kept
+    digest = hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()[:8]
+    return f"{kept[: LONGEST_SLUG - 9] or 'run'}-{digest}"
+
+
+def utc_now() -> str:
+    """Return the time in UTC, ISO 8601 with milliseconds."""
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
+
+
+def new_run_id() -> str:
+    """Return the time in UTC and 8 random hexadecimal digits."""
+    return f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{os.urandom(4).hex()}"
+
+
+def age_seconds(time: object, until: datetime | None = None) -> float | None:
+    """Return the seconds from an ISO time to ``until`` (now), or None where ``time`` is no such time."""
+    try:
+        return ((until or datetime.now(UTC)) - datetime.fromisoformat(str(time))).total_seconds()
+    except (ValueError, TypeError):
+        return None
