@@ -210,8 +210,6 @@ def _misplaced_posteriors(e: Experiment) -> Iterator[Finding]:
 
 COLDEST = 1e-6
 """Least temperature: below it single precision holds no relaxed one-hot but a hard one."""
-MOMENTS = 1000
-"""Of training, at which a schedule is asked."""
 
 
 def _negative_schedules(e: Experiment) -> Iterator[Finding]:
@@ -230,7 +228,7 @@ def _negative_schedules(e: Experiment) -> Iterator[Finding]:
         if latent.temperature is not None:
             asked.append((("latents", name, "temperature"), latent.temperature, COLDEST, epochs, "a temperature"))
     for loc, schedule, least, length, what in asked:
-        lowest = min(schedule.at(length * moment / MOMENTS, length) for moment in range(MOMENTS + 1))
+        lowest = min(schedule.at(moment, length) for moment in schedule.extremes(length))
         if lowest < least:
             yield loc, f"{what} of at least {least:g} all through training", lowest
 

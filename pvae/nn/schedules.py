@@ -29,7 +29,11 @@ class Schedule(Component):
 
     @abstractmethod
     def at(self, epoch: float, epochs: float) -> float:
-        """The value after `epoch` (fractional) of `epochs` epochs."""
+        """Return the value after `epoch` (fractional) of `epochs` epochs."""
+
+    def extremes(self, epochs: float) -> tuple[float, ...]:
+        """Return moments of `epochs` epochs among which the least and the largest value lie, if it is monotone."""
+        return tuple(epochs * part / 20 for part in range(21))
 
 
 @final
@@ -110,6 +114,9 @@ class Cyclical(Schedule):
 
     def at(self, epoch: float, epochs: float) -> float:
         return self.start + (self.end - self.start) * progress(epoch % self.epochs, self.epochs * self.ramp)
+
+    def extremes(self, epochs: float) -> tuple[float, ...]:
+        return 0.0, math.nextafter(min(self.epochs * self.ramp, epochs), 0.0)  # at the end of a cycle it starts anew
 
 
 class Scheduled(nn.Module):
