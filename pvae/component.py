@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import json
 import pkgutil
-from collections.abc import Callable, Iterator
+import types
+from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import entry_points
-from typing import Annotated, Any, ClassVar, Self, TypeVar
+from typing import Annotated, Any, ClassVar, Self, TypeVar, Union, get_args, get_origin
 
 from pydantic import (
     BaseModel,
@@ -24,11 +26,19 @@ from pydantic import (
     SerializationInfo,
     model_validator,
 )
-from pydantic_core import CoreSchema, InitErrorDetails, PydanticCustomError, ValidationError, core_schema
+from pydantic_core import (
+    CoreSchema,
+    ErrorDetails,
+    InitErrorDetails,
+    PydanticCustomError,
+    ValidationError,
+    core_schema,
+)
 
 from pvae.errors import DeclarationError, near
 
 T = TypeVar("T")
+S = TypeVar("S", bound=BaseModel)
 
 Table = Annotated[T, Field(strict=False)]
 """A nested table: a dict is accepted where an instance is expected; the values inside stay strict."""
@@ -44,7 +54,7 @@ Names = Annotated[tuple[str, ...], Field(strict=False)]
 
 ENTRY_POINT_GROUP = "pvae.components"
 IMPORTED: list[str] = []
-"""Modules that `load_plugins` imported by name, for the record of a run."""
+"""Modules that `load_plugins` imported by name; a run records them."""
 
 
 class Section(BaseModel):
@@ -56,7 +66,7 @@ class Section(BaseModel):
 
     @model_validator(mode="after")
     def _holdable(self) -> Self:
-        """Numbers go to torch: integers that it cannot count to, or what single precision cannot hold, are refused."""
+        """Refuse numbers that torch cannot hold: too large an integer, or a float beyond single precision."""
         wrong = [
             InitErrorDetails(
                 type=PydanticCustomError("too_large", "{wanted}", {"wanted": wanted}), loc=loc, input=found
@@ -76,7 +86,7 @@ LARGEST_FLOAT = 3.4e38
 
 
 def _numbers(loc: tuple[int | str, ...], value: Any) -> Iterator[tuple[tuple[int | str, ...], int | float]]:
-    """Numbers in a field, each with its place."""
+    """Yield the numbers in a field, each with its path."""
     if isinstance(value, tuple):
         for index, item in enumerate(value):
             yield from _numbers((*loc, index), item)
@@ -85,14 +95,14 @@ def _numbers(loc: tuple[int | str, ...], value: Any) -> Iterator[tuple[tuple[int
 
 
 def _too_large(number: int | float) -> str:
-    """What is expected in place of a number that is too large; nothing for others."""
+    """Return the text of what is expected in place of a number that is too large; "" for others."""
     if isinstance(number, int):
         return f"an integer of at most {LARGEST_INTEGER}" if abs(number) > LARGEST_INTEGER else ""
     return f"a number that single precision holds, at most {LARGEST_FLOAT:g}" if abs(number) > LARGEST_FLOAT else ""
 
 
 class Component(Section):
-    """A table with a ``kind``: a direct subclass is a family, what is below it are its members."""
+    """A table with a ``kind``: a direct subclass is a family, and the classes below it are its members."""
 
     tag: ClassVar[str] = "kind"
     default: ClassVar[str | None] = None
@@ -101,7 +111,7 @@ class Component(Section):
 
     @classmethod
     def is_family(cls) -> bool:
-        """True for ``Prior``, ``Network`` and the like; False for their members."""
+        """Return True for ``Prior``, ``Network`` and the like; False for their members."""
         return any(Section in base.__bases__ for base in cls.__bases__)
 
     @classmethod
@@ -132,7 +142,7 @@ class Component(Section):
 
     @staticmethod
     def _table(part: Component, info: SerializationInfo) -> dict[str, Any]:
-        """A member as a table, its kind first."""
+        """Return a member as a table, its kind first."""
         return {
             part.tag: getattr(part, part.tag),
             **part.model_dump(exclude_none=bool(info.exclude_none), exclude_unset=bool(info.exclude_unset)),
@@ -152,12 +162,12 @@ class Component(Section):
 
     @classmethod
     def shorthand_schema(cls) -> list[dict[str, Any]]:
-        """JSON Schema of the forms that `shorthand` accepts."""
+        """Return the JSON Schemas of the forms that `shorthand` accepts."""
         return []
 
     @classmethod
     def parse(cls, value: Any) -> Self:
-        """The member that ``value`` names: an instance, a table with the tag, or a bare kind."""
+        """Return the member that ``value`` names: an instance, a table with the tag, or a bare kind."""
         if isinstance(value, cls):
             return value
         table = {cls.tag: value} if isinstance(value, str) else cls.shorthand(value)
@@ -178,7 +188,7 @@ class Component(Section):
 
     @classmethod
     def shorthand(cls, value: Any) -> Any:
-        """A family may accept another form (a bare number for a schedule): turn it into a table."""
+        """Return another form that a family accepts (a bare number for a schedule) as a table."""
         return value
 
 
@@ -218,3 +228,97 @@ def load_plugins(modules: tuple[str, ...] = (), *, report: Callable[[str], None]
             hint = f" Give its name, {name[:-3]}, without .py." if name.endswith(".py") else ""
             raise DeclarationError(f"--import {name}: expected an importable module; got {error}.{hint}") from error
         IMPORTED.append(name)
+
+
+# ---------------------------------------------------------------------- problems of a declaration, in words
+
+
+def from_table(kind: type[S], raw: Any, origin: str) -> S:
+    """Return the table that nested dicts declare.
+
+    Arguments:
+        kind: class of the table.
+        raw: the nested dicts, as TOML gives them.
+        origin: file or call that the messages name first.
+
+    Raises:
+        DeclarationError: every problem, each as `origin: dotted.path: expected ...; got ...`.
+    """
+    try:
+        return kind.model_validate(raw)
+    except ValidationError as error:
+        raise DeclarationError([f"{origin}: {describe(found, raw, kind)}" for found in error.errors()]) from None
+
+
+def _unwrap(annotation: Any) -> Any:
+    """Return a type without Annotated and Optional."""
+    origin = get_origin(annotation)
+    if origin is Annotated:
+        return _unwrap(get_args(annotation)[0])
+    if origin in (Union, types.UnionType):
+        rest = [a for a in get_args(annotation) if a is not type(None)]
+        return _unwrap(rest[0])
+    return annotation
+
+
+def table_at(raw: Any, path: Sequence[Any], root: type[BaseModel]) -> tuple[Any, type[BaseModel] | None]:
+    """Return the raw value at a path of a declaration, and the class that validates it; None for what is unknown."""
+    value: Any = raw
+    kind: Any = root
+    for part in path:
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            field = kind.model_fields.get(str(part))
+            kind = _unwrap(field.annotation) if field else None
+        else:
+            kind = _unwrap(get_args(kind)[-1]) if get_origin(kind) in (dict, tuple) else None
+        value = value.get(part) if isinstance(value, dict) else None
+        kind = _member(kind, value)
+    return value, kind if isinstance(kind, type) and issubclass(kind, BaseModel) else None
+
+
+def _member(kind: Any, value: Any) -> Any:
+    """Return the member that a table names, or its family where it names none; any other type as it is."""
+    if isinstance(kind, type) and issubclass(kind, Component) and kind.is_family():
+        name = value.get(kind.tag, kind.default) if isinstance(value, dict) else value
+        return kind.members.get(name, kind) if isinstance(name, str) else kind
+    return kind
+
+
+def describe(error: ErrorDetails, raw: Any, root: type[BaseModel]) -> str:
+    """Return a finding of pydantic as `dotted.path: expected ...; got ... (did you mean ...)`."""
+    loc = tuple(part for part in error["loc"] if part != "[key]")
+    path = ".".join(str(part) for part in loc) or "(the whole file)"
+    if error["type"] == "extra_forbidden":
+        _, kind = table_at(raw, loc[:-1], root)
+        known = sorted(kind.model_fields) if kind else []
+        wanted = f"one of {', '.join(known)}" if known else "no such key"
+        hint = near(str(loc[-1]), known) or _elsewhere(str(loc[-1]), root)
+        return f"{path}: expected {wanted}; got an unknown key{hint}."
+    if error["type"] == "missing":
+        return f"{path}: expected a value; got none."
+    message = error["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+    if "; got" in message:
+        return f"{path}: expected {message}."
+    return f"{path}: expected {message}; got {_short(error['input'])}{error.get('ctx', {}).get('near', '')}."
+
+
+def _elsewhere(key: str, root: type[BaseModel]) -> str:
+    """Return a hint at the table that has a key, where it was written one or two tables too high."""
+    tables = {
+        name: type(field.default) for name, field in root.model_fields.items() if isinstance(field.default, Section)
+    }
+    for outer, kind in list(tables.items()):
+        inner = kind.model_fields.items()
+        tables |= {f"{outer}.{name}": type(f.default) for name, f in inner if isinstance(f.default, Section)}
+    found = [f"{table}.{key}" for table, kind in tables.items() if key in kind.model_fields]
+    return f" (did you mean {found[0]!r}?)" if found else ""
+
+
+def _short(value: Any) -> str:
+    """Return a value as a message shows it, in at most 60 characters."""
+    if value is None:
+        return "none"
+    if isinstance(value, BaseModel):
+        return type(value).__name__
+    text = json.dumps(value, default=str) if not isinstance(value, bytes) else repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

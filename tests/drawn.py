@@ -25,7 +25,9 @@ from pvae.component import Component, Shape
 from pvae.data.rows.columns import Column
 from pvae.data.rows.prepare import Binarize
 from pvae.errors import DeclarationError
-from pvae.experiment.experiment import Experiment, Latent, Refit, Train, Watch
+from pvae.experiment.experiment import Experiment, Refit
+from pvae.experiment.latent import Latent
+from pvae.experiment.plan import Train, Watch
 from pvae.graph.link import Link
 from pvae.graph.site import Site
 from pvae.guides.encoders import Encoder

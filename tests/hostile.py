@@ -29,7 +29,8 @@ from pvae.data.rows.columns import Column
 from pvae.data.sources.tabular import FrameSource
 from pvae.errors import DataError, DeclarationError, DeviceError, NonFiniteError, PvaeError
 from pvae.experiment import zoo
-from pvae.experiment.experiment import Experiment, Train
+from pvae.experiment.experiment import Experiment
+from pvae.experiment.plan import Train
 from pvae.runs import checkpoint
 from pvae.runs.listing import list_runs
 from pvae.runs.run import Run

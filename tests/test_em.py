@@ -25,7 +25,8 @@ from pvae.analysis import evidence, surgery
 from pvae.data import Dataset
 from pvae.distributions.factored_normal import FactoredNormal
 from pvae.errors import DataError, DeclarationError
-from pvae.experiment.experiment import Experiment, Train
+from pvae.experiment.experiment import Experiment
+from pvae.experiment.plan import Train
 from pvae.graph.column_law import Law
 from pvae.models.likelihoods.base import Likelihood
 from pvae.models.likelihoods.closed_form import ClosedForm

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 import pvae
 from pvae.analysis import evidence, surgery
 from pvae.errors import CheckpointError, DataError, DeclarationError, DeviceError, NonFiniteError, StorageError
-from pvae.experiment.experiment import Experiment, Train
+from pvae.experiment.experiment import Experiment
+from pvae.experiment.plan import Train
 from pvae.objectives.base import Loss, TraceELBO
 from pvae.runs import checkpoint
 from pvae.runs.run import load_weights

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pvae.analysis.decompose.surgery import surgery
 from pvae.data import Dataset
-from pvae.experiment.experiment import Plan
+from pvae.experiment.plan import Plan
 from pvae.pair.pair import Pair
 from pvae.util import seeds
 

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import ValidationError
 from torch import Tensor
 from torch.distributions import constraints
 from torch.utils.data import Dataset as TorchDataset
 
+from pvae.component import from_table
 from pvae.data.rows.arrays import AnyArray, Array, Stored
 from pvae.data.rows.files import require_room
 from pvae.data.rows.prepare import Prepared, extremes, prepare, scaled
@@ -417,12 +417,7 @@ def _shared(x: AnyArray, parts: dict[str, Part]) -> list[str]:
 
 
 def _declared_frame(raw: Mapping[str, Any]) -> FrameSource:
-    from pvae.experiment.experiment import describe
-
-    try:
-        return FrameSource.model_validate(raw)
-    except ValidationError as error:
-        raise DeclarationError([f"from_frame: {describe(e, raw)}" for e in error.errors()]) from None
+    return from_table(FrameSource, raw, "from_frame")
 
 
 def _pair(part: Any) -> tuple[Any, Any]:

@@ -24,7 +24,9 @@ from pvae.objectives.base import IWAE
 from pvae.objectives.em import EM
 
 if TYPE_CHECKING:
-    from pvae.experiment.experiment import Experiment, Latent, Plan, Refit
+    from pvae.experiment.experiment import Experiment, Refit
+    from pvae.experiment.latent import Latent
+    from pvae.experiment.plan import Plan
 
 Finding = tuple[tuple[str, ...], str, Any]
 

@@ -16,7 +16,8 @@ from pvae.data import Dataset, Split, load
 from pvae.data.sources.python import TensorSource
 from pvae.data.sources.tabular import FrameSource
 from pvae.errors import CheckpointError, DataError, DeclarationError
-from pvae.experiment.experiment import Experiment, Plan
+from pvae.experiment.experiment import Experiment
+from pvae.experiment.plan import Plan
 from pvae.pair.pair import Pair
 from pvae.runs import checkpoint
 from pvae.runs.rundir import RunDirectory

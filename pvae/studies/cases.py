@@ -16,7 +16,8 @@ from pvae.data.sources.python import TensorSource
 from pvae.data.sources.tabular import FrameSource
 from pvae.errors import DeclarationError, near
 from pvae.experiment import zoo
-from pvae.experiment.experiment import Experiment, apply_overrides
+from pvae.experiment.experiment import Experiment
+from pvae.experiment.overrides import apply_overrides
 from pvae.studies.sweep import FIRST, SECOND, Measure, StudyFile, Sweep, find, validated
 from pvae.training.refit import stage_of
 from pvae.util import toml
@@ -242,7 +243,9 @@ def _bare(error: DeclarationError) -> list[str]:
 def _experiment(file: StudyFile, setting: _Setting) -> Experiment:
     """The declaration with its values set; a run is called by study and label."""
     raw: dict[str, Any] = copy.deepcopy(dict(setting.raw))
-    apply_overrides(raw, [(tuple(path.split(".")), copy.deepcopy(value)) for path, value in setting.changes])
+    apply_overrides(
+        raw, [(tuple(path.split(".")), copy.deepcopy(value)) for path, value in setting.changes], Experiment
+    )
     name = file.name if setting.label == file.name else f"{file.name} {setting.label}"
     found = Experiment.from_dict({**raw, "name": name[:250]}, origin="\0")
     if isinstance(found.data, TensorSource | FrameSource):
@@ -268,7 +271,7 @@ def _second_stage(sweep: Sweep, case: Case, name: str) -> Experiment:
         return stage
     raw = first.model_dump(exclude_none=True, exclude_unset=True)
     overrides = toml.flat(copy.deepcopy(next(refit.overrides for refit in sweep.refits if refit.label == name)))
-    apply_overrides(raw, [(tuple(path.split(".")), value) for path, value in overrides.items()])
+    apply_overrides(raw, [(tuple(path.split(".")), value) for path, value in overrides.items()], Experiment)
     return stage_of(first, Experiment.from_dict({**raw, "name": f"{first.name}, {name}"[:300]}, origin="\0"))
 
 

@@ -9,11 +9,10 @@ from math import prod
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, field_validator
 
-from pvae.component import Names, Section, Table
+from pvae.component import Names, Section, Table, from_table
 from pvae.errors import DeclarationError
-from pvae.experiment.experiment import describe
 from pvae.util.toml import find as find_declared
 from pvae.util.toml import flat
 
@@ -97,10 +96,7 @@ def validated(raw: dict[str, Any], origin: str) -> StudyFile:
     if "sweep" not in raw:
         raise DeclarationError(f"{origin}: sweep: expected a table; got none. Fit one experiment with: pvae fit FILE.")
     own = {key: value for key, value in raw.items() if key in StudyFile.model_fields}
-    try:
-        file = StudyFile.model_validate(own)
-    except ValidationError as error:
-        raise DeclarationError([f"{origin}: {describe(e, own, StudyFile)}" for e in error.errors()]) from None
+    file = from_table(StudyFile, own, origin)
     foreign = sorted(raw.keys() - StudyFile.model_fields.keys()) if file.sweep.specs else []
     problems = [f"{key}: expected in the files of sweep.specs; got it beside them. Move it there." for key in foreign]
     problems += _problems(file.sweep)

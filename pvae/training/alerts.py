@@ -14,7 +14,8 @@ from torch.distributions import Categorical, OneHotCategorical
 from pvae.distributions.codes import Certain
 from pvae.distributions.factored_normal import FactoredNormal
 from pvae.distributions.relaxed import Discretised
-from pvae.experiment.experiment import Experiment, Plan
+from pvae.experiment.experiment import Experiment
+from pvae.experiment.plan import Plan
 from pvae.pair.code_usage import code_usage, grid_of
 from pvae.pair.layout import samples, unwrapped
 from pvae.pair.pair import Pair

@@ -11,7 +11,8 @@ from pvae.data import Dataset, load
 from pvae.data.sources.python import TensorSource, is_bare
 from pvae.data.sources.tabular import FrameSource, Tabular
 from pvae.errors import DeclarationError
-from pvae.experiment.experiment import Experiment, Plan, Train
+from pvae.experiment.experiment import Experiment
+from pvae.experiment.plan import Plan, Train
 from pvae.experiment.rules import refused
 from pvae.objectives.base import Objective, TraceMeanFieldELBO
 from pvae.pair.pair import Pair

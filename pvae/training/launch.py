@@ -13,7 +13,7 @@ from torch import Tensor
 from pvae.component import IMPORTED
 from pvae.data import Dataset
 from pvae.errors import DeclarationError, DeviceError
-from pvae.experiment.experiment import Plan
+from pvae.experiment.plan import Plan
 from pvae.pair.pair import Pair
 from pvae.runs import checkpoint
 from pvae.runs.export.exporting import exporting

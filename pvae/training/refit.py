@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from pvae.errors import DeclarationError
-from pvae.experiment.experiment import Experiment, Plan
+from pvae.experiment.experiment import Experiment
+from pvae.experiment.plan import Plan
 from pvae.objectives.base import TraceELBO
 from pvae.runs.export.exporting import require
 from pvae.runs.run import Run, attended, load_weights

@@ -9,7 +9,8 @@ import torch
 
 from pvae.data import Dataset
 from pvae.errors import CheckpointError, DataError, DeclarationError
-from pvae.experiment.experiment import Experiment, Plan
+from pvae.experiment.experiment import Experiment
+from pvae.experiment.plan import Plan
 from pvae.pair.pair import Pair
 from pvae.runs import checkpoint
 from pvae.runs.export.exporting import exporting, remembered, require

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from pvae.data import Dataset
 from pvae.errors import printable
-from pvae.experiment.experiment import Plan
+from pvae.experiment.plan import Plan
 from pvae.nn.schedules import Scheduled
 from pvae.objectives.base import Fitting, Loss, Stepper
 from pvae.pair.pair import Pair

@@ -1,0 +1,112 @@
+"""The Pyro pair that a declaration builds."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from pvae.component import Shape
+from pvae.errors import DeclarationError, is_refused_draw
+from pvae.graph.frame import Frame
+from pvae.graph.link import Link
+from pvae.graph.site import OBSERVED, Site
+from pvae.guides.graph import GraphGuide
+from pvae.models.graph import GraphModel
+from pvae.models.priors.codes import prior_of
+from pvae.nn.schedules import Constant, Scheduled
+from pvae.pair.pair import Pair
+from pvae.util.memory import weighed
+
+if TYPE_CHECKING:
+    from pvae.experiment.experiment import Experiment
+
+
+def build_pair(experiment: Experiment, frame: Frame) -> Pair:
+    """Return the pair of a declaration, adopted; its weights are drawn from `torch.manual_seed(experiment.seed)`.
+
+    Raises:
+        DeclarationError: it would not fit into memory, or a distribution is not finite before training.
+    """
+    link = weighed(lambda: linked_parts(experiment, frame))
+    link.building = True
+    try:
+        pair = Pair(link.model, link.guide).adopt(torch.zeros(2, *frame.row))
+    except (RuntimeError, ValueError) as error:
+        if not is_refused_draw(error):
+            raise
+        raise DeclarationError(
+            f"Expected distributions that are finite before training; got: {str(error).splitlines()[0][:200]}. "
+            f"Look at scales, log_variance bounds and temperatures."
+        ) from error
+    experiment.objective.attach(pair)
+    link.building = False
+    return pair
+
+
+def linked_parts(experiment: Experiment, frame: Frame) -> Link:
+    """Return the model and guide of a declaration, which have never run; the same weights each time."""
+    torch.manual_seed(experiment.seed)
+    link, sites, guide_sites = Link(), experiment.sites(), experiment.guide_sites()
+    link.frame, link.support = frame, experiment.observed().support
+    known: dict[str, Shape] = {OBSERVED: frame.x, **frame.shapes}
+    known |= {site.name: site.features for site in sites}
+    priors = {}
+    for site in sites:
+        with at(f"latents.{site.name}.prior"):
+            above = {name: known[name] for name in site.given}
+            priors[site.name] = prior_of(experiment.latents[site.name].prior, site, above, link)
+    with at("decoder"):
+        declared = experiment.observed()
+        decoder = declared.build({name: known[name] for name in experiment.decoder_given()}, frame.x)
+    link.model = GraphModel(
+        sites, priors, decoder, frame, codebooks(experiment, sites), temperatures(experiment, sites)
+    )
+    reader = declared.likelihood.reader()
+    known[OBSERVED] = frame.x if reader is None else reader.output
+    reading = [site for site in guide_sites if experiment.latents[site.name].posterior.reads_features]
+    with at("encoder"):
+        encoder = experiment.encoder.build(known, reading) if reading else None
+    inputs = {site.name: {name: known[name] for name in site.guide_given} for site in guide_sites}
+    inputs |= encoder.shapes if encoder is not None else {}
+    posteriors = {}
+    for site in guide_sites:
+        with at(f"latents.{site.name}.posterior"):
+            posteriors[site.name] = experiment.latents[site.name].posterior.build(site, inputs[site.name], link)
+    link.guide = GraphGuide(guide_sites, encoder, posteriors, frame, link, reader)
+    return link
+
+
+def codebooks(experiment: Experiment, sites: tuple[Site, ...]) -> dict[str, nn.Module]:
+    """Return the codebooks of the latents that have an embedding."""
+    found = {}
+    for site in sites:
+        latent = experiment.latents[site.name]
+        if site.codes is not None and latent.embedding is not None:
+            found[site.name] = latent.posterior.codebook(site.codes, latent.embedding)
+    return found
+
+
+def temperatures(experiment: Experiment, sites: tuple[Site, ...]) -> dict[str, nn.Module]:
+    """Return the temperatures of the relaxed latents."""
+    relaxed = [site.name for site in sites if experiment.latents[site.name].posterior.is_relaxed]
+    return {name: Scheduled(experiment.latents[name].temperature or Constant(value=2 / 3)) for name in relaxed}
+
+
+@contextmanager
+def at(path: str) -> Iterator[None]:
+    """Put the path of a table before problems that name no latent."""
+    try:
+        yield
+    except DeclarationError as error:
+        raise DeclarationError([_located(problem, path) for problem in error.problems]) from None
+
+
+def _located(problem: str, path: str) -> str:
+    if problem.startswith("latents."):
+        return problem
+    return f"{path}.{problem}" if re.match(r"\w+: ", problem) else f"{path}: {problem}"

@@ -1,0 +1,143 @@
+"""Latents and covariates of a declaration."""
+
+from __future__ import annotations
+
+import math
+from math import prod
+from typing import Any, Self
+
+from pydantic import Field, model_validator
+
+from pvae.component import Ints, Names, Section
+from pvae.graph.prompts import Vocabulary, split
+from pvae.graph.site import Site, Values
+from pvae.guides.posteriors.base import Posterior
+from pvae.guides.posteriors.codes import BernoulliPosterior, CategoricalPosterior
+from pvae.guides.posteriors.exact import ExactPosterior
+from pvae.guides.posteriors.normal import NormalPosterior
+from pvae.models.priors.base import Prior
+from pvae.models.priors.codes import BernoulliPrior, CategoricalPrior
+from pvae.models.priors.normal import StandardNormal
+from pvae.nn.schedules import Schedule
+
+
+class Latent(Section):
+    """One latent variable: its size, its place in the model's graph, its prior and posterior."""
+
+    dim: int | None = Field(default=None, gt=0, le=100_000)
+    """Number of coordinates of a real vector."""
+    codes: int | None = Field(default=None, gt=1, le=1_000_000)
+    """Number of values of a code; then prior and posterior are those of codes."""
+    grid: Ints | None = Field(default=None, min_length=1, max_length=2)
+    """Shape of a grid of codes, `[7, 7]` or `[20]`; a single code by default."""
+    embedding: int | None = Field(default=None, gt=0, le=100_000)
+    """Width of a learned codebook, whose row stands for a code in networks; a one-hot by default."""
+    temperature: Schedule | None = None
+    """Temperature of a relaxed posterior and its prior, which share one; 2/3 by default."""
+    bits: int | None = Field(default=None, gt=0, le=100_000)
+    """Number of elements of a vector of 0 and 1; then prior and posterior are those of bits."""
+    given: Names = ()
+    """Parents in the model: latents and covariates."""
+    prior: Prior = StandardNormal()
+    posterior: Posterior = NormalPosterior()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults_of_codes(cls, raw: Any) -> Any:
+        if not isinstance(raw, dict):
+            return raw
+        if raw.get("codes") is not None:
+            usual = ExactPosterior() if raw.get("grid") is None else CategoricalPosterior()
+            return {"prior": CategoricalPrior(), "posterior": usual, **raw}
+        if raw.get("bits") is not None:
+            return {"prior": BernoulliPrior(), "posterior": BernoulliPosterior(), **raw}
+        return raw
+
+    @model_validator(mode="after")
+    def _one_size(self) -> Self:
+        sizes = {"dim": self.dim, "codes": self.codes, "bits": self.bits}
+        found = [name for name, size in sizes.items() if size is not None]
+        if len(found) != 1:
+            raise ValueError(
+                f"one of dim (a real vector), codes (a discrete latent) and bits (a vector of 0 and 1); "
+                f"got {' and '.join(found) or 'none'}"
+            )
+        for name in ("grid", "embedding"):
+            if getattr(self, name) is not None and self.codes is None:
+                raise ValueError(f"{name} with codes alone; got {name} with {found[0]}")
+        if self.temperature is not None and not self.posterior.is_relaxed:
+            raise ValueError("a temperature with a relaxed posterior alone (relaxed_onehot, straight_through); got one")
+        if self.posterior.carries and self.codes is not None and self.embedding is None:
+            raise ValueError("embedding, the width of the codebook, with the posterior nearest_code; got none")
+        return self
+
+    @property
+    def values(self) -> Values:
+        """Values of the latent, before its posterior relaxes it."""
+        return "real" if self.dim is not None else "index" if self.codes is not None else "binary"
+
+    @property
+    def sampled(self) -> Values:
+        """Values that are sampled."""
+        return "relaxed" if self.posterior.is_relaxed else self.values
+
+    @property
+    def log_states(self) -> float:
+        """Logarithm of the number of joint states of a discrete latent; infinite for a vector."""
+        if self.codes is not None:
+            return prod(self.grid or ()) * math.log(self.codes)
+        return math.inf if self.bits is None else self.bits * math.log(2)
+
+    def site(self, name: str) -> Site:
+        """Return the latent as model and guide see it."""
+        grid = self.grid or ()
+        size = (self.dim or self.bits or 0,)
+        event = {"real": size, "binary": size, "index": grid, "relaxed": (*grid, self.codes or 0)}[self.sampled]
+        return Site(
+            name,
+            event,
+            size if self.codes is None else (self.embedding or self.codes, *grid),
+            given=self.given,
+            guide_given=self.guide_given,
+            codes=self.codes,
+            grid=grid,
+            values=self.sampled,
+            hard=self.posterior.is_hard,
+            carries=self.posterior.carries,
+            has_twin="index" in self.prior.values,
+            summed=self.posterior.summed,
+        )
+
+    @property
+    def guide_given(self) -> tuple[str, ...]:
+        """Parents in the guide: as declared, and those in the model for a posterior that reads p(z | parents)."""
+        above = self.given if self.posterior.reads_prior else ()
+        return tuple(dict.fromkeys((*self.posterior.given, *above)))
+
+
+class Covariate(Section):
+    """A label that is known of every datum and is not modelled, as a number or in words."""
+
+    codes: int | None = Field(default=None, gt=1, le=100_000)
+    """Number of values, 0 .. codes - 1."""
+    words: Names | None = Field(default=None, min_length=2)
+    """A text (prompt) for each label; the model reads its words, and later any other words of the vocabulary."""
+
+    @model_validator(mode="after")
+    def _one_form(self) -> Self:
+        if (self.codes is None) == (self.words is None):
+            found = "neither" if self.codes is None else "both"
+            raise ValueError(f"either codes (a label) or words (a text for each label); got {found}")
+        if self.words is not None and not all(map(split, self.words)):
+            raise ValueError(f"words: at least one word or number in every text; got {list(self.words)}")
+        return self
+
+    @property
+    def labels(self) -> int:
+        """Number of labels."""
+        return len(self.words) if self.words is not None else self.codes or 0
+
+    @property
+    def vocabulary(self) -> Vocabulary | None:
+        """Vocabulary of the words; None for numbers."""
+        return None if self.words is None else Vocabulary.of(self.words)
