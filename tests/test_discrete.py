@@ -39,7 +39,9 @@ from pvae.guides.posteriors.base import Posterior
 from pvae.guides.posteriors.nearest import NearestCodePosterior
 from pvae.nn.codebook import SMOOTHING, NearestCodebook
 from pvae.nn.schedules import Exponential
-from pvae.objectives.base import IWAE, Loss, Objective, TraceELBO, TraceMeanFieldELBO
+from pvae.objectives.base import Loss, Objective
+from pvae.objectives.elbo import TraceELBO, TraceMeanFieldELBO
+from pvae.objectives.iwae import IWAE
 from pvae.pair.pair import Pair
 from pvae.training.begin import begin
 from pvae.training.evaluation import evaluate

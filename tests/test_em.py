@@ -30,7 +30,8 @@ from pvae.experiment.plan import Train
 from pvae.graph.column_law import Law
 from pvae.models.likelihoods.base import Likelihood
 from pvae.models.likelihoods.closed_form import ClosedForm
-from pvae.objectives.base import Loss, TraceELBO
+from pvae.objectives.base import Loss
+from pvae.objectives.elbo import TraceELBO
 from pvae.objectives.em import EM
 from pvae.pair.pair import Pair
 from pvae.runs import checkpoint
@@ -423,8 +424,8 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "no closed form": (
         {"latents": {"c": CODE}, "decoder": {"network": "table", "likelihood": "discretized_logistic"}},
-        r"decoder\.likelihood: expected one with a closed form \(bernoulli, normal, multivariate_normal, categorical, "
-        r"poisson\) for the objective em; got \"discretized_logistic\"",
+        r"decoder\.likelihood: expected one with a closed form \(poisson, bernoulli, categorical, normal, "
+        r"multivariate_normal\) for the objective em; got \"discretized_logistic\"",
     ),
     "beta": (
         {"latents": {"c": CODE}, "decoder": TABLE, "objective": {"kind": "em", "beta": 0.5}},

@@ -32,7 +32,8 @@ from pvae.experiment.experiment import Experiment
 from pvae.models.invertible import BijectionModule, BijectionNetwork
 from pvae.models.priors.base import Prior
 from pvae.models.priors.flows import FlowPrior
-from pvae.objectives.base import IWAE, TraceELBO, TraceMeanFieldELBO
+from pvae.objectives.elbo import TraceELBO, TraceMeanFieldELBO
+from pvae.objectives.iwae import IWAE
 from pvae.pair.densities import closed_kl
 from pvae.pair.pair import Pair
 from pvae.training.evaluation import evaluate

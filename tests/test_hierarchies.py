@@ -25,7 +25,8 @@ from pvae.analysis import evidence, surgery
 from pvae.errors import DeclarationError
 from pvae.experiment.experiment import Experiment
 from pvae.guides.posteriors.topdown import TOP_DOWN
-from pvae.objectives.base import IWAE, TraceELBO, TraceMeanFieldELBO
+from pvae.objectives.elbo import TraceELBO, TraceMeanFieldELBO
+from pvae.objectives.iwae import IWAE
 from pvae.pair.pair import Pair
 from pvae.training.evaluation import evaluate
 from tests.laws import require_gradients, slope_along

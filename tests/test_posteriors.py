@@ -26,7 +26,8 @@ from pvae.analysis.decompose.draws import draw, quiet
 from pvae.errors import DeclarationError
 from pvae.experiment.experiment import Experiment
 from pvae.guides.posteriors.flows import GatedStep, PushedNormal
-from pvae.objectives.base import IWAE, TraceELBO
+from pvae.objectives.elbo import TraceELBO
+from pvae.objectives.iwae import IWAE
 from pvae.pair.pair import Pair
 from pvae.training.evaluation import evaluate
 from tests.laws import require_gradients, slope_along

@@ -20,7 +20,7 @@ import pvae
 from pvae.data import Data, load
 from pvae.errors import CheckpointError, DataError, DeclarationError, NonFiniteError
 from pvae.experiment.experiment import Experiment
-from pvae.objectives.base import TraceMeanFieldELBO
+from pvae.objectives.elbo import TraceMeanFieldELBO
 from pvae.runs.run import chosen
 from pvae.runs.rundir import RunDirectory
 from pvae.training.diagnose import first_bad_site

@@ -169,7 +169,7 @@ def test_shipped_studies_expand(name):
 AGG = {"label": "agg", "overrides": {"latents.z.prior.kind": "aggregated"}}
 BAD: dict[str, tuple[dict[str, Any], str]] = {
     "lengths": ({"zip": {"train.epochs": [1, 2], "seed": [1]}}, "sweep.zip: expected lists of one length; got"),
-    "labels alone": ({"zip": {"label": ["a"]}}, "sweep.zip: expected what the labels are of; got labels alone"),
+    "labels alone": ({"zip": {"label": ["a"]}}, "sweep.zip: expected labels with values; got labels alone"),
     "label twice": ({"zip": {"train.epochs": [1, 2], "label": ["a", "a"]}}, "expected a name of its own for each row"),
     "label is text": ({"zip": {"train.epochs": [1], "label": [True]}}, "sweep.zip.label: expected texts of 1 to 100"),
     "seed as a path": ({"grid": {"seed": [1]}}, "got 'seed'. Use sweep.seeds."),

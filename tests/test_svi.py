@@ -24,7 +24,8 @@ from pvae.analysis import evidence, surgery
 from pvae.errors import CheckpointError, DataError, DeclarationError, DeviceError, NonFiniteError, StorageError
 from pvae.experiment.experiment import Experiment
 from pvae.experiment.plan import Train
-from pvae.objectives.base import Loss, TraceELBO
+from pvae.objectives.base import Loss
+from pvae.objectives.elbo import TraceELBO
 from pvae.runs import checkpoint
 from pvae.runs.run import load_weights
 from pvae.training.evaluation import evaluate

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 from pvae.analysis import evidence, surgery
 from pvae.errors import DeclarationError
-from pvae.objectives.base import Loss, TraceELBO
+from pvae.objectives.base import Loss
+from pvae.objectives.elbo import TraceELBO
 from pvae.pair.pair import Pair
 
 # ---------------------------------------------------------------------- the VAE

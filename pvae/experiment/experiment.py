@@ -28,7 +28,7 @@ from pvae.graph.site import OBSERVED, Site, topological
 from pvae.guides.encoders import Encoder, SharedEncoder
 from pvae.models.decoders import Decoder
 from pvae.models.priors.base import Prior
-from pvae.objectives.base import TraceELBO
+from pvae.objectives.elbo import TraceELBO
 from pvae.pair.pair import Pair
 from pvae.util import toml
 

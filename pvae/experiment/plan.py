@@ -15,7 +15,8 @@ from pvae.experiment.overrides import apply_overrides
 from pvae.nn.optimizers import Adam, Optimizer
 from pvae.nn.precision import Precision
 from pvae.nn.schedules import Constant, Schedule
-from pvae.objectives.base import Objective, TraceELBO
+from pvae.objectives.base import Objective
+from pvae.objectives.elbo import TraceELBO
 from pvae.util import toml
 
 

@@ -20,8 +20,8 @@ from pvae.models.priors.base import Prior
 from pvae.models.priors.codes import CategoricalPrior, UniformPrior
 from pvae.nn.dense import Table as NetworkTable
 from pvae.nn.schedules import Schedule
-from pvae.objectives.base import IWAE
 from pvae.objectives.em import EM
+from pvae.objectives.iwae import IWAE
 
 if TYPE_CHECKING:
     from pvae.experiment.experiment import Experiment, Refit

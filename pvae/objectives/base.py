@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal, Self, final
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor, nn
 
 from pvae.component import Component
-from pvae.errors import DeclarationError
-from pvae.guides.posteriors.base import PosteriorModule
 from pvae.nn.precision import Precision, products_in
 from pvae.nn.schedules import Constant, Schedule
-from pvae.pair.densities import sum_over
 from pvae.pair.pair import Pair
 from pvae.pair.terms import Terms
 
@@ -115,164 +111,9 @@ class Objective(Component):
         """What keeps a pair from being fitted to `rows` training rows by this objective, one line each."""
         return []
 
-    def no_free_scores(self, pair: Pair) -> list[str]:
-        """Free bits are no part of the cost that a score function weighs."""
-        if not self.free_bits or not pair.layout.scored:
-            return []
-        names = ", ".join(pair.layout.scored)
-        return [f"objective.free_bits: expected 0 beside a score function ({names}); got {self.free_bits}."]
-
     def stepper(self, fitting: Fitting) -> Stepper | None:
         """What fits the pair instead of gradient steps; None for those."""
         return None
-
-    def penalised(self, loss: Tensor, terms: Terms) -> Tensor:
-        """A loss plus the batch means of what is added beside the ELBO (commitment and the like)."""
-        return sum_over([loss, *(value.mean() for value in terms.penalties.values())]) if terms.penalties else loss
-
-    def estimated(self, loss: Tensor, terms: Terms, beta: Tensor) -> Tensor:
-        """A loss with the gradient of draws that carry none: the score function of every such latent.
-
-        That is (gain - baseline) grad log q, gain = reconstruction - beta * sum of KLs, without the latent's own KL
-        where that is in closed form. The value stays as it is. With several particles the mean of the others is taken
-        off as well (which leaves the gradient unbiased); a network's baseline is brought nearer to the gain by their
-        squared difference.
-        """
-        for name, score in terms.scores.items():
-            others = [kl for site, kl in terms.kl.items() if score.own_kl or site != name]
-            gain = terms.reconstruction - (beta * sum_over(others) if others else 0.0)
-            gain = gain.detach()
-            score.note(gain)
-            left = gain if score.baseline is None else gain - score.baseline.detach()
-            if left.dim() > 1:
-                left = (left - left.mean(0)) * (len(left) / (len(left) - 1))
-            loss = loss - (left * (score.log_q - score.log_q.detach())).mean()
-            if score.learns and score.baseline is not None:
-                error = (score.baseline - gain).square().mean()
-                loss = loss + (error - error.detach())
-        return loss
-
-    def minus_elbo(self, terms: Terms, beta: Tensor) -> Tensor:
-        """beta * sum of batch-mean KLs, each at least `free_bits`, minus the reconstruction."""
-        reconstruction, *kl = terms.means
-        if self.free_bits:
-            kl = [mean.clamp(min=self.free_bits) for mean in kl]
-        return torch.addcmul(-reconstruction, beta, sum_over(kl)) if kl else -reconstruction
-
-
-@final
-class TraceELBO(Objective):
-    """Monte Carlo ELBO, E_q[log p(x, z) - log q(z | x)] with one draw: equal to Pyro's `Trace_ELBO` divided by n.
-
-    References:
-        Auto-Encoding Variational Bayes (Kingma, Welling, 2013), https://arxiv.org/abs/1312.6114
-    """
-
-    kind: Literal["trace_elbo"] = "trace_elbo"
-    particles: int = Field(default=1, gt=0)
-    """Draws per datum."""
-
-    def terms(self, pair: Pair, x: Tensor, rows: int | None = None) -> Terms:
-        """See `Objective.terms`."""
-        return pair.terms(x, particles=self.particles, rows=rows, expected=True)
-
-    def loss(self, terms: Terms, beta: Tensor) -> Tensor:
-        """Minus the ELBO estimate."""
-        return self.estimated(self.penalised(self.minus_elbo(terms, beta), terms), terms, beta)
-
-    def misfits(self, pair: Pair, rows: int) -> list[str]:
-        """See `Objective.misfits`."""
-        return self.no_free_scores(pair)
-
-
-@final
-class TraceMeanFieldELBO(Objective):
-    """The ELBO with KL(q(z_l | .) || p(z_l | .)) in closed form wherever torch knows it.
-
-    Valid when, for every latent, neither side's parents are inferred from it; other guides are refused.
-    """
-
-    kind: Literal["trace_mean_field_elbo"] = "trace_mean_field_elbo"
-
-    def terms(self, pair: Pair, x: Tensor, rows: int | None = None) -> Terms:
-        """See `Objective.terms`."""
-        return pair.terms(x, closed_form=True, rows=rows, expected=True)
-
-    def loss(self, terms: Terms, beta: Tensor) -> Tensor:
-        """Minus the ELBO estimate."""
-        return self.estimated(self.penalised(self.minus_elbo(terms, beta), terms), terms, beta)
-
-    def misfits(self, pair: Pair, rows: int) -> list[str]:
-        """See `Objective.misfits`."""
-        return self.no_free_scores(pair)
-
-
-@final
-class IWAE(Objective):
-    """The importance-weighted bound, E log 1/K sum_k p(x, z_k) / q(z_k | x).
-
-    Draws that carry no gradient have that of their score function, whose baseline is the bound with this draw's weight
-    replaced by the geometric mean of the others' (VIMCO); a posterior's own average is not needed, and not moved.
-
-    References:
-        Importance Weighted Autoencoders (Burda, Grosse, Salakhutdinov, 2015), https://arxiv.org/abs/1509.00519
-        Variational Inference for Monte Carlo Objectives (Mnih, Rezende, 2016), https://arxiv.org/abs/1602.06725
-    """
-
-    kind: Literal["iwae"] = "iwae"
-    particles: int = Field(default=8, gt=1)
-    """K, draws per datum."""
-
-    @model_validator(mode="after")
-    def _no_free_bits(self) -> Self:
-        if self.free_bits:
-            raise ValueError("free_bits = 0 with iwae: the bound has no KL term to leave free; use trace_elbo")
-        return self
-
-    def terms(self, pair: Pair, x: Tensor, rows: int | None = None) -> Terms:
-        """See `Objective.terms`."""
-        return pair.terms(x, particles=self.particles, rows=rows)
-
-    def misfits(self, pair: Pair, rows: int) -> list[str]:
-        """See `Objective.misfits`."""
-        found = []
-        if names := ", ".join(pair.layout.expected):
-            found.append(
-                f"objective.kind: expected trace_elbo with {names}, whose states are summed over; got iwae. Or let the "
-                f"posterior draw: estimator = 'score'."
-            )
-        for name, part in pair.named_modules():
-            if isinstance(part, PosteriorModule) and part.learns_baseline:
-                key = f"latents.{name.rpartition('.')[2]}.posterior.baseline"
-                found.append(f"{key}: expected 'none' or 'average' with iwae; got 'network'.")
-        if names := ", ".join(pair.layout.shared):
-            found.append(f"objective.kind: expected trace_elbo with global latents ({names}); got iwae.")
-        return found
-
-    def loss(self, terms: Terms, beta: Tensor) -> Tensor:
-        """Minus the bound; with beta the KL inside the weights is scaled."""
-        log_weight = terms.reconstruction - beta * sum_over(list(terms.kl.values()))
-        bound = torch.logsumexp(log_weight, 0) - math.log(self.particles)
-        loss = self.penalised(-bound.mean(), terms)
-        if not terms.scores:
-            return loss
-        if names := ", ".join(name for name, score in terms.scores.items() if score.learns):
-            raise DeclarationError(f"{names}: expected no baseline network under iwae; got one. Set baseline = 'none'.")
-        with torch.no_grad():
-            left, share = bound - self.without_each(log_weight), beta * log_weight.softmax(0)
-        for score in terms.scores.values():  # the KL holds log q without its gradient: d bound / d log q = -share
-            gain = left * score.log_q - share * score.weighed
-            loss = loss - (gain - gain.detach()).sum(0).mean()
-        return loss
-
-    @staticmethod
-    def without_each(log_weight: Tensor) -> Tensor:
-        """The bound with each of K log-weights `(K, n)` replaced by the mean of the others, `(K, n)`."""
-        k = len(log_weight)
-        own = torch.eye(k, dtype=torch.bool, device=log_weight.device).unsqueeze(-1)
-        others = log_weight.expand(k, -1, -1)
-        mean = torch.where(own, 0.0, others).sum(1, keepdim=True) / (k - 1)
-        return torch.where(own, mean, others).logsumexp(1) - math.log(k)
 
 
 class Loss(nn.Module):

@@ -19,6 +19,7 @@ from pvae.models.priors.base import MixtureWeights
 from pvae.nn.dense import TableModule
 from pvae.nn.schedules import Constant
 from pvae.objectives.base import Fitting, Objective, Stepper
+from pvae.objectives.elbo import minus_elbo
 from pvae.pair.enumeration import read_table
 from pvae.pair.pair import Pair
 from pvae.pair.terms import Terms
@@ -76,15 +77,13 @@ class EM(Objective):
         return self
 
     def terms(self, pair: Pair, x: Tensor, rows: int | None = None) -> Terms:
-        """See `Objective.terms`."""
         return pair.terms(x, rows=rows)
 
     def loss(self, terms: Terms, beta: Tensor) -> Tensor:
         """Minus log p(x): a diagnosis; nothing follows its gradient."""
-        return self.minus_elbo(terms, beta)
+        return minus_elbo(terms, beta)
 
     def misfits(self, pair: Pair, rows: int) -> list[str]:
-        """See `Objective.misfits`."""
         try:
             codes = Mixture.of(pair).codes
         except DeclarationError as error:
@@ -92,7 +91,6 @@ class EM(Objective):
         return [] if codes <= rows else [f"codes: expected at most {rows}, one for each training row; got {codes}."]
 
     def stepper(self, fitting: Fitting) -> Stepper:
-        """See `Objective.stepper`."""
         return Iteration(self, fitting)
 
 

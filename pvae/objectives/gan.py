@@ -172,7 +172,6 @@ class GAN(Objective):
         pair.critic = Critic(network, frame)
 
     def misfits(self, pair: Pair, rows: int) -> list[str]:
-        """See `Objective.misfits`."""
         if not pair.implicit:
             return ["pair: expected a declared pair for the objective gan, which has a critic; got another."]
         model = pair.model
@@ -188,7 +187,6 @@ class GAN(Objective):
         ]
 
     def stepper(self, fitting: Fitting) -> Stepper:
-        """See `Objective.stepper`."""
         return Duel(self, fitting)
 
     def measure(self, pair: Pair, x: Tensor | Streamed, seed: int) -> dict[str, float]:

@@ -22,40 +22,40 @@ from pvae.studies.sweep import FIRST, SECOND, Measure, StudyFile, Sweep, find, v
 from pvae.training.refit import stage_of
 from pvae.util import toml
 
-SHOWN = 40
-"""Problems that are told."""
+MAX_LISTED_PROBLEMS = 40
+"""Problems that an error lists; of others it gives the number."""
 
 
 @dataclass(frozen=True, eq=False)
 class Case:
-    """One run of a study: a resolved declaration, and what sets it apart."""
+    """One run of a study: a resolved declaration, with the values that distinguish it."""
 
     label: str
     parts: tuple[str, ...]
-    """What the label is made of: declaration, row, values."""
+    """Parts of the label: declaration, row, values."""
     seed: int
     stage: str
     """`fit`; `refit` for the second stage that the declaration asks for; else the label of a `[[sweep.refits]]`."""
     experiment: Experiment
     differences: Mapping[str, str]
-    """What was set for it, by dotted path."""
+    """Values that the sweep set, by dotted path."""
     parent: Case | None = None
-    """Of a second stage: the first."""
+    """The first stage of a second one; else None."""
 
     @property
     def key(self) -> tuple[str, int, str]:
-        """(label, seed, stage): one of a kind in a study."""
+        """Return (label, seed, stage), unique in a study."""
         return self.label, self.seed, self.stage
 
     @property
     def title(self) -> str:
-        """The case in words."""
+        """Return the case in words."""
         stage = "" if self.stage == FIRST else f", {self.stage}"
         return f"{self.label}{stage}, seed {self.seed}"
 
     @cached_property
     def digest(self) -> str:
-        """Of the declaration without names: what a finished run is recognised by."""
+        """Digest of the declaration without its names, by which a finished run is found."""
         return self.experiment.digest()
 
 
@@ -68,7 +68,7 @@ class Declared:
     origin: str
     """The name or file it was loaded by."""
     cases: tuple[Case, ...]
-    """First stages, each followed by its second ones."""
+    """First stages, each followed by its second stages."""
     measure: Measure
 
     @classmethod
@@ -106,7 +106,7 @@ class _Setting:
 
 
 def _settings(file: StudyFile, raw: Mapping[str, Any], path: Path) -> list[_Setting]:
-    """Declarations x rows x combinations, in this order; labels are of one kind each."""
+    """Return declarations x rows x combinations, in this order."""
     sweep = file.sweep
     own = {key: value for key, value in raw.items() if key != "sweep"}
     bases = _read_specs(sweep.specs, path) if sweep.specs else {"": own}
@@ -123,7 +123,7 @@ def _settings(file: StudyFile, raw: Mapping[str, Any], path: Path) -> list[_Sett
 
 
 def _read_specs(specs: Sequence[str], study: Path) -> dict[str, dict[str, Any]]:
-    """The declarations by name; raises DeclarationError with every one that is not there, or elsewhere."""
+    """Return the declarations by name; raises DeclarationError with every one that is missing, or in another folder."""
     found, problems = {}, []
     for spec in specs:
         try:
@@ -137,7 +137,7 @@ def _read_specs(specs: Sequence[str], study: Path) -> dict[str, dict[str, Any]]:
 
 
 def _spec_file(spec: str, folder: Path) -> Path:
-    """A zoo name's file, or one below `folder`: a study that was handed on reads nothing else."""
+    """Return the file of a zoo name, or one below `folder`; a study from elsewhere can read no other file."""
     if spec in zoo.names():
         return zoo.FOLDER / f"{spec}.toml"
     path = (folder / spec).resolve() if "\0" not in spec else folder
@@ -149,7 +149,7 @@ def _spec_file(spec: str, folder: Path) -> Path:
 
 
 def _rows(zipped: Mapping[str, Sequence[Any]]) -> list[tuple[str, list[tuple[str, Any]]]]:
-    """Label and values of each zipped row; one without values where nothing is zipped."""
+    """Return label and values of each zipped row; one row without values where nothing is zipped."""
     paths = [path for path in zipped if path != "label"]
     if not paths:
         return [("", [])]
@@ -162,7 +162,7 @@ def _rows(zipped: Mapping[str, Sequence[Any]]) -> list[tuple[str, list[tuple[str
 
 
 def _combinations(grid: Mapping[str, Sequence[Any]]) -> list[tuple[list[str], list[tuple[str, Any]]]]:
-    """Label parts and values of each combination, the last path varying fastest."""
+    """Return label parts and values of each combination, the last path varying fastest."""
     paths = list(grid)
     axes = [zip(_named(paths, path, grid[path]), grid[path], strict=True) for path in paths]
     return [
@@ -172,7 +172,7 @@ def _combinations(grid: Mapping[str, Sequence[Any]]) -> list[tuple[list[str], li
 
 
 def _named(paths: Sequence[str], path: str, values: Sequence[Any]) -> list[str]:
-    """Short names of the values of a path: the kind of a table where kinds differ, else the end of the path = value."""
+    """Return short names of the values of a path: the kinds of tables where they differ, else `end of path=value`."""
     kinds = [value.get("kind") if isinstance(value, dict) else None for value in values]
     if None not in kinds and len(set(map(str, kinds))) == len(values):
         return [_short(str(kind)) for kind in kinds]
@@ -182,7 +182,7 @@ def _named(paths: Sequence[str], path: str, values: Sequence[Any]) -> list[str]:
 
 
 def _text(value: Any) -> str:
-    """A value of TOML on one line."""
+    """Return a value of TOML on one line."""
     return value if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False)
 
 
@@ -194,7 +194,7 @@ def _short(text: str) -> str:
 
 
 class _Problems:
-    """Problems with the cases that have them: one of all cases is told once."""
+    """Problems with the cases that have them; a problem of all cases is listed once."""
 
     def __init__(self, origin: str, cases: int) -> None:
         self.origin, self.cases = origin, cases
@@ -211,12 +211,12 @@ class _Problems:
             everywhere = len(cases) == self.cases and self.cases > 1
             told = ["every case"] if everywhere else [f"case {case!r}" for case in cases]
             lines += [f"{self.origin}: {case}: {problem}" for case in told]
-        more = [f"... and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else []
-        return lines[:SHOWN] + more
+        more = [f"... and {len(lines) - MAX_LISTED_PROBLEMS} more"] if len(lines) > MAX_LISTED_PROBLEMS else []
+        return lines[:MAX_LISTED_PROBLEMS] + more
 
 
 def _cases(file: StudyFile, setting: _Setting, problems: _Problems) -> Iterator[Case]:
-    """The runs of a setting, seed by seed; what is wrong is the same for each, and noted once."""
+    """Yield the cases of a setting, seed by seed; problems are the same for each seed, and noted once."""
     try:
         base = _experiment(file, setting)
     except DeclarationError as error:
@@ -236,12 +236,12 @@ def _cases(file: StudyFile, setting: _Setting, problems: _Problems) -> Iterator[
 
 
 def _bare(error: DeclarationError) -> list[str]:
-    """Problems without the origin that `_experiment` and `_second_stage` give them."""
+    """Return the problems without the origin that `_experiment` and `_second_stage` give them."""
     return [problem.removeprefix("\0: ") for problem in error.problems]
 
 
 def _experiment(file: StudyFile, setting: _Setting) -> Experiment:
-    """The declaration with its values set; a run is called by study and label."""
+    """Return the declaration with its values set, named after study and label."""
     raw: dict[str, Any] = copy.deepcopy(dict(setting.raw))
     apply_overrides(
         raw, [(tuple(path.split(".")), copy.deepcopy(value)) for path, value in setting.changes], Experiment
@@ -254,7 +254,7 @@ def _experiment(file: StudyFile, setting: _Setting) -> Experiment:
 
 
 def _stages(sweep: Sweep, case: Case) -> Iterator[str]:
-    """The second stages of a first one: what its declaration asks for, then what the sweep does."""
+    """Yield the second stages of a first one: that of its declaration, then those of the sweep."""
     if case.experiment.refit is not None:
         yield SECOND
     for refit in sweep.refits:
@@ -263,7 +263,7 @@ def _stages(sweep: Sweep, case: Case) -> Iterator[str]:
 
 
 def _second_stage(sweep: Sweep, case: Case, name: str) -> Experiment:
-    """Its declaration; raises DeclarationError where it changes more than priors and training."""
+    """Return the declaration of a second stage; raises DeclarationError if it changes more than priors and training."""
     first = case.experiment
     if name == SECOND:
         stage = first.second_stage()
@@ -276,7 +276,7 @@ def _second_stage(sweep: Sweep, case: Case, name: str) -> Experiment:
 
 
 def _require_distinct(cases: Sequence[Case], problems: _Problems) -> None:
-    """No two cases of one name, and none that declare the same."""
+    """Note cases that share a name, and cases whose declarations are equal."""
     labels = Counter(case.key for case in cases)
     for label in dict.fromkeys(label for (label, _, _), count in labels.items() if count > 1):
         problems.add(label, ["expected a label of its own; got it twice. Name the rows with sweep.zip.label."])

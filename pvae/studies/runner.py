@@ -1,4 +1,4 @@
-"""The runs of a study in independent processes: begun, gone on with, waited for, measured."""
+"""Runs of a study in independent processes: started, resumed, waited for, measured."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ if TYPE_CHECKING:
     from filelock import FileLock
 
 ENTRY = "study-work"
-"""The command of a child process: it reads what to do from standard input."""
+"""Command of a child process, which reads its job from standard input."""
 POLL_SECONDS = 0.1
 LOOK_SECONDS = 2.0
-"""Between two looks at what another process holds."""
+"""Seconds between two checks of a run that another process holds."""
 DONE = frozenset(["finished", "found", "failed", "stopped"])
 CLAIMS = ".studies"
 
@@ -46,7 +46,7 @@ CLAIMS = ".studies"
 
 @dataclass
 class Task:
-    """The work of one process: a first stage with the second that it declares, or a second stage of the study."""
+    """Work of one process: a first stage with the second that it declares, or a second stage of the study."""
 
     cases: tuple[Case, ...]
     state: str = "waiting"
@@ -61,16 +61,16 @@ class Task:
 
     @property
     def case(self) -> Case:
-        """The first of its cases."""
+        """Return the first of its cases."""
         return self.cases[0]
 
     @property
     def title(self) -> str:
-        """What it works on, in words."""
+        """Return the case in words."""
         return self.case.title
 
     def now(self, root: Path) -> Mapping[str, Any]:
-        """The status of the run that its process works on; {} before it has one."""
+        """Return the status of the run that its process works on; {} before there is one."""
         for case in reversed(self.cases) if self.process is not None else ():
             for path in reversed(folders(root / slug(case.experiment.name))):
                 with suppress(DataError):
@@ -81,7 +81,7 @@ class Task:
 
 
 def tasks_of(cases: Sequence[Case]) -> list[Task]:
-    """One task for each first stage and each second stage of the sweep, in order."""
+    """Return one task for each first stage and each second stage of the sweep, in order."""
     second = {case.parent: case for case in cases if case.stage == SECOND}
     return [
         Task((case, *([second[case]] if case in second else ()))) for case in cases if case.stage != SECOND
@@ -89,18 +89,18 @@ def tasks_of(cases: Sequence[Case]) -> list[Task]:
 
 
 class Runner:
-    """Works tasks off in processes of their own, at most `jobs` at a time.
+    """Runs tasks in processes of their own, at most `jobs` at a time.
 
     Arguments:
-        tasks: what there is to do.
+        tasks: the work.
         root: where runs are kept.
         data_dir: where to look for data first.
         device: as in `fit`.
         jobs: processes at a time.
         threads: of each process.
-        measure: what is measured of a finished run.
+        measure: settings of the figures of a finished run.
         on_change: called with the tasks after every look at them.
-        origin: what `pvae study` was given, to say how to go on.
+        origin: argument of `pvae study`, for the command that continues.
     """
 
     def __init__(
@@ -123,7 +123,7 @@ class Runner:
         self.signal: int | None = None
 
     def run(self) -> None:
-        """Until every task is finished or failed; raises Interrupted where a signal stopped it."""
+        """Run until every task is finished or failed; raises Interrupted after a signal."""
         with self._signals():
             try:
                 while any(task.state not in DONE for task in self.tasks):
@@ -153,7 +153,7 @@ class Runner:
                 self._try(task)
 
     def _try(self, task: Task) -> None:
-        """Begin a task, unless its first stage is missing or another process has it."""
+        """Start a task, unless its first stage is missing or another process has it."""
         if task.case.parent is not None and not self._is_ready(task, task.case.parent):
             return
         task.looked = time.monotonic()
@@ -171,14 +171,14 @@ class Runner:
                 self._let_go(task)
 
     def _is_ready(self, task: Task, parent: Case) -> bool:
-        """Whether the first stage is finished; where it failed the second fails with it."""
+        """Return whether the first stage is finished; if it failed, the second fails too."""
         first = next(other for other in self.tasks if other.case is parent)
         if first.state == "failed":
             task.state, task.error = "failed", "its first stage failed"
         return first.state in ("finished", "found")
 
     def _claim(self, task: Task) -> FileLock | None:
-        """The right to work on a case in this run folder; None while another study has it."""
+        """Take the lock of a case in this run folder; None while another study has it."""
         from filelock import FileLock, Timeout
 
         name = hashlib.sha256("".join(c.digest for c in (task.case, task.case.parent) if c).encode()).hexdigest()[:32]
@@ -193,7 +193,7 @@ class Runner:
         return lock
 
     def _job(self, task: Task) -> dict[str, Any] | None:
-        """What is left to do of a task that this process has claimed; None while a run of it is held, or nothing is."""
+        """Return the rest of a task that this process has claimed; None if a run of it is held, or all is done."""
         runs = [self.shelf.best(case) for case in task.cases]
         states = ["" if run is None else standing(run) for run in runs]
         if "held" in states:
@@ -220,7 +220,7 @@ class Runner:
         spec: Experiment | None = None,
         like: RunDirectory | None = None,
     ) -> dict[str, Any]:
-        """A job as a child process reads it; a run goes on with the threads and the device that it had."""
+        """Return a job for a child process; a resumed run keeps its threads and its device."""
         had = {} if like is None else like.manifest
         return {
             "kind": kind,
@@ -269,7 +269,7 @@ class Runner:
             task.claim = None
 
     def _end_all(self) -> None:
-        """On the way out of an error: nothing goes on unseen."""
+        """End all processes, also after an error."""
         running = [task for task in self.tasks if task.process is not None]
         self._pass_on(signal.SIGTERM)
         for task in running:
@@ -298,7 +298,7 @@ class Runner:
 
 
 def _last_line(told: IO[bytes]) -> str:
-    """The last line that says something, of the end of a file."""
+    """Return the last line of a file that is not blank."""
     told.seek(0, os.SEEK_END)
     told.seek(max(0, told.tell() - 8192))
     lines = [line for line in told.read().decode(errors="replace").splitlines() if line.strip()]

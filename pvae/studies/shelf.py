@@ -1,4 +1,4 @@
-"""Runs found again by what they declare, whatever they are called."""
+"""Runs found by the digest of their declaration, whatever their names."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from pvae.studies.cases import Case
 from pvae.training.refit import parent_of
 
 RANKS = ("finished", "held", "stopped")
-"""What a run is worth to a case, the best first."""
+"""States of a run that a case can use, the best first."""
 
 
 def standing(run: RunDirectory) -> str:
-    """How a run stands: finished, held (a process works on it), stopped (it can be gone on with), or void.
+    """Return the state of a run: finished, held (a process works on it), stopped (it can be resumed), or void.
 
     Raises:
         DataError: its files are damaged.
@@ -37,16 +37,16 @@ def standing(run: RunDirectory) -> str:
 
 
 class Shelf:
-    """The runs below a folder by what they declare; one whose files are damaged is passed over."""
+    """The runs below a folder, found by their declarations; a run whose files are damaged is ignored."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
         self.known: dict[Path, tuple[int, tuple[str, Any]]] = {}
 
     def best(self, case: Case) -> RunDirectory | None:
-        """The run of a case that is furthest: finished, else held, else stopped; the newest of these.
+        """Return the run of a case: a finished one, else a held, else a stopped one; the newest of these.
 
-        A second stage has the first that it is said to have, as far as that was trained.
+        A second stage must name the run of its first stage as the parent, at the epoch that it ended with.
         """
         parent: Mapping[str, Any] | None = None
         if case.parent is not None:
@@ -66,7 +66,7 @@ class Shelf:
         yield from map(RunDirectory, sorted(paths, key=lambda path: path.name, reverse=True))
 
     def _declared(self, run: RunDirectory) -> tuple[str, Any]:
-        """Digest and parent of a run, read once: its declaration is replaced where it changes, never written into."""
+        """Return digest and parent of a run; cached, because a changed declaration is a new file."""
         try:
             age = (run.path / "spec.toml").lstat().st_mtime_ns
         except OSError:

@@ -1,4 +1,4 @@
-"""`pvae.study`: run what a study file declares, and read it off as tables."""
+"""`pvae.study`: run the cases that a study file declares, and show their figures as tables."""
 
 from __future__ import annotations
 
@@ -24,28 +24,28 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 EVIDENCE = 100
-"""Importance samples for each of 500 data behind the comparison's bound on log p(x)."""
+"""Importance samples for each of 500 data in the comparison's bound on log p(x)."""
 Key = tuple[str, int, str]
 """Label of the case, seed, stage (`fit`, `refit`, or the label of a `[[sweep.refits]]`)."""
 
 
 @dataclass(frozen=True)
 class Study:
-    """A study that has been run: its finished runs, and why the others failed."""
+    """A study that has been run: its finished runs, and the errors of the others."""
 
     declared: Declared
     finished: Mapping[Key, RunDirectory]
     failures: Mapping[Key, str]
-    """The last line that a failed case said."""
+    """Last line of the output of each failed case."""
     data_dir: Path | None = None
 
     @cached_property
     def runs(self) -> dict[Key, Run]:
-        """The finished runs by (label, seed, stage), in the order of the study."""
+        """Return the finished runs by (label, seed, stage), in the order of the study."""
         return {key: Run(files, data_dir=self.data_dir) for key, files in self.finished.items()}
 
     def to_frame(self) -> pandas.DataFrame:
-        """One row per finished run.
+        """Return one row per finished run.
 
         Columns: `case`, `seed`, `stage`; a column for each dotted path that was set; of the test split `elbo`,
         `reconstruction`, `kl`, `mutual_information`, `marginal_kl` (estimates) and `iwae` (a lower bound of log p(x)),
@@ -63,9 +63,9 @@ class Study:
         return frame(rows)
 
     def summary(self) -> pandas.DataFrame:
-        """One row per case and stage: the mean of each figure over seeds, and `<figure>_error`, its standard error.
+        """Return one row per case and stage: means over seeds, and their standard errors `<figure>_error`.
 
-        The error is the deviation between seeds by the root of their number; NaN for a single seed.
+        The error is the standard deviation over seeds divided by the root of their number; NaN for a single seed.
         """
         from pvae.analysis.pages.study import summary
 
@@ -105,7 +105,7 @@ class Study:
         write_atomic(folder / "summary.csv", csv(self.summary()))
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain numbers and strings, for JSON; what is not defined is NaN here and null there."""
+        """Return plain numbers and strings for JSON; a figure that is not defined is NaN, and null in JSON."""
         return {
             "study": self.declared.name,
             "description": self.declared.description,
@@ -140,17 +140,18 @@ def study(
 ) -> Study:
     """Run every case of a study in processes of its own, and measure each.
 
-    A run in `run_dir` that declares the same as a case (all but name and description) is the case's run: a finished one
-    is taken as it is, an interrupted one gone on with, one that another process works on waited for. A case that fails
-    stops no other. Figures are kept in the folder of each run, so that a second call costs nothing.
+    A run in `run_dir` whose declaration equals that of a case (but for name and description) is the case's run: if it
+    is finished it is used as it is, if it was interrupted it is resumed, and if another process works on it, it is
+    waited for. A case that fails stops no other. Figures are kept in the folder of each run: a second call is
+    quick.
 
     Arguments:
         file: the name of a study that comes with pvae, or a TOML file with a table `[sweep]`.
         run_dir: where runs are kept.
         data_dir: where to look for data first.
-        device: "auto", "cpu" or "cuda"; a run that is gone on with stays where it was.
+        device: "auto", "cpu" or "cuda"; a resumed run keeps its device.
         jobs: processes at a time; by default as many as there are cores for `threads` each.
-        threads: of each process; a run that is gone on with keeps its own number.
+        threads: of each process; a resumed run keeps its own number.
         progress: show a table on a terminal, a line for each change elsewhere.
 
     Returns:
@@ -158,7 +159,7 @@ def study(
 
     Raises:
         DeclarationError: the study is wrong; every problem of every case, before anything runs.
-        Interrupted: a signal arrived; processes under way wrote checkpoints. The same call goes on.
+        Interrupted: a signal arrived; running processes wrote checkpoints. The same call continues the study.
 
     Example:
         found = pvae.study("priors")
@@ -180,7 +181,7 @@ def study(
 
 
 def _cores() -> int:
-    """Cores that this process may use."""
+    """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -194,7 +195,7 @@ def _read(declared: Declared, root: Path, tasks: Sequence[Task], data_dir: Path 
 
 
 def states(declared: Declared, root: Path) -> list[tuple[Case, str, RunDirectory | None]]:
-    """Every case with its state (finished, held, stopped, or to do) and its run, without running anything."""
+    """Return every case with its state (finished, held, stopped, to do) and its run, without running anything."""
     shelf, found = Shelf(root), []
     for case in declared.cases:
         run = shelf.best(case)
@@ -203,7 +204,7 @@ def states(declared: Declared, root: Path) -> list[tuple[Case, str, RunDirectory
 
 
 class Board:
-    """How a study goes: a table that changes on a terminal, a line for each change elsewhere, or nothing."""
+    """Progress of a study: a live table on a terminal, a line for each change elsewhere, or nothing."""
 
     def __init__(self, name: str, root: Path, *, show: bool = True) -> None:
         self.name, self.root, self.show = name, root, show
@@ -226,7 +227,7 @@ class Board:
             self.live.stop()
 
     def update(self, tasks: Sequence[Task]) -> None:
-        """Say what has changed since the last call."""
+        """Show the changes since the last call."""
         if self.live is not None:
             self.live.update(self.table(tasks))
         elif self.show:
@@ -237,7 +238,7 @@ class Board:
                     print(printable(f"{self.name}: {task.title}: {line}"), file=sys.stderr, flush=True)
 
     def table(self, tasks: Sequence[Task]) -> Table:
-        """What is under way and what failed, with a count of the rest."""
+        """Return a table of the running and the failed tasks, with a count of the finished ones."""
         from rich.table import Table
         from rich.text import Text
 
@@ -256,7 +257,7 @@ class Board:
 
 
 def told(task: Task) -> str:
-    """The state of a task in words."""
+    """Return the state of a task in words."""
     words = {
         "running": task.doing, "held": "waiting for another process that has it", "failed": f"failed: {task.error}",
         "found": "finished before", "stopped": "stopped",

@@ -16,15 +16,15 @@ from pvae.errors import DeclarationError
 from pvae.util.toml import find as find_declared
 from pvae.util.toml import flat
 
-FOLDER = Path(__file__).parent.parent / "analysis" / "studies"
-"""Where the studies that come with pvae lie."""
-MOST = 1000
-"""Runs of one study."""
+STUDIES_FOLDER = Path(__file__).parent.parent / "analysis" / "studies"
+"""Folder of the studies that come with pvae."""
+MAX_RUNS = 1000
+"""Largest number of runs of one study."""
 FIRST, SECOND = "fit", "refit"
-"""The stage of a run that fits a model, and of the second stage that its own declaration asks for."""
+"""Names of the stages: the fit of a model, and the second stage that its own declaration asks for."""
 
-Values = Annotated[tuple[Any, ...], Field(strict=False, min_length=1, max_length=MOST)]
-Seeds = Annotated[tuple[Annotated[int, Field(ge=0, lt=2**32)], ...], Field(strict=False, max_length=MOST)]
+SweptValues = Annotated[tuple[Any, ...], Field(strict=False, min_length=1, max_length=MAX_RUNS)]
+Seeds = Annotated[tuple[Annotated[int, Field(ge=0, lt=2**32)], ...], Field(strict=False, max_length=MAX_RUNS)]
 Label = Annotated[str, Field(min_length=1, max_length=100)]
 
 
@@ -33,45 +33,45 @@ class SecondStage(Section):
 
     label: Label
     of: Names = ()
-    """Which cases: their labels, or parts of them; all unless said."""
+    """Labels of the cases that it is fitted for, or parts of labels; all unless set."""
     overrides: dict[str, Any] = Field(min_length=1)
-    """The new priors and how they are trained, as `pvae refit` takes them."""
+    """The new priors and their training, as `pvae refit` takes them."""
 
 
 class Measure(Section):
-    """What is measured of every finished run."""
+    """Settings of the figures that are measured of every finished run."""
 
     samples: int = Field(default=1, gt=0)
-    """Draws per datum of the surgeries of train and test."""
+    """Samples of z per datum in the surgeries of train and test."""
     evidence: int = Field(default=500, ge=0)
     """Importance samples per test datum; 0 leaves IWAE out."""
     rows: int | None = Field(default=None, gt=1)
-    """At most this many rows of each split, drawn once at random; all unless said."""
+    """Largest number of rows of each split, a random subset; all unless set."""
 
 
 class Sweep(Section):
-    """What varies: every declaration, row and combination, under every seed."""
+    """The table `[sweep]`: every declaration, row and combination is fitted under every seed."""
 
-    specs: Names = Field(default=(), max_length=MOST)
-    """Zoo names, or TOML files below the study's folder; the study's own declaration unless said."""
+    specs: Names = Field(default=(), max_length=MAX_RUNS)
+    """Zoo names, or TOML files below the study's folder; the study's own declaration unless set."""
     seeds: Seeds = ()
-    """The declaration's own unless said."""
-    grid: dict[str, Values] = {}
+    """Seeds of each case; the declaration's own unless set."""
+    grid: dict[str, SweptValues] = {}
     """Values of dotted paths; every combination is a case."""
-    zip: dict[str, Values] = {}
-    """Values of dotted paths that go together, row by row; `label` names the rows."""
+    zip: dict[str, SweptValues] = {}
+    """Values of dotted paths that vary together, row by row; `label` names the rows."""
     refits: Annotated[tuple[Table[SecondStage], ...], Field(strict=False, max_length=100)] = ()
     measure: Table[Measure] = Measure()
 
     @field_validator("grid", "zip", mode="before")
     @classmethod
     def _dotted(cls, raw: Any) -> Any:
-        """A path is one quoted key, or tables within tables: the list of values is where it ends."""
+        """Flatten tables within tables to dotted paths; each ends at its list of values."""
         return flat(raw) if isinstance(raw, dict) else raw
 
 
 class StudyFile(Section):
-    """What a study file holds beside the declaration that it sweeps."""
+    """Keys of a study file beside the declaration that it sweeps."""
 
     name: str = Field(min_length=1, max_length=100)
     description: str = ""
@@ -79,20 +79,20 @@ class StudyFile(Section):
 
 
 def names() -> list[str]:
-    """Names of the studies that come with pvae, sorted."""
-    return sorted(path.stem for path in FOLDER.glob("*.toml"))
+    """Return the names of the studies that come with pvae, sorted."""
+    return sorted(path.stem for path in STUDIES_FOLDER.glob("*.toml"))
 
 
 def find(name_or_file: str) -> Path:
-    """The file that the name of a study or a path means; raises DeclarationError, with near names, for neither."""
-    return find_declared(name_or_file, FOLDER, "a study", "a TOML file with a table [sweep]")
+    """Return the file of a study by its name or path; raises DeclarationError, with similar names, for neither."""
+    return find_declared(name_or_file, STUDIES_FOLDER, "a study", "a TOML file with a table [sweep]")
 
 
 # ---------------------------------------------------------------------- the file
 
 
 def validated(raw: dict[str, Any], origin: str) -> StudyFile:
-    """The study's own keys; raises DeclarationError with every problem of them."""
+    """Return the study's own keys; raises DeclarationError with every problem of them."""
     if "sweep" not in raw:
         raise DeclarationError(f"{origin}: sweep: expected a table; got none. Fit one experiment with: pvae fit FILE.")
     own = {key: value for key, value in raw.items() if key in StudyFile.model_fields}
@@ -106,13 +106,13 @@ def validated(raw: dict[str, Any], origin: str) -> StudyFile:
 
 
 def _problems(sweep: Sweep) -> Iterator[str]:
-    """What is wrong between the keys of a sweep."""
+    """Yield the problems that concern several keys of a sweep."""
     lengths = {path: len(values) for path, values in sweep.zip.items()}
     if len(set(lengths.values())) > 1:
         told = ", ".join(f"{path} {length}" for path, length in lengths.items())
         yield f"sweep.zip: expected lists of one length; got {told}."
     if set(lengths) == {"label"}:
-        yield "sweep.zip: expected what the labels are of; got labels alone. Add a dotted path with its values."
+        yield "sweep.zip: expected labels with values; got labels alone. Add a dotted path with its values."
     yield from _label_problems(sweep.zip.get("label", ()))
     for name in ("specs", "seeds"):
         if len(set(given := getattr(sweep, name))) < len(given):
@@ -123,9 +123,9 @@ def _problems(sweep: Sweep) -> Iterator[str]:
     yield from _path_problems(sweep)
     rows, combinations = max(lengths.values(), default=1), prod(len(values) for values in sweep.grid.values())
     counts = (len(sweep.specs) or 1, rows, combinations, len(sweep.seeds) or 1, 1 + len(sweep.refits))
-    if prod(counts) > MOST:
+    if prod(counts) > MAX_RUNS:
         told = "{} specs x {} rows x {} combinations x {} seeds x {} stages".format(*counts)
-        yield f"sweep: expected at most {MOST} runs; got {prod(counts)} ({told}). Split the study."
+        yield f"sweep: expected at most {MAX_RUNS} runs; got {prod(counts)} ({told}). Split the study."
 
 
 def _label_problems(labels: Sequence[Any]) -> Iterator[str]:
@@ -137,7 +137,7 @@ def _label_problems(labels: Sequence[Any]) -> Iterator[str]:
 
 
 def _path_problems(sweep: Sweep) -> Iterator[str]:
-    """What cannot be swept, or is swept twice."""
+    """Yield the paths that cannot be swept, or are swept twice."""
     paths = [("grid", path) for path in sweep.grid] + [("zip", path) for path in sweep.zip if path != "label"]
     for table, path in paths:
         root = path.partition(".")[0]

@@ -14,7 +14,8 @@ from pvae.errors import DeclarationError
 from pvae.experiment.experiment import Experiment
 from pvae.experiment.plan import Plan, Train
 from pvae.experiment.rules import refused
-from pvae.objectives.base import Objective, TraceMeanFieldELBO
+from pvae.objectives.base import Objective
+from pvae.objectives.elbo import TraceMeanFieldELBO
 from pvae.pair.pair import Pair
 from pvae.runs.export.exporting import require
 from pvae.runs.run import Run, attended

@@ -10,7 +10,7 @@ from typing import Any
 from pvae.errors import DeclarationError
 from pvae.experiment.experiment import Experiment
 from pvae.experiment.plan import Plan
-from pvae.objectives.base import TraceELBO
+from pvae.objectives.elbo import TraceELBO
 from pvae.runs.export.exporting import require
 from pvae.runs.run import Run, attended, load_weights
 from pvae.training.launch import launch, pick_device

@@ -1,0 +1,84 @@
+"""The importance-weighted bound as an objective."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, Self, final
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from pvae.errors import DeclarationError
+from pvae.guides.posteriors.base import PosteriorModule
+from pvae.objectives.base import Objective
+from pvae.objectives.elbo import with_penalties
+from pvae.pair.densities import sum_over
+from pvae.pair.pair import Pair
+from pvae.pair.terms import Terms
+
+
+@final
+class IWAE(Objective):
+    """The importance-weighted bound, E log 1/K sum_k p(x, z_k) / q(z_k | x).
+
+    Draws that carry no gradient have that of their score function, whose baseline is the bound with this draw's weight
+    replaced by the geometric mean of the others' (VIMCO); a posterior's own average is not needed, and not moved.
+
+    References:
+        Importance Weighted Autoencoders (Burda, Grosse, Salakhutdinov, 2015), https://arxiv.org/abs/1509.00519
+        Variational Inference for Monte Carlo Objectives (Mnih, Rezende, 2016), https://arxiv.org/abs/1602.06725
+    """
+
+    kind: Literal["iwae"] = "iwae"
+    particles: int = Field(default=8, gt=1)
+    """K, draws per datum."""
+
+    @model_validator(mode="after")
+    def _no_free_bits(self) -> Self:
+        if self.free_bits:
+            raise ValueError("free_bits = 0 with iwae: the bound has no KL term to leave free; use trace_elbo")
+        return self
+
+    def terms(self, pair: Pair, x: Tensor, rows: int | None = None) -> Terms:
+        return pair.terms(x, particles=self.particles, rows=rows)
+
+    def misfits(self, pair: Pair, rows: int) -> list[str]:
+        found = []
+        if names := ", ".join(pair.layout.expected):
+            found.append(
+                f"objective.kind: expected trace_elbo with {names}, whose states are summed over; got iwae. Or let the "
+                f"posterior draw: estimator = 'score'."
+            )
+        for name, part in pair.named_modules():
+            if isinstance(part, PosteriorModule) and part.learns_baseline:
+                key = f"latents.{name.rpartition('.')[2]}.posterior.baseline"
+                found.append(f"{key}: expected 'none' or 'average' with iwae; got 'network'.")
+        if names := ", ".join(pair.layout.shared):
+            found.append(f"objective.kind: expected trace_elbo with global latents ({names}); got iwae.")
+        return found
+
+    def loss(self, terms: Terms, beta: Tensor) -> Tensor:
+        """Minus the bound; with beta the KL inside the weights is scaled."""
+        log_weight = terms.reconstruction - beta * sum_over(list(terms.kl.values()))
+        bound = torch.logsumexp(log_weight, 0) - math.log(self.particles)
+        loss = with_penalties(-bound.mean(), terms)
+        if not terms.scores:
+            return loss
+        if names := ", ".join(name for name, score in terms.scores.items() if score.learns):
+            raise DeclarationError(f"{names}: expected no baseline network under iwae; got one. Set baseline = 'none'.")
+        with torch.no_grad():
+            left, share = bound - self.without_each(log_weight), beta * log_weight.softmax(0)
+        for score in terms.scores.values():  # the KL holds log q without its gradient: d bound / d log q = -share
+            gain = left * score.log_q - share * score.weighed
+            loss = loss - (gain - gain.detach()).sum(0).mean()
+        return loss
+
+    @staticmethod
+    def without_each(log_weight: Tensor) -> Tensor:
+        """The bound with each of K log-weights `(K, n)` replaced by the mean of the others, `(K, n)`."""
+        k = len(log_weight)
+        own = torch.eye(k, dtype=torch.bool, device=log_weight.device).unsqueeze(-1)
+        others = log_weight.expand(k, -1, -1)
+        mean = torch.where(own, 0.0, others).sum(1, keepdim=True) / (k - 1)
+        return torch.where(own, mean, others).logsumexp(1) - math.log(k)
