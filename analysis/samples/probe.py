@@ -22,7 +22,7 @@ from pvae.analysis.figures.table import Figures, Row
 from pvae.analysis.samples.features import CLASSES, COMPONENTS, affordable, principal
 from pvae.analysis.samples.fidelity import mean_of
 from pvae.analysis.samples.generate import encode, opened
-from pvae.data.dataset import Split
+from pvae.data.split import Split
 from pvae.errors import DataError
 from pvae.runs.run import Run
 from pvae.util import seeds

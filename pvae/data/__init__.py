@@ -11,17 +11,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pvae.data.dataset import Dataset as Dataset
-    from pvae.data.dataset import Split as Split
     from pvae.data.dataset import load as load
     from pvae.data.rows.rows import Rows as Rows
     from pvae.data.sources.base import Data as Data
     from pvae.data.sources.base import Splits as Splits
+    from pvae.data.split import Split as Split
 
 _HOMES = {
     "Data": "sources.base",
     "Dataset": "dataset",
     "Rows": "rows.rows",
-    "Split": "dataset",
+    "Split": "split",
     "Splits": "sources.base",
     "load": "dataset",
 }

@@ -1,9 +1,9 @@
-"""Splits as tensors: what a fit draws its batches from, and what the analyses read."""
+"""Data sets: three splits as tensors, read from a declared source or made of objects in Python."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
@@ -19,116 +19,20 @@ from torch.utils.data import Dataset as TorchDataset
 from pvae.component import from_table
 from pvae.data.rows.arrays import AnyArray, Array, Stored
 from pvae.data.rows.files import require_room
-from pvae.data.rows.prepare import Prepared, extremes, prepare, scaled
-from pvae.data.rows.rows import CHUNK_ELEMENTS, SPLITS, Part, Rows, joined, partition, reshape, shared_rows
+from pvae.data.rows.prepare import extremes, prepare, scaled
+from pvae.data.rows.rows import SPLITS, Part, Rows, joined, partition, reshape, shared_rows
 from pvae.data.sources.base import Data
 from pvae.data.sources.python import TensorSource, anndata_rows, as_array, is_anndata, torch_rows
 from pvae.data.sources.tabular import FrameSource
-from pvae.data.streamed import Streamed, Streams, WindowOrder, streams
+from pvae.data.split import Split
+from pvae.data.streamed import Streamed, streams
+from pvae.data.support import elementwise, require_split
 from pvae.data.tables.transforms import ColumnTransforms
 from pvae.errors import DataError, DeclarationError, near
-from pvae.models.likelihoods.columns import columns as of_columns
-from pvae.util import seeds
 
 if TYPE_CHECKING:
     import pandas
     from numpy.typing import ArrayLike
-
-
-@dataclass(frozen=True, eq=False)
-class Split:
-    """One split.
-
-    Arguments:
-        name: "train", "validation" or "test".
-        rows: (n, *shape) float32; with covariates (n, D + covariates), each row flattened and followed by them. Data
-            that stay on the disk are `Streamed`: they are read when they are indexed.
-        y: (n,) int64 labels, or None.
-        raw: (n, *shape) intensities in [0, 1] that `draw` binarises anew, or None.
-        event: shape of a datum, where rows hold covariates too; else None.
-    """
-
-    name: str
-    rows: Tensor | Streamed
-    y: Tensor | None = None
-    raw: Tensor | Streamed | None = None
-    event: tuple[int, ...] | None = None
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    @property
-    def x(self) -> Tensor:
-        """All rows as one tensor.
-
-        Raises:
-            DataError: they are streamed, and too many to be read at once; index `rows` instead.
-        """
-        return self.rows[:] if isinstance(self.rows, Streamed) else self.rows
-
-    @property
-    def data(self) -> Tensor:
-        """The data alone, (n, *shape), without covariates; all of them, as `x`."""
-        return self.observed(self.x)
-
-    def observed(self, rows: Tensor) -> Tensor:
-        """The data of some rows `(m, ...)`, without covariates: `(m, *shape)`."""
-        return rows if self.event is None else rows[:, : prod(self.event)].reshape(len(rows), *self.event)
-
-    def order(self, seed: int, epoch: int) -> Tensor | WindowOrder:
-        """The order of the rows in an epoch, a function of (seed, epoch); slices of it are row numbers."""
-        x = self.rows if self.raw is None else self.raw
-        if isinstance(x, Streamed):
-            return x.order(seed, epoch)
-        return seeds.permutation(len(x), seed, epoch).to(x.device)
-
-    def draw(self, index: Tensor) -> Tensor:
-        """A batch of rows; dynamically binarised data are drawn anew from torch's global generator."""
-        if self.raw is None:
-            return self.rows[index]
-        fresh = torch.bernoulli(self.raw[index])
-        if self.event is None:
-            return fresh
-        columns = self.rows.columns if isinstance(self.rows, Streamed) else self.rows[:, prod(self.event) :]
-        assert columns is not None  # noqa: S101 - there is an event, so columns stand behind it
-        return torch.cat([fresh.flatten(1), columns[index].to(fresh)], 1)
-
-    def to(self, device: str | torch.device) -> Split:
-        """The split on a device; streamed rows are put there when they are read."""
-        y = None if self.y is None else self.y.to(device)
-        raw = None if self.raw is None else self.raw.to(device)
-        return Split(self.name, self.rows.to(device), y, raw, self.event)
-
-    def plain(self) -> Split:
-        """The split without covariates in its rows."""
-        if self.event is None:
-            return self
-        rows = self.rows.plain() if isinstance(self.rows, Streamed) else self.data
-        return replace(self, rows=rows, event=None)
-
-    def conditioned(self, codes: int, tokens: Sequence[Sequence[int]] | None = None) -> Split:
-        """The split with its labels as a covariate of `codes` values in every row, or the tokens of each label.
-
-        Raises:
-            DataError: there are no labels, or one is outside 0 .. codes - 1.
-        """
-        if self.y is None:
-            raise DataError(f"{self.name}: expected labels, on which the model is conditioned; got none.")
-        if len(self.y) and not 0 <= int(self.y.min()) <= int(self.y.max()) < codes:
-            raise DataError(
-                f"{self.name}: expected labels 0 .. {codes - 1}; got {int(self.y.min())} .. {int(self.y.max())}. "
-                f"Set the covariate's codes to {int(self.y.max()) + 1}."
-            )
-        columns = self.y[:, None] if tokens is None else torch.tensor(tokens, device=self.y.device)[self.y]
-        event = tuple(self.rows.shape[1:])
-        if isinstance(self.rows, Streamed):
-            return replace(self, rows=self.rows.with_columns(columns), event=event)
-        return replace(self, rows=torch.cat([self.rows.flatten(1), columns.to(self.rows)], 1), event=event)
-
-    def chunks(self) -> Iterator[Tensor]:
-        """The data in pieces whose float64 copy is small."""
-        step = max(1, CHUNK_ELEMENTS // max(1, prod(self.rows.shape[1:])))
-        return (self.observed(self.rows[start : start + step]) for start in range(0, len(self), step))
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,8 +45,8 @@ class Dataset:
         binarize: "none", "threshold", "static" or "dynamic".
         fingerprint: SHA-256 over every value, in hexadecimal: the same data, the same fingerprint.
         label_names: a name for each label, or None.
-        notes: what is worth knowing and no error: files left out, rows shared between splits, constant features.
-        table: of a table, what its columns are and how they were transformed; else None.
+        notes: remarks that are no errors: files left out, rows shared between splits, constant features.
+        table: of a table, its columns and their transforms; else None.
     """
 
     train: Split
@@ -162,7 +66,7 @@ class Dataset:
         return self.train, self.validation, self.test
 
     def split(self, name: str) -> Split:
-        """A split by name.
+        """Return a split by name.
 
         Raises:
             DeclarationError: there is none of that name.
@@ -173,18 +77,18 @@ class Dataset:
         return found[name]
 
     def to(self, device: str | torch.device) -> Dataset:
-        """The data on a device."""
+        """Return the data on a device."""
         moved = {split.name: split.to(device) for split in self.splits}
         return replace(self, **moved)  # type: ignore[arg-type]
 
     def conditioned(
         self, covariates: Mapping[str, int], tokens: Mapping[str, Sequence[Sequence[int]]] | None = None
     ) -> Dataset:
-        """The data as a model conditioned on the label takes them; itself where there are no covariates.
+        """Return the data as a model conditioned on the label takes them; without covariates, the data themselves.
 
         Arguments:
             covariates: number of labels by name, at most one: the label is the only covariate that data have.
-            tokens: the tokens of every label, where it is told in words.
+            tokens: the tokens of every label, where the model is told it in words.
         """
         plain = replace(self, **{split.name: split.plain() for split in self.splits})  # type: ignore[arg-type]
         if not covariates:
@@ -204,7 +108,7 @@ class Dataset:
         declared: TensorSource | None = None,
         label_names: Sequence[str] | None = None,
     ) -> Dataset:
-        """Data passed in Python; copied, as float32.
+        """Make a data set of tensors or arrays; copied, as float32.
 
         Arguments:
             x: (n, *shape), any real type.
@@ -239,7 +143,7 @@ class Dataset:
         declared: TensorSource | None = None,
         label_names: Sequence[str] | None = None,
     ) -> Dataset:
-        """A torch `Dataset`, map-style or iterable, gone through once.
+        """Make a data set of a torch `Dataset`, map-style or iterable, which is gone through once.
 
         Arguments:
             dataset: its items are x, (x, y), or mappings with "x" and perhaps "y"; y is a whole number.
@@ -268,7 +172,7 @@ class Dataset:
         labels: str | None = None,
         declared: TensorSource | None = None,
     ) -> Dataset:
-        """AnnData, or any object with `X`, `obs` and `layers` like it.
+        """Make a data set of AnnData, or of any object with `X`, `obs` and `layers` like it.
 
         A sparse matrix stays sparse, and a backed one on the disk: their rows are made dense batch by batch.
 
@@ -293,16 +197,16 @@ class Dataset:
         declared: FrameSource | None = None,
         **more: Any,
     ) -> Dataset:
-        """A table passed in Python.
+        """Make a data set of a pandas DataFrame.
 
         Arguments:
             frame: one row for each datum.
-            columns: what every column holds: a type, `"continuous"`, or a table as under `[data.columns]`.
-            declared: the declaration, in the place of `columns` and `more`.
+            columns: the type of every column: its name, `"continuous"`, or a table as under `[data.columns]`.
+            declared: the declaration, in place of `columns` and `more`.
             more: other fields of `FrameSource`: `label`, `na`, `split_seed`, `splits`.
 
         Raises:
-            DataError: a column is absent, or holds what it should not; with the row.
+            DataError: a column is absent, or holds a value that its type cannot; with the row.
             DeclarationError: columns or fields are not what they should be.
 
         Example:
@@ -316,9 +220,10 @@ class Dataset:
 
     @classmethod
     def of(cls, data: Any, declared: TensorSource | FrameSource | None = None) -> Dataset:
-        """Whatever holds data: a `Dataset`, as it is; torch's; AnnData; or a tensor, an array or a sparse matrix.
+        """Make a data set of any object that holds data.
 
-        Where a table is declared, a DataFrame.
+        It is a `Dataset`, which is returned as it is; a torch `Dataset`; AnnData; a tensor, an array or a sparse
+        matrix; or, where a table is declared, a DataFrame.
 
         Raises:
             DataError: see `from_torch`, `from_anndata`, `from_frame` and `from_tensors`.
@@ -343,11 +248,11 @@ class Dataset:
         Raises:
             DataError: with the first value outside: its split, row, element, and what is expected.
         """
-        element = _elementwise(constraint)
+        element = elementwise(constraint)
         if element is constraints.real:  # all data are finite
             return
         for split in self.splits:
-            _require_split(split, element, hint)
+            require_split(split, element, hint)
 
 
 def load(data: Data, *, data_dir: Path | None = None, seed: int = 0) -> Dataset:
@@ -368,8 +273,10 @@ def _assembled(data: Data, rows: Rows) -> Dataset:
     parts = partition(data.splits.declared, rows)
     x = reshape(rows, data.shape)
     ready = scaled(data.scale, rows, x, parts["train"])
-    prepared = (streams if isinstance(x, Stored) else prepare)(ready, parts, data.binarize)
-    splits = {name: _split(name, prepared, rows.y, parts[name]) for name in SPLITS}
+    prepared, raw = (streams if isinstance(x, Stored) else prepare)(ready, parts, data.binarize)
+    splits = {name: _split(name, prepared[name], rows.y, parts[name]) for name in SPLITS}
+    if raw is not None:
+        splits["train"] = replace(splits["train"], raw=_tensor(raw))
     return Dataset(
         **splits,
         shape=tuple(x.shape[1:]),
@@ -382,10 +289,9 @@ def _assembled(data: Data, rows: Rows) -> Dataset:
     )
 
 
-def _split(name: str, prepared: Prepared | Streams, y: Array | None, part: Part) -> Split:
+def _split(name: str, x: NDArray[np.float32] | Streamed, y: Array | None, part: Part) -> Split:
     labels = None if y is None else torch.from_numpy(y[np.asarray(part)].astype(np.int64))
-    raw = prepared.raw if name == "train" else None
-    return Split(name, _tensor(prepared.x[name]), labels, None if raw is None else _tensor(raw))
+    return Split(name, _tensor(x), labels)
 
 
 def _tensor(x: NDArray[np.float32] | Streamed) -> Tensor | Streamed:
@@ -434,33 +340,3 @@ def _arrays(x: Any, y: Any, name: str) -> tuple[AnyArray, Array | None]:
 def _refuse_splits(declared: TensorSource, *passed: Any) -> None:
     if declared.splits.declared and any(part is not None for part in passed):
         raise DataError("Expected data.splits or validation=... and test=...; got both.")
-
-
-def _elementwise(constraint: Any) -> Any:
-    """The constraint of one element: ``real_vector`` is ``real`` on each."""
-    while isinstance(constraint, constraints.independent):
-        constraint = constraint.base_constraint
-    return constraint
-
-
-def _require_split(split: Split, constraint: Any, hint: str) -> None:
-    row = 0
-    for chunk in split.chunks():
-        inside = constraint.check(chunk)
-        if not bool(inside.all()):
-            first, *element = (int(i) for i in (~inside).nonzero()[0])
-            value = chunk[(first, *element)]
-            shown = f"{value.item():g}" if value.numel() == 1 else str(value.flatten()[:6].tolist())
-            where, wanted = f"element {tuple(element)}", _described(constraint)
-            if isinstance(constraint, of_columns):
-                where, wanted = constraint.named(element[0]), constraint.of(element[0])
-            raise DataError(
-                f"{split.name}, row {row + first}, {where}: expected {wanted}, as the likelihood does; got {shown}. "
-                f"{hint}".rstrip()
-            )
-        row += len(chunk)
-
-
-def _described(constraint: Any) -> str:
-    """torch's own words, ``Interval(lower_bound=0.0, upper_bound=1.0)``, or the constraint's name."""
-    return f"a value in {constraint}".removesuffix("()")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from abc import ABC, abstractmethod
 from contextlib import suppress
+from copy import copy
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -19,9 +20,9 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 Array = NDArray[Any]
-MAX_HEADER_BYTES = 2**16
+MAX_NPY_HEADER_BYTES = 2**16
 SPAN_BYTES = 2**25
-"""Most of a file that is mapped to read scattered rows: what is touched there is resident until they are read."""
+"""Largest part of a file that is mapped at once to read scattered rows: until then its pages stay in memory."""
 MAX_DIMENSIONS = 32
 
 Index = slice | NDArray[np.int64]
@@ -32,31 +33,34 @@ class Stored(ABC):
     """Rows `(n, *row)` of one type, of which only those that are asked for are in memory."""
 
     scattered: ClassVar[bool] = False
-    """Whether rows from all over are as cheap as neighbours."""
+    """True where rows from all over are as cheap as neighbours."""
 
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
 
     @abstractmethod
     def read(self, index: Index) -> Array:
-        """Some rows, a copy `(m, *row)`.
+        """Return a copy of some rows, `(m, ...)`: each with the values of a row, in any shape.
 
         Raises:
             DataError: they cannot be read any more.
         """
 
     def expect(self, start: int, stop: int) -> None:  # noqa: B027 - most have nothing to do
-        """Rows `[start, stop)` will be read soon: begin to fetch them, and do not wait."""
+        """Begin to fetch rows `[start, stop)`, which will be read soon, and do not wait for them."""
 
-    @abstractmethod
     def reshape(self, *shape: int) -> Self:
-        """The same rows in another shape, the number of rows first."""
+        """Return the same rows in another shape, the number of rows first."""
+        other = copy(self)
+        other.shape = shape
+        return other
 
     def __len__(self) -> int:
         return self.shape[0]
 
     def __getitem__(self, index: Index) -> Array:
-        return self.read(index)
+        rows = self.read(index)
+        return rows.reshape(len(rows), *self.shape[1:])
 
     @property
     def ndim(self) -> int:
@@ -70,15 +74,15 @@ class Stored(ABC):
 
 
 AnyArray = Array | Stored
-"""What a source may give: an array in memory, or one that is read as it is needed."""
+"""The rows of a source: an array in memory, or one that is read as it is needed."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class FileArray(Stored):
     """Rows in a file, one after another, as NumPy would write them.
 
-    The file is mapped anew for every read and unmapped after it, so that what was read does not stay resident; it is
-    also found out when the file is cut short or written over while a fit goes on.
+    The file is mapped anew for every read and unmapped after it, so that its pages do not stay in memory. A file that
+    is cut short or written over in the meantime is noticed.
 
     Arguments:
         path: the file.
@@ -95,11 +99,10 @@ class FileArray(Stored):
     version: tuple[int, int]
 
     def read(self, index: Index) -> Array:
-        """See `Stored.read`."""
         if isinstance(index, slice):
             return np.array(self._mapped()[index])
         out = np.empty((len(index), *self.shape[1:]), self.dtype)
-        span = max(1, SPAN_BYTES // max(1, self._row))
+        span = max(1, SPAN_BYTES // max(1, self._row_bytes))
         start = 0
         while start < len(index):
             stop = int(np.searchsorted(index, index[start] + span))
@@ -108,8 +111,7 @@ class FileArray(Stored):
         return out
 
     @property
-    def _row(self) -> int:
-        """Bytes of a row."""
+    def _row_bytes(self) -> int:
         return self.dtype.itemsize * prod(self.shape[1:])
 
     def _mapped(self) -> Array:
@@ -118,20 +120,15 @@ class FileArray(Stored):
         return np.memmap(self.path, self.dtype, "r", self.offset, self.shape)
 
     def expect(self, start: int, stop: int) -> None:
-        """See `Stored.expect`: the system reads them into its own cache, where it can."""
         if not hasattr(os, "posix_fadvise"):
             return
-        first, length = self.offset + start * self._row, (stop - start) * self._row
+        first, length = self.offset + start * self._row_bytes, (stop - start) * self._row_bytes
         with suppress(OSError), self.path.open("rb") as file:  # a hint only: `read` says what is wrong
             os.posix_fadvise(file.fileno(), first, length, os.POSIX_FADV_WILLNEED)
 
-    def reshape(self, *shape: int) -> FileArray:
-        """See `Stored.reshape`."""
-        return FileArray(self.path, self.dtype, shape, self.offset, self.version)
-
 
 def version_of(path: Path) -> tuple[int, int]:
-    """Bytes and time of change (ns) of a file.
+    """Return the bytes and the time of change (ns) of a file.
 
     Raises:
         DataError: it is gone.
@@ -152,21 +149,15 @@ class SparseRows(Stored):
 
     scattered: ClassVar[bool] = True
 
-    def __init__(self, matrix: Any, row: tuple[int, ...] | None = None) -> None:
+    def __init__(self, matrix: Any) -> None:
         from scipy.sparse import csr_array
 
         self.matrix = csr_array(matrix)
-        self.shape = (self.matrix.shape[0], *(row or self.matrix.shape[1:]))
-        self.dtype = self.matrix.dtype
+        self.shape, self.dtype = self.matrix.shape, self.matrix.dtype
 
     def read(self, index: Index) -> Array:
-        """See `Stored.read`."""
         dense: Array = self.matrix[index].toarray()
-        return dense.reshape(len(dense), *self.shape[1:])
-
-    def reshape(self, *shape: int) -> SparseRows:
-        """See `Stored.reshape`."""
-        return SparseRows(self.matrix, shape[1:])
+        return dense
 
 
 class Joined(Stored):
@@ -179,7 +170,6 @@ class Joined(Stored):
         self.starts = np.cumsum([0, *(len(part) for part in parts)])
 
     def read(self, index: Index) -> Array:
-        """See `Stored.read`."""
         pieces = []
         for part, start, stop in zip(self.parts, self.starts[:-1], self.starts[1:], strict=True):
             if isinstance(index, slice):
@@ -189,19 +179,15 @@ class Joined(Stored):
                 pieces.append(part[index[(index >= start) & (index < stop)] - start])
         return np.concatenate([piece for piece in pieces if len(piece)] or pieces[:1], dtype=self.dtype)
 
-    def reshape(self, *shape: int) -> Joined:
-        """See `Stored.reshape`."""
-        return Joined([part.reshape(len(part), *shape[1:]) for part in self.parts])
-
 
 @dataclass(frozen=True)
-class Announced:
-    """What the header of a `.npy` stream says of the array behind it.
+class NpyHeader:
+    """The header of a `.npy` stream.
 
     Arguments:
         shape: (n, *row); of an array in Fortran order, the other way round.
         dtype: of a value.
-        fortran: whether the values are those of the transposed array.
+        fortran: True where the values are those of the transposed array.
         offset: bytes before the first value.
     """
 
@@ -210,14 +196,29 @@ class Announced:
     fortran: bool
     offset: int
 
+    def in_rows(self, x: Array) -> Array:
+        """Return the array that was read as `shape`, its rows first."""
+        return np.ascontiguousarray(x.T) if self.fortran else x
 
-def announced(stream: IO[bytes], size: int, where: str) -> Announced:
+    def require_rows(self, where: str) -> None:
+        """Refuse columns one after another: rows cannot be read from them where they are.
+
+        Raises:
+            DataError: see above.
+        """
+        if self.fortran:
+            raise DataError(
+                f"{where}: expected rows one after another; got columns (Fortran order). Save it in C order."
+            )
+
+
+def read_npy_header(stream: IO[bytes], size: int, where: str) -> NpyHeader:
     """Read the header of a `.npy` stream; leaves it at the first value.
 
     Arguments:
         stream: at its start.
         size: its bytes.
-        where: what messages call it.
+        where: the name of the stream in messages.
 
     Raises:
         DataError: not NumPy's format, not real numbers (objects could run code), or not as long as it says.
@@ -225,7 +226,7 @@ def announced(stream: IO[bytes], size: int, where: str) -> Announced:
     try:
         version = np.lib.format.read_magic(stream)
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, fortran, dtype = read(stream, max_header_size=MAX_HEADER_BYTES)
+        shape, fortran, dtype = read(stream, max_header_size=MAX_NPY_HEADER_BYTES)
     except Exception as error:  # NumPy's reader of foreign bytes may raise anything, warnings made errors among it
         raise DataError(f"{where}: expected a NumPy array (.npy); got a broken or foreign file: {error}.") from error
     if dtype.hasobject:
@@ -237,30 +238,30 @@ def announced(stream: IO[bytes], size: int, where: str) -> Announced:
     if len(shape) > MAX_DIMENSIONS or min(shape, default=0) < 0 or wanted != size:
         raise DataError(f"{where}: expected {wanted} bytes for {shape} {dtype}; got {size}.")
     fortran = fortran and len(shape) > 1
-    return Announced(shape[::-1] if fortran else shape, dtype, fortran, offset)
+    return NpyHeader(shape[::-1] if fortran else shape, dtype, fortran, offset)
 
 
-def npy_array(path: Path) -> FileArray:
-    """The array of a `.npy` file, none of it read yet.
-
-    Raises:
-        DataError: no such file; see `announced`; or columns stand one after another, not rows.
-    """
-    found, version = npy_header(path)
-    if found.fortran:
-        raise DataError(f"{path}: expected rows one after another; got columns (Fortran order). Save it in C order.")
-    return FileArray(path, found.dtype, found.shape, found.offset, version)
-
-
-def npy_header(path: Path) -> tuple[Announced, tuple[int, int]]:
-    """What a `.npy` file says of its array, and the version of the file.
+def open_npy(path: Path) -> tuple[FileArray, NpyHeader]:
+    """Return the array of a `.npy` file, none of it read yet, and its header.
 
     Raises:
-        DataError: no such file; see `announced`.
+        DataError: no such file; see `read_npy_header`.
     """
     version = version_of(path)
     try:
         with path.open("rb") as stream:
-            return announced(stream, version[0], str(path)), version
+            header = read_npy_header(stream, version[0], str(path))
     except OSError as error:
         raise DataError(f"{path}: expected a NumPy array (.npy); got {error.strerror}.") from error
+    return FileArray(path, header.dtype, header.shape, header.offset, version), header
+
+
+def npy_array(path: Path) -> FileArray:
+    """Return the array of a `.npy` file, none of it read yet.
+
+    Raises:
+        DataError: see `open_npy`; or columns stand one after another, not rows.
+    """
+    array, header = open_npy(path)
+    header.require_rows(str(path))
+    return array

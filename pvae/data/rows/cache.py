@@ -1,4 +1,4 @@
-"""What was downloaded or decoded once: locked while it is made, checked when it is opened, made again when damaged."""
+"""The cache of downloaded and decoded data: locked while an entry is made, checked when it is opened."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,13 +19,13 @@ from pvae.errors import BusyError, DataError, OutputError, StorageError
 from pvae.util.files import pretty, read_object
 
 LOCK_SECONDS = 900
-FORMAT = 2
-"""Of decoded entries: another one is made again."""
+DECODED_FORMAT = 2
+"""Version of decoded entries; an entry of another version is made again."""
 INDEX = "index.json"
 
 
 def cache_folder() -> Path:
-    """Where downloads and decoded data are kept."""
+    """Return the folder of downloads and decoded data."""
     from platformdirs import user_cache_dir
 
     return Path(user_cache_dir("pvae"))
@@ -54,14 +54,14 @@ def locked(folder: Path) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Decoded:
-    """Arrays of a source in a form that can be read by rows, with what else was learnt when they were decoded."""
+    """Arrays of a source in a form that can be read by rows, with notes that were taken when they were decoded."""
 
     arrays: dict[str, FileArray]
     notes: dict[str, Any]
 
 
 class Writer:
-    """Where a source puts what it decodes, piece by piece.
+    """Writer of a cache entry, to which a source adds rows piece by piece.
 
     Arguments:
         folder: of the entry that is being made.
@@ -79,6 +79,11 @@ class Writer:
             self.arrays[name] = Growing(self.folder / f"{name}.npy", rows.dtype, rows.shape[1:])
         self.arrays[name].append(rows)
 
+    def extend(self, name: str, pieces: Iterable[Array]) -> None:
+        """Add rows, piece by piece."""
+        for rows in pieces:
+            self.append(name, rows)
+
 
 class Growing:
     """A `.npy` file that grows by rows."""
@@ -92,7 +97,7 @@ class Growing:
             raise _no_room(path.parent, error) from error
 
     def _head(self) -> None:
-        """NumPy leaves room in a header for the number of rows, so that it can be written anew."""
+        """Write the header; NumPy leaves room in it for the number of rows, so that it can be written anew."""
         described = {"descr": np.lib.format.dtype_to_descr(self.dtype), "fortran_order": False}
         np.lib.format.write_array_header_1_0(self.file, {**described, "shape": (self.rows, *self.row)})
 
@@ -105,7 +110,7 @@ class Growing:
         self.rows += len(rows)
 
     def close(self) -> None:
-        """Announce the rows, and see them on the disk."""
+        """Write the number of rows into the header, and everything to the disk."""
         self.file.seek(0)
         self._head()
         self.file.flush()
@@ -114,18 +119,18 @@ class Growing:
 
 
 def decoded(key: Mapping[str, Any], make: Callable[[Writer], None]) -> Decoded:
-    """Arrays that `make` decodes, from the cache when they are there and whole.
+    """Return the arrays that `make` decodes, from the cache when they are there and whole.
 
     Arguments:
-        key: what they depend on, the version of the file they come from included; anything JSON can say.
-        make: decodes them; what it raises is raised, and nothing is kept.
+        key: everything that they depend on, also the version of their file; anything JSON can say.
+        make: decodes them; an error that it raises goes through, and nothing is kept.
 
     Raises:
         DataError: nothing was decoded.
         OutputError: the cache cannot be written.
         StorageError: the disk is full.
     """
-    name = hashlib.sha256(pretty({**key, "format": FORMAT}).encode()).hexdigest()[:32]
+    name = _digest({**key, "format": DECODED_FORMAT})[:32]
     root = cache_folder() / "decoded"
     found = _opened(root / name)
     if found is not None:
@@ -141,7 +146,7 @@ def decoded(key: Mapping[str, Any], make: Callable[[Writer], None]) -> Decoded:
 
 
 def _opened(folder: Path) -> Decoded | None:
-    """An entry whose every byte is what was written, or None."""
+    """Return an entry of which every byte is as it was written, or None."""
     try:
         index = read_object(folder, INDEX)
         if index.pop("sha256") != _digest(index):
@@ -149,9 +154,8 @@ def _opened(folder: Path) -> Decoded | None:
         arrays: dict[str, FileArray] = {}
         for name, digest in index["arrays"].items():
             path = folder / f"{name}.npy"
-            with path.open("rb") as file:
-                if hashlib.file_digest(file, "sha256").hexdigest() != digest:
-                    return None
+            if _file_digest(path) != digest:
+                return None
             arrays[name] = npy_array(path)
         return Decoded(arrays, index["notes"])
     except (OSError, DataError, KeyError, AttributeError, TypeError):
@@ -162,6 +166,11 @@ def _digest(index: Mapping[str, Any]) -> str:
     return hashlib.sha256(pretty(index).encode()).hexdigest()
 
 
+def _file_digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def _make(folder: Path, make: Callable[[Writer], None]) -> None:
     for stray in folder.parent.glob(f".part-{folder.name}-*"):  # of a process that was killed; the lock is ours
         shutil.rmtree(stray, ignore_errors=True)
@@ -169,15 +178,14 @@ def _make(folder: Path, make: Callable[[Writer], None]) -> None:
     try:
         writer = Writer(part)
         try:
-            _read_by(make, writer)
+            make(writer)
+        except OSError as error:  # a source that cannot be read is no fault of the cache's disk
+            raise DataError(f"Expected data that can be read; got {error}.") from error
         finally:
             for array in writer.arrays.values():
                 with suppress(ValueError):
                     array.close()
-        digests = {}
-        for name in writer.arrays:
-            with (part / f"{name}.npy").open("rb") as file:
-                digests[name] = hashlib.file_digest(file, "sha256").hexdigest()
+        digests = {name: _file_digest(part / f"{name}.npy") for name in writer.arrays}
         index = {"arrays": digests, "notes": writer.notes}
         (part / INDEX).write_text(pretty({**index, "sha256": _digest(index)}))
         shutil.rmtree(folder)
@@ -186,14 +194,6 @@ def _make(folder: Path, make: Callable[[Writer], None]) -> None:
         raise _no_room(folder, error) from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
-
-
-def _read_by(make: Callable[[Writer], None], writer: Writer) -> None:
-    """What a source cannot read is no fault of the cache's disk."""
-    try:
-        make(writer)
-    except OSError as error:
-        raise DataError(f"Expected data that can be read; got {error}.") from error
 
 
 def _no_room(folder: Path, error: OSError) -> StorageError:

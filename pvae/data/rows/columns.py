@@ -1,4 +1,4 @@
-"""The columns of a declared table: what each holds, and how it is scored. Importing this needs only pydantic.
+"""The columns of a declared table: their values, and the distribution that scores them. This needs only pydantic.
 
 A new type of column is one final class with ``type: Literal["name"] = "name"``.
 """
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self, final
 
 from pydantic import Field, model_validator
 
-from pvae.component import Component
+from pvae.component import LARGEST_FLOAT, Component
 from pvae.graph.column_law import Law
 
 if TYPE_CHECKING:
@@ -23,16 +23,14 @@ Levels = Annotated[tuple[int | str, ...], Field(strict=False)]
 """Words or integers; a list (all that TOML has) is accepted."""
 
 LARGEST_COUNT = 2**24
-"""Above it single precision does not hold every integer."""
-LARGEST = 3.4e38
-"""About the largest number of single precision."""
+"""Largest count: above it single precision does not hold every integer."""
 
 TRUTH = (("0", "false", "False", "FALSE"), ("1", "true", "True", "TRUE"))
-"""What is read as 0 and 1 where a declaration names no words."""
+"""The words for 0 and 1 where a declaration names none."""
 
 
 class Column(Component):
-    """What one column of a table holds."""
+    """The type of one column of a table."""
 
     tag: ClassVar[str] = "type"
 
@@ -47,16 +45,16 @@ class Column(Component):
     @property
     @abstractmethod
     def expected(self) -> str:
-        """What a value must be, in words."""
+        """Description of the values that it may hold, for messages."""
 
     @property
     def said(self) -> tuple[int | str, ...]:
-        """What 0, 1, 2, ... stand for; nothing for a column of numbers."""
+        """The words or integers that 0, 1, 2, ... stand for; none for a column of numbers."""
         return ()
 
     @property
     def words(self) -> tuple[str, ...]:
-        """How that is written."""
+        """The same as text."""
         return tuple(map(str, self.said))
 
     @property
@@ -66,20 +64,20 @@ class Column(Component):
 
     @property
     def is_standardised(self) -> bool:
-        """Whether numbers are then scaled by mean and deviation of the training rows."""
+        """True where numbers are then scaled by mean and deviation of the training rows."""
         return False
 
     @abstractmethod
     def inside(self, values: Floats) -> NDArray[np.bool_]:
-        """Which values it may hold; NaN is asked for elsewhere."""
+        """Return True for each value that it may hold; NaN is looked for elsewhere."""
 
     def code_of(self, word: str) -> int | None:
-        """The number of a word as it stands in a file, an integer also as `1.0`; None for others."""
+        """Return the number of a word as it stands in a file, an integer also as `1.0`; None for other words."""
         known = word if word in self.words else word.removesuffix(".0")
         return self.words.index(known) if known in self.words else None
 
     def law(self, name: str) -> Law:
-        """How it is scored."""
+        """Return the distribution that scores it."""
         return Law(self.family, max(1, len(self.words)), self.missing == "mask", name)
 
 
@@ -95,29 +93,24 @@ class ContinuousColumn(Column):
 
     @property
     def family(self) -> str:
-        """See `Column.family`."""
         return self.likelihood
 
     @property
     def expected(self) -> str:
-        """See `Column.expected`."""
         where = {"log": " above 0", "log1p": " above -1", "logit": " between 0 and 1, neither of them"}
         return f"a finite number{where.get(self.transform, '')}"
 
     @property
     def warp(self) -> str:
-        """See `Column.warp`."""
         return "none" if self.transform == "standardise" else self.transform
 
     @property
     def is_standardised(self) -> bool:
-        """See `Column.is_standardised`."""
         return self.transform != "none"
 
     def inside(self, values: Floats) -> NDArray[np.bool_]:
-        """See `Column.inside`."""
-        low = {"log": 0.0, "log1p": -1.0, "logit": 0.0}.get(self.transform, -LARGEST)
-        high = 1.0 if self.transform == "logit" else LARGEST
+        low = {"log": 0.0, "log1p": -1.0, "logit": 0.0}.get(self.transform, -LARGEST_FLOAT)
+        high = 1.0 if self.transform == "logit" else LARGEST_FLOAT
         return (values > low) & (values < high)
 
 
@@ -131,30 +124,25 @@ class CountColumn(Column):
 
     @property
     def family(self) -> str:
-        """See `Column.family`."""
         return self.likelihood
 
     @property
     def expected(self) -> str:
-        """See `Column.expected`."""
         return f"a count, an integer 0 .. {LARGEST_COUNT}"
 
     def inside(self, values: Floats) -> NDArray[np.bool_]:
-        """See `Column.inside`."""
         return (values >= 0) & (values <= LARGEST_COUNT) & (values % 1 == 0)
 
 
 class WordColumn(Column):
-    """What columns of words share: their values are 0, 1, 2, ... by the order of the words."""
+    """A column of words: its values are 0, 1, 2, ... by the order of the words."""
 
     @property
     def expected(self) -> str:
-        """See `Column.expected`."""
         shown = ", ".join(map(repr, self.words[:12]))
         return f"one of {shown}{', ...' if len(self.words) > 12 else ''}"
 
     def inside(self, values: Floats) -> NDArray[np.bool_]:
-        """See `Column.inside`."""
         return (values >= 0) & (values < len(self.words)) & (values % 1 == 0)
 
     @model_validator(mode="after")
@@ -170,20 +158,17 @@ class BinaryColumn(WordColumn):
 
     type: Literal["binary"] = "binary"
     values: Annotated[Levels, Field(min_length=2, max_length=2)] | None = None
-    """What is written for 0 and for 1; 0 and 1, or false and true, unless said."""
+    """The words for 0 and for 1; by default 0 and 1, or false and true."""
 
     @property
     def family(self) -> str:
-        """See `Column.family`."""
         return "bernoulli"
 
     @property
     def said(self) -> tuple[int | str, ...]:
-        """See `Column.said`."""
         return (0, 1) if self.values is None else self.values
 
     def code_of(self, word: str) -> int | None:
-        """See `Column.code_of`."""
         if self.values is not None:
             return super().code_of(word)
         return next((code for code, words in enumerate(TRUTH) if word.removesuffix(".0") in words), None)
@@ -199,10 +184,8 @@ class CategoricalColumn(WordColumn):
 
     @property
     def family(self) -> str:
-        """See `Column.family`."""
         return "categorical"
 
     @property
     def said(self) -> tuple[int | str, ...]:
-        """See `Column.said`."""
         return self.levels

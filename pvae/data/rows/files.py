@@ -14,13 +14,14 @@ from pvae.data.rows.arrays import AnyArray, Array, Stored
 from pvae.errors import DataError
 from pvae.util.memory import GIB, total_memory
 
-BLOCK_BYTES = 2**21
+PIECE_BYTES = 2**21
+"""Bytes that are read from a stream at once."""
 MAX_DEFLATE_RATIO = 1032
-"""Of the deflate format: one byte cannot hold more."""
+"""Largest number of bytes that one byte of the deflate format can hold."""
 
 
 def user_folder(data_dir: Path | None) -> Path | None:
-    """The folder that the user names, by argument or by ``PVAE_DATA_DIR``.
+    """Return the folder that the user names, by argument or by ``PVAE_DATA_DIR``.
 
     Raises:
         DataError: it does not exist.
@@ -34,7 +35,7 @@ def user_folder(data_dir: Path | None) -> Path | None:
 
 
 def located(path: str, data_dir: Path | None) -> Path:
-    """A declared file: in the data folder if it is there, else as it is written.
+    """Return a declared file: in the data folder if it is there, else as it is written.
 
     Raises:
         DataError: there is none; or it is a folder, a device or a pipe, which are never opened.
@@ -66,7 +67,7 @@ def require_room(shape: tuple[int, ...], dtype: np.dtype[Any], name: str, advice
 
 
 def held(x: Stored, stream: bool, name: str) -> AnyArray:
-    """The rows where they are, or read into memory.
+    """Leave the rows where they are, or read them into memory.
 
     Raises:
         DataError: see `require_room`.
@@ -78,13 +79,13 @@ def held(x: Stored, stream: bool, name: str) -> AnyArray:
 
 
 def pieces(stream: IO[bytes], shape: tuple[int, ...], dtype: np.dtype[Any]) -> Iterator[Array]:
-    """The rows of a stream, a few MiB at a time.
+    """Yield the rows of a stream, a few MiB at a time.
 
     Raises:
         EOFError: the stream ends early; its argument is the number of bytes that were there.
     """
     row = dtype.itemsize * prod(shape[1:])
-    step, done = max(1, BLOCK_BYTES // row), 0
+    step, done = max(1, PIECE_BYTES // row), 0
     for start in range(0, shape[0], step):
         rows = min(step, shape[0] - start)
         content = stream.read(rows * row)
@@ -95,7 +96,7 @@ def pieces(stream: IO[bytes], shape: tuple[int, ...], dtype: np.dtype[Any]) -> I
 
 
 def gathered(some: Iterable[Array], shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
-    """Pieces as one array, which is made at once."""
+    """Join pieces in one array, which is allocated first."""
     out, start = np.empty(shape, dtype), 0
     for piece in some:
         out[start : start + len(piece)] = piece

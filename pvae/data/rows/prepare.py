@@ -19,8 +19,6 @@ Scale = Literal["unit", "raw", "standardise"]
 
 Floats = NDArray[np.float64]
 Rule = Callable[[Floats], Array]
-BlockRule = Callable[[Floats, int], Array]
-"""A rule that draws anew for every block, whose number it gets."""
 
 PUBLISHED_SEED = 777
 TRAIN_SEED = 778
@@ -38,25 +36,25 @@ class Scaled:
 
     @property
     def as_stored(self) -> bool:
-        """Whether nothing is done to the values."""
+        """True where the values are left as they are stored."""
         return not self.warps and isinstance(self.shift, float) and (self.shift, self.divisor) == (0.0, 1.0)
 
     def chunks(self, part: Part) -> Iterator[tuple[int, Floats]]:
-        """Chunks of the part, each with its first position."""
+        """Yield chunks of the part, each with its first position."""
         for start, chunk in chunks(self.x, part):
             yield start, self.scale(chunk)
 
     def affine(self) -> tuple[Floats, Floats]:
-        """Shift and divisor of every feature, `(*row)`."""
+        """Return shift and divisor of every feature, `(*row)`."""
         shift, divisor = (np.broadcast_to(part, self.x.shape[1:]) for part in (self.shift, self.divisor))
         return shift, divisor
 
     def of(self, part: Part) -> Floats:
-        """A part that is small enough to copy, at once."""
+        """Return a part that is small enough to copy, at once."""
         return self.scale(rows_of(self.x, part))
 
     def scale(self, chunk: Array) -> Floats:
-        """Stored values as they are seen."""
+        """Return stored values scaled."""
         values = chunk.astype(np.float64)
         for name, columns in self.warps.items():
             values[..., columns] = WARPS[name](values[..., columns])
@@ -65,7 +63,7 @@ class Scaled:
         return values
 
     def apply(self, part: Part, rule: Rule) -> NDArray[np.float32]:
-        """The part as float32 (rows, *shape), after a rule."""
+        """Return the part as float32 (rows, *shape), after a rule."""
         out = np.empty((len(part), *self.x.shape[1:]), np.float32)
         for start, chunk in self.chunks(part):
             out[start : start + len(chunk)] = rule(chunk)
@@ -73,7 +71,7 @@ class Scaled:
 
 
 def scaled(scale: Scale, rows: Rows, x: AnyArray, train: Part) -> Scaled:
-    """The declared scaling.
+    """Return the rows with the declared scaling.
 
     Raises:
         DataError: ``unit`` without a known largest level; ``standardise`` with a constant column.
@@ -90,12 +88,9 @@ def scaled(scale: Scale, rows: Rows, x: AnyArray, train: Part) -> Scaled:
 
 
 def _standardised(x: AnyArray, train: Part) -> Scaled:
-    plain = Scaled(x)
-    mean = sum((c.sum(0) for _, c in plain.chunks(train)), np.zeros(x.shape[1:])) / len(train)
-    centred = Scaled(x, shift=mean)
-    variance = sum(((c * c).sum(0) for _, c in centred.chunks(train)), np.zeros(x.shape[1:])) / len(train)
+    mean, variance = _moments(Scaled(x), train)
     low, high = extremes(x, train)
-    if constant := np.argwhere(np.atleast_1d((low == high) | _flat(mean, variance))).tolist():
+    if constant := np.argwhere(np.atleast_1d((low == high) | _is_flat(mean, variance))).tolist():
         where = constant[0][0] if len(constant[0]) == 1 else tuple(constant[0])
         raise DataError(
             f'data.scale = "standardise": expected columns that vary in train; column {where} is constant '
@@ -105,7 +100,7 @@ def _standardised(x: AnyArray, train: Part) -> Scaled:
 
 
 def _table(rows: Rows, x: AnyArray, train: Part) -> Scaled:
-    """Every column by its own transform, fitted on what is there of it in the training rows.
+    """Scale every column by its own transform, fitted on the training rows in which it is not missing.
 
     Raises:
         DataError: a column has no value in train, or a standardised one is constant there.
@@ -123,59 +118,57 @@ def _table(rows: Rows, x: AnyArray, train: Part) -> Scaled:
                 f"data.columns.{name!r}: expected a column that varies in train; got {low[place]:g} alone. Drop it, or "
                 f'set transform = "none".'
             )
-    mean = _mean_of_present(warped, train, 0.0, power=1)
-    variance = _mean_of_present(warped, train, mean, power=2)
-    for (name, _), flat in zip(rows.table.items(), chosen & _flat(mean, variance), strict=True):
+    mean, variance = _moments(warped, train)
+    for name, flat in zip(rows.table, chosen & _is_flat(mean, variance), strict=True):
         if flat:
             raise DataError(
-                f"data.columns.{name!r}: expected a column that varies in train; what it varies by is rounding. Drop "
-                f"it, or set another transform."
+                f"data.columns.{name!r}: expected a column that varies in train; got differences that are rounding. "
+                f"Drop it, or set another transform."
             )
     return Scaled(x, np.where(chosen, mean, 0.0), np.where(chosen, np.sqrt(variance), 1.0), warped.warps)
 
 
-def _flat(mean: Floats, variance: Floats) -> NDArray[np.bool_]:
-    """Where what varies is no more than the rounding of the numbers themselves."""
+def _is_flat(mean: Floats, variance: Floats) -> NDArray[np.bool_]:
+    """Return True for features that vary by no more than the rounding of the numbers themselves."""
     return np.sqrt(variance) <= 1e-12 * np.maximum(np.abs(mean), np.finfo(np.float32).tiny)
 
 
-def _mean_of_present(data: Scaled, part: Part, centre: Floats | float, power: int) -> Floats:
-    """Mean of ``(x - centre) ** power`` of every column, over what is not missing."""
-    total, count = np.zeros(data.x.shape[1:]), np.zeros(data.x.shape[1:])
+def _moments(data: Scaled, part: Part) -> tuple[Floats, Floats]:
+    """Return mean and variance of every feature over a part, of the values that are not missing."""
+    total, count, squares = (np.zeros(data.x.shape[1:]) for _ in range(3))
     for _, chunk in data.chunks(part):
         missing = np.isnan(chunk)
-        chunk -= centre
         chunk[missing] = 0.0
-        chunk **= power
         total += chunk.sum(0)
         count += len(chunk) - missing.sum(0)
-    return total / count
+    mean = total / count
+    for _, chunk in data.chunks(part):
+        missing = np.isnan(chunk)
+        chunk -= mean
+        chunk[missing] = 0.0
+        chunk **= 2
+        squares += chunk.sum(0)
+    return mean, squares / count
 
 
 WARPS: Mapping[str, Callable[[Floats], Floats]] = {"log": np.log, "log1p": np.log1p, "logit": logit}
-"""What columns of a table may go through before they are standardised."""
+"""Functions that columns of a table may go through before they are standardised."""
 UNWARPS: Mapping[str, Callable[[Floats], Floats]] = {"log": np.exp, "log1p": np.expm1, "logit": expit}
 """Their inverses."""
 
 
 def extremes(x: AnyArray, part: Part) -> tuple[Array, Array]:
-    """Least and largest value of every feature `(*row)` over a part; what is missing (NaN) is left out."""
+    """Return least and largest value of every feature `(*row)` over a part; missing values (NaN) are left out."""
     low = high = np.full(x.shape[1:], np.nan)
     for _, chunk in chunks(x, part):
         low, high = np.fmin(low, np.fmin.reduce(chunk, 0)), np.fmax(high, np.fmax.reduce(chunk, 0))
     return low, high
 
 
-@dataclass(frozen=True, eq=False)
-class Prepared:
-    """The three splits, (n, *shape) float32; ``raw`` are intensities of "train" to draw anew, or None."""
-
-    x: dict[str, NDArray[np.float32]]
-    raw: NDArray[np.float32] | None
-
-
-def prepare(data: Scaled, parts: dict[str, Part], binarize: Binarize) -> Prepared:
-    """Scale and binarise the splits.
+def prepare(
+    data: Scaled, parts: dict[str, Part], binarize: Binarize
+) -> tuple[dict[str, NDArray[np.float32]], NDArray[np.float32] | None]:
+    """Scale and binarise the three splits, (n, *shape) float32; and intensities of "train" to draw anew, or None.
 
     Fixed draws follow the published protocol: one ``RandomState(777)``, a binomial of the validation split first,
     then of the test split, on float64 intensities. The training split has a fixed draw of its own.
@@ -186,21 +179,17 @@ def prepare(data: Scaled, parts: dict[str, Part], binarize: Binarize) -> Prepare
         DataError: binarisation of values outside [0, 1].
     """
     if binarize == "none":
-        return Prepared({name: data.apply(part, _same) for name, part in parts.items()}, None)
+        return {name: data.apply(part, _same) for name, part in parts.items()}, None
     published, own = np.random.RandomState(PUBLISHED_SEED), np.random.RandomState(TRAIN_SEED)
-    rules = _rules(binarize, published, own)
-    x = {name: data.apply(parts[name], _within_unit(name, rules[name])) for name in ("validation", "test", "train")}
-    return Prepared(x, data.apply(parts["train"], _same) if binarize == "dynamic" else None)
-
-
-def _rules(binarize: Binarize, published: np.random.RandomState, own: np.random.RandomState) -> dict[str, Rule]:
+    rules: dict[str, Rule] = {
+        "validation": lambda p: published.binomial(1, p),
+        "test": lambda p: published.binomial(1, p),
+        "train": lambda p: own.random_sample(p.shape) < p,
+    }
     if binarize == "threshold":
-        return dict.fromkeys(("train", "validation", "test"), lambda p: p > 0.5)
-
-    def fixed(p: Floats) -> Array:
-        return published.binomial(1, p)
-
-    return {"train": lambda p: own.random_sample(p.shape) < p, "validation": fixed, "test": fixed}
+        rules = dict.fromkeys(rules, lambda p: p > 0.5)
+    x = {name: data.apply(parts[name], _within_unit(name, rule)) for name, rule in rules.items()}
+    return x, data.apply(parts["train"], _same) if binarize == "dynamic" else None
 
 
 def _within_unit(name: str, rule: Rule) -> Rule:

@@ -1,4 +1,4 @@
-"""Rows as a source gives them: arrays, labels, and the source's own splits; every check that needs no transform."""
+"""The rows of a source: arrays, labels, and the source's own splits; every check that needs no transform."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pvae.data.rows.columns import Column
 from pvae.errors import DataError
 
 Part = range | NDArray[np.int64]
-"""Which rows: a range that a declaration may change, or a permutation's indices."""
+"""Row numbers: a range that a declaration may change, or the indices of a permutation."""
 
 SPLITS = ("train", "validation", "test")
 CHUNK_ELEMENTS = 2**22
@@ -23,7 +23,7 @@ CHUNK_ELEMENTS = 2**22
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """What a source gives.
+    """The rows of a source.
 
     Arguments:
         x: (n, *shape), any real type; in memory, or read as it is needed.
@@ -31,9 +31,9 @@ class Rows:
         parts: rows of "train", "validation" and "test" unless the declaration says otherwise.
         largest: the largest level, for ``scale = "unit"``.
         label_names: a name for each label.
-        name: what messages call the array.
-        notes: what is worth knowing and no error.
-        table: the columns of a table, (n, columns), in which those that are masked may hold NaN.
+        name: the name of the array in messages.
+        notes: remarks for the user that are no errors.
+        table: the columns of a table, (n, columns); masked columns may hold NaN.
 
     Raises:
         DataError: no rows, values that are not real numbers, NaN or infinity, labels that do not fit.
@@ -55,12 +55,12 @@ class Rows:
 
 
 def check_array(x: AnyArray, name: str, masked: Sequence[bool] = ()) -> None:
-    """Refuse what is not a non-empty array of finite real numbers.
+    """Refuse an array that is empty, or not of finite real numbers.
 
     Arguments:
         x: the array.
-        name: what messages call it.
-        masked: of a table, which columns may hold NaN.
+        name: the name of the array in messages.
+        masked: True for each column of a table that may hold NaN.
 
     Raises:
         DataError: see above; the message says which array, row and column.
@@ -74,7 +74,7 @@ def check_array(x: AnyArray, name: str, masked: Sequence[bool] = ()) -> None:
 
 
 def check_finite(x: AnyArray, name: str, masked: Sequence[bool] = ()) -> None:
-    """Refuse NaN (but in columns that are masked), infinity, and what overflows float32.
+    """Refuse NaN (except in masked columns), infinity, and numbers that overflow float32.
 
     Raises:
         DataError: with the first row and column, and how many there are.
@@ -114,7 +114,7 @@ def _element(column: Sequence[int]) -> str:
 
 
 def reshape(rows: Rows, shape: tuple[int, ...] | None) -> AnyArray:
-    """x as (n, *shape).
+    """Return x as (n, *shape).
 
     Raises:
         DataError: a row has another number of values; or rows are bare numbers and no shape is declared.
@@ -130,7 +130,7 @@ def reshape(rows: Rows, shape: tuple[int, ...] | None) -> AnyArray:
 
 
 def chunks(x: AnyArray, part: Part) -> Iterator[tuple[int, Array]]:
-    """Pieces of ``x[part]``, each with its first position in the part, small enough to copy."""
+    """Yield pieces of ``x[part]`` that are small enough to copy, each with its first position in the part."""
     step = max(1, CHUNK_ELEMENTS // max(1, prod(x.shape[1:])))
     for start in range(0, len(part), step):
         piece = part[start : start + step]
@@ -138,7 +138,7 @@ def chunks(x: AnyArray, part: Part) -> Iterator[tuple[int, Array]]:
 
 
 def rows_of(x: AnyArray, part: Part) -> Array:
-    """`x[part]`."""
+    """Return `x[part]`."""
     return x[part.start : part.stop] if isinstance(part, range) else x[part]
 
 
@@ -186,7 +186,7 @@ def _shown(name: str, part: range, declared: Mapping[str, tuple[int, int]]) -> s
 
 
 def tenths(rows: int, missing: Sequence[str], seed: int) -> dict[str, Part]:
-    """Permute ``rows`` and give each missing split a tenth, "train" the rest; in ascending order.
+    """Permute row numbers; give each missing split a tenth and "train" the rest, each in ascending order.
 
     Raises:
         DataError: too few rows to give each split one.
@@ -202,7 +202,7 @@ def tenths(rows: int, missing: Sequence[str], seed: int) -> dict[str, Part]:
 def joined(
     given: Mapping[str, tuple[AnyArray, Array | None]], seed: int, label_names: Sequence[str] | None = None
 ) -> Rows:
-    """One array from "train" and the splits that are given; the others are tenths of "train".
+    """Join "train" and the splits that are given in one array; the other splits are tenths of "train".
 
     Raises:
         DataError: rows of different shapes, or labels for some splits only.
@@ -244,13 +244,13 @@ def _refuse_unlike(given: Mapping[str, tuple[AnyArray, Array | None]]) -> None:
 
 
 def shared_rows(x: AnyArray, parts: Mapping[str, Part], name: str) -> int:
-    """How many rows of a split also occur, value for value, in "train"."""
+    """Count the rows of a split that also occur, value for value, in "train"."""
     train = np.sort(_hashes(x, parts["train"]))
     return int(np.isin(_hashes(x, parts[name]), train).sum())
 
 
 def _hashes(x: AnyArray, part: Part) -> NDArray[np.uint64]:
-    """64 bits of every row: a sum of its words, each mixed and times a random odd number."""
+    """Return a hash of 64 bits of every row: the sum of its words, each mixed and times a random odd number."""
     width = -(-x.dtype.itemsize * prod(x.shape[1:]) // 8)
     factors = np.random.RandomState(0).randint(0, 2**63, width, np.int64).astype(np.uint64) * 2 + 1
     out = np.empty(len(part), np.uint64)

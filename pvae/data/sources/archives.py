@@ -7,14 +7,23 @@ import struct
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Literal, final
 
 import numpy as np
 
-from pvae.data.rows.arrays import Announced, AnyArray, Array, FileArray, announced, npy_array, npy_header, version_of
+from pvae.data.rows.arrays import (
+    AnyArray,
+    Array,
+    FileArray,
+    NpyHeader,
+    npy_array,
+    open_npy,
+    read_npy_header,
+    version_of,
+)
 from pvae.data.rows.cache import Writer, decoded
 from pvae.data.rows.files import MAX_DEFLATE_RATIO, gathered, held, located, pieces, require_room
 from pvae.data.rows.rows import SPLITS, Rows, joined
@@ -24,7 +33,7 @@ from pvae.errors import DataError, near
 BROKEN = (
     zipfile.BadZipFile, zlib.error, struct.error, EOFError, ValueError, OSError, OverflowError, RuntimeError,
 )  # fmt: skip
-LOCAL_HEADER = 30
+LOCAL_HEADER_BYTES = 30
 """Bytes of a zip archive's local header, before a name and extra fields whose lengths are its last two numbers."""
 
 
@@ -40,9 +49,14 @@ class Npy(FileData):
     """A second `.npy` file, of integer labels; none are read by default."""
 
     def read(self, data_dir: Path | None, seed: int) -> Rows:
-        x = npy(located(self.path, data_dir), self.stream)
-        y = np.asarray(npy(located(self.labels, data_dir))) if self.labels else None
-        return self.to_rows(x, y, "x")
+        path = located(self.path, data_dir)
+        y = _read_npy(located(self.labels, data_dir)) if self.labels else None
+        return self.to_rows(npy_array(path) if self.stream else _read_npy(path), y, "x")
+
+
+def _read_npy(path: Path) -> Array:
+    x, header = open_npy(path)
+    return header.in_rows(np.asarray(held(x, False, str(path))))
 
 
 @final
@@ -77,36 +91,23 @@ class Npz(FileData):
         return Rows(rows.x, rows.y, rows.parts, self.largest or rows.largest, name=self.x)
 
 
-def npy(path: Path, stream: bool = False) -> AnyArray:
-    """The array of a `.npy` file, in memory or where it is.
-
-    Raises:
-        DataError: see `npy_array` and `require_room`.
-    """
-    if stream:
-        return npy_array(path)
-    found, version = npy_header(path)
-    x = held(FileArray(path, found.dtype, found.shape, found.offset, version), False, str(path))
-    return np.ascontiguousarray(x.T) if found.fortran and isinstance(x, np.ndarray) else x
-
-
 @dataclass(frozen=True)
-class Member:
+class ArchivedArray:
     """An array of an archive."""
 
     info: zipfile.ZipInfo
-    array: Announced
+    header: NpyHeader
 
     def pieces(self, archive: zipfile.ZipFile) -> Iterator[Array]:
-        """Its rows, a few MiB at a time; the last one only if the member's checksum is right."""
+        """Yield its rows, a few MiB at a time; the last ones only if the member's checksum is right."""
         with archive.open(self.info) as stream:
-            stream.read(self.array.offset)
-            yield from pieces(stream, self.array.shape, self.array.dtype)
+            stream.read(self.header.offset)
+            yield from pieces(stream, self.header.shape, self.header.dtype)
             stream.read(1)  # at the end of a member zipfile compares its checksum
 
 
 def read_arrays(path: Path, keys: Sequence[str], stream: bool = False) -> dict[str, AnyArray]:
-    """Some arrays of an archive.
+    """Return some arrays of an archive.
 
     Arguments:
         path: the archive.
@@ -118,12 +119,12 @@ def read_arrays(path: Path, keys: Sequence[str], stream: bool = False) -> dict[s
             large for memory.
     """
     with _broken(path), zipfile.ZipFile(path) as archive:
-        members = {key: _member(archive, key, path) for key in keys}
+        found = {key: _checked(archive, key, path) for key in keys}
         if stream:
-            return {key: _streamed(archive, member, path, key) for key, member in members.items()}
-        for key, member in members.items():
-            require_room(member.array.shape, member.array.dtype, f"{path}, {key!r}")
-        return {key: _held(archive, member) for key, member in members.items()}
+            return {key: _streamed(archive, array, path, key) for key, array in found.items()}
+        for key, array in found.items():
+            require_room(array.header.shape, array.header.dtype, f"{path}, {key!r}")
+        return {key: _held(archive, array) for key, array in found.items()}
 
 
 @contextmanager
@@ -137,35 +138,33 @@ def _broken(path: Path) -> Iterator[None]:
 
 
 def held_keys(path: Path) -> list[str]:
-    """The names of the arrays in an archive; none when it is missing or foreign."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return _names(archive)
-    except BROKEN:
-        return []
+    """Return the names of the arrays in an archive; none when it is missing or foreign."""
+    with suppress(*BROKEN), zipfile.ZipFile(path) as archive:
+        return _names(archive)
+    return []
 
 
 def _names(archive: zipfile.ZipFile) -> list[str]:
     return [name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")]
 
 
-def _member(archive: zipfile.ZipFile, key: str, path: Path) -> Member:
-    """Compare what the archive and the array's header announce with the bytes that are there."""
+def _checked(archive: zipfile.ZipFile, key: str, path: Path) -> ArchivedArray:
+    """Compare the sizes that the archive and the array's header announce with the bytes that are there."""
     names = _names(archive)
     if key not in names:
         raise DataError(f"{path}: expected an array {key!r}; got {', '.join(names)}{near(key, names)}.")
     info = archive.getinfo(f"{key}.npy")
-    _refuse_trick(info, f"{path}, {key!r}")
+    where = f"{path}, {key!r}"
+    _refuse_trick(info, where)
     with archive.open(info) as stream:
-        array = announced(stream, info.file_size, f"{path}, {key!r}")
-    if not array.shape or 0 in array.shape:
-        raise DataError(
-            f"{path}, {key!r}: expected an array (rows, ...) with at least one row; got shape {array.shape}."
-        )
-    return Member(info, array)
+        header = read_npy_header(stream, info.file_size, where)
+    if not header.shape or 0 in header.shape:
+        raise DataError(f"{where}: expected an array (rows, ...) with at least one row; got shape {header.shape}.")
+    return ArchivedArray(info, header)
 
 
 def _refuse_trick(info: zipfile.ZipInfo, where: str) -> None:
+    """Refuse names that lead out of the archive, links, and members that cannot be as long as they say."""
     name = PurePosixPath(info.filename.replace("\\", "/"))
     if name.is_absolute() or ".." in name.parts:
         raise DataError(f"{where}: expected a plain name in the archive; got one that leads out of it.")
@@ -183,35 +182,32 @@ def _refuse_trick(info: zipfile.ZipInfo, where: str) -> None:
         )
 
 
-def _held(archive: zipfile.ZipFile, member: Member) -> Array:
-    array = member.array
-    x = gathered(member.pieces(archive), array.shape, array.dtype)
-    return np.ascontiguousarray(x.T) if array.fortran else x
+def _held(archive: zipfile.ZipFile, array: ArchivedArray) -> Array:
+    header = array.header
+    return header.in_rows(gathered(array.pieces(archive), header.shape, header.dtype))
 
 
-def _streamed(archive: zipfile.ZipFile, member: Member, path: Path, key: str) -> FileArray:
-    array, version = member.array, version_of(path)
-    if array.fortran:
-        raise DataError(f"{path}, {key!r}: expected rows one after another; got columns (Fortran order). Save C order.")
-    if member.info.compress_type == zipfile.ZIP_DEFLATED:
+def _streamed(archive: zipfile.ZipFile, array: ArchivedArray, path: Path, key: str) -> FileArray:
+    header, version = array.header, version_of(path)
+    header.require_rows(f"{path}, {key!r}")
+    if array.info.compress_type == zipfile.ZIP_DEFLATED:
         entry = {"source": "npz", "path": str(path.resolve()), "version": version, "member": key}
-        return decoded(entry, lambda writer: _decode(writer, archive, member, path)).arrays["x"]
-    offset = _offset(path, member.info)
-    for _ in member.pieces(archive):  # for the checksum's sake
+        return decoded(entry, lambda writer: _decode(writer, archive, array, path)).arrays["x"]
+    offset = _offset(path, array.info)
+    for _ in array.pieces(archive):  # for the checksum's sake
         pass
-    return FileArray(path, array.dtype, array.shape, offset + array.offset, version)
+    return FileArray(path, header.dtype, header.shape, offset + header.offset, version)
 
 
-def _decode(writer: Writer, archive: zipfile.ZipFile, member: Member, path: Path) -> None:
+def _decode(writer: Writer, archive: zipfile.ZipFile, array: ArchivedArray, path: Path) -> None:
     with _broken(path):
-        for rows in member.pieces(archive):
-            writer.append("x", rows)
+        writer.extend("x", array.pieces(archive))
 
 
 def _offset(path: Path, info: zipfile.ZipInfo) -> int:
-    """Where a stored member's first byte is."""
+    """Return the place of a stored member's first byte in the file."""
     with path.open("rb") as file:
         file.seek(info.header_offset)
-        local = file.read(LOCAL_HEADER)
-    lengths = local[LOCAL_HEADER - 4 :]
-    return info.header_offset + LOCAL_HEADER + sum(int.from_bytes(lengths[i : i + 2], "little") for i in (0, 2))
+        local = file.read(LOCAL_HEADER_BYTES)
+    lengths = local[LOCAL_HEADER_BYTES - 4 :]
+    return info.header_offset + LOCAL_HEADER_BYTES + sum(int.from_bytes(lengths[i : i + 2], "little") for i in (0, 2))

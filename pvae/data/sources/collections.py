@@ -22,10 +22,10 @@ from pvae.data.rows.files import user_folder
 from pvae.data.rows.rows import Rows
 from pvae.data.sources.archives import read_arrays
 from pvae.data.sources.base import Data
-from pvae.data.sources.idx import Header, read_idx
+from pvae.data.sources.idx import IdxHeader, read_idx
 from pvae.errors import DataError
 
-BLOCK_BYTES = 2**20
+DOWNLOAD_PIECE_BYTES = 2**20
 CONNECT_AND_READ_SECONDS = (10, 60)
 KEYS = ("x_train", "y_train", "x_test", "y_test")
 
@@ -41,7 +41,7 @@ class IdxFile:
 
 @dataclass(frozen=True)
 class Collection:
-    """Four files ``x_train, y_train, x_test, y_test``, and where they may be."""
+    """Four files ``x_train, y_train, x_test, y_test``, and the places where they may be."""
 
     slug: str
     files: dict[str, IdxFile]
@@ -121,7 +121,7 @@ class MNIST(Data):
 
 
 def read_collection(collection: Collection, data_dir: Path | None) -> Rows:
-    """A collection as one array: training rows, then test rows; the last sixth of the training rows validates.
+    """Return a collection as one array: training rows, then test rows; the last sixth of the training rows validates.
 
     Raises:
         DataError: files are missing or damaged.
@@ -143,7 +143,7 @@ def _user_folders(collection: Collection, data_dir: Path | None) -> list[Path]:
 
 
 def _read_archive(collection: Collection, data_dir: Path | None) -> dict[str, Array] | None:
-    """The four arrays of an archive in the user's folder, checked as if they were the IDX files."""
+    """Return the four arrays of an archive in the user's folder, checked as if they were the IDX files."""
     if collection.archive is None:
         return None
     for folder in _user_folders(collection, data_dir):
@@ -172,18 +172,18 @@ def _read_file(collection: Collection, file: IdxFile, data_dir: Path | None) -> 
 
 
 def read_known(path: Path, file: IdxFile) -> Array:
-    """A file of a collection, plain or gzipped.
+    """Read a file of a collection, plain or gzipped.
 
     Returns: array ``file.shape``, uint8.
 
     Raises:
         DataError: see `read_idx`; or another SHA-256.
     """
-    return _checked_digest(np.asarray(read_idx(path, Header(file.shape))), file, path)
+    return _checked_digest(np.asarray(read_idx(path, IdxHeader(file.shape))), file, path)
 
 
 def _checked_digest(array: Array, file: IdxFile, path: Path) -> Array:
-    digest = hashlib.sha256(Header(file.shape).content)
+    digest = hashlib.sha256(IdxHeader(file.shape).content)
     digest.update(np.ascontiguousarray(array).data)
     if digest.hexdigest() != file.sha256:
         raise DataError(
@@ -197,7 +197,7 @@ def _checked_digest(array: Array, file: IdxFile, path: Path) -> Array:
 
 
 def _cached(collection: Collection, file: IdxFile) -> Array:
-    """From the cache when it verifies, else from a mirror; a damaged entry is removed and made again."""
+    """Read a file from the cache when it verifies, else from a mirror; a damaged entry is removed and made again."""
     path = cache_folder() / collection.slug / f"{file.name}.gz"
     found = _verified(path, file)
     if found is not None:
@@ -230,7 +230,7 @@ def _by_hand(collection: Collection) -> str:
 
 
 def _download(collection: Collection, file: IdxFile, path: Path) -> Array:
-    """Into a temporary file, checked, then renamed.
+    """Download a file into a temporary one, check it, then rename it.
 
     Raises:
         DataError: no mirror gave the right bytes; each answer is listed.
@@ -253,7 +253,7 @@ def _fetch(url: str, file: IdxFile, path: Path) -> Array:
     part = Path(name)
     try:
         with os.fdopen(descriptor, "wb") as out:
-            pooch.HTTPDownloader(chunk_size=BLOCK_BYTES, timeout=CONNECT_AND_READ_SECONDS)(url, out, None)
+            pooch.HTTPDownloader(chunk_size=DOWNLOAD_PIECE_BYTES, timeout=CONNECT_AND_READ_SECONDS)(url, out, None)
         array = read_known(part, file)
         part.replace(path)
         return array

@@ -17,10 +17,10 @@ from typing import IO, Any, Literal, cast, final
 import numpy as np
 
 from pvae.data.rows.arrays import AnyArray, Array, FileArray, version_of
-from pvae.data.rows.cache import Writer, decoded
+from pvae.data.rows.cache import decoded
 from pvae.data.rows.files import (
-    BLOCK_BYTES,
     MAX_DEFLATE_RATIO,
+    PIECE_BYTES,
     gathered,
     held,
     located,
@@ -54,7 +54,7 @@ class Idx(FileData):
 
 
 @dataclass(frozen=True)
-class Header:
+class IdxHeader:
     """The header of an IDX file.
 
     Arguments:
@@ -67,18 +67,18 @@ class Header:
 
     @property
     def content(self) -> bytes:
-        """The header's own bytes."""
+        """The bytes of the header."""
         code = next(code for code, name in TYPES.items() if np.dtype(name) == self.dtype)
         return bytes([0, 0, code, len(self.shape)]) + b"".join(size.to_bytes(4, "big") for size in self.shape)
 
     @property
     def total(self) -> int:
-        """Bytes of the whole file, decompressed."""
+        """Number of bytes of the whole file, decompressed."""
         return 4 + 4 * len(self.shape) + self.dtype.itemsize * prod(self.shape)
 
 
-def read_idx(path: Path, wanted: Header | None = None, *, stream: bool = False) -> AnyArray:
-    """An IDX file, plain or gzipped.
+def read_idx(path: Path, wanted: IdxHeader | None = None, *, stream: bool = False) -> AnyArray:
+    """Read an IDX file, plain or gzipped.
 
     Arguments:
         path: the file.
@@ -105,17 +105,12 @@ def read_idx(path: Path, wanted: Header | None = None, *, stream: bool = False) 
             require_room(header.shape, header.dtype, str(path))
             return gathered(content, header.shape, header.dtype)
         key = {"source": "idx", "path": str(path.resolve()), "version": version}
-        return decoded(key, lambda writer: _write(writer, content)).arrays["x"]
-
-
-def _write(writer: Writer, content: Iterator[Array]) -> None:
-    for rows in content:
-        writer.append("x", rows)
+        return decoded(key, lambda writer: writer.extend("x", content)).arrays["x"]
 
 
 @contextmanager
 def _broken(path: Path) -> Iterator[None]:
-    """What a decompressor or the disk finds wrong, as an error of the data."""
+    """Turn the errors of the decompressor and of the disk into errors of the data."""
     try:
         yield
     except (OSError, EOFError, zlib.error) as error:
@@ -126,7 +121,7 @@ def _broken(path: Path) -> Iterator[None]:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[tuple[IO[bytes], bool]]:
-    """The decompressed bytes, and whether they were compressed."""
+    """Open the decompressed bytes; True where they were compressed."""
     with path.open("rb") as plain:
         zipped = plain.read(2) == GZIP
         plain.seek(0)
@@ -137,7 +132,7 @@ def _opened(path: Path) -> Iterator[tuple[IO[bytes], bool]]:
             yield plain, False
 
 
-def _read_header(file: IO[bytes], wanted: Header | None, path: Path) -> Header:
+def _read_header(file: IO[bytes], wanted: IdxHeader | None, path: Path) -> IdxHeader:
     magic = file.read(4)
     expected = wanted.content[:4].hex(" ") if wanted else "00 00, a type (08 09 0b 0c 0d 0e) and 1 to 32 dimensions"
     known = len(magic) == 4 and magic[:2] == b"\0\0" and magic[2] in TYPES and 1 <= magic[3] <= MAX_DIMENSIONS
@@ -152,7 +147,7 @@ def _read_header(file: IO[bytes], wanted: Header | None, path: Path) -> Header:
         raise DataError(f"{path}: expected sizes {list(wanted.shape)}; got {list(shape)}.")
     if 0 in shape:
         raise DataError(f"{path}: expected sizes of at least 1; got {list(shape)}.")
-    return Header(shape, np.dtype(TYPES[magic[2]]))
+    return IdxHeader(shape, np.dtype(TYPES[magic[2]]))
 
 
 def _require_length(path: Path, wanted: int, found: int, more: str = "") -> None:
@@ -169,8 +164,8 @@ def _require_holdable(path: Path, wanted: int, found: int) -> None:
         )
 
 
-def _content(file: IO[bytes], header: Header, path: Path) -> Iterator[Array]:
-    """The rows, and nothing behind them."""
+def _content(file: IO[bytes], header: IdxHeader, path: Path) -> Iterator[Array]:
+    """Yield the rows, and refuse bytes behind them."""
     with _broken(path):
         try:
             yield from pieces(file, header.shape, header.dtype)
@@ -178,5 +173,5 @@ def _content(file: IO[bytes], header: Header, path: Path) -> Iterator[Array]:
             if isinstance(error.args[0], int):  # else the gzipped stream itself is cut short
                 _require_length(path, header.total, len(header.content) + error.args[0])
             raise
-        extra = len(file.read(BLOCK_BYTES))
-    _require_length(path, header.total, header.total + extra, "at least " if extra == BLOCK_BYTES else "")
+        extra = len(file.read(PIECE_BYTES))
+    _require_length(path, header.total, header.total + extra, "at least " if extra == PIECE_BYTES else "")

@@ -1,4 +1,4 @@
-"""Folders of images: found in one order, decoded once into the cache; what is broken or foreign is listed."""
+"""Folders of images: found in one order, decoded once into the cache; broken and foreign files are listed."""
 
 from __future__ import annotations
 
@@ -29,11 +29,10 @@ from pvae.util.files import pretty
 FORMATS = ("PNG", "JPEG", "BMP", "GIF", "PPM", "TIFF", "WEBP")
 SUFFIXES = frozenset(".png .jpg .jpeg .bmp .gif .ppm .pgm .pbm .tif .tiff .webp".split())
 MAX_PIXELS = 2**26
-"""Of one image: 8192 x 8192."""
-TOGETHER = 8
-"""Images that are decoded at a time."""
-THREADS = 4
-SHOWN = 5
+"""Most pixels of one image: 8192 x 8192."""
+IMAGES_AT_ONCE = 8
+DECODING_THREADS = 4
+SKIPPED_LISTED = 5
 
 
 Side = Annotated[int, Field(gt=0, le=2**13)]
@@ -82,7 +81,7 @@ class Images(FileData):
 
 
 @dataclass(frozen=True)
-class Found:
+class ImageFile:
     """A file that may be an image.
 
     Arguments:
@@ -105,13 +104,13 @@ def _located(path: str, data_dir: Path | None) -> Path:
     raise DataError(f"Expected a folder of images at {root}; got no such folder.")
 
 
-def found(root: Path) -> tuple[list[Found], list[str]]:
-    """The files that may be images, in the order of their names, and what is left out of consideration, with why.
+def found(root: Path) -> tuple[list[ImageFile], list[str]]:
+    """Return the files that may be images, in the order of their names, and those that are left out, with the reason.
 
     Hidden files and folders are ignored; links that lead out of the folder, links to folders, devices and pipes are not
     followed.
     """
-    files: list[Found] = []
+    files: list[ImageFile] = []
     skipped: list[str] = []
     inside = root.resolve()
 
@@ -129,7 +128,7 @@ def found(root: Path) -> tuple[list[Found], list[str]]:
                 skipped.append(f"{printable(local)} ({problem})")
             else:
                 status = path.stat()
-                files.append(Found(local, (status.st_size, status.st_mtime_ns)))
+                files.append(ImageFile(local, (status.st_size, status.st_mtime_ns)))
     return sorted(files, key=lambda file: file.name), sorted(skipped)
 
 
@@ -144,8 +143,8 @@ def _problem(path: Path, root: Path) -> str:
     return "" if path.suffix.lower() in SUFFIXES else "no image by its name"
 
 
-def _decode(writer: Writer, root: Path, files: list[Found], skipped: list[str], declared: Images) -> None:
-    """Into the cache: `x` (n, C, H, W) uint8, `y` (n,) if all images are in sub-folders, and notes."""
+def _decode(writer: Writer, root: Path, files: list[ImageFile], skipped: list[str], declared: Images) -> None:
+    """Write `x` (n, C, H, W) uint8 into the cache, `y` (n,) if all images are in sub-folders, and notes."""
     size, good, bad = None, list[str](), list(skipped)
     for some in _decoded(root, files, declared):
         images = []
@@ -169,19 +168,19 @@ def _decode(writer: Writer, root: Path, files: list[Found], skipped: list[str], 
     writer.notes["label_names"] = _label(writer, good)
 
 
-def _decoded(root: Path, files: list[Found], declared: Images) -> Iterator[list[tuple[str, Array | str]]]:
-    """Names with images (C, H, W), or with what is wrong with them; some at a time."""
-    with warnings.catch_warnings(), ThreadPoolExecutor(THREADS) as pool:
+def _decoded(root: Path, files: list[ImageFile], declared: Images) -> Iterator[list[tuple[str, Array | str]]]:
+    """Yield names with images (C, H, W), or with the reason why there is none; some at a time."""
+    with warnings.catch_warnings(), ThreadPoolExecutor(DECODING_THREADS) as pool:
         warnings.simplefilter("ignore")
         warnings.simplefilter("error", Image.DecompressionBombWarning)
-        for start in range(0, len(files), TOGETHER):
-            names = [file.name for file in files[start : start + TOGETHER]]
+        for start in range(0, len(files), IMAGES_AT_ONCE):
+            names = [file.name for file in files[start : start + IMAGES_AT_ONCE]]
             images = pool.map(lambda name: image(root / name, declared.size, declared.mode), names)
             yield list(zip(names, images, strict=True))
 
 
 def image(path: Path, size: tuple[int, int] | None, mode: str) -> Array | str:
-    """An image (C, H, W) uint8, upright, or what is wrong with it."""
+    """Return an image (C, H, W) uint8, upright; or the reason why it cannot be read."""
     try:
         with Image.open(path, formats=FORMATS) as file:
             if problem := _unfit(file):  # known from the header; nothing is decoded yet
@@ -207,7 +206,7 @@ def _unfit(file: Image.Image) -> str:
 
 
 def _label(writer: Writer, names: list[str]) -> list[str]:
-    """Write the sub-folder of every image as its label, if every image is in one; gives the labels' names."""
+    """Write the sub-folder of every image as its label, if every image is in one; return the names of the labels."""
     if not all("/" in name for name in names):
         return []
     folders = [name.split("/", 1)[0] for name in names]
@@ -223,5 +222,5 @@ def _shown(shape: tuple[int, ...]) -> str:
 def _listed(skipped: list[str]) -> str:
     if not skipped:
         return ""
-    more = f" and {len(skipped) - SHOWN} more" if len(skipped) > SHOWN else ""
-    return f" {len(skipped)} skipped: {', '.join(skipped[:SHOWN])}{more}."
+    more = f" and {len(skipped) - SKIPPED_LISTED} more" if len(skipped) > SKIPPED_LISTED else ""
+    return f" {len(skipped)} skipped: {', '.join(skipped[:SKIPPED_LISTED])}{more}."

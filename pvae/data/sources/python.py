@@ -1,4 +1,4 @@
-"""Data that Python objects hold: tensors, arrays, sparse matrices, torch's datasets, AnnData and its like."""
+"""Data in Python objects: tensors, arrays, sparse matrices, torch's datasets, AnnData and objects like it."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from torch.utils.data import Dataset as TorchDataset
 
 from pvae.data.rows.arrays import AnyArray, Array, Index, SparseRows, Stored
 from pvae.data.rows.cache import cache_folder
-from pvae.data.rows.files import BLOCK_BYTES, require_room
+from pvae.data.rows.files import PIECE_BYTES, require_room
 from pvae.data.rows.prepare import Scale
 from pvae.data.rows.rows import SPLITS, Rows, joined, tenths
 from pvae.data.sources.base import Data, Seed
 from pvae.errors import DataError, OutputError, StorageError, near
 
-GAP = 4
-"""Rows that are read, of which one is wanted, before they are better fetched one by one."""
+LARGEST_GAP = 4
+"""Rows that are read for each row that is wanted; with more between them they are fetched one by one."""
 
 
 @final
@@ -43,7 +43,7 @@ class TensorSource(Data):
 
 
 def as_array(values: Any, name: str) -> AnyArray:
-    """A tensor, an array-like, or a sparse matrix (whose rows are made dense when they are read).
+    """Return a tensor, an array-like or a sparse matrix as an array; sparse rows are made dense when they are read.
 
     Raises:
         DataError: it is none of these.
@@ -64,7 +64,7 @@ def as_array(values: Any, name: str) -> AnyArray:
 
 
 def is_bare(data: Any) -> bool:
-    """Whether data are bare numbers (n,)."""
+    """True for bare numbers (n,)."""
     return not isinstance(data, TorchDataset) and not is_anndata(data) and np.ndim(data) == 1
 
 
@@ -72,7 +72,7 @@ def is_bare(data: Any) -> bool:
 
 
 class Spool(Stored):
-    """Rows in a file without a name, which is gone with the last array over it, however the process ends.
+    """Rows in a file without a name, which is gone with the last array that reads it, however the process ends.
 
     Arguments:
         file: the open file, at any position.
@@ -80,19 +80,14 @@ class Spool(Stored):
         shape: (n, *row).
     """
 
-    def __init__(self, file: Opened, dtype: np.dtype[Any], shape: tuple[int, ...]) -> None:
+    def __init__(self, file: NamelessFile, dtype: np.dtype[Any], shape: tuple[int, ...]) -> None:
         self.file, self.dtype, self.shape = file, dtype, shape
 
     def read(self, index: Index) -> Array:
-        """See `Stored.read`."""
         return np.array(np.memmap(self.file.file, self.dtype, "r", 0, self.shape)[index])
 
-    def reshape(self, *shape: int) -> Spool:
-        """See `Stored.reshape`."""
-        return Spool(self.file, self.dtype, shape)
 
-
-class Opened:
+class NamelessFile:
     """A file without a name in the cache folder, closed when nothing refers to it any more."""
 
     def __init__(self) -> None:
@@ -119,7 +114,7 @@ class Opened:
 
 
 def torch_rows(given: Mapping[str, Any], stream: bool, seed: int, label_names: Sequence[str] | None) -> Rows:
-    """The rows of torch's datasets, one for each split that is given.
+    """Return the rows of torch's datasets, one for each split that is given.
 
     Raises:
         DataError: see `collected`.
@@ -129,7 +124,7 @@ def torch_rows(given: Mapping[str, Any], stream: bool, seed: int, label_names: S
 
 
 def collected(dataset: Any, name: str, stream: bool) -> tuple[AnyArray, Array | None]:
-    """Every item of a dataset, in its order: x (n, ...) and labels (n,), or None.
+    """Return every item of a dataset, in its order: x (n, ...) and labels (n,), or None.
 
     Arguments:
         dataset: map-style or iterable, of items x, (x,), (x, y), or a mapping with "x" and perhaps "y".
@@ -141,7 +136,7 @@ def collected(dataset: Any, name: str, stream: bool) -> tuple[AnyArray, Array | 
     """
     blocks: list[Array] = []
     labels: list[Any] = []
-    file, rows, last = Opened() if stream else None, 0, None
+    file, rows, last = NamelessFile() if stream else None, 0, None
     for x, y in _blocks(dataset, name):
         rows, last = rows + len(x), x
         labels += y
@@ -160,7 +155,7 @@ def collected(dataset: Any, name: str, stream: bool) -> tuple[AnyArray, Array | 
 
 
 def _blocks(dataset: Any, name: str) -> Iterator[tuple[Array, list[Any]]]:
-    """Items stacked, a few MiB at a time."""
+    """Yield items stacked, a few MiB at a time."""
     first, xs, ys = None, list[Array](), list[Any]()
     for number, item in enumerate(_items(dataset, name)):
         x, y = _parted(item, f"{name}, item {number}")
@@ -171,7 +166,7 @@ def _blocks(dataset: Any, name: str) -> Iterator[tuple[Array, list[Any]]]:
             )
         xs.append(x)
         ys.append(y)
-        if len(xs) * max(1, x.nbytes) >= BLOCK_BYTES:
+        if len(xs) * max(1, x.nbytes) >= PIECE_BYTES:
             yield np.stack(xs), ys
             xs, ys = [], []
     if xs:
@@ -207,50 +202,35 @@ def _parted(item: Any, where: str) -> tuple[Array, Any]:
 
 
 class Sliced(Stored):
-    """Rows of whatever gives some when it is sliced, as an HDF5 dataset does; sparse ones are made dense.
+    """Rows of an object that gives some when it is sliced, as an HDF5 dataset does; sparse ones are made dense.
 
     Arguments:
         source: with a shape, a type, slices, and rows of ascending numbers.
-        row: shape of a row, if not the source's.
     """
 
-    def __init__(self, source: Any, row: tuple[int, ...] | None = None) -> None:
-        self.source = source
-        self.shape = (source.shape[0], *(tuple(source.shape[1:]) if row is None else row))
-        self.dtype = np.dtype(source.dtype)
+    def __init__(self, source: Any) -> None:
+        self.source, self.shape, self.dtype = source, tuple(source.shape), np.dtype(source.dtype)
 
     def read(self, index: Index) -> Array:
-        """See `Stored.read`."""
+        chosen: Any = slice(None)  # of what is read
+        if not isinstance(index, slice):
+            low, high = (int(index[0]), int(index[-1]) + 1) if len(index) else (0, 0)
+            if high - low <= LARGEST_GAP * len(index):
+                chosen, index = index - low, slice(low, high)
         try:
-            rows = self._rows(index)
+            rows = self.source[index]
         except (OSError, ValueError, RuntimeError) as error:
             raise DataError(f"Expected the rows of an open file; got {error}. Keep it open.") from error
-        return rows.reshape(len(rows), *self.shape[1:])
-
-    def _rows(self, index: Index) -> Array:
-        if isinstance(index, slice) or not len(index):
-            return self._dense(self.source[index if isinstance(index, slice) else slice(0, 0)])
-        low, high = int(index[0]), int(index[-1]) + 1
-        if high - low <= GAP * len(index):
-            return self._dense(self.source[low:high])[index - low]
-        return self._dense(self.source[index])
-
-    @staticmethod
-    def _dense(rows: Any) -> Array:
-        return np.asarray(rows.toarray() if issparse(rows) else rows)
-
-    def reshape(self, *shape: int) -> Sliced:
-        """See `Stored.reshape`."""
-        return Sliced(self.source, shape[1:])
+        return np.asarray(rows.toarray() if issparse(rows) else rows)[chosen]
 
 
 def is_anndata(data: Any) -> bool:
-    """Whether an object looks like AnnData: a matrix `X` and a table `obs` of what is known of its rows."""
+    """True for an object like AnnData: a matrix `X`, and a table `obs` that describes its rows."""
     return hasattr(data, "X") and hasattr(data, "obs")
 
 
 def anndata_rows(adata: Any, layer: str | None, labels: str | None, seed: int) -> Rows:
-    """The rows of an AnnData-like object, with seeded tenths to validate and to test.
+    """Return the rows of an AnnData-like object, with seeded tenths to validate and to test.
 
     Raises:
         DataError: no such layer or column; labels are missing or not whole numbers or names; see `Rows`.

@@ -432,7 +432,7 @@ def troubled(tmp_path: Path) -> Path:
 
 def test_what_is_no_image_is_skipped_and_listed(troubled: Path, monkeypatch: pytest.MonkeyPatch):
     """FAULTS 27, 29, 36, 38: broken, bombs (none decoded), links out, devices; and the good ones are all there."""
-    monkeypatch.setattr("pvae.data.sources.images.SHOWN", 99)
+    monkeypatch.setattr("pvae.data.sources.images.SKIPPED_LISTED", 99)
     data = load(Images(path=str(troubled)))
     assert sum(len(split) for split in data.splits) == 12
     (listed,) = [note for note in data.notes if "skipped" in note]
@@ -590,7 +590,7 @@ XT, YT = torch.from_numpy(FLOATS), torch.from_numpy(Y)
     ],
 )
 def test_torch_datasets(dataset: TorchDataset[Any], stream: bool, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("pvae.data.sources.python.BLOCK_BYTES", 1000)  # several blocks
+    monkeypatch.setattr("pvae.data.sources.python.PIECE_BYTES", 1000)  # several blocks
     data, wanted = Dataset.from_torch(dataset, stream=stream, label_names=NAMES), Dataset.from_tensors(FLOATS, Y)
     for one, other in zip(data.splits, wanted.splits, strict=True):
         assert torch.equal(one.x, other.x)
@@ -771,7 +771,7 @@ class Watched(SparseRows):
 
 def test_a_fit_on_sparse_counts_never_makes_them_dense(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("pvae.data.rows.rows.CHUNK_ELEMENTS", 2**16)
-    monkeypatch.setattr("pvae.data.dataset.CHUNK_ELEMENTS", 2**16)
+    monkeypatch.setattr("pvae.data.split.CHUNK_ELEMENTS", 2**16)
     counts = sparse.random_array((3000, 200), density=0.05, rng=np.random.default_rng(0), data_sampler=None)
     data = Dataset.of(Watched(counts))
     overrides = (*SMALL, "train.batch_size=500", "data={source='tensor'}", "decoder.likelihood.kind=normal")
@@ -804,6 +804,6 @@ def test_fit_and_load_take_whatever_holds_data(tmp_path: Path):
 def test_spools_and_files_are_reshaped_in_place(tmp_path: Path):
     data = Dataset.from_torch(TensorDataset(XT), stream=True, declared=TensorSource(shape=(1, 5)))
     assert data.train.rows[:3].shape == (3, 1, 5)
-    assert isinstance(data.train.rows.rows.x, Spool)  # type: ignore[union-attr]
+    assert isinstance(data.train.rows.blocks.rows.x, Spool)  # type: ignore[union-attr]
     path = npy(tmp_path / "x.npy", FLOATS)
     assert torch.equal(load(Npy(path=path, stream=True, shape=(1, 5))).train.x, data.train.x)

@@ -11,9 +11,11 @@ import torch
 import pvae
 from pvae.data import Dataset, Npz, TensorSource, streamed
 from pvae.data.dataset import _assembled
+from pvae.data.rows import blocks
 from pvae.data.rows.arrays import Joined, SparseRows, npy_array
+from pvae.data.rows.blocks import WindowOrder
 from pvae.data.rows.rows import Rows, shared_rows, tenths
-from pvae.data.streamed import Streamed, WindowOrder
+from pvae.data.streamed import Streamed
 from pvae.errors import DataError
 from pvae.training import loop
 from pvae.training.trainer import Trainer
@@ -23,8 +25,9 @@ from tests.runs_shared import assert_resumes_exactly
 @pytest.fixture
 def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of a few rows, three in memory: what large data meet, on small ones."""
-    monkeypatch.setattr(streamed, "BLOCK_BYTES", 7 * 4 * 64)
-    monkeypatch.setattr(streamed, "WINDOW", 3)
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", 7 * 4 * 64)
+    for module in (blocks, streamed):
+        monkeypatch.setattr(module, "WINDOW", 3)
 
 
 def images(n: int = 300) -> tuple[np.ndarray, np.ndarray]:
@@ -122,9 +125,7 @@ def test_no_more_than_a_window_is_held(tmp_path: Path) -> None:
     assert isinstance(rows, Streamed)
     for start in range(0, len(rows), 20):
         rows[torch.arange(start, min(start + 20, len(rows)))]
-        assert rows._held is not None
-        assert rows._held.nbytes == 3 * 7 * 4 * 64
-        assert len(rows._owners) <= 3
+        assert rows.blocks._held.nbytes == 3 * 7 * 4 * 64
 
 
 def test_too_many_rows_at_once_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, narrow: None) -> None:

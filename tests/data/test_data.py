@@ -48,7 +48,7 @@ from pvae.data.rows import cache
 from pvae.data.rows.rows import shared_rows
 from pvae.data.sources import collections as sources
 from pvae.data.sources.collections import FASHION_MNIST, Collection, IdxFile, read_collection, read_known
-from pvae.data.sources.idx import Header
+from pvae.data.sources.idx import IdxHeader
 from pvae.errors import BusyError, DataError, DeclarationError, OutputError
 
 RNG = np.random.RandomState(0)
@@ -60,7 +60,7 @@ Y = np.arange(40) % 3
 
 
 def idx(array: np.ndarray) -> bytes:
-    return Header(array.shape).content + array.astype(np.uint8).tobytes()
+    return IdxHeader(array.shape).content + array.astype(np.uint8).tobytes()
 
 
 def small_arrays() -> dict[str, np.ndarray]:
@@ -219,6 +219,22 @@ def test_declarations_round_trip(name: str, tmp_path: Path):
     data = TABLE[name].make(tmp_path)
     assert Data.parse(data.model_dump()) == data
     assert Data.parse(data.model_dump(mode="json", exclude_none=True)) == data
+
+
+def test_the_source_of_contributing_reads_its_file(tmp_path: Path):
+    text = (Path(__file__).parents[2] / "CONTRIBUTING.md").read_text()
+    (code,) = (block.split("```")[0] for block in text.split("```python\n")[1:] if "(FileData)" in block)
+    np.savetxt(tmp_path / "x.txt", np.column_stack([X, Y]), header="four numbers and a label")
+    declared = {"source": "text", "path": "x.txt", "label": True}
+    try:
+        exec(compile(code, "CONTRIBUTING.md", "exec", dont_inherit=True), {"__name__": "example"})
+        data = load(Data.parse(declared), data_dir=tmp_path)
+        assert data.fingerprint == load(Npz(path=npz(tmp_path, x=X.astype(np.float64), y=Y), y="y")).fingerprint
+        (tmp_path / "x.txt").write_text("1 2\n3 four\n")
+        with pytest.raises(DataError, match="x.txt: expected rows of numbers; got .*four"):
+            load(Data.parse(declared), data_dir=tmp_path)
+    finally:
+        Data.members.pop("text", None)
 
 
 # The published protocol

@@ -1,0 +1,111 @@
+"""One split of a data set, from which a fit draws its batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from math import prod
+
+import torch
+from torch import Tensor
+
+from pvae.data.rows.blocks import WindowOrder
+from pvae.data.rows.rows import CHUNK_ELEMENTS
+from pvae.data.streamed import Streamed
+from pvae.errors import DataError
+from pvae.util import seeds
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """One split of a data set.
+
+    Arguments:
+        name: "train", "validation" or "test".
+        rows: (n, *shape) float32; with covariates (n, D + covariates), each row flattened and followed by them. Data
+            that stay on the disk are `Streamed`: they are read when they are indexed.
+        y: (n,) int64 labels, or None.
+        raw: (n, *shape) intensities in [0, 1] that `draw` binarises anew, or None.
+        event: shape of a datum, where rows hold covariates too; else None.
+    """
+
+    name: str
+    rows: Tensor | Streamed
+    y: Tensor | None = None
+    raw: Tensor | Streamed | None = None
+    event: tuple[int, ...] | None = None
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def x(self) -> Tensor:
+        """All rows as one tensor.
+
+        Raises:
+            DataError: they are streamed, and too many to be read at once; index `rows` instead.
+        """
+        return self.rows[:] if isinstance(self.rows, Streamed) else self.rows
+
+    @property
+    def data(self) -> Tensor:
+        """The data alone, (n, *shape), without covariates; all of them, as `x`."""
+        return self.observed(self.x)
+
+    def observed(self, rows: Tensor) -> Tensor:
+        """Return the data of some rows `(m, ...)`, without covariates: `(m, *shape)`."""
+        return rows if self.event is None else rows[:, : prod(self.event)].reshape(len(rows), *self.event)
+
+    def order(self, seed: int, epoch: int) -> Tensor | WindowOrder:
+        """Return the order of the rows in an epoch, a function of (seed, epoch); slices of it are row numbers."""
+        x = self.rows if self.raw is None else self.raw
+        if isinstance(x, Streamed):
+            return x.order(seed, epoch)
+        return seeds.permutation(len(x), seed, epoch).to(x.device)
+
+    def draw(self, index: Tensor) -> Tensor:
+        """Return a batch of rows; dynamically binarised data are drawn anew from torch's global generator."""
+        if self.raw is None:
+            return self.rows[index]
+        fresh = torch.bernoulli(self.raw[index])
+        if self.event is None:
+            return fresh
+        columns = self.rows.columns if isinstance(self.rows, Streamed) else self.rows[:, prod(self.event) :]
+        assert columns is not None  # noqa: S101 - there is an event, so columns stand behind it
+        return torch.cat([fresh.flatten(1), columns[index].to(fresh)], 1)
+
+    def to(self, device: str | torch.device) -> Split:
+        """Return the split on a device; streamed rows are put there when they are read."""
+        moved = {name: part.to(device) for name in ("rows", "y", "raw") if (part := getattr(self, name)) is not None}
+        return replace(self, **moved)
+
+    def plain(self) -> Split:
+        """Return the split without covariates in its rows."""
+        if self.event is None:
+            return self
+        rows = self.rows.with_columns(None) if isinstance(self.rows, Streamed) else self.data
+        return replace(self, rows=rows, event=None)
+
+    def conditioned(self, codes: int, tokens: Sequence[Sequence[int]] | None = None) -> Split:
+        """Return the split with its labels as a covariate of `codes` values in every row, or the tokens of each label.
+
+        Raises:
+            DataError: there are no labels, or one is outside 0 .. codes - 1.
+        """
+        if self.y is None:
+            raise DataError(f"{self.name}: expected labels, on which the model is conditioned; got none.")
+        if len(self.y) and not 0 <= int(self.y.min()) <= int(self.y.max()) < codes:
+            raise DataError(
+                f"{self.name}: expected labels 0 .. {codes - 1}; got {int(self.y.min())} .. {int(self.y.max())}. "
+                f"Set the covariate's codes to {int(self.y.max()) + 1}."
+            )
+        columns = self.y[:, None] if tokens is None else torch.tensor(tokens, device=self.y.device)[self.y]
+        event = tuple(self.rows.shape[1:])
+        if isinstance(self.rows, Streamed):
+            return replace(self, rows=self.rows.with_columns(columns), event=event)
+        return replace(self, rows=torch.cat([self.rows.flatten(1), columns.to(self.rows)], 1), event=event)
+
+    def chunks(self) -> Iterator[Tensor]:
+        """Yield the data in pieces whose float64 copy is small."""
+        step = max(1, CHUNK_ELEMENTS // max(1, prod(self.rows.shape[1:])))
+        return (self.observed(self.rows[start : start + step]) for start in range(0, len(self), step))
