@@ -1,19 +1,12 @@
-"""Data: every source x every law; the published checksums; every broken file and its error."""
+"""Data: every source x every law; splits, scaling, binarisation, support, fingerprints."""
 
 from __future__ import annotations
 
-import gzip
-import hashlib
-import http.server
 import os
-import pickle
 import subprocess
 import sys
-import threading
-import time
-import zipfile
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +14,6 @@ import numpy as np
 import pandas
 import pytest
 import torch
-from filelock import FileLock
-from PIL import Image
 from pydantic import ValidationError
 from torch.distributions import constraints
 
@@ -44,57 +35,15 @@ from pvae.data import (
     Toy,
     load,
 )
-from pvae.data.rows import cache
 from pvae.data.rows.rows import shared_rows
-from pvae.data.sources import collections as sources
-from pvae.data.sources.collections import FASHION_MNIST, Collection, IdxFile, read_collection, read_known
-from pvae.data.sources.idx import IdxHeader
-from pvae.errors import BusyError, DataError, DeclarationError, OutputError
+from pvae.errors import DataError, DeclarationError
+from tests.data.writers import idx, npy, npz, pictures, small_arrays
 
 RNG = np.random.RandomState(0)
 X = RNG.uniform(0.05, 0.95, (40, 4)).astype(np.float32)
 Y = np.arange(40) % 3
-
-
-# Small stand-ins for the large collections
-
-
-def idx(array: np.ndarray) -> bytes:
-    return IdxHeader(array.shape).content + array.astype(np.uint8).tobytes()
-
-
-def small_arrays() -> dict[str, np.ndarray]:
-    draw = np.random.RandomState(1)
-    return {
-        "x_train": draw.randint(0, 256, (12, 3, 3)).astype(np.uint8),
-        "y_train": (np.arange(12) % 10).astype(np.uint8),
-        "x_test": draw.randint(0, 256, (4, 3, 3)).astype(np.uint8),
-        "y_test": (np.arange(4) % 10).astype(np.uint8),
-    }
-
-
-def small_collection(**changes: Any) -> Collection:
-    files = {
-        key: IdxFile(sources.MNIST_FILES.files[key].name, array.shape, hashlib.sha256(idx(array)).hexdigest())
-        for key, array in small_arrays().items()
-    }
-    return replace(sources.MNIST_FILES, files=files, mirrors=("http://127.0.0.1:9/",), **changes)
-
-
-def place(folder: Path, collection: Collection) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    for key, array in small_arrays().items():
-        (folder / f"{collection.files[key].name}.gz").write_bytes(gzip.compress(idx(array)))
-
-
-@pytest.fixture
-def small_mnist(monkeypatch: pytest.MonkeyPatch) -> Collection:
-    small = small_collection()
-    monkeypatch.setattr(sources, "MNIST_FILES", small)
-    return small
-
-
-# Members x laws
+PIXELS = RNG.randint(0, 256, (40, 2, 3)).astype(np.uint8)
+LABELS = ["abc"[label] for label in Y]
 
 
 @dataclass(frozen=True)
@@ -105,35 +54,9 @@ class Row:
     range: tuple[float, float] = (0, 1)
 
 
-def npz(folder: Path, **arrays: Any) -> str:
-    np.savez(folder / "data.npz", **arrays)
-    return str(folder / "data.npz")
-
-
-def mnist_npz(folder: Path) -> MNIST:
+def mnist(folder: Path) -> MNIST:
     np.savez(folder / "mnist.npz", **small_arrays())  # type: ignore[arg-type]
     return MNIST()
-
-
-def npy(folder: Path, name: str, array: np.ndarray) -> str:
-    np.save(folder / f"{name}.npy", array)
-    return str(folder / f"{name}.npy")
-
-
-def idx_files(folder: Path) -> Idx:
-    floats = bytes([0, 0, 0x0D, 2]) + np.array(X.shape, ">u4").tobytes() + X.astype(">f4").tobytes()
-    (folder / "x.idx").write_bytes(floats)
-    (folder / "y.idx.gz").write_bytes(gzip.compress(idx(Y)))
-    return Idx(path=str(folder / "x.idx"), labels=str(folder / "y.idx.gz"))
-
-
-def image_files(folder: Path) -> Images:
-    for number, label in enumerate(Y):
-        place = folder / "images" / "abc"[label]
-        place.mkdir(parents=True, exist_ok=True)
-        pixels = np.random.RandomState(number).randint(0, 256, (2, 3)).astype(np.uint8)
-        Image.fromarray(pixels).save(place / f"{number}.png")
-    return Images(path=str(folder / "images"), mode="L")
 
 
 COLUMNS: dict[str, Any] = {
@@ -159,12 +82,12 @@ def parquet_file(folder: Path) -> Parquet:
 TABLE = {
     "digits": Row(lambda _: Digits(), (1, 8, 8), (1000, 350, 447)),
     "fashion_mnist": Row(lambda _: FashionMNIST(), (1, 28, 28), (50000, 10000, 10000)),
-    "mnist": Row(mnist_npz, (1, 3, 3), (10, 2, 4)),
+    "mnist": Row(mnist, (1, 3, 3), (10, 2, 4)),
     "npz": Row(lambda p: Npz(path=npz(p, x=X, y=Y), y="y"), (4,), (32, 4, 4)),
     "tensor": Row(lambda _: TensorSource(), (4,), (32, 4, 4)),
-    "npy": Row(lambda p: Npy(path=npy(p, "x", X), labels=npy(p, "y", Y)), (4,), (32, 4, 4)),
-    "idx": Row(idx_files, (4,), (32, 4, 4)),
-    "images": Row(image_files, (1, 2, 3), (32, 4, 4)),
+    "npy": Row(lambda p: Npy(path=npy(p / "x.npy", X), labels=npy(p / "y.npy", Y)), (4,), (32, 4, 4)),
+    "idx": Row(lambda p: Idx(path=idx(p / "x", X, 0x0D, "f"), labels=idx(p / "y", Y, zipped=True)), (4,), (32, 4, 4)),
+    "images": Row(lambda p: Images(path=pictures(p, PIXELS, LABELS), mode="L"), (1, 2, 3), (32, 4, 4)),
     "csv": Row(csv_file, (4,), (32, 4, 4)),
     "parquet": Row(parquet_file, (4,), (32, 4, 4)),
     "frame": Row(lambda _: FrameSource.model_validate(COLUMNS), (4,), (32, 4, 4)),
@@ -237,26 +160,6 @@ def test_the_source_of_contributing_reads_its_file(tmp_path: Path):
         Data.members.pop("text", None)
 
 
-# The published protocol
-
-
-def packed(x: torch.Tensor) -> str:
-    return hashlib.sha256(np.packbits(x.numpy().astype(np.uint8)).tobytes()).hexdigest()
-
-
-def test_published_binarisation_of_fashion_mnist():
-    """Exemplar VAE (Norouzi, Fleet, Norouzi, 2020): 2 248 637 ones in the test set of the package's files."""
-    state = np.random.get_state()[1].copy()  # type: ignore[index]
-    data = load(FashionMNIST(binarize="dynamic"))
-    assert int(data.test.x.sum(dtype=torch.float64)) == 2_248_637
-    assert packed(data.test.x)[:16] == "25f0d69b40ae46a7"
-    assert np.array_equal(state, np.random.get_state()[1])  # type: ignore[index]
-    assert isinstance(data.train.raw, torch.Tensor)
-    assert float(data.train.raw.mean()) == pytest.approx(float(data.train.x.mean()), abs=2e-3)
-    assert data.label_names is not None
-    assert data.label_names[9] == "Ankle boot"
-
-
 def test_fixed_draws_follow_the_protocol_on_any_source():
     x = load(Digits()).validation.x.double().numpy(), load(Digits()).test.x.double().numpy()
     published = np.random.RandomState(777)
@@ -290,9 +193,6 @@ def test_the_seed_of_a_run_does_not_change_the_data():
     assert one == other
 
 
-# Scale and shape
-
-
 def test_standardise_by_the_training_split():
     data = Dataset.from_tensors(X, declared=TensorSource(scale="standardise"))
     assert torch.allclose(data.train.x.mean(0), torch.zeros(4), atol=1e-6)
@@ -324,9 +224,6 @@ def test_shape_reshapes_each_row():
         load(Digits(shape=(7, 9)))
 
 
-# Splits
-
-
 def test_declared_splits():
     data = load(Digits(splits=Splits(train=(100, 700), test=(1700, 1797))))
     assert [len(split) for split in data.splits] == [600, 350, 97]
@@ -345,10 +242,7 @@ def test_splits_parse_from_lists_and_stay_strict():
         (Splits(train=(5, 5)), r"splits.train: expected start < stop; got \[5, 5\], which is empty"),
         (Splits(test=(1700, 1798)), r"splits.test: expected rows in \[0, 1797\]; got \[1700, 1798\]"),
         (Splits(train=(-3, 10)), r"splits.train: expected rows in"),
-        (
-            Splits(train=(0, 1200)),
-            r"train = \[0, 1200\] and validation = \[1000, 1350\] \(the source's own\). Declare both",
-        ),
+        (Splits(train=(0, 1200)), r"\[0, 1200\] and validation = \[1000, 1350\] \(the source's own\). Declare both"),
         (Splits(validation=(0, 10), train=(9, 20)), r"train = \[9, 20\] and validation = \[0, 10\]"),
     ],
 )
@@ -379,9 +273,6 @@ def test_to_moves_every_tensor():
     moved = load(Digits(binarize="dynamic")).to("meta")
     assert moved.train.raw is not None
     assert {moved.train.x.device.type, moved.train.raw.device.type, moved.test.x.device.type} == {"meta"}
-
-
-# Tensors passed in Python
 
 
 def test_tensors_are_copied_and_become_float32():
@@ -460,9 +351,6 @@ def test_constant_features_are_noted():
     assert "3 of 64 features are constant in train" in load(Digits()).notes
 
 
-# Support
-
-
 @pytest.mark.parametrize(
     ("constraint", "value"),
     [
@@ -494,9 +382,6 @@ def test_binarising_needs_unit_values():
         load(Digits(scale="raw", binarize="threshold"))
     with pytest.raises(DataError, match=r"got -\d"):
         Dataset.from_tensors(X, declared=TensorSource(scale="standardise", binarize="static"))
-
-
-# Fingerprint
 
 
 def test_fingerprint_is_the_same_in_another_process():
@@ -531,293 +416,3 @@ def test_every_public_name_is_there():
     assert all(getattr(room, name).__name__ == name for name in room.__all__)
     with pytest.raises(AttributeError, match="has no attribute 'Datset'"):
         room.Datset  # noqa: B018
-
-
-# Archives
-
-
-def test_archive_that_is_split_already(tmp_path: Path):
-    path = npz(tmp_path, x_train=X, y_train=Y, x_test=X[:7] + 1, y_test=Y[:7])
-    data = load(Npz(path=path, y="y"))
-    assert [len(split) for split in data.splits] == [36, 4, 7]
-    assert torch.equal(data.test.x, torch.from_numpy(X[:7] + 1))
-    path = npz(tmp_path, x_train=X, x_validation=X[:5], x_test=X[:7] + 1)
-    assert torch.equal(load(Npz(path=path)).train.x, torch.from_numpy(X))
-
-
-def test_archive_in_the_data_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    npz(tmp_path, x=X)
-    assert len(load(Npz(path="data.npz"), data_dir=tmp_path).train) == 32
-    monkeypatch.setenv("PVAE_DATA_DIR", str(tmp_path))
-    assert len(load(Npz(path="data.npz")).train) == 32
-
-
-def lying_header(folder: Path) -> str:
-    path = folder / "data.npz"
-    np.save(folder / "x.npy", X)
-    content = (folder / "x.npy").read_bytes().replace(b"(40, 4)", b"(9940, 4)", 1).replace(b"  \n", b"\n", 1)
-    with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("x.npy", content)
-    return str(path)
-
-
-def flipped_byte(folder: Path) -> str:
-    path = Path(npz(folder, x=X))
-    content = bytearray(path.read_bytes())
-    content[300] ^= 1
-    path.write_bytes(content)
-    return str(path)
-
-
-def written(folder: Path, content: bytes) -> str:
-    (folder / "data.npz").write_bytes(content)
-    return str(folder / "data.npz")
-
-
-@pytest.mark.parametrize(
-    ("path", "match"),
-    [
-        (lambda p: npz(p, x=np.array([{"a": 1}], dtype=object)), "got an object array, which could run code"),
-        (lambda p: npz(p, z=X, xs=X), "expected an array 'x'; got z, xs .did you mean 'xs'"),
-        (lambda p: npz(p, x=np.array(["a", "b"])), "expected real numbers"),
-        (lambda p: str(p / "absent.npz"), "got no such file"),
-        (lambda p: written(p, b""), "broken or foreign file"),
-        (lambda p: written(p, pickle.dumps({"x": 1})), "broken or foreign file"),
-        (lambda p: written(p, Path(npz(p, x=X)).read_bytes()[:-100]), "broken or foreign file"),
-        (flipped_byte, "broken or foreign file"),
-        (lying_header, r"'x': expected 159168 bytes for \(9940, 4\) float32; got 768"),
-    ],
-)
-def test_broken_archives(path: Callable[[Path], str], match: str, tmp_path: Path):
-    """FAULTS 28."""
-    with pytest.raises(DataError, match=match):
-        load(Npz(path=path(tmp_path)))
-
-
-def test_archive_larger_than_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """FAULTS 45."""
-    monkeypatch.setattr("pvae.data.rows.files.total_memory", lambda: 1000)
-    with pytest.raises(DataError, match=r"half of this computer's memory .* got \(40, 4\) float32, .*stream = true"):
-        load(Npz(path=npz(tmp_path, x=X)))
-
-
-# IDX files
-
-
-ARRAY = np.arange(24, dtype=np.uint8).reshape(2, 3, 4)
-FILE = IdxFile("images", (2, 3, 4), hashlib.sha256(idx(ARRAY)).hexdigest())
-WHOLE = idx(ARRAY)
-
-
-@pytest.mark.parametrize("content", [WHOLE, gzip.compress(WHOLE)])
-def test_idx_plain_and_gzipped(content: bytes, tmp_path: Path):
-    (tmp_path / "images").write_bytes(content)
-    assert np.array_equal(read_known(tmp_path / "images", FILE), ARRAY)
-
-
-@pytest.mark.parametrize(
-    ("content", "match"),
-    [
-        (b"", "got no bytes"),
-        (b"\0\0\x08\x01" + WHOLE[4:], "expected the IDX magic 00 00 08 03; got 00 00 08 01"),
-        (b"<html><body>Log in</body></html>", r"got 3c 68 74 6d \(a web page\?\)"),
-        (WHOLE[:10], "expected a header of 16 bytes; got 10"),
-        (WHOLE[:30], r"expected 40 bytes; got 30 \(a truncated file\)"),
-        (WHOLE + b"xy", r"expected 40 bytes; got 42 \(trailing bytes\)"),
-        (WHOLE[:4] + b"\xff" * 12 + WHOLE[16:], r"expected sizes \[2, 3, 4\]; got \[4294967295, 4294967295"),
-        (WHOLE[:-1] + b"\0", "expected the bytes of images with SHA-256"),
-        (gzip.compress(WHOLE)[:-12], "broken file|truncated"),
-        (gzip.compress(WHOLE)[:-4] + b"abcd", "broken file"),
-        (gzip.compress(WHOLE[:30]), r"expected 40 bytes; got 30 \(a truncated file\)"),
-        (gzip.compress(WHOLE + bytes(2**25)), r"got at least \d+ \(trailing bytes\)"),
-        (b"\x1f\x8bgarbage", "broken file"),
-    ],
-)
-def test_broken_idx(content: bytes, match: str, tmp_path: Path):
-    """FAULTS 26."""
-    (tmp_path / "images").write_bytes(content)
-    with pytest.raises(DataError, match=match):
-        read_known(tmp_path / "images", FILE)
-
-
-# Finding and downloading
-
-
-def test_user_s_folder_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    small = small_collection(system=tmp_path / "system")
-    place(tmp_path / "mine" / "mnist", small)
-    place(tmp_path / "env", small)
-    assert read_collection(small, tmp_path / "mine").x.shape == (16, 1, 3, 3)
-    monkeypatch.setenv("PVAE_DATA_DIR", str(tmp_path / "env"))
-    assert read_collection(small, None).x.shape == (16, 1, 3, 3)
-    monkeypatch.delenv("PVAE_DATA_DIR")
-    place(tmp_path / "system", small)
-    assert read_collection(small, None).x.shape == (16, 1, 3, 3)
-
-
-def test_a_data_folder_that_is_not_there(tmp_path: Path):
-    with pytest.raises(DataError, match="expected a folder; got .*absent"):
-        load(FashionMNIST(), data_dir=tmp_path / "absent")
-
-
-def test_mnist_archive_with_other_pixels(small_mnist: Collection, tmp_path: Path):
-    arrays = small_arrays()
-    arrays["x_test"][0, 0, 0] ^= 1
-    np.savez(tmp_path / "mnist.npz", **arrays)  # type: ignore[arg-type]
-    with pytest.raises(DataError, match="expected the bytes of t10k-images-idx3-ubyte with SHA-256"):
-        load(MNIST(), data_dir=tmp_path)
-    arrays["x_test"] = arrays["x_test"].astype(np.int64)
-    np.savez(tmp_path / "mnist.npz", **arrays)  # type: ignore[arg-type]
-    with pytest.raises(DataError, match=r"expected 'x_test' of \(4, 3, 3\) unsigned bytes; got .* int64"):
-        load(MNIST(), data_dir=tmp_path)
-
-
-def test_another_collection_s_files_are_refused(tmp_path: Path):
-    place(tmp_path, FASHION_MNIST)
-    with pytest.raises(DataError, match=r"expected sizes \[60000, 28, 28\]; got \[12, 3, 3\]"):
-        load(FashionMNIST(), data_dir=tmp_path)
-
-
-def test_offline_fails_at_once_and_says_what_to_do(monkeypatch: pytest.MonkeyPatch):
-    """FAULTS 31."""
-    monkeypatch.setenv("PVAE_OFFLINE", "1")
-    start = time.monotonic()
-    with pytest.raises(DataError, match=r"PVAE_OFFLINE is set. Get train-images.*mnist.npz.*PVAE_DATA_DIR=DIR"):
-        load(MNIST())
-    assert time.monotonic() - start < 1
-
-
-@dataclass
-class Site:
-    url: str
-    answers: dict[str, bytes]
-    status: int = 200
-    missing_bytes: int = 0
-    served: int = 0
-
-
-@pytest.fixture
-def site(monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    found = Site("", {})
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            found.served += 1
-            body = found.answers.get(self.path[1:], b"<html>Please log in</html>")
-            self.send_response(found.status)
-            self.send_header("Content-Length", str(len(body) + found.missing_bytes))
-            self.end_headers()
-            self.wfile.write(body)
-
-        def log_message(self, format: str, *args: Any) -> None: ...
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        found.url = f"http://127.0.0.1:{server.server_port}/"
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
-        yield found
-        server.shutdown()
-        thread.join()
-
-
-def remote(site: Site) -> Collection:
-    small = replace(small_collection(), mirrors=(site.url,))
-    for key, array in small_arrays().items():
-        site.answers[f"{small.files[key].name}.gz"] = gzip.compress(idx(array))
-    return small
-
-
-def cached(collection: Collection) -> list[str]:
-    return sorted(path.name for path in (cache.cache_folder() / collection.slug).glob("*"))
-
-
-def test_download_once(site: Site):
-    small = remote(site)
-    rows = read_collection(small, None)
-    assert isinstance(rows.x, np.ndarray)
-    assert np.array_equal(rows.x[:12, 0], small_arrays()["x_train"])
-    assert cached(small) == sorted(site.answers)
-    read_collection(small, None)
-    assert site.served == 4
-
-
-def test_a_damaged_cache_entry_is_made_again(site: Site):
-    """FAULTS 32."""
-    small = remote(site)
-    read_collection(small, None)
-    entry = cache.cache_folder() / small.slug / f"{small.files['x_test'].name}.gz"
-    entry.write_bytes(entry.read_bytes()[:-9])
-    read_collection(small, None)
-    assert site.served == 5
-    assert entry.read_bytes() == site.answers[entry.name]
-
-
-def test_two_writers_make_one_download(site: Site):
-    """FAULTS 32."""
-    small = remote(site)
-    threads = [threading.Thread(target=read_collection, args=(small, None)) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert site.served == 4
-    assert cached(small) == sorted(site.answers)
-
-
-def captive_portal(site: Site) -> None:
-    site.answers.clear()
-
-
-def wrong_bytes(site: Site) -> None:
-    site.answers["train-images-idx3-ubyte.gz"] = gzip.compress(idx(small_arrays()["x_train"] ^ 1))
-
-
-def forbidden(site: Site) -> None:
-    site.status = 403
-
-
-def partial(site: Site) -> None:
-    site.missing_bytes = 50
-
-
-@pytest.mark.parametrize(
-    ("fault", "match"),
-    [
-        (captive_portal, r"got 3c 68 74 6d \(a web page\?\)"),
-        (wrong_bytes, "SHA-256"),
-        (forbidden, "download failed: 403"),
-        (partial, "download failed"),
-    ],
-)
-def test_failed_downloads_leave_nothing(fault: Callable[[Site], None], match: str, site: Site):
-    """FAULTS 31."""
-    small = remote(site)
-    fault(site)
-    with pytest.raises(DataError, match=f"from a mirror; got: {site.url}.*{match}.*pass --data-dir DIR"):
-        read_collection(small, None)
-    assert cached(small) == []
-
-
-def test_the_next_mirror_is_tried(site: Site):
-    """FAULTS 31."""
-    small = remote(site)
-    assert read_collection(replace(small, mirrors=("http://127.0.0.1:9/", site.url)), None).x.shape[0] == 16
-
-
-def test_a_cache_that_cannot_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """FAULTS 42."""
-    (tmp_path / "file").write_bytes(b"")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    with pytest.raises(OutputError, match="Expected a cache folder"):
-        read_collection(small_collection(), None)
-
-
-def test_a_cache_that_another_process_holds(monkeypatch: pytest.MonkeyPatch):
-    """FAULTS 32."""
-    small = small_collection()
-    monkeypatch.setattr(cache, "LOCK_SECONDS", 0.05)
-    folder = cache.cache_folder()
-    folder.mkdir(parents=True)
-    with FileLock(folder / f"{small.slug}.lock"), pytest.raises(BusyError, match="another process holds it"):
-        read_collection(small, None)

@@ -1,42 +1,34 @@
-"""Sources of the user's own data: each against values that NumPy, struct, gzip, Pillow or SciPy wrote.
+"""Sources of the user's own files: each against values that NumPy, struct, gzip or Pillow wrote.
 
 The faults are those of files: truncated, trailing, lying, hostile, too large; every one has its typed error.
 """
 
 from __future__ import annotations
 
-import gc
 import gzip
 import os
+import pickle
 import struct
 import subprocess
 import sys
-import tempfile
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import h5py
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 from PIL import Image
-from scipy import sparse
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset
-from torch.utils.data import Dataset as TorchDataset
 
 import pvae
-from pvae.data import Data, Dataset, Idx, Images, Npy, Npz, TensorSource, load
-from pvae.data.rows.arrays import Index, SparseRows
+from pvae.data import Data, Idx, Images, Npy, Npz, load
 from pvae.data.rows.cache import cache_folder
-from pvae.data.sources.python import Spool
-from pvae.errors import DataError, StorageError
+from pvae.errors import DataError
 from pvae.runs.run import Run
+from tests.data.writers import idx, npy, npz, pictures
 
 RNG = np.random.RandomState(0)
 ROWS = 60
@@ -45,34 +37,6 @@ FLOATS = RNG.standard_normal((ROWS, 5)).astype(np.float32)
 Y = RNG.permutation(np.arange(ROWS) % 3)
 NAMES = ("ant", "bee", "cow")
 SMALL = ("latents.z.dim=2", "train.epochs=1", "train.batch_size=16", "train.engine=eager")
-
-
-# Independent writers
-
-
-def npy(path: Path, array: Any) -> str:
-    np.save(path, array)
-    return str(path)
-
-
-def npz(folder: Path, save: Callable[..., None] = np.savez, **arrays: Any) -> str:
-    save(folder / "data.npz", **arrays)
-    return str(folder / "data.npz")
-
-
-def idx(path: Path, array: np.ndarray, code: int = 0x08, letter: str = "B", zipped: bool = False) -> str:
-    content = struct.pack(f">BBBB{array.ndim}I", 0, 0, code, array.ndim, *array.shape)
-    content += struct.pack(f">{array.size}{letter}", *array.flatten().tolist())
-    path.write_bytes(gzip.compress(content) if zipped else content)
-    return str(path)
-
-
-def pictures(folder: Path) -> str:
-    for number, (pixels, label) in enumerate(zip(X, Y, strict=True)):
-        place = folder / "pictures" / NAMES[label]
-        place.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(pixels).save(place / f"{number:02}.{('png', 'bmp', 'pgm')[number % 3]}")
-    return str(folder / "pictures")
 
 
 @dataclass(frozen=True)
@@ -85,8 +49,11 @@ class Row:
     label_names: tuple[str, ...] | None = None
 
 
+def photographs(folder: Path) -> str:
+    return pictures(folder, X, [NAMES[label] for label in Y], ("png", "bmp", "pgm"))
+
+
 BY_NAME = np.argsort(Y, kind="stable")
-"""The order of the pictures: sub-folders, and names in each."""
 
 TABLE = {
     "npy": Row(lambda p: Npy(path=npy(p / "x.npy", FLOATS), labels=npy(p / "y.npy", Y)), FLOATS, Y),
@@ -96,7 +63,7 @@ TABLE = {
     "npz_split": Row(lambda p: Npz(path=npz(p, x_train=FLOATS[:40], x_test=FLOATS[40:])), FLOATS, None),
     "idx": Row(lambda p: Idx(path=idx(p / "x", X), labels=idx(p / "y", Y)), X, Y),
     "idx_gz": Row(lambda p: Idx(path=idx(p / "x.gz", FLOATS, 0x0D, "f", zipped=True), binarize="none"), FLOATS, None),
-    "images": Row(lambda p: Images(path=pictures(p), mode="L"), X[BY_NAME][:, None], Y[BY_NAME], NAMES),
+    "images": Row(lambda p: Images(path=photographs(p), mode="L"), X[BY_NAME][:, None], Y[BY_NAME], NAMES),
 }
 
 
@@ -143,9 +110,6 @@ def test_rows_too_large_for_memory(name: str, tmp_path: Path, monkeypatch: pytes
     assert len(load(made(name, tmp_path, stream=True)).train) == 48
 
 
-# NumPy's files
-
-
 def test_columns_one_after_another(tmp_path: Path):
     path = npy(tmp_path / "x.npy", np.asfortranarray(FLOATS))
     assert np.array_equal(Npy(path=path).read(None, 0).x[:], FLOATS)
@@ -175,10 +139,7 @@ def announcing(shape: str, content: bytes = b"") -> bytes:
         (announcing("(-3, -1)", bytes(24)), r"got 152"),
         (announcing("()", bytes(8)), r"expected an array \(rows, ...\) with at least one row; got shape \(\)"),
         (announcing("(0, 3)"), r"with at least one row; got shape \(0, 3\)"),
-        (
-            announcing("(3, 1)", np.array([1.0, np.nan, 2.0]).tobytes()),
-            "expected finite numbers; got nan in row 1, col",
-        ),
+        (announcing("(3, 1)", np.array([1, np.nan, 2]).tobytes()), "expected finite numbers; got nan in row 1, col"),
         (announcing("(3,", bytes(24)), "broken or foreign file"),
     ],
 )
@@ -203,14 +164,10 @@ def test_objects_are_never_unpickled(stream: bool, tmp_path: Path):
 def test_what_is_no_file_is_not_opened(tmp_path: Path):
     """FAULTS 36: a pipe would block, a device would never end."""
     os.mkfifo(tmp_path / "pipe")
-    for path, match in (
-        ("pipe", "got a device or pipe"),
-        ("/dev/zero", "got a device or pipe"),
-        (".", "got a folder"),
-        ("absent", "got no such file"),
-    ):
+    kinds = {"pipe": "a device or pipe", "/dev/zero": "a device or pipe", ".": "a folder", "absent": "no such file"}
+    for path, kind in kinds.items():
         for source in (Npy, Npz, Idx):
-            with pytest.raises(DataError, match=match):
+            with pytest.raises(DataError, match=f"got {kind}"):
                 load(source(path=str(tmp_path / path)))
 
 
@@ -221,6 +178,44 @@ def test_labels_that_do_not_fit(tmp_path: Path):
         load(Npy(path=path, labels=npy(tmp_path / "y.npy", Y[1:])))
     with pytest.raises(DataError, match="expected integers; got >f8"):
         load(Idx(path=idx(tmp_path / "x", X), labels=idx(tmp_path / "y", Y / 2, 0x0E, "d")))
+
+
+def lying_header(folder: Path) -> str:
+    path = folder / "data.npz"
+    np.save(folder / "x.npy", FLOATS)
+    content = (folder / "x.npy").read_bytes().replace(b"(60, 5)", b"(9940, 5)", 1).replace(b"  \n", b"\n", 1)
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("x.npy", content)
+    return str(path)
+
+
+def flipped_byte(folder: Path) -> str:
+    path = Path(npz(folder, x=X))
+    content = bytearray(path.read_bytes())
+    content[300] ^= 1
+    path.write_bytes(content)
+    return str(path)
+
+
+def written(folder: Path, content: bytes) -> str:
+    (folder / "data.npz").write_bytes(content)
+    return str(folder / "data.npz")
+
+
+def test_archive_that_is_split_already(tmp_path: Path):
+    path = npz(tmp_path, x_train=FLOATS, y_train=Y, x_test=FLOATS[:7] + 1, y_test=Y[:7])
+    data = load(Npz(path=path, y="y"))
+    assert [len(split) for split in data.splits] == [54, 6, 7]
+    assert torch.equal(data.test.x, torch.from_numpy(FLOATS[:7] + 1))
+    path = npz(tmp_path, x_train=FLOATS, x_validation=FLOATS[:5], x_test=FLOATS[:7] + 1)
+    assert torch.equal(load(Npz(path=path)).train.x, torch.from_numpy(FLOATS))
+
+
+def test_archive_in_the_data_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    npz(tmp_path, x=X)
+    assert len(load(Npz(path="data.npz"), data_dir=tmp_path).train) == 48
+    monkeypatch.setenv("PVAE_DATA_DIR", str(tmp_path))
+    assert len(load(Npz(path="data.npz")).train) == 48
 
 
 def patched(folder: Path, offset: int, value: bytes, save: Callable[..., None] = np.savez_compressed) -> str:
@@ -243,40 +238,39 @@ def renamed(folder: Path, name: str, method: int = zipfile.ZIP_STORED, mode: int
     return str(folder / "data.npz")
 
 
+HUGE = b"\xf0\xff\xff\xff"
+ARCHIVES: dict[str, tuple[Callable[[Path], str], str, str]] = {
+    "a name that leads up": (lambda p: renamed(p, "../x.npy"), "../x", "a plain name in the archive; got one that"),
+    "an absolute name": (lambda p: renamed(p, "/etc/x.npy"), "/etc/x", "got one that leads out"),
+    "backslashes": (lambda p: renamed(p, "a\\..\\..\\x.npy"), "a\\..\\..\\x", "got one that leads out"),
+    "a link": (lambda p: renamed(p, "x.npy", mode=0o120777), "x", "expected an array in the archive; got a link"),
+    "LZMA": (lambda p: renamed(p, "x.npy", zipfile.ZIP_LZMA), "x", "stored or deflated, as NumPy does; got method 14"),
+    "no suffix": (lambda p: renamed(p, "x"), "x", "expected an array 'x'; got"),
+    "another name": (lambda p: npz(p, z=X, xs=X), "x", "expected an array 'x'; got z, xs .did you mean 'xs'"),
+    "words": (lambda p: npz(p, x=np.array(["a", "b"])), "x", "expected real numbers"),
+    "a size that cannot be, deflated": (
+        lambda p: patched(p, 24, HUGE), "x", r"'x': expected 4294967280 bytes, as the archive says; got"
+    ),
+    "a size that cannot be": (lambda p: patched(p, 24, HUGE, np.savez), "x", "expected 4294967280 bytes, as the arc"),
+    "a header that lies": (lying_header, "x", r"'x': expected \d+ bytes for \(9940, 5\) float32; got"),
+    "a checksum, deflated": (lambda p: patched(p, 16, b"\0\0\0\0"), "x", "broken or foreign file: Bad CRC-32"),
+    "a checksum": (lambda p: patched(p, 16, b"\0\0\0\0", np.savez), "x", "broken or foreign file: Bad CRC-32"),
+    "a flipped byte": (flipped_byte, "x", "broken or foreign file"),
+    "a password": (lambda p: patched(p, 8, b"\1"), "x", "broken or foreign file: .*encrypted"),
+    "an offset": (lambda p: patched(p, 42, b"\x20"), "x", "broken or foreign file"),
+    "empty": (lambda p: written(p, b""), "x", "broken or foreign file"),
+    "a pickle": (lambda p: written(p, pickle.dumps({"x": 1})), "x", "broken or foreign file"),
+    "truncated": (lambda p: written(p, Path(npz(p, x=FLOATS)).read_bytes()[:-100]), "x", "broken or foreign file"),
+}  # fmt: skip
+
+
 @pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize(
-    ("path", "key", "match"),
-    [
-        (lambda p: renamed(p, "../x.npy"), "../x", "expected a plain name in the archive; got one that leads out"),
-        (lambda p: renamed(p, "/etc/x.npy"), "/etc/x", "got one that leads out"),
-        (lambda p: renamed(p, "a\\..\\..\\x.npy"), "a\\..\\..\\x", "got one that leads out"),
-        (lambda p: renamed(p, "x.npy", mode=0o120777), "x", "expected an array in the archive; got a link"),
-        (
-            lambda p: renamed(p, "x.npy", zipfile.ZIP_LZMA),
-            "x",
-            "expected an array stored or deflated, as NumPy does; got method 14",
-        ),
-        (lambda p: renamed(p, "x"), "x", "expected an array 'x'; got"),
-        (
-            lambda p: patched(p, 24, b"\xf0\xff\xff\xff"),
-            "x",
-            r"'x': expected 4294967280 bytes, as the archive says; got",
-        ),
-        (
-            lambda p: patched(p, 24, b"\xf0\xff\xff\xff", np.savez),
-            "x",
-            "expected 4294967280 bytes, as the archive says",
-        ),
-        (lambda p: patched(p, 16, b"\0\0\0\0"), "x", "broken or foreign file: Bad CRC-32"),
-        (lambda p: patched(p, 16, b"\0\0\0\0", np.savez), "x", "broken or foreign file: Bad CRC-32"),
-        (lambda p: patched(p, 8, b"\1"), "x", "broken or foreign file: .*encrypted"),
-        (lambda p: patched(p, 42, b"\x20"), "x", "broken or foreign file"),
-    ],
-)
-def test_hostile_archives(path: Callable[[Path], str], key: str, match: str, stream: bool, tmp_path: Path):
-    """FAULTS 27: names that lead out, links, bombs; nothing of it reaches the cache."""
+@pytest.mark.parametrize("case", ARCHIVES)
+def test_hostile_archives(case: str, stream: bool, tmp_path: Path):
+    """FAULTS 26, 27 and 28: names that lead out, links, bombs, damage; nothing of it reaches the cache."""
+    make, key, match = ARCHIVES[case]
     with pytest.raises(DataError, match=match):
-        load(Npz(path=path(tmp_path), x=key, stream=stream))
+        load(Npz(path=make(tmp_path), x=key, stream=stream))
     assert not list(cache_folder().glob("decoded/*/*"))
 
 
@@ -289,13 +283,8 @@ def test_a_bomb_is_decoded_in_bounded_memory_or_refused(tmp_path: Path, monkeypa
         load(Npz(path=path))
 
 
-# IDX
-
-
 @pytest.mark.parametrize("zipped", [False, True])
-@pytest.mark.parametrize(
-    ("code", "letter"), [(0x08, "B"), (0x09, "b"), (0x0B, "h"), (0x0C, "i"), (0x0D, "f"), (0x0E, "d")]
-)
+@pytest.mark.parametrize(("code", "letter"), [*zip((8, 9, 11, 12, 13, 14), "Bbhifd", strict=True)])
 def test_every_type_of_idx(code: int, letter: str, zipped: bool, tmp_path: Path):
     values = RNG.randint(0, 100, (20, 2, 1, 3)) * (1 if code == 0x08 else -1)
     path = idx(tmp_path / "x", values.astype(float) / 2 if letter in "fd" else values, code, letter, zipped)
@@ -320,10 +309,7 @@ WHOLE = struct.pack(">BBBB2I", 0, 0, 0x0B, 2, 3, 4) + bytes(24)
         (WHOLE + b"x", r"expected 36 bytes; got 37 \(trailing bytes\)"),
         (struct.pack(">BBBB2I", 0, 0, 8, 2, 0, 4), r"expected sizes of at least 1; got \[0, 4\]"),
         (b"\0\0\x0e\4" + b"\xff" * 16, r"expected 27222589\d+ bytes; got 20 \(a truncated file\)"),
-        (
-            gzip.compress(b"\0\0\x0e\4" + b"\xff" * 16),
-            r"expected 27222589\d+ bytes, as its header says; got a gzipped",
-        ),
+        (gzip.compress(b"\0\0\x0e\4" + b"\xff" * 16), r"expected 27222589\d+ bytes, as its header says; got a gzip"),
         (gzip.compress(WHOLE)[:-12], "got a broken file of 2. bytes: Compressed file ended"),
         (gzip.compress(WHOLE)[:-4] + b"abcd", "broken file of .* bytes: Incorrect length"),
         (gzip.compress(WHOLE[:30]), r"expected 36 bytes; got 30 \(a truncated file\)"),
@@ -347,9 +333,6 @@ def test_idx_that_is_not_finite(tmp_path: Path):
     for zipped in (False, True):
         with pytest.raises(DataError, match="expected finite numbers; got inf in row 7, column 2"):
             load(Idx(path=idx(tmp_path / "x", values, 0x0D, "f", zipped), stream=True))
-
-
-# Images
 
 
 def save(path: Path, pixels: Any, **options: Any) -> None:
@@ -482,15 +465,12 @@ def test_folders_that_give_no_images(tmp_path: Path):
 
 
 def test_labels_are_sub_folders_only_if_every_image_is_in_one(tmp_path: Path):
-    path = Path(pictures(tmp_path))
+    path = Path(photographs(tmp_path))
     assert load(Images(path=str(path), mode="L")).label_names == NAMES
     save(path / "top.png", X[0] ^ 1)
     data = load(Images(path=str(path), mode="L"))
     assert data.label_names is None
     assert data.train.y is None
-
-
-# The cache
 
 
 def entries() -> list[Path]:
@@ -547,263 +527,3 @@ def test_a_file_that_changes_while_it_is_streamed(tmp_path: Path):
     np.save(path, FLOATS[:30])
     with pytest.raises(DataError, match="expected the file of the start; got another"):
         rows.x[:]
-
-
-# Torch's datasets
-
-
-class Counting(IterableDataset[Any]):
-    """An iterable data set that counts how often it was gone through."""
-
-    def __init__(self, items: list[Any]) -> None:
-        self.items, self.times = items, 0
-
-    def __iter__(self) -> Iterator[Any]:
-        self.times += 1
-        return iter(self.items)
-
-
-class Listed(TorchDataset[Any]):
-    """A map-style data set."""
-
-    def __init__(self, items: list[Any]) -> None:
-        self.items = items
-
-    def __len__(self) -> int:
-        return len(self.items)
-
-    def __getitem__(self, number: int) -> Any:
-        return self.items[number]
-
-
-XT, YT = torch.from_numpy(FLOATS), torch.from_numpy(Y)
-
-
-@pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize(
-    "dataset",
-    [
-        TensorDataset(XT, YT),
-        Listed([(x, int(y)) for x, y in zip(FLOATS, Y, strict=True)]),
-        Counting([[x.tolist(), y] for x, y in zip(XT, YT, strict=True)]),
-        Counting([{"x": x, "y": y[None]} for x, y in zip(XT, YT, strict=True)]),
-    ],
-)
-def test_torch_datasets(dataset: TorchDataset[Any], stream: bool, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("pvae.data.sources.python.PIECE_BYTES", 1000)  # several blocks
-    data, wanted = Dataset.from_torch(dataset, stream=stream, label_names=NAMES), Dataset.from_tensors(FLOATS, Y)
-    for one, other in zip(data.splits, wanted.splits, strict=True):
-        assert torch.equal(one.x, other.x)
-        assert one.y is not None
-        assert torch.equal(one.y, other.y)  # type: ignore[arg-type]
-    assert data.label_names == NAMES
-    assert not isinstance(dataset, Counting) or dataset.times <= 2  # once for each value of `stream`
-
-
-def test_torch_datasets_without_labels_and_with_splits():
-    bare, single = Dataset.from_torch(Listed(list(XT))), Dataset.from_torch(TensorDataset(XT))
-    assert bare.fingerprint == single.fingerprint == Dataset.from_tensors(FLOATS).fingerprint
-    for stream in (False, True):
-        data = Dataset.from_torch(Listed(list(XT)), test=Listed(list(XT[:7] + 1)), stream=stream)
-        assert [len(split) for split in data.splits] == [54, 6, 7]
-        assert torch.equal(data.test.x, XT[:7] + 1)
-
-
-@pytest.mark.parametrize(
-    ("dataset", "match"),
-    [
-        (
-            DataLoader(TensorDataset(XT)),
-            "train: expected a dataset; got a DataLoader, which batches it. Pass its .data",
-        ),
-        (Listed([]), "train: expected a dataset of at least one item; got none"),
-        (Listed([XT[0], XT[1, :3]]), r"item 1: expected \(5,\) float32, as item 0; got \(3,\) float32"),
-        (Listed([XT[0], XT[1].double()]), r"item 1: expected \(5,\) float32, as item 0; got \(5,\) float64"),
-        (Listed([(x, 1, 2) for x in XT]), r"item 0: expected x, \(x, y\) or a mapping; got 3 values. Wrap"),
-        (Listed([{"image": x} for x in XT]), 'item 0: expected "x" and perhaps "y"; got image'),
-        (Listed([(XT[0], 1), (XT[1], None)]), "a label with every item or with none; got 1 with 2 items"),
-        (Listed([(x, 0.5) for x in XT]), "expected integers; got float64"),
-        (Listed([(x, x) for x in XT]), r"one for each of 60 rows; got shape \(60, 5\)"),
-        (Listed([x / 0 for x in XT]), "expected finite numbers; got .*inf in row 0"),
-        (Listed(list("abc" * 9)), "expected real numbers"),
-        (TorchDataset(), "expected a torch Dataset with a length, or an IterableDataset"),
-    ],
-)
-def test_broken_torch_datasets(dataset: Any, match: str):
-    for stream in (False, True):
-        with pytest.raises(DataError, match=match):
-            Dataset.from_torch(dataset, stream=stream)
-
-
-def test_torch_datasets_larger_than_memory(monkeypatch: pytest.MonkeyPatch):
-    """FAULTS 45 (data)."""
-    monkeypatch.setattr("pvae.data.rows.files.total_memory", lambda: 1000)
-    with pytest.raises(DataError, match="got .60, 5. float32, which need .* Pass stream=True to Dataset.from_torch"):
-        Dataset.from_torch(TensorDataset(XT))
-    with pytest.raises(DataError, match=r"train: expected rows that fit .* Pass a torch Dataset and stream=True"):
-        Dataset.from_tensors(XT)
-    assert len(Dataset.from_torch(TensorDataset(XT), stream=True).train) == 48
-
-
-def open_files() -> int:
-    return len(os.listdir("/proc/self/fd"))
-
-
-def test_a_spool_leaves_nothing_behind():
-    before = open_files()
-    data = Dataset.from_torch(TensorDataset(XT), stream=True, declared=TensorSource(shape=(5, 1)))
-    assert list(cache_folder().iterdir()) == []
-    assert open_files() > before
-    assert torch.equal(data.train.rows[:2], data.train.x[:2])
-    del data
-    gc.collect()
-    assert open_files() == before
-
-
-class Full:
-    """A file on a full disk."""
-
-    def write(self, content: Any) -> int:
-        raise OSError(28, "No space left on device")
-
-    def close(self) -> None: ...
-
-
-def test_a_spool_on_a_full_disk(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(tempfile, "TemporaryFile", lambda dir: Full())
-    with pytest.raises(StorageError, match="expected room for the rows; got .*No space left"):
-        Dataset.from_torch(TensorDataset(XT), stream=True)
-
-
-# AnnData and its like
-
-
-COUNTS = RNG.poisson(0.3, (ROWS, 7))
-GROUPS = pd.Categorical(np.take(["cow", "ant", "bee"], Y), categories=["cow", "ant", "bee", "none"])
-
-
-def annotated(x: Any, **layers: Any) -> Any:
-    obs = pd.DataFrame({"group": GROUPS, "number": Y, "name": np.take(NAMES, Y), "score": Y / 2})
-    obs["gap"] = obs["group"].where(obs["number"] > 0)
-    return SimpleNamespace(X=x, obs=obs, layers=layers)
-
-
-@pytest.fixture
-def backed(tmp_path: Path) -> Iterator[h5py.Dataset]:
-    with h5py.File(tmp_path / "x.h5", "w") as file:
-        yield file.create_dataset("x", data=COUNTS)
-
-
-def test_annotated_matrices_dense_sparse_and_backed(backed: h5py.Dataset):
-    wanted = Dataset.from_tensors(COUNTS, Y)
-    for x in (COUNTS, torch.from_numpy(COUNTS), sparse.csr_matrix(COUNTS), sparse.csc_array(COUNTS), backed):
-        data = Dataset.from_anndata(annotated(x), labels="group", declared=TensorSource(shape=(7, 1)))
-        for one, other in zip(data.splits, wanted.splits, strict=True):
-            assert torch.equal(one.x.squeeze(2), other.x)
-            assert torch.equal(one.rows[torch.tensor([3, 0])], one.x[[3, 0]])
-            assert torch.equal(one.y, other.y)  # type: ignore[arg-type]
-        assert data.label_names == ("cow", "ant", "bee", "none")
-
-
-def test_rows_far_apart_in_a_backed_matrix(backed: h5py.Dataset):
-    from pvae.data.sources.python import Sliced
-
-    for index in (np.array([0, 59]), np.array([3, 4, 6]), np.array([], int), slice(5, 9)):
-        assert np.array_equal(Sliced(backed).read(index), COUNTS[index])
-
-
-def test_layers_and_other_columns():
-    adata = annotated(None, raw=sparse.csr_matrix(COUNTS))
-    assert Dataset.from_anndata(adata, layer="raw", labels="number").label_names is None
-    named = Dataset.from_anndata(adata, layer="raw", labels="name")
-    assert named.label_names == NAMES
-    assert torch.equal(named.train.y, Dataset.from_tensors(COUNTS, Y).train.y)  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize(
-    ("call", "match"),
-    [
-        (lambda: Dataset.from_anndata(annotated(None)), "X: expected a matrix; got none. Name a layer"),
-        (lambda: Dataset.from_anndata(annotated(COUNTS, raw=1), layer="rwa"), "got 'rwa' .did you mean 'raw'"),
-        (lambda: Dataset.from_anndata(annotated(COUNTS), labels="grp"), "column of obs, group, .* got 'grp' .did you"),
-        (lambda: Dataset.from_anndata(annotated(COUNTS), labels="gap"), "label for every row; got none for 20. Drop"),
-        (lambda: Dataset.from_anndata(annotated(COUNTS), labels="score"), "categories, names or integers; got float64"),
-        (lambda: Dataset.from_anndata(annotated(sparse.csr_matrix((0, 7)))), r"at least one row; got shape \(0, 7\)"),
-        (lambda: Dataset.from_anndata(annotated(COUNTS[1:]), labels="group"), r"one for each of 59 rows; got shape"),
-        (
-            lambda: Dataset.from_tensors(sparse.coo_array(COUNTS[0])),
-            r"sparse matrix \(rows, features\); got shape \(7,\)",
-        ),
-    ],
-)
-def test_broken_annotated_matrices(call: Callable[[], Dataset], match: str):
-    """FAULTS 24, 25."""
-    with pytest.raises(DataError, match=match):
-        call()
-
-
-@pytest.mark.parametrize("value", [np.nan, np.inf, 1e300])
-def test_sparse_values_that_are_not_finite(value: float):
-    """FAULTS 19."""
-    x = sparse.csr_matrix(COUNTS.astype(float))
-    x[5, 3] = value
-    with pytest.raises(DataError, match="X: expected finite numbers; got .* in row 5, column 3"):
-        Dataset.from_anndata(annotated(x))
-
-
-def test_a_backed_file_that_was_closed(tmp_path: Path):
-    with h5py.File(tmp_path / "x.h5", "w") as file:
-        data = Dataset.from_anndata(annotated(file.create_dataset("x", data=COUNTS)))
-    with pytest.raises(DataError, match="Expected the rows of an open file; got"):
-        data.train.rows[:2]
-
-
-class Watched(SparseRows):
-    """Sparse rows that know how many values were ever dense at once."""
-
-    largest = 0
-
-    def read(self, index: Index) -> Any:
-        rows = super().read(index)
-        Watched.largest = max(Watched.largest, rows.size)
-        return rows
-
-
-def test_a_fit_on_sparse_counts_never_makes_them_dense(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("pvae.data.rows.rows.CHUNK_ELEMENTS", 2**16)
-    monkeypatch.setattr("pvae.data.split.CHUNK_ELEMENTS", 2**16)
-    counts = sparse.random_array((3000, 200), density=0.05, rng=np.random.default_rng(0), data_sampler=None)
-    data = Dataset.of(Watched(counts))
-    overrides = (*SMALL, "train.batch_size=500", "data={source='tensor'}", "decoder.likelihood.kind=normal")
-    run = pvae.fit("vae", *overrides, data=data, run_dir=tmp_path, device="cpu", progress=False)
-    assert np.isfinite(run.metrics["elbo"]).all()
-    assert 0 < Watched.largest <= 2**17 < counts.shape[0] * counts.shape[1]
-
-
-# One way in
-
-
-def test_fit_and_load_take_whatever_holds_data(tmp_path: Path):
-    """A tensor, an array, torch's data set, AnnData, a `Dataset`: the same run, opened again with any of them."""
-    x = COUNTS.astype(np.float32)
-    holders = {
-        "tensor": torch.from_numpy(x),
-        "array": x,
-        "torch": TensorDataset(torch.from_numpy(x)),
-        "anndata": annotated(x),
-        "dataset": Dataset.from_tensors(x),
-    }
-    overrides = (*SMALL, "data={source='tensor'}", "decoder.likelihood.kind=normal")
-    for name, data in holders.items():
-        run = pvae.fit("vae", *overrides, name=name, data=data, run_dir=tmp_path, device="cpu", progress=False)
-        assert run.data.fingerprint == holders["dataset"].fingerprint
-    for data in holders.values():
-        assert Run.load(run.path, data=data).data.fingerprint == run.data.fingerprint
-
-
-def test_spools_and_files_are_reshaped_in_place(tmp_path: Path):
-    data = Dataset.from_torch(TensorDataset(XT), stream=True, declared=TensorSource(shape=(1, 5)))
-    assert data.train.rows[:3].shape == (3, 1, 5)
-    assert isinstance(data.train.rows.blocks.rows.x, Spool)  # type: ignore[union-attr]
-    path = npy(tmp_path / "x.npy", FLOATS)
-    assert torch.equal(load(Npy(path=path, stream=True, shape=(1, 5))).train.x, data.train.x)

@@ -1,0 +1,82 @@
+"""Files of data as other programs write them: NumPy, struct, gzip and Pillow, never pvae's own code."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import struct
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from pvae.data.sources.collections import MNIST_FILES, Collection, IdxFile
+
+
+def npy(path: Path, array: Any) -> str:
+    """Write one array."""
+    np.save(path, array)
+    return str(path)
+
+
+def npz(folder: Path, save: Callable[..., None] = np.savez, **arrays: Any) -> str:
+    """Write the archive `data.npz` into a folder."""
+    save(folder / "data.npz", **arrays)
+    return str(folder / "data.npz")
+
+
+def idx_bytes(array: np.ndarray, code: int = 0x08, letter: str = "B") -> bytes:
+    """Return the bytes of an IDX file of the type `code`, whose letter in `struct` is `letter`."""
+    header = struct.pack(f">BBBB{array.ndim}I", 0, 0, code, array.ndim, *array.shape)
+    return header + struct.pack(f">{array.size}{letter}", *array.flatten().tolist())
+
+
+def idx(path: Path, array: np.ndarray, code: int = 0x08, letter: str = "B", zipped: bool = False) -> str:
+    """Write an IDX file, plain or gzipped."""
+    content = idx_bytes(array, code, letter)
+    path.write_bytes(gzip.compress(content) if zipped else content)
+    return str(path)
+
+
+def pictures(folder: Path, pixels: np.ndarray, labels: list[str], suffixes: tuple[str, ...] = ("png",)) -> str:
+    """Write images (n, H, W) into sub-folders that are named after their labels."""
+    for number, (one, label) in enumerate(zip(pixels, labels, strict=True)):
+        place = folder / "pictures" / label
+        place.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(one).save(place / f"{number:02}.{suffixes[number % len(suffixes)]}")
+    return str(folder / "pictures")
+
+
+def small_arrays() -> dict[str, np.ndarray]:
+    """The four arrays of a collection as small as 16 images of 3 x 3 pixels."""
+    draw = np.random.RandomState(1)
+    return {
+        "x_train": draw.randint(0, 256, (12, 3, 3)).astype(np.uint8),
+        "y_train": (np.arange(12) % 10).astype(np.uint8),
+        "x_test": draw.randint(0, 256, (4, 3, 3)).astype(np.uint8),
+        "y_test": (np.arange(4) % 10).astype(np.uint8),
+    }
+
+
+def small_collection(**changes: Any) -> Collection:
+    """MNIST with the small arrays and a mirror that does not answer."""
+    files = {
+        key: IdxFile(MNIST_FILES.files[key].name, array.shape, hashlib.sha256(idx_bytes(array)).hexdigest())
+        for key, array in small_arrays().items()
+    }
+    return replace(MNIST_FILES, files=files, **{"mirrors": ("http://127.0.0.1:9/",), **changes})
+
+
+def zipped_files(collection: Collection) -> dict[str, bytes]:
+    """The gzipped files of a small collection, by name."""
+    return {f"{collection.files[key].name}.gz": gzip.compress(idx_bytes(x)) for key, x in small_arrays().items()}
+
+
+def place(folder: Path, collection: Collection) -> None:
+    """Write the files of a small collection into a folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in zipped_files(collection).items():
+        (folder / name).write_bytes(content)
