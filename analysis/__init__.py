@@ -1,19 +1,21 @@
-"""What a fitted pair says: surgery of its ELBO, evidence, gaps, collapse, report; for any Pyro pair.
+"""Analyses of a fitted pair: surgery of its ELBO, evidence, gaps, collapse, samples, report; for any Pyro pair.
 
-Functions bear the names of their modules, so they are bound here, eagerly: the import system would otherwise
-put a module in a function's place as soon as somebody imports it.
+The names are bound eagerly: some functions have the name of a folder or module, which the import system would
+otherwise put in their place.
 """
 
-from pvae.analysis.bounds.ais import Annealed, Bracket, ais, bracket
-from pvae.analysis.bounds.evidence import Evidence, PriorEvidence, evidence, prior_evidence
+from pvae.analysis.bounds.ais import ais, bracket
+from pvae.analysis.bounds.annealed import Annealed, Bracket
+from pvae.analysis.bounds.evidence import evidence, prior_evidence
 from pvae.analysis.bounds.gap import Gap, gap
+from pvae.analysis.bounds.lower_bounds import Evidence, PriorEvidence
 from pvae.analysis.bounds.rate_distortion import RateDistortion, rate_distortion
 from pvae.analysis.decompose.aggregated import AggregatedPosterior
 from pvae.analysis.decompose.collapse import Collapse, collapse
 from pvae.analysis.decompose.gain import Gain, gain
 from pvae.analysis.decompose.result import LatentSurgery, Surgery
 from pvae.analysis.decompose.surgery import surgery
-from pvae.analysis.export.datasets import Posterior
+from pvae.analysis.export.datasets import PosteriorDraws as Posterior
 from pvae.analysis.export.posterior import posterior
 from pvae.analysis.figures.estimate import Estimate
 from pvae.analysis.pages.compare import compare
@@ -22,16 +24,21 @@ from pvae.analysis.pages.report import report
 from pvae.analysis.samples.copying import Copying, copying, data_copying
 from pvae.analysis.samples.critic import CriticKL, critic
 from pvae.analysis.samples.distances import Distances, distances, frechet, kernel_distance
+from pvae.analysis.samples.encode import encode, reconstruct
 from pvae.analysis.samples.features import Features, features
 from pvae.analysis.samples.fidelity import Fidelity, fidelity
-from pvae.analysis.samples.generate import Code, Encoding, Reconstructions, Samples, encode, reconstruct, sample
+from pvae.analysis.samples.generated import Encoding, Reconstructions, Samples
+from pvae.analysis.samples.generated import LatentCode as Code
 from pvae.analysis.samples.interpolate import Interpolation, interpolate
 from pvae.analysis.samples.probe import Probe, probe
+from pvae.analysis.samples.quality import SampleQuality, sample_quality
+from pvae.analysis.samples.sample import sample
 from pvae.analysis.samples.sharpness import sharpness
 from pvae.analysis.samples.traversal import Traversal, traverse
-from pvae.analysis.samples.two_sample import SampleQuality, TwoSample, sample_quality, two_sample
+from pvae.analysis.samples.two_sample import TwoSample, two_sample
+from pvae.analysis.truths.comparison import SelfCheck
 from pvae.analysis.truths.counterexamples import CounterExamples, counterexamples
-from pvae.analysis.truths.selfcheck import SelfCheck, selfcheck
+from pvae.analysis.truths.selfcheck import selfcheck
 
 __all__ = [
     "AggregatedPosterior",

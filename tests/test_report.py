@@ -27,7 +27,7 @@ from pvae.analysis.pages.sections.examination import Case, some
 from pvae.analysis.pages.sections.latents import HOLE, holes
 from pvae.analysis.pages.sections.samples import on_copies
 from pvae.analysis.samples.copying import data_copying
-from pvae.analysis.samples.generate import mean_of
+from pvae.analysis.samples.running import distribution_mean
 from pvae.data import Dataset
 from pvae.errors import DataError, DeclarationError
 from pvae.experiment.experiment import Experiment
@@ -223,7 +223,7 @@ def test_sections_appear_where_they_mean_something(tmp_path):
     assert_harmless(brief(codes))
     assert "codes" in headings(codes)
     assert "interpolations" not in headings(codes)
-    assert "in-between" in numbers_of(codes)["missing"]["interpolations"]
+    assert "interpolated" in numbers_of(codes)["missing"]["interpolations"]
     assert any(
         "grid of codes of c" in str(image["alt"]) for image in Page(codes.path / "report" / "index.html").all("img")
     )
@@ -437,10 +437,10 @@ def test_subset_is_seeded_and_says_so():
 
 def test_mean_of_every_kind_of_observation():
     logits = torch.tensor([[[0.0, 0.0, 0.0]]])
-    assert mean_of(dist.Categorical(logits=logits).to_event(1)).item() == pytest.approx(1.0)
-    assert mean_of(dist.Bernoulli(torch.tensor([[0.3]])).to_event(1)).item() == pytest.approx(0.3)
+    assert distribution_mean(dist.Categorical(logits=logits).to_event(1)).item() == pytest.approx(1.0)
+    assert distribution_mean(dist.Bernoulli(torch.tensor([[0.3]])).to_event(1)).item() == pytest.approx(0.3)
     with pytest.raises(NotImplementedError, match="no mean"):
-        mean_of(dist.Cauchy(torch.zeros(2, 1), 1.0).to_event(1))
+        distribution_mean(dist.Cauchy(torch.zeros(2, 1), 1.0).to_event(1))
 
 
 def test_verdict_warns_when_information_stands_at_its_ceiling(make):

@@ -1,9 +1,8 @@
-"""Sums over the log weights of many draws, block by block: memory does not grow with their number."""
+"""Bounds from the log weights of many samples, accumulated block by block in constant memory."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, fields
 from itertools import accumulate
 from operator import mul
@@ -12,26 +11,24 @@ import torch
 from torch import Tensor
 
 from pvae.analysis.bounds.psis import pareto_k, tail_length
+from pvae.analysis.bounds.weights import WeightSampler
 from pvae.analysis.figures.estimate import CONSERVATIVE, Estimate
+from pvae.util.progress import Progress
 
-Draw = Callable[[Tensor, int], Tensor]
-"""Of a batch and a number of draws, log weights: `(draws, batch)`, or `(batch,)` for one draw."""
-Progress = Callable[[int, int], None]
-
-POINTS = 10
-"""Most points of the curve."""
+CURVE_POINTS = 10
+"""Largest number of points of the curve."""
 ELEMENTS, ELEMENTS_ON_GPU = 2**20, 2**25
-"""Elements of x that a block of draws may decode; on a CPU, activations beyond its cache cost more than calls."""
-GATHERED = 16
-"""Blocks whose weights are summed at once: there are many small sums."""
-FEWEST_DRAWS, MOST_DRAWS = 256, 20_000
-"""Of a block, whatever the size of x: fewer are all calls, more save nothing."""
-ROUNDING = 64
-"""Error of a log weight in units of its last place: it is a sum of many terms."""
+"""Elements of x decoded per block; on a CPU, activations that exceed its cache cost more than function calls."""
+BLOCKS_PER_SUM = 16
+"""Blocks whose weights are summed together, as the sums are small and many."""
+SMALLEST_BLOCK, LARGEST_BLOCK = 256, 20_000
+"""Bounds of the samples per block for any size of x: smaller blocks are slow, larger ones save nothing."""
+WEIGHT_ROUNDING = 64
+"""Rounding error of a log weight, a sum of many terms, in units of its last place."""
 
 
 def group_sizes(samples: int) -> tuple[int, ...]:
-    """1 = K_0 < K_1 < ... = samples, each dividing the next: prime factors taken from both ends in turn.
+    """Return sizes 1 = K_0 < K_1 < ... = samples, each dividing the next.
 
     >>> group_sizes(5000)
     (1, 5, 10, 50, 100, 500, 1000, 5000)
@@ -39,12 +36,12 @@ def group_sizes(samples: int) -> tuple[int, ...]:
     primes = _prime_factors(samples)
     order = [primes.pop(-1 if i % 2 == 0 else 0) for i in range(len(primes))]
     sizes = list(accumulate(order, mul, initial=1))
-    stride = -(-len(sizes) // POINTS)
+    stride = -(-len(sizes) // CURVE_POINTS)
     return (*sizes[:1], *sizes[:0:-stride][::-1])
 
 
 def _prime_factors(number: int) -> list[int]:
-    """Rising, with repetitions."""
+    """Prime factors in ascending order, with repetitions."""
     factors, divisor = [], 2
     while divisor * divisor <= number:
         while number % divisor == 0:
@@ -55,13 +52,13 @@ def _prime_factors(number: int) -> list[int]:
 
 
 class Moments:
-    """Mean and variance over what was pushed so far, per datum."""
+    """Running mean and variance of pushed values, per datum."""
 
     def __init__(self) -> None:
         self.count = 0
 
     def push(self, values: Tensor) -> None:
-        """Take in `(any number, rows)`."""
+        """Add values `(any number, rows)`."""
         if not self.count:
             # Squares of differences from a value seen keep their digits where the spread is far below the mean.
             self.shift = torch.where(values[0].isfinite(), values[0], 0.0)
@@ -73,18 +70,18 @@ class Moments:
 
     @property
     def mean(self) -> Tensor:
-        """`(rows,)`."""
+        """Mean of all values, `(rows,)`."""
         return self.shift + self.total / self.count
 
     @property
     def squared_error(self) -> Tensor:
-        """Variance of the mean, `(rows,)`; infinite where a value was."""
+        """Variance of the mean, `(rows,)`; infinite where a value was infinite."""
         spread = (self.squares - self.total.square() / self.count).clamp(min=0).nan_to_num(nan=math.inf)
         return spread / max(self.count - 1, 1) / self.count
 
 
 class Level:
-    """Log mean weights of groups of K, made of `ratio` groups of the level below; a group may span many blocks."""
+    """Log mean weights of groups of K samples, each merged from `ratio` groups of the level below, across blocks."""
 
     def __init__(self, size: int, ratio: int) -> None:
         self.log_size, self.ratio = math.log(size), ratio
@@ -93,7 +90,7 @@ class Level:
         self.filled = 0
 
     def push(self, sums: Tensor) -> Tensor:
-        """Log sums of the level below `(any number, rows)` to those of the groups now complete."""
+        """Add log sums of the level below `(any number, rows)`; return those of the groups now complete."""
         if self.ratio > 1:
             sums = self._closed(sums)
         if len(sums):
@@ -116,36 +113,38 @@ class Level:
 
 
 @dataclass(frozen=True)
-class Sums:
-    """What is known of a set of data when all weights are drawn: data along the last dimension, float64."""
+class Accumulated:
+    """Bounds and diagnostics of a data set after all samples: data along the last dimension, float64."""
 
     sizes: tuple[int, ...]
     bounds: Tensor
-    """L_K, `(sizes, n)`."""
+    """Bounds L_K, `(sizes, n)`."""
     squared_errors: Tensor
-    """Squares of their Monte Carlo errors, `(sizes, n)`."""
+    """Squared Monte Carlo errors of the bounds, `(sizes, n)`."""
     ess: Tensor
+    """Effective sample size, `(n,)`."""
     khat: Tensor
+    """Pareto shape of the largest weights, `(n,)`."""
 
     @property
     def log_p(self) -> Tensor:
-        """The bound with all samples, `(n,)`."""
+        """Bound with all samples, `(n,)`."""
         return self.bounds[-1]
 
     def curve(self) -> tuple[tuple[int, Estimate], ...]:
-        """Means over the data."""
+        """Mean bound over the data for every number of samples."""
         return tuple(zip(self.sizes, map(self._mean, self.bounds, self.squared_errors), strict=True))
 
     def _mean(self, values: Tensor, squared_errors: Tensor) -> Estimate:
         n = len(values)
         spread = float(values.std() / math.sqrt(n)) if n > 1 else math.nan
-        if self.sizes[-1] == 1:  # one draw cannot tell noise from spread
+        if self.sizes[-1] == 1:  # one sample cannot separate noise from spread
             return Estimate(float(values.mean()), spread, "lower_bound", spread, CONSERVATIVE)
         return Estimate(float(values.mean()), float(squared_errors.sum().sqrt() / n), "lower_bound", spread)
 
 
-class Stream:
-    """Sums over the log weights of some rows, taken block by block and forgotten but for the largest."""
+class Accumulator:
+    """Accumulates the log weights of some rows block by block; keeps only the largest of them."""
 
     def __init__(self, samples: int, precision: float) -> None:
         self.sizes = group_sizes(samples)
@@ -155,7 +154,7 @@ class Stream:
         self.precision = precision
 
     def push(self, weights: Tensor) -> None:
-        """Take in log weights `(any number, rows)`, float64."""
+        """Add log weights `(any number, rows)`, float64."""
         self._keep(weights)
         for level in self.levels:
             weights = level.push(weights)
@@ -169,53 +168,53 @@ class Stream:
         candidates = torch.cat([self.largest, weights])
         self.largest = candidates.topk(min(self.kept, len(candidates)), 0).values
 
-    def sums(self) -> Sums:
-        """What the weights pushed, as many as announced, amount to."""
+    def result(self) -> Accumulated:
+        """Return bounds and diagnostics, once all announced weights were pushed."""
         samples = self.sizes[-1]
         bounds = torch.stack([level.moments.mean for level in self.levels])
         # sum w^2 / (sum w)^2; without any weight above zero there is no effective sample.
         inverse_ess = (self.doubled - 2 * (bounds[-1] + math.log(samples))).exp().nan_to_num(nan=math.inf)
         errors = [level.moments.squared_error for level in self.levels[:-1]]
         errors.append((inverse_ess - 1 / samples).clamp(min=0))
-        resolution = ROUNDING * self.precision * (1 + self.largest[0].abs())
+        resolution = WEIGHT_ROUNDING * self.precision * (1 + self.largest[0].abs())
         khat = pareto_k(self.largest, samples, resolution)
-        return Sums(self.sizes, bounds.cpu(), torch.stack(errors).cpu(), 1 / inverse_ess.cpu(), khat.cpu())
+        return Accumulated(self.sizes, bounds.cpu(), torch.stack(errors).cpu(), 1 / inverse_ess.cpu(), khat.cpu())
 
 
-def stream(x: Tensor, samples: int, draw: Draw, on_progress: Progress) -> Sums:
-    """Draw and sum the weights of all data: some rows at a time, their draws in equal blocks."""
+def accumulate_weights(x: Tensor, samples: int, draw: WeightSampler, on_progress: Progress) -> Accumulated:
+    """Sample and accumulate the weights of all data: some rows at a time, their samples in equal blocks."""
     block = block_size(x)
-    rows = max(1, min(len(x), block, GATHERED * block // samples))
+    rows = max(1, min(len(x), block, BLOCKS_PER_SUM * block // samples))
     parts = []
     for start in range(0, len(x), rows):
         chunk = x[start : start + rows]
-        parts.append(_stream_chunk(chunk, samples, block // len(chunk), draw))
+        parts.append(_of_chunk(chunk, samples, block // len(chunk), draw))
         on_progress(start + len(chunk), len(x))
     return _joined(parts)
 
 
-def _stream_chunk(x: Tensor, samples: int, most: int, draw: Draw) -> Sums:
-    stream = Stream(samples, torch.finfo(x.dtype).eps if x.is_floating_point() else 0.0)
+def _of_chunk(x: Tensor, samples: int, most: int, draw: WeightSampler) -> Accumulated:
+    accumulator = Accumulator(samples, torch.finfo(x.dtype).eps if x.is_floating_point() else 0.0)
     counts = _even_parts(samples, most)
-    for start in range(0, len(counts), GATHERED):
-        blocks = [draw(x, count).reshape(count, len(x)) for count in counts[start : start + GATHERED]]
-        stream.push(torch.cat(blocks))
-    return stream.sums()
+    for start in range(0, len(counts), BLOCKS_PER_SUM):
+        blocks = [draw(x, count).reshape(count, len(x)) for count in counts[start : start + BLOCKS_PER_SUM]]
+        accumulator.push(torch.cat(blocks))
+    return accumulator.result()
 
 
 def block_size(x: Tensor) -> int:
-    """Draws, of all rows together, that are decoded at a time."""
+    """Return the number of samples, over all rows together, that are decoded at a time."""
     elements = ELEMENTS_ON_GPU if x.is_cuda else ELEMENTS
-    return min(MOST_DRAWS, max(FEWEST_DRAWS, elements // max(1, x[0].numel())))
+    return min(LARGEST_BLOCK, max(SMALLEST_BLOCK, elements // max(1, x[0].numel())))
 
 
 def _even_parts(total: int, most: int) -> list[int]:
-    """`total` in as few parts as go, none above `most`, equal but for one."""
+    """Split `total` into as few parts as possible, none above `most`, that differ by at most one."""
     parts = -(-total // most)
     return [total // parts + (i < total % parts) for i in range(parts)]
 
 
-def _joined(parts: list[Sums]) -> Sums:
-    """Parts of a data set in a row."""
-    columns = {f.name: [getattr(part, f.name) for part in parts] for f in fields(Sums)[1:]}
-    return Sums(parts[0].sizes, **{name: torch.cat(column, -1) for name, column in columns.items()})
+def _joined(parts: list[Accumulated]) -> Accumulated:
+    """Concatenate the parts of a data set."""
+    columns = {f.name: [getattr(part, f.name) for part in parts] for f in fields(Accumulated)[1:]}
+    return Accumulated(parts[0].sizes, **{name: torch.cat(column, -1) for name, column in columns.items()})

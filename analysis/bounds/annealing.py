@@ -1,336 +1,48 @@
-"""Annealed densities of a pair's latents, and the Hamiltonian transitions that leave them invariant."""
+"""Hamiltonian Monte Carlo transitions along a sequence of temperatures."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, final
 
-import pyro
 import torch
-from pyro import poutine
-from pyro.poutine.trace_struct import Trace
 from torch import Tensor
-from torch.distributions import Transform, biject_to, constraints
 
-from pvae.errors import DataError
-from pvae.pair.densities import log_prob, sum_over
-from pvae.pair.layout import Layout, SiteShape, samples, site_shape
-from pvae.pair.pair import Pair
-from pvae.pair.running import PARTICLES
-
-Start = Literal["guide", "prior"]
-Runner = Callable[[Callable[..., Any], "dict[str, Tensor]", int], Trace]
-
+from pvae.analysis.bounds.targets import AnnealingPlan, States, Target
 
 PILOT_CHAINS = 8
 PILOT_FIRST, PILOT_ALL = 30, 60
-"""Least transitions of the pilot at the first temperature, and at all of them together."""
+"""Smallest number of pilot transitions at the first temperature, and at all of them together."""
 TARGET_ACCEPTANCE = 0.65
-RATE = 0.5
-"""Of the adaptation of log step sizes to the acceptance."""
+ADAPTATION_RATE = 0.5
+"""Rate at which log step sizes adapt to the acceptance."""
 FIRST_STEP = 0.2
-JITTER = 0.2
-"""Half the spread of a transition's step size around the frozen one: no trajectory closes on itself every time."""
+STEP_JITTER = 0.2
+"""Half-width of the random relative change of a step size, which keeps trajectories from closing on themselves."""
 STEEPNESS = 4.0
-"""Of the sigmoid schedule."""
-
-
-@final
-@dataclass(frozen=True)
-class Plan:
-    """How to anneal, and who asks."""
-
-    caller: str
-    temperatures: int
-    chains: int
-    leapfrog: int
-    start: Start
-
-    def check(self, pair: Pair) -> None:
-        """Refuse counts below one, an unknown start and what cannot be annealed."""
-        for name in ("temperatures", "chains", "leapfrog"):
-            if getattr(self, name) < 1:
-                raise DataError(f"{self.caller}: expected {name} of at least 1; got {getattr(self, name)}.")
-        if self.start not in ("guide", "prior"):
-            raise DataError(f"{self.caller}: expected start 'guide' or 'prior'; got {self.start!r}.")
-        if pair.layout.shared:
-            names = ", ".join(pair.layout.shared)
-            raise DataError(f"{self.caller}: expected latents of single data only; got global {names}.")
-        if pair.layout.enumerated:
-            names = ", ".join(pair.layout.enumerated)
-            raise DataError(
-                f"{self.caller}: expected continuous latents; got {names}, which the model sums out. Use evidence."
-            )
-
-
-# ---------------------------------------------------------------------- the annealed densities
-
-
-@final
-@dataclass(frozen=True)
-class Point:
-    """States of all chains and their densities."""
-
-    u: Tensor
-    """Latents of every chain and datum in the reals, `(chains, n, D)`."""
-    base: Tensor
-    """log p0 with the Jacobian, `(chains, n)`, float64."""
-    joint: Tensor
-    """log p(x, z) with the Jacobian, `(chains, n)`, float64."""
-
-    def tempered(self, beta: float) -> Tensor:
-        """log f_b, `(chains, n)`."""
-        return (1 - beta) * self.base + beta * self.joint
-
-
-@final
-@dataclass(frozen=True)
-class Coordinate:
-    """One latent and its map from the reals."""
-
-    name: str
-    transform: Transform
-    value: SiteShape
-    free: SiteShape
-    """The shape of the value before the map (a simplex has one number less)."""
-
-    @property
-    def event_dim(self) -> int:
-        """Event dimensions of the value, summed over by the Jacobian."""
-        return int(self.transform.codomain.event_dim)
-
-
-@final
-class Target:
-    """log p0 and log p(x, z) of a chunk of rows as functions of unconstrained states.
-
-    Arguments:
-        pair: a pair that `Plan.check` has let pass.
-        x: data `(n, *event)`.
-        plan: whose start is p0.
-
-    Raises:
-        DataError: a latent is discrete, global, or has a support that reads other latents; start "guide" and a guide
-            of other latents or supports than the model's.
-    """
-
-    def __init__(self, pair: Pair, x: Tensor, plan: Plan) -> None:
-        self.pair, self.x, self.layout = pair, x, pair.layout
-        self.start: Start = plan.start
-        model, again = (_unseen(pair.model_trace(x)) for _ in range(2))
-        self.coordinates = [_coordinate(plan, name, node, again[name], self.layout) for name, node in model.items()]
-        if not self.coordinates:
-            raise DataError(f"{plan.caller}: expected latents in the model; got none. Its density is exact as it is.")
-        if plan.start == "guide":
-            _check_guide(plan, model, _unseen(pair.guide_trace(x)))
-        self.sizes = [coordinate.free.numel for coordinate in self.coordinates]
-        self.runner: Runner = self._side_by_side
-        self.runner = self._choose_runner()
-
-    # -- running the programs for (chains, n) states
-
-    def _stacked(self, program: Callable[..., Any], flat: dict[str, Tensor], count: int) -> Trace:
-        """Chains along a plate of their own, left of all others."""
-        nesting = self.layout.nesting
-        data = {c.name: c.value.spread(flat[c.name], nesting) for c in self.coordinates if c.name in flat}
-        with self.pair.own_store(), pyro.plate(PARTICLES, count, dim=-1 - nesting):
-            return poutine.trace(poutine.condition(program, data=data)).get_trace(self.x)
-
-    def _side_by_side(self, program: Callable[..., Any], flat: dict[str, Tensor], count: int) -> Trace:
-        """Chains as more rows of the batch, for programs that take no further plate."""
-        data = {c.name: c.value.spread(flat[c.name].flatten(0, 1)) for c in self.coordinates if c.name in flat}
-        x = self.x.repeat(count, *(1,) * (self.x.dim() - 1))
-        with self.pair.own_store():
-            return poutine.trace(poutine.condition(program, data=data)).get_trace(x)
-
-    def _choose_runner(self) -> Runner:
-        """`_stacked` where it says the same as chains one by one: a program that reshapes may fail, or sum wrongly."""
-        single = [self.draw(1) for _ in range(3)]
-        base, joint = torch.cat([p.base for p in single]), torch.cat([p.joint for p in single])
-        self.runner = self._stacked
-        try:
-            stacked = self.at(torch.cat([p.u for p in single]))
-        except (ValueError, RuntimeError, IndexError):
-            return self._side_by_side
-        same = stacked.joint.shape == joint.shape and _close(stacked.joint, joint) and _close(stacked.base, base)
-        return self._stacked if same else self._side_by_side
-
-    def _score(self, trace: Trace, names: Sequence[str], count: int) -> Tensor:
-        """log density of some sites, `(count, n)`, float64."""
-        if self.runner == self._stacked:
-            return sum_over([log_prob(trace.nodes[name], self.layout, count).double() for name in names])
-        parts = [log_prob(trace.nodes[name], self.layout, 0).double() for name in names]
-        return sum_over(parts).reshape(count, len(self.x))
-
-    # -- densities
-
-    def _constrained(self, u: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        """Values `(chains, n, numel)` of every latent, and the log Jacobian `(chains, n)`."""
-        values, jacobian = {}, torch.zeros(u.shape[:2], dtype=torch.float64, device=u.device)
-        for c, flat in zip(self.coordinates, u.split(self.sizes, -1), strict=True):
-            free = c.free.spread(flat, self.layout.nesting)
-            value = c.transform(free)
-            values[c.name] = _gather(value, c.value)
-            part = c.transform.log_abs_det_jacobian(free, value).double()
-            jacobian = jacobian + _rows_last(part, c, len(self.x))
-        return values, jacobian
-
-    def at(self, u: Tensor) -> Point:
-        """States `(chains, n, D)` with their densities; differentiable."""
-        values, jacobian = self._constrained(u)
-        count, names = len(u), [c.name for c in self.coordinates]
-        model = self.runner(self.pair.model, values, count)
-        prior = self._score(model, names, count)
-        joint = prior + self._score(model, self.layout.observed, count)
-        base = prior
-        if self.start == "guide":
-            base = self._score(self.runner(self.pair.guide, values, count), names, count)
-        return Point(u, base + jacobian, joint + jacobian)
-
-    def slope(self, u: Tensor, beta: float) -> tuple[Point, Tensor]:
-        """States with their densities, and the gradient of log f_b, `(chains, n, D)`; zero where it is not finite.
-
-        Any field that is a function of the state keeps leapfrog reversible and its volume, so the acceptance of a
-        transition stays exact where the gradient is cut off.
-        """
-        with torch.enable_grad():
-            u = u.detach().requires_grad_()
-            point = self.at(u)
-            (gradient,) = torch.autograd.grad(point.tempered(beta).sum(), u)
-        point = Point(u.detach(), point.base.detach(), point.joint.detach())
-        return point, gradient.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
-
-    # -- states
-
-    def draw(self, count: int) -> Point:
-        """Exact draws from p0, `count` of every datum."""
-        program = self.pair.guide if self.start == "guide" else self.pair.model
-        sites = samples(self.runner(program, {}, count))
-        return self.at(torch.cat([self._free(c, sites[c.name]["value"], count) for c in self.coordinates], -1))
-
-    def given(self, values: dict[str, Tensor], count: int) -> Point:
-        """`count` chains that all stand at the same values, each of the shape of its site."""
-        free = [self._free(c, values[c.name], 1) for c in self.coordinates]
-        return self.at(torch.cat(free, -1).expand(count, -1, -1).contiguous())
-
-    def _free(self, c: Coordinate, value: Tensor, count: int) -> Tensor:
-        """A value with its chains, stacked or side by side, in the reals, `(count, n, numel)`."""
-        rows = len(self.x) if self.runner == self._stacked else count * len(self.x)
-        lead = count if self.runner == self._stacked else 1
-        stacked = value.reshape(lead, *c.value.left, rows, *c.value.right).movedim(1 + len(c.value.left), 1)
-        flat = stacked.reshape(count, len(self.x), -1)
-        return _gather(c.transform.inv(c.value.spread(flat, self.layout.nesting)), c.free)
-
-
-def _gather(value: Tensor, shape: SiteShape) -> Tensor:
-    """The inverse of `SiteShape.spread`: `(chains, ..., n, ...)` as `(chains, n, numel)`."""
-    lead, axis = len(value), value.dim() - len(shape.right) - 1
-    return value.movedim(axis, 1).reshape(lead, value.shape[axis], -1)
-
-
-def _rows_last(part: Tensor, c: Coordinate, n: int) -> Tensor:
-    """A batch-shaped part of the Jacobian as `(chains, n)`."""
-    axis = part.dim() - 1 - (len(c.value.right) - c.event_dim)
-    return part.movedim(axis, 1).reshape(len(part), n, -1).sum(-1)
-
-
-def _close(one: Tensor, other: Tensor) -> bool:
-    return torch.allclose(one, other, rtol=1e-3, atol=1e-3, equal_nan=True)
-
-
-def _unseen(trace: Trace) -> dict[str, Any]:
-    return {name: node for name, node in samples(trace).items() if not node["is_observed"]}
-
-
-def _coordinate(plan: Plan, name: str, node: Any, again: Any, layout: Layout) -> Coordinate:
-    """How a latent of the model maps to the reals."""
-    if not layout.holds(node):
-        raise DataError(f"{plan.caller}: expected latents of single data only; got global {name}.")
-    transform = _to_support(plan, name, node)
-    if _inner(transform) != _inner(_to_support(plan, name, again)):
-        raise DataError(
-            f"{plan.caller}: expected a support of {name} that reads no other latent; got one that moves with them. "
-            f"Write it as a map of a latent of fixed support."
-        )
-    value = site_shape(node, layout)
-    free = tuple(transform.inv(node["value"]).shape)
-    axis = len(value.left)
-    return Coordinate(name, transform, value, SiteShape(free[:axis], free[axis + 1 :], value.batch))
-
-
-def _to_support(plan: Plan, name: str, node: Any) -> Transform:
-    support = node["fn"].support
-    try:
-        if support.is_discrete:
-            raise NotImplementedError
-        return biject_to(support)
-    except NotImplementedError:
-        kind = type(_innermost(node["fn"])).__name__
-        raise DataError(
-            f"{plan.caller}: expected a continuous {name} whose support torch maps to the reals; got {kind}. "
-            f"Use evidence."
-        ) from None
-
-
-def _innermost(fn: Any) -> Any:
-    while isinstance(fn, torch.distributions.Independent):
-        fn = fn.base_dist
-    return fn
-
-
-def _inner(transform: Transform) -> Transform:
-    """A map without its wrappings, which torch does not compare."""
-    while isinstance(transform, torch.distributions.IndependentTransform):
-        transform = transform.base_transform
-    return transform
-
-
-def _check_guide(plan: Plan, model: dict[str, Any], guide: dict[str, Any]) -> None:
-    """Refuse a guide whose density is not one over the model's latents."""
-    if set(guide) != set(model):
-        raise DataError(
-            f"{plan.caller}: expected a guide of the model's latents {', '.join(sorted(model))}; got "
-            f"{', '.join(sorted(guide)) or 'none'}. Pass start='prior'."
-        )
-    for name, node in guide.items():
-        if _bounds(node) != _bounds(model[name]):
-            raise DataError(
-                f"{plan.caller}: expected the guide's {name} on the model's support {model[name]['fn'].support}; got "
-                f"{node['fn'].support}. Pass start='prior'."
-            )
-
-
-def _bounds(node: Any) -> Transform | None:
-    """What tells supports apart."""
-    support: constraints.Constraint = node["fn"].support
-    return None if support.is_discrete else _inner(biject_to(support))
-
-
-# ---------------------------------------------------------------------- annealing
+"""Steepness of the sigmoid schedule."""
 
 
 def schedule(temperatures: int) -> list[float]:
-    """b_0 = 0, ..., b_T = 1, dense at both ends: a sigmoid, rescaled."""
+    """Return temperatures b_0 = 0, ..., b_T = 1, dense at both ends: a rescaled sigmoid."""
     s = torch.sigmoid(torch.linspace(-STEEPNESS, STEEPNESS, temperatures + 1, dtype=torch.float64))
     return [float(b) for b in (s - s[0]) / (s[-1] - s[0])]
 
 
-def transition(target: Target, point: Point, beta: float, step: Tensor, leapfrog: int) -> tuple[Point, Tensor]:
-    """One step of Hamiltonian Monte Carlo that leaves f_b invariant, for every chain and datum by itself.
+def transition(target: Target, point: States, beta: float, step: Tensor, leapfrog: int) -> tuple[States, Tensor]:
+    """Take one step of Hamiltonian Monte Carlo that leaves f_b invariant, independently for every chain and datum.
 
     Arguments:
         target: the densities.
-        point: where the chains are, `(chains, n, D)`.
-        beta: b.
+        point: present states of the chains.
+        beta: temperature b.
         step: step size of every datum, `(n,)`.
-        leapfrog: number of steps.
+        leapfrog: number of leapfrog steps.
 
     Returns:
-        The chains' new states, and the probabilities with which they were accepted, `(chains, n)`.
+        The new states, and the acceptance probabilities, `(chains, n)`.
     """
-    spread = 1 + JITTER * (2 * torch.rand(point.base.shape, dtype=point.u.dtype, device=point.u.device) - 1)
+    spread = 1 + STEP_JITTER * (2 * torch.rand(point.base.shape, dtype=point.u.dtype, device=point.u.device) - 1)
     epsilon = (step.to(point.u) * spread)[..., None]
     momentum = torch.randn_like(point.u)
     before = point.tempered(beta) - _kinetic(momentum)
@@ -344,22 +56,22 @@ def transition(target: Target, point: Point, beta: float, step: Tensor, leapfrog
     take = torch.rand_like(probability) < probability
     u = torch.where(take[..., None], new.u, point.u)
     base, joint = torch.where(take, new.base, point.base), torch.where(take, new.joint, point.joint)
-    return Point(u, base, joint), probability
+    return States(u, base, joint), probability
 
 
 def _kinetic(momentum: Tensor) -> Tensor:
     return momentum.double().square().sum(-1) / 2
 
 
-def pilot(target: Target, plan: Plan, tick: Callable[[], None]) -> list[Tensor]:
-    """Step sizes `(n,)` for b_1, ..., b_{T-1}, tuned to the target acceptance by chains of their own."""
+def pilot(target: Target, plan: AnnealingPlan, tick: Callable[[], None]) -> list[Tensor]:
+    """Tune step sizes `(n,)` for b_1, ..., b_{T-1} to the target acceptance on separate chains."""
     log_step = torch.full((len(target.x),), math.log(FIRST_STEP), dtype=torch.float64, device=target.x.device)
     point, steps = target.draw(PILOT_CHAINS), []
     rounds = math.ceil(PILOT_ALL / plan.temperatures)
     for t, beta in enumerate(schedule(plan.temperatures)[1:-1]):
         for _ in range(rounds if t else max(rounds, PILOT_FIRST)):
             point, accepted = transition(target, point, beta, log_step.exp(), plan.leapfrog)
-            log_step = log_step + RATE * (accepted.mean(0) - TARGET_ACCEPTANCE)
+            log_step = log_step + ADAPTATION_RATE * (accepted.mean(0) - TARGET_ACCEPTANCE)
         steps.append(log_step.exp())
         tick()
     tick()
@@ -368,21 +80,24 @@ def pilot(target: Target, plan: Plan, tick: Callable[[], None]) -> list[Tensor]:
 
 def anneal(
     target: Target,
-    point: Point,
+    point: States,
     widths: Sequence[float],
     kernels: Sequence[tuple[float, Tensor]],
     leapfrog: int,
     tick: Callable[[], None],
 ) -> tuple[Tensor, Tensor]:
-    """Log weights `(chains, n)` along a sequence of temperatures, forward or back, and the mean acceptance `(n,)`.
+    """Anneal along a sequence of temperatures, forward or in reverse.
 
     Arguments:
         target: the densities.
-        point: where the chains start.
-        widths: b_t - b_{t-1} of every factor.
-        kernels: temperature and step sizes of the transitions between the factors, one less.
-        leapfrog: steps of a transition.
+        point: first states of the chains.
+        widths: difference b_t - b_{t-1} of the temperatures of every factor.
+        kernels: temperature and step sizes of the transitions between the factors, one less than factors.
+        leapfrog: leapfrog steps per transition.
         tick: called after every factor.
+
+    Returns:
+        Log weights `(chains, n)`, and the mean acceptance `(n,)`, NaN without transitions.
     """
     log_weights = torch.zeros_like(point.base)
     accepted = torch.zeros_like(point.base[0])

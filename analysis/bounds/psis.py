@@ -1,4 +1,4 @@
-"""The Pareto shape of importance weights: whether a sum of them can be trusted."""
+"""Pareto shape k-hat of importance weights: a diagnostic of how reliable their average is."""
 
 from __future__ import annotations
 
@@ -9,32 +9,32 @@ from torch import Tensor
 
 from pvae.errors import DataError
 
-FEWEST = 5
-"""Weights that a fit needs above the cutoff."""
+SMALLEST_TAIL = 5
+"""Weights above the cutoff that a fit needs."""
 PRIOR_WEIGHT, PRIOR_SHAPE = 10, 0.5
-"""The prior on the shape counts as that many weights, of that shape."""
+"""The prior on the shape counts as this many weights of this shape."""
 NEGLIGIBLE = 10 * torch.finfo(torch.float64).eps
-"""Share of the grid's mass below which a point is dropped."""
-SMALLEST = math.log(torch.finfo(torch.float64).tiny)
-"""Log of the smallest weight told from zero, beside a largest one of 1."""
+"""Grid points with less than this fraction of the posterior mass are dropped."""
+LOG_TINIEST = math.log(torch.finfo(torch.float64).tiny)
+"""Log of the smallest weight distinguishable from zero when the largest weight is 1."""
 
 
 def tail_length(samples: int) -> int:
-    """How many of the largest weights are called the tail: min(S / 5, 3 sqrt(S)), rounded up."""
+    """Return the number of largest weights that form the tail: min(S / 5, 3 sqrt(S)), rounded up."""
     return math.ceil(min(samples / 5, 3 * math.sqrt(samples)))
 
 
 def khat_limit(samples: int) -> float:
-    """The k-hat above which the sum of `samples` weights is not reliable: min(1 - 1 / log10 S, 0.7)."""
+    """Return the k-hat above which the average of S weights is not reliable: min(1 - 1 / log10 S, 0.7)."""
     return min(1 - 1 / math.log10(max(samples, 2)), 0.7)
 
 
 def pareto_k(log_weights: Tensor, samples: int, resolution: Tensor | float = 0.0) -> Tensor:
-    r"""The shape k-hat of a generalised Pareto law fitted to the largest importance weights of every datum.
+    r"""Fit a generalised Pareto distribution to the largest importance weights of every datum; return its shape k-hat.
 
-    Weights of shape k have finite moments up to order 1 / k: from k = 1/2 on an infinite variance. The fit is the
-    empirical Bayes estimate of Zhang and Stephens on the excess over the cutoff, drawn towards 1/2 by a prior that
-    counts as ten weights. Numbers are those of `arviz.psislw`, but for what is said under Returns.
+    Weights of shape k have finite moments up to order 1 / k; their variance is infinite from k = 1/2 on. The fit is
+    the empirical Bayes estimate of Zhang and Stephens on the excess over the cutoff, shrunk towards 1/2 by a prior
+    that counts as ten weights. The results equal those of `arviz.psislw`, with the exceptions under Returns.
 
     References:
         Pareto Smoothed Importance Sampling (Vehtari et al., 2024), https://arxiv.org/abs/1507.02646
@@ -42,21 +42,21 @@ def pareto_k(log_weights: Tensor, samples: int, resolution: Tensor | float = 0.0
         https://doi.org/10.1198/tech.2009.08017
 
     Arguments:
-        log_weights: at least the `tail_length(samples) + 1` largest of every datum's, in any order,
+        log_weights: the largest log weights of every datum, at least `tail_length(samples) + 1`, in any order,
             `(tail + 1 or more, n)`.
-        samples: S, of which they are the largest.
-        resolution: log weights that differ by no more are equal (their rounding error), a number or `(n,)`.
+        samples: number S of all weights.
+        resolution: rounding error of the log weights; smaller differences count as equal. A number or `(n,)`.
 
     Returns:
-        `(n,)`, float64. Infinite where one to four weights stand above the cutoff (as ArviZ has it). NaN where
-        there is no tail to fit (ArviZ: infinite): fewer than 21 samples, a tail of equal weights (as under the
-        true posterior), or weights that are all zero.
+        k-hat, `(n,)`, float64; an estimate. Infinite where only one to four weights exceed the cutoff (as in ArviZ).
+        NaN where there is no tail to fit (in ArviZ: infinite): fewer than 21 samples, a tail of equal weights (as
+        under the true posterior), or weights that are all zero.
 
     Raises:
-        DataError: fewer log weights than the tail and its cutoff need.
+        DataError: there are fewer log weights than the tail and its cutoff need.
     """
     tail = tail_length(samples)
-    if tail < FEWEST:
+    if tail < SMALLEST_TAIL:
         return log_weights.new_full(log_weights.shape[1:], math.nan, dtype=torch.float64)
     if len(log_weights) <= tail:
         raise DataError(
@@ -65,17 +65,17 @@ def pareto_k(log_weights: Tensor, samples: int, resolution: Tensor | float = 0.0
         )
     top = log_weights.double().topk(tail + 1, 0).values
     relative = top - top[0]
-    cutoff = relative[-1].clamp(min=SMALLEST)
+    cutoff = relative[-1].clamp(min=LOG_TINIEST)
     above = relative[:-1] > cutoff
     count = above.sum(0)
     excess = torch.where(above, relative[:-1].exp() - cutoff.exp(), 0.0)
-    shape = torch.where(count >= FEWEST, _shape(excess, count.clamp(min=1)), math.inf)
+    shape = torch.where(count >= SMALLEST_TAIL, _shape(excess, count.clamp(min=1)), math.inf)
     flat = (relative[-1] >= -resolution) | ~top[0].isfinite()
     return torch.where(flat, math.nan, shape)
 
 
 def _shape(excess: Tensor, count: Tensor) -> Tensor:
-    """Posterior mean of the shape, `(n,)`: `excess` `(tail, n)` falls, and is zero past the first `count`."""
+    """Posterior mean of the shape, `(n,)`; `excess` `(tail, n)` is sorted, and zero after the first `count`."""
     grid, weight = _grid(excess, count)
     shape = _mean_log(excess, (weight * grid).sum(0), count)
     return (count * shape + PRIOR_WEIGHT * PRIOR_SHAPE) / (count + PRIOR_WEIGHT)
@@ -96,5 +96,5 @@ def _grid(excess: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _mean_log(excess: Tensor, b: Tensor, count: Tensor) -> Tensor:
-    """Mean of log(1 - b excess) over the tail: zeros past `count` add nothing."""
+    """Mean of log(1 - b excess) over the tail; zeros after `count` add nothing."""
     return torch.log1p(-b * excess).sum(-2) / count

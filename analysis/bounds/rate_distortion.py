@@ -1,48 +1,51 @@
-"""Rate and distortion: runs on one plane, where the ELBO hides what a code costs and what it buys."""
+"""Rate-distortion plane of several runs: the two terms that the ELBO adds up."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from pvae.analysis.decompose.result import Surgery
 from pvae.analysis.decompose.surgery import surgery
+from pvae.analysis.figures.estimate import finite
 from pvae.errors import DataError
 from pvae.experiment.experiment import Experiment
 from pvae.runs.run import Run
 from pvae.util import seeds
+from pvae.util.progress import Progress, silent
 
 if TYPE_CHECKING:
     import pandas
     from matplotlib.figure import Figure
     from rich.table import Table
 
-COLUMNS = ("run", "rate", "rate_error", "distortion", "distortion_error", "elbo", "elbo_error", "n")
+RATE_COLUMNS = ("run", "rate", "rate_error", "distortion", "distortion_error", "elbo", "elbo_error", "n")
 
 
 @dataclass(frozen=True)
 class RateDistortion:
-    """Runs on the plane of rate and distortion; nats per datum, estimates with standard errors.
+    """Runs on the rate-distortion plane, nats per datum: estimates with standard errors.
 
-    Every row holds `elbo = -(rate + distortion)`, exactly: one set of draws serves all three.
+    Every row satisfies `elbo = -(rate + distortion)` exactly: all three come from the same samples.
     """
 
     split: str
+    """Split that the runs are measured on."""
     rows: tuple[Mapping[str, Any], ...]
-    """One for each run, in the order given; keys `COLUMNS`."""
+    """One row for each run in the given order, with the keys `RATE_COLUMNS`."""
     surgeries: Mapping[str, Surgery] = field(repr=False)
-    """Where the figures come from, by run."""
+    """Surgery of every run."""
 
     def to_frame(self) -> pandas.DataFrame:
-        """One row per run: `rate`, `distortion`, `elbo` with `<figure>_error`, and `n` rows of data."""
+        """Data frame with one row per run: `rate`, `distortion`, `elbo` with `<figure>_error`, and `n` rows of data."""
         import pandas
 
-        return pandas.DataFrame([dict(row) for row in self.rows], columns=list(COLUMNS))
+        return pandas.DataFrame([dict(row) for row in self.rows], columns=list(RATE_COLUMNS))
 
     def figure(self) -> Figure:
-        """The plane, with lines of equal ELBO."""
+        """Plot of the plane, with lines of equal ELBO."""
         from pvae.analysis.pages import plots
 
         names, rates, distortions = ([row[key] for row in self.rows] for key in ("run", "rate", "distortion"))
@@ -51,11 +54,8 @@ class RateDistortion:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain numbers and strings, for JSON; an error that is not defined (one draw of one row) is None."""
-        rows = [
-            {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in row.items()}
-            for row in self.rows
-        ]
+        """Plain numbers and strings, for JSON; an error that is not defined is None."""
+        rows = [{key: finite(v) if isinstance(v, float) else v for key, v in row.items()} for row in self.rows]
         return {"unit": "nats per datum", "split": self.split, "runs": rows}
 
     def __rich__(self) -> Table:
@@ -84,17 +84,17 @@ def rate_distortion(
     samples: int = 1,
     seed: int = 0,
     *,
-    on_progress: Callable[[int, int], None] = lambda _done, _total: None,
+    on_progress: Progress = silent,
 ) -> RateDistortion:
-    """The rate and the distortion of several runs on the same rows.
+    """Compute rate and distortion of several runs on the same rows.
 
-    The rate is surgery's `kl`, E_q[log q(z | x) - log p(z)] (with the share of global latents where there are any),
-    the distortion minus its `reconstruction`. Runs of equal ELBO may differ in both: a decoder that ignores z has rate
-    0, an autoencoder no distortion to speak of. Where the posterior is a point (flows, autoencoders) the rate is
-    what surgery says all the same, no longer the length of a code, and may be negative.
+    With R = E_q[log q(z | x) - log p(z)], surgery's `kl` (plus the part of global latents where there are any), and
+    D = -E_q[log p(x | z)], minus surgery's `reconstruction`, ELBO = -(R + D). Runs of equal ELBO may differ in both: a
+    decoder that ignores z has rate 0, an autoencoder hardly any distortion. Where the posterior is a point (flows,
+    autoencoders) the rate is not the length of a code, and may be negative.
 
-    Warning: a density and a mass function (likelihoods `normal` and `discretized_logistic`, say) have distortions of
-    different units; nothing here can tell.
+    Warning: the distortions of a density and of a mass function (say likelihoods `normal` and `discretized_logistic`)
+    have different units and do not compare; this is not checked.
 
     References:
         Fixing a Broken ELBO (Alemi et al., 2018), https://arxiv.org/abs/1711.00464
@@ -102,17 +102,23 @@ def rate_distortion(
     Arguments:
         runs: runs on the same data, prepared alike; each counts once.
         split: "train", "validation" or "test".
-        rows: this many rows, drawn at random by `seed`; all unless said.
-        samples: draws per datum.
-        seed: of rows and draws; the same for all runs.
-        on_progress: called with (draws done, draws of all runs).
+        rows: number of rows, chosen at random with `seed`; default: all.
+        samples: samples per datum.
+        seed: seed of rows and samples, the same for all runs.
+        on_progress: called with (samples done, samples of all runs).
 
     Returns:
-        RateDistortion: estimates, with surgery's standard errors (one draw: conservative).
+        RateDistortion, nats per datum: estimates with surgery's standard errors (of one sample: conservative).
 
     Raises:
-        DataError: no runs, or runs whose figures do not compare: other data, binarisation, splits or covariates.
-        DeclarationError: no split of that name.
+        DataError: there are no runs, or their figures do not compare: other data, binarisation, splits or covariates.
+        DeclarationError: there is no split of that name.
+
+    Example:
+        >>> from pvae.analysis.truths.example import example_run
+        >>> row = rate_distortion([example_run()]).rows[0]
+        >>> abs(row["elbo"] + row["rate"] + row["distortion"]) < 1e-9
+        True
     """
     if not runs:
         raise DataError("rate_distortion: expected at least one run; got none.")
@@ -131,7 +137,7 @@ def rate_distortion(
 
 
 def rate_distortion_of(split: str, found: Mapping[str, Surgery]) -> RateDistortion:
-    """The plane of surgeries of the same rows, by run."""
+    """Return the rate-distortion plane of surgeries of the same rows, by run."""
     return RateDistortion(split, tuple(_row(name, s) for name, s in found.items()), found)
 
 
@@ -142,11 +148,11 @@ def _row(name: str, s: Surgery) -> dict[str, Any]:
         s.kl.value + shared, math.hypot(s.kl.standard_error, shared_error),
         -s.reconstruction.value, s.reconstruction.standard_error, s.elbo.value, s.elbo.standard_error,
     )  # fmt: skip
-    return dict(zip(COLUMNS, (name, *figures, s.n), strict=True))
+    return dict(zip(RATE_COLUMNS, (name, *figures, s.n), strict=True))
 
 
 def named(runs: Sequence[Run]) -> list[str]:
-    """The names of runs, with their ids where they share one."""
+    """Return the names of runs, with their ids where they share one."""
     names = [run.name for run in runs]
     return [
         name if names.count(name) == 1 else f"{name}/{run.path.name}" for name, run in zip(names, runs, strict=True)
@@ -154,7 +160,7 @@ def named(runs: Sequence[Run]) -> list[str]:
 
 
 DECISIVE = ("fingerprint", "data.binarize", "covariates")
-"""What must be the same; the fingerprint is of the values of all splits."""
+"""Conditions that must agree; the fingerprint covers the values of all splits."""
 
 
 def require_alike(first: Run, other: Run) -> None:
@@ -171,7 +177,7 @@ def require_alike(first: Run, other: Run) -> None:
 
 
 def _conditions(run: Run) -> dict[str, str]:
-    """What a run's figures are of, as far as it is known: a run of a hand-written pair does not declare its data."""
+    """Conditions of a run's figures, as far as they are known: a hand-written pair does not declare its data."""
     data, plan = run.files.manifest.get("data", {}), run.plan
     found = {"fingerprint": str(data.get("fingerprint"))[:16], "source": str(data.get("source"))}
     if not isinstance(plan, Experiment):

@@ -1,4 +1,4 @@
-"""Sample sites of any pair as arrays with one row per datum: shapes, names, and what shows of their posteriors."""
+"""Sample sites of any pair as arrays with one row per datum: shapes, names, and posterior parameters."""
 
 from __future__ import annotations
 
@@ -12,30 +12,31 @@ import torch
 from torch import Tensor
 
 from pvae.analysis.decompose.draws import draw_chunk, quiet
-from pvae.analysis.export.datasets import Array, dims_of, safe_names, text
+from pvae.analysis.export.names import dims_of, safe_names, text
 from pvae.distributions.codes import Certain
 from pvae.pair.layout import Layout, samples, unwrapped
 from pvae.pair.pair import Pair
 from pvae.pair.structure import numbers_of
+from pvae.util.types import Array
 
-PROBED = 16
-"""Rows on which it is found out which posteriors read other latents."""
-PROBABILITIES = 4096
-"""Most probabilities of one datum's code that are shown."""
+TRACED_ROWS = 16
+"""Rows on which the sites are read."""
+EXPORTED_PROBABILITIES = 4096
+"""Largest number of probabilities of a datum that are exported."""
 
 
 # ---------------------------------------------------------------------- values
 
 
 def rows_of(t: Tensor, node: Mapping[str, Any], layout: Layout, count: int, codes: int = 0) -> Tensor:
-    """A site's value or parameter as `(count, *tail)`, whatever plates it stands in.
+    """Return a site's value or parameter as `(count, *tail)`, for any plates around it.
 
     Arguments:
-        t: the tensor; its last `codes` dims are no part of the event (probabilities of a categorical).
-        node: the site's node in a trace.
-        layout: of the pair.
+        t: the tensor.
+        node: node of the site in a trace.
+        layout: layout of the pair.
         count: rows of the batch.
-        codes: number of such dims.
+        codes: number of last dims that are not part of the event (probabilities of a categorical).
     """
     fn = node["fn"]
     event = (*fn.event_shape, *t.shape[t.dim() - codes :])
@@ -45,14 +46,14 @@ def rows_of(t: Tensor, node: Mapping[str, Any], layout: Layout, count: int, code
 
 
 def as_value(rows: Tensor, node: Mapping[str, Any], layout: Layout) -> Tensor:
-    """The inverse of `rows_of`: rows as a value of the site in `node`, of its shape and type."""
+    """Invert `rows_of`: return rows as a value of the site in `node`, with its shape and type."""
     value = node["value"]
     axis = len(node["fn"].batch_shape) + layout.dim
     return rows.to(value).reshape(value.movedim(axis, 0).shape).movedim(0, axis)
 
 
 def numpy_of(t: Tensor) -> Array:
-    """A tensor as an array on the CPU, bfloat16 (which numpy lacks) as float32."""
+    """Return a tensor as an array on the CPU; bfloat16, which NumPy lacks, as float32."""
     t = t.detach().cpu()
     return np.asarray((t.float() if t.dtype is torch.bfloat16 else t).numpy())
 
@@ -61,14 +62,14 @@ def numpy_of(t: Tensor) -> Array:
 
 
 def parameters_of(node: Mapping[str, Any], layout: Layout, count: int) -> dict[str, Tensor]:
-    """`loc` and `scale` of a diagonal normal, `probs` of discrete families, `(count, ...)`; {} for others.
+    """Return `loc` and `scale` of a diagonal normal, `probs` of discrete families, `(count, ...)`; {} for others.
 
-    Of codes with more than `PROBABILITIES` to a datum, and of those known for certain, there are none.
+    Deterministic codes, and those with more than `EXPORTED_PROBABILITIES` per datum, have no entries.
     """
     fn = unwrapped(node["fn"])
     if isinstance(fn, torch.distributions.Normal):
         return {key: rows_of(t, node, layout, count) for key, t in (("loc", fn.loc), ("scale", fn.scale))}
-    if numbers_of(node["fn"]) > PROBABILITIES and not isinstance(fn, torch.distributions.Bernoulli):
+    if numbers_of(node["fn"]) > EXPORTED_PROBABILITIES and not isinstance(fn, torch.distributions.Bernoulli):
         return {}
     if isinstance(fn, torch.distributions.Categorical):
         return {"probs": rows_of(fn.probs, node, layout, count, codes=1)}
@@ -81,17 +82,17 @@ def parameters_of(node: Mapping[str, Any], layout: Layout, count: int) -> dict[s
 
 
 @dataclass(frozen=True)
-class Site:
-    """One sample site as it is exported."""
+class ExportedSite:
+    """One sample site of the export."""
 
     site: str
-    """Its name in the pair."""
+    """Name in the pair."""
     name: str
-    """Its name in the groups."""
+    """Name of the variable."""
     tail: tuple[int, ...]
-    """Shape of one datum's value; of the whole value, for a global latent."""
+    """Shape of the value of one datum, or of a global latent."""
     dtype: Any
-    """numpy's type of the values."""
+    """NumPy type of the values."""
 
     @property
     def dims(self) -> tuple[str, ...]:
@@ -100,46 +101,47 @@ class Site:
 
     @property
     def attrs(self) -> dict[str, Any]:
-        """The site's own name, kept."""
+        """Attributes: the name in the pair."""
         return {"site": text(self.site)}
 
     @property
     def size(self) -> int:
-        """Numbers in one value."""
+        """Elements of one value."""
         return math.prod(self.tail)
 
     @property
     def bytes(self) -> int:
-        """Of one value."""
+        """Bytes of one value."""
         return self.size * int(np.dtype(self.dtype).itemsize)
 
     def empty(self, *lead: int) -> Array:
-        """An array `(*lead, *tail)` of the site's type."""
+        """Return an uninitialised array `(*lead, *tail)` of the type of the site."""
         return np.empty((*lead, *self.tail), self.dtype)
 
 
 @dataclass(frozen=True)
-class Sites:
-    """All sites of a pair, and what shows of their posteriors."""
+class ExportedSites:
+    """All sites of a pair, and the parameters of their posteriors."""
 
-    latents: tuple[Site, ...]
-    """Of the guide; sites of the model that it sums out, where the guide has none."""
-    shared: tuple[Site, ...]
-    observed: tuple[Site, ...]
+    latents: tuple[ExportedSite, ...]
+    """Latents of the guide, and sites that the model sums out."""
+    shared: tuple[ExportedSite, ...]
+    """Global latents."""
+    observed: tuple[ExportedSite, ...]
+    """Observed sites."""
     summed: tuple[str, ...]
-    """Those latents that the model sums out: given a draw of them the analyses score expectations."""
+    """Latents that the model sums out: their densities are expectations."""
     parameters: Mapping[str, Mapping[str, Array]]
-    """Parameters of every posterior that has some and reads no other latent, on the probed rows."""
+    """Parameters of the posteriors that have some and read no other latent, for the first row."""
     hidden: Mapping[str, str]
-    """Why the other posteriors have none."""
+    """Reasons why the other posteriors have no parameters."""
     closed: frozenset[str]
-    """Latents whose KL(q || p) is known for every coordinate: both normal, and the prior reads nothing inferred from
-    them."""
+    """Latents with a closed-form KL(q || p) per coordinate: q and p normal, the prior independent of them."""
 
 
-def read_sites(pair: Pair, x: Tensor) -> Sites:
-    """The sites of a pair, read off its traces on the first rows of `x` `(n, *event)`."""
-    x = x[:PROBED]
+def read_sites(pair: Pair, x: Tensor) -> ExportedSites:
+    """Return the sites of a pair, read from its traces on the first rows of `x` `(n, *event)`."""
+    x = x[:TRACED_ROWS]
     with quiet(pair, x, 0):
         guide, model = (samples(trace) for trace in pair.traces(x))
         again = samples(pair.guide_trace(x))
@@ -155,14 +157,14 @@ def read_sites(pair: Pair, x: Tensor) -> Sites:
         {name: value.shape for part in (values, summed, shared, observed) for name, value in part.items()}
     )
 
-    def sites(found: Mapping[str, Array]) -> tuple[Site, ...]:
-        return tuple(Site(name, names[name], value.shape, value.dtype) for name, value in found.items())
+    def sites(found: Mapping[str, Array]) -> tuple[ExportedSite, ...]:
+        return tuple(ExportedSite(name, names[name], value.shape, value.dtype) for name, value in found.items())
 
     shown = {name: parameters_of(guide[name], layout, count) for name in layout.latents}
     others = {name: parameters_of(again[name], layout, count) for name in layout.latents}
     hidden = {name: why for name in layout.latents if (why := _why_hidden(guide[name], shown[name], others[name]))}
     normal = {name for name in layout.latents if name in model and _is_normal(guide[name]) and _is_normal(model[name])}
-    return Sites(
+    return ExportedSites(
         latents=sites({**values, **summed}),
         shared=sites(shared),
         observed=sites(observed),
@@ -178,7 +180,7 @@ def read_sites(pair: Pair, x: Tensor) -> Sites:
 
 
 def whole(node: Mapping[str, Any]) -> Tensor:
-    """The value of a global latent, without plates of one."""
+    """Return the value of a global latent, without plates of size one."""
     fn = node["fn"]
     plates = [size for size in fn.batch_shape if size > 1]
     return node["value"].detach().reshape(*plates, *fn.event_shape)
@@ -189,11 +191,11 @@ def _is_normal(node: Mapping[str, Any]) -> bool:
 
 
 def _why_hidden(node: Mapping[str, Any], found: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> str:
-    """Why a posterior's parameters cannot be shown as a function of the datum, "" where they can."""
+    """Reason why the parameters of a posterior are not a function of the datum; empty if they are."""
     if isinstance(unwrapped(node["fn"]), Certain):
-        return "a code known for certain has no parameters"
+        return "a deterministic code has no parameters"
     if not found and isinstance(unwrapped(node["fn"]), torch.distributions.Categorical):
-        return f"expected at most {PROBABILITIES} probabilities of a datum; got {numbers_of(node['fn'])}"
+        return f"expected at most {EXPORTED_PROBABILITIES} probabilities of a datum; got {numbers_of(node['fn'])}"
     if not found:
         kind = type(unwrapped(node["fn"])).__name__
         return f"expected a diagonal normal, categorical, one-hot or Bernoulli posterior; got {kind}"

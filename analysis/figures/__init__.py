@@ -1,1 +1,1 @@
-"""Figures with their kind and error, and how they are printed."""
+"""Estimates with their kind and errors, and results made of them."""

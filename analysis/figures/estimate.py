@@ -1,4 +1,4 @@
-"""A number that says what it is: value, Monte Carlo error, spread over data, and whether it is a bound."""
+"""Estimates: a value with its Monte Carlo error, its error over the data, and its kind (exact, bound, estimate)."""
 
 from __future__ import annotations
 
@@ -15,17 +15,25 @@ ONE_GLOBAL = "one draw of the global latents, whose noise is not in it"
 
 @dataclass(frozen=True)
 class Estimate:
-    """A figure in nats.
+    """A value with its errors and its kind, in nats unless the result that holds it says otherwise.
 
-    `standard_error` is the Monte Carlo error with the data fixed; `data_error` the error that another sample
-    of data of the same size would add. `note` says how the error was found where that matters.
+    Example:
+        >>> estimate = Estimate(-86.31, standard_error=0.02, kind="lower_bound")
+        >>> print(estimate)
+        -86.3100 +- 0.0200 (lower bound)
+        >>> float(estimate)
+        -86.31
     """
 
     value: float
     standard_error: float = 0.0
+    """Monte Carlo standard error with the data fixed."""
     kind: Kind = "estimate"
+    """One of exact, lower_bound, upper_bound and estimate; bounds hold in expectation."""
     data_error: float | None = None
+    """Standard error that another data set of the same size would add; None where it is not known."""
     note: str = ""
+    """Remark on the way the standard error was computed."""
 
     def __float__(self) -> float:
         return self.value
@@ -37,27 +45,38 @@ class Estimate:
 
     @property
     def label(self) -> str:
-        """The kind in words, and how the error was found where that matters."""
+        """The kind in words, followed by the note."""
         return self.kind.replace("_", " ") + (f", {self.note}" if self.note else "")
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain numbers and strings, for JSON: what is not defined (the error of one draw of one row) is None."""
-        return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in asdict(self).items()}
+        """Plain numbers and strings, for JSON; values that are not finite are None."""
+        return {k: finite(v) if isinstance(v, float) else v for k, v in asdict(self).items()}
+
+
+def finite(value: float | Tensor) -> float | None:
+    """The number as JSON can hold it: None where it is NaN or infinite."""
+    return float(value) if math.isfinite(value) else None
 
 
 def exact(value: float) -> Estimate:
-    """A figure without Monte Carlo error."""
+    """An estimate without Monte Carlo error."""
     return Estimate(value, 0.0, "exact")
 
 
 def exact_mean(terms: Tensor) -> Estimate:
-    """The mean of terms `(n,)` that are exact for every datum."""
+    """Mean of terms `(n,)` that are exact for every datum."""
     n = len(terms)
     return Estimate(float(terms.mean()), 0.0, "exact", float(terms.std() / math.sqrt(n)) if n > 1 else None)
 
 
+def over_rows(values: Tensor) -> Estimate:
+    """Mean of independent rows `(n,)` with its standard error."""
+    error = float(values.std() / math.sqrt(len(values))) if len(values) > 1 else math.nan
+    return Estimate(float(values.mean()), error, "estimate")
+
+
 def over_whole_draws(terms: Tensor, kind: Kind = "estimate") -> Estimate:
-    """The mean of per-datum terms `(samples, n)` whose noise all data of a draw share: the error between draws."""
+    """Mean of per-datum terms `(samples, n)` that share noise within a sample: the error is that between samples."""
     found = over_draws(terms, kind)
     if len(terms) == 1:
         return replace(found, note=ONE_GLOBAL)
@@ -65,11 +84,11 @@ def over_whole_draws(terms: Tensor, kind: Kind = "estimate") -> Estimate:
 
 
 def over_draws(terms: Tensor, kind: Kind = "estimate", of: int | None = None) -> Estimate:
-    """The mean of per-datum terms `(samples, n)` with its errors; the n rows may be a random subset `of` more.
+    """Mean of per-datum terms `(samples, n)` with its errors; the n rows may be a random subset of `of` rows.
 
-    With several draws the Monte Carlo error comes from the variance within each datum,
-    sqrt(sum_i var_i / S) / n. One draw cannot tell noise from spread: the total spread is given, which is
-    too large on average, and the note says "conservative".
+    With several samples the Monte Carlo error comes from the variance within each datum, sqrt(sum_i var_i / S) / n.
+    A single sample cannot separate noise from the spread over data: the total spread is given, which is too large on
+    average, and the note says "conservative".
     """
     draws, n = terms.shape
     value = float(terms.mean())

@@ -1,11 +1,11 @@
-"""How figures are shown: one list of rows, as text, table, data frame, HTML and JSON."""
+"""Results made of named estimates, shown as text, table, data frame, HTML and JSON."""
 
 from __future__ import annotations
 
 import html
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pvae.analysis.figures.estimate import Estimate
 
@@ -14,40 +14,40 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 Row = tuple[str, Estimate | None, str]
-"""A term, its figure (None where it is not defined), and what it means."""
+"""Term, estimate (None where it is not defined), and its meaning."""
 
 
 def cell(value: object) -> object:
-    """A CSV cell that no spreadsheet takes for a formula; numbers stay numbers."""
+    """CSV cell that no spreadsheet evaluates as a formula; numbers stay numbers."""
     if not isinstance(value, str) or not value.startswith(("=", "+", "-", "@", "\t", "\r", "\n")):
         return value
     return f"'{value}"
 
 
 class Figures(ABC):
-    """A result made of named estimates, in nats per datum unless `unit` says otherwise."""
+    """A result made of named estimates."""
+
+    unit: ClassVar[str] = "nats"
+    """Unit of the estimates, per datum."""
+    counts: ClassVar[tuple[str, ...]] = ()
+    """Plain attributes (numbers of rows, settings) that `to_dict` puts before the estimates."""
 
     @property
     @abstractmethod
     def title(self) -> str:
-        """What the figures are of."""
+        """Title of the table: the quantity, its unit and the number of data."""
 
     @abstractmethod
     def rows(self) -> Iterator[Row]:
-        """(term, figure, what it means) in reading order."""
-
-    @property
-    def unit(self) -> str:
-        """Of the figures."""
-        return "nats"
+        """Rows (term, estimate or None, meaning) in reading order."""
 
     @property
     def remarks(self) -> tuple[str, ...]:
-        """Sentences below the figures."""
+        """Sentences below the table."""
         return ()
 
     def known(self) -> Iterator[tuple[str, Estimate, str]]:
-        """The rows that are defined."""
+        """The rows whose estimate is defined."""
         for name, figure, meaning in self.rows():
             if figure is not None:
                 yield name, figure, meaning
@@ -56,14 +56,22 @@ class Figures(ABC):
         """Every row as plain numbers and strings, for JSON."""
         return {name: None if figure is None else figure.to_dict() for name, figure, _ in self.rows()}
 
+    def facts(self) -> dict[str, Any]:
+        """The attributes named in `counts`, for JSON."""
+        return {name: list(v) if isinstance(v := getattr(self, name), tuple) else v for name in self.counts}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers and strings, for JSON."""
+        return {**self.facts(), **self.figures()}
+
     def to_frame(self) -> pandas.DataFrame:
-        """One row per term: value, errors, kind."""
+        """Data frame with one row per term: value, errors, kind."""
         import pandas
 
         return pandas.DataFrame([{"term": name, **e.to_dict()} for name, e, _ in self.known()]).set_index("term")
 
     def table(self) -> Table:
-        """The figures as a rich table."""
+        """The estimates as a rich table."""
         from rich.table import Table
         from rich.text import Text
 

@@ -34,7 +34,7 @@ from pvae.analysis.pages.sections.appendix import environment_of
 from pvae.analysis.pages.sections.examination import Case, Progress, array, draws, silent
 from pvae.analysis.pages.sections.fit import GAP_NATS
 from pvae.analysis.pages.sections.quality import measure, whole
-from pvae.analysis.samples.two_sample import SampleQuality
+from pvae.analysis.samples.quality import SampleQuality
 from pvae.errors import DataError
 from pvae.runs.run import Run
 from pvae.util.toml import flat

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from pvae.analysis.decompose.draws import accept, draw, quiet
-from pvae.analysis.figures.estimate import Estimate
+from pvae.analysis.figures.estimate import Estimate, over_rows
 from pvae.analysis.figures.table import Figures, Row
-from pvae.analysis.samples.fidelity import mean_of
 from pvae.errors import DataError
 from pvae.pair.densities import sum_over
 from pvae.pair.pair import Pair
@@ -89,4 +88,4 @@ def paired(elbo: Tensor, other: Tensor, log_p: Tensor | None = None, other_log_p
     difference = (elbo - other).double().cpu()
     judged = difference if bound is None else bound
     wins = (judged > 0).double() + 0.5 * (judged == 0)
-    return Paired(len(elbo), mean_of(difference), None if bound is None else mean_of(bound), mean_of(wins))
+    return Paired(len(elbo), over_rows(difference), None if bound is None else over_rows(bound), over_rows(wins))

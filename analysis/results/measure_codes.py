@@ -16,8 +16,8 @@ import pandas
 from pvae import Run
 from pvae.analysis import surgery
 from pvae.analysis.pages import plots
-from pvae.analysis.samples.generate import sample
-from pvae.analysis.samples.two_sample import sample_quality
+from pvae.analysis.samples.quality import sample_quality
+from pvae.analysis.samples.sample import sample
 from pvae.pair.code_usage import code_usage
 from pvae.util.seeds import subset
 

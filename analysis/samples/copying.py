@@ -1,9 +1,9 @@
-"""Are samples copies of training rows? Their nearest ones, and tests against data that were not trained on."""
+"""Data copying: tests of whether samples are closer to training rows than held-out data are."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,83 +11,92 @@ import torch
 from scipy.stats import mannwhitneyu, rankdata, tiecorrect
 from torch import Tensor
 
-from pvae.analysis.figures.estimate import Estimate, exact
+from pvae.analysis.figures.estimate import Estimate, exact, over_rows
 from pvae.analysis.figures.table import Figures, Row
 from pvae.analysis.samples.features import Features, affordable
-from pvae.analysis.samples.fidelity import BLOCK, mean_of
-from pvae.analysis.samples.generate import Samples, opened, sample
+from pvae.analysis.samples.fidelity import DISTANCES_PER_BLOCK
+from pvae.analysis.samples.generated import Samples
+from pvae.analysis.samples.running import observed_rows, opened
+from pvae.analysis.samples.sample import sample
 from pvae.errors import DataError
 from pvae.runs.run import Run
 from pvae.util import seeds
+from pvae.util.progress import Progress, silent
 
-MOST = 5000
-"""Most held-out rows, and samples, unless samples are given."""
-MOST_TRAINED = 100_000
-"""Most training rows that are looked through."""
-CLOSE = 0.01
-"""Share of held-out rows that counts as close to a training row."""
-FEW = 8
-"""Most rows of a kind for which the p-value counts all orders of distances."""
-WIDTH = 8192
-"""Training rows in one block of distances."""
+COPYING_ROWS = 5000
+"""Largest number of held-out rows, and of samples unless these are given."""
+COPIED_FROM_ROWS = 100_000
+"""Largest number of training rows that are searched."""
+CLOSE_PROPORTION = 0.01
+"""Proportion of held-out rows that counts as close to a training row."""
+EXACT_TEST_ROWS = 8
+"""Largest number of rows of a kind for which the p-value is exact."""
+TRAINING_BLOCK = 8192
+"""Training rows of one block of distances."""
 
 
 @dataclass(frozen=True, repr=False, eq=False)
 class Copying(Figures):
-    """How near samples come to training rows, beside how near held-out data come."""
+    """Distances of samples and of held-out data to training rows; the result of `copying` and `data_copying`."""
+
+    unit = "proportion"
 
     z: Estimate
+    """Mann-Whitney statistic; standard normal if samples have the distribution of the data, negative for copies."""
     p_value: Estimate
+    """One-sided probability of a z as low by chance."""
     share: Estimate
+    """Proportion of samples as near to training rows as the nearest `CLOSE_PROPORTION` of held-out rows."""
     nearer: Estimate
+    """Proportion of samples nearer to training rows than to as many held-out rows: 1/2 without copying; an estimate."""
     nearest: Tensor
-    """Row of train that is nearest to each sample, `(m,)`, int64."""
+    """Training row nearest to each sample, `(m,)`, int64."""
     distance: Tensor
-    """How far it is, `(m,)`, float64."""
+    """Distance of each sample to its nearest training row, `(m,)`, float64."""
     held_distance: Tensor
-    """How far the nearest training row is from each held-out one, `(h,)`."""
+    """Distance of each held-out row to its nearest training row, `(h,)`."""
     trained: int
-    """Training rows that were looked through."""
+    """Number of training rows that were searched."""
     is_mean: bool = False
-    """Whether the samples are means of p(x | z)."""
+    """True if the samples are means of p(x | z)."""
     space: str = "the elements of x"
-    """Where distances are taken."""
+    """Description of the space of the distances."""
 
     @property
     def held_share(self) -> float:
-        """Share of held-out rows as near to a training row as `share` counts: `CLOSE`, or more where distances tie."""
+        """Proportion of held-out rows that count as close: `CLOSE_PROPORTION`, or more if distances tie."""
         return float((self.held_distance <= close(self.held_distance)).double().mean())
 
     @property
     def title(self) -> str:
-        """See `Figures.title`."""
         m, h = len(self.distance), len(self.held_distance)
         return f"Copies of training rows ({m} samples, {h} held-out data, {self.trained} training rows)"
 
-    @property
-    def unit(self) -> str:
-        """See `Figures.unit`."""
-        return "share"
-
     def rows(self) -> Iterator[Row]:
-        """See `Figures.rows`."""
-        yield "z", self.z, "far below 0: nearer to training rows than held-out data are; above 0: farther"
-        yield "p_value", self.p_value, "probability of as low a z by chance, if samples are of the data's own law"
-        yield "share", self.share, f"of samples as near to a training row as the nearest {self.held_share:.3f} of data"
+        yield "z", self.z, "far below 0: samples are nearer to training rows than held-out data are; above 0: farther"
+        yield (
+            "p_value",
+            self.p_value,
+            "probability of a z as low by chance, if samples have the distribution of the data",
+        )
+        yield (
+            "share",
+            self.share,
+            f"proportion of samples as near to a training row as the nearest {self.held_share:.3f} of data",
+        )
         yield (
             "nearer",
             self.nearer,
-            "share of samples nearer to training rows than to as many held-out ones: 1/2 is none",
+            "proportion of samples nearer to training rows than to as many held-out rows: 1/2 without copying",
         )
 
     @property
     def remarks(self) -> tuple[str, ...]:
-        """See `Figures.remarks`."""
-        unlike = ("samples are means of p(x | z), without noise: z and share compare unlike things; read nearer",)
+        unlike = ("the samples are means of p(x | z) without noise, so z and share are not comparable; use nearer",)
         return (f"distances in {self.space}", *(unlike if self.is_mean else ()))
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain numbers and strings, for JSON: of distances the quartiles."""
+        """Plain numbers and strings, for JSON, with the quartiles of the distances."""
         quarters = torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0], dtype=torch.float64)
         spread = {"distance": self.distance, "held_distance": self.held_distance}
         return {
@@ -106,42 +115,51 @@ def copying(
     mean: bool = False,
     samples: Samples | None = None,
     space: Features | None = None,
-    on_progress: Callable[[int, int], None] = lambda _done, _total: None,
+    on_progress: Progress = silent,
 ) -> Copying:
-    """Look for copies of training rows among the samples of a run; see `data_copying` for what is measured.
+    """Test whether the samples of a run are copies of training rows; see `data_copying` for the statistics.
 
-    Which samples: `z` and `share` are fair for draws of p(x | z) alone, for only those are of the law of data, noise
-    included. But the noise of draws hides what the means have copied, while means, which have none, are nearer to
-    everything than data are. `nearer` is fair for both, as it asks the same samples of two kinds of rows: take means
-    (`mean`) for the keener test and for pictures, draws for z. A feature space (`space`) looks past part of the noise.
+    `z` and `share` are valid for samples of p(x | z) only, which like data include the noise of the likelihood. This
+    noise can hide copies among the means of p(x | z), while means, being without noise, are nearer to all rows than
+    data are. `nearer` is valid for both, as it compares the same samples with two kinds of rows: use means (`mean`) for
+    the more sensitive test and for pictures, samples for `z`. A feature space (`space`) ignores part of the noise.
 
     Arguments:
         run: a run.
         split: the held-out data: "validation" or "test".
-        rows: compare with this many of them, drawn at random, and as many samples; default: all, at most `MOST`.
-        seed: of rows and samples.
-        mean: sample means of p(x | z).
-        samples: those of the run, where they are there already; `mean` then says nothing.
-        space: where distances are taken; default: the elements of x.
+        rows: number of held-out rows, chosen at random, and of samples; default: all, at most `COPYING_ROWS`.
+        seed: seed of rows and samples.
+        mean: test means of p(x | z).
+        samples: samples of the run, if they exist already; `mean` is then ignored.
+        space: feature space of the distances; default: the elements of x.
         on_progress: called with (rows done, rows in all).
 
     Returns:
-        Copying; `nearest` are row numbers of `run.data.train`. Of more than `MOST_TRAINED` training rows as many are
-        looked through, drawn at random.
+        Copying: estimates; `nearest` are row numbers of `run.data.train`. At most `COPIED_FROM_ROWS` training rows,
+        chosen at random, are searched.
 
     Raises:
-        DataError: the split is train, or has fewer than two rows; values that are not finite.
+        DataError: the split is train or has fewer than two rows, or values are not finite.
+
+    References:
+        See `data_copying`.
+
+    Example:
+        >>> from pvae.analysis.truths.example import example_run
+        >>> found = copying(example_run())
+        >>> len(found.distance), 0 <= found.nearer.value <= 1
+        (400, True)
     """
     pair, part, train = opened(run), run.data.split(split), run.data.train
     if part.name == train.name:
         raise DataError("copying: expected data that the run was not trained on; got train. Take validation or test.")
-    chosen = seeds.subset(len(part), min(rows or MOST, MOST), seed)
+    chosen = seeds.subset(len(part), min(rows or COPYING_ROWS, COPYING_ROWS), seed)
     if samples is None:
         samples = sample(run, len(chosen), mean=mean, seed=seed)
-    kept = seeds.subset(len(train), affordable(MOST_TRAINED, tuple(train.rows.shape[1:])), seed)
+    kept = seeds.subset(len(train), affordable(COPIED_FROM_ROWS, tuple(train.rows.shape[1:])), seed)
     found = data_copying(
-        train.observed(train.rows[kept.to(train.rows.device)]).cpu(),
-        part.observed(part.rows[chosen.to(part.rows.device)]).cpu(),
+        observed_rows(train, kept),
+        observed_rows(part, chosen),
         samples.x.reshape(len(samples.x), *pair.frame.x),
         seed,
         space=space,
@@ -157,27 +175,27 @@ def data_copying(
     seed: int = 0,
     *,
     space: Features | None = None,
-    on_progress: Callable[[int, int], None] = lambda _done, _total: None,
+    on_progress: Progress = silent,
 ) -> Copying:
-    r"""Measure how near samples come to training rows, beside held-out data.
+    r"""Test whether samples are nearer to training rows than held-out data are.
 
     - z: with d(v) the distance of v to its nearest training row, U counts the pairs of a sample and a held-out row in
-      which the sample is farther (ties by half). Given the training rows, the d of samples and of held-out data are
-      independent and of one law, if the samples are of the data's: z = (U - mh/2) / sd(U) is then standard normal
-      (Mann, Whitney), its sd corrected for ties. Copies have z << 0; a model that spreads too far z >> 0, and so has
-      noise: copies under noise are not found.
-    - share: of samples with d no larger than that of the nearest `CLOSE` of the held-out rows; a few copies among many
-      good samples leave z alone and show here.
-    - nearer: of as many training rows (by the seed) and held-out ones, mixed, how often is the nearest to a sample a
-      training row? Unless the model knows which rows it was trained on, each is as likely as not, whatever law the
-      samples are of: 1/2, and more for copies. The standard error is the exact one under that exchange of rows, which
-      many samples near to one and the same row widen.
+      which the sample is farther (ties count half). Given the training rows, and if the samples have the distribution
+      of the data, all d are independent and identically distributed, and z = (U - mh/2) / sd(U) is standard normal
+      (Mann, Whitney), with sd corrected for ties. Copies give z << 0; a model that is too spread out, or adds noise,
+      gives z >> 0, so copies with noise are not detected.
+    - share: proportion of samples with d at most that of the nearest `CLOSE_PROPORTION` of the held-out rows. A few
+      copies among many good samples hardly change z, but raise this.
+    - nearer: in a mixture of as many training rows (chosen with the seed) as held-out rows, the proportion of samples
+      whose nearest row is a training row. It is 1/2 for samples of any distribution that does not depend on which rows
+      were trained on, and larger for copies. The standard error is exact under exchange of the two kinds of rows; it is
+      wider if many samples are near to the same row.
 
-    Distances are Euclidean, by single-precision products in blocks; those returned are float64 of the rows found. For
-    whole numbers (bits, counts) the nearest is exact, else up to rounding of squared distances.
+    Distances are Euclidean, searched in single precision in blocks; those returned are float64 for the rows found. For
+    integers (bits, counts) the nearest row is exact, else exact up to rounding of squared distances.
 
-    Warning: with enough rows any overfit shows in a p-value; read how large share and nearer are. One test over all
-    samples: copies in one region can be balanced by spread in another (the paper cuts the space in cells).
+    Warning: with enough rows any overfitting is significant; consider the size of share and nearer. The test covers all
+    samples together: copies in one region can be balanced by spread in another (the paper divides the space).
 
     References:
         A Non-Parametric Test to Detect Data-Copying in Generative Models (Meehan, Chaudhuri, Dasgupta, 2020),
@@ -187,18 +205,18 @@ def data_copying(
 
     Arguments:
         train: training rows `(n, *shape)`.
-        held: data not trained on, `(h, *shape)`.
+        held: held-out data, `(h, *shape)`.
         fake: samples `(m, *shape)`.
-        seed: of the training rows and the order behind `nearer`.
-        space: where distances are taken; default: the elements of x.
+        seed: seed of the rows and their order behind `nearer`.
+        space: feature space of the distances; default: the elements of x.
         on_progress: called with (rows done, rows in all).
 
     Returns:
-        Copying: z, share and nearer are estimates (the error of z is 1, that of one law); p_value is one-sided, exact
-        for at most 8 rows of a kind without ties, else of the normal.
+        Copying: z, share and nearer are estimates (the error of z is 1, that under the null hypothesis); p_value is
+        one-sided, exact for at most 8 rows of a kind without ties, else that of the normal distribution.
 
     Raises:
-        DataError: fewer than two rows of a kind, rows of different shapes, or values that are not finite.
+        DataError: there are fewer than two rows of a kind, shapes differ, or values are not finite.
     """
     kinds = (train, held, fake)
     if min(map(len, kinds)) < 2 or len({tuple(x.shape[1:]) for x in kinds}) > 1:
@@ -218,7 +236,7 @@ def data_copying(
     on_progress(total, total)
     return Copying(
         *_farther(distance, held_distance),
-        share=mean_of((distance <= close(held_distance)).double()),
+        share=over_rows((distance <= close(held_distance)).double()),
         nearer=_nearer(train, held, fake, seed),
         nearest=nearest,
         distance=distance,
@@ -229,23 +247,23 @@ def data_copying(
 
 
 def close(held_distance: Tensor) -> float:
-    """The distance that the nearest `CLOSE` of held-out rows keep."""
-    return float(held_distance.kthvalue(math.ceil(CLOSE * len(held_distance))).values)
+    """Return the distance within which the nearest `CLOSE_PROPORTION` of held-out rows lie."""
+    return float(held_distance.kthvalue(math.ceil(CLOSE_PROPORTION * len(held_distance))).values)
 
 
 def nearest_of(points: Tensor, among: Tensor) -> tuple[Tensor, Tensor]:
-    """Nearest of rows `(n, F)` to each point `(m, F)`: its number `(m,)`, and how far it is, `(m,)`, float64.
+    """Return the nearest of rows `(n, F)` to each point `(m, F)`: its number and its distance, each `(m,)`.
 
-    Distances are compared in single precision, from |b|^2 - 2 <a, b>; that of the best of every block then in float64.
+    Distances are compared in single precision, by |b|^2 - 2 <a, b>; that of the best row of a block is then float64.
     """
-    loc = among.mean(0).round()  # whole numbers stay whole: their products are exact
+    loc = among.mean(0).round()  # integers stay integers, so their products are exact
     found = torch.zeros(len(points), dtype=torch.int64)
     least = torch.full((len(points),), math.inf, dtype=torch.float64)
-    for start in range(0, len(among), WIDTH):
-        block = among[start : start + WIDTH]
+    for start in range(0, len(among), TRAINING_BLOCK):
+        block = among[start : start + TRAINING_BLOCK]
         b = (block - loc).float()
-        for top in range(0, len(points), BLOCK // WIDTH):
-            rows = slice(top, top + BLOCK // WIDTH)
+        for top in range(0, len(points), DISTANCES_PER_BLOCK // TRAINING_BLOCK):
+            rows = slice(top, top + DISTANCES_PER_BLOCK // TRAINING_BLOCK)
             a = (points[rows] - loc).float()
             best = torch.addmm(b.square().sum(1), a, b.T, alpha=-2).argmin(1)
             distance = (points[rows].double() - block[best].double()).square().sum(1).sqrt()
@@ -256,12 +274,12 @@ def nearest_of(points: Tensor, among: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _farther(distance: Tensor, held: Tensor) -> tuple[Estimate, Estimate]:
-    """z of U, and the probability of one as low."""
+    """Standardised U, and the probability of one as low."""
     m, h = len(distance), len(held)
     ties = float(tiecorrect(rankdata(torch.cat([distance, held]).numpy())))
     if not ties:  # all distances are the same
         return Estimate(0.0, 1.0, "estimate"), exact(1.0)
-    method = "exact" if min(m, h) <= FEW and ties == 1 else "asymptotic"
+    method = "exact" if min(m, h) <= EXACT_TEST_ROWS and ties == 1 else "asymptotic"
     tested = mannwhitneyu(distance.numpy(), held.numpy(), alternative="less", method=method)
     z = (float(tested.statistic) - m * h / 2) / math.sqrt(m * h * (m + h + 1) / 12 * ties)
     p = float(tested.pvalue)
@@ -269,13 +287,13 @@ def _farther(distance: Tensor, held: Tensor) -> tuple[Estimate, Estimate]:
 
 
 def _nearer(train: Tensor, held: Tensor, fake: Tensor, seed: int) -> Estimate:
-    """Share of samples whose nearest row is a training one, among equally many of both kinds.
+    """Proportion of samples whose nearest row is a training row, among equally many of both kinds.
 
-    In random order, so that ties fall to either. Under exchange of rows c_r samples each, L_r = 1 for h of the 2h rows,
-    share = sum_r c_r L_r / m has the variance of a draw without replacement.
+    The rows are in random order, so that ties go to either kind. With c_r samples nearest to row r, and L_r = 1 for h
+    of the 2h rows, sum_r c_r L_r / m has the variance of sampling without replacement.
     """
     half = min(len(train), len(held))
-    generator = torch.Generator().manual_seed(seeds.mix(seed, seeds.ANALYSIS, 15))
+    generator = seeds.generator(seed, seeds.ANALYSIS, 15)
     kept = [torch.randperm(len(rows), generator=generator)[:half] for rows in (train, held)]
     order = torch.randperm(2 * half, generator=generator)
     mixed = torch.cat([train[kept[0]], held[kept[1]].to(train)])[order]

@@ -1,4 +1,4 @@
-"""KL(q_agg || p) from samples alone: a critic that tells codes from draws of the prior."""
+"""Critic: KL(q_agg || p) from samples, by a classifier between codes and samples of the prior."""
 
 from __future__ import annotations
 
@@ -12,96 +12,108 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from pvae.analysis.decompose.draws import accept
-from pvae.analysis.export.sites import rows_of
-from pvae.analysis.figures.estimate import Estimate
+from pvae.analysis.figures.estimate import Estimate, over_rows
 from pvae.analysis.figures.table import Figures, Row
-from pvae.analysis.samples.generate import Progress, analysed, chunks, encode, opened, silent
+from pvae.analysis.samples.encode import encode
+from pvae.analysis.samples.running import analysed, chunks, opened, row_values
 from pvae.errors import DataError
 from pvae.pair.layout import samples as sites_of
 from pvae.pair.pair import Pair
 from pvae.runs.run import Run
 from pvae.util import seeds
+from pvae.util.progress import Progress, silent
 
-DRAWS = 20_000
-"""Codes that a critic is trained on, at least, with several draws of a datum where there are fewer data."""
+CRITIC_CODES = 20_000
+"""Smallest number of codes, with several samples per datum if there are fewer data."""
 FOLDS = 4
-FEWEST = 10 * FOLDS
-HIDDEN = 64
-BATCH, STEPS = 1000, 15
-"""Most rows of each kind in a batch, and fewest batches of an epoch."""
+FEWEST_CRITIC_ROWS = 10 * FOLDS
+CRITIC_WIDTH = 64
+CRITIC_BATCH, BATCHES_PER_EPOCH = 1000, 15
+"""Largest number of rows of each kind in a batch, and smallest number of batches of an epoch."""
 EPOCHS = 30
 PATIENCE = 5
-"""Epochs without a better cross-entropy on rows kept aside, after which training ends."""
+"""Epochs without a lower cross-entropy on validation rows after which training ends."""
 RATE, DECAY = 2e-3, 0.88
-"""Learning rate, and its factor for every epoch."""
+"""Learning rate, and its factor per epoch."""
 
 
 @dataclass(frozen=True, repr=False)
 class CriticKL(Figures):
-    """KL(q_agg || p) as a critic sees it, nats."""
+    """Estimates of KL(q_agg || p) by a critic, nats; the result of `critic`."""
+
+    counts = ("n", "draws", "dim", "latents")
 
     kl: Estimate
+    """Mean log-ratio of codes; an estimate, off by the error of the critic."""
     nwj: Estimate
+    """E_q T - E_p e^T + 1: a lower bound in expectation."""
     dv: Estimate
+    """E_q T - log E_p e^T: an estimate, a lower bound for many samples."""
     cross_entropy: Estimate
+    """Cross-entropy of the classifier: log 2 if q_agg = p; an estimate."""
     n: int
-    """Data."""
+    """Number of data."""
     draws: int
-    """Codes of each."""
+    """Codes per datum."""
     dim: int
-    """Numbers that the critic sees of a code."""
+    """Inputs of the critic."""
     latents: tuple[str, ...]
+    """Names of the latents."""
 
     @property
     def title(self) -> str:
-        """See `Figures.title`."""
-        return f"KL(q_agg || p) of {', '.join(self.latents)} from samples (n = {self.n}, {self.draws} draws each)"
+        return f"KL(q_agg || p) of {', '.join(self.latents)} from samples (n = {self.n}, {self.draws} samples each)"
 
     def rows(self) -> Iterator[Row]:
-        """See `Figures.rows`."""
         yield (
             "kl",
             self.kl,
-            "mean log-ratio of codes, as the critic has it: no bound, and off by the critic's own error",
+            "mean log-ratio of codes: not a bound, and off by the error of the critic",
         )
-        yield "nwj", self.nwj, "E_q T - E_p e^T + 1: a lower bound in expectation, low by the critic's error squared"
-        yield "dv", self.dv, "E_q T - log E_p e^T: a lower bound with many draws; few draws lift it"
-        yield "cross_entropy", self.cross_entropy, f"of telling both apart: log 2 = {math.log(2):.4f} if they are alike"
+        yield (
+            "nwj",
+            self.nwj,
+            "E_q T - E_p e^T + 1: a lower bound in expectation, low by the squared error of the critic",
+        )
+        yield "dv", self.dv, "E_q T - log E_p e^T: a lower bound for many samples; biased upwards for few"
+        yield (
+            "cross_entropy",
+            self.cross_entropy,
+            f"of the classifier between codes and prior: log 2 = {math.log(2):.4f} if they are equal",
+        )
 
     @property
     def remarks(self) -> tuple[str, ...]:
-        """See `Figures.remarks`."""
         return (
-            "q_agg is that of data like these, not of these rows alone: every figure is of rows that the critic has "
-            "not seen",
+            "q_agg is that of the data distribution, not of these rows alone: every figure comes from rows that the "
+            "critic was not trained on",
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain numbers and strings, for JSON."""
-        counts = {"n": self.n, "draws": self.draws, "dim": self.dim, "latents": list(self.latents)}
-        return {"unit": "nats", **counts, **self.figures()}
+        return {"unit": "nats", **super().to_dict()}
 
 
 def critic(run_or_pair: Run | Pair, x: Tensor, seed: int = 0, *, on_progress: Progress = silent) -> CriticKL:
-    r"""Estimate KL(q_agg || p) of all latents together from draws alone, without any density.
+    r"""Estimate KL(q_agg || p) of all latents together from samples alone, without any density.
 
-    A network learns to tell z ~ q_agg, codes of data, from z ~ p by logistic regression on as many of each; the best
-    logit is T*(z) = log q_agg(z) - log p(z), so that E_q T* = KL(q_agg || p). With any T,
+    A network learns to distinguish z ~ q_agg, codes of data, from z ~ p by logistic regression on equally many of each.
+    The best logit is T*(z) = log q_agg(z) - log p(z), so that E_q T* = KL(q_agg || p). For any T,
 
         KL >= E_q T - log E_p e^T >= E_q T - E_p e^T + 1    (Donsker, Varadhan; Nguyen, Wainwright, Jordan),
 
-    because log t <= t - 1; both are equalities at T*. The second is a mean over draws, unbiased, so it bounds the KL in
-    expectation; the logarithm of a mean is too low on average, so the first may lie above it. Their slopes in T vanish
-    at T*, so that a critic off by e is low by about e^2 / 2 in them, while E_q T is off by e itself.
+    because log t <= t - 1; both are equalities at T*. The second is a mean over samples, unbiased, so it bounds the KL
+    in expectation; the logarithm of a mean is too low on average, so the estimate of the first may exceed the KL. Their
+    derivatives in T vanish at T*, so a critic with error e makes them low by about e^2 / 2, and E_q T off by e.
 
-    Nothing but draws is asked of the pair: it is a cross-check of `surgery`, and the only estimate where q is a point
-    (an autoencoder) or has no density. Rows are cut into folds, and each is scored by a critic of the others: q_agg is
-    the law of codes of data like x. The marginal KL of a surgery has q_agg of its very rows in its place, and is larger
-    by what they overfit (at most I_q, at its ceiling log n).
+    Only samples of the pair are needed: this is a cross-check of `surgery`, and the only estimate where q is a point
+    (an autoencoder) or has no density. Rows are divided into folds, each scored by a critic trained on the others, so
+    q_agg is the distribution of codes of data like x. The marginal KL of a surgery has the q_agg of the rows
+    themselves, and is larger by their overfitting (at most I_q, which is at most log n).
 
-    Given covariates y, draws of the prior have the rows' own y, and the critic sees it: E_y KL(q_agg(z|y) || p(z|y)).
+    Given covariates y, samples of the prior have the y of the rows, and the critic sees it: the result is
+    E_y KL(q_agg(z|y) || p(z|y)).
 
-    Warning: beyond about log(draws) nats no estimate from samples is reliable; a critic too weak gives too little.
+    Warning: beyond about log(samples) nats no estimate from samples is reliable; a weak critic gives too small values.
 
     References:
         Adversarial Variational Bayes (Mescheder et al., 2017), https://arxiv.org/abs/1701.04722
@@ -110,22 +122,28 @@ def critic(run_or_pair: Run | Pair, x: Tensor, seed: int = 0, *, on_progress: Pr
     Arguments:
         run_or_pair: a run, or any pair.
         x: data `(n, *row)`.
-        seed: of draws, folds and weights.
+        seed: seed of samples, folds and weights.
         on_progress: called with (folds done, folds in all).
 
     Returns:
-        CriticKL: `kl` and `dv` estimates, `nwj` a lower bound in expectation; errors are those between rows.
+        CriticKL, nats: `kl` and `dv` are estimates, `nwj` is a lower bound in expectation; errors are those over rows.
 
     Raises:
-        DataError: fewer than `FEWEST` rows, or a pair that infers nothing.
+        DataError: there are fewer than `FEWEST_CRITIC_ROWS` rows, or the pair infers nothing.
+
+    Example:
+        >>> from pvae.analysis.truths.example import example_pair
+        >>> pair, x = example_pair()
+        >>> critic(pair, x[:40]).nwj.kind
+        'lower_bound'
     """
     pair = opened(run_or_pair)
     x = accept(pair, x)
-    if len(x) < FEWEST:
-        raise DataError(f"critic: expected at least {FEWEST} rows; got {len(x)}.")
-    draws = min(64, max(1, math.ceil(DRAWS / len(x))))
+    if len(x) < FEWEST_CRITIC_ROWS:
+        raise DataError(f"critic: expected at least {FEWEST_CRITIC_ROWS} rows; got {len(x)}.")
+    draws = min(64, max(1, math.ceil(CRITIC_CODES / len(x))))
     q, p, latents = both_sides(pair, x, draws, seed)
-    fold = torch.randperm(len(x), generator=_generator(seed, 20)) % FOLDS
+    fold = torch.randperm(len(x), generator=seeds.generator(seed, seeds.ANALYSIS, 20)) % FOLDS
     scores = torch.zeros(2, draws, len(x), dtype=torch.float64)
     for i in range(FOLDS):
         mine, others = fold == i, fold != i
@@ -138,23 +156,18 @@ def critic(run_or_pair: Run | Pair, x: Tensor, seed: int = 0, *, on_progress: Pr
 
 
 def _figures(scores: Tensor, draws: int, dim: int, latents: tuple[str, ...]) -> CriticKL:
-    """From logits `(2, draws, n)` of codes and of draws of the prior."""
+    """Estimates from logits `(2, samples, n)` of codes and of samples of the prior."""
     on_q, on_p = scores
-    n = on_q.shape[1]
     per_row = on_q.mean(0)
     ratio, log_mean = on_p.exp().mean(0), on_p.flatten().logsumexp(0) - math.log(on_p.numel())
-
-    def error(rows: Tensor) -> float:
-        return float(rows.std() / math.sqrt(n))
-
     value, mass = float(per_row.mean()), float(ratio.mean())
     entropy = (softplus(-on_q).mean(0) + softplus(on_p).mean(0)) / 2
     return CriticKL(
-        kl=Estimate(value, error(per_row), "estimate"),
-        nwj=Estimate(value - mass + 1, error(per_row - ratio), "lower_bound", note="in expectation"),
-        dv=Estimate(value - float(log_mean), error(per_row - ratio / mass), "estimate"),
-        cross_entropy=Estimate(float(entropy.mean()), error(entropy), "estimate"),
-        n=n,
+        kl=over_rows(per_row),
+        nwj=Estimate(value - mass + 1, over_rows(per_row - ratio).standard_error, "lower_bound", note="in expectation"),
+        dv=Estimate(value - float(log_mean), over_rows(per_row - ratio / mass).standard_error, "estimate"),
+        cross_entropy=over_rows(entropy),
+        n=on_q.shape[1],
         draws=draws,
         dim=dim,
         latents=latents,
@@ -165,9 +178,9 @@ def _figures(scores: Tensor, draws: int, dim: int, latents: tuple[str, ...]) -> 
 
 
 def both_sides(pair: Pair, x: Tensor, draws: int, seed: int) -> tuple[Tensor, Tensor, tuple[str, ...]]:
-    """Codes of every row and draws of the prior, each `(draws, n, D)`, float32, and the latents they are made of.
+    """Return codes of every row and samples of the prior, each `(draws, n, D)`, float32, and the names of the latents.
 
-    Codes are one-hot; covariates follow as one-hot vectors on both sides.
+    Discrete codes are one-hot; covariates follow as one-hot vectors on both sides.
     """
     sides: list[list[dict[str, Tensor]]] = [[], []]
     for i in range(draws):
@@ -186,18 +199,18 @@ def both_sides(pair: Pair, x: Tensor, draws: int, seed: int) -> tuple[Tensor, Te
 
 
 def from_prior(pair: Pair, x: Tensor, seed: int) -> dict[str, Tensor]:
-    """One draw of every latent's prior for each of the rows `(n, *row)`, whose covariates it is given."""
+    """Return one prior sample of every latent for each of the rows `(n, *row)`, given their covariates."""
     parts: list[dict[str, Tensor]] = []
     with analysed(pair, x, seed):
         for start, stop in chunks(len(x), x[0].numel()):
             nodes, layout = sites_of(pair.simulate(x[start:stop])), pair.layout
             hidden = {z: node for z, node in nodes.items() if z not in layout.observed and layout.holds(node)}
-            parts.append({z: rows_of(node["value"], node, layout, stop - start).cpu() for z, node in hidden.items()})
+            parts.append({z: row_values(node["value"], node, layout, stop - start) for z, node in hidden.items()})
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
 def as_numbers(q: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
-    """Values `(draws, n, *event)` of both sides as float vectors; whole numbers, which are codes, as one-hot ones."""
+    """Return values `(draws, n, *event)` of both sides as float vectors; integers, which are codes, one-hot."""
     if q.is_floating_point():
         return q.flatten(2).float(), p.flatten(2).float()
     codes = 1 + int(max(q.max(), p.max()))
@@ -209,7 +222,7 @@ def as_numbers(q: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class LogRatio(nn.Module):
-    """A vector and its squares, standardised, to a logit: the log-ratio of two diagonal normals is linear in them."""
+    """Logit of a vector and its squares, standardised: the log-ratio of two diagonal normals is linear in these."""
 
     loc: Tensor
     scale: Tensor
@@ -222,24 +235,28 @@ class LogRatio(nn.Module):
         d = seen.shape[1]
         self.straight = nn.Linear(d, 1)
         self.bent = nn.Sequential(
-            nn.Linear(d, HIDDEN), nn.SiLU(), nn.Linear(HIDDEN, HIDDEN), nn.SiLU(), nn.Linear(HIDDEN, 1)
+            nn.Linear(d, CRITIC_WIDTH),
+            nn.SiLU(),
+            nn.Linear(CRITIC_WIDTH, CRITIC_WIDTH),
+            nn.SiLU(),
+            nn.Linear(CRITIC_WIDTH, 1),
         )
 
     def forward(self, z: Tensor) -> Tensor:
-        """`(n, D)` to logits `(n,)`."""
+        """Map `(n, D)` to logits `(n,)`."""
         seen = (torch.cat([z, z.square()], 1) - self.loc) / self.scale
         return (self.straight(seen) + self.bent(seen)).squeeze(-1)
 
 
 def loss_of(network: nn.Module, q: Tensor, p: Tensor) -> Tensor:
-    """Cross-entropy of telling codes from draws of the prior, nats."""
+    """Return the cross-entropy of classifying codes and samples of the prior, nats."""
     on_q, on_p = network(torch.cat([q, p])).split([len(q), len(p)])
     return (softplus(-on_q).mean() + softplus(on_p).mean()) / 2
 
 
 def train(q: Tensor, p: Tensor, seed: int) -> LogRatio:
-    """A critic of codes and draws of the prior `(draws, n, D)`, stopped by a fifth of the rows; leaves random state."""
-    aside = torch.randperm(q.shape[1], generator=_generator(seed, 0)) % 5 == 0
+    """Train a critic on codes and samples of the prior `(draws, n, D)`, stopped early by a fifth of the rows."""
+    aside = torch.randperm(q.shape[1], generator=seeds.generator(seed, seeds.ANALYSIS, 0)) % 5 == 0
     (fit_q, held_q), (fit_p, held_p) = (
         (z[:, ~aside].flatten(0, 1), z[:, aside].flatten(0, 1)) for z in (q, p)
     )  # fmt: skip
@@ -248,7 +265,7 @@ def train(q: Tensor, p: Tensor, seed: int) -> LogRatio:
         network = LogRatio(torch.cat([fit_q, fit_p]))
         optimizer = torch.optim.AdamW(network.parameters(), lr=RATE, weight_decay=1e-3, fused=True)
         best, waited, kept = math.inf, 0, network.state_dict()
-        batch = max(1, min(BATCH, len(fit_q) // STEPS))
+        batch = max(1, min(CRITIC_BATCH, len(fit_q) // BATCHES_PER_EPOCH))
         for epoch in range(EPOCHS):
             for group in optimizer.param_groups:
                 group["lr"] = RATE * DECAY**epoch
@@ -268,7 +285,3 @@ def train(q: Tensor, p: Tensor, seed: int) -> LogRatio:
                 break
     network.load_state_dict(kept)
     return network.eval()
-
-
-def _generator(seed: int, stream: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seeds.mix(seed, seeds.ANALYSIS, stream))

@@ -1,11 +1,10 @@
-"""Distances between features of samples and of data: Fréchet's, with what it would be of one law, and a kernel's."""
+"""Fréchet and kernel distance between features of samples and of data."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,61 +16,68 @@ from pvae.errors import DataError
 from pvae.util import seeds
 
 HALVINGS = 5
-"""Random halves of the data that the floor of the Fréchet distance is averaged over."""
-TINY = 1e-12
-"""Share of the largest eigenvalue below which one counts as zero."""
+"""Number of random halvings of the data behind the floor of the Fréchet distance."""
+ZERO_EIGENVALUE = 1e-12
+"""Eigenvalues below this fraction of the largest one count as zero."""
 
 
 @dataclass(frozen=True, repr=False)
 class Distances(Figures):
-    """How far samples are from data in a feature space; the unit is that of the features, squared, or none."""
+    """Distances of samples from data in a feature space, estimates; the result of `distances`.
+
+    The Fréchet distances have the squared unit of the features, the kernel distance has none.
+    """
+
+    unit = "features"
+    counts = ("n", "m")
 
     frechet: Estimate
+    """Squared Fréchet distance, see `frechet`."""
     frechet_floor: Estimate
+    """Fréchet distance of as many samples of the distribution of the data, see `frechet_floor`."""
     kernel: Estimate
+    """Squared kernel distance, see `kernel_distance`."""
     n: int
-    """Data."""
+    """Number of data."""
     m: int
-    """Samples."""
+    """Number of samples."""
 
     @property
     def title(self) -> str:
-        """See `Figures.title`."""
         return f"Distances of {self.m} samples from {self.n} data"
 
-    @property
-    def unit(self) -> str:
-        """See `Figures.unit`."""
-        return "features"
-
     def rows(self) -> Iterator[Row]:
-        """See `Figures.rows`."""
-        yield "frechet", self.frechet, "between normals fitted to features of samples and of data; too large on average"
-        yield "frechet_floor", self.frechet_floor, "what it comes to for as many samples of the data's own law"
+        yield "frechet", self.frechet, "between normals fitted to features of samples and data; too large on average"
+        yield "frechet_floor", self.frechet_floor, "the value for as many samples of the distribution of the data"
         yield (
             "kernel",
             self.kernel,
-            "squared, of all moments up to the third: 0 for the data's own law, may be negative",
+            "squared, of all moments up to the third: 0 for the distribution of the data, may be negative",
         )
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain numbers and strings, for JSON."""
-        return {"n": self.n, "m": self.m, **self.figures()}
 
 
 def distances(data: Tensor, samples: Tensor, seed: int = 0) -> Distances:
-    """Fréchet and kernel distance between features of data and of samples.
+    """Estimate the Fréchet and kernel distances between features of data and of samples.
 
     Arguments:
         data: features `(n, F)`, as `Features.embed` gives them.
         samples: features `(m, F)`.
-        seed: of the halves that the floor is taken from.
+        seed: seed of the halves behind the floor.
 
     Returns:
-        Distances, all estimates: see `frechet`, `frechet_floor` and `kernel_distance`.
+        Distances: estimates, see `frechet`, `frechet_floor` and `kernel_distance`.
 
     Raises:
-        DataError: fewer than four rows of data or two samples, or features of different widths.
+        DataError: there are fewer than four rows of data or two samples, or widths differ.
+
+    References:
+        See `frechet` and `kernel_distance`.
+
+    Example:
+        >>> a, b = torch.randn(50, 2), torch.randn(50, 2) + 3
+        >>> found = distances(a, b)
+        >>> found.frechet.value > found.frechet_floor.value
+        True
     """
     if data.shape[1:] != samples.shape[1:] or len(data) < 4 or len(samples) < 2:
         raise DataError(
@@ -87,10 +93,10 @@ def distances(data: Tensor, samples: Tensor, seed: int = 0) -> Distances:
 
 
 def frechet(a: Tensor, b: Tensor) -> Estimate:
-    """Fréchet distance, squared, between normals fitted to features `(n, F)` and `(m, F)`; float64.
+    """Estimate the squared Fréchet distance between normals fitted to features `(n, F)` and `(m, F)`; float64.
 
-    Its standard error is that of the first order: each row moves the distance by what its outer product adds along the
-    derivative of `normal_frechet`, and the rows are independent.
+    The standard error is that of the first order (delta method): each row moves the distance by the derivative of
+    `normal_frechet` in the direction of its outer product, and the rows are independent.
 
     Warning: an estimate that is too large on average, by a term of order F^2 (1/n + 1/m): compare it with
     `frechet_floor`, and with others of equal n, m and space only.
@@ -106,42 +112,42 @@ def frechet(a: Tensor, b: Tensor) -> Estimate:
 
 
 def normal_frechet(loc_a: Tensor, cov_a: Tensor, loc_b: Tensor, cov_b: Tensor) -> float:
-    """W_2^2 between two normals, exact: |loc_a - loc_b|^2 + tr(A + B - 2 (A^1/2 B A^1/2)^1/2).
+    """Return W_2^2 between two normals; exact: |loc_a - loc_b|^2 + tr(A + B - 2 (A^1/2 B A^1/2)^1/2).
 
-    The trace of that root is the sum of the singular values of A^1/2 B^1/2, which needs no root of a product that
-    rounding has made indefinite.
+    The trace of that root is computed as the sum of the singular values of A^1/2 B^1/2, which stays real under
+    rounding.
 
     References:
         The Fréchet distance between multivariate normal distributions (Dowson, Landau, 1982)
 
     Arguments:
-        loc_a: `(F,)`.
-        cov_a: `(F, F)`; it may be singular.
-        loc_b: `(F,)`.
-        cov_b: `(F, F)`.
+        loc_a: mean, `(F,)`.
+        cov_a: covariance, `(F, F)`, may be singular.
+        loc_b: mean, `(F,)`.
+        cov_b: covariance, `(F, F)`, may be singular.
     """
     cross = torch.linalg.matrix_norm(_power(cov_a, 0.5) @ _power(cov_b, 0.5), "nuc")
     return float((loc_a - loc_b).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross)
 
 
 def frechet_floor(data: Tensor, m: int, seed: int = 0) -> Estimate:
-    """What `frechet` between n data and m samples of their own law comes to, from random halves of the data.
+    """Estimate `frechet` for n data and m samples of the same distribution, from random halves of the data.
 
-    Two halves of n data are 2h = n rows of one law, at a distance of c 2/h to the first order; n and m rows are at
-    c (1/n + 1/m). Half the distance between halves, where m = n.
+    Two halves of h = n/2 rows have a distance of c 2/h to the first order, n and m rows one of c (1/n + 1/m): for m = n
+    half the distance between the halves.
 
-    Warning: of the first order in F / n: with no more rows in a half than features it is rough.
+    Warning: valid to the first order in F / n: a rough value if a half has no more rows than features.
 
     Arguments:
         data: features `(n, F)`, n at least 4.
-        m: samples.
-        seed: of the halves.
+        m: number of samples.
+        seed: seed of the halves.
 
     Returns:
-        An estimate; its standard error is the spread of one such distance, not of the mean over `HALVINGS` of them.
+        An estimate; its standard error is the standard deviation of one such distance, not that of their mean.
     """
     half = len(data) // 2
-    generator = torch.Generator().manual_seed(seeds.mix(seed, seeds.ANALYSIS, 14))
+    generator = seeds.generator(seed, seeds.ANALYSIS, 14)
     found = []
     for _ in range(HALVINGS):
         order = torch.randperm(len(data), generator=generator).to(data.device)
@@ -151,21 +157,21 @@ def frechet_floor(data: Tensor, m: int, seed: int = 0) -> Estimate:
 
 
 def moments(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean `(F,)` and covariance `(F, F)` of rows `(n, F)`."""
+    """Return mean `(F,)` and covariance `(F, F)` of rows `(n, F)`."""
     return rows.mean(0), torch.atleast_2d(rows.T.cov())
 
 
 def _pull(centred: Tensor, shift: Tensor, own: Tensor, other: Tensor) -> Tensor:
-    """How much each row `(n, F)` moves the distance to another normal, `(n,)`, up to a constant."""
+    """First-order effect of each row `(n, F)` on the distance to another normal, `(n,)`, up to a constant."""
     root = _power(other, 0.5)
-    onto = root @ _power(root @ own @ root, -0.5) @ root  # the linear map that carries the one normal to the other
+    onto = root @ _power(root @ own @ root, -0.5) @ root  # linear map that transports one normal to the other
     return 2 * centred @ shift + (centred.square() - (centred @ onto) * centred).sum(1)
 
 
 def _power(matrix: Tensor, exponent: float) -> Tensor:
-    """A power of a symmetric, positive semidefinite matrix `(F, F)`; its null space stays one."""
+    """Power of a symmetric, positive semidefinite matrix `(F, F)`; zero on its null space."""
     values, vectors = torch.linalg.eigh(matrix)
-    is_zero = values <= TINY * values.max().clamp(min=0)
+    is_zero = values <= ZERO_EIGENVALUE * values.max().clamp(min=0)
     return (vectors * values.masked_fill(is_zero, 1.0).pow(exponent).masked_fill(is_zero, 0.0)) @ vectors.T
 
 
@@ -173,11 +179,11 @@ def _power(matrix: Tensor, exponent: float) -> Tensor:
 
 
 def kernel_distance(a: Tensor, b: Tensor) -> Estimate:
-    """MMD^2 of features `(n, F)` and `(m, F)` under the kernel (<x, y> / F + 1)^3, float64, in blocks.
+    """Estimate MMD^2 of features `(n, F)` and `(m, F)` under the kernel (<x, y> / F + 1)^3, float64.
 
-    Unbiased, hence negative half of the time for samples of the data's own law, where it is 0. The standard error is
-    the jackknife's over rows of both kinds, from sums of rows of the kernel: too large on average (Efron, Stein, 1981),
-    by up to the root of 2 where the laws are the same.
+    The estimate is unbiased, hence negative about half of the time for samples of the distribution of the data, where
+    MMD is 0. The standard error is that of the jackknife over the rows of both kinds: too large on average (Efron,
+    Stein, 1981), by up to a factor of the root of 2 for equal distributions.
 
     References:
         Demystifying MMD GANs (Bińkowski et al., 2018), https://arxiv.org/abs/1801.01401
@@ -191,12 +197,12 @@ def kernel_distance(a: Tensor, b: Tensor) -> Estimate:
 
 
 def _kernel_sums(a: Tensor, b: Tensor) -> Tensor:
-    """Sum of the kernel of every row `(n, F)` with all of the others `(m, F)`, `(n,)`."""
+    """Sum of the kernel of every row `(n, F)` with all rows `(m, F)`, `(n,)`."""
     return torch.cat([(block @ b.T).div_(a.shape[1]).add_(1).pow_(3).sum(1) for _, block in blocks(a, len(b))])
 
 
 def _jackknifed(inside: Tensor, beside: Tensor) -> float:
-    """Variance of MMD^2 as rows of one kind are left out, from every row's mean kernel with its own and the other."""
+    """Jackknife variance of MMD^2 over the rows of one kind, from the mean kernels of every row with both kinds."""
     n = len(inside)
     if n < 3:
         return math.nan

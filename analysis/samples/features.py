@@ -1,4 +1,4 @@
-"""A feature space for samples: what a small classifier of the data looks at, or principal components without labels."""
+"""Feature spaces for comparing samples with data: hidden units of a small classifier, or principal components."""
 
 from __future__ import annotations
 
@@ -17,28 +17,31 @@ from pvae.nn.network import NetworkModule
 from pvae.util import seeds
 
 EXPOSURES = 40_000
-"""Data that a classifier is shown, at least; two epochs where there are more."""
-NUMBERS = 100_000_000
-"""Most numbers that rows which are held at once are made of."""
-FEW = 1000
-"""Rows that are taken however large they are."""
-CLASSES = 50
-"""Most labels that a classifier, or a reader of codes, is asked to tell apart."""
-BATCH = 100
-DENSE = 128
-COMPONENTS = 50
-"""Most principal components of a feature space without labels."""
-CHUNK = 2000
+"""Smallest number of rows shown to a classifier in training; at least two epochs."""
+HELD_ELEMENTS = 100_000_000
+"""Largest number of elements of the rows that are held at once."""
+ALWAYS_HELD_ROWS = 1000
+"""Number of rows that are held at once however large they are."""
+MAX_CLASSES = 50
+"""Largest number of labels that a classifier or a probe distinguishes."""
+CLASSIFIER_BATCH = 100
+"""Rows of a batch of the classifier."""
+FEATURE_WIDTH = 128
+"""Hidden units of the classifier."""
+PRINCIPAL_COMPONENTS = 50
+"""Largest number of principal components of a feature space without labels."""
+FEATURE_CHUNK = 2000
+"""Rows that are embedded at a time."""
 X = "x"
 
 
 def affordable(most: int, shape: Shape) -> int:
-    """How many rows of a shape to hold: `most`, or fewer where they are large."""
-    return min(most, max(FEW, NUMBERS // max(1, math.prod(shape))))
+    """Return the number of rows of a shape to hold at once: `most`, or fewer if they are large."""
+    return min(most, max(ALWAYS_HELD_ROWS, HELD_ELEMENTS // max(1, math.prod(shape))))
 
 
 class Classifier(nn.Module):
-    """A small network from data to logits of classes; images go through stride-2 convolutions."""
+    """A small network from data to logits of classes, for images with stride-2 convolutions."""
 
     loc: Tensor
     scale: Tensor
@@ -46,34 +49,38 @@ class Classifier(nn.Module):
     def __init__(self, x: Tensor, classes: int) -> None:
         super().__init__()
         shape: Shape = tuple(x.shape[1:])
-        network = Conv(channels=(32, 64), dense=DENSE) if len(shape) == 3 else MLP(hidden=(DENSE, DENSE))
+        network = (
+            Conv(channels=(32, 64), dense=FEATURE_WIDTH)
+            if len(shape) == 3
+            else MLP(hidden=(FEATURE_WIDTH, FEATURE_WIDTH))
+        )
         self.network: NetworkModule = network.build({X: shape}, None)
         self.head = nn.Linear(self.network.width, classes)
         self.register_buffer("loc", x.mean())
         self.register_buffer("scale", x.std().clamp(min=1e-6))
 
     def features(self, x: Tensor) -> Tensor:
-        """What comes before the last layer, `(n, DENSE)`."""
+        """Map data `(n, *shape)` to the units before the last layer, `(n, FEATURE_WIDTH)`."""
         return self.network({X: (x - self.loc) / self.scale})
 
     def read(self, h: Tensor) -> Tensor:
-        """Features `(n, DENSE)` to logits `(n, classes)`."""
+        """Map features `(n, FEATURE_WIDTH)` to logits `(n, classes)`."""
         return self.head(h.to(self.loc.device))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Data `(n, *shape)` to logits `(n, classes)`."""
+        """Map data `(n, *shape)` to logits `(n, classes)`."""
         return self.read(self.features(x))
 
 
 def classify(x: Tensor, y: Tensor, classes: int, seed: int, held: tuple[Tensor, Tensor] | None = None) -> Classifier:
-    """Train a `Classifier`: Adam, learning rate falling to zero, float32; the same seed, the same weights on a CPU.
+    """Train a `Classifier` with Adam and a learning rate that falls to zero; on a CPU a seed gives the same weights.
 
     Arguments:
         x: data `(n, *shape)`.
         y: classes `(n,)`.
-        classes: how many there are.
-        seed: of weights and order; the global random state stays as it was.
-        held: data and classes that choose the epoch by their cross-entropy; without them it is the last.
+        classes: number of classes.
+        seed: seed of weights and batches; the global random state is not changed.
+        held: data and classes whose cross-entropy selects the epoch; default: the last epoch.
     """
     x = x.float()
     epochs = max(2, math.ceil(EXPOSURES / len(x)))
@@ -81,11 +88,11 @@ def classify(x: Tensor, y: Tensor, classes: int, seed: int, held: tuple[Tensor, 
         seeds.set_noise(seeds.mix(seed, seeds.ANALYSIS, 11), torch.device("cpu"))
         model = Classifier(x, classes).to(x.device)
         optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
-        steps = epochs * math.ceil(len(x) / BATCH)
+        steps = epochs * math.ceil(len(x) / CLASSIFIER_BATCH)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
         best, kept = math.inf, None
         for _ in range(epochs):
-            for index in torch.randperm(len(x)).to(x.device).split(BATCH):
+            for index in torch.randperm(len(x)).to(x.device).split(CLASSIFIER_BATCH):
                 loss = nn.functional.cross_entropy(model(x[index]), y[index])
                 optimizer.zero_grad()
                 loss.backward()
@@ -101,54 +108,54 @@ def classify(x: Tensor, y: Tensor, classes: int, seed: int, held: tuple[Tensor, 
 
 
 def cross_entropy(model: Classifier, x: Tensor, y: Tensor) -> float:
-    """Mean cross-entropy of data `(n, *shape)` of classes `(n,)`, nats."""
+    """Return the mean cross-entropy of data `(n, *shape)` of classes `(n,)`, nats."""
     return float(nn.functional.cross_entropy(in_chunks(model, x), y.cpu()))
 
 
 @torch.no_grad()
 def in_chunks(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """A function of data `(n, *shape)` row by row, `CHUNK` rows at a time, without gradient; on the CPU."""
-    return torch.cat([function(part.float()).cpu() for part in x.split(CHUNK)])
+    """Apply a function of single rows to data `(n, *shape)` in chunks, without gradient; the result is on the CPU."""
+    return torch.cat([function(part.float()).cpu() for part in x.split(FEATURE_CHUNK)])
 
 
 @dataclass(frozen=True, eq=False)
 class Features:
-    """A feature space of some data."""
+    """A feature space; the result of `features`."""
 
     embed: Callable[[Tensor], Tensor]
-    """Data `(n, *shape)` to features `(n, F)`, float64, on the CPU."""
+    """Map from data `(n, *shape)` to features `(n, F)`, float64, on the CPU."""
     classifier: Classifier | None
-    """What it was taken from, where the data have labels."""
+    """Classifier behind the features; None without labels."""
     names: tuple[str, ...]
-    """Of the classes."""
+    """Names of the classes."""
     note: str
-    """How it was made, in words."""
+    """Description in words."""
 
     def probs(self, x: Tensor) -> Tensor | None:
-        """Probabilities of the classes, `(n, classes)`; None without labels."""
+        """Return probabilities of the classes for data, `(n, classes)`; None without labels."""
         return None if self.classifier is None else self.read(self.embed(x))
 
     def read(self, found: Tensor) -> Tensor:
-        """Probabilities of the classes, `(n, classes)`, of features `(n, F)`; only where there is a classifier."""
-        assert self.classifier is not None  # noqa: S101 - the caller has looked
+        """Return probabilities of the classes, `(n, classes)`, of features `(n, F)`; needs a classifier."""
+        assert self.classifier is not None  # noqa: S101 - the caller has checked
         return in_chunks(self.classifier.read, found).double().softmax(-1)
 
 
 def features(x: Tensor, y: Tensor | None = None, names: tuple[str, ...] | None = None, seed: int = 0) -> Features:
-    """A feature space in which distances between data mean more than distances between pixels.
+    """Learn a feature space in which distances are more meaningful than between pixels.
 
-    With labels the penultimate layer of a small network (convolutions for images) that was trained on them; without,
-    the `COMPONENTS` first principal components. It is the data's own, not Inception's: figures found in it compare
-    models of one data set with each other, not with published ones.
+    With labels it is the penultimate layer of a small network (convolutional for images) trained on them, without
+    labels the `PRINCIPAL_COMPONENTS` first principal components. It belongs to the data and is not that of Inception:
+    figures compare models of one data set with each other, not with published ones.
 
     Arguments:
         x: training data `(n, *shape)`.
         y: labels `(n,)`, integers from 0, or None.
-        names: of the labels.
-        seed: of the network's weights and of the order of its training data.
+        names: names of the labels.
+        seed: seed of the weights and batches of the network.
 
     Raises:
-        DataError: fewer than two rows.
+        DataError: there are fewer than two rows.
     """
     if len(x) < 2:
         raise DataError(f"features: expected at least two rows of data; got {len(x)}.")
@@ -171,11 +178,11 @@ def features(x: Tensor, y: Tensor | None = None, names: tuple[str, ...] | None =
 
 
 def principal(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean `(D,)` and leading directions `(D, at most COMPONENTS)` of data `(n, *shape)`, float64, on the CPU.
+    """Return mean `(D,)` and leading directions `(D, at most PRINCIPAL_COMPONENTS)` of data `(n, *shape)`, float64.
 
-    The covariance is summed up in chunks: D^2 numbers, whatever n.
+    The covariance is summed in chunks: memory D^2 for any n.
     """
-    rows = [part.flatten(1).double().cpu() for part in x.split(CHUNK)]
+    rows = [part.flatten(1).double().cpu() for part in x.split(FEATURE_CHUNK)]
     loc = torch.stack([part.sum(0) for part in rows]).sum(0) / len(x)
     covariance = torch.stack([(part - loc).T @ (part - loc) for part in rows]).sum(0) / len(x)
-    return loc, torch.linalg.eigh(covariance).eigenvectors.flip(-1)[:, :COMPONENTS]
+    return loc, torch.linalg.eigh(covariance).eigenvectors.flip(-1)[:, :PRINCIPAL_COMPONENTS]

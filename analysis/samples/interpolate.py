@@ -1,4 +1,4 @@
-"""Interpolation: what lies between two rows of data, decoded along the line between their codes."""
+"""Interpolation between two rows of data along the line between their codes."""
 
 from __future__ import annotations
 
@@ -9,44 +9,36 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pvae.analysis.samples.generate import (
-    Code,
-    Generated,
-    Progress,
-    Template,
-    analysed,
-    chunks,
-    datum,
-    decoded_mean,
-    encode,
-    is_discrete,
-    named,
-    opened,
-    silent,
-)
+from pvae.analysis.samples.encode import encode
+from pvae.analysis.samples.generated import Generated, LatentCode, named
+from pvae.analysis.samples.running import analysed, chunks, datum, decoded_mean, is_discrete, opened
+from pvae.analysis.samples.sample import Template
 from pvae.analysis.samples.traversal import Priors, one_row, placed, site_values
 from pvae.errors import DataError
 from pvae.pair.densities import log_prob, sum_over
 from pvae.pair.layout import samples
 from pvae.pair.pair import Pair
 from pvae.runs.run import Run
+from pvae.util.progress import Progress, silent
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Interpolation(Generated):
-    """The way between two rows; `save` has the keys `x`, `at`, `latents/<name>` and, where known, `log_prior`."""
+    """Decoded line between two rows; the result of `interpolate`.
+
+    `save` has keys `x`, `at`, `latents/<name>` and, where known, `log_prior`.
+    """
 
     x: Tensor
-    """Means of p(x | z), `(steps, *shape)`: first those of row a, last those of row b."""
+    """Means of p(x | z), `(steps, *shape)`: the first of row a, the last of row b."""
     at: Tensor
-    """How much of the way is done, from 0 to 1, `(steps,)`."""
+    """Position on the line, from 0 to 1, `(steps,)`."""
     latents: dict[str, Tensor]
-    """What was decoded, `(steps, *event)`."""
+    """Decoded latents, `(steps, *event)`."""
     log_prior: Tensor | None
     """log p(z) of all latents together, nats, `(steps,)`, float64, exact; None where the prior has no density."""
 
     def tensors(self) -> dict[str, Tensor]:
-        """See `Generated.tensors`."""
         prior = {} if self.log_prior is None else {"log_prior": self.log_prior}
         return {"x": self.x, "at": self.at, **prior, **named("latents", self.latents)}
 
@@ -56,32 +48,38 @@ def interpolate(
 ) -> Interpolation:
     """Decode the means E[x | z] on the straight line between the codes of two rows.
 
-    A row's code is the centre of q(z | x), see `encode`; of a hierarchy all levels move together. Latents of codes or
-    bits have no in-between: they must be the same in both rows, and then stay.
+    The code of a row is the centre of q(z | x), see `encode`; in a hierarchy all levels move together. Discrete latents
+    cannot be interpolated: they must be the same in both rows, and stay constant.
 
-    A line, and no great circle, whatever the prior: its ends are the codes themselves and a linear decoder maps it to
-    a line. Under a standard normal it dips towards the origin half way, to points that are more probable and less
-    typical than draws (a great circle keeps the norm, which posterior means do not have in common with draws either);
-    `log_prior` shows where the way leads through regions that the prior does not know.
+    The line is straight for every prior: its ends are the codes, and a linear decoder maps it to a line. Under a
+    standard normal prior its middle is closer to the origin, where points are more probable and less typical than
+    samples (a great circle keeps the norm, but posterior means do not have the norm of samples either). `log_prior`
+    shows where the line passes through regions of low prior density.
 
     References:
         Sampling Generative Networks (White, 2016), https://arxiv.org/abs/1609.04468, on great circles
 
     Arguments:
         run_or_pair: a run, or any pair that has seen data.
-        a: one row of data, `(*row)` or `(1, *row)`. Covariates of the whole way are those of a, and b is encoded under
-            its own.
-        b: another.
-        steps: points of the way, both ends among them.
-        seed: of what is drawn, where a posterior has no known mean.
+        a: one row of data, `(*row)` or `(1, *row)`. Its covariates hold for the whole line; b is encoded with its own.
+        b: another row.
+        steps: number of points, both ends included.
+        seed: seed of the samples where a posterior has no known mean.
         on_progress: called with (points decoded, steps).
 
     Returns:
-        Interpolation: x `(steps, *shape)`, log_prior `(steps,)`.
+        Interpolation: x `(steps, *shape)`; log_prior `(steps,)`, nats, exact.
 
     Raises:
-        DataError: fewer than two steps, not one row, codes that differ, or no latents of single data.
-        DeclarationError: a likelihood without a mean.
+        DataError: there are fewer than two steps or more than one row, codes differ, or no latents belong to single
+            data.
+        DeclarationError: the likelihood has no mean.
+
+    Example:
+        >>> from pvae.analysis.truths.example import example_pair
+        >>> pair, x = example_pair()
+        >>> interpolate(pair, x[0], x[1], steps=5).x.shape
+        torch.Size([5, 3])
     """
     if steps < 2:
         raise DataError(f"interpolate: expected at least two steps; got steps={steps}.")
@@ -104,8 +102,10 @@ def interpolate(
     )
 
 
-def _path(nodes: Mapping[str, Any], a: Mapping[str, Code], b: Mapping[str, Code], at: Tensor) -> dict[str, Tensor]:
-    """Every latent of the model along the way, `(steps, *event)`."""
+def _path(
+    nodes: Mapping[str, Any], a: Mapping[str, LatentCode], b: Mapping[str, LatentCode], at: Tensor
+) -> dict[str, Tensor]:
+    """Values of every latent of the model along the line, `(steps, *event)`."""
     path = {}
     for name in a:
         if name not in nodes:
@@ -118,7 +118,7 @@ def _path(nodes: Mapping[str, Any], a: Mapping[str, Code], b: Mapping[str, Code]
         else:
             raise DataError(
                 f"interpolate: expected latents of real numbers, or rows of one and the same code; got {name}, which "
-                f"differs: codes have no in-between. Take other rows, or move one coordinate: traverse."
+                f"differs: discrete codes cannot be interpolated. Take other rows, or move one coordinate: traverse."
             )
     if not path:
         raise DataError("interpolate: expected latents of single data; got a model without any.")
@@ -126,7 +126,7 @@ def _path(nodes: Mapping[str, Any], a: Mapping[str, Code], b: Mapping[str, Code]
 
 
 def _decoded(pair: Pair, rows: Tensor, flat: Mapping[str, Tensor], prior: Priors) -> tuple[Tensor, Tensor | None]:
-    """E[x | z] of some points, and log p(z) where there is one."""
+    """E[x | z] of some points, and log p(z) where the prior has a density."""
     nodes = placed(pair, rows, flat, prior)
     x = decoded_mean(nodes[datum(pair.layout, nodes)], pair.layout, len(rows))
     try:

@@ -1,9 +1,9 @@
-"""A probe: what simple readers make of the codes of data, beside the same readers of the data themselves."""
+"""Downstream probe: simple classifiers of the codes of data, beside the same classifiers of the data."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,85 +17,82 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
-from pvae.analysis.figures.estimate import Estimate
+from pvae.analysis.figures.estimate import Estimate, over_rows
 from pvae.analysis.figures.table import Figures, Row
-from pvae.analysis.samples.features import CLASSES, COMPONENTS, affordable, principal
-from pvae.analysis.samples.fidelity import mean_of
-from pvae.analysis.samples.generate import encode, opened
+from pvae.analysis.samples.encode import encode
+from pvae.analysis.samples.features import MAX_CLASSES, PRINCIPAL_COMPONENTS, affordable, principal
+from pvae.analysis.samples.running import opened
 from pvae.data.split import Split
 from pvae.errors import DataError
 from pvae.runs.run import Run
 from pvae.util import seeds
+from pvae.util.progress import Progress, silent
 
-MOST = 10_000
-"""Most rows that readers are asked about."""
-MOST_TRAINED = 20_000
-"""Most training rows that readers learn from."""
-NEIGHBOURS = 5
-STEPS = 200
-"""Most steps of the linear reader's fit."""
+PROBE_ROWS = 10_000
+"""Largest number of rows that are classified."""
+PROBE_TRAINING_ROWS = 20_000
+"""Largest number of training rows of the classifiers."""
+PROBE_NEIGHBOURS = 5
+"""Neighbours of the k-nearest-neighbour classifier."""
+LINEAR_STEPS = 200
+"""Largest number of optimiser steps of logistic regression."""
 TOGETHER, RAW = "all latents", "x"
 Matrix = Any
-"""Float64 numbers `(n, F)`, or scipy's sparse ones: it ships no types."""
+"""Float64 matrix `(n, F)`, dense or a sparse one of scipy, which ships no types."""
 
 
 @dataclass(frozen=True)
 class Reading:
-    """How often two readers of one and the same columns name the label."""
+    """Accuracy of two classifiers of the same columns; estimates."""
 
     of: str
-    """The latent; `all latents`; or `x`, the data."""
+    """Name of the latent, `all latents`, or `x` for the data."""
     knn: Estimate
-    """By the `NEIGHBOURS` nearest training rows."""
+    """Accuracy by the `PROBE_NEIGHBOURS` nearest training rows."""
     linear: Estimate
-    """By logistic regression."""
+    """Accuracy of logistic regression."""
     knn_gain: Estimate | None = None
-    """Over the same reader of x, paired; None of x itself."""
+    """Paired difference from the same classifier of x; None for x itself."""
     linear_gain: Estimate | None = None
-    """The same of the linear reader."""
+    """Paired difference of logistic regression from that of x; None for x itself."""
 
 
 @dataclass(frozen=True, repr=False)
 class Probe(Figures):
-    """Accuracy of simple readers of codes: shares, no nats."""
+    """Accuracy of simple classifiers of codes, estimates; the result of `probe`."""
+
+    unit = "proportion"
+    counts = ("split", "trained", "asked")
 
     readings: tuple[Reading, ...]
-    """Of each latent, of all together where there are several, of x."""
+    """Accuracies for each latent, for all together if there are several, and for x."""
     majority: Estimate
-    """Of always naming the label that is most frequent among the training rows."""
+    """Accuracy of always predicting the most frequent training label."""
     trained: int
-    """Training rows that readers learnt from."""
+    """Training rows of the classifiers."""
     asked: int
-    """Rows they were asked about."""
+    """Rows that were classified."""
     split: str
+    """Split of these rows."""
 
     def __getitem__(self, of: str) -> Reading:
-        """The reading of a latent, of `all latents` or of `x`."""
+        """Return the accuracies for a latent, for `all latents` or for `x`."""
         return next(reading for reading in self.readings if reading.of == of)
 
     @property
     def title(self) -> str:
-        """See `Figures.title`."""
-        return f"Labels read from codes ({self.asked} of {self.split}, {self.trained} training rows)"
-
-    @property
-    def unit(self) -> str:
-        """See `Figures.unit`."""
-        return "share"
+        return f"Labels predicted from codes ({self.asked} of {self.split}, {self.trained} training rows)"
 
     def rows(self) -> Iterator[Row]:
-        """See `Figures.rows`."""
         for reading in self.readings:
-            what = f"of the {COMPONENTS} first principal components of x" if reading.of == RAW else "of the code"
-            yield f"{reading.of}/knn", reading.knn, f"right by {NEIGHBOURS} nearest neighbours {what}"
-            yield f"{reading.of}/knn_gain", reading.knn_gain, "more than by those of x, on the same rows"
-            yield f"{reading.of}/linear", reading.linear, f"right by logistic regression {what}"
-            yield f"{reading.of}/linear_gain", reading.linear_gain, "more than by that of x, on the same rows"
-        yield "majority", self.majority, "right by naming the most frequent label"
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain numbers and strings, for JSON."""
-        return {"split": self.split, "trained": self.trained, "asked": self.asked, **self.figures()}
+            what = (
+                f"of the {PRINCIPAL_COMPONENTS} first principal components of x" if reading.of == RAW else "of the code"
+            )
+            yield f"{reading.of}/knn", reading.knn, f"accuracy of {PROBE_NEIGHBOURS} nearest neighbours {what}"
+            yield f"{reading.of}/knn_gain", reading.knn_gain, "difference from the neighbours of x, on the same rows"
+            yield f"{reading.of}/linear", reading.linear, f"accuracy of logistic regression {what}"
+            yield f"{reading.of}/linear_gain", reading.linear_gain, "difference from that of x, on the same rows"
+        yield "majority", self.majority, "accuracy of always predicting the most frequent label"
 
 
 def probe(
@@ -104,17 +101,18 @@ def probe(
     rows: int | None = None,
     seed: int = 0,
     *,
-    on_progress: Callable[[int, int], None] = lambda _done, _total: None,
+    on_progress: Progress = silent,
 ) -> Probe:
-    """How well simple readers find the label in the codes of data.
+    """Measure how well simple classifiers predict the label from the codes of data.
 
-    Two readers learn from codes of training rows and name the labels of others: the `NEIGHBOURS` nearest codes
-    (Euclidean, coordinates as they are: one that holds nothing moves nothing), and logistic regression on standardised
-    coordinates (scikit-learn's, penalty C = 1, at most `STEPS` steps). A code is the centre of q(z | x), see `encode`:
-    a posterior mean, of codes the one-hots of the most probable. Beside them stand the same readers of x, as its
-    `COMPONENTS` first principal components. A code may beat x: it is smoother; it cannot hold more than x does.
+    Two classifiers are trained on the codes of training rows and predict the labels of others: the `PROBE_NEIGHBOURS`
+    nearest codes (Euclidean, in unscaled coordinates), and logistic regression on standardised coordinates
+    (scikit-learn's, penalty C = 1, at most `LINEAR_STEPS` steps). The code is the centre of q(z | x), see `encode`; of
+    discrete latents the one-hot vectors of the most probable values. The same classifiers are applied to x, as its
+    `PRINCIPAL_COMPONENTS` first principal components. A code may beat x because it is smoother; it cannot contain more
+    information than x.
 
-    Standard errors are those of shares of independent rows, the readers as they are; gains are paired.
+    Standard errors are those of proportions of independent rows with fixed classifiers; gains are paired.
 
     References:
         Understanding intermediate layers using linear classifier probes (Alain, Bengio, 2016),
@@ -122,29 +120,37 @@ def probe(
 
     Arguments:
         run: a run.
-        split: the rows that readers are asked about.
-        rows: ask about this many, drawn at random; default: all, at most `MOST`.
-        seed: of the rows; at most `MOST_TRAINED` training rows are learnt from.
+        split: split of the rows to classify.
+        rows: number of these, chosen at random; default: all, at most `PROBE_ROWS`.
+        seed: seed of the rows; at most `PROBE_TRAINING_ROWS` training rows are used.
         on_progress: called with (steps done, steps in all).
 
     Returns:
-        Probe: estimates, shares.
+        Probe: accuracies between 0 and 1, estimates.
 
     Raises:
-        DataError: the data have no labels, or but one; the model is told the label; x has values that are not finite;
-            nothing is inferred of single data.
+        DataError: the data have no labels or only one, the model is conditioned on the label, x has values that are not
+            finite, or no latents belong to single data.
+
+    Example:
+        >>> from pvae.analysis.truths.example import example_run
+        >>> 0 <= probe(example_run())["z"].linear.value <= 1
+        True
     """
     pair, part, train = opened(run), run.data.split(split), run.data.train
     if pair.frame.covariates:
         told = ", ".join(pair.frame.covariates)
         raise DataError(
-            f"probe: expected a model that is not told the label; got one conditioned on {told}: its codes need not "
-            f"hold what they are given."
+            f"probe: expected a model that is not conditioned on the label; got one conditioned on {told}, whose codes "
+            f"need not contain what is given."
         )
-    (x, y), (asked, labels) = _some(train, MOST_TRAINED, seed), _some(part, min(rows or MOST, MOST), seed)
+    (x, y), (asked, labels) = (
+        _some(train, PROBE_TRAINING_ROWS, seed),
+        _some(part, min(rows or PROBE_ROWS, PROBE_ROWS), seed),
+    )
     there = np.unique(y)
-    if not 1 < len(there) <= CLASSES:
-        raise DataError(f"probe: expected 2 to {CLASSES} labels among the training rows; got {len(there)}.")
+    if not 1 < len(there) <= MAX_CLASSES:
+        raise DataError(f"probe: expected 2 to {MAX_CLASSES} labels among the training rows; got {len(there)}.")
     known = np.isin(labels, there)
     y, labels = (np.where(np.isin(side, there), np.searchsorted(there, side), len(there)) for side in (y, labels))
     if not known.any():
@@ -163,31 +169,31 @@ def probe(
         on_progress(done, len(read))
         right[name] = _right(columns, y, labels)
     on_progress(len(read), len(read))
-    majority = mean_of(torch.from_numpy(labels == np.bincount(y).argmax()).double())
+    majority = over_rows(torch.from_numpy(labels == np.bincount(y).argmax()).double())
     readings = tuple(_reading(name, found, right[RAW]) for name, found in right.items())
     return Probe(readings, majority, len(y), len(labels), split)
 
 
 def _some(split: Split, most: int, seed: int) -> tuple[Tensor, NDArray[Any]]:
-    """Rows `(m, *row)` and labels `(m,)` of a split, at most so many."""
+    """At most so many rows `(m, *row)` of a split and their labels `(m,)`."""
     if split.y is None:
-        raise DataError(f"probe: expected labels, which codes are read for; got none in {split.name}.")
+        raise DataError(f"probe: expected labels; got none in {split.name}.")
     index = seeds.subset(len(split), affordable(most, tuple(split.rows.shape[1:])), seed)
     return split.rows[index.to(split.rows.device)], split.y[index.to(split.y.device)].cpu().numpy()
 
 
 @dataclass(frozen=True)
 class Columns:
-    """What readers read, of training rows and of those they are asked about."""
+    """Inputs of the classifiers: of training rows, and of the rows to classify."""
 
     plain: tuple[Matrix, Matrix]
-    """As they are."""
+    """Unscaled values."""
     standard: tuple[Matrix, Matrix]
-    """Real numbers standardised by the training rows; one-hots as they are."""
+    """Real numbers standardised by the training rows; one-hot vectors unscaled."""
 
 
 def _read(train: Tensor, asked: Tensor) -> Columns:
-    """Columns of a latent `(n, *event)` and `(m, *event)`; of indices, one-hots."""
+    """Columns of a latent `(n, *event)` and `(m, *event)`; one-hot vectors for indices."""
     sides = [side.reshape(len(side), -1).numpy() for side in (train, asked)]
     if train.is_floating_point():
         return _real(sides[0].astype(np.float64), sides[1].astype(np.float64))
@@ -202,7 +208,7 @@ def _real(train: NDArray[np.float64], asked: NDArray[np.float64]) -> Columns:
 
 
 def _one_hots(index: NDArray[Any], states: int) -> sparse.csr_matrix:
-    """Indices `(n, P)` to `(n, P states)`."""
+    """One-hot vectors `(n, P states)` of indices `(n, P)`."""
     n, positions = index.shape
     at = (index + states * np.arange(positions)).ravel()
     return sparse.csr_matrix((np.ones(n * positions), at, np.arange(n + 1) * positions), (n, positions * states))
@@ -216,23 +222,22 @@ def _principal(train: Tensor, asked: Tensor) -> Columns:
 
 
 def _joined(parts: tuple[Columns, ...]) -> Columns:
-    """Columns of several latents side by side; sparse where any are."""
+    """Columns of several latents side by side; sparse if any are."""
 
     def beside(sides: list[Matrix]) -> Matrix:
         return sparse.hstack(sides, "csr") if any(map(sparse.issparse, sides)) else np.hstack(sides)
 
-    return Columns(
-        (beside([part.plain[0] for part in parts]), beside([part.plain[1] for part in parts])),
-        (beside([part.standard[0] for part in parts]), beside([part.standard[1] for part in parts])),
-    )
+    plain = [beside([part.plain[i] for part in parts]) for i in (0, 1)]
+    standard = [beside([part.standard[i] for part in parts]) for i in (0, 1)]
+    return Columns((plain[0], plain[1]), (standard[0], standard[1]))
 
 
 def _right(columns: Columns, learnt: NDArray[Any], asked: NDArray[Any]) -> tuple[Tensor, Tensor]:
-    """Whether each row's label is named by neighbours, and by the linear reader, `(m,)` both."""
-    knn = KNeighborsClassifier(min(NEIGHBOURS, len(learnt)), algorithm="brute").fit(columns.plain[0], learnt)
+    """1 for every row whose label is predicted by neighbours, and by logistic regression, each `(m,)`."""
+    knn = KNeighborsClassifier(min(PROBE_NEIGHBOURS, len(learnt)), algorithm="brute").fit(columns.plain[0], learnt)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # where it stands after `STEPS` is the reader
-        linear = LogisticRegression(max_iter=STEPS).fit(columns.standard[0], learnt)
+        warnings.simplefilter("ignore", ConvergenceWarning)  # the classifier after `LINEAR_STEPS` steps is used
+        linear = LogisticRegression(max_iter=LINEAR_STEPS).fit(columns.standard[0], learnt)
     named = knn.predict(columns.plain[1]), linear.predict(columns.standard[1])
     by_knn, by_linear = (torch.from_numpy(found == asked).double() for found in named)
     return by_knn, by_linear
@@ -240,6 +245,6 @@ def _right(columns: Columns, learnt: NDArray[Any], asked: NDArray[Any]) -> tuple
 
 def _reading(of: str, right: tuple[Tensor, Tensor], raw: tuple[Tensor, Tensor]) -> Reading:
     gains = (
-        (None, None) if of == RAW else tuple(mean_of(mine - theirs) for mine, theirs in zip(right, raw, strict=True))
+        (None, None) if of == RAW else tuple(over_rows(mine - theirs) for mine, theirs in zip(right, raw, strict=True))
     )
-    return Reading(of, mean_of(right[0]), mean_of(right[1]), *gains)
+    return Reading(of, over_rows(right[0]), over_rows(right[1]), *gains)

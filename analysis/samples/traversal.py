@@ -1,4 +1,4 @@
-"""Latent traversal: what each coordinate of a latent does to x, moved by itself."""
+"""Latent traversal: decoded means as a single coordinate of a latent moves."""
 
 from __future__ import annotations
 
@@ -12,24 +12,20 @@ from torch.distributions import Bernoulli
 
 from pvae.analysis.decompose.collapse import activity, kl_per_dimension
 from pvae.analysis.decompose.draws import accept, draw
-from pvae.analysis.samples.generate import (
-    CHUNK,
+from pvae.analysis.samples.encode import encode
+from pvae.analysis.samples.generated import Generated, known_name
+from pvae.analysis.samples.running import (
+    CHUNK_ROWS,
     Centred,
-    Generated,
-    Given,
-    Progress,
-    Template,
     analysed,
     chunks,
     datum,
     decoded_mean,
-    encode,
     is_discrete,
-    known_name,
     opened,
     row_values,
-    silent,
 )
+from pvae.analysis.samples.sample import Given, Template
 from pvae.distributions.exponential import Normals
 from pvae.errors import DataError, DeclarationError
 from pvae.pair import densities as traces
@@ -38,34 +34,34 @@ from pvae.pair.layout import Layout, SiteShape, samples, site_shape, unwrapped
 from pvae.pair.pair import Pair
 from pvae.runs.run import Run
 from pvae.util import seeds
+from pvae.util.progress import Progress, silent
 
 PRIOR_DRAWS = 1000
-"""Draws from which the mean and spread of a prior are taken that is not one normal."""
+"""Samples behind the mean and standard deviation of a prior that is not a single normal."""
 ORDER_ROWS = 500
-"""Rows over which the KL of coordinates is taken to put them in order."""
-SHOWN_DIMS = 10
-"""Most coordinates that a traversal moves unless said."""
-ALIKE = 1e-4
-"""Relative difference of two log densities below which they are the same: rounding in batches of other shapes."""
+"""Largest number of rows behind the order of the coordinates."""
+DEFAULT_DIMS = 10
+"""Largest number of coordinates that a traversal moves by default."""
+SAME_DENSITY = 1e-4
+"""Relative difference of two log densities below which they count as equal: rounding differs between batches."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Traversal(Generated):
-    """One coordinate moved at a time; `save` has the keys `x`, `values`, `dims`."""
+    """Means as one coordinate moves at a time; the result of `traverse`. `save` has keys `x`, `values`, `dims`."""
 
     x: Tensor
     """Means of p(x | z), `(dims, steps, *shape)`."""
     values: Tensor
-    """What the coordinate was set to, `(dims, steps)`."""
+    """Values of the coordinate, `(dims, steps)`."""
     latent: str
-    """The latent that is moved."""
+    """Name of the moved latent."""
     dims: tuple[int, ...]
-    """Its coordinates, in the order of x."""
+    """Moved coordinates, in the order of x."""
     order: str
-    """By what they were put in this order."""
+    """Criterion that the coordinates are ordered by."""
 
     def tensors(self) -> dict[str, Tensor]:
-        """See `Generated.tensors`."""
         return {"x": self.x, "values": self.values, "dims": torch.tensor(self.dims)}
 
 
@@ -84,32 +80,38 @@ def traverse(
 ) -> Traversal:
     """Move one coordinate of a latent at a time and decode the means E[x | z].
 
-    A coordinate takes `steps` values, evenly spaced within `span` standard deviations of its prior's mean; mean and
-    standard deviation are those of the prior where it is one normal, else of `PRIOR_DRAWS` draws. A single code takes
-    all its values instead, and a bit both. All other coordinates stay: at the centre of the row's encoding (see
-    `encode`), or at the prior's mean. Latents whose prior reads the moved one, in one or several steps, follow at their
-    mean given it.
+    A coordinate takes `steps` values, evenly spaced within `span` standard deviations around its prior mean; mean and
+    standard deviation are exact if the prior is a single normal, else estimated from `PRIOR_DRAWS` samples. A single
+    discrete code takes all its values instead, and a bit both. All other coordinates are fixed at the centre of the
+    row's encoding (see `encode`), or at the prior mean. Latents whose prior reads the moved one, directly or through
+    others, follow at their mean given it.
 
     Arguments:
         run_or_pair: a run, or any pair that has seen data.
-        x: one row of data, `(*row)` or `(1, *row)`; None for the prior's mean.
-        latent: which; the guide's first unless said.
-        dims: its coordinates (event dimensions flattened); unless said the first `SHOWN_DIMS` in the order of their
-            KL over `rows`, largest first. Where q and p are not both normal, of the variance of their posterior mean;
-            where that is not known either, their own order.
-        steps: values of each.
-        span: how far, in standard deviations of the prior.
+        x: one row of data, `(*row)` or `(1, *row)`; None for the prior mean.
+        latent: name of the latent; default: the first of the guide.
+        dims: its coordinates (event dimensions flattened). Default: the first `DEFAULT_DIMS` in descending order of
+            their KL over `rows`; where q and p are not both normal, of the variance of their posterior mean; where that
+            is unknown, in their own order.
+        steps: number of values of each coordinate.
+        span: largest distance from the prior mean, in standard deviations of the prior.
         given: covariates, where there is no row; see `sample`.
-        rows: data `(n, *row)` for that order; a run's test rows unless said, else x itself.
-        seed: of what is drawn; the same seed, the same numbers.
-        on_progress: called with (rows decoded, in all).
+        rows: data `(n, *row)` behind that order; default: the test rows of a run, else x itself.
+        seed: seed of the samples; the same seed gives the same numbers.
+        on_progress: called with (rows decoded, rows in all).
 
     Returns:
         Traversal: x `(dims, steps, *shape)`, values `(dims, steps)`.
 
     Raises:
-        DataError: more than one row, a count below 1, or nothing to traverse.
-        DeclarationError: no such latent or coordinate; a likelihood without a mean.
+        DataError: there is more than one row, a count is below 1, or there is nothing to traverse.
+        DeclarationError: there is no such latent or coordinate, or the likelihood has no mean.
+
+    Example:
+        >>> from pvae.analysis.truths.example import example_pair
+        >>> pair, x = example_pair()
+        >>> traverse(pair, x[:1], dims=[1], steps=3).x.shape
+        torch.Size([1, 3, 3])
     """
     if steps < 1 or not 0 < span < float("inf"):
         raise DataError(f"traverse: expected at least one step and a span above 0; got steps={steps}, span={span}.")
@@ -142,11 +144,11 @@ def traverse(
 
 
 def one_row(pair: Pair, x: Any, what: str = "traverse", todo: str = "Pass x[:1], or rows=x for the order.") -> Tensor:
-    """One row of data `(1, *row)`, as the pair takes it."""
+    """Return one row of data `(1, *row)`, as the pair takes it."""
     try:
         row = torch.as_tensor(x)
     except (TypeError, ValueError, RuntimeError):
-        return accept(pair, x)  # which says what is wrong
+        return accept(pair, x)  # raises with what is wrong
     found = accept(pair, row[None] if tuple(row.shape) == pair.frame.row else row)
     if len(found) != 1:
         raise DataError(f"{what}: expected one row of data; got {len(found)}. {todo}")
@@ -155,25 +157,25 @@ def one_row(pair: Pair, x: Any, what: str = "traverse", todo: str = "Pass x[:1],
 
 @dataclass(frozen=True)
 class Priors:
-    """What there is to know of the priors of all latents, flat."""
+    """Means, standard deviations and sites of the priors of all latents, flattened."""
 
     means: dict[str, Tensor]
-    """Of the prior, or of its draws; of a code the most probable, `(numel,)`."""
+    """Prior means; of a code the most probable value, `(numel,)`."""
     scales: dict[str, Tensor]
-    """Standard deviations, `(numel,)`."""
+    """Prior standard deviations, `(numel,)`."""
     states: Tensor | None
-    """All values `(K,)` of the moved latent where it is a single code."""
+    """All values `(K,)` of the moved latent if it is a single code."""
     sites: dict[str, tuple[SiteShape, Tensor]]
     """Shape of every site, and a value of its type."""
 
     def spread(self, flat: Mapping[str, Tensor], count: int) -> dict[str, Tensor]:
-        """Flat values `(count or 1, numel)` as those of the sites."""
+        """Reshape flat values `(count or 1, numel)` to those of the sites."""
         known = {name: (*self.sites[name], value) for name, value in flat.items() if name in self.sites}
         return {name: shape.spread(value.to(like).expand(count, -1)) for name, (shape, like, value) in known.items()}
 
 
 def _prior(pair: Pair, template: Template, names: Sequence[str], moved: str) -> Priors:
-    """Of one normal exactly, of other priors from draws."""
+    """Priors of all latents: of a single normal exactly, of others from samples."""
     nodes = samples(pair.simulate(template.at(0, 8)))
     exact = {name: _one_normal(nodes[name], pair.layout, 8) for name in names if name in nodes}
     if moved not in exact:
@@ -212,7 +214,7 @@ def site_values(pair: Pair, nodes: Mapping[str, Any], names: Iterable[str]) -> d
 
 
 def _one_normal(node: Mapping[str, Any], layout: Layout, count: int) -> Normals | None:
-    """The prior, where it is one diagonal normal for all rows."""
+    """Return the prior if it is the same diagonal normal for all rows."""
     found = traces.members(node, layout, count)
     if not isinstance(found, Normals):
         return None
@@ -220,7 +222,7 @@ def _one_normal(node: Mapping[str, Any], layout: Layout, count: int) -> Normals 
 
 
 def _scores(pair: Pair, x: Tensor, name: str) -> tuple[Tensor | None, str]:
-    """What every coordinate of a latent carries over some data, and what that is."""
+    """Score of every coordinate of a latent over some data, and the name of the score."""
     layout = pair.layout
     if name in layout.enumerated or (layout.enumerated and len(layout.latents) > 1):
         return None, "their own order"
@@ -235,7 +237,7 @@ def _scores(pair: Pair, x: Tensor, name: str) -> tuple[Tensor | None, str]:
 def _dims(dims: Sequence[int] | None, name: str, count: int, scores: Tensor | None) -> tuple[int, ...]:
     if dims is None:
         order = range(count) if scores is None else scores.argsort(descending=True, stable=True).tolist()
-        return tuple(order[:SHOWN_DIMS])
+        return tuple(order[:DEFAULT_DIMS])
     wrong = [d for d in dims if not 0 <= d < count]
     if wrong or not len(dims):
         raise DeclarationError(f"dims: expected coordinates of {name}, 0 .. {count - 1}; got {list(wrong or dims)}.")
@@ -243,7 +245,7 @@ def _dims(dims: Sequence[int] | None, name: str, count: int, scores: Tensor | No
 
 
 def _places(prior: Priors, name: str, dims: Sequence[int], steps: int, span: float) -> Tensor:
-    """Values that each coordinate takes, `(dims, steps)`."""
+    """Values of each moved coordinate, `(dims, steps)`."""
     if prior.states is not None:
         return prior.states.expand(len(dims), -1)
     units = torch.linspace(-span, span, steps) if steps > 1 else torch.zeros(1)
@@ -260,7 +262,7 @@ def _decode(
     prior: Priors,
     on_progress: Progress,
 ) -> Tensor:
-    """E[x | z] with one latent set to `moved` `(m, numel)`; others held where they do not follow it."""
+    """E[x | z] with one latent set to `moved` `(m, numel)`; the others are fixed unless they follow it."""
     below = _followers(pair, template, name, moved, held, prior)
     kept = {z: value for z, value in held.items() if z not in below}
     parts = []
@@ -276,15 +278,15 @@ def _followers(
 ) -> set[str]:
     """Latents whose prior depends on the moved one, directly or through others.
 
-    With all of them free at their centres, the density of one and the same value differs from row to row.
+    With all latents at their centres, the prior density of such a latent at a fixed value differs between rows.
     """
     found: set[str] = set()
     if held:
-        some = moved[torch.linspace(0, len(moved) - 1, min(len(moved), CHUNK)).long()]
+        some = moved[torch.linspace(0, len(moved) - 1, min(len(moved), CHUNK_ROWS)).long()]
         nodes = placed(pair, template.at(0, len(some)), {name: some}, prior)
         for z, same in prior.spread(held, len(some)).items():
             scores = log_prob({**nodes[z], "value": same}, pair.layout, 0)
-            if float((scores - scores[0]).abs().max()) > ALIKE * (1 + float(scores.abs().max())):
+            if float((scores - scores[0]).abs().max()) > SAME_DENSITY * (1 + float(scores.abs().max())):
                 found.add(z)
     return found
 

@@ -141,10 +141,10 @@ def two_sample(
     seed: Seed = 0,
 ) -> None:
     """Compare samples with data: accuracy of a classifier that tells them apart, precision and coverage."""
-    from pvae.analysis.samples.two_sample import STEPS, sample_quality
+    from pvae.analysis.samples.quality import QUALITY_STAGES, sample_quality
 
     opened = shared.open_on_device(run)
-    with shared.bar("two-sample", len(STEPS)) as bar:
+    with shared.bar("two-sample", len(QUALITY_STAGES)) as bar:
         found = sample_quality(opened, split, rows, seed, mean=mean, k=neighbours, on_progress=bar.report)
     shared.answer({"run": str(opened.path), **found.to_dict()}, found)
 

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from torch import Tensor
 
-    from pvae.analysis.samples.generate import Generated
+    from pvae.analysis.samples.generated import Generated
     from pvae.data import Split
     from pvae.runs.run import Run
 
@@ -249,7 +249,7 @@ def _keep(
     **more: Tensor,
 ) -> None:
     """Write arrays, pictures and tables, and print their paths."""
-    from pvae.analysis.export.datasets import safe_names
+    from pvae.analysis.export.names import safe_names
     from pvae.analysis.pages import plots
     from pvae.util.files import write_atomic
 

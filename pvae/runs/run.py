@@ -26,7 +26,7 @@ from pvae.util.progress import Progress, silent
 if TYPE_CHECKING:
     import pandas
 
-    from pvae.analysis.export.datasets import Posterior
+    from pvae.analysis.export.datasets import PosteriorDraws
 
 LISTED_DIFFERENCES = 12
 """Lines of an error that lists the differences between a checkpoint and a declaration."""
@@ -225,7 +225,7 @@ class Run:
         predictive_draws: int = 10,
         memory: int = 1 << 30,
         on_progress: Progress = silent,
-    ) -> Posterior:
+    ) -> PosteriorDraws:
         """Sample the guide for a split, with densities and diagnostics; see `pvae.analysis.posterior`."""
         from pvae.analysis.export.posterior import posterior  # here, because analysis imports pvae.runs
 

@@ -18,6 +18,11 @@ def mix(seed: int, stream: int, counter: int = 0) -> int:
     return state >> 1
 
 
+def generator(seed: int, stream: int, counter: int = 0) -> torch.Generator:
+    """Return a generator on the CPU with the seed `mix(seed, stream, counter)`."""
+    return torch.Generator().manual_seed(mix(seed, stream, counter))
+
+
 def set_noise(seed: int, device: torch.device) -> None:
     """Seed the generator that `device` draws from, and no other.
 
@@ -30,7 +35,7 @@ def set_noise(seed: int, device: torch.device) -> None:
 
 def permutation(n: int, seed: int, epoch: int) -> torch.Tensor:
     """The order of the training rows in an epoch, `(n,)` on the CPU."""
-    return torch.randperm(n, generator=torch.Generator().manual_seed(mix(seed, ORDER, epoch)))
+    return torch.randperm(n, generator=generator(seed, ORDER, epoch))
 
 
 def subset(n: int, count: int | None, seed: int) -> torch.Tensor:

@@ -23,7 +23,8 @@ from pvae.analysis.decompose.collapse import collapse
 from pvae.analysis.decompose.draws import draw, quiet
 from pvae.analysis.decompose.gain import gain
 from pvae.analysis.decompose.surgery import surgery
-from pvae.analysis.samples.generate import encode, reconstruct, sample
+from pvae.analysis.samples.encode import encode, reconstruct
+from pvae.analysis.samples.sample import sample
 from pvae.analysis.samples.traversal import traverse
 from pvae.distributions.codes import Certain, joint_states
 from pvae.distributions.exponential import Normals

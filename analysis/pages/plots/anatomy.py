@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
 
-from pvae.analysis.bounds.evidence import Evidence
+from pvae.analysis.bounds.lower_bounds import Evidence
 from pvae.analysis.decompose.result import Surgery
 from pvae.analysis.pages.plots.base import BLACK, BLUE, GREY, ORANGE, RED, SERIES, YELLOW, figure, nats, plain, style
 

@@ -27,7 +27,7 @@ from pvae.analysis.pages.plots.base import (
 )
 from pvae.analysis.pages.plots.latents import Cloud, plane
 from pvae.analysis.pages.plots.pictures import Rebuilt, rebuilt_images, tiles
-from pvae.analysis.samples.generate import Encoding, Reconstructions, Samples
+from pvae.analysis.samples.generated import Encoding, Reconstructions, Samples
 from pvae.analysis.samples.interpolate import Interpolation
 from pvae.analysis.samples.sharpness import is_image
 from pvae.analysis.samples.traversal import Traversal

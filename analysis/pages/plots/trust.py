@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from matplotlib.figure import Figure
 
-from pvae.analysis.bounds.evidence import Bounds
+from pvae.analysis.bounds.lower_bounds import Bounds
 from pvae.analysis.pages.plots.base import BLUE, GREY, RED, Array, figure, style
 
 

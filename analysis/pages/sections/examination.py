@@ -11,15 +11,17 @@ from typing import Any, TypeVar
 import numpy as np
 from torch import Tensor
 
-from pvae.analysis.bounds.evidence import Evidence, evidence
+from pvae.analysis.bounds.evidence import evidence
+from pvae.analysis.bounds.lower_bounds import Evidence
 from pvae.analysis.decompose.collapse import Collapse, collapse
 from pvae.analysis.decompose.draws import Draw, draw, quiet
 from pvae.analysis.decompose.result import Surgery
 from pvae.analysis.decompose.surgery import surgery
 from pvae.analysis.pages import plots
-from pvae.analysis.samples.features import CLASSES, FEW, NUMBERS, Features, affordable
-from pvae.analysis.samples.generate import Samples, sample
-from pvae.analysis.samples.two_sample import space_of
+from pvae.analysis.samples.features import ALWAYS_HELD_ROWS, HELD_ELEMENTS, MAX_CLASSES, Features, affordable
+from pvae.analysis.samples.generated import Samples
+from pvae.analysis.samples.quality import space_of
+from pvae.analysis.samples.sample import sample
 from pvae.data.streamed import Streamed
 from pvae.errors import DataError, DeclarationError
 from pvae.runs.run import Run
@@ -150,7 +152,7 @@ class Case:
     @property
     def classes(self) -> Tensor | None:
         """The labels, where there are few enough."""
-        return None if self.labels is None or len(self.labels.unique()) > CLASSES else self.labels
+        return None if self.labels is None or len(self.labels.unique()) > MAX_CLASSES else self.labels
 
     @cached_property
     def scale_of_grey(self) -> tuple[float, float]:
@@ -222,13 +224,13 @@ class Case:
     @cached_property
     def binary(self) -> bool:
         """Whether data are zeros and ones, so that the mean of p(x | z) is no datum."""
-        data = self.observed(self.x[:FEW])
+        data = self.observed(self.x[:ALWAYS_HELD_ROWS])
         return bool(((data == 0) | (data == 1)).all())
 
     @cached_property
     def sampled(self) -> Samples | None:
         """Means of p(x | z), or draws where it has none, for draws of the prior."""
-        count = max(100, min(SAMPLES, NUMBERS // max(1, prod(self.shape))))
+        count = max(100, min(SAMPLES, HELD_ELEMENTS // max(1, prod(self.shape))))
 
         def make() -> Samples:
             try:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 
-from pvae.analysis.bounds.evidence import Evidence
 from pvae.analysis.bounds.gap import Gap, gap
+from pvae.analysis.bounds.lower_bounds import Evidence
 from pvae.analysis.pages import plots
 from pvae.analysis.pages.document.document import Block, Note, Section, Sentence, Tile, nats, picture, table_of
 from pvae.analysis.pages.sections.examination import Case

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from pvae.analysis.bounds.evidence import Evidence
+from pvae.analysis.bounds.lower_bounds import Evidence
 from pvae.analysis.pages import plots
 from pvae.analysis.pages.document.document import Block, Column, Section, Sentence, Table, Tile, nats, percent, picture
 from pvae.analysis.pages.sections.examination import Case, array

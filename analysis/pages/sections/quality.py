@@ -19,7 +19,7 @@ from pvae.analysis.pages.document.document import (
     side_by_side,
 )
 from pvae.analysis.pages.sections.examination import Case
-from pvae.analysis.samples.two_sample import SampleQuality, sample_quality
+from pvae.analysis.samples.quality import SampleQuality, sample_quality
 
 ALIKE = 0.05
 """A p-value above which samples cannot be told from data."""

@@ -9,7 +9,8 @@ from pvae.analysis.decompose.draws import quiet
 from pvae.analysis.pages import plots
 from pvae.analysis.pages.document.document import Column, Section, Table, picture
 from pvae.analysis.pages.sections.examination import Case, array
-from pvae.analysis.samples.generate import mean_of, reconstruct
+from pvae.analysis.samples.encode import reconstruct
+from pvae.analysis.samples.running import distribution_mean
 
 SHOWN = 8
 
@@ -59,4 +60,4 @@ def _part(case: Case, title: str, chosen: Tensor, rows: Tensor) -> plots.Rebuilt
     for name, latent in drawn.latents.items():
         values[name] = latent.value[rows].to(values[name].dtype).reshape(values[name].shape)
     fn = pair.model_trace(chosen, values).nodes[pair.layout.observed[0]]["fn"]
-    return plots.Rebuilt(title, array(data), array(mean_of(fn).expand(data.shape)), scores)
+    return plots.Rebuilt(title, array(data), array(distribution_mean(fn).expand(data.shape)), scores)

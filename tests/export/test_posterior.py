@@ -19,19 +19,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from pvae import __version__, cli
+from pvae import __version__
 from pvae.analysis.decompose.draws import draw, quiet
-from pvae.analysis.export.datasets import GROUPS, LONGEST, Posterior, dims_of, safe_names
-from pvae.data import Dataset
+from pvae.analysis.export.datasets import GROUP_NAMES, PosteriorDraws
+from pvae.analysis.export.names import LONGEST_NAME, dims_of, safe_names
+from pvae.data.dataset import Dataset
 from pvae.errors import CheckpointError, DataError, DeclarationError, MissingExtraError, StorageError
 from pvae.pair.layout import samples
 from pvae.pair.pair import Pair
 from pvae.runs.run import Run
 from pvae.training.fit import fit
 from pvae.util.seeds import subset
+from tests.cli_runner import run_cli
 
-ROOT = Path(__file__).parents[1]
-EXPORT = importlib.import_module("pvae.analysis.export.posterior")  # the module, whatever the package binds to its name
+ROOT = Path(__file__).parents[2]
 TINY = ("train.epochs=2", "encoder.network.hidden=[8]", "decoder.network.hidden=[8]", "train.engine=eager")
 DRAWS, ROWS = 5, 30
 AWKWARD = ("enc/z", "chain", "theta_dim")
@@ -85,7 +86,7 @@ def run(make: Callable[[str], Run]) -> Run:
 
 
 @pytest.fixture
-def small(run: Run) -> Posterior:
+def small(run: Run) -> PosteriorDraws:
     return run.posterior(draws=DRAWS, rows=ROWS)
 
 
@@ -117,7 +118,7 @@ def _trainable() -> Pair:
     return Pair(model=model, guide=guide)
 
 
-def assert_same(one: Posterior, two: Posterior) -> None:
+def assert_same(one: PosteriorDraws, two: PosteriorDraws) -> None:
     assert list(one.groups) == list(two.groups)
     for name in one.groups:
         xarray.testing.assert_identical(one[name], two[name])
@@ -128,7 +129,7 @@ def assert_same(one: Posterior, two: Posterior) -> None:
 
 
 def test_every_group_has_explicit_dims_and_coordinates(run, small):
-    assert tuple(small.groups) == GROUPS
+    assert tuple(small.groups) == GROUP_NAMES
     dims = {name: {v: tuple(d.dims) for v, d in group.data_vars.items()} for name, group in small.groups.items()}
     draws, x = ("chain", "draw"), ("x_dim_0", "x_dim_1", "x_dim_2")
     assert dims["posterior"] == {"z": (*draws, "datum", "z_dim")}
@@ -228,7 +229,8 @@ def test_same_seed_same_numbers_and_nothing_is_moved(run, small):
 
 def test_chunks_do_not_show_in_the_shape(run, monkeypatch):
     whole = run.posterior(draws=2)
-    monkeypatch.setattr(EXPORT, "CHUNK", 100)
+    monkeypatch.setattr("pvae.analysis.export.latents.ROWS_AT_ONCE", 100)
+    monkeypatch.setattr("pvae.analysis.export.groups.ROWS_AT_ONCE", 100)
     pieces = run.posterior(draws=2)
     assert pieces["guide"].z_loc.values == pytest.approx(whole["guide"].z_loc.values, abs=1e-5)
     assert pieces["posterior"].z[0, 0, :100].values == pytest.approx(whole["posterior"].z[0, 0, :100].values, abs=1e-5)
@@ -261,7 +263,7 @@ def test_awkward_names_are_kept_as_attributes(awkward):
 
 
 def test_a_global_latent_is_one_for_all_rows_of_a_draw(awkward, monkeypatch):
-    monkeypatch.setattr(EXPORT, "CHUNK", 7)
+    monkeypatch.setattr("pvae.analysis.export.latents.ROWS_AT_ONCE", 7)
     found = awkward.posterior(draws=4, split="train")
     pair, x = awkward.pair, awkward.data.train.x
     names = {v.attrs["site"]: name for name, v in found["posterior"].data_vars.items()}
@@ -298,7 +300,7 @@ def test_a_pair_that_cannot_be_simulated_loses_groups_only(awkward, tmp_path, mo
     found = awkward.posterior(draws=DRAWS)
     assert not {"prior", "posterior_predictive"} & set(found.groups)
     assert found["posterior"].attrs["missing_prior"] == json.dumps("no\x00 way")
-    assert_same(found, Posterior.load(found.save(tmp_path / "p.nc")))
+    assert_same(found, PosteriorDraws.load(found.save(tmp_path / "p.nc")))
 
 
 class Mixture(nn.Module):
@@ -328,7 +330,7 @@ def test_latents_that_the_model_sums_out_have_draws_and_no_weights(awkward, tmp_
     assert found["sample_stats"].attrs["missing_log_weight"] == "the model sums out code"
     assert set(found["diagnostics"].data_vars) == {"elbo"}
     assert "missing_code" in found["guide"].attrs
-    assert_same(found, Posterior.load(found.save(tmp_path / "p.nc")))
+    assert_same(found, PosteriorDraws.load(found.save(tmp_path / "p.nc")))
     assert found.to_arviz() is not None
 
 
@@ -359,7 +361,7 @@ def test_names_are_safe_distinct_and_deterministic(tails):
     claimed = [claim for site, name in names.items() for claim in (name, *dims_of(name, tails[site]))]
     assert len(set(claimed)) == len(claimed)
     assert all(
-        0 < len(name) <= LONGEST and name.isascii() and name.replace("_", "a").isalnum() for name in names.values()
+        0 < len(name) <= LONGEST_NAME and name.isascii() and name.replace("_", "a").isalnum() for name in names.values()
     )
     assert not {"chain", "draw", "datum"} & set(names.values())
     again = safe_names({name: tails[site] for site, name in names.items()})
@@ -373,7 +375,7 @@ def test_memory_is_refused_before_anything_is_drawn(run, monkeypatch):
     def never(*_: object) -> None:
         raise AssertionError("drawn")
 
-    monkeypatch.setattr(EXPORT, "draw_chunk", never)
+    monkeypatch.setattr("pvae.analysis.export.latents.draw_chunk", never)
     with pytest.raises(DataError, match=r"at most 1073741824 bytes .* posterior/z takes \d+. Lower draws or rows"):
         run.posterior(draws=100_000_000)
     with pytest.raises(DataError, match=r"posterior_predictive/x takes \d+. Lower predictive_rows or predictive_draws"):
@@ -388,7 +390,7 @@ def test_bad_arguments(run, small):
         run.posterior("tset")
     with pytest.raises(DataError, match="did you mean 'prior'"):
         small["priors"]
-    with pytest.raises(DataError, match="share between 0 and 1; got 94"):
+    with pytest.raises(DataError, match="proportion between 0 and 1; got 94"):
         small.summary(94)
 
 
@@ -398,9 +400,9 @@ def test_bad_arguments(run, small):
 def test_file_round_trips_exactly_and_twice_the_same(run, small, tmp_path):
     one = small.save(tmp_path / "one.nc")
     two = run.posterior(draws=DRAWS, rows=ROWS).save(tmp_path / "two.nc")
-    assert_same(small, Posterior.load(one))
+    assert_same(small, PosteriorDraws.load(one))
     assert one.read_bytes() == two.read_bytes()
-    assert Posterior.load(one).save(tmp_path / "one.nc") == one
+    assert PosteriorDraws.load(one).save(tmp_path / "one.nc") == one
     assert {p.name for p in tmp_path.iterdir()} >= {"one.nc", "one.nc.sha256", "two.nc", "two.nc.sha256"}
     assert not list(tmp_path.glob(".tmp*"))
     subprocess.run(["sha256sum", "--check", "--quiet", "one.nc.sha256"], cwd=tmp_path, check=True)
@@ -413,15 +415,15 @@ def test_damage_is_refused(small, tmp_path):
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
     with pytest.raises(CheckpointError, match=r"expected SHA-256 .* \(its bytes changed"):
-        Posterior.load(path)
+        PosteriorDraws.load(path)
     checksum.write_text("nothing\n")
     with pytest.raises(CheckpointError, match="expected a line of sha256sum"):
-        Posterior.load(path)
+        PosteriorDraws.load(path)
     checksum.unlink()
     with pytest.raises(CheckpointError, match="expected the file and its p.nc.sha256"):
-        Posterior.load(path)
+        PosteriorDraws.load(path)
     with pytest.raises(CheckpointError, match="expected the file"):
-        Posterior.load(tmp_path / "absent.nc")
+        PosteriorDraws.load(tmp_path / "absent.nc")
     assert CheckpointError.exit_code == 65
 
 
@@ -430,7 +432,7 @@ def test_what_is_no_netcdf_is_refused(tmp_path):
     path.write_bytes(b"\x80\x04pickle")
     path.with_name("p.nc.sha256").write_text(f"{hashlib.sha256(path.read_bytes()).hexdigest()}  p.nc\n")
     with pytest.raises(CheckpointError, match="expected NetCDF with groups"):
-        Posterior.load(path)
+        PosteriorDraws.load(path)
 
 
 @pytest.mark.parametrize("kind", ["external link", "soft link", "external storage", "deep", "no group"])
@@ -451,7 +453,7 @@ def test_a_file_that_leads_elsewhere_is_refused(small, tmp_path, kind):
             file["more"] = np.zeros(3)
     path.with_name("p.nc.sha256").write_text(f"{hashlib.sha256(path.read_bytes()).hexdigest()}  p.nc\n")
     with pytest.raises(CheckpointError, match="expected groups of plain arrays; got .*more"):
-        Posterior.load(path)
+        PosteriorDraws.load(path)
 
 
 def test_failed_writing_leaves_what_stood_there(small, tmp_path, monkeypatch):
@@ -498,7 +500,7 @@ def test_words_are_short_and_escaped(small):
     assert "5 draws x 30 rows" in repr(small)
     assert "z [16]" in repr(small)
     attrs = {"run": "<script>", "run_id": "&", "split": "test"}
-    hostile = Posterior({"posterior": small["posterior"].assign_attrs(attrs)})
+    hostile = PosteriorDraws({"posterior": small["posterior"].assign_attrs(attrs)})
     assert "<script>" not in hostile._repr_html_()
     assert "&lt;script&gt; &amp;" in hostile._repr_html_()
 
@@ -550,7 +552,7 @@ spec = importlib.util.spec_from_file_location("groups", sys.argv[1])
 groups = importlib.util.module_from_spec(spec)
 sys.modules["groups"] = groups
 spec.loader.exec_module(groups)
-found = groups.Posterior.load(sys.argv[2])
+found = groups.PosteriorDraws.load(sys.argv[2])
 tree = found.to_arviz()
 assert isinstance(tree, xarray.DataTree), type(tree)
 with xarray.open_datatree(sys.argv[2], engine="h5netcdf") as opened:
@@ -558,7 +560,7 @@ with xarray.open_datatree(sys.argv[2], engine="h5netcdf") as opened:
         xarray.testing.assert_identical(opened[name].to_dataset(), found[name])
         xarray.testing.assert_identical(tree[name].to_dataset(), found[name])
     print(int(arviz.__version__.split(".")[0]) >= 1, float(arviz.ess(opened)["z"].mean()) > 0)
-few = groups.Posterior({"posterior": found["posterior"].isel(datum=slice(2))})
+few = groups.PosteriorDraws({"posterior": found["posterior"].isel(datum=slice(2))})
 print(len(arviz.summary(few.to_arviz())), len(found.summary()), "torch" in sys.modules)
 """
 
@@ -576,7 +578,7 @@ def test_arviz_1_opens_the_file_without_torch(small, newer_python, tmp_path):
     path = small.save(tmp_path / "p.nc")
     # pvae itself comes from this tree; its errors and files need the standard library alone
     environment = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(ROOT), "HOME": str(tmp_path)}
-    groups = ROOT / "analysis" / "groups.py"
+    groups = ROOT / "analysis" / "export" / "datasets.py"
     done = subprocess.run(
         [python, "-c", NEWER, groups, path], capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=120
     )
@@ -587,16 +589,12 @@ def test_arviz_1_opens_the_file_without_torch(small, newer_python, tmp_path):
 # ---------------------------------------------------------------------- the command line
 
 
-def test_command(run, tmp_path, monkeypatch, capsys):
+def test_command(run, tmp_path, monkeypatch):
     arguments = ["posterior", str(run.path), "--draws", "4", "--rows", "6", "--seed", "3"]
     for more, path in (([], run.path / "analysis" / "posterior-test.nc"), (["--out", "p.nc"], tmp_path / "p.nc")):
         monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(sys, "argv", ["pvae", *arguments, *more])
-        with pytest.raises(SystemExit) as caught:
-            cli.main()
-        assert caught.value.code == 0
-        assert_same(Posterior.load(path), run.posterior(draws=4, rows=6, seed=3))
-    out = capsys.readouterr().out
+        out, _ = run_cli(*arguments, *more)
+        assert_same(PosteriorDraws.load(path), run.posterior(draws=4, rows=6, seed=3))
     assert "z[15]" in out
     assert "r_hat" not in out
     assert "posterior: p.nc" in out

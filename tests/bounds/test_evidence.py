@@ -21,9 +21,11 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from pvae.analysis.bounds.accumulate import Stream, block_size, group_sizes
-from pvae.analysis.bounds.evidence import PriorEvidence, evidence, prior_evidence, vectorises
+from pvae.analysis.bounds.accumulate import Accumulator, block_size, group_sizes
+from pvae.analysis.bounds.evidence import evidence, prior_evidence
+from pvae.analysis.bounds.lower_bounds import PriorEvidence
 from pvae.analysis.bounds.psis import khat_limit, pareto_k, tail_length
+from pvae.analysis.bounds.weights import vectorises
 from pvae.errors import DataError
 from pvae.pair.pair import Pair
 
@@ -170,9 +172,9 @@ def test_standard_errors_are_the_spread_over_seeds(bound, stretch):
 # ---------------------------------------------------------------------- the stream
 
 
-def in_blocks(weights: Tensor, lengths: list[int]) -> Stream:
+def in_blocks(weights: Tensor, lengths: list[int]) -> Accumulator:
     """A stream that was given `weights` in blocks of these lengths."""
-    stream = Stream(len(weights), EPS)
+    stream = Accumulator(len(weights), EPS)
     for block in weights.split(lengths):
         stream.push(block)
     return stream
@@ -191,7 +193,7 @@ def lengths_of(samples: int, kind: str) -> list[int]:
 @pytest.mark.parametrize("samples", [2, 30, 97, 500, 1024])
 def test_stream_is_the_sum_of_weights_in_memory(samples, kind):
     weights = 2 * torch.randn(samples, 6).double() - 500
-    found = in_blocks(weights, lengths_of(samples, kind)).sums()
+    found = in_blocks(weights, lengths_of(samples, kind)).result()
     for i, k in enumerate(group_sizes(samples)):
         groups = weights.reshape(-1, k, 6).logsumexp(1) - math.log(k)
         torch.testing.assert_close(found.bounds[i], groups.mean(0), rtol=0, atol=1e-11)
@@ -231,7 +233,7 @@ def test_impossible_data_and_impossible_draws(kind):
     weights[:, 0] = -math.inf
     weights[::2, 1] = -math.inf
     weights[1:, 2] = -math.inf
-    found = in_blocks(weights, lengths_of(200, kind)).sums()
+    found = in_blocks(weights, lengths_of(200, kind)).result()
     assert not found.bounds.isnan().any()
     assert not found.squared_errors.isnan().any()
     assert found.log_p[0] == -math.inf
@@ -338,11 +340,11 @@ def test_khat_finds_a_guide_that_is_too_narrow():
     assert narrow.khat_share > 0.5
     assert wide.khat_share == 0
     assert narrow.to_dict()["khat_max"] > 0.7 > 0.5 > wide.to_dict()["khat_max"]
-    assert f"k-hat above 0.67 for {100 * narrow.khat_share:.3g} % of data: there the weights' var" in str(narrow)
-    assert "k-hat above 0.67 for no datum" in str(wide)
+    assert f"not reliable: k-hat exceeds its limit 0.67 on {100 * narrow.khat_share:.3g} % of data" in str(narrow)
+    assert "reliable: k-hat exceeds its limit 0.67 on no data point" in str(wide)
     few = evidence(ppca(0.001), x, samples=30)
-    assert "k-hat above 0.32 for" in str(few)
-    assert "the samples are too few and the bound loose" in str(few)
+    assert "k-hat exceeds its limit 0.32 on" in str(few)
+    assert "there the samples are too few" in str(few)
 
 
 # ---------------------------------------------------------------------- global latents

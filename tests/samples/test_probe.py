@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 import warnings
 
 import numpy as np
@@ -25,7 +24,8 @@ from torch import Tensor, nn
 
 import pvae
 from pvae.analysis import encode, probe
-from pvae.data import Dataset
+from pvae.analysis.samples.probe import _read
+from pvae.data.dataset import Dataset
 from pvae.errors import DataError
 from pvae.experiment.experiment import Experiment
 from pvae.runs.run import Run
@@ -112,17 +112,17 @@ def test_the_readers_are_scikit_learns(told):
 
 
 def test_few_training_rows_are_drawn_by_the_seed(told, monkeypatch):
-    monkeypatch.setattr(sys.modules["pvae.analysis.samples.probe"], "MOST_TRAINED", 3)
+    monkeypatch.setattr("pvae.analysis.samples.probe.PROBE_TRAINING_ROWS", 3)
     found = probe(told, rows=50, seed=1)
     assert (found.trained, found.asked) == (3, 50)
-    monkeypatch.setattr(sys.modules["pvae.analysis.samples.probe"], "STEPS", 1)
+    monkeypatch.setattr("pvae.analysis.samples.probe.LINEAR_STEPS", 1)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert probe(told, rows=50, seed=1)["a"].linear.value > 0.2  # cut short, and no warning
 
 
 def test_one_hots():
-    columns = sys.modules["pvae.analysis.samples.probe"]._read(torch.tensor([[0, 2], [1, 1]]), torch.tensor([[3, 0]]))
+    columns = _read(torch.tensor([[0, 2], [1, 1]]), torch.tensor([[3, 0]]))
     learnt, asked = columns.plain
     assert sparse.issparse(learnt)
     assert learnt.toarray().tolist() == [[1, 0, 0, 0, 0, 0, 1, 0], [0, 1, 0, 0, 0, 1, 0, 0]]
@@ -160,7 +160,7 @@ def test_where_there_is_nothing_to_read(told, tmp_path):
     }  # fmt: skip
     keep = {"run_dir": tmp_path, "device": "cpu", "progress": False}
     run = pvae.fit(Experiment.from_dict(spec), data=Dataset.from_tensors(x, y), **keep)
-    with pytest.raises(DataError, match="probe: expected a model that is not told the label; got one conditioned on y"):
+    with pytest.raises(DataError, match="a model that is not conditioned on the label; got one conditioned on y"):
         probe(run)
     module = Told()
     for labels, message in (

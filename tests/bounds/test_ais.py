@@ -17,7 +17,8 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from pvae.analysis.bounds.ais import ais, bracket
-from pvae.analysis.bounds.annealing import Plan, Target, schedule, transition
+from pvae.analysis.bounds.annealing import schedule, transition
+from pvae.analysis.bounds.targets import AnnealingPlan, Target
 from pvae.errors import DataError
 from pvae.experiment.experiment import Experiment
 from pvae.pair.pair import Pair
@@ -248,7 +249,7 @@ def test_a_transition_leaves_its_density_invariant(step):
         torch.linalg.solve(precision, W.T @ x.T / S2).T, precision_matrix=precision
     )
     with torch.no_grad():
-        target = Target(pair, x, Plan("ais", 2, 1, 1, "prior"))
+        target = Target(pair, x, AnnealingPlan("ais", 2, 1, 1, "prior"))
         point = target.at(posterior.sample((3000,)))
         start, accepted = point.u, []
         for _ in range(25):
@@ -265,7 +266,7 @@ def test_a_transition_leaves_its_density_invariant(step):
 def test_the_gradient_is_that_of_the_tempered_density():
     x = RATES
     with torch.no_grad():
-        target = Target(positive().adopt(x), x, Plan("ais", 2, 1, 1, "guide"))
+        target = Target(positive().adopt(x), x, AnnealingPlan("ais", 2, 1, 1, "guide"))
         u = torch.randn(3, 3, 2).double()
         _, gradient = target.slope(u, 0.3)
         nudge = 1e-6 * torch.randn_like(u)

@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,14 +16,14 @@ from scipy.stats import norm
 from torch import Tensor, nn
 
 import pvae
-from pvae import cli
 from pvae.analysis import encode, interpolate
 from pvae.analysis.pages import plots
-from pvae.data import Dataset
+from pvae.data.dataset import Dataset
 from pvae.errors import DataError
 from pvae.experiment.experiment import Experiment
 from pvae.pair.pair import Pair
 from pvae.runs.run import Run
+from tests.samples.models import command
 
 
 class Levels(nn.Module):
@@ -95,7 +94,9 @@ def test_a_code_that_both_rows_share_stays_and_others_have_no_in_between():
     assert found.x.tolist() == pytest.approx([5.4, 5.1, 4.8], abs=1e-5)
     z = np.array([0.4, 0.1, -0.2])
     assert found.log_prior.numpy() == pytest.approx(norm.logpdf(z) - np.log(3), abs=1e-5)
-    with pytest.raises(DataError, match=r"interpolate: expected latents of real numbers.*got c, .* no in-between"):
+    with pytest.raises(
+        DataError, match=r"interpolate: expected latents of real numbers.*got c, .* cannot be interpolated"
+    ):
         interpolate(pair, torch.tensor([0.1]), torch.tensor([5.1]))
 
 
@@ -135,7 +136,7 @@ def test_the_ends_are_the_reconstructions_of_both_rows(name):
 
 
 @pytest.fixture(scope="module")
-def moons(tmp_path_factory: pytest.TempPathFactory) -> Run:
+def told_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """Two classes in the plane, told to the model."""
     generator = torch.Generator().manual_seed(0)
     y = torch.randint(2, (200,), generator=generator)
@@ -151,41 +152,30 @@ def moons(tmp_path_factory: pytest.TempPathFactory) -> Run:
     )
 
 
-def test_covariates_are_those_of_the_first_row(moons):
-    rows = moons.data.test.x
+def test_covariates_are_those_of_the_first_row(told_run):
+    rows = told_run.data.test.x
     a, b = rows[rows[:, 2] == 0][:1], rows[rows[:, 2] == 1][:1]
-    found = interpolate(moons, a, b, steps=3)
-    z = encode(moons, b, mean=True)["z"]
+    found = interpolate(told_run, a, b, steps=3)
+    z = encode(told_run, b, mean=True)["z"]
     told = torch.tensor([[1.0, 0.0]])
     with torch.no_grad():
-        assert torch.allclose(found.x[-1:], moons.pair.model.decoder({"z": z, "y": told}).mean, atol=1e-6)
-        prior = moons.pair.model.prior("z", {"y": told}).log_prob(z)
+        assert torch.allclose(found.x[-1:], told_run.pair.model.decoder({"z": z, "y": told}).mean, atol=1e-6)
+        prior = told_run.pair.model.prior("z", {"y": told}).log_prob(z)
     assert float(found.log_prior[-1]) == pytest.approx(float(prior), rel=1e-5)
 
 
-def test_it_is_saved_and_shown(moons, tmp_path, capsys):
-    found = interpolate(moons, moons.data.test.x[0], moons.data.test.x[1])
+def test_it_is_saved_and_shown(told_run, tmp_path):
+    found = interpolate(told_run, told_run.data.test.x[0], told_run.data.test.x[1])
     with np.load(found.save(tmp_path / "way.npz"), allow_pickle=False) as saved:
         assert set(saved) == {"x", "at", "latents/z", "log_prior"}
         assert saved["x"].shape == (9, 2)
-    assert plots.interpolated(found, moons.data.train.data.numpy()) is not None
+    assert plots.interpolated(found, told_run.data.train.data.numpy()) is not None
 
 
-def run_cli(*arguments: str, code: int = 0) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["pvae", *arguments])
-        with pytest.raises(SystemExit) as caught:
-            cli.main()
-    assert (caught.value.code or 0) == code
-
-
-def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    pvae.fit("vae", *SMALL, "train.epochs=1", "train.engine=eager", run_dir=tmp_path, device="cpu", progress=False)
-    where = ["--run-dir", str(tmp_path)]
-    run_cli("interpolate", "vae", "0", "1", "--steps", "3", "--json", *where)
-    found = json.loads(capsys.readouterr().out)
+def test_the_command(folder):
+    found = json.loads(command(folder, "interpolate", "vae", "0", "1", "--steps", "3", "--json"))
     assert found["shapes"]["x"][0] == 3
     assert all(Path(path).stat().st_size for path in (found["npz"], *found["png"]))
     assert len(found["png"]) == 1
-    run_cli("interpolate", "vae", "0", "99999", *where, code=2)
-    assert "J: expected a row of test, 0 .. 446; got 99999" in capsys.readouterr().err
+    error = command(folder, "interpolate", "vae", "0", "99999", code=2)
+    assert "J: expected a row of test, 0 .. 446; got 99999" in error

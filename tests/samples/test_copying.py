@@ -15,12 +15,10 @@ import torch
 from scipy.stats import kstest, mannwhitneyu
 from torch import Tensor
 
-import pvae
 from pvae.analysis import copying, data_copying, features, sample
 from pvae.analysis.samples.copying import nearest_of
-from pvae.data import Dataset
+from pvae.data.dataset import Dataset
 from pvae.errors import DataError
-from pvae.runs.run import Run
 
 
 def normals(n: int, d: int, seed: int, spread: float = 1.0) -> Tensor:
@@ -37,7 +35,7 @@ def patched(patch: pytest.MonkeyPatch, **values: int) -> None:
 
 @pytest.mark.parametrize(("width", "block"), [(7, 21), (8192, 2**23)])
 def test_the_nearest_row_is_that_of_all_pairs(width, block, monkeypatch):
-    patched(monkeypatch, WIDTH=width, BLOCK=block)
+    patched(monkeypatch, TRAINING_BLOCK=width, DISTANCES_PER_BLOCK=block)
     a, b = normals(40, 5, 0) + 300, normals(60, 5, 1) + 300
     pairs = ((a[:, None].double() - b[None].double()) ** 2).sum(2).sqrt()
     found, distance = nearest_of(a, b)
@@ -173,41 +171,33 @@ def test_what_cannot_be_looked_at(held, fake, message):
 # ---------------------------------------------------------------------- of a run
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    return pvae.fit(
-        "vae", "encoder.network.hidden=[16]", "decoder.network.hidden=[16]", "train.epochs=1", "train.engine=eager",
-        run_dir=tmp_path_factory.mktemp("runs"), device="cpu", progress=False,
-    )  # fmt: skip
-
-
-def test_a_run(run, monkeypatch):
-    found = copying(run, rows=40, seed=1)
+def test_a_run(vae, monkeypatch):
+    found = copying(vae, rows=40, seed=1)
     assert json.loads(json.dumps(found.to_dict()))["samples"] == 40
-    assert copying(run, rows=40, seed=1).to_dict() == found.to_dict()
-    train = run.data.train.data
-    drawn = sample(run, 40, seed=1).x
+    assert copying(vae, rows=40, seed=1).to_dict() == found.to_dict()
+    train = vae.data.train.data
+    drawn = sample(vae, 40, seed=1).x
     assert torch.allclose((drawn - train[found.nearest]).flatten(1).norm(dim=1).double(), found.distance)
-    means = copying(run, rows=40, samples=sample(run, 30, mean=True))
+    means = copying(vae, rows=40, samples=sample(vae, 30, mean=True))
     assert len(means.nearest) == 30
     assert means.is_mean
-    assert "read nearer" in means.remarks[1]
+    assert "use nearer" in means.remarks[1]
     assert "z" in str(found)
-    patched(monkeypatch, MOST_TRAINED=50)
-    some = copying(run, rows=40, seed=1)
+    patched(monkeypatch, COPIED_FROM_ROWS=50)
+    some = copying(vae, rows=40, seed=1)
     assert some.trained == 50
     assert torch.allclose((drawn - train[some.nearest]).flatten(1).norm(dim=1).double(), some.distance)
 
 
-def test_a_run_that_was_trained_on_the_rows(run):
+def test_a_run_that_was_trained_on_the_rows(vae):
     with pytest.raises(DataError, match="copying: expected data that the run was not trained on; got train"):
-        copying(run, "train")
+        copying(vae, "train")
 
 
-def test_a_sampler_of_training_rows(run):
-    x = run.data.train.data
-    held = Dataset.from_tensors(x[:200], test=run.data.test.data[:100])
-    copies = sample(run, 100)
+def test_a_sampler_of_training_rows(vae):
+    x = vae.data.train.data
+    held = Dataset.from_tensors(x[:200], test=vae.data.test.data[:100])
+    copies = sample(vae, 100)
     copies.x.copy_(held.train.data[:100])
     found = data_copying(held.train.data, held.test.data, copies.x)
     assert torch.equal(found.distance, torch.zeros(100, dtype=torch.float64))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import math
-import sys
 from itertools import combinations
 from pathlib import Path
 
@@ -19,14 +18,14 @@ from matplotlib.text import Annotation, Text
 from torch import Tensor, nn
 
 import pvae
-from pvae import cli
 from pvae.analysis import rate_distortion, surgery
 from pvae.analysis.pages import plots
-from pvae.data import Dataset
+from pvae.data.dataset import Dataset
 from pvae.errors import DataError, DeclarationError
 from pvae.experiment.experiment import Experiment
 from pvae.pair.pair import Pair
 from pvae.runs.run import Run
+from tests.cli_runner import run_cli
 
 SMALL = ["encoder.network.hidden=[8]", "decoder.network.hidden=[8]", "train.engine=eager", "train.epochs=1"]
 TOY = {
@@ -203,18 +202,13 @@ def test_one_run_of_one_row_has_a_figure_and_no_error(folder: Path) -> None:
 # ---------------------------------------------------------------------- the command line
 
 
-def run_cli(capsys: pytest.CaptureFixture[str], folder: Path, *arguments: str, code: int = 0) -> str:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["pvae", "rate-distortion", *arguments, "--run-dir", str(folder)])
-        with pytest.raises(SystemExit) as caught:
-            cli.main()
-    captured = capsys.readouterr()
-    assert caught.value.code == code, captured.err
-    return captured.err if code else captured.out
+def command(folder: Path, *arguments: str, code: int = 0) -> str:
+    out, error = run_cli("rate-distortion", *arguments, "--run-dir", str(folder), code=code)
+    return error if code else out
 
 
-def test_cli_writes_a_table_and_a_picture(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out = run_cli(capsys, folder, "vae", "wide", "--out", str(tmp_path / "plane"))
+def test_cli_writes_a_table_and_a_picture(folder: Path, tmp_path: Path) -> None:
+    out = command(folder, "vae", "wide", "--out", str(tmp_path / "plane"))
     assert "rate" in out
     assert f"csv: {tmp_path / 'plane.csv'}" in out
     expected = rate_distortion(runs(folder, "vae", "wide"))
@@ -223,12 +217,12 @@ def test_cli_writes_a_table_and_a_picture(folder: Path, tmp_path: Path, capsys: 
     assert [row["run"] for row in rows] == ["vae", "wide"]
     assert [float(row["rate"]) for row in rows] == pytest.approx([row["rate"] for row in expected.rows])
     assert (tmp_path / "plane.png").read_bytes().startswith(b"\x89PNG")
-    record = json.loads(run_cli(capsys, folder, "vae", "wide", "--json", "--out", str(tmp_path / "again")))
+    record = json.loads(command(folder, "vae", "wide", "--json", "--out", str(tmp_path / "again")))
     assert {key: record[key] for key in ("unit", "split", "runs")} == expected.to_dict()
     assert record["png"] == str(tmp_path / "again.png")
 
 
-def test_cli_refuses_what_does_not_compare(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    err = run_cli(capsys, folder, "vae", "noisy", "--out", str(tmp_path / "plane"), code=65)
+def test_cli_refuses_what_does_not_compare(folder: Path, tmp_path: Path) -> None:
+    err = command(folder, "vae", "noisy", "--out", str(tmp_path / "plane"), code=65)
     assert "do not compare" in err or "figures compare" in err
     assert not list(tmp_path.iterdir())

@@ -1,0 +1,165 @@
+"""Lower bounds on log p(x) with one to many importance samples, and the reliability of their weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar, final
+
+from torch import Tensor
+
+from pvae.analysis.bounds.psis import SMALLEST_TAIL, khat_limit, tail_length
+from pvae.analysis.figures.estimate import Estimate, finite
+from pvae.analysis.figures.table import Figures, Row
+
+UNRELIABLE_PROPORTION = 0.1
+"""Proportion of data with k-hat above its limit beyond which importance sampling is called not reliable."""
+
+
+@dataclass(frozen=True, repr=False)
+class Bounds(Figures):
+    """Lower bounds on the mean log p(x) with 1, ..., `samples` importance samples, nats per datum."""
+
+    what: ClassVar[str]
+    """Name of the quantity, for the title."""
+    names: ClassVar[tuple[str, str]]
+    """Names of the bound with one sample and of the others, to which `_K` is appended."""
+    first: ClassVar[str]
+    """Meaning of the bound with one sample."""
+    source: ClassVar[str]
+    """Distribution the samples are drawn from."""
+    divergence: ClassVar[str]
+    """Divergence that the gap bounds from below."""
+
+    n: int
+    """Number of data."""
+    samples: int
+    """Largest number of samples K."""
+    curve: tuple[tuple[int, Estimate], ...]
+    """(K, bound with K samples) for K from 1 to `samples`, all from the same samples; never falls with K."""
+    log_p: Tensor
+    """Bound of every datum with all samples, nats, `(n,)`."""
+    ess: Tensor
+    """Effective sample size of the weights of every datum, `(n,)`, at most `samples`."""
+    khat: Tensor
+    """Pareto shape of the largest weights of every datum, `(n,)`; NaN where there is no tail, see `psis.pareto_k`."""
+
+    @property
+    def gap(self) -> float:
+        """Bound with all samples minus the bound with one, nats: a lower bound on `divergence`."""
+        return self.curve[-1][1].value - self.curve[0][1].value
+
+    @property
+    def khat_limit(self) -> float:
+        """Limit above which the bound of a datum is not reliable: min(1 - 1 / log10(samples), 0.7)."""
+        return khat_limit(self.samples)
+
+    @property
+    def khat_share(self) -> float:
+        """Proportion of data whose k-hat exceeds `khat_limit`; NaN with too few samples for a tail."""
+        if tail_length(self.samples) < SMALLEST_TAIL:
+            return math.nan
+        return float((self.khat > self.khat_limit).double().mean())
+
+    @property
+    def title(self) -> str:
+        return f"{self.what}, nats per datum (n = {self.n})"
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        return (self.summary(), f"the gap is a lower bound on {self.divergence}", self.trust())
+
+    def rows(self) -> Iterator[Row]:
+        """Rows (term, estimate, meaning), K rising; a single sample has both names."""
+        one, many = self.names
+        yield one, self.curve[0][1], self.first
+        for k, bound in self.curve[1:] or self.curve:
+            yield f"{many}_{k}", bound, f"lower bound on log p(x), K = {k} {self.source}"
+
+    def trust(self) -> str:
+        """One sentence on the reliability of the weights, from k-hat."""
+        share = self.khat_share
+        if math.isnan(share):
+            return "too few samples for k-hat"
+        exceeds = f"k-hat exceeds its limit {self.khat_limit:.2g} on"
+        if not share:
+            return f"importance sampling is reliable: {exceeds} no data point"
+        why = "the weights may have infinite variance" if self.khat_limit > 0.5 else "the samples are too few"
+        if share > UNRELIABLE_PROPORTION:
+            return f"importance sampling is not reliable: {exceeds} {100 * share:.3g} % of data points; there {why}"
+        return f"importance sampling is reliable: {exceeds} only {100 * share:.3g} % of data points; there {why}"
+
+    def summary(self) -> str:
+        """Gap and effective samples, in one line."""
+        return f"gap {self.gap:.4f}; effective samples {self.ess.median():.0f} (median)"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers and strings, for JSON; None for values that are not defined or not finite."""
+        khat = self.khat[~self.khat.isnan()]
+        return {
+            "unit": "nats per datum",
+            "n": self.n,
+            "samples": self.samples,
+            "figures": self.figures(),
+            "curve": [{"samples": k, **e.to_dict()} for k, e in self.curve],
+            "gap": finite(self.gap),
+            "ess_median": float(self.ess.median()),
+            "ess_min": float(self.ess.min()),
+            "khat_limit": self.khat_limit,
+            "khat_share": finite(self.khat_share),
+            "khat_median": finite(khat.median()) if len(khat) else None,
+            "khat_max": finite(khat.max()) if len(khat) else None,
+        }
+
+
+@final
+@dataclass(frozen=True, repr=False)
+class Evidence(Bounds):
+    """Lower bounds on the mean log p(x) with samples of the guide, nats per datum; the result of `evidence`."""
+
+    what = "evidence"
+    names = ("elbo", "iwae")
+    first = "lower bound on log p(x) with one sample, averaged over the same samples"
+    source = "samples of the guide"
+    divergence = "KL(q(z|x) || p(z|x))"
+
+    exact: Estimate | None = None
+    """log p(x) itself where it is known: of a flow, and of codes with at most 4096 joint states that can be summed."""
+
+    def rows(self) -> Iterator[Row]:
+        yield from super().rows()
+        if self.exact is not None:
+            yield "log_p", self.exact, "log p(x) itself: the density of a flow, or the sum over all states of the codes"
+
+    @property
+    def elbo(self) -> Estimate:
+        """Bound with one sample, averaged over the same samples."""
+        return self.curve[0][1]
+
+    @property
+    def iwae(self) -> Estimate:
+        """Bound with all samples; the tightest."""
+        return self.curve[-1][1]
+
+
+@final
+@dataclass(frozen=True, repr=False)
+class PriorEvidence(Bounds):
+    """Lower bounds on the mean log p(x) with samples of the prior, nats per datum; the result of `prior_evidence`."""
+
+    what = "evidence from the prior"
+    names = ("jensen", "prior")
+    first = "E_p(z) log p(x | z), averaged over the same samples"
+    source = "samples of the prior"
+    divergence = "KL(p(z) || p(z|x))"
+
+    @property
+    def jensen(self) -> Estimate:
+        """Jensen's bound E_p(z) log p(x | z), averaged over the same samples."""
+        return self.curve[0][1]
+
+    @property
+    def evidence(self) -> Estimate:
+        """log (1/S) sum_s p(x | z_s): below log p(x) in expectation."""
+        return self.curve[-1][1]

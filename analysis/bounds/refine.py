@@ -1,0 +1,166 @@
+"""Variational families refined for every datum: the guide's normals with a shift and a scale of their own per row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, final
+
+import pyro.distributions as dist
+import torch
+from pyro.poutine.messenger import Messenger
+from torch import Tensor
+from torch.distributions import Independent, MultivariateNormal, Normal, TransformedDistribution
+
+from pvae.errors import DataError
+from pvae.pair.layout import samples
+from pvae.pair.pair import Pair
+
+AnyNormal = Normal | MultivariateNormal
+Edit = Callable[[Any], dist.TorchDistribution]
+"""Function that replaces a normal distribution by another one."""
+
+
+def rebuild(site: str, fn: Any, edit: Edit) -> Any:
+    """Return a distribution like `fn` with its innermost normal replaced.
+
+    Raises:
+        DataError: there is no normal, or it is seen through a map that is not a bijection (HalfNormal).
+    """
+    if isinstance(fn, AnyNormal):
+        return edit(fn)
+    if isinstance(fn, Independent):
+        return dist.Independent(rebuild(site, fn.base_dist, edit), fn.reinterpreted_batch_ndims)
+    if isinstance(fn, dist.MaskedDistribution):
+        return dist.MaskedDistribution(rebuild(site, fn.base_dist, edit), fn._mask)
+    if isinstance(fn, TransformedDistribution) and all(t.bijective for t in fn.transforms):
+        return dist.TransformedDistribution(rebuild(site, fn.base_dist, edit), fn.transforms)
+    if isinstance(fn, dist.ExpandedDistribution):
+        whole = fn.base_dist.expand(fn.batch_shape)
+        if not isinstance(whole, dist.ExpandedDistribution):
+            return rebuild(site, whole, edit)
+        fn = whole.base_dist
+    raise DataError(
+        f"gap: expected a guide whose {site} is built on a normal; got {type(fn).__name__}. Use ais, or "
+        "evidence where the posterior has a density."
+    )
+
+
+@final
+class Pathwise(dist.TorchDistribution):
+    """Samples from one distribution and scores under a detached copy: a pathwise gradient without the score term.
+
+    The expected score is zero, so the gradient of the ELBO stays unbiased; its variance vanishes as the distribution
+    approaches the posterior.
+
+    References:
+        Sticking the Landing (Roeder, Wu, Duvenaud, 2017), https://arxiv.org/abs/1703.09194
+
+    Arguments:
+        live: distribution to sample from.
+        fixed: the same distribution, detached, to score under.
+    """
+
+    arg_constraints = {}
+    has_rsample = True
+
+    def __init__(self, live: Any, fixed: Any) -> None:
+        self.live, self.fixed = live, fixed
+        super().__init__(live.batch_shape, live.event_shape, validate_args=False)
+
+    @property
+    def support(self) -> Any:
+        return self.live.support
+
+    def rsample(self, sample_shape: torch.Size | list[int] | tuple[int, ...] = torch.Size()) -> Tensor:
+        return self.live.rsample(sample_shape)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        return self.fixed.log_prob(value)
+
+
+def edited_diagonal(base: Any, shift: Tensor, log_ratio: Tensor) -> dist.TorchDistribution:
+    """Return N(m + s a, (s exp b)^2) for N(m, s^2), a the shift and b the log ratio of the scales."""
+    return dist.Normal(base.loc + base.scale * shift, base.scale * log_ratio.exp())
+
+
+def edited_full_rank(base: Any, shift: Tensor, factor: Tensor) -> dist.TorchDistribution:
+    """Return N(m + L a, (L B)(L B)^T) for N(m, L L^T), B lower triangular with a positive diagonal."""
+    ratio = factor.tril(-1) + torch.diag_embed(factor.diagonal(dim1=-2, dim2=-1).exp())
+    loc = base.loc + (base.scale_tril @ shift[..., None])[..., 0]
+    return dist.MultivariateNormal(loc, scale_tril=base.scale_tril @ ratio)
+
+
+@final
+class RefinedNormal:
+    """Parameters, one set for every row, that change the normal of one latent; at first they leave it as it is.
+
+    Arguments:
+        base: the guide's normal, for the rows of one batch.
+        axis: dimension of the rows among those of the parameters.
+    """
+
+    def __init__(self, base: AnyNormal, axis: int) -> None:
+        shape = (*base.batch_shape, *base.event_shape)
+        self.axis = axis
+        self.is_diagonal = isinstance(base, Normal)
+        wide = shape if self.is_diagonal else (*shape, base.event_shape[0])
+        self.free = [base.loc.new_zeros(shape), base.loc.new_zeros(wide)]
+
+    def edit(self, base: Any, *, detach: bool = False) -> dist.TorchDistribution:
+        """Return the changed normal, with or without gradient with respect to the parameters."""
+        free = [t.detach() for t in self.free] if detach else self.free
+        return (edited_diagonal if self.is_diagonal else edited_full_rank)(base, *free)
+
+
+@final
+class Refined(Messenger):
+    """Handler that replaces the guide's latents by refined ones.
+
+    Arguments:
+        members: refined normal of every latent of the guide, for the rows of one batch.
+    """
+
+    def __init__(self, members: Mapping[str, RefinedNormal]) -> None:
+        super().__init__()
+        self.members = members
+
+    @property
+    def free(self) -> list[Tensor]:
+        """All parameters; every tensor has the rows among its dimensions."""
+        return [t for member in self.members.values() for t in member.free]
+
+    def _pyro_sample(self, msg: Any) -> None:
+        # Model sites have the same names; replay, which acts before an outer handler, has already given them values.
+        if msg["name"] in self.members and not msg["done"] and not msg["is_observed"]:
+            name, fn, member = msg["name"], msg["fn"], self.members[msg["name"]]
+            msg["fn"] = Pathwise(rebuild(name, fn, member.edit), rebuild(name, fn, partial(member.edit, detach=True)))
+
+    def keep(self, rows: Tensor) -> None:
+        """Reset all rows but those where `rows` `(n,)` is true."""
+        for member in self.members.values():
+            for t in member.free:
+                shape = [1] * t.dim()
+                shape[member.axis] = len(rows)
+                t.mul_(rows.reshape(shape))
+
+
+def _keep(found: list[AnyNormal], base: AnyNormal) -> Any:
+    """Append a normal to a list, and return it unchanged."""
+    found.append(base)
+    return base
+
+
+def refined(pair: Pair, x: Tensor) -> Refined:
+    """Return the handler for the rows of `x`, which at first changes nothing.
+
+    Raises:
+        DataError: a latent is not built on a normal.
+    """
+    sites, members = samples(pair.guide_trace(x)), {}
+    for name in pair.layout.latents:
+        found: list[AnyNormal] = []
+        fn = sites[name]["fn"]
+        rebuild(name, fn, partial(_keep, found))
+        members[name] = RefinedNormal(found[0], len(fn.batch_shape) + pair.layout.dim)
+    return Refined(members)

@@ -1,0 +1,294 @@
+"""Densities that annealing moves between, as functions of unconstrained latents."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, final
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.poutine.trace_struct import Trace
+from torch import Tensor
+from torch.distributions import Transform, biject_to, constraints
+
+from pvae.errors import DataError
+from pvae.pair.densities import log_prob, sum_over
+from pvae.pair.layout import Layout, SiteShape, samples, site_shape
+from pvae.pair.pair import Pair
+from pvae.pair.running import PARTICLES
+
+Start = Literal["guide", "prior"]
+ProgramRunner = Callable[[Callable[..., Any], "dict[str, Tensor]", int], Trace]
+
+
+@final
+@dataclass(frozen=True)
+class AnnealingPlan:
+    """Settings of annealing, and the name of the function that anneals."""
+
+    caller: str
+    temperatures: int
+    chains: int
+    leapfrog: int
+    start: Start
+
+    def check(self, pair: Pair) -> None:
+        """Refuse counts below one, an unknown start, and latents that cannot be annealed."""
+        for name in ("temperatures", "chains", "leapfrog"):
+            if getattr(self, name) < 1:
+                raise DataError(f"{self.caller}: expected {name} of at least 1; got {getattr(self, name)}.")
+        if self.start not in ("guide", "prior"):
+            raise DataError(f"{self.caller}: expected start 'guide' or 'prior'; got {self.start!r}.")
+        if pair.layout.shared:
+            names = ", ".join(pair.layout.shared)
+            raise DataError(f"{self.caller}: expected latents of single data only; got global {names}.")
+        if pair.layout.enumerated:
+            names = ", ".join(pair.layout.enumerated)
+            raise DataError(
+                f"{self.caller}: expected continuous latents; got {names}, which the model sums out. Use evidence."
+            )
+
+
+# ---------------------------------------------------------------------- the annealed densities
+
+
+@final
+@dataclass(frozen=True)
+class States:
+    """Positions of all chains and their densities."""
+
+    u: Tensor
+    """Unconstrained latents of every chain and datum, `(chains, n, D)`."""
+    base: Tensor
+    """log p0 with the Jacobian, `(chains, n)`, float64."""
+    joint: Tensor
+    """log p(x, z) with the Jacobian, `(chains, n)`, float64."""
+
+    def tempered(self, beta: float) -> Tensor:
+        """log f_b, `(chains, n)`."""
+        return (1 - beta) * self.base + beta * self.joint
+
+
+@final
+@dataclass(frozen=True)
+class Coordinate:
+    """One latent and the map from unconstrained values to its support."""
+
+    name: str
+    transform: Transform
+    value: SiteShape
+    free: SiteShape
+    """Shape of the unconstrained value (of a simplex one element less)."""
+
+    @property
+    def event_dim(self) -> int:
+        """Event dimensions of the value, over which the Jacobian sums."""
+        return int(self.transform.codomain.event_dim)
+
+
+@final
+class Target:
+    """log p0 and log p(x, z) of a chunk of rows as functions of unconstrained states.
+
+    Arguments:
+        pair: a pair that passed `AnnealingPlan.check`.
+        x: data `(n, *event)`.
+        plan: the settings; its start is p0.
+
+    Raises:
+        DataError: a latent is discrete, global, or has a support that reads other latents; start "guide" and a guide
+            of other latents or supports than the model's.
+    """
+
+    def __init__(self, pair: Pair, x: Tensor, plan: AnnealingPlan) -> None:
+        self.pair, self.x, self.layout = pair, x, pair.layout
+        self.start: Start = plan.start
+        model, again = (_unseen(pair.model_trace(x)) for _ in range(2))
+        self.coordinates = [_coordinate(plan, name, node, again[name], self.layout) for name, node in model.items()]
+        if not self.coordinates:
+            raise DataError(f"{plan.caller}: expected latents in the model; got none. Its density is exact as it is.")
+        if plan.start == "guide":
+            _check_guide(plan, model, _unseen(pair.guide_trace(x)))
+        self.sizes = [coordinate.free.numel for coordinate in self.coordinates]
+        self.runner: ProgramRunner = self._side_by_side
+        self.runner = self._choose_runner()
+
+    # -- running the programs for (chains, n) states
+
+    def _stacked(self, program: Callable[..., Any], flat: dict[str, Tensor], count: int) -> Trace:
+        """Run a program with the chains in a plate of their own, left of all others."""
+        nesting = self.layout.nesting
+        data = {c.name: c.value.spread(flat[c.name], nesting) for c in self.coordinates if c.name in flat}
+        with self.pair.own_store(), pyro.plate(PARTICLES, count, dim=-1 - nesting):
+            return poutine.trace(poutine.condition(program, data=data)).get_trace(self.x)
+
+    def _side_by_side(self, program: Callable[..., Any], flat: dict[str, Tensor], count: int) -> Trace:
+        """Run a program with the chains as further rows of the batch, for programs that accept no further plate."""
+        data = {c.name: c.value.spread(flat[c.name].flatten(0, 1)) for c in self.coordinates if c.name in flat}
+        x = self.x.repeat(count, *(1,) * (self.x.dim() - 1))
+        with self.pair.own_store():
+            return poutine.trace(poutine.condition(program, data=data)).get_trace(x)
+
+    def _choose_runner(self) -> ProgramRunner:
+        """Return `_stacked` if it agrees with single chains: a program that reshapes may fail or sum wrongly."""
+        single = [self.draw(1) for _ in range(3)]
+        base, joint = torch.cat([p.base for p in single]), torch.cat([p.joint for p in single])
+        self.runner = self._stacked
+        try:
+            stacked = self.at(torch.cat([p.u for p in single]))
+        except (ValueError, RuntimeError, IndexError):
+            return self._side_by_side
+        same = stacked.joint.shape == joint.shape and _close(stacked.joint, joint) and _close(stacked.base, base)
+        return self._stacked if same else self._side_by_side
+
+    def _score(self, trace: Trace, names: Sequence[str], count: int) -> Tensor:
+        """Log density of some sites, `(count, n)`, float64."""
+        if self.runner == self._stacked:
+            return sum_over([log_prob(trace.nodes[name], self.layout, count).double() for name in names])
+        parts = [log_prob(trace.nodes[name], self.layout, 0).double() for name in names]
+        return sum_over(parts).reshape(count, len(self.x))
+
+    # -- densities
+
+    def _constrained(self, u: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        """Values `(chains, n, numel)` of every latent, and the log Jacobian `(chains, n)`."""
+        values, jacobian = {}, torch.zeros(u.shape[:2], dtype=torch.float64, device=u.device)
+        for c, flat in zip(self.coordinates, u.split(self.sizes, -1), strict=True):
+            free = c.free.spread(flat, self.layout.nesting)
+            value = c.transform(free)
+            values[c.name] = _gather(value, c.value)
+            part = c.transform.log_abs_det_jacobian(free, value).double()
+            jacobian = jacobian + _rows_last(part, c, len(self.x))
+        return values, jacobian
+
+    def at(self, u: Tensor) -> States:
+        """Score positions `(chains, n, D)`; differentiable."""
+        values, jacobian = self._constrained(u)
+        count, names = len(u), [c.name for c in self.coordinates]
+        model = self.runner(self.pair.model, values, count)
+        prior = self._score(model, names, count)
+        joint = prior + self._score(model, self.layout.observed, count)
+        base = prior
+        if self.start == "guide":
+            base = self._score(self.runner(self.pair.guide, values, count), names, count)
+        return States(u, base + jacobian, joint + jacobian)
+
+    def slope(self, u: Tensor, beta: float) -> tuple[States, Tensor]:
+        """Score positions, and return the gradient of log f_b, `(chains, n, D)`, zero where it is not finite.
+
+        Leapfrog with any function of the position in place of the gradient is reversible and preserves volume, so the
+        acceptance of a transition stays exact where the gradient is cut off.
+        """
+        with torch.enable_grad():
+            u = u.detach().requires_grad_()
+            point = self.at(u)
+            (gradient,) = torch.autograd.grad(point.tempered(beta).sum(), u)
+        point = States(u.detach(), point.base.detach(), point.joint.detach())
+        return point, gradient.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+
+    # -- states
+
+    def draw(self, count: int) -> States:
+        """Sample from p0 exactly, `count` chains of every datum."""
+        program = self.pair.guide if self.start == "guide" else self.pair.model
+        sites = samples(self.runner(program, {}, count))
+        return self.at(torch.cat([self._free(c, sites[c.name]["value"], count) for c in self.coordinates], -1))
+
+    def given(self, values: dict[str, Tensor], count: int) -> States:
+        """Return `count` chains that all start at the same values, each of the shape of its site."""
+        free = [self._free(c, values[c.name], 1) for c in self.coordinates]
+        return self.at(torch.cat(free, -1).expand(count, -1, -1).contiguous())
+
+    def _free(self, c: Coordinate, value: Tensor, count: int) -> Tensor:
+        """Map a value with its chains, stacked or side by side, to unconstrained space, `(count, n, numel)`."""
+        rows = len(self.x) if self.runner == self._stacked else count * len(self.x)
+        lead = count if self.runner == self._stacked else 1
+        stacked = value.reshape(lead, *c.value.left, rows, *c.value.right).movedim(1 + len(c.value.left), 1)
+        flat = stacked.reshape(count, len(self.x), -1)
+        return _gather(c.transform.inv(c.value.spread(flat, self.layout.nesting)), c.free)
+
+
+def _gather(value: Tensor, shape: SiteShape) -> Tensor:
+    """Invert `SiteShape.spread`: reshape `(chains, ..., n, ...)` to `(chains, n, numel)`."""
+    lead, axis = len(value), value.dim() - len(shape.right) - 1
+    return value.movedim(axis, 1).reshape(lead, value.shape[axis], -1)
+
+
+def _rows_last(part: Tensor, c: Coordinate, n: int) -> Tensor:
+    """Sum a batch-shaped Jacobian to `(chains, n)`."""
+    axis = part.dim() - 1 - (len(c.value.right) - c.event_dim)
+    return part.movedim(axis, 1).reshape(len(part), n, -1).sum(-1)
+
+
+def _close(one: Tensor, other: Tensor) -> bool:
+    return torch.allclose(one, other, rtol=1e-3, atol=1e-3, equal_nan=True)
+
+
+def _unseen(trace: Trace) -> dict[str, Any]:
+    return {name: node for name, node in samples(trace).items() if not node["is_observed"]}
+
+
+def _coordinate(plan: AnnealingPlan, name: str, node: Any, again: Any, layout: Layout) -> Coordinate:
+    """Map between unconstrained space and the support of a latent of the model."""
+    if not layout.holds(node):
+        raise DataError(f"{plan.caller}: expected latents of single data only; got global {name}.")
+    transform = _to_support(plan, name, node)
+    if _inner(transform) != _inner(_to_support(plan, name, again)):
+        raise DataError(
+            f"{plan.caller}: expected a support of {name} that reads no other latent; got one that moves with them. "
+            f"Write it as a map of a latent of fixed support."
+        )
+    value = site_shape(node, layout)
+    free = tuple(transform.inv(node["value"]).shape)
+    axis = len(value.left)
+    return Coordinate(name, transform, value, SiteShape(free[:axis], free[axis + 1 :], value.batch))
+
+
+def _to_support(plan: AnnealingPlan, name: str, node: Any) -> Transform:
+    support = node["fn"].support
+    try:
+        if support.is_discrete:
+            raise NotImplementedError
+        return biject_to(support)
+    except NotImplementedError:
+        kind = type(_innermost(node["fn"])).__name__
+        raise DataError(
+            f"{plan.caller}: expected a continuous {name} whose support torch maps to the reals; got {kind}. "
+            f"Use evidence."
+        ) from None
+
+
+def _innermost(fn: Any) -> Any:
+    while isinstance(fn, torch.distributions.Independent):
+        fn = fn.base_dist
+    return fn
+
+
+def _inner(transform: Transform) -> Transform:
+    """Unwrap a transform from IndependentTransforms, which torch does not compare."""
+    while isinstance(transform, torch.distributions.IndependentTransform):
+        transform = transform.base_transform
+    return transform
+
+
+def _check_guide(plan: AnnealingPlan, model: dict[str, Any], guide: dict[str, Any]) -> None:
+    """Refuse a guide whose density is not over the latents and supports of the model."""
+    if set(guide) != set(model):
+        raise DataError(
+            f"{plan.caller}: expected a guide of the model's latents {', '.join(sorted(model))}; got "
+            f"{', '.join(sorted(guide)) or 'none'}. Pass start='prior'."
+        )
+    for name, node in guide.items():
+        if _bounds(node) != _bounds(model[name]):
+            raise DataError(
+                f"{plan.caller}: expected the guide's {name} on the model's support {model[name]['fn'].support}; got "
+                f"{node['fn'].support}. Pass start='prior'."
+            )
+
+
+def _bounds(node: Any) -> Transform | None:
+    """Transform that distinguishes supports; None where the support is discrete."""
+    support: constraints.Constraint = node["fn"].support
+    return None if support.is_discrete else _inner(biject_to(support))

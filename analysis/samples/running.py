@@ -1,0 +1,129 @@
+"""Running the programs of a pair over rows, chunk by chunk, and the means and modes of their distributions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from pyro import poutine
+from pyro.poutine.messenger import Messenger
+from torch import Tensor
+from torch.distributions import Categorical, Distribution
+
+from pvae.analysis.decompose.draws import quiet, same_globals
+from pvae.analysis.export.sites import rows_of
+from pvae.data.dataset import Split
+from pvae.distributions.relaxed import twin
+from pvae.errors import DeclarationError
+from pvae.pair.layout import Layout, unwrapped
+from pvae.pair.pair import Pair
+from pvae.runs.run import Run
+
+CHUNK_ROWS = 250
+"""Largest number of rows that are sampled, encoded or decoded at a time."""
+CHUNK_ELEMENTS = 2**20
+"""Largest number of elements of the data of a chunk."""
+
+
+def distribution_mean(fn: Any) -> Tensor:
+    """Return the mean of a site's distribution, `(batch, *event)`; of a categorical one, the expected index.
+
+    Raises:
+        NotImplementedError: the distribution has no mean.
+    """
+    base = unwrapped(fn)
+    if isinstance(base, Categorical):
+        levels = torch.arange(base.probs.shape[-1], dtype=base.probs.dtype, device=base.probs.device)
+        return base.probs @ levels
+    mean = fn.mean
+    if not isinstance(mean, Tensor) or bool(mean.isnan().any()):
+        raise NotImplementedError(f"{type(base).__name__} has no mean")
+    return mean
+
+
+def is_discrete(fn: Distribution) -> bool:
+    """Return True if the values of a distribution are discrete."""
+    try:
+        return bool(getattr(fn.support, "is_discrete", False))
+    except NotImplementedError:
+        return False
+
+
+def centre(fn: Any) -> Tensor | None:
+    """Return the mean of a distribution, or the mode of a discrete one, `(batch, *event)`; None if unknown."""
+    try:
+        return fn.mode.nan_to_num(0.0) if is_discrete(fn) else distribution_mean(fn)  # of an even Bernoulli it is NaN
+    except (NotImplementedError, AttributeError):
+        return None
+
+
+class Centred(Messenger):
+    """Handler that sets hidden sites to the centres of their distributions, where these are known.
+
+    Arguments:
+        loose: values by name for sites without a known centre; others are sampled.
+    """
+
+    def __init__(self, loose: Mapping[str, Tensor] | None = None) -> None:
+        super().__init__()
+        self.loose = loose or {}
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["is_observed"] or msg["done"] or msg["value"] is not None or poutine.util.site_is_subsample(msg):
+            return
+        found = centre(twin(msg["fn"]))
+        msg["value"] = self.loose.get(msg["name"]) if found is None else found
+
+
+def opened(source: Any) -> Pair:
+    """Return the pair of a run, or the pair itself; it must have seen data."""
+    pair = source.pair if isinstance(source, Run) else source
+    if not isinstance(pair, Pair):
+        raise DeclarationError(f"Expected a pvae.Run or a pvae.Pair; got {type(pair).__name__}.")
+    _ = pair.layout  # raises if it has seen no data
+    return pair
+
+
+@contextmanager
+def analysed(pair: Pair, x: Tensor, seed: int, mean: bool = False) -> Iterator[None]:
+    """Run quietly with a seed and one sample of the global latents; with `mean`, hidden sites at their centres."""
+    with quiet(pair, x, seed), Centred() if mean else nullcontext(), same_globals(pair, x):
+        yield
+
+
+def chunks(n: int, numbers: int) -> Iterator[tuple[int, int]]:
+    """Yield (start, stop) of chunks of n rows, each row with so many numbers."""
+    size = min(CHUNK_ROWS, max(1, CHUNK_ELEMENTS // numbers))
+    for start in range(0, n, size):
+        yield start, min(start + size, n)
+
+
+def datum(layout: Layout, nodes: Mapping[str, Any]) -> str:
+    """Return the observed site that is the datum: the first one inside the data plate."""
+    return next(name for name in layout.observed if layout.holds(nodes[name]))
+
+
+def row_values(t: Any, node: Mapping[str, Any], layout: Layout, count: int) -> Tensor:
+    """Return a site's value, or a parameter of that shape, as `(count, ...)` on the CPU."""
+    return rows_of(torch.as_tensor(t), node, layout, count).cpu()
+
+
+def decoded_mean(node: Mapping[str, Any], layout: Layout, count: int) -> Tensor:
+    """Return E[x | z] of an observed site, `(count, *shape)`."""
+    try:
+        return row_values(distribution_mean(node["fn"]), node, layout, count)
+    except NotImplementedError:
+        kind = type(unwrapped(node["fn"])).__name__
+        raise DeclarationError(f"mean: expected p(x | z) with a known mean; got {kind}. Ask for draws.") from None
+
+
+def joined(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Concatenate the named tensors of chunks."""
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+def observed_rows(split: Split, index: Tensor) -> Tensor:
+    """Return the data of some rows of a split, without covariates, on the CPU, `(m, *shape)`."""
+    return split.observed(split.rows[index.to(split.rows.device)]).cpu()

@@ -1,0 +1,173 @@
+"""Samples of a fitted model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from math import prod
+
+import torch
+from pyro.poutine.trace_struct import Trace
+from torch import Tensor
+
+from pvae.analysis.samples.generated import Samples, known_name
+from pvae.analysis.samples.running import analysed, chunks, datum, decoded_mean, joined, opened, row_values
+from pvae.errors import DataError, DeclarationError
+from pvae.experiment.experiment import Experiment
+from pvae.nn.schedules import Constant
+from pvae.pair.layout import samples
+from pvae.pair.pair import Pair
+from pvae.runs.run import Run
+from pvae.util import seeds
+from pvae.util.progress import Progress, silent
+
+Given = Mapping[str, int | str | Sequence[int] | Tensor]
+
+
+def sample(
+    run_or_pair: Run | Pair,
+    n: int = 64,
+    *,
+    mean: bool = False,
+    given: Given | None = None,
+    seed: int = 0,
+    on_progress: Progress = silent,
+) -> Samples:
+    """Sample from the model: z ~ p(z), then x ~ p(x | z).
+
+    Global latents are sampled once, from the guide: their posterior is what the fit has learned.
+
+    Arguments:
+        run_or_pair: a run, or any pair that has seen data.
+        n: number of samples.
+        mean: return E[x | z] (Bernoulli probabilities, the location of a normal) instead of samples of x.
+        given: values of the covariates of a conditional model: an integer each, or n of them; for a prompt, a text of
+            its vocabulary. By default a run samples them from its training rows.
+        seed: seed of the samples; the same seed gives the same numbers.
+        on_progress: called with (samples done, n).
+
+    Returns:
+        Samples: x `(n, *shape)`, the sampled latents, and the covariates.
+
+    Raises:
+        DataError: n is below 1.
+        DeclarationError: `given` names no covariate, has a value out of range, or is missing for a conditional pair;
+            the likelihood has no `mean`; the prior of the run was never fitted to its codes.
+
+    Example:
+        >>> from pvae.analysis.truths.example import example_run
+        >>> found = sample(example_run(), n=5)
+        >>> found.x.shape, found.latents["z"].shape
+        (torch.Size([5, 3]), torch.Size([5, 2]))
+    """
+    if n < 1:
+        raise DataError(f"sample: expected at least one draw; got n={n}.")
+    _require_density(run_or_pair)
+    pair = opened(run_or_pair)
+    rows = Template(run_or_pair, pair, n, given, seed)
+    parts: list[Samples] = []
+    with analysed(pair, rows.at(0, 2), seed):
+        for start, stop in chunks(n, rows.numbers):
+            trace = pair.simulate(rows.at(start, stop))
+            parts.append(_sampled(pair, trace, stop - start, mean))
+            on_progress(stop, n)
+    return Samples(
+        torch.cat([part.x for part in parts]), joined([part.latents for part in parts]), rows.covariates, mean
+    )
+
+
+def _require_density(source: Run | Pair) -> None:
+    """Refuse an autoencoder: fitted without a KL, its prior does not match the distribution of its codes."""
+    if not isinstance(source, Run) or not isinstance(source.plan, Experiment):
+        return
+    latents = source.plan.latents.items()
+    free = [name for name, latent in latents if latent.dim is not None and not latent.prior.reads_guide]
+    if free and source.plan.objective.beta == Constant(value=0.0):
+        raise DeclarationError(
+            f"{source.path}: expected a prior that was fitted to the codes; got objective.beta = 0, under which none "
+            f"is. Fit one: pvae refit {source.name} latents.{free[0]}.prior.kind=realnvp"
+        )
+
+
+def _sampled(pair: Pair, trace: Trace, count: int, mean: bool) -> Samples:
+    layout, nodes = pair.layout, samples(trace)
+    hidden = {name: node for name, node in nodes.items() if name not in layout.observed and layout.holds(node)}
+    node = nodes[datum(layout, nodes)]
+    x = decoded_mean(node, layout, count) if mean else row_values(node["value"], node, layout, count)
+    return Samples(x, {name: row_values(z["value"], z, layout, count) for name, z in hidden.items()}, {}, mean)
+
+
+class Template:
+    """Rows `(n, *row)` to run a model on: they set the number of data and hold the covariates; made chunk by chunk.
+
+    A model may read more of its rows than their number: those of a run are its training rows, those of a pair zeros.
+    """
+
+    def __init__(
+        self, source: Run | Pair, pair: Pair, n: int, given: Given | None, seed: int, row: Tensor | None = None
+    ) -> None:
+        self.pair, self.frame, self.row = pair, pair.frame, row
+        self.data = source.data.train.rows if isinstance(source, Run) else None
+        self.numbers = max(1, prod(self.frame.row))
+        self.covariates = self._covariates(n, given, seed)
+
+    def _covariates(self, n: int, given: Given | None, seed: int) -> dict[str, Tensor]:
+        known = self.frame.covariates
+        for name in given or {}:
+            if not known:
+                raise DeclarationError(f"given: expected nothing, for the model has no covariates; got {name!r}.")
+            known_name(name, known, "given")
+        if not known or given:
+            return {name: self._given(name, codes, n, given or {}) for name, codes in known.items()}
+        if self.row is not None:
+            found = self.row.flatten().expand(n, -1)
+        elif self.data is not None:
+            generator = seeds.generator(seed, seeds.ANALYSIS, 3)
+            found = self.data[torch.randint(len(self.data), (n,), generator=generator).to(self.data.device)]
+        else:
+            wanted = ", ".join(f"{name!r}: 0 .. {codes - 1}" for name, codes in known.items())
+            raise DeclarationError(
+                f"given: expected a value of what the model is conditioned on, {{{wanted}}}; got none. Say given=..., "
+                f"or pass the run, whose own labels are then drawn."
+            )
+        return {name: column.long().cpu() for name, column in self.frame.columns(found).items()}
+
+    def _given(self, name: str, codes: int, n: int, given: Given) -> Tensor:
+        """Values of a covariate, `(n,)`, or of a prompt, `(n, length)`."""
+        vocabulary = self.frame.prompts.get(name)
+        if vocabulary is None:
+            return _values(name, codes, n, given)
+        text = given.get(name)
+        if not isinstance(text, str):
+            raise DeclarationError(
+                f"given.{name}: expected a text of {', '.join(vocabulary.words[1:])}; got {str(text)[:60]}."
+            )
+        return torch.tensor(vocabulary.encode(text)).expand(n, -1).clone()
+
+    def at(self, start: int, stop: int) -> Tensor:
+        """Return some of the rows, as the pair takes them; past the end the last one is repeated."""
+        count = stop - start
+        if self.covariates:
+            at = torch.arange(start, stop).clamp(max=len(next(iter(self.covariates.values()))) - 1)
+            columns = torch.cat([column[at].reshape(count, -1) for column in self.covariates.values()], 1)
+            return self.pair.accept(torch.cat([torch.zeros(count, prod(self.frame.x)), columns], 1))
+        if self.row is not None:
+            return self.row.expand(count, *self.row.shape[1:])
+        if self.data is not None:
+            return self.pair.accept(self.data[torch.arange(start, stop, device=self.data.device) % len(self.data)])
+        return self.pair.accept(torch.zeros(count, *self.frame.row))
+
+
+def _values(name: str, codes: int, n: int, given: Given) -> Tensor:
+    """Checked values of a covariate, `(n,)`."""
+    if name not in given:
+        raise DeclarationError(f"given: expected a value of {name} too, 0 .. {codes - 1}; got none.")
+    try:
+        found = torch.as_tensor(given[name]).cpu()
+    except (TypeError, ValueError, RuntimeError):
+        found = torch.zeros(0)
+    if found.is_floating_point() or found.dtype is torch.bool or found.shape not in ((), (n,)):
+        raise DeclarationError(f"given.{name}: expected an integer, or {n} of them; got {str(given[name])[:60]}.")
+    if not 0 <= int(found.min()) <= int(found.max()) < codes:
+        wrong = found[(found < 0) | (found >= codes)].flatten()[0] if found.dim() else found
+        raise DeclarationError(f"given.{name}: expected 0 .. {codes - 1}; got {int(wrong)}.")
+    return found.long().expand(n).clone()

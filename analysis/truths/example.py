@@ -1,0 +1,47 @@
+"""A tiny pair and a tiny run for the examples in docstrings."""
+
+from __future__ import annotations
+
+import tempfile
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from pvae.pair.pair import Pair
+from pvae.runs.run import Run
+
+
+@cache
+def _folder() -> tempfile.TemporaryDirectory[str]:
+    """Folder that is removed when the process ends."""
+    return tempfile.TemporaryDirectory()
+
+
+@cache
+def example_run() -> Run:
+    """Return a VAE with two latent coordinates, fitted for one epoch to 2000 rows of two clusters with labels.
+
+    The run lies in a temporary folder, and is fitted once per process.
+    """
+    from pvae.data.dataset import Dataset
+    from pvae.experiment.experiment import Experiment
+    from pvae.training.fit import fit  # here, because training imports analysis
+
+    y = torch.arange(2000) % 2
+    x = torch.randn(2000, 3, generator=torch.Generator().manual_seed(0)) + 4 * y[:, None]
+    plan = Experiment.from_dict(
+        {
+            "latents": {"z": {"dim": 2}},
+            "decoder": {"likelihood": {"kind": "normal"}},
+            "train": {"epochs": 1, "batch_size": 500},
+        }
+    )
+    data = Dataset.from_tensors(x, y, test=(x[:400], y[:400]))
+    return fit(plan, data=data, run_dir=_folder().name, device="cpu", progress=False)
+
+
+def example_pair() -> tuple[Pair, Tensor]:
+    """Return the pair of `example_run`, and its test rows `(n, 3)`."""
+    run = example_run()
+    return run.pair, run.data.test.x

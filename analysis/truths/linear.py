@@ -1,0 +1,318 @@
+"""Linear Gaussian models, whose figures have closed forms, and their families."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, final
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import torch
+from numpy.typing import NDArray
+from scipy.stats import norm
+from torch import Tensor
+
+from pvae.analysis.truths.truth import (
+    EstimatorName,
+    FloatArray,
+    Programs,
+    Truth,
+    coordinates,
+    enough,
+    information,
+    mixture_entropy,
+    normal_kl,
+    normal_nodes,
+    tensor,
+)
+from pvae.pair.pair import Pair
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class LinearGaussian:
+    r"""p(z) = N(0, V), p(x|z) = N(W z + b, s^2 I), q(z|x) = N(G x + c, S): all expectations have closed forms.
+
+    Arguments:
+        w: W, `(d, D)`.
+        b: `(d,)`.
+        noise: s.
+        g: G, `(D, d)`.
+        c: `(D,)`.
+        s: S, `(D, D)`.
+        v: V, `(D, D)`.
+    """
+
+    w: FloatArray
+    b: FloatArray
+    noise: float
+    g: FloatArray
+    c: FloatArray
+    s: FloatArray
+    v: FloatArray
+
+    @property
+    def precision(self) -> FloatArray:
+        """Precision of the true posterior, `(D, D)`."""
+        return np.asarray(np.linalg.inv(self.v) + self.w.T @ self.w / self.noise**2)
+
+    @property
+    def is_diagonal(self) -> bool:
+        """True if the coordinates of the guide are independent."""
+        return not np.count_nonzero(self.s - np.diag(np.diag(self.s)))
+
+    def means(self, x: FloatArray) -> FloatArray:
+        """Posterior means of the guide, `(n, D)`."""
+        return np.asarray(x @ self.g.T + self.c)
+
+    def log_p(self, x: FloatArray) -> FloatArray:
+        """log p(x), `(n,)`, nats."""
+        covariance = self.w @ self.v @ self.w.T + self.noise**2 * np.eye(len(self.b))
+        gap = x - self.b
+        squares = np.einsum("nd,nd->n", gap, np.linalg.solve(covariance, gap.T).T)
+        return np.asarray(-0.5 * (squares + np.linalg.slogdet(2 * math.pi * covariance)[1]))
+
+    def reconstruction(self, x: FloatArray) -> FloatArray:
+        """E_q log p(x|z), `(n,)`, nats."""
+        return self._expected(x, self.means(x), self.s)
+
+    def jensen(self, x: FloatArray) -> FloatArray:
+        """E_p log p(x|z), `(n,)`, nats."""
+        return self._expected(x, np.zeros((len(x), len(self.c))), self.v)
+
+    def _expected(self, x: FloatArray, mean: FloatArray, covariance: FloatArray) -> FloatArray:
+        """E log p(x|z) under normals, `(n,)`."""
+        squares = ((x - self.b - mean @ self.w.T) ** 2).sum(1) + np.trace(self.w @ covariance @ self.w.T)
+        return np.asarray(-0.5 * (squares / self.noise**2 + len(self.b) * math.log(2 * math.pi * self.noise**2)))
+
+    def kl(self, x: FloatArray) -> FloatArray:
+        """KL(q(z|x) || p(z)), `(n,)`, nats."""
+        return normal_kl(self.means(x), self.s, self.v)
+
+    def approximation(self) -> float:
+        """KL of the best member of the guide's family to the posterior, nats: a product matches the precisions."""
+        p = self.precision
+        return 0.5 * float(np.log(np.diag(p)).sum() - np.linalg.slogdet(p)[1]) if self.is_diagonal else 0.0
+
+    def bounds(self, x: FloatArray) -> dict[str, float]:
+        """Figures of the ELBO and of log p(x), means over the data."""
+        reconstruction, kl, log_p = (float(f(x).mean()) for f in (self.reconstruction, self.kl, self.log_p))
+        return {
+            "elbo": reconstruction - kl,
+            "reconstruction": reconstruction,
+            "kl": kl,
+            "log_evidence": log_p,
+            "prior_jensen": float(self.jensen(x).mean()),
+            "inference_gap": log_p - reconstruction + kl,
+            "approximation_gap": self.approximation(),
+            "amortisation_gap": log_p - reconstruction + kl - self.approximation(),
+        }
+
+    def informations(self, x: FloatArray) -> dict[str, float]:
+        """Figures of the aggregated posterior of one or two dimensions; V diagonal."""
+        means = self.means(x)
+        joint, kl = information(means, self.s), float(self.kl(x).mean())
+        out = {"mutual_information": joint, "marginal_kl": kl - joint}
+        if len(self.c) > 1:
+            entropies = sum(mixture_entropy(*part) for part in coordinates(means, self.s))
+            total = entropies - mixture_entropy(means, self.s)
+            out |= {"total_correlation": total, "coordinate_kl": kl - joint - total}
+        return out
+
+    def label_information(self, x: FloatArray, labels: NDArray[Any]) -> float:
+        """I[y, z] of classes `(n,)`: the entropy of q_agg minus the mean entropy of the classes' own q_agg."""
+        means = self.means(x)
+        parts = [means[labels == label] for label in np.unique(labels)]
+        within = sum(len(part) * mixture_entropy(part, self.s) for part in parts) / len(x)
+        return mixture_entropy(means, self.s) - within
+
+
+class LinearPrograms(Programs):
+    """Pyro programs of a `LinearGaussian` with V = I."""
+
+    def __init__(self, law: LinearGaussian) -> None:
+        super().__init__(law.w, b=law.b, noise=law.noise, g=law.g, c=law.c, tril=np.linalg.cholesky(law.s))
+
+    def model(self, x: Tensor) -> None:
+        """p(x, z)."""
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros_like(self.c), 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(z @ self.learned.T + self.b, self.noise).to_event(1), obs=x)
+
+    def diagonal(self, x: Tensor) -> None:
+        """q(z|x) with independent coordinates."""
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x @ self.g.T + self.c, self.tril.diagonal()).to_event(1))
+
+    def full_rank(self, x: Tensor) -> None:
+        """q(z|x) with any covariance."""
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.MultivariateNormal(x @ self.g.T + self.c, scale_tril=self.tril))
+
+
+def linear_pair(law: LinearGaussian) -> Pair:
+    """Return the pair of a linear model, its guide diagonal where its covariance is."""
+    programs = LinearPrograms(law)
+    return Pair(programs.model, programs.diagonal if law.is_diagonal else programs.full_rank)
+
+
+def linear(
+    name: str,
+    law: LinearGaussian,
+    x: FloatArray,
+    labels: NDArray[Any] | None = None,
+    known: Mapping[str, float] | None = None,
+    **rest: Any,
+) -> Truth:
+    """Return the truth of a linear model with V = I, with figures of q_agg in at most two dimensions.
+
+    Arguments:
+        name: name of the truth.
+        law: model and guide.
+        x: `(n, d)`.
+        labels: classes `(n,)`.
+        known: figures that are known in another way; these take precedence.
+        rest: further fields of the truth.
+    """
+    exact = law.bounds(x)
+    if len(law.c) <= 2:
+        exact |= law.informations(x)
+        if labels is not None:
+            exact["label_information"] = law.label_information(x, labels)
+    exact |= dict(known or {})
+    classes = None if labels is None else torch.as_tensor(labels)
+    fields = {"samples": enough(len(x)), "labels": classes, "log_p": law.log_p, **rest}
+    return Truth(name, linear_pair(law), tensor(x), exact, **fields)
+
+
+def probabilistic_pca(x: FloatArray, q: int) -> LinearGaussian:
+    r"""Return the linear VAE of maximum likelihood, with the true posterior as its guide.
+
+    With eigenvalues l_1 >= ... >= l_d of the 1/n covariance, s^2 = mean(l_{q+1..d}): W = U_q (L_q - s^2 I)^(1/2),
+    G = L_q^-1 W', S = s^2 L_q^-1.
+
+    References:
+        Probabilistic Principal Component Analysis (Tipping, Bishop, 1999), https://doi.org/10.1111/1467-9868.00196
+        Don't Blame the ELBO! A Linear VAE Perspective on Posterior Collapse (Lucas et al., 2019),
+        https://arxiv.org/abs/1911.02469
+    """
+    values, vectors = np.linalg.eigh(np.cov(x.T, bias=True))
+    values, vectors = values[::-1], vectors[:, ::-1]
+    s2 = float(values[q:].mean())
+    w = vectors[:, :q] * np.sqrt(values[:q] - s2)
+    g = (w / values[:q]).T
+    return LinearGaussian(w, x.mean(0), math.sqrt(s2), g, -g @ x.mean(0), np.diag(s2 / values[:q]), np.eye(q))
+
+
+def linear_vae(x: FloatArray, q: int, labels: NDArray[Any] | None = None) -> Truth:
+    """The linear VAE of `probabilistic_pca`: all importance weights are equal, so IWAE_K = log p(x) for every K."""
+    law = probabilistic_pca(x, q)
+    log_p = float(law.log_p(x).mean())
+    exact = {f"iwae_{k}": log_p for k in (2, 4, 8)}
+    return linear(f"linear VAE, q={q}", law, x, labels, exact, estimators=("surgery", "evidence"), samples=20, draws=16)
+
+
+def identity_channel(noises: Sequence[float]) -> LinearGaussian:
+    """Return q(z|x) = N(x, diag(noises)^2) with p(x|z) = N(z, I)."""
+    d = len(noises)
+    return LinearGaussian(
+        np.eye(d), np.zeros(d), 1.0, np.eye(d), np.zeros(d), np.diag(np.square(noises).astype(float)), np.eye(d)
+    )
+
+
+def gaussian_channel(dim: int, variance: float, n: int, seed: int = 0) -> Truth:
+    """n means drawn from N(0, (1 - s^2) I) with noise s^2 I: under the distribution of the means I = -dim/2 ln s^2.
+
+    The information of these n means is known in one or two dimensions; that under their distribution always, and it
+    lies between the estimate over the n rows and the leave-one-out estimate, in expectation over the means.
+    """
+    x = np.random.default_rng(seed).standard_normal((n, dim)) * math.sqrt(1 - variance)
+    exact = {"population_mutual_information": -0.5 * dim * math.log(variance)}
+    name = f"channel, d={dim}, n={n}"
+    return linear(name, identity_channel([math.sqrt(variance)] * dim), x, known=exact)
+
+
+def product_channel(centres: Sequence[FloatArray], noises: Sequence[float]) -> Truth:
+    """Every tuple of centres with independent noises: q_agg is a product, so its total correlation is 0.
+
+    Labels are pairs of neighbouring centres of the first coordinate; only this coordinate depends on them.
+    """
+    grids = np.meshgrid(*centres, indexing="ij")
+    x = np.stack(grids, -1).reshape(-1, len(centres))
+    parts = [information(c[:, None], np.array([[s * s]])) for c, s in zip(centres, noises, strict=True)]
+    law = identity_channel(noises)
+    labels = np.argsort(np.argsort(centres[0])).repeat(len(x) // len(centres[0])) // 2
+    kl = float(law.kl(x).mean())
+    exact = {"mutual_information": sum(parts), "marginal_kl": kl - sum(parts)}
+    if len(centres) > 1:
+        exact |= {"total_correlation": 0.0, "coordinate_kl": kl - sum(parts)}
+    exact["label_information"] = identity_channel([noises[0]]).label_information(x[:, :1], labels)
+    sizes = " x ".join(str(len(c)) for c in centres)
+    return linear(f"product channel, {sizes}", law, x, labels, exact)
+
+
+def binary_input(a: float, copies: int = 200) -> Truth:
+    """Input +-a in unit noise: MI = ln 2 - E ln(1 + exp(-2a(a + eps))), mean KL to N(0, 1) = a^2/2."""
+    nodes, weights = normal_nodes()
+    mutual = math.log(2) - float(weights @ np.logaddexp(0, -2 * a * (a + nodes)))
+    exact = {"kl": a * a / 2, "mutual_information": mutual, "marginal_kl": a * a / 2 - mutual}
+    x = np.tile([[a], [-a]], (copies, 1))
+    return linear(f"binary input, a={a:g}", identity_channel([1.0]), x, known=exact)
+
+
+def disjoint(n: int) -> Truth:
+    """Posteriors 20 scales apart: MI = log n."""
+    x = np.arange(n)[:, None] - (n - 1) / 2
+    exact = {"mutual_information": math.log(n)}
+    return linear(f"disjoint, n={n}", identity_channel([0.05]), x, known=exact)
+
+
+def blind(x: FloatArray, loc: float = 0.3, scale: float = 0.7) -> Truth:
+    """A guide that does not look at x: MI = 0."""
+    d = x.shape[1]
+    law = replace(identity_channel([scale] * d), g=np.zeros((d, d)), c=np.full(d, loc))
+    exact = {"mutual_information": 0.0, "marginal_kl": float(law.kl(x).mean()), "total_correlation": 0.0}
+    return linear(f"blind, d={d}", law, x, known=exact)
+
+
+def wrong_guide(law: LinearGaussian, x: FloatArray) -> Truth:
+    """Linear model whose guide is wider than the posterior: its importance weights are bounded.
+
+    With one latent coordinate IWAE_2 is known as well, by a double integral.
+    """
+    d, q = law.w.shape
+    exact = {"iwae_2": float(iwae_2(law, x).mean())} if q == 1 else {}
+    asked: tuple[EstimatorName, ...] = ("surgery", "evidence", "prior_evidence", "ais", "bracket", "gap")
+    return linear(f"wrong guide, {q} in {d}", law, x, known=exact, estimators=asked)
+
+
+def widened(w: FloatArray, noise: float, stretch: float, shift: float) -> LinearGaussian:
+    """Model N(W z, s^2 I) with a spherical guide of `stretch` times the largest posterior variance, off by `shift`.
+
+    Arguments:
+        w: W, `(d, D)`.
+        noise: s.
+        stretch: factor of the variance, at least 1.
+        shift: error of the posterior mean, in every coordinate.
+    """
+    d, q = w.shape
+    covariance = np.linalg.inv(np.eye(q) + w.T @ w / noise**2)
+    widest = float(np.linalg.eigvalsh(covariance)[-1])
+    g = 0.9 * covariance @ w.T / noise**2
+    wide = np.asarray(stretch * widest * np.eye(q))
+    return LinearGaussian(w, np.zeros(d), noise, g, np.full(q, shift), wide, np.eye(q))
+
+
+def iwae_2(law: LinearGaussian, x: FloatArray) -> FloatArray:
+    """E log (w_1 + w_2) / 2 of one latent coordinate, `(n,)`, nats."""
+    nodes, weights = normal_nodes()
+    scale = math.sqrt(law.s[0, 0])
+    z = law.means(x) + scale * nodes
+    log_q = norm.logpdf(nodes) - math.log(scale)
+    log_x = norm.logpdf(x[:, None], law.b + z[..., None] * law.w[:, 0], law.noise).sum(2)
+    log_w = norm.logpdf(z) + log_x - log_q
+    both = np.logaddexp(log_w[:, :, None], log_w[:, None, :]) - math.log(2)
+    return np.asarray(np.einsum("nij,i,j->n", both, weights, weights, optimize=True))

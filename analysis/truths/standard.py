@@ -1,0 +1,59 @@
+"""Truths that `pvae selfcheck` measures."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pvae.analysis.truths.codes import deterministic_code, random_code, symmetric_channel
+from pvae.analysis.truths.hierarchy import hierarchy
+from pvae.analysis.truths.linear import (
+    binary_input,
+    blind,
+    disjoint,
+    gaussian_channel,
+    linear_vae,
+    product_channel,
+    widened,
+    wrong_guide,
+)
+from pvae.analysis.truths.mixtures import mixture, mixture_prior
+from pvae.analysis.truths.truth import FloatArray, Truth
+
+
+def digits(n: int | None = 1000) -> tuple[FloatArray, NDArray[Any]]:
+    """Return the first n (None: all) of scikit-learn's 8 x 8 digits in [0, 1], `(n, 64)`, and their labels `(n,)`."""
+    from sklearn.datasets import load_digits
+
+    found = load_digits()
+    return found.data[:n] / 16, found.target[:n]
+
+
+def standard() -> tuple[Truth, ...]:
+    """Return members of every family at fixed parameters, on the CPU: the truths of `pvae selfcheck`."""
+    (images, labels), random = digits(), np.random.default_rng(0)
+    w = np.array([[1.0, 0.7], [0.2, 0.8], [0.5, 0.4], [0.3, -0.2]])
+    loading = np.array([[1.0], [-0.6]])
+    plane = random.standard_normal((200, 2)) * 1.5
+    return (
+        linear_vae(images, 2, labels),
+        linear_vae(images, 10),
+        gaussian_channel(1, 0.25, 50),
+        gaussian_channel(2, 0.25, 100),
+        gaussian_channel(10, 0.1, 1000),
+        product_channel([np.linspace(-1.5, 1.5, 8), np.linspace(-1.2, 1.6, 8) ** 3], [0.4, 0.6]),
+        *(binary_input(a) for a in (0.5, 1.0, 2.0)),
+        disjoint(100),
+        blind(plane),
+        symmetric_channel(2, 0.1),
+        symmetric_channel(10, 0.1),
+        deterministic_code(np.array([[0, 1], [1, 1], [2, 0], [3, 4], [0, 1]]), 5),
+        random_code(5, 3, 4),
+        wrong_guide(widened(loading, 0.8, 1.4, 0.2), random.standard_normal((20, 2))),
+        wrong_guide(widened(w, 0.7, 1.2, 0.2), random.standard_normal((20, 4))),
+        mixture(np.array([0.3, 0.7]), np.array([[-1.0, 0.5], [1.2, 0.0]]), 0.8, plane),
+        mixture_prior(np.array([0.4, 0.6]), np.array([-1.5, 1.0]), 0.6, 0.7, np.linspace(-2.5, 2.5, 200), 0.6, 0.8),
+        hierarchy(np.array([0.9, -0.4]), 0.8, 0.6, 0.7, 1.3, 400),
+    )

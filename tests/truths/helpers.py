@@ -1,0 +1,20 @@
+"""Truths and messages that the tests of this folder share."""
+
+import numpy as np
+
+from pvae.analysis.truths.comparison import SelfCheck
+from pvae.analysis.truths.linear import widened, wrong_guide
+from pvae.analysis.truths.standard import digits
+from pvae.analysis.truths.truth import Truth
+
+DIGITS, LABELS = digits()
+
+
+def failures(found: SelfCheck) -> str:
+    return "\n".join("  ".join(check.cells()) for check in found.failed)
+
+
+def wrong_line() -> Truth:
+    return wrong_guide(
+        widened(np.array([[1.0], [-0.6]]), 0.8, 1.4, 0.2), np.random.default_rng(0).standard_normal((20, 2))
+    )

@@ -1,0 +1,106 @@
+"""The counterexamples: exact densities, and a study of them."""
+
+# Attributes of Modules have no types, and a figure that may be None fails its test if it is.
+# mypy: disable-error-code="arg-type, attr-defined, index, misc, operator, union-attr"
+
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import norm
+
+from pvae.analysis import (
+    counterexamples,
+)
+from pvae.analysis.truths.densities import Box, Diluted, FactorNormal, TrainingMixture
+from pvae.analysis.truths.linear import probabilistic_pca
+from pvae.analysis.truths.standard import digits
+from pvae.data.dataset import Dataset, load
+from pvae.data.sources.digits import Digits
+from pvae.errors import DataError
+from tests.cli_runner import run_cli, run_cli_json
+from tests.samples.models import normals
+
+
+@pytest.fixture
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Classifiers that learn for a moment."""
+    monkeypatch.setattr("pvae.analysis.samples.features.EXPOSURES", 4000)
+
+
+def test_likelihoods_are_exact():
+    x = torch.from_numpy(digits(None)[0])
+    train, test = x[:1000], x[1350:]
+    ppca = FactorNormal(train, 10)
+    assert ppca.log_prob(train).mean().item() == pytest.approx(18.688612, abs=1e-5)  # TRUTHS: PPCA of these rows
+    assert ppca.log_prob(test).mean().item() == pytest.approx(15.5197, abs=1e-4)
+    law = probabilistic_pca(train.numpy(), 10)
+    assert ppca.log_prob(test).numpy() == pytest.approx(law.log_p(test.numpy()), abs=1e-8)
+    memory = TrainingMixture(train[:50], 0.1)
+    want = [
+        np.logaddexp.reduce(norm.logpdf(t, train[:50].numpy(), 0.1).sum(1)) - math.log(50) for t in test[:5].numpy()
+    ]
+    assert memory.log_prob(test[:5]).numpy() == pytest.approx(want, rel=1e-9)
+    box = Box(0.0, 2.0, 3)
+    inside, outside = box.log_prob(torch.tensor([[0.5, 1.0, 2.0], [0.5, 1.0, 2.1]], dtype=torch.float64))
+    assert inside == pytest.approx(-3 * math.log(2))
+    assert outside == -math.inf
+
+
+def test_draws_follow_their_densities():
+    train = normals(400, 3, 0).double() * torch.tensor([3.0, 2.0, 1.0])
+    generator = torch.Generator().manual_seed(0)
+    ppca = FactorNormal(train, 1)
+    drawn = ppca.sample(20_000, generator)
+    vectors = ppca.directions[:, 0]
+    want = (ppca.values[0] - ppca.rest) * torch.outer(vectors, vectors) + ppca.rest * torch.eye(3)
+    assert torch.allclose(drawn.T.cov(), want, atol=0.3)
+    assert torch.allclose(drawn.mean(0), train.mean(0), atol=0.1)
+    copies = TrainingMixture(train, 1e-9).sample(50, generator)
+    assert torch.cdist(copies, train).amin(1).max() < 1e-6
+    noise = Box(50.0, 60.0, 3)
+    mixed = Diluted(ppca, noise, 0.01).sample(20_000, generator)
+    good = (mixed < 40).all(1).double().mean().item()
+    assert abs(good - 0.01) < 4 * math.sqrt(0.01 * 0.99 / 20_000)  # 1 of 15 000
+
+
+def test_noise_costs_at_most_log_100():
+    x = torch.from_numpy(digits(None)[0])
+    ppca = FactorNormal(x[:1000], 10)
+    for noise in (Box(-1.0, 2.0, 64), Box(0.0, 1.0, 64), Box(5.0, 6.0, 64)):
+        lost = ppca.log_prob(x) - Diluted(ppca, noise, 0.01).log_prob(x)
+        assert lost.max() <= math.log(100) + 1e-9
+    assert lost.min().item() == pytest.approx(math.log(100))  # noise that explains nothing
+
+
+def test_the_study(short):
+    found = counterexamples(load(Digits()), scales=(0.01, 0.1))
+    table = found.models()
+    memory, ppca, diluted = (table.loc[name] for name in ("memory eps=0.01", "ppca q=10", "diluted ppca"))
+    assert memory["test_log_p"] < -7000 < 200 < memory["train_log_p"]
+    assert memory["precision"] > 5 * ppca["precision"]
+    assert memory["accuracy"] < found.data_accuracy.value + 0.1 < ppca["accuracy"]
+    assert ppca["test_log_p"] - diluted["test_log_p"] == pytest.approx(found.lost.value)
+    assert 1 < found.lost.value <= math.log(100) + 1e-9
+    assert diluted["precision"] < 0.02
+    assert found.lost.kind == "exact"
+    assert json.loads(json.dumps(found.to_dict()))["dim"] == 64
+
+
+def test_the_study_needs_real_numbers():
+    with pytest.raises(DataError, match="counterexamples: expected real numbers; got data.binarize = 'threshold'"):
+        counterexamples(load(Digits(binarize="threshold")))
+    with pytest.raises(DataError, match="counterexamples: expected at least 100 rows of train and test"):
+        counterexamples(Dataset.from_tensors(torch.rand(150, 20)))
+
+
+def test_command(short, tmp_path):
+    found = run_cli_json("counterexamples", "--out", str(tmp_path / "table"))
+    assert found["bound"] == pytest.approx(math.log(100))
+    assert (tmp_path / "table.csv").read_text().startswith("model,train_log_p,test_log_p,accuracy,precision,coverage")
+    _, error = run_cli("counterexamples", "--data", "tensor", code=2)
+    assert "--data: expected one of digits, fashion_mnist, mnist" in error
