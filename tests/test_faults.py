@@ -236,10 +236,10 @@ def test_scales_at_their_bounds_are_an_alert(tmp_path: Path) -> None:
         'decoder.likelihood={kind="normal", value=0.35, floor=0.34}',
     )  # fmt: skip
     told = alerts_of(low, tmp_path)
-    assert re.search(r"guide\.z: \d+% of the scales stand at their floor, 0\.905", told)
-    assert "model.x: 100% of the scales stand at their floor, 0.34" in told
+    assert re.search(r"guide\.z: \d+% of the scales are at their floor, 0\.905", told)
+    assert "model.x: 100% of the scales are at their floor, 0.34" in told
     high = quick.with_overrides("latents.z.posterior.log_variance=[-12.0, -6.0]")
-    assert re.search(r"guide\.z: \d+% of the scales stand at their ceiling, 0\.0498", alerts_of(high, tmp_path))
+    assert re.search(r"guide\.z: \d+% of the scales are at their ceiling, 0\.0498", alerts_of(high, tmp_path))
 
 
 def test_collapse_and_dead_codes_are_alerts_and_no_errors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

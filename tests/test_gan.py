@@ -29,7 +29,7 @@ from pvae.experiment.experiment import Experiment
 from pvae.objectives.base import Fitting, Loss
 from pvae.objectives.gan import (
     GAN,
-    Duel,
+    GANStepper,
     critic_loss,
     critic_of,
     generate,
@@ -165,12 +165,12 @@ def test_nearest_accuracy():
 # ---------------------------------------------------------------------- the steps
 
 
-def duel(experiment: Experiment, data: Dataset, optimizer: Any = None, **more: Any) -> tuple[Pair, Duel]:
+def duel(experiment: Experiment, data: Dataset, optimizer: Any = None, **more: Any) -> tuple[Pair, GANStepper]:
     pair = experiment.build(data.shape).train()
     optimizer = optimizer or torch.optim.SGD(pair.parameters(), lr=0.05)
     loss = Loss(experiment.objective, pair, len(data.train))
     fitting = Fitting(loss, data.train, 5, 0, {}, lambda _kind, _message: None, optimizer, **more)
-    return pair, Duel(experiment.objective, fitting)
+    return pair, GANStepper(experiment.objective, fitting)
 
 
 @pytest.mark.parametrize("form", ["non_saturating", "minimax"])
@@ -377,7 +377,7 @@ def test_a_step_on_a_gpu_waits_for_nothing():
     optimizer = experiment.train.optimizer.build(pair.parameters())
     loss = Loss(experiment.objective, pair, len(data.train))
     average = [p.detach().clone() for p in pair.parameters()]
-    step = Duel(
+    step = GANStepper(
         experiment.objective,
         Fitting(loss, data.train, 5, 0, {}, lambda _kind, _message: None, optimizer, 1.0, (average, 0.9)),
     )

@@ -23,15 +23,15 @@ if TYPE_CHECKING:
 
 
 class Stepper(ABC):
-    """Treatment of batches by a fit: a gradient step with each (`Step`), or sums for a closed form."""
+    """Base of the steps of a fit: a gradient step for each batch (`Step`), or sums for a closed form."""
 
     moving_now = False
-    """Whether a step has begun to move weights and has not ended; it stays so where it broke off."""
+    """True from the first change of a weight to the end of a step, also after an error in between."""
 
     @property
     @abstractmethod
     def names(self) -> tuple[str, ...]:
-        """What the returned vector holds."""
+        """Names of the figures in the returned vector."""
 
     @abstractmethod
     def __call__(self, x: Tensor, frozen: Sequence[nn.Parameter] = ()) -> Tensor:
@@ -46,7 +46,7 @@ class Stepper(ABC):
 
 @dataclass(frozen=True)
 class Fitting:
-    """What a stepper other than gradient steps knows of its fit."""
+    """The fit that an objective's own stepper belongs to."""
 
     loss: Loss
     """The objective over the pair."""
@@ -56,7 +56,7 @@ class Fitting:
     """Batches of an epoch."""
     seed: int
     gathered: dict[str, Tensor]
-    """What the steps of an epoch sum up, kept here because it belongs to every checkpoint."""
+    """Sums over the steps of an epoch; every checkpoint holds them."""
     tell: Callable[[str, str], None]
     """Reports an event, as kind and message."""
     optimizer: torch.optim.Optimizer
@@ -72,13 +72,13 @@ class Objective(Component):
 
     default: ClassVar[str] = "trace_elbo"
     dtype: ClassVar[torch.dtype | None] = None
-    """What parameters are cast to; None leaves them as they are."""
+    """Type that parameters are cast to; None leaves them as they are."""
     engine: ClassVar[str | None] = None
-    """How its steps run, where there is no choice."""
+    """Engine of its steps, where there is no choice."""
     refuses: ClassVar[tuple[str, ...]] = ()
-    """Keys of `train` that must stay as they are by default."""
+    """Keys of `train` that must keep their defaults."""
     scores: ClassVar[bool] = True
-    """Whether it fits a density of x, so that an ELBO can be reported."""
+    """True if it fits a density of x, so that an ELBO can be reported."""
 
     beta: Schedule = Constant()
     """Weight of the KL in per-datum nats: 1 is the ELBO, 0 an autoencoder."""
@@ -91,28 +91,28 @@ class Objective(Component):
 
     @abstractmethod
     def terms(self, pair: Pair, x: Tensor, rows: int | None = None) -> Terms:
-        """The terms this objective needs of a batch of a data set of `rows`."""
+        """Return the terms that this objective needs, of a batch from a data set of `rows`."""
 
     @abstractmethod
     def loss(self, terms: Terms, beta: Tensor) -> Tensor:
-        """Scalar loss, nats per datum."""
+        """Return the scalar loss, nats per datum."""
 
     def attach(self, pair: Pair) -> None:  # noqa: B027 - most have nothing to add
-        """Add to a declared pair what is fitted beside model and guide; called once, with weights still at random."""
+        """Add further modules to a declared pair (a critic); called once, before the first weights are set."""
 
     def measure(self, pair: Pair, x: Tensor | Streamed, seed: int) -> dict[str, float] | None:
-        """What validation reports of held-out data `(n, *row)` in place of an ELBO; None for that.
+        """Return the figures of held-out data `(n, *row)` that validation reports; None for an ELBO.
 
-        Moves no weight and no random state; the same seed, the same figures.
+        Changes no weight and no random state; the same seed gives the same figures.
         """
         return None
 
     def misfits(self, pair: Pair, rows: int) -> list[str]:
-        """What keeps a pair from being fitted to `rows` training rows by this objective, one line each."""
+        """Return a line for each reason why this objective cannot fit a pair to `rows` training rows."""
         return []
 
     def stepper(self, fitting: Fitting) -> Stepper | None:
-        """What fits the pair instead of gradient steps; None for those."""
+        """Return the stepper of this objective; None for gradient steps."""
         return None
 
 
@@ -137,7 +137,7 @@ class Loss(nn.Module):
         self.register_buffer("beta", torch.ones(()), persistent=False)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x `(batch, *event)` to the scalar loss and the vector named by `names`."""
+        """Return the scalar loss of x `(batch, *event)` and the vector named by `names`."""
         with products_in(self.precision):
             terms = self.objective.terms(self.pair, x, self.rows)
         loss = self.objective.loss(terms, self.beta)

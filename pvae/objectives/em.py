@@ -25,12 +25,12 @@ from pvae.pair.pair import Pair
 from pvae.pair.terms import Terms
 from pvae.util import seeds
 
-EMPTY = 1e-8
-"""A component with responsibility for less than this many data is empty."""
+MIN_COUNT = 1e-8
+"""A component whose responsibilities sum to less is empty."""
 START_ROWS = 10_000
-"""Most rows that k-means++ chooses its centres from."""
-BLOCK = 2**22
-"""Numbers in one block of work."""
+"""Largest number of rows that k-means++ chooses its centres from."""
+BLOCK_NUMBERS = 2**22
+"""Largest number of elements of an intermediate tensor."""
 
 
 @final
@@ -80,23 +80,23 @@ class EM(Objective):
         return pair.terms(x, rows=rows)
 
     def loss(self, terms: Terms, beta: Tensor) -> Tensor:
-        """Minus log p(x): a diagnosis; nothing follows its gradient."""
+        """Return minus log p(x), for diagnosis; its gradient is not used."""
         return minus_elbo(terms, beta)
 
     def misfits(self, pair: Pair, rows: int) -> list[str]:
         try:
-            codes = Mixture.of(pair).codes
+            codes = MixtureParts.of(pair).codes
         except DeclarationError as error:
             return error.problems
         return [] if codes <= rows else [f"codes: expected at most {rows}, one for each training row; got {codes}."]
 
     def stepper(self, fitting: Fitting) -> Stepper:
-        return Iteration(self, fitting)
+        return EMStepper(self, fitting)
 
 
 @dataclass(frozen=True)
-class Mixture:
-    """The parts of a pair that an M-step sets."""
+class MixtureParts:
+    """Parts of a pair that the M-step sets."""
 
     model: GraphModel
     site: Site
@@ -106,12 +106,12 @@ class Mixture:
 
     @property
     def codes(self) -> int:
-        """K, the number of components."""
+        """Return K, the number of components."""
         return len(self.table.weight)
 
     @classmethod
-    def of(cls, pair: Pair) -> Mixture:
-        """Read off a declared pair.
+    def of(cls, pair: Pair) -> MixtureParts:
+        """Find the parts of a declared pair.
 
         Raises:
             DeclarationError: the pair is no mixture of components in closed form.
@@ -132,17 +132,17 @@ class Mixture:
         )
 
 
-class Iteration(Stepper):
+class EMStepper(Stepper):
     """EM on one data set: every call adds a batch's statistics, the end of an epoch moves the parameters.
 
     Arguments:
-        objective: how the sums are made.
-        fitting: of what.
+        objective: the declared objective.
+        fitting: the fit that it belongs to.
     """
 
     def __init__(self, objective: EM, fitting: Fitting) -> None:
         self.objective, self.loss = objective, fitting.loss
-        self.mixture = Mixture.of(fitting.loss.pair)
+        self.mixture = MixtureParts.of(fitting.loss.pair)
         self.data, self.steps, self.seed = fitting.data, fitting.steps, fitting.seed
         self.size = self._rows(slice(0, 1)).numel()
         self.gathered, self.tell = fitting.gathered, fitting.tell
@@ -151,22 +151,21 @@ class Iteration(Stepper):
             self.origin += x.sum(0) / len(self.data)
 
     def _blocks(self) -> Iterator[Tensor]:
-        """The training data `(rows, prod(x))`, float64, in pieces small enough for a number per row and component."""
-        step = max(1, BLOCK // max(self.mixture.codes, self.size))
+        """Iterate over the training data `(rows, prod(x))`, float64, in pieces for `BLOCK_NUMBERS`."""
+        step = max(1, BLOCK_NUMBERS // max(self.mixture.codes, self.size))
         return (self._rows(slice(start, start + step)) for start in range(0, len(self.data), step))
 
     def _rows(self, index: slice | Tensor) -> Tensor:
-        """Some training data `(m, prod(x))`, float64."""
+        """Return some training data `(m, prod(x))`, float64."""
         return self.data.observed(self.data.rows[index]).flatten(1).double()
 
     @property
     def names(self) -> tuple[str, ...]:
-        """See `Stepper.names`; the loss is minus what never falls."""
         return self.loss.names
 
     @torch.no_grad()
     def __call__(self, x: Tensor, frozen: Sequence[nn.Parameter] = ()) -> Tensor:
-        """The E-step of a batch `(n, *row)`; figures are weighed so that their mean over batches is that over data."""
+        """Do the E-step of a batch `(n, *row)`; the mean of the figures over batches is that over data."""
         pair = self.loss.pair
         table = read_table(pair.traces(x)[1], pair.layout, 0)
         log_p = table.log_sum(table.joint)
@@ -181,7 +180,7 @@ class Iteration(Stepper):
 
     @torch.no_grad()
     def begin(self) -> None:
-        """Fit every component to the data nearest to its centre; nothing where the start is the pair's weights."""
+        """Fit every component to the data nearest to its centre; keep the pair's weights if they are the start."""
         if self.objective.start == "weights":
             return
         centres = self._centres() - self.origin
@@ -191,7 +190,7 @@ class Iteration(Stepper):
         self.end_epoch()
 
     def _centres(self) -> Tensor:
-        """K rows of the training data, `(K, prod(x))`."""
+        """Return K rows of the training data, `(K, prod(x))`."""
         k, n = self.mixture.codes, len(self.data)
         if self.objective.start == "rows":
             return self._rows(seeds.subset(n, k, self.seed).to(self.origin.device))
@@ -219,7 +218,7 @@ class Iteration(Stepper):
 
     @torch.no_grad()
     def end_epoch(self) -> None:
-        """The M-step.
+        """Do the M-step.
 
         Raises:
             DataError: a component is empty and `empty` is "stop", or a covariance is singular.
@@ -234,7 +233,7 @@ class Iteration(Stepper):
 
     def _refill(self, counts: Tensor, sums: Tensor) -> None:
         """Move empty components to the data of lowest log p(x)."""
-        empty = (counts < EMPTY).nonzero().flatten()
+        empty = (counts < MIN_COUNT).nonzero().flatten()
         if not len(empty):
             return
         shown = ", ".join(map(str, empty[:8].tolist())) + (" ..." if len(empty) > 8 else "")

@@ -1,4 +1,4 @@
-"""Adversarial fitting: a critic learns to tell data from draws of the model, the model learns to pass for data."""
+"""Adversarial fitting: a critic learns to tell data from samples of the model, the model to be taken for data."""
 
 from __future__ import annotations
 
@@ -27,35 +27,36 @@ from pvae.pair.running import quiet
 from pvae.pair.terms import Terms
 from pvae.util import seeds
 
-CHUNK = 1000
-NEAREST = 500
-"""Most rows of each side that the two-sample figure of a validation compares."""
+VALIDATION_ROWS = 1000
+"""Rows of a batch of a validation."""
+TWO_SAMPLE_ROWS = 500
+"""Largest number of rows of each side that the two-sample figure of a validation compares."""
 
 
 # ---------------------------------------------------------------------- the game
 
 
 def critic_loss(real: Tensor, fake: Tensor) -> Tensor:
-    r"""-E log D(x) - E log(1 - D(g(z))) with D = sigmoid(s), from the logits s of data and of draws, nats.
+    r"""-E log D(x) - E log(1 - D(g(z))) with D = sigmoid(s), from the logits s of data and of samples, nats.
 
-    For densities p of data and r of draws the best critic is s = log p - log r, D = p / (p + r), and then
+    For densities p of data and r of samples the best critic is s = log p - log r, D = p / (p + r), and then
     E_p log p/(p + r) + E_r log r/(p + r) = 2 JS(p || r) - log 4: the loss is at least log 4 - 2 JS(p || r).
     """
     return softplus(-real).mean() + softplus(fake).mean()
 
 
 def generator_loss(fake: Tensor, form: Literal["non_saturating", "minimax"]) -> Tensor:
-    """What draws pay for being told from data, from their logits s, nats.
+    """Return the loss of the generator from the logits s of its samples, nats.
 
     `minimax`: E log(1 - D) = -E softplus(s), the generator's part of the game's value, whose slope in s, -D, dies where
-    the critic is sure. `non_saturating`: -E log D = E softplus(-s), of slope -(1 - D): the same fixed point, and a
+    the critic is certain. `non_saturating`: -E log D = E softplus(-s), of slope -(1 - D): the same fixed point, and a
     gradient that is largest there.
     """
     return softplus(-fake).mean() if form == "non_saturating" else -softplus(fake).mean()
 
 
 def slope_penalty(critic: nn.Module, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits of rows `(n, *row)`, `(n,)`, and 1/2 E ||grad_x s(x)||^2 over them, a scalar; both differentiable."""
+    """Return logits `(n,)` of rows `(n, *row)`, and 1/2 E ||grad_x s(x)||^2, a scalar; both differentiable."""
     rows = rows.detach().requires_grad_(True)
     logits = critic(rows)
     (slope,) = torch.autograd.grad(logits.sum(), rows, create_graph=True)
@@ -63,17 +64,16 @@ def slope_penalty(critic: nn.Module, rows: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def generate(pair: Pair, rows: Tensor) -> Tensor:
-    """Draws of the model, one for every one of the rows `(n, *row)`, whose covariates they keep; differentiable."""
+    """Return a sample of the model for each of the rows `(n, *row)`, with its covariates; differentiable."""
     nodes = samples(pair.simulate(rows))
     return pair.frame.join(nodes[OBSERVED]["value"], rows)
 
 
 def nearest_accuracy(real: Tensor, fake: Tensor) -> float:
-    """How often the nearest other row is of the same kind, over data `(n, D)` and as many draws `(n, D)`.
+    """Return the leave-one-out accuracy of a one-nearest-neighbour classifier of data and samples, each `(n, D)`.
 
-    The leave-one-out accuracy of a one-nearest-neighbour classifier: 1/2 in expectation for samples of one
-    distribution (a little less on few rows, for one row of its own kind is missing), 1 for samples that lie apart;
-    below 1/2 where draws sit on top of single data.
+    It is 1/2 in expectation for samples of one distribution (a little less on few rows, for one row of its own class
+    is missing), 1 for separated samples, and below 1/2 where samples are copies of single data.
 
     References:
         Revisiting Classifier Two-Sample Tests (Lopez-Paz, Oquab, 2017), https://arxiv.org/abs/1610.06545
@@ -89,20 +89,20 @@ def nearest_accuracy(real: Tensor, fake: Tensor) -> float:
 
 
 class Critic(nn.Module):
-    """A row of data to one logit: positive where it looks like data; given covariates, it sees them too."""
+    """Classifier of a row of data and its covariates: a logit, positive for data."""
 
     def __init__(self, network: NetworkModule, frame: Frame) -> None:
         super().__init__()
         self.network, self.frame = network, frame
 
     def forward(self, rows: Tensor) -> Tensor:
-        """Rows `(n, *row)` to logits `(n,)`."""
+        """Return the logits `(n,)` of rows `(n, *row)`."""
         x, seen = self.frame.split(rows)
         return self.network({OBSERVED: x, **seen}).squeeze(-1)
 
 
 def critic_of(pair: Pair) -> Critic:
-    """The critic that `GAN.attach` has added."""
+    """Return the critic that `GAN.attach` has added."""
     found = pair.critic
     assert isinstance(found, Critic)  # noqa: S101 - narrows the type
     return found
@@ -112,9 +112,9 @@ def critic_of(pair: Pair) -> Critic:
 class GAN(Objective):
     """min over the model, max over a critic D of E log D(x) + E log(1 - D(g(z))), z ~ p(z): no likelihood at all.
 
-    A declared pair whose decoder is `determined`, x = g(z), and whose posteriors are all `prior`: nothing is inferred.
+    For a declared pair whose likelihood is `determined`, x = g(z), and whose posteriors are all `prior`: no inference.
     An epoch takes every training row once; each batch makes `critic_steps` steps of the critic and one of the model,
-    in turns. Whatever `train.keep` says, the last weights are kept: no figure says which are best. `train.average`
+    in turns. The last weights are kept, whatever `train.keep` says, because no figure ranks them. `train.average`
     averages the model's weights and the critic's.
 
     Warning: the losses do not fall as the model improves; watch `two_sample`, or `pvae two-sample`.
@@ -130,7 +130,7 @@ class GAN(Objective):
     critic: Network = MLP(hidden=(300, 300))
     """From x (and covariates) to one logit."""
     form: Literal["non_saturating", "minimax"] = "non_saturating"
-    """What the model minimises: -E log D(g(z)), or E log(1 - D(g(z))) as in the game's value."""
+    """The generator's loss: -E log D(g(z)), or E log(1 - D(g(z))) as in the value of the game."""
     r1: float = Field(default=0.0, ge=0)
     """Weight of 1/2 E ||grad_x s(x)||^2 over data, s the critic's logit: with it the game converges locally.
 
@@ -138,7 +138,7 @@ class GAN(Objective):
         Which Training Methods for GANs do actually Converge? (Mescheder et al., 2018), https://arxiv.org/abs/1801.04406
     """
     critic_steps: int = Field(default=1, gt=0)
-    """Steps of the critic before each one of the model: the first on the batch, others on rows drawn anew."""
+    """Steps of the critic before each step of the model: the first on the batch, the others on other random rows."""
 
     @model_validator(mode="after")
     def _no_bound(self) -> Self:
@@ -147,18 +147,18 @@ class GAN(Objective):
         return self
 
     def terms(self, pair: Pair, x: Tensor, rows: int | None = None) -> Terms:
-        """Refused: there are none."""
+        """Raise DeclarationError: a GAN has no ELBO."""
         self._refuse()
 
     def loss(self, terms: Terms, beta: Tensor) -> Tensor:
-        """Refused: a step follows two losses in turn."""
+        """Raise DeclarationError: a step follows two losses in turn."""
         self._refuse()
 
     def _refuse(self) -> NoReturn:
         raise DeclarationError("objective gan: expected to be fitted by its own steps; got asked for terms of an ELBO.")
 
     def attach(self, pair: Pair) -> None:
-        """Add the critic, `pair.critic`, and take the density from p(x | z)."""
+        """Add the critic, `pair.critic`, and remove the density of p(x | z)."""
         model = pair.model
         assert isinstance(model, GraphModel)  # noqa: S101 - the declaration has been built
         model.decoder.likelihood = model.decoder.likelihood.implicit()
@@ -187,38 +187,38 @@ class GAN(Objective):
         ]
 
     def stepper(self, fitting: Fitting) -> Stepper:
-        return Duel(self, fitting)
+        return GANStepper(self, fitting)
 
     def measure(self, pair: Pair, x: Tensor | Streamed, seed: int) -> dict[str, float]:
-        """Both losses on data and as many draws, and how well a nearest neighbour tells the first `NEAREST` of them.
+        """Return both losses on data and as many samples, and the two-sample accuracy of the first `TWO_SAMPLE_ROWS`.
 
         `js_bound` is (log 4 - critic_loss) / 2: on rows the critic has not learned from, a lower bound in expectation
         of the Jensen-Shannon divergence, nats, at most log 2.
         """
         totals, pieces, critic = dict.fromkeys(("critic_loss", "generator_loss"), 0.0), [], critic_of(pair)
         with quiet(pair, x[:1]):
-            for start in range(0, len(x), CHUNK):
+            for start in range(0, len(x), VALIDATION_ROWS):
                 seeds.set_noise(seeds.mix(seed, seeds.VALIDATION, start), x.device)
-                real = pair.accept(x[start : start + CHUNK])
+                real = pair.accept(x[start : start + VALIDATION_ROWS])
                 fake = generate(pair, real)
-                pieces.append((real, fake)) if start < NEAREST else None
+                pieces.append((real, fake)) if start < TWO_SAMPLE_ROWS else None
                 seen, shown = (critic(rows).double() for rows in (real, fake))
                 totals["critic_loss"] += float(critic_loss(seen, shown)) * len(real)
                 totals["generator_loss"] += float(generator_loss(shown, self.form)) * len(real)
         means = {name: total / len(x) for name, total in totals.items()}
-        sides = [torch.cat(parts)[:NEAREST] for parts in zip(*pieces, strict=True)]
+        sides = [torch.cat(parts)[:TWO_SAMPLE_ROWS] for parts in zip(*pieces, strict=True)]
         bound = (math.log(4) - means["critic_loss"]) / 2
         return {**means, "js_bound": bound, "two_sample": nearest_accuracy(*sides)}
 
 
-class Duel(Stepper):
-    """Steps of the critic and of the model in turns, by one optimiser: the other side has no gradient, so it rests.
+class GANStepper(Stepper):
+    """Steps of the critic and of the model in turns, by one optimiser; parameters without a gradient do not move.
 
-    A loss that is not finite moves nobody who comes after it in a step. On a GPU nothing waits for the device.
+    After a loss that is not finite nothing moves for the rest of the step. On a GPU nothing waits for the device.
 
     Arguments:
         objective: the two losses.
-        fitting: of what.
+        fitting: the fit that it belongs to.
     """
 
     def __init__(self, objective: GAN, fitting: Fitting) -> None:
@@ -233,12 +233,12 @@ class Duel(Stepper):
 
     @property
     def names(self) -> tuple[str, ...]:
-        """See `Stepper.names`; gradient norms only where they are clipped or watched."""
+        """Names of the figures; gradient norms only where they are clipped or watched."""
         norms = ("critic_grad_norm", "generator_grad_norm") if self.clip_norm else ()
         return ("critic_loss", "r1", *norms[:1], "generator_loss", *norms[1:])
 
     def __call__(self, x: Tensor, frozen: Sequence[nn.Parameter] = ()) -> Tensor:
-        """The critic's steps and the model's on a batch `(n, *row)`; its figures are means over the critic's steps."""
+        """Take the steps of critic and model on a batch `(n, *row)`; the critic's figures are means over steps."""
         self.sound = torch.ones((), dtype=torch.bool, device=x.device)
         taken = [self._against(x)]
         for _ in range(self.objective.critic_steps - 1):
@@ -253,7 +253,7 @@ class Duel(Stepper):
         return torch.cat([torch.stack(taken).mean(0), moved])
 
     def _against(self, x: Tensor) -> Tensor:
-        """One step of the critic: its loss, what the penalty adds, and the norm of the gradient where it is wanted."""
+        """Take a step of the critic; return its loss, the penalty, and the gradient's norm where it is asked for."""
         with torch.no_grad():
             fake = generate(self.pair, x)
         if self.objective.r1:
@@ -265,7 +265,7 @@ class Duel(Stepper):
         return torch.cat([torch.stack([loss, penalty]).detach(), moved[1:]])
 
     def _move(self, loss: Tensor, side: int) -> Tensor:
-        """One step of one side, unless it is not finite: the loss, and the gradient's norm where it is asked for."""
+        """Take a step of one side, unless it is not finite; return the loss, and the gradient's norm if asked for."""
         moving = self.sides[side]
         for p, gradient in zip(moving, torch.autograd.grad(loss, moving, allow_unused=True), strict=True):
             p.grad = gradient

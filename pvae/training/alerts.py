@@ -1,4 +1,4 @@
-"""What is worth an alert at the end of a fit: sleeping latents, dead codes, scales at their bounds. No errors."""
+"""Alerts at the end of a fit: collapsed latents, dead codes, scales at their bounds. None is an error."""
 
 from __future__ import annotations
 
@@ -23,25 +23,25 @@ from pvae.pair.running import quiet
 from pvae.util import seeds
 
 ALERT_ROWS = 1000
-"""Most rows that are looked at."""
-SILENT_NATS, SILENT = 0.01, 0.1
-"""A latent that costs less for each of its coordinates, and less in all, says nothing of x."""
-SHARE = 0.05
-"""Of the scales of a site that may stand at a bound without an alert."""
-CHANCES = 10
-"""Codes drawn on average if all were used alike, before a code that never occurs is called dead."""
-UNBOUNDED = (1e-6, 1e6)
-"""Scales outside of this are on their way to 0 or infinity, whatever is declared."""
+"""Largest number of rows that are read."""
+COLLAPSED_NATS_PER_COORDINATE, COLLAPSED_NATS = 0.01, 0.1
+"""A latent has collapsed if its KL is below both, the first times its number of coordinates."""
+MAX_PROPORTION_AT_BOUND = 0.05
+"""Largest proportion of the scales of a site that may lie at a bound without an alert."""
+MIN_EXPECTED_USES = 10
+"""Expected uses of each code, if all were used alike, from which on an unused code is called dead."""
+SCALE_BOUNDS = (1e-6, 1e6)
+"""Scales outside of these diverge to 0 or infinity, whatever is declared."""
 
 
 def alerts(plan: Plan, pair: Pair, x: Tensor, seed: int) -> list[str]:
-    """One line for each latent that has collapsed, codebook with dead codes, and site whose scales are at a bound.
+    """Return a line for each latent that has collapsed, codebook with dead codes, and site whose scales are at a bound.
 
     Arguments:
-        plan: how the pair was declared.
+        plan: the declaration of the pair.
         pair: a fitted pair with an ELBO, on the device of `x`.
-        x: data `(n, *event)`; at most a thousand rows of it are read.
-        seed: of the draws.
+        x: data `(n, *event)`; at most `ALERT_ROWS` of it are read.
+        seed: seed of the samples.
     """
     x = pair.accept(x[:ALERT_ROWS])
     with quiet(pair, x):
@@ -56,7 +56,7 @@ def alerts(plan: Plan, pair: Pair, x: Tensor, seed: int) -> list[str]:
 def _asleep(kl: Mapping[str, float], guide: Mapping[str, Any]) -> Iterator[str]:
     for name, nats in kl.items():
         size = guide[name]["fn"].event_shape.numel() if name in guide else 1
-        if abs(nats) < min(SILENT_NATS * size, SILENT):
+        if abs(nats) < min(COLLAPSED_NATS_PER_COORDINATE * size, COLLAPSED_NATS):
             yield (
                 f"{name} has collapsed onto its prior: its KL is {nats:.4f} nats per datum. Give objective.beta a "
                 "longer linear warm-up from 0, or set objective.free_bits."
@@ -67,7 +67,7 @@ def _dead(guide: Mapping[str, Any], usage: Mapping[str, float], rows: int) -> It
     for name, node in guide.items():
         states, used = _states(node), usage.get(f"used/{name}")
         positions = math.prod(grid_of(node)) if states else 0
-        if states is None or used is None or rows * positions < CHANCES * states:
+        if states is None or used is None or rows * positions < MIN_EXPECTED_USES * states:
             continue
         if usage[f"perplexity/{name}"] < 1.01:
             yield f"{name} has collapsed: one of {states} codes is chosen whatever x is."
@@ -76,7 +76,7 @@ def _dead(guide: Mapping[str, Any], usage: Mapping[str, float], rows: int) -> It
 
 
 def _states(node: Mapping[str, Any]) -> int | None:
-    """How many values a code has; None for what is no code."""
+    """Return the number of values of a code; None for other sites."""
     fn = unwrapped(node["fn"])
     if isinstance(fn, Certain):
         return int(fn.states)
@@ -92,16 +92,16 @@ def _at_bounds(plan: Plan, guide: Mapping[str, Any], model: Mapping[str, Any]) -
                 continue
             for where, at in (("floor", scale <= bounds[0] * 1.001), ("ceiling", scale >= bounds[1] * 0.999)):
                 share = float(at.double().mean())
-                if share > SHARE:
+                if share > MAX_PROPORTION_AT_BOUND:
                     bound = bounds[0] if where == "floor" else bounds[1]
                     yield (
-                        f"{side}.{name}: {share:.0%} of the scales stand at their {where}, {bound:.3g}. The density "
-                        "wants to go on to there and beyond: widen the bounds if that is meant, else look at the data."
+                        f"{side}.{name}: {share:.0%} of the scales are at their {where}, {bound:.3g}. The "
+                        "optimum may lie beyond: widen the bounds if that is meant, else look at the data."
                     )
 
 
 def _scale(node: Mapping[str, Any]) -> Tensor | None:
-    """The scales of a normal site, of a factor its diagonal; None for other sites."""
+    """Return the scales of a normal site, of a factor its diagonal; None for other sites."""
     fn = unwrapped(node["fn"])
     if isinstance(fn, FactoredNormal | dist.MultivariateNormal):
         return fn.scale_tril.diagonal(dim1=-2, dim2=-1)
@@ -109,12 +109,12 @@ def _scale(node: Mapping[str, Any]) -> Tensor | None:
 
 
 def _bounds(plan: Plan, side: str, name: str) -> tuple[tuple[float, float], bool]:
-    """Smallest and largest scale that the declaration allows a site, and whether they are learned at all."""
+    """Return the smallest and largest scale that the declaration allows a site, and whether the scales are learned."""
     if not isinstance(plan, Experiment):
-        return UNBOUNDED, True
+        return SCALE_BOUNDS, True
     if name in plan.latents:
         latent = plan.latents[name]
         declared = (latent.posterior if side == "guide" else latent.prior).model_dump().get("log_variance")
-        return (UNBOUNDED if declared is None else (math.exp(declared[0] / 2), math.exp(declared[1] / 2))), True
+        return (SCALE_BOUNDS if declared is None else (math.exp(declared[0] / 2), math.exp(declared[1] / 2))), True
     table = plan.decoder.likelihood.model_dump()
-    return (max(table.get("floor", 0.0), UNBOUNDED[0]), UNBOUNDED[1]), table.get("scale") != "fixed"
+    return (max(table.get("floor", 0.0), SCALE_BOUNDS[0]), SCALE_BOUNDS[1]), table.get("scale") != "fixed"

@@ -12,7 +12,7 @@ from pvae.data import Split
 from pvae.graph.lifecycle import Begun
 from pvae.pair.pair import Pair
 from pvae.pair.running import quiet
-from pvae.training.evaluation import CHUNK
+from pvae.training.evaluation import ROWS_AT_ONCE
 from pvae.util import seeds
 
 
@@ -26,14 +26,12 @@ class TrainingRows:
     seed: int
 
     def observed(self, count: int, stream: int) -> Tensor:
-        """See `FirstRows.observed`."""
         return self.data.observed(self.data.rows[self._subset(count, stream)])
 
     def inferred(self, site: str, count: int, stream: int) -> list[Mapping[str, Any]]:
-        """See `FirstRows.inferred`; moves no random state."""
         with quiet(self.pair, self.data.rows[:1]):
             seeds.set_noise(seeds.mix(self.seed, seeds.ORDER, stream + 1), self.data.rows.device)
-            batches = (self.data.draw(index) for index in self._subset(count, stream).split(CHUNK))
+            batches = (self.data.draw(index) for index in self._subset(count, stream).split(ROWS_AT_ONCE))
             nodes = [self.pair.guide_trace(self.pair.accept(x)).nodes[site] for x in batches]
         return [node["infer"] or {} for node in nodes]
 

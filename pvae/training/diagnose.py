@@ -1,4 +1,4 @@
-"""Where a loss became NaN or infinite: the first bad site, its rows, the gradient norm."""
+"""Diagnosis of a loss that is NaN or infinite: the first bad site, its rows, the gradient norm."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from pvae.pair.pair import Pair
 
 
 def bad_weights(module: nn.Module) -> list[str]:
-    """Names of parameters that hold NaN or infinity."""
+    """Return the names of parameters that hold NaN or infinity."""
     return [name for name, p in module.named_parameters() if not bool(p.isfinite().all())]
 
 
 def first_bad_site(pair: Pair, x: Tensor) -> tuple[str, list[int]] | None:
-    """The first site, guide first, whose log density is not finite, with the rows of the batch."""
+    """Return the first site, guide first, whose log density is not finite, with the rows of the batch."""
     with torch.no_grad():
         guide_trace, model_trace = pair.traces(x)
     for side, trace in (("guide", guide_trace), ("model", model_trace)):
         for name, node in samples(trace).items():
             bad = ~log_prob(node, pair.layout, 0).isfinite()
-            bad = bad.flatten(0, -2).any(0) if bad.dim() > 1 else bad  # of sums, in any state
+            bad = bad.flatten(0, -2).any(0) if bad.dim() > 1 else bad  # in any state of a sum
             if bool(bad.any()):
                 return f"{side}.{name}", bad.nonzero().flatten().tolist()
     return None
 
 
 def gradient_norm(loss: Loss, x: Tensor) -> float:
-    """Global norm of the gradient of a batch's loss."""
+    """Return the global norm of the gradient of a batch's loss."""
     parameters = [p for p in loss.parameters() if p.requires_grad]
     with torch.enable_grad():
         gradients = torch.autograd.grad(loss(x)[0], parameters, allow_unused=True)
@@ -40,12 +40,12 @@ def gradient_norm(loss: Loss, x: Tensor) -> float:
 
 
 def bad_figures(pair: Pair, names: Sequence[str], out: Tensor) -> str:
-    """One sentence for people, where a step has no ELBO whose sites could be asked: what is not finite.
+    """Describe in a sentence the figures of a step without an ELBO that are not finite.
 
     Arguments:
-        pair: what is fitted.
-        names: of the step's figures.
-        out: the figures themselves.
+        pair: the pair that is fitted.
+        names: names of the step's figures.
+        out: the figures.
     """
     if weights := bad_weights(pair):
         return f"weights were already not finite ({weights[0]}): a gradient of an earlier step overflowed"
@@ -54,11 +54,11 @@ def bad_figures(pair: Pair, names: Sequence[str], out: Tensor) -> str:
 
 
 def diagnose(loss: Loss, again: Callable[[], Tensor], index: Tensor) -> str:
-    """One sentence for people: what is not finite, and where it came from.
+    """Describe in a sentence the site, the data rows and the gradient norm of a loss that is not finite.
 
     Arguments:
         loss: objective and pair.
-        again: gives the failed batch, with the random state as it was when the step drew it.
+        again: returns the failed batch, after setting the random state to that of the step.
         index: its rows in the data.
     """
     weights = bad_weights(loss.pair)

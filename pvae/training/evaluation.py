@@ -1,4 +1,4 @@
-"""Held-out data under a pair: the mean terms of its ELBO."""
+"""Evaluation of held-out data: the mean terms of the ELBO."""
 
 from __future__ import annotations
 
@@ -10,22 +10,26 @@ from pvae.pair.pair import Pair
 from pvae.pair.running import quiet
 from pvae.util import seeds
 
-CHUNK = 1000
-"""Most rows at a time."""
-DECODED = 32_000
-"""Most rows that are decoded at a time where every joint state of a code is."""
+ROWS_AT_ONCE = 1000
+"""Largest number of rows of a batch."""
+DECODED_AT_ONCE = 32_000
+"""Largest number of decoded rows of a batch, where each row is decoded in every joint state of its codes."""
 
 
 def evaluate(pair: Pair, x: Tensor | Streamed, seed: int, rows: int | None = None) -> dict[str, float]:
-    """Mean ELBO terms of `x` with one draw per datum, nats per datum; moves no weight and no random state.
+    """Return the mean ELBO terms of `x` with one sample of z per datum; changes no weight and no random state.
 
-    Relaxed latents are taken as the codes they stand for; the ELBO of the relaxed ones is `relaxed_elbo`.
+    Relaxed latents are replaced by the codes of the same logits; the ELBO of the relaxed ones is `relaxed_elbo`.
 
     Arguments:
         pair: a pair on the device of `x`.
         x: data `(n, *event)`, read piece by piece where they are streamed.
-        seed: of the draws; the same seed, the same number.
-        rows: how many data share the KL of global latents: those they were fitted to; those of `x` unless said.
+        seed: seed of the samples; the same seed gives the same figures.
+        rows: number of data that share the KL of global latents: those that these were fitted to; default: those of
+            `x`.
+
+    Returns:
+        `elbo`, `reconstruction`, `kl` and `kl/<latent>`, estimates in nats per datum.
     """
     with quiet(pair, x[:1]):
         with Discretised():
@@ -37,7 +41,7 @@ def evaluate(pair: Pair, x: Tensor | Streamed, seed: int, rows: int | None = Non
 
 def _mean_terms(pair: Pair, x: Tensor | Streamed, seed: int, rows: int | None) -> dict[str, float]:
     totals: dict[str, float] = {}
-    chunk = max(1, min(CHUNK, DECODED // pair.adopt(x[:2]).structure.states))
+    chunk = max(1, min(ROWS_AT_ONCE, DECODED_AT_ONCE // pair.adopt(x[:2]).structure.states))
     for start in range(0, len(x), chunk):
         seeds.set_noise(seeds.mix(seed, seeds.VALIDATION, start), x.device)
         terms = pair.terms(pair.accept(x[start : start + chunk]), rows=rows or len(x), expected=True)

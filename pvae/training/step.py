@@ -20,29 +20,33 @@ from pvae.objectives.base import Loss, Stepper
 
 Forward = Callable[[Tensor], tuple[Tensor, Tensor]]
 CLIPPED = "clipped"
-"""Whether a step's gradient was clipped; a figure that is counted over an epoch, where others are averaged."""
-TOLERANCE = {"value": 1e-3, "gradient": 1e-3, "gradient in bfloat16": 1e-2}
-"""How far a fast step may be from the eager one, as a share of the largest number."""
+"""Figure that is 1 where the gradient was clipped; summed over an epoch, where other figures are averaged."""
+STEP_TOLERANCE = {"value": 1e-3, "gradient": 1e-3, "gradient in bfloat16": 1e-2}
+"""Largest difference of a fast step from the eager one, relative to the largest number."""
 COMPILE_SECONDS = 30.0
-SAVED_SHARE = 0.13
+"""Time that compiling a step takes."""
+SAVED_PROPORTION = 0.13
+"""Proportion of the arithmetic of a step that a compiled one saves."""
 SAVED_SECONDS = 3e-4
+"""Fixed overhead of a step that a compiled one saves."""
 FLOPS = 1.2e11
+"""Floating-point operations of a processor in a second."""
 
 
 def choose_engine(steps: int, parameters: int, batch: int, device: torch.device) -> str:
-    """The engine for `steps` more steps: a function of the declaration alone, so that a resumed run agrees.
+    """Return the engine for `steps` more steps: a function of the declaration alone, so that a resumed run agrees.
 
-    On a CPU compiling costs about `COMPILE_SECONDS` once, and saves a fixed overhead and a share of the
+    On a CPU compiling costs about `COMPILE_SECONDS` once, and saves a fixed overhead and a part of the
     arithmetic (6 flops per parameter and datum) of every step.
     """
     if device.type == "cuda":
         return "captured"
-    saved = SAVED_SECONDS + SAVED_SHARE * 6 * parameters * batch / FLOPS
+    saved = SAVED_SECONDS + SAVED_PROPORTION * 6 * parameters * batch / FLOPS
     return "compiled" if steps * saved > COMPILE_SECONDS else "eager"
 
 
 def compile_forward(loss: Loss, x: Tensor) -> Forward:
-    """`loss.forward` for batches shaped like `x`: exported, then compiled by Inductor.
+    """Return `loss.forward` for batches shaped like `x`, exported and then compiled by Inductor.
 
     The exported program holds the very parameters and buffers of `loss`. Random numbers come from the
     default generator in the order the eager program draws them. Random state and buffers are left as found.
@@ -66,12 +70,12 @@ def compile_forward(loss: Loss, x: Tensor) -> Forward:
 
 
 def _no_guards(guards: Sequence[Any]) -> list[bool]:
-    """Nothing is checked again at every call: `Step` sends only batches of one shape, type and device here."""
+    """Drop the checks at every call: `Step` sends only batches of one shape, type and device here."""
     return [False] * len(guards)
 
 
 def _probe(loss: Loss, forward: Forward, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Loss vector and the whole gradient of a batch, from a fixed seed."""
+    """Return the loss vector and the whole gradient of a batch, from a fixed seed."""
     torch.manual_seed(0)
     value, out = forward(x)
     gradients = torch.autograd.grad(value, _learned(loss), allow_unused=True)
@@ -79,8 +83,10 @@ def _probe(loss: Loss, forward: Forward, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def require_equal(fast: Tensor, slow: Tensor, what: str) -> None:
-    """Raise unless a fast step's numbers are the eager one's, to `TOLERANCE`."""
-    if fast.shape != slow.shape or not bool((fast - slow).abs().max() <= TOLERANCE[what] * slow.abs().max() + 1e-6):
+    """Raise unless a fast step's numbers are the eager one's, up to `STEP_TOLERANCE`."""
+    if fast.shape != slow.shape or not bool(
+        (fast - slow).abs().max() <= STEP_TOLERANCE[what] * slow.abs().max() + 1e-6
+    ):
         raise RuntimeError(f"the fast step's {what} differs from the eager one's")
 
 
@@ -124,13 +130,12 @@ class Step(Stepper):
 
     @property
     def names(self) -> tuple[str, ...]:
-        """What the returned vector holds."""
         if not self.clip_norm:
             return self.loss.names
         return (*self.loss.names, *((CLIPPED,) if self.clip_norm < math.inf else ()), "grad_norm")
 
     def __call__(self, x: Tensor, frozen: Sequence[nn.Parameter] = ()) -> Tensor:
-        """One step on a batch; parameters in `frozen` do not move. Returns the detached vector named by `names`.
+        """Take one step on a batch; parameters in `frozen` do not move. Returns the detached vector named by `names`.
 
         A batch whose loss is not finite moves nothing; the caller sees it in the first entry.
         """
@@ -139,7 +144,7 @@ class Step(Stepper):
         return self.run(x, frozen)
 
     def run(self, x: Tensor, frozen: Sequence[nn.Parameter] = ()) -> Tensor:
-        """The step itself, without replay."""
+        """Take the step itself, without replay of a CUDA graph."""
         loss, out = self.forward(x)
         loss.backward()
         for parameter in frozen:
@@ -151,7 +156,7 @@ class Step(Stepper):
         return out
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Loss and figures of a batch, compiled where the shape allows."""
+        """Return loss and figures of a batch, by the compiled program if the shape is the usual one."""
         if self.compiled is not None and x.shape == self.shape:
             return self.compiled(x)
         return self.loss(x)
@@ -174,7 +179,7 @@ class Step(Stepper):
 
 
 def is_finite(out: Tensor) -> bool:
-    """Whether all figures of a step, loss and gradient norm among them, are finite; waits for the device."""
+    """Return whether all figures of a step, loss and gradient norm among them, are finite; waits for the device."""
     return math.isfinite(out.sum().item())
 
 
@@ -227,20 +232,20 @@ class Capture:
         return graph, out
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Replay on a batch."""
+        """Replay the graph on a batch."""
         self.x.copy_(x)
         self.graph.replay()
         return self.out
 
 
 def release_generator(device: torch.device) -> None:
-    """Let a GPU's default generator draw again after a capture that failed."""
+    """Make a GPU's default generator usable after a capture that failed."""
     generator = torch.cuda.default_generators[device.index or 0]
     generator.graphsafe_set_state(generator.clone_state())
 
 
 def make_capturable(optimizer: torch.optim.Optimizer, device: torch.device) -> None:
-    """Let a CUDA graph hold the optimiser: the learning rate becomes a tensor, the flag is set where there is one."""
+    """Prepare an optimiser for a CUDA graph: the learning rate becomes a tensor, `capturable` is set."""
     for group in optimizer.param_groups:
         group["lr"] = torch.tensor(float(group["lr"]), device=device)
         if "capturable" in group:
@@ -257,7 +262,7 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimiser's state as flat tensors, `<parameter index>.<name>`."""
+    """Return the optimiser's state as flat tensors, `<parameter index>.<name>`."""
     return {
         f"{index}.{name}": value
         for index, state in optimizer.state_dict()["state"].items()
@@ -267,7 +272,7 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 
 def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """The inverse of `optimizer_tensors`; learning rate and flags stay as they are.
+    """Put back the tensors of `optimizer_tensors`; learning rate and flags stay as they are.
 
     Raises:
         ValueError: a tensor is of no parameter that the optimiser moves, or of another shape.
