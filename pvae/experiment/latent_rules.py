@@ -1,0 +1,201 @@
+"""Rules of latents: values, priors, posteriors, and sums over their states."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from math import prod
+from typing import TYPE_CHECKING, Any
+
+from pvae.distributions.codes import STATES
+from pvae.graph.site import OBSERVED, Values
+from pvae.guides.posteriors.base import Posterior
+from pvae.guides.posteriors.codes import EstimatedPosterior
+from pvae.models.priors.base import Prior
+from pvae.objectives.base import IWAE
+
+if TYPE_CHECKING:
+    from pvae.experiment.experiment import Experiment
+    from pvae.experiment.latent import Latent
+
+Finding = tuple[tuple[str, ...], str, Any]
+"""Path of a problem, what is expected there, and what was found."""
+
+
+IN_WORDS: dict[Values, str] = {
+    "real": "a vector",
+    "index": "codes",
+    "relaxed": "relaxed codes",
+    "binary": "bits",
+}
+
+
+def _relaxes(latent: Latent) -> bool:
+    """Return True for a prior of codes under a relaxed posterior whose KL is that of the categoricals."""
+    return latent.sampled == "relaxed" and "index" in latent.prior.values and not _wants_density(latent)
+
+
+def _wants_density(latent: Latent) -> bool:
+    """Return True where the KL of a relaxed latent is that of the relaxed densities."""
+    return latent.posterior.kl == "relaxed"  # type: ignore[attr-defined]
+
+
+def misplaced_priors(e: Experiment) -> Iterator[Finding]:
+    """Yield priors of other values than the latent's, and those that cannot read its parents or lack some."""
+    for name, latent in e.latents.items():
+        kind = latent.prior.kind  # type: ignore[attr-defined]
+        if latent.sampled not in latent.prior.values and not _relaxes(latent):
+            kinds = [k for k, member in Prior.members.items() if latent.sampled in member.values]  # type: ignore[attr-defined]
+            yield (
+                ("latents", name, "prior"),
+                f"a prior of {IN_WORDS[latent.sampled]}: one of {', '.join(kinds)}",
+                kind,
+            )
+            continue
+        if latent.sampled == "relaxed" and "index" not in latent.prior.values and not _wants_density(latent):
+            yield (
+                ("latents", name, "posterior", "kl"),
+                f"relaxed, because the prior {kind} is a density of relaxed codes and gives codes no probabilities",
+                "categorical",
+            )
+        if latent.given and not latent.prior.reads_parents:
+            yield (
+                ("latents", name, "prior"),
+                f"a prior that reads {', '.join(latent.given)}, such as conditional_normal",
+                kind,
+            )
+        if latent.prior.reads_guide and latent.posterior.given != (OBSERVED,):
+            yield (
+                ("latents", name, "posterior", "given"),
+                f"['x'] alone, because the prior {kind} is made of this posterior",
+                list(latent.posterior.given),
+            )
+        if not latent.given and latent.prior.needs_parents:
+            yield ("latents", name, "given"), f"parents for the prior {kind}, e.g. given = ['z2']", []
+
+
+def misplaced_posteriors(e: Experiment) -> Iterator[Finding]:
+    """Yield posteriors of other values than the latent's, and inverses without an invertible decoder."""
+    likelihood = e.decoder.likelihood
+    for name, latent in e.latents.items():
+        posterior, loc = latent.posterior, ("latents", name, "posterior")
+        kind = posterior.kind  # type: ignore[attr-defined]
+        if posterior.values != latent.values:
+            kinds = [k for k, member in Posterior.members.items() if member.values == latent.values]  # type: ignore[attr-defined]
+            yield loc, f"a posterior of {IN_WORDS[latent.values]}: one of {', '.join(kinds)}", kind
+            continue
+        if posterior.infers and not posterior.given:
+            yield (*loc, "given"), "'x', or latents that the guide has sampled before", []
+        if _is_summed(latent) and latent.log_states > math.log(STATES) + 1e-9:
+            yield (
+                loc,
+                f"a sum over at most {STATES} joint states for the posterior {kind} (fewer codes or positions), or "
+                f"{'another posterior, such as categorical' if posterior.summed else 'estimator = score'}",
+                f"{latent.codes or 2} ** {latent.bits or prod(latent.grid or ())}",
+            )
+        wanted = posterior.determines
+        if wanted and (wanted != likelihood.kind or e.decoder.network.kind != "bijection"):  # type: ignore[attr-defined]
+            yield (
+                ("decoder",),
+                f"the network bijection and the likelihood {wanted}, of which the posterior {kind} is the way back",
+                f"{e.decoder.network.kind}, {likelihood.kind}",  # type: ignore[attr-defined]
+            )
+    if e.objective.scores and likelihood.is_point and not any(z.posterior.determines for z in e.latents.values()):
+        yield (
+            ("decoder", "likelihood"),
+            "a density of x given z (normal, bernoulli, ...), unless the posterior is inverse or dequantised",
+            likelihood.kind,  # type: ignore[attr-defined]
+        )
+
+
+def _is_summed(latent: Latent) -> bool:
+    """Return True for a latent that is summed over: by the model, or in expectation under the guide."""
+    posterior = latent.posterior
+    return posterior.summed or (isinstance(posterior, EstimatedPosterior) and posterior.sums(latent.log_states))
+
+
+def unlike_sums(e: Experiment) -> Iterator[Finding]:
+    """Yield latents whose sums do not go together: exact ones with others, too many states, or score functions."""
+    exact = [name for name, z in e.latents.items() if z.posterior.summed]
+    summed = [name for name, z in e.latents.items() if not z.posterior.summed and _is_summed(z)]
+    if exact:
+        for name in summed:
+            yield (
+                ("latents", name, "posterior", "estimator"),
+                f"score, because {', '.join(exact)} is summed out given its draws; or a relaxed posterior",
+                "a sum",
+            )
+    for names in (exact, summed):
+        log_states = sum(e.latents[name].log_states for name in names)
+        if len(names) > 1 and math.log(STATES) + 1e-9 < log_states < math.inf:
+            yield (
+                ("latents",),
+                f"at most {STATES} joint states of {', '.join(names)}, which are summed over; infer some by another "
+                f"posterior, such as relaxed_onehot",
+                f"{math.exp(min(log_states, 700)):.3g}",
+            )
+    scored = [z for z in e.latents.items() if isinstance(z[1].posterior, EstimatedPosterior) and not _is_summed(z[1])]
+    for name, _ in scored if summed else ():
+        yield (
+            ("latents", name, "posterior", "estimator"),
+            f"draws that carry a gradient beside {', '.join(summed)}, which is summed over: a sum, or a relaxed "
+            f"posterior",
+            "a score function",
+        )
+
+
+def not_mean_field(e: Experiment) -> Iterator[Finding]:
+    """Yield latents with a closed-form KL whose model parents are inferred from them, where it is invalid."""
+    below: dict[str, set[str]] = {}
+    for site in e.guide_sites():
+        below[site.name] = {site.name}
+        for ancestor in below:
+            if ancestor in site.guide_given or any(p in below[ancestor] for p in site.guide_given):
+                below[ancestor].add(site.name)
+    closed = e.objective.kind == "trace_mean_field_elbo"  # type: ignore[attr-defined]
+    for name, inferred in below.items():
+        for parent in e.latents[name].given:
+            if parent not in inferred:
+                continue
+            why = (
+                f"the guide infers {parent} from {name} while the model has {name} given {parent}, so "
+                f"KL(q({name}) || p({name} | {parent})) has no closed form"
+            )
+            if closed:
+                yield ("objective", "kind"), f"trace_elbo: {why}", "trace_mean_field_elbo"
+            elif _prices_codes(latent := e.latents[name]) and _is_drawn(latent):
+                yield ("latents", name, "posterior"), f"{OF_CODES}: {why}", f"{_kind(latent)}, with the KL of its codes"
+
+
+OF_CODES = "one of codes (categorical by scores, nearest_code)"
+
+
+def _prices_codes(latent: Latent) -> bool:
+    """Return True where the KL of a relaxed latent is that of its codes, and its prior reads its parents, if any."""
+    reads = not latent.given or not latent.prior.ignores_parents
+    return reads and getattr(latent.posterior, "kl", None) == "categorical"
+
+
+def _is_drawn(latent: Latent) -> bool:
+    """Return True for a relaxed latent that is sampled, not a point given x."""
+    return bool(getattr(latent.posterior, "noise", True))
+
+
+def _kind(latent: Latent) -> str:
+    return str(latent.posterior.kind)  # type: ignore[attr-defined]
+
+
+def priced(e: Experiment) -> Iterator[Finding]:
+    """Yield relaxed latents whose KL of codes the objective cannot use: in importance weights, or inside a sum."""
+    exact = [name for name, z in e.latents.items() if z.posterior.summed]
+    for name, latent in e.latents.items():
+        if getattr(latent.posterior, "kl", None) != "categorical":
+            continue
+        at = ("latents", name, "posterior")
+        if isinstance(e.objective, IWAE) and _is_drawn(latent):
+            wanted = "relaxed with iwae, whose weights are densities at draws; or trace_elbo"
+            yield (*at, "kl"), wanted, "categorical"
+        for parent in latent.given if _prices_codes(latent) else ():
+            if parent in exact:
+                why = f"because p({name}) reads {parent}, which is summed out"
+                yield at, f"{OF_CODES}, {why}; or draws of {parent}", f"{_kind(latent)}, with the KL of its codes"
