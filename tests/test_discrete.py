@@ -374,9 +374,7 @@ def test_a_sum_beside_a_latent_that_the_model_sums_out_is_refused():
 
 
 def test_a_sum_beside_a_score_function_is_refused():
-    with pytest.raises(
-        DeclarationError, match=r"latents\.b\.posterior\.estimator: expected draws that carry a gradient"
-    ):
+    with pytest.raises(DeclarationError, match=r"latents\.b\.posterior\.estimator: expected samples with a gradient"):
         built({"c": {"codes": 3, "posterior": SUM}, "b": {"bits": 2, "posterior": SCORED_BITS}}, ["c", "b"])
 
 
@@ -954,7 +952,7 @@ PRICED: dict[str, tuple[dict[str, Any], str]] = {
             },
             "decoder": {**NETWORK, "given": ["c", "k"]},
         },
-        r"latents.k.posterior: expected one of codes .*, because p\(k\) reads c, which is summed out; or draws of c",
+        r"latents.k.posterior: expected one of codes .*, because p\(k\) reads c, which is summed out; or samples of c",
     ),
     "a parent inferred from it": (
         {

@@ -440,11 +440,11 @@ BAD = {
     ),
     "a posterior": (
         {"latents": {"z": {"dim": 3}}},
-        'latents.z.posterior: expected prior, for the objective gan infers nothing; got "normal"',
+        'latents.z.posterior: expected prior, because the objective gan infers nothing; got "normal"',
     ),
     "no gan": (
         {"objective": {"kind": "trace_elbo"}, "decoder": {"likelihood": "normal"}},
-        'latents.z.posterior: expected a posterior that is inferred from x .*trace_elbo scores data; got "prior"',
+        'latents.z.posterior: expected a posterior that reads x .*trace_elbo fits a density of x; got "prior"',
     ),
     "given x": (
         {"latents": {"z": {"dim": 3, "posterior": {"kind": "prior", "given": ["x"]}}}},
@@ -462,7 +462,7 @@ BAD = {
     "analysis": ({"analysis": {"every": 1}}, "analysis.every: expected 0, for the objective gan has no ELBO"),
     "refit": (
         {"refit": {"priors": {"z": {"kind": "realnvp"}}}},
-        "refit: expected none, for the objective gan has no codes to fit a prior to",
+        "refit: expected none, because the objective gan infers no latents to fit a prior to",
     ),
     "vamp": (
         {"latents": {"z": {"dim": 3, "prior": "vamp", "posterior": "prior"}}},

@@ -132,11 +132,11 @@ UNSOUND: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "a sum beside an exact sum": (
         declared({"c": CODES, "b": BITS}),
-        r"latents\.b\.posterior\.estimator: expected score, because c is summed out given its draws.*; got \"a sum\"",
+        r"latents\.b\.posterior\.estimator: expected score, because c is summed out given its samples.*; got \"a sum\"",
     ),
     "a score function beside a sum": (
         declared({"a": {"bits": 9}, "b": BITS}),
-        r"latents\.a\.posterior\.estimator: expected draws that carry a gradient beside b.*; got \"a score function\"",
+        r"latents\.a\.posterior\.estimator: expected samples with a gradient beside b.*; got \"a score function\"",
     ),
     "sums of too many joint states": (
         declared({name: {**CODES, "codes": 100, "posterior": "exact"} for name in ("c", "d")}),
@@ -152,15 +152,15 @@ UNSOUND: dict[str, tuple[dict[str, Any], str]] = {
                 }
             }
         ),
-        r"latents\.c\.temperature: expected a temperature of at least 1e-06 all through training; got -1\.0",
+        r"latents\.c\.temperature: expected a temperature of at least 1e-06 throughout training; got -1\.0",
     ),
     "a learning rate that changes its sign": (
         declared({"z": {"dim": 2}}, train={"epochs": 1, "schedule": {"kind": "cosine", "end": -0.5}}),
-        r"train\.schedule: expected a factor on the learning rate of at least 0 all through training; got -0\.5",
+        r"train\.schedule: expected a factor on the learning rate of at least 0 throughout training; got -0\.5",
     ),
     "a KL that is rewarded": (
         declared({"z": {"dim": 2}}, objective={"beta": -1.0}),
-        r"objective\.beta: expected a weight of the KL of at least 0 all through training; got -1\.0",
+        r"objective\.beta: expected a weight of the KL of at least 0 throughout training; got -1\.0",
     ),
     "variances that overflow before training": (
         declared(
@@ -204,7 +204,7 @@ UNSOUND: dict[str, tuple[dict[str, Any], str]] = {
                 "d": {"codes": 3, "given": ["c"], "posterior": "categorical"},
             }
         ),
-        r"decoder\.given: expected every latent read by the decoder or .* heeds its parents; c is not",
+        r"decoder\.given: expected every latent read by the decoder or .* reads its parents; c is not",
     ),
 }
 

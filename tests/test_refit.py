@@ -162,7 +162,7 @@ def test_what_a_refit_may_not_change(parent, case):
 def test_a_declared_second_stage_is_checked_with_the_file():
     with pytest.raises(DeclarationError, match=r"refit\.priors\.y: expected one of z"):
         Experiment.from_dict({**TABLE, "refit": {"priors": {"y": "maf"}}})
-    with pytest.raises(DeclarationError, match=r"refit: expected a sound second stage; .*latents\.z\.given"):
+    with pytest.raises(DeclarationError, match=r"refit: expected a valid second stage; .*latents\.z\.given"):
         Experiment.from_dict({**TABLE, "refit": {"priors": {"z": "conditional_normal"}}})
     stage = Experiment.from_dict({**TABLE, "refit": {"priors": {"z": "maf"}}})
     assert Experiment.from_toml(stage.to_toml()) == stage
@@ -260,7 +260,7 @@ def test_how_a_refit_is_trained(parent):
     stage = {"priors": {"z": "maf"}, "train": {"alternate": 3}}
     with pytest.raises(DeclarationError, match=r"refit\.train\.alternate: expected 0"):
         Experiment.from_dict({**TABLE, "refit": stage})
-    with pytest.raises(DeclarationError, match="refit: expected a sound second stage; .*another prior"):
+    with pytest.raises(DeclarationError, match="refit: expected a valid second stage; .*another prior"):
         Experiment.from_dict({**TABLE, "refit": {"priors": {"z": "standard_normal"}}})
 
 

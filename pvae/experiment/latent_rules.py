@@ -97,7 +97,7 @@ def misplaced_posteriors(e: Experiment) -> Iterator[Finding]:
         if wanted and (wanted != likelihood.kind or e.decoder.network.kind != "bijection"):  # type: ignore[attr-defined]
             yield (
                 ("decoder",),
-                f"the network bijection and the likelihood {wanted}, of which the posterior {kind} is the way back",
+                f"the network bijection and the likelihood {wanted}, which the posterior {kind} inverts",
                 f"{e.decoder.network.kind}, {likelihood.kind}",  # type: ignore[attr-defined]
             )
     if e.objective.scores and likelihood.is_point and not any(z.posterior.determines for z in e.latents.values()):
@@ -122,7 +122,7 @@ def unlike_sums(e: Experiment) -> Iterator[Finding]:
         for name in summed:
             yield (
                 ("latents", name, "posterior", "estimator"),
-                f"score, because {', '.join(exact)} is summed out given its draws; or a relaxed posterior",
+                f"score, because {', '.join(exact)} is summed out given its samples; or a relaxed posterior",
                 "a sum",
             )
     for names in (exact, summed):
@@ -138,8 +138,7 @@ def unlike_sums(e: Experiment) -> Iterator[Finding]:
     for name, _ in scored if summed else ():
         yield (
             ("latents", name, "posterior", "estimator"),
-            f"draws that carry a gradient beside {', '.join(summed)}, which is summed over: a sum, or a relaxed "
-            f"posterior",
+            f"samples with a gradient beside {', '.join(summed)}, which is summed over: a sum, or a relaxed posterior",
             "a score function",
         )
 
@@ -193,9 +192,9 @@ def priced(e: Experiment) -> Iterator[Finding]:
             continue
         at = ("latents", name, "posterior")
         if isinstance(e.objective, IWAE) and _is_drawn(latent):
-            wanted = "relaxed with iwae, whose weights are densities at draws; or trace_elbo"
+            wanted = "relaxed with iwae, whose weights are densities at samples; or trace_elbo"
             yield (*at, "kl"), wanted, "categorical"
         for parent in latent.given if _prices_codes(latent) else ():
             if parent in exact:
                 why = f"because p({name}) reads {parent}, which is summed out"
-                yield at, f"{OF_CODES}, {why}; or draws of {parent}", f"{_kind(latent)}, with the KL of its codes"
+                yield at, f"{OF_CODES}, {why}; or samples of {parent}", f"{_kind(latent)}, with the KL of its codes"

@@ -126,7 +126,7 @@ def _second_stage(e: Experiment, refit: Refit) -> Iterator[Finding]:
     try:
         e.refitted(e.second_stage())
     except DeclarationError as error:
-        yield ("refit",), f"a sound second stage; {'; '.join(error.problems)}", sorted(refit.priors)
+        yield ("refit",), f"a valid second stage; {'; '.join(error.problems)}", sorted(refit.priors)
 
 
 COLDEST = 1e-6
@@ -151,7 +151,7 @@ def _negative_schedules(e: Experiment) -> Iterator[Finding]:
     for loc, schedule, least, length, what in asked:
         lowest = min(schedule.at(moment, length) for moment in schedule.extremes(length))
         if lowest < least:
-            yield loc, f"{what} of at least {least:g} all through training", lowest
+            yield loc, f"{what} of at least {least:g} throughout training", lowest
 
 
 def _likelihood_free(e: Experiment) -> Iterator[Finding]:
@@ -163,13 +163,13 @@ def _likelihood_free(e: Experiment) -> Iterator[Finding]:
             if not latent.posterior.infers:
                 yield (
                     ("latents", name, "posterior"),
-                    f"a posterior that is inferred from x (normal, ...), for the objective {kind} scores data",
+                    f"a posterior that reads x (normal, ...), because the objective {kind} fits a density of x",
                     latent.posterior.kind,  # type: ignore[attr-defined]
                 )
         if isinstance(likelihood, DeterminedLikelihood) and likelihood.squash != "none":
             yield (
                 ("decoder", "likelihood", "squash"),
-                'none, for only the objective gan never asks for the way back; use the network\'s squash = "logit"',
+                'none, because every other objective than gan inverts the decoder; use the network\'s squash = "logit"',
                 likelihood.squash,
             )
         return
@@ -179,13 +179,17 @@ def _likelihood_free(e: Experiment) -> Iterator[Finding]:
         if latent.posterior.infers:
             yield (
                 ("latents", name, "posterior"),
-                f"prior, for the objective {kind} infers nothing",
+                f"prior, because the objective {kind} infers nothing",
                 latent.posterior.kind,  # type: ignore[attr-defined]
             )
     if e.refit is not None:
-        yield ("refit",), f"none, for the objective {kind} has no codes to fit a prior to", sorted(e.refit.priors)
+        yield (
+            ("refit",),
+            f"none, because the objective {kind} infers no latents to fit a prior to",
+            sorted(e.refit.priors),
+        )
     if e.analysis.every:
-        yield ("analysis", "every"), f"0, for the objective {kind} has no ELBO to take apart", e.analysis.every
+        yield ("analysis", "every"), f"0, because the objective {kind} has no ELBO", e.analysis.every
 
 
 def _columns(e: Experiment) -> Iterator[Finding]:
@@ -212,5 +216,5 @@ def _unread(e: Experiment) -> Iterator[Finding]:
     read = set(e.decoder_given()) | heeded
     for name in e.latents:
         if name not in read:
-            wanted = "every latent read by the decoder or by another latent, through a prior that heeds its parents"
+            wanted = "every latent read by the decoder or by another latent, through a prior that reads its parents"
             yield ("decoder", "given"), f"{wanted}; {name} is not", name
