@@ -214,7 +214,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "dequantised without levels": (
         {"latents": {"z": {"dim": 4, "posterior": {"kind": "dequantised"}}}, "decoder": DETERMINED},
-        r"decoder: expected the network bijection and the likelihood rounded, of which the posterior dequantised",
+        r"decoder: expected the network bijection and the likelihood rounded, which the posterior dequantised inverts",
     ),
     "a normal posterior of what is determined": (
         {"latents": {"z": {"dim": 4}}, "decoder": DETERMINED},

@@ -459,7 +459,7 @@ BAD = {
         "train.patience: expected nothing, because the objective gan has no ELBO, no guide, and its own steps; got 2",
     ),
     "beta": ({"objective": {"beta": 0.5}}, "objective: expected beta = 1 and free_bits = 0 with gan"),
-    "analysis": ({"analysis": {"every": 1}}, "analysis.every: expected 0, for the objective gan has no ELBO"),
+    "analysis": ({"analysis": {"every": 1}}, "analysis.every: expected 0, because the objective gan has no ELBO"),
     "refit": (
         {"refit": {"priors": {"z": {"kind": "realnvp"}}}},
         "refit: expected none, because the objective gan infers no latents to fit a prior to",

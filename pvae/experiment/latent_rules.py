@@ -12,7 +12,7 @@ from pvae.graph.site import OBSERVED, Values
 from pvae.guides.posteriors.base import Posterior
 from pvae.guides.posteriors.codes import EstimatedPosterior
 from pvae.models.priors.base import Prior
-from pvae.objectives.base import IWAE
+from pvae.objectives.iwae import IWAE
 
 if TYPE_CHECKING:
     from pvae.experiment.experiment import Experiment

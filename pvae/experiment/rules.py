@@ -17,7 +17,6 @@ from pvae.models.priors.codes import CategoricalPrior, UniformPrior
 from pvae.nn.dense import Table as NetworkTable
 from pvae.nn.schedules import Schedule
 from pvae.objectives.em import EM
-from pvae.objectives.iwae import IWAE
 
 if TYPE_CHECKING:
     from pvae.experiment.experiment import Experiment, Refit
