@@ -12,7 +12,7 @@ from pvae.analysis.bounds.lower_bounds import Evidence, PriorEvidence
 from pvae.analysis.bounds.rate_distortion import RateDistortion, rate_distortion
 from pvae.analysis.decompose.aggregated import AggregatedPosterior
 from pvae.analysis.decompose.collapse import Collapse, collapse
-from pvae.analysis.decompose.gain import Gain, gain
+from pvae.analysis.decompose.prior_gain import Gain, gain
 from pvae.analysis.decompose.result import LatentSurgery, Surgery
 from pvae.analysis.decompose.surgery import surgery
 from pvae.analysis.export.datasets import PosteriorDraws as Posterior

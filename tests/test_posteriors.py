@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 import pvae
 from pvae.analysis import AggregatedPosterior, evidence, surgery
-from pvae.analysis.decompose.draws import draw, quiet
+from pvae.analysis.decompose.entry import quiet
+from pvae.analysis.decompose.posterior_draws import draw
 from pvae.errors import DeclarationError
 from pvae.experiment.experiment import Experiment
 from pvae.guides.posteriors.flows import GatedStep, PushedNormal

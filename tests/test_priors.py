@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from pvae.analysis import surgery
-from pvae.analysis.decompose.draws import draw, quiet
+from pvae.analysis.decompose.entry import quiet
+from pvae.analysis.decompose.posterior_draws import draw
 from pvae.data.sources import toys
 from pvae.distributions.bijections import bisected
 from pvae.distributions.exponential import Normals

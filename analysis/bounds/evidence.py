@@ -11,7 +11,7 @@ from pvae.analysis.bounds.accumulate import accumulate_weights
 from pvae.analysis.bounds.lower_bounds import Evidence, PriorEvidence
 from pvae.analysis.bounds.weights import log_weights, side_by_side, takes_particles, vectorises
 from pvae.analysis.decompose.codes import log_evidence
-from pvae.analysis.decompose.draws import accept, quiet, require_likelihood
+from pvae.analysis.decompose.entry import accept, quiet, require_likelihood
 from pvae.analysis.figures.estimate import exact_mean
 from pvae.errors import DataError
 from pvae.pair.densities import log_prob, sum_over

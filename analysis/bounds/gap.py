@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pvae.analysis.bounds.refine import Refined, refined
 from pvae.analysis.bounds.weights import WeightSampler, delta_error, log_weights, one_by_one, takes_particles
-from pvae.analysis.decompose.draws import accept, quiet, require_likelihood
+from pvae.analysis.decompose.entry import accept, quiet, require_likelihood
 from pvae.analysis.figures.estimate import CONSERVATIVE, Estimate, Kind, over_draws
 from pvae.analysis.figures.table import Figures, Row
 from pvae.errors import DataError

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,19 +13,19 @@ from pvae.distributions.codes import STATES
 from pvae.distributions.exponential_codes import CertainCodes, Codes
 from pvae.pair.code_usage import Tally, entropy_of, in_use, perplexity
 from pvae.pair.densities import log_prob, members, sum_over
-from pvae.pair.layout import SiteShape, samples, site_shape
+from pvae.pair.layout import SiteShape, samples
 from pvae.pair.pair import Pair
 
-BLOCK = 2**22
+NUMBERS_AT_ONCE = 2**22
 """Numbers in one block of work."""
-ROWS = 8192
+MODEL_ROWS_AT_ONCE = 8192
 """Model rows in one block of work."""
-TWIN = 1e-2
-"""Of the root mean squared distance of two rows of a codebook: rows that are nearer are duplicates."""
+DUPLICATE_DISTANCE = 1e-2
+"""Proportion of the root mean squared distance of two rows of a codebook: nearer rows are duplicates."""
 
 
 @dataclass(frozen=True)
-class Positions:
+class PositionFigures:
     """A grid of codes position by position; exact, from the posteriors of all data."""
 
     information: Tensor
@@ -39,7 +39,7 @@ class Positions:
 
 
 @dataclass(frozen=True)
-class Joint:
+class JointCodes:
     """All positions together, by the sum over every joint state; nats per datum."""
 
     kl: Tensor
@@ -50,7 +50,7 @@ class Joint:
 
 @dataclass(frozen=True)
 class Usage:
-    """How often each code is used, whatever the position; exact."""
+    """Use of each code, whatever the position; exact."""
 
     share: Tensor
     """q_agg(c_p = k) averaged over positions, `(K,)`."""
@@ -68,7 +68,7 @@ class Usage:
 
 
 def usage(found: Tally, codebook: Tensor | None = None) -> Usage:
-    """Pool a grid over its positions.
+    """Return how a grid uses its codes, pooled over its positions.
 
     Arguments:
         found: the tally of the posteriors of all data.
@@ -81,22 +81,22 @@ def usage(found: Tally, codebook: Tensor | None = None) -> Usage:
 
 
 def duplicates(table: Tensor) -> Tensor:
-    """Rows `(k, E)` nearer to another row than `TWIN` of the root mean squared distance of two rows: their numbers."""
+    """Return the numbers of rows of `(k, E)` that lie nearer to another row than `DUPLICATE_DISTANCE` says."""
     table = table.detach().double()
     if len(table) < 2:
         return torch.zeros(0, dtype=torch.int64, device=table.device)
     centred = table - table.mean(0)
     typical = (2 * centred.square().sum() / (len(table) - 1)).sqrt()
     nearest = []
-    for start in range(0, len(table), rows := max(1, BLOCK // len(table))):
+    for start in range(0, len(table), rows := max(1, NUMBERS_AT_ONCE // len(table))):
         apart = torch.cdist(centred[start : start + rows], centred, compute_mode="donot_use_mm_for_euclid_dist")
         apart[torch.arange(len(apart)), torch.arange(start, start + len(apart))] = torch.inf
         nearest.append(apart.amin(1))
-    return (torch.cat(nearest) <= TWIN * typical).nonzero()[:, 0]
+    return (torch.cat(nearest) <= DUPLICATE_DISTANCE * typical).nonzero()[:, 0]
 
 
-def positions(found: Tally, against: Tensor | None) -> Positions:
-    """What every position says of the data.
+def positions(found: Tally, against: Tensor | None) -> PositionFigures:
+    """Return the figures of every position of a grid.
 
     Arguments:
         found: the tally of the posteriors of n rows.
@@ -107,7 +107,7 @@ def positions(found: Tally, against: Tensor | None) -> Positions:
     marginal = None
     if against is not None:
         marginal = (share * (share.clamp(min=torch.finfo(share.dtype).tiny).log() - against)).sum(-1)
-    return Positions(
+    return PositionFigures(
         information=entropy - found.entropy / found.n,
         marginal_kl=marginal,
         perplexity=entropy.exp(),
@@ -115,13 +115,13 @@ def positions(found: Tally, against: Tensor | None) -> Positions:
     )
 
 
-def joint(q: Iterable[Sequence[Codes]], priors: Sequence[Tensor]) -> Joint | None:
-    """The exact parts of the KL over the joint code of several latents, or None for more than `STATES` states.
+def joint_codes(q: Callable[[], Iterable[Sequence[Codes]]], priors: Sequence[Tensor]) -> JointCodes | None:
+    """Return the exact parts of the KL over the joint code of several latents; None for more than `STATES` states.
 
     sum_i KL(q_i || p) / n = I_q + KL(q_agg || p), all three by the sum over every joint state.
 
     Arguments:
-        q: the posteriors of all rows, batch after batch, in each one for every latent; gone through twice.
+        q: gives the posteriors of all rows, batch after batch, in each one for every latent; called twice.
         priors: log p(c_p = k) of every latent, `(P, K)`, the same for all rows.
     """
     states = every_state([(len(p), p.shape[1]) for p in priors])
@@ -131,27 +131,27 @@ def joint(q: Iterable[Sequence[Codes]], priors: Sequence[Tensor]) -> Joint | Non
     columns = [torch.nn.functional.one_hot(states[:, i], k) for i, k in enumerate(sizes)]
     one_hot = torch.cat(columns, 1).T.to(priors[0])
     total, n = priors[0].new_zeros(len(states)), 0
-    for rows in _blocks(q, len(states)):
+    for rows in _blocks(q(), len(states)):
         total += (rows @ one_hot).exp().sum(0)
         n += len(rows)
     log_mean = (total / n).clamp(min=torch.finfo(total.dtype).tiny).log()
     log_prior = torch.cat([p.flatten() for p in priors]) @ one_hot
     kl, information = [], []
-    for rows in _blocks(q, len(states)):
+    for rows in _blocks(q(), len(states)):
         log_q = rows @ one_hot
         kl.append((log_q.exp() * (log_q - log_prior)).sum(1))
         information.append((log_q.exp() * (log_q - log_mean)).sum(1))
-    return Joint(torch.cat(kl), torch.cat(information))
+    return JointCodes(torch.cat(kl), torch.cat(information))
 
 
 def _blocks(q: Iterable[Sequence[Codes]], states: int) -> Iterator[Tensor]:
-    """Log probabilities of some rows, `(rows, sum P K)`."""
+    """Yield the log probabilities of some rows, `(rows, sum P K)`."""
     for parts in q:
-        yield from torch.cat([part.logits.flatten(1) for part in parts], 1).split(max(1, BLOCK // states))
+        yield from torch.cat([part.logits.flatten(1) for part in parts], 1).split(max(1, NUMBERS_AT_ONCE // states))
 
 
 def every_state(grids: Sequence[tuple[int, int]]) -> Tensor | None:
-    """All joint states of several grids of codes `(P, K)`, `(S, positions)`; None for more than `STATES`."""
+    """Return all joint states of several grids of codes `(P, K)`, `(S, positions)`; None for more than `STATES`."""
     sizes = [k for p, k in grids for _ in range(p)]
     if sum(math.log(k) for k in sizes) > math.log(STATES) + 1e-9:
         return None
@@ -159,7 +159,7 @@ def every_state(grids: Sequence[tuple[int, int]]) -> Tensor | None:
 
 
 def log_evidence(pair: Pair, x: Tensor) -> Tensor | None:
-    """log p(x) = log sum_c p(x, c) of every datum by running the model on every joint state, `(n,)`, nats, exact.
+    """Return log p(x) = log sum_c p(x, c) of every row by running the model on every joint state, `(n,)`, nats, exact.
 
     None where a latent of the guide is not discrete, or there are more than `STATES` states. Call it inside `quiet`.
     """
@@ -173,17 +173,17 @@ def log_evidence(pair: Pair, x: Tensor) -> Tensor | None:
         return None
     pieces = states.to(x.device).split([part.positions for part in grids], 1)
     values = {
-        name: (site_shape(nodes[name], layout), part.write(index).to(nodes[name]["value"]))
+        name: (pair.structure.shapes[name], part.write(index).to(nodes[name]["value"]))
         for name, part, index in zip(names, grids, pieces, strict=True)
     }
-    rows = max(1, ROWS // len(states))
+    rows = max(1, MODEL_ROWS_AT_ONCE // len(states))
     return torch.cat([_log_sum(pair, part, values, len(states)) for part in x.split(rows)])
 
 
 def _log_sum(pair: Pair, x: Tensor, values: Mapping[str, tuple[SiteShape, Tensor]], count: int) -> Tensor:
-    """log sum over states of some rows: every state beside every row, as rows of one batch, block by block."""
+    """Return the log sum over states of some rows: every pair of state and row is a row of one batch."""
     total = torch.full((len(x),), -math.inf, dtype=torch.float64, device=x.device)
-    for block in torch.arange(count, device=x.device).split(max(1, ROWS // len(x))):
+    for block in torch.arange(count, device=x.device).split(max(1, MODEL_ROWS_AT_ONCE // len(x))):
         tiled = x.repeat(len(block), *(1,) * (x.dim() - 1))
         fixed = {n: shape.spread(flat[block].repeat_interleave(len(x), 0)) for n, (shape, flat) in values.items()}
         nodes = samples(pair.model_trace(tiled, fixed))

@@ -1,4 +1,4 @@
-"""Posterior collapse: which coordinates of which latent the guide uses, and what to turn when it uses few."""
+"""Posterior collapse: coordinates of each latent that the guide uses, and what to change where it uses few."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from pvae.analysis.decompose.codes import positions, usage
-from pvae.analysis.decompose.draws import LatentDraw, accept, draw, quiet
+from pvae.analysis.decompose.entry import accept, quiet
+from pvae.analysis.decompose.posterior_draws import LatentDraw, draw
 from pvae.errors import DataError
 from pvae.nn.codebook import Codebook, NearestCodebook
 from pvae.pair.code_usage import Tally, codebook_of
@@ -26,7 +27,7 @@ THRESHOLDS = tuple(round(10 ** (exponent / 4), 7) for exponent in range(-16, 1))
 
 @dataclass(frozen=True)
 class CodeUse:
-    """How much of a grid of codes is in use, under the aggregated posterior of every position; exact."""
+    """Use of a grid of codes under the aggregated posterior of every position; exact."""
 
     states: int
     """K, codes of a position."""
@@ -37,7 +38,7 @@ class CodeUse:
     grid: tuple[int, ...] = ()
     """Shape of the positions; () for a single code."""
     share: tuple[float, ...] | None = None
-    """How often each code is used, averaged over positions, falling; None of bits, as all that follows."""
+    """Probability of each code, averaged over positions, falling; None for bits, as all fields that follow."""
     pooled_perplexity: float | None = None
     """exp of the entropy of `share`: between 1 and K."""
     used: int | None = None
@@ -45,17 +46,17 @@ class CodeUse:
     duplicates: int | None = None
     """Codes in use whose row of the codebook lies on that of another; None where codes are seen as one-hots."""
     looked_up: bool = False
-    """Whether the codes are the nearest rows of a codebook."""
+    """True where the codes are the nearest rows of a codebook."""
 
     @property
     def active_share(self) -> float | None:
-        """Share of the codes that are in use."""
+        """Proportion of the codes that are in use."""
         return None if self.used is None else self.used / self.states
 
 
 @dataclass(frozen=True)
 class LatentCollapse:
-    """How much of one latent is in use."""
+    """Use of one latent."""
 
     dim: int
     """Number of coordinates."""
@@ -71,17 +72,17 @@ class LatentCollapse:
     curve: tuple[tuple[float, int], ...]
     """(threshold, coordinates with more activity), for every one of `THRESHOLDS`."""
     codes: CodeUse | None = None
-    """Of a discrete latent, whose coordinates are positions."""
+    """Use of the codes of a discrete latent, whose coordinates are positions; None for others."""
 
 
 @dataclass(frozen=True)
 class Collapse:
-    """What each latent uses of its coordinates; collapse is told in `alerts`, never an error."""
+    """Coordinates that each latent uses; collapse is reported in `alerts`, and is no error."""
 
     n: int
     latents: dict[str, LatentCollapse]
     alerts: tuple[str, ...]
-    """In plain words: which latent, how many units, what to turn."""
+    """Sentences: which latent, how many units, what to change."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers and strings, for JSON."""
@@ -124,18 +125,18 @@ def _of_codes(use: CodeUse) -> str:
 
 
 def activity(d: LatentDraw) -> Tensor | None:
-    """Variance over the data of the posterior mean, `(D,)`; None for posteriors that are not normal, or one row."""
+    """Return the variance over the data of the posterior mean, `(D,)`; None unless normal, and for one row."""
     return None if d.loc is None or len(d.loc) < 2 else d.loc.var(0)
 
 
 def active_units(d: LatentDraw) -> int | None:
-    """Coordinates with `activity` above `ACTIVE`."""
+    """Return the number of coordinates with `activity` above `ACTIVE`."""
     variance = activity(d)
     return None if variance is None else int((variance > ACTIVE).sum())
 
 
 def kl_per_dimension(draws: list[LatentDraw]) -> tuple[float, ...] | None:
-    """Mean KL of every coordinate, nats, closed form; averaged over draws where parameters read other latents."""
+    """Return the mean KL of every coordinate, nats, closed form; averaged over samples of parents."""
     means = []
     for d in draws:
         if d.loc is None or d.scale is None or d.prior_loc is None or d.prior_scale is None:
@@ -146,7 +147,7 @@ def kl_per_dimension(draws: list[LatentDraw]) -> tuple[float, ...] | None:
 
 
 def collapse(pair: Pair, x: Tensor, seed: int = 0) -> Collapse:
-    """Find the coordinates that the guide leaves at the prior.
+    """Return the coordinates that the guide uses, and those that it leaves at the prior.
 
     A coordinate is active when the variance over the data of its posterior mean is above 0.01. Where a prior reads
     other latents a coordinate can move with it and still say nothing; it counts as idle when its KL is under 0.01 nats.
@@ -157,7 +158,7 @@ def collapse(pair: Pair, x: Tensor, seed: int = 0) -> Collapse:
     Arguments:
         pair: any Pyro pair.
         x: data `(n, *event)`.
-        seed: of the draw (it matters only where a posterior reads other latents).
+        seed: of the sample (it matters only where a posterior reads other latents).
 
     Returns:
         Collapse, exact for one level.
@@ -213,7 +214,7 @@ def _read(d: LatentDraw, book: Codebook | NearestCodebook | None) -> LatentColla
 
 
 def alert(name: str, latent: LatentCollapse) -> str | None:
-    """What to say of a latent with idle units, and which knob to turn; None when all are in use."""
+    """Return an alert for a latent with idle units, and what to change; None when all are in use."""
     if latent.codes is not None:
         return _alert_of_codes(name, latent.codes)
     if not latent.idle:
@@ -232,7 +233,7 @@ def alert(name: str, latent: LatentCollapse) -> str | None:
 
 
 def _alert_of_codes(name: str, use: CodeUse) -> str | None:
-    """What to say of codes that are never chosen or lie on each other; None when all are in use and apart."""
+    """Return an alert for codes that are never chosen or coincide; None when all are in use and apart."""
     if max(use.perplexity) < 1.01:
         return f"{name} has collapsed: one code is chosen whatever x is. {_revival(name, use)}"
     texts = []
@@ -255,7 +256,7 @@ def _alert_of_codes(name: str, use: CodeUse) -> str | None:
 
 
 def _revival(name: str, use: CodeUse) -> str:
-    """Which knob brings codes to life."""
+    """Return what to change so that codes come into use."""
     if use.looked_up:
         return (
             f'Begin with latents.{name}.posterior.start = "kmeans" and raise latents.{name}.posterior.restart, so that '

@@ -12,15 +12,15 @@ PER_SCALE = 8
 REACH = 8.5
 """Standard deviations beyond which a component is left out (2e-16 of its peak)."""
 CELLS = 2**23
-"""Most points of one grid; a coordinate that needs more is summed over all pairs."""
-CHECKED = 32
-"""Draws on which densities on a grid are compared with the sum over all pairs."""
-BLOCK = 2**21
+"""Largest number of points of one grid; a coordinate that needs more is summed over all pairs."""
+DRAWS_CHECKED = 32
+"""Samples on which densities on a grid are compared with the sum over all pairs."""
+PAIRS_IN_A_BLOCK = 2**21
 """Numbers in one block of work."""
 
 
 def marginal_log_prob(loc: Tensor, scale: Tensor, value: Tensor) -> Tensor:
-    r"""log q_agg(z_d) = log 1/n sum_i N(z_d; loc_id, scale_id^2) for every coordinate d.
+    r"""Return log q_agg(z_d) = log 1/n sum_i N(z_d; loc_id, scale_id^2) for every coordinate d.
 
     All pairs cost n m D exponentials. Here the components of a coordinate are sorted by octave of scale, every
     octave is summed on a grid of its own (`PER_SCALE` points to its narrowest standard deviation, each component
@@ -44,16 +44,16 @@ def marginal_log_prob(loc: Tensor, scale: Tensor, value: Tensor) -> Tensor:
 
 
 def grid_error(loc: Tensor, scale: Tensor, value: Tensor, found: Tensor) -> float:
-    """Largest difference of `found` from the sum over all pairs, on a few rows of `value`, nats."""
-    few = torch.linspace(0, len(value) - 1, min(CHECKED, len(value)), device=value.device).long()
+    """Return the largest difference of `found` from the sum over all pairs, on a few rows of `value`, nats."""
+    few = torch.linspace(0, len(value) - 1, min(DRAWS_CHECKED, len(value)), device=value.device).long()
     exact = torch.stack([all_pairs(loc[:, d], scale[:, d], value[few, d]) for d in range(value.shape[1])], 1)
     return float((exact - found[few]).abs().max())
 
 
 def all_pairs(loc: Tensor, scale: Tensor, value: Tensor) -> Tensor:
-    """log q_agg(z) of `(m,)` values of one coordinate, exact over all n components `(n,)`; blocks of `BLOCK` pairs."""
+    """Return log q_agg(z) of `(m,)` values of one coordinate, exact over all n components `(n,)`."""
     constant = -scale.log() - 0.5 * math.log(2 * math.pi) - math.log(len(loc))
-    rows = max(1, BLOCK // len(loc))
+    rows = max(1, PAIRS_IN_A_BLOCK // len(loc))
     parts = [(constant - 0.5 * ((z[:, None] - loc) / scale) ** 2).logsumexp(1) for z in value.split(rows)]
     return torch.cat(parts)
 
@@ -74,11 +74,11 @@ def _coordinate(loc: Tensor, scale: Tensor, value: Tensor) -> Tensor:
 
 
 def _grid(loc: Tensor, scale: Tensor, low: float, step: float, reach: int) -> Tensor:
-    """Sum of normal densities at `low + step * j`."""
+    """Return the sum of normal densities at `low + step * j`."""
     nearest = ((loc - low) / step).round().long()
     grid = loc.new_zeros(int(nearest.max()) + reach + 3)
     offsets = torch.arange(-reach, reach + 1, device=loc.device)
-    for rows in torch.arange(len(loc), device=loc.device).split(max(1, BLOCK // len(offsets))):
+    for rows in torch.arange(len(loc), device=loc.device).split(max(1, PAIRS_IN_A_BLOCK // len(offsets))):
         at = nearest[rows, None] + offsets
         inverse = 1 / scale[rows, None]
         u = (at.to(loc) * step).add_(low - loc[rows, None]).mul_(inverse)
@@ -88,7 +88,7 @@ def _grid(loc: Tensor, scale: Tensor, low: float, step: float, reach: int) -> Te
 
 
 def _interpolated(grid: Tensor, position: Tensor) -> Tensor:
-    """Cubic Lagrange interpolation at fractional positions; zero off the grid."""
+    """Interpolate at fractional positions (cubic, Lagrange); zero off the grid."""
     base = position.floor()
     t, left = position - base, base.long() - 1
     inside = (left >= 0) & (left + 3 < len(grid))

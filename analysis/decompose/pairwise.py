@@ -2,135 +2,129 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pyro
 import torch
 from pyro import poutine
-from pyro.poutine.trace_messenger import TraceMessenger
 from torch import Tensor
 
-from pvae.pair.densities import certainty, log_prob, sum_over
+from pvae.analysis.decompose.components import LOG_ZERO, Components, nothing_as_infinite
+from pvae.analysis.decompose.entry import quiet
+from pvae.pair.densities import certainty, log_prob, rows_first, sum_over
 from pvae.pair.layout import samples
 from pvae.pair.pair import Pair
-from pvae.pair.running import PARTICLES
+from pvae.pair.running import PARTICLES, trace_of
 
-PAIRS = 8192
-"""Most guide rows of one block."""
-COPIES = 8
+PAIRS_AT_ONCE = 8192
+"""Largest number of guide rows of one block."""
+TENSORS_PER_PAIR = 8
 """Tensors of the size of a row that a guide is taken to keep for every pair."""
-COMPONENTS = 256
+COMPONENTS_AT_ONCE = 256
 """Rows of data of one block, encoded once for all values of the block."""
-LOWEST = -1e300
-"""The logarithm of a weight of zero that can be subtracted from itself."""
 
 
-def nothing_as_infinite(log_sum: Tensor) -> Tensor:
-    """Sums to which nothing contributed as -inf."""
-    return torch.where(log_sum < LOWEST / 2, -math.inf, log_sum)
+class GuideRuns(Components):
+    """Posteriors of any guide: its own `log_prob` on every pair of value and row, and its own samples.
 
-
-class Guided:
-    """log q(z_i | x_j) of flat values under rows of data; every level of a hierarchy sees the shared z.
-
-    A block of values is a plate of particles over a block of rows, so that the encoder runs once for each row; a
-    guide that cannot take such a plate gets every pair as a row of a larger batch. Call it inside `quiet`.
+    Every level of a hierarchy sees the shared z. A block of values is a plate of particles over a block of rows, so
+    that the encoder runs once for each row; a guide that cannot take such a plate gets every pair as a row of a larger
+    batch.
 
     Arguments:
         pair: any pair.
         x: data `(n, *event)`.
         latents: whose densities are multiplied.
-        memory: bytes for the pairs of a block, with `COPIES` of x and of the value for each.
+        memory: bytes for the pairs of a block, with `TENSORS_PER_PAIR` of x and of the value for each.
     """
 
     def __init__(self, pair: Pair, x: Tensor, latents: Sequence[str], memory: int) -> None:
-        self.pair, self.x, self.latents = pair, x, tuple(latents)
+        self.pair, self.x, self.latents, self.device = pair, x, tuple(latents), x.device
         self.shapes = pair.structure.shapes
         self.widths = [self.shapes[name].numel for name in self.latents]
         self.dim = sum(self.widths)
         numbers = sum(pair.structure.parameters_per_row[name] for name in self.latents)
-        self.pairs = min(PAIRS, max(16, memory // (COPIES * 8 * (max(self.dim, numbers) + x[0].numel()))))
+        per_pair = TENSORS_PER_PAIR * 8 * (max(self.dim, numbers) + x[0].numel())
+        self.pairs = min(PAIRS_AT_ONCE, max(16, memory // per_pair))
         asked = f"a plate of particles over {', '.join(self.latents)} in the guide"
-        self.dtypes, takes = pair.remember(asked, (x.dtype, str(x.device)), self._takes_particles)
+        with quiet(pair, x, 0):
+            self.dtypes, takes = pair.remember(asked, (x.dtype, str(x.device)), self._takes_particles)
         self.score = self._with_particles if takes else self._tiled
 
     def _takes_particles(self) -> tuple[dict[str, torch.dtype], bool]:
         """Return the type of each latent, and whether a plate of particles gives what repeated rows give."""
-        trace = samples(self.pair.guide_trace(self.x[:3]))
+        x = self.x[:3]
+        trace = samples(self.pair.guide_trace(x))
         values = {name: trace[name]["value"] for name in self.latents}
         self.dtypes = {name: value.dtype for name, value in values.items()}
         flat = torch.cat([self.shapes[name].flatten(value).double() for name, value in values.items()], 1)
-        return self.dtypes, self._agree(flat.repeat(3, 1)[: len(flat) + 1])  # another number of particles than rows
-
-    def _agree(self, value: Tensor) -> bool:
-        rows = len(self.x[:3])
+        flat = flat.repeat(3, 1)[: len(x) + 1]  # another number of particles than rows
         try:
-            got = self._with_particles(value, self.x[:rows])
+            got = self._with_particles(flat, x)
         except (ValueError, RuntimeError, IndexError):
-            return False
-        want = self._tiled(value, self.x[:rows])
-        return got.shape == want.shape and torch.allclose(got, want, rtol=1e-3, atol=1e-3, equal_nan=True)
+            return self.dtypes, False
+        want = self._tiled(flat, x)
+        same = got.shape == want.shape and torch.allclose(got, want, rtol=1e-3, atol=1e-3, equal_nan=True)
+        return self.dtypes, same
 
-    def _fixed(self, value: Tensor) -> dict[str, Tensor]:
-        pieces = value.split(self.widths, -1)
-        return {name: z.to(self.dtypes[name]) for name, z in zip(self.latents, pieces, strict=True)}
+    def __len__(self) -> int:
+        return len(self.x)
 
     def _with_particles(self, value: Tensor, x: Tensor) -> Tensor:
-        """`(k, D)` values under `(c, *event)` rows, `(k, c)`."""
-        k, c = len(value), len(x)
-        nesting = self.pair.layout.nesting
-        data = {
-            name: self.shapes[name].spread(z[:, None].expand(k, c, -1), nesting)
-            for name, z in self._fixed(value).items()
-        }
-        with self.pair.own_store(), pyro.plate(PARTICLES, k, dim=-1 - nesting):
-            with TraceMessenger() as tracer, poutine.condition(data=data):
-                self.pair.guide(x)
-        return self._total(tracer.trace, k, k, c)
+        """Return log q of `(k, D)` values under `(c, *event)` rows, `(k, c)`, with the values as particles."""
+        k, c, layout = len(value), len(x), self.pair.layout
+        with pyro.plate(PARTICLES, k, dim=-1 - layout.nesting):
+            return self._scores(value[:, None].expand(k, c, -1), x, k, layout.nesting).reshape(k, c)
 
     def _tiled(self, value: Tensor, x: Tensor) -> Tensor:
-        """The same with every pair as a row."""
+        """Return the same with every pair as a row."""
         k, c = len(value), len(x)
-        rows = value.repeat_interleave(c, 0)
-        data = {name: self.shapes[name].spread(z, 0) for name, z in self._fixed(rows).items()}
-        with self.pair.own_store(), TraceMessenger() as tracer, poutine.condition(data=data):
-            self.pair.guide(x.repeat(k, *(1,) * (x.dim() - 1)))
-        return self._total(tracer.trace, 0, k, c)
+        tiled = x.repeat(k, *(1,) * (x.dim() - 1))
+        return self._scores(value.repeat_interleave(c, 0), tiled).reshape(k, c)
 
-    def _total(self, trace: poutine.Trace, particles: int, k: int, c: int) -> Tensor:
-        parts = [self._score(trace.nodes[name], particles) for name in self.latents]
-        return sum_over(parts).reshape(k, c)
+    def _scores(self, value: Tensor, x: Tensor, particles: int = 0, nesting: int = 0) -> Tensor:
+        """Return the sum of log q of all latents where the guide is given their flat values `(..., D)`."""
+        pieces = dict(zip(self.latents, value.split(self.widths, -1), strict=True))
+        data = {name: self.shapes[name].spread(z.to(self.dtypes[name]), nesting) for name, z in pieces.items()}
+        with self.pair.own_store(), poutine.condition(data=data):
+            trace = trace_of(self.pair.guide, x)
+        self.pair.structure.hold(trace)
+        return sum_over([self._score(trace.nodes[name], particles) for name in self.latents])
 
     def _score(self, node: Mapping[str, Any], particles: int) -> Tensor:
-        """log q of a site's value, -inf where its code is another for certain."""
+        """Return log q of a site's value, -inf where its code is another for certain."""
         found = certainty(node, self.pair.layout, particles)
         return (log_prob(node, self.pair.layout, particles) if found is None else found).double()
 
     def log_sum(self, value: Tensor, skip: Tensor | None = None) -> Tensor:
-        """log sum_j q(z_i | x_j) of `(m, D)`, without row `skip[i]` where that is not negative; `(m,)`, nats."""
-        out = torch.full((len(value),), LOWEST, dtype=torch.float64, device=self.x.device)
-        rows = min(COMPONENTS, self.pairs, len(self.x))
-        for start in range(0, len(self.x), rows):
-            x = self.x[start : start + rows]
-            step = max(1, self.pairs // len(x))
-            for at in range(0, len(value), step):
-                block = slice(at, at + step)
-                scores = self.score(value[block], x)
-                scores = torch.where(scores < LOWEST, LOWEST, scores)
-                if skip is not None:
-                    column = torch.arange(start, start + len(x), device=x.device)
-                    scores = scores.masked_fill(skip[block, None] == column, LOWEST)
-                out[block] = torch.logaddexp(out[block], scores.logsumexp(1))
+        out = torch.full((len(value),), LOG_ZERO, dtype=torch.float64, device=self.device)
+        rows = min(COMPONENTS_AT_ONCE, self.pairs, len(self.x))
+        with quiet(self.pair, self.x, 0):
+            for start in range(0, len(self.x), rows):
+                x = self.x[start : start + rows]
+                step = max(1, self.pairs // len(x))
+                for at in range(0, len(value), step):
+                    block = slice(at, at + step)
+                    scores = self.score(value[block], x)
+                    scores = torch.where(scores < LOG_ZERO, LOG_ZERO, scores)
+                    if skip is not None:
+                        column = torch.arange(start, start + len(x), device=self.device)
+                        scores = scores.masked_fill(skip[block, None] == column, LOG_ZERO)
+                    out[block] = torch.logaddexp(out[block], scores.logsumexp(1))
         return nothing_as_infinite(out)
 
     def own(self, value: Tensor, index: Tensor) -> Tensor:
-        """log q(z_i | x_index_i) of `(m, D)`, `(m,)`, nats."""
-        parts = []
-        for z, i in zip(value.split(self.pairs), index.split(self.pairs), strict=True):
-            data = {name: self.shapes[name].spread(v, 0) for name, v in self._fixed(z).items()}
-            with self.pair.own_store(), TraceMessenger() as tracer, poutine.condition(data=data):
-                self.pair.guide(self.x[i])
-            parts.append(self._total(tracer.trace, 0, len(z), 1)[:, 0])
-        return torch.cat(parts)
+        pairs = zip(value.split(self.pairs), index.split(self.pairs), strict=True)
+        with quiet(self.pair, self.x, 0):
+            return torch.cat([self._scores(z, self.x[i]).reshape(len(z)) for z, i in pairs])
+
+    def sample(self, index: Tensor) -> Tensor:
+        with quiet(self.pair, self.x, int(torch.randint(2**31, ()))):
+            return torch.cat([self._drawn(self.x[i]) for i in index.split(self.pair.structure.rows_at_once())])
+
+    def _drawn(self, x: Tensor) -> Tensor:
+        """Return one sample of the latents for every row, side by side, `(n, D)`, float64."""
+        nodes = samples(self.pair.guide_trace(x))
+        flat = [rows_first(nodes[z]["value"], nodes[z], self.pair.layout, len(x)).double() for z in self.latents]
+        return torch.cat(flat, 1)

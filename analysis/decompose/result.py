@@ -1,4 +1,4 @@
-"""What a surgery finds: the parts of an ELBO, as estimates that add up."""
+"""Result of a surgery: the parts of an ELBO, as estimates that add up."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Dimensions:
 
 @dataclass(frozen=True)
 class LatentSurgery:
-    """What one latent costs, nats per datum."""
+    """KL of one latent and its parts, nats per datum."""
 
     kl: Estimate
     """E[log q(z|.) - log p(z|.)]."""
@@ -49,13 +49,13 @@ class LatentSurgery:
     dimensions: Dimensions | None = None
     """Coordinate by coordinate; None where q(z_l | .) reads other latents or is of another family."""
     perplexity: tuple[float, ...] | None = None
-    """Of a code: exp of the entropy of q_agg, for every position."""
+    """exp of the entropy of q_agg at every position of a code; None for other latents."""
     states: int | None = None
-    """Of a code: K."""
+    """Number of states of a code, K; None for other latents."""
     pooled_perplexity: float | None = None
-    """Of codes, not bits: exp of the entropy of q_agg averaged over positions."""
+    """exp of the entropy of q_agg averaged over the positions of codes; None for bits and other latents."""
     used: int | None = None
-    """Of codes: how many have at least a thousandth of an even share of that."""
+    """Number of codes with at least a thousandth of an even share of that average; None as above."""
 
 
 @dataclass(frozen=True)
@@ -88,13 +88,13 @@ class Surgery(Figures):
     mutual_information: Estimate | None
     """I_q[x, z]; an upper bound where components are a subset."""
     mutual_information_lower: Estimate | None
-    """Its lower bound, where components are a subset."""
+    """Lower bound of I_q[x, z], where components are a subset."""
     marginal_kl: Estimate | None
     """KL(q_agg || p); a lower bound where components are a subset."""
     marginal_kl_upper: Estimate | None
-    """Its upper bound, where components are a subset."""
+    """Upper bound of KL(q_agg || p), where components are a subset."""
     leave_one_out: Estimate | None
-    """The mutual information under the law of the data, from above."""
+    """Upper bound of the mutual information under the distribution of the data."""
     label_information: Estimate | None
     """I_q[y, z] of the labels."""
     train_gain: Estimate | None
@@ -103,7 +103,7 @@ class Surgery(Figures):
     log_n: Estimate
     latents: dict[str, LatentSurgery]
     classes: dict[int, ClassSurgery] = field(default_factory=dict)
-    """By label, where labels were given."""
+    """Terms by label, where labels were given."""
     shared: dict[str, float] = field(default_factory=dict)
     """log q - log p of global latents, nats for the whole data set; their share is taken off `elbo` alone."""
     global_kl: Estimate | None = None
@@ -126,11 +126,9 @@ class Surgery(Figures):
 
     @property
     def title(self) -> str:
-        """See `Figures.title`."""
         return f"ELBO surgery, nats per datum (n = {self.n}, {self.samples} draw{'s' * (self.samples > 1)})"
 
     def rows(self) -> Iterator[Row]:
-        """(term, figure, what it means) in reading order."""
         rest = " - global_kl" if self.shared else ""
         yield "elbo", self.elbo, f"reconstruction - kl{rest}, a lower bound of log p(x)"
         yield "relaxed_elbo", self.relaxed_elbo, "of the relaxed codes, as trained: no bound of log p(x)"
@@ -141,7 +139,7 @@ class Surgery(Figures):
         yield "mutual_information", self.mutual_information, "I_q[x, z], what the code says of the datum: at most log_n"
         yield "log_n", self.log_n, "the ceiling: every row told from every other"
         yield "mutual_information_lower", self.mutual_information_lower, "the same from below"
-        yield "leave_one_out", self.leave_one_out, "I_q[x, z] under the law of the data: at most this"
+        yield "leave_one_out", self.leave_one_out, "upper bound of I_q[x, z] under the distribution of the data"
         yield "label_information", self.label_information, "I_q[y, z]: what the code says of the label"
         yield "marginal_kl", self.marginal_kl, "KL(q_agg || p), the most a better prior can win with this encoder"
         yield "marginal_kl_upper", self.marginal_kl_upper, "the same from above"
@@ -182,7 +180,7 @@ class Surgery(Figures):
         }
 
     def headline(self) -> str:
-        """What a better prior could win, in one sentence."""
+        """Return the most that a better prior could win, as a sentence."""
         if self.marginal_kl is None:
             return "marginal KL not defined or not available for this posterior"
         low, high = self.marginal_kl.value, (self.marginal_kl_upper or self.marginal_kl).value
@@ -193,7 +191,6 @@ class Surgery(Figures):
 
     @property
     def remarks(self) -> tuple[str, ...]:
-        """See `Figures.remarks`."""
         conservative = "conservative: one draw cannot tell Monte Carlo noise from spread over data; take more samples"
         told = any(CONSERVATIVE in e.note for _, e, _ in self.known())
         return (self.headline(), *self.notes, *((conservative,) if told else ()))

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from pvae.analysis.bounds.psis import pareto_k
 from pvae.analysis.bounds.weights import inverse_ess, log_mean
-from pvae.analysis.decompose.draws import Draw, LatentDraw, draw_chunk, quiet, same_globals
+from pvae.analysis.decompose.entry import quiet, same_globals
+from pvae.analysis.decompose.posterior_draws import Draw, LatentDraw, draw_chunk
 from pvae.analysis.export.names import NATS, Variable, text
 from pvae.analysis.export.sites import ExportedSites, numpy_of, whole
 from pvae.data.dataset import Split

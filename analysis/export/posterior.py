@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from pvae import __version__
-from pvae.analysis.decompose.draws import accept
+from pvae.analysis.decompose.entry import accept
 from pvae.analysis.export.datasets import PosteriorDraws
 from pvae.analysis.export.groups import constant_data, guide, observed_data, posterior_predictive, prior
 from pvae.analysis.export.latents import PosteriorRequest, SampledLatents, VariableGroup

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pvae.analysis.decompose.draws import draw_chunk, quiet
+from pvae.analysis.decompose.entry import quiet
+from pvae.analysis.decompose.posterior_draws import draw_chunk
 from pvae.analysis.export.names import dims_of, safe_names, text
 from pvae.distributions.codes import Certain
 from pvae.pair.layout import Layout, samples, unwrapped

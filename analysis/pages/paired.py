@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pvae.analysis.decompose.draws import accept, draw, quiet
+from pvae.analysis.decompose.entry import accept, quiet
+from pvae.analysis.decompose.posterior_draws import draw
 from pvae.analysis.figures.estimate import Estimate, over_rows
 from pvae.analysis.figures.table import Figures, Row
 from pvae.errors import DataError

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
-from pvae.analysis.decompose.draws import accept
+from pvae.analysis.decompose.entry import accept
 from pvae.analysis.figures.estimate import Estimate, over_rows
 from pvae.analysis.figures.table import Figures, Row
 from pvae.analysis.samples.encode import encode

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 from torch.distributions import Categorical, LowRankMultivariateNormal, MultivariateNormal
 
-from pvae.analysis.decompose.draws import accept
+from pvae.analysis.decompose.entry import accept
 from pvae.analysis.export.sites import parameters_of
 from pvae.analysis.samples.generated import Encoding, LatentCode, Reconstructions
 from pvae.analysis.samples.running import analysed, centre, chunks, datum, decoded_mean, joined, opened, row_values
 from pvae.pair.densities import log_prob, sum_over
-from pvae.pair.enumeration import Table, read_table
+from pvae.pair.enumeration import JointStates, read_joint_states
 from pvae.pair.layout import Layout, samples, unwrapped
 from pvae.pair.pair import Pair
 from pvae.runs.run import Run
@@ -71,7 +71,9 @@ def _encoded(pair: Pair, x: Tensor, mean: bool) -> tuple[dict[str, LatentCode], 
     codes = {name: _code(nodes[name], layout, count, mean) for name in layout.latents}
     values = {name: nodes[name]["value"] for name in (*layout.latents, *layout.shared)}
     if model_trace is not None:
-        for name, code, value in _summed(read_table(model_trace, layout, 0), samples(model_trace), mean):
+        for name, code, value in _summed(
+            read_joint_states(samples(model_trace), layout, 0), samples(model_trace), mean
+        ):
             codes[name], values[name] = code, value
     return codes, values
 
@@ -91,7 +93,7 @@ def _code(node: Mapping[str, Any], layout: Layout, count: int, mean: bool) -> La
     )
 
 
-def _summed(table: Table, nodes: Mapping[str, Any], mean: bool) -> Iterator[tuple[str, LatentCode, Tensor]]:
+def _summed(table: JointStates, nodes: Mapping[str, Any], mean: bool) -> Iterator[tuple[str, LatentCode, Tensor]]:
     """Posterior of every site that the model sums out: samples of p(c | x, z), or the most probable values."""
     layout, rest = table.layout, table.joint.double().flatten(0, len(table.sizes) - 1).log_softmax(0)
     rest = rest.reshape(table.joint.shape)  # (K_j, ..., K_J, n) given the codes before

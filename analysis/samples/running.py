@@ -12,7 +12,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import Categorical, Distribution
 
-from pvae.analysis.decompose.draws import quiet, same_globals
+from pvae.analysis.decompose.entry import quiet, same_globals
 from pvae.analysis.export.sites import rows_of
 from pvae.data.dataset import Split
 from pvae.distributions.relaxed import twin

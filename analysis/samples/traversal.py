@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.distributions import Bernoulli
 
 from pvae.analysis.decompose.collapse import activity, kl_per_dimension
-from pvae.analysis.decompose.draws import accept, draw
+from pvae.analysis.decompose.entry import accept
+from pvae.analysis.decompose.posterior_draws import draw
 from pvae.analysis.samples.encode import encode
 from pvae.analysis.samples.generated import Generated, known_name
 from pvae.analysis.samples.running import (

@@ -20,7 +20,8 @@ from pvae.nn.dense import TableModule
 from pvae.nn.schedules import Constant
 from pvae.objectives.base import Fitting, Objective, Stepper
 from pvae.objectives.elbo import minus_elbo
-from pvae.pair.enumeration import read_table
+from pvae.pair.enumeration import read_joint_states
+from pvae.pair.layout import samples
 from pvae.pair.pair import Pair
 from pvae.pair.terms import Terms
 from pvae.util import seeds
@@ -167,7 +168,7 @@ class EMStepper(Stepper):
     def __call__(self, x: Tensor, frozen: Sequence[nn.Parameter] = ()) -> Tensor:
         """Do the E-step of a batch `(n, *row)`; the mean of the figures over batches is that over data."""
         pair = self.loss.pair
-        table = read_table(pair.traces(x)[1], pair.layout, 0)
+        table = read_joint_states(samples(pair.traces(x)[1]), pair.layout, 0)
         log_p = table.log_sum(table.joint)
         best, code = table.joint.max(0)
         hard = self.objective.hard

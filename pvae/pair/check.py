@@ -48,7 +48,7 @@ def problems_of(pair: Pair, rows: Tensor) -> list[Problem]:
 
 
 def explain(error: Exception) -> Problem:
-    """Pyro's shape errors in words."""
+    """Return an error of Pyro as a finding, in words."""
     text = str(error)
     if isinstance(error, DeclarationError):
         return Problem("pair", text)
@@ -70,7 +70,7 @@ def explain(error: Exception) -> Problem:
 
 
 def differing_sites(guide_trace: Trace, model_trace: Trace) -> list[Problem]:
-    """Latents that only one side has; the model may keep discrete ones to itself that are marked for enumeration."""
+    """Return latents that only one side has; those of the model that are marked for enumeration may be."""
     nodes = samples(model_trace)
     guide = {n for n, node in samples(guide_trace).items() if not node["infer"].get("is_auxiliary")}
     model = {n for n, node in samples(model_trace).items() if not node["is_observed"]}
@@ -95,7 +95,7 @@ def _names(names: set[str]) -> str:
 
 
 def plate_problems(trace: Trace, count: int) -> list[Problem]:
-    """Sites whose batch dimensions no plate declares."""
+    """Return sites with batch dimensions that no plate declares."""
     problems = []
     enumerated = {node["infer"].get("_enumerate_dim") for node in samples(trace).values()}
     for name, node in samples(trace).items():
@@ -119,7 +119,7 @@ def plate_problems(trace: Trace, count: int) -> list[Problem]:
 
 
 def gradient_problems(pair: Pair, x: Tensor, guide_trace: Trace) -> list[Problem]:
-    """Global latents whose draw carries no gradient, and parameters that no gradient reaches."""
+    """Return global latents whose sample carries no gradient, and parameters that no gradient reaches."""
     problems = [
         Problem(
             name,

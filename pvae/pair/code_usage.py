@@ -1,4 +1,4 @@
-"""Which codes a guide uses: what the posteriors of a grid of codes add up to, batch by batch, in any amount of data."""
+"""Use of codes: sums over the posteriors of a grid of codes, batch by batch, over any amount of data."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from pvae.pair.running import quiet
 from pvae.util import seeds
 
 DEAD = 1e-3
-"""Of an even share: a code with less is not in use."""
+"""Proportion of an even share below which a code is not in use."""
 
 
 @dataclass(frozen=True)
 class Tally:
-    """What the posteriors of a grid of P codes with K states add up to, position by position; float64, exact."""
+    """Sums over the posteriors of a grid of P codes with K states, position by position; float64, exact."""
 
     n: int
     """Rows."""
@@ -43,7 +43,7 @@ class Tally:
     prior: Tensor | None = None
     """log p(c_p = k), `(P, K)`, where it is factorised and the same for all rows."""
     bits: bool = False
-    """Whether a position is a bit: what 0 and 1 mean is then its own."""
+    """True where a position is a bit: 0 and 1 then mean something else at every position."""
 
     @property
     def positions(self) -> int:
@@ -74,22 +74,22 @@ class Tally:
 
 
 def entropy_of(share: Tensor) -> Tensor:
-    """-sum p log p over the last dimension, nats."""
+    """Return -sum p log p over the last dimension, nats."""
     return torch.special.entr(share).sum(-1)
 
 
 def perplexity(share: Tensor) -> Tensor:
-    """exp of the entropy over the last dimension: how many codes are in use, weighed."""
+    """Return exp of the entropy over the last dimension: the effective number of codes."""
     return entropy_of(share).exp()
 
 
 def in_use(share: Tensor) -> Tensor:
-    """Whether each code has at least a thousandth of an even share."""
+    """Return whether each code has at least a thousandth of an even share."""
     return share >= DEAD / share.shape[-1]
 
 
 def codebook_of(pair: Pair, name: str) -> Codebook | NearestCodebook | None:
-    """The table of a declared latent's embeddings; None where codes are seen as one-hots, and of other pairs."""
+    """Return the codebook of a declared latent; None where codes are seen as one-hots, and of other pairs."""
     if not isinstance(pair.model, GraphModel) or name not in pair.model.codebooks:
         return None
     found = pair.model.codebooks[name]
@@ -97,7 +97,7 @@ def codebook_of(pair: Pair, name: str) -> Codebook | NearestCodebook | None:
 
 
 def tally(q: Members | None, p: Members | None = None, grid: Shape = (), *, bits: bool = False) -> Tally | None:
-    """The tally of a batch of posteriors; None for others than codes."""
+    """Return the tally of a batch of posteriors; None unless the latent is discrete."""
     if isinstance(q, CertainCodes):
         n, positions = q.index.shape
         flat = q.index + q.states * torch.arange(positions, device=q.index.device)
@@ -111,20 +111,20 @@ def tally(q: Members | None, p: Members | None = None, grid: Shape = (), *, bits
 
 
 def shared_prior(p: Members | None) -> Tensor | None:
-    """log p(c_p = k) of codes, `(P, K)`, where it is the same for all rows."""
+    """Return log p(c_p = k) of codes, `(P, K)`, where it is the same for all rows; else None."""
     if not isinstance(p, Codes) or not bool((p.logits == p.logits[:1]).all()):
         return None
     return p.logits[0].double().clone()  # not a view of the rows of a batch
 
 
 def grid_of(node: Mapping[str, Any]) -> Shape:
-    """The shape of a site's codes, as its event has it."""
+    """Return the shape of a site's grid of codes."""
     event = tuple(node["fn"].event_shape)
     return event[:-1] if isinstance(unwrapped(node["fn"]), OneHotCategorical) else event
 
 
 class Undrawn(Messenger):
-    """Gives codes of some sites the value 0 in place of a draw: where nothing but their distributions is read."""
+    """Handler that sets codes of some sites to 0 in place of sampling, where only their distributions are read."""
 
     def __init__(self, names: Collection[str]) -> None:
         super().__init__()
@@ -139,7 +139,7 @@ class Undrawn(Messenger):
 
 
 def tallies(pair: Pair, x: Tensor, layout: Layout) -> dict[str, Tally]:
-    """The tally of every latent of a guide that is a code, on one batch; of codes that read drawn ones, at a draw."""
+    """Return the tally of every latent of a guide that is a code on one batch, given a sample of what it reads."""
     nodes, found = samples(pair.guide_trace(x)), {}
     for name in layout.latents:
         if isinstance(unwrapped(nodes[name]["fn"]), Bernoulli):
@@ -151,14 +151,14 @@ def tallies(pair: Pair, x: Tensor, layout: Layout) -> dict[str, Tally]:
 
 
 def code_usage(pair: Pair, x: Tensor | Streamed, seed: int = 0) -> dict[str, float]:
-    """How many codes of every discrete latent the guide uses on data, from the guide alone.
+    """Return how many codes of every discrete latent the guide uses on data, from the guide alone.
 
-    Relaxed latents are taken as the codes they stand for. What the model sums out is left out: it has no guide.
+    Relaxed latents are taken as the codes they stand for. Latents that the model sums out have no guide, and no entry.
 
     Arguments:
         pair: any pair.
         x: data `(n, *event)`.
-        seed: of the draws that other latents read; without such reading, it matters to nothing.
+        seed: of samples that other latents read; without such reading it has no effect.
 
     Returns:
         `perplexity/<name>`, exp of the entropy of q_agg pooled over positions, 1 .. K, and `used/<name>`, the codes

@@ -1,4 +1,4 @@
-"""What is read off a pair's traces, whatever its sites are called: layout, densities per datum."""
+"""Densities per row of data, read off the sites of a pair's traces, and what they need."""
 
 from __future__ import annotations
 
@@ -32,20 +32,20 @@ from pvae.pair.layout import Layout, is_point, unwrapped
 
 
 class Unweighed(Messenger):
-    """Takes the weights that handlers put on sites (poutine.scale) off again; those of subsampling plates stay."""
+    """Handler that removes the weights of poutine.scale from all sites; those of subsampling plates stay."""
 
     def _pyro_sample(self, msg: Any) -> None:
         msg["scale"] = plate_scale(msg)
 
 
 def plate_scale(node: Mapping[str, Any]) -> float:
-    """The weight of a site that stands in subsampling plates, without what handlers put on it."""
+    """Return the weight of a site from its subsampling plates, without that of poutine.scale."""
     frames = [f for f in node["cond_indep_stack"] if f.vectorized and f.full_size not in (None, f.size)]
     return math.prod(f.full_size / f.size for f in frames) if frames else 1.0
 
 
 def moved(node: Mapping[str, Any]) -> Tensor:
-    """Another value of a site's support, every element of every row changed."""
+    """Return another value of a site's support, with every element of every row changed."""
     fn, value = unwrapped(node["fn"]), node["value"]
     if isinstance(fn, Bernoulli):
         return 1 - value
@@ -65,7 +65,7 @@ def moved(node: Mapping[str, Any]) -> Tensor:
 
 
 def sum_over(parts: list[Tensor]) -> Tensor:
-    """The sum of a non-empty list."""
+    """Return the sum of a non-empty list."""
     total = parts[0]
     for part in parts[1:]:
         total = total + part
@@ -87,7 +87,7 @@ def per_datum(value: Tensor, layout: Layout, particles: int) -> Tensor:
 
 
 def full_size(model_trace: Trace, layout: Layout, rows: int | None = None) -> int:
-    """Rows of the whole data set: as the data plate declares them, else `rows`, else those of the batch."""
+    """Return the size of the data set: as the data plate declares it, else `rows`, else that of the batch."""
     frames = (f for name in layout.observed for f in model_trace.nodes[name]["cond_indep_stack"])
     frame = next(f for f in frames if layout.is_data(f))
     declared = frame.full_size or frame.size
@@ -95,13 +95,13 @@ def full_size(model_trace: Trace, layout: Layout, rows: int | None = None) -> in
 
 
 def log_prob(node: Mapping[str, Any], layout: Layout, particles: int, size: int = 1) -> Tensor:
-    """Log density of a site per datum, nats; a global site's is divided by the `size` of the data plate."""
+    """Return the log density of a site per row, nats; a global site's is divided by the `size` of the data plate."""
     value = node["fn"].log_prob(node["value"])
     return share(node, value, layout, particles, size)
 
 
 def certainty(node: Mapping[str, Any], layout: Layout, particles: int) -> Tensor | None:
-    """log q of a site's value under codes known for certain, 0 or -inf per datum: compared; None for other laws.
+    """Return log q of a value under codes known for certain, 0 or -inf per row; None for other distributions.
 
     Its `log_prob` compares nothing, for the value is the guide's own wherever a program is scored.
     """
@@ -114,7 +114,7 @@ def certainty(node: Mapping[str, Any], layout: Layout, particles: int) -> Tensor
 
 
 def share(node: Mapping[str, Any], value: Tensor, layout: Layout, particles: int, size: int) -> Tensor:
-    """A site's batch-shaped nats per datum: masked, weighted by handlers, rid of the plate's own subsampling scale."""
+    """Return a site's nats per row: masked, weighted by handlers, without the plate's own subsampling scale."""
     for frame in node["cond_indep_stack"]:
         if layout.is_data(frame):
             scale = node["scale"]
@@ -128,12 +128,12 @@ def share(node: Mapping[str, Any], value: Tensor, layout: Layout, particles: int
 
 
 def _weighed(value: Tensor, scale: Any, mask: Any) -> Tensor:
-    """`scale_and_mask`, past it in the usual case: it is called for every site of every step."""
+    """Apply `scale_and_mask`, but for the usual case: it is called for every site of every step."""
     return value if mask is None and scale.__class__ is float and scale == 1.0 else scale_and_mask(value, scale, mask)
 
 
 def closed_kl(q: Mapping[str, Any], p: Mapping[str, Any], layout: Layout, particles: int, size: int) -> Tensor | None:
-    """KL(q || p) of a site per datum in closed form, or None where torch does not know it."""
+    """Return KL(q || p) of a site per row in closed form, or None where torch does not know it."""
     if isinstance(q["fn"], Determined):  # torch's rule for `Delta` forgets the density of the point
         return log_prob(q, layout, particles, size) - log_prob(p, layout, particles, size)
     fns = q["fn"], p["fn"]
@@ -148,7 +148,7 @@ def closed_kl(q: Mapping[str, Any], p: Mapping[str, Any], layout: Layout, partic
 
 
 def priced_kl(q: Mapping[str, Any], p: Mapping[str, Any], layout: Layout, particles: int) -> Tensor | None:
-    """The KL of the categoricals under a relaxed site, where its posterior asks for that one; else None."""
+    """Return the KL of the categoricals under a relaxed site, where its posterior asks for that one; else None."""
     fn = unwrapped(q["fn"])
     if not isinstance(fn, RelaxedCodes) or fn.kl != "categorical":
         return None
@@ -156,7 +156,7 @@ def priced_kl(q: Mapping[str, Any], p: Mapping[str, Any], layout: Layout, partic
 
 
 def rows_first(t: Tensor, node: Mapping[str, Any], layout: Layout, rows: int, beyond: int = 0) -> Tensor:
-    """A site's value or a parameter of its distribution as `(rows, everything else)`, whatever plates it stands in.
+    """Return a site's value or a parameter of its distribution as `(rows, everything else)`, whatever its plates.
 
     `beyond` counts the dimensions that a parameter has to the right of an event (logits, a covariance's factor).
     """
@@ -169,7 +169,7 @@ def rows_first(t: Tensor, node: Mapping[str, Any], layout: Layout, rows: int, be
 
 
 def shared_codes(node: Mapping[str, Any], layout: Layout) -> Codes | None:
-    """A site's codes as one member, where one set of logits stands for all rows; None otherwise, and for other laws."""
+    """Return a site's codes as one member where all rows share one set of logits; None for all other sites."""
     fn = unwrapped(node["fn"])
     if node["mask"] is not None or not isinstance(fn, Categorical):
         return None
@@ -182,7 +182,7 @@ def shared_codes(node: Mapping[str, Any], layout: Layout) -> Codes | None:
 
 
 def members(node: Mapping[str, Any], layout: Layout, rows: int) -> Members | None:
-    """A site's distributions as members of an exponential family, one for each row; None for other families.
+    """Return a site's distributions as members of an exponential family, one for each row; None for other families.
 
     Plates beside the rows' hold independent copies: their members are multiplied.
     """

@@ -9,18 +9,17 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from pvae.distributions.codes import STATES
 from pvae.distributions.exponential_codes import IMPOSSIBLE
 from pvae.errors import DeclarationError
 from pvae.pair.densities import log_prob, plate_scale, sum_over
-from pvae.pair.layout import Layout, samples
+from pvae.pair.layout import Layout
 
 
 @dataclass(frozen=True)
-class Table:
+class JointStates:
     """Log densities of a batch under every joint state of the enumerated sites, `(K_1, ..., K_J, [particles,] n)`."""
 
     layout: Layout
@@ -50,11 +49,11 @@ class Table:
         return joint.flatten(0, len(self.sizes) - 1).softmax(0).reshape(joint.shape)
 
     def expected(self, name: str) -> Tensor:
-        """E_p(c|x,z) of a site's log density, `([particles,] n)`."""
+        """Return E_p(c|x,z) of a site's log density, `([particles,] n)`."""
         return (self.weights * self.logs[name]).sum(self._states)
 
     def kl(self) -> dict[str, Tensor]:
-        """KL(p(c_j | x, z, c before it) || p(c_j)) of every enumerated site, nats; they add up to the joint one."""
+        """Return KL(p(c_j | x, z, c before it) || p(c_j)) of every enumerated site, nats; their sum is the joint KL."""
         out, before = {}, torch.zeros_like(self.weights[(slice(0, 1),) * len(self.sizes)])
         for j, name in enumerate(self.layout.enumerated):
             later = self._states[j + 1 :]
@@ -65,17 +64,16 @@ class Table:
         return out
 
     def log_sum(self, table: Tensor) -> Tensor:
-        """log sum_c exp(table)."""
+        """Return log sum_c exp(table)."""
         return table.logsumexp(self._states)
 
 
-def read_table(model_trace: Trace, layout: Layout, particles: int) -> Table:
-    """The table of a model trace that was run under enumeration.
+def read_joint_states(nodes: Mapping[str, Any], layout: Layout, particles: int) -> JointStates:
+    """Return the log densities of the model's sites, run under enumeration.
 
     Raises:
         DeclarationError: an enumerated site stands in a plate beside the data's, or there are too many states.
     """
-    nodes = samples(model_trace)
     for name in layout.enumerated:
         require_summable(name, nodes[name], layout)
     sizes = tuple(int(nodes[name]["fn"].enumerate_support(expand=False).shape[0]) for name in layout.enumerated)
@@ -95,7 +93,7 @@ def read_table(model_trace: Trace, layout: Layout, particles: int) -> Table:
         # Pyro allocates from the right: the first site's states lie next to the plates.
         value = value.permute(*reversed(range(len(sizes))), *range(len(sizes), value.dim()))
         logs[name] = value.expand(*sizes, *value.shape[len(sizes) :]).clamp(min=IMPOSSIBLE)
-    return Table(layout, sizes, logs)
+    return JointStates(layout, sizes, logs)
 
 
 def require_summable(name: str, node: Mapping[str, Any], layout: Layout) -> None:

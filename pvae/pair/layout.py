@@ -1,4 +1,4 @@
-"""Where things stand in the traces of a pair, whatever its sites are called: plates, latents, shapes of values."""
+"""Layout of a pair's traces, whatever its sites are called: plates, latents, shapes of values."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from pvae.errors import DeclarationError
 
 @dataclass(frozen=True)
 class Layout:
-    """Where things are in a pair, read off its traces whatever the names."""
+    """Names and places of the sites of a pair, read off its traces."""
 
     plate: str
     """Name of the data plate in the model."""
     plates: frozenset[str]
-    """Its names on both sides: model and guide may call it differently."""
+    """Names of the data plate on both sides: model and guide may call it differently."""
     dim: int
-    """Its batch dimension (negative)."""
+    """Batch dimension of the data plate (negative)."""
     nesting: int
     """Number of batch dimensions that plates use."""
     latents: tuple[str, ...]
@@ -41,23 +41,23 @@ class Layout:
     enumerated: tuple[str, ...] = ()
     """Discrete sites of the model alone, marked for enumeration: summed out, and inferred by Bayes."""
     expected: tuple[str, ...] = ()
-    """Latents of the guide marked for enumeration: a loss takes the ELBO in expectation under them."""
+    """Latents of the guide marked for enumeration: a loss takes the ELBO in expectation over them."""
     scored: tuple[str, ...] = ()
-    """Latents whose draws carry no gradient: a loss needs that of their score function."""
+    """Latents whose samples carry no gradient: a loss needs that of their score function."""
     relaxed: tuple[str, ...] = ()
-    """Latents with a discrete twin, which every analysis looks at in their place."""
+    """Relaxed latents, in whose place every analysis takes the codes that they stand for."""
 
     def holds(self, node: Mapping[str, Any]) -> bool:
-        """Whether a site stands inside the data plate."""
+        """Return whether a site stands inside the data plate."""
         return any(self.is_data(frame) for frame in node["cond_indep_stack"])
 
     def is_data(self, frame: CondIndepStackFrame) -> bool:
-        """Whether a plate is the one over the rows."""
+        """Return whether a plate is the one over the rows."""
         return frame.vectorized and frame.name in self.plates
 
 
 def samples(trace: Trace) -> dict[str, Any]:
-    """Sample sites of a trace by name, without the plates' own bookkeeping and the rows of nearest codes."""
+    """Return the sample sites of a trace by name, without the plates' own bookkeeping and the rows of nearest codes."""
     return {
         name: node
         for name, node in trace.nodes.items()
@@ -66,12 +66,12 @@ def samples(trace: Trace) -> dict[str, Any]:
 
 
 def is_embedded(node: Mapping[str, Any]) -> bool:
-    """Whether a site is the row of a nearest code."""
+    """Return whether a site is the row of a nearest code."""
     return "_embedded" in node["infer"]
 
 
 def data_frame(trace: Trace, count: int, among: Collection[str]) -> CondIndepStackFrame | None:
-    """The outermost vectorised plate of `count` rows that holds an observed site, of some names."""
+    """Return the outermost vectorised plate of `count` rows that holds an observed site, of some names."""
     for node in samples(trace).values():
         frames = [f for f in node["cond_indep_stack"] if f.vectorized and f.size == count and f.name in among]
         if node["is_observed"] and frames:
@@ -80,13 +80,13 @@ def data_frame(trace: Trace, count: int, among: Collection[str]) -> CondIndepSta
 
 
 def plates_of(trace: Trace, count: int) -> set[str]:
-    """Names of the vectorised plates of `count` rows."""
+    """Return the names of the vectorised plates of `count` rows."""
     frames = [f for node in samples(trace).values() for f in node["cond_indep_stack"] if f.vectorized]
     return {f.name for f in frames if f.size == count}
 
 
 def read_layout(guide_trace: Trace, model_trace: Trace, count: int, follows: Collection[str]) -> Layout:
-    """The layout of a pair from traces on `count` rows; `follows` names plates whose size is that of any batch.
+    """Return the layout of a pair from traces on `count` rows; `follows` names plates whose size is that of any batch.
 
     Raises:
         DeclarationError: no observed site stands in a plate over the rows, or a global one asks for enumeration.
@@ -127,39 +127,39 @@ def read_layout(guide_trace: Trace, model_trace: Trace, count: int, follows: Col
 
 
 def _guide_plates(guide: Mapping[str, Any], model: Mapping[str, Any], data: CondIndepStackFrame) -> set[str]:
-    """Plates of the guide's own that lie where the model's data plate does and have its size."""
+    """Return plates of the guide alone that lie where the model's data plate does and have its size."""
     known = {f.name for node in model.values() for f in node["cond_indep_stack"]}
     frames = [f for node in guide.values() for f in node["cond_indep_stack"] if f.vectorized]
     return {f.name for f in frames if f.name not in known and (f.dim, f.size) == (data.dim, data.size)}
 
 
 def is_enumerable(node: Mapping[str, Any]) -> bool:
-    """Whether a site asks to be summed over in parallel, and can be."""
+    """Return whether a site asks to be summed over in parallel, and can be."""
     wants = node["infer"].get("enumerate") == "parallel"
     return wants and not node["is_observed"] and node["fn"].has_enumerate_support
 
 
 def needs_score(fn: Any) -> bool:
-    """Whether draws of a distribution have a law to learn and carry no gradient."""
+    """Return whether a distribution needs a score-function gradient."""
     return not fn.has_rsample and not isinstance(unwrapped(fn), Certain)
 
 
 def unwrapped(fn: Any) -> Any:
-    """A distribution without what declares its event dimensions or expands it."""
+    """Return a distribution without its wrappers that declare event dimensions or expand it."""
     while isinstance(fn, Independent | ExpandedDistribution):
         fn = fn.base_dist
     return fn
 
 
 def is_point(fn: Any) -> bool:
-    """Whether a distribution is a Delta, masked or not."""
+    """Return whether a distribution is a Delta, masked or not."""
     fn = unwrapped(fn)
     return is_point(fn.base_dist) if isinstance(fn, MaskedDistribution) else isinstance(fn, Delta)
 
 
 @dataclass(frozen=True)
 class SiteShape:
-    """Where the rows stand among the dimensions of a site's value, and what surrounds them."""
+    """Place of the rows among the dimensions of a site's value."""
 
     left: Shape
     """Batch dimensions left of the rows."""
@@ -174,11 +174,11 @@ class SiteShape:
         return math.prod(self.left) * math.prod(self.right)
 
     def flatten(self, value: Tensor) -> Tensor:
-        """A site's value as `(rows, numel)`."""
+        """Return a site's value as `(rows, numel)`."""
         return value.movedim(len(self.left), 0).reshape(value.shape[len(self.left)], -1)
 
     def spread(self, flat: Tensor, nesting: int = 0) -> Tensor:
-        """`(particles, rows, numel)` or `(rows, numel)` as the site's value; particles left of `nesting` dimensions."""
+        """Return `([particles,] rows, numel)` as the site's value; particles left of `nesting` dimensions."""
         lead = flat.shape[:-2]
         ones = (1,) * (nesting - self.batch) if lead else ()
         value = flat.reshape(*lead, *ones, flat.shape[-2], *self.left, *self.right)
@@ -187,7 +187,7 @@ class SiteShape:
 
     @classmethod
     def of(cls, shape: Shape, fn: Any, layout: Layout) -> SiteShape:
-        """Shape of values of the given `shape`, sampled from a distribution."""
+        """Return the place of the rows in values of a given `shape`, sampled from a distribution."""
         event = len(fn.event_shape)
         axis = len(shape) - event + layout.dim
         return cls(tuple(shape[:axis]), tuple(shape[axis + 1 :]), len(shape) - event)

@@ -29,9 +29,9 @@ if TYPE_CHECKING:
     from pvae.pair.pair import Pair
 
 ROWS_AT_ONCE = 1000
-"""Most rows of one batch of an analysis."""
+"""Largest number of rows in one batch of an analysis."""
 PROBABILITIES_AT_ONCE = 2**20
-"""Most probabilities of codes in such a batch (8 MiB in float64, of which there are a dozen copies)."""
+"""Largest number of probabilities of codes in such a batch (8 MiB in float64, of which there are a dozen copies)."""
 PROBED_ROWS = 16
 """Rows on which it is found out which distribution reads which latent."""
 CLEAR_CHANGE = 1e-3

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from pvae.errors import DeclarationError
 from pvae.pair.densities import closed_kl, full_size, log_prob, plate_scale, priced_kl, sum_over
-from pvae.pair.enumeration import read_table, require_summable
-from pvae.pair.layout import Layout
+from pvae.pair.enumeration import read_joint_states, require_summable
+from pvae.pair.layout import Layout, samples
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ def _summed_terms(guide_trace: Trace, model_trace: Trace, layout: Layout, partic
     Their sum is log sum_c p(x, z, c) - log q. The KL of a relaxed latent that is priced by its codes stands in the
     place of its own part of the sum.
     """
-    table = read_table(model_trace, layout, particles)
+    table = read_joint_states(samples(model_trace), layout, particles)
     kl, scores = {}, {}
     for name in layout.latents:
         log_q = log_prob(guide_trace.nodes[name], layout, particles)

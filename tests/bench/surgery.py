@@ -16,7 +16,8 @@ from torch import Tensor
 import pvae
 from pvae.analysis import AggregatedPosterior, surgery
 from pvae.analysis.decompose.coordinates import all_pairs, marginal_log_prob
-from pvae.analysis.decompose.draws import draw, quiet
+from pvae.analysis.decompose.entry import quiet
+from pvae.analysis.decompose.posterior_draws import draw
 
 FIT = ["data.source=fashion_mnist", "latents.z.dim=40", "encoder.network={kind='gated_mlp', hidden=[300, 300]}",
        "decoder.network={kind='gated_mlp', hidden=[300, 300]}", "objective.beta={kind='linear', start=0.0, end=1.0, "

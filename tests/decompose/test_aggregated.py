@@ -17,9 +17,10 @@ import scipy.stats
 import torch
 from torch import Tensor
 
-from pvae.analysis.decompose.aggregated import AggregatedPosterior, Kept, Streamed
+from pvae.analysis.decompose.aggregated import AggregatedPosterior
+from pvae.analysis.decompose.components import Kept, Reread, members_of
 from pvae.analysis.decompose.coordinates import all_pairs, grid_error, marginal_log_prob
-from pvae.analysis.decompose.draws import members, quiet
+from pvae.analysis.decompose.entry import quiet
 from pvae.distributions.exponential import FullRankNormals, Members, Normals
 from pvae.distributions.exponential_codes import Codes
 from pvae.distributions.exponential_product import Product, product
@@ -445,7 +446,7 @@ def test_parameters_beyond_the_budget_are_read_again():
     pair = pair_of(*READ["normal"][:2])
     kept, streamed = AggregatedPosterior.of(pair, x), AggregatedPosterior.of(pair, x, memory=20_000)
     assert isinstance(kept.components, Kept)
-    assert isinstance(streamed.components, Streamed)
+    assert isinstance(streamed.components, Reread)
     z = kept.sample((50,))
     torch.testing.assert_close(streamed.log_prob(z), kept.log_prob(z))
     torch.testing.assert_close(streamed.leave_one_out(z), kept.leave_one_out(z))
@@ -483,7 +484,7 @@ def test_a_latent_that_reads_another_is_no_member_of_a_family():
     pair.adopt(x)
     assert pair.dependencies(x).guide_roots == pair.dependencies(x).model_roots == {"a"}
     with quiet(pair, x, 0):
-        assert isinstance(members(pair, x, ["a"]), Normals)
+        assert isinstance(members_of(pair, x, ["a"]), Normals)
     mixture = AggregatedPosterior.of(pair, x)
     z = torch.randn(6, 2).double()
     columns = [

@@ -16,12 +16,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pvae.analysis.bounds.evidence import evidence
-from pvae.analysis.decompose import draws
-from pvae.analysis.decompose.aggregated import AggregatedPosterior, GuideRuns, Streamed, Tallied
+from pvae.analysis.decompose import posterior_draws
+from pvae.analysis.decompose.aggregated import AggregatedPosterior
 from pvae.analysis.decompose.codes import duplicates
 from pvae.analysis.decompose.collapse import collapse
-from pvae.analysis.decompose.draws import draw, quiet
-from pvae.analysis.decompose.gain import gain
+from pvae.analysis.decompose.components import Reread, Tallied
+from pvae.analysis.decompose.entry import quiet
+from pvae.analysis.decompose.pairwise import GuideRuns
+from pvae.analysis.decompose.posterior_draws import draw
+from pvae.analysis.decompose.prior_gain import gain
 from pvae.analysis.decompose.surgery import surgery
 from pvae.analysis.samples.encode import encode, reconstruct
 from pvae.analysis.samples.sample import sample
@@ -206,7 +209,7 @@ def test_evidence_orders_its_bounds(case):
 def test_what_is_too_large_to_keep_is_read_off_again(case, monkeypatch):
     _, pair, x, _ = case
     kept = surgery(pair, x, labels=torch.arange(60) % 2)
-    monkeypatch.setattr(draws, "KEPT", 8)
+    monkeypatch.setattr(posterior_draws, "PARAMETER_BYTES", 8)
     monkeypatch.setattr("pvae.pair.structure.PROBABILITIES_AT_ONCE", 60)
     with quiet(pair, x, 0):
         latent = next(iter(draw(pair, x).latents.values()))
@@ -678,7 +681,7 @@ def wide(posterior, codes: int, grid) -> Pair:
 @pytest.mark.parametrize(("posterior", "n"), [(NEAREST, 3000), (DRAWN, 1000)], ids=["nearest", "drawn"])
 def test_memory_does_not_hold_all_probabilities(posterior, n, monkeypatch):
     # Half of what the probabilities of all rows would take in float64: 786 and 262 MB.
-    monkeypatch.setattr(draws, "KEPT", 2**26)
+    monkeypatch.setattr(posterior_draws, "PARAMETER_BYTES", 2**26)
     pair, x = wide(posterior, 512, [8, 8]), rows(n).float()
     surgery(pair, x[:200], memory=2**26)  # what is made once
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -695,11 +698,11 @@ def test_streamed_codes_are_scored_as_kept_ones(monkeypatch):
     pair, x = declared({"c": {"codes": 9, "grid": [6], "posterior": DRAWN}}), rows(300)
     kept = surgery(pair, x, samples=2)
     assert kept.mutual_information.kind == "estimate"
-    monkeypatch.setattr(draws, "KEPT", 8)
+    monkeypatch.setattr(posterior_draws, "PARAMETER_BYTES", 8)
     streamed = surgery(pair, x, samples=2, memory=2**17)
     for name in ("kl", "kl_exact", "mutual_information", "marginal_kl", "leave_one_out"):
         assert getattr(streamed, name).value == pytest.approx(getattr(kept, name).value, abs=1e-8)
-    assert isinstance(AggregatedPosterior.of(pair, x, memory=2**17).components, Streamed)
+    assert isinstance(AggregatedPosterior.of(pair, x, memory=2**17).components, Reread)
     parts = [s.latents["c"].dimensions for s in (kept, streamed)]
     assert parts[0].mutual_information == pytest.approx(parts[1].mutual_information, abs=1e-10)
     assert parts[0].marginal_kl == pytest.approx(parts[1].marginal_kl, abs=1e-10)

@@ -24,10 +24,11 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from pvae.analysis.bounds.evidence import evidence
+from pvae.analysis.decompose.account import GUIDE_ROWS
 from pvae.analysis.decompose.aggregated import AggregatedPosterior
-from pvae.analysis.decompose.draws import draw
+from pvae.analysis.decompose.posterior_draws import draw
 from pvae.analysis.decompose.result import Surgery
-from pvae.analysis.decompose.surgery import GUIDE_ROWS, surgery
+from pvae.analysis.decompose.surgery import surgery
 from pvae.analysis.figures.estimate import Estimate, exact, over_draws
 from pvae.distributions.exponential import Normals
 from pvae.errors import DataError

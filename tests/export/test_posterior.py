@@ -20,7 +20,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from pvae import __version__
-from pvae.analysis.decompose.draws import draw, quiet
+from pvae.analysis.decompose.entry import quiet
+from pvae.analysis.decompose.posterior_draws import draw
 from pvae.analysis.export.datasets import GROUP_NAMES, PosteriorDraws
 from pvae.analysis.export.names import LONGEST_NAME, dims_of, safe_names
 from pvae.data.dataset import Dataset

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pvae.analysis.decompose.aggregated import AggregatedPosterior
 from pvae.analysis.decompose.collapse import ACTIVE, Collapse
-from pvae.analysis.decompose.draws import LatentDraw
+from pvae.analysis.decompose.posterior_draws import LatentDraw
 from pvae.analysis.pages import plots
 from pvae.analysis.pages.document.document import (
     Block,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pvae.analysis.decompose.draws import quiet
+from pvae.analysis.decompose.entry import quiet
 from pvae.analysis.pages import plots
 from pvae.analysis.pages.document.document import Column, Section, Table, picture
 from pvae.analysis.pages.sections.examination import Case, array

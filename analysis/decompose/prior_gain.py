@@ -1,4 +1,4 @@
-"""What another prior wins for a frozen encoder, beside what the marginal KL had promised."""
+"""Gain of another prior under a frozen encoder, beside the marginal KL, which is its upper bound."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from pvae.analysis.decompose.draws import accept, draw, quiet
+from pvae.analysis.decompose.entry import accept, quiet
+from pvae.analysis.decompose.posterior_draws import draw
 from pvae.analysis.decompose.result import Surgery, side_by_side
 from pvae.analysis.decompose.surgery import surgery
 from pvae.analysis.figures.estimate import Estimate, over_draws
@@ -27,7 +28,7 @@ class Gain:
     before: Surgery
     after: Surgery
     gained: Estimate
-    """ELBO after - ELBO before on the same draws: E[log p_after(z) - log p_before(z)]."""
+    """ELBO after - ELBO before on the same samples: E[log p_after(z) - log p_before(z)]."""
 
     @property
     def promised(self) -> Estimate | None:
@@ -35,7 +36,7 @@ class Gain:
         return self.before.marginal_kl
 
     def sentence(self) -> str:
-        """What was won of what could be, in words."""
+        """Return the gain and its upper bound as a sentence."""
         won = f"gained {self.gained.value:.3f} +- {self.gained.standard_error:.3f} nats per datum"
         if self.promised is None:
             return f"{won}; for a deterministic code no marginal KL says how much there was to win"
@@ -71,14 +72,14 @@ def gain(
     *,
     on_progress: Callable[[int, int], None] = lambda _done, _total: None,
 ) -> Gain:
-    """Surgery before and after a refit, and the difference of the ELBOs on the same draws.
+    """Return the surgeries before and after a refit, and the difference of the ELBOs on the same samples.
 
     Arguments:
         before: the pair with the old prior.
         after: the pair with the new one; encoder and decoder are the same.
         x: data `(n, *event)`.
-        samples: draws per datum.
-        seed: of the draws.
+        samples: samples per row.
+        seed: of the samples.
         on_progress: called with (surgeries done, surgeries in all).
 
     Returns:
@@ -106,7 +107,7 @@ def gain(
 
 
 def _nats(pair: Pair, x: Tensor) -> tuple[Tensor, Tensor]:
-    """One draw of all latents and log p(x, z) of it, `(n,)`."""
+    """Return one sample of all latents and its log p(x, z), `(n,)`."""
     d = draw(pair, x)
     scores = [latent.log_p for latent in d.latents.values()]
     return d.flat(list(d.latents)), d.reconstruction + torch.stack(scores).sum(0)

@@ -1,0 +1,248 @@
+"""Account of a surgery: samples come in one by one, the densities that the figures need stay."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from pvae.analysis.decompose.aggregated import AggregatedPosterior, choose
+from pvae.analysis.decompose.codes import JointCodes, joint_codes
+from pvae.analysis.decompose.collapse import kl_per_dimension
+from pvae.analysis.decompose.coordinates import grid_error, marginal_log_prob
+from pvae.analysis.decompose.entry import quiet
+from pvae.analysis.decompose.posterior_draws import Draw, LatentDraw, draw_chunk
+from pvae.analysis.figures.estimate import Estimate, Kind, over_draws, over_whole_draws
+from pvae.distributions.exponential import Members, Normals
+from pvae.distributions.exponential_codes import CertainCodes, Codes
+from pvae.distributions.exponential_product import product
+from pvae.pair.pair import Pair
+from pvae.pair.structure import Dependencies
+from pvae.util import seeds
+
+GUIDE_ROWS = 512
+"""Samples that are scored where every pair of sample and row runs the guide."""
+GUIDE_PAIRS = 2**22
+"""Largest number of such pairs: with more rows than `GUIDE_PAIRS / GUIDE_ROWS`, components are a random subset."""
+MULTIPLICATIONS = 2e12
+"""Largest number of multiplications over all pairs: above it, the samples scored are a random subset."""
+
+
+@dataclass
+class Scored:
+    """log q - log q_agg of a group of latents, `(m,)` for each sample of the data."""
+
+    mixture: AggregatedPosterior
+    rows: Tensor
+    """Numbers of the rows whose samples are scored, `(m,)`."""
+    once: bool = False
+    """True where only the first sample of the data is scored."""
+    lower: list[Tensor] = field(default_factory=list)
+    upper: list[Tensor] = field(default_factory=list)
+    leave_one_out: list[Tensor] = field(default_factory=list)
+
+    @property
+    def whole(self) -> bool:
+        """True where every row is a component."""
+        return len(self.mixture) == self.mixture.total
+
+    def take(self, d: Draw, names: Sequence[str]) -> None:
+        """Score a sample."""
+        if self.once and self.upper:
+            return
+        own = torch.stack([d.latents[name].log_q[self.rows] for name in names]).sum(0)
+        found = self.mixture.information(d.flat(names)[self.rows], self.rows, own)
+        self.lower.append(found.lower)
+        self.upper.append(found.upper)
+        self.leave_one_out.append(found.leave_one_out)
+
+
+@dataclass
+class Level:
+    """Densities of one latent, one entry for each sample of the data."""
+
+    log_q: list[Tensor] = field(default_factory=list)
+    log_p: list[Tensor] = field(default_factory=list)
+    closed: list[Tensor] = field(default_factory=list)
+    kl_per_dimension: list[tuple[float, ...]] = field(default_factory=list)
+    aggregated: list[Tensor] = field(default_factory=list)
+    """sum_d log q_agg(z_d), `(n,)`."""
+    information: list[Tensor] = field(default_factory=list)
+    """Mean over rows of log q(z_d|x) - log q_agg(z_d), `(D,)`."""
+    marginal: list[Tensor] = field(default_factory=list)
+    """Mean over rows of log q_agg(z_d) - log p(z_d), `(D,)`."""
+    grid_error: float | None = None
+
+    def take(self, latent: LatentDraw) -> None:
+        """Note the densities of a sample."""
+        self.log_q.append(latent.log_q)
+        self.log_p.append(latent.log_p)
+        if latent.kl is not None:
+            self.closed.append(latent.kl)
+        found = kl_per_dimension([latent])
+        if found is not None:
+            self.kl_per_dimension.append(found)
+
+    def take_coordinates(self, latent: LatentDraw, q: Normals, factorised: bool) -> None:
+        """Score a sample coordinate by coordinate."""
+        aggregated = marginal_log_prob(q.loc, q.scale, latent.value)
+        if self.grid_error is None:
+            self.grid_error = grid_error(q.loc, q.scale, latent.value, aggregated)
+        own = torch.distributions.Normal(q.loc, q.scale).log_prob(latent.value)
+        self.aggregated.append(aggregated.sum(1))
+        self.information.append((own - aggregated).mean(0))
+        if factorised and isinstance(latent.p, Normals):
+            prior = torch.distributions.Normal(latent.p.loc, latent.p.scale).log_prob(latent.value)
+            self.marginal.append((aggregated - prior).mean(0))
+
+
+class Account:
+    """Densities per row of every sample of the data that was taken, from which the figures are made.
+
+    Arguments:
+        pair: the pair.
+        x: data `(n, *event)`.
+        first: the first sample of the latents of all rows.
+        found: which distribution reads which latent.
+        seed: of the choice of rows and components.
+        components: number of components of q_agg, at random; None for as many as time allows.
+        memory: bytes for scoring q_agg.
+    """
+
+    def __init__(
+        self, pair: Pair, x: Tensor, first: Draw, found: Dependencies, seed: int, components: int | None, memory: int
+    ) -> None:
+        self.pair, self.x, self.first = pair, x, first
+        self.guide_roots, self.model_roots = found.guide_roots, found.model_roots
+        self.seed, self.components, self.memory = seed, components, memory
+        self.names = tuple(first.latents)
+        self.levels = {name: Level() for name in self.names}
+        self.joint: dict[tuple[str, ...], JointCodes | None] = {}
+        self.reconstruction: list[Tensor] = []
+        self.shared: list[dict[str, float]] = []
+        alone = [(name,) for name in self.names if name in self.guide_roots]
+        groups = alone if alone == [self.names] else [*alone, self.names]
+        self.scored = {group: made for group in groups if (made := self._scored(group)) is not None}
+
+    def _scored(self, names: tuple[str, ...]) -> Scored | None:
+        """Choose how a group of latents is scored; None where it cannot be."""
+        latents = [self.first.latents[name] for name in names]
+        if any(latent.point for latent in latents):
+            return None
+        known = [latent.q for latent in latents if latent.q is not None]
+        roots, in_guide = self.guide_roots.issuperset(names), {*self.pair.layout.latents}.issuperset(names)
+        if roots and len(known) == len(names):
+            rows = choose(len(self.x), self.components, self.seed, self.x.device)
+            q = product(known)
+            mixture = AggregatedPosterior(q if rows is None else q.rows(rows), len(self.x), rows, self.memory)
+            return Scored(mixture, self._as_many_as(mixture, latents))
+        if roots and in_guide and all(latent.q is not None or latent.tally is not None for latent in latents):
+            mixture = self.mixture_of(self.x, names, self.components)  # of codes with too many probabilities to keep
+            return Scored(mixture, self._as_many_as(mixture, latents))
+        if not in_guide or not self.first.points:
+            return None  # with random global latents q(z|x) is a mixture over them
+        rows = self._some(GUIDE_ROWS)
+        return Scored(self.mixture_of(self.x, names, self.components or guide_components(rows)), rows, once=True)
+
+    def mixture_of(self, x: Tensor, names: tuple[str, ...], components: int | None) -> AggregatedPosterior:
+        """Return q_agg of some latents over rows `x`, with this number of components."""
+        return AggregatedPosterior.of(
+            self.pair, x, latents=names, components=components, seed=self.seed, memory=self.memory
+        )
+
+    def _as_many_as(self, mixture: AggregatedPosterior, latents: Sequence[LatentDraw]) -> Tensor:
+        """Choose as many rows as `MULTIPLICATIONS` allow."""
+        return self._some(int(MULTIPLICATIONS / (len(mixture) * sum(latent.work for latent in latents))))
+
+    def _some(self, most: int) -> Tensor:
+        return seeds.subset(len(self.x), most, seeds.mix(self.seed, seeds.ANALYSIS, 1)).to(self.x.device)
+
+    def take(self, d: Draw) -> None:
+        """Score one sample of all rows."""
+        self.reconstruction.append(d.reconstruction)
+        self.shared.append(d.shared)
+        for name, latent in d.latents.items():
+            self.levels[name].take(latent)
+            if name in self.guide_roots and latent.normal is not None and latent.value.shape[1] > 1:
+                self.levels[name].take_coordinates(latent, latent.normal, name in self.model_roots)
+        for names, scored in self.scored.items():
+            scored.take(d, names)
+
+    def kl(self, names: Collection[str]) -> Tensor:
+        """Return log q - log p of a group of latents, `(samples, n)`."""
+        levels = [self.levels[name] for name in names]
+        return torch.stack([torch.stack(v.log_q) - torch.stack(v.log_p) for v in levels]).sum(0)
+
+    @property
+    def certain(self) -> bool:
+        """True where all that is inferred is a function of x: one sample is then as good as many."""
+        latents = self.first.latents.values()
+        return all(z.certain for z in latents) and self.guide_roots.issuperset(self.names) and self.first.points
+
+    @property
+    def nothing_drawn(self) -> bool:
+        """True where every latent is summed over or certain: the reconstruction, too, is then an expectation."""
+        summed = not self.pair.layout.latents and self.names[0] in self.guide_roots and self.first.points
+        return summed or self.certain
+
+    def kl_terms(self) -> Tensor:
+        """Return the KL of all latents per row, exact where it is summed, `(samples, n)` or `(n,)`."""
+        joint = self.joint_codes(self.names)
+        return self.kl(self.names) if joint is None else joint.kl
+
+    def shares(self) -> Tensor:
+        """Return the KL of the global latents of every sample, divided by n, `(samples, 1)`."""
+        shares = [[sum(d.values()) / len(self.x)] for d in self.shared]
+        return torch.tensor(shares, dtype=torch.float64, device=self.x.device)
+
+    def over(self, terms: Tensor, kind: Kind = "estimate") -> Estimate:
+        """Return the mean of terms `(samples, rows)`; all rows share the noise of random global latents."""
+        return over_draws(terms, kind, len(self.x)) if self.first.points else over_whole_draws(terms, kind)
+
+    def joint_codes(self, names: tuple[str, ...]) -> JointCodes | None:
+        """Return figures that are exact for every row: of certain codes, or by the sum over all joint states.
+
+        None for latents that are no codes, or that read others.
+        """
+        if names not in self.joint:
+            self.joint[names] = self._made_joint(names)
+        return self.joint[names]
+
+    def _made_joint(self, names: tuple[str, ...]) -> JointCodes | None:
+        latents = [self.first.latents[name] for name in names]
+        if not self.guide_roots.issuperset(names):
+            return None
+        if all(latent.certain for latent in latents):
+            q = product([latent.q for latent in latents if latent.q is not None])
+            aggregated = AggregatedPosterior(q, memory=self.memory).log_prob(self.first.flat(names))
+            return JointCodes(self.kl(names)[0], -aggregated)
+        known = [latent.prior for latent in latents if latent.prior is not None]
+        if len(known) < len(latents) or not self.model_roots.issuperset(names):
+            return None
+        return joint_codes(lambda: self._posteriors(names), known)
+
+    def _posteriors(self, names: tuple[str, ...]) -> Iterator[list[Codes]]:
+        """Yield the posteriors of several codes, batch after batch: those kept, or read off the programs again."""
+        kept = [self.first.latents[name].q for name in names]
+        if None not in kept:
+            yield [_as_codes(q) for q in kept]
+            return
+        with quiet(self.pair, self.x, 0):
+            for part in self.x.split(self.pair.structure.rows_at_once()):
+                found = draw_chunk(self.pair, part, len(self.x)).latents
+                yield [_as_codes(found[name].q) for name in names]
+
+
+def guide_components(rows: Tensor) -> int:
+    """Return how many components may be scored by the guide under samples of these rows."""
+    return max(2, GUIDE_PAIRS // len(rows))
+
+
+def _as_codes(q: Members | None) -> Codes:
+    """Return the probabilities of codes, of certain ones too."""
+    if isinstance(q, CertainCodes):
+        return q.codes()
+    assert isinstance(q, Codes)  # noqa: S101 - asked of those that have a tally alone
+    return q

@@ -1,0 +1,267 @@
+"""Components of an aggregated posterior: the posteriors of n rows, kept, counted or read off the guide again."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from pvae.analysis.decompose.entry import quiet
+from pvae.distributions.exponential import Members
+from pvae.distributions.exponential_codes import CertainCodes
+from pvae.distributions.exponential_product import Product, product
+from pvae.pair import densities
+from pvae.pair.code_usage import Undrawn
+from pvae.pair.layout import samples
+from pvae.pair.pair import Pair
+
+TILE_ROWS, TILE_COLUMNS = 512, 2048
+"""Values and components of one tile of a matrix product."""
+VALUES_CHECKED = 8
+"""Values on which the matrix product is compared with densities taken one by one."""
+CODES_AT_ONCE = 1000
+"""Codes that are hashed and compared at once."""
+LOG_ZERO = -1e300
+"""Logarithm of a weight of zero that can be subtracted from itself."""
+
+
+class Components(ABC):
+    """Posteriors q(z | x_1) ... q(z | x_n) that can be summed over, whatever they are made of."""
+
+    dim: int
+    """D, the width of a flat value."""
+    device: torch.device
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """n."""
+
+    @abstractmethod
+    def log_sum(self, value: Tensor, skip: Tensor | None = None) -> Tensor:
+        """log sum_j q(z | x_j) of `(m, D)`, without component `skip[i]` for row i where that is not negative."""
+
+    @abstractmethod
+    def own(self, value: Tensor, index: Tensor) -> Tensor:
+        """log q(z_i | x_index_i) of `(m, D)`, `(m,)`."""
+
+    @abstractmethod
+    def sample(self, index: Tensor) -> Tensor:
+        """One draw of every chosen component, `(m, D)`."""
+
+
+class Products(Components):
+    """Members of an exponential family: a matrix product and a logsumexp, tile by tile in preallocated memory."""
+
+    def __init__(self, dim: int, features: int, device: torch.device, memory: int) -> None:
+        self.dim, self.device = dim, device
+        most = max(16, memory // (8 * 8 * features))
+        self.rows, self.columns = min(TILE_ROWS, most), min(TILE_COLUMNS, most)
+
+    @abstractmethod
+    def chunks(self) -> Iterator[Members]:
+        """Yield the members in order, at most `columns` at a time, float64."""
+
+    @torch.no_grad()
+    def log_sum(self, value: Tensor, skip: Tensor | None = None) -> Tensor:
+        value = value.to(self.device, torch.float64)
+        top, total = value.new_full((len(value), 1), LOG_ZERO), value.new_zeros(len(value), 1)
+        tile, start = value.new_empty(self.rows, self.columns), 0
+        for chunk in self.chunks():
+            score = chunk.scorer()
+            for at in range(0, len(value), self.rows):
+                rows = slice(at, at + self.rows)
+                block = tile[: len(value[rows]), : len(chunk)]
+                score(value[rows], block)
+                if skip is not None:
+                    _leave_out(block, skip[rows] - start)
+                _accumulate(block, top[rows], total[rows])
+            start += len(chunk)
+        return nothing_as_infinite((top + total.log_()).squeeze(1))
+
+
+def _leave_out(block: Tensor, column: Tensor) -> None:
+    """Give one column of every row no weight, where it stands in this tile; no synchronisation."""
+    inside = (column >= 0) & (column < block.shape[1])
+    at = column.clamp(0, block.shape[1] - 1)[:, None]
+    block.scatter_(1, at, torch.where(inside[:, None], LOG_ZERO, block.gather(1, at)))
+
+
+def _accumulate(block: Tensor, top: Tensor, total: Tensor) -> None:
+    """Add exp(block) to sums kept relative to their running maximum, in place.
+
+    exp is many times slower where its result underflows: what is clamped adds less than n * tiny to a sum above 1.
+    """
+    floor = math.log(torch.finfo(block.dtype).tiny) + 1
+    higher = torch.maximum(top, block.amax(1, keepdim=True))
+    total.mul_((top - higher).exp_())
+    total += block.sub_(higher).clamp_(min=floor).exp_().sum(1, keepdim=True)
+    top.copy_(higher)
+
+
+def nothing_as_infinite(log_sum: Tensor) -> Tensor:
+    """Return sums to which nothing contributed as -inf."""
+    return torch.where(log_sum < LOG_ZERO / 2, -math.inf, log_sum)
+
+
+class Held(Components):
+    """Members held in memory."""
+
+    members: Members
+
+    def __len__(self) -> int:
+        return len(self.members)
+
+    def own(self, value: Tensor, index: Tensor) -> Tensor:
+        return self.members.rows(index).log_prob(value.to(self.device, torch.float64))
+
+    def sample(self, index: Tensor) -> Tensor:
+        return self.members.rows(index).sample()
+
+
+class Kept(Held, Products):
+    """Members held in memory, and multiplied."""
+
+    def __init__(self, given: Members, memory: int) -> None:
+        self.members = given.double()
+        super().__init__(given.dim, given.features, self.members.origin.device, memory)
+
+    def chunks(self) -> Iterator[Members]:
+        for start in range(0, len(self), self.columns):
+            yield self.members.rows(slice(start, start + self.columns))
+
+    def rounding(self, value: Tensor) -> float:
+        """Return the largest error of `log_sum` on a few rows of `(m, D)`, nats.
+
+        It takes differences of z^2 / 2 s^2, which `own` does not.
+        """
+        few = value[:: max(1, len(value) // VALUES_CHECKED)].to(self.device, torch.float64)
+        parts = [chunk.log_prob(few[:, None]).logsumexp(1) for chunk in self.chunks()]
+        found = torch.stack(parts).logsumexp(0) - self.log_sum(few)
+        return float(found.nan_to_num(nan=0.0).abs().max())
+
+
+class Tallied(Held):
+    """Codes known for certain, and other latents beside them: only rows of the same code have a part in a sum.
+
+    Codes alone are counted: exact, in O(n log n) time and the memory of the codes. Rows of one code whose other latents
+    have a density are summed over as `Kept` does.
+    """
+
+    def __init__(self, given: Members, memory: int) -> None:
+        self.members, self.memory = given.double(), memory
+        self.parts = given.parts if isinstance(given, Product) else (given,)
+        others = [part for part in self.parts if not isinstance(part, CertainCodes)]
+        self.rest = product(others).double() if others else None
+        codes = torch.cat([part.index for part in self.parts if isinstance(part, CertainCodes)], 1)
+        self.dim, self.device = given.dim, codes.device
+        self.keys, self.group, self.counts, self.codes = self._grouped(codes)
+
+    def _grouped(self, codes: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return sorted keys of the distinct codes, the number of each row's, how many rows have it, and the codes."""
+        for self.seed in range(8):
+            keys, group, counts = row_hash(codes, self.seed).unique(return_inverse=True, return_counts=True)
+            rows = torch.arange(len(codes), device=codes.device)
+            distinct = codes[torch.zeros_like(keys).scatter_(0, group, rows)]
+            parts = zip(codes.split(CODES_AT_ONCE), group.split(CODES_AT_ONCE), strict=True)
+            if all(bool((part == distinct[at]).all()) for part, at in parts):
+                return keys, group, counts, distinct
+        raise RuntimeError("eight hashes of 64 bits collided")  # pragma: no cover - cannot be
+
+    def _split(self, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Return flat values as codes `(m, P)` and the rest."""
+        pieces = list(zip(self.parts, value.to(self.device).split([part.dim for part in self.parts], 1), strict=True))
+        codes = torch.cat([z.long() for part, z in pieces if isinstance(part, CertainCodes)], 1)
+        rest = [z for part, z in pieces if not isinstance(part, CertainCodes)]
+        return codes, torch.cat(rest, 1) if rest else codes[:, :0]
+
+    def _found(self, codes: Tensor) -> Tensor:
+        """Return the number of each code among the distinct ones, -1 for none."""
+        keys = row_hash(codes, self.seed)
+        at = torch.searchsorted(self.keys, keys).clamp(max=len(self.keys) - 1)
+        parts = zip(codes.split(CODES_AT_ONCE), at.split(CODES_AT_ONCE), strict=True)
+        same = torch.cat([(part == self.codes[i]).all(1) for part, i in parts])
+        return torch.where(same & (self.keys[at] == keys), at, -1)
+
+    @torch.no_grad()
+    def log_sum(self, value: Tensor, skip: Tensor | None = None) -> Tensor:
+        codes, rest = self._split(value)
+        at = self._found(codes)
+        if self.rest is not None:
+            return self._within(rest, at, skip)
+        count = torch.where(at >= 0, self.counts[at.clamp(min=0)], 0)
+        if skip is not None:
+            count = count - ((skip >= 0) & (self.group[skip.clamp(min=0)] == at)).long()
+        return count.double().log()
+
+    def _within(self, rest: Tensor, at: Tensor, skip: Tensor | None) -> Tensor:
+        """Return the log sum over the rows of each value's own code."""
+        assert self.rest is not None  # noqa: S101 - asked above
+        out = torch.full((len(rest),), -math.inf, dtype=torch.float64, device=self.device)
+        place = torch.empty_like(self.group)  # of a row among those of its code
+        for code in at[at >= 0].unique().tolist():
+            mine, rows = (at == code).nonzero()[:, 0], (self.group == code).nonzero()[:, 0]
+            place[rows] = torch.arange(len(rows), device=rows.device)
+            left_out = None
+            if skip is not None:
+                chosen = skip[mine]
+                here = (chosen >= 0) & (self.group[chosen.clamp(min=0)] == code)
+                left_out = torch.where(here, place[chosen.clamp(min=0)], -1)
+            out[mine] = Kept(self.rest.rows(rows), self.memory).log_sum(rest[mine], left_out)
+        return out
+
+
+def row_hash(rows: Tensor, seed: int = 0) -> Tensor:
+    """Return a hash of 64 bits of every row of integers `(n, P)`, `(n,)`."""
+    generator = torch.Generator().manual_seed(seed)
+    odd = torch.randint(2**62, (2, rows.shape[1]), generator=generator).mul(2).add(1).to(rows.device)
+    mixed = ((part ^ (part >> 15)) * odd[0] for part in rows.split(CODES_AT_ONCE))
+    return torch.cat([((part ^ (part >> 29)) * odd[1]).sum(1) for part in mixed])
+
+
+def held(given: Members, memory: int) -> Components:
+    """Members in memory: counted where codes are certain, else multiplied."""
+    parts = given.parts if isinstance(given, Product) else (given,)
+    return (Tallied if any(isinstance(part, CertainCodes) for part in parts) else Kept)(given, memory)
+
+
+class Reread(Products):
+    """Members read off the guide again in every pass: memory does not grow with n."""
+
+    def __init__(self, pair: Pair, x: Tensor, latents: Sequence[str], memory: int) -> None:
+        self.pair, self.x, self.latents = pair, x, tuple(latents)
+        first = self._read(x[:1])
+        super().__init__(first.dim, first.features, x.device, memory)
+
+    def _read(self, x: Tensor) -> Members:
+        with quiet(self.pair, x, 0), Undrawn(self.latents):
+            found = members_of(self.pair, x, self.latents)
+        assert found is not None  # noqa: S101 - `AggregatedPosterior.of` has looked
+        return found.double()
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def chunks(self) -> Iterator[Members]:
+        for part in self.x.split(self.columns):
+            yield self._read(part)
+
+    def own(self, value: Tensor, index: Tensor) -> Tensor:
+        pairs = zip(value.to(torch.float64).split(self.columns), index.split(self.columns), strict=True)
+        return torch.cat([self._read(self.x[i]).log_prob(z) for z, i in pairs])
+
+    def sample(self, index: Tensor) -> Tensor:
+        return torch.cat([self._read(self.x[i]).sample() for i in index.split(self.columns)])
+
+
+def members_of(pair: Pair, x: Tensor, latents: Sequence[str]) -> Members | None:
+    """The posteriors of some latents as members of an exponential family; None where one is of another kind.
+
+    Call it inside `quiet`. A posterior that reads other latents is that at the guide's own draw of them.
+    """
+    nodes = samples(pair.guide_trace(x))
+    found = [densities.members(nodes[name], pair.layout, len(x)) for name in latents]
+    known = [f for f in found if f is not None]
+    return product(known) if len(known) == len(found) else None

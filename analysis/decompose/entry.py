@@ -1,0 +1,77 @@
+"""First steps of every analysis: check the data, seed the noise, fix the global latents."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from pyro.poutine.replay_messenger import ReplayMessenger
+from pyro.poutine.trace_struct import Trace
+from torch import Tensor
+
+from pvae.distributions.relaxed import Discretised
+from pvae.errors import DataError, DeclarationError
+from pvae.pair.densities import Unweighed
+from pvae.pair.layout import samples
+from pvae.pair.pair import Pair
+from pvae.pair.running import quiet as quiet_pair
+from pvae.util import seeds
+
+
+def accept(pair: Pair, x: Any) -> Tensor:
+    """Return data as `Pair.accept` does; refuse what is no pair, and a pair that cannot score data.
+
+    Raises:
+        DeclarationError: `pair` is no `pvae.Pair`.
+        DataError: the pair has no likelihood, or rows do not fit it.
+    """
+    if not isinstance(pair, Pair):
+        hint = " Pass its .pair." if isinstance(getattr(pair, "pair", None), Pair) else ""
+        raise DeclarationError(f"pair: expected a pvae.Pair; got {type(pair).__name__}.{hint}")
+    if pair.implicit:
+        raise DataError(
+            "pair: expected a model that scores data; got a generator without a likelihood, where nothing is inferred: "
+            "it has no ELBO, no evidence and no codes. Compare its samples with data: pvae two-sample."
+        )
+    rows = pair.accept(x)
+    pair.frame.require(rows)
+    return rows
+
+
+@contextmanager
+def quiet(pair: Pair, x: Tensor, seed: int) -> Iterator[None]:
+    """`pvae.pair.running.quiet` with the samples of an analysis seeded, and without weights that handlers put on sites.
+
+    What poutine.scale does to a loss is no part of the ELBO that is analysed. Relaxed latents are taken as the codes
+    they stand for.
+    """
+    with quiet_pair(pair, x), Unweighed(), Discretised():
+        seeds.set_noise(seeds.mix(seed, seeds.ANALYSIS), x.device)
+        yield
+
+
+def require_likelihood(pair: Pair, caller: str) -> None:
+    """Refuse a pair whose latents determine x: p(x | z) at another z than the guide's own has no value.
+
+    Raises:
+        DataError: naming what is determined.
+    """
+    if found := pair.structure.determined:
+        raise DataError(
+            f"{caller}: expected a density p(x | z); got {', '.join(found)} determined by the latents. Its log p(x) is "
+            f"known through the guide: use evidence."
+        )
+
+
+@contextmanager
+def same_globals(pair: Pair, x: Tensor) -> Iterator[dict[str, Any]]:
+    """Context in which every run of the programs sees one sample of the global latents; yields their sites."""
+    if not pair.layout.shared:
+        yield {}
+        return
+    nodes, fixed = samples(pair.guide_trace(x[:2])), Trace()
+    for name in pair.layout.shared:
+        fixed.nodes[name] = nodes[name]
+    with ReplayMessenger(trace=fixed):
+        yield {name: nodes[name] for name in pair.layout.shared}

@@ -1,0 +1,168 @@
+"""Figures of one latent or a group of latents: KL, information, marginal KL, and each coordinate."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from pvae.analysis.decompose import codes
+from pvae.analysis.decompose.account import Account, Level, Scored
+from pvae.analysis.decompose.collapse import active_units
+from pvae.analysis.decompose.components import row_hash
+from pvae.analysis.decompose.posterior_draws import LatentDraw
+from pvae.analysis.decompose.result import Dimensions, LatentSurgery
+from pvae.analysis.figures.estimate import Estimate, Kind, exact, exact_mean, over_draws
+from pvae.distributions.exponential_codes import Codes
+from pvae.pair.code_usage import perplexity
+
+
+def group_figures(account: Account, names: tuple[str, ...]) -> dict[str, Estimate | None]:
+    """Return KL, information and marginal KL of a group of latents, with bounds where components are a subset."""
+    out: dict[str, Estimate | None] = dict.fromkeys(
+        ("mutual_information", "mutual_information_lower", "marginal_kl", "marginal_kl_upper", "leave_one_out")
+    )
+    joint, scored = account.joint_codes(names), account.scored.get(names)
+    kl = account.kl(names)
+    whole = account.over(kl) if joint is None else exact_mean(joint.kl)
+    out["kl"] = whole
+    if scored is not None:
+        out |= _bounds(account, kl, whole.value, scored)
+    if points := [name for name in names if account.first.latents[name].point]:
+        out["mutual_information"] = _distinct(account, points, names)
+    if joint is not None:
+        out["mutual_information"] = exact_mean(joint.information)
+        out["marginal_kl"] = exact_mean(joint.kl - joint.information)
+        out["mutual_information_lower"] = out["marginal_kl_upper"] = None
+    return out
+
+
+def _distinct(account: Account, points: list[str], names: tuple[str, ...]) -> Estimate | None:
+    """Return I_q[x, z] of deterministic codes: the entropy of the partition of rows by code, log n where all differ.
+
+    None where codes coincide and other latents tell the rows apart, or where a point depends on a sample.
+    """
+    if not account.guide_roots.issuperset(points):
+        return None
+    n = len(account.x)
+    # Equal rows may get codes that differ in the last bit, from batches of other sizes.
+    same = row_hash(_bits(account.x)).unique(return_inverse=True)[1]
+    first = torch.zeros(int(same.max()) + 1, dtype=torch.int64, device=same.device)
+    first[same] = torch.arange(n, device=same.device)
+    code = account.first.flat(points)[first].unique(dim=0, return_inverse=True)[1][same]
+    shares = code.bincount().double() / n
+    if len(shares) < n and len(points) < len(names):
+        return None
+    return exact(float(-(shares * shares.log()).sum()))
+
+
+def _bounds(account: Account, kl: Tensor, mean_kl: float, scored: Scored) -> dict[str, Estimate | None]:
+    upper, lower = torch.stack(scored.upper), torch.stack(scored.lower)
+    loo = torch.stack(scored.leave_one_out)
+    out: dict[str, Estimate | None] = {}
+    if bool(loo.isfinite().all()):
+        out["leave_one_out"] = account.over(loo, "upper_bound")
+    out["mutual_information"] = account.over(upper, "estimate" if scored.whole else "upper_bound")
+    out["marginal_kl"] = _marginal(account, kl, mean_kl, upper, "estimate" if scored.whole else "lower_bound")
+    if not scored.whole:
+        out["mutual_information_lower"] = account.over(lower, "lower_bound")
+        out["marginal_kl_upper"] = _marginal(account, kl, mean_kl, lower, "upper_bound")
+    return out
+
+
+def _marginal(account: Account, kl: Tensor, mean_kl: float, information: Tensor, kind: Kind) -> Estimate:
+    """Return kl - information, with errors term by term where every sample is scored, else those of the means."""
+    value = mean_kl - float(information.mean())
+    if kl.shape == information.shape:
+        parts = account.over(kl - information, kind)
+        return Estimate(value, parts.standard_error, kind, parts.data_error, parts.note)
+    found = account.over(information)
+    return Estimate(value, math.hypot(account.over(kl).standard_error, found.standard_error), kind, None, found.note)
+
+
+def latent_surgery(account: Account, name: str) -> LatentSurgery:
+    """Return the figures of one latent."""
+    latent, level, group = account.first.latents[name], account.levels[name], group_figures(account, (name,))
+    first, prior_first = name in account.guide_roots, name in account.model_roots
+    kl_exact = None
+    if len(level.closed) == len(level.log_q):
+        kl_exact = exact_mean(level.closed[0]) if first and prior_first else account.over(torch.stack(level.closed))
+    per_dimension = torch.tensor(level.kl_per_dimension, dtype=torch.float64)
+    counted = latent.tally if first else None
+    use = None if counted is None or counted.bits else codes.usage(counted)
+    assert group["kl"] is not None  # noqa: S101 - every group has one
+    return LatentSurgery(
+        kl=group["kl"],
+        kl_exact=kl_exact,
+        mutual_information=group["mutual_information"],
+        marginal_kl=group["marginal_kl"] if prior_first else None,
+        kl_per_dimension=tuple(per_dimension.mean(0).tolist()) if len(per_dimension) else None,
+        active_units=active_units(latent),
+        dimensions=_dimensions(account, name, group["mutual_information"]),
+        perplexity=None if counted is None else tuple(perplexity(counted.share).tolist()),
+        states=None if counted is None else counted.states,
+        pooled_perplexity=None if use is None else use.perplexity,
+        used=None if use is None else use.used,
+    )
+
+
+def _dimensions(account: Account, name: str, information: Estimate | None) -> Dimensions | None:
+    """Return the figures of every coordinate: of normals on a grid, of codes by their own sums."""
+    latent, level, scored = account.first.latents[name], account.levels[name], account.scored.get((name,))
+    if scored is None or information is None:
+        return None
+    if level.aggregated:
+        return _of_normals(level, scored)
+    if latent.tally is not None and latent.tally.positions > 1:
+        against = latent.tally.prior if name in account.model_roots else None
+        joint = None if _is_factorised(latent) else group_figures(account, (name,))["marginal_kl"]
+        return _of_codes(codes.positions(latent.tally, against), information, joint)
+    return None
+
+
+def _bits(x: Tensor) -> Tensor:
+    """Return rows of floating-point numbers as rows of integers of the same bits."""
+    return x.reshape(len(x), -1).contiguous().view(torch.int64 if x.element_size() == 8 else torch.int32).long()
+
+
+def _of_normals(level: Level, scored: Scored) -> Dimensions:
+    """Return total correlation and coordinates of a normal posterior, from the same samples as all other figures."""
+    count = len(scored.upper)
+    log_q, aggregated = torch.stack(level.log_q), torch.stack(level.aggregated)
+    joint = log_q[:count, scored.rows] - torch.stack(scored.upper)
+    marginal = torch.stack(level.marginal).mean(0) if level.marginal else None
+    return Dimensions(
+        mutual_information=tuple(torch.stack(level.information).mean(0).tolist()),
+        marginal_kl=None if marginal is None else tuple(marginal.tolist()),
+        total_correlation=over_draws(
+            joint - aggregated[:count, scored.rows], "estimate" if scored.whole else "lower_bound", len(log_q[0])
+        ),
+        coordinate_kl=None if marginal is None else over_draws(aggregated - torch.stack(level.log_p)),
+        error=level.grid_error or 0.0,
+    )
+
+
+def _is_factorised(latent: LatentDraw) -> bool:
+    """Return whether positions of a grid are independent under the posterior: not where the model sums them out."""
+    return not isinstance(latent.q, Codes) or latent.tally is None or latent.q.positions == latent.tally.positions
+
+
+def _of_codes(found: codes.PositionFigures, information: Estimate, joint: Estimate | None) -> Dimensions:
+    """Return the figures of every position, which are exact.
+
+    Of independent positions the informations exceed the joint one by the total correlation. Of others it is what the
+    `joint` marginal KL has beyond those of the positions.
+    """
+    marginal = found.marginal_kl
+    total = float(found.information.sum()) - information.value
+    if joint is not None:
+        total = math.nan if marginal is None else joint.value - float(marginal.sum())
+    kind: Kind = "lower_bound" if information.kind == "upper_bound" else information.kind
+    return Dimensions(
+        mutual_information=tuple(found.information.tolist()),
+        marginal_kl=None if marginal is None else tuple(marginal.tolist()),
+        total_correlation=Estimate(total, information.standard_error, kind, None, information.note),
+        coordinate_kl=None if marginal is None else exact(float(marginal.sum())),
+        error=0.0,
+    )

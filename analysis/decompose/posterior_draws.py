@@ -1,0 +1,289 @@
+"""Samples of the posteriors of a whole data set, chunk by chunk, with the densities that analyses read."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributions import Bernoulli, Categorical
+
+from pvae.analysis.decompose.entry import same_globals
+from pvae.distributions.exponential import FullRankNormals, Members, Normals
+from pvae.distributions.exponential_codes import ROW_COST, CertainCodes, Codes
+from pvae.errors import DataError
+from pvae.pair import densities as traces
+from pvae.pair.code_usage import Tally, grid_of, shared_prior, tally
+from pvae.pair.densities import closed_kl, log_prob, rows_first, sum_over
+from pvae.pair.enumeration import JointStates, read_joint_states
+from pvae.pair.layout import Layout, is_point, samples, unwrapped
+from pvae.pair.pair import Pair
+from pvae.pair.structure import ROWS_AT_ONCE
+
+PARAMETER_BYTES = 2**29
+"""Bytes of posterior parameters that are kept; larger ones (full rank, long codes) are read off the guide again."""
+IMPOSSIBLE_NATS = 1e12
+"""KL above which a prior must have given a code no probability (`IMPOSSIBLE`, -1e30)."""
+
+Sites = Mapping[str, Any]
+"""Nodes of the sample sites of a trace by name."""
+
+
+@dataclass
+class LatentDraw:
+    """One sample of one latent for every row, float64."""
+
+    value: Tensor
+    """`(n, D)`, event dimensions flattened."""
+    log_q: Tensor
+    """log q(z | x, latents before it), `(n,)`."""
+    log_p: Tensor
+    """log p(z | parents), `(n,)`."""
+    q: Members | None
+    """The n posteriors, of an exponential family; None for others, and where they are too large to keep."""
+    p: Members | None
+    """The n priors (all alike where it reads no parents); those of codes are in `prior`."""
+    normal: Normals | None
+    """Location and standard deviation of every coordinate of a (full-rank) normal posterior."""
+    kl: Tensor | None
+    """KL(q || p) in closed form where torch knows it, `(n,)`."""
+    point: bool = False
+    """True where the guide sets it to a point: `log_q` is then 0, or minus the log determinant of the map to it."""
+    tally: Tally | None = None
+    """Sums over the posteriors of all rows of a grid of codes, also where `q` was not kept; None for others."""
+    prior: Tensor | None = None
+    """log p of the states of codes, `(P, K)`, where it is factorised and the same for all rows; else None."""
+
+    @property
+    def certain(self) -> bool:
+        """True for a code known for certain."""
+        return isinstance(self.q, CertainCodes)
+
+    @property
+    def work(self) -> int:
+        """Multiplications of one log density, also where the posteriors were too large to keep."""
+        if self.q is not None:
+            return self.q.work
+        assert self.tally is not None  # noqa: S101 - other latents are scored by the guide
+        return self.tally.positions * ROW_COST
+
+    @property
+    def loc(self) -> Tensor | None:
+        """Posterior mean of a normal, `(n, D)`."""
+        return None if self.normal is None else self.normal.loc
+
+    @property
+    def scale(self) -> Tensor | None:
+        """Standard deviations of a normal posterior, `(n, D)`."""
+        return None if self.normal is None else self.normal.scale
+
+    @property
+    def prior_loc(self) -> Tensor | None:
+        """Mean of a diagonal normal prior, `(n, D)`."""
+        return self.p.loc if isinstance(self.p, Normals) else None
+
+    @property
+    def prior_scale(self) -> Tensor | None:
+        """Standard deviations of a diagonal normal prior, `(n, D)`."""
+        return self.p.scale if isinstance(self.p, Normals) else None
+
+
+@dataclass
+class Draw:
+    """One sample of all latents for every row."""
+
+    reconstruction: Tensor
+    """log p(x | z), `(n,)`, float64."""
+    latents: dict[str, LatentDraw]
+    shared: dict[str, float]
+    """log q - log p of every global latent, nats for the whole data set."""
+    points: bool = True
+    """True where every global latent is a point (a Delta)."""
+
+    def flat(self, names: Sequence[str]) -> Tensor:
+        """Return the values of several latents side by side, `(n, D)`."""
+        return torch.cat([self.latents[name].value for name in names], 1)
+
+
+def draw_chunk(pair: Pair, x: Tensor, size: int = 0) -> Draw:
+    """Return one sample for the rows of a chunk of a data set of `size` (the chunk itself unless said)."""
+    guide, model = (samples(trace) for trace in pair.traces(x))
+    layout, n, size = pair.layout, len(x), size or len(x)
+    if layout.enumerated:
+        reconstruction, latents = _summed(guide, model, layout, n, size)
+    else:
+        reconstruction = _observed(model, layout, size).expand(n)
+        latents = {name: _latent(guide[name], model.get(name), layout, n) for name in layout.latents}
+    shared = {name: _log_ratio(guide[name], model.get(name)) for name in layout.shared}
+    return Draw(reconstruction, latents, shared, pair.structure.points.issuperset(layout.shared))
+
+
+def _observed(nodes: Sites, layout: Layout, size: int, known: Collection[str] = ()) -> Tensor:
+    """Return log p(x | z) per row; a site outside the data plate is shared among `size` rows."""
+    found = [log_prob(nodes[name], layout, 0, size).double() for name in layout.observed if name not in known]
+    return sum_over(found) if found else torch.zeros((), dtype=torch.float64)  # a number: goes with any device
+
+
+def _latent(q: Any, p: Any, layout: Layout, n: int) -> LatentDraw:
+    value = rows_first(q["value"], q, layout, n).double()
+    posterior, prior = _members(q, layout, n), _prior(p, layout, n)
+    log_p = torch.zeros_like(value[:, 0]) if p is None else _score(p, prior, value, layout)
+    certain = isinstance(posterior, CertainCodes)
+    return LatentDraw(
+        value=value,
+        log_q=_score(q, posterior, value, layout),
+        log_p=log_p,
+        q=posterior,
+        p=None if isinstance(prior, Codes) else prior,
+        normal=_normal(posterior),
+        kl=None if p is None else -log_p if certain else _closed(q, p, posterior, prior, layout),
+        point=is_point(q["fn"]),
+        tally=tally(posterior, prior, grid_of(q), bits=isinstance(unwrapped(q["fn"]), Bernoulli)),
+        prior=shared_prior(prior),
+    )
+
+
+def _members(node: Any, layout: Layout, n: int) -> Members | None:
+    found = None if node is None else traces.members(node, layout, n)
+    return None if found is None else found.double()
+
+
+def _prior(node: Any, layout: Layout, n: int) -> Members | None:
+    """Return the priors of n rows; a single member where all rows share one prior of codes."""
+    found = None if node is None else traces.shared_codes(node, layout)
+    return _members(node, layout, n) if found is None else found.double()
+
+
+def _score(node: Any, known: Members | None, value: Tensor, layout: Layout) -> Tensor:
+    """Return the log density per row in float64, from float64 parameters where they are known."""
+    weighed = node["mask"] is not None or not (node["scale"].__class__ is float and node["scale"] == 1.0)
+    if known is None or weighed:
+        return log_prob(node, layout, 0).double()
+    return known.log_prob(value)
+
+
+def _normal(q: Members | None) -> Normals | None:
+    if isinstance(q, FullRankNormals):
+        return Normals(q.loc, q.scale)
+    return q if isinstance(q, Normals) else None
+
+
+def _closed(q: Any, p: Any, posterior: Members | None, prior: Members | None, layout: Layout) -> Tensor | None:
+    """Return KL(q || p) in closed form; of codes in float64, as all other figures."""
+    if isinstance(posterior, Codes) and isinstance(prior, Codes):
+        return codes_kl(posterior, prior)
+    value = closed_kl(q, p, layout, 0, 1)
+    return None if value is None else value.double()
+
+
+def codes_kl(q: Codes, p: Codes) -> Tensor:
+    """Return KL(q || p) of factorised codes, `(n,)`, nats; infinite where p gives a code of q no probability."""
+    found = (q.logits.exp() * (q.logits - p.logits)).sum((1, 2))
+    return torch.where(found > IMPOSSIBLE_NATS, torch.inf, found)
+
+
+def _log_ratio(q: Any, p: Any) -> float:
+    """Return log q - log p of a global latent, nats for the whole data set."""
+    return float(q["fn"].log_prob(q["value"]).sum() - (p["fn"].log_prob(p["value"]).sum() if p else 0.0))
+
+
+def _summed(guide: Sites, model: Sites, layout: Layout, n: int, size: int) -> tuple[Tensor, dict[str, LatentDraw]]:
+    """Return log p(x | z) and the latents where the model sums sites out: these, or the guide's if it has any."""
+    table = read_joint_states(model, layout, 0)
+    outside = _observed(model, layout, size, table.logs)
+    if not layout.latents:
+        expected = sum_over([table.expected(name) for name in layout.observed if name in table.logs]).double()
+        codes = _codes(table, n, [model[name] for name in layout.enumerated])
+        return expected + outside, {"+".join(layout.enumerated): codes}
+    if len(layout.latents) > 1:
+        raise DataError(
+            f"surgery: expected at most one latent in the guide beside enumerated ones ({', '.join(layout.enumerated)}"
+            f"); got {', '.join(layout.latents)}. Give the discrete sites a guide."
+        )
+    name = layout.latents[0]
+    latent = _latent(guide[name], None, layout, n)
+    latent.log_p = table.log_sum(table.latent).double()
+    return table.log_sum(table.joint).double() - latent.log_p + outside, {name: latent}
+
+
+def _codes(table: JointStates, n: int, nodes: Sequence[Any]) -> LatentDraw:
+    """Return the joint state of all enumerated sites as one code."""
+    weights, prior = (t.double().reshape(-1, n).T[:, None] for t in (table.joint, table.latent))
+    q, p = Codes(weights), Codes(prior)
+    value = q.sample()
+    counted = _tally_of_states(q, p, nodes)
+    return LatentDraw(
+        value, q.log_prob(value), p.log_prob(value), q, None, None, codes_kl(q, p), tally=counted, prior=shared_prior(p)
+    )
+
+
+def _tally_of_states(q: Codes, p: Codes, nodes: Sequence[Any]) -> Tally | None:
+    """Return the tally of one site that is summed out, by position; of several sites, that of their joint state."""
+    fn = nodes[0]["fn"]
+    if len(nodes) > 1 or not fn.event_shape or not isinstance(unwrapped(fn), Categorical | Bernoulli):
+        return tally(q, p)
+    states = fn.enumerate_support(expand=False).reshape(q.states, -1).long()
+    one_hot = torch.nn.functional.one_hot(states).double()  # (S, P, K)
+    marginals = [Codes(torch.einsum("ns,spk->npk", t.logits[:, 0].exp(), one_hot).log()) for t in (q, p)]
+    apart = torch.einsum("pk,spk->s", marginals[1].logits[0], one_hot)
+    prior = marginals[1] if torch.allclose(apart, p.logits[0, 0], rtol=0, atol=1e-6) else None
+    return tally(marginals[0], prior, grid_of(nodes[0]), bits=isinstance(unwrapped(fn), Bernoulli))
+
+
+def draw(pair: Pair, x: Tensor, chunk: int = ROWS_AT_ONCE) -> Draw:
+    """Return one sample for every row of `x`, taken `chunk` rows at a time."""
+    parts = []
+    with same_globals(pair, x):
+        chunk = pair.structure.rows_at_once(chunk)
+        for start in range(0, len(x), chunk):
+            part = draw_chunk(pair, x[start : start + chunk], len(x))
+            for latent in part.latents.values():
+                _drop_large(latent, len(x))
+            parts.append(part)
+            if start:
+                for name, latent in part.latents.items():
+                    _fold(parts[0].latents[name], latent)
+    latents = {name: _joined([p.latents[name] for p in parts]) for name in parts[0].latents}
+    return Draw(torch.cat([p.reconstruction for p in parts]), latents, parts[0].shared, parts[0].points)
+
+
+def _drop_large(latent: LatentDraw, n: int) -> None:
+    """Drop parameters that would take more than `PARAMETER_BYTES` for all rows."""
+    if latent.q is not None and not latent.certain and 8 * n * latent.q.numbers > PARAMETER_BYTES:
+        latent.q = None
+    if latent.p is not None and 8 * n * latent.p.numbers > PARAMETER_BYTES:
+        latent.p = None
+
+
+def _fold(first: LatentDraw, other: LatentDraw) -> None:
+    """Add the sums of a chunk to the first one; keep a prior there that both share."""
+    if first.tally is not None and other.tally is not None:
+        first.tally = first.tally + other.tally
+    if first.prior is None or other.prior is None or not torch.equal(first.prior, other.prior):
+        first.prior = None
+    other.tally = other.prior = None
+
+
+def _joined(parts: list[LatentDraw]) -> LatentDraw:
+    """Return the chunks of one latent as one."""
+    first, rest = parts[0], parts[1:]
+    if not rest:
+        return first
+    out: dict[str, Any] = {}
+    for f in fields(LatentDraw):
+        column = [getattr(part, f.name) for part in parts]
+        if column[0] is None or f.name == "normal":
+            out[f.name] = None
+        elif f.name in ("point", "tally", "prior"):
+            out[f.name] = column[0]
+        elif isinstance(column[0], Members):
+            out[f.name] = column[0].joined(column[1:])
+        else:
+            out[f.name] = torch.cat(column)
+    normal = [part.normal for part in parts if part.normal is not None]
+    # A diagonal normal posterior is its own marginal: kept once.
+    shared = isinstance(out["q"], Normals)
+    out["normal"] = out["q"] if shared else normal[0].joined(normal[1:]) if normal else None
+    return LatentDraw(**out)

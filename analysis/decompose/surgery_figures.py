@@ -1,0 +1,193 @@
+"""Figures of a whole surgery, from the account of its samples."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from pvae.analysis.decompose.account import Account, guide_components
+from pvae.analysis.decompose.aggregated import AggregatedPosterior
+from pvae.analysis.decompose.components import Kept
+from pvae.analysis.decompose.entry import same_globals
+from pvae.analysis.decompose.latent_figures import group_figures, latent_surgery
+from pvae.analysis.decompose.result import ClassSurgery, Surgery
+from pvae.analysis.figures.estimate import Estimate, Kind, exact, exact_mean, over_draws, over_whole_draws
+from pvae.distributions.exponential_product import product
+from pvae.pair.densities import Unweighed, sum_over
+from pvae.pair.pair import Pair
+from pvae.pair.running import quiet as quiet_pair
+from pvae.util import seeds
+
+
+def close(account: Account, y: Tensor | None, train: Tensor | None) -> Surgery:
+    """Return the figures of all samples that the account has taken."""
+    whole = group_figures(account, account.names)
+    latents = {name: latent_surgery(account, name) for name in account.names}
+    closed = [latent.kl_exact for latent in latents.values()]
+    reconstruction = _reconstruction(account)
+    return Surgery(
+        n=len(account.x),
+        samples=len(account.reconstruction),
+        reconstruction=reconstruction,
+        **whole,  # type: ignore[arg-type]
+        kl_exact=_total([c for c in closed if c is not None]) if closed and None not in closed else None,
+        label_information=None if y is None else _label_information(account, y),
+        train_gain=None if train is None else _train_gain(account, train),
+        elbo=_elbo(account, reconstruction, whole["kl"]),
+        log_n=exact(math.log(len(account.x))),
+        latents=latents,
+        classes={} if y is None else _classes(account, y),
+        shared={name: sum(d[name] for d in account.shared) / len(account.shared) for name in account.first.shared},
+        global_kl=_global_kl(account),
+        elements=account.pair.structure.elements,
+        relaxed_elbo=_relaxed_elbo(account),
+        notes=tuple(_notes(account)),
+    )
+
+
+def _reconstruction(account: Account) -> Estimate:
+    terms = torch.stack(account.reconstruction)
+    return exact_mean(terms[0]) if account.nothing_drawn else account.over(terms)
+
+
+def _elbo(account: Account, reconstruction: Estimate, kl: Estimate | None) -> Estimate:
+    """Return reconstruction - kl - global kl; its error is that of the terms together."""
+    assert kl is not None  # noqa: S101 - every group has one
+    terms = torch.stack(account.reconstruction) - account.kl_terms() - account.shares()
+    found = exact_mean(terms[0]) if account.nothing_drawn else account.over(terms)
+    return replace(found, value=reconstruction.value - kl.value - float(account.shares().mean()))
+
+
+def _relaxed_elbo(account: Account) -> Estimate | None:
+    """Return the ELBO of the relaxed latents themselves, by as many samples; None where no latent is relaxed."""
+    found = relaxed_terms(account.pair, account.x, len(account.reconstruction), account.seed)
+    return None if found is None else account.over(found)
+
+
+def _global_kl(account: Account) -> Estimate | None:
+    if not account.first.shared:
+        return None
+    found = over_whole_draws(account.shares())
+    return exact(found.value) if account.first.points else replace(found, data_error=None)
+
+
+def _classes(account: Account, y: Tensor) -> dict[int, ClassSurgery]:
+    """Return the terms of the rows of every label."""
+    reconstruction, kl = torch.stack(account.reconstruction), account.kl_terms().reshape(-1, len(y))
+    joint = account.joint_codes(account.names)
+    scored = account.scored.get(account.names)
+    out = {}
+    for label in y.unique().tolist():
+        mine = y == label
+        information = None
+        if joint is not None:
+            information = joint.information[None, mine]
+        elif scored is not None and scored.whole and len(scored.rows) == len(y):
+            information = torch.stack(scored.upper)[:, mine]
+        out[int(label)] = ClassSurgery(
+            n=int(mine.sum()),
+            elbo=over_draws((reconstruction - kl - account.shares())[:, mine]),
+            reconstruction=over_draws(reconstruction[:, mine]),
+            kl=over_draws(kl[:, mine]),
+            mutual_information=None if information is None else over_draws(information),
+            marginal_kl=None if information is None else over_draws(kl[: len(information), mine] - information),
+        )
+    return out
+
+
+def _label_information(account: Account, y: Tensor) -> Estimate | None:
+    """Return I_q[y, z] = E[log q_agg(z | y) - log q_agg(z)], on the first sample.
+
+    The mixture q_agg(z | y) is that over the rows of a label. None where densities are not kept for all rows.
+    """
+    scored, value = account.scored.get(account.names), account.first.flat(account.names)
+    known = [q for name in account.names if (q := account.first.latents[name].q) is not None]
+    if scored is None or not scored.whole or scored.once or len(known) < len(account.names):
+        return None
+    q, terms = product(known), torch.empty(len(scored.rows), dtype=torch.float64, device=y.device)
+    labels = y[scored.rows]
+    for label in labels.unique().tolist():
+        mine = labels == label
+        within = AggregatedPosterior(q.rows((y == label).nonzero()[:, 0]), memory=account.memory)
+        terms[mine] = within.log_prob(value[scored.rows[mine]])
+    own = torch.stack([account.levels[name].log_q[0][scored.rows] for name in account.names]).sum(0)
+    return over_draws((terms - (own - scored.upper[0]))[None])
+
+
+def _train_gain(account: Account, train: Tensor) -> Estimate | None:
+    """Return E[log q_agg(z) - log p(z)] of the first sample, with q_agg over other rows; None where it is not known."""
+    scored = account.scored.get(account.names)
+    if scored is None or not {*account.pair.layout.latents}.issuperset(account.names):
+        return None
+    mixture = account.mixture_of(train, account.names, guide_components(scored.rows) if scored.once else None)
+    log_p = torch.stack([account.levels[name].log_p[0] for name in account.names]).sum(0)
+    terms = mixture.log_prob(account.first.flat(account.names)[scored.rows]) - log_p[scored.rows]
+    if missing := int((terms == -math.inf).sum()):
+        return Estimate(-math.inf, 0.0, note=f"{missing} of {len(terms)} have codes that no training row has")
+    return over_draws(terms[None])
+
+
+def _notes(account: Account) -> list[str]:
+    """Return remarks on what was left out of the figures, and how exact they are."""
+    notes = []
+    scored, n = account.scored.get(account.names), len(account.x)
+    if scored is not None and (len(scored.rows) < n or scored.once):
+        levels = f" over {len(account.names)} levels" if len(account.names) > 1 else ""
+        components = f"all {n}" if scored.whole else f"{len(scored.mixture)} of {n}"
+        notes.append(f"joint I_q{levels}: {len(scored.rows)} of {n} draws, each under {components} components")
+    if scored is not None and not scored.whole:
+        bias = float((torch.stack(scored.upper) - torch.stack(scored.lower)).mean())
+        notes.append(f"components are a subset: I_q stands between two bounds {bias:.4f} nats apart")
+    if scored is not None and isinstance(scored.mixture.components, Kept):
+        rounding = scored.mixture.components.rounding(account.first.flat(account.names)[scored.rows])
+        if rounding > 1e-3:
+            notes.append(f"scales are very small: log q_agg is known to {rounding:.1e} nats")
+    if points := [name for name, latent in account.first.latents.items() if latent.point]:
+        notes.append(
+            f"{', '.join(points)}: a deterministic code, so that kl is -log p(z), less a log determinant where z "
+            f"determines x; the marginal KL of points to a density is not defined"
+        )
+    certain = [name for name, latent in account.first.latents.items() if latent.certain and name in account.guide_roots]
+    if certain:
+        distinct = len(account.first.flat(certain).unique(dim=0))
+        notes.append(
+            f"{', '.join(certain)}: certain codes ({distinct} distinct ones), so that kl is -log p(c) and I_q the "
+            f"entropy of the joint code"
+        )
+    for name, level in account.levels.items():
+        if level.grid_error is not None and level.grid_error > 1e-3:
+            notes.append(f"{name}: densities of single coordinates are known to {level.grid_error:.1e} nats")
+    return notes
+
+
+def _total(parts: list[Estimate]) -> Estimate:
+    """Return the sum of closed-form KLs: exact when each is, else an estimate whose error adds up conservatively."""
+    kind: Kind = "exact" if all(p.kind == "exact" for p in parts) else "estimate"
+    if len(parts) == 1:
+        return parts[0]
+    return Estimate(sum(p.value for p in parts), sum(p.standard_error for p in parts), kind)
+
+
+def relaxed_terms(pair: Pair, x: Tensor, samples: int, seed: int) -> Tensor | None:
+    """Return the ELBO per row with relaxed latents sampled relaxed, and the KL they declare, `(samples, n)`.
+
+    None where no latent is relaxed.
+    """
+    if not pair.layout.relaxed:
+        return None
+    with quiet_pair(pair, x), Unweighed():
+        seeds.set_noise(seeds.mix(seed, seeds.ANALYSIS), x.device)
+        return torch.stack([_relaxed_draw(pair, x) for _ in range(samples)])
+
+
+def _relaxed_draw(pair: Pair, x: Tensor) -> Tensor:
+    parts = []
+    with same_globals(pair, x):
+        for part in x.split(pair.structure.rows_at_once()):
+            terms = pair.terms(part, rows=len(x))
+            kl = sum_over([value.double() for value in terms.kl.values()])
+            parts.append(terms.reconstruction.double() - kl)
+    return torch.cat(parts)
