@@ -81,7 +81,7 @@ class Level:
         self.log_p.append(latent.log_p)
         if latent.kl is not None:
             self.closed.append(latent.kl)
-        found = kl_per_dimension([latent])
+        found = kl_per_dimension(latent)
         if found is not None:
             self.kl_per_dimension.append(found)
 

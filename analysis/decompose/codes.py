@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pvae.distributions.codes import STATES
 from pvae.distributions.exponential_codes import CertainCodes, Codes
-from pvae.pair.code_usage import Tally, entropy_of, in_use, perplexity
+from pvae.pair.code_usage import Tally, entropy_of
 from pvae.pair.densities import log_prob, members, sum_over
 from pvae.pair.layout import SiteShape, samples
 from pvae.pair.pair import Pair
@@ -25,20 +25,6 @@ DUPLICATE_DISTANCE = 1e-2
 
 
 @dataclass(frozen=True)
-class PositionFigures:
-    """A grid of codes position by position; exact, from the posteriors of all data."""
-
-    information: Tensor
-    """I_q[x, c_p], `(P,)`, nats."""
-    marginal_kl: Tensor | None
-    """KL(q_agg(c_p) || p(c_p)), `(P,)`, nats."""
-    perplexity: Tensor
-    """exp of the entropy of q_agg(c_p), `(P,)`: how many codes are in use, weighed."""
-    dead: Tensor
-    """Codes with less than a thousandth of an even share of q_agg(c_p), `(P,)`."""
-
-
-@dataclass(frozen=True)
 class JointCodes:
     """All positions together, by the sum over every joint state; nats per datum."""
 
@@ -46,38 +32,6 @@ class JointCodes:
     """KL(q(c | x_i) || p(c)), `(n,)`."""
     information: Tensor
     """KL(q(c | x_i) || q_agg(c)), `(n,)`; the mean is I_q[x, c]."""
-
-
-@dataclass(frozen=True)
-class Usage:
-    """Use of each code, whatever the position; exact."""
-
-    share: Tensor
-    """q_agg(c_p = k) averaged over positions, `(K,)`."""
-    perplexity: float
-    """exp of the entropy of `share`, 1 .. K."""
-    used: int
-    """Codes with at least a thousandth of an even share; the others are dead."""
-    duplicates: int | None
-    """Codes in use that have a twin in use: rows of the codebook that lie (almost) on each other; None without one."""
-
-    @property
-    def states(self) -> int:
-        """K."""
-        return len(self.share)
-
-
-def usage(found: Tally, codebook: Tensor | None = None) -> Usage:
-    """Return how a grid uses its codes, pooled over its positions.
-
-    Arguments:
-        found: the tally of the posteriors of all data.
-        codebook: the codes' embeddings, `(K, E)`.
-    """
-    share = found.pooled
-    used = in_use(share)
-    twins = None if codebook is None else len(duplicates(codebook.to(share.device)[used]))
-    return Usage(share, float(perplexity(share)), int(used.sum()), twins)
 
 
 def duplicates(table: Tensor) -> Tensor:
@@ -95,24 +49,15 @@ def duplicates(table: Tensor) -> Tensor:
     return (torch.cat(nearest) <= DUPLICATE_DISTANCE * typical).nonzero()[:, 0]
 
 
-def positions(found: Tally, against: Tensor | None) -> PositionFigures:
-    """Return the figures of every position of a grid.
+def position_information(found: Tally) -> Tensor:
+    """Return I_q[x, c_p] of every position of a grid, `(P,)`, nats; exact, from the tally of all rows."""
+    return entropy_of(found.share) - found.entropy / found.n
 
-    Arguments:
-        found: the tally of the posteriors of n rows.
-        against: log p(c_p = k), `(P, K)`; None where it is not factorised, or not the same for all rows.
-    """
+
+def position_marginal_kl(found: Tally, log_prior: Tensor) -> Tensor:
+    """Return KL(q_agg(c_p) || p(c_p)) of every position, `(P,)`, nats, exact, from log p(c_p = k), `(P, K)`."""
     share = found.share
-    entropy = entropy_of(share)
-    marginal = None
-    if against is not None:
-        marginal = (share * (share.clamp(min=torch.finfo(share.dtype).tiny).log() - against)).sum(-1)
-    return PositionFigures(
-        information=entropy - found.entropy / found.n,
-        marginal_kl=marginal,
-        perplexity=entropy.exp(),
-        dead=(~in_use(share)).sum(-1),
-    )
+    return (share * (share.clamp(min=torch.finfo(share.dtype).tiny).log() - log_prior)).sum(-1)
 
 
 def joint_codes(q: Callable[[], Iterable[Sequence[Codes]]], priors: Sequence[Tensor]) -> JointCodes | None:

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pvae.analysis.decompose.codes import positions, usage
+from pvae.analysis.decompose.codes import duplicates
 from pvae.analysis.decompose.entry import accept, quiet
 from pvae.analysis.decompose.posterior_draws import LatentDraw, draw
 from pvae.errors import DataError
 from pvae.nn.codebook import Codebook, NearestCodebook
-from pvae.pair.code_usage import Tally, codebook_of
+from pvae.pair.code_usage import Tally, codebook_of, in_use, perplexity
 from pvae.pair.pair import Pair
 
 ACTIVE = 0.01
@@ -135,15 +135,12 @@ def active_units(d: LatentDraw) -> int | None:
     return None if variance is None else int((variance > ACTIVE).sum())
 
 
-def kl_per_dimension(draws: list[LatentDraw]) -> tuple[float, ...] | None:
-    """Return the mean KL of every coordinate, nats, closed form; averaged over samples of parents."""
-    means = []
-    for d in draws:
-        if d.loc is None or d.scale is None or d.prior_loc is None or d.prior_scale is None:
-            return None
-        q, p = torch.distributions.Normal(d.loc, d.scale), torch.distributions.Normal(d.prior_loc, d.prior_scale)
-        means.append(torch.distributions.kl_divergence(q, p).mean(0))
-    return tuple(torch.stack(means).mean(0).tolist())
+def kl_per_dimension(d: LatentDraw) -> tuple[float, ...] | None:
+    """Return the mean closed-form KL of every coordinate, nats; None where posterior or prior is not normal."""
+    if d.loc is None or d.scale is None or d.prior_loc is None or d.prior_scale is None:
+        return None
+    q, p = torch.distributions.Normal(d.loc, d.scale), torch.distributions.Normal(d.prior_loc, d.prior_scale)
+    return tuple(torch.distributions.kl_divergence(q, p).mean(0).tolist())
 
 
 def collapse(pair: Pair, x: Tensor, seed: int = 0) -> Collapse:
@@ -177,19 +174,16 @@ def collapse(pair: Pair, x: Tensor, seed: int = 0) -> Collapse:
 
 
 def _code_use(found: Tally, book: Codebook | NearestCodebook | None) -> CodeUse:
-    per_position = positions(found, None)
-    use = CodeUse(
-        found.states, tuple(per_position.perplexity.tolist()), tuple(per_position.dead.tolist()), tuple(found.grid)
-    )
+    dead = (~in_use(found.share)).sum(-1)
+    use = CodeUse(found.states, tuple(perplexity(found.share).tolist()), tuple(dead.tolist()), tuple(found.grid))
     if found.bits:
         return use
-    pooled = usage(found, None if book is None else book.table)
     return replace(
         use,
-        share=tuple(pooled.share.sort(descending=True).values.tolist()),
-        pooled_perplexity=pooled.perplexity,
-        used=pooled.used,
-        duplicates=pooled.duplicates,
+        share=tuple(found.pooled.sort(descending=True).values.tolist()),
+        pooled_perplexity=float(perplexity(found.pooled)),
+        used=int(found.used.sum()),
+        duplicates=None if book is None else len(duplicates(book.table.to(found.used.device)[found.used])),
         looked_up=isinstance(book, NearestCodebook),
     )
 
@@ -197,7 +191,7 @@ def _code_use(found: Tally, book: Codebook | NearestCodebook | None) -> CodeUse:
 def _read(d: LatentDraw, book: Codebook | NearestCodebook | None) -> LatentCollapse:
     if d.tally is not None:
         return LatentCollapse(d.tally.positions, None, None, None, None, (), _code_use(d.tally, book))
-    variance, kl, dim = activity(d), kl_per_dimension([d]), d.value.shape[1]
+    variance, kl, dim = activity(d), kl_per_dimension(d), d.value.shape[1]
     if variance is None:
         return LatentCollapse(dim, None, kl, None, None, ())
     idle = variance <= ACTIVE

@@ -7,15 +7,15 @@ import math
 import torch
 from torch import Tensor
 
-from pvae.analysis.decompose import codes
 from pvae.analysis.decompose.account import Account, Level, Scored
+from pvae.analysis.decompose.codes import position_information, position_marginal_kl
 from pvae.analysis.decompose.collapse import active_units
 from pvae.analysis.decompose.components import row_hash
 from pvae.analysis.decompose.posterior_draws import LatentDraw
 from pvae.analysis.decompose.result import Dimensions, LatentSurgery
 from pvae.analysis.figures.estimate import Estimate, Kind, exact, exact_mean, over_draws
 from pvae.distributions.exponential_codes import Codes
-from pvae.pair.code_usage import perplexity
+from pvae.pair.code_usage import Tally, perplexity
 
 
 def group_figures(account: Account, names: tuple[str, ...]) -> dict[str, Estimate | None]:
@@ -90,7 +90,7 @@ def latent_surgery(account: Account, name: str) -> LatentSurgery:
         kl_exact = exact_mean(level.closed[0]) if first and prior_first else account.over(torch.stack(level.closed))
     per_dimension = torch.tensor(level.kl_per_dimension, dtype=torch.float64)
     counted = latent.tally if first else None
-    use = None if counted is None or counted.bits else codes.usage(counted)
+    pooled = None if counted is None or counted.bits else counted
     assert group["kl"] is not None  # noqa: S101 - every group has one
     return LatentSurgery(
         kl=group["kl"],
@@ -102,8 +102,8 @@ def latent_surgery(account: Account, name: str) -> LatentSurgery:
         dimensions=_dimensions(account, name, group["mutual_information"]),
         perplexity=None if counted is None else tuple(perplexity(counted.share).tolist()),
         states=None if counted is None else counted.states,
-        pooled_perplexity=None if use is None else use.perplexity,
-        used=None if use is None else use.used,
+        pooled_perplexity=None if pooled is None else float(perplexity(pooled.pooled)),
+        used=None if pooled is None else int(pooled.used.sum()),
     )
 
 
@@ -115,9 +115,9 @@ def _dimensions(account: Account, name: str, information: Estimate | None) -> Di
     if level.aggregated:
         return _of_normals(level, scored)
     if latent.tally is not None and latent.tally.positions > 1:
-        against = latent.tally.prior if name in account.model_roots else None
+        log_prior = latent.tally.prior if name in account.model_roots else None
         joint = None if _is_factorised(latent) else group_figures(account, (name,))["marginal_kl"]
-        return _of_codes(codes.positions(latent.tally, against), information, joint)
+        return _of_codes(latent.tally, log_prior, information, joint)
     return None
 
 
@@ -148,19 +148,20 @@ def _is_factorised(latent: LatentDraw) -> bool:
     return not isinstance(latent.q, Codes) or latent.tally is None or latent.q.positions == latent.tally.positions
 
 
-def _of_codes(found: codes.PositionFigures, information: Estimate, joint: Estimate | None) -> Dimensions:
+def _of_codes(found: Tally, log_prior: Tensor | None, information: Estimate, joint: Estimate | None) -> Dimensions:
     """Return the figures of every position, which are exact.
 
     Of independent positions the informations exceed the joint one by the total correlation. Of others it is what the
     `joint` marginal KL has beyond those of the positions.
     """
-    marginal = found.marginal_kl
-    total = float(found.information.sum()) - information.value
+    by_position = position_information(found)
+    marginal = None if log_prior is None else position_marginal_kl(found, log_prior)
+    total = float(by_position.sum()) - information.value
     if joint is not None:
         total = math.nan if marginal is None else joint.value - float(marginal.sum())
     kind: Kind = "lower_bound" if information.kind == "upper_bound" else information.kind
     return Dimensions(
-        mutual_information=tuple(found.information.tolist()),
+        mutual_information=tuple(by_position.tolist()),
         marginal_kl=None if marginal is None else tuple(marginal.tolist()),
         total_correlation=Estimate(total, information.standard_error, kind, None, information.note),
         coordinate_kl=None if marginal is None else exact(float(marginal.sum())),

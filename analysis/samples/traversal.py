@@ -228,7 +228,7 @@ def _scores(pair: Pair, x: Tensor, name: str) -> tuple[Tensor | None, str]:
     if name in layout.enumerated or (layout.enumerated and len(layout.latents) > 1):
         return None, "their own order"
     drawn = draw(pair, x).latents[name]
-    kl = kl_per_dimension([drawn])
+    kl = kl_per_dimension(drawn)
     if kl is not None:
         return torch.tensor(kl), "KL"
     variance = activity(drawn)

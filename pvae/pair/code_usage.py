@@ -61,6 +61,11 @@ class Tally:
         return self.mass / self.n
 
     @property
+    def used(self) -> Tensor:
+        """Codes with at least a thousandth of an even share of `pooled`, `(K,)` booleans."""
+        return in_use(self.pooled)
+
+    @property
     def pooled(self) -> Tensor:
         """The mean of q_agg(c_p) over positions, `(K,)`: how often each code is used at all."""
         return self.share.mean(0)
@@ -179,5 +184,5 @@ def code_usage(pair: Pair, x: Tensor | Streamed, seed: int = 0) -> dict[str, flo
     out = {}
     for name, made in found.items():
         out[f"perplexity/{name}"] = float(perplexity(made.pooled))
-        out[f"used/{name}"] = float(in_use(made.pooled).sum())
+        out[f"used/{name}"] = float(made.used.sum())
     return out

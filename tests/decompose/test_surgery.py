@@ -24,6 +24,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from pvae.analysis.bounds.evidence import evidence
+from pvae.analysis.decompose import account
 from pvae.analysis.decompose.account import GUIDE_ROWS
 from pvae.analysis.decompose.aggregated import AggregatedPosterior
 from pvae.analysis.decompose.posterior_draws import draw
@@ -1084,7 +1085,7 @@ def test_error_of_a_random_subset_of_draws():
     x = correlated(0.2, 400) * torch.linspace(0.1, 6, 400)[:, None]
     pair = channel(lambda x: torch.full_like(x, 0.4))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys.modules["pvae.analysis.decompose.surgery"], "PRODUCTS", 400 * 4 * 40)
+        patch.setattr(account, "MULTIPLICATIONS", 400 * 4 * 40)
         found = [surgery(pair, x, samples=8, seed=seed).mutual_information for seed in range(20)]
     spread = np.std([e.value for e in found], ddof=1)
     assert 0.5 < np.mean([e.standard_error for e in found]) / spread < 2
