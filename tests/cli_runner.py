@@ -18,12 +18,22 @@ TINY = ["encoder.network.hidden=[16]", "decoder.network.hidden=[16]", "train.eng
 """Overrides that make an entry of the zoo cheap to fit."""
 
 
-def run_cli(*arguments: str, code: int = 0) -> tuple[str, str]:
+class Stream(TextIOWrapper):
+    """Stream into memory that may pretend to be a terminal."""
+
+    terminal = False
+
+    def isatty(self) -> bool:
+        return self.terminal
+
+
+def run_cli(*arguments: str, code: int = 0, terminal: bool = False) -> tuple[str, str]:
     """Run `pvae ARGUMENTS` in this process and return what it writes to standard output and standard error.
 
     The test fails where the exit code is not `code`, or a traceback is shown that was not asked for.
     """
-    out, err = (TextIOWrapper(BytesIO(), encoding="utf-8") for _ in range(2))
+    out, err = (Stream(BytesIO(), encoding="utf-8") for _ in range(2))
+    out.terminal = terminal
     with redirect_stdout(out), redirect_stderr(err), pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["pvae", *arguments])
         with pytest.raises(SystemExit) as caught:

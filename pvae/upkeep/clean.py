@@ -1,4 +1,4 @@
-"""What may go of a folder of runs: what interrupted writes left, old checkpoints, failed runs, caches."""
+"""Removal of left-over files in a folder of runs: interrupted writes, old checkpoints, failed runs, caches."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ if TYPE_CHECKING:
 @final
 @dataclass(frozen=True)
 class Removal:
-    """Something that may go.
+    """A file or folder that may be removed.
 
     Arguments:
         path: of the file or folder.
-        size: bytes, all its files added up.
-        why: it may go.
+        size: bytes of all its files.
+        why: reason for which it may be removed.
     """
 
     path: Path
@@ -45,14 +45,14 @@ class Removal:
 @final
 @dataclass(frozen=True, repr=False)
 class Cleaning:
-    """What `clean` has removed, or would.
+    """Result of `clean`: the files that it removed or would remove.
 
     Arguments:
         root: the folder of runs.
-        applied: whether it was removed.
-        removals: all that may go; when applied, what has gone.
+        applied: True if they were removed.
+        removals: all that may be removed; when applied, all that was.
         skipped: runs that were left alone, with the reason.
-        failed: what could not be removed, with the reason.
+        failed: files that could not be removed, with the reason.
     """
 
     root: Path
@@ -63,17 +63,17 @@ class Cleaning:
 
     @property
     def size(self) -> int:
-        """Bytes."""
+        """Bytes of all removals."""
         return sum(removal.size for removal in self.removals)
 
     def summary(self) -> str:
-        """What was freed, or would be, in a sentence."""
+        """Return a sentence with the bytes that were freed, or would be."""
         count = f"{len(self.removals)} removed" if self.applied else f"{len(self.removals)} would be removed"
         also = "" if self.applied or not self.removals else "; say --apply (apply=True) to do it"
         return f"{count}, {megabytes(self.size)} {'freed' if self.applied else 'to free'}{also}"
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON; sizes in bytes."""
+        """Return plain values for JSON, sizes in bytes."""
         return {
             "root": str(self.root),
             "applied": self.applied,
@@ -84,7 +84,7 @@ class Cleaning:
         }
 
     def rows(self) -> Iterator[tuple[str, str, str]]:
-        """Path, size and reason of everything, as they are shown."""
+        """Yield path, size and reason of everything, as they are printed."""
         for r in self.removals:
             yield one_line(str(r.path)), megabytes(r.size), r.why
         for label, pairs in (("skipped", self.skipped), ("failed", self.failed)):
@@ -111,25 +111,25 @@ class Cleaning:
 
 
 def megabytes(size: int) -> str:
-    """A number of bytes, as people read it."""
+    """Return a number of bytes as text in MiB or KiB."""
     return f"{size / MIB:.1f} MiB" if size >= MIB / 10 else f"{size / 1024:.1f} KiB"
 
 
 def clean(root: str | Path = "runs", *, apply: bool = False, failed: bool = False, cache: bool = False) -> Cleaning:
-    """Show what interrupted writes and old checkpoints take, or remove it.
+    """Find or remove the files of interrupted writes and old checkpoints.
 
-    Of every run that nobody holds: temporaries of interrupted writes, and checkpoints older than the two newest that
-    read. Its lock is held meanwhile. Links are neither followed nor removed, and nothing outside of the folder of runs
-    (and of the cache) is touched.
+    In every run that no process holds: temporaries of interrupted writes, and checkpoints older than the two newest
+    readable ones. The lock of the run is held meanwhile. Links are neither followed nor removed, and nothing outside
+    of the folder of runs (and of the cache) is touched.
 
     Arguments:
         root: the folder of runs.
-        apply: remove; else only say what would go.
+        apply: remove the files; else only list them.
         failed: also whole runs that ended before their first checkpoint.
-        cache: also downloaded and decoded data; they are made again when they are needed.
+        cache: also downloaded and decoded data, which are made again when needed.
 
     Returns:
-        What has gone or would go, with its size in bytes, and what was left alone.
+        The files that were or would be removed, with their bytes, and the runs that were left alone.
     """
     broom = _Broom(Path(root), apply)
     for row in list_runs(Path(root)):
@@ -144,7 +144,7 @@ def clean(root: str | Path = "runs", *, apply: bool = False, failed: bool = Fals
 
 
 class _Broom:
-    """Collects what may go, and removes it where it is told to."""
+    """Collects files that may be removed, and removes them under `apply`."""
 
     def __init__(self, root: Path, apply: bool) -> None:
         self.root, self.apply, self.at_work = root, apply, False
@@ -153,7 +153,7 @@ class _Broom:
         self.failed: list[tuple[Path, str]] = []
 
     def run(self, path: Path, state: str, failed: bool) -> None:
-        """One run, held meanwhile; one that is at work, here or on another host, is named and left alone."""
+        """Sweep one run while holding it; one in progress, here or on another host, is named and left alone."""
         if not _is_plain(path / "manifest.json"):
             return
         if state == "running":
@@ -162,12 +162,13 @@ class _Broom:
             return
         try:
             with RunDirectory(path).held():
-                self.sweep(_whole(path, state) if failed and _never_saved(path, state) else _parts(path))
+                whole = [(path, f"{state} before its first checkpoint")]
+                self.sweep(whole if failed and _never_saved(path, state) else _parts(path))
         except (BusyError, OutputError, DataError, CheckpointError) as problem:
             self.skipped.append((path, str(problem)))
 
     def cached(self, entry: Path, lock: Path) -> None:
-        """One entry of the cache, under its lock."""
+        """Sweep one entry of the cache, under its lock."""
         from filelock import FileLock, Timeout
 
         try:
@@ -177,7 +178,7 @@ class _Broom:
             self.skipped.append((entry, f"held by another process: {problem}"))
 
     def sweep(self, doomed: Iterable[tuple[Path, str]]) -> None:
-        """Remove, or only note."""
+        """Remove files, or only list them."""
         for path, why in doomed:
             try:
                 removal = Removal(path, _size(path), why)
@@ -195,33 +196,33 @@ def _is_plain(path: Path) -> bool:
 
 
 def _parts(path: Path) -> list[tuple[Path, str]]:
-    """What may go of a run that is kept."""
+    """Return the files that may be removed from a run that is kept."""
     found = [item for folder in (path, path / "analysis", path / "report") for item in _old_temporaries(folder)]
     return [*found, *_strays(path / "checkpoints"), *_surplus(path / "checkpoints")]
 
 
 def _old_temporaries(folder: Path) -> list[tuple[Path, str]]:
-    """Temporaries of interrupted writes; a young one may be of an analysis that is being written."""
+    """Return temporaries of interrupted writes; a young one may belong to an analysis in progress."""
     before = time.time() - STALE_AFTER_SECONDS
     old = [path for path in _hidden(folder, ".tmp-") if path.lstat().st_mtime < before]
     return [(path, "left by an interrupted write") for path in old]
 
 
 def _hidden(folder: Path, start: str) -> list[Path]:
-    """What lies in a folder, no link, under a name that starts so."""
+    """Return the entries of a folder (no link) whose names start so."""
     if folder.is_symlink() or not folder.is_dir():
         return []
     return [folder / name for name in sorted(os.listdir(folder)) if name.startswith(start)]
 
 
 def _strays(folder: Path) -> list[tuple[Path, str]]:
-    """What killed writes left among the checkpoints; one set aside that nothing replaced is no stray."""
+    """Return what killed writes left among the checkpoints; one set aside that none replaced is kept."""
     replaced = [path for path in _hidden(folder, ".old-") if (folder / path.name[5:].rpartition("-")[0]).is_dir()]
     return [(path, "left by an interrupted write") for path in [*_hidden(folder, ".tmp-"), *replaced]]
 
 
 def _surplus(folder: Path) -> list[tuple[Path, str]]:
-    """Checkpoints older than the newest that are kept; only such count as read."""
+    """Return the checkpoints older than the newest readable ones that are kept."""
     paths = [] if folder.is_symlink() else checkpoint.newest_first(folder)
     sound = 0
     for i, path in enumerate(paths if len(paths) > checkpoint.KEPT_CHECKPOINTS else ()):
@@ -234,18 +235,14 @@ def _surplus(folder: Path) -> list[tuple[Path, str]]:
 
 
 def _never_saved(path: Path, state: str) -> bool:
-    """Whether a run ended before its first checkpoint; one just made may only be about to begin."""
+    """True if a run ended before its first checkpoint; one just made may be about to begin."""
     if state not in ("failed", "interrupted", "stale", "created") or checkpoint.newest_first(path / "checkpoints"):
         return False
     return time.time() - (path / "manifest.json").lstat().st_mtime > STALE_AFTER_SECONDS
 
 
-def _whole(path: Path, state: str) -> list[tuple[Path, str]]:
-    return [(path, f"{state} before its first checkpoint")]
-
-
 def _cached() -> Iterator[tuple[Path, Path]]:
-    """Entries of the cache and their locks: a folder for each collection, and for each decoded file."""
+    """Yield entries of the cache and their locks: a folder for each collection, and for each decoded file."""
     root = cache_folder()
     for parent in (root, root / "decoded"):
         for folder in folders(parent) if not parent.is_symlink() else ():
@@ -256,7 +253,7 @@ def _cached() -> Iterator[tuple[Path, Path]]:
 
 
 def _size(path: Path) -> int:
-    """Bytes of a file, or of all files of a folder; links count as themselves."""
+    """Return the bytes of a file, or of all files of a folder; links count as themselves."""
     own = path.lstat()
     if not stat.S_ISDIR(own.st_mode):
         return own.st_size
@@ -264,7 +261,7 @@ def _size(path: Path) -> int:
 
 
 def _remove(path: Path) -> None:
-    """Remove; a folder is renamed first, so that a kill half way leaves no half run or checkpoint under its name."""
+    """Remove; a folder is renamed first, so that a kill leaves no half run or checkpoint under its name."""
     if not path.is_dir() or path.is_symlink():
         path.unlink(missing_ok=True)
         return

@@ -1,4 +1,4 @@
-"""What a check found, how it stands and what to do: the findings of `verify` and `doctor`. Standard library only."""
+"""Results of the checks of `verify` and `doctor`, with advice. Standard library only."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ _STYLES = {"ok": "", "warning": "yellow", "failed": "bold red"}
 
 
 def one_line(text: str) -> str:
-    """`text` on one line, with escapes spelt out: the names of files may hold some."""
+    """Return `text` on one line with control characters as escapes: names of files may hold some."""
     return printable(" ".join(text.split()))
 
 
 @final
 @dataclass(frozen=True)
 class Check:
-    """One thing that was looked at.
+    """Result of one check.
 
     Arguments:
-        name: of it.
-        level: how it stands.
-        found: what was found, a line.
-        advice: what to do about it, a line; empty where there is nothing to do.
-        facts: the same for programs, as JSON can say it.
+        name: of the file or part that was checked.
+        level: ok, warning or failed.
+        found: finding in one line.
+        advice: remedy in one line; empty where nothing is to be done.
+        facts: the finding as JSON, for programs.
     """
 
     name: str
@@ -41,7 +41,7 @@ class Check:
     facts: Mapping[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        """name, level, found, advice, facts."""
+        """Return name, level, found, advice and facts as plain values for JSON."""
         texts = {key: one_line(getattr(self, key)) for key in ("name", "level", "found", "advice")}
         return {**texts, "facts": dict(self.facts)}
 
@@ -62,21 +62,21 @@ class Checks:
     facts: Mapping[str, Any] = field(default_factory=dict)
 
     def of(self, level: Level) -> tuple[Check, ...]:
-        """Those of a level."""
+        """Return the checks of a level."""
         return tuple(check for check in self.checks if check.level == level)
 
     @property
     def ok(self) -> bool:
-        """Whether nothing failed; there may be warnings."""
+        """True if no check failed; there may be warnings."""
         return not self.of("failed")
 
     def summary(self) -> str:
-        """How many of each level, in a sentence."""
+        """Return the number of checks of each level in a sentence."""
         counts = [f"{len(found)} {level}" for level in ("failed", "warning", "ok") if (found := self.of(level))]
         return f"{self.title}: {', '.join(counts)}"
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON: the facts, ok, the number of failures and warnings, and every check."""
+        """Return the facts, ok, the numbers of failures and warnings, and every check, as plain values for JSON."""
         counts = {"failed": len(self.of("failed")), "warnings": len(self.of("warning"))}
         return {**self.facts, "ok": self.ok, **counts, "checks": [check.to_dict() for check in self.checks]}
 
@@ -107,7 +107,7 @@ class Checks:
 
 
 def attempt(name: str, check: Callable[[], Iterable[Check]]) -> list[Check]:
-    """What `check` finds; whatever it raises becomes a failed check called `name`, after what it had found."""
+    """Run `check`; any error that it raises becomes a failed check called `name`, after its other results."""
     found = []
     try:
         for one in check():  # one by one: what was found before an error is kept
@@ -119,7 +119,7 @@ def attempt(name: str, check: Callable[[], Iterable[Check]]) -> list[Check]:
 
 
 def _advice(problem: Exception) -> str:
-    """What to do about an error that nobody expected; a deliberate one says it itself."""
+    """Return advice on an unexpected error; the message of a `PvaeError` has its own."""
     if isinstance(problem, PvaeError):
         return ""
     if isinstance(problem, Warning):

@@ -1,11 +1,10 @@
-"""What a run was made with. Standard library only; never fails."""
+"""Provenance of a run: versions, commit, command, machine. Standard library only; never fails."""
 
 from __future__ import annotations
 
 import os
 import platform
 import sys
-from contextlib import suppress
 from typing import Any
 
 GIT_SECONDS = 5.0
@@ -13,9 +12,10 @@ PACKAGES = ("pvae-pyro", "torch", "pyro-ppl", "numpy", "arviz", "pandas", "pydan
 
 
 def provenance() -> dict[str, Any]:
-    """What a run was made with: versions, git commit, command, host, platform; no user's name; never fails."""
+    """Return versions, git commit, command, host and platform, without the user's name; never fails."""
+    found = {package: version for package in PACKAGES if (version := installed_version(package))}
     return {
-        "versions": {"python": platform.python_version(), **_versions()},
+        "versions": {"python": platform.python_version(), **found},
         "git": _git_state(),
         "argv": [_without_home(argument) for argument in sys.argv],
         "host": platform.node(),
@@ -23,19 +23,18 @@ def provenance() -> dict[str, Any]:
     }
 
 
-def _versions() -> dict[str, str]:
-    """The installed versions, from their metadata: importing the packages takes seconds."""
+def installed_version(package: str) -> str | None:
+    """Return the version in a package's metadata, None where it is not installed: importing it would take seconds."""
     from importlib.metadata import PackageNotFoundError, version
 
-    found = {}
-    for package in PACKAGES:
-        with suppress(PackageNotFoundError):
-            found[package] = version(package)
-    return found
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def _git_state() -> dict[str, Any] | None:
-    """The commit of the working folder and whether it differs from it, or None outside of git."""
+    """Return the commit of the working folder and if files differ from it, or None outside of git."""
     commit = _git("rev-parse", "HEAD")
     changes = _git("status", "--porcelain") if commit else None
     return {"commit": commit, "dirty": None if changes is None else bool(changes)} if commit else None

@@ -1,0 +1,216 @@
+"""Checks of the machine: devices, threads, compiler, folders, data."""
+
+from __future__ import annotations
+
+import math
+import os
+import shlex
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pvae.errors import DataError, PvaeError
+from pvae.upkeep.packages import CHILD_SECONDS, Question, pip
+from pvae.util.checks import Check, Level
+from pvae.util.files import MIB, read_inside, write_atomic, write_new
+
+if TYPE_CHECKING:
+    from pvae.data.sources.collections import Collection
+
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+WARN_BELOW_BYTES, FAIL_BELOW_BYTES = 1024 * MIB, 64 * MIB
+"""Free space below which there is a warning, a failure."""
+CGROUP_V2, CGROUP_V1 = Path("/sys/fs/cgroup"), Path("/sys/fs/cgroup/cpu")
+COMPILED = '#include <omp.h>\nextern "C" int pvae_threads() { return omp_get_max_threads(); }\n'
+
+
+def devices(_: Question) -> Iterator[Check]:
+    """Find a GPU that adds wrongly, or a torch for CUDA that sees no GPU."""
+    import torch
+
+    if not torch.cuda.is_available():
+        blind = torch.version.cuda is not None
+        advice = "See nvidia-smi: is there a GPU, and a driver for this CUDA?" if blind else ""
+        yield Check("devices", "warning" if blind else "ok", "the CPU alone", advice, {"gpus": []})
+        return
+    gpus = []
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        total = float(torch.ones(2, device=f"cuda:{index}").sum())
+        if total != 2:
+            raise DataError(f"cuda:{index}: expected 1 + 1 = 2; got {total}. Do not use this GPU.")
+        gpus.append((properties.name, properties.total_memory))
+    text = ", ".join(f"{name} ({size / 2**30:.0f} GiB)" for name, size in gpus)
+    yield Check("devices", "ok", text, facts={"gpus": [{"name": name, "bytes": size} for name, size in gpus]})
+
+
+def threads(_: Question) -> Iterator[Check]:
+    """Find more threads than cores."""
+    import torch
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    limit, used = cgroup_cores(), torch.get_num_threads()
+    named = {name: os.environ[name] for name in THREAD_VARIABLES if name in os.environ}
+    facts = {"cores": cores, "cgroup": limit, "torch": used, "environment": named}
+    parts = [f"torch uses {used}", f"{cores} cores", *([f"a cgroup limit of {limit:g}"] if limit else [])]
+    text = ", ".join([*parts, *(f"{name}={value}" for name, value in named.items())])
+    room = min(cores, math.ceil(limit)) if limit else cores
+    advice = f"Set OMP_NUM_THREADS={room}: more threads than cores are slower." if used > room else ""
+    yield Check("threads", "warning" if advice else "ok", text, advice, facts)
+
+
+def cgroup_cores() -> float | None:
+    """Return the cores that the cgroup allows; None where it sets no limit."""
+    with suppress(OSError, ValueError):
+        quota, period = (CGROUP_V2 / "cpu.max").read_text().split()
+        return None if quota == "max" else int(quota) / int(period)
+    with suppress(OSError, ValueError):
+        used, each = (int((CGROUP_V1 / f"cpu.cfs_{name}_us").read_text()) for name in ("quota", "period"))
+        return used / each if used > 0 else None
+    return None
+
+
+def compiler(_: Question) -> Iterator[Check]:
+    """Find a missing C++ compiler, or one without OpenMP."""
+    named = shlex.split(os.environ.get("CXX", "")) or [next(filter(shutil.which, ("g++", "clang++")), "")]
+    without = "Install g++, or set CXX: without it fits go on eagerly, at about 1.2 times the cost of a step."
+    if not shutil.which(named[0]):
+        yield Check("compiler", "warning", f"none: {named[0] or 'neither g++ nor clang++'} is not found", without)
+        return
+    with tempfile.TemporaryDirectory(prefix="pvae-") as folder:
+        command = [*named, "-x", "c++", "-fopenmp", "-shared", "-fPIC", "-o", f"{folder}/trial.so", "-"]
+        done = subprocess.run(
+            command, input=COMPILED, capture_output=True, check=False, text=True, timeout=CHILD_SECONDS
+        )
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["no words"])[0]
+        yield Check("compiler", "warning", f"{named[0]} with OpenMP: exit code {done.returncode}: {last}", without)
+    else:
+        yield Check("compiler", "ok", f"{shutil.which(named[0])}, with OpenMP")
+
+
+@contextmanager
+def _trial(folder: Path) -> Iterator[Path]:
+    """Make a hidden folder in `folder`, and `folder` itself; what was made is removed afterwards."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with tempfile.TemporaryDirectory(prefix=".tmp-doctor-", dir=folder) as name:
+            yield Path(name)
+    finally:
+        for path in missing:
+            with suppress(OSError):
+                path.rmdir()
+
+
+def run_dir(question: Question) -> Iterator[Check]:
+    """Find a folder of runs in which files cannot be made and replaced."""
+    folder = question.runs
+    try:
+        with _trial(folder) as trial:
+            for content in (b"one", b"another"):  # written, synced, renamed over the file that was there
+                write_atomic(trial / "file", content)
+            if read_inside(trial, "file") != b"another":
+                raise DataError(f"{trial}: expected to read what was written; got something else.")
+    except (OSError, PvaeError) as problem:
+        yield Check("run_dir", "failed", f"{folder}: {problem}", "Choose another: --run-dir or PVAE_RUN_DIR.")
+    else:
+        yield Check("run_dir", "ok", f"{folder.absolute()}: made, written, synced, renamed")
+
+
+def lock(question: Question) -> Iterator[Check]:
+    """Find a file system that gives a lock to two owners."""
+    from filelock import FileLock, Timeout
+
+    with _trial(question.runs) as trial, FileLock(trial / ".lock", timeout=0):
+        try:
+            with FileLock(trial / ".lock", timeout=0):
+                advice = "Keep runs on another file system: here two processes could write one run."
+                yield Check("lock", "failed", f"{question.runs}: a lock was given twice", advice)
+        except Timeout:
+            yield Check("lock", "ok", "held against a second owner")
+
+
+def space(question: Question) -> Iterator[Check]:
+    """Find a disk that is almost full."""
+    folder = question.runs.absolute()
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    free = shutil.disk_usage(there).free
+    level: Level = "failed" if free < FAIL_BELOW_BYTES else "warning" if free < WARN_BELOW_BYTES else "ok"
+    advice = "" if level == "ok" else "Make room (pvae clean shows what may go), or choose another --run-dir."
+    yield Check("space", level, f"{free / 2**30:.1f} GiB free in {there}", advice, {"free_bytes": free})
+
+
+def _writable(name: str, folder: Path, level: Level, advice: str) -> Check:
+    """Return a check of `level` unless a file of 1 MiB can be written in a folder."""
+    try:
+        with _trial(folder) as trial:
+            write_new(trial / "file", bytes(MIB), durable=False)
+    except OSError as problem:
+        return Check(name, level, f"{folder}: {problem.strerror or problem}", advice)
+    return Check(name, "ok", str(folder))
+
+
+def cache(_: Question) -> Iterator[Check]:
+    """Find a cache folder that cannot be written."""
+    from pvae.data.rows.cache import cache_folder
+
+    yield _writable("cache", cache_folder(), "warning", "Set XDG_CACHE_HOME to a folder that can be written.")
+
+
+def home(_: Question) -> Iterator[Check]:
+    """Find a home folder that cannot be written."""
+    advice = "Set HOME, or MPLCONFIGDIR and XDG_CACHE_HOME, to folders of yours."
+    yield _writable("home", Path.home(), "warning", advice)
+
+
+def temporary(_: Question) -> Iterator[Check]:
+    """Find a folder of temporary files that is full or missing."""
+    advice = "Make room there, or set TMPDIR to a folder that has some."
+    try:
+        yield _writable("temporary", Path(tempfile.gettempdir()), "failed", advice)
+    except OSError as problem:
+        yield Check("temporary", "failed", str(problem), advice)
+
+
+def data(question: Question) -> Iterator[Check]:
+    """Find collections of data that would have to be downloaded."""
+    from pvae.data.rows.files import user_folder
+    from pvae.data.sources.collections import FASHION_MNIST, MNIST_FILES
+
+    named = user_folder(question.data)
+    if find_spec("sklearn") is None:
+        yield Check("data.digits", "failed", "scikit-learn is missing", pip("scikit-learn>=1.5"))
+    else:
+        yield Check("data.digits", "ok", "with scikit-learn")
+    for name, found in (("fashion_mnist", FASHION_MNIST), ("mnist", MNIST_FILES)):
+        yield collection(f"data.{name}", found, named)
+
+
+def collection(name: str, wanted: Collection, named: Path | None) -> Check:
+    """Return where the files of a collection are, without a look into them."""
+    from pvae.data.rows.cache import cache_folder
+
+    own = [named / wanted.slug, named] if named else []
+    places = [*own, *([wanted.system] if wanted.system else []), cache_folder() / wanted.slug]
+    found = [_first(file.name, places) for file in wanted.files.values()]
+    archive = next((path for path in own if wanted.archive and (path / wanted.archive).is_file()), None)
+    if archive or all(found):
+        return Check(name, "ok", str(archive or ", ".join(sorted({str(path) for path in found}))))
+    missing = f"{found.count(None)} of {len(found)} files are not here"
+    if os.environ.get("PVAE_OFFLINE", "0") in ("", "0"):
+        return Check(
+            name, "ok", f"{missing}; downloaded when they are first used", facts={"missing": found.count(None)}
+        )
+    package = f", or install {wanted.package}" if wanted.package else ""
+    advice = f"Put them in DIR/{wanted.slug} and pass --data-dir DIR{package}."
+    return Check(name, "warning", f"{missing}, and PVAE_OFFLINE is set", advice)
+
+
+def _first(name: str, places: list[Path]) -> Path | None:
+    return next((place for place in places if (place / name).is_file() or (place / f"{name}.gz").is_file()), None)

@@ -1,0 +1,116 @@
+"""Checks of a checkpoint's content: names, shapes, numbers, and the figures that its weights give."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pvae.errors import CheckpointError
+from pvae.pair.pair import Pair
+from pvae.runs import checkpoint
+from pvae.runs.run import Run, chosen, load_weights
+from pvae.training.diagnose import bad_weights
+from pvae.training.evaluation import evaluate
+from pvae.training.trainer import State
+from pvae.util.checks import Check
+from pvae.util.provenance import provenance
+
+ELBO_TOLERANCE = 1e-4
+"""Nats per datum, relative to the larger of the figure and one nat, that a recomputed ELBO may be off: another number
+of threads, another build of torch, another processor add in another order."""
+LISTED_TENSORS = 20
+"""Tensors that are not finite that a check names."""
+
+
+def unsound(saved: checkpoint.Checkpoint, pair: Pair | None) -> Iterator[str]:
+    """Yield the faults of a checkpoint whose bytes are right: names, shapes, numbers, state."""
+    weights = saved.tensors.get("weights")
+    if weights is None:
+        yield f"expected a group of weights; got {', '.join(saved.tensors) or 'none'}"
+        return
+    for group in [name for name in ("weights", "best", "average") if name in saved.tensors]:
+        try:
+            bad = _not_finite(group, {**weights, **saved.tensors[group]}, pair)
+            yield from (f"{group}: {name} is not finite" for name in bad[:LISTED_TENSORS])
+        except CheckpointError as problem:
+            yield str(problem)
+    bad = _not_finite("optimizer", saved.tensors.get("optimizer", {}), None)
+    yield from (f"optimizer: {name} is not finite" for name in bad[:LISTED_TENSORS])
+    if str(saved.state.get("select", "weights")) not in saved.tensors:
+        yield f"expected the weights {saved.state['select']!r}, as state.json selects; got {', '.join(saved.tensors)}"
+    unknown = saved.state.keys() - {"select", *(field.name for field in fields(State))}
+    if unknown:
+        yield f"state.json: expected what a fit keeps; got also {', '.join(sorted(unknown))}"
+
+
+def _not_finite(group: str, tensors: Mapping[str, Tensor], pair: Pair | None) -> list[str]:
+    """Return the tensors that are not finite; with a pair only its parameters, after they were loaded into it."""
+    if pair is None:
+        floating = {name: value for name, value in tensors.items() if value.is_floating_point()}
+        return [name for name, value in floating.items() if not bool(value.double().isfinite().all())]
+    load_weights(pair, tensors, group)
+    return bad_weights(pair)
+
+
+def foreign_files(saved: checkpoint.Checkpoint) -> list[str]:
+    """Return the files in a checkpoint's folder that its manifest does not name."""
+    own = {"manifest.json", "state.json", *(f"{group}.safetensors" for group in saved.tensors)}
+    return sorted(set(os.listdir(saved.path)) - own)
+
+
+def elbo(run: Run, saved: checkpoint.Checkpoint | None) -> Iterator[Check]:
+    """Compute the recorded validation figures again from the weights that would be loaded."""
+    device = str(run.files.manifest.get("device", "cpu"))
+    if saved is None:
+        yield Check("elbo", "ok", "not computed: there are no weights")
+    elif device.startswith("cuda") and not torch.cuda.is_available():
+        yield Check("elbo", "ok", "not computed: the fit was on a GPU, whose random numbers a CPU does not make")
+    elif (recorded := _recorded(run.files.metrics_rows(), saved)) is None:
+        yield Check("elbo", "ok", "not computed: no validation was recorded of these weights")
+    else:
+        yield _compare(recorded, _measure(run, saved, device), lambda: _differences(run, device))
+
+
+def _measure(run: Run, saved: checkpoint.Checkpoint, device: str) -> dict[str, float]:
+    plan, pair = run.plan, run.fresh_pair()
+    load_weights(pair, chosen(saved), str(saved.path))
+    pair = pair.to(torch.device(device), plan.objective.dtype).eval()
+    data = run.data.to(device)
+    x, fitted = data.validation.rows, len(data.train)
+    return plan.objective.measure(pair, x, plan.seed) or evaluate(pair, x, plan.seed, fitted)
+
+
+def _compare(recorded: Mapping[str, Any], measured: Mapping[str, float], differences: Callable[[], str]) -> Check:
+    names = [name for name in measured if isinstance(recorded.get(name), float)]
+    off = {name: abs(measured[name] - recorded[name]) for name in names}
+    wrong = [name for name in names if not off[name] <= ELBO_TOLERANCE * max(1.0, abs(recorded[name]))]
+    facts = {name: {"recorded": recorded[name], "computed": measured[name]} for name in names}
+    if wrong:
+        text = ", ".join(f"{name} {recorded[name]:.6f} recorded, {measured[name]:.6f} computed" for name in wrong)
+        advice = "Weights, declaration or data are not those that were measured; fit anew."
+        return Check("elbo", "failed", text, advice, facts)
+    unit = " nats per datum" if "elbo" in names else ""
+    first = f"{names[0]} {recorded[names[0]]:.6f}{unit}" if names else "nothing"
+    largest = max(off.values(), default=0.0)
+    same = f"within {ELBO_TOLERANCE:g}, off by {largest:.1e}: {differences()}" if largest else "the same bits"
+    return Check("elbo", "ok", f"{first}, as recorded for validation: {same}", facts=facts)
+
+
+def _differences(run: Run, device: str) -> str:
+    """Return the differences between the machine of the fit and this one."""
+    there, here = run.files.manifest, {**provenance(), "threads": torch.get_num_threads()}
+    keys = [key for key in ("host", "threads", "versions") if there.get(key) != here[key]]
+    return f"other {' and '.join(keys)}" if keys else f"same host, threads and versions ({device})"
+
+
+def _recorded(rows: Iterable[Mapping[str, Any]], saved: checkpoint.Checkpoint) -> Mapping[str, Any] | None:
+    """Return the validation row of the selected weights: of the best epoch, or of the checkpoint's step."""
+    best = saved.state.get("select") == "best"
+    key, value = ("epoch", saved.state.get("best_epoch")) if best else ("step", saved.step)
+    found = [row for row in rows if row.get("split") == "validation" and row.get(key) == value]
+    return found[-1] if found else None
