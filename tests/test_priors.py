@@ -32,7 +32,7 @@ from pvae.training.evaluation import evaluate
 from tests.laws import FLOWS, require_gradients
 
 NETWORK = {"network": {"kind": "mlp", "hidden": [8]}}
-# Priors of a latent without parents; `conditional_normal` has laws of its own in test_spec.py and test_objectives.py.
+# Priors of a latent without parents; `conditional_normal` has laws of its own elsewhere.
 PRIORS: dict[str, dict[str, Any]] = {
     "standard_normal": {"kind": "standard_normal"},
     "mixture": {"kind": "mixture", "components": 7},
