@@ -1,4 +1,4 @@
-"""Every error pvae raises on purpose, each with the exit code the command line gives it."""
+"""Errors that pvae raises on purpose, each with its exit code of the command line."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ EXIT_CODES: Mapping[int, str] = {
     141: "nobody reads the output any more (SIGPIPE)",
     143: "SIGTERM; a fit has written a checkpoint",
 }
-"""What the command line ends with."""
+"""Exit codes of the command line and their meanings."""
 
 
 class PvaeError(Exception):
@@ -95,13 +95,13 @@ class Interrupted(PvaeError):
 
 
 def near(name: str, names: Iterable[str]) -> str:
-    """`` (did you mean "a" or "b"?)`` for the names close to ``name``, or nothing."""
+    """Return `` (did you mean "a" or "b"?)`` for the names close to ``name``, or an empty text."""
     close = get_close_matches(name, list(names), n=2, cutoff=0.6)
     return f" (did you mean {' or '.join(repr(c) for c in close)}?)" if close else ""
 
 
 def printable(text: str) -> str:
-    """Text that moves no cursor and turns no direction: control and format characters are shown as escapes."""
+    """Return the text with control and format characters as escapes, so that it moves no cursor."""
     return "".join(c if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cf", "Cs") else _escape(c) for c in text)
 
 
@@ -110,21 +110,26 @@ def _escape(character: str) -> str:
 
 
 def device_lost(error: BaseException) -> bool:
-    """Whether an error says that a GPU does not answer any more."""
+    """True if an error says that a GPU no longer answers."""
     return isinstance(error, RuntimeError) and "CUDA error" in str(error) and not out_of_memory(error)
 
 
-REFUSED = ("probability tensor contains", "Expected parameter ", "normal expects all elements of std", "Expected p_in")
-"""How torch and Pyro begin to say that what a draw is made of is NaN, infinite or out of range."""
+REFUSED_PARAMETERS = (
+    "probability tensor contains",
+    "Expected parameter ",
+    "normal expects all elements of std",
+    "Expected p_in",
+)
+"""Words of torch and Pyro for parameters of a distribution that are NaN, infinite or out of range."""
 
 
 def is_refused_draw(error: Exception) -> bool:
-    """Whether an error says that a distribution could not be made or drawn from, its parameters not being finite."""
-    return isinstance(error, RuntimeError | ValueError) and any(words in str(error) for words in REFUSED)
+    """True if an error says that the parameters of a distribution are not finite or out of range."""
+    return isinstance(error, RuntimeError | ValueError) and any(words in str(error) for words in REFUSED_PARAMETERS)
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out: Python's, torch's on a GPU, or torch's on a CPU."""
+    """True if an error says that memory ran out: Python's, torch's on a GPU, or torch's on a CPU."""
     return (
         isinstance(error, MemoryError)
         or type(error).__name__ == "OutOfMemoryError"

@@ -44,14 +44,14 @@ def main() -> None:
         _forget_output()
         code = 141
     except Exception as error:
-        code, message = _told(error)
+        code, message = _exit_code_and_message(error)
         shown = traceback.format_exc() if settings.traceback else ""
         print(printable(f"{shown}{message}"), file=sys.stderr)
     sys.exit(code if isinstance(code, int) else 0)
 
 
-def _told(error: Exception) -> tuple[int, str]:
-    """The exit code and the message of an error."""
+def _exit_code_and_message(error: Exception) -> tuple[int, str]:
+    """Return the exit code and the message of an error."""
     if isinstance(error, PvaeError):
         return error.exit_code, str(error)
     if show := getattr(error, "show", None):  # wrong usage, in the parser's words
@@ -71,5 +71,5 @@ def _told(error: Exception) -> tuple[int, str]:
 
 
 def _forget_output() -> None:
-    """What is left in the buffer cannot be written, and Python would say so once more at its end."""
+    """Redirect standard output to nothing: Python would report what is left in its buffer once more at exit."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

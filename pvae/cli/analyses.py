@@ -15,7 +15,7 @@ from pvae.cli.app import (
     RowCount,
     RunName,
     SampleCount,
-    Seed,
+    SeedOption,
     Shared,
     SplitName,
     beside,
@@ -38,7 +38,7 @@ def surgery(
         int | None, typer.Option("--components", min=2, help="Rows behind q_agg, at random; I_q gets two bounds.")
     ] = None,
     by_class: Annotated[bool, typer.Option("--by-class", help="Also one row for each label.")] = False,
-    seed: Seed = 0,
+    seed: SeedOption = 0,
 ) -> None:
     """Decompose the ELBO: reconstruction, mutual information, marginal KL, and what a better prior can gain."""
     from pvae.analysis import surgery as decompose
@@ -86,7 +86,7 @@ def evidence(
     temperatures: Annotated[int, typer.Option("--temperatures", min=1, help="Temperatures of ais and bracket.")] = 200,
     chains: Annotated[int, typer.Option("--chains", min=1, help="Chains per datum of ais and bracket.")] = 16,
     rows: RowCount = None,
-    seed: Seed = 0,
+    seed: SeedOption = 0,
 ) -> None:
     """Bound log p(x) from below by importance samples (IWAE), or by annealing."""
     from pvae import analysis
@@ -116,7 +116,7 @@ def gap(
     split: SplitName = "test",
     steps: Annotated[int, typer.Option("--steps", min=1, help="Refinement steps of q for every datum.")] = 300,
     rows: Annotated[int, typer.Option("--rows", min=1, help="Rows to use, chosen at random by the seed.")] = 200,
-    seed: Seed = 0,
+    seed: SeedOption = 0,
 ) -> None:
     """Split log p(x) - ELBO into what a richer guide would gain, and what a better encoder would."""
     from pvae.analysis import gap as split_gap
@@ -138,7 +138,7 @@ def two_sample(
     neighbours: Annotated[
         int, typer.Option("-k", min=1, help="Neighbour whose distance is the radius of the balls of precision.")
     ] = 5,
-    seed: Seed = 0,
+    seed: SeedOption = 0,
 ) -> None:
     """Compare samples with data: accuracy of a classifier that tells them apart, precision and coverage."""
     from pvae.analysis.samples.quality import QUALITY_STAGES, sample_quality
@@ -156,7 +156,7 @@ def copying(
     split: SplitName = "test",
     rows: RowCount = None,
     mean: Mean = False,
-    seed: Seed = 0,
+    seed: SeedOption = 0,
 ) -> None:
     """Test whether samples copy training rows: are they nearer to them than held-out data are?"""
     from pvae.analysis import copying as measure
@@ -168,7 +168,7 @@ def copying(
 
 
 @command(ON_RUN)
-def probe(shared: Shared, run: RunName, split: SplitName = "test", rows: RowCount = None, seed: Seed = 0) -> None:
+def probe(shared: Shared, run: RunName, split: SplitName = "test", rows: RowCount = None, seed: SeedOption = 0) -> None:
     """Predict the labels from the codes, and from the data, with the same simple classifiers."""
     from pvae.analysis import probe as predict
 
@@ -179,7 +179,9 @@ def probe(shared: Shared, run: RunName, split: SplitName = "test", rows: RowCoun
 
 
 @command(ON_RUN)
-def critic(shared: Shared, run: RunName, split: SplitName = "train", rows: RowCount = None, seed: Seed = 0) -> None:
+def critic(
+    shared: Shared, run: RunName, split: SplitName = "train", rows: RowCount = None, seed: SeedOption = 0
+) -> None:
     """Estimate KL(q_agg || p) from samples alone, also where the code is a point and has no density."""
     from pvae.analysis import critic as estimate
 
@@ -195,7 +197,7 @@ def counterexamples(
     shared: Shared,
     data: Annotated[str, typer.Option("--data", help="digits, fashion_mnist, mnist.")] = "digits",
     out: Annotated[Path | None, typer.Option("--out", help="Also write a CSV: its path without suffix.")] = None,
-    seed: Seed = 0,
+    seed: SeedOption = 0,
 ) -> None:
     """Show with two textbook models on real data that good samples do not imply a high likelihood, nor the reverse."""
     from pvae.analysis import counterexamples as study
@@ -214,7 +216,7 @@ def counterexamples(
 
 
 @command(["as_json"])
-def selfcheck(shared: Shared, device: Device = "auto", seed: Seed = 0) -> None:
+def selfcheck(shared: Shared, device: Device = "auto", seed: SeedOption = 0) -> None:
     """Check surgery, evidence and gaps on this machine, on models whose figures are known exactly."""
     from pvae.analysis.truths.selfcheck import selfcheck as measure
     from pvae.training.launch import pick_device
@@ -234,7 +236,7 @@ def posterior(
     split: SplitName = "test",
     draws: Annotated[int, typer.Option("--draws", min=1, help="Samples of the guide per datum.")] = 100,
     rows: RowCount = None,
-    seed: Seed = 0,
+    seed: SeedOption = 0,
     out: Annotated[
         Path | None, typer.Option("--out", help="The file; analysis/posterior-SPLIT.nc unless said.")
     ] = None,

@@ -41,7 +41,7 @@ Overrides = Annotated[
 ]
 SplitName = Annotated[str, typer.Option("--split", help="train, validation or test.")]
 RowCount = Annotated[int | None, typer.Option("--rows", min=1, help="Rows to use, chosen at random by the seed.")]
-Seed = Annotated[int, typer.Option("--seed", help="Seed of the random numbers.")]
+SeedOption = Annotated[int, typer.Option("--seed", help="Seed of the random numbers.")]
 Mean = Annotated[bool, typer.Option("--mean", help="Means of p(x | z), without the likelihood's noise.")]
 SampleCount = Annotated[int, typer.Option("--samples", min=1, help="Samples of z per datum.")]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")]
@@ -211,7 +211,7 @@ def load_declaration(name: str, overrides: list[str] | None) -> Experiment:
 
 
 def chosen_rows(run: Run, split: str, rows: int | None, seed: int) -> Tensor:
-    """Row numbers of a split, `(n,)`: `rows` of them chosen by the seed, or all."""
+    """Return row numbers of a split, `(n,)`: `rows` of them chosen by the seed, or all."""
     from pvae.util import seeds
 
     return seeds.subset(len(run.data.split(split)), rows, seed)

@@ -140,20 +140,20 @@ def _finish(shared: Shared, run: Run) -> None:
 
 
 def _parent(run: Run) -> str | None:
-    """The run whose prior this one replaces, if it is the second stage of one."""
+    """Return the name of the run whose prior this one replaces; None unless this is a second stage."""
     name = (run.files.manifest.get("parent") or {}).get("run")
     return None if name is None else str(name)
 
 
 def _facts(run: Run) -> dict[str, Any]:
-    """A run as JSON: its folder, name, parent, state and alerts."""
+    """Return folder, name, parent, state and alerts of a run, for JSON."""
     keys = ("state", "epoch", "epochs", "step", "elbo", "seconds", "skipped", "degraded")
     status = {key: run.status.get(key) for key in keys}
     return {"run": str(run.path), "name": run.name, "parent": _parent(run), **status, "alerts": run.files.alerts()}
 
 
 def _summary(run: Run) -> str:
-    """A run in one line, preceded by one with its parent where it has one."""
+    """Return a line on a run, after a line on its parent where it has one."""
     parent = _parent(run)
     head = f"{run.path} (prior fitted anew; parent {parent})\n" if parent else ""
     status = run.status

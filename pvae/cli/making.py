@@ -14,7 +14,7 @@ from pvae.cli.app import (
     RowCount,
     RunName,
     SampleCount,
-    Seed,
+    SeedOption,
     Shared,
     SplitName,
     beside,
@@ -34,11 +34,11 @@ if TYPE_CHECKING:
     from pvae.runs.run import Run
 
 
-Out = Annotated[
+OutOption = Annotated[
     Path | None,
     typer.Option("--out", help="File to write, without suffix; COMMAND in the run's analysis folder unless said."),
 ]
-Given = Annotated[
+GivenOption = Annotated[
     list[str] | None,
     typer.Option("--given", help="A covariate's value, y=3 or 'words=ankle boot', for a model conditioned on one."),
 ]
@@ -50,9 +50,9 @@ def sample(
     run: RunName,
     n: Annotated[int, typer.Option("-n", min=1, help="Number of samples.")] = 64,
     mean: Mean = False,
-    given: Given = None,
-    seed: Seed = 0,
-    out: Out = None,
+    given: GivenOption = None,
+    seed: SeedOption = 0,
+    out: OutOption = None,
 ) -> None:
     """Sample z from the prior and x from the decoder; write both, and x as a picture where it is one."""
     from pvae.analysis import sample as draw
@@ -71,8 +71,8 @@ def encode(
     split: SplitName = "test",
     rows: RowCount = None,
     mean: Annotated[bool, typer.Option("--mean", help="Centres of q(z | x) in place of samples.")] = False,
-    seed: Seed = 0,
-    out: Out = None,
+    seed: SeedOption = 0,
+    out: OutOption = None,
 ) -> None:
     """Write the latents of a split's rows, and show each beside its prior."""
     from pvae.analysis import encode as find_codes
@@ -96,8 +96,8 @@ def reconstruct(
     split: SplitName = "test",
     rows: RowCount = None,
     draw: Annotated[bool, typer.Option("--draw", help="Samples of p(x | z) in place of its means.")] = False,
-    seed: Seed = 0,
-    out: Out = None,
+    seed: SeedOption = 0,
+    out: OutOption = None,
 ) -> None:
     """Encode a split's rows and decode them again, with log p(x | z) of each."""
     from pvae.analysis import reconstruct as decode_again
@@ -124,9 +124,9 @@ def traverse(
     ] = None,
     steps: Annotated[int, typer.Option("--steps", min=1, help="Values of each coordinate.")] = 9,
     span: Annotated[float, typer.Option("--span", help="Range, in standard deviations of the prior.")] = 3.0,
-    given: Given = None,
-    seed: Seed = 0,
-    out: Out = None,
+    given: GivenOption = None,
+    seed: SeedOption = 0,
+    out: OutOption = None,
 ) -> None:
     """Move one coordinate of a latent at a time and decode."""
     from pvae.analysis import traverse as move
@@ -153,8 +153,8 @@ def interpolate(
     last: Annotated[int, typer.Argument(min=0, help="Another row of the split.", metavar="J")],
     split: SplitName = "test",
     steps: Annotated[int, typer.Option("--steps", min=2, help="Points on the line, both ends included.")] = 9,
-    seed: Seed = 0,
-    out: Out = None,
+    seed: SeedOption = 0,
+    out: OutOption = None,
 ) -> None:
     """Decode the line between the codes of two rows."""
     from pvae.analysis import interpolate as walk
@@ -178,7 +178,7 @@ def rate_distortion(
     split: SplitName = "test",
     rows: RowCount = None,
     samples: SampleCount = 1,
-    seed: Seed = 0,
+    seed: SeedOption = 0,
     out: Annotated[Path, typer.Option("--out", help="File to write, without suffix: a CSV and a picture.")] = Path(
         "rate-distortion"
     ),

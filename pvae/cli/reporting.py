@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from pvae.cli.app import ON_RUN, RunName, Seed, Shared, SplitName, command
+from pvae.cli.app import ON_RUN, RunName, SeedOption, Shared, SplitName, command
 
 Figures = Annotated[bool, typer.Option("--figures", help="Also write every picture as a PNG of its own.")]
 EvidenceSamples = Annotated[
@@ -25,7 +25,7 @@ def report(
         int, typer.Option("--gap-steps", min=0, help="Refinement steps of q for the gaps; 0: no gaps.")
     ] = 200,
     figures: Figures = False,
-    seed: Seed = 0,
+    seed: SeedOption = 0,
 ) -> None:
     """Write the report of a run: one HTML file, its numbers as JSON and CSV."""
     from pvae.analysis.pages.report import examine
@@ -51,7 +51,7 @@ def compare(
     evidence_samples: EvidenceSamples = 500,
     out: Annotated[Path, typer.Option("--out", help="The folder to write.")] = Path("comparison"),
     figures: Figures = False,
-    seed: Seed = 0,
+    seed: SeedOption = 0,
 ) -> None:
     """Compare runs on the same data: one HTML file with a column for each, paired differences, rate and distortion."""
     from pvae.analysis.pages.compare import SECTIONS, Bench, examine

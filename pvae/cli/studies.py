@@ -1,4 +1,4 @@
-"""The command study: everything that a study file declares, run and compared; and the work of its processes."""
+"""Commands study, which runs and compares what a study file declares, and study-work, one of its processes."""
 
 from __future__ import annotations
 

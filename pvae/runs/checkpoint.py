@@ -25,7 +25,7 @@ from pvae.runs.names import slug
 from pvae.runs.packing import LARGEST_STATE, pack_state, pack_tensors, unpack_object, unpack_tensors, wrong
 from pvae.util.files import read_inside, sync_folder, write_new
 
-SCHEMA = 1
+SCHEMA_VERSION = 1
 """The layout written here. A newer one is refused, an older one goes through ``MIGRATIONS``."""
 KEPT_CHECKPOINTS = 2
 """Checkpoints that are kept, the newest."""
@@ -109,7 +109,7 @@ def _stage(temporary: Path, step: int, contents: Iterable[tuple[str, bytes]], du
     for name, content in contents:
         write_new(temporary / name, content, durable=durable)
         files[name] = {"sha256": hashlib.sha256(content).hexdigest(), "size": len(content)}
-    manifest = {"schema": SCHEMA, "step": step, "files": files}
+    manifest = {"schema": SCHEMA_VERSION, "step": step, "files": files}
     write_new(temporary / "manifest.json", json.dumps(manifest, indent=1).encode(), durable=durable)
     if durable:
         sync_folder(temporary)
@@ -171,14 +171,16 @@ def read(path: Path) -> Checkpoint:
 
 
 def _manifest(path: Path) -> tuple[int, int, dict[str, dict[str, Any]]]:
-    """Schema, step and file table of the manifest, every entry checked."""
+    """Return schema, step and table of files of the manifest, every entry checked."""
     where = path / "manifest.json"
     if path.is_symlink() or not path.is_dir():
         raise wrong(path, "a checkpoint folder", "a link" if path.is_symlink() else "none")
     found = unpack_object(where, _bytes(path, "manifest.json", LARGEST_STATE))
     schema = _whole(where, found, "schema")
-    if schema > SCHEMA:
-        raise wrong(where, f"schema {SCHEMA} or older", f"schema {schema}; upgrade pvae (pip install -U pvae-pyro)")
+    if schema > SCHEMA_VERSION:
+        raise wrong(
+            where, f"schema {SCHEMA_VERSION} or older", f"schema {schema}; upgrade pvae (pip install -U pvae-pyro)"
+        )
     step = _whole(where, found, "step")
     _check_step(path, step)
     return schema, step, _file_table(where, found.get("files"))
@@ -235,9 +237,11 @@ def _verified(path: Path, name: str, entry: Mapping[str, Any]) -> bytes:
 
 
 def _migrated(checkpoint: Checkpoint, schema: int) -> Checkpoint:
-    for old in range(schema, SCHEMA):
+    for old in range(schema, SCHEMA_VERSION):
         if old not in MIGRATIONS:
-            raise wrong(checkpoint.path / "manifest.json", f"schema {SCHEMA}", f"schema {old}, which nothing migrates")
+            raise wrong(
+                checkpoint.path / "manifest.json", f"schema {SCHEMA_VERSION}", f"schema {old}, which nothing migrates"
+            )
         checkpoint = MIGRATIONS[old](checkpoint)
     return checkpoint
 

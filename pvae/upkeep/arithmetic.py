@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from pvae.upkeep.packages import Question
+from pvae.upkeep.packages import CheckArguments
 from pvae.util.checks import Check
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ ELBO_ROUNDING_NATS = 1e-9
 """Nats that the ELBO may be off, in float64."""
 
 
-def elbo(_: Question) -> Iterator[Check]:
+def elbo(_: CheckArguments) -> Iterator[Check]:
     """Find an ELBO that is wrong.
 
     Here p(z) = N(0, 1), p(x | z) = N(z, 1), and the guide is the true posterior: every sample of the ELBO is log p(x).
@@ -48,7 +48,7 @@ def elbo(_: Question) -> Iterator[Check]:
         yield Check("elbo", "failed", text, advice)
 
 
-def determinism(_: Question) -> Iterator[Check]:
+def determinism(_: CheckArguments) -> Iterator[Check]:
     """Find gradients that differ although the seed is the same."""
     first, second = _gradients(), _gradients()
     if first.equal(second):

@@ -9,10 +9,10 @@ from functools import partial
 from pathlib import Path
 
 from pvae.upkeep import arithmetic, machine, packages
-from pvae.upkeep.packages import Question
+from pvae.upkeep.packages import CheckArguments
 from pvae.util.checks import Check, Checks, attempt
 
-CHECKS: dict[str, Callable[[Question], Iterable[Check]]] = {
+CHECKS: dict[str, Callable[[CheckArguments], Iterable[Check]]] = {
     "python": packages.python,
     "packages": packages.packages,
     "torch": packages.torch,
@@ -51,6 +51,6 @@ def doctor(run_dir: str | Path = "runs", data_dir: str | Path | None = None) -> 
     """
     with ThreadPoolExecutor(1) as pool:
         imports = pool.submit(packages.import_in_child)  # takes longest, so it starts first and is read last
-        question = Question(Path(run_dir), Path(data_dir) if data_dir else None, imports)
-        found = [check for name, ask in CHECKS.items() for check in attempt(name, partial(ask, question))]
+        given = CheckArguments(Path(run_dir), Path(data_dir) if data_dir else None, imports)
+        found = [check for name, ask in CHECKS.items() for check in attempt(name, partial(ask, given))]
     return Checks("doctor", tuple(found), {"python": platform.python_version(), "platform": platform.platform()})

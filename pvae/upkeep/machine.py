@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pvae.errors import DataError, PvaeError
-from pvae.upkeep.packages import CHILD_SECONDS, Question, pip
+from pvae.upkeep.packages import CHILD_SECONDS, CheckArguments, pip
 from pvae.util.checks import Check, Level
 from pvae.util.files import MIB, read_inside, write_atomic, write_new
 
@@ -29,7 +29,7 @@ CGROUP_V2, CGROUP_V1 = Path("/sys/fs/cgroup"), Path("/sys/fs/cgroup/cpu")
 COMPILED = '#include <omp.h>\nextern "C" int pvae_threads() { return omp_get_max_threads(); }\n'
 
 
-def devices(_: Question) -> Iterator[Check]:
+def devices(_: CheckArguments) -> Iterator[Check]:
     """Find a GPU that adds wrongly, or a torch for CUDA that sees no GPU."""
     import torch
 
@@ -49,7 +49,7 @@ def devices(_: Question) -> Iterator[Check]:
     yield Check("devices", "ok", text, facts={"gpus": [{"name": name, "bytes": size} for name, size in gpus]})
 
 
-def threads(_: Question) -> Iterator[Check]:
+def threads(_: CheckArguments) -> Iterator[Check]:
     """Find more threads than cores."""
     import torch
 
@@ -75,7 +75,7 @@ def cgroup_cores() -> float | None:
     return None
 
 
-def compiler(_: Question) -> Iterator[Check]:
+def compiler(_: CheckArguments) -> Iterator[Check]:
     """Find a missing C++ compiler, or one without OpenMP."""
     named = shlex.split(os.environ.get("CXX", "")) or [next(filter(shutil.which, ("g++", "clang++")), "")]
     without = "Install g++, or set CXX: without it fits go on eagerly, at about 1.2 times the cost of a step."
@@ -108,9 +108,9 @@ def _trial(folder: Path) -> Iterator[Path]:
                 path.rmdir()
 
 
-def run_dir(question: Question) -> Iterator[Check]:
+def run_dir(given: CheckArguments) -> Iterator[Check]:
     """Find a folder of runs in which files cannot be made and replaced."""
-    folder = question.runs
+    folder = given.runs
     try:
         with _trial(folder) as trial:
             for content in (b"one", b"another"):  # written, synced, renamed over the file that was there
@@ -123,22 +123,22 @@ def run_dir(question: Question) -> Iterator[Check]:
         yield Check("run_dir", "ok", f"{folder.absolute()}: made, written, synced, renamed")
 
 
-def lock(question: Question) -> Iterator[Check]:
+def lock(given: CheckArguments) -> Iterator[Check]:
     """Find a file system that gives a lock to two owners."""
     from filelock import FileLock, Timeout
 
-    with _trial(question.runs) as trial, FileLock(trial / ".lock", timeout=0):
+    with _trial(given.runs) as trial, FileLock(trial / ".lock", timeout=0):
         try:
             with FileLock(trial / ".lock", timeout=0):
                 advice = "Keep runs on another file system: here two processes could write one run."
-                yield Check("lock", "failed", f"{question.runs}: a lock was given twice", advice)
+                yield Check("lock", "failed", f"{given.runs}: a lock was given twice", advice)
         except Timeout:
             yield Check("lock", "ok", "held against a second owner")
 
 
-def space(question: Question) -> Iterator[Check]:
+def space(given: CheckArguments) -> Iterator[Check]:
     """Find a disk that is almost full."""
-    folder = question.runs.absolute()
+    folder = given.runs.absolute()
     there = next(path for path in (folder, *folder.parents) if path.exists())
     free = shutil.disk_usage(there).free
     level: Level = "failed" if free < FAIL_BELOW_BYTES else "warning" if free < WARN_BELOW_BYTES else "ok"
@@ -156,20 +156,20 @@ def _writable(name: str, folder: Path, level: Level, advice: str) -> Check:
     return Check(name, "ok", str(folder))
 
 
-def cache(_: Question) -> Iterator[Check]:
+def cache(_: CheckArguments) -> Iterator[Check]:
     """Find a cache folder that cannot be written."""
     from pvae.data.rows.cache import cache_folder
 
     yield _writable("cache", cache_folder(), "warning", "Set XDG_CACHE_HOME to a folder that can be written.")
 
 
-def home(_: Question) -> Iterator[Check]:
+def home(_: CheckArguments) -> Iterator[Check]:
     """Find a home folder that cannot be written."""
     advice = "Set HOME, or MPLCONFIGDIR and XDG_CACHE_HOME, to folders of yours."
     yield _writable("home", Path.home(), "warning", advice)
 
 
-def temporary(_: Question) -> Iterator[Check]:
+def temporary(_: CheckArguments) -> Iterator[Check]:
     """Find a folder of temporary files that is full or missing."""
     advice = "Make room there, or set TMPDIR to a folder that has some."
     try:
@@ -178,12 +178,12 @@ def temporary(_: Question) -> Iterator[Check]:
         yield Check("temporary", "failed", str(problem), advice)
 
 
-def data(question: Question) -> Iterator[Check]:
+def data(given: CheckArguments) -> Iterator[Check]:
     """Find collections of data that would have to be downloaded."""
     from pvae.data.rows.files import user_folder
     from pvae.data.sources.collections import FASHION_MNIST, MNIST_FILES
 
-    named = user_folder(question.data)
+    named = user_folder(given.data)
     if find_spec("sklearn") is None:
         yield Check("data.digits", "failed", "scikit-learn is missing", pip("scikit-learn>=1.5"))
     else:

@@ -35,7 +35,7 @@ CHILD_SECONDS = 60.0
 """Time that a child process may take."""
 ARVIZ_REQUIREMENT = "arviz>=0.23.4,!=1.0.*,!=1.1.*,<2"
 
-IMPORTS = """
+IMPORT_TRIAL = """
 import json
 found = {}
 for name in ("matplotlib.pyplot", "arviz"):
@@ -49,15 +49,15 @@ print(json.dumps(found))
 
 
 @dataclass(frozen=True)
-class Question:
-    """Arguments of all checks: folder of runs, folder of data, and the answer of a process that runs `IMPORTS`."""
+class CheckArguments:
+    """Arguments of all checks: folder of runs, folder of data, and the answer of a process that runs `IMPORT_TRIAL`."""
 
     runs: Path
     data: Path | None
     imports: Future[dict[str, Any]]
 
 
-def python(_: Question) -> Iterator[Check]:
+def python(_: CheckArguments) -> Iterator[Check]:
     """Find warnings that are errors, and an output encoding that cannot show every name."""
     text, encoding = f"{platform.python_version()} on {platform.platform()}", sys.stdout.encoding
     if "error" in sys.warnoptions:
@@ -69,7 +69,7 @@ def python(_: Question) -> Iterator[Check]:
         yield Check("python", "ok", text)
 
 
-def packages(_: Question) -> Iterator[Check]:
+def packages(_: CheckArguments) -> Iterator[Check]:
     """Find packages that pvae requires and that are not installed."""
     needed = [line for line in requires("pvae-pyro") or [] if "extra ==" not in line]
     names = [re.split(r"[^A-Za-z0-9._-]", line)[0] for line in needed]
@@ -81,7 +81,7 @@ def packages(_: Question) -> Iterator[Check]:
         yield Check("packages", "ok", f"all {len(found)} that pvae requires", facts=found)
 
 
-def torch(_: Question) -> Iterator[Check]:
+def torch(_: CheckArguments) -> Iterator[Check]:
     """Find a torch that is too old or cannot be imported."""
     import torch
 
@@ -92,21 +92,21 @@ def torch(_: Question) -> Iterator[Check]:
     yield Check("torch", "failed" if old else "ok", f"{torch.__version__}, built for {built}", advice, facts)
 
 
-def pyro(_: Question) -> Iterator[Check]:
+def pyro(_: CheckArguments) -> Iterator[Check]:
     """Find a Pyro that cannot be imported."""
     import pyro
 
     yield Check("pyro", "ok", pyro.__version__, facts={"version": pyro.__version__})
 
 
-def extras(_: Question) -> Iterator[Check]:
+def extras(_: CheckArguments) -> Iterator[Check]:
     """List the optional extras that are installed."""
     there = {extra: find_spec(module) is not None for extra, module in EXTRA_MODULES.items()}
     names = [name for name, found in there.items() if found]
     yield Check("extras", "ok", f"{', '.join(names) or 'none'} of {', '.join(there)}", facts=there)
 
 
-def variables(_: Question) -> Iterator[Check]:
+def variables(_: CheckArguments) -> Iterator[Check]:
     """Find environment variables that begin with PVAE_ and have no meaning."""
     found = {name: value for name, value in sorted(os.environ.items()) if name.startswith("PVAE_")}
     text = ", ".join(f"{name}={value}" for name, value in found.items()) or "none is set"
@@ -118,7 +118,7 @@ def variables(_: Question) -> Iterator[Check]:
 def import_in_child() -> dict[str, Any]:
     """Return version, or class and text of the error, of matplotlib and ArviZ, as a fresh interpreter imports them."""
     done = subprocess.run(
-        [sys.executable, "-P", *(f"-W{option}" for option in sys.warnoptions), "-c", IMPORTS],
+        [sys.executable, "-P", *(f"-W{option}" for option in sys.warnoptions), "-c", IMPORT_TRIAL],
         capture_output=True,
         check=False,
         env={**os.environ, "MPLBACKEND": "Agg"},
@@ -133,15 +133,15 @@ def import_in_child() -> dict[str, Any]:
         raise DataError(f"Expected versions of a child process; got exit code {done.returncode} and: {last}") from None
 
 
-def plots(question: Question) -> Iterator[Check]:
+def plots(given: CheckArguments) -> Iterator[Check]:
     """Find a matplotlib that cannot be imported."""
-    found = question.imports.result()["matplotlib.pyplot"]
+    found = given.imports.result()["matplotlib.pyplot"]
     yield _imported("plots", "failed", "matplotlib", found, "no report can be drawn")
 
 
-def arviz(question: Question) -> Iterator[Check]:
+def arviz(given: CheckArguments) -> Iterator[Check]:
     """Find an ArviZ that cannot be imported or has the wrong version."""
-    found = question.imports.result()["arviz"]
+    found = given.imports.result()["arviz"]
     check = _imported("arviz", "warning", "arviz", found, "Posterior.to_arviz will not work; nothing else needs it")
     if check.level != "ok":
         yield check

@@ -1,1 +1,1 @@
-"""What knows nothing of models: files, TOML, seeds, memory, progress, provenance."""
+"""Helpers that know nothing of models: files, TOML, seeds, memory, progress, provenance."""

@@ -44,7 +44,7 @@ def write_new(path: Path, content: bytes, *, durable: bool = True) -> None:
 
 
 def require_plain_target(path: Path) -> None:
-    """Refuse to replace what is no plain file: replacing a device node or a link destroys it."""
+    """Raise OSError for a device, link or folder, which a replacement would destroy."""
     with suppress(FileNotFoundError):
         if not stat.S_ISREG(path.lstat().st_mode):
             raise OSError(errno.EINVAL, "not a plain file (a device, link or folder stands there)")
@@ -76,7 +76,7 @@ def write_atomic(path: Path, text: str | bytes, *, durable: bool = True) -> None
 
 
 def make_folder(folder: Path) -> Path:
-    """A folder that is there, or made in one that is.
+    """Return a folder, which is made where its parent exists.
 
     Raises:
         DataError: it is a link, which could lead anywhere.
@@ -92,7 +92,7 @@ def make_folder(folder: Path) -> Path:
 
 
 def _open_plain(path: Path, flags: int) -> int:
-    """A descriptor of a plain file: a link raises, and a device or pipe neither opens for long nor blocks."""
+    """Open a plain file; a link raises OSError, and so does a device or pipe, without blocking."""
     descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
     if stat.S_ISREG(os.fstat(descriptor).st_mode):
         return descriptor
@@ -101,7 +101,7 @@ def _open_plain(path: Path, flags: int) -> int:
 
 
 def read_inside(folder: Path, name: str, limit: int = 16 * MIB) -> bytes:
-    """The bytes of the plain file ``name`` in ``folder``.
+    """Read the plain file ``name`` in ``folder``.
 
     Raises DataError for a name with a path in it, a link, a device, a missing or unreadable file, or one over
     ``limit`` bytes: what is read from a run that was handed on must not lead out of it.
@@ -122,7 +122,7 @@ def read_inside(folder: Path, name: str, limit: int = 16 * MIB) -> bytes:
 
 
 def read_object(folder: Path, name: str, limit: int = 16 * MIB) -> dict[str, Any]:
-    """The JSON object in the file ``name`` of ``folder``; raises DataError for anything else."""
+    """Read the JSON object in the file ``name`` of ``folder``; raises DataError for anything else."""
     content = read_inside(folder, name, limit)
     found = _json_object(content)
     if found is None:
@@ -141,7 +141,7 @@ def _json_object(content: bytes) -> dict[str, Any] | None:
 
 
 def _plain(value: Any) -> Any:  # noqa: ANN401  (any value goes in, its JSON twin comes out)
-    """``value`` as finite JSON: NaN and infinities become null, numbers of other libraries floats, the rest text."""
+    """Return ``value`` as finite JSON: NaN and infinities as null, numbers of other libraries as floats, else text."""
     if value is None or isinstance(value, bool | int | str):
         return value
     if isinstance(value, Mapping):
@@ -156,12 +156,12 @@ def _plain(value: Any) -> Any:  # noqa: ANN401  (any value goes in, its JSON twi
 
 
 def pretty(fields: Mapping[str, Any] | list[Any]) -> str:
-    """Indented JSON with a last newline; NaN and infinities as null."""
+    """Return indented JSON with a last newline; NaN and infinities as null."""
     return json.dumps(_plain(fields), indent=2, allow_nan=False) + "\n"
 
 
 def json_line(fields: Mapping[str, Any]) -> bytes:
-    """One line of JSON; NaN and infinities as null."""
+    """Return one line of JSON; NaN and infinities as null."""
     return json.dumps(_plain(fields), allow_nan=False).encode() + b"\n"
 
 
@@ -176,7 +176,7 @@ def append(path: Path, line: bytes) -> None:
 
 
 def _mend(descriptor: int) -> None:
-    """End the file with a whole line: the newline is added if only that is missing, else the last line goes."""
+    """End the file with a whole line: add the newline if only that is missing, else cut the last line off."""
     size = os.fstat(descriptor).st_size
     if size == 0 or os.pread(descriptor, 1, size - 1) == b"\n":
         return
@@ -200,9 +200,9 @@ def _write_whole(descriptor: int, line: bytes) -> None:
 
 
 def read_lines(folder: Path, name: str) -> list[dict[str, Any]]:
-    """The objects of a file of JSON lines ([] without a file); a torn or garbage last line is dropped.
+    """Read the objects of a file of JSON lines ([] without a file); a torn or garbage last line is dropped.
 
-    Raises DataError with the number of any other line that is damaged: dropping data silently is no answer.
+    Raises DataError with the number of any other line that is damaged: data are never dropped silently.
     """
     if not os.path.lexists(folder / name):
         return []
@@ -219,7 +219,7 @@ def read_lines(folder: Path, name: str) -> list[dict[str, Any]]:
 
 
 def walk(folder: Path) -> Iterator[os.DirEntry[str]]:
-    """Everything below ``folder``; links are told and not followed, and a folder that vanishes meanwhile is empty."""
+    """Yield all entries below ``folder``; links are not followed, and a folder that vanishes meanwhile is empty."""
     waiting = [str(folder)]
     while waiting:
         entries: list[os.DirEntry[str]] = []

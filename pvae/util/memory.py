@@ -1,4 +1,4 @@
-"""Whether a declaration fits into memory: known before anything large is allocated."""
+"""Memory that a declaration needs, computed before anything large is allocated."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from torch.overrides import TorchFunctionMode
 
 from pvae.errors import DeclarationError, out_of_memory
 
-LARGE = 1 << 27
-"""Bytes from which a tensor is counted before it is made, and an eighth of what all may take until then."""
+COUNTED_BYTES = 1 << 27
+"""Larger tensors, and all after eight times as many bytes, are counted and not made."""
 GIB = 1 << 30
 MAKERS = frozenset([torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn, torch.eye, torch.arange])
 
@@ -23,7 +23,7 @@ Made = TypeVar("Made")
 
 
 class _Counting(TorchFunctionMode):
-    """Makes small tensors, counts all, and gives large ones without memory (on torch's meta device)."""
+    """Makes small tensors, counts the bytes of all, and makes large ones on torch's meta device, without memory."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -37,14 +37,14 @@ class _Counting(TorchFunctionMode):
         if func in MAKERS and given.get("out") is None:
             counted: Tensor = func(*args, **{**given, "device": "meta"})
             self.bytes += counted.nbytes
-            if counted.nbytes > LARGE or self.bytes > 8 * LARGE:
+            if counted.nbytes > COUNTED_BYTES or self.bytes > 8 * COUNTED_BYTES:
                 self.large = True
                 return counted.requires_grad_(bool(given.get("requires_grad", False)))
         return func(*args, **given)
 
 
 def weighed(make: Callable[[], Made]) -> Made:
-    """What `make()` gives, unless its tensors need more memory than this computer has.
+    """Return `make()`, unless its tensors need more memory than this computer has.
 
     It is called a second time where a tensor is large but all of them fit; it must give the same both times.
 
@@ -78,17 +78,17 @@ def weighed(make: Callable[[], Made]) -> Made:
 def require_training_memory(pair: nn.Module, row: int, rows: int, device: torch.device) -> None:
     """Refuse a fit whose weights, gradients, optimiser and one batch cannot fit.
 
-    Counted are five copies of the weights (themselves, gradients, two moments, the best kept), and of a batch its
-    values and what linear layers make of it, with gradients.
+    The estimate is five copies of the weights (themselves, gradients, two moments, the best kept), and for a batch its
+    values and the outputs of linear layers, with gradients.
 
     Arguments:
-        pair: what is to be fitted.
-        row: numbers of a datum.
-        rows: of a batch.
-        device: where it is to be fitted.
+        pair: the pair to fit.
+        row: number of elements of a datum.
+        rows: number of rows of a batch.
+        device: device of the fit.
 
     Raises:
-        DeclarationError: it cannot; the message has the memory it would need.
+        DeclarationError: they do not fit; the message has the memory they would need.
     """
     weights = sum(p.nbytes for p in pair.parameters())
     widths = sum(part.out_features for part in pair.modules() if isinstance(part, nn.Linear))
@@ -114,7 +114,7 @@ def _gib(size: int) -> str:
 
 
 def total_memory(device: torch.device | None = None) -> int:
-    """Bytes of the GPU, or of this computer: physical memory, or less where a control group allows less."""
+    """Return the bytes of the GPU, or of this computer: physical memory, or less where a control group sets a limit."""
     if device is not None and device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
     found = [1 << 62]

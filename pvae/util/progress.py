@@ -68,7 +68,7 @@ class ProgressBar:
         self.update(self.total * done // max(total, 1), note)
 
     def update(self, done: int, note: str | None = None) -> None:
-        """Say that `done` units are done; cheap enough to call often. A note stands until the next one."""
+        """Show that `done` units are done; cheap enough to call often. A note stays until the next one."""
         finished = done == self.total and note is not None
         self.note = self.note if note is None else printable(note)
         if self.bar is not None:

@@ -1,4 +1,4 @@
-"""Seeds as functions of (seed, stream, counter): what makes a resumed run draw the same numbers."""
+"""Seeds as functions of (seed, stream, counter), by which a resumed run draws the same random numbers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ ORDER, NOISE, VALIDATION, ANALYSIS = range(1, 5)
 
 
 def mix(seed: int, stream: int, counter: int = 0) -> int:
-    """A well-mixed 63-bit seed (the finaliser of splitmix64, applied to each part in turn)."""
+    """Return a well-mixed 63-bit seed (the finaliser of splitmix64, applied to each part in turn)."""
     state = seed
     for part in (stream, counter):
         state = (state ^ (part * 0x9E3779B97F4A7C15)) + 0x9E3779B97F4A7C15 & 0xFFFFFFFFFFFFFFFF
@@ -34,12 +34,12 @@ def set_noise(seed: int, device: torch.device) -> None:
 
 
 def permutation(n: int, seed: int, epoch: int) -> torch.Tensor:
-    """The order of the training rows in an epoch, `(n,)` on the CPU."""
+    """Return the order of the training rows in an epoch, `(n,)` on the CPU."""
     return torch.randperm(n, generator=generator(seed, ORDER, epoch))
 
 
 def subset(n: int, count: int | None, seed: int) -> torch.Tensor:
-    """`count` of n row numbers, drawn without replacement, in their order; all of them for None or too many."""
+    """Return `count` of n row numbers, sampled without replacement, ascending; all for None or too large a count."""
     if count is None or count >= n:
         return torch.arange(n)
     return torch.randperm(n, generator=torch.Generator().manual_seed(seed))[:count].sort().values

@@ -1,4 +1,4 @@
-"""TOML in, with limits; dotted overrides."""
+"""Reading of TOML files with limits, and dotted overrides."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SIZE_CAP = 1 << 20
 
 
 def parse(text: str, origin: str) -> dict[str, Any]:
-    """A TOML document as nested dicts; every fault is a `DeclarationError` that starts with `origin`."""
+    """Return a TOML document as nested dicts; every fault is a `DeclarationError` that starts with `origin`."""
     try:
         return tomllib.loads(text)
     except RecursionError:
@@ -43,7 +43,7 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def parse_override(text: str) -> tuple[tuple[str, ...], Any]:
-    """`train.epochs=20` as a path and a value; the value is TOML, or else a bare string."""
+    """Split `train.epochs=20` into path and value; the value is TOML, or else a bare string."""
     key, equals, value = text.partition("=")
     path = tuple(part.strip() for part in key.split("."))
     if not equals or not all(path):
@@ -55,7 +55,7 @@ def parse_override(text: str) -> tuple[tuple[str, ...], Any]:
 
 
 def parse_overrides(texts: Sequence[str]) -> list[tuple[tuple[str, ...], Any]]:
-    """All overrides; every broken one is named."""
+    """Split all overrides; every broken one is named."""
     parsed, problems = [], []
     for text in texts:
         try:
@@ -68,7 +68,7 @@ def parse_overrides(texts: Sequence[str]) -> list[tuple[tuple[str, ...], Any]]:
 
 
 def find(name_or_file: str, folder: Path, wanted: str, file: str) -> Path:
-    """The file of a folder by its name, or a path.
+    """Return the file of a folder by its name, or a path.
 
     Raises:
         DeclarationError: neither; near names are suggested.
@@ -85,7 +85,7 @@ def find(name_or_file: str, folder: Path, wanted: str, file: str) -> Path:
 
 
 def flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dicts as dotted keys."""
+    """Return nested dicts as one dict of dotted keys."""
     out: dict[str, Any] = {}
     for key, value in table.items():
         out |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}

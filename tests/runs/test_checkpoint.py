@@ -568,7 +568,7 @@ def test_07_a_torch_file_is_refused(tmp_path: Path) -> None:
 def test_09_a_newer_schema_is_refused_with_a_hint(tmp_path: Path) -> None:
     """FAULTS 9."""
     path = put(tmp_path, 1)
-    (path / "manifest.json").write_text(json.dumps({"schema": checkpoint.SCHEMA + 1, "unknown": "layout"}))
+    (path / "manifest.json").write_text(json.dumps({"schema": checkpoint.SCHEMA_VERSION + 1, "unknown": "layout"}))
     with pytest.raises(CheckpointError, match="schema 1 or older; got schema 2; upgrade pvae"):
         checkpoint.read(path)
 
@@ -581,7 +581,7 @@ def test_09_an_older_schema_migrates(tmp_path: Path, monkeypatch: pytest.MonkeyP
         checkpoint.read(path)
     monkeypatch.setitem(checkpoint.MIGRATIONS, 0, lambda old: replace(old, state={**old.state, "added": 1}))
     assert checkpoint.read(path).state == {"epoch": 1, "loss": 1.1, "added": 1}
-    monkeypatch.setattr(checkpoint, "SCHEMA", 2)
+    monkeypatch.setattr(checkpoint, "SCHEMA_VERSION", 2)
     with pytest.raises(CheckpointError, match="schema 1, which nothing migrates"):
         checkpoint.read(path)
     monkeypatch.setitem(checkpoint.MIGRATIONS, 1, lambda old: replace(old, state={"was": old.state["added"]}))

@@ -24,11 +24,11 @@ from pvae.errors import DataError
 from pvae.upkeep import machine, packages
 from pvae.upkeep.clean import Cleaning, Removal
 from pvae.upkeep.doctor import CHECKS, doctor
-from pvae.upkeep.packages import Question
+from pvae.upkeep.packages import CheckArguments
 from pvae.util.checks import Check, Checks, attempt
 from tests.cli_runner import run_cli, run_cli_json
 
-ASKED = Question(Path("runs"), None, Future())
+ASKED = CheckArguments(Path("runs"), None, Future())
 NAMES = (
     "python packages torch devices threads pyro compiler run_dir lock space cache home temporary data.digits "
     "data.fashion_mnist data.mnist extras variables elbo determinism plots arviz"
@@ -184,7 +184,12 @@ FAULTS: list[tuple[str, Inject, str, str]] = [
     ("arviz", plotting(arviz=["PermissionError", "cache"]), "warning", "PermissionError: cache"),
     ("arviz", plotting(arviz=["AttributeError", "no style"]), "warning", "AttributeError: no style"),
     ("arviz", plotting(arviz="1.1.0"), "warning", "1.1.0, which pvae does not work with"),
-    ("arviz", setting("pvae.upkeep.packages.IMPORTS", "raise SystemExit('dead')"), "failed", "exit code 1 and: dead"),
+    (
+        "arviz",
+        setting("pvae.upkeep.packages.IMPORT_TRIAL", "raise SystemExit('dead')"),
+        "failed",
+        "exit code 1 and: dead",
+    ),
 ]
 
 
