@@ -21,7 +21,7 @@ from pvae.objectives.base import Loss
 from pvae.training.step import Step, load_optimizer_tensors, make_capturable, optimizer_tensors, set_lr
 from tests.cli.test_cli import ON_A_DEVICE
 from tests.cli_runner import run_cli
-from tests.test_capturable import READ_BACK
+from tests.training.test_capturable import READ_BACK
 
 pytestmark = pytest.mark.cuda
 SPEC = Experiment.from_dict(
@@ -146,7 +146,7 @@ def test_analyses_of_the_command_line(command: str, tmp_path: Path, capsys: pyte
     assert on_gpu.keys() == on_cpu.keys()
 
 
-@pytest.mark.parametrize("name", [name for name in zoo.names() if name != "gan"])  # its own: tests/test_gan.py
+@pytest.mark.parametrize("name", [name for name in zoo.names() if name != "gan"])  # its own: test_gan.py
 def test_every_system_is_fitted_and_taken_apart(name: str, tmp_path: Path) -> None:
     run = pvae.fit(name, "train.epochs=2", run_dir=tmp_path, device="cuda", progress=False).to("cuda")
     told = [event["message"] for event in run.files.events() if "captured step not available" in event["message"]]

@@ -1,0 +1,18 @@
+"""A finished run that tests of faults read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import pvae
+from tests.cli_runner import TINY
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with one finished run called vae, that nobody changes."""
+    folder = tmp_path_factory.mktemp("runs")
+    pvae.fit("vae", *TINY, "train.epochs=2", run_dir=folder, device="cpu", progress=False)
+    return folder

@@ -1,0 +1,208 @@
+"""Resuming a fit, bit for bit; damaged checkpoints, changed declarations, signals, full disks."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import pvae
+from pvae.errors import CheckpointError, DeclarationError, StorageError
+from pvae.experiment.experiment import Experiment
+from pvae.runs import checkpoint
+from pvae.runs.run import load_weights
+from pvae.training.signals import Stop
+from tests.runs_shared import TINY_TABLE, assert_same, everything, fit, interrupted, tiny
+
+
+def test_same_seed_same_weights_and_nothing_leaks(tmp_path: Path) -> None:
+    torch.manual_seed(5)
+    before = torch.random.get_rng_state()
+    a = fit(tiny(), tmp_path)
+    assert torch.equal(before, torch.random.get_rng_state())
+    b = fit(tiny(), tmp_path)
+    c = fit(tiny(), tmp_path, seed=1)
+    assert_same(a, b)
+    assert any(not torch.equal(v, everything(c)[k]) for k, v in everything(a).items())
+
+
+@pytest.mark.parametrize(
+    "train",
+    [
+        {"optimizer": {"kind": "adamw"}, "schedule": {"kind": "cosine"}, "warmup": 1.0},
+        {"optimizer": {"kind": "sgd", "momentum": 0.9, "lr": 1e-4}, "clip_norm": 5.0},
+        {"average": 0.9, "alternate": 2},
+    ],
+    ids=["adamw+schedule", "sgd+clip", "average+alternate"],
+)
+def test_interrupted_fit_resumes_bit_for_bit(tmp_path: Path, train: dict[str, object]) -> None:
+    """FAULTS 10: in the middle of an epoch and at its end."""
+    whole = fit(tiny(**train), tmp_path)
+    for stop_at in (15, 22):
+        part = interrupted(tiny(**train), tmp_path, stop_at)
+        done = pvae.resume(part, device="cpu", progress=False)
+        assert_same(whole, done)
+        columns = ["epoch", "split", "elbo", "reconstruction", "lr", "beta"]
+        assert done.metrics[columns].equals(whole.metrics[columns])
+
+
+def test_killed_process_resumes_bit_for_bit(tmp_path: Path) -> None:
+    """FAULTS 1 and 10: train(20) = train(10) + kill -9 + resume(10)."""
+    whole = fit(tiny(epochs=20), tmp_path / "whole")
+    spec = tmp_path / "spec.toml"
+    spec.write_text(tiny(epochs=20).to_toml())
+    command = [sys.executable, "-m", "pvae", "fit", str(spec), "--run-dir", str(tmp_path / "killed"), "--quiet"]
+    child = subprocess.Popen([*command, "--device", "cpu"], env={**os.environ, "PYTHONPATH": os.getcwd()})
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and child.poll() is None:
+        rows = [line for f in (tmp_path / "killed").glob("*/*/metrics.jsonl") for line in f.read_text().splitlines()]
+        if len(rows) >= 20:
+            break
+        time.sleep(0.005)
+    child.kill()
+    assert child.wait() == -signal.SIGKILL, "the fit was over before it could be killed"
+    done = pvae.resume(next((tmp_path / "killed").glob("*/*")), device="cpu", progress=False)
+    assert_same(whole, done)
+
+
+def test_signals_are_remembered_and_handlers_restored(monkeypatch: pytest.MonkeyPatch) -> None:
+    """FAULTS 14: the first is remembered, a second exits at once, the handlers of before come back."""
+    exits: list[int] = []
+    monkeypatch.setattr(os, "_exit", exits.append)
+    before = {name: signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    for name in before:
+        with Stop() as stop:
+            os.kill(os.getpid(), name)
+            assert stop.signal == name
+            assert not exits
+            os.kill(os.getpid(), name)
+        assert exits == [128 + name]
+        exits.clear()
+    assert before == {name: signal.getsignal(name) for name in before}
+
+
+def test_full_disk_during_a_fit_keeps_the_old_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """FAULTS 2: told and tried again; an error only when the last one cannot be written."""
+    original, calls = checkpoint.write, []
+
+    def full(*arguments: Any, **options: Any) -> Path:
+        calls.append(arguments[1])
+        if len(calls) in (3, 4):
+            raise StorageError("No space left on device")
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(checkpoint, "write", full)
+    run = fit(tiny(epochs=1), tmp_path)
+    assert run.status["state"] == "finished"
+    assert sum("No space left" in event["message"] for event in run.files.events()) == 2
+
+    def always(*_: Any, **__: Any) -> Path:
+        raise StorageError("No space left on device")
+
+    monkeypatch.setattr(checkpoint, "write", always)
+    monkeypatch.setattr(time, "sleep", lambda _: None)
+    with pytest.raises(StorageError) as caught:
+        fit(tiny(epochs=1), tmp_path)
+    assert caught.value.exit_code == 74
+
+
+def test_finished_run_is_left_alone(tmp_path: Path) -> None:
+    """FAULTS 12."""
+    run = fit(tiny(epochs=1), tmp_path)
+    before = everything(run)
+    assert pvae.resume(run.path, device="cpu", progress=False).status["epoch"] == 1
+    assert_same(before, everything(run))
+
+
+def test_changes_are_listed_and_refused_unless_allowed(tmp_path: Path) -> None:
+    """FAULTS 11 and 13; more epochs on a constant schedule continue exactly."""
+    whole = fit(tiny(epochs=4), tmp_path)
+    half = fit(tiny(epochs=2), tmp_path)
+    with pytest.raises(DeclarationError, match=r"train\.epochs = 2; got 4") as caught:
+        pvae.resume(half, "train.epochs=4", "train.batch_size=50", device="cpu", progress=False)
+    assert "train.batch_size = 96; got 50" in str(caught.value)
+    done = pvae.resume(half, "train.epochs=4", allow_changes=True, device="cpu", progress=False)
+    assert_same(whole, done)
+
+
+def test_a_run_cannot_become_another_model(tmp_path: Path) -> None:
+    """FAULTS 13: what a run is cannot change, not even when changes are allowed; its files stay as they are."""
+    run = fit(tiny(epochs=2), tmp_path)
+    before = run.files.spec_text
+    for change in ("latents.z.dim=5", "data.binarize=threshold", "decoder.network.hidden=[8]", "seed=3"):
+        with pytest.raises(DeclarationError, match="another model or other data"):
+            pvae.resume(run.path, change, allow_changes=True, device="cpu", progress=False)
+    assert run.files.spec_text == before
+    last = pvae.resume(run.path, "train.keep=last", allow_changes=True, device="cpu", progress=False)
+    assert last.checkpoint.state["select"] == "weights"
+
+
+def test_metrics_are_exact_after_a_checkpoint_on_the_last_step_of_an_epoch(tmp_path: Path) -> None:
+    whole = fit(tiny(epochs=5, batch_size=1000), tmp_path)
+    part = interrupted(tiny(epochs=5, batch_size=1000), tmp_path, 2)
+    done = pvae.resume(part, device="cpu", progress=False)
+    columns = ["epoch", "split", "elbo", "reconstruction"]
+    assert done.metrics[columns].equals(whole.metrics[columns])
+
+
+def test_stopped_early_and_killed_before_it_was_noted_stays_stopped(tmp_path: Path) -> None:
+    experiment = tiny(epochs=60, patience=2, optimizer={"kind": "adam", "lr": 0.05})
+    run = fit(experiment, tmp_path)
+    epoch = run.status["epoch"]
+    run.files.update_status(state="running")
+    assert pvae.resume(run.path, device="cpu", progress=False).status["epoch"] == epoch
+
+
+def test_other_data_are_refused(tmp_path: Path) -> None:
+    """FAULTS 13."""
+    x = torch.rand(60, 5)
+    spec = Experiment.from_dict(
+        {"latents": {"z": {"dim": 2}}, "decoder": {"likelihood": {"kind": "normal"}}, "train": {"epochs": 1}}
+    )
+    run = fit(spec, tmp_path, data=x)
+    with pytest.raises(pvae.DataError, match="fitted on other data"):
+        _ = pvae.Run.load(run.path, data=pvae.Dataset.from_tensors(x + 1)).pair
+    with pytest.raises(pvae.DataError, match="Pass data="):
+        _ = pvae.Run.load(run.path).pair
+
+
+def test_checkpoint_of_another_declaration_lists_the_differences(tmp_path: Path) -> None:
+    """FAULTS 8."""
+    small = fit(tiny(epochs=1), tmp_path)
+    other = Experiment.from_dict({**TINY_TABLE, "latents": {"w": {"dim": 3}}}).build((1, 8, 8))
+    with pytest.raises(CheckpointError, match=r"guide\.posteriors\.w\..*not in the checkpoint") as caught:
+        load_weights(other, small.checkpoint.tensors["weights"], "here")
+    assert "guide.posteriors.z" in str(caught.value)
+    wider = Experiment.from_dict({**TINY_TABLE, "latents": {"z": {"dim": 4}}}).build((1, 8, 8))
+    with pytest.raises(CheckpointError, match=r"expected shape \[8, 16\]; got \[6, 16\]"):
+        load_weights(wider, small.checkpoint.tensors["weights"], "here")
+
+
+def test_damaged_checkpoint_falls_back_and_says_so(tmp_path: Path) -> None:
+    """FAULTS 4 and 5."""
+    run = fit(tiny(epochs=2, checkpoint_seconds=0.0), tmp_path)
+    newest = run.checkpoint.path
+    weights = newest / "weights.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-5] ^= 1
+    weights.write_bytes(content)
+    again = pvae.Run.load(run.path)
+    assert again.checkpoint.path != newest
+    assert any("falling back" in event["message"] for event in again.files.events())
+
+
+def test_compiled_fit_resumes_bit_for_bit(tmp_path: Path) -> None:
+    """FAULTS 10 with the fast step; the engine of a run stays its own."""
+    experiment = tiny(engine="compiled", epochs=3)
+    whole = fit(experiment, tmp_path)
+    assert whole.status["engine"] == "compiled"
+    done = pvae.resume(interrupted(experiment, tmp_path, 17), device="cpu", progress=False)
+    assert done.status["engine"] == "compiled"
+    assert_same(whole, done)
