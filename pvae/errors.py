@@ -25,13 +25,25 @@ EXIT_CODES: Mapping[int, str] = {
 
 
 class PvaeError(Exception):
-    """Base of all deliberate errors: the message says what was expected, what was found, what to do."""
+    """Base of all deliberate errors: the message says what was expected, what was found, what to do.
+
+    `exit_code` is that of the command line.
+
+    Example:
+        >>> issubclass(DataError, PvaeError), DataError.exit_code, DeclarationError.exit_code
+        (True, 65, 2)
+    """
 
     exit_code = 1
 
 
 class DeclarationError(PvaeError):
-    """A declaration, override or argument is wrong; ``problems`` holds every finding, one line each."""
+    """A declaration, override or argument is wrong; ``problems`` holds every finding, one line each.
+
+    Example:
+        >>> DeclarationError(["vae: train.epoch: expected ...", "vae: latents: expected ..."]).problems[0]
+        'vae: train.epoch: expected ...'
+    """
 
     exit_code = 2
 
@@ -41,7 +53,16 @@ class DeclarationError(PvaeError):
 
 
 class DataError(PvaeError):
-    """Data are missing, broken, or outside what the declared likelihood can score."""
+    """Data are missing, broken, or outside the support of the declared likelihood.
+
+    Example:
+        >>> import torch
+        >>> from pvae.data import Dataset
+        >>> Dataset.of(torch.tensor([[0.0], [float("nan")], [1.0]]))
+        Traceback (most recent call last):
+            ...
+        pvae.errors.DataError: ...
+    """
 
     exit_code = 65
 

@@ -47,6 +47,13 @@ class Dataset:
         label_names: a name for each label, or None.
         notes: remarks that are no errors: files left out, rows shared between splits, constant features.
         table: of a table, its columns and their transforms; else None.
+
+    Example:
+        >>> data = Dataset.of(torch.rand(100, 3))
+        >>> [len(split) for split in data.splits], data.shape
+        ([80, 10, 10], (3,))
+        >>> data.train.x.shape
+        torch.Size([80, 3])
     """
 
     train: Split

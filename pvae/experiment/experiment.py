@@ -53,10 +53,25 @@ class Refit(Section):
 class Experiment(Plan):
     """A declared experiment: data, latents, encoder, decoder, objective, training.
 
+    The latents form a graph: `given` names the parents of a latent in the model, `posterior.given` those in the guide.
+    `build` makes the Pyro pair of model p(x, z) and guide q(z | x); `pvae.fit` fits it. A declaration is immutable;
+    `with_overrides` returns a changed copy.
+
+    Raises:
+        pydantic.ValidationError: a keyword is wrong. `from_dict`, `from_toml` and `load` raise DeclarationError, which
+            names every problem by its path.
+
     Example:
         >>> e = Experiment(latents={"z": {"dim": 2}})
         >>> Experiment.from_toml(e.to_toml()) == e
         True
+        >>> pair = e.with_overrides("latents.z.prior.kind=vamp").build((1, 8, 8))
+        >>> pair.layout.latents
+        ('z',)
+        >>> Experiment.from_toml("latents.z.dimm = 2")
+        Traceback (most recent call last):
+            ...
+        pvae.errors.DeclarationError: toml: latents.z.dimm: expected one of ...; got an unknown key (did you mean 'dim'?).
     """
 
     data: Data = Digits()

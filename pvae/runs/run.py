@@ -81,6 +81,19 @@ class Run:
         data: the data set, when it was passed in Python.
         pair: the pair, when it was written by hand.
         data_dir: where to look for data first.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> import pvae
+        >>> runs = TemporaryDirectory()
+        >>> few = "data.splits.train=[0, 200]"
+        >>> run = pvae.fit("vae", few, "train.epochs=1", run_dir=runs.name, progress=False)
+        >>> again = pvae.Run.load("vae", root=runs.name)  # by name: its newest run
+        >>> again.path == run.path
+        True
+        >>> again.pair.layout.latents, again.data.shape, again.experiment.train.epochs
+        (('z',), (1, 8, 8), 1)
+        >>> runs.cleanup()
     """
 
     def __init__(

@@ -31,12 +31,35 @@ Key = tuple[str, int, str]
 
 @dataclass(frozen=True)
 class Study:
-    """A study that has been run: its finished runs, and the errors of the others."""
+    """A study that has been run: its finished runs, and the errors of the others.
+
+    Arguments:
+        declared: the study as its file declares it.
+        finished: directories of the finished runs, by (label, seed, stage).
+        failures: the last line of output of each failed case.
+        data_dir: where to look for data first.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from tempfile import TemporaryDirectory
+        >>> import pvae
+        >>> runs = TemporaryDirectory()
+        >>> few = "data.splits.train=[0, 200]"
+        >>> run = pvae.fit("vae", few, "train.epochs=1", run_dir=runs.name, progress=False)
+        >>> file = Path(runs.name, "tiny.toml")
+        >>> _ = file.write_text(f"{run.experiment.to_toml()}[sweep]")
+        >>> declared = Declared.load(file)
+        >>> [(case.label, case.seed) for case in declared.cases]
+        [('vae', 0)]
+        >>> found = Study(declared, {("vae", 0, "fit"): run.files}, failures={})
+        >>> [run.name for run in found.runs.values()]
+        ['vae']
+        >>> runs.cleanup()
+    """
 
     declared: Declared
     finished: Mapping[Key, RunDirectory]
     failures: Mapping[Key, str]
-    """Last line of the output of each failed case."""
     data_dir: Path | None = None
 
     @cached_property
@@ -162,8 +185,22 @@ def study(
         Interrupted: a signal arrived; running processes wrote checkpoints. The same call continues the study.
 
     Example:
-        found = pvae.study("priors")
-        print(found.summary()[["case", "stage", "elbo", "elbo_error", "marginal_kl"]])
+        A study of one case, whose run and figures exist already, so that no process starts:
+
+        >>> from pathlib import Path
+        >>> from tempfile import TemporaryDirectory
+        >>> import pvae
+        >>> runs = TemporaryDirectory()
+        >>> few = "data.splits.train=[0, 200]"
+        >>> run = pvae.fit("vae", few, "train.epochs=1", run_dir=runs.name, progress=False)
+        >>> file = Path(runs.name, "tiny.toml")
+        >>> _ = file.write_text(f"{run.experiment.to_toml()}[sweep.measure]")
+        >>> from pvae.analysis.pages.study import figures
+        >>> _ = figures(run, Declared.load(file).measure)
+        >>> found = pvae.study(file, run_dir=runs.name, progress=False)
+        >>> found.to_frame()[["case", "seed", "stage"]].values.tolist()
+        [['vae', 0, 'fit']]
+        >>> runs.cleanup()
     """
     declared = Declared.load(file)
     for name, given in (("jobs", jobs), ("threads", threads)):

@@ -68,8 +68,17 @@ def fit(
         Interrupted: a signal arrived; a checkpoint was written.
 
     Example:
-        run = pvae.fit("vae", "train.epochs=50")
-        print(pvae.analysis.surgery(run.pair, run.data.test.x))
+        >>> from tempfile import TemporaryDirectory
+        >>> import pvae
+        >>> runs = TemporaryDirectory()
+        >>> few = "data.splits.train=[0, 200]"
+        >>> run = pvae.fit("vae", few, "train.epochs=1", run_dir=runs.name, progress=False)
+        >>> run.status["state"]
+        'finished'
+        >>> found = pvae.analysis.surgery(run.pair, run.data.test.x[:50])
+        >>> found.elbo.kind, -60 < found.elbo.value < -30  # nats per datum, after three steps
+        ('estimate', True)
+        >>> runs.cleanup()
     """
     kinds = require(export)
     plan, given_pair = _plan(what, overrides, objective, train)

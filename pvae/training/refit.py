@@ -51,6 +51,21 @@ def refit(
     Raises:
         DeclarationError: no prior changes, or something else does.
         CheckpointError: the run has no checkpoint.
+
+    References:
+        ELBO surgery (Hoffman, Johnson, 2016), http://approximateinference.org/accepted/HoffmanJohnson2016.pdf
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> import pvae
+        >>> runs = TemporaryDirectory()
+        >>> few = "data.splits.train=[0, 200]"
+        >>> run = pvae.fit("vae", few, "train.epochs=1", run_dir=runs.name, progress=False)
+        >>> mixture = "latents.z.prior={kind='mixture', components=5}"
+        >>> second = pvae.refit(run, mixture, progress=False)
+        >>> second.experiment.latents["z"].prior.kind, second.files.manifest["parent"]["run"] == f"vae/{run.path.name}"
+        ('mixture', True)
+        >>> runs.cleanup()
     """
     kinds = require(export)
     if not isinstance(run, Run):

@@ -62,6 +62,17 @@ def resume(
         CheckpointError: no checkpoint verifies, or it belongs to another declaration.
         MissingExtraError: as in `fit`.
         BusyError: another process holds the run.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> import pvae
+        >>> runs = TemporaryDirectory()
+        >>> few = "data.splits.train=[0, 200]"
+        >>> run = pvae.fit("vae", few, "train.epochs=1", run_dir=runs.name, progress=False)
+        >>> longer = pvae.resume(run, "train.epochs=2", allow_changes=True, progress=False)
+        >>> longer.path == run.path, longer.status["epoch"]
+        (True, 2)
+        >>> runs.cleanup()
     """
     asked = require(export)
     if not isinstance(run, Run):

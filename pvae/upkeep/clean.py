@@ -130,6 +130,17 @@ def clean(root: str | Path = "runs", *, apply: bool = False, failed: bool = Fals
 
     Returns:
         The files that were or would be removed, with their bytes, and the runs that were left alone.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> import pvae
+        >>> runs = TemporaryDirectory()
+        >>> few = "data.splits.train=[0, 200]"
+        >>> run = pvae.fit("vae", few, "train.epochs=1", run_dir=runs.name, progress=False)
+        >>> found = pvae.clean(runs.name, apply=True)
+        >>> found.removals, found.skipped  # no write was interrupted
+        ((), ())
+        >>> runs.cleanup()
     """
     broom = _Broom(Path(root), apply)
     for row in list_runs(Path(root)):

@@ -43,6 +43,17 @@ def verify(
 
     Raises:
         DeclarationError: there is no such run.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> import pvae
+        >>> runs = TemporaryDirectory()
+        >>> few = "data.splits.train=[0, 200]"
+        >>> run = pvae.fit("vae", few, "train.epochs=1", run_dir=runs.name, progress=False)
+        >>> checks = pvae.verify(run)
+        >>> checks.ok, checks.facts["loads"]
+        (True, 'step-00000002')
+        >>> runs.cleanup()
     """
     opened = (
         run if isinstance(run, Run) else Run(_directory(run, Path(root)), data_dir=Path(data_dir) if data_dir else None)
