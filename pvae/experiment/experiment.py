@@ -71,7 +71,7 @@ class Experiment(Plan):
         >>> Experiment.from_toml("latents.z.dimm = 2")
         Traceback (most recent call last):
             ...
-        pvae.errors.DeclarationError: toml: latents.z.dimm: expected one of ...; got an unknown key (did you mean 'dim'?).
+        pvae.errors.DeclarationError: toml: latents.z.dimm: expected one of ... (did you mean 'dim'?).
     """
 
     data: Data = Digits()
