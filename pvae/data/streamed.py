@@ -18,7 +18,7 @@ from pvae.data.rows.rows import SPLITS, Part
 from pvae.errors import DataError
 
 MATERIALISED_BYTES = 2**29
-"""Most that is read at once when all rows are asked for."""
+"""Largest part of the rows that is read at once."""
 
 
 @dataclass(frozen=True, eq=False)

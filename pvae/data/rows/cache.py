@@ -130,18 +130,14 @@ def decoded(key: Mapping[str, Any], make: Callable[[Writer], None]) -> Decoded:
         OutputError: the cache cannot be written.
         StorageError: the disk is full.
     """
-    name = _digest({**key, "format": DECODED_FORMAT})[:32]
-    root = cache_folder() / "decoded"
-    found = _opened(root / name)
-    if found is not None:
-        return found
-    with locked(root / name):
-        found = _opened(root / name)
-        if found is None:
-            _make(root / name, make)
-            found = _opened(root / name)
+    folder = cache_folder() / "decoded" / _digest({**key, "format": DECODED_FORMAT})[:32]
+    if (found := _opened(folder)) is None:
+        with locked(folder):
+            if (found := _opened(folder)) is None:
+                _make(folder, make)
+                found = _opened(folder)
     if found is None:
-        raise StorageError(f"{root / name}: expected what was just decoded; got something else. Check the disk.")
+        raise StorageError(f"{folder}: expected what was just decoded; got something else. Check the disk.")
     return found
 
 

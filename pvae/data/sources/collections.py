@@ -144,21 +144,18 @@ def _user_folders(collection: Collection, data_dir: Path | None) -> list[Path]:
 
 def _read_archive(collection: Collection, data_dir: Path | None) -> dict[str, Array] | None:
     """Return the four arrays of an archive in the user's folder, checked as if they were the IDX files."""
-    if collection.archive is None:
-        return None
-    for folder in _user_folders(collection, data_dir):
-        path = folder / collection.archive
-        if path.is_file():
-            arrays = read_arrays(path, KEYS)
-            return {
-                key: _checked_array(np.asarray(arrays[key]), file, path, key) for key, file in collection.files.items()
-            }
+    paths = [folder / collection.archive for folder in _user_folders(collection, data_dir) if collection.archive]
+    for path in filter(Path.is_file, paths):
+        arrays = read_arrays(path, KEYS)
+        return {key: _checked_array(np.asarray(arrays[key]), file, path) for key, file in collection.files.items()}
     return None
 
 
-def _checked_array(array: Array, file: IdxFile, path: Path, key: str) -> Array:
+def _checked_array(array: Array, file: IdxFile, path: Path) -> Array:
     if array.dtype != np.uint8 or array.size != prod(file.shape) or len(array) != file.shape[0]:
-        raise DataError(f"{path}: expected {key!r} of {file.shape} unsigned bytes; got {array.shape} {array.dtype}.")
+        raise DataError(
+            f"{path}: expected {file.shape} unsigned bytes, as in {file.name}; got {array.shape} {array.dtype}."
+        )
     return _checked_digest(array.reshape(file.shape), file, path)
 
 
@@ -199,14 +196,12 @@ def _checked_digest(array: Array, file: IdxFile, path: Path) -> Array:
 def _cached(collection: Collection, file: IdxFile) -> Array:
     """Read a file from the cache when it verifies, else from a mirror; a damaged entry is removed and made again."""
     path = cache_folder() / collection.slug / f"{file.name}.gz"
-    found = _verified(path, file)
-    if found is not None:
+    if (found := _verified(path, file)) is not None:
         return found
     if os.environ.get("PVAE_OFFLINE", "0") not in ("", "0"):
         raise DataError(f"Expected {file.name}.gz; got no such file, and PVAE_OFFLINE is set. {_by_hand(collection)}")
     with locked(path.parent):
-        found = _verified(path, file)
-        if found is not None:
+        if (found := _verified(path, file)) is not None:
             return found
         path.unlink(missing_ok=True)
         return _download(collection, file, path)

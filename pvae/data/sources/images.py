@@ -8,7 +8,6 @@ import stat
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal, final
 
@@ -29,7 +28,7 @@ from pvae.util.files import pretty
 FORMATS = ("PNG", "JPEG", "BMP", "GIF", "PPM", "TIFF", "WEBP")
 SUFFIXES = frozenset(".png .jpg .jpeg .bmp .gif .ppm .pgm .pbm .tif .tiff .webp".split())
 MAX_PIXELS = 2**26
-"""Most pixels of one image: 8192 x 8192."""
+"""Largest image: 8192 x 8192."""
 IMAGES_AT_ONCE = 8
 DECODING_THREADS = 4
 SKIPPED_LISTED = 5
@@ -66,7 +65,7 @@ class Images(FileData):
         files, skipped = found(root)
         if not files:
             raise DataError(f"{root}: expected images ({', '.join(FORMATS)}); got none.{_listed(skipped)}")
-        listing = hashlib.sha256(pretty({"files": [[file.name, *file.version] for file in files]}).encode()).hexdigest()
+        listing = hashlib.sha256(pretty({"files": files}).encode()).hexdigest()
         entry = {"source": "images", "path": str(root.resolve()), "files": listing, "skipped": skipped}
         options = {"size": self.size, "mode": self.mode, "pillow": PIL.__version__}
         kept = decoded({**entry, **options}, lambda writer: _decode(writer, root, files, skipped, self))
@@ -80,17 +79,8 @@ class Images(FileData):
         )
 
 
-@dataclass(frozen=True)
-class ImageFile:
-    """A file that may be an image.
-
-    Arguments:
-        name: its path in the folder, with slashes.
-        version: its size and time of change (ns).
-    """
-
-    name: str
-    version: tuple[int, int]
+ImageFile = tuple[str, int, int]
+"""A file that may be an image: its path in the folder, with slashes, its size, and its time of change (ns)."""
 
 
 def _located(path: str, data_dir: Path | None) -> Path:
@@ -128,8 +118,8 @@ def found(root: Path) -> tuple[list[ImageFile], list[str]]:
                 skipped.append(f"{printable(local)} ({problem})")
             else:
                 status = path.stat()
-                files.append(ImageFile(local, (status.st_size, status.st_mtime_ns)))
-    return sorted(files, key=lambda file: file.name), sorted(skipped)
+                files.append((local, status.st_size, status.st_mtime_ns))
+    return sorted(files), sorted(skipped)
 
 
 def _problem(path: Path, root: Path) -> str:
@@ -174,7 +164,7 @@ def _decoded(root: Path, files: list[ImageFile], declared: Images) -> Iterator[l
         warnings.simplefilter("ignore")
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         for start in range(0, len(files), IMAGES_AT_ONCE):
-            names = [file.name for file in files[start : start + IMAGES_AT_ONCE]]
+            names = [name for name, *_ in files[start : start + IMAGES_AT_ONCE]]
             images = pool.map(lambda name: image(root / name, declared.size, declared.mode), names)
             yield list(zip(names, images, strict=True))
 

@@ -17,7 +17,7 @@ from pvae.data.rows.files import held, located
 from pvae.data.rows.prepare import Scale
 from pvae.data.rows.rows import SPLITS, Rows, tenths
 from pvae.data.sources.base import Data, FileData, Seed
-from pvae.data.tables.cells import CellDecoder, Numbers, in_order, require_named_once
+from pvae.data.tables.cells import CellDecoder, Numbers, in_order
 from pvae.data.tables.delimited import text_pieces
 from pvae.data.tables.parquet import brief, parquet_pieces
 from pvae.errors import DataError
@@ -143,7 +143,6 @@ class FrameSource(Tabular):
         if not isinstance(frame, pandas.DataFrame):
             raise DataError(f"data: expected a pandas DataFrame; got {type(frame).__name__}.")
         names = [str(name) for name in frame.columns]
-        require_named_once(names, "data")
         decoder = self.decoder("data")
         decoder.require_columns(names)
         if not len(frame):

@@ -81,15 +81,17 @@ class CellDecoder:
         """Refuse a table that lacks a declared column; the columns that are not declared are noted.
 
         Raises:
-            DataError: a declared column is not there.
+            DataError: a declared column is not there, or two columns have one name.
         """
+        require_named_once(found, self.origin)
         there = set(found)
         for name in self.names:
             if name not in there:
                 raise DataError(
                     f"{self.origin}: expected a column {shown(name)}; got {listed(found)}{near(name, found)}."
                 )
-        self.left_out = [name for name in found if name not in self.names]
+        read = set(self.names)
+        self.left_out = [name for name in found if name not in read]
 
     def notes(self) -> tuple[str, ...]:
         """A note on the columns that are left out, if there are any."""

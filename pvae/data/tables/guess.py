@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from scipy.stats import skew
 
 from pvae.data.rows.columns import TRUTH
 from pvae.data.rows.files import located
@@ -27,7 +28,7 @@ GUESSED_ROWS = 10_000
 MAX_LEVELS = 100
 LARGEST_GUESSED_COUNT = 10_000
 """Above it a whole number is taken for a quantity, not a count."""
-SKEWED = 2.0
+LARGE_SKEWNESS = 2.0
 SEPARATORS = (",", ";", "\t", "|")
 NA = ("", "NA", "nan")
 Found = dict[str, Any]
@@ -35,12 +36,12 @@ Found = dict[str, Any]
 
 @dataclass(frozen=True)
 class Guess:
-    """What a table seems to hold.
+    """A first declaration of a table.
 
     Arguments:
-        declaration: a whole one, as nested tables.
+        declaration: the whole declaration, as nested tables.
         left_out: columns that are not declared, each with the reason.
-        rows: how many were looked at.
+        rows: number of rows that the guess read.
     """
 
     declaration: Found
@@ -49,11 +50,11 @@ class Guess:
 
 
 def guess(path: str, data_dir: Path | None = None, label: str | None = None) -> Guess:
-    """Look at the first rows of a table.
+    """Guess the declaration of a table from its first rows.
 
     Arguments:
         path: of a CSV file, or of a Parquet file (`.parquet`, `.pq`).
-        data_dir: where to look for it first.
+        data_dir: the folder where it is sought first.
         label: the column that is the label, if there is one.
 
     Raises:
@@ -72,15 +73,9 @@ def guess(path: str, data_dir: Path | None = None, label: str | None = None) -> 
         if label not in cells:
             raise DataError(f"{path}: expected a column {shown(label)}; got none{near(label, map(str, cells))}.")
         found["label"] = label
-    columns: dict[str, Found] = {}
-    left: dict[str, str] = {}
-    for name in cells:
-        if name != label:
-            kind = column_of(cells[name])
-            if isinstance(kind, str):
-                left[str(name)] = kind
-            else:
-                columns[str(name)] = kind
+    kinds = {str(name): column_of(cells[name]) for name in cells if name != label}
+    columns = {name: kind for name, kind in kinds.items() if not isinstance(kind, str)}
+    left = {name: kind for name, kind in kinds.items() if isinstance(kind, str)}
     if not columns:
         raise DataError(f"{path}: expected a column that varies; got {listed(list(left))}.")
     declaration = {
@@ -93,7 +88,7 @@ def guess(path: str, data_dir: Path | None = None, label: str | None = None) -> 
 
 
 def _separator(path: Path) -> str:
-    """The candidate that the first line has most of."""
+    """Return the candidate that occurs most often in the first line."""
     with path.open("rb") as file:
         line = file.readline(2**20)
     return max(SEPARATORS, key=lambda separator: line.count(separator.encode()))
@@ -122,7 +117,7 @@ def _parquet_cells(path: Path) -> pandas.DataFrame:
 
 
 def column_of(cells: Cells) -> Found | str:
-    """What a column of text seems to hold; or why it is left out."""
+    """Return the declaration of a column of text, or the reason why it is left out."""
     given = cells.dropna()
     words = [str(word) for word in given.unique()]
     if len(words) < 2:
@@ -132,13 +127,13 @@ def column_of(cells: Cells) -> Found | str:
 
 
 def _two(words: Sequence[str]) -> Found:
-    """One of two words."""
+    """Declare a column of two words."""
     plain = [next((code for code, known in enumerate(TRUTH) if word in known), None) for word in words]
     return {"type": "binary"} if set(plain) == {0, 1} else {"type": "binary", "values": _in_order(words)}
 
 
 def _numbers(given: Cells) -> Found | str | None:
-    """A count or a quantity; None of what is no number."""
+    """Declare a count or a quantity, or return the reason against it; None where some word is no number."""
     import pandas
 
     values = pandas.to_numeric(given, errors="coerce").to_numpy(np.float64)
@@ -155,25 +150,18 @@ def _numbers(given: Cells) -> Found | str | None:
 
 
 def _wants_logarithm(values: Any) -> bool:
-    """Whether a positive quantity is far less skewed on a logarithmic scale."""
-    if values.min() <= 0:
-        return False
-    return _skewness(values) > SKEWED > 2 * abs(_skewness(np.log(values)))
-
-
-def _skewness(values: Any) -> float:
-    centred = values - values.mean()
-    return float((centred**3).mean() / max((centred**2).mean() ** 1.5, 1e-300))
+    """Return True for a positive quantity that is far less skewed on a logarithmic scale."""
+    return values.min() > 0 and bool(skew(values) > LARGE_SKEWNESS > 2 * abs(skew(np.log(values))))
 
 
 def _levels(words: Sequence[str], rows: int) -> Found | str:
-    """One of several words; or why not."""
+    """Declare a column of several words, or return the reason against it."""
     if len(words) > min(MAX_LEVELS, max(3, rows // 2)):
         return f"{len(words)} different words"
     return {"type": "categorical", "levels": _in_order(words)}
 
 
 def _in_order(words: Sequence[str]) -> list[str] | list[int]:
-    """Sorted; as integers where all are written as such."""
+    """Sort words; as integers where all are written as such."""
     whole = all(re.fullmatch(r"0|-?[1-9]\d{0,17}", word) for word in words)
     return sorted(map(int, words)) if whole else sorted(words)

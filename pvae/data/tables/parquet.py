@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pvae.data.tables.cells import CellDecoder, Numbers, require_named_once, shown
+from pvae.data.tables.cells import CellDecoder, Numbers, shown
 from pvae.errors import DataError, MissingExtraError
 
 BATCH_ROWS = 2**14
@@ -41,9 +41,7 @@ def parquet_pieces(path: Path, decoder: CellDecoder) -> Iterator[Numbers]:
         MissingExtraError: pyarrow is not installed.
     """
     file = opened_parquet(path)
-    names = list(file.schema_arrow.names)
-    require_named_once(names, str(path))
-    decoder.require_columns(names)
+    decoder.require_columns(list(file.schema_arrow.names))
     from pyarrow import ArrowException
 
     start = 0
