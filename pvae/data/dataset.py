@@ -17,7 +17,7 @@ from torch.distributions import constraints
 from torch.utils.data import Dataset as TorchDataset
 
 from pvae.component import from_table
-from pvae.data.rows.arrays import AnyArray, Array, Stored
+from pvae.data.rows.arrays import AnyArray, Stored
 from pvae.data.rows.files import require_room
 from pvae.data.rows.prepare import extremes, prepare, scaled
 from pvae.data.rows.rows import SPLITS, Part, Rows, joined, partition, reshape, shared_rows
@@ -29,6 +29,7 @@ from pvae.data.streamed import Streamed, streams
 from pvae.data.support import elementwise, require_split
 from pvae.data.tables.transforms import ColumnTransforms
 from pvae.errors import DataError, DeclarationError, near
+from pvae.util.types import Array
 
 if TYPE_CHECKING:
     import pandas
@@ -272,6 +273,11 @@ def load(data: Data, *, data_dir: Path | None = None, seed: int = 0) -> Dataset:
 
     Raises:
         DataError: data are missing, damaged, not finite, or do not fit the declaration.
+
+    Example:
+        >>> from pvae.data import Digits
+        >>> load(Digits(binarize="dynamic")).train.x.shape
+        torch.Size([1000, 1, 8, 8])
     """
     return _assembled(data, data.read(data_dir, seed))
 

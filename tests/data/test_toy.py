@@ -15,6 +15,7 @@ import pvae
 from pvae.analysis import surgery
 from pvae.analysis.decompose.result import Surgery
 from pvae.data import Toy, load
+from pvae.data.rows.prepare import Floats
 from pvae.data.sources import toys
 from pvae.data.sources.toys import DensityName
 from pvae.errors import DataError, DeclarationError
@@ -27,12 +28,12 @@ every_density = pytest.mark.parametrize("name", toys.DENSITIES)
 every_exact = pytest.mark.parametrize(("name", "noise"), CASES)
 
 
-def draws(name: str, n: int, noise: float | None = None) -> tuple[toys.Floats, np.ndarray]:
+def draws(name: str, n: int, noise: float | None = None) -> tuple[Floats, np.ndarray]:
     density = toys.DENSITIES[name]
     return density.draw(np.random.default_rng(1), n, density.noise if noise is None else noise)
 
 
-def midpoints(reach: float, cells: int) -> tuple[toys.Floats, float]:
+def midpoints(reach: float, cells: int) -> tuple[Floats, float]:
     """Centres of the cells of a grid over [-reach, reach]^2, and the area of a cell."""
     axis = (np.arange(cells) + 0.5) * (2 * reach / cells) - reach
     return np.stack(np.meshgrid(axis, axis, indexing="ij"), -1).reshape(-1, 2), (2 * reach / cells) ** 2

@@ -15,11 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pvae.errors import DataError
+from pvae.util.types import Array
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-Array = NDArray[Any]
 MAX_NPY_HEADER_BYTES = 2**16
 SPAN_BYTES = 2**25
 """Largest part of a file that is mapped at once to read scattered rows: until then its pages stay in memory."""

@@ -28,7 +28,7 @@ BLOCK_BYTES = 2**21
 WINDOW = 64
 """Blocks in memory: 128 MiB of float32."""
 
-Rule = Callable[[Floats, int], NDArray[Any]]
+BlockRule = Callable[[Floats, int], NDArray[Any]]
 """Function of the rows of a block and its number, for fixed draws that are other ones in every block."""
 
 
@@ -69,7 +69,7 @@ class Blocks:
         rule: applied to every block; None: the scaled values are left as they are.
     """
 
-    def __init__(self, rows: Scaled, part: Part, survey: Survey, rule: Rule | None = None) -> None:
+    def __init__(self, rows: Scaled, part: Part, survey: Survey, rule: BlockRule | None = None) -> None:
         self.rows, self.part, self.survey, self.rule = rows, part, survey, rule
         self.row = tuple(rows.x.shape[1:])
         self.block = max(1, BLOCK_BYTES // (4 * max(1, prod(self.row))))

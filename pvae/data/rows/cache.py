@@ -14,9 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from pvae.data.rows.arrays import Array, FileArray, npy_array
+from pvae.data.rows.arrays import FileArray, npy_array
 from pvae.errors import BusyError, DataError, OutputError, StorageError
 from pvae.util.files import pretty, read_object
+from pvae.util.types import Array
 
 LOCK_SECONDS = 900
 DECODED_FORMAT = 2

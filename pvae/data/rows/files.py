@@ -10,9 +10,10 @@ from typing import IO, Any
 
 import numpy as np
 
-from pvae.data.rows.arrays import AnyArray, Array, Stored
+from pvae.data.rows.arrays import AnyArray, Stored
 from pvae.errors import DataError
 from pvae.util.memory import GIB, total_memory
+from pvae.util.types import Array
 
 PIECE_BYTES = 2**21
 """Bytes that are read from a stream at once."""

@@ -10,9 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import expit, logit
 
-from pvae.data.rows.arrays import AnyArray, Array
+from pvae.data.rows.arrays import AnyArray
 from pvae.data.rows.rows import Part, Rows, chunks, rows_of
 from pvae.errors import DataError
+from pvae.util.types import Array
 
 Binarize = Literal["none", "threshold", "static", "dynamic"]
 Scale = Literal["unit", "raw", "standardise"]

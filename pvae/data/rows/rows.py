@@ -10,9 +10,10 @@ from math import prod
 import numpy as np
 from numpy.typing import NDArray
 
-from pvae.data.rows.arrays import AnyArray, Array, Joined
+from pvae.data.rows.arrays import AnyArray, Joined
 from pvae.data.rows.columns import Column
 from pvae.errors import DataError
+from pvae.util.types import Array
 
 Part = range | NDArray[np.int64]
 """Row numbers: a range that a declaration may change, or the indices of a permutation."""

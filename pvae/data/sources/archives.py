@@ -16,7 +16,6 @@ import numpy as np
 
 from pvae.data.rows.arrays import (
     AnyArray,
-    Array,
     FileArray,
     NpyHeader,
     npy_array,
@@ -29,6 +28,7 @@ from pvae.data.rows.files import MAX_DEFLATE_RATIO, gathered, held, located, pie
 from pvae.data.rows.rows import SPLITS, Rows, joined
 from pvae.data.sources.base import FileData
 from pvae.errors import DataError, near
+from pvae.util.types import Array
 
 BROKEN = (
     zipfile.BadZipFile, zlib.error, struct.error, EOFError, ValueError, OSError, OverflowError, RuntimeError,

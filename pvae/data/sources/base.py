@@ -15,10 +15,11 @@ import numpy as np
 from pydantic import Field
 
 from pvae.component import Component, Ints, Section, Table
-from pvae.data.rows.arrays import AnyArray, Array
+from pvae.data.rows.arrays import AnyArray
 from pvae.data.rows.columns import Column
 from pvae.data.rows.prepare import Binarize, Scale
 from pvae.data.rows.rows import SPLITS, Rows, tenths
+from pvae.util.types import Array
 
 Range = Annotated[tuple[int, int], Field(strict=False)]
 """Rows ``[start, stop)`` of a source; a list of two integers is accepted."""

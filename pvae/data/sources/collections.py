@@ -16,7 +16,6 @@ from typing import Literal, final
 
 import numpy as np
 
-from pvae.data.rows.arrays import Array
 from pvae.data.rows.cache import cache_folder, locked
 from pvae.data.rows.files import user_folder
 from pvae.data.rows.rows import Rows
@@ -24,6 +23,7 @@ from pvae.data.sources.archives import read_arrays
 from pvae.data.sources.base import Data
 from pvae.data.sources.idx import IdxHeader, read_idx
 from pvae.errors import DataError
+from pvae.util.types import Array
 
 DOWNLOAD_PIECE_BYTES = 2**20
 CONNECT_AND_READ_SECONDS = (10, 60)

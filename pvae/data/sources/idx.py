@@ -16,7 +16,7 @@ from typing import IO, Any, Literal, cast, final
 
 import numpy as np
 
-from pvae.data.rows.arrays import AnyArray, Array, FileArray, version_of
+from pvae.data.rows.arrays import MAX_DIMENSIONS, AnyArray, FileArray, version_of
 from pvae.data.rows.cache import decoded
 from pvae.data.rows.files import (
     MAX_DEFLATE_RATIO,
@@ -30,9 +30,9 @@ from pvae.data.rows.files import (
 from pvae.data.rows.rows import Rows
 from pvae.data.sources.base import FileData
 from pvae.errors import DataError
+from pvae.util.types import Array
 
 TYPES = {0x08: "u1", 0x09: "i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
-MAX_DIMENSIONS = 32
 GZIP = b"\x1f\x8b"
 
 

@@ -16,7 +16,6 @@ import PIL
 from PIL import Image, ImageOps, UnidentifiedImageError
 from pydantic import Field
 
-from pvae.data.rows.arrays import Array
 from pvae.data.rows.cache import Writer, decoded
 from pvae.data.rows.files import held, user_folder
 from pvae.data.rows.prepare import Scale
@@ -24,6 +23,7 @@ from pvae.data.rows.rows import Rows
 from pvae.data.sources.base import FileData
 from pvae.errors import DataError, printable
 from pvae.util.files import pretty
+from pvae.util.types import Array
 
 FORMATS = ("PNG", "JPEG", "BMP", "GIF", "PPM", "TIFF", "WEBP")
 SUFFIXES = frozenset(".png .jpg .jpeg .bmp .gif .ppm .pgm .pbm .tif .tiff .webp".split())

@@ -15,13 +15,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 from torch.utils.data import Dataset as TorchDataset
 
-from pvae.data.rows.arrays import AnyArray, Array, Index, SparseRows, Stored
+from pvae.data.rows.arrays import AnyArray, Index, SparseRows, Stored
 from pvae.data.rows.cache import cache_folder
 from pvae.data.rows.files import PIECE_BYTES, require_room
 from pvae.data.rows.prepare import Scale
 from pvae.data.rows.rows import SPLITS, Rows, joined, tenths
 from pvae.data.sources.base import Data, Seed
 from pvae.errors import DataError, OutputError, StorageError, near
+from pvae.util.types import Array
 
 LARGEST_GAP = 4
 """Rows that are read for each row that is wanted; with more between them they are fetched one by one."""

@@ -17,12 +17,11 @@ from numpy.typing import NDArray
 from pydantic import Field, field_validator
 from scipy.special import i0e, logsumexp, ndtr
 
-from pvae.data.rows.prepare import Scale
+from pvae.data.rows.prepare import Floats, Scale
 from pvae.data.rows.rows import Rows
 from pvae.data.sources.base import Data, Seed
 from pvae.errors import DeclarationError, near
 
-Floats = NDArray[np.float64]
 Draws = tuple[Floats, NDArray[np.int64]]
 DensityName = Literal["moons", "rings", "pinwheel", "checkerboard", "eight_gaussians", "spiral"]
 
@@ -190,6 +189,10 @@ def log_density(name: str, x: Floats, noise: float | None = None) -> Floats:
 
     Raises:
         DeclarationError: the density has no closed form, or needs noise to have one.
+
+    Example:
+        >>> log_density("rings", np.zeros((1, 2))).round(1)
+        array([-30.3])
     """
     exact, noise = _closed_form(name, noise)
     return exact(np.asarray(x, np.float64), noise)
@@ -203,6 +206,10 @@ def entropy(name: str, noise: float | None = None) -> float:
 
     Raises:
         DeclarationError: as `log_density`.
+
+    Example:
+        >>> round(entropy("checkerboard"), 3)
+        2.89
     """
     exact, noise = _closed_form(name, noise)
     if not noise:

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pvae.data.rows.arrays import Array
 from pvae.data.rows.columns import Column
 from pvae.data.rows.prepare import Floats
 from pvae.errors import DataError, near
+from pvae.util.types import Array
 
 if TYPE_CHECKING:
     import pandas

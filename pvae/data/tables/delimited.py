@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from pvae.data.tables.cells import Cells
 
-PIECE_BYTES = 2**22
+TEXT_PIECE_BYTES = 2**22
 MAX_HEADER_BYTES = 2**20
 MAX_RECORD_BYTES = 2**24
 QUOTE, NEWLINE = ord('"'), ord("\n")
@@ -87,7 +87,7 @@ def read_pieces(path: Path, header: TextHeader, separator: str) -> Iterator[Piec
     width, line, rest = len(header.names), header.lines + 1, b""
     with path.open("rb") as file:
         file.seek(header.bytes)
-        while (block := file.read(PIECE_BYTES)) or rest:
+        while (block := file.read(TEXT_PIECE_BYTES)) or rest:
             whole, rest = _split(rest + (block or b"\n"), path, line)  # a last line may lack its end
             if not whole and not block:
                 raise DataError(f"{path}, line {line}: expected a closing quote; got the end of the file.")
