@@ -1,15 +1,16 @@
-"""What is read off the finished runs of a study: figures, kept in each run's folder, and the tables made of them."""
+"""Figures of the finished runs of a study, kept in each run's folder, and the tables made of them."""
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pvae.analysis.bounds.evidence import evidence
 from pvae.analysis.decompose.surgery import surgery
 from pvae.analysis.figures.table import cell
+from pvae.analysis.pages.sections.anatomy import SURGERY_TERMS
 from pvae.analysis.samples.features import affordable
 from pvae.errors import CheckpointError, DataError
 from pvae.runs import checkpoint
@@ -18,38 +19,35 @@ from pvae.runs.rundir import RunDirectory
 from pvae.studies.sweep import FIRST, Measure
 from pvae.util import seeds
 from pvae.util.files import pretty, read_inside, read_object, write_atomic
+from pvae.util.progress import Progress, silent
 
 if TYPE_CHECKING:
     import pandas
     from rich.table import Table
 
-FILE = "study.json"
-SCHEMA = 1
-TERMS = ("elbo", "reconstruction", "kl", "mutual_information", "marginal_kl")
-"""What is kept of a surgery."""
-FIGURES = (*TERMS, "iwae", *(f"train_{term}" for term in TERMS), "seconds")
+STUDY_FILE = "study.json"
+STUDY_SCHEMA = 1
+STUDY_FIGURES = (*SURGERY_TERMS, "iwae", *(f"train_{term}" for term in SURGERY_TERMS), "seconds")
 """The figures of a run: of the test split, of the training split, and the seconds of training."""
-SHOWN = {
+TERMINAL_FIGURES = {
     "elbo": "ELBO", "mutual_information": "I_q", "marginal_kl": "marginal KL",
     "train_marginal_kl": "marginal KL, train", "iwae": "IWAE",
 }  # fmt: skip
 """The figures that a terminal has room for."""
-NAMES = ("case", "seed", "stage")
+RUN_COLUMNS = ("case", "seed", "stage")
 
 
 # ---------------------------------------------------------------------- figures of one run
 
 
-def figures(
-    run: Run, measure: Measure, *, on_progress: Callable[[int, int], None] = lambda _done, _total: None
-) -> dict[str, Any]:
-    """The figures of a finished run, measured once: they are kept in `analysis/study.json` of its folder.
+def figures(run: Run, measure: Measure, *, on_progress: Progress = silent) -> dict[str, Any]:
+    """Return the figures of a finished run, measured once and kept in `analysis/study.json` of its folder.
 
-    What is kept counts for one checkpoint and one `measure`; with others it is measured again.
+    The kept figures belong to one checkpoint and one `measure`; for others they are measured again.
 
     Arguments:
         run: a finished run.
-        measure: draws, importance samples and rows.
+        measure: samples, importance samples and rows.
         on_progress: called with (parts done, parts in all).
 
     Returns:
@@ -66,16 +64,16 @@ def figures(
         return found
     key = _key(run.files, measure)
     found = _measured(run, measure, on_progress)
-    write_atomic(run.files.analysis / FILE, pretty({"schema": SCHEMA, "key": key, "figures": found}))
+    write_atomic(run.files.analysis / STUDY_FILE, pretty({"schema": STUDY_SCHEMA, "key": key, "figures": found}))
     return found
 
 
 def kept(files: RunDirectory, measure: Measure) -> dict[str, Any] | None:
-    """What a run's folder holds of these figures; None where they have not been measured, or are damaged."""
+    """Return the kept figures of a run; None where they have not been measured, or are damaged."""
     try:
-        table = read_object(files.path / "analysis", FILE)
+        table = read_object(files.path / "analysis", STUDY_FILE)
         found = table.get("figures")
-        fresh = table.get("schema") == SCHEMA and table.get("key") == _key(files, measure)
+        fresh = table.get("schema") == STUDY_SCHEMA and table.get("key") == _key(files, measure)
     except (DataError, CheckpointError):
         return None
     whole = isinstance(found, dict) and all(isinstance(found.get(split), dict) for split in ("test", "train"))
@@ -83,7 +81,7 @@ def kept(files: RunDirectory, measure: Measure) -> dict[str, Any] | None:
 
 
 def _key(files: RunDirectory, measure: Measure) -> dict[str, Any]:
-    """What the figures depend on: the newest checkpoint, by the digest of its manifest, and the settings."""
+    """Identity of the figures: the newest checkpoint, by the digest of its manifest, and the settings."""
     newest = checkpoint.newest_first(files.path / "checkpoints")
     if not newest:
         raise CheckpointError(f"{files.path}: expected a checkpoint; got none. Fit the run anew.")
@@ -91,17 +89,17 @@ def _key(files: RunDirectory, measure: Measure) -> dict[str, Any]:
     return {"checkpoint": hashlib.sha256(manifest).hexdigest(), **measure.model_dump()}
 
 
-def _measured(run: Run, measure: Measure, on_progress: Callable[[int, int], None]) -> dict[str, Any]:
+def _measured(run: Run, measure: Measure, on_progress: Progress) -> dict[str, Any]:
     seconds = run.status.get("seconds")
     found: dict[str, Any] = {"iwae": None, "seconds": seconds, "notes": []}
     for i, split in enumerate(("test", "train")):
         part = run.data.split(split)
         most = measure.rows or affordable(len(part), tuple(part.rows.shape[1:]))  # of streamed data, what memory holds
         x = part.rows[seeds.subset(len(part), most, 0).to(part.rows.device)]
-        found[split] = dict.fromkeys(TERMS)
+        found[split] = dict.fromkeys(SURGERY_TERMS)
         try:
             parts = surgery(run.pair, x, samples=measure.samples)
-            found[split] = {term: _plain(getattr(parts, term)) for term in TERMS}
+            found[split] = {term: _plain(getattr(parts, term)) for term in SURGERY_TERMS}
         except DataError as problem:  # a generator without a likelihood has no ELBO
             found["notes"].append(f"{split}: {problem}")
         on_progress(i + 1, 3)
@@ -122,10 +120,10 @@ def _plain(figure: Any) -> dict[str, Any] | None:
 
 
 def row_of(found: Mapping[str, Any]) -> dict[str, float]:
-    """The figures of a run as one row: `FIGURES`, and `<figure>_error` with its Monte Carlo error; NaN for none."""
+    """Return the figures of a run as one row: `STUDY_FIGURES` and their Monte Carlo errors `<figure>_error`, or NaN."""
     named = {**found["test"], "iwae": found.get("iwae"), **{f"train_{k}": v for k, v in found["train"].items()}}
     row: dict[str, float] = {}
-    for name in FIGURES[:-1]:
+    for name in STUDY_FIGURES[:-1]:
         estimate = named.get(name)
         estimate = estimate if isinstance(estimate, dict) else {}
         row[name] = _number(estimate.get("value"))
@@ -138,50 +136,50 @@ def _number(value: object) -> float:
 
 
 def frame(rows: Sequence[Mapping[str, Any]]) -> pandas.DataFrame:
-    """One row per run: case, seed, stage, what was declared of it, its figures, its folder."""
+    """Return one row per run: case, seed, stage, its settings, its figures, its folder."""
     import pandas
 
-    errors = [column for name in FIGURES[:-1] for column in (name, f"{name}_error")]
-    ends = (*errors, FIGURES[-1], "run")
-    declared = dict.fromkeys(key for row in rows for key in row if key not in (*NAMES, *ends))
-    return pandas.DataFrame([dict(row) for row in rows], columns=[*NAMES, *declared, *ends])
+    errors = [column for name in STUDY_FIGURES[:-1] for column in (name, f"{name}_error")]
+    ends = (*errors, STUDY_FIGURES[-1], "run")
+    declared = dict.fromkeys(key for row in rows for key in row if key not in (*RUN_COLUMNS, *ends))
+    return pandas.DataFrame([dict(row) for row in rows], columns=[*RUN_COLUMNS, *declared, *ends])
 
 
 def csv(found: pandas.DataFrame) -> str:
-    """A table as CSV, with text that a spreadsheet would take for a formula quoted."""
+    """Return a table as CSV, with text that a spreadsheet would take for a formula quoted."""
     return str(found.map(cell).rename(columns=cell).to_csv(index=False))
 
 
 def summary(runs: pandas.DataFrame) -> pandas.DataFrame:
-    """One row per case and stage, in the order of `frame`: mean and standard error of each figure over the seeds.
+    """Return one row per case and stage, in the order of `frame`: mean and standard error of each figure over seeds.
 
     `seeds` counts the runs; `<figure>_error` is the sample deviation over seeds by the root of their number, NaN for
     one seed. It tells how far fits differ, not the Monte Carlo error of one.
     """
-    groups = runs.groupby(["case", "stage"], sort=False)[list(FIGURES)]
+    groups = runs.groupby(["case", "stage"], sort=False)[list(STUDY_FIGURES)]
     means, errors = groups.mean(), groups.sem().add_suffix("_error")
-    both = means.join(errors)[[column for name in FIGURES for column in (name, f"{name}_error")]]
+    both = means.join(errors)[[column for name in STUDY_FIGURES for column in (name, f"{name}_error")]]
     both.insert(0, "seeds", groups.size())
     return both.reset_index()
 
 
 def table(means: pandas.DataFrame, title: str) -> Table:
-    """A summary for terminals: mean and standard error over seeds, nats per datum."""
+    """Return a summary for terminals: mean and standard error over seeds, nats per datum."""
     from rich.table import Table
     from rich.text import Text
 
-    drawn = Table(title=Text(title), caption=Text(CAPTION), caption_justify="left")
+    drawn = Table(title=Text(title), caption=Text(SUMMARY_CAPTION), caption_justify="left")
     drawn.add_column("case", overflow="fold", min_width=10)
-    for column in ("seeds", *SHOWN.values()):
+    for column in ("seeds", *TERMINAL_FIGURES.values()):
         drawn.add_column(column, justify="right")
     for row in means.to_dict("records"):
         stage = "" if row["stage"] == FIRST else f": {row['stage']}"
-        figures = [_with_error(row[name], row[f"{name}_error"]) for name in SHOWN]
+        figures = [_with_error(row[name], row[f"{name}_error"]) for name in TERMINAL_FIGURES]
         drawn.add_row(Text(f"{row['case']}{stage}"), str(row["seeds"]), *figures)
     return drawn
 
 
-CAPTION = "test, nats per datum: mean ± standard error over seeds; IWAE bounds log p(x) from below"
+SUMMARY_CAPTION = "test, nats per datum: mean ± standard error over seeds; IWAE bounds log p(x) from below"
 
 
 def _with_error(value: float, error: float) -> str:

@@ -29,13 +29,12 @@ def report(
 ) -> None:
     """Write the report of a run: one HTML file, its numbers as JSON and CSV."""
     from pvae.analysis.pages.report import examine
-    from pvae.analysis.pages.sections import SECTIONS
-    from pvae.analysis.pages.sections.examination import Case
+    from pvae.analysis.pages.sections.examination import Examination
 
     opened = shared.open(run)
-    case = Case(opened, split, evidence_samples=evidence_samples, gap_steps=gap_steps, seed=seed)
-    with shared.bar("report", len(SECTIONS)) as bar:
-        found = examine(case, bar.report)
+    exam = Examination(opened, split, evidence_samples=evidence_samples, gap_steps=gap_steps, seed=seed)
+    with shared.bar("report", 100) as bar:
+        found = examine(exam, bar.report)
     path = found.write(opened.files.report, figures=figures)
     shared.answer({"file": str(path), **found.to_dict(), "run": str(opened.path)}, found)
     shared.tell(f"report: {path}")
@@ -54,14 +53,15 @@ def compare(
     seed: SeedOption = 0,
 ) -> None:
     """Compare runs on the same data: one HTML file with a column for each, paired differences, rate and distortion."""
-    from pvae.analysis.pages.compare import SECTIONS, Bench, examine
-    from pvae.analysis.pages.document.document import claim
+    from pvae.analysis.pages.compare import examine
+    from pvae.analysis.pages.comparison.comparison import Comparison
+    from pvae.analysis.pages.document.folder import claim
 
     opened = [shared.open(run) for run in runs]
-    bench = Bench(opened, split=split, evidence_samples=evidence_samples, seed=seed)
+    comparison = Comparison(opened, split=split, evidence_samples=evidence_samples, seed=seed)
     claim(out)  # before the work
-    with shared.bar("compare", len(SECTIONS)) as bar:
-        found = examine(bench, " and ".join(bench.names), "", bar.report)
+    with shared.bar("compare", 100) as bar:
+        found = examine(comparison, " and ".join(comparison.names), "", bar.report)
     path = found.write(out, figures=figures)
     shared.answer({"file": str(path), **found.to_dict()}, found)
     shared.tell(f"comparison: {path}")

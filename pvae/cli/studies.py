@@ -30,7 +30,7 @@ def study(
     if dry_run:
         _list(shared, file)
         return
-    from pvae.analysis.pages.document.document import claim
+    from pvae.analysis.pages.document.folder import claim
     from pvae.runs.names import slug
     from pvae.studies import study as run_study
     from pvae.studies.cases import Declared
@@ -61,11 +61,10 @@ def study(
 
 def _compared(found: Study, out: Path, *, show: bool) -> Path | None:
     """Write the page and the tables of a study; None, and a message, where its runs cannot be compared."""
-    from pvae.analysis.pages.compare import SECTIONS
     from pvae.util.progress import ProgressBar
 
     try:
-        with ProgressBar(len(SECTIONS), "compare", show=show) as bar:
+        with ProgressBar(100, "compare", show=show) as bar:
             return found.compare(out, on_progress=bar.report)
     except PvaeError as error:
         tell(f"no comparison: {error}", err=True)

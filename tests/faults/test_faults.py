@@ -25,7 +25,7 @@ from torch import Tensor
 
 import pvae
 from pvae.analysis.pages.report import examine, report
-from pvae.analysis.pages.sections.examination import Case
+from pvae.analysis.pages.sections.examination import Examination
 from pvae.cli.app import say, tell
 from pvae.data import Dataset
 from pvae.errors import DataError, DeclarationError, DeviceError, StorageError, printable
@@ -142,7 +142,7 @@ def test_two_reports_at_once_are_both_whole(
 ) -> None:
     """FAULTS 44: the one that ends last stands, whole."""
     run = pvae.Run.load("vae", root=runs)
-    document = examine(Case(run, samples=1, evidence_samples=2))
+    document = examine(Examination(run, samples=1, evidence_samples=2))
     original = files.write_atomic
     others: list[Path] = []
 
@@ -152,7 +152,7 @@ def test_two_reports_at_once_are_both_whole(
             others.append(document.write(run.files.report))
         original(path, text)
 
-    monkeypatch.setattr("pvae.analysis.pages.document.document.write_atomic", interleaved)
+    monkeypatch.setattr("pvae.analysis.pages.document.folder.write_atomic", interleaved)
     assert document.write(run.files.report) == others[1]
     assert written(others[0].parent) == reported
 

@@ -20,7 +20,7 @@ from filelock import FileLock
 from rich.console import Console
 
 import pvae
-from pvae.analysis.pages.study import FIGURES, csv, frame, kept
+from pvae.analysis.pages.study import STUDY_FIGURES, csv, frame, kept
 from pvae.errors import DeclarationError, Interrupted, PvaeError
 from pvae.experiment import zoo
 from pvae.experiment.experiment import Experiment
@@ -312,7 +312,7 @@ def test_a_study_is_run_once_and_read_off_as_tables(tmp_path, started):
 
     table = found.to_frame()
     assert len(table) == 6
-    assert not table[list(FIGURES)].isna().any(axis=None)
+    assert not table[list(STUDY_FIGURES)].isna().any(axis=None)
     assert table["latents.z.prior"].tolist() == ["standard_normal"] * 4 + [json.dumps(MIXTURE)] * 2
     assert (table["elbo"] - (table["reconstruction"] - table["kl"])).abs().max() < 1e-6
     assert (table["kl"] - table["mutual_information"] - table["marginal_kl"]).abs().max() < 1e-6

@@ -17,7 +17,7 @@ from pvae.analysis.pages.plots.base import BLACK, BLUE, GREY, ORANGE, RED, SERIE
 
 
 @dataclass(frozen=True)
-class Step:
+class WaterfallStep:
     """One line of a waterfall: a level that is reached, or a cost that is paid."""
 
     label: str
@@ -26,63 +26,65 @@ class Step:
     colour: str = GREY
 
 
-def inference_steps(surgery: Surgery, evidence: Evidence | None) -> list[Step]:
+def inference_steps(surgery: Surgery, evidence: Evidence | None) -> list[WaterfallStep]:
     """From log p(x) to the ELBO, by what importance sampling found above it; none where nothing was found."""
     if evidence is None or not math.isfinite(evidence.gap) or evidence.gap < 1e-6:
         return []
     elbo = surgery.elbo.value
     return [
-        Step("log p(x), from below", elbo + evidence.gap, True),
-        Step("− KL(q(z | x) || p(z | x))", evidence.gap, colour=RED),
-        Step("ELBO", elbo, True),
+        WaterfallStep("log p(x), from below", elbo + evidence.gap, True),
+        WaterfallStep("− KL(q(z | x) || p(z | x))", evidence.gap, colour=RED),
+        WaterfallStep("ELBO", elbo, True),
     ]
 
 
-def waterfall_steps(surgery: Surgery, above: Sequence[Step] = ()) -> list[list[Step]]:
+def waterfall_steps(surgery: Surgery, above: Sequence[WaterfallStep] = ()) -> list[list[WaterfallStep]]:
     """From reconstruction to ELBO, by term, and by latent where there are several; `above` comes first."""
-    start = Step("reconstruction", surgery.reconstruction.value, True)
-    end = Step("ELBO", surgery.elbo.value, True)
+    start = WaterfallStep("reconstruction", surgery.reconstruction.value, True)
+    end = WaterfallStep("ELBO", surgery.elbo.value, True)
     by_latent = [
-        Step(f"− KL of {name}", z.kl.value, colour=SERIES[i % len(SERIES)])
+        WaterfallStep(f"− KL of {name}", z.kl.value, colour=SERIES[i % len(SERIES)])
         for i, (name, z) in enumerate(surgery.latents.items())
     ]
     panels = [list(above)] if above else []
     if surgery.mutual_information is None or surgery.marginal_kl is None:
         return [*panels, [start, *by_latent, end]]
-    panels.append([start, Step("− I_q[x, z]", surgery.mutual_information.value, colour=BLUE), *_marginal(surgery), end])
+    panels.append(
+        [start, WaterfallStep("− I_q[x, z]", surgery.mutual_information.value, colour=BLUE), *_marginal(surgery), end]
+    )
     return [*panels, [start, *by_latent, end]] if len(by_latent) > 1 else panels
 
 
-def _marginal(surgery: Surgery) -> list[Step]:
+def _marginal(surgery: Surgery) -> list[WaterfallStep]:
     """The marginal KL, in two where it splits: coordinates that depend, and coordinates of another shape."""
     assert surgery.marginal_kl is not None  # noqa: S101 - asked before
     whole, parts = surgery.marginal_kl.value, [z.dimensions for z in surgery.latents.values()]
     if len(parts) == 1 and parts[0] is not None and parts[0].coordinate_kl is not None:
         apart = parts[0].coordinate_kl.value
         return [
-            Step("− total correlation", whole - apart, colour=ORANGE),
-            Step("− KL of coordinates", apart, colour=YELLOW),
+            WaterfallStep("− total correlation", whole - apart, colour=ORANGE),
+            WaterfallStep("− KL of coordinates", apart, colour=YELLOW),
         ]
-    return [Step("− marginal KL", whole, colour=ORANGE)]
+    return [WaterfallStep("− marginal KL", whole, colour=ORANGE)]
 
 
-def waterfall(panels: Sequence[Sequence[Step]]) -> Figure:
+@style()
+def waterfall(panels: Sequence[Sequence[WaterfallStep]]) -> Figure:
     """Panels of levels and costs on one axis, nats per datum."""
-    with style():
-        heights = [0.5 * len(steps) + 0.8 for steps in panels]
-        made = figure(sum(heights) + 0.2)
-        grid = made.subplots(len(panels), 1, squeeze=False, sharex=True, height_ratios=heights)
-        for axes, steps in zip(grid[:, 0], panels, strict=True):
-            _fall(axes, steps)
-            low, high = reach(panels)
-            axes.set_xlim(low - 0.2 * (high - low), high + 0.06 * (high - low))
-            axes.set_title(f"from {plain(steps[0].label.split(',')[0])} to the {plain(steps[-1].label)}")
-        grid[-1, 0].xaxis.set_major_locator(MaxNLocator(6))
-        grid[-1, 0].set_xlabel("nats per datum")
+    heights = [0.5 * len(steps) + 0.8 for steps in panels]
+    made = figure(sum(heights) + 0.2)
+    grid = made.subplots(len(panels), 1, squeeze=False, sharex=True, height_ratios=heights)
+    for axes, steps in zip(grid[:, 0], panels, strict=True):
+        _fall(axes, steps)
+        low, high = reach(panels)
+        axes.set_xlim(low - 0.2 * (high - low), high + 0.06 * (high - low))
+        axes.set_title(f"from {plain(steps[0].label.split(',')[0])} to the {plain(steps[-1].label)}")
+    grid[-1, 0].xaxis.set_major_locator(MaxNLocator(6))
+    grid[-1, 0].set_xlabel("nats per datum")
     return made
 
 
-def reach(panels: Sequence[Sequence[Step]]) -> tuple[float, float]:
+def reach(panels: Sequence[Sequence[WaterfallStep]]) -> tuple[float, float]:
     """Lowest and highest level that any panel touches, at least a little apart."""
     levels = []
     for steps in panels:
@@ -93,7 +95,7 @@ def reach(panels: Sequence[Sequence[Step]]) -> tuple[float, float]:
     return min(levels), max(max(levels), min(levels) + 1e-3)
 
 
-def _fall(axes: Axes, steps: Sequence[Step]) -> None:
+def _fall(axes: Axes, steps: Sequence[WaterfallStep]) -> None:
     """Levels as ticks, costs as bars from one level down to the next."""
     position = steps[0].value
     for i, step in enumerate(steps):

@@ -1,4 +1,4 @@
-"""What all figures share: their look, their size, and how text and PNG come out."""
+"""Look and size of all figures, their text, and their PNG."""
 
 from __future__ import annotations
 
@@ -11,25 +11,29 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.font_manager import findfont, get_font
-from numpy.typing import NDArray
+from matplotlib.ticker import MaxNLocator
+from PIL import Image
 
-Array = NDArray[np.float64]
-Row = Mapping[str, Any]
+from pvae.util.types import Array
+
+MetricsRow = Mapping[str, Any]
+"""Figures of one epoch and one split."""
 
 DPI = 120
-WIDTH = 6.0
+FIGURE_WIDTH = 6.0
 """Inches: 720 pixels, so that text is still legible on a phone."""
 BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, RED, PURPLE = (
     "#000000", "#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7",
 )  # fmt: skip
-"""Okabe and Ito's palette, told apart by every kind of colour vision."""
+"""Okabe and Ito's palette, distinguishable with every kind of colour vision."""
 GREY, PALE = "#767676", "#C8C8C8"
 SERIES = (BLUE, RED, GREEN, PURPLE, ORANGE, SKY, BLACK)
-CLASSES = (BLUE, ORANGE, GREEN, RED, SKY, PURPLE, BLACK, YELLOW, "#8A8A8A", "#7A4A1E")
-CAPTION = 96
+CLASS_COLOURS = (BLUE, ORANGE, GREEN, RED, SKY, PURPLE, BLACK, YELLOW, "#8A8A8A", "#7A4A1E")
+CAPTION_LINE = 96
 """Characters of a line of a caption."""
 TEXT, SHORT = 60, 16
 """Characters of a name that a figure shows, and of a class's name."""
@@ -70,28 +74,29 @@ STYLE: dict[str, Any] = {
 
 @contextmanager
 def style() -> Iterator[None]:
-    """The figures' settings for a while; whatever the user has set comes back."""
+    """Use the settings of the figures for a while, and restore those of the user. Also a decorator."""
     with matplotlib.rc_context(STYLE):  # type: ignore[arg-type]
         yield
 
 
 def figure(height: float) -> Figure:
     """An empty figure of the report's width, `height` in inches."""
-    made = Figure(figsize=(WIDTH, height), layout="constrained")
+    made = Figure(figsize=(FIGURE_WIDTH, height), layout="constrained")
     FigureCanvasAgg(made)
     return made
 
 
+@style()
 def png(made: Figure) -> bytes:
     """PNG bytes at 120 dpi; the same figure gives the same bytes."""
-    buffer = io.BytesIO()
-    with style():
-        made.savefig(buffer, format="png", dpi=DPI, metadata={"Software": None}, pil_kwargs={"optimize": True})
+    canvas, buffer = FigureCanvasAgg(made), io.BytesIO()
+    canvas.draw()  # once: `savefig` draws a first time to lay the figure out, and this does both
+    Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB").save(buffer, "png", optimize=True)
     return buffer.getvalue()
 
 
 def plain(text: object) -> str:
-    """A name that the font can show: no control characters, at most `TEXT` characters."""
+    """Return a name that the font can show: no control characters, at most `TEXT` characters."""
     known = get_font(findfont("DejaVu Sans")).get_charmap()
     shown = "".join(
         "\N{REPLACEMENT CHARACTER}" if unicodedata.category(c) in ("Cc", "Cf", "Cs") or ord(c) not in known else c
@@ -101,10 +106,20 @@ def plain(text: object) -> str:
 
 
 def nats(value: float, digits: int = 2) -> str:
-    """A figure with a true minus sign, and none before a zero."""
+    """Return a figure with a true minus sign, and none before a zero."""
     return f"{round(value, digits) + 0.0:.{digits}f}".replace("-", "−")
 
 
 def set_caption(made: Figure, text: str) -> None:
     """Text below a figure that stands alone."""
-    made.supxlabel("\n".join(textwrap.wrap(text, CAPTION)), x=0.02, ha="left", fontsize=8.5, color="#444444")
+    made.supxlabel("\n".join(textwrap.wrap(text, CAPTION_LINE)), x=0.02, ha="left", fontsize=8.5, color="#444444")
+
+
+def whole_numbers(axis: Axis) -> None:
+    """Put the ticks of an axis at whole numbers."""
+    axis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+
+
+def few_marks(epochs: Array) -> str | None:
+    """Return the marker of a curve: points are marked where they are few."""
+    return "o" if len(epochs) < 10 else None

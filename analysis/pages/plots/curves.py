@@ -8,12 +8,25 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
-from pvae.analysis.pages.plots.base import BLUE, GREEN, GREY, RED, SERIES, Array, Row, figure, nats, plain, style
+from pvae.analysis.pages.plots.base import (
+    BLUE,
+    GREEN,
+    GREY,
+    RED,
+    SERIES,
+    MetricsRow,
+    few_marks,
+    figure,
+    nats,
+    plain,
+    style,
+    whole_numbers,
+)
+from pvae.util.types import Array
 
 
-def series(rows: Sequence[Row], split: str, key: str) -> tuple[Array, Array]:
+def series(rows: Sequence[MetricsRow], split: str, key: str) -> tuple[Array, Array]:
     """(epochs, values) of one figure of one split; what is no number is left out."""
     pairs = [
         (float(row["epoch"]), float(row[key]))
@@ -28,89 +41,89 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def training(rows: Sequence[Row], latents: Sequence[str]) -> Figure:
+@style()
+def training(rows: Sequence[MetricsRow], latents: Sequence[str]) -> Figure:
     """ELBO of train and validation, KL of every latent, and beta, over epochs."""
-    with style():
-        made = figure(6.6)
-        top, middle, bottom = made.subplots(3, 1, sharex=True, height_ratios=[3, 2, 1])
-        _elbo_curves(top, rows)
-        for i, name in enumerate(latents):
-            colour = SERIES[i % len(SERIES)]
-            middle.plot(*series(rows, "train", f"kl/{name}"), color=colour, label=plain(name))
-            middle.plot(*series(rows, "validation", f"kl/{name}"), color=colour, linestyle="--")
-        middle.set_title("KL of every latent (dashed: validation)")
-        middle.set_ylabel("nats")
-        middle.set_ylim(bottom=0)
-        middle.legend(loc="best")
-        epochs, beta = series(rows, "train", "beta")
-        bottom.plot(epochs, beta, color=GREY)
-        bottom.set_title("beta, the weight of the KL in the loss")
-        bottom.set_ylim(-0.05, max(1.05, float(beta.max(initial=0.0)) * 1.05))
-        bottom.set_xlabel("epoch")
-        bottom.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
-        for axes in (top, middle, bottom):
-            axes.grid(axis="y")
-            if len(epochs) == 1:
-                axes.margins(x=0.5)
+    made = figure(6.6)
+    top, middle, bottom = made.subplots(3, 1, sharex=True, height_ratios=[3, 2, 1])
+    _elbo_curves(top, rows)
+    for i, name in enumerate(latents):
+        colour = SERIES[i % len(SERIES)]
+        middle.plot(*series(rows, "train", f"kl/{name}"), color=colour, label=plain(name))
+        middle.plot(*series(rows, "validation", f"kl/{name}"), color=colour, linestyle="--")
+    middle.set_title("KL of every latent (dashed: validation)")
+    middle.set_ylabel("nats")
+    middle.set_ylim(bottom=0)
+    middle.legend(loc="best")
+    epochs, beta = series(rows, "train", "beta")
+    bottom.plot(epochs, beta, color=GREY)
+    bottom.set_title("beta, the weight of the KL in the loss")
+    bottom.set_ylim(-0.05, max(1.05, float(beta.max(initial=0.0)) * 1.05))
+    bottom.set_xlabel("epoch")
+    whole_numbers(bottom.xaxis)
+    for axes in (top, middle, bottom):
+        axes.grid(axis="y")
+        if len(epochs) == 1:
+            axes.margins(x=0.5)
     return made
 
 
-def history(rows: Sequence[Row]) -> Figure:
+@style()
+def history(rows: Sequence[MetricsRow]) -> Figure:
     """Mutual information and marginal KL over epochs, with the ceiling of the first."""
-    with style():
-        made = figure(3.2)
-        axes = made.subplots()
-        for (key, label), colour in zip(HISTORY, SERIES, strict=False):
-            epochs, values = series(rows, "analysis", key)
-            axes.plot(epochs, values, color=colour, label=label, marker="o" if len(epochs) < 10 else None, markersize=4)
-        epochs, ceiling = series(rows, "analysis", "log_n")
-        axes.plot(epochs, ceiling, color=GREY, linestyle=":", label="log n, the most I can be")
-        axes.set_title("Where the KL goes")
-        axes.set_ylabel("nats")
-        axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
-        axes.set_xlabel("epoch")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
-        axes.grid(axis="y")
-        axes.legend(loc="best")
+    made = figure(3.2)
+    axes = made.subplots()
+    for (key, label), colour in zip(HISTORY, SERIES, strict=False):
+        epochs, values = series(rows, "analysis", key)
+        axes.plot(epochs, values, color=colour, label=label, marker=few_marks(epochs), markersize=4)
+    epochs, ceiling = series(rows, "analysis", "log_n")
+    axes.plot(epochs, ceiling, color=GREY, linestyle=":", label="log n, the most I can be")
+    axes.set_title("Where the KL goes")
+    axes.set_ylabel("nats")
+    axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
+    axes.set_xlabel("epoch")
+    whole_numbers(axes.xaxis)
+    axes.grid(axis="y")
+    axes.legend(loc="best")
     return made
 
 
 HISTORY = (("mutual_information", "mutual information I_q[x, z]"), ("marginal_kl", "marginal KL(q_agg || p)"))
 
 
-def duel(rows: Sequence[Row]) -> Figure:
+@style()
+def duel(rows: Sequence[MetricsRow]) -> Figure:
     """Losses of critic and generator, and the nearest-neighbour accuracy of validation, over epochs."""
-    with style():
-        made = figure(4.8)
-        top, bottom = made.subplots(2, 1, sharex=True, height_ratios=[3, 2])
-        for key, label, colour in (("critic_loss", "critic", BLUE), ("generator_loss", "generator", RED)):
-            epochs, values = series(rows, "train", key)
-            mark = "o" if len(epochs) < 10 else None
-            top.plot(epochs, values, color=colour, label=label, marker=mark, markersize=4)
-            top.plot(*series(rows, "validation", key), color=colour, linestyle="--")
-        top.axhline(math.log(4), color=GREY, linestyle=":", label="log 4, of a critic that knows nothing")
-        top.set_title("Losses (dashed: validation)")
-        top.set_ylabel("nats")
-        top.legend(loc="best")
-        epochs, values = series(rows, "validation", "two_sample")
-        bottom.plot(epochs, values, color=GREEN, marker="o" if len(epochs) < 10 else None, markersize=4)
-        bottom.axhline(0.5, color=GREY, linestyle=":")
-        bottom.set_title("Nearest neighbour of the same kind (one half: alike)")
-        bottom.set_ylim(0.0, 1.05)
-        bottom.set_xlabel("epoch")
-        bottom.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
-        for axes in (top, bottom):
-            axes.grid(axis="y")
-            if len(epochs) == 1:
-                axes.margins(x=0.5)
+    made = figure(4.8)
+    top, bottom = made.subplots(2, 1, sharex=True, height_ratios=[3, 2])
+    for key, label, colour in (("critic_loss", "critic", BLUE), ("generator_loss", "generator", RED)):
+        epochs, values = series(rows, "train", key)
+        mark = few_marks(epochs)
+        top.plot(epochs, values, color=colour, label=label, marker=mark, markersize=4)
+        top.plot(*series(rows, "validation", key), color=colour, linestyle="--")
+    top.axhline(math.log(4), color=GREY, linestyle=":", label="log 4, of a critic that knows nothing")
+    top.set_title("Losses (dashed: validation)")
+    top.set_ylabel("nats")
+    top.legend(loc="best")
+    epochs, values = series(rows, "validation", "two_sample")
+    bottom.plot(epochs, values, color=GREEN, marker=few_marks(epochs), markersize=4)
+    bottom.axhline(0.5, color=GREY, linestyle=":")
+    bottom.set_title("Nearest neighbour of the same kind (one half: alike)")
+    bottom.set_ylim(0.0, 1.05)
+    bottom.set_xlabel("epoch")
+    whole_numbers(bottom.xaxis)
+    for axes in (top, bottom):
+        axes.grid(axis="y")
+        if len(epochs) == 1:
+            axes.margins(x=0.5)
     return made
 
 
-def _elbo_curves(axes: Axes, rows: Sequence[Row]) -> None:
+def _elbo_curves(axes: Axes, rows: Sequence[MetricsRow]) -> None:
     seen = []
     for split, colour, dash in (("train", BLUE, "-"), ("validation", RED, "--")):
         epochs, values = series(rows, split, "elbo")
-        mark = "o" if len(epochs) < 10 else None
+        mark = few_marks(epochs)
         axes.plot(epochs, values, color=colour, linestyle=dash, label=split, marker=mark, markersize=4)
         seen.append((epochs, values))
     epochs, values = seen[1]

@@ -7,11 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from pvae.analysis.pages.plots.base import BLACK, GREY, ORANGE, PALE, RED, WIDTH, Array, figure, nats, style
+from pvae.analysis.pages.plots.base import BLACK, FIGURE_WIDTH, GREY, ORANGE, PALE, RED, figure, nats, style
 from pvae.analysis.samples.sharpness import is_image
+from pvae.util.types import Array
 
 
 def tiles(images: Array, columns: int, low: float, high: float) -> Array:
@@ -29,6 +31,25 @@ def tiles(images: Array, columns: int, low: float, high: float) -> Array:
     return out
 
 
+def show_tiles(
+    axes: Axes,
+    images: Array,
+    columns: int,
+    low: float,
+    high: float,
+    row_names: Sequence[str] = (),
+    column_names: Sequence[str] = (),
+) -> None:
+    """Show pictures in a grid; names of rows at the left, of columns below."""
+    h, w = images.shape[-2:]
+    gap = max(1, round(w / 10))
+    axes.imshow(tiles(images, columns, low, high), aspect="equal")
+    axes.set_xticks([i * (w + gap) + w / 2 - 0.5 for i in range(len(column_names))], column_names)
+    axes.set_yticks([i * (h + gap) + h / 2 - 0.5 for i in range(len(row_names))], row_names)
+    axes.tick_params(length=0, labelsize=9)
+    axes.spines[:].set_visible(False)
+
+
 @dataclass(frozen=True)
 class Rebuilt:
     """Some data beside the mean of p(x | z) at their own draw of z."""
@@ -39,28 +60,24 @@ class Rebuilt:
     nats: Array
 
 
+@style()
 def reconstructions(parts: Sequence[Rebuilt], low: float, high: float) -> Figure:
     """Best, median and worst data by log p(x | z): the datum above, the decoder's mean below."""
     shape = parts[0].data.shape[1:]
-    with style():
-        if is_image(shape):
-            return rebuilt_images(parts, low, high)
-        return _rebuilt_lines(parts)
+    if is_image(shape):
+        return rebuilt_images(parts, low, high)
+    return _rebuilt_lines(parts)
 
 
 def rebuilt_images(parts: Sequence[Rebuilt], low: float, high: float, below: str = "mean") -> Figure:
     """The datum above, what was made of it below, with its nats."""
     columns = max(len(part.data) for part in parts)
     h, w = parts[0].data.shape[-2:]
-    made = figure(len(parts) * (2.15 * 0.89 * WIDTH / columns * h / w + 0.55))
+    made = figure(len(parts) * (2.15 * 0.89 * FIGURE_WIDTH / columns * h / w + 0.55))
     grid = made.subplots(len(parts), 1, squeeze=False)
     for axes, part in zip(grid[:, 0], parts, strict=True):
-        axes.imshow(tiles(np.concatenate([part.data, part.means]), len(part.data), low, high), aspect="equal")
-        gap = max(1, round(w / 10))
-        axes.set_xticks([i * (w + gap) + w / 2 - 0.5 for i in range(len(part.nats))], [nats(v, 1) for v in part.nats])
-        axes.set_yticks([h / 2, h + gap + h / 2], ["data", below])
-        axes.tick_params(length=0, labelsize=9)
-        axes.spines[:].set_visible(False)
+        both, scores = np.concatenate([part.data, part.means]), [nats(v, 1) for v in part.nats]
+        show_tiles(axes, both, len(part.data), low, high, ("data", below), scores)
         axes.set_title(part.title)
     return made
 
@@ -86,19 +103,19 @@ def _rebuilt_lines(parts: Sequence[Rebuilt]) -> Figure:
     return made
 
 
+@style()
 def samples(means: Array, data: Array, low: float, high: float) -> Figure:
     """Means of p(x | z) for draws of the prior; beside some data where events are no pictures."""
     shape = means.shape[1:]
-    with style():
-        if is_image(shape):
-            columns = min(10, len(means))
-            rows = math.ceil(len(means) / columns)
-            made = figure(rows * WIDTH / columns * shape[-2] / shape[-1] + 0.1)
-            axes = made.subplots()
-            axes.imshow(tiles(means, columns, low, high), aspect="equal")
-            axes.set_axis_off()
-            return made
-        return _sampled_vectors(means.reshape(len(means), -1), data.reshape(len(data), -1))
+    if is_image(shape):
+        columns = min(10, len(means))
+        rows = math.ceil(len(means) / columns)
+        made = figure(rows * FIGURE_WIDTH / columns * shape[-2] / shape[-1] + 0.1)
+        axes = made.subplots()
+        axes.imshow(tiles(means, columns, low, high), aspect="equal")
+        axes.set_axis_off()
+        return made
+    return _sampled_vectors(means.reshape(len(means), -1), data.reshape(len(data), -1))
 
 
 def _sampled_vectors(means: Array, data: Array) -> Figure:
@@ -123,6 +140,7 @@ def _sampled_vectors(means: Array, data: Array) -> Figure:
     return made
 
 
+@style()
 def gallery(
     images: Array,
     low: float,
@@ -134,14 +152,9 @@ def gallery(
     rows, columns = images.shape[:2]
     h, w = images.shape[-2:]
     gap = max(1, round(w / 10))
-    size = min(1.1, 0.9 * WIDTH / columns)
-    with style():
-        wide = min(1.0, 1.08 * columns * size / WIDTH) * (WIDTH - 0.1 - (0.7 if row_names else 0))
-        made = figure(wide * (rows * (h + gap)) / (columns * (w + gap)) + (0.4 if column_names else 0.15))
-        axes = made.subplots()
-        axes.imshow(tiles(images.reshape(-1, *images.shape[2:]), columns, low, high), aspect="equal")
-        axes.set_xticks([i * (w + gap) + w / 2 - 0.5 for i in range(len(column_names))], column_names)
-        axes.set_yticks([i * (h + gap) + h / 2 - 0.5 for i in range(len(row_names))], row_names)
-        axes.tick_params(length=0, labelsize=9)
-        axes.spines[:].set_visible(False)
+    size = min(1.1, 0.9 * FIGURE_WIDTH / columns)
+    wide = min(1.0, 1.08 * columns * size / FIGURE_WIDTH) * (FIGURE_WIDTH - 0.1 - (0.7 if row_names else 0))
+    made = figure(wide * (rows * (h + gap)) / (columns * (w + gap)) + (0.4 if column_names else 0.15))
+    axes = made.subplots()
+    show_tiles(axes, images.reshape(-1, *images.shape[2:]), columns, low, high, row_names, column_names)
     return made

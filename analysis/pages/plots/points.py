@@ -13,7 +13,8 @@ from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
 from matplotlib.transforms import Bbox
 
-from pvae.analysis.pages.plots.base import GREY, PALE, SERIES, Array, figure, nats, plain, set_caption, style
+from pvae.analysis.pages.plots.base import GREY, PALE, SERIES, figure, nats, plain, set_caption, style
+from pvae.util.types import Array
 
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 LABEL = 36
@@ -24,6 +25,7 @@ TURNS = tuple(math.radians(angle) for angle in (0, 180, 90, 270, 35, 145, 325, 2
 """In which direction, the first that is free."""
 
 
+@style()
 def rate_distortion(
     names: Sequence[str], rates: Sequence[float], distortions: Sequence[float], errors: Sequence[tuple[float, float]]
 ) -> Figure:
@@ -37,29 +39,28 @@ def rate_distortion(
     """
     points = np.column_stack([rates, distortions]).astype(np.float64)
     spread = np.nan_to_num(np.asarray(errors, dtype=np.float64), posinf=0.0).reshape(-1, 2)
-    with style():
-        made = figure(5.0)
-        axes = made.subplots()
-        for i, ((x, y), (e_x, e_y)) in enumerate(zip(points, spread, strict=True)):
-            axes.errorbar(
-                x, y, xerr=e_x or None, yerr=e_y or None, color=SERIES[i % len(SERIES)], elinewidth=1.2,
-                marker=MARKERS[i % len(MARKERS)], markersize=7, markeredgecolor="white", markeredgewidth=0.8, zorder=3,
-            )  # fmt: skip
-        low, high = (points - spread).min(0), (points + spread).max(0)
-        pad = np.where(high > low, 0.18 * (high - low), np.maximum(1.0, 0.05 * np.abs(high)))
-        axes.set_xlim(low[0] - pad[0], high[0] + pad[0])
-        axes.set_ylim(low[1] - pad[1], high[1] + pad[1])
-        axes.set_title("Rate and distortion")
-        axes.set_xlabel("rate: KL(q(z | x) || p(z)), nats per datum")
-        axes.set_ylabel("distortion: −E log p(x | z), nats per datum")
-        set_caption(made, "Dashed: equal ELBO = −(rate + distortion). Towards the lower left the ELBO is higher.")
-        made.draw_without_rendering()
-        made.set_layout_engine("none")
-        taken = _equal_elbo(made, axes)
-        ends = axes.transData.transform(np.concatenate([points - spread, points + spread])).reshape(2, -1, 2)
-        for (x, y), (x0, y0), (x1, y1) in zip(axes.transData.transform(points), *ends, strict=True):
-            taken += [Bbox.from_extents(x0, y - 2, x1, y + 2), Bbox.from_extents(x - 2, y0, x + 2, y1)]
-        label_points(made, axes, [shortened(plain(name)) for name in names], points, taken)
+    made = figure(5.0)
+    axes = made.subplots()
+    for i, ((x, y), (e_x, e_y)) in enumerate(zip(points, spread, strict=True)):
+        axes.errorbar(
+            x, y, xerr=e_x or None, yerr=e_y or None, color=SERIES[i % len(SERIES)], elinewidth=1.2,
+            marker=MARKERS[i % len(MARKERS)], markersize=7, markeredgecolor="white", markeredgewidth=0.8, zorder=3,
+        )  # fmt: skip
+    low, high = (points - spread).min(0), (points + spread).max(0)
+    pad = np.where(high > low, 0.18 * (high - low), np.maximum(1.0, 0.05 * np.abs(high)))
+    axes.set_xlim(low[0] - pad[0], high[0] + pad[0])
+    axes.set_ylim(low[1] - pad[1], high[1] + pad[1])
+    axes.set_title("Rate and distortion")
+    axes.set_xlabel("rate: KL(q(z | x) || p(z)), nats per datum")
+    axes.set_ylabel("distortion: −E log p(x | z), nats per datum")
+    set_caption(made, "Dashed: equal ELBO = −(rate + distortion). Towards the lower left the ELBO is higher.")
+    made.draw_without_rendering()
+    made.set_layout_engine("none")
+    taken = _equal_elbo(made, axes)
+    ends = axes.transData.transform(np.concatenate([points - spread, points + spread])).reshape(2, -1, 2)
+    for (x, y), (x0, y0), (x1, y1) in zip(axes.transData.transform(points), *ends, strict=True):
+        taken += [Bbox.from_extents(x0, y - 2, x1, y + 2), Bbox.from_extents(x - 2, y0, x + 2, y1)]
+    label_points(made, axes, [shortened(plain(name)) for name in names], points, taken)
     return made
 
 

@@ -1,45 +1,43 @@
-"""What a model makes, as a sheet with a caption of its own: the figures that commands write."""
+"""Sheets with a caption of their own: the figures that commands write."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from numpy.typing import NDArray
 
 from pvae.analysis.export.sites import numpy_of
 from pvae.analysis.pages.plots.base import (
+    FIGURE_WIDTH,
     GREY,
     PALE,
     RED,
     SERIES,
     SHORT,
-    WIDTH,
-    Array,
     figure,
     plain,
     set_caption,
     style,
 )
 from pvae.analysis.pages.plots.latents import Cloud, plane
-from pvae.analysis.pages.plots.pictures import Rebuilt, rebuilt_images, tiles
+from pvae.analysis.pages.plots.pictures import Rebuilt, rebuilt_images, show_tiles
 from pvae.analysis.samples.generated import Encoding, Reconstructions, Samples
 from pvae.analysis.samples.interpolate import Interpolation
 from pvae.analysis.samples.sharpness import is_image
 from pvae.analysis.samples.traversal import Traversal
+from pvae.util.types import Array
 
 SHEET = 100
-"""Most pictures of a sheet."""
+"""Most pictures on a sheet."""
 PICTURE = 1.1
 """Largest width of a picture, inches."""
 
 
 def is_shown(shape: Sequence[int]) -> bool:
-    """Whether data of an event are pictures, `(1|3, H, W)` or `(H, H)`, or points of the plane."""
+    """True for the shape of pictures, `(1|3, H, W)` or `(H, H)`, and of points of the plane."""
     return tuple(shape) == (2,) or (is_image(shape) and (len(shape) == 3 or shape[0] == shape[1]))
 
 
@@ -58,11 +56,12 @@ def sampled(found: Samples, data: Array) -> Figure | None:
     return _sheet(shown, math.ceil(math.sqrt(len(shown))), data, f"Samples{some}", caption)
 
 
-def _range(values: NDArray[Any]) -> str:
+def _range(values: Array) -> str:
     low, high = int(values.min()), int(values.max())
     return str(low) if low == high else f"{low} to {high}"
 
 
+@style()
 def reconstructed(found: Reconstructions, x: Array, data: Array) -> Figure | None:
     """Reconstructions below their data `(n, *shape)`, best, median and worst; None for data of other shapes."""
     made, log_p = numpy_of(found.x).astype(np.float64), numpy_of(found.log_p)
@@ -78,11 +77,8 @@ def reconstructed(found: Reconstructions, x: Array, data: Array) -> Figure | Non
     picks = (("best", order[:count]), ("median", order[middle : middle + count]), ("worst", order[-count:]))
     parts = [Rebuilt(name, x[i], made[i], log_p[i]) for name, i in picks[: 3 if len(order) >= 3 * count else 1]]
     parts = parts if len(parts) > 1 else [replace(parts[0], title="Reconstructions")]
-    with style():
-        sheet = rebuilt_images(parts, float(data.min()), float(data.max()), what)
-        set_caption(
-            sheet, f"Above the datum, below the {what} of p(x | z) at one draw of q(z | x); log p(x | z), nats."
-        )
+    sheet = rebuilt_images(parts, float(data.min()), float(data.max()), what)
+    set_caption(sheet, f"Above the datum, below the {what} of p(x | z) at one draw of q(z | x); log p(x | z), nats.")
     return sheet
 
 
@@ -120,7 +116,7 @@ def interpolated(found: Interpolation, data: Array) -> Figure | None:
 
 
 def encoded(
-    found: Encoding, prior: Samples, labels: NDArray[Any] | None = None, names: Sequence[str] | None = None
+    found: Encoding, prior: Samples, labels: Array | None = None, names: Sequence[str] | None = None
 ) -> dict[str, Figure]:
     """The plane of every real latent of at least two rows: draws of q_agg against draws of the prior; by name."""
     planes = {}
@@ -132,6 +128,7 @@ def encoded(
     return planes
 
 
+@style()
 def _sheet(
     images: Array,
     columns: int,
@@ -143,21 +140,17 @@ def _sheet(
 ) -> Figure:
     """Pictures in a grid, on the scale of grey of the data; names of rows at the left, of columns below."""
     h, w = images.shape[-2:]
-    gap, rows = max(1, round(w / 10)), math.ceil(len(images) / columns)
-    size = min(PICTURE, 0.9 * WIDTH / columns)
-    with style():
-        made = figure(rows * size * h / w * 1.08 + 0.75)
-        axes = made.subplots()
-        axes.imshow(tiles(images, columns, float(data.min()), float(data.max())), aspect="equal")
-        axes.set_xticks([i * (w + gap) + w / 2 - 0.5 for i in range(len(column_names))], column_names)
-        axes.set_yticks([i * (h + gap) + h / 2 - 0.5 for i in range(len(row_names))], row_names)
-        axes.tick_params(length=0, labelsize=9)
-        axes.spines[:].set_visible(False)
-        axes.set_title(title)
-        set_caption(made, caption)
+    rows = math.ceil(len(images) / columns)
+    size = min(PICTURE, 0.9 * FIGURE_WIDTH / columns)
+    made = figure(rows * size * h / w * 1.08 + 0.75)
+    axes = made.subplots()
+    show_tiles(axes, images, columns, float(data.min()), float(data.max()), row_names, column_names)
+    axes.set_title(title)
+    set_caption(made, caption)
     return made
 
 
+@style()
 def _points(
     groups_of: Sequence[tuple[Array, str]],
     data: Array,
@@ -168,27 +161,24 @@ def _points(
     paths: bool = False,
 ) -> Figure:
     """Points of the plane before the data: as they are, joined each to its datum, or as paths."""
-    with style():
-        made = figure(5.4)
-        axes = made.subplots()
-        size = float(np.clip(9000 / max(map(len, (data, groups_of[0][0]))), 4, 16))
-        axes.scatter(data[:, 0], data[:, 1], s=size, color=PALE if not joined else GREY, linewidths=0, label="data")
-        for i, (x, label) in enumerate(groups_of):
-            if joined:
-                axes.plot(
-                    np.stack([data[:, 0], x[:, 0]]), np.stack([data[:, 1], x[:, 1]]), color=PALE, lw=0.8, zorder=0
-                )
-            if paths:
-                colour, dash = SERIES[i % len(SERIES)], ("-", "--")[i // len(SERIES) % 2]
-                axes.plot(x[:, 0], x[:, 1], color=colour, linestyle=dash, label=label)
-                axes.plot(x[-1:, 0], x[-1:, 1], "o", color=colour, markersize=5)
-            else:
-                axes.scatter(x[:, 0], x[:, 1], s=1.5 * size, color=RED, alpha=0.7, linewidths=0, label=label)
-        axes.set_aspect("equal", adjustable="datalim")
-        axes.set_title(title)
-        axes.set_xlabel("x[0]")
-        axes.set_ylabel("x[1]")
-        made.legend(loc="outside upper right", ncols=min(6, 1 + len(groups_of)), columnspacing=1.0)
-        made.set_layout_engine("constrained", w_pad=0.1)
-        set_caption(made, caption)
+    made = figure(5.4)
+    axes = made.subplots()
+    size = float(np.clip(9000 / max(map(len, (data, groups_of[0][0]))), 4, 16))
+    axes.scatter(data[:, 0], data[:, 1], s=size, color=PALE if not joined else GREY, linewidths=0, label="data")
+    for i, (x, label) in enumerate(groups_of):
+        if joined:
+            axes.plot(np.stack([data[:, 0], x[:, 0]]), np.stack([data[:, 1], x[:, 1]]), color=PALE, lw=0.8, zorder=0)
+        if paths:
+            colour, dash = SERIES[i % len(SERIES)], ("-", "--")[i // len(SERIES) % 2]
+            axes.plot(x[:, 0], x[:, 1], color=colour, linestyle=dash, label=label)
+            axes.plot(x[-1:, 0], x[-1:, 1], "o", color=colour, markersize=5)
+        else:
+            axes.scatter(x[:, 0], x[:, 1], s=1.5 * size, color=RED, alpha=0.7, linewidths=0, label=label)
+    axes.set_aspect("equal", adjustable="datalim")
+    axes.set_title(title)
+    axes.set_xlabel("x[0]")
+    axes.set_ylabel("x[1]")
+    made.legend(loc="outside upper right", ncols=min(6, 1 + len(groups_of)), columnspacing=1.0)
+    made.set_layout_engine("constrained", w_pad=0.1)
+    set_caption(made, caption)
     return made

@@ -1,8 +1,8 @@
-"""The sections of a report, in reading order; each is a function of a `Case` that gives None where it means nothing."""
+"""Sections of a report in reading order: functions of an `Examination`, None where the section means nothing."""
 
 from collections.abc import Callable, Mapping
 
-from pvae.analysis.pages.document.document import Section
+from pvae.analysis.pages.document.blocks import PageSection
 from pvae.analysis.pages.sections import (
     anatomy,
     appendix,
@@ -17,9 +17,9 @@ from pvae.analysis.pages.sections import (
     training,
     walks,
 )
-from pvae.analysis.pages.sections.examination import Case
+from pvae.analysis.pages.sections.examination import Examination
 
-SECTIONS: Mapping[str, Callable[[Case], Section | None]] = {
+SECTIONS: Mapping[str, Callable[[Examination], PageSection | None]] = {
     "training": training.section,
     "fit": fit.section,
     "surgery": anatomy.section,
@@ -36,4 +36,4 @@ SECTIONS: Mapping[str, Callable[[Case], Section | None]] = {
     "environment": appendix.environment,
     "left out": appendix.left_out,
 }
-"""By name; a new one is one function and one row."""
+"""Functions by name; a new section is one function and one row."""

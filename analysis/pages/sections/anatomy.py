@@ -1,4 +1,4 @@
-"""Where the nats of the ELBO go."""
+"""ELBO surgery: the terms that the ELBO is made of."""
 
 from __future__ import annotations
 
@@ -6,114 +6,115 @@ import math
 
 from pvae.analysis.decompose.result import Surgery
 from pvae.analysis.pages import plots
-from pvae.analysis.pages.document.document import (
+from pvae.analysis.pages.document.blocks import (
     Block,
-    Column,
     Note,
+    PageSection,
+    PageTable,
     Picture,
-    Section,
     Sentence,
-    Table,
     Tile,
-    nats,
+    columns,
     picture,
-    side_by_side,
 )
-from pvae.analysis.pages.sections.examination import Case
+from pvae.analysis.pages.document.tables import side_by_side
+from pvae.analysis.pages.document.text import nats
+from pvae.analysis.pages.sections.examination import Examination
+from pvae.analysis.pages.sections.fit import SHOWN_NATS
 
 SATURATED = 0.9
-"""Share of log n above which the mutual information is held down by the number of rows."""
+"""Proportion of log n above which the number of rows limits the mutual information."""
+SURGERY_TERMS = ("elbo", "reconstruction", "kl", "mutual_information", "marginal_kl")
 
 
-def section(case: Case) -> Section | None:
+def section(exam: Examination) -> PageSection | None:
     """The waterfall and the table of the surgery; None of a model without a likelihood."""
-    if case.implicit:
+    if exam.implicit:
         return None
-    s = case.held
-    blocks: list[Block] = [_waterfall(case), _table(case)]
-    blocks += [Note(text) for text in s.notes]
+    s = exam.held
+    blocks: list[Block] = [_waterfall(exam), _table(exam), *(Note(text) for text in s.notes)]
     if s.shared:
-        caption = "Global latents: log q − log p, nats for the whole data set, no part of the figures per datum"
-        blocks.append(Table("global_latents", caption, (Column("site"), Column("nats")), tuple(s.shared.items())))
-    if (classes := _classes(case)) is not None:
+        caption = "Global latents: log q − log p in nats for the whole data set, not included in figures per datum"
+        blocks.append(PageTable("global_latents", caption, columns("site", "nats"), tuple(s.shared.items())))
+    if (classes := _classes(exam)) is not None:
         blocks.append(classes)
     tiles = []
     if s.marginal_kl is not None:
-        tiles.append(Tile("marginal KL", nats(s.marginal_kl), "nats, the most a prior can win"))
+        tiles.append(Tile("marginal KL", nats(s.marginal_kl), "nats, the most that a better prior can add"))
     lead = (
-        "ELBO = reconstruction − I_q[x, z] − KL(q_agg ‖ p). The prior stands only in the last term. One set of draws "
-        "serves every term, so the parts add up to the ELBO exactly."
+        "ELBO = reconstruction − I_q[x, z] − KL(q_agg ‖ p). Only the last term depends on the prior. All terms are "
+        "computed from the same samples, so they add up to the ELBO exactly."
     )
-    surgeries = {split: {**found.to_dict(), "rows": case.rows[split].note} for split, found in case.surgeries.items()}
-    return Section(
+    surgeries = {split: {**found.to_dict(), "rows": exam.rows[split].note} for split, found in exam.surgeries.items()}
+    return PageSection(
         "surgery", "ELBO surgery", tuple(blocks), lead, tuple(on_prior(s)), tuple(tiles), {"surgery": surgeries}
     )
 
 
 def on_prior(s: Surgery) -> list[Sentence]:
-    """What the marginal KL says of the prior."""
+    """Sentences on the prior, from the marginal KL."""
     if any("deterministic code" in note for note in s.notes):
-        return [Sentence("The code is deterministic: I_q[x, z] is log n, and its marginal KL is not defined.")]
+        return [Sentence("The code is deterministic: I_q[x, z] equals log n, and the marginal KL is not defined.")]
     if s.marginal_kl is None or s.mutual_information is None:
         return [Sentence("The marginal KL is not known for this posterior.")]
-    text = f"The marginal KL is {nats(s.marginal_kl)} nats, the most a better prior can win with this encoder."
+    said = [f"The marginal KL is {nats(s.marginal_kl)} nats, the most that a better prior can add with this encoder."]
+    if s.marginal_kl.value < SHOWN_NATS:
+        said = ["The marginal KL is below 0.01 nats: with this encoder no better prior would raise the ELBO."]
     if s.mutual_information.value > SATURATED * s.log_n.value:
-        text += (
-            f" Read it as an upper figure: I_q[x, z] = {nats(s.mutual_information)} stands at its ceiling "
-            f"log {s.n} = {nats(s.log_n)}, so part of the marginal KL only says that {s.n} rows are few."
+        said.append(
+            f"I_q[x, z] = {nats(s.mutual_information)} nats is close to its ceiling log {s.n} = {nats(s.log_n)}. With "
+            f"more rows I_q[x, z] would be larger and the marginal KL smaller."
         )
-    if s.train_gain is not None:
-        gain = s.train_gain.value
-        verb = "win" if gain >= 0 else "lose"
-        text += (
-            f" As the prior, q_agg of the training rows would {verb} {nats(abs(gain))} here."
-            if math.isfinite(gain)
-            else " q_agg of the training rows is no prior for these: it gives some of their codes no probability."
-        )
-    return [Sentence(text)]
+    if s.train_gain is not None and not math.isfinite(s.train_gain.value):
+        said.append("q_agg of the training rows cannot serve as the prior: it gives some codes here no probability.")
+    elif s.train_gain is not None and abs(gain := s.train_gain.value) >= SHOWN_NATS:
+        change = "raise" if gain > 0 else "lower"
+        said.append(f"As the prior, q_agg of the training rows would {change} this ELBO by {nats(abs(gain))} nats.")
+    return [Sentence(text) for text in said]
 
 
-def _waterfall(case: Case) -> Picture:
-    found, gaps = case.held, plots.inference_steps(case.held, case.evidence)
+def _waterfall(exam: Examination) -> Picture:
+    found, gaps = exam.held, plots.inference_steps(exam.held, exam.evidence)
     panels = plots.waterfall_steps(found, gaps)
     said = "; ".join(
         f"{step.label} {nats(step.value if step.is_level else -step.value)}" for steps in panels[:2] for step in steps
     )
     above = (
-        f"On top, from log p(x) down to the ELBO: what inference loses (found on {case.evidence_rows.note}). Below, "
-        "from log p(x | z) down"
+        f"Top: from log p(x) down to the ELBO, the loss of inference ({exam.evidence_rows.note}). Below: from "
+        "log p(x | z) down"
         if gaps
         else "From log p(x | z) down"
     )
     return picture(
         "waterfall",
         plots.waterfall(panels),
-        f"Waterfall of the ELBO on {case.split}: {said} nats per datum.",
-        f"{above} to the ELBO: I_q[x, z] is information about x that the code really carries, the marginal KL is what "
-        "the prior's shape wastes. A long bar of marginal KL: try a richer prior. The axis does not start at 0.",
+        f"Waterfall of the ELBO on {exam.split}: {said} nats per datum.",
+        f"{above} to the ELBO. I_q[x, z] is the information about x that the code carries; the marginal KL is the cost "
+        "of a prior that differs from q_agg. If the marginal KL is large, try a richer prior. The axis does not start "
+        "at 0.",
     )
 
 
-def _table(case: Case) -> Table:
-    rows = side_by_side(case.surgeries)
-    where = "; ".join(f"{split}: {case.rows[split].note}, {s.samples} draws" for split, s in case.surgeries.items())
-    return Table(
+def _table(exam: Examination) -> PageTable:
+    rows = side_by_side(exam.surgeries)
+    where = "; ".join(f"{split}: {exam.rows[split].note}, {s.samples} samples" for split, s in exam.surgeries.items())
+    return PageTable(
         "surgery",
         f"Nats per datum, ± Monte Carlo standard error with the data fixed; {where}",
-        (Column("term"), *(Column(split) for split in case.surgeries), Column("what it is", is_text=True)),
-        tuple(rows),
+        columns("term", *exam.surgeries, words=["what it is"]),
+        rows,
         strong=tuple(i for i, row in enumerate(rows) if row[0] == "elbo"),
     )
 
 
-def _classes(case: Case) -> Table | None:
+def _classes(exam: Examination) -> PageTable | None:
     """One row for each label, where there are labels and not too many."""
-    found = case.held.classes
+    found = exam.held.classes
     if not 1 < len(found) <= 50:
         return None
-    names, terms = case.data.label_names, ("elbo", "reconstruction", "kl", "mutual_information", "marginal_kl")
     rows = tuple(
-        (plots.class_name(label, names), c.n, *(getattr(c, term) for term in terms)) for label, c in found.items()
+        (plots.class_name(label, exam.data.label_names), c.n, *(getattr(c, term) for term in SURGERY_TERMS))
+        for label, c in found.items()
     )
-    columns = (Column("label"), Column("rows"), *(Column(term.replace("_", " "), 2) for term in terms))
-    return Table("surgery_by_label", f"Label by label, {case.split}: nats per datum", columns, rows)
+    titles = columns("label", "rows", *(term.replace("_", " ") for term in SURGERY_TERMS), digits=2)
+    return PageTable("surgery_by_label", f"Surgery by label, {exam.split}: nats per datum", titles, rows)

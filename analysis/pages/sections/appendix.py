@@ -1,55 +1,51 @@
-"""What was declared, what it was run with, and what could not be told."""
+"""Appendix: the declaration, the environment of the run, and figures that are not available."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-from pvae.analysis.pages.document.document import Block, Code, Column, Note, Section, Table
-from pvae.analysis.pages.sections.examination import Case
+from pvae.analysis.pages.document.blocks import Block, Listing, Note, PageSection, PageTable, columns
+from pvae.analysis.pages.sections.examination import Examination
 from pvae.experiment.experiment import Experiment
 from pvae.experiment.readback import formulas
 from pvae.runs.run import Run
 
 
-def declaration(case: Case) -> Section:
+def declaration(exam: Examination) -> PageSection:
     """Model and guide as formulas, and the whole declaration."""
-    blocks: list[Block] = []
-    if isinstance(case.run.plan, Experiment):
-        found = formulas(case.run.plan)
-        blocks.append(Code("\n".join((found["model"], found["guide"])), "Formulas"))
+    blocks: list[Block] = [Note("A hand-written pair: model and guide are Pyro programs of the user.")]
+    if isinstance(exam.run.plan, Experiment):
+        found = formulas(exam.run.plan)
         latex = "\n".join((found["model_latex"], found["guide_latex"]))
-        blocks.append(Code(latex, "In LaTeX", folded=True))
-    else:
-        blocks.append(
-            Note("A hand-written pair: model and guide are Pyro programs of the user; below is how they were fitted.")
-        )
-    blocks.append(Code(case.run.files.spec_text, "Declaration as TOML"))
-    return Section("declaration", "Declaration", tuple(blocks), is_appendix=True)
+        blocks = [
+            Listing("\n".join((found["model"], found["guide"])), "Formulas"),
+            Listing(latex, "In LaTeX", folded=True),
+        ]
+    blocks.append(Listing(exam.run.files.spec_text, "Declaration as TOML"))
+    return PageSection("declaration", "Declaration", tuple(blocks), is_appendix=True)
 
 
-def environment(case: Case) -> Section:
-    """What the run was made with."""
-    told = environment_of(case.run)
-    table = Table("environment", "What the run was made with", (Column("what"), Column("value", is_text=True)), told)
-    return Section("environment", "Environment", (table,), numbers={"environment": dict(told)}, is_appendix=True)
+def environment(exam: Examination) -> PageSection:
+    """Versions, device, threads and data of the run."""
+    told = environment_of(exam.run)
+    table = PageTable("environment", "Environment of the run", columns("what", words=["value"]), told)
+    return PageSection("environment", "Environment", (table,), numbers={"environment": dict(told)}, is_appendix=True)
 
 
-def left_out(case: Case) -> Section | None:
-    """What this report has no figure for, and why: comes last, when all others have been made."""
-    if not case.missing:
-        return Section("left_out", "", numbers={"missing": {}}, is_appendix=True)
-    rows = tuple(case.missing.items())
-    columns = (Column("what"), Column("why", is_text=True))
-    table = Table("left_out", "Not available for this run", columns, rows)
-    return Section("left_out", "Left out", (table,), numbers={"missing": dict(case.missing)}, is_appendix=True)
+def left_out(exam: Examination) -> PageSection:
+    """Figures that this report does not have, and why; last, when all others have been made."""
+    missing = dict(exam.missing)
+    table = PageTable("left_out", "Not available for this run", columns("what", words=["why"]), tuple(missing.items()))
+    blocks = (table,) if missing else ()
+    title = "Left out" if missing else ""
+    return PageSection("left_out", title, blocks, numbers={"missing": missing}, is_appendix=True)
 
 
 def environment_of(run: Run) -> tuple[tuple[str, str], ...]:
-    """(what, value) from the run's manifest and status."""
+    """Return (what, value) from the run's manifest and status."""
     manifest, status = run.files.manifest, run.status
-    data = _table(manifest.get("data"))
-    git = _table(manifest.get("git"))
+    data, git = _mapping(manifest.get("data")), _mapping(manifest.get("git"))
     told = [
         ("run", f"{run.name} / {run.path.name}"),
         ("started", manifest.get("started")),
@@ -63,10 +59,10 @@ def environment_of(run: Run) -> tuple[tuple[str, str], ...]:
         ("data fingerprint", data.get("fingerprint")),
         ("commit", f"{git['commit']}{' (changed since)' if git.get('dirty') else ''}" if git.get("commit") else None),
         ("platform", manifest.get("platform")),
-        *_table(manifest.get("versions")).items(),
+        *_mapping(manifest.get("versions")).items(),
     ]
     return tuple((str(what), str(value)) for what, value in told if value is not None)
 
 
-def _table(value: object) -> Mapping[str, Any]:
+def _mapping(value: object) -> Mapping[str, Any]:
     return value if isinstance(value, Mapping) else {}

@@ -1,4 +1,4 @@
-"""How codes are used."""
+"""Codes: how many are in use, how often, and where."""
 
 from __future__ import annotations
 
@@ -6,34 +6,38 @@ import numpy as np
 
 from pvae.analysis.decompose.collapse import CodeUse
 from pvae.analysis.pages import plots
-from pvae.analysis.pages.document.document import Block, Column, Picture, Section, Table, nats, picture
-from pvae.analysis.pages.sections.examination import Case, array
+from pvae.analysis.pages.document.blocks import Block, PageSection, PageTable, Picture, columns, picture
+from pvae.analysis.pages.document.text import nats
+from pvae.analysis.pages.sections.examination import Examination, array
 
-SHOWN = 6
-"""Data whose codes are mapped."""
+MAPPED_DATA = 6
+"""Data whose codes are shown as a map."""
+LISTED_CODES = 4096
+"""Largest codebook whose codes are listed one by one."""
 
 
-def section(case: Case) -> Section | None:
+def section(exam: Examination) -> PageSection | None:
     """Use, perplexity and maps of every grid of codes; None where there are none."""
-    if case.implicit:
+    if exam.implicit:
         return None
-    use = {name: latent.codes for name, latent in case.collapse.latents.items() if latent.codes is not None}
+    use = {name: latent.codes for name, latent in exam.collapse.latents.items() if latent.codes is not None}
     if not use:
         return None
-    blocks: list[Block] = [_table(case, use)]
+    blocks: list[Block] = [_table(exam, use)]
     for name, codes in use.items():
         blocks.append(_use(name, codes))
-        if (shown := _maps(case, name, codes)) is not None:
+        if (shown := _maps(exam, name, codes)) is not None:
             blocks.append(shown)
-        if codes.share is not None and codes.states <= 4096:
-            caption = f"Share of each code of {name} on {case.split}, most used first"
+        if codes.share is not None and codes.states <= LISTED_CODES:
+            caption = f"Proportion of each code of {name} on {exam.split}, most used first"
+            titles = columns("rank", "proportion", digits=5)
             rows = tuple((i + 1, share) for i, share in enumerate(codes.share))
-            blocks.append(Table(f"codes_{name}", caption, (Column("rank"), Column("share", 5)), rows, folded=True))
-    return Section("codes", "Codes", tuple(blocks))
+            blocks.append(PageTable(f"codes_{name}", caption, titles, rows, folded=True))
+    return PageSection("codes", "Codes", tuple(blocks))
 
 
-def _table(case: Case, use: dict[str, CodeUse]) -> Table:
-    titles = ("positions", "codes", "perplexity of a position", "pooled", "in use", "duplicates")
+def _table(exam: Examination, use: dict[str, CodeUse]) -> PageTable:
+    titles = ("latent", "positions", "codes", "perplexity of a position", "pooled", "in use", "duplicates")
     rows = tuple(
         (
             name,
@@ -47,10 +51,10 @@ def _table(case: Case, use: dict[str, CodeUse]) -> Table:
         for name, codes in use.items()
     )
     caption = (
-        f"Use of the codes on {case.split}, under the aggregated posterior: exact numbers, not nats; a dash for bits, "
-        f"whose positions have nothing in common, and where there is no codebook"
+        f"Use of the codes on {exam.split} under the aggregated posterior: exact numbers, not nats; a dash where a "
+        "figure is not defined (bits have no common codebook)"
     )
-    return Table("codes", caption, (Column("latent"), *(Column(title, 2) for title in titles)), rows)
+    return PageTable("codes", caption, columns(*titles, digits=2), rows)
 
 
 def _use(name: str, use: CodeUse) -> Picture:
@@ -60,28 +64,28 @@ def _use(name: str, use: CodeUse) -> Picture:
         f"codes_{name}",
         plots.code_use(name, use),
         f"Use of the codes of {name}. {said}Perplexity of positions: {nats(low)} to {nats(high)}.",
-        "Under the aggregated posterior of these rows. A code is in use when its share is above a thousandth of an "
-        "even one. Perplexity is the number of codes in use, weighed: a position at 1 says nothing of x. Look for a "
-        "long flat end (codes that are never chosen: fewer would do) and for positions that stay dark.",
+        "Under the aggregated posterior of these rows. A code is in use if its proportion is above a thousandth of "
+        "the uniform one. Perplexity is the effective number of codes in use: a position of perplexity 1 carries no "
+        "information about x. Look for many codes that are never chosen (fewer would do) and for positions that stay "
+        "dark.",
     )
 
 
-def _maps(case: Case, name: str, use: CodeUse) -> Picture | None:
+def _maps(exam: Examination, name: str, use: CodeUse) -> Picture | None:
     """Some data above the codes that stand for them, where both are pictures."""
-    latent = case.drawn.latents[name]
-    if len(use.grid) != 2 or use.states < 3 or not plots.is_image(case.shape):
+    latent = exam.drawn.latents[name]
+    if len(use.grid) != 2 or use.states < 3 or not plots.is_image(exam.shape):
         return None
-    rows = np.linspace(0, len(case.x) - 1, min(SHOWN, len(case.x))).astype(int)
+    rows = np.linspace(0, len(exam.x) - 1, min(MAPPED_DATA, len(exam.x))).astype(int)
     values = array(latent.value)[rows]
     if values.shape[1] != use.grid[0] * use.grid[1]:
         return None
-    data = array(case.observed(case.x[rows.tolist()]))
+    data = array(exam.observed(exam.x[rows.tolist()]))
     maps = values.reshape(len(rows), *use.grid).astype(np.int64)
     return picture(
         f"code_maps_{name}",
-        plots.code_maps(name, data, maps, use.states, *case.scale_of_grey),
-        f"{len(rows)} data of {case.split}, and below each the grid of codes of {name} that stands for it.",
-        "Colours are ranks of use among these rows: dark codes are common (background, often), bright ones rare. "
-        "Look for maps that follow the picture (codes say what is where), and for maps that are all alike (they say "
-        "little).",
+        plots.code_maps(name, data, maps, use.states, *exam.scale_of_grey),
+        f"{len(rows)} data of {exam.split}, and below each the grid of codes of {name} that stands for it.",
+        "Colours are ranks of use among these rows: dark codes are frequent (often background), bright ones rare. Maps "
+        "that follow the picture show that codes say what is where; maps that are all alike carry little information.",
     )

@@ -1,4 +1,4 @@
-"""One run under examination: what the sections of its report read, each thing computed once and only if it is read."""
+"""One run under examination: everything that the sections of a page read, computed once and only if it is read."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pvae.analysis.decompose.entry import quiet
 from pvae.analysis.decompose.posterior_draws import Draw, draw
 from pvae.analysis.decompose.result import Surgery
 from pvae.analysis.decompose.surgery import surgery
-from pvae.analysis.pages import plots
+from pvae.analysis.pages.document.stages import Stages
 from pvae.analysis.samples.features import ALWAYS_HELD_ROWS, HELD_ELEMENTS, MAX_CLASSES, Features, affordable
 from pvae.analysis.samples.generated import Samples
 from pvae.analysis.samples.quality import space_of
@@ -27,38 +27,33 @@ from pvae.data.streamed import Streamed
 from pvae.errors import DataError, DeclarationError
 from pvae.runs.run import Run
 from pvae.util import seeds
+from pvae.util.types import Array
 
-ROWS = {"train": 60_000, "held": 10_000}
-"""Most rows of a surgery: of train, and of the split that is reported."""
+SURGERY_ROWS = {"train": 60_000, "held": 10_000}
+"""Most rows of a surgery: of the training split, and of the split that is reported."""
+SURGERY_DRAWS = 20_000
+"""Samples of a surgery in all: fewer for each datum where there are more data, at least one."""
 EVIDENCE_ROWS = 500
-SAMPLES = 5000
-"""Draws of the model: for the pictures, the planes of latents, and the comparison with data."""
-DRAWS = 20_000
-"""Draws of a surgery in all: fewer for each datum where there are more data, at least one."""
+MODEL_SAMPLES = 5000
+"""Samples of the model: for pictures, planes of latents, and the comparison with data."""
+
+UNDEFINED = (DataError, DeclarationError)
+"""Errors that say that a figure is not defined here."""
+UNFIT = (*UNDEFINED, NotImplementedError, ValueError, RuntimeError, LookupError, AttributeError, MemoryError)
+"""Errors of a hand-written pair that cannot do what is asked: it loses a section, not the report."""
 
 T = TypeVar("T")
-Progress = Callable[[int, int, str], None]
-
-
-def silent(_done: int, _total: int, _what: str) -> None:
-    """Tell nobody."""
-
-
-REFUSED = (DataError, DeclarationError)
-"""What says that a figure is not defined here."""
-UNFIT = (*REFUSED, NotImplementedError, ValueError, RuntimeError, LookupError, AttributeError, MemoryError)
-"""What a hand-written pair may raise that cannot do what is asked: it loses a section, not the report."""
 
 
 @dataclass(frozen=True)
-class Rows:
+class ChosenRows:
     """Rows of a split that a figure was computed on."""
 
     x: Tensor
     of: int
-    """Rows that the split has."""
+    """Number of rows of the split."""
     chosen: Tensor
-    """Which they are."""
+    """Their numbers within the split."""
 
     @property
     def note(self) -> str:
@@ -67,27 +62,32 @@ class Rows:
         return f"{n} rows" if n == self.of else f"{n} of {self.of} rows, drawn at random"
 
 
-def some(x: Tensor | Streamed, most: int, seed: int) -> Rows:
-    """All rows, or `most` of them drawn with a seed, in their order."""
+def some(x: Tensor | Streamed, most: int, seed: int) -> ChosenRows:
+    """Return all rows, or `most` of them drawn with a seed, in their order."""
     chosen = seeds.subset(len(x), most, seeds.mix(seed, seeds.ANALYSIS, 2))
-    return Rows(x[chosen.to(x.device)], len(x), chosen)
+    return ChosenRows(x[chosen.to(x.device)], len(x), chosen)
 
 
 def draws(wanted: int, n: int) -> int:
-    """Draws for each of n data, `DRAWS` at most in all and at least one for each."""
-    return max(1, min(wanted, DRAWS // n))
+    """Return the samples for each of n data: `SURGERY_DRAWS` at most in all, at least one for each."""
+    return max(1, min(wanted, SURGERY_DRAWS // n))
 
 
-class Case:
-    """A run with everything that its report says of it.
+def array(t: Tensor) -> Array:
+    """Return a tensor as float64 on the CPU."""
+    return np.asarray(t.detach().double().cpu().numpy())
+
+
+class Examination:
+    """Run with everything that its report says of it.
 
     Arguments:
         run: a run with a checkpoint.
         split: the rows that are reported: "train", "validation" or "test".
-        samples: draws per datum for the surgery, `DRAWS` at most in all.
+        samples: samples per datum for the surgery, `SURGERY_DRAWS` at most in all.
         evidence_samples: importance samples per datum, on at most `EVIDENCE_ROWS` rows.
-        gap_steps: of the refinement behind the gaps; 0 leaves them out.
-        seed: of all draws.
+        gap_steps: steps of the refinement behind the inference gaps; 0 leaves them out.
+        seed: seed of all samples.
         train_rows: most training rows of a surgery.
     """
 
@@ -100,17 +100,18 @@ class Case:
         evidence_samples: int = 500,
         gap_steps: int = 200,
         seed: int = 0,
-        train_rows: int = ROWS["train"],
+        train_rows: int = SURGERY_ROWS["train"],
     ) -> None:
         self.run, self.pair, self.data = run, run.pair, run.data
         self.split, self.samples, self.evidence_samples, self.seed = split, samples, evidence_samples, seed
         self.gap_steps = gap_steps
         self.train_rows, self.part = train_rows, run.data.split(split)
         self.missing: dict[str, str] = {}
-        """What could not be told, and why."""
+        """Figures that could not be computed, and why."""
+        self.stages = Stages()
 
     def attempt(self, what: str, make: Callable[[], T]) -> T | None:
-        """What `make` gives; None where it cannot be had here, with the reason in `missing`."""
+        """Return the result of `make`; None where it cannot be had here, with the reason in `missing`."""
         try:
             return make()
         except UNFIT as error:
@@ -121,7 +122,7 @@ class Case:
 
     @property
     def implicit(self) -> bool:
-        """Whether the model has no likelihood: nothing is inferred."""
+        """True for a model without a likelihood: nothing is inferred."""
         return self.pair.implicit
 
     @cached_property
@@ -129,16 +130,16 @@ class Case:
         """One row per epoch and split."""
         return self.run.files.metrics_rows()
 
-    def some(self, name: str, most: int) -> Rows:
-        """Rows of a split, few enough for memory."""
+    def some(self, name: str, most: int) -> ChosenRows:
+        """Return rows of a split, few enough for memory."""
         part = self.data.split(name)
         return some(part.rows, affordable(most, tuple(part.rows.shape[1:])), self.seed)
 
     @cached_property
-    def rows(self) -> dict[str, Rows]:
+    def rows(self) -> dict[str, ChosenRows]:
         """Rows of the surgery, by split: train, and the split of the report."""
-        most = {"train": self.train_rows, self.split: self.train_rows if self.split == "train" else ROWS["held"]}
-        return {name: self.some(name, count) for name, count in most.items()}
+        held = self.train_rows if self.split == "train" else SURGERY_ROWS["held"]
+        return {name: self.some(name, most) for name, most in {"train": self.train_rows, self.split: held}.items()}
 
     @property
     def x(self) -> Tensor:
@@ -147,7 +148,7 @@ class Case:
 
     @cached_property
     def labels(self) -> Tensor | None:
-        """Their labels."""
+        """Labels of these rows."""
         return None if self.part.y is None else self.part.y.cpu()[self.rows[self.split].chosen.cpu()]
 
     @property
@@ -163,24 +164,28 @@ class Case:
 
     @cached_property
     def shape(self) -> tuple[int, ...]:
-        """Of a datum."""
+        """Shape of a datum."""
         return tuple(self.pair.frame.x)
 
     def observed(self, rows: Tensor) -> Tensor:
-        """The data of some rows, without covariates, `(m, *shape)`."""
+        """Return the data of some rows, without covariates, `(m, *shape)`."""
         return self.part.observed(rows)
 
     # ------------------------------------------------------------------ figures
 
     @cached_property
     def surgeries(self) -> dict[str, Surgery]:
-        """By split: train, and the split of the report; q_agg of train is tried as the prior of the other."""
+        """Surgeries by split: train, and the split of the report, for which q_agg of train is tried as the prior."""
         found: dict[str, Surgery] = {}
         for name, rows in self.rows.items():
-            train = self.rows["train"].x if name != "train" else None
-            labels = self.classes if name == self.split and not self.pair.frame.covariates else None
             found[name] = surgery(
-                self.pair, rows.x, samples=draws(self.samples, len(rows.x)), seed=self.seed, train=train, labels=labels
+                self.pair,
+                rows.x,
+                samples=draws(self.samples, len(rows.x)),
+                seed=self.seed,
+                train=self.rows["train"].x if name != "train" else None,
+                labels=self.classes if name == self.split and not self.pair.frame.covariates else None,
+                on_progress=self.stages.part(f"surgery of {name}"),
             )
         return found
 
@@ -198,69 +203,67 @@ class Case:
         return one - other
 
     @cached_property
-    def evidence_rows(self) -> Rows:
+    def evidence_rows(self) -> ChosenRows:
         """Rows that importance sampling is done on."""
         return self.some(self.split, EVIDENCE_ROWS)
 
     @cached_property
     def evidence(self) -> Evidence | None:
-        """None where nothing bounds log p(x): the code is a point."""
-        certain = all(latent.certain for latent in self.drawn.latents.values())  # all draws of it are one draw
+        """Bounds on log p(x); None where nothing bounds it, because the code is a point."""
+        certain = all(latent.certain for latent in self.drawn.latents.values())  # all samples of it are one sample
         samples = 1 if certain else self.evidence_samples
+        told = self.stages.part("importance sampling")
         return self.attempt(
-            "evidence", lambda: evidence(self.pair, self.evidence_rows.x, samples=samples, seed=self.seed)
+            "evidence",
+            lambda: evidence(self.pair, self.evidence_rows.x, samples=samples, seed=self.seed, on_progress=told),
         )
 
     @cached_property
     def collapse(self) -> Collapse:
-        """What each latent uses."""
+        """Use of each latent."""
         return collapse(self.pair, self.x, self.seed)
 
     @cached_property
     def drawn(self) -> Draw:
-        """One draw of every latent for the rows of the split."""
+        """One sample of every latent for the rows of the split."""
         with quiet(self.pair, self.x, self.seed):
             return draw(self.pair, self.x)
 
     @cached_property
     def binary(self) -> bool:
-        """Whether data are zeros and ones, so that the mean of p(x | z) is no datum."""
+        """True for data of zeros and ones, so that the mean of p(x | z) is no datum."""
         data = self.observed(self.x[:ALWAYS_HELD_ROWS])
         return bool(((data == 0) | (data == 1)).all())
 
     @cached_property
     def sampled(self) -> Samples | None:
-        """Means of p(x | z), or draws where it has none, for draws of the prior."""
-        count = max(100, min(SAMPLES, HELD_ELEMENTS // max(1, prod(self.shape))))
+        """Means of p(x | z), or samples where it has none, for samples of the prior."""
+        count = max(100, min(MODEL_SAMPLES, HELD_ELEMENTS // max(1, prod(self.shape))))
+        told = self.stages.part("samples")
 
         def make() -> Samples:
             try:
-                return sample(self.run, count, mean=not self.implicit, seed=self.seed)
-            except REFUSED:
-                return sample(self.run, count, seed=self.seed)
+                return sample(self.run, count, mean=not self.implicit, seed=self.seed, on_progress=told)
+            except UNDEFINED:
+                return sample(self.run, count, seed=self.seed, on_progress=told)
 
         return self.attempt("samples", make)
 
     @cached_property
     def draws(self) -> Samples | None:
-        """Draws of p(x | z) for as many draws of the prior: what is of the model's own law."""
+        """Samples of p(x | z) for as many samples of the prior: they have the model's own distribution."""
         if self.sampled is None or not self.sampled.is_mean:
             return self.sampled
-        count = len(self.sampled.x)
-        return self.attempt("draws", lambda: sample(self.run, count, seed=self.seed))
+        count, told = len(self.sampled.x), self.stages.part("samples")
+        return self.attempt("draws", lambda: sample(self.run, count, seed=self.seed, on_progress=told))
 
     @cached_property
     def space(self) -> Features | None:
-        """Where samples and data are compared: features of a classifier of the labels, or principal components."""
+        """Space where samples and data are compared: features of a classifier of labels, or principal components."""
         return self.attempt("feature space", lambda: space_of(self.run, self.seed))
 
     @property
     def prior(self) -> dict[str, Tensor]:
-        """Draws of the prior of every latent, `(m, D)`."""
+        """Samples of the prior of every latent, `(m, D)`."""
         found = {} if self.sampled is None else self.sampled.latents
         return {z: found[z].reshape(len(found[z]), -1) for z in self.pair.layout.latents if z in found}
-
-
-def array(t: Tensor) -> plots.Array:
-    """A tensor as float64 on the CPU."""
-    return np.asarray(t.detach().double().cpu().numpy())

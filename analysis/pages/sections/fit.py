@@ -1,4 +1,4 @@
-"""How good the fit is: the ELBO, what bounds log p(x), and what keeps the two apart."""
+"""Quality of the fit: the ELBO, bounds on log p(x), and the gaps between the two."""
 
 from __future__ import annotations
 
@@ -7,135 +7,142 @@ import math
 from pvae.analysis.bounds.gap import Gap, gap
 from pvae.analysis.bounds.lower_bounds import Evidence
 from pvae.analysis.pages import plots
-from pvae.analysis.pages.document.document import Block, Note, Section, Sentence, Tile, nats, picture, table_of
-from pvae.analysis.pages.sections.examination import Case
+from pvae.analysis.pages.document.blocks import Block, Note, PageSection, Sentence, Tile, picture
+from pvae.analysis.pages.document.tables import table_of
+from pvae.analysis.pages.document.text import nats
+from pvae.analysis.pages.sections.examination import Examination
 
-GAP_NATS = 1.0
-"""Train minus test ELBO above which the report speaks of overfitting."""
-WORTH = 0.1
-"""Nats by which one gap must exceed the other before it is worth advice."""
-NOTHING = 1e-6
-"""Nats up to which importance sampling found nothing: its weights are all alike."""
+OVERFITTING_NATS = 1.0
+"""Train ELBO minus held-out ELBO above which a page speaks of overfitting."""
+ADVICE_NATS = 0.1
+"""Difference of the two inference gaps above which the larger one is worth advice."""
+SHOWN_NATS = 0.005
+"""Figures below this are 0.00 on the page: a sentence leaves them out."""
+NO_GAIN_NATS = 1e-6
+"""Gains of importance sampling up to this are rounding: all weights are equal."""
 REFINED_ROWS = 50
 """Rows whose posterior is refined, datum by datum."""
+LESS_OVERFITTING = "set train.patience, use smaller networks, or more data."
 
 
-def section(case: Case) -> Section | None:
-    """ELBO, evidence and gaps; None of a model without a likelihood."""
-    if case.implicit:
+def section(exam: Examination) -> PageSection | None:
+    """ELBO, evidence and inference gaps; None of a model without a likelihood."""
+    if exam.implicit:
         return None
-    bound, blocks = case.evidence, []
-    said = [_on_elbo(case), _on_evidence(case, bound)]
-    tiles = [Tile("ELBO", nats(case.held.elbo), f"nats per datum, {case.split}")]
+    bound, blocks = exam.evidence, []
+    said = [*_on_elbo(exam), *_on_evidence(exam, bound)]
+    tiles = [Tile("ELBO", nats(exam.held.elbo), f"nats per datum, {exam.split}")]
     if bound is not None:
         tiles.append(Tile("log p(x) − ELBO", nats(bound.gap), f"nats or more, {bound.n} rows"))
-        blocks += _of_bound(case, bound)
-    found = _gaps(case)
+        blocks += _of_bound(exam, bound)
+    found = _gaps(exam)
     if found is not None:
-        blocks.append(table_of("gaps", found, f"{case.split}, {found.n} rows: {found.title}"))
+        blocks.append(table_of("gaps", found, f"{exam.split}, {found.n} rows: {found.title}"))
         blocks += [Note(text) for text in found.remarks]
-        said.append(_on_gaps(case, found))
-    if case.gap is not None:
-        tiles.append(Tile(f"train − {case.split}", nats(case.gap), "nats of ELBO"))
-        said.append(_on_overfitting(case, case.gap))
+        said += _on_gaps(exam, found)
+    if exam.gap is not None:
+        tiles.append(Tile("overfitting gap", nats(exam.gap), f"nats, train ELBO − {exam.split} ELBO"))
+        said.append(_on_overfitting(exam, exam.gap))
     lead = (
-        "The ELBO bounds log p(x) from below. Importance sampling tightens the bound with the number of samples; what "
-        "it finds above the ELBO is a lower bound of KL(q(z | x) ‖ p(z | x)): nats that a better guide would win."
+        "The ELBO is a lower bound on log p(x). Importance sampling tightens the bound as the number of samples grows. "
+        "The gain over the ELBO is a lower bound on KL(q(z | x) ‖ p(z | x)), the nats that a better guide would add."
     )
     numbers = {
-        "train_gap": case.gap,
-        "evidence": None if bound is None else {**bound.to_dict(), "rows": case.evidence_rows.note},
+        "train_gap": exam.gap,
+        "evidence": None if bound is None else {**bound.to_dict(), "rows": exam.evidence_rows.note},
         "gap": None if found is None else found.to_dict(),
     }
-    return Section("fit", "Fit", tuple(blocks), lead, tuple(said), tuple(tiles), numbers)
+    return PageSection("fit", "Fit", tuple(blocks), lead, tuple(said), tuple(tiles), numbers)
 
 
-def _of_bound(case: Case, bound: Evidence) -> list[Block]:
+def _of_bound(exam: Examination, bound: Evidence) -> list[Block]:
     note = (
         f"Effective samples per datum: median {bound.ess.median():.0f}, least {bound.ess.min():.1f} of "
-        f"{bound.samples}. Few effective samples mean a loose bound: ask for more (pvae evidence RUN --samples)."
+        f"{bound.samples}. Few effective samples mean a loose bound: take more (pvae evidence RUN --samples)."
     )
-    caption = f"{case.split}, {case.evidence_rows.note}, {bound.samples} samples per datum"
+    caption = f"{exam.split}, {exam.evidence_rows.note}, {bound.samples} samples per datum"
     table = table_of("evidence", bound, caption)
-    if len(bound.curve) < 2 or bound.gap < NOTHING:
+    if len(bound.curve) < 2 or bound.gap < NO_GAIN_NATS:
         return [table]
     last = bound.curve[-1][1]
     chart = picture(
         "importance_samples",
         plots.importance(bound),
         f"The bound on log p(x) over the number of importance samples, from {nats(bound.elbo)} to {nats(last)} nats.",
-        "The bound rises with the number of samples and never passes log p(x). Look at its right end: where it still "
-        "climbs, log p(x) is further up than any figure here says.",
+        "The bound rises with the number of samples and never exceeds log p(x). If it still rises at the right end, "
+        "log p(x) is higher than every figure here.",
     )
     return [chart, table, Note(note)]
 
 
-def _gaps(case: Case) -> Gap | None:
-    if case.evidence is None or case.evidence.exact is not None or not case.gap_steps:
+def _gaps(exam: Examination) -> Gap | None:
+    if exam.evidence is None or exam.evidence.exact is not None or not exam.gap_steps:
         return None
-    rows = case.some(case.split, REFINED_ROWS)
-    samples = 4 * case.evidence_samples
-    return case.attempt(
-        "gaps", lambda: gap(case.pair, rows.x, steps=case.gap_steps, evidence_samples=samples, seed=case.seed)
-    )
+    x, told = exam.some(exam.split, REFINED_ROWS).x, exam.stages.part("inference gap")
+    settings = {"steps": exam.gap_steps, "evidence_samples": 4 * exam.evidence_samples, "seed": exam.seed}
+    return exam.attempt("gaps", lambda: gap(exam.pair, x, **settings, on_progress=told))
 
 
-def _on_elbo(case: Case) -> Sentence:
-    s = case.held
-    shared = "" if s.global_kl is None else f", less {nats(s.global_kl)} for global latents, shared by these rows"
-    return Sentence(
-        f"On {case.split} ({case.rows[case.split].note}) the ELBO is {nats(s.elbo)} nats per datum: "
-        f"{nats(s.reconstruction)} for the reconstruction, less {nats(s.kl)} that the code costs{shared}."
-    )
+def _on_elbo(exam: Examination) -> list[Sentence]:
+    s = exam.held
+    said = [
+        f"The {exam.split} ELBO is {nats(s.elbo)} nats per datum ({exam.rows[exam.split].note}).",
+        f"Its reconstruction term is {nats(s.reconstruction)} nats"
+        + (f", its KL term {nats(s.kl)} nats per datum." if abs(s.kl.value) >= SHOWN_NATS else " per datum."),
+    ]
+    if s.global_kl is not None:
+        said.append(f"Global latents cost a further {nats(s.global_kl)} nats per datum, spread over these rows.")
+    return [Sentence(text) for text in said]
 
 
-def _on_evidence(case: Case, e: Evidence | None) -> Sentence:
+def _on_evidence(exam: Examination, e: Evidence | None) -> list[Sentence]:
     if e is None:
-        return Sentence(f"Nothing here bounds log p(x). {case.missing['evidence']}")
+        return [Sentence(f"log p(x) has no bound here. {exam.missing['evidence']}")]
     if e.exact is not None:
-        return Sentence(f"log p(x) itself is {nats(e.exact)} nats: no other guide could be tighter.")
-    if e.gap < NOTHING:
-        return Sentence(
-            f"log p(x) is at least {nats(e.iwae)} nats. Importance sampling finds nothing above the ELBO: all of its "
-            f"weights are alike, as where codes are known for certain."
-        )
-    where = "" if e.n == case.evidence_rows.of else f"On {case.evidence_rows.note}, "
-    return Sentence(
-        f"{where}log p(x) is at least {nats(e.iwae)} nats and the ELBO {nats(e.elbo)}: a better guide would win "
-        f"{nats(e.gap)} nats or more without touching the model."
-    )
+        return [Sentence(f"log p(x) is {nats(e.exact)} nats per datum (exact). No other guide gives a tighter bound.")]
+    if e.gap < NO_GAIN_NATS:
+        return [
+            Sentence(f"log p(x) is at least {nats(e.iwae)} nats per datum."),
+            Sentence("Importance sampling does not raise the ELBO: all weights are equal, as for deterministic codes."),
+        ]
+    where = "" if e.n == exam.evidence_rows.of else f" ({exam.evidence_rows.note}; their ELBO is {nats(e.elbo)} nats)"
+    said = [Sentence(f"log p(x) is at least {nats(e.iwae)} nats per datum{where}.")]
+    if e.gap >= SHOWN_NATS:
+        said.append(Sentence(f"A better guide would raise the ELBO by at least {nats(e.gap)} nats for the same model."))
+    return said
 
 
-def _on_gaps(case: Case, found: Gap) -> Sentence:
+def _on_gaps(exam: Examination, found: Gap) -> list[Sentence]:
     a, b = found.approximation, found.amortisation
-    text = (
-        f"Of what the guide loses, {nats(a)} nats are the family's (approximation) and {nats(b)} the network's "
-        f"(amortisation; {found.n} rows)"
-    )
-    error = math.hypot(a.standard_error, b.standard_error)
-    if not abs(a.value - b.value) > max(2 * error, WORTH):
-        return Sentence(f"{text}.")
+    parts = (("approximation gap (posterior family)", a), ("amortisation gap (encoder)", b))
+    told = [f"the {name} is {nats(e)} nats" for name, e in parts if e.value >= SHOWN_NATS]
+    said = [Sentence(f"On {found.n} refined rows {' and '.join(told)}.")] if told else []
+    if not abs(a.value - b.value) > max(2 * math.hypot(a.standard_error, b.standard_error), ADVICE_NATS):
+        return said
     if a.value < b.value:
-        return Sentence(f"{text}: the encoder is what limits. Give it more units, or train longer.")
-    return Sentence(f"{text}: the family is what limits.{richer(case)}")
+        return [*said, Sentence("The encoder limits the ELBO most: give it more units, or train longer.")]
+    return [*said, Sentence(f"The posterior family limits the ELBO most.{richer(exam)}")]
 
 
-def richer(case: Case) -> str:
-    """Which posteriors would be richer than those declared; nothing where there are none."""
-    latents = getattr(case.run.plan, "latents", {})
+def richer(exam: Examination) -> str:
+    """Advice on posteriors richer than those declared; nothing where there are none."""
+    latents = getattr(exam.run.plan, "latents", {})
     used = {getattr(latent.posterior, "kind", "") for latent in latents.values()}
     left = [kind for kind in ("full_rank_normal", "flow") if kind not in used]
     return f" Try posterior.kind = {' or '.join(left)}." if left and latents else ""
 
 
-def _on_overfitting(case: Case, difference: float) -> Sentence:
-    errors = [case.surgeries[split].elbo.data_error for split in ("train", case.split)]
+def _on_overfitting(exam: Examination, difference: float) -> Sentence:
+    errors = [exam.surgeries[split].elbo.data_error for split in ("train", exam.split)]
     known = [error for error in errors if error is not None and math.isfinite(error)]
     error = math.hypot(*known) if len(known) == len(errors) else math.nan
-    spread = f" (± {nats(error)} from the choice of rows)" if math.isfinite(error) else ""
+    spread = f", ± {nats(error)} from the choice of rows" if math.isfinite(error) else ""
+    if abs(difference) < SHOWN_NATS:
+        return Sentence(f"The train and {exam.split} ELBO agree to 0.01 nats{spread}: no sign of overfitting.")
     if difference < 0:
-        return Sentence(f"Train stands {nats(-difference)} nats below {case.split}{spread}: no sign of overfitting.")
-    text = f"Train stands {nats(difference)} nats above {case.split}{spread}."
-    if math.isfinite(error) and difference > max(GAP_NATS, 2 * error):
-        return Sentence(f"{text} The model overfits: set train.patience, use smaller networks, or more data.", True)
+        text = f"The train ELBO is {nats(-difference)} nats lower than the {exam.split} ELBO"
+        return Sentence(f"{text}{spread}: no sign of overfitting.")
+    text = f"The train ELBO is {nats(difference)} nats higher than the {exam.split} ELBO (overfitting gap{spread})."
+    if math.isfinite(error) and difference > max(OVERFITTING_NATS, 2 * error):
+        return Sentence(f"{text} The model overfits: {LESS_OVERFITTING}", True)
     return Sentence(text)

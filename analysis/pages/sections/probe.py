@@ -1,41 +1,46 @@
-"""What simple readers make of the codes."""
+"""Downstream probe: labels read from the codes by simple classifiers."""
 
 from __future__ import annotations
 
-from pvae.analysis.pages.document.document import Column, Section, Sentence, Table, percent
-from pvae.analysis.pages.sections.examination import Case
+from functools import partial
+
+from pvae.analysis.pages.document.blocks import PageSection, PageTable, Sentence, columns
+from pvae.analysis.pages.document.text import percent
+from pvae.analysis.pages.sections.examination import Examination
 from pvae.analysis.samples.probe import RAW, Probe, probe
 
 
-def section(case: Case) -> Section | None:
-    """Accuracy of k-NN and of a linear reader; None without labels, or without codes."""
-    if case.implicit or case.part.y is None or case.data.train.y is None:
+def section(exam: Examination) -> PageSection | None:
+    """Accuracy of k-NN and of a linear classifier; None without labels, or without codes."""
+    if exam.implicit or exam.part.y is None or exam.data.train.y is None:
         return None
-    found = case.attempt("probe", lambda: probe(case.run, case.split, seed=case.seed))
+    told = exam.stages.part("classifiers")
+    found = exam.attempt("probe", partial(probe, exam.run, exam.split, seed=exam.seed, on_progress=told))
     if found is None:
         return None
-    rows = tuple(
-        (reading.of, reading.knn, reading.knn_gain, reading.linear, reading.linear_gain) for reading in found.readings
-    )
-    titles = ("k-NN", "k-NN, less that of x", "linear", "linear, less that of x")
-    table = Table(
+    rows = tuple((r.of, r.knn, r.knn_gain, r.linear, r.linear_gain) for r in found.readings)
+    table = PageTable(
         "probe",
-        f"{found.title}: shares ± standard error; always naming the most frequent label is right in "
+        f"{found.title}: accuracies ± standard error; predicting the most frequent label is right in "
         f"{percent(found.majority.value)}",
-        (Column("of"), *(Column(title) for title in titles)),
+        columns("classifier of", "k-NN", "k-NN − that of x", "linear", "linear − that of x"),
         (*rows, ("most frequent label", found.majority, None, None, None)),
     )
     lead = (
-        "Can the label be read off the code? Nearest neighbours ask whether codes of one label lie together, a linear "
-        "reader whether a plane parts them. Beside them the same readers of x itself."
+        "Two classifiers predict the label from the code, k nearest neighbours and logistic regression. Beside them "
+        "stand the same classifiers of x itself."
     )
-    return Section("probe", "Downstream probe", (table,), lead, (_on_probe(found),), numbers={"probe": found.to_dict()})
+    numbers = {"probe": found.to_dict()}
+    return PageSection("probe", "Downstream probe", (table,), lead, tuple(_on_probe(found)), numbers=numbers)
 
 
-def _on_probe(found: Probe) -> Sentence:
-    best = max((r for r in found.readings if r.of != RAW), key=lambda r: r.linear.value)
-    raw = found[RAW]
-    return Sentence(
-        f"Labels can be read off {best.of}: linear reader {percent(best.linear.value)} right, nearest neighbours "
-        f"{percent(best.knn.value)} (of x itself {percent(raw.linear.value)} and {percent(raw.knn.value)})."
-    )
+def _on_probe(found: Probe) -> list[Sentence]:
+    best, raw = max((r for r in found.readings if r.of != RAW), key=lambda r: r.linear.value), found[RAW]
+    pairs = (("Logistic regression", best.linear, raw.linear), ("A k-NN classifier", best.knn, raw.knn))
+    return [
+        Sentence(
+            f"{name} predicts the label from {best.of} with {percent(of_code.value)} accuracy ({percent(of_x.value)} "
+            "from x itself)."
+        )
+        for name, of_code, of_x in pairs
+    ]

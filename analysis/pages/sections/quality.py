@@ -1,4 +1,4 @@
-"""Samples beside data, as figures."""
+"""Sample quality: samples beside data, in figures."""
 
 from __future__ import annotations
 
@@ -6,119 +6,126 @@ from collections.abc import Collection, Mapping
 from functools import partial
 from typing import Any
 
-from pvae.analysis.pages.document.document import (
+from pvae.analysis.pages.document.blocks import (
     Block,
-    Column,
     Note,
-    Section,
+    PageColumn,
+    PageSection,
+    PageTable,
     Sentence,
-    Table,
     Tile,
-    nats,
-    percent,
-    side_by_side,
+    columns,
 )
-from pvae.analysis.pages.sections.examination import Case
+from pvae.analysis.pages.document.tables import side_by_side
+from pvae.analysis.pages.document.text import nats, percent
+from pvae.analysis.pages.sections.examination import Examination
+from pvae.analysis.samples.fidelity import Fidelity
 from pvae.analysis.samples.quality import SampleQuality, sample_quality
 
-ALIKE = 0.05
-"""A p-value above which samples cannot be told from data."""
+CHANCE_P_VALUE = 0.05
+"""p-value above which the classifier is no better than chance."""
+SMALLEST_P_VALUE = 1e-4
+"""p-values below this are not written out."""
 MISSED = 0.5
-"""Share of the coverage that samples of the data's law have, below which data are missed."""
+"""Coverage, as a proportion of the expected one, below which the report gives an alert."""
+FOLDED_LABELS = 10
+"""Labels up to which their table is shown unfolded."""
 
 
-def section(case: Case) -> Section | None:
-    """Two-sample test, distances in a feature space, coverage, sharpness; None of what cannot be drawn from."""
-    found = measure(case)
+def section(exam: Examination) -> PageSection | None:
+    """Two-sample test, distances in a feature space, coverage, sharpness; None of a model that cannot be sampled."""
+    found = measure(exam)
     if not found:
         return None
     first = next(iter(found.values()))
+    fidelity, distances = first.fidelity, first.distances
     blocks: list[Block] = [_table(found), *(Note(text) for text in first.remarks)]
-    fidelity = first.fidelity
     if fidelity.shares:
         rows = tuple((name, share, fidelity.data_shares[name]) for name, share in fidelity.shares.items())
-        columns = (Column("label"), Column("samples"), Column("data"))
-        caption = "Share of each label, as a classifier of the data names it"
-        blocks.append(Table("labels_of_samples", caption, columns, rows, folded=len(rows) > 10))
+        caption = "Proportion of each label, as predicted by a classifier of the data"
+        titles = columns("label", "samples", "data")
+        blocks.append(PageTable("labels_of_samples", caption, titles, rows, folded=len(rows) > FOLDED_LABELS))
     tiles = (
-        Tile("told apart", f"{first.test.accuracy.value:.2f}", "of draws and data; 0.50 is the aim"),
-        Tile(
-            "Fréchet distance", nats(first.distances.frechet), f"{nats(first.distances.frechet_floor)} among data alone"
-        ),
-        Tile(
-            "coverage", percent(fidelity.coverage.value), f"of data; {percent(fidelity.expected_coverage)} is the aim"
-        ),
+        Tile("two-sample accuracy", f"{first.test.accuracy.value:.2f}", "of samples and data; 0.50 is the aim"),
+        Tile("Fréchet distance", nats(distances.frechet), f"{nats(distances.frechet_floor)} among data alone"),
+        Tile("coverage", percent(fidelity.coverage.value), f"of data; {percent(fidelity.expected_coverage)} expected"),
     )
     lead = (
-        "Samples beside data: can a classifier tell samples from data, how far apart do they "
-        "lie in a space of features, and what of the data is never drawn? None of it says how probable a datum is."
+        "Samples beside data: whether a classifier can tell them apart, how far apart they lie in a space of features, "
+        "and which data are never generated. None of these figures measures log p(x)."
     )
     numbers = {"sample_quality": {name: quality.to_dict() for name, quality in found.items()}}
-    said = (_on_test(case, first), *_on_fidelity(case, first))
-    return Section("quality", "Sample quality", tuple(blocks), lead, said, tiles, numbers)
+    said = (_on_test(exam, first), *_on_fidelity(exam, fidelity))
+    return PageSection("quality", "Sample quality", tuple(blocks), lead, said, tiles, numbers)
 
 
-def measure(case: Case, wanted: Collection[str] = ("draws", "means")) -> dict[str, SampleQuality]:
-    """Of draws of the model and, where data are not binary, of means of p(x | z), as is the custom."""
-    kinds = {"draws": case.draws}
-    if case.sampled is not None and case.sampled.is_mean and not case.binary:
-        kinds["means"] = case.sampled
+def measure(exam: Examination, wanted: Collection[str] = ("draws", "means")) -> dict[str, SampleQuality]:
+    """Quality of samples of the model and, where data are not binary, of means of p(x | z), as is the custom."""
+    kinds = {"draws": exam.draws}
+    if exam.sampled is not None and exam.sampled.is_mean and not exam.binary:
+        kinds["means"] = exam.sampled
     found = {}
     for name, drawn in kinds.items():
-        if name not in wanted or drawn is None or case.space is None:
+        if name not in wanted or drawn is None or exam.space is None:
             continue
-        quality = case.attempt(
+        given: dict[str, Any] = {"space": exam.space, "fake": drawn, "on_progress": exam.stages.part("sample quality")}
+        quality = exam.attempt(
             f"sample quality of {name}",
-            partial(sample_quality, case.run, case.split, len(drawn.x), case.seed, space=case.space, fake=drawn),
+            partial(sample_quality, exam.run, exam.split, len(drawn.x), exam.seed, **given),
         )
         if quality is not None:
             found[name] = quality
     return found
 
 
-def _table(found: Mapping[str, SampleQuality]) -> Table:
-    titles = (Column("figure"), *(Column(name, 4) for name in found), Column("what it is", is_text=True))
+def _table(found: Mapping[str, SampleQuality]) -> PageTable:
+    titles = (*columns("figure", *found, digits=4), PageColumn("what it is", is_text=True))
     title = next(iter(found.values())).title
-    return Table("sample_quality", f"{title}; shares, and distances", titles, whole(found))
+    return PageTable("sample_quality", f"{title}; proportions and distances", titles, whole(found))
 
 
 def whole(found: Mapping[str, SampleQuality]) -> list[tuple[Any, ...]]:
-    """The figures side by side, without those of single labels, which have a table of their own."""
+    """Return the figures side by side, without those of single labels, which have a table of their own."""
     return [row for row in side_by_side(found) if not row[0].startswith("share/")]
 
 
-def _on_test(case: Case, quality: SampleQuality) -> Sentence:
-    accuracy, p = quality.test.accuracy, quality.test.p_value.value
-    text = f"A classifier tells samples from data of {case.split} in {percent(accuracy.value)} of cases"
-    if p > ALIKE:
-        return Sentence(f"{text}, no better than chance would (p = {p:.2g}; {quality.test.held} of each kind).")
-    return Sentence(f"{text}; of samples of the data's own law it would in 50 % (p = {p:.2g}).")
+def _on_test(exam: Examination, quality: SampleQuality) -> Sentence:
+    accuracy, p = percent(quality.test.accuracy.value), quality.test.p_value.value
+    text = f"The classifier two-sample test accuracy between samples and {exam.split} data is {accuracy}"
+    if p > CHANCE_P_VALUE:
+        return Sentence(f"{text}, not better than chance (p = {p:.2g}, {quality.test.held} rows of each kind).")
+    known = f"p = {p:.2g}" if p >= SMALLEST_P_VALUE else f"p < {SMALLEST_P_VALUE:g}"
+    return Sentence(f"{text} ({known}; 50 % would be samples of the data distribution).")
 
 
-def _on_fidelity(case: Case, quality: SampleQuality) -> list[Sentence]:
-    f = quality.fidelity
-    expected = f.expected_coverage
-    sentences = [
-        Sentence(
-            f"{percent(f.precision.value)} of the samples look like data, {percent(f.recall.value)} of the data could "
-            f"have been drawn, and {percent(f.coverage.value)} have a sample near ({percent(expected)} would with "
-            f"samples of the data's own law)."
-        )
-    ]
-    if f.coverage.value < MISSED * expected:
+def _on_fidelity(exam: Examination, f: Fidelity) -> list[Sentence]:
+    expected = percent(f.expected_coverage)
+    told = (
+        (f.precision.value, "of samples lie near data (precision)."),
+        (f.recall.value, "of data lie near samples (recall)."),
+        (f.coverage.value, f"of data have a sample among their nearest neighbours (coverage; {expected} expected)."),
+    )
+    sentences = [Sentence(f"{percent(value)} {what}") for value, what in told if value > 0]
+    if f.coverage.value < MISSED * f.expected_coverage:
         knob = (
             "Raise objective.r1, or train longer with a lower rate."
-            if case.implicit
-            else "Fit a richer prior (pvae refit), or train longer; draws of a noisy likelihood are far from data, too."
+            if exam.implicit
+            else "Fit a richer prior (pvae refit), or train longer. Noise of the likelihood also moves samples away."
         )
-        sentences.append(Sentence(f"Most data have no sample near. {knob}", True))
+        sentences.append(Sentence(f"Most data have no sample near them. {knob}", True))
     if f.confidence is not None and f.data_confidence is not None:
         there = [name for name in f.shares if f.data_shares[name].value > 0]
         least = min(there, key=lambda name: f.shares[name].value)
-        sentences.append(
+        sure = percent(f.confidence.value / f.data_confidence.value)
+        rarest = percent(f.shares[least].value)
+        missing = not f.shares[least].value > 0
+        sentences += [
+            Sentence(f"A classifier of the data is {sure} as confident on samples as on data."),
             Sentence(
-                f"A classifier of the data is {percent(f.confidence.value / f.data_confidence.value)} as sure of the "
-                f"samples as of data; it finds least of {least}, {percent(f.shares[least].value)}."
-            )
-        )
+                f"No sample is classified as {least}."
+                if missing
+                else f"The least frequent label among samples is {least} ({rarest}, against "
+                f"{percent(f.data_shares[least].value)} of data)."
+            ),
+        ]
     return sentences

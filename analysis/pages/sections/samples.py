@@ -1,4 +1,4 @@
-"""What the model draws, beside the training data nearest to it."""
+"""Samples of the model, beside the training data nearest to them."""
 
 from __future__ import annotations
 
@@ -8,79 +8,83 @@ from functools import partial
 import numpy as np
 
 from pvae.analysis.pages import plots
-from pvae.analysis.pages.document.document import (
+from pvae.analysis.pages.document.blocks import (
     Block,
-    Column,
     Note,
+    PageSection,
+    PageTable,
     Picture,
-    Section,
     Sentence,
-    Table,
     Tile,
-    percent,
+    columns,
     picture,
-    side_by_side,
 )
-from pvae.analysis.pages.sections.examination import Case, array
+from pvae.analysis.pages.document.tables import side_by_side
+from pvae.analysis.pages.document.text import percent
+from pvae.analysis.pages.sections.examination import Examination, array
 from pvae.analysis.samples.copying import Copying, copying
+from pvae.util.types import Array
 
-SHOWN, BESIDE = 40, 10
-"""Samples on the sheet, and beside their neighbours."""
-COPIES = 0.6
-"""Share of samples nearer to training rows than to as many held-out ones above which the report speaks of copies."""
+ON_SHEET, BESIDE_NEIGHBOURS = 40, 10
+"""Samples on the sheet, and samples beside their neighbours."""
+MEMORISED = 0.6
+"""Proportion of samples nearer to training rows than to as many held-out rows above which there is an alert."""
 
 
-def section(case: Case) -> Section | None:
+def section(exam: Examination) -> PageSection | None:
     """Samples, their nearest training rows, and whether they are copies; None of a pair that cannot be sampled."""
-    drawn = case.sampled
+    drawn = exam.sampled
     if drawn is None:
         return None
-    data = array(case.data.train.observed(case.rows["train"].x[:1000]))
-    x = array(drawn.x[:SHOWN]).reshape(-1, *case.shape)
-    what = "means of p(x | z)" if drawn.is_mean else "draws of the model"
+    data = array(exam.data.train.observed(exam.rows["train"].x[:1000]))
+    x = array(drawn.x[:ON_SHEET]).reshape(-1, *exam.shape)
+    what = "Means of p(x | z)" if drawn.is_mean else "Samples of the model"
+    noise = "Without the likelihood's own noise they look smoother than data. " if drawn.is_mean else ""
     blocks: list[Block] = [
         picture(
             "samples",
-            plots.samples(x, data, *case.scale_of_grey),
+            plots.samples(x, data, *exam.scale_of_grey),
             f"{len(x)} samples of the model.",
-            f"{what[0].upper()}{what[1:]}, each at its own draw of the prior. {_noise(drawn.is_mean)}Look for samples "
-            "that mix kinds (they come from where the prior has mass and q_agg has none), for kinds that are "
-            "missing, and for samples that repeat.",
+            f"{what}, each at its own sample of the prior. {noise}Look for samples that mix kinds (they come from "
+            "holes of the prior), for kinds that are missing, and for samples that repeat.",
         )
     ]
+    told = exam.stages.part("nearest training data")
+    find = partial(copying, exam.run, exam.split, seed=exam.seed, on_progress=told)
     found = {
-        kind: case.attempt("copying", partial(copying, case.run, case.split, seed=case.seed, samples=some))
-        for kind, some in (("means", drawn), ("draws", case.draws))
+        kind: exam.attempt("copying", partial(find, samples=some))
+        for kind, some in (("means", drawn), ("draws", exam.draws))
         if some is not None and some.is_mean == (kind == "means")
     }
     known = {kind: copies for kind, copies in found.items() if copies is not None}
     said, tiles = [], []
     if known:
         first = next(iter(known.values()))
-        if plots.is_image(case.shape):
-            blocks.append(_beside(case, x, first))
+        if plots.is_image(exam.shape):
+            blocks.append(_beside(exam, x, first))
         blocks += [_table(known), *(Note(text) for text in next(reversed(known.values())).remarks)]
         said.append(on_copies(known))
-        where = "of samples, than to held-out data; 50 % is the aim"
-        tiles.append(Tile("nearer to train", percent(first.nearer.value), where))
+        tiles.append(
+            Tile("nearer to train", percent(first.nearer.value), "of samples, than to held-out; 50 % expected")
+        )
     numbers = {"copying": {kind: copies.to_dict() for kind, copies in known.items()}}
-    return Section("samples", "Samples", tuple(blocks), "", tuple(said), tuple(tiles), numbers)
+    return PageSection("samples", "Samples", tuple(blocks), "", tuple(said), tuple(tiles), numbers)
 
 
-def _beside(case: Case, x: plots.Array, found: Copying) -> Picture:
-    nearest = case.data.train.observed(case.data.train.rows[found.nearest[:BESIDE].to(case.x.device)])
-    pairs = np.stack([x[:BESIDE], array(nearest)[: len(x)]])
+def _beside(exam: Examination, x: Array, found: Copying) -> Picture:
+    train = exam.data.train
+    nearest = train.observed(train.rows[found.nearest[:BESIDE_NEIGHBOURS].to(exam.x.device)])
+    pairs = np.stack([x[:BESIDE_NEIGHBOURS], array(nearest)[: len(x)]])
     return picture(
         "nearest",
-        plots.gallery(pairs, *case.scale_of_grey, row_names=("sample", "nearest")),
+        plots.gallery(pairs, *exam.scale_of_grey, row_names=("sample", "nearest")),
         f"{len(pairs[0])} samples, and below each the training datum nearest to it.",
-        "Above a sample, below the training datum nearest to it. Look for pairs that are one and the same: a model "
-        "that has learned its data by heart.",
+        "Above a sample, below the training datum nearest to it. Identical pairs are memorised data.",
     )
 
 
-def _table(known: Mapping[str, Copying]) -> Table:
-    """Means have no noise: only `nearer` is fair to them."""
+def _table(known: Mapping[str, Copying]) -> PageTable:
+    """Figures of means and draws; means have no noise, so that only `nearer` is defined for them."""
     rows = [
         (
             term,
@@ -89,34 +93,28 @@ def _table(known: Mapping[str, Copying]) -> Table:
         )
         for term, *found, what in side_by_side(known)
     ]
-    titles = (Column("figure"), *(Column(kind) for kind in known), Column("what it is", is_text=True))
     shown = [row for row in rows if any(e is not None for e in row[1:-1])]
-    return Table("copying", f"{next(iter(known.values())).title}; shares", titles, shown)
-
-
-def _noise(is_mean: bool) -> str:
-    """Why means look as they do."""
-    return "Without the likelihood's own noise they look smoother than data. " if is_mean else ""
+    caption = f"{next(iter(known.values())).title}; proportions"
+    return PageTable("copying", caption, columns("figure", *known, words=["what it is"]), shown)
 
 
 def on_copies(known: Mapping[str, Copying]) -> Sentence:
-    """Of means and draws: nearer to train than to held-out data, or (draws alone) too many too near."""
+    """Sentence on memorisation: of means and draws, nearer to train than held-out; of draws, too many too near."""
     first, last = next(iter(known.values())), known.get("draws")
-    text = f"{percent(first.nearer.value)} of samples lie nearer to training data than to as many held-out data"
+    text = f"{percent(first.nearer.value)} of samples are nearer to training rows than to as many held-out rows"
     near = [copies.nearer for copies in known.values()]
-    clear = any(e.value > max(COPIES, 0.5 + 4 * e.standard_error) for e in near)
+    clear = any(e.value > max(MEMORISED, 0.5 + 4 * e.standard_error) for e in near)
     doubt = any(e.value > 0.5 + 2 * e.standard_error or not e.standard_error < 0.05 for e in near)
     if last is not None:
         excess = last.share.value - last.held_share
         if excess > max(4 * last.share.standard_error, last.held_share):
             clear = True
-            text += f", and {percent(last.share.value)} as near as {percent(last.held_share)} of held-out data"
+            text += f", and {percent(last.share.value)} are as near as {percent(last.held_share)} of held-out data"
     if clear:
         return Sentence(
-            f"The model has memorised: {text}. Stop earlier (train.patience), use smaller networks or fewer "
-            "components, or more data.",
+            f"The model has memorised training data: {text}. Stop earlier (train.patience), use smaller networks or "
+            "fewer components, or more data.",
             True,
         )
-    return Sentence(
-        f"{'' if doubt else 'No copies: '}{text} (± {percent(first.nearer.standard_error)}; 50 % is the aim)."
-    )
+    error = percent(first.nearer.standard_error)
+    return Sentence(f"{'' if doubt else 'No sign of memorisation: '}{text} (± {error}; 50 % expected).")

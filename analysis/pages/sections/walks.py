@@ -1,4 +1,4 @@
-"""What single coordinates draw, and what lies between two data."""
+"""Traversals of single coordinates, and interpolations between two data."""
 
 from __future__ import annotations
 
@@ -8,106 +8,100 @@ import numpy as np
 import torch
 
 from pvae.analysis.pages import plots
-from pvae.analysis.pages.document.document import Block, Column, Section, Table, picture
-from pvae.analysis.pages.sections.examination import Case, array
+from pvae.analysis.pages.document.blocks import Block, PageSection, PageTable, columns, picture
+from pvae.analysis.pages.sections.examination import Examination, array
 from pvae.analysis.samples.interpolate import interpolate
 from pvae.analysis.samples.traversal import Traversal, traverse
 from pvae.util import seeds
 
-WALKED = 3
-"""Most latents that are walked through."""
-PAIRS = 4
-"""Pairs of data that are walked between."""
+TRAVERSED_LATENTS = 3
+"""Most latents that are traversed."""
+INTERPOLATED_PAIRS = 4
+"""Pairs of data between which is interpolated."""
 
 
-def traversals(case: Case) -> Section | None:
-    """One coordinate at a time, the dearest first; None where data are neither pictures nor points of the plane."""
-    if case.implicit or not plots.is_shown(case.shape):
+def traversals(exam: Examination) -> PageSection | None:
+    """One coordinate at a time, largest KL first; None where data are neither pictures nor points of the plane."""
+    if exam.implicit or not plots.is_shown(exam.shape):
         return None
     blocks: list[Block] = []
-    for name in list(case.pair.layout.latents)[:WALKED]:
-        found = case.attempt(f"traversal of {name}", partial(traverse, case.run, latent=name, seed=case.seed))
-        if found is None:
+    for name in list(exam.pair.layout.latents)[:TRAVERSED_LATENTS]:
+        told = exam.stages.part(f"traversal of {name}")
+        walk = partial(traverse, exam.run, latent=name, seed=exam.seed, on_progress=told)
+        if (found := exam.attempt(f"traversal of {name}", walk)) is None:
             continue
-        if not plots.is_image(case.shape):
-            blocks += _paths(case, found)
-            continue
-        values = array(found.values)
-        same = bool((values == values[:1]).all())
-        below = "Below, its value" if same else "Below, its value in the first row; each moves as far as its prior does"
-        names = [f"{plots.plain(name)[:12]}[{d}]" for d in found.dims]
-        columns = [f"{v:.3g}".replace("-", "−") for v in values[0]]
-        blocks.append(
-            picture(
-                f"traversal_{name}",
-                plots.gallery(array(found.x), *case.scale_of_grey, row_names=names, column_names=columns),
-                f"{len(names)} rows of pictures: in each one coordinate of {name} moves.",
-                f"Means of p(x | z) as one coordinate moves and the others are held at the prior's mean, ordered by "
-                f"{found.order}, largest first. {below}. Look for coordinates that change one thing, and for rows that "
-                f"stand still (they carry nothing).",
-            )
+        blocks += _pictures(exam, found) if plots.is_image(exam.shape) else _paths(exam, found)
+    return PageSection("traversals", "Traversals", tuple(blocks)) if blocks else None
+
+
+def _pictures(exam: Examination, found: Traversal) -> list[Block]:
+    """A row of pictures for each coordinate."""
+    values = array(found.values)
+    same = bool((values == values[:1]).all())
+    below = "Below: its value" if same else "Below: its value in the first row; each moves as far as its prior does"
+    names = [f"{plots.plain(found.latent)[:12]}[{d}]" for d in found.dims]
+    steps = [f"{v:.3g}".replace("-", "−") for v in values[0]]
+    return [
+        picture(
+            f"traversal_{found.latent}",
+            plots.gallery(array(found.x), *exam.scale_of_grey, row_names=names, column_names=steps),
+            f"{len(names)} rows of pictures: in each one coordinate of {found.latent} moves.",
+            f"Means of p(x | z) as one coordinate moves and the others stay at the prior's mean, ordered by "
+            f"{found.order}, largest first. {below}. Look for coordinates that change one thing only. Rows that do "
+            "not change belong to coordinates without information.",
         )
-    return Section("traversals", "Traversals", tuple(blocks)) if blocks else None
+    ]
 
 
-def _paths(case: Case, found: Traversal) -> list[Block]:
-    """Of points of the plane: where the mean goes as each coordinate moves."""
-    made = plots.traversed(found, array(case.observed(case.x[:1000])))
+def _paths(exam: Examination, found: Traversal) -> list[Block]:
+    """The path of the mean for each coordinate, of points of the plane."""
+    made = plots.traversed(found, array(exam.observed(exam.x[:1000])))
     if made is None:
         return []
     alt = (
         f"Data, and the path of the mean of p(x | z) as each of {len(found.dims)} coordinates of {found.latent} moves."
     )
-    return [
-        picture(
-            f"traversal_{found.latent}",
-            made,
-            alt,
-            "Look for paths that follow the data, and for dots that stand still.",
-        )
-    ]
+    caption = "Look for paths that follow the data. Dots without a path belong to coordinates without information."
+    return [picture(f"traversal_{found.latent}", made, alt, caption)]
 
 
-def interpolations(case: Case) -> Section | None:
-    """From one datum to another, through their codes; None where data are no pictures or codes have no in-between."""
-    if case.implicit or not plots.is_image(case.shape):
+def interpolations(exam: Examination) -> PageSection | None:
+    """Paths from one datum to another through their codes; None where data are no pictures or codes are discrete."""
+    if exam.implicit or not plots.is_image(exam.shape):
         return None
-    chosen = _ends(case)
-    found = case.attempt(
+    chosen = _ends(exam)
+    found = exam.attempt(
         "interpolations",
-        lambda: [interpolate(case.run, case.x[a], case.x[b], seed=case.seed) for a, b in chosen],
+        lambda: [interpolate(exam.run, exam.x[a], exam.x[b], seed=exam.seed) for a, b in chosen],
     )
     if not found:
         return None
     made = picture(
         "interpolations",
-        plots.gallery(np.stack([array(path.x) for path in found]), *case.scale_of_grey),
-        f"{len(found)} rows of pictures, each from one datum of {case.split} to another.",
-        "Means of p(x | z) along the path between the codes of two data. Look at the middle: it should look like data, "
-        "not like two of them laid over each other.",
+        plots.gallery(np.stack([array(path.x) for path in found]), *exam.scale_of_grey),
+        f"{len(found)} rows of pictures, each from one datum of {exam.split} to another.",
+        "Means of p(x | z) on the path between the codes of two data. Pictures in the middle should look like data, "
+        "not like two data laid over each other.",
     )
     blocks: list[Block] = [made]
-    if all(path.log_prior is not None for path in found):
-        steps = len(found[0].x)
-        rows = tuple(
-            (f"{i + 1}", *(float(v) for v in path.log_prior))  # type: ignore[union-attr]
-            for i, path in enumerate(found)
-        )
-        columns = (Column("row"), *(Column(str(k + 1), 1) for k in range(steps)))
-        caption = "log p(z) along each path, nats: where it falls in the middle the prior thinks little of the way"
-        blocks.append(Table("interpolations", caption, columns, rows, folded=True))
-    return Section("interpolations", "Interpolations", tuple(blocks))
+    paths = [path.log_prior for path in found if path.log_prior is not None]
+    if len(paths) == len(found):
+        rows = tuple((f"{i + 1}", *(float(v) for v in path)) for i, path in enumerate(paths))
+        titles = columns("row", *(str(k + 1) for k in range(len(paths[0]))), digits=1)
+        caption = "log p(z) on each path, nats: low values in the middle are codes that are improbable under the prior"
+        blocks.append(PageTable("interpolations", caption, titles, rows, folded=True))
+    return PageSection("interpolations", "Interpolations", tuple(blocks))
 
 
-def _ends(case: Case) -> list[tuple[int, int]]:
+def _ends(exam: Examination) -> list[tuple[int, int]]:
     """Pairs of rows by the seed; of two labels where there are labels."""
     order = torch.randperm(
-        len(case.x), generator=torch.Generator().manual_seed(seeds.mix(case.seed, seeds.ANALYSIS, 33))
+        len(exam.x), generator=torch.Generator().manual_seed(seeds.mix(exam.seed, seeds.ANALYSIS, 33))
     ).tolist()
     pairs: list[tuple[int, int]] = []
-    while len(order) > 1 and len(pairs) < PAIRS:
+    while len(order) > 1 and len(pairs) < INTERPOLATED_PAIRS:
         a = order.pop(0)
-        apart = [i for i in order if case.labels is None or case.labels[i] != case.labels[a]]
+        apart = [i for i in order if exam.labels is None or exam.labels[i] != exam.labels[a]]
         if not apart:
             break
         order.remove(apart[0])

@@ -1,4 +1,4 @@
-"""Two runs on the same data: the difference of each datum, and what it is on average."""
+"""Two runs on the same data: differences datum by datum, and their mean."""
 
 from __future__ import annotations
 
@@ -25,20 +25,18 @@ class Paired(Figures):
     n: int
     elbo: Estimate
     log_p: Estimate | None
-    """Of the importance-weighted bounds; None where one of the two has none."""
+    """Difference of the importance-weighted bounds; None where one of the two has none."""
     wins: Estimate
-    """Share of the data whose bound on log p(x) (else whose ELBO) is higher; ties count half."""
+    """Proportion of the data whose bound on log p(x) (else whose ELBO) is higher; ties count half."""
 
     @property
     def title(self) -> str:
-        """See `Figures.title`."""
         return f"Paired differences, nats per datum (n = {self.n})"
 
     def rows(self) -> Iterator[Row]:
-        """See `Figures.rows`."""
         yield "elbo", self.elbo, "ELBO less that of the reference, datum by datum"
         yield "log_p", self.log_p, "bound on log p(x) less that of the reference, datum by datum"
-        yield "wins", self.wins, "share of data that are more probable than under the reference"
+        yield "wins", self.wins, "proportion of data that are more probable than under the reference"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers and strings, for JSON."""
@@ -46,7 +44,7 @@ class Paired(Figures):
 
 
 def elbos(pair: Pair, x: Tensor, samples: int = 8, seed: int = 0) -> Tensor:
-    """The ELBO of every datum, mean over `samples` draws: `(n,)`, nats, float64, an unbiased estimate.
+    """Return the ELBO of every datum, the mean over `samples` samples: `(n,)`, nats, float64, an unbiased estimate.
 
     Global latents are left out: theirs is one KL for all data.
 

@@ -1,4 +1,4 @@
-"""Every file of the zoo, fitted for a moment: fitted, read again, resumed, taken apart, reported."""
+"""Every entry of the zoo, made tiny: fitted, read again, resumed, taken apart, reported, opened in a browser."""
 
 # A figure that may be None fails its test if it is.
 # mypy: disable-error-code="union-attr"
@@ -7,20 +7,19 @@ from __future__ import annotations
 
 import json
 import math
-from importlib import import_module
-from pathlib import Path
 
 import pytest
 import torch
 
 import pvae
-from pvae.analysis import evidence, report, surgery
+from pvae.analysis import evidence, surgery
 from pvae.errors import DataError
 from pvae.experiment import zoo
 from pvae.experiment.experiment import Experiment
 from pvae.experiment.readback import formulas
 from pvae.runs.run import Run
 from tests.browser import opened
+from tests.zoo_runs import declared, fit, tiny_report, tiny_run
 
 CONTINUOUS = {
     "vae", "vae_normal", "autoencoder", "em_mixture", "kmeans", "flow", "flow_dequantised", "flow_variational",
@@ -34,41 +33,10 @@ DISCRETE = {
 POINTS = {"autoencoder", "flow"}
 """Systems whose codes are deterministic."""
 LIKELIHOOD_FREE = {"gan"}
-"""Systems that can be drawn from and score nothing."""
-every_system = pytest.mark.parametrize("name", zoo.names())
-
-
-def declared(name: str, *overrides: str) -> Experiment:
-    few = {
-        "digits": [
-            "data.splits.train=[0, 200]",
-            "data.splits.validation=[1000, 1060]",
-            "data.splits.test=[1350, 1410]",
-        ],
-        "toy": ["data.rows=200"],
-    }
-    whole = Experiment.load(name)
-    second = [] if whole.refit is None else ["refit.train.epochs=2", "refit.train.engine=eager"]
-    source = str(whole.data.source)  # type: ignore[attr-defined]
-    return Experiment.load(name, [*few[source], *second, "train.engine=eager", "train.schedule=constant", *overrides])
-
-
-def fit(name: str, folder: Path, epochs: int) -> Run:
-    return pvae.fit(declared(name, f"train.epochs={epochs}"), run_dir=folder, progress=False)
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
-    return {}
-
-
-@pytest.fixture
-def run(request: pytest.FixtureRequest, runs: dict[str, Run], tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """The system fitted for two epochs, once for all tests of it."""
-    name = request.getfixturevalue("name")
-    if name not in runs:
-        runs[name] = fit(name, tmp_path_factory.mktemp(name), 2)
-    return runs[name]
+"""Systems that can be sampled and have no likelihood."""
+every_system = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.xdist_group(f"zoo-{name}")) for name in zoo.names()]
+)
 
 
 def test_the_zoo_is_complete():
@@ -76,25 +44,22 @@ def test_the_zoo_is_complete():
 
 
 @every_system
-def test_it_is_read_back_as_it_was_written(name, run):
+def test_it_is_fitted_and_read_again(name):
     assert Experiment.from_toml(declared(name).to_toml()) == declared(name)
+    run = tiny_run(name)
     text = formulas(run.experiment)
     assert text["model"].startswith("p(x, ")
     assert text["guide"].startswith("q(") or run.pair.layout.enumerated
-
-
-@every_system
-def test_it_is_fitted_and_read_again(name, run):
     again = Run.load(run.path)
     for key, value in run.pair.state_dict().items():
         assert torch.equal(value, again.pair.state_dict()[key]), key
-    assert math.isfinite(run.status["elbo"]) if name not in LIKELIHOOD_FREE else "elbo" not in run.status
+    assert math.isfinite(float(str(run.status["elbo"]))) if name not in LIKELIHOOD_FREE else "elbo" not in run.status
     assert run.pair.check(run.data.train.x[:3]) == []
 
 
 @every_system
 def test_it_is_resumed_bit_for_bit(name, tmp_path):
-    whole, half = fit(name, tmp_path / "whole", 2), fit(name, tmp_path / "half", 1)
+    whole, half = tiny_run(name), fit(name, tmp_path, 1)
     if half.files.manifest.get("parent"):  # the second stage has the same epochs; the first is compared
         whole, half = (Run.load(r.files.manifest["parent"]["run"], root=r.path.parent.parent) for r in (whole, half))
     longer = pvae.resume(half, "train.epochs=2", allow_changes=True, progress=False)
@@ -105,11 +70,13 @@ def test_it_is_resumed_bit_for_bit(name, tmp_path):
 
 
 @every_system
-def test_it_is_taken_apart(name, run):
+def test_it_is_taken_apart_and_bounded(name):
+    run = tiny_run(name)
     x = run.data.test.x
     if name in LIKELIHOOD_FREE:
-        with pytest.raises(DataError, match="without a likelihood"):
-            surgery(run.pair, x, samples=2)
+        for analysis in (surgery, evidence):
+            with pytest.raises(DataError, match="without a likelihood"):
+                analysis(run.pair, x, samples=2)
         return
     found = surgery(run.pair, x, samples=2)
     shared = 0.0 if found.global_kl is None else found.global_kl.value
@@ -121,38 +88,20 @@ def test_it_is_taken_apart(name, run):
         assert "deterministic code" in " ".join(found.notes)
     else:
         assert found.kl.value == pytest.approx(found.mutual_information.value + found.marginal_kl.value, abs=1e-6)
-
-
-@every_system
-def test_its_evidence_is_bounded(name, run):
-    x = run.data.test.x[:20]
     if name == "autoencoder":
         with pytest.raises(DataError, match="a point for z"):
             evidence(run.pair, x, samples=20)
         return
-    if name in LIKELIHOOD_FREE:
-        with pytest.raises(DataError, match="without a likelihood"):
-            evidence(run.pair, x, samples=20)
-        return
-    found = evidence(run.pair, x, samples=50)
-    assert found.iwae.value >= found.elbo.value - 1e-6
+    bound = evidence(run.pair, x[:20], samples=50)
+    assert bound.iwae.value >= bound.elbo.value - 1e-6
     if name in {"flow", "em_mixture", "kmeans"}:
-        assert found.exact.value == pytest.approx(found.iwae.value, abs=1e-4)
-
-
-@pytest.fixture
-def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every section of a report, after a moment's work: what the figures are worth is tested elsewhere."""
-    monkeypatch.setattr(import_module("pvae.analysis.samples.features"), "EXPOSURES", 400)
-    monkeypatch.setattr(import_module("pvae.analysis.pages.sections.fit"), "REFINED_ROWS", 3)
-    monkeypatch.setattr(import_module("pvae.analysis.pages.sections.examination"), "SAMPLES", 200)
+        assert bound.exact.value == pytest.approx(bound.iwae.value, abs=1e-4)
 
 
 @every_system
-@pytest.mark.usefixtures("hasty")
-def test_it_is_reported(name, run, chromium):
+def test_it_is_reported(name, chromium):
     """In a browser at two widths, light, dark and on paper: no error, no request, all images, nothing too wide."""
-    path = report(run, samples=1, evidence_samples=10, gap_steps=3)
+    path = tiny_report(name)
     seen = opened(chromium, path)
     assert seen.faults == ()
     assert seen.images >= 1

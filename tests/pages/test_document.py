@@ -13,49 +13,46 @@ from rich.console import Console
 from pvae.analysis.figures.estimate import Estimate, exact
 from pvae.analysis.figures.table import cell
 from pvae.analysis.pages import plots
-from pvae.analysis.pages.document.document import (
-    Code,
-    Column,
-    Document,
+from pvae.analysis.pages.document.blocks import (
+    Listing,
     Note,
-    Section,
+    PageColumn,
+    PageSection,
+    PageTable,
     Sentence,
-    Table,
     Tile,
-    error_of,
-    finite,
-    legible,
-    percent,
     picture,
-    shown_value,
-    slug,
 )
+from pvae.analysis.pages.document.document import Document
+from pvae.analysis.pages.document.folder import slug
+from pvae.analysis.pages.document.tables import csv_of
+from pvae.analysis.pages.document.text import error_of, finite, legible, percent, shown_value
 from pvae.errors import DataError
 
 HOSTILE = ("<script>alert(1)</script>", r"$\foo$", "=cmd|' /C calc'!A0", "[red]", "\x1b[31m", "\u202e", "../../etc")
 
 
-def table(id: str = "t", *, folded: bool = False) -> Table:
-    columns = (Column(HOSTILE[0]), Column("nats", 2), Column("rows"), Column("words", is_text=True))
+def table(id: str = "t", *, folded: bool = False) -> PageTable:
+    columns = (PageColumn(HOSTILE[0]), PageColumn("nats", 2), PageColumn("rows"), PageColumn("words", is_text=True))
     rows = (
         (HOSTILE[2], Estimate(-1.23456, 0.05, "estimate", 0.1), 12345, HOSTILE[3]),
         ("plain", exact(2.0), None, HOSTILE[4]),
         ("bare", 0.5, -3, HOSTILE[5]),
     )
-    return Table(id, "A caption, nats", columns, rows, strong=(0,), folded=folded)
+    return PageTable(id, "A caption, nats", columns, rows, strong=(0,), folded=folded)
 
 
-def document(*sections: Section) -> Document:
+def document(*sections: PageSection) -> Document:
     return Document("kicker", HOSTILE[0], HOSTILE[1], HOSTILE[3], {"a": math.nan}, sections, "footer")
 
 
 def whole() -> Document:
     made = picture("p" + HOSTILE[6], plots.figure(1.0), HOSTILE[0], HOSTILE[1])
-    first = Section("one", HOSTILE[0], (table(), made, Note(HOSTILE[0]), Code(HOSTILE[0], HOSTILE[3])), "lead",
+    first = PageSection("one", HOSTILE[0], (table(), made, Note(HOSTILE[0]), Listing(HOSTILE[0], HOSTILE[3])), "lead",
                     (Sentence("fine"),), (Tile(HOSTILE[0], "1", HOSTILE[1]),), {"one": exact(1.0)})  # fmt: skip
-    blocks = (table("u", folded=True), Code("x", "folded", folded=True))
+    blocks = (table("u", folded=True), Listing("x", "folded", folded=True))
     said = (Sentence("turn it", True),)
-    second = Section("two", "Two", blocks, sentences=said, numbers={"two": {1: math.inf}}, is_appendix=True)
+    second = PageSection("two", "Two", blocks, sentences=said, numbers={"two": {1: math.inf}}, is_appendix=True)
     return document(first, second)
 
 
@@ -87,7 +84,7 @@ def test_files_bear_safe_names_and_old_ones_go(tmp_path: Path):
         "out/index.html", "out/report.json", "out/tables/t.csv", "out/tables/u.csv", "out/figures/p..-2f..-2fetc.png",
     }  # fmt: skip
     (tmp_path / "out" / "tables" / "mine.csv").write_text("of the user")
-    document(Section("one", "One", (table("v"),))).write(tmp_path / "out")
+    document(PageSection("one", "One", (table("v"),))).write(tmp_path / "out")
     assert {p.name for p in (tmp_path / "out" / "tables").iterdir()} == {"v.csv", "mine.csv"}
     assert not list((tmp_path / "out" / "figures").iterdir())
 
@@ -124,7 +121,7 @@ def test_a_list_of_files_that_leads_elsewhere_is_not_followed(tmp_path: Path):
     numbers = json.loads((tmp_path / "out" / "report.json").read_text())
     numbers["files"] = ["../mine.csv", "tables/../../mine.csv", "/etc/hostname", 3, "tables/t.csv"]
     (tmp_path / "out" / "report.json").write_text(json.dumps(numbers))
-    document(Section("one", "One", (table("v"),))).write(tmp_path / "out")
+    document(PageSection("one", "One", (table("v"),))).write(tmp_path / "out")
     assert (tmp_path / "mine.csv").exists()
     assert not (tmp_path / "out" / "tables" / "t.csv").exists()
 
@@ -141,7 +138,7 @@ def test_a_link_in_the_place_of_a_folder_is_refused(tmp_path: Path):
 
 def test_csv_has_value_error_and_kind_in_full_and_no_formulas():
     """FAULTS 39."""
-    rows = list(csv.reader(io.StringIO(table().to_csv())))
+    rows = list(csv.reader(io.StringIO(csv_of(table()))))
     assert rows[0] == [HOSTILE[0], "nats", "nats error", "nats data error", "nats kind", "rows", "words"]
     assert rows[1] == ["'" + HOSTILE[2], "-1.23456", "0.05", "0.1", "estimate", "12345", "[red]"]
     assert rows[2][1:6] == ["2.0", "0.0", "", "exact", ""]

@@ -13,7 +13,7 @@ import pytest
 import pvae
 from pvae.experiment.experiment import Experiment
 
-RESULTS = Path(__file__).parent.parent / "analysis" / "results"
+RESULTS = Path(__file__).parents[2] / "analysis" / "results"
 DECLARED = sorted(str(p.relative_to(RESULTS)) for p in RESULTS.rglob("*.toml"))
 PUBLISHED = RESULTS / "published"
 ROWS = sorted(p.stem for p in PUBLISHED.glob("*.toml"))

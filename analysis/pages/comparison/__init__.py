@@ -1,0 +1,1 @@
+"""Comparison of several runs on the same data: their measurements, and the sections of its page."""

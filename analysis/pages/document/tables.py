@@ -1,0 +1,75 @@
+"""Tables of a page: made of results, written as CSV, shown on a terminal."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+from pvae.analysis.figures.estimate import Estimate
+from pvae.analysis.figures.table import Figures, cell
+from pvae.analysis.pages.document.blocks import PageTable, columns
+from pvae.analysis.pages.document.text import Value, shown_value
+
+PARTS = ("error", "data_error", "kind")
+"""Columns that stand beside a column of estimates in a CSV file."""
+
+
+def table_of(id: str, figures: Figures, caption: str = "", digits: int = 3) -> PageTable:
+    """Table of one result: term, figure, kind, explanation."""
+    titles = columns("term", figures.unit, digits=digits, words=("kind", "what it is"))
+    return PageTable(
+        id, caption or figures.title, titles, [(name, e, e.label, meaning) for name, e, meaning in figures.known()]
+    )
+
+
+def side_by_side(results: Mapping[str, Figures]) -> list[tuple[Any, ...]]:
+    """Rows of several results of one kind: term, a figure (or None) for each result, explanation.
+
+    Terms come in the order of the result with the most terms, then those that only others have.
+    """
+    listed = sorted(([*result.rows()] for result in results.values()), key=len, reverse=True)
+    terms = {term: meaning for rows in listed for term, _, meaning in rows}
+    found = [{term: e for term, e, _ in result.rows()} for result in results.values()]
+    rows = [(term, *(figures.get(term) for figures in found), meaning) for term, meaning in terms.items()]
+    return [row for row in rows if any(e is not None for e in row[1:-1])]
+
+
+def csv_of(table: PageTable) -> str:
+    """Return a table as CSV: an estimate has its errors and kind beside it, numbers have all digits."""
+    out = io.StringIO()
+    sheet = csv.writer(out, lineterminator="\n")
+    parts = [
+        PARTS if any(isinstance(row[i], Estimate) for row in table.rows) else () for i in range(len(table.columns))
+    ]
+    titles = [column.title for column in table.columns]
+    sheet.writerow([cell(name) for title, more in zip(titles, parts, strict=True) for name in _names(title, more)])
+    for row in table.rows:
+        sheet.writerow([cell(value) for v, more in zip(row, parts, strict=True) for value in _values(v, more)])
+    return out.getvalue()
+
+
+def _names(title: str, parts: Sequence[str]) -> list[str]:
+    return [title, *(f"{title} {part.replace('_', ' ')}" for part in parts)]
+
+
+def _values(value: Value, parts: Sequence[str]) -> list[Any]:
+    if parts and isinstance(value, Estimate):
+        return [value.value, value.standard_error, value.data_error, value.label]
+    return [value, *("" for _ in parts)]
+
+
+def rich_of(table: PageTable) -> Table:
+    """Return a table for a terminal."""
+    made = Table(title=Text(table.caption), title_justify="left")
+    for i, column in enumerate(table.columns):
+        justify: Any = "left" if column.is_text or not i else "right"
+        made.add_column(Text(column.title), justify=justify, no_wrap=not column.is_text)
+    for r, row in enumerate(table.rows):
+        cells = [Text(shown_value(v, column.digits)) for v, column in zip(row, table.columns, strict=True)]
+        made.add_row(*cells, style="bold" if r in table.strong else None)
+    return made

@@ -1,0 +1,77 @@
+"""Numbers and words as a page shows them, and values as JSON can hold them."""
+
+from __future__ import annotations
+
+import math
+import unicodedata
+from collections.abc import Mapping
+from typing import Any
+
+from markupsafe import Markup
+
+from pvae.analysis.figures.estimate import Estimate
+from pvae.analysis.pages import plots
+
+Value = Estimate | float | int | str | None
+"""Content of one cell of a table; None is shown as a dash."""
+
+
+def nats(value: float | Estimate, digits: int = 2) -> str:
+    """Return a figure with a true minus sign; a dash for NaN and infinities."""
+    number = float(value)
+    return plots.nats(number, digits) if math.isfinite(number) else "–"
+
+
+def plus_minus(e: Estimate, digits: int = 2) -> str:
+    """Return `1.23 ± 0.04`, or `1.23` for an exact figure."""
+    return " ".join(part for part in (nats(e, digits), error_of(e, digits)) if part)
+
+
+def percent(value: float) -> str:
+    """Return a proportion in whole per cent, below 9.5 % with one digit after the point."""
+    if not math.isfinite(value):
+        return "–"
+    return f"{100 * value:.0f} %" if value == 0 or abs(value) >= 0.095 else f"{100 * value:.1f} %"
+
+
+def shown_value(value: Value, digits: int) -> str:
+    """Return a cell as text."""
+    if isinstance(value, Estimate):
+        return plus_minus(value, digits)
+    if isinstance(value, bool) or value is None:
+        return "–" if value is None else ("yes" if value else "no")
+    if isinstance(value, int):
+        return f"{value:,}".replace(",", "\u202f").replace("-", "−")
+    return nats(value, digits) if isinstance(value, float) else value
+
+
+def error_of(e: Estimate, digits: int = 3) -> str:
+    """Return `± 0.012`, or nothing for an exact figure."""
+    return f"± {nats(e.standard_error, digits)}" if e.standard_error and math.isfinite(e.standard_error) else ""
+
+
+def html_cell(value: Value, digits: int) -> Markup:
+    """Return a cell as HTML, with the standard error in a quieter colour."""
+    if isinstance(value, Estimate) and (error := error_of(value, digits)):
+        return Markup("{} <span class='error'>{}</span>").format(nats(value, digits), error)
+    return Markup("{}").format(legible(shown_value(value, digits)))
+
+
+def legible(value: Any) -> Any:
+    """Replace control characters and marks that turn the direction of text; newlines stay."""
+    if not isinstance(value, str) or isinstance(value, Markup):  # Markup is a macro's own output, cleaned inside
+        return value
+    return "".join(c if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cs", "Cf") else "\ufffd" for c in value)
+
+
+def finite(value: Any) -> Any:
+    """Return the value as JSON can hold it: NaN and infinities become null, objects of other types their text."""
+    if isinstance(value, Estimate):
+        return finite(value.to_dict())
+    if isinstance(value, Mapping):
+        return {str(key): finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if value is None or isinstance(value, bool | int | str) else str(value)
