@@ -75,7 +75,7 @@ def _no_mixture(e: Experiment) -> Iterator[Finding]:
         return
     ((name, latent),) = e.latents.items()
     likelihood = e.decoder.likelihood
-    closed = ", ".join(kind for kind, member in Likelihood.members.items() if member.closed_form)  # type: ignore[attr-defined]
+    closed = ", ".join(sorted(k for k, member in Likelihood.members.items() if member.closed_form))  # type: ignore[attr-defined]
     wanted: list[tuple[tuple[str, ...], Component, bool, str]] = [
         (("latents", name, "prior"), latent.prior, isinstance(latent.prior, CategoricalPrior | UniformPrior),
          "categorical or uniform, of a latent with codes,"),

@@ -424,8 +424,8 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "no closed form": (
         {"latents": {"c": CODE}, "decoder": {"network": "table", "likelihood": "discretized_logistic"}},
-        r"decoder\.likelihood: expected one with a closed form \(poisson, bernoulli, categorical, normal, "
-        r"multivariate_normal\) for the objective em; got \"discretized_logistic\"",
+        r"decoder\.likelihood: expected one with a closed form \(bernoulli, categorical, multivariate_normal, normal, "
+        r"poisson\) for the objective em; got \"discretized_logistic\"",
     ),
     "beta": (
         {"latents": {"c": CODE}, "decoder": TABLE, "objective": {"kind": "em", "beta": 0.5}},
