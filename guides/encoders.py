@@ -49,7 +49,7 @@ class EncoderModule(nn.Module):
 
 def laid_out(network: Network, inputs: Mapping[str, Shape], sites: Sequence[Site]) -> NetworkModule:
     """Features of some inputs, on the finest grid of the latents that read them where the network can lay them out."""
-    grids = [site.grid for site in sites if site.grid]
+    grids = [site.space.grid for site in sites if site.space.grid]
     return network.build(inputs, network.features_on(max(grids, key=prod)) if grids else None)
 
 

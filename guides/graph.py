@@ -14,8 +14,7 @@ from pvae.graph.frame import Frame, data_plate
 from pvae.graph.link import Link
 from pvae.graph.site import EMBEDDED, OBSERVED, Site, embedded
 from pvae.guides.encoders import EncoderModule
-from pvae.guides.posteriors.codes import Estimated
-from pvae.guides.posteriors.nearest import NearestCodes, NearestModule
+from pvae.guides.posteriors.base import PosteriorModule
 
 
 class GraphGuide(nn.Module):
@@ -62,15 +61,15 @@ class GraphGuide(nn.Module):
             for site in self.sites:
                 posterior, inputs = self.posteriors[site.name], self._inputs(site, x, features, seen)
                 fn = posterior(inputs, seen)
-                infer: Any = posterior.infer(inputs) if isinstance(posterior, Estimated) else None
+                infer: Any = posterior.infer(inputs) if isinstance(posterior, PosteriorModule) else None
                 seen[site.name] = self.link.model.see(site, pyro.sample(site.name, fn, infer=infer), x)
-                if isinstance(posterior, NearestModule):
+                if site.carries:
                     seen[site.name] = self._carried(site, posterior, fn, seen[site.name])
         return seen
 
     @staticmethod
-    def _carried(site: Site, posterior: NearestModule, found: NearestCodes, row: Tensor) -> Tensor:
-        """The row of a nearest code, exactly, with the gradient of what was looked up: straight through.
+    def _carried(site: Site, posterior: Any, found: Any, row: Tensor) -> Tensor:
+        """Return the row of a nearest code, exactly, with the gradient of the vector looked up: straight through.
 
         It is a site of its own, certain on both sides, because an index carries no gradient to the decoder.
         """

@@ -51,7 +51,7 @@ class GraphModel(nn.Module):
     def see(self, site: Site, value: Tensor, like: Tensor) -> Tensor:
         """A latent's value as children and the decoder see it, `(..., *site.features)`."""
         book: Any = self.codebooks[site.name] if site.name in self.codebooks else None
-        return site.see(value, like, None if book is None else book.table)
+        return site.space.see(value, like, None if book is None else book.table)
 
     def temperature(self, name: str) -> Tensor:
         """tau of a relaxed latent, a scalar."""

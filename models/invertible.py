@@ -15,6 +15,7 @@ from pvae.component import Shape
 from pvae.errors import DeclarationError
 from pvae.graph.link import Link
 from pvae.graph.site import Site
+from pvae.graph.space import Space
 from pvae.models.priors.base import Prior
 from pvae.models.priors.flows import FlowModule, FlowPrior, RealNVP
 from pvae.nn.network import InvertibleModule, Network, NetworkModule, flatten
@@ -101,6 +102,6 @@ class BijectionNetwork(Network):
             raise DeclarationError(f"network bijection: expected {wanted}; got inputs {sizes}.")
         squash = Squash(self.edge) if self.squash == "logit" else None
         name, size = next(iter(sizes.items()))
-        flow = self.flow.build(Site(name, (size,), (size,)), {}, Link())
+        flow = self.flow.build(Site(name, Space.real(size)), {}, Link())
         assert isinstance(flow, FlowModule)  # noqa: S101 - narrows the type
         return BijectionModule(inputs, output, flow, squash)

@@ -30,8 +30,10 @@ from pvae.experiment.latent import Latent
 from pvae.experiment.plan import Train, Watch
 from pvae.graph.link import Link
 from pvae.graph.site import Site
+from pvae.graph.space import Space
 from pvae.guides.encoders import Encoder
 from pvae.guides.posteriors.base import Posterior
+from pvae.guides.posteriors.relaxed import RelaxedPosterior
 from pvae.models.likelihoods.base import Likelihood
 from pvae.models.priors.base import Prior
 from pvae.nn.network import Network
@@ -306,13 +308,12 @@ def _latents(draw: DrawFn, size: Raw, given: list[str], guide_given: list[str]) 
             and not (kind.carries and "embedding" not in size)
         )
 
-    width = (size.get("dim") or size.get("bits") or 1,)
-    site = Site("z", width, width)
+    site = Site("z", Space.bits(size["bits"]) if "bits" in size else Space.real(size.get("dim", 1)))
     fits = members(Posterior, among=infers, without=("given",)).filter(
         lambda table: wanted == "index" or builds(lambda: Posterior.parse(table).build(site, {"x": VECTOR}, Link()))
     )
     posterior = draw(fits)
-    relaxed = Posterior.members[posterior["kind"]].is_relaxed  # type: ignore[attr-defined]
+    relaxed = issubclass(Posterior.members[posterior["kind"]], RelaxedPosterior)
     prior = draw(priors_of("relaxed" if relaxed else wanted, bool(given), size.get("dim", 3)))
     raw: Raw = {**size, "prior": prior, "posterior": {**posterior, "given": ["x", *guide_given]}}
     if given:
@@ -324,7 +325,7 @@ def _latents(draw: DrawFn, size: Raw, given: list[str], guide_given: list[str]) 
 
 def priors_of(wanted: str, parents: bool, dim: int = 3) -> SearchStrategy[Raw]:
     """Priors of a latent of such values, with parents or without, of `dim` coordinates."""
-    site, given = Site("z", (dim,), (dim,)), {"above": VECTOR} if parents else {}
+    site, given = Site("z", Space.real(dim)), {"above": VECTOR} if parents else {}
 
     def fits(kind: Any) -> bool:
         return wanted in kind.values and (kind.reads_parents if parents else not kind.needs_parents)
@@ -426,7 +427,7 @@ def _refits(draw: DrawFn, latents: Raw) -> Raw:
     name = draw(st.sampled_from(sorted(latents)))
     latent = Latent.model_validate(latents[name])
     train = {**draw(tables(Train, without=("engine", "alternate"))), "epochs": 1}
-    others = priors_of(latent.sampled, bool(latent.given), latent.dim or 3)
+    others = priors_of(latent.sampled.values, bool(latent.given), latent.dim or 3)
     table = {"priors": {name: draw(others.filter(lambda prior: Prior.parse(prior) != latent.prior))}, "train": train}
     Refit.model_validate(table)
     return table

@@ -35,6 +35,7 @@ from pvae.distributions.relaxed import Discretised, RelaxedCodes
 from pvae.distributions.simplex import from_coordinates, to_coordinates
 from pvae.errors import DeclarationError
 from pvae.experiment.experiment import Experiment
+from pvae.graph.space import Space
 from pvae.guides.posteriors.base import Posterior
 from pvae.guides.posteriors.nearest import NearestCodePosterior
 from pvae.nn.codebook import SMOOTHING, NearestCodebook
@@ -789,9 +790,9 @@ def test_grids_stay_finite_in_single_precision(tau, scale):
     flat = value.reshape(50, -1).reshape(50, 4, 4, 10)
     score = q.log_prob(flat)
     assert score.isfinite().all()
-    site = Experiment.from_dict({"latents": {"c": {**GRID, "codes": 10, "posterior": "relaxed_onehot"}}}).sites()[0]
+    space = Space.codes(10, (4, 4))
     for hard in (False, True):
-        seen = replace(site, hard=hard).see(flat, logits)
+        seen = space.relaxed(is_hard=hard).see(flat, logits)
         assert seen.isfinite().all()
         (found,) = torch.autograd.grad(seen.square().sum() + score.sum(), logits, retain_graph=True)
         assert found.isfinite().all()

@@ -22,7 +22,8 @@ from pvae.component import Shape
 from pvae.distributions.codes import conditional_logits
 from pvae.errors import DeclarationError
 from pvae.graph.link import Link
-from pvae.graph.site import Site, one_hot
+from pvae.graph.site import Site
+from pvae.graph.space import Space, one_hot
 from pvae.models.priors.autoregressive import DRAWN, Autoregressive, TokenModule
 from pvae.models.priors.base import Prior
 from pvae.models.priors.pixelcnn import PixelCNNPrior, Resize
@@ -51,7 +52,7 @@ def built(kind: str, grid: Shape, codes: int, parents: str = "none", moved: floa
     """A module off its start, so that every code and parent matters."""
     prior = Prior.members[kind].model_validate({**KINDS[kind], **fields})
     given = PARENTS[parents]
-    site = Site("z", grid, (codes, *grid), given=tuple(given), codes=codes, grid=grid, values="index")
+    site = Site("z", Space.codes(codes, grid), given=tuple(given))
     module = prior.build(site, given, Link())
     with torch.no_grad():
         for parameter in module.parameters():
@@ -460,9 +461,9 @@ def test_shapes_that_cannot_be_read_are_refused(kind):
     with pytest.raises(
         DeclarationError, match=rf"latents.z.prior {kind}: expected a grid of at most 2 axes; got \[2, 2"
     ):
-        prior.build(Site("z", grid, (3, *grid), codes=3, grid=grid), {}, Link())
+        prior.build(Site("z", Space.codes(3, grid)), {}, Link())
     with pytest.raises(DeclarationError, match=r"expected parents of shape .*; got a of shape \[1, 2, 3, 4\]"):
-        prior.build(Site("z", (2,), (3, 2), codes=3, grid=(2,)), {"a": (1, 2, 3, 4)}, Link())
+        prior.build(Site("z", Space.codes(3, (2,))), {"a": (1, 2, 3, 4)}, Link())
 
 
 def test_the_table_is_complete():

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from pvae.component import Component, Names, Shape
 from pvae.graph.link import Link
-from pvae.graph.site import OBSERVED, Site, Values
+from pvae.graph.site import OBSERVED, Site
+from pvae.graph.space import Space, Values
 from pvae.nn.codebook import Codebook
 
 
@@ -19,37 +20,37 @@ class Posterior(Component):
 
     default: ClassVar[str] = "normal"
     values: ClassVar[Values] = "real"
-    """Whether the latent is a vector (`dim`), made of `codes`, or of `bits`."""
-    is_relaxed: ClassVar[bool] = False
-    """Whether it draws relaxed one-hots in place of codes."""
-    is_hard: ClassVar[bool] = False
-    """Whether these are seen as one-hots."""
+    """Values of the latents it is for: a real vector (`dim`), codes, or bits."""
     carries: ClassVar[bool] = False
-    """Whether it looks codes up, and needs an embedding to do so."""
+    """True if it looks codes up in an embedding, whose gradient an index cannot carry."""
     reads_features: ClassVar[bool] = True
-    """Whether it reads the encoder's features; else x itself."""
+    """True if it reads the encoder's features, False if it reads x itself."""
     reads_prior: ClassVar[bool] = False
-    """Whether it asks the model for p(z | parents): it is then given those parents too."""
+    """True if it asks the model for p(z | parents): it is then given those parents too."""
     summed: ClassVar[bool] = False
-    """Whether the latent is summed out by the model, so that the guide does not sample it."""
+    """True if the model sums the latent out, so that the guide does not sample it."""
     infers: ClassVar[bool] = True
-    """Whether x has anything to do with it."""
+    """False if it does not depend on x."""
     determines: ClassVar[str | None] = None
-    """The kind of likelihood under which z determines x, if it needs one."""
+    """Kind of the likelihood under which z determines x, if it needs one."""
     given: Names = (OBSERVED,)
-    """What it is conditioned on: x and, in a hierarchy, other latents."""
+    """Conditions: x and, in a hierarchy, other latents."""
+
+    def sampled(self, space: Space) -> Space:
+        """Return the space of the values it samples, for a latent of some space: another one if it relaxes codes."""
+        return space
 
     def follows_prior(self, given: tuple[str, ...]) -> bool:
-        """Whether another prior would move this posterior, for a latent with these parents in the model."""
+        """True if another prior would change this posterior, for a latent with these parents in the model."""
         return self.reads_prior or self.summed
 
     def codebook(self, codes: int, width: int) -> nn.Module:
-        """The table of a code's embeddings, of which the model will read the rows."""
+        """Return the table of embeddings `(codes, width)` that the model reads."""
         return Codebook(codes, width)
 
     @abstractmethod
     def build(self, site: Site, inputs: Mapping[str, Shape], link: Link) -> nn.Module:
-        """A module from what the latent is given to its distribution.
+        """Return a module from what the latent is given to its distribution.
 
         It is called with the prepared inputs, `name -> (..., *inputs[name])`, and with the features of all latents
         sampled so far, and gives a distribution of event `site.event`.
@@ -57,7 +58,20 @@ class Posterior(Component):
 
 
 class PosteriorModule(nn.Module):
-    """Base of what posteriors build that say more of themselves than their distribution."""
+    """Base of the modules of posteriors whose Pyro sites hold more than a distribution."""
 
     learns_baseline = False
-    """Whether a network foretells the gain of its score function."""
+    """True if a network predicts the gain of its score function."""
+
+    def infer(self, inputs: Mapping[str, Tensor]) -> dict[str, Any] | None:
+        """Return the `infer` entry of its Pyro site, for prepared inputs as in `Posterior.build`."""
+        return None
+
+    def penalties(self, found: Any, row: Tensor) -> dict[str, Tensor]:
+        """Return penalties `(...)` by name, which the loss adds to minus the ELBO.
+
+        Arguments:
+            found: its distribution, which has the looked-up vectors as `point`.
+            row: the embedding of the code found, `(..., *features)`.
+        """
+        raise NotImplementedError  # pragma: no cover - only of posteriors that look codes up

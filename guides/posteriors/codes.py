@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from math import prod
 from typing import Any, ClassVar, Literal, final
 
 import pyro.distributions as dist
@@ -19,7 +18,8 @@ from pvae.component import Shape
 from pvae.distributions.codes import bits, code_grid
 from pvae.graph.lifecycle import Moving
 from pvae.graph.link import Link
-from pvae.graph.site import Site, Values
+from pvae.graph.site import Site
+from pvae.graph.space import Values
 from pvae.guides.posteriors.base import Posterior, PosteriorModule
 from pvae.guides.posteriors.heads import channels_last, head
 from pvae.nn.dense import MLP
@@ -75,7 +75,6 @@ class Estimated(PosteriorModule):
         self.learns_baseline = baseline is not None
 
     def infer(self, inputs: Mapping[str, Tensor]) -> dict[str, Any]:
-        """What a site says of itself, in Pyro's own terms (`TraceEnum_ELBO`, `TraceGraph_ELBO`)."""
         if self.estimator == "sum":
             return {"enumerate": "parallel"}
         told: dict[str, Any] = {}
@@ -89,17 +88,19 @@ class Estimated(PosteriorModule):
         return told
 
 
-class CategoricalModule(Estimated):
-    """A network's output as logits of codes."""
+class EstimatedCodes(Estimated):
+    """A network's output as logits of codes on a grid of some dimensions."""
 
-    grid: int
+    def __init__(self, grid: int, **parts: Any) -> None:
+        super().__init__(**parts)
+        self.grid = grid
 
     def forward(self, inputs: Mapping[str, Tensor], _seen: Mapping[str, Tensor]) -> dist.TorchDistribution:
         """Named tensors to codes over a grid, with batch shape `(...)`."""
         return code_grid(channels_last(self.network(inputs), self.grid), self.grid)
 
 
-class BernoulliModule(Estimated):
+class EstimatedBits(Estimated):
     """A network's output as logits of bits."""
 
     def forward(self, inputs: Mapping[str, Tensor], _seen: Mapping[str, Tensor]) -> dist.TorchDistribution:
@@ -158,11 +159,8 @@ class CategoricalPosterior(EstimatedPosterior):
     values: ClassVar[Values] = "index"
 
     def build(self, site: Site, inputs: Mapping[str, Shape], link: Link) -> nn.Module:
-        assert site.codes is not None  # noqa: S101 - the declaration has been checked
-        log_states = prod(site.grid) * math.log(site.codes)
-        module = CategoricalModule(**self.parts(log_states, inputs, (site.codes, *site.grid)))
-        module.grid = len(site.grid)
-        return module
+        output = (site.space.states, *site.space.grid)
+        return EstimatedCodes(len(site.space.grid), **self.parts(site.space.log_states, inputs, output))
 
 
 @final
@@ -173,4 +171,4 @@ class BernoulliPosterior(EstimatedPosterior):
     values: ClassVar[Values] = "binary"
 
     def build(self, site: Site, inputs: Mapping[str, Shape], link: Link) -> nn.Module:
-        return BernoulliModule(**self.parts(site.event[0] * math.log(2), inputs, site.event))
+        return EstimatedBits(**self.parts(site.space.log_states, inputs, site.event))

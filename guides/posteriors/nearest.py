@@ -15,7 +15,8 @@ from pvae.component import Shape
 from pvae.distributions.codes import Certain
 from pvae.graph.lifecycle import Begun, FirstRows
 from pvae.graph.link import Link
-from pvae.graph.site import Site, Values, embedded
+from pvae.graph.site import Site, embedded
+from pvae.graph.space import Values
 from pvae.guides.posteriors.base import Posterior, PosteriorModule
 from pvae.guides.posteriors.heads import channels_last, head
 from pvae.nn.codebook import START_VECTORS, NearestCodebook
@@ -33,7 +34,7 @@ class NearestModule(PosteriorModule, Begun):
 
     def __init__(self, network: NetworkModule, site: Site, link: Link, declared: NearestCodePosterior) -> None:
         super().__init__()
-        self.network, self.link, self.site, self.grid = network, link, site, len(site.grid)
+        self.network, self.link, self.site, self.grid = network, link, site, len(site.space.grid)
         self.declared = declared
 
     @property
@@ -44,7 +45,7 @@ class NearestModule(PosteriorModule, Begun):
     def begin(self, rows: FirstRows) -> None:
         """Put the codebook at the centres of the first vectors, which see the rows of earlier latents' codebooks."""
         if self.declared.start == "kmeans":
-            positions = prod(self.site.grid)
+            positions = prod(self.site.space.grid)
             found = rows.inferred(embedded(self.site.name), max(1, START_VECTORS // positions), stream=1)
             z = torch.cat([self.vectors(infer["point"]) for infer in found])
             self.codebook.start(z, rows.seed, rows.batch * positions)
@@ -62,7 +63,7 @@ class NearestModule(PosteriorModule, Begun):
         return found
 
     def penalties(self, found: NearestCodes, row: Tensor) -> dict[str, Tensor]:
-        """What is added to the loss beside the ELBO, `(...)`: squared distances, summed over positions."""
+        """Return squared distances, summed over positions, `(...)`."""
         event = tuple(range(-1 - self.grid, 0))
         out = {"commitment": self.declared.commitment * (found.point - row.detach()).square().sum(event)}
         if self.declared.gradient:

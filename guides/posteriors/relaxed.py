@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from pvae.component import Shape
 from pvae.distributions.relaxed import KL, RelaxedCodes
 from pvae.graph.link import Link
-from pvae.graph.site import Site, Values
+from pvae.graph.site import Site
+from pvae.graph.space import Space, Values
 from pvae.guides.posteriors.base import Posterior
 from pvae.guides.posteriors.heads import channels_last, head
 from pvae.nn.network import Network, NetworkModule
@@ -24,7 +25,7 @@ class RelaxedModule(nn.Module):
     def __init__(self, network: NetworkModule, site: Site, link: Link, kl: KL, noise: bool) -> None:
         super().__init__()
         self.network, self.link, self.kl, self.noise = network, link, kl, noise
-        self.name, self.grid, self.has_twin = site.name, len(site.grid), site.has_twin
+        self.name, self.grid, self.has_twin = site.name, len(site.space.grid), site.has_twin
 
     def forward(self, inputs: Mapping[str, Tensor], _seen: Mapping[str, Tensor]) -> dist.TorchDistribution:
         """Named tensors to log relaxed one-hots, with batch shape `(...)`."""
@@ -37,16 +38,18 @@ class RelaxedPosterior(Posterior):
     """What relaxations share. The temperature is the latent's own: prior and posterior have one."""
 
     values: ClassVar[Values] = "index"
-    is_relaxed: ClassVar[bool] = True
     kl: KL = "relaxed"
     """The KL that is trained: of the densities of the relaxed variables, or in closed form of the categoricals under
     them."""
     network: Network | None = None
     """Between the encoder's features and the logits; default: one linear map."""
 
+    def sampled(self, space: Space) -> Space:
+        return space.relaxed(is_hard=False)
+
     def _build(self, site: Site, inputs: Mapping[str, Shape], link: Link, noise: bool) -> nn.Module:
-        assert site.codes is not None  # noqa: S101 - the declaration has been checked
-        return RelaxedModule(head(self.network, inputs, (site.codes, *site.grid)), site, link, self.kl, noise)
+        network = head(self.network, inputs, (site.space.states, *site.space.grid))
+        return RelaxedModule(network, site, link, self.kl, noise)
 
 
 @final
@@ -77,10 +80,12 @@ class StraightThroughPosterior(RelaxedPosterior):
     """
 
     kind: Literal["straight_through"] = "straight_through"
-    is_hard: ClassVar[bool] = True
     kl: KL = "categorical"
     noise: bool = True
     """Draw Gumbel noise."""
+
+    def sampled(self, space: Space) -> Space:
+        return space.relaxed(is_hard=True)
 
     @model_validator(mode="after")
     def _no_density_of_a_point(self) -> Self:

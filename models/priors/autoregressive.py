@@ -199,10 +199,9 @@ def require_shapes(site: Site, given: Mapping[str, Shape], kind: str) -> int:
     Raises:
         DeclarationError: naming the latent and what was found.
     """
-    assert site.codes is not None  # noqa: S101 - the declaration has been checked
-    if len(site.grid) > 2:
+    if len(site.space.grid) > 2:
         raise DeclarationError(
-            f"latents.{site.name}.prior {kind}: expected a grid of at most 2 axes; got {list(site.grid)}."
+            f"latents.{site.name}.prior {kind}: expected a grid of at most 2 axes; got {list(site.space.grid)}."
         )
     for name, shape in given.items():
         if len(shape) not in (1, 2, 3):
@@ -210,4 +209,4 @@ def require_shapes(site: Site, given: Mapping[str, Shape], kind: str) -> int:
                 f"latents.{site.name}.prior {kind}: expected parents of shape (D), (C, L) or (C, H, W); "
                 f"got {name} of shape {list(shape)}."
             )
-    return site.codes
+    return site.space.states

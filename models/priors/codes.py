@@ -13,7 +13,8 @@ from pvae.component import Shape
 from pvae.distributions.codes import bits, code_grid
 from pvae.distributions.relaxed import RelaxedCodes, Relaxing
 from pvae.graph.link import Link
-from pvae.graph.site import Site, Values
+from pvae.graph.site import Site
+from pvae.graph.space import Values
 from pvae.models.priors.base import MixtureWeights, Prior
 
 
@@ -24,9 +25,9 @@ class CodesModule(MixtureWeights):
 
     def __init__(self, site: Site, learned: bool, link: Link) -> None:
         super().__init__()
-        assert site.codes is not None  # noqa: S101 - the declaration has been checked
-        self.name, self.grid, self.link, self.is_relaxed = site.name, len(site.grid), link, site.values == "relaxed"
-        logits = torch.zeros(*site.grid, site.codes)
+        self.name, self.grid, self.link = site.name, len(site.space.grid), link
+        self.is_relaxed = site.space.values == "relaxed"
+        logits = torch.zeros(*site.space.grid, site.space.states)
         if learned:
             self.logits = nn.Parameter(logits)
         else:
@@ -59,10 +60,9 @@ class RelaxingModule(nn.Module):
 def prior_of(prior: Prior, site: Site, given: Mapping[str, Shape], link: Link) -> nn.Module:
     """What a prior builds for a latent; one of codes alone prices relaxed ones by their categoricals."""
     module = prior.build(site, given, link)
-    if site.values != "relaxed" or "relaxed" in prior.values:
+    if site.space.values != "relaxed" or "relaxed" in prior.values:
         return module
-    assert site.codes is not None  # noqa: S101 - the declaration has been checked
-    return RelaxingModule(module, site.codes)
+    return RelaxingModule(module, site.space.states)
 
 
 class BitsModule(nn.Module):
@@ -122,4 +122,4 @@ class UniformPrior(Prior):
     values: ClassVar[tuple[Values, ...]] = ("index", "relaxed", "binary")
 
     def build(self, site: Site, given: Mapping[str, Shape], link: Link) -> nn.Module:
-        return BitsModule(site, learned=False) if site.codes is None else CodesModule(site, learned=False, link=link)
+        return CodesModule(site, learned=False, link=link) if site.space.is_code else BitsModule(site, learned=False)

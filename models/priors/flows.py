@@ -19,7 +19,8 @@ from pvae.distributions.bijections import Bijection, near_identity
 from pvae.distributions.simplex import FreeCoordinates
 from pvae.errors import DeclarationError
 from pvae.graph.link import Link
-from pvae.graph.site import Site, Values
+from pvae.graph.site import Site
+from pvae.graph.space import Values
 from pvae.models.priors.base import Prior
 from pvae.util.types import Size
 
@@ -128,7 +129,7 @@ class FlowPrior(Prior):
 
     def build(self, site: Site, given: Mapping[str, Shape], link: Link) -> nn.Module:
         """See `Prior.build`; over relaxed codes, of the K - 1 free coordinates of every position."""
-        relaxed = site.values == "relaxed"
+        relaxed = site.space.values == "relaxed"
         dim = prod(site.event[:-1]) * (site.event[-1] - 1) if relaxed else site.event[0]
         if dim < 2:
             raise DeclarationError(f"latents.{site.name}.dim: expected at least 2 coordinates for a flow; got {dim}.")

@@ -12,7 +12,8 @@ from torch.nn import functional as F
 
 from pvae.component import Shape
 from pvae.graph.link import Link
-from pvae.graph.site import Site, Values
+from pvae.graph.site import Site
+from pvae.graph.space import Values
 from pvae.models.priors.autoregressive import Choose, TokenModule, require_shapes
 from pvae.models.priors.base import Prior
 
@@ -250,7 +251,7 @@ class PixelCNNPrior(Prior):
 
     def build(self, site: Site, given: Mapping[str, Shape], link: Link) -> nn.Module:
         return PixelCNNModule(
-            site.grid,
+            site.space.grid,
             require_shapes(site, given, self.kind),
             given,
             channels=self.channels,

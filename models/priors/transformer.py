@@ -12,7 +12,8 @@ from torch.nn import functional as F
 
 from pvae.component import Shape
 from pvae.graph.link import Link
-from pvae.graph.site import Site, Values
+from pvae.graph.site import Site
+from pvae.graph.space import Values
 from pvae.models.priors.autoregressive import Choose, TokenModule, require_shapes
 from pvae.models.priors.base import Prior
 
@@ -194,7 +195,7 @@ class TransformerPrior(Prior):
 
     def build(self, site: Site, given: Mapping[str, Shape], link: Link) -> nn.Module:
         return TransformerModule(
-            site.grid,
+            site.space.grid,
             require_shapes(site, given, self.kind),
             given,
             width=self.width,

@@ -83,17 +83,16 @@ def linked_parts(experiment: Experiment, frame: Frame) -> Link:
 
 def codebooks(experiment: Experiment, sites: tuple[Site, ...]) -> dict[str, nn.Module]:
     """Return the codebooks of the latents that have an embedding."""
-    found = {}
-    for site in sites:
-        latent = experiment.latents[site.name]
-        if site.codes is not None and latent.embedding is not None:
-            found[site.name] = latent.posterior.codebook(site.codes, latent.embedding)
-    return found
+    return {
+        site.name: experiment.latents[site.name].posterior.codebook(site.space.states, site.space.embedding)
+        for site in sites
+        if site.space.embedding is not None
+    }
 
 
 def temperatures(experiment: Experiment, sites: tuple[Site, ...]) -> dict[str, nn.Module]:
     """Return the temperatures of the relaxed latents."""
-    relaxed = [site.name for site in sites if experiment.latents[site.name].posterior.is_relaxed]
+    relaxed = [site.name for site in sites if site.space.values == "relaxed"]
     return {name: Scheduled(experiment.latents[name].temperature or Constant(value=2 / 3)) for name in relaxed}
 
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import math
-from math import prod
 from typing import Any, Self
 
 from pydantic import Field, model_validator
 
 from pvae.component import Ints, Names, Section
 from pvae.graph.prompts import Vocabulary, split
-from pvae.graph.site import Site, Values
+from pvae.graph.site import Site
+from pvae.graph.space import Space
 from pvae.guides.posteriors.base import Posterior
 from pvae.guides.posteriors.codes import BernoulliPosterior, CategoricalPosterior
 from pvae.guides.posteriors.exact import ExactPosterior
@@ -65,44 +64,31 @@ class Latent(Section):
         for name in ("grid", "embedding"):
             if getattr(self, name) is not None and self.codes is None:
                 raise ValueError(f"{name} with codes alone; got {name} with {found[0]}")
-        if self.temperature is not None and not self.posterior.is_relaxed:
+        if self.temperature is not None and self.sampled.values != "relaxed":
             raise ValueError("a temperature with a relaxed posterior alone (relaxed_onehot, straight_through); got one")
         if self.posterior.carries and self.codes is not None and self.embedding is None:
             raise ValueError("embedding, the width of the codebook, with the posterior nearest_code; got none")
         return self
 
     @property
-    def values(self) -> Values:
-        """Values of the latent, before its posterior relaxes it."""
-        return "real" if self.dim is not None else "index" if self.codes is not None else "binary"
-
-    @property
-    def sampled(self) -> Values:
-        """Values that are sampled."""
-        return "relaxed" if self.posterior.is_relaxed else self.values
-
-    @property
-    def log_states(self) -> float:
-        """Logarithm of the number of joint states of a discrete latent; infinite for a vector."""
+    def space(self) -> Space:
+        """Values of the latent, before its posterior relaxes them."""
         if self.codes is not None:
-            return prod(self.grid or ()) * math.log(self.codes)
-        return math.inf if self.bits is None else self.bits * math.log(2)
+            return Space.codes(self.codes, self.grid or (), self.embedding)
+        return Space.real(self.dim) if self.dim is not None else Space.bits(self.bits or 0)
+
+    @property
+    def sampled(self) -> Space:
+        """Values that are sampled."""
+        return self.posterior.sampled(self.space)
 
     def site(self, name: str) -> Site:
         """Return the latent as model and guide see it."""
-        grid = self.grid or ()
-        size = (self.dim or self.bits or 0,)
-        event = {"real": size, "binary": size, "index": grid, "relaxed": (*grid, self.codes or 0)}[self.sampled]
         return Site(
             name,
-            event,
-            size if self.codes is None else (self.embedding or self.codes, *grid),
+            self.sampled,
             given=self.given,
             guide_given=self.guide_given,
-            codes=self.codes,
-            grid=grid,
-            values=self.sampled,
-            hard=self.posterior.is_hard,
             carries=self.posterior.carries,
             has_twin="index" in self.prior.values,
             summed=self.posterior.summed,

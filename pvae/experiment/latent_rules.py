@@ -8,7 +8,8 @@ from math import prod
 from typing import TYPE_CHECKING, Any
 
 from pvae.distributions.codes import STATES
-from pvae.graph.site import OBSERVED, Values
+from pvae.graph.site import OBSERVED
+from pvae.graph.space import Values
 from pvae.guides.posteriors.base import Posterior
 from pvae.guides.posteriors.codes import EstimatedPosterior
 from pvae.models.priors.base import Prior
@@ -32,7 +33,7 @@ IN_WORDS: dict[Values, str] = {
 
 def _relaxes(latent: Latent) -> bool:
     """Return True for a prior of codes under a relaxed posterior whose KL is that of the categoricals."""
-    return latent.sampled == "relaxed" and "index" in latent.prior.values and not _wants_density(latent)
+    return latent.sampled.values == "relaxed" and "index" in latent.prior.values and not _wants_density(latent)
 
 
 def _wants_density(latent: Latent) -> bool:
@@ -44,15 +45,15 @@ def misplaced_priors(e: Experiment) -> Iterator[Finding]:
     """Yield priors of other values than the latent's, and those that cannot read its parents or lack some."""
     for name, latent in e.latents.items():
         kind = latent.prior.kind  # type: ignore[attr-defined]
-        if latent.sampled not in latent.prior.values and not _relaxes(latent):
-            kinds = [k for k, member in Prior.members.items() if latent.sampled in member.values]  # type: ignore[attr-defined]
+        if latent.sampled.values not in latent.prior.values and not _relaxes(latent):
+            kinds = sorted(k for k, member in Prior.members.items() if latent.sampled.values in member.values)  # type: ignore[attr-defined]
             yield (
                 ("latents", name, "prior"),
-                f"a prior of {IN_WORDS[latent.sampled]}: one of {', '.join(kinds)}",
+                f"a prior of {IN_WORDS[latent.sampled.values]}: one of {', '.join(kinds)}",
                 kind,
             )
             continue
-        if latent.sampled == "relaxed" and "index" not in latent.prior.values and not _wants_density(latent):
+        if latent.sampled.values == "relaxed" and "index" not in latent.prior.values and not _wants_density(latent):
             yield (
                 ("latents", name, "posterior", "kl"),
                 f"relaxed, because the prior {kind} is a density of relaxed codes and gives codes no probabilities",
@@ -80,18 +81,18 @@ def misplaced_posteriors(e: Experiment) -> Iterator[Finding]:
     for name, latent in e.latents.items():
         posterior, loc = latent.posterior, ("latents", name, "posterior")
         kind = posterior.kind  # type: ignore[attr-defined]
-        if posterior.values != latent.values:
-            kinds = [k for k, member in Posterior.members.items() if member.values == latent.values]  # type: ignore[attr-defined]
-            yield loc, f"a posterior of {IN_WORDS[latent.values]}: one of {', '.join(kinds)}", kind
+        if posterior.values != latent.space.values:
+            kinds = sorted(k for k, member in Posterior.members.items() if member.values == latent.space.values)  # type: ignore[attr-defined]
+            yield loc, f"a posterior of {IN_WORDS[latent.space.values]}: one of {', '.join(kinds)}", kind
             continue
         if posterior.infers and not posterior.given:
             yield (*loc, "given"), "'x', or latents that the guide has sampled before", []
-        if _is_summed(latent) and latent.log_states > math.log(STATES) + 1e-9:
+        if _is_summed(latent) and latent.space.log_states > math.log(STATES) + 1e-9:
             yield (
                 loc,
                 f"a sum over at most {STATES} joint states for the posterior {kind} (fewer codes or positions), or "
                 f"{'another posterior, such as categorical' if posterior.summed else 'estimator = score'}",
-                f"{latent.codes or 2} ** {latent.bits or prod(latent.grid or ())}",
+                f"{latent.space.states} ** {prod(latent.space.shape)}",
             )
         wanted = posterior.determines
         if wanted and (wanted != likelihood.kind or e.decoder.network.kind != "bijection"):  # type: ignore[attr-defined]
@@ -111,7 +112,7 @@ def misplaced_posteriors(e: Experiment) -> Iterator[Finding]:
 def _is_summed(latent: Latent) -> bool:
     """Return True for a latent that is summed over: by the model, or in expectation under the guide."""
     posterior = latent.posterior
-    return posterior.summed or (isinstance(posterior, EstimatedPosterior) and posterior.sums(latent.log_states))
+    return posterior.summed or (isinstance(posterior, EstimatedPosterior) and posterior.sums(latent.space.log_states))
 
 
 def unlike_sums(e: Experiment) -> Iterator[Finding]:
@@ -126,7 +127,7 @@ def unlike_sums(e: Experiment) -> Iterator[Finding]:
                 "a sum",
             )
     for names in (exact, summed):
-        log_states = sum(e.latents[name].log_states for name in names)
+        log_states = sum(e.latents[name].space.log_states for name in names)
         if len(names) > 1 and math.log(STATES) + 1e-9 < log_states < math.inf:
             yield (
                 ("latents",),

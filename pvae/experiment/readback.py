@@ -66,11 +66,12 @@ def counts(pair: Pair) -> dict[str, int]:
 
 def size_of(site: Site) -> str:
     """`[40]`, `32 codes`, `7 x 7 of 512 codes as [64]`, `200 bits`."""
-    if site.codes is None:
-        return f"{site.event[0]} bits" if site.values == "binary" else str(list(site.event))
-    grid = f"{' x '.join(map(str, site.grid))} of " if site.grid else ""
-    embedding = f" as [{site.features[0]}]" if site.features[0] != site.codes else ""
-    return f"{grid}{site.codes} codes{embedding}"
+    space = site.space
+    if not space.is_code:
+        return f"{space.shape[0]} bits" if space.values == "binary" else str(list(space.shape))
+    grid = f"{' x '.join(map(str, space.grid))} of " if space.grid else ""
+    embedding = f" as [{space.features[0]}]" if space.features[0] != space.states else ""
+    return f"{grid}{space.states} codes{embedding}"
 
 
 def described(experiment: Experiment, x: Shape, pair: Pair) -> dict[str, object]:

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from math import prod
-from typing import TYPE_CHECKING
 
 import pyro
 import torch
@@ -15,10 +14,7 @@ from torch import Tensor
 from pvae.component import Shape
 from pvae.errors import DataError
 from pvae.graph.prompts import Vocabulary
-
-if TYPE_CHECKING:
-    pass
-from pvae.graph.site import one_hot
+from pvae.graph.space import one_hot
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 from torch.distributions import constraints
 
 from pvae.component import Shape
+from pvae.graph.frame import Frame
 
 if TYPE_CHECKING:
     from pvae.guides.graph import GraphGuide
     from pvae.models.graph import GraphModel
-from pvae.graph.frame import Frame
 
 
 class Link:

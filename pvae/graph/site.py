@@ -1,20 +1,14 @@
-"""What model and guide know of a latent (`Site`), and how each side reaches the other (`Link`)."""
+"""Latent variables as model and guide know them, and the order of a graph."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
-
-import torch
-from torch import Tensor, nn
+from typing import Any
 
 from pvae.component import Shape
 from pvae.errors import DeclarationError
-
-if TYPE_CHECKING:
-    pass
-
+from pvae.graph.space import Space
 
 OBSERVED = "x"
 """The name of the observed site, and of the data among a posterior's inputs."""
@@ -32,58 +26,28 @@ class Site:
     """One latent variable of a declared graph."""
 
     name: str
-    event: Shape
-    """Shape of one sampled value."""
-    features: Shape
-    """Shape that children and the decoder see."""
+    space: Space
+    """The values that are sampled."""
     given: tuple[str, ...] = ()
     """Parents in the model, p(name | given)."""
     guide_given: tuple[str, ...] = (OBSERVED,)
     """Parents in the guide, q(name | guide_given)."""
-    codes: int | None = None
-    """Number of values of a code."""
-    grid: Shape = ()
-    """Shape of a grid of codes; () for a single one."""
-    values: Values = "real"
-    """What is sampled."""
-    hard: bool = False
-    """Whether a relaxed one-hot is seen as the one-hot of its largest entry, with the gradient of the relaxed one."""
     carries: bool = False
-    """Whether the guide's embedding carries a gradient that the value cannot: of a nearest code."""
+    """True for a nearest code, whose embedding in the guide carries a gradient that its index cannot."""
     has_twin: bool = True
-    """Whether a relaxed latent has a discrete twin, of the same logits: unless its prior is a density of relaxed
-    one-hots."""
+    """False for a relaxed latent whose prior is a density of relaxed one-hots: it has no discrete twin."""
     summed: bool = False
-    """Whether the model sums it out exactly, and the guide does not sample it."""
+    """True where the model sums the latent out exactly, so that the guide does not sample it."""
 
-    def see(self, value: Tensor, like: Tensor, codebook: Tensor | None = None) -> Tensor:
-        """A sampled value as children and the decoder see it, `(..., *features)`: a code as its row of a table.
+    @property
+    def event(self) -> Shape:
+        """Shape of one sampled value."""
+        return self.space.event
 
-        Arguments:
-            value: numbers `(..., *event)`; of codes, indices `(..., *grid)` or logarithms of relaxed one-hots
-                `(..., *grid, K)`: integers or not says which.
-            like: a tensor of the type and device wanted.
-            codebook: a row for each code, `(K, embedding)`; None for one-hots.
-        """
-        if self.codes is None:
-            return value
-        if not value.is_floating_point():
-            seen = one_hot(value, self.codes, like) if codebook is None else nn.functional.embedding(value, codebook)
-        else:
-            soft = value.exp()
-            if self.hard:
-                soft = one_hot(value.argmax(-1), self.codes, soft).detach() + (soft - soft.detach())
-            seen = soft if codebook is None else soft @ codebook
-        return seen.movedim(-1, -1 - len(self.grid)) if self.grid else seen
-
-
-Values = Literal["real", "index", "binary", "relaxed"]
-"""A vector of real numbers; indices of codes; a vector of 0 and 1; logarithms of relaxed one-hots."""
-
-
-def one_hot(index: Tensor, codes: int, like: Tensor) -> Tensor:
-    """Indices `(...)` of any type as one-hot rows `(..., codes)` of the type of another tensor."""
-    return (index.unsqueeze(-1) == torch.arange(codes, device=index.device)).to(like)
+    @property
+    def features(self) -> Shape:
+        """Shape that children and the decoder see."""
+        return self.space.features
 
 
 def topological(parents: Mapping[str, Iterable[str]], what: str) -> list[str]:

@@ -45,16 +45,16 @@ def codes(script: PlainScript, name: str, site: Site, declared: Any, module: Any
     logits = f"torch.zeros{tuple(module.logits.shape)}".replace(",)", ")")
     if declared.kind == "categorical":
         script.parts[name], logits = f'nn.ParameterDict({{"logits": {logits}}})', f'{name}["logits"]'
-    if site.values == "relaxed":
+    if site.space.values == "relaxed":
         return [], relaxed(script, site, logits)
-    if site.grid:
+    if site.space.grid:
         raise NotPlainError
     return [], f"dist.Categorical(logits={logits})"
 
 
 def relaxed(script: PlainScript, site: Site, logits: str) -> str:
     """Return Pyro's relaxed one-hot of some logits."""
-    event = f".to_event({len(site.grid)})" if site.grid else ""
+    event = f".to_event({len(site.space.grid)})" if site.space.grid else ""
     return f"dist.RelaxedOneHotCategorical({script.temperature(site.name)}, logits={logits}){event}"
 
 
@@ -89,7 +89,7 @@ def flow(script: PlainScript, name: str, site: Site, declared: Any, module: Any)
     }.get(declared.kind, f"affine_autoregressive({dim}, {hidden})")
     if declared.kind == "spline_coupling":
         step = step.format(f"count_bins={declared.bins}, bound={declared.bound:g}")
-    script.imports.setdefault("pvae.models.priors.flows", set()).add("near_identity")
+    script.imports.setdefault("pvae.distributions.bijections", set()).add("near_identity")
     script.parts[name] = f"nn.ModuleList(near_identity(T.{step}) for _ in range({declared.layers}))"
     lines = [
         f"flip = T.Permute(torch.arange({dim}).flip(0))",
@@ -120,12 +120,12 @@ def categorical(
 ) -> Expression:
     """Return the categorical of a code, or its relaxation; a grid of codes has its values in the last dimension."""
     network = module.network
-    if site.values == "index" and site.grid or getattr(declared, "kl", "relaxed") != "relaxed":
+    if site.space.values == "index" and site.space.grid or getattr(declared, "kl", "relaxed") != "relaxed":
         raise NotPlainError
     logits = script.network(name, declared.network or LINEAR, network, inputs, network.output)
-    if site.grid:
-        logits = f"{logits}.movedim({-1 - len(site.grid)}, -1)"
-    return [], relaxed(script, site, logits) if site.values == "relaxed" else f"dist.Categorical(logits={logits})"
+    if site.space.grid:
+        logits = f"{logits}.movedim({-1 - len(site.space.grid)}, -1)"
+    return [], relaxed(script, site, logits) if site.space.values == "relaxed" else f"dist.Categorical(logits={logits})"
 
 
 LINEAR = MLP(hidden=())

@@ -17,6 +17,7 @@ from pvae.experiment.pyro_script.parts import LIKELIHOODS, POSTERIORS, PRIORS, E
 from pvae.graph.lifecycle import MadeOfData
 from pvae.graph.link import Link
 from pvae.graph.site import OBSERVED, Site
+from pvae.graph.space import Space
 from pvae.nn.network import Network, NetworkModule
 from pvae.nn.schedules import Constant
 
@@ -66,9 +67,9 @@ class PlainScript(Script):
         """Return p(site | parents)."""
         name, declared = f"prior_{site.name}", self.experiment.latents[site.name].prior
         module: Any = self.modeller.priors[site.name]
-        if written := PRIORS.get((declared.kind, site.values)):  # type: ignore[attr-defined]
+        if written := PRIORS.get((declared.kind, site.space.values)):  # type: ignore[attr-defined]
             return written(self, name, site, declared, module)
-        if site.values == "relaxed":  # Pyro's value is a relaxed one-hot, that of pvae its logarithm
+        if site.space.values == "relaxed":  # Pyro's value is a relaxed one-hot, that of pvae its logarithm
             raise NotPlainError
         shapes = {above: self.shape(above) for above in site.given}
         self.build(name, f"{self.construct(declared)}.build({self.site(site)}, {literal(shapes)}, Link())", module)
@@ -79,7 +80,7 @@ class PlainScript(Script):
         name, declared = f"posterior_{site.name}", self.experiment.latents[site.name].posterior
         module: Any = self.guider.posteriors[site.name]
         lines, inputs = self.encoded(site, x) if declared.reads_features else ([], {OBSERVED: x})
-        if written := POSTERIORS.get((declared.kind, site.values)):  # type: ignore[attr-defined]
+        if written := POSTERIORS.get((declared.kind, site.space.values)):  # type: ignore[attr-defined]
             before, distribution = written(self, name, site, declared, module, inputs)
             return [*lines, *before], distribution
         shapes = self.guider.encoder.shapes[site.name] if declared.reads_features else {OBSERVED: self.pair.frame.x}
@@ -139,6 +140,7 @@ class PlainScript(Script):
     def site(self, site: Site) -> str:
         """Return the call that makes what a part knows of a latent."""
         self.imported(Link)
+        self.imported(Space)
         given = [
             f"{f.name}={literal(getattr(site, f.name))}" for f in fields(site) if getattr(site, f.name) != f.default
         ]
@@ -154,9 +156,9 @@ class PlainScript(Script):
         latent = self.experiment.latents.get(name)
         if latent is None or latent.codes is None:
             return name
-        if latent.embedding is not None or latent.sampled == "index" and latent.grid:
+        if latent.embedding is not None or latent.sampled.values == "index" and latent.grid:
             raise NotPlainError
-        if latent.sampled == "index":
+        if latent.sampled.values == "index":
             return f"F.one_hot({name}, {latent.codes}).float()"
         return f"{name}.movedim(-1, {-1 - len(latent.grid)})" if latent.grid else name
 
