@@ -42,7 +42,7 @@ PRIORS: dict[str, dict[str, Any]] = {
     "exemplar": {"kind": "exemplar", "components": 20},
 }
 OF_CODES = {"categorical", "bernoulli", "uniform", "pixelcnn", "transformer"}
-"""Priors of codes and bits, whose laws are in test_discrete.py, test_em.py and test_token_priors.py."""
+"""Priors of codes and bits, whose laws are in tests/discrete, test_em.py and test_token_priors.py."""
 SPLINES = ("spline_coupling", "spline_autoregressive")
 BISECTED = ("block_autoregressive", "neural_autoregressive")
 POSTERIORS: dict[str, dict[str, Any]] = {"normal": {"kind": "normal"}, "full_rank_normal": {"kind": "full_rank_normal"}}
@@ -78,7 +78,7 @@ every_posterior = pytest.mark.parametrize("posterior", POSTERIORS)
 def test_the_tables_are_complete():
     shipped = {kind for kind, member in Prior.members.items() if member.__module__.startswith("pvae.")}
     assert {*PRIORS, *OF_CODES, "conditional_normal"} == shipped
-    discrete = {f"pvae.guides.posteriors.{name}" for name in ("codes", "relaxed", "nearest")}  # test_discrete.py
+    discrete = {f"pvae.guides.posteriors.{name}" for name in ("codes", "relaxed", "nearest")}  # tests/discrete
     shipped = {kind for kind, m in Posterior.members.items() if m.__module__.startswith("pvae.")}
     assert {*POSTERIORS, *ELSEWHERE} == {k for k in shipped if Posterior.members[k].__module__ not in discrete}
 

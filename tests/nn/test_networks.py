@@ -91,7 +91,9 @@ def values(inputs: dict[str, Shape], *lead: int) -> dict[str, torch.Tensor]:
 
 def test_table_is_complete():
     shipped = {kind for kind, member in Network.members.items() if member.__module__.startswith("pvae.")}
-    assert {row.network.kind for row in ROWS.values()} == shipped - {"bijection"}  # its laws: tests/test_flow_vae.py
+    assert {row.network.kind for row in ROWS.values()} == shipped - {
+        "bijection"
+    }  # its laws: tests/guides/test_flow_vae.py
 
 
 def output_shape(network: Network, inputs: dict[str, Shape], output: Shape | None) -> None:
