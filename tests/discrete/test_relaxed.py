@@ -239,17 +239,17 @@ def exact_relaxed(pair: Pair, x: Tensor) -> Tensor:
 
 def test_straight_through_is_hard_ahead_and_soft_behind():
     pair = declared(RELAXED["straight"]).double()
-    site = pair.guide.sites[0]
+    space = pair.guide.sites[0].space
     q = pair.guide_trace(rows().double()).nodes["c"]["fn"]
     value = q.rsample().detach().requires_grad_()
     book = pair.model.codebooks["c"].table.detach()
     way = torch.randn(5, 3, 2, 2, dtype=torch.float64)
-    hard, soft = (replace(site, hard=h).see(value, value, None) for h in (True, False))
+    hard, soft = (replace(space, is_hard=h).see(value, value, None) for h in (True, False))
     want = torch.nn.functional.one_hot(value.argmax(-1), 3).movedim(-1, 1)
     assert torch.equal(hard, want.double())  # to the last bit
     found = [torch.autograd.grad((seen * way).sum(), value)[0] for seen in (hard, soft)]
     assert torch.equal(*found)
-    seen = site.see(value, value, book)
+    seen = space.see(value, value, book)
     assert torch.equal(seen, book[value.argmax(-1)].movedim(-1, 1))
 
 

@@ -12,7 +12,6 @@ from typing import Any, Literal, final
 
 import jsonschema  # type: ignore[import-untyped]
 import pytest
-import torch
 
 from pvae.component import Component, load_plugins
 from pvae.data import Data
@@ -277,14 +276,6 @@ def test_plugins_come_from_the_command_line_only(tmp_path: Path, monkeypatch: py
         assert "test_step" in Experiment.schema_json()
     with pytest.raises(DeclarationError, match="--import no_such_module"):
         load_plugins(("no_such_module",))
-
-
-def test_the_example_of_contributing_runs() -> None:
-    code = (ROOT / "CONTRIBUTING.md").read_text().split("```python\n")[1].split("```")[0]
-    with registered(Likelihood, "laplace"):
-        exec(compile(code, "CONTRIBUTING.md", "exec", dont_inherit=True), {"__name__": "example"})  # noqa: S102 - our own document
-        pair = Experiment.from_dict({**BASE, "decoder": {"likelihood": "laplace"}}).build((5,))
-        assert pair.check(torch.rand(4, 5)) == []
 
 
 def test_a_kind_belongs_to_one_class() -> None:
