@@ -294,10 +294,10 @@ def test_leave_one_out_and_plug_in_hold_the_information_of_the_law():
 
 @pytest.mark.parametrize("smallest", [0.0, -3.0, -7.0])
 def test_coordinates_on_a_grid_are_the_sum_over_all_pairs(smallest):
-    loc, scale = torch.randn(5000, 4).double(), (torch.rand(5000, 4).double() * smallest).exp()
+    loc, scale = torch.randn(2000, 3).double(), (torch.rand(2000, 3).double() * smallest).exp()
     z = loc + scale * torch.randn_like(loc)
     got = marginal_log_prob(loc, scale, z)
-    want = torch.stack([all_pairs(loc[:, d], scale[:, d], z[:, d]) for d in range(4)], 1)
+    want = torch.stack([all_pairs(loc[:, d], scale[:, d], z[:, d]) for d in range(3)], 1)
     assert float((got - want).abs().max()) < 2e-3  # where a single component stands alone, at five deviations
     assert abs(float((got - want).mean())) < 2e-6
     assert grid_error(loc, scale, z, got) <= float((got - want).abs().max())
