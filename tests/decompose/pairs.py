@@ -1,4 +1,4 @@
-"""Pairs with known truths, written by hand, which several tests take apart."""
+"""Small pairs, written by hand or declared, which several tests take apart."""
 
 # Attributes of Modules and Pyro programs have no types.
 # mypy: disable-error-code="index, misc, no-untyped-call, no-untyped-def"
@@ -13,6 +13,8 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
+from pvae.distributions.codes import Certain
+from pvae.experiment.experiment import Experiment
 from pvae.pair.pair import Pair
 
 Array = np.ndarray
@@ -54,8 +56,8 @@ def correlated(rho: float, n: int) -> Tensor:
     return torch.tensor(np.random.default_rng(2).multivariate_normal([0, 0], covariance, n))
 
 
-def coded(table: Array, prior: Array | None = None) -> Pair:
-    """q(c | x = i) = table[i] `(inputs, P, K)` and a factorised prior; x is the input's number."""
+def coded(table: Array, prior: Array | None = None, *, certain: bool = False) -> Pair:
+    """q(c | x = i) = table[i] `(inputs, P, K)`, or its largest state for certain; a factorised prior."""
     log_q = torch.tensor(table).clamp(min=1e-300).log()
     log_p = torch.zeros(table.shape[1:]).double() if prior is None else torch.tensor(prior).log()
 
@@ -65,8 +67,10 @@ def coded(table: Array, prior: Array | None = None) -> Pair:
             pyro.sample("x", dist.Normal(1.0 * c.sum(-1, keepdim=True), 1.0).to_event(1), obs=x)
 
     def guide(x):
+        logits = log_q[x[:, 0].long()]
         with pyro.plate("data", len(x)):
-            pyro.sample("c", dist.Categorical(logits=log_q[x[:, 0].long()]).to_event(1))
+            codes = dist.Categorical(logits=logits).to_event(1)
+            pyro.sample("c", Certain(logits.argmax(-1), table.shape[2], 1) if certain else codes)
 
     return small(model, guide)
 
@@ -125,3 +129,32 @@ def two_levels(link: float = 1.0) -> Pair:
             pyro.sample("z1", dist.Normal(x @ b + link * (z2 @ c), S1**0.5).to_event(1))
 
     return small(model, guide)
+
+
+# ---------------------------------------------------------------------- declared, of codes
+
+SHAPE = (1, 2, 3)
+VQ = {"codes": 16, "grid": [3, 2], "posterior": "nearest_code", "embedding": 4, "prior": "uniform"}
+NEAREST, DRAWN = {"kind": "nearest_code"}, {"kind": "categorical", "estimator": "score"}
+
+
+def declared(latents, seed: int = 0, shape=SHAPE, spread: float = 1.0, **more) -> Pair:
+    """A tiny pair in float64 whose weights are far from where they begin."""
+    net = {"kind": "mlp", "hidden": [8]}
+    plan = {
+        "data": {"source": "digits", "binarize": "dynamic"},
+        "encoder": {"network": net},
+        "decoder": {"network": net, "likelihood": {"kind": "bernoulli"}},
+        "latents": latents,
+    }
+    pair = Experiment.from_dict({**plan, **more}).build(shape).double()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in pair.parameters():
+            p.add_(spread * torch.randn(p.shape, generator=generator, dtype=p.dtype))
+    return pair
+
+
+def rows(n: int, shape=SHAPE, seed: int = 0) -> Tensor:
+    """Binary data."""
+    return (torch.rand(n, *shape, generator=torch.Generator().manual_seed(seed)) > 0.5).double()

@@ -27,7 +27,7 @@ def symmetric(k: int, error: float) -> Array:
     return (np.full((k, k), error / (k - 1)) + np.eye(k) * (1 - error - error / (k - 1)))[:, None]
 
 
-# Mutual information of even inputs, nats; shared/TRUTHS.md, and log 2 - H(.25) for the third.
+# Mutual information of even inputs, nats: log K - H of the channel.
 CODES = {
     "binary symmetric .1": (symmetric(2, 0.1), 0.3680642072),
     "10-ary symmetric .1": (symmetric(10, 0.1), 1.7577796619),
@@ -142,3 +142,31 @@ def test_normals_and_codes_side_by_side():
     assert found.latents["c"].mutual_information.kind == "exact"
     assert found.mutual_information.kind == "estimate"
     assert found.notes == ()
+
+
+@pytest.mark.parametrize("certain", [False, True])
+@pytest.mark.parametrize("positions", [1, 3, 20])
+def test_a_deterministic_code_says_its_entropy(positions, certain):
+    # 20 positions of 5 have more joint states than can be summed: only a certain code is exact there.
+    rng = np.random.default_rng(positions)
+    used = rng.integers(0, 4, (40, positions))[rng.integers(0, 12, 40)]  # 12 joint codes at most, code 4 never
+    found = surgery(coded(np.eye(5)[used], certain=certain), torch.arange(40).double()[:, None])
+    _, counts = np.unique(used, axis=0, return_counts=True)
+    joint = -(counts / 40 * np.log(counts / 40)).sum()
+    singles = [np.bincount(column, minlength=5) / 40 for column in used.T]
+    entropies = [-(p[p > 0] * np.log(p[p > 0])).sum() for p in singles]
+    pooled = np.mean(singles, 0)
+    perplexity = math.exp(-(pooled[pooled > 0] * np.log(pooled[pooled > 0])).sum())
+    assert found.mutual_information.value == pytest.approx(joint, abs=1e-8)
+    assert found.kl.value == pytest.approx(positions * math.log(5), abs=1e-9)
+    assert found.kl_exact.value == pytest.approx(positions * math.log(5), abs=1e-9)
+    assert found.marginal_kl.value == pytest.approx(positions * math.log(5) - joint, abs=1e-8)
+    assert found.latents["c"].pooled_perplexity == pytest.approx(perplexity, abs=1e-8)
+    assert joint <= sum(entropies) + 1e-12 <= positions * math.log(perplexity) + 1e-9
+    if certain:
+        assert found.mutual_information.kind == found.elbo.kind == "exact"
+    if positions > 1:
+        parts = found.latents["c"].dimensions
+        assert parts.mutual_information == pytest.approx(entropies, abs=1e-8)
+        assert parts.coordinate_kl.value == pytest.approx(positions * math.log(5) - sum(entropies), abs=1e-8)
+        assert parts.total_correlation.value == pytest.approx(sum(entropies) - joint, abs=1e-8)

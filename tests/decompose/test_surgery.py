@@ -82,7 +82,7 @@ def analytic(x: Array, q: int) -> tuple[Pair, PPCA]:
     return pair, truth
 
 
-# q: elbo, closed-form KL, mutual information, marginal KL (n = 1000); shared/TRUTHS.md, found with NumPy in float64.
+# q: elbo, closed-form KL, mutual information, marginal KL (n = 1000), found with NumPy in float64.
 PPCA_TRUTHS = {2: (-0.036594, 2.470584, 2.303, 0.167), 10: (18.688612, 13.065748, 6.615, 6.451)}
 
 
@@ -142,10 +142,10 @@ def test_evidence_of_the_true_posterior_is_log_p(ppca):
 def test_evidence_of_unseen_rows():
     pair, _ = analytic(digits(), 10)
     test = torch.tensor(load_digits().data[1350:] / 16)
-    assert evidence(pair, test, samples=5).iwae.value == pytest.approx(15.5197, abs=1e-4)  # shared/TRUTHS.md
+    assert evidence(pair, test, samples=5).iwae.value == pytest.approx(15.5197, abs=1e-4)  # NumPy, float64
 
 
-# dim, noise variance, n, draws: mutual information +- its own error; shared/TRUTHS.md (converged, default_rng(0)).
+# dim, noise variance, n, draws: mutual information +- its own error (NumPy, converged, default_rng(0)).
 CHANNELS = {
     "d2, n=100": (2, 0.25, 100, 60, 1.3085, 0.0015),
     "d2, n=1000": (2, 0.25, 1000, 40, 1.3828, 0.0017),
