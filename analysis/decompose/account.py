@@ -60,7 +60,7 @@ class Scored:
 
 
 @dataclass
-class Level:
+class LevelTerms:
     """Densities of one latent, one entry for each sample of the data."""
 
     log_q: list[Tensor] = field(default_factory=list)
@@ -118,7 +118,7 @@ class Account:
         self.guide_roots, self.model_roots = found.guide_roots, found.model_roots
         self.seed, self.components, self.memory = seed, components, memory
         self.names = tuple(first.latents)
-        self.levels = {name: Level() for name in self.names}
+        self.levels = {name: LevelTerms() for name in self.names}
         self.joint: dict[tuple[str, ...], JointCodes | None] = {}
         self.reconstruction: list[Tensor] = []
         self.shared: list[dict[str, float]] = []

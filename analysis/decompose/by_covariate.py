@@ -1,4 +1,4 @@
-"""Surgery of a model conditioned on covariates: q_agg is q_agg(z | y), so each group is taken apart by itself."""
+"""Surgery of a model conditioned on covariates: q_agg is q_agg(z | y), so each group has a surgery of its own."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from pvae.analysis.figures.estimate import Estimate
 from pvae.pair.pair import Pair
 from pvae.util import seeds
 
-FIGURES = (
+POOLED_FIGURES = (
     "reconstruction", "kl", "kl_exact", "mutual_information", "marginal_kl", "leave_one_out", "train_gain", "elbo",
     "log_n", "relaxed_elbo",
 )  # fmt: skip
 BOUNDS = {"mutual_information_lower": "mutual_information", "marginal_kl_upper": "marginal_kl"}
 """Figures that only groups with a subset of components have, and what stands for them in the others."""
-GROUPS = 1000
-"""The draws of groups among those of an analysis: this number and the next."""
+GROUP_SEEDS = 1000
+"""Number of the first seed of a group among the seeds of an analysis."""
 LEVEL_FIGURES = ("kl", "kl_exact", "mutual_information", "marginal_kl")
 
 
 def by_group(
     pair: Pair, x: Tensor, labels: Tensor | None, train: Tensor | None, take_apart: Callable[..., Surgery], seed: int
 ) -> Surgery | None:
-    """The surgery of every group of rows with the same covariates, pooled; None where there is but one group.
+    """Return the surgeries of all groups of rows with the same covariates, pooled; None for a single group.
 
     E_y KL(q(z|x, y) || p(z|y)) = I_q[x, z | y] + E_y KL(q_agg(z|y) || p(z|y)), with y as it occurs in the data.
 
@@ -38,7 +38,7 @@ def by_group(
         labels: of the rows, or None.
         train: other rows, whose q_agg(z | y) is tried as the prior.
         take_apart: the surgery of one group: `(rows, labels, train, seed)`.
-        seed: of the draws; groups draw apart, so that their errors are independent.
+        seed: of the samples; groups have seeds of their own, so that their errors are independent.
     """
     groups = pair.groups(x)
     if groups is None or len(present := groups.unique().tolist()) < 2:
@@ -49,14 +49,14 @@ def by_group(
         mine = groups == group
         same = None if train is None or others is None else train[others == group]
         same = same if same is not None and len(same) else None
-        own = seeds.mix(seed, seeds.ANALYSIS, GROUPS + group)
+        own = seeds.mix(seed, seeds.ANALYSIS, GROUP_SEEDS + group)
         found.append(take_apart(x[mine], None if labels is None else labels[mine], same, own))
         sizes.append(int(mine.sum()))
     return pool(found, sizes)
 
 
 def pool(found: Sequence[Surgery], sizes: Sequence[int]) -> Surgery:
-    """Means of the figures of groups, weighed by their sizes; errors are those of independent draws.
+    """Return means of the figures of groups, weighted by their sizes; errors are those of independent samples.
 
     Where some groups have two bounds, the figure of the others stands for both of theirs.
     """
@@ -64,7 +64,7 @@ def pool(found: Sequence[Surgery], sizes: Sequence[int]) -> Surgery:
     told = dict.fromkeys(note for s in found for note in s.notes)
     classes = {label: c for s in found for label, c in s.classes.items()}
     distinct = sum(len(s.classes) for s in found) == len(classes)
-    figures = {name: _mean([getattr(s, name) for s in found], sizes) for name in FIGURES}
+    figures = {name: _mean([getattr(s, name) for s in found], sizes) for name in POOLED_FIGURES}
     for bound, main in BOUNDS.items():
         parts = [getattr(s, bound) for s in found]
         if any(part is not None for part in parts):
@@ -82,7 +82,7 @@ def pool(found: Sequence[Surgery], sizes: Sequence[int]) -> Surgery:
 
 
 def _mean(parts: Sequence[Estimate | None], sizes: Sequence[int]) -> Any:
-    """The weighted mean, of the weakest kind among the parts; a group of one row has the spread of the others."""
+    """Return the weighted mean, of the weakest kind among the parts; a group of one row has the spread of all."""
     known = [part for part in parts if part is not None]
     if len(known) < len(parts):
         return None

@@ -162,6 +162,12 @@ def collapse(pair: Pair, x: Tensor, seed: int = 0) -> Collapse:
 
     Raises:
         DataError: `x` has no rows.
+
+    Example:
+        >>> from pvae import Experiment
+        >>> pair = Experiment.load("vae").build((1, 8, 8))
+        >>> collapse(pair, torch.zeros(4, 1, 8, 8)).latents["z"].active
+        0
     """
     if not len(x):
         raise DataError("collapse: expected at least one row; got none.")

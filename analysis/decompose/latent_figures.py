@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from pvae.analysis.decompose.account import Account, Level, Scored
+from pvae.analysis.decompose.account import Account, LevelTerms, Scored
 from pvae.analysis.decompose.codes import position_information, position_marginal_kl
 from pvae.analysis.decompose.collapse import active_units
 from pvae.analysis.decompose.components import row_hash
@@ -126,7 +126,7 @@ def _bits(x: Tensor) -> Tensor:
     return x.reshape(len(x), -1).contiguous().view(torch.int64 if x.element_size() == 8 else torch.int32).long()
 
 
-def _of_normals(level: Level, scored: Scored) -> Dimensions:
+def _of_normals(level: LevelTerms, scored: Scored) -> Dimensions:
     """Return total correlation and coordinates of a normal posterior, from the same samples as all other figures."""
     count = len(scored.upper)
     log_q, aggregated = torch.stack(level.log_q), torch.stack(level.aggregated)

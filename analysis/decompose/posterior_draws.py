@@ -20,7 +20,7 @@ from pvae.pair.densities import closed_kl, log_prob, rows_first, sum_over
 from pvae.pair.enumeration import JointStates, read_joint_states
 from pvae.pair.layout import Layout, is_point, samples, unwrapped
 from pvae.pair.pair import Pair
-from pvae.pair.structure import ROWS_AT_ONCE
+from pvae.pair.structure import ROWS_OF_A_BATCH
 
 PARAMETER_BYTES = 2**29
 """Bytes of posterior parameters that are kept; larger ones (full rank, long codes) are read off the guide again."""
@@ -232,7 +232,7 @@ def _tally_of_states(q: Codes, p: Codes, nodes: Sequence[Any]) -> Tally | None:
     return tally(marginals[0], prior, grid_of(nodes[0]), bits=isinstance(unwrapped(fn), Bernoulli))
 
 
-def draw(pair: Pair, x: Tensor, chunk: int = ROWS_AT_ONCE) -> Draw:
+def draw(pair: Pair, x: Tensor, chunk: int = ROWS_OF_A_BATCH) -> Draw:
     """Return one sample for every row of `x`, taken `chunk` rows at a time."""
     parts = []
     with same_globals(pair, x):

@@ -86,7 +86,13 @@ def gain(
         Gain; `gained` is an estimate whose Monte Carlo error is that of paired differences.
 
     Raises:
-        DataError: the two guides draw different latents.
+        DataError: the two guides sample different latents.
+
+    Example:
+        >>> from pvae import Experiment
+        >>> pair = Experiment.load("vae").build((1, 8, 8))
+        >>> gain(pair, pair, torch.zeros(4, 1, 8, 8)).gained.value
+        0.0
     """
     x = accept(before, x)
     differences = []

@@ -34,10 +34,10 @@ def surgery(
     memory: int = MEMORY,
     on_progress: Callable[[int, int], None] = lambda _done, _total: None,
 ) -> Surgery:
-    r"""Take the ELBO of `pair` on the data `x` apart.
+    r"""Return the ELBO of `pair` on the data `x`, taken apart.
 
     (1/n) sum_i KL(q(z|x_i) || p(z)) = I_q[x, z] + KL(q_agg || p), with q_agg = (1/n) sum_i q(z|x_i) over all n
-    rows. Each Monte Carlo term is a mean over the same draws z_i ~ q(z|x_i):
+    rows. Each Monte Carlo term is a mean over the same samples z_i ~ q(z|x_i):
 
     - `kl`: log q(z_i|x_i) - log p(z_i)
     - `mutual_information`: log q(z_i|x_i) - log q_agg(z_i), with the sum over all rows in float64
@@ -52,11 +52,11 @@ def surgery(
     and a sum over coordinates.
 
     Where the guide has several levels, q_agg is that of all levels together (each level's density is evaluated
-    at the shared z), on a stated subset of draws; where rows are too many for that, components are a random subset
+    at the shared z), on a stated subset of samples; where rows are too many for that, components are a random subset
     too and I_q stands between two bounds (`AggregatedPosterior.information`).
 
     Weights that handlers put on sites (poutine.scale) are left out: the figures are of the ELBO itself. Global latents
-    have one KL for all data, outside of q_agg; where the guide draws them at random, a draw of all data is one unit
+    have one KL for all data, outside of q_agg; where the guide samples them, a sample of all data is one unit
     of error, and latents that read them have no information of their own.
 
     A model conditioned on covariates y is taken apart group by group: I_q[x, z | y] and E_y KL(q_agg(z|y) || p(z|y)),
@@ -72,19 +72,26 @@ def surgery(
     Arguments:
         pair: any Pyro pair.
         x: data `(n, *event)`.
-        samples: draws per datum.
-        seed: of the draws; the same seed, the same numbers.
+        samples: samples of the latents per row.
+        seed: of the samples; the same seed, the same numbers.
         labels: integers `(n,)`; the figures are then also given class by class.
         train: other rows `(m, *event)`, whose q_agg is tried as the prior of `x`.
         components: take this many rows, at random, for q_agg, and give bounds; default: as many as time allows.
-        memory: bytes that scoring q_agg may take beside the draws, whatever n.
-        on_progress: called with (draws done, draws in all).
+        memory: bytes that scoring q_agg may take beside the samples, whatever n.
+        on_progress: called with (samples done, samples in all).
 
     Returns:
         Surgery; figures are estimates in nats per datum, `kl_exact`, `log_n` and sums over codes exact.
 
     Raises:
         DataError: `x` has no rows, or labels do not fit it.
+
+    Example:
+        >>> from pvae import Experiment
+        >>> pair = Experiment.load("vae").build((1, 8, 8))
+        >>> found = surgery(pair, torch.zeros(4, 1, 8, 8))
+        >>> abs(found.elbo.value - (found.reconstruction.value - found.kl.value)) < 1e-9
+        True
     """
     if samples < 1:
         raise DataError(f"surgery: expected at least one draw; got samples={samples}.")

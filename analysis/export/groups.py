@@ -14,7 +14,7 @@ from pvae.analysis.export.latents import DRAW_DIMS, PosteriorRequest, SampledLat
 from pvae.analysis.export.names import Variable
 from pvae.analysis.export.sites import ExportedSites, as_value, numpy_of, parameters_of, rows_of, whole
 from pvae.pair.layout import Layout, samples
-from pvae.pair.structure import ROWS_AT_ONCE
+from pvae.pair.structure import ROWS_OF_A_BATCH
 from pvae.util.types import Array
 
 
@@ -32,8 +32,8 @@ def guide(request: PosteriorRequest, sites: ExportedSites) -> VariableGroup:
         for key, one in sites.parameters[site.site].items()
     }
     with request.quiet(0):
-        for start in range(0, n, ROWS_AT_ONCE) if shown else ():
-            x = pair.accept(request.split.rows[start : start + ROWS_AT_ONCE])
+        for start in range(0, n, ROWS_OF_A_BATCH) if shown else ():
+            x = pair.accept(request.split.rows[start : start + ROWS_OF_A_BATCH])
             nodes = samples(pair.guide_trace(x))
             for site in shown:
                 for key, t in parameters_of(nodes[site.site], layout, len(x)).items():

@@ -20,7 +20,7 @@ from pvae.analysis.export.names import NATS, Variable, text
 from pvae.analysis.export.sites import ExportedSites, numpy_of, whole
 from pvae.data.dataset import Split
 from pvae.pair.pair import Pair
-from pvae.pair.structure import ROWS_AT_ONCE
+from pvae.pair.structure import ROWS_OF_A_BATCH
 from pvae.util import seeds
 from pvae.util.progress import Progress
 from pvae.util.types import Array
@@ -92,8 +92,8 @@ class SampledLatents:
                 with same_globals(pair, x) as shared:
                     for site in self.sites.shared:
                         self.values[site.site][0, draw] = numpy_of(whole(shared[site.site]))
-                    for start in range(0, len(x), ROWS_AT_ONCE):
-                        rows = slice(start, start + ROWS_AT_ONCE)
+                    for start in range(0, len(x), ROWS_OF_A_BATCH):
+                        rows = slice(start, start + ROWS_OF_A_BATCH)
                         self._keep(draw, rows, draw_chunk(pair, x[rows], len(x)))
                 on_progress(draw + 1, self.request.draws)
 

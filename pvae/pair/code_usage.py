@@ -168,6 +168,12 @@ def code_usage(pair: Pair, x: Tensor | Streamed, seed: int = 0) -> dict[str, flo
     Returns:
         `perplexity/<name>`, exp of the entropy of q_agg pooled over positions, 1 .. K, and `used/<name>`, the codes
         with at least a thousandth of an even share; exact. Empty for a pair without codes.
+
+    Example:
+        >>> from pvae import Experiment
+        >>> pair = Experiment.load("vae").build((1, 8, 8))
+        >>> code_usage(pair, torch.zeros(4, 1, 8, 8))
+        {}
     """
     found: dict[str, Tally] = {}
     first = pair.accept(x[:2])

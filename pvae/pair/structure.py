@@ -28,7 +28,7 @@ from pvae.util import seeds
 if TYPE_CHECKING:
     from pvae.pair.pair import Pair
 
-ROWS_AT_ONCE = 1000
+ROWS_OF_A_BATCH = 1000
 """Largest number of rows in one batch of an analysis."""
 PROBABILITIES_AT_ONCE = 2**20
 """Largest number of probabilities of codes in such a batch (8 MiB in float64, of which there are a dozen copies)."""
@@ -71,7 +71,7 @@ class Structure:
     def rows_at_once(self, most: int | None = None) -> int:
         """Return how many rows a batch may have so that no latent has more than `PROBABILITIES_AT_ONCE`."""
         widest = max((self.parameters_per_row[name] for name in self.layout.latents), default=1)
-        return max(1, min(most or ROWS_AT_ONCE, PROBABILITIES_AT_ONCE // widest))
+        return max(1, min(most or ROWS_OF_A_BATCH, PROBABILITIES_AT_ONCE // widest))
 
     def hold(self, guide_trace: Trace | None, model_trace: Trace | None = None) -> None:
         """Check that traces of a batch have the sites that the pair was found to have.

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+from importlib.util import find_spec
 
 import numpy as np
 import pyro
@@ -17,6 +18,7 @@ from pyro import poutine
 from pyro.nn import PyroModule, PyroParam
 from torch import nn
 
+import pvae.analysis
 from pvae.analysis.bounds.evidence import evidence
 from pvae.analysis.decompose import account
 from pvae.analysis.decompose.surgery import surgery
@@ -249,3 +251,8 @@ def test_what_has_no_local_latent_or_no_numbers_for_labels_is_refused():
         surgery(small(model, lambda x: pyro.sample("w", dist.Normal(0 * number(0.0), 1.0))), torch.zeros(4).double())
     with pytest.raises(DataError, match="labels: expected 3 integers; got something else: list"):
         surgery(channel(torch.ones_like), torch.zeros(3, 2).double(), labels=["a", "b", "c"])
+
+
+def test_no_module_has_the_name_of_a_public_function():
+    """Importing it would put it in the place of the function."""
+    assert [name for name in pvae.analysis.__all__ if find_spec(f"pvae.analysis.{name}")] == []
