@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import pickle
 import re
 import shutil
 import subprocess
@@ -120,39 +119,12 @@ def link(path: Path) -> None:
     path.symlink_to(moved)
 
 
-class Bomb:
-    def __init__(self, mark: Path) -> None:
-        self.mark = mark
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Path.touch, (self.mark,)
-
-
-def test_a_pickle_is_never_unpickled(run: Path, tmp_path: Path) -> None:
-    """FAULTS 7: neither where its checksum is wrong nor where it is right."""
-    path, mark = newest(run) / "weights.safetensors", tmp_path / "mark"
-    path.write_bytes(pickle.dumps(Bomb(mark)))
-    assert "truncated or replaced" in only(verify(run), "failed").found
-    listing = json.loads((newest(run) / "manifest.json").read_text())
-    content = path.read_bytes()
-    listing["files"][path.name] = {"sha256": hashlib.sha256(content).hexdigest(), "size": len(content)}
-    (newest(run) / "manifest.json").write_text(json.dumps(listing))
-    assert "expected safetensors" in only(verify(run), "failed").found
-    assert not mark.exists()
-    pickle.loads(content)
-    assert mark.exists()
-
-
 @pytest.mark.parametrize(
     ("damage", "file", "told"),
     [
         (flip, "weights.safetensors", "its bytes changed"),
-        (flip, "optimizer.safetensors", "its bytes changed"),
         (truncate, "weights.safetensors", "truncated"),
-        (truncate, "state.json", "truncated"),
-        (truncate, "manifest.json", "expected JSON"),
         (Path.unlink, "weights.safetensors", "No such file"),
-        (Path.unlink, "manifest.json", "No such file"),
         (link, "weights.safetensors", "(symbolic link|bytes)"),
         (lambda path: path.write_text('{"schema": 99, "step": 0, "files": {}}'), "manifest.json", "upgrade pvae"),
         (lambda path: path.write_bytes(b"\x00garbage"), "manifest.json", "expected JSON"),
