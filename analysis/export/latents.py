@@ -18,7 +18,7 @@ from pvae.analysis.decompose.entry import quiet, same_globals
 from pvae.analysis.decompose.posterior_draws import Draw, LatentDraw, draw_chunk
 from pvae.analysis.export.names import NATS, Variable, text
 from pvae.analysis.export.sites import ExportedSites, numpy_of, whole
-from pvae.data.dataset import Split
+from pvae.data.split import Split
 from pvae.pair.pair import Pair
 from pvae.pair.structure import ROWS_OF_A_BATCH
 from pvae.util import seeds

@@ -14,7 +14,7 @@ from torch.distributions import Categorical, Distribution
 
 from pvae.analysis.decompose.entry import quiet, same_globals
 from pvae.analysis.export.sites import rows_of
-from pvae.data.dataset import Split
+from pvae.data.split import Split
 from pvae.distributions.relaxed import twin
 from pvae.errors import DeclarationError
 from pvae.pair.layout import Layout, unwrapped

@@ -8,7 +8,6 @@ from torch.distributions import constraints
 
 from pvae.data.split import Split
 from pvae.errors import DataError
-from pvae.models.likelihoods.columns import columns as of_columns
 
 
 def elementwise(constraint: Any) -> Any:
@@ -36,9 +35,7 @@ def require_split(split: Split, constraint: Any, hint: str) -> None:
             first, *element = (int(i) for i in (~inside).nonzero()[0])
             value = chunk[(first, *element)]
             shown = f"{value.item():g}" if value.numel() == 1 else str(value.flatten()[:6].tolist())
-            where, wanted = f"element {tuple(element)}", _described(constraint)
-            if isinstance(constraint, of_columns):
-                where, wanted = constraint.named(element[0]), constraint.of(element[0])
+            where, wanted = _named(constraint, element)
             raise DataError(
                 f"{split.name}, row {row + first}, {where}: expected {wanted}, as the likelihood does; got {shown}. "
                 f"{hint}".rstrip()
@@ -46,6 +43,11 @@ def require_split(split: Split, constraint: Any, hint: str) -> None:
         row += len(chunk)
 
 
-def _described(constraint: Any) -> str:
-    """Describe a constraint in torch's words, ``Interval(lower_bound=0.0, upper_bound=1.0)``, or by its name."""
-    return f"a value in {constraint}".removesuffix("()")
+def _named(constraint: Any, element: list[int]) -> tuple[str, str]:
+    """Name an element and its support: a column of a table, or the indices in an array."""
+    from pvae.models.likelihoods.columns import columns
+
+    if isinstance(constraint, columns):
+        return constraint.named(element[0]), constraint.of(element[0])
+    # torch's own words, `Interval(lower_bound=0.0, upper_bound=1.0)`, or the constraint's name
+    return f"element {tuple(element)}", f"a value in {constraint}".removesuffix("()")

@@ -328,14 +328,8 @@ def test_values_that_are_not_finite(value: float):
     x[7, 2] = x[9, 1] = value
     with pytest.raises(DataError, match=r"test: expected finite .* in row 7, column 2 \(2 such"):
         Dataset.from_tensors(X, test=x)
-
-
-def test_not_finite_in_images_names_the_element():
-    """FAULTS 19."""
-    x = np.zeros((30, 1, 3, 3))
-    x[4, 0, 2, 1] = np.nan
-    with pytest.raises(DataError, match=r"row 4, column \(0, 2, 1\)"):
-        Dataset.from_tensors(x)
+    with pytest.raises(DataError, match=r"row 7, column \(1, 0\)"):
+        Dataset.from_tensors(x.reshape(40, 2, 2))
 
 
 def test_rows_shared_between_splits_are_noted():
@@ -384,11 +378,15 @@ def test_binarising_needs_unit_values():
         Dataset.from_tensors(X, declared=TensorSource(scale="standardise", binarize="static"))
 
 
-def test_fingerprint_is_the_same_in_another_process():
-    code = "from pvae.data import Digits, load; print(load(Digits(binarize='dynamic')).fingerprint)"
+def test_another_process_imports_no_torch_with_the_package_and_finds_the_same_fingerprint():
+    code = """
+import sys, pvae.data, pvae.data.rows.columns
+print([m for m in ("torch", "numpy") if m in sys.modules])
+print(pvae.data.load(pvae.data.Digits(binarize="dynamic")).fingerprint)
+"""
     environment = {**os.environ, "PYTHONHASHSEED": "5"}
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
-    assert found.stdout.strip() == load(Digits(binarize="dynamic")).fingerprint
+    assert found.stdout.split() == ["[]", load(Digits(binarize="dynamic")).fingerprint]
 
 
 def test_fingerprint_changes_with_one_value():
@@ -401,12 +399,6 @@ def test_fingerprint_changes_with_one_value():
     prints = [fingerprint(), fingerprint(pixel), fingerprint(y=label), fingerprint(shape=(2, 2))]
     assert len(set(prints)) == 4
     assert fingerprint() == prints[0]
-
-
-def test_importing_the_package_imports_no_torch():
-    code = "import sys, pvae.data, pvae.data.rows.columns; print([m for m in ('torch', 'numpy') if m in sys.modules])"
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert found.stdout.strip() == "[]"
 
 
 def test_every_public_name_is_there():
