@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from pvae.distributions.bijections import near_identity
+from pvae.experiment.pyro_script.expressions import named
 from pvae.graph.site import Site
 from pvae.nn.dense import MLP
 
@@ -19,136 +22,143 @@ class NotPlainError(Exception):
     """A part cannot be written out, and cannot be built without the other side of the pair."""
 
 
-# ---------------------------------------------------------------------- distributions
+@dataclass(frozen=True)
+class Part:
+    """Prior or posterior of a latent, for a script.
+
+    Arguments:
+        script: the script in the making.
+        name: of the part in the script.
+        site: the latent.
+        declared: the part as it is declared.
+        module: the part as pvae builds it.
+        inputs: expressions that it reads, by name.
+    """
+
+    script: PlainScript
+    name: str
+    site: Site
+    declared: Any
+    module: Any
+    inputs: Mapping[str, str]
+
+    def network(self) -> str:
+        """Return the call of the part's own network on its inputs."""
+        built = self.module.network
+        return self.script.network(self.name, self.declared.network or MLP(hidden=()), built, self.inputs, built.output)
+
+    def parameters(self, **made: str) -> None:
+        """Add learned tensors, each by the expression that makes it."""
+        self.script.parts[self.name] = f"nn.ParameterDict({named(made)})"
+
+    def relaxed(self, logits: str) -> str:
+        """Return Pyro's relaxed one-hot of some logits."""
+        event = f".to_event({len(self.site.space.grid)})" if self.site.space.grid else ""
+        return f"dist.RelaxedOneHotCategorical({self.script.temperature(self.site.name)}, logits={logits}){event}"
 
 
-def normal(parameters: str, bounds: tuple[float, float]) -> Expression:
-    """Return a diagonal normal of parameters `(..., 2 dim)`."""
-    low, high = bounds
-    scale = f"(log_variance.clamp({low:g}, {high:g}) / 2).exp()"
-    return [f"loc, log_variance = {parameters}.chunk(2, -1)"], f"dist.Normal(loc, {scale}).to_event(1)"
+# ---------------------------------------------------------------------- priors and posteriors
 
 
-def standard_normal(_script: PlainScript, _name: str, site: Site, _declared: Any, _module: Any) -> Expression:
+def standard_normal(part: Part) -> Expression:
     """Return N(0, I)."""
-    return [], f"dist.Normal(torch.zeros({site.event[0]}), 1.0).to_event(1)"
+    return [], f"dist.Normal(torch.zeros({part.site.event[0]}), 1.0).to_event(1)"
 
 
-def conditional_normal(script: PlainScript, name: str, site: Site, declared: Any, module: Any) -> Expression:
-    """Return N(mu(parents), diag sigma^2(parents))."""
-    given = {above: script.seen(above) for above in site.given}
-    return normal(script.network(name, declared.network, module.network, given, module.network.output), module.bounds)
+def normal(part: Part) -> Expression:
+    """Return a normal whose network gives location and log-variance."""
+    low, high = part.module.bounds
+    scale = f"(log_variance.clamp({low:g}, {high:g}) / 2).exp()"
+    return [f"loc, log_variance = {part.network()}.chunk(2, -1)"], f"dist.Normal(loc, {scale}).to_event(1)"
 
 
-def codes(script: PlainScript, name: str, site: Site, declared: Any, module: Any) -> Expression:
+def point(part: Part) -> Expression:
+    """Return the point of an autoencoder."""
+    return [], f"dist.Delta({part.network()}, event_dim=1)"
+
+
+def weights_of_codes(part: Part) -> Expression:
     """Return the categorical of a code, or its relaxation, with learned or equal weights."""
-    logits = f"torch.zeros{tuple(module.logits.shape)}".replace(",)", ")")
-    if declared.kind == "categorical":
-        script.parts[name], logits = f'nn.ParameterDict({{"logits": {logits}}})', f'{name}["logits"]'
-    if site.space.values == "relaxed":
-        return [], relaxed(script, site, logits)
-    if site.space.grid:
+    logits = f"torch.zeros({', '.join(map(str, part.module.logits.shape))})"
+    if part.declared.kind == "categorical":
+        part.parameters(logits=logits)
+        logits = f'{part.name}["logits"]'
+    if part.site.space.values == "relaxed":
+        return [], part.relaxed(logits)
+    if part.site.space.grid:
         raise NotPlainError
     return [], f"dist.Categorical(logits={logits})"
 
 
-def relaxed(script: PlainScript, site: Site, logits: str) -> str:
-    """Return Pyro's relaxed one-hot of some logits."""
-    event = f".to_event({len(site.space.grid)})" if site.space.grid else ""
-    return f"dist.RelaxedOneHotCategorical({script.temperature(site.name)}, logits={logits}){event}"
+def inferred_codes(part: Part) -> Expression:
+    """Return the categorical of a code, or its relaxation, given x; networks have the codes before the grid."""
+    if part.site.space.values == "relaxed" and part.declared.kl == "relaxed":
+        grid = len(part.site.space.grid)
+        return [], part.relaxed(part.network() + (f".movedim({-1 - grid}, -1)" if grid else ""))
+    if part.site.space.values == "relaxed" or part.site.space.grid:
+        raise NotPlainError
+    return [], f"dist.Categorical(logits={part.network()})"
 
 
-def mixture(script: PlainScript, name: str, site: Site, declared: Any, module: Any) -> Expression:
+def mixture(part: Part) -> Expression:
     """Return a mixture of learned normals."""
-    (count, dim), (low, high) = module.loc.shape, declared.log_variance
-    zeros = f'"log_variance": torch.zeros({count}, {dim}), "logits": torch.zeros({count})'
-    script.parts[name] = f'nn.ParameterDict({{"loc": torch.randn({count}, {dim}), {zeros}}})'
+    (count, dim), (low, high), name = part.module.loc.shape, part.declared.log_variance, part.name
+    zeros = f"torch.zeros({count}, {dim})"
+    part.parameters(loc=f"torch.randn({count}, {dim})", log_variance=zeros, logits=f"torch.zeros({count})")
     scale = f'({name}["log_variance"].clamp({low:g}, {high:g}) / 2).exp()'
     lines = [f'components = dist.Normal({name}["loc"], {scale}).to_event(1)']
     return lines, f'dist.MixtureSameFamily(dist.Categorical(logits={name}["logits"]), components)'
 
 
-def vamp(script: PlainScript, name: str, site: Site, declared: Any, module: Any) -> Expression:
+def vamp(part: Part) -> Expression:
     """Return the mixture of the guide's posteriors at pseudo-inputs."""
-    shape = ", ".join(map(str, module.pseudo_inputs.shape))
-    script.parts[name] = f'nn.ParameterDict({{"pseudo_inputs": torch.rand({shape})}})'
-    read = f'{name}["pseudo_inputs"]' + (".clamp(0, 1)" if module.bounded else "")
-    lines, components = script.posterior(site, read)
+    shape = part.module.pseudo_inputs.shape
+    part.parameters(pseudo_inputs=f"torch.rand({', '.join(map(str, shape))})")
+    read = f'{part.name}["pseudo_inputs"]' + (".clamp(0, 1)" if part.module.bounded else "")
+    lines, components = part.script.posterior(part.site, read)
     if not components.startswith("dist.Normal"):
         raise NotPlainError
-    weights = f"dist.Categorical(logits=torch.zeros({len(module.pseudo_inputs)}))"
+    weights = f"dist.Categorical(logits=torch.zeros({shape[0]}))"
     return [*lines, f"components = {components}"], f"dist.MixtureSameFamily({weights}, components)"
 
 
-def flow(script: PlainScript, name: str, site: Site, declared: Any, module: Any) -> Expression:
-    """Return N(0, I) pushed through Pyro's own transforms."""
-    (dim,), hidden = site.event, list(declared.hidden)
-    step = {
-        "realnvp": f"affine_coupling({dim}, {hidden})",
-        "spline_coupling": f"spline_coupling({dim}, {dim // 2}, {hidden}, {{}})",
-    }.get(declared.kind, f"affine_autoregressive({dim}, {hidden})")
-    if declared.kind == "spline_coupling":
-        step = step.format(f"count_bins={declared.bins}, bound={declared.bound:g}")
-    script.imports.setdefault("pvae.distributions.bijections", set()).add("near_identity")
-    script.parts[name] = f"nn.ModuleList(near_identity(T.{step}) for _ in range({declared.layers}))"
+def flow(part: Part) -> Expression:
+    """Return N(0, I) pushed through Pyro's own transforms, coordinates reversed between them."""
+    declared, dim = part.declared, part.site.event[0]
+    sizes = f"{dim}, {list(declared.hidden)}"
+    step = f"affine_autoregressive({sizes})"
+    if declared.kind == "realnvp":
+        step = f"affine_coupling({sizes})"
+    elif declared.kind == "spline_coupling":
+        sizes = f"{dim}, {dim // 2}, {list(declared.hidden)}"
+        step = f"spline_coupling({sizes}, count_bins={declared.bins}, bound={declared.bound:g})"
+    init = part.script.imported(near_identity)
+    part.script.parts[part.name] = f"nn.ModuleList({init}(T.{step}) for _ in range({declared.layers}))"
     lines = [
         f"flip = T.Permute(torch.arange({dim}).flip(0))",
-        f"steps = [move for step in {name} for move in (step{'.inv' if declared.inward else ''}, flip)]",
+        f"steps = [move for step in {part.name} for move in (step{'.inv' if declared.inward else ''}, flip)]",
     ]
     return lines, f"dist.TransformedDistribution(dist.Normal(torch.zeros({dim}), 1.0).to_event(1), steps)"
 
 
-def normal_posterior(
-    script: PlainScript, name: str, site: Site, declared: Any, module: Any, inputs: Mapping[str, str]
-) -> Expression:
-    """Return N(mu(x), diag sigma^2(x))."""
-    network = module.network
-    return normal(script.network(name, declared.network or LINEAR, network, inputs, network.output), module.bounds)
-
-
-def point(
-    script: PlainScript, name: str, site: Site, declared: Any, module: Any, inputs: Mapping[str, str]
-) -> Expression:
-    """Return the point of an autoencoder."""
-    network = module.network
-    call = script.network(name, declared.network or LINEAR, network, inputs, network.output)
-    return [], f"dist.Delta({call}, event_dim={len(site.event)})"
-
-
-def categorical(
-    script: PlainScript, name: str, site: Site, declared: Any, module: Any, inputs: Mapping[str, str]
-) -> Expression:
-    """Return the categorical of a code, or its relaxation; a grid of codes has its values in the last dimension."""
-    network = module.network
-    if site.space.values == "index" and site.space.grid or getattr(declared, "kl", "relaxed") != "relaxed":
-        raise NotPlainError
-    logits = script.network(name, declared.network or LINEAR, network, inputs, network.output)
-    if site.space.grid:
-        logits = f"{logits}.movedim({-1 - len(site.space.grid)}, -1)"
-    return [], relaxed(script, site, logits) if site.space.values == "relaxed" else f"dist.Categorical(logits={logits})"
-
-
-LINEAR = MLP(hidden=())
-PRIORS: dict[tuple[str, str], Callable[[PlainScript, str, Site, Any, Any], Expression]] = {
+Rules = dict[tuple[str, str], Callable[[Part], Expression]]
+PRIORS: Rules = {
     ("standard_normal", "real"): standard_normal,
-    ("conditional_normal", "real"): conditional_normal,
+    ("conditional_normal", "real"): normal,
     ("mixture", "real"): mixture,
     ("vamp", "real"): vamp,
-    ("categorical", "index"): codes,
-    ("categorical", "relaxed"): codes,
-    ("uniform", "index"): codes,
-    ("uniform", "relaxed"): codes,
-    ("realnvp", "real"): flow,
-    ("spline_coupling", "real"): flow,
-    ("maf", "real"): flow,
-    ("iaf", "real"): flow,
+    ("categorical", "index"): weights_of_codes,
+    ("categorical", "relaxed"): weights_of_codes,
+    ("uniform", "index"): weights_of_codes,
+    ("uniform", "relaxed"): weights_of_codes,
+    **{(kind, "real"): flow for kind in ("realnvp", "spline_coupling", "maf", "iaf")},
 }
 """Priors that are written out, by kind and values of the latent; any other is built by name."""
-POSTERIORS: dict[tuple[str, str], Callable[[PlainScript, str, Site, Any, Any, Mapping[str, str]], Expression]] = {
-    ("normal", "real"): normal_posterior,
+POSTERIORS: Rules = {
+    ("normal", "real"): normal,
     ("delta", "real"): point,
-    ("categorical", "index"): categorical,
-    ("relaxed_onehot", "relaxed"): categorical,
+    ("categorical", "index"): inferred_codes,
+    ("relaxed_onehot", "relaxed"): inferred_codes,
 }
 """Posteriors that are written out, likewise."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from math import prod
 from typing import Any, final
 
@@ -13,11 +13,18 @@ from pvae.component import Shape
 from pvae.experiment.pyro_script.expressions import literal, named
 from pvae.experiment.pyro_script.layers import chain, layers_of
 from pvae.experiment.pyro_script.page import SUMMED, Script, sampled
-from pvae.experiment.pyro_script.parts import LIKELIHOODS, POSTERIORS, PRIORS, Expression, NotPlainError
+from pvae.experiment.pyro_script.parts import (
+    LIKELIHOODS,
+    POSTERIORS,
+    PRIORS,
+    Expression,
+    NotPlainError,
+    Part,
+    Rules,
+)
 from pvae.graph.lifecycle import MadeOfData
 from pvae.graph.link import Link
 from pvae.graph.site import OBSERVED, Site
-from pvae.graph.space import Space
 from pvae.nn.network import Network, NetworkModule
 from pvae.nn.schedules import Constant
 
@@ -65,27 +72,31 @@ class PlainScript(Script):
 
     def prior(self, site: Site) -> Expression:
         """Return p(site | parents)."""
-        name, declared = f"prior_{site.name}", self.experiment.latents[site.name].prior
-        module: Any = self.modeller.priors[site.name]
-        if written := PRIORS.get((declared.kind, site.space.values)):  # type: ignore[attr-defined]
-            return written(self, name, site, declared, module)
-        if site.space.values == "relaxed":  # Pyro's value is a relaxed one-hot, that of pvae its logarithm
-            raise NotPlainError
-        shapes = {above: self.shape(above) for above in site.given}
-        self.build(name, f"{self.construct(declared)}.build({self.site(site)}, {literal(shapes)}, Link())", module)
-        return [], f"{name}({named({above: self.seen(above) for above in site.given})})"
+        declared = self.experiment.latents[site.name].prior
+        given = {above: self.seen(above) for above in site.given}
+        part = Part(self, f"prior_{site.name}", site, declared, self.modeller.priors[site.name], given)
+        return self.written(part, PRIORS, {above: self.shape(above) for above in site.given}, part.name + "({})")
 
     def posterior(self, site: Site, x: str) -> Expression:
         """Return q(site | x, ...), with an expression for x."""
-        name, declared = f"posterior_{site.name}", self.experiment.latents[site.name].posterior
-        module: Any = self.guider.posteriors[site.name]
+        declared = self.experiment.latents[site.name].posterior
+        shapes: Mapping[str, Shape] = {OBSERVED: self.pair.frame.x}
         lines, inputs = self.encoded(site, x) if declared.reads_features else ([], {OBSERVED: x})
-        if written := POSTERIORS.get((declared.kind, site.space.values)):  # type: ignore[attr-defined]
-            before, distribution = written(self, name, site, declared, module, inputs)
-            return [*lines, *before], distribution
-        shapes = self.guider.encoder.shapes[site.name] if declared.reads_features else {OBSERVED: self.pair.frame.x}
-        self.build(name, f"{self.construct(declared)}.build({self.site(site)}, {literal(shapes)}, Link())", module)
-        return lines, f"{name}({named(inputs)}, {{}})"
+        if declared.reads_features:
+            shapes = self.guider.encoder.shapes[site.name]
+        part = Part(self, f"posterior_{site.name}", site, declared, self.guider.posteriors[site.name], inputs)
+        before, distribution = self.written(part, POSTERIORS, shapes, part.name + "({}, {{}})")
+        return [*lines, *before], distribution
+
+    def written(self, part: Part, rules: Rules, shapes: Mapping[str, Shape], call: str) -> Expression:
+        """Return a part as one of the rules writes it, else the call of what its class builds."""
+        if rule := rules.get((part.declared.kind, part.site.space.values)):
+            return rule(part)
+        if part.site.space.values == "relaxed":  # Pyro's value is a relaxed one-hot, that of pvae its logarithm
+            raise NotPlainError
+        code = f"{self.construct(part.declared)}.build({self.site(part.site)}, {literal(dict(shapes))}, Link())"
+        self.build(part.name, code, part.module)
+        return [], call.format(named(part.inputs))
 
     def encoded(self, site: Site, x: str) -> tuple[list[str], dict[str, str]]:
         """Return the encoder's statements, and the expressions that the posterior of a latent reads, by name."""
@@ -140,11 +151,14 @@ class PlainScript(Script):
     def site(self, site: Site) -> str:
         """Return the call that makes what a part knows of a latent."""
         self.imported(Link)
-        self.imported(Space)
-        given = [
-            f"{f.name}={literal(getattr(site, f.name))}" for f in fields(site) if getattr(site, f.name) != f.default
-        ]
-        return f"{self.imported(Site)}({', '.join(given)})"
+        return self.instance(site)
+
+    def instance(self, value: Any) -> str:
+        """Return the call that makes a dataclass, with what differs from its defaults; other data as they are."""
+        if not is_dataclass(value):
+            return literal(value)
+        given = {f.name: getattr(value, f.name) for f in fields(value) if getattr(value, f.name) != f.default}
+        return f"{self.imported(type(value))}({', '.join(f'{k}={self.instance(v)}' for k, v in given.items())})"
 
     def shape(self, name: str) -> Shape:
         """Return the event shape of a latent or covariate as other parts see it."""
