@@ -87,10 +87,7 @@ def ais(
     log_p, inverse = log_mean(log_weights), inverse_ess(log_weights)
     return Annealed(
         n=len(x),
-        temperatures=temperatures,
-        chains=chains,
-        leapfrog=leapfrog,
-        start=start,
+        **plan.settings,
         lower=_bound(log_p, delta_error(inverse, chains), "lower_bound"),
         log_p=log_p,
         log_weights=log_weights,
@@ -173,10 +170,7 @@ def bracket(
     width = _bound(upper - lower, over_rows(upper - lower).standard_error, "estimate")
     return Bracket(
         n=rows,
-        temperatures=temperatures,
-        chains=chains,
-        leapfrog=leapfrog,
-        start=start,
+        **plan.settings,
         lower=_bound(lower, delta_error(inverse_ess(forward.cpu()), chains), "lower_bound"),
         upper=_bound(upper, width.standard_error, "upper_bound"),
         width=width,

@@ -34,6 +34,11 @@ class AnnealingPlan:
     leapfrog: int
     start: Start
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Settings that the result repeats."""
+        return {name: getattr(self, name) for name in ("temperatures", "chains", "leapfrog", "start")}
+
     def check(self, pair: Pair) -> None:
         """Refuse counts below one, an unknown start, and latents that cannot be annealed."""
         for name in ("temperatures", "chains", "leapfrog"):

@@ -100,15 +100,16 @@ class LinearGaussian:
     def bounds(self, x: FloatArray) -> dict[str, float]:
         """Figures of the ELBO and of log p(x), means over the data."""
         reconstruction, kl, log_p = (float(f(x).mean()) for f in (self.reconstruction, self.kl, self.log_p))
+        gap, approximation = log_p - reconstruction + kl, self.approximation()
         return {
             "elbo": reconstruction - kl,
             "reconstruction": reconstruction,
             "kl": kl,
             "log_evidence": log_p,
             "prior_jensen": float(self.jensen(x).mean()),
-            "inference_gap": log_p - reconstruction + kl,
-            "approximation_gap": self.approximation(),
-            "amortisation_gap": log_p - reconstruction + kl - self.approximation(),
+            "inference_gap": gap,
+            "approximation_gap": approximation,
+            "amortisation_gap": gap - approximation,
         }
 
     def informations(self, x: FloatArray) -> dict[str, float]:

@@ -183,7 +183,7 @@ def selfcheck(
         DataError: there are no truths.
 
     Example:
-        >>> from pvae.analysis.truths.codes import symmetric_channel
+        >>> from pvae.analysis.truths.structured import symmetric_channel
         >>> selfcheck(truths=[symmetric_channel(2, 0.1)]).ok
         True
     """

@@ -7,8 +7,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pvae.analysis.truths.codes import deterministic_code, random_code, symmetric_channel
-from pvae.analysis.truths.hierarchy import hierarchy
 from pvae.analysis.truths.linear import (
     binary_input,
     blind,
@@ -19,7 +17,14 @@ from pvae.analysis.truths.linear import (
     widened,
     wrong_guide,
 )
-from pvae.analysis.truths.mixtures import mixture, mixture_prior
+from pvae.analysis.truths.structured import (
+    deterministic_code,
+    hierarchy,
+    mixture,
+    mixture_prior,
+    random_code,
+    symmetric_channel,
+)
 from pvae.analysis.truths.truth import FloatArray, Truth
 
 

@@ -148,21 +148,35 @@ def coordinates(means: FloatArray, covariance: FloatArray) -> Iterator[tuple[Flo
         yield means[:, [axis]], covariance[axis : axis + 1, axis : axis + 1]
 
 
+def elbo_figures(
+    reconstruction: float, kl: float, mutual: float, log_p: float | None = None, jensen: float | None = None
+) -> dict[str, float]:
+    """Return the figures that follow from means over the data of these terms, nats; None where one is not known."""
+    known = {"log_evidence": log_p, "prior_jensen": jensen}
+    if log_p is not None:
+        known["inference_gap"] = log_p - reconstruction + kl
+    return {
+        "elbo": reconstruction - kl,
+        "reconstruction": reconstruction,
+        "kl": kl,
+        "mutual_information": mutual,
+        "marginal_kl": kl - mutual,
+        **{name: value for name, value in known.items() if value is not None},
+    }
+
+
 def state_figures(q: FloatArray, p: FloatArray, log_x: FloatArray) -> dict[str, float]:
-    """Figures of a discrete latent by the sum over its states, nats.
+    """Return the figures of a discrete latent by the sum over its states, nats.
 
     Arguments:
         q: posterior probabilities, `(inputs, states)`; inputs are equally likely.
         p: prior probabilities, `(states,)`.
         log_x: log p(x | state), `(inputs, states)`.
     """
-    reconstruction, kl = float((q * log_x).sum(1).mean()), float(rel_entr(q, p).sum(1).mean())
-    return {
-        "elbo": reconstruction - kl,
-        "reconstruction": reconstruction,
-        "kl": kl,
-        "mutual_information": float(rel_entr(q, q.mean(0)).sum(1).mean()),
-        "marginal_kl": float(rel_entr(q.mean(0), p).sum()),
-        "log_evidence": float(np.logaddexp.reduce(log_x + np.log(p), axis=1).mean()),
-        "prior_jensen": float((log_x @ p).mean()),
-    }
+    return elbo_figures(
+        reconstruction=float((q * log_x).sum(1).mean()),
+        kl=float(rel_entr(q, p).sum(1).mean()),
+        mutual=float(rel_entr(q, q.mean(0)).sum(1).mean()),
+        log_p=float(np.logaddexp.reduce(log_x + np.log(p), axis=1).mean()),
+        jensen=float((log_x @ p).mean()),
+    )
