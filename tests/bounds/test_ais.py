@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -28,15 +28,6 @@ from pvae.pair.pair import Pair
 
 Program = Callable[[Tensor], object]
 STARTS = ("guide", "prior")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Thousands of small operations: threads would mostly wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def parameter() -> Tensor:
@@ -390,10 +381,33 @@ def global_guide(x):
     pyro.sample("z", dist.Normal(parameter(), 1.0))
 
 
-def discrete(x):
-    with pyro.plate("data", len(x)):
-        z = pyro.sample("z", dist.Poisson(x.new_tensor(2.0)))
-        pyro.sample("x", dist.Normal(z[..., None] + parameter(), x.new_ones(4)).to_event(1), obs=x)
+def model_of(latent: Callable[[Tensor], Any], observe: Callable[[Tensor, Tensor], object]) -> Program:
+    def model(x):
+        with pyro.plate("data", len(x)):
+            observe(x, pyro.sample("z", latent(x)))
+
+    return model
+
+
+def standard(x):
+    return dist.Normal(x.new_tensor(0.0), 1.0)
+
+
+def whole(x, z, factor=1.0):
+    pyro.sample("x", dist.Normal(z[..., None] + parameter(), x.new_ones(4)).to_event(1), obs=factor * x)
+
+
+def half(x, z, name="x", column=0):
+    pyro.sample(name, dist.Normal(z + parameter(), 1.0), obs=x[:, column])
+
+
+discrete = model_of(lambda x: dist.Poisson(x.new_tensor(2.0)), whole)
+gamma_prior = model_of(lambda x: dist.Gamma(x.new_tensor(2.0), 1.0), whole)
+normal_model = model_of(standard, whole)
+moving_support = model_of(standard, lambda x, z: whole(x, pyro.sample("y", dist.Uniform(z, z + 1))))
+observes_half = model_of(standard, half)
+observes_twice = model_of(standard, lambda x, z: whole(x, z, 2.0))
+two_observed = model_of(standard, lambda x, z: (half(x, z, "a"), half(x, z, "b", 1)))
 
 
 def discrete_guide(x):
@@ -401,48 +415,10 @@ def discrete_guide(x):
         pyro.sample("z", dist.Poisson(x[:, 0].exp()))
 
 
-def gamma_prior(x):
-    with pyro.plate("data", len(x)):
-        z = pyro.sample("z", dist.Gamma(x.new_tensor(2.0), 1.0))
-        pyro.sample("x", dist.Normal(z[..., None] + parameter(), x.new_ones(4)).to_event(1), obs=x)
-
-
-def moving_support(x):
-    with pyro.plate("data", len(x)):
-        z = pyro.sample("z", dist.Normal(x.new_tensor(0.0), 1.0))
-        y = pyro.sample("y", dist.Uniform(z, z + 1))
-        pyro.sample("x", dist.Normal(y[..., None] + parameter(), x.new_ones(4)).to_event(1), obs=x)
-
-
 def with_more(x):
     with pyro.plate("data", len(x)):
         pyro.sample("z", dist.Normal(x[:, 0], 1.0))
         pyro.sample("extra", dist.Normal(x[:, 0], 1.0), infer={"is_auxiliary": True})
-
-
-def normal_model(x):
-    with pyro.plate("data", len(x)):
-        z = pyro.sample("z", dist.Normal(x.new_tensor(0.0), 1.0))
-        pyro.sample("x", dist.Normal(z[..., None] + parameter(), x.new_ones(4)).to_event(1), obs=x)
-
-
-def two_observed(x):
-    with pyro.plate("data", len(x)):
-        z = pyro.sample("z", dist.Normal(x.new_tensor(0.0), 1.0))
-        pyro.sample("a", dist.Normal(z + parameter(), 1.0), obs=x[:, 0])
-        pyro.sample("b", dist.Normal(z, 1.0), obs=x[:, 1])
-
-
-def observes_half(x):
-    with pyro.plate("data", len(x)):
-        z = pyro.sample("z", dist.Normal(x.new_tensor(0.0), 1.0))
-        pyro.sample("x", dist.Normal(z + parameter(), 1.0), obs=x[:, 0])
-
-
-def observes_twice(x):
-    with pyro.plate("data", len(x)):
-        z = pyro.sample("z", dist.Normal(x.new_tensor(0.0), 1.0))
-        pyro.sample("x", dist.Normal(z[..., None] + parameter(), x.new_ones(4)).to_event(1), obs=2 * x)
 
 
 ROWS = ppca_rows(3)
