@@ -217,6 +217,11 @@ def data_copying(
 
     Raises:
         DataError: there are fewer than two rows of a kind, shapes differ, or values are not finite.
+
+    Example:
+        >>> train, held = torch.randn(200, 2), torch.randn(200, 2)
+        >>> data_copying(train, held, fake=train[:50]).nearer.value > 0.9
+        True
     """
     kinds = (train, held, fake)
     if min(map(len, kinds)) < 2 or len({tuple(x.shape[1:]) for x in kinds}) > 1:

@@ -103,6 +103,18 @@ def frechet(a: Tensor, b: Tensor) -> Estimate:
 
     References:
         GANs Trained by a Two Time-Scale Update Rule (Heusel et al., 2017), https://arxiv.org/abs/1706.08500
+
+    Arguments:
+        a: features of one kind, `(n, F)`, float64.
+        b: features of the other kind, `(m, F)`, float64.
+
+    Returns:
+        An estimate, in squared units of the features.
+
+    Example:
+        >>> rows = torch.randn(200, 3).double()
+        >>> round(frechet(rows, rows + 2).value, 6)
+        12.0
     """
     (loc_a, cov_a), (loc_b, cov_b) = moments(a), moments(b)
     value = normal_frechet(loc_a, cov_a, loc_b, cov_b)
@@ -187,6 +199,18 @@ def kernel_distance(a: Tensor, b: Tensor) -> Estimate:
 
     References:
         Demystifying MMD GANs (Bińkowski et al., 2018), https://arxiv.org/abs/1801.01401
+
+    Arguments:
+        a: features of one kind, `(n, F)`, float64.
+        b: features of the other kind, `(m, F)`, float64.
+
+    Returns:
+        An estimate, without a unit.
+
+    Example:
+        >>> rows = torch.randn(200, 3).double()
+        >>> kernel_distance(rows, rows + 2).value > 1
+        True
     """
     n, m, width = len(a), len(b), a.shape[1]
     own = [(_kernel_sums(x, x) - (x.square().sum(1) / width + 1) ** 3) / (len(x) - 1) for x in (a, b)]

@@ -156,6 +156,13 @@ def features(x: Tensor, y: Tensor | None = None, names: tuple[str, ...] | None =
 
     Raises:
         DataError: there are fewer than two rows.
+
+    Returns:
+        Features, whose `embed` maps data `(n, *shape)` to `(n, F)`.
+
+    Example:
+        >>> features(torch.randn(30, 4)).embed(torch.zeros(2, 4)).shape
+        torch.Size([2, 4])
     """
     if len(x) < 2:
         raise DataError(f"features: expected at least two rows of data; got {len(x)}.")

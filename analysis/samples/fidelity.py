@@ -144,6 +144,11 @@ def fidelity(real: Tensor, fake: Tensor, k: int = FIDELITY_NEIGHBOURS, space: Fe
 
     Raises:
         DataError: there are no more than k rows of a kind, or shapes differ.
+
+    Example:
+        >>> found = fidelity(torch.randn(60, 2), torch.randn(60, 2) + 20)
+        >>> found.precision.value, found.coverage.value
+        (0.0, 0.0)
     """
     if real.shape[1:] != fake.shape[1:]:
         raise DataError(f"fidelity: expected samples of shape {list(real.shape[1:])}; got {list(fake.shape[1:])}.")

@@ -23,7 +23,7 @@ from pvae.runs.run import Run
 
 CHUNK_ROWS = 250
 """Largest number of rows that are sampled, encoded or decoded at a time."""
-CHUNK_ELEMENTS = 2**20
+CHUNK_NUMBERS = 2**20
 """Largest number of elements of the data of a chunk."""
 
 
@@ -95,7 +95,7 @@ def analysed(pair: Pair, x: Tensor, seed: int, mean: bool = False) -> Iterator[N
 
 def chunks(n: int, numbers: int) -> Iterator[tuple[int, int]]:
     """Yield (start, stop) of chunks of n rows, each row with so many numbers."""
-    size = min(CHUNK_ROWS, max(1, CHUNK_ELEMENTS // numbers))
+    size = min(CHUNK_ROWS, max(1, CHUNK_NUMBERS // numbers))
     for start in range(0, n, size):
         yield start, min(start + size, n)
 

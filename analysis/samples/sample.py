@@ -20,7 +20,7 @@ from pvae.runs.run import Run
 from pvae.util import seeds
 from pvae.util.progress import Progress, silent
 
-Given = Mapping[str, int | str | Sequence[int] | Tensor]
+Covariates = Mapping[str, int | str | Sequence[int] | Tensor]
 
 
 def sample(
@@ -28,7 +28,7 @@ def sample(
     n: int = 64,
     *,
     mean: bool = False,
-    given: Given | None = None,
+    given: Covariates | None = None,
     seed: int = 0,
     on_progress: Progress = silent,
 ) -> Samples:
@@ -103,14 +103,14 @@ class Template:
     """
 
     def __init__(
-        self, source: Run | Pair, pair: Pair, n: int, given: Given | None, seed: int, row: Tensor | None = None
+        self, source: Run | Pair, pair: Pair, n: int, given: Covariates | None, seed: int, row: Tensor | None = None
     ) -> None:
         self.pair, self.frame, self.row = pair, pair.frame, row
         self.data = source.data.train.rows if isinstance(source, Run) else None
         self.numbers = max(1, prod(self.frame.row))
         self.covariates = self._covariates(n, given, seed)
 
-    def _covariates(self, n: int, given: Given | None, seed: int) -> dict[str, Tensor]:
+    def _covariates(self, n: int, given: Covariates | None, seed: int) -> dict[str, Tensor]:
         known = self.frame.covariates
         for name in given or {}:
             if not known:
@@ -131,7 +131,7 @@ class Template:
             )
         return {name: column.long().cpu() for name, column in self.frame.columns(found).items()}
 
-    def _given(self, name: str, codes: int, n: int, given: Given) -> Tensor:
+    def _given(self, name: str, codes: int, n: int, given: Covariates) -> Tensor:
         """Values of a covariate, `(n,)`, or of a prompt, `(n, length)`."""
         vocabulary = self.frame.prompts.get(name)
         if vocabulary is None:
@@ -157,7 +157,7 @@ class Template:
         return self.pair.accept(torch.zeros(count, *self.frame.row))
 
 
-def _values(name: str, codes: int, n: int, given: Given) -> Tensor:
+def _values(name: str, codes: int, n: int, given: Covariates) -> Tensor:
     """Checked values of a covariate, `(n,)`."""
     if name not in given:
         raise DeclarationError(f"given: expected a value of {name} too, 0 .. {codes - 1}; got none.")

@@ -31,6 +31,11 @@ def sharpness(x: Tensor) -> Tensor | None:
 
     Returns:
         `(n,)`, float64, in units of the pixels; None for data that are not images, or less than 3 pixels wide or high.
+
+    Example:
+        >>> board = (torch.arange(6)[:, None] + torch.arange(6)) % 2
+        >>> sharpness(board[None].float())
+        tensor([4.], dtype=torch.float64)
     """
     if not is_image(x.shape[1:]) or min(x.shape[-2:]) < 3:
         return None

@@ -26,7 +26,7 @@ from pvae.analysis.samples.running import (
     opened,
     row_values,
 )
-from pvae.analysis.samples.sample import Given, Template
+from pvae.analysis.samples.sample import Covariates, Template
 from pvae.distributions.exponential import Normals
 from pvae.errors import DataError, DeclarationError
 from pvae.pair import densities as traces
@@ -74,7 +74,7 @@ def traverse(
     steps: int = 9,
     span: float = 3.0,
     *,
-    given: Given | None = None,
+    given: Covariates | None = None,
     rows: Any = None,
     seed: int = 0,
     on_progress: Progress = silent,

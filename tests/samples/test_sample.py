@@ -17,7 +17,7 @@ import pvae
 from pvae.analysis import Traversal, encode, reconstruct, sample, traverse
 from pvae.analysis.pages import plots
 from pvae.analysis.samples.generated import Generated, Reconstructions, Samples
-from pvae.analysis.samples.running import CHUNK_ELEMENTS, CHUNK_ROWS, chunks
+from pvae.analysis.samples.running import CHUNK_NUMBERS, CHUNK_ROWS, chunks
 from pvae.data.dataset import Dataset
 from pvae.errors import DataError, DeclarationError
 from pvae.experiment.experiment import Experiment
@@ -73,7 +73,7 @@ def test_progress_comes_in_chunks(digits):
     sample(digits, 2 * CHUNK_ROWS + 1, on_progress=lambda *step: told.append(step))
     n = 2 * CHUNK_ROWS + 1
     assert told == [(CHUNK_ROWS, n), (2 * CHUNK_ROWS, n), (n, n)]
-    assert list(chunks(5, 2 * CHUNK_ELEMENTS)) == [(i, i + 1) for i in range(5)]
+    assert list(chunks(5, 2 * CHUNK_NUMBERS)) == [(i, i + 1) for i in range(5)]
 
 
 def test_conditional_samples_follow_their_label(moons):
