@@ -121,21 +121,21 @@ def shift(module: str, function: str, change):
 FAULTS = {
     "information off by .1": (shifted_information, lambda: binary_input(1.0), "surgery"),
     "densities of coordinates off by .1": (
-        shift("decompose.surgery", "marginal_log_prob", lambda t: t + 0.1),
+        shift("decompose.account", "marginal_log_prob", lambda t: t + 0.1),
         lambda: product_channel([np.linspace(-1, 1, 8)] * 2, [0.5, 0.5]),
         "surgery",
     ),
     "sum over codes off by .001": (
         shift(
-            "decompose.codes",
-            "joint",
+            "decompose.account",
+            "joint_codes",
             lambda j: None if j is None else replace(j, information=j.information + 1e-3),
         ),
         lambda: random_code(5, 3, 4),
         "surgery",
     ),
     "errors of surgery ten times too small": (
-        shift("decompose.surgery", "over_draws", lambda e: replace(e, standard_error=e.standard_error / 10)),
+        shift("decompose.account", "over_draws", lambda e: replace(e, standard_error=e.standard_error / 10)),
         lambda: linear_vae(DIGITS[:200], 2),
         "surgery",
     ),
