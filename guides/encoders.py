@@ -37,13 +37,13 @@ class Encoder(Component):
 
 
 class EncoderModule(nn.Module):
-    """What an encoder builds: `forward` once per batch, then `inputs_of` for each latent in turn."""
+    """Module of an encoder: `forward` runs once per batch, then `inputs_of` for each latent in turn."""
 
     shapes: dict[str, dict[str, Shape]]
     """For every latent, the named event shapes that its posterior will read."""
 
     def inputs_of(self, site: Site, features: Any, seen: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """What the posterior of `site` reads, given what `forward` made of the batch, and what is known of it."""
+        """Return the inputs of a posterior, by name, from the result of `forward` and the latents sampled so far."""
         raise NotImplementedError  # pragma: no cover - abstract
 
 

@@ -16,7 +16,7 @@ from pvae.graph.frame import Frame, data_plate
 from pvae.graph.site import EMBEDDED, OBSERVED, Site, embedded
 from pvae.models.decoders import DecoderModule
 
-SUMMED: InferDict = {"enumerate": "parallel"}
+ENUMERATED: InferDict = {"enumerate": "parallel"}
 
 
 class GraphModel(nn.Module):
@@ -80,7 +80,7 @@ class GraphModel(nn.Module):
         like = next(self.parameters()) if rows is None else rows
         with data_plate(size or 1 if rows is None else rows.shape[0]):
             for site in self.sites:
-                infer = SUMMED if site.summed else None
+                infer = ENUMERATED if site.summed else None
                 value = pyro.sample(site.name, self.prior(site.name, seen), infer=infer)
                 seen[site.name] = self.see(site, value, like)
                 if site.carries:

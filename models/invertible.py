@@ -80,7 +80,7 @@ class BijectionNetwork(Network):
     squash: Literal["none", "logit"] = "none"
     """`logit`: x lives in [0, 1], and the flow beyond a logistic map of it."""
     edge: float = Field(default=0.01, gt=0, lt=0.5)
-    """How far [0, 1] stays from the ends of the logistic map: [edge, 1 - edge]."""
+    """Distance of [0, 1] from the ends of the logistic map, which sees [edge, 1 - edge]."""
 
     @property
     def support(self) -> constraints.Constraint | None:

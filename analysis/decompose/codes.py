@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pvae.distributions.codes import STATES
+from pvae.distributions.codes import MAX_STATES
 from pvae.distributions.exponential_codes import CertainCodes, Codes
 from pvae.pair.code_usage import Tally, entropy_of
 from pvae.pair.densities import log_prob, members, sum_over
@@ -61,7 +61,7 @@ def position_marginal_kl(found: Tally, log_prior: Tensor) -> Tensor:
 
 
 def joint_codes(q: Callable[[], Iterable[Sequence[Codes]]], priors: Sequence[Tensor]) -> JointCodes | None:
-    """Return the exact parts of the KL over the joint code of several latents; None for more than `STATES` states.
+    """Return the exact parts of the KL over the joint code of several latents; None for more than `MAX_STATES` states.
 
     sum_i KL(q_i || p) / n = I_q + KL(q_agg || p), all three by the sum over every joint state.
 
@@ -96,9 +96,9 @@ def _blocks(q: Iterable[Sequence[Codes]], states: int) -> Iterator[Tensor]:
 
 
 def every_state(grids: Sequence[tuple[int, int]]) -> Tensor | None:
-    """Return all joint states of several grids of codes `(P, K)`, `(S, positions)`; None for more than `STATES`."""
+    """Return all joint states of several grids of codes `(P, K)`, `(S, positions)`; None for more than `MAX_STATES`."""
     sizes = [k for p, k in grids for _ in range(p)]
-    if sum(math.log(k) for k in sizes) > math.log(STATES) + 1e-9:
+    if sum(math.log(k) for k in sizes) > math.log(MAX_STATES) + 1e-9:
         return None
     return torch.cartesian_prod(*[torch.arange(k) for k in sizes]).reshape(-1, len(sizes))
 
@@ -106,7 +106,7 @@ def every_state(grids: Sequence[tuple[int, int]]) -> Tensor | None:
 def log_evidence(pair: Pair, x: Tensor) -> Tensor | None:
     """Return log p(x) = log sum_c p(x, c) of every row by running the model on every joint state, `(n,)`, nats, exact.
 
-    None where a latent of the guide is not discrete, or there are more than `STATES` states. Call it inside `quiet`.
+    None where a latent of the guide is not discrete, or there are more than `MAX_STATES` states. Call it inside `quiet`.
     """
     layout, names = pair.layout, pair.layout.latents
     nodes = samples(pair.guide_trace(x[:2]))

@@ -25,7 +25,7 @@ from pvae.guides.posteriors.heads import channels_last, head
 from pvae.nn.dense import MLP
 from pvae.nn.network import Network, NetworkModule
 
-SMALL = 32
+MAX_SUMMED_STATES = 32
 """Joint states up to which `estimator = "auto"` sums over all of them: each costs a pass of the decoder."""
 Estimator = Literal["auto", "sum", "score"]
 
@@ -125,30 +125,32 @@ class EstimatedPosterior(Posterior):
     """
 
     estimator: Estimator = "auto"
-    """How the gradient is made."""
+    """Estimator of the gradient."""
     baseline: Literal["average", "network", "none"] = "average"
-    """What is taken off the gain of a score function: its average so far, what a network foretells of it from the
-    encoder's features, or nothing. Under `iwae` none is needed: `average` rests, `network` is refused."""
+    """Baseline subtracted from the gain of a score function: its moving average, a network's prediction of it from the
+    encoder's features, or none. Under `iwae` none is needed: `average` rests, `network` is refused."""
     network: Network | None = None
     """Between the encoder's features and the logits; default: one linear map."""
 
     def sums(self, log_states: float) -> bool:
-        """Whether its gradient is that of a sum, for a latent of so many joint states, given as a logarithm."""
-        return self.estimator == "sum" or (self.estimator == "auto" and log_states <= math.log(SMALL) + 1e-9)
+        """True if the gradient is that of a sum, for a latent of exp(`log_states`) joint states."""
+        return self.estimator == "sum" or (
+            self.estimator == "auto" and log_states <= math.log(MAX_SUMMED_STATES) + 1e-9
+        )
 
     def parts(self, log_states: float, inputs: Mapping[str, Shape], output: Shape) -> dict[str, Any]:
-        """What an `Estimated` is made of."""
+        """Return the arguments of an `Estimated` module."""
         estimator = "sum" if self.sums(log_states) else "score"
         scores = estimator == "score"
         return {
             "network": head(self.network, inputs, output),
             "estimator": estimator,
-            "average": MovingAverage(DECAY) if scores and self.baseline == "average" else None,
+            "average": MovingAverage(BASELINE_DECAY) if scores and self.baseline == "average" else None,
             "baseline": MLP(hidden=(100,)).build(inputs, (1,)) if scores and self.baseline == "network" else None,
         }
 
 
-DECAY = 0.9
+BASELINE_DECAY = 0.9
 
 
 @final

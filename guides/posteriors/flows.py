@@ -22,7 +22,7 @@ from pvae.nn.heads import LogVarianceBounds, diagonal_normal
 from pvae.nn.network import Network, NetworkModule
 from pvae.util.types import Size
 
-OPEN = 2.0
+GATE_OFFSET = 2.0
 """Added to the gates' logits: at the start a step leaves nearly everything as it is."""
 
 
@@ -35,7 +35,7 @@ class GatedStep(nn.Module):
 
     def _gates(self, u: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
         shift, logit = self.net(u, context)
-        return shift, logit + OPEN
+        return shift, logit + GATE_OFFSET
 
     def call(self, u: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
         """z of u `(..., D)` and log|det dz/du| `(...)`."""

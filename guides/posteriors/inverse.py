@@ -111,7 +111,7 @@ class Dequantised(dist.TorchDistribution):
         else:
             t = self.logits.expand(self.batch_shape).rsample(torch.Size(sample_shape))
             u, noise = t.sigmoid(), self._log_noise(t)
-        v = (self.cell + u.clamp(EDGE, 1 - EDGE)) / self.levels
+        v = (self.cell + u.clamp(NOISE_EDGE, 1 - NOISE_EDGE)) / self.levels
         z, log_det = self.decoder.invert(v.unflatten(-1, self.x.shape[1:]))
         self._drawn = z, noise + self.event_shape[0] * log(self.levels) - log_det, torch.is_grad_enabled()
         return z
@@ -131,7 +131,7 @@ class Dequantised(dist.TorchDistribution):
         inside = ((u > 0) & (u < 1)).all(-1)
         noise = torch.zeros_like(log_det)
         if self.logits is not None:
-            noise = self._log_noise(torch.logit(u.clamp(EDGE, 1 - EDGE)))
+            noise = self._log_noise(torch.logit(u.clamp(NOISE_EDGE, 1 - NOISE_EDGE)))
         return torch.where(inside, noise + self.event_shape[0] * log(self.levels) - log_det, -torch.inf)
 
     def expand(self, batch_shape: Size, _instance: Any = None) -> Dequantised:
@@ -141,7 +141,7 @@ class Dequantised(dist.TorchDistribution):
         return Dequantised(self.decoder, self.x, self.levels, self.logits, batch_shape)
 
 
-EDGE = 1e-6
+NOISE_EDGE = 1e-6
 """Noise stays this far from 0 and 1, where a logit has no value."""
 
 

@@ -101,7 +101,7 @@ class NearestCodePosterior(Posterior):
     commitment: float = Field(default=0.25, ge=0)
     """Weight of |z - sg e|^2, per datum, summed over positions and coordinates."""
     decay: float = Field(default=0.99, gt=0, lt=1)
-    """Of the averages of what is assigned to a code, which it follows: nearer to 1, slower. Ignored by `gradient`."""
+    """Decay of the moving averages of the vectors assigned to a code: nearer to 1, slower. Ignored by `gradient`."""
     gradient: bool = False
     """Codes learn by the gradient of the codebook loss, as first published, in place of averages."""
     start: Literal["kmeans", "random"] = "kmeans"

@@ -60,7 +60,7 @@ class FullRankNormalPosterior(Posterior):
 
     kind: Literal["full_rank_normal"] = "full_rank_normal"
     log_variance: LogVarianceBounds = (-12.0, 6.0)
-    """Of a coordinate given those before it."""
+    """Bounds for a coordinate given those before it."""
     network: Network | None = None
     """Between the encoder's features and the parameters; default: one linear map."""
 

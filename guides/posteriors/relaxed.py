@@ -35,7 +35,7 @@ class RelaxedModule(nn.Module):
 
 
 class RelaxedPosterior(Posterior):
-    """What relaxations share. The temperature is the latent's own: prior and posterior have one."""
+    """Base of relaxed posteriors. The temperature belongs to the latent: prior and posterior share one."""
 
     values: ClassVar[Values] = "index"
     kl: KL = "relaxed"

@@ -55,7 +55,7 @@ def require_normal(site: Site, link: Link) -> None:
 
 
 def without(inputs: Mapping[str, Shape], site: Site, link: Link) -> dict[str, Shape]:
-    """What a posterior reads beside its model's parents, which reach it through the model.
+    """Return the inputs of a posterior without its parents in the model, which reach it through the model.
 
     Raises:
         DeclarationError: nothing is left, or the guide samples a parent nowhere.
@@ -75,7 +75,7 @@ def without(inputs: Mapping[str, Shape], site: Site, link: Link) -> dict[str, Sh
 
 
 class LadderModule(nn.Module):
-    """What x says of a level, merged with what the model says, each weighed by its precision."""
+    """Product of the normal read off x and the model's p(z_l | z_above): their means weighted by precision."""
 
     def __init__(self, head: NormalHead, site: Site, link: Link) -> None:
         super().__init__()

@@ -18,9 +18,9 @@ class Likelihood(Component):
 
     hint: ClassVar[str] = ""
     of_tables: ClassVar[bool] = False
-    """Whether it is made of the columns of a table, and of no other data."""
+    """True if it scores the columns of a table, and no other data."""
     closed_form: ClassVar[bool] = False
-    """Whether the objective `em` can fit it: its module is a `ClosedForm`."""
+    """True if the objective `em` can fit it: its module is a `ClosedForm`."""
 
     @property
     @abstractmethod
@@ -34,7 +34,7 @@ class Likelihood(Component):
 
     @property
     def is_point(self) -> bool:
-        """Whether z determines x: its posterior must then know the way back."""
+        """True if z determines x: its posterior must then invert the decoder."""
         return False
 
     def over(self, laws: Sequence[Law]) -> Likelihood:
@@ -42,7 +42,7 @@ class Likelihood(Component):
         return self
 
     def reader(self) -> ReaderModule | None:
-        """What x goes through before the guide's networks; None where they read it as it is."""
+        """Return the module that prepares x for the guide's networks; None where they read x itself."""
         return None
 
     @abstractmethod
@@ -60,7 +60,7 @@ class LikelihoodModule(nn.Module):
     """Base of what likelihoods build: splits the decoder's output into the parameters of each element."""
 
     is_point: ClassVar[bool] = False
-    """Whether z determines x."""
+    """True if z determines x."""
 
     def __init__(self, x: Shape, channels: int) -> None:
         super().__init__()

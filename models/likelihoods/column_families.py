@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 from pvae.graph.column_law import Law
-from pvae.models.likelihoods.counts import HIGHEST, LOWEST, dispersed
+from pvae.models.likelihoods.counts import HIGHEST_LOG_RATE, LOWEST_LOG_RATE, dispersed
 
-FAR = -1e30
+ABSENT_LOGIT = -1e30
 """The logit of a level that a column does not have: no gradient, no NaN."""
 
 
@@ -59,7 +59,7 @@ class Family(nn.Module):
 
     @staticmethod
     def centre(fn: Any) -> Tensor:
-        """What a row shows of a column without noise, `(..., d)`: the mean."""
+        """Return the value of a column without noise, `(..., d)`: its mean."""
         mean: Tensor = fn.mean
         return mean
 
@@ -91,7 +91,7 @@ class StudentTColumns(NormalColumns):
         self.log_df = nn.Parameter(torch.full((self.count,), 2.0))
 
     def forward(self, h: Tensor) -> dist.TorchDistribution:
-        df, scale = 1 + self.log_df.clamp(max=-LOWEST).exp(), self.log_scale.exp().clamp(min=self.floor)
+        df, scale = 1 + self.log_df.clamp(max=-LOWEST_LOG_RATE).exp(), self.log_scale.exp().clamp(min=self.floor)
         return dist.StudentT(df.expand(h.shape), h, scale.expand(h.shape), validate_args=False)
 
 
@@ -101,7 +101,7 @@ class PoissonColumns(Family):
     support = constraints.nonnegative_integer
 
     def forward(self, h: Tensor) -> dist.TorchDistribution:
-        return dist.Poisson(h.clamp(LOWEST, HIGHEST).exp(), validate_args=False)
+        return dist.Poisson(h.clamp(LOWEST_LOG_RATE, HIGHEST_LOG_RATE).exp(), validate_args=False)
 
     @staticmethod
     def read(x: Tensor, laws: Sequence[Law]) -> Tensor:
@@ -150,7 +150,7 @@ class CategoricalColumns(Family):
         return sum(self.levels)
 
     def forward(self, h: Tensor) -> dist.TorchDistribution:
-        full = torch.cat([h, torch.full_like(h[..., :1], FAR)], -1)
+        full = torch.cat([h, torch.full_like(h[..., :1], ABSENT_LOGIT)], -1)
         return dist.Categorical(logits=self.pick(full).unflatten(-1, (self.count, self.most)), validate_args=False)
 
     @staticmethod

@@ -55,7 +55,7 @@ class columns(constraints.Constraint):  # noqa: N801 - named as torch names its 
         return f"column {self.laws[place].column!r}"
 
     def of(self, place: int) -> str:
-        """What one column expects, in words."""
+        """Return the values that one column may hold, in words."""
         law = self.laws[place]
         return f"a value in {support_of(law)}".removesuffix("()") + (", or NaN" if law.masked else "")
 
@@ -111,7 +111,7 @@ class ColumnsDistribution(dist.TorchDistribution):
 
     @property
     def mean(self) -> Tensor:
-        """Of every column its mean, of a categorical one its most probable level; `(..., D)`."""
+        """Mean of every column, or the most probable level of a categorical one, `(..., D)`."""
         return self.module.in_order([family.centre(part) for family, _, part in self.module.each(self.parts)])
 
 

@@ -15,9 +15,9 @@ from pvae.distributions.independent import Event
 from pvae.models.likelihoods.base import Likelihood, LikelihoodModule
 from pvae.models.likelihoods.closed_form import ClosedForm
 
-LOWEST = -12.0
+LOWEST_LOG_RATE = -12.0
 """Least log-odds or log-rate that a closed form gives: a value never seen stays possible."""
-HIGHEST = 24 * math.log(2) + 1
+HIGHEST_LOG_RATE = 24 * math.log(2) + 1
 """Largest log-rate: counts go up to 2^24, the integers that single precision holds."""
 
 
@@ -50,17 +50,17 @@ class Poisson(Likelihood):
         return constraints.nonnegative_integer
 
     def build(self, x: Shape) -> LikelihoodModule:
-        return PoissonModule(x, (LOWEST, HIGHEST))
+        return PoissonModule(x, (LOWEST_LOG_RATE, HIGHEST_LOG_RATE))
 
 
-MOST_DISPERSED = 7.0
+LARGEST_LOG_COUNT = 7.0
 """Largest |log r| of a negative binomial."""
 
 
 def dispersed(log_mean: Tensor, log_count: Tensor, validate_args: bool | None = None) -> dist.TorchDistribution:
     """Negative binomials of given means m `(..., d)` and variances m + m^2 / r, for r `(d,)`; logarithms of both."""
-    log_count = log_count.clamp(-MOST_DISPERSED, MOST_DISPERSED)  # beyond, a Poisson; and lgamma loses digits
-    logits = log_mean.clamp(LOWEST, HIGHEST) - log_count
+    log_count = log_count.clamp(-LARGEST_LOG_COUNT, LARGEST_LOG_COUNT)  # beyond, a Poisson; and lgamma loses digits
+    logits = log_mean.clamp(LOWEST_LOG_RATE, HIGHEST_LOG_RATE) - log_count
     return dist.NegativeBinomial(log_count.exp().expand(logits.shape), logits=logits, validate_args=validate_args)
 
 

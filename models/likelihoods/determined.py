@@ -23,7 +23,7 @@ class DeterminedModule(LikelihoodModule):
         self.squash = squash
 
     def value(self, h: Tensor) -> Tensor:
-        """What x is, `(..., *x)`, where the decoder says `h`."""
+        """Return x `(..., *x)` of the decoder's output `h`."""
         return h.sigmoid() if self.squash == "sigmoid" else h
 
     def implicit(self) -> LikelihoodModule:

@@ -15,14 +15,14 @@ from pvae.component import Shape
 from pvae.distributions.independent import Event
 from pvae.models.likelihoods.base import Likelihood, LikelihoodModule
 from pvae.models.likelihoods.closed_form import ClosedForm
-from pvae.models.likelihoods.counts import LOWEST
+from pvae.models.likelihoods.counts import LOWEST_LOG_RATE
 
 
 class BernoulliModule(ClosedForm):
     """Independent Bernoulli elements; the decoder gives logits."""
 
     def maximise(self, counts: Tensor, sums: Tensor, origin: Tensor) -> Tensor:
-        return torch.logit(sums / counts[:, None], eps=1 / (1 + math.exp(-LOWEST)))
+        return torch.logit(sums / counts[:, None], eps=1 / (1 + math.exp(-LOWEST_LOG_RATE)))
 
     def forward(self, h: Tensor) -> dist.TorchDistribution:
         """Logits `(..., *x)` to the distribution."""
@@ -56,7 +56,7 @@ class CategoricalModule(ClosedForm):
 
     def maximise(self, counts: Tensor, sums: Tensor, origin: Tensor) -> Tensor:
         p = (sums / counts[:, None]).unflatten(1, (self.channels, -1))
-        least = math.exp(LOWEST)
+        least = math.exp(LOWEST_LOG_RATE)
         rare = p < least
         kept = (1 - least * rare.sum(1, keepdim=True)) / p.masked_fill(rare, 0.0).sum(1, keepdim=True)
         return (p * kept).masked_fill(rare, least).log().flatten(1)

@@ -51,7 +51,7 @@ class NormalModule(NormalForm):
 
     @property
     def learns_scale(self) -> bool:
-        """Whether the scale is no constant."""
+        """True if the scale is learned or predicted."""
         return self.channels == 2 or isinstance(self.log_scale, nn.Parameter)
 
     def maximise(self, counts: Tensor, sums: Tensor, origin: Tensor) -> Tensor:

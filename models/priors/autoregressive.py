@@ -18,7 +18,7 @@ from torch.distributions import constraints
 from torch.nn import functional as F
 
 from pvae.component import Shape
-from pvae.distributions.codes import STATES, Conditional, joint_states
+from pvae.distributions.codes import MAX_STATES, Conditional, joint_states
 from pvae.errors import DeclarationError
 from pvae.graph.site import Site
 from pvae.util.types import Size
@@ -26,7 +26,7 @@ from pvae.util.types import Size
 Choose = Callable[[Tensor], Tensor]
 """From logits `(n, K)` of one position to its codes `(n,)`."""
 
-DRAWN = 1024
+DRAW_ROWS = 1024
 """Rows drawn at a time: caches of all rows of a large draw would not fit."""
 
 
@@ -97,8 +97,8 @@ class Autoregressive(Conditional):
         shape = torch.Size(sample_shape) + self.batch_shape
         with torch.no_grad():
             context = self._context(shape)
-            counts = [min(DRAWN, shape.numel() - start) for start in range(0, max(1, shape.numel()), DRAWN)]
-            contexts = [None] * len(counts) if context is None else context.split(DRAWN)
+            counts = [min(DRAW_ROWS, shape.numel() - start) for start in range(0, max(1, shape.numel()), DRAW_ROWS)]
+            contexts = [None] * len(counts) if context is None else context.split(DRAW_ROWS)
             drawn = [self.network.draw(n, part, categorical) for n, part in zip(counts, contexts, strict=True)]
         return torch.cat(drawn).reshape(shape + self.event_shape)
 
@@ -110,14 +110,14 @@ class Autoregressive(Conditional):
 
     @property
     def has_enumerate_support(self) -> bool:  # type: ignore[override]
-        """Whether the joint states are few enough to be written down."""
-        return self.network.codes**self.network.positions <= STATES
+        """True if there are at most `MAX_STATES` joint states."""
+        return self.network.codes**self.network.positions <= MAX_STATES
 
     def enumerate_support(self, expand: bool = True) -> Tensor:
         """All S = K^positions joint states, `(S, *batch_shape, *grid)`; batch dimensions of size 1 unless expanded.
 
         Raises:
-            NotImplementedError: there are more than `STATES`.
+            NotImplementedError: there are more than `MAX_STATES`.
         """
         states = joint_states(self.network.codes, self.event_shape, self.network.start.device)
         states = states.reshape(-1, *[1] * len(self.batch_shape), *self.event_shape)

@@ -18,15 +18,15 @@ class Prior(Component):
     """The density of a latent in the model."""
 
     values: ClassVar[tuple[Values, ...]] = ("real",)
-    """What the latent may be."""
+    """Values of the latents it is for."""
     reads_parents: ClassVar[bool] = False
-    """Whether it can be declared for a latent with parents."""
+    """True if it can be declared for a latent with parents."""
     needs_parents: ClassVar[bool] = False
-    """Whether it must have them."""
+    """True if it must have them."""
     ignores_parents: ClassVar[bool] = False
-    """Whether parents may be declared and play no part: they are for a `refit`."""
+    """True if parents may be declared and are not used; a `refit` may use them."""
     reads_guide: ClassVar[bool] = False
-    """Whether it asks the guide for the latent's posterior, which must then read x alone."""
+    """True if it asks the guide for the latent's posterior, which must then read x alone."""
 
     @abstractmethod
     def build(self, site: Site, given: Mapping[str, Shape], link: Link) -> nn.Module:

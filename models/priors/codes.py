@@ -53,12 +53,12 @@ class RelaxingModule(nn.Module):
         self.codes, self.states = codes, states
 
     def forward(self, given: Mapping[str, Tensor]) -> dist.TorchDistribution:
-        """What prices the codes, as a law of relaxed values."""
+        """Return the distribution of the codes as one of relaxed values."""
         return Relaxing(self.codes(given), self.states)
 
 
 def prior_of(prior: Prior, site: Site, given: Mapping[str, Shape], link: Link) -> nn.Module:
-    """What a prior builds for a latent; one of codes alone prices relaxed ones by their categoricals."""
+    """Build a prior's module; where the latent is relaxed and the prior is not, it scores the codes alone."""
     module = prior.build(site, given, link)
     if site.space.values != "relaxed" or "relaxed" in prior.values:
         return module

@@ -55,7 +55,7 @@ class FlowModule(nn.Module):
     Arguments:
         steps: in the order from u to z.
         dim: D.
-        inward: whether a step's fast direction leads from z to u.
+        inward: True if a step's fast direction leads from z to u.
     """
 
     loc: Tensor
@@ -111,13 +111,13 @@ class RelaxedFlowModule(nn.Module):
 
 
 class FlowPrior(Prior):
-    """What flows share: how many bijections, and the networks inside them."""
+    """Base of flows: the number of bijections, and the networks inside them."""
 
     values: ClassVar[tuple[Values, ...]] = ("real", "relaxed")
     inward: ClassVar[bool] = False
-    """Whether the fast direction leads from z to u: a fast density and slow draws."""
+    """True if the fast direction leads from z to u: fast densities and slow samples."""
     masked: ClassVar[bool] = False
-    """Whether every hidden unit stands for a coordinate: a layer then needs as many at least."""
+    """True if every hidden unit belongs to a coordinate: a layer then needs at least as many units."""
     layers: int = Field(default=4, gt=0, le=1000)
     """Number of bijections."""
     hidden: Ints = Field(default=(64, 64), min_length=1)

@@ -175,12 +175,12 @@ class DataMixtureModule(MadeOfData):
         versions = [p._version for p in self.link.guide.parameters()]
         if self._kept is None or self._kept[0] != versions:
             with torch.no_grad():
-                parts = [self._encoded(x) for x in self.rows.split(ENCODED)]
+                parts = [self._encoded(x) for x in self.rows.split(ENCODED_ROWS)]
             self._kept = versions, parts[0].joined(parts[1:])
         return self._kept[1]
 
 
-ENCODED = 5000
+ENCODED_ROWS = 5000
 """Rows encoded at a time."""
 
 

@@ -69,7 +69,7 @@ class GatedLayer(nn.Module):
         return skip, residual[0] if residual else None
 
 
-class Resize(nn.Module):
+class ResizedMap(nn.Module):
     """A map `(..., h, w)` over another grid `(..., H, W)`: every new cell is the mean of the area that it covers."""
 
     rows: Tensor
@@ -101,7 +101,7 @@ class Map(nn.Module):
         if len(shape) == 3:
             small = nn.Conv2d(shape[0], channels, 3, padding=1)
             self.layers = nn.Sequential(
-                small, nn.SiLU(), Resize(shape[1:], plane), nn.Conv2d(channels, channels, 3, padding=1)
+                small, nn.SiLU(), ResizedMap(shape[1:], plane), nn.Conv2d(channels, channels, 3, padding=1)
             )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -155,14 +155,14 @@ class PixelCNNModule(TokenModule):
         return F.silu(sum(maps[1:], maps[0])) if maps else None
 
     def conditions(self, context: Tensor | None) -> list[Tensor | None]:
-        """What every layer is told of the parents, `(n, 2 C or 4 C, H | 1, W | 1)`."""
+        """Return every layer's projection of the parents, `(n, 2 C or 4 C, H | 1, W | 1)`."""
         if context is None:
             return [None] * len(self.layers)
         context = context.contiguous(memory_format=torch.channels_last)
         return [layer.condition(context) for layer in self.layers]
 
     def above(self, x: Tensor, conditions: Sequence[Tensor | None]) -> list[Tensor | None]:
-        """What the rows above tell every layer, `(n, 2 C, rows, W)`, from embedded codes `(n, rows, W, C)`.
+        """Return every layer's features of the rows above, `(n, 2 C, rows, W)`, from embedded codes `(n, rows, W, C)`.
 
         The last row is not read.
         """

@@ -18,7 +18,7 @@ from pvae.models.priors.autoregressive import Choose, TokenModule, require_shape
 from pvae.models.priors.base import Prior
 
 
-class Positions(nn.Module):
+class PositionEmbedding(nn.Module):
     """A learned vector for every position of a grid, the sum of one for each axis: `(p, width)`."""
 
     def __init__(self, grid: Shape, width: int) -> None:
@@ -41,7 +41,7 @@ class Tokens(nn.Module):
         super().__init__()
         self.shape = shape
         self.token = nn.Linear(shape[0], width, bias=len(shape) == 1)
-        self.positions = Positions(shape[1:], width) if len(shape) > 1 else None
+        self.positions = PositionEmbedding(shape[1:], width) if len(shape) > 1 else None
 
     def forward(self, x: Tensor) -> Tensor:
         """`(..., *shape)` to `(..., tokens, width)`."""
@@ -50,7 +50,7 @@ class Tokens(nn.Module):
         return tokens if self.positions is None else tokens + self.positions()
 
 
-class Memory:
+class KeyValueCache:
     """Keys and values of the positions so far, in room made once for all positions to come."""
 
     def __init__(self, length: int) -> None:
@@ -66,7 +66,7 @@ class Memory:
         return self.room[:, :, :, : self.filled]
 
 
-class Block(nn.Module):
+class AttentionBlock(nn.Module):
     """Causal attention and a perceptron of one hidden layer, each after a norm and with a residual."""
 
     def __init__(self, width: int, heads: int, dropout: float) -> None:
@@ -81,7 +81,7 @@ class Block(nn.Module):
         q, k, v = self._projected(h)
         return self._mixed(h, F.scaled_dot_product_attention(q, k, v, dropout_p=self._rate, is_causal=True))
 
-    def extend(self, h: Tensor, memory: Memory) -> Tensor:
+    def extend(self, h: Tensor, memory: KeyValueCache) -> Tensor:
         """The first positions `(n, t, width)`, or one more `(n, 1, width)` after those in the memory."""
         q, *new = self._projected(h)
         k, v = memory.extend(torch.stack(new))
@@ -109,7 +109,7 @@ class TransformerModule(TokenModule):
 
     context_dims = 2
     blocks: Any
-    """`Block`s."""
+    """`AttentionBlock`s."""
 
     def __init__(
         self,
@@ -124,8 +124,8 @@ class TransformerModule(TokenModule):
     ) -> None:
         super().__init__(grid, codes, parents, width)
         self.prompts = nn.ModuleDict({name: Tokens(shape, width) for name, shape in self.parents.items()})
-        self.places = Positions(grid, width) if self.positions > 1 else None
-        self.blocks = nn.ModuleList(Block(width, heads, dropout) for _ in range(layers))
+        self.places = PositionEmbedding(grid, width) if self.positions > 1 else None
+        self.blocks = nn.ModuleList(AttentionBlock(width, heads, dropout) for _ in range(layers))
         self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, codes))
 
     def encode(self, given: Mapping[str, Tensor], lead: torch.Size) -> Tensor | None:
@@ -149,7 +149,7 @@ class TransformerModule(TokenModule):
         """See `TokenModule.draw`: every code costs one position; keys and values of those before it are kept."""
         assert context is not None  # noqa: S101 - there is always a start token
         h = context
-        memories = [Memory(h.shape[1] + self.positions - 1) for _ in self.blocks]
+        memories = [KeyValueCache(h.shape[1] + self.positions - 1) for _ in self.blocks]
         places = None if self.places is None else self.places()
         drawn: list[Tensor] = []
         while True:

@@ -47,7 +47,7 @@ class Bijection(nn.Module):
         return x, self.call(x)[1]
 
     def _read(self, value: Tensor) -> tuple[Tensor, Tensor]:
-        """What the transform noted of its determinant; then it forgets."""
+        """Return the value with the log determinant that the transform has cached, and clear its caches."""
         noted = [vars(self.transform).get(name) for name in CACHES]
         log_det = next(found for found in noted if found is not None).sum(-1)
         for module in self.transform.modules():
@@ -79,7 +79,7 @@ def mixed(transform: bijections.NeuralAutoregressive, x: Tensor) -> tuple[Tensor
     still; from log-sums of both tails it stays exact.
     """
     slope, logits, shift = transform.arn(x)
-    slope, log_weight = softplus(slope) + SLOPE, logits.log_softmax(-2)
+    slope, log_weight = softplus(slope) + MIN_SLOPE, logits.log_softmax(-2)
     c = slope * x.unsqueeze(-2) + shift
     low, high = (log_weight + logsigmoid(c)).logsumexp(-2), (log_weight + logsigmoid(-c)).logsumexp(-2)
     log_density = (slope.log() + log_weight + logsigmoid(c) + logsigmoid(-c)).logsumexp(-2)
@@ -108,7 +108,7 @@ def gated(transform: bijections.BlockAutoregressive, x: Tensor) -> tuple[Tensor,
     return kept.exp() * x + changed.exp() * h, log_det
 
 
-SLOPE = 1e-6
+MIN_SLOPE = 1e-6
 """Least slope of a logistic unit: without one a bijection could become flat."""
 
 
@@ -124,7 +124,7 @@ def bisected(call: Callable[[Tensor], Tensor], y: Tensor, order: Iterable[int]) 
         order: the coordinates, each after those it reads.
 
     Raises:
-        NonFiniteError: no bracket up to 2^DOUBLINGS: weights or y are not finite, or T is nearly flat.
+        NonFiniteError: no bracket up to 2^MAX_DOUBLINGS: weights or y are not finite, or T is nearly flat.
     """
     x = torch.zeros_like(y)
     halvings = 2 - round(math.log2(torch.finfo(y.dtype).eps))
@@ -136,7 +136,7 @@ def bisected(call: Callable[[Tensor], Tensor], y: Tensor, order: Iterable[int]) 
     with torch.no_grad():
         for d in order:
             high = torch.ones_like(y[..., d])
-            for _ in range(DOUBLINGS):
+            for _ in range(MAX_DOUBLINGS):
                 inside = (value(d, -high) <= y[..., d]) & (y[..., d] <= value(d, high))
                 if inside.all():
                     break
@@ -144,7 +144,7 @@ def bisected(call: Callable[[Tensor], Tensor], y: Tensor, order: Iterable[int]) 
             else:
                 raise NonFiniteError(
                     f"Expected a flow that takes every value; got none at {int((~inside).sum())} of {inside.numel()} "
-                    f"within 2^{DOUBLINGS} of 0, in coordinate {d}. Look for weights that are not finite, and fit "
+                    f"within 2^{MAX_DOUBLINGS} of 0, in coordinate {d}. Look for weights that are not finite, and fit "
                     "again with a lower learning rate or train.clip_norm."
                 )
             low = -high
@@ -156,7 +156,7 @@ def bisected(call: Callable[[Tensor], Tensor], y: Tensor, order: Iterable[int]) 
     return x
 
 
-DOUBLINGS = 40
+MAX_DOUBLINGS = 40
 CACHES = ("_cached_log_scale", "_cache_log_detJ")
 
 
@@ -170,13 +170,13 @@ def near_identity(transform: nn.Module) -> nn.Module:
             small += module.parameters()
     with torch.no_grad():
         for parameter in small:
-            parameter.mul_(START)
+            parameter.mul_(START_SCALE)
         if isinstance(transform, bijections.NeuralAutoregressive):
             slope, _, shift = transform.arn.layers[-1].bias.view(3, transform.hidden_units, -1)
             slope += math.log(math.e - 1)
             shift += spread(transform.hidden_units)[:, None]
         if isinstance(transform, bijections.BlockAutoregressive):
-            transform.gate.fill_(math.log(1 / START - 1))
+            transform.gate.fill_(math.log(1 / START_SCALE - 1))
             layers = list[Any](transform.layers)
             for layer in layers:
                 layer._diag_weight.zero_()  # Pyro's log(uniform) may be -inf
@@ -187,8 +187,8 @@ def near_identity(transform: nn.Module) -> nn.Module:
 
 def spread(units: int) -> Tensor:
     """Shifts at the start of the units of one coordinate: around 0 all of them, they would learn alike, and slowly."""
-    return torch.linspace(-SPREAD, SPREAD, units + 2)[1:-1]
+    return torch.linspace(-START_SPREAD, START_SPREAD, units + 2)[1:-1]
 
 
-START = 0.1
-SPREAD = 2.5
+START_SCALE = 0.1
+START_SPREAD = 2.5

@@ -19,8 +19,8 @@ from pvae.distributions.exponential_codes import IMPOSSIBLE
 from pvae.distributions.independent import Event
 from pvae.util.types import Size
 
-STATES = 4096
-"""Most joint states of one datum that are summed over."""
+MAX_STATES = 4096
+"""Largest number of joint states of one datum that are summed over."""
 
 
 class Enumerable(Event):
@@ -33,8 +33,8 @@ class Enumerable(Event):
 
     @property
     def has_enumerate_support(self) -> bool:  # type: ignore[override]
-        """Whether there are at most `STATES` joint states."""
-        return self.event_shape.numel() * math.log(self.states) <= math.log(STATES) + 1e-9
+        """True if there are at most `MAX_STATES` joint states."""
+        return self.event_shape.numel() * math.log(self.states) <= math.log(MAX_STATES) + 1e-9
 
     def enumerate_support(self, expand: bool = True) -> Tensor:
         """Every joint state, `(S, *batch, *grid)`; batch dimensions are of size 1 unless expanded."""
@@ -49,11 +49,11 @@ def joint_states(states: int, grid: Size, device: torch.device) -> Tensor:
     """All `states ** P` joint states of a grid of P elements, `(S, *grid)`, int64.
 
     Raises:
-        NotImplementedError: there are more than `STATES`, as torch says of what cannot be enumerated.
+        NotImplementedError: there are more than `MAX_STATES`, as torch says of what cannot be enumerated.
     """
     positions = math.prod(grid)
-    if positions * math.log(states) > math.log(STATES) + 1e-9:
-        raise NotImplementedError(f"{states}^{positions} joint states are more than {STATES}")
+    if positions * math.log(states) > math.log(MAX_STATES) + 1e-9:
+        raise NotImplementedError(f"{states}^{positions} joint states are more than {MAX_STATES}")
     number = torch.arange(states**positions, device=device)
     powers = states ** torch.arange(positions - 1, -1, -1, device=device)
     return (number[:, None] // powers % states).reshape(-1, *grid)
@@ -86,7 +86,7 @@ def conditional_logits(p: Any, value: Tensor) -> Tensor:
 
 
 class Certain(dist.TorchDistribution):
-    """Codes known for certain: the law of a nearest code. `log_prob` is 0, whatever is asked (never compared).
+    """Codes known for certain, as nearest codes are. `log_prob` is 0 for any value: values are never compared.
 
     Arguments:
         index: `(..., *grid)`, int64.

@@ -41,7 +41,7 @@ class Members(ABC):
     @property
     @abstractmethod
     def numbers(self) -> int:
-        """How many numbers hold the parameters of one member."""
+        """Count of the parameters of one member."""
 
     @property
     @abstractmethod
@@ -67,7 +67,7 @@ class Members(ABC):
 
     @abstractmethod
     def scorer(self) -> Scorer:
-        """What writes log densities of values under all members, nats; natural parameters are made once for it."""
+        """Return a function that writes log densities under all members, nats; natural parameters are computed once."""
 
     @abstractmethod
     def log_prob(self, value: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from pvae.distributions.exponential import Members, Scorer, product_scorer
 
 IMPOSSIBLE = -1e30
 """The logarithm of a probability of zero: finite, because 0 * -inf is NaN in a product."""
-SPARSE = 8
+SPARSE_STATES = 8
 """States from which a sum of rows is quicker than the product with one-hots."""
 ROW_COST = 16
 """Multiplications of a matrix product that take as long as one number in a sum of rows."""
@@ -31,7 +31,7 @@ class Codes(Members):
     """Log probabilities, `(n, P, K)`; made normalised and finite."""
     form: Form = "index"
     normalised: bool = False
-    """Whether the logits given are normalised and finite already."""
+    """True if the logits given are normalised and finite."""
 
     def __post_init__(self) -> None:
         if not self.normalised:
@@ -69,8 +69,8 @@ class Codes(Members):
 
     @property
     def is_sparse(self) -> bool:
-        """Whether values are scored by a sum of rows."""
-        return self.form == "index" and self.states >= SPARSE
+        """True if values are scored by a sum of rows of the natural parameters."""
+        return self.form == "index" and self.states >= SPARSE_STATES
 
     def rows(self, index: slice | Tensor) -> Codes:
         return Codes(self.logits[index], self.form, normalised=True)

@@ -85,5 +85,5 @@ class FactoredNormal(dist.TorchDistribution):
 
     @property
     def variance(self) -> Tensor:
-        """Of every element by itself, `(..., *event)`."""
+        """Marginal variance of every element, `(..., *event)`."""
         return self._full(self.scale_tril.square().sum(-1))

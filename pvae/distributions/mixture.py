@@ -23,7 +23,7 @@ class Mixture(dist.TorchDistribution):
     Arguments:
         members: K of them, over values `(D,)`.
         log_weights: log w_k, `(K,)`, normalised; None for even weights.
-        left_out: which components are no part of a row's mixture, `(batch, K)`: leave-one-out; None for all.
+        left_out: components that are left out of a row's mixture, `(batch, K)`: leave-one-out; None for all.
     """
 
     arg_constraints: ClassVar[dict[str, Any]] = {}
@@ -48,7 +48,7 @@ class Mixture(dist.TorchDistribution):
         flat = value.reshape(-1, self.event_shape[0]).double()
         if torch.is_grad_enabled():
             return self._scored(flat, members, eta, constant).to(value.dtype).reshape(value.shape[:-1])
-        size = max(1, BLOCK // len(members))
+        size = max(1, BLOCK_SCORES // len(members))
         if self.left_out is not None:  # a block holds whole batches
             size = max(1, size // len(self.left_out)) * len(self.left_out)
         blocks = [self._scored(block, members, eta, constant) for block in flat.split(size)]
@@ -81,5 +81,5 @@ class Mixture(dist.TorchDistribution):
         return Mixture(self.members, self.log_weights, batch_shape, self.left_out)
 
 
-BLOCK = 2**23
-"""Most scores of a block, where no gradient needs them all."""
+BLOCK_SCORES = 2**23
+"""Largest number of scores of a block, where no gradient needs them all."""

@@ -35,7 +35,7 @@ class RelaxedCodes(dist.TorchDistribution):
         grid: number of dimensions of the grid.
         kl: which KL a loss takes: of the relaxed densities, or of the categoricals.
         noise: draw g; without it a value is a point, c = softmax(log pi / tau).
-        has_twin: whether `discrete` is a law of the same latent.
+        has_twin: False if `discrete` is no distribution of the same latent.
     """
 
     arg_constraints: ClassVar[dict[str, Any]] = {}
@@ -63,7 +63,7 @@ class RelaxedCodes(dist.TorchDistribution):
         return constraints.independent(log_simplex, self.grid)
 
     def expand(self, batch_shape: Size, _instance: Any = None) -> RelaxedCodes:
-        """The same law over more batch dimensions."""
+        """The same distribution over more batch dimensions."""
         if self.batch_shape == tuple(batch_shape):
             return self
         return RelaxedCodes(
@@ -96,7 +96,7 @@ class RelaxedCodes(dist.TorchDistribution):
 
 
 class Relaxing(Conditional):
-    """A law of codes as the prior of a relaxed latent: it has no density of relaxed values, only its twin's.
+    """A distribution of codes as the prior of a relaxed latent: it scores codes, and has no density of relaxed values.
 
     Arguments:
         codes: over indices `(..., *grid)`.
@@ -115,7 +115,7 @@ class Relaxing(Conditional):
         return constraints.independent(log_simplex, len(self.event_shape) - 1)
 
     def expand(self, batch_shape: Size, _instance: Any = None) -> Relaxing:
-        """The same law over more batch dimensions."""
+        """The same distribution over more batch dimensions."""
         if self.batch_shape == tuple(batch_shape):
             return self
         return Relaxing(self.codes.expand(torch.Size(batch_shape)), self.states)
@@ -134,7 +134,7 @@ class Relaxing(Conditional):
         return conditional_logits(self.codes, value)
 
     def discrete(self) -> dist.TorchDistribution:
-        """The law of the codes."""
+        """The distribution of the codes."""
         return self.codes
 
 
@@ -172,7 +172,7 @@ def twin(fn: Any) -> Any:
 
 
 def is_relaxed(fn: Any) -> bool:
-    """Whether a distribution is of relaxed codes with a discrete twin."""
+    """True for a distribution of relaxed codes that has a discrete twin."""
     while isinstance(fn, dist.ExpandedDistribution):
         fn = fn.base_dist
     return isinstance(fn, RelaxedCodes) and fn.has_twin

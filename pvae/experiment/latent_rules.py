@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from math import prod
 from typing import TYPE_CHECKING, Any
 
-from pvae.distributions.codes import STATES
+from pvae.distributions.codes import MAX_STATES
 from pvae.graph.site import OBSERVED
 from pvae.graph.space import Values
 from pvae.guides.posteriors.base import Posterior
@@ -87,10 +87,10 @@ def misplaced_posteriors(e: Experiment) -> Iterator[Finding]:
             continue
         if posterior.infers and not posterior.given:
             yield (*loc, "given"), "'x', or latents that the guide has sampled before", []
-        if _is_summed(latent) and latent.space.log_states > math.log(STATES) + 1e-9:
+        if _is_summed(latent) and latent.space.log_states > math.log(MAX_STATES) + 1e-9:
             yield (
                 loc,
-                f"a sum over at most {STATES} joint states for the posterior {kind} (fewer codes or positions), or "
+                f"a sum over at most {MAX_STATES} joint states for the posterior {kind} (fewer codes or positions), or "
                 f"{'another posterior, such as categorical' if posterior.summed else 'estimator = score'}",
                 f"{latent.space.states} ** {prod(latent.space.shape)}",
             )
@@ -128,10 +128,10 @@ def unlike_sums(e: Experiment) -> Iterator[Finding]:
             )
     for names in (exact, summed):
         log_states = sum(e.latents[name].space.log_states for name in names)
-        if len(names) > 1 and math.log(STATES) + 1e-9 < log_states < math.inf:
+        if len(names) > 1 and math.log(MAX_STATES) + 1e-9 < log_states < math.inf:
             yield (
                 ("latents",),
-                f"at most {STATES} joint states of {', '.join(names)}, which are summed over; infer some by another "
+                f"at most {MAX_STATES} joint states of {', '.join(names)}, which are summed over; infer some by another "
                 f"posterior, such as relaxed_onehot",
                 f"{math.exp(min(log_states, 700)):.3g}",
             )

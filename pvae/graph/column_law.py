@@ -1,4 +1,4 @@
-"""How one column of a table is scored: what a declaration says to the likelihood, and to the guide that reads x."""
+"""Distribution of one column of a table, as declared: read by the likelihood, and by the guide that reads x."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ class Law:
     Arguments:
         family: "normal", "student_t", "poisson", "negative_binomial", "bernoulli" or "categorical".
         levels: number of levels of a categorical column.
-        masked: whether values may be missing, as NaN.
+        masked: True if values may be missing, as NaN.
         column: its name, for messages.
     """
 

@@ -19,7 +19,7 @@ from pvae.graph.space import one_hot
 
 @dataclass(frozen=True)
 class Frame:
-    """What one row of data holds: the datum, and after it (where any are declared) the covariates.
+    """Layout of a row of data: the datum, and after it (where any are declared) the covariates.
 
     A row with covariates is one vector: the datum flattened, then the numbers of each covariate: one for a label, one
     for each token of a prompt.

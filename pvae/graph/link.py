@@ -20,11 +20,11 @@ class Link:
     model: GraphModel
     guide: GraphGuide
     frame: Frame
-    """What a row of data holds."""
+    """Layout of a row of data."""
     support: constraints.Constraint = constraints.real
     """Values that an element of a datum may take."""
     building: bool = False
-    """Whether the pair is being made: parts made of data have none yet."""
+    """True while the pair is built: parts made of data have none yet."""
 
     @property
     def x(self) -> Shape:

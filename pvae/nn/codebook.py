@@ -8,10 +8,10 @@ from torch.nn.functional import normalize
 
 from pvae.graph.lifecycle import Moving
 
-BLOCK = 2**25
-"""Most distances held at a time."""
+BLOCK_DISTANCES = 2**25
+"""Largest number of distances held at a time."""
 START_VECTORS = 50_000
-"""Most vectors that k-means starts from."""
+"""Largest number of vectors that k-means starts from."""
 
 
 class Codebook(nn.Module):
@@ -88,7 +88,7 @@ class NearestCodebook(Moving):
     def nearest(self, z: Tensor) -> Tensor:
         """The code nearest to each of `(..., E)`, `(...)`, int64; in training it is noted who is near whom."""
         flat = z.reshape(-1, z.shape[-1])
-        rows = max(1, BLOCK // len(self.counts))
+        rows = max(1, BLOCK_DISTANCES // len(self.counts))
         if len(flat) <= rows:
             index = self.scores(flat).argmax(1)
         else:
@@ -149,4 +149,4 @@ class NearestCodebook(Moving):
 SMOOTHING = 1e-5
 """Vectors that every row is given beside its own."""
 USE_DECAY = 0.99
-"""Of the average use of rows that gradients move."""
+"""Decay of the average use of rows that gradients move."""

@@ -120,7 +120,7 @@ class TableModule(NetworkModule):
 
 
 @final
-class Table(Network):
+class TableNetwork(Network):
     """One learned row for every code: the parameters of the components of a mixture."""
 
     kind: Literal["table"] = "table"

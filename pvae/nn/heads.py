@@ -61,5 +61,5 @@ class NormalHead(nn.Module):
         return diagonal_normal(self.network(inputs), self.bounds)
 
     def features(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        """What the network makes of its inputs before the last layer, `(..., width)`."""
+        """Features of the network before its last layer, `(..., width)`."""
         return self.network.features(inputs)

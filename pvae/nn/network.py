@@ -49,7 +49,7 @@ class Network(Component):
 
 
 class NetworkModule(nn.Module):
-    """What a network builds: `forward` takes named tensors, broadcasts their leading dimensions, gives one."""
+    """Module of a network: `forward` takes named tensors, broadcasts leading dimensions, and returns one tensor."""
 
     def __init__(self, inputs: Mapping[str, Shape], output: Shape) -> None:
         super().__init__()
@@ -62,7 +62,7 @@ class NetworkModule(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} has no features")
 
     def features(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        """What comes before the last layer, `(..., width)`."""
+        """Features before the last layer, `(..., width)`."""
         raise NotImplementedError(f"{type(self).__name__} has no features")
 
 

@@ -16,7 +16,7 @@ Betas = Annotated[tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Fi
 
 
 class Optimizer(Component):
-    """How parameters move along their gradients."""
+    """Rule by which parameters follow their gradients."""
 
     lr: float = Field(default=1e-3, gt=0)
     """Learning rate before its schedule."""

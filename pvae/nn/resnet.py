@@ -232,7 +232,7 @@ class Resnet(Network):
 
     kind: Literal["resnet"] = "resnet"
     channels: int = Field(default=64, gt=1)
-    """Of the blocks."""
+    """Channels of the blocks."""
     blocks: int = Field(default=2, ge=0, le=1000)
     """Residual blocks."""
     inner: int | None = Field(default=None, gt=0)

@@ -48,7 +48,7 @@ class Constant(Schedule):
 
 
 def progress(epoch: float, span: float) -> float:
-    """How far along `span` epochs, from 0 to 1."""
+    """Proportion of `span` epochs that have passed, from 0 to 1."""
     return min(max(epoch / span, 0.0), 1.0) if span > 0 else 1.0
 
 

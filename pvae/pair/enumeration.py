@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pvae.distributions.codes import STATES
+from pvae.distributions.codes import MAX_STATES
 from pvae.distributions.exponential_codes import IMPOSSIBLE
 from pvae.errors import DeclarationError
 from pvae.pair.densities import log_prob, plate_scale, sum_over
@@ -77,9 +77,9 @@ def read_joint_states(nodes: Mapping[str, Any], layout: Layout, particles: int) 
     for name in layout.enumerated:
         require_summable(name, nodes[name], layout)
     sizes = tuple(int(nodes[name]["fn"].enumerate_support(expand=False).shape[0]) for name in layout.enumerated)
-    if math.prod(sizes) > STATES:
+    if math.prod(sizes) > MAX_STATES:
         raise DeclarationError(
-            f"{', '.join(layout.enumerated)}: expected at most {STATES} joint states to sum over; got "
+            f"{', '.join(layout.enumerated)}: expected at most {MAX_STATES} joint states to sum over; got "
             f"{math.prod(sizes)}. Give some of these sites a guide."
         )
     logs = {}

@@ -24,9 +24,9 @@ from pvae.errors import DeclarationError
 from pvae.graph.link import Link
 from pvae.graph.site import Site
 from pvae.graph.space import Space, one_hot
-from pvae.models.priors.autoregressive import DRAWN, Autoregressive, TokenModule
+from pvae.models.priors.autoregressive import DRAW_ROWS, Autoregressive, TokenModule
 from pvae.models.priors.base import Prior
-from pvae.models.priors.pixelcnn import PixelCNNPrior, Resize
+from pvae.models.priors.pixelcnn import PixelCNNPrior, ResizedMap
 from pvae.models.priors.transformer import TransformerPrior
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -207,7 +207,7 @@ def test_what_is_sampled_is_what_is_scored(kind, grid, parents):
     log_p = log_p.expand(-1, 2)[:, 1]
     draws = p.sample((20_000,))[:, 1]
     assert draws.dtype == torch.int64
-    assert 20_000 > 10 * DRAWN  # several blocks
+    assert 20_000 > 10 * DRAW_ROWS  # several blocks
     with torch.no_grad():
         scored = p.log_prob(draws[:, None])[:, 1]
     entropy = -float((log_p.exp() * log_p).sum())
@@ -431,15 +431,15 @@ def test_a_markov_chain_is_learned_to_its_entropy(kind):
 def test_a_map_is_resized_by_areas():
     x = torch.randn(2, 3, 7, 7)
     torch.testing.assert_close(
-        Resize((7, 7), (14, 14))(x), x.repeat_interleave(2, -1).repeat_interleave(2, -2), rtol=0, atol=1e-6
+        ResizedMap((7, 7), (14, 14))(x), x.repeat_interleave(2, -1).repeat_interleave(2, -2), rtol=0, atol=1e-6
     )
-    assert torch.equal(Resize((7, 7), (7, 7))(x), x)
+    assert torch.equal(ResizedMap((7, 7), (7, 7))(x), x)
     y = torch.randn(2, 3, 6, 9)
-    torch.testing.assert_close(Resize((6, 9), (3, 3))(y), nn.functional.avg_pool2d(y, (2, 3)), rtol=0, atol=1e-6)
+    torch.testing.assert_close(ResizedMap((6, 9), (3, 3))(y), nn.functional.avg_pool2d(y, (2, 3)), rtol=0, atol=1e-6)
     # 2 to 3 cells: the middle one covers half of each.
-    assert Resize((1, 2), (1, 3))(torch.tensor([[1.0, 4.0]])).tolist() == [[1.0, 2.5, 4.0]]
+    assert ResizedMap((1, 2), (1, 3))(torch.tensor([[1.0, 4.0]])).tolist() == [[1.0, 2.5, 4.0]]
     # areas keep the mean, whatever the sizes
-    torch.testing.assert_close(Resize((6, 9), (5, 4))(y).mean((2, 3)), y.mean((2, 3)))
+    torch.testing.assert_close(ResizedMap((6, 9), (5, 4))(y).mean((2, 3)), y.mean((2, 3)))
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ import torch
 from pvae.component import Shape
 from pvae.errors import DeclarationError
 from pvae.nn.conv import Conv
-from pvae.nn.dense import MLP, GatedMLP, Table
+from pvae.nn.dense import MLP, GatedMLP, TableNetwork
 from pvae.nn.network import Network, NetworkModule
 from pvae.nn.resnet import Pointwise, Resize, Resnet
 
@@ -37,7 +37,7 @@ ROWS = {
     "gated_mlp": Row(GatedMLP(hidden=(9, 7))),
     "gated_mlp, linear": Row(GatedMLP(hidden=())),
     "gated_mlp, he": Row(GatedMLP(hidden=(9, 7), init="he")),
-    "table": Row(Table(), single=True),
+    "table": Row(TableNetwork(), single=True),
     "conv": Row(Conv(channels=(3, 4), dense=11, activation="elu"), vectors_only=False),
     "conv, one level": Row(Conv(channels=(3,), dense=11, activation="elu"), vectors_only=False),
     "conv, three levels": Row(Conv(channels=(3, 4, 5), dense=11, activation="elu"), vectors_only=False),
@@ -182,7 +182,7 @@ def test_mlp_without_hidden_layers_is_affine_in_all_inputs():
 
 
 def test_table_gives_the_row_of_a_code():
-    module = build(Table(), {"c": (4,)}, (2, 3))
+    module = build(TableNetwork(), {"c": (4,)}, (2, 3))
     assert [name for name, _ in module.named_parameters()] == ["weight"]
     got = module({"c": torch.eye(4)[[2, 0]]})
     torch.testing.assert_close(got, module.weight[[2, 0]].reshape(2, 2, 3), rtol=0, atol=0)
@@ -196,7 +196,7 @@ def test_table_refuses_several_inputs_and_features(inputs, output, found):
     with pytest.raises(
         DeclarationError, match=rf"network table: expected one input .*; got {found}\. Use kind = 'mlp'"
     ):
-        Table().build(inputs, output)
+        TableNetwork().build(inputs, output)
 
 
 def test_gate_is_a_product_with_a_sigmoid():
