@@ -106,7 +106,7 @@ def every_state(grids: Sequence[tuple[int, int]]) -> Tensor | None:
 def log_evidence(pair: Pair, x: Tensor) -> Tensor | None:
     """Return log p(x) = log sum_c p(x, c) of every row by running the model on every joint state, `(n,)`, nats, exact.
 
-    None where a latent of the guide is not discrete, or there are more than `MAX_STATES` states. Call it inside `quiet`.
+    None where a latent of the guide is not discrete, or there are more than `MAX_STATES` states. Call it in `quiet`.
     """
     layout, names = pair.layout, pair.layout.latents
     nodes = samples(pair.guide_trace(x[:2]))

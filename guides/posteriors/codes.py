@@ -64,7 +64,7 @@ class Estimated(PosteriorModule):
         network: from the inputs to logits.
         estimator: "sum" over every joint state, or "score": (gain - baseline) times the gradient of log q.
         average: a baseline that follows the mean gain; or None.
-        baseline: a network that foretells the gain from the inputs, or None.
+        baseline: a network that predicts the gain from the inputs, or None.
     """
 
     def __init__(

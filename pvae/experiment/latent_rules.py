@@ -131,8 +131,8 @@ def unlike_sums(e: Experiment) -> Iterator[Finding]:
         if len(names) > 1 and math.log(MAX_STATES) + 1e-9 < log_states < math.inf:
             yield (
                 ("latents",),
-                f"at most {MAX_STATES} joint states of {', '.join(names)}, which are summed over; infer some by another "
-                f"posterior, such as relaxed_onehot",
+                f"at most {MAX_STATES} joint states of {', '.join(names)}, which are summed over; infer some by "
+                f"another posterior, such as relaxed_onehot",
                 f"{math.exp(min(log_states, 700)):.3g}",
             )
     scored = [z for z in e.latents.items() if isinstance(z[1].posterior, EstimatedPosterior) and not _is_summed(z[1])]
