@@ -11,6 +11,7 @@ from torch.distributions import constraints
 
 from pvae.component import Component, Shape
 from pvae.graph.column_law import Law
+from pvae.models.likelihoods.closed_form import ClosedForm
 
 
 class Likelihood(Component):
@@ -20,7 +21,7 @@ class Likelihood(Component):
     of_tables: ClassVar[bool] = False
     """True if it scores the columns of a table, and no other data."""
     closed_form: ClassVar[bool] = False
-    """True if the objective `em` can fit it: its module is a `ClosedForm`."""
+    """True if the objective `em` can fit it: its module has a `closed_form`."""
 
     @property
     @abstractmethod
@@ -75,6 +76,10 @@ class LikelihoodModule(nn.Module):
     def split(self, h: Tensor) -> tuple[Tensor, ...]:
         """`channels` tensors `(..., *x)`."""
         return h.unflatten(-len(self.x), (self.channels, self.x[0])).unbind(-len(self.x) - 1)
+
+    def closed_form(self) -> ClosedForm | None:
+        """Return its maximisation step; None where it has none in closed form."""
+        return None
 
     def implicit(self) -> LikelihoodModule:
         """Return this likelihood without its density, for a pair in which x is sampled and never scored."""

@@ -13,15 +13,15 @@ from torch.distributions import constraints
 from pvae.component import Shape
 from pvae.distributions.independent import Event
 from pvae.models.likelihoods.base import Likelihood, LikelihoodModule
-from pvae.models.likelihoods.closed_form import ClosedForm
+from pvae.models.likelihoods.closed_form import ClosedForm, PoissonForm
 
 LOWEST_LOG_RATE = -12.0
-"""Least log-odds or log-rate that a closed form gives: a value never seen stays possible."""
+"""Lowest log-rate: a count never seen stays possible."""
 HIGHEST_LOG_RATE = 24 * math.log(2) + 1
 """Largest log-rate: counts go up to 2^24, the integers that single precision holds."""
 
 
-class PoissonModule(ClosedForm):
+class PoissonModule(LikelihoodModule):
     """Independent counts; the decoder gives log-rates."""
 
     def __init__(self, x: Shape, bounds: tuple[float, float]) -> None:
@@ -32,8 +32,8 @@ class PoissonModule(ClosedForm):
         """Log-rates `(..., *x)` to the distribution."""
         return Event(dist.Poisson(h.clamp(*self.bounds).exp()), len(self.x))
 
-    def maximise(self, counts: Tensor, sums: Tensor, origin: Tensor) -> Tensor:
-        return (sums / counts[:, None]).log().clamp(*self.bounds)
+    def closed_form(self) -> ClosedForm:
+        return PoissonForm(self)
 
 
 @final

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import ClassVar, Literal, final
 
 import pyro.distributions as dist
@@ -14,15 +13,14 @@ from torch.distributions import constraints
 from pvae.component import Shape
 from pvae.distributions.independent import Event
 from pvae.models.likelihoods.base import Likelihood, LikelihoodModule
-from pvae.models.likelihoods.closed_form import ClosedForm
-from pvae.models.likelihoods.counts import LOWEST_LOG_RATE
+from pvae.models.likelihoods.closed_form import BernoulliForm, CategoricalForm, ClosedForm
 
 
-class BernoulliModule(ClosedForm):
+class BernoulliModule(LikelihoodModule):
     """Independent Bernoulli elements; the decoder gives logits."""
 
-    def maximise(self, counts: Tensor, sums: Tensor, origin: Tensor) -> Tensor:
-        return torch.logit(sums / counts[:, None], eps=1 / (1 + math.exp(-LOWEST_LOG_RATE)))
+    def closed_form(self) -> ClosedForm:
+        return BernoulliForm(self)
 
     def forward(self, h: Tensor) -> dist.TorchDistribution:
         """Logits `(..., *x)` to the distribution."""
@@ -46,20 +44,11 @@ class Bernoulli(Likelihood):
         return BernoulliModule(x, 1)
 
 
-class CategoricalModule(ClosedForm):
+class CategoricalModule(LikelihoodModule):
     """Independent categorical elements; the decoder gives one logit per level."""
 
-    def statistics(self, x: Tensor, origin: Tensor) -> Tensor:
-        """Which level every element has, level by level."""
-        levels = torch.arange(self.channels, device=x.device)[:, None]
-        return (x.flatten(1)[:, None] == levels).to(origin).flatten(1)
-
-    def maximise(self, counts: Tensor, sums: Tensor, origin: Tensor) -> Tensor:
-        p = (sums / counts[:, None]).unflatten(1, (self.channels, -1))
-        least = math.exp(LOWEST_LOG_RATE)
-        rare = p < least
-        kept = (1 - least * rare.sum(1, keepdim=True)) / p.masked_fill(rare, 0.0).sum(1, keepdim=True)
-        return (p * kept).masked_fill(rare, least).log().flatten(1)
+    def closed_form(self) -> ClosedForm:
+        return CategoricalForm(self)
 
     def forward(self, h: Tensor) -> dist.TorchDistribution:
         """`(..., levels * x[0], *x[1:])` to the distribution."""

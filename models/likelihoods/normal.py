@@ -15,13 +15,12 @@ from torch.distributions import constraints
 from pvae.component import Shape
 from pvae.distributions.factored_normal import FactoredNormal
 from pvae.distributions.independent import Event
-from pvae.errors import DataError
 from pvae.models.likelihoods.base import Likelihood, LikelihoodModule
-from pvae.models.likelihoods.closed_form import NormalForm
+from pvae.models.likelihoods.closed_form import ClosedForm, MultivariateNormalForm, NormalForm
 from pvae.nn.heads import lower_factor
 
 
-class NormalModule(NormalForm):
+class NormalModule(LikelihoodModule):
     """Independent normal elements with a fixed, a shared learned, or a predicted scale."""
 
     log_scale: Tensor
@@ -44,27 +43,8 @@ class NormalModule(NormalForm):
             log_scale = offset + self.offset
         return Event(dist.Normal(loc, log_scale.exp().clamp(min=self.floor)), len(self.x))
 
-    def statistics(self, x: Tensor, origin: Tensor) -> Tensor:
-        """x and, where a scale is learned, its square."""
-        y = x.flatten(1) - origin
-        return torch.cat([y, y.square()], 1) if self.learns_scale else y
-
-    @property
-    def learns_scale(self) -> bool:
-        """True if the scale is learned or predicted."""
-        return self.channels == 2 or isinstance(self.log_scale, nn.Parameter)
-
-    def maximise(self, counts: Tensor, sums: Tensor, origin: Tensor) -> Tensor:
-        """See `ClosedForm.maximise`; scales are at least `floor`."""
-        mean, *square = (sums / counts[:, None]).split(len(origin), 1)
-        if not square:
-            return mean + origin
-        variance = (square[0] - mean.square()).clamp(min=self.floor**2)
-        if self.channels == 2:
-            return torch.cat([mean + origin, 0.5 * variance.log() - self.offset], 1)
-        pooled = counts @ (square[0] - mean.square()) / counts.sum()
-        self.log_scale.copy_(0.5 * pooled.mean().clamp(min=self.floor**2).log())
-        return mean + origin
+    def closed_form(self) -> ClosedForm:
+        return NormalForm(self)
 
 
 @final
@@ -94,7 +74,7 @@ class Normal(Likelihood):
         return NormalModule(x, self.scale, self.value, self.floor)
 
 
-class MultivariateNormalModule(NormalForm):
+class MultivariateNormalModule(LikelihoodModule):
     """One normal over all elements of x; the decoder gives its mean and (if `full`) the factor of its covariance.
 
     The factor is diag(s) (I + strictly lower triangle) with s^2 = value^2 exp(2 a) + floor: any a and any triangle
@@ -124,48 +104,8 @@ class MultivariateNormalModule(NormalForm):
         scale = (2 * (log_scale + self.offset)).exp().add(self.floor).sqrt()
         return FactoredNormal(loc, lower_factor(scale, below), self.x)
 
-    def statistics(self, x: Tensor, origin: Tensor) -> Tensor:
-        """x and the lower triangle of x x^T."""
-        y = x.flatten(1) - origin
-        row, column = torch.tril_indices(self.size, self.size, device=y.device)
-        return torch.cat([y, y[:, row] * y[:, column]], 1)
-
-    def maximise(self, counts: Tensor, sums: Tensor, origin: Tensor) -> Tensor:
-        """See `ClosedForm.maximise`; `floor` is added to the variances."""
-        d = self.size
-        row, column = torch.tril_indices(d, d, device=sums.device)
-        mean, packed = (sums / counts[:, None]).split([d, len(row)], 1)
-        packed = packed - mean[:, row] * mean[:, column]
-        if not self.full:
-            packed = (counts @ packed / counts.sum())[None]
-        covariance = packed.new_zeros(len(packed), d, d)
-        covariance[:, row, column] = covariance[:, column, row] = packed
-        covariance.diagonal(dim1=1, dim2=2).add_(self.floor)
-        square = mean.square() if self.full else mean.square().amax(0)
-        noise = 8 * d * torch.finfo(sums.dtype).eps * (covariance.diagonal(dim1=1, dim2=2) + square)
-        factor, failed = torch.linalg.cholesky_ex(covariance)
-        scale = factor.diagonal(dim1=1, dim2=2)
-        pivots = scale.square().masked_fill(failed[:, None] > 0, 0.0)
-        self._require_regular(pivots, noise, counts)
-        log_scale = 0.5 * (pivots - self.floor).clamp(min=torch.finfo(sums.dtype).tiny).log() - self.offset
-        row, column = torch.tril_indices(d, d, -1, device=sums.device)
-        free = torch.cat([log_scale, factor[:, row, column] / scale[:, row]], 1)
-        if self.full:
-            return torch.cat([mean + origin, free], 1)
-        self.factor.copy_(free[0])
-        return mean + origin
-
-    def _require_regular(self, pivots: Tensor, noise: Tensor, counts: Tensor) -> None:
-        """Refuse covariances whose pivots, the conditional variances, may be rounding: they have no density."""
-        bad = (pivots <= noise).any(1).nonzero().flatten().tolist()
-        if bad:
-            which, weight = (f"component {bad[0]}", counts[bad[0]]) if self.full else ("all components", counts.sum())
-            remedy = "declare fewer codes, or covariance = 'tied'" if self.full else "or leave out constant features"
-            least = max(1e-6, 2 * float(noise[bad[0]].max()))
-            raise DataError(
-                f"likelihood multivariate_normal: expected a covariance of full rank for {which}; got a singular one, "
-                f"of {weight:.6g} data in {self.size} dimensions. Set likelihood.floor to {least:.1g}, {remedy}."
-            )
+    def closed_form(self) -> ClosedForm:
+        return MultivariateNormalForm(self)
 
 
 @final

@@ -121,12 +121,8 @@ class MixtureParts:
         model = pair.model
         if isinstance(model, GraphModel) and len(model.sites) == 1 and model.sites[0].summed:
             site, decoder = model.sites[0], model.decoder
-            prior, table, likelihood = model.priors[site.name], decoder.network, decoder.likelihood
-            if (
-                isinstance(prior, MixtureWeights)
-                and isinstance(table, TableModule)
-                and isinstance(likelihood, ClosedForm)
-            ):
+            prior, table, likelihood = model.priors[site.name], decoder.network, decoder.likelihood.closed_form()
+            if isinstance(prior, MixtureWeights) and isinstance(table, TableModule) and likelihood is not None:
                 return cls(model, site, prior, table, likelihood)
         raise DeclarationError(
             "pair: expected a declared mixture for the objective em: one latent with codes and the posterior exact, "
