@@ -167,11 +167,11 @@ def test_a_baseline_makes_the_gradient_quieter():
         module = pair.guide.posteriors["c"]
         if baseline == "average":
             module.average.value.fill_(float(brute_force(pair, x).detach().mean()))
-        found = gradients(pair, x, TraceELBO(), 1, 400)
+        found = gradients(pair, x, TraceELBO(), 1, 150)
         reached = torch.cat([torch.full((p.numel(),), n.startswith("guide.")) for n, p in pair.named_parameters()])
         noise[baseline] = float(found[:, reached].var(0).sum())
     pair = with_baseline(SCORED["grid"], "average")  # the mean of the others, whatever the average is
-    found = gradients(pair, rows(3).double(), TraceELBO(particles=4), 1, 400)
+    found = gradients(pair, rows(3).double(), TraceELBO(particles=4), 1, 150)
     noise["others"] = 4 * float(found[:, reached].var(0).sum())
     assert noise["average"] < 0.2 * noise["none"]
     assert noise["others"] < 0.2 * noise["none"]

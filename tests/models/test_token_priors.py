@@ -388,7 +388,7 @@ def chain_log_prob(first: Tensor, move: Tensor, codes: Tensor) -> Tensor:
 
 
 @every_kind
-@pytest.mark.parametrize("parents", ["vector", "sequence", "grid"])
+@pytest.mark.parametrize("parents", ["vector", pytest.param("sequence", marks=pytest.mark.slow), "grid"])
 def test_a_conditional_table_is_learned_to_its_entropy(kind, parents):
     # Two labels, each with a Markov chain of its own over a 2 x 2 grid in raster order. What is lost is the KL, summed
     # over all states: no noise but the fit's. Blind to the label it would lose 0.3 nats at least.

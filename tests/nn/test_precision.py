@@ -41,10 +41,13 @@ LAYERS: dict[str, tuple[Callable[[], Layer], tuple[int, ...]]] = {
 }
 
 
-@pytest.fixture(params=["this processor", "a processor without bfloat16"])
+WITHOUT = "a processor without bfloat16"
+
+
+@pytest.fixture(params=["this processor", WITHOUT])
 def _processor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Products as this processor makes them, and as one without bfloat16 does."""
-    if request.param != "this processor":
+    if request.param == WITHOUT:
         monkeypatch.setattr(precision, "multiplies_bfloat16", lambda: False)
 
 
@@ -85,6 +88,13 @@ def test_factors_are_rounded_as_a_cast_rounds_them(compiling: bool, monkeypatch:
     x = torch.randn(10_000) * torch.randn(10_000).mul(10).exp()
     assert torch.equal(precision.rounded(x), x.bfloat16().float())
     assert torch.equal(torch.func.grad(lambda x: precision.rounded(x).sum())(x), torch.ones_like(x))
+
+
+def test_inductor_keeps_the_rounding() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(40, 50)
+    compiled = torch.compile(lambda x: 1.5 * precision.rounded(x), fullgraph=True)
+    assert torch.equal(compiled(x), 1.5 * x.bfloat16().float())
 
 
 def test_a_processor_without_avx512_is_known() -> None:
@@ -140,6 +150,7 @@ def test_loss_and_gradient_are_near_those_in_float32() -> None:
 
 
 @pytest.mark.usefixtures("_processor")
+@pytest.mark.parametrize("_processor", ["this processor", pytest.param(WITHOUT, marks=pytest.mark.slow)], indirect=True)
 def test_the_compiled_step_rounds_alike() -> None:
     """Value and gradient are nearer to the eager step's in bfloat16 than that is to the step in float32."""
     experiment, x = spec_of(), (torch.rand(50, 1, 8, 8) > 0.5).float()
