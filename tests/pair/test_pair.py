@@ -226,9 +226,9 @@ class Row:
     """Rows of the whole data set; 0 where the batch is all."""
     vectorises: bool = True
     guide_plates: frozenset[str] = frozenset()
-    """Whether the programs run under a plate of particles; not when they squeeze dimensions away."""
+    """False where the programs squeeze dimensions away, and take no plate of particles."""
     repeats: bool = True
-    """Whether a batch of any size may stand for many draws of a small one."""
+    """True where one large batch may stand for many samples of a small one."""
 
 
 ROWS = {
