@@ -18,7 +18,7 @@ from pvae.analysis.bounds.gap import gap
 from pvae.analysis.bounds.lower_bounds import Bounds
 from pvae.analysis.decompose.surgery import surgery
 from pvae.analysis.figures.estimate import Estimate
-from pvae.analysis.truths.comparison import Comparison, SelfCheck
+from pvae.analysis.truths.figure_checks import FigureCheck, SelfCheck
 from pvae.analysis.truths.standard import standard
 from pvae.analysis.truths.truth import Truth
 from pvae.errors import DataError
@@ -40,14 +40,14 @@ class Question:
 
     def check(
         self, figure: str, estimate: Estimate | None, known: str = "", *, below: float = 0.0, above: float = 0.0
-    ) -> Iterator[Comparison]:
+    ) -> Iterator[FigureCheck]:
         """Compare with the exact figure `known`, by default of the same name; nothing where either is missing."""
         exact = self.truth.exact.get(known or figure)
         if exact is not None and estimate is not None:
-            yield Comparison(self.truth.name, self.estimator, figure, exact, estimate, below, above)
+            yield FigureCheck(self.truth.name, self.estimator, figure, exact, estimate, below, above)
 
 
-def _surgery(asked: Question, seed: int) -> Iterator[Comparison]:
+def _surgery(asked: Question, seed: int) -> Iterator[FigureCheck]:
     truth = asked.truth
     found = surgery(truth.pair, truth.x, truth.samples, seed, labels=truth.labels)
     parts = [latent.dimensions for latent in found.latents.values() if latent.dimensions is not None]
@@ -60,7 +60,7 @@ def _surgery(asked: Question, seed: int) -> Iterator[Comparison]:
     yield from _population(asked, "population_upper", found.leave_one_out, above=math.inf)
 
 
-def _population(asked: Question, figure: str, estimate: Estimate | None, **slack: float) -> Iterator[Comparison]:
+def _population(asked: Question, figure: str, estimate: Estimate | None, **slack: float) -> Iterator[FigureCheck]:
     """Compare a figure of finite data, which in expectation bounds the figure under the data distribution."""
     yield from asked.check(figure, _over_data(estimate), "population_mutual_information", **slack)
 
@@ -72,7 +72,7 @@ def _over_data(estimate: Estimate | None) -> Estimate | None:
     return Estimate(estimate.value, error, estimate.kind, estimate.data_error, estimate.note)
 
 
-def _evidence(asked: Question, seed: int) -> Iterator[Comparison]:
+def _evidence(asked: Question, seed: int) -> Iterator[FigureCheck]:
     found = evidence(asked.truth.pair, asked.truth.x, asked.truth.draws, seed)
     yield from asked.check("elbo", found.elbo)
     for k, bound in found.curve[1:]:
@@ -80,13 +80,13 @@ def _evidence(asked: Question, seed: int) -> Iterator[Comparison]:
     yield from _last(asked, found)
 
 
-def _prior_evidence(asked: Question, seed: int) -> Iterator[Comparison]:
+def _prior_evidence(asked: Question, seed: int) -> Iterator[FigureCheck]:
     found = prior_evidence(asked.truth.pair, asked.truth.x, 8 * asked.truth.draws, seed)
     yield from asked.check("jensen", found.jensen, "prior_jensen")
     yield from _last(asked, found)
 
 
-def _last(asked: Question, found: Bounds) -> Iterator[Comparison]:
+def _last(asked: Question, found: Bounds) -> Iterator[FigureCheck]:
     k, bound = found.curve[-1]
     yield from asked.check(f"{found.names[1]}_{k}", bound, "log_evidence", below=_lacking(found.ess, found.samples))
 
@@ -96,22 +96,22 @@ def _lacking(ess: Tensor, samples: int) -> float:
     return float((1 / ess - 1 / samples).mean())
 
 
-def _ais(asked: Question, seed: int) -> Iterator[Comparison]:
+def _ais(asked: Question, seed: int) -> Iterator[FigureCheck]:
     truth = asked.truth
     if truth.log_p is not None:
         x = truth.x[:ANNEALED_ROWS]
         found = ais(truth.pair, x, temperatures=12, chains=64, leapfrog=4, seed=seed)
         lacking = _lacking(found.ess, found.chains)
-        yield Comparison(truth.name, asked.estimator, "lower", _log_p(truth, x), found.lower, below=lacking)
+        yield FigureCheck(truth.name, asked.estimator, "lower", _log_p(truth, x), found.lower, below=lacking)
 
 
-def _bracket(asked: Question, seed: int) -> Iterator[Comparison]:
+def _bracket(asked: Question, seed: int) -> Iterator[FigureCheck]:
     truth = asked.truth
     found = bracket(truth.pair, truth.x, rows=60, temperatures=30, chains=16, leapfrog=4, seed=seed)
     if truth.log_p is not None:
         exact = _log_p(truth, found.x)
-        yield Comparison(truth.name, asked.estimator, "lower", exact, found.lower, below=BOUND_SLACK)
-        yield Comparison(truth.name, asked.estimator, "upper", exact, found.upper, above=BOUND_SLACK)
+        yield FigureCheck(truth.name, asked.estimator, "lower", exact, found.lower, below=BOUND_SLACK)
+        yield FigureCheck(truth.name, asked.estimator, "upper", exact, found.upper, above=BOUND_SLACK)
 
 
 def _log_p(truth: Truth, x: Tensor) -> float:
@@ -120,7 +120,7 @@ def _log_p(truth: Truth, x: Tensor) -> float:
     return float(truth.log_p(x.cpu().double().numpy()).mean())
 
 
-def _gap(asked: Question, seed: int) -> Iterator[Comparison]:
+def _gap(asked: Question, seed: int) -> Iterator[FigureCheck]:
     found = gap(asked.truth.pair, asked.truth.x, steps=150, samples=400, evidence_samples=2000, seed=seed)
     yield from asked.check("log_p", found.log_p, "log_evidence", below=BOUND_SLACK)
     yield from asked.check("elbo", found.elbo)
@@ -131,7 +131,7 @@ def _gap(asked: Question, seed: int) -> Iterator[Comparison]:
     )
 
 
-ESTIMATORS: Mapping[str, Callable[[Question, int], Iterator[Comparison]]] = MappingProxyType(
+ESTIMATORS: Mapping[str, Callable[[Question, int], Iterator[FigureCheck]]] = MappingProxyType(
     {
         "surgery": _surgery,
         "evidence": _evidence,
@@ -190,7 +190,7 @@ def selfcheck(
     chosen = standard() if truths is None else tuple(truths)
     if not chosen:
         raise DataError("selfcheck: expected at least one truth; got none. Pass truths=None for the standard ones.")
-    total, done, checks = sum(len(truth.estimators) for truth in chosen), 0, list[Comparison]()
+    total, done, checks = sum(len(truth.estimators) for truth in chosen), 0, list[FigureCheck]()
     with single_thread():
         for truth in chosen:
             moved = truth.to(torch.device(device))

@@ -18,7 +18,7 @@ from rich.console import Console
 
 from pvae.analysis.decompose.aggregated import AggregatedPosterior, Information
 from pvae.analysis.figures.estimate import Estimate
-from pvae.analysis.truths.comparison import Comparison, SelfCheck
+from pvae.analysis.truths.figure_checks import FigureCheck, SelfCheck
 from pvae.analysis.truths.linear import binary_input, disjoint, linear_vae, product_channel
 from pvae.analysis.truths.selfcheck import ESTIMATORS, selfcheck
 from pvae.analysis.truths.standard import standard
@@ -166,8 +166,8 @@ def test_selfcheck_finds_a_broken_estimator(patch, make, estimator, monkeypatch)
     assert f"figures of {estimator} disagree with their exact values: do not trust" in found.summary()
 
 
-def made(value: float, error: float, *, exact: float = 1.0, **slack: float) -> Comparison:
-    return Comparison("a truth", "surgery", "kl", exact, Estimate(value, error), **slack)
+def made(value: float, error: float, *, exact: float = 1.0, **slack: float) -> FigureCheck:
+    return FigureCheck("a truth", "surgery", "kl", exact, Estimate(value, error), **slack)
 
 
 @pytest.mark.parametrize(
@@ -203,7 +203,7 @@ def test_verdicts(check, verdict, bias):
 # ---------------------------------------------------------------------- how it is shown
 
 
-def some(*checks: Comparison) -> SelfCheck:
+def some(*checks: FigureCheck) -> SelfCheck:
     return SelfCheck("cpu", 7, checks)
 
 

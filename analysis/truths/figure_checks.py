@@ -23,7 +23,7 @@ CHECK_COLUMNS = ("truth", "figure", "exact", "estimate", "std error", "bias / s.
 
 @final
 @dataclass(frozen=True)
-class Comparison:
+class FigureCheck:
     """An exactly known figure and its estimate."""
 
     truth: str
@@ -103,11 +103,11 @@ class SelfCheck:
     """Device the estimators ran on."""
     seed: int
     """Seed of the samples."""
-    checks: tuple[Comparison, ...]
+    checks: tuple[FigureCheck, ...]
     """All comparisons."""
 
     @property
-    def failed(self) -> tuple[Comparison, ...]:
+    def failed(self) -> tuple[FigureCheck, ...]:
         """Comparisons that do not pass."""
         return tuple(check for check in self.checks if not check.ok)
 
