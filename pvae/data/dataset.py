@@ -151,7 +151,7 @@ class Dataset:
         declared: TensorSource | None = None,
         label_names: Sequence[str] | None = None,
     ) -> Dataset:
-        """Make a data set of a torch `Dataset`, map-style or iterable, which is gone through once.
+        """Make a data set of a torch `Dataset`, map-style or iterable, whose items are read once.
 
         Arguments:
             dataset: its items are x, (x, y), or mappings with "x" and perhaps "y"; y is a whole number.

@@ -214,7 +214,7 @@ LEARNED: dict[str, dict[str, Any]] = {
     "exemplar": {"components": 200},
     "realnvp": {},
     "maf": {},
-    "spline_coupling": {},
+    "spline_coupling": {"layers": 2},
 }
 
 

@@ -33,7 +33,7 @@ class Stored(ABC):
     """Rows `(n, *row)` of one type, of which only those that are asked for are in memory."""
 
     scattered: ClassVar[bool] = False
-    """True where rows from all over are as cheap as neighbours."""
+    """True where scattered rows are as cheap to read as neighbours."""
 
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
@@ -64,7 +64,7 @@ class Stored(ABC):
 
     @property
     def ndim(self) -> int:
-        """Number of dimensions, that of the rows among them."""
+        """Number of dimensions, including that of the rows."""
         return len(self.shape)
 
     @property
@@ -213,7 +213,7 @@ class NpyHeader:
 
 
 def read_npy_header(stream: IO[bytes], size: int, where: str) -> NpyHeader:
-    """Read the header of a `.npy` stream; leaves it at the first value.
+    """Read the header of a `.npy` stream; the stream is left at the first value.
 
     Arguments:
         stream: at its start.

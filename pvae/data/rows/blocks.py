@@ -29,7 +29,7 @@ WINDOW = 64
 """Blocks in memory: 128 MiB of float32."""
 
 BlockRule = Callable[[Floats, int], NDArray[Any]]
-"""Function of the rows of a block and its number, for fixed draws that are other ones in every block."""
+"""Function of the rows of a block and its number; the number seeds draws that differ from block to block."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,7 +131,7 @@ class Blocks:
         return rows_of(self.rows.x, part) if self.rows.as_stored else self.rows.of(part)
 
     def expect(self, numbers: NDArray[np.int64]) -> None:
-        """Let the disk fetch some blocks while others are fitted."""
+        """Ask the disk to fetch some blocks while others are fitted."""
         if isinstance(source := self.rows.x, Stored):
             for part in map(self._part_of, numbers.tolist()):
                 source.expect(int(part[0]), int(part[-1]) + 1)

@@ -1,4 +1,4 @@
-"""Densities in the plane, small enough to see: their draws, and the exact log density where it has a closed form.
+"""Densities in the plane, easy to plot: their samples, and the exact log density where it has a closed form.
 
 Every density is centred, with a deviation of 1 to 2 along each coordinate. ``noise`` is a deviation in the same units.
 """
@@ -35,39 +35,39 @@ SPIRAL_TURN, SPIRAL_RADIUS = 3 * math.pi, 3.0
 
 
 def moons(rng: Generator, n: int, noise: float) -> Draws:
-    """Two half circles of radius 2, each reaching into the other; label: which."""
+    """Sample two half circles of radius 2, each reaching into the other; the label is the half circle."""
     y, t = rng.integers(2, size=n), rng.uniform(0, math.pi, n)
     upper = np.stack([np.cos(t) - 0.5, np.sin(t) - 0.25], 1)
     return 2 * np.where(y[:, None] == 0, upper, -upper) + noise * rng.standard_normal((n, 2)), y
 
 
 def rings(rng: Generator, n: int, noise: float) -> Draws:
-    """Three circles around the origin; label: which, from the inside."""
+    """Sample three circles around the origin; the label is the circle, counted from the inside."""
     y, t = rng.integers(len(RADII), size=n), rng.uniform(0, 2 * math.pi, n)
     return RADII[y, None] * np.stack([np.cos(t), np.sin(t)], 1) + noise * rng.standard_normal((n, 2)), y
 
 
 def pinwheel(rng: Generator, n: int, noise: float) -> Draws:
-    """Five arms, each a normal of width ``noise`` across, swirled about the origin; label: which arm."""
+    """Sample five arms, each a normal of width ``noise`` across, swirled about the origin; the label is the arm."""
     y = rng.integers(ARMS, size=n)
     straight = rng.standard_normal((n, 2)) * (ARM_SPREAD, noise) + (ARM_LENGTH, 0.0)
     return _rotated(straight, 2 * math.pi / ARMS * y + SWIRL * np.hypot(*straight.T)), y
 
 
 def checkerboard(rng: Generator, n: int, noise: float) -> Draws:
-    """Eight squares of [-3, 3]^2, evenly filled; label: which, by columns."""
+    """Sample eight squares of [-3, 3]^2, evenly filled; the label is the square, counted by columns."""
     y = rng.integers(len(SQUARES), size=n)
     return SQUARES[y] + SIDE * rng.uniform(-0.5, 0.5, (n, 2)) + noise * rng.standard_normal((n, 2)), y
 
 
 def eight_gaussians(rng: Generator, n: int, noise: float) -> Draws:
-    """Normals of deviation ``noise`` around a circle of radius 2; label: which, counterclockwise from the east."""
+    """Sample eight normals of deviation ``noise`` on a circle; labels run counterclockwise from the east."""
     y = rng.integers(len(CENTRES), size=n)
     return CENTRES[y] + noise * rng.standard_normal((n, 2)), y
 
 
 def spiral(rng: Generator, n: int, noise: float) -> Draws:
-    """Two arms of one and a half turns, out to radius 3; label: which."""
+    """Sample two arms of one and a half turns, out to radius 3; the label is the arm."""
     y, outward = rng.integers(2, size=n), np.sqrt(rng.uniform(0, 1, n))
     straight = np.stack([SPIRAL_RADIUS * outward, np.zeros(n)], 1)
     return _rotated(straight, math.pi * y + SPIRAL_TURN * outward) + noise * rng.standard_normal((n, 2)), y
@@ -79,14 +79,14 @@ def _rotated(x: Floats, angle: Floats) -> Floats:
 
 
 def _rings(x: Floats, noise: float) -> Floats:
-    """Each circle under normal noise has Rice's density, `exp(-(r^2 + R^2) / 2 s^2) I_0(r R / s^2) / 2 pi s^2`."""
+    """Return log p(x); a circle with noise has Rice's density `exp(-(r^2 + R^2) / 2 s^2) I_0(r R / s^2) / 2 pi s^2`."""
     r = np.hypot(x[:, :1], x[:, 1:])
     parts = np.log(i0e(r * RADII / noise**2)) - (r - RADII) ** 2 / (2 * noise**2)
     return _mixed(parts) - math.log(2 * math.pi * noise**2)
 
 
 def _pinwheel(x: Floats, noise: float) -> Floats:
-    """The swirl keeps areas: the density is that of the straight arms where x came from."""
+    """Return log p(x): the swirl keeps areas, so that it is the density of the straight arms before the swirl."""
     turned = 2 * math.pi / ARMS * np.arange(ARMS) + SWIRL * np.hypot(x[:, :1], x[:, 1:])
     straight = (_rotated(x[:, None], -turned) - (ARM_LENGTH, 0.0)) / (ARM_SPREAD, noise)
     return _mixed(-(straight**2).sum(-1) / 2) - math.log(2 * math.pi * ARM_SPREAD * noise)
@@ -177,7 +177,7 @@ class Toy(Data):
 
 
 def log_density(name: str, x: Floats, noise: float | None = None) -> Floats:
-    """log p(x) of rings, pinwheel, checkerboard or eight_gaussians; exact, in double precision.
+    """Return log p(x) of rings, pinwheel, checkerboard or eight_gaussians; exact, in double precision.
 
     Arguments:
         name: of the density.
@@ -199,7 +199,9 @@ def log_density(name: str, x: Floats, noise: float | None = None) -> Floats:
 
 
 def entropy(name: str, noise: float | None = None) -> float:
-    """-E[log p(x)], nats, of a density that `log_density` knows: no model's mean log density exceeds its negative.
+    """Return the entropy -E[log p(x)], nats, of a density that `log_density` knows.
+
+    No model's mean log density exceeds its negative.
 
     Without noise the checkerboard's is the log of its area, exact. Else it is the trapezoid rule on a grid of a fifth
     of the noise, whose error on densities as smooth as these is below 1e-6; small noise takes long.

@@ -54,7 +54,7 @@ class Piece:
 
 
 def read_header(path: Path, separator: str) -> TextHeader:
-    """The first record of a file.
+    """Read the names of the columns, the first record of a file.
 
     Raises:
         DataError: the file is empty or no text; the record is too long, or names a column twice.
@@ -78,7 +78,7 @@ def read_header(path: Path, separator: str) -> TextHeader:
 
 
 def read_pieces(path: Path, header: TextHeader, separator: str) -> Iterator[Piece]:
-    """The records below the header, a few MiB at a time.
+    """Yield the records below the header, a few MiB at a time.
 
     Raises:
         DataError: with the line: not UTF-8, a NUL, a record with another number of cells than the header, a quote in
@@ -98,7 +98,7 @@ def read_pieces(path: Path, header: TextHeader, separator: str) -> Iterator[Piec
 
 
 def _split(block: bytes, path: Path, line: int) -> tuple[bytes, bytes]:
-    """The records that end in a block, and the beginning of the next one."""
+    """Return the records that end in a block, and the beginning of the next record."""
     marks = np.frombuffer(block, np.uint8)
     ends = np.flatnonzero((marks == NEWLINE) & ~_quoted(marks)) if b'"' in block else None
     size = block.rfind(b"\n") + 1 if ends is None else int(ends[-1]) + 1 if len(ends) else 0
@@ -111,17 +111,17 @@ def _split(block: bytes, path: Path, line: int) -> tuple[bytes, bytes]:
 
 
 def _line(text: bytes, place: int, first: int) -> int:
-    """The line of the file in which a byte stands."""
+    """Return the line of the file in which a byte stands."""
     return first + text.count(b"\n", 0, place)
 
 
 def _quoted(marks: NDArray[np.uint8]) -> NDArray[np.bool_]:
-    """Which bytes stand between quotes; the closing ones do not."""
+    """Return True for each byte between quotes, the opening quote included."""
     return np.cumsum(marks == QUOTE, dtype=np.int32) % 2 == 1
 
 
 def _cleaned(text: bytes, path: Path, line: int) -> bytes:
-    """Text that is sound, its lines ended by a line feed."""
+    """Return text with a line feed at the end of every line, or refuse it."""
     _decoded(text, path, line)
     if b"\r" in text:
         text = text.replace(b"\r\n", b"\n")
@@ -145,7 +145,7 @@ def _decoded(text: bytes, path: Path, line: int) -> str:
 
 
 def _piece(text: bytes, width: int, separator: int, path: Path, line: int) -> Piece:
-    """Count the cells of every record."""
+    """Check that every record has as many cells as the header, and note its line."""
     marks = np.frombuffer(text, np.uint8)
     newlines, separators = marks == NEWLINE, marks == separator
     before = None
@@ -170,7 +170,7 @@ def _piece(text: bytes, width: int, separator: int, path: Path, line: int) -> Pi
 
 
 def _refuse_stray(marks: NDArray[np.uint8], inside: NDArray[np.bool_], separator: int, path: Path, line: int) -> None:
-    """Quotes stand around whole cells: an opening one follows a separator, a new line or a closing one."""
+    """Refuse quotes in the middle of a cell: an opening one follows a separator, a new line or a closing quote."""
     opening = np.flatnonzero((marks == QUOTE) & inside)
     before = np.where(opening > 0, marks[opening - 1], NEWLINE)
     stray = opening[(before != separator) & (before != NEWLINE) & (before != QUOTE)]
