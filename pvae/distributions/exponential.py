@@ -10,8 +10,8 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Self
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Self
 
 import pyro.distributions as dist
 import torch
@@ -21,12 +21,16 @@ Scorer = Callable[[Tensor, Tensor], None]
 """Writes log q_j(z_i) of `(m, D)` values into a tile `(m, n)`."""
 
 
+@dataclass(frozen=True)
 class Members(ABC):
     """n members of one exponential family over flat values `(..., D)`."""
 
-    @abstractmethod
+    tensors: ClassVar[tuple[str, ...]] = ()
+    """Fields that hold parameters, a row for each member."""
+
     def __len__(self) -> int:
         """n."""
+        return len(getattr(self, self.tensors[0]))
 
     @property
     @abstractmethod
@@ -44,13 +48,13 @@ class Members(ABC):
         """Count of the parameters of one member."""
 
     @property
-    @abstractmethod
     def work(self) -> int:
         """Multiplications of one density, or what takes as long."""
+        return self.features
 
-    @abstractmethod
     def rows(self, index: slice | Tensor) -> Self:
-        """Some of the members."""
+        """Return some of the members."""
+        return replace(self, **{name: getattr(self, name)[index] for name in self.tensors})
 
     @abstractmethod
     def natural(self) -> tuple[Tensor, Tensor]:
@@ -77,17 +81,17 @@ class Members(ABC):
     def sample(self) -> Tensor:
         """One draw of every member, `(n, D)`."""
 
-    @abstractmethod
     def joined(self, others: Sequence[Any]) -> Self:
-        """These members, then those of others of the same kind."""
+        """Return these members, then those of others of the same kind."""
+        return replace(self, **{n: torch.cat([getattr(part, n) for part in (self, *others)]) for n in self.tensors})
 
     def double(self) -> Self:
         """The same in float64."""
         return self.map(lambda t: t.double())
 
-    @abstractmethod
     def map(self, change: Any) -> Self:
-        """The same with a function applied to every parameter."""
+        """Return the same members with a function applied to every parameter."""
+        return replace(self, **{name: change(getattr(self, name)) for name in self.tensors})
 
 
 def product_scorer(members: Members) -> Scorer:
@@ -105,20 +109,31 @@ def product_scorer(members: Members) -> Scorer:
 
 
 @dataclass(frozen=True)
-class Normals(Members):
-    """N(loc_i, diag scale_i^2): T(z) = (z^2, z), eta = (-1 / 2 s^2, m / s^2)."""
+class Located(Members):
+    """Members with a location each, scored by a matrix product."""
 
     loc: Tensor
     """`(n, D)`."""
-    scale: Tensor
-    """`(n, D)`."""
-
-    def __len__(self) -> int:
-        return len(self.loc)
 
     @property
     def dim(self) -> int:
         return self.loc.shape[1]
+
+    @property
+    def origin(self) -> Tensor:
+        return self.loc.mean(0)
+
+    def scorer(self) -> Scorer:
+        return product_scorer(self)
+
+
+@dataclass(frozen=True)
+class Normals(Located):
+    """N(loc_i, diag scale_i^2): T(z) = (z^2, z), eta = (-1 / 2 s^2, m / s^2)."""
+
+    tensors = ("loc", "scale")
+    scale: Tensor
+    """`(n, D)`."""
 
     @property
     def features(self) -> int:
@@ -127,17 +142,6 @@ class Normals(Members):
     @property
     def numbers(self) -> int:
         return 2 * self.dim
-
-    @property
-    def work(self) -> int:
-        return self.features
-
-    def rows(self, index: slice | Tensor) -> Normals:
-        return Normals(self.loc[index], self.scale[index])
-
-    @property
-    def origin(self) -> Tensor:
-        return self.loc.mean(0)
 
     def natural(self) -> tuple[Tensor, Tensor]:
         precision, loc = self.scale**-2, self.loc - self.origin
@@ -149,38 +153,20 @@ class Normals(Members):
         z = value - origin
         return torch.cat([z * z, z], 1)
 
-    def scorer(self) -> Scorer:
-        return product_scorer(self)
-
     def log_prob(self, value: Tensor) -> Tensor:
         return dist.Normal(self.loc, self.scale, validate_args=False).log_prob(value).sum(-1)
 
     def sample(self) -> Tensor:
         return torch.normal(self.loc, self.scale)
 
-    def joined(self, others: Sequence[Normals]) -> Normals:
-        parts = [self, *others]
-        return Normals(torch.cat([p.loc for p in parts]), torch.cat([p.scale for p in parts]))
-
-    def map(self, change: Any) -> Normals:
-        return Normals(change(self.loc), change(self.scale))
-
 
 @dataclass(frozen=True)
-class FullRankNormals(Members):
+class FullRankNormals(Located):
     """N(loc_i, L_i L_i^T): T(z) = (z_a z_b for a <= b, z), eta = (-P_ab (halved where a = b), P m), P the precision."""
 
-    loc: Tensor
-    """`(n, D)`."""
+    tensors = ("loc", "scale_tril")
     scale_tril: Tensor
     """Lower triangular L, `(n, D, D)`."""
-
-    def __len__(self) -> int:
-        return len(self.loc)
-
-    @property
-    def dim(self) -> int:
-        return self.loc.shape[1]
 
     @property
     def scale(self) -> Tensor:
@@ -194,17 +180,6 @@ class FullRankNormals(Members):
     @property
     def numbers(self) -> int:
         return self.dim * (self.dim + 1)
-
-    @property
-    def work(self) -> int:
-        return self.features
-
-    def rows(self, index: slice | Tensor) -> FullRankNormals:
-        return FullRankNormals(self.loc[index], self.scale_tril[index])
-
-    @property
-    def origin(self) -> Tensor:
-        return self.loc.mean(0)
 
     def _upper(self) -> Tensor:
         return torch.triu_indices(self.dim, self.dim, device=self.loc.device)
@@ -224,19 +199,9 @@ class FullRankNormals(Members):
         a, b = self._upper()
         return torch.cat([z[:, a] * z[:, b], z], 1)
 
-    def scorer(self) -> Scorer:
-        return product_scorer(self)
-
     def log_prob(self, value: Tensor) -> Tensor:
         q = dist.MultivariateNormal(self.loc, scale_tril=self.scale_tril, validate_args=False)
         return q.log_prob(value)
 
     def sample(self) -> Tensor:
         return self.loc + (self.scale_tril @ torch.randn_like(self.loc)[..., None])[..., 0]
-
-    def joined(self, others: Sequence[FullRankNormals]) -> FullRankNormals:
-        parts = [self, *others]
-        return FullRankNormals(torch.cat([p.loc for p in parts]), torch.cat([p.scale_tril for p in parts]))
-
-    def map(self, change: Any) -> FullRankNormals:
-        return FullRankNormals(change(self.loc), change(self.scale_tril))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -27,6 +26,7 @@ class Codes(Members):
     `form` says how a value is written: P indices (also 0 and 1 of a Bernoulli), or P x K one-hots.
     """
 
+    tensors = ("logits",)
     logits: Tensor
     """Log probabilities, `(n, P, K)`; made normalised and finite."""
     form: Form = "index"
@@ -37,9 +37,6 @@ class Codes(Members):
         if not self.normalised:
             object.__setattr__(self, "logits", self.logits.log_softmax(-1).clamp(min=IMPOSSIBLE))
             object.__setattr__(self, "normalised", True)
-
-    def __len__(self) -> int:
-        return len(self.logits)
 
     @property
     def positions(self) -> int:
@@ -71,9 +68,6 @@ class Codes(Members):
     def is_sparse(self) -> bool:
         """True if values are scored by a sum of rows of the natural parameters."""
         return self.form == "index" and self.states >= SPARSE_STATES
-
-    def rows(self, index: slice | Tensor) -> Codes:
-        return Codes(self.logits[index], self.form, normalised=True)
 
     @property
     def origin(self) -> Tensor:
@@ -118,9 +112,6 @@ class Codes(Members):
             return index.to(self.logits)
         return torch.nn.functional.one_hot(index, self.states).to(self.logits).flatten(1)
 
-    def joined(self, others: Sequence[Codes]) -> Codes:
-        return Codes(torch.cat([self.logits, *(p.logits for p in others)]), self.form, normalised=True)
-
     def map(self, change: Any) -> Codes:
         changed = change(self.logits)
         return self if changed is self.logits else Codes(changed, self.form)
@@ -133,13 +124,11 @@ class CertainCodes(Members):
     As a family it is `Codes` with log probabilities 0 and `IMPOSSIBLE`; a mixture of them is counted, not multiplied.
     """
 
+    tensors = ("index",)
     index: Tensor
     """`(n, P)`, int64."""
     states: int
     """K."""
-
-    def __len__(self) -> int:
-        return len(self.index)
 
     @property
     def positions(self) -> int:
@@ -161,9 +150,6 @@ class CertainCodes(Members):
     @property
     def work(self) -> int:
         return self.positions
-
-    def rows(self, index: slice | Tensor) -> CertainCodes:
-        return CertainCodes(self.index[index], self.states)
 
     @property
     def origin(self) -> Tensor:
@@ -194,9 +180,6 @@ class CertainCodes(Members):
     def write(self, index: Tensor) -> Tensor:
         """State indices `(m, P)` as flat values `(m, D)`."""
         return index.double()
-
-    def joined(self, others: Sequence[CertainCodes]) -> CertainCodes:
-        return CertainCodes(torch.cat([self.index, *(p.index for p in others)]), self.states)
 
     def map(self, change: Any) -> CertainCodes:
         return CertainCodes(change(self.index).long(), self.states)

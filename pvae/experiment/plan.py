@@ -48,7 +48,8 @@ class Train(Section):
     """Least seconds between two checkpoints; one is always written at the end."""
     precision: Precision = "float32"
     """Type in which dense layers and convolutions multiply in training: `bfloat16` is 1.1 to 1.6 times as fast where
-    the processor has its instructions (avx512_bf16). The rest is float32, validation and analyses too."""
+    the processor has its instructions (avx512_bf16); elsewhere factors are rounded, and a step is no faster. The rest
+    is float32, validation and analyses too."""
     engine: Literal["auto", "eager", "compiled"] = "auto"
     """Engine of a step: `compiled` is export + Inductor; `auto` compares compile time with the time that it saves."""
 
