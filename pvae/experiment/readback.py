@@ -1,4 +1,4 @@
-"""Reading a declaration back: formulas, graph, shapes, parameter counts."""
+"""Formulas, graph, shapes and parameter counts of a declaration."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ if TYPE_CHECKING:
 
 
 def factor(density: str, name: str, given: Iterable[str]) -> str:
-    """`p(z1 | z2)`."""
+    """Return a factor such as `p(z1 | z2)`."""
     above = ", ".join(given)
     return f"{density}({name} | {above})" if above else f"{density}({name})"
 
 
 def latex_name(name: str) -> str:
-    r"""`z1` as `z_{1}`, `my_code` as `my\_code`."""
+    r"""Return a name in LaTeX: `z1` as `z_{1}`, `my_code` as `my\_code`."""
     found = re.fullmatch(r"([a-z])_?(\d+)", name)
     return f"{found[1]}_{{{found[2]}}}" if found else name.replace("_", r"\_")
 
 
 def latex(text: str) -> str:
-    """A formula of `formulas` in LaTeX."""
+    """Return a formula of `formulas` in LaTeX."""
     text = re.sub(r"[a-z][a-z0-9_]*", lambda m: latex_name(m[0]), text)
     return re.sub(r"\) (?=[pq]\()", r")\\, ", text.replace(" | ", r" \mid "))
 
 
 def formulas(experiment: Experiment) -> dict[str, str]:
-    """The factorised joint and guide: keys `model`, `guide`, `model_latex`, `guide_latex`."""
+    """Return the factorised joint and guide under `model`, `guide`, `model_latex` and `guide_latex`."""
     sites, guide_sites = experiment.sites(), experiment.guide_sites()
     names = ", ".join(site.name for site in sites)
     priors = [factor("p", site.name, site.given) for site in sites]
@@ -49,13 +49,13 @@ def formulas(experiment: Experiment) -> dict[str, str]:
 
 
 def arrows(sites: Iterable[Site], data: Iterable[str]) -> list[str]:
-    """The model's graph, one line per node: `z2 -> z1`, `z1, z2 -> x`."""
+    """Return the graph of the model, a line for each node: `z2 -> z1`, `z1, z2 -> x`."""
     lines = [f"{', '.join(site.given)} -> {site.name}" if site.given else site.name for site in sites]
     return [*lines, f"{', '.join(data)} -> {OBSERVED}"]
 
 
 def counts(pair: Pair) -> dict[str, int]:
-    """Number of learned values by part."""
+    """Return the number of parameters of each part."""
     totals: dict[str, int] = {}
     for name, parameter in pair.named_parameters():
         part = ".".join(name.split(".")[:3]) if ".priors." in name or ".posteriors." in name else None
@@ -65,7 +65,7 @@ def counts(pair: Pair) -> dict[str, int]:
 
 
 def size_of(site: Site) -> str:
-    """`[40]`, `32 codes`, `7 x 7 of 512 codes as [64]`, `200 bits`."""
+    """Return the size of a latent: `[40]`, `32 codes`, `7 x 7 of 512 codes as [64]`, `200 bits`."""
     space = site.space
     if not space.is_code:
         return f"{space.shape[0]} bits" if space.values == "binary" else str(list(space.shape))
@@ -75,7 +75,7 @@ def size_of(site: Site) -> str:
 
 
 def described(experiment: Experiment, x: Shape, pair: Pair) -> dict[str, object]:
-    """The whole read-back for a program: formulas, graph, shapes, numbers of learned values by part."""
+    """Return all of it for a program: formulas, graph, shapes, parameter counts."""
     return {
         "name": experiment.name,
         "description": experiment.description,
@@ -88,7 +88,7 @@ def described(experiment: Experiment, x: Shape, pair: Pair) -> dict[str, object]
 
 
 def render(experiment: Experiment, x: Shape, pair: Pair) -> RenderableType:
-    """The whole read-back for a terminal."""
+    """Return all of it for a terminal."""
     from rich.console import Group
     from rich.table import Table
     from rich.text import Text
@@ -125,7 +125,7 @@ def render(experiment: Experiment, x: Shape, pair: Pair) -> RenderableType:
 
 
 def experiment_html(experiment: Experiment) -> str:
-    """A notebook's view: formulas and the TOML."""
+    """Return the view in a notebook: formulas and the TOML."""
     text = formulas(experiment)
     return (
         f"<b>{html.escape(experiment.name)}</b> {html.escape(experiment.description)}"

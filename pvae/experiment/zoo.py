@@ -10,17 +10,17 @@ FOLDER = Path(__file__).parents[1] / "models" / "zoo"
 
 
 def names() -> list[str]:
-    """Names of the zoo's files, sorted."""
+    """Return the names of the zoo, sorted."""
     return sorted(path.stem for path in FOLDER.glob("*.toml"))
 
 
 def entries() -> list[tuple[str, str]]:
-    """(name, description) of every file."""
+    """Return the (name, description) of every file."""
     return [(name, str(toml.read(FOLDER / f"{name}.toml").get("description", ""))) for name in names()]
 
 
 def find(name_or_file: str) -> Path:
-    """The file that a zoo name or a path means.
+    """Return the file of a zoo name or a path.
 
     Raises:
         DeclarationError: neither; near names are suggested.
