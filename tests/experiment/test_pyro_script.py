@@ -34,6 +34,17 @@ ANOTHER_LOOP = {
 }
 """Systems that SVI does not fit."""
 ANOTHER_ESTIMATE = {"bernoulli_vae": "a closed-form KL beside a score function: TraceGraph_ELBO estimates this KL"}
+MORE = {
+    "convolutions": ("vae", ["encoder.network.kind=conv"]),
+    "closed-form KL": ("vae", ["objective.kind=trace_mean_field_elbo"]),
+    "several particles": ("hvae", ["objective.particles=2"]),
+    "an exact sum": ("em_mixture", ["objective={kind='trace_elbo'}", "train={}"]),
+    "a sum over a grid": ("categorical_vae", ["latents.c.codes=2", "latents.c.grid=[3]"]),
+    "relaxed codes with an embedding": ("gumbel_softmax_vae", ["latents.c.embedding=5"]),
+    "pseudo-inputs at one level": ("hvae", ["latents.z2.prior={kind='vamp',components=5}"]),
+    "momentum": ("vae", ["train.optimizer={kind='sgd',lr=1e-3,momentum=0.9}", "train.schedule=constant"]),
+}
+"""Declarations beyond the zoo, each a zoo entry with overrides."""
 STEPS = 10
 
 
@@ -41,10 +52,11 @@ class Done(Exception):
     """Raised to leave the script's loop."""
 
 
-def declared(name: str) -> Experiment:
+def declared(case: str) -> Experiment:
+    name, overrides = MORE.get(case, (case, []))
     data: Any = Experiment.load(name).data
     small = ["data.rows=300"] if data.source == "toy" else ["data.splits.train=[0, 100]"]
-    return Experiment.load(name, [*small, "train.batch_size=20"])
+    return Experiment.load(name, [*overrides, *small, "train.batch_size=20"])
 
 
 def counterpart(name: str, pair: Any) -> nn.Module:
@@ -108,7 +120,7 @@ def same_noise(self: ExpRelaxedCategorical, sample_shape: torch.Size = torch.Siz
     return (scores / self.temperature).log_softmax(-1)
 
 
-@pytest.mark.parametrize("name", sorted({*zoo.names()} - {*ANOTHER_LOOP}))
+@pytest.mark.parametrize("name", [*sorted({*zoo.names()} - {*ANOTHER_LOOP}), *MORE])
 def test_the_script_runs_as_the_pair(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Same ELBO on the same seed, and the losses of ten steps."""
     experiment = declared(name)
@@ -201,7 +213,7 @@ def test_settings_of_training_are_written_out() -> None:
     text = Experiment.load("vae_normal", [*overrides, "seed=3"]).to_pyro((1, 8, 8))
     assert "# Left out of the declared training: clip_norm = 1.0" in text
     assert "Cyclical().at(step / STEPS, EPOCHS) * min((step + 1) / (2 * STEPS), 1)" in text
-    assert "Trace_ELBO(num_particles=3, vectorize_particles=True)" in text
+    assert "Trace_ELBO(num_particles=3, vectorize_particles=True, max_plate_nesting=1)" in text
     assert "load(Digits(), seed=3)" in text
 
 

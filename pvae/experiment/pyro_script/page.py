@@ -154,9 +154,10 @@ class Script(ABC):
         """Return Pyro's loss, by name, and its options."""
         objective: Any = self.experiment.objective
         particles, layout = getattr(objective, "particles", 1), self.pair.layout
-        many = {"num_particles": particles, "vectorize_particles": True} if particles > 1 else {}
+        flat = {"max_plate_nesting": 1}
+        many = {"num_particles": particles, "vectorize_particles": True, **flat} if particles > 1 else {}
         if layout.expected or layout.enumerated:
-            return "TraceEnum_ELBO", {**many, "max_plate_nesting": 1}
+            return "TraceEnum_ELBO", {**many, **flat}
         return "TraceGraph_ELBO" if layout.scored else ELBOS[objective.kind], many
 
     def loop(self) -> Iterator[str]:

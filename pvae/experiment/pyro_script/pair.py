@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, final
 
 import tomli_w
+from torch import nn
 
 from pvae.component import Section
 from pvae.distributions.determined import Determined
@@ -86,8 +87,7 @@ class PairScript(Script):
                 inputs = f"pair.guide.encoder.inputs_of({self.known(site)}, features, seen)"
             yield f"inputs = {inputs}"
             yield f"q = {posterior}(inputs, seen)"
-            scored = isinstance(guide.posteriors[site.name], Estimated)
-            yield from self.latent(site, "q", f"infer={posterior}.infer(inputs)" if scored else "")
+            yield from self.latent(site, "q", self.estimator(guide.posteriors[site.name], f"{posterior}.infer(inputs)"))
             if self.prices_codes(site):
                 kl = f"{self.imported(categorical_kl)}(q, pair.model.prior({name}, seen), {site.name})"
                 yield from self.weighed([f'pyro.factor("{site.name}/kl", {kl}, has_rsample=True)'])
@@ -98,6 +98,15 @@ class PairScript(Script):
                 yield self.row(site, "through")
                 yield f"for penalty, value in {posterior}.penalties(q, row).items():"
                 yield f'    pyro.factor(f"{site.name}/{{penalty}}", value, has_rsample=True)'
+
+    def estimator(self, posterior: nn.Module, told: str) -> str:
+        """Return the argument of a site that says how its gradient is made; Pyro keeps an average baseline itself."""
+        if not isinstance(posterior, Estimated):
+            return ""
+        if posterior.average is None:
+            return f"infer={told}"
+        decay = f'"use_decaying_avg_baseline": True, "baseline_beta": {posterior.average.decay:g}'
+        return f'infer={{"baseline": {{{decay}}}}}'
 
     def latent(self, site: Site, distribution: str, infer: str) -> Iterator[str]:
         """Yield the statement that samples a latent; without a density where its KL is that of its codes."""
