@@ -16,6 +16,7 @@ from pvae.analysis.decompose.entry import accept, quiet, require_likelihood
 from pvae.analysis.figures.estimate import CONSERVATIVE, Estimate, Kind, over_draws
 from pvae.analysis.figures.table import Figures, Row
 from pvae.errors import DataError
+from pvae.nn.lean_adam import LeanAdam
 from pvae.pair.pair import Pair
 from pvae.util import seeds
 from pvae.util.progress import Progress, silent
@@ -219,18 +220,17 @@ def _log_mean(x: Tensor, samples: int, draw: WeightSampler) -> tuple[Tensor, Ten
 
 def _optimise(x: Tensor, handler: Refined, draw: WeightSampler, plan: RefinePlan) -> None:
     """Gradient ascent on the ELBO of every row; rows share nothing, as Adam is elementwise and the loss a sum."""
-    optimiser = torch.optim.Adam(handler.free, lr=LEARNING_RATE)
+    optimiser = LeanAdam(handler.free)
     for step in range(plan.steps):
-        optimiser.param_groups[0]["lr"] = LEARNING_RATE * (1 + math.cos(math.pi * step / plan.steps)) / 2
         with torch.enable_grad(), handler:
             for t in handler.free:
                 t.requires_grad_()
             loss = -draw(x, plan.particles).mean(0).sum()
             gradients = torch.autograd.grad(loss, handler.free)
-        for t, gradient in zip(handler.free, gradients, strict=True):
+        for t in handler.free:
             t.requires_grad_(False)
-            t.grad = gradient.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
-        optimiser.step()
+        finite = [gradient.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0) for gradient in gradients]
+        optimiser.step(finite, LEARNING_RATE * (1 + math.cos(math.pi * step / plan.steps)) / 2)
         plan.tick()
 
 

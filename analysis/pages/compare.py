@@ -42,7 +42,7 @@ def compare(
         description: text below the title.
         split: "train", "validation" or "test".
         samples: samples per datum for the surgeries.
-        evidence_samples: importance samples per datum, on at most 500 rows.
+        evidence_samples: importance samples per datum, on at most 250 rows.
         seed: seed of rows and samples, the same for all runs.
         figures: also write every picture.
         on_progress: called with (units done, units in all, what comes next).

@@ -13,6 +13,7 @@ from pvae.component import Shape
 from pvae.errors import DataError
 from pvae.nn.conv import Conv
 from pvae.nn.dense import MLP
+from pvae.nn.lean_adam import LeanAdam
 from pvae.nn.network import NetworkModule
 from pvae.util import seeds
 
@@ -32,6 +33,9 @@ PRINCIPAL_COMPONENTS = 50
 """Largest number of principal components of a feature space without labels."""
 FEATURE_CHUNK = 2000
 """Rows that are embedded at a time."""
+CLASSIFIER_RATE = 1e-3
+PATIENCE = 0.25
+"""Proportion of all epochs without a lower cross-entropy after which a classifier is not trained any longer."""
 X = "x"
 
 
@@ -80,28 +84,29 @@ def classify(x: Tensor, y: Tensor, classes: int, seed: int, held: tuple[Tensor, 
         y: classes `(n,)`.
         classes: number of classes.
         seed: seed of weights and batches; the global random state is not changed.
-        held: data and classes whose cross-entropy selects the epoch; default: the last epoch.
+        held: data and classes whose cross-entropy selects the epoch, and ends the training when it has not fallen for
+            a fourth of all epochs; default: the last epoch.
     """
     x = x.float()
     epochs = max(2, math.ceil(EXPOSURES / len(x)))
     with torch.enable_grad(), torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):
         seeds.set_noise(seeds.mix(seed, seeds.ANALYSIS, 11), torch.device("cpu"))
         model = Classifier(x, classes).to(x.device)
-        optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
-        steps = epochs * math.ceil(len(x) / CLASSIFIER_BATCH)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
-        best, kept = math.inf, None
-        for _ in range(epochs):
+        optimizer = LeanAdam(model.parameters())
+        steps, step = epochs * math.ceil(len(x) / CLASSIFIER_BATCH), 0
+        best, best_epoch, kept = math.inf, 0, None
+        for epoch in range(epochs):
             for index in torch.randperm(len(x)).to(x.device).split(CLASSIFIER_BATCH):
                 loss = nn.functional.cross_entropy(model(x[index]), y[index])
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-                schedule.step()
-            if held is not None:
-                loss_of_held = cross_entropy(model, *held)
-                if loss_of_held < best:
-                    best, kept = loss_of_held, {name: t.clone() for name, t in model.state_dict().items()}
+                optimizer.step(torch.autograd.grad(loss, optimizer.parameters), CLASSIFIER_RATE * (1 - step / steps))
+                step += 1
+            if held is None:
+                continue
+            loss_of_held = cross_entropy(model, *held)
+            if loss_of_held < best:
+                best, best_epoch, kept = loss_of_held, epoch, {k: t.clone() for k, t in model.state_dict().items()}
+            elif epoch - best_epoch > PATIENCE * epochs:
+                break
     if kept is not None:
         model.load_state_dict(kept)
     return model.eval()

@@ -192,7 +192,7 @@ def radii(points: Tensor, k: int) -> Tensor:
     for start, block in blocks(points, len(points)):
         distance = torch.cdist(block, points)
         distance[torch.arange(len(block)), torch.arange(start, start + len(block))] = math.inf
-        found.append(distance.kthvalue(k, 1).values)
+        found.append(distance.topk(k, 1, largest=False).values[:, -1])  # far faster than kthvalue
     return torch.cat(found)
 
 

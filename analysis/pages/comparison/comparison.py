@@ -23,6 +23,8 @@ PAIRED_SAMPLES = 8
 """Samples per datum behind a paired difference of ELBOs, fewer where there are many data."""
 TRAIN_ROWS = 10_000
 """Most training rows of a surgery: as many as of test, so that both have the same ceiling log n."""
+COMPARED_ROWS = 250
+"""Rows of importance sampling: paired by datum, differences need fewer of them than the bound of one run."""
 STRIP = 10
 """Samples of each run that are shown."""
 
@@ -53,8 +55,18 @@ class Comparison:
             if not _has_covariates(run) and not _has_covariates(runs[0]):
                 run.__dict__["data"] = runs[0].data  # the same by its fingerprint, and held once
         self.split, self.groups = split, groups
-        options = {"samples": samples, "evidence_samples": evidence_samples, "seed": seed, "train_rows": TRAIN_ROWS}
-        self.exams = {name: Examination(run, split, **options) for name, run in zip(names, runs, strict=True)}
+        self.exams = {
+            name: Examination(
+                run,
+                split,
+                samples=samples,
+                evidence_samples=evidence_samples,
+                seed=seed,
+                train_rows=TRAIN_ROWS,
+                evidence_rows=COMPARED_ROWS,
+            )
+            for name, run in zip(names, runs, strict=True)
+        }
         self.stages = Stages()
 
     @property

@@ -61,6 +61,8 @@ def legible(value: Any) -> Any:
     """Replace control characters and marks that turn the direction of text; newlines stay."""
     if not isinstance(value, str) or isinstance(value, Markup):  # Markup is a macro's own output, cleaned inside
         return value
+    if value.isprintable():  # as pictures are, of a hundred thousand characters each
+        return value
     return "".join(c if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cs", "Cf") else "\ufffd" for c in value)
 
 

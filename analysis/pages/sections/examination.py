@@ -85,10 +85,11 @@ class Examination:
         run: a run with a checkpoint.
         split: the rows that are reported: "train", "validation" or "test".
         samples: samples per datum for the surgery, `SURGERY_DRAWS` at most in all.
-        evidence_samples: importance samples per datum, on at most `EVIDENCE_ROWS` rows.
+        evidence_samples: importance samples per datum.
         gap_steps: steps of the refinement behind the inference gaps; 0 leaves them out.
         seed: seed of all samples.
         train_rows: most training rows of a surgery.
+        evidence_rows: most rows of importance sampling.
     """
 
     def __init__(
@@ -101,11 +102,12 @@ class Examination:
         gap_steps: int = 200,
         seed: int = 0,
         train_rows: int = SURGERY_ROWS["train"],
+        evidence_rows: int = EVIDENCE_ROWS,
     ) -> None:
         self.run, self.pair, self.data = run, run.pair, run.data
         self.split, self.samples, self.evidence_samples, self.seed = split, samples, evidence_samples, seed
         self.gap_steps = gap_steps
-        self.train_rows, self.part = train_rows, run.data.split(split)
+        self.train_rows, self.most_evidence_rows, self.part = train_rows, evidence_rows, run.data.split(split)
         self.missing: dict[str, str] = {}
         """Figures that could not be computed, and why."""
         self.stages = Stages()
@@ -205,7 +207,7 @@ class Examination:
     @cached_property
     def evidence_rows(self) -> ChosenRows:
         """Rows that importance sampling is done on."""
-        return self.some(self.split, EVIDENCE_ROWS)
+        return self.some(self.split, self.most_evidence_rows)
 
     @cached_property
     def evidence(self) -> Evidence | None:
