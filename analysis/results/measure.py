@@ -28,11 +28,19 @@ from pvae.analysis.samples.quality import sample_quality
 from pvae.training.launch import pick_device
 from pvae.util.seeds import subset
 
-TERMS = ("elbo", "reconstruction", "kl", "mutual_information", "marginal_kl", "marginal_kl_upper", "train_gain")
+MEASURED_TERMS = (
+    "elbo",
+    "reconstruction",
+    "kl",
+    "mutual_information",
+    "marginal_kl",
+    "marginal_kl_upper",
+    "train_gain",
+)
 
 
 def fitted(run: Run) -> dict[str, object]:
-    """What the fit was and took, and of which weights and data the figures are."""
+    """Return the settings and duration of the fit, and the identity of its weights and data."""
     status, manifest, train = run.status, run.files.manifest, run.plan.train
     validated = run.metrics.query("split == 'validation'")
     kept = validated.iloc[int(validated["elbo"].argmax()) if train.keep == "best" else -1]
@@ -54,7 +62,7 @@ def anatomy(run: Run, rows: int, train_rows: int) -> dict[str, object]:
     }
     row: dict[str, object] = {}
     for split, s in found.items():
-        for term in TERMS:
+        for term in MEASURED_TERMS:
             figure = getattr(s, term)
             if figure is not None:
                 row |= {f"{split}_{term}": figure.value, f"{split}_{term}_error": figure.standard_error}
@@ -75,7 +83,7 @@ def bounded(run: Run, split: str, rows: int, samples: int) -> tuple[dict[str, ob
 
 
 def sampled(run: Run, draws: int) -> dict[str, object]:
-    """How draws of the prior look beside test data."""
+    """Return the sample quality of the run beside test data."""
     found = sample_quality(run, "test", draws)
     sharp = found.sharpness_of_means
     return {
@@ -181,7 +189,7 @@ def main() -> None:
 
 
 def log_p_of(root: str, row: dict[str, Any]) -> Path:
-    """Where the bound of every test datum is kept, for differences."""
+    """Return the file that keeps the bound of every test datum, for paired differences."""
     name = f"log_p_{row['test_evidence_rows']}_{row['samples']}.safetensors"
     return Path(root) / row["run"] / row["id"] / "analysis" / name
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -19,6 +20,8 @@ from pvae.analysis.decompose.collapse import Collapse, LatentCollapse, alert, co
 from pvae.analysis.decompose.surgery import surgery
 from pvae.analysis.figures.estimate import exact
 from pvae.analysis.pages import plots
+from pvae.analysis.pages.document.document import Document
+from pvae.analysis.pages.document.stages import Stages
 from pvae.analysis.pages.sections import SECTIONS
 from pvae.analysis.pages.sections.anatomy import on_prior
 from pvae.analysis.pages.sections.examination import Examination, some
@@ -276,6 +279,21 @@ def test_pair_that_cannot_be_sampled_loses_sections_only(by_hand, monkeypatch):
     assert numbers_of(by_hand)["missing"]["samples"] == "no <i>way</i>"
     assert "surgery" in headings(by_hand)
     assert "samples" not in headings(by_hand)
+
+
+@of_vae
+def test_the_skeleton_of_a_section_is_a_whole_section():
+    """The code of CONTRIBUTING, as it stands there, makes a section with a sentence, a table and numbers."""
+    text = (Path(__file__).parents[2] / "CONTRIBUTING.md").read_text().split("## Adding a report section")[1]
+    found: dict[str, Any] = {"__name__": "example"}
+    exec(compile(text.split("```python\n")[1].split("```")[0], "CONTRIBUTING.md", "exec"), found)  # noqa: S102 - our own
+    exam = Examination(tiny_run("vae"))
+    page = Document("", "", "", "", {}, Stages().sections({"hardest data": found["section"]}, exam), "")
+    ((name, least), *_) = page.to_dict()["hardest"]
+    assert least == pytest.approx(float(exam.drawn.reconstruction.min()))
+    assert exam.drawn.reconstruction[int(name)] == pytest.approx(least)
+    assert f"The hardest datum of test has a log p(x | z) of {plots.nats(least)} nats." in page.to_html()
+    assert found["section"](Examination(tiny_run("gan"))) is None
 
 
 # ---------------------------------------------------------------------- alerts

@@ -22,7 +22,7 @@ from pvae.runs.run import Run
 PAIRED_SAMPLES = 8
 """Samples per datum behind a paired difference of ELBOs, fewer where there are many data."""
 TRAIN_ROWS = 10_000
-"""Most training rows of a surgery: as many as of test, so that both have the same ceiling log n."""
+"""Largest number of training rows of a surgery: as many as of test, so that both have the same ceiling log n."""
 COMPARED_ROWS = 250
 """Rows of importance sampling: paired by datum, differences need fewer of them than the bound of one run."""
 STRIP = 10

@@ -16,7 +16,7 @@ from pvae.util.types import Array
 
 @style()
 def code_use(name: str, use: CodeUse) -> Figure:
-    """How often each code is used, most used first, above (or beside) the perplexity of every position."""
+    """Draw the proportion of each code, most used first, above the perplexity of every position."""
     perplexity, mapped = np.array(use.perplexity), len(use.grid) == 2
     several = len(perplexity) > 1 or use.share is None
     panels = (use.share is not None) + several

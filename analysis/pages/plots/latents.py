@@ -152,7 +152,7 @@ def _contours(axes: Axes, prior: Array, points: Array) -> None:
 
 
 MARGINALS = 12
-"""Most coordinates whose marginal distributions are shown."""
+"""Largest number of coordinates whose marginal distributions are shown."""
 
 
 @style()

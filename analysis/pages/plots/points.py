@@ -20,7 +20,7 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 LABEL = 36
 """Characters of a label."""
 REACHES = (9, 20, 34, 52, 74, 100, 140, 190)
-"""How far from its point a label may stand, points of 1/72 inch; beyond the second a line leads to it."""
+"""Distances of a label from its point that are tried, in 1/72 inch; beyond the second a line leads to it."""
 TURNS = tuple(math.radians(angle) for angle in (0, 180, 90, 270, 35, 145, 325, 215, 65, 115, 295, 245))
 """In which direction, the first that is free."""
 

@@ -31,7 +31,7 @@ from pvae.analysis.samples.traversal import Traversal
 from pvae.util.types import Array
 
 SHEET = 100
-"""Most pictures on a sheet."""
+"""Largest number of pictures on a sheet."""
 PICTURE = 1.1
 """Largest width of a picture, inches."""
 

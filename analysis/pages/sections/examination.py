@@ -30,7 +30,7 @@ from pvae.util import seeds
 from pvae.util.types import Array
 
 SURGERY_ROWS = {"train": 60_000, "held": 10_000}
-"""Most rows of a surgery: of the training split, and of the split that is reported."""
+"""Largest numbers of rows of a surgery: of the training split, and of the split that is reported."""
 SURGERY_DRAWS = 20_000
 """Samples of a surgery in all: fewer for each datum where there are more data, at least one."""
 EVIDENCE_ROWS = 500

@@ -19,7 +19,7 @@ HOLE = 0.01
 MANY_HOLES = 0.5
 """Proportion of prior samples in holes above which the report gives an alert."""
 ALL_AT_ONCE, PAIR_BY_PAIR = (20_000, 2000), (1000, 500)
-"""Most training rows behind q_agg, and most samples scored under it; fewer where each pair of them runs the guide."""
+"""Largest numbers of training rows behind q_agg and of samples scored: fewer where each pair of them runs the guide."""
 
 
 @dataclass(frozen=True)

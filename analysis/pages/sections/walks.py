@@ -15,7 +15,7 @@ from pvae.analysis.samples.traversal import Traversal, traverse
 from pvae.util import seeds
 
 TRAVERSED_LATENTS = 3
-"""Most latents that are traversed."""
+"""Largest number of latents that are traversed."""
 INTERPOLATED_PAIRS = 4
 """Pairs of data between which is interpolated."""
 
