@@ -95,7 +95,7 @@ def _on_test(exam: Examination, quality: SampleQuality) -> Sentence:
     if p > CHANCE_P_VALUE:
         return Sentence(f"{text}, not better than chance (p = {p:.2g}, {quality.test.held} rows of each kind).")
     known = f"p = {p:.2g}" if p >= SMALLEST_P_VALUE else f"p < {SMALLEST_P_VALUE:g}"
-    return Sentence(f"{text} ({known}; 50 % would be samples of the data distribution).")
+    return Sentence(f"{text} ({known}; 50 % expected for samples of the data distribution).")
 
 
 def _on_fidelity(exam: Examination, f: Fidelity) -> list[Sentence]:
