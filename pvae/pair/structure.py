@@ -34,6 +34,8 @@ PROBABILITIES_AT_ONCE = 2**20
 """Largest number of probabilities of codes in such a batch (8 MiB in float64, of which there are a dozen copies)."""
 PROBED_ROWS = 16
 """Rows on which it is found out which distribution reads which latent."""
+ROUNDING = 8
+"""Change of a log density, in units of its last place, up to which equal rows of one batch may differ."""
 CLEAR_CHANGE = 1e-3
 """Relative change of a log density that is no rounding error; after smaller ones the programs are run again."""
 
@@ -203,22 +205,26 @@ def read_dependencies(pair: Pair, x: Tensor) -> Dependencies:
     """Find which distribution reads which latent by moving one latent at a time: a density that changes reads it.
 
     The rows are put into one batch as often as there are latents, with one latent moved in each copy, so that each
-    program runs once. Where a change is no larger than a rounding error may be, and for random global latents, of
-    which a batch has but one value, the programs run again with that latent moved and all else as it was.
+    program runs once. Where a change is no larger than a rounding error may be, for random global latents, of which a
+    batch has but one value, and for programs that take no batch so large, the programs run again for each latent, with
+    that one moved and all else as it was.
     """
-    layout, rows = pair.layout, x[:PROBED_ROWS]
+    layout, rows = pair.layout, x[torch.arange(PROBED_ROWS, device=x.device) % len(x)]
     latents = (*layout.latents, *pair.structure.model_only)
     random = [name for name in layout.shared if name not in pair.structure.points]
     with quiet(pair, x), Unweighed(), Discretised():
         seeds.set_noise(seeds.mix(0, seeds.ANALYSIS), x.device)
-        copies = _Copies(latents, layout, len(rows))
-        with pair.own_store(), copies:
-            traces = run(pair, rows.repeat(1 + len(latents), *(1,) * (x.dim() - 1)))
+        try:
+            copies, traces = _run_copies(pair, rows, latents)
+        except (ValueError, RuntimeError, IndexError):
+            rows = x[:PROBED_ROWS]
+            copies, traces = _run_copies(pair, rows, ())
         pair.structure.hold(*traces)
         guide, model = (samples(trace) for trace in traces)
-        reads, unclear = _moves(_scores(guide, model, copies.base, layout), latents, len(rows))
-        if again := [*random, *unclear]:
-            base = {name: copies.first(name) for name in latents}
+        nodes = {**model, **guide}
+        base = {name: copies.first(name) if name in copies.base else nodes[name]["value"] for name in latents}
+        reads, unclear = _moves(_scores(guide, model, copies.base or base, layout), [*copies.base], len(rows))
+        if again := [*random, *(unclear if copies.base else latents)]:
             _ask_again(pair, rows, base, {name: guide[name]["value"] for name in layout.shared}, again, reads)
     certain = frozenset(name for name in layout.latents if isinstance(unwrapped(guide[name]["fn"]), Certain))
     return Dependencies(_of_latents("guide", reads, layout), _of_latents("model", reads, layout), certain)
@@ -226,6 +232,13 @@ def read_dependencies(pair: Pair, x: Tensor) -> Dependencies:
 
 Reads = dict[tuple[str, str], set[str]]
 """Names that each ("guide" or "model", latent) reads."""
+
+
+def _run_copies(pair: Pair, rows: Tensor, latents: Sequence[str]) -> tuple[_Copies, tuple[Trace, Trace]]:
+    """Run both programs on the rows, one copy of them, and one more for each latent, which is moved there."""
+    copies = _Copies(latents, pair.layout, len(rows))
+    with pair.own_store(), copies:
+        return copies, run(pair, rows.repeat(2 + len(latents) if latents else 1, *(1,) * (rows.dim() - 1)))
 
 
 def _of_latents(side: str, reads: Reads, layout: Layout) -> dict[str, frozenset[str]]:
@@ -244,7 +257,7 @@ class _Copies(Messenger):
 
     def __init__(self, names: Sequence[str], layout: Layout, rows: int) -> None:
         super().__init__()
-        self.copy = {name: i for i, name in enumerate(names, 1)}
+        self.copy = {name: i for i, name in enumerate(names, 2)}  # after the rows, and a copy where nothing is moved
         self.layout, self.rows = layout, rows
         self.base: dict[str, Tensor] = {}
         self.axis: dict[str, int] = {}
@@ -290,18 +303,22 @@ def _trail(node: Mapping[str, Any], value: Tensor, layout: Layout) -> Tensor:
 def _moves(scores: Mapping[tuple[str, str], Tensor], latents: Sequence[str], rows: int) -> tuple[Reads, list[str]]:
     """Return what each distribution reads, and the latents of which that is unclear, from the scores of all copies."""
     reads: Reads = {}
-    unclear = set()
+    unclear: set[str] = set()
     for (side, name), score in scores.items():
         first, *others = score.split(rows)
-        changed = {z for z, other in zip(latents, others, strict=True) if z != name and not torch.equal(other, first)}
-        reads[side, name] = changed
-        unclear |= {z for z in changed if not _is_clear(first, others[latents.index(z)])}
+        copies = dict(zip(["", *latents] if latents else [], others, strict=True))
+        rounding = ROUNDING * torch.finfo(first.dtype).eps if first.is_floating_point() else 0.0
+        noisy = bool(latents) and _differ(first, copies[""], CLEAR_CHANGE)  # noise is drawn that no site shows
+        reads[side, name] = {z for z in latents if z != name and _differ(first, copies[z], rounding)}
+        unclear |= {z for z in reads[side, name] if noisy or not _differ(first, copies[z], CLEAR_CHANGE)}
     return reads, sorted(unclear)
 
 
-def _is_clear(first: Tensor, other: Tensor) -> bool:
+def _differ(first: Tensor, other: Tensor, relative: float) -> bool:
+    """Return whether a score changes by more than a proportion of itself; infinite ones, where they change at all."""
     change = (other - first).double().abs()
-    return bool((change > CLEAR_CHANGE * (1 + first.double().abs())).any())
+    same = (other == first) | (change <= relative * (1 + first.double().abs()))
+    return not bool(same.all())
 
 
 def _ask_again(

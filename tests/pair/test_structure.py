@@ -148,6 +148,43 @@ def test_a_site_of_the_model_alone_stands_for_what_it_reads():
     assert found.guide_roots == {"a", "b"}
 
 
+def test_a_plate_that_takes_no_more_rows_than_the_data_has():
+    """The copies of the rows would not fit into the plate: latents are moved in runs of their own."""
+
+    def model(x):
+        with pyro.plate("data", 20, subsample_size=len(x)):
+            b = pyro.sample("b", dist.Normal(0 * x, 1.0).to_event(1))
+            a = pyro.sample("a", dist.Normal(b, 1.0).to_event(1))
+            pyro.sample("x", dist.Normal(a, 1.0).to_event(1), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", 20, subsample_size=len(x)):
+            a = pyro.sample("a", dist.Normal(pyro.param("slope", torch.tensor(0.5)) * x, 1.0).to_event(1))
+            pyro.sample("b", dist.Normal(a, 1.0).to_event(1))
+
+    found = Pair(model, guide).adopt(X).dependencies(X)
+    assert found.guide == {"a": set(), "b": {"a"}}
+    assert found.model == {"a": {"b"}, "b": set()}
+
+
+def test_noise_that_no_site_shows_is_no_dependency():
+    """The points differ from row to row, but stay where a latent is moved and the noise is the same."""
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            a, b = (pyro.sample(name, dist.Normal(0 * x, 1.0).to_event(1)) for name in "ab")
+            pyro.sample("x", dist.Normal(a + b, 1.0).to_event(1), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            for name in "ab":
+                slope = pyro.param(f"slope of {name}", torch.tensor(0.5))
+                pyro.sample(name, dist.Delta(slope * x + torch.randn_like(x)).to_event(1))
+
+    found = Pair(model, guide).adopt(X).dependencies(X)
+    assert found.guide_roots == found.model_roots == {"a", "b"}
+
+
 def test_dependencies_are_kept_until_the_weights_change():
     pair = levels().adopt(X)
     first = pair.dependencies(X)
