@@ -18,11 +18,10 @@ from torch.utils.data import Dataset as TorchDataset
 
 from pvae.component import from_table
 from pvae.data.rows.arrays import AnyArray, Stored
-from pvae.data.rows.files import require_room
 from pvae.data.rows.prepare import extremes, prepare, scaled
-from pvae.data.rows.rows import SPLITS, Part, Rows, joined, partition, reshape, shared_rows
+from pvae.data.rows.rows import SPLITS, Part, Rows, partition, reshape, shared_rows
 from pvae.data.sources.base import Data
-from pvae.data.sources.python import TensorSource, anndata_rows, as_array, is_anndata, torch_rows
+from pvae.data.sources.python import TensorSource, anndata_rows, is_anndata, tensor_rows, torch_rows
 from pvae.data.sources.tabular import FrameSource
 from pvae.data.split import Split
 from pvae.data.streamed import Streamed, streams
@@ -135,10 +134,9 @@ class Dataset:
         """
         declared = declared or TensorSource()
         _refuse_splits(declared, validation, test)
-        given = {"train": (x, y)}
-        given |= {name: _pair(part) for name, part in (("validation", validation), ("test", test)) if part is not None}
-        arrays = {name: _arrays(a, b, name) for name, (a, b) in given.items()}
-        return _assembled(declared, joined(arrays, declared.split_seed, label_names))
+        given = {"train": (x, y), "validation": validation, "test": test}
+        held = {name: part for name, part in given.items() if part is not None}
+        return _assembled(declared, tensor_rows(held, declared.split_seed, label_names))
 
     @classmethod
     def from_torch(
@@ -337,17 +335,6 @@ def _shared(x: AnyArray, parts: dict[str, Part]) -> list[str]:
 
 def _declared_frame(raw: Mapping[str, Any]) -> FrameSource:
     return from_table(FrameSource, raw, "from_frame")
-
-
-def _pair(part: Any) -> tuple[Any, Any]:
-    return part if isinstance(part, tuple) and len(part) == 2 else (part, None)
-
-
-def _arrays(x: Any, y: Any, name: str) -> tuple[AnyArray, Array | None]:
-    array = as_array(x, name)
-    if isinstance(array, np.ndarray):
-        require_room(array.shape, array.dtype, name, "Pass a torch Dataset and stream=True to Dataset.from_torch.")
-    return array, None if y is None else np.asarray(as_array(y, name))
 
 
 def _refuse_splits(declared: TensorSource, *passed: Any) -> None:

@@ -69,6 +69,22 @@ def is_bare(data: Any) -> bool:
     return not isinstance(data, TorchDataset) and not is_anndata(data) and np.ndim(data) == 1
 
 
+def tensor_rows(given: Mapping[str, Any], seed: int, label_names: Sequence[str] | None) -> Rows:
+    """Return the rows of tensors or arrays, x or a tuple (x, y) for each split that is given.
+
+    Raises:
+        DataError: they are no arrays, or too large for memory; see `joined`.
+    """
+    arrays: dict[str, tuple[AnyArray, Array | None]] = {}
+    for name, part in given.items():
+        x, y = part if isinstance(part, tuple) and len(part) == 2 else (part, None)
+        array = as_array(x, name)
+        if isinstance(array, np.ndarray):
+            require_room(array.shape, array.dtype, name, "Pass a torch Dataset and stream=True to Dataset.from_torch.")
+        arrays[name] = array, None if y is None else np.asarray(as_array(y, name))
+    return joined(arrays, seed, label_names)
+
+
 # torch
 
 
