@@ -23,7 +23,7 @@ PAIRED_SAMPLES = 8
 """Samples per datum behind a paired difference of ELBOs, fewer where there are many data."""
 TRAIN_ROWS = 10_000
 """Largest number of training rows of a surgery: as many as of test, so that both have the same ceiling log n."""
-COMPARED_ROWS = 250
+PAIRED_EVIDENCE_ROWS = 250
 """Rows of importance sampling: paired by datum, differences need fewer of them than the bound of one run."""
 STRIP = 10
 """Samples of each run that are shown."""
@@ -63,7 +63,7 @@ class Comparison:
                 evidence_samples=evidence_samples,
                 seed=seed,
                 train_rows=TRAIN_ROWS,
-                evidence_rows=COMPARED_ROWS,
+                evidence_rows=PAIRED_EVIDENCE_ROWS,
             )
             for name, run in zip(names, runs, strict=True)
         }

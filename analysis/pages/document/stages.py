@@ -9,7 +9,7 @@ from pvae.analysis.pages.document.blocks import PageSection
 from pvae.util.progress import StageProgress, silent
 
 T = TypeVar("T")
-STEPS = 100
+STAGE_UNITS = 100
 """Units of progress of one stage."""
 
 
@@ -47,7 +47,7 @@ class Stages:
         return report
 
     def _tell(self, inside: float, what: str) -> None:
-        self.on_progress(STEPS * max(self.done, 0) + int(STEPS * inside), STEPS * self.total, what)
+        self.on_progress(STAGE_UNITS * max(self.done, 0) + int(STAGE_UNITS * inside), STAGE_UNITS * self.total, what)
 
     def sections(self, table: Mapping[str, Callable[[T], PageSection | None]], subject: T) -> tuple[PageSection, ...]:
         """Make every section of a page of `subject`, a stage each; sections that mean nothing here give None."""
