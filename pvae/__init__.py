@@ -29,12 +29,12 @@ _HOMES = {
     "Pair": "pvae.pair.pair",
     "PvaeError": "pvae.errors",
     "Run": "pvae.runs.run",
-    "Study": "pvae.studies",
+    "Study": "pvae.studies.study",
     "clean": "pvae.upkeep.clean",
     "fit": "pvae.training.fit",
     "refit": "pvae.training.refit",
     "resume": "pvae.training.resume",
-    "study": "pvae.studies",
+    "study": "pvae.studies.study",
     "verify": "pvae.upkeep.verify",
 }
 _ROOMS = ("analysis", "data", "guides", "models")
