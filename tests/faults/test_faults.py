@@ -36,6 +36,7 @@ from pvae.training import epochs, loop
 from pvae.training.trainer import Trainer
 from pvae.util import files, memory
 from tests.cli_runner import TINY, run_cli
+from tests.faults.conftest import FEW_ROWS
 from tests.faults.injected import ASLEEP, disk_full, without_naps
 from tests.runs_shared import assert_same, fit, tiny
 from tests.training.pairs import Fragile as TwoNumbers
@@ -44,7 +45,7 @@ from tests.training.pairs import fit_pair
 TESTS = Path(__file__).parents[1]
 CALM = {"epochs": 2, "checkpoint_seconds": 1000.0}
 """22 steps, and a checkpoint at the start and at the end alone."""
-FEW = {"epochs": 6, "batch_size": 1000}
+FEW = {"epochs": 6, "batch_size": 1000, "checkpoint_seconds": 0.0}
 """Six steps, each an epoch with a checkpoint."""
 
 
@@ -356,7 +357,7 @@ def test_what_fits_is_built_as_ever_though_it_is_large(monkeypatch: pytest.Monke
     """FAULTS 45: counting first changes no weight."""
     experiment = Experiment.load("vae")
     plain = experiment.build((1, 8, 8)).state_dict()
-    monkeypatch.setattr(memory, "LARGE", 1000)
+    monkeypatch.setattr(memory, "COUNTED_BYTES", 1000)
     assert_same(dict(plain), dict(experiment.build((1, 8, 8)).state_dict()))
 
 
@@ -432,10 +433,10 @@ def test_printable_keeps_what_people_write() -> None:
 def test_no_home_no_terminal_no_locale_no_temporary_folder_no_warning(tmp_path: Path) -> None:
     """FAULTS 42: it works, under `python -W error` too. (In /proc nobody can make a folder, not even root.)"""
     nowhere = "/proc/nowhere"
-    environment = {"PATH": os.environ["PATH"], "PYTHONPATH": str(TESTS.parent), "LC_ALL": "C", "OMP_NUM_THREADS": "2"}
+    environment = {"PATH": os.environ["PATH"], "PYTHONPATH": str(TESTS.parent), "LC_ALL": "C", "OMP_NUM_THREADS": "1"}
     environment |= dict.fromkeys(("HOME", "XDG_CACHE_HOME", "XDG_CONFIG_HOME", "TMPDIR"), nowhere)
     environment |= {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0", "MPLCONFIGDIR": os.environ["MPLCONFIGDIR"]}
-    fitting = ["fit", "vae", *TINY, "train.epochs=1", "name=naïve 🙂", "--run-dir", "runs"]
+    fitting = ["fit", "vae", *TINY, *FEW_ROWS, "train.epochs=1", "name=naïve 🙂", "--run-dir", "runs"]
     script = "import sys\nfrom pvae import cli\nfor command in COMMANDS:\n    sys.argv = ['pvae', *command]\n    try:\n"
     script += "        cli.main()\n    except SystemExit as end:\n        assert end.code == 0, (command, end.code)\n"
     hasty = ["--evidence-samples", "10", "--gap-steps", "5"]

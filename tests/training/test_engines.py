@@ -87,17 +87,12 @@ def test_fast_step_equals_the_eager_one_while_beta_and_lr_change() -> None:
         assert torch.allclose(a, b, rtol=1e-3, atol=2e-5), name
 
 
+SLOW_TO_COMPILE = ["iwae on two levels", "grey values", "mixture prior", "full rank", "real nvp"]
+
+
 @pytest.mark.parametrize(
     "case",
-    [
-        "iwae on two levels",
-        "iwae of scored bits",
-        "grey values",
-        "mixture prior",
-        "pseudo-inputs",
-        "full rank",
-        "real nvp",
-    ],
+    ["iwae of scored bits", "pseudo-inputs", *(pytest.param(case, marks=pytest.mark.slow) for case in SLOW_TO_COMPILE)],
 )
 def test_other_kinds_compile_to_the_same_numbers(case: str) -> None:
     """`compile_forward` itself compares value and gradient with the eager program's."""
