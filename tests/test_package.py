@@ -5,8 +5,10 @@ import importlib
 import inspect
 import json
 import pkgutil
+import re
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator, Set
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -131,6 +133,40 @@ def test_rooms_import_one_way():
     other_side = {"models": "guides", "guides": "models"}
     for room, others in rooms.items():
         assert other_side.get(room.split(".")[1]) not in {other.split(".")[1] for other in others}, room
+
+
+RIDDLES = re.compile(r"(What|Whether|Of|How|Whence|Most|Where)\b")
+
+
+def sources() -> Iterator[tuple[Path, ast.Module]]:
+    """Every Python file of the package, read."""
+    for path in sorted(walk(ROOT / "pvae")):
+        yield path, ast.parse(path.read_text())
+
+
+def test_no_folder_and_no_file_grows_too_large():
+    files = [path for path, _ in sources()]
+    folders = Counter(path.parent for path in files if path.stem not in ("__init__", "__main__"))
+    assert {str(folder): count for folder, count in folders.items() if count > 15} == {}
+    lines = {str(path): len(path.read_text().splitlines()) for path in files}
+    assert {path: count for path, count in lines.items() if count > 350} == {}
+    assert len(files) > 200
+
+
+def test_a_class_name_stands_for_one_class():
+    names = Counter(node.name for _, tree in sources() for node in ast.walk(tree) if isinstance(node, ast.ClassDef))
+    assert {name: count for name, count in names.items() if count > 1} == {}
+
+
+def test_a_docstring_opens_with_a_verb_or_a_noun():
+    found = [
+        f"{path}: {first}"
+        for path, tree in sources()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
+        and RIDDLES.match(first := (ast.get_docstring(node) or "").partition("\n")[0])
+    ]
+    assert found == []
 
 
 def methods() -> Iterator[tuple[str, type, Any]]:

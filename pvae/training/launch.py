@@ -111,7 +111,7 @@ def recorder(plan: Plan) -> Record | None:
     """Return the surgery that `analysis.every` asks for; imported late, because it brings plots and tables with it."""
     if not plan.analysis.every:
         return None
-    from pvae.analysis.decompose.history import record
+    from pvae.analysis.decompose.surgery import record
 
     return record
 

@@ -230,7 +230,7 @@ def test_a_pair_that_cannot_be_analysed_is_fitted_all_the_same(tmp_path, monkeyp
     def refuse(*_):
         raise DataError("surgery: expected something else")
 
-    monkeypatch.setattr("pvae.analysis.decompose.history.surgery", lambda *_, **__: refuse())
+    monkeypatch.setattr("pvae.analysis.decompose.surgery.surgery", lambda *_, **__: refuse())
     run = pvae.fit("vae", "train.epochs=3", "analysis.every=1", *QUICK, run_dir=tmp_path, progress=False)
     assert run.status["state"] == "finished"
     told = [event for event in run.files.events() if event["kind"] == "analysis"]

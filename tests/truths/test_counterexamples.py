@@ -36,7 +36,9 @@ def test_likelihoods_are_exact():
     x = torch.from_numpy(digits(None)[0])
     train, test = x[:1000], x[1350:]
     ppca = FactorNormal(train, 10)
-    assert ppca.log_prob(train).mean().item() == pytest.approx(18.688612, abs=1e-5)  # TRUTHS: PPCA of these rows
+    assert ppca.log_prob(train).mean().item() == pytest.approx(
+        18.688612, abs=1e-5
+    )  # PPCA of these rows, in closed form
     assert ppca.log_prob(test).mean().item() == pytest.approx(15.5197, abs=1e-4)
     law = probabilistic_pca(train.numpy(), 10)
     assert ppca.log_prob(test).numpy() == pytest.approx(law.log_p(test.numpy()), abs=1e-8)
