@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 from pvae import Experiment
+from tests.test_package import arrows
 
 ROOT = Path(__file__).parents[1]
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text()
@@ -21,6 +22,15 @@ def test_every_room_is_drawn():
             if folder.parent in (ROOT, ROOT / "pvae"):
                 assert re.search(rf"^{name}[/, ]", drawn, re.M), name
             elif folder.parent.parent == ROOT or folder.parent.parent == ROOT / "pvae":
-                line = re.search(rf"^{name.rpartition('/')[0]}/.*", drawn, re.M)
-                assert line is not None, name
-                assert f"{folder.name}/" in line[0], name
+                part = re.search(rf"^{name.rpartition('/')[0]}/.*(\n  .*)*", drawn, re.M)
+                assert part is not None, name
+                assert f"{folder.name}/" in part[0], name
+
+
+def test_rooms_import_from_those_drawn_above_them():
+    drawn = CONTRIBUTING.split("## The rooms")[1].split("```")[1]
+    order = [name.removesuffix(".py") for name in re.findall(r"^(?:pvae/)?(\w+(?:\.py)?)", drawn, re.M)]
+    for room, others in arrows().items():
+        for other in others:
+            below, above = room.split(".")[1], other.split(".")[1]
+            assert order.index(above) <= order.index(below), f"{room} imports from {other}, which is drawn below it"

@@ -42,7 +42,7 @@ def test_the_table_is_complete():
     }
     posteriors = (engine.latent["posterior"] for engine in ENGINES.values())
     found = {one if isinstance(one, str) else one["kind"] for one in posteriors}
-    assert found | {"exact"} == shipped  # exact: tests/test_em.py
+    assert found | {"exact"} == shipped  # exact: tests/objectives/test_em.py
 
 
 @every_engine

@@ -119,7 +119,7 @@ def channels(h: torch.Tensor, module: LikelihoodModule) -> Array:
 def test_table_is_complete():
     shipped = {kind for kind, member in Likelihood.members.items() if member.__module__.startswith("pvae.")}
     elsewhere = {"determined", "rounded"}  # no densities; their laws: tests/guides/test_flow_vae.py
-    elsewhere |= {"columns"}  # of a declared table: tests/test_tables.py
+    elsewhere |= {"columns"}  # of a declared table: tests/data/test_tables.py
     assert {row.likelihood.kind for row in ROWS.values()} == shipped - elsewhere
 
 
