@@ -1,1 +1,1 @@
-"""Reports and comparisons as pages."""
+"""HTML pages: the report of one run, and the comparison of several."""

@@ -1,4 +1,4 @@
-"""Several runs side by side, on the same data: one HTML file like a run's report, with a column for each run."""
+"""Comparison of several runs on the same data: one HTML file like a run's report, with a column for each run."""
 
 from __future__ import annotations
 
@@ -31,28 +31,28 @@ def compare(
     figures: bool = False,
     on_progress: StageProgress = silent,
 ) -> Path:
-    """Compare runs on the same rows; writes `index.html`, `report.json` and `tables/*.csv` into a folder.
+    """Compare runs on the same rows of data; write `index.html`, `report.json` and `tables/*.csv` into a folder.
 
     Arguments:
-        runs: at least two, on the same data, prepared alike; the first is the reference of paired differences.
-        out: the folder, made if it is not there.
-        names: names of the runs on the page; default: their own, with their ids where two share one.
-        groups: runs of one group differ in their seeds only: figures are then also averaged over each group.
+        runs: at least two runs on the same data, prepared alike; the first is the reference of paired differences.
+        out: folder of the page; it is created if it does not exist.
+        names: names of the runs on the page; by default their own, with the run's id if two runs share a name.
+        groups: group of each run. Runs of one group differ only in their seeds: metrics are averaged over each group.
         title: title of the page.
         description: text below the title.
-        split: "train", "validation" or "test".
-        samples: samples per datum for the surgeries.
+        split: rows that the models are compared on: "train", "validation" or "test".
+        samples: posterior samples per datum for the ELBO surgery of each run.
         evidence_samples: importance samples per datum, on at most 250 rows.
-        seed: seed of rows and samples, the same for all runs.
-        figures: also write every picture.
-        on_progress: called with (units done, units in all, what comes next).
+        seed: seed of the chosen rows and of all samples, the same for all runs.
+        figures: also write each picture as `figures/*.png`.
+        on_progress: called with (units done, total units, name of the present stage).
 
     Returns:
-        The path of the HTML file. An earlier page stays whole until this one is written.
+        The path of the HTML file. An earlier page in the folder is replaced only when this one is complete.
 
     Raises:
-        DataError: fewer than two runs, or runs whose figures cannot be compared: other data, binarisation or
-            covariates.
+        DataError: there are fewer than two runs, or their ELBOs cannot be compared, because they differ in the data,
+            the binarisation or the covariates.
 
     Example:
         ```python
@@ -67,9 +67,9 @@ def compare(
 
 
 def examine(found: Comparison, title: str, description: str, on_progress: StageProgress = silent) -> Document:
-    """Compute everything that a comparison says."""
+    """Return the page of a comparison, with all its numbers, tables and pictures computed."""
     found.stages = Stages(len(found.names) + len(COMPARISON_SECTIONS), on_progress)
-    _ = found.figures  # measures run after run
+    _ = found.figures  # computes the metrics of every run, one run after the other
     runs = {name: {"name": exam.run.name, "id": exam.run.path.name} for name, exam in found.exams.items()}
     return Document(
         kicker="pvae comparison",

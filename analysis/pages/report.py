@@ -1,4 +1,4 @@
-"""The report of a run: one self-contained HTML file, with every number beside it in JSON and CSV."""
+"""Report of a run: one self-contained HTML file, with all its numbers in JSON and CSV files beside it."""
 
 from __future__ import annotations
 
@@ -27,20 +27,22 @@ def report(
     figures: bool = False,
     on_progress: StageProgress = silent,
 ) -> Path:
-    """Write `report/` of a run: `index.html`, `report.json`, `tables/*.csv`; twice the same, byte for byte.
+    """Write the report of a run into its folder `report/`: `index.html`, `report.json` and `tables/*.csv`.
+
+    A second call with the same arguments writes the same bytes.
 
     Arguments:
         run: a run with a checkpoint.
-        split: the rows that are reported: "train", "validation" or "test".
-        samples: samples per datum for the surgery, 20 000 at most in all.
+        split: split that the report describes: "train", "validation" or "test".
+        samples: posterior samples per datum for the ELBO surgery; fewer if they would exceed 20 000 in total.
         evidence_samples: importance samples per datum, on at most 500 rows.
-        gap_steps: steps of the refinement of q(z | x), datum by datum, on 50 rows; 0 leaves the inference gaps out.
+        gap_steps: optimisation steps that refine q(z | x) for each of 50 rows; 0 omits the inference gaps.
         seed: seed of all samples.
-        figures: also write every picture, `figures/*.png`.
-        on_progress: called with (units done, units in all, what comes next).
+        figures: also write each picture as `figures/*.png`.
+        on_progress: called with (units done, total units, name of the present stage).
 
     Returns:
-        The path of the HTML file. An earlier report stays whole until this one is written.
+        The path of the HTML file. An earlier report is replaced only when this one is complete.
 
     Raises:
         PvaeError: the run has no checkpoint or no data, or a file cannot be written.
@@ -56,7 +58,7 @@ def report(
 
 
 def examine(exam: Examination, on_progress: StageProgress = silent) -> Document:
-    """Compute everything that a report says."""
+    """Return the report of a run as a page, with all its numbers, tables and pictures computed."""
     exam.stages = Stages(len(SECTIONS), on_progress)
     run = exam.run
     started = run.files.manifest.get("started")

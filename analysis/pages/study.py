@@ -1,4 +1,4 @@
-"""Figures of the finished runs of a study, kept in each run's folder, and the tables made of them."""
+"""Metrics of the finished runs of a study, cached in each run's folder, and the tables of a study."""
 
 from __future__ import annotations
 
@@ -28,36 +28,36 @@ if TYPE_CHECKING:
 STUDY_FILE = "study.json"
 STUDY_SCHEMA = 1
 STUDY_FIGURES = (*SURGERY_TERMS, "iwae", *(f"train_{term}" for term in SURGERY_TERMS), "seconds")
-"""The figures of a run: of the test split, of the training split, and the seconds of training."""
+"""Names of the metrics of a run: ELBO terms and IWAE of the test split, ELBO terms of train, seconds of training."""
 TERMINAL_FIGURES = {
     "elbo": "ELBO", "mutual_information": "I_q", "marginal_kl": "marginal KL",
     "train_marginal_kl": "marginal KL, train", "iwae": "IWAE",
 }  # fmt: skip
-"""The figures that a terminal has room for."""
+"""Metrics shown in the terminal table of a study: column title by name of the metric."""
 RUN_COLUMNS = ("case", "seed", "stage")
 
 
-# ---------------------------------------------------------------------- figures of one run
+# ---------------------------------------------------------------------- metrics of one run
 
 
 def figures(run: Run, measure: Measure, *, on_progress: Progress = silent) -> dict[str, Any]:
-    """Return the figures of a finished run, measured once and kept in `analysis/study.json` of its folder.
+    """Return the metrics of a finished run, from its `analysis/study.json` or, if this is not valid, computed anew.
 
-    The kept figures belong to one checkpoint and one `measure`; for others they are measured again.
+    The file is valid for one checkpoint and one `measure`; newly computed metrics replace it.
 
     Arguments:
         run: a finished run.
-        measure: samples, importance samples and rows.
-        on_progress: called with (parts done, parts in all).
+        measure: numbers of posterior samples, of importance samples and of rows.
+        on_progress: called with (parts done, total parts).
 
     Returns:
-        `test` and `train`: estimates by term, nats per datum, as `Estimate.to_dict` has them, None where a term is not
-        defined; `iwae`, a lower bound of the mean log p(x) of test, or None; `seconds` of training; `notes` on what
-        could not be measured.
+        A dict. `test` and `train` map each term of the ELBO surgery to an estimate in nats per datum (the dict of
+        `Estimate.to_dict`), or to None if it is undefined; `iwae` is a lower bound of the mean log p(x) of the test
+        split, or None; `seconds` is the training time; `notes` lists the errors of metrics that failed.
 
     Raises:
-        DataError: the data are missing, or others than those of the fit.
-        CheckpointError: there is none that verifies.
+        DataError: the data are missing, or differ from those of the fit.
+        CheckpointError: the run has no valid checkpoint.
     """
     found = kept(run.files, measure)
     if found is not None:
@@ -69,7 +69,7 @@ def figures(run: Run, measure: Measure, *, on_progress: Progress = silent) -> di
 
 
 def kept(files: RunDirectory, measure: Measure) -> dict[str, Any] | None:
-    """Return the kept figures of a run; None where they have not been measured, or are damaged."""
+    """Return the cached metrics of a run; None if missing, damaged, or of another checkpoint or `measure`."""
     try:
         table = read_object(files.path / "analysis", STUDY_FILE)
         found = table.get("figures")
@@ -81,7 +81,7 @@ def kept(files: RunDirectory, measure: Measure) -> dict[str, Any] | None:
 
 
 def _key(files: RunDirectory, measure: Measure) -> dict[str, Any]:
-    """Identity of the figures: the newest checkpoint, by the digest of its manifest, and the settings."""
+    """Return the key of cached metrics: SHA-256 of the newest checkpoint's manifest, and the fields of `measure`."""
     newest = checkpoint.newest_first(files.path / "checkpoints")
     if not newest:
         raise CheckpointError(f"{files.path}: expected a checkpoint; got none. Fit the run anew.")
@@ -94,19 +94,19 @@ def _measured(run: Run, measure: Measure, on_progress: Progress) -> dict[str, An
     found: dict[str, Any] = {"iwae": None, "seconds": seconds, "notes": []}
     for i, split in enumerate(("test", "train")):
         part = run.data.split(split)
-        most = measure.rows or affordable(len(part), tuple(part.rows.shape[1:]))  # of streamed data, what memory holds
+        most = measure.rows or affordable(len(part), tuple(part.rows.shape[1:]))  # no more than fit into memory
         x = part.rows[seeds.subset(len(part), most, 0).to(part.rows.device)]
         found[split] = dict.fromkeys(SURGERY_TERMS)
         try:
             parts = surgery(run.pair, x, samples=measure.samples)
             found[split] = {term: _plain(getattr(parts, term)) for term in SURGERY_TERMS}
-        except DataError as problem:  # a generator without a likelihood has no ELBO
+        except DataError as problem:  # a model without a likelihood has no ELBO
             found["notes"].append(f"{split}: {problem}")
         on_progress(i + 1, 3)
         if split == "test" and measure.evidence:
             try:
                 found["iwae"] = _plain(evidence(run.pair, x, measure.evidence).iwae)
-            except DataError as problem:  # points bound nothing
+            except DataError as problem:  # delta posteriors give no bound on log p(x)
                 found["notes"].append(f"iwae: {problem}")
     on_progress(3, 3)
     return found
@@ -116,11 +116,14 @@ def _plain(figure: Any) -> dict[str, Any] | None:
     return None if figure is None else figure.to_dict()
 
 
-# ---------------------------------------------------------------------- tables of many
+# ---------------------------------------------------------------------- tables of many runs
 
 
 def row_of(found: Mapping[str, Any]) -> dict[str, float]:
-    """Return the figures of a run as one row: `STUDY_FIGURES` and their Monte Carlo errors `<figure>_error`, or NaN."""
+    """Return the metrics of a run as one row: `STUDY_FIGURES` and their Monte Carlo standard errors, NaN if unknown.
+
+    The key of an error is `<metric>_error`; the seconds of training have none.
+    """
     named = {**found["test"], "iwae": found.get("iwae"), **{f"train_{k}": v for k, v in found["train"].items()}}
     row: dict[str, float] = {}
     for name in STUDY_FIGURES[:-1]:
@@ -136,7 +139,7 @@ def _number(value: object) -> float:
 
 
 def frame(rows: Sequence[Mapping[str, Any]]) -> pandas.DataFrame:
-    """Return one row per run: case, seed, stage, its settings, its figures, its folder."""
+    """Return a data frame with one row per run: case, seed, stage, settings, metrics with errors, folder of the run."""
     import pandas
 
     errors = [column for name in STUDY_FIGURES[:-1] for column in (name, f"{name}_error")]
@@ -146,15 +149,15 @@ def frame(rows: Sequence[Mapping[str, Any]]) -> pandas.DataFrame:
 
 
 def csv(found: pandas.DataFrame) -> str:
-    """Return a table as CSV, with text that a spreadsheet would take for a formula quoted."""
+    """Return a data frame as CSV text; cells that a spreadsheet would evaluate as a formula are escaped."""
     return str(found.map(cell).rename(columns=cell).to_csv(index=False))
 
 
 def summary(runs: pandas.DataFrame) -> pandas.DataFrame:
-    """Return one row per case and stage, in the order of `frame`: mean and standard error of each figure over seeds.
+    """Return mean and standard error of each metric over seeds: one row per case and stage, in the order of `frame`.
 
-    `seeds` counts the runs; `<figure>_error` is the sample deviation over seeds by the root of their number, NaN for
-    one seed. It tells how far fits differ, not the Monte Carlo error of one.
+    `seeds` is the number of runs n; `<metric>_error` is the sample standard deviation over seeds divided by sqrt(n), or
+    NaN for one seed. It measures the variation between fits, not the Monte Carlo error of one fit.
     """
     groups = runs.groupby(["case", "stage"], sort=False)[list(STUDY_FIGURES)]
     means, errors = groups.mean(), groups.sem().add_suffix("_error")
@@ -164,7 +167,7 @@ def summary(runs: pandas.DataFrame) -> pandas.DataFrame:
 
 
 def table(means: pandas.DataFrame, title: str) -> Table:
-    """Return a summary for terminals: mean and standard error over seeds, nats per datum."""
+    """Return a `summary` as a rich table for the terminal: mean ± standard error over seeds, nats per datum."""
     from rich.table import Table
     from rich.text import Text
 

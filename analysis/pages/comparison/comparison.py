@@ -1,4 +1,4 @@
-"""Runs under comparison: everything that the sections of the page read, computed once."""
+"""Results of the runs of a comparison, computed once and shared by all sections of the page."""
 
 from __future__ import annotations
 
@@ -20,17 +20,20 @@ from pvae.errors import DataError
 from pvae.runs.run import Run
 
 PAIRED_SAMPLES = 8
-"""Samples per datum behind a paired difference of ELBOs, fewer where there are many data."""
+"""Posterior samples per datum for paired differences of ELBOs; fewer if there are many data."""
 TRAIN_ROWS = 10_000
-"""Largest number of training rows of a surgery: as many as of test, so that both have the same ceiling log n."""
+"""Largest number of training rows of an ELBO surgery, the same as of test rows.
+
+The mutual information of both splits then has the same upper limit log n.
+"""
 PAIRED_EVIDENCE_ROWS = 250
-"""Rows of importance sampling: paired by datum, differences need fewer of them than the bound of one run."""
+"""Largest number of rows for importance sampling; paired differences need fewer rows than the bound of one run."""
 STRIP = 10
-"""Samples of each run that are shown."""
+"""Number of samples of each run that the page shows."""
 
 
 class Comparison:
-    """Runs under comparison, by name; the first is the reference."""
+    """Runs of a comparison by name, with their results computed on first use; the first run is the reference."""
 
     def __init__(
         self,
@@ -53,7 +56,7 @@ class Comparison:
         for run in runs[1:]:
             require_alike(runs[0], run)
             if not _has_covariates(run) and not _has_covariates(runs[0]):
-                run.__dict__["data"] = runs[0].data  # the same by its fingerprint, and held once
+                run.__dict__["data"] = runs[0].data  # the same data by fingerprint: keep one copy in memory
         self.split, self.groups = split, groups
         self.exams = {
             name: Examination(
@@ -71,22 +74,22 @@ class Comparison:
 
     @property
     def names(self) -> list[str]:
-        """Names of the runs."""
+        """Names of the runs on the page, in order."""
         return list(self.exams)
 
     @property
     def first(self) -> Examination:
-        """The first run."""
+        """Results of the first run, the reference."""
         return next(iter(self.exams.values()))
 
     @cached_property
     def scored(self) -> dict[str, Examination]:
-        """Runs with a likelihood."""
+        """Results of the runs whose model has a likelihood, and so an ELBO, by name."""
         return {name: exam for name, exam in self.exams.items() if not exam.implicit}
 
     @cached_property
     def elbos(self) -> dict[str, Tensor]:
-        """ELBO of every row, by run."""
+        """Estimated ELBO of every row of the split, `(n,)`, nats, by name of the run."""
         return {
             name: elbos(exam.pair, exam.x, draws(PAIRED_SAMPLES, len(exam.x)), exam.seed)
             for name, exam in self.scored.items()
@@ -94,23 +97,23 @@ class Comparison:
 
     @cached_property
     def log_p(self) -> dict[str, Tensor]:
-        """Bound on log p(x) of some rows, by run; runs without one are left out."""
+        """Importance-weighted bound on log p(x) of a subset of rows, `(m,)`, nats, by name of the runs that have one."""
         found = {name: exam.evidence for name, exam in self.scored.items()}
         return {name: bound.log_p for name, bound in found.items() if bound is not None}
 
     @cached_property
     def all_bounded(self) -> bool:
-        """True if every run with a likelihood has a bound on log p(x), so that these are compared and not ELBOs."""
+        """True if every run with a likelihood has a bound on log p(x), which then ranks the runs in place of the ELBO."""
         return len(self.log_p) == len(self.scored)
 
     @property
     def quality(self) -> dict[str, SampleQuality]:
-        """Quality of the samples of each run, in one space of features."""
+        """Sample quality by run, all in the feature space of the first run; runs without it are absent."""
         return {name: found for name, (_, found) in self._measured.items() if found is not None}
 
     @property
     def figures(self) -> dict[str, dict[str, Value]]:
-        """Figures of each run that fit into one row."""
+        """Scalar metrics of each run for the overview table, by run and by metric."""
         return {name: row for name, (row, _) in self._measured.items()}
 
     @cached_property
@@ -126,7 +129,7 @@ class Comparison:
         return found
 
     def _terms(self, exam: Examination) -> dict[str, Value]:
-        """Surgery, bound on log p(x) and gaps of a run."""
+        """Return ELBO terms, bound on log p(x) and gaps of a run; empty for a model without a likelihood."""
         if exam.implicit:
             return {}
         row: dict[str, Value] = {term: getattr(exam.held, term) for term in SURGERY_TERMS}
@@ -140,7 +143,7 @@ class Comparison:
         return row
 
     def _quality(self, exam: Examination) -> SampleQuality | None:
-        """Quality of a run's samples, which are then let go but for those shown: many runs would fill the memory."""
+        """Return the quality of the samples of a run, and free those that the page does not show, to save memory."""
         exam.__dict__["space"] = self.first.space
         found = measure(exam, ("draws",)).get("draws")
         exam.__dict__["draws"] = None
@@ -150,7 +153,7 @@ class Comparison:
         return found
 
     def against(self, reference: str) -> dict[str, Paired]:
-        """Return paired differences of all other runs to one; of bounds on log p(x) only if all runs have one."""
+        """Return the paired differences of each other run to `reference`; of bounds on log p(x) only if all have one."""
         known = self.log_p if self.all_bounded else {}
         return {
             name: paired(self.elbos[name], self.elbos[reference], known.get(name), known.get(reference))
@@ -160,7 +163,7 @@ class Comparison:
 
     @cached_property
     def best(self) -> str | None:
-        """The run with the highest bound on log p(x), or ELBO if one run has no bound."""
+        """Name of the run with the highest mean bound on log p(x), or ELBO if a run has no bound; None without ELBOs."""
         if not self.scored:
             return None
         values = self.log_p if self.all_bounded else self.elbos
@@ -168,12 +171,12 @@ class Comparison:
 
 
 def _has_covariates(run: Run) -> bool:
-    """True for a run whose rows hold covariates beside data."""
+    """Return True if the rows of a run hold covariates in addition to the data."""
     return bool(getattr(run.plan, "covariates", None))
 
 
 def _of_samples(quality: SampleQuality | None) -> dict[str, Value]:
-    """Figures of sample quality that fit into one row."""
+    """Return the metrics of sample quality for the overview table; empty if there is no sample quality."""
     if quality is None:
         return {}
     return {

@@ -1,4 +1,4 @@
-"""Two runs on the same data: differences datum by datum, and their mean."""
+"""Paired differences of the ELBO and of bounds on log p(x) between two runs on the same data."""
 
 from __future__ import annotations
 
@@ -20,14 +20,17 @@ from pvae.pair.pair import Pair
 
 @dataclass(frozen=True, repr=False)
 class Paired(Figures):
-    """Figures of a run less those of another on the same data; nats per datum, above 0 where the run is better."""
+    """Mean paired differences, run minus reference, on the same data; nats per datum, positive if the run is better."""
 
     n: int
     elbo: Estimate
     log_p: Estimate | None
-    """Difference of the importance-weighted bounds; None where one of the two has none."""
+    """Difference of the importance-weighted bounds on log p(x); None if either run has no such bound."""
     wins: Estimate
-    """Proportion of the data whose bound on log p(x) (else whose ELBO) is higher; ties count half."""
+    """Proportion of data whose bound on log p(x), or ELBO if there is no bound, is higher than under the reference.
+
+    Ties count half.
+    """
 
     @property
     def title(self) -> str:
@@ -39,17 +42,17 @@ class Paired(Figures):
         yield "wins", self.wins, "proportion of data that are more probable than under the reference"
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain numbers and strings, for JSON."""
+        """Return the number of data and the estimates as plain numbers and strings, for JSON."""
         return {"n": self.n, **self.figures()}
 
 
 def elbos(pair: Pair, x: Tensor, samples: int = 8, seed: int = 0) -> Tensor:
-    """Return the ELBO of every datum, the mean over `samples` samples: `(n,)`, nats, float64, an unbiased estimate.
+    """Return unbiased estimates of the ELBO of every datum from `samples` posterior samples: `(n,)`, nats, float64.
 
-    Global latents are left out: theirs is one KL for all data.
+    The KL of global latents is not included, as it belongs to the data set as a whole.
 
     Raises:
-        DataError: x has no rows, or samples below 1.
+        DataError: `x` has no rows, or `samples` is below 1.
     """
     if not len(x) or samples < 1:
         raise DataError(f"elbos: expected rows and at least one draw; got {len(x)} rows, samples={samples}.")
@@ -63,19 +66,19 @@ def elbos(pair: Pair, x: Tensor, samples: int = 8, seed: int = 0) -> Tensor:
 
 
 def paired(elbo: Tensor, other: Tensor, log_p: Tensor | None = None, other_log_p: Tensor | None = None) -> Paired:
-    r"""Compare two runs datum by datum.
+    r"""Return the mean paired differences between a run and a reference, with standard errors over the data.
 
-    The mean of d_i = a_i - b_i has the standard error sd(d) / sqrt(n), over the choice of data and Monte Carlo noise
-    together: data that are hard for both runs cancel, so that it is far smaller than that of either mean.
+    The mean of d_i = a_i - b_i has the standard error sd(d) / sqrt(n), which covers the choice of data and the Monte
+    Carlo noise. The variation between easy and hard data cancels, so that it is far smaller than that of either mean.
 
     Arguments:
         elbo: ELBO of every datum under the run, `(n,)`, nats.
-        other: under the reference.
-        log_p: bounds on log p(x) under the run, of the same or of fewer data, `(m,)`, nats.
-        other_log_p: under the reference.
+        other: ELBO of the same data under the reference, `(n,)`, nats.
+        log_p: bounds on log p(x) under the run, of these data or of a subset, `(m,)`, nats.
+        other_log_p: bounds on log p(x) of the same `m` data under the reference.
 
     Raises:
-        DataError: other numbers of data, or fewer than two.
+        DataError: the numbers of data of the two runs differ, or are below two.
     """
     if len(elbo) != len(other) or len(elbo) < 2:
         raise DataError(f"paired: expected the same two or more data of both runs; got {len(elbo)} and {len(other)}.")

@@ -1,4 +1,4 @@
-"""Sections of a comparison in reading order: functions of a `Comparison`, None where the section means nothing."""
+"""Sections of a comparison page in reading order: functions of a `Comparison`; None if a section does not apply."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from pvae.analysis.pages.sections.quality import whole
 from pvae.util.toml import flat
 
 CORRELATED_RUNS = 4
-"""Runs from which on figures are correlated with the marginal KL."""
+"""Smallest number of runs for which rank correlations with the marginal KL are computed."""
 COLUMN_RUNS = 6
-"""Runs up to which a table has a column for each; of more it has a row for each."""
+"""Largest number of runs for a table with a column per run; for more runs it has a row per run."""
 
 
 def _overview(found: Comparison) -> PageSection:
-    """The main figures, and the same averaged over groups."""
+    """Return the overview: the metrics of each run, their means over groups of runs, and the verdict."""
     terms = list(dict.fromkeys(term for row in found.figures.values() for term in row))
     all_of = {term: [found.figures[name].get(term) for name in found.names] for term in terms}
     known = {term: values for term, values in all_of.items() if any(value is not None for value in values)}
@@ -45,7 +45,10 @@ def _overview(found: Comparison) -> PageSection:
 
 
 def _by_run(id: str, caption: str, names: Sequence[str], found: Mapping[str, Sequence[Value]]) -> PageTable:
-    """Table with a column for each run, or a row where they are many."""
+    """Return a table of the values by term, with a column per run, or a row per run if there are many runs.
+
+    Each sequence of `found` holds the values of one term, in the order of `names`.
+    """
     if len(names) <= COLUMN_RUNS:
         return PageTable(id, caption, columns("figure", *names), [(term, *values) for term, values in found.items()])
     rows = [(name, *(values[i] for values in found.values())) for i, name in enumerate(names)]
@@ -53,7 +56,7 @@ def _by_run(id: str, caption: str, names: Sequence[str], found: Mapping[str, Seq
 
 
 def _averages(groups: Sequence[str], found: Mapping[str, Sequence[Value]]) -> PageTable:
-    """Mean and standard error over the runs of each group."""
+    """Return the table of the mean and standard error of each metric over the runs of each group."""
     rows = []
     for group in dict.fromkeys(groups):
         chosen = [i for i, g in enumerate(groups) if g == group]
@@ -140,7 +143,7 @@ def _surgeries(found: Comparison) -> PageSection | None:
 
 
 def _together(found: Comparison) -> PageSection | None:
-    """Correlation of the marginal KL with likelihood and sample quality."""
+    """Return rank correlations of the marginal KL with likelihood and sample quality; None for too few runs."""
     rows = {name: row for name, row in found.figures.items() if isinstance(row.get("marginal_kl"), Estimate)}
     if len(rows) < CORRELATED_RUNS:
         return None
@@ -201,7 +204,7 @@ def _strips(found: Comparison) -> Picture | None:
 
 
 def _declared(found: Comparison) -> PageSection:
-    """Settings that differ between the declarations, and the environments."""
+    """Return the appendix: settings that differ between the runs, and the software environment of each run."""
     tables = {name: flat(exam.run.plan.model_dump(mode="json")) for name, exam in found.exams.items()}
     keys = dict.fromkeys(key for table in tables.values() for key in table if key not in ("name", "description"))
     differing = [key for key in keys if len({repr(table.get(key)) for table in tables.values()}) > 1]
@@ -230,4 +233,4 @@ COMPARISON_SECTIONS: Mapping[str, Callable[[Comparison], PageSection | None]] = 
     "samples": _samples,
     "declarations": _declared,
 }
-"""Functions by name, in reading order."""
+"""Functions that compute the sections of a comparison page, by name of the stage, in reading order."""

@@ -1,4 +1,4 @@
-"""The verdict of a comparison, in sentences."""
+"""Verdict of a comparison: sentences on the best run, on overfitting and on sample quality."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pvae.analysis.pages.sections.fit import LESS_OVERFITTING, OVERFITTING_NATS,
 
 
 def verdict(found: Comparison) -> list[Sentence]:
-    """Sentences on the best run, on overfitting and on samples."""
+    """Return the sentences on the run with the highest bound, on runs that overfit, and on the quality of samples."""
     return [*_on_best(found), *_on_overfitting(found), *_on_samples(found)]
 
 

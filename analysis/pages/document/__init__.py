@@ -1,1 +1,1 @@
-"""A page as data, and the formats in which it is written."""
+"""Page of a report as a data structure, and its output as HTML, JSON, CSV and terminal text."""

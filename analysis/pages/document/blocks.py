@@ -1,4 +1,4 @@
-"""Parts of a page as data: sentences, tiles, pictures, tables, notes and listings, gathered in sections."""
+"""Building blocks of a page: sentences, tiles, pictures, tables, notes and listings, grouped in sections."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ from pvae.analysis.pages import plots
 
 @dataclass(frozen=True)
 class Sentence:
-    """One sentence of the verdict; an alert says which setting to change."""
+    """One sentence of the verdict, the summary at the top of a page.
+
+    An alert (`is_alert`) reports a problem, and the setting that may solve it.
+    """
 
     text: str
     is_alert: bool = False
@@ -22,17 +25,17 @@ class Sentence:
 
 @dataclass(frozen=True)
 class Tile:
-    """Headline figure."""
+    """Headline number at the top of a page, with its name and unit."""
 
     what: str
     figure: str
     unit: str
-    """Its unit, and the rows or samples it was computed on."""
+    """Unit of the number, and the rows or samples that it was computed on."""
 
 
 @dataclass(frozen=True)
 class Picture:
-    """Figure with an alternative text, and a caption that says what to look for."""
+    """Figure of a page as PNG, with an alternative text, and a caption that tells how to read it."""
 
     id: str
     png: bytes = field(repr=False)
@@ -41,63 +44,63 @@ class Picture:
 
     @property
     def source(self) -> str:
-        """Data URI of the PNG."""
+        """Data URI of the PNG, for the `src` of an HTML image."""
         return "data:image/png;base64," + base64.b64encode(self.png).decode("ascii")
 
 
 def picture(id: str, made: Figure, alt: str, caption: str) -> Picture:
-    """Draw a figure at 120 dpi."""
+    """Return a matplotlib figure, drawn at 120 dpi, as a picture of a page."""
     return Picture(id, plots.png(made), alt, caption)
 
 
 @dataclass(frozen=True)
 class PageColumn:
-    """One column of a table."""
+    """Title and number format of one column of a table."""
 
     title: str
     digits: int = 3
-    """Digits after the point of its numbers."""
+    """Decimal places of the numbers of the column."""
     is_text: bool = False
-    """True for words, which may be long."""
+    """True for a column of text, which is aligned left and may wrap."""
 
 
 def columns(*titles: str, digits: int = 3, words: Sequence[str] = ()) -> tuple[PageColumn, ...]:
-    """Columns of numbers (the first names the rows), then columns of words."""
+    """Return columns of numbers with these titles (the first names the rows), then columns of text titled `words`."""
     return (*(PageColumn(title, digits) for title in titles), *(PageColumn(title, is_text=True) for title in words))
 
 
 @dataclass(frozen=True)
 class PageTable:
-    """Figures in rows; the first column names them."""
+    """Table of numbers; the first column holds the names of the rows."""
 
     id: str
     caption: str
-    """Contents of the table: which figures, of which data, in which unit."""
+    """Description of the table: its quantities, their data and their unit."""
     columns: tuple[PageColumn, ...]
     rows: Sequence[tuple[Any, ...]]
-    """One `Value` for each column."""
+    """Rows of the table, each a tuple with one `Value` per column."""
     strong: tuple[int, ...] = ()
-    """Rows set in bold."""
+    """Indices of the rows set in bold."""
     folded: bool = False
-    """True for a table shown on demand, of figures that a picture shows already."""
+    """True for a table that is collapsed until the reader opens it, as its numbers are plotted in a picture."""
 
 
 @dataclass(frozen=True)
 class Note:
-    """Paragraph in a quiet colour."""
+    """Paragraph of a section set in a muted colour: a remark on the results."""
 
     text: str
 
 
 @dataclass(frozen=True)
 class Listing:
-    """Preformatted lines: a declaration, formulas."""
+    """Preformatted text, such as the declaration of a model or its formulas."""
 
     text: str
     label: str
-    """Description for screen readers, and the title of a folded one."""
+    """Description for screen readers; also the title of the listing if it is collapsed."""
     folded: bool = False
-    """True for a listing shown on demand."""
+    """True for a listing that is collapsed until the reader opens it."""
 
 
 Block = Picture | PageTable | Note | Listing
@@ -105,22 +108,22 @@ Block = Picture | PageTable | Note | Listing
 
 @dataclass(frozen=True)
 class PageSection:
-    """One part of a page."""
+    """Section of a page: a heading, blocks in reading order, and its part of the verdict, tiles and JSON numbers."""
 
     id: str
     title: str
-    """Heading; a section without one holds numbers only and is not shown."""
+    """Heading; a section with an empty heading is not shown, and only its `numbers` are written."""
     blocks: tuple[Block, ...] = ()
     lead: str = ""
     """Paragraph before the blocks."""
     sentences: tuple[Sentence, ...] = ()
-    """Its part of the verdict."""
+    """Sentences that the section adds to the verdict at the top of the page."""
     tiles: tuple[Tile, ...] = ()
     numbers: Mapping[str, Any] = field(default_factory=dict)
-    """Its numbers by key of `report.json`; no two sections share a key."""
+    """Entries that the section adds to `report.json`; no two sections share a key."""
     is_appendix: bool = False
-    """True for a section that a terminal does not show."""
+    """True for a section whose tables are omitted from terminal output."""
 
     def of(self, kind: type[Any]) -> Iterator[Any]:
-        """Return its blocks of one kind."""
+        """Return the blocks of the section that are instances of a class, such as `PageTable`."""
         return (block for block in self.blocks if isinstance(block, kind))

@@ -1,4 +1,4 @@
-"""A page as data: its sections in reading order, and how it becomes HTML, JSON, files and terminal output."""
+"""Page of a report: its sections in reading order, and its output as HTML, JSON, files and terminal text."""
 
 from __future__ import annotations
 
@@ -21,50 +21,50 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Document:
-    """Page with its sections in reading order."""
+    """Page of a report or comparison: title, sections in reading order, and footer."""
 
     kicker: str
-    """Line above the title."""
+    """Short line of text above the title."""
     title: str
     description: str
     identity: str
-    """Which run or runs, when, and on which data."""
+    """Line below the title: the run or runs, the start of the run, and the data."""
     numbers: Mapping[str, Any]
-    """First entries of `report.json`."""
+    """Entries at the start of `report.json`, before those of the sections."""
     sections: tuple[PageSection, ...]
     footer: str
 
     @property
     def verdict(self) -> list[Sentence]:
-        """Sentences of all sections, alerts first."""
+        """Sentences at the top of the page, collected from all sections; alerts come first."""
         said = [sentence for section in self.sections for sentence in section.sentences]
         return sorted(said, key=lambda sentence: not sentence.is_alert)
 
     @property
     def tiles(self) -> list[Tile]:
-        """Headline figures of all sections."""
+        """Headline numbers at the top of the page, collected from all sections."""
         return [tile for section in self.sections for tile in section.tiles]
 
     def to_dict(self) -> dict[str, Any]:
-        """Return every number, as JSON can hold it."""
+        """Return all numbers of the page as `report.json` holds them; NaN and infinities become None."""
         parts = {**self.numbers, "verdict": [{"text": s.text, "alert": s.is_alert} for s in self.verdict]}
         for section in self.sections:
             parts |= section.numbers
         return dict(finite(parts))
 
     def to_html(self) -> str:
-        """Return the page: one file that loads nothing and runs nothing."""
+        """Return the page as a self-contained HTML file, without scripts or external resources."""
         return _engine().get_template("document.html.j2").render(document=self)
 
     def write(self, folder: Path, *, figures: bool = False) -> Path:
-        """Write page, numbers, a CSV for each table and, on request, a PNG for each picture; returns the page's path.
+        """Write `index.html`, `report.json` and a CSV file per table into a folder; return the path of the HTML file.
 
-        Each file is whole or not there. Tables and pictures of an earlier page that this one lacks are removed, and
-        nothing else; pictures that an earlier call wrote are written again.
+        If `figures` is set, or an earlier page of the folder has them, each picture is also written as PNG. Each file
+        is written atomically. Tables and pictures that only an earlier page has are removed; other files stay.
 
         Raises:
-            DataError: the folder holds pages or numbers that no page of pvae wrote, or a link.
-            OutputError: it cannot be made, or written to.
+            DataError: the folder holds an `index.html` or `report.json` that pvae did not write, or a link.
+            OutputError: the folder cannot be created, or a file cannot be written.
         """
         old = claim(folder)
         blocks = [block for section in self.sections for block in section.blocks]
@@ -91,7 +91,7 @@ class Document:
 
 @cache
 def _engine() -> Environment:
-    """Return the template engine, which compiles a template once for all pages."""
+    """Return the Jinja environment of the templates; it is cached, so that each template is compiled only once."""
     engine = Environment(
         loader=FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=True,

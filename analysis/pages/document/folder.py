@@ -1,4 +1,4 @@
-"""Folder of a page: its files, written whole, beside nothing that no page wrote."""
+"""Folder of a page: files are written atomically, and a folder with HTML that pvae did not write is refused."""
 
 from __future__ import annotations
 
@@ -14,19 +14,22 @@ from pvae.util.files import make_folder, read_object, write_atomic
 
 PAGE, NUMBERS, TABLES, PICTURES, FILES = "index.html", "report.json", "tables", "figures", "files"
 FILE_NAME_CHARACTERS = 80
-"""Longest name that a file bears in full."""
+"""Longest file name, without its extension, that is not shortened."""
 NUMBERS_BYTES = 1 << 28
-"""Largest `report.json` of an earlier page that is read."""
+"""Largest `report.json` of an earlier page that is read, in bytes."""
 OWN = re.compile(rf"{TABLES}/[\w.-]+\.csv|{PICTURES}/[\w.-]+\.png", re.ASCII)
-"""Files that a page has beside it."""
+"""Relative paths that the CSV and PNG files of a page can have."""
 
 
 def claim(folder: Path) -> set[str]:
-    """Make a folder, with its parents, or take that of an earlier page; returns the files which that one wrote.
+    """Create the folder of a page, with its parents, or reuse that of an earlier page.
+
+    Returns:
+        The relative paths of the CSV and PNG files that the earlier page wrote; empty for a new folder.
 
     Raises:
-        DataError: it holds an `index.html` or `report.json` that no page wrote.
-        OutputError: it cannot be made.
+        DataError: the folder holds an `index.html` or `report.json` that pvae did not write.
+        OutputError: the folder cannot be created.
     """
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -47,9 +50,9 @@ def claim(folder: Path) -> set[str]:
 
 
 def write_page(folder: Path, old: set[str], numbers: Mapping[str, Any], files: Mapping[str, bytes], page: str) -> Path:
-    """Write numbers, files and page into a claimed folder; the page comes last, so that where it is new, all is.
+    """Write `report.json`, the files and then `index.html` into a folder; return the path of the HTML file.
 
-    Files of `old` that are not written again are removed, and nothing else.
+    The HTML comes last: if it is new, all other files are new. Files of `old` that are not written again are removed.
     """
     for name in sorted({name.split("/")[0] for name in (*files, *old)}):
         make_folder(folder / name)
@@ -64,7 +67,7 @@ def write_page(folder: Path, old: set[str], numbers: Mapping[str, Any], files: M
 
 
 def slug(name: str) -> str:
-    """Return a name that a file can bear; different names give different ones."""
+    """Return a valid file name for the id of a table or picture; different ids give different file names."""
     plain = re.sub(r"[^A-Za-z0-9._]", lambda m: f"-{ord(m.group()):x}", name) or "-"
     if len(plain) <= FILE_NAME_CHARACTERS:
         return plain

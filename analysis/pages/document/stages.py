@@ -1,4 +1,4 @@
-"""Progress of a page: named stages, one after the other, each with parts that may report their own progress."""
+"""Progress of computing a page: named stages in sequence, whose parts report their own progress."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from pvae.util.progress import StageProgress, silent
 
 T = TypeVar("T")
 STAGE_UNITS = 100
-"""Units of progress of one stage."""
+"""Units of progress that one stage counts for."""
 
 
 class PartProgress(Protocol):
-    """A `Progress` and a `StageProgress` at once."""
+    """Callback that serves both as a `Progress` (done, total) and as a `StageProgress` (done, total, stage)."""
 
     def __call__(self, done: int, total: int, stage: str = "", /) -> None: ...
 
 
 class Stages:
-    """Reports progress that never falls, although nobody knows beforehand how many parts a stage has.
+    """Reporter of the progress of a page in stages; it never falls, although the parts of a stage are not known ahead.
 
     Arguments:
         total: number of stages.
-        on_progress: called with (units done, units in all, name of the stage and of its part).
+        on_progress: called with (units done, total units, name of the stage and of its part).
     """
 
     def __init__(self, total: int = 1, on_progress: StageProgress = silent) -> None:
@@ -32,12 +32,12 @@ class Stages:
         self.stage, self.done, self.inside = "", -1, 0.0
 
     def begin(self, stage: str) -> None:
-        """Start the next stage."""
+        """Start the next stage, which completes the one before, and report its name."""
         self.stage, self.done, self.inside = stage, self.done + 1, 0.0
         self._tell(self.inside, stage)
 
     def part(self, name: str) -> PartProgress:
-        """Callback for a part of the present stage: all of it moves the bar by half of what the stage has left."""
+        """Return a progress callback for a part of the present stage; the part fills half of the stage's remainder."""
         start = self.inside
 
         def report(done: int, total: int, _stage: str = "", /) -> None:
@@ -50,7 +50,7 @@ class Stages:
         self.on_progress(STAGE_UNITS * max(self.done, 0) + int(STAGE_UNITS * inside), STAGE_UNITS * self.total, what)
 
     def sections(self, table: Mapping[str, Callable[[T], PageSection | None]], subject: T) -> tuple[PageSection, ...]:
-        """Make every section of a page of `subject`, a stage each; sections that mean nothing here give None."""
+        """Return the sections that the functions of `table` compute for `subject`, one stage each, without the Nones."""
         found = []
         for name, make in table.items():
             self.begin(name)

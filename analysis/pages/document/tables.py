@@ -1,4 +1,4 @@
-"""Tables of a page: made of results, written as CSV, shown on a terminal."""
+"""Tables of a page: their rows from results with estimates, and their output as CSV and in the terminal."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from pvae.analysis.pages.document.blocks import PageTable, columns
 from pvae.analysis.pages.document.text import Value, shown_value
 
 PARTS = ("error", "data_error", "kind")
-"""Columns that stand beside a column of estimates in a CSV file."""
+"""Extra columns after each column of estimates in a CSV file: Monte Carlo error, error over data, and kind."""
 
 
 def table_of(id: str, figures: Figures, caption: str = "", digits: int = 3) -> PageTable:
-    """Table of one result: term, figure, kind, explanation."""
+    """Return the table of one result, a row per term: name, estimate, kind (exact, bound, estimate) and explanation."""
     titles = columns("term", figures.unit, digits=digits, words=("kind", "what it is"))
     return PageTable(
         id, caption or figures.title, titles, [(name, e, e.label, meaning) for name, e, meaning in figures.known()]
@@ -28,9 +28,9 @@ def table_of(id: str, figures: Figures, caption: str = "", digits: int = 3) -> P
 
 
 def side_by_side(results: Mapping[str, Figures]) -> list[tuple[Any, ...]]:
-    """Rows of several results of one kind: term, a figure (or None) for each result, explanation.
+    """Return rows that compare results of one kind: a term, its estimate in each result or None, its explanation.
 
-    Terms come in the order of the result with the most terms, then those that only others have.
+    Terms are in the order of the result with the most terms, followed by those of other results only.
     """
     listed = sorted(([*result.rows()] for result in results.values()), key=len, reverse=True)
     terms = {term: meaning for rows in listed for term, _, meaning in rows}
@@ -40,7 +40,7 @@ def side_by_side(results: Mapping[str, Figures]) -> list[tuple[Any, ...]]:
 
 
 def csv_of(table: PageTable) -> str:
-    """Return a table as CSV: an estimate has its errors and kind beside it, numbers have all digits."""
+    """Return a table as CSV text with all digits; standard errors and kind of estimates are in columns of their own."""
     out = io.StringIO()
     sheet = csv.writer(out, lineterminator="\n")
     parts = [
@@ -64,7 +64,7 @@ def _values(value: Value, parts: Sequence[str]) -> list[Any]:
 
 
 def rich_of(table: PageTable) -> Table:
-    """Return a table for a terminal."""
+    """Return a table of a page as a rich table, for the terminal."""
     made = Table(title=Text(table.caption), title_justify="left")
     for i, column in enumerate(table.columns):
         justify: Any = "left" if column.is_text or not i else "right"
