@@ -97,13 +97,13 @@ class Comparison:
 
     @cached_property
     def log_p(self) -> dict[str, Tensor]:
-        """Importance-weighted bound on log p(x) of a subset of rows, `(m,)`, nats, by name of the runs that have one."""
+        """Importance-weighted bound on log p(x) of a subset of rows, `(m,)`, nats, for runs that have one."""
         found = {name: exam.evidence for name, exam in self.scored.items()}
         return {name: bound.log_p for name, bound in found.items() if bound is not None}
 
     @cached_property
     def all_bounded(self) -> bool:
-        """True if every run with a likelihood has a bound on log p(x), which then ranks the runs in place of the ELBO."""
+        """True if every run with a likelihood has a bound on log p(x), which then replaces the ELBO in comparisons."""
         return len(self.log_p) == len(self.scored)
 
     @property
@@ -153,7 +153,7 @@ class Comparison:
         return found
 
     def against(self, reference: str) -> dict[str, Paired]:
-        """Return the paired differences of each other run to `reference`; of bounds on log p(x) only if all have one."""
+        """Return the paired differences of each other run to `reference`; of bounds on log p(x) if all have one."""
         known = self.log_p if self.all_bounded else {}
         return {
             name: paired(self.elbos[name], self.elbos[reference], known.get(name), known.get(reference))
@@ -163,7 +163,7 @@ class Comparison:
 
     @cached_property
     def best(self) -> str | None:
-        """Name of the run with the highest mean bound on log p(x), or ELBO if a run has no bound; None without ELBOs."""
+        """Name of the run with the highest bound on log p(x), or ELBO if a run has no bound; None without ELBOs."""
         if not self.scored:
             return None
         values = self.log_p if self.all_bounded else self.elbos
