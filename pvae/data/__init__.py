@@ -1,4 +1,4 @@
-"""Data: declared sources, their files, and the splits as tensors.
+"""Data sets: the declared sources, the readers of their files, and the train, validation and test splits as tensors.
 
 Importing this package imports neither torch nor numpy; each name is fetched from its module on first use. Every source
 is a public name: a new one needs no line here.
@@ -28,7 +28,7 @@ _HOMES = {
 
 
 def _sources() -> dict[str, type[Data]]:
-    """The classes of pvae's own sources, by name."""
+    """Return the data-source classes that pvae itself defines (no plugins), by class name."""
     members = import_module("pvae.data.sources.base").Data.members.values()
     return {member.__name__: member for member in members if member.__module__.startswith(f"{__name__}.")}
 

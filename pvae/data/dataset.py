@@ -1,4 +1,4 @@
-"""Data sets: three splits as tensors, read from a declared source or made of objects in Python."""
+"""Data sets: train, validation and test splits as tensors, from a declared source or from objects in Python."""
 
 from __future__ import annotations
 
@@ -37,16 +37,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """Three splits of one source.
+    """Data set: the train, validation and test splits of one source, scaled and binarised as declared.
 
     Arguments:
-        shape: of one row.
-        source: the declared source's name.
+        shape: shape of one datum.
+        source: name of the declared source.
         binarize: "none", "threshold", "static" or "dynamic".
-        fingerprint: SHA-256 over every value, in hexadecimal: the same data, the same fingerprint.
-        label_names: a name for each label, or None.
-        notes: remarks that are no errors: files left out, rows shared between splits, constant features.
-        table: of a table, its columns and their transforms; else None.
+        fingerprint: SHA-256 over all values of all splits, in hexadecimal; equal data have equal fingerprints.
+        label_names: name of each label, or None.
+        notes: remarks that are not errors: files left out, rows shared between splits, constant features.
+        table: columns of a tabular data set and their transforms; None for other data.
 
     Example:
         >>> data = Dataset.of(torch.rand(100, 3))
@@ -69,14 +69,14 @@ class Dataset:
 
     @property
     def splits(self) -> tuple[Split, Split, Split]:
-        """Train, validation, test."""
+        """The three splits, in the order train, validation, test."""
         return self.train, self.validation, self.test
 
     def split(self, name: str) -> Split:
-        """Return a split by name.
+        """Return the split with a name: "train", "validation" or "test".
 
         Raises:
-            DeclarationError: there is none of that name.
+            DeclarationError: no split has that name.
         """
         found = {split.name: split for split in self.splits}
         if name not in found:
@@ -84,18 +84,20 @@ class Dataset:
         return found[name]
 
     def to(self, device: str | torch.device) -> Dataset:
-        """Return the data on a device."""
+        """Return the data set with all its tensors on a device."""
         moved = {split.name: split.to(device) for split in self.splits}
         return replace(self, **moved)  # type: ignore[arg-type]
 
     def conditioned(
         self, covariates: Mapping[str, int], tokens: Mapping[str, Sequence[Sequence[int]]] | None = None
     ) -> Dataset:
-        """Return the data as a model conditioned on the label takes them; without covariates, the data themselves.
+        """Return the data set as a conditional model needs it: each row flattened and followed by its covariate.
+
+        Without covariates, return the data set with plain rows.
 
         Arguments:
-            covariates: number of labels by name, at most one: the label is the only covariate that data have.
-            tokens: the tokens of every label, where the model is told it in words.
+            covariates: number of label values by covariate name, at most one entry: the label is the only covariate.
+            tokens: for each covariate, the token sequence of every label, if the model is conditioned on text tokens.
         """
         plain = replace(self, **{split.name: split.plain() for split in self.splits})  # type: ignore[arg-type]
         if not covariates:
@@ -115,7 +117,7 @@ class Dataset:
         declared: TensorSource | None = None,
         label_names: Sequence[str] | None = None,
     ) -> Dataset:
-        """Make a data set of tensors or arrays; copied, as float32.
+        """Make a data set of tensors or arrays, whose values are copied as float32.
 
         Arguments:
             x: (n, *shape), any real type.
@@ -226,10 +228,10 @@ class Dataset:
 
     @classmethod
     def of(cls, data: Any, declared: TensorSource | FrameSource | None = None) -> Dataset:
-        """Make a data set of any object that holds data.
+        """Make a data set of any supported object.
 
-        It is a `Dataset`, which is returned as it is; a torch `Dataset`; AnnData; a tensor, an array or a sparse
-        matrix; or, where a table is declared, a DataFrame.
+        Supported are a `Dataset`, which is returned unchanged; a torch `Dataset`; AnnData; a tensor, an array or a
+        sparse matrix; and, if a table is declared, a DataFrame.
 
         Raises:
             DataError: see `from_torch`, `from_anndata`, `from_frame` and `from_tensors`.
@@ -245,14 +247,14 @@ class Dataset:
         return cls.from_tensors(data, declared=declared)
 
     def require_support(self, constraint: constraints.Constraint, hint: str) -> None:
-        """Refuse data that a likelihood cannot score.
+        """Refuse data with values outside the support of a likelihood.
 
         Arguments:
-            constraint: the support of the likelihood; of its elements, when it is one of whole events.
-            hint: the transform to use instead.
+            constraint: support of the likelihood; one on whole events is applied to each element.
+            hint: advice that ends the message, such as the transform to use instead.
 
         Raises:
-            DataError: with the first value outside: its split, row, element, and what is expected.
+            DataError: a value is outside; the message gives its split, row, element and the expected values.
         """
         element = elementwise(constraint)
         if element is constraints.real:  # all data are finite
@@ -262,12 +264,12 @@ class Dataset:
 
 
 def load(data: Data, *, data_dir: Path | None = None, seed: int = 0) -> Dataset:
-    """Read a declared source, and prepare its splits.
+    """Return the data set of a declared source: read it, split it, scale it and binarise it.
 
     Arguments:
-        data: the declaration.
-        data_dir: where to look for files first.
-        seed: handed to sources that simulate their data; what is stored is the same for every seed.
+        data: declaration of the source.
+        data_dir: folder in which files are looked for first.
+        seed: seed of sources that simulate their data; stored data are the same for every seed.
 
     Raises:
         DataError: data are missing, damaged, not finite, or do not fit the declaration.

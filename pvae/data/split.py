@@ -1,4 +1,4 @@
-"""One split of a data set, from which a fit draws its batches."""
+"""One split (train, validation or test) of a data set, from which mini-batches are taken."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from pvae.util import seeds
 
 @dataclass(frozen=True, eq=False)
 class Split:
-    """One split of a data set.
+    """Split of a data set: its rows, labels, and covariates if the model is conditional.
 
     Arguments:
         name: "train", "validation" or "test".
-        rows: (n, *shape) float32; with covariates (n, D + covariates), each row flattened and followed by them. Data
-            that stay on the disk are `Streamed`: they are read when they are indexed.
+        rows: (n, *shape) float32; with covariates (n, D + covariates), each datum flattened and followed by its
+            covariates. Data that stay on the disk are `Streamed`: rows are read when they are indexed.
         y: (n,) int64 labels, or None.
-        raw: (n, *shape) intensities in [0, 1] that `draw` binarises anew, or None.
-        event: shape of a datum, where rows hold covariates too; else None.
+        raw: (n, *shape) intensities in [0, 1] that `draw` binarises anew for every batch, or None.
+        event: shape of a datum without covariates, if rows include covariates; else None.
     """
 
     name: str
@@ -40,31 +40,34 @@ class Split:
 
     @property
     def x(self) -> Tensor:
-        """All rows as one tensor.
+        """All rows of the split as one tensor, shaped as `rows`.
 
         Raises:
-            DataError: they are streamed, and too many to be read at once; index `rows` instead.
+            DataError: the rows are streamed and too many to be read at once; index `rows` instead.
         """
         return self.rows[:] if isinstance(self.rows, Streamed) else self.rows
 
     @property
     def data(self) -> Tensor:
-        """The data alone, (n, *shape), without covariates; all of them, as `x`."""
+        """All data of the split without covariates, one tensor (n, *shape); see `x` for streamed rows."""
         return self.observed(self.x)
 
     def observed(self, rows: Tensor) -> Tensor:
-        """Return the data of some rows `(m, ...)`, without covariates: `(m, *shape)`."""
+        """Return the data `(m, *shape)` of rows `(m, ...)` of this split, without their covariates."""
         return rows if self.event is None else rows[:, : prod(self.event)].reshape(len(rows), *self.event)
 
     def order(self, seed: int, epoch: int) -> Tensor | WindowOrder:
-        """Return the order of the rows in an epoch, a function of (seed, epoch); slices of it are row numbers."""
+        """Return the random order of the rows in an epoch, a function of (seed, epoch); its slices are row numbers."""
         x = self.rows if self.raw is None else self.raw
         if isinstance(x, Streamed):
             return x.order(seed, epoch)
         return seeds.permutation(len(x), seed, epoch).to(x.device)
 
     def draw(self, index: Tensor) -> Tensor:
-        """Return a batch of rows; dynamically binarised data are drawn anew from torch's global generator."""
+        """Return the batch of rows with given row numbers.
+
+        Dynamically binarised data are sampled anew at each call, from torch's global generator.
+        """
         if self.raw is None:
             return self.rows[index]
         fresh = torch.bernoulli(self.raw[index])
@@ -75,7 +78,7 @@ class Split:
         return torch.cat([fresh.flatten(1), columns[index].to(fresh)], 1)
 
     def to(self, device: str | torch.device) -> Split:
-        """Return the split on a device; streamed rows are put there when they are read."""
+        """Return the split with its tensors on a device; streamed rows are moved to it when they are read."""
         moved = {name: part.to(device) for name in ("rows", "y", "raw") if (part := getattr(self, name)) is not None}
         return replace(self, **moved)
 
@@ -87,10 +90,14 @@ class Split:
         return replace(self, rows=rows, event=None)
 
     def conditioned(self, codes: int, tokens: Sequence[Sequence[int]] | None = None) -> Split:
-        """Return the split with its labels as a covariate of `codes` values in every row, or the tokens of each label.
+        """Return the split with each row flattened and followed by its label as a covariate.
+
+        Arguments:
+            codes: number of values of the label.
+            tokens: token sequence of every label; if given, rows are followed by these tokens, not by the label.
 
         Raises:
-            DataError: there are no labels, or one is outside 0 .. codes - 1.
+            DataError: the split has no labels, or a label is outside 0 .. codes - 1.
         """
         if self.y is None:
             raise DataError(f"{self.name}: expected labels, on which the model is conditioned; got none.")
@@ -106,6 +113,6 @@ class Split:
         return replace(self, rows=torch.cat([self.rows.flatten(1), columns.to(self.rows)], 1), event=event)
 
     def chunks(self) -> Iterator[Tensor]:
-        """Yield the data in pieces whose float64 copy is small."""
+        """Yield the data without covariates in consecutive chunks `(m, *shape)` of at most `CHUNK_ELEMENTS` values."""
         step = max(1, CHUNK_ELEMENTS // max(1, prod(self.rows.shape[1:])))
         return (self.observed(self.rows[start : start + step]) for start in range(0, len(self), step))

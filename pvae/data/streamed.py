@@ -1,4 +1,4 @@
-"""Rows that are read while a fit goes on, as much of a tensor as data need."""
+"""Rows that are read from the disk when they are indexed, with the part of the tensor interface that data sets need."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from pvae.data.rows.rows import SPLITS, Part
 from pvae.errors import DataError
 
 MATERIALISED_BYTES = 2**29
-"""Largest part of the rows that is read at once."""
+"""Largest number of bytes of streamed rows that one indexing call reads, beyond a window of blocks."""
 
 
 @dataclass(frozen=True, eq=False)
 class Streamed:
-    """Rows `(n, *shape)` float32, read and prepared when they are indexed.
+    """Rows `(n, *shape)` float32 of a split, read, scaled and binarised when they are indexed.
 
     Arguments:
-        blocks: the rows.
-        columns: `(n, c)` to stand behind every flattened row, or None.
-        device: the device of the tensors that are read.
+        blocks: reader of the rows, which caches the last blocks read.
+        columns: `(n, c)` covariates to append to each flattened row, or None.
+        device: device of the tensors that indexing returns.
     """
 
     blocks: Blocks
@@ -39,18 +39,18 @@ class Streamed:
 
     @property
     def shape(self) -> torch.Size:
-        """Shape `(n, *shape)` of all rows."""
+        """Shape of all rows, `(n, *shape)`; with covariates `(n, D + c)`."""
         row = self.blocks.row
         return torch.Size((len(self), *(row if self.columns is None else (prod(row) + self.columns.shape[1],))))
 
     @property
     def digest(self) -> bytes:
-        """SHA-256 of the stored values and of how they are prepared."""
+        """SHA-256 of the stored values, their scaling and their binarisation."""
         return self.blocks.survey.digest
 
     @property
     def extremes(self) -> tuple[NDArray[Any], NDArray[Any]]:
-        """Least and largest value of every feature, `(*row)`: as stored, or above or below the threshold."""
+        """Minimum and maximum of every feature, each `(*row)`, as stored; with the threshold rule, 0 or 1."""
         low, high = self.blocks.survey.low, self.blocks.survey.high
         if self.blocks.rule is threshold:
             return threshold(self.blocks.rows.scale(low), 0), threshold(self.blocks.rows.scale(high), 0)
@@ -60,18 +60,18 @@ class Streamed:
         return len(self.blocks)
 
     def size(self) -> torch.Size:
-        """Return the shape, as a tensor does."""
+        """Return the shape of all rows, as `Tensor.size` does."""
         return self.shape
 
     def dim(self) -> int:
-        """Return the number of dimensions, as a tensor does."""
+        """Return the number of dimensions, as `Tensor.dim` does."""
         return len(self.shape)
 
     def __getitem__(self, index: Any) -> Tensor:
-        """Return some rows `(m, *row)`; of one number, that row.
+        """Return the rows `(m, *row)` at an index: row numbers, a slice or a mask; a single integer gives one row.
 
         Raises:
-            DataError: too many at once.
+            DataError: the index asks for more than `MATERIALISED_BYTES`.
         """
         if isinstance(index, int):
             return self[torch.tensor([range(len(self))[index]])][0]
@@ -95,26 +95,26 @@ class Streamed:
             )
 
     def order(self, seed: int, epoch: int) -> Tensor | WindowOrder:
-        """Return the order of the rows in an epoch; slices of it are row numbers."""
+        """Return the random order of the rows in an epoch, a function of (seed, epoch); its slices are row numbers."""
         return self.blocks.order(seed, epoch)
 
     def to(self, device: str | torch.device) -> Streamed:
-        """Return the same rows, put on a device when they are read."""
+        """Return the same rows, to be moved to a device when they are read."""
         return replace(self, device=torch.device(device))
 
     def with_columns(self, columns: Tensor | None) -> Streamed:
-        """Return the rows flattened, with columns `(n, c)` behind them; of None, the rows without such columns."""
+        """Return the rows flattened and followed by covariates `(n, c)`; for None, the rows without covariates."""
         return replace(self, columns=None if columns is None else columns.float().cpu())
 
 
 def streams(data: Scaled, parts: dict[str, Part], binarize: Binarize) -> tuple[dict[str, Streamed], Streamed | None]:
-    """Return the three splits of rows that stay where they are, and intensities of "train" to draw anew, or None.
+    """Return the three splits as streamed rows, and the train intensities if binarisation is dynamic (else None).
 
-    Fixed draws of a binarisation are functions of the split and the number of a block, so that they never change; they
-    are other draws than those of `pvae.data.rows.prepare.prepare`, which follow the published protocol.
+    Static binarisation samples each block with a seed made of the split and the block number, so that its values never
+    change; they differ from those of `pvae.data.rows.prepare.prepare`, which follows the published protocol.
 
     Raises:
-        DataError: binarisation of values outside [0, 1].
+        DataError: values to binarise are outside [0, 1].
     """
     found = {name: survey(data, parts[name], binarize) for name in SPLITS}
     plain = {name: Streamed(Blocks(data, parts[name], found[name])) for name in SPLITS}
@@ -128,10 +128,10 @@ def streams(data: Scaled, parts: dict[str, Part], binarize: Binarize) -> tuple[d
 
 
 def threshold(block: Floats, _number: int) -> NDArray[np.bool_]:
-    """Return 1 where an intensity is above a half."""
+    """Return True for each intensity above 0.5."""
     return block > 0.5
 
 
 def fixed(split: int, block: Floats, number: int) -> NDArray[np.bool_]:
-    """Return Bernoulli draws that depend on the split and the number of the block alone."""
+    """Return Bernoulli samples of a block of intensities, with a seed that depends only on split and block number."""
     return np.random.RandomState([PUBLISHED_SEED, split, number]).random_sample(block.shape) < block

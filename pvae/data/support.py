@@ -1,4 +1,4 @@
-"""Checks that a likelihood can score the data: every element lies in its support."""
+"""Checks that every element of the data lies in the support of the likelihood."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pvae.errors import DataError
 
 
 def elementwise(constraint: Any) -> Any:
-    """Return the constraint of one element: ``real_vector`` is ``real`` on each."""
+    """Return the constraint on a single element, without `independent` wrappers: ``real`` for ``real_vector``."""
     while isinstance(constraint, constraints.independent):
         constraint = constraint.base_constraint
     return constraint
@@ -21,12 +21,12 @@ def require_split(split: Split, constraint: Any, hint: str) -> None:
     """Refuse a split with an element outside a constraint.
 
     Arguments:
-        split: the data.
-        constraint: the support of one element, as `elementwise` gives it.
-        hint: the transform to use instead.
+        split: split whose data are checked.
+        constraint: support of one element, as `elementwise` returns it.
+        hint: advice that ends the message, such as the transform to use instead.
 
     Raises:
-        DataError: with the first value outside: its split, row, element, and the support.
+        DataError: an element is outside; the message gives its split, row, element and the support.
     """
     row = 0
     for chunk in split.chunks():
@@ -44,7 +44,7 @@ def require_split(split: Split, constraint: Any, hint: str) -> None:
 
 
 def _named(constraint: Any, element: list[int]) -> tuple[str, str]:
-    """Name an element and its support: a column of a table, or the indices in an array."""
+    """Return the name of an element (column of a table, or array indices) and a description of its support."""
     from pvae.models.likelihoods.columns import columns
 
     if isinstance(constraint, columns):

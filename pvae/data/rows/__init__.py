@@ -1,1 +1,1 @@
-"""Rows as a source gives them: arrays in memory or on the disk, their columns, their transforms."""
+"""Rows of a data source before they become tensors: arrays in memory or on the disk, table columns, transforms."""

@@ -1,4 +1,4 @@
-"""Arrays that stay where they are, on a disk or sparse, and give dense rows when asked: enough of NumPy for `Rows`."""
+"""Arrays that are stored on a disk or as sparse matrices and return dense rows when they are indexed."""
 
 from __future__ import annotations
 
@@ -22,35 +22,35 @@ if TYPE_CHECKING:
 
 MAX_NPY_HEADER_BYTES = 2**16
 SPAN_BYTES = 2**25
-"""Largest part of a file that is mapped at once to read scattered rows: until then its pages stay in memory."""
+"""Largest span of a file, in bytes, that is mapped at once to read scattered rows, which bounds the memory used."""
 MAX_DIMENSIONS = 32
 
 Index = slice | NDArray[np.int64]
-"""Consecutive rows, or row numbers in ascending order."""
+"""Index of rows: a slice of consecutive rows, or row numbers in ascending order."""
 
 
 class Stored(ABC):
-    """Rows `(n, *row)` of one type, of which only those that are asked for are in memory."""
+    """Array `(n, *row)` outside memory (on a disk, or sparse), of which indexing reads only the rows asked for."""
 
     scattered: ClassVar[bool] = False
-    """True where scattered rows are as cheap to read as neighbours."""
+    """True if reading scattered rows is as cheap as reading consecutive ones."""
 
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
 
     @abstractmethod
     def read(self, index: Index) -> Array:
-        """Return a copy of some rows, `(m, ...)`: each with the values of a row, in any shape.
+        """Return a copy of the indexed rows, `(m, ...)`, with all values of each row but not necessarily its shape.
 
         Raises:
-            DataError: they cannot be read any more.
+            DataError: the rows cannot be read any more.
         """
 
     def expect(self, start: int, stop: int) -> None:  # noqa: B027 - most have nothing to do
-        """Begin to fetch rows `[start, stop)`, which will be read soon, and do not wait for them."""
+        """Start to prefetch rows `[start, stop)`, which will be read soon, without waiting for them."""
 
     def reshape(self, *shape: int) -> Self:
-        """Return the same rows in another shape, the number of rows first."""
+        """Return a view of the same rows with another shape, `(n, *row)`."""
         other = copy(self)
         other.shape = shape
         return other
@@ -64,32 +64,32 @@ class Stored(ABC):
 
     @property
     def ndim(self) -> int:
-        """Number of dimensions, including that of the rows."""
+        """Number of dimensions, the row dimension included."""
         return len(self.shape)
 
     @property
     def size(self) -> int:
-        """Number of values."""
+        """Total number of values, the product of the shape."""
         return prod(self.shape)
 
 
 AnyArray = Array | Stored
-"""The rows of a source: an array in memory, or one that is read as it is needed."""
+"""Rows of a source: a NumPy array in memory, or a `Stored` array that is read when it is indexed."""
 
 
 @dataclass(eq=False)
 class FileArray(Stored):
-    """Rows in a file, one after another, as NumPy would write them.
+    """Array in a binary file, its rows stored contiguously (C order).
 
-    The file is mapped anew for every read and unmapped after it, so that its pages do not stay in memory. A file that
-    is cut short or written over in the meantime is noticed.
+    The file is memory-mapped anew for every read, so that its pages do not stay in memory. A file that was changed
+    since it was opened is refused.
 
     Arguments:
         path: the file.
-        dtype: of a value.
+        dtype: type of the values.
         shape: (n, *row).
-        offset: bytes before the first row.
-        version: size and time of change of the file, as `version_of` gives them.
+        offset: number of bytes before the first row.
+        version: size and modification time of the file when it was opened, from `version_of`.
     """
 
     path: Path
@@ -128,10 +128,10 @@ class FileArray(Stored):
 
 
 def version_of(path: Path) -> tuple[int, int]:
-    """Return the bytes and the time of change (ns) of a file.
+    """Return the size (bytes) and the modification time (ns) of a file, by which a changed file is recognised.
 
     Raises:
-        DataError: it is gone.
+        DataError: the file cannot be found or read.
     """
     try:
         found = path.stat()
@@ -141,10 +141,10 @@ def version_of(path: Path) -> tuple[int, int]:
 
 
 class SparseRows(Stored):
-    """A sparse matrix `(n, features)` whose rows are made dense when they are asked for.
+    """Sparse matrix `(n, features)` whose rows become dense when they are indexed.
 
     Arguments:
-        matrix: any `scipy.sparse` matrix or array; kept in compressed rows.
+        matrix: any `scipy.sparse` matrix or array; stored as CSR (compressed sparse rows).
     """
 
     scattered: ClassVar[bool] = True
@@ -161,7 +161,7 @@ class SparseRows(Stored):
 
 
 class Joined(Stored):
-    """Arrays one after another, as one."""
+    """Concatenation of several arrays along their rows, without copying them."""
 
     def __init__(self, parts: Sequence[AnyArray]) -> None:
         self.parts = list(parts)
@@ -182,13 +182,13 @@ class Joined(Stored):
 
 @dataclass(frozen=True)
 class NpyHeader:
-    """The header of a `.npy` stream.
+    """Header of a `.npy` stream.
 
     Arguments:
-        shape: (n, *row); of an array in Fortran order, the other way round.
-        dtype: of a value.
-        fortran: True where the values are those of the transposed array.
-        offset: bytes before the first value.
+        shape: (n, *row); for an array in Fortran order, the reversed shape.
+        dtype: type of the values.
+        fortran: True if the values are stored in Fortran order, that is, transposed.
+        offset: number of bytes before the first value.
     """
 
     shape: tuple[int, ...]
@@ -197,14 +197,14 @@ class NpyHeader:
     offset: int
 
     def in_rows(self, x: Array) -> Array:
-        """Return the array that was read as `shape`, its rows first."""
+        """Return an array that was read with this header's shape, transposed to rows first if in Fortran order."""
         return np.ascontiguousarray(x.T) if self.fortran else x
 
     def require_rows(self, where: str) -> None:
-        """Refuse columns one after another: rows cannot be read from them where they are.
+        """Refuse an array in Fortran order, whose rows are not contiguous and cannot be streamed.
 
         Raises:
-            DataError: see above.
+            DataError: the array is in Fortran order; `where` names it.
         """
         if self.fortran:
             raise DataError(
@@ -213,15 +213,16 @@ class NpyHeader:
 
 
 def read_npy_header(stream: IO[bytes], size: int, where: str) -> NpyHeader:
-    """Read the header of a `.npy` stream; the stream is left at the first value.
+    """Return the header of a `.npy` stream, which is left at the position of the first value.
 
     Arguments:
-        stream: at its start.
-        size: its bytes.
-        where: the name of the stream in messages.
+        stream: binary stream at its start.
+        size: total number of bytes of the stream.
+        where: name of the stream in messages.
 
     Raises:
-        DataError: not NumPy's format, not real numbers (objects could run code), or not as long as it says.
+        DataError: the stream is not in NumPy's format, does not contain real numbers (object arrays could run code), or
+            its size differs from that of its header.
     """
     try:
         version = np.lib.format.read_magic(stream)
@@ -242,10 +243,10 @@ def read_npy_header(stream: IO[bytes], size: int, where: str) -> NpyHeader:
 
 
 def open_npy(path: Path) -> tuple[FileArray, NpyHeader]:
-    """Return the array of a `.npy` file, none of it read yet, and its header.
+    """Return the array of a `.npy` file, without reading its values, and its header.
 
     Raises:
-        DataError: no such file; see `read_npy_header`.
+        DataError: the file does not exist; see `read_npy_header`.
     """
     version = version_of(path)
     try:
@@ -257,10 +258,10 @@ def open_npy(path: Path) -> tuple[FileArray, NpyHeader]:
 
 
 def npy_array(path: Path) -> FileArray:
-    """Return the array of a `.npy` file, none of it read yet.
+    """Return the array of a `.npy` file in C order, without reading its values.
 
     Raises:
-        DataError: see `open_npy`; or columns stand one after another, not rows.
+        DataError: see `open_npy`; or the array is in Fortran order.
     """
     array, header = open_npy(path)
     header.require_rows(str(path))

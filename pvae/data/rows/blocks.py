@@ -1,8 +1,8 @@
-"""Rows that are read in blocks of neighbours, several of which are in memory, in an order that a seed decides.
+"""Streaming of rows from the disk in blocks of consecutive rows, in a seeded random order.
 
-A block is read at once; a window is as many blocks as are in memory. An epoch takes the blocks in a random order, a
-window of them at a time, and the rows of a window in a random order: every row once, whatever the size of the data, and
-as a function of (seed, epoch) alone, so that a resumed fit goes on bit for bit.
+A block is read at once; a window is the number of blocks cached in memory. An epoch visits the blocks in a random
+order, one window at a time, and the rows of a window in a random order: every row once, whatever the size of the data.
+The order depends only on (seed, epoch), so that a resumed fit continues bit for bit.
 """
 
 from __future__ import annotations
@@ -26,19 +26,20 @@ from pvae.util import seeds
 
 BLOCK_BYTES = 2**21
 WINDOW = 64
-"""Blocks in memory: 128 MiB of float32."""
+"""Number of blocks cached in memory, together 128 MiB of float32."""
 
 BlockRule = Callable[[Floats, int], NDArray[Any]]
-"""Function of the rows of a block and its number; the number seeds draws that differ from block to block."""
+"""Binarisation of a block: function of its scaled rows and its number, which can seed different samples per block."""
 
 
 @dataclass(frozen=True, eq=False)
 class Survey:
-    """Result of one pass over the rows of a part.
+    """Minimum, maximum and checksum of the rows of a split, from one pass over them.
 
     Arguments:
-        low: least value of every feature, as stored, `(*row)`; high: the largest.
-        digest: SHA-256 of the stored values and of how they are prepared.
+        low: minimum of every feature over the stored (unscaled) values, `(*row)`.
+        high: maximum of every feature over the stored values, `(*row)`.
+        digest: SHA-256 of the stored values, their scaling and their binarisation.
     """
 
     low: NDArray[Any]
@@ -47,7 +48,7 @@ class Survey:
 
 
 def survey(rows: Scaled, part: Part, binarize: Binarize) -> Survey:
-    """Look at every stored value of a part once."""
+    """Return minimum, maximum and checksum of the stored rows of a split, from one pass over them."""
     prepared = (str(rows.x.dtype), rows.x.shape[1:], binarize, dict(rows.warps))
     digest = hashlib.sha256(repr(prepared).encode())
     for number in (rows.shift, rows.divisor):
@@ -60,13 +61,13 @@ def survey(rows: Scaled, part: Part, binarize: Binarize) -> Survey:
 
 
 class Blocks:
-    """Rows `(n, *row)` float32 of a part, read when they are indexed; the last blocks that were read stay in memory.
+    """Reader of the rows `(n, *row)` float32 of a split, with the last `WINDOW` blocks cached in memory.
 
     Arguments:
-        rows: the scaled rows of a source.
-        part: the row numbers of the part, in ascending order.
-        survey: the result of one pass over them.
-        rule: applied to every block; None: the scaled values are left as they are.
+        rows: stored rows of the source with their scaling.
+        part: row numbers of the split, in ascending order.
+        survey: minimum, maximum and checksum of the split.
+        rule: binarisation applied to every block, or None.
     """
 
     def __init__(self, rows: Scaled, part: Part, survey: Survey, rule: BlockRule | None = None) -> None:
@@ -87,7 +88,7 @@ class Blocks:
         return len(self.part)
 
     def __getitem__(self, where: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Return some rows `(m, *row)` by their numbers in the part, in any order."""
+        """Return the rows `(m, *row)` at given positions in the split, in any order."""
         if self.scattered:
             order = np.argsort(where, kind="stable")
             out = np.empty((len(where), *self.row), np.float32)
@@ -105,11 +106,11 @@ class Blocks:
         return out
 
     def _numbers(self, where: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return row numbers in the source."""
+        """Return the row numbers in the source of positions in the split."""
         return where + self.part.start if isinstance(self.part, range) else self.part[where]
 
     def _load(self, wanted: NDArray[np.int64]) -> None:
-        """Read the blocks that are not in memory, each in place of the oldest one that is not wanted."""
+        """Read the wanted blocks that are not cached, each in place of the oldest cached block that is not wanted."""
         for number in wanted[self._slots[wanted] < 0].tolist():
             rows = self._read(number)
             while self._owners[self._next] in wanted:
@@ -131,27 +132,27 @@ class Blocks:
         return rows_of(self.rows.x, part) if self.rows.as_stored else self.rows.of(part)
 
     def expect(self, numbers: NDArray[np.int64]) -> None:
-        """Ask the disk to fetch some blocks while others are fitted."""
+        """Start to prefetch blocks, given by their numbers, without waiting for them."""
         if isinstance(source := self.rows.x, Stored):
             for part in map(self._part_of, numbers.tolist()):
                 source.expect(int(part[0]), int(part[-1]) + 1)
 
     def order(self, seed: int, epoch: int) -> Tensor | WindowOrder:
-        """Return the order of the rows in an epoch; slices of it are row numbers."""
+        """Return the random order of the rows in an epoch, a function of (seed, epoch); its slices are row numbers."""
         if self.scattered:
             return seeds.permutation(len(self), seed, epoch)
         return WindowOrder(len(self), self.block, seed, epoch, self.expect)
 
 
 class WindowOrder:
-    """The order of an epoch, made window by window: slices `[start:stop]` are row numbers `(m,)`.
+    """Random order of the rows in an epoch, computed window by window: a slice gives row numbers `(m,)`.
 
     Arguments:
-        rows: their number n.
-        block: rows of a block.
-        seed: of the fit.
-        epoch: counted from 0.
-        expect: called with the blocks of a window when the one before it begins.
+        rows: number of rows, n.
+        block: number of rows in a block.
+        seed: seed of the fit.
+        epoch: number of the epoch, counted from 0.
+        expect: function that prefetches blocks; called with those of the next window when a window begins.
     """
 
     def __init__(

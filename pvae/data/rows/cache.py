@@ -1,4 +1,4 @@
-"""The cache of downloaded and decoded data: locked while an entry is made, checked when it is opened."""
+"""Cache of downloaded and decoded data sets: an entry is locked while it is made and checksummed when it is opened."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from pvae.util.types import Array
 
 LOCK_SECONDS = 900
 DECODED_FORMAT = 2
-"""Version of decoded entries; an entry of another version is made again."""
+"""Format version of decoded cache entries; an entry of another version is decoded again."""
 INDEX = "index.json"
 
 
 def cache_folder() -> Path:
-    """Return the folder of downloads and decoded data."""
+    """Return the user's cache folder for downloaded and decoded data sets."""
     from platformdirs import user_cache_dir
 
     return Path(user_cache_dir("pvae"))
@@ -34,11 +34,11 @@ def cache_folder() -> Path:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Own a folder of the cache, made on demand.
+    """Create a cache folder if needed and hold its lock for the duration of the context.
 
     Raises:
-        BusyError: another process holds it for a quarter of an hour.
-        OutputError: it cannot be made.
+        BusyError: another process has not released the lock within `LOCK_SECONDS`.
+        OutputError: the folder cannot be created.
     """
     from filelock import FileLock, Timeout
 
@@ -55,39 +55,39 @@ def locked(folder: Path) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Decoded:
-    """Arrays of a source in a form that can be read by rows, with notes that were taken when they were decoded."""
+    """Cache entry of a source: its arrays as files that can be read by rows, and the notes made while decoding."""
 
     arrays: dict[str, FileArray]
     notes: dict[str, Any]
 
 
 class Writer:
-    """Writer of a cache entry, to which a source adds rows piece by piece.
+    """Writer of a cache entry, to which a source appends rows chunk by chunk.
 
     Arguments:
-        folder: of the entry that is being made.
+        folder: folder of the entry that is being written.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.notes: dict[str, Any] = {}
-        """Kept beside the arrays; anything JSON can say."""
+        """Notes stored with the arrays, such as label names; any JSON values."""
         self.arrays: dict[str, Growing] = {}
 
     def append(self, name: str, rows: Array) -> None:
-        """Add rows `(m, *row)` to an array; its type and the shape of a row are those of its first piece."""
+        """Append rows `(m, *row)` to the named array, whose type and row shape are those of its first rows."""
         if name not in self.arrays:
             self.arrays[name] = Growing(self.folder / f"{name}.npy", rows.dtype, rows.shape[1:])
         self.arrays[name].append(rows)
 
     def extend(self, name: str, pieces: Iterable[Array]) -> None:
-        """Add rows, piece by piece."""
+        """Append all chunks of rows to the named array."""
         for rows in pieces:
             self.append(name, rows)
 
 
 class Growing:
-    """A `.npy` file that grows by rows."""
+    """File in `.npy` format to which rows can be appended, and whose header is completed by `close`."""
 
     def __init__(self, path: Path, dtype: np.dtype[Any], row: tuple[int, ...]) -> None:
         self.path, self.dtype, self.row, self.rows = path, dtype, row, 0
@@ -98,12 +98,12 @@ class Growing:
             raise _no_room(path.parent, error) from error
 
     def _head(self) -> None:
-        """Write the header; NumPy leaves room in it for the number of rows, so that it can be written anew."""
+        """Write the `.npy` header with the present number of rows; NumPy pads it, so that it can be overwritten."""
         described = {"descr": np.lib.format.dtype_to_descr(self.dtype), "fortran_order": False}
         np.lib.format.write_array_header_1_0(self.file, {**described, "shape": (self.rows, *self.row)})
 
     def append(self, rows: Array) -> None:
-        """Add rows."""
+        """Append rows `(m, *row)` to the file."""
         try:
             self.file.write(np.ascontiguousarray(rows, self.dtype).data)
         except OSError as error:  # here, so that no reader takes a full disk for a broken file
@@ -111,7 +111,7 @@ class Growing:
         self.rows += len(rows)
 
     def close(self) -> None:
-        """Write the number of rows into the header, and everything to the disk."""
+        """Write the final number of rows into the header, flush the file to the disk, and close it."""
         self.file.seek(0)
         self._head()
         self.file.flush()
@@ -120,16 +120,17 @@ class Growing:
 
 
 def decoded(key: Mapping[str, Any], make: Callable[[Writer], None]) -> Decoded:
-    """Return the arrays that `make` decodes, from the cache when they are there and whole.
+    """Return the decoded arrays of a source from the cache; if the entry is absent or damaged, `make` decodes it first.
 
     Arguments:
-        key: everything that they depend on, also the version of their file; anything JSON can say.
-        make: decodes them; an error that it raises goes through, and nothing is kept.
+        key: everything that the arrays depend on, such as path and version of the file; any JSON values.
+        make: function that decodes the source into a writer; its errors propagate, and then no entry is kept.
 
     Raises:
-        DataError: nothing was decoded.
-        OutputError: the cache cannot be written.
-        StorageError: the disk is full.
+        DataError: the source cannot be read while it is decoded.
+        OutputError: the cache folder cannot be created.
+        BusyError: another process holds the lock of the entry for too long.
+        StorageError: the disk is full, or the new entry fails its checksums.
     """
     folder = cache_folder() / "decoded" / _digest({**key, "format": DECODED_FORMAT})[:32]
     if (found := _opened(folder)) is None:
@@ -143,7 +144,7 @@ def decoded(key: Mapping[str, Any], make: Callable[[Writer], None]) -> Decoded:
 
 
 def _opened(folder: Path) -> Decoded | None:
-    """Return an entry of which every byte is as it was written, or None."""
+    """Return the cache entry in a folder if all its checksums match, else None."""
     try:
         index = read_object(folder, INDEX)
         if index.pop("sha256") != _digest(index):

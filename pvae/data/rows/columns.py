@@ -1,4 +1,4 @@
-"""The columns of a declared table: their values, and the distribution that scores them. This needs only pydantic.
+"""Column types of a declared table: the values they allow and the likelihood of each. Needs only pydantic.
 
 A new type of column is one final class with ``type: Literal["name"] = "name"``.
 """
@@ -20,76 +20,76 @@ if TYPE_CHECKING:
     Floats = NDArray[np.float64]
 
 Levels = Annotated[tuple[int | str, ...], Field(strict=False)]
-"""Words or integers; a list (all that TOML has) is accepted."""
+"""Levels of a column: a tuple of strings or integers; a list, as TOML gives it, is accepted."""
 
 LARGEST_COUNT = 2**24
-"""Largest count: above it single precision does not hold every integer."""
+"""Largest count that a column may contain: above it float32 cannot represent every integer."""
 
 TRUTH = (("0", "false", "False", "FALSE"), ("1", "true", "True", "TRUE"))
-"""The words for 0 and 1 where a declaration names none."""
+"""Strings accepted for 0 and for 1 in a binary column that declares no `values`."""
 
 
 class Column(Component):
-    """The type of one column of a table."""
+    """Type of one column of a table: its allowed values, its transform and its likelihood."""
 
     tag: ClassVar[str] = "type"
 
     missing: Literal["error", "mask"] = "error"
-    """`error`: a missing value is refused; `mask`: it adds nothing to the likelihood, and the guide is told."""
+    """`error`: refuse missing values; `mask`: leave them out of the likelihood, and give the encoder an indicator."""
 
     @property
     @abstractmethod
     def family(self) -> str:
-        """Name of its distribution: see `pvae.graph.column_law.Law`."""
+        """Name of the distribution of the column, as in `pvae.graph.column_law.Law`."""
 
     @property
     @abstractmethod
     def expected(self) -> str:
-        """Description of the values that it may hold, for messages."""
+        """Description of the allowed values of the column, for error messages."""
 
     @property
     def said(self) -> tuple[int | str, ...]:
-        """The words or integers that 0, 1, 2, ... stand for; none for a column of numbers."""
+        """Levels that the codes 0, 1, 2, ... stand for, strings or integers as declared; empty for a numeric column."""
         return ()
 
     @property
     def words(self) -> tuple[str, ...]:
-        """The same as text."""
+        """Levels that the codes 0, 1, 2, ... stand for, as strings; empty for a numeric column."""
         return tuple(map(str, self.said))
 
     @property
     def warp(self) -> str:
-        """The function that numbers go through first: `none`, `log`, `log1p` or `logit`."""
+        """Name of the function applied to the values before standardisation: `none`, `log`, `log1p` or `logit`."""
         return "none"
 
     @property
     def is_standardised(self) -> bool:
-        """True where numbers are then scaled by mean and deviation of the training rows."""
+        """True if values are standardised, after `warp`, by mean and standard deviation of the training rows."""
         return False
 
     @abstractmethod
     def inside(self, values: Floats) -> NDArray[np.bool_]:
-        """Return True for each value that it may hold; NaN is looked for elsewhere."""
+        """Return True for each value that the column allows; NaN is checked separately."""
 
     def code_of(self, word: str) -> int | None:
-        """Return the number of a word as it stands in a file, an integer also as `1.0`; None for other words."""
+        """Return the code of a level as written in a file (`1` also as `1.0`), or None if it is no level."""
         known = word if word in self.words else word.removesuffix(".0")
         return self.words.index(known) if known in self.words else None
 
     def law(self, name: str) -> Law:
-        """Return the distribution that scores it."""
+        """Return the likelihood of the column: family, number of levels, masking, and the given name."""
         return Law(self.family, max(1, len(self.words)), self.missing == "mask", name)
 
 
 @final
 class ContinuousColumn(Column):
-    """Real numbers."""
+    """Column of real numbers."""
 
     type: Literal["continuous"] = "continuous"
     transform: Literal["standardise", "none", "log", "log1p", "logit"] = "standardise"
-    """All but `none` standardise by the observed training rows, after a logarithm, log(1 + x) or log(x / (1 - x))."""
+    """Transform of the values; all but `none` end with standardisation by the observed training rows."""
     likelihood: Literal["normal", "student_t"] = "normal"
-    """Scale (and degrees of freedom) are learned, one for the column."""
+    """Distribution of the column; its scale (and degrees of freedom) are learned, one value for the column."""
 
     @property
     def family(self) -> str:
@@ -116,11 +116,11 @@ class ContinuousColumn(Column):
 
 @final
 class CountColumn(Column):
-    """Whole numbers 0, 1, 2, ..."""
+    """Column of counts 0, 1, 2, ..."""
 
     type: Literal["count"] = "count"
     likelihood: Literal["poisson", "negative_binomial"] = "poisson"
-    """The dispersion of a negative binomial is learned, one for the column."""
+    """Distribution of the column; the dispersion of a negative binomial is learned, one value for the column."""
 
     @property
     def family(self) -> str:
@@ -135,7 +135,7 @@ class CountColumn(Column):
 
 
 class WordColumn(Column):
-    """A column of words: its values are 0, 1, 2, ... by the order of the words."""
+    """Column of levels (strings or integers), coded 0, 1, 2, ... in their declared order."""
 
     @property
     def expected(self) -> str:
@@ -154,11 +154,11 @@ class WordColumn(Column):
 
 @final
 class BinaryColumn(WordColumn):
-    """One of two values."""
+    """Column with two levels, coded 0 and 1."""
 
     type: Literal["binary"] = "binary"
     values: Annotated[Levels, Field(min_length=2, max_length=2)] | None = None
-    """The words for 0 and for 1; by default 0 and 1, or false and true."""
+    """Levels as written in the file, that of 0 first; None accepts 0 and 1, or false and true."""
 
     @property
     def family(self) -> str:
@@ -176,11 +176,11 @@ class BinaryColumn(WordColumn):
 
 @final
 class CategoricalColumn(WordColumn):
-    """One of several levels without an order."""
+    """Column with several unordered levels."""
 
     type: Literal["categorical"] = "categorical"
     levels: Annotated[Levels, Field(min_length=2, max_length=10_000)]
-    """Every level, as it is written: words or integers."""
+    """All levels as written in the file, strings or integers."""
 
     @property
     def family(self) -> str:

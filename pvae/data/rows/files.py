@@ -1,4 +1,4 @@
-"""The user's own files: where one is sought, whether its rows fit into memory, and how they are read in pieces."""
+"""The user's own data files: finding them, checking that their rows fit into memory, reading them in chunks."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from pvae.util.memory import GIB, total_memory
 from pvae.util.types import Array
 
 PIECE_BYTES = 2**21
-"""Bytes that are read from a stream at once."""
+"""Bytes read from a stream at once, unless one row is larger."""
 MAX_DEFLATE_RATIO = 1032
-"""Largest number of bytes that one byte of the deflate format can hold."""
+"""Largest compression ratio of the deflate format (output bytes for each input byte)."""
 
 
 def user_folder(data_dir: Path | None) -> Path | None:
-    """Return the folder that the user names, by argument or by ``PVAE_DATA_DIR``.
+    """Return the user's data folder, from the argument or the environment variable ``PVAE_DATA_DIR``, or None.
 
     Raises:
-        DataError: it does not exist.
+        DataError: the folder does not exist.
     """
     named = data_dir or os.environ.get("PVAE_DATA_DIR")
     if not named:
@@ -36,10 +36,10 @@ def user_folder(data_dir: Path | None) -> Path | None:
 
 
 def located(path: str, data_dir: Path | None) -> Path:
-    """Return a declared file: in the data folder if it is there, else as it is written.
+    """Return the path of a declared data file: inside the user's data folder if it exists there, else as declared.
 
     Raises:
-        DataError: there is none; or it is a folder, a device or a pipe, which are never opened.
+        DataError: the file does not exist; or it is a folder, a device or a pipe, which are never opened.
     """
     folder = user_folder(data_dir)
     inside = folder / path if folder else Path(path)
@@ -54,10 +54,10 @@ def located(path: str, data_dir: Path | None) -> Path:
 
 
 def require_room(shape: tuple[int, ...], dtype: np.dtype[Any], name: str, advice: str = "") -> None:
-    """Refuse rows that, as stored and as float32, take more than half of this computer's memory.
+    """Refuse rows of which the stored copy and the float32 copy together exceed half of this computer's memory.
 
     Raises:
-        DataError: with the memory that they need.
+        DataError: the rows are too large; the message gives the memory that they need.
     """
     needed, memory = (dtype.itemsize + 4) * prod(shape), total_memory()
     if 2 * needed > memory:
@@ -68,7 +68,7 @@ def require_room(shape: tuple[int, ...], dtype: np.dtype[Any], name: str, advice
 
 
 def held(x: Stored, stream: bool, name: str) -> AnyArray:
-    """Leave the rows where they are, or read them into memory.
+    """Return the rows unread if they are to be streamed, else as an array in memory.
 
     Raises:
         DataError: see `require_room`.
@@ -80,10 +80,10 @@ def held(x: Stored, stream: bool, name: str) -> AnyArray:
 
 
 def pieces(stream: IO[bytes], shape: tuple[int, ...], dtype: np.dtype[Any]) -> Iterator[Array]:
-    """Yield the rows of a stream, a few MiB at a time.
+    """Yield the rows of a binary stream in chunks `(m, *row)` of about `PIECE_BYTES`.
 
     Raises:
-        EOFError: the stream ends early; its argument is the number of bytes that were there.
+        EOFError: the stream ends early; its argument is the number of bytes that were read.
     """
     row = dtype.itemsize * prod(shape[1:])
     step, done = max(1, PIECE_BYTES // row), 0
@@ -97,7 +97,7 @@ def pieces(stream: IO[bytes], shape: tuple[int, ...], dtype: np.dtype[Any]) -> I
 
 
 def gathered(some: Iterable[Array], shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
-    """Join pieces in one array, which is allocated first."""
+    """Return chunks of rows joined in one array of a known shape and type."""
     out, start = np.empty(shape, dtype), 0
     for piece in some:
         out[start : start + len(piece)] = piece

@@ -1,4 +1,4 @@
-"""From rows to arrays: scaling and binarisation, chunk by chunk, so that no large float64 array is made."""
+"""Scaling and binarisation of stored rows, chunk by chunk, so that no large float64 array is needed."""
 
 from __future__ import annotations
 
@@ -27,35 +27,38 @@ TRAIN_SEED = 778
 
 @dataclass(frozen=True, eq=False)
 class Scaled:
-    """Rows as float64 chunks of ``(x - shift) / divisor``, in a table after the functions of some columns."""
+    """Stored rows with their declared scaling ``(f(x) - shift) / divisor``; f is the identity except for `warps`."""
 
     x: AnyArray
     shift: Floats | float = 0.0
     divisor: Floats | float = 1.0
     warps: Mapping[str, list[int]] = field(default_factory=dict)
-    """Names in `WARPS`, and the columns that go through them."""
+    """Column numbers to which each function of `WARPS` is applied, by the function's name."""
 
     @property
     def as_stored(self) -> bool:
-        """True where the values are left as they are stored."""
+        """True if the scaling is the identity, so that stored values are used unchanged."""
         return not self.warps and isinstance(self.shift, float) and (self.shift, self.divisor) == (0.0, 1.0)
 
     def chunks(self, part: Part) -> Iterator[tuple[int, Floats]]:
-        """Yield chunks of the part, each with its first position."""
+        """Yield consecutive scaled chunks of a part, float64, each with its offset in the part."""
         for start, chunk in chunks(self.x, part):
             yield start, self.scale(chunk)
 
     def affine(self) -> tuple[Floats, Floats]:
-        """Return shift and divisor of every feature, `(*row)`."""
+        """Return `shift` and `divisor` of every feature, each broadcast to `(*row)`."""
         shift, divisor = (np.broadcast_to(part, self.x.shape[1:]) for part in (self.shift, self.divisor))
         return shift, divisor
 
     def of(self, part: Part) -> Floats:
-        """Return a part that is small enough to copy, at once."""
+        """Return the rows of a part scaled, as one float64 array."""
         return self.scale(rows_of(self.x, part))
 
     def scale(self, chunk: Array) -> Floats:
-        """Return stored values scaled."""
+        """Return a chunk of stored values after the declared scaling, as float64.
+
+        Scaling is the column functions of `warps`, then minus `shift`, then divided by `divisor`.
+        """
         values = chunk.astype(np.float64)
         for name, columns in self.warps.items():
             values[..., columns] = WARPS[name](values[..., columns])
@@ -64,7 +67,7 @@ class Scaled:
         return values
 
     def apply(self, part: Part, rule: Rule) -> NDArray[np.float32]:
-        """Return the part as float32 (rows, *shape), after a rule."""
+        """Return the rows of a part as float32 (rows, *shape), after scaling and then `rule`, chunk by chunk."""
         out = np.empty((len(part), *self.x.shape[1:]), np.float32)
         for start, chunk in self.chunks(part):
             out[start : start + len(chunk)] = rule(chunk)
@@ -72,10 +75,10 @@ class Scaled:
 
 
 def scaled(scale: Scale, rows: Rows, x: AnyArray, train: Part) -> Scaled:
-    """Return the rows with the declared scaling.
+    """Return the stored rows with the declared scaling, whose statistics come from the training rows.
 
     Raises:
-        DataError: ``unit`` without a known largest level; ``standardise`` with a constant column.
+        DataError: ``unit`` is declared without a known largest value, or ``standardise`` with a constant column.
     """
     if rows.table:
         return _table(rows, x, train)
@@ -101,10 +104,10 @@ def _standardised(x: AnyArray, train: Part) -> Scaled:
 
 
 def _table(rows: Rows, x: AnyArray, train: Part) -> Scaled:
-    """Scale every column by its own transform, fitted on the training rows in which it is not missing.
+    """Return table rows with each column's own transform, fitted on the training rows in which it is not missing.
 
     Raises:
-        DataError: a column has no value in train, or a standardised one is constant there.
+        DataError: a column has no value in the training rows, or a standardised column is constant there.
     """
     columns = rows.table.values()
     warps = {name: [i for i, column in enumerate(columns) if column.warp == name] for name in WARPS}
@@ -130,12 +133,12 @@ def _table(rows: Rows, x: AnyArray, train: Part) -> Scaled:
 
 
 def _is_flat(mean: Floats, variance: Floats) -> NDArray[np.bool_]:
-    """Return True for features that vary by no more than the rounding of the numbers themselves."""
+    """Return True for each feature whose standard deviation is no larger than rounding error."""
     return np.sqrt(variance) <= 1e-12 * np.maximum(np.abs(mean), np.finfo(np.float32).tiny)
 
 
 def _moments(data: Scaled, part: Part) -> tuple[Floats, Floats]:
-    """Return mean and variance of every feature over a part, of the values that are not missing."""
+    """Return mean and variance of every scaled feature, each `(*row)`, over the non-missing values of a part."""
     total, count, squares = (np.zeros(data.x.shape[1:]) for _ in range(3))
     for _, chunk in data.chunks(part):
         missing = np.isnan(chunk)
@@ -153,13 +156,13 @@ def _moments(data: Scaled, part: Part) -> tuple[Floats, Floats]:
 
 
 WARPS: Mapping[str, Callable[[Floats], Floats]] = {"log": np.log, "log1p": np.log1p, "logit": logit}
-"""Functions that columns of a table may go through before they are standardised."""
+"""Functions that can be applied to table columns before standardisation, by name."""
 UNWARPS: Mapping[str, Callable[[Floats], Floats]] = {"log": np.exp, "log1p": np.expm1, "logit": expit}
-"""Their inverses."""
+"""Inverses of the functions in `WARPS`, by the same names."""
 
 
 def extremes(x: AnyArray, part: Part) -> tuple[Array, Array]:
-    """Return least and largest value of every feature `(*row)` over a part; missing values (NaN) are left out."""
+    """Return minimum and maximum of every feature, each `(*row)`, over a part; missing values (NaN) are left out."""
     low = high = np.full(x.shape[1:], np.nan)
     for _, chunk in chunks(x, part):
         low, high = np.fmin(low, np.fmin.reduce(chunk, 0)), np.fmax(high, np.fmax.reduce(chunk, 0))
@@ -169,15 +172,16 @@ def extremes(x: AnyArray, part: Part) -> tuple[Array, Array]:
 def prepare(
     data: Scaled, parts: dict[str, Part], binarize: Binarize
 ) -> tuple[dict[str, NDArray[np.float32]], NDArray[np.float32] | None]:
-    """Scale and binarise the three splits, (n, *shape) float32; and intensities of "train" to draw anew, or None.
+    """Return the three splits scaled and binarised, (n, *shape) float32, and the train intensities or None.
 
-    Fixed draws follow the published protocol: one ``RandomState(777)``, a binomial of the validation split first,
-    then of the test split, on float64 intensities. The training split has a fixed draw of its own.
+    The intensities are returned only for dynamic binarisation, which samples the training data anew for every batch.
+    Static samples follow the published protocol: one ``RandomState(777)`` draws a binomial for the validation split
+    first, then for the test split, from float64 intensities; the training split has a seed of its own.
 
     References: Exemplar VAE (Norouzi, Fleet, Norouzi, 2020), https://arxiv.org/abs/2004.04795
 
     Raises:
-        DataError: binarisation of values outside [0, 1].
+        DataError: values to binarise are outside [0, 1].
     """
     if binarize == "none":
         return {name: data.apply(part, _same) for name, part in parts.items()}, None
@@ -202,10 +206,10 @@ def _within_unit(name: str, rule: Rule) -> Rule:
 
 
 def require_unit(name: str, low: float, high: float) -> None:
-    """Refuse intensities outside of [0, 1].
+    """Refuse a split with intensities outside [0, 1], given the minimum and the maximum over the split.
 
     Raises:
-        DataError: see above.
+        DataError: `low` is below 0 or `high` above 1.
     """
     if low < 0 or high > 1:
         raise DataError(

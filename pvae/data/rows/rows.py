@@ -1,4 +1,4 @@
-"""The rows of a source: arrays, labels, and the source's own splits; every check that needs no transform."""
+"""The stored rows of a data source: values, labels and default splits, with the checks that need no scaling."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pvae.errors import DataError
 from pvae.util.types import Array
 
 Part = range | NDArray[np.int64]
-"""Row numbers: a range that a declaration may change, or the indices of a permutation."""
+"""Row numbers of a split: a range, which a declaration may replace, or the indices of a random permutation."""
 
 SPLITS = ("train", "validation", "test")
 CHUNK_ELEMENTS = 2**22
@@ -24,17 +24,17 @@ CHUNK_ELEMENTS = 2**22
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """The rows of a source.
+    """Stored rows of a data source, with labels and default splits.
 
     Arguments:
-        x: (n, *shape), any real type; in memory, or read as it is needed.
+        x: (n, *shape), any real type; in memory, or read from the disk when indexed.
         y: (n,) integer labels, or None.
-        parts: rows of "train", "validation" and "test" unless the declaration says otherwise.
-        largest: the largest level, for ``scale = "unit"``.
-        label_names: a name for each label.
-        name: the name of the array in messages.
-        notes: remarks for the user that are no errors.
-        table: the columns of a table, (n, columns); masked columns may hold NaN.
+        parts: default row numbers of "train", "validation" and "test", which the declaration may replace.
+        largest: largest possible value, such as 255, by which ``scale = "unit"`` divides; or None.
+        label_names: name of each label, or None.
+        name: name of the array in messages.
+        notes: remarks for the user that are not errors.
+        table: declared columns by name if x is a table (n, columns), whose masked columns may be NaN; else empty.
 
     Raises:
         DataError: no rows, values that are not real numbers, NaN or infinity, labels that do not fit.
@@ -56,15 +56,15 @@ class Rows:
 
 
 def check_array(x: AnyArray, name: str, masked: Sequence[bool] = ()) -> None:
-    """Refuse an array that is empty, or not of finite real numbers.
+    """Refuse an array that is empty, or whose values are not finite real numbers.
 
     Arguments:
-        x: the array.
-        name: the name of the array in messages.
-        masked: True for each column of a table that may hold NaN.
+        x: array to check.
+        name: name of the array in messages.
+        masked: one flag for each column of a table, True if it may be NaN.
 
     Raises:
-        DataError: see above; the message says which array, row and column.
+        DataError: the array is refused; the message says which array, row and column.
     """
     if x.dtype.kind not in "biuf":
         raise DataError(f"{name}: expected real numbers; got {x.dtype}.")
@@ -78,7 +78,7 @@ def check_finite(x: AnyArray, name: str, masked: Sequence[bool] = ()) -> None:
     """Refuse NaN (except in masked columns), infinity, and numbers that overflow float32.
 
     Raises:
-        DataError: with the first row and column, and how many there are.
+        DataError: a value is refused; the message gives its row and column, and the number of such values.
     """
     count, first = 0, None
     for start, chunk in chunks(x, range(len(x))):
@@ -99,10 +99,10 @@ def check_finite(x: AnyArray, name: str, masked: Sequence[bool] = ()) -> None:
 
 
 def check_labels(y: Array, rows: int, name: str) -> None:
-    """Refuse labels that are not one integer for each row.
+    """Refuse labels that are not exactly one integer for each row.
 
     Raises:
-        DataError: see above.
+        DataError: the labels have another shape or are not integers.
     """
     if y.ndim != 1 or len(y) != rows:
         raise DataError(f"Labels of {name}: expected one for each of {rows} rows; got shape {y.shape}.")
@@ -115,10 +115,10 @@ def _element(column: Sequence[int]) -> str:
 
 
 def reshape(rows: Rows, shape: tuple[int, ...] | None) -> AnyArray:
-    """Return x as (n, *shape).
+    """Return the stored values of rows reshaped to the declared shape, (n, *shape); unchanged if it is None.
 
     Raises:
-        DataError: a row has another number of values; or rows are bare numbers and no shape is declared.
+        DataError: a row has another number of values; or rows are scalars and no shape is declared.
     """
     if shape is None and rows.x.ndim == 1:
         raise DataError(f"{rows.name}: expected rows of features, (n, ...); got shape {rows.x.shape}. Set shape = [1].")
@@ -131,7 +131,7 @@ def reshape(rows: Rows, shape: tuple[int, ...] | None) -> AnyArray:
 
 
 def chunks(x: AnyArray, part: Part) -> Iterator[tuple[int, Array]]:
-    """Yield pieces of ``x[part]`` that are small enough to copy, each with its first position in the part."""
+    """Yield consecutive chunks of ``x[part]`` of at most `CHUNK_ELEMENTS` values, each with its offset in the part."""
     step = max(1, CHUNK_ELEMENTS // max(1, prod(x.shape[1:])))
     for start in range(0, len(part), step):
         piece = part[start : start + step]
@@ -139,12 +139,12 @@ def chunks(x: AnyArray, part: Part) -> Iterator[tuple[int, Array]]:
 
 
 def rows_of(x: AnyArray, part: Part) -> Array:
-    """Return `x[part]`."""
+    """Return the stored rows whose numbers are in `part`, `x[part]`."""
     return x[part.start : part.stop] if isinstance(part, range) else x[part]
 
 
 def partition(declared: Mapping[str, tuple[int, int]], rows: Rows) -> dict[str, Part]:
-    """Return the rows of each split: the declared range, else the source's own.
+    """Return the row numbers of each split: the declared range, or the default of the source.
 
     Raises:
         DataError: a range is empty, out of range, or shares rows with another.
@@ -187,7 +187,7 @@ def _shown(name: str, part: range, declared: Mapping[str, tuple[int, int]]) -> s
 
 
 def tenths(rows: int, missing: Sequence[str], seed: int) -> dict[str, Part]:
-    """Permute row numbers; give each missing split a tenth and "train" the rest, each in ascending order.
+    """Return random splits: a tenth of the rows for each missing split, all other rows for "train", each sorted.
 
     Raises:
         DataError: too few rows to give each split one.
@@ -203,7 +203,7 @@ def tenths(rows: int, missing: Sequence[str], seed: int) -> dict[str, Part]:
 def joined(
     given: Mapping[str, tuple[AnyArray, Array | None]], seed: int, label_names: Sequence[str] | None = None
 ) -> Rows:
-    """Join "train" and the splits that are given in one array; the other splits are tenths of "train".
+    """Return rows that concatenate the given splits; each split not given is a random tenth of "train".
 
     Raises:
         DataError: rows of different shapes, or labels for some splits only.
@@ -245,13 +245,13 @@ def _refuse_unlike(given: Mapping[str, tuple[AnyArray, Array | None]]) -> None:
 
 
 def shared_rows(x: AnyArray, parts: Mapping[str, Part], name: str) -> int:
-    """Count the rows of a split that also occur, value for value, in "train"."""
+    """Return the number of rows of a split that also occur in "train" with the same values, by 64-bit hashes."""
     train = np.sort(_hashes(x, parts["train"]))
     return int(np.isin(_hashes(x, parts[name]), train).sum())
 
 
 def _hashes(x: AnyArray, part: Part) -> NDArray[np.uint64]:
-    """Return a hash of 64 bits of every row: the sum of its words, each mixed and times a random odd number."""
+    """Return a 64-bit hash of every row, `(n,)`: the sum of its mixed 8-byte words, each times a random odd number."""
     width = -(-x.dtype.itemsize * prod(x.shape[1:]) // 8)
     factors = np.random.RandomState(0).randint(0, 2**63, width, np.int64).astype(np.uint64) * 2 + 1
     out = np.empty(len(part), np.uint64)

@@ -1,1 +1,1 @@
-"""Tables: CSV and Parquet files and data frames, and a first guess of their declaration."""
+"""Tabular data: readers of CSV files, Parquet files and data frames, and the guess of a table's declaration."""

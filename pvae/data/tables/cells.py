@@ -1,4 +1,4 @@
-"""The cells of a table as numbers, each value checked against the declaration of its column."""
+"""Conversion of table cells to numbers, with every value checked against the declaration of its column."""
 
 from __future__ import annotations
 
@@ -25,27 +25,27 @@ MAX_LABELS = 2**16
 NAMES_LISTED = 12
 
 Numbers = tuple[Floats, NDArray[np.int64] | None]
-"""Rows `(m, columns)`, NaN where a value is missing, and the numbers `(m,)` of their labels."""
+"""Decoded rows: x `(m, columns)`, NaN for missing values, and integer labels `(m,)` or None."""
 
 Where = Callable[[int], str]
-"""The name of a row of a piece in messages: its line, or its number."""
+"""Function from the position of a row in a chunk to its name in messages, such as "line 12" or "row 11"."""
 
 
 def shown(text: str) -> str:
-    """Quote a cell or a name for a message: its control characters are escaped, and it is cut when it is long."""
+    """Return a cell or a name quoted for a message, with control characters escaped, cut to 60 characters."""
     return repr(text if len(text) <= 60 else text[:57] + "...")
 
 
 def listed(names: Sequence[str]) -> str:
-    """List the first names of many for a message."""
+    """Return the first `NAMES_LISTED` names, quoted and joined by commas, for a message."""
     return ", ".join(map(shown, names[:NAMES_LISTED])) + (", ..." if len(names) > NAMES_LISTED else "")
 
 
 def require_named_once(names: Sequence[str], origin: str) -> None:
-    """Refuse a table that has two columns of one name.
+    """Refuse a table in which two columns have the same name.
 
     Raises:
-        DataError: with the first such name.
+        DataError: a name occurs more than once; the message gives the name.
     """
     name, times = Counter(names).most_common(1)[0] if names else ("", 0)
     if times > 1:
@@ -54,13 +54,13 @@ def require_named_once(names: Sequence[str], origin: str) -> None:
 
 @dataclass
 class CellDecoder:
-    """Pieces of a table as numbers, each value checked.
+    """Converter of chunks of a table to numbers, which checks every value against its column.
 
     Arguments:
-        columns: the declared columns, by name, in the order of x.
-        label: the column of labels, if there is one.
-        na: the words for a missing value.
-        origin: the name of the table in messages.
+        columns: declared columns by name, in the order of x.
+        label: name of the label column, or None.
+        na: strings that mean a missing value.
+        origin: name of the table in messages.
     """
 
     columns: Mapping[str, Column]
@@ -68,20 +68,20 @@ class CellDecoder:
     na: Sequence[str]
     origin: str
     labels: dict[str, int] = field(default_factory=dict)
-    """Every label met, numbered in the order of appearance."""
+    """Number of every label found so far, by label, in order of appearance."""
     left_out: list[str] = field(default_factory=list)
-    """The columns of the table that are not declared."""
+    """Names of the table's columns that are not declared and therefore not read."""
 
     @property
     def names(self) -> list[str]:
-        """The columns that are read: those of x, then the label."""
+        """Names of the columns to read: those of x, then the label column if there is one."""
         return [*self.columns, *([] if self.label is None else [self.label])]
 
     def require_columns(self, found: Sequence[str]) -> None:
-        """Refuse a table that lacks a declared column; the columns that are not declared are noted.
+        """Refuse a table that lacks a declared column; record undeclared columns in `left_out`.
 
         Raises:
-            DataError: a declared column is not there, or two columns have one name.
+            DataError: a declared column is absent, or two columns have the same name.
         """
         require_named_once(found, self.origin)
         there = set(found)
@@ -94,15 +94,15 @@ class CellDecoder:
         self.left_out = [name for name in found if name not in read]
 
     def notes(self) -> tuple[str, ...]:
-        """A note on the columns that are left out, if there are any."""
+        """Return a remark for the user that lists the undeclared columns; empty if there are none."""
         many = f"{len(self.left_out)} columns are not declared and left out: {listed(self.left_out)}"
         return (many,) if self.left_out else ()
 
     def decode(self, frame: pandas.DataFrame, where: Where) -> Numbers:
-        """Return the rows of a piece as numbers.
+        """Return the rows of a chunk of the table as numbers: x `(m, columns)`, and labels `(m,)` or None.
 
         Raises:
-            DataError: with the row and the column.
+            DataError: a value is not allowed; the message gives its row and column.
         """
         x = np.empty((len(frame), len(self.columns)))
         for place, (name, column) in enumerate(self.columns.items()):
@@ -145,7 +145,7 @@ class CellDecoder:
         return np.array([*found, np.nan], np.float64)[codes]
 
     def _words(self, cells: Cells) -> tuple[NDArray[np.int64], list[str | None]]:
-        """Return the place of every row's word among the words that occur, -1 for missing; a missing word is None."""
+        """Return the code of each cell (-1 if missing) and the string of each code (None for a missing value)."""
         import pandas
 
         kinds = cells if isinstance(cells.dtype, pandas.CategoricalDtype) else cells.astype("category")
@@ -179,14 +179,14 @@ def _is_number(value: Any) -> bool:
 
 
 def word_of(value: Any) -> str:
-    """Return a value as it would stand in a file."""
+    """Return a cell value as a string, as it would be written in a CSV file: `true`, `false`, or `1` for 1.0."""
     if isinstance(value, bool | np.bool_):
         return "true" if value else "false"
     return str(int(value)) if isinstance(value, float | np.floating) and value.is_integer() else str(value)
 
 
 def in_order(y: Array, labels: Sequence[str]) -> tuple[NDArray[np.int64], tuple[str, ...]]:
-    """Number labels in the order of their names, as integers where all are; return `(n,)` and the names."""
+    """Return labels `(n,)` renumbered by the order of their names (numeric if all are integers), and sorted names."""
     whole = all(re.fullmatch(r"[+-]?\d{1,18}", label) for label in labels)
     order = sorted(range(len(labels)), key=lambda i: (int(labels[i]) if whole else 0, labels[i]))
     number = np.empty(len(labels), np.int64)

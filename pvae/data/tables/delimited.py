@@ -1,7 +1,7 @@
-"""Delimited text: its header, and its records in pieces, each checked before pandas parses it.
+"""Reader of delimited text files (CSV): the header, then chunks of records, checked before pandas parses them.
 
-pandas alone would fill up a record with too few cells, take a quote in the middle of a cell for a letter, and count
-lines wrongly behind quoted line feeds, so that records and cells are counted here.
+pandas alone would pad a record that has too few cells, accept a quote in the middle of a cell as a character, and
+miscount lines after quoted line feeds; therefore records and cells are counted here.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ BOM = b"\xef\xbb\xbf"
 
 @dataclass(frozen=True)
 class TextHeader:
-    """The names of the columns, and the place where the rows begin."""
+    """Header of a text table: its column names, and its size in bytes and in lines."""
 
     names: list[str]
     bytes: int
@@ -42,11 +42,11 @@ class TextHeader:
 
 @dataclass(frozen=True, eq=False)
 class Piece:
-    """Whole records, each with as many cells as the header.
+    """Chunk of complete records of a text table, each with as many cells as the header.
 
     Arguments:
-        text: UTF-8 without NUL, lines ended by a line feed, empty lines left out where there are several columns.
-        lines: of the file, counted from 1, on which every record begins.
+        text: UTF-8 without NUL, lines ended by a line feed, without empty lines if there are several columns.
+        lines: line of the file, counted from 1, on which each record begins.
     """
 
     text: bytes
@@ -54,10 +54,10 @@ class Piece:
 
 
 def read_header(path: Path, separator: str) -> TextHeader:
-    """Read the names of the columns, the first record of a file.
+    """Return the header of a text table: the column names in its first record, and the header's size.
 
     Raises:
-        DataError: the file is empty or no text; the record is too long, or names a column twice.
+        DataError: the file is empty or not text; the record is too long, or names a column twice.
     """
     with path.open("rb") as file:
         start = file.read(MAX_HEADER_BYTES + 1)
@@ -78,11 +78,11 @@ def read_header(path: Path, separator: str) -> TextHeader:
 
 
 def read_pieces(path: Path, header: TextHeader, separator: str) -> Iterator[Piece]:
-    """Yield the records below the header, a few MiB at a time.
+    """Yield the records after the header in chunks of about `TEXT_PIECE_BYTES`.
 
     Raises:
-        DataError: with the line: not UTF-8, a NUL, a record with another number of cells than the header, a quote in
-            the middle of a cell or never closed, a record that is too long.
+        DataError: text that is not UTF-8, a NUL, a record whose number of cells differs from the header's, a quote in
+            the middle of a cell or never closed, or a record that is too long; the message gives the line.
     """
     width, line, rest = len(header.names), header.lines + 1, b""
     with path.open("rb") as file:
@@ -98,7 +98,7 @@ def read_pieces(path: Path, header: TextHeader, separator: str) -> Iterator[Piec
 
 
 def _split(block: bytes, path: Path, line: int) -> tuple[bytes, bytes]:
-    """Return the records that end in a block, and the beginning of the next record."""
+    """Return the bytes of the complete records in a block, and the remaining bytes of an incomplete record."""
     marks = np.frombuffer(block, np.uint8)
     ends = np.flatnonzero((marks == NEWLINE) & ~_quoted(marks)) if b'"' in block else None
     size = block.rfind(b"\n") + 1 if ends is None else int(ends[-1]) + 1 if len(ends) else 0
@@ -111,17 +111,17 @@ def _split(block: bytes, path: Path, line: int) -> tuple[bytes, bytes]:
 
 
 def _line(text: bytes, place: int, first: int) -> int:
-    """Return the line of the file in which a byte stands."""
+    """Return the line number of the byte at `place`, when the text begins on line `first`."""
     return first + text.count(b"\n", 0, place)
 
 
 def _quoted(marks: NDArray[np.uint8]) -> NDArray[np.bool_]:
-    """Return True for each byte between quotes, the opening quote included."""
+    """Return True for each byte inside quotes, including the opening quote."""
     return np.cumsum(marks == QUOTE, dtype=np.int32) % 2 == 1
 
 
 def _cleaned(text: bytes, path: Path, line: int) -> bytes:
-    """Return text with a line feed at the end of every line, or refuse it."""
+    """Return text with all line ends converted to line feeds; refuse NUL, invalid UTF-8 and lone carriage returns."""
     _decoded(text, path, line)
     if b"\r" in text:
         text = text.replace(b"\r\n", b"\n")
@@ -145,7 +145,7 @@ def _decoded(text: bytes, path: Path, line: int) -> str:
 
 
 def _piece(text: bytes, width: int, separator: int, path: Path, line: int) -> Piece:
-    """Check that every record has as many cells as the header, and note its line."""
+    """Return a chunk of records with their line numbers; refuse records whose number of cells is not `width`."""
     marks = np.frombuffer(text, np.uint8)
     newlines, separators = marks == NEWLINE, marks == separator
     before = None
@@ -170,7 +170,7 @@ def _piece(text: bytes, width: int, separator: int, path: Path, line: int) -> Pi
 
 
 def _refuse_stray(marks: NDArray[np.uint8], inside: NDArray[np.bool_], separator: int, path: Path, line: int) -> None:
-    """Refuse quotes in the middle of a cell: an opening one follows a separator, a new line or a closing quote."""
+    """Refuse quotes in the middle of a cell: an opening quote must follow a separator, a line feed or a quote."""
     opening = np.flatnonzero((marks == QUOTE) & inside)
     before = np.where(opening > 0, marks[opening - 1], NEWLINE)
     stray = opening[(before != separator) & (before != NEWLINE) & (before != QUOTE)]
@@ -180,10 +180,10 @@ def _refuse_stray(marks: NDArray[np.uint8], inside: NDArray[np.bool_], separator
 
 
 def text_pieces(path: Path, separator: str, decoder: CellDecoder) -> Iterator[Numbers]:
-    """Yield the rows of a text file as numbers, a few MiB of text at a time.
+    """Yield the rows of a text table as numbers, in chunks of about `TEXT_PIECE_BYTES` of text.
 
     Raises:
-        DataError: with the line and the column.
+        DataError: a value is not allowed; the message gives its line and column. See also `read_pieces`.
     """
     header = read_header(path, separator)
     decoder.require_columns(header.names)
@@ -205,11 +205,11 @@ def _numbers(piece: Piece, header: TextHeader, separator: str, decoder: CellDeco
 def text_frame(
     piece: Piece, header: TextHeader, separator: str, na: Sequence[str], kinds: Mapping[str, str]
 ) -> pandas.DataFrame:
-    """Return some columns of a piece, each of the type in `kinds`.
+    """Return the columns named in `kinds` of a chunk of records as a data frame, each with the given dtype.
 
     Raises:
-        DataError: pandas finds other records than were counted.
-        ValueError: a cell is no number where one is expected.
+        DataError: the number of records that pandas finds differs from the number counted.
+        ValueError: a cell of a numeric column is not a number.
     """
     import pandas
 
@@ -225,7 +225,7 @@ def text_frame(
 
 
 def _numeric(cells: Cells) -> Cells:
-    """Return text as numbers where it is one; other cells stay as they are, for the message."""
+    """Return text cells converted to numbers; a cell that is not a number stays text, to be shown in the message."""
     import pandas
 
     return pandas.to_numeric(cells, errors="coerce").astype(object).where(lambda found: found.notna(), cells)

@@ -1,4 +1,4 @@
-"""A first declaration of a table, guessed from the rows at its beginning."""
+"""Guess of a table's declaration (column types, transforms, likelihoods) from its first rows."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ if TYPE_CHECKING:
     from pvae.data.tables.cells import Cells
 
 GUESSED_ROWS = 10_000
-"""Rows that a guess reads."""
+"""Largest number of rows that a guess reads."""
 MAX_LEVELS = 100
 LARGEST_GUESSED_COUNT = 10_000
-"""Above it a whole number is taken for a quantity, not a count."""
+"""Largest value of a column that is guessed to be a count; integers above it are declared continuous."""
 LARGE_SKEWNESS = 2.0
 SEPARATORS = (",", ";", "\t", "|")
 NA = ("", "NA", "nan")
@@ -36,12 +36,12 @@ Found = dict[str, Any]
 
 @dataclass(frozen=True)
 class Guess:
-    """A first declaration of a table.
+    """Guessed declaration of an experiment on a table.
 
     Arguments:
-        declaration: the whole declaration, as nested tables.
-        left_out: columns that are not declared, each with the reason.
-        rows: number of rows that the guess read.
+        declaration: complete declaration of an experiment, as nested tables.
+        left_out: reason why a column is not declared, by the column's name.
+        rows: number of rows read for the guess.
     """
 
     declaration: Found
@@ -50,15 +50,15 @@ class Guess:
 
 
 def guess(path: str, data_dir: Path | None = None, label: str | None = None) -> Guess:
-    """Guess the declaration of a table from its first rows.
+    """Return a declaration of an experiment on a table, guessed from the table's first rows.
 
     Arguments:
-        path: of a CSV file, or of a Parquet file (`.parquet`, `.pq`).
-        data_dir: the folder where it is sought first.
-        label: the column that is the label, if there is one.
+        path: path of a CSV file, or of a Parquet file (`.parquet`, `.pq`).
+        data_dir: folder in which the file is looked for first.
+        label: name of the label column, or None.
 
     Raises:
-        DataError: it is no table, or none of its columns can be modelled.
+        DataError: the file is not a table, or none of its columns can be modelled.
     """
     where = located(path, data_dir)
     found: Found = {"source": "csv", "path": path}
@@ -88,7 +88,7 @@ def guess(path: str, data_dir: Path | None = None, label: str | None = None) -> 
 
 
 def _separator(path: Path) -> str:
-    """Return the candidate that occurs most often in the first line."""
+    """Return the cell separator of a text table: the candidate that occurs most often in its first line."""
     with path.open("rb") as file:
         line = file.readline(2**20)
     return max(SEPARATORS, key=lambda separator: line.count(separator.encode()))
@@ -117,7 +117,7 @@ def _parquet_cells(path: Path) -> pandas.DataFrame:
 
 
 def column_of(cells: Cells) -> Found | str:
-    """Return the declaration of a column of text, or the reason why it is left out."""
+    """Return the guessed declaration of a column of text cells, or the reason why the column is left out."""
     given = cells.dropna()
     words = [str(word) for word in given.unique()]
     if len(words) < 2:
@@ -127,13 +127,16 @@ def column_of(cells: Cells) -> Found | str:
 
 
 def _two(words: Sequence[str]) -> Found:
-    """Declare a column of two words."""
+    """Return the declaration of a binary column that contains two different words."""
     plain = [next((code for code, known in enumerate(TRUTH) if word in known), None) for word in words]
     return {"type": "binary"} if set(plain) == {0, 1} else {"type": "binary", "values": _in_order(words)}
 
 
 def _numbers(given: Cells) -> Found | str | None:
-    """Declare a count or a quantity, or return the reason against it; None where some word is no number."""
+    """Return the declaration of a numeric column (count or continuous), or the reason to leave it out.
+
+    The result is None if some cell is not a finite number.
+    """
     import pandas
 
     values = pandas.to_numeric(given, errors="coerce").to_numpy(np.float64)
@@ -150,18 +153,18 @@ def _numbers(given: Cells) -> Found | str | None:
 
 
 def _wants_logarithm(values: Any) -> bool:
-    """Return True for a positive quantity that is far less skewed on a logarithmic scale."""
+    """Return True if all values are positive and their skewness is large but small for their logarithms."""
     return values.min() > 0 and bool(skew(values) > LARGE_SKEWNESS > 2 * abs(skew(np.log(values))))
 
 
 def _levels(words: Sequence[str], rows: int) -> Found | str:
-    """Declare a column of several words, or return the reason against it."""
+    """Return the declaration of a categorical column, or the reason to leave it out: too many different words."""
     if len(words) > min(MAX_LEVELS, max(3, rows // 2)):
         return f"{len(words)} different words"
     return {"type": "categorical", "levels": _in_order(words)}
 
 
 def _in_order(words: Sequence[str]) -> list[str] | list[int]:
-    """Sort words; as integers where all are written as such."""
+    """Return the words sorted, as integers if all are written as integers."""
     whole = all(re.fullmatch(r"0|-?[1-9]\d{0,17}", word) for word in words)
     return sorted(map(int, words)) if whole else sorted(words)

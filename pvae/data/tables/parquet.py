@@ -1,4 +1,4 @@
-"""Parquet files, read in batches. Needs pyarrow."""
+"""Reader of Parquet files in batches of rows; needs pyarrow."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ BATCH_ROWS = 2**14
 
 
 def opened_parquet(path: Path) -> Any:
-    """Open a Parquet file; none of its rows is read yet.
+    """Return an open `pyarrow.parquet.ParquetFile`, without reading its rows.
 
     Raises:
-        DataError: it is broken or foreign.
+        DataError: the file is damaged or not a Parquet file.
         MissingExtraError: pyarrow is not installed.
     """
     try:
@@ -34,10 +34,10 @@ def opened_parquet(path: Path) -> Any:
 
 
 def parquet_pieces(path: Path, decoder: CellDecoder) -> Iterator[Numbers]:
-    """Yield the rows of a Parquet file as numbers, a batch at a time.
+    """Yield the rows of a Parquet file as numbers, in batches of at most `BATCH_ROWS`.
 
     Raises:
-        DataError: with the row and the column; or the file is broken or foreign.
+        DataError: a value is not allowed (the message gives its row and column), or the file is damaged.
         MissingExtraError: pyarrow is not installed.
     """
     file = opened_parquet(path)
@@ -57,5 +57,5 @@ def parquet_pieces(path: Path, decoder: CellDecoder) -> Iterator[Numbers]:
 
 
 def brief(error: Exception) -> str:
-    """Quote the first line of another library's error."""
+    """Return the first line of another library's error message, quoted."""
     return shown((str(error).splitlines() or [type(error).__name__])[0])

@@ -1,4 +1,4 @@
-"""The transforms that the columns of a table went through, and their inverse."""
+"""Fitted transforms of table columns, and the inverse that returns rows of x to the units of the table."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class ColumnTransforms:
-    """The columns of x, and the transforms that they went through.
+    """Columns of a table and their fitted transforms: x is (f(value) - shift) / divisor.
 
     Arguments:
-        columns: as declared, by name, in the order of x.
-        shift: `(D,)`; divisor: `(D,)`: x is (f(value) - shift) / divisor.
-        warps: the functions f that are not the identity, and the columns that go through them.
+        columns: declared columns by name, in the order of x.
+        shift: shift of every column, `(D,)`.
+        divisor: divisor of every column, `(D,)`.
+        warps: column numbers to which each function f other than the identity is applied, by the function's name.
     """
 
     columns: Mapping[str, Column]
@@ -31,7 +32,7 @@ class ColumnTransforms:
     warps: Mapping[str, list[int]]
 
     def to_frame(self, x: Any) -> pandas.DataFrame:
-        """Return rows of x `(n, D)` in the words and units of the table; words are those of the nearest code."""
+        """Return rows of x `(n, D)` as a data frame in the table's units, with codes rounded to the nearest level."""
         import pandas
 
         values = np.asarray(x, np.float64) * self.divisor + self.shift
@@ -43,7 +44,7 @@ class ColumnTransforms:
 
 
 def _worded(values: Floats, column: Column) -> Any:
-    """Return a column of numbers as it would stand in a file."""
+    """Return a column of numbers as levels (categorical), as integers (counts), or unchanged (continuous)."""
     import pandas
 
     if said := column.said:
