@@ -24,15 +24,15 @@ from pvae.util import seeds
 from pvae.util.progress import Progress, silent
 
 COPYING_ROWS = 5000
-"""Largest number of held-out rows, and of samples unless these are given."""
+"""Largest number of held-out rows that are compared with training rows, and of samples unless these are given."""
 COPIED_FROM_ROWS = 100_000
-"""Largest number of training rows that are searched."""
+"""Largest number of training rows among which nearest neighbours are searched."""
 CLOSE_PROPORTION = 0.01
-"""Proportion of held-out rows that counts as close to a training row."""
+"""Proportion of held-out rows, the nearest ones, that counts as close to a training row."""
 EXACT_TEST_ROWS = 8
-"""Largest number of rows of a kind for which the p-value is exact."""
+"""Largest size of the smaller set, samples or held-out rows, for which the Mann-Whitney p-value is exact."""
 TRAINING_BLOCK = 8192
-"""Training rows of one block of distances."""
+"""Number of training rows whose distances to samples are computed at a time."""
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -44,27 +44,27 @@ class Copying(Figures):
     z: Estimate
     """Mann-Whitney statistic; standard normal if samples have the distribution of the data, negative for copies."""
     p_value: Estimate
-    """One-sided probability of a z as low by chance."""
+    """One-sided p-value: probability of a z as low if samples have the distribution of the data."""
     share: Estimate
-    """Proportion of samples as near to training rows as the nearest `CLOSE_PROPORTION` of held-out rows."""
+    """Proportion of samples that are as near to a training row as the nearest `CLOSE_PROPORTION` of held-out rows."""
     nearer: Estimate
     """Proportion of samples nearer to training rows than to as many held-out rows: 1/2 without copying; an estimate."""
     nearest: Tensor
-    """Training row nearest to each sample, `(m,)`, int64."""
+    """Index of the training row nearest to each sample, `(m,)`, int64."""
     distance: Tensor
     """Distance of each sample to its nearest training row, `(m,)`, float64."""
     held_distance: Tensor
-    """Distance of each held-out row to its nearest training row, `(h,)`."""
+    """Distance of each held-out row to its nearest training row, `(h,)`, float64."""
     trained: int
-    """Number of training rows that were searched."""
+    """Number of training rows among which the nearest was searched."""
     is_mean: bool = False
     """True if the samples are means of p(x | z)."""
     space: str = "the elements of x"
-    """Description of the space of the distances."""
+    """Description, in words, of the space in which distances are measured."""
 
     @property
     def held_share(self) -> float:
-        """Proportion of held-out rows that count as close: `CLOSE_PROPORTION`, or more if distances tie."""
+        """Proportion of held-out rows that count as close to a training row: `CLOSE_PROPORTION`, or more for ties."""
         return float((self.held_distance <= close(self.held_distance)).double().mean())
 
     @property
@@ -96,7 +96,7 @@ class Copying(Figures):
         return (f"distances in {self.space}", *(unlike if self.is_mean else ()))
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain numbers and strings, for JSON, with the quartiles of the distances."""
+        """Return the result as plain numbers and strings, for JSON, with the quartiles of the distances."""
         quarters = torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0], dtype=torch.float64)
         spread = {"distance": self.distance, "held_distance": self.held_distance}
         return {
@@ -120,17 +120,18 @@ def copying(
     """Test whether the samples of a run are copies of training rows; see `data_copying` for the statistics.
 
     `z` and `share` are valid for samples of p(x | z) only, which like data include the noise of the likelihood. This
-    noise can hide copies among the means of p(x | z), while means, being without noise, are nearer to all rows than
-    data are. `nearer` is valid for both, as it compares the same samples with two kinds of rows: use means (`mean`) for
-    the more sensitive test and for pictures, samples for `z`. A feature space (`space`) ignores part of the noise.
+    noise can hide that a mean of p(x | z) is a copy, while means themselves, being without noise, are nearer to all
+    rows than data are. `nearer` is valid for both, as it compares the same samples with two kinds of rows: use means
+    (`mean`) for the more sensitive test and for pictures, samples for `z`. A feature space (`space`) ignores part of
+    the noise.
 
     Arguments:
         run: a run.
         split: the held-out data: "validation" or "test".
         rows: number of held-out rows, chosen at random, and of samples; default: all, at most `COPYING_ROWS`.
         seed: seed of rows and samples.
-        mean: test means of p(x | z).
-        samples: samples of the run, if they exist already; `mean` is then ignored.
+        mean: test means of p(x | z) instead of samples.
+        samples: samples of the run to test, if they exist already; `mean` is then ignored.
         space: feature space of the distances; default: the elements of x.
         on_progress: called with (rows done, rows in all).
 
@@ -252,14 +253,14 @@ def data_copying(
 
 
 def close(held_distance: Tensor) -> float:
-    """Return the distance within which the nearest `CLOSE_PROPORTION` of held-out rows lie."""
+    """Return the `CLOSE_PROPORTION` quantile of the distances of held-out rows to their nearest training rows."""
     return float(held_distance.kthvalue(math.ceil(CLOSE_PROPORTION * len(held_distance))).values)
 
 
 def nearest_of(points: Tensor, among: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the nearest of rows `(n, F)` to each point `(m, F)`: its number and its distance, each `(m,)`.
+    """Return index and Euclidean distance of the row of `among` `(n, F)` nearest to each point `(m, F)`, each `(m,)`.
 
-    Distances are compared in single precision, by |b|^2 - 2 <a, b>; that of the best row of a block is then float64.
+    Rows of one block are compared in single precision, by |b|^2 - 2 <a, b>; the best rows of all blocks in float64.
     """
     loc = among.mean(0).round()  # integers stay integers, so their products are exact
     found = torch.zeros(len(points), dtype=torch.int64)
@@ -279,7 +280,7 @@ def nearest_of(points: Tensor, among: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _farther(distance: Tensor, held: Tensor) -> tuple[Estimate, Estimate]:
-    """Standardised U, and the probability of one as low."""
+    """Return the standardised Mann-Whitney statistic z of samples against held-out rows, and its one-sided p-value."""
     m, h = len(distance), len(held)
     ties = float(tiecorrect(rankdata(torch.cat([distance, held]).numpy())))
     if not ties:  # all distances are the same
@@ -292,7 +293,7 @@ def _farther(distance: Tensor, held: Tensor) -> tuple[Estimate, Estimate]:
 
 
 def _nearer(train: Tensor, held: Tensor, fake: Tensor, seed: int) -> Estimate:
-    """Proportion of samples whose nearest row is a training row, among equally many of both kinds.
+    """Return the proportion of samples whose nearest row is a training row, among as many training as held-out rows.
 
     The rows are in random order, so that ties go to either kind. With c_r samples nearest to row r, and L_r = 1 for h
     of the 2h rows, sum_r c_r L_r / m has the variance of sampling without replacement.

@@ -1,4 +1,4 @@
-"""Critic: KL(q_agg || p) from samples, by a classifier between codes and samples of the prior."""
+"""Estimates of KL(q_agg || p) from samples alone, by a classifier (critic) between codes and samples of the prior."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ from pvae.util import seeds
 from pvae.util.progress import Progress, silent
 
 CRITIC_CODES = 20_000
-"""Smallest number of codes, with several samples per datum if there are fewer data."""
+"""Number of codes aimed at: if there are fewer data, several codes per datum are sampled, at most 64."""
 FOLDS = 4
 FEWEST_CRITIC_ROWS = 10 * FOLDS
 CRITIC_WIDTH = 64
 CRITIC_BATCH, BATCHES_PER_EPOCH = 1000, 15
-"""Largest number of rows of each kind in a batch, and smallest number of batches of an epoch."""
+"""Largest number of codes, and of prior samples, in a batch, and smallest number of batches of an epoch."""
 EPOCHS = 30
 PATIENCE = 5
-"""Epochs without a lower cross-entropy on validation rows after which training ends."""
+"""Number of epochs without a lower cross-entropy on validation rows after which training of the critic ends."""
 RATE, DECAY = 2e-3, 0.88
-"""Learning rate, and its factor per epoch."""
+"""Initial learning rate of the critic, and the factor that it is multiplied by after every epoch."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -44,21 +44,21 @@ class CriticKL(Figures):
     counts = ("n", "draws", "dim", "latents")
 
     kl: Estimate
-    """Mean log-ratio of codes; an estimate, off by the error of the critic."""
+    """Mean over codes of the critic's log-ratio T = log q_agg - log p; an estimate, off by the error of the critic."""
     nwj: Estimate
-    """E_q T - E_p e^T + 1: a lower bound in expectation."""
+    """E_q T - E_p e^T + 1 with the critic's log-ratio T (Nguyen, Wainwright, Jordan): a lower bound in expectation."""
     dv: Estimate
-    """E_q T - log E_p e^T: an estimate, a lower bound for many samples."""
+    """E_q T - log E_p e^T with the critic's T (Donsker, Varadhan): an estimate, a lower bound for many samples."""
     cross_entropy: Estimate
-    """Cross-entropy of the classifier: log 2 if q_agg = p; an estimate."""
+    """Cross-entropy of the classifier between codes and samples of the prior, log 2 if q_agg = p; an estimate."""
     n: int
     """Number of data."""
     draws: int
-    """Codes per datum."""
+    """Number of codes sampled per datum."""
     dim: int
-    """Inputs of the critic."""
+    """Input dimension of the critic: all latents, discrete ones one-hot, and the covariates."""
     latents: tuple[str, ...]
-    """Names of the latents."""
+    """Names of the latents that the KL is of."""
 
     @property
     def title(self) -> str:
@@ -129,7 +129,7 @@ def critic(run_or_pair: Run | Pair, x: Tensor, seed: int = 0, *, on_progress: Pr
         CriticKL, nats: `kl` and `dv` are estimates, `nwj` is a lower bound in expectation; errors are those over rows.
 
     Raises:
-        DataError: there are fewer than `FEWEST_CRITIC_ROWS` rows, or the pair infers nothing.
+        DataError: there are fewer than `FEWEST_CRITIC_ROWS` rows, or the pair is a generator that infers no latents.
 
     Example:
         >>> from pvae.analysis.truths.example import example_pair
@@ -156,7 +156,7 @@ def critic(run_or_pair: Run | Pair, x: Tensor, seed: int = 0, *, on_progress: Pr
 
 
 def _figures(scores: Tensor, draws: int, dim: int, latents: tuple[str, ...]) -> CriticKL:
-    """Estimates from logits `(2, samples, n)` of codes and of samples of the prior."""
+    """Return the estimates of the KL from the critic's logits `(2, samples, n)` of codes and of prior samples."""
     on_q, on_p = scores
     per_row = on_q.mean(0)
     ratio, log_mean = on_p.exp().mean(0), on_p.flatten().logsumexp(0) - math.log(on_p.numel())
@@ -178,9 +178,10 @@ def _figures(scores: Tensor, draws: int, dim: int, latents: tuple[str, ...]) -> 
 
 
 def both_sides(pair: Pair, x: Tensor, draws: int, seed: int) -> tuple[Tensor, Tensor, tuple[str, ...]]:
-    """Return codes of every row and samples of the prior, each `(draws, n, D)`, float32, and the names of the latents.
+    """Return codes of the data and prior samples, each `(draws, n, D)`, float32, and the names of the latents.
 
-    Discrete codes are one-hot; covariates follow as one-hot vectors on both sides.
+    Latents are concatenated, discrete ones as one-hot vectors, followed by the covariates of the rows as one-hot
+    vectors, which are the same for codes and prior samples.
     """
     sides: list[list[dict[str, Tensor]]] = [[], []]
     for i in range(draws):
@@ -210,7 +211,7 @@ def from_prior(pair: Pair, x: Tensor, seed: int) -> dict[str, Tensor]:
 
 
 def as_numbers(q: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
-    """Return values `(draws, n, *event)` of both sides as float vectors; integers, which are codes, one-hot."""
+    """Return codes and prior samples of one latent `(draws, n, *event)` as float vectors; discrete ones as one-hot."""
     if q.is_floating_point():
         return q.flatten(2).float(), p.flatten(2).float()
     codes = 1 + int(max(q.max(), p.max()))
@@ -222,7 +223,10 @@ def as_numbers(q: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class LogRatio(nn.Module):
-    """Logit of a vector and its squares, standardised: the log-ratio of two diagonal normals is linear in these."""
+    """Network from z to the log-ratio log q_agg(z) - log p(z): a linear layer plus an MLP of standardised z and z^2.
+
+    The linear layer suffices for two diagonal normals, whose log-ratio is linear in z and z^2.
+    """
 
     loc: Tensor
     scale: Tensor
@@ -243,19 +247,19 @@ class LogRatio(nn.Module):
         )
 
     def forward(self, z: Tensor) -> Tensor:
-        """Map `(n, D)` to logits `(n,)`."""
+        """Map z `(n, D)` to logits `(n,)`."""
         seen = (torch.cat([z, z.square()], 1) - self.loc) / self.scale
         return (self.straight(seen) + self.bent(seen)).squeeze(-1)
 
 
 def loss_of(network: nn.Module, q: Tensor, p: Tensor) -> Tensor:
-    """Return the cross-entropy of classifying codes and samples of the prior, nats."""
+    """Return the cross-entropy of the critic as a classifier between codes q and prior samples p, nats."""
     on_q, on_p = network(torch.cat([q, p])).split([len(q), len(p)])
     return (softplus(-on_q).mean() + softplus(on_p).mean()) / 2
 
 
 def train(q: Tensor, p: Tensor, seed: int) -> LogRatio:
-    """Train a critic on codes and samples of the prior `(draws, n, D)`, stopped early by a fifth of the rows."""
+    """Train a critic on codes and prior samples `(draws, n, D)`, with early stopping on about a fifth of the rows."""
     aside = torch.randperm(q.shape[1], generator=seeds.generator(seed, seeds.ANALYSIS, 0)) % 5 == 0
     (fit_q, held_q), (fit_p, held_p) = (
         (z[:, ~aside].flatten(0, 1), z[:, aside].flatten(0, 1)) for z in (q, p)

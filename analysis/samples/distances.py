@@ -16,7 +16,7 @@ from pvae.errors import DataError
 from pvae.util import seeds
 
 HALVINGS = 5
-"""Number of random halvings of the data behind the floor of the Fréchet distance."""
+"""Number of random splits of the data into halves, from which the floor of the Fréchet distance is estimated."""
 ZERO_EIGENVALUE = 1e-12
 """Eigenvalues below this fraction of the largest one count as zero."""
 
@@ -32,11 +32,11 @@ class Distances(Figures):
     counts = ("n", "m")
 
     frechet: Estimate
-    """Squared Fréchet distance, see `frechet`."""
+    """Squared Fréchet distance between normals fitted to features of samples and of data, see `frechet`."""
     frechet_floor: Estimate
-    """Fréchet distance of as many samples of the distribution of the data, see `frechet_floor`."""
+    """Squared Fréchet distance that m samples of the data distribution itself would have, see `frechet_floor`."""
     kernel: Estimate
-    """Squared kernel distance, see `kernel_distance`."""
+    """Squared kernel distance (MMD^2) between features of samples and of data, see `kernel_distance`."""
     n: int
     """Number of data."""
     m: int
@@ -62,7 +62,7 @@ def distances(data: Tensor, samples: Tensor, seed: int = 0) -> Distances:
     Arguments:
         data: features `(n, F)`, as `Features.embed` gives them.
         samples: features `(m, F)`.
-        seed: seed of the halves behind the floor.
+        seed: seed of the random halves of the data from which the floor is estimated.
 
     Returns:
         Distances: estimates, see `frechet`, `frechet_floor` and `kernel_distance`.
@@ -143,7 +143,7 @@ def normal_frechet(loc_a: Tensor, cov_a: Tensor, loc_b: Tensor, cov_b: Tensor) -
 
 
 def frechet_floor(data: Tensor, m: int, seed: int = 0) -> Estimate:
-    """Estimate `frechet` for n data and m samples of the same distribution, from random halves of the data.
+    """Estimate `frechet` between n data and m samples of the same distribution, from random halves of the data.
 
     Two halves of h = n/2 rows have a distance of c 2/h to the first order, n and m rows one of c (1/n + 1/m): for m = n
     half the distance between the halves.
@@ -174,14 +174,14 @@ def moments(rows: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _pull(centred: Tensor, shift: Tensor, own: Tensor, other: Tensor) -> Tensor:
-    """First-order effect of each row `(n, F)` on the distance to another normal, `(n,)`, up to a constant."""
+    """Return the first-order effect of each row `(n, F)` on the squared Fréchet distance, `(n,)`, up to a constant."""
     root = _power(other, 0.5)
     onto = root @ _power(root @ own @ root, -0.5) @ root  # linear map that transports one normal to the other
     return 2 * centred @ shift + (centred.square() - (centred @ onto) * centred).sum(1)
 
 
 def _power(matrix: Tensor, exponent: float) -> Tensor:
-    """Power of a symmetric, positive semidefinite matrix `(F, F)`; zero on its null space."""
+    """Return a power of a symmetric, positive semidefinite matrix `(F, F)`; zero on its null space."""
     values, vectors = torch.linalg.eigh(matrix)
     is_zero = values <= ZERO_EIGENVALUE * values.max().clamp(min=0)
     return (vectors * values.masked_fill(is_zero, 1.0).pow(exponent).masked_fill(is_zero, 0.0)) @ vectors.T
@@ -221,12 +221,17 @@ def kernel_distance(a: Tensor, b: Tensor) -> Estimate:
 
 
 def _kernel_sums(a: Tensor, b: Tensor) -> Tensor:
-    """Sum of the kernel of every row `(n, F)` with all rows `(m, F)`, `(n,)`."""
+    """Return the sum of the kernel of every row of a `(n, F)` with all rows of b `(m, F)`, `(n,)`."""
     return torch.cat([(block @ b.T).div_(a.shape[1]).add_(1).pow_(3).sum(1) for _, block in blocks(a, len(b))])
 
 
 def _jackknifed(inside: Tensor, beside: Tensor) -> float:
-    """Jackknife variance of MMD^2 over the rows of one kind, from the mean kernels of every row with both kinds."""
+    """Return the jackknife variance of MMD^2 over one set of rows, data or samples.
+
+    Arguments:
+        inside: mean kernel of every row with the other rows of its own set, `(n,)`.
+        beside: mean kernel of every row with the rows of the other set, `(n,)`.
+    """
     n = len(inside)
     if n < 3:
         return math.nan

@@ -1,4 +1,4 @@
-"""Codes of data, and data decoded from them."""
+"""Encoding of data into latents, and reconstruction of data from them."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def encode(
 
 
 def _encoded(pair: Pair, x: Tensor, mean: bool) -> tuple[dict[str, LatentCode], dict[str, Tensor]]:
-    """Codes of a chunk, and the values of all latents, global ones too, as the programs take them."""
+    """Return the codes of a chunk of rows, and the values of all latents, global ones too, as their sites have them."""
     layout, count = pair.layout, len(x)
     guide_trace, model_trace = pair.traces(x) if layout.enumerated else (pair.guide_trace(x), None)
     nodes = samples(guide_trace)
@@ -94,7 +94,10 @@ def _code(node: Mapping[str, Any], layout: Layout, count: int, mean: bool) -> La
 
 
 def _summed(table: JointStates, nodes: Mapping[str, Any], mean: bool) -> Iterator[tuple[str, LatentCode, Tensor]]:
-    """Posterior of every site that the model sums out: samples of p(c | x, z), or the most probable values."""
+    """Yield name, code and site value of every latent that the model sums out, sampled in order from p(c | x, z).
+
+    With `mean` the value of each is the most probable one, given those before it.
+    """
     layout, rest = table.layout, table.joint.double().flatten(0, len(table.sizes) - 1).log_softmax(0)
     rest = rest.reshape(table.joint.shape)  # (K_j, ..., K_J, n) given the codes before
     count = rest.shape[-1]
@@ -112,7 +115,7 @@ def _summed(table: JointStates, nodes: Mapping[str, Any], mean: bool) -> Iterato
 
 
 def _joined_codes(parts: Sequence[LatentCode]) -> LatentCode:
-    """Concatenate the chunks of one latent."""
+    """Return the code of one latent for all rows, from those of successive chunks of rows."""
     columns: dict[str, Any] = {
         field: None if getattr(parts[0], field) is None else torch.cat([getattr(part, field) for part in parts])
         for field in ("value", "log_q", "loc", "scale", "probs")
@@ -164,7 +167,10 @@ def reconstruct(
 def _reconstructed(
     pair: Pair, x: Tensor, values: Mapping[str, Tensor], size: int, noise: int | None
 ) -> tuple[Tensor, Tensor]:
-    """E[x | z] of a chunk, or a sample with noise of that seed, and log p(x | z); `size` is the number of all rows."""
+    """Return E[x | z] of a chunk of rows, or a sample of p(x | z) if `noise` is its seed, and log p(x | z) of the data.
+
+    `size` is the number of rows of all chunks.
+    """
     layout, count = pair.layout, len(x)
     nodes = samples(pair.model_trace(x, values))
     log_p = sum_over([log_prob(nodes[name], layout, 0, size).double() for name in layout.observed])

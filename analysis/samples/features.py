@@ -18,34 +18,35 @@ from pvae.nn.network import NetworkModule
 from pvae.util import seeds
 
 EXPOSURES = 40_000
-"""Smallest number of rows shown to a classifier in training; at least two epochs."""
+"""Smallest number of training rows that a classifier sees, counted over all its epochs (at least two)."""
 HELD_ELEMENTS = 100_000_000
-"""Largest number of elements of the rows that are held at once."""
+"""Largest number of data elements that are kept in memory at once: rows times elements of a row."""
 ALWAYS_HELD_ROWS = 1000
-"""Number of rows that are held at once however large they are."""
+"""Number of rows that are kept in memory at once however large a row is."""
 MAX_CLASSES = 50
 """Largest number of labels that a classifier or a probe distinguishes."""
 CLASSIFIER_BATCH = 100
-"""Rows of a batch of the classifier."""
+"""Batch size in the training of the classifier."""
 FEATURE_WIDTH = 128
-"""Hidden units of the classifier."""
+"""Width of the hidden dense layers of the classifier, hence the number of features."""
 PRINCIPAL_COMPONENTS = 50
 """Largest number of principal components of a feature space without labels."""
 FEATURE_CHUNK = 2000
-"""Rows that are embedded at a time."""
+"""Number of rows that are mapped to features at a time."""
 CLASSIFIER_RATE = 1e-3
+"""Initial learning rate of the classifier."""
 PATIENCE = 0.25
-"""Proportion of all epochs without a lower cross-entropy after which a classifier is not trained any longer."""
+"""Proportion of all epochs without a lower validation cross-entropy after which training of a classifier stops."""
 X = "x"
 
 
 def affordable(most: int, shape: Shape) -> int:
-    """Return the number of rows of a shape to hold at once: `most`, or fewer if they are large."""
+    """Return the number of rows of a shape to keep in memory at once: `most`, or fewer if a row is large."""
     return min(most, max(ALWAYS_HELD_ROWS, HELD_ELEMENTS // max(1, math.prod(shape))))
 
 
 class Classifier(nn.Module):
-    """A small network from data to logits of classes, for images with stride-2 convolutions."""
+    """Small network from data to class logits: with stride-2 convolutions for images, otherwise an MLP."""
 
     loc: Tensor
     scale: Tensor
@@ -64,7 +65,7 @@ class Classifier(nn.Module):
         self.register_buffer("scale", x.std().clamp(min=1e-6))
 
     def features(self, x: Tensor) -> Tensor:
-        """Map data `(n, *shape)` to the units before the last layer, `(n, FEATURE_WIDTH)`."""
+        """Map data `(n, *shape)` to the activations of the penultimate layer, `(n, FEATURE_WIDTH)`."""
         return self.network({X: (x - self.loc) / self.scale})
 
     def read(self, h: Tensor) -> Tensor:
@@ -84,8 +85,8 @@ def classify(x: Tensor, y: Tensor, classes: int, seed: int, held: tuple[Tensor, 
         y: classes `(n,)`.
         classes: number of classes.
         seed: seed of weights and batches; the global random state is not changed.
-        held: data and classes whose cross-entropy selects the epoch, and ends the training when it has not fallen for
-            a fourth of all epochs; default: the last epoch.
+        held: validation data and classes, whose cross-entropy selects the epoch, and ends the training when it has not
+            fallen for a fourth of all epochs; default: the last epoch is kept.
     """
     x = x.float()
     epochs = max(2, math.ceil(EXPOSURES / len(x)))
@@ -113,35 +114,35 @@ def classify(x: Tensor, y: Tensor, classes: int, seed: int, held: tuple[Tensor, 
 
 
 def cross_entropy(model: Classifier, x: Tensor, y: Tensor) -> float:
-    """Return the mean cross-entropy of data `(n, *shape)` of classes `(n,)`, nats."""
+    """Return the mean cross-entropy of a classifier on data `(n, *shape)` with classes `(n,)`, nats."""
     return float(nn.functional.cross_entropy(in_chunks(model, x), y.cpu()))
 
 
 @torch.no_grad()
 def in_chunks(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """Apply a function of single rows to data `(n, *shape)` in chunks, without gradient; the result is on the CPU."""
+    """Return a row-wise function of data `(n, *shape)`, computed in chunks without gradient, on the CPU."""
     return torch.cat([function(part.float()).cpu() for part in x.split(FEATURE_CHUNK)])
 
 
 @dataclass(frozen=True, eq=False)
 class Features:
-    """A feature space; the result of `features`."""
+    """Feature space in which samples are compared with data; the result of `features`."""
 
     embed: Callable[[Tensor], Tensor]
     """Map from data `(n, *shape)` to features `(n, F)`, float64, on the CPU."""
     classifier: Classifier | None
-    """Classifier behind the features; None without labels."""
+    """Classifier whose penultimate layer gives the features; None without labels."""
     names: tuple[str, ...]
-    """Names of the classes."""
+    """Names of the classes that the classifier distinguishes; empty without labels."""
     note: str
-    """Description in words."""
+    """Description of the feature space in words, for reports."""
 
     def probs(self, x: Tensor) -> Tensor | None:
-        """Return probabilities of the classes for data, `(n, classes)`; None without labels."""
+        """Return class probabilities `(n, classes)` of data `(n, *shape)`; None without labels."""
         return None if self.classifier is None else self.read(self.embed(x))
 
     def read(self, found: Tensor) -> Tensor:
-        """Return probabilities of the classes, `(n, classes)`, of features `(n, F)`; needs a classifier."""
+        """Return class probabilities `(n, classes)` from features `(n, F)`; only for a space with a classifier."""
         assert self.classifier is not None  # noqa: S101 - the caller has checked
         return in_chunks(self.classifier.read, found).double().softmax(-1)
 
@@ -150,8 +151,8 @@ def features(x: Tensor, y: Tensor | None = None, names: tuple[str, ...] | None =
     """Learn a feature space in which distances are more meaningful than between pixels.
 
     With labels it is the penultimate layer of a small network (convolutional for images) trained on them, without
-    labels the `PRINCIPAL_COMPONENTS` first principal components. It belongs to the data and is not that of Inception:
-    figures compare models of one data set with each other, not with published ones.
+    labels the `PRINCIPAL_COMPONENTS` first principal components. It is learned from these data and is not that of
+    Inception: distances in it compare models of one data set with each other, not with published numbers.
 
     Arguments:
         x: training data `(n, *shape)`.
@@ -190,9 +191,9 @@ def features(x: Tensor, y: Tensor | None = None, names: tuple[str, ...] | None =
 
 
 def principal(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return mean `(D,)` and leading directions `(D, at most PRINCIPAL_COMPONENTS)` of data `(n, *shape)`, float64.
+    """Return mean `(D,)` and principal directions `(D, at most PRINCIPAL_COMPONENTS)` of data `(n, *shape)`, float64.
 
-    The covariance is summed in chunks: memory D^2 for any n.
+    The covariance is summed over chunks of rows, so that memory is of order D^2 for any n.
     """
     rows = [part.flatten(1).double().cpu() for part in x.split(FEATURE_CHUNK)]
     loc = torch.stack([part.sum(0) for part in rows]).sum(0) / len(x)

@@ -1,4 +1,4 @@
-"""Precision, recall, density and coverage of samples by nearest neighbours, and their classes."""
+"""Precision, recall, density and coverage of samples by nearest neighbours, and the classes of samples and data."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from pvae.analysis.samples.features import Features
 from pvae.errors import DataError
 
 FIDELITY_NEIGHBOURS = 5
-"""Default neighbour k that balls reach."""
+"""Default k: the radius of the ball around a point is the distance to its k-th nearest neighbour."""
 DISTANCES_PER_BLOCK = 2**23
-"""Number of distances that are computed at a time."""
+"""Number of pairwise distances that are computed at a time, which bounds memory."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -29,40 +29,40 @@ class Fidelity(Figures):
     counts = ("n", "m", "k", "space")
 
     precision: Estimate
-    """Proportion of samples in the union of the balls of data."""
+    """Proportion of samples inside at least one of the k-nearest-neighbour balls around data."""
     recall: Estimate
-    """Proportion of data in the union of the balls of samples."""
+    """Proportion of data inside at least one of the k-nearest-neighbour balls around samples."""
     density: Estimate
-    """Mean number of balls of data that contain a sample, divided by k."""
+    """Number of k-nearest-neighbour balls around data that contain a sample, averaged over samples, divided by k."""
     coverage: Estimate
-    """Proportion of data whose ball contains a sample."""
+    """Proportion of data whose k-nearest-neighbour ball contains at least one sample."""
     n: int
     """Number of data."""
     m: int
     """Number of samples."""
     k: int
-    """Neighbour that the balls reach."""
+    """Number k of the nearest neighbour whose distance is the radius of a ball."""
     confidence: Estimate | None = None
-    """Mean probability of the most probable class of a sample."""
+    """Classifier's probability of the most probable class, averaged over samples; None without a classifier."""
     data_confidence: Estimate | None = None
-    """Mean probability of the most probable class of a datum."""
+    """Classifier's probability of the most probable class, averaged over data; None without a classifier."""
     shares: dict[str, Estimate] = field(default_factory=dict)
-    """Proportion of samples by most probable class."""
+    """Proportion of samples that the classifier assigns to each class, by class name; empty without a classifier."""
     data_shares: dict[str, Estimate] = field(default_factory=dict)
-    """Proportion of data by most probable class."""
+    """Proportion of data that the classifier assigns to each class, by class name; empty without a classifier."""
     space: str = ""
-    """Description of the feature space."""
+    """Description, in words, of the feature space in which distances are measured."""
 
     @property
     def relative_confidence(self) -> Estimate | None:
-        """Confidence in samples divided by confidence in data; None without a classifier."""
+        """Ratio of the classifier's mean confidence in samples to that in data; None without a classifier."""
         if self.confidence is None or self.data_confidence is None:
             return None
         return ratio_of(self.confidence, self.data_confidence)
 
     @property
     def expected_coverage(self) -> float:
-        """Coverage of samples from the distribution of the data; exact."""
+        """Expected coverage if samples had the distribution of the data; exact, see `expected_coverage`."""
         return expected_coverage(self.n, self.m, self.k)
 
     @property
@@ -115,7 +115,7 @@ def expected_coverage(n: int, m: int, k: int) -> float:
 def fidelity(real: Tensor, fake: Tensor, k: int = FIDELITY_NEIGHBOURS, space: Features | None = None) -> Fidelity:
     """Estimate precision, recall, density and coverage of samples among data.
 
-    With B_k(v) the ball around v that reaches its k-th nearest other point of its own kind:
+    With B_k(v) the ball around v that reaches its k-th nearest neighbour among its own kind, data or samples:
 
     - precision: proportion of samples in the union of B_k(data)
     - recall: proportion of data in the union of B_k(samples)
@@ -136,7 +136,7 @@ def fidelity(real: Tensor, fake: Tensor, k: int = FIDELITY_NEIGHBOURS, space: Fe
     Arguments:
         real: data `(n, *shape)`.
         fake: samples `(m, *shape)`.
-        k: neighbour that the balls reach.
+        k: number of the nearest neighbour whose distance is the radius of a ball.
         space: feature space of the distances; default: the elements of x.
 
     Returns:
@@ -161,7 +161,7 @@ def fidelity(real: Tensor, fake: Tensor, k: int = FIDELITY_NEIGHBOURS, space: Fe
 
 
 def among(data: Tensor, samples: Tensor, k: int = FIDELITY_NEIGHBOURS, space: Features | None = None) -> Fidelity:
-    """Return `fidelity` for given features of data `(n, F)` and of samples `(m, F)`."""
+    """Return the `Fidelity` (precision, recall, ...) of samples given as features `(m, F)`, for data `(n, F)`."""
     data_reach, reach = radii(data, k), radii(samples, k)
     held, holding, near = within(data, samples, data_reach, reach)
     named: dict[str, Any] = {}
@@ -187,7 +187,7 @@ def among(data: Tensor, samples: Tensor, k: int = FIDELITY_NEIGHBOURS, space: Fe
 
 
 def radii(points: Tensor, k: int) -> Tensor:
-    """Return the distance of every point `(n, F)` to its k-th nearest other one, `(n,)`."""
+    """Return the distance of every point `(n, F)` to its k-th nearest neighbour among the other points, `(n,)`."""
     found = []
     for start, block in blocks(points, len(points)):
         distance = torch.cdist(block, points)
@@ -197,7 +197,18 @@ def radii(points: Tensor, k: int) -> Tensor:
 
 
 def within(data: Tensor, samples: Tensor, data_reach: Tensor, reach: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return how many balls of data hold each sample `(m,)`, whose ball holds a sample, and who lies in one, `(n,)`."""
+    """Return how many data balls contain each sample, which data balls contain a sample, and which data lie in a ball.
+
+    Arguments:
+        data: features of data, `(n, F)`.
+        samples: features of samples, `(m, F)`.
+        data_reach: radius of the ball around each datum, `(n,)`.
+        reach: radius of the ball around each sample, `(m,)`.
+
+    Returns:
+        The number of data balls that contain each sample, `(m,)`; for each datum, True if its ball contains a sample,
+        `(n,)`; for each datum, True if it lies in the ball of a sample, `(n,)`.
+    """
     held = torch.zeros(len(samples), dtype=torch.int64, device=samples.device)
     holding, near = [], []
     for start, block in blocks(data, len(samples)):
@@ -210,19 +221,22 @@ def within(data: Tensor, samples: Tensor, data_reach: Tensor, reach: Tensor) -> 
 
 
 def blocks(points: Tensor, width: int) -> Iterator[tuple[int, Tensor]]:
-    """Yield (first row, rows) of parts whose distances to `width` points fill one block."""
+    """Return an iterator over (index of first row, rows) of blocks of points.
+
+    A block has at most `DISTANCES_PER_BLOCK` distances to `width` other points, and at least one row.
+    """
     size = max(1, DISTANCES_PER_BLOCK // max(1, width))
     return ((start, points[start : start + size]) for start in range(0, len(points), size))
 
 
 def ratio_of(part: Estimate, whole: Estimate) -> Estimate:
-    """Return the ratio of two independent positive estimates, with its first-order error."""
+    """Return the ratio of two independent positive estimates, with its first-order (delta method) standard error."""
     ratio = part.value / whole.value
     relative = [e.standard_error / e.value if e.value else 0.0 for e in (part, whole)]
     return Estimate(ratio, ratio * math.hypot(*relative), "estimate")
 
 
 def shares_of(probs: Tensor, names: tuple[str, ...]) -> dict[str, Estimate]:
-    """Return the proportion of rows `(n, classes)` by most probable class."""
+    """Return the proportion of rows by most probable class, by class name, from class probabilities `(n, classes)`."""
     chosen = probs.argmax(1)
     return {name: over_rows((chosen == i).double()) for i, name in enumerate(names[: probs.shape[1]])}

@@ -21,27 +21,27 @@ from pvae.util.files import write_atomic
 
 
 def known_name(name: str, names: Sequence[str] | Mapping[str, Any], what: str) -> str:
-    """Return the name if it is one of `names`; else raise DeclarationError with the nearest one."""
+    """Return `name` if it is one of `names`; else raise a DeclarationError that suggests the most similar one."""
     if name not in names:
         raise DeclarationError(f"{what}: expected one of {', '.join(names)}; got {name!r}{near(name, names)}.")
     return name
 
 
 class Generated(ABC):
-    """Result made of named tensors on the CPU."""
+    """Base class of results that consist of named tensors on the CPU and can be saved."""
 
     @abstractmethod
     def tensors(self) -> dict[str, Tensor]:
-        """The tensors, by the keys of `save`."""
+        """Return the tensors of the result under the keys that `save` writes."""
 
     def arrays(self) -> dict[str, NDArray[Any]]:
-        """The tensors as NumPy arrays."""
+        """Return the tensors of the result as NumPy arrays, under the same keys."""
         return {key: numpy_of(t) for key, t in self.tensors().items()}
 
     def save(self, path: str | Path, **more: Tensor) -> Path:
-        """Write an `.npz` file atomically, for `numpy.load(path, allow_pickle=False)`; return its path.
+        """Write the tensors to an `.npz` file atomically, for `numpy.load(path, allow_pickle=False)`; return its path.
 
-        The keys are those of `arrays` and `more`. Site names are reduced to ASCII letters, digits and `_`.
+        The keys are those of `arrays` and of `more`. Site names are reduced to ASCII letters, digits and `_`.
         """
         buffer = io.BytesIO()
         arrays: dict[str, Any] = {**self.arrays(), **{key: numpy_of(t) for key, t in more.items()}}
@@ -54,7 +54,7 @@ class Generated(ABC):
 
 
 def named(what: str, values: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
-    """Return the tensors that are not None under keys `<what>/<name>`, with safe names."""
+    """Return the tensors that are not None under keys `<what>/<name>`, with names of ASCII letters, digits and `_`."""
     names = safe_names({name: () for name in values})
     return {f"{what}/{names[name]}": t for name, t in values.items() if t is not None}
 
@@ -66,9 +66,9 @@ class Samples(Generated):
     x: Tensor
     """Samples of p(x | z), or its means, `(n, *shape)`."""
     latents: dict[str, Tensor]
-    """Sampled latents z, `(n, *event)`: all latents of the model that belong to single data."""
+    """Sampled latents z by name, `(n, *event)`: all local latents of the model, which have one value per datum."""
     covariates: dict[str, Tensor]
-    """Covariates that the samples are conditioned on, `(n,)`, int64."""
+    """Covariates by name that the samples are conditioned on, `(n,)`, int64; of a prompt `(n, length)`."""
     is_mean: bool
     """True if x are means of p(x | z)."""
 
@@ -78,40 +78,40 @@ class Samples(Generated):
 
 @dataclass(frozen=True, eq=False)
 class LatentCode:
-    """Posterior of one latent for rows of data."""
+    """Posterior of one latent for n data: a value, its log density, and the parameters of the posterior if known."""
 
     value: Tensor
-    """Sample of q(z | x), or its centre, `(n, *event)`."""
+    """Sample of q(z | x), or its centre (the mean; of a discrete latent the mode), `(n, *event)`."""
     log_q: Tensor
-    """log q(value | x, latents before it), nats, `(n,)`, float64; exact."""
+    """Log q of `value` given x and the latents that precede it in the guide, nats, `(n,)`, float64; exact."""
     loc: Tensor | None
-    """Mean of a normal posterior, `(n, *event)`."""
+    """Mean of a normal posterior, `(n, *event)`; None for other posteriors."""
     scale: Tensor | None
-    """Standard deviations of a normal posterior, `(n, *event)`."""
+    """Standard deviations of a normal posterior, `(n, *event)`; None for other posteriors."""
     probs: Tensor | None
-    """Probabilities of a discrete posterior, at most 4096 per datum, `(n, ...)`; p(c | x, z), `(n, K)`, where the model
-    sums the site out; None for a deterministic code."""
+    """Probabilities of a discrete posterior, `(n, ...)`, or p(c | x, z), `(n, K)`, of a latent that the model sums out.
+    None for other posteriors, for deterministic codes, and for more than 4096 probabilities per datum."""
     is_draw: bool
-    """True if the value was sampled."""
+    """True if `value` is a sample of the posterior, False if it is its centre."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Encoding(Generated):
-    """Latents of rows of data; the result of `encode`.
+    """Latents inferred from rows of data; the result of `encode`.
 
     `save` has keys `latents/<name>`, `log_q/<name>` and, where known, `loc/<name>`, `scale/<name>`, `probs/<name>`.
     """
 
     latents: dict[str, LatentCode]
-    """Latents of the guide in its order, then those that the model sums out."""
+    """Posterior of each latent by name: those of the guide in its order, then discrete ones that the model sums out."""
 
     @property
     def log_q(self) -> Tensor:
-        """log q(z | x) of all latents together, nats, `(n,)`."""
+        """Joint log q(z | x) of all latents, nats, `(n,)`, float64."""
         return sum_over([code.log_q for code in self.latents.values()])
 
     def __getitem__(self, name: str) -> Tensor:
-        """The value of a latent, `(n, *event)`."""
+        """Return the value of a latent by its name, `(n, *event)`."""
         return self.latents[known_name(name, self.latents, "encode")].value
 
     def tensors(self) -> dict[str, Tensor]:
@@ -124,14 +124,14 @@ class Encoding(Generated):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Reconstructions(Generated):
-    """Data decoded from their codes; the result of `reconstruct`. `save` has keys `x`, `log_p` and `latents/<name>`."""
+    """Data decoded from their latents; the result of `reconstruct`. `save` has keys `x`, `log_p`, `latents/<name>`."""
 
     x: Tensor
     """Means of p(x | z), or samples, `(n, *shape)`."""
     log_p: Tensor
     """log p(x | z) of the data, nats, `(n,)`, float64; exact at the given z."""
     latents: dict[str, Tensor]
-    """Latents z that were decoded, `(n, *event)`."""
+    """Decoded latents z by name, sampled from q(z | x), `(n, *event)`."""
     is_mean: bool
     """True if x are means of p(x | z)."""
 

@@ -24,19 +24,19 @@ from pvae.util.progress import Progress, silent
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Interpolation(Generated):
-    """Decoded line between two rows; the result of `interpolate`.
+    """Data decoded along the line between the codes of two rows; the result of `interpolate`.
 
     `save` has keys `x`, `at`, `latents/<name>` and, where known, `log_prior`.
     """
 
     x: Tensor
-    """Means of p(x | z), `(steps, *shape)`: the first of row a, the last of row b."""
+    """Means of p(x | z), `(steps, *shape)`; the first decodes the code of row a, the last that of row b."""
     at: Tensor
     """Position on the line, from 0 to 1, `(steps,)`."""
     latents: dict[str, Tensor]
-    """Decoded latents, `(steps, *event)`."""
+    """Decoded latents by name, `(steps, *event)`."""
     log_prior: Tensor | None
-    """log p(z) of all latents together, nats, `(steps,)`, float64, exact; None where the prior has no density."""
+    """Joint log p(z) of all latents, nats, `(steps,)`, float64, exact; None if the prior has no density."""
 
     def tensors(self) -> dict[str, Tensor]:
         prior = {} if self.log_prior is None else {"log_prior": self.log_prior}
@@ -71,8 +71,8 @@ def interpolate(
         Interpolation: x `(steps, *shape)`; log_prior `(steps,)`, nats, exact.
 
     Raises:
-        DataError: there are fewer than two steps or more than one row, codes differ, or no latents belong to single
-            data.
+        DataError: there are fewer than two steps, a or b is more than one row, their discrete latents differ, or the
+            model has no local latents (one value per datum).
         DeclarationError: the likelihood has no mean.
 
     Example:
@@ -105,7 +105,7 @@ def interpolate(
 def _path(
     nodes: Mapping[str, Any], a: Mapping[str, LatentCode], b: Mapping[str, LatentCode], at: Tensor
 ) -> dict[str, Tensor]:
-    """Values of every latent of the model along the line, `(steps, *event)`."""
+    """Return the values of every latent of the model along the line from a to b, `(steps, *event)`."""
     path = {}
     for name in a:
         if name not in nodes:
@@ -126,7 +126,7 @@ def _path(
 
 
 def _decoded(pair: Pair, rows: Tensor, flat: Mapping[str, Tensor], prior: Priors) -> tuple[Tensor, Tensor | None]:
-    """E[x | z] of some points, and log p(z) where the prior has a density."""
+    """Return E[x | z] of some points of the line, and their log p(z) in nats, None if the prior has no density."""
     nodes = placed(pair, rows, flat, prior)
     x = decoded_mean(nodes[datum(pair.layout, nodes)], pair.layout, len(rows))
     try:

@@ -29,11 +29,11 @@ from pvae.util import seeds
 from pvae.util.progress import Progress, silent
 
 PROBE_ROWS = 10_000
-"""Largest number of rows that are classified."""
+"""Largest number of rows whose labels the classifiers predict."""
 PROBE_TRAINING_ROWS = 20_000
 """Largest number of training rows of the classifiers."""
 PROBE_NEIGHBOURS = 5
-"""Neighbours of the k-nearest-neighbour classifier."""
+"""Number of neighbours of the k-nearest-neighbour classifier."""
 LINEAR_STEPS = 200
 """Largest number of optimiser steps of logistic regression."""
 TOGETHER, RAW = "all latents", "x"
@@ -43,18 +43,18 @@ Matrix = Any
 
 @dataclass(frozen=True)
 class Reading:
-    """Accuracy of two classifiers of the same columns; estimates."""
+    """Accuracies of the two classifiers that predict labels from the same input, such as one latent; estimates."""
 
     of: str
-    """Name of the latent, `all latents`, or `x` for the data."""
+    """Input of the classifiers: name of a latent, `all latents`, or `x` for the data."""
     knn: Estimate
-    """Accuracy by the `PROBE_NEIGHBOURS` nearest training rows."""
+    """Accuracy of the classifier by the `PROBE_NEIGHBOURS` nearest training rows."""
     linear: Estimate
     """Accuracy of logistic regression."""
     knn_gain: Estimate | None = None
-    """Paired difference from the same classifier of x; None for x itself."""
+    """Accuracy of nearest neighbours minus their accuracy with x as input, paired by row; None for x itself."""
     linear_gain: Estimate | None = None
-    """Paired difference of logistic regression from that of x; None for x itself."""
+    """Accuracy of logistic regression minus its accuracy with x as input, paired by row; None for x itself."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -65,18 +65,18 @@ class Probe(Figures):
     counts = ("split", "trained", "asked")
 
     readings: tuple[Reading, ...]
-    """Accuracies for each latent, for all together if there are several, and for x."""
+    """Accuracies of classifiers of each latent, of all latents together if there are several, and of x."""
     majority: Estimate
     """Accuracy of always predicting the most frequent training label."""
     trained: int
-    """Training rows of the classifiers."""
+    """Number of training rows of the classifiers."""
     asked: int
-    """Rows that were classified."""
+    """Number of rows whose labels were predicted."""
     split: str
-    """Split of these rows."""
+    """Name of the split of the rows whose labels were predicted."""
 
     def __getitem__(self, of: str) -> Reading:
-        """Return the accuracies for a latent, for `all latents` or for `x`."""
+        """Return the accuracies of the classifiers of a latent, of `all latents` or of `x`."""
         return next(reading for reading in self.readings if reading.of == of)
 
     @property
@@ -129,8 +129,8 @@ def probe(
         Probe: accuracies between 0 and 1, estimates.
 
     Raises:
-        DataError: the data have no labels or only one, the model is conditioned on the label, x has values that are not
-            finite, or no latents belong to single data.
+        DataError: the data have no labels, only one or more than `MAX_CLASSES`, the model is conditioned on the label,
+            x has values that are not finite, or the model has no local latents (one value per datum).
 
     Example:
         >>> from pvae.analysis.truths.example import example_run
@@ -175,7 +175,7 @@ def probe(
 
 
 def _some(split: Split, most: int, seed: int) -> tuple[Tensor, NDArray[Any]]:
-    """At most so many rows `(m, *row)` of a split and their labels `(m,)`."""
+    """Return at most `most` random rows of a split `(m, *row)`, and their labels `(m,)`."""
     if split.y is None:
         raise DataError(f"probe: expected labels; got none in {split.name}.")
     index = seeds.subset(len(split), affordable(most, tuple(split.rows.shape[1:])), seed)
@@ -184,16 +184,16 @@ def _some(split: Split, most: int, seed: int) -> tuple[Tensor, NDArray[Any]]:
 
 @dataclass(frozen=True)
 class Columns:
-    """Inputs of the classifiers: of training rows, and of the rows to classify."""
+    """Input matrices of the classifiers, each as a pair: for the training rows, and for the rows to classify."""
 
     plain: tuple[Matrix, Matrix]
-    """Unscaled values."""
+    """Unscaled inputs, for nearest neighbours."""
     standard: tuple[Matrix, Matrix]
-    """Real numbers standardised by the training rows; one-hot vectors unscaled."""
+    """Inputs for logistic regression: real numbers standardised by the training rows, one-hot vectors unscaled."""
 
 
 def _read(train: Tensor, asked: Tensor) -> Columns:
-    """Columns of a latent `(n, *event)` and `(m, *event)`; one-hot vectors for indices."""
+    """Return the classifier inputs of a latent `(n, *event)` and `(m, *event)`; indices become one-hot vectors."""
     sides = [side.reshape(len(side), -1).numpy() for side in (train, asked)]
     if train.is_floating_point():
         return _real(sides[0].astype(np.float64), sides[1].astype(np.float64))
@@ -208,21 +208,21 @@ def _real(train: NDArray[np.float64], asked: NDArray[np.float64]) -> Columns:
 
 
 def _one_hots(index: NDArray[Any], states: int) -> sparse.csr_matrix:
-    """One-hot vectors `(n, P states)` of indices `(n, P)`."""
+    """Return one-hot vectors, concatenated over positions, `(n, P * states)`, of indices `(n, P)`."""
     n, positions = index.shape
     at = (index + states * np.arange(positions)).ravel()
     return sparse.csr_matrix((np.ones(n * positions), at, np.arange(n + 1) * positions), (n, positions * states))
 
 
 def _principal(train: Tensor, asked: Tensor) -> Columns:
-    """The leading principal components of the training rows."""
+    """Return as classifier inputs the leading principal components of x, fitted to the training rows."""
     loc, directions = principal(train)
     learnt, seen = (((side.flatten(1).double().cpu() - loc) @ directions).numpy() for side in (train, asked))
     return _real(learnt, seen)
 
 
 def _joined(parts: tuple[Columns, ...]) -> Columns:
-    """Columns of several latents side by side; sparse if any are."""
+    """Return the classifier inputs of several latents side by side; sparse if any of them is."""
 
     def beside(sides: list[Matrix]) -> Matrix:
         return sparse.hstack(sides, "csr") if any(map(sparse.issparse, sides)) else np.hstack(sides)
@@ -233,7 +233,16 @@ def _joined(parts: tuple[Columns, ...]) -> Columns:
 
 
 def _right(columns: Columns, learnt: NDArray[Any], asked: NDArray[Any]) -> tuple[Tensor, Tensor]:
-    """1 for every row whose label is predicted by neighbours, and by logistic regression, each `(m,)`."""
+    """Return 1 for each row whose label is predicted correctly, else 0, by nearest neighbours and logistic regression.
+
+    Arguments:
+        columns: inputs of the classifiers.
+        learnt: labels of the training rows, `(n,)`.
+        asked: true labels of the rows to classify, `(m,)`.
+
+    Returns:
+        Two tensors `(m,)`, float64.
+    """
     knn = KNeighborsClassifier(min(PROBE_NEIGHBOURS, len(learnt)), algorithm="brute").fit(columns.plain[0], learnt)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # the classifier after `LINEAR_STEPS` steps is used

@@ -25,13 +25,13 @@ from pvae.util import seeds
 from pvae.util.progress import StageProgress, silent
 
 QUALITY_ROWS = 10_000
-"""Largest number of rows of each kind that are compared."""
+"""Largest number of data, and of samples, that are compared."""
 FEATURE_TRAINING_ROWS = 100_000
-"""Largest number of training rows behind a feature space."""
+"""Largest number of training rows that a feature space is learned from."""
 SHARPNESS_ROWS = 1000
 """Largest number of means of p(x | z) whose sharpness is measured."""
 QUALITY_STAGES = ("samples", "two-sample test", "feature space", "neighbours", "distances")
-"""Steps of `sample_quality`."""
+"""Names of the steps of `sample_quality`, as its progress shows them."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -41,19 +41,22 @@ class SampleQuality(Figures):
     unit = "proportion"
 
     test: TwoSample
-    """Classifier two-sample test."""
+    """Classifier two-sample test between samples and data."""
     fidelity: Fidelity
-    """Precision, recall, density and coverage."""
+    """Precision, recall, density and coverage of the samples in the feature space."""
     distances: Distances
-    """Fréchet and kernel distance."""
+    """Fréchet and kernel distance between samples and data in the feature space."""
     split: str
-    """Split of the data."""
+    """Name of the data split that the samples are compared with."""
     is_mean: bool = False
     """True if the samples are means of p(x | z)."""
     sharpness: Estimate | None = None
     """Sharpness of samples divided by that of data; None if data are not images."""
     sharpness_of_means: Estimate | None = None
-    """Sharpness of means of p(x | z) divided by that of data; None if the samples are means, or there are none."""
+    """Sharpness of means of p(x | z) divided by that of data.
+
+    None if the samples are means already, if the likelihood has no mean, or if data are not images.
+    """
 
     @property
     def title(self) -> str:
@@ -111,8 +114,8 @@ def sample_quality(
         rows: number of data, chosen at random, and of samples; default: all, at most `QUALITY_ROWS`.
         seed: seed of rows, samples and classifiers.
         mean: compare means of p(x | z), which lack the noise of the likelihood, instead of samples.
-        k: neighbour that the balls of `fidelity` reach.
-        space: feature space; default: `space_of` the run.
+        k: number of the nearest neighbour whose distance is the radius of the balls of `fidelity`.
+        space: feature space; default: the one that `space_of` learns from the training rows of the run.
         fake: samples of the run, if they exist already; `mean` is then ignored.
         on_progress: called with (steps done, steps in all, name of the next step).
 
@@ -159,9 +162,9 @@ def sample_quality(
 
 
 def space_of(run: Run, seed: int = 0) -> Features:
-    """Return `features` of the training rows of a run and their labels, of at most `FEATURE_TRAINING_ROWS` rows.
+    """Return the feature space learned by `features` from at most `FEATURE_TRAINING_ROWS` training rows of a run.
 
-    Without labels, with a single one, or with more than `MAX_CLASSES`, these are principal components.
+    With 2 to `MAX_CLASSES` labels it is that of a classifier of the labels, otherwise principal components.
     """
     train = run.data.train
     most = affordable(FEATURE_TRAINING_ROWS, tuple(train.rows.shape[1:]))
@@ -177,7 +180,7 @@ def space_of(run: Run, seed: int = 0) -> Features:
 
 
 def _means(run: Run, n: int, seed: int) -> Tensor | None:
-    """Means of p(x | z) `(n, ...)`; None if the likelihood has no mean."""
+    """Return means of p(x | z) for n samples z of the prior, `(n, ...)`; None if the likelihood has no mean."""
     try:
         return sample(run, n, mean=True, seed=seed).x
     except DeclarationError:

@@ -1,4 +1,4 @@
-"""Running the programs of a pair over rows, chunk by chunk, and the means and modes of their distributions."""
+"""Helpers that run the model and guide of a pair over rows in chunks, and take means and modes of distributions."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from pvae.runs.run import Run
 CHUNK_ROWS = 250
 """Largest number of rows that are sampled, encoded or decoded at a time."""
 CHUNK_NUMBERS = 2**20
-"""Largest number of elements of the data of a chunk."""
+"""Largest number of data elements in a chunk: its rows times the elements of a row."""
 
 
 def distribution_mean(fn: Any) -> Tensor:
-    """Return the mean of a site's distribution, `(batch, *event)`; of a categorical one, the expected index.
+    """Return the mean of a distribution, `(batch, *event)`; of a categorical one, the expected index.
 
     Raises:
         NotImplementedError: the distribution has no mean.
@@ -60,10 +60,10 @@ def centre(fn: Any) -> Tensor | None:
 
 
 class Centred(Messenger):
-    """Handler that sets hidden sites to the centres of their distributions, where these are known.
+    """Pyro handler that sets latent sites to the mean of their distribution, or to the mode of a discrete one.
 
     Arguments:
-        loose: values by name for sites without a known centre; others are sampled.
+        loose: values by name for latent sites whose mean or mode is unknown; without a value they are sampled.
     """
 
     def __init__(self, loose: Mapping[str, Tensor] | None = None) -> None:
@@ -78,7 +78,7 @@ class Centred(Messenger):
 
 
 def opened(source: Any) -> Pair:
-    """Return the pair of a run, or the pair itself; it must have seen data."""
+    """Return the model-guide pair of a run, or the given pair; raise if it is no pair, or has not yet seen data."""
     pair = source.pair if isinstance(source, Run) else source
     if not isinstance(pair, Pair):
         raise DeclarationError(f"Expected a pvae.Run or a pvae.Pair; got {type(pair).__name__}.")
@@ -88,30 +88,33 @@ def opened(source: Any) -> Pair:
 
 @contextmanager
 def analysed(pair: Pair, x: Tensor, seed: int, mean: bool = False) -> Iterator[None]:
-    """Run quietly with a seed and one sample of the global latents; with `mean`, hidden sites at their centres."""
+    """Context for analyses: evaluation mode, no gradients, a noise seed, and one sample of the global latents.
+
+    With `mean`, latents are set to the mean or mode of their distribution instead of being sampled, see `Centred`.
+    """
     with quiet(pair, x, seed), Centred() if mean else nullcontext(), same_globals(pair, x):
         yield
 
 
 def chunks(n: int, numbers: int) -> Iterator[tuple[int, int]]:
-    """Yield (start, stop) of chunks of n rows, each row with so many numbers."""
+    """Yield (start, stop) of consecutive chunks of n rows that have `numbers` elements each."""
     size = min(CHUNK_ROWS, max(1, CHUNK_NUMBERS // numbers))
     for start in range(0, n, size):
         yield start, min(start + size, n)
 
 
 def datum(layout: Layout, nodes: Mapping[str, Any]) -> str:
-    """Return the observed site that is the datum: the first one inside the data plate."""
+    """Return the name of the site of x: the first observed site inside the data plate."""
     return next(name for name in layout.observed if layout.holds(nodes[name]))
 
 
 def row_values(t: Any, node: Mapping[str, Any], layout: Layout, count: int) -> Tensor:
-    """Return a site's value, or a parameter of that shape, as `(count, ...)` on the CPU."""
+    """Return a site's value, or a parameter of the same shape, on the CPU with the rows first, `(count, ...)`."""
     return rows_of(torch.as_tensor(t), node, layout, count).cpu()
 
 
 def decoded_mean(node: Mapping[str, Any], layout: Layout, count: int) -> Tensor:
-    """Return E[x | z] of an observed site, `(count, *shape)`."""
+    """Return E[x | z] of an observed site, `(count, *shape)`; raise DeclarationError if the likelihood has no mean."""
     try:
         return row_values(distribution_mean(node["fn"]), node, layout, count)
     except NotImplementedError:
@@ -120,10 +123,10 @@ def decoded_mean(node: Mapping[str, Any], layout: Layout, count: int) -> Tensor:
 
 
 def joined(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Concatenate the named tensors of chunks."""
+    """Return the named tensors of successive chunks, concatenated along the rows."""
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
 def observed_rows(split: Split, index: Tensor) -> Tensor:
-    """Return the data of some rows of a split, without covariates, on the CPU, `(m, *shape)`."""
+    """Return the data x of the rows `index` of a split, without covariates, on the CPU, `(m, *shape)`."""
     return split.observed(split.rows[index.to(split.rows.device)]).cpu()

@@ -76,7 +76,7 @@ def sample(
 
 
 def _require_density(source: Run | Pair) -> None:
-    """Refuse an autoencoder: fitted without a KL, its prior does not match the distribution of its codes."""
+    """Raise DeclarationError for a run with beta = 0 (an autoencoder), whose prior was not fitted to its codes."""
     if not isinstance(source, Run) or not isinstance(source.plan, Experiment):
         return
     latents = source.plan.latents.items()
@@ -97,9 +97,10 @@ def _sampled(pair: Pair, trace: Trace, count: int, mean: bool) -> Samples:
 
 
 class Template:
-    """Rows `(n, *row)` to run a model on: they set the number of data and hold the covariates; made chunk by chunk.
+    """Placeholder rows `(n, *row)` that a model is run on to sample x: they set its batch size and its covariates.
 
-    A model may read more of its rows than their number: those of a run are its training rows, those of a pair zeros.
+    Rows are made chunk by chunk. As a model may also read x from them, they are a given row of data or the training
+    rows of the run; otherwise, and if there are covariates, x is zero.
     """
 
     def __init__(
@@ -132,7 +133,7 @@ class Template:
         return {name: column.long().cpu() for name, column in self.frame.columns(found).items()}
 
     def _given(self, name: str, codes: int, n: int, given: Covariates) -> Tensor:
-        """Values of a covariate, `(n,)`, or of a prompt, `(n, length)`."""
+        """Return the values of a covariate, `(n,)`, or the token indices of a prompt, `(n, length)`."""
         vocabulary = self.frame.prompts.get(name)
         if vocabulary is None:
             return _values(name, codes, n, given)
@@ -144,7 +145,7 @@ class Template:
         return torch.tensor(vocabulary.encode(text)).expand(n, -1).clone()
 
     def at(self, start: int, stop: int) -> Tensor:
-        """Return some of the rows, as the pair takes them; past the end the last one is repeated."""
+        """Return rows start .. stop - 1 as the pair accepts them; past the end the last covariates are repeated."""
         count = stop - start
         if self.covariates:
             at = torch.arange(start, stop).clamp(max=len(next(iter(self.covariates.values()))) - 1)
@@ -158,7 +159,7 @@ class Template:
 
 
 def _values(name: str, codes: int, n: int, given: Covariates) -> Tensor:
-    """Checked values of a covariate, `(n,)`."""
+    """Return the values of a covariate, `(n,)`, after checking that they are integers from 0 to codes - 1."""
     if name not in given:
         raise DeclarationError(f"given: expected a value of {name} too, 0 .. {codes - 1}; got none.")
     try:

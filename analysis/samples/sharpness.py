@@ -55,7 +55,7 @@ def relative_sharpness(samples: Tensor, data: Tensor) -> Estimate | None:
 
 
 def _laplacian(images: Tensor) -> Tensor:
-    """Mean absolute Laplacian of images `(n, ..., H, W)`, `(n,)`."""
+    """Return the mean absolute 4-neighbour Laplacian of images `(n, ..., H, W)`, `(n,)`."""
     across = images[..., 1:-1, :-2] + images[..., 1:-1, 2:]
     along = images[..., :-2, 1:-1] + images[..., 2:, 1:-1]
     return torch.abs(across + along - 4 * images[..., 1:-1, 1:-1]).flatten(1).mean(1)

@@ -38,29 +38,32 @@ from pvae.util import seeds
 from pvae.util.progress import Progress, silent
 
 PRIOR_DRAWS = 1000
-"""Samples behind the mean and standard deviation of a prior that is not a single normal."""
+"""Number of prior samples that estimate the mean and standard deviation of a prior that is not a single normal."""
 ORDER_ROWS = 500
-"""Largest number of rows behind the order of the coordinates."""
+"""Largest number of data rows from which the order of the coordinates is computed."""
 DEFAULT_DIMS = 10
 """Largest number of coordinates that a traversal moves by default."""
 SAME_DENSITY = 1e-4
-"""Relative difference of two log densities below which they count as equal: rounding differs between batches."""
+"""Relative difference of two log densities below which they count as equal, as rounding differs between batches."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Traversal(Generated):
-    """Means as one coordinate moves at a time; the result of `traverse`. `save` has keys `x`, `values`, `dims`."""
+    """Decoded means as one latent coordinate moves at a time; the result of `traverse`.
+
+    `save` has keys `x`, `values` and `dims`.
+    """
 
     x: Tensor
     """Means of p(x | z), `(dims, steps, *shape)`."""
     values: Tensor
-    """Values of the coordinate, `(dims, steps)`."""
+    """Values of the moved coordinates, `(dims, steps)`."""
     latent: str
     """Name of the moved latent."""
     dims: tuple[int, ...]
-    """Moved coordinates, in the order of x."""
+    """Indices of the moved coordinates, in the order of x."""
     order: str
-    """Criterion that the coordinates are ordered by."""
+    """Criterion by which the coordinates are ordered, in words: "KL", for example."""
 
     def tensors(self) -> dict[str, Tensor]:
         return {"x": self.x, "values": self.values, "dims": torch.tensor(self.dims)}
@@ -84,8 +87,8 @@ def traverse(
     A coordinate takes `steps` values, evenly spaced within `span` standard deviations around its prior mean; mean and
     standard deviation are exact if the prior is a single normal, else estimated from `PRIOR_DRAWS` samples. A single
     discrete code takes all its values instead, and a bit both. All other coordinates are fixed at the centre of the
-    row's encoding (see `encode`), or at the prior mean. Latents whose prior reads the moved one, directly or through
-    others, follow at their mean given it.
+    row's encoding (see `encode`), or at the prior mean without a row. Latents whose prior depends on the moved one,
+    directly or through others, are set to their mean given it.
 
     Arguments:
         run_or_pair: a run, or any pair that has seen data.
@@ -96,8 +99,9 @@ def traverse(
             is unknown, in their own order.
         steps: number of values of each coordinate.
         span: largest distance from the prior mean, in standard deviations of the prior.
-        given: covariates, where there is no row; see `sample`.
-        rows: data `(n, *row)` behind that order; default: the test rows of a run, else x itself.
+        given: values of the covariates if x is None; see `sample`.
+        rows: data `(n, *row)` that determine the default order of the coordinates; default: the test rows of a run,
+            else x itself.
         seed: seed of the samples; the same seed gives the same numbers.
         on_progress: called with (rows decoded, rows in all).
 
@@ -105,7 +109,8 @@ def traverse(
         Traversal: x `(dims, steps, *shape)`, values `(dims, steps)`.
 
     Raises:
-        DataError: there is more than one row, a count is below 1, or there is nothing to traverse.
+        DataError: x is more than one row, `steps` is below 1, `span` is not positive, the model has no local latents
+            (one value per datum), or the latent is a grid of codes.
         DeclarationError: there is no such latent or coordinate, or the likelihood has no mean.
 
     Example:
@@ -145,7 +150,7 @@ def traverse(
 
 
 def one_row(pair: Pair, x: Any, what: str = "traverse", todo: str = "Pass x[:1], or rows=x for the order.") -> Tensor:
-    """Return one row of data `(1, *row)`, as the pair takes it."""
+    """Return one row of data as a batch `(1, *row)` that the pair accepts; raise DataError if x has several rows."""
     try:
         row = torch.as_tensor(x)
     except (TypeError, ValueError, RuntimeError):
@@ -158,25 +163,25 @@ def one_row(pair: Pair, x: Any, what: str = "traverse", todo: str = "Pass x[:1],
 
 @dataclass(frozen=True)
 class Priors:
-    """Means, standard deviations and sites of the priors of all latents, flattened."""
+    """Means and standard deviations of the priors of all latents, each flattened to `(numel,)`."""
 
     means: dict[str, Tensor]
-    """Prior means; of a code the most probable value, `(numel,)`."""
+    """Prior mean of each latent, of a discrete one the most frequent value in samples, `(numel,)`."""
     scales: dict[str, Tensor]
-    """Prior standard deviations, `(numel,)`."""
+    """Prior standard deviation of each latent, 0 for a discrete one, `(numel,)`."""
     states: Tensor | None
-    """All values `(K,)` of the moved latent if it is a single code."""
+    """All values `(K,)` of the moved latent if it is a single discrete code or consists of bits; None otherwise."""
     sites: dict[str, tuple[SiteShape, Tensor]]
-    """Shape of every site, and a value of its type."""
+    """Shape of every latent site, and a value that gives its dtype and device."""
 
     def spread(self, flat: Mapping[str, Tensor], count: int) -> dict[str, Tensor]:
-        """Reshape flat values `(count or 1, numel)` to those of the sites."""
+        """Return flat values `(count or 1, numel)` of latents as `count` rows in the shape and dtype of their sites."""
         known = {name: (*self.sites[name], value) for name, value in flat.items() if name in self.sites}
         return {name: shape.spread(value.to(like).expand(count, -1)) for name, (shape, like, value) in known.items()}
 
 
 def _prior(pair: Pair, template: Template, names: Sequence[str], moved: str) -> Priors:
-    """Priors of all latents: of a single normal exactly, of others from samples."""
+    """Return the prior means and standard deviations of all latents: exact for a single normal, else from samples."""
     nodes = samples(pair.simulate(template.at(0, 8)))
     exact = {name: _one_normal(nodes[name], pair.layout, 8) for name in names if name in nodes}
     if moved not in exact:
@@ -210,12 +215,12 @@ def _prior(pair: Pair, template: Template, names: Sequence[str], moved: str) -> 
 
 
 def site_values(pair: Pair, nodes: Mapping[str, Any], names: Iterable[str]) -> dict[str, tuple[SiteShape, Tensor]]:
-    """Shape of every site, and a value of its type; see `Priors.sites`."""
+    """Return the shape of every named site, and its value in `nodes`; see `Priors.sites`."""
     return {name: (site_shape(nodes[name], pair.layout), nodes[name]["value"]) for name in names}
 
 
 def _one_normal(node: Mapping[str, Any], layout: Layout, count: int) -> Normals | None:
-    """Return the prior if it is the same diagonal normal for all rows."""
+    """Return the prior if it is one diagonal normal, the same for all rows; else None."""
     found = traces.members(node, layout, count)
     if not isinstance(found, Normals):
         return None
@@ -223,7 +228,7 @@ def _one_normal(node: Mapping[str, Any], layout: Layout, count: int) -> Normals 
 
 
 def _scores(pair: Pair, x: Tensor, name: str) -> tuple[Tensor | None, str]:
-    """Score of every coordinate of a latent over some data, and the name of the score."""
+    """Return a score that orders the coordinates of a latent (KL, or variance of the posterior mean), and its name."""
     layout = pair.layout
     if name in layout.enumerated or (layout.enumerated and len(layout.latents) > 1):
         return None, "their own order"
@@ -246,7 +251,7 @@ def _dims(dims: Sequence[int] | None, name: str, count: int, scores: Tensor | No
 
 
 def _places(prior: Priors, name: str, dims: Sequence[int], steps: int, span: float) -> Tensor:
-    """Values of each moved coordinate, `(dims, steps)`."""
+    """Return the values that each moved coordinate takes, `(dims, steps)`."""
     if prior.states is not None:
         return prior.states.expand(len(dims), -1)
     units = torch.linspace(-span, span, steps) if steps > 1 else torch.zeros(1)
@@ -263,7 +268,10 @@ def _decode(
     prior: Priors,
     on_progress: Progress,
 ) -> Tensor:
-    """E[x | z] with one latent set to `moved` `(m, numel)`; the others are fixed unless they follow it."""
+    """Return E[x | z] with one latent set to `moved` `(m, numel)` and the others to `held`.
+
+    Latents whose prior depends on the moved one are set to their mean given it instead.
+    """
     below = _followers(pair, template, name, moved, held, prior)
     kept = {z: value for z, value in held.items() if z not in below}
     parts = []
@@ -277,9 +285,10 @@ def _decode(
 def _followers(
     pair: Pair, template: Template, name: str, moved: Tensor, held: Mapping[str, Tensor], prior: Priors
 ) -> set[str]:
-    """Latents whose prior depends on the moved one, directly or through others.
+    """Return the names of the latents whose prior depends on the moved one, directly or through others.
 
-    With all latents at their centres, the prior density of such a latent at a fixed value differs between rows.
+    The moved latent differs between rows and all others are at their prior means given it: a latent depends on it if
+    its prior density at a fixed value differs between the rows.
     """
     found: set[str] = set()
     if held:
@@ -293,6 +302,6 @@ def _followers(
 
 
 def placed(pair: Pair, rows: Tensor, values: Mapping[str, Tensor], prior: Priors) -> dict[str, Any]:
-    """The model's sites at flat values of some latents, the others at their centres given them."""
+    """Return the model's sites with some latents set to flat values, the others to their mean or mode given these."""
     with Centred(prior.spread(prior.means, len(rows))):
         return samples(pair.model_trace(rows, prior.spread(values, len(rows))))

@@ -17,7 +17,7 @@ from pvae.errors import DataError
 from pvae.util import seeds
 
 FEWEST_TEST_ROWS = 8
-"""Smallest number of rows of each kind, which are split in four."""
+"""Smallest number of data, and of samples, that the test accepts."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -28,15 +28,15 @@ class TwoSample(Figures):
     counts = ("n", "held")
 
     accuracy: Estimate
-    """Accuracy of the classifier; an estimate."""
+    """Accuracy of the classifier on held-out rows; an estimate."""
     p_value: Estimate
-    """Probability of an accuracy as high if samples have the distribution of the data; exact."""
+    """P-value of the test: probability of an accuracy as high if samples have the distribution of the data; exact."""
     total_variation: Estimate
-    """2 accuracy - 1: a lower bound of the total variation distance, in expectation."""
+    """2 accuracy - 1: a lower bound of the total variation distance between samples and data, in expectation."""
     n: int
-    """Training rows of each kind."""
+    """Number of data, and equally of samples, that the classifier is trained on (a fifth of them for validation)."""
     held: int
-    """Held-out rows of each kind."""
+    """Number of data, and equally of samples, that the classifier is evaluated on."""
 
     @property
     def title(self) -> str:
@@ -64,7 +64,7 @@ def two_sample(real: Tensor, fake: Tensor, seed: int = 0) -> TwoSample:
 
     Arguments:
         real: data `(n, *shape)`.
-        fake: samples `(m, *shape)`; of the larger kind, as many rows as of the smaller are chosen at random.
+        fake: samples `(m, *shape)`; if n and m differ, the larger set is reduced to the size of the smaller at random.
         seed: seed of the split and of the weights and batches of the classifier.
 
     Returns:
@@ -110,11 +110,14 @@ def two_sample(real: Tensor, fake: Tensor, seed: int = 0) -> TwoSample:
 
 
 def by_chance(hits: int, named: int, held: int) -> float:
-    """Return P(H >= hits), exact: H is the number of data among `named` of 2 held rows, half of which are data."""
+    """Return P(H >= hits), exact, where H is the number of data among `named` rows chosen at random from 2 held rows.
+
+    Half of the 2 held rows are data and half samples, so H is hypergeometric.
+    """
     return float(hypergeom.sf(hits - 1, 2 * held, held, named))
 
 
 def _labelled(real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor]:
-    """Both kinds, and their labels: 1 for data, 0 for samples."""
+    """Return data and samples in one tensor, and their labels: 1 for data, 0 for samples."""
     y = torch.cat([torch.ones(len(real), dtype=torch.int64), torch.zeros(len(fake), dtype=torch.int64)])
     return torch.cat([real, fake.to(real.device)]), y.to(real.device)
