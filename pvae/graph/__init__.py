@@ -1,1 +1,1 @@
-"""Elements of a declared graph: its sites, the rows of data, and the link between model and guide."""
+"""Elements of a declared graphical model: its latent sites, the layout of data rows, the link of the two programs."""

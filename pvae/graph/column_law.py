@@ -1,4 +1,4 @@
-"""Distribution of one column of a table, as declared: read by the likelihood, and by the guide that reads x."""
+"""Declared distribution family of one column of a table, read by the likelihood and by the encoder of x."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Law:
-    """The distribution of one column.
+    """Declared distribution family of one column of a table.
 
     Arguments:
         family: "normal", "student_t", "poisson", "negative_binomial", "bernoulli" or "categorical".
         levels: number of levels of a categorical column.
         masked: True if values may be missing, as NaN.
-        column: its name, for messages.
+        column: name of the column, for error messages.
     """
 
     family: str

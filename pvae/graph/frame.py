@@ -1,4 +1,4 @@
-"""Rows of data: the datum, and the covariates after it."""
+"""Layout of a row of data: the data point x, then the covariates that model and guide are conditioned on."""
 
 from __future__ import annotations
 
@@ -19,39 +19,39 @@ from pvae.graph.space import one_hot
 
 @dataclass(frozen=True)
 class Frame:
-    """Layout of a row of data: the datum, and after it (where any are declared) the covariates.
+    """Layout of a row of data: the data point x, followed by the covariates if any are declared.
 
-    A row with covariates is one vector: the datum flattened, then the numbers of each covariate: one for a label, one
+    A row with covariates is one vector: x flattened, then the entries of each covariate: one integer for a label, one
     for each token of a prompt.
     """
 
     x: Shape
-    """Event shape of the datum."""
+    """Event shape of a data point x."""
     covariates: Mapping[str, int] = field(default_factory=dict)
-    """Number of values of every covariate, or of each of its tokens."""
+    """Number of categories of every covariate by name; of a prompt, the size of its vocabulary."""
     prompts: Mapping[str, Vocabulary] = field(default_factory=dict)
-    """The vocabularies of those that are prompts."""
+    """Vocabularies of the covariates that are text prompts, by name."""
 
     @property
     def row(self) -> Shape:
-        """Event shape of a row."""
+        """Event shape of a row: that of x, or `(prod(x) + sum(widths),)` with covariates."""
         return (prod(self.x) + sum(self.widths),) if self.covariates else self.x
 
     @property
     def widths(self) -> list[int]:
-        """Numbers that every covariate takes of a row."""
+        """Number of entries of each covariate in a row: 1 for a label, the number of tokens for a prompt."""
         return [self.prompts[name].length if name in self.prompts else 1 for name in self.covariates]
 
     @property
     def shapes(self) -> dict[str, Shape]:
-        """Event shapes by which parts of a pair see the covariates: one-hots, of a prompt one for each token."""
+        """Event shapes of the covariates as one-hots: `(codes,)` of a label, `(codes, length)` of a prompt."""
         return {
             name: (codes, self.prompts[name].length) if name in self.prompts else (codes,)
             for name, codes in self.covariates.items()
         }
 
     def columns(self, rows: Tensor) -> dict[str, Tensor]:
-        """The covariates of rows `(..., *row)`: labels `(...)`, prompts `(..., length)`."""
+        """Return the covariates of rows `(..., *row)` by name: labels `(...)`, prompts `(..., length)`."""
         if not self.covariates:
             return {}
         parts = rows[..., prod(self.x) :].split(self.widths, -1)
@@ -61,7 +61,7 @@ class Frame:
         }
 
     def split(self, rows: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Rows `(..., *row)` to the data `(..., *x)` and the covariates as `shapes` says."""
+        """Return the data points `(..., *x)` of rows `(..., *row)`, and covariates as one-hots of shapes `shapes`."""
         if not self.covariates:
             return rows, {}
         seen = {}
@@ -71,14 +71,14 @@ class Frame:
         return rows[..., : prod(self.x)].reshape(*rows.shape[:-1], *self.x), seen
 
     def join(self, x: Tensor, rows: Tensor) -> Tensor:
-        """Rows `(n, *row)` with other data `(n, *x)` and their own covariates."""
+        """Return rows `(n, *row)` with their data points replaced by `x` `(n, *x)` and their covariates kept."""
         return torch.cat([x.reshape(len(rows), -1).to(rows), rows[:, prod(self.x) :]], 1) if self.covariates else x
 
     def require(self, rows: Tensor) -> None:
-        """Refuse rows whose covariates are no numbers 0 .. codes - 1.
+        """Check that every covariate of the rows is an integer in 0 .. codes - 1.
 
         Raises:
-            DataError: naming the covariate and what was found.
+            DataError: a covariate has another value; the message names both.
         """
         for name, column in self.columns(rows).items():
             codes = self.covariates[name]
@@ -89,7 +89,7 @@ class Frame:
                 )
 
     def groups(self, rows: Tensor) -> Tensor | None:
-        """The joint value of the covariates of every row, numbered, `(n,)`; None where there are none."""
+        """Return an integer per row, `(n,)`, that identifies its joint covariate value; None without covariates."""
         if not self.covariates:
             return None
         number = torch.zeros(len(rows), dtype=torch.int64, device=rows.device)
@@ -101,5 +101,5 @@ class Frame:
 
 @lru_cache(maxsize=16)
 def data_plate(count: int) -> pyro.plate:
-    """The plate over the rows of a batch, dim -1; making one costs as much as a layer, so it is made once."""
+    """Return the Pyro plate over a batch of `count` rows at dim -1, cached: making one costs as much as a layer."""
     return pyro.plate("data", count, dim=-1)

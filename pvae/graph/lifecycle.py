@@ -1,8 +1,9 @@
-"""Life cycle of a part in a fit: begun at training data, told the rows of a batch, moved after a step.
+"""Base classes of Modules that need the training data, or an update other than a gradient step, during a fit.
 
-A part is a Module that a declaration builds. The engine calls these classes alone, so that it names no kind:
-`MadeOfData.attend` when a pair is fitted or read, `Begun.begin` once before the first step, `MadeOfData.start` before
-every batch and `Moving.after_step` after every optimisation step. A second stage calls them on the parts that it fits.
+A part is a Module that a declaration builds (a prior, a codebook, a baseline). The training loop knows parts only by
+these classes. It calls `MadeOfData.attend` when a pair is fitted or loaded, `Begun.begin` once before the first step,
+`MadeOfData.start` before every batch and `Moving.after_step` after every optimisation step. A second stage of training
+calls them on the parts that it fits.
 """
 
 from __future__ import annotations
@@ -14,48 +15,48 @@ from torch import Tensor, nn
 
 
 class FirstRows(Protocol):
-    """Random subsets of the training data, each a function of (seed, stream)."""
+    """Protocol for random subsets of the training data, each a deterministic function of (seed, stream)."""
 
     @property
     def batch(self) -> int:
-        """Rows of a batch of the fit."""
+        """Number of rows in a batch of the fit."""
 
     @property
     def seed(self) -> int:
-        """Seed of the fit."""
+        """Random seed of the fit."""
 
     def observed(self, count: int, stream: int) -> Tensor:
-        """Return at most `count` data without covariates, `(m, *x)`."""
+        """Return a random subset of at most `count` training points without covariates, `(m, *x)`."""
 
     def inferred(self, site: str, count: int, stream: int) -> list[Mapping[str, Any]]:
-        """Run the guide on at most `count` rows, a batch at a time; return the `infer` of one of its sites."""
+        """Run the guide on at most `count` random training rows; return the `infer` dict of a site, one per batch."""
 
 
 class Begun(nn.Module):
-    """Base of parts whose weights begin at training data: a codebook at cluster centres, pseudo-inputs at rows."""
+    """Base of Modules initialised from training data: a codebook at k-means centres, pseudo-inputs at training rows."""
 
     def begin(self, rows: FirstRows) -> None:
-        """Set the first weights; called once, in declared order, before the first step of a fit."""
+        """Initialise the weights from training rows; called once, in declared order, before the first step of a fit."""
         raise NotImplementedError  # pragma: no cover - abstract
 
 
 class MadeOfData(nn.Module):
-    """Base of parts that hold the training data (a mixture of posteriors at them, say)."""
+    """Base of Modules that keep the training data, such as a prior that mixes posteriors at training points."""
 
     def attend(self, x: Tensor) -> None:
-        """Take the training data `(n, *event)`; called when a pair is fitted or read."""
+        """Receive the training data `(n, *event)`; called when a pair is fitted or loaded."""
         raise NotImplementedError  # pragma: no cover - abstract
 
     def start(self, index: Tensor) -> None:
-        """Take the row numbers `(batch,)` of the next training batch; called before each."""
+        """Receive the training-set indices `(batch,)` of the rows of the next batch; called before every batch."""
 
 
 class Moving(nn.Module):
-    """Base of parts that are moved by something other than a gradient: a codebook by averages, a baseline.
+    """Base of Modules updated by something other than a gradient: a codebook or a baseline by moving averages.
 
-    A forward pass in training mode writes scratch buffers alone, so that evaluation moves nothing.
+    A forward pass in training mode writes only to scratch buffers, so that evaluation changes no weight.
     """
 
     def after_step(self) -> None:
-        """Move, without synchronisation; called after every step of the optimiser."""
+        """Update the weights without a device synchronisation; called after every optimiser step."""
         raise NotImplementedError  # pragma: no cover - abstract

@@ -1,4 +1,4 @@
-"""The link by which each side of a pair reaches the other."""
+"""Shared reference by which the model and the guide of a pair reach each other at run time."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ if TYPE_CHECKING:
 
 
 class Link:
-    """Gives one side of a pair the other at run time; not a Module, so nothing is registered twice."""
+    """Reference from one program of a pair to the other; not a Module, so that no parameter is registered twice."""
 
     model: GraphModel
     guide: GraphGuide
     frame: Frame
-    """Layout of a row of data."""
+    """Layout of a row of data: the data point, then its covariates."""
     support: constraints.Constraint = constraints.real
-    """Values that an element of a datum may take."""
+    """Support of one element of a data point under the declared likelihood."""
     building: bool = False
-    """True while the pair is built: parts made of data have none yet."""
+    """True while the pair is being built, when Modules that keep the training data have not received them yet."""
 
     @property
     def x(self) -> Shape:
-        """Event shape of a datum."""
+        """Event shape of a data point x, without covariates."""
         return self.frame.x

@@ -1,4 +1,4 @@
-"""Prompts: the words that stand for a label, as tokens of one small vocabulary."""
+"""Prompts: the words that describe a label, as tokens of one small vocabulary."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from dataclasses import dataclass
 from pvae.errors import DeclarationError, near
 
 PADDING = ""
-"""Token 0: what shorter prompts end with."""
+"""Padding word, token 0, that fills prompts shorter than the longest."""
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """The words of some texts, in alphabetical order after the padding."""
+    """Word-level vocabulary of a set of prompts: the padding word, then all words in alphabetical order."""
 
     words: tuple[str, ...]
-    """Every token, the padding first."""
+    """Word of every token, the padding word first."""
     length: int
-    """Tokens of a prompt."""
+    """Number of tokens of every encoded prompt."""
 
     @classmethod
     def of(cls, texts: Sequence[str]) -> Vocabulary:
-        """All words of some texts; prompts are as long as the longest."""
+        """Return the vocabulary of some texts; its prompt length is that of the longest text."""
         found = [split(text) for text in texts]
         return cls((PADDING, *sorted({word for words in found for word in words})), max(map(len, found), default=0))
 
@@ -31,10 +31,10 @@ class Vocabulary:
         return len(self.words)
 
     def encode(self, text: str) -> list[int]:
-        """A text as `length` tokens.
+        """Return the token numbers of a text, padded to `length`.
 
         Raises:
-            DeclarationError: a word that is not in the vocabulary, or too many of them.
+            DeclarationError: a word is not in the vocabulary, or the text has more than `length` words.
         """
         found = split(text)
         for word in found:
@@ -47,5 +47,5 @@ class Vocabulary:
 
 
 def split(text: str) -> list[str]:
-    """Lower-case words and numbers of a text: `T-shirt/top` is t, shirt, top."""
+    """Return the lower-case words and numbers of a text: `T-shirt/top` gives t, shirt, top."""
     return re.findall(r"[a-z0-9]+", text.lower())

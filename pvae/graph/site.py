@@ -1,4 +1,4 @@
-"""Latent variables as model and guide know them, and the order of a graph."""
+"""Latent variables of a declared graphical model, and the topological order of its graph."""
 
 from __future__ import annotations
 
@@ -11,47 +11,47 @@ from pvae.errors import DeclarationError
 from pvae.graph.space import Space
 
 OBSERVED = "x"
-"""The name of the observed site, and of the data among a posterior's inputs."""
+"""Name of the observed site, and of the data among the inputs of a posterior."""
 EMBEDDED: Any = {"_embedded": True}
-"""Marks the site of a nearest code's row: part of the code, no latent of its own."""
+"""Entry of `infer` that marks the site of a quantised latent's codebook vector, which is no latent of its own."""
 
 
 def embedded(name: str) -> str:
-    """The site that holds the row of a latent's nearest code; no latent can be declared by this name."""
+    """Return the name of the site with the codebook vector of a quantised latent; no declared latent can have it."""
     return f"{name}/embedded"
 
 
 @dataclass(frozen=True)
 class Site:
-    """One latent variable of a declared graph."""
+    """One latent variable of a declared graphical model, with its parents in model and guide."""
 
     name: str
     space: Space
-    """The values that are sampled."""
+    """Space of the values that the posterior samples: relaxed one-hots if the posterior relaxes codes."""
     given: tuple[str, ...] = ()
     """Parents in the model, p(name | given)."""
     guide_given: tuple[str, ...] = (OBSERVED,)
     """Parents in the guide, q(name | guide_given)."""
     carries: bool = False
-    """True for a nearest code, whose embedding in the guide carries a gradient that its index cannot."""
+    """True for a nearest-code (VQ) latent, whose codebook vector carries the gradient that its index cannot."""
     has_twin: bool = True
-    """False for a relaxed latent whose prior is a density of relaxed one-hots: it has no discrete twin."""
+    """False for a relaxed latent whose prior is a density of relaxed one-hots, with no discrete counterpart."""
     summed: bool = False
-    """True where the model sums the latent out exactly, so that the guide does not sample it."""
+    """True if the model sums the latent out exactly, so that the guide does not sample it."""
 
     @property
     def event(self) -> Shape:
-        """Shape of one sampled value."""
+        """Event shape of one sampled value."""
         return self.space.event
 
     @property
     def features(self) -> Shape:
-        """Shape that children and the decoder see."""
+        """Event shape of the features that child priors and the decoder receive; of codes, channels first."""
         return self.space.features
 
 
 def topological(parents: Mapping[str, Iterable[str]], what: str) -> list[str]:
-    """Names in an order where parents come first; declaration order where the graph leaves it open.
+    """Return the names in topological order, parents first; ties keep the order of declaration.
 
     Raises:
         DeclarationError: the graph has a cycle; the message names its members.

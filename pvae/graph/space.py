@@ -1,4 +1,4 @@
-"""Spaces of latent variables: real vectors, codes on a grid, and bits."""
+"""Sample spaces of latent variables: real vectors, grids of discrete codes, and vectors of bits."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from torch import Tensor, nn
 from pvae.component import Shape
 
 Values = Literal["real", "index", "binary", "relaxed"]
-"""A vector of real numbers; indices of codes; a vector of 0 and 1; logarithms of relaxed one-hots."""
+"""Form of a sampled value: a real vector, indices of codes, a vector of 0 and 1, or log relaxed one-hots."""
 
 
 @dataclass(frozen=True)
 class Space:
-    """Values that a latent variable takes, and the features by which children and the decoder see them."""
+    """Sample space of a latent variable, and the features that child priors and the decoder receive as input."""
 
     values: Values
-    """The form of a sampled value."""
+    """Form of a sampled value: "real", "index", "binary" or "relaxed"."""
     shape: Shape
-    """Elements: `(D,)` of a real vector or of bits, the grid of codes."""
+    """Shape of the elements: `(D,)` of a real vector or of bits, the shape of the grid of codes."""
     states: int = 0
-    """Values of one element: K of a code, 2 of a bit, 0 of a real number."""
+    """Number of values of one element: K of a code, 2 of a bit, 0 for a real number."""
     embedding: int | None = None
-    """Width of the row of a codebook by which a code is seen; None for a one-hot."""
+    """Width of the codebook vectors that stand for codes in features; None if features are one-hots."""
     is_hard: bool = False
-    """True where a relaxed one-hot is seen as the one-hot of its largest entry, with its own gradient."""
+    """True for straight-through features: the one-hot of the largest entry, with the relaxed value's gradient."""
 
     @classmethod
     def real(cls, dim: int) -> Space:
@@ -43,7 +43,7 @@ class Space:
 
     @classmethod
     def codes(cls, states: int, grid: Shape = (), embedding: int | None = None) -> Space:
-        """Return the space of codes 0 .. `states` - 1 at every position of a grid."""
+        """Return the space of codes 0 .. `states` - 1 at every position of a grid, a single code by default."""
         return cls("index", tuple(grid), states, embedding)
 
     def relaxed(self, is_hard: bool) -> Space:
@@ -52,37 +52,37 @@ class Space:
 
     @property
     def is_code(self) -> bool:
-        """True for codes, relaxed or not."""
+        """True for discrete codes, relaxed or not; False for real vectors and bits."""
         return self.values in ("index", "relaxed")
 
     @property
     def grid(self) -> Shape:
-        """Grid of codes; () for a single one, and for vectors."""
+        """Shape of the grid of codes; () for a single code, a real vector or bits."""
         return self.shape if self.is_code else ()
 
     @property
     def event(self) -> Shape:
-        """Shape of one sampled value."""
+        """Event shape of one sampled value; with a last dimension K if relaxed."""
         return (*self.shape, self.states) if self.values == "relaxed" else self.shape
 
     @property
     def features(self) -> Shape:
-        """Shape that children and the decoder see."""
+        """Event shape of the features that child priors and the decoder receive; of codes, channels first."""
         return (self.embedding or self.states, *self.shape) if self.is_code else self.shape
 
     @property
     def log_states(self) -> float:
-        """Logarithm of the number of joint states; infinite for real vectors."""
+        """Logarithm of the number of joint states, nats; infinite for real vectors."""
         return prod(self.shape) * math.log(self.states) if self.states else math.inf
 
     def see(self, value: Tensor, like: Tensor, codebook: Tensor | None = None) -> Tensor:
-        """Return a sampled value as children and the decoder see it, `(..., *features)`.
+        """Return the features of a sampled value that child priors and the decoder receive, `(..., *features)`.
 
         Arguments:
-            value: numbers `(..., *event)`; of codes, indices `(..., *grid)` or logarithms of relaxed one-hots
-                `(..., *grid, K)`: integers or not says which.
+            value: sampled values `(..., *event)`; of codes, indices `(..., *grid)` if of an integer type, else
+                logarithms of relaxed one-hots `(..., *grid, K)`.
             like: a tensor of the type and device wanted.
-            codebook: a row for each code, `(K, embedding)`; None for one-hots.
+            codebook: one vector for each code, `(K, embedding)`; None for one-hots.
         """
         if not self.is_code:
             return value
@@ -97,5 +97,5 @@ class Space:
 
 
 def one_hot(index: Tensor, codes: int, like: Tensor) -> Tensor:
-    """Return indices `(...)` of any type as one-hot rows `(..., codes)` of the type of another tensor."""
+    """Return one-hot vectors `(..., codes)` of indices `(...)`, with the type and device of the tensor `like`."""
     return (index.unsqueeze(-1) == torch.arange(codes, device=index.device)).to(like)

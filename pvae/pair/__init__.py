@@ -1,1 +1,1 @@
-"""A model/guide pair: two Pyro programs as one module, and all that their traces say."""
+"""Model/guide pairs: two Pyro programs as one Module, with the layout, densities and ELBO terms of their traces."""

@@ -21,16 +21,16 @@ if TYPE_CHECKING:
     from pvae.pair.pair import Pair
 
 Store = Any
-"""State of a Pyro param store: `params` and `constraints` by name."""
+"""State of a Pyro param store: dicts `params` and `constraints`, by name."""
 
 
 def adopted(pair: Pair, x: Tensor, own: Store) -> Structure:
-    """Run both programs on a few rows of `x`, register what they keep in the param store, return their structure.
+    """Run both programs on a few rows of `x`, register their param-store parameters, return their structure.
 
     Arguments:
-        pair: whose programs are run, on two numbers of rows: a plate over the data has the size of each.
+        pair: the pair; its programs run on batches of two sizes, and a data plate is one that follows the size.
         x: data `(n, *event)`.
-        own: the param store of the pair, which takes in the parameters that the programs made.
+        own: the param store of the pair, to which the parameters created by the programs are added.
 
     Raises:
         DeclarationError: nothing is observed inside a data plate, or the pair has no parameters.
@@ -51,19 +51,19 @@ def adopted(pair: Pair, x: Tensor, own: Store) -> Structure:
 
 
 def current_store() -> Any:
-    """Return a shallow copy of the global param store: values a user has already fitted are found and adopted."""
+    """Return a shallow copy of the state of Pyro's global param store, so that already fitted values are adopted."""
     state = pyro.get_param_store().get_state()
     return {"params": dict(state["params"]), "constraints": dict(state["constraints"])}
 
 
 def owners(pair: Pair) -> list[nn.Module]:
-    """Modules whose methods the programs are."""
+    """Return the Modules of which the model or the guide program is a bound method."""
     found = (getattr(program, "__self__", None) for program in (pair.model, pair.guide))
     return list(dict.fromkeys(owner for owner in found if isinstance(owner, nn.Module)))
 
 
 def _take_parameters(pair: Pair, traces: tuple[Trace, Trace], store: Mapping[str, Any], own: Store) -> None:
-    """Register what the programs keep in the param store, and the Modules their methods are bound to."""
+    """Register on the pair the params that its programs use, and the Modules that its programs are methods of."""
     kept = {id(value) for value in store["params"].values()}
     named = [m for m in _named(pair) if any(id(p) in kept for p in m.parameters())]
     for i, module in enumerate(dict.fromkeys([*owners(pair), *named])):
@@ -83,7 +83,7 @@ def _take_parameters(pair: Pair, traces: tuple[Trace, Trace], store: Mapping[str
 
 
 def _named(pair: Pair) -> list[nn.Module]:
-    """Modules that the programs, plain functions, reach by name: what `pyro.module` may register."""
+    """Return the Modules that plain-function programs refer to, as globals or closure variables."""
     found = []
     for program in (pair.model, pair.guide):
         code = getattr(program, "__code__", None)
@@ -94,7 +94,7 @@ def _named(pair: Pair) -> list[nn.Module]:
 
 
 def _attribute(name: str, free: nn.ParameterDict) -> str:
-    """Return a param's name as an attribute: `net$$$0.weight` as `net___0_weight`, with `_` added while it is taken."""
+    """Return a param name as an attribute name, `net$$$0.weight` as `net___0_weight`, made unique by trailing `_`."""
     key = re.sub(r"[^0-9A-Za-z_]", "_", name)
     while hasattr(free, key):
         key += "_"

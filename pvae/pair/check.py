@@ -1,4 +1,4 @@
-"""Checks of a pair: what is wrong with two programs, found by running them on a few rows."""
+"""Checks of a pair: problems of its two programs, found by running them on a few rows."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Problem:
-    """One finding of `Pair.check`."""
+    """One problem found by `Pair.check`: the site and a message."""
 
     site: str
     message: str
@@ -34,7 +34,7 @@ class Problem:
 
 
 def problems_of(pair: Pair, rows: Tensor) -> list[Problem]:
-    """Return the findings of `Pair.check` on a few rows."""
+    """Return the problems of a pair, found by running it on the given rows; the body of `Pair.check`."""
     try:
         with torch.random.fork_rng(), pyro.get_param_store().scope(current_store()):
             guide_trace, model_trace = run(pair, rows)
@@ -48,7 +48,7 @@ def problems_of(pair: Pair, rows: Tensor) -> list[Problem]:
 
 
 def explain(error: Exception) -> Problem:
-    """Return an error of Pyro as a finding, in words."""
+    """Return an exception raised while a pair was run as a `Problem` with a plain message."""
     text = str(error)
     if isinstance(error, DeclarationError):
         return Problem("pair", text)
@@ -70,7 +70,7 @@ def explain(error: Exception) -> Problem:
 
 
 def differing_sites(guide_trace: Trace, model_trace: Trace) -> list[Problem]:
-    """Return latents that only one side has; those of the model that are marked for enumeration may be."""
+    """Return a problem for each latent in only one program; enumerated latents of the model alone are allowed."""
     nodes = samples(model_trace)
     guide = {n for n, node in samples(guide_trace).items() if not node["infer"].get("is_auxiliary")}
     model = {n for n, node in samples(model_trace).items() if not node["is_observed"]}
@@ -95,7 +95,7 @@ def _names(names: set[str]) -> str:
 
 
 def plate_problems(trace: Trace, count: int) -> list[Problem]:
-    """Return sites with batch dimensions that no plate declares."""
+    """Return a problem for each site with a batch dimension that no plate declares."""
     problems = []
     enumerated = {node["infer"].get("_enumerate_dim") for node in samples(trace).values()}
     for name, node in samples(trace).items():
@@ -119,7 +119,7 @@ def plate_problems(trace: Trace, count: int) -> list[Problem]:
 
 
 def gradient_problems(pair: Pair, x: Tensor, guide_trace: Trace) -> list[Problem]:
-    """Return global latents whose sample carries no gradient, and parameters that no gradient reaches."""
+    """Return a problem for each global latent without a pathwise gradient, and each parameter without a gradient."""
     problems = [
         Problem(
             name,

@@ -1,4 +1,4 @@
-"""Use of codes: sums over the posteriors of a grid of codes, batch by batch, over any amount of data."""
+"""Codebook usage of discrete latents: sums over the posteriors of a grid of codes, accumulated batch by batch."""
 
 from __future__ import annotations
 
@@ -25,49 +25,49 @@ from pvae.pair.running import quiet
 from pvae.util import seeds
 
 DEAD = 1e-3
-"""Proportion of an even share below which a code is not in use."""
+"""Codes of K count as used if their proportion is at least `DEAD` / K, a thousandth of uniform use."""
 
 
 @dataclass(frozen=True)
 class Tally:
-    """Sums over the posteriors of a grid of P codes with K states, position by position; float64, exact."""
+    """Sums over the posteriors of a grid of P codes with K states, per position; float64, exact."""
 
     n: int
-    """Rows."""
+    """Number of rows of data summed over, n."""
     mass: Tensor
-    """sum_i q(c_p = k | x_i), `(P, K)`."""
+    """Expected counts sum_i q(c_p = k | x_i) of each code, `(P, K)`."""
     entropy: Tensor
-    """sum_i H(q(c_p | x_i)), `(P,)`, nats."""
+    """Summed posterior entropies sum_i H(q(c_p | x_i)), `(P,)`, nats."""
     grid: Shape = ()
-    """Shape of the grid; () for a single code."""
+    """Shape of the grid of codes; () for a single code."""
     prior: Tensor | None = None
-    """log p(c_p = k), `(P, K)`, where it is factorised and the same for all rows."""
+    """Log prior log p(c_p = k), `(P, K)`; None unless it is factorised and the same for all rows."""
     bits: bool = False
-    """True where a position is a bit: 0 and 1 then mean something else at every position."""
+    """True if each position is a bit rather than a code of one shared codebook."""
 
     @property
     def positions(self) -> int:
-        """P."""
+        """Number of positions of the grid, P."""
         return len(self.mass)
 
     @property
     def states(self) -> int:
-        """K."""
+        """Number of codes at each position, K."""
         return self.mass.shape[1]
 
     @property
     def share(self) -> Tensor:
-        """q_agg(c_p = k), `(P, K)`."""
+        """Aggregated posterior q_agg(c_p = k), `(P, K)`: mean of the posteriors over the rows."""
         return self.mass / self.n
 
     @property
     def used(self) -> Tensor:
-        """Codes with at least a thousandth of an even share of `pooled`, `(K,)` booleans."""
+        """Codes in use, `(K,)` booleans: those with a pooled proportion of at least 0.001 / K."""
         return in_use(self.pooled)
 
     @property
     def pooled(self) -> Tensor:
-        """The mean of q_agg(c_p) over positions, `(K,)`: how often each code is used at all."""
+        """Proportion of each code over all rows and positions, `(K,)`: the mean of q_agg(c_p) over positions."""
         return self.share.mean(0)
 
     def __add__(self, other: Tally) -> Tally:
@@ -79,22 +79,22 @@ class Tally:
 
 
 def entropy_of(share: Tensor) -> Tensor:
-    """Return -sum p log p over the last dimension, nats."""
+    """Return the entropy -sum p log p of probabilities along the last dimension, nats."""
     return torch.special.entr(share).sum(-1)
 
 
 def perplexity(share: Tensor) -> Tensor:
-    """Return exp of the entropy over the last dimension: the effective number of codes."""
+    """Return exp(entropy) of probabilities along the last dimension: the effective number of codes."""
     return entropy_of(share).exp()
 
 
 def in_use(share: Tensor) -> Tensor:
-    """Return whether each code has at least a thousandth of an even share."""
+    """Return for each of K codes whether its proportion is at least 0.001 / K, booleans of the shape of `share`."""
     return share >= DEAD / share.shape[-1]
 
 
 def codebook_of(pair: Pair, name: str) -> Codebook | NearestCodebook | None:
-    """Return the codebook of a declared latent; None where codes are seen as one-hots, and of other pairs."""
+    """Return the codebook of a latent; None if its codes are read as one-hots, or the pair is hand-written."""
     if not isinstance(pair.model, GraphModel) or name not in pair.model.codebooks:
         return None
     found = pair.model.codebooks[name]
@@ -102,7 +102,7 @@ def codebook_of(pair: Pair, name: str) -> Codebook | NearestCodebook | None:
 
 
 def tally(q: Members | None, p: Members | None = None, grid: Shape = (), *, bits: bool = False) -> Tally | None:
-    """Return the tally of a batch of posteriors; None unless the latent is discrete."""
+    """Return the code-usage sums (`Tally`) of a batch of posteriors; None unless the latent is discrete."""
     if isinstance(q, CertainCodes):
         n, positions = q.index.shape
         flat = q.index + q.states * torch.arange(positions, device=q.index.device)
@@ -116,20 +116,20 @@ def tally(q: Members | None, p: Members | None = None, grid: Shape = (), *, bits
 
 
 def shared_prior(p: Members | None) -> Tensor | None:
-    """Return log p(c_p = k) of codes, `(P, K)`, where it is the same for all rows; else None."""
+    """Return the log prior log p(c_p = k), `(P, K)`, if the rows share one factorised prior; else None."""
     if not isinstance(p, Codes) or not bool((p.logits == p.logits[:1]).all()):
         return None
     return p.logits[0].double().clone()  # not a view of the rows of a batch
 
 
 def grid_of(node: Mapping[str, Any]) -> Shape:
-    """Return the shape of a site's grid of codes."""
+    """Return the shape of the grid of codes of a traced site."""
     event = tuple(node["fn"].event_shape)
     return event[:-1] if isinstance(unwrapped(node["fn"]), OneHotCategorical) else event
 
 
 class Undrawn(Messenger):
-    """Handler that sets codes of some sites to 0 in place of sampling, where only their distributions are read."""
+    """Pyro handler that sets categorical sites to 0 instead of sampling, where only distributions are needed."""
 
     def __init__(self, names: Collection[str]) -> None:
         super().__init__()
@@ -144,7 +144,7 @@ class Undrawn(Messenger):
 
 
 def tallies(pair: Pair, x: Tensor, layout: Layout) -> dict[str, Tally]:
-    """Return the tally of every latent of a guide that is a code on one batch, given a sample of what it reads."""
+    """Return the code-usage sums of every code latent of the guide on one batch, given samples of its parents."""
     nodes, found = samples(pair.guide_trace(x)), {}
     for name in layout.latents:
         if isinstance(unwrapped(nodes[name]["fn"]), Bernoulli):
@@ -156,18 +156,18 @@ def tallies(pair: Pair, x: Tensor, layout: Layout) -> dict[str, Tally]:
 
 
 def code_usage(pair: Pair, x: Tensor | Streamed, seed: int = 0) -> dict[str, float]:
-    """Return how many codes of every discrete latent the guide uses on data, from the guide alone.
+    """Return the perplexity and the number of used codes of every discrete latent on data; runs the guide only.
 
-    Relaxed latents are taken as the codes they stand for. Latents that the model sums out have no guide, and no entry.
+    Relaxed latents count as the discrete codes of the same logits. Latents that the model sums out have no entry.
 
     Arguments:
         pair: any pair.
         x: data `(n, *event)`.
-        seed: of samples that other latents read; without such reading it has no effect.
+        seed: random seed of the samples on which other latents depend; without such dependence it has no effect.
 
     Returns:
-        `perplexity/<name>`, exp of the entropy of q_agg pooled over positions, 1 .. K, and `used/<name>`, the codes
-        with at least a thousandth of an even share; exact. Empty for a pair without codes.
+        `perplexity/<name>`, exp of the entropy of q_agg pooled over positions, 1 .. K, and `used/<name>`, the number
+        of codes with a pooled proportion of at least 0.001 / K; exact. Empty for a pair without codes.
 
     Example:
         >>> from pvae import Experiment

@@ -1,4 +1,4 @@
-"""Densities per row of data, read off the sites of a pair's traces, and what they need."""
+"""Log densities and KLs per row of data, read off the sites of traces, and the weights and shapes they need."""
 
 from __future__ import annotations
 
@@ -32,20 +32,20 @@ from pvae.pair.layout import Layout, is_point, unwrapped
 
 
 class Unweighed(Messenger):
-    """Handler that removes the weights of poutine.scale from all sites; those of subsampling plates stay."""
+    """Pyro handler that removes the scale of poutine.scale from all sites; scales of subsampling plates are kept."""
 
     def _pyro_sample(self, msg: Any) -> None:
         msg["scale"] = plate_scale(msg)
 
 
 def plate_scale(node: Mapping[str, Any]) -> float:
-    """Return the weight of a site from its subsampling plates, without that of poutine.scale."""
+    """Return the scale of a site that is due to subsampling plates, without that of poutine.scale."""
     frames = [f for f in node["cond_indep_stack"] if f.vectorized and f.full_size not in (None, f.size)]
     return math.prod(f.full_size / f.size for f in frames) if frames else 1.0
 
 
 def moved(node: Mapping[str, Any]) -> Tensor:
-    """Return another value of a site's support, with every element of every row changed."""
+    """Return a perturbed value of a site, within its support, with every element of every row changed."""
     fn, value = unwrapped(node["fn"]), node["value"]
     if isinstance(fn, Bernoulli):
         return 1 - value
@@ -65,7 +65,7 @@ def moved(node: Mapping[str, Any]) -> Tensor:
 
 
 def sum_over(parts: list[Tensor]) -> Tensor:
-    """Return the sum of a non-empty list."""
+    """Return the sum of a non-empty list of tensors."""
     total = parts[0]
     for part in parts[1:]:
         total = total + part
@@ -73,9 +73,9 @@ def sum_over(parts: list[Tensor]) -> Tensor:
 
 
 def per_datum(value: Tensor, layout: Layout, particles: int) -> Tensor:
-    """Sum a batch-shaped tensor over every plate but the data's (and the particles', when there are any).
+    """Return a batch-shaped tensor summed over all plates but those of the data and of the particles, if any.
 
-    Dimensions left of the plates are those of enumerated sites; they stay.
+    Dimensions left of the plates belong to enumerated sites and are kept.
     """
     width = layout.nesting + (particles > 0)
     if value.dim() == width == 1 + (particles > 0):
@@ -87,7 +87,7 @@ def per_datum(value: Tensor, layout: Layout, particles: int) -> Tensor:
 
 
 def full_size(model_trace: Trace, layout: Layout, rows: int | None = None) -> int:
-    """Return the size of the data set: as the data plate declares it, else `rows`, else that of the batch."""
+    """Return the size of the data set: that declared by the data plate, else `rows`, else the batch size."""
     frames = (f for name in layout.observed for f in model_trace.nodes[name]["cond_indep_stack"])
     frame = next(f for f in frames if layout.is_data(f))
     declared = frame.full_size or frame.size
@@ -95,15 +95,15 @@ def full_size(model_trace: Trace, layout: Layout, rows: int | None = None) -> in
 
 
 def log_prob(node: Mapping[str, Any], layout: Layout, particles: int, size: int = 1) -> Tensor:
-    """Return the log density of a site per row, nats; a global site's is divided by the `size` of the data plate."""
+    """Return the log density of a traced site per row, nats; of a global site divided by `size`, shape `(1,)`."""
     value = node["fn"].log_prob(node["value"])
     return share(node, value, layout, particles, size)
 
 
 def certainty(node: Mapping[str, Any], layout: Layout, particles: int) -> Tensor | None:
-    """Return log q of a value under codes known for certain, 0 or -inf per row; None for other distributions.
+    """Return log q of a value under a deterministic code, 0 or -inf per row; None for other distributions.
 
-    Its `log_prob` compares nothing, for the value is the guide's own wherever a program is scored.
+    `Certain.log_prob` is 0 for any value, since a guide is normally scored at its own code; here values are compared.
     """
     fn = unwrapped(node["fn"])
     if not isinstance(fn, Certain):
@@ -114,7 +114,10 @@ def certainty(node: Mapping[str, Any], layout: Layout, particles: int) -> Tensor
 
 
 def share(node: Mapping[str, Any], value: Tensor, layout: Layout, particles: int, size: int) -> Tensor:
-    """Return a site's nats per row: masked, weighted by handlers, without the plate's own subsampling scale."""
+    """Return `value` of a site (nats) per row: masked and scaled, without the data plate's subsampling scale.
+
+    That of a global site is summed and divided by `size`.
+    """
     for frame in node["cond_indep_stack"]:
         if layout.is_data(frame):
             scale = node["scale"]
@@ -128,12 +131,12 @@ def share(node: Mapping[str, Any], value: Tensor, layout: Layout, particles: int
 
 
 def _weighed(value: Tensor, scale: Any, mask: Any) -> Tensor:
-    """Apply `scale_and_mask`, but for the usual case: it is called for every site of every step."""
+    """Return a value scaled and masked; skips `scale_and_mask` if both are trivial, as this runs every step."""
     return value if mask is None and scale.__class__ is float and scale == 1.0 else scale_and_mask(value, scale, mask)
 
 
 def closed_kl(q: Mapping[str, Any], p: Mapping[str, Any], layout: Layout, particles: int, size: int) -> Tensor | None:
-    """Return KL(q || p) of a site per row in closed form, or None where torch does not know it."""
+    """Return KL(q || p) of a site per row in closed form, nats; None if torch has no closed form."""
     if isinstance(q["fn"], Determined):  # torch's rule for `Delta` forgets the density of the point
         return log_prob(q, layout, particles, size) - log_prob(p, layout, particles, size)
     fns = q["fn"], p["fn"]
@@ -148,7 +151,7 @@ def closed_kl(q: Mapping[str, Any], p: Mapping[str, Any], layout: Layout, partic
 
 
 def priced_kl(q: Mapping[str, Any], p: Mapping[str, Any], layout: Layout, particles: int) -> Tensor | None:
-    """Return the KL of the categoricals under a relaxed site, where its posterior asks for that one; else None."""
+    """Return the categorical KL of a relaxed site per row, nats; None unless its posterior has `kl` "categorical"."""
     fn = unwrapped(q["fn"])
     if not isinstance(fn, RelaxedCodes) or fn.kl != "categorical":
         return None
@@ -156,9 +159,9 @@ def priced_kl(q: Mapping[str, Any], p: Mapping[str, Any], layout: Layout, partic
 
 
 def rows_first(t: Tensor, node: Mapping[str, Any], layout: Layout, rows: int, beyond: int = 0) -> Tensor:
-    """Return a site's value or a parameter of its distribution as `(rows, everything else)`, whatever its plates.
+    """Return a site's value or distribution parameter as a matrix, `(rows, all other dimensions flattened)`.
 
-    `beyond` counts the dimensions that a parameter has to the right of an event (logits, a covariance's factor).
+    `beyond` is the number of dimensions of a parameter right of the event (1 for logits or a covariance factor).
     """
     fn = node["fn"]
     t, batch = t.detach(), len(fn.batch_shape) + len(fn.event_shape)
@@ -169,7 +172,7 @@ def rows_first(t: Tensor, node: Mapping[str, Any], layout: Layout, rows: int, be
 
 
 def shared_codes(node: Mapping[str, Any], layout: Layout) -> Codes | None:
-    """Return a site's codes as one member where all rows share one set of logits; None for all other sites."""
+    """Return the categorical codes of a site as one member if all rows share the same logits; else None."""
     fn = unwrapped(node["fn"])
     if node["mask"] is not None or not isinstance(fn, Categorical):
         return None
@@ -182,9 +185,9 @@ def shared_codes(node: Mapping[str, Any], layout: Layout) -> Codes | None:
 
 
 def members(node: Mapping[str, Any], layout: Layout, rows: int) -> Members | None:
-    """Return a site's distributions as members of an exponential family, one for each row; None for other families.
+    """Return the distributions of a site as exponential-family members, one per row; None for other families.
 
-    Plates beside the rows' hold independent copies: their members are multiplied.
+    Copies along plates other than the data plate are independent, so that a member is their product.
     """
     fn = unwrapped(node["fn"])
     if node["mask"] is not None:

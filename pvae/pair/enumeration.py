@@ -1,4 +1,4 @@
-"""Discrete latents of the model alone, summed over exactly: p(c | x, z) by Bayes, expectations under it."""
+"""Exact sums over discrete latents c of the model alone: p(c | x, z) by Bayes' rule, and expectations under it."""
 
 from __future__ import annotations
 
@@ -20,13 +20,14 @@ from pvae.pair.layout import Layout
 
 @dataclass(frozen=True)
 class JointStates:
-    """Log densities of a batch under every joint state of the enumerated sites, `(K_1, ..., K_J, [particles,] n)`."""
+    """Log densities of a batch at every joint state of J enumerated sites, `(K_1, ..., K_J, [particles,] n)`, nats."""
 
     layout: Layout
+    """Names of the sites of the pair, and position of the data plate."""
     sizes: tuple[int, ...]
-    """K_j, in the order of `layout.enumerated`."""
+    """Number of states K_j of each enumerated site, in the order of `layout.enumerated`."""
     logs: dict[str, Tensor]
-    """log p of every site inside the data plate."""
+    """Log density of every site of the model inside the data plate, by name, at every joint state."""
 
     @property
     def _states(self) -> list[int]:
@@ -34,26 +35,29 @@ class JointStates:
 
     @cached_property
     def latent(self) -> Tensor:
-        """log p(z, c)."""
+        """Joint log density log p(z, c) of the latents, nats."""
         return sum_over([v for name, v in self.logs.items() if name not in self.layout.observed])
 
     @cached_property
     def joint(self) -> Tensor:
-        """log p(x, z, c)."""
+        """Joint log density log p(x, z, c) of data and latents, nats."""
         return sum_over([self.latent, *(self.logs[name] for name in self.layout.observed if name in self.logs)])
 
     @cached_property
     def weights(self) -> Tensor:
-        """p(c | x, z)."""
+        """Posterior probabilities p(c | x, z) of the joint states."""
         joint = self.joint
         return joint.flatten(0, len(self.sizes) - 1).softmax(0).reshape(joint.shape)
 
     def expected(self, name: str) -> Tensor:
-        """Return E_p(c|x,z) of a site's log density, `([particles,] n)`."""
+        """Return the expectation of a site's log density under p(c | x, z), `([particles,] n)`, nats."""
         return (self.weights * self.logs[name]).sum(self._states)
 
     def kl(self) -> dict[str, Tensor]:
-        """Return KL(p(c_j | x, z, c before it) || p(c_j)) of every enumerated site, nats; their sum is the joint KL."""
+        """Return the expected KL of p(c_j | x, z, c_<j) from the prior of every enumerated site j, nats.
+
+        By the chain rule they add up to the KL of the joint posterior p(c | x, z).
+        """
         out, before = {}, torch.zeros_like(self.weights[(slice(0, 1),) * len(self.sizes)])
         for j, name in enumerate(self.layout.enumerated):
             later = self._states[j + 1 :]
@@ -64,15 +68,15 @@ class JointStates:
         return out
 
     def log_sum(self, table: Tensor) -> Tensor:
-        """Return log sum_c exp(table)."""
+        """Return log sum_c exp(table), the log-sum-exp of a table of log densities over all joint states."""
         return table.logsumexp(self._states)
 
 
 def read_joint_states(nodes: Mapping[str, Any], layout: Layout, particles: int) -> JointStates:
-    """Return the log densities of the model's sites, run under enumeration.
+    """Return the log densities of the model's sites at every joint state, from a trace under enumeration.
 
     Raises:
-        DeclarationError: an enumerated site stands in a plate beside the data's, or there are too many states.
+        DeclarationError: an enumerated site is in a plate besides the data plate, or there are too many states.
     """
     for name in layout.enumerated:
         require_summable(name, nodes[name], layout)
@@ -97,10 +101,10 @@ def read_joint_states(nodes: Mapping[str, Any], layout: Layout, particles: int) 
 
 
 def require_summable(name: str, node: Mapping[str, Any], layout: Layout) -> None:
-    """Refuse a site whose states cannot be summed over datum by datum.
+    """Check that the states of a site can be summed over independently for each data point.
 
     Raises:
-        DeclarationError: it is global, stands in a plate beside the data's, or has a weight or a mask.
+        DeclarationError: the site is global, is in a plate besides the data plate, or has a scale or a mask.
     """
     if not layout.holds(node):
         raise DeclarationError(f"{name}: expected a site to sum over inside the data plate; got a global one. Draw it.")
@@ -116,7 +120,7 @@ def require_summable(name: str, node: Mapping[str, Any], layout: Layout) -> None
 
 
 def _require_plain(name: str, node: Mapping[str, Any]) -> None:
-    """Refuse weights inside of the sum: p(c)^scale is no distribution."""
+    """Check that a site inside the sum has no poutine.scale: p(c)^scale is not a distribution."""
     scale = node["scale"] / plate_scale(node)
     if not bool(torch.as_tensor(abs(scale - 1) < 1e-6).all()):
         raise DeclarationError(

@@ -1,4 +1,4 @@
-"""Layout of a pair's traces, whatever its sites are called: plates, latents, shapes of values."""
+"""Layout of the traces of a pair: data plate, latent and observed sites, shapes of their values."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from pvae.errors import DeclarationError
 
 @dataclass(frozen=True)
 class Layout:
-    """Names and places of the sites of a pair, read off its traces."""
+    """Names of the sites of a pair by role, and position of its data plate, read off its traces."""
 
     plate: str
     """Name of the data plate in the model."""
@@ -33,31 +33,31 @@ class Layout:
     nesting: int
     """Number of batch dimensions that plates use."""
     latents: tuple[str, ...]
-    """Sites of the guide inside the data plate, in the guide's order."""
+    """Local latents: sites of the guide inside the data plate, in the order of the guide."""
     shared: tuple[str, ...]
-    """Sites of the guide outside it: global latents."""
+    """Global latents: sites of the guide outside the data plate."""
     observed: tuple[str, ...]
-    """Observed sites of the model."""
+    """Names of the observed sites of the model."""
     enumerated: tuple[str, ...] = ()
-    """Discrete sites of the model alone, marked for enumeration: summed out, and inferred by Bayes."""
+    """Discrete sites of the model alone, marked for enumeration: summed out exactly, with posterior by Bayes' rule."""
     expected: tuple[str, ...] = ()
-    """Latents of the guide marked for enumeration: a loss takes the ELBO in expectation over them."""
+    """Latents of the guide marked for enumeration, over which a loss takes the exact expectation of the ELBO."""
     scored: tuple[str, ...] = ()
-    """Latents whose samples carry no gradient: a loss needs that of their score function."""
+    """Latents whose samples have no pathwise gradient, so that a loss needs the score-function gradient."""
     relaxed: tuple[str, ...] = ()
-    """Relaxed latents, in whose place every analysis takes the codes that they stand for."""
+    """Relaxed discrete latents; analyses replace them by the discrete codes of the same logits."""
 
     def holds(self, node: Mapping[str, Any]) -> bool:
-        """Return whether a site stands inside the data plate."""
+        """Return whether a site of a trace is inside the data plate."""
         return any(self.is_data(frame) for frame in node["cond_indep_stack"])
 
     def is_data(self, frame: CondIndepStackFrame) -> bool:
-        """Return whether a plate is the one over the rows."""
+        """Return whether a plate is the data plate, over the rows of a batch."""
         return frame.vectorized and frame.name in self.plates
 
 
 def samples(trace: Trace) -> dict[str, Any]:
-    """Return the sample sites of a trace by name, without the plates' own bookkeeping and the rows of nearest codes."""
+    """Return the sample sites of a trace by name, without subsample sites of plates and codebook vectors (VQ)."""
     return {
         name: node
         for name, node in trace.nodes.items()
@@ -66,12 +66,12 @@ def samples(trace: Trace) -> dict[str, Any]:
 
 
 def is_embedded(node: Mapping[str, Any]) -> bool:
-    """Return whether a site is the row of a nearest code."""
+    """Return whether a site holds the codebook vector of a nearest code (VQ)."""
     return "_embedded" in node["infer"]
 
 
 def data_frame(trace: Trace, count: int, among: Collection[str]) -> CondIndepStackFrame | None:
-    """Return the outermost vectorised plate of `count` rows that holds an observed site, of some names."""
+    """Return the outermost vectorised plate of size `count`, named in `among`, around an observed site, or None."""
     for node in samples(trace).values():
         frames = [f for f in node["cond_indep_stack"] if f.vectorized and f.size == count and f.name in among]
         if node["is_observed"] and frames:
@@ -80,16 +80,16 @@ def data_frame(trace: Trace, count: int, among: Collection[str]) -> CondIndepSta
 
 
 def plates_of(trace: Trace, count: int) -> set[str]:
-    """Return the names of the vectorised plates of `count` rows."""
+    """Return the names of the vectorised plates of size `count` in a trace."""
     frames = [f for node in samples(trace).values() for f in node["cond_indep_stack"] if f.vectorized]
     return {f.name for f in frames if f.size == count}
 
 
 def read_layout(guide_trace: Trace, model_trace: Trace, count: int, follows: Collection[str]) -> Layout:
-    """Return the layout of a pair from traces on `count` rows; `follows` names plates whose size is that of any batch.
+    """Return the layout of a pair from traces on `count` rows; `follows` names the plates as large as the batch.
 
     Raises:
-        DeclarationError: no observed site stands in a plate over the rows, or a global one asks for enumeration.
+        DeclarationError: no observed site is inside a plate over the rows, or a global site is to be enumerated.
     """
     frame = data_frame(model_trace, count, follows)
     if frame is None or frame.dim is None:
@@ -127,50 +127,50 @@ def read_layout(guide_trace: Trace, model_trace: Trace, count: int, follows: Col
 
 
 def _guide_plates(guide: Mapping[str, Any], model: Mapping[str, Any], data: CondIndepStackFrame) -> set[str]:
-    """Return plates of the guide alone that lie where the model's data plate does and have its size."""
+    """Return the names of the guide's own plates with the dimension and size of the model's data plate."""
     known = {f.name for node in model.values() for f in node["cond_indep_stack"]}
     frames = [f for node in guide.values() for f in node["cond_indep_stack"] if f.vectorized]
     return {f.name for f in frames if f.name not in known and (f.dim, f.size) == (data.dim, data.size)}
 
 
 def is_enumerable(node: Mapping[str, Any]) -> bool:
-    """Return whether a site asks to be summed over in parallel, and can be."""
+    """Return whether a latent site is marked for parallel enumeration and its distribution has finite support."""
     wants = node["infer"].get("enumerate") == "parallel"
     return wants and not node["is_observed"] and node["fn"].has_enumerate_support
 
 
 def needs_score(fn: Any) -> bool:
-    """Return whether a distribution needs a score-function gradient."""
+    """Return whether a distribution needs a score-function gradient: it has no rsample and is not deterministic."""
     return not fn.has_rsample and not isinstance(unwrapped(fn), Certain)
 
 
 def unwrapped(fn: Any) -> Any:
-    """Return a distribution without its wrappers that declare event dimensions or expand it."""
+    """Return the base distribution inside `Independent` and `ExpandedDistribution` wrappers."""
     while isinstance(fn, Independent | ExpandedDistribution):
         fn = fn.base_dist
     return fn
 
 
 def is_point(fn: Any) -> bool:
-    """Return whether a distribution is a Delta, masked or not."""
+    """Return whether a distribution is a point mass (Delta), masked or not."""
     fn = unwrapped(fn)
     return is_point(fn.base_dist) if isinstance(fn, MaskedDistribution) else isinstance(fn, Delta)
 
 
 @dataclass(frozen=True)
 class SiteShape:
-    """Place of the rows among the dimensions of a site's value."""
+    """Position of the row dimension in a site's value, and the shapes to its left and right."""
 
     left: Shape
-    """Batch dimensions left of the rows."""
+    """Shape of the batch dimensions left of the row dimension."""
     right: Shape
-    """Batch dimensions right of the rows, then the event's."""
+    """Shape of the batch dimensions right of the row dimension, then of the event."""
     batch: int
-    """Number of batch dimensions, the rows' among them."""
+    """Number of batch dimensions, including that of the rows."""
 
     @property
     def numel(self) -> int:
-        """Numbers to one row."""
+        """Number of elements of the value in one row."""
         return math.prod(self.left) * math.prod(self.right)
 
     def flatten(self, value: Tensor) -> Tensor:
@@ -178,7 +178,7 @@ class SiteShape:
         return value.movedim(len(self.left), 0).reshape(value.shape[len(self.left)], -1)
 
     def spread(self, flat: Tensor, nesting: int = 0) -> Tensor:
-        """Return `([particles,] rows, numel)` as the site's value; particles left of `nesting` dimensions."""
+        """Return flat values `([particles,] rows, numel)` in the site's shape; particles go left of all plates."""
         lead = flat.shape[:-2]
         ones = (1,) * (nesting - self.batch) if lead else ()
         value = flat.reshape(*lead, *ones, flat.shape[-2], *self.left, *self.right)
@@ -187,12 +187,12 @@ class SiteShape:
 
     @classmethod
     def of(cls, shape: Shape, fn: Any, layout: Layout) -> SiteShape:
-        """Return the place of the rows in values of a given `shape`, sampled from a distribution."""
+        """Return the site shape of values of shape `shape`, sampled from the distribution `fn`."""
         event = len(fn.event_shape)
         axis = len(shape) - event + layout.dim
         return cls(tuple(shape[:axis]), tuple(shape[axis + 1 :]), len(shape) - event)
 
 
 def site_shape(node: Mapping[str, Any], layout: Layout) -> SiteShape:
-    """Return the shape of a site's value, read off a trace."""
+    """Return the site shape (position of the rows) of the value of a traced site."""
     return SiteShape.of(node["value"].shape, node["fn"], layout)

@@ -65,11 +65,11 @@ class Pair(nn.Module):
         self._answers: dict[str, tuple[Any, Any]] = {}
         self._store: Store = {"params": {}, "constraints": {}}
         self.implicit = False
-        """True where x can only be sampled: the pair has no likelihood, and nothing is inferred."""
+        """True for an implicit model (GAN): x can only be sampled, without a likelihood or inference."""
 
     @property
     def structure(self) -> Structure:
-        """Facts about the programs that `adopt` found by running them.
+        """Structure of the two programs (sites, plates, shapes), which `adopt` found by running them.
 
         Raises:
             DeclarationError: the pair has seen no data yet.
@@ -80,15 +80,15 @@ class Pair(nn.Module):
 
     @property
     def layout(self) -> Layout:
-        """Names of the sites and the place of the data plate."""
+        """Names of the latent and observed sites, and position of the data plate."""
         return self.structure.layout
 
     # ------------------------------------------------------------------ adoption
 
     def adopt(self, x: Tensor) -> Pair:
-        """Run both programs on a few rows of `x`, read their structure, take in their parameters; returns self.
+        """Run both programs on a few rows of `x`, read their structure, register their parameters; return self.
 
-        Leaves the random state as it found it; does nothing on a second call.
+        The random state is restored; a second call does nothing.
 
         Raises:
             DeclarationError: nothing is observed inside a data plate, or the pair has no parameters.
@@ -98,10 +98,10 @@ class Pair(nn.Module):
         return self
 
     def accept(self, x: Any) -> Tensor:
-        """Return data as the pair's programs take them: a tensor `(n, *event)` of the parameters' type and device.
+        """Return data as input to the programs: a tensor `(n, *event)` of the type and device of the parameters.
 
         Raises:
-            DataError: no rows, or rows of another shape than the pair was made for.
+            DataError: there are no rows, or their shape differs from that of the pair's data.
         """
         parameters = (p for module in (self, *owners(self)) for p in module.parameters())
         parameter = next((p for p in parameters if p.is_floating_point()), None)
@@ -122,9 +122,9 @@ class Pair(nn.Module):
         return x
 
     def dependencies(self, x: Tensor) -> Dependencies:
-        """Return which distribution reads which latent, found on a few rows of `x` at the present weights.
+        """Return the latents that each conditional distribution depends on, found on a few rows of `x`.
 
-        Kept on the pair until its weights change.
+        The result holds for the current weights and is cached until they change.
         """
         self.adopt(x)
         known = dependencies_without_asking(self.structure)
@@ -133,7 +133,7 @@ class Pair(nn.Module):
         return self.remember("dependencies", weights_of(self), lambda: read_dependencies(self, x))
 
     def remember(self, question: str, key: Any, ask: Callable[[], T]) -> T:
-        """Return the answer to a question about this pair: the kept one, or a new one where the key has changed."""
+        """Return `ask()`, cached on the pair under the name `question` until `key` changes."""
         if question not in self._answers or self._answers[question][0] != key:
             self._answers[question] = (key, ask())
         answer: T = self._answers[question][1]
@@ -141,7 +141,7 @@ class Pair(nn.Module):
 
     @contextmanager
     def own_store(self) -> Iterator[None]:
-        """Context in which the programs find the parameters that the pair took in from Pyro's param store."""
+        """Context manager in which Pyro's param store holds the parameters that the pair has adopted."""
         if not self._store["params"]:
             yield
             return
@@ -149,29 +149,29 @@ class Pair(nn.Module):
             yield
 
     def groups(self, x: Tensor) -> Tensor | None:
-        """Return the joint value of the covariates of every row, numbered, `(n,)`; None without covariates."""
+        """Return an integer per row, `(n,)`, that identifies its joint covariate value; None without covariates."""
         return self.frame.groups(x)
 
     @property
     def frame(self) -> Frame:
-        """Contents of a row of data; of a hand-written pair, the datum alone."""
+        """Layout of a row of data: the data point and its covariates; hand-written pairs have no covariates."""
         frame = getattr(self.model, "frame", None)
         return frame if isinstance(frame, Frame) else Frame(() if self._structure is None else self._structure.event)
 
     def attend(self, x: Tensor) -> Pair:
-        """Hand the training data `(n, *event)` to the parts that are made of them; returns self."""
+        """Pass the training data `(n, *event)` to the Modules that keep them (such as mixture priors); return self."""
         for part in self.made_of_data():
             part.attend(x)
         return self
 
     def made_of_data(self) -> list[MadeOfData]:
-        """Return the parts that are made of the training data."""
+        """Return the submodules that keep the training data, such as priors that mix posteriors at training points."""
         return [module for module in self.modules() if isinstance(module, MadeOfData)]
 
     # ------------------------------------------------------------------ running
 
     def traces(self, x: Tensor, particles: int = 1) -> tuple[Trace, Trace]:
-        """Return the guide's trace and the replayed model's; samples differ along a leading plate of `particles`."""
+        """Return traces of the guide and of the model replayed on it, with `particles` samples in a leading plate."""
         self.adopt(x)
         with self.own_store():
             found = run(self, x, self.layout, particles)
@@ -179,7 +179,7 @@ class Pair(nn.Module):
         return found
 
     def guide_trace(self, x: Tensor) -> Trace:
-        """Return the guide's trace alone."""
+        """Return a trace of the guide on a batch, without running the model."""
         self.adopt(x)
         with self.own_store():
             found = trace_of(self.guide, x)
@@ -187,11 +187,11 @@ class Pair(nn.Module):
         return found
 
     def model_trace(self, x: Tensor, values: Mapping[str, Tensor] | None = None) -> Trace:
-        """Return the model's trace with some sites set to `values`; others are sampled from it, x is observed."""
+        """Return a trace of the model with some sites set to `values`; other latents are sampled, x is observed."""
         return self._model_trace(poutine.condition(self.model, data=dict(values or {})), x)
 
     def simulate(self, x: Tensor) -> Trace:
-        """Return a trace of the model with its observations removed: prior samples, as many as `x` has rows."""
+        """Return a trace of the model that samples latents and x from the prior, one sample for each row of `x`."""
         return self._model_trace(poutine.uncondition(self.model), x)
 
     def _model_trace(self, model: Callable[..., Any], x: Tensor) -> Trace:
@@ -210,15 +210,15 @@ class Pair(nn.Module):
         rows: int | None = None,
         expected: bool = False,
     ) -> Terms:
-        """Return the parts of the ELBO of a batch; differentiable.
+        """Return the terms of the ELBO of a batch: log-likelihood, KL of every latent, penalties; differentiable.
 
         Arguments:
             x: data `(batch, *event)`.
             particles: samples per row, along a new leading dimension when more than one.
             closed_form: use KL(q || p) in closed form where torch knows it.
-            rows: size of the whole data set, over which the KL of global latents is shared; default: as the data
+            rows: size n of the whole data set, by which the KL of global latents is divided; default: as the data
                 plate declares it.
-            expected: take latents of the guide that are marked for enumeration in expectation, not by a sample.
+            expected: sum exactly over the guide's latents that are marked for enumeration instead of sampling them.
 
         Returns:
             Terms, nats. Their combination `reconstruction - sum(kl)` is an unbiased estimate of the ELBO.
@@ -233,16 +233,16 @@ class Pair(nn.Module):
         return expected_terms(*traces, layout, count, closed_form, rows)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return an ELBO estimate of every row, nats, `(batch,)`."""
+        """Return an unbiased one-sample estimate of the ELBO of every row, nats, `(batch,)`."""
         terms = self.terms(x, expected=True)
         return terms.reconstruction - sum_over(list(terms.kl.values()))
 
     # ------------------------------------------------------------------ checking
 
     def check(self, x: Tensor) -> list[Problem]:
-        """Return what is wrong with the pair, found by running it on `x` (a few rows suffice).
+        """Return the problems found by running the pair on `x` (a few rows suffice); empty if there are none.
 
         Finds sites that differ between model and guide, a missing data plate, a latent without `to_event`,
-        a latent without a pathwise gradient, and parameters that no gradient reaches. Empty when all is well.
+        a global latent without a pathwise gradient, and parameters that no gradient reaches.
         """
         return problems_of(self, x[: min(len(x), 3)])

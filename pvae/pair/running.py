@@ -1,4 +1,4 @@
-"""Runs of the two programs of a pair: with particles, under enumeration, and in evaluation mode."""
+"""Functions that run the two programs of a pair: with particles, under enumeration, or in evaluation mode."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ if TYPE_CHECKING:
     from pvae.pair.pair import Pair
 
 PARTICLES = "_particles"
-"""Name of the plate along which several samples of one row are drawn."""
+"""Name of the plate of several samples per row."""
 
 
 @contextmanager
 def quiet(pair: nn.Module, x: Tensor) -> Iterator[None]:
-    """Evaluation mode, no gradients, no validation, a random state of its own; all is put back as it was."""
+    """Context manager: evaluation mode, no gradients, no Pyro validation, forked random state; all restored on exit."""
     devices = [x.device] if x.is_cuda else []
     with evaluating(pair), torch.no_grad(), torch.random.fork_rng(devices=devices), pyro.validation_enabled(False):
         yield
@@ -33,7 +33,7 @@ def quiet(pair: nn.Module, x: Tensor) -> Iterator[None]:
 
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode of all parts of a module; each is put back as it was."""
+    """Context manager that sets a Module to evaluation mode and restores the mode of every submodule on exit."""
     modes = [(part, part.training) for part in module.modules()]
     module.eval()
     try:
@@ -47,9 +47,9 @@ def run(pair: Pair, x: Tensor, layout: Layout | None = None, particles: int = 1)
     """Return the guide's trace of a batch and the model's trace replayed against it.
 
     Arguments:
-        pair: the pair, inside its own param store.
+        pair: the pair whose programs run; its own param store must be active.
         x: data `(batch, *event)`.
-        layout: of the pair; None before it is known, which allows one particle and no enumeration.
+        layout: layout of the pair; None before it is known: then one particle, and no enumeration.
         particles: samples per row, along a plate left of all others.
     """
     with particle_plate(layout, particles):
@@ -61,7 +61,7 @@ def run(pair: Pair, x: Tensor, layout: Layout | None = None, particles: int = 1)
 
 
 def run_expected(pair: Pair, x: Tensor, layout: Layout, particles: int = 1) -> tuple[Trace, Trace]:
-    """Return traces in which every latent marked for enumeration takes all its values, left of all plates."""
+    """Return traces of guide and model that enumerate the latents marked for it, in dimensions left of all plates."""
     with particle_plate(layout, particles), EnumMessenger(_leftmost(layout, particles)):
         guide = trace_of(pair.guide, x)
         with TraceMessenger() as model, ReplayMessenger(trace=guide):
@@ -77,19 +77,19 @@ def trace_of(program: Callable[..., Any], x: Tensor) -> Trace:
 
 
 def particle_plate(layout: Layout | None, particles: int) -> AbstractContextManager[Any]:
-    """Plate of several samples per row, left of all plates of the pair; no plate for a single sample."""
+    """Return a plate of `particles` samples per row, left of all other plates; a null context for one sample."""
     if particles == 1 or layout is None:
         return nullcontext()
     return pyro.plate(PARTICLES, particles, dim=-1 - layout.nesting)
 
 
 def _enumeration(layout: Layout | None, particles: int) -> AbstractContextManager[Any]:
-    """Sites of the model alone that are marked for enumeration take all their values, left of all plates."""
+    """Return a handler that enumerates the model-only sites marked for it, left of all plates; null without such."""
     if layout is None or not layout.enumerated:
         return nullcontext()
     return EnumMessenger(_leftmost(layout, particles))
 
 
 def _leftmost(layout: Layout, particles: int) -> int:
-    """First batch dimension that neither plates nor particles use."""
+    """Return the first batch dimension (negative) that neither plates nor particles use."""
     return -1 - layout.nesting - (particles > 1)

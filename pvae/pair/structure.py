@@ -1,4 +1,4 @@
-"""Structure of a pair: what its two programs do with a row of data, asked once and held against every batch."""
+"""Structure of a pair (sites, shapes, dependencies), read once by running it and checked against every batch."""
 
 from __future__ import annotations
 
@@ -31,55 +31,56 @@ if TYPE_CHECKING:
 ROWS_OF_A_BATCH = 1000
 """Largest number of rows in one batch of an analysis."""
 PROBABILITIES_AT_ONCE = 2**20
-"""Largest number of probabilities of codes in such a batch (8 MiB in float64, of which there are a dozen copies)."""
+"""Largest number of code probabilities in one batch of an analysis (8 MiB in float64, held in a dozen copies)."""
 PROBED_ROWS = 16
-"""Rows on which it is found out which distribution reads which latent."""
+"""Number of rows on which the dependencies between latents are found."""
 ROUNDING = 8
-"""Change of a log density, in units of its last place, up to which equal rows of one batch may differ."""
+"""Largest difference of a log density between equal rows of a batch that counts as rounding, in units of eps."""
 CLEAR_CHANGE = 1e-3
-"""Relative change of a log density that is no rounding error; after smaller ones the programs are run again."""
+"""Relative change of a log density above which it cannot be rounding; smaller changes are tested by a second run."""
 
 
 @dataclass(frozen=True)
 class Structure:
-    """Facts about a pair that hold for any weights and any batch of its rows; relaxed latents stand for their codes."""
+    """Properties of a pair that hold for any weights and any batch; relaxed latents are described as discrete codes."""
 
     event: Shape
     """Shape of a row of data."""
     layout: Layout
+    """Names of the sites of the pair, and position of the data plate."""
     guide_sites: frozenset[str]
-    """All sample sites of the guide."""
+    """Names of all sample sites of the guide."""
     model_sites: frozenset[str]
-    """All sample sites of the model."""
+    """Names of all sample sites of the model."""
     model_only: tuple[str, ...]
-    """Latents inside the data plate that the guide does not sample."""
+    """Latents of the model inside the data plate that the guide does not sample."""
     points: frozenset[str]
-    """Latents that the guide sets to points."""
+    """Latents whose posterior in the guide is a point mass (Delta)."""
     determined: tuple[str, ...]
-    """Observed sites that are points given the latents."""
+    """Observed sites that are a deterministic function of the latents (Delta likelihood)."""
     codes: frozenset[str]
-    """Latents of the guide that are codes."""
+    """Latents of the guide that are discrete codes."""
     states: int
-    """Number of joint states of the latents that a loss sums over, the guide's and the model's; 1 without such."""
+    """Number of joint states of the latents, of guide and model, that the loss enumerates; 1 if there are none."""
     parameters_per_row: Mapping[str, int]
-    """Numbers that the parameters of a latent take for one row: probabilities, where it is a grid of codes."""
+    """Size of each latent's parameters in one row: D of a vector, grid positions times K (probabilities) of codes."""
     shapes: Mapping[str, SiteShape]
-    """Place of the rows among the dimensions of each latent of single data."""
+    """Position of the row dimension in values of each latent inside the data plate."""
     elements: int | None
-    """Number of observed elements of one row, where every observed site is discrete; else None."""
+    """Number of observed elements of one row; None unless every observed site is discrete."""
     nodes: tuple[frozenset[str], frozenset[str]]
-    """Names of all nodes in a trace of the guide and in one of the model."""
+    """Names of all trace nodes of the guide, and of the model."""
 
     def rows_at_once(self, most: int | None = None) -> int:
-        """Return how many rows a batch may have so that no latent has more than `PROBABILITIES_AT_ONCE`."""
+        """Return the largest batch size, at most `most`, with up to `PROBABILITIES_AT_ONCE` parameters per latent."""
         widest = max((self.parameters_per_row[name] for name in self.layout.latents), default=1)
         return max(1, min(most or ROWS_OF_A_BATCH, PROBABILITIES_AT_ONCE // widest))
 
     def hold(self, guide_trace: Trace | None, model_trace: Trace | None = None) -> None:
-        """Check that traces of a batch have the sites that the pair was found to have.
+        """Check that the traces of a batch have the same sample sites as the first run of the pair.
 
         Raises:
-            DeclarationError: a site is missing or new, which every analysis would otherwise leave out in silence.
+            DeclarationError: a site is missing or new; analyses would otherwise ignore it silently.
         """
         if guide_trace is not None and guide_trace.nodes.keys() != self.nodes[0]:
             _require_same("guide", samples(guide_trace), self.guide_sites)
@@ -98,7 +99,7 @@ def _require_same(side: str, found: Collection[str], known: Collection[str]) -> 
 
 
 def read_structure(guide_trace: Trace, model_trace: Trace, layout: Layout, event: Shape, rows: int) -> Structure:
-    """Read the structure of a pair off a trace of each program on some rows, of which the layout is known."""
+    """Return the structure of a pair, read off one trace of each program on `rows` rows and its layout."""
     guide, model = samples(guide_trace), samples(model_trace)
     twins = {name: twin(guide[name]["fn"]) for name in (*layout.latents, *layout.shared)}
     hidden = {name: node for name, node in model.items() if name not in guide and not node["is_observed"]}
@@ -122,12 +123,12 @@ def read_structure(guide_trace: Trace, model_trace: Trace, layout: Layout, event
 
 
 def is_code(fn: Any) -> bool:
-    """Return whether a distribution is one of codes: categorical, one-hot, or known for certain."""
+    """Return whether a distribution is over discrete codes: categorical, one-hot, or deterministic (nearest code)."""
     return isinstance(unwrapped(fn), Categorical | OneHotCategorical | Certain)
 
 
 def numbers_of(fn: Any) -> int:
-    """Return how many numbers the parameters of one row of a site take: probabilities, where it is a grid of codes."""
+    """Return the size of a site's parameters in one row: D of a vector, grid positions times K of codes."""
     base = unwrapped(fn)
     wide = base.logits.shape[-1] if isinstance(base, Categorical) else base.states if isinstance(base, Certain) else 1
     return int(fn.event_shape.numel()) * wide
@@ -146,21 +147,21 @@ def _discrete_elements(observed: Sequence[Mapping[str, Any]], rows: int) -> int 
 
 @dataclass(frozen=True)
 class Dependencies:
-    """Latents that each conditional distribution of a pair depends on, at the weights it was asked with.
+    """Latents that each conditional distribution of a pair depends on, at the weights where this was found.
 
-    Random global latents count as latents; those that the guide sets to points do not.
+    Global latents count if the guide samples them, not if it sets them to points.
     """
 
     guide: Mapping[str, frozenset[str]]
-    """Latents that q of each latent reads, in the guide's order."""
+    """Latents that the posterior q of each latent depends on, in the order of the guide."""
     model: Mapping[str, frozenset[str]]
-    """Latents that p of each latent reads."""
+    """Latents that the prior p of each latent depends on."""
     certain: frozenset[str] = frozenset()
-    """Latents whose codes are known for certain, given what they read."""
+    """Latents whose codes are a deterministic function of their inputs in the guide, such as nearest codes (VQ)."""
 
     @cached_property
     def guide_roots(self) -> frozenset[str]:
-        """Latents whose posterior depends on the row of data alone, directly or through codes known for certain."""
+        """Latents whose posterior is determined by the row of data alone, directly or through deterministic codes."""
         given: set[str] = set()
         for name, read in self.guide.items():
             if name in self.certain and read <= given:
@@ -174,14 +175,14 @@ class Dependencies:
 
     @cached_property
     def bottom_up(self) -> frozenset[str]:
-        """Latents whose prior reads a latent that the guide infers from them.
+        """Latents whose prior depends on a latent that the guide infers from them (bottom-up inference).
 
         E_q[log q - log p] of such a latent is not the expectation of a closed-form KL.
         """
         return frozenset(name for name, read in self.model.items() if read & self._inferred_from(name))
 
     def _inferred_from(self, name: str) -> set[str]:
-        """Latents whose posterior reads `name`, directly or through others."""
+        """Return the latents whose posterior depends on latent `name`, directly or through other latents."""
         found = {name}
         while more := {z for z, read in self.guide.items() if z not in found and read & found}:
             found |= more
@@ -189,7 +190,7 @@ class Dependencies:
 
 
 def dependencies_without_asking(structure: Structure) -> Dependencies | None:
-    """Return the dependencies of a pair that has too few latents to depend on each other; None for other pairs."""
+    """Return the dependencies of a pair that are known without running it (one latent); None for other pairs."""
     layout = structure.layout
     random = frozenset(layout.shared) - structure.points
     if layout.enumerated and not layout.latents:  # inferred by Bayes, together
@@ -202,12 +203,11 @@ def dependencies_without_asking(structure: Structure) -> Dependencies | None:
 
 
 def read_dependencies(pair: Pair, x: Tensor) -> Dependencies:
-    """Find which distribution reads which latent by moving one latent at a time: a density that changes reads it.
+    """Find the latents that each distribution depends on: those whose perturbation changes its log density.
 
-    The rows are put into one batch as often as there are latents, with one latent moved in each copy, so that each
-    program runs once. Where a change is no larger than a rounding error may be, for random global latents, of which a
-    batch has but one value, and for programs that take no batch so large, the programs run again for each latent, with
-    that one moved and all else as it was.
+    One batch holds one copy of the rows for each latent, which is perturbed in that copy, so that each program runs
+    once. The programs run again, with one latent perturbed at a time, where a change may be a rounding error, for
+    random global latents (a batch has one value of them), and for programs that reject so large a batch.
     """
     layout, rows = pair.layout, x[torch.arange(PROBED_ROWS, device=x.device) % len(x)]
     latents = (*layout.latents, *pair.structure.model_only)
@@ -231,18 +231,18 @@ def read_dependencies(pair: Pair, x: Tensor) -> Dependencies:
 
 
 Reads = dict[tuple[str, str], set[str]]
-"""Names that each ("guide" or "model", latent) reads."""
+"""Names of the latents that each conditional distribution, ("guide" or "model", latent), depends on."""
 
 
 def _run_copies(pair: Pair, rows: Tensor, latents: Sequence[str]) -> tuple[_Copies, tuple[Trace, Trace]]:
-    """Run both programs on the rows, one copy of them, and one more for each latent, which is moved there."""
+    """Run both programs on a batch of the rows, an unchanged copy, and one copy per latent with it perturbed."""
     copies = _Copies(latents, pair.layout, len(rows))
     with pair.own_store(), copies:
         return copies, run(pair, rows.repeat(2 + len(latents) if latents else 1, *(1,) * (rows.dim() - 1)))
 
 
 def _of_latents(side: str, reads: Reads, layout: Layout) -> dict[str, frozenset[str]]:
-    """Reads of the guide's latents on one side: sites of the model alone stand for what they read themselves."""
+    """Return the dependencies among the guide's latents on one side, followed through model-only latents."""
     known, out = {*layout.latents, *layout.shared}, {}
     for name in (name for name in layout.latents if (side, name) in reads):
         found: set[str] = set()
@@ -253,7 +253,7 @@ def _of_latents(side: str, reads: Reads, layout: Layout) -> dict[str, frozenset[
 
 
 class _Copies(Messenger):
-    """Handler that repeats the values of the first rows in all copies of them, with one latent moved in each copy."""
+    """Pyro handler that gives all copies of the rows the same latent values, with one latent perturbed in each copy."""
 
     def __init__(self, names: Sequence[str], layout: Layout, rows: int) -> None:
         super().__init__()
@@ -274,14 +274,14 @@ class _Copies(Messenger):
         msg["value"] = torch.where(mine, moved({**msg, "value": base}), base)
 
     def first(self, name: str) -> Tensor:
-        """Value of a latent in the rows themselves."""
+        """Return the value of a latent in the first block of the batch, the rows themselves."""
         return self.base[name].narrow(self.axis[name], 0, self.rows)
 
 
 def _scores(
     guide: Mapping[str, Any], model: Mapping[str, Any], values: Mapping[str, Tensor], layout: Layout
 ) -> dict[tuple[str, str], Tensor]:
-    """Return what changes with each distribution, `(rows, ...)`: log densities of `values`, or the place of a point."""
+    """Return per (side, latent) the log density of `values`, `(rows, ...)`, or the location of a point distribution."""
     return {
         (side, name): _trail(nodes[name], value, layout)
         for side, nodes in (("guide", guide), ("model", model))
@@ -301,7 +301,7 @@ def _trail(node: Mapping[str, Any], value: Tensor, layout: Layout) -> Tensor:
 
 
 def _moves(scores: Mapping[tuple[str, str], Tensor], latents: Sequence[str], rows: int) -> tuple[Reads, list[str]]:
-    """Return what each distribution reads, and the latents of which that is unclear, from the scores of all copies."""
+    """Return the dependencies of each distribution from the scores of all copies, and the latents to test again."""
     reads: Reads = {}
     unclear: set[str] = set()
     for (side, name), score in scores.items():
@@ -315,7 +315,7 @@ def _moves(scores: Mapping[tuple[str, str], Tensor], latents: Sequence[str], row
 
 
 def _differ(first: Tensor, other: Tensor, relative: float) -> bool:
-    """Return whether a score changes by more than a proportion of itself; infinite ones, where they change at all."""
+    """Return whether any score changes by more than `relative` times 1 + its size; infinite ones, by any change."""
     change = (other - first).double().abs()
     same = (other == first) | (change <= relative * (1 + first.double().abs()))
     return not bool(same.all())
@@ -324,7 +324,7 @@ def _differ(first: Tensor, other: Tensor, relative: float) -> bool:
 def _ask_again(
     pair: Pair, x: Tensor, base: Mapping[str, Tensor], shared: Mapping[str, Tensor], names: Sequence[str], reads: Reads
 ) -> None:
-    """Move some latents one by one in runs of their own, and write into `reads` which distributions change."""
+    """Perturb the latents `names` one at a time in separate runs, and update `reads` by the densities that change."""
     nodes, first = _conditioned(pair, x, {**base, **shared}, base)
     for name in names:
         _, other = _conditioned(pair, x, {**base, **shared, name: moved(nodes[name])}, base)
@@ -335,7 +335,7 @@ def _ask_again(
 def _conditioned(
     pair: Pair, x: Tensor, given: Mapping[str, Tensor], values: Mapping[str, Tensor]
 ) -> tuple[dict[str, Any], dict[tuple[str, str], Tensor]]:
-    """Run the programs where they see the values `given`; return their sites, and the scores of `values`."""
+    """Run both programs conditioned on the values `given`; return their sites, and the scores of `values`."""
     seeds.set_noise(0, x.device)  # what else is drawn stays
     with poutine.condition(data=dict(given)):
         guide = samples(pair.guide_trace(x))
@@ -344,6 +344,6 @@ def _conditioned(
 
 
 def weights_of(pair: Pair) -> list[tuple[str, str, float]]:
-    """Return type, device and sum of every parameter and buffer of a pair, by which a change is noticed."""
+    """Return type, device and sum of every parameter and buffer of a pair, as a key that detects changed weights."""
     tensors = (t.detach() for t in (*pair.parameters(), *pair.buffers()))
     return [(str(t.dtype), str(t.device), float(t.double().sum())) for t in tensors]

@@ -1,4 +1,4 @@
-"""Terms: the parts of a batch's ELBO, from a trace of each program."""
+"""Terms of the ELBO of a batch (log-likelihood, KLs, penalties, score functions), from one trace of each program."""
 
 from __future__ import annotations
 
@@ -18,45 +18,45 @@ from pvae.pair.layout import Layout, samples
 
 @dataclass(frozen=True)
 class Terms:
-    """The parts of a batch's ELBO, nats; a leading dimension `particles` where more than one sample was asked for."""
+    """Terms of the ELBO of a batch, nats; with several samples per row they have a leading dimension `particles`."""
 
     reconstruction: Tensor
-    """log p(x | z), `(batch,)`."""
+    """Log-likelihood log p(x | z) of every row, `(batch,)`."""
     kl: dict[str, Tensor]
-    """log q - log p (or its closed form) of every latent, `(batch,)`; a global latent's divided by n, `(1,)`."""
+    """KL of every latent by name, log q - log p or closed form, `(batch,)`; of a global one divided by n, `(1,)`."""
     penalties: dict[str, Tensor] = field(default_factory=dict)
-    """Terms that are added to the loss and are no part of the ELBO, `(batch,)`."""
+    """Penalties added to the loss beside the ELBO, such as the commitment loss of VQ-VAE, `(batch,)`."""
     scores: dict[str, Score] = field(default_factory=dict)
     """Score-function terms of every latent whose sample carries no gradient."""
 
     @cached_property
     def means(self) -> list[Tensor]:
-        """Batch means of the reconstruction, then of every KL: taken once, for the loss and the metrics."""
+        """Batch means of the reconstruction, then of every KL; cached, as loss and metrics both use them."""
         return [self.reconstruction.mean(), *(kl.mean() for kl in self.kl.values())]
 
 
 @dataclass(frozen=True)
 class Score:
-    """Score-function gradient of a latent's sample: E[(gain - baseline) grad log q], or as `IWAE` says."""
+    """Ingredients of the score-function gradient of a latent, E[(gain - baseline) grad log q] for the ELBO."""
 
     log_q: Tensor
-    """log q of the sample, `(batch,)`, with its gradient and without the scale of poutine.scale."""
+    """Log density log q of the sample, `(batch,)`, with gradient and without the scale of poutine.scale."""
     weighed: Tensor
-    """The same times the weight of its site (`poutine.scale`), as the latent's own KL holds it, without gradient."""
+    """Log density log q of the sample times the scale of its site (poutine.scale), as it enters the latent's KL."""
     own_kl: bool
-    """True where the gain holds the latent's own KL; False where that KL is in closed form."""
+    """True if the gain includes the latent's own KL term; False if that KL is in closed form."""
     baseline: Tensor | None
-    """Baseline subtracted from the gain, `(batch,)` or a number; None for none."""
+    """Baseline subtracted from the gain, `(batch,)` or a scalar; None without a baseline."""
     learns: bool
-    """True where the baseline has parameters, which are fitted to the gain."""
+    """True if the baseline has parameters (a network), which are fitted to the gain."""
     note: Callable[[Tensor], None]
-    """Called with the gain, to update a moving-average baseline."""
+    """Callback that receives the gain and updates a moving-average baseline, if there is one."""
 
 
 def terms_of(
     guide_trace: Trace, model_trace: Trace, layout: Layout, particles: int, closed_form: bool, rows: int | None
 ) -> Terms:
-    """Return the terms of a batch from one sample of every latent; `particles` is 0 where there is no such plate."""
+    """Return the ELBO terms of a batch from traces of guide and model; `particles` is 0 without a particle plate."""
     size = full_size(model_trace, layout, rows)
     if layout.enumerated:
         return _summed_terms(guide_trace, model_trace, layout, particles, size)
@@ -81,7 +81,7 @@ def terms_of(
 def expected_terms(
     guide_trace: Trace, model_trace: Trace, layout: Layout, particles: int, closed_form: bool, rows: int | None
 ) -> Terms:
-    """Return E_q(c|x) of every term, by the sum over all joint states c of the latents that are marked for it."""
+    """Return the ELBO terms in expectation under q(c|x), summed over all joint states c of the enumerated latents."""
     if layout.enumerated:
         raise DeclarationError(
             f"{', '.join(layout.expected)}: expected draws beside {', '.join(layout.enumerated)}, which the model "
@@ -116,10 +116,10 @@ def expected_terms(
 
 
 def _summed_terms(guide_trace: Trace, model_trace: Trace, layout: Layout, particles: int, size: int) -> Terms:
-    """Return terms in expectation under p(c | x, z) of the enumerated sites.
+    """Return the ELBO terms in expectation under p(c | x, z), for discrete sites c that the model sums out.
 
-    Their sum is log sum_c p(x, z, c) - log q. The KL of a relaxed latent that is priced by its codes stands in the
-    place of its own part of the sum.
+    Their combination is log sum_c p(x, z, c) - log q(z | x), except that a relaxed latent with the categorical KL
+    contributes that KL instead of log q - log p at its sample.
     """
     table = read_joint_states(samples(model_trace), layout, particles)
     kl, scores = {}, {}
@@ -144,7 +144,7 @@ def _summed_terms(guide_trace: Trace, model_trace: Trace, layout: Layout, partic
 def _known_kl(
     q: Mapping[str, Any], p: Mapping[str, Any] | None, layout: Layout, particles: int, size: int, closed_form: bool
 ) -> Tensor | None:
-    """Return the KL of a site where it is not log q - log p at a sample; else None."""
+    """Return the categorical KL of a relaxed site, or a closed-form KL if asked for; None if neither exists."""
     if p is None:
         return None
     priced = priced_kl(q, p, layout, particles)
@@ -152,12 +152,12 @@ def _known_kl(
 
 
 def _sampled_kl(q: Mapping[str, Any], p: Mapping[str, Any] | None, layout: Layout, particles: int, size: int) -> Tensor:
-    """Return log q - log p of a site at its sample; log q alone where the model has no such site."""
+    """Return log q - log p of a site at its sample, nats; log q alone if the model has no such site."""
     return log_prob(q, layout, particles, size) - (0.0 if p is None else log_prob(p, layout, particles, size))
 
 
 def _score(node: Mapping[str, Any], layout: Layout, particles: int, weighed: Tensor, own_kl: bool) -> Score:
-    """Read the score-function term of a site off its `infer`, as Pyro's `TraceGraph_ELBO` does."""
+    """Return the score-function term of a site, its baseline read from `infer` as in Pyro's `TraceGraph_ELBO`."""
     infer, scale = node["infer"], plate_scale(node)
     usual = node["scale"].__class__ is float and node["scale"] == scale
     log_q = weighed if usual else log_prob({**node, "scale": scale}, layout, particles)
