@@ -1,1 +1,1 @@
-"""Fitting: the step, the loop, evaluation, alerts and their entry points."""
+"""Fitting by SVI: optimisation step, training loop, evaluation, alerts; entry points `fit`, `resume` and `refit`."""

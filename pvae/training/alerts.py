@@ -1,4 +1,4 @@
-"""Alerts at the end of a fit: collapsed latents, dead codes, scales at their bounds. None is an error."""
+"""Alerts at the end of a fit: collapsed latents, dead codes, scales at their bounds. No alert is an error."""
 
 from __future__ import annotations
 
@@ -23,15 +23,17 @@ from pvae.pair.running import quiet
 from pvae.util import seeds
 
 ALERT_ROWS = 1000
-"""Largest number of rows that are read."""
+"""Largest number of data rows on which alerts are computed."""
 COLLAPSED_NATS_PER_COORDINATE, COLLAPSED_NATS = 0.01, 0.1
-"""A latent has collapsed if its KL is below both, the first times its number of coordinates."""
+"""Thresholds in nats per datum: a latent has collapsed if its KL is below the first times its number of coordinates
+and below the second."""
 MAX_PROPORTION_AT_BOUND = 0.05
-"""Largest proportion of the scales of a site that may lie at a bound without an alert."""
+"""Largest proportion of the scales (standard deviations) of a site that may lie at a bound without an alert."""
 MIN_EXPECTED_USES = 10
-"""Expected uses of each code, if all were used alike, from which on an unused code is called dead."""
+"""Smallest expected number of uses per code, if all were used equally, at which an unused code counts as dead."""
 SCALE_BOUNDS = (1e-6, 1e6)
-"""Scales outside of these diverge to 0 or infinity, whatever is declared."""
+"""Smallest and largest scale (standard deviation) of a site without declared bounds; a scale beyond them has
+diverged."""
 
 
 def alerts(plan: Plan, pair: Pair, x: Tensor, seed: int) -> list[str]:
@@ -76,7 +78,7 @@ def _dead(guide: Mapping[str, Any], usage: Mapping[str, float], rows: int) -> It
 
 
 def _states(node: Mapping[str, Any]) -> int | None:
-    """Return the number of values of a code; None for other sites."""
+    """Return the number of values of a categorical site; None for other sites."""
     fn = unwrapped(node["fn"])
     if isinstance(fn, Certain):
         return int(fn.states)
@@ -101,7 +103,7 @@ def _at_bounds(plan: Plan, guide: Mapping[str, Any], model: Mapping[str, Any]) -
 
 
 def _scale(node: Mapping[str, Any]) -> Tensor | None:
-    """Return the scales of a normal site, of a factor its diagonal; None for other sites."""
+    """Return the scales of a normal site (for a full covariance, the Cholesky factor's diagonal); None for others."""
     fn = unwrapped(node["fn"])
     if isinstance(fn, FactoredNormal | dist.MultivariateNormal):
         return fn.scale_tril.diagonal(dim1=-2, dim2=-1)
@@ -109,7 +111,7 @@ def _scale(node: Mapping[str, Any]) -> Tensor | None:
 
 
 def _bounds(plan: Plan, side: str, name: str) -> tuple[tuple[float, float], bool]:
-    """Return the smallest and largest scale that the declaration allows a site, and whether the scales are learned."""
+    """Return the smallest and largest scale that the declaration allows a site, and True if its scales are learned."""
     if not isinstance(plan, Experiment):
         return SCALE_BOUNDS, True
     if name in plan.latents:

@@ -1,4 +1,4 @@
-"""First weights of the parts that begin at training data."""
+"""Initialisation from training data: codebooks at cluster centres, pseudo-inputs at data rows, and the like."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pvae.util import seeds
 
 @dataclass(frozen=True)
 class TrainingRows:
-    """The training data of a pair as `FirstRows`."""
+    """Random subsets of the training data, and guide outputs on them, for modules that are initialised from data."""
 
     pair: Pair
     data: Split
@@ -41,7 +41,7 @@ class TrainingRows:
 
 
 def begin(pair: Pair, data: Split, batch: int, seed: int) -> None:
-    """Let every part that is fitted begin at the training data, in the order in which the pair holds them."""
+    """Initialise the trained modules that start from training data, in the order in which the pair holds them."""
     rows = TrainingRows(pair, data, batch, seed)
     for part in pair.modules():
         if isinstance(part, Begun) and part.training:

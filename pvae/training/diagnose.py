@@ -1,4 +1,4 @@
-"""Diagnosis of a loss that is NaN or infinite: the first bad site, its rows, the gradient norm."""
+"""Diagnosis of a loss that is NaN or infinite: the first sample site at fault, its rows, the gradient norm."""
 
 from __future__ import annotations
 
@@ -14,12 +14,15 @@ from pvae.pair.pair import Pair
 
 
 def bad_weights(module: nn.Module) -> list[str]:
-    """Return the names of parameters that hold NaN or infinity."""
+    """Return the names of the parameters of a module that contain NaN or infinity."""
     return [name for name, p in module.named_parameters() if not bool(p.isfinite().all())]
 
 
 def first_bad_site(pair: Pair, x: Tensor) -> tuple[str, list[int]] | None:
-    """Return the first site, guide first, whose log density is not finite, with the rows of the batch."""
+    """Return the first sample site whose log density is not finite, and the indices of its rows in the batch.
+
+    Sites of the guide are checked before those of the model; None if every log density is finite.
+    """
     with torch.no_grad():
         guide_trace, model_trace = pair.traces(x)
     for side, trace in (("guide", guide_trace), ("model", model_trace)):
@@ -32,7 +35,7 @@ def first_bad_site(pair: Pair, x: Tensor) -> tuple[str, list[int]] | None:
 
 
 def gradient_norm(loss: Loss, x: Tensor) -> float:
-    """Return the global norm of the gradient of a batch's loss."""
+    """Return the global L2 norm of the gradient of the loss of batch `x` over all trainable parameters."""
     parameters = [p for p in loss.parameters() if p.requires_grad]
     with torch.enable_grad():
         gradients = torch.autograd.grad(loss(x)[0], parameters, allow_unused=True)
@@ -40,12 +43,12 @@ def gradient_norm(loss: Loss, x: Tensor) -> float:
 
 
 def bad_figures(pair: Pair, names: Sequence[str], out: Tensor) -> str:
-    """Describe in a sentence the figures of a step without an ELBO that are not finite.
+    """Describe in one sentence a failed step of an objective without an ELBO: its metrics, or a parameter that is NaN.
 
     Arguments:
         pair: the pair that is fitted.
-        names: names of the step's figures.
-        out: the figures.
+        names: names of the step's metrics.
+        out: values of the metrics, one for each name.
     """
     if weights := bad_weights(pair):
         return f"weights were already not finite ({weights[0]}): a gradient of an earlier step overflowed"
@@ -54,12 +57,12 @@ def bad_figures(pair: Pair, names: Sequence[str], out: Tensor) -> str:
 
 
 def diagnose(loss: Loss, again: Callable[[], Tensor], index: Tensor) -> str:
-    """Describe in a sentence the site, the data rows and the gradient norm of a loss that is not finite.
+    """Describe in one sentence why a loss is not finite: the bad sample site, its data rows and the gradient norm.
 
     Arguments:
         loss: objective and pair.
-        again: returns the failed batch, after setting the random state to that of the step.
-        index: its rows in the data.
+        again: sets the random state back to that of the failed step and returns its batch.
+        index: row numbers of the batch in the training data.
     """
     weights = bad_weights(loss.pair)
     if weights:

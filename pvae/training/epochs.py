@@ -1,4 +1,4 @@
-"""Work between epochs: metrics, validation, early stopping, analyses during a fit, and the alerts after it."""
+"""Work at the end of an epoch (metrics, validation, early stopping, analyses) and alerts at the end of a fit."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ STATUS_SECONDS = 2.0
 
 
 def end_epoch(trainer: Trainer, bar: ProgressBar) -> None:
-    """Log the means of the epoch, validate and analyse when due."""
+    """Log the mean training metrics of an epoch, then validate and analyse if they are due."""
     state, stepper, sums, objective = trainer.state, trainer.stepper, trainer.sums, trainer.plan.objective
     stepper.end_epoch()
     assert sums is not None  # noqa: S101 - the epoch has made it
@@ -47,13 +47,16 @@ def end_epoch(trainer: Trainer, bar: ProgressBar) -> None:
 
 
 def in_words(row: Mapping[str, float]) -> str:
-    """Return the figures of an epoch that progress shows: the ELBO, or the figures in its place."""
+    """Return an epoch's metrics as text for the progress bar: the ELBO, or all metrics but norms if there is none."""
     shown = {"elbo": row["elbo"]} if "elbo" in row else {k: v for k, v in row.items() if "norm" not in k}
     return " ".join(f"{name} {value:.2f}" for name, value in shown.items())
 
 
 def analyse(trainer: Trainer, common: Mapping[str, Any]) -> None:
-    """Log an analysis of the weights that would be kept; one that fails is reported and not tried again."""
+    """Log the ELBO surgery that `analysis.every` asks for, of the averaged weights if the fit averages them.
+
+    An analysis that fails is reported as an event, and no further one is tried.
+    """
     assert trainer.record is not None  # noqa: S101 - narrows the type
     try:
         with swapped(trainer.parameters, trainer.average):
@@ -66,9 +69,9 @@ def analyse(trainer: Trainer, common: Mapping[str, Any]) -> None:
 
 
 def validate(trainer: Trainer, common: Mapping[str, Any]) -> str:
-    """Log the validation of the weights that would be kept; by its ELBO keep the best and count patience.
+    """Log the validation metrics, of the averaged weights if there are any, and update the best weights and patience.
 
-    Returns the result in words.
+    Returns the result as text for the progress bar.
     """
     state, train, held, seed = trainer.state, trainer.train, trainer.data.validation.rows, trainer.plan.seed
     common = {**common, "split": "validation"}
@@ -96,13 +99,13 @@ def validate(trainer: Trainer, common: Mapping[str, Any]) -> str:
 
 
 def beta_rests(trainer: Trainer) -> bool:
-    """Return whether beta stood still since the last validation; patience waits while it moves."""
+    """Return True if the KL weight beta has not changed since the last validation; patience counts only then."""
     beta, epochs, epoch = trainer.plan.objective.beta, trainer.train.epochs, trainer.state.epoch
     return beta.at(epoch, epochs) == beta.at(epoch - trainer.train.validate_every, epochs)
 
 
 def final_alerts(trainer: Trainer) -> None:
-    """Log alerts for the weights that the run keeps; an alert stops nothing."""
+    """Log the alerts (collapsed latents, dead codes, scales at bounds) for the weights that the run keeps."""
     if trainer.files.degraded is not None:
         trainer.tell("alert", f"the record of this run has gaps: {trainer.files.degraded}")
     if not trainer.plan.objective.scores:

@@ -1,4 +1,4 @@
-"""Evaluation of held-out data: the mean terms of the ELBO."""
+"""Evaluation on held-out data: mean ELBO, reconstruction term and KL terms, in nats per datum."""
 
 from __future__ import annotations
 
@@ -11,22 +11,24 @@ from pvae.pair.running import quiet
 from pvae.util import seeds
 
 ROWS_AT_ONCE = 1000
-"""Largest number of rows of a batch."""
+"""Largest number of rows in one evaluation batch."""
 DECODED_AT_ONCE = 32_000
-"""Largest number of decoded rows of a batch, where each row is decoded in every joint state of its codes."""
+"""Largest number of decoder inputs in one evaluation batch: its rows times the joint states of the discrete latents
+that are summed over."""
 
 
 def evaluate(pair: Pair, x: Tensor | Streamed, seed: int, rows: int | None = None) -> dict[str, float]:
     """Return the mean ELBO terms of `x` with one sample of z per datum; changes no weight and no random state.
 
-    Relaxed latents are replaced by the codes of the same logits; the ELBO of the relaxed ones is `relaxed_elbo`.
+    Relaxed (Concrete) latents are replaced by categorical ones with the same logits; `relaxed_elbo` is the ELBO of the
+    relaxed ones.
 
     Arguments:
         pair: a pair on the device of `x`.
         x: data `(n, *event)`, read piece by piece where they are streamed.
-        seed: seed of the samples; the same seed gives the same figures.
-        rows: number of data that share the KL of global latents: those that these were fitted to; default: those of
-            `x`.
+        seed: seed of the samples; the same seed gives the same values.
+        rows: size of the data set over which the KL of global latents is divided, that of the training set; default:
+            the number of rows of `x`.
 
     Returns:
         `elbo`, `reconstruction`, `kl` and `kl/<latent>`, estimates in nats per datum.

@@ -38,29 +38,29 @@ def fit(
     export: Sequence[str] = (),
     progress: bool = True,
 ) -> Run:
-    """Fit an experiment by stochastic variational inference and keep everything in a run directory.
+    """Fit an experiment by stochastic variational inference and write weights, metrics and events to a run directory.
 
     Arguments:
         what: a zoo name, a TOML file, an `Experiment`, or a hand-written `Pair` (then `data` is needed).
         overrides: dotted overrides, `"train.epochs=20"`.
-        data: instead of the declared source, what `Dataset.of` takes: a `Dataset`, a tensor or array `(n, *event)`, a
-            torch `Dataset`, AnnData.
-        objective: for a pair; default `trace_elbo`.
-        train: for a pair; default `Train()`.
+        data: replaces the declared source: anything that `Dataset.of` takes, such as a `Dataset`, a tensor or array
+            `(n, *event)`, a torch `Dataset`, AnnData.
+        objective: objective of a hand-written pair; default `trace_elbo`.
+        train: training settings of a hand-written pair; default `Train()`.
         seed: replaces the declared seed.
         name: replaces the declared name.
-        run_dir: where runs are kept.
-        data_dir: where to look for data first.
+        run_dir: folder of the run directories.
+        data_dir: folder that is searched first for data files.
         device: "auto" (a GPU when there is one), "cpu" or "cuda".
-        export: `"tensorboard"`, `"mlflow"`: where else the run is recorded, also when it is resumed.
+        export: `"tensorboard"`, `"mlflow"`: trackers to which the run is also recorded, then and when it is resumed.
         progress: show a bar on a terminal, a line every few seconds elsewhere.
 
     Returns:
-        The run, with the best (or last, as declared) weights in `run.pair`; of a declaration with `refit`, the run of
-        the second stage, whose manifest names the first.
+        The run, with the best (or last, as declared) weights in `run.pair`; for a declaration with `refit`, the run of
+        the second stage, whose manifest names the first run.
 
     Raises:
-        DeclarationError: the declaration is wrong or fits into no memory here, or this objective cannot fit the pair.
+        DeclarationError: the declaration is wrong, needs too much memory, or its objective cannot fit the pair.
         MissingExtraError: a package that `export` needs is not installed.
         DataError: data are missing, broken, or outside the likelihood's support.
         NonFiniteError: the loss became NaN or infinite and the policy is "stop".
@@ -103,7 +103,7 @@ def fit(
 def _plan(
     what: str | Path | Experiment | Pair, overrides: Sequence[str], objective: Objective | None, train: Train | None
 ) -> tuple[Plan, Pair | None]:
-    """Return the declaration to fit, and the pair where it is written by hand."""
+    """Return the declaration to fit, and the pair of model and guide if it is written by hand, else None."""
     if isinstance(what, Pair):
         given = {k: v for k, v in (("objective", objective), ("train", train)) if v is not None}
         return Plan(name="pair", **given).with_overrides(*overrides), what  # type: ignore[arg-type]
@@ -115,7 +115,7 @@ def _plan(
 
 
 def _dataset(plan: Plan, data: Any, data_dir: str | Path | None) -> tuple[Dataset, Plan]:
-    """Return the data to fit, and the plan with their declaration."""
+    """Return the data set to fit, and the plan updated with the source of data that are passed in Python."""
     if data is not None:
         declared = passed_source(plan)
         if not isinstance(plan, Experiment) and is_bare(data):
@@ -134,7 +134,7 @@ def _dataset(plan: Plan, data: Any, data_dir: str | Path | None) -> tuple[Datase
 
 
 def passed_source(plan: Plan) -> TensorSource | FrameSource:
-    """Return the declared transforms (binarize, scale, shape, splits, columns) for data passed in Python."""
+    """Return a source for data passed in Python, with the declared transforms (scale, shape, splits, columns ...)."""
     if not isinstance(plan, Experiment):
         return TensorSource()
     kind = FrameSource if isinstance(plan.data, Tabular) else TensorSource
@@ -143,7 +143,10 @@ def passed_source(plan: Plan) -> TensorSource | FrameSource:
 
 
 def _require_fittable(plan: Plan, pair: Pair, data: Dataset, foreign: bool) -> None:
-    """Raise DeclarationError, before a run directory is made, for a pair that this plan cannot fit soundly."""
+    """Raise DeclarationError if the objective and training settings of `plan` cannot fit `pair` correctly.
+
+    Called before a run directory is made; `foreign` is True for a hand-written pair, which gets further checks.
+    """
     rows, problems = data.train.rows[:3], plan.objective.misfits(pair, len(data.train))
     if foreign:
         problems += [f"{'.'.join(loc)}: expected {text}; got {found}." for loc, text, found in refused(plan)]

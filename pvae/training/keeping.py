@@ -1,4 +1,4 @@
-"""Checkpoints of a fit: written, retried on a full disk, and put back."""
+"""Checkpoints of a fit: writing them, with retries on a full disk, and restoring them."""
 
 from __future__ import annotations
 
@@ -17,16 +17,19 @@ from pvae.training.step import load_optimizer_tensors, make_capturable, optimize
 from pvae.training.trainer import State, Trainer
 
 RETRY_SECONDS = (0.1, 0.5, 2.0)
-"""Waits before the last checkpoint of a fit is tried again."""
+"""Seconds to wait before each further attempt to write the last checkpoint of a fit."""
 
 
 def newest(trainer: Trainer) -> checkpoint.Checkpoint | None:
-    """Return the newest checkpoint that verifies; others are reported."""
+    """Return the newest readable checkpoint of a fit; None if it has none. Damaged ones are reported as events."""
     return checkpoint.latest(trainer.files.path / "checkpoints", report=lambda line: trainer.tell("fallback", line))
 
 
 def save(trainer: Trainer) -> None:
-    """Write a checkpoint, unless weights are not finite; on a full disk it is retried later, at the end an error.
+    """Write a checkpoint of the fit, unless a weight is NaN or infinite.
+
+    A full disk is reported as an event, and the next checkpoint is the next attempt; the last one of a fit must
+    succeed.
 
     Raises:
         StorageError: the last checkpoint cannot be written.
@@ -61,10 +64,10 @@ def save(trainer: Trainer) -> None:
 
 
 def restore(trainer: Trainer, saved: checkpoint.Checkpoint) -> None:
-    """Put weights, optimiser, averages and state back as a checkpoint has them.
+    """Restore weights, optimiser state, averaged weights and progress of a fit from a checkpoint.
 
     Raises:
-        CheckpointError: its content is not that of a checkpoint of this fit.
+        CheckpointError: the checkpoint does not belong to this fit.
     """
     try:
         _restore(trainer, saved)

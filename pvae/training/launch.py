@@ -1,4 +1,4 @@
-"""Start of a fit: the run directory, the device, the engine, and which parameters are free."""
+"""Start of a fit: run directory, device, engine of the optimisation step, and choice of the trainable parameters."""
 
 from __future__ import annotations
 
@@ -39,19 +39,19 @@ def launch(
     export: Sequence[str] = (),
     progress: bool,
 ) -> Run:
-    """Make the run directory and train.
+    """Make a run directory, train a pair, and return the run.
 
     Arguments:
-        plan: how the pair is fitted.
-        pair: what is fitted.
-        dataset: the data.
-        run_dir: folder of the runs.
-        where: the device.
-        given_pair: the pair as it was written by hand; None for a declared one.
-        parent: run and epoch that a second stage begins at, for the manifest.
-        trainable: beginnings of the names of parts that move; None for all.
-        export: kinds of exporters.
-        progress: print events and a bar.
+        plan: objective and settings of the fit.
+        pair: model and guide to fit.
+        dataset: data set with its splits.
+        run_dir: folder of the run directories.
+        where: device of the fit.
+        given_pair: the pair as the user wrote it by hand; None for a declared one.
+        parent: name and last epoch of the first run of a second stage, for the manifest.
+        trainable: prefixes of the names of the trainable parameters; None for all.
+        export: kinds of exporters, such as "tensorboard".
+        progress: print events and a progress bar.
     """
     files = RunDirectory.create(run_dir, plan.name)
     files.write_spec(plan.to_toml())
@@ -83,12 +83,15 @@ def launch(
 
 
 def learns(pair: Pair) -> bool:
-    """Return whether a parameter is free: a refit with q_agg itself as the prior has none."""
+    """Return True if the pair has a trainable parameter; a refit whose prior is q_agg itself has none."""
     return any(p.requires_grad for p in pair.parameters())
 
 
 def freeze(pair: Pair, trainable: Sequence[str] | None) -> None:
-    """Let only parts move whose names start with one of `trainable`, the others in evaluation mode; None lets all."""
+    """Make trainable only the parameters whose names start with a prefix in `trainable`; None leaves all trainable.
+
+    Modules outside of the prefixes are put into evaluation mode.
+    """
     pair.train()
     if trainable is None:
         return
@@ -99,7 +102,10 @@ def freeze(pair: Pair, trainable: Sequence[str] | None) -> None:
 
 
 def keep_as_it_is(pair: Pair, data: Dataset, plan: Plan, files: RunDirectory) -> None:
-    """Evaluate a pair without free parameters (a refit with q_agg itself as the prior) and write its checkpoint."""
+    """Evaluate a pair without trainable parameters on the validation split, and write its checkpoint.
+
+    This is the whole fit of a refit whose prior is q_agg itself.
+    """
     row = evaluate(pair, data.validation.rows, plan.seed, len(data.train))
     files.log_metrics({"epoch": 0, "step": 0, "seconds": 0.0, "split": "validation", **row})
     tensors: dict[str, dict[str, Tensor]] = {"weights": dict(pair.state_dict()), "optimizer": {}}
@@ -108,7 +114,10 @@ def keep_as_it_is(pair: Pair, data: Dataset, plan: Plan, files: RunDirectory) ->
 
 
 def recorder(plan: Plan) -> Record | None:
-    """Return the surgery that `analysis.every` asks for; imported late, because it brings plots and tables with it."""
+    """Return the function that computes the ELBO surgery every `analysis.every` epochs; None if that is 0.
+
+    It is imported late, because it imports plots and tables.
+    """
     if not plan.analysis.every:
         return None
     from pvae.analysis.decompose.surgery import record
@@ -117,7 +126,7 @@ def recorder(plan: Plan) -> Record | None:
 
 
 def engine_of(plan: Plan, pair: Pair, data: Dataset, device: torch.device) -> str:
-    """Return the engine of a fit: that of the objective, the declared one, or the faster one for its steps."""
+    """Return the engine of a fit: the one its objective requires, the declared one, or the one expected faster."""
     if plan.objective.engine is not None:
         return plan.objective.engine
     if plan.train.alternate and device.type == "cuda":

@@ -1,4 +1,4 @@
-"""The loop of a fit: steps, epochs, checkpoints in between, until the end or a signal."""
+"""Training loop: steps, epochs and checkpoints, until the last epoch, early stopping, or a signal."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from pvae.training.trainer import Trainer
 from pvae.util.progress import ProgressBar
 
 SHOWN_STEPS = 20
-"""Steps between two updates of the progress bar."""
+"""Number of steps between two updates of the progress bar."""
 
 
 def train(trainer: Trainer) -> None:
-    """Train until the end, a stop rule, or a signal; leaves the random state as it found it.
+    """Train until the last epoch, early stopping, or a signal; torch's global random state is restored at the end.
 
     Raises:
         NonFiniteError: the loss or the weights are not finite, and the policy is to stop.
@@ -65,7 +65,7 @@ def train(trainer: Trainer) -> None:
 
 
 def epoch(trainer: Trainer, stop: Stop, bar: ProgressBar) -> None:
-    """Take the steps of an epoch that are left, and end it; return early after a rollback."""
+    """Take the remaining steps of the current epoch and end it; return early after a rollback to a checkpoint."""
     state = trainer.state
     order = trainer.data.train.order(trainer.plan.seed, state.epoch)
     if trainer.sums is None:
@@ -87,7 +87,7 @@ def epoch(trainer: Trainer, stop: Stop, bar: ProgressBar) -> None:
 
 
 def step(trainer: Trainer, index: Tensor) -> bool:
-    """Take one optimisation step on rows of the training data; return False when the fit was rolled back."""
+    """Take one step on the training rows `index`; return False if the fit was rolled back to a checkpoint."""
     state = trainer.state
     trainer.follow_schedules(state.step)
     x = trainer.draw(index)
@@ -106,7 +106,7 @@ def step(trainer: Trainer, index: Tensor) -> bool:
 
 
 def accumulate(trainer: Trainer, out: Tensor) -> None:
-    """Add the figures of a step to the sums over the epoch, without synchronisation."""
+    """Add the metrics of a step to their sums over the epoch, without synchronising with a GPU."""
     sums = trainer.sums
     assert sums is not None  # noqa: S101 - `epoch` has made it
     if out.is_cuda:
@@ -119,7 +119,7 @@ def accumulate(trainer: Trainer, out: Tensor) -> None:
 
 
 def interrupt(trainer: Trainer, number: int) -> None:
-    """Write a checkpoint and raise `Interrupted` for a signal."""
+    """Write a checkpoint and raise `Interrupted`, after the signal `number` arrived."""
     trainer.clock()
     save(trainer)
     trainer.status("interrupted")

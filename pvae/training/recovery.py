@@ -1,4 +1,4 @@
-"""Recovery of a fit: figures that are not finite, rollbacks, memory that runs out, a lost device."""
+"""Recovery of a fit from a loss that is not finite, from exhausted memory and from a lost device."""
 
 from __future__ import annotations
 
@@ -24,12 +24,18 @@ DUMP = "nonfinite_batch.safetensors"
 
 
 def not_sampled(trainer: Trainer, error: Exception) -> bool:
-    """Handle a step whose distribution could not be sampled; return False when the fit was rolled back."""
+    """Apply the policy `train.nonfinite` to a step in which a distribution had invalid parameters.
+
+    Returns False if the fit was rolled back to a checkpoint.
+    """
     return _next(trainer, handle(trainer, f"no draw at step {trainer.state.step}: {first_line(error)}", 1))
 
 
 def not_finite(trainer: Trainer, x: Tensor, index: Tensor, out: Tensor) -> bool:
-    """Handle a step whose loss or gradient is not finite and that moved nothing; return False when rolled back."""
+    """Apply the policy `train.nonfinite` to a step with a loss or gradient that is not finite, which changed no weight.
+
+    Returns False if the fit was rolled back to a checkpoint.
+    """
     state = trainer.state
     if trainer.plan.objective.scores:
         why = diagnose(trainer.loss, lambda: trainer.draw(index), index)
@@ -42,7 +48,11 @@ def not_finite(trainer: Trainer, x: Tensor, index: Tensor, out: Tensor) -> bool:
 
 
 def all_finite(trainer: Trainer) -> bool:
-    """Return whether the steps of an epoch were finite, or may be skipped; on a GPU they are only counted."""
+    """Return False if the fit was rolled back because steps of the epoch on a GPU were not finite.
+
+    On a GPU non-finite steps are only counted, and the policy `train.nonfinite` is applied here, at the end of an
+    epoch; on a CPU every step has been checked already.
+    """
     if trainer.device.type != "cuda":
         return True
     assert trainer.sums is not None  # noqa: S101 - the epoch has made it
@@ -52,16 +62,17 @@ def all_finite(trainer: Trainer) -> bool:
 
 
 def _next(trainer: Trainer, going_on: bool) -> bool:
-    """Count a step that moved nothing, unless the fit was rolled back."""
+    """Advance the step counter past a failed step unless the fit was rolled back (`going_on` is False)."""
     trainer.state.step += going_on
     return going_on
 
 
 def handle(trainer: Trainer, message: str, steps: int) -> bool:
-    """Follow the declared policy: return True to go on with the next step, False after a rollback.
+    """Apply the policy `train.nonfinite` to `steps` failed steps: return True to go on, False after a rollback.
 
     Raises:
-        NonFiniteError: the policy is to stop, or weights are not finite, or it was rolled back too often.
+        NonFiniteError: the policy is to stop, or to skip although a weight is not finite, or no further rollback is
+            possible.
     """
     policy, state = trainer.train.nonfinite, trainer.state
     if policy == "skip" and not bad_weights(trainer.pair):
@@ -74,7 +85,7 @@ def handle(trainer: Trainer, message: str, steps: int) -> bool:
 
 
 def fail(trainer: Trainer, message: str) -> NoReturn:
-    """Note the failure in the status of the run and raise NonFiniteError."""
+    """Record the failure in the status file of the run and raise NonFiniteError."""
     trainer.status("failed", error=message)
     dumped = trainer.files.path / "analysis" / DUMP
     where = f" The batch is in analysis/{DUMP}." if dumped.is_file() else ""
@@ -85,7 +96,7 @@ def fail(trainer: Trainer, message: str) -> NoReturn:
 
 
 def roll_back(trainer: Trainer, message: str) -> bool:
-    """Go back to the newest checkpoint, with other noise from there on; return False where there is none."""
+    """Restore the newest checkpoint and continue with other random noise; return False if there is no checkpoint."""
     saved = newest(trainer)
     if saved is None:
         return False
@@ -100,7 +111,7 @@ def roll_back(trainer: Trainer, message: str) -> bool:
 
 
 def dump(trainer: Trainer, x: Tensor, index: Tensor) -> None:
-    """Write a batch that failed beside the analyses."""
+    """Write a batch with a loss that is not finite, and its row numbers, to the run's analysis folder."""
     from safetensors.torch import save as serialise
 
     content = serialise({"x": x.detach().cpu().contiguous(), "index": index.cpu().contiguous()})
@@ -115,7 +126,7 @@ def dump(trainer: Trainer, x: Tensor, index: Tensor) -> None:
 
 @contextmanager
 def explained_errors(trainer: Trainer) -> Iterator[None]:
-    """Raise DeviceError where memory runs out or the device is lost, after keeping what can be kept."""
+    """Raise DeviceError in place of an out-of-memory or lost-device error, after writing a checkpoint if possible."""
     try:
         yield
     except Exception as error:
@@ -136,7 +147,7 @@ def explained_errors(trainer: Trainer) -> Iterator[None]:
 
 
 def _emergency(trainer: Trainer) -> str:
-    """Write a checkpoint after memory ran out, and return advice on the batch size."""
+    """Write a checkpoint after memory ran out, and return advice on the batch size for the error message."""
     _clear_gradients(trainer)
     if trainer.device.type == "cuda":
         torch.cuda.empty_cache()
@@ -153,7 +164,7 @@ def _emergency(trainer: Trainer) -> str:
 
 
 def _fitting_rows(trainer: Trainer) -> int:
-    """Return the largest batch whose loss and gradient fit into memory, found by halving; 0 where none does."""
+    """Return the largest batch size, found by halving, whose loss and gradient fit into memory; 0 if none does."""
     rows = trainer.batch // 2
     while rows:
         try:

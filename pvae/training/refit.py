@@ -1,4 +1,4 @@
-"""Second stages: other priors fitted to the aggregated posterior of a run whose pair is frozen."""
+"""Second stages: new priors fitted to the aggregated posterior of a finished run, with everything else frozen."""
 
 from __future__ import annotations
 
@@ -29,24 +29,25 @@ def refit(
     export: Sequence[str] = (),
     progress: bool = True,
 ) -> Run:
-    """Freeze a fitted pair and fit other priors to its aggregated posterior, by maximum likelihood.
+    """Freeze a fitted pair of model and guide and fit new priors to its aggregated posterior by maximum likelihood.
 
-    With the encoder fixed, the marginal KL of the run's surgery is the most that a prior can win here; see
-    `pvae.analysis.gain` for what it did win. For an autoencoder this makes a model that can be sampled.
+    With the guide fixed, the marginal KL of the run's ELBO surgery, in nats per datum, is the largest improvement of
+    the ELBO that new priors can give; `pvae.analysis.gain` measures the improvement reached. For an autoencoder this
+    makes a model that can be sampled.
 
     Arguments:
         run: a finished `Run`, its folder, its name, or "latest".
         overrides: the new priors, `"latents.z.prior.kind=realnvp"`, and how to train them, `"train.epochs=50"`;
-            nothing else may change. What is not said of training is as the run had it.
-        root: where runs are looked up by name.
-        run_dir: where the new run is kept; default: beside the old one.
-        data_dir: where to look for data first.
+            nothing else may change. Training settings that are not overridden are those of the run.
+        root: folder in which runs are looked up by name.
+        run_dir: folder of the new run's directory; default: that of the old run.
+        data_dir: folder that is searched first for data files.
         device: as in `fit`.
         export: as in `fit`.
         progress: as in `fit`.
 
     Returns:
-        A run of its own, complete, its manifest naming the parent.
+        The new run, with the weights of the whole pair; its manifest names the old run as the parent.
 
     Raises:
         DeclarationError: no prior changes, or something else does.
@@ -75,7 +76,7 @@ def refit(
 
 
 def stage_of(old: Experiment, changed: Experiment) -> Experiment:
-    """Return the second stage of `old`: priors and training as in `changed`, the plain ELBO as the objective.
+    """Return the declaration of a second stage of `old`: priors and training of `changed`, the plain ELBO as objective.
 
     Raises:
         DeclarationError: no prior changes, or something else does.
@@ -95,14 +96,17 @@ def stage_of(old: Experiment, changed: Experiment) -> Experiment:
 
 
 def changed_keys(old: Plan, new: Plan) -> dict[str, str]:
-    """Return a line for each dotted key whose value differs between two declarations."""
+    """Return a message line for every value that differs between two declarations, by its dotted key."""
     was, now = flat(old.model_dump()), flat(new.model_dump())
     lines = {key: f"{key} = {was.get(key)!r}; got {now.get(key)!r}." for key in sorted({*was, *now})}
     return {key: line for key, line in lines.items() if was.get(key) != now.get(key)}
 
 
 def _refitted(first: Experiment, stage: Experiment) -> list[str]:
-    """Return the latents whose priors a second stage replaces; raises DeclarationError if it changes anything else."""
+    """Return the names of the latents whose priors a second stage replaces.
+
+    Raises DeclarationError if the stage changes anything but priors, training settings, name and seed.
+    """
     frozen = [line for key, line in changed_keys(first, stage).items() if not NOT_FROZEN.match(key)]
     if frozen:
         raise DeclarationError(
@@ -116,7 +120,10 @@ def _refitted(first: Experiment, stage: Experiment) -> list[str]:
 def fit_stage(
     run: Run, stage: Experiment, run_dir: Path, device: str, progress: bool, *, export: Sequence[str] = ()
 ) -> Run:
-    """Freeze a fitted run and fit a second stage of it, in a run of its own; see `refit`."""
+    """Fit the second stage of a finished run, with all but its new priors frozen, in a new run directory.
+
+    Arguments as in `refit`, but for the stage's declaration.
+    """
     names = _refitted(run.experiment, stage)
     pair = attended(stage.build(run.data.shape), run.data.train)
     trainable = tuple(f"model.priors.{name}." for name in names)
@@ -131,5 +138,5 @@ def fit_stage(
 
 
 def parent_of(run: Run) -> dict[str, Any]:
-    """Return the parent of a second stage for its manifest: `name/id`, as `Run.load` takes it, and its epoch."""
+    """Return the manifest entry that names the first run of a second stage: `run` (`name/id`) and its last `epoch`."""
     return {"run": f"{run.path.parent.name}/{run.path.name}", "epoch": run.status.get("epoch")}

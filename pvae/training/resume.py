@@ -24,7 +24,8 @@ from pvae.training.refit import changed_keys, fit_stage, parent_of
 from pvae.training.trainer import Trainer
 
 RESUMABLE = ("train.", "objective.", "analysis.", "description", "device", "threads")
-"""Declared keys that `allow_changes` may change in a run: how it is trained, never what it is."""
+"""Prefixes of the keys that `allow_changes` permits to change in a run: settings of training, never of model or
+data."""
 
 
 def resume(
@@ -39,22 +40,24 @@ def resume(
     pair: Pair | None = None,
     progress: bool = True,
 ) -> Run:
-    """Go on where a run stopped: bit for bit on a CPU, because noise and order are functions of (seed, step).
+    """Continue a run from its newest checkpoint; on a CPU the result is bit for bit that of an uninterrupted run.
+
+    That is so because noise and order of the data are functions of seed and step.
 
     Arguments:
         run: a `Run`, its folder, its name, or "latest".
         overrides: changes to the declaration, such as `"train.epochs=40"`; they need `allow_changes`.
         allow_changes: accept another declaration, device or thread count; the continuation is then no longer exact.
         device: as in `fit`.
-        export: where to record it too, besides where it was recorded before.
-        root: where runs are looked up by name.
-        data_dir: where to look for data first.
+        export: trackers to record the run to, besides those of the fit.
+        root: folder in which runs are looked up by name.
+        data_dir: folder that is searched first for data files.
         data: the tensors of the fit, if they were passed in Python.
         pair: the pair of the fit, if it was written by hand.
         progress: as in `fit`.
 
     Returns:
-        The run; a finished one is returned as it is.
+        The run, or that of its second stage if the declaration has `refit`; a finished run is returned as it is.
 
     Raises:
         DeclarationError: something differs and `allow_changes` is not given; the differences are listed.
@@ -104,7 +107,7 @@ def resume(
 
 
 def _go_on(run: Run, plan: Plan, where: torch.device, changed: list[str], *, progress: bool) -> None:
-    """Train from the newest checkpoint; a pair without free parameters has nothing to go on with."""
+    """Train from the newest checkpoint to the end; return at once for a pair without trainable parameters."""
     files, pair = run.files, run.fresh_pair()
     freeze(pair, files.manifest.get("trainable"))
     if not learns(pair):
@@ -128,7 +131,10 @@ def _go_on(run: Run, plan: Plan, where: torch.device, changed: list[str], *, pro
 
 
 def second_stage(run: Run, device: str, progress: bool, *, allow_changes: bool = False) -> Run:
-    """Fit or resume the second stage that a declaration asks for and return its run; else return `run`."""
+    """Fit or resume the second stage that the run's declaration has under `refit`, and return its run.
+
+    Returns `run` itself if the declaration has no second stage.
+    """
     plan, root = run.plan, run.path.parent.parent
     if not isinstance(plan, Experiment) or plan.refit is None:
         return run
@@ -144,7 +150,7 @@ def second_stage(run: Run, device: str, progress: bool, *, allow_changes: bool =
 
 
 def _is_stage(child: Run, run: Run, stage: Experiment) -> bool:
-    """Return whether a run is this second stage of this first one, and has weights; a broken one is not."""
+    """Return True if `child` is the second stage `stage` of `run` and has a readable checkpoint."""
     try:
         same = child.files.manifest.get("parent") == parent_of(run) and child.experiment.latents == stage.latents
         return same and bool(child.checkpoint)
@@ -153,7 +159,7 @@ def _is_stage(child: Run, run: Run, stage: Experiment) -> bool:
 
 
 def differences(run: Run, plan: Plan, device: torch.device) -> list[str]:
-    """Return a line for each difference that makes a continuation inexact: declaration, device, threads."""
+    """Return a line for each change of declaration, device or threads that makes a run's continuation inexact."""
     lines = list(changed_keys(run.plan, plan).values())
     here = {"device": str(device), "threads": torch.get_num_threads()}
     there = run.files.manifest

@@ -1,4 +1,4 @@
-"""Signals that ask a fit to stop."""
+"""Handling of the signals that ask a fit to stop: SIGINT, SIGTERM and SIGUSR1."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ SIGNALS = tuple(s for s in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, s
 
 
 class Stop:
-    """Remembers a signal so that the loop can finish its step; a second one exits at once."""
+    """Context manager that records a stop signal, so that a step can be finished; a second one exits at once."""
 
     def __init__(self) -> None:
         self.signal: int | None = None

@@ -1,6 +1,6 @@
 """One optimisation step: eager, exported + compiled (CPU), or captured in a CUDA graph.
 
-All engines give the same numbers from the same seed: noise comes from torch's default generator, and what
+These three engines give the same numbers from the same seed: noise comes from torch's default generator, and what
 changes during training (beta, learning rate) is read from tensors or from the optimiser at every step.
 """
 
@@ -20,21 +20,25 @@ from pvae.objectives.base import Loss, Stepper
 
 Forward = Callable[[Tensor], tuple[Tensor, Tensor]]
 CLIPPED = "clipped"
-"""Figure that is 1 where the gradient was clipped; summed over an epoch, where other figures are averaged."""
+"""Name of the metric that is 1 in a step whose gradient was clipped, else 0; it is summed over an epoch, while other
+metrics are averaged."""
 STEP_TOLERANCE = {"value": 1e-3, "gradient": 1e-3, "gradient in bfloat16": 1e-2}
-"""Largest difference of a fast step from the eager one, relative to the largest number."""
+"""Largest accepted difference of a compiled or captured step from the eager one, relative to the largest absolute
+value."""
 COMPILE_SECONDS = 30.0
-"""Time that compiling a step takes."""
+"""Estimated time to compile a step, in seconds."""
 SAVED_PROPORTION = 0.13
-"""Proportion of the arithmetic of a step that a compiled one saves."""
+"""Estimated proportion of the arithmetic time of a step that compilation saves."""
 SAVED_SECONDS = 3e-4
-"""Fixed overhead of a step that a compiled one saves."""
+"""Estimated overhead per step that compilation saves, in seconds."""
 FLOPS = 1.2e11
-"""Floating-point operations of a processor in a second."""
+"""Estimated floating-point operations per second of a CPU."""
 
 
 def choose_engine(steps: int, parameters: int, batch: int, device: torch.device) -> str:
-    """Return the engine for `steps` more steps: a function of the declaration alone, so that a resumed run agrees.
+    """Return the engine ("eager", "compiled" or "captured") for a fit of `steps` steps.
+
+    It is a function of the declaration and the device alone, so that it does not depend on timings.
 
     On a CPU compiling costs about `COMPILE_SECONDS` once, and saves a fixed overhead and a part of the
     arithmetic (6 flops per parameter and datum) of every step.
@@ -48,7 +52,7 @@ def choose_engine(steps: int, parameters: int, batch: int, device: torch.device)
 def compile_forward(loss: Loss, x: Tensor) -> Forward:
     """Return `loss.forward` for batches shaped like `x`, exported and then compiled by Inductor.
 
-    The exported program holds the very parameters and buffers of `loss`. Random numbers come from the
+    The exported program shares the parameters and buffers of `loss`. Random numbers come from the
     default generator in the order the eager program draws them. Random state and buffers are left as found.
 
     Raises:
@@ -70,12 +74,15 @@ def compile_forward(loss: Loss, x: Tensor) -> Forward:
 
 
 def _no_guards(guards: Sequence[Any]) -> list[bool]:
-    """Drop the checks at every call: `Step` sends only batches of one shape, type and device here."""
+    """Return False for every guard of the compiled program, to drop its checks at every call.
+
+    No check is needed: `Step` passes it batches of one shape, dtype and device only.
+    """
     return [False] * len(guards)
 
 
 def _probe(loss: Loss, forward: Forward, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the loss vector and the whole gradient of a batch, from a fixed seed."""
+    """Return the metrics and the flattened gradient of a batch over all trainable parameters, at a fixed seed."""
     torch.manual_seed(0)
     value, out = forward(x)
     gradients = torch.autograd.grad(value, _learned(loss), allow_unused=True)
@@ -83,7 +90,7 @@ def _probe(loss: Loss, forward: Forward, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def require_equal(fast: Tensor, slow: Tensor, what: str) -> None:
-    """Raise unless a fast step's numbers are the eager one's, up to `STEP_TOLERANCE`."""
+    """Raise RuntimeError unless a compiled or captured step's values equal the eager ones up to `STEP_TOLERANCE`."""
     if fast.shape != slow.shape or not bool(
         (fast - slow).abs().max() <= STEP_TOLERANCE[what] * slow.abs().max() + 1e-6
     ):
@@ -95,16 +102,16 @@ def _learned(module: nn.Module) -> list[nn.Parameter]:
 
 
 class Step(Stepper):
-    """Forward, backward, clip, optimiser, average: one call per batch.
+    """Gradient step on one batch: forward, backward, gradient clipping, optimiser, moving average of the weights.
 
     Arguments:
-        loss: the objective over a pair.
-        optimizer: over the pair's parameters.
+        loss: the objective of a pair of model and guide.
+        optimizer: optimiser of the pair's parameters.
         engine: "eager", "compiled" or "captured".
         example: a batch of the usual shape; other shapes run eagerly.
-        clip_norm: largest global gradient norm, or None.
-        watch: measure the gradient norm even where nothing is clipped, so that a NaN in it moves nothing.
-        average: averaged weights, moved in place, with their decay; or None.
+        clip_norm: largest global gradient norm, or None for no clipping.
+        watch: compute the gradient norm even without clipping, so that a step with a NaN gradient changes no weight.
+        average: averaged weights, updated in place, and their decay; or None.
     """
 
     def __init__(
@@ -135,16 +142,18 @@ class Step(Stepper):
         return (*self.loss.names, *((CLIPPED,) if self.clip_norm < math.inf else ()), "grad_norm")
 
     def __call__(self, x: Tensor, frozen: Sequence[nn.Parameter] = ()) -> Tensor:
-        """Take one step on a batch; parameters in `frozen` do not move. Returns the detached vector named by `names`.
+        """Take one step on a batch, with the parameters in `frozen` unchanged.
 
-        A batch whose loss is not finite moves nothing; the caller sees it in the first entry.
+        Returns the detached metrics, in the order of `names`.
+
+        A batch whose loss or gradient norm is not finite changes no weight; the caller sees it in the returned metrics.
         """
         if self.captured is not None and not frozen and x.shape == self.shape:
             return self.captured(x)
         return self.run(x, frozen)
 
     def run(self, x: Tensor, frozen: Sequence[nn.Parameter] = ()) -> Tensor:
-        """Take the step itself, without replay of a CUDA graph."""
+        """Take one optimisation step directly, without replaying a CUDA graph; arguments as in a call."""
         loss, out = self.forward(x)
         loss.backward()
         for parameter in frozen:
@@ -156,7 +165,7 @@ class Step(Stepper):
         return out
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return loss and figures of a batch, by the compiled program if the shape is the usual one."""
+        """Return the loss of a batch and its detached metrics, compiled if the batch has the usual shape."""
         if self.compiled is not None and x.shape == self.shape:
             return self.compiled(x)
         return self.loss(x)
@@ -179,15 +188,18 @@ class Step(Stepper):
 
 
 def is_finite(out: Tensor) -> bool:
-    """Return whether all figures of a step, loss and gradient norm among them, are finite; waits for the device."""
+    """Return True if all metrics of a step, loss and gradient norm among them, are finite.
+
+    Reading them synchronises with the device.
+    """
     return math.isfinite(out.sum().item())
 
 
 class Capture:
-    """A step captured as a CUDA graph and replayed on a static batch; weights and optimiser are left as found.
+    """Optimisation step captured as a CUDA graph; capturing it leaves weights and optimiser state unchanged.
 
     Raises:
-        RuntimeError: the replay gives other numbers than the eager step.
+        RuntimeError: a replay of the graph gives other values than the eager step.
     """
 
     def __init__(self, step: Step, example: Tensor) -> None:
@@ -232,14 +244,14 @@ class Capture:
         return graph, out
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Replay the graph on a batch."""
+        """Copy a batch into the graph's static input, replay the graph and return the vector of metrics."""
         self.x.copy_(x)
         self.graph.replay()
         return self.out
 
 
 def release_generator(device: torch.device) -> None:
-    """Make a GPU's default generator usable after a capture that failed."""
+    """Make the default random generator of a GPU usable again after a failed CUDA graph capture."""
     generator = torch.cuda.default_generators[device.index or 0]
     generator.graphsafe_set_state(generator.clone_state())
 
@@ -253,7 +265,7 @@ def make_capturable(optimizer: torch.optim.Optimizer, device: torch.device) -> N
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Change the learning rate, in place where it lives in a tensor."""
+    """Set the learning rate of every parameter group of an optimiser, in place if it is stored in a tensor."""
     for group in optimizer.param_groups:
         if isinstance(group["lr"], Tensor):
             group["lr"].fill_(lr)
@@ -262,7 +274,7 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Return the optimiser's state as flat tensors, `<parameter index>.<name>`."""
+    """Return the tensors of an optimiser's state (moments, step counts) by the name `<parameter index>.<name>`."""
     return {
         f"{index}.{name}": value
         for index, state in optimizer.state_dict()["state"].items()
@@ -272,10 +284,10 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 
 def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Put back the tensors of `optimizer_tensors`; learning rate and flags stay as they are.
+    """Load the tensors of `optimizer_tensors` into an optimiser; its learning rates and flags stay unchanged.
 
     Raises:
-        ValueError: a tensor is of no parameter that the optimiser moves, or of another shape.
+        ValueError: a tensor belongs to no parameter of the optimiser, or its shape is not that of the parameter.
     """
     shapes = {str(i): p.shape for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"])}
     state: dict[int, dict[str, Any]] = {}

@@ -1,4 +1,4 @@
-"""One fit in one process: what it owns between two checkpoints, and what a step needs of it."""
+"""State of one fit in one process: weights, optimiser, data, schedules, and the noise of every step."""
 
 from __future__ import annotations
 
@@ -24,12 +24,16 @@ from pvae.training.step import Step, make_capturable, set_lr
 from pvae.util import seeds
 
 Record = Callable[[Plan, Pair, Dataset], dict[str, float]]
-"""Analysis that `analysis.every` asks for: figures of a pair on its data, by name."""
+"""Function that computes the analysis of `analysis.every`: metrics of a pair on its data, by name."""
 
 
 @dataclass
 class State:
-    """Progress of a fit; all of it is in every checkpoint."""
+    """Progress of a fit, stored in every checkpoint.
+
+    `best` is the best validation ELBO, `waited` the number of validations since then, `skipped` the number of steps
+    that were not finite and changed no weight.
+    """
 
     step: int = 0
     epoch: int = 0
@@ -43,7 +47,10 @@ class State:
 
     @classmethod
     def of(cls, saved: Mapping[str, Any]) -> State:
-        """Return the state in a checkpoint, which also says what was `select`ed; raises ValueError for another."""
+        """Return the state stored in a checkpoint, without its key `select`.
+
+        Raises ValueError if an entry is invalid.
+        """
         known, found = asdict(cls()), {key: value for key, value in saved.items() if key != "select"}
         for key, value in found.items():
             kind = type(known.get(key))
@@ -55,18 +62,18 @@ class State:
 
 
 class Trainer:
-    """Weights, optimiser, averages and state of a fit, with its run directory.
+    """Weights, optimiser, averaged weights and progress of a fit, with its data and run directory.
 
     The functions of `loop`, `epochs`, `keeping` and `recovery` act on it.
 
     Arguments:
-        plan: how the pair is fitted.
-        pair: what is fitted; parameters without `requires_grad` stay.
+        plan: objective and settings of the fit.
+        pair: model and guide to fit; parameters without `requires_grad` stay unchanged.
         data: the data set, of which the training split is fitted.
         files: the run directory.
-        device: where weights and data are put.
+        device: device of weights and data.
         engine: "eager", "compiled" or "captured"; see `Step`.
-        record: the analysis of `analysis.every`.
+        record: function that computes the analysis of `analysis.every`, or None.
         show: print events and progress on standard error.
     """
 
@@ -99,9 +106,9 @@ class Trainer:
         self.best: dict[str, Tensor] | None = None
         self.state = State()
         self.sums: Tensor | None = None
-        """Sums of the figures over the steps of an epoch; in the last place, the number of finite steps."""
+        """Sums of the metrics over the finite steps of an epoch; the last entry is the number of these steps."""
         self.gathered: dict[str, Tensor] = {}
-        """Sums of the objective itself over the steps of an epoch; see `Fitting.gathered`."""
+        """Sums that an objective with a step of its own keeps over an epoch; see `Fitting.gathered`."""
         self.made_of_data = self.pair.made_of_data()
         self.scheduled = [part for part in self.pair.modules() if isinstance(part, Scheduled)]
         self.batch = min(self.train.batch_size, len(data.train))
@@ -111,13 +118,13 @@ class Trainer:
         self.last_status = 0.0
 
     def tell(self, kind: str, message: str) -> None:
-        """Log an event in the record, and print it."""
+        """Log an event in the run directory, and print it if `show` is set."""
         self.files.log_event(kind, message)
         if self.show:
             print(printable(f"pvae: {message}"), file=sys.stderr, flush=True)
 
     def status(self, state: str, **fields: Any) -> None:
-        """Write the status of the run."""
+        """Write the status file of the run: state, epoch, step, best validation ELBO, elapsed seconds and `fields`."""
         s = self.state
         if self.plan.objective.scores:
             fields["elbo"] = s.best if math.isfinite(s.best) else None
@@ -128,13 +135,13 @@ class Trainer:
         self.last_status = time.monotonic()
 
     def clock(self) -> None:
-        """Bring the seconds of the state up to now."""
+        """Update the elapsed seconds in the state of the fit."""
         self.state.seconds = time.monotonic() - self.started
 
     # ------------------------------------------------------------------ a step
 
     def follow_schedules(self, step: int) -> None:
-        """Set beta, temperatures and the learning rate for a step."""
+        """Set beta, temperatures and the learning rate to their scheduled values at a step."""
         train, epoch = self.train, step / self.per_epoch
         self.loss.beta.fill_(self.plan.objective.beta.at(epoch, train.epochs))
         warm = min(1.0, (step + 1) / (train.warmup * self.per_epoch)) if train.warmup else 1.0
@@ -144,24 +151,24 @@ class Trainer:
         set_lr(self.optimizer, train.optimizer.lr * train.schedule.at(epoch, train.epochs) * warm)
 
     def draw(self, index: Tensor) -> Tensor:
-        """Seed the noise of the next step, another one after a rollback, and return its batch."""
+        """Seed the noise of the next step, differently after each rollback; return its batch: training rows `index`."""
         counter = self.state.step + (self.state.rollbacks << 40)
         seeds.set_noise(seeds.mix(self.plan.seed, seeds.NOISE, counter), self.device)
         return self.rows(index)
 
     def rows(self, index: Tensor) -> Tensor:
-        """Return rows of the training data, after telling their numbers to the parts that are made of them."""
+        """Return the training rows `index`, after passing `index` to the modules that hold the training data."""
         for part in self.made_of_data:
             part.start(index)
         return self.data.train.draw(index).to(self.dtype)
 
     def frozen(self, step: int) -> list[nn.Parameter]:
-        """Return the parameters that rest in a step, where guide and model take turns."""
+        """Return the parameters that a step leaves unchanged, if `train.alternate` makes guide and model take turns."""
         k = self.train.alternate
         return [] if not k else self.groups[0 if step % (k + 1) < k else 1]
 
     def make_stepper(self) -> None:
-        """Make the step of the objective or of the engine; one that does not compile runs eagerly."""
+        """Build the step of the fit: the objective's own, or a gradient step, eager if compilation fails."""
         average = (self.average, self.train.average) if self.average is not None and self.train.average else None
         clip, watch = self.train.clip_norm, self.train.nonfinite != "stop"
         fitting = Fitting(
@@ -192,7 +199,10 @@ class Trainer:
 
 
 def alternation(pair: Pair) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """Return the parameters that rest in steps of the guide, and in steps of the model; shared ones always move."""
+    """Return the parameters unchanged by guide steps (the model's) and those unchanged by model steps (the guide's).
+
+    Parameters that model and guide share are in neither list: every step updates them.
+    """
     named = list(pair.named_parameters(remove_duplicate=False))
     model, guide = ([p for name, p in named if name.startswith(side)] for side in ("model.", "guide."))
     both = {id(p) for p in model} & {id(p) for p in guide}
@@ -201,7 +211,7 @@ def alternation(pair: Pair) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
 
 @contextmanager
 def swapped(parameters: Sequence[Tensor], values: Sequence[Tensor] | None) -> Iterator[None]:
-    """Put other values into parameters for a while; None leaves them."""
+    """Set tensors to other values inside a `with` block and restore them after it; None leaves them unchanged."""
     if values is None:
         yield
         return
@@ -215,5 +225,5 @@ def swapped(parameters: Sequence[Tensor], values: Sequence[Tensor] | None) -> It
 
 
 def first_line(error: Exception) -> str:
-    """Return the first line of an error's message, shortened."""
+    """Return the first line of an error's message, at most 200 characters."""
     return (str(error) or type(error).__name__).splitlines()[0][:200]
