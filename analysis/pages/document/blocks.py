@@ -115,7 +115,7 @@ class PageSection:
     """Heading; a section with an empty heading is not shown, and only its `numbers` are written."""
     blocks: tuple[Block, ...] = ()
     lead: str = ""
-    """Paragraph before the blocks."""
+    """Introductory paragraph, shown before the blocks of the section."""
     sentences: tuple[Sentence, ...] = ()
     """Sentences that the section adds to the verdict at the top of the page."""
     tiles: tuple[Tile, ...] = ()

@@ -50,7 +50,7 @@ class Stages:
         self.on_progress(STAGE_UNITS * max(self.done, 0) + int(STAGE_UNITS * inside), STAGE_UNITS * self.total, what)
 
     def sections(self, table: Mapping[str, Callable[[T], PageSection | None]], subject: T) -> tuple[PageSection, ...]:
-        """Return the sections that the functions of `table` compute for `subject`, one stage each; drop Nones."""
+        """Return the sections of a page: each function of `table` is called on `subject`, as one stage; drop Nones."""
         found = []
         for name, make in table.items():
             self.begin(name)

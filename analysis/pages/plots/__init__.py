@@ -1,4 +1,4 @@
-"""Figures: pure functions from numbers to matplotlib Figures; no pyplot, no global settings."""
+"""Plots: pure functions from numbers to matplotlib figures, without pyplot and global settings."""
 
 from pvae.analysis.pages.plots.anatomy import WaterfallStep, inference_steps, reach, waterfall, waterfall_steps
 from pvae.analysis.pages.plots.base import MetricsRow, figure, nats, plain, png, set_caption, style

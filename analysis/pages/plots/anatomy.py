@@ -1,4 +1,4 @@
-"""The waterfall of an ELBO."""
+"""Waterfall chart of the terms of an ELBO."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pvae.analysis.pages.plots.base import BLACK, BLUE, GREY, ORANGE, RED, SERIE
 
 @dataclass(frozen=True)
 class WaterfallStep:
-    """One line of a waterfall: a level that is reached, or a cost that is paid."""
+    """One line of a waterfall chart: a level (`is_level`), or a cost that lowers it; `value` in nats per datum."""
 
     label: str
     value: float
@@ -27,7 +27,7 @@ class WaterfallStep:
 
 
 def inference_steps(surgery: Surgery, evidence: Evidence | None) -> list[WaterfallStep]:
-    """From log p(x) to the ELBO, by what importance sampling found above it; none where nothing was found."""
+    """Return the steps from the bound on log p(x) down to the ELBO; empty without a gain from importance sampling."""
     if evidence is None or not math.isfinite(evidence.gap) or evidence.gap < 1e-6:
         return []
     elbo = surgery.elbo.value
@@ -39,7 +39,10 @@ def inference_steps(surgery: Surgery, evidence: Evidence | None) -> list[Waterfa
 
 
 def waterfall_steps(surgery: Surgery, above: Sequence[WaterfallStep] = ()) -> list[list[WaterfallStep]]:
-    """From reconstruction to ELBO, by term, and by latent where there are several; `above` comes first."""
+    """Return the panels of a waterfall from reconstruction to ELBO: by term, and by latent if there are several.
+
+    The steps `above`, if any, form the first panel.
+    """
     start = WaterfallStep("reconstruction", surgery.reconstruction.value, True)
     end = WaterfallStep("ELBO", surgery.elbo.value, True)
     by_latent = [
@@ -56,8 +59,8 @@ def waterfall_steps(surgery: Surgery, above: Sequence[WaterfallStep] = ()) -> li
 
 
 def _marginal(surgery: Surgery) -> list[WaterfallStep]:
-    """The marginal KL, in two where it splits: coordinates that depend, and coordinates of another shape."""
-    assert surgery.marginal_kl is not None  # noqa: S101 - asked before
+    """Return the cost of the marginal KL, split if possible into total correlation and the KL of single coordinates."""
+    assert surgery.marginal_kl is not None  # noqa: S101 - the caller has checked it
     whole, parts = surgery.marginal_kl.value, [z.dimensions for z in surgery.latents.values()]
     if len(parts) == 1 and parts[0] is not None and parts[0].coordinate_kl is not None:
         apart = parts[0].coordinate_kl.value
@@ -70,7 +73,7 @@ def _marginal(surgery: Surgery) -> list[WaterfallStep]:
 
 @style()
 def waterfall(panels: Sequence[Sequence[WaterfallStep]]) -> Figure:
-    """Panels of levels and costs on one axis, nats per datum."""
+    """Draw a waterfall chart: panels of levels and costs above a common axis in nats per datum."""
     heights = [0.5 * len(steps) + 0.8 for steps in panels]
     made = figure(sum(heights) + 0.2)
     grid = made.subplots(len(panels), 1, squeeze=False, sharex=True, height_ratios=heights)
@@ -85,7 +88,7 @@ def waterfall(panels: Sequence[Sequence[WaterfallStep]]) -> Figure:
 
 
 def reach(panels: Sequence[Sequence[WaterfallStep]]) -> tuple[float, float]:
-    """Lowest and highest level that any panel touches, at least a little apart."""
+    """Return the lowest and highest level of all panels, nats per datum, at least 0.001 apart."""
     levels = []
     for steps in panels:
         position = steps[0].value
@@ -96,7 +99,7 @@ def reach(panels: Sequence[Sequence[WaterfallStep]]) -> tuple[float, float]:
 
 
 def _fall(axes: Axes, steps: Sequence[WaterfallStep]) -> None:
-    """Levels as ticks, costs as bars from one level down to the next."""
+    """Draw one panel of a waterfall chart: levels as ticks, costs as bars from one level down to the next."""
     position = steps[0].value
     for i, step in enumerate(steps):
         if step.is_level:

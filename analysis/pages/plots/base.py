@@ -1,4 +1,4 @@
-"""Look and size of all figures, their text, and their PNG."""
+"""Common style, size and text of all plots, and their export as PNG."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ from PIL import Image
 from pvae.util.types import Array
 
 MetricsRow = Mapping[str, Any]
-"""Figures of one epoch and one split."""
+"""Type of the training metrics of one epoch and one split, by name."""
 
 DPI = 120
 FIGURE_WIDTH = 6.0
-"""Inches: 720 pixels, so that text is still legible on a phone."""
+"""Width of a plot in inches: 720 pixels, so that text is legible on a phone."""
 BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, RED, PURPLE = (
     "#000000", "#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7",
 )  # fmt: skip
-"""Okabe and Ito's palette, distinguishable with every kind of colour vision."""
+"""Colour palette of Okabe and Ito, which readers with colour vision deficiency can distinguish."""
 GREY, PALE = "#767676", "#C8C8C8"
 SERIES = (BLUE, RED, GREEN, PURPLE, ORANGE, SKY, BLACK)
 CLASS_COLOURS = (BLUE, ORANGE, GREEN, RED, SKY, PURPLE, BLACK, YELLOW, "#8A8A8A", "#7A4A1E")
 CAPTION_LINE = 96
-"""Characters of a line of a caption."""
+"""Largest number of characters of a line of a caption."""
 TEXT, SHORT = 60, 16
-"""Characters of a name that a figure shows, and of a class's name."""
+"""Largest numbers of characters of a name in a plot, and of the name of a class or latent."""
 
 STYLE: dict[str, Any] = {
     "text.parse_math": False,
@@ -74,13 +74,13 @@ STYLE: dict[str, Any] = {
 
 @contextmanager
 def style() -> Iterator[None]:
-    """Use the settings of the figures for a while, and restore those of the user. Also a decorator."""
+    """Apply the matplotlib settings `STYLE` and restore those of the user afterwards; context manager and decorator."""
     with matplotlib.rc_context(STYLE):  # type: ignore[arg-type]
         yield
 
 
 def figure(height: float) -> Figure:
-    """An empty figure of the report's width, `height` in inches."""
+    """Return an empty figure of width `FIGURE_WIDTH`, with `height` in inches."""
     made = Figure(figsize=(FIGURE_WIDTH, height), layout="constrained")
     FigureCanvasAgg(made)
     return made
@@ -88,7 +88,7 @@ def figure(height: float) -> Figure:
 
 @style()
 def png(made: Figure) -> bytes:
-    """PNG bytes at 120 dpi; the same figure gives the same bytes."""
+    """Return a figure as PNG bytes at 120 dpi; the same figure gives the same bytes."""
     canvas, buffer = FigureCanvasAgg(made), io.BytesIO()
     canvas.draw()  # once: `savefig` draws a first time to lay the figure out, and this does both
     Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB").save(buffer, "png", optimize=True)
@@ -96,7 +96,7 @@ def png(made: Figure) -> bytes:
 
 
 def plain(text: object) -> str:
-    """Return a name that the font can show: no control characters, at most `TEXT` characters."""
+    """Return a name for display, at most `TEXT` characters, with U+FFFD for controls and characters the font lacks."""
     known = get_font(findfont("DejaVu Sans")).get_charmap()
     shown = "".join(
         "\N{REPLACEMENT CHARACTER}" if unicodedata.category(c) in ("Cc", "Cf", "Cs") or ord(c) not in known else c
@@ -106,20 +106,20 @@ def plain(text: object) -> str:
 
 
 def nats(value: float, digits: int = 2) -> str:
-    """Return a figure with a true minus sign, and none before a zero."""
+    """Return a number with `digits` decimal places and a typographic minus sign, which zero does not get."""
     return f"{round(value, digits) + 0.0:.{digits}f}".replace("-", "−")
 
 
 def set_caption(made: Figure, text: str) -> None:
-    """Text below a figure that stands alone."""
+    """Add a caption, wrapped to lines, below a figure that is saved without a page."""
     made.supxlabel("\n".join(textwrap.wrap(text, CAPTION_LINE)), x=0.02, ha="left", fontsize=8.5, color="#444444")
 
 
 def whole_numbers(axis: Axis) -> None:
-    """Put the ticks of an axis at whole numbers."""
+    """Place the ticks of an axis at integers."""
     axis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
 
 
 def few_marks(epochs: Array) -> str | None:
-    """Return the marker of a curve: points are marked where they are few."""
+    """Return the marker of a curve over epochs: a circle for fewer than 10 points, else None."""
     return "o" if len(epochs) < 10 else None

@@ -1,4 +1,4 @@
-"""Codes: bars of their use, and maps of codes beside data."""
+"""Plots of discrete latents: bar charts of code usage, and maps of codes beside data."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pvae.util.types import Array
 
 @style()
 def code_use(name: str, use: CodeUse) -> Figure:
-    """Draw the proportion of each code, most used first, above the perplexity of every position."""
+    """Draw the proportion of each code, most used first, above the perplexity of each position of a discrete latent."""
     perplexity, mapped = np.array(use.perplexity), len(use.grid) == 2
     several = len(perplexity) > 1 or use.share is None
     panels = (use.share is not None) + several
@@ -36,7 +36,7 @@ def code_use(name: str, use: CodeUse) -> Figure:
 
 
 def _of_positions(made: Figure, axes: Axes, perplexity: Array, states: int) -> None:
-    """A map of a grid, bars of a row."""
+    """Draw the perplexity of positions: a heat map for a 2D grid, bars otherwise."""
     if perplexity.ndim == 2:
         shown = axes.imshow(perplexity, cmap="viridis", vmin=1, vmax=max(float(perplexity.max()), 1.01))
         made.colorbar(shown, ax=axes)
@@ -54,7 +54,7 @@ def _of_positions(made: Figure, axes: Axes, perplexity: Array, states: int) -> N
 
 @style()
 def code_maps(name: str, data: Array, maps: Array, states: int, low: float, high: float) -> Figure:
-    """Data `(n, *shape)` above the codes `(n, H, W)` that stand for them; colours are ranks of use, most used first."""
+    """Draw images `(n, *shape)` above their grids of codes `(n, H, W)`; colours are ranks of use, most used first."""
     counts = np.bincount(maps.ravel(), minlength=states)
     rank = np.empty(states, dtype=np.int64)
     rank[np.argsort(-counts, kind="stable")] = np.arange(states)

@@ -1,4 +1,4 @@
-"""Curves over epochs."""
+"""Plots of training metrics over epochs."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from pvae.util.types import Array
 
 
 def series(rows: Sequence[MetricsRow], split: str, key: str) -> tuple[Array, Array]:
-    """(epochs, values) of one figure of one split; what is no number is left out."""
+    """Return epochs and values, both `(m,)`, of one metric of one split; values that are not finite are left out."""
     pairs = [
         (float(row["epoch"]), float(row[key]))
         for row in rows
@@ -43,7 +43,7 @@ def _is_number(value: object) -> bool:
 
 @style()
 def training(rows: Sequence[MetricsRow], latents: Sequence[str]) -> Figure:
-    """ELBO of train and validation, KL of every latent, and beta, over epochs."""
+    """Plot the ELBO of train and validation, the KL of every latent, and beta over epochs."""
     made = figure(6.6)
     top, middle, bottom = made.subplots(3, 1, sharex=True, height_ratios=[3, 2, 1])
     _elbo_curves(top, rows)
@@ -70,7 +70,7 @@ def training(rows: Sequence[MetricsRow], latents: Sequence[str]) -> Figure:
 
 @style()
 def history(rows: Sequence[MetricsRow]) -> Figure:
-    """Mutual information and marginal KL over epochs, with the ceiling of the first."""
+    """Plot I_q[x, z] and marginal KL over epochs, with log n, the upper limit of I_q[x, z]; nats."""
     made = figure(3.2)
     axes = made.subplots()
     for (key, label), colour in zip(HISTORY, SERIES, strict=False):
@@ -93,7 +93,7 @@ HISTORY = (("mutual_information", "mutual information I_q[x, z]"), ("marginal_kl
 
 @style()
 def duel(rows: Sequence[MetricsRow]) -> Figure:
-    """Losses of critic and generator, and the nearest-neighbour accuracy of validation, over epochs."""
+    """Plot the losses of critic and generator, and the nearest-neighbour two-sample accuracy, over epochs of a GAN."""
     made = figure(4.8)
     top, bottom = made.subplots(2, 1, sharex=True, height_ratios=[3, 2])
     for key, label, colour in (("critic_loss", "critic", BLUE), ("generator_loss", "generator", RED)):
@@ -139,7 +139,7 @@ def _elbo_curves(axes: Axes, rows: Sequence[MetricsRow]) -> None:
 
 
 def robust_limits(axes: Axes, curves: Sequence[tuple[Array, Array]]) -> None:
-    """Frame the later nine tenths of training: the first steps can lie a hundred times lower."""
+    """Set the y limits from the last 90 % of epochs, as the first epochs can be lower by orders of magnitude."""
     last = max((float(epochs[-1]) for epochs, _ in curves if len(epochs)), default=0.0)
     late = [values[epochs > 0.1 * last] for epochs, values in curves if len(values)]
     if last < 10 or not late:

@@ -1,4 +1,4 @@
-"""Aggregated posterior and prior: in single coordinates, and in the plane of the leading directions."""
+"""Plots of the aggregated posterior against the prior: marginal distributions, and the two leading directions."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from pvae.util.types import Array
 
 @dataclass(frozen=True)
 class Cloud:
-    """Points of one latent: aggregated posterior and prior."""
+    """Points of one latent to plot: posterior means, posterior samples, and prior samples."""
 
     name: str
     means: Array
@@ -30,11 +30,15 @@ class Cloud:
     prior: Array
     """Samples of the prior, `(m, D)`."""
     prior_normal: tuple[Array, Array] | None = None
-    """Location and scale `(D,)` where the prior is one diagonal normal for all rows."""
+    """Location and scale, each `(D,)`, of a diagonal normal prior that is the same for all rows; None for others."""
 
 
 def leading(means: Array) -> tuple[Array, Array, Array]:
-    """Return centre `(D,)`, the two leading directions `(D, 2)` with fixed signs, their proportions of the variance."""
+    """Return the first two principal components of posterior means `(n, D)`.
+
+    Returns:
+        The centre `(D,)`, the directions `(D, 2)` with fixed signs, and their proportions of the variance `(2,)`.
+    """
     centre = means.mean(0)
     _, singular, directions = np.linalg.svd(means - centre, full_matrices=False)
     total = float((singular**2).sum())
@@ -44,7 +48,7 @@ def leading(means: Array) -> tuple[Array, Array, Array]:
 
 
 def groups(labels: Array | None) -> list[int]:
-    """Return the classes to colour: at most ten whole numbers, else none."""
+    """Return the distinct labels if they can be colours: 2 to 10 integers; else an empty list."""
     if labels is None or labels.ndim != 1 or not len(labels) or not np.array_equal(labels, np.round(labels)):
         return []
     found = np.unique(labels)
@@ -53,7 +57,7 @@ def groups(labels: Array | None) -> list[int]:
 
 @style()
 def plane(cloud: Cloud, labels: Array | None = None, names: Sequence[str] | None = None) -> Figure:
-    """q_agg against the prior in the two leading directions of the posterior means (a histogram for one coordinate)."""
+    """Plot q_agg and prior in the two leading directions of the posterior means; as histograms for one coordinate."""
     made = figure(5.4 if cloud.values.shape[1] > 1 and len(cloud.means) > 1 else 3.0)
     axes = made.subplots()
     if cloud.values.shape[1] == 1 or len(cloud.means) < 2:
@@ -87,14 +91,14 @@ def _line_of(axes: Axes, cloud: Cloud) -> None:
 
 
 def _histograms(axes: Axes, values: Array, prior: Array, edges: list[float], linewidth: float) -> None:
-    """Densities of q_agg, filled, and of the prior, as an outline."""
+    """Draw histograms of q_agg, filled, and of the prior, as an outline, both as densities."""
     of_posterior, of_prior = (np.histogram(sample, edges, density=True)[0] for sample in (values, prior))
     axes.stairs(of_posterior, edges, fill=True, color=SKY, label="aggregated posterior")
     axes.stairs(of_prior, edges, color=BLACK, linewidth=linewidth, label="prior")
 
 
 def class_name(value: int, names: Sequence[str] | None) -> str:
-    """Return the name of a class, or its number if it has none."""
+    """Return the name of the class with label `value`, shortened; the label itself if it has no name."""
     return plain(names[value])[:SHORT] if names and 0 <= value < len(names) else str(value)
 
 
@@ -119,7 +123,7 @@ def _scatter(axes: Axes, points: Array, labels: Array | None, names: Sequence[st
 
 
 def _ellipses(axes: Axes, normal: tuple[Array, Array], centre: Array, directions: Array) -> None:
-    """Draw the prior at 1, 2 and 3 standard deviations in the plane."""
+    """Draw a normal prior, projected on the plane, as ellipses at 1, 2 and 3 standard deviations."""
     loc, scale = normal
     middle = (loc - centre) @ directions
     variances, turn = np.linalg.eigh(directions.T @ np.diag(scale**2) @ directions)
@@ -134,7 +138,7 @@ def _ellipses(axes: Axes, normal: tuple[Array, Array], centre: Array, directions
 
 
 def _contours(axes: Axes, prior: Array, points: Array) -> None:
-    """Draw regions that hold 39, 86 and 99 % of the prior's samples, as 1, 2, 3 standard deviations of a normal do."""
+    """Draw contours that contain 39, 86 and 99 % of prior samples, as 1, 2, 3 standard deviations of a normal do."""
     both = np.concatenate([prior, points])
     low, high = both.min(0), both.max(0)
     pad = 0.15 * np.maximum(high - low, 1e-6)
@@ -157,7 +161,10 @@ MARGINALS = 12
 
 @style()
 def marginals(cloud: Cloud, order: Sequence[int], nats_of: Sequence[float] | None) -> Figure:
-    """q_agg against the prior in single coordinates, in the order given; with the marginal KL of each, where known."""
+    """Plot histograms of q_agg and prior for the first `MARGINALS` coordinates in `order`.
+
+    `nats_of` holds the marginal KL of every coordinate, in nats, for the titles; None omits it.
+    """
     chosen = list(order)[:MARGINALS]
     columns = min(4, len(chosen))
     rows = math.ceil(len(chosen) / columns)

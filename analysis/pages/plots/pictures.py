@@ -1,4 +1,4 @@
-"""Data, samples and reconstructions, as pictures or as lines."""
+"""Plots of data, samples and reconstructions: as images, or as lines and points for other data."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ from pvae.util.types import Array
 
 
 def tiles(images: Array, columns: int, low: float, high: float) -> Array:
-    """Pictures `(n, 1|3, H, W)` or `(n, H, W)` side by side with white between them, `(rows H, columns W, 3)`."""
+    """Return images `(n, 1|3, H, W)` or `(n, H, W)` tiled in a grid, as one RGB image with white gaps.
+
+    Values from `low` to `high` are scaled to 0 to 1; the result is `(height, width, 3)`.
+    """
     images = images[:, None] if images.ndim == 3 else images
     grey = np.clip((images - low) / ((high - low) or 1.0), 0, 1)
     colour = np.broadcast_to(grey, (len(grey), 3, *grey.shape[2:])).transpose(0, 2, 3, 1)
@@ -40,7 +43,7 @@ def show_tiles(
     row_names: Sequence[str] = (),
     column_names: Sequence[str] = (),
 ) -> None:
-    """Show pictures in a grid; names of rows at the left, of columns below."""
+    """Draw images in a grid with `columns` columns; names of rows are at the left, names of columns below."""
     h, w = images.shape[-2:]
     gap = max(1, round(w / 10))
     axes.imshow(tiles(images, columns, low, high), aspect="equal")
@@ -52,7 +55,10 @@ def show_tiles(
 
 @dataclass(frozen=True)
 class Rebuilt:
-    """Some data beside the mean of p(x | z) at their own draw of z."""
+    """Data and their reconstructions, the means of p(x | z) at samples z of q(z | x).
+
+    `data` and `means` are `(n, *shape)`; `nats` is log p(x | z) of each datum, `(n,)`.
+    """
 
     title: str
     data: Array
@@ -62,7 +68,7 @@ class Rebuilt:
 
 @style()
 def reconstructions(parts: Sequence[Rebuilt], low: float, high: float) -> Figure:
-    """Best, median and worst data by log p(x | z): the datum above, the decoder's mean below."""
+    """Draw groups of data (best, median, worst) with their reconstructions: as images, or as lines for other data."""
     shape = parts[0].data.shape[1:]
     if is_image(shape):
         return rebuilt_images(parts, low, high)
@@ -70,7 +76,7 @@ def reconstructions(parts: Sequence[Rebuilt], low: float, high: float) -> Figure
 
 
 def rebuilt_images(parts: Sequence[Rebuilt], low: float, high: float, below: str = "mean") -> Figure:
-    """The datum above, what was made of it below, with its nats."""
+    """Draw each image above its reconstruction, with log p(x | z) in nats, in one panel per group of data."""
     columns = max(len(part.data) for part in parts)
     h, w = parts[0].data.shape[-2:]
     made = figure(len(parts) * (2.15 * 0.89 * FIGURE_WIDTH / columns * h / w + 0.55))
@@ -105,7 +111,7 @@ def _rebuilt_lines(parts: Sequence[Rebuilt]) -> Figure:
 
 @style()
 def samples(means: Array, data: Array, low: float, high: float) -> Figure:
-    """Means of p(x | z) for draws of the prior; beside some data where events are no pictures."""
+    """Draw means of p(x | z) at samples z of the prior: as images, or as lines or points beside data."""
     shape = means.shape[1:]
     if is_image(shape):
         columns = min(10, len(means))
@@ -148,7 +154,7 @@ def gallery(
     row_names: Sequence[str] = (),
     column_names: Sequence[str] = (),
 ) -> Figure:
-    """Pictures `(rows, columns, *shape)`; names of rows at the left, of columns below."""
+    """Draw images `(rows, columns, *shape)` in a grid; names of rows are at the left, names of columns below."""
     rows, columns = images.shape[:2]
     h, w = images.shape[-2:]
     gap = max(1, round(w / 10))

@@ -1,4 +1,4 @@
-"""Runs on the plane of rate and distortion."""
+"""Plot of runs in the rate-distortion plane, and labels of points that do not overlap."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ from pvae.util.types import Array
 
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 LABEL = 36
-"""Characters of a label."""
+"""Largest number of characters of a label."""
 REACHES = (9, 20, 34, 52, 74, 100, 140, 190)
-"""Distances of a label from its point that are tried, in 1/72 inch; beyond the second a line leads to it."""
+"""Distances of a label from its point, in 1/72 inch, tried in this order; from the third on, a line connects them."""
 TURNS = tuple(math.radians(angle) for angle in (0, 180, 90, 270, 35, 145, 325, 215, 65, 115, 295, 245))
-"""In which direction, the first that is free."""
+"""Directions from a point to its label, in radians, tried in this order at each distance."""
 
 
 @style()
 def rate_distortion(
     names: Sequence[str], rates: Sequence[float], distortions: Sequence[float], errors: Sequence[tuple[float, float]]
 ) -> Figure:
-    """Runs on the plane of rate and distortion, with lines of equal ELBO; labels stand clear of each other.
+    """Plot runs in the rate-distortion plane, with lines of equal ELBO and labels that do not overlap.
 
     Arguments:
-        names: of the runs.
-        rates: nats per datum.
-        distortions: nats per datum.
-        errors: standard errors of both; what is not finite is not drawn.
+        names: names of the runs.
+        rates: rate KL(q(z | x) || p(z)) of each run, nats per datum.
+        distortions: distortion -E log p(x | z) of each run, nats per datum.
+        errors: standard errors of rate and distortion of each run; infinite or NaN errors are not drawn.
     """
     points = np.column_stack([rates, distortions]).astype(np.float64)
     spread = np.nan_to_num(np.asarray(errors, dtype=np.float64), posinf=0.0).reshape(-1, 2)
@@ -65,7 +65,7 @@ def rate_distortion(
 
 
 def _equal_elbo(made: Figure, axes: Axes) -> list[Bbox]:
-    """Dashed lines rate + distortion = -ELBO with their ELBO at the edge; returns where those stand."""
+    """Draw dashed lines of equal ELBO = -(rate + distortion); return the boxes of their labels, in display pixels."""
     (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
     boxes, levels = [], MaxNLocator(7, steps=[1, 2, 5, 10]).tick_values(left + bottom, right + top)
     digits = max(0, -math.floor(math.log10(levels[1] - levels[0]) + 1e-9))
@@ -87,12 +87,15 @@ def _equal_elbo(made: Figure, axes: Axes) -> list[Bbox]:
 
 
 def shortened(name: str) -> str:
-    """A long name without its middle."""
+    """Return a name of at most `LABEL` characters; a longer one has an ellipsis in place of its middle."""
     return name if len(name) <= LABEL else f"{name[: LABEL // 2]}…{name[-LABEL // 2 + 1 :]}"
 
 
 def label_points(made: Figure, axes: Axes, names: Sequence[str], points: Array, taken: list[Bbox]) -> None:
-    """A label for every point at the first place that is free: of other labels and points, and inside the frame."""
+    """Label each point at the first place inside the axes that is clear of other labels, points and the boxes `taken`.
+
+    If no place is free of all, one that is clear of the labels is preferred.
+    """
     places = axes.transData.transform(points)
     scale, frame = made.dpi / 72, axes.get_window_extent()
     obstacles = [*taken, *(Bbox.from_extents(*(place - 5 * scale), *(place + 5 * scale)) for place in places)]
@@ -117,7 +120,7 @@ def label_points(made: Figure, axes: Axes, names: Sequence[str], points: Array, 
 
 
 def _beside(place: Array, width: float, height: float, turn: float, reach: float) -> Bbox:
-    """A box of some size whose near edge lies in a direction from a point."""
+    """Return the box of a label at distance `reach` from a point in direction `turn` (radians), in display pixels."""
     cos, sin = math.cos(turn), math.sin(turn)
     middle = place + np.array([cos * (reach + width / 2), sin * (reach + height / 2)])
     return Bbox.from_bounds(middle[0] - width / 2, middle[1] - height / 2, width, height)

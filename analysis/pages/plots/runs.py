@@ -1,4 +1,4 @@
-"""Several runs in one figure."""
+"""Plots that compare several runs."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ DASHES = ("-", "--", ":", "-.")
 
 @style()
 def overlaid(names: Sequence[str], runs: Sequence[Sequence[MetricsRow]]) -> Figure:
-    """The ELBO of validation over epochs, one line for each run."""
+    """Plot the validation ELBO over epochs, nats per datum, one line per run."""
     made = figure(3.8 + 0.2 * len(names) / 2)
     axes = made.subplots()
     curves = [series(rows, "validation", "elbo") for rows in runs]
@@ -50,7 +50,7 @@ def overlaid(names: Sequence[str], runs: Sequence[Sequence[MetricsRow]]) -> Figu
 
 @style()
 def differences(names: Sequence[str], gains: Sequence[Estimate], reference: str, what: str) -> Figure:
-    """Paired differences with intervals of two standard errors; right of 0 the run is better than the reference."""
+    """Plot paired differences to a reference run with ± 2 standard errors; they are positive if the run is better."""
     made = figure(0.36 * len(names) + 1.2)
     axes = made.subplots()
     for i, gain in enumerate(gains):
@@ -73,7 +73,7 @@ def differences(names: Sequence[str], gains: Sequence[Estimate], reference: str,
 def together(
     names: Sequence[str], x: Sequence[float], panels: Sequence[tuple[str, Sequence[float]]], of: str
 ) -> Figure:
-    """Several figures of the runs over one of them: does the one go with the other?"""
+    """Plot several metrics of the runs, a panel each, against one metric `x`, to show correlations over runs."""
     made = figure(2.6 * len(panels) + 0.3)
     grid = made.subplots(len(panels), 1, squeeze=False, sharex=True)[:, 0]
     for axes, (title, y) in zip(grid, panels, strict=True):

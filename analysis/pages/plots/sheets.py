@@ -1,4 +1,4 @@
-"""Sheets with a caption of their own: the figures that commands write."""
+"""Plots with captions, for the PNG files that commands write: samples, reconstructions, traversals, codes."""
 
 from __future__ import annotations
 
@@ -31,18 +31,18 @@ from pvae.analysis.samples.traversal import Traversal
 from pvae.util.types import Array
 
 SHEET = 100
-"""Largest number of pictures on a sheet."""
+"""Largest number of samples that a plot shows as images."""
 PICTURE = 1.1
-"""Largest width of a picture, inches."""
+"""Largest width of one image of a grid, in inches."""
 
 
 def is_shown(shape: Sequence[int]) -> bool:
-    """True for the shape of pictures, `(1|3, H, W)` or `(H, H)`, and of points of the plane."""
+    """Return True for data that can be plotted: images `(1|3, H, W)` or `(H, H)`, and points in the plane `(2,)`."""
     return tuple(shape) == (2,) or (is_image(shape) and (len(shape) == 3 or shape[0] == shape[1]))
 
 
 def sampled(found: Samples, data: Array) -> Figure | None:
-    """Samples as pictures, or as points before the data `(m, *shape)`; None for data of other shapes."""
+    """Draw samples of a model as images, or as points over the data `(m, 2)`; None for data of other shapes."""
     x = numpy_of(found.x).astype(np.float64)
     if not is_shown(x.shape[1:]):
         return None
@@ -63,7 +63,10 @@ def _range(values: Array) -> str:
 
 @style()
 def reconstructed(found: Reconstructions, x: Array, data: Array) -> Figure | None:
-    """Reconstructions below their data `(n, *shape)`, best, median and worst; None for data of other shapes."""
+    """Draw best, median and worst reconstructions below their data `x`, `(n, *shape)`; None for data of other shapes.
+
+    Points in the plane are joined to their reconstructions by lines. `data` gives the range of grey values.
+    """
     made, log_p = numpy_of(found.x).astype(np.float64), numpy_of(found.log_p)
     if not is_shown(x.shape[1:]):
         return None
@@ -83,7 +86,7 @@ def reconstructed(found: Reconstructions, x: Array, data: Array) -> Figure | Non
 
 
 def traversed(found: Traversal, data: Array) -> Figure | None:
-    """A row of pictures for every coordinate, or its path before the data; None for data of other shapes."""
+    """Draw a latent traversal: a row of images per coordinate, or paths over 2D data; None for data of other shapes."""
     x, values = numpy_of(found.x).astype(np.float64), numpy_of(found.values)
     if not is_shown(x.shape[2:]):
         return None
@@ -102,7 +105,7 @@ def traversed(found: Traversal, data: Array) -> Figure | None:
 
 
 def interpolated(found: Interpolation, data: Array) -> Figure | None:
-    """A row of pictures from one datum to the other, or a path before the data; None for data of other shapes."""
+    """Draw an interpolation of two data: a row of images, or a path over 2D data; None for data of other shapes."""
     x = numpy_of(found.x).astype(np.float64)
     if not is_shown(x.shape[1:]):
         return None
@@ -118,7 +121,7 @@ def interpolated(found: Interpolation, data: Array) -> Figure | None:
 def encoded(
     found: Encoding, prior: Samples, labels: Array | None = None, names: Sequence[str] | None = None
 ) -> dict[str, Figure]:
-    """The plane of every real latent of at least two rows: draws of q_agg against draws of the prior; by name."""
+    """Return plots of q_agg against the prior, from samples of both, by real latent with at least two rows."""
     planes = {}
     for name, code in found.latents.items():
         if code.probs is None and name in prior.latents and len(code.value) > 1:
@@ -138,7 +141,7 @@ def _sheet(
     row_names: Sequence[str] = (),
     column_names: Sequence[str] = (),
 ) -> Figure:
-    """Pictures in a grid, on the scale of grey of the data; names of rows at the left, of columns below."""
+    """Draw images in a grid, scaled by the range of `data`; names of rows are at the left, names of columns below."""
     h, w = images.shape[-2:]
     rows = math.ceil(len(images) / columns)
     size = min(PICTURE, 0.9 * FIGURE_WIDTH / columns)
@@ -160,7 +163,7 @@ def _points(
     joined: bool = False,
     paths: bool = False,
 ) -> Figure:
-    """Points of the plane before the data: as they are, joined each to its datum, or as paths."""
+    """Draw groups of 2D points over the data: as points, joined to their data by lines (`joined`), or as `paths`."""
     made = figure(5.4)
     axes = made.subplots()
     size = float(np.clip(9000 / max(map(len, (data, groups_of[0][0]))), 4, 16))

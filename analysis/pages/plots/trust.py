@@ -1,4 +1,4 @@
-"""Importance sampling: its bound over the number of samples, and k-hat of its weights."""
+"""Plots on importance sampling: the bound over the number of samples, and k-hat of the importance weights."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pvae.util.types import Array
 
 @style()
 def importance(found: Bounds) -> Figure:
-    """The bound on log p(x) over the number of importance samples, with twice its standard error."""
+    """Plot the bound on log p(x) over the number of importance samples, with a band of ± 2 standard errors."""
     counts = np.array([k for k, _ in found.curve], dtype=np.float64)
     values = np.array([e.value for _, e in found.curve])
     errors = np.nan_to_num(np.array([e.standard_error for _, e in found.curve]), posinf=0.0)
@@ -35,7 +35,7 @@ def importance(found: Bounds) -> Figure:
 
 @style()
 def khats(khat: Array, limit: float) -> Figure:
-    """Histogram of k-hat over the data, with the value above which a bound is not reliable."""
+    """Plot a histogram of k-hat over the data `(n,)`, with `limit`, above which importance sampling is not reliable."""
     known = khat[np.isfinite(khat)]
     low, high = min(float(known.min()), 0.0), max(float(known.max()), 1.0)
     edges = np.linspace(low, high, 41)

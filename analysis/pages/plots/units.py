@@ -1,4 +1,4 @@
-"""Bars of latent units: their KL and activity."""
+"""Bar charts of the KL and activity of latent units."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pvae.util.types import Array
 
 @style()
 def units(name: str, latent: LatentCollapse) -> Figure:
-    """KL of every coordinate, sorted, above the variance of its posterior mean with the threshold of activity."""
+    """Plot the KL of each coordinate, largest first, and the variance of its posterior mean with the limit `ACTIVE`."""
     kl = None if latent.kl_per_dimension is None else np.array(latent.kl_per_dimension)
     variance = None if latent.activity is None else np.array(latent.activity)
     shown = [values for values in (kl, variance) if values is not None]
@@ -43,7 +43,7 @@ def bars(
     bottom: float = 0.0,
     among: tuple[str, str] = ("active", "inactive"),
 ) -> None:
-    """Draw bars of heights `(n,)`: active ones filled, others hatched, both named in the legend."""
+    """Draw bars of heights `(n,)`: filled if active, hatched otherwise; `among` names the two kinds in the legend."""
     place = np.arange(1, len(heights) + 1)
     width = 0.82 if len(heights) <= 100 else 1.0
     if active.any():

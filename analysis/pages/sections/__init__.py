@@ -1,4 +1,4 @@
-"""Sections of a report in reading order: functions of an `Examination`, None where the section means nothing."""
+"""Sections of a report in reading order: functions of an `Examination`; None if a section does not apply."""
 
 from collections.abc import Callable, Mapping
 
@@ -36,4 +36,4 @@ SECTIONS: Mapping[str, Callable[[Examination], PageSection | None]] = {
     "environment": appendix.environment,
     "left out": appendix.left_out,
 }
-"""Functions by name; a new section is one function and one row."""
+"""Functions that compute the sections of a report, by name of the stage, in reading order."""

@@ -1,4 +1,4 @@
-"""ELBO surgery: the terms that the ELBO is made of."""
+"""Section on the ELBO surgery: reconstruction, mutual information I_q[x, z] and marginal KL of the ELBO."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from pvae.analysis.pages.sections.examination import Examination
 from pvae.analysis.pages.sections.fit import SHOWN_NATS
 
 SATURATED = 0.9
-"""Proportion of log n above which the number of rows limits the mutual information."""
+"""Ratio of I_q[x, z] to log n above which the report says that the number of rows n limits I_q[x, z]."""
 SURGERY_TERMS = ("elbo", "reconstruction", "kl", "mutual_information", "marginal_kl")
 
 
 def section(exam: Examination) -> PageSection | None:
-    """The waterfall and the table of the surgery; None of a model without a likelihood."""
+    """Return the section with waterfall chart and table of the ELBO surgery; None for a model without a likelihood."""
     if exam.implicit:
         return None
     s = exam.held
@@ -52,7 +52,7 @@ def section(exam: Examination) -> PageSection | None:
 
 
 def on_prior(s: Surgery) -> list[Sentence]:
-    """Sentences on the prior, from the marginal KL."""
+    """Return sentences on the gain that a better prior could bring, from the marginal KL and I_q[x, z]."""
     if any("deterministic code" in note for note in s.notes):
         return [Sentence("The code is deterministic: I_q[x, z] equals log n, and the marginal KL is not defined.")]
     if s.marginal_kl is None or s.mutual_information is None:
@@ -108,7 +108,7 @@ def _table(exam: Examination) -> PageTable:
 
 
 def _classes(exam: Examination) -> PageTable | None:
-    """One row for each label, where there are labels and not too many."""
+    """Return the table of the ELBO surgery by label, one row each; None unless there are 2 to 50 labels."""
     found = exam.held.classes
     if not 1 < len(found) <= 50:
         return None

@@ -1,4 +1,4 @@
-"""Appendix: the declaration, the environment of the run, and figures that are not available."""
+"""Appendix of a report: model declaration, environment of the run, and analyses that could not be computed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pvae.runs.run import Run
 
 
 def declaration(exam: Examination) -> PageSection:
-    """Model and guide as formulas, and the whole declaration."""
+    """Return the section with the formulas of model and guide, and the declaration of the run as TOML."""
     blocks: list[Block] = [Note("A hand-written pair: model and guide are Pyro programs of the user.")]
     if isinstance(exam.run.plan, Experiment):
         found = formulas(exam.run.plan)
@@ -27,14 +27,14 @@ def declaration(exam: Examination) -> PageSection:
 
 
 def environment(exam: Examination) -> PageSection:
-    """Versions, device, threads and data of the run."""
+    """Return the section with state, device, threads, seed, data and software versions of the run."""
     told = environment_of(exam.run)
     table = PageTable("environment", "Environment of the run", columns("what", words=["value"]), told)
     return PageSection("environment", "Environment", (table,), numbers={"environment": dict(told)}, is_appendix=True)
 
 
 def left_out(exam: Examination) -> PageSection:
-    """Figures that this report does not have, and why; last, when all others have been made."""
+    """Return the section that lists analyses that failed, with the reason; it must be computed after all others."""
     missing = dict(exam.missing)
     table = PageTable("left_out", "Not available for this run", columns("what", words=["why"]), tuple(missing.items()))
     blocks = (table,) if missing else ()
@@ -43,7 +43,7 @@ def left_out(exam: Examination) -> PageSection:
 
 
 def environment_of(run: Run) -> tuple[tuple[str, str], ...]:
-    """Return (what, value) from the run's manifest and status."""
+    """Return (name, value) pairs on state, device, seed, data and versions of a run, from its manifest and status."""
     manifest, status = run.files.manifest, run.status
     data, git = _mapping(manifest.get("data")), _mapping(manifest.get("git"))
     told = [

@@ -1,4 +1,4 @@
-"""Codes: how many are in use, how often, and where."""
+"""Section on discrete latents: usage and perplexity of their codes, and maps of codes beside the data."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from pvae.analysis.pages.document.text import nats
 from pvae.analysis.pages.sections.examination import Examination, array
 
 MAPPED_DATA = 6
-"""Data whose codes are shown as a map."""
+"""Number of data whose codes are shown as maps."""
 LISTED_CODES = 4096
-"""Largest codebook whose codes are listed one by one."""
+"""Largest number of codes K for which the proportion of each code is listed in a table."""
 
 
 def section(exam: Examination) -> PageSection | None:
-    """Use, perplexity and maps of every grid of codes; None where there are none."""
+    """Return the section on usage, perplexity and maps of every discrete latent; None if no latent is discrete."""
     if exam.implicit:
         return None
     use = {name: latent.codes for name, latent in exam.collapse.latents.items() if latent.codes is not None}
@@ -72,7 +72,10 @@ def _use(name: str, use: CodeUse) -> Picture:
 
 
 def _maps(exam: Examination, name: str, use: CodeUse) -> Picture | None:
-    """Some data above the codes that stand for them, where both are pictures."""
+    """Return a picture of some data, each above its map of codes.
+
+    None unless data are images, and codes have at least three states and form a 2D grid.
+    """
     latent = exam.drawn.latents[name]
     if len(use.grid) != 2 or use.states < 3 or not plots.is_image(exam.shape):
         return None

@@ -1,4 +1,4 @@
-"""One run under examination: everything that the sections of a page read, computed once and only if it is read."""
+"""Results of one run that the sections of a page share, each computed once, on first use."""
 
 from __future__ import annotations
 
@@ -30,66 +30,66 @@ from pvae.util import seeds
 from pvae.util.types import Array
 
 SURGERY_ROWS = {"train": 60_000, "held": 10_000}
-"""Largest numbers of rows of a surgery: of the training split, and of the split that is reported."""
+"""Largest numbers of rows of an ELBO surgery: of the training split, and of the other split that is reported."""
 SURGERY_DRAWS = 20_000
-"""Samples of a surgery in all: fewer for each datum where there are more data, at least one."""
+"""Largest number of posterior samples of an ELBO surgery over all data; each datum has at least one."""
 EVIDENCE_ROWS = 500
 MODEL_SAMPLES = 5000
-"""Samples of the model: for pictures, planes of latents, and the comparison with data."""
+"""Largest number of samples of the model, used for pictures, plots of latents and sample quality."""
 
 UNDEFINED = (DataError, DeclarationError)
-"""Errors that say that a figure is not defined here."""
+"""Errors raised if an analysis is not defined for this model or these data."""
 UNFIT = (*UNDEFINED, NotImplementedError, ValueError, RuntimeError, LookupError, AttributeError, MemoryError)
-"""Errors of a hand-written pair that cannot do what is asked: it loses a section, not the report."""
+"""Errors after which the report is written without the analysis that raised them; a hand-written pair may raise any."""
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class ChosenRows:
-    """Rows of a split that a figure was computed on."""
+    """Rows of a split that a result was computed on: all, or a random subset."""
 
     x: Tensor
     of: int
     """Number of rows of the split."""
     chosen: Tensor
-    """Their numbers within the split."""
+    """Indices of the chosen rows within the split."""
 
     @property
     def note(self) -> str:
-        """`447 rows`, or `5000 of 50000 rows, drawn at random`."""
+        """Description of the rows for a caption: `447 rows`, or `5000 of 50000 rows, drawn at random`."""
         n = len(self.x)
         return f"{n} rows" if n == self.of else f"{n} of {self.of} rows, drawn at random"
 
 
 def some(x: Tensor | Streamed, most: int, seed: int) -> ChosenRows:
-    """Return all rows, or `most` of them drawn with a seed, in their order."""
+    """Return all rows, or a random subset of `most` rows if there are more, in their order; reproducible by `seed`."""
     chosen = seeds.subset(len(x), most, seeds.mix(seed, seeds.ANALYSIS, 2))
     return ChosenRows(x[chosen.to(x.device)], len(x), chosen)
 
 
 def draws(wanted: int, n: int) -> int:
-    """Return the samples for each of n data: `SURGERY_DRAWS` at most in all, at least one for each."""
+    """Return the number of posterior samples per datum: `wanted`, or fewer if n data need over `SURGERY_DRAWS`."""
     return max(1, min(wanted, SURGERY_DRAWS // n))
 
 
 def array(t: Tensor) -> Array:
-    """Return a tensor as float64 on the CPU."""
+    """Return a tensor as a NumPy array of float64."""
     return np.asarray(t.detach().double().cpu().numpy())
 
 
 class Examination:
-    """Run with everything that its report says of it.
+    """Run with the results that its report shows, each computed on first use and then cached.
 
     Arguments:
         run: a run with a checkpoint.
-        split: the rows that are reported: "train", "validation" or "test".
-        samples: samples per datum for the surgery, `SURGERY_DRAWS` at most in all.
+        split: split that the report describes: "train", "validation" or "test".
+        samples: posterior samples per datum for the ELBO surgery; fewer if they would exceed `SURGERY_DRAWS` in total.
         evidence_samples: importance samples per datum.
-        gap_steps: steps of the refinement behind the inference gaps; 0 leaves them out.
+        gap_steps: optimisation steps that refine q(z | x) for the inference gaps; 0 omits the gaps.
         seed: seed of all samples.
-        train_rows: most training rows of a surgery.
-        evidence_rows: most rows of importance sampling.
+        train_rows: largest number of training rows of an ELBO surgery.
+        evidence_rows: largest number of rows for importance sampling.
     """
 
     def __init__(
@@ -109,11 +109,11 @@ class Examination:
         self.gap_steps = gap_steps
         self.train_rows, self.most_evidence_rows, self.part = train_rows, evidence_rows, run.data.split(split)
         self.missing: dict[str, str] = {}
-        """Figures that could not be computed, and why."""
+        """Reasons of the analyses that could not be computed, by name of the analysis."""
         self.stages = Stages()
 
     def attempt(self, what: str, make: Callable[[], T]) -> T | None:
-        """Return the result of `make`; None where it cannot be had here, with the reason in `missing`."""
+        """Return the result of `make`; None if it raises one of `UNFIT`, with the message stored in `missing[what]`."""
         try:
             return make()
         except UNFIT as error:
@@ -124,60 +124,63 @@ class Examination:
 
     @property
     def implicit(self) -> bool:
-        """True for a model without a likelihood: nothing is inferred."""
+        """True for a model without a likelihood, such as a GAN: it has no posterior and no ELBO."""
         return self.pair.implicit
 
     @cached_property
     def metrics(self) -> list[dict[str, Any]]:
-        """One row per epoch and split."""
+        """Training metrics of the run: one dict per epoch and split."""
         return self.run.files.metrics_rows()
 
     def some(self, name: str, most: int) -> ChosenRows:
-        """Return rows of a split, few enough for memory."""
+        """Return at most `most` random rows of the split `name`, or fewer if large rows would not fit into memory."""
         part = self.data.split(name)
         return some(part.rows, affordable(most, tuple(part.rows.shape[1:])), self.seed)
 
     @cached_property
     def rows(self) -> dict[str, ChosenRows]:
-        """Rows of the surgery, by split: train, and the split of the report."""
+        """Rows that the ELBO surgery uses, by name of the split: of train, and of the reported split."""
         held = self.train_rows if self.split == "train" else SURGERY_ROWS["held"]
         return {name: self.some(name, most) for name, most in {"train": self.train_rows, self.split: held}.items()}
 
     @property
     def x(self) -> Tensor:
-        """Rows of the split, as the pair takes them."""
+        """Rows of the reported split that the ELBO surgery uses, `(n, *row)`, as model and guide take them."""
         return self.rows[self.split].x
 
     @cached_property
     def labels(self) -> Tensor | None:
-        """Labels of these rows."""
+        """Labels of the rows `x`, `(n,)`; None for data without labels."""
         return None if self.part.y is None else self.part.y.cpu()[self.rows[self.split].chosen.cpu()]
 
     @property
     def classes(self) -> Tensor | None:
-        """The labels, where there are few enough."""
+        """Labels of the rows `x`; None for data without labels or with more than `MAX_CLASSES` distinct labels."""
         return None if self.labels is None or len(self.labels.unique()) > MAX_CLASSES else self.labels
 
     @cached_property
     def scale_of_grey(self) -> tuple[float, float]:
-        """Least and greatest number among training data."""
+        """Smallest and largest value of the training rows used, which images show as black and white."""
         low, high = self.data.train.observed(self.rows["train"].x).aminmax()
         return float(low), float(high)
 
     @cached_property
     def shape(self) -> tuple[int, ...]:
-        """Shape of a datum."""
+        """Shape of one datum, without covariates."""
         return tuple(self.pair.frame.x)
 
     def observed(self, rows: Tensor) -> Tensor:
-        """Return the data of some rows, without covariates, `(m, *shape)`."""
+        """Return the data of `m` rows of the reported split, without their covariates, `(m, *shape)`."""
         return self.part.observed(rows)
 
     # ------------------------------------------------------------------ figures
 
     @cached_property
     def surgeries(self) -> dict[str, Surgery]:
-        """Surgeries by split: train, and the split of the report, for which q_agg of train is tried as the prior."""
+        """ELBO surgery by split: of train and of the reported split.
+
+        The surgery of a held-out split also estimates the ELBO gain if q_agg of the training rows were the prior.
+        """
         found: dict[str, Surgery] = {}
         for name, rows in self.rows.items():
             found[name] = surgery(
@@ -193,12 +196,15 @@ class Examination:
 
     @property
     def held(self) -> Surgery:
-        """The surgery of the report's split."""
+        """ELBO surgery of the reported split."""
         return self.surgeries[self.split]
 
     @property
     def gap(self) -> float | None:
-        """ELBO of train minus that of the split, nats per datum, without what global latents cost."""
+        """Overfitting gap: ELBO of train minus ELBO of the reported split, nats per datum.
+
+        The KL of global latents is not included. None if the reported split is train.
+        """
         if self.split == "train":
             return None
         one, other = ((s.reconstruction.value - s.kl.value) for s in (self.surgeries["train"], self.held))
@@ -206,13 +212,13 @@ class Examination:
 
     @cached_property
     def evidence_rows(self) -> ChosenRows:
-        """Rows that importance sampling is done on."""
+        """Rows of the reported split that importance sampling uses."""
         return self.some(self.split, self.most_evidence_rows)
 
     @cached_property
     def evidence(self) -> Evidence | None:
-        """Bounds on log p(x); None where nothing bounds it, because the code is a point."""
-        certain = all(latent.certain for latent in self.drawn.latents.values())  # all samples of it are one sample
+        """Importance-weighted bounds on log p(x), nats; None if undefined, as for delta posteriors, or failed."""
+        certain = all(latent.certain for latent in self.drawn.latents.values())  # all samples are then equal
         samples = 1 if certain else self.evidence_samples
         told = self.stages.part("importance sampling")
         return self.attempt(
@@ -222,24 +228,24 @@ class Examination:
 
     @cached_property
     def collapse(self) -> Collapse:
-        """Use of each latent."""
+        """Posterior collapse on the rows `x`: active coordinates and KL, or code usage, of each latent."""
         return collapse(self.pair, self.x, self.seed)
 
     @cached_property
     def drawn(self) -> Draw:
-        """One sample of every latent for the rows of the split."""
+        """One posterior sample of every latent for the rows `x`, with log q, log p and log p(x | z)."""
         with quiet(self.pair, self.x, self.seed):
             return draw(self.pair, self.x)
 
     @cached_property
     def binary(self) -> bool:
-        """True for data of zeros and ones, so that the mean of p(x | z) is no datum."""
+        """True for data of zeros and ones; means of p(x | z) are then no possible data."""
         data = self.observed(self.x[:ALWAYS_HELD_ROWS])
         return bool(((data == 0) | (data == 1)).all())
 
     @cached_property
     def sampled(self) -> Samples | None:
-        """Means of p(x | z), or samples where it has none, for samples of the prior."""
+        """Means of p(x | z) at samples z of the prior; samples of p(x | z) if it has no mean. None on failure."""
         count = max(100, min(MODEL_SAMPLES, HELD_ELEMENTS // max(1, prod(self.shape))))
         told = self.stages.part("samples")
 
@@ -253,7 +259,7 @@ class Examination:
 
     @cached_property
     def draws(self) -> Samples | None:
-        """Samples of p(x | z) for as many samples of the prior: they have the model's own distribution."""
+        """Samples x of the model, with likelihood noise, as many as in `sampled`; None if sampling fails."""
         if self.sampled is None or not self.sampled.is_mean:
             return self.sampled
         count, told = len(self.sampled.x), self.stages.part("samples")
@@ -261,11 +267,11 @@ class Examination:
 
     @cached_property
     def space(self) -> Features | None:
-        """Space where samples and data are compared: features of a classifier of labels, or principal components."""
+        """Feature space to compare samples and data: features of a classifier of labels, or principal components."""
         return self.attempt("feature space", lambda: space_of(self.run, self.seed))
 
     @property
     def prior(self) -> dict[str, Tensor]:
-        """Samples of the prior of every latent, `(m, D)`."""
+        """Samples of the prior by latent, flattened to `(m, D)`, from the same samples as `sampled`."""
         found = {} if self.sampled is None else self.sampled.latents
         return {z: found[z].reshape(len(found[z]), -1) for z in self.pair.layout.latents if z in found}

@@ -1,4 +1,4 @@
-"""Quality of the fit: the ELBO, bounds on log p(x), and the gaps between the two."""
+"""Section on the fit: ELBO, importance-weighted bounds on log p(x), inference gaps and overfitting gap."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from pvae.analysis.pages.document.text import nats
 from pvae.analysis.pages.sections.examination import Examination
 
 OVERFITTING_NATS = 1.0
-"""Train ELBO minus held-out ELBO above which a page speaks of overfitting."""
+"""Train ELBO minus held-out ELBO, in nats per datum, above which a page reports overfitting."""
 ADVICE_NATS = 0.1
-"""Difference of the two inference gaps above which the larger one is worth advice."""
+"""Difference between approximation gap and amortisation gap, in nats, above which the report advises on the larger."""
 SHOWN_NATS = 0.005
-"""Figures below this are 0.00 on the page: a sentence leaves them out."""
+"""Values below this, in nats, are shown as 0.00, and sentences do not mention them."""
 NO_GAIN_NATS = 1e-6
-"""Gains of importance sampling up to this are rounding: all weights are equal."""
+"""Gains of importance sampling over the ELBO up to this, in nats, are rounding errors: all weights are equal."""
 REFINED_ROWS = 50
-"""Rows whose posterior is refined, datum by datum."""
+"""Number of rows whose approximate posterior is refined individually, to estimate the inference gaps."""
 LESS_OVERFITTING = "set train.patience, use smaller networks, or more data."
 
 
 def section(exam: Examination) -> PageSection | None:
-    """ELBO, evidence and inference gaps; None of a model without a likelihood."""
+    """Return the section on ELBO, bounds on log p(x) and inference gaps; None for a model without a likelihood."""
     if exam.implicit:
         return None
     bound, blocks = exam.evidence, []
@@ -125,7 +125,7 @@ def _on_gaps(exam: Examination, found: Gap) -> list[Sentence]:
 
 
 def richer(exam: Examination) -> str:
-    """Advice on posteriors richer than those declared; nothing where there are none."""
+    """Return a sentence that names richer posterior families not used by the run; empty text if there are none."""
     latents = getattr(exam.run.plan, "latents", {})
     used = {getattr(latent.posterior, "kind", "") for latent in latents.values()}
     left = [kind for kind in ("full_rank_normal", "flow") if kind not in used]

@@ -1,4 +1,4 @@
-"""Guide quality: reliability of importance sampling, datum by datum."""
+"""Section on guide quality: k-hat diagnostic of the importance weights of every datum."""
 
 from __future__ import annotations
 
@@ -14,11 +14,14 @@ from pvae.analysis.pages.sections.fit import richer
 UNRELIABLE = 0.1
 """Proportion of data with k-hat above its limit beyond which the report gives an alert."""
 WORST_DATA = 10
-"""Data that are shown."""
+"""Number of data with the largest k-hat that the report shows."""
 
 
 def section(exam: Examination) -> PageSection | None:
-    """k-hat over the data, and the data with the largest; None where there are no importance weights."""
+    """Return the section on k-hat: its histogram, and the data with the largest k-hat.
+
+    None without importance weights, if log p(x) is exact, or if no k-hat is finite.
+    """
     bound = None if exam.implicit else exam.evidence
     if bound is None or bound.exact is not None or not bool(bound.khat.isfinite().any()):
         return None

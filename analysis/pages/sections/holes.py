@@ -1,4 +1,4 @@
-"""Holes of the prior: regions where it has mass and the aggregated posterior has none."""
+"""Holes of the prior: regions where the prior has probability mass and the aggregated posterior has almost none."""
 
 from __future__ import annotations
 
@@ -15,39 +15,43 @@ from pvae.errors import DataError
 from pvae.util import seeds
 
 HOLE = 0.01
-"""Proportion of held-out codes that lie where q_agg is thinner than the threshold of a hole."""
+"""Quantile of log q_agg at held-out codes that is the threshold of a hole: 1 % of held-out codes lie below it."""
 MANY_HOLES = 0.5
 """Proportion of prior samples in holes above which the report gives an alert."""
 ALL_AT_ONCE, PAIR_BY_PAIR = (20_000, 2000), (1000, 500)
-"""Largest numbers of training rows behind q_agg and of samples scored: fewer where each pair of them runs the guide."""
+"""Largest numbers of training rows that form q_agg, and of codes and prior samples scored under it.
+
+`PAIR_BY_PAIR` is for posteriors that depend on other latents, where the guide runs for each row and sample.
+"""
 
 
 @dataclass(frozen=True)
 class Holes:
-    """Result of `holes`."""
+    """Proportion of prior samples in holes of the aggregated posterior, with its settings; the result of `holes`."""
 
     share: float
-    """Proportion of prior samples in holes, an estimate."""
+    """Proportion of prior samples at which log q_agg is below `threshold`; a Monte Carlo estimate."""
     error: float
-    """Its standard error."""
+    """Standard error of `share`, from the number of prior samples."""
     expected: float
-    """Proportion of held-out codes in holes, by construction."""
+    """Proportion of held-out codes in holes, 0.01 by construction of the threshold."""
     threshold: float
-    """log q_agg(z) below which z lies in a hole, nats."""
+    """Threshold in nats: z lies in a hole if log q_agg(z) is below it."""
     rows: int
-    """Training rows behind q_agg."""
+    """Number of training rows whose posteriors form q_agg."""
     draws: int
-    """Samples of the prior."""
+    """Number of prior samples that were scored."""
 
 
 def holes(exam: Examination) -> Holes:
-    """Proportion of prior samples that lie where q_agg of train is thinner than at 99 % of held-out codes.
+    """Return the proportion of prior samples where the density q_agg of train is lower than at 99 % of held-out codes.
 
-    Codes of the split and samples of the prior are scored under the same q_agg, which is made of other rows: a prior
-    equal to the distribution of codes would have 1 % of its samples in holes.
+    Held-out codes and prior samples are scored under the same q_agg, formed from training rows. A prior equal to the
+    distribution of held-out codes would have 1 % of its samples in holes.
 
     Raises:
-        DataError: codes are points, discrete, or the model is conditioned, so that there is no q_agg for one prior.
+        DataError: the reported split is train, the model has covariates, a posterior is not normal (a point, or
+            discrete), or a prior has no samples.
     """
     if exam.split == "train":
         raise DataError("holes: expected codes of data that q_agg is not made of; got those of train.")
@@ -70,7 +74,7 @@ def holes(exam: Examination) -> Holes:
 
 
 def on_holes(found: Holes) -> Sentence:
-    """Sentence on the holes of the prior."""
+    """Return the sentence on prior samples in holes; an alert if their proportion exceeds `MANY_HOLES`."""
     where = f"where q_agg of the training rows is thinner than at {percent(1 - found.expected)} of held-out codes"
     if found.share <= found.expected:
         return Sentence(f"The prior has no holes: at most the expected {percent(HOLE)} of its samples lie {where}.")

@@ -1,4 +1,4 @@
-"""Latents: information of each, and its aggregated posterior beside its prior."""
+"""Section on latents: KL and activity of their coordinates, and aggregated posterior against prior."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from pvae.analysis.pages.sections.holes import HOLE, holes, on_holes
 
 
 def section(exam: Examination) -> PageSection | None:
-    """Units, marginals, planes and holes; None of a model without a likelihood."""
+    """Return the section on active units, marginals and planes of latents, and holes; None without a likelihood."""
     if exam.implicit:
         return None
     real = [name for name, latent in exam.collapse.latents.items() if latent.codes is None]
@@ -65,7 +65,7 @@ def _table(exam: Examination) -> PageTable:
 
 
 def _units(exam: Examination, name: str) -> list[Block]:
-    """KL and activity of every coordinate, as a figure and a table."""
+    """Return a bar chart and a table of the KL and activity of each coordinate of a latent; empty without either."""
     latent, d = exam.collapse.latents[name], exam.held.latents[name].dimensions
     if latent.activity is None and latent.kl_per_dimension is None:
         return []
@@ -94,7 +94,7 @@ def _units(exam: Examination, name: str) -> list[Block]:
 
 
 def _against_prior(exam: Examination, name: str) -> list[Picture]:
-    """q_agg and prior in single coordinates and in the leading plane."""
+    """Return plots of q_agg against the prior of a latent: marginal distributions, and the two leading directions."""
     if name not in exam.prior:
         return []
     seen = cloud(name, exam.drawn.latents[name], exam.prior[name])
@@ -132,7 +132,7 @@ def _against_prior(exam: Examination, name: str) -> list[Picture]:
 
 
 def cloud(name: str, latent: LatentDraw, prior: Tensor) -> plots.Cloud:
-    """Return the points that the plane of one latent shows."""
+    """Return posterior means, posterior samples and prior samples `(m, D)` of one latent, as the plots take them."""
     normal = None
     loc, scale = latent.prior_loc, latent.prior_scale
     if loc is not None and scale is not None and bool((loc == loc[:1]).all()) and bool((scale == scale[:1]).all()):
@@ -142,7 +142,7 @@ def cloud(name: str, latent: LatentDraw, prior: Tensor) -> plots.Cloud:
 
 
 def _labels(exam: Examination) -> tuple[np.ndarray | None, tuple[str, ...] | None]:
-    """Labels of the rows, where there are at most ten classes."""
+    """Return labels of the rows and names of the classes, to colour points; None unless there are 2 to 10 classes."""
     if exam.labels is None:
         return None, None
     labels = exam.labels.numpy()
@@ -150,7 +150,7 @@ def _labels(exam: Examination) -> tuple[np.ndarray | None, tuple[str, ...] | Non
 
 
 def _curves(exam: Examination, names: list[str]) -> PageTable | None:
-    """Active units by threshold."""
+    """Return the table of active units by threshold on the variance; None if the activity of all is unknown."""
     use = {name: exam.collapse.latents[name] for name in names if exam.collapse.latents[name].curve}
     if not use:
         return None

@@ -1,4 +1,4 @@
-"""Downstream probe: labels read from the codes by simple classifiers."""
+"""Section on the downstream probe: accuracy of simple classifiers that predict the label from the code."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pvae.analysis.samples.probe import RAW, Probe, probe
 
 
 def section(exam: Examination) -> PageSection | None:
-    """Accuracy of k-NN and of a linear classifier; None without labels, or without codes."""
+    """Return the section on the accuracy of k-NN and logistic regression on codes; None without labels or codes."""
     if exam.implicit or exam.part.y is None or exam.data.train.y is None:
         return None
     told = exam.stages.part("classifiers")

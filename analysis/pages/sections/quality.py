@@ -1,4 +1,4 @@
-"""Sample quality: samples beside data, in figures."""
+"""Section on sample quality: two-sample test, Fréchet distance, precision, recall and coverage of samples."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ from pvae.analysis.samples.fidelity import Fidelity
 from pvae.analysis.samples.quality import SampleQuality, sample_quality
 
 CHANCE_P_VALUE = 0.05
-"""p-value above which the classifier is no better than chance."""
+"""p-value of the two-sample test above which the report calls the classifier no better than chance."""
 SMALLEST_P_VALUE = 1e-4
-"""p-values below this are not written out."""
+"""Smallest p-value that is written out; smaller ones appear as p < 0.0001."""
 MISSED = 0.5
-"""Coverage, as a proportion of the expected one, below which the report gives an alert."""
+"""Ratio of coverage to its expected value below which the report gives an alert."""
 FOLDED_LABELS = 10
-"""Labels up to which their table is shown unfolded."""
+"""Largest number of labels whose table is not collapsed."""
 
 
 def section(exam: Examination) -> PageSection | None:
-    """Two-sample test, distances in a feature space, coverage, sharpness; None of a model that cannot be sampled."""
+    """Return the section on the quality of samples; None if the model cannot be sampled."""
     found = measure(exam)
     if not found:
         return None
@@ -60,7 +60,10 @@ def section(exam: Examination) -> PageSection | None:
 
 
 def measure(exam: Examination, wanted: Collection[str] = ("draws", "means")) -> dict[str, SampleQuality]:
-    """Quality of samples of the model and, where data are not binary, of means of p(x | z), as is the custom."""
+    """Return the quality of samples of the model (`draws`) and, for non-binary data, of means of p(x | z) (`means`).
+
+    Kinds that are not `wanted`, or for which it could not be computed, are absent.
+    """
     kinds = {"draws": exam.draws}
     if exam.sampled is not None and exam.sampled.is_mean and not exam.binary:
         kinds["means"] = exam.sampled
@@ -85,7 +88,7 @@ def _table(found: Mapping[str, SampleQuality]) -> PageTable:
 
 
 def whole(found: Mapping[str, SampleQuality]) -> list[tuple[Any, ...]]:
-    """Return the figures side by side, without those of single labels, which have a table of their own."""
+    """Return table rows that compare several sample qualities, without the proportions of single labels."""
     return [row for row in side_by_side(found) if not row[0].startswith("share/")]
 
 

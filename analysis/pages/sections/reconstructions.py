@@ -1,4 +1,4 @@
-"""Reconstructions: data beside the decoder's means of their codes."""
+"""Section on reconstructions: data beside the decoder's means at samples of their posteriors."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from pvae.analysis.samples.encode import reconstruct
 from pvae.analysis.samples.running import distribution_mean
 
 REBUILT_DATA = 8
-"""Data of each row of pictures."""
+"""Number of data per group: best, median and worst."""
 
 
 def section(exam: Examination) -> PageSection | None:
-    """Best, median and worst; None of a model that infers nothing."""
+    """Return the section with best, median and worst reconstructions; None for a model without a likelihood."""
     if exam.implicit:
         return None
     found = exam.attempt("reconstructions", lambda: rebuild(exam))
@@ -38,7 +38,10 @@ def section(exam: Examination) -> PageSection | None:
 
 
 def rebuild(exam: Examination) -> tuple[plots.Rebuilt, ...]:
-    """Return best, median and worst rows by log p(x | z), with the mean of p(x | z) at the very z that was scored."""
+    """Return the best, median and worst reconstructions by log p(x | z), with the mean of p(x | z) at the same z.
+
+    Only the best are returned if there are fewer than three times `REBUILT_DATA` rows.
+    """
     pair, drawn, x = exam.pair, exam.drawn, exam.x
     order = drawn.reconstruction.argsort(descending=True, stable=True)
     n = len(order)
@@ -53,7 +56,7 @@ def _part(exam: Examination, title: str, chosen: Tensor, rows: Tensor) -> plots.
     pair, drawn = exam.pair, exam.drawn
     data = pair.frame.split(chosen)[0]
     scores = array(drawn.reconstruction[rows])
-    if pair.layout.enumerated:  # scored in expectation: shown at a draw of p(c | x, z)
+    if pair.layout.enumerated:  # the score sums over codes c: decode a sample of p(c | x, z)
         return plots.Rebuilt(title, array(data), array(reconstruct(pair, chosen).x), scores)
     trace = pair.guide_trace(chosen)
     sites = (*pair.layout.latents, *pair.layout.shared)

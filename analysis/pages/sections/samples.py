@@ -1,4 +1,4 @@
-"""Samples of the model, beside the training data nearest to them."""
+"""Section on samples of the model, and on memorisation: their nearest training data."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ from pvae.analysis.samples.copying import Copying, copying
 from pvae.util.types import Array
 
 ON_SHEET, BESIDE_NEIGHBOURS = 40, 10
-"""Samples on the sheet, and samples beside their neighbours."""
+"""Numbers of samples: shown in total, and shown with their nearest training data."""
 MEMORISED = 0.6
-"""Proportion of samples nearer to training rows than to as many held-out rows above which there is an alert."""
+"""Proportion of samples nearer to training than to held-out rows above which the report warns of memorisation."""
 
 
 def section(exam: Examination) -> PageSection | None:
-    """Samples, their nearest training rows, and whether they are copies; None of a pair that cannot be sampled."""
+    """Return the section on samples and their nearest training rows; None if the model cannot be sampled."""
     drawn = exam.sampled
     if drawn is None:
         return None
@@ -84,7 +84,7 @@ def _beside(exam: Examination, x: Array, found: Copying) -> Picture:
 
 
 def _table(known: Mapping[str, Copying]) -> PageTable:
-    """Figures of means and draws; means have no noise, so that only `nearer` is defined for them."""
+    """Return the table of the copying tests of samples and of means; for means, which lack noise, only `nearer`."""
     rows = [
         (
             term,
@@ -99,7 +99,7 @@ def _table(known: Mapping[str, Copying]) -> PageTable:
 
 
 def on_copies(known: Mapping[str, Copying]) -> Sentence:
-    """Sentence on memorisation: of means and draws, nearer to train than held-out; of draws, too many too near."""
+    """Return the sentence on memorisation; an alert if samples or means are closer to training than held-out rows."""
     first, last = next(iter(known.values())), known.get("draws")
     text = f"{percent(first.nearer.value)} of samples are nearer to training rows than to as many held-out rows"
     near = [copies.nearer for copies in known.values()]

@@ -1,4 +1,4 @@
-"""Training: curves over epochs, events and alerts of the fit."""
+"""Section on training: metrics over epochs, events and alerts of the fit."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from pvae.analysis.pages.sections.examination import Examination
 
 TOLD_EVENTS = ("nonfinite", "storage", "stop", "changed", "engine", "data", "alert")
 MEASURED = re.compile("has collapsed|are dead")
-"""Alerts of the fit on figures that the report computes itself."""
+"""Pattern of alerts from the fit that the report omits, because it measures collapse and dead codes itself."""
 
 
 def section(exam: Examination) -> PageSection:
-    """Curves over epochs, events, and alerts of the fit."""
+    """Return the section with training curves, the table of events, and the alerts of the fit."""
     blocks: list[Block] = _curves(exam) if exam.metrics else [Note("No metrics were kept.")]
     events = [(str(e.get("kind")), str(e.get("message"))) for e in exam.run.files.events()]
     told = tuple(dict.fromkeys(event for event in events if event[0] in TOLD_EVENTS))
@@ -28,7 +28,7 @@ def section(exam: Examination) -> PageSection:
 
 
 def _state(exam: Examination) -> list[str]:
-    """Alerts on how the fit ended, each with what to do."""
+    """Return alerts on an unfinished fit and on skipped steps, each with advice."""
     status = exam.run.status
     alerts = []
     if status.get("state") != "finished":

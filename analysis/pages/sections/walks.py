@@ -1,4 +1,4 @@
-"""Traversals of single coordinates, and interpolations between two data."""
+"""Sections on latent traversals of single coordinates, and on interpolations between two data."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from pvae.analysis.samples.traversal import Traversal, traverse
 from pvae.util import seeds
 
 TRAVERSED_LATENTS = 3
-"""Largest number of latents that are traversed."""
+"""Largest number of latents for which traversals are shown."""
 INTERPOLATED_PAIRS = 4
-"""Pairs of data between which is interpolated."""
+"""Number of pairs of data that are interpolated."""
 
 
 def traversals(exam: Examination) -> PageSection | None:
-    """One coordinate at a time, largest KL first; None where data are neither pictures nor points of the plane."""
+    """Return the section on latent traversals; None unless data are images or points in the plane."""
     if exam.implicit or not plots.is_shown(exam.shape):
         return None
     blocks: list[Block] = []
@@ -35,7 +35,7 @@ def traversals(exam: Examination) -> PageSection | None:
 
 
 def _pictures(exam: Examination, found: Traversal) -> list[Block]:
-    """A row of pictures for each coordinate."""
+    """Return the traversal of a latent for image data: one row of images per coordinate."""
     values = array(found.values)
     same = bool((values == values[:1]).all())
     below = "Below: its value" if same else "Below: its value in the first row; each moves as far as its prior does"
@@ -54,7 +54,7 @@ def _pictures(exam: Examination, found: Traversal) -> list[Block]:
 
 
 def _paths(exam: Examination, found: Traversal) -> list[Block]:
-    """The path of the mean for each coordinate, of points of the plane."""
+    """Return the traversal of a latent for data in the plane: the path of the mean of p(x | z) for each coordinate."""
     made = plots.traversed(found, array(exam.observed(exam.x[:1000])))
     if made is None:
         return []
@@ -66,7 +66,7 @@ def _paths(exam: Examination, found: Traversal) -> list[Block]:
 
 
 def interpolations(exam: Examination) -> PageSection | None:
-    """Paths from one datum to another through their codes; None where data are no pictures or codes are discrete."""
+    """Return the section on interpolations between codes of two data; None unless data are images and codes real."""
     if exam.implicit or not plots.is_image(exam.shape):
         return None
     chosen = _ends(exam)
@@ -94,7 +94,7 @@ def interpolations(exam: Examination) -> PageSection | None:
 
 
 def _ends(exam: Examination) -> list[tuple[int, int]]:
-    """Pairs of rows by the seed; of two labels where there are labels."""
+    """Return random pairs of rows, chosen by the seed; the two rows of a pair differ in label if data have labels."""
     order = torch.randperm(
         len(exam.x), generator=torch.Generator().manual_seed(seeds.mix(exam.seed, seeds.ANALYSIS, 33))
     ).tolist()
