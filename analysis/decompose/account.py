@@ -1,4 +1,4 @@
-"""Account of a surgery: samples come in one by one, the densities that the figures need stay."""
+"""Log densities that an ELBO surgery needs, collected from one sample of the latents after another."""
 
 from __future__ import annotations
 
@@ -23,33 +23,35 @@ from pvae.pair.structure import Dependencies
 from pvae.util import seeds
 
 GUIDE_ROWS = 512
-"""Samples that are scored where every pair of sample and row runs the guide."""
+"""Number of samples scored under q_agg where every pair of a sample and a row needs a run of the guide."""
 GUIDE_PAIRS = 2**22
-"""Largest number of such pairs: with more rows than `GUIDE_PAIRS / GUIDE_ROWS`, components are a random subset."""
+"""Largest number of pairs of a sample and a row that the guide scores; with more than `GUIDE_PAIRS / GUIDE_ROWS` rows,
+the components of q_agg are a random subset of them."""
 MULTIPLICATIONS = 2e12
-"""Largest number of multiplications over all pairs: above it, the samples scored are a random subset."""
+"""Largest number of multiplications in scoring samples under all components of q_agg; above it, only a random subset of
+the samples is scored."""
 
 
 @dataclass
 class Scored:
-    """log q - log q_agg of a group of latents, `(m,)` for each sample of the data."""
+    """Pointwise mutual information, log q(z | x) - log q_agg(z), of a group of latents: `(m,)` for each sample."""
 
     mixture: AggregatedPosterior
     rows: Tensor
-    """Numbers of the rows whose samples are scored, `(m,)`."""
+    """Indices of the rows whose samples are scored, `(m,)`."""
     once: bool = False
-    """True where only the first sample of the data is scored."""
+    """True if only the first sample of the data is scored."""
     lower: list[Tensor] = field(default_factory=list)
     upper: list[Tensor] = field(default_factory=list)
     leave_one_out: list[Tensor] = field(default_factory=list)
 
     @property
     def whole(self) -> bool:
-        """True where every row is a component."""
+        """True if every row is a component of q_agg."""
         return len(self.mixture) == self.mixture.total
 
     def take(self, d: Draw, names: Sequence[str]) -> None:
-        """Score a sample."""
+        """Score one sample of the latents `names` under q_agg, and append the terms."""
         if self.once and self.upper:
             return
         own = torch.stack([d.latents[name].log_q[self.rows] for name in names]).sum(0)
@@ -61,22 +63,22 @@ class Scored:
 
 @dataclass
 class LevelTerms:
-    """Densities of one latent, one entry for each sample of the data."""
+    """Log densities and closed-form KLs of one latent, with one entry per sample of the data."""
 
     log_q: list[Tensor] = field(default_factory=list)
     log_p: list[Tensor] = field(default_factory=list)
     closed: list[Tensor] = field(default_factory=list)
     kl_per_dimension: list[tuple[float, ...]] = field(default_factory=list)
     aggregated: list[Tensor] = field(default_factory=list)
-    """sum_d log q_agg(z_d), `(n,)`."""
+    """Sum over coordinates of the log aggregated posterior, sum_d log q_agg(z_d), `(n,)`."""
     information: list[Tensor] = field(default_factory=list)
-    """Mean over rows of log q(z_d|x) - log q_agg(z_d), `(D,)`."""
+    """Mutual information of every coordinate: mean over rows of log q(z_d | x) - log q_agg(z_d), `(D,)`."""
     marginal: list[Tensor] = field(default_factory=list)
-    """Mean over rows of log q_agg(z_d) - log p(z_d), `(D,)`."""
+    """Marginal KL of every coordinate: mean over rows of log q_agg(z_d) - log p(z_d), `(D,)`."""
     grid_error: float | None = None
 
     def take(self, latent: LatentDraw) -> None:
-        """Note the densities of a sample."""
+        """Append the log densities of one sample of this latent."""
         self.log_q.append(latent.log_q)
         self.log_p.append(latent.log_p)
         if latent.kl is not None:
@@ -86,7 +88,7 @@ class LevelTerms:
             self.kl_per_dimension.append(found)
 
     def take_coordinates(self, latent: LatentDraw, q: Normals, factorised: bool) -> None:
-        """Score a sample coordinate by coordinate."""
+        """Score a sample of a latent with normal posteriors `q` under the aggregated posterior of every coordinate."""
         aggregated = marginal_log_prob(q.loc, q.scale, latent.value)
         if self.grid_error is None:
             self.grid_error = grid_error(q.loc, q.scale, latent.value, aggregated)
@@ -99,16 +101,16 @@ class LevelTerms:
 
 
 class Account:
-    """Densities per row of every sample of the data that was taken, from which the figures are made.
+    """Log densities, by row and sample, from which the terms of an ELBO surgery are computed.
 
     Arguments:
         pair: the pair.
         x: data `(n, *event)`.
         first: the first sample of the latents of all rows.
-        found: which distribution reads which latent.
-        seed: of the choice of rows and components.
-        components: number of components of q_agg, at random; None for as many as time allows.
-        memory: bytes for scoring q_agg.
+        found: dependencies between the latents, in guide and model.
+        seed: seed of the random choice of rows and components.
+        components: number of rows, chosen at random, whose posteriors form q_agg; None for as many as time allows.
+        memory: bytes that scoring q_agg may take.
     """
 
     def __init__(
@@ -127,7 +129,7 @@ class Account:
         self.scored = {group: made for group in groups if (made := self._scored(group)) is not None}
 
     def _scored(self, names: tuple[str, ...]) -> Scored | None:
-        """Choose how a group of latents is scored; None where it cannot be."""
+        """Choose how a group of latents is scored under its aggregated posterior; None where that is not possible."""
         latents = [self.first.latents[name] for name in names]
         if any(latent.point for latent in latents):
             return None
@@ -147,20 +149,20 @@ class Account:
         return Scored(self.mixture_of(self.x, names, self.components or guide_components(rows)), rows, once=True)
 
     def mixture_of(self, x: Tensor, names: tuple[str, ...], components: int | None) -> AggregatedPosterior:
-        """Return q_agg of some latents over rows `x`, with this number of components."""
+        """Return the aggregated posterior of the latents `names` over `components` random rows of `x` (None: all)."""
         return AggregatedPosterior.of(
             self.pair, x, latents=names, components=components, seed=self.seed, memory=self.memory
         )
 
     def _as_many_as(self, mixture: AggregatedPosterior, latents: Sequence[LatentDraw]) -> Tensor:
-        """Choose as many rows as `MULTIPLICATIONS` allow."""
+        """Return indices of random rows whose samples are scored, as many as `MULTIPLICATIONS` allows."""
         return self._some(int(MULTIPLICATIONS / (len(mixture) * sum(latent.work for latent in latents))))
 
     def _some(self, most: int) -> Tensor:
         return seeds.subset(len(self.x), most, seeds.mix(self.seed, seeds.ANALYSIS, 1)).to(self.x.device)
 
     def take(self, d: Draw) -> None:
-        """Score one sample of all rows."""
+        """Score one sample of the latents of all rows, and append its log densities."""
         self.reconstruction.append(d.reconstruction)
         self.shared.append(d.shared)
         for name, latent in d.latents.items():
@@ -171,24 +173,24 @@ class Account:
             scored.take(d, names)
 
     def kl(self, names: Collection[str]) -> Tensor:
-        """Return log q - log p of a group of latents, `(samples, n)`."""
+        """Return log q - log p of a group of latents for every sample and row, `(samples, n)`, nats."""
         levels = [self.levels[name] for name in names]
         return torch.stack([torch.stack(v.log_q) - torch.stack(v.log_p) for v in levels]).sum(0)
 
     @property
     def certain(self) -> bool:
-        """True where all that is inferred is a function of x: one sample is then as good as many."""
+        """True if all latents are discrete codes that x determines, so that one sample suffices."""
         latents = self.first.latents.values()
         return all(z.certain for z in latents) and self.guide_roots.issuperset(self.names) and self.first.points
 
     @property
     def nothing_drawn(self) -> bool:
-        """True where every latent is summed over or certain: the reconstruction, too, is then an expectation."""
+        """True if all latents are summed over or determined by x: the reconstruction term is then exact as well."""
         summed = not self.pair.layout.latents and self.names[0] in self.guide_roots and self.first.points
         return summed or self.certain
 
     def kl_terms(self) -> Tensor:
-        """Return the KL of all latents per row, exact where it is summed, `(samples, n)` or `(n,)`."""
+        """Return the KL of all latents per row, nats: `(n,)` if it is exact (discrete latents), else `(samples, n)`."""
         joint = self.joint_codes(self.names)
         return self.kl(self.names) if joint is None else joint.kl
 
@@ -198,13 +200,14 @@ class Account:
         return torch.tensor(shares, dtype=torch.float64, device=self.x.device)
 
     def over(self, terms: Tensor, kind: Kind = "estimate") -> Estimate:
-        """Return the mean of terms `(samples, rows)`; all rows share the noise of random global latents."""
+        """Return the mean of terms `(samples, rows)`; the error allows for global latents shared by all rows."""
         return over_draws(terms, kind, len(self.x)) if self.first.points else over_whole_draws(terms, kind)
 
     def joint_codes(self, names: tuple[str, ...]) -> JointCodes | None:
-        """Return figures that are exact for every row: of certain codes, or by the sum over all joint states.
+        """Return the exact KL and information of every row for a group of discrete latents; None for other latents.
 
-        None for latents that are no codes, or that read others.
+        They are sums over all joint states, or counts of rows with the same code if x determines the codes. None also
+        for posteriors that depend on other latents, and for too many joint states.
         """
         if names not in self.joint:
             self.joint[names] = self._made_joint(names)
@@ -224,7 +227,7 @@ class Account:
         return joint_codes(lambda: self._posteriors(names), known)
 
     def _posteriors(self, names: tuple[str, ...]) -> Iterator[list[Codes]]:
-        """Yield the posteriors of several codes, batch after batch: those kept, or read off the programs again."""
+        """Yield the posteriors of several discrete latents by batches of rows, kept or from rerunning the guide."""
         kept = [self.first.latents[name].q for name in names]
         if None not in kept:
             yield [_as_codes(q) for q in kept]
@@ -236,12 +239,12 @@ class Account:
 
 
 def guide_components(rows: Tensor) -> int:
-    """Return how many components may be scored by the guide under samples of these rows."""
+    """Return the number of components of q_agg under which the guide may score one sample of each of `rows`."""
     return max(2, GUIDE_PAIRS // len(rows))
 
 
 def _as_codes(q: Members | None) -> Codes:
-    """Return the probabilities of codes, of certain ones too."""
+    """Return the posterior of a discrete latent as probabilities; a deterministic code has probability one."""
     if isinstance(q, CertainCodes):
         return q.codes()
     assert isinstance(q, Codes)  # noqa: S101 - asked of those that have a tally alone

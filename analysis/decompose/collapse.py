@@ -1,4 +1,4 @@
-"""Posterior collapse: coordinates of each latent that the guide uses, and what to change where it uses few."""
+"""Posterior collapse: active units of every latent, use of discrete codes, and alerts that say what to change."""
 
 from __future__ import annotations
 
@@ -20,72 +20,72 @@ from pvae.pair.pair import Pair
 ACTIVE = 0.01
 """Variance over the data of a posterior mean above which a coordinate is active (Burda et al., 2015)."""
 SILENT_NATS = 0.01
-"""Mean KL of a coordinate up to which it carries nothing."""
+"""Mean KL, nats, up to which a coordinate counts as carrying no information."""
 THRESHOLDS = tuple(round(10 ** (exponent / 4), 7) for exponent in range(-16, 1))
-"""1e-4 to 1, four to a decade."""
+"""Variances at which the active coordinates are counted: 1e-4 to 1, four per decade."""
 
 
 @dataclass(frozen=True)
 class CodeUse:
-    """Use of a grid of codes under the aggregated posterior of every position; exact."""
+    """Use of the codes of a discrete latent under the aggregated posterior q_agg of every grid position; exact."""
 
     states: int
-    """K, codes of a position."""
+    """Number of codes at every position, K."""
     perplexity: tuple[float, ...]
-    """exp of the entropy, for every position: between 1 and K."""
+    """Perplexity, exp of the entropy of q_agg, at every position: between 1 and K."""
     dead: tuple[int, ...]
-    """Codes with less than a thousandth of an even share, for every position."""
+    """Number of dead codes at every position: those with a probability under q_agg below 1/1000 of 1/K."""
     grid: tuple[int, ...] = ()
-    """Shape of the positions; () for a single code."""
+    """Shape of the grid of positions; () for a single code."""
     share: tuple[float, ...] | None = None
-    """Probability of each code, averaged over positions, falling; None for bits, as all fields that follow."""
+    """Probability of every code under q_agg averaged over positions, in descending order; None for binary codes."""
     pooled_perplexity: float | None = None
-    """exp of the entropy of `share`: between 1 and K."""
+    """Perplexity of the whole codebook, exp of the entropy of `share`: between 1 and K; None for binary codes."""
     used: int | None = None
-    """Codes with at least a thousandth of an even share of it."""
+    """Number of codes in use: those with a probability in `share` of at least 1/1000 of 1/K; None for binary codes."""
     duplicates: int | None = None
-    """Codes in use whose row of the codebook lies on that of another; None where codes are seen as one-hots."""
+    """Number of codes in use whose codebook row nearly coincides with that of another one; None without a codebook."""
     looked_up: bool = False
-    """True where the codes are the nearest rows of a codebook."""
+    """True if the codes are the nearest rows of a codebook, as in a VQ-VAE."""
 
     @property
     def active_share(self) -> float | None:
-        """Proportion of the codes that are in use."""
+        """Proportion of the K codes that are in use; None for binary codes."""
         return None if self.used is None else self.used / self.states
 
 
 @dataclass(frozen=True)
 class LatentCollapse:
-    """Use of one latent."""
+    """Activity of the coordinates of one latent, or use of its codes if it is discrete."""
 
     dim: int
-    """Number of coordinates."""
+    """Number of coordinates; of a discrete latent, number of positions."""
     activity: tuple[float, ...] | None
     """Variance over the data of the posterior mean of every coordinate; None where the posterior is not normal."""
     kl_per_dimension: tuple[float, ...] | None
     """Mean closed-form KL of every coordinate, nats; None where posterior or prior is not normal."""
     active: int | None
-    """Coordinates with activity above `ACTIVE`."""
+    """Number of active units, coordinates with `activity` above `ACTIVE`; None where the posterior is not normal."""
     idle: int | None
-    """Coordinates that carry nothing: not active or, where the prior reads other latents, a KL of at most
-    `SILENT_NATS`."""
+    """Number of coordinates without information: those that are not active and, if the prior depends on other latents,
+    those with a KL of at most `SILENT_NATS`; None where the posterior is not normal."""
     curve: tuple[tuple[float, int], ...]
-    """(threshold, coordinates with more activity), for every one of `THRESHOLDS`."""
+    """Pairs (threshold, number of coordinates with a greater `activity`) for all `THRESHOLDS`."""
     codes: CodeUse | None = None
-    """Use of the codes of a discrete latent, whose coordinates are positions; None for others."""
+    """Use of the codes of a discrete latent; None for continuous latents."""
 
 
 @dataclass(frozen=True)
 class Collapse:
-    """Coordinates that each latent uses; collapse is reported in `alerts`, and is no error."""
+    """Active units and code use of all latents; posterior collapse is reported in `alerts`, not raised as an error."""
 
     n: int
     latents: dict[str, LatentCollapse]
     alerts: tuple[str, ...]
-    """Sentences: which latent, how many units, what to change."""
+    """Alerts, one text per latent with unused units or codes: their number, and the settings to change."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain numbers and strings, for JSON."""
+        """Return the use of every latent and the alerts as plain numbers and strings for JSON."""
         return {
             "n": self.n,
             "active_above": ACTIVE,
@@ -125,7 +125,7 @@ def _of_codes(use: CodeUse) -> str:
 
 
 def activity(d: LatentDraw) -> Tensor | None:
-    """Return the variance over the data of the posterior mean, `(D,)`; None unless normal, and for one row."""
+    """Return the variance over the data of the posterior mean, `(D,)`; None for other than normals, and for one row."""
     return None if d.loc is None or len(d.loc) < 2 else d.loc.var(0)
 
 
@@ -144,10 +144,11 @@ def kl_per_dimension(d: LatentDraw) -> tuple[float, ...] | None:
 
 
 def collapse(pair: Pair, x: Tensor, seed: int = 0) -> Collapse:
-    """Return the coordinates that the guide uses, and those that it leaves at the prior.
+    """Return the number of active units of every latent, or the use of its codes, with alerts for posterior collapse.
 
-    A coordinate is active when the variance over the data of its posterior mean is above 0.01. Where a prior reads
-    other latents a coordinate can move with it and still say nothing; it counts as idle when its KL is under 0.01 nats.
+    A coordinate is active when the variance over the data of its posterior mean is above 0.01. If the prior depends on
+    other latents, the posterior mean can follow the prior and vary without any information; such a coordinate counts
+    as idle when its KL is at most 0.01 nats.
 
     References:
         Importance Weighted Autoencoders (Burda, Grosse, Salakhutdinov, 2015), https://arxiv.org/abs/1509.00519
@@ -155,10 +156,10 @@ def collapse(pair: Pair, x: Tensor, seed: int = 0) -> Collapse:
     Arguments:
         pair: any Pyro pair.
         x: data `(n, *event)`.
-        seed: of the sample (it matters only where a posterior reads other latents).
+        seed: seed of the sample of the latents; it matters only where a posterior depends on other latents.
 
     Returns:
-        Collapse, exact for one level.
+        Collapse; exact for latents whose posterior depends on x alone, else an estimate from one sample.
 
     Raises:
         DataError: `x` has no rows.
@@ -214,7 +215,7 @@ def _read(d: LatentDraw, book: Codebook | NearestCodebook | None) -> LatentColla
 
 
 def alert(name: str, latent: LatentCollapse) -> str | None:
-    """Return an alert for a latent with idle units, and what to change; None when all are in use."""
+    """Return an alert for a latent with idle units or unused codes that says what to change; None if it has none."""
     if latent.codes is not None:
         return _alert_of_codes(name, latent.codes)
     if not latent.idle:
@@ -233,7 +234,7 @@ def alert(name: str, latent: LatentCollapse) -> str | None:
 
 
 def _alert_of_codes(name: str, use: CodeUse) -> str | None:
-    """Return an alert for codes that are never chosen or coincide; None when all are in use and apart."""
+    """Return an alert for a discrete latent with dead or duplicate codes; None if it has neither."""
     if max(use.perplexity) < 1.01:
         return f"{name} has collapsed: one code is chosen whatever x is. {_revival(name, use)}"
     texts = []
@@ -256,7 +257,7 @@ def _alert_of_codes(name: str, use: CodeUse) -> str | None:
 
 
 def _revival(name: str, use: CodeUse) -> str:
-    """Return what to change so that codes come into use."""
+    """Return a sentence with the settings to change so that dead codes come into use."""
     if use.looked_up:
         return (
             f'Begin with latents.{name}.posterior.start = "kmeans" and raise latents.{name}.posterior.restart, so that '

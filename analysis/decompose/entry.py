@@ -20,7 +20,7 @@ from pvae.util import seeds
 
 
 def accept(pair: Pair, x: Any) -> Tensor:
-    """Return data as `Pair.accept` does; refuse what is no pair, and a pair that cannot score data.
+    """Return data as the tensor that the pair scores, `(n, *event)`; refuse pairs without a likelihood.
 
     Raises:
         DeclarationError: `pair` is no `pvae.Pair`.
@@ -41,10 +41,10 @@ def accept(pair: Pair, x: Any) -> Tensor:
 
 @contextmanager
 def quiet(pair: Pair, x: Tensor, seed: int) -> Iterator[None]:
-    """`pvae.pair.running.quiet` with the samples of an analysis seeded, and without weights that handlers put on sites.
+    """Context of an analysis: evaluation mode, no gradients, seeded noise and no weights from poutine.scale.
 
-    What poutine.scale does to a loss is no part of the ELBO that is analysed. Relaxed latents are taken as the codes
-    they stand for.
+    Weights that poutine.scale puts on the terms of a loss are not part of the ELBO that is analysed. Relaxed latents
+    are replaced by the discrete codes they stand for.
     """
     with quiet_pair(pair, x), Unweighed(), Discretised():
         seeds.set_noise(seeds.mix(seed, seeds.ANALYSIS), x.device)
@@ -52,10 +52,10 @@ def quiet(pair: Pair, x: Tensor, seed: int) -> Iterator[None]:
 
 
 def require_likelihood(pair: Pair, caller: str) -> None:
-    """Refuse a pair whose latents determine x: p(x | z) at another z than the guide's own has no value.
+    """Refuse a pair in which z determines x, as in a flow: log p(x | z) is defined only at the guide's own z.
 
     Raises:
-        DataError: naming what is determined.
+        DataError: z determines x; the message names the observed sites.
     """
     if found := pair.structure.determined:
         raise DataError(
@@ -66,7 +66,7 @@ def require_likelihood(pair: Pair, caller: str) -> None:
 
 @contextmanager
 def same_globals(pair: Pair, x: Tensor) -> Iterator[dict[str, Any]]:
-    """Context in which every run of the programs sees one sample of the global latents; yields their sites."""
+    """Context in which all runs of guide and model reuse one sample of the global latents; yields its trace nodes."""
     if not pair.layout.shared:
         yield {}
         return

@@ -1,4 +1,4 @@
-"""Densities by running the guide itself on pairs of a value and a row: for any posterior, and for hierarchies."""
+"""Log densities of any posterior, hierarchies included, by running the guide on pairs of a latent value and a row."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ from pvae.pair.pair import Pair
 from pvae.pair.running import PARTICLES, trace_of
 
 PAIRS_AT_ONCE = 8192
-"""Largest number of guide rows of one block."""
+"""Largest number of pairs of a latent value and a row that the guide scores at once."""
 TENSORS_PER_PAIR = 8
-"""Tensors of the size of a row that a guide is taken to keep for every pair."""
+"""Number of row-sized tensors that a guide is assumed to keep in memory for every pair of a value and a row."""
 COMPONENTS_AT_ONCE = 256
-"""Rows of data of one block, encoded once for all values of the block."""
+"""Largest number of rows of data in one block; each is encoded once for all values that are scored in it."""
 
 
 class GuideRuns(Components):
-    """Posteriors of any guide: its own `log_prob` on every pair of value and row, and its own samples.
+    """Components of an aggregated posterior for any guide, which is run to score every pair of a value and a row.
 
-    Every level of a hierarchy sees the shared z. A block of values is a plate of particles over a block of rows, so
-    that the encoder runs once for each row; a guide that cannot take such a plate gets every pair as a row of a larger
-    batch.
+    Every level of a hierarchy is evaluated at the same z. A block of values is a plate of particles over a block of
+    rows, so that the encoder runs once for each row; a guide that cannot take such a plate gets every pair as a row of
+    a larger batch.
 
     Arguments:
         pair: any pair.
         x: data `(n, *event)`.
-        latents: whose densities are multiplied.
-        memory: bytes for the pairs of a block, with `TENSORS_PER_PAIR` of x and of the value for each.
+        latents: names of the latents whose densities are multiplied.
+        memory: bytes that the pairs of a block may take, at `TENSORS_PER_PAIR` tensors of x and z for each.
     """
 
     def __init__(self, pair: Pair, x: Tensor, latents: Sequence[str], memory: int) -> None:
@@ -53,7 +53,7 @@ class GuideRuns(Components):
         self.score = self._with_particles if takes else self._tiled
 
     def _takes_particles(self) -> tuple[dict[str, torch.dtype], bool]:
-        """Return the type of each latent, and whether a plate of particles gives what repeated rows give."""
+        """Return the dtype of every latent, and True if a plate of particles gives the densities of repeated rows."""
         x = self.x[:3]
         trace = samples(self.pair.guide_trace(x))
         values = {name: trace[name]["value"] for name in self.latents}
@@ -78,13 +78,13 @@ class GuideRuns(Components):
             return self._scores(value[:, None].expand(k, c, -1), x, k, layout.nesting).reshape(k, c)
 
     def _tiled(self, value: Tensor, x: Tensor) -> Tensor:
-        """Return the same with every pair as a row."""
+        """Return log q of `(k, D)` values under `(c, *event)` rows, `(k, c)`, with every pair as a row of one batch."""
         k, c = len(value), len(x)
         tiled = x.repeat(k, *(1,) * (x.dim() - 1))
         return self._scores(value.repeat_interleave(c, 0), tiled).reshape(k, c)
 
     def _scores(self, value: Tensor, x: Tensor, particles: int = 0, nesting: int = 0) -> Tensor:
-        """Return the sum of log q of all latents where the guide is given their flat values `(..., D)`."""
+        """Return the sum of log q of all latents per row, with the guide conditioned on flat values `(..., D)`."""
         pieces = dict(zip(self.latents, value.split(self.widths, -1), strict=True))
         data = {name: self.shapes[name].spread(z.to(self.dtypes[name]), nesting) for name, z in pieces.items()}
         with self.pair.own_store(), poutine.condition(data=data):
@@ -93,7 +93,7 @@ class GuideRuns(Components):
         return sum_over([self._score(trace.nodes[name], particles) for name in self.latents])
 
     def _score(self, node: Mapping[str, Any], particles: int) -> Tensor:
-        """Return log q of a site's value, -inf where its code is another for certain."""
+        """Return log q of a site's value; under a deterministic code, 0 for that code and -inf for any other."""
         found = certainty(node, self.pair.layout, particles)
         return (log_prob(node, self.pair.layout, particles) if found is None else found).double()
 
@@ -124,7 +124,7 @@ class GuideRuns(Components):
             return torch.cat([self._drawn(self.x[i]) for i in index.split(self.pair.structure.rows_at_once())])
 
     def _drawn(self, x: Tensor) -> Tensor:
-        """Return one sample of the latents for every row, side by side, `(n, D)`, float64."""
+        """Return one sample of the latents for every row, concatenated to flat values `(n, D)`, float64."""
         nodes = samples(self.pair.guide_trace(x))
         flat = [rows_first(nodes[z]["value"], nodes[z], self.pair.layout, len(x)).double() for z in self.latents]
         return torch.cat(flat, 1)

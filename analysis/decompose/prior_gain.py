@@ -1,4 +1,4 @@
-"""Gain of another prior under a frozen encoder, beside the marginal KL, which is its upper bound."""
+"""ELBO gain of a new prior with encoder and decoder unchanged, and the marginal KL, which is its upper bound."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Gain:
-    """Two surgeries of one data set that differ in the prior alone; nats per datum."""
+    """ELBO gain of a new prior: surgeries of one data set before and after the change; nats per datum."""
 
     before: Surgery
     after: Surgery
     gained: Estimate
-    """ELBO after - ELBO before on the same samples: E[log p_after(z) - log p_before(z)]."""
+    """ELBO after minus ELBO before on the same samples: E[log p_after(z) - log p_before(z)]."""
 
     @property
     def promised(self) -> Estimate | None:
-        """The marginal KL before: no prior can win more on these data with this encoder; None for points."""
+        """Marginal KL under the old prior: an upper bound of the gain on these data; None for deterministic codes."""
         return self.before.marginal_kl
 
     def sentence(self) -> str:
@@ -44,7 +44,7 @@ class Gain:
         return f"{won} of the {self.promised.value:.3f} that the marginal KL had promised{share}"
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain numbers and strings, for JSON."""
+        """Return the gain, its upper bound and both surgeries as plain numbers and strings for JSON."""
         return {
             "unit": "nats per datum",
             "gained": self.gained.to_dict(),
@@ -72,18 +72,18 @@ def gain(
     *,
     on_progress: Callable[[int, int], None] = lambda _done, _total: None,
 ) -> Gain:
-    """Return the surgeries before and after a refit, and the difference of the ELBOs on the same samples.
+    """Return the ELBO gain of a new prior, measured on the same samples, and the surgeries before and after.
 
     Arguments:
         before: the pair with the old prior.
-        after: the pair with the new one; encoder and decoder are the same.
+        after: the pair with the new prior and the same encoder and decoder.
         x: data `(n, *event)`.
         samples: samples per row.
-        seed: of the samples.
+        seed: seed of the samples.
         on_progress: called with (surgeries done, surgeries in all).
 
     Returns:
-        Gain; `gained` is an estimate whose Monte Carlo error is that of paired differences.
+        Gain, nats per datum; `gained` is an estimate whose Monte Carlo error is that of paired differences.
 
     Raises:
         DataError: the two guides sample different latents.
@@ -113,7 +113,7 @@ def gain(
 
 
 def _nats(pair: Pair, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return one sample of all latents and its log p(x, z), `(n,)`."""
+    """Return one sample of all latents, `(n, D)`, and its log p(x, z), `(n,)`, nats."""
     d = draw(pair, x)
     scores = [latent.log_p for latent in d.latents.values()]
     return d.flat(list(d.latents)), d.reconstruction + torch.stack(scores).sum(0)

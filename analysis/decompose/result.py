@@ -1,4 +1,4 @@
-"""Result of a surgery: the parts of an ELBO, as estimates that add up."""
+"""Result of an ELBO surgery: reconstruction, mutual information and marginal KL, which add up to the ELBO."""
 
 from __future__ import annotations
 
@@ -16,68 +16,76 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Dimensions:
-    """One latent coordinate by coordinate; nats per datum."""
+    """Decomposition of the KL of one latent by coordinate (of discrete latents: by grid position); nats per datum."""
 
     mutual_information: tuple[float, ...]
-    """I_q[x, z_d]."""
+    """Mutual information I_q[x, z_d] of the data and every coordinate."""
     marginal_kl: tuple[float, ...] | None
-    """KL(q_agg(z_d) || p(z_d)); None where the prior reads other latents or does not factorise."""
+    """Marginal KL(q_agg(z_d) || p(z_d)) of every coordinate; None where the prior depends on other latents or does not
+    factorise."""
     total_correlation: Estimate
-    """KL(q_agg(z) || prod_d q_agg(z_d))."""
+    """Total correlation of the coordinates, KL(q_agg(z) || prod_d q_agg(z_d))."""
     coordinate_kl: Estimate | None
-    """sum_d KL(q_agg(z_d) || p(z_d)); with the total correlation it is the marginal KL."""
+    """Sum of the coordinates' marginal KLs, sum_d KL(q_agg(z_d) || p(z_d)); the marginal KL of the latent is this sum
+    plus the total correlation."""
     error: float
-    """Largest difference found between densities on a grid and the sum over all pairs, nats; 0 for codes."""
+    """Largest error found, in nats, of the densities log q_agg(z_d), which are interpolated on a grid, against exact
+    sums over all rows; 0 for discrete latents."""
 
 
 @dataclass(frozen=True)
 class LatentSurgery:
-    """KL of one latent and its parts, nats per datum."""
+    """KL of one latent and its decomposition, nats per datum."""
 
     kl: Estimate
-    """E[log q(z|.) - log p(z|.)]."""
+    """Mean KL of posterior to prior, E_q[log q(z | .) - log p(z | .)], each given the latents that it depends on."""
     kl_exact: Estimate | None
-    """The same in closed form, where torch knows it."""
+    """Mean of the closed-form KL(q || p) over the data; None where torch has no closed form."""
     mutual_information: Estimate | None
-    """I_q[x, z_l] under the exact aggregated posterior; None where q(z_l | .) reads other latents."""
+    """Mutual information I_q[x, z] of the data and this latent; None where q(z | .) depends on other latents."""
     marginal_kl: Estimate | None
-    """KL(q_agg(z_l) || p(z_l)); None where either side reads other latents."""
+    """Marginal KL(q_agg(z) || p(z)) of this latent; None where its posterior or its prior depends on other latents."""
     kl_per_dimension: tuple[float, ...] | None
-    """Mean closed-form KL of every coordinate, for normal posterior and normal prior."""
+    """Mean closed-form KL of every coordinate; None unless posterior and prior are normal."""
     active_units: int | None
-    """Coordinates whose posterior mean varies over the data by more than 0.01 (variance)."""
+    """Number of active units: coordinates whose posterior mean has a variance over the data above 0.01; None unless the
+    posterior is normal."""
     dimensions: Dimensions | None = None
-    """Coordinate by coordinate; None where q(z_l | .) reads other latents or is of another family."""
+    """Decomposition by coordinate; None for a single coordinate, and unless q(z | .) depends on x alone and is normal
+    or discrete."""
     perplexity: tuple[float, ...] | None = None
-    """exp of the entropy of q_agg at every position of a code; None for other latents."""
+    """Perplexity of the codes at every grid position, exp of the entropy of q_agg; None unless the latent is
+    discrete."""
     states: int | None = None
-    """Number of states of a code, K; None for other latents."""
+    """Number of states of a code, K; None unless the latent is discrete."""
     pooled_perplexity: float | None = None
-    """exp of the entropy of q_agg averaged over the positions of codes; None for bits and other latents."""
+    """Perplexity of the whole codebook, exp of the entropy of q_agg averaged over grid positions; None for binary codes
+    and continuous latents."""
     used: int | None = None
-    """Number of codes with at least a thousandth of an even share of that average; None as above."""
+    """Number of codes in use: those with a probability of at least 1/1000 of 1/K under q_agg averaged over grid
+    positions; None for binary codes and continuous latents."""
 
 
 @dataclass(frozen=True)
 class ClassSurgery:
-    """The rows of one label; nats per datum."""
+    """Terms of the ELBO surgery averaged over the data with one class label; nats per datum."""
 
     n: int
     elbo: Estimate
     reconstruction: Estimate
     kl: Estimate
     mutual_information: Estimate | None
-    """Mean of log q(z|x) - log q_agg(z) over the class, q_agg over all rows."""
+    """Mean over the class of log q(z | x) - log q_agg(z), where q_agg is that of all data, not of the class alone."""
     marginal_kl: Estimate | None
-    """Mean of log q_agg(z) - log p(z) over the class."""
+    """Mean over the class of log q_agg(z) - log p(z), where q_agg is that of all data."""
 
 
 @dataclass(frozen=True, repr=False)
 class Surgery(Figures):
-    """The ELBO of a data set, taken apart; nats per datum.
+    """Decomposition of the mean ELBO of a data set; nats per datum.
 
-    `elbo = reconstruction - kl` (less `global_kl`) and `kl = mutual_information + marginal_kl` hold exactly, because
-    one set of draws (or one sum over all states) serves every term.
+    `elbo = reconstruction - kl` (minus `global_kl`, where there is one) and `kl = mutual_information + marginal_kl`
+    hold exactly, because all terms are computed from the same samples (or from the same sum over all states).
     """
 
     n: int
@@ -86,38 +94,44 @@ class Surgery(Figures):
     kl: Estimate
     kl_exact: Estimate | None
     mutual_information: Estimate | None
-    """I_q[x, z]; an upper bound where components are a subset."""
+    """Mutual information I_q[x, z] of data and latents; an upper bound where q_agg has a random subset of its
+    components."""
     mutual_information_lower: Estimate | None
-    """Lower bound of I_q[x, z], where components are a subset."""
+    """Lower bound of I_q[x, z]; None unless q_agg has a random subset of its components."""
     marginal_kl: Estimate | None
-    """KL(q_agg || p); a lower bound where components are a subset."""
+    """Marginal KL(q_agg || p); a lower bound where q_agg has a random subset of its components."""
     marginal_kl_upper: Estimate | None
-    """Upper bound of KL(q_agg || p), where components are a subset."""
+    """Upper bound of KL(q_agg || p); None unless q_agg has a random subset of its components."""
     leave_one_out: Estimate | None
-    """Upper bound of the mutual information under the distribution of the data."""
+    """Upper bound, in expectation, of the mutual information of x and z under the distribution that the data come from:
+    q_agg without the datum's own posterior."""
     label_information: Estimate | None
-    """I_q[y, z] of the labels."""
+    """Mutual information I_q[y, z] of class labels and latents; None without labels."""
     train_gain: Estimate | None
-    """E[log q_agg(z) - log p(z)] with q_agg over other (training) rows: what it would win here as the prior."""
+    """Mean of log q_agg(z) - log p(z) with the q_agg of other (training) rows: the ELBO gain on these data if that
+    q_agg replaced the prior."""
     elbo: Estimate
     log_n: Estimate
     latents: dict[str, LatentSurgery]
     classes: dict[int, ClassSurgery] = field(default_factory=dict)
-    """Terms by label, where labels were given."""
+    """Terms of the decomposition by class label; empty without labels."""
     shared: dict[str, float] = field(default_factory=dict)
-    """log q - log p of global latents, nats for the whole data set; their share is taken off `elbo` alone."""
+    """Mean log q - log p of every global latent, nats for the whole data set; divided by n, it is subtracted from
+    `elbo` but is not part of `kl`."""
     global_kl: Estimate | None = None
-    """KL of the global latents divided by n; exact, minus the log prior density, where they are points."""
+    """KL of the global latents divided by n; where the guide sets them to points (Delta) it is minus their log prior
+    density, and exact."""
     elements: int | None = None
-    """Numbers to a datum, where all of them are discrete: `bits_per_dimension` is then defined."""
+    """Number of elements of a datum, if all of them are discrete, so that `bits_per_dimension` is defined; else
+    None."""
     relaxed_elbo: Estimate | None = None
-    """The ELBO of relaxed latents, with the KL they declare: what was trained. All other figures are of the codes they
-    stand for."""
+    """ELBO of relaxed (Concrete) latents with the KL declared for them, the objective of training; all other terms are
+    those of the discrete codes. None unless a latent is relaxed."""
     notes: tuple[str, ...] = ()
 
     @property
     def bits_per_dimension(self) -> Estimate | None:
-        """-elbo / (elements log 2): bits that store one element, an upper bound of -log2 P(x) / elements."""
+        """Bits per dimension, -elbo / (elements log 2), at least -log2 P(x) / elements; None for continuous data."""
         if self.elements is None:
             return None
         bits, e = self.elements * math.log(2), self.elbo
@@ -151,7 +165,7 @@ class Surgery(Figures):
             yield from self._level(name, latent)
 
     def _level(self, name: str, latent: LatentSurgery) -> Iterator[Row]:
-        """Rows of one latent: all of them beside others, else what the rows above do not say."""
+        """Yield the table rows of one latent; its KL, information and marginal KL only if there are several latents."""
         prefix = f"{name}." if len(self.latents) > 1 else ""
         if prefix:
             yield f"{prefix}kl", latent.kl, f"the level {name} alone"
@@ -166,7 +180,7 @@ class Surgery(Figures):
             yield f"{prefix}perplexity", exact(latent.pooled_perplexity), meaning
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain numbers and strings, for JSON."""
+        """Return all terms, by latent and by class, as plain numbers and strings for JSON."""
         return {
             "unit": "nats per datum",
             "n": self.n,
@@ -180,7 +194,7 @@ class Surgery(Figures):
         }
 
     def headline(self) -> str:
-        """Return the most that a better prior could win, as a sentence."""
+        """Return a sentence with the marginal KL, the largest ELBO gain of a better prior with this encoder."""
         if self.marginal_kl is None:
             return "marginal KL not defined or not available for this posterior"
         low, high = self.marginal_kl.value, (self.marginal_kl_upper or self.marginal_kl).value
@@ -197,7 +211,7 @@ class Surgery(Figures):
 
 
 def _plain(part: Any) -> Any:
-    """A dataclass of estimates and numbers as nested dicts."""
+    """Return an estimate, or a dataclass of estimates and numbers, as nested dicts; anything else unchanged."""
     if isinstance(part, Estimate):
         return part.to_dict()
     if isinstance(part, Dimensions | LatentSurgery | ClassSurgery):
@@ -209,7 +223,7 @@ def _plain(part: Any) -> Any:
 
 
 def side_by_side(found: Mapping[str, Surgery]) -> Table:
-    """One column for each surgery, by split or by run."""
+    """Return a table of several surgeries with one row per term and one column per surgery (a split or a run)."""
     from rich.table import Table
     from rich.text import Text
 
@@ -232,7 +246,7 @@ def side_by_side(found: Mapping[str, Surgery]) -> Table:
 
 
 def class_table(found: Surgery, split: str, names: Sequence[str] | None = None) -> Table:
-    """One row for each label."""
+    """Return a table of the terms by class label, one row per label; `names` are the names of the classes."""
     from rich.table import Table
     from rich.text import Text
 

@@ -1,4 +1,4 @@
-"""ELBO surgery: the ELBO of a data set taken apart, nat by nat."""
+"""ELBO surgery: decomposition of the mean ELBO into reconstruction, mutual information and marginal KL."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from pvae.pair.pair import Pair
 from pvae.util import seeds
 
 CLASSES_AT_MOST = 1000
-"""Largest number of classes of labels."""
+"""Largest number of distinct class labels that `surgery` accepts."""
 RECORDED = ("elbo", "reconstruction", "kl", "mutual_information", "marginal_kl", "total_correlation", "coordinate_kl")
-"""Terms of a surgery that are recorded."""
+"""Terms of a surgery that `record` returns as metrics."""
 
 
 def surgery(
@@ -39,7 +39,7 @@ def surgery(
     memory: int = MEMORY,
     on_progress: Callable[[int, int], None] = lambda _done, _total: None,
 ) -> Surgery:
-    r"""Return the ELBO of `pair` on the data `x`, taken apart.
+    r"""Return the decomposition of the mean ELBO of `pair` on the data `x`.
 
     (1/n) sum_i KL(q(z|x_i) || p(z)) = I_q[x, z] + KL(q_agg || p), with q_agg = (1/n) sum_i q(z|x_i) over all n
     rows. Each Monte Carlo term is a mean over the same samples z_i ~ q(z|x_i):
@@ -49,26 +49,27 @@ def surgery(
     - `marginal_kl`: the difference of the two
     - `elbo`: log p(x_i|z_i) minus `kl`
 
-    A code of at most 4096 joint states is summed over instead, and exact; so is one that is known for certain (a
-    nearest code), whatever its size: rows of the same joint code are counted. Positions of a grid are exact one by one.
-    Relaxed latents are taken as the codes they stand for, and `relaxed_elbo` is that of the relaxed ones.
+    For a discrete latent of at most 4096 joint states these terms are exact sums over all states. They are also exact,
+    for any number of states, if x determines the code (the nearest codebook row): q_agg is then the proportion of rows
+    with the same joint code. Terms of a single grid position are always exact. Relaxed latents are replaced by the
+    discrete codes they stand for; only `relaxed_elbo` is the ELBO of the relaxed latents.
 
-    For a latent that reads no other, the marginal KL splits further: total correlation KL(q_agg || prod_d q_agg(z_d))
-    and a sum over coordinates.
+    For a latent whose posterior depends on x alone, the marginal KL splits further, into the total correlation
+    KL(q_agg || prod_d q_agg(z_d)) and the sum of the marginal KLs of its coordinates.
 
-    Where the guide has several levels, q_agg is that of all levels together (each level's density is evaluated
-    at the shared z), on a stated subset of samples; where rows are too many for that, components are a random subset
-    too and I_q stands between two bounds (`AggregatedPosterior.information`).
+    If the guide has several levels, q_agg is their joint aggregated posterior (each level's density is evaluated at
+    the shared z), scored on a subset of samples that `notes` states. With too many rows for that, its components are a
+    random subset as well, and I_q has a lower and an upper bound (`AggregatedPosterior.information`).
 
-    Weights that handlers put on sites (poutine.scale) are left out: the figures are of the ELBO itself. Global latents
-    have one KL for all data, outside of q_agg; where the guide samples them, a sample of all data is one unit
-    of error, and latents that read them have no information of their own.
+    Weights from poutine.scale are ignored: the terms are those of the unweighted ELBO. Global latents have one KL for
+    all data, which is not part of q_agg. If the guide samples them, standard errors take into account that all rows of
+    a sample share them, and latents that depend on them have no mutual information of their own.
 
-    A model conditioned on covariates y is taken apart group by group: I_q[x, z | y] and E_y KL(q_agg(z|y) || p(z|y)),
-    with log n the mean of the groups' own ceilings.
+    For a model conditioned on covariates y, every group of rows with the same y has a surgery of its own, and the terms
+    are their means: I_q[x, z | y], E_y KL(q_agg(z|y) || p(z|y)) and the mean of the groups' log n.
 
-    Warning: with samples=1 a standard error cannot tell Monte Carlo noise from spread over the data; the total is
-    given and called conservative.
+    Warning: with samples=1 a standard error cannot separate Monte Carlo noise from spread over the data; it then
+    contains both, and the note says "conservative".
 
     References:
         ELBO surgery (Hoffman, Johnson, 2016), http://approximateinference.org/accepted/HoffmanJohnson2016.pdf
@@ -78,15 +79,16 @@ def surgery(
         pair: any Pyro pair.
         x: data `(n, *event)`.
         samples: samples of the latents per row.
-        seed: of the samples; the same seed, the same numbers.
-        labels: integers `(n,)`; the figures are then also given class by class.
-        train: other rows `(m, *event)`, whose q_agg is tried as the prior of `x`.
-        components: take this many rows, at random, for q_agg, and give bounds; default: as many as time allows.
-        memory: bytes that scoring q_agg may take beside the samples, whatever n.
+        seed: seed of the samples; the same seed gives the same numbers.
+        labels: class labels, integers `(n,)`; the terms are then also given by class.
+        train: other (training) rows `(m, *event)`, whose q_agg is evaluated as a prior for `x`.
+        components: number of rows, chosen at random, whose posteriors form q_agg; information and marginal KL are then
+            bounds; default: as many as time allows.
+        memory: bytes that scoring q_agg may take in addition to the samples, for any n.
         on_progress: called with (samples done, samples in all).
 
     Returns:
-        Surgery; figures are estimates in nats per datum, `kl_exact`, `log_n` and sums over codes exact.
+        Surgery, nats per datum; the `kind` of every term tells exact values, bounds and estimates apart.
 
     Raises:
         DataError: `x` has no rows, or labels do not fit it.
@@ -125,7 +127,7 @@ def surgery(
 
 
 def _labels(labels: Any, x: Tensor) -> Tensor | None:
-    """Return labels as class numbers `(n,)`."""
+    """Return class labels as a tensor of integers `(n,)` on the device of `x`; refuse any other shape or type."""
     if labels is None:
         return None
     try:
@@ -140,7 +142,7 @@ def _labels(labels: Any, x: Tensor) -> Tensor | None:
 
 
 def _honest(d: Draw, bottom_up: Collection[str]) -> Draw:
-    """Drop closed-form KLs that are invalid for bottom-up guides, whose priors read latents inferred from it."""
+    """Drop closed-form KLs of `bottom_up` latents, whose priors depend on latents that the guide infers from them."""
     for name in bottom_up:
         if not d.latents[name].certain:  # nothing is averaged over
             d.latents[name].kl = d.latents[name].p = None
@@ -148,9 +150,9 @@ def _honest(d: Draw, bottom_up: Collection[str]) -> Draw:
 
 
 def record(plan: Plan, pair: Pair, data: Dataset) -> dict[str, float]:
-    """Return the surgery of a few rows as a row of metrics: mean terms and active units, nats per datum.
+    """Return the terms of a surgery of some rows as metrics by name: nats per datum, and active units by latent.
 
-    The same rows and the same noise every time, so that what changes is the pair.
+    Rows and noise are the same in every call, so that all differences between calls come from the pair.
     """
     watched = plan.analysis
     x = data.split(watched.split).rows

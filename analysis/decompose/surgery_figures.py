@@ -1,4 +1,4 @@
-"""Figures of a whole surgery, from the account of its samples."""
+"""Terms of an ELBO surgery, computed from the log densities that an `Account` has collected."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from pvae.util import seeds
 
 
 def close(account: Account, y: Tensor | None, train: Tensor | None) -> Surgery:
-    """Return the figures of all samples that the account has taken."""
+    """Return the surgery of all samples scored by the account; `y` are labels, `train` are rows for `train_gain`."""
     whole = group_figures(account, account.names)
     latents = {name: latent_surgery(account, name) for name in account.names}
     closed = [latent.kl_exact for latent in latents.values()]
@@ -54,7 +54,7 @@ def _reconstruction(account: Account) -> Estimate:
 
 
 def _elbo(account: Account, reconstruction: Estimate, kl: Estimate | None) -> Estimate:
-    """Return reconstruction - kl - global kl; its error is that of the terms together."""
+    """Return the ELBO, reconstruction - kl - global KL; its standard error is computed from the ELBO of every datum."""
     assert kl is not None  # noqa: S101 - every group has one
     terms = torch.stack(account.reconstruction) - account.kl_terms() - account.shares()
     found = exact_mean(terms[0]) if account.nothing_drawn else account.over(terms)
@@ -62,7 +62,7 @@ def _elbo(account: Account, reconstruction: Estimate, kl: Estimate | None) -> Es
 
 
 def _relaxed_elbo(account: Account) -> Estimate | None:
-    """Return the ELBO of the relaxed latents themselves, by as many samples; None where no latent is relaxed."""
+    """Return the mean ELBO of relaxed latents, from as many samples as the surgery; None where no latent is relaxed."""
     found = relaxed_terms(account.pair, account.x, len(account.reconstruction), account.seed)
     return None if found is None else account.over(found)
 
@@ -75,7 +75,7 @@ def _global_kl(account: Account) -> Estimate | None:
 
 
 def _classes(account: Account, y: Tensor) -> dict[int, ClassSurgery]:
-    """Return the terms of the rows of every label."""
+    """Return the terms of the surgery by class label, each a mean over the rows of that label."""
     reconstruction, kl = torch.stack(account.reconstruction), account.kl_terms().reshape(-1, len(y))
     joint = account.joint_codes(account.names)
     scored = account.scored.get(account.names)
@@ -99,9 +99,10 @@ def _classes(account: Account, y: Tensor) -> dict[int, ClassSurgery]:
 
 
 def _label_information(account: Account, y: Tensor) -> Estimate | None:
-    """Return I_q[y, z] = E[log q_agg(z | y) - log q_agg(z)], on the first sample.
+    """Return the mutual information of labels and latents, I_q[y, z] = E[log q_agg(z | y) - log q_agg(z)], nats.
 
-    The mixture q_agg(z | y) is that over the rows of a label. None where densities are not kept for all rows.
+    It is estimated on the first sample; q_agg(z | y) is the mixture of the posteriors of all rows with label y. None
+    where the posterior parameters of all rows are not kept in memory.
     """
     scored, value = account.scored.get(account.names), account.first.flat(account.names)
     known = [q for name in account.names if (q := account.first.latents[name].q) is not None]
@@ -118,7 +119,10 @@ def _label_information(account: Account, y: Tensor) -> Estimate | None:
 
 
 def _train_gain(account: Account, train: Tensor) -> Estimate | None:
-    """Return E[log q_agg(z) - log p(z)] of the first sample, with q_agg over other rows; None where it is not known."""
+    """Return E[log q_agg(z) - log p(z)] on the first sample, nats, with q_agg over the rows `train`.
+
+    None where q_agg cannot be scored.
+    """
     scored = account.scored.get(account.names)
     if scored is None or not {*account.pair.layout.latents}.issuperset(account.names):
         return None
@@ -131,7 +135,7 @@ def _train_gain(account: Account, train: Tensor) -> Estimate | None:
 
 
 def _notes(account: Account) -> list[str]:
-    """Return remarks on what was left out of the figures, and how exact they are."""
+    """Return remarks on subsets of samples and components, on rounding errors and on deterministic codes."""
     notes = []
     scored, n = account.scored.get(account.names), len(account.x)
     if scored is not None and (len(scored.rows) < n or scored.once):
@@ -172,9 +176,9 @@ def _total(parts: list[Estimate]) -> Estimate:
 
 
 def relaxed_terms(pair: Pair, x: Tensor, samples: int, seed: int) -> Tensor | None:
-    """Return the ELBO per row with relaxed latents sampled relaxed, and the KL they declare, `(samples, n)`.
+    """Return the ELBO of every row with relaxed latents sampled as in training, `(samples, n)`, nats.
 
-    None where no latent is relaxed.
+    The KL of a relaxed latent is the one declared for it. None where no latent is relaxed.
     """
     if not pair.layout.relaxed:
         return None
