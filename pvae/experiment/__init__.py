@@ -1,1 +1,1 @@
-"""The whole declaration: TOML in and out, its rules, its formulas, and the pair it builds."""
+"""Declarations of experiments: reading and writing TOML, rules, formulas, and the Pyro pair that one builds."""

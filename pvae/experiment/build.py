@@ -1,4 +1,4 @@
-"""The Pyro pair that a declaration builds."""
+"""Construction of the Pyro pair (model and guide) of a declaration."""
 
 from __future__ import annotations
 
@@ -27,7 +27,9 @@ if TYPE_CHECKING:
 
 
 def build_pair(experiment: Experiment, frame: Frame) -> Pair:
-    """Return the pair of a declaration, adopted; its weights are drawn from `torch.manual_seed(experiment.seed)`.
+    """Return the pair of model and guide of a declaration, ready to run.
+
+    Its weights are initialised after `torch.manual_seed(experiment.seed)`.
 
     Raises:
         DeclarationError: it would not fit into memory, or a distribution is not finite before training.
@@ -49,7 +51,7 @@ def build_pair(experiment: Experiment, frame: Frame) -> Pair:
 
 
 def linked_parts(experiment: Experiment, frame: Frame) -> Link:
-    """Return the model and guide of a declaration, which have never run; the same weights each time."""
+    """Return model and guide of a declaration, before their first run; their weights are a function of its seed."""
     torch.manual_seed(experiment.seed)
     link, sites, guide_sites = Link(), experiment.sites(), experiment.guide_sites()
     link.frame, link.support = frame, experiment.observed().support
@@ -82,7 +84,7 @@ def linked_parts(experiment: Experiment, frame: Frame) -> Link:
 
 
 def codebooks(experiment: Experiment, sites: tuple[Site, ...]) -> dict[str, nn.Module]:
-    """Return the codebooks of the latents that have an embedding."""
+    """Return the codebook of each latent that declares an `embedding`, by latent."""
     return {
         site.name: experiment.latents[site.name].posterior.codebook(site.space.states, site.space.embedding)
         for site in sites
@@ -91,14 +93,14 @@ def codebooks(experiment: Experiment, sites: tuple[Site, ...]) -> dict[str, nn.M
 
 
 def temperatures(experiment: Experiment, sites: tuple[Site, ...]) -> dict[str, nn.Module]:
-    """Return the temperatures of the relaxed latents."""
+    """Return the scheduled temperature of each relaxed latent, by latent."""
     relaxed = [site.name for site in sites if site.space.values == "relaxed"]
     return {name: Scheduled(experiment.latents[name].temperature or Constant(value=2 / 3)) for name in relaxed}
 
 
 @contextmanager
 def at(path: str) -> Iterator[None]:
-    """Put the path of a table before problems that name no latent."""
+    """Put the path of a table before the problems of a DeclarationError, unless they name a latent themselves."""
     try:
         yield
     except DeclarationError as error:

@@ -1,4 +1,4 @@
-"""Latents and covariates of a declaration."""
+"""Declarations of latent variables and of covariates."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ class Latent(Section):
     dim: int | None = Field(default=None, gt=0, le=100_000)
     """Number of coordinates of a real vector."""
     codes: int | None = Field(default=None, gt=1, le=1_000_000)
-    """Number of values of a code; then prior and posterior are those of codes."""
+    """Number of values of a discrete latent (a code); its default prior and posterior are then discrete too."""
     grid: Ints | None = Field(default=None, min_length=1, max_length=2)
-    """Shape of a grid of codes, `[7, 7]` or `[20]`; a single code by default."""
+    """Shape of a grid of discrete codes, `[7, 7]` or `[20]`; a single code by default."""
     embedding: int | None = Field(default=None, gt=0, le=100_000)
-    """Width of a learned codebook, whose row stands for a code in networks; a one-hot by default."""
+    """Width of a learned codebook whose rows represent the codes in networks; one-hot vectors by default."""
     temperature: Schedule | None = None
-    """Temperature of a relaxed posterior and its prior, which share one; 2/3 by default."""
+    """Temperature of a relaxed (Concrete) posterior and of its prior, or its schedule; 2/3 by default."""
     bits: int | None = Field(default=None, gt=0, le=100_000)
-    """Number of elements of a vector of 0 and 1; then prior and posterior are those of bits."""
+    """Number of elements of a binary vector; its default prior and posterior are then Bernoulli."""
     given: Names = ()
-    """Parents in the model: latents and covariates."""
+    """Parents of the latent in the model: names of latents and covariates."""
     prior: Prior = StandardNormal()
     posterior: Posterior = NormalPosterior()
 
@@ -72,18 +72,18 @@ class Latent(Section):
 
     @property
     def space(self) -> Space:
-        """Values of the latent, before its posterior relaxes them."""
+        """Space of the values of the latent, before its posterior relaxes them."""
         if self.codes is not None:
             return Space.codes(self.codes, self.grid or (), self.embedding)
         return Space.real(self.dim) if self.dim is not None else Space.bits(self.bits or 0)
 
     @property
     def sampled(self) -> Space:
-        """Values that are sampled."""
+        """Space of the values that the posterior samples: `space`, or its relaxation if the posterior relaxes codes."""
         return self.posterior.sampled(self.space)
 
     def site(self, name: str) -> Site:
-        """Return the latent as model and guide see it."""
+        """Return the latent as a node of the graph that model and guide are built from."""
         return Site(
             name,
             self.sampled,
@@ -96,18 +96,19 @@ class Latent(Section):
 
     @property
     def guide_given(self) -> tuple[str, ...]:
-        """Parents in the guide: as declared, and those in the model for a posterior that reads p(z | parents)."""
+        """Parents in the guide: those declared, and the model's parents if the posterior reads p(z | parents)."""
         above = self.given if self.posterior.reads_prior else ()
         return tuple(dict.fromkeys((*self.posterior.given, *above)))
 
 
 class Covariate(Section):
-    """A label that is known of every datum and is not modelled, as a number or in words."""
+    """A label that is observed for every datum and not modelled: a class number, or a text prompt."""
 
     codes: int | None = Field(default=None, gt=1, le=100_000)
-    """Number of values, 0 .. codes - 1."""
+    """Number of values of the label, which are 0 .. codes - 1."""
     words: Names | None = Field(default=None, min_length=2)
-    """A text (prompt) for each label; the model reads its words, and later any other words of the vocabulary."""
+    """A text (prompt) for each label; the model reads its words, and after training any prompt of the same
+    vocabulary."""
 
     @model_validator(mode="after")
     def _one_form(self) -> Self:
@@ -120,10 +121,10 @@ class Covariate(Section):
 
     @property
     def labels(self) -> int:
-        """Number of labels."""
+        """Number of different labels."""
         return len(self.words) if self.words is not None else self.codes or 0
 
     @property
     def vocabulary(self) -> Vocabulary | None:
-        """Vocabulary of the words; None for numbers."""
+        """Vocabulary of the prompts; None if the label is a number."""
         return None if self.words is None else Vocabulary.of(self.words)

@@ -13,11 +13,13 @@ from pvae.component import Component, table_at
 def apply_overrides(
     raw: dict[str, Any], overrides: Sequence[tuple[tuple[str, ...], Any]], root: type[BaseModel]
 ) -> None:
-    """Set dotted paths in the nested dicts of a declaration; a table of another kind keeps only the keys it knows.
+    """Set dotted paths in the nested dictionaries of a declaration.
+
+    A table whose `kind` is overridden loses the keys that the new kind does not have.
 
     Arguments:
         raw: the declaration, changed in place.
-        overrides: pairs of path and value.
+        overrides: pairs of path, as a tuple of keys, and value.
         root: class of the declaration.
     """
     for path, value in overrides:
@@ -35,7 +37,7 @@ def apply_overrides(
 
 
 def _default_table(raw: dict[str, Any], path: Sequence[str], root: type[BaseModel]) -> dict[str, Any]:
-    """Return the table that an override of one key starts from where none is written: the default kind there."""
+    """Return the table to add an overridden key to if the declaration lacks it: that of the default kind, or {}."""
     _, parent = table_at(raw, path[:-1], root)
     field = parent.model_fields.get(path[-1]) if parent else None
     default = field.default if field else None
@@ -48,7 +50,7 @@ def _tag(raw: dict[str, Any], path: Sequence[str], root: type[BaseModel]) -> str
 
 
 def _forget_foreign_keys(raw: dict[str, Any], path: tuple[str, ...], root: type[BaseModel]) -> None:
-    """Drop the keys that a table of a new kind does not have."""
+    """Remove from a table whose kind has been overridden the keys that the new kind does not have."""
     if path[-1] not in ("kind", "source", "type") or len(path) == 1:
         return
     table, kind = table_at(raw, path[:-1], root)

@@ -1,4 +1,4 @@
-"""Settings of a fit: training, what is analysed meanwhile, and the plan that holds both with an objective."""
+"""Settings of a fit: training, analysis during training, and the plan that combines both with an objective."""
 
 from __future__ import annotations
 
@@ -21,53 +21,54 @@ from pvae.util import toml
 
 
 class Train(Section):
-    """Settings of SVI: epochs, batches, optimiser, and the rules of a fit."""
+    """Settings of training by SVI: epochs, batches, optimiser, early stopping, checkpoints, non-finite losses."""
 
     epochs: int = Field(default=20, gt=0)
     batch_size: int = Field(default=100, gt=0)
     optimizer: Optimizer = Adam()
     schedule: Schedule = Constant()
-    """Factor on the learning rate over training."""
+    """Schedule of a factor on the learning rate."""
     warmup: float = Field(default=0.0, ge=0)
     """Epochs during which the learning rate rises from zero."""
     clip_norm: float | None = Field(default=None, gt=0)
-    """Gradients with a larger global norm are scaled down to it."""
+    """Largest global norm of the gradient; larger gradients are scaled down to it."""
     average: float | None = Field(default=None, gt=0, lt=1)
     """Decay of an exponential moving average of the weights; validation and analysis then use the average."""
     alternate: int = Field(default=0, ge=0)
-    """Guide steps per model step (variational EM); 0 moves both at once."""
+    """Number of guide steps per model step (variational EM); 0 updates both in every step."""
     validate_every: int = Field(default=1, gt=0)
-    """Epochs between validations."""
+    """Number of epochs between two validations."""
     patience: int | None = Field(default=None, gt=0)
-    """Stop after this many validations without a better ELBO."""
+    """Number of validations without a better ELBO after which training stops early; never unless set."""
     keep: Literal["best", "last"] = "best"
     """Weights that the run keeps: those of the best validation ELBO, or the last."""
     nonfinite: Literal["stop", "skip", "rollback"] = "stop"
     """Response to a NaN or infinite loss: stop with a diagnosis, skip the step, or go back to the last checkpoint."""
     checkpoint_seconds: float = Field(default=30.0, ge=0)
-    """Least seconds between two checkpoints; one is always written at the end."""
+    """Smallest number of seconds between two checkpoints; one is always written at the end."""
     precision: Precision = "float32"
     """Type in which dense layers and convolutions multiply in training: `bfloat16` is 1.1 to 1.6 times as fast where
-    the processor has its instructions (avx512_bf16); elsewhere factors are rounded, and a step is no faster. The rest
-    is float32, validation and analyses too."""
+    the processor has its instructions (avx512_bf16); elsewhere factors are rounded, and a step is no faster. All
+    other computations are in float32, validation and analyses too."""
     engine: Literal["auto", "eager", "compiled"] = "auto"
-    """Engine of a step: `compiled` is export + Inductor; `auto` compares compile time with the time that it saves."""
+    """Execution of a step: `eager`; `compiled` by torch.export and Inductor; `auto` compiles if that should save
+    time."""
 
 
 class Watch(Section):
-    """Analysis during a fit."""
+    """Settings of the ELBO surgeries during a fit (table `analysis`)."""
 
     every: int = Field(default=0, ge=0)
-    """Epochs between two ELBO surgeries of a few rows, kept in the metrics (split "analysis"); 0 for none."""
+    """Number of epochs between two ELBO surgeries of a few rows, logged as metrics (split "analysis"); 0 for none."""
     rows: int = Field(default=1000, gt=1)
-    """Rows of each surgery, chosen once by the seed; I_q is at most their logarithm."""
+    """Number of rows in each surgery, chosen once by the seed; the mutual information I_q is at most log(rows)."""
     samples: int = Field(default=1, gt=0)
-    """Samples of z per datum."""
+    """Number of samples of z per datum in each surgery."""
     split: Literal["train", "validation"] = "train"
 
 
 class Plan(Section):
-    """Declaration of a fit: all that a hand-written pair needs."""
+    """Declaration of a fit without model and data, sufficient for a hand-written pair: objective, training, seed."""
 
     name: str = Field(default="experiment", min_length=1, max_length=300)
     description: str = ""
@@ -78,31 +79,34 @@ class Plan(Section):
 
     @classmethod
     def from_toml(cls, text: str, origin: str = "toml") -> Self:
-        """Return the declaration of a TOML document."""
+        """Return the declaration that a TOML document contains."""
         return cls.from_dict(toml.parse(text, origin), origin)
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any], origin: str = "experiment") -> Self:
-        """Return the declaration of nested dicts; a DeclarationError names every problem."""
+        """Return the declaration that nested dictionaries contain.
+
+        Raises a DeclarationError that names every problem.
+        """
         return from_table(cls, raw, origin)
 
     def with_overrides(self, *overrides: str) -> Self:
-        """Return a copy with dotted overrides such as `"train.epochs=20"`."""
+        """Return a copy of the declaration with dotted overrides such as `"train.epochs=20"` applied."""
         raw = self.model_dump(exclude_none=True, exclude_unset=True)
         apply_overrides(raw, toml.parse_overrides(overrides), type(self))
         return type(self).from_dict(raw)
 
     def with_changes(self, changes: Mapping[str, Any]) -> Self:
-        """Return a validated copy with other top-level values."""
+        """Return a validated copy of the declaration with other values for some of its top-level keys."""
         return type(self).from_dict({**self.model_dump(exclude_none=True, exclude_unset=True), **changes})
 
     def to_toml(self) -> str:
-        """Return the declaration as TOML with every default; it reads back to an equal one."""
+        """Return the declaration as TOML with every default written out; reading it gives an equal declaration."""
         table = self.model_dump(exclude_none=True)
         last = {key: table.pop(key) for key in ("objective", "train", "analysis")}
         return tomli_w.dumps({**table, **last})
 
     def digest(self) -> str:
-        """Return the SHA-256 (hex) of everything but name and description."""
+        """Return the SHA-256 digest (hex) of the declaration without name and description."""
         table = self.model_dump(mode="json", exclude={"name", "description"}, exclude_none=True)
         return hashlib.sha256(json.dumps(table).encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""Studies: many declarations in one file, run in parallel processes, found again by digest, and compared."""
+"""Studies: one file that declares many fits, which run in parallel processes and whose results are compared."""
 
 from pvae.studies.study import Study, states, study
 

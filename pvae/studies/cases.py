@@ -1,4 +1,4 @@
-"""The cases of a study: every declaration, row and combination of a sweep under every seed, checked before any runs."""
+"""Cases of a study: all combinations of declaration, zipped row, grid point and seed, checked before any fit."""
 
 from __future__ import annotations
 
@@ -23,24 +23,24 @@ from pvae.training.refit import stage_of
 from pvae.util import toml
 
 MAX_LISTED_PROBLEMS = 40
-"""Problems that an error lists; of others it gives the number."""
+"""Largest number of problems that an error lists; it gives only the number of further ones."""
 
 
 @dataclass(frozen=True, eq=False)
 class Case:
-    """One run of a study: a resolved declaration, with the values that distinguish it."""
+    """One run of a study: its complete declaration, and the swept values that distinguish it from other runs."""
 
     label: str
     parts: tuple[str, ...]
-    """Parts of the label: declaration, row, values."""
+    """Parts of the label: name of the declaration, label of the zipped row, and each value of the grid."""
     seed: int
     stage: str
-    """`fit`; `refit` for the second stage that the declaration asks for; else the label of a `[[sweep.refits]]`."""
+    """Stage: `fit`; `refit` for the second stage of the declaration; else the label of a `[[sweep.refits]]`."""
     experiment: Experiment
     differences: Mapping[str, str]
-    """Values that the sweep set, by dotted path."""
+    """Values that the sweep sets, as text, by dotted path."""
     parent: Case | None = None
-    """The first stage of a second one; else None."""
+    """Case of the first stage, if this one is a second stage; else None."""
 
     @property
     def key(self) -> tuple[str, int, str]:
@@ -49,31 +49,31 @@ class Case:
 
     @property
     def title(self) -> str:
-        """Return the case in words."""
+        """Return label, stage and seed of the case as text for people."""
         stage = "" if self.stage == FIRST else f", {self.stage}"
         return f"{self.label}{stage}, seed {self.seed}"
 
     @cached_property
     def digest(self) -> str:
-        """Digest of the declaration without its names, by which a finished run is found."""
+        """SHA-256 digest of the declaration without name and description, by which a finished run is found."""
         return self.experiment.digest()
 
 
 @dataclass(frozen=True)
 class Declared:
-    """A study, read and expanded; everything in it has been validated."""
+    """A study file that has been read and expanded into cases; all of it has been validated."""
 
     name: str
     description: str
     origin: str
-    """The name or file it was loaded by."""
+    """Name or path by which the study was loaded."""
     cases: tuple[Case, ...]
-    """First stages, each followed by its second stages."""
+    """Cases of the first stages, each followed by those of its second stages."""
     measure: Measure
 
     @classmethod
     def load(cls, name_or_file: str | Path) -> Self:
-        """Read a study by name, or a TOML file, and expand it.
+        """Read a study, given its name or a TOML file, and expand it into cases.
 
         Raises:
             DeclarationError: every problem of the file, or else of all its cases, each with its place.
@@ -96,7 +96,7 @@ class Declared:
 
 @dataclass(frozen=True)
 class _Setting:
-    """A case before its seed: a declaration, and what is set in it."""
+    """A case without a seed: a declaration and the values that the sweep sets in it."""
 
     label: str
     parts: tuple[str, ...]
@@ -106,7 +106,7 @@ class _Setting:
 
 
 def _settings(file: StudyFile, raw: Mapping[str, Any], path: Path) -> list[_Setting]:
-    """Return declarations x rows x combinations, in this order."""
+    """Return every combination of declaration, zipped row and grid point, the grid point varying fastest."""
     sweep = file.sweep
     own = {key: value for key, value in raw.items() if key != "sweep"}
     bases = _read_specs(sweep.specs, path) if sweep.specs else {"": own}
@@ -123,7 +123,10 @@ def _settings(file: StudyFile, raw: Mapping[str, Any], path: Path) -> list[_Sett
 
 
 def _read_specs(specs: Sequence[str], study: Path) -> dict[str, dict[str, Any]]:
-    """Return the declarations by name; raises DeclarationError with every one that is missing, or in another folder."""
+    """Return the contents of the files in `sweep.specs`, by name.
+
+    Raises DeclarationError with every file that is missing, or outside of the folder of the study file.
+    """
     found, problems = {}, []
     for spec in specs:
         try:
@@ -137,7 +140,7 @@ def _read_specs(specs: Sequence[str], study: Path) -> dict[str, dict[str, Any]]:
 
 
 def _spec_file(spec: str, folder: Path) -> Path:
-    """Return the file of a zoo name, or one below `folder`; a study from elsewhere can read no other file."""
+    """Return the TOML file of a zoo name, or one below `folder`; a study can read no other files."""
     if spec in zoo.names():
         return zoo.FOLDER / f"{spec}.toml"
     path = (folder / spec).resolve() if "\0" not in spec else folder
@@ -149,7 +152,7 @@ def _spec_file(spec: str, folder: Path) -> Path:
 
 
 def _rows(zipped: Mapping[str, Sequence[Any]]) -> list[tuple[str, list[tuple[str, Any]]]]:
-    """Return label and values of each zipped row; one row without values where nothing is zipped."""
+    """Return the label and the (path, value) pairs of each row of `sweep.zip`; one empty row if nothing is zipped."""
     paths = [path for path in zipped if path != "label"]
     if not paths:
         return [("", [])]
@@ -162,7 +165,7 @@ def _rows(zipped: Mapping[str, Sequence[Any]]) -> list[tuple[str, list[tuple[str
 
 
 def _combinations(grid: Mapping[str, Sequence[Any]]) -> list[tuple[list[str], list[tuple[str, Any]]]]:
-    """Return label parts and values of each combination, the last path varying fastest."""
+    """Return parts of the label and (path, value) pairs of each combination of `sweep.grid`, the last path fastest."""
     paths = list(grid)
     axes = [zip(_named(paths, path, grid[path]), grid[path], strict=True) for path in paths]
     return [
@@ -172,7 +175,7 @@ def _combinations(grid: Mapping[str, Sequence[Any]]) -> list[tuple[list[str], li
 
 
 def _named(paths: Sequence[str], path: str, values: Sequence[Any]) -> list[str]:
-    """Return short names of the values of a path: the kinds of tables where they differ, else `end of path=value`."""
+    """Return a short label for each swept value of a path: its `kind` if all kinds differ, else `end of path=value`."""
     kinds = [value.get("kind") if isinstance(value, dict) else None for value in values]
     if None not in kinds and len(set(map(str, kinds))) == len(values):
         return [_short(str(kind)) for kind in kinds]
@@ -182,7 +185,7 @@ def _named(paths: Sequence[str], path: str, values: Sequence[Any]) -> list[str]:
 
 
 def _text(value: Any) -> str:
-    """Return a value of TOML on one line."""
+    """Return a value from TOML as text on one line."""
     return value if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False)
 
 
@@ -194,7 +197,7 @@ def _short(text: str) -> str:
 
 
 class _Problems:
-    """Problems with the cases that have them; a problem of all cases is listed once."""
+    """Problems of a study, each with the labels of its cases; a problem that all cases share is listed once."""
 
     def __init__(self, origin: str, cases: int) -> None:
         self.origin, self.cases = origin, cases
@@ -216,7 +219,7 @@ class _Problems:
 
 
 def _cases(file: StudyFile, setting: _Setting, problems: _Problems) -> Iterator[Case]:
-    """Yield the cases of a setting, seed by seed; problems are the same for each seed, and noted once."""
+    """Yield the cases of a setting for every seed, and record its problems once, because each seed has the same."""
     try:
         base = _experiment(file, setting)
     except DeclarationError as error:
@@ -236,12 +239,12 @@ def _cases(file: StudyFile, setting: _Setting, problems: _Problems) -> Iterator[
 
 
 def _bare(error: DeclarationError) -> list[str]:
-    """Return the problems without the origin that `_experiment` and `_second_stage` give them."""
+    """Return the problems of an error without the placeholder that `_experiment` and `_second_stage` put first."""
     return [problem.removeprefix("\0: ") for problem in error.problems]
 
 
 def _experiment(file: StudyFile, setting: _Setting) -> Experiment:
-    """Return the declaration with its values set, named after study and label."""
+    """Return the experiment of a setting: its declaration with the swept values, named after study and label."""
     raw: dict[str, Any] = copy.deepcopy(dict(setting.raw))
     apply_overrides(
         raw, [(tuple(path.split(".")), copy.deepcopy(value)) for path, value in setting.changes], Experiment
@@ -254,7 +257,7 @@ def _experiment(file: StudyFile, setting: _Setting) -> Experiment:
 
 
 def _stages(sweep: Sweep, case: Case) -> Iterator[str]:
-    """Yield the second stages of a first one: that of its declaration, then those of the sweep."""
+    """Yield the names of the second stages of a case: that of its declaration, then those of `[[sweep.refits]]`."""
     if case.experiment.refit is not None:
         yield SECOND
     for refit in sweep.refits:
@@ -263,7 +266,10 @@ def _stages(sweep: Sweep, case: Case) -> Iterator[str]:
 
 
 def _second_stage(sweep: Sweep, case: Case, name: str) -> Experiment:
-    """Return the declaration of a second stage; raises DeclarationError if it changes more than priors and training."""
+    """Return the declaration of the second stage `name` of a case.
+
+    Raises DeclarationError if it changes more than priors and training settings.
+    """
     first = case.experiment
     if name == SECOND:
         stage = first.second_stage()
@@ -276,7 +282,7 @@ def _second_stage(sweep: Sweep, case: Case, name: str) -> Experiment:
 
 
 def _require_distinct(cases: Sequence[Case], problems: _Problems) -> None:
-    """Note cases that share a name, and cases whose declarations are equal."""
+    """Record as problems the cases that share a label, and those whose declarations are equal."""
     labels = Counter(case.key for case in cases)
     for label in dict.fromkeys(label for (label, _, _), count in labels.items() if count > 1):
         problems.add(label, ["expected a label of its own; got it twice. Name the rows with sweep.zip.label."])

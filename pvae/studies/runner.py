@@ -1,4 +1,4 @@
-"""Runs of a study in independent processes: started, resumed, waited for, measured."""
+"""Execution of a study in parallel processes, which start or resume the runs and compute their metrics."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ if TYPE_CHECKING:
     from filelock import FileLock
 
 ENTRY = "study-work"
-"""Command of a child process, which reads its job from standard input."""
+"""Name of the `pvae` command that a child process runs; it reads its job as JSON from standard input."""
 POLL_SECONDS = 0.1
 LOOK_SECONDS = 2.0
-"""Seconds between two checks of a run that another process holds."""
+"""Seconds between two checks of a run on which a process outside of this study is working."""
 DONE = frozenset(["finished", "found", "failed", "stopped"])
 CLAIMS = ".studies"
 
@@ -46,14 +46,14 @@ CLAIMS = ".studies"
 
 @dataclass
 class Task:
-    """Work of one process: a first stage with the second that it declares, or a second stage of the study."""
+    """Work of one child process: a first stage with its declared second stage, or one of `[[sweep.refits]]`."""
 
     cases: tuple[Case, ...]
     state: str = "waiting"
     doing: str = ""
-    """fit, resume, refit or measure, while it is running."""
+    """Job of the running process: fit, resume, refit or measure."""
     error: str = ""
-    """The last line of a failed process."""
+    """Last line of output of a failed process."""
     process: Popen[bytes] | None = None
     told: IO[bytes] | None = None
     claim: FileLock | None = None
@@ -61,16 +61,16 @@ class Task:
 
     @property
     def case(self) -> Case:
-        """Return the first of its cases."""
+        """Return the first case of the task."""
         return self.cases[0]
 
     @property
     def title(self) -> str:
-        """Return the case in words."""
+        """Return label, stage and seed of the task's first case as text for people."""
         return self.case.title
 
     def now(self, root: Path) -> Mapping[str, Any]:
-        """Return the status of the run that its process works on; {} before there is one."""
+        """Return the status of the run on which the task's process is working; {} if there is none yet."""
         for case in reversed(self.cases) if self.process is not None else ():
             for path in reversed(folders(root / slug(case.experiment.name))):
                 with suppress(DataError):
@@ -81,7 +81,7 @@ class Task:
 
 
 def tasks_of(cases: Sequence[Case]) -> list[Task]:
-    """Return one task for each first stage and each second stage of the sweep, in order."""
+    """Return a task for each first stage and each second stage of `[[sweep.refits]]`, in the order of the cases."""
     second = {case.parent: case for case in cases if case.stage == SECOND}
     return [
         Task((case, *([second[case]] if case in second else ()))) for case in cases if case.stage != SECOND
@@ -89,18 +89,18 @@ def tasks_of(cases: Sequence[Case]) -> list[Task]:
 
 
 class Runner:
-    """Runs tasks in processes of their own, at most `jobs` at a time.
+    """Scheduler that runs the tasks of a study in child processes, at most `jobs` at a time.
 
     Arguments:
-        tasks: the work.
-        root: where runs are kept.
-        data_dir: where to look for data first.
+        tasks: tasks of the study.
+        root: folder of the run directories.
+        data_dir: folder that is searched first for data files.
         device: as in `fit`.
-        jobs: processes at a time.
-        threads: of each process.
-        measure: settings of the figures of a finished run.
-        on_change: called with the tasks after every look at them.
-        origin: argument of `pvae study`, for the command that continues.
+        jobs: number of processes at a time.
+        threads: threads of each process.
+        measure: settings of the metrics of a finished run.
+        on_change: called with the tasks after every check of their states.
+        origin: argument of `pvae study`, for the message that says how to continue.
     """
 
     def __init__(
@@ -123,7 +123,7 @@ class Runner:
         self.signal: int | None = None
 
     def run(self) -> None:
-        """Run until every task is finished or failed; raises Interrupted after a signal."""
+        """Run until every task is finished, failed or stopped; raises Interrupted after a signal."""
         with self._signals():
             try:
                 while any(task.state not in DONE for task in self.tasks):
@@ -153,7 +153,7 @@ class Runner:
                 self._try(task)
 
     def _try(self, task: Task) -> None:
-        """Start a task, unless its first stage is missing or another process has it."""
+        """Start the process of a task, unless its first stage is unfinished or another process is working on it."""
         if task.case.parent is not None and not self._is_ready(task, task.case.parent):
             return
         task.looked = time.monotonic()
@@ -171,14 +171,14 @@ class Runner:
                 self._let_go(task)
 
     def _is_ready(self, task: Task, parent: Case) -> bool:
-        """Return whether the first stage is finished; if it failed, the second fails too."""
+        """Return True if the first stage of a task is finished; if that failed, mark the task as failed too."""
         first = next(other for other in self.tasks if other.case is parent)
         if first.state == "failed":
             task.state, task.error = "failed", "its first stage failed"
         return first.state in ("finished", "found")
 
     def _claim(self, task: Task) -> FileLock | None:
-        """Take the lock of a case in this run folder; None while another study has it."""
+        """Acquire and return the lock file of a task in the folder of runs; None while another study holds it."""
         from filelock import FileLock, Timeout
 
         name = hashlib.sha256("".join(c.digest for c in (task.case, task.case.parent) if c).encode()).hexdigest()[:32]
@@ -193,7 +193,10 @@ class Runner:
         return lock
 
     def _job(self, task: Task) -> dict[str, Any] | None:
-        """Return the rest of a task that this process has claimed; None if a run of it is held, or all is done."""
+        """Return the next job of a task whose lock is acquired, for a child process.
+
+        None if another process is working on one of its runs, or if all runs are finished and their metrics computed.
+        """
         runs = [self.shelf.best(case) for case in task.cases]
         states = ["" if run is None else standing(run) for run in runs]
         if "held" in states:
@@ -220,7 +223,7 @@ class Runner:
         spec: Experiment | None = None,
         like: RunDirectory | None = None,
     ) -> dict[str, Any]:
-        """Return a job for a child process; a resumed run keeps its threads and its device."""
+        """Return a job as a dictionary for a child process; a resumed run keeps its device and number of threads."""
         had = {} if like is None else like.manifest
         return {
             "kind": kind,
@@ -269,7 +272,7 @@ class Runner:
             task.claim = None
 
     def _end_all(self) -> None:
-        """End all processes, also after an error."""
+        """Terminate all child processes and wait for their end, also after an error."""
         running = [task for task in self.tasks if task.process is not None]
         self._pass_on(signal.SIGTERM)
         for task in running:
@@ -282,7 +285,7 @@ class Runner:
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
-        """Pass signals on to the processes: the first lets them write checkpoints, a second ends them at once."""
+        """Forward signals to the child processes: the first lets them write checkpoints, a second ends them at once."""
         old: dict[int, Any] = {}
         if threading.current_thread() is threading.main_thread():
             old = {int(n): signal.signal(n, self._note) for n in (signal.SIGINT, signal.SIGTERM)}
@@ -298,7 +301,7 @@ class Runner:
 
 
 def _last_line(told: IO[bytes]) -> str:
-    """Return the last line of a file that is not blank."""
+    """Return the last line of a process's output that is not blank, at most 1000 characters."""
     told.seek(0, os.SEEK_END)
     told.seek(max(0, told.tell() - 8192))
     lines = [line for line in told.read().decode(errors="replace").splitlines() if line.strip()]
@@ -309,7 +312,10 @@ def _last_line(told: IO[bytes]) -> str:
 
 
 def work(job: Mapping[str, Any]) -> None:
-    """Do one job of a study in this process: fit, resume, refit or nothing, then measure what is finished."""
+    """Do one job of a study in this process: fit, resume or refit a run if needed, then compute its metrics.
+
+    The metrics of the run's first stage are computed as well.
+    """
     import torch
 
     from pvae.analysis.pages.study import figures

@@ -1,4 +1,4 @@
-"""Runs found by the digest of their declaration, whatever their names."""
+"""Search for the runs of a study by the digest of their declaration, whatever their names."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from pvae.studies.cases import Case
 from pvae.training.refit import parent_of
 
 RANKS = ("finished", "held", "stopped")
-"""States of a run that a case can use, the best first."""
+"""States of a run that can serve a case, in order of preference; see `standing`."""
 
 
 def standing(run: RunDirectory) -> str:
-    """Return the state of a run: finished, held (a process works on it), stopped (it can be resumed), or void.
+    """Return the state of a run: finished, held (a process works on it), stopped (resumable), or void (not usable).
 
     Raises:
         DataError: its files are damaged.
@@ -37,14 +37,14 @@ def standing(run: RunDirectory) -> str:
 
 
 class Shelf:
-    """The runs below a folder, found by their declarations; a run whose files are damaged is ignored."""
+    """Index of the runs below a folder by their declarations; a run whose files are damaged is ignored."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
         self.known: dict[Path, tuple[int, tuple[str, Any]]] = {}
 
     def best(self, case: Case) -> RunDirectory | None:
-        """Return the run of a case: a finished one, else a held, else a stopped one; the newest of these.
+        """Return the run of a case: the newest finished one, else the newest held or stopped one, else None.
 
         A second stage must name the run of its first stage as the parent, at the epoch that it ended with.
         """
@@ -66,7 +66,10 @@ class Shelf:
         yield from map(RunDirectory, sorted(paths, key=lambda path: path.name, reverse=True))
 
     def _declared(self, run: RunDirectory) -> tuple[str, Any]:
-        """Return digest and parent of a run; cached, because a changed declaration is a new file."""
+        """Return the digest of a run's declaration and the parent in its manifest.
+
+        Cached until the declaration file changes.
+        """
         try:
             age = (run.path / "spec.toml").lstat().st_mtime_ns
         except OSError:

@@ -1,4 +1,4 @@
-"""`pvae.study`: run the cases that a study file declares, and show their figures as tables."""
+"""Entry point `pvae.study`: run the cases that a study file declares, and tabulate the metrics of their runs."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 EVIDENCE = 100
-"""Importance samples for each of 500 data in the comparison's bound on log p(x)."""
+"""Importance samples per datum for the lower bound on log p(x) in the comparison of a study's runs."""
 Key = tuple[str, int, str]
-"""Label of the case, seed, stage (`fit`, `refit`, or the label of a `[[sweep.refits]]`)."""
+"""Key of a case: its label, its seed, and its stage (`fit`, `refit`, or the label of a `[[sweep.refits]]`)."""
 
 
 @dataclass(frozen=True)
 class Study:
-    """A study that has been run: its finished runs, and the errors of the others.
+    """Result of a study: its finished runs, and the errors of the failed cases.
 
     Arguments:
         declared: the study as its file declares it.
         finished: directories of the finished runs, by (label, seed, stage).
-        failures: the last line of output of each failed case.
-        data_dir: where to look for data first.
+        failures: the last line of output of each failed case, by (label, seed, stage).
+        data_dir: folder that is searched first for data files.
 
     Example:
         >>> from pathlib import Path
@@ -68,12 +68,12 @@ class Study:
         return {key: Run(files, data_dir=self.data_dir) for key, files in self.finished.items()}
 
     def to_frame(self) -> pandas.DataFrame:
-        """Return one row per finished run.
+        """Return a data frame of metrics with one row per finished run.
 
         Columns: `case`, `seed`, `stage`; a column for each dotted path that was set; of the test split `elbo`,
         `reconstruction`, `kl`, `mutual_information`, `marginal_kl` (estimates) and `iwae` (a lower bound of log p(x)),
-        of the training split `train_elbo` and so on, each with its Monte Carlo error `<figure>_error`, in nats per
-        datum; `seconds` of training; `run`, the folder. NaN where a figure is not defined.
+        of the training split `train_elbo` and so on, each with its Monte Carlo error `<metric>_error`, in nats per
+        datum; `seconds` of training; `run`, the folder. A metric that is not defined is NaN.
         """
         from pvae.analysis.pages.study import figures, frame, row_of  # here, because analysis stands above
 
@@ -86,7 +86,7 @@ class Study:
         return frame(rows)
 
     def summary(self) -> pandas.DataFrame:
-        """Return one row per case and stage: means over seeds, and their standard errors `<figure>_error`.
+        """Return a data frame with one row per case and stage: means over seeds, and standard errors `<metric>_error`.
 
         The error is the standard deviation over seeds divided by the root of their number; NaN for a single seed.
         """
@@ -97,7 +97,9 @@ class Study:
     def compare(
         self, out: str | Path, *, on_progress: Callable[[int, int, str], None] = lambda _done, _total, _what: None
     ) -> Path:
-        """Compare the finished runs: `index.html`, `report.json`, `tables/`, `runs.csv`, `summary.csv` in a folder.
+        """Write a comparison of the finished runs into a folder, as HTML, JSON and CSV.
+
+        The files are `index.html`, `report.json`, `tables/`, `runs.csv` and `summary.csv`.
 
         Runs of one case and stage are averaged over their seeds; the first run is the reference of paired differences.
 
@@ -120,7 +122,7 @@ class Study:
         return page
 
     def save(self, out: str | Path) -> None:
-        """Write `runs.csv` and `summary.csv` into a folder, made if it is not there."""
+        """Write `runs.csv` (one row per run) and `summary.csv` (means over seeds) into a folder, created if missing."""
         from pvae.analysis.pages.study import csv
 
         folder = make_folder(Path(out))
@@ -128,7 +130,7 @@ class Study:
         write_atomic(folder / "summary.csv", csv(self.summary()))
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain numbers and strings for JSON; a figure that is not defined is NaN, and null in JSON."""
+        """Return the study's metrics and failures as a dictionary for JSON; a metric that is not defined is NaN."""
         return {
             "study": self.declared.name,
             "description": self.declared.description,
@@ -161,24 +163,24 @@ def study(
     threads: int = 1,
     progress: bool = True,
 ) -> Study:
-    """Run every case of a study in processes of its own, and measure each.
+    """Run every case of a study in a process of its own, and compute the metrics of each finished run.
 
     A run in `run_dir` whose declaration equals that of a case (but for name and description) is the case's run: if it
     is finished it is used as it is, if it was interrupted it is resumed, and if another process works on it, it is
-    waited for. A case that fails stops no other. Figures are kept in the folder of each run: a second call is
-    quick.
+    waited for. A case that fails stops no other. Metrics are stored in the folder of each run, so that a second
+    call is quick.
 
     Arguments:
         file: the name of a study that comes with pvae, or a TOML file with a table `[sweep]`.
-        run_dir: where runs are kept.
-        data_dir: where to look for data first.
+        run_dir: folder of the run directories.
+        data_dir: folder that is searched first for data files.
         device: "auto", "cpu" or "cuda"; a resumed run keeps its device.
-        jobs: processes at a time; by default as many as there are cores for `threads` each.
-        threads: of each process; a resumed run keeps its own number.
+        jobs: number of processes at a time; by default the number of cores divided by `threads`.
+        threads: threads of each process; a resumed run keeps its own number.
         progress: show a table on a terminal, a line for each change elsewhere.
 
     Returns:
-        Study, with the finished runs, and for each failed case the last line of its process.
+        The finished runs, and for each failed case the last line of output of its process.
 
     Raises:
         DeclarationError: the study is wrong; every problem of every case, before anything runs.
@@ -232,7 +234,10 @@ def _read(declared: Declared, root: Path, tasks: Sequence[Task], data_dir: Path 
 
 
 def states(declared: Declared, root: Path) -> list[tuple[Case, str, RunDirectory | None]]:
-    """Return every case with its state (finished, held, stopped, to do) and its run, without running anything."""
+    """Return every case with its state and its run directory (None if it has no run), without running anything.
+
+    The states are finished, held (another process is running it), stopped (it can be resumed) and to do.
+    """
     shelf, found = Shelf(root), []
     for case in declared.cases:
         run = shelf.best(case)
@@ -241,7 +246,7 @@ def states(declared: Declared, root: Path) -> list[tuple[Case, str, RunDirectory
 
 
 class Board:
-    """Progress of a study: a live table on a terminal, a line for each change elsewhere, or nothing."""
+    """Progress display of a study: a live table on a terminal, a line for each change elsewhere, or nothing."""
 
     def __init__(self, name: str, root: Path, *, show: bool = True) -> None:
         self.name, self.root, self.show = name, root, show
@@ -264,7 +269,7 @@ class Board:
             self.live.stop()
 
     def update(self, tasks: Sequence[Task]) -> None:
-        """Show the changes since the last call."""
+        """Show the present states of the tasks: redraw the table, or print a line for each task whose state changed."""
         if self.live is not None:
             self.live.update(self.table(tasks))
         elif self.show:
@@ -275,7 +280,7 @@ class Board:
                     print(printable(f"{self.name}: {task.title}: {line}"), file=sys.stderr, flush=True)
 
     def table(self, tasks: Sequence[Task]) -> Table:
-        """Return a table of the running and the failed tasks, with a count of the finished ones."""
+        """Return a table of the running, waiting and failed tasks, with the number of finished ones in its title."""
         from rich.table import Table
         from rich.text import Text
 
@@ -294,7 +299,7 @@ class Board:
 
 
 def told(task: Task) -> str:
-    """Return the state of a task in words."""
+    """Return the state of a task as text for people."""
     words = {
         "running": task.doing, "held": "waiting for another process that has it", "failed": f"failed: {task.error}",
         "found": "finished before", "stopped": "stopped",

@@ -1,4 +1,4 @@
-"""Studies as they are declared: a `[sweep]` over declarations, values and seeds."""
+"""Declaration of a study: a table `[sweep]` over declarations, values and seeds."""
 
 from __future__ import annotations
 
@@ -29,49 +29,49 @@ Label = Annotated[str, Field(min_length=1, max_length=100)]
 
 
 class SecondStage(Section):
-    """Another prior, fitted to finished first stages that stay as they are."""
+    """A table `[[sweep.refits]]`: new priors, fitted to finished first stages with everything else frozen."""
 
     label: Label
     of: Names = ()
-    """Labels of the cases that it is fitted for, or parts of labels; all unless set."""
+    """Labels of the cases that get this second stage, or parts of their labels; all cases unless set."""
     overrides: dict[str, Any] = Field(min_length=1)
-    """The new priors and their training, as `pvae refit` takes them."""
+    """Overrides that declare the new priors and their training, as `pvae refit` takes them."""
 
 
 class Measure(Section):
-    """Settings of the figures that are measured of every finished run."""
+    """Settings of the metrics that are computed for every finished run."""
 
     samples: int = Field(default=1, gt=0)
-    """Samples of z per datum in the surgeries of train and test."""
+    """Samples of z per datum in the ELBO surgeries of the train and test splits."""
     evidence: int = Field(default=500, ge=0)
-    """Importance samples per test datum; 0 leaves IWAE out."""
+    """Importance samples per test datum for the IWAE bound on log p(x); 0 leaves it out."""
     rows: int | None = Field(default=None, gt=1)
-    """Largest number of rows of each split, a random subset; all unless set."""
+    """Largest number of rows of each split that are used, chosen at random; all unless set."""
 
 
 class Sweep(Section):
-    """The table `[sweep]`: every declaration, row and combination is fitted under every seed."""
+    """The table `[sweep]`: every declaration is fitted for every zipped row, grid point and seed."""
 
     specs: Names = Field(default=(), max_length=MAX_RUNS)
     """Zoo names, or TOML files below the study's folder; the study's own declaration unless set."""
     seeds: Seeds = ()
     """Seeds of each case; the declaration's own unless set."""
     grid: dict[str, SweptValues] = {}
-    """Values of dotted paths; every combination is a case."""
+    """List of values for each dotted path; every combination of them is a case."""
     zip: dict[str, SweptValues] = {}
-    """Values of dotted paths that vary together, row by row; `label` names the rows."""
+    """Lists of values of dotted paths that vary together, row by row; the key `label` names the rows."""
     refits: Annotated[tuple[Table[SecondStage], ...], Field(strict=False, max_length=100)] = ()
     measure: Table[Measure] = Measure()
 
     @field_validator("grid", "zip", mode="before")
     @classmethod
     def _dotted(cls, raw: Any) -> Any:
-        """Flatten tables within tables to dotted paths; each ends at its list of values."""
+        """Flatten nested tables into dotted paths, each with its list of values."""
         return flat(raw) if isinstance(raw, dict) else raw
 
 
 class StudyFile(Section):
-    """Keys of a study file beside the declaration that it sweeps."""
+    """Keys of a study file, apart from those of the declaration that it sweeps."""
 
     name: str = Field(min_length=1, max_length=100)
     description: str = ""
@@ -92,7 +92,7 @@ def find(name_or_file: str) -> Path:
 
 
 def validated(raw: dict[str, Any], origin: str) -> StudyFile:
-    """Return the study's own keys; raises DeclarationError with every problem of them."""
+    """Return the validated keys of a study file; raises DeclarationError with every problem found in them."""
     if "sweep" not in raw:
         raise DeclarationError(f"{origin}: sweep: expected a table; got none. Fit one experiment with: pvae fit FILE.")
     own = {key: value for key, value in raw.items() if key in StudyFile.model_fields}
@@ -106,7 +106,7 @@ def validated(raw: dict[str, Any], origin: str) -> StudyFile:
 
 
 def _problems(sweep: Sweep) -> Iterator[str]:
-    """Yield the problems that concern several keys of a sweep."""
+    """Yield the problems that concern several keys of a sweep, such as too many runs or repeated labels."""
     lengths = {path: len(values) for path, values in sweep.zip.items()}
     if len(set(lengths.values())) > 1:
         told = ", ".join(f"{path} {length}" for path, length in lengths.items())
@@ -137,7 +137,7 @@ def _label_problems(labels: Sequence[Any]) -> Iterator[str]:
 
 
 def _path_problems(sweep: Sweep) -> Iterator[str]:
-    """Yield the paths that cannot be swept, or are swept twice."""
+    """Yield a problem for each path of a sweep that cannot be swept or is swept twice."""
     paths = [("grid", path) for path in sweep.grid] + [("zip", path) for path in sweep.zip if path != "label"]
     for table, path in paths:
         root = path.partition(".")[0]

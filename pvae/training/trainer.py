@@ -31,8 +31,8 @@ Record = Callable[[Plan, Pair, Dataset], dict[str, float]]
 class State:
     """Progress of a fit, stored in every checkpoint.
 
-    `best` is the best validation ELBO, `waited` the number of validations since then, `skipped` the number of steps
-    that were not finite and changed no weight.
+    `best` is the best validation ELBO, `waited` the number of validations that patience has counted, `skipped` the
+    number of steps that were not finite and changed no weight.
     """
 
     step: int = 0
