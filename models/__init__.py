@@ -1,1 +1,1 @@
-"""p(x, z): what is in the world."""
+"""Generative models p(x, z): priors, decoders, likelihoods and the Pyro model of a declared graph."""

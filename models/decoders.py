@@ -1,4 +1,4 @@
-"""The decoder: latents to the distribution of a datum."""
+"""The decoder: from the latents to the distribution p(x | z) of a datum."""
 
 from __future__ import annotations
 
@@ -17,31 +17,31 @@ from pvae.nn.network import Network
 
 
 class Decoder(Section):
-    """p(x | latents): a network and a likelihood."""
+    """Declared decoder p(x | latents): a network and a likelihood."""
 
     network: Network = MLP()
-    """From the latents to the likelihood's parameters."""
+    """Network from the latents' features to the parameters of the likelihood."""
     likelihood: Likelihood = Bernoulli()
     given: Names | None = None
-    """Latents the decoder reads; default: those that no other latent depends on."""
+    """Names of the latents that the decoder reads; default: those that no other latent depends on."""
 
     def over(self, laws: Sequence[Law]) -> Decoder:
-        """The decoder of a table of such columns; the same where its likelihood asks for none."""
+        """Return this decoder with its likelihood bound to the columns of a table; unchanged if it scores no tables."""
         return self.model_copy(update={"likelihood": self.likelihood.over(laws)})
 
     @property
     def support(self) -> constraints.Constraint:
-        """Values a datum may take, elementwise."""
+        """Constraint on each element of x: the likelihood's or, if z determines x, that of the network's output."""
         own = self.likelihood.support
         return own if own.is_discrete or not self.likelihood.is_point else self.network.support or own
 
     def build(self, given: Mapping[str, Shape], x: Shape) -> DecoderModule:
-        """A module from the latents' features to a distribution of event shape `x`."""
+        """Return the module from the latents' features to a distribution of event shape `x`."""
         return DecoderModule(self, given, x)
 
 
 class DecoderModule(nn.Module):
-    """Network and likelihood in a row."""
+    """Module of a decoder: the network, then the likelihood of its output."""
 
     def __init__(self, declared: Decoder, given: Mapping[str, Shape], x: Shape) -> None:
         super().__init__()
@@ -49,5 +49,5 @@ class DecoderModule(nn.Module):
         self.network = declared.network.build(given, self.likelihood.inputs)
 
     def forward(self, seen: Mapping[str, Tensor]) -> dist.TorchDistribution:
-        """Features `name -> (..., *shape)` to p(x | features) with batch shape `(...)`."""
+        """Return p(x | features), with batch shape `(...)`, for features `name -> (..., *shape)`."""
         return self.likelihood(self.network(seen))

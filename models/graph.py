@@ -20,15 +20,15 @@ ENUMERATED: InferDict = {"enumerate": "parallel"}
 
 
 class GraphModel(nn.Module):
-    """p(x, z) = prod_l p(z_l | parents) p(x | z), as a Pyro program; all of it given the covariates of a row.
+    """Pyro model p(x, z) = p(x | z) prod_l p(z_l | parents), conditional on the covariates of a row if there are any.
 
     Arguments:
         sites: the latents, parents first.
         priors: one module per latent.
         decoder: from the latents to p(x | z).
-        frame: what a row of data holds.
-        codebooks: the embeddings of latents that have some.
-        temperatures: of relaxed latents; prior and posterior share one.
+        frame: the layout of a row of data: the datum x, then the covariates.
+        codebooks: the tables of embeddings of codes, by the name of their latent.
+        temperatures: the temperature of each relaxed latent, which its prior and posterior share.
     """
 
     def __init__(
@@ -49,25 +49,25 @@ class GraphModel(nn.Module):
         self.frame = frame
 
     def see(self, site: Site, value: Tensor, like: Tensor) -> Tensor:
-        """A latent's value as children and the decoder see it, `(..., *site.features)`."""
+        """Return a latent's value as its children and the decoder read it, codes embedded, `(..., *site.features)`."""
         book: Any = self.codebooks[site.name] if site.name in self.codebooks else None
         return site.space.see(value, like, None if book is None else book.table)
 
     def temperature(self, name: str) -> Tensor:
-        """tau of a relaxed latent, a scalar."""
+        """Return the temperature tau of a relaxed latent, a scalar."""
         found: Any = self.temperatures[name]
         return found.value
 
     def prior(self, name: str, seen: Mapping[str, Tensor]) -> dist.TorchDistribution:
-        """p(z_name | parents) from features by name."""
+        """Return p(z_name | parents), given the features of the parents by name."""
         return self.priors[name](seen)
 
     def forward(self, rows: Tensor | None = None, size: int | None = None) -> Tensor:
-        """Sample (or observe) x.
+        """Sample every latent from its prior and x from p(x | z); with `rows`, x is observed.
 
         Arguments:
             rows: rows of data `(batch, *row)`; None to sample from a model without covariates.
-            size: batch size when there are no rows (1 unless said).
+            size: batch size if there are no rows; default 1.
 
         Returns:
             x `(batch, *event)`.

@@ -1,4 +1,4 @@
-"""Decoders that can be run backwards: a flow as a VAE."""
+"""Invertible decoders, which make a normalising flow a VAE."""
 
 from __future__ import annotations
 
@@ -22,24 +22,24 @@ from pvae.nn.network import InvertibleModule, Network, NetworkModule, flatten
 
 
 class Squash:
-    """From the real line to (0, 1), stretched a little beyond both ends: v = (sigmoid(h) - edge) / (1 - 2 edge)."""
+    """Stretched logistic map v = (sigmoid(h) - edge) / (1 - 2 edge), whose range is a little wider than [0, 1]."""
 
     def __init__(self, edge: float) -> None:
         self.edge = edge
 
     def call(self, h: Tensor) -> Tensor:
-        """v of h, elementwise."""
+        """Return v for h, elementwise."""
         return (h.sigmoid() - self.edge) / (1 - 2 * self.edge)
 
     def invert(self, v: Tensor) -> tuple[Tensor, Tensor]:
-        """h of v in [0, 1], and log|dh/dv| summed over the last dimension."""
+        """Return h for v in [0, 1], and log|dh/dv| summed over the last dimension, nats."""
         s = self.edge + (1 - 2 * self.edge) * v
         slope = log(1 - 2 * self.edge) - s.log() - (-s).log1p()
         return torch.logit(s), slope.sum(-1)
 
 
 class BijectionModule(InvertibleModule):
-    """x = g(z) by a flow's bijections, and back with the log determinant."""
+    """Invertible decoder x = g(z), made of a flow's bijections, with the log determinant of its inverse."""
 
     def __init__(self, inputs: Mapping[str, Shape], output: Shape, flow: FlowModule, squash: Squash | None) -> None:
         super().__init__(inputs, output)
@@ -47,14 +47,14 @@ class BijectionModule(InvertibleModule):
         self.flow, self.squash = flow, squash
 
     def forward(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        """z `(..., D)`, or of any shape of D elements, to x `(..., *output)`."""
+        """Return x = g(z), `(..., *output)`, for z `(..., D)` or of any event shape of D elements."""
         x = self.flow.push(flatten(inputs[self.name], self.inputs[self.name]))
         if self.squash is not None:
             x = self.squash.call(x)
         return x.unflatten(-1, self.output)
 
     def invert(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """z = g^-1(x), `(..., D)`, and log|det dz/dx|, nats, `(...)`."""
+        """Return z = g^-1(x), `(..., D)`, and log|det dz/dx|, nats, `(...)`."""
         x = x.flatten(x.dim() - len(self.output))
         outer = torch.zeros_like(x[..., 0])
         if self.squash is not None:
@@ -64,23 +64,23 @@ class BijectionModule(InvertibleModule):
 
 
 FLOW_SCHEMA = WithJsonSchema({"type": ["string", "object"], "description": "A flow: a prior such as realnvp."})
-"""Priors hold networks and this network holds a prior: written out, the schema would have no end."""
+"""JSON schema of the field `flow`, not expanded: priors contain networks and this network a prior, without end."""
 
 
 @final
 class BijectionNetwork(Network):
-    """A flow's bijections as the decoder: as many latent coordinates as x has elements, and a way back.
+    """Invertible decoder made of a flow's bijections; the latent has as many coordinates as x has elements.
 
-    With the likelihood `determined` and the posterior `inverse` it is a flow as a VAE, whose ELBO is log p(x).
+    With the likelihood `determined` and the posterior `inverse` the VAE is a normalising flow, with ELBO = log p(x).
     """
 
     kind: Literal["bijection"] = "bijection"
     flow: Annotated[Prior, FLOW_SCHEMA] = RealNVP(layers=8)
-    """A flow, from z to x: `realnvp`, `maf`, ..."""
+    """Flow that maps z to x: `realnvp`, `maf`, ..."""
     squash: Literal["none", "logit"] = "none"
-    """`logit`: x lives in [0, 1], and the flow beyond a logistic map of it."""
+    """`logit`: x in [0, 1] is a logistic function of the flow's output; `none`: x is the flow's output."""
     edge: float = Field(default=0.01, gt=0, lt=0.5)
-    """Distance of [0, 1] from the ends of the logistic map, which sees [edge, 1 - edge]."""
+    """Margin of `squash = "logit"`: x is mapped to [edge, 1 - edge] before the logit, so that 0 and 1 stay finite."""
 
     @property
     def support(self) -> constraints.Constraint | None:
@@ -95,7 +95,7 @@ class BijectionNetwork(Network):
         return flow
 
     def build(self, inputs: Mapping[str, Shape], output: Shape | None) -> NetworkModule:
-        """See `Network.build`; the output must have as many elements as the one input."""
+        """Build the decoder module; the output must have as many elements as the only input."""
         sizes = {name: prod(shape) for name, shape in inputs.items()}
         if output is None or list(sizes.values()) != [prod(output)]:
             wanted = "a decoder" if output is None else f"one latent of dim = {prod(output)}"

@@ -15,53 +15,53 @@ from pvae.models.likelihoods.closed_form import ClosedForm
 
 
 class Likelihood(Component):
-    """The density of a datum given the decoder's output."""
+    """Declared likelihood p(x | h): distribution of a datum x given the decoder's output h."""
 
     hint: ClassVar[str] = ""
     of_tables: ClassVar[bool] = False
-    """True if it scores the columns of a table, and no other data."""
+    """True if the likelihood is for tables only, and scores each column by a distribution of its own."""
     closed_form: ClassVar[bool] = False
-    """True if the objective `em` can fit it: its module has a `closed_form`."""
+    """True if its M-step has a closed form, so that the objective `em` can fit it."""
 
     @property
     @abstractmethod
     def support(self) -> constraints.Constraint:
-        """Values a datum may take, elementwise."""
+        """Constraint on each element of x (real numbers, 0 or 1, ...)."""
 
     @property
     def channels(self) -> int:
-        """Numbers the decoder must produce per element of x."""
+        """Number of parameters that the decoder outputs for each element of x."""
         return 1
 
     @property
     def is_point(self) -> bool:
-        """True if z determines x: its posterior must then invert the decoder."""
+        """True if z determines x, x = g(z); the posterior must then invert the decoder, except in a GAN."""
         return False
 
     def over(self, laws: Sequence[Law]) -> Likelihood:
-        """The likelihood of a table of such columns: itself, where it asks for none."""
+        """Return this likelihood bound to table columns with the given distributions; itself if it scores no tables."""
         return self
 
     def reader(self) -> ReaderModule | None:
-        """Return the module that prepares x for the guide's networks; None where they read x itself."""
+        """Return the module that prepares x for the guide's networks; None if they read x itself."""
         return None
 
     @abstractmethod
     def build(self, x: Shape) -> LikelihoodModule:
-        """A module from the decoder's output `(..., channels * x[0], *x[1:])` to a distribution of event `x`."""
+        """Return a module from the decoder's output `(..., channels * x[0], *x[1:])` to a distribution of event `x`."""
 
 
 class ReaderModule(nn.Module):
-    """Data `(..., *x)` as the guide's networks read them, `(..., *output)`; it learns nothing."""
+    """Base of fixed encodings (no parameters) of data `(..., *x)` as inputs `(..., *output)` of guide networks."""
 
     output: Shape
 
 
 class LikelihoodModule(nn.Module):
-    """Base of what likelihoods build: splits the decoder's output into the parameters of each element."""
+    """Base of the modules of likelihoods: splits the decoder's output into the parameters of each element of x."""
 
     is_point: ClassVar[bool] = False
-    """True if z determines x."""
+    """True if x is a deterministic function of z."""
 
     def __init__(self, x: Shape, channels: int) -> None:
         super().__init__()
@@ -70,17 +70,17 @@ class LikelihoodModule(nn.Module):
 
     @property
     def inputs(self) -> Shape:
-        """Event shape expected of the decoder."""
+        """Event shape of the decoder's output, which holds the parameters of the likelihood."""
         return (self.channels * self.x[0], *self.x[1:])
 
     def split(self, h: Tensor) -> tuple[Tensor, ...]:
-        """`channels` tensors `(..., *x)`."""
+        """Return the decoder's output as `channels` tensors of parameters, each `(..., *x)`."""
         return h.unflatten(-len(self.x), (self.channels, self.x[0])).unbind(-len(self.x) - 1)
 
     def closed_form(self) -> ClosedForm | None:
-        """Return its maximisation step; None where it has none in closed form."""
+        """Return the closed-form M-step of this likelihood; None if it has none."""
         return None
 
     def implicit(self) -> LikelihoodModule:
-        """Return this likelihood without its density, for a pair in which x is sampled and never scored."""
+        """Return this likelihood without its density, for a GAN, in which x is sampled but never scored."""
         raise NotImplementedError  # pragma: no cover - declarations ask only a likelihood under which z determines x

@@ -1,4 +1,4 @@
-"""Maximisation steps in closed form, which the objective `em` asks of a likelihood."""
+"""Closed-form M-steps of likelihoods, for the objective `em` (expectation-maximisation of mixtures)."""
 
 from __future__ import annotations
 
@@ -14,36 +14,36 @@ if TYPE_CHECKING:
     from pvae.models.likelihoods.normal import MultivariateNormalModule, NormalModule
 
 LEAST_LOG_ODDS = -12.0
-"""Least log-odds or log-probability that a closed form gives: a value never seen stays possible."""
+"""Smallest log-odds or log-probability that an M-step sets, so that values absent from the data stay possible."""
 
 
 class ClosedForm:
-    """Weighted maximum of a likelihood in closed form: an exponential family of the decoder's output.
+    """Base of closed-form M-steps: decoder outputs of maximum likelihood for weighted data, in an exponential family.
 
-    Statistics are float64 sums over data, so that they add up over batches; those of normal families are about
-    `origin`, `(prod(x),)`, the mean of the data, against cancellation.
+    Sufficient statistics are summed over data in float64, so that they add up over batches; those of normal families
+    are centred at `origin` `(prod(x),)`, the mean of the data, to avoid cancellation.
 
     Arguments:
-        module: the likelihood; parameters that the components share are set on it.
+        module: the likelihood; parameters that all mixture components share, such as a tied covariance, are set on it.
     """
 
     def __init__(self, module: Any) -> None:
         self.module = module
 
     def statistics(self, x: Tensor, origin: Tensor) -> Tensor:
-        """Return the sufficient statistics of data `(n, *x)`, `(n, F)`; here x itself."""
+        """Return the sufficient statistics `(n, F)` of data `(n, *x)`; here x itself, flattened."""
         return x.flatten(1)
 
     def maximise(self, counts: Tensor, sums: Tensor, origin: Tensor) -> Tensor:
-        """Return the decoder's outputs under which weighted data are most likely; set what the components share.
+        """Return the decoder outputs that maximise the likelihood of weighted data; set the parameters that they share.
 
         Arguments:
-            counts: sums of the weights, `(K,)`; none is zero.
-            sums: weighted sums of `statistics`, `(K, F)`.
-            origin: as in `statistics`.
+            counts: sum of the responsibilities of each component, `(K,)`; none is zero.
+            sums: sums of the `statistics` weighted by responsibilities, `(K, F)`.
+            origin: point at which the statistics are centred, `(prod(x),)`.
 
         Returns:
-            One output for each component, flattened, `(K, prod(inputs))`.
+            One decoder output for each component, flattened, `(K, prod(inputs))`.
 
         Raises:
             DataError: there is no maximum: a covariance is singular.
@@ -51,19 +51,25 @@ class ClosedForm:
         raise NotImplementedError  # pragma: no cover - abstract
 
     def around(self, x: Tensor, mean: Tensor, origin: Tensor) -> Tensor:
-        """Return statistics of a component moved to data `(m, *x)`, `(m, F)`: half way from the mean over all data."""
+        """Return statistics `(m, F)` of components restarted at data `(m, *x)`: half way between theirs and `mean`.
+
+        Arguments:
+            x: one datum for each restarted component.
+            mean: the mean statistics of all data, `(F,)`.
+            origin: point at which the statistics are centred, `(prod(x),)`.
+        """
         return (self.statistics(x, origin) + mean) / 2
 
 
 class BernoulliForm(ClosedForm):
-    """Bernoulli elements: log-odds of weighted means."""
+    """M-step of Bernoulli elements: the logits of the weighted means."""
 
     def maximise(self, counts: Tensor, sums: Tensor, origin: Tensor) -> Tensor:
         return torch.logit(sums / counts[:, None], eps=1 / (1 + math.exp(-LEAST_LOG_ODDS)))
 
 
 class CategoricalForm(ClosedForm):
-    """Categorical elements: logarithms of weighted proportions, level by level."""
+    """M-step of categorical elements: the logarithm of the weighted proportion of each level."""
 
     def statistics(self, x: Tensor, origin: Tensor) -> Tensor:
         levels = torch.arange(self.module.channels, device=x.device)[:, None]
@@ -78,29 +84,29 @@ class CategoricalForm(ClosedForm):
 
 
 class PoissonForm(ClosedForm):
-    """Poisson elements: logarithms of weighted means."""
+    """M-step of Poisson elements: the logarithms of the weighted means."""
 
     def maximise(self, counts: Tensor, sums: Tensor, origin: Tensor) -> Tensor:
         return (sums / counts[:, None]).log().clamp(*self.module.bounds)
 
 
 class NormalFamilyForm(ClosedForm):
-    """A normal family: its first statistics are x - origin, the others its second moments."""
+    """Base of the M-steps of normal likelihoods: the statistics are x - origin, then its second moments."""
 
     def around(self, x: Tensor, mean: Tensor, origin: Tensor) -> Tensor:
-        """Return statistics located at `x`, with the spread of all data."""
+        """Return statistics `(m, F)` of components restarted with means at data `x` and the covariance of all data."""
         centre = mean[None, : len(origin)] + origin
         return self.statistics(x, origin) + mean - self.statistics(centre, origin)
 
 
 class NormalForm(NormalFamilyForm):
-    """Independent normal elements: weighted means and, where a scale is learned, variances of at least `floor`^2."""
+    """M-step of independent normal elements: weighted means and, if the scale is learned, variances >= `floor`^2."""
 
     module: NormalModule
 
     @property
     def learns_scale(self) -> bool:
-        """True if the scale is learned or predicted."""
+        """True if the scale is learned or predicted by the decoder, False if it is fixed."""
         return self.module.channels == 2 or isinstance(self.module.log_scale, nn.Parameter)
 
     def statistics(self, x: Tensor, origin: Tensor) -> Tensor:
@@ -121,12 +127,12 @@ class NormalForm(NormalFamilyForm):
 
 
 class MultivariateNormalForm(NormalFamilyForm):
-    """One normal over all elements: weighted means and covariances, with `floor` added to the variances."""
+    """M-step of a multivariate normal: weighted means and covariances, with `floor` added to the variances."""
 
     module: MultivariateNormalModule
 
     def statistics(self, x: Tensor, origin: Tensor) -> Tensor:
-        """Return x and the lower triangle of x x^T, about the origin."""
+        """Return y = x - origin and the lower triangle of y y^T, `(n, D + D (D + 1) / 2)`."""
         y = x.flatten(1) - origin
         row, column = torch.tril_indices(self.module.size, self.module.size, device=y.device)
         return torch.cat([y, y[:, row] * y[:, column]], 1)
@@ -156,7 +162,7 @@ class MultivariateNormalForm(NormalFamilyForm):
         return mean + origin
 
     def _require_regular(self, pivots: Tensor, noise: Tensor, counts: Tensor) -> None:
-        """Refuse covariances whose pivots, the conditional variances, may be rounding errors: they have no density."""
+        """Raise DataError for singular covariances: a conditional variance (Cholesky pivot) may be a rounding error."""
         bad = (pivots <= noise).any(1).nonzero().flatten().tolist()
         if not bad:
             return

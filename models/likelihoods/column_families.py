@@ -1,4 +1,4 @@
-"""Families of distributions that columns of a table may have."""
+"""Distribution families for the columns of a table: normal, Student's t, Poisson, Bernoulli and others."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from pvae.graph.column_law import Law
 from pvae.models.likelihoods.counts import HIGHEST_LOG_RATE, LOWEST_LOG_RATE, dispersed
 
 ABSENT_LOGIT = -1e30
-"""The logit of a level that a column does not have: no gradient, no NaN."""
+"""Logit of the levels that pad a column with fewer levels than another: probability 0, without a NaN in gradients."""
 
 
 class Pick(nn.Module):
-    """Some entries of the last dimension."""
+    """Module that selects entries of the last dimension, by index."""
 
     index: Tensor
 
@@ -28,21 +28,22 @@ class Pick(nn.Module):
         self.register_buffer("index", torch.tensor(list(index)), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """`(..., D)` to `(..., d)`."""
+        """Return the d selected entries of a tensor `(..., D)`, as `(..., d)`."""
         return x.index_select(-1, self.index)
 
 
 class Family(nn.Module):
-    """Columns of one kind of distribution.
+    """Base of column families: all columns of a table whose distributions belong to one family.
 
     Arguments:
-        laws: of the columns, d of them.
+        laws: declared distributions of the columns, d of them.
+        floor: smallest scale of a continuous column.
     """
 
     support: constraints.Constraint
-    """Values of an element, where it is one constraint for all columns."""
+    """Constraint on the values of a column, in families where it is the same for all columns (all but categorical)."""
     stand_in: ClassVar[float] = 0.0
-    """A value in every column's support, scored in the place of what is missing and then left out."""
+    """Placeholder for a missing value, in the support of every column; its log density is discarded."""
 
     def __init__(self, laws: Sequence[Law], floor: float) -> None:
         super().__init__()
@@ -50,27 +51,27 @@ class Family(nn.Module):
 
     @property
     def outputs(self) -> int:
-        """Numbers it needs of the decoder."""
+        """Number of parameters that the decoder outputs for these columns."""
         return self.count
 
     @abstractmethod
     def forward(self, h: Tensor) -> dist.TorchDistribution:
-        """`(..., outputs)` to distributions of single numbers, of batch shape `(..., d)`."""
+        """Return the distributions of the columns, batch shape `(..., d)`, for a decoder output `(..., outputs)`."""
 
     @staticmethod
     def centre(fn: Any) -> Tensor:
-        """Return the value of a column without noise, `(..., d)`: its mean."""
+        """Return the point prediction of each column, `(..., d)`: the mean of its distribution `fn`."""
         mean: Tensor = fn.mean
         return mean
 
     @staticmethod
     def read(x: Tensor, laws: Sequence[Law]) -> Tensor:
-        """Columns as a network reads them, `(..., d)` to `(..., r)`; missing values are 0."""
+        """Return columns `(..., d)` encoded as network inputs `(..., r)`; missing values become 0."""
         return x.nan_to_num(0.0)
 
 
 class NormalColumns(Family):
-    """Normal; the decoder gives locations, one scale for each column is learned."""
+    """Normal columns: the decoder outputs the means; one standard deviation for each column is learned."""
 
     support = constraints.real
 
@@ -84,7 +85,10 @@ class NormalColumns(Family):
 
 
 class StudentTColumns(NormalColumns):
-    """Student's t with more than one degree of freedom, which are learned too: 1 + e^a, at first about 8."""
+    """Student's t columns: the decoder outputs the locations; scale and degrees of freedom of each column are learned.
+
+    The degrees of freedom are 1 + e^a, initially about 8.
+    """
 
     def __init__(self, laws: Sequence[Law], floor: float) -> None:
         super().__init__(laws, floor)
@@ -96,7 +100,7 @@ class StudentTColumns(NormalColumns):
 
 
 class PoissonColumns(Family):
-    """Poisson; the decoder gives log-rates."""
+    """Poisson columns: the decoder outputs the logarithms of the rates."""
 
     support = constraints.nonnegative_integer
 
@@ -109,7 +113,7 @@ class PoissonColumns(Family):
 
 
 class NegativeBinomialColumns(PoissonColumns):
-    """Negative binomial; the decoder gives logarithms of means, one dispersion for each column is learned."""
+    """Negative binomial columns: the decoder outputs log-means; one dispersion for each column is learned."""
 
     def __init__(self, laws: Sequence[Law], floor: float) -> None:
         super().__init__(laws, floor)
@@ -120,7 +124,7 @@ class NegativeBinomialColumns(PoissonColumns):
 
 
 class BernoulliColumns(Family):
-    """Bernoulli; the decoder gives logits."""
+    """Bernoulli columns: the decoder outputs the logits."""
 
     support = constraints.boolean
 
@@ -129,7 +133,7 @@ class BernoulliColumns(Family):
 
 
 class CategoricalColumns(Family):
-    """Categorical, each column with levels of its own; the decoder gives a logit for each."""
+    """Categorical columns, each with its own number of levels: the decoder outputs one logit for each level."""
 
     def __init__(self, laws: Sequence[Law], floor: float) -> None:
         super().__init__(laws, floor)
@@ -155,12 +159,12 @@ class CategoricalColumns(Family):
 
     @staticmethod
     def centre(fn: Any) -> Tensor:
-        """The most probable level."""
+        """Return the most probable level of each column, `(..., d)`."""
         return fn.logits.argmax(-1).to(fn.logits.dtype)
 
     @staticmethod
     def read(x: Tensor, laws: Sequence[Law]) -> Tensor:
-        """One-hot rows; of a missing value, zeros."""
+        """Return the columns as one-hot vectors, concatenated; a missing value becomes zeros."""
         hot = [x[..., i, None] == torch.arange(law.levels, device=x.device) for i, law in enumerate(laws)]
         return torch.cat(hot, -1).to(x.dtype)
 
@@ -176,6 +180,6 @@ FAMILIES: dict[str, type[Family]] = {
 
 
 def grouped(laws: Sequence[Law]) -> dict[str, list[int]]:
-    """Places of the columns of every family that there is."""
+    """Return the indices of the columns of each family, by family name; families without a column are left out."""
     found = {name: [i for i, law in enumerate(laws) if law.family == name] for name in FAMILIES}
     return {name: places for name, places in found.items() if places}

@@ -1,4 +1,4 @@
-"""The likelihood of a table: one distribution for every column, columns of one kind scored together."""
+"""Likelihood of tables: every column has its own distribution; columns of one family are scored together."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from pvae.util.types import Size
 
 
 def support_of(law: Law) -> constraints.Constraint:
-    """Values that one column may hold, but for missing ones."""
+    """Return the constraint on the values of a column that are not missing."""
     if law.family == "categorical":
         return constraints.integer_interval(0, law.levels - 1)
     return FAMILIES[law.family].support
 
 
 class columns(constraints.Constraint):  # noqa: N801 - named as torch names its constraints
-    """Every element in its own column's support, or NaN where it may be missing.
+    """Constraint on rows of a table: every element lies in its column's support, or is NaN if it may be missing.
 
     Arguments:
-        laws: of the columns.
+        laws: declared distributions of the columns.
     """
 
     def __init__(self, laws: Sequence[Law]) -> None:
@@ -38,7 +38,7 @@ class columns(constraints.Constraint):  # noqa: N801 - named as torch names its 
         super().__init__()
 
     def check(self, value: Tensor) -> Tensor:
-        """Elementwise membership of rows `(..., D)`."""
+        """Return booleans `(..., D)`: True for each element of rows `(..., D)` that is valid for its column."""
         masked = torch.tensor([law.masked for law in self.laws], device=value.device)
         found = torch.empty(value.shape, dtype=torch.bool, device=value.device)
         for name, places in grouped(self.laws).items():
@@ -51,21 +51,21 @@ class columns(constraints.Constraint):  # noqa: N801 - named as torch names its 
         return found | (value.isnan() & masked)
 
     def named(self, place: int) -> str:
-        """A column by its name."""
+        """Return the name of the column at index `place`, for messages."""
         return f"column {self.laws[place].column!r}"
 
     def of(self, place: int) -> str:
-        """Return the values that one column may hold, in words."""
+        """Return a description of the values allowed in the column at index `place`, for messages."""
         law = self.laws[place]
         return f"a value in {support_of(law)}".removesuffix("()") + (", or NaN" if law.masked else "")
 
 
 class ColumnsDistribution(dist.TorchDistribution):
-    """Independent columns of several kinds over rows `(D,)`; a NaN adds nothing to the density of a row.
+    """Distribution of table rows `(D,)` with independent columns; a missing value (NaN) adds 0 to the log density.
 
     Arguments:
         parts: distributions of batch shape `(..., d)`, one for each family.
-        module: where the columns of each stand.
+        module: the likelihood, which knows the columns of each family.
     """
 
     arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {}
@@ -81,7 +81,7 @@ class ColumnsDistribution(dist.TorchDistribution):
         return constraints.independent(columns(self.module.laws), 1)
 
     def expand(self, batch_shape: Size, _instance: Any = None) -> ColumnsDistribution:
-        """The same distribution over more batch dimensions."""
+        """Return the same distribution with more batch dimensions."""
         shape = torch.Size(batch_shape)
         if shape == self.batch_shape:
             return self
@@ -89,7 +89,7 @@ class ColumnsDistribution(dist.TorchDistribution):
         return ColumnsDistribution(parts, self.module, validate_args=False)
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """Log density of what is there, nats, `(...)`; exact."""
+        """Return the log density of the columns that are not missing, nats, `(...)`; exact."""
         if self._validate_args:
             self._validate_sample(value)
         scores = []
@@ -104,7 +104,7 @@ class ColumnsDistribution(dist.TorchDistribution):
         return total
 
     def sample(self, sample_shape: Size = torch.Size()) -> Tensor:
-        """Whole rows `sample_shape + (..., D)`."""
+        """Return sampled rows without missing values, `sample_shape + (..., D)`."""
         with torch.no_grad():
             draws = [part.sample(torch.Size(sample_shape)) for part in self.parts]
             return self.module.in_order(draws)
@@ -116,7 +116,7 @@ class ColumnsDistribution(dist.TorchDistribution):
 
 
 class ColumnsModule(LikelihoodModule):
-    """A family for each kind of column; the decoder's output is split among them."""
+    """Module of the likelihood `columns`: splits the decoder's output among the families of the columns."""
 
     def __init__(self, x: Shape, laws: Sequence[Law], floor: float) -> None:
         if not laws:
@@ -137,33 +137,33 @@ class ColumnsModule(LikelihoodModule):
 
     @property
     def inputs(self) -> Shape:
-        """The parameters of all columns, in one row."""
+        """Event shape of the decoder's output: one vector with the parameters of all columns."""
         return (sum(self.sizes),)
 
     def forward(self, h: Tensor) -> dist.TorchDistribution:
-        """`(..., *inputs)` to the distribution."""
+        """Return the distribution of a row for a decoder output `(..., *inputs)`."""
         pieces = h.split(self.sizes, -1)
         parts = [family(piece) for family, piece in zip(self.families.values(), pieces, strict=True)]
         return ColumnsDistribution(parts, self)
 
     def each(self, parts: Sequence[Any]) -> Iterator[tuple[Any, Any, Any]]:
-        """(family, its columns, its distribution) of every family."""
+        """Iterate over (family, module that picks its columns, its item of `parts`), one for each family."""
         return zip(self.families.values(), self.picks.values(), parts, strict=True)
 
     def in_order(self, values: Sequence[Tensor]) -> Tensor:
-        """Values `(..., d)` of every family as rows `(..., D)`."""
+        """Return the values `(..., d)` of all families merged into rows `(..., D)`, in the table's column order."""
         dtype = torch.promote_types(values[0].dtype, torch.float32)
         whole: Tensor = self.order(torch.cat([value.to(dtype) for value in values], -1))
         return whole
 
 
 class Reader(ReaderModule):
-    """A row of a table as a network reads it: counts as log(1 + x), levels as one-hots, and what is missing as 0.
+    """Encoding of table rows for a network: counts as log(1 + x), categories as one-hots, missing values as 0.
 
-    After them stands, for every column that may have missing values, 1 where one is missing.
+    For every column that may have missing values an indicator is appended: 1 if the value is missing, else 0.
 
     Arguments:
-        laws: of the columns.
+        laws: declared distributions of the columns.
     """
 
     def __init__(self, laws: Sequence[Law]) -> None:
@@ -176,7 +176,7 @@ class Reader(ReaderModule):
         self.output = tuple(self(torch.zeros(1, len(laws))).shape[1:])
 
     def forward(self, x: Tensor) -> Tensor:
-        """`(..., D)` to `(..., *output)`."""
+        """Return the network inputs `(..., *output)` for rows `(..., D)`."""
         parts = [FAMILIES[name].read(pick(x), self.laws[name]) for name, pick in self.picks.items()]
         if self.masked is not None:
             parts.append(self.masked(x).isnan().to(x.dtype))
@@ -185,11 +185,11 @@ class Reader(ReaderModule):
 
 @final
 class ColumnsLikelihood(Likelihood):
-    """Columns of a table, each with the distribution that `data.columns` declares; a missing value adds nothing."""
+    """Likelihood of table rows: each column has the distribution declared in `data.columns`; missing values add 0."""
 
     kind: Literal["columns"] = "columns"
     floor: float = Field(default=1e-3, gt=0)
-    """Smallest scale of a continuous column, in units of its transform."""
+    """Smallest learned scale of a normal or Student's t column, in the units of the transformed column."""
     hint: ClassVar[str] = "See data.columns."
     of_tables: ClassVar[bool] = True
     _laws: tuple[Law, ...] = PrivateAttr(default=())
@@ -201,7 +201,7 @@ class ColumnsLikelihood(Likelihood):
 
     @property
     def support(self) -> constraints.Constraint:
-        """Every column's own."""
+        """Constraint on a row: each element lies in the support of its own column."""
         return columns(self._laws)
 
     def reader(self) -> ReaderModule:

@@ -17,19 +17,19 @@ from pvae.models.likelihoods.closed_form import BernoulliForm, CategoricalForm, 
 
 
 class BernoulliModule(LikelihoodModule):
-    """Independent Bernoulli elements; the decoder gives logits."""
+    """Module of the Bernoulli likelihood: independent elements, whose logits are the decoder's output."""
 
     def closed_form(self) -> ClosedForm:
         return BernoulliForm(self)
 
     def forward(self, h: Tensor) -> dist.TorchDistribution:
-        """Logits `(..., *x)` to the distribution."""
+        """Return the distribution of x for logits `(..., *x)`."""
         return Event(dist.Bernoulli(logits=h), len(self.x))
 
 
 @final
 class Bernoulli(Likelihood):
-    """Independent binary elements."""
+    """Bernoulli likelihood: elements of x are independent and binary."""
 
     kind: Literal["bernoulli"] = "bernoulli"
     hint: ClassVar[str] = "set data.binarize to 'dynamic', 'static' or 'threshold', or use likelihood 'normal'"
@@ -37,7 +37,7 @@ class Bernoulli(Likelihood):
 
     @property
     def support(self) -> constraints.Constraint:
-        """0 or 1."""
+        """Support of each element: 0 or 1."""
         return constraints.boolean
 
     def build(self, x: Shape) -> LikelihoodModule:
@@ -45,34 +45,34 @@ class Bernoulli(Likelihood):
 
 
 class CategoricalModule(LikelihoodModule):
-    """Independent categorical elements; the decoder gives one logit per level."""
+    """Module of the categorical likelihood: independent elements; the decoder outputs one logit for each level."""
 
     def closed_form(self) -> ClosedForm:
         return CategoricalForm(self)
 
     def forward(self, h: Tensor) -> dist.TorchDistribution:
-        """`(..., levels * x[0], *x[1:])` to the distribution."""
+        """Return the distribution of x for logits `(..., levels * x[0], *x[1:])`."""
         return Event(dist.Categorical(logits=torch.stack(self.split(h), -1)), len(self.x))
 
 
 @final
 class Categorical(Likelihood):
-    """Independent elements with unordered levels 0 .. levels - 1."""
+    """Categorical likelihood: elements of x are independent, with unordered levels 0 .. levels - 1."""
 
     kind: Literal["categorical"] = "categorical"
     closed_form: ClassVar[bool] = True
     levels: int = Field(gt=1)
-    """Number of levels."""
+    """Number of levels of an element."""
     hint: ClassVar[str] = "set data.scale = 'raw' and likelihood.levels to the number of levels"
 
     @property
     def support(self) -> constraints.Constraint:
-        """Integers 0 .. levels - 1."""
+        """Support of each element: integers 0 .. levels - 1."""
         return constraints.integer_interval(0, self.levels - 1)
 
     @property
     def channels(self) -> int:
-        """One logit per level."""
+        """Number of parameters of each element: one logit for each level."""
         return self.levels
 
     def build(self, x: Shape) -> LikelihoodModule:

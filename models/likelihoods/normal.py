@@ -21,7 +21,7 @@ from pvae.nn.heads import lower_factor
 
 
 class NormalModule(LikelihoodModule):
-    """Independent normal elements with a fixed, a shared learned, or a predicted scale."""
+    """Module of the normal likelihood: independent elements, with a fixed, a learned shared or a predicted scale."""
 
     log_scale: Tensor
 
@@ -35,7 +35,7 @@ class NormalModule(LikelihoodModule):
             self.register_buffer("log_scale", torch.tensor(self.offset), persistent=False)
 
     def forward(self, h: Tensor) -> dist.TorchDistribution:
-        """`(..., channels * x[0], *x[1:])` to the distribution."""
+        """Return the distribution of x for a decoder output `(..., channels * x[0], *x[1:])`."""
         if self.channels == 1:
             loc, log_scale = h, self.log_scale
         else:
@@ -49,25 +49,25 @@ class NormalModule(LikelihoodModule):
 
 @final
 class Normal(Likelihood):
-    """Independent normal elements; a fixed scale makes the reconstruction a scaled squared error."""
+    """Normal likelihood of independent elements; a fixed scale makes the reconstruction a scaled squared error."""
 
     kind: Literal["normal"] = "normal"
     closed_form: ClassVar[bool] = True
     scale: Literal["fixed", "shared", "per_datum"] = "shared"
-    """`fixed`: the declared `value`; `shared`: one learned number; `per_datum`: predicted for every element."""
+    """Standard deviation: `fixed` at `value`; `shared`, one learned number; `per_datum`, predicted per element."""
     value: float = Field(default=0.3, gt=0)
-    """The fixed scale, or where learning starts."""
+    """Fixed standard deviation, or the initial one if it is learned or predicted."""
     floor: float = Field(default=1e-3, gt=0)
-    """Smallest scale: the density of a learned scale has no upper bound otherwise."""
+    """Smallest learned standard deviation; without it the density of a learned scale has no upper bound."""
 
     @property
     def support(self) -> constraints.Constraint:
-        """Real numbers."""
+        """Support of each element: real numbers."""
         return constraints.real
 
     @property
     def channels(self) -> int:
-        """Location, and log-scale when it is predicted."""
+        """Number of parameters of each element: the mean and, if it is predicted, the log-scale."""
         return 2 if self.scale == "per_datum" else 1
 
     def build(self, x: Shape) -> LikelihoodModule:
@@ -75,10 +75,10 @@ class Normal(Likelihood):
 
 
 class MultivariateNormalModule(LikelihoodModule):
-    """One normal over all elements of x; the decoder gives its mean and (if `full`) the factor of its covariance.
+    """Module of a normal over all elements of x; the decoder outputs its mean and (if `full`) its covariance factor.
 
-    The factor is diag(s) (I + strictly lower triangle) with s^2 = value^2 exp(2 a) + floor: any a and any triangle
-    will do, and no conditional variance is below `floor`.
+    The factor is diag(s) (I + strictly lower triangle) with s^2 = value^2 exp(2 a) + floor: a and the triangle are
+    unconstrained, and no conditional variance (of an element given those before it) is below `floor`.
     """
 
     def __init__(self, x: Shape, covariance: str, value: float, floor: float) -> None:
@@ -90,11 +90,11 @@ class MultivariateNormalModule(LikelihoodModule):
 
     @property
     def inputs(self) -> Shape:
-        """The event's shape or, with a full covariance, D (D + 3) / 2 numbers."""
+        """Event shape of the decoder's output: that of x or, with a full covariance, D (D + 3) / 2 for D elements."""
         return (self.size * (self.size + 3) // 2,) if self.full else self.x
 
     def forward(self, h: Tensor) -> dist.TorchDistribution:
-        """`(..., *inputs)` to the distribution."""
+        """Return the distribution of x for a decoder output `(..., *inputs)`."""
         d = self.size
         if self.full:
             loc, log_scale, below = h.split([d, d, d * (d - 1) // 2], -1)
@@ -110,20 +110,20 @@ class MultivariateNormalModule(LikelihoodModule):
 
 @final
 class MultivariateNormal(Likelihood):
-    """One normal over all elements of x, of any covariance: with a `table`, the Gaussian mixture."""
+    """Multivariate normal likelihood over all of x; for a code and the network `table` it gives a Gaussian mixture."""
 
     kind: Literal["multivariate_normal"] = "multivariate_normal"
     closed_form: ClassVar[bool] = True
     covariance: Literal["full", "tied"] = "full"
-    """`full`: predicted for every datum (one for each component of a mixture); `tied`: one learned for all."""
+    """Covariance: `full`, predicted for every datum (one per mixture component); `tied`, one learned for all data."""
     value: float = Field(default=0.3, gt=0)
-    """Standard deviation of every element where gradient learning starts."""
+    """Initial standard deviation of every element, when the model is fitted by gradients."""
     floor: float = Field(default=1e-6, ge=0)
-    """Least variance. The objective `em` adds it to the diagonal, as scikit-learn does with `reg_covar`."""
+    """Smallest conditional variance; the objective `em` adds it to the diagonal, as scikit-learn does `reg_covar`."""
 
     @property
     def support(self) -> constraints.Constraint:
-        """Real numbers."""
+        """Support of each element: real numbers."""
         return constraints.real
 
     def build(self, x: Shape) -> LikelihoodModule:

@@ -1,4 +1,4 @@
-"""Likelihoods of grey values: a logistic density integrated over each bin, and a rounded point."""
+"""Likelihoods of pixel grey values: the discretised logistic, and a deterministic value rounded to a grey value."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pvae.models.likelihoods.base import Likelihood, LikelihoodModule
 
 
 class DiscretizedLogisticModule(LikelihoodModule):
-    """Independent discretised logistic elements; the decoder gives centre and log-scale."""
+    """Module of the discretised logistic likelihood: independent pixels; the decoder outputs location and log-scale."""
 
     def __init__(self, x: Shape, levels: int, floor: float) -> None:
         super().__init__(x, 2)
@@ -25,7 +25,7 @@ class DiscretizedLogisticModule(LikelihoodModule):
         self.floor = floor
 
     def forward(self, h: Tensor) -> dist.TorchDistribution:
-        """`(..., 2 x[0], *x[1:])` to the distribution."""
+        """Return the distribution of x for a decoder output `(..., 2 x[0], *x[1:])`."""
         loc, log_scale = self.split(h)
         logistic = DiscretizedLogistic(loc + 0.5, (log_scale - 2.0).clamp(min=self.floor), self.levels)
         return Event(logistic, len(self.x))
@@ -33,23 +33,23 @@ class DiscretizedLogisticModule(LikelihoodModule):
 
 @final
 class DiscretizedLogisticLikelihood(Likelihood):
-    """Pixels of `levels` grey values under a logistic density integrated over each bin."""
+    """Discretised logistic likelihood of pixels: a logistic density integrated over the bin of each grey value."""
 
     kind: Literal["discretized_logistic"] = "discretized_logistic"
     levels: int = Field(default=256, gt=1)
-    """Number of grey values; a datum is k / (levels - 1)."""
+    """Number of grey values; a pixel takes the values k / (levels - 1), k = 0 .. levels - 1."""
     floor: float = -7.0
-    """Smallest log-scale, in units of the [0, 1] range."""
+    """Smallest log-scale of the logistic density, for pixels in [0, 1]."""
     hint: ClassVar[str] = "set data.scale = 'unit', data.binarize = 'none' and likelihood.levels (17 for digits)"
 
     @property
     def support(self) -> constraints.Constraint:
-        """The grey values."""
+        """Support of each pixel: the grey values k / (levels - 1)."""
         return lattice(self.levels)
 
     @property
     def channels(self) -> int:
-        """Centre and log-scale."""
+        """Number of parameters of each pixel: location and log-scale."""
         return 2
 
     def build(self, x: Shape) -> LikelihoodModule:
@@ -57,7 +57,7 @@ class DiscretizedLogisticLikelihood(Likelihood):
 
 
 class RoundedModule(LikelihoodModule):
-    """x is the decoder's output rounded down to a level."""
+    """Module of the likelihood `rounded`: a point mass at the decoder's output, rounded down to a grey value."""
 
     is_point: ClassVar[bool] = True
 
@@ -66,22 +66,22 @@ class RoundedModule(LikelihoodModule):
         self.levels = levels
 
     def forward(self, h: Tensor) -> dist.TorchDistribution:
-        """`(..., *x)` in [0, 1] to the point."""
+        """Return the point mass at x for a decoder output `(..., *x)` in [0, 1]."""
         return Rounded(h, self.levels, len(self.x))
 
 
 @final
 class RoundedLikelihood(Likelihood):
-    """x is g(z) in [0, 1] rounded down to one of `levels` cells; the posterior must be `dequantised`."""
+    """Point-mass likelihood: x is g(z) in [0, 1] rounded down to a grey value; the posterior must be `dequantised`."""
 
     kind: Literal["rounded"] = "rounded"
     levels: int = Field(default=256, gt=1)
-    """Number of grey values; a datum is k / (levels - 1)."""
+    """Number of grey values; a pixel takes the values k / (levels - 1), k = 0 .. levels - 1."""
     hint: ClassVar[str] = "set data.scale = 'unit', data.binarize = 'none' and likelihood.levels (17 for digits)"
 
     @property
     def support(self) -> constraints.Constraint:
-        """The grey values."""
+        """Support of each pixel: the grey values k / (levels - 1)."""
         return lattice(self.levels)
 
     @property
