@@ -1,1 +1,1 @@
-"""Distributions that Pyro lacks: codes, relaxed codes, determined values, exponential families."""
+"""Distributions that Pyro lacks: codes, relaxed codes, deterministic values, batches of exponential families."""

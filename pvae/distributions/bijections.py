@@ -1,4 +1,4 @@
-"""Pyro's bijections without their caches, with stable determinants and inverses in any precision."""
+"""Pyro's flow transforms without caches, with stable log determinants, and inverses in any precision."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from pvae.errors import NonFiniteError
 
 
 class Bijection(nn.Module):
-    """One of Pyro's transforms without its caches: value and log determinant come back together.
+    """Wrapper of a Pyro flow transform that returns value and log determinant together, without its cache.
 
-    A cached tensor would stand for another batch, and forbid copies of the Module.
+    A cached tensor could belong to another batch, and would prevent deep copies of the Module.
     """
 
     def __init__(self, transform: nn.Module) -> None:
@@ -27,7 +27,7 @@ class Bijection(nn.Module):
         self.transform = transform
 
     def call(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """y = T(x) and log|det dy/dx|, `(..., D)` and `(...)`."""
+        """Return y = T(x), `(..., D)`, and log|det dy/dx|, nats, `(...)`."""
         if isinstance(self.transform, bijections.NeuralAutoregressive):
             return mixed(self.transform, x)
         if isinstance(self.transform, bijections.BlockAutoregressive):
@@ -35,7 +35,7 @@ class Bijection(nn.Module):
         return self._read(self.transform._call(x))  # type: ignore[operator]
 
     def invert(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        """x = T^-1(y) and log|det dy/dx|; found by bisection, x carries no gradient."""
+        """Return x = T^-1(y), `(..., D)`, and log|det dy/dx|, `(...)`; x has no gradient where it is bisected."""
         if isinstance(self.transform, bijections.AffineAutoregressive):
             x = solved(self.transform, y)
         elif isinstance(self.transform, bijections.NeuralAutoregressive):
@@ -60,9 +60,10 @@ class Bijection(nn.Module):
 
 
 def solved(transform: bijections.AffineAutoregressive, y: Tensor) -> Tensor:
-    """x of y = m(x) + s(x) x: every pass makes one more coordinate exact, because m and s read those before it.
+    """Return the solution x of y = m(x) + s(x) x for an affine autoregressive transform, in D passes.
 
-    Pyro's own inverse starts from single precision, whatever y is.
+    Each pass makes one more coordinate exact, because m and s depend only on those before it. Pyro's own inverse starts
+    in single precision, whatever the type of y.
     """
     x = torch.zeros_like(y)
     for _ in range(y.shape[-1]):
@@ -73,10 +74,10 @@ def solved(transform: bijections.AffineAutoregressive, y: Tensor) -> Tensor:
 
 
 def mixed(transform: bijections.NeuralAutoregressive, x: Tensor) -> tuple[Tensor, Tensor]:
-    """y = logit(sum_k w_k sigmoid(a_k x + b_k)) and log|det dy/dx|; w, a > 0 and b read earlier coordinates.
+    """Return y and log|det dy/dx| of the neural autoregressive flow, y = logit(sum_k w_k sigmoid(a_k x + b_k)).
 
-    Pyro's own takes the logit of a sum that rounds to 1 beyond a x + b = 16 in single precision, where y then stands
-    still; from log-sums of both tails it stays exact.
+    The parameters w, a > 0 and b depend on earlier coordinates. In single precision the sum in Pyro's version rounds to
+    1 beyond a x + b = 16, so that y is constant there; log-sum-exps of both tails stay accurate.
     """
     slope, logits, shift = transform.arn(x)
     slope, log_weight = softplus(slope) + MIN_SLOPE, logits.log_softmax(-2)
@@ -87,9 +88,10 @@ def mixed(transform: bijections.NeuralAutoregressive, x: Tensor) -> tuple[Tensor
 
 
 def gated(transform: bijections.BlockAutoregressive, x: Tensor) -> tuple[Tensor, Tensor]:
-    """y = g x + (1 - g) f(x), and log|det dy/dx|; f_d reads x_1 .. x_d, and is increasing in x_d and bounded.
+    """Return y = g x + (1 - g) f(x) and log|det dy/dx| of the block neural autoregressive flow with gate g.
 
-    Pyro's own is NaN where the gate rounds to 1, and picks its weights by a mask, which no CUDA graph can hold.
+    f_d depends on x_1 .. x_d, is increasing in x_d and bounded. Pyro's own version is NaN where the gate rounds to 1,
+    and selects weights by a mask, which CUDA graphs cannot capture.
     """
     h, log_slope = x, torch.zeros_like(x).unsqueeze(-1)  # of the units of each coordinate by x_d, (..., D, units)
     dim, layers = x.shape[-1], list[Any](transform.layers)
@@ -109,22 +111,22 @@ def gated(transform: bijections.BlockAutoregressive, x: Tensor) -> tuple[Tensor,
 
 
 MIN_SLOPE = 1e-6
-"""Least slope of a logistic unit: without one a bijection could become flat."""
+"""Minimum slope of a logistic unit, which keeps the flow invertible."""
 
 
 def bisected(call: Callable[[Tensor], Tensor], y: Tensor, order: Iterable[int]) -> Tensor:
-    """x of y = T(x), each coordinate increasing in its own x and reading only those before it, to float precision.
+    """Return the solution x of y = T(x) for a monotone autoregressive transform T, by bisection to float precision.
 
-    Coordinate after coordinate: brackets [-2^k, 2^k] are doubled until they hold the root, then halved once for every
+    One coordinate at a time: a bracket [-2^k, 2^k] is doubled until it contains the root, then halved once for every
     bit; every step is one pass over the batch.
 
     Arguments:
-        call: T, `(..., D)` to `(..., D)`.
-        y: `(..., D)`.
-        order: the coordinates, each after those it reads.
+        call: the transform T, `(..., D)` to `(..., D)`; each coordinate increases in its own x.
+        y: values to invert, `(..., D)`.
+        order: the coordinates, each after those on which it depends.
 
     Raises:
-        NonFiniteError: no bracket up to 2^MAX_DOUBLINGS: weights or y are not finite, or T is nearly flat.
+        NonFiniteError: no root within 2^MAX_DOUBLINGS of 0: weights or y are not finite, or T is nearly flat.
     """
     x = torch.zeros_like(y)
     halvings = 2 - round(math.log2(torch.finfo(y.dtype).eps))
@@ -157,11 +159,13 @@ def bisected(call: Callable[[Tensor], Tensor], y: Tensor, order: Iterable[int]) 
 
 
 MAX_DOUBLINGS = 40
+"""Largest number of times that a bisection bracket is doubled."""
 CACHES = ("_cached_log_scale", "_cache_log_detJ")
+"""Names of the attributes in which Pyro's transforms cache their log determinant."""
 
 
 def near_identity(transform: nn.Module) -> nn.Module:
-    """The transform with small last layers and free parameters: drawn at random, a few fold space into ridges."""
+    """Return the flow transform reinitialised in place near the identity, as random starts may distort space."""
     small: list[Tensor] = []
     for module in transform.modules():
         if isinstance(module, AutoRegressiveNN | DenseNN):
@@ -186,9 +190,11 @@ def near_identity(transform: nn.Module) -> nn.Module:
 
 
 def spread(units: int) -> Tensor:
-    """Shifts at the start of the units of one coordinate: around 0 all of them, they would learn alike, and slowly."""
+    """Return initial biases, evenly spread, for the units of one coordinate; equal units would learn alike, slowly."""
     return torch.linspace(-START_SPREAD, START_SPREAD, units + 2)[1:-1]
 
 
 START_SCALE = 0.1
+"""Factor on the initial last-layer weights of a flow transform, and initial 1 - gate of a block neural flow."""
 START_SPREAD = 2.5
+"""Bound of the initial biases, in absolute value, of the units of one coordinate."""

@@ -1,4 +1,4 @@
-"""Distributions of codes: grids that can be enumerated, codes known for certain, relaxed one-hots and their twins.
+"""Distributions of discrete codes on a grid: enumerable categoricals, autoregressive and deterministic codes.
 
 A value of a grid of codes is a tensor of indices `(..., *grid)`. A *relaxed* value holds the logarithms of relaxed
 one-hots, `(..., *grid, K)`: in single precision the one-hots themselves underflow at a temperature of 0.2.
@@ -20,24 +20,24 @@ from pvae.distributions.independent import Event
 from pvae.util.types import Size
 
 MAX_STATES = 4096
-"""Largest number of joint states of one datum that are summed over."""
+"""Largest number of joint states of the codes of one data point that is enumerated."""
 
 
 class Enumerable(Event):
-    """Independent codes or bits over a grid, all of whose joint states can be listed where there are few."""
+    """Independent codes or bits over a grid, which support enumeration of their joint states if these are few."""
 
     @property
     def states(self) -> int:
-        """Values of one element."""
+        """Number of values of one element: K of a code, 2 of a bit."""
         return self.base_dist.logits.shape[-1] if isinstance(self.base_dist, dist.Categorical) else 2
 
     @property
     def has_enumerate_support(self) -> bool:  # type: ignore[override]
-        """True if there are at most `MAX_STATES` joint states."""
+        """True if there are at most `MAX_STATES` joint states, so that they can be enumerated."""
         return self.event_shape.numel() * math.log(self.states) <= math.log(MAX_STATES) + 1e-9
 
     def enumerate_support(self, expand: bool = True) -> Tensor:
-        """Every joint state, `(S, *batch, *grid)`; batch dimensions are of size 1 unless expanded."""
+        """Return all S joint states, `(S, *batch, *grid)`; batch dimensions have size 1 unless expanded."""
         like = self.base_dist.logits
         found = joint_states(self.states, self.event_shape, like.device)
         found = found if isinstance(self.base_dist, dist.Categorical) else found.to(like)
@@ -46,10 +46,10 @@ class Enumerable(Event):
 
 
 def joint_states(states: int, grid: Size, device: torch.device) -> Tensor:
-    """All `states ** P` joint states of a grid of P elements, `(S, *grid)`, int64.
+    """Return all S = `states ** P` joint states of a grid of P elements, `(S, *grid)`, int64.
 
     Raises:
-        NotImplementedError: there are more than `MAX_STATES`, as torch says of what cannot be enumerated.
+        NotImplementedError: there are more than `MAX_STATES`; the same type as torch raises for infinite supports.
     """
     positions = math.prod(grid)
     if positions * math.log(states) > math.log(MAX_STATES) + 1e-9:
@@ -60,37 +60,37 @@ def joint_states(states: int, grid: Size, device: torch.device) -> Tensor:
 
 
 def code_grid(logits: Tensor, grid: int) -> dist.TorchDistribution:
-    """Independent codes of logits `(..., *grid, K)` over `grid` dimensions; a plain categorical for none."""
+    """Return independent categoricals of logits `(..., *grid, K)`; `grid` is the number of grid dimensions."""
     codes = dist.Categorical(logits=logits, validate_args=False)
     return Enumerable(codes, grid, validate_args=False) if grid else codes
 
 
 def bits(logits: Tensor) -> dist.TorchDistribution:
-    """Independent bits of logits `(..., D)`."""
+    """Return the distribution of D independent bits with logits `(..., D)`."""
     return Enumerable(dist.Bernoulli(logits=logits, validate_args=False), 1, validate_args=False)
 
 
 class Conditional(dist.TorchDistribution):
-    """Codes whose probabilities may depend on the codes before them."""
+    """Base of autoregressive distributions of codes: probabilities depend on the codes at earlier positions."""
 
     @abstractmethod
     def conditional_logits(self, value: Tensor) -> Tensor:
-        """log p(c_p | c_<p), normalised, `(..., *grid, K)`; of indices or of logarithms of relaxed one-hots."""
+        """Return normalised log p(c_p | c_<p), `(..., *grid, K)`, at indices or logarithms of relaxed one-hots."""
 
 
 def conditional_logits(p: Any, value: Tensor) -> Tensor:
-    """log p(c_p | c_<p) of any distribution of codes, `(..., *grid, K)`."""
+    """Return log p(c_p | c_<p) of any distribution of codes at a value, `(..., *grid, K)`."""
     while isinstance(p, torch.distributions.Independent | dist.ExpandedDistribution):
         p = p.base_dist
     return p.conditional_logits(value) if isinstance(p, Conditional) else p.logits
 
 
 class Certain(dist.TorchDistribution):
-    """Codes known for certain, as nearest codes are. `log_prob` is 0 for any value: values are never compared.
+    """Deterministic codes, such as nearest codes (VQ); `log_prob` is 0 for any value, as values are not compared.
 
     Arguments:
-        index: `(..., *grid)`, int64.
-        states: K.
+        index: the codes, `(..., *grid)`, int64.
+        states: number of codes K at each position.
         grid: number of dimensions of the grid.
     """
 
@@ -103,37 +103,37 @@ class Certain(dist.TorchDistribution):
 
     @constraints.dependent_property(is_discrete=True)
     def support(self) -> constraints.Constraint:
-        """Indices."""
+        """Support: indices 0 .. K - 1 at every position of the grid."""
         return constraints.independent(constraints.integer_interval(0, self.states - 1), len(self.event_shape))
 
     def expand(self, batch_shape: Size, _instance: Any = None) -> Certain:
-        """The same codes over more batch dimensions."""
+        """Return this distribution expanded to `batch_shape`."""
         if self.batch_shape == tuple(batch_shape):
             return self
         return Certain(self.index.expand(*batch_shape, *self.event_shape), self.states, len(self.event_shape))
 
     def sample(self, sample_shape: Size = torch.Size()) -> Tensor:
-        """The codes, `sample_shape + (..., *grid)`."""
+        """Return the codes themselves, expanded to `sample_shape + (..., *grid)`."""
         return self.index.expand(*sample_shape, *self.index.shape)
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """0 for each datum, nats."""
+        """Return 0 for every value, nats, without comparing it with the codes."""
         lead = value.shape[: value.dim() - len(self.event_shape)]
         return torch.zeros(torch.broadcast_shapes(self.batch_shape, lead), device=value.device)
 
     @property
     def logits(self) -> Tensor:
-        """log q of every code, `(..., *grid, K)`: 0, or as good as impossible; made when asked for."""
+        """Log probability of every code, `(..., *grid, K)`: 0 for the given code, -1e30 for the others."""
         hit = self.index.unsqueeze(-1) == torch.arange(self.states, device=self.index.device)
         return torch.where(hit, 0.0, IMPOSSIBLE)
 
     @property
     def mode(self) -> Tensor:
-        """The codes."""
+        """Codes themselves, `(..., *grid)`, int64."""
         return self.index
 
 
 @register_kl(Certain, torch.distributions.Distribution)
 def _certain_kl(q: Certain, p: torch.distributions.Distribution) -> Tensor:
-    """-log p of the codes, exactly."""
+    """Return KL(q || p) of deterministic codes q, nats: exactly -log p of the codes."""
     return -p.log_prob(q.index)

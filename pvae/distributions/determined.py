@@ -1,4 +1,4 @@
-"""A value that something else determines: a point, whose density is known and never found by comparing numbers."""
+"""Point distributions for deterministic values, with a given log density instead of a comparison of values."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from pvae.util.types import Size
 
 
 class Determined(dist.Delta):
-    """`value` with certainty; `log_prob` is the given `log_density` whatever is asked.
+    """Point distribution at `value` whose `log_prob` is the given `log_density` for any argument.
 
-    `Delta` compares bits: f^-1(f(x)) differs from x by a rounding error, and would be impossible.
+    Pyro's `Delta` compares exactly: f^-1(f(x)) differs from x by a rounding error, and would get log density -inf.
 
     Arguments:
-        value: `batch + event`.
-        log_density: of the value, nats, `batch`: minus log|det J| of the map that made it; 0 where it is a plain point.
+        value: the point, `batch + event`.
+        log_density: log density of the value, nats, `batch`: minus log|det J| of the map that made it; 0 without a map.
         event_dim: number of event dimensions.
     """
 
@@ -27,12 +27,12 @@ class Determined(dist.Delta):
         super().__init__(value, log_density, event_dim=event_dim, validate_args=False)
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """The given density, broadcast against a value's batch dimensions."""
+        """Return the given log density, nats, broadcast over the batch dimensions of `value`."""
         batch = value.shape[: value.dim() - self.event_dim]
         return self.log_density.expand(torch.broadcast_shapes(self.batch_shape, batch))
 
     def expand(self, batch_shape: Size, _instance: Any = None) -> Determined:
-        """The same point over more batch dimensions."""
+        """Return this distribution expanded to `batch_shape`."""
         if self.batch_shape == tuple(batch_shape):
             return self
         shape = torch.Size(batch_shape)
@@ -40,13 +40,13 @@ class Determined(dist.Delta):
 
 
 class Implicit(dist.Delta):
-    """`value` with certainty, made of a z that nothing finds back: it can be drawn, and has no density to report."""
+    """Point distribution at x = g(z) for a generator g without a likelihood: it can be sampled, but has no density."""
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """Refused.
+        """Raise an error, as an implicit generator has no density.
 
         Raises:
-            DeclarationError: always; what is asked for does not exist.
+            DeclarationError: always.
         """
         raise DeclarationError(
             "log p(x | z): expected a likelihood; got x = g(z), a generator without one. It has no ELBO and no "
@@ -55,7 +55,7 @@ class Implicit(dist.Delta):
 
 
 class Rounded(Determined):
-    """Multiples of 1 / (levels - 1): the value in [0, 1] rounded down to one of `levels` cells of equal width."""
+    """Point distribution at `value` in [0, 1], quantised to `levels` cells; cell k is written as k / (levels - 1)."""
 
     def __init__(self, value: Tensor, levels: int, event_dim: int = 1) -> None:
         self.levels = levels

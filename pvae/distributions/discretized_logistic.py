@@ -1,4 +1,4 @@
-"""A logistic distribution rounded to grey values, and the lattice of these values."""
+"""Discretised logistic distribution over grey values, and the constraint that values lie on their grid."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pvae.util.types import Size
 
 
 class lattice(constraints.Constraint):  # noqa: N801 - named as torch names its constraints
-    """Multiples of 1 / (levels - 1) in [0, 1], to single precision."""
+    """Constraint of grey values: multiples of 1 / (levels - 1) in [0, 1], up to single-precision rounding."""
 
     is_discrete = True
 
@@ -22,7 +22,7 @@ class lattice(constraints.Constraint):  # noqa: N801 - named as torch names its 
         super().__init__()
 
     def check(self, value: Tensor) -> Tensor:
-        """Elementwise membership."""
+        """Return whether each element is one of the grey values, booleans."""
         index = value * (self.levels - 1)
         return ((index - index.round()).abs() < 1e-3) & (value >= 0) & (value <= 1)
 
@@ -31,7 +31,7 @@ class lattice(constraints.Constraint):  # noqa: N801 - named as torch names its 
 
 
 class DiscretizedLogistic(dist.TorchDistribution):
-    """A logistic density on [0, 1] rounded to `levels` values k / (levels - 1); the end bins are open.
+    """Logistic distribution discretised to `levels` values k / (levels - 1) in [0, 1]; the end bins are open.
 
     P(k) = F(k + 1/2) - F(k - 1/2), F the logistic distribution function, with F = 0 below the first
     bin and 1 above the last: a mass function that sums to one exactly.
@@ -43,7 +43,7 @@ class DiscretizedLogistic(dist.TorchDistribution):
     Arguments:
         loc: centre in [0, 1] units, `(...)`.
         log_scale: log of the scale in the same units, `(...)`.
-        levels: number of values.
+        levels: number of grey values.
     """
 
     arg_constraints = {"loc": constraints.real, "log_scale": constraints.real}
@@ -55,17 +55,17 @@ class DiscretizedLogistic(dist.TorchDistribution):
 
     @constraints.dependent_property(is_discrete=True, event_dim=0)
     def support(self) -> constraints.Constraint:
-        """The lattice of values."""
+        """Support: the grey values k / (levels - 1)."""
         return lattice(self.levels)
 
     def expand(self, batch_shape: Size, _instance: Any = None) -> DiscretizedLogistic:
-        """The same distribution over more batch dimensions."""
+        """Return this distribution expanded to `batch_shape`."""
         return DiscretizedLogistic(
             self.loc.expand(batch_shape), self.log_scale.expand(batch_shape), self.levels, validate_args=False
         )
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """Log probability of lattice values, nats, `(...)`; exact."""
+        """Return the exact log probability of grey values, nats, `(...)`."""
         if self._validate_args:
             self._validate_sample(value)
         half = 0.5 / (self.levels - 1)
@@ -86,7 +86,7 @@ class DiscretizedLogistic(dist.TorchDistribution):
         )
 
     def sample(self, sample_shape: Size = torch.Size()) -> Tensor:
-        """Lattice values `sample_shape + (...)`."""
+        """Return samples of grey values, `sample_shape + (...)`, without gradient."""
         with torch.no_grad():
             u = torch.rand(self._extended_shape(sample_shape), dtype=self.loc.dtype, device=self.loc.device)
             draw = self.loc + self.log_scale.exp() * torch.logit(u, eps=1e-7)
@@ -94,5 +94,5 @@ class DiscretizedLogistic(dist.TorchDistribution):
 
     @property
     def mean(self) -> Tensor:
-        """The centre, clipped to [0, 1] (not the mean of the rounded values)."""
+        """Centre `loc` clipped to [0, 1], which is not the exact mean of the discretised values."""
         return self.loc.clamp(0, 1)

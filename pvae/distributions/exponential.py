@@ -1,8 +1,8 @@
-"""Many distributions of one exponential family at once: sufficient statistics, natural parameters, densities.
+"""Batches of distributions of one exponential family: sufficient statistics, natural parameters, densities.
 
 log q_i(z) = <T(z), eta_i> - A(eta_i), so the density of m points under n members is one matrix product. A mixture of
-posteriors (aggregated posterior, learned mixtures as priors) is scored this way, whatever the family. One-hot
-statistics pick one row of the parameters for each position: there the product is a sum of rows.
+posteriors (aggregated posterior, learned mixtures as priors) is scored this way, whatever the family. With one-hot
+statistics the product is a sum of selected rows of the natural parameters, one for each position.
 """
 
 from __future__ import annotations
@@ -18,75 +18,78 @@ import torch
 from torch import Tensor
 
 Scorer = Callable[[Tensor, Tensor], None]
-"""Writes log q_j(z_i) of `(m, D)` values into a tile `(m, n)`."""
+"""Function that writes log q_j(z_i) of m values `(m, D)` under n members into a given tensor `(m, n)`, nats."""
 
 
 @dataclass(frozen=True)
 class Members(ABC):
-    """n members of one exponential family over flat values `(..., D)`."""
+    """Batch of n distributions (members) of one exponential family over flat values `(..., D)`."""
 
     tensors: ClassVar[tuple[str, ...]] = ()
-    """Fields that hold parameters, a row for each member."""
+    """Names of the fields that hold parameters, with one row for each member."""
 
     def __len__(self) -> int:
-        """n."""
+        """Return the number of members, n."""
         return len(getattr(self, self.tensors[0]))
 
     @property
     @abstractmethod
     def dim(self) -> int:
-        """D, the width of a flat value."""
+        """Width D of a flat value."""
 
     @property
     @abstractmethod
     def features(self) -> int:
-        """F, the width of the sufficient statistics."""
+        """Width F of the sufficient statistics."""
 
     @property
     @abstractmethod
     def numbers(self) -> int:
-        """Count of the parameters of one member."""
+        """Number of parameters of one member."""
 
     @property
     def work(self) -> int:
-        """Multiplications of one density, or what takes as long."""
+        """Cost of one log density, in multiplications."""
         return self.features
 
     def rows(self, index: slice | Tensor) -> Self:
-        """Return some of the members."""
+        """Return the members selected by a slice or an index tensor."""
         return replace(self, **{name: getattr(self, name)[index] for name in self.tensors})
 
     @abstractmethod
     def natural(self) -> tuple[Tensor, Tensor]:
-        """eta `(F, n)` and -A(eta) `(n,)`, relative to `origin`."""
+        """Return natural parameters eta `(F, n)` and -A(eta) `(n,)`, for statistics of values minus `origin`."""
 
     @property
     @abstractmethod
     def origin(self) -> Tensor:
-        """Point `(D,)` from which the statistics are taken: near the members, so that less cancels."""
+        """Point `(D,)` subtracted from values before the statistics: near the members, which limits cancellation."""
 
     @abstractmethod
     def statistics(self, value: Tensor, origin: Tensor) -> Tensor:
-        """T(z) of `(m, D)` values, `(m, F)`."""
+        """Return the sufficient statistics T(z - origin) of values `(m, D)`, `(m, F)`."""
 
     @abstractmethod
     def scorer(self) -> Scorer:
-        """Return a function that writes log densities under all members, nats; natural parameters are computed once."""
+        """Return a function that writes log densities of values under all members, nats.
+
+        The natural parameters are computed once, here.
+        """
 
     @abstractmethod
     def log_prob(self, value: Tensor) -> Tensor:
-        """log q_i(z_i) of `(..., n, D)`, each value under its own member, `(..., n)`, nats; without cancellation."""
+        """Return log q_i(z_i) of values `(..., n, D)`, each under its own member, `(..., n)`, nats; no cancellation."""
 
     @abstractmethod
     def sample(self) -> Tensor:
-        """One draw of every member, `(n, D)`."""
+        """Return one sample of every member, `(n, D)`."""
 
     def joined(self, others: Sequence[Any]) -> Self:
-        """Return these members, then those of others of the same kind."""
+        """Return the concatenation of these members and those of other batches of the same family."""
         return replace(self, **{n: torch.cat([getattr(part, n) for part in (self, *others)]) for n in self.tensors})
 
     def double(self) -> Self:
-        """The same in float64."""
+        """Return the same members with parameters in float64."""
         return self.map(lambda t: t.double())
 
     def map(self, change: Any) -> Self:
@@ -95,7 +98,7 @@ class Members(ABC):
 
 
 def product_scorer(members: Members) -> Scorer:
-    """The matrix product of sufficient statistics and natural parameters."""
+    """Return a scorer by the matrix product of sufficient statistics and natural parameters."""
     (eta, constant), origin = members.natural(), members.origin
 
     def score(value: Tensor, out: Tensor) -> None:
@@ -110,10 +113,10 @@ def product_scorer(members: Members) -> Scorer:
 
 @dataclass(frozen=True)
 class Located(Members):
-    """Members with a location each, scored by a matrix product."""
+    """Members of a location family (normals), scored by a matrix product."""
 
     loc: Tensor
-    """`(n, D)`."""
+    """Location (mean) of every member, `(n, D)`."""
 
     @property
     def dim(self) -> int:
@@ -129,11 +132,11 @@ class Located(Members):
 
 @dataclass(frozen=True)
 class Normals(Located):
-    """N(loc_i, diag scale_i^2): T(z) = (z^2, z), eta = (-1 / 2 s^2, m / s^2)."""
+    """Diagonal normals N(loc_i, diag scale_i^2): T(z) = (z^2, z), eta = (-1 / 2 s^2, m / s^2)."""
 
     tensors = ("loc", "scale")
     scale: Tensor
-    """`(n, D)`."""
+    """Standard deviation of every coordinate, `(n, D)`."""
 
     @property
     def features(self) -> int:
@@ -162,11 +165,14 @@ class Normals(Located):
 
 @dataclass(frozen=True)
 class FullRankNormals(Located):
-    """N(loc_i, L_i L_i^T): T(z) = (z_a z_b for a <= b, z), eta = (-P_ab (halved where a = b), P m), P the precision."""
+    """Full-covariance normals N(loc_i, L_i L_i^T).
+
+    T(z) = (z_a z_b for a <= b, z) and eta = (-P_ab (halved where a = b), P m), with P the precision matrix.
+    """
 
     tensors = ("loc", "scale_tril")
     scale_tril: Tensor
-    """Lower triangular L, `(n, D, D)`."""
+    """Lower-triangular Cholesky factor L of the covariance, `(n, D, D)`."""
 
     @property
     def scale(self) -> Tensor:

@@ -1,4 +1,4 @@
-"""Categorical members of an exponential family: grids of codes, uncertain or certain."""
+"""Exponential-family members over grids of discrete codes: categorical and deterministic."""
 
 from __future__ import annotations
 
@@ -11,27 +11,28 @@ from torch import Tensor
 from pvae.distributions.exponential import Members, Scorer, product_scorer
 
 IMPOSSIBLE = -1e30
-"""The logarithm of a probability of zero: finite, because 0 * -inf is NaN in a product."""
+"""Finite stand-in for the log of probability zero, because 0 * -inf is NaN in a product."""
 SPARSE_STATES = 8
-"""States from which a sum of rows is quicker than the product with one-hots."""
+"""Number of states K from which summing selected rows is faster than a product with one-hots."""
 ROW_COST = 16
-"""Multiplications of a matrix product that take as long as one number in a sum of rows."""
+"""Cost of adding one selected row entry, in multiplications of a matrix product."""
 Form = Literal["index", "one_hot"]
 
 
 @dataclass(frozen=True)
 class Codes(Members):
-    """A grid of P independent categoricals over K states: T(z) = one-hot, eta = log probabilities.
+    """Batch of grids of P independent categoricals over K states: T(z) = one-hot, eta = log probabilities.
 
-    `form` says how a value is written: P indices (also 0 and 1 of a Bernoulli), or P x K one-hots.
+    `form` is the encoding of a flat value: P indices (also 0 and 1 of a Bernoulli), or P x K one-hots.
     """
 
     tensors = ("logits",)
     logits: Tensor
-    """Log probabilities, `(n, P, K)`; made normalised and finite."""
+    """Log probabilities, `(n, P, K)`; normalised, and clamped to finite values, on construction."""
     form: Form = "index"
+    """Encoding of a flat value: "index" (P indices) or "one_hot" (P x K)."""
     normalised: bool = False
-    """True if the logits given are normalised and finite."""
+    """True if the logits given are already normalised and finite."""
 
     def __post_init__(self) -> None:
         if not self.normalised:
@@ -40,12 +41,12 @@ class Codes(Members):
 
     @property
     def positions(self) -> int:
-        """P."""
+        """Number of positions of the grid, P."""
         return self.logits.shape[1]
 
     @property
     def states(self) -> int:
-        """K."""
+        """Number of codes at each position, K."""
         return self.logits.shape[2]
 
     @property
@@ -66,7 +67,7 @@ class Codes(Members):
 
     @property
     def is_sparse(self) -> bool:
-        """True if values are scored by a sum of rows of the natural parameters."""
+        """True if log densities are computed by summing selected rows of the natural parameters."""
         return self.form == "index" and self.states >= SPARSE_STATES
 
     @property
@@ -107,7 +108,7 @@ class Codes(Members):
         return self.write((self.logits + gumbel).argmax(-1))
 
     def write(self, index: Tensor) -> Tensor:
-        """State indices `(m, P)` as flat values `(m, D)`."""
+        """Return code indices `(m, P)` in the encoding of flat values, `(m, D)`."""
         if self.form == "index":
             return index.to(self.logits)
         return torch.nn.functional.one_hot(index, self.states).to(self.logits).flatten(1)
@@ -119,20 +120,20 @@ class Codes(Members):
 
 @dataclass(frozen=True)
 class CertainCodes(Members):
-    """A grid of P codes known for certain: probability 1 of one joint code, 0 of all others.
+    """Batch of deterministic grids of P codes: each member has probability 1 at one joint code, 0 elsewhere.
 
-    As a family it is `Codes` with log probabilities 0 and `IMPOSSIBLE`; a mixture of them is counted, not multiplied.
+    As a family it is `Codes` with log probabilities 0 and `IMPOSSIBLE`; mixtures of it are scored by counting.
     """
 
     tensors = ("index",)
     index: Tensor
-    """`(n, P)`, int64."""
+    """Codes of every member, `(n, P)`, int64."""
     states: int
-    """K."""
+    """Number of codes at each position, K."""
 
     @property
     def positions(self) -> int:
-        """P."""
+        """Number of positions of the grid, P."""
         return self.index.shape[1]
 
     @property
@@ -156,7 +157,7 @@ class CertainCodes(Members):
         return torch.zeros(self.dim, dtype=torch.float64, device=self.index.device)
 
     def codes(self) -> Codes:
-        """The same as probabilities, float64."""
+        """Return the same members as categoricals (`Codes`) with log probabilities in float64."""
         hit = self.index.unsqueeze(-1) == torch.arange(self.states, device=self.index.device)
         return Codes(torch.where(hit, 0.0, IMPOSSIBLE).double())
 
@@ -178,7 +179,7 @@ class CertainCodes(Members):
         return self.index.double()
 
     def write(self, index: Tensor) -> Tensor:
-        """State indices `(m, P)` as flat values `(m, D)`."""
+        """Return code indices `(m, P)` in the encoding of flat values, `(m, D)`."""
         return index.double()
 
     def map(self, change: Any) -> CertainCodes:

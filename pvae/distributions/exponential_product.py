@@ -1,4 +1,4 @@
-"""Products of independent members of exponential families."""
+"""Products of independent exponential-family distributions over concatenated values."""
 
 from __future__ import annotations
 
@@ -15,9 +15,13 @@ from pvae.distributions.exponential_codes import CertainCodes, Codes
 
 @dataclass(frozen=True)
 class Product(Members):
-    """Independent parts side by side: statistics and natural parameters are joined, normalisers added."""
+    """Members that are products of independent parts over concatenated values; one row of every part per member.
+
+    Statistics and natural parameters are concatenated, log normalisers added.
+    """
 
     parts: tuple[Members, ...]
+    """Independent factors, each with the same number of members."""
 
     def __len__(self) -> int:
         return len(self.parts[0])
@@ -46,7 +50,7 @@ class Product(Members):
         return torch.cat([part.origin for part in self.parts])
 
     def split(self, value: Tensor) -> tuple[Tensor, ...]:
-        """A flat value's part for every part."""
+        """Return flat values `(..., D)` split into the values of every part."""
         return value.split([part.dim for part in self.parts], -1)
 
     def natural(self) -> tuple[Tensor, Tensor]:
@@ -88,12 +92,12 @@ class Product(Members):
 
 
 def _side_by_side(parts: Sequence[Codes]) -> Codes:
-    """Grids of the same states as one of all their positions."""
+    """Return one grid of codes with the positions of all given grids, which have the same number of states."""
     return Codes(torch.cat([part.logits for part in parts], 1), parts[0].form, normalised=True)
 
 
 def product(parts: Sequence[Members]) -> Members:
-    """One part as it is, diagonal normals and certain codes as one, several kinds as a `Product`."""
+    """Return the product of independent members, merged if all are diagonal normals or codes, else as `Product`."""
     if all(isinstance(part, Normals) for part in parts):
         normals = [part for part in parts if isinstance(part, Normals)]
         return Normals(torch.cat([p.loc for p in normals], 1), torch.cat([p.scale for p in normals], 1))

@@ -1,4 +1,4 @@
-"""A multivariate normal over events of any shape, given by a factor of its covariance."""
+"""Multivariate normal over events of any shape, parametrised by a Cholesky factor of its covariance."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from pvae.util.types import Size
 
 
 class FactoredNormal(dist.TorchDistribution):
-    """N(loc, L L^T) over an event of any shape, flattened; rows that share a factor L never copy it.
+    """Multivariate normal N(loc, L L^T) over a flattened event of any shape; rows share one factor L without copies.
 
-    torch's own copies the factor for every row once a plate has expanded it: K n D^2 numbers for n rows under K
-    enumerated components.
+    `torch.distributions.MultivariateNormal` copies L for every row once a plate has expanded it: K n D^2 numbers for n
+    rows under K enumerated mixture components.
 
     Arguments:
-        loc: `(..., D)`.
+        loc: mean of the flattened event, `(..., D)`.
         scale_tril: L, `(D, D)`, or `(..., D, D)` with as many batch dimensions as `loc`.
         event: shape of an event of D elements.
         batch: batch shape, when it is larger than that of `loc`.
@@ -45,22 +45,22 @@ class FactoredNormal(dist.TorchDistribution):
 
     @property
     def support(self) -> constraints.Constraint:
-        """Real numbers."""
+        """Support: real numbers in every element of the event."""
         return constraints.independent(constraints.real, len(self.event_shape))
 
     def expand(self, batch_shape: Size, _instance: Any = None) -> FactoredNormal:
-        """The same distribution over more batch dimensions."""
+        """Return this distribution expanded to `batch_shape`."""
         return FactoredNormal(self.loc, self.scale_tril, self.event_shape, batch_shape, validate_args=False)
 
     def _along(self, operation: Callable[[Tensor, Tensor], Tensor], vectors: Tensor) -> Tensor:
-        """`operation(L, columns)` of vectors `(..., D)`: as one matrix where the last batch dimension shares L."""
+        """Return `operation(L, columns)` for vectors `(..., D)`, as one matrix if the last batch dimension shares L."""
         factor = self.scale_tril
         if vectors.dim() == 1 or factor.dim() > 2 and factor.shape[-3] > 1:
             return operation(factor, vectors.unsqueeze(-1)).squeeze(-1)
         return operation(factor.squeeze(-3) if factor.dim() > 2 else factor, vectors.mT).mT
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """Log density, nats, `(...)`; exact."""
+        """Return the log density of values `(..., *event)`, nats, `(...)`; exact."""
         if self._validate_args:
             self._validate_sample(value)
         difference = value.flatten(value.dim() - len(self.event_shape)) - self.loc
@@ -70,7 +70,7 @@ class FactoredNormal(dist.TorchDistribution):
         return score.expand(torch.broadcast_shapes(score.shape, self.batch_shape))
 
     def rsample(self, sample_shape: Size = torch.Size()) -> Tensor:
-        """Differentiable draws `sample_shape + (..., *event)`."""
+        """Return reparametrised samples, `sample_shape + (..., *event)`."""
         shape = (*sample_shape, *self.batch_shape, self.loc.shape[-1])
         noise = torch.randn(shape, dtype=self.loc.dtype, device=self.loc.device)
         return (self.loc + self._along(torch.matmul, noise)).unflatten(-1, self.event_shape)
@@ -80,7 +80,7 @@ class FactoredNormal(dist.TorchDistribution):
 
     @property
     def mean(self) -> Tensor:
-        """`(..., *event)`."""
+        """Mean of every element, `(..., *event)`."""
         return self._full(self.loc)
 
     @property

@@ -1,4 +1,4 @@
-"""Event dimensions without needless work."""
+"""Variant of `Independent` (event dimensions) with a cheaper `expand`."""
 
 from __future__ import annotations
 
@@ -9,8 +9,11 @@ import torch
 
 
 class Event(dist.Independent):
-    """`to_event` whose `expand` to the shape it has already is free: a plate expands every site of every step."""
+    """Distribution with declared event dimensions, as `to_event` returns; `expand` to its own shape costs nothing.
+
+    A plate expands every site in every training step.
+    """
 
     def expand(self, batch_shape: torch.Size | list[int] | tuple[int, ...], _instance: Any = None) -> Any:
-        """The same distribution over more batch dimensions."""
+        """Return this distribution expanded to `batch_shape`."""
         return self if self.batch_shape == tuple(batch_shape) else super().expand(batch_shape, _instance)

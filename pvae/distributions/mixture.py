@@ -1,4 +1,4 @@
-"""Mixture of the members of one exponential family."""
+"""Mixture of distributions of one exponential family."""
 
 from __future__ import annotations
 
@@ -15,15 +15,17 @@ from pvae.util.types import Size
 
 
 class Mixture(dist.TorchDistribution):
-    r"""sum_k w_k q_k(z) over members of one exponential family: a matrix product and a logsumexp, differentiable.
+    r"""Mixture sum_k w_k q_k(z) of distributions of one exponential family, scored by one matrix product.
 
-    log q_k(z) = <T(z), eta_k> - A(eta_k). The product takes differences of terms of size z^2 / 2 s^2, so it is made
-    in float64 whatever the members are; the result has their type.
+    The log density is a log-sum-exp of log q_k(z) = <T(z), eta_k> - A(eta_k), differentiable. The product takes
+    differences of terms of size z^2 / 2 s^2, so it is computed in float64 whatever the type of the members; the result
+    has the type of the values.
 
     Arguments:
-        members: K of them, over values `(D,)`.
-        log_weights: log w_k, `(K,)`, normalised; None for even weights.
-        left_out: components that are left out of a row's mixture, `(batch, K)`: leave-one-out; None for all.
+        members: the K mixture components, over values `(D,)`.
+        log_weights: normalised log mixture weights log w_k, `(K,)`; None for uniform weights.
+        left_out: components excluded from the mixture of each row, `(batch, K)` booleans (leave-one-out); None for no
+            exclusion.
     """
 
     arg_constraints: ClassVar[dict[str, Any]] = {}
@@ -40,7 +42,7 @@ class Mixture(dist.TorchDistribution):
         super().__init__(torch.Size(batch_shape), torch.Size((members.dim,)), validate_args=False)
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """log p(z) of `(..., D)`, nats, `(...)`; exact."""
+        """Return the exact log density of values `(..., D)`, nats, `(...)`."""
         members = self.members.double()
         eta, constant = members.natural()
         even = constant.new_full((), -math.log(len(members)))
@@ -60,11 +62,11 @@ class Mixture(dist.TorchDistribution):
             return scores.logsumexp(-1)
         rows, count = self.left_out.shape
         scores = scores.reshape(-1, rows, count).masked_fill(self.left_out, -torch.inf)
-        share = torch.log1p(-self.left_out.double().mean(-1))  # what is left is weighed anew
+        share = torch.log1p(-self.left_out.double().mean(-1))  # renormalises the weights of the other components
         return (scores.logsumexp(-1) - share).flatten()
 
     def sample(self, sample_shape: Size = torch.Size()) -> Tensor:
-        """Ancestral draws `sample_shape + batch_shape + (D,)`."""
+        """Return samples `sample_shape + batch_shape + (D,)` of the whole mixture, without gradient."""
         shape = torch.Size(sample_shape) + self.batch_shape
         count = shape.numel()
         with torch.no_grad():
@@ -75,11 +77,11 @@ class Mixture(dist.TorchDistribution):
             return self.members.rows(index).sample().reshape(shape + self.event_shape)
 
     def expand(self, batch_shape: Size, _instance: Any = None) -> Mixture:
-        """The same mixture over more batch dimensions."""
+        """Return this distribution expanded to `batch_shape`."""
         if self.batch_shape == tuple(batch_shape):
             return self
         return Mixture(self.members, self.log_weights, batch_shape, self.left_out)
 
 
 BLOCK_SCORES = 2**23
-"""Largest number of scores of a block, where no gradient needs them all."""
+"""Largest number of component log densities computed at a time, when no gradient is recorded."""

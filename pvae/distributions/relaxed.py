@@ -1,4 +1,4 @@
-"""Relaxed codes, in logarithms, and the discrete distributions that stand behind them."""
+"""Concrete (Gumbel-softmax) distributions of codes, in logarithms, and their discrete counterparts."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ KL = Literal["relaxed", "categorical"]
 
 
 class RelaxedCodes(dist.TorchDistribution):
-    r"""log c_k = log softmax((log pi_k + g_k) / tau), g Gumbel, at every position of a grid: Concrete, in logarithms.
+    r"""Concrete distribution in logarithms: log c = log softmax((log pi + g) / tau), g Gumbel, on a grid of codes.
 
     With y = log c the density is Gamma(K) tau^(K-1) prod_k pi_k e^(-tau y_k) / (sum_k pi_k e^(-tau y_k))^K with
-    respect to the coordinates log(c_k / sum_{j>k} c_j), k < K, in which a flow may give another density of the same y.
+    respect to the coordinates log(c_k / sum_{j>k} c_j), k < K, in which a flow may also define a density.
 
     References:
         The Concrete Distribution (Maddison, Mnih, Teh, 2017), https://arxiv.org/abs/1611.00712
         Categorical Reparameterization with Gumbel-Softmax (Jang, Gu, Poole, 2017), https://arxiv.org/abs/1611.01144
 
     Arguments:
-        logits: log pi, `(..., *grid, K)`; made normalised.
+        logits: log pi up to a constant, `(..., *grid, K)`; they are normalised here.
         temperature: tau, a scalar tensor.
         grid: number of dimensions of the grid.
-        kl: which KL a loss takes: of the relaxed densities, or of the categoricals.
-        noise: draw g; without it a value is a point, c = softmax(log pi / tau).
-        has_twin: False if `discrete` is no distribution of the same latent.
+        kl: KL that a loss uses: "relaxed", of the Concrete densities, or "categorical", of the discrete codes.
+        noise: True to sample g; if False, the value is deterministic, c = softmax(log pi / tau).
+        has_twin: False if the latent has no discrete counterpart, as under a prior over relaxed values.
     """
 
     arg_constraints: ClassVar[dict[str, Any]] = {}
@@ -59,11 +59,11 @@ class RelaxedCodes(dist.TorchDistribution):
 
     @constraints.dependent_property(is_discrete=False)
     def support(self) -> constraints.Constraint:
-        """Logarithms of points of the simplex, at every position."""
+        """Support: logarithms of points of the simplex at every position of the grid."""
         return constraints.independent(log_simplex, self.grid)
 
     def expand(self, batch_shape: Size, _instance: Any = None) -> RelaxedCodes:
-        """The same distribution over more batch dimensions."""
+        """Return this distribution expanded to `batch_shape`."""
         if self.batch_shape == tuple(batch_shape):
             return self
         return RelaxedCodes(
@@ -72,7 +72,7 @@ class RelaxedCodes(dist.TorchDistribution):
         )  # fmt: skip
 
     def rsample(self, sample_shape: Size = torch.Size()) -> Tensor:
-        """Differentiable draws of log c, `sample_shape + (..., *grid, K)`."""
+        """Return reparametrised samples of log c, `sample_shape + (..., *grid, K)`."""
         logits = self.logits.expand(*sample_shape, *self.logits.shape)
         if self.noise:
             # -log of an exponential variate is Gumbel; the variate is never 0.
@@ -80,7 +80,7 @@ class RelaxedCodes(dist.TorchDistribution):
         return (logits / self.temperature).log_softmax(-1)
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """Log density of log c, nats, `(...)`; exact; 0 for a point."""
+        """Return the exact log density of log c, nats, `(...)`; 0 without noise, when the value is deterministic."""
         if not self.noise:
             return (0.0 * value).sum(tuple(range(-self.grid - 1, 0)))
         k = value.shape[-1]
@@ -89,18 +89,18 @@ class RelaxedCodes(dist.TorchDistribution):
         return score.sum(tuple(range(-self.grid, 0))) if self.grid else score
 
     def discrete(self) -> dist.TorchDistribution:
-        """The twin over indices: codes of the same logits, or without noise the most probable ones for certain."""
+        """Return the discrete counterpart: categorical codes of the same logits; without noise their mode, fixed."""
         if self.noise:
             return code_grid(self.logits, self.grid)
         return Certain(self.logits.argmax(-1), self.logits.shape[-1], self.grid)
 
 
 class Relaxing(Conditional):
-    """A distribution of codes as the prior of a relaxed latent: it scores codes, and has no density of relaxed values.
+    """Prior over discrete codes, used for a relaxed latent: relaxed values get the expected log probability of codes.
 
     Arguments:
-        codes: over indices `(..., *grid)`.
-        states: K.
+        codes: distribution over indices `(..., *grid)`.
+        states: number of codes K at each position.
     """
 
     arg_constraints: ClassVar[dict[str, Any]] = {}
@@ -111,22 +111,25 @@ class Relaxing(Conditional):
 
     @constraints.dependent_property(is_discrete=False)
     def support(self) -> constraints.Constraint:
-        """As that of `RelaxedCodes`."""
+        """Support: logarithms of points of the simplex at every position of the grid."""
         return constraints.independent(log_simplex, len(self.event_shape) - 1)
 
     def expand(self, batch_shape: Size, _instance: Any = None) -> Relaxing:
-        """The same distribution over more batch dimensions."""
+        """Return this distribution expanded to `batch_shape`."""
         if self.batch_shape == tuple(batch_shape):
             return self
         return Relaxing(self.codes.expand(torch.Size(batch_shape)), self.states)
 
     def sample(self, sample_shape: Size = torch.Size()) -> Tensor:
-        """Logarithms of one-hots of a draw of the codes."""
+        """Return samples of the codes as logarithms of one-hots, `sample_shape + (..., *grid, K)`."""
         index = self.codes.sample(torch.Size(sample_shape))
         return torch.where(index.unsqueeze(-1) == torch.arange(self.states, device=index.device), 0.0, IMPOSSIBLE)
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """E log p(c) under independent codes of probabilities e^y, given them at the positions before; nats."""
+        """Return sum_p E[log p(c_p | c_<p)] under independent codes with probabilities exp(value), nats, `(...)`.
+
+        The conditional probabilities are evaluated at the relaxed values of the positions before.
+        """
         score = (value.exp() * self.conditional_logits(value)).sum(-1)
         return score.sum(tuple(range(1 - len(self.event_shape), 0))) if len(self.event_shape) > 1 else score
 
@@ -134,15 +137,15 @@ class Relaxing(Conditional):
         return conditional_logits(self.codes, value)
 
     def discrete(self) -> dist.TorchDistribution:
-        """The distribution of the codes."""
+        """Return the distribution over discrete codes."""
         return self.codes
 
 
 def categorical_kl(q: RelaxedCodes, p: Any, value: Tensor) -> Tensor:
-    """sum_p KL(q(c_p) || p(c_p | c_<p)) of the categoricals under a relaxed latent, nats, `(...)`.
+    """Return sum_p KL(q(c_p) || p(c_p | c_<p)) of the categorical codes of a relaxed latent, nats, `(...)`.
 
-    Exact where p is factorised, else an estimate at the relaxed value. Without noise q is a point: -log p of its
-    one-hot, with the gradient of the soft one.
+    Exact if p is factorised, else an estimate at the relaxed value. Without noise q is a point mass, and the KL is
+    -log p of its mode, with the straight-through gradient of the relaxed value.
     """
     log_p = conditional_logits(p, value)
     if q.noise:
@@ -155,14 +158,14 @@ def categorical_kl(q: RelaxedCodes, p: Any, value: Tensor) -> Tensor:
 
 
 class Discretised(Messenger):
-    """Runs programs in their discrete twins: every relaxed site becomes the code of the same logits."""
+    """Pyro handler that replaces every relaxed site by the discrete codes of the same logits."""
 
     def _pyro_sample(self, msg: Any) -> None:
         msg["fn"] = twin(msg["fn"])
 
 
 def twin(fn: Any) -> Any:
-    """The discrete twin of a relaxed distribution; any other as it is."""
+    """Return the discrete counterpart of a relaxed distribution; any other distribution unchanged."""
     base = fn
     while isinstance(base, dist.ExpandedDistribution):
         base = base.base_dist
@@ -172,7 +175,7 @@ def twin(fn: Any) -> Any:
 
 
 def is_relaxed(fn: Any) -> bool:
-    """True for a distribution of relaxed codes that has a discrete twin."""
+    """Return whether a distribution is over relaxed codes that have a discrete counterpart."""
     while isinstance(fn, dist.ExpandedDistribution):
         fn = fn.base_dist
     return isinstance(fn, RelaxedCodes) and fn.has_twin

@@ -1,4 +1,4 @@
-"""Logarithms of points of the simplex, their free coordinates, and densities over these."""
+"""Log-simplex: logarithms of simplex points, their stick-breaking coordinates, and densities over these."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from pvae.util.types import Size
 
 
 class LogSimplex(constraints.Constraint):
-    """Logarithms of points of the simplex, whose sum is 1 to rounding."""
+    """Constraint of logarithms of simplex points: exponentials sum to 1 within 1e-3."""
 
     event_dim = 1
 
     def check(self, value: Tensor) -> Tensor:
-        """Membership of `(..., K)`, `(...)`."""
+        """Return whether values `(..., K)` satisfy the constraint, `(...)` booleans."""
         return value.logsumexp(-1).abs() < 1e-3
 
 
@@ -28,10 +28,10 @@ log_simplex = LogSimplex()
 
 
 def to_coordinates(log_c: Tensor) -> Tensor:
-    r"""Logarithms of relaxed one-hots `(..., K)` as K - 1 free numbers u, by breaking a stick.
+    r"""Return the K - 1 unconstrained stick-breaking coordinates u of logarithms of relaxed one-hots `(..., K)`.
 
     u_k = log(c_k / sum_{j>k} c_j) + log(K - k). The volume changes by |dc/du| = prod_{k<=K} c_k, so that a density of u
-    is the density of log c in the measure of `RelaxedCodes`: no Jacobian is left.
+    equals the density of log c in the measure of `RelaxedCodes`, without a Jacobian factor.
     """
     k = log_c.shape[-1]
     rest = log_c.flip(-1).logcumsumexp(-1).flip(-1)[..., 1:]
@@ -39,7 +39,7 @@ def to_coordinates(log_c: Tensor) -> Tensor:
 
 
 def from_coordinates(u: Tensor) -> Tensor:
-    """The inverse of `to_coordinates`, `(..., K - 1)` to `(..., K)`."""
+    """Return log c `(..., K)` of stick-breaking coordinates u `(..., K - 1)`: the inverse of `to_coordinates`."""
     k = u.shape[-1] + 1
     shifted = u - torch.arange(k - 1, 0, -1, device=u.device).to(u).log()
     left = pad(logsigmoid(-shifted).cumsum(-1), (1, 0))  # of the stick, before each piece
@@ -47,7 +47,7 @@ def from_coordinates(u: Tensor) -> Tensor:
 
 
 class Coordinates(Transform):
-    """u to log c, as `from_coordinates`; its Jacobian is 1 in the measure in which `RelaxedCodes` has its density."""
+    """Transform from stick-breaking coordinates u to log c; its Jacobian is 1 in the measure of `RelaxedCodes`."""
 
     domain = constraints.real_vector
     codomain = log_simplex
@@ -63,15 +63,15 @@ class Coordinates(Transform):
         return to_coordinates(y)
 
     def log_abs_det_jacobian(self, x: Tensor, _y: Tensor) -> Tensor:
-        """0, `(...)`."""
+        """Return 0, `(...)`: the Jacobian is 1 in the measure of `RelaxedCodes`."""
         return torch.zeros_like(x[..., 0])
 
     def forward_shape(self, shape: Shape) -> Shape:
-        """`(..., K - 1)` to `(..., K)`."""
+        """Return the shape `(..., K)` of log c from the shape `(..., K - 1)` of coordinates."""
         return *shape[:-1], shape[-1] + 1
 
     def inverse_shape(self, shape: Shape) -> Shape:
-        """`(..., K)` to `(..., K - 1)`."""
+        """Return the shape `(..., K - 1)` of coordinates from the shape `(..., K)` of log c."""
         return *shape[:-1], shape[-1] - 1
 
 
@@ -81,11 +81,11 @@ def _to_log_simplex(_constraint: constraints.Constraint) -> Coordinates:
 
 
 class FreeCoordinates(dist.TorchDistribution):
-    """A density over free coordinates `(..., P (K - 1))` as one of relaxed codes `(..., *grid, K)`.
+    """Distribution of relaxed codes `(..., *grid, K)`, given by a density of their coordinates `(..., P (K - 1))`.
 
     Arguments:
-        base: over the coordinates of all positions in a row.
-        event: `(*grid, K)`.
+        base: distribution over the stick-breaking coordinates of all P positions, concatenated.
+        event: event shape of a value, `(*grid, K)`.
     """
 
     arg_constraints: ClassVar[dict[str, Any]] = {}
@@ -96,21 +96,21 @@ class FreeCoordinates(dist.TorchDistribution):
 
     @constraints.dependent_property(is_discrete=False)
     def support(self) -> constraints.Constraint:
-        """As that of `RelaxedCodes`."""
+        """Support: logarithms of points of the simplex at every position of the grid."""
         return constraints.independent(log_simplex, len(self.event_shape) - 1)
 
     def expand(self, batch_shape: Size, _instance: Any = None) -> FreeCoordinates:
-        """The same density over more batch dimensions."""
+        """Return this distribution expanded to `batch_shape`."""
         if self.batch_shape == tuple(batch_shape):
             return self
         return FreeCoordinates(self.base.expand(torch.Size(batch_shape)), tuple(self.event_shape))
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """Log density of log c, nats, `(...)`; exact."""
+        """Return the log density of log c in the measure of `RelaxedCodes`, nats, `(...)`; exact."""
         return self.base.log_prob(to_coordinates(value).flatten(value.dim() - len(self.event_shape)))
 
     def sample(self, sample_shape: Size = torch.Size()) -> Tensor:
-        """Draws of log c."""
+        """Return samples of log c, `sample_shape + (..., *grid, K)`, without gradient."""
         with torch.no_grad():
             u = self.base.sample(torch.Size(sample_shape))
         return from_coordinates(u.unflatten(-1, (*self.event_shape[:-1], self.event_shape[-1] - 1)))
