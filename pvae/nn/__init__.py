@@ -1,1 +1,1 @@
-"""Networks, codebooks, schedules, optimizers and the precision of their products."""
+"""Neural networks, codebooks, schedules of hyperparameters, optimisers, and bfloat16 products."""

@@ -1,4 +1,4 @@
-"""The table of a code's embeddings: learned by gradients, or moved by averages of what was assigned to each code."""
+"""Codebooks of embedding vectors, learned by gradients or by moving averages of the vectors assigned to each code."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from torch.nn.functional import normalize
 from pvae.graph.lifecycle import Moving
 
 BLOCK_DISTANCES = 2**25
-"""Largest number of distances held at a time."""
+"""Largest number of vector-to-code distances in memory at a time."""
 START_VECTORS = 50_000
-"""Largest number of vectors that k-means starts from."""
+"""Largest number of vectors to which the initial k-means is fitted."""
 
 
 class Codebook(nn.Module):
-    """K rows of E numbers, learned by the gradient of whatever reads them."""
+    """Codebook of K embedding vectors of width E, learned by gradients."""
 
     def __init__(self, codes: int, width: int) -> None:
         super().__init__()
@@ -23,19 +23,20 @@ class Codebook(nn.Module):
 
     @property
     def table(self) -> Tensor:
-        """The rows as they are read, `(K, E)`."""
+        """Embedding vectors of all codes, `(K, E)`."""
         return self.weight
 
 
 class NearestCodebook(Moving):
-    """Rows that are looked up by their distance, kept alive, and moved by averages or by gradients.
+    """Codebook of a VQ latent: nearest-neighbour lookup, moving-average or gradient updates, restarts of dead codes.
 
     With `decay`, every row follows the mean of the vectors assigned to it: N <- decay N + (1 - decay) n and the sums
     likewise, row = sum / N (Laplace-smoothed N). Without, rows learn by the gradient of the codebook loss. Either way a
-    row whose average number of vectors in a batch falls below `restart` of an even share, a batch's vectors over K, is
-    put at a vector drawn from the batch, and counts as one of an even share: it has time to be found.
+    row whose average number of vectors per batch falls below `restart` times the uniform share (a batch's vectors / K)
+    is reset to a random vector of the batch, and its average number to the uniform share, so that it has time to be
+    used.
 
-    A forward pass in training mode notes what was assigned; `after_step` moves. Nothing waits for the device.
+    A forward pass in training mode records the assignments; `after_step` updates. There is no device synchronisation.
 
     References:
         Neural Discrete Representation Learning (van den Oord, Vinyals, Kavukcuoglu, 2017),
@@ -43,11 +44,11 @@ class NearestCodebook(Moving):
         Jukebox (Dhariwal et al., 2020), https://arxiv.org/abs/2005.00341 (restarts)
 
     Arguments:
-        codes: K.
-        width: E.
-        decay: of the averages; None for gradients.
-        restart: the share of an even use below which a row is dead; 0 never moves one.
-        unit: keep rows, and compare vectors, on the unit sphere.
+        codes: number of codes, K.
+        width: width of an embedding, E.
+        decay: decay of the moving averages; None to learn by gradients.
+        restart: proportion of uniform use below which a code is dead and reset; 0 disables restarts.
+        unit: True to normalise rows and vectors to the unit sphere (cosine similarity).
     """
 
     counts: Tensor
@@ -72,21 +73,21 @@ class NearestCodebook(Moving):
 
     @property
     def table(self) -> Tensor:
-        """The rows as they are read, `(K, E)`."""
+        """Embedding vectors of all codes, `(K, E)`; normalised if the codebook is on the unit sphere."""
         return normalize(self.weight, dim=-1) if self.unit else self.weight
 
     def place(self, z: Tensor) -> Tensor:
-        """Vectors `(..., E)` as they are compared."""
+        """Return vectors `(..., E)` as they are compared with the codebook: normalised if `unit`."""
         return normalize(z, dim=-1) if self.unit else z
 
     def scores(self, z: Tensor) -> Tensor:
-        """2 z.e_k - |e_k|^2 of `(m, E)`, `(m, K)`: largest where the distance is least."""
+        """Return 2 z.e_k - |e_k|^2 for vectors `(m, E)`, `(m, K)`; the largest score is at the nearest code."""
         table = self.table.detach()
         return torch.addmm(-table.square().sum(1), z, table.T, alpha=2)
 
     @torch.no_grad()
     def nearest(self, z: Tensor) -> Tensor:
-        """The code nearest to each of `(..., E)`, `(...)`, int64; in training it is noted who is near whom."""
+        """Return the index of the code nearest to each vector `(..., E)`, `(...)`, int64; training mode records it."""
         flat = z.reshape(-1, z.shape[-1])
         rows = max(1, BLOCK_DISTANCES // len(self.counts))
         if len(flat) <= rows:
@@ -99,7 +100,7 @@ class NearestCodebook(Moving):
 
     def _note(self, flat: Tensor, index: Tensor) -> None:
         flat = flat.to(self.counts)
-        # A batch that is not finite counts for nothing.
+        # A non-finite batch has weight 0.
         sound = flat.sum().isfinite().to(self.counts)
         self.batch_counts.zero_().index_add_(0, index, sound.expand(len(flat)))
         if self.decay is not None:
@@ -109,7 +110,7 @@ class NearestCodebook(Moving):
 
     @torch.no_grad()
     def after_step(self) -> None:
-        """Averages and rows follow the batch; dead rows move to vectors of it. One that is not finite moves nothing."""
+        """Update averages and rows from the last batch, and reset dead rows; a non-finite batch changes nothing."""
         seen = self.batch_counts.sum() > 0
         decay = USE_DECAY if self.decay is None else self.decay
         self.counts.lerp_(torch.where(seen, self.batch_counts, self.counts), 1 - decay)
@@ -130,7 +131,10 @@ class NearestCodebook(Moving):
 
     @torch.no_grad()
     def start(self, z: Tensor, seed: int, batch: float) -> None:
-        """Put the rows at the centres that k-means finds of vectors `(m, E)`, as if `batch` of them came in a step."""
+        """Initialise the rows at k-means centres of vectors `(m, E)`, and their average counts for `batch` per step.
+
+        Does nothing if there are fewer distinct vectors than codes.
+        """
         from sklearn.cluster import KMeans  # here, because it takes a second to import
 
         z = self.place(z)[:START_VECTORS]
@@ -147,6 +151,6 @@ class NearestCodebook(Moving):
 
 
 SMOOTHING = 1e-5
-"""Vectors that every row is given beside its own."""
+"""Pseudo-count of the Laplace smoothing of the average counts."""
 USE_DECAY = 0.99
-"""Decay of the average use of rows that gradients move."""
+"""Decay of the average counts if rows are learned by gradients (`decay` is None)."""

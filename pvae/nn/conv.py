@@ -1,4 +1,4 @@
-"""Strided convolutions between images and vectors."""
+"""Convolutional networks with stride 2 between images and vectors."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pvae.nn.network import ACTIVATIONS, Activation, Network, NetworkModule, fla
 
 
 def halvings(size: int, times: int) -> list[int]:
-    """Sizes of one image side before and after each stride-2 convolution: 28, 14, 7, 4 ..."""
+    """Return the sizes of an image side before and after each of `times` stride-2 convolutions: 28, 14, 7, 4 ..."""
     sizes = [size]
     for _ in range(times):
         sizes.append((sizes[-1] + 1) // 2)
@@ -36,7 +36,7 @@ class Down(nn.Module):
         self.features = channels[-1] * height * width
 
     def forward(self, x: Tensor) -> Tensor:
-        """`(..., C, H, W)` to `(..., features)`."""
+        """Return the features `(..., features)` of images `(..., C, H, W)`."""
         lead = x.shape[:-3]
         return self.layers(x.reshape(-1, *self.image)).reshape(*lead, self.features)
 
@@ -58,13 +58,13 @@ class Up(nn.Module):
         self.layers = nn.Sequential(*layers[:-1])
 
     def forward(self, h: Tensor) -> Tensor:
-        """`(..., features)` to `(..., C, H, W)`."""
+        """Return images `(..., C, H, W)` from vectors `(..., features)`."""
         lead = h.shape[:-1]
         return self.layers(self.first(h).reshape(-1, *self.start)).reshape(*lead, *self.image)
 
 
 class ConvModule(NetworkModule):
-    """Images are encoded, vectors taken as they are; the joined vector goes through a dense layer to the output."""
+    """Network of `Conv`: image inputs are encoded, concatenated with vector inputs, and mapped to the output."""
 
     def __init__(
         self, inputs: Mapping[str, Shape], output: Shape | None, channels: Ints, dense: int, activation: Activation
@@ -94,27 +94,27 @@ class ConvModule(NetworkModule):
         return self.dense(join(flat))
 
     def forward(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        """Named tensors `(..., *shape)` to `(..., *output)`."""
+        """Return the output `(..., *output)` for named inputs `(..., *shape)`; leading dimensions broadcast."""
         h = self.head(self.features(inputs))
         return h if self.unflat is None else h.unflatten(-1, self.unflat)
 
 
 @final
 class Conv(Network):
-    """Stride-2 convolutions for an image input, their mirror for an image output; images of any size.
+    """Convolutional network: stride-2 convolutions for image inputs, transposed ones for an image output; any size.
 
     An input or output is an image when its event shape is `(channels, height, width)`.
     """
 
     kind: Literal["conv"] = "conv"
     channels: Ints = Field(default=(32, 64), min_length=1)
-    """Channels after each stride-2 convolution; every one halves height and width."""
+    """Number of channels after each stride-2 convolution; each convolution halves height and width."""
     dense: int = Field(default=256, gt=0)
-    """Width of the dense layer between the convolutions and a vector."""
+    """Width of the dense layer after the joined inputs, before the output."""
     activation: Activation = "relu"
 
     def build(self, inputs: Mapping[str, Shape], output: Shape | None) -> NetworkModule:
-        """See `Network.build`; at least one side must be an image."""
+        """Return the network module; at least one input or the output must be an image."""
         shapes = [*inputs.values(), *([output] if output is not None else [])]
         if not any(len(shape) == 3 for shape in shapes):
             found = ", ".join(f"{name} {list(shape)}" for name, shape in inputs.items())

@@ -1,4 +1,4 @@
-"""Networks: from named tensors to one tensor, leading dimensions broadcast."""
+"""Dense networks (MLP, gated MLP, lookup table) from several named inputs to one output tensor."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ class Gated(nn.Module):
         self.both = nn.Linear(inputs, 2 * outputs)
 
     def forward(self, h: Tensor) -> Tensor:
-        """`(..., inputs)` to `(..., outputs)`."""
+        """Return the layer's output `(..., outputs)` for input `(..., inputs)`."""
         return nn.functional.glu(self.both(h), -1)
 
 
 class Dense(NetworkModule):
-    """Dense layers: the first hidden layer is one branch per input; the branches are concatenated."""
+    """Dense network whose first hidden layer has one branch per named input; the branches are concatenated."""
 
     def __init__(
         self,
@@ -57,14 +57,14 @@ class Dense(NetworkModule):
         return self.trunk(join(flat))
 
     def forward(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        """Named tensors `(..., *shape)` to `(..., *output)`."""
+        """Return the output `(..., *output)` for named inputs `(..., *shape)`; leading dimensions broadcast."""
         h = self.head(self.features(inputs))
         return h if len(self.output) == 1 else h.unflatten(-1, self.output)
 
 
 @final
 class MLP(Network):
-    """Dense layers with an activation; `hidden = []` is a linear map."""
+    """Multilayer perceptron: dense layers with an activation; `hidden = []` is a linear map."""
 
     kind: Literal["mlp"] = "mlp"
     hidden: Ints = (300, 300)
@@ -89,7 +89,7 @@ class GatedMLP(Network):
     hidden: Ints = (300, 300)
     """Widths of the hidden layers."""
     init: Literal["default", "he"] = "default"
-    """`he`: normal weights of variance 2 / fan-in, zero biases."""
+    """Weight initialisation: torch's default, or `he` for normal weights of variance 2 / fan-in and zero biases."""
 
     def build(self, inputs: Mapping[str, Shape], output: Shape | None) -> NetworkModule:
         module = Dense(inputs, output, self.hidden, Gated)
@@ -99,14 +99,14 @@ class GatedMLP(Network):
 
 
 def he_initialise(module: nn.Module) -> None:
-    """Normal weights of variance 2 / fan-in and zero biases, for a linear layer; others are left alone."""
+    """Initialise a linear layer by normal weights of variance 2 / fan-in and zero biases; ignore other Modules."""
     if isinstance(module, nn.Linear):
         nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
         nn.init.zeros_(module.bias)
 
 
 class TableModule(NetworkModule):
-    """`(..., codes)` one-hot to the row of its code; of any other vector, a linear map without a bias."""
+    """Learned table applied to a one-hot code `(..., codes)`: returns its row; a linear map of other vectors."""
 
     def __init__(self, inputs: Mapping[str, Shape], output: Shape) -> None:
         super().__init__(inputs, output)
@@ -114,19 +114,19 @@ class TableModule(NetworkModule):
         self.weight = nn.Parameter(0.1 * torch.randn(prod(shape), prod(self.output)))
 
     def forward(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        """Named tensors `(..., *shape)` to `(..., *output)`."""
+        """Return the output `(..., *output)` for named inputs `(..., *shape)`; leading dimensions broadcast."""
         h = flatten(inputs[self.name], self.inputs[self.name]).to(self.weight) @ self.weight
         return h if len(self.output) == 1 else h.unflatten(-1, self.output)
 
 
 @final
 class TableNetwork(Network):
-    """One learned row for every code: the parameters of the components of a mixture."""
+    """Lookup table with one learned output for every code, such as the parameters of mixture components."""
 
     kind: Literal["table"] = "table"
 
     def build(self, inputs: Mapping[str, Shape], output: Shape | None) -> NetworkModule:
-        """See `Network.build`; of one input, and never for features."""
+        """Return the table module; it needs exactly one input, and an output shape."""
         if len(inputs) != 1 or output is None:
             found = ", ".join(inputs) + (" and no output" if output is None else "")
             raise DeclarationError(

@@ -1,4 +1,4 @@
-"""The diagonal normal that posteriors and conditional priors share."""
+"""Diagonal normal with network-predicted parameters, used by posteriors and conditional priors."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pvae.nn.network import NetworkModule
 
 
 def check_bounds(bounds: tuple[float, float]) -> tuple[float, float]:
-    """The bounds themselves, if the floor lies below the ceiling."""
+    """Return the bounds unchanged; raise ValueError unless the floor is below the ceiling."""
     low, high = bounds
     if low >= high:
         raise ValueError(f"a floor below a ceiling, e.g. [-12.0, 6.0]; got [{low}, {high}]")
@@ -23,20 +23,20 @@ def check_bounds(bounds: tuple[float, float]) -> tuple[float, float]:
 
 
 LogVarianceBounds = Annotated[tuple[float, float], Field(strict=False), AfterValidator(check_bounds)]
-"""Floor and ceiling of a predicted log-variance, which is clipped there."""
+"""Lower and upper bound to which a predicted log-variance is clipped."""
 
 
 def diagonal_normal(parameters: Tensor, bounds: tuple[float, float]) -> dist.TorchDistribution:
-    """N(loc, diag(exp(log_variance))) with event shape `(dim,)` from `parameters` `(..., 2 dim)`."""
+    """Return N(loc, diag(exp(log_variance))), event shape `(dim,)`, of (loc, log_variance) `(..., 2 dim)`."""
     loc, log_variance = parameters.chunk(2, -1)
     return Event(dist.Normal(loc, log_variance.clamp(*bounds).mul(0.5).exp()), 1)
 
 
 def lower_factor(scale: Tensor, below: Tensor) -> Tensor:
-    """diag(scale) (I + strictly lower triangle), `(..., d, d)`: a Cholesky factor from numbers free to move.
+    """Return the Cholesky factor diag(scale) (I + strictly lower triangle), `(..., d, d)`, of a covariance matrix.
 
     Arguments:
-        scale: the diagonal, `(..., d)`; the standard deviations of each coordinate given those before it.
+        scale: the positive diagonal, `(..., d)`: standard deviation of each coordinate given those before it.
         below: the strictly lower triangle of the unit factor, row by row, `(..., d (d - 1) / 2)`.
     """
     d = scale.shape[-1]
@@ -47,7 +47,7 @@ def lower_factor(scale: Tensor, below: Tensor) -> Tensor:
 
 
 class NormalHead(nn.Module):
-    """A network whose output is read as location and log-variance of a diagonal normal."""
+    """Network that outputs the location and log-variance of a diagonal normal."""
 
     def __init__(self, network: NetworkModule, bounds: tuple[float, float]) -> None:
         super().__init__()
@@ -57,9 +57,9 @@ class NormalHead(nn.Module):
     def forward(
         self, inputs: Mapping[str, Tensor], _seen: Mapping[str, Tensor] | None = None
     ) -> dist.TorchDistribution:
-        """Named tensors `(..., *shape)` to N(loc, diag scale^2) with batch shape `(...)`."""
+        """Return N(loc, diag scale^2), batch shape `(...)`, for named inputs `(..., *shape)`."""
         return diagonal_normal(self.network(inputs), self.bounds)
 
     def features(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        """Features of the network before its last layer, `(..., width)`."""
+        """Return the features of the network before its last layer, `(..., width)`."""
         return self.network.features(inputs)

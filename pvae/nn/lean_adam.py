@@ -1,4 +1,4 @@
-"""Adam as a function of gradients, for small fits inside an analysis."""
+"""Adam optimiser without torch's `Optimizer` class, for small fits inside an analysis."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch.optim.adam import adam
 
 
 class LeanAdam:
-    """Adam with the numbers of `torch.optim.Adam(parameters)`, but no `Optimizer`.
+    """Adam with the default settings and results of `torch.optim.Adam(parameters)`, but without `Optimizer`.
 
     The first `Optimizer` of a process imports torch's compiler, which takes longer than a small fit.
 
@@ -26,7 +26,7 @@ class LeanAdam:
 
     @torch.no_grad()
     def step(self, gradients: Sequence[Tensor], lr: float) -> None:
-        """Take one step of learning rate `lr` down the gradients."""
+        """Update the parameters by one Adam step along the given gradients, at learning rate `lr`."""
         adam(
             self.parameters, list(gradients), self.means, self.squares, [], self.steps,
             amsgrad=False, beta1=0.9, beta2=0.999, lr=lr, weight_decay=0.0, eps=1e-8, maximize=False,

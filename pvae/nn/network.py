@@ -1,4 +1,4 @@
-"""Networks as declared parts: from named tensors to one tensor, leading dimensions broadcast."""
+"""Declarations and Modules of networks, which map named input tensors to one output tensor."""
 
 from __future__ import annotations
 
@@ -24,27 +24,27 @@ Activation = Literal["relu", "elu", "gelu", "silu", "tanh", "softplus"]
 
 
 class Network(Component):
-    """A neural network from several named inputs to one output."""
+    """Declaration of a neural network from several named inputs to one output."""
 
     @property
     def support(self) -> constraints.Constraint | None:
-        """Values of the output, elementwise, where they are not all real numbers."""
+        """Constraint that every element of the output satisfies; None if it can be any real number."""
         return None
 
     def features_on(self, grid: Shape) -> Shape | None:
-        """Event shape of features laid out on a grid of codes; None where a network gives but a vector."""
+        """Return the event shape of features on a grid of codes; None if the network gives only a feature vector."""
         return None
 
     @abstractmethod
     def build(self, inputs: Mapping[str, Shape], output: Shape | None) -> NetworkModule:
-        """A module from tensors `name -> (..., *inputs[name])` to one tensor `(..., *output)`.
+        """Return a Module that maps tensors `name -> (..., *inputs[name])` to one tensor `(..., *output)`.
 
         Arguments:
             inputs: event shape of every input, by name.
             output: event shape of the result; `None` leaves the width to the network (a vector of features).
 
         Returns:
-            The module; its `output` says the event shape it produces.
+            The Module; its attribute `output` is the event shape of its result.
         """
 
 
@@ -58,32 +58,32 @@ class NetworkModule(nn.Module):
 
     @property
     def width(self) -> int:
-        """Width of `features`."""
+        """Width of the feature vector that `features` returns."""
         raise NotImplementedError(f"{type(self).__name__} has no features")
 
     def features(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        """Features before the last layer, `(..., width)`."""
+        """Return the features of the inputs before the last layer, `(..., width)`."""
         raise NotImplementedError(f"{type(self).__name__} has no features")
 
 
 class InvertibleModule(NetworkModule):
-    """A network of one input with a way back."""
+    """Base of invertible networks, with one named input and an exact inverse."""
 
     name: str
-    """The input's name."""
+    """Name of the input."""
 
     def invert(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """z with `forward({name: z}) = x`, `(..., D)`, and log|det dz/dx|, nats, `(...)`."""
+        """Return the z with `forward({name: z}) = x`, `(..., D)`, and log|det dz/dx|, nats, `(...)`."""
         raise NotImplementedError  # pragma: no cover - abstract
 
 
 def flatten(x: Tensor, shape: Shape) -> Tensor:
-    """`(..., *shape)` to `(..., prod(shape))`."""
+    """Return a tensor `(..., *shape)` with its event dimensions flattened, `(..., prod(shape))`."""
     return x if len(shape) == 1 else x.flatten(x.dim() - len(shape)) if shape else x.unsqueeze(-1)
 
 
 def join(parts: Sequence[Tensor]) -> Tensor:
-    """Concatenate vectors along the last dimension after broadcasting their leading dimensions."""
+    """Return vectors concatenated along the last dimension, after broadcasting their leading dimensions."""
     if len(parts) == 1:
         return parts[0]
     lead = torch.broadcast_shapes(*(p.shape[:-1] for p in parts))

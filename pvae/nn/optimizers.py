@@ -1,4 +1,4 @@
-"""torch optimisers as declared parts; the fused implementation where there is one."""
+"""Declarations of torch's optimisers, in their fused implementations."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ Betas = Annotated[tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Fi
 
 
 class Optimizer(Component):
-    """Rule by which parameters follow their gradients."""
+    """Declaration of the optimiser that updates parameters by their gradients."""
 
     lr: float = Field(default=1e-3, gt=0)
     """Learning rate before its schedule."""
 
     @abstractmethod
     def build(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-        """The torch optimiser over `parameters`."""
+        """Return the torch optimiser over `parameters`."""
 
 
 @final

@@ -1,4 +1,4 @@
-"""Precision of the products of a training step's networks."""
+"""Numerical precision of the matrix products and convolutions of networks in a training step."""
 
 from __future__ import annotations
 
@@ -23,22 +23,23 @@ PRODUCTS = (
     functional.conv_transpose2d,
     functional.conv_transpose3d,
 )
-"""Functions of (input, weight, bias, ...) that multiply."""
+"""Functions of (input, weight, bias, ...) whose products can be computed in bfloat16."""
 SPLIT = 2.0**16 + 1
 """Veltkamp's factor: it divides the 24 significant bits of a float32 into 8, those of a bfloat16, and 16."""
 
 
 class BFloat16Products(TorchFunctionMode):
-    """Dense layers and convolutions of float32 tensors multiply in bfloat16, forward and backward.
+    """Context manager in which dense layers and convolutions of float32 tensors multiply in bfloat16.
 
-    Factors and results are rounded to bfloat16, a relative error of at most 2^-8 (binary x is exact); biases are added
-    in float32, and all else stays as it is: weights, optimiser, activations, samples, densities, and products of other
-    types. (autocast would hand bfloat16 on to what follows, down to the scales of distributions.) Layers inside torch's
-    own composites (`nn.MultiheadAttention`, `nn.GRU`) are not reached, and what is computed anew on the way back
-    (`torch.utils.checkpoint`) is refused by torch, since the mode holds on the way forward.
+    In the forward and backward pass, factors and results are rounded to bfloat16, a relative error of at most 2^-8
+    (binary x is exact). Biases are added in float32, and all else stays as it is: weights, optimiser, activations,
+    samples, densities, and products of other types. (autocast would pass bfloat16 on to later operations, down to the
+    scales of distributions.) Layers inside torch's own composites (`nn.MultiheadAttention`, `nn.GRU`) are not affected.
+    Recomputation in the backward pass (`torch.utils.checkpoint`) raises an error in torch, since the mode is active in
+    the forward pass only.
 
-    A processor without such products would emulate them slowly and round more than once: there the factors of the
-    forward pass are rounded to bfloat16 and multiplied in float32, and nothing else is rounded.
+    A CPU without bfloat16 products would emulate them slowly and round more than once: on it the factors of the forward
+    pass are rounded to bfloat16 and multiplied in float32, and nothing else is rounded.
     """
 
     def __torch_function__(
@@ -52,14 +53,14 @@ class BFloat16Products(TorchFunctionMode):
 
 @cache
 def multiplies_bfloat16() -> bool:
-    """True where the processor has products of bfloat16 (AVX512-BF16, AMX, or those of ARM) and torch uses them."""
+    """Return whether the CPU has bfloat16 products (AVX512-BF16, AMX, or those of ARM) and torch uses them."""
     if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return False
     return platform.machine().lower() not in ("x86_64", "amd64") or torch.cpu._is_avx512_bf16_supported()
 
 
 def rounded(x: Tensor) -> Tensor:
-    """Round a float32 tensor to the nearest bfloat16 and keep it as float32; gradients pass unchanged.
+    """Return a float32 tensor rounded to the nearest bfloat16 values, still float32; gradients pass unchanged.
 
     A cast to bfloat16 and back is fastest, but Inductor takes it out: a compiled step rounds by sums, which are exact
     below 2^111.
@@ -83,5 +84,5 @@ def _product(
 
 
 def products_in(precision: Precision) -> AbstractContextManager[Any]:
-    """Within, networks multiply in `precision`."""
+    """Return a context manager in which networks compute their products in `precision`."""
     return BFloat16Products() if precision == "bfloat16" else nullcontext()

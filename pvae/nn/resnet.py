@@ -1,4 +1,4 @@
-"""Residual convolutions between images, grids of codes and vectors of any sizes."""
+"""Residual convolutional networks between images, grids of codes and vectors of any size."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pvae.nn.network import ACTIVATIONS, Activation, Network, NetworkModule, fla
 
 
 class Pointwise(NetworkModule):
-    """One linear map at every position of a grid; what is not laid out on the grid is the same for all positions."""
+    """Linear map at every position of a grid (1 x 1 convolution); inputs without the grid are broadcast to it."""
 
     def __init__(self, inputs: Mapping[str, Shape], output: Shape) -> None:
         super().__init__(inputs, output)
@@ -30,7 +30,7 @@ class Pointwise(NetworkModule):
         )
 
     def forward(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        """Named tensors `(..., *shape)` to `(..., *output)`."""
+        """Return the output `(..., *output)` for named inputs `(..., *shape)`; leading dimensions broadcast."""
         first, *others = (self._at(name, inputs[name]) for name in self.inputs)
         return sum(others, first)
 
@@ -42,7 +42,7 @@ class Pointwise(NetworkModule):
 
 
 def batched(layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """A layer over images `(b, C, H, W)` on images of any leading dimensions."""
+    """Return the output of a layer over images `(b, C, H, W)` for images with any leading dimensions."""
     if x.dim() == 4:
         return layer(x)
     y = layer(x.reshape(-1, *x.shape[-3:]))
@@ -50,7 +50,7 @@ def batched(layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 
 
 class Residual(nn.Module):
-    """h + W2 relu(W1 relu(h)): a 3 x 3 and a 1 x 1 convolution."""
+    """Residual block h + W2 act(W1 act(h)), with a 3 x 3 convolution W1 and a 1 x 1 convolution W2."""
 
     def __init__(self, channels: int, inner: int, act: Callable[[], nn.Module]) -> None:
         super().__init__()
@@ -59,15 +59,16 @@ class Residual(nn.Module):
         )
 
     def forward(self, h: Tensor) -> Tensor:
-        """`(b, C, H, W)` to the same."""
+        """Return the output of the block for `h` `(b, C, H, W)`, of the same shape."""
         return h + self.layers(h)
 
 
 class Resize(nn.Module):
-    """Convolutions from images of one size to another: strided down, transposed up, one power of two at a time.
+    """Convolutions that resize images: stride-2 convolutions down, transposed ones up, a factor of two at a time.
 
-    Sizes that are no powers of two apart are padded with zeros before, or cropped after, where that is at most one
-    element of the smaller in all (28 goes down to 8 through 32); else they are averaged before, or interpolated after.
+    If the ratio of sizes is no power of two, images are padded with zeros before, or cropped after, as long as that is
+    at most one element of the smaller size in total (28 goes down to 8 through 32); else they are average-pooled
+    before, or interpolated after.
     """
 
     def __init__(self, image: Shape, channels: int, size: Shape, act: Callable[[], nn.Module]) -> None:
@@ -95,12 +96,12 @@ class Resize(nn.Module):
         self.padded = tuple(b * 2**d if a > b else a for a, b, d in zip(image[1:], size, down, strict=True))
 
     def forward(self, x: Tensor) -> Tensor:
-        """`(b, C, H, W)` to `(b, channels, *size)`."""
+        """Return images `(b, C, H, W)` resized to `(b, channels, *size)`."""
         return cropped(self.layers(padded(x, self.padded)), self.size)
 
 
 def doublings(small: int, large: int) -> int:
-    """Times that a size is doubled to reach a larger one: past it by one element in all at most, else short of it."""
+    """Return the number of doublings from a small to a large size; overshoots by at most one small element."""
     if large <= small:
         return 0
     times = math.ceil(math.log2(large / small))
@@ -108,7 +109,7 @@ def doublings(small: int, large: int) -> int:
 
 
 def padded(x: Tensor, size: Shape) -> Tensor:
-    """Images `(b, C, H, W)` in the middle of larger ones; averaged to smaller ones."""
+    """Return images `(b, C, H, W)` at another size: zero-padded to a larger, average-pooled to a smaller one."""
     if x.shape[-2:] == tuple(size):
         return x
     tall, wide = (max(have, want) for have, want in zip(x.shape[-2:], size, strict=True))
@@ -118,7 +119,7 @@ def padded(x: Tensor, size: Shape) -> Tensor:
 
 
 def cropped(x: Tensor, size: Shape) -> Tensor:
-    """The middle of images `(b, C, H, W)`; interpolated to larger ones."""
+    """Return images `(b, C, H, W)` at another size: centre-cropped to a smaller, interpolated to a larger one."""
     if x.shape[-2:] == tuple(size):
         return x
     tall, wide = (min(have, want) for have, want in zip(x.shape[-2:], size, strict=True))
@@ -128,7 +129,7 @@ def cropped(x: Tensor, size: Shape) -> Tensor:
 
 
 class ResnetModule(NetworkModule):
-    """Every input is brought to one working size, where residual blocks run; from there to the output."""
+    """Network of `Resnet`: inputs are resized to one working size, pass residual blocks, then go to the output."""
 
     def __init__(self, inputs: Mapping[str, Shape], output: Shape | None, declared: Resnet) -> None:
         images = {name: shape for name, shape in inputs.items() if len(shape) == 3}
@@ -184,7 +185,7 @@ class ResnetModule(NetworkModule):
         return self._worked(inputs).flatten(-3)
 
     def forward(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        """Named tensors `(..., *shape)` to `(..., *output)`."""
+        """Return the output `(..., *output)` for named inputs `(..., *shape)`; leading dimensions broadcast."""
         if self.spatial:
             return batched(self.head, self._worked(inputs))
         h = self.head(self.features(inputs))
@@ -192,7 +193,7 @@ class ResnetModule(NetworkModule):
 
 
 class Upscale(nn.Module):
-    """Transposed convolutions from the working size to an image, cropped to it."""
+    """Transposed convolutions from the working size up to an image, centre-cropped to its size."""
 
     def __init__(self, channels: int, work: Shape, output: Shape, act: Callable[[], nn.Module]) -> None:
         super().__init__()
@@ -213,17 +214,17 @@ class Upscale(nn.Module):
         self.layers = nn.Sequential(*layers)
 
     def forward(self, h: Tensor) -> Tensor:
-        """`(b, channels, *work)` to `(b, *output)`."""
+        """Return images `(b, *output)` from features `(b, channels, *work)`."""
         return cropped(self.layers(h), self.size)
 
 
 @final
 class Resnet(Network):
-    """Residual convolutions between images, grids of codes and vectors, of any sizes.
+    """Residual convolutional network between images, grids of codes and vectors of any size.
 
-    Images are brought to the working size by strided (down) or transposed (up) convolutions: the size of the output, or
-    of the largest input where that is smaller. Residual blocks run there. An encoder's features lie on the grid of the
-    codes that read them; without a grid they are a vector.
+    Images are resized by strided (down) or transposed (up) convolutions to a working size, at which residual blocks
+    run: the size of the output, or of the largest input if that is smaller. The features of an encoder have the grid of
+    the codes that they are input to; without a grid they are a vector.
 
     References:
         Neural Discrete Representation Learning (van den Oord, Vinyals, Kavukcuoglu, 2017),
@@ -232,20 +233,20 @@ class Resnet(Network):
 
     kind: Literal["resnet"] = "resnet"
     channels: int = Field(default=64, gt=1)
-    """Channels of the blocks."""
+    """Number of channels of the residual blocks."""
     blocks: int = Field(default=2, ge=0, le=1000)
-    """Residual blocks."""
+    """Number of residual blocks."""
     inner: int | None = Field(default=None, gt=0)
-    """Channels inside a block; half of `channels` unless said."""
+    """Number of channels inside a residual block; default: half of `channels`."""
     halvings: int = Field(default=2, ge=0, le=30)
-    """Times that sizes are halved where no grid says how large the working size is."""
+    """Number of times that image sides are halved to the working size, unless a grid of codes sets that size."""
     activation: Activation = "relu"
 
     def features_on(self, grid: Shape) -> Shape | None:
         return (self.channels, *grid) if len(grid) == 2 else None
 
     def build(self, inputs: Mapping[str, Shape], output: Shape | None) -> NetworkModule:
-        """See `Network.build`; at least one side must be an image or a grid."""
+        """Return the network module; at least one input or the output must be an image or a grid."""
         shapes = [*inputs.values(), *([output] if output is not None else [])]
         if not any(len(shape) == 3 for shape in shapes) or output is None and max(map(len, inputs.values())) < 3:
             found = ", ".join(f"{name} {list(shape)}" for name, shape in inputs.items())

@@ -1,4 +1,4 @@
-"""Numbers that change during training: beta, temperature, a factor on the learning rate."""
+"""Schedules of hyperparameters during training: beta, temperature, a factor on the learning rate."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from pvae.component import Component
 
 
 class Schedule(Component):
-    """A number as a function of training progress; a bare number is a constant."""
+    """Declaration of a hyperparameter as a function of training progress; a bare number means a constant."""
 
     @classmethod
     def shorthand(cls, value: Any) -> Any:
-        """`beta = 0.5` means `beta = { kind = "constant", value = 0.5 }`."""
+        """Return a bare number as a constant schedule: `beta = 0.5` is `beta = { kind = "constant", value = 0.5 }`."""
         number = isinstance(value, int | float) and not isinstance(value, bool)
         return {"kind": "constant", "value": value} if number else value
 
     @classmethod
     def shorthand_schema(cls) -> list[dict[str, Any]]:
-        """A bare number."""
+        """Return the JSON schema of the shorthand, a bare number."""
         return [{"type": "number"}]
 
     @abstractmethod
@@ -32,13 +32,13 @@ class Schedule(Component):
         """Return the value after `epoch` (fractional) of `epochs` epochs."""
 
     def extremes(self, epochs: float) -> tuple[float, ...]:
-        """Return moments of `epochs` epochs among which the least and the largest value lie, if it is monotone."""
+        """Return epochs at which the schedule is evaluated to find its minimum and maximum, exact if it is monotone."""
         return tuple(epochs * part / 20 for part in range(21))
 
 
 @final
 class Constant(Schedule):
-    """Always `value`."""
+    """Constant schedule: always `value`."""
 
     kind: Literal["constant"] = "constant"
     value: float = 1.0
@@ -48,13 +48,13 @@ class Constant(Schedule):
 
 
 def progress(epoch: float, span: float) -> float:
-    """Proportion of `span` epochs that have passed, from 0 to 1."""
+    """Return the proportion of `span` epochs that have passed at `epoch`, between 0 and 1."""
     return min(max(epoch / span, 0.0), 1.0) if span > 0 else 1.0
 
 
 @final
 class Linear(Schedule):
-    """A straight line from `start` to `end` over `epochs` (default: the whole training), then `end`."""
+    """Linear schedule from `start` to `end` over `epochs` (default: the whole training), then `end`."""
 
     kind: Literal["linear"] = "linear"
     start: float = 0.0
@@ -67,7 +67,7 @@ class Linear(Schedule):
 
 @final
 class Exponential(Schedule):
-    """From `start` to `end` by equal ratios over `epochs` (default: the whole training), then `end`: a temperature.
+    """Exponential schedule, as of a temperature: `start` to `end` over `epochs` (default: all of training), then `end`.
 
     References:
         Categorical Reparameterization with Gumbel-Softmax (Jang, Gu, Poole, 2017), https://arxiv.org/abs/1611.01144
@@ -84,7 +84,7 @@ class Exponential(Schedule):
 
 @final
 class Cosine(Schedule):
-    """Half a cosine from `start` to `end` over `epochs` (default: the whole training), then `end`."""
+    """Cosine schedule from `start` to `end` over `epochs` (default: the whole training), then `end`."""
 
     kind: Literal["cosine"] = "cosine"
     start: float = 1.0
@@ -98,7 +98,7 @@ class Cosine(Schedule):
 
 @final
 class Cyclical(Schedule):
-    """A saw tooth: every `epochs` epochs, up from `start` to `end` during `ramp` of the cycle, then flat.
+    """Cyclical schedule: in each cycle of `epochs`, rises from `start` to `end` during a proportion `ramp`, then stays.
 
     References:
         Cyclical Annealing Schedule (Fu et al., 2019), https://arxiv.org/abs/1903.10145
@@ -108,9 +108,9 @@ class Cyclical(Schedule):
     start: float = 0.0
     end: float = 1.0
     epochs: float = Field(default=10.0, gt=0)
-    """Length of a cycle."""
+    """Length of a cycle, in epochs."""
     ramp: float = Field(default=0.5, gt=0, le=1)
-    """Share of a cycle spent rising."""
+    """Proportion of a cycle during which the value rises."""
 
     def at(self, epoch: float, epochs: float) -> float:
         return self.start + (self.end - self.start) * progress(epoch % self.epochs, self.epochs * self.ramp)
@@ -120,7 +120,7 @@ class Cyclical(Schedule):
 
 
 class Scheduled(nn.Module):
-    """A number inside a pair that follows a schedule: a buffer, filled before every step."""
+    """Scalar buffer of a model or guide whose value follows a schedule, updated before every training step."""
 
     value: Tensor
 
@@ -130,5 +130,5 @@ class Scheduled(nn.Module):
         self.register_buffer("value", torch.tensor(schedule.at(0, 1)))
 
     def follow(self, epoch: float, epochs: float) -> None:
-        """Take the value after `epoch` of `epochs` epochs."""
+        """Set the buffer to the value of the schedule after `epoch` of `epochs` epochs."""
         self.value.fill_(self.schedule.at(epoch, epochs))
