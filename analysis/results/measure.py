@@ -1,14 +1,15 @@
-"""One row for each run: surgery on train and test, evidence and gap on both, samples, the paired gain over the first.
+"""Table with one row per run: ELBO surgery and evidence on train and test, sample quality, gain over the first run.
 
     python analysis/results/measure.py OUT.csv RUN... [--samples 500] [--rows 10000] [--train-evidence 0] [--draws 0]
                                                     [--device cpu]
-    python analysis/results/measure.py OUT.csv          (its tables, as they stand in README.md)
+    python analysis/results/measure.py OUT.csv          (prints OUT.csv as the Markdown tables of README.md)
 
-The first run on the same data is the reference of the paired differences of the others. A run that has a row is not
-measured again, so that the test data are scored once. Figures are nats per datum; `_error` is their Monte Carlo error
-with the data fixed (of surgery conservative: its one draw of a datum cannot tell it from the spread over data), except
-for `gain_error`, the standard error of the paired difference over the test data. `_gap` is the bound on log p(x) less
-the ELBO of the same data: a lower bound on KL(q(z|x) || p(z|x)).
+`gain` is the difference of the bound on log p(x) from that of the first run in the table on the same data, paired over
+test data; `gain_error` is its standard error over them. A run that has a row is not measured again, so that the test
+data are scored once. Values are nats per datum. Other columns `_error` are Monte Carlo errors with the data fixed; of
+surgery they are conservative, since one posterior sample per datum cannot separate Monte Carlo noise from the spread
+over data. `_gap` is the importance-weighted bound on log p(x) minus the ELBO of the same data: a lower bound on
+KL(q(z|x) || p(z|x)).
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ MEASURED_TERMS = (
 
 
 def fitted(run: Run) -> dict[str, object]:
-    """Return the settings and duration of the fit, and the identity of its weights and data."""
+    """Return columns that identify a run and its data, and describe its fit: epochs, seconds, device, parameters ..."""
     status, manifest, train = run.status, run.files.manifest, run.plan.train
     validated = run.metrics.query("split == 'validation'")
     kept = validated.iloc[int(validated["elbo"].argmax()) if train.keep == "best" else -1]
@@ -54,7 +55,7 @@ def fitted(run: Run) -> dict[str, object]:
 
 
 def anatomy(run: Run, rows: int, train_rows: int) -> dict[str, object]:
-    """ELBO surgery of train and test."""
+    """Return the ELBO surgery of train and test data as columns: its terms with errors, and each latent's KL, nats."""
     train, test = run.data.train.x, run.data.test.x[subset(len(run.data.test), rows, 0)]
     found = {
         "train": surgery(run.pair, train[subset(len(train), train_rows, 0)]),
@@ -72,7 +73,11 @@ def anatomy(run: Run, rows: int, train_rows: int) -> dict[str, object]:
 
 
 def bounded(run: Run, split: str, rows: int, samples: int) -> tuple[dict[str, object], torch.Tensor]:
-    """The importance-weighted bound of some rows of a split, its gap, and the bound of each."""
+    """Return the importance-weighted bound on log p(x) of some rows of a split, with diagnostics, and that of each row.
+
+    The columns are the mean bound and its error, its gap to the ELBO, the median effective sample size, and the
+    proportion of rows whose k-hat exceeds its limit.
+    """
     x = run.data.split(split).x
     found = evidence(run.pair, x[subset(len(x), rows, 0)], samples=samples)
     figures = {
@@ -83,7 +88,7 @@ def bounded(run: Run, split: str, rows: int, samples: int) -> tuple[dict[str, ob
 
 
 def sampled(run: Run, draws: int) -> dict[str, object]:
-    """Return the sample quality of the run beside test data."""
+    """Return the quality of samples of a run compared with test data: classifier accuracy, distances, coverage ..."""
     found = sample_quality(run, "test", draws)
     sharp = found.sharpness_of_means
     return {
@@ -101,7 +106,7 @@ TABLES: dict[str, tuple[str, ...]] = {
     "Samples": ("told_apart", "frechet", "precision_of_samples", "recall", "coverage", "sharpness_of_means"),
     "Fit": ("epochs", "best_epoch", "minutes", "device", "threads", "parameters"),
 }  # fmt: skip
-"""Columns of each table of the page."""
+"""Columns of each Markdown table of README.md, by the name of the table."""
 TITLES = {
     "test_iwae": "log p(x)", "test_elbo": "ELBO", "test_mutual_information": "I_q", "test_marginal_kl": "marginal KL",
     "test_marginal_kl_upper": "at most", "test_khat_share": "k-hat",
@@ -110,7 +115,7 @@ TITLES = {
 
 
 def pages(frame: pandas.DataFrame) -> Iterator[str]:
-    """The tables in Markdown; what a run has not is left empty."""
+    """Yield the Markdown tables of the measured runs; a value that a run lacks is an empty cell."""
     frame = frame.assign(minutes=frame["fit_seconds"] / 60)
     for name, wanted in TABLES.items():
         columns = [column for column in wanted if column in frame and frame[column].notna().any()]
@@ -140,7 +145,7 @@ def _cell(row: pandas.Series, column: str) -> str:
 
 
 def main() -> None:
-    """Add the rows that the table has not; without runs, print it."""
+    """Measure the runs that have no row in the table yet, and add their rows; without runs, print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("runs", nargs="*")
@@ -189,7 +194,7 @@ def main() -> None:
 
 
 def log_p_of(root: str, row: dict[str, Any]) -> Path:
-    """Return the file that keeps the bound of every test datum, for paired differences."""
+    """Return the path of the file with a run's bound on log p(x) of every test datum, for paired differences."""
     name = f"log_p_{row['test_evidence_rows']}_{row['samples']}.safetensors"
     return Path(root) / row["run"] / row["id"] / "analysis" / name
 

@@ -1,9 +1,11 @@
-"""One row for each run with codes: nats and bits per dimension, what its prior won, use of codes, looks of samples.
+"""Table with one row per run with discrete codes: ELBO in nats and bits per dimension, code usage, sample quality.
 
     python analysis/results/measure_codes.py OUT.csv RUN... [--rows 10000] [--pictures FOLDER]
 
-A run of a second stage is set beside the first, whose uniform prior prices every image the same. Figures are nats per
-datum unless they say otherwise. Samples are means of p(x | codes) at codes of the prior, as many as there are rows.
+A second-stage run, whose prior was fitted to the codes of a first run, is compared with this first run, whose prior is
+uniform and gives every image the same KL. Values are nats per datum unless their names give another unit. Samples are
+means of p(x | codes) with codes sampled from the prior, as many as there are rows; their quality is measured for
+second-stage runs only.
 """
 
 from __future__ import annotations
@@ -23,7 +25,10 @@ from pvae.util.seeds import subset
 
 
 def row_of(run: Run, first: Run | None, rows: int, *, samples: bool) -> dict[str, object]:
-    """Figures of a run, and of the first stage where it is a second one."""
+    """Return the table row of a run: ELBO surgery, code usage, the KL of its first-stage run, and sample quality.
+
+    The KL is included if `first`, the first-stage run, is given, sample quality if `samples` is true.
+    """
     splits = {name: run.data.split(name).x for name in ("train", "test")}
     chosen = {name: x[subset(len(x), rows, 0)] for name, x in splits.items()}
     row: dict[str, object] = {"run": run.name, "epochs": run.status["epoch"], "fit_seconds": run.status["seconds"]}
@@ -52,7 +57,7 @@ def row_of(run: Run, first: Run | None, rows: int, *, samples: bool) -> dict[str
 
 
 def main() -> None:
-    """Write the table, and pictures of samples where they are asked for."""
+    """Measure the given runs, write the table, and with `--pictures` also an image of samples of second-stage runs."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path)
     parser.add_argument("runs", nargs="+")

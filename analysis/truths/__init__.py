@@ -1,1 +1,1 @@
-"""Models with known answers, and the checks of the estimators against them."""
+"""Test models whose ELBO terms and evidence are known exactly, and checks of the estimators against them."""

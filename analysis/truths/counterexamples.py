@@ -25,16 +25,16 @@ if TYPE_CHECKING:
 KEPT_WEIGHT = 0.01
 """Weight of the good model in the mixture with noise, which can lose at most log 100 nats."""
 MEMORY_SCALES = (0.01, 0.03, 0.1, 0.2)
-"""Standard deviations eps, in units of the range of the data."""
+"""Standard deviations eps of the mixtures of normals around the training data, in units of the range of the data."""
 PPCA_COMPONENTS = 10
-"""Components of the probabilistic PCA."""
+"""Number of components of the probabilistic PCA."""
 COMPARED_ROWS = 5000
-"""Largest number of samples and data that are compared."""
+"""Largest number of samples that are compared with as many held-out data, and of training data that are scored."""
 
 
 @dataclass(frozen=True)
 class Example:
-    """One model of the study."""
+    """Results for one of the compared models: its exact likelihoods and the quality of its samples."""
 
     name: str
     train_log_p: Estimate
@@ -42,11 +42,11 @@ class Example:
     test_log_p: Estimate
     """Mean log p(x) of held-out data, nats; exact."""
     accuracy: Estimate
-    """Accuracy of a classifier between its samples and held-out data; an estimate."""
+    """Classifier two-sample test accuracy between samples of the model and held-out data; an estimate."""
     precision: Estimate
-    """Proportion of its samples that are as near to data as data are, by distances of x; an estimate."""
+    """Proportion of samples inside a k-nearest-neighbour ball around a held-out datum, see `fidelity`; an estimate."""
     coverage: Estimate
-    """Proportion of data with a sample as near as data are; an estimate."""
+    """Proportion of held-out data whose k-nearest-neighbour ball contains a sample, see `fidelity`; an estimate."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -57,19 +57,19 @@ class CounterExamples(Figures):
     counts = ("source", "n", "dim", "bound")
 
     examples: tuple[Example, ...]
-    """The models."""
+    """Results for each of the compared models."""
     lost: Estimate
-    """Log-likelihood that the mixture with noise loses, nats; exact."""
+    """Mean held-out log-likelihood of probabilistic PCA minus that of its mixture with noise, nats; exact."""
     bound: float
-    """Largest possible loss, nats."""
+    """Largest possible value of `lost`, log 1/w with the weight w of probabilistic PCA in the mixture, nats."""
     data_accuracy: Estimate
-    """Accuracy of a classifier between training and held-out data: the value for good samples."""
+    """Classifier two-sample test accuracy between training and held-out data, which good samples would have as well."""
     source: str
-    """Name of the data."""
+    """Name of the data set."""
     n: int
     """Number of training data."""
     dim: int
-    """Elements of a datum."""
+    """Number of elements of a datum."""
 
     @property
     def title(self) -> str:
@@ -89,7 +89,7 @@ class CounterExamples(Figures):
         yield "data: classifier accuracy", self.data_accuracy, "between training and held-out data"
 
     def models(self) -> pandas.DataFrame:
-        """Data frame with one row for every model."""
+        """Return a data frame of the values with one row for every model."""
         import pandas
 
         known = ("train_log_p", "test_log_p", "accuracy", "precision", "coverage")
@@ -128,7 +128,7 @@ def counterexamples(
         data: real numbers, at least 100 in train and test each.
         seed: seed of samples and classifiers.
         scales: values of eps, in units of the range of the data.
-        components: components q of the probabilistic PCA.
+        components: number q of components of the probabilistic PCA.
         on_progress: called with (models done, models in all, name of the next model).
 
     Returns:
@@ -180,7 +180,7 @@ def counterexamples(
 def _measured(
     name: str, model: KnownDensity, train_log_p: Tensor, test_log_p: Tensor, held: Tensor, seed: int
 ) -> Example:
-    """One model: its likelihoods, given for rows of train and test, and the quality of its samples."""
+    """Return the results for one model, from its log p(x) of train and test rows and as many samples as `held` rows."""
     generator = seeds.generator(seed, seeds.ANALYSIS, 30)
     fake = model.sample(len(held), generator).reshape(held.shape).float()
     near = fidelity(held, fake)

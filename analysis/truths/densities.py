@@ -1,4 +1,4 @@
-"""Densities of data whose log and samples are exact: two textbook models, noise, and a mixture with noise."""
+"""Models with exact log p(x) and exact samples: probabilistic PCA, a mixture on training data, noise, and mixtures."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pvae.analysis.samples.fidelity import DISTANCES_PER_BLOCK
 
 
 class KnownDensity(ABC):
-    """A density of data whose logarithm and samples are exact."""
+    """Base class of models of data with exact log p(x) and exact samples."""
 
     @abstractmethod
     def log_prob(self, x: Tensor) -> Tensor:
@@ -21,11 +21,11 @@ class KnownDensity(ABC):
 
     @abstractmethod
     def sample(self, n: int, generator: torch.Generator) -> Tensor:
-        """Sample n rows `(n, D)`, float64."""
+        """Return n independent samples of x, `(n, D)`, float64."""
 
 
 class FactorNormal(KnownDensity):
-    r"""Probabilistic PCA of maximum likelihood: N(mu, C), C = U (L - s^2 I) U' + s^2 I.
+    r"""Probabilistic PCA fitted by maximum likelihood: N(mu, C), C = U (L - s^2 I) U' + s^2 I.
 
     L holds the leading q eigenvalues of the 1/n covariance, s^2 is the mean of the others, and with y = U' (x - mu)
 
@@ -57,7 +57,7 @@ class FactorNormal(KnownDensity):
 
 
 class TrainingMixture(KnownDensity):
-    """1/n sum_i N(x_i, eps^2 I) over the training data: a sample is a datum, up to invisible noise."""
+    """Mixture 1/n sum_i N(x_i, eps^2 I) over the training data x_i: a sample is a training datum plus small noise."""
 
     def __init__(self, x: Tensor, scale: float) -> None:
         self.x, self.scale = x, scale
@@ -102,7 +102,7 @@ class Box(KnownDensity):
 
 
 class Diluted(KnownDensity):
-    """w p + (1 - w) noise, at least w p everywhere: log p(x) falls by at most log 1/w nats."""
+    """Mixture w p + (1 - w) r of a good model p with noise r: log p(x) falls by at most log 1/w nats."""
 
     def __init__(self, good: KnownDensity, noise: KnownDensity, weight: float) -> None:
         self.good, self.noise, self.weight = good, noise, weight

@@ -1,4 +1,4 @@
-"""A tiny pair and a tiny run for the examples in docstrings."""
+"""Tiny run, and its model-guide pair, for the examples in docstrings."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from pvae.runs.run import Run
 
 @cache
 def _folder() -> tempfile.TemporaryDirectory[str]:
-    """Folder that is removed when the process ends."""
+    """Return a temporary folder that is removed when the process ends."""
     return tempfile.TemporaryDirectory()
 
 
 @cache
 def example_run() -> Run:
-    """Return a VAE with two latent coordinates, fitted for one epoch to 2000 rows of two clusters with labels.
+    """Return a run of a VAE with two latent coordinates, fitted for one epoch to 2000 rows of two labelled clusters.
 
-    The run lies in a temporary folder, and is fitted once per process.
+    The run is stored in a temporary folder, and is fitted once per process.
     """
     from pvae.data.dataset import Dataset
     from pvae.experiment.experiment import Experiment
@@ -42,6 +42,6 @@ def example_run() -> Run:
 
 
 def example_pair() -> tuple[Pair, Tensor]:
-    """Return the pair of `example_run`, and its test rows `(n, 3)`."""
+    """Return the model-guide pair of `example_run`, and its test rows `(n, 3)`."""
     run = example_run()
     return run.pair, run.data.test.x

@@ -1,4 +1,4 @@
-"""Comparisons of estimates with exactly known figures."""
+"""Comparisons of estimates with exactly known values, and the result of `selfcheck`."""
 
 from __future__ import annotations
 
@@ -15,50 +15,51 @@ Verdict = Literal["ok", "too low", "too high", "not finite"]
 ALLOWED_ERRORS = 4.0
 """Largest error of an estimate that passes, in standard errors."""
 CHANCE_FAILURE = 6.3e-5
-"""Probability that a normal estimate exceeds it."""
+"""Probability that a normally distributed estimate is off by more than `ALLOWED_ERRORS` standard errors."""
 ROUNDING_TOLERANCE = 1e-6
-"""Allowance for rounding, relative to the larger of the figure and one nat; all truths are float64."""
+"""Allowance for rounding, relative to the larger of the exact value and one nat; all test models are float64."""
 CHECK_COLUMNS = ("truth", "figure", "exact", "estimate", "std error", "bias / s.e.", "verdict")
 
 
 @final
 @dataclass(frozen=True)
 class FigureCheck:
-    """An exactly known figure and its estimate."""
+    """Comparison of one estimate with the exactly known value of the same quantity."""
 
     truth: str
-    """Name of the truth."""
+    """Name of the test model."""
     estimator: str
     """Name of the estimator."""
     figure: str
-    """Name of the figure in the estimator's result."""
+    """Name of the quantity in the result of the estimator."""
     exact: float
     """Exact value, nats per datum."""
     estimate: Estimate
+    """Estimate of the same quantity, nats per datum."""
     below: float = 0.0
-    """Nats that the estimate may lie below the exact value in addition to its error, as a bound may."""
+    """Slack, nats, by which the estimate may be too low (as a lower bound may), in addition to noise and rounding."""
     above: float = 0.0
-    """Nats that the estimate may lie above the exact value in addition to its error."""
+    """Slack, nats, by which the estimate may be too high (as an upper bound may), in addition to noise and rounding."""
 
     @property
     def error(self) -> float:
-        """estimate - exact, nats."""
+        """Error of the estimate, estimate - exact, nats."""
         return self.estimate.value - self.exact
 
     @property
     def tolerance(self) -> float:
-        """Error that rounding may cause, nats."""
+        """Allowance for rounding errors, nats."""
         return ROUNDING_TOLERANCE * max(1.0, abs(self.exact))
 
     @property
     def bias(self) -> float | None:
-        """Error in units of the standard error; None where the standard error is negligible."""
+        """Error in units of the standard error; None if the standard error is no larger than the rounding allowance."""
         claimed = self.estimate.standard_error
         return self.error / claimed if claimed > self.tolerance else None
 
     @property
     def verdict(self) -> Verdict:
-        """Verdict: ok if the error is explained by noise, rounding and the slack of a bound."""
+        """Verdict on the estimate: "ok" if noise, rounding and the slack of a bound explain its error."""
         spread = ALLOWED_ERRORS * self.estimate.standard_error + self.tolerance
         if not math.isfinite(self.error) or not math.isfinite(spread):
             return "not finite"
@@ -72,7 +73,7 @@ class FigureCheck:
         return self.verdict == "ok"
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain numbers and strings, for JSON; an unbounded slack is None."""
+        """Return the comparison as plain numbers and strings, for JSON; an infinite slack is None."""
         return {
             "truth": self.truth,
             "estimator": self.estimator,
@@ -87,7 +88,7 @@ class FigureCheck:
         }
 
     def cells(self) -> tuple[str, ...]:
-        """Row of a table."""
+        """Return the comparison as a table row of text, in the order of `CHECK_COLUMNS`."""
         bias = f"{self.error:.0e} nats" if self.bias is None else f"{self.bias:+.2f}"
         error = f"{self.estimate.standard_error:.4f}" if self.bias is not None else ""
         numbers = (f"{self.exact:.4f}", f"{self.estimate.value:.4f}", error, bias)
@@ -97,14 +98,14 @@ class FigureCheck:
 @final
 @dataclass(frozen=True, repr=False)
 class SelfCheck:
-    """Exactly known figures beside the estimates of this installation; the result of `selfcheck`."""
+    """Comparisons of this installation's estimates with exactly known values; the result of `selfcheck`."""
 
     device: str
-    """Device the estimators ran on."""
+    """Device that the estimators ran on."""
     seed: int
     """Seed of the samples."""
     checks: tuple[FigureCheck, ...]
-    """All comparisons."""
+    """Comparisons of all estimates with their exact values."""
 
     @property
     def failed(self) -> tuple[FigureCheck, ...]:
@@ -118,24 +119,24 @@ class SelfCheck:
 
     @property
     def failure_rate(self) -> float:
-        """Upper bound on the probability that correct estimators fail with a new seed: a sum over all noisy figures."""
+        """Upper bound on the probability that correct estimators fail with a new seed: a sum over noisy estimates."""
         return CHANCE_FAILURE * sum(check.bias is not None for check in self.checks)
 
     @property
     def title(self) -> str:
-        """Title of the table."""
+        """Title of the table of comparisons."""
         return f"estimators against exact figures, nats per datum ({self.device}, seed {self.seed})"
 
     @property
     def remarks(self) -> tuple[str, ...]:
-        """Number of passed comparisons, the rule, and the rate of failures by chance."""
+        """Sentences below the table: number of passed comparisons, rule for passing, and rate of failures by chance."""
         passed = f"{len(self.checks) - len(self.failed)} of {len(self.checks)} figures ok"
         rule = f"ok: within {ALLOWED_ERRORS:g} standard errors, {ROUNDING_TOLERANCE:g} for rounding, slack of bounds"
         chance = f"by chance alone one run in {1 / self.failure_rate:.0f} fails" if self.failure_rate else "no noise"
         return (passed, rule, chance)
 
     def summary(self) -> str:
-        """Outcome in one sentence."""
+        """Return the outcome of the self-check in one sentence, with advice if a comparison fails."""
         if self.ok:
             return f"all {len(self.checks)} figures agree with their exact values"
         names = sorted({check.estimator for check in self.failed})
@@ -146,7 +147,7 @@ class SelfCheck:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain numbers and strings, for JSON."""
+        """Return all comparisons and their summary as plain numbers and strings, for JSON."""
         return {
             "unit": "nats per datum",
             "device": self.device,

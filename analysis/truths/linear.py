@@ -1,4 +1,4 @@
-"""Linear Gaussian models, whose figures have closed forms, and their families."""
+"""Linear Gaussian test models, whose ELBO terms and evidence have closed forms."""
 
 from __future__ import annotations
 
@@ -34,16 +34,18 @@ from pvae.pair.pair import Pair
 @final
 @dataclass(frozen=True, eq=False)
 class LinearGaussian:
-    r"""p(z) = N(0, V), p(x|z) = N(W z + b, s^2 I), q(z|x) = N(G x + c, S): all expectations have closed forms.
+    r"""Linear Gaussian model and guide: p(z) = N(0, V), p(x|z) = N(W z + b, s^2 I), q(z|x) = N(G x + c, S).
+
+    All expectations that the ELBO and the evidence need have closed forms.
 
     Arguments:
-        w: W, `(d, D)`.
-        b: `(d,)`.
-        noise: s.
-        g: G, `(D, d)`.
-        c: `(D,)`.
-        s: S, `(D, D)`.
-        v: V, `(D, D)`.
+        w: slope W of the decoder, `(d, D)`.
+        b: offset of the decoder, `(d,)`.
+        noise: standard deviation s of x given z.
+        g: slope G of the encoder, `(D, d)`.
+        c: offset of the encoder, `(D,)`.
+        s: covariance S of the guide, `(D, D)`.
+        v: covariance V of the prior, `(D, D)`.
     """
 
     w: FloatArray
@@ -56,49 +58,53 @@ class LinearGaussian:
 
     @property
     def precision(self) -> FloatArray:
-        """Precision of the true posterior, `(D, D)`."""
+        """Precision matrix of the true posterior p(z|x), `(D, D)`."""
         return np.asarray(np.linalg.inv(self.v) + self.w.T @ self.w / self.noise**2)
 
     @property
     def is_diagonal(self) -> bool:
-        """True if the coordinates of the guide are independent."""
+        """True if the coordinates of z are independent under the guide."""
         return not np.count_nonzero(self.s - np.diag(np.diag(self.s)))
 
     def means(self, x: FloatArray) -> FloatArray:
-        """Posterior means of the guide, `(n, D)`."""
+        """Return the means of q(z|x) for data `(n, d)`, `(n, D)`."""
         return np.asarray(x @ self.g.T + self.c)
 
     def log_p(self, x: FloatArray) -> FloatArray:
-        """log p(x), `(n,)`, nats."""
+        """Return log p(x) of data `(n, d)`, `(n,)`, nats; exact."""
         covariance = self.w @ self.v @ self.w.T + self.noise**2 * np.eye(len(self.b))
         gap = x - self.b
         squares = np.einsum("nd,nd->n", gap, np.linalg.solve(covariance, gap.T).T)
         return np.asarray(-0.5 * (squares + np.linalg.slogdet(2 * math.pi * covariance)[1]))
 
     def reconstruction(self, x: FloatArray) -> FloatArray:
-        """E_q log p(x|z), `(n,)`, nats."""
+        """Return the reconstruction term E_q log p(x|z) of data `(n, d)`, `(n,)`, nats; exact."""
         return self._expected(x, self.means(x), self.s)
 
     def jensen(self, x: FloatArray) -> FloatArray:
-        """E_p log p(x|z), `(n,)`, nats."""
+        """Return E_p log p(x|z), the expectation under the prior, of data `(n, d)`, `(n,)`, nats; exact."""
         return self._expected(x, np.zeros((len(x), len(self.c))), self.v)
 
     def _expected(self, x: FloatArray, mean: FloatArray, covariance: FloatArray) -> FloatArray:
-        """E log p(x|z) under normals, `(n,)`."""
+        """Return E log p(x|z) for z ~ N(mean, covariance) with one mean for each datum, `(n,)`, nats."""
         squares = ((x - self.b - mean @ self.w.T) ** 2).sum(1) + np.trace(self.w @ covariance @ self.w.T)
         return np.asarray(-0.5 * (squares / self.noise**2 + len(self.b) * math.log(2 * math.pi * self.noise**2)))
 
     def kl(self, x: FloatArray) -> FloatArray:
-        """KL(q(z|x) || p(z)), `(n,)`, nats."""
+        """Return KL(q(z|x) || p(z)) of data `(n, d)`, `(n,)`, nats; exact."""
         return normal_kl(self.means(x), self.s, self.v)
 
     def approximation(self) -> float:
-        """KL of the best member of the guide's family to the posterior, nats: a product matches the precisions."""
+        """Return the approximation gap, nats: KL(q* || p(z|x)) of the best member q* of the guide's family; exact.
+
+        The best diagonal normal has the diagonal of the posterior's precision matrix as its precisions; a normal of
+        full rank equals the posterior.
+        """
         p = self.precision
         return 0.5 * float(np.log(np.diag(p)).sum() - np.linalg.slogdet(p)[1]) if self.is_diagonal else 0.0
 
     def bounds(self, x: FloatArray) -> dict[str, float]:
-        """Figures of the ELBO and of log p(x), means over the data."""
+        """Return the ELBO, its terms, log p(x) and the gaps between them, means over the data, nats; exact."""
         reconstruction, kl, log_p = (float(f(x).mean()) for f in (self.reconstruction, self.kl, self.log_p))
         gap, approximation = log_p - reconstruction + kl, self.approximation()
         return {
@@ -113,7 +119,11 @@ class LinearGaussian:
         }
 
     def informations(self, x: FloatArray) -> dict[str, float]:
-        """Figures of the aggregated posterior of one or two dimensions; V diagonal."""
+        """Return the mutual information and the marginal KL of q_agg in one or two dimensions, nats; exact.
+
+        In two dimensions also the total correlation and the KL of the coordinates; the prior covariance V must then be
+        diagonal.
+        """
         means = self.means(x)
         joint, kl = information(means, self.s), float(self.kl(x).mean())
         out = {"mutual_information": joint, "marginal_kl": kl - joint}
@@ -124,7 +134,10 @@ class LinearGaussian:
         return out
 
     def label_information(self, x: FloatArray, labels: NDArray[Any]) -> float:
-        """I[y, z] of classes `(n,)`: the entropy of q_agg minus the mean entropy of the classes' own q_agg."""
+        """Return the mutual information I[y, z] of z and labels `(n,)`, nats; exact.
+
+        It is the entropy of q_agg minus the mean entropy of the aggregated posteriors of the classes.
+        """
         means = self.means(x)
         parts = [means[labels == label] for label in np.unique(labels)]
         within = sum(len(part) * mixture_entropy(part, self.s) for part in parts) / len(x)
@@ -132,30 +145,30 @@ class LinearGaussian:
 
 
 class LinearPrograms(Programs):
-    """Pyro programs of a `LinearGaussian` with V = I."""
+    """Pyro model and guides of a `LinearGaussian` with prior covariance V = I; the parameter is W."""
 
     def __init__(self, law: LinearGaussian) -> None:
         super().__init__(law.w, b=law.b, noise=law.noise, g=law.g, c=law.c, tril=np.linalg.cholesky(law.s))
 
     def model(self, x: Tensor) -> None:
-        """p(x, z)."""
+        """Sample z from the prior and observe x: the model p(x, z)."""
         with pyro.plate("data", len(x)):
             z = pyro.sample("z", dist.Normal(torch.zeros_like(self.c), 1.0).to_event(1))
             pyro.sample("x", dist.Normal(z @ self.learned.T + self.b, self.noise).to_event(1), obs=x)
 
     def diagonal(self, x: Tensor) -> None:
-        """q(z|x) with independent coordinates."""
+        """Sample z from the guide q(z|x) with independent coordinates."""
         with pyro.plate("data", len(x)):
             pyro.sample("z", dist.Normal(x @ self.g.T + self.c, self.tril.diagonal()).to_event(1))
 
     def full_rank(self, x: Tensor) -> None:
-        """q(z|x) with any covariance."""
+        """Sample z from the guide q(z|x) with a full covariance matrix."""
         with pyro.plate("data", len(x)):
             pyro.sample("z", dist.MultivariateNormal(x @ self.g.T + self.c, scale_tril=self.tril))
 
 
 def linear_pair(law: LinearGaussian) -> Pair:
-    """Return the pair of a linear model, its guide diagonal where its covariance is."""
+    """Return the model-guide pair of a linear Gaussian model, with a diagonal guide if its covariance is diagonal."""
     programs = LinearPrograms(law)
     return Pair(programs.model, programs.diagonal if law.is_diagonal else programs.full_rank)
 
@@ -168,15 +181,17 @@ def linear(
     known: Mapping[str, float] | None = None,
     **rest: Any,
 ) -> Truth:
-    """Return the truth of a linear model with V = I, with figures of q_agg in at most two dimensions.
+    """Return the test model of a linear Gaussian model with V = I.
+
+    Its mutual information and marginal KL are among the exact values if z has at most two coordinates.
 
     Arguments:
-        name: name of the truth.
+        name: name of the test model.
         law: model and guide.
-        x: `(n, d)`.
-        labels: classes `(n,)`.
-        known: figures that are known in another way; these take precedence.
-        rest: further fields of the truth.
+        x: data `(n, d)`.
+        labels: class labels `(n,)`.
+        known: exact values that are known in another way, nats, by name; they take precedence.
+        rest: further fields of `Truth`.
     """
     exact = law.bounds(x)
     if len(law.c) <= 2:
@@ -190,7 +205,7 @@ def linear(
 
 
 def probabilistic_pca(x: FloatArray, q: int) -> LinearGaussian:
-    r"""Return the linear VAE of maximum likelihood, with the true posterior as its guide.
+    r"""Return the linear VAE with q latents fitted to x `(n, d)` by maximum likelihood; its guide is the posterior.
 
     With eigenvalues l_1 >= ... >= l_d of the 1/n covariance, s^2 = mean(l_{q+1..d}): W = U_q (L_q - s^2 I)^(1/2),
     G = L_q^-1 W', S = s^2 L_q^-1.
@@ -209,7 +224,10 @@ def probabilistic_pca(x: FloatArray, q: int) -> LinearGaussian:
 
 
 def linear_vae(x: FloatArray, q: int, labels: NDArray[Any] | None = None) -> Truth:
-    """The linear VAE of `probabilistic_pca`: all importance weights are equal, so IWAE_K = log p(x) for every K."""
+    """Return a test model: the linear VAE of `probabilistic_pca` with q latents, fitted to the data x `(n, d)`.
+
+    As its guide is the true posterior, all importance weights are equal, so IWAE_K = log p(x) for every K.
+    """
     law = probabilistic_pca(x, q)
     log_p = float(law.log_p(x).mean())
     exact = {f"iwae_{k}": log_p for k in (2, 4, 8)}
@@ -217,7 +235,7 @@ def linear_vae(x: FloatArray, q: int, labels: NDArray[Any] | None = None) -> Tru
 
 
 def identity_channel(noises: Sequence[float]) -> LinearGaussian:
-    """Return q(z|x) = N(x, diag(noises)^2) with p(x|z) = N(z, I)."""
+    """Return the linear Gaussian model p(x|z) = N(z, I) with the guide q(z|x) = N(x, diag(noises)^2)."""
     d = len(noises)
     return LinearGaussian(
         np.eye(d), np.zeros(d), 1.0, np.eye(d), np.zeros(d), np.diag(np.square(noises).astype(float)), np.eye(d)
@@ -225,10 +243,11 @@ def identity_channel(noises: Sequence[float]) -> LinearGaussian:
 
 
 def gaussian_channel(dim: int, variance: float, n: int, seed: int = 0) -> Truth:
-    """n means drawn from N(0, (1 - s^2) I) with noise s^2 I: under the distribution of the means I = -dim/2 ln s^2.
+    """Return a test model: n data from N(0, (1 - s^2) I) and q(z|x) = N(x, s^2 I), where s^2 is `variance`.
 
-    The information of these n means is known in one or two dimensions; that under their distribution always, and it
-    lies between the estimate over the n rows and the leave-one-out estimate, in expectation over the means.
+    Under the data distribution the mutual information is -dim/2 log s^2; in expectation over the data it lies between
+    the estimate over the n rows and the leave-one-out estimate. The mutual information of the n rows themselves is known
+    in one or two dimensions.
     """
     x = np.random.default_rng(seed).standard_normal((n, dim)) * math.sqrt(1 - variance)
     exact = {"population_mutual_information": -0.5 * dim * math.log(variance)}
@@ -237,9 +256,10 @@ def gaussian_channel(dim: int, variance: float, n: int, seed: int = 0) -> Truth:
 
 
 def product_channel(centres: Sequence[FloatArray], noises: Sequence[float]) -> Truth:
-    """Every tuple of centres with independent noises: q_agg is a product, so its total correlation is 0.
+    """Return a test model whose data x are all tuples of the centres, with q(z|x) = N(x, diag(noises)^2).
 
-    Labels are pairs of neighbouring centres of the first coordinate; only this coordinate depends on them.
+    Thus q_agg is a product, and its total correlation is 0. A label is a pair of neighbouring centres of the first
+    coordinate, the only coordinate that depends on it.
     """
     grids = np.meshgrid(*centres, indexing="ij")
     x = np.stack(grids, -1).reshape(-1, len(centres))
@@ -256,7 +276,11 @@ def product_channel(centres: Sequence[FloatArray], noises: Sequence[float]) -> T
 
 
 def binary_input(a: float, copies: int = 200) -> Truth:
-    """Input +-a in unit noise: MI = ln 2 - E ln(1 + exp(-2a(a + eps))), mean KL to N(0, 1) = a^2/2."""
+    """Return a test model with data x = a and x = -a, `copies` of each, and q(z|x) = N(x, 1).
+
+    The mutual information is log 2 - E log(1 + exp(-2 a (a + eps))) with eps ~ N(0, 1), and KL(q(z|x) || N(0, 1)) is
+    a^2/2.
+    """
     nodes, weights = normal_nodes()
     mutual = math.log(2) - float(weights @ np.logaddexp(0, -2 * a * (a + nodes)))
     exact = {"kl": a * a / 2, "mutual_information": mutual, "marginal_kl": a * a / 2 - mutual}
@@ -265,14 +289,14 @@ def binary_input(a: float, copies: int = 200) -> Truth:
 
 
 def disjoint(n: int) -> Truth:
-    """Posteriors 20 scales apart: MI = log n."""
+    """Return a test model whose n posteriors are 20 standard deviations apart: the mutual information is log n."""
     x = np.arange(n)[:, None] - (n - 1) / 2
     exact = {"mutual_information": math.log(n)}
     return linear(f"disjoint, n={n}", identity_channel([0.05]), x, known=exact)
 
 
 def blind(x: FloatArray, loc: float = 0.3, scale: float = 0.7) -> Truth:
-    """A guide that does not look at x: MI = 0."""
+    """Return a test model whose guide N(loc, scale^2 I) does not depend on x: the mutual information is 0."""
     d = x.shape[1]
     law = replace(identity_channel([scale] * d), g=np.zeros((d, d)), c=np.full(d, loc))
     exact = {"mutual_information": 0.0, "marginal_kl": float(law.kl(x).mean()), "total_correlation": 0.0}
@@ -280,9 +304,10 @@ def blind(x: FloatArray, loc: float = 0.3, scale: float = 0.7) -> Truth:
 
 
 def wrong_guide(law: LinearGaussian, x: FloatArray) -> Truth:
-    """Linear model whose guide is wider than the posterior: its importance weights are bounded.
+    """Return a test model: a linear Gaussian model whose guide is wider than the posterior, and data x `(n, d)`.
 
-    With one latent coordinate IWAE_2 is known as well, by a double integral.
+    Its importance weights are therefore bounded. With one latent coordinate the bound IWAE_2 is known as well, by a
+    double integral.
     """
     d, q = law.w.shape
     exact = {"iwae_2": float(iwae_2(law, x).mean())} if q == 1 else {}
@@ -291,13 +316,15 @@ def wrong_guide(law: LinearGaussian, x: FloatArray) -> Truth:
 
 
 def widened(w: FloatArray, noise: float, stretch: float, shift: float) -> LinearGaussian:
-    """Model N(W z, s^2 I) with a spherical guide of `stretch` times the largest posterior variance, off by `shift`.
+    """Return the linear model p(x|z) = N(W z, s^2 I) with a spherical guide that is wider than the true posterior.
+
+    The guide's mean is 0.9 times the posterior mean plus `shift`.
 
     Arguments:
         w: W, `(d, D)`.
         noise: s.
-        stretch: factor of the variance, at least 1.
-        shift: error of the posterior mean, in every coordinate.
+        stretch: variance of the guide divided by the largest variance of the posterior in any direction, at least 1.
+        shift: constant added to every coordinate of the guide's mean.
     """
     d, q = w.shape
     covariance = np.linalg.inv(np.eye(q) + w.T @ w / noise**2)
@@ -308,7 +335,7 @@ def widened(w: FloatArray, noise: float, stretch: float, shift: float) -> Linear
 
 
 def iwae_2(law: LinearGaussian, x: FloatArray) -> FloatArray:
-    """E log (w_1 + w_2) / 2 of one latent coordinate, `(n,)`, nats."""
+    """Return the importance-weighted bound IWAE_2, E log (w_1 + w_2) / 2, of a model with one latent, `(n,)`, nats."""
     nodes, weights = normal_nodes()
     scale = math.sqrt(law.s[0, 0])
     z = law.means(x) + scale * nodes

@@ -1,4 +1,4 @@
-"""Self-check: every estimator measured on models whose figures are known exactly."""
+"""Self-check: every estimator applied to test models whose ELBO terms and evidence are known exactly."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ from pvae.errors import DataError
 from pvae.util.progress import StageProgress, silent
 
 BOUND_SLACK = 0.05
-"""Nats that annealing with few temperatures, or an optimiser with few steps, may miss."""
+"""Slack, nats, for bounds that are not tight: of AIS with few temperatures, and of guides refined in few steps."""
 ANNEALED_ROWS = 20
-"""Number of rows that are annealed, which is the slowest estimator."""
+"""Number of rows whose log p(x) is estimated by annealed importance sampling, the slowest estimator."""
 
 
 @final
 @dataclass(frozen=True)
 class Question:
-    """One estimator applied to one truth."""
+    """Pair of a test model and the name of an estimator that is applied to it."""
 
     truth: Truth
     estimator: str
@@ -41,7 +41,15 @@ class Question:
     def check(
         self, figure: str, estimate: Estimate | None, known: str = "", *, below: float = 0.0, above: float = 0.0
     ) -> Iterator[FigureCheck]:
-        """Compare with the exact figure `known`, by default of the same name; nothing where either is missing."""
+        """Yield the comparison of an estimate with its exact value; nothing if the estimate or the value is missing.
+
+        Arguments:
+            figure: name of the quantity in the result of the estimator.
+            estimate: its estimate, or None.
+            known: name of the exact value; default: the same name.
+            below: nats that the estimate may be too low as a lower bound.
+            above: nats that the estimate may be too high as an upper bound.
+        """
         exact = self.truth.exact.get(known or figure)
         if exact is not None and estimate is not None:
             yield FigureCheck(self.truth.name, self.estimator, figure, exact, estimate, below, above)
@@ -61,7 +69,10 @@ def _surgery(asked: Question, seed: int) -> Iterator[FigureCheck]:
 
 
 def _population(asked: Question, figure: str, estimate: Estimate | None, **slack: float) -> Iterator[FigureCheck]:
-    """Compare a figure of finite data, which in expectation bounds the figure under the data distribution."""
+    """Yield the comparison of a mutual information of n data with its exact value under the data distribution.
+
+    The estimate is a bound in expectation over the data: `slack` allows any difference on the side of the bound.
+    """
     yield from asked.check(figure, _over_data(estimate), "population_mutual_information", **slack)
 
 
@@ -92,7 +103,10 @@ def _last(asked: Question, found: Bounds) -> Iterator[FigureCheck]:
 
 
 def _lacking(ess: Tensor, samples: int) -> float:
-    """Twice the first-order bias of the log of a mean of weights: their squared variation over their number."""
+    """Return a slack for the log of a mean of importance weights, nats, averaged over data: twice its first-order bias.
+
+    The bias is half the squared coefficient of variation of the weights, divided by their number.
+    """
     return float((1 / ess - 1 / samples).mean())
 
 
@@ -115,7 +129,7 @@ def _bracket(asked: Question, seed: int) -> Iterator[FigureCheck]:
 
 
 def _log_p(truth: Truth, x: Tensor) -> float:
-    """Mean log p(x) of other rows, nats."""
+    """Return the mean of the exact log p(x) over the rows x, nats."""
     assert truth.log_p is not None  # noqa: S101 - the callers have looked
     return float(truth.log_p(x.cpu().double().numpy()).mean())
 
@@ -145,7 +159,7 @@ ESTIMATORS: Mapping[str, Callable[[Question, int], Iterator[FigureCheck]]] = Map
 
 @contextmanager
 def single_thread() -> Iterator[None]:
-    """Run torch with one thread: the tensors are small, and on a busy machine threads would mostly wait."""
+    """Context that runs torch with one thread: tensors are small, and threads would mostly wait on a busy machine."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -161,11 +175,11 @@ def selfcheck(
     truths: Sequence[Truth] | None = None,
     on_progress: StageProgress = silent,
 ) -> SelfCheck:
-    r"""Run every estimator on models whose figures are known exactly, and compare.
+    r"""Run every estimator on test models whose quantities are known exactly, and compare.
 
-    An estimate passes within 4 standard errors and 1e-6 for rounding. An estimate that bounds the known figure may
-    exceed this on its side by a stated slack: log-mean weights by their delta-method bias, annealing and optimised
-    posteriors by 0.05 nats, the information of finite data by any amount. Exact values have only rounding.
+    An estimate passes within 4 standard errors and 1e-6 for rounding. A bound may differ more on its own side, by a
+    stated slack: the log of mean importance weights by twice its first-order bias, bounds of annealing and of optimised
+    posteriors by 0.05 nats, the information of finite data by any amount. Exact results may differ by rounding only.
 
     Warning: correct estimators fail with probability `SelfCheck.failure_rate`, once in about a hundred seeds. The same
     seed gives the same numbers on the same machine.
@@ -173,14 +187,14 @@ def selfcheck(
     Arguments:
         device: "cpu" or "cuda[:i]".
         seed: seed of the samples.
-        truths: the models to measure; default: `pvae.analysis.truths.standard.standard()`.
-        on_progress: called with (estimators run, estimators to run, name of the truth).
+        truths: the test models; default: `pvae.analysis.truths.standard.standard()`.
+        on_progress: called with (estimators run, estimators to run, name of the test model).
 
     Returns:
-        SelfCheck, nats per datum; `ok` if all figures agree.
+        SelfCheck, nats per datum; `ok` if all estimates agree with their exact values.
 
     Raises:
-        DataError: there are no truths.
+        DataError: there are no test models.
 
     Example:
         >>> from pvae.analysis.truths.structured import symmetric_channel

@@ -1,4 +1,4 @@
-"""Truths that `pvae selfcheck` measures."""
+"""Test models with exactly known quantities that `pvae selfcheck` runs the estimators on."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def digits(n: int | None = 1000) -> tuple[FloatArray, NDArray[Any]]:
 
 
 def standard() -> tuple[Truth, ...]:
-    """Return members of every family at fixed parameters, on the CPU: the truths of `pvae selfcheck`."""
+    """Return the test models of `pvae selfcheck`, on the CPU: members of every family of models at fixed parameters."""
     (images, labels), random = digits(), np.random.default_rng(0)
     w = np.array([[1.0, 0.7], [0.2, 0.8], [0.5, 0.4], [0.3, -0.2]])
     loading = np.array([[1.0], [-0.6]])

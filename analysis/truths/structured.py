@@ -1,4 +1,4 @@
-"""Models with discrete codes, with mixtures, and with two levels of latents, whose figures are sums or integrals."""
+"""Test models with discrete codes, mixtures, or two levels of latents, whose exact values are sums or integrals."""
 
 from __future__ import annotations
 
@@ -19,33 +19,37 @@ from pvae.pair.pair import Pair
 
 
 class CodePrograms(Programs):
-    """Pyro programs q(c | x = i) = table[i], a factorised prior, and x = sum of the positions + noise."""
+    """Pyro model and guide with a categorical code c of P independent positions: q(c | x = i) is entry i of a table.
+
+    The model has a factorised prior p(c) and p(x | c) = N(sum of the positions of c, 1); the parameter scales this sum.
+    """
 
     def __init__(self, table: FloatArray, prior: FloatArray) -> None:
         super().__init__(1.0, log_q=np.log(np.maximum(table, 1e-300)), log_p=np.log(prior))  # logits must be finite
 
     def model(self, x: Tensor) -> None:
-        """p(x, c)."""
+        """Sample c from the prior and observe x: the model p(x, c)."""
         with pyro.plate("data", len(x)):
             c = pyro.sample("c", dist.Categorical(logits=self.log_p).to_event(1))
             pyro.sample("x", dist.Normal(self.learned * c.sum(-1, keepdim=True), 1.0).to_event(1), obs=x)
 
     def guide(self, x: Tensor) -> None:
-        """q(c|x)."""
+        """Sample c from the guide q(c | x), the entry of the table for x."""
         with pyro.plate("data", len(x)):
             pyro.sample("c", dist.Categorical(logits=self.log_q[x[:, 0].long()]).to_event(1))
 
 
 def code_truth(name: str, table: FloatArray, prior: FloatArray, copies: int = 40) -> Truth:
-    """Return the truth of a table of independent positions, by the sum over all joint states.
+    """Return a test model with a categorical code of P independent positions, see `CodePrograms`.
 
-    Evidence is checked where the variance of the importance weights, known by the same sum, is small enough.
+    Exact values are sums over all joint states of the code. The evidence estimator is checked only if the variance of
+    its importance weights, known by the same sums, is small enough.
 
     Arguments:
-        name: name of the truth.
-        table: q(c_p | x = i), `(inputs, P, K)`; inputs are equally likely.
-        prior: `(P, K)`.
-        copies: number of rows of every input.
+        name: name of the test model.
+        table: posterior probabilities q(c_p | x = i), `(inputs, P, K)`; the inputs i are equally likely.
+        prior: prior probabilities p(c_p), `(P, K)`.
+        copies: number of data rows for every input.
     """
     inputs, positions, k = table.shape
     states = np.stack(np.meshgrid(*[np.arange(k)] * positions, indexing="ij"), -1).reshape(-1, positions)
@@ -64,25 +68,31 @@ def code_truth(name: str, table: FloatArray, prior: FloatArray, copies: int = 40
 
 
 def _joint(table: FloatArray, states: NDArray[np.intp]) -> FloatArray:
-    """Probabilities `(inputs, states)` of joint states whose positions are independent."""
+    """Return the probabilities `(inputs, states)` of joint states `(states, P)` whose positions are independent."""
     return np.asarray(np.prod([table[:, i, column] for i, column in enumerate(states.T)], axis=0))
 
 
 def _relative_square(log_joint: FloatArray, q: FloatArray) -> float:
-    """Largest E_q w^2 / (E_q w)^2 of all inputs; infinite where q misses a state."""
+    """Return the largest E_q w^2 / (E_q w)^2 over inputs, where w = p(x, c) / q(c|x); infinite if q misses a state."""
     missed = (q == 0).any(1)
     squares = logsumexp(2 * log_joint - np.log(np.where(q == 0, 1.0, q)), axis=1) - 2 * logsumexp(log_joint, axis=1)
     return float(np.where(missed, math.inf, np.exp(squares)).max())
 
 
 def symmetric_channel(k: int, error: float) -> Truth:
-    """One of k symbols, another in its place with probability `error`, under the uniform prior."""
+    """Return a test model: a k-ary symmetric channel as the posterior, with a uniform prior.
+
+    The code equals the symbol x with probability 1 - `error`, and is otherwise one of the other k - 1, equally likely.
+    """
     table = np.full((k, 1, k), error / (k - 1)) + np.eye(k)[:, None] * (1 - error - error / (k - 1))
     return code_truth(f"{k}-ary symmetric, {error:g}", table, np.full((1, k), 1 / k))
 
 
 def deterministic_code(symbols: NDArray[np.intp], k: int) -> Truth:
-    """Input i always has the symbols `symbols[i]`, `(inputs, P)`: the information is the entropy of the joint code."""
+    """Return a test model whose posterior gives input i the code `symbols[i]` with certainty; symbols `(inputs, P)`.
+
+    The mutual information is the entropy of the joint code over the inputs.
+    """
     table = np.eye(k)[symbols]
     positions = symbols.shape[1]
     name = f"deterministic code, {positions} x {k}"
@@ -90,7 +100,7 @@ def deterministic_code(symbols: NDArray[np.intp], k: int) -> Truth:
 
 
 def random_code(inputs: int, positions: int, k: int, seed: int = 0) -> Truth:
-    """A random table and a random prior."""
+    """Return a test model with a categorical code whose posterior and prior probabilities are random (Dirichlet)."""
     random = np.random.default_rng(seed)
     even = np.full(k, 2.0)
     table, prior = random.dirichlet(even, (inputs, positions)), random.dirichlet(even, positions)
@@ -98,20 +108,23 @@ def random_code(inputs: int, positions: int, k: int, seed: int = 0) -> Truth:
 
 
 class MixturePrograms(Programs):
-    """Pyro programs p(c) p(x | c), with c summed out by the model; the parameter holds the means."""
+    """Pyro model of a mixture of normals p(c) p(x | c), with c summed out (enumerated); the parameter is the means."""
 
     def model(self, x: Tensor) -> None:
-        """p(x, c)."""
+        """Sum out the component c and observe x: the model p(x, c)."""
         with pyro.plate("data", len(x)):
             c = pyro.sample("c", dist.Categorical(self.weights), infer={"enumerate": "parallel"})
             pyro.sample("x", dist.Normal(self.learned[c], self.scale).to_event(1), obs=x)
 
     def guide(self, x: Tensor) -> None:
-        """Empty, as p(c|x) comes from Bayes' rule."""
+        """Sample nothing: an empty guide, as the posterior p(c|x) follows from Bayes' rule."""
 
 
 def mixture(weights: FloatArray, means: FloatArray, scale: float, x: FloatArray) -> Truth:
-    """Mixture of normals, weights `(K,)` and means `(K, d)`: exact posterior, hence ELBO = log p(x)."""
+    """Return a test model: a mixture of normals with weights `(K,)`, means `(K, d)` and a common standard deviation.
+
+    The posterior p(c|x) of the component is exact, so that ELBO = log p(x).
+    """
     log_x = norm.logpdf(x[:, None], means, scale).sum(2)
     log_joint = log_x + np.log(weights)
     q = np.exp(log_joint - logsumexp(log_joint, axis=1, keepdims=True))
@@ -124,17 +137,17 @@ def mixture(weights: FloatArray, means: FloatArray, scale: float, x: FloatArray)
 
 
 class MixturePriorPrograms(Programs):
-    """Pyro programs p(c) p(z | c) p(x | z), c summed out, z and x scalars, and q(z|x) = N(gain x, scale^2)."""
+    """Pyro model p(c) p(z | c) p(x | z), scalar z and x, c summed out, and guide q(z|x) = N(gain x, scale^2)."""
 
     def model(self, x: Tensor) -> None:
-        """p(x, z, c)."""
+        """Sum out c, sample z and observe x: the model p(x, z, c)."""
         with pyro.plate("data", len(x)):
             c = pyro.sample("c", dist.Categorical(self.weights), infer={"enumerate": "parallel"})
             z = pyro.sample("z", dist.Normal(self.learned[c], self.spread))
             pyro.sample("x", dist.Normal(z, self.noise), obs=x)
 
     def guide(self, x: Tensor) -> None:
-        """q(z|x)."""
+        """Sample z from the guide q(z|x)."""
         with pyro.plate("data", len(x)):
             pyro.sample("z", dist.Normal(self.gain * x, self.scale))
 
@@ -142,11 +155,13 @@ class MixturePriorPrograms(Programs):
 def mixture_prior(
     weights: FloatArray, means: FloatArray, spread: float, noise: float, x: FloatArray, gain: float, scale: float
 ) -> Truth:
-    """x = z + noise with a mixture of normals N(m_c, spread^2) as the prior and a normal guide N(gain x, scale^2).
+    """Return a test model with x = z + noise, whose prior of z is a mixture of normals N(m_c, spread^2).
+
+    The guide is q(z|x) = N(gain x, scale^2).
 
     Arguments:
-        weights: weights of the components, `(K,)`.
-        means: means of the components, `(K,)`.
+        weights: weights of the mixture components of the prior, `(K,)`.
+        means: means m_c of the components, `(K,)`.
         spread: standard deviation of every component.
         noise: standard deviation of x given z.
         x: data, `(n,)`.
@@ -171,7 +186,10 @@ def mixture_prior(
 
 
 class TwoLevelPrograms(Programs):
-    """Pyro programs p(z2) p(z1|z2) p(x|z1) and q(z2|x) q(z1|x, z2), linear and Gaussian; the parameter is the slope."""
+    """Pyro model p(z2) p(z1|z2) p(x|z1) and guide q(z2|x) q(z1|x, z2), linear and Gaussian.
+
+    The parameter is the slope of the mean of z1 given z2.
+    """
 
     def __init__(self, law: LinearGaussian) -> None:
         link = law.s[1, 0] / law.s[0, 0]
@@ -188,14 +206,14 @@ class TwoLevelPrograms(Programs):
         )
 
     def model(self, x: Tensor) -> None:
-        """p(x, z1, z2)."""
+        """Sample z2 and z1 from the prior and observe x: the model p(x, z1, z2)."""
         with pyro.plate("data", len(x)):
             z2 = pyro.sample("z2", dist.Normal(self.learned.new_zeros(1), 1.0).to_event(1))
             z1 = pyro.sample("z1", dist.Normal(self.learned * z2, self.spread).to_event(1))
             pyro.sample("x", dist.Normal(z1 * self.w + self.b, self.noise).to_event(1), obs=x)
 
     def guide(self, x: Tensor) -> None:
-        """q(z2|x) q(z1|x, z2)."""
+        """Sample z2 and then z1 from the guide q(z2|x) q(z1|x, z2)."""
         loc = (x @ self.g.T + self.c)[..., None]
         with pyro.plate("data", len(x)):
             z2 = pyro.sample("z2", dist.Normal(loc[..., 0, :], self.scale[0]).to_event(1))
@@ -203,10 +221,11 @@ class TwoLevelPrograms(Programs):
 
 
 def hierarchy(w: FloatArray, slope: float, spread: float, noise: float, stretch: float, n: int, seed: int = 0) -> Truth:
-    """z2 ~ N(0, 1), z1 ~ N(slope z2, spread^2), x ~ N(w z1, noise^2 I), all latents scalars; n rows of the model.
+    """Return a test model with two levels of scalar latents, and n data sampled from it.
 
-    The guide has the structure of the posterior, with `stretch` times its variances and slightly wrong means. Jointly
-    it is one normal in (z2, z1), so every joint figure is that of a linear model with one latent of two coordinates.
+    The model is z2 ~ N(0, 1), z1 ~ N(slope z2, spread^2), x ~ N(w z1, noise^2 I). The guide has the structure of the
+    posterior, with `stretch` times its variances and slightly wrong means. Jointly it is one normal in (z2, z1), so the
+    exact joint values are those of a linear Gaussian model with one latent of two coordinates.
     """
     v = np.array([[1.0, slope], [slope, slope**2 + spread**2]])
     wide = np.stack([np.zeros_like(w), w], 1)
@@ -225,7 +244,10 @@ def hierarchy(w: FloatArray, slope: float, spread: float, noise: float, stretch:
 
 
 def _of_levels(law: LinearGaussian, x: FloatArray) -> dict[str, float]:
-    """Figures of both levels together, and of the upper level alone."""
+    """Return the exact mutual information and marginal KL of both levels together and of z2 alone, and the KL of each.
+
+    Values are in nats, under the names that `Truth` uses.
+    """
     (means, covariance), _ = truth.coordinates(law.means(x), law.s)
     kl, upper = (
         float(truth.normal_kl(*part).mean()) for part in ((law.means(x), law.s, law.v), (means, covariance, np.eye(1)))

@@ -1,4 +1,4 @@
-"""Pairs with figures that are known exactly, and the integrals behind these figures."""
+"""Test models: model-guide pairs whose ELBO terms, evidence and information are known exactly; and their integrals."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ FloatArray = NDArray[np.floating[Any]]
 EstimatorName = Literal["surgery", "evidence", "prior_evidence", "ais", "bracket", "gap"]
 
 EVIDENCE_SAMPLES = 512
-"""Importance samples per datum for evidence, unless a truth says otherwise."""
+"""Default number of importance samples per datum with which the evidence of a test model is estimated."""
 GRID_STEP, GRID_REACH = 0.1, 11.0
 """Step and reach of the trapezoidal rule in standard deviations; for analytic integrands it converges exponentially."""
 
@@ -28,25 +28,26 @@ GRID_STEP, GRID_REACH = 0.1, 11.0
 @final
 @dataclass(frozen=True, eq=False)
 class Truth:
-    """A pair, its data, and figures of the two that are known exactly.
+    """Test model: a model-guide pair and data, with their ELBO terms, evidence and information known exactly.
 
-    No figure comes from an estimator of this package: they are closed forms, sums over all states, or trapezoidal sums
-    (error below 1e-9) in NumPy's float64.
+    No exact value comes from an estimator of this package: they are closed forms, sums over all states, or trapezoidal
+    sums (error below 1e-9) in NumPy's float64.
 
     Arguments:
-        name: name with the parameters.
+        name: name of the test model, with its parameters.
         pair: model and guide, float64.
         x: data `(n, *event)`, float64.
-        exact: figures in nats per datum: `elbo`, `reconstruction`, `kl`, `mutual_information`, `marginal_kl`,
-            `total_correlation`, `coordinate_kl`, `label_information`, `population_mutual_information`,
-            `log_evidence`, `iwae_K`, `prior_jensen`, `inference_gap`, `approximation_gap`, `amortisation_gap`;
-            of a level `z2` also `z2.kl` and so on. Unknown figures have no key.
-        estimators: estimators that should find these figures. Others may run and yet miss them: the importance
-            weights of a guide that is narrower than the posterior have no variance.
+        exact: exact values, nats per datum, by name: `elbo`, `reconstruction`, `kl`, `mutual_information`,
+            `marginal_kl`, `total_correlation`, `coordinate_kl`, `label_information`,
+            `population_mutual_information` (under the data distribution), `log_evidence`, `iwae_K`,
+            `prior_jensen` (E_p log p(x|z)), `inference_gap`, `approximation_gap`, `amortisation_gap`; for a latent `z2`
+            of several also `z2.kl` and so on. Unknown quantities have no key.
+        estimators: estimators that should find the exact values. Others may run and yet miss them: the importance
+            weights of a guide that is narrower than the posterior may have infinite variance.
         samples: samples per datum for surgery.
         draws: importance samples per datum for evidence.
-        labels: classes `(n,)` behind `label_information`.
-        log_p: function from rows `(m, *event)` to their log p(x), `(m,)`; for simulated data.
+        labels: class labels `(n,)` that `label_information` refers to.
+        log_p: exact log p(x), `(m,)`, of any rows `(m, *event)`, such as simulated data; None if unknown.
     """
 
     name: str
@@ -60,12 +61,12 @@ class Truth:
     log_p: Callable[[FloatArray], FloatArray] | None = None
 
     def to(self, device: str | torch.device) -> Truth:
-        """Return the truth with its data on a device, where its pair is moved in place."""
+        """Return the test model with its data on a device; its pair is moved there in place."""
         return replace(self, pair=self.pair.adopt(self.x).to(device), x=self.x.to(device))
 
 
 class Programs(nn.Module):
-    """Base of a model and a guide whose constants are float64 buffers, and which have one parameter.
+    """Base class of a Pyro model and guide whose constants are float64 buffers, with a single parameter.
 
     Arguments:
         learned: value of the parameter `learned`, as a pair that can be fitted needs one.
@@ -88,12 +89,12 @@ def tensor(value: Any) -> Tensor:
 
 
 def enough(n: int) -> int:
-    """Return samples per datum after which the mean over n data is nearly normal, for terms as skew as squares."""
+    """Return a number of samples per datum for which the mean over n data is nearly normal, even of squared normals."""
     return min(200, max(10, 10_000 // n))
 
 
 def mixture_entropy(means: FloatArray, covariance: FloatArray) -> float:
-    """Differential entropy of 1/n sum_i N(m_i, S) in one or two dimensions, nats, by the trapezoidal rule.
+    """Return the differential entropy of 1/n sum_i N(m_i, S) in one or two dimensions, nats, by the trapezoidal rule.
 
     In coordinates where S is the identity, the density on a grid is one product of matrices.
 
@@ -113,29 +114,32 @@ def mixture_entropy(means: FloatArray, covariance: FloatArray) -> float:
 
 
 def _kernel(centres: FloatArray) -> FloatArray:
-    """Standard normal densities around centres `(n,)` on a grid, `(points, n)`."""
+    """Return the densities of normals with unit variance around centres `(n,)` on a grid, `(points, n)`."""
     grid = np.arange(centres.min() - GRID_REACH, centres.max() + GRID_REACH, GRID_STEP)
     return np.exp(-0.5 * (grid[:, None] - centres) ** 2) / math.sqrt(2 * math.pi)
 
 
 def normal_nodes(step: float = GRID_STEP / 2) -> tuple[FloatArray, FloatArray]:
-    """Nodes and weights `(points,)` of an expectation under N(0, 1) by the trapezoidal rule."""
+    """Return nodes and weights `(points,)` of the trapezoidal rule for expectations under N(0, 1)."""
     nodes = np.arange(-GRID_REACH, GRID_REACH + step / 2, step)
     return nodes, step * norm.pdf(nodes)
 
 
 def information(means: FloatArray, covariance: FloatArray) -> float:
-    """I[x, z] of n equally likely N(m_i, S), nats: the entropy of the mixture minus that of a component."""
+    """Return the mutual information I[x, z] of n equally likely x_i with z ~ N(m_i, S), nats.
+
+    It is the entropy of the mixture of the n normals minus the entropy of one of them.
+    """
     return mixture_entropy(means, covariance) - normal_entropy(covariance)
 
 
 def normal_entropy(covariance: FloatArray) -> float:
-    """Differential entropy of N(., S), nats."""
+    """Return the differential entropy of a normal with covariance S, nats."""
     return 0.5 * float(np.linalg.slogdet(2 * math.pi * math.e * covariance)[1])
 
 
 def normal_kl(mean: FloatArray, covariance: FloatArray, prior: FloatArray) -> FloatArray:
-    """KL(N(m_i, S) || N(0, V)), nats, `(n,)`."""
+    """Return KL(N(m_i, S) || N(0, V)) for every mean m_i, nats, `(n,)`."""
     inverse = np.linalg.inv(prior)
     squares = np.einsum("nd,de,ne->n", mean, inverse, mean)
     ratio = np.linalg.slogdet(prior)[1] - np.linalg.slogdet(covariance)[1]
@@ -143,7 +147,7 @@ def normal_kl(mean: FloatArray, covariance: FloatArray, prior: FloatArray) -> Fl
 
 
 def coordinates(means: FloatArray, covariance: FloatArray) -> Iterator[tuple[FloatArray, FloatArray]]:
-    """Means and variance of every single coordinate."""
+    """Yield for each coordinate of the normals N(m_i, S) its means `(n, 1)` and its variance `(1, 1)`."""
     for axis in range(means.shape[1]):
         yield means[:, [axis]], covariance[axis : axis + 1, axis : axis + 1]
 
@@ -151,7 +155,15 @@ def coordinates(means: FloatArray, covariance: FloatArray) -> Iterator[tuple[Flo
 def elbo_figures(
     reconstruction: float, kl: float, mutual: float, log_p: float | None = None, jensen: float | None = None
 ) -> dict[str, float]:
-    """Return the figures that follow from means over the data of these terms, nats; None where one is not known."""
+    """Return the exact values of a `Truth` that follow from these terms, means over the data, nats.
+
+    Arguments:
+        reconstruction: E_q log p(x|z).
+        kl: KL(q(z|x) || p(z)).
+        mutual: mutual information of x and z under q.
+        log_p: log p(x); None if unknown.
+        jensen: E_p log p(x|z); None if unknown.
+    """
     known = {"log_evidence": log_p, "prior_jensen": jensen}
     if log_p is not None:
         known["inference_gap"] = log_p - reconstruction + kl
@@ -166,7 +178,7 @@ def elbo_figures(
 
 
 def state_figures(q: FloatArray, p: FloatArray, log_x: FloatArray) -> dict[str, float]:
-    """Return the figures of a discrete latent by the sum over its states, nats.
+    """Return the exact values of a `Truth` with one discrete latent, by sums over its states, nats.
 
     Arguments:
         q: posterior probabilities, `(inputs, states)`; inputs are equally likely.
