@@ -246,8 +246,8 @@ def gaussian_channel(dim: int, variance: float, n: int, seed: int = 0) -> Truth:
     """Return a test model: n data from N(0, (1 - s^2) I) and q(z|x) = N(x, s^2 I), where s^2 is `variance`.
 
     Under the data distribution the mutual information is -dim/2 log s^2; in expectation over the data it lies between
-    the estimate over the n rows and the leave-one-out estimate. The mutual information of the n rows themselves is known
-    in one or two dimensions.
+    the estimate over the n rows and the leave-one-out estimate. The mutual information of the n rows themselves is
+    known in one or two dimensions.
     """
     x = np.random.default_rng(seed).standard_normal((n, dim)) * math.sqrt(1 - variance)
     exact = {"population_mutual_information": -0.5 * dim * math.log(variance)}
