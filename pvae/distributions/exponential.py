@@ -78,7 +78,7 @@ class Members(ABC):
 
     @abstractmethod
     def log_prob(self, value: Tensor) -> Tensor:
-        """Return log q_i(z_i) of values `(..., n, D)`, each under its own member, `(..., n)`, nats; no cancellation."""
+        """Return log q_i(z_i) of values `(..., n, D)`, each under its own member, `(..., n)`, nats; exact."""
 
     @abstractmethod
     def sample(self) -> Tensor:

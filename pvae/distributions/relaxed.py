@@ -89,7 +89,7 @@ class RelaxedCodes(dist.TorchDistribution):
         return score.sum(tuple(range(-self.grid, 0))) if self.grid else score
 
     def discrete(self) -> dist.TorchDistribution:
-        """Return the discrete counterpart: categorical codes of the same logits; without noise their mode, fixed."""
+        """Return the discrete counterpart: categorical codes of the same logits; without noise, their mode."""
         if self.noise:
             return code_grid(self.logits, self.grid)
         return Certain(self.logits.argmax(-1), self.logits.shape[-1], self.grid)

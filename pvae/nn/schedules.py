@@ -98,7 +98,7 @@ class Cosine(Schedule):
 
 @final
 class Cyclical(Schedule):
-    """Cyclical schedule: in each cycle of `epochs`, rises from `start` to `end` during a proportion `ramp`, then stays.
+    """Cyclical schedule: in each cycle of `epochs`, goes from `start` to `end` during a proportion `ramp`, then stays.
 
     References:
         Cyclical Annealing Schedule (Fu et al., 2019), https://arxiv.org/abs/1903.10145
@@ -110,7 +110,7 @@ class Cyclical(Schedule):
     epochs: float = Field(default=10.0, gt=0)
     """Length of a cycle, in epochs."""
     ramp: float = Field(default=0.5, gt=0, le=1)
-    """Proportion of a cycle during which the value rises."""
+    """Proportion of a cycle during which the value goes from `start` to `end`."""
 
     def at(self, epoch: float, epochs: float) -> float:
         return self.start + (self.end - self.start) * progress(epoch % self.epochs, self.epochs * self.ramp)

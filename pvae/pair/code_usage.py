@@ -156,7 +156,7 @@ def tallies(pair: Pair, x: Tensor, layout: Layout) -> dict[str, Tally]:
 
 
 def code_usage(pair: Pair, x: Tensor | Streamed, seed: int = 0) -> dict[str, float]:
-    """Return the perplexity and the number of used codes of every discrete latent on data; runs the guide only.
+    """Return the perplexity and the number of used codes of every latent with codes on data; runs the guide only.
 
     Relaxed latents count as the discrete codes of the same logits. Latents that the model sums out have no entry.
 
@@ -179,7 +179,7 @@ def code_usage(pair: Pair, x: Tensor | Streamed, seed: int = 0) -> dict[str, flo
     first = pair.accept(x[:2])
     if not pair.structure.codes:
         return {}
-    # Of several latents one may read another's draw.
+    # With several latents, one may depend on the sample of another.
     undrawn = Undrawn(pair.layout.latents if len(pair.layout.latents) == 1 else ())
     with quiet(pair, first), Discretised(), undrawn:
         seeds.set_noise(seeds.mix(seed, seeds.VALIDATION), first.device)

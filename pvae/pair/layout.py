@@ -27,7 +27,7 @@ class Layout:
     plate: str
     """Name of the data plate in the model."""
     plates: frozenset[str]
-    """Names of the data plate on both sides: model and guide may call it differently."""
+    """Names of the data plate in model and guide, which may differ."""
     dim: int
     """Batch dimension of the data plate (negative)."""
     nesting: int

@@ -1,4 +1,4 @@
-"""Pair: a Pyro model and guide as one Module, with the terms of its ELBO, its structure and its checks."""
+"""Pair of a Pyro model and guide as one Module, with the terms of its ELBO, its structure and its checks."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ T = TypeVar("T")
 
 
 class Pair(nn.Module):
-    """Any two Pyro programs, `model(x)` and `guide(x)`, as one Module with terms, checks and a structure.
+    """Pyro programs `model(x)` and `guide(x)` as one Module, which gives their ELBO terms, structure and checks.
 
     Parameters of foreign programs (`pyro.param`, `pyro.module`, PyroModules, bound methods of a Module) are
     adopted on first use with data: they become this Module's parameters, and every later call runs in a param
@@ -233,7 +233,7 @@ class Pair(nn.Module):
         return expected_terms(*traces, layout, count, closed_form, rows)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return an unbiased one-sample estimate of the ELBO of every row, nats, `(batch,)`."""
+        """Return a one-sample estimate of the ELBO of every row, nats, `(batch,)`; exact over enumerated latents."""
         terms = self.terms(x, expected=True)
         return terms.reconstruction - sum_over(list(terms.kl.values()))
 

@@ -161,7 +161,7 @@ class Dependencies:
 
     @cached_property
     def guide_roots(self) -> frozenset[str]:
-        """Latents whose posterior is determined by the row of data alone, directly or through deterministic codes."""
+        """Latents whose posterior depends only on the row of data, directly or through deterministic codes."""
         given: set[str] = set()
         for name, read in self.guide.items():
             if name in self.certain and read <= given:
@@ -193,7 +193,7 @@ def dependencies_without_asking(structure: Structure) -> Dependencies | None:
     """Return the dependencies of a pair that are known without running it (one latent); None for other pairs."""
     layout = structure.layout
     random = frozenset(layout.shared) - structure.points
-    if layout.enumerated and not layout.latents:  # inferred by Bayes, together
+    if layout.enumerated and not layout.latents:  # the joint posterior is computed by Bayes' rule
         joint = "+".join(layout.enumerated)
         return Dependencies({joint: random}, {joint: random})
     if len(layout.latents) + len(random) > 1:
@@ -308,7 +308,8 @@ def _moves(scores: Mapping[tuple[str, str], Tensor], latents: Sequence[str], row
         first, *others = score.split(rows)
         copies = dict(zip(["", *latents] if latents else [], others, strict=True))
         rounding = ROUNDING * torch.finfo(first.dtype).eps if first.is_floating_point() else 0.0
-        noisy = bool(latents) and _differ(first, copies[""], CLEAR_CHANGE)  # noise is drawn that no site shows
+        # Equal copies differ where a program uses random numbers outside sample sites.
+        noisy = bool(latents) and _differ(first, copies[""], CLEAR_CHANGE)
         reads[side, name] = {z for z in latents if z != name and _differ(first, copies[z], rounding)}
         unclear |= {z for z in reads[side, name] if noisy or not _differ(first, copies[z], CLEAR_CHANGE)}
     return reads, sorted(unclear)
@@ -336,7 +337,7 @@ def _conditioned(
     pair: Pair, x: Tensor, given: Mapping[str, Tensor], values: Mapping[str, Tensor]
 ) -> tuple[dict[str, Any], dict[tuple[str, str], Tensor]]:
     """Run both programs conditioned on the values `given`; return their sites, and the scores of `values`."""
-    seeds.set_noise(0, x.device)  # what else is drawn stays
+    seeds.set_noise(0, x.device)  # all other samples stay the same
     with poutine.condition(data=dict(given)):
         guide = samples(pair.guide_trace(x))
     model = samples(pair.model_trace(x, given))
