@@ -23,23 +23,25 @@ from pvae.util import seeds
 from pvae.util.types import Size
 
 MEMORY = 2**29
-"""Bytes that a q_agg may keep and work with, beside the data and the values that are scored."""
+"""Default number of bytes that an aggregated posterior may take in addition to the data and the scored values."""
 
 
 @dataclass(frozen=True)
 class Information:
-    """log q(z_i | x_i) - log q_agg(z_i) of m samples, `(m,)`, nats; its mean is I_q[x, z]."""
+    """Pointwise mutual information log q(z_i | x_i) - log q_agg(z_i) of m samples, `(m,)`, nats, with mean I_q[x,
+    z]."""
 
     lower: Tensor
-    """With x_i and the chosen components alone: in expectation at most the exact one."""
+    """Lower bound in expectation: the mixture consists of q(z | x_i) and the chosen components only."""
     upper: Tensor
-    """With the chosen components standing for all others: in expectation at least the exact one, at most log n."""
+    """Upper bound in expectation, at most log n: the chosen components represent all rows other than x_i."""
     leave_one_out: Tensor
-    """Against the others alone: in expectation at least the mutual information under the distribution of the data."""
+    """Upper bound, in expectation, of the mutual information under the distribution that the data come from: the
+    mixture leaves out q(z | x_i)."""
 
     @property
     def bias(self) -> float:
-        """Bound, in expectation, on the error of I_q from leaving components out; 0 when all are there."""
+        """Upper bound, in expectation, of the error of I_q from leaving out components; 0 if none is left out."""
         return float((self.upper - self.lower).mean())
 
 
@@ -48,18 +50,18 @@ class AggregatedPosterior(dist.TorchDistribution):
 
     Posteriors of an exponential family (normal, full-rank normal, categorical and one-hot grids, Bernoulli, products
     of them) are scored by a matrix product and a logsumexp in float64: log q(z | x_i) = <T(z), eta_i> - A(eta_i).
-    Codes known for certain (a nearest code) are counted: q_agg is then the proportion of rows with the same joint code.
-    Any other guide, and latents that read each other, are scored by the guide's own `log_prob` on every pair of
-    value and row. Values are flat: the event dimensions of all latents in a row, in the guide's order.
+    Deterministic codes (nearest codebook rows) are counted: q_agg is the proportion of rows with the same joint code.
+    Any other guide, and latents that depend on each other, are scored by the guide's own `log_prob` on every pair of
+    value and row. Values are flat: the event dimensions of all latents, concatenated in the guide's order.
 
-    Memory: beside the data and the values, at most about `memory` bytes whatever n (and no less than a block of 16
-    rows needs): parameters that would take more are read off the guide again in every pass.
+    Memory: in addition to the data and the values, at most about `memory` bytes for any n (and no less than a block of
+    16 rows needs); the guide recomputes larger parameters in every pass.
 
     Arguments:
-        components: an exponential family's members, or what `of` makes.
-        total: how many rows the components stand for, when they are a random subset.
-        index: which rows they are, `(M,)`, when they are a subset.
-        memory: bytes.
+        components: posteriors of an exponential family, one member per row, or `Components`.
+        total: number of rows n that the components represent, when they are a random subset of M rows.
+        index: indices of these M rows, `(M,)`, when they are a subset.
+        memory: bytes that keeping and scoring the components may take.
 
     Example:
         >>> from pvae.distributions.exponential import Normals
@@ -101,10 +103,10 @@ class AggregatedPosterior(dist.TorchDistribution):
         Arguments:
             pair: any Pyro pair.
             x: data `(n, *event)`.
-            latents: which of them; default: all of the guide's, together.
-            components: use this many rows, drawn at random; default: all.
-            seed: of that choice.
-            memory: bytes.
+            latents: names of the latents; default: all latents of the guide, jointly.
+            components: number of rows, chosen at random, whose posteriors form the mixture; default: all.
+            seed: seed of that choice.
+            memory: bytes that keeping and scoring the components may take.
 
         Returns:
             The mixture over the rows (or the chosen ones).
@@ -155,7 +157,7 @@ class AggregatedPosterior(dist.TorchDistribution):
         return others - count.log()
 
     def _others(self, value: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the log sum over components that are not row `index_i`, and how many these are."""
+        """Return the log sum of densities over all components but row `index_i`, and their number, `(m,)` each."""
         skip = index
         if self.index is not None:
             where = torch.full((self.total,), -1, device=index.device)
@@ -167,7 +169,7 @@ class AggregatedPosterior(dist.TorchDistribution):
         return self.components.log_sum(value, skip), count
 
     def information(self, value: Tensor, index: Tensor, own: Tensor) -> Information:
-        r"""Return pointwise I_q[x, z] of samples z_i ~ q(z | x_index_i), with bounds where components are a subset.
+        r"""Return the pointwise mutual information of samples z_i ~ q(z | x_index_i), or bounds of it.
 
         With n rows, own density q_i and M others chosen at random,
 
@@ -210,7 +212,7 @@ class AggregatedPosterior(dist.TorchDistribution):
 
 
 def choose(n: int, count: int | None, seed: int, device: torch.device) -> Tensor | None:
-    """Return the numbers of `count` of n rows at random, in order; None for all of them."""
+    """Return the indices of `count` of n rows, chosen at random and sorted; None if all rows are taken."""
     if count is not None and count < 2:
         raise DataError(f"components: expected at least 2; got {count}.")
     if count is None or count >= n:

@@ -1,4 +1,4 @@
-"""Surgery of a model conditioned on covariates: q_agg is q_agg(z | y), so each group has a surgery of its own."""
+"""ELBO surgery of a model conditioned on covariates y: the mean of the surgeries of all groups of rows with equal y."""
 
 from __future__ import annotations
 
@@ -19,26 +19,27 @@ POOLED_FIGURES = (
     "log_n", "relaxed_elbo",
 )  # fmt: skip
 BOUNDS = {"mutual_information_lower": "mutual_information", "marginal_kl_upper": "marginal_kl"}
-"""Figures that only groups with a subset of components have, and what stands for them in the others."""
+"""Bounds that only groups with a random subset of components have, and the term that replaces each in the other
+groups."""
 GROUP_SEEDS = 1000
-"""Number of the first seed of a group among the seeds of an analysis."""
+"""Offset of the groups' seeds among the noise streams of an analysis."""
 LEVEL_FIGURES = ("kl", "kl_exact", "mutual_information", "marginal_kl")
 
 
 def by_group(
     pair: Pair, x: Tensor, labels: Tensor | None, train: Tensor | None, take_apart: Callable[..., Surgery], seed: int
 ) -> Surgery | None:
-    """Return the surgeries of all groups of rows with the same covariates, pooled; None for a single group.
+    """Return the mean of the surgeries of all groups of rows with the same covariates; None for a single group.
 
     E_y KL(q(z|x, y) || p(z|y)) = I_q[x, z | y] + E_y KL(q_agg(z|y) || p(z|y)), with y as it occurs in the data.
 
     Arguments:
         pair: a pair with covariates.
         x: rows.
-        labels: of the rows, or None.
-        train: other rows, whose q_agg(z | y) is tried as the prior.
-        take_apart: the surgery of one group: `(rows, labels, train, seed)`.
-        seed: of the samples; groups have seeds of their own, so that their errors are independent.
+        labels: class labels of the rows, or None.
+        train: other rows, whose q_agg(z | y) is evaluated as the prior, or None.
+        take_apart: function that returns the surgery of one group from `(rows, labels, train, seed)`.
+        seed: seed of the samples; groups have seeds of their own, so that their errors are independent.
     """
     groups = pair.groups(x)
     if groups is None or len(present := groups.unique().tolist()) < 2:
@@ -56,9 +57,9 @@ def by_group(
 
 
 def pool(found: Sequence[Surgery], sizes: Sequence[int]) -> Surgery:
-    """Return means of the figures of groups, weighted by their sizes; errors are those of independent samples.
+    """Return the means over groups of all terms, weighted by group size, with the errors of independent groups.
 
-    Where some groups have two bounds, the figure of the others stands for both of theirs.
+    If only some groups have a lower and an upper bound, the estimates of the other groups serve as both.
     """
     latents = {name: _level([s.latents[name] for s in found], sizes) for name in found[0].latents}
     told = dict.fromkeys(note for s in found for note in s.notes)
@@ -82,7 +83,10 @@ def pool(found: Sequence[Surgery], sizes: Sequence[int]) -> Surgery:
 
 
 def _mean(parts: Sequence[Estimate | None], sizes: Sequence[int]) -> Any:
-    """Return the weighted mean, of the weakest kind among the parts; a group of one row has the spread of all."""
+    """Return the weighted mean of estimates, of the weakest kind among them; None if one of them is None.
+
+    A group whose standard error is not finite (a single row) takes the average variance of the other groups.
+    """
     known = [part for part in parts if part is not None]
     if len(known) < len(parts):
         return None

@@ -1,4 +1,4 @@
-"""Discrete latents summed over exactly: information, marginal KL, perplexity, usage."""
+"""Exact mutual information, marginal KL and log p(x) of discrete latents, and duplicates in a codebook."""
 
 from __future__ import annotations
 
@@ -17,25 +17,26 @@ from pvae.pair.layout import SiteShape, samples
 from pvae.pair.pair import Pair
 
 NUMBERS_AT_ONCE = 2**22
-"""Numbers in one block of work."""
+"""Largest number of tensor elements in one block of a computation."""
 MODEL_ROWS_AT_ONCE = 8192
-"""Model rows in one block of work."""
+"""Largest number of rows in one run of the model."""
 DUPLICATE_DISTANCE = 1e-2
-"""Proportion of the root mean squared distance of two rows of a codebook: nearer rows are duplicates."""
+"""Distance below which two rows of a codebook are duplicates, as a proportion of the root mean squared distance."""
 
 
 @dataclass(frozen=True)
 class JointCodes:
-    """All positions together, by the sum over every joint state; nats per datum."""
+    """Exact KL and mutual information of the joint code of all grid positions, by row, nats."""
 
     kl: Tensor
-    """KL(q(c | x_i) || p(c)), `(n,)`."""
+    """KL of posterior to prior for every row, KL(q(c | x_i) || p(c)), `(n,)`."""
     information: Tensor
-    """KL(q(c | x_i) || q_agg(c)), `(n,)`; the mean is I_q[x, c]."""
+    """KL of posterior to aggregated posterior for every row, KL(q(c | x_i) || q_agg(c)), `(n,)`; the mean is I_q[x,
+    c]."""
 
 
 def duplicates(table: Tensor) -> Tensor:
-    """Return the numbers of rows of `(k, E)` that lie nearer to another row than `DUPLICATE_DISTANCE` says."""
+    """Return the indices of the rows of a codebook `(k, E)` that nearly coincide with another row."""
     table = table.detach().double()
     if len(table) < 2:
         return torch.zeros(0, dtype=torch.int64, device=table.device)
@@ -50,23 +51,26 @@ def duplicates(table: Tensor) -> Tensor:
 
 
 def position_information(found: Tally) -> Tensor:
-    """Return I_q[x, c_p] of every position of a grid, `(P,)`, nats; exact, from the tally of all rows."""
+    """Return the mutual information I_q[x, c_p] of every grid position, `(P,)`, nats, exact."""
     return entropy_of(found.share) - found.entropy / found.n
 
 
 def position_marginal_kl(found: Tally, log_prior: Tensor) -> Tensor:
-    """Return KL(q_agg(c_p) || p(c_p)) of every position, `(P,)`, nats, exact, from log p(c_p = k), `(P, K)`."""
+    """Return the marginal KL(q_agg(c_p) || p(c_p)) of every grid position, `(P,)`, nats, exact.
+
+    The prior is given as `log_prior`, log p(c_p = k), `(P, K)`.
+    """
     share = found.share
     return (share * (share.clamp(min=torch.finfo(share.dtype).tiny).log() - log_prior)).sum(-1)
 
 
 def joint_codes(q: Callable[[], Iterable[Sequence[Codes]]], priors: Sequence[Tensor]) -> JointCodes | None:
-    """Return the exact parts of the KL over the joint code of several latents; None for more than `MAX_STATES` states.
+    """Return exact KL and information of the joint code of several latents; None for more than `MAX_STATES` states.
 
     sum_i KL(q_i || p) / n = I_q + KL(q_agg || p), all three by the sum over every joint state.
 
     Arguments:
-        q: gives the posteriors of all rows, batch after batch, in each one for every latent; called twice.
+        q: function that yields the posteriors of all rows by batches, one for every latent in each; called twice.
         priors: log p(c_p = k) of every latent, `(P, K)`, the same for all rows.
     """
     states = every_state([(len(p), p.shape[1]) for p in priors])
@@ -90,7 +94,7 @@ def joint_codes(q: Callable[[], Iterable[Sequence[Codes]]], priors: Sequence[Ten
 
 
 def _blocks(q: Iterable[Sequence[Codes]], states: int) -> Iterator[Tensor]:
-    """Yield the log probabilities of some rows, `(rows, sum P K)`."""
+    """Yield the log probabilities of all codes for blocks of rows, `(rows, sum P K)`."""
     for parts in q:
         yield from torch.cat([part.logits.flatten(1) for part in parts], 1).split(max(1, NUMBERS_AT_ONCE // states))
 
@@ -126,7 +130,7 @@ def log_evidence(pair: Pair, x: Tensor) -> Tensor | None:
 
 
 def _log_sum(pair: Pair, x: Tensor, values: Mapping[str, tuple[SiteShape, Tensor]], count: int) -> Tensor:
-    """Return the log sum over states of some rows: every pair of state and row is a row of one batch."""
+    """Return log sum_c p(x, c) of some rows, `(n,)`, nats; pairs of joint state and row are the rows of a batch."""
     total = torch.full((len(x),), -math.inf, dtype=torch.float64, device=x.device)
     for block in torch.arange(count, device=x.device).split(max(1, MODEL_ROWS_AT_ONCE // len(x))):
         tiled = x.repeat(len(block), *(1,) * (x.dim() - 1))

@@ -1,4 +1,4 @@
-"""Components of an aggregated posterior: the posteriors of n rows, kept, counted or read off the guide again."""
+"""Components of an aggregated posterior, the posteriors of n rows: in memory, counted, or recomputed by the guide."""
 
 from __future__ import annotations
 
@@ -19,41 +19,41 @@ from pvae.pair.layout import samples
 from pvae.pair.pair import Pair
 
 TILE_ROWS, TILE_COLUMNS = 512, 2048
-"""Values and components of one tile of a matrix product."""
+"""Largest number of values, and of components, in one tile of the matrix product that scores values."""
 VALUES_CHECKED = 8
-"""Values on which the matrix product is compared with densities taken one by one."""
+"""Number of values for which log densities from the matrix product are compared with densities computed directly."""
 CODES_AT_ONCE = 1000
-"""Codes that are hashed and compared at once."""
+"""Number of rows of codes that are hashed and compared at once."""
 LOG_ZERO = -1e300
-"""Logarithm of a weight of zero that can be subtracted from itself."""
+"""Finite stand-in for log 0, which can be subtracted from itself without giving NaN."""
 
 
 class Components(ABC):
-    """Posteriors q(z | x_1) ... q(z | x_n) that can be summed over, whatever they are made of."""
+    """Abstract components of an aggregated posterior, q(z | x_1), ..., q(z | x_n): summed, scored and sampled."""
 
     dim: int
-    """D, the width of a flat value."""
+    """Number of coordinates of a flat value, D."""
     device: torch.device
 
     @abstractmethod
     def __len__(self) -> int:
-        """n."""
+        """Return the number of components, n."""
 
     @abstractmethod
     def log_sum(self, value: Tensor, skip: Tensor | None = None) -> Tensor:
-        """log sum_j q(z | x_j) of `(m, D)`, without component `skip[i]` for row i where that is not negative."""
+        """Return log sum_j q(z_i | x_j) of values `(m, D)`, `(m,)`, without j = `skip[i]` unless that is negative."""
 
     @abstractmethod
     def own(self, value: Tensor, index: Tensor) -> Tensor:
-        """log q(z_i | x_index_i) of `(m, D)`, `(m,)`."""
+        """Return log q(z_i | x_index_i) of values `(m, D)`, each under one component of its own, `(m,)`."""
 
     @abstractmethod
     def sample(self, index: Tensor) -> Tensor:
-        """One draw of every chosen component, `(m, D)`."""
+        """Return one sample of every chosen component, `(m, D)`."""
 
 
 class Products(Components):
-    """Members of an exponential family: a matrix product and a logsumexp, tile by tile in preallocated memory."""
+    """Components of an exponential family, scored by a matrix product and a logsumexp, tile by tile."""
 
     def __init__(self, dim: int, features: int, device: torch.device, memory: int) -> None:
         self.dim, self.device = dim, device
@@ -62,7 +62,7 @@ class Products(Components):
 
     @abstractmethod
     def chunks(self) -> Iterator[Members]:
-        """Yield the members in order, at most `columns` at a time, float64."""
+        """Yield the components in order as members of an exponential family, at most `columns` at a time, float64."""
 
     @torch.no_grad()
     def log_sum(self, value: Tensor, skip: Tensor | None = None) -> Tensor:
@@ -83,7 +83,7 @@ class Products(Components):
 
 
 def _leave_out(block: Tensor, column: Tensor) -> None:
-    """Give one column of every row no weight, where it stands in this tile; no synchronisation."""
+    """Set one log density in every row of a tile to `LOG_ZERO`, in place, if its column lies in this tile."""
     inside = (column >= 0) & (column < block.shape[1])
     at = column.clamp(0, block.shape[1] - 1)[:, None]
     block.scatter_(1, at, torch.where(inside[:, None], LOG_ZERO, block.gather(1, at)))
@@ -102,12 +102,12 @@ def _accumulate(block: Tensor, top: Tensor, total: Tensor) -> None:
 
 
 def nothing_as_infinite(log_sum: Tensor) -> Tensor:
-    """Return sums to which nothing contributed as -inf."""
+    """Return log sums with -inf in place of those to which no component contributed (about `LOG_ZERO`)."""
     return torch.where(log_sum < LOG_ZERO / 2, -math.inf, log_sum)
 
 
 class Held(Components):
-    """Members held in memory."""
+    """Components of an exponential family whose parameters are in memory."""
 
     members: Members
 
@@ -122,7 +122,7 @@ class Held(Components):
 
 
 class Kept(Held, Products):
-    """Members held in memory, and multiplied."""
+    """Components whose parameters are in memory, scored by a matrix product."""
 
     def __init__(self, given: Members, memory: int) -> None:
         self.members = given.double()
@@ -133,9 +133,10 @@ class Kept(Held, Products):
             yield self.members.rows(slice(start, start + self.columns))
 
     def rounding(self, value: Tensor) -> float:
-        """Return the largest error of `log_sum` on a few rows of `(m, D)`, nats.
+        """Return the largest rounding error of `log_sum` found on a few of the values `(m, D)`, nats.
 
-        It takes differences of z^2 / 2 s^2, which `own` does not.
+        The matrix product subtracts large terms such as z^2 / 2 s^2 from each other, unlike the direct densities of
+        `own`.
         """
         few = value[:: max(1, len(value) // VALUES_CHECKED)].to(self.device, torch.float64)
         parts = [chunk.log_prob(few[:, None]).logsumexp(1) for chunk in self.chunks()]
@@ -144,10 +145,10 @@ class Kept(Held, Products):
 
 
 class Tallied(Held):
-    """Codes known for certain, and other latents beside them: only rows of the same code have a part in a sum.
+    """Components with deterministic codes: only rows with the same code as a value contribute to its density.
 
-    Codes alone are counted: exact, in O(n log n) time and the memory of the codes. Rows of one code whose other latents
-    have a density are summed over as `Kept` does.
+    If all latents are deterministic codes, equal rows are counted: exact, in O(n log n) time and the memory of the
+    codes. Densities of further latents are summed over the rows of one code, as in `Kept`.
     """
 
     def __init__(self, given: Members, memory: int) -> None:
@@ -160,7 +161,7 @@ class Tallied(Held):
         self.keys, self.group, self.counts, self.codes = self._grouped(codes)
 
     def _grouped(self, codes: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return sorted keys of the distinct codes, the number of each row's, how many rows have it, and the codes."""
+        """Return sorted hashes of the distinct codes, the index of each row's code, counts by code, and these codes."""
         for self.seed in range(8):
             keys, group, counts = row_hash(codes, self.seed).unique(return_inverse=True, return_counts=True)
             rows = torch.arange(len(codes), device=codes.device)
@@ -171,14 +172,14 @@ class Tallied(Held):
         raise RuntimeError("eight hashes of 64 bits collided")  # pragma: no cover - cannot be
 
     def _split(self, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Return flat values as codes `(m, P)` and the rest."""
+        """Split flat values into deterministic codes `(m, P)` and the coordinates of all other latents."""
         pieces = list(zip(self.parts, value.to(self.device).split([part.dim for part in self.parts], 1), strict=True))
         codes = torch.cat([z.long() for part, z in pieces if isinstance(part, CertainCodes)], 1)
         rest = [z for part, z in pieces if not isinstance(part, CertainCodes)]
         return codes, torch.cat(rest, 1) if rest else codes[:, :0]
 
     def _found(self, codes: Tensor) -> Tensor:
-        """Return the number of each code among the distinct ones, -1 for none."""
+        """Return the index of each code among the distinct codes of the components, -1 for a code that none has."""
         keys = row_hash(codes, self.seed)
         at = torch.searchsorted(self.keys, keys).clamp(max=len(self.keys) - 1)
         parts = zip(codes.split(CODES_AT_ONCE), at.split(CODES_AT_ONCE), strict=True)
@@ -197,10 +198,10 @@ class Tallied(Held):
         return count.double().log()
 
     def _within(self, rest: Tensor, at: Tensor, skip: Tensor | None) -> Tensor:
-        """Return the log sum over the rows of each value's own code."""
+        """Return the log sum of densities over the components with the same code as the value; -inf if none has it."""
         assert self.rest is not None  # noqa: S101 - asked above
         out = torch.full((len(rest),), -math.inf, dtype=torch.float64, device=self.device)
-        place = torch.empty_like(self.group)  # of a row among those of its code
+        place = torch.empty_like(self.group)  # position of a row among the rows of its code
         for code in at[at >= 0].unique().tolist():
             mine, rows = (at == code).nonzero()[:, 0], (self.group == code).nonzero()[:, 0]
             place[rows] = torch.arange(len(rows), device=rows.device)
@@ -222,13 +223,13 @@ def row_hash(rows: Tensor, seed: int = 0) -> Tensor:
 
 
 def held(given: Members, memory: int) -> Components:
-    """Members in memory: counted where codes are certain, else multiplied."""
+    """Return components in memory: counted if some latents are deterministic codes, else scored by a matrix product."""
     parts = given.parts if isinstance(given, Product) else (given,)
     return (Tallied if any(isinstance(part, CertainCodes) for part in parts) else Kept)(given, memory)
 
 
 class Reread(Products):
-    """Members read off the guide again in every pass: memory does not grow with n."""
+    """Components whose parameters the guide recomputes in every pass, so that memory does not grow with n."""
 
     def __init__(self, pair: Pair, x: Tensor, latents: Sequence[str], memory: int) -> None:
         self.pair, self.x, self.latents = pair, x, tuple(latents)
@@ -257,9 +258,9 @@ class Reread(Products):
 
 
 def members_of(pair: Pair, x: Tensor, latents: Sequence[str]) -> Members | None:
-    """The posteriors of some latents as members of an exponential family; None where one is of another kind.
+    """Return the posteriors of some latents as members of an exponential family; None where one is of another kind.
 
-    Call it inside `quiet`. A posterior that reads other latents is that at the guide's own draw of them.
+    Call it inside `quiet`. A posterior that depends on other latents is taken at the guide's own sample of them.
     """
     nodes = samples(pair.guide_trace(x))
     found = [densities.members(nodes[name], pair.layout, len(x)) for name in latents]

@@ -1,4 +1,4 @@
-"""One-dimensional aggregated posteriors of every coordinate at once, on grids as fine as the scales they hold."""
+"""Aggregated posteriors of single coordinates of a normal latent, by interpolation on grids."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ import torch
 from torch import Tensor
 
 PER_SCALE = 8
-"""Grid points to one standard deviation of the narrowest component of an octave."""
+"""Number of grid points per standard deviation of the narrowest component in an octave of scales."""
 REACH = 8.5
-"""Standard deviations beyond which a component is left out (2e-16 of its peak)."""
+"""Number of standard deviations beyond which a component is neglected (2e-16 of its peak)."""
 CELLS = 2**23
 """Largest number of points of one grid; a coordinate that needs more is summed over all pairs."""
 DRAWS_CHECKED = 32
-"""Samples on which densities on a grid are compared with the sum over all pairs."""
+"""Number of samples for which interpolated densities are compared with exact sums over all components."""
 PAIRS_IN_A_BLOCK = 2**21
-"""Numbers in one block of work."""
+"""Largest number of pairs of value and component that are computed at once."""
 
 
 def marginal_log_prob(loc: Tensor, scale: Tensor, value: Tensor) -> Tensor:
@@ -30,12 +30,12 @@ def marginal_log_prob(loc: Tensor, scale: Tensor, value: Tensor) -> Tensor:
     peak; `tests/bench/qagg.py` and `Surgery.notes` give what it is on the data.
 
     Arguments:
-        loc: `(n, D)`.
-        scale: `(n, D)`.
-        value: `(m, D)`.
+        loc: posterior means of the n components, `(n, D)`.
+        scale: posterior standard deviations, `(n, D)`.
+        value: samples to score, `(m, D)`.
 
     Returns:
-        `(m, D)`, nats, an approximation of the exact sum.
+        log q_agg(z_d), `(m, D)`, nats, an approximation of the exact sum.
     """
     out = torch.empty_like(value)
     for d in range(value.shape[1]):
@@ -44,14 +44,14 @@ def marginal_log_prob(loc: Tensor, scale: Tensor, value: Tensor) -> Tensor:
 
 
 def grid_error(loc: Tensor, scale: Tensor, value: Tensor, found: Tensor) -> float:
-    """Return the largest difference of `found` from the sum over all pairs, on a few rows of `value`, nats."""
+    """Return the largest error of the log densities `found`, nats, against exact sums for a few rows of `value`."""
     few = torch.linspace(0, len(value) - 1, min(DRAWS_CHECKED, len(value)), device=value.device).long()
     exact = torch.stack([all_pairs(loc[:, d], scale[:, d], value[few, d]) for d in range(value.shape[1])], 1)
     return float((exact - found[few]).abs().max())
 
 
 def all_pairs(loc: Tensor, scale: Tensor, value: Tensor) -> Tensor:
-    """Return log q_agg(z) of `(m,)` values of one coordinate, exact over all n components `(n,)`."""
+    """Return log q_agg(z) of one coordinate at values `(m,)`, nats, by the exact sum over all n normal components."""
     constant = -scale.log() - 0.5 * math.log(2 * math.pi) - math.log(len(loc))
     rows = max(1, PAIRS_IN_A_BLOCK // len(loc))
     parts = [(constant - 0.5 * ((z[:, None] - loc) / scale) ** 2).logsumexp(1) for z in value.split(rows)]
@@ -74,7 +74,7 @@ def _coordinate(loc: Tensor, scale: Tensor, value: Tensor) -> Tensor:
 
 
 def _grid(loc: Tensor, scale: Tensor, low: float, step: float, reach: int) -> Tensor:
-    """Return the sum of normal densities at `low + step * j`."""
+    """Return the sum of the normal densities of all components at the grid points `low + step * j`."""
     nearest = ((loc - low) / step).round().long()
     grid = loc.new_zeros(int(nearest.max()) + reach + 3)
     offsets = torch.arange(-reach, reach + 1, device=loc.device)
@@ -88,7 +88,7 @@ def _grid(loc: Tensor, scale: Tensor, low: float, step: float, reach: int) -> Te
 
 
 def _interpolated(grid: Tensor, position: Tensor) -> Tensor:
-    """Interpolate at fractional positions (cubic, Lagrange); zero off the grid."""
+    """Return grid values at fractional positions by cubic Lagrange interpolation; zero off the grid."""
     base = position.floor()
     t, left = position - base, base.long() - 1
     inside = (left >= 0) & (left + 3 < len(grid))

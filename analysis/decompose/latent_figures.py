@@ -1,4 +1,4 @@
-"""Figures of one latent or a group of latents: KL, information, marginal KL, and each coordinate."""
+"""KL, mutual information and marginal KL of one latent or a group of latents, and their decomposition by coordinate."""
 
 from __future__ import annotations
 
@@ -19,7 +19,10 @@ from pvae.pair.code_usage import Tally, perplexity
 
 
 def group_figures(account: Account, names: tuple[str, ...]) -> dict[str, Estimate | None]:
-    """Return KL, information and marginal KL of a group of latents, with bounds where components are a subset."""
+    """Return the KL, mutual information and marginal KL of a group of latents, by name.
+
+    They are bounds if the components of q_agg are a random subset of the rows; a term that is not defined is None.
+    """
     out: dict[str, Estimate | None] = dict.fromkeys(
         ("mutual_information", "mutual_information_lower", "marginal_kl", "marginal_kl_upper", "leave_one_out")
     )
@@ -41,7 +44,8 @@ def group_figures(account: Account, names: tuple[str, ...]) -> dict[str, Estimat
 def _distinct(account: Account, points: list[str], names: tuple[str, ...]) -> Estimate | None:
     """Return I_q[x, z] of deterministic codes: the entropy of the partition of rows by code, log n where all differ.
 
-    None where codes coincide and other latents tell the rows apart, or where a point depends on a sample.
+    None where rows share a code but differ in further latents, or where a deterministic code depends on a sampled
+    latent.
     """
     if not account.guide_roots.issuperset(points):
         return None
@@ -72,7 +76,10 @@ def _bounds(account: Account, kl: Tensor, mean_kl: float, scored: Scored) -> dic
 
 
 def _marginal(account: Account, kl: Tensor, mean_kl: float, information: Tensor, kind: Kind) -> Estimate:
-    """Return kl - information, with errors term by term where every sample is scored, else those of the means."""
+    """Return the marginal KL, kl - information.
+
+    Its error is that of the differences by datum if every sample is scored, else that of two independent means.
+    """
     value = mean_kl - float(information.mean())
     if kl.shape == information.shape:
         parts = account.over(kl - information, kind)
@@ -82,7 +89,7 @@ def _marginal(account: Account, kl: Tensor, mean_kl: float, information: Tensor,
 
 
 def latent_surgery(account: Account, name: str) -> LatentSurgery:
-    """Return the figures of one latent."""
+    """Return KL, mutual information, marginal KL, active units and code use of one latent."""
     latent, level, group = account.first.latents[name], account.levels[name], group_figures(account, (name,))
     first, prior_first = name in account.guide_roots, name in account.model_roots
     kl_exact = None
@@ -108,7 +115,7 @@ def latent_surgery(account: Account, name: str) -> LatentSurgery:
 
 
 def _dimensions(account: Account, name: str, information: Estimate | None) -> Dimensions | None:
-    """Return the figures of every coordinate: of normals on a grid, of codes by their own sums."""
+    """Return the decomposition by coordinate of a normal latent, or by position of a discrete one; else None."""
     latent, level, scored = account.first.latents[name], account.levels[name], account.scored.get((name,))
     if scored is None or information is None:
         return None
@@ -127,7 +134,7 @@ def _bits(x: Tensor) -> Tensor:
 
 
 def _of_normals(level: LevelTerms, scored: Scored) -> Dimensions:
-    """Return total correlation and coordinates of a normal posterior, from the same samples as all other figures."""
+    """Return the decomposition by coordinate of a latent with normal posteriors, from the samples of the surgery."""
     count = len(scored.upper)
     log_q, aggregated = torch.stack(level.log_q), torch.stack(level.aggregated)
     joint = log_q[:count, scored.rows] - torch.stack(scored.upper)
@@ -144,15 +151,15 @@ def _of_normals(level: LevelTerms, scored: Scored) -> Dimensions:
 
 
 def _is_factorised(latent: LatentDraw) -> bool:
-    """Return whether positions of a grid are independent under the posterior: not where the model sums them out."""
+    """Return True if grid positions are independent under q(z | x), which fails for codes that the model sums out."""
     return not isinstance(latent.q, Codes) or latent.tally is None or latent.q.positions == latent.tally.positions
 
 
 def _of_codes(found: Tally, log_prior: Tensor | None, information: Estimate, joint: Estimate | None) -> Dimensions:
-    """Return the figures of every position, which are exact.
+    """Return exact mutual information and marginal KL of every grid position, and the total correlation.
 
-    Of independent positions the informations exceed the joint one by the total correlation. Of others it is what the
-    `joint` marginal KL has beyond those of the positions.
+    If positions are independent under the posterior, the total correlation is the sum of their mutual informations
+    minus the joint one. Else it is the `joint` marginal KL minus the sum of the positions' marginal KLs.
     """
     by_position = position_information(found)
     marginal = None if log_prior is None else position_marginal_kl(found, log_prior)

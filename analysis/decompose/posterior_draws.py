@@ -1,4 +1,4 @@
-"""Samples of the posteriors of a whole data set, chunk by chunk, with the densities that analyses read."""
+"""Posterior samples of a whole data set, in chunks of rows, with their log densities and distributions."""
 
 from __future__ import annotations
 
@@ -23,47 +23,53 @@ from pvae.pair.pair import Pair
 from pvae.pair.structure import ROWS_OF_A_BATCH
 
 PARAMETER_BYTES = 2**29
-"""Bytes of posterior parameters that are kept; larger ones (full rank, long codes) are read off the guide again."""
+"""Largest number of bytes of a latent's posterior parameters that are kept in memory for all rows; larger ones (full
+rank, long codes) are recomputed by running the guide again."""
 IMPOSSIBLE_NATS = 1e12
-"""KL above which a prior must have given a code no probability (`IMPOSSIBLE`, -1e30)."""
+"""KL, nats, above which it is infinite: the prior gives a code probability zero, stored as log probability -1e30."""
 
 Sites = Mapping[str, Any]
-"""Nodes of the sample sites of a trace by name."""
+"""Nodes of the sample sites of a Pyro trace, by name."""
 
 
 @dataclass
 class LatentDraw:
-    """One sample of one latent for every row, float64."""
+    """One sample of one latent for every row of the data, with its log densities and distributions; float64."""
 
     value: Tensor
-    """`(n, D)`, event dimensions flattened."""
+    """Sampled values, `(n, D)`, with event dimensions flattened."""
     log_q: Tensor
-    """log q(z | x, latents before it), `(n,)`."""
+    """Log posterior density log q(z | x, earlier latents), `(n,)`, nats."""
     log_p: Tensor
-    """log p(z | parents), `(n,)`."""
+    """Log prior density log p(z | parents), `(n,)`, nats."""
     q: Members | None
-    """The n posteriors, of an exponential family; None for others, and where they are too large to keep."""
+    """Posteriors of the n rows as members of an exponential family; None for other families, and where their parameters
+    are too large to keep."""
     p: Members | None
-    """The n priors (all alike where it reads no parents); those of codes are in `prior`."""
+    """Priors of the n rows as members of an exponential family (all equal if the prior has no parents); None for other
+    families and for discrete latents, which have `prior`."""
     normal: Normals | None
-    """Location and standard deviation of every coordinate of a (full-rank) normal posterior."""
+    """Mean and standard deviation of every coordinate of a diagonal or full-rank normal posterior; None for others."""
     kl: Tensor | None
-    """KL(q || p) in closed form where torch knows it, `(n,)`."""
+    """Closed-form KL(q || p) of every row, `(n,)`, nats; None where torch has no closed form."""
     point: bool = False
-    """True where the guide sets it to a point: `log_q` is then 0, or minus the log determinant of the map to it."""
+    """True if the guide sets the latent to a point (Delta): `log_q` is then 0 or, in a flow, minus the log determinant
+    of the map from x to z."""
     tally: Tally | None = None
-    """Sums over the posteriors of all rows of a grid of codes, also where `q` was not kept; None for others."""
+    """Code probabilities and entropies of a discrete latent, summed over all rows, also where `q` is not kept; None for
+    continuous latents."""
     prior: Tensor | None = None
-    """log p of the states of codes, `(P, K)`, where it is factorised and the same for all rows; else None."""
+    """Log prior probabilities of a discrete latent, `(P, K)` for K states at P positions, if they factorise and are the
+    same for all rows; else None."""
 
     @property
     def certain(self) -> bool:
-        """True for a code known for certain."""
+        """True for a deterministic discrete latent, whose posterior gives one code probability one."""
         return isinstance(self.q, CertainCodes)
 
     @property
     def work(self) -> int:
-        """Multiplications of one log density, also where the posteriors were too large to keep."""
+        """Number of multiplications for one log posterior density, also where the posteriors were too large to keep."""
         if self.q is not None:
             return self.q.work
         assert self.tally is not None  # noqa: S101 - other latents are scored by the guide
@@ -71,44 +77,44 @@ class LatentDraw:
 
     @property
     def loc(self) -> Tensor | None:
-        """Posterior mean of a normal, `(n, D)`."""
+        """Means of a normal posterior, `(n, D)`; None for other posteriors."""
         return None if self.normal is None else self.normal.loc
 
     @property
     def scale(self) -> Tensor | None:
-        """Standard deviations of a normal posterior, `(n, D)`."""
+        """Standard deviations of a normal posterior, `(n, D)`; None for other posteriors."""
         return None if self.normal is None else self.normal.scale
 
     @property
     def prior_loc(self) -> Tensor | None:
-        """Mean of a diagonal normal prior, `(n, D)`."""
+        """Means of a diagonal normal prior, `(n, D)`; None for other priors."""
         return self.p.loc if isinstance(self.p, Normals) else None
 
     @property
     def prior_scale(self) -> Tensor | None:
-        """Standard deviations of a diagonal normal prior, `(n, D)`."""
+        """Standard deviations of a diagonal normal prior, `(n, D)`; None for other priors."""
         return self.p.scale if isinstance(self.p, Normals) else None
 
 
 @dataclass
 class Draw:
-    """One sample of all latents for every row."""
+    """One sample of all latents for every row of the data, with the log likelihood log p(x | z)."""
 
     reconstruction: Tensor
-    """log p(x | z), `(n,)`, float64."""
+    """Log likelihood log p(x | z) of every row, `(n,)`, nats, float64."""
     latents: dict[str, LatentDraw]
     shared: dict[str, float]
-    """log q - log p of every global latent, nats for the whole data set."""
+    """Log ratio log q - log p of every global latent, by name, nats for the whole data set."""
     points: bool = True
-    """True where every global latent is a point (a Delta)."""
+    """True if the guide sets every global latent to a point (Delta)."""
 
     def flat(self, names: Sequence[str]) -> Tensor:
-        """Return the values of several latents side by side, `(n, D)`."""
+        """Return the sampled values of several latents, concatenated to `(n, D)`."""
         return torch.cat([self.latents[name].value for name in names], 1)
 
 
 def draw_chunk(pair: Pair, x: Tensor, size: int = 0) -> Draw:
-    """Return one sample for the rows of a chunk of a data set of `size` (the chunk itself unless said)."""
+    """Return one sample of all latents for a chunk of rows of a data set of `size` rows (0: of the chunk alone)."""
     guide, model = (samples(trace) for trace in pair.traces(x))
     layout, n, size = pair.layout, len(x), size or len(x)
     if layout.enumerated:
@@ -121,7 +127,7 @@ def draw_chunk(pair: Pair, x: Tensor, size: int = 0) -> Draw:
 
 
 def _observed(nodes: Sites, layout: Layout, size: int, known: Collection[str] = ()) -> Tensor:
-    """Return log p(x | z) per row; a site outside the data plate is shared among `size` rows."""
+    """Return log p(x | z) per row; sites outside the data plate are divided by `size`, sites in `known` left out."""
     found = [log_prob(nodes[name], layout, 0, size).double() for name in layout.observed if name not in known]
     return sum_over(found) if found else torch.zeros((), dtype=torch.float64)  # a number: goes with any device
 
@@ -151,13 +157,13 @@ def _members(node: Any, layout: Layout, n: int) -> Members | None:
 
 
 def _prior(node: Any, layout: Layout, n: int) -> Members | None:
-    """Return the priors of n rows; a single member where all rows share one prior of codes."""
+    """Return the priors of n rows as members of an exponential family; one member if a prior of codes is shared."""
     found = None if node is None else traces.shared_codes(node, layout)
     return _members(node, layout, n) if found is None else found.double()
 
 
 def _score(node: Any, known: Members | None, value: Tensor, layout: Layout) -> Tensor:
-    """Return the log density per row in float64, from float64 parameters where they are known."""
+    """Return the log density of a site's value per row, float64, from float64 parameters where these are known."""
     weighed = node["mask"] is not None or not (node["scale"].__class__ is float and node["scale"] == 1.0)
     if known is None or weighed:
         return log_prob(node, layout, 0).double()
@@ -171,7 +177,7 @@ def _normal(q: Members | None) -> Normals | None:
 
 
 def _closed(q: Any, p: Any, posterior: Members | None, prior: Members | None, layout: Layout) -> Tensor | None:
-    """Return KL(q || p) in closed form; of codes in float64, as all other figures."""
+    """Return the closed-form KL(q || p) of every row, nats, float64; None where torch has no closed form."""
     if isinstance(posterior, Codes) and isinstance(prior, Codes):
         return codes_kl(posterior, prior)
     value = closed_kl(q, p, layout, 0, 1)
@@ -179,7 +185,7 @@ def _closed(q: Any, p: Any, posterior: Members | None, prior: Members | None, la
 
 
 def codes_kl(q: Codes, p: Codes) -> Tensor:
-    """Return KL(q || p) of factorised codes, `(n,)`, nats; infinite where p gives a code of q no probability."""
+    """Return KL(q || p) of factorised codes, `(n,)`, nats; infinite where a code possible under q has p = 0."""
     found = (q.logits.exp() * (q.logits - p.logits)).sum((1, 2))
     return torch.where(found > IMPOSSIBLE_NATS, torch.inf, found)
 
@@ -190,7 +196,11 @@ def _log_ratio(q: Any, p: Any) -> float:
 
 
 def _summed(guide: Sites, model: Sites, layout: Layout, n: int, size: int) -> tuple[Tensor, dict[str, LatentDraw]]:
-    """Return log p(x | z) and the latents where the model sums sites out: these, or the guide's if it has any."""
+    """Return log p(x | z) per row, and the latents, of a model that sums out discrete sites.
+
+    The latents are the joint code of these sites or, if the guide has a latent, that latent, with the sites summed out
+    of its prior and of the likelihood.
+    """
     table = read_joint_states(model, layout, 0)
     outside = _observed(model, layout, size, table.logs)
     if not layout.latents:
@@ -209,7 +219,7 @@ def _summed(guide: Sites, model: Sites, layout: Layout, n: int, size: int) -> tu
 
 
 def _codes(table: JointStates, n: int, nodes: Sequence[Any]) -> LatentDraw:
-    """Return the joint state of all enumerated sites as one code."""
+    """Return the joint state of all enumerated sites as one discrete latent, with its exact posterior."""
     weights, prior = (t.double().reshape(-1, n).T[:, None] for t in (table.joint, table.latent))
     q, p = Codes(weights), Codes(prior)
     value = q.sample()
@@ -220,7 +230,7 @@ def _codes(table: JointStates, n: int, nodes: Sequence[Any]) -> LatentDraw:
 
 
 def _tally_of_states(q: Codes, p: Codes, nodes: Sequence[Any]) -> Tally | None:
-    """Return the tally of one site that is summed out, by position; of several sites, that of their joint state."""
+    """Return code probabilities summed over rows: by position for one enumerated site, else of the joint state."""
     fn = nodes[0]["fn"]
     if len(nodes) > 1 or not fn.event_shape or not isinstance(unwrapped(fn), Categorical | Bernoulli):
         return tally(q, p)
@@ -233,7 +243,7 @@ def _tally_of_states(q: Codes, p: Codes, nodes: Sequence[Any]) -> Tally | None:
 
 
 def draw(pair: Pair, x: Tensor, chunk: int = ROWS_OF_A_BATCH) -> Draw:
-    """Return one sample for every row of `x`, taken `chunk` rows at a time."""
+    """Return one sample of all latents for every row of `x`, at most `chunk` rows at a time."""
     parts = []
     with same_globals(pair, x):
         chunk = pair.structure.rows_at_once(chunk)
@@ -250,7 +260,7 @@ def draw(pair: Pair, x: Tensor, chunk: int = ROWS_OF_A_BATCH) -> Draw:
 
 
 def _drop_large(latent: LatentDraw, n: int) -> None:
-    """Drop parameters that would take more than `PARAMETER_BYTES` for all rows."""
+    """Drop parameters of posterior and prior that would take more than `PARAMETER_BYTES` for all n rows."""
     if latent.q is not None and not latent.certain and 8 * n * latent.q.numbers > PARAMETER_BYTES:
         latent.q = None
     if latent.p is not None and 8 * n * latent.p.numbers > PARAMETER_BYTES:
@@ -258,7 +268,7 @@ def _drop_large(latent: LatentDraw, n: int) -> None:
 
 
 def _fold(first: LatentDraw, other: LatentDraw) -> None:
-    """Add the sums of a chunk to the first one; keep a prior there that both share."""
+    """Add the code sums of a chunk to those of the first chunk, which keeps its `prior` only if both have the same."""
     if first.tally is not None and other.tally is not None:
         first.tally = first.tally + other.tally
     if first.prior is None or other.prior is None or not torch.equal(first.prior, other.prior):
@@ -267,7 +277,7 @@ def _fold(first: LatentDraw, other: LatentDraw) -> None:
 
 
 def _joined(parts: list[LatentDraw]) -> LatentDraw:
-    """Return the chunks of one latent as one."""
+    """Concatenate the samples of one latent for consecutive chunks of rows."""
     first, rest = parts[0], parts[1:]
     if not rest:
         return first

@@ -45,38 +45,38 @@ class Estimate:
 
     @property
     def label(self) -> str:
-        """The kind in words, followed by the note."""
+        """Kind of the estimate in words, followed by the note."""
         return self.kind.replace("_", " ") + (f", {self.note}" if self.note else "")
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain numbers and strings, for JSON; values that are not finite are None."""
+        """Return all fields as plain numbers and strings, for JSON; values that are not finite are None."""
         return {k: finite(v) if isinstance(v, float) else v for k, v in asdict(self).items()}
 
 
 def finite(value: float | Tensor) -> float | None:
-    """The number as JSON can hold it: None where it is NaN or infinite."""
+    """Return a number as a float that JSON can represent: None if it is NaN or infinite."""
     return float(value) if math.isfinite(value) else None
 
 
 def exact(value: float) -> Estimate:
-    """An estimate without Monte Carlo error."""
+    """Return a value as an `Estimate` of kind "exact", without Monte Carlo error."""
     return Estimate(value, 0.0, "exact")
 
 
 def exact_mean(terms: Tensor) -> Estimate:
-    """Mean of terms `(n,)` that are exact for every datum."""
+    """Return the mean of terms `(n,)` that are exact for every datum, without Monte Carlo error."""
     n = len(terms)
     return Estimate(float(terms.mean()), 0.0, "exact", float(terms.std() / math.sqrt(n)) if n > 1 else None)
 
 
 def over_rows(values: Tensor) -> Estimate:
-    """Mean of independent rows `(n,)` with its standard error."""
+    """Return the mean of independent values `(n,)`, one per row, with its standard error."""
     error = float(values.std() / math.sqrt(len(values))) if len(values) > 1 else math.nan
     return Estimate(float(values.mean()), error, "estimate")
 
 
 def over_whole_draws(terms: Tensor, kind: Kind = "estimate") -> Estimate:
-    """Mean of per-datum terms `(samples, n)` that share noise within a sample: the error is that between samples."""
+    """Return the mean of terms `(samples, n)`, with the error between samples, as rows share noise within a sample."""
     found = over_draws(terms, kind)
     if len(terms) == 1:
         return replace(found, note=ONE_GLOBAL)
@@ -84,7 +84,7 @@ def over_whole_draws(terms: Tensor, kind: Kind = "estimate") -> Estimate:
 
 
 def over_draws(terms: Tensor, kind: Kind = "estimate", of: int | None = None) -> Estimate:
-    """Mean of per-datum terms `(samples, n)` with its errors; the n rows may be a random subset of `of` rows.
+    """Return the mean of terms `(samples, n)` with its errors; the n rows may be a random subset of `of` rows.
 
     With several samples the Monte Carlo error comes from the variance within each datum, sqrt(sum_i var_i / S) / n.
     A single sample cannot separate noise from the spread over data: the total spread is given, which is too large on

@@ -14,23 +14,23 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 Row = tuple[str, Estimate | None, str]
-"""Term, estimate (None where it is not defined), and its meaning."""
+"""Row of a table of results: name of the term, its estimate (None where it is not defined), and its meaning."""
 
 
 def cell(value: object) -> object:
-    """CSV cell that no spreadsheet evaluates as a formula; numbers stay numbers."""
+    """Return a value as a CSV cell that no spreadsheet evaluates as a formula; numbers stay numbers."""
     if not isinstance(value, str) or not value.startswith(("=", "+", "-", "@", "\t", "\r", "\n")):
         return value
     return f"'{value}"
 
 
 class Figures(ABC):
-    """A result made of named estimates."""
+    """Base class of results that consist of named estimates, shown as text, table, data frame, HTML and JSON."""
 
     unit: ClassVar[str] = "nats"
     """Unit of the estimates, per datum."""
     counts: ClassVar[tuple[str, ...]] = ()
-    """Plain attributes (numbers of rows, settings) that `to_dict` puts before the estimates."""
+    """Names of the attributes (numbers of rows, settings) that `to_dict` puts before the estimates."""
 
     @property
     @abstractmethod
@@ -39,7 +39,7 @@ class Figures(ABC):
 
     @abstractmethod
     def rows(self) -> Iterator[Row]:
-        """Rows (term, estimate or None, meaning) in reading order."""
+        """Yield the rows of the table (term, estimate or None, meaning) in reading order."""
 
     @property
     def remarks(self) -> tuple[str, ...]:
@@ -47,31 +47,31 @@ class Figures(ABC):
         return ()
 
     def known(self) -> Iterator[tuple[str, Estimate, str]]:
-        """The rows whose estimate is defined."""
+        """Yield the rows of the table whose estimate is defined."""
         for name, figure, meaning in self.rows():
             if figure is not None:
                 yield name, figure, meaning
 
     def figures(self) -> dict[str, Any]:
-        """Every row as plain numbers and strings, for JSON."""
+        """Return the estimates of all rows by term, as plain numbers and strings for JSON."""
         return {name: None if figure is None else figure.to_dict() for name, figure, _ in self.rows()}
 
     def facts(self) -> dict[str, Any]:
-        """The attributes named in `counts`, for JSON."""
+        """Return the attributes named in `counts`, for JSON."""
         return {name: list(v) if isinstance(v := getattr(self, name), tuple) else v for name in self.counts}
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain numbers and strings, for JSON."""
+        """Return the attributes in `counts` and all estimates, as plain numbers and strings for JSON."""
         return {**self.facts(), **self.figures()}
 
     def to_frame(self) -> pandas.DataFrame:
-        """Data frame with one row per term: value, errors, kind."""
+        """Return a data frame with one row per term: value, errors, kind and note."""
         import pandas
 
         return pandas.DataFrame([{"term": name, **e.to_dict()} for name, e, _ in self.known()]).set_index("term")
 
     def table(self) -> Table:
-        """The estimates as a rich table."""
+        """Return the estimates as a rich table."""
         from rich.table import Table
         from rich.text import Text
 
