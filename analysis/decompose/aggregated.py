@@ -28,8 +28,7 @@ MEMORY = 2**29
 
 @dataclass(frozen=True)
 class Information:
-    """Pointwise mutual information log q(z_i | x_i) - log q_agg(z_i) of m samples, `(m,)`, nats, with mean I_q[x,
-    z]."""
+    """Pointwise mutual information log q(z_i | x_i) - log q_agg(z_i) of m samples, `(m,)`, nats."""
 
     lower: Tensor
     """Lower bound in expectation: the mixture consists of q(z | x_i) and the chosen components only."""
