@@ -58,7 +58,7 @@ class CriticKL(Figures):
     dim: int
     """Input dimension of the critic: all latents, discrete ones one-hot, and the covariates."""
     latents: tuple[str, ...]
-    """Names of the latents that the KL is of."""
+    """Names of the latents whose joint KL is estimated."""
 
     @property
     def title(self) -> str:

@@ -18,7 +18,7 @@ from pvae.util import seeds
 HALVINGS = 5
 """Number of random splits of the data into halves, from which the floor of the Fréchet distance is estimated."""
 ZERO_EIGENVALUE = 1e-12
-"""Eigenvalues below this fraction of the largest one count as zero."""
+"""Fraction of the largest eigenvalue below which an eigenvalue counts as zero."""
 
 
 @dataclass(frozen=True, repr=False)

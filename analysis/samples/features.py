@@ -120,7 +120,7 @@ def cross_entropy(model: Classifier, x: Tensor, y: Tensor) -> float:
 
 @torch.no_grad()
 def in_chunks(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """Return a row-wise function of data `(n, *shape)`, computed in chunks without gradient, on the CPU."""
+    """Return the values of a row-wise function on data `(n, *shape)`, in chunks without gradient, on the CPU."""
     return torch.cat([function(part.float()).cpu() for part in x.split(FEATURE_CHUNK)])
 
 

@@ -197,7 +197,7 @@ def radii(points: Tensor, k: int) -> Tensor:
 
 
 def within(data: Tensor, samples: Tensor, data_reach: Tensor, reach: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return how many data balls contain each sample, which data balls contain a sample, and which data lie in a ball.
+    """Return the memberships of samples in the balls around data, and of data in the balls around samples.
 
     Arguments:
         data: features of data, `(n, F)`.

@@ -1,4 +1,4 @@
-"""Downstream probe: simple classifiers of the codes of data, beside the same classifiers of the data."""
+"""Downstream probe: accuracy of simple classifiers of the label from latent codes, compared with that from x."""
 
 from __future__ import annotations
 

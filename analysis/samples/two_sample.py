@@ -110,9 +110,9 @@ def two_sample(real: Tensor, fake: Tensor, seed: int = 0) -> TwoSample:
 
 
 def by_chance(hits: int, named: int, held: int) -> float:
-    """Return P(H >= hits), exact, where H is the number of data among `named` rows chosen at random from 2 held rows.
+    """Return P(H >= hits), exact, where H is the number of data among `named` rows chosen at random from 2 * held rows.
 
-    Half of the 2 held rows are data and half samples, so H is hypergeometric.
+    Half of the 2 * held rows are data and half are samples, so H is hypergeometric.
     """
     return float(hypergeom.sf(hits - 1, 2 * held, held, named))
 

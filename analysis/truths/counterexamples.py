@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import pandas
 
 KEPT_WEIGHT = 0.01
-"""Weight of the good model in the mixture with noise, which can lose at most log 100 nats."""
+"""Weight of the good model in its mixture with noise, whose log p(x) is at most log 100 nats lower."""
 MEMORY_SCALES = (0.01, 0.03, 0.1, 0.2)
 """Standard deviations eps of the mixtures of normals around the training data, in units of the range of the data."""
 PPCA_COMPONENTS = 10
@@ -51,7 +51,7 @@ class Example:
 
 @dataclass(frozen=True, repr=False)
 class CounterExamples(Figures):
-    """Exact likelihoods, nats per datum, beside the quality of samples; the result of `counterexamples`."""
+    """Exact likelihoods, nats per datum, and sample quality of the compared models; the result of `counterexamples`."""
 
     unit = "nats or proportion"
     counts = ("source", "n", "dim", "bound")

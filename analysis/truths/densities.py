@@ -1,4 +1,4 @@
-"""Models with exact log p(x) and exact samples: probabilistic PCA, a mixture on training data, noise, and mixtures."""
+"""Models with exact log p(x) and samples: probabilistic PCA, normals around training data, noise, and mixtures."""
 
 from __future__ import annotations
 
