@@ -1,4 +1,4 @@
-"""Base of every declared part: a frozen, strict table with a ``kind``, found through its family.
+"""Base of every declared component: a frozen, strict table with a ``kind``, registered in a family.
 
 A *family* (``Prior``, ``Network``, ``Data`` ...) is a direct subclass of `Component`; its *members* are
 the final classes below it, each with ``kind: Literal["name"] = "name"``. Defining a member registers
@@ -54,7 +54,7 @@ Names = Annotated[tuple[str, ...], Field(strict=False)]
 
 ENTRY_POINT_GROUP = "pvae.components"
 IMPORTED: list[str] = []
-"""Modules that `load_plugins` imported by name; a run records them."""
+"""Names of the modules that `load_plugins` has imported by name; the manifest of a run records them."""
 
 
 class Section(BaseModel):
@@ -86,7 +86,7 @@ LARGEST_FLOAT = 3.4e38
 
 
 def _numbers(loc: tuple[int | str, ...], value: Any) -> Iterator[tuple[tuple[int | str, ...], int | float]]:
-    """Yield the numbers in a field, each with its path."""
+    """Yield the numbers in the value of a field, each with its path."""
     if isinstance(value, tuple):
         for index, item in enumerate(value):
             yield from _numbers((*loc, index), item)
@@ -95,7 +95,7 @@ def _numbers(loc: tuple[int | str, ...], value: Any) -> Iterator[tuple[tuple[int
 
 
 def _too_large(number: int | float) -> str:
-    """Return the text of what is expected in place of a number that is too large; "" for others."""
+    """Return the text of what is expected in place of a number that is too large; "" for other numbers."""
     if isinstance(number, int):
         return f"an integer of at most {LARGEST_INTEGER}" if abs(number) > LARGEST_INTEGER else ""
     return f"a number that single precision holds, at most {LARGEST_FLOAT:g}" if abs(number) > LARGEST_FLOAT else ""
@@ -142,7 +142,7 @@ class Component(Section):
 
     @staticmethod
     def _table(part: Component, info: SerializationInfo) -> dict[str, Any]:
-        """Return a member as a table, its kind first."""
+        """Return a component as a dictionary, its kind first."""
         return {
             part.tag: getattr(part, part.tag),
             **part.model_dump(exclude_none=bool(info.exclude_none), exclude_unset=bool(info.exclude_unset)),
@@ -167,7 +167,7 @@ class Component(Section):
 
     @classmethod
     def parse(cls, value: Any) -> Self:
-        """Return the member that ``value`` names: an instance, a table with the tag, or a bare kind."""
+        """Return the component that ``value`` is or describes: an instance, a table with its kind, or a kind's name."""
         if isinstance(value, cls):
             return value
         table = {cls.tag: value} if isinstance(value, str) else cls.shorthand(value)
@@ -188,7 +188,7 @@ class Component(Section):
 
     @classmethod
     def shorthand(cls, value: Any) -> Any:
-        """Return another form that a family accepts (a bare number for a schedule) as a table."""
+        """Return ``value`` as a table, if it is a short form that a family accepts, such as a number for a schedule."""
         return value
 
 
@@ -262,7 +262,7 @@ def _unwrap(annotation: Any) -> Any:
 
 
 def table_at(raw: Any, path: Sequence[Any], root: type[BaseModel]) -> tuple[Any, type[BaseModel] | None]:
-    """Return the raw value at a path of a declaration, and the class that validates it; None for what is unknown."""
+    """Return the raw value at a path of a declaration, and the class that validates it; None for each if unknown."""
     value: Any = raw
     kind: Any = root
     for part in path:
@@ -277,7 +277,7 @@ def table_at(raw: Any, path: Sequence[Any], root: type[BaseModel]) -> tuple[Any,
 
 
 def _member(kind: Any, value: Any) -> Any:
-    """Return the member that a table names, or its family where it names none; any other type as it is."""
+    """Return the class of the kind that a table names, or its family if it names none; any other type unchanged."""
     if isinstance(kind, type) and issubclass(kind, Component) and kind.is_family():
         name = value.get(kind.tag, kind.default) if isinstance(value, dict) else value
         return kind.members.get(name, kind) if isinstance(name, str) else kind
@@ -285,7 +285,7 @@ def _member(kind: Any, value: Any) -> Any:
 
 
 def describe(error: ErrorDetails, raw: Any, root: type[BaseModel]) -> str:
-    """Return a finding of pydantic as `dotted.path: expected ...; got ... (did you mean ...)`."""
+    """Return the text of a pydantic error: `dotted.path: expected ...; got ... (did you mean ...)`."""
     loc = tuple(part for part in error["loc"] if part != "[key]")
     path = ".".join(str(part) for part in loc) or "(the whole file)"
     if error["type"] == "extra_forbidden":
@@ -303,7 +303,7 @@ def describe(error: ErrorDetails, raw: Any, root: type[BaseModel]) -> str:
 
 
 def _elsewhere(key: str, root: type[BaseModel]) -> str:
-    """Return a hint at the table that has a key, where it was written one or two tables too high."""
+    """Return a hint at the table to which an unknown key belongs, if it was written one or two tables too high."""
     tables = {
         name: type(field.default) for name, field in root.model_fields.items() if isinstance(field.default, Section)
     }

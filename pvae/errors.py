@@ -1,4 +1,4 @@
-"""Errors that pvae raises on purpose, each with its exit code of the command line."""
+"""Exceptions that pvae raises deliberately, each with the exit code that the command line returns for it."""
 
 from __future__ import annotations
 
@@ -68,13 +68,13 @@ class DataError(PvaeError):
 
 
 class CheckpointError(PvaeError):
-    """A checkpoint is missing, damaged, foreign, or of another declaration."""
+    """A checkpoint is missing, damaged, or belongs to another declaration."""
 
     exit_code = 65
 
 
 class MissingExtraError(PvaeError):
-    """An optional package is needed and not installed."""
+    """An optional package that is needed is not installed."""
 
     exit_code = 69
 
@@ -98,7 +98,7 @@ class OutputError(StorageError):
 
 
 class BusyError(PvaeError):
-    """Another process holds the run."""
+    """Another process is working on the run and holds its lock."""
 
     exit_code = 75
 
@@ -116,13 +116,13 @@ class Interrupted(PvaeError):
 
 
 def near(name: str, names: Iterable[str]) -> str:
-    """Return `` (did you mean "a" or "b"?)`` for the names close to ``name``, or an empty text."""
+    """Return the hint `` (did you mean 'a' or 'b'?)`` with the names close to ``name``, or an empty text if none is."""
     close = get_close_matches(name, list(names), n=2, cutoff=0.6)
     return f" (did you mean {' or '.join(repr(c) for c in close)}?)" if close else ""
 
 
 def printable(text: str) -> str:
-    """Return the text with control and format characters as escapes, so that it moves no cursor."""
+    """Return a text with control and format characters as escapes, so that it cannot move a terminal's cursor."""
     return "".join(c if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cf", "Cs") else _escape(c) for c in text)
 
 
@@ -131,7 +131,7 @@ def _escape(character: str) -> str:
 
 
 def device_lost(error: BaseException) -> bool:
-    """True if an error says that a GPU no longer answers."""
+    """Return True if an error says that a GPU no longer answers."""
     return isinstance(error, RuntimeError) and "CUDA error" in str(error) and not out_of_memory(error)
 
 
@@ -141,16 +141,16 @@ REFUSED_PARAMETERS = (
     "normal expects all elements of std",
     "Expected p_in",
 )
-"""Words of torch and Pyro for parameters of a distribution that are NaN, infinite or out of range."""
+"""Parts of the messages by which torch and Pyro reject distribution parameters that are NaN or out of range."""
 
 
 def is_refused_draw(error: Exception) -> bool:
-    """True if an error says that the parameters of a distribution are not finite or out of range."""
+    """Return True if an error says that the parameters of a distribution are not finite or out of range."""
     return isinstance(error, RuntimeError | ValueError) and any(words in str(error) for words in REFUSED_PARAMETERS)
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """True if an error says that memory ran out: Python's, torch's on a GPU, or torch's on a CPU."""
+    """Return True if an error says that memory ran out: Python's, torch's on a GPU, or torch's on a CPU."""
     return (
         isinstance(error, MemoryError)
         or type(error).__name__ == "OutOfMemoryError"

@@ -1,4 +1,4 @@
-"""The command line: thin over the Python interface; heavy imports happen inside the commands that need them.
+"""The command line, a thin layer over the Python interface; commands import heavy packages when they run.
 
 One module for each group of commands; each registers its commands on `pvae.cli.app.app`.
 """
@@ -51,7 +51,7 @@ def main() -> None:
 
 
 def _exit_code_and_message(error: Exception) -> tuple[int, str]:
-    """Return the exit code and the message of an error."""
+    """Return the exit code and the message that the command line gives for an error."""
     if isinstance(error, PvaeError):
         return error.exit_code, str(error)
     if show := getattr(error, "show", None):  # wrong usage, in the parser's words

@@ -118,7 +118,7 @@ def gap(
     rows: Annotated[int, typer.Option("--rows", min=1, help="Rows to use, chosen at random by the seed.")] = 200,
     seed: SeedOption = 0,
 ) -> None:
-    """Split log p(x) - ELBO into what a richer guide would gain, and what a better encoder would."""
+    """Split log p(x) - ELBO into the gap of the variational family and the gap of the encoder."""
     from pvae.analysis import gap as split_gap
 
     opened = shared.open_on_device(run)
@@ -140,7 +140,7 @@ def two_sample(
     ] = 5,
     seed: SeedOption = 0,
 ) -> None:
-    """Compare samples with data: accuracy of a classifier that tells them apart, precision and coverage."""
+    """Compare samples with data: classifier two-sample test accuracy, precision and coverage."""
     from pvae.analysis.samples.quality import QUALITY_STAGES, sample_quality
 
     opened = shared.open_on_device(run)
@@ -169,7 +169,7 @@ def copying(
 
 @command(ON_RUN)
 def probe(shared: Shared, run: RunName, split: SplitName = "test", rows: RowCount = None, seed: SeedOption = 0) -> None:
-    """Predict the labels from the codes, and from the data, with the same simple classifiers."""
+    """Predict the labels from the latents, and from the data, with the same simple classifiers."""
     from pvae.analysis import probe as predict
 
     opened = shared.open(run)
@@ -182,7 +182,7 @@ def probe(shared: Shared, run: RunName, split: SplitName = "test", rows: RowCoun
 def critic(
     shared: Shared, run: RunName, split: SplitName = "train", rows: RowCount = None, seed: SeedOption = 0
 ) -> None:
-    """Estimate KL(q_agg || p) from samples alone, also where the code is a point and has no density."""
+    """Estimate KL(q_agg || p) from samples alone, also for an autoencoder, whose posterior has no density."""
     from pvae.analysis import critic as estimate
 
     opened = shared.open(run)
@@ -217,7 +217,7 @@ def counterexamples(
 
 @command(["as_json"])
 def selfcheck(shared: Shared, device: Device = "auto", seed: SeedOption = 0) -> None:
-    """Check surgery, evidence and gaps on this machine, on models whose figures are known exactly."""
+    """Check surgery, evidence and gaps on this machine, on models whose exact values are known."""
     from pvae.analysis.truths.selfcheck import selfcheck as measure
     from pvae.training.launch import pick_device
 

@@ -1,4 +1,4 @@
-"""The parser, the options that commands share, and the ways in which they print."""
+"""The parser of the command line, the options that commands share, and functions that print their results."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ TO_FIT = tuple(SHARED_OPTIONS)
 
 @dataclass(frozen=True)
 class Shared:
-    """Values of the shared options in one call of a command, and what commands do with them."""
+    """Values of the shared options in one call of a command, with methods to open runs and print results."""
 
     device: str = "cpu"
     export: list[str] | None = None
@@ -78,7 +78,7 @@ class Shared:
     as_json: bool = False
 
     def open(self, run: str) -> Run:
-        """Open a run on the CPU, with the kinds of installed plugins."""
+        """Open a run on the CPU, after loading the components of installed plugins."""
         from pvae.runs.run import Run
 
         load_installed_plugins()
@@ -119,8 +119,8 @@ def command(
 
     Arguments:
         options: names in `SHARED_OPTIONS`; the function gets their values in one `Shared`.
-        name: of the command; the function's own unless given.
-        device: default of `--device`.
+        name: name of the command; that of the function unless given.
+        device: default value of the option `--device`.
     """
     defaults = Shared(device=device)
 
@@ -151,14 +151,14 @@ class Settings:
 
 
 def emit(data: Any) -> None:
-    """Print JSON on standard output: the only document there."""
+    """Print data as JSON on standard output, which then holds nothing else."""
     from pvae.util.files import pretty
 
     typer.echo(pretty(data), nl=False)
 
 
 def tell(text: str, *, err: bool = False) -> None:
-    """Print a line for people, with control characters shown as escapes."""
+    """Print a text for people, with control characters shown as escapes."""
     typer.echo(printable(text), err=err)
 
 
@@ -196,14 +196,14 @@ def _main(
 
 
 def load_installed_plugins() -> None:
-    """Load the kinds of installed plugins; a broken one is told on standard error."""
+    """Load the components of installed plugins; a plugin that fails to load is reported on standard error."""
     from pvae.component import load_plugins
 
     load_plugins(report=lambda line: tell(line, err=True))
 
 
 def load_declaration(name: str, overrides: list[str] | None) -> Experiment:
-    """Load a declaration, with the kinds of installed plugins."""
+    """Return the declaration of a zoo name or TOML file with overrides, after loading installed plugins."""
     from pvae.experiment.experiment import Experiment
 
     load_installed_plugins()
@@ -218,13 +218,13 @@ def chosen_rows(run: Run, split: str, rows: int | None, seed: int) -> Tensor:
 
 
 def rows_of(run: Run, split: str, rows: int | None, seed: int) -> tuple[Tensor, Tensor | None]:
-    """Return x and labels of a split, or of `rows` of its rows chosen by the seed."""
+    """Return the data and the labels (or None) of a split, or of `rows` of its rows chosen by the seed."""
     part, chosen = run.data.split(split), chosen_rows(run, split, rows, seed)
     return part.rows[chosen], None if part.y is None else part.y[chosen]
 
 
 def beside(path: Path, suffix: str) -> Path:
-    """Return a path with a suffix appended, which replaces .npz, .csv or .png."""
+    """Return a path with `suffix` appended, in place of .npz, .csv or .png if it ends with one of them."""
     if not path.name:
         raise DeclarationError(f"--out: expected a file's path without suffix; got {str(path)!r}.")
     name = path.stem if path.suffix in (".npz", ".csv", ".png") else path.name

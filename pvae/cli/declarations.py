@@ -14,7 +14,7 @@ from pvae.errors import DeclarationError, OutputError
 
 @command(["as_json"], name="list")
 def list_zoo(shared: Shared) -> None:
-    """Show the zoo: one declared file for every system."""
+    """List the zoo: the model declarations that come with pvae."""
     from pvae.experiment import zoo
 
     entries = zoo.entries()

@@ -1,4 +1,4 @@
-"""Commands that fit: fit, resume, refit; and export and runs, which read what they left."""
+"""Commands that fit (fit, resume, refit), and the commands export and runs, which read finished runs."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def refit(
 
 
 def _compare(shared: Shared, parent: Run, child: Run, rows: int | None = None, samples: int = 1) -> None:
-    """Print surgeries before and after a second stage, on train and test, and keep them with the new run."""
+    """Print ELBO surgeries before and after a second stage, on train and test, and write them to the new run."""
     from pvae.analysis import Gain, gain
     from pvae.util.files import pretty, write_atomic
 
@@ -128,7 +128,7 @@ def _compare(shared: Shared, parent: Run, child: Run, rows: int | None = None, s
 
 
 def _finish(shared: Shared, run: Run) -> None:
-    """Print the last line of a fit, after a second stage also its gain; alerts may end the command with 3."""
+    """Print the summary of a fit, and the gain of a second stage; under `--strict` alerts end the command with 3."""
     name = _parent(run)
     parent = None if name is None else shared.open(name)
     if parent is not None:
@@ -153,7 +153,7 @@ def _facts(run: Run) -> dict[str, Any]:
 
 
 def _summary(run: Run) -> str:
-    """Return a line on a run, after a line on its parent where it has one."""
+    """Return a one-line summary of a run, after a line that names its parent run if it is a second stage."""
     parent = _parent(run)
     head = f"{run.path} (prior fitted anew; parent {parent})\n" if parent else ""
     status = run.status

@@ -74,7 +74,7 @@ def encode(
     seed: SeedOption = 0,
     out: OutOption = None,
 ) -> None:
-    """Write the latents of a split's rows, and show each beside its prior."""
+    """Encode the rows of a split: write their latents, and plot each latent beside samples from its prior."""
     from pvae.analysis import encode as find_codes
     from pvae.analysis import sample as draw
     from pvae.analysis.pages import plots
@@ -183,7 +183,7 @@ def rate_distortion(
         "rate-distortion"
     ),
 ) -> None:
-    """Place runs on the rate-distortion plane: nats that their codes cost, and what is lost."""
+    """Place runs on the rate-distortion plane: KL of the latents and negative reconstruction, in nats per datum."""
     from pvae.analysis import rate_distortion as measure
     from pvae.analysis.figures.table import cell
     from pvae.analysis.pages import plots
@@ -205,7 +205,7 @@ def _require_row(name: str, row: int, part: Split, split: str) -> None:
 
 
 def _given(given: list[str] | None) -> dict[str, int | str] | None:
-    """Read `y=3` or `words=ankle boot` as values by name; the model decides between number and words."""
+    """Return the values of `--given` by covariate, such as `y=3` or `words=ankle boot`; None if there are none."""
     pairs = [text.partition("=") for text in given or ()]
     number = re.compile(r"\s*[+-]?\d+\s*")
     found = {name.strip(): int(value) if number.fullmatch(value) else value.strip() for name, _, value in pairs}
@@ -213,7 +213,7 @@ def _given(given: list[str] | None) -> dict[str, int | str] | None:
 
 
 def _integers(option: str, text: str) -> list[int]:
-    """Read `0,1` as numbers."""
+    """Return the integers that an option lists, such as `0,1`."""
     try:
         return [int(part) for part in text.split(",")]
     except ValueError:
@@ -221,13 +221,16 @@ def _integers(option: str, text: str) -> list[int]:
 
 
 def _background(run: Run) -> Any:
-    """Return at most 1000 training rows `(m, *shape)` to show samples against."""
+    """Return at most 1000 training rows `(m, *shape)`, which plots show behind samples."""
     train = run.data.train
     return train.observed(train.rows[:1000]).double().numpy()
 
 
 def _as_table(run: Run, path: Path, found: Generated) -> list[Path]:
-    """Write samples of a table as CSV in its own words and units; returns the paths written, none for other data."""
+    """Write samples of tabular data as CSV, in the words and units of the table, and return the paths written.
+
+    Nothing is written for other data.
+    """
     from pvae.analysis.figures.table import cell
     from pvae.util.files import write_atomic
 
@@ -248,7 +251,7 @@ def _keep(
     made: Mapping[str, Figure | None],
     **more: Tensor,
 ) -> None:
-    """Write arrays, pictures and tables, and print their paths."""
+    """Write the arrays, pictures and tables of a generating command, and print their paths."""
     from pvae.analysis.export.names import safe_names
     from pvae.analysis.pages import plots
     from pvae.util.files import write_atomic

@@ -1,4 +1,4 @@
-"""Commands that write pages: report and compare."""
+"""Commands that write HTML pages on runs: report and compare."""
 
 from __future__ import annotations
 

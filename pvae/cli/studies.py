@@ -60,7 +60,10 @@ def study(
 
 
 def _compared(found: Study, out: Path, *, show: bool) -> Path | None:
-    """Write the page and the tables of a study; None, and a message, where its runs cannot be compared."""
+    """Write the HTML page and the tables of a study, and return the page's path.
+
+    If its runs cannot be compared, the reason is printed and None returned.
+    """
     from pvae.util.progress import ProgressBar
 
     try:

@@ -1,4 +1,4 @@
-"""Commands that look after runs and the machine: verify, doctor, clean."""
+"""Commands that maintain runs and check the machine: verify, doctor, clean."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def clean(
     failed: Annotated[bool, typer.Option("--failed", help="Also runs that ended before a first checkpoint.")] = False,
     cache: Annotated[bool, typer.Option("--cache", help="Also downloaded and decoded data.")] = False,
 ) -> None:
-    """Show what interrupted writes and old checkpoints take, or remove it; a run in progress is left alone."""
+    """Show the disk space of interrupted writes and old checkpoints, or free it; a run in progress is left alone."""
     from pvae.upkeep.clean import clean as sweep
 
     found = sweep(shared.run_dir, apply=apply, failed=failed, cache=cache)
@@ -59,5 +59,5 @@ def clean(
 
 
 def _answer(shared: Shared, found: Any) -> None:
-    """Print JSON for programs, a table on a terminal, plain lines elsewhere."""
+    """Print a result: as JSON under `--json`, as a table on a terminal, as plain lines elsewhere."""
     shared.answer(found.to_dict(), found if sys.stdout.isatty() else str(found))

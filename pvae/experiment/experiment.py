@@ -1,4 +1,4 @@
-"""Experiment: the whole declaration of a model, its data and its fit."""
+"""Class `Experiment`, the whole declaration of a model, its data and its fit."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ for _package in ("pvae.models", "pvae.guides", "pvae.nn", "pvae.objectives"):
 
 
 class Refit(Section):
-    """A second stage: some priors are fitted to the aggregated posterior, and everything else is frozen."""
+    """A second stage (table `refit`): new priors, fitted to the aggregated posterior with everything else frozen."""
 
     priors: dict[str, Prior] = Field(min_length=1)
-    """The new prior of each latent that gets one."""
+    """New prior of each latent that gets one, by latent."""
     train: Table[Train] = Train()
-    """Settings of their fit, by maximum likelihood of samples from the frozen guide."""
+    """Settings of the fit of the new priors, by maximum likelihood of samples from the frozen guide."""
 
 
 class Experiment(Plan):
@@ -76,12 +76,12 @@ class Experiment(Plan):
 
     data: Data = Digits()
     covariates: dict[str, Table[Covariate]] = Field(default={}, max_length=1)
-    """The label of every datum, under any name, which `given` may list beside latents."""
+    """At most one label of every datum, under any name, which `given` may list beside latents."""
     latents: dict[str, Table[Latent]] = Field(min_length=1)
     encoder: Encoder = SharedEncoder()
     decoder: Table[Decoder] = Decoder()
     refit: Table[Refit] | None = None
-    """A second stage, fitted in a run of its own after the first."""
+    """Second stage, fitted in a run of its own after the first; none unless set."""
 
     @field_validator("latents", "covariates")
     @classmethod
@@ -111,7 +111,7 @@ class Experiment(Plan):
 
     @classmethod
     def load(cls, name_or_file: str | Path, overrides: Sequence[str] = ()) -> Self:
-        """Return a zoo entry by name, or a TOML file, with dotted overrides such as `train.epochs=20`.
+        """Return the declaration of a zoo name or a TOML file, with dotted overrides such as `train.epochs=20`.
 
         Raises:
             DeclarationError: every problem of the file and the overrides, each with its path.
@@ -124,7 +124,7 @@ class Experiment(Plan):
 
     @classmethod
     def schema_json(cls) -> str:  # type: ignore[override]
-        """Return the JSON Schema, for editors: each family is `oneOf` its kinds, each kind a `const`."""
+        """Return the JSON Schema of declarations, for editors: a family is `oneOf` its kinds, each kind a `const`."""
         schema = cls.model_json_schema()
         schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
         return json.dumps(schema, indent=2)
@@ -132,25 +132,28 @@ class Experiment(Plan):
     # ------------------------------------------------------------------ graph and pair
 
     def sites(self) -> tuple[Site, ...]:
-        """Return the latents, parents in the model first."""
+        """Return the latents as nodes of the model's graph, parents first."""
         order = topological({name: latent.given for name, latent in self.latents.items()}, "latents")
         return tuple(self.latents[name].site(name) for name in order)
 
     def guide_sites(self) -> tuple[Site, ...]:
-        """Return the latents that the guide samples, parents in the guide first."""
+        """Return the latents that the guide samples as nodes of the guide's graph, parents first."""
         by_name = {site.name: site for site in self.sites() if not site.summed}
         order = topological({name: site.guide_given for name, site in by_name.items()}, "posteriors")
         return tuple(by_name[name] for name in order)
 
     def decoder_given(self) -> tuple[str, ...]:
-        """Return the names that the decoder reads: as declared, or the latents that are no parents."""
+        """Return the names that the decoder reads: those declared, else the latents that are no parents of others."""
         if self.decoder.given is not None:
             return self.decoder.given
         parents = {parent for latent in self.latents.values() for parent in latent.given}
         return tuple(name for name in self.latents if name not in parents)
 
     def observed(self) -> Decoder:
-        """Return the decoder for the declared data; of a table, with the distribution of each column."""
+        """Return the decoder for the declared data.
+
+        For tabular data its likelihood has a distribution for each column.
+        """
         return self.decoder.over([column.law(name) for name, column in self.data.table.items()])
 
     def second_stage(self) -> Experiment:
@@ -167,10 +170,10 @@ class Experiment(Plan):
         return type(self).from_dict({**table, **changes})
 
     def refitted(self, stage: Experiment) -> list[str]:
-        """Return the latents whose priors a second stage replaces.
+        """Return the names of the latents whose priors a second stage replaces.
 
         Raises:
-            DeclarationError: there are none, or a posterior is made of its prior and would move with it.
+            DeclarationError: no prior is replaced, or a posterior depends on the prior that is replaced.
         """
         names = [name for name, z in stage.latents.items() if z.prior != self.latents[name].prior]
         if not names:
@@ -187,7 +190,7 @@ class Experiment(Plan):
         return names
 
     def conditioned(self, data: Dataset) -> Dataset:
-        """Return data as the declared pair takes them: with covariates, every row ends with its label or tokens."""
+        """Return a data set as the pair takes it: with a covariate, every row ends with its label or prompt tokens."""
         tokens = {}
         for name, covariate in self.covariates.items():
             if covariate.words is not None and (vocabulary := covariate.vocabulary) is not None:
@@ -195,17 +198,19 @@ class Experiment(Plan):
         return data.conditioned({name: covariate.labels for name, covariate in self.covariates.items()}, tokens)
 
     def frame(self, x: Shape) -> Frame:
-        """Return the contents of a row, for data of event shape `x`."""
+        """Return the layout of a row (the datum, then the covariates), for data of event shape `x`."""
         found = {name: covariate.vocabulary for name, covariate in self.covariates.items()}
         prompts = {name: vocabulary for name, vocabulary in found.items() if vocabulary is not None}
         values = {n: len(prompts[n]) if n in prompts else covariate.labels for n, covariate in self.covariates.items()}
         return Frame(tuple(x), values, prompts)
 
     def build(self, x: Shape) -> Pair:
-        """Return the Pyro pair for data of event shape `x`; weights come from `seed`, and no random state changes.
+        """Return the Pyro pair of model and guide for data of event shape `x`.
+
+        Its weights are a function of `seed`; the global random state stays unchanged.
 
         Raises:
-            DeclarationError: it would not fit into memory; nothing large has been allocated.
+            DeclarationError: the pair would not fit into memory; nothing large has been allocated.
         """
         with torch.random.fork_rng():
             pair = build_pair(self, self.frame(x))
@@ -218,7 +223,7 @@ class Experiment(Plan):
             x: event shape of a datum; by default the declared data are loaded for it.
 
         Raises:
-            DeclarationError: the objective is no ELBO that `pyro.infer.SVI` minimises (em, gan, iwae, free bits).
+            DeclarationError: the objective is no ELBO that `pyro.infer.SVI` can minimise (em, gan, iwae, free bits).
 
         Example:
             >>> script = Experiment.load("vae").to_pyro((1, 8, 8))

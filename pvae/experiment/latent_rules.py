@@ -1,4 +1,4 @@
-"""Rules of latents: values, priors, posteriors, and sums over their states."""
+"""Rules of the latents of a declaration: value spaces, priors, posteriors, and sums over discrete states."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from pvae.experiment.latent import Latent
 
 Finding = tuple[tuple[str, ...], str, Any]
-"""Path of a problem, what is expected there, and what was found."""
+"""Problem of a declaration: its path, the text of what is expected there, and the value found."""
 
 
 IN_WORDS: dict[Values, str] = {
@@ -32,17 +32,17 @@ IN_WORDS: dict[Values, str] = {
 
 
 def _relaxes(latent: Latent) -> bool:
-    """Return True for a prior of codes under a relaxed posterior whose KL is that of the categoricals."""
+    """Return True for a categorical prior with a relaxed posterior whose KL is that of the categoricals."""
     return latent.sampled.values == "relaxed" and "index" in latent.prior.values and not _wants_density(latent)
 
 
 def _wants_density(latent: Latent) -> bool:
-    """Return True where the KL of a relaxed latent is that of the relaxed densities."""
+    """Return True if the KL of a relaxed latent is that of the relaxed (Concrete) densities."""
     return latent.posterior.kl == "relaxed"  # type: ignore[attr-defined]
 
 
 def misplaced_priors(e: Experiment) -> Iterator[Finding]:
-    """Yield priors of other values than the latent's, and those that cannot read its parents or lack some."""
+    """Yield priors over another value space than the latent's, and priors that do not suit its parents."""
     for name, latent in e.latents.items():
         kind = latent.prior.kind  # type: ignore[attr-defined]
         if latent.sampled.values not in latent.prior.values and not _relaxes(latent):
@@ -76,7 +76,10 @@ def misplaced_priors(e: Experiment) -> Iterator[Finding]:
 
 
 def misplaced_posteriors(e: Experiment) -> Iterator[Finding]:
-    """Yield posteriors of other values than the latent's, and inverses without an invertible decoder."""
+    """Yield posteriors over another value space than the latent's, and inverses without an invertible decoder.
+
+    Posteriors that would sum over too many states are among them.
+    """
     likelihood = e.decoder.likelihood
     for name, latent in e.latents.items():
         posterior, loc = latent.posterior, ("latents", name, "posterior")
@@ -110,13 +113,16 @@ def misplaced_posteriors(e: Experiment) -> Iterator[Finding]:
 
 
 def _is_summed(latent: Latent) -> bool:
-    """Return True for a latent that is summed over: by the model, or in expectation under the guide."""
+    """Return True for a latent that is summed over exactly: by the model, or in the expectation under the guide."""
     posterior = latent.posterior
     return posterior.summed or (isinstance(posterior, EstimatedPosterior) and posterior.sums(latent.space.log_states))
 
 
 def unlike_sums(e: Experiment) -> Iterator[Finding]:
-    """Yield latents whose sums do not go together: exact ones with others, too many states, or score functions."""
+    """Yield latents whose exact sums cannot be combined with those of others, or with score-function estimators.
+
+    Sums over too many joint states are among them.
+    """
     exact = [name for name, z in e.latents.items() if z.posterior.summed]
     summed = [name for name, z in e.latents.items() if not z.posterior.summed and _is_summed(z)]
     if exact:
@@ -145,7 +151,7 @@ def unlike_sums(e: Experiment) -> Iterator[Finding]:
 
 
 def not_mean_field(e: Experiment) -> Iterator[Finding]:
-    """Yield latents with a closed-form KL whose model parents are inferred from them, where it is invalid."""
+    """Yield latents whose KL would be taken in closed form although the guide infers their model parents from them."""
     below: dict[str, set[str]] = {}
     for site in e.guide_sites():
         below[site.name] = {site.name}
@@ -171,13 +177,13 @@ OF_CODES = "one of codes (categorical by scores, nearest_code)"
 
 
 def _prices_codes(latent: Latent) -> bool:
-    """Return True where the KL of a relaxed latent is that of its codes, and its prior reads its parents, if any."""
+    """Return True if a relaxed latent has the KL of the categoricals, and a prior that reads its parents, if any."""
     reads = not latent.given or not latent.prior.ignores_parents
     return reads and getattr(latent.posterior, "kl", None) == "categorical"
 
 
 def _is_drawn(latent: Latent) -> bool:
-    """Return True for a relaxed latent that is sampled, not a point given x."""
+    """Return True for a relaxed latent that the guide samples with noise, and does not compute from x."""
     return bool(getattr(latent.posterior, "noise", True))
 
 
@@ -186,7 +192,10 @@ def _kind(latent: Latent) -> str:
 
 
 def priced(e: Experiment) -> Iterator[Finding]:
-    """Yield relaxed latents whose KL of codes the objective cannot use: in importance weights, or inside a sum."""
+    """Yield relaxed latents with the KL of the categoricals where it cannot be used.
+
+    That is in the importance weights of iwae, and for a latent with a parent that is summed out.
+    """
     exact = [name for name, z in e.latents.items() if z.posterior.summed]
     for name, latent in e.latents.items():
         if getattr(latent.posterior, "kl", None) != "categorical":

@@ -1,4 +1,4 @@
-"""Formulas, graph, shapes and parameter counts of a declaration."""
+"""Description of a declaration for its reader: formulas, graph, shapes and parameter counts."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def factor(density: str, name: str, given: Iterable[str]) -> str:
-    """Return a factor such as `p(z1 | z2)`."""
+    """Return a factor of a density as text, such as `p(z1 | z2)`."""
     above = ", ".join(given)
     return f"{density}({name} | {above})" if above else f"{density}({name})"
 
@@ -30,13 +30,16 @@ def latex_name(name: str) -> str:
 
 
 def latex(text: str) -> str:
-    """Return a formula of `formulas` in LaTeX."""
+    """Return a formula from `formulas` in LaTeX."""
     text = re.sub(r"[a-z][a-z0-9_]*", lambda m: latex_name(m[0]), text)
     return re.sub(r"\) (?=[pq]\()", r")\\, ", text.replace(" | ", r" \mid "))
 
 
 def formulas(experiment: Experiment) -> dict[str, str]:
-    """Return the factorised joint and guide under `model`, `guide`, `model_latex` and `guide_latex`."""
+    """Return the factorisations of model p(x, z) and guide q(z | x) as text and LaTeX.
+
+    The keys are `model`, `guide`, `model_latex` and `guide_latex`.
+    """
     sites, guide_sites = experiment.sites(), experiment.guide_sites()
     names = ", ".join(site.name for site in sites)
     priors = [factor("p", site.name, site.given) for site in sites]
@@ -55,7 +58,7 @@ def arrows(sites: Iterable[Site], data: Iterable[str]) -> list[str]:
 
 
 def counts(pair: Pair) -> dict[str, int]:
-    """Return the number of parameters of each part."""
+    """Return the number of parameters of each component of a pair, by name."""
     totals: dict[str, int] = {}
     for name, parameter in pair.named_parameters():
         part = ".".join(name.split(".")[:3]) if ".priors." in name or ".posteriors." in name else None
@@ -65,7 +68,7 @@ def counts(pair: Pair) -> dict[str, int]:
 
 
 def size_of(site: Site) -> str:
-    """Return the size of a latent: `[40]`, `32 codes`, `7 x 7 of 512 codes as [64]`, `200 bits`."""
+    """Return the size of a latent as text: `[40]`, `32 codes`, `7 x 7 of 512 codes as [64]`, `200 bits`."""
     space = site.space
     if not space.is_code:
         return f"{space.shape[0]} bits" if space.values == "binary" else str(list(space.shape))
@@ -75,7 +78,7 @@ def size_of(site: Site) -> str:
 
 
 def described(experiment: Experiment, x: Shape, pair: Pair) -> dict[str, object]:
-    """Return all of it for a program: formulas, graph, shapes, parameter counts."""
+    """Return formulas, graph, shapes and parameter counts of a declaration as a dictionary for JSON."""
     return {
         "name": experiment.name,
         "description": experiment.description,
@@ -88,7 +91,7 @@ def described(experiment: Experiment, x: Shape, pair: Pair) -> dict[str, object]
 
 
 def render(experiment: Experiment, x: Shape, pair: Pair) -> RenderableType:
-    """Return all of it for a terminal."""
+    """Return formulas, graph, shapes and parameter counts of a declaration for a terminal, as an object of rich."""
     from rich.console import Group
     from rich.table import Table
     from rich.text import Text
@@ -125,7 +128,7 @@ def render(experiment: Experiment, x: Shape, pair: Pair) -> RenderableType:
 
 
 def experiment_html(experiment: Experiment) -> str:
-    """Return the view in a notebook: formulas and the TOML."""
+    """Return the HTML that a notebook shows of a declaration: formulas and TOML."""
     text = formulas(experiment)
     return (
         f"<b>{html.escape(experiment.name)}</b> {html.escape(experiment.description)}"

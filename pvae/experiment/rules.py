@@ -1,4 +1,4 @@
-"""Rules of a declaration as a whole, which no single table can check."""
+"""Rules that concern several tables of a declaration together."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def findings(e: Experiment) -> Iterator[Finding]:
-    """Yield the problems of a declaration as a whole: path, what is expected, what was found."""
+    """Yield the problems that concern several tables of a declaration: path, expected value, value found."""
     names = set(e.latents)
     if both := names & set(e.covariates):
         yield ("covariates",), "names that no latent has", sorted(both)
@@ -58,7 +58,7 @@ def findings(e: Experiment) -> Iterator[Finding]:
 
 
 def refused(plan: Plan) -> Iterator[Finding]:
-    """Yield the settings of `train` that the objective does not use."""
+    """Yield the settings of `train` that differ from their defaults although the objective does not use them."""
     for name in plan.objective.refuses:
         default, value = type(plan.train).model_fields[name].default, getattr(plan.train, name)
         if value != default:
@@ -69,7 +69,10 @@ def refused(plan: Plan) -> Iterator[Finding]:
 
 
 def _no_mixture(e: Experiment) -> Iterator[Finding]:
-    """Yield the parts for which EM has no closed form: it needs one code, summed over, and a table of components."""
+    """Yield the components of a model to which the objective em has no closed-form step.
+
+    EM needs exactly one discrete latent with an exact posterior, and a table of component parameters as the decoder.
+    """
     if len(e.latents) > 1:
         yield ("latents",), "exactly one latent, with codes, for the objective em", sorted(e.latents)
         return
@@ -89,7 +92,7 @@ def _no_mixture(e: Experiment) -> Iterator[Finding]:
 
 
 def _unknown_parents(e: Experiment, names: set[str]) -> Iterator[Finding]:
-    """Yield parents that are no latents or covariates."""
+    """Yield the names in `given` that are no latent or covariate allowed there."""
     places: list[tuple[tuple[str, ...], tuple[str, ...], set[str]]]
     known = names | set(e.covariates)
     sampled = {name for name in names if not e.latents[name].posterior.summed} | set(e.covariates)
@@ -107,7 +110,7 @@ def _unknown_parents(e: Experiment, names: set[str]) -> Iterator[Finding]:
 
 
 def _unread_covariates(e: Experiment) -> Iterator[Finding]:
-    """Yield covariates that no part reads."""
+    """Yield covariates that no prior, posterior or decoder reads."""
     read = {name for z in e.latents.values() for name in (*z.given, *z.posterior.given)} | set(e.decoder_given())
     for name in e.covariates:
         if name not in read:
@@ -115,7 +118,7 @@ def _unread_covariates(e: Experiment) -> Iterator[Finding]:
 
 
 def _second_stage(e: Experiment, refit: Refit) -> Iterator[Finding]:
-    """Yield problems of the second stage."""
+    """Yield the problems of the second stage that a declaration has under `refit`."""
     for name in refit.priors:
         if name not in e.latents:
             yield ("refit", "priors", name), f"one of {', '.join(e.latents)}{near(name, e.latents)}", name
@@ -129,11 +132,11 @@ def _second_stage(e: Experiment, refit: Refit) -> Iterator[Finding]:
 
 
 COLDEST = 1e-6
-"""Least temperature: below it single precision holds no relaxed one-hot but a hard one."""
+"""Smallest temperature allowed: below it a relaxed one-hot in single precision is a hard one."""
 
 
 def _negative_schedules(e: Experiment) -> Iterator[Finding]:
-    """Yield schedules that turn negative, and temperatures that fall to 0."""
+    """Yield schedules that become negative during training, and temperatures that fall below `COLDEST`."""
     epochs = float(e.train.epochs)
     asked: list[tuple[tuple[str, ...], Schedule, float, float, str]] = [
         (("objective", "beta"), e.objective.beta, 0.0, epochs, "a weight of the KL"),
@@ -154,7 +157,7 @@ def _negative_schedules(e: Experiment) -> Iterator[Finding]:
 
 
 def _likelihood_free(e: Experiment) -> Iterator[Finding]:
-    """Yield the parts that do not go together in a model without a likelihood, or in one with it."""
+    """Yield the components that do not suit the objective: with a likelihood, or without one (gan)."""
     kind, likelihood = e.objective.kind, e.decoder.likelihood  # type: ignore[attr-defined]
     determined = isinstance(likelihood, DeterminedLikelihood)
     if e.objective.scores:
@@ -192,7 +195,7 @@ def _likelihood_free(e: Experiment) -> Iterator[Finding]:
 
 
 def _columns(e: Experiment) -> Iterator[Finding]:
-    """Yield the likelihood that does not fit the columns of a declared table."""
+    """Yield a likelihood that does not suit the columns of a declared table: their supports, or missing values."""
     likelihood, loc = e.decoder.likelihood, ("decoder", "likelihood")
     kind = likelihood.kind  # type: ignore[attr-defined]
     if likelihood.of_tables:

@@ -1,1 +1,1 @@
-"""A declaration as a plain Pyro script: networks, `model`, `guide`, and a loop of `SVI`."""
+"""Conversion of a declaration into a plain Pyro script: networks, `model`, `guide`, and a loop of `SVI`."""

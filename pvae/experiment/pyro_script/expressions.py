@@ -1,4 +1,4 @@
-"""Values as Python expressions."""
+"""Python source text of values."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Any
 
 
 def quoted(text: str) -> str:
-    """Return a string in double quotes."""
+    """Return a string as a Python literal in double quotes."""
     return json.dumps(text, ensure_ascii=False)
 
 
 def literal(value: Any) -> str:
-    """Return plain data as an expression, strings in double quotes."""
+    """Return numbers, strings, lists, tuples and dictionaries as a Python literal, strings in double quotes."""
     if isinstance(value, dict):
         return named({key: literal(item) for key, item in value.items()})
     if isinstance(value, tuple | list):
@@ -23,10 +23,10 @@ def literal(value: Any) -> str:
 
 
 def named(expressions: Mapping[str, str]) -> str:
-    """Return a dictionary of expressions."""
+    """Return the source text of a dictionary, given the expressions of its values."""
     return f"{{{', '.join(f'{quoted(name)}: {value}' for name, value in expressions.items())}}}"
 
 
 def between(start: float, end: float, share: str) -> str:
-    """Return the value that lies a share of the way from start to end."""
+    """Return the expression of `start + (end - start) * share`, where `share` is an expression."""
     return share if (start, end) == (0, 1) else f"{start:g} + {end - start!r} * {share}"

@@ -1,4 +1,4 @@
-"""Networks as chains of plain torch layers."""
+"""Source text of networks that are sequences of plain torch layers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from pvae.nn.network import NetworkModule
 
 
 def layers_of(module: NetworkModule) -> list[str]:
-    """Return the layers from the one input of a network to its output; nothing for a network that is no such chain."""
+    """Return the constructor calls of the layers of a network, from its one input to its output.
+
+    The list is empty for a network that is no sequence of torch layers or has several inputs.
+    """
     if not isinstance(module, Dense | ConvModule) or len(module.inputs) != 1:
         return []
     ((name, shape),) = module.inputs.items()
@@ -26,7 +29,7 @@ def layers_of(module: NetworkModule) -> list[str]:
 
 
 def leaves(modules: Iterable[nn.Module]) -> Iterator[str]:
-    """Yield the layers inside some modules, in order."""
+    """Yield the constructor calls of the layers inside some modules, in order."""
     for module in modules:
         if isinstance(module, nn.Linear):
             yield f"nn.Linear({module.in_features}, {module.out_features})"
@@ -39,7 +42,7 @@ def leaves(modules: Iterable[nn.Module]) -> Iterator[str]:
 
 
 def chain(layers: Sequence[str]) -> str:
-    """Return the expression of a chain of layers; what follows a layer with weights stands on its line."""
+    """Return the expression of a sequence of layers, with a line for each layer with weights and those after it."""
     if len(layers) == 1:
         return layers[0]
     lines: list[str] = []

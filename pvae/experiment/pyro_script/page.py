@@ -1,4 +1,4 @@
-"""The page of a script: imports, data, parts, `model`, `guide`, optimiser and loop."""
+"""Text of a generated Pyro script: imports, data, networks, `model`, `guide`, optimiser and training loop."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from pvae.experiment.experiment import Experiment
 
 ELBOS = {"trace_elbo": "Trace_ELBO", "trace_mean_field_elbo": "TraceMeanField_ELBO"}
-"""Objectives that SVI minimises, and Pyro's names of them."""
+"""Kinds of the objectives that `pyro.infer.SVI` can minimise, and Pyro's loss classes for them."""
 IMPORTS = {
     "math": "import math\n",
     "pyro": "import pyro",
@@ -30,17 +30,17 @@ IMPORTS = {
     "torch": "import torch",
     "F": "import torch.nn.functional as F",
 }
-"""Names of modules in a script, each with its import."""
+"""Names of modules that a generated script may use, each with its import statement."""
 LEFT_OUT = ("clip_norm", "average", "alternate", "patience")
-"""Settings of training that a plain loop of SVI does not have."""
+"""Settings of training that the plain SVI loop of a generated script ignores."""
 STEPS = "STEPS = -(-len(data.train) // BATCH)  # of an epoch"
 TIME = "(epoch + i / STEPS)"
-"""Epochs done, in the loop."""
+"""Expression, inside the loop of a generated script, for the time since the start of training in epochs."""
 SUMMED = 'infer={"enumerate": "parallel"}'
 
 
 class Script(ABC):
-    """A script in the making."""
+    """Base of the generators of a Pyro script: a subclass writes data, `model` and `guide`, this class the rest."""
 
     def __init__(self, experiment: Experiment, pair: Pair) -> None:
         self.experiment, self.pair = experiment, pair
@@ -48,9 +48,9 @@ class Script(ABC):
         self.guider: Any = pair.guide
         self.imports: dict[str, set[str]] = {"pyro": {"poutine"}, "torch": {"nn"}}
         self.parts: dict[str, str] = {}
-        """Modules of the script, each with the expression that makes it."""
+        """Variables of the script that hold modules, each with the expression that constructs it."""
         self.numbers: dict[str, Schedule] = {}
-        """Numbers that both programs take, which change during training."""
+        """Numbers that change during training (beta, temperatures), arguments of both `model` and `guide`."""
         beta = experiment.objective.beta
         weight = beta.value if isinstance(beta, Constant) else None
         self.context = {0.0: "poutine.mask(mask=False)", 1.0: ""}.get(weight, "poutine.scale(scale=beta)")  # type: ignore[arg-type]
@@ -60,7 +60,7 @@ class Script(ABC):
     @property
     @abstractmethod
     def batch(self) -> dict[str, str]:
-        """Arguments of both programs, each with its expression in the loop."""
+        """Arguments of both `model` and `guide`, each with its expression in the training loop."""
 
     @abstractmethod
     def data(self) -> list[str]:
@@ -85,7 +85,7 @@ class Script(ABC):
     # ------------------------------------------------------------------ the page
 
     def text(self) -> str:
-        """Return the whole script."""
+        """Return the whole source text of the script."""
         data, said = self.data(), formulas(self.experiment)
         model = self.program("model", said["model"], self.model())
         guide = self.program("guide", said["guide"], self.guide())
@@ -108,7 +108,7 @@ class Script(ABC):
         return f"from {home} import {', '.join(sorted(self.imports[home]))}"
 
     def program(self, name: str, formula: str, statements: Iterable[str]) -> list[str]:
-        """Return the lines of `model` or `guide`, which register the parts that they use."""
+        """Return the source lines of the function `model` or `guide`, which registers the modules that it uses."""
         lines = list(statements) or ["pass"]
         used = [part for part in self.parts if re.search(rf"\b{part}\b", "\n".join(lines))]
         rows = f"len({next(iter(self.batch))})"
@@ -122,18 +122,18 @@ class Script(ABC):
         ]
 
     def weighed(self, lines: Iterable[str]) -> Iterator[str]:
-        """Yield statements on latents inside the weight of the KL."""
+        """Yield statements that sample latents, inside the Pyro handler that scales their log densities by beta."""
         if self.context:
             yield f"with {self.context}:" + ("  # beta = 0: no KL" if "mask" in self.context else "")
         yield from (f"    {line}" if self.context else line for line in lines)
 
     def length(self) -> list[str]:
-        """Return the statements on the seed and the length of training."""
+        """Return the statements that set the random seed, the number of epochs and the batch size."""
         train = self.experiment.train
         return [f"torch.manual_seed({self.experiment.seed})", f"EPOCHS, BATCH = {train.epochs}, {train.batch_size}"]
 
     def optimizer(self) -> Iterator[str]:
-        """Yield the statements that make the optimiser and SVI."""
+        """Yield the statements that construct the optimiser and `SVI`."""
         train = self.experiment.train
         if left := ", ".join(f"{name} = {getattr(train, name)}" for name in LEFT_OUT if getattr(train, name)):
             yield f"# Left out of the declared training: {left}"
@@ -151,7 +151,7 @@ class Script(ABC):
         yield f"svi = SVI(model, guide, optimizer, {loss}({', '.join(f'{k}={v}' for k, v in options.items())}))"
 
     def elbo(self) -> tuple[str, dict[str, object]]:
-        """Return Pyro's loss, by name, and its options."""
+        """Return the name of Pyro's loss class and its keyword arguments."""
         objective: Any = self.experiment.objective
         particles, layout = getattr(objective, "particles", 1), self.pair.layout
         flat = {"max_plate_nesting": 1}
@@ -161,7 +161,7 @@ class Script(ABC):
         return "TraceGraph_ELBO" if layout.scored else ELBOS[objective.kind], many
 
     def loop(self) -> Iterator[str]:
-        """Yield the loop over epochs and batches."""
+        """Yield the source lines of the training loop over epochs and batches."""
         given = ", ".join([*self.batch.values(), *(f"{name}={name}" for name in self.numbers)])
         values = {name: self.at(schedule, TIME) for name, schedule in self.numbers.items()}
         if "beta" in values:  # Pyro refuses to scale by 0
@@ -180,7 +180,7 @@ class Script(ABC):
     # ------------------------------------------------------------------ expressions
 
     def at(self, schedule: Schedule, epoch: str) -> str:
-        """Return the value of a schedule at a moment of training, in epochs, as an expression."""
+        """Return the Python expression of a schedule's value at a time in epochs, which is itself an expression."""
         declared: Any = schedule
         span = getattr(schedule, "epochs", None)
         share = f"min({epoch} / {'EPOCHS' if span is None else f'{span:g}'}, 1)"
@@ -196,13 +196,13 @@ class Script(ABC):
         return f"{self.construct(schedule)}.at({epoch}, EPOCHS)"
 
     def imported(self, kind: Callable[..., Any]) -> str:
-        """Add the import of a class or function; return its name."""
+        """Add the import of a class or function to the script, and return its name."""
         home = "pvae.data" if kind.__name__ in data.__all__ else kind.__module__
         self.imports.setdefault(home, set()).add(kind.__name__)
         return kind.__name__
 
     def construct(self, part: Section) -> str:
-        """Return the call that makes a declared part, with what differs from its defaults."""
+        """Return the constructor call of a declared component, with the arguments that differ from their defaults."""
         kind = type(part)
         tag = part.tag if isinstance(part, Component) else None
         given = [
@@ -213,12 +213,12 @@ class Script(ABC):
         return f"{self.imported(kind)}({', '.join(given)})"
 
     def value(self, value: Any) -> str:
-        """Return a value of a declaration as an expression."""
+        """Return a value of a declaration as a Python expression."""
         if isinstance(value, Mapping):
             return named({key: self.value(item) for key, item in value.items()})
         return self.construct(value) if isinstance(value, Section) else literal(value)
 
 
 def sampled(name: str, distribution: str, infer: str = "") -> str:
-    """Return the statement that samples a latent."""
+    """Return the `pyro.sample` statement of a latent, from the expression of its distribution."""
     return f'{name} = pyro.sample("{name}", {", ".join([distribution, *([infer] if infer else [])])})'

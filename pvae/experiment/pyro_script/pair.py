@@ -1,4 +1,4 @@
-"""Scripts whose parts come from the pair that pvae builds."""
+"""Scripts whose components come from the pair that pvae builds."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from pvae.nn.schedules import Scheduled
 
 @final
 class PairScript(Script):
-    """A script whose parts come from the pair that pvae builds; its `model` and `guide` are written out."""
+    """Script whose modules come from the pair that pvae builds; its `model` and `guide` are written out."""
 
     @property
     def batch(self) -> dict[str, str]:
@@ -50,14 +50,14 @@ class PairScript(Script):
         return self.each(Moving, "after_step()")
 
     def each(self, kind: type, call: str) -> list[str]:
-        """Return the loop that calls the parts of a kind, if there are any."""
+        """Return the loop that makes a call on every module of class `kind` in the pair; no lines if there is none."""
         if not self.has(kind):
             return []
         test = f"isinstance(part, {self.imported(kind)})"
         return [f"for part in filter(lambda part: {test}, pair.modules()):", f"    part.{call}"]
 
     def has(self, kind: type) -> bool:
-        """True where the pair has a part of a kind."""
+        """Return True if the pair has a module of class `kind`."""
         return any(isinstance(part, kind) for part in self.pair.modules())
 
     def model(self) -> Iterator[str]:
@@ -100,7 +100,10 @@ class PairScript(Script):
                 yield f'    pyro.factor(f"{site.name}/{{penalty}}", value, has_rsample=True)'
 
     def estimator(self, posterior: nn.Module, told: str) -> str:
-        """Return the argument of a site that says how its gradient is made; Pyro keeps an average baseline itself."""
+        """Return the `infer` argument of a sample site that selects its gradient estimator.
+
+        A moving-average baseline is left to Pyro's own.
+        """
         if not isinstance(posterior, Estimated):
             return ""
         if posterior.average is None:
@@ -109,7 +112,10 @@ class PairScript(Script):
         return f'infer={{"baseline": {{{decay}}}}}'
 
     def latent(self, site: Site, distribution: str, infer: str) -> Iterator[str]:
-        """Yield the statement that samples a latent; without a density where its KL is that of its codes."""
+        """Yield the statements that sample a latent.
+
+        Its log density is masked if the KL is that of the categoricals.
+        """
         statement = sampled(site.name, distribution, infer)
         if self.prices_codes(site):
             yield "with poutine.mask(mask=False):  # the KL of the codes is a factor of the guide"
@@ -118,21 +124,21 @@ class PairScript(Script):
             yield from self.weighed([statement])
 
     def prices_codes(self, site: Site) -> bool:
-        """True for a relaxed latent whose KL is that of the categoricals."""
+        """Return True for a relaxed latent whose KL is that of the categoricals with the same logits."""
         return getattr(self.experiment.latents[site.name].posterior, "kl", None) == "categorical"
 
     def known(self, site: Site) -> str:
-        """Return the expression of what parts know of a latent."""
+        """Return the expression of the `Site` of a latent in the script's pair."""
         return f"pair.model.sites[{self.modeller.sites.index(site)}]"
 
     def row(self, site: Site, value: str) -> str:
-        """Return the statement that samples the row of a nearest code, a point on both sides."""
+        """Return the statement that samples the codebook row of a nearest code, a point mass in model and guide."""
         point = f"{self.imported(Determined)}({value}, event_dim={len(site.features)})"
         return f'seen[{quoted(site.name)}] = pyro.sample("{embedded(site.name)}", {point})'
 
 
 def sections_of(value: Any) -> Iterator[Section]:
-    """Yield every table of a declaration."""
+    """Yield every table (`Section`) inside a declaration, an outer one before those in it."""
     if isinstance(value, Mapping):
         value = tuple(value.values())
     if isinstance(value, tuple):

@@ -1,4 +1,4 @@
-"""Priors, posteriors and likelihoods that torch and Pyro have, as expressions."""
+"""Python expressions of the priors, posteriors and likelihoods that torch and Pyro provide."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ if TYPE_CHECKING:
     from pvae.experiment.pyro_script.plain import PlainScript
 
 Expression = tuple[list[str], str]
-"""Statements, and an expression after them."""
+"""Statements that a script runs first, and the expression of a distribution that uses them."""
 
 
 class NotPlainError(Exception):
-    """A part cannot be written out, and cannot be built without the other side of the pair."""
+    """A component can neither be written in plain Pyro nor be built apart from the other components of the pair."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """Prior or posterior of a latent, for a script.
+    """Prior or posterior of a latent that a script writes out.
 
     Arguments:
-        script: the script in the making.
-        name: of the part in the script.
+        script: generator of the script.
+        name: variable of the prior or posterior in the script.
         site: the latent.
-        declared: the part as it is declared.
-        module: the part as pvae builds it.
-        inputs: expressions that it reads, by name.
+        declared: declaration of the prior or posterior.
+        module: the module that pvae builds from the declaration.
+        inputs: expressions of the inputs of its network, by name.
     """
 
     script: PlainScript
@@ -43,16 +43,16 @@ class Part:
     inputs: Mapping[str, str]
 
     def network(self) -> str:
-        """Return the call of the part's own network on its inputs."""
+        """Return the expression that applies the network of the prior or posterior to its inputs."""
         built = self.module.network
         return self.script.network(self.name, self.declared.network or MLP(hidden=()), built, self.inputs, built.output)
 
     def parameters(self, **made: str) -> None:
-        """Add learned tensors, each by the expression that makes it."""
+        """Add a dictionary of learned tensors to the script, each given by the expression of its first value."""
         self.script.parts[self.name] = f"nn.ParameterDict({named(made)})"
 
     def relaxed(self, logits: str) -> str:
-        """Return Pyro's relaxed one-hot of some logits."""
+        """Return the expression of Pyro's `RelaxedOneHotCategorical` with the given logits."""
         event = f".to_event({len(self.site.space.grid)})" if self.site.space.grid else ""
         return f"dist.RelaxedOneHotCategorical({self.script.temperature(self.site.name)}, logits={logits}){event}"
 
@@ -61,24 +61,24 @@ class Part:
 
 
 def standard_normal(part: Part) -> Expression:
-    """Return N(0, I)."""
+    """Return the expression of the standard normal N(0, I)."""
     return [], f"dist.Normal(torch.zeros({part.site.event[0]}), 1.0).to_event(1)"
 
 
 def normal(part: Part) -> Expression:
-    """Return a normal whose network gives location and log-variance."""
+    """Return the expression of a diagonal normal whose location and log-variance a network computes."""
     low, high = part.module.bounds
     scale = f"(log_variance.clamp({low:g}, {high:g}) / 2).exp()"
     return [f"loc, log_variance = {part.network()}.chunk(2, -1)"], f"dist.Normal(loc, {scale}).to_event(1)"
 
 
 def point(part: Part) -> Expression:
-    """Return the point of an autoencoder."""
+    """Return the expression of a `Delta` at the output of a network, the posterior of an autoencoder."""
     return [], f"dist.Delta({part.network()}, event_dim=1)"
 
 
 def weights_of_codes(part: Part) -> Expression:
-    """Return the categorical of a code, or its relaxation, with learned or equal weights."""
+    """Return the expression of a categorical prior, or its relaxation, with learned or equal weights."""
     logits = f"torch.zeros({', '.join(map(str, part.module.logits.shape))})"
     if part.declared.kind == "categorical":
         part.parameters(logits=logits)
@@ -91,7 +91,10 @@ def weights_of_codes(part: Part) -> Expression:
 
 
 def inferred_codes(part: Part) -> Expression:
-    """Return the categorical of a code, or its relaxation, given x; networks have the codes before the grid."""
+    """Return the expression of a categorical posterior, or its relaxation, whose logits a network computes.
+
+    Networks have the dimension of the codes before those of the grid, Pyro has it last.
+    """
     if part.site.space.values == "relaxed" and part.declared.kl == "relaxed":
         grid = len(part.site.space.grid)
         return [], part.relaxed(part.network() + (f".movedim({-1 - grid}, -1)" if grid else ""))
@@ -101,7 +104,7 @@ def inferred_codes(part: Part) -> Expression:
 
 
 def mixture(part: Part) -> Expression:
-    """Return a mixture of learned normals."""
+    """Return the expression of a mixture of normals with learned weights, locations and log-variances."""
     (count, dim), (low, high), name = part.module.loc.shape, part.declared.log_variance, part.name
     zeros = f"torch.zeros({count}, {dim})"
     part.parameters(loc=f"torch.randn({count}, {dim})", log_variance=zeros, logits=f"torch.zeros({count})")
@@ -111,7 +114,7 @@ def mixture(part: Part) -> Expression:
 
 
 def vamp(part: Part) -> Expression:
-    """Return the mixture of the guide's posteriors at pseudo-inputs."""
+    """Return the expression of a VampPrior, the mixture of the guide's posteriors at learned pseudo-inputs."""
     shape = part.module.pseudo_inputs.shape
     part.parameters(pseudo_inputs=f"torch.rand({', '.join(map(str, shape))})")
     read = f'{part.name}["pseudo_inputs"]' + (".clamp(0, 1)" if part.module.bounded else "")
@@ -123,7 +126,7 @@ def vamp(part: Part) -> Expression:
 
 
 def flow(part: Part) -> Expression:
-    """Return N(0, I) pushed through Pyro's own transforms, coordinates reversed between them."""
+    """Return the expression of a flow: N(0, I) pushed through Pyro's transforms, with reversed coordinates between."""
     declared, dim = part.declared, part.site.event[0]
     sizes = f"{dim}, {list(declared.hidden)}"
     step = f"affine_autoregressive({sizes})"
@@ -153,21 +156,22 @@ PRIORS: Rules = {
     ("uniform", "relaxed"): weights_of_codes,
     **{(kind, "real"): flow for kind in ("realnvp", "spline_coupling", "maf", "iaf")},
 }
-"""Priors that are written out, by kind and values of the latent; any other is built by name."""
+"""Functions that write a prior in plain Pyro, by kind of prior and value space of the latent; a script builds any
+other prior from its pvae class."""
 POSTERIORS: Rules = {
     ("normal", "real"): normal,
     ("delta", "real"): point,
     ("categorical", "index"): inferred_codes,
     ("relaxed_onehot", "relaxed"): inferred_codes,
 }
-"""Posteriors that are written out, likewise."""
+"""Functions that write a posterior in plain Pyro, by kind of posterior and value space of the latent."""
 
 
 # ---------------------------------------------------------------------- likelihoods
 
 
 def normal_likelihood(script: PlainScript, declared: Any, h: str) -> str:
-    """Return independent normal elements of one scale."""
+    """Return the expression of independent normals at `h` that share one scale, which is fixed or learned."""
     if declared.scale == "fixed":
         return f"dist.Normal({h}, {declared.value:g})"
     script.parts["likelihood"] = f'nn.ParameterDict({{"log_scale": torch.tensor({declared.value:g}).log()}})'
@@ -179,4 +183,4 @@ LIKELIHOODS: dict[tuple[str, str], Callable[[PlainScript, Any, str], str]] = {
     ("normal", "fixed"): normal_likelihood,
     ("normal", "shared"): normal_likelihood,
 }
-"""Likelihoods that are written out, by kind and scale, before their event dimensions are declared."""
+"""Functions that write a likelihood in plain Pyro, by kind and scale, without its `to_event`."""

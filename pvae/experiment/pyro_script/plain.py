@@ -1,4 +1,4 @@
-"""Scripts whose parts are written out in torch and Pyro, or built by name from pvae."""
+"""Scripts whose components are written out in torch and Pyro, or constructed from their pvae classes."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ __all__ = ["NotPlainError", "PlainScript"]
 
 @final
 class PlainScript(Script):
-    """A script whose parts are written out, or built by name."""
+    """Script whose components are each written out in torch and Pyro, or constructed from their pvae classes."""
 
     @property
     def batch(self) -> dict[str, str]:
@@ -71,14 +71,14 @@ class PlainScript(Script):
     # ------------------------------------------------------------------ parts
 
     def prior(self, site: Site) -> Expression:
-        """Return p(site | parents)."""
+        """Return statements and expression of the prior p(site | parents)."""
         declared = self.experiment.latents[site.name].prior
         given = {above: self.seen(above) for above in site.given}
         part = Part(self, f"prior_{site.name}", site, declared, self.modeller.priors[site.name], given)
         return self.written(part, PRIORS, {above: self.shape(above) for above in site.given}, part.name + "({})")
 
     def posterior(self, site: Site, x: str) -> Expression:
-        """Return q(site | x, ...), with an expression for x."""
+        """Return statements and expression of the posterior q(site | x, ...), where `x` is an expression."""
         declared = self.experiment.latents[site.name].posterior
         shapes: Mapping[str, Shape] = {OBSERVED: self.pair.frame.x}
         lines, inputs = self.encoded(site, x) if declared.reads_features else ([], {OBSERVED: x})
@@ -89,7 +89,7 @@ class PlainScript(Script):
         return [*lines, *before], distribution
 
     def written(self, part: Part, rules: Rules, shapes: Mapping[str, Shape], call: str) -> Expression:
-        """Return a part as one of the rules writes it, else the call of what its class builds."""
+        """Return a prior or posterior as statements and expression: by its rule, else as a call of its pvae module."""
         if rule := rules.get((part.declared.kind, part.site.space.values)):
             return rule(part)
         if part.site.space.values == "relaxed":  # Pyro's value is a relaxed one-hot, that of pvae its logarithm
@@ -99,7 +99,7 @@ class PlainScript(Script):
         return [], call.format(named(part.inputs))
 
     def encoded(self, site: Site, x: str) -> tuple[list[str], dict[str, str]]:
-        """Return the encoder's statements, and the expressions that the posterior of a latent reads, by name."""
+        """Return the statements of the encoder, and the expressions of the inputs of a latent's posterior, by name."""
         given = {name: x if name == OBSERVED else self.seen(name) for name in site.guide_given}
         encoder, module = self.experiment.encoder, self.guider.encoder
         grids = [tuple(latent.grid) for latent in self.experiment.latents.values() if latent.grid]
@@ -116,7 +116,7 @@ class PlainScript(Script):
         raise NotPlainError
 
     def likelihood(self) -> str:
-        """Return p(x | z)."""
+        """Return the expression of the likelihood p(x | z)."""
         declared: Any = self.experiment.decoder.likelihood
         module, x = self.modeller.decoder, self.pair.frame.x
         given = {name: self.seen(name) for name in self.experiment.decoder_given()}
@@ -129,7 +129,10 @@ class PlainScript(Script):
     def network(
         self, name: str, declared: Network, module: NetworkModule, given: Mapping[str, str], output: Shape | None
     ) -> str:
-        """Add a network, of plain torch where that is a chain of layers; return its call."""
+        """Add a network to the script, as plain torch layers if it is a sequence of them.
+
+        Return its call on `given`.
+        """
         if layers := layers_of(module):
             self.parts[name] = chain(layers)
             return f"{name}({next(iter(given.values()))})"
@@ -137,10 +140,10 @@ class PlainScript(Script):
         return f"{name}({named(given)})"
 
     def build(self, name: str, code: str, module: nn.Module) -> None:
-        """Add a part of pvae that stands alone.
+        """Add a pvae module to the script, given the expression that constructs it.
 
         Raises:
-            NotPlainError: it reads the other side of the pair, or the training data.
+            NotPlainError: the module needs other components of the pair, or the training data.
         """
         if any(isinstance(part, MadeOfData) or isinstance(vars(part).get("link"), Link) for part in module.modules()):
             raise NotPlainError
@@ -149,24 +152,24 @@ class PlainScript(Script):
     # ------------------------------------------------------------------ latents
 
     def site(self, site: Site) -> str:
-        """Return the call that makes what a part knows of a latent."""
+        """Return the constructor call of the `Site` of a latent, from which its prior or posterior is built."""
         self.imported(Link)
         return self.instance(site)
 
     def instance(self, value: Any) -> str:
-        """Return the call that makes a dataclass, with what differs from its defaults; other data as they are."""
+        """Return the constructor call of a dataclass, without arguments at their defaults; a literal for other data."""
         if not is_dataclass(value):
             return literal(value)
         given = {f.name: getattr(value, f.name) for f in fields(value) if getattr(value, f.name) != f.default}
         return f"{self.imported(type(value))}({', '.join(f'{k}={self.instance(v)}' for k, v in given.items())})"
 
     def shape(self, name: str) -> Shape:
-        """Return the event shape of a latent or covariate as other parts see it."""
+        """Return the event shape of the features of a latent or covariate that networks read (one-hots of codes)."""
         known = {**self.pair.frame.shapes, **{site.name: site.features for site in self.experiment.sites()}}
         return known[name]
 
     def seen(self, name: str) -> str:
-        """Return the expression of a latent or covariate as other parts see it."""
+        """Return the expression of the features of a latent or covariate that networks read (one-hots of codes)."""
         latent = self.experiment.latents.get(name)
         if latent is None or latent.codes is None:
             return name

@@ -1,8 +1,8 @@
-"""A declaration as a Pyro script.
+"""Conversion of a declaration into a Pyro script.
 
-Parts that torch or Pyro have are written out; others that stand alone are built by name from their classes in pvae.
-Where a part reads the other side of the pair (a codebook, the model's prior, training data), all parts come from the
-pair that pvae builds. The statements of `model` and `guide` are written out in any case.
+Components that torch or Pyro provide are written out; others are constructed from their pvae classes. If a component
+needs other components of the pair (a codebook, the model's prior) or training data, all of them come from the pair
+that pvae builds. The statements of `model` and `guide` are written out in any case.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 
 
 def pyro_script(experiment: Experiment, x: Shape) -> str:
-    """Return a declaration as a Python script for Pyro, for data of event shape `x`.
+    """Return the source of a Python script that fits a declaration in Pyro, for data of event shape `x`.
 
     Raises:
-        DeclarationError: the objective is no ELBO that `pyro.infer.SVI` minimises.
+        DeclarationError: the objective is not an ELBO that `pyro.infer.SVI` can minimise.
     """
     objective: Any = experiment.objective
     if objective.kind not in ELBOS or objective.free_bits:
