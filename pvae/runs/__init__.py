@@ -1,1 +1,1 @@
-"""Files of a run: its directory, checkpoints, listing and exports."""
+"""Runs (fitted experiments) on the disk: their directories, checkpoints, listing and exports."""

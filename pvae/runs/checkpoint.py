@@ -1,7 +1,7 @@
-"""Checkpoints: folders of safetensors and JSON that are whole or not there, verified byte for byte when read.
+"""Checkpoints: folders of safetensors and JSON files, written atomically and verified by SHA-256 when read.
 
-A checkpoint ``step-00001234/`` holds ``<group>.safetensors``, ``state.json``, and ``manifest.json`` with the size
-and SHA-256 of each. Neither safetensors nor JSON notices a flipped byte; the manifest does. Nothing is unpickled.
+A checkpoint ``step-00001234/`` contains ``<group>.safetensors``, ``state.json``, and ``manifest.json`` with the size
+and SHA-256 of each file, because neither safetensors nor JSON detects a flipped byte. Nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from pvae.runs.packing import LARGEST_STATE, pack_state, pack_tensors, unpack_ob
 from pvae.util.files import read_inside, sync_folder, write_new
 
 SCHEMA_VERSION = 1
-"""The layout written here. A newer one is refused, an older one goes through ``MIGRATIONS``."""
+"""Version of the checkpoint format written; newer versions are refused, older ones converted by ``MIGRATIONS``."""
 KEPT_CHECKPOINTS = 2
-"""Checkpoints that are kept, the newest."""
+"""Number of newest checkpoints that are kept by default."""
 
 _LOG = logging.getLogger("pvae")
 _STEP = re.compile(r"step-(\d{8,})\Z")
@@ -37,7 +37,7 @@ _REPLACED = re.compile(r"\.old-(step-\d{8,})-[0-9a-f]+\Z")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One verified checkpoint: its folder, its step, ``tensors[group][key]`` on the CPU, and its JSON state."""
+    """Verified content of a checkpoint: folder, training step, ``tensors[group][name]`` on the CPU, and JSON state."""
 
     path: Path
     step: int
@@ -46,7 +46,7 @@ class Checkpoint:
 
 
 MIGRATIONS: dict[int, Callable[[Checkpoint], Checkpoint]] = {}
-"""``MIGRATIONS[n]`` turns the content of schema n into that of n + 1."""
+"""Converters of old checkpoints: ``MIGRATIONS[n]`` converts content of format version n to version n + 1."""
 
 
 def write(
@@ -58,11 +58,11 @@ def write(
     keep: int = KEPT_CHECKPOINTS,
     durable: bool = True,
 ) -> Path:
-    """Write the checkpoint of ``step`` into ``folder`` whole or not at all, then remove the oldest beyond ``keep``.
+    """Write the checkpoint of ``step`` into ``folder`` atomically, then remove all but the ``keep`` newest checkpoints.
 
-    A checkpoint of the same step is replaced. Raises StorageError when writing fails (nothing that stood there is
-    lost, no temporary stays), CheckpointError for tensors or state that could not be read back as they are, and
-    DeclarationError for a wrong step, ``keep`` or group name. ``durable=False`` leaves out the fsyncs.
+    A checkpoint of the same step is replaced. Raises StorageError if writing fails (existing checkpoints stay, no
+    temporary files remain), CheckpointError if tensors or state could not be read back unchanged, and DeclarationError
+    for an invalid step, ``keep`` or group name. ``durable=False`` omits the fsyncs. Returns the checkpoint's folder.
     """
     _check_arguments(step, tensors, keep)
     temporary = folder / f".tmp-{os.urandom(8).hex()}"
@@ -97,7 +97,7 @@ def _check_arguments(step: int, tensors: Mapping[str, Mapping[str, Tensor]], kee
 
 
 def _contents(tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> Iterator[tuple[str, bytes]]:
-    """Yield name and bytes of every file, one at a time: the checkpoint need not fit into memory twice."""
+    """Yield name and bytes of every file of a checkpoint, one at a time to save memory."""
     for group, entries in tensors.items():
         yield f"{group}.safetensors", pack_tensors(group, entries)
     yield "state.json", pack_state(state)
@@ -116,7 +116,10 @@ def _stage(temporary: Path, step: int, contents: Iterable[tuple[str, bytes]], du
 
 
 def _place(temporary: Path, path: Path, durable: bool) -> Path:
-    """Rename the staged folder. One of the same step is first renamed to a name that ``latest`` still reads."""
+    """Rename the finished temporary folder to the checkpoint's name; an old checkpoint of the step is replaced.
+
+    The old checkpoint is first renamed to a name that ``latest`` still reads, so that a crash loses nothing.
+    """
     replaced = path.with_name(f".old-{path.name}-{os.urandom(4).hex()}")
     if os.path.lexists(path):
         os.rename(path, replaced)
@@ -133,7 +136,7 @@ def _place(temporary: Path, path: Path, durable: bool) -> Path:
 
 
 def _prune(folder: Path, written: Path, keep: int) -> None:
-    """Remove the oldest beyond ``keep``, by step and never by time, and never the one just written."""
+    """Remove all checkpoints but the ``keep`` of the highest steps and the one just written."""
     paths = [folder / _name(step) for step in sorted(_steps(folder), reverse=True)]
     for path in paths[keep:]:
         if path != written:
@@ -141,7 +144,7 @@ def _prune(folder: Path, written: Path, keep: int) -> None:
 
 
 def _discard(path: Path) -> None:
-    """Remove a checkpoint; renamed first, so that a kill half way leaves no half checkpoint under a step's name."""
+    """Remove a checkpoint, renamed first so that an interrupted removal leaves no partial checkpoint under its name."""
     doomed = path.with_name(f".tmp-{os.urandom(8).hex()}")
     with suppress(FileNotFoundError):
         os.rename(path, doomed)
@@ -156,10 +159,10 @@ def _remove(path: Path) -> None:
 
 
 def read(path: Path) -> Checkpoint:
-    """Read the checkpoint in the folder ``path``; every file is verified before it is parsed, older schemas migrate.
+    """Return the checkpoint in the folder ``path``, with every file verified by SHA-256 before it is parsed.
 
-    Raises CheckpointError that names the file, what was expected and what was found. Only files that the manifest
-    names are opened, only plain ones, and nothing is ever unpickled.
+    Older format versions are converted. Raises CheckpointError, which names the file and the fault. Only regular files
+    that the manifest lists are opened, and nothing is unpickled.
     """
     schema, step, files = _manifest(Path(path))
     state = unpack_object(path / "state.json", _verified(path, "state.json", files.pop("state.json")))
@@ -171,7 +174,7 @@ def read(path: Path) -> Checkpoint:
 
 
 def _manifest(path: Path) -> tuple[int, int, dict[str, dict[str, Any]]]:
-    """Return schema, step and table of files of the manifest, every entry checked."""
+    """Return format version, step and file table (size, SHA-256 by name) of a checkpoint's manifest, all validated."""
     where = path / "manifest.json"
     if path.is_symlink() or not path.is_dir():
         raise wrong(path, "a checkpoint folder", "a link" if path.is_symlink() else "none")
@@ -211,7 +214,7 @@ def _file_table(where: Path, files: object) -> dict[str, dict[str, Any]]:
 
 
 def _check_file_name(where: Path, name: str) -> None:
-    """Refuse names that lead out of the folder or are of other kinds than are written."""
+    """Refuse a file name in a manifest that is neither `state.json` nor a plain `<group>.safetensors`."""
     group = name.removesuffix(".safetensors")
     if name != "state.json" and (group == name or slug(group) != group):
         raise wrong(where, "plain names like weights.safetensors", repr(name)[:80])
@@ -247,10 +250,10 @@ def _migrated(checkpoint: Checkpoint, schema: int) -> Checkpoint:
 
 
 def latest(folder: Path, *, report: Callable[[str], None] = _LOG.warning) -> Checkpoint | None:
-    """Return the readable checkpoint of the highest step; None where there is no checkpoint at all.
+    """Return the checkpoint of the highest step that can be read, or None if the folder contains no checkpoint.
 
-    Each one refused is reported with the reason; raises CheckpointError that lists them if nothing else is left,
-    because to start anew silently would lose a run.
+    Each unreadable checkpoint is passed to `report` with the reason. If all are unreadable, a CheckpointError lists
+    them, because silently starting anew would lose the run.
     """
     refused = []
     for path in newest_first(folder):
@@ -265,7 +268,7 @@ def latest(folder: Path, *, report: Callable[[str], None] = _LOG.warning) -> Che
 
 
 def newest_first(folder: Path) -> list[Path]:
-    """Return the checkpoints by falling step, with one that a killed ``write`` renamed where its step is missing."""
+    """Return the paths of all checkpoints, highest step first, including one left renamed by an interrupted `write`."""
     paths = {step: folder / _name(step) for step in _steps(folder)}
     for name in _names(folder):
         if match := _REPLACED.match(name):
@@ -280,7 +283,7 @@ def _steps(folder: Path) -> list[int]:
 
 
 def _names(folder: Path) -> list[str]:
-    """Return the names in ``folder``, [] where there is none; raises CheckpointError if it cannot be read."""
+    """Return the sorted file names in ``folder``, [] if it does not exist; raises CheckpointError if unreadable."""
     try:
         return sorted(os.listdir(folder))
     except FileNotFoundError:
@@ -290,9 +293,9 @@ def _names(folder: Path) -> list[str]:
 
 
 def sweep(folder: Path) -> list[str]:
-    """Remove what killed writes left behind and return its names; for the owner of the run alone, at its start.
+    """Remove temporary files of interrupted writes and return their names; only the lock's holder may call this.
 
-    A checkpoint that was set aside and never replaced gets its name back. Raises StorageError.
+    An old checkpoint that was renamed and never replaced gets its name back. Raises StorageError.
     """
     names = [name for name in _names(folder) if name.startswith(".tmp-") or _REPLACED.match(name)]
     try:

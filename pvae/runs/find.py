@@ -1,4 +1,4 @@
-"""Folders of runs: new ones, and those that a name means. Standard library only."""
+"""Creation of new run folders, and look-up of runs by name. Standard library only."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pvae.runs.names import new_run_id, slug
 
 
 def fresh_folder(parent: Path) -> Path:
-    """Make a new folder in ``parent`` for a run, also for two runs of the same second; raises OSError."""
+    """Return a newly created, unique folder for a run in ``parent``; raises OSError."""
     parent.mkdir(parents=True, exist_ok=True)
     for _ in range(100):
         with suppress(FileExistsError):
@@ -25,7 +25,7 @@ def fresh_folder(parent: Path) -> Path:
 
 
 def is_run(folder: Path) -> bool:
-    """True if a folder holds a manifest."""
+    """Return True if a folder is a run directory, that is, contains a file `manifest.json`."""
     try:
         return stat.S_ISREG((folder / "manifest.json").lstat().st_mode)
     except (OSError, ValueError):
@@ -33,7 +33,7 @@ def is_run(folder: Path) -> bool:
 
 
 def folders(parent: Path) -> list[Path]:
-    """Return the folders in ``parent``, without links and hidden ones; [] where it cannot be read."""
+    """Return the folders in ``parent``, sorted, without links and hidden ones; [] if it cannot be read."""
     try:
         with os.scandir(parent) as entries:
             found = [e.name for e in entries if not e.name.startswith(".") and e.is_dir(follow_symlinks=False)]
@@ -43,12 +43,12 @@ def folders(parent: Path) -> list[Path]:
 
 
 def _newest(folders: list[Path]) -> list[Path]:
-    """Return the run with the latest id, as a list of one or none."""
+    """Return a list of the run directory with the latest id among the folders; empty if none is a run."""
     return sorted(filter(is_run, folders), key=lambda folder: folder.name)[-1:]
 
 
 def find_run(path: str, root: Path) -> Path:
-    """Return the folder of the run that ``path`` names; raises DeclarationError with near names where there is none."""
+    """Return the folder of the run with a path or name; raises DeclarationError, with similar names, if not found."""
     for folder in _candidates(path, root):
         if is_run(folder):
             return folder.resolve()
@@ -61,7 +61,7 @@ def find_run(path: str, root: Path) -> Path:
 
 
 def _candidates(path: str, root: Path) -> Iterator[Path]:
-    """Yield the folders that ``path`` may mean, in order of precedence."""
+    """Yield the folders that a path or name of a run may refer to, in order of precedence."""
     if path == "latest":
         yield from _newest([run for name in folders(root) for run in folders(name)])
         return

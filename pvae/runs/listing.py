@@ -1,4 +1,4 @@
-"""List of all runs below a folder with their states, as `pvae runs` prints it. Standard library only."""
+"""Listing of all runs below a folder with their states, as `pvae runs` prints it. Standard library only."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from pvae.runs.rundir import RUN_STATES, RunDirectory
 
 
 def list_runs(root: Path) -> list[dict[str, Any]]:
-    """Return a row for every run under ``root``, sorted by start. Never raises.
+    """Return one row (dict) for every run under ``root``, sorted by start time; never raises.
 
-    A row holds name, id, path, state, epoch, epochs, elbo, started, seconds, why. ``state`` is that of the status, or
-    ``created`` before the first, ``stale`` for a running one whose process is dead on this host or silent for five
-    minutes on another, ``broken`` (then ``why`` says what).
+    The keys of a row are name, id, path, state, epoch, epochs, elbo, started, seconds, why. ``state`` is the state in
+    the run's status; ``created`` before the first status; ``stale`` for a running one whose process is dead (or, on
+    another host, has written no heartbeat for five minutes); ``broken`` if files are damaged (``why`` is the reason).
     """
     rows = [_row(run) for name in folders(Path(root)) for run in folders(name)]
     return sorted(rows, key=lambda row: (row["started"], row["id"]))
@@ -35,7 +35,7 @@ def _row(path: Path) -> dict[str, Any]:
 
 
 def _started(run_id: str) -> str:
-    """Return the start time in a run id, or an empty text."""
+    """Return the start time (ISO 8601) that is part of a run id, or an empty string."""
     try:
         return datetime.strptime(run_id[:16], "%Y%m%dT%H%M%SZ").replace(tzinfo=UTC).isoformat(timespec="milliseconds")
     except ValueError:
@@ -69,13 +69,13 @@ def _state(run: RunDirectory, status: Mapping[str, Any]) -> str:
 
 
 def _number(value: object) -> int | float | None:
-    """Return ``value`` if it is a number that a table can show (a status may hold anything, also 10^400)."""
+    """Return ``value`` if it is a number of displayable size, else None; a damaged status may contain anything."""
     known = isinstance(value, int | float) and not isinstance(value, bool) and -1e300 < value < 1e300
     return cast("int | float", value) if known else None
 
 
 def _seconds(status: Mapping[str, Any]) -> float | None:
-    """Return the training time in the status, else the time from the owner's start to its last heartbeat."""
+    """Return the training time in a run's status, else the seconds from the process's start to its last heartbeat."""
     told = _number(status.get("seconds"))
     if told is not None:
         return float(told)

@@ -1,4 +1,4 @@
-"""Names of run folders and times in files of a run. Standard library only."""
+"""Names of run folders, and time stamps in the files of a run. Standard library only."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ LONGEST_SLUG = 64
 
 
 def slug(name: str) -> str:
-    """Return a safe folder name: 1 to 64 ASCII letters, digits, ``.``, ``_``, ``-``; a safe name stays as it is.
+    """Return a safe folder name for an experiment: 1 to 64 ASCII letters, digits, ``.``, ``_`` and ``-``.
 
-    A name that keeps no character, is too long or is reserved gets a digest, so that names stay different.
+    A safe name stays unchanged; one that has no such characters, is too long or is reserved gets a digest as suffix.
     """
     plain = unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode()
     kept = re.sub(r"[^A-Za-z0-9._-]+", "-", plain).strip("-._")
@@ -26,17 +26,17 @@ def slug(name: str) -> str:
 
 
 def utc_now() -> str:
-    """Return the time in UTC, ISO 8601 with milliseconds."""
+    """Return the current time in UTC, ISO 8601 with milliseconds."""
     return datetime.now(UTC).isoformat(timespec="milliseconds")
 
 
 def new_run_id() -> str:
-    """Return the time in UTC and 8 random hexadecimal digits."""
+    """Return a new run id: the current time in UTC and 8 random hexadecimal digits."""
     return f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{os.urandom(4).hex()}"
 
 
 def age_seconds(time: object, until: datetime | None = None) -> float | None:
-    """Return the seconds from an ISO time to ``until`` (now), or None where ``time`` is no such time."""
+    """Return the seconds from an ISO 8601 time to ``until`` (default now), or None if ``time`` is not such a time."""
     try:
         return ((until or datetime.now(UTC)) - datetime.fromisoformat(str(time))).total_seconds()
     except (ValueError, TypeError):

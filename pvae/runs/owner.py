@@ -1,4 +1,4 @@
-"""Liveness of the process that owns a run. Standard library only."""
+"""Detection of runs whose fitting process is no longer alive. Standard library only."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from typing import Any
 from pvae.runs.names import age_seconds
 
 STALE_AFTER_SECONDS = 300.0
-"""Silence after which a run on another host is stale, and a temporary file is left over."""
+"""Seconds without heartbeat after which a run on another host counts as dead, or a temporary file as abandoned."""
 
 
 def birth_of(pid: int) -> str | None:
-    """Return the start time of process ``pid`` in ticks; "dead" for a zombie; None where the system does not say."""
+    """Return the start time of process ``pid`` in clock ticks; "dead" for a zombie; None if it cannot be found out."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         return "dead" if fields[0] in "ZX" else fields[19]
@@ -24,7 +24,7 @@ def birth_of(pid: int) -> str | None:
 
 
 def is_alive(pid: object, birth: object) -> bool:
-    """True if the process that wrote ``pid`` and ``birth`` lives on this host; a re-used pid has another birth."""
+    """Return True if the process with this pid and start time (`birth`, against re-used pids) is alive on this host."""
     if not isinstance(pid, int) or isinstance(pid, bool) or pid <= 0:
         return False
     try:
@@ -38,7 +38,7 @@ def is_alive(pid: object, birth: object) -> bool:
 
 
 def is_stale(status: Mapping[str, Any]) -> bool:
-    """True if the process of a running status is gone, or silent for too long on another host."""
+    """Return True if the process that fits a run is dead, or has written no heartbeat for too long on another host."""
     if status.get("host") == platform.node():
         return not is_alive(status.get("pid"), status.get("birth"))
     age = age_seconds(status.get("heartbeat"))

@@ -1,4 +1,4 @@
-"""Bytes of a checkpoint's files: tensors as safetensors, the state as JSON. Nothing is unpickled."""
+"""Serialisation of checkpoints: tensors as safetensors, the training state as JSON; no pickle."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pvae.errors import CheckpointError
 from pvae.util.files import MIB
 
 LARGEST_STATE = 16 * MIB
-"""Bytes of a state or a manifest."""
+"""Largest size (bytes) of a training state or a manifest."""
 
 _ESCAPE = "json:"
 DTYPES = frozenset(
@@ -27,12 +27,12 @@ DTYPES = frozenset(
 
 
 def wrong(where: Path, expected: str, found: object) -> CheckpointError:
-    """Make the error of a file that is not as expected."""
+    """Return a CheckpointError for a file: `where`: expected `expected`; got `found`."""
     return CheckpointError(f"{where}: expected {expected}; got {found}.")
 
 
 def pack_tensors(group: str, entries: Mapping[str, Tensor]) -> bytes:
-    """Return a group of tensors as the bytes of a safetensors file; raises CheckpointError."""
+    """Return named tensors as the bytes of a safetensors file; raises CheckpointError, which names the group."""
     seen: set[int] = set()
     try:
         return safetensors.torch.save({_escaped(key): _detached(value, seen) for key, value in entries.items()})
@@ -41,7 +41,7 @@ def pack_tensors(group: str, entries: Mapping[str, Tensor]) -> bytes:
 
 
 def _detached(tensor: Tensor, seen: set[int]) -> Tensor:
-    """Return a contiguous tensor on the CPU with storage of its own, since safetensors refuses shared storage."""
+    """Return a detached contiguous tensor on the CPU with its own storage, since safetensors refuses shared storage."""
     if tensor.dtype not in DTYPES:
         raise ValueError(f"dtype {tensor.dtype}, which could not be read back")
     dense = tensor.detach().resolve_conj().resolve_neg().to("cpu").contiguous()
@@ -53,7 +53,7 @@ def _detached(tensor: Tensor, seen: set[int]) -> Tensor:
 
 
 def _escaped(key: str) -> str:
-    """Return the key in a form that safetensors reads back: it loses lone surrogates and ``__metadata__``."""
+    """Return a tensor's name in a form that safetensors preserves; it loses lone surrogates and ``__metadata__``."""
     plain = key.encode(errors="ignore").decode() == key
     return key if plain and key != "__metadata__" and not key.startswith(_ESCAPE) else _ESCAPE + json.dumps(key)
 
@@ -63,7 +63,7 @@ def _unescaped(key: str) -> str:
 
 
 def pack_state(state: Mapping[str, Any]) -> bytes:
-    """Return the state as JSON; raises CheckpointError where it would not be read back as it is."""
+    """Return a training state as JSON bytes; raises CheckpointError if reading them would not give an equal state."""
     _require_text_keys(state)
     try:
         content = json.dumps(state, allow_nan=False).encode()
@@ -77,7 +77,7 @@ def pack_state(state: Mapping[str, Any]) -> bytes:
 
 
 def _require_text_keys(value: object) -> None:
-    """Refuse other keys than text: JSON turns them into text silently, and another state would be read."""
+    """Refuse dicts with keys that are not strings, which JSON would silently convert to strings."""
     if isinstance(value, Mapping):
         for key, item in value.items():
             if not isinstance(key, str):
@@ -89,7 +89,7 @@ def _require_text_keys(value: object) -> None:
 
 
 def unpack_tensors(where: Path, content: bytes) -> dict[str, Tensor]:
-    """Read the bytes of a safetensors file; raises CheckpointError."""
+    """Return the named tensors in the bytes of a safetensors file; raises CheckpointError."""
     try:
         return {_unescaped(key): value for key, value in safetensors.torch.load(content).items()}
     except (SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as problem:
@@ -97,7 +97,7 @@ def unpack_tensors(where: Path, content: bytes) -> dict[str, Tensor]:
 
 
 def unpack_object(where: Path, content: bytes) -> dict[str, Any]:
-    """Read a JSON object; raises CheckpointError."""
+    """Return the JSON object in the bytes of a file; raises CheckpointError."""
     try:
         found = json.loads(content.decode())
     except (ValueError, RecursionError) as problem:

@@ -1,4 +1,4 @@
-"""Run: a run directory opened again, with its declaration, pair, data and metrics."""
+"""Class `Run`: a fitted experiment opened from its run directory, with declaration, model and guide, data, metrics."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ if TYPE_CHECKING:
     from pvae.analysis.export.datasets import PosteriorDraws
 
 LISTED_DIFFERENCES = 12
-"""Lines of an error that lists the differences between a checkpoint and a declaration."""
+"""Largest number of differences between a checkpoint and a declaration that an error message lists."""
 
 
 def load_weights(module: nn.Module, tensors: Mapping[str, Tensor], origin: str) -> None:
-    """Copy weights into a module of the same declaration.
+    """Copy named weights into a module whose state_dict has the same names and shapes.
 
     Raises:
-        CheckpointError: names or shapes differ; each is listed.
+        CheckpointError: names or shapes differ; the message lists the differences after `origin`.
     """
     own = module.state_dict()
     lines = [f"{name}: expected by the declaration; not in the checkpoint" for name in own if name not in tensors]
@@ -56,15 +56,15 @@ def load_weights(module: nn.Module, tensors: Mapping[str, Tensor], origin: str) 
 
 
 def attended(pair: Pair, train: Split) -> Pair:
-    """Return the pair after its data-made parts got the training data."""
+    """Return the model/guide pair after parts that depend on data, such as an exemplar prior, got the training data."""
     return pair.attend(train.data) if pair.made_of_data() else pair
 
 
 def chosen(saved: checkpoint.Checkpoint) -> dict[str, Tensor]:
-    """Return the weights that a run selects: the best kept, else the average, else the last.
+    """Return the weights of a checkpoint that its fit selected: the best, the averaged, or the last weights.
 
     Raises:
-        CheckpointError: there are none.
+        CheckpointError: the checkpoint contains no weights.
     """
     if "weights" not in saved.tensors:
         raise CheckpointError(f"{saved.path}: expected weights.safetensors; got {', '.join(saved.tensors) or 'none'}.")
@@ -74,13 +74,13 @@ def chosen(saved: checkpoint.Checkpoint) -> dict[str, Tensor]:
 
 
 class Run:
-    """A run directory with its declaration, data, fitted pair and metrics.
+    """Fitted experiment in a run directory: its declaration, data, fitted model and guide, and metrics.
 
     Arguments:
-        files: the directory.
-        data: the data set, when it was passed in Python.
-        pair: the pair, when it was written by hand.
-        data_dir: where to look for data first.
+        files: run directory.
+        data: data set, if the fit used data passed in Python.
+        pair: model/guide pair, if the fit used a hand-written one.
+        data_dir: folder in which data files are looked for first.
 
     Example:
         >>> from tempfile import TemporaryDirectory
@@ -119,10 +119,10 @@ class Run:
         root: str | Path = "runs",
         data_dir: str | Path | None = None,
     ) -> Run:
-        """Open a run by folder, by name (its newest), by `name/id`, or `latest`.
+        """Return a run by its folder, by name (for the newest run), by `name/id`, or by `latest`.
 
-        A run of a hand-written pair, or of data passed in Python, needs the same `pair` or `data` again (what
-        `Dataset.of` takes).
+        A run of a hand-written pair, or of data passed in Python, needs the same `pair`, or the same `data` (any object
+        that `Dataset.of` accepts), again.
         """
         where = Path(data_dir) if data_dir else None
         run = cls(RunDirectory.open(path, Path(root)), pair=pair, data_dir=where)
@@ -135,17 +135,17 @@ class Run:
 
     @property
     def path(self) -> Path:
-        """The run's folder."""
+        """Folder of the run."""
         return self.files.path
 
     @property
     def name(self) -> str:
-        """The declared name."""
+        """Name of the experiment, as declared."""
         return str(self.files.manifest.get("name", self.path.parent.name))
 
     @cached_property
     def plan(self) -> Plan:
-        """The declaration: an `Experiment`, or a `Plan` for a hand-written pair."""
+        """Declaration of the run: an `Experiment`, or a `Plan` (training settings) for a hand-written pair."""
         origin, manifest = str(self.path / "spec.toml"), self.files.manifest
         kind = Experiment if manifest.get("declared", True) else Plan
         try:
@@ -157,14 +157,14 @@ class Run:
 
     @property
     def experiment(self) -> Experiment:
-        """The declaration of a declared run."""
+        """Declaration of the experiment; raises DeclarationError for a run of a hand-written pair."""
         if not isinstance(self.plan, Experiment):
             raise DeclarationError(f"{self.path}: expected a declared run; got one of a hand-written pair.")
         return self.plan
 
     @cached_property
     def data(self) -> Dataset:
-        """The data, checked against the fingerprint of the fit."""
+        """Data set of the fit, read again; raises DataError if its fingerprint differs from the recorded one."""
         data = self._given_data
         if data is None:
             if not isinstance(self.plan, Experiment) or isinstance(self.plan.data, TensorSource | FrameSource):
@@ -180,7 +180,7 @@ class Run:
 
     @cached_property
     def checkpoint(self) -> checkpoint.Checkpoint:
-        """The newest checkpoint that verifies."""
+        """Newest checkpoint whose checksums match; raises CheckpointError if there is none."""
         found = checkpoint.latest(self.path / "checkpoints", report=lambda line: self.files.log_event("fallback", line))
         if found is None:
             raise CheckpointError(f"{self.path}: expected a checkpoint; got none yet. Let the fit run longer.")
@@ -188,13 +188,13 @@ class Run:
 
     @cached_property
     def pair(self) -> Pair:
-        """The fitted pair, on the CPU, in evaluation mode."""
+        """Fitted model/guide pair with the selected weights, on the CPU, in evaluation mode."""
         pair = self.fresh_pair().cpu()
         load_weights(pair, chosen(self.checkpoint), str(self.checkpoint.path))
         return pair.eval()
 
     def fresh_pair(self) -> Pair:
-        """The pair before any weights are loaded."""
+        """Return the model/guide pair of the declaration with initial weights, before any checkpoint is loaded."""
         if self._given_pair is not None:
             return self._given_pair.adopt(self.data.train.rows[:2])
         if not isinstance(self.plan, Experiment):
@@ -203,12 +203,12 @@ class Run:
 
     @property
     def metrics(self) -> pandas.DataFrame:
-        """One row per epoch and split: elbo, reconstruction, kl, kl/<latent> in nats per datum."""
+        """Metrics (nats per datum) as a data frame, one row per epoch and split: elbo, reconstruction, kl, kl/<latent>."""
         return self.files.metrics()
 
     @property
     def status(self) -> dict[str, object]:
-        """State, epoch and last ELBO."""
+        """Latest status of the run: its state, epoch, last ELBO and so on."""
         return self.files.status()
 
     def __repr__(self) -> str:
@@ -239,7 +239,10 @@ class Run:
         memory: int = 1 << 30,
         on_progress: Progress = silent,
     ) -> PosteriorDraws:
-        """Sample the guide for a split, with densities and diagnostics; see `pvae.analysis.posterior`."""
+        """Return posterior samples of the latents of a split, with log densities and diagnostics.
+
+        See `pvae.analysis.posterior` for the arguments.
+        """
         from pvae.analysis.export.posterior import posterior  # here, because analysis imports pvae.runs
 
         return posterior(
@@ -255,7 +258,7 @@ class Run:
         )
 
     def to(self, device: str | torch.device) -> Run:
-        """Move pair and data to a device; returns self."""
+        """Move the pair and the data to a device, and return the run itself."""
         self.__dict__["pair"] = self.pair.to(device)
         self.__dict__["data"] = self.data.to(device)
         return self

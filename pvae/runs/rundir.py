@@ -1,7 +1,7 @@
-"""The files of one run: locked, replaced atomically, readable after a crash, and cheap to list.
+"""Directory of one run: its files are locked, replaced atomically, readable after a crash, and cheap to list.
 
-Imports only the standard library: ``pvae runs`` must answer at once. Everything read stays inside the
-run folder (plain files only, no links), and a full disk never stops a training: see ``RunDirectory.degraded``.
+Imports only the standard library, so that ``pvae runs`` is fast. Only regular files inside the run folder are read, no
+links, and a full disk never stops a fit: see ``RunDirectory.degraded``.
 """
 
 from __future__ import annotations
@@ -37,22 +37,22 @@ if TYPE_CHECKING:
 
 RUN_STATES = ("running", "finished", "interrupted", "failed")
 ALERT_KINDS = frozenset(["alert", "analysis", "fallback", "nonfinite", "storage"])
-"""Kinds of events that are no errors and still need attention."""
+"""Kinds of events that are shown to the user as alerts."""
 MANIFEST_KEYS: dict[str, type] = {
     "name": str, "device": str, "engine": str, "declared": bool, "imports": list, "trainable": list, "parent": dict,
     "data": dict, "exports": list,
 }  # fmt: skip
-"""Types of the entries of a manifest; each may be missing."""
+"""Type of each known entry of a run's manifest; every entry may be missing."""
 NULLABLE_KEYS = ("trainable", "parent")
-"""Entries that may also be null."""
+"""Entries of a run's manifest that may also be null."""
 
 
 class RunDirectory:
-    """The folder of one run. Only its lock's owner writes; anybody may read, also while it runs.
+    """Directory of one run. Only the process that holds its lock writes; every process may read, also during the fit.
 
-    ``degraded`` says why metrics, events or status could not be written (None: all is well). Such a failure is
-    remembered and never raised, because hours of training are worth more than a row. ``on_metrics`` is called after
-    each row of metrics.
+    ``degraded`` is the reason why metrics, events or status could not be written, or None. Such a failure is recorded
+    and never raised, because hours of training are worth more than a row of metrics. ``on_metrics`` is a function that
+    is called after each row of metrics.
     """
 
     def __init__(self, path: Path) -> None:
@@ -66,7 +66,7 @@ class RunDirectory:
 
     @classmethod
     def create(cls, root: Path, name: str) -> RunDirectory:
-        """Make a new ``<root>/<slug>/<UTC>-<8 hex>/``; raises OutputError where it cannot be made."""
+        """Return a new run directory ``<root>/<slug of name>/<UTC time>-<8 hex digits>/``; raises OutputError."""
         try:
             run = cls(fresh_folder(Path(root) / slug(name)))
             run.write_manifest({"name": name, "id": run.path.name, "started": utc_now()})
@@ -78,17 +78,19 @@ class RunDirectory:
 
     @classmethod
     def open(cls, path: Path | str, root: Path = Path("runs")) -> RunDirectory:
-        """Open the run at ``path``: a folder, or under ``root`` ``<name>`` (its newest), ``<name>/<id>`` or ``latest``.
+        """Return the directory of an existing run.
 
-        Raises DeclarationError, with the run names that come near, if there is none.
+        ``path`` is its folder, or under ``root`` a ``<name>`` (for its newest run), ``<name>/<id>`` or ``latest``.
+        Raises DeclarationError, which suggests similar names, if there is no such run.
         """
         return cls(find_run(str(path), Path(root)))
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Own the run: raises BusyError, with pid and host, where another process owns it.
+        """Hold the run's lock in the context and record this process in the status, as a fit does.
 
-        At the end a state that is still ``running`` becomes ``failed`` or ``interrupted``.
+        At the end a state that is still ``running`` becomes ``failed`` or ``interrupted``. Raises BusyError, with pid
+        and host, if another process holds the lock.
         """
         with self.held():
             try:
@@ -102,7 +104,7 @@ class RunDirectory:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Keep other processes out without a change of the status; raises BusyError as `lock` does."""
+        """Hold the run's lock in the context without changing the status; raises BusyError if it is taken."""
         from filelock import FileLock, Timeout
 
         lock = FileLock(self._plain_or_new(".lock"), timeout=0)
@@ -131,7 +133,7 @@ class RunDirectory:
         return f"one held by process {pid} on host {host} since {started}; wait for it or stop it"
 
     def _plain_or_new(self, name: str) -> Path:
-        """Return the path of a plain file or of none yet: opening a link would lead out of the run."""
+        """Return the path of a file of the run after checking that it is a regular file or does not exist yet."""
         path = self.path / name
         try:
             require_plain_target(path)
@@ -141,7 +143,7 @@ class RunDirectory:
 
     @property
     def manifest(self) -> dict[str, Any]:
-        """Name, id, start, versions and seeds of the run; raises DataError if damaged."""
+        """Manifest of the run: its name, id, start time, versions, seed and so on; raises DataError if damaged."""
         found = read_object(self.path, "manifest.json")
         for key, kind in MANIFEST_KEYS.items():
             if key in found and not isinstance(found[key], kind | None if key in NULLABLE_KEYS else kind):
@@ -153,7 +155,7 @@ class RunDirectory:
         return found
 
     def write_manifest(self, fields: Mapping[str, Any]) -> None:
-        """Replace the manifest; ``name``, ``id`` and ``started`` from the creation stay. Raises StorageError."""
+        """Replace the manifest, except ``name``, ``id`` and ``started``, which never change. Raises StorageError."""
         kept: dict[str, Any] = {}
         with suppress(DataError):
             kept = {key: value for key, value in self.manifest.items() if key in ("name", "id", "started")}
@@ -161,18 +163,18 @@ class RunDirectory:
 
     @property
     def spec_text(self) -> str:
-        """The resolved declaration, TOML; raises DataError if missing, over 1 MiB or not UTF-8."""
+        """Complete declaration of the experiment as TOML; raises DataError if missing, over 1 MiB or not UTF-8."""
         try:
             return read_inside(self.path, "spec.toml", MIB).decode()
         except UnicodeDecodeError as problem:
             raise DataError(f"{self.path / 'spec.toml'}: expected UTF-8; got {problem}.") from problem
 
     def write_spec(self, text: str) -> None:
-        """Keep the resolved declaration; raises StorageError."""
+        """Write the complete declaration of the experiment (TOML) to the run; raises StorageError."""
         write_atomic(self.path / "spec.toml", text)
 
     def status(self) -> dict[str, Any]:
-        """The last status, {} before the first; raises DataError if damaged."""
+        """Return the latest status of the run (state, epoch, ELBO), {} if none yet; raises DataError if damaged."""
         return read_object(self.path, "status.json") if os.path.lexists(self.path / "status.json") else {}
 
     def _status_or_empty(self) -> dict[str, Any]:
@@ -182,7 +184,7 @@ class RunDirectory:
             return {}
 
     def update_status(self, **fields: Any) -> None:  # noqa: ANN401  (anything JSON can say)
-        """Merge ``fields`` and a fresh ``heartbeat`` into the status, atomically; a failure degrades the run."""
+        """Update the status with ``fields`` and a new heartbeat, atomically; a failure is recorded in `degraded`."""
         with self._writing:
             status = {**self._status_or_empty(), "heartbeat": utc_now(), **fields}
             if self.degraded is not None:
@@ -193,15 +195,15 @@ class RunDirectory:
                 self.degraded = self.degraded or str(problem)
 
     def log_metrics(self, row: Mapping[str, Any]) -> None:
-        """Append a row to ``metrics.jsonl``, NaN and infinities as null, and call ``on_metrics``.
+        """Append a row to ``metrics.jsonl``, with NaN and infinities as null, and call ``on_metrics``.
 
-        A failure to write degrades the run.
+        A failure to write is recorded in `degraded`.
         """
         self._log("metrics.jsonl", row)
         self.on_metrics()
 
     def log_event(self, kind: str, message: str, **fields: Any) -> None:  # noqa: ANN401  (anything JSON can say)
-        """Append an event (an alert, a fallback, a stop) to ``events.jsonl``; a failure degrades the run."""
+        """Append an event, such as an alert, to ``events.jsonl``; a failure to write is recorded in `degraded`."""
         self._log("events.jsonl", {**fields, "time": utc_now(), "kind": kind, "message": message})
 
     def _log(self, name: str, fields: Mapping[str, Any]) -> None:
@@ -218,11 +220,11 @@ class RunDirectory:
             self.update_status()
 
     def metrics_rows(self) -> list[dict[str, Any]]:
-        """Every row of the metrics; a torn last line is dropped; raises DataError for other damage."""
+        """Return all rows of metrics; an incomplete last line is dropped; raises DataError for other damage."""
         return read_lines(self.path, "metrics.jsonl")
 
     def metrics(self) -> pandas.DataFrame:
-        """The metrics as a table, null as NaN; raises DataError where they cannot be one."""
+        """Return the metrics as a data frame, with null as NaN; raises DataError if they cannot be converted."""
         import pandas
 
         rows = self.metrics_rows()
@@ -235,37 +237,37 @@ class RunDirectory:
             ) from problem
 
     def truncate_metrics(self, epoch: int) -> None:
-        """Drop the rows after ``epoch``, atomically: a resumed run writes them again. Raises StorageError."""
+        """Remove the rows of metrics after ``epoch``, which a resumed fit writes again. Raises StorageError."""
         with self._writing:
             if os.path.lexists(self.path / "metrics.jsonl"):
                 kept = [row for row in self.metrics_rows() if not _is_after(row, epoch)]
                 write_atomic(self.path / "metrics.jsonl", b"".join(map(json_line, kept)))
 
     def events(self) -> list[dict[str, Any]]:
-        """Every event; a torn last line is dropped; raises DataError for other damage."""
+        """Return all events; an incomplete last line is dropped; raises DataError for other damage."""
         return read_lines(self.path, "events.jsonl")
 
     def alerts(self) -> list[str]:
-        """Messages of the events that need attention, in order; raises DataError as `events` does."""
+        """Return the messages of all alerts, in order of time; raises DataError as `events` does."""
         return [str(event.get("message")) for event in self.events() if event.get("kind") in ALERT_KINDS]
 
     @property
     def checkpoints(self) -> Path:
-        """The folder of checkpoints, made on demand."""
+        """Folder of the run's checkpoints, created on first access."""
         return self._folder("checkpoints")
 
     @property
     def analysis(self) -> Path:
-        """The folder of analyses, made on demand."""
+        """Folder of the run's analyses, created on first access."""
         return self._folder("analysis")
 
     @property
     def report(self) -> Path:
-        """The folder of reports, made on demand."""
+        """Folder of the run's reports, created on first access."""
         return self._folder("report")
 
     def exports(self, kind: str) -> Path:
-        """The folder of what an exporter of a kind writes, made on demand."""
+        """Return the folder for the files of an exporter, such as `tensorboard`, created on first access."""
         self._folder("exports")
         return self._folder(f"exports/{kind}")
 

@@ -1,1 +1,1 @@
-"""Health of the installation and of what is on the disk: doctor, verify, clean."""
+"""Maintenance: check of the installation (doctor), check of a run's files (verify), removal of old files (clean)."""

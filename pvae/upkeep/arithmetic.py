@@ -1,4 +1,4 @@
-"""Checks of the arithmetic: an ELBO that is known exactly, and gradients that are the same twice."""
+"""Doctor's checks of the arithmetic: an ELBO against its exact value, and reproducible gradients."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 ELBO_ROUNDING_NATS = 1e-9
-"""Nats that the ELBO may be off, in float64."""
+"""Largest accepted error (nats, float64) of the ELBO of the check."""
 
 
 def elbo(_: CheckArguments) -> Iterator[Check]:
-    """Find an ELBO that is wrong.
+    """Yield a check that fails if the ELBO of a Gaussian model differs from its exact value.
 
-    Here p(z) = N(0, 1), p(x | z) = N(z, 1), and the guide is the true posterior: every sample of the ELBO is log p(x).
+    With p(z) = N(0, 1), p(x | z) = N(z, 1) and the true posterior as guide, every sample of the ELBO is log p(x).
     """
     import pyro
     import torch
@@ -49,7 +49,7 @@ def elbo(_: CheckArguments) -> Iterator[Check]:
 
 
 def determinism(_: CheckArguments) -> Iterator[Check]:
-    """Find gradients that differ although the seed is the same."""
+    """Yield a check that fails if the same seed gives different gradients."""
     first, second = _gradients(), _gradients()
     if first.equal(second):
         yield Check("determinism", "ok", "same seed, same bits of the loss and all gradients (eager, on the CPU)")
@@ -60,7 +60,7 @@ def determinism(_: CheckArguments) -> Iterator[Check]:
 
 
 def _gradients() -> Tensor:
-    """Return loss and gradients of a small VAE from fixed seeds; the random state stays as it was."""
+    """Return loss and gradients of a small VAE with fixed seeds, as one vector; the global random state is restored."""
     import torch
 
     from pvae.experiment.experiment import Experiment

@@ -1,4 +1,4 @@
-"""Removal of left-over files in a folder of runs: interrupted writes, old checkpoints, failed runs, caches."""
+"""Command `clean`: removal of leftovers of interrupted writes, old checkpoints, failed runs and cached data."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ if TYPE_CHECKING:
 @final
 @dataclass(frozen=True)
 class Removal:
-    """A file or folder that may be removed.
+    """File or folder that can be removed.
 
     Arguments:
-        path: of the file or folder.
-        size: bytes of all its files.
-        why: reason for which it may be removed.
+        path: path of the file or folder.
+        size: total size of its files, in bytes.
+        why: reason why it can be removed.
     """
 
     path: Path
@@ -45,14 +45,14 @@ class Removal:
 @final
 @dataclass(frozen=True, repr=False)
 class Cleaning:
-    """Result of `clean`: the files that it removed or would remove.
+    """Result of `clean`: the files and folders that it removed or would remove.
 
     Arguments:
-        root: the folder of runs.
-        applied: True if they were removed.
-        removals: all that may be removed; when applied, all that was.
-        skipped: runs that were left alone, with the reason.
-        failed: files that could not be removed, with the reason.
+        root: folder of runs.
+        applied: True if files were removed, False if they were only listed.
+        removals: files and folders that were removed (if applied) or can be removed.
+        skipped: runs and cache entries that were left alone, each with the reason.
+        failed: files that could not be removed, each with the reason.
     """
 
     root: Path
@@ -63,17 +63,17 @@ class Cleaning:
 
     @property
     def size(self) -> int:
-        """Bytes of all removals."""
+        """Total size of all removals, in bytes."""
         return sum(removal.size for removal in self.removals)
 
     def summary(self) -> str:
-        """Return a sentence with the bytes that were freed, or would be."""
+        """Return a line with the number of removals and the space that was freed, or would be."""
         count = f"{len(self.removals)} removed" if self.applied else f"{len(self.removals)} would be removed"
         also = "" if self.applied or not self.removals else "; say --apply (apply=True) to do it"
         return f"{count}, {megabytes(self.size)} {'freed' if self.applied else 'to free'}{also}"
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain values for JSON, sizes in bytes."""
+        """Return the result as JSON values, with sizes in bytes."""
         return {
             "root": str(self.root),
             "applied": self.applied,
@@ -84,7 +84,7 @@ class Cleaning:
         }
 
     def rows(self) -> Iterator[tuple[str, str, str]]:
-        """Yield path, size and reason of everything, as they are printed."""
+        """Yield the printed rows: path, size (or "skipped", "failed") and reason of every file or run."""
         for r in self.removals:
             yield one_line(str(r.path)), megabytes(r.size), r.why
         for label, pairs in (("skipped", self.skipped), ("failed", self.failed)):
@@ -111,22 +111,22 @@ class Cleaning:
 
 
 def megabytes(size: int) -> str:
-    """Return a number of bytes as text in MiB or KiB."""
+    """Return a number of bytes formatted in MiB or KiB."""
     return f"{size / MIB:.1f} MiB" if size >= MIB / 10 else f"{size / 1024:.1f} KiB"
 
 
 def clean(root: str | Path = "runs", *, apply: bool = False, failed: bool = False, cache: bool = False) -> Cleaning:
-    """Find or remove the files of interrupted writes and old checkpoints.
+    """Remove, or list, the leftovers of interrupted writes and the old checkpoints in a folder of runs.
 
-    In every run that no process holds: temporaries of interrupted writes, and checkpoints older than the two newest
-    readable ones. The lock of the run is held meanwhile. Links are neither followed nor removed, and nothing outside
-    of the folder of runs (and of the cache) is touched.
+    In every run that no process has locked, these are temporary files of interrupted writes, and checkpoints older than
+    the two newest readable ones. The run is locked meanwhile. Links are neither followed nor removed, and nothing
+    outside the folder of runs (and the cache) is touched.
 
     Arguments:
-        root: the folder of runs.
-        apply: remove the files; else only list them.
-        failed: also whole runs that ended before their first checkpoint.
-        cache: also downloaded and decoded data, which are made again when needed.
+        root: folder of runs.
+        apply: True to remove the files, False to list them only.
+        failed: also remove whole runs that ended before their first checkpoint.
+        cache: also remove downloaded and decoded data, which are downloaded or decoded again when needed.
 
     Returns:
         The files that were or would be removed, with their bytes, and the runs that were left alone.
@@ -155,7 +155,7 @@ def clean(root: str | Path = "runs", *, apply: bool = False, failed: bool = Fals
 
 
 class _Broom:
-    """Collects files that may be removed, and removes them under `apply`."""
+    """Collector of files that can be removed; it removes them if `apply` is set."""
 
     def __init__(self, root: Path, apply: bool) -> None:
         self.root, self.apply, self.at_work = root, apply, False
@@ -164,7 +164,7 @@ class _Broom:
         self.failed: list[tuple[Path, str]] = []
 
     def run(self, path: Path, state: str, failed: bool) -> None:
-        """Sweep one run while holding it; one in progress, here or on another host, is named and left alone."""
+        """Collect (and remove) the leftovers of one run under its lock; a run that is being fitted is skipped."""
         if not _is_plain(path / "manifest.json"):
             return
         if state == "running":
@@ -179,7 +179,7 @@ class _Broom:
             self.skipped.append((path, str(problem)))
 
     def cached(self, entry: Path, lock: Path) -> None:
-        """Sweep one entry of the cache, under its lock."""
+        """Collect (and remove) one cache entry under its lock; an entry in use is skipped."""
         from filelock import FileLock, Timeout
 
         try:
@@ -189,7 +189,7 @@ class _Broom:
             self.skipped.append((entry, f"held by another process: {problem}"))
 
     def sweep(self, doomed: Iterable[tuple[Path, str]]) -> None:
-        """Remove files, or only list them."""
+        """Record files as removals, and remove them if `apply` is set."""
         for path, why in doomed:
             try:
                 removal = Removal(path, _size(path), why)
@@ -207,33 +207,33 @@ def _is_plain(path: Path) -> bool:
 
 
 def _parts(path: Path) -> list[tuple[Path, str]]:
-    """Return the files that may be removed from a run that is kept."""
+    """Return the leftover files and old checkpoints of a run, each with the reason to remove it."""
     found = [item for folder in (path, path / "analysis", path / "report") for item in _old_temporaries(folder)]
     return [*found, *_strays(path / "checkpoints"), *_surplus(path / "checkpoints")]
 
 
 def _old_temporaries(folder: Path) -> list[tuple[Path, str]]:
-    """Return temporaries of interrupted writes; a young one may belong to an analysis in progress."""
+    """Return temporary files of interrupted writes; recent ones, perhaps of an analysis in progress, are left out."""
     before = time.time() - STALE_AFTER_SECONDS
     old = [path for path in _hidden(folder, ".tmp-") if path.lstat().st_mtime < before]
     return [(path, "left by an interrupted write") for path in old]
 
 
 def _hidden(folder: Path, start: str) -> list[Path]:
-    """Return the entries of a folder (no link) whose names start so."""
+    """Return the entries of a folder whose names begin with `start`; [] if the folder is a link or absent."""
     if folder.is_symlink() or not folder.is_dir():
         return []
     return [folder / name for name in sorted(os.listdir(folder)) if name.startswith(start)]
 
 
 def _strays(folder: Path) -> list[tuple[Path, str]]:
-    """Return what killed writes left among the checkpoints; one set aside that none replaced is kept."""
+    """Return temporary folders of interrupted checkpoint writes, and renamed old checkpoints that were replaced."""
     replaced = [path for path in _hidden(folder, ".old-") if (folder / path.name[5:].rpartition("-")[0]).is_dir()]
     return [(path, "left by an interrupted write") for path in [*_hidden(folder, ".tmp-"), *replaced]]
 
 
 def _surplus(folder: Path) -> list[tuple[Path, str]]:
-    """Return the checkpoints older than the newest readable ones that are kept."""
+    """Return the checkpoints older than the `KEPT_CHECKPOINTS` newest readable ones."""
     paths = [] if folder.is_symlink() else checkpoint.newest_first(folder)
     sound = 0
     for i, path in enumerate(paths if len(paths) > checkpoint.KEPT_CHECKPOINTS else ()):
@@ -246,14 +246,14 @@ def _surplus(folder: Path) -> list[tuple[Path, str]]:
 
 
 def _never_saved(path: Path, state: str) -> bool:
-    """True if a run ended before its first checkpoint; one just made may be about to begin."""
+    """Return True if a run ended without any checkpoint; False for a very new run, which may be about to start."""
     if state not in ("failed", "interrupted", "stale", "created") or checkpoint.newest_first(path / "checkpoints"):
         return False
     return time.time() - (path / "manifest.json").lstat().st_mtime > STALE_AFTER_SECONDS
 
 
 def _cached() -> Iterator[tuple[Path, Path]]:
-    """Yield entries of the cache and their locks: a folder for each collection, and for each decoded file."""
+    """Yield the cache entries with their lock files: downloaded collections, decoded sources, unfinished entries."""
     root = cache_folder()
     for parent in (root, root / "decoded"):
         for folder in folders(parent) if not parent.is_symlink() else ():
@@ -264,7 +264,7 @@ def _cached() -> Iterator[tuple[Path, Path]]:
 
 
 def _size(path: Path) -> int:
-    """Return the bytes of a file, or of all files of a folder; links count as themselves."""
+    """Return the size (bytes) of a file, or of all files in a folder, without following links."""
     own = path.lstat()
     if not stat.S_ISDIR(own.st_mode):
         return own.st_size
@@ -272,7 +272,7 @@ def _size(path: Path) -> int:
 
 
 def _remove(path: Path) -> None:
-    """Remove; a folder is renamed first, so that a kill leaves no half run or checkpoint under its name."""
+    """Remove a file or folder; a folder is renamed first, so that an interruption leaves no partial run."""
     if not path.is_dir() or path.is_symlink():
         path.unlink(missing_ok=True)
         return

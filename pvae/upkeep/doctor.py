@@ -1,4 +1,4 @@
-"""Check of the installation and the machine, with one line of advice for each problem."""
+"""Command `doctor`: checks of the installation and the machine, with one line of advice for each problem."""
 
 from __future__ import annotations
 
@@ -34,20 +34,20 @@ CHECKS: dict[str, Callable[[CheckArguments], Iterable[Check]]] = {
     "plots": packages.plots,
     "arviz": packages.arviz,
 }
-"""All checks in the order of the report; `data` gives one for each source, `data.<source>`."""
+"""All checks by name, in the order of the report; `data` yields one for each data source, `data.<source>`."""
 
 
 def doctor(run_dir: str | Path = "runs", data_dir: str | Path | None = None) -> Checks:
-    """Check everything that pvae needs of a machine; nothing is left behind or downloaded.
+    """Return the results of all checks of the installation and the machine; leaves no files and downloads nothing.
 
-    A check that raises any error is a failed check. It takes seconds.
+    A check that raises an error counts as failed. All checks together take seconds.
 
     Arguments:
-        run_dir: folder in which runs are to be kept.
-        data_dir: folder to look for data in first.
+        run_dir: folder in which runs will be kept.
+        data_dir: folder in which data files are looked for first.
 
     Returns:
-        Checks by the stable names of `CHECKS`.
+        Results of the checks, with the names in `CHECKS`.
     """
     with ThreadPoolExecutor(1) as pool:
         imports = pool.submit(packages.import_in_child)  # takes longest, so it starts first and is read last

@@ -1,4 +1,4 @@
-"""Checks of a run's folder: analyses, links, foreign files, and what interrupted writes left."""
+"""Checks of a run's folder: analysis files, links, files that are not pvae's, leftovers of interrupted writes."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ FILES = ("manifest.json", "spec.toml", "status.json", "metrics.jsonl", "events.j
 FOLDERS = ("checkpoints", "analysis", "report", "exports")
 TEMPORARY = (".tmp-", ".old-")
 LISTED_FILES = 20
-"""Foreign files that are named; others are counted."""
+"""Largest number of unexpected files that are listed by name; any others are only counted."""
 _DIGEST = re.compile(r"([0-9a-f]{64})  ([^/\0\n]+)\n?\Z")
 
 
 def analyses(run: Path) -> Iterator[Check]:
-    """Check every file of an analysis that has a checksum beside it, and every JSON file."""
+    """Yield checks of a run's analysis files: those with a `.sha256` file against it, JSON files for validity."""
     folder = run / "analysis"
     names = sorted(os.listdir(folder)) if folder.is_dir() and not folder.is_symlink() else []
     count = 0
@@ -37,7 +37,10 @@ def analyses(run: Path) -> Iterator[Check]:
 
 
 def strangers(run: Path, live: bool) -> Iterator[Check]:
-    """Find links, devices, foreign files, and, unless the run is live, what interrupted writes left."""
+    """Yield checks of unexpected files in a run's folder: links, devices, files not written by pvae.
+
+    Temporary files of interrupted writes are reported unless the run is being fitted (`live`).
+    """
     found = [check for entry in walk(run) if (check := _stranger(run, entry, live)) is not None]
     yield from found[:LISTED_FILES]
     if len(found) > LISTED_FILES:
@@ -60,7 +63,7 @@ def _stranger(run: Path, entry: os.DirEntry[str], live: bool) -> Check | None:
 
 
 def _digest(folder: Path, name: str) -> Iterator[Check]:
-    """Compare a file with its checksum; raises DataError."""
+    """Compare a file with its `.sha256` file; raises DataError if they differ, else yields nothing."""
     found = _DIGEST.match(read_inside(folder, name, 1 << 16).decode(errors="replace"))
     if found is None:
         raise DataError(f"{folder / name}: expected a line of sha256sum; got another. Export the file again.")
@@ -71,7 +74,7 @@ def _digest(folder: Path, name: str) -> Iterator[Check]:
 
 
 def _json(folder: Path, name: str) -> Iterator[Check]:
-    """Read a file as JSON; raises DataError."""
+    """Parse a file as JSON; raises DataError if it is invalid, else yields nothing."""
     try:
         json.loads(read_inside(folder, name, 64 * MIB))
     except (ValueError, RecursionError) as problem:

@@ -1,4 +1,4 @@
-"""Checks of the machine: devices, threads, compiler, folders, data."""
+"""Doctor's checks of the machine: GPUs, threads, compiler, writable folders, disk space, data files."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ if TYPE_CHECKING:
 
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 WARN_BELOW_BYTES, FAIL_BELOW_BYTES = 1024 * MIB, 64 * MIB
-"""Free space below which there is a warning, a failure."""
+"""Free disk space (bytes) below which the check of the disk warns, and fails."""
 CGROUP_V2, CGROUP_V1 = Path("/sys/fs/cgroup"), Path("/sys/fs/cgroup/cpu")
 COMPILED = '#include <omp.h>\nextern "C" int pvae_threads() { return omp_get_max_threads(); }\n'
 
 
 def devices(_: CheckArguments) -> Iterator[Check]:
-    """Find a GPU that adds wrongly, or a torch for CUDA that sees no GPU."""
+    """Yield a check of the GPUs: it fails if one adds wrongly, and warns if a CUDA build of torch finds none."""
     import torch
 
     if not torch.cuda.is_available():
@@ -50,7 +50,7 @@ def devices(_: CheckArguments) -> Iterator[Check]:
 
 
 def threads(_: CheckArguments) -> Iterator[Check]:
-    """Find more threads than cores."""
+    """Yield a check that warns if torch uses more threads than there are cores."""
     import torch
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -65,7 +65,7 @@ def threads(_: CheckArguments) -> Iterator[Check]:
 
 
 def cgroup_cores() -> float | None:
-    """Return the cores that the cgroup allows; None where it sets no limit."""
+    """Return the number of cores that the cgroup allows this process; None if there is no limit."""
     with suppress(OSError, ValueError):
         quota, period = (CGROUP_V2 / "cpu.max").read_text().split()
         return None if quota == "max" else int(quota) / int(period)
@@ -76,7 +76,7 @@ def cgroup_cores() -> float | None:
 
 
 def compiler(_: CheckArguments) -> Iterator[Check]:
-    """Find a missing C++ compiler, or one without OpenMP."""
+    """Yield a check that warns if there is no C++ compiler with OpenMP, which torch.compile needs."""
     named = shlex.split(os.environ.get("CXX", "")) or [next(filter(shutil.which, ("g++", "clang++")), "")]
     without = "Install g++, or set CXX: without it fits go on eagerly, at about 1.2 times the cost of a step."
     if not shutil.which(named[0]):
@@ -96,7 +96,7 @@ def compiler(_: CheckArguments) -> Iterator[Check]:
 
 @contextmanager
 def _trial(folder: Path) -> Iterator[Path]:
-    """Make a hidden folder in `folder`, and `folder` itself; what was made is removed afterwards."""
+    """Yield a temporary hidden folder in `folder`, which is created if needed; all created folders are removed."""
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     try:
@@ -109,7 +109,7 @@ def _trial(folder: Path) -> Iterator[Path]:
 
 
 def run_dir(given: CheckArguments) -> Iterator[Check]:
-    """Find a folder of runs in which files cannot be made and replaced."""
+    """Yield a check that fails if files cannot be created and replaced in the folder of runs."""
     folder = given.runs
     try:
         with _trial(folder) as trial:
@@ -124,7 +124,7 @@ def run_dir(given: CheckArguments) -> Iterator[Check]:
 
 
 def lock(given: CheckArguments) -> Iterator[Check]:
-    """Find a file system that gives a lock to two owners."""
+    """Yield a check that fails if the file system of the runs grants the same file lock twice."""
     from filelock import FileLock, Timeout
 
     with _trial(given.runs) as trial, FileLock(trial / ".lock", timeout=0):
@@ -137,7 +137,7 @@ def lock(given: CheckArguments) -> Iterator[Check]:
 
 
 def space(given: CheckArguments) -> Iterator[Check]:
-    """Find a disk that is almost full."""
+    """Yield a check that warns or fails if the disk of the runs is almost full."""
     folder = given.runs.absolute()
     there = next(path for path in (folder, *folder.parents) if path.exists())
     free = shutil.disk_usage(there).free
@@ -147,7 +147,7 @@ def space(given: CheckArguments) -> Iterator[Check]:
 
 
 def _writable(name: str, folder: Path, level: Level, advice: str) -> Check:
-    """Return a check of `level` unless a file of 1 MiB can be written in a folder."""
+    """Return the check that a file of 1 MiB can be written in a folder; its verdict is `level` if not."""
     try:
         with _trial(folder) as trial:
             write_new(trial / "file", bytes(MIB), durable=False)
@@ -157,20 +157,20 @@ def _writable(name: str, folder: Path, level: Level, advice: str) -> Check:
 
 
 def cache(_: CheckArguments) -> Iterator[Check]:
-    """Find a cache folder that cannot be written."""
+    """Yield a check that warns if the cache folder is not writable."""
     from pvae.data.rows.cache import cache_folder
 
     yield _writable("cache", cache_folder(), "warning", "Set XDG_CACHE_HOME to a folder that can be written.")
 
 
 def home(_: CheckArguments) -> Iterator[Check]:
-    """Find a home folder that cannot be written."""
+    """Yield a check that warns if the home folder is not writable."""
     advice = "Set HOME, or MPLCONFIGDIR and XDG_CACHE_HOME, to folders of yours."
     yield _writable("home", Path.home(), "warning", advice)
 
 
 def temporary(_: CheckArguments) -> Iterator[Check]:
-    """Find a folder of temporary files that is full or missing."""
+    """Yield a check that fails if the folder of temporary files is full, missing or not writable."""
     advice = "Make room there, or set TMPDIR to a folder that has some."
     try:
         yield _writable("temporary", Path(tempfile.gettempdir()), "failed", advice)
@@ -179,7 +179,7 @@ def temporary(_: CheckArguments) -> Iterator[Check]:
 
 
 def data(given: CheckArguments) -> Iterator[Check]:
-    """Find collections of data that would have to be downloaded."""
+    """Yield checks of the data sources digits, Fashion-MNIST and MNIST: are their files present or downloadable?"""
     from pvae.data.rows.files import user_folder
     from pvae.data.sources.collections import FASHION_MNIST, MNIST_FILES
 
@@ -193,7 +193,7 @@ def data(given: CheckArguments) -> Iterator[Check]:
 
 
 def collection(name: str, wanted: Collection, named: Path | None) -> Check:
-    """Return where the files of a collection are, without a look into them."""
+    """Return the check that the files of an image collection exist, which names their folders; files are not read."""
     from pvae.data.rows.cache import cache_folder
 
     own = [named / wanted.slug, named] if named else []

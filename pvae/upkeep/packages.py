@@ -1,6 +1,6 @@
-"""Checks of the interpreter and of packages.
+"""Doctor's checks of the Python interpreter and of the installed packages.
 
-Imports only the standard library; what a check needs is imported inside it, where a failure becomes its finding.
+Imports only the standard library; each check imports the packages it needs, so that a failing import fails the check.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ EXTRA_MODULES = {
     "tensorboard": "tensorboardX",
     "mlflow": "mlflow",
 }
-"""Module behind each optional extra."""
+"""Importable module of each optional extra of pvae."""
 KNOWN_VARIABLES = ("PVAE_RUN_DIR", "PVAE_DATA_DIR", "PVAE_OFFLINE")
 CHILD_SECONDS = 60.0
-"""Time that a child process may take."""
+"""Time limit (s) of a child process."""
 ARVIZ_REQUIREMENT = "arviz>=0.23.4,!=1.0.*,!=1.1.*,<2"
 
 IMPORT_TRIAL = """
@@ -45,12 +45,12 @@ for name in ("matplotlib.pyplot", "arviz"):
         found[name] = [type(error).__name__, str(error)]
 print(json.dumps(found))
 """
-"""Code for a process of its own: a failed import may leave half a package behind, and -W error hits it at once."""
+"""Python code that tries imports in a child process, because a failed import may leave a half-imported package."""
 
 
 @dataclass(frozen=True)
 class CheckArguments:
-    """Arguments of all checks: folder of runs, folder of data, and the answer of a process that runs `IMPORT_TRIAL`."""
+    """Arguments of all checks: folder of runs, folder of data, and the pending result of `IMPORT_TRIAL`."""
 
     runs: Path
     data: Path | None
@@ -58,7 +58,7 @@ class CheckArguments:
 
 
 def python(_: CheckArguments) -> Iterator[Check]:
-    """Find warnings that are errors, and an output encoding that cannot show every name."""
+    """Yield a check that warns if Python turns warnings into errors, or if its output encoding is not UTF-8."""
     text, encoding = f"{platform.python_version()} on {platform.platform()}", sys.stdout.encoding
     if "error" in sys.warnoptions:
         yield Check("python", "warning", f"{text}, warnings are errors", "Leave out -W error and PYTHONWARNINGS.")
@@ -70,7 +70,7 @@ def python(_: CheckArguments) -> Iterator[Check]:
 
 
 def packages(_: CheckArguments) -> Iterator[Check]:
-    """Find packages that pvae requires and that are not installed."""
+    """Yield a check that fails if a package that pvae requires is not installed."""
     needed = [line for line in requires("pvae-pyro") or [] if "extra ==" not in line]
     names = [re.split(r"[^A-Za-z0-9._-]", line)[0] for line in needed]
     found = {name: installed_version(name) for name in names}
@@ -82,7 +82,7 @@ def packages(_: CheckArguments) -> Iterator[Check]:
 
 
 def torch(_: CheckArguments) -> Iterator[Check]:
-    """Find a torch that is too old or cannot be imported."""
+    """Yield a check that fails if torch is too old; an import error is raised."""
     import torch
 
     facts = {"version": torch.__version__, "cuda": torch.version.cuda, "hip": torch.version.hip}
@@ -93,21 +93,21 @@ def torch(_: CheckArguments) -> Iterator[Check]:
 
 
 def pyro(_: CheckArguments) -> Iterator[Check]:
-    """Find a Pyro that cannot be imported."""
+    """Yield a check with Pyro's version; an import error is raised."""
     import pyro
 
     yield Check("pyro", "ok", pyro.__version__, facts={"version": pyro.__version__})
 
 
 def extras(_: CheckArguments) -> Iterator[Check]:
-    """List the optional extras that are installed."""
+    """Yield a check that lists the optional extras that are installed."""
     there = {extra: find_spec(module) is not None for extra, module in EXTRA_MODULES.items()}
     names = [name for name, found in there.items() if found]
     yield Check("extras", "ok", f"{', '.join(names) or 'none'} of {', '.join(there)}", facts=there)
 
 
 def variables(_: CheckArguments) -> Iterator[Check]:
-    """Find environment variables that begin with PVAE_ and have no meaning."""
+    """Yield a check that warns about environment variables that begin with PVAE_ and are unknown."""
     found = {name: value for name, value in sorted(os.environ.items()) if name.startswith("PVAE_")}
     text = ", ".join(f"{name}={value}" for name, value in found.items()) or "none is set"
     unknown = ", ".join(f"{name}{near(name, KNOWN_VARIABLES)}" for name in found if name not in KNOWN_VARIABLES)
@@ -116,7 +116,7 @@ def variables(_: CheckArguments) -> Iterator[Check]:
 
 
 def import_in_child() -> dict[str, Any]:
-    """Return version, or class and text of the error, of matplotlib and ArviZ, as a fresh interpreter imports them."""
+    """Return the version of matplotlib and of ArviZ, or class and text of the import error, from a child process."""
     done = subprocess.run(
         [sys.executable, "-P", *(f"-W{option}" for option in sys.warnoptions), "-c", IMPORT_TRIAL],
         capture_output=True,
@@ -134,13 +134,13 @@ def import_in_child() -> dict[str, Any]:
 
 
 def plots(given: CheckArguments) -> Iterator[Check]:
-    """Find a matplotlib that cannot be imported."""
+    """Yield a check that fails if matplotlib cannot be imported."""
     found = given.imports.result()["matplotlib.pyplot"]
     yield _imported("plots", "failed", "matplotlib", found, "no report can be drawn")
 
 
 def arviz(given: CheckArguments) -> Iterator[Check]:
-    """Find an ArviZ that cannot be imported or has the wrong version."""
+    """Yield a check that warns if ArviZ cannot be imported or has an unsupported version."""
     found = given.imports.result()["arviz"]
     check = _imported("arviz", "warning", "arviz", found, "Posterior.to_arviz will not work; nothing else needs it")
     if check.level != "ok":
@@ -155,7 +155,7 @@ def arviz(given: CheckArguments) -> Iterator[Check]:
 
 
 def _imported(name: str, level: Level, package: str, found: Any, without: str) -> Check:
-    """Return the check of a version, or of the error that the import raised."""
+    """Return the check of a package, from its version or from the class and text of its import error."""
     if isinstance(found, str):
         return Check(name, "ok", found, facts={"version": found})
     kind, text = found
@@ -163,7 +163,7 @@ def _imported(name: str, level: Level, package: str, found: Any, without: str) -
 
 
 def _advice(package: str, kind: str) -> str:
-    """Return what to do about an import that failed with an error called `kind`."""
+    """Return advice for a package whose import failed with an error of class `kind`."""
     if kind.endswith("Warning"):
         return "Leave out -W error and PYTHONWARNINGS: here a warning stops the import."
     if kind in ("PermissionError", "FileNotFoundError", "OSError", "FileExistsError", "NotADirectoryError"):
@@ -173,5 +173,5 @@ def _advice(package: str, kind: str) -> str:
 
 
 def pip(*requirements: str) -> str:
-    """Return the command that installs requirements."""
+    """Return the pip command that installs the requirements."""
     return f"pip install -U {shlex.join(requirements)}"

@@ -1,4 +1,4 @@
-"""Check of every file of a run."""
+"""Command `verify`: check of every file of a run."""
 
 from __future__ import annotations
 
@@ -25,21 +25,22 @@ from pvae.util.files import read_inside, read_lines
 def verify(
     run: Run | str | Path, *, root: str | Path = "runs", data: bool = False, data_dir: str | Path | None = None
 ) -> Checks:
-    """Check every file of a run. Nothing is written, and a run may be checked while it is fitted.
+    """Return the results of checks of every file of a run; writes nothing, and works also while the run is fitted.
 
-    Every checkpoint is read (SHA-256 and schema), compared with the names and shapes of the declaration, and searched
-    for weights that are not finite. A check fails where `Run.load` would be refused or load older weights; a
-    damaged checkpoint that is not needed, a torn last line and a foreign file are warnings.
+    Every checkpoint is read (SHA-256 and format version), compared with the names and shapes of the declaration, and
+    searched for weights that are not finite. A check fails if `Run.load` would fail or load older weights; a damaged
+    checkpoint that is not needed, an incomplete last line and an unexpected file are warnings.
 
     Arguments:
-        run: a `Run`, its folder, its name (the newest), `name/id`, or "latest".
-        root: where runs are looked up by name.
-        data: also read the data, compare their fingerprint, and compute the recorded validation figures again: the
-            same bits on the same host with the same threads, else to `ELBO_TOLERANCE`.
-        data_dir: where to look for data first.
+        run: a `Run`, its folder, its name (for the newest run), `name/id`, or "latest".
+        root: folder in which runs are looked up by name.
+        data: also read the data, compare their fingerprint, and compute the recorded validation metrics again: they are
+            bit-identical on the same host with the same threads, else equal within `ELBO_TOLERANCE`.
+        data_dir: folder in which data files are looked for first.
 
     Returns:
-        Checks, one or more for each file; `facts["loads"]` names the checkpoint that would be loaded, or is None.
+        Results of the checks, one or more for each file; `facts["loads"]` is the name of the checkpoint that would be
+        loaded, or None.
 
     Raises:
         DeclarationError: there is no such run.
@@ -65,7 +66,7 @@ def verify(
 
 
 def _directory(path: str | Path, root: Path) -> RunDirectory:
-    """Open the run; also a folder that has lost its manifest."""
+    """Return the directory of a run; also a folder with files of a run but without its manifest."""
     where = Path(path)
     lost = not os.path.lexists(where / "manifest.json")
     if lost and any(os.path.lexists(where / name) for name in ("spec.toml", "status.json", "checkpoints")):
@@ -74,7 +75,7 @@ def _directory(path: str | Path, root: Path) -> RunDirectory:
 
 
 class _Inspection:
-    """Checks of one run; later ones use what earlier ones have read."""
+    """Checks of one run; the status, pair and checkpoint that a check reads are used by the checks after it."""
 
     def __init__(self, run: Run) -> None:
         self.run, self.path = run, run.path
@@ -83,7 +84,7 @@ class _Inspection:
         self.pair: Pair | None = None
 
     def asked(self, data: bool) -> Iterator[tuple[str, Any]]:
-        """Yield names and checks, in their order."""
+        """Yield the names of all checks of a run with their functions, in order; that of the data only if `data`."""
         yield "manifest.json", self.manifest
         yield "spec.toml", self.spec
         yield "status.json", self.state
@@ -97,7 +98,7 @@ class _Inspection:
             yield "data", self.data
 
     def manifest(self) -> Iterator[Check]:
-        """Find a name, id or start that is no text, and a missing description of the data."""
+        """Yield the check of manifest.json: name, id and start time are strings, and the data are described."""
         found = self.run.files.manifest
         for key in ("name", "id", "started"):
             if not isinstance(found.get(key), str):
@@ -109,7 +110,7 @@ class _Inspection:
         yield Check("manifest.json", "ok", f"{found['name']}, started {found['started']}")
 
     def spec(self) -> Iterator[Check]:
-        """Find a declaration that does not parse or round-trip, or is not that of the manifest."""
+        """Yield the check of spec.toml: it parses, round-trips, was not edited, and agrees with the manifest."""
         plan = self.run.plan
         text = plan.to_toml()
         if type(plan).from_toml(text, "spec.toml") != plan:
@@ -129,7 +130,7 @@ class _Inspection:
             yield Check("spec.toml", "ok", f"declaration {plan.name}")
 
     def state(self) -> Iterator[Check]:
-        """Find a status that does not read, a run whose process is gone, and one that could not write."""
+        """Yield the check of status.json: its state is known, its process is alive, and no write failed."""
         self.status = self.run.files.status()
         state = self.status.get("state", "created")
         if state not in (*RUN_STATES, "created"):
@@ -152,7 +153,7 @@ class _Inspection:
         return isinstance(epoch, int) and epoch > 0
 
     def lines(self, name: str) -> Iterator[Check]:
-        """Find lines that do not read; a torn last one is dropped by all readers."""
+        """Yield the check of a JSON lines file: all lines are valid; an incomplete last line is a warning."""
         if not os.path.lexists(self.path / name):
             level: Level = "failed" if name == "metrics.jsonl" and self._trained else "ok"
             yield Check(
@@ -168,7 +169,7 @@ class _Inspection:
             yield Check(name, "ok", f"{len(rows)} rows")
 
     def checkpoints(self) -> Iterator[Check]:
-        """Check every checkpoint, newest first: the first that reads is the one that is loaded."""
+        """Yield a check of every checkpoint, newest first; the first readable one is that which `Run.load` loads."""
         folder = self.path / "checkpoints"
         if folder.is_symlink():  # found by `strangers`
             return
@@ -185,7 +186,7 @@ class _Inspection:
         return Check("checkpoints", level, f"none; the run is {state}", "" if level == "ok" else "Fit anew.")
 
     def _checkpoint(self, path: Path) -> Iterator[Check]:
-        """Check one checkpoint, unless a live run has removed it meanwhile."""
+        """Yield the check of one checkpoint; nothing if a fit in progress has removed it meanwhile."""
         name, needed = f"checkpoints/{path.name}", self.saved is None
         level: Level = "failed" if needed else "warning"
         try:
@@ -209,7 +210,7 @@ class _Inspection:
             yield Check(name, "ok", f"step {saved.step}{', would be loaded' if needed else ''}", facts=facts)
 
     def build(self) -> Iterator[Check]:
-        """Build the pair that checkpoints are compared with, before any weights, and without reading data."""
+        """Yield a check that model and guide can be built; checkpoints are compared with their names and shapes."""
         plan = self.run.plan
         if isinstance(plan, Experiment):
             self.pair = plan.build(_shape(self.run.files.manifest))
@@ -222,7 +223,7 @@ class _Inspection:
             yield Check("pair", "ok", f"{sum(p.numel() for p in self.pair.parameters())} parameters")
 
     def data(self) -> Iterator[Check]:
-        """Compare the data with those of the fit, and the figures of the weights with those recorded."""
+        """Yield checks of the data's fingerprint, and of the validation metrics of the weights against the recorded."""
         plan = self.run.plan
         passed = not isinstance(plan, Experiment) or isinstance(plan.data, TensorSource | FrameSource)
         if self.run._given_data is None and passed:
@@ -233,7 +234,7 @@ class _Inspection:
 
 
 def _shape(manifest: Mapping[str, Any]) -> tuple[int, ...]:
-    """Return the shape of a datum in a manifest; raises DataError."""
+    """Return the shape of a datum that a run's manifest records; raises DataError if it is invalid."""
     data = manifest.get("data")
     shape = data.get("shape") if isinstance(data, dict) else None
     if not isinstance(shape, list) or not all(isinstance(n, int) and 0 < n <= 1 << 24 for n in shape):

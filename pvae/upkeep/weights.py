@@ -1,4 +1,4 @@
-"""Checks of a checkpoint's content: names, shapes, numbers, and the figures that its weights give."""
+"""Checks of a checkpoint's content: tensor names, shapes, finite values, and the validation metrics of its weights."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from pvae.util.checks import Check
 from pvae.util.provenance import provenance
 
 ELBO_TOLERANCE = 1e-4
-"""Nats per datum, relative to the larger of the figure and one nat, that a recomputed ELBO may be off: another number
-of threads, another build of torch, another processor add in another order."""
+"""Largest accepted difference of a recomputed validation metric, relative to the larger of its size and 1 nat; other
+numbers of threads, builds of torch and processors add numbers in another order."""
 LISTED_TENSORS = 20
-"""Tensors that are not finite that a check names."""
+"""Largest number of tensors with values that are not finite that a check lists by name."""
 
 
 def unsound(saved: checkpoint.Checkpoint, pair: Pair | None) -> Iterator[str]:
-    """Yield the faults of a checkpoint whose bytes are right: names, shapes, numbers, state."""
+    """Yield the faults of a checkpoint whose checksums match: names, shapes, values that are not finite, the state."""
     weights = saved.tensors.get("weights")
     if weights is None:
         yield f"expected a group of weights; got {', '.join(saved.tensors) or 'none'}"
@@ -49,7 +49,7 @@ def unsound(saved: checkpoint.Checkpoint, pair: Pair | None) -> Iterator[str]:
 
 
 def _not_finite(group: str, tensors: Mapping[str, Tensor], pair: Pair | None) -> list[str]:
-    """Return the tensors that are not finite; with a pair only its parameters, after they were loaded into it."""
+    """Return the names of tensors with values that are not finite; if a pair is given, load them and check only it."""
     if pair is None:
         floating = {name: value for name, value in tensors.items() if value.is_floating_point()}
         return [name for name, value in floating.items() if not bool(value.double().isfinite().all())]
@@ -58,13 +58,13 @@ def _not_finite(group: str, tensors: Mapping[str, Tensor], pair: Pair | None) ->
 
 
 def foreign_files(saved: checkpoint.Checkpoint) -> list[str]:
-    """Return the files in a checkpoint's folder that its manifest does not name."""
+    """Return the names of files in a checkpoint's folder that its manifest does not list."""
     own = {"manifest.json", "state.json", *(f"{group}.safetensors" for group in saved.tensors)}
     return sorted(set(os.listdir(saved.path)) - own)
 
 
 def elbo(run: Run, saved: checkpoint.Checkpoint | None) -> Iterator[Check]:
-    """Compute the recorded validation figures again from the weights that would be loaded."""
+    """Yield a check that recomputes the recorded validation metrics, such as the ELBO, from a checkpoint's weights."""
     device = str(run.files.manifest.get("device", "cpu"))
     if saved is None:
         yield Check("elbo", "ok", "not computed: there are no weights")
@@ -102,14 +102,14 @@ def _compare(recorded: Mapping[str, Any], measured: Mapping[str, float], differe
 
 
 def _differences(run: Run, device: str) -> str:
-    """Return the differences between the machine of the fit and this one."""
+    """Return a description of the differences (host, threads, versions) between the fit's machine and this one."""
     there, here = run.files.manifest, {**provenance(), "threads": torch.get_num_threads()}
     keys = [key for key in ("host", "threads", "versions") if there.get(key) != here[key]]
     return f"other {' and '.join(keys)}" if keys else f"same host, threads and versions ({device})"
 
 
 def _recorded(rows: Iterable[Mapping[str, Any]], saved: checkpoint.Checkpoint) -> Mapping[str, Any] | None:
-    """Return the validation row of the selected weights: of the best epoch, or of the checkpoint's step."""
+    """Return the recorded validation metrics of the selected weights: those of the best epoch, or of the last step."""
     best = saved.state.get("select") == "best"
     key, value = ("epoch", saved.state.get("best_epoch")) if best else ("step", saved.step)
     found = [row for row in rows if row.get("split") == "validation" and row.get(key) == value]

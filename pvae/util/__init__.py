@@ -1,1 +1,1 @@
-"""Helpers that know nothing of models: files, TOML, seeds, memory, progress, provenance."""
+"""General helpers that do not depend on models: files, TOML, seeds, memory, progress bars, provenance."""

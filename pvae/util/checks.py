@@ -1,4 +1,4 @@
-"""Results of the checks of `verify` and `doctor`, with advice. Standard library only."""
+"""Results of the checks that `pvae verify` and `pvae doctor` make, with advice. Standard library only."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ _STYLES = {"ok": "", "warning": "yellow", "failed": "bold red"}
 
 
 def one_line(text: str) -> str:
-    """Return `text` on one line with control characters as escapes: names of files may hold some."""
+    """Return `text` on one line, with control characters escaped."""
     return printable(" ".join(text.split()))
 
 
 @final
 @dataclass(frozen=True)
 class Check:
-    """Result of one check.
+    """Result of one check of an installation or of a run.
 
     Arguments:
-        name: of the file or part that was checked.
-        level: ok, warning or failed.
-        found: finding in one line.
-        advice: remedy in one line; empty where nothing is to be done.
-        facts: the finding as JSON, for programs.
+        name: name of the file or part that was checked.
+        level: verdict: ok, warning or failed.
+        found: finding, one line.
+        advice: remedy, one line; empty if there is nothing to do.
+        facts: finding as JSON values, for programs.
     """
 
     name: str
@@ -41,7 +41,7 @@ class Check:
     facts: Mapping[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return name, level, found, advice and facts as plain values for JSON."""
+        """Return name, level, found, advice and facts as JSON values."""
         texts = {key: one_line(getattr(self, key)) for key in ("name", "level", "found", "advice")}
         return {**texts, "facts": dict(self.facts)}
 
@@ -49,12 +49,12 @@ class Check:
 @final
 @dataclass(frozen=True, repr=False)
 class Checks:
-    """Checks in the order they were made.
+    """Results of several checks, in the order in which they were made.
 
     Arguments:
-        title: of all.
-        checks: the checks.
-        facts: about all of them, for programs.
+        title: name of the subject of the checks, such as "doctor".
+        checks: result of every check.
+        facts: findings about the whole subject as JSON values, for programs.
     """
 
     title: str
@@ -62,21 +62,21 @@ class Checks:
     facts: Mapping[str, Any] = field(default_factory=dict)
 
     def of(self, level: Level) -> tuple[Check, ...]:
-        """Return the checks of a level."""
+        """Return the checks with a given verdict: ok, warning or failed."""
         return tuple(check for check in self.checks if check.level == level)
 
     @property
     def ok(self) -> bool:
-        """True if no check failed; there may be warnings."""
+        """True if no check failed; some may be warnings."""
         return not self.of("failed")
 
     def summary(self) -> str:
-        """Return the number of checks of each level in a sentence."""
+        """Return a line with the title and the number of checks of each verdict."""
         counts = [f"{len(found)} {level}" for level in ("failed", "warning", "ok") if (found := self.of(level))]
         return f"{self.title}: {', '.join(counts)}"
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the facts, ok, the numbers of failures and warnings, and every check, as plain values for JSON."""
+        """Return the facts, `ok`, the numbers of failures and warnings, and every check, as JSON values."""
         counts = {"failed": len(self.of("failed")), "warnings": len(self.of("warning"))}
         return {**self.facts, "ok": self.ok, **counts, "checks": [check.to_dict() for check in self.checks]}
 
@@ -107,7 +107,7 @@ class Checks:
 
 
 def attempt(name: str, check: Callable[[], Iterable[Check]]) -> list[Check]:
-    """Run `check`; any error that it raises becomes a failed check called `name`, after its other results."""
+    """Return the results that `check` yields; an error that it raises becomes a failed check called `name`."""
     found = []
     try:
         for one in check():  # one by one: what was found before an error is kept
@@ -119,7 +119,7 @@ def attempt(name: str, check: Callable[[], Iterable[Check]]) -> list[Check]:
 
 
 def _advice(problem: Exception) -> str:
-    """Return advice on an unexpected error; the message of a `PvaeError` has its own."""
+    """Return advice for an unexpected error; empty for a `PvaeError`, whose message contains advice."""
     if isinstance(problem, PvaeError):
         return ""
     if isinstance(problem, Warning):

@@ -1,4 +1,4 @@
-"""Files that survive a crash: replaced atomically, torn lines mended, never read through a link. No third party."""
+"""Crash-safe files: atomic replacement, repair of incomplete lines, no reading through links. Standard library only."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _PLAIN_NAME = re.compile(r"(?!\.{1,2}\Z)[^/\\\0]+\Z")
 
 
 def sync_folder(folder: Path) -> None:
-    """Make renames inside ``folder`` durable, where the file system can."""
+    """Flush renames inside a folder to the disk (fsync), if the file system supports it."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -34,7 +34,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def write_new(path: Path, content: bytes, *, durable: bool = True) -> None:
-    """Write a file that must not exist yet, with the mode the umask gives; raises OSError."""
+    """Write a file that must not exist yet, and flush it to the disk if `durable`; raises OSError."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
     with os.fdopen(descriptor, "wb") as file:
         file.write(content)
@@ -44,17 +44,17 @@ def write_new(path: Path, content: bytes, *, durable: bool = True) -> None:
 
 
 def require_plain_target(path: Path) -> None:
-    """Raise OSError for a device, link or folder, which a replacement would destroy."""
+    """Raise OSError if a path is a device, link or folder, which replacing it would destroy."""
     with suppress(FileNotFoundError):
         if not stat.S_ISREG(path.lstat().st_mode):
             raise OSError(errno.EINVAL, "not a plain file (a device, link or folder stands there)")
 
 
 def write_atomic(path: Path, text: str | bytes, *, durable: bool = True) -> None:
-    """Replace ``path`` whole or not at all; raises StorageError, and the old file then stands.
+    """Write a file atomically: either ``path`` is replaced completely, or an error leaves the old file unchanged.
 
-    It is an OutputError where no file can be made at all: no such folder, no permission.
-    ``durable=False`` leaves out the fsync, for heartbeats that are written all the time.
+    Raises StorageError; OutputError if no file can be created there at all (no such folder, no permission).
+    ``durable=False`` omits the fsync, for files that are rewritten very often.
     """
     content = text.encode(errors="backslashreplace") if isinstance(text, str) else text
     temporary = path.with_name(f".tmp-{os.urandom(8).hex()}")
@@ -76,11 +76,11 @@ def write_atomic(path: Path, text: str | bytes, *, durable: bool = True) -> None
 
 
 def make_folder(folder: Path) -> Path:
-    """Return a folder, which is made where its parent exists.
+    """Return a folder after creating it if it does not exist; its parent must exist.
 
     Raises:
-        DataError: it is a link, which could lead anywhere.
-        OutputError: it cannot be made.
+        DataError: the path is a link, which could lead out of the run.
+        OutputError: the folder cannot be created.
     """
     if folder.is_symlink():
         raise DataError(f"{folder}: expected a folder inside the run; got a link to {os.readlink(folder)!r}.")
@@ -92,7 +92,7 @@ def make_folder(folder: Path) -> Path:
 
 
 def _open_plain(path: Path, flags: int) -> int:
-    """Open a plain file; a link raises OSError, and so does a device or pipe, without blocking."""
+    """Return the descriptor of an opened regular file; raises OSError for a link, device or pipe, without blocking."""
     descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
     if stat.S_ISREG(os.fstat(descriptor).st_mode):
         return descriptor
@@ -101,10 +101,10 @@ def _open_plain(path: Path, flags: int) -> int:
 
 
 def read_inside(folder: Path, name: str, limit: int = 16 * MIB) -> bytes:
-    """Read the plain file ``name`` in ``folder``.
+    """Return the bytes of the regular file ``name`` in ``folder``, never reading outside of the folder.
 
-    Raises DataError for a name with a path in it, a link, a device, a missing or unreadable file, or one over
-    ``limit`` bytes: what is read from a run that was handed on must not lead out of it.
+    Raises DataError if the name contains a path, the file is a link or a device, is missing or unreadable, or exceeds
+    ``limit`` bytes: a run folder received from others must not make pvae read other files.
     """
     if not _PLAIN_NAME.match(name):
         raise DataError(f"{folder}: expected a plain file name; got {name!r}.")
@@ -122,7 +122,7 @@ def read_inside(folder: Path, name: str, limit: int = 16 * MIB) -> bytes:
 
 
 def read_object(folder: Path, name: str, limit: int = 16 * MIB) -> dict[str, Any]:
-    """Read the JSON object in the file ``name`` of ``folder``; raises DataError for anything else."""
+    """Return the JSON object in the file ``name`` of ``folder``; raises DataError if it contains anything else."""
     content = read_inside(folder, name, limit)
     found = _json_object(content)
     if found is None:
@@ -141,7 +141,7 @@ def _json_object(content: bytes) -> dict[str, Any] | None:
 
 
 def _plain(value: Any) -> Any:  # noqa: ANN401  (any value goes in, its JSON twin comes out)
-    """Return ``value`` as finite JSON: NaN and infinities as null, numbers of other libraries as floats, else text."""
+    """Return ``value`` as JSON values: NaN and infinity become null, numbers of other libraries floats, others text."""
     if value is None or isinstance(value, bool | int | str):
         return value
     if isinstance(value, Mapping):
@@ -156,17 +156,17 @@ def _plain(value: Any) -> Any:  # noqa: ANN401  (any value goes in, its JSON twi
 
 
 def pretty(fields: Mapping[str, Any] | list[Any]) -> str:
-    """Return indented JSON with a last newline; NaN and infinities as null."""
+    """Return indented JSON text that ends in a newline, with NaN and infinities written as null."""
     return json.dumps(_plain(fields), indent=2, allow_nan=False) + "\n"
 
 
 def json_line(fields: Mapping[str, Any]) -> bytes:
-    """Return one line of JSON; NaN and infinities as null."""
+    """Return one line of JSON as bytes, with NaN and infinities written as null."""
     return json.dumps(_plain(fields), allow_nan=False).encode() + b"\n"
 
 
 def append(path: Path, line: bytes) -> None:
-    """Add one whole line, or nothing (raises OSError); a torn line left by a crash is cut off first."""
+    """Append a complete line to a file, or nothing (raises OSError); an incomplete last line is repaired first."""
     descriptor = _open_plain(path, os.O_RDWR | os.O_APPEND | os.O_CREAT)
     try:
         _mend(descriptor)
@@ -176,7 +176,7 @@ def append(path: Path, line: bytes) -> None:
 
 
 def _mend(descriptor: int) -> None:
-    """End the file with a whole line: add the newline if only that is missing, else cut the last line off."""
+    """Repair the last line of a JSON lines file: add a missing newline, or remove the line if its JSON is cut off."""
     size = os.fstat(descriptor).st_size
     if size == 0 or os.pread(descriptor, 1, size - 1) == b"\n":
         return
@@ -200,9 +200,9 @@ def _write_whole(descriptor: int, line: bytes) -> None:
 
 
 def read_lines(folder: Path, name: str) -> list[dict[str, Any]]:
-    """Read the objects of a file of JSON lines ([] without a file); a torn or garbage last line is dropped.
+    """Return the objects of a JSON lines file, [] if it does not exist; a damaged last line is dropped.
 
-    Raises DataError with the number of any other line that is damaged: data are never dropped silently.
+    Raises DataError with the line number if any other line is damaged: data are never dropped silently.
     """
     if not os.path.lexists(folder / name):
         return []
@@ -219,7 +219,7 @@ def read_lines(folder: Path, name: str) -> list[dict[str, Any]]:
 
 
 def walk(folder: Path) -> Iterator[os.DirEntry[str]]:
-    """Yield all entries below ``folder``; links are not followed, and a folder that vanishes meanwhile is empty."""
+    """Yield all files and folders below ``folder``, recursively, without following links."""
     waiting = [str(folder)]
     while waiting:
         entries: list[os.DirEntry[str]] = []

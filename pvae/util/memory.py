@@ -1,4 +1,4 @@
-"""Memory that a declaration needs, computed before anything large is allocated."""
+"""Checks that a declared model and its training fit into memory, made before anything large is allocated."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 from pvae.errors import DeclarationError, out_of_memory
 
 COUNTED_BYTES = 1 << 27
-"""Larger tensors, and all after eight times as many bytes, are counted and not made."""
+"""Size (bytes) above which a tensor is only counted, not allocated; beyond eight times this in all, every tensor is."""
 GIB = 1 << 30
 MAKERS = frozenset([torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn, torch.eye, torch.arange])
 
@@ -23,7 +23,7 @@ Made = TypeVar("Made")
 
 
 class _Counting(TorchFunctionMode):
-    """Makes small tensors, counts the bytes of all, and makes large ones on torch's meta device, without memory."""
+    """Torch mode that counts the bytes of all new tensors and creates large ones on the meta device, without memory."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -44,12 +44,12 @@ class _Counting(TorchFunctionMode):
 
 
 def weighed(make: Callable[[], Made]) -> Made:
-    """Return `make()`, unless its tensors need more memory than this computer has.
+    """Return the result of `make()`, such as a module, unless its tensors need more memory than this computer has.
 
-    It is called a second time where a tensor is large but all of them fit; it must give the same both times.
+    `make` is called a second time if some tensor is large but all fit; it must give the same result both times.
 
     Raises:
-        DeclarationError: they do not fit; nothing large was allocated.
+        DeclarationError: the tensors do not fit; nothing large was allocated.
     """
     counting = _Counting()
     try:
@@ -76,19 +76,19 @@ def weighed(make: Callable[[], Made]) -> Made:
 
 
 def require_training_memory(pair: nn.Module, row: int, rows: int, device: torch.device) -> None:
-    """Refuse a fit whose weights, gradients, optimiser and one batch cannot fit.
+    """Refuse a fit whose weights, gradients, optimiser state and one batch do not fit into memory.
 
-    The estimate is five copies of the weights (themselves, gradients, two moments, the best kept), and for a batch its
-    values and the outputs of linear layers, with gradients.
+    The estimate is five copies of the weights (weights, gradients, two moments of the optimiser, best weights), and for
+    a batch its values and the outputs of linear layers, with gradients.
 
     Arguments:
-        pair: the pair to fit.
+        pair: model and guide to fit.
         row: number of elements of a datum.
         rows: number of rows of a batch.
         device: device of the fit.
 
     Raises:
-        DeclarationError: they do not fit; the message has the memory they would need.
+        DeclarationError: the estimate exceeds the memory of the device; the message gives the estimate.
     """
     weights = sum(p.nbytes for p in pair.parameters())
     widths = sum(part.out_features for part in pair.modules() if isinstance(part, nn.Linear))
@@ -114,7 +114,7 @@ def _gib(size: int) -> str:
 
 
 def total_memory(device: torch.device | None = None) -> int:
-    """Return the bytes of the GPU, or of this computer: physical memory, or less where a control group sets a limit."""
+    """Return the total memory (bytes) of a GPU, or of this computer: physical memory, or a lower cgroup limit."""
     if device is not None and device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
     found = [1 << 62]

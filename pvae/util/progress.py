@@ -1,4 +1,4 @@
-"""Progress of long work: callbacks, and the bar that the command line and a fit show."""
+"""Progress of long computations: types of callbacks, and the progress bar of the command line and of fits."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from typing import Any, Self
 from pvae.errors import printable
 
 Progress = Callable[[int, int], None]
-"""Callback of long work: called with the number of finished units and their total."""
+"""Progress callback of a long computation, called with the number of finished units of work and their total."""
 
 StageProgress = Callable[[int, int, str], None]
-"""Callback of long work in named stages: finished units, their total, and the name of the present stage."""
+"""Progress callback of a computation in stages, called with finished units, their total, and the stage's name."""
 
 EVERY_SECONDS = 5.0
 
 
 def silent(_done: int, _total: int, _stage: str = "") -> None:
-    """Show no progress: default callback of analyses."""
+    """Ignore progress: the default callback of analyses, which shows nothing."""
 
 
 class ProgressBar:
-    """Bar on a terminal, a line every few seconds elsewhere: a label, the finished fraction and a few figures.
+    """Progress bar on a terminal, or a line of text every few seconds if standard error is not a terminal.
 
     Arguments:
-        total: number of units of work.
-        label: what is being done.
-        show: False for silence.
+        total: total number of units of work.
+        label: name of the task.
+        show: False to show nothing.
     """
 
     def __init__(self, total: int, label: str, *, show: bool = True) -> None:
@@ -64,11 +64,11 @@ class ProgressBar:
             self.bar.stop()
 
     def report(self, done: int, total: int, note: str = "") -> None:
-        """Show `done` of `total` units as a fraction of the bar: a `Progress` and a `StageProgress`."""
+        """Show that `done` of `total` units are finished, as a fraction of the bar; usable as a progress callback."""
         self.update(self.total * done // max(total, 1), note)
 
     def update(self, done: int, note: str | None = None) -> None:
-        """Show that `done` units are done; cheap enough to call often. A note stays until the next one."""
+        """Show that `done` units of work are finished; cheap enough to call often. A note stays until the next one."""
         finished = done == self.total and note is not None
         self.note = self.note if note is None else printable(note)
         if self.bar is not None:

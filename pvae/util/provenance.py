@@ -1,4 +1,4 @@
-"""Provenance of a run: versions, commit, command, machine. Standard library only; never fails."""
+"""Provenance of a run: package versions, git commit, command line and machine. Standard library only; never fails."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ PACKAGES = ("pvae-pyro", "torch", "pyro-ppl", "numpy", "arviz", "pandas", "pydan
 
 
 def provenance() -> dict[str, Any]:
-    """Return versions, git commit, command, host and platform, without the user's name; never fails."""
+    """Return package versions, git commit, command line, host and platform, without the user's name; never fails."""
     found = {package: version for package in PACKAGES if (version := installed_version(package))}
     return {
         "versions": {"python": platform.python_version(), **found},
@@ -24,7 +24,7 @@ def provenance() -> dict[str, Any]:
 
 
 def installed_version(package: str) -> str | None:
-    """Return the version in a package's metadata, None where it is not installed: importing it would take seconds."""
+    """Return the version of an installed package from its metadata, without importing it; None if not installed."""
     from importlib.metadata import PackageNotFoundError, version
 
     try:
@@ -34,7 +34,7 @@ def installed_version(package: str) -> str | None:
 
 
 def _git_state() -> dict[str, Any] | None:
-    """Return the commit of the working folder and if files differ from it, or None outside of git."""
+    """Return the git commit of the working folder and True if files differ from it; None outside a git repository."""
     commit = _git("rev-parse", "HEAD")
     changes = _git("status", "--porcelain") if commit else None
     return {"commit": commit, "dirty": None if changes is None else bool(changes)} if commit else None

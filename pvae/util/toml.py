@@ -1,4 +1,4 @@
-"""Reading of TOML files with limits, and dotted overrides."""
+"""Reader of TOML files with a size limit, and parser of overrides such as `train.epochs=20`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SIZE_CAP = 1 << 20
 
 
 def parse(text: str, origin: str) -> dict[str, Any]:
-    """Return a TOML document as nested dicts; every fault is a `DeclarationError` that starts with `origin`."""
+    """Return a TOML document as nested dicts; raises DeclarationError with a message that starts with `origin`."""
     try:
         return tomllib.loads(text)
     except RecursionError:
@@ -23,7 +23,7 @@ def parse(text: str, origin: str) -> dict[str, Any]:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """Read a TOML file of at most 1 MiB of UTF-8 text."""
+    """Return a TOML file (UTF-8, at most 1 MiB) as nested dicts; raises DeclarationError."""
     try:
         with path.open("rb") as file:
             raw = file.read(SIZE_CAP + 1)
@@ -43,7 +43,7 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def parse_override(text: str) -> tuple[tuple[str, ...], Any]:
-    """Split `train.epochs=20` into path and value; the value is TOML, or else a bare string."""
+    """Return key path and value of an override `train.epochs=20`; the value is parsed as TOML, else it is a string."""
     key, equals, value = text.partition("=")
     path = tuple(part.strip() for part in key.split("."))
     if not equals or not all(path):
@@ -55,7 +55,7 @@ def parse_override(text: str) -> tuple[tuple[str, ...], Any]:
 
 
 def parse_overrides(texts: Sequence[str]) -> list[tuple[tuple[str, ...], Any]]:
-    """Split all overrides; every broken one is named."""
+    """Return key paths and values of all overrides; raises one DeclarationError that lists every malformed one."""
     parsed, problems = [], []
     for text in texts:
         try:
@@ -68,10 +68,10 @@ def parse_overrides(texts: Sequence[str]) -> list[tuple[tuple[str, ...], Any]]:
 
 
 def find(name_or_file: str, folder: Path, wanted: str, file: str) -> Path:
-    """Return the file of a folder by its name, or a path.
+    """Return the path of a TOML file, given by its name (without suffix) in `folder` or by its path.
 
     Raises:
-        DeclarationError: neither; near names are suggested.
+        DeclarationError: there is no such name or file; the message suggests similar names.
     """
     known = sorted(path.stem for path in folder.glob("*.toml"))
     if name_or_file in known:
@@ -85,7 +85,7 @@ def find(name_or_file: str, folder: Path, wanted: str, file: str) -> Path:
 
 
 def flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested dicts as one dict of dotted keys."""
+    """Return nested dicts flattened to one dict with dotted keys, such as `train.epochs`."""
     out: dict[str, Any] = {}
     for key, value in table.items():
         out |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}

@@ -1,4 +1,4 @@
-"""Aliases of types that the whole project shares."""
+"""Type aliases used throughout the project."""
 
 from __future__ import annotations
 

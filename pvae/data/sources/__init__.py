@@ -1,4 +1,4 @@
-"""The data sources: a file for each source, or for a few close ones, its declaration beside its reader."""
+"""Data sources: each module defines the declaration and the reader of one source, or of a few similar ones."""
 
 from pvae.component import load_members
 

@@ -1,4 +1,4 @@
-"""NumPy's files, `.npy` and `.npz`: read without pickle, sizes checked before anything is allocated."""
+"""Data sources of NumPy files (`.npy`, `.npz`), read without pickle; sizes are checked before any allocation."""
 
 from __future__ import annotations
 
@@ -34,19 +34,19 @@ BROKEN = (
     zipfile.BadZipFile, zlib.error, struct.error, EOFError, ValueError, OSError, OverflowError, RuntimeError,
 )  # fmt: skip
 LOCAL_HEADER_BYTES = 30
-"""Bytes of a zip archive's local header, before a name and extra fields whose lengths are its last two numbers."""
+"""Size of a zip local file header; its last two numbers are the lengths of the name and extra fields after it."""
 
 
 @final
 class Npy(FileData):
-    """One array of a `.npy` file, (n, ...); with `stream` it is mapped, whatever its size.
+    """Array (n, ...) of a `.npy` file; with `stream` it is memory-mapped, so that its size is not limited by memory.
 
     Object arrays are refused: reading them could run code.
     """
 
     source: Literal["npy"] = "npy"
     labels: str | None = None
-    """A second `.npy` file, of integer labels; none are read by default."""
+    """Path of a second `.npy` file with integer labels; None for data without labels."""
 
     def read(self, data_dir: Path | None, seed: int) -> Rows:
         path = located(self.path, data_dir)
@@ -61,18 +61,18 @@ def _read_npy(path: Path) -> Array:
 
 @final
 class Npz(FileData):
-    """Arrays of a NumPy archive: `x` (n, ...), or `x_train`, `x_test` and possibly `x_validation`.
+    """Arrays of a NumPy archive (`.npz`): `x` (n, ...), or `x_train`, and possibly `x_validation` and `x_test`.
 
     Object arrays are refused: reading them could run code.
 
-    Without declared splits the rows are permuted with `split_seed` (what the archive splits already stays as it is).
+    Without declared splits the rows are permuted with `split_seed`; splits that the archive contains are kept.
     """
 
     source: Literal["npz"] = "npz"
     x: str = "x"
-    """Key of the rows, or its stem before `_train`."""
+    """Name of the array of rows in the archive, without a suffix such as `_train`."""
     y: str | None = None
-    """Key of integer labels, or its stem; none are read by default."""
+    """Name of the array of integer labels, without a suffix such as `_train`; None for data without labels."""
 
     def read(self, data_dir: Path | None, seed: int) -> Rows:
         path = located(self.path, data_dir)
@@ -93,13 +93,13 @@ class Npz(FileData):
 
 @dataclass(frozen=True)
 class ArchivedArray:
-    """An array of an archive."""
+    """Array in a NumPy archive: its zip entry and its `.npy` header."""
 
     info: zipfile.ZipInfo
     header: NpyHeader
 
     def pieces(self, archive: zipfile.ZipFile) -> Iterator[Array]:
-        """Yield its rows, a few MiB at a time; the last ones only if the member's checksum is right."""
+        """Yield the rows in chunks of a few MiB, and then verify the zip checksum of the array."""
         with archive.open(self.info) as stream:
             stream.read(self.header.offset)
             yield from pieces(stream, self.header.shape, self.header.dtype)
@@ -107,16 +107,16 @@ class ArchivedArray:
 
 
 def read_arrays(path: Path, keys: Sequence[str], stream: bool = False) -> dict[str, AnyArray]:
-    """Return some arrays of an archive.
+    """Return the arrays of a NumPy archive with the given names.
 
     Arguments:
-        path: the archive.
-        keys: their names.
-        stream: leave them on the disk: stored members where they are, deflated ones decoded once into the cache.
+        path: path of the archive.
+        keys: names of the arrays.
+        stream: leave the arrays on the disk; uncompressed ones are mapped, deflated ones decoded once into the cache.
 
     Raises:
-        DataError: the file is missing or broken, a key is absent, an array holds objects, sizes disagree or are too
-            large for memory.
+        DataError: the file is missing or damaged, a name is absent, an array contains objects, sizes are inconsistent,
+            or an array is too large for memory.
     """
     with _broken(path), zipfile.ZipFile(path) as archive:
         found = {key: _checked(archive, key, path) for key in keys}
@@ -138,7 +138,7 @@ def _broken(path: Path) -> Iterator[None]:
 
 
 def held_keys(path: Path) -> list[str]:
-    """Return the names of the arrays in an archive; none when it is missing or foreign."""
+    """Return the names of the arrays in a NumPy archive; empty if the file is missing or not an archive."""
     with suppress(*BROKEN), zipfile.ZipFile(path) as archive:
         return _names(archive)
     return []
@@ -149,7 +149,7 @@ def _names(archive: zipfile.ZipFile) -> list[str]:
 
 
 def _checked(archive: zipfile.ZipFile, key: str, path: Path) -> ArchivedArray:
-    """Compare the sizes that the archive and the array's header announce with the bytes that are there."""
+    """Return an array of the archive, unread, after its name and the sizes announced for it were checked."""
     names = _names(archive)
     if key not in names:
         raise DataError(f"{path}: expected an array {key!r}; got {', '.join(names)}{near(key, names)}.")
@@ -164,7 +164,7 @@ def _checked(archive: zipfile.ZipFile, key: str, path: Path) -> ArchivedArray:
 
 
 def _refuse_trick(info: zipfile.ZipInfo, where: str) -> None:
-    """Refuse names that lead out of the archive, links, and members that cannot be as long as they say."""
+    """Refuse a zip entry whose name leads out of the archive, which is a link, or whose size is impossible."""
     name = PurePosixPath(info.filename.replace("\\", "/"))
     if name.is_absolute() or ".." in name.parts:
         raise DataError(f"{where}: expected a plain name in the archive; got one that leads out of it.")
@@ -205,7 +205,7 @@ def _decode(writer: Writer, archive: zipfile.ZipFile, array: ArchivedArray, path
 
 
 def _offset(path: Path, info: zipfile.ZipInfo) -> int:
-    """Return the place of a stored member's first byte in the file."""
+    """Return the byte offset in the archive file at which the content of an uncompressed entry begins."""
     with path.open("rb") as file:
         file.seek(info.header_offset)
         local = file.read(LOCAL_HEADER_BYTES)

@@ -1,4 +1,4 @@
-"""The family of data sources: the fields that every declaration has, and those of sources that read the user's files.
+"""Base classes of data sources: the fields of every declaration, and those of sources that read the user's files.
 
 A new source is one final class with ``source: Literal["name"] = "name"`` and a ``read`` that returns `Rows`, in a file
 of its own in this folder.
@@ -22,87 +22,87 @@ from pvae.data.rows.rows import SPLITS, Rows, tenths
 from pvae.util.types import Array
 
 Range = Annotated[tuple[int, int], Field(strict=False)]
-"""Rows ``[start, stop)`` of a source; a list of two integers is accepted."""
+"""Range of rows ``[start, stop)`` of a source; a list of two integers is accepted."""
 
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
-"""A seed of `numpy.random.RandomState`."""
+"""Seed of `numpy.random.RandomState`, in [0, 2^32)."""
 
 
 class Splits(Section):
-    """Row ranges of the three splits; a split that is not declared is the source's own."""
+    """Declared row ranges of the three splits; a split that is None keeps the source's default rows."""
 
     train: Range | None = None
-    """Rows to fit."""
+    """Row range of the training split."""
     validation: Range | None = None
-    """Rows that choose the weights and stop the fit."""
+    """Row range of the validation split, used for early stopping and to select the best weights."""
     test: Range | None = None
-    """Rows that are reported."""
+    """Row range of the test split, on which results are reported."""
 
     @property
     def declared(self) -> dict[str, tuple[int, int]]:
-        """The ranges that are declared, by split."""
+        """Declared row ranges by split name; splits that are not declared are absent."""
         ranges = {"train": self.train, "validation": self.validation, "test": self.test}
         return {name: rows for name, rows in ranges.items() if rows is not None}
 
 
 class Data(Component):
-    """A data set, and the preparation of its rows."""
+    """Declaration of a data set: its source, and the scaling, binarisation, shape and splits of its rows."""
 
     tag: ClassVar[str] = "source"
 
     binarize: Binarize = "none"
-    """`threshold`: x > 0.5; `static`: one Bernoulli draw; `dynamic`: the training split is drawn anew each batch."""
+    """`threshold`: x > 0.5; `static`: sampled once; `dynamic`: training data are sampled anew for every batch."""
     scale: Scale = "unit"
-    """`unit`: divide by the largest level; `raw`: as stored; `standardise`: by training mean and deviation."""
+    """`unit`: divide by the largest possible value; `raw`: no scaling; `standardise`: training mean and deviation."""
     shape: Ints | None = None
-    """Reshape each row, for example `[1, 28, 28]`."""
+    """Shape to which each row is reshaped, for example `[1, 28, 28]`."""
     splits: Table[Splits] = Splits()
-    """Row ranges, `train = [0, 50000]` and so on."""
+    """Row ranges of the splits, such as `train = [0, 50000]`."""
 
     @property
     def table(self) -> Mapping[str, Column]:
-        """The columns of a table, in the order of x; none for other data."""
+        """Declared columns of a tabular source by name, in the order of x; empty for other sources."""
         return {}
 
     @abstractmethod
     def read(self, data_dir: Path | None, seed: int) -> Rows:
-        """Return the rows of the source, with its own splits.
+        """Return the stored rows of the source, with its default splits.
 
         Arguments:
-            data_dir: the folder where files are sought first.
-            seed: the experiment's, for a source that simulates its data; a stored source gives the same rows for
-                every seed, so that runs of different seeds are compared on one data set.
+            data_dir: folder in which files are looked for first.
+            seed: seed of the experiment, for a source that simulates its data; a stored source gives the same rows
+                for every seed, so that runs of different seeds are compared on one data set.
 
         Raises:
-            DataError: the data are missing or broken.
+            DataError: the data are missing or damaged.
         """
 
 
 class FileData(Data):
-    """A source that reads the user's own files.
+    """Base of the sources that read the user's own files.
 
     Without declared splits the rows are permuted with `split_seed`: 80 % train, 10 % validation, 10 % test.
     """
 
     path: str
-    """The file or folder; a relative path is sought in the data folder, then in the working directory."""
+    """Path of the file or folder; a relative path is looked for in the data folder, then in the working directory."""
     scale: Scale = "raw"
-    """`unit` needs `largest`, or unsigned bytes (255)."""
+    """Scaling of the values; `unit` needs `largest`, or unsigned bytes (divided by 255)."""
     largest: Annotated[float, Field(gt=0)] | None = None
-    """The largest level, for `scale = "unit"`."""
+    """Largest possible value, by which `scale = "unit"` divides."""
     split_seed: Seed = 0
-    """Seed of the permutation."""
+    """Seed of the permutation that makes the splits."""
     stream: bool = False
-    """Leave the rows on the disk and read them in shuffled blocks: for data larger than memory."""
+    """Stream the rows from the disk in shuffled blocks, for data larger than memory, instead of loading them."""
 
     def to_rows(self, x: AnyArray, y: Array | None, name: str, **more: Any) -> Rows:
-        """Return the rows of a file, with a seeded tenth to validate and another to test.
+        """Return the values of a file as rows with random splits: 80 % train, 10 % validation, 10 % test.
 
         Arguments:
-            x: (n, *shape).
+            x: values (n, *shape).
             y: (n,) integer labels, or None.
-            name: the name of the rows in messages.
-            more: further fields of `Rows`.
+            name: name of the rows in messages.
+            more: additional fields of `Rows`.
 
         Raises:
             DataError: see `Rows` and `tenths`.

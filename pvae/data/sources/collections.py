@@ -1,7 +1,7 @@
-"""Finding, checking and downloading the files of the image collections; every byte is checked against its SHA-256.
+"""Data sources MNIST and Fashion-MNIST: their files are located or downloaded, and checked by SHA-256.
 
-Sought in this order: the folder that the user names (``data_dir``, or ``PVAE_DATA_DIR``), the system's package, the
-cache, the mirrors. ``PVAE_OFFLINE=1`` forbids the last.
+Files are looked for in the user's data folder (``data_dir``, or ``PVAE_DATA_DIR``), then in the system package, then in
+the cache; else they are downloaded from a mirror, unless ``PVAE_OFFLINE=1``.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ KEYS = ("x_train", "y_train", "x_test", "y_test")
 
 @dataclass(frozen=True)
 class IdxFile:
-    """One file of a collection: its name without ``.gz``, its sizes, and the SHA-256 of its decompressed bytes."""
+    """IDX file of an image collection: name without ``.gz``, shape of its array, SHA-256 of its decompressed bytes."""
 
     name: str
     shape: tuple[int, ...]
@@ -41,7 +41,7 @@ class IdxFile:
 
 @dataclass(frozen=True)
 class Collection:
-    """Four files ``x_train, y_train, x_test, y_test``, and the places where they may be."""
+    """Image collection of four IDX files ``x_train, y_train, x_test, y_test``, and the places to look for them."""
 
     slug: str
     files: dict[str, IdxFile]
@@ -121,7 +121,7 @@ class MNIST(Data):
 
 
 def read_collection(collection: Collection, data_dir: Path | None) -> Rows:
-    """Return a collection as one array: training rows, then test rows; the last sixth of the training rows validates.
+    """Return the rows of an image collection: training rows (the last sixth is the validation split), then test rows.
 
     Raises:
         DataError: files are missing or damaged.
@@ -143,7 +143,7 @@ def _user_folders(collection: Collection, data_dir: Path | None) -> list[Path]:
 
 
 def _read_archive(collection: Collection, data_dir: Path | None) -> dict[str, Array] | None:
-    """Return the four arrays of an archive in the user's folder, checked as if they were the IDX files."""
+    """Return the four arrays of a NumPy archive in the user's folder, checked by SHA-256, or None without archive."""
     paths = [folder / collection.archive for folder in _user_folders(collection, data_dir) if collection.archive]
     for path in filter(Path.is_file, paths):
         arrays = read_arrays(path, KEYS)
@@ -169,12 +169,10 @@ def _read_file(collection: Collection, file: IdxFile, data_dir: Path | None) -> 
 
 
 def read_known(path: Path, file: IdxFile) -> Array:
-    """Read a file of a collection, plain or gzipped.
-
-    Returns: array ``file.shape``, uint8.
+    """Return the array of an IDX file of a collection, plain or gzipped, uint8 of shape ``file.shape``.
 
     Raises:
-        DataError: see `read_idx`; or another SHA-256.
+        DataError: see `read_idx`; or the SHA-256 differs from that of the collection.
     """
     return _checked_digest(np.asarray(read_idx(path, IdxHeader(file.shape))), file, path)
 
@@ -194,7 +192,7 @@ def _checked_digest(array: Array, file: IdxFile, path: Path) -> Array:
 
 
 def _cached(collection: Collection, file: IdxFile) -> Array:
-    """Read a file from the cache when it verifies, else from a mirror; a damaged entry is removed and made again."""
+    """Return the array of a collection's file from the cache; if it is absent or damaged, download it first."""
     path = cache_folder() / collection.slug / f"{file.name}.gz"
     if (found := _verified(path, file)) is not None:
         return found
@@ -225,10 +223,10 @@ def _by_hand(collection: Collection) -> str:
 
 
 def _download(collection: Collection, file: IdxFile, path: Path) -> Array:
-    """Download a file into a temporary one, check it, then rename it.
+    """Return the array of a file downloaded from the first mirror that works; the checked file is kept at `path`.
 
     Raises:
-        DataError: no mirror gave the right bytes; each answer is listed.
+        DataError: no mirror gave the right bytes; the message lists the problem of each.
     """
     problems = []
     for mirror in collection.mirrors:

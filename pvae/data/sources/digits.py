@@ -1,4 +1,4 @@
-"""scikit-learn's handwritten digits, which need no file and no download."""
+"""Data source of scikit-learn's handwritten digits, which need no download."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pvae.data.sources.base import Data
 
 @final
 class Digits(Data):
-    """1797 digits of 8 x 8 pixels, levels 0 to 16, from scikit-learn: always there."""
+    """Handwritten digits of scikit-learn: 1797 images (1, 8, 8) with grey levels 0 to 16; needs no download."""
 
     source: Literal["digits"] = "digits"
 

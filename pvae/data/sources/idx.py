@@ -1,4 +1,4 @@
-"""The IDX format: big-endian numbers of one type in any number of dimensions, plain or gzipped.
+"""Reader of IDX files (the format of MNIST): arrays of big-endian numbers, plain or gzipped.
 
 References: Gradient-based learning applied to document recognition (LeCun et al., 1998)
 """
@@ -38,14 +38,14 @@ GZIP = b"\x1f\x8b"
 
 @final
 class Idx(FileData):
-    """An IDX file, as MNIST's: numbers of any of its six types in any dimensions, plain or gzipped.
+    """IDX file, the format of MNIST: an array of any of its six number types, plain or gzipped.
 
     References: Gradient-based learning applied to document recognition (LeCun et al., 1998)
     """
 
     source: Literal["idx"] = "idx"
     labels: str | None = None
-    """A second IDX file, of integer labels; none are read by default."""
+    """Path of a second IDX file with integer labels; None for data without labels."""
 
     def read(self, data_dir: Path | None, seed: int) -> Rows:
         x = read_idx(located(self.path, data_dir), stream=self.stream)
@@ -55,11 +55,11 @@ class Idx(FileData):
 
 @dataclass(frozen=True)
 class IdxHeader:
-    """The header of an IDX file.
+    """Header of an IDX file.
 
     Arguments:
-        shape: (n, *row).
-        dtype: of a number.
+        shape: shape of the array, (n, *row).
+        dtype: type of the values.
     """
 
     shape: tuple[int, ...]
@@ -67,30 +67,30 @@ class IdxHeader:
 
     @property
     def content(self) -> bytes:
-        """The bytes of the header."""
+        """Header encoded as bytes, as it stands at the start of the file."""
         code = next(code for code, name in TYPES.items() if np.dtype(name) == self.dtype)
         return bytes([0, 0, code, len(self.shape)]) + b"".join(size.to_bytes(4, "big") for size in self.shape)
 
     @property
     def total(self) -> int:
-        """Number of bytes of the whole file, decompressed."""
+        """Number of bytes of the whole file after decompression, header included."""
         return 4 + 4 * len(self.shape) + self.dtype.itemsize * prod(self.shape)
 
 
 def read_idx(path: Path, wanted: IdxHeader | None = None, *, stream: bool = False) -> AnyArray:
-    """Read an IDX file, plain or gzipped.
+    """Return the array of an IDX file, plain or gzipped.
 
     Arguments:
-        path: the file.
-        wanted: the only header to accept, if there is one.
-        stream: leave the numbers on the disk; of a gzipped file, decompressed once into the cache.
+        path: path of the file.
+        wanted: header that the file must have, or None for any valid header.
+        stream: leave the values on the disk; a gzipped file is decompressed once into the cache.
 
     Returns:
-        The array, big-endian as stored.
+        Array of shape (n, *row), big-endian as stored.
 
     Raises:
-        DataError: wrong magic, sizes or length, with the bytes expected and found; or too large for memory.
-            Sizes are checked before anything is allocated.
+        DataError: the magic bytes, sizes or length of the file are wrong, or the array is too large for memory. Sizes
+            are checked before anything is allocated.
     """
     with _broken(path), _opened(path) as (file, zipped):
         header = _read_header(file, wanted, path)
@@ -110,7 +110,7 @@ def read_idx(path: Path, wanted: IdxHeader | None = None, *, stream: bool = Fals
 
 @contextmanager
 def _broken(path: Path) -> Iterator[None]:
-    """Turn the errors of the decompressor and of the disk into errors of the data."""
+    """Convert errors of the decompressor and the disk, raised in the context, to `DataError`."""
     try:
         yield
     except (OSError, EOFError, zlib.error) as error:
@@ -121,7 +121,7 @@ def _broken(path: Path) -> Iterator[None]:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[tuple[IO[bytes], bool]]:
-    """Open the decompressed bytes; True where they were compressed."""
+    """Yield the open, decompressed file, and True if it was gzipped."""
     with path.open("rb") as plain:
         zipped = plain.read(2) == GZIP
         plain.seek(0)
@@ -165,7 +165,7 @@ def _require_holdable(path: Path, wanted: int, found: int) -> None:
 
 
 def _content(file: IO[bytes], header: IdxHeader, path: Path) -> Iterator[Array]:
-    """Yield the rows, and refuse bytes behind them."""
+    """Yield chunks of rows of an open IDX file; refuse a file that is too short or has trailing bytes."""
     with _broken(path):
         try:
             yield from pieces(file, header.shape, header.dtype)

@@ -1,4 +1,4 @@
-"""Folders of images: found in one order, decoded once into the cache; broken and foreign files are listed."""
+"""Data source of image folders: files are read in a fixed order, decoded once into the cache, bad files listed."""
 
 from __future__ import annotations
 
@@ -28,37 +28,37 @@ from pvae.util.types import Array
 FORMATS = ("PNG", "JPEG", "BMP", "GIF", "PPM", "TIFF", "WEBP")
 SUFFIXES = frozenset(".png .jpg .jpeg .bmp .gif .ppm .pgm .pbm .tif .tiff .webp".split())
 MAX_PIXELS = 2**26
-"""Largest image: 8192 x 8192."""
+"""Largest number of pixels of an image, 8192 x 8192."""
 IMAGES_AT_ONCE = 8
 DECODING_THREADS = 4
 SKIPPED_LISTED = 5
 
 
 Side = Annotated[int, Field(gt=0, le=2**13)]
-"""Pixels along one side of an image."""
+"""Number of pixels along one side of an image."""
 
 
 @final
 class Images(FileData):
-    """A folder of images (PNG, JPEG, BMP, GIF, PPM, TIFF, WebP) and its sub-folders, in the order of their names.
+    """Images (PNG, JPEG, BMP, GIF, PPM, TIFF, WebP) of a folder and its sub-folders, in the order of their names.
 
-    They are decoded once into the cache. A file that cannot be read is skipped and listed in `Dataset.notes`. When
-    every image is in a sub-folder, the sub-folders are the labels.
+    Images are decoded once into the cache. A file that cannot be read is skipped and listed in `Dataset.notes`. If
+    every image is in a sub-folder, the names of the top sub-folders are the labels.
     """
 
     source: Literal["images"] = "images"
     size: Annotated[tuple[Side, Side], Field(strict=False)] | None = None
-    """`[height, width]`, to which images are resized (bilinear, antialiased); by default all must be of one size."""
+    """`[height, width]` to which images are resized (bilinear, antialiased); None requires images of equal size."""
     mode: Literal["L", "RGB"] = "RGB"
-    """One channel of luminance (`L`), or three of colour."""
+    """Channels: one of luminance (`L`), or three of colour (`RGB`)."""
     scale: Scale = "unit"
-    """`unit`: divide by 255."""
+    """Scaling of the pixels; `unit` divides by 255."""
 
     def read(self, data_dir: Path | None, seed: int) -> Rows:
         """Return rows (n, channels, height, width), uint8.
 
         Raises:
-            DataError: there is no folder, no image in it that can be read, or images are of unlike sizes and none is
+            DataError: the folder does not exist, contains no readable image, or images differ in size and no `size` is
                 declared.
         """
         root = _located(self.path, data_dir)
@@ -80,7 +80,7 @@ class Images(FileData):
 
 
 ImageFile = tuple[str, int, int]
-"""A file that may be an image: its path in the folder, with slashes, its size, and its time of change (ns)."""
+"""Candidate image file: its path inside the folder (with slashes), its size (bytes), its modification time (ns)."""
 
 
 def _located(path: str, data_dir: Path | None) -> Path:
@@ -95,10 +95,10 @@ def _located(path: str, data_dir: Path | None) -> Path:
 
 
 def found(root: Path) -> tuple[list[ImageFile], list[str]]:
-    """Return the files that may be images, in the order of their names, and those that are left out, with the reason.
+    """Return the candidate image files, sorted by path, and descriptions of the skipped files with the reason.
 
-    Hidden files and folders are ignored; links that lead out of the folder, links to folders, devices and pipes are not
-    followed.
+    Hidden files and folders are ignored; links that lead out of the folder, links to folders, devices and pipes are
+    skipped.
     """
     files: list[ImageFile] = []
     skipped: list[str] = []
@@ -134,7 +134,7 @@ def _problem(path: Path, root: Path) -> str:
 
 
 def _decode(writer: Writer, root: Path, files: list[ImageFile], skipped: list[str], declared: Images) -> None:
-    """Write `x` (n, C, H, W) uint8 into the cache, `y` (n,) if all images are in sub-folders, and notes."""
+    """Write decoded images `x` (n, C, H, W) uint8, labels `y` (n,) if any, and notes into a cache entry."""
     size, good, bad = None, list[str](), list(skipped)
     for some in _decoded(root, files, declared):
         images = []
@@ -159,7 +159,7 @@ def _decode(writer: Writer, root: Path, files: list[ImageFile], skipped: list[st
 
 
 def _decoded(root: Path, files: list[ImageFile], declared: Images) -> Iterator[list[tuple[str, Array | str]]]:
-    """Yield names with images (C, H, W), or with the reason why there is none; some at a time."""
+    """Yield batches of file names, each with its image (C, H, W) uint8 or the reason why it cannot be read."""
     with warnings.catch_warnings(), ThreadPoolExecutor(DECODING_THREADS) as pool:
         warnings.simplefilter("ignore")
         warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -170,7 +170,7 @@ def _decoded(root: Path, files: list[ImageFile], declared: Images) -> Iterator[l
 
 
 def image(path: Path, size: tuple[int, int] | None, mode: str) -> Array | str:
-    """Return an image (C, H, W) uint8, upright; or the reason why it cannot be read."""
+    """Return an image (C, H, W) uint8, rotated as its EXIF tag says, or the reason why it cannot be read."""
     try:
         with Image.open(path, formats=FORMATS) as file:
             if problem := _unfit(file):  # known from the header; nothing is decoded yet
@@ -196,7 +196,7 @@ def _unfit(file: Image.Image) -> str:
 
 
 def _label(writer: Writer, names: list[str]) -> list[str]:
-    """Write the sub-folder of every image as its label, if every image is in one; return the names of the labels."""
+    """Write each image's top sub-folder as its label and return the label names, or [] if an image is in none."""
     if not all("/" in name for name in names):
         return []
     folders = [name.split("/", 1)[0] for name in names]

@@ -1,4 +1,4 @@
-"""Data in Python objects: tensors, arrays, sparse matrices, torch's datasets, AnnData and objects like it."""
+"""Data sources in Python objects: tensors, arrays, sparse matrices, torch datasets, and AnnData-like objects."""
 
 from __future__ import annotations
 
@@ -25,29 +25,29 @@ from pvae.errors import DataError, OutputError, StorageError, near
 from pvae.util.types import Array
 
 LARGEST_GAP = 4
-"""Rows that are read for each row that is wanted; with more between them they are fetched one by one."""
+"""Largest ratio of a range of rows to the rows wanted from it, up to which the whole range is read at once."""
 
 
 @final
 class TensorSource(Data):
-    """Tensors passed in Python: `pvae.fit(experiment, data=...)`, or `Dataset.from_tensors`."""
+    """Source of tensors passed in Python: `pvae.fit(experiment, data=...)`, or `Dataset.from_tensors`."""
 
     source: Literal["tensor"] = "tensor"
     scale: Scale = "raw"
-    """`unit` needs unsigned bytes."""
+    """Scaling of the values; `unit` needs unsigned bytes (divided by 255)."""
     split_seed: Seed = 0
-    """Seed of the permutation for splits that are not passed."""
+    """Seed of the permutation that makes the splits that are not passed."""
 
     def read(self, data_dir: Path | None, seed: int) -> Rows:
-        """Raise a DataError: the data must be passed."""
+        """Raise a DataError, because tensors must be passed in Python and cannot be read."""
         raise DataError('Expected tensors for data.source = "tensor"; got none. Pass data=... in Python.')
 
 
 def as_array(values: Any, name: str) -> AnyArray:
-    """Return a tensor, an array-like or a sparse matrix as an array; sparse rows are made dense when they are read.
+    """Return a tensor, an array-like or a sparse matrix as an array; rows of a sparse matrix stay sparse until read.
 
     Raises:
-        DataError: it is none of these.
+        DataError: the values are not an array, or a sparse matrix does not have two dimensions.
     """
     if isinstance(values, Stored):
         return values
@@ -65,15 +65,20 @@ def as_array(values: Any, name: str) -> AnyArray:
 
 
 def is_bare(data: Any) -> bool:
-    """True for bare numbers (n,)."""
+    """Return True if data are scalars, a one-dimensional array (n,)."""
     return not isinstance(data, TorchDataset) and not is_anndata(data) and np.ndim(data) == 1
 
 
 def tensor_rows(given: Mapping[str, Any], seed: int, label_names: Sequence[str] | None) -> Rows:
-    """Return the rows of tensors or arrays, x or a tuple (x, y) for each split that is given.
+    """Return the rows of tensors or arrays.
+
+    Arguments:
+        given: x, or a tuple (x, y), by split name; "train" is required.
+        seed: seed of the permutation that makes the splits that are not given.
+        label_names: name of each label, or None.
 
     Raises:
-        DataError: they are no arrays, or too large for memory; see `joined`.
+        DataError: values are not arrays, or are too large for memory; see `joined`.
     """
     arrays: dict[str, tuple[AnyArray, Array | None]] = {}
     for name, part in given.items():
@@ -89,12 +94,12 @@ def tensor_rows(given: Mapping[str, Any], seed: int, label_names: Sequence[str] 
 
 
 class Spool(Stored):
-    """Rows in a file without a name, which is gone with the last array that reads it, however the process ends.
+    """Array (n, *row) in an unnamed temporary file, which the system deletes when the last array on it is gone.
 
     Arguments:
-        file: the open file, at any position.
-        dtype: of a value.
-        shape: (n, *row).
+        file: open temporary file.
+        dtype: type of the values.
+        shape: shape of the array, (n, *row).
     """
 
     def __init__(self, file: NamelessFile, dtype: np.dtype[Any], shape: tuple[int, ...]) -> None:
@@ -105,7 +110,7 @@ class Spool(Stored):
 
 
 class NamelessFile:
-    """A file without a name in the cache folder, closed when nothing refers to it any more."""
+    """Unnamed temporary file in the cache folder, closed (and so deleted) when it is no longer referenced."""
 
     def __init__(self) -> None:
         try:
@@ -118,7 +123,7 @@ class NamelessFile:
         weakref.finalize(self, self.file.close)
 
     def append(self, rows: Array) -> None:
-        """Write some rows.
+        """Append rows `(m, *row)` to the file.
 
         Raises:
             StorageError: the disk is full.
@@ -131,7 +136,7 @@ class NamelessFile:
 
 
 def torch_rows(given: Mapping[str, Any], stream: bool, seed: int, label_names: Sequence[str] | None) -> Rows:
-    """Return the rows of torch's datasets, one for each split that is given.
+    """Return the rows of torch datasets, one for each given split; splits not given are tenths of "train".
 
     Raises:
         DataError: see `collected`.
@@ -141,15 +146,15 @@ def torch_rows(given: Mapping[str, Any], stream: bool, seed: int, label_names: S
 
 
 def collected(dataset: Any, name: str, stream: bool) -> tuple[AnyArray, Array | None]:
-    """Return every item of a dataset, in its order: x (n, ...) and labels (n,), or None.
+    """Return all items of a torch dataset, in order: x (n, ...), and labels (n,) or None.
 
     Arguments:
-        dataset: map-style or iterable, of items x, (x,), (x, y), or a mapping with "x" and perhaps "y".
-        name: of the split, for messages.
+        dataset: map-style or iterable dataset of items x, (x,), (x, y), or mappings with "x" and perhaps "y".
+        name: name of the split in messages.
         stream: write x to a temporary file in the cache folder, a few MiB at a time, instead of keeping it in memory.
 
     Raises:
-        DataError: no items, items of unlike shapes or types, or too many for memory.
+        DataError: the dataset is empty, its items differ in shape or type, or they are too large for memory.
     """
     blocks: list[Array] = []
     labels: list[Any] = []
@@ -172,7 +177,7 @@ def collected(dataset: Any, name: str, stream: bool) -> tuple[AnyArray, Array | 
 
 
 def _blocks(dataset: Any, name: str) -> Iterator[tuple[Array, list[Any]]]:
-    """Yield items stacked, a few MiB at a time."""
+    """Yield stacked items x `(m, ...)` and their labels, in chunks of about `PIECE_BYTES`."""
     first, xs, ys = None, list[Array](), list[Any]()
     for number, item in enumerate(_items(dataset, name)):
         x, y = _parted(item, f"{name}, item {number}")
@@ -219,10 +224,10 @@ def _parted(item: Any, where: str) -> tuple[Array, Any]:
 
 
 class Sliced(Stored):
-    """Rows of an object that gives some when it is sliced, as an HDF5 dataset does; sparse ones are made dense.
+    """Rows of a matrix on the disk that supports indexing, such as an HDF5 dataset; sparse rows become dense.
 
     Arguments:
-        source: with a shape, a type, slices, and rows of ascending numbers.
+        source: object with `shape` and `dtype` that can be indexed by slices and by ascending row numbers.
     """
 
     def __init__(self, source: Any) -> None:
@@ -242,15 +247,22 @@ class Sliced(Stored):
 
 
 def is_anndata(data: Any) -> bool:
-    """True for an object like AnnData: a matrix `X`, and a table `obs` that describes its rows."""
+    """Return True for an AnnData-like object: it has a matrix `X` and a table `obs` that describes its rows."""
     return hasattr(data, "X") and hasattr(data, "obs")
 
 
 def anndata_rows(adata: Any, layer: str | None, labels: str | None, seed: int) -> Rows:
-    """Return the rows of an AnnData-like object, with seeded tenths to validate and to test.
+    """Return the rows of an AnnData-like object with random splits: 80 % train, 10 % validation, 10 % test.
+
+    Arguments:
+        adata: AnnData-like object.
+        layer: name of the layer that holds x; None for the matrix `X`.
+        labels: column of `obs` that holds the labels, or None.
+        seed: seed of the permutation that makes the splits.
 
     Raises:
-        DataError: no such layer or column; labels are missing or not whole numbers or names; see `Rows`.
+        DataError: the layer or column does not exist; labels are missing, or are neither integers nor names; see
+            `Rows`.
     """
     name = "X" if layer is None else f"layers[{layer!r}]"
     x = _matrix(adata, layer, name)

@@ -1,4 +1,4 @@
-"""Tables of mixed columns: in a text file, in a Parquet file, or a pandas DataFrame."""
+"""Data sources of tables with mixed column types: CSV files, Parquet files and pandas DataFrames."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ from pvae.errors import DataError
 
 
 class Tabular(Data):
-    """A table: x has a number for every declared column, NaN where one is missing."""
+    """Base of the tabular sources: x (n, columns) has one number for every declared column, NaN for a missing value."""
 
     scale: Scale = "raw"
-    """Not for tables, whose columns have transforms of their own; nor are `binarize` and `shape`."""
+    """Always `raw`: columns have transforms of their own; `binarize` and `shape` cannot be set either."""
     columns: dict[str, Column] = Field(min_length=1)
-    """The type of every column, by its name in the table; columns that are not declared are left out."""
+    """Type of every column, by its name in the table; columns that are not declared are left out of x."""
     label: str | None = None
-    """A column that is no part of x: the label of every row."""
+    """Name of the column that contains the labels, which is not part of x; None for data without labels."""
     na: Names = ("", "NA", "nan")
-    """The words for a missing value."""
+    """Strings that mean a missing value."""
 
     @property
     def table(self) -> Mapping[str, Column]:
@@ -54,23 +54,23 @@ class Tabular(Data):
         return self
 
     def decoder(self, origin: str) -> CellDecoder:
-        """Return the decoder of the table's cells; `origin` is the name of the table in messages."""
+        """Return the converter of this table's cells to numbers; `origin` is the name of the table in messages."""
         return CellDecoder(self.columns, self.label, self.na, origin)
 
 
 class TableFile(Tabular, FileData):
-    """A table in a file, decoded once into the cache."""
+    """Base of the tables in files, which are decoded once into the cache."""
 
     @abstractmethod
     def pieces(self, path: Path, decoder: CellDecoder) -> Iterator[Numbers]:
-        """Yield the rows as numbers, a few at a time.
+        """Yield the rows of the file as numbers, chunk by chunk: x `(m, columns)`, and labels `(m,)` or None.
 
         Raises:
-            DataError: with the line or row and the column; or the file is broken or foreign.
+            DataError: a value is not allowed (the message gives line or row, and column), or the file is damaged.
         """
 
     def read(self, data_dir: Path | None, seed: int) -> Rows:
-        """Return rows (n, columns) of the file.
+        """Return the rows (n, columns) of the file with random splits.
 
         Raises:
             DataError: see `pieces`.
@@ -100,11 +100,11 @@ class TableFile(Tabular, FileData):
 
 @final
 class CSV(TableFile):
-    """A table of text, UTF-8, with a line of column names: decoded once into the cache."""
+    """Table in a delimited text file (UTF-8) whose first line has the column names; decoded once into the cache."""
 
     source: Literal["csv"] = "csv"
     separator: Literal[",", ";", "\t", "|"] = ","
-    """The character between two cells."""
+    """Character between two cells."""
 
     def pieces(self, path: Path, decoder: CellDecoder) -> Iterator[Numbers]:
         return text_pieces(path, self.separator, decoder)
@@ -112,7 +112,7 @@ class CSV(TableFile):
 
 @final
 class Parquet(TableFile):
-    """A table in a Parquet file: decoded once into the cache. Needs pyarrow."""
+    """Table in a Parquet file, decoded once into the cache; needs pyarrow."""
 
     source: Literal["parquet"] = "parquet"
 
@@ -122,21 +122,21 @@ class Parquet(TableFile):
 
 @final
 class FrameSource(Tabular):
-    """A pandas DataFrame passed in Python: `pvae.fit(experiment, data=frame)`, or `Dataset.from_frame`."""
+    """Source of a pandas DataFrame passed in Python: `pvae.fit(experiment, data=frame)`, or `Dataset.from_frame`."""
 
     source: Literal["frame"] = "frame"
     split_seed: Seed = 0
-    """Seed of the permutation for splits that are not declared."""
+    """Seed of the permutation that makes the splits that are not declared."""
 
     def read(self, data_dir: Path | None, seed: int) -> Rows:
-        """Raise a DataError: the data must be passed."""
+        """Raise a DataError, because the DataFrame must be passed in Python and cannot be read."""
         raise DataError('Expected a DataFrame for data.source = "frame"; got none. Pass data=... in Python.')
 
     def rows_of(self, frame: Any) -> Rows:
-        """Return rows (n, columns) of a DataFrame.
+        """Return the rows (n, columns) of a DataFrame with random splits.
 
         Raises:
-            DataError: with the row and the column.
+            DataError: a column is absent, or a value is not allowed; the message gives its row and column.
         """
         import pandas
 

@@ -1,6 +1,7 @@
-"""Densities in the plane, easy to plot: their samples, and the exact log density where it has a closed form.
+"""Two-dimensional toy densities: samplers, and exact log densities for those that have a closed form.
 
-Every density is centred, with a deviation of 1 to 2 along each coordinate. ``noise`` is a deviation in the same units.
+Every density is centred, with a standard deviation of 1 to 2 along each coordinate. ``noise`` is the standard deviation
+of the Gaussian noise, in the same units.
 """
 
 from __future__ import annotations
@@ -35,39 +36,39 @@ SPIRAL_TURN, SPIRAL_RADIUS = 3 * math.pi, 3.0
 
 
 def moons(rng: Generator, n: int, noise: float) -> Draws:
-    """Sample two half circles of radius 2, each reaching into the other; the label is the half circle."""
+    """Return n samples of two interleaving half circles of radius 2, with noise; the label is the half circle."""
     y, t = rng.integers(2, size=n), rng.uniform(0, math.pi, n)
     upper = np.stack([np.cos(t) - 0.5, np.sin(t) - 0.25], 1)
     return 2 * np.where(y[:, None] == 0, upper, -upper) + noise * rng.standard_normal((n, 2)), y
 
 
 def rings(rng: Generator, n: int, noise: float) -> Draws:
-    """Sample three circles around the origin; the label is the circle, counted from the inside."""
+    """Return n samples of three concentric circles, with noise; the label is the circle, counted from the inside."""
     y, t = rng.integers(len(RADII), size=n), rng.uniform(0, 2 * math.pi, n)
     return RADII[y, None] * np.stack([np.cos(t), np.sin(t)], 1) + noise * rng.standard_normal((n, 2)), y
 
 
 def pinwheel(rng: Generator, n: int, noise: float) -> Draws:
-    """Sample five arms, each a normal of width ``noise`` across, swirled about the origin; the label is the arm."""
+    """Return n samples of five Gaussian arms of width ``noise``, swirled about the origin; the label is the arm."""
     y = rng.integers(ARMS, size=n)
     straight = rng.standard_normal((n, 2)) * (ARM_SPREAD, noise) + (ARM_LENGTH, 0.0)
     return _rotated(straight, 2 * math.pi / ARMS * y + SWIRL * np.hypot(*straight.T)), y
 
 
 def checkerboard(rng: Generator, n: int, noise: float) -> Draws:
-    """Sample eight squares of [-3, 3]^2, evenly filled; the label is the square, counted by columns."""
+    """Return n samples of eight uniform squares of a checkerboard on [-3, 3]^2, with noise; the label is the square."""
     y = rng.integers(len(SQUARES), size=n)
     return SQUARES[y] + SIDE * rng.uniform(-0.5, 0.5, (n, 2)) + noise * rng.standard_normal((n, 2)), y
 
 
 def eight_gaussians(rng: Generator, n: int, noise: float) -> Draws:
-    """Sample eight normals of deviation ``noise`` on a circle; labels run counterclockwise from the east."""
+    """Return n samples of eight Gaussians of deviation ``noise`` on a circle; labels run counterclockwise from east."""
     y = rng.integers(len(CENTRES), size=n)
     return CENTRES[y] + noise * rng.standard_normal((n, 2)), y
 
 
 def spiral(rng: Generator, n: int, noise: float) -> Draws:
-    """Sample two arms of one and a half turns, out to radius 3; the label is the arm."""
+    """Return n samples of a two-armed spiral (1.5 turns, outer radius 3), with noise; the label is the arm."""
     y, outward = rng.integers(2, size=n), np.sqrt(rng.uniform(0, 1, n))
     straight = np.stack([SPIRAL_RADIUS * outward, np.zeros(n)], 1)
     return _rotated(straight, math.pi * y + SPIRAL_TURN * outward) + noise * rng.standard_normal((n, 2)), y
@@ -79,14 +80,17 @@ def _rotated(x: Floats, angle: Floats) -> Floats:
 
 
 def _rings(x: Floats, noise: float) -> Floats:
-    """Return log p(x); a circle with noise has Rice's density `exp(-(r^2 + R^2) / 2 s^2) I_0(r R / s^2) / 2 pi s^2`."""
+    """Return log p(x) of the rings, `(n,)`.
+
+    A circle of radius R with noise s has Rice's density `exp(-(r^2 + R^2) / 2 s^2) I_0(r R / s^2) / 2 pi s^2`.
+    """
     r = np.hypot(x[:, :1], x[:, 1:])
     parts = np.log(i0e(r * RADII / noise**2)) - (r - RADII) ** 2 / (2 * noise**2)
     return _mixed(parts) - math.log(2 * math.pi * noise**2)
 
 
 def _pinwheel(x: Floats, noise: float) -> Floats:
-    """Return log p(x): the swirl keeps areas, so that it is the density of the straight arms before the swirl."""
+    """Return log p(x) of the pinwheel, `(n,)`: that of the arms before the swirl, which preserves areas."""
     turned = 2 * math.pi / ARMS * np.arange(ARMS) + SWIRL * np.hypot(x[:, :1], x[:, 1:])
     straight = (_rotated(x[:, None], -turned) - (ARM_LENGTH, 0.0)) / (ARM_SPREAD, noise)
     return _mixed(-(straight**2).sum(-1) / 2) - math.log(2 * math.pi * ARM_SPREAD * noise)
@@ -113,13 +117,13 @@ def _mixed(parts: Floats) -> Floats:
 
 @dataclass(frozen=True)
 class ToyDensity:
-    """A density of this module.
+    """Toy density in the plane: its sampler, and its log density if it has a closed form.
 
     Arguments:
-        draw: `(rng, n, noise)` to x (n, 2) and labels (n,).
-        noise: its own, where none is declared.
-        label_names: a name for each label, or None.
-        log_density: x (n, 2) and noise to nats (n,), where there is a closed form.
+        draw: sampler, a function of `(rng, n, noise)` that returns x (n, 2) and labels (n,).
+        noise: default standard deviation of the noise.
+        label_names: name of each label, or None.
+        log_density: function of x (n, 2) and the noise that returns log p(x) in nats (n,), or None.
     """
 
     draw: Callable[[Generator, int, float], Draws]
@@ -140,7 +144,7 @@ DENSITIES = {
 
 @final
 class Toy(Data):
-    """Samples of a density in the plane: pairs (x1, x2), labelled by the part of the figure that they belong to.
+    """Samples (x1, x2) of a two-dimensional toy density, labelled by the component (arm, ring, square) of each sample.
 
     `pvae.data.sources.toys.log_density` and `entropy` give the exact density of four of them.
     """
@@ -148,13 +152,13 @@ class Toy(Data):
     source: Literal["toy"] = "toy"
     density: DensityName = "moons"
     rows: int = Field(default=4000, gt=0)
-    """Rows to train; a tenth more validates, another tests."""
+    """Number of training rows; the validation and the test split have a tenth of this number each, in addition."""
     noise: Annotated[float, Field(ge=0)] | None = None
-    """Deviation of the noise around the figure; by default one that keeps it clear."""
+    """Standard deviation of the Gaussian noise added to the density; None for the default of each density."""
     scale: Scale = "raw"
-    """Not `unit`: there is no largest level."""
+    """Scaling of the samples; `unit` is not possible, as there is no largest value."""
     data_seed: Seed | Literal["experiment"] = 0
-    """Seed of the samples, the same data for every experiment; `experiment`: each seed of a run draws its own."""
+    """Seed of the samples, fixed for all experiments; `experiment`: samples depend on the seed of the experiment."""
 
     @field_validator("density", mode="before")
     @classmethod
@@ -177,15 +181,15 @@ class Toy(Data):
 
 
 def log_density(name: str, x: Floats, noise: float | None = None) -> Floats:
-    """Return log p(x) of rings, pinwheel, checkerboard or eight_gaussians; exact, in double precision.
+    """Return the exact log p(x) of rings, pinwheel, checkerboard or eight_gaussians, in double precision.
 
     Arguments:
-        name: of the density.
-        x: (n, 2).
-        noise: as declared; None is the density's own.
+        name: name of the density.
+        x: points (n, 2).
+        noise: standard deviation of the noise; None for the density's default.
 
     Returns:
-        Nats, (n,); -inf where there is no mass.
+        log p(x) in nats, (n,); -inf outside the support.
 
     Raises:
         DeclarationError: the density has no closed form, or needs noise to have one.
@@ -199,15 +203,15 @@ def log_density(name: str, x: Floats, noise: float | None = None) -> Floats:
 
 
 def entropy(name: str, noise: float | None = None) -> float:
-    """Return the entropy -E[log p(x)], nats, of a density that `log_density` knows.
+    """Return the entropy -E[log p(x)], in nats, of a toy density that has a closed form.
 
-    No model's mean log density exceeds its negative.
+    The expected log density of any model is at most the negative entropy.
 
-    Without noise the checkerboard's is the log of its area, exact. Else it is the trapezoid rule on a grid of a fifth
-    of the noise, whose error on densities as smooth as these is below 1e-6; small noise takes long.
+    The entropy of the checkerboard without noise is the log of its area, exact. All others are computed by the
+    trapezoid rule on a grid with a step of at most a fifth of the noise, with an error below 1e-6; small noise is slow.
 
     Raises:
-        DeclarationError: as `log_density`.
+        DeclarationError: see `log_density`.
 
     Example:
         >>> round(entropy("checkerboard"), 3)

@@ -1,1 +1,1 @@
-"""Exporters of a run to TensorBoard and MLflow."""
+"""Exporters of a run's metrics and files to TensorBoard and MLflow."""

@@ -1,4 +1,4 @@
-"""Base of exporters: the metrics of a run as points, of which each is exported once."""
+"""Base class of exporters, which send every point of a run's metrics exactly once."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from pvae.runs.rundir import RunDirectory
 from pvae.util import toml
 
 LONGEST_KEY, LONGEST_VALUE = 200, 500
-"""Characters that every MLflow server accepts in a key and in a value (newer servers accept more)."""
+"""Largest length (characters) of a key and of a value that every MLflow server accepts."""
 LARGEST_ATTACHMENT = 16 << 20
-"""Bytes of the largest file of a run that is exported."""
+"""Largest size (bytes) of a file of a run that is exported."""
 
 
 @dataclass(frozen=True)
 class MetricPoint:
-    """One number of the metrics: `<split>/<term>`, the step (x axis), the value, and Unix seconds."""
+    """Single value of a metric: key `<split>/<term>`, training step (x axis), value, and time in Unix seconds."""
 
     key: str
     step: int
@@ -34,13 +34,13 @@ class MetricPoint:
 
 
 Exported = dict[tuple[str, int], float]
-"""Values that were exported before, by key and step."""
+"""Metric values that were already exported, by key and step."""
 
 
 def safe_key(name: str, separator: str) -> str:
-    """Return `name` as a key that every tracker accepts: letters, digits, `_`, `.`, `-`, joined by `separator`.
+    """Return a metric's name as a key that every tracker accepts: letters, digits, `_`, `.`, `-` and `separator`.
 
-    A name that has to be changed gets a digest, so that no two names share a key.
+    A name that has to be changed gets a digest as suffix, so that no two names have the same key.
     """
     parts = [re.sub(r"[^A-Za-z0-9_.-]", "_", part).strip(".") or "_" for part in name.split("/")]
     key = separator.join(parts)
@@ -51,17 +51,16 @@ def safe_key(name: str, separator: str) -> str:
 
 
 class Exporter(ABC):
-    """One place that a run is exported to. It reads the run's files and changes none of them.
+    """Exporter of one run to one tracker, such as MLflow; it reads the run's files and changes none of them.
 
-    A point is a number in a row of `metrics.jsonl`, at the step of that row. No step ever holds two values: rows that
-    a crash or a rollback removed are compared with what was exported of them, and where the fit continued with other
-    values the run is exported anew.
+    Every number in a row of `metrics.jsonl` is exported as a point at the step of that row. A step never has two
+    values of a metric: if the fit was rolled back and continued with other values, the run is exported anew.
 
     Arguments:
-        files: of the run.
+        files: directory of the run.
 
     Raises:
-        ImportError: its package is not installed, or any other error that importing the package raises.
+        ImportError: the tracker's package is not installed; other errors of the import are raised unchanged.
     """
 
     kind: ClassVar[str]
@@ -75,22 +74,22 @@ class Exporter(ABC):
 
     @abstractmethod
     def begin(self, *, anew: bool) -> Exported:
-        """Open what was exported of this run, or with `anew` something empty in its place; returns what it holds."""
+        """Open the existing export of this run, or start an empty one if `anew`; return its metric values."""
 
     @abstractmethod
     def write(self, points: Sequence[MetricPoint]) -> None:
-        """Export points, none of which is there yet."""
+        """Export metric values that were not exported before."""
 
     @abstractmethod
     def finish(self) -> str:
-        """Export what is complete only at the end (alerts, pictures, state); returns a sentence that says where."""
+        """Export alerts, images and the final state of the run; return a description of the export's place."""
 
     @abstractmethod
     def key(self, split: str, term: str) -> str:
-        """Return the name that a term of a split has there."""
+        """Return the tracker's key of a metric: a term, such as the ELBO, of a split."""
 
     def catch_up(self, *more: MetricPoint) -> None:
-        """Export the rows that were added since the last call, and more points."""
+        """Export the metric rows that were added since the last call, and the points in `more`."""
         rows = self.files.metrics_rows()
         if self.exported is None or rows[: len(self.rows)] != self.rows:  # at first, and where rows were removed
             self.exported, self.rows = self.begin(anew=False), []
@@ -103,7 +102,7 @@ class Exporter(ABC):
         self.rows = rows
 
     def close(self) -> str:
-        """Export everything up to the end of the run; returns a sentence that says where it is."""
+        """Export everything up to the end of the run; return a description of the export's place."""
         status = self.files.status()
         time, step = self.started + float(status.get("seconds") or 0.0), int(status.get("step") or 0)
         figures = {name: status.get(name) for name in ("elbo", "epoch", "skipped")}
@@ -112,7 +111,7 @@ class Exporter(ABC):
         return self.finish()
 
     def _points(self, rows: Iterable[Mapping[str, Any]]) -> Iterator[MetricPoint]:
-        """Yield the numbers of rows; null (not finite) is left out, seconds become the time of a point."""
+        """Yield the metric values of rows as points; null (a value that is not finite) is left out."""
         for row in rows:
             try:
                 step, split = int(row["step"]), str(row["split"])
@@ -127,11 +126,11 @@ class Exporter(ABC):
                     yield MetricPoint(self.key(split, term), step, float(value), time)
 
     def parameters(self) -> dict[str, Any]:
-        """Return the declaration as dotted names and their values."""
+        """Return the declared settings of the experiment by dotted name, such as `train.epochs`."""
         return toml.flat(toml.parse(self.files.spec_text, "spec.toml"))
 
     def tags(self) -> dict[str, str]:
-        """Return name, id, seed, fingerprint of the data, device, version and parent of the run."""
+        """Return name, id, seed, device, parent, data fingerprint and pvae version of the run, as strings."""
         manifest = self.files.manifest
         found = {
             "fingerprint": manifest.get("data", {}).get("fingerprint"), "version": __version__,
@@ -141,7 +140,7 @@ class Exporter(ABC):
         return {key: printable(str(value))[:LONGEST_VALUE] for key, value in found.items() if value is not None}
 
     def attached(self, *suffixes: str) -> list[Path]:
-        """Return the plain files of analyses and reports with one of these suffixes, sorted; links are left out."""
+        """Return the files of the run's analyses and reports with one of the suffixes; not links and large files."""
         folders = [self.files.path / name for name in ("analysis", "report")]
         paths = [path for folder in folders if not folder.is_symlink() for path in sorted(folder.glob("*"))]
         return [path for path in paths if path.suffix in suffixes and _is_plain(path)]

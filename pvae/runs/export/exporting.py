@@ -1,4 +1,4 @@
-"""Exports of a run: by hand, or while it is fitted."""
+"""Export of a run to a tracker, after the fit or while it is fitted."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from pvae.runs.export.tensorboard import TensorBoard
 from pvae.runs.rundir import RunDirectory
 
 SECONDS_BETWEEN_EXPORTS = 5.0
-"""Least time between two exports of a fit. An export that takes long is followed by a pause ten times as long."""
+"""Shortest time (s) between two exports during a fit; a slow export is followed by a pause ten times as long."""
 
 KINDS: Mapping[str, type[Exporter]] = {cls.kind: cls for cls in (TensorBoard, MLflow)}
 
 
 def require(kinds: Sequence[str]) -> tuple[str, ...]:
-    """Return `kinds` without duplicates, all of them known and their packages installed.
+    """Return names of exporters (`tensorboard`, `mlflow`) without duplicates, after checking that each is available.
 
     Raises:
-        DeclarationError: a kind is unknown.
-        MissingExtraError: its package is not installed.
+        DeclarationError: an exporter is unknown.
+        MissingExtraError: the package of an exporter is not installed.
     """
     asked = tuple(dict.fromkeys([kinds] if isinstance(kinds, str) else kinds))
     for kind in asked:
@@ -43,7 +43,7 @@ def require(kinds: Sequence[str]) -> tuple[str, ...]:
 
 
 def remembered(files: RunDirectory, asked: Sequence[str]) -> tuple[str, ...]:
-    """Return the kinds a run was exported to before and those `asked` for now, and keep them in its manifest."""
+    """Return the exporters used for a run before and those requested now, and record them in the run's manifest."""
     manifest = files.manifest
     before = [str(kind) for kind in manifest.get("exports", [])]
     kinds = tuple(dict.fromkeys([*before, *asked]))
@@ -53,21 +53,21 @@ def remembered(files: RunDirectory, asked: Sequence[str]) -> tuple[str, ...]:
 
 
 def export(files: RunDirectory, kind: str) -> str:
-    """Export a run that no process is fitting; what was exported before stays as it is.
+    """Export a run that no process is fitting; values that were exported before are kept.
 
     Arguments:
-        files: of the run, finished or not.
-        kind: `tensorboard` or `mlflow`.
+        files: directory of the run, finished or not.
+        kind: name of the exporter, `tensorboard` or `mlflow`.
 
     Returns:
-        A sentence that says where it is.
+        Description of the export's place.
 
     Raises:
-        DeclarationError: the kind is unknown.
-        MissingExtraError: its package is not installed.
+        DeclarationError: the exporter is unknown.
+        MissingExtraError: the exporter's package is not installed.
         BusyError: a process is fitting the run.
         DataError: the run's files are damaged.
-        StorageError: it cannot be written there.
+        StorageError: the export cannot be written.
     """
     require([kind])
     with files.held():
@@ -81,14 +81,14 @@ def export(files: RunDirectory, kind: str) -> str:
 
 @contextmanager
 def exporting(files: RunDirectory, kinds: Sequence[str], *, show: bool) -> Iterator[None]:
-    """Export a run every few seconds while the block fits it, and once more at the end.
+    """Export a run every few seconds while the code of the `with` block fits it, and once more at the end.
 
-    An exporter that fails is one alert, and is left out from then on: no error of an exporter ends the block.
+    An exporter that fails causes one alert and is not used again; its errors never stop the fit.
 
     Arguments:
-        files: of the run, held by this process.
-        kinds: exporters to use; an unknown one is an alert.
-        show: print alerts on standard error, too.
+        files: directory of the run, locked by this process.
+        kinds: names of the exporters to use; an unknown one causes an alert.
+        show: True to print alerts on standard error, too.
     """
     exporters: dict[str, Exporter] = {}
 
@@ -131,6 +131,6 @@ def exporting(files: RunDirectory, kinds: Sequence[str], *, show: bool) -> Itera
 
 
 def brief(error: Exception) -> str:
-    """Return the class of an error and the first line of its message."""
+    """Return the class of an error and the first line of its message, without passwords in addresses."""
     first = (str(error).splitlines() or [""])[0]
     return without_secrets(f"{type(error).__name__}: {first}"[:300].rstrip(". "))

@@ -1,4 +1,4 @@
-"""Export to MLflow."""
+"""Exporter of runs to MLflow."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ SETTINGS = {
     "MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_LOGGING_LEVEL": "WARNING",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
 }  # fmt: skip
-"""Environment of the client unless set otherwise; a server that does not answer must not hold up a fit for long."""
+"""Default environment variables of the MLflow client; short time-outs keep a dead server from delaying a fit."""
 BATCH_SIZE = 100
-"""Parameters or metrics in one request."""
+"""Largest number of parameters or metric values in one request."""
 
 
 @final
 class MLflow(Exporter):
-    """One MLflow run for a run, found again by its id: under MLFLOW_TRACKING_URI, or `mlflow.db` beside the runs.
+    """Exporter of a run to an MLflow run, at MLFLOW_TRACKING_URI or in `mlflow.db` in the folder of all runs.
 
-    The experiment is MLFLOW_EXPERIMENT_NAME, or the folder of the runs of that name. Where a fit continues with other
-    values than were exported (a resume that is not exact), another MLflow run begins, and the one before gets the tag
-    `pvae.superseded`.
+    The MLflow experiment is MLFLOW_EXPERIMENT_NAME, or the run's name (as in its folder). The MLflow run is found again
+    by the run's id. If a resumed fit continues with other values than were exported, a new MLflow run begins, and the
+    earlier one gets the tag `pvae.superseded`.
     """
 
     kind = "mlflow"
@@ -75,7 +75,7 @@ class MLflow(Exporter):
         return f"{tags['name'][:LONGEST_KEY]} {tags['id'][:40]}"
 
     def _experiment(self) -> str:
-        """Return the id of the experiment, which the first process that asks creates."""
+        """Return the id of the MLflow experiment, which is created if it does not exist."""
         root, name = self.files.path.parent.parent.absolute(), self.files.path.parent.name
         name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or name
         local = not os.environ.get("MLFLOW_TRACKING_URI")
@@ -89,7 +89,7 @@ class MLflow(Exporter):
             raise
 
     def _describe(self, known: Mapping[str, str]) -> None:
-        """Log parameters and tags; MLflow never changes a parameter, so a new value of one becomes a tag."""
+        """Log parameters and tags; MLflow cannot change a logged parameter, so its new value is logged as a tag."""
         values = {safe_key(k, "/"): printable(str(v))[:LONGEST_VALUE] for k, v in self.parameters().items()}
         fresh = [self.entities.Param(key, value) for key, value in values.items() if key not in known]
         for start in range(0, len(fresh), BATCH_SIZE):
@@ -121,5 +121,5 @@ class MLflow(Exporter):
 
 
 def without_secrets(text: str) -> str:
-    """Return `text` without the user and password of an address."""
+    """Return `text` with user name and password in URLs masked."""
     return re.sub(r"//[^/@\s]+@", "//***@", text)

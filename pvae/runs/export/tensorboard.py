@@ -1,4 +1,4 @@
-"""Export to TensorBoard."""
+"""Exporter of runs to TensorBoard."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from pvae.util.files import read_inside
 
 @final
 class TensorBoard(Exporter):
-    """Event files in `exports/tensorboard/` of the run, written anew by every process: they mirror the metrics.
+    """Exporter of a run to TensorBoard event files in the run's folder `exports/tensorboard/`.
 
-    Scalars in single precision, as TensorBoard keeps them; hyperparameters, alerts and tags as text, PNG files.
+    Every process writes the files anew: metrics as float32 scalars, hyperparameters, tags and alerts as text, and PNG
+    files as images.
     """
 
     kind = "tensorboard"
@@ -74,20 +75,20 @@ class TensorBoard(Exporter):
         self._add(summary=summary, step=step, wall_time=time)
 
     def _add_text(self, tag: str, lines: Sequence[str]) -> None:
-        """Add lines as a block of code, because TensorBoard reads text as Markdown."""
+        """Add lines of text, as a code block because TensorBoard renders text as Markdown."""
         from tensorboardX.summary import text
 
         block = "\n".join(f"    {line}" for raw in lines for line in printable(raw).splitlines())
         self._add(summary=text(tag, block))
 
     def _add(self, **fields: Any) -> None:
-        """Add an event in the file's framing: its length and its bytes, each followed by a checksum."""
+        """Add an event in TFRecord format: its length and its bytes, each followed by a checksum."""
         data = self.event.Event(**{"wall_time": self.started, **fields}).SerializeToString()
         for part in (struct.pack("<Q", len(data)), data):
             self.waiting += part + struct.pack("<I", self.checksum(part))
 
     def _flush(self) -> None:
-        """Write the events added so far; tensorboardX would do so in a thread that loses errors."""
+        """Write the events added so far to the file; tensorboardX's own writer thread would lose errors."""
         with self.path.open("ab") as file:
             file.write(self.waiting)
         self.waiting = b""
