@@ -73,7 +73,7 @@ class Dataset:
         return self.train, self.validation, self.test
 
     def split(self, name: str) -> Split:
-        """Return the split with a name: "train", "validation" or "test".
+        """Return the split with the given name: "train", "validation" or "test".
 
         Raises:
             DeclarationError: no split has that name.

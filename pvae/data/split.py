@@ -113,6 +113,6 @@ class Split:
         return replace(self, rows=torch.cat([self.rows.flatten(1), columns.to(self.rows)], 1), event=event)
 
     def chunks(self) -> Iterator[Tensor]:
-        """Yield the data without covariates in consecutive chunks `(m, *shape)` of at most `CHUNK_ELEMENTS` values."""
+        """Yield the data without covariates in consecutive chunks `(m, *shape)` of about `CHUNK_ELEMENTS` values."""
         step = max(1, CHUNK_ELEMENTS // max(1, prod(self.rows.shape[1:])))
         return (self.observed(self.rows[start : start + step]) for start in range(0, len(self), step))

@@ -53,7 +53,7 @@ def _detached(tensor: Tensor, seen: set[int]) -> Tensor:
 
 
 def _escaped(key: str) -> str:
-    """Return a tensor's name in a form that safetensors preserves; it loses lone surrogates and ``__metadata__``."""
+    """Return a tensor's name, escaped if safetensors would not preserve it (lone surrogates, ``__metadata__``)."""
     plain = key.encode(errors="ignore").decode() == key
     return key if plain and key != "__metadata__" and not key.startswith(_ESCAPE) else _ESCAPE + json.dumps(key)
 

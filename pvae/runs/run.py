@@ -203,7 +203,7 @@ class Run:
 
     @property
     def metrics(self) -> pandas.DataFrame:
-        """Metrics (nats per datum) as a data frame, one row per epoch and split: elbo, reconstruction, kl, kl/<latent>."""
+        """Data frame of metrics, a row per epoch and split: elbo, reconstruction, kl, kl/<latent> (nats per datum)."""
         return self.files.metrics()
 
     @property

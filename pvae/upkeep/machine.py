@@ -179,7 +179,7 @@ def temporary(_: CheckArguments) -> Iterator[Check]:
 
 
 def data(given: CheckArguments) -> Iterator[Check]:
-    """Yield checks of the data sources digits, Fashion-MNIST and MNIST: are their files present or downloadable?"""
+    """Yield checks that the files of the data sources digits, Fashion-MNIST and MNIST are present or downloadable."""
     from pvae.data.rows.files import user_folder
     from pvae.data.sources.collections import FASHION_MNIST, MNIST_FILES
 

@@ -15,7 +15,8 @@ from torch.overrides import TorchFunctionMode
 from pvae.errors import DeclarationError, out_of_memory
 
 COUNTED_BYTES = 1 << 27
-"""Size (bytes) above which a tensor is only counted, not allocated; beyond eight times this in all, every tensor is."""
+"""Size (bytes) above which a tensor is only counted, not allocated. Once all tensors together exceed eight times this
+size, every further tensor is only counted."""
 GIB = 1 << 30
 MAKERS = frozenset([torch.empty, torch.zeros, torch.ones, torch.full, torch.rand, torch.randn, torch.eye, torch.arange])
 

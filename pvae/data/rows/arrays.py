@@ -64,7 +64,7 @@ class Stored(ABC):
 
     @property
     def ndim(self) -> int:
-        """Number of dimensions, the row dimension included."""
+        """Number of dimensions of the array, including the first one, which counts rows."""
         return len(self.shape)
 
     @property

@@ -48,7 +48,7 @@ class Survey:
 
 
 def survey(rows: Scaled, part: Part, binarize: Binarize) -> Survey:
-    """Return minimum, maximum and checksum of the stored rows of a split, from one pass over them."""
+    """Return minimum, maximum and checksum of the stored rows with the numbers in `part`, from one pass over them."""
     prepared = (str(rows.x.dtype), rows.x.shape[1:], binarize, dict(rows.warps))
     digest = hashlib.sha256(repr(prepared).encode())
     for number in (rows.shift, rows.divisor):

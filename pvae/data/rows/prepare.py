@@ -41,7 +41,7 @@ class Scaled:
         return not self.warps and isinstance(self.shift, float) and (self.shift, self.divisor) == (0.0, 1.0)
 
     def chunks(self, part: Part) -> Iterator[tuple[int, Floats]]:
-        """Yield consecutive scaled chunks of a part, float64, each with its offset in the part."""
+        """Yield the rows numbered in `part`, scaled, in consecutive float64 chunks, each with its offset in `part`."""
         for start, chunk in chunks(self.x, part):
             yield start, self.scale(chunk)
 
@@ -51,7 +51,7 @@ class Scaled:
         return shift, divisor
 
     def of(self, part: Part) -> Floats:
-        """Return the rows of a part scaled, as one float64 array."""
+        """Return the rows numbered in `part` after the declared scaling, as one float64 array."""
         return self.scale(rows_of(self.x, part))
 
     def scale(self, chunk: Array) -> Floats:
@@ -67,7 +67,7 @@ class Scaled:
         return values
 
     def apply(self, part: Part, rule: Rule) -> NDArray[np.float32]:
-        """Return the rows of a part as float32 (rows, *shape), after scaling and then `rule`, chunk by chunk."""
+        """Return the rows numbered in `part` after scaling and then binarisation by `rule`, float32 (rows, *shape)."""
         out = np.empty((len(part), *self.x.shape[1:]), np.float32)
         for start, chunk in self.chunks(part):
             out[start : start + len(chunk)] = rule(chunk)
@@ -138,7 +138,7 @@ def _is_flat(mean: Floats, variance: Floats) -> NDArray[np.bool_]:
 
 
 def _moments(data: Scaled, part: Part) -> tuple[Floats, Floats]:
-    """Return mean and variance of every scaled feature, each `(*row)`, over the non-missing values of a part."""
+    """Return mean and variance `(*row)` of each scaled feature over the rows in `part`, without NaN (missing)."""
     total, count, squares = (np.zeros(data.x.shape[1:]) for _ in range(3))
     for _, chunk in data.chunks(part):
         missing = np.isnan(chunk)
@@ -162,7 +162,7 @@ UNWARPS: Mapping[str, Callable[[Floats], Floats]] = {"log": np.exp, "log1p": np.
 
 
 def extremes(x: AnyArray, part: Part) -> tuple[Array, Array]:
-    """Return minimum and maximum of every feature, each `(*row)`, over a part; missing values (NaN) are left out."""
+    """Return minimum and maximum of every feature, each `(*row)`, over the rows in `part`, ignoring NaN (missing)."""
     low = high = np.full(x.shape[1:], np.nan)
     for _, chunk in chunks(x, part):
         low, high = np.fmin(low, np.fmin.reduce(chunk, 0)), np.fmax(high, np.fmax.reduce(chunk, 0))

@@ -115,7 +115,7 @@ def _element(column: Sequence[int]) -> str:
 
 
 def reshape(rows: Rows, shape: tuple[int, ...] | None) -> AnyArray:
-    """Return the stored values of rows reshaped to the declared shape, (n, *shape); unchanged if it is None.
+    """Return the stored values of rows reshaped to the declared shape, (n, *shape); unchanged if `shape` is None.
 
     Raises:
         DataError: a row has another number of values; or rows are scalars and no shape is declared.
@@ -131,7 +131,7 @@ def reshape(rows: Rows, shape: tuple[int, ...] | None) -> AnyArray:
 
 
 def chunks(x: AnyArray, part: Part) -> Iterator[tuple[int, Array]]:
-    """Yield consecutive chunks of ``x[part]`` of at most `CHUNK_ELEMENTS` values, each with its offset in the part."""
+    """Yield consecutive chunks of ``x[part]`` of about `CHUNK_ELEMENTS` values, each with its offset in the part."""
     step = max(1, CHUNK_ELEMENTS // max(1, prod(x.shape[1:])))
     for start in range(0, len(part), step):
         piece = part[start : start + step]

@@ -65,7 +65,7 @@ def as_array(values: Any, name: str) -> AnyArray:
 
 
 def is_bare(data: Any) -> bool:
-    """Return True if data are scalars, a one-dimensional array (n,)."""
+    """Return True if the data are a one-dimensional array (n,) of scalars."""
     return not isinstance(data, TorchDataset) and not is_anndata(data) and np.ndim(data) == 1
 
 

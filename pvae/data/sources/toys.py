@@ -62,7 +62,7 @@ def checkerboard(rng: Generator, n: int, noise: float) -> Draws:
 
 
 def eight_gaussians(rng: Generator, n: int, noise: float) -> Draws:
-    """Return n samples of eight Gaussians of deviation ``noise`` on a circle; labels run counterclockwise from east."""
+    """Return n samples of eight Gaussians with standard deviation ``noise`` on a circle; the label is the Gaussian."""
     y = rng.integers(len(CENTRES), size=n)
     return CENTRES[y] + noise * rng.standard_normal((n, 2)), y
 

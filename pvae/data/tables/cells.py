@@ -68,7 +68,7 @@ class CellDecoder:
     na: Sequence[str]
     origin: str
     labels: dict[str, int] = field(default_factory=dict)
-    """Number of every label found so far, by label, in order of appearance."""
+    """Integer code of every label found so far, by the label's text, in order of appearance."""
     left_out: list[str] = field(default_factory=list)
     """Names of the table's columns that are not declared and therefore not read."""
 
