@@ -26,9 +26,11 @@ class TrainingRows:
     seed: int
 
     def observed(self, count: int, stream: int) -> Tensor:
+        """Return a random subset of at most `count` training points without covariates, `(m, *x)`."""
         return self.data.observed(self.data.rows[self._subset(count, stream)])
 
     def inferred(self, site: str, count: int, stream: int) -> list[Mapping[str, Any]]:
+        """Run the guide on at most `count` random training rows; return the `infer` dict of a site, one per batch."""
         with quiet(self.pair, self.data.rows[:1]):
             seeds.set_noise(seeds.mix(self.seed, seeds.ORDER, stream + 1), self.data.rows.device)
             batches = (self.data.draw(index) for index in self._subset(count, stream).split(ROWS_AT_ONCE))

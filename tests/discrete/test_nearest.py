@@ -59,7 +59,7 @@ def test_the_nearest_code_is_brute_force_s(unit, monkeypatch):
     if unit:
         assert torch.equal(torch.einsum("bie,ke->bik", z.double(), found.table.double()).argmax(-1), want)
         torch.testing.assert_close(found.table.norm(dim=1), torch.ones(50))
-    monkeypatch.setattr("pvae.nn.codebook.BLOCK", 50 * 7)  # in parts of seven vectors
+    monkeypatch.setattr("pvae.nn.codebook.BLOCK_DISTANCES", 50 * 7)  # in parts of seven vectors
     assert torch.equal(found.nearest(z), want)
 
 

@@ -232,8 +232,8 @@ def test_same_seed_same_numbers_and_nothing_is_moved(run, small):
 
 def test_chunks_do_not_show_in_the_shape(run, monkeypatch):
     whole = run.posterior(draws=2)
-    monkeypatch.setattr("pvae.analysis.export.latents.ROWS_AT_ONCE", 100)
-    monkeypatch.setattr("pvae.analysis.export.groups.ROWS_AT_ONCE", 100)
+    monkeypatch.setattr("pvae.analysis.export.latents.ROWS_OF_A_BATCH", 100)
+    monkeypatch.setattr("pvae.analysis.export.groups.ROWS_OF_A_BATCH", 100)
     pieces = run.posterior(draws=2)
     assert pieces["guide"].z_loc.values == pytest.approx(whole["guide"].z_loc.values, abs=1e-5)
     assert pieces["posterior"].z[0, 0, :100].values == pytest.approx(whole["posterior"].z[0, 0, :100].values, abs=1e-5)
@@ -266,7 +266,7 @@ def test_awkward_names_are_kept_as_attributes(awkward):
 
 
 def test_a_global_latent_is_one_for_all_rows_of_a_draw(awkward, monkeypatch):
-    monkeypatch.setattr("pvae.analysis.export.latents.ROWS_AT_ONCE", 7)
+    monkeypatch.setattr("pvae.analysis.export.latents.ROWS_OF_A_BATCH", 7)
     found = awkward.posterior(draws=4, split="train")
     pair, x = awkward.pair, awkward.data.train.x
     names = {v.attrs["site"]: name for name, v in found["posterior"].data_vars.items()}
