@@ -40,11 +40,12 @@ LONGEST = 60.0
 """Seconds that no input may take, on a busy machine."""
 
 
-def test_sound_declarations_build_train_and_read_back(tmp_path: Path) -> None:
+@pytest.mark.parametrize("examples", [30, pytest.param(120, marks=pytest.mark.slow)])
+def test_sound_declarations_build_train_and_read_back(examples: int, tmp_path: Path) -> None:
     """At least a third of what is drawn to be sound is; FAULTS 34."""
     outcomes: Counter[str] = Counter()
 
-    @settings(MANY, max_examples=80)
+    @settings(MANY, max_examples=examples)
     @given(sound())
     def hold(drawn: Drawn) -> None:
         outcomes[try_declaration(drawn, tmp_path / str(outcomes.total()))] += 1
@@ -53,11 +54,12 @@ def test_sound_declarations_build_train_and_read_back(tmp_path: Path) -> None:
     assert 3 * outcomes["trained"] >= outcomes.total(), outcomes
 
 
-def test_damaged_declarations_are_refused_with_paths_or_train(tmp_path: Path) -> None:
+@pytest.mark.parametrize("examples", [80, pytest.param(300, marks=pytest.mark.slow)])
+def test_damaged_declarations_are_refused_with_paths_or_train(examples: int, tmp_path: Path) -> None:
     """FAULTS 34, 45."""
     outcomes: Counter[str] = Counter()
 
-    @settings(MANY, max_examples=160)
+    @settings(MANY, max_examples=examples)
     @given(wild())
     def hold(drawn: Drawn) -> None:
         outcomes[try_declaration(drawn, tmp_path / str(outcomes.total()))] += 1
