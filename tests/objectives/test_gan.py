@@ -490,7 +490,7 @@ def test_a_squashed_point_has_no_way_back():
     raw = Experiment.load("flow").model_dump(exclude_none=True, exclude_unset=True)
     raw["decoder"]["likelihood"] = {"kind": "determined", "squash": "sigmoid"}
     with pytest.raises(
-        DeclarationError, match=r"decoder\.likelihood\.squash: expected none, because every other objective than gan inverts"
+        DeclarationError, match=r"decoder\.likelihood\.squash: expected none, because every other objective than gan"
     ):
         Experiment.from_dict(raw)
 
