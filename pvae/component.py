@@ -41,7 +41,7 @@ T = TypeVar("T")
 S = TypeVar("S", bound=BaseModel)
 
 Table = Annotated[T, Field(strict=False)]
-"""A nested table: a dict is accepted where an instance is expected; the values inside stay strict."""
+"""Type of a nested table: a dict is accepted in place of an instance; the values inside are validated strictly."""
 
 Shape = tuple[int, ...]
 """Sizes of the event dimensions of a tensor, without batch dimensions."""
@@ -82,7 +82,7 @@ class Section(BaseModel):
 
 LARGEST_INTEGER = 1 << 53
 LARGEST_FLOAT = 3.4e38
-"""About the largest number of single precision."""
+"""Largest number, approximately, that single precision holds."""
 
 
 def _numbers(loc: tuple[int | str, ...], value: Any) -> Iterator[tuple[tuple[int | str, ...], int | float]]:
@@ -106,7 +106,7 @@ class Component(Section):
 
     tag: ClassVar[str] = "kind"
     default: ClassVar[str | None] = None
-    """The kind of a table that names none, in families that have a natural one."""
+    """Kind of a table that names none; None if the family has no default kind."""
     members: ClassVar[dict[str, type[Component]]]
 
     @classmethod
@@ -193,7 +193,7 @@ class Component(Section):
 
 
 def load_members(package: str) -> None:
-    """Import every module of a family's folder and of the folders in it, so that the members there register.
+    """Import every module of a package and its subpackages, so that the components defined there are registered.
 
     Called with ``__name__`` from the ``__init__`` of such a folder, or with the name of a package.
 
@@ -234,7 +234,7 @@ def load_plugins(modules: tuple[str, ...] = (), *, report: Callable[[str], None]
 
 
 def from_table(kind: type[S], raw: Any, origin: str) -> S:
-    """Return the table that nested dicts declare.
+    """Return the validated table of class `kind` that nested dictionaries declare.
 
     Arguments:
         kind: class of the table.
@@ -251,7 +251,7 @@ def from_table(kind: type[S], raw: Any, origin: str) -> S:
 
 
 def _unwrap(annotation: Any) -> Any:
-    """Return a type without Annotated and Optional."""
+    """Return the type inside `Annotated` and `Optional`."""
     origin = get_origin(annotation)
     if origin is Annotated:
         return _unwrap(get_args(annotation)[0])
@@ -315,7 +315,7 @@ def _elsewhere(key: str, root: type[BaseModel]) -> str:
 
 
 def _short(value: Any) -> str:
-    """Return a value as a message shows it, in at most 60 characters."""
+    """Return the text by which a message shows a value, at most 60 characters."""
     if value is None:
         return "none"
     if isinstance(value, BaseModel):

@@ -116,7 +116,7 @@ class Interrupted(PvaeError):
 
 
 def near(name: str, names: Iterable[str]) -> str:
-    """Return the hint `` (did you mean 'a' or 'b'?)`` with the names close to ``name``, or an empty text if none is."""
+    """Return the hint `` (did you mean 'a' or 'b'?)`` with the names similar to ``name``; an empty text if none is."""
     close = get_close_matches(name, list(names), n=2, cutoff=0.6)
     return f" (did you mean {' or '.join(repr(c) for c in close)}?)" if close else ""
 

@@ -29,7 +29,7 @@ def new(
     name: Annotated[str, typer.Argument(help="Name of the experiment; writes NAME.toml.")],
     like: Annotated[str | None, typer.Option("--like", help="Zoo entry to start from (vae unless said).")] = None,
 ) -> None:
-    """Write a starter file."""
+    """Write a TOML file with a declaration to start from."""
     from pvae.experiment import zoo
     from pvae.runs.names import slug
 

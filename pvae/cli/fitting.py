@@ -88,7 +88,7 @@ def refit(
     samples: Annotated[int, typer.Option("--samples", min=1, help="Samples of z per datum in the surgeries.")] = 1,
     rows: RowCount = None,
 ) -> None:
-    """Freeze a run and fit another prior to its codes, say latents.z.prior.kind=realnvp train.epochs=50."""
+    """Freeze a run and fit another prior to its aggregated posterior, say latents.z.prior.kind=realnvp."""
     from pvae.training.refit import refit as refit_run
 
     opened = shared.open(run)
@@ -165,7 +165,7 @@ def _summary(run: Run) -> str:
 
 
 def _require_no_alerts(shared: Shared, run: Run) -> None:
-    """Under `--strict`, print the alerts of a run and end the command with 3."""
+    """Print the alerts of a run, if there are any, and end the command with exit code 3, under `--strict` only."""
     if shared.strict and (alerts := run.files.alerts()):
         for line in alerts:
             tell(f"alert: {line}", err=True)
@@ -188,7 +188,7 @@ def export(
 
 @command(["run_dir", "as_json"])
 def runs(shared: Shared) -> None:
-    """List runs with their state."""
+    """List runs with their state, epochs and best validation ELBO."""
     from pvae.runs.listing import list_runs
 
     rows = list_runs(shared.run_dir)

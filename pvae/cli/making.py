@@ -1,4 +1,4 @@
-"""Commands that generate: samples, codes, reconstructions, traversals, interpolations, rate and distortion."""
+"""Commands for samples, latents, reconstructions, traversals, interpolations, and the rate-distortion plane."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ def traverse(
     seed: SeedOption = 0,
     out: OutOption = None,
 ) -> None:
-    """Move one coordinate of a latent at a time and decode."""
+    """Vary one coordinate of a latent at a time, and decode each value."""
     from pvae.analysis import traverse as move
     from pvae.analysis.pages import plots
 
@@ -156,7 +156,7 @@ def interpolate(
     seed: SeedOption = 0,
     out: OutOption = None,
 ) -> None:
-    """Decode the line between the codes of two rows."""
+    """Decode points on the line between the latents of two rows."""
     from pvae.analysis import interpolate as walk
     from pvae.analysis.pages import plots
 

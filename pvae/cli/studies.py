@@ -92,7 +92,7 @@ def _list(shared: Shared, file: str) -> None:
 
 @app.command("study-work", hidden=True)
 def study_work() -> None:
-    """Do one piece of a study, read as JSON from standard input: what `pvae study` starts processes with."""
+    """Do one job of a study, read as JSON from standard input; `pvae study` starts its processes with this."""
     import json
 
     from pvae.studies.runner import work

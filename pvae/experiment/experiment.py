@@ -45,7 +45,7 @@ class Refit(Section):
     """A second stage (table `refit`): new priors, fitted to the aggregated posterior with everything else frozen."""
 
     priors: dict[str, Prior] = Field(min_length=1)
-    """New prior of each latent that gets one, by latent."""
+    """New priors by latent, for the latents that get one."""
     train: Table[Train] = Train()
     """Settings of the fit of the new priors, by maximum likelihood of samples from the frozen guide."""
 
@@ -76,7 +76,7 @@ class Experiment(Plan):
 
     data: Data = Digits()
     covariates: dict[str, Table[Covariate]] = Field(default={}, max_length=1)
-    """At most one label of every datum, under any name, which `given` may list beside latents."""
+    """Label of every datum, under a name that `given` may list beside latents; at most one is allowed."""
     latents: dict[str, Table[Latent]] = Field(min_length=1)
     encoder: Encoder = SharedEncoder()
     decoder: Table[Decoder] = Decoder()
@@ -159,7 +159,7 @@ class Experiment(Plan):
     def second_stage(self) -> Experiment:
         """Return the experiment that `refit` declares: this one with the new priors and the ELBO as its objective.
 
-        Its gradient with respect to a prior is that of the prior's likelihood under q_agg.
+        The gradient of the ELBO with respect to a prior is that of the prior's mean log density under q_agg.
         """
         assert self.refit is not None  # noqa: S101 - the caller has asked
         table = self.model_dump(exclude_none=True, exclude_unset=True)

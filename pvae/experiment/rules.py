@@ -157,7 +157,7 @@ def _negative_schedules(e: Experiment) -> Iterator[Finding]:
 
 
 def _likelihood_free(e: Experiment) -> Iterator[Finding]:
-    """Yield the components that do not suit the objective: with a likelihood, or without one (gan)."""
+    """Yield the components that do not suit an objective with a likelihood, or the likelihood-free objective gan."""
     kind, likelihood = e.objective.kind, e.decoder.likelihood  # type: ignore[attr-defined]
     determined = isinstance(likelihood, DeterminedLikelihood)
     if e.objective.scores:

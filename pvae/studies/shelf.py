@@ -46,7 +46,7 @@ class Shelf:
     def best(self, case: Case) -> RunDirectory | None:
         """Return the run of a case: the newest finished one, else the newest held or stopped one, else None.
 
-        A second stage must name the run of its first stage as the parent, at the epoch that it ended with.
+        The run of a second stage must name, as its parent, the run of the first stage and the epoch at which it ended.
         """
         parent: Mapping[str, Any] | None = None
         if case.parent is not None:

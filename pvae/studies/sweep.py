@@ -21,7 +21,7 @@ STUDIES_FOLDER = Path(__file__).parent.parent / "analysis" / "studies"
 MAX_RUNS = 1000
 """Largest number of runs of one study."""
 FIRST, SECOND = "fit", "refit"
-"""Names of the stages: the fit of a model, and the second stage that its own declaration asks for."""
+"""Names of the stages of a case: the fit of the model, and the second stage that its declaration has under `refit`."""
 
 SweptValues = Annotated[tuple[Any, ...], Field(strict=False, min_length=1, max_length=MAX_RUNS)]
 Seeds = Annotated[tuple[Annotated[int, Field(ge=0, lt=2**32)], ...], Field(strict=False, max_length=MAX_RUNS)]
@@ -55,7 +55,7 @@ class Sweep(Section):
     specs: Names = Field(default=(), max_length=MAX_RUNS)
     """Zoo names, or TOML files below the study's folder; the study's own declaration unless set."""
     seeds: Seeds = ()
-    """Seeds of each case; the declaration's own unless set."""
+    """Random seeds with which each case is fitted; that of the declaration unless set."""
     grid: dict[str, SweptValues] = {}
     """List of values for each dotted path; every combination of them is a case."""
     zip: dict[str, SweptValues] = {}
@@ -84,7 +84,7 @@ def names() -> list[str]:
 
 
 def find(name_or_file: str) -> Path:
-    """Return the file of a study by its name or path; raises DeclarationError, with similar names, for neither."""
+    """Return the TOML file of a study, given its name or path; raises DeclarationError if there is none."""
     return find_declared(name_or_file, STUDIES_FOLDER, "a study", "a TOML file with a table [sweep]")
 
 

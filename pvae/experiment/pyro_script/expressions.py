@@ -1,4 +1,4 @@
-"""Python source text of values."""
+"""Conversion of values into Python source text."""
 
 from __future__ import annotations
 

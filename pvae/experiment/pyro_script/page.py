@@ -40,7 +40,7 @@ SUMMED = 'infer={"enumerate": "parallel"}'
 
 
 class Script(ABC):
-    """Base of the generators of a Pyro script: a subclass writes data, `model` and `guide`, this class the rest."""
+    """Base of the two generators of a Pyro script, which differ in how they write the data, `model` and `guide`."""
 
     def __init__(self, experiment: Experiment, pair: Pair) -> None:
         self.experiment, self.pair = experiment, pair
@@ -75,11 +75,11 @@ class Script(ABC):
         """Yield the statements of the guide inside the data plate."""
 
     def before_step(self) -> list[str]:
-        """Return the statements before every step of SVI."""
+        """Return the statements that the training loop runs before every step of SVI."""
         return []
 
     def after_step(self) -> list[str]:
-        """Return the statements after every step of SVI."""
+        """Return the statements that the training loop runs after every step of SVI."""
         return []
 
     # ------------------------------------------------------------------ the page

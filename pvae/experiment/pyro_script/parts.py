@@ -126,7 +126,7 @@ def vamp(part: Part) -> Expression:
 
 
 def flow(part: Part) -> Expression:
-    """Return the expression of a flow: N(0, I) pushed through Pyro's transforms, with reversed coordinates between."""
+    """Return the expression of a flow: N(0, I) through Pyro's transforms, the coordinates reversed after each."""
     declared, dim = part.declared, part.site.event[0]
     sizes = f"{dim}, {list(declared.hidden)}"
     step = f"affine_autoregressive({sizes})"
