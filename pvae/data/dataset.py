@@ -120,15 +120,15 @@ class Dataset:
         """Make a data set of tensors or arrays, whose values are copied as float32.
 
         Arguments:
-            x: (n, *shape), any real type.
-            y: (n,) integer labels.
-            validation: (m, *shape), or a tuple (x, y); None takes a seeded tenth of the training rows.
-            test: as ``validation``.
-            declared: scale, binarisation, shape, splits and the seed of the permutation.
-            label_names: a name for each label.
+            x: training data (n, *shape), any real type.
+            y: integer labels (n,), or None.
+            validation: x (m, *shape) of the validation split, or a tuple (x, y); None takes a random tenth of the rows.
+            test: test split, in the same form as ``validation``.
+            declared: declaration of scale, binarisation, shape, splits, and the seed of the random splits.
+            label_names: name of each label, or None.
 
         Raises:
-            DataError: the data are empty, not finite, of unlike shapes, or do not fit what is declared.
+            DataError: the data are empty, not finite, differ in shape between splits, or do not fit the declaration.
 
         Example:
             >>> Dataset.from_tensors(torch.rand(50, 3)).validation.x.shape
@@ -154,15 +154,15 @@ class Dataset:
         """Make a data set of a torch `Dataset`, map-style or iterable, whose items are read once.
 
         Arguments:
-            dataset: its items are x, (x, y), or mappings with "x" and perhaps "y"; y is a whole number.
-            validation: another one; None takes a seeded tenth of the training rows.
-            test: as ``validation``.
+            dataset: dataset of items x, (x, y), or mappings with "x" and perhaps "y"; y is an integer label.
+            validation: dataset of the validation split; None takes a random tenth of the training rows.
+            test: test split, in the same form as ``validation``.
             stream: keep the rows in a temporary file of the cache folder, for data larger than memory.
-            declared: scale, binarisation, shape, splits and the seed of the permutation.
-            label_names: a name for each label.
+            declared: declaration of scale, binarisation, shape, splits, and the seed of the random splits.
+            label_names: name of each label, or None.
 
         Raises:
-            DataError: items are of unlike shapes or types, or too many for memory; see `from_tensors`.
+            DataError: items differ in shape or type, or are too large for memory; see `from_tensors`.
             StorageError: the cache folder is full.
         """
         declared = declared or TensorSource()
@@ -180,18 +180,18 @@ class Dataset:
         labels: str | None = None,
         declared: TensorSource | None = None,
     ) -> Dataset:
-        """Make a data set of AnnData, or of any object with `X`, `obs` and `layers` like it.
+        """Make a data set of an AnnData object, or of any object with the same fields `X`, `obs` and `layers`.
 
-        A sparse matrix stays sparse, and a backed one on the disk: their rows are made dense batch by batch.
+        A sparse matrix stays sparse and a backed one stays on the disk; their rows are made dense batch by batch.
 
         Arguments:
-            adata: the object.
-            layer: its name, instead of `X`.
+            adata: AnnData-like object.
+            layer: name of the layer to use instead of `X`.
             labels: a column of `obs`: categories or names, which become `label_names`, or integers.
-            declared: scale, binarisation, shape, splits and the seed of the permutation.
+            declared: declaration of scale, binarisation, shape, splits, and the seed of the random splits.
 
         Raises:
-            DataError: no such layer or column, a row without a label; see `from_tensors`.
+            DataError: the layer or column does not exist, or a row has no label; see `from_tensors`.
         """
         declared = declared or TensorSource()
         return _assembled(declared, anndata_rows(adata, layer, labels, declared.split_seed))
@@ -208,14 +208,14 @@ class Dataset:
         """Make a data set of a pandas DataFrame.
 
         Arguments:
-            frame: one row for each datum.
-            columns: the type of every column: its name, `"continuous"`, or a table as under `[data.columns]`.
-            declared: the declaration, in place of `columns` and `more`.
+            frame: data frame with one row for each datum.
+            columns: type of every column, by its name: `"continuous"` and so on, or a table as under `[data.columns]`.
+            declared: complete declaration, which replaces `columns` and `more`.
             more: other fields of `FrameSource`: `label`, `na`, `split_seed`, `splits`.
 
         Raises:
-            DataError: a column is absent, or holds a value that its type cannot; with the row.
-            DeclarationError: columns or fields are not what they should be.
+            DataError: a column is absent, or contains a value that its type does not allow; the message gives the row.
+            DeclarationError: the declared columns or other fields are invalid.
 
         Example:
             >>> import pandas

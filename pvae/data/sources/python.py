@@ -25,7 +25,7 @@ from pvae.errors import DataError, OutputError, StorageError, near
 from pvae.util.types import Array
 
 LARGEST_GAP = 4
-"""Largest ratio of a range of rows to the rows wanted from it, up to which the whole range is read at once."""
+"""Largest number of rows read for each row wanted: a sparser selection of rows is read row by row."""
 
 
 @final
