@@ -1,4 +1,4 @@
-"""Bounds from the log weights of many samples, accumulated block by block in constant memory."""
+"""Importance-weighted bounds on log p(x) from the log weights of many samples, accumulated in constant memory."""
 
 from __future__ import annotations
 
@@ -16,19 +16,21 @@ from pvae.analysis.figures.estimate import CONSERVATIVE, Estimate
 from pvae.util.progress import Progress
 
 CURVE_POINTS = 10
-"""Largest number of points of the curve."""
+"""Largest number of sample sizes K at which the bounds L_K are computed, apart from K = 1."""
 ELEMENTS, ELEMENTS_ON_GPU = 2**20, 2**25
-"""Elements of x decoded per block; on a CPU, activations that exceed its cache cost more than function calls."""
+"""Number of elements of x decoded per block; on a CPU, activations that exceed its cache cost more than function
+calls."""
 BLOCKS_PER_SUM = 16
-"""Blocks whose weights are summed together, as the sums are small and many."""
+"""Number of blocks of samples whose weights are accumulated together, because a single sum is small."""
 SMALLEST_BLOCK, LARGEST_BLOCK = 256, 20_000
-"""Bounds of the samples per block for any size of x: smaller blocks are slow, larger ones save nothing."""
+"""Smallest and largest number of samples per block, for any size of x: smaller blocks are slow, larger ones save
+nothing."""
 WEIGHT_ROUNDING = 64
-"""Rounding error of a log weight, a sum of many terms, in units of its last place."""
+"""Assumed relative rounding error of a log weight, a sum of many terms, in units of machine epsilon."""
 
 
 def group_sizes(samples: int) -> tuple[int, ...]:
-    """Return sizes 1 = K_0 < K_1 < ... = samples, each dividing the next.
+    """Return the numbers of samples 1 = K_0 < K_1 < ... = `samples` of the bounds L_K, each dividing the next.
 
     >>> group_sizes(5000)
     (1, 5, 10, 50, 100, 500, 1000, 5000)
@@ -41,7 +43,7 @@ def group_sizes(samples: int) -> tuple[int, ...]:
 
 
 def _prime_factors(number: int) -> list[int]:
-    """Prime factors in ascending order, with repetitions."""
+    """Return the prime factors of a number in ascending order, with repetitions."""
     factors, divisor = [], 2
     while divisor * divisor <= number:
         while number % divisor == 0:
@@ -52,13 +54,13 @@ def _prime_factors(number: int) -> list[int]:
 
 
 class Moments:
-    """Running mean and variance of pushed values, per datum."""
+    """Running mean and variance, for every datum, of the values that are pushed."""
 
     def __init__(self) -> None:
         self.count = 0
 
     def push(self, values: Tensor) -> None:
-        """Add values `(any number, rows)`."""
+        """Add values of every datum, `(any number, rows)`."""
         if not self.count:
             # Squares of differences from a value seen keep their digits where the spread is far below the mean.
             self.shift = torch.where(values[0].isfinite(), values[0], 0.0)
@@ -81,7 +83,10 @@ class Moments:
 
 
 class Level:
-    """Log mean weights of groups of K samples, each merged from `ratio` groups of the level below, across blocks."""
+    """Estimate of one bound L_K: groups of K samples, each merged from `ratio` groups of the next smaller size.
+
+    It keeps the mean and variance of the groups' log mean weights; a group may extend over several blocks of samples.
+    """
 
     def __init__(self, size: int, ratio: int) -> None:
         self.log_size, self.ratio = math.log(size), ratio
@@ -90,7 +95,7 @@ class Level:
         self.filled = 0
 
     def push(self, sums: Tensor) -> Tensor:
-        """Add log sums of the level below `(any number, rows)`; return those of the groups now complete."""
+        """Add log sums of weights of smaller groups, `(any number, rows)`; return those of the completed groups."""
         if self.ratio > 1:
             sums = self._closed(sums)
         if len(sums):
@@ -114,25 +119,25 @@ class Level:
 
 @dataclass(frozen=True)
 class Accumulated:
-    """Bounds and diagnostics of a data set after all samples: data along the last dimension, float64."""
+    """Importance-weighted bounds and weight diagnostics of a data set, with data along the last dimension; float64."""
 
     sizes: tuple[int, ...]
     bounds: Tensor
-    """Bounds L_K, `(sizes, n)`."""
+    """Bound L_K of every number of samples and datum, `(sizes, n)`, nats."""
     squared_errors: Tensor
-    """Squared Monte Carlo errors of the bounds, `(sizes, n)`."""
+    """Squared Monte Carlo standard errors of the bounds, `(sizes, n)`."""
     ess: Tensor
-    """Effective sample size, `(n,)`."""
+    """Effective sample size of the importance weights, `(n,)`."""
     khat: Tensor
-    """Pareto shape of the largest weights, `(n,)`."""
+    """Pareto shape k-hat of the largest importance weights, `(n,)`."""
 
     @property
     def log_p(self) -> Tensor:
-        """Bound with all samples, `(n,)`."""
+        """Bound on log p(x) with all samples, `(n,)`, nats."""
         return self.bounds[-1]
 
     def curve(self) -> tuple[tuple[int, Estimate], ...]:
-        """Mean bound over the data for every number of samples."""
+        """Return pairs (K, mean over the data of the bound with K samples) for every number of samples K."""
         return tuple(zip(self.sizes, map(self._mean, self.bounds, self.squared_errors), strict=True))
 
     def _mean(self, values: Tensor, squared_errors: Tensor) -> Estimate:
@@ -144,7 +149,7 @@ class Accumulated:
 
 
 class Accumulator:
-    """Accumulates the log weights of some rows block by block; keeps only the largest of them."""
+    """Accumulator of the importance weights of some rows: blocks are summed, and only the largest weights are kept."""
 
     def __init__(self, samples: int, precision: float) -> None:
         self.sizes = group_sizes(samples)
@@ -154,7 +159,7 @@ class Accumulator:
         self.precision = precision
 
     def push(self, weights: Tensor) -> None:
-        """Add log weights `(any number, rows)`, float64."""
+        """Add log weights of some further samples, `(any number, rows)`, float64."""
         self._keep(weights)
         for level in self.levels:
             weights = level.push(weights)
@@ -169,7 +174,7 @@ class Accumulator:
         self.largest = candidates.topk(min(self.kept, len(candidates)), 0).values
 
     def result(self) -> Accumulated:
-        """Return bounds and diagnostics, once all announced weights were pushed."""
+        """Return bounds and diagnostics; to be called after the weights of all `samples` were pushed."""
         samples = self.sizes[-1]
         bounds = torch.stack([level.moments.mean for level in self.levels])
         # sum w^2 / (sum w)^2; without any weight above zero there is no effective sample.
@@ -182,7 +187,7 @@ class Accumulator:
 
 
 def accumulate_weights(x: Tensor, samples: int, draw: WeightSampler, on_progress: Progress) -> Accumulated:
-    """Sample and accumulate the weights of all data: some rows at a time, their samples in equal blocks."""
+    """Sample and accumulate the importance weights of all data, in chunks of rows and blocks of samples."""
     block = block_size(x)
     rows = max(1, min(len(x), block, BLOCKS_PER_SUM * block // samples))
     parts = []
@@ -215,6 +220,6 @@ def _even_parts(total: int, most: int) -> list[int]:
 
 
 def _joined(parts: list[Accumulated]) -> Accumulated:
-    """Concatenate the parts of a data set."""
+    """Concatenate the results of consecutive chunks of rows."""
     columns = {f.name: [getattr(part, f.name) for part in parts] for f in fields(Accumulated)[1:]}
     return Accumulated(parts[0].sizes, **{name: torch.cat(column, -1) for name, column in columns.items()})

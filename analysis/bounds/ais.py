@@ -20,7 +20,7 @@ from pvae.pair.pair import Pair
 from pvae.util.progress import Progress, silent
 
 STATES_PER_CHUNK = 4000
-"""Largest number of states (chains times rows) of a chunk: each keeps the graph of one density."""
+"""Largest number of chains times rows annealed at once: each keeps the autograd graph of one log density."""
 
 
 def ais(
@@ -117,7 +117,7 @@ def bracket(
 
     Together with the forward weights this brackets log p(x*), and its width bounds the bias of `ais`.
 
-    Warning: the width on simulated data tells of real data only as far as these are alike for the sampler.
+    Warning: the width on simulated data carries over to real data only if both are equally difficult for the sampler.
 
     References:
         Sandwiching the marginal likelihood using bidirectional Monte Carlo (Grosse, Ghahramani, Adams, 2015),
@@ -190,7 +190,7 @@ def _chunks(n: int, chains: int) -> int:
 
 
 def _counter(total: int, on_progress: Progress) -> Callable[[], None]:
-    """Return a function that reports the number of its calls to `on_progress`."""
+    """Return a function that reports the number of its calls so far, and `total`, to `on_progress`."""
     count = iter(range(1, total + 1))
     return lambda: on_progress(next(count), total)
 
@@ -206,7 +206,7 @@ def _bound(values: Tensor, error: float, kind: Kind) -> Estimate:
 def _lower(
     target: Target, plan: AnnealingPlan, tick: Callable[[], None]
 ) -> tuple[Tensor, Tensor, list[float], list[tuple[float, Tensor]]]:
-    """Forward log weights and acceptance; temperature steps and transitions for the reverse direction."""
+    """Return forward log weights and acceptance, and temperature steps and transitions for the reverse direction."""
     betas = schedule(plan.temperatures)
     widths = [high - low for low, high in zip(betas[:-1], betas[1:], strict=True)]
     kernels = list(zip(betas[1:-1], pilot(target, plan, tick), strict=True))
@@ -218,7 +218,7 @@ def _lower(
 def _both(
     pair: Pair, like: Tensor, plan: AnnealingPlan, tick: Callable[[], None]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Simulated data, forward and reverse log weights `(chains, n)`, acceptance `(n,)`."""
+    """Return simulated data, forward and reverse log weights, `(chains, n)` each, and mean acceptance, `(n,)`."""
     x, values = _simulate(pair, like)
     target = Target(pair, x, plan)
     forward, acceptance, widths, kernels = _lower(target, plan, tick)
@@ -228,7 +228,7 @@ def _both(
 
 
 def _simulate(pair: Pair, like: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """Data and latents sampled from the model, the data in the shape that the model takes."""
+    """Return data and latents sampled from the model; raise DataError unless the model observes x unchanged."""
     trace = samples(pair.simulate(like))
     (site,) = pair.layout.observed
     value = trace[site]["value"]

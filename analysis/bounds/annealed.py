@@ -16,7 +16,7 @@ from pvae.analysis.figures.table import Figures, Row
 
 @dataclass(frozen=True, repr=False)
 class _Annealing(Figures):
-    """Settings of an annealing run, and the acceptance of its transitions."""
+    """Base class of results of annealing: settings, lower bound on log p(x), and acceptance of the transitions."""
 
     counts = ("n", "temperatures", "chains", "leapfrog", "start")
 
@@ -25,19 +25,19 @@ class _Annealing(Figures):
     temperatures: int
     """Number of temperatures T."""
     chains: int
-    """Chains per datum."""
+    """Number of chains per datum."""
     leapfrog: int
-    """Leapfrog steps per transition."""
+    """Number of leapfrog steps per Hamiltonian Monte Carlo transition."""
     start: Start
     """Distribution the chains start from: "guide" or "prior"."""
     lower: Estimate
-    """Lower bound of the mean log p(x), nats per datum, in expectation."""
+    """Lower bound, in expectation, of the mean log p(x), nats per datum."""
     acceptance: Tensor
     """Mean acceptance of the (forward) transitions of every datum, `(n,)`; NaN with one temperature."""
 
     @property
     def accepted(self) -> str:
-        """Mean acceptance, in words."""
+        """Sentence part with the mean acceptance of the transitions, or that there are none."""
         mean = float(self.acceptance.mean())
         return "no transitions" if math.isnan(mean) else f"mean acceptance {mean:.2f}"
 
@@ -54,7 +54,7 @@ class Annealed(_Annealing):
     log_p: Tensor
     """Log of the mean weight of every datum, nats, `(n,)`, float64 on the CPU."""
     log_weights: Tensor
-    """Log weight of every chain, `(chains, n)`."""
+    """Log importance weight of every chain and datum, `(chains, n)`."""
     ess: Tensor
     """Effective sample size of the chains' weights of every datum, `(n,)`, at most `chains`."""
 

@@ -12,13 +12,14 @@ from pvae.analysis.bounds.targets import AnnealingPlan, States, Target
 
 PILOT_CHAINS = 8
 PILOT_FIRST, PILOT_ALL = 30, 60
-"""Smallest number of pilot transitions at the first temperature, and at all of them together."""
+"""Smallest number of pilot transitions, which tune step sizes, at the first temperature and at all temperatures
+together."""
 TARGET_ACCEPTANCE = 0.65
 ADAPTATION_RATE = 0.5
 """Rate at which log step sizes adapt to the acceptance."""
 FIRST_STEP = 0.2
 STEP_JITTER = 0.2
-"""Half-width of the random relative change of a step size, which keeps trajectories from closing on themselves."""
+"""Half-width of the random relative change of a step size, which avoids periodic trajectories."""
 STEEPNESS = 4.0
 """Steepness of the sigmoid schedule."""
 
@@ -34,7 +35,7 @@ def transition(target: Target, point: States, beta: float, step: Tensor, leapfro
 
     Arguments:
         target: the densities.
-        point: present states of the chains.
+        point: current states of the chains.
         beta: temperature b.
         step: step size of every datum, `(n,)`.
         leapfrog: number of leapfrog steps.
@@ -92,7 +93,7 @@ def anneal(
         target: the densities.
         point: first states of the chains.
         widths: difference b_t - b_{t-1} of the temperatures of every factor.
-        kernels: temperature and step sizes of the transitions between the factors, one less than factors.
+        kernels: temperature and step sizes of the transitions between the factors, one fewer than factors.
         leapfrog: leapfrog steps per transition.
         tick: called after every factor.
 

@@ -157,7 +157,7 @@ def _check_samples(samples: int, caller: str) -> None:
 
 
 def _likelihood(pair: Pair, x: Tensor, count: int, given: dict[str, Tensor]) -> Tensor:
-    """log p(x | z) with z sampled from the prior, `(count, batch)`."""
+    """Return log p(x | z) with z sampled from the prior, `(count, batch)`, nats."""
     particles = count if count > 1 else 0
     with pyro.plate(PARTICLES, count, dim=-1 - pair.layout.nesting) if particles else nullcontext():
         trace = pair.model_trace(x, given)
@@ -165,7 +165,7 @@ def _likelihood(pair: Pair, x: Tensor, count: int, given: dict[str, Tensor]) -> 
 
 
 def _points(pair: Pair, x: Tensor, caller: str) -> dict[str, Tensor]:
-    """Values of the global latents, all of which the guide must set to points; else raises DataError."""
+    """Return the values of the global latents; raise DataError unless the guide sets all of them to points."""
     if not pair.layout.shared:
         return {}
     nodes = sample_sites(pair.guide_trace(x[:2]))

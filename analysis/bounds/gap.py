@@ -22,13 +22,13 @@ from pvae.util import seeds
 from pvae.util.progress import Progress, silent
 
 LEARNING_RATE = 0.1
-"""First learning rate of Adam, in scales of the guide; it falls to zero along a half cosine."""
+"""Initial learning rate of Adam, in standard deviations of the guide; it falls to zero along a half cosine."""
 OPTIMISED_SAMPLES = 4000
 """Largest number of samples (particles times rows) that the optimiser holds at once."""
 MEASURED_SAMPLES = 20_000
 """Largest number of samples held at once without gradients."""
 OPTIMISE, CHOOSE, MEASURE, EVIDENCE = range(1, 5)
-"""Streams of noise: the refined guide is chosen on other samples than it is measured on."""
+"""Numbers of the noise streams: the refined posterior is selected on other samples than its ELBO is measured on."""
 
 
 @final
@@ -41,11 +41,11 @@ class Gap(Figures):
     n: int
     """Number of data."""
     steps: int
-    """Optimiser steps."""
+    """Number of optimiser steps for every datum."""
     samples: int
-    """Samples per datum behind the ELBOs."""
+    """Number of samples per datum from which the two ELBOs are estimated."""
     evidence_samples: int
-    """Samples per datum behind `log_p`."""
+    """Number of importance samples per datum for `log_p`."""
     log_p: Estimate
     """Importance-weighted lower bound on log p(x) with the refined guide as its proposal."""
     refined_elbo: Estimate
@@ -59,10 +59,10 @@ class Gap(Figures):
     inference: Estimate
     """log p(x) - L(q): sum of the two gaps."""
     per_datum: Mapping[str, Tensor]
-    """`log_p`, `refined_elbo`, `elbo`, `approximation`, `amortisation`, `inference` and the effective sample size
-    `ess` of the weights behind `log_p`: of every datum, `(n,)`, float64 on the CPU."""
+    """Values of every datum by name, `(n,)`, float64 on the CPU: `log_p`, `refined_elbo`, `elbo`, `approximation`,
+    `amortisation`, `inference`, nats, and `ess`, the effective sample size of the weights of `log_p`."""
     refined: float
-    """Proportion of data whose refined member was better; the others keep the guide."""
+    """Proportion of data whose refined posterior has a higher ELBO than the guide's; the others keep the guide's."""
 
     @property
     def title(self) -> str:
@@ -112,13 +112,14 @@ def gap(
     where q* is found for every datum by gradient ascent on parameters of its own, starting at the guide: each
     latent N(m, s^2) becomes N(m + s a, (s exp b)^2), and a full-rank N(m, L L^T) becomes N(m + L a, (L B)(L B)^T), B
     lower triangular with a positive diagonal; inside transforms (a flow, LogNormal) the base distribution is changed in
-    this way. For a latent that reads nothing but x this is its whole family. For one that reads other latents, only
-    shift and scale vary with the datum, and the way it reads them stays: L(q*) is then the best of a smaller family
-    that contains the guide. The better of q* and q is kept for every datum, chosen on other samples than are measured.
+    this way. For a latent whose posterior depends on x alone, this is its whole family. If it depends on other latents,
+    only shift and scale vary with the datum, and that dependence stays: L(q*) is then the best of a smaller family
+    that contains the guide. The better of q* and q is kept for every datum, selected on other samples than the ELBOs
+    are measured on.
 
-    Warning: what the optimiser did not find is missing from `amortisation` and contained in `approximation`, which also
-    lacks the bias of the bound on log p(x). A q* narrower than the posterior gives weights of large variance: see
-    `per_datum["ess"]`, and `ais` for another bound.
+    Warning: an imperfect optimum makes `amortisation` too small and `approximation` too large, and the bias of the
+    bound on log p(x) makes `approximation` too small. A q* narrower than the posterior gives weights of large variance:
+    see `per_datum["ess"]`, and `ais` for another bound.
 
     References:
         Inference Suboptimality in Variational Autoencoders (Cremer, Li, Duvenaud, 2018),
@@ -128,9 +129,9 @@ def gap(
         pair: any Pyro pair whose guide is built on normals, diagonal or full-rank.
         x: data `(n, *event)`.
         steps: steps of Adam, for every datum.
-        samples: samples per datum that the ELBOs are measured on, the same noise for both.
-        evidence_samples: samples per datum behind log p(x).
-        particles: samples per datum in each step.
+        samples: samples per datum from which both ELBOs are estimated, with the same noise.
+        evidence_samples: importance samples per datum for log p(x).
+        particles: samples per datum in each step of Adam.
         seed: seed of the samples; the same seed gives the same numbers.
         on_progress: called with (steps done, steps in all), over all chunks of rows.
 
@@ -183,12 +184,12 @@ class RefinePlan:
     tick: Callable[[], None]
 
     def set_noise(self, chunk: int, stream: int, x: Tensor) -> None:
-        """Seed one of the streams of noise of a chunk of rows."""
+        """Seed the random number generator for one chunk of rows and one noise stream (`OPTIMISE` and so on)."""
         seeds.set_noise(seeds.mix(self.seed, seeds.ANALYSIS, 4 * chunk + stream), x.device)
 
 
 def _sampler(pair: Pair, x: Tensor) -> WeightSampler:
-    """Sample log weights along a plate of particles where the pair accepts one, else one by one."""
+    """Return a sampler of log weights with a plate of particles or, where the pair accepts none, one run per sample."""
 
     def weights(x: Tensor, count: int) -> Tensor:
         return log_weights(pair.terms(x, particles=count)).reshape(count, len(x))
@@ -197,18 +198,18 @@ def _sampler(pair: Pair, x: Tensor) -> WeightSampler:
 
 
 def _blocks(x: Tensor, samples: int) -> list[int]:
-    """Sizes of the blocks in which `samples` samples of every row are taken."""
+    """Return the sizes of the blocks in which `samples` samples of every row are taken."""
     most = max(1, MEASURED_SAMPLES // len(x))
     return [min(most, samples - done) for done in range(0, samples, most)]
 
 
 def _sample(x: Tensor, samples: int, draw: WeightSampler) -> Tensor:
-    """Log weights `(samples, n)`."""
+    """Return log importance weights of `samples` samples of every row, `(samples, n)`."""
     return torch.cat([draw(x, count) for count in _blocks(x, samples)])
 
 
 def _log_mean(x: Tensor, samples: int, draw: WeightSampler) -> tuple[Tensor, Tensor]:
-    """Log of the mean weight and 1 / ess of every row, `(n,)`, summed while sampling."""
+    """Return the log mean weight and the inverse effective sample size of every row, `(n,)`, summed while sampling."""
     first = torch.full((len(x),), -math.inf, dtype=torch.float64, device=x.device)
     second = first
     for count in _blocks(x, samples):
@@ -219,7 +220,7 @@ def _log_mean(x: Tensor, samples: int, draw: WeightSampler) -> tuple[Tensor, Ten
 
 
 def _optimise(x: Tensor, handler: Refined, draw: WeightSampler, plan: RefinePlan) -> None:
-    """Gradient ascent on the ELBO of every row; rows share nothing, as Adam is elementwise and the loss a sum."""
+    """Maximise the ELBO of every row by Adam; rows are independent, as Adam is elementwise and the loss a sum."""
     optimiser = LeanAdam(handler.free)
     for step in range(plan.steps):
         with torch.enable_grad(), handler:
@@ -235,7 +236,7 @@ def _optimise(x: Tensor, handler: Refined, draw: WeightSampler, plan: RefinePlan
 
 
 def _measure(pair: Pair, x: Tensor, draw: WeightSampler, plan: RefinePlan, chunk: int) -> dict[str, Tensor]:
-    """All measurements of a chunk of rows, float64 on the CPU."""
+    """Refine the posteriors of a chunk of rows; return its ELBOs, log p(x) and inverse ess, float64 on the CPU."""
     handler = refined(pair, x)
     plan.set_noise(chunk, OPTIMISE, x)
     _optimise(x, handler, draw, plan)
@@ -287,7 +288,7 @@ def _assemble(parts: list[dict[str, Tensor]], plan: RefinePlan) -> Gap:
 
 
 def _difference(values: Tensor, one: Estimate, other: Estimate, kind: Kind) -> Estimate:
-    """Mean of differences `(n,)` of two estimates with independent noise."""
+    """Return the mean of `values` `(n,)`, the differences by datum of two estimates with independent noise."""
     error = math.hypot(one.standard_error, other.standard_error)
     note = CONSERVATIVE if CONSERVATIVE in (one.note, other.note) else ""
     return Estimate(float(values.mean()), error, kind, over_draws(values[None]).data_error, note)

@@ -1,4 +1,4 @@
-"""Lower bounds on log p(x) with one to many importance samples, and the reliability of their weights."""
+"""Results with lower bounds on log p(x) for 1 to K importance samples, and diagnostics of their weights."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ class Bounds(Figures):
     """Lower bounds on the mean log p(x) with 1, ..., `samples` importance samples, nats per datum."""
 
     what: ClassVar[str]
-    """Name of the quantity, for the title."""
+    """Name of the estimated quantity, for the title of the table."""
     names: ClassVar[tuple[str, str]]
-    """Names of the bound with one sample and of the others, to which `_K` is appended."""
+    """Names, in the table, of the bound with one sample and of the others, to which `_K` is appended."""
     first: ClassVar[str]
-    """Meaning of the bound with one sample."""
+    """Description, in the table, of the bound with one sample."""
     source: ClassVar[str]
     """Distribution the samples are drawn from."""
     divergence: ClassVar[str]
-    """Divergence that the gap bounds from below."""
+    """KL divergence of which the gap between the bounds with all samples and with one is a lower bound."""
 
     n: int
     """Number of data."""
@@ -39,11 +39,12 @@ class Bounds(Figures):
     curve: tuple[tuple[int, Estimate], ...]
     """(K, bound with K samples) for K from 1 to `samples`, all from the same samples; never falls with K."""
     log_p: Tensor
-    """Bound of every datum with all samples, nats, `(n,)`."""
+    """Lower bound on log p(x) of every datum with all samples, nats, `(n,)`."""
     ess: Tensor
     """Effective sample size of the weights of every datum, `(n,)`, at most `samples`."""
     khat: Tensor
-    """Pareto shape of the largest weights of every datum, `(n,)`; NaN where there is no tail, see `psis.pareto_k`."""
+    """Pareto shape k-hat of the largest weights of every datum, `(n,)`; NaN where there is no tail
+    (`psis.pareto_k`)."""
 
     @property
     def gap(self) -> float:
@@ -52,7 +53,7 @@ class Bounds(Figures):
 
     @property
     def khat_limit(self) -> float:
-        """Limit above which the bound of a datum is not reliable: min(1 - 1 / log10(samples), 0.7)."""
+        """Limit of k-hat above which the bound of a datum is not reliable: min(1 - 1 / log10(samples), 0.7)."""
         return khat_limit(self.samples)
 
     @property
@@ -71,14 +72,14 @@ class Bounds(Figures):
         return (self.summary(), f"the gap is a lower bound on {self.divergence}", self.trust())
 
     def rows(self) -> Iterator[Row]:
-        """Rows (term, estimate, meaning), K rising; a single sample has both names."""
+        """Yield the rows (term, estimate, meaning) in order of K; with a single sample its bound has both names."""
         one, many = self.names
         yield one, self.curve[0][1], self.first
         for k, bound in self.curve[1:] or self.curve:
             yield f"{many}_{k}", bound, f"lower bound on log p(x), K = {k} {self.source}"
 
     def trust(self) -> str:
-        """One sentence on the reliability of the weights, from k-hat."""
+        """Return a sentence on the reliability of importance sampling, from k-hat."""
         share = self.khat_share
         if math.isnan(share):
             return "too few samples for k-hat"
@@ -91,11 +92,11 @@ class Bounds(Figures):
         return f"importance sampling is reliable: {exceeds} only {100 * share:.3g} % of data points; there {why}"
 
     def summary(self) -> str:
-        """Gap and effective samples, in one line."""
+        """Return the gap and the median effective sample size, in one line."""
         return f"gap {self.gap:.4f}; effective samples {self.ess.median():.0f} (median)"
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain numbers and strings, for JSON; None for values that are not defined or not finite."""
+        """Return bounds and diagnostics as plain numbers and strings, for JSON; None for values that are not finite."""
         khat = self.khat[~self.khat.isnan()]
         return {
             "unit": "nats per datum",
@@ -125,7 +126,8 @@ class Evidence(Bounds):
     divergence = "KL(q(z|x) || p(z|x))"
 
     exact: Estimate | None = None
-    """log p(x) itself where it is known: of a flow, and of codes with at most 4096 joint states that can be summed."""
+    """Exact mean log p(x) for flows and for discrete latents of at most 4096 joint states, which are summed; else
+    None."""
 
     def rows(self) -> Iterator[Row]:
         yield from super().rows()
@@ -134,12 +136,12 @@ class Evidence(Bounds):
 
     @property
     def elbo(self) -> Estimate:
-        """Bound with one sample, averaged over the same samples."""
+        """Bound with one sample (the ELBO), averaged over the same samples as the other bounds."""
         return self.curve[0][1]
 
     @property
     def iwae(self) -> Estimate:
-        """Bound with all samples; the tightest."""
+        """Importance-weighted (IWAE) bound with all samples, the tightest one."""
         return self.curve[-1][1]
 
 
@@ -156,10 +158,10 @@ class PriorEvidence(Bounds):
 
     @property
     def jensen(self) -> Estimate:
-        """Jensen's bound E_p(z) log p(x | z), averaged over the same samples."""
+        """Jensen's bound E_p(z) log p(x | z), averaged over the same samples as the other bounds."""
         return self.curve[0][1]
 
     @property
     def evidence(self) -> Estimate:
-        """log (1/S) sum_s p(x | z_s): below log p(x) in expectation."""
+        """Bound with all S samples of the prior: log (1/S) sum_s p(x | z_s), in expectation at most log p(x)."""
         return self.curve[-1][1]

@@ -10,11 +10,11 @@ from torch import Tensor
 from pvae.errors import DataError
 
 SMALLEST_TAIL = 5
-"""Weights above the cutoff that a fit needs."""
+"""Smallest number of weights above the cutoff that the Pareto fit needs."""
 PRIOR_WEIGHT, PRIOR_SHAPE = 10, 0.5
-"""The prior on the shape counts as this many weights of this shape."""
+"""Prior on the Pareto shape k: the number of weights that it counts as, and the shape of these."""
 NEGLIGIBLE = 10 * torch.finfo(torch.float64).eps
-"""Grid points with less than this fraction of the posterior mass are dropped."""
+"""Proportion of the posterior mass below which a grid point of the fit is dropped."""
 LOG_TINIEST = math.log(torch.finfo(torch.float64).tiny)
 """Log of the smallest weight distinguishable from zero when the largest weight is 1."""
 
@@ -75,14 +75,17 @@ def pareto_k(log_weights: Tensor, samples: int, resolution: Tensor | float = 0.0
 
 
 def _shape(excess: Tensor, count: Tensor) -> Tensor:
-    """Posterior mean of the shape, `(n,)`; `excess` `(tail, n)` is sorted, and zero after the first `count`."""
+    """Return the posterior mean of the Pareto shape, `(n,)`, from the sorted `excess` `(tail, n)` over the cutoff.
+
+    Entries after the first `count` are zero.
+    """
     grid, weight = _grid(excess, count)
     shape = _mean_log(excess, (weight * grid).sum(0), count)
     return (count * shape + PRIOR_WEIGHT * PRIOR_SHAPE) / (count + PRIOR_WEIGHT)
 
 
 def _grid(excess: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
-    """Values of b = -shape / scale and their posterior weights, each `(points, n)`."""
+    """Return values of the Pareto parameter b = -shape / scale and their posterior weights, each `(points, n)`."""
     points = 30 + count.double().sqrt().floor()
     j = torch.arange(1, int(points.max()) + 1, dtype=torch.float64, device=excess.device)[:, None]
     # The first quartile from below, counted from above: `excess` falls.
@@ -96,5 +99,5 @@ def _grid(excess: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _mean_log(excess: Tensor, b: Tensor, count: Tensor) -> Tensor:
-    """Mean of log(1 - b excess) over the tail; zeros after `count` add nothing."""
+    """Return the mean of log(1 - b excess) over the tail of `count` weights; zeros after them add nothing."""
     return torch.log1p(-b * excess).sum(-2) / count

@@ -1,4 +1,4 @@
-"""Rate-distortion plane of several runs: the two terms that the ELBO adds up."""
+"""Rate and distortion of several runs: the two terms whose negative sum is the ELBO."""
 
 from __future__ import annotations
 
@@ -36,16 +36,16 @@ class RateDistortion:
     rows: tuple[Mapping[str, Any], ...]
     """One row for each run in the given order, with the keys `RATE_COLUMNS`."""
     surgeries: Mapping[str, Surgery] = field(repr=False)
-    """Surgery of every run."""
+    """ELBO surgery of every run, by name."""
 
     def to_frame(self) -> pandas.DataFrame:
-        """Data frame with one row per run: `rate`, `distortion`, `elbo` with `<figure>_error`, and `n` rows of data."""
+        """Return a data frame with one row per run: `rate`, `distortion`, `elbo`, their standard errors, and `n`."""
         import pandas
 
         return pandas.DataFrame([dict(row) for row in self.rows], columns=list(RATE_COLUMNS))
 
     def figure(self) -> Figure:
-        """Plot of the plane, with lines of equal ELBO."""
+        """Return a plot of all runs in the rate-distortion plane, with lines of equal ELBO."""
         from pvae.analysis.pages import plots
 
         names, rates, distortions = ([row[key] for row in self.rows] for key in ("run", "rate", "distortion"))
@@ -54,7 +54,7 @@ class RateDistortion:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain numbers and strings, for JSON; an error that is not defined is None."""
+        """Return the rows as plain numbers and strings, for JSON; a standard error that is not defined is None."""
         rows = [{key: finite(v) if isinstance(v, float) else v for key, v in row.items()} for row in self.rows]
         return {"unit": "nats per datum", "split": self.split, "runs": rows}
 
@@ -137,7 +137,7 @@ def rate_distortion(
 
 
 def rate_distortion_of(split: str, found: Mapping[str, Surgery]) -> RateDistortion:
-    """Return the rate-distortion plane of surgeries of the same rows, by run."""
+    """Return rate and distortion of several runs from their surgeries of the same rows of data, by name of the run."""
     return RateDistortion(split, tuple(_row(name, s) for name, s in found.items()), found)
 
 
@@ -152,7 +152,7 @@ def _row(name: str, s: Surgery) -> dict[str, Any]:
 
 
 def named(runs: Sequence[Run]) -> list[str]:
-    """Return the names of runs, with their ids where they share one."""
+    """Return a name for every run, with its id appended where several runs have the same name."""
     names = [run.name for run in runs]
     return [
         name if names.count(name) == 1 else f"{name}/{run.path.name}" for name, run in zip(names, runs, strict=True)
@@ -160,11 +160,11 @@ def named(runs: Sequence[Run]) -> list[str]:
 
 
 DECISIVE = ("fingerprint", "data.binarize", "covariates")
-"""Conditions that must agree; the fingerprint covers the values of all splits."""
+"""Properties of the data that two runs must share to be compared; the fingerprint covers the values of all splits."""
 
 
 def require_alike(first: Run, other: Run) -> None:
-    """Refuse two runs whose figures do not compare, and say how they differ."""
+    """Refuse to compare two runs on different data, binarisation or covariates; the DataError lists the differences."""
     one, two = _conditions(first), _conditions(other)
     differing = [key for key in one if key in two and one[key] != two[key]]
     if not set(differing) & set(DECISIVE):
@@ -177,7 +177,7 @@ def require_alike(first: Run, other: Run) -> None:
 
 
 def _conditions(run: Run) -> dict[str, str]:
-    """Conditions of a run's figures, as far as they are known: a hand-written pair does not declare its data."""
+    """Return the properties of a run's data as far as they are known; a hand-written pair does not declare all."""
     data, plan = run.files.manifest.get("data", {}), run.plan
     found = {"fingerprint": str(data.get("fingerprint"))[:16], "source": str(data.get("source"))}
     if not isinstance(plan, Experiment):

@@ -1,4 +1,4 @@
-"""Variational families refined for every datum: the guide's normals with a shift and a scale of their own per row."""
+"""Per-datum refinement of the variational posterior: the guide's normals with a shift and a scale for every row."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Edit = Callable[[Any], dist.TorchDistribution]
 
 
 def rebuild(site: str, fn: Any, edit: Edit) -> Any:
-    """Return a distribution like `fn` with its innermost normal replaced.
+    """Return the distribution `fn` of a site with its innermost normal replaced by `edit` of it.
 
     Raises:
         DataError: there is no normal, or it is seen through a map that is not a bijection (HalfNormal).
@@ -93,7 +93,7 @@ def edited_full_rank(base: Any, shift: Tensor, factor: Tensor) -> dist.TorchDist
 
 @final
 class RefinedNormal:
-    """Parameters, one set for every row, that change the normal of one latent; at first they leave it as it is.
+    """Shift and scale parameters per row that refine the normal posterior of one latent; initially the identity.
 
     Arguments:
         base: the guide's normal, for the rows of one batch.
@@ -108,14 +108,14 @@ class RefinedNormal:
         self.free = [base.loc.new_zeros(shape), base.loc.new_zeros(wide)]
 
     def edit(self, base: Any, *, detach: bool = False) -> dist.TorchDistribution:
-        """Return the changed normal, with or without gradient with respect to the parameters."""
+        """Return `base` with shift and scale applied, with or without gradient with respect to these parameters."""
         free = [t.detach() for t in self.free] if detach else self.free
         return (edited_diagonal if self.is_diagonal else edited_full_rank)(base, *free)
 
 
 @final
 class Refined(Messenger):
-    """Handler that replaces the guide's latents by refined ones.
+    """Pyro handler that replaces the guide's normal posteriors by refined ones, with parameters for every row.
 
     Arguments:
         members: refined normal of every latent of the guide, for the rows of one batch.
@@ -127,7 +127,7 @@ class Refined(Messenger):
 
     @property
     def free(self) -> list[Tensor]:
-        """All parameters; every tensor has the rows among its dimensions."""
+        """Shift and scale parameters of all latents; every tensor has a dimension for the rows."""
         return [t for member in self.members.values() for t in member.free]
 
     def _pyro_sample(self, msg: Any) -> None:
@@ -137,7 +137,7 @@ class Refined(Messenger):
             msg["fn"] = Pathwise(rebuild(name, fn, member.edit), rebuild(name, fn, partial(member.edit, detach=True)))
 
     def keep(self, rows: Tensor) -> None:
-        """Reset all rows but those where `rows` `(n,)` is true."""
+        """Reset the posteriors of all rows to the guide's, except where `rows` `(n,)` is true."""
         for member in self.members.values():
             for t in member.free:
                 shape = [1] * t.dim()
@@ -152,7 +152,7 @@ def _keep(found: list[AnyNormal], base: AnyNormal) -> Any:
 
 
 def refined(pair: Pair, x: Tensor) -> Refined:
-    """Return the handler for the rows of `x`, which at first changes nothing.
+    """Return a handler that refines the guide's posteriors of the rows `x`; it initially leaves them unchanged.
 
     Raises:
         DataError: a latent is not built on a normal.

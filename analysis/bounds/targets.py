@@ -1,4 +1,4 @@
-"""Densities that annealing moves between, as functions of unconstrained latents."""
+"""Start and target densities of annealing, as functions of latents in unconstrained space."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ProgramRunner = Callable[[Callable[..., Any], "dict[str, Tensor]", int], Trace]
 @final
 @dataclass(frozen=True)
 class AnnealingPlan:
-    """Settings of annealing, and the name of the function that anneals."""
+    """Settings of annealing, and the name of the calling function for error messages."""
 
     caller: str
     temperatures: int
@@ -36,7 +36,7 @@ class AnnealingPlan:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Settings that the result repeats."""
+        """Settings that the result of annealing contains, by name."""
         return {name: getattr(self, name) for name in ("temperatures", "chains", "leapfrog", "start")}
 
     def check(self, pair: Pair) -> None:
@@ -62,17 +62,17 @@ class AnnealingPlan:
 @final
 @dataclass(frozen=True)
 class States:
-    """Positions of all chains and their densities."""
+    """Latents of all annealing chains in unconstrained space, with their log densities."""
 
     u: Tensor
     """Unconstrained latents of every chain and datum, `(chains, n, D)`."""
     base: Tensor
-    """log p0 with the Jacobian, `(chains, n)`, float64."""
+    """Log density of the start distribution p0, with the log Jacobian, `(chains, n)`, float64."""
     joint: Tensor
-    """log p(x, z) with the Jacobian, `(chains, n)`, float64."""
+    """Log joint density log p(x, z), with the log Jacobian, `(chains, n)`, float64."""
 
     def tempered(self, beta: float) -> Tensor:
-        """log f_b, `(chains, n)`."""
+        """Return the annealed log density log f_b = (1 - b) log p0 + b log p(x, z), `(chains, n)`."""
         return (1 - beta) * self.base + beta * self.joint
 
 
@@ -95,16 +95,16 @@ class Coordinate:
 
 @final
 class Target:
-    """log p0 and log p(x, z) of a chunk of rows as functions of unconstrained states.
+    """Log densities log p0(z) and log p(x, z) of a chunk of rows as functions of unconstrained latents.
 
     Arguments:
         pair: a pair that passed `AnnealingPlan.check`.
         x: data `(n, *event)`.
-        plan: the settings; its start is p0.
+        plan: settings of annealing; its `start` names the distribution p0.
 
     Raises:
-        DataError: a latent is discrete, global, or has a support that reads other latents; start "guide" and a guide
-            of other latents or supports than the model's.
+        DataError: a latent is discrete or global, or its support depends on other latents; or the chains start from
+            the guide, whose latents or supports are not those of the model.
     """
 
     def __init__(self, pair: Pair, x: Tensor, plan: AnnealingPlan) -> None:
@@ -149,7 +149,7 @@ class Target:
         return self._stacked if same else self._side_by_side
 
     def _score(self, trace: Trace, names: Sequence[str], count: int) -> Tensor:
-        """Log density of some sites, `(count, n)`, float64."""
+        """Return the summed log density of some sites of a trace, `(count, n)`, float64."""
         if self.runner == self._stacked:
             return sum_over([log_prob(trace.nodes[name], self.layout, count).double() for name in names])
         parts = [log_prob(trace.nodes[name], self.layout, 0).double() for name in names]
@@ -158,7 +158,7 @@ class Target:
     # -- densities
 
     def _constrained(self, u: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        """Values `(chains, n, numel)` of every latent, and the log Jacobian `(chains, n)`."""
+        """Return the constrained values `(chains, n, numel)` of every latent, and the log Jacobian `(chains, n)`."""
         values, jacobian = {}, torch.zeros(u.shape[:2], dtype=torch.float64, device=u.device)
         for c, flat in zip(self.coordinates, u.split(self.sizes, -1), strict=True):
             free = c.free.spread(flat, self.layout.nesting)
@@ -169,7 +169,7 @@ class Target:
         return values, jacobian
 
     def at(self, u: Tensor) -> States:
-        """Score positions `(chains, n, D)`; differentiable."""
+        """Return the log densities at unconstrained latents `(chains, n, D)`; differentiable."""
         values, jacobian = self._constrained(u)
         count, names = len(u), [c.name for c in self.coordinates]
         model = self.runner(self.pair.model, values, count)
@@ -181,7 +181,7 @@ class Target:
         return States(u, base + jacobian, joint + jacobian)
 
     def slope(self, u: Tensor, beta: float) -> tuple[States, Tensor]:
-        """Score positions, and return the gradient of log f_b, `(chains, n, D)`, zero where it is not finite.
+        """Return the log densities at `u`, and the gradient of log f_b, `(chains, n, D)`, zero where it is not finite.
 
         Leapfrog with any function of the position in place of the gradient is reversible and preserves volume, so the
         acceptance of a transition stays exact where the gradient is cut off.
@@ -202,7 +202,7 @@ class Target:
         return self.at(torch.cat([self._free(c, sites[c.name]["value"], count) for c in self.coordinates], -1))
 
     def given(self, values: dict[str, Tensor], count: int) -> States:
-        """Return `count` chains that all start at the same values, each of the shape of its site."""
+        """Return the states of `count` chains that all start at the same latents, given in the shape of their sites."""
         free = [self._free(c, values[c.name], 1) for c in self.coordinates]
         return self.at(torch.cat(free, -1).expand(count, -1, -1).contiguous())
 
@@ -222,7 +222,7 @@ def _gather(value: Tensor, shape: SiteShape) -> Tensor:
 
 
 def _rows_last(part: Tensor, c: Coordinate, n: int) -> Tensor:
-    """Sum a batch-shaped Jacobian to `(chains, n)`."""
+    """Sum a log Jacobian over all batch dimensions except chains and rows, `(chains, n)`."""
     axis = part.dim() - 1 - (len(c.value.right) - c.event_dim)
     return part.movedim(axis, 1).reshape(len(part), n, -1).sum(-1)
 
@@ -236,7 +236,7 @@ def _unseen(trace: Trace) -> dict[str, Any]:
 
 
 def _coordinate(plan: AnnealingPlan, name: str, node: Any, again: Any, layout: Layout) -> Coordinate:
-    """Map between unconstrained space and the support of a latent of the model."""
+    """Return one latent of the model with the map from unconstrained space to its support."""
     if not layout.holds(node):
         raise DataError(f"{plan.caller}: expected latents of single data only; got global {name}.")
     transform = _to_support(plan, name, node)
@@ -294,6 +294,6 @@ def _check_guide(plan: AnnealingPlan, model: dict[str, Any], guide: dict[str, An
 
 
 def _bounds(node: Any) -> Transform | None:
-    """Transform that distinguishes supports; None where the support is discrete."""
+    """Return the transform from the reals to a site's support, by which supports are compared; None if discrete."""
     support: constraints.Constraint = node["fn"].support
     return None if support.is_discrete else _inner(biject_to(support))

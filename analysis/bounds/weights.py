@@ -1,4 +1,4 @@
-"""Averages of importance weights over samples, and their errors; first dimension samples, last dimension data."""
+"""Log mean importance weights, their errors and samplers; first dimension samples, last dimension data."""
 
 from __future__ import annotations
 
@@ -12,17 +12,20 @@ from pvae.pair.pair import Pair
 from pvae.pair.terms import Terms
 
 WeightSampler = Callable[[Tensor, int], Tensor]
-"""Log weights `(samples, batch)` of a batch and a number of samples; `(batch,)` is allowed for one sample."""
+"""Function from a batch and a number of samples to log weights `(samples, batch)`; for one sample also `(batch,)`."""
 
 
 def log_weights(terms: Terms, given: Collection[str] = ()) -> Tensor:
-    """Return log p(x, z) - log q(z | x), `(particles, batch)`, float64; the latents `given` count as known."""
+    """Return log weights log p(x, z) - log q(z | x), `(particles, batch)`, float64.
+
+    The KLs of global latents in `given`, which are treated as constants, are left out.
+    """
     kl = (value.double() for name, value in terms.kl.items() if name not in given)
     return terms.reconstruction.double() - sum(kl)
 
 
 def log_mean(log_weights: Tensor) -> Tensor:
-    """Return the log of the mean weight, `(n,)`."""
+    """Return the log of the mean importance weight over samples, `(n,)`."""
     return log_weights.logsumexp(0) - math.log(len(log_weights))
 
 
@@ -32,19 +35,19 @@ def inverse_ess(log_weights: Tensor) -> Tensor:
 
 
 def delta_error(inverse_ess: Tensor, samples: int) -> float:
-    """Return the delta-method error of the mean over data of log mean weights; NaN with one sample."""
+    """Return the delta-method standard error of the mean over data of log mean weights; NaN with one sample."""
     if samples == 1:
         return math.nan
     return float((inverse_ess - 1 / samples).clamp(min=0).sum().sqrt() / len(inverse_ess))
 
 
 def vectorises(pair: Pair, x: Tensor) -> bool:
-    """Return True if both programs accept a leading plate of particles; a hand-written one that reshapes may not."""
+    """Return True if model and guide accept a leading plate of particles; hand-written ones that reshape may not."""
     return takes_particles(lambda x, count: pair.terms(x, particles=count).reconstruction, x)
 
 
 def takes_particles(sampler: WeightSampler, x: Tensor) -> bool:
-    """Return True if three samples of two rows come out as `(3, 2)`."""
+    """Return True if the sampler draws three samples of two rows along a plate, as a result `(3, 2)`."""
     try:
         return sampler(x[:2], 3).shape == (3, len(x[:2]))
     except (ValueError, RuntimeError, IndexError):
@@ -52,10 +55,10 @@ def takes_particles(sampler: WeightSampler, x: Tensor) -> bool:
 
 
 def one_by_one(sampler: WeightSampler) -> WeightSampler:
-    """Return a sampler that runs the programs once per sample."""
+    """Return a sampler of log weights that runs guide and model once per sample."""
     return lambda x, count: torch.stack([sampler(x, 1).reshape(len(x)) for _ in range(count)])
 
 
 def side_by_side(sampler: WeightSampler) -> WeightSampler:
-    """Return a sampler that puts all samples in one batch, for programs that accept no plate of particles."""
+    """Return a sampler that puts all samples in one batch, for pairs that accept no plate of particles."""
     return lambda x, count: sampler(x.repeat(count, *(1,) * (x.dim() - 1)), 1).reshape(count, len(x))

@@ -73,7 +73,7 @@ class PosteriorDraws:
         return pandas.DataFrame.from_dict(dict(self._figures(hdi)), orient="index", columns=columns)
 
     def _figures(self, hdi: float) -> Iterator[tuple[str, list[float]]]:
-        """Label and summary of every latent coordinate."""
+        """Yield the label and the summary statistics of every latent coordinate."""
         diagnostics = self.groups.get("diagnostics", xarray.Dataset())
         for name, draws in self["posterior"].data_vars.items():
             lead = _lead(draws)
@@ -160,12 +160,12 @@ class PosteriorDraws:
 
 
 def _lead(draws: xarray.DataArray) -> int:
-    """Number of dims before those of the event."""
+    """Return the number of the dims chain, draw and datum, which precede those of the event."""
     return sum(dim in ("chain", "draw", "datum") for dim in draws.dims)
 
 
 def _figures(draws: Array, hdi: float) -> list[float]:
-    """Mean, sd, sd of the means over data, and the narrowest interval of one coordinate `(1, draw[, datum])`."""
+    """Return mean, sd, sd of the means over data, and the narrowest interval of one coordinate `(1, draw[, datum])`."""
     wide = draws.astype(np.float64)
     of_means = wide.mean((0, 1)).std() if wide.ndim == 3 else np.nan
     ordered = np.sort(wide, axis=None)
@@ -175,7 +175,7 @@ def _figures(draws: Array, hdi: float) -> list[float]:
 
 
 def _arviz() -> Any:
-    """Import ArviZ, which can fail in many ways (a cache it cannot write, a plotting package of another version)."""
+    """Import and return ArviZ, which can fail in many ways (a read-only cache, a plotting package too old or new)."""
     try:
         import arviz
     except Exception as problem:
@@ -200,7 +200,7 @@ def _sha256(path: Path) -> str:
 
 
 def _place(temporary: Path, path: Path) -> str:
-    """Sync the temporary file to disk and rename it; return its digest."""
+    """Sync the temporary file to disk and rename it to `path`; return its SHA-256 digest."""
     with temporary.open("rb") as file:
         os.fsync(file.fileno())
     digest = _sha256(temporary)
@@ -225,7 +225,7 @@ def _require_plain(path: Path) -> None:
 
 
 def _is_plain(group: Any, name: str) -> bool:
-    """True if an item is an array stored in this file."""
+    """Return True if an item of an HDF5 group is an array stored in the file itself."""
     import h5py
 
     if not isinstance(group.get(name, getlink=True), h5py.HardLink):
@@ -235,7 +235,7 @@ def _is_plain(group: Any, name: str) -> bool:
 
 
 def _verify(path: Path) -> None:
-    """Compare a file with its checksum; raises CheckpointError."""
+    """Compare a file with the SHA-256 checksum stored next to it; raise CheckpointError if they differ."""
     checksum = _checksum_of(path)
     try:
         found = _DIGEST_LINE.match(read_inside(checksum.parent, checksum.name, 1 << 16))

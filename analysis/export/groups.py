@@ -1,4 +1,4 @@
-"""Groups of an export beside the posterior samples: guide, prior, predictive samples, data."""
+"""Groups of an export in addition to the posterior samples: guide parameters, prior and predictive samples, data."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from pvae.util.types import Array
 
 
 def guide(request: PosteriorRequest, sites: ExportedSites) -> VariableGroup:
-    """Return the parameters of q(z|x) for all rows of the split, chunk by chunk."""
+    """Return the group `guide`: the parameters of q(z | x) for all rows of the split."""
     pair, n, layout = request.pair, len(request.split), request.pair.layout
     shown = [site for site in sites.latents if site.site in sites.parameters]
     found: dict[str, Variable] = {
@@ -43,7 +43,7 @@ def guide(request: PosteriorRequest, sites: ExportedSites) -> VariableGroup:
 
 
 def prior(request: PosteriorRequest, sites: ExportedSites) -> VariableGroup:
-    """Return prior samples, each from its own run of the model, so that they share no global latent."""
+    """Return the group `prior`: samples of p(z), each from its own run of the model, with its own global latents."""
     pair, n = request.pair, len(request.x)
     with request.quiet(1):
         draws = [
@@ -60,7 +60,7 @@ def prior(request: PosteriorRequest, sites: ExportedSites) -> VariableGroup:
 def _values_of_prior(
     nodes: Mapping[str, Any], sites: ExportedSites, layout: Layout, count: int
 ) -> Iterator[tuple[str, Array]]:
-    """Latents of the first row in a run of the model, and the global ones; without those of the guide alone."""
+    """Yield the latents of the first row and the global latents, by site; sites of the guide alone are left out."""
     for site in sites.latents:
         if node := nodes.get(site.site):
             yield site.site, numpy_of(rows_of(node["value"], node, layout, count)[0]).reshape(site.tail)
@@ -70,7 +70,7 @@ def _values_of_prior(
 
 
 def posterior_predictive(request: PosteriorRequest, sites: ExportedSites, drawn: SampledLatents) -> VariableGroup:
-    """Return samples of x given the first samples of the latents, for the first rows."""
+    """Return the group `posterior_predictive`: samples of p(x | z) at the first samples of z for the first rows."""
     pair, count, layout = request.pair, request.predictive_rows, request.pair.layout
     x = request.x[:count]
     if sites.summed:
@@ -91,7 +91,7 @@ def posterior_predictive(request: PosteriorRequest, sites: ExportedSites, drawn:
 def _values(
     drawn: SampledLatents, template: Mapping[str, Any], layout: Layout, draw: int, count: int
 ) -> Iterator[tuple[str, Tensor]]:
-    """Stored values of one draw, as the programs take them."""
+    """Yield the stored latents of one draw by site, in the shape and type that guide and model take."""
     for site in drawn.sites.latents:
         rows = torch.from_numpy(drawn.values[site.site][0, draw, :count])
         yield site.site, as_value(rows, template[site.site], layout)
@@ -101,7 +101,7 @@ def _values(
 
 
 def observed_data(request: PosteriorRequest, sites: ExportedSites) -> VariableGroup:
-    """Return the observed values for the rows of `posterior_predictive`."""
+    """Return the group `observed_data`: the observed values of the rows of `posterior_predictive`."""
     pair, x = request.pair, request.x[: request.predictive_rows]
     with request.quiet(3):
         nodes = samples(pair.traces(x)[1])
@@ -110,7 +110,7 @@ def observed_data(request: PosteriorRequest, sites: ExportedSites) -> VariableGr
 
 
 def constant_data(request: PosteriorRequest) -> VariableGroup:
-    """Return row numbers, and labels if the split has them."""
+    """Return the group `constant_data`: indices of the rows, and class labels if the split has them."""
     found: dict[str, Variable] = {"row": (("datum",), request.rows.numpy(), {})}
     if request.split.y is not None:
         found["label"] = (("datum",), numpy_of(request.split.y)[request.rows.numpy()], {})

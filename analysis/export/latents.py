@@ -1,4 +1,4 @@
-"""Samples of all latents with their densities and diagnostics."""
+"""Posterior samples of all latents of a pair, with their log densities and diagnostics."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ from pvae.util.progress import Progress
 from pvae.util.types import Array
 
 RESOLVED_ROUNDINGS = 8
-"""Log weights count as different from this many roundings of their largest term on."""
+"""Number of rounding errors of the largest term of a log weight up to which log weights count as equal."""
 DRAW_DIMS = ("chain", "draw")
 
 
 @dataclass(frozen=True)
 class VariableGroup:
-    """Variables of one group, and the reasons why others are missing."""
+    """Variables of one group of an export, with the reasons why other variables are missing."""
 
     variables: Mapping[str, Variable]
     missing: dict[str, str] = field(default_factory=dict)
@@ -42,18 +42,18 @@ class VariableGroup:
 
     @property
     def notes(self) -> dict[str, str]:
-        """`missing` as attributes."""
+        """Reasons for missing variables as attributes of the Dataset, `missing_<name>`."""
         return {f"missing_{name}": text(why) for name, why in self.missing.items()}
 
 
 @dataclass(frozen=True)
 class PosteriorRequest:
-    """Arguments of `posterior`, with its pair and rows."""
+    """Arguments of an export by `posterior`, with the pair and the indices of the chosen rows."""
 
     pair: Pair
     split: Split
     rows: Tensor
-    """Rows of the split, `(n,)`, on the CPU."""
+    """Indices of the chosen rows of the split, `(n,)`, on the CPU."""
     draws: int
     seed: int
     predictive_rows: int
@@ -61,16 +61,16 @@ class PosteriorRequest:
 
     @cached_property
     def x(self) -> Tensor:
-        """The rows as the pair takes them, `(n, *event)`."""
+        """Data of the chosen rows in the type and on the device of the pair, `(n, *event)`."""
         return self.pair.accept(self.split.rows[self.rows.to(self.split.rows.device)])
 
     def quiet(self, counter: int) -> AbstractContextManager[None]:
-        """Run quietly with a noise stream of its own."""
+        """Return a context in evaluation mode without gradients, whose noise is seeded by the request and `counter`."""
         return quiet(self.pair, self.x, seeds.mix(self.seed, seeds.ANALYSIS, counter))
 
 
 class SampledLatents:
-    """Samples of all latents for all rows, filled chunk by chunk."""
+    """Posterior samples of all latents for all rows, with log densities; filled by `fill`, chunk by chunk."""
 
     def __init__(self, request: PosteriorRequest, sites: ExportedSites) -> None:
         self.request, self.sites = request, sites
@@ -85,7 +85,7 @@ class SampledLatents:
         self.kl = {site.site: np.zeros((n, *site.tail)) for site in sites.latents if site.site in sites.closed}
 
     def fill(self, on_progress: Progress) -> None:
-        """Sample; global latents are shared by all rows of a draw."""
+        """Sample all latents for all rows; the rows of one draw share one sample of the global latents."""
         pair, x = self.request.pair, self.request.x
         with quiet(pair, x, self.request.seed):
             for draw in range(self.request.draws):
@@ -113,12 +113,12 @@ class SampledLatents:
 
     @cached_property
     def log_weight(self) -> Array:
-        """log p(x, z) - log q(z | x), `(1, draws, n)`, nats; the ratio of global latents is divided equally."""
+        """Log weight log p(x, z) - log q(z | x), `(1, draws, n)`, nats; every row has 1/n of the global log ratio."""
         share = self.global_log_ratio[..., None] / len(self.request.rows)
         return np.asarray(self.log_likelihood + self.log_p - self.log_q - share)
 
     def posterior(self) -> VariableGroup:
-        """Group of the samples."""
+        """Return the group `posterior`: the samples of all latents."""
         per_row = {
             site.name: ((*DRAW_DIMS, "datum", *site.dims), self.values[site.site], site.attrs)
             for site in self.sites.latents
@@ -129,7 +129,7 @@ class SampledLatents:
         return VariableGroup({**per_row, **shared})
 
     def sample_stats(self) -> VariableGroup:
-        """Group of their densities."""
+        """Return the group `sample_stats`: the log densities of the samples and, where defined, their log weights."""
         columns = {"log_q": self.log_q, "log_p": self.log_p}
         why = self._expected()
         if not why:
@@ -140,13 +140,13 @@ class SampledLatents:
         return VariableGroup(found, dict.fromkeys(("log_likelihood", "log_weight"), why) if why else {})
 
     def _expected(self) -> str:
-        """Reason why single samples have no weights (summed-out latents, or points); empty if they have."""
+        """Return the reason why single samples have no importance weights (summed-out latents, or points); else ""."""
         if self.sites.summed:
             return f"the model sums out {', '.join(self.sites.summed)}"
         return f"{', '.join(self.points)}: a point has no density" if self.points else ""
 
     def diagnostics(self) -> VariableGroup:
-        """Group of bounds and diagnostics of the weights, per datum."""
+        """Return the group `diagnostics`: bounds on log p(x), closed-form KLs and weight diagnostics, per datum."""
         found: dict[str, Variable] = {}
         if not self.points:
             found["elbo"] = (("datum",), self.log_weight[0].mean(0), NATS)
@@ -174,7 +174,7 @@ class SampledLatents:
 
 
 def _kl(latent: LatentDraw) -> Tensor | None:
-    """Closed-form KL(q || p) of every coordinate, nats, `(n, D)`; None unless both are diagonal normals."""
+    """Return the closed-form KL(q || p) of every coordinate, nats, `(n, D)`; None unless q and p are normal."""
     loc, scale, prior_loc, prior_scale = latent.loc, latent.scale, latent.prior_loc, latent.prior_scale
     if loc is None or scale is None or prior_loc is None or prior_scale is None:
         return None

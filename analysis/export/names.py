@@ -1,4 +1,4 @@
-"""Names of variables and dims, and Datasets with explicit dims."""
+"""Valid names of exported variables and dims, and xarray Datasets with explicit dims."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import xarray
 from pvae.util.types import Array
 
 Variable = tuple[tuple[str, ...], Array, dict[str, Any]]
-"""Dims, values, attributes."""
+"""Variable of an xarray Dataset: names of its dims, values, attributes."""
 NATS = {"units": "nats"}
 RESERVED_DIMS = frozenset({"chain", "draw", "datum", "datum_predictive", "sample", "variable", "column"})
 LONGEST_NAME = 64
@@ -23,7 +23,7 @@ LONGEST_NAME = 64
 
 
 def dims_of(name: str, tail: Sequence[int]) -> tuple[str, ...]:
-    """Return the dims of an event: none for a number, `<name>_dim` for a vector, `<name>_dim_0`, ... for more."""
+    """Return the names of a variable's event dims: `<name>_dim` for a vector, `<name>_dim_0`, ... for more dims."""
     if len(tail) == 1:
         return (f"{name}_dim",)
     return tuple(f"{name}_dim_{axis}" for axis in range(len(tail)))
@@ -55,7 +55,7 @@ def _candidates(site: str) -> Iterator[str]:
 
 
 def _kept(site: str) -> str:
-    """Valid characters of a name; empty if there are none, or if the name is too long."""
+    """Return the valid characters of a site's name; empty if there are none, or if they are too many."""
     plain = unicodedata.normalize("NFKD", site).encode("ascii", "ignore").decode()
     kept = re.sub(r"[^A-Za-z0-9_]+", "_", plain)
     kept = kept if kept == site else kept.strip("_")

@@ -31,7 +31,7 @@ REDUCED_BY = {
     "observed_data": "predictive_rows",
     "prior": "draws",
 }
-"""Arguments that make a group smaller, where these are not draws or rows."""
+"""Arguments of `posterior` that reduce the size of a group; for groups not listed they are `draws` and `rows`."""
 
 
 def posterior(

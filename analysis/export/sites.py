@@ -21,9 +21,9 @@ from pvae.pair.structure import numbers_of
 from pvae.util.types import Array
 
 TRACED_ROWS = 16
-"""Rows on which the sites are read."""
+"""Number of rows on which guide and model are run to find their sample sites."""
 EXPORTED_PROBABILITIES = 4096
-"""Largest number of probabilities of a datum that are exported."""
+"""Largest number of posterior probabilities of a discrete latent, per datum, that are exported."""
 
 
 # ---------------------------------------------------------------------- values
@@ -37,7 +37,7 @@ def rows_of(t: Tensor, node: Mapping[str, Any], layout: Layout, count: int, code
         node: node of the site in a trace.
         layout: layout of the pair.
         count: rows of the batch.
-        codes: number of last dims that are not part of the event (probabilities of a categorical).
+        codes: number of last dims that are not part of the event: 1 for the probabilities of a categorical.
     """
     fn = node["fn"]
     event = (*fn.event_shape, *t.shape[t.dim() - codes :])
@@ -84,12 +84,12 @@ def parameters_of(node: Mapping[str, Any], layout: Layout, count: int) -> dict[s
 
 @dataclass(frozen=True)
 class ExportedSite:
-    """One sample site of the export."""
+    """One sample site of a pair, as a variable of the export."""
 
     site: str
-    """Name in the pair."""
+    """Name of the sample site in the pair."""
     name: str
-    """Name of the variable."""
+    """Name of the variable in the export."""
     tail: tuple[int, ...]
     """Shape of the value of one datum, or of a global latent."""
     dtype: Any
@@ -97,32 +97,32 @@ class ExportedSite:
 
     @property
     def dims(self) -> tuple[str, ...]:
-        """Names of the dims of `tail`."""
+        """Names of the event dims of the variable, one for every axis of `tail`."""
         return dims_of(self.name, self.tail)
 
     @property
     def attrs(self) -> dict[str, Any]:
-        """Attributes: the name in the pair."""
+        """Attributes of the variable: the name of the sample site in the pair."""
         return {"site": text(self.site)}
 
     @property
     def size(self) -> int:
-        """Elements of one value."""
+        """Number of elements of one value."""
         return math.prod(self.tail)
 
     @property
     def bytes(self) -> int:
-        """Bytes of one value."""
+        """Number of bytes of one value."""
         return self.size * int(np.dtype(self.dtype).itemsize)
 
     def empty(self, *lead: int) -> Array:
-        """Return an uninitialised array `(*lead, *tail)` of the type of the site."""
+        """Return an uninitialised array `(*lead, *tail)` of the site's dtype."""
         return np.empty((*lead, *self.tail), self.dtype)
 
 
 @dataclass(frozen=True)
 class ExportedSites:
-    """All sites of a pair, and the parameters of their posteriors."""
+    """All sample sites of a pair that are exported, and the parameters of their posteriors."""
 
     latents: tuple[ExportedSite, ...]
     """Latents of the guide, and sites that the model sums out."""
@@ -133,15 +133,16 @@ class ExportedSites:
     summed: tuple[str, ...]
     """Latents that the model sums out: their densities are expectations."""
     parameters: Mapping[str, Mapping[str, Array]]
-    """Parameters of the posteriors that have some and read no other latent, for the first row."""
+    """Posterior parameters of the first row, by site, of posteriors of a supported family that depend on x alone."""
     hidden: Mapping[str, str]
-    """Reasons why the other posteriors have no parameters."""
+    """Reasons, by site, why the parameters of the other posteriors are not exported."""
     closed: frozenset[str]
-    """Latents with a closed-form KL(q || p) per coordinate: q and p normal, the prior independent of them."""
+    """Latents with a closed-form KL(q || p) per coordinate: q and p are normal, and the prior does not depend on
+    latents that the guide infers from this one."""
 
 
 def read_sites(pair: Pair, x: Tensor) -> ExportedSites:
-    """Return the sites of a pair, read from its traces on the first rows of `x` `(n, *event)`."""
+    """Return the sample sites of a pair, found by running it on the first rows of `x` `(n, *event)`."""
     x = x[:TRACED_ROWS]
     with quiet(pair, x, 0):
         guide, model = (samples(trace) for trace in pair.traces(x))
@@ -192,7 +193,7 @@ def _is_normal(node: Mapping[str, Any]) -> bool:
 
 
 def _why_hidden(node: Mapping[str, Any], found: Mapping[str, Tensor], reads: Collection[str]) -> str:
-    """Reason why the parameters of a posterior are not a function of the datum; empty if they are."""
+    """Return the reason why the parameters of a posterior are not exported; empty if they are."""
     if isinstance(unwrapped(node["fn"]), Certain):
         return "a deterministic code has no parameters"
     if not found and isinstance(unwrapped(node["fn"]), torch.distributions.Categorical):
