@@ -1,7 +1,7 @@
-r"""Priors over a grid of codes that price every code given those before it, in raster order.
+r"""Autoregressive priors over a grid of codes: each code is predicted from those before it, in raster order.
 
-log p(c given parents) = sum_p log p(c_p given c_1 .. c_{p-1}, parents): exact, and one pass scores all positions,
-because the network's output at a position reads earlier positions alone. Draws are made one position at a time.
+log p(c | parents) = sum_p log p(c_p | c_1 .. c_{p-1}, parents) is exact. One pass of the network scores all positions,
+because its output at a position depends on earlier positions only. Samples are drawn one position at a time.
 """
 
 from __future__ import annotations
@@ -24,36 +24,36 @@ from pvae.graph.site import Site
 from pvae.util.types import Size
 
 Choose = Callable[[Tensor], Tensor]
-"""From logits `(n, K)` of one position to its codes `(n,)`."""
+"""Function that chooses (usually samples) the codes `(n,)` of one position from their logits `(n, K)`."""
 
 DRAW_ROWS = 1024
-"""Rows drawn at a time: caches of all rows of a large draw would not fit."""
+"""Number of grids sampled at a time, so that the caches of a large sample fit in memory."""
 
 
 def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """A tensor of some type; a cast to the type it has already would break the graph of an exported step."""
+    """Return a tensor as `dtype`, itself if it has that type: another cast would break the graph of an exported step."""
     return x if x.dtype == dtype else x.to(dtype)
 
 
 def precise(x: Tensor) -> Tensor:
-    """A tensor in single precision or better."""
+    """Return a tensor in single precision (float32) or better."""
     return x.float() if x.dtype.itemsize < 4 else x
 
 
 def categorical(logits: Tensor) -> Tensor:
-    """Codes `(...)` drawn from logits `(..., K)`: the largest after Gumbel noise, of the default generator."""
+    """Return codes `(...)` sampled from logits `(..., K)` by the Gumbel-max trick, with torch's default generator."""
     logits = precise(logits)
     return (logits - torch.empty_like(logits).exponential_().log()).argmax(-1)
 
 
 class Autoregressive(Conditional):
-    r"""p(c given parents) of a grid of codes, as a product over its positions in raster order.
+    r"""Distribution p(c | parents) of a grid of codes, factorised over its positions in raster order.
 
     Values are indices `(..., *grid)`. Leading dimensions of values and parents broadcast.
 
     Arguments:
         network: from codes and context to the logits of every position.
-        context: what the network makes of the parents, `(*batch, ...)`; None without parents.
+        context: the parents as encoded by the network, `(*batch, ...)`; None without parents.
         batch_shape: leading dimensions; those of the context broadcast to it.
     """
 
@@ -66,22 +66,22 @@ class Autoregressive(Conditional):
 
     @constraints.dependent_property(is_discrete=True)
     def support(self) -> constraints.Constraint:
-        """Integers 0 .. K - 1 at every position."""
+        """Support: codes 0 .. K - 1 at every position."""
         return constraints.independent(constraints.integer_interval(0, self.network.codes - 1), len(self.event_shape))
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """log p(c given parents) of indices `(..., *grid)`, nats, `(...)`; exact, in single precision or better."""
+        """Return log p(c | parents) of indices `(..., *grid)`, nats, `(...)`; exact, in single precision or better."""
         logits = self.conditional_logits(value)
         index = value.expand(logits.shape[:-1]).unsqueeze(-1)
         scores = logits.gather(-1, index).squeeze(-1)
         return scores.flatten(scores.dim() - len(self.event_shape)).sum(-1) if self.event_shape else scores
 
     def conditional_logits(self, value: Tensor) -> Tensor:
-        """log p(c_p = k given c_1 .. c_{p-1}, parents), nats, `(..., *grid, K)`; exact and normalised over k.
+        """Return log p(c_p = k | c_1 .. c_{p-1}, parents), nats, `(..., *grid, K)`; exact and normalised over k.
 
         Arguments:
-            value: indices `(..., *grid)`; or logarithms of relaxed one-hots `(..., *grid, K)`, floating, which the
-                network sees as the mean of its embeddings, differentiable.
+            value: indices `(..., *grid)`; or, in floating point, logarithms of relaxed one-hots `(..., *grid, K)`,
+                which weight the embeddings of the codes that the network reads (differentiable).
         """
         grid, codes = self.network.grid, self.network.codes
         event = (*grid, codes) if value.is_floating_point() else grid
@@ -93,7 +93,7 @@ class Autoregressive(Conditional):
         return logits.reshape((*lead, *grid, codes)).expand((*whole, *grid, codes))
 
     def sample(self, sample_shape: Size = torch.Size()) -> Tensor:
-        """Ancestral draws `sample_shape + batch_shape + grid`, of the default generator."""
+        """Return ancestral samples `sample_shape + batch_shape + grid`, with torch's default generator."""
         shape = torch.Size(sample_shape) + self.batch_shape
         with torch.no_grad():
             context = self._context(shape)
@@ -103,7 +103,7 @@ class Autoregressive(Conditional):
         return torch.cat(drawn).reshape(shape + self.event_shape)
 
     def expand(self, batch_shape: Size, _instance: Any = None) -> Autoregressive:
-        """The same distribution over more batch dimensions."""
+        """Return the same distribution with more batch dimensions."""
         if self.batch_shape == tuple(batch_shape):
             return self
         return Autoregressive(self.network, self.context, batch_shape)
@@ -114,7 +114,7 @@ class Autoregressive(Conditional):
         return self.network.codes**self.network.positions <= MAX_STATES
 
     def enumerate_support(self, expand: bool = True) -> Tensor:
-        """All S = K^positions joint states, `(S, *batch_shape, *grid)`; batch dimensions of size 1 unless expanded.
+        """Return all S = K^positions joint states, `(S, *batch_shape, *grid)`; batch dimensions are 1 unless expanded.
 
         Raises:
             NotImplementedError: there are more than `MAX_STATES`.
@@ -129,7 +129,7 @@ class Autoregressive(Conditional):
         return torch.Size() if self.context is None else self.context.shape[: -self.network.context_dims]
 
     def _context(self, lead: torch.Size) -> Tensor | None:
-        """The context with one leading dimension, which stands for `lead`."""
+        """Return the context broadcast to the leading dimensions `lead`, flattened into one; None without a context."""
         if self.context is None:
             return None
         shape = self.context.shape[-self.network.context_dims :]
@@ -137,17 +137,17 @@ class Autoregressive(Conditional):
 
 
 class TokenModule(nn.Module):
-    """From the parents' features to the distribution of a grid of codes.
+    """Base of autoregressive networks: from the parents' features to the distribution of a grid of codes.
 
     Arguments:
         grid: shape of the grid; () for a single code.
-        codes: K.
+        codes: number of codes, K.
         parents: shapes of the parents' features, by name: `(D,)`, `(C, L)` or `(C, H, W)`.
-        width: of an embedded code.
+        width: width of the embedding of a code.
     """
 
     context_dims: ClassVar[int]
-    """Dimensions of a context beside the leading ones."""
+    """Number of dimensions of a context (the encoded parents) after its leading dimensions."""
 
     def __init__(self, grid: Shape, codes: int, parents: Mapping[str, Shape], width: int) -> None:
         super().__init__()
@@ -159,7 +159,7 @@ class TokenModule(nn.Module):
         self.table = nn.Parameter(0.1 * torch.randn(codes, width)) if self.positions > 1 else None
 
     def embed(self, value: Tensor) -> Tensor:
-        """Indices `(n, p)` or logarithms of relaxed one-hots `(n, p, K)` as vectors `(n, p, width)`."""
+        """Return embeddings `(n, p, width)` of indices `(n, p)` or of logarithms of relaxed one-hots `(n, p, K)`."""
         if self.table is None:
             return self.start.new_zeros(*value.shape[:2], self.width)
         return (
@@ -169,7 +169,7 @@ class TokenModule(nn.Module):
         )
 
     def forward(self, given: Mapping[str, Tensor]) -> dist.TorchDistribution:
-        """The distribution of the codes, with the parents' leading dimensions as batch shape."""
+        """Return the distribution of the codes, with the parents' leading dimensions as batch shape."""
         seen = {name: cast(given[name], self.start.dtype) for name in self.parents}
         leads = [value.shape[: value.dim() - len(self.parents[name])] for name, value in seen.items()]
         lead = torch.broadcast_shapes(*leads)
@@ -177,27 +177,27 @@ class TokenModule(nn.Module):
 
     @abstractmethod
     def encode(self, given: Mapping[str, Tensor], lead: torch.Size) -> Tensor | None:
-        """The context that the parents make, `(*lead, ...)` or what broadcasts to it; None without parents."""
+        """Return the context, the encoded parents, `(*lead, ...)` or a shape that broadcasts to it; None if empty."""
 
     @abstractmethod
     def logits(self, value: Tensor, context: Tensor | None) -> Tensor:
-        """Logits of every position given those before it, `(n, p, K)`, in one pass.
+        """Return the logits of every position given the codes before it, `(n, p, K)`, in one pass.
 
         Arguments:
             value: indices `(n, p)`, or logarithms of relaxed one-hots `(n, p, K)`.
-            context: `(n, ...)`.
+            context: the encoded parents, `(n, ...)`.
         """
 
     @abstractmethod
     def draw(self, count: int, context: Tensor | None, choose: Choose) -> Tensor:
-        """Codes `(count, p)`, each chosen from its logits given those chosen before."""
+        """Return codes `(count, p)`, each chosen by `choose` from its logits given the codes before it."""
 
 
 def require_shapes(site: Site, given: Mapping[str, Shape], kind: str) -> int:
-    """K of a site whose grid and parents have shapes that a prior of codes can read.
+    """Return K, the number of codes of a latent, if a prior can read the shapes of its grid and of its parents.
 
     Raises:
-        DeclarationError: naming the latent and what was found.
+        DeclarationError: a shape is not supported; the message names the latent and the shape.
     """
     if len(site.space.grid) > 2:
         raise DeclarationError(

@@ -15,27 +15,27 @@ from pvae.graph.space import Values
 
 
 class Prior(Component):
-    """The density of a latent in the model."""
+    """Declared prior p(z) or p(z | parents): distribution of one latent in the model."""
 
     values: ClassVar[tuple[Values, ...]] = ("real",)
-    """Values of the latents it is for."""
+    """Kinds of latents that the prior supports: real vectors, code indices, bits or relaxed one-hots."""
     reads_parents: ClassVar[bool] = False
-    """True if it can be declared for a latent with parents."""
+    """True if the prior can be declared for a latent with parents in the model."""
     needs_parents: ClassVar[bool] = False
-    """True if it must have them."""
+    """True if the latent must have parents in the model."""
     ignores_parents: ClassVar[bool] = False
-    """True if parents may be declared and are not used; a `refit` may use them."""
+    """True if the latent may have parents but this prior ignores them; one fitted later by `refit` may use them."""
     reads_guide: ClassVar[bool] = False
-    """True if it asks the guide for the latent's posterior, which must then read x alone."""
+    """True if the prior is made of the latent's posteriors in the guide, which must then depend on x alone."""
 
     @abstractmethod
     def build(self, site: Site, given: Mapping[str, Shape], link: Link) -> nn.Module:
-        """A module from the parents' features `name -> (..., *shape)` to a distribution of event `site.event`."""
+        """Return a module from the parents' features `name -> (..., *shape)` to a distribution of shape `site.event`."""
 
 
 class MixtureWeights(nn.Module):
-    """Base of priors of the component of a mixture whose weights have a closed-form maximum."""
+    """Base of priors over mixture components whose weights have a closed-form M-step, for the objective `em`."""
 
     def maximise(self, counts: Tensor) -> None:
-        """Set the weights to the proportions of sums of responsibilities `(K,)`, where weights are learned."""
+        """Set the weights, if learned, to the proportions of `counts` `(K,)`, the sums of responsibilities."""
         raise NotImplementedError  # pragma: no cover - abstract

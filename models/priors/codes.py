@@ -1,4 +1,4 @@
-"""Factorised priors of codes and of bits, with learned or even weights."""
+"""Factorised priors of codes (categorical) and of bits (Bernoulli), with learned or uniform probabilities."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from pvae.models.priors.base import MixtureWeights, Prior
 
 
 class CodesModule(MixtureWeights):
-    """Categoricals over a grid, of learned or even weights; relaxed where the latent is."""
+    """Independent categoricals over a grid of codes, learned or uniform; relaxed one-hots if the latent is relaxed."""
 
     logits: Tensor
 
@@ -39,26 +39,26 @@ class CodesModule(MixtureWeights):
             self.logits.copy_((counts / counts.sum()).log())
 
     def forward(self, _given: Mapping[str, Tensor]) -> dist.TorchDistribution:
-        """The codes, with batch shape `()`."""
+        """Return the distribution of the codes, with batch shape `()`."""
         if self.is_relaxed:
             return RelaxedCodes(self.logits, self.link.model.temperature(self.name), self.grid)
         return code_grid(self.logits, self.grid)
 
 
 class RelaxingModule(nn.Module):
-    """A prior of codes as that of a relaxed latent, for a loss that takes the KL of the categoricals."""
+    """Adapter that gives a relaxed latent a prior over discrete codes, for losses with the KL of the categoricals."""
 
     def __init__(self, codes: nn.Module, states: int) -> None:
         super().__init__()
         self.codes, self.states = codes, states
 
     def forward(self, given: Mapping[str, Tensor]) -> dist.TorchDistribution:
-        """Return the distribution of the codes as one of relaxed values."""
+        """Return the prior of the codes as a distribution over relaxed one-hots, which scores the codes alone."""
         return Relaxing(self.codes(given), self.states)
 
 
 def prior_of(prior: Prior, site: Site, given: Mapping[str, Shape], link: Link) -> nn.Module:
-    """Build a prior's module; where the latent is relaxed and the prior is not, it scores the codes alone."""
+    """Return the module of a prior; for a relaxed latent and a prior over discrete codes, one that scores the codes."""
     module = prior.build(site, given, link)
     if site.space.values != "relaxed" or "relaxed" in prior.values:
         return module
@@ -66,7 +66,7 @@ def prior_of(prior: Prior, site: Site, given: Mapping[str, Shape], link: Link) -
 
 
 class BitsModule(nn.Module):
-    """Independent bits, of learned or even odds."""
+    """Module of independent Bernoulli bits, with learned probabilities or 1 / 2 each."""
 
     logits: Tensor
 
@@ -79,13 +79,13 @@ class BitsModule(nn.Module):
             self.register_buffer("logits", logits, persistent=False)
 
     def forward(self, _given: Mapping[str, Tensor]) -> dist.TorchDistribution:
-        """The bits, with batch shape `()`."""
+        """Return the distribution of the bits, with batch shape `()`."""
         return bits(self.logits)
 
 
 @final
 class CategoricalPrior(Prior):
-    """Learned weights of the codes, at every position of a grid its own; parents, if any, play no part."""
+    """Categorical prior with learned probabilities, separate for each position of a grid; it ignores the parents."""
 
     kind: Literal["categorical"] = "categorical"
     reads_parents: ClassVar[bool] = True
@@ -98,7 +98,7 @@ class CategoricalPrior(Prior):
 
 @final
 class BernoulliPrior(Prior):
-    """Learned odds of the bits; parents, if any, play no part."""
+    """Bernoulli prior with one learned probability for each bit; it ignores the parents of the latent."""
 
     kind: Literal["bernoulli"] = "bernoulli"
     reads_parents: ClassVar[bool] = True
@@ -111,9 +111,10 @@ class BernoulliPrior(Prior):
 
 @final
 class UniformPrior(Prior):
-    """1 / K for every code, 1 / 2 for every bit: a certain code costs log K nats. Parents, if any, play no part.
+    """Uniform prior: 1 / K for each of K codes, 1 / 2 for each bit; it ignores the parents of the latent.
 
-    With equal scales of the components it is what k-means assumes.
+    The KL of a point-mass posterior is then log K nats for each code. k-means assumes this prior and equal scales of
+    the components.
     """
 
     kind: Literal["uniform"] = "uniform"

@@ -26,7 +26,7 @@ from pvae.util.types import Size
 
 
 class Flow(dist.TorchDistribution):
-    """The density of `FlowModule`, over any batch shape."""
+    """Distribution p(z) of a normalising flow `FlowModule`, for any batch shape."""
 
     arg_constraints: ClassVar[dict[str, Any]] = {}
     support = constraints.real_vector
@@ -36,26 +36,26 @@ class Flow(dist.TorchDistribution):
         super().__init__(torch.Size(batch_shape), module.loc.shape, validate_args=False)
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """log p(z) of `(..., D)`, nats, `(...)`; exact."""
+        """Return log p(z) of z `(..., D)`, nats, `(...)`; exact."""
         return self.module.log_prob(value)
 
     def sample(self, sample_shape: Size = torch.Size()) -> Tensor:
-        """Draws `sample_shape + batch_shape + (D,)`."""
+        """Return samples `sample_shape + batch_shape + (D,)`."""
         with torch.no_grad():
             return self.module.sample(torch.Size(sample_shape) + self.batch_shape)
 
     def expand(self, batch_shape: Size, _instance: Any = None) -> Flow:
-        """The same density over more batch dimensions."""
+        """Return the same distribution with more batch dimensions."""
         return self if self.batch_shape == tuple(batch_shape) else Flow(self.module, batch_shape)
 
 
 class FlowModule(nn.Module):
-    """Bijections between u ~ N(0, I) and z, coordinates reversed between them.
+    """Normalising flow: bijections from u ~ N(0, I) to z, with the order of coordinates reversed after each.
 
     Arguments:
-        steps: in the order from u to z.
-        dim: D.
-        inward: True if a step's fast direction leads from z to u.
+        steps: the bijections, in the order from u to z.
+        dim: number of coordinates, D.
+        inward: True if the fast direction of each bijection is from z to u.
     """
 
     loc: Tensor
@@ -69,18 +69,18 @@ class FlowModule(nn.Module):
         self.register_buffer("scale", torch.ones(dim), persistent=False)
 
     def forward(self, _given: Mapping[str, Tensor]) -> dist.TorchDistribution:
-        """The flow, with batch shape `()`."""
+        """Return the distribution of z, with batch shape `()`."""
         return Flow(self)
 
     def push(self, u: Tensor) -> Tensor:
-        """z of u, in the direction of sampling."""
+        """Return z for u, `(..., D)`: the direction of sampling."""
         for step in self.steps:
             assert isinstance(step, Bijection)  # noqa: S101 - narrows the type
             u = (step.invert(u) if self.inward else step.call(u))[0].flip(-1)
         return u
 
     def pull(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """u of z, in the direction of scoring, and log|det du/dz|, nats."""
+        """Return u for z, `(..., D)`, and log|det du/dz|, nats, `(...)`: the direction of density evaluation."""
         total = torch.zeros_like(z[..., 0])
         for step in reversed(self.steps):
             assert isinstance(step, Bijection)  # noqa: S101 - narrows the type
@@ -89,46 +89,46 @@ class FlowModule(nn.Module):
         return z, total
 
     def log_prob(self, z: Tensor) -> Tensor:
-        """log p(z) = log N(u; 0, I) + log|det du/dz|, nats."""
+        """Return log p(z) = log N(u; 0, I) + log|det du/dz|, nats."""
         u, log_det = self.pull(z)
         return log_det + dist.Normal(self.loc, self.scale, validate_args=False).log_prob(u).sum(-1)
 
     def sample(self, shape: torch.Size) -> Tensor:
-        """z of u ~ N(0, I), `shape + (D,)`."""
+        """Return samples of z, pushed forward from u ~ N(0, I), `shape + (D,)`."""
         return self.push(torch.normal(self.loc.expand(*shape, -1), self.scale.expand(*shape, -1)))
 
 
 class RelaxedFlowModule(nn.Module):
-    """A flow over the free coordinates of relaxed codes."""
+    """Flow prior of relaxed codes, over the K - 1 free coordinates of the relaxed one-hot at each position."""
 
     def __init__(self, flow: FlowModule, event: Shape) -> None:
         super().__init__()
         self.flow, self.event = flow, event
 
     def forward(self, given: Mapping[str, Tensor]) -> dist.TorchDistribution:
-        """A density of log relaxed one-hots, with batch shape `()`."""
+        """Return a distribution of the logarithms of relaxed one-hots, with batch shape `()`."""
         return FreeCoordinates(self.flow(given), self.event)
 
 
 class FlowPrior(Prior):
-    """Base of flows: the number of bijections, and the networks inside them."""
+    """Base of normalising-flow priors: declares the number of bijections and the widths of their networks."""
 
     values: ClassVar[tuple[Values, ...]] = ("real", "relaxed")
     inward: ClassVar[bool] = False
-    """True if the fast direction leads from z to u: fast densities and slow samples."""
+    """True if the fast direction of the bijections is from z to u: fast densities and slow samples."""
     masked: ClassVar[bool] = False
-    """True if every hidden unit belongs to a coordinate: a layer then needs at least as many units."""
+    """True if the networks are masked by coordinate: each hidden layer then needs a unit for every coordinate."""
     layers: int = Field(default=4, gt=0, le=1000)
     """Number of bijections."""
     hidden: Ints = Field(default=(64, 64), min_length=1)
-    """Hidden widths of the network of each."""
+    """Hidden widths of the network of each bijection."""
 
     @abstractmethod
     def bijection(self, dim: int) -> nn.Module:
-        """One of Pyro's transforms over `dim` coordinates."""
+        """Return a new bijection over `dim` coordinates, one of Pyro's transforms."""
 
     def build(self, site: Site, given: Mapping[str, Shape], link: Link) -> nn.Module:
-        """See `Prior.build`; over relaxed codes, of the K - 1 free coordinates of every position."""
+        """Build the flow; for relaxed codes it acts on the K - 1 free coordinates of every position."""
         relaxed = site.space.values == "relaxed"
         dim = prod(site.event[:-1]) * (site.event[-1] - 1) if relaxed else site.event[0]
         if dim < 2:
@@ -144,7 +144,7 @@ class FlowPrior(Prior):
 
 @final
 class RealNVP(FlowPrior):
-    """Affine couplings: half of the coordinates shifts and scales the other; fast both ways.
+    """RealNVP flow prior of affine couplings: half of the coordinates shifts and scales the other; fast both ways.
 
     References:
         Density estimation using Real NVP (Dinh, Sohl-Dickstein, Bengio, 2016), https://arxiv.org/abs/1605.08803
@@ -158,7 +158,7 @@ class RealNVP(FlowPrior):
 
 @final
 class MAF(FlowPrior):
-    """Affine autoregressive from z to u: a fast density; a draw takes as many passes as there are coordinates.
+    """Masked autoregressive flow prior, affine: densities are fast; a sample takes D passes through each bijection.
 
     References:
         Masked Autoregressive Flow for Density Estimation (Papamakarios, Pavlakou, Murray, 2017),
@@ -175,7 +175,7 @@ class MAF(FlowPrior):
 
 @final
 class IAF(FlowPrior):
-    """Affine autoregressive from u to z: fast draws; a density takes as many passes as there are coordinates.
+    """Inverse autoregressive flow prior, affine: samples are fast; a density takes D passes through each bijection.
 
     References:
         Improving Variational Inference with Inverse Autoregressive Flow (Kingma et al., 2016),
@@ -191,7 +191,7 @@ class IAF(FlowPrior):
 
 @final
 class SplineCoupling(FlowPrior):
-    """Rational splines in couplings, the identity outside [-bound, bound]; fast both ways.
+    """Neural spline flow prior with couplings: rational splines, the identity outside [-bound, bound]; fast both ways.
 
     References:
         Neural Spline Flows (Durkan, Bekasov, Murray, Papamakarios, 2019), https://arxiv.org/abs/1906.04032
@@ -207,7 +207,7 @@ class SplineCoupling(FlowPrior):
 
 @final
 class SplineAutoregressive(FlowPrior):
-    """Rational splines, autoregressive from z to u: a fast density; draws take one pass for each coordinate.
+    """Autoregressive neural spline flow prior: densities are fast; a sample takes D passes through each bijection.
 
     References:
         Neural Spline Flows (Durkan, Bekasov, Murray, Papamakarios, 2019), https://arxiv.org/abs/1906.04032
@@ -227,10 +227,10 @@ class SplineAutoregressive(FlowPrior):
 
 @final
 class BlockAutoregressive(FlowPrior):
-    """One monotone network for each coordinate, in blocks, gated by the identity so that every value is taken.
+    """Block neural autoregressive flow prior: one monotone network per coordinate, mixed with the identity to be onto.
 
-    From z to u: a fast density. Its inverse has no closed form: a draw takes D x (bisections) passes through each
-    bijection, 25 bisections in single precision and 54 in double, and the doublings of their brackets.
+    Densities are fast. The inverse, for sampling, has no closed form: each of the D coordinates takes, in each bijection,
+    25 bisections (passes) in single precision or 54 in double, and a few passes to bracket the root.
 
     References:
         Block Neural Autoregressive Flow (De Cao, Titov, Aziz, 2019), https://arxiv.org/abs/1904.04676
@@ -239,7 +239,7 @@ class BlockAutoregressive(FlowPrior):
     kind: Literal["block_autoregressive"] = "block_autoregressive"
     inward: ClassVar[bool] = True
     hidden: Ints = Field(default=(8, 8), min_length=1)
-    """Hidden units of each coordinate, by layer."""
+    """Number of hidden units of each coordinate, for every hidden layer."""
 
     def bijection(self, dim: int) -> nn.Module:
         return bijections.block_autoregressive(dim, hidden_factors=list(self.hidden), residual="gated")
@@ -247,10 +247,10 @@ class BlockAutoregressive(FlowPrior):
 
 @final
 class NeuralAutoregressive(FlowPrior):
-    """The logit of a mixture of logistic units, whose weights, slopes and shifts read the coordinates before.
+    """Neural autoregressive flow prior: logits of mixtures of logistic units that depend on the coordinates before.
 
-    From z to u: a fast density. Its inverse has no closed form: a draw takes D x (bisections) passes through each
-    bijection, 25 bisections in single precision and 54 in double, and the doublings of their brackets.
+    Densities are fast. The inverse, for sampling, has no closed form: each of the D coordinates takes, in each bijection,
+    25 bisections (passes) in single precision or 54 in double, and a few passes to bracket the root.
 
     References:
         Neural Autoregressive Flows (Huang, Krueger, Lacoste, Courville, 2018), https://arxiv.org/abs/1804.00779
@@ -260,7 +260,7 @@ class NeuralAutoregressive(FlowPrior):
     masked: ClassVar[bool] = True
     inward: ClassVar[bool] = True
     units: int = Field(default=16, gt=1)
-    """Logistic units of each coordinate."""
+    """Number of logistic units of each coordinate."""
 
     def bijection(self, dim: int) -> nn.Module:
         return bijections.neural_autoregressive(dim, list(self.hidden), width=self.units)

@@ -1,4 +1,4 @@
-"""Mixtures of one exponential family as a prior: learned normals, posteriors at pseudo-inputs or at training data."""
+"""Mixture priors: of learned normals, or of the guide's posteriors at pseudo-inputs or at training data."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from pvae.nn.heads import LogVarianceBounds
 
 
 class NormalMixtureModule(nn.Module):
-    """Weights, means and variances of K normals."""
+    """Module of the mixture prior: learned weights, means and variances of K diagonal normals."""
 
     def __init__(self, components: int, dim: int, bounds: tuple[float, float]) -> None:
         super().__init__()
@@ -34,18 +34,18 @@ class NormalMixtureModule(nn.Module):
         self.bounds = bounds
 
     def forward(self, _given: Mapping[str, Tensor]) -> dist.TorchDistribution:
-        """The mixture, with batch shape `()`."""
+        """Return the mixture, with batch shape `()`."""
         scale = self.log_variance.clamp(*self.bounds).mul(0.5).exp()
         return Mixture(Normals(self.loc, scale), self.logits.log_softmax(0))
 
 
 @final
 class MixturePrior(Prior):
-    """sum_k w_k N(m_k, diag s_k^2): weights, means and variances are learned."""
+    """Mixture-of-normals prior sum_k w_k N(m_k, diag s_k^2), with learned weights, means and variances."""
 
     kind: Literal["mixture"] = "mixture"
     components: int = Field(default=500, gt=0)
-    """K."""
+    """Number of mixture components, K."""
     log_variance: LogVarianceBounds = (-6.0, 2.0)
 
     def build(self, site: Site, given: Mapping[str, Shape], link: Link) -> nn.Module:
@@ -53,10 +53,10 @@ class MixturePrior(Prior):
 
 
 class VampModule(Begun):
-    """Pseudo-inputs; the guide, reached through the link, gives its posterior at each.
+    """Module of the VampPrior: learned pseudo-inputs, at each of which the guide's posterior is a mixture component.
 
-    Where data lie in [0, 1], pseudo-inputs are read no further out, and begin at random; elsewhere they are free, and
-    begin at training data.
+    For data in [0, 1] pseudo-inputs start at random and are clamped to [0, 1]; for other data they are unconstrained
+    and start at training data.
     """
 
     def __init__(self, components: int, name: str, link: Link) -> None:
@@ -69,23 +69,23 @@ class VampModule(Begun):
 
     @torch.no_grad()
     def begin(self, rows: FirstRows) -> None:
-        """Put unbounded pseudo-inputs at data; those beyond the number of data stay at random."""
+        """Initialise unconstrained pseudo-inputs at training data; any more than the number of data stay random."""
         if not self.bounded:
             x = rows.observed(len(self.pseudo_inputs), stream=3)
             self.pseudo_inputs[: len(x)].copy_(x.nan_to_num(0.0))
 
     def forward(self, _given: Mapping[str, Tensor]) -> dist.TorchDistribution:
-        """The mixture of posteriors, with batch shape `()`."""
+        """Return the mixture of posteriors, with batch shape `()`."""
         read = self.pseudo_inputs.clamp(0.0, 1.0) if self.bounded else self.pseudo_inputs
         return Mixture(as_members(self.link.guide.posterior(self.name, read), self.name))
 
 
 @final
 class VampPrior(Prior):
-    r"""1/K sum_k q(z | u_k): the guide's own posterior at learned pseudo-inputs u_k.
+    r"""VampPrior 1/K sum_k q(z | u_k): mixture of the guide's posteriors at learned pseudo-inputs u_k.
 
-    Its gradient reaches the encoder too. The latent's posterior must read x alone. Pseudo-inputs of pixels begin at
-    random and stay in [0, 1], as published; of other data they begin at training rows.
+    Its gradient reaches the encoder too. The latent's posterior must depend on x alone. Pseudo-inputs for data in
+    [0, 1] start at random and are clamped to it, as published; for other data they start at training rows.
 
     References:
         VAE with a VampPrior (Tomczak, Welling, 2018), https://arxiv.org/abs/1705.07120
@@ -94,18 +94,18 @@ class VampPrior(Prior):
     kind: Literal["vamp"] = "vamp"
     reads_guide: ClassVar[bool] = True
     components: int = Field(default=500, gt=0)
-    """K."""
+    """Number of mixture components, K."""
 
     def build(self, site: Site, given: Mapping[str, Shape], link: Link) -> nn.Module:
         return VampModule(self.components, site.name, link)
 
 
 class DataMixtureModule(MadeOfData):
-    """A mixture over training rows, which `attend` hands in; `components_of` makes them of their posteriors.
+    """Mixture prior with one component per training row, made of the guide's posterior there by `components_of`.
 
-    In training a random subset of rows stands for all, and (where asked) a datum's own row is left out of its
-    mixture: `start` says which rows the batch holds. In evaluation all rows are components, constants that are
-    encoded once, and anew after every `eval()` or change of a weight.
+    `attend` sets the training data. In training a random subset of rows (or all) are components, and with
+    `leave_one_out` a datum's own row is omitted from its mixture; `start` gives the rows of the batch. In evaluation
+    all rows are components: constants, encoded once, and again after `eval()` or a change of a weight.
     """
 
     rows: Tensor
@@ -122,37 +122,37 @@ class DataMixtureModule(MadeOfData):
         self._kept: tuple[list[int], Members] | None = None
 
     def attend(self, x: Tensor) -> None:
-        """Take the training data `(n, *event)`."""
+        """Set the training data `(n, *event)`, at which the posteriors are taken."""
         self.rows = x.detach().to(self.rows)
         self.attended, self._kept = True, None
 
     def start(self, index: Tensor) -> None:
-        """The training rows of the batch to come, `(batch,)`; filled in place, since a compiled step holds them."""
+        """Set the row indices `(batch,)` of the next training batch, in place: a compiled step reads the buffer."""
         if len(self.index) < len(index):
             self.index = index.clone()
         self.count = len(index)
         self.index[: self.count].copy_(index)
 
     def train(self, mode: bool = True) -> Self:
-        """See `torch.nn.Module.train`; what was encoded is forgotten."""
+        """Set training or evaluation mode, and discard the cached posteriors at the training data."""
         self._kept, self.count = None, 0
         return super().train(mode)
 
     def _apply(self, *arguments: Any, **options: Any) -> Self:
-        """See `torch.nn.Module._apply`: what was encoded has another type or device."""
+        """Convert all tensors (type or device), as torch does, and discard the cached posteriors at training data."""
         self._kept = None
         return super()._apply(*arguments, **options)
 
     def components_of(self, q: Members) -> Members:
-        """One component for each posterior."""
+        """Return the mixture components for the posteriors `q` at training rows, one for each; here `q` itself."""
         return q
 
     def _encoded(self, x: Tensor) -> Members:
-        """The posteriors at some rows."""
+        """Return the guide's posteriors at data `x` `(m, *event)`."""
         return as_members(self.link.guide.posterior(self.name, x), self.name)
 
     def forward(self, _given: Mapping[str, Tensor]) -> dist.TorchDistribution:
-        """The mixture, with batch shape `()`."""
+        """Return the mixture, with batch shape `()`."""
         if not self.attended and not self.link.building:
             raise DeclarationError(
                 f"latents.{self.name}.prior: expected the training data, of which it is made; got none. "
@@ -171,7 +171,7 @@ class DataMixtureModule(MadeOfData):
         return Mixture(self.components_of(self._encoded(x)), left_out=left_out)
 
     def _kept_encodings(self) -> Members:
-        """The posteriors at all training rows, as constants."""
+        """Return the posteriors at all training rows, without gradient, cached until a weight of the guide changes."""
         versions = [p._version for p in self.link.guide.parameters()]
         if self._kept is None or self._kept[0] != versions:
             with torch.no_grad():
@@ -181,16 +181,16 @@ class DataMixtureModule(MadeOfData):
 
 
 ENCODED_ROWS = 5000
-"""Rows encoded at a time."""
+"""Number of training rows that the guide encodes at a time in evaluation."""
 
 
 @final
 class AggregatedPrior(Prior):
-    r"""1/n sum_i q(z | x_i) over the training data: the best prior of their ELBO, and the one that overfits most.
+    r"""Aggregated posterior 1/n sum_i q(z | x_i) of the training data as prior: the best for their ELBO; overfits most.
 
-    Its marginal KL on the training data is 0. With `leave_one_out` a datum is scored without its own posterior while
-    it trains. All n rows are encoded at every step unless `components` takes a random subset; as a `refit` it has
-    nothing to learn. The latent's posterior must read x alone.
+    The marginal KL on the training data is 0. With `leave_one_out` the prior of a datum omits its own posterior in
+    training. All n rows are encoded at every step unless `components` sets the size of a random subset; as a `refit`
+    it has no parameters to learn. The latent's posterior must depend on x alone.
 
     References:
         ELBO surgery (Hoffman, Johnson, 2016), http://approximateinference.org/accepted/HoffmanJohnson2016.pdf
@@ -199,16 +199,16 @@ class AggregatedPrior(Prior):
     kind: Literal["aggregated"] = "aggregated"
     reads_guide: ClassVar[bool] = True
     components: int | None = Field(default=None, gt=1)
-    """Rows of each training step, at random; all unless said. Evaluation takes all."""
+    """Number of random training rows that are components in a training step; default: all. Evaluation uses all."""
     leave_one_out: bool = False
-    """Leave a datum's own posterior out while it trains."""
+    """Omit a datum's own posterior from its prior during training."""
 
     def build(self, site: Site, given: Mapping[str, Shape], link: Link) -> nn.Module:
         return DataMixtureModule(site.name, link, self.components, self.leave_one_out)
 
 
 class ExemplarModule(DataMixtureModule):
-    """Normals of one learned scale around the encoder's means."""
+    """Module of the exemplar prior: normals around the posterior means of training rows, with one learned scale."""
 
     def __init__(self, name: str, link: Link, components: int, leave_one_out: bool) -> None:
         super().__init__(name, link, components, leave_one_out)
@@ -221,10 +221,10 @@ class ExemplarModule(DataMixtureModule):
 
 @final
 class ExemplarPrior(Prior):
-    r"""1/M sum_m N(mu(x_m), s^2 I): the encoder's means of training data, one learned scale s.
+    r"""Exemplar prior 1/M sum_m N(mu(x_m), s^2 I): posterior means of training data, with one learned scale s.
 
-    While it trains M rows are drawn at every step and a datum's own is left out; evaluation takes all training data.
-    The latent's posterior must read x alone.
+    Each training step takes M random rows and omits a datum's own; evaluation takes all training data. The latent's
+    posterior must depend on x alone.
 
     References:
         Exemplar VAE (Norouzi, Fleet, Norouzi, 2020), https://arxiv.org/abs/2004.04795
@@ -233,16 +233,16 @@ class ExemplarPrior(Prior):
     kind: Literal["exemplar"] = "exemplar"
     reads_guide: ClassVar[bool] = True
     components: int = Field(default=1000, gt=1)
-    """M, exemplars of each training step."""
+    """Number of exemplars M in each training step."""
     leave_one_out: bool = True
-    """Leave a datum's own exemplar out while it trains: without, the scale shrinks to nothing."""
+    """Omit a datum's own exemplar from its prior during training; otherwise the scale shrinks towards 0."""
 
     def build(self, site: Site, given: Mapping[str, Shape], link: Link) -> nn.Module:
         return ExemplarModule(site.name, link, self.components, self.leave_one_out)
 
 
 def as_members(fn: Any, name: str) -> Members:
-    """The distributions of a batch `(K,)` of a latent as members, differentiable."""
+    """Return the normal posteriors `fn` of a batch `(K,)` as components of a mixture, differentiable."""
     while isinstance(fn, torch.distributions.Independent | dist.ExpandedDistribution):
         fn = fn.base_dist
     if isinstance(fn, torch.distributions.MultivariateNormal):

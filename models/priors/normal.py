@@ -1,4 +1,4 @@
-"""Normal priors: standard, or of parameters that a network makes of the parents."""
+"""Normal priors: standard normal, or with mean and variance that a network computes from the latent's parents."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from pvae.nn.network import Network
 
 
 class StandardNormalModule(nn.Module):
-    """N(0, I) on the device of its buffers."""
+    """Module of the standard normal prior N(0, I), on the device of its buffers."""
 
     loc: Tensor
     scale: Tensor
@@ -31,13 +31,13 @@ class StandardNormalModule(nn.Module):
         self.register_buffer("scale", torch.ones(event), persistent=False)
 
     def forward(self, _given: Mapping[str, Tensor]) -> dist.TorchDistribution:
-        """N(0, I) with batch shape `()`."""
+        """Return N(0, I) with batch shape `()`."""
         return Event(dist.Normal(self.loc, self.scale), self.loc.dim())
 
 
 @final
 class StandardNormal(Prior):
-    """N(0, I), the default; it over-regularises, and its marginal KL says by how much."""
+    """Standard normal prior N(0, I), the default; its marginal KL(q_agg || p) measures how much it over-regularises."""
 
     kind: Literal["standard_normal"] = "standard_normal"
 
@@ -47,13 +47,13 @@ class StandardNormal(Prior):
 
 @final
 class ConditionalNormal(Prior):
-    """N(mu(parents), diag sigma^2(parents)), the level of a hierarchy."""
+    """Diagonal normal prior N(mu(parents), diag sigma^2(parents)), for the latents below the top of a hierarchy."""
 
     kind: Literal["conditional_normal"] = "conditional_normal"
     reads_parents: ClassVar[bool] = True
     needs_parents: ClassVar[bool] = True
     network: Network = MLP()
-    """From the parents to location and log-variance."""
+    """Network from the parents' features to mean and log-variance."""
     log_variance: LogVarianceBounds = (-12.0, 6.0)
 
     def build(self, site: Site, given: Mapping[str, Shape], link: Link) -> nn.Module:
