@@ -1,1 +1,1 @@
-"""q(z | x): what we infer."""
+"""Guides q(z | x): encoders, posteriors and the Pyro guide of a declared graph."""

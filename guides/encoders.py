@@ -1,4 +1,4 @@
-"""Encoders: from x (and latents already inferred) to what each posterior reads."""
+"""Encoders: networks from x (and latents already sampled) to the features that the posteriors read."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from pvae.nn.dense import MLP
 from pvae.nn.network import Network, NetworkModule
 
 FEATURES = "features"
-"""Name of a network's output among a posterior's inputs."""
+"""Name of the output of an encoder's network among the inputs of a posterior."""
 
 
 class Encoder(Component):
-    """The amortised part of the guide."""
+    """Declared encoder: the networks from x to the features that the posteriors of the guide read."""
 
     default: ClassVar[str] = "shared"
 
     network: Network = MLP()
-    """From x to features."""
+    """Network from x to features."""
 
     @abstractmethod
     def build(self, known: Mapping[str, Shape], sites: Sequence[Site]) -> EncoderModule:
-        """A module that prepares every posterior's inputs.
+        """Return the module that computes the inputs of every posterior.
 
         Arguments:
-            known: event shape of x (named `x`), of the covariates and of all latents, by name.
+            known: event shapes of x (named `x`), of the covariates and of all latents, by name.
             sites: the latents whose posteriors read features, in the guide's order.
         """
 
@@ -40,7 +40,7 @@ class EncoderModule(nn.Module):
     """Module of an encoder: `forward` runs once per batch, then `inputs_of` for each latent in turn."""
 
     shapes: dict[str, dict[str, Shape]]
-    """For every latent, the named event shapes that its posterior will read."""
+    """Event shapes of the inputs of each latent's posterior: latent name -> input name -> shape."""
 
     def inputs_of(self, site: Site, features: Any, seen: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the inputs of a posterior, by name, from the result of `forward` and the latents sampled so far."""
@@ -48,18 +48,18 @@ class EncoderModule(nn.Module):
 
 
 def laid_out(network: Network, inputs: Mapping[str, Shape], sites: Sequence[Site]) -> NetworkModule:
-    """Features of some inputs, on the finest grid of the latents that read them where the network can lay them out."""
+    """Return the feature network of `inputs`; features lie on the finest grid of the latents if it supports grids."""
     grids = [site.space.grid for site in sites if site.space.grid]
     return network.build(inputs, network.features_on(max(grids, key=prod)) if grids else None)
 
 
 def shapes_of(site: Site, known: Mapping[str, Shape]) -> dict[str, Shape]:
-    """Event shapes of everything that the posterior of `site` is conditioned on."""
+    """Return the event shapes of all variables that the posterior of `site` is conditioned on, by name."""
     return {name: known[name] for name in site.guide_given}
 
 
 class SharedModule(EncoderModule):
-    """One network on x; every posterior reads its features beside its latents."""
+    """Module of the encoder `shared`: one network on x, whose features all posteriors read in place of x."""
 
     def __init__(self, network: Network, known: Mapping[str, Shape], sites: Sequence[Site]) -> None:
         super().__init__()
@@ -68,7 +68,7 @@ class SharedModule(EncoderModule):
         self.shapes = {site.name: shapes_of(site, known) for site in sites}
 
     def forward(self, x: Tensor) -> Tensor:
-        """x `(..., *event)` to features `(..., width)`."""
+        """Return the features of x `(..., *event)`: `(..., width)` or, on a grid of codes, `(..., C, *grid)`."""
         return self.network({OBSERVED: x})
 
     def inputs_of(self, site: Site, features: Tensor, seen: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -86,7 +86,7 @@ class SharedEncoder(Encoder):
 
 
 class PerLatentModule(EncoderModule):
-    """One network per latent, on x and the latents it is conditioned on."""
+    """Module of the encoder `per_latent`: one network per latent, on x and the latents that its posterior reads."""
 
     def __init__(self, network: Network, known: Mapping[str, Shape], sites: Sequence[Site]) -> None:
         super().__init__()
@@ -94,7 +94,7 @@ class PerLatentModule(EncoderModule):
         self.shapes = {name: {FEATURES: module.output} for name, module in self.networks.items()}  # type: ignore[dict-item]
 
     def forward(self, x: Tensor) -> Tensor:
-        """x itself: the work is done per latent."""
+        """Return x itself: the networks run for each latent in `inputs_of`."""
         return x
 
     def inputs_of(self, site: Site, features: Tensor, seen: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -117,7 +117,7 @@ class PerLatentEncoder(Encoder):
 
 
 class BottomUpModule(EncoderModule):
-    """A ladder of networks from x upwards: the features of a level are those of the level below, transformed."""
+    """Module of the encoder `bottom_up`: networks from x upwards, each from the features of a level to the next."""
 
     def __init__(self, network: Network, levels: Network, known: Mapping[str, Shape], sites: Sequence[Site]) -> None:
         super().__init__()
@@ -135,7 +135,7 @@ class BottomUpModule(EncoderModule):
             self.shapes[site.name] = {**self.shapes.get(site.name, {}), **others}
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
-        """x `(..., *event)` to the features `(..., width)` of every level."""
+        """Return the features `(..., width)` of every level for x `(..., *event)`, by the name of its latent."""
         features: dict[str, Tensor] = {}
         below = {OBSERVED: x}
         for name, network in self.networks.items():
@@ -150,10 +150,10 @@ class BottomUpModule(EncoderModule):
 
 @final
 class BottomUpEncoder(Encoder):
-    """Features of x, level by level from the latent nearest to x to the top: what ladders and top-down guides read.
+    """Deterministic features of x, level by level from the lowest latent to the top, for ladder or top-down posteriors.
 
-    `network` leads from x to the lowest level, `levels` from each level to the one above. A latent whose posterior is
-    not given x has no level.
+    `network` computes the features of the lowest level from x, `levels` those of each level from the level below. A
+    latent whose posterior is not conditioned on x has no level.
 
     References:
         Ladder Variational Autoencoders (Sonderby et al., 2016), https://arxiv.org/abs/1602.02282
@@ -161,7 +161,7 @@ class BottomUpEncoder(Encoder):
 
     kind: Literal["bottom_up"] = "bottom_up"
     levels: Network = MLP(hidden=(300,))
-    """From a level's features to those of the level above."""
+    """Network from a level's features to those of the level above."""
 
     def build(self, known: Mapping[str, Shape], sites: Sequence[Site]) -> EncoderModule:
         return BottomUpModule(self.network, self.levels, known, sites)

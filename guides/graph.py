@@ -18,15 +18,15 @@ from pvae.guides.posteriors.base import PosteriorModule
 
 
 class GraphGuide(nn.Module):
-    """q(z | x) = prod_l q(z_l | x, latents before it), as a Pyro program; all of it given the covariates of a row.
+    """Pyro guide q(z | x) = prod_l q(z_l | x, earlier latents), conditional on the covariates of a row if any.
 
     Arguments:
-        sites: the latents in the guide's own order, those it conditions on first; none that the model sums out.
-        encoder: prepares what every posterior reads; None where all read x itself.
+        sites: the latents in the guide's order, conditions first, without those that the model sums out.
+        encoder: computes the inputs of the posteriors; None if all of them read x itself.
         posteriors: one module per latent.
-        frame: what a row of data holds.
-        link: the way to the model, which knows how a code is seen.
-        reader: what x goes through first; None where encoder and posteriors read it as it is.
+        frame: the layout of a row of data: the datum x, then the covariates.
+        link: access to the model, which holds the priors and the embeddings of codes.
+        reader: fixed encoding of x; None if encoder and posteriors read x as it is.
     """
 
     def __init__(
@@ -47,13 +47,13 @@ class GraphGuide(nn.Module):
         self.reader = reader
 
     def posterior(self, name: str, x: Tensor) -> dist.TorchDistribution:
-        """q(z_name | x) of a latent that reads x alone, as a function of any x `(batch, *event)`; differentiable."""
+        """Return q(z_name | x), for any x `(batch, *event)`, of a latent conditioned on x alone; differentiable."""
         site = next(site for site in self.sites if site.name == name)
         x = self._read(x)
         return self.posteriors[name](self._inputs(site, x, self._encoded(x), {}), {})
 
     def forward(self, rows: Tensor) -> dict[str, Tensor]:
-        """Sample every latent of a batch of rows `(batch, *row)`; returns their features by name."""
+        """Sample the latents of rows `(batch, *row)`; return the features of covariates and latents by name."""
         x, seen = self.frame.split(rows)
         x = self._read(x)
         with data_plate(rows.shape[0]):
@@ -69,9 +69,9 @@ class GraphGuide(nn.Module):
 
     @staticmethod
     def _carried(site: Site, posterior: Any, found: Any, row: Tensor) -> Tensor:
-        """Return the row of a nearest code, exactly, with the gradient of the vector looked up: straight through.
+        """Return the codebook row of a nearest code, with the straight-through gradient of the encoder's vector.
 
-        It is a site of its own, certain on both sides, because an index carries no gradient to the decoder.
+        The row is a Pyro site of its own, a point mass in model and guide, because an index carries no gradient.
         """
         through = row.detach() + (found.point - found.point.detach())
         infer: Any = {**EMBEDDED, "penalties": posterior.penalties(found, row), "point": found.point}

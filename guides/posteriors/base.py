@@ -16,62 +16,62 @@ from pvae.nn.codebook import Codebook
 
 
 class Posterior(Component):
-    """The density of a latent in the guide."""
+    """Declared posterior q(z | x, ...): variational distribution of one latent in the guide."""
 
     default: ClassVar[str] = "normal"
     values: ClassVar[Values] = "real"
-    """Values of the latents it is for: a real vector (`dim`), codes, or bits."""
+    """Kind of latents that the posterior supports: real vectors (`dim`), codes, or bits."""
     carries: ClassVar[bool] = False
-    """True if it looks codes up in an embedding, whose gradient an index cannot carry."""
+    """True if the codebook row of a code is sampled at a site of its own, because an index carries no gradient."""
     reads_features: ClassVar[bool] = True
-    """True if it reads the encoder's features, False if it reads x itself."""
+    """True if the posterior reads the encoder's features, False if it reads x itself."""
     reads_prior: ClassVar[bool] = False
-    """True if it asks the model for p(z | parents): it is then given those parents too."""
+    """True if the posterior uses the model's p(z | parents); it is then conditioned on those parents too."""
     summed: ClassVar[bool] = False
-    """True if the model sums the latent out, so that the guide does not sample it."""
+    """True if the model sums the latent out exactly, so that the guide does not sample it."""
     infers: ClassVar[bool] = True
-    """False if it does not depend on x."""
+    """True if the posterior depends on x; False for the guide of a GAN."""
     determines: ClassVar[str | None] = None
-    """Kind of the likelihood under which z determines x, if it needs one."""
+    """Kind of the likelihood that this posterior requires, one under which z determines x; None if any will do."""
     given: Names = (OBSERVED,)
-    """Conditions: x and, in a hierarchy, other latents."""
+    """Names of the variables that the posterior is conditioned on: x and, in a hierarchy, other latents."""
 
     def sampled(self, space: Space) -> Space:
-        """Return the space of the values it samples, for a latent of some space: another one if it relaxes codes."""
+        """Return the space of the values that the posterior samples: `space`, or its relaxation if it relaxes codes."""
         return space
 
     def follows_prior(self, given: tuple[str, ...]) -> bool:
-        """True if another prior would change this posterior, for a latent with these parents in the model."""
+        """Return True if another prior changes this posterior, for a latent whose parents in the model are `given`."""
         return self.reads_prior or self.summed
 
     def codebook(self, codes: int, width: int) -> nn.Module:
-        """Return the table of embeddings `(codes, width)` that the model reads."""
+        """Return a new module with the table of code embeddings `(codes, width)`, which the model holds."""
         return Codebook(codes, width)
 
     @abstractmethod
     def build(self, site: Site, inputs: Mapping[str, Shape], link: Link) -> nn.Module:
-        """Return a module from what the latent is given to its distribution.
+        """Return the module that computes the posterior distribution of a latent from its inputs.
 
-        It is called with the prepared inputs, `name -> (..., *inputs[name])`, and with the features of all latents
-        sampled so far, and gives a distribution of event `site.event`.
+        The module is called with the inputs, `name -> (..., *inputs[name])`, and with the features of all covariates
+        and latents sampled so far, by name; it returns a distribution of event shape `site.event`.
         """
 
 
 class PosteriorModule(nn.Module):
-    """Base of the modules of posteriors whose Pyro sites hold more than a distribution."""
+    """Base of posterior modules whose Pyro sites carry extra `infer` entries: an estimator, a baseline or penalties."""
 
     learns_baseline = False
-    """True if a network predicts the gain of its score function."""
+    """True if the baseline of its score-function gradient is predicted by a network."""
 
     def infer(self, inputs: Mapping[str, Tensor]) -> dict[str, Any] | None:
-        """Return the `infer` entry of its Pyro site, for prepared inputs as in `Posterior.build`."""
+        """Return the `infer` dictionary of the latent's Pyro site, for the posterior's inputs; None for the default."""
         return None
 
     def penalties(self, found: Any, row: Tensor) -> dict[str, Tensor]:
-        """Return penalties `(...)` by name, which the loss adds to minus the ELBO.
+        """Return penalties `(...)` by name, which the loss adds to the negative ELBO.
 
         Arguments:
-            found: its distribution, which has the looked-up vectors as `point`.
-            row: the embedding of the code found, `(..., *features)`.
+            found: the posterior, whose `point` holds the encoder's vectors before the lookup.
+            row: the codebook row of the nearest code, `(..., *features)`.
         """
         raise NotImplementedError  # pragma: no cover - only of posteriors that look codes up

@@ -31,7 +31,7 @@ DRAW_ROWS = 1024
 
 
 def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return a tensor as `dtype`, itself if it has that type: another cast would break the graph of an exported step."""
+    """Return a tensor as `dtype`, itself if it has that type: a needless cast breaks the graph of an exported step."""
     return x if x.dtype == dtype else x.to(dtype)
 
 

@@ -30,7 +30,7 @@ class Prior(Component):
 
     @abstractmethod
     def build(self, site: Site, given: Mapping[str, Shape], link: Link) -> nn.Module:
-        """Return a module from the parents' features `name -> (..., *shape)` to a distribution of shape `site.event`."""
+        """Return the module from parents' features `name -> (..., *shape)` to a distribution of event `site.event`."""
 
 
 class MixtureWeights(nn.Module):

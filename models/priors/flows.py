@@ -229,7 +229,7 @@ class SplineAutoregressive(FlowPrior):
 class BlockAutoregressive(FlowPrior):
     """Block neural autoregressive flow prior: one monotone network per coordinate, mixed with the identity to be onto.
 
-    Densities are fast. The inverse, for sampling, has no closed form: each of the D coordinates takes, in each bijection,
+    Densities are fast. The inverse, for sampling, has no closed form: each of the D coordinates takes, per bijection,
     25 bisections (passes) in single precision or 54 in double, and a few passes to bracket the root.
 
     References:
@@ -249,7 +249,7 @@ class BlockAutoregressive(FlowPrior):
 class NeuralAutoregressive(FlowPrior):
     """Neural autoregressive flow prior: logits of mixtures of logistic units that depend on the coordinates before.
 
-    Densities are fast. The inverse, for sampling, has no closed form: each of the D coordinates takes, in each bijection,
+    Densities are fast. The inverse, for sampling, has no closed form: each of the D coordinates takes, per bijection,
     25 bisections (passes) in single precision or 54 in double, and a few passes to bracket the root.
 
     References:

@@ -1,4 +1,4 @@
-"""A gated PixelCNN over a grid of codes: causal by padding, so that no weight is masked."""
+"""Gated PixelCNN prior over a grid of codes; padding makes its convolutions causal, so that no weight is masked."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from pvae.models.priors.base import Prior
 
 
 def gate(h: Tensor) -> Tensor:
-    """tanh(a) * sigmoid(b) of the two halves of channels, `(n, 2 C, H, W)` to `(n, C, H, W)`."""
+    """Return tanh(a) * sigmoid(b), `(n, C, H, W)`, of the two halves a, b of the channels of `h` `(n, 2 C, H, W)`."""
     a, b = h.chunk(2, 1)
     return a.tanh() * b.sigmoid()
 
 
 class GatedLayer(nn.Module):
-    """One layer of both stacks. Padding before, and none after, is what makes it causal: no weight is masked.
+    """One layer of the vertical and the horizontal stack, causal because its input is padded only before, never after.
 
     Arguments:
-        channels: C.
-        kernel: K, odd; a position reads K // 2 rows above, as many columns before, and columns aside in rows above.
-        rows: whether there are rows above.
-        conditioned: whether there is a context.
-        last: whether no layer follows, which a residual would reach.
-        dropout: share of gated features that are dropped in training.
+        channels: number of channels, C.
+        kernel: kernel size K, odd; a layer reads K // 2 rows above (K columns wide) and K // 2 columns before.
+        rows: True if the grid has several rows, which a vertical stack reads.
+        conditioned: True if there is a context, the encoded parents.
+        last: True for the last layer, which has no residual output.
+        dropout: proportion of gated features that are dropped in training.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class GatedLayer(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def above(self, v: Tensor, condition: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The vertical stack: what goes on, and what goes to the row below, `(n, C, ...)` and `(n, 2 C, ...)`."""
+        """Return the vertical stack's output `(n, C, ...)`, and its input to the horizontal stack `(n, 2 C, ...)`."""
         assert self.vertical is not None and self.down is not None  # noqa: S101, PT018 - there are rows above
         h = self.vertical(F.pad(v, (0, 0, self.reach, 0)))
         if condition is not None:
@@ -59,7 +59,7 @@ class GatedLayer(nn.Module):
         return gate(h), self.down(h)
 
     def before(self, h: Tensor, above: Tensor | None, condition: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """The horizontal stack: what goes to the output, and the residual of the next layer, `(n, C, ...)`."""
+        """Return the horizontal stack's skip output and its residual for the next layer (or None), `(n, C, ...)`."""
         pre = self.horizontal(F.pad(h, (self.reach, 0, 0, 0)))
         if condition is not None:
             pre = pre + condition[:, : pre.shape[1]]
@@ -70,7 +70,7 @@ class GatedLayer(nn.Module):
 
 
 class ResizedMap(nn.Module):
-    """A map `(..., h, w)` over another grid `(..., H, W)`: every new cell is the mean of the area that it covers."""
+    """Resampling of feature maps `(..., h, w)` to another grid, `(..., H, W)`: each cell is the mean of its area."""
 
     rows: Tensor
     columns: Tensor
@@ -84,14 +84,14 @@ class ResizedMap(nn.Module):
             self.register_buffer(name, shared.clamp(min=0) / a, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """See the class."""
+        """Return feature maps `(..., h, w)` resampled to `(..., H, W)`."""
         return ((x @ self.columns.mT).mT @ self.rows.mT).mT
 
 
 class Map(nn.Module):
-    """One parent `(..., *shape)` as a map over the grid, or as one vector for all positions: `(..., C, H | 1, W | 1)`.
+    """Encoder of one parent `(..., *shape)` as a map over the grid, `(..., C, H, W)`, or as a vector, `(..., C, 1, 1)`.
 
-    Of a sequence the mean over its length is seen.
+    A parent that is a grid gives a map; a vector, or the mean of a sequence over its length, one vector for all cells.
     """
 
     def __init__(self, shape: Shape, channels: int, plane: Shape) -> None:
@@ -105,7 +105,7 @@ class Map(nn.Module):
             )
 
     def forward(self, x: Tensor) -> Tensor:
-        """See the class."""
+        """Return the encoded parent, `(..., C, H, W)` or `(..., C, 1, 1)`."""
         if len(self.shape) < 3:
             return self.layers(x.mean(-1) if len(self.shape) == 2 else x)[..., None, None]
         h = self.layers(x.reshape(-1, *self.shape))
@@ -113,14 +113,14 @@ class Map(nn.Module):
 
 
 class PixelCNNModule(TokenModule):
-    """Gated convolutions over two stacks: rows above, which have no blind spot, and columns before.
+    """Gated PixelCNN of two stacks: a vertical one over the rows above, without blind spot, and a horizontal one.
 
-    A sequence `(L,)` is one row, and has no vertical stack.
+    The horizontal stack reads the columns before a position. A sequence `(L,)` is one row, and has no vertical stack.
     """
 
     context_dims = 3
     layers: Any
-    """`GatedLayer`s."""
+    """Layers (`GatedLayer`), in order."""
 
     def __init__(
         self,
@@ -150,12 +150,12 @@ class PixelCNNModule(TokenModule):
         self.head = nn.Sequential(nn.ReLU(), nn.Conv2d(channels, channels, 1), nn.ReLU(), nn.Conv2d(channels, codes, 1))
 
     def encode(self, given: Mapping[str, Tensor], lead: torch.Size) -> Tensor | None:
-        """See `TokenModule.encode`: `(*lead, C, H | 1, W | 1)`."""
+        """Return the sum of the encoded parents, after SiLU, `(*lead, C, H | 1, W | 1)`; None without parents."""
         maps = [self.maps[name](value) for name, value in given.items()]
         return F.silu(sum(maps[1:], maps[0])) if maps else None
 
     def conditions(self, context: Tensor | None) -> list[Tensor | None]:
-        """Return every layer's projection of the parents, `(n, 2 C or 4 C, H | 1, W | 1)`."""
+        """Return every layer's projection of the encoded parents, `(n, 2 C or 4 C, H | 1, W | 1)`."""
         if context is None:
             return [None] * len(self.layers)
         context = context.contiguous(memory_format=torch.channels_last)
@@ -176,7 +176,7 @@ class PixelCNNModule(TokenModule):
         return told
 
     def before(self, x: Tensor, above: Sequence[Tensor | None], conditions: Sequence[Tensor | None]) -> Tensor:
-        """Features of every position, `(n, C, rows, columns)`, from embedded codes `(n, rows, columns, C)`.
+        """Return features of every position, `(n, C, rows, columns)`, from embedded codes `(n, rows, columns, C)`.
 
         The last column is not read.
         """
@@ -190,7 +190,7 @@ class PixelCNNModule(TokenModule):
         return total
 
     def _shifted(self, x: Tensor, axis: int) -> Tensor:
-        """Codes moved on by one along an axis, the start before them; channels last in memory, which is faster."""
+        """Return embedded codes shifted by one along an axis, start vector first; channels last in memory (faster)."""
         start = self.start.expand_as(x.narrow(axis, 0, 1))
         return torch.cat([start, x.narrow(axis, 0, x.shape[axis] - 1)], axis).permute(0, 3, 1, 2)
 
@@ -200,7 +200,7 @@ class PixelCNNModule(TokenModule):
         return self.head(self.before(x, self.above(x, conditions), conditions)).flatten(2).mT
 
     def draw(self, count: int, context: Tensor | None, choose: Choose) -> Tensor:
-        """See `TokenModule.draw`: rows above are read once a row, a row itself up to the position drawn."""
+        """Return codes `(count, p)` chosen in raster order; the vertical stack runs once per row of the grid."""
         height, width = self.plane
         x = self.start.new_zeros(count, height, width, self.width)
         drawn = []
@@ -220,11 +220,11 @@ class PixelCNNModule(TokenModule):
 
 @final
 class PixelCNNPrior(Prior):
-    r"""A gated PixelCNN: prod_p p(c_p given codes above and before it, parents), by convolutions.
+    r"""Gated PixelCNN prior: prod_p p(c_p | codes above and before it, parents), by causal convolutions.
 
-    A vector (a label as one-hot, a latent) shifts every layer by the same at all positions; a grid of embeddings by a
-    map over the positions, resized to this grid; of a sequence the mean is read. Every layer reaches kernel // 2
-    further: codes beyond the reach of all layers are not read.
+    A parent that is a vector (a one-hot label, a latent) adds one bias to each layer at all positions; a grid of
+    embeddings adds a map over the positions, resized to this grid; a sequence is averaged over its length. Every layer
+    extends the receptive field by kernel // 2; p(c_p) does not depend on codes outside it.
 
     References:
         Conditional Image Generation with PixelCNN Decoders (van den Oord et al., 2016),
@@ -235,13 +235,13 @@ class PixelCNNPrior(Prior):
     values: ClassVar[tuple[Values, ...]] = ("index",)
     reads_parents: ClassVar[bool] = True
     channels: int = Field(default=64, gt=0)
-    """Channels of both stacks."""
+    """Number of channels of both stacks."""
     layers: int = Field(default=6, gt=0, le=1000)
-    """Gated layers."""
+    """Number of gated layers."""
     kernel: int = Field(default=5, gt=1)
-    """Side of the window whose earlier half a layer reads; odd."""
+    """Kernel size of the convolutions, odd; a layer reads only the part of the window before a position."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
-    """Share of gated features that are dropped in training."""
+    """Proportion of gated features that are dropped in training."""
 
     @model_validator(mode="after")
     def _odd(self) -> Self:

@@ -1,4 +1,4 @@
-"""A decoder-only transformer over a prompt and a grid of codes, with cached draws."""
+"""Decoder-only transformer prior over a grid of codes after a prompt, sampled with a key-value cache."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from pvae.models.priors.base import Prior
 
 
 class PositionEmbedding(nn.Module):
-    """A learned vector for every position of a grid, the sum of one for each axis: `(p, width)`."""
+    """Learned embeddings of the p positions of a grid, `(p, width)`: each is the sum of one vector for every axis."""
 
     def __init__(self, grid: Shape, width: int) -> None:
         super().__init__()
         self.axes = nn.ParameterList(0.1 * torch.randn(size, width) for size in grid)
 
     def forward(self) -> Tensor:
-        """See the class."""
+        """Return the embeddings of all positions in raster order, `(p, width)`."""
         first, *others = self.axes
         total = first
         for axis in others:
@@ -35,7 +35,7 @@ class PositionEmbedding(nn.Module):
 
 
 class Tokens(nn.Module):
-    """One parent as tokens of the prompt: a vector is one, a sequence or grid one for each position."""
+    """Embedding of one parent as prompt tokens: one for a vector, one for each position of a sequence or a grid."""
 
     def __init__(self, shape: Shape, width: int) -> None:
         super().__init__()
@@ -44,21 +44,21 @@ class Tokens(nn.Module):
         self.positions = PositionEmbedding(shape[1:], width) if len(shape) > 1 else None
 
     def forward(self, x: Tensor) -> Tensor:
-        """`(..., *shape)` to `(..., tokens, width)`."""
+        """Return the tokens `(..., tokens, width)` of a parent `(..., *shape)`."""
         columns = x.unsqueeze(-1) if self.positions is None else x.flatten(x.dim() + 1 - len(self.shape))
         tokens = self.token(columns.mT)
         return tokens if self.positions is None else tokens + self.positions()
 
 
 class KeyValueCache:
-    """Keys and values of the positions so far, in room made once for all positions to come."""
+    """Key-value cache of one attention block, allocated once for all positions."""
 
     def __init__(self, length: int) -> None:
         self.length, self.filled = length, 0
         self.room: Tensor | None = None
 
     def extend(self, new: Tensor) -> Tensor:
-        """All keys and values `(2, n, heads, filled, d)` after the new ones `(2, n, heads, m, d)`."""
+        """Append keys and values `(2, n, heads, m, d)`; return all of them so far, `(2, n, heads, filled, d)`."""
         if self.room is None:
             self.room = new.new_empty(*new.shape[:3], self.length, new.shape[-1])
         start, self.filled = self.filled, self.filled + new.shape[3]
@@ -67,7 +67,7 @@ class KeyValueCache:
 
 
 class AttentionBlock(nn.Module):
-    """Causal attention and a perceptron of one hidden layer, each after a norm and with a residual."""
+    """Transformer block: causal self-attention, then an MLP of one hidden layer, each pre-normalised and residual."""
 
     def __init__(self, width: int, heads: int, dropout: float) -> None:
         super().__init__()
@@ -77,12 +77,12 @@ class AttentionBlock(nn.Module):
         self.perceptron = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
     def forward(self, h: Tensor) -> Tensor:
-        """All positions at once, `(n, t, width)`."""
+        """Return the block's output for all positions at once, `(n, t, width)`."""
         q, k, v = self._projected(h)
         return self._mixed(h, F.scaled_dot_product_attention(q, k, v, dropout_p=self._rate, is_causal=True))
 
     def extend(self, h: Tensor, memory: KeyValueCache) -> Tensor:
-        """The first positions `(n, t, width)`, or one more `(n, 1, width)` after those in the memory."""
+        """Return the output of the first positions `(n, t, width)`, or of one more `(n, 1, width)` after the cached."""
         q, *new = self._projected(h)
         k, v = memory.extend(torch.stack(new))
         causal = h.shape[1] > 1  # a single new one may read all that is there
@@ -93,7 +93,7 @@ class AttentionBlock(nn.Module):
         return self.dropout if self.training else 0.0
 
     def _projected(self, h: Tensor) -> Sequence[Tensor]:
-        """Queries, keys and values, `(n, heads, t, d)`."""
+        """Return queries, keys and values, each `(n, heads, t, d)`."""
         return self.project(self.first(h)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
 
     def _mixed(self, h: Tensor, read: Tensor) -> Tensor:
@@ -105,11 +105,11 @@ class AttentionBlock(nn.Module):
 
 
 class TransformerModule(TokenModule):
-    """The prompt, a start token and the codes but the last, under causal attention."""
+    """Decoder-only transformer, whose input is the prompt, a start token and all codes but the last."""
 
     context_dims = 2
     blocks: Any
-    """`AttentionBlock`s."""
+    """Transformer blocks (`AttentionBlock`), in order."""
 
     def __init__(
         self,
@@ -129,12 +129,12 @@ class TransformerModule(TokenModule):
         self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, codes))
 
     def encode(self, given: Mapping[str, Tensor], lead: torch.Size) -> Tensor | None:
-        """See `TokenModule.encode`: the prompt and the start token, `(*lead, tokens + 1, width)`."""
+        """Return the tokens of the prompt, made of the parents, and the start token, `(*lead, tokens + 1, width)`."""
         prompt = [*(self.prompts[name](value) for name, value in given.items()), self.start.unsqueeze(0)]
         return torch.cat([part.expand(*lead, *part.shape[-2:]) for part in prompt], -2)
 
     def inputs(self, value: Tensor) -> Tensor:
-        """The codes but the last with their positions, `(n, p - 1, width)`."""
+        """Return the embeddings of all codes but the last, plus those of their positions, `(n, p - 1, width)`."""
         h = self.embed(value[:, :-1])
         return h if self.places is None else h + self.places()[:-1]
 
@@ -146,7 +146,7 @@ class TransformerModule(TokenModule):
         return self.head(h[:, context.shape[1] - 1 :])
 
     def draw(self, count: int, context: Tensor | None, choose: Choose) -> Tensor:
-        """See `TokenModule.draw`: every code costs one position; keys and values of those before it are kept."""
+        """Return codes `(count, p)` chosen in raster order, with cached keys and values of the positions before."""
         assert context is not None  # noqa: S101 - there is always a start token
         h = context
         memories = [KeyValueCache(h.shape[1] + self.positions - 1) for _ in self.blocks]
@@ -163,10 +163,10 @@ class TransformerModule(TokenModule):
 
 @final
 class TransformerPrior(Prior):
-    r"""A decoder-only transformer: prod_p p(c_p given prompt, c_1 .. c_{p-1}), by causal attention.
+    r"""Decoder-only transformer prior: prod_p p(c_p | prompt, c_1 .. c_{p-1}), by causal attention.
 
     The parents are the prompt: a vector is one token, a sequence (words as one-hots over their vocabulary) or a grid of
-    embeddings one token for each position. The prompt itself has no price.
+    embeddings one token for each position. The prompt itself is not scored: it adds nothing to log p.
 
     References:
         Attention Is All You Need (Vaswani et al., 2017), https://arxiv.org/abs/1706.03762
@@ -181,11 +181,11 @@ class TransformerPrior(Prior):
     width: int = Field(default=128, gt=0)
     """Width of a token; a multiple of `heads`."""
     layers: int = Field(default=4, gt=0, le=1000)
-    """Blocks of attention and perceptron."""
+    """Number of transformer blocks."""
     heads: int = Field(default=4, gt=0)
-    """Heads of attention."""
+    """Number of attention heads."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
-    """Share of attention and of residuals that is dropped in training."""
+    """Dropout rate of the attention weights and of the residual branches in training."""
 
     @model_validator(mode="after")
     def _even_heads(self) -> Self:
