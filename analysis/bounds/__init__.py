@@ -1,1 +1,1 @@
-"""Bounds and estimates of log p(x): importance sampling, annealing, the gaps of inference."""
+"""Bounds and estimates of log p(x): importance sampling, annealed importance sampling, and inference gaps."""

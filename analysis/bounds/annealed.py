@@ -82,7 +82,7 @@ class Bracket(_Annealing):
     upper: Estimate
     """Upper bound in expectation, from annealing back from exact posterior samples."""
     width: Estimate
-    """upper - lower: in expectation at least the bias of the lower bound."""
+    """Width of the bracket, upper - lower: in expectation at least the bias of the lower bound."""
     x: Tensor
     """Simulated data, `(n, *event)`."""
     lower_per_datum: Tensor

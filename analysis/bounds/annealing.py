@@ -65,7 +65,7 @@ def _kinetic(momentum: Tensor) -> Tensor:
 
 
 def pilot(target: Target, plan: AnnealingPlan, tick: Callable[[], None]) -> list[Tensor]:
-    """Tune step sizes `(n,)` for b_1, ..., b_{T-1} to the target acceptance on separate chains."""
+    """Return step sizes `(n,)` for b_1, ..., b_{T-1}, tuned to the target acceptance on separate chains."""
     log_step = torch.full((len(target.x),), math.log(FIRST_STEP), dtype=torch.float64, device=target.x.device)
     point, steps = target.draw(PILOT_CHAINS), []
     rounds = math.ceil(PILOT_ALL / plan.temperatures)

@@ -26,7 +26,7 @@ LEARNING_RATE = 0.1
 OPTIMISED_SAMPLES = 4000
 """Largest number of samples (particles times rows) that the optimiser holds at once."""
 MEASURED_SAMPLES = 20_000
-"""Largest number of samples held at once without gradients."""
+"""Largest number of samples (samples times rows) in one run without gradients, for the ELBOs and log p(x)."""
 OPTIMISE, CHOOSE, MEASURE, EVIDENCE = range(1, 5)
 """Numbers of the noise streams: the refined posterior is selected on other samples than its ELBO is measured on."""
 

@@ -37,7 +37,8 @@ class Bounds(Figures):
     samples: int
     """Largest number of samples K."""
     curve: tuple[tuple[int, Estimate], ...]
-    """(K, bound with K samples) for K from 1 to `samples`, all from the same samples; never falls with K."""
+    """Pairs (K, bound with K samples) for K from 1 to `samples`, all from the same samples; the bound never falls with
+    K."""
     log_p: Tensor
     """Lower bound on log p(x) of every datum with all samples, nats, `(n,)`."""
     ess: Tensor

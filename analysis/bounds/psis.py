@@ -12,7 +12,7 @@ from pvae.errors import DataError
 SMALLEST_TAIL = 5
 """Smallest number of weights above the cutoff that the Pareto fit needs."""
 PRIOR_WEIGHT, PRIOR_SHAPE = 10, 0.5
-"""Prior on the Pareto shape k: the number of weights that it counts as, and the shape of these."""
+"""Prior on the Pareto shape k: the number of weights that it counts as, and their shape."""
 NEGLIGIBLE = 10 * torch.finfo(torch.float64).eps
 """Proportion of the posterior mass below which a grid point of the fit is dropped."""
 LOG_TINIEST = math.log(torch.finfo(torch.float64).tiny)

@@ -25,7 +25,7 @@ def rebuild(site: str, fn: Any, edit: Edit) -> Any:
     """Return the distribution `fn` of a site with its innermost normal replaced by `edit` of it.
 
     Raises:
-        DataError: there is no normal, or it is seen through a map that is not a bijection (HalfNormal).
+        DataError: there is no normal, or it is transformed by a map that is not a bijection (HalfNormal).
     """
     if isinstance(fn, AnyNormal):
         return edit(fn)
@@ -48,7 +48,7 @@ def rebuild(site: str, fn: Any, edit: Edit) -> Any:
 
 @final
 class Pathwise(dist.TorchDistribution):
-    """Samples from one distribution and scores under a detached copy: a pathwise gradient without the score term.
+    """Distribution that scores its samples under a detached copy: a pathwise gradient without the score term.
 
     The expected score is zero, so the gradient of the ELBO stays unbiased; its variance vanishes as the distribution
     approaches the posterior.
@@ -146,7 +146,7 @@ class Refined(Messenger):
 
 
 def _keep(found: list[AnyNormal], base: AnyNormal) -> Any:
-    """Append a normal to a list, and return it unchanged."""
+    """Append a normal distribution to a list, and return it unchanged."""
     found.append(base)
     return base
 

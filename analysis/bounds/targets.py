@@ -40,7 +40,7 @@ class AnnealingPlan:
         return {name: getattr(self, name) for name in ("temperatures", "chains", "leapfrog", "start")}
 
     def check(self, pair: Pair) -> None:
-        """Refuse counts below one, an unknown start, and latents that cannot be annealed."""
+        """Refuse counts below one, an unknown start, and latents that are global or summed out by the model."""
         for name in ("temperatures", "chains", "leapfrog"):
             if getattr(self, name) < 1:
                 raise DataError(f"{self.caller}: expected {name} of at least 1; got {getattr(self, name)}.")
@@ -89,7 +89,7 @@ class Coordinate:
 
     @property
     def event_dim(self) -> int:
-        """Event dimensions of the value, over which the Jacobian sums."""
+        """Number of event dimensions of the value, over which its log Jacobian is a sum."""
         return int(self.transform.codomain.event_dim)
 
 
@@ -123,21 +123,24 @@ class Target:
     # -- running the programs for (chains, n) states
 
     def _stacked(self, program: Callable[..., Any], flat: dict[str, Tensor], count: int) -> Trace:
-        """Run a program with the chains in a plate of their own, left of all others."""
+        """Run guide or model with the chains along a plate of their own, to the left of all other plates."""
         nesting = self.layout.nesting
         data = {c.name: c.value.spread(flat[c.name], nesting) for c in self.coordinates if c.name in flat}
         with self.pair.own_store(), pyro.plate(PARTICLES, count, dim=-1 - nesting):
             return poutine.trace(poutine.condition(program, data=data)).get_trace(self.x)
 
     def _side_by_side(self, program: Callable[..., Any], flat: dict[str, Tensor], count: int) -> Trace:
-        """Run a program with the chains as further rows of the batch, for programs that accept no further plate."""
+        """Run guide or model with the chains as further rows of the batch, for pairs that accept no further plate."""
         data = {c.name: c.value.spread(flat[c.name].flatten(0, 1)) for c in self.coordinates if c.name in flat}
         x = self.x.repeat(count, *(1,) * (self.x.dim() - 1))
         with self.pair.own_store():
             return poutine.trace(poutine.condition(program, data=data)).get_trace(x)
 
     def _choose_runner(self) -> ProgramRunner:
-        """Return `_stacked` if it agrees with single chains: a program that reshapes may fail or sum wrongly."""
+        """Return `_stacked` if it gives the densities of single chains, else `_side_by_side`.
+
+        A hand-written guide or model that reshapes its inputs may fail under a further plate, or sum over it.
+        """
         single = [self.draw(1) for _ in range(3)]
         base, joint = torch.cat([p.base for p in single]), torch.cat([p.joint for p in single])
         self.runner = self._stacked

@@ -141,7 +141,7 @@ class Account:
             mixture = AggregatedPosterior(q if rows is None else q.rows(rows), len(self.x), rows, self.memory)
             return Scored(mixture, self._as_many_as(mixture, latents))
         if roots and in_guide and all(latent.q is not None or latent.tally is not None for latent in latents):
-            mixture = self.mixture_of(self.x, names, self.components)  # of codes with too many probabilities to keep
+            mixture = self.mixture_of(self.x, names, self.components)  # too many code probabilities to keep
             return Scored(mixture, self._as_many_as(mixture, latents))
         if not in_guide or not self.first.points:
             return None  # with random global latents q(z|x) is a mixture over them
@@ -195,7 +195,7 @@ class Account:
         return self.kl(self.names) if joint is None else joint.kl
 
     def shares(self) -> Tensor:
-        """Return the KL of the global latents of every sample, divided by n, `(samples, 1)`."""
+        """Return the KL of the global latents for every sample, divided by n, `(samples, 1)`, nats per datum."""
         shares = [[sum(d.values()) / len(self.x)] for d in self.shared]
         return torch.tensor(shares, dtype=torch.float64, device=self.x.device)
 

@@ -19,8 +19,8 @@ POOLED_FIGURES = (
     "log_n", "relaxed_elbo",
 )  # fmt: skip
 BOUNDS = {"mutual_information_lower": "mutual_information", "marginal_kl_upper": "marginal_kl"}
-"""Bounds that only groups with a random subset of components have, and the term that replaces each in the other
-groups."""
+"""Bounds that exist only in groups where q_agg is computed from a random subset of the rows, and the term that replaces
+each of them in the other groups."""
 GROUP_SEEDS = 1000
 """Offset of the groups' seeds among the noise streams of an analysis."""
 LEVEL_FIGURES = ("kl", "kl_exact", "mutual_information", "marginal_kl")

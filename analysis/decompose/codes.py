@@ -100,7 +100,7 @@ def _blocks(q: Iterable[Sequence[Codes]], states: int) -> Iterator[Tensor]:
 
 
 def every_state(grids: Sequence[tuple[int, int]]) -> Tensor | None:
-    """Return all joint states of several grids of codes `(P, K)`, `(S, positions)`; None for more than `MAX_STATES`."""
+    """Return all S joint states of grids with P positions of K codes each, `(S, sum P)`; None for S > `MAX_STATES`."""
     sizes = [k for p, k in grids for _ in range(p)]
     if sum(math.log(k) for k in sizes) > math.log(MAX_STATES) + 1e-9:
         return None

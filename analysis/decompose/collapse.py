@@ -130,7 +130,7 @@ def activity(d: LatentDraw) -> Tensor | None:
 
 
 def active_units(d: LatentDraw) -> int | None:
-    """Return the number of coordinates with `activity` above `ACTIVE`."""
+    """Return the number of active units, whose posterior mean has a variance above `ACTIVE`; None unless normal."""
     variance = activity(d)
     return None if variance is None else int((variance > ACTIVE).sum())
 

@@ -12,7 +12,8 @@ PER_SCALE = 8
 REACH = 8.5
 """Number of standard deviations beyond which a component is neglected (2e-16 of its peak)."""
 CELLS = 2**23
-"""Largest number of points of one grid; a coordinate that needs more is summed over all pairs."""
+"""Largest number of points of one grid; a coordinate that needs more is computed by the exact sum over all
+components."""
 DRAWS_CHECKED = 32
 """Number of samples for which interpolated densities are compared with exact sums over all components."""
 PAIRS_IN_A_BLOCK = 2**21

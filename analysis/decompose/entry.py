@@ -1,4 +1,4 @@
-"""First steps of every analysis: check the data, seed the noise, fix the global latents."""
+"""First steps of every analysis of a pair: check the data, seed the noise, and fix one sample of the global latents."""
 
 from __future__ import annotations
 

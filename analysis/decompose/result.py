@@ -97,11 +97,11 @@ class Surgery(Figures):
     """Mutual information I_q[x, z] of data and latents; an upper bound where q_agg has a random subset of its
     components."""
     mutual_information_lower: Estimate | None
-    """Lower bound of I_q[x, z]; None unless q_agg has a random subset of its components."""
+    """Lower bound of I_q[x, z]; None unless q_agg is computed from a random subset of the rows."""
     marginal_kl: Estimate | None
-    """Marginal KL(q_agg || p); a lower bound where q_agg has a random subset of its components."""
+    """Marginal KL(q_agg || p); a lower bound where q_agg is computed from a random subset of the rows."""
     marginal_kl_upper: Estimate | None
-    """Upper bound of KL(q_agg || p); None unless q_agg has a random subset of its components."""
+    """Upper bound of KL(q_agg || p); None unless q_agg is computed from a random subset of the rows."""
     leave_one_out: Estimate | None
     """Upper bound, in expectation, of the mutual information of x and z under the distribution that the data come from:
     q_agg without the datum's own posterior."""

@@ -1,1 +1,1 @@
-"""Posterior draws as labelled arrays for ArviZ and files."""
+"""Posterior samples as labelled arrays for ArviZ and NetCDF files."""

@@ -148,7 +148,7 @@ def require_memory(found: Mapping[str, int], memory: int) -> None:
 def export(
     request: PosteriorRequest, sites: ExportedSites, attrs: Mapping[str, Any], on_progress: Progress
 ) -> PosteriorDraws:
-    """Return all groups that the pair can give; reasons for missing ones are attributes of `posterior`."""
+    """Sample and return all groups that the pair supports; reasons for missing ones are attributes of `posterior`."""
     drawn = SampledLatents(request, sites)
     drawn.fill(on_progress)
     found = {

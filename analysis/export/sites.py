@@ -30,7 +30,7 @@ EXPORTED_PROBABILITIES = 4096
 
 
 def rows_of(t: Tensor, node: Mapping[str, Any], layout: Layout, count: int, codes: int = 0) -> Tensor:
-    """Return a site's value or parameter as `(count, *tail)`, for any plates around it.
+    """Return a site's value or parameter with one entry per datum, `(count, *tail)`, for any plates around the site.
 
     Arguments:
         t: the tensor.

@@ -1,1 +1,1 @@
-"""Estimates with their kind and errors, and results made of them."""
+"""Estimates with their errors and kind (exact, bound, estimate), and the base class of results made of them."""
