@@ -1,7 +1,7 @@
-"""Posteriors of codes and bits: one latent, several engines.
+"""Posteriors that sample codes and bits themselves, with gradients by an exact sum or by the score function.
 
-What differs is how a gradient passes a discrete choice: an exact sum, a score function, a relaxation, a hard choice
-with the gradient of a soft one, or the nearest row of a codebook.
+Posteriors in other modules pass the gradient through a discrete choice by a relaxation, by straight-through estimation,
+or by the nearest row of a codebook.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from pvae.nn.dense import MLP
 from pvae.nn.network import Network, NetworkModule
 
 MAX_SUMMED_STATES = 32
-"""Joint states up to which `estimator = "auto"` sums over all of them: each costs a pass of the decoder."""
+"""Largest number of joint states that `estimator = "auto"` sums over; each costs a pass of the decoder."""
 Estimator = Literal["auto", "sum", "score"]
 
 
 class MovingAverage(Moving):
-    """A baseline that follows the mean of what it stands for."""
+    """Moving-average baseline of a score-function gradient: it follows the mean gain."""
 
     value: Tensor
     started: Tensor
@@ -45,12 +45,12 @@ class MovingAverage(Moving):
         self.register_buffer("seen", torch.full((), torch.nan), persistent=False)
 
     def note(self, gain: Tensor) -> None:
-        """Remember the mean of a batch until the step is done."""
+        """Store the mean gain of a batch until the optimisation step is done."""
         self.seen.copy_(gain.detach().mean())
 
     @torch.no_grad()
     def after_step(self) -> None:
-        """Move towards it; the first one is taken as it is."""
+        """Update the average with the stored mean gain, if finite; the first one is taken as it is."""
         keep = self.decay * self.started
         sound = self.seen.isfinite()
         self.value.copy_(torch.where(sound, keep * self.value + (1 - keep) * self.seen, self.value))
@@ -58,13 +58,13 @@ class MovingAverage(Moving):
 
 
 class Estimated(PosteriorModule):
-    """A posterior whose draws carry no gradient: its site says how one is made.
+    """Module of a posterior whose samples carry no gradient; the `infer` of its Pyro site sets the gradient estimator.
 
     Arguments:
         network: from the inputs to logits.
         estimator: "sum" over every joint state, or "score": (gain - baseline) times the gradient of log q.
-        average: a baseline that follows the mean gain; or None.
-        baseline: a network that predicts the gain from the inputs, or None.
+        average: moving-average baseline, or None.
+        baseline: network that predicts the gain from the inputs, as a baseline, or None.
     """
 
     def __init__(
@@ -89,33 +89,33 @@ class Estimated(PosteriorModule):
 
 
 class EstimatedCodes(Estimated):
-    """A network's output as logits of codes on a grid of some dimensions."""
+    """Module of a posterior of codes on a grid of `grid` dimensions, whose logits are a network's output."""
 
     def __init__(self, grid: int, **parts: Any) -> None:
         super().__init__(**parts)
         self.grid = grid
 
     def forward(self, inputs: Mapping[str, Tensor], _seen: Mapping[str, Tensor]) -> dist.TorchDistribution:
-        """Named tensors to codes over a grid, with batch shape `(...)`."""
+        """Return the distribution of the codes over the grid, with batch shape `(...)`, for inputs by name."""
         return code_grid(channels_last(self.network(inputs), self.grid), self.grid)
 
 
 class EstimatedBits(Estimated):
-    """A network's output as logits of bits."""
+    """Module of a posterior of independent bits, whose logits are a network's output."""
 
     def forward(self, inputs: Mapping[str, Tensor], _seen: Mapping[str, Tensor]) -> dist.TorchDistribution:
-        """Named tensors to independent bits, with batch shape `(...)`."""
+        """Return the distribution of the independent bits, with batch shape `(...)`, for inputs by name."""
         return bits(self.network(inputs))
 
 
 class EstimatedPosterior(Posterior):
-    """A discrete posterior from which codes themselves are drawn.
+    """Base of discrete posteriors that sample codes or bits themselves, without a relaxation.
 
-    `sum` takes the ELBO in expectation under q, exactly, over every joint state (Pyro's `TraceEnum_ELBO`). `score`
-    draws once and weighs the gradient of log q by the gain, log p(x | z) - KL, less a baseline (Pyro's
-    `TraceGraph_ELBO`); with several particles the mean of the others is taken off as well. `auto` sums where there are
-    at most 32 joint states. Under `iwae`, which does not sum, the gain is the bound, and the weights of the other
-    particles make its baseline.
+    `sum` computes the ELBO's expectation under q exactly, over every joint state (Pyro's `TraceEnum_ELBO`). `score`
+    samples once and weights the gradient of log q by the gain, log p(x | z) - KL, minus a baseline (Pyro's
+    `TraceGraph_ELBO`); with several particles the mean gain of the others is subtracted as well. `auto` is `sum` for at
+    most 32 joint states, else `score`. Under `iwae`, which does not sum, the gain is the bound, and its baseline is
+    made of the importance weights of the other particles (VIMCO).
 
     References:
         Simple Statistical Gradient-Following Algorithms (Williams, 1992), https://doi.org/10.1007/BF00992696
@@ -125,21 +125,21 @@ class EstimatedPosterior(Posterior):
     """
 
     estimator: Estimator = "auto"
-    """Estimator of the gradient."""
+    """Estimator of the gradient: `sum`, `score`, or `auto` by the number of joint states."""
     baseline: Literal["average", "network", "none"] = "average"
     """Baseline subtracted from the gain of a score function: its moving average, a network's prediction of it from the
-    encoder's features, or none. Under `iwae` none is needed: `average` rests, `network` is refused."""
+    encoder's features, or none. Under `iwae` none is needed: `average` is not used, `network` is refused."""
     network: Network | None = None
-    """Between the encoder's features and the logits; default: one linear map."""
+    """Network from the encoder's features to the logits; default: one linear map."""
 
     def sums(self, log_states: float) -> bool:
-        """True if the gradient is that of a sum, for a latent of exp(`log_states`) joint states."""
+        """Return True if the gradient is computed by an exact sum, for a latent of exp(`log_states`) joint states."""
         return self.estimator == "sum" or (
             self.estimator == "auto" and log_states <= math.log(MAX_SUMMED_STATES) + 1e-9
         )
 
     def parts(self, log_states: float, inputs: Mapping[str, Shape], output: Shape) -> dict[str, Any]:
-        """Return the arguments of an `Estimated` module."""
+        """Return the arguments of the constructor of an `Estimated` module, by name."""
         estimator = "sum" if self.sums(log_states) else "score"
         scores = estimator == "score"
         return {
@@ -155,7 +155,7 @@ BASELINE_DECAY = 0.9
 
 @final
 class CategoricalPosterior(EstimatedPosterior):
-    """q(c | x) = Categorical(pi(x)), at every position of a grid: the amortised posterior of a code."""
+    """Amortised posterior of codes, q(c | x) = Categorical(pi(x)), independent at every position of a grid."""
 
     kind: Literal["categorical"] = "categorical"
     values: ClassVar[Values] = "index"
@@ -167,7 +167,7 @@ class CategoricalPosterior(EstimatedPosterior):
 
 @final
 class BernoulliPosterior(EstimatedPosterior):
-    """q(b | x) = prod_d Bernoulli(pi_d(x)): the amortised posterior of a vector of bits."""
+    """Amortised posterior of a vector of bits, q(b | x) = prod_d Bernoulli(pi_d(x))."""
 
     kind: Literal["bernoulli"] = "bernoulli"
     values: ClassVar[Values] = "binary"

@@ -1,4 +1,4 @@
-"""Exact posterior of a code, by Bayes: the model sums the latent out."""
+"""Exact posterior of a code by Bayes' rule: the model sums the latent out."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pvae.guides.posteriors.base import Posterior
 
 @final
 class ExactPosterior(Posterior):
-    """p(c | x) by Bayes, over all codes: the model sums the latent out, and its ELBO is log p(x) (exact E-step).
+    """Exact posterior p(c | x) by Bayes' rule: the model sums over all codes, and the ELBO is log p(x) (exact E-step).
 
     Its gradient is that of Pyro's `TraceEnum_ELBO`; with the objective `em` both steps are in closed form.
     """
@@ -27,5 +27,5 @@ class ExactPosterior(Posterior):
     summed: ClassVar[bool] = True
 
     def build(self, site: Site, inputs: Mapping[str, Shape], link: Link) -> nn.Module:
-        """Nothing: the guide has no such site."""
+        """Return an empty module: the guide does not sample this latent."""
         return nn.Identity()

@@ -1,4 +1,4 @@
-"""A normalising flow as the posterior: a normal pushed through autoregressive steps that see x."""
+"""Normalising-flow posterior: a normal pushed through autoregressive steps that depend on x."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from pvae.nn.network import Network, NetworkModule
 from pvae.util.types import Size
 
 GATE_OFFSET = 2.0
-"""Added to the gates' logits: at the start a step leaves nearly everything as it is."""
+"""Constant added to the logits of the gates, so that every step is initially close to the identity."""
 
 
 class GatedStep(nn.Module):
-    """z = g u + (1 - g) m with m and the gate g read off the coordinates of u before each one, and a context."""
+    """Gated autoregressive step z = g u + (1 - g) m; g and m depend on earlier coordinates of u and on a context."""
 
     def __init__(self, dim: int, context: int, hidden: Ints) -> None:
         super().__init__()
@@ -38,13 +38,13 @@ class GatedStep(nn.Module):
         return shift, logit + GATE_OFFSET
 
     def call(self, u: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
-        """z of u `(..., D)` and log|det dz/du| `(...)`."""
+        """Return z for u `(..., D)`, and log|det dz/du| `(...)`, nats."""
         shift, logit = self._gates(u, context)
         gate = logit.sigmoid()
         return gate * u + (1 - gate) * shift, nn.functional.logsigmoid(logit).sum(-1)
 
     def invert(self, z: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
-        """u of z, exact after as many passes as there are coordinates, and log|det dz/du|."""
+        """Return u for z `(..., D)`, exact after D passes, and log|det dz/du| `(...)`, nats."""
         u = torch.zeros_like(z)
         for _ in range(z.shape[-1]):
             shift, logit = self._gates(u, context)
@@ -54,14 +54,15 @@ class GatedStep(nn.Module):
 
 
 class PushedNormal(dist.TorchDistribution):
-    """A diagonal normal pushed through `GatedStep`s, coordinates reversed between them.
+    """Distribution of a diagonal normal pushed through gated steps, with the order of coordinates reversed after each.
 
-    Its own draw is scored on the way; any other value is inverted first, in D passes for each step.
+    The density of its own latest sample is computed while sampling; another value is inverted first, in D passes for
+    each step.
 
     Arguments:
         base: N(mu, diag sigma^2) with event `(D,)`.
-        steps: in the order from the normal to z.
-        context: what every step reads beside the coordinates, `(..., C)`.
+        steps: the steps (`GatedStep`), in the order from the normal to z.
+        context: features of x that every step reads, `(..., C)`.
     """
 
     arg_constraints: ClassVar[dict[str, Any]] = {}
@@ -74,7 +75,7 @@ class PushedNormal(dist.TorchDistribution):
         super().__init__(base.batch_shape, base.event_shape, validate_args=False)
 
     def rsample(self, sample_shape: Size = torch.Size()) -> Tensor:
-        """Reparametrised draws `sample_shape + batch_shape + (D,)`."""
+        """Return reparametrised samples `sample_shape + batch_shape + (D,)`."""
         z = self.base.rsample(torch.Size(sample_shape))
         score = self.base.log_prob(z)
         for step in self.steps:
@@ -84,7 +85,7 @@ class PushedNormal(dist.TorchDistribution):
         return z
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """log q(z), nats; exact."""
+        """Return log q(z) of z `(..., D)`, nats; exact."""
         if self._drawn is not None and value is self._drawn[0] and self._drawn[2] >= torch.is_grad_enabled():
             return self._drawn[1]
         value = value.expand(torch.broadcast_shapes(value.shape[:-1], self.batch_shape) + self.event_shape)
@@ -96,14 +97,14 @@ class PushedNormal(dist.TorchDistribution):
         return (score + self.base.log_prob(value)).nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
 
     def expand(self, batch_shape: Size, _instance: Any = None) -> PushedNormal:
-        """The same distribution over more batch dimensions."""
+        """Return the same distribution with more batch dimensions."""
         if self.batch_shape == tuple(batch_shape):
             return self
         return PushedNormal(self.base.expand(torch.Size(batch_shape)), self.steps, self.context)
 
 
 class FlowHead(nn.Module):
-    """A network whose output is read as location, log-variance and context."""
+    """Module of the flow posterior: a network's output is mean and log-variance of the normal, and the context."""
 
     def __init__(self, network: NetworkModule, dim: int, steps: list[GatedStep], bounds: tuple[float, float]) -> None:
         super().__init__()
@@ -111,7 +112,7 @@ class FlowHead(nn.Module):
         self.steps = nn.ModuleList(steps)
 
     def forward(self, inputs: Mapping[str, Tensor], _seen: Mapping[str, Tensor]) -> dist.TorchDistribution:
-        """Named tensors `(..., *shape)` to the pushed normal with batch shape `(...)`."""
+        """Return the posterior, with batch shape `(...)`, for inputs by name, `(..., *shape)`."""
         parameters = self.network(inputs)
         normal, context = parameters[..., : 2 * self.dim], parameters[..., 2 * self.dim :]
         return PushedNormal(diagonal_normal(normal, self.bounds), self.steps, context)
@@ -119,10 +120,10 @@ class FlowHead(nn.Module):
 
 @final
 class FlowPosterior(Posterior):
-    """An inverse autoregressive flow over N(mu(x), diag sigma^2(x)): any dependence between coordinates given x.
+    """Inverse autoregressive flow posterior over N(mu(x), diag sigma^2(x)): coordinates may be dependent given x.
 
-    A draw and its own density take one pass; the density of another value, which surgery needs for q_agg, takes as
-    many passes as there are coordinates.
+    A sample and its density take one pass; the density of another value, which the aggregated posterior q_agg needs,
+    takes as many passes as there are coordinates.
 
     References:
         Improving Variational Inference with Inverse Autoregressive Flow (Kingma et al., 2016),
@@ -133,12 +134,12 @@ class FlowPosterior(Posterior):
     layers: int = Field(default=2, gt=0, le=1000)
     """Number of autoregressive steps."""
     hidden: Ints = (64,)
-    """Hidden widths of the network of each; every one at least as wide as the latent."""
+    """Hidden widths of the network of each step, each at least the dimension of the latent."""
     context: int = Field(default=64, gt=0)
-    """Numbers that the encoder hands to every step."""
+    """Width of the context, a function of the encoder's features that every step reads."""
     log_variance: LogVarianceBounds = (-12.0, 6.0)
     network: Network | None = None
-    """Between the encoder's features and the parameters; default: one linear map."""
+    """Network from the encoder's features to mean, log-variance and context; default: one linear map."""
 
     def build(self, site: Site, inputs: Mapping[str, Shape], link: Link) -> nn.Module:
         dim = site.event[0]

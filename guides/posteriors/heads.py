@@ -1,4 +1,4 @@
-"""Heads of discrete posteriors: from features to numbers at every position of a grid."""
+"""Heads of discrete posteriors: from features to logits or vectors at every position of a grid."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from pvae.nn.resnet import Pointwise
 
 
 def head(network: Network | None, inputs: Mapping[str, Shape], output: Shape) -> NetworkModule:
-    """From a posterior's inputs to numbers `(..., *output)`.
+    """Return the network from a posterior's inputs to its parameters `(..., *output)`.
 
-    Unless said it is one linear map, and on a grid of features one for all positions.
+    The default is one linear map; if features lie on the same grid as the output, one shared by all positions.
     """
     if network is not None:
         return network.build(inputs, output)
@@ -25,5 +25,5 @@ def head(network: Network | None, inputs: Mapping[str, Shape], output: Shape) ->
 
 
 def channels_last(h: Tensor, grid: int) -> Tensor:
-    """`(..., C, *grid)` to `(..., *grid, C)`."""
+    """Return a tensor `(..., C, *grid)` as `(..., *grid, C)`, for a grid of `grid` dimensions."""
     return h.movedim(-1 - grid, -1) if grid else h

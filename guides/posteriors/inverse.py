@@ -1,4 +1,4 @@
-"""Posteriors that run an invertible decoder backwards: a flow as a VAE, on real numbers or on levels."""
+"""Posteriors that invert the decoder, so that a normalising flow is a VAE, for continuous or quantised data."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ from pvae.util.types import Size
 
 
 def decoder_of(link: Link, site: Site) -> InvertibleModule:
-    """The model's invertible decoder.
+    """Return the model's decoder network, which must be invertible.
 
     Raises:
-        DeclarationError: it is another network.
+        DeclarationError: the network is not invertible.
     """
     network = link.model.decoder.network
     if not isinstance(network, InvertibleModule):
@@ -40,23 +40,23 @@ def decoder_of(link: Link, site: Site) -> InvertibleModule:
 
 
 class InverseModule(nn.Module):
-    """z = g^-1(x) of the model's decoder g."""
+    """Module of the posterior `inverse`: z = g^-1(x), for the model's decoder g."""
 
     def __init__(self, link: Link) -> None:
         super().__init__()
         self.link = link
 
     def forward(self, inputs: Mapping[str, Tensor], _seen: Mapping[str, Tensor]) -> dist.TorchDistribution:
-        """x `(..., *event)` to the point z, with log q(z | x) = -log|det dz/dx|."""
+        """Return the point mass at z = g^-1(x), with log q(z | x) = -log|det dz/dx|, for x `(..., *event)`."""
         z, log_det = self.link.model.decoder.network.invert(inputs[OBSERVED])  # type: ignore[operator]
         return Determined(z, -log_det)
 
 
 @final
 class InversePosterior(Posterior):
-    """z = g^-1(x), the decoder run backwards: the ELBO is log p(x) = log p(z) + log|det dz/dx|, exactly.
+    """Deterministic posterior z = g^-1(x), the inverted decoder: the ELBO equals log p(x) = log p(z) + log|det dz/dx|.
 
-    With the network `bijection` and the likelihood `determined`. The guide has no parameters of its own.
+    It requires the network `bijection` and the likelihood `determined`. The guide has no parameters of its own.
 
     References:
         SurVAE Flows (Nielsen et al., 2020), https://arxiv.org/abs/2007.02731
@@ -72,16 +72,16 @@ class InversePosterior(Posterior):
 
 
 class Dequantised(dist.TorchDistribution):
-    """z = g^-1((k + u) / levels) for the level k of every element of x and noise u in (0, 1).
+    """Distribution of z = g^-1((k + u) / levels), with k the level of each element of x and noise u in (0, 1).
 
-    log q(z | x) = log q(u | x) + D log levels - log|det dz/dv| at v = (k + u) / levels; another value than the own
-    draw is decoded, and is impossible where its v lies in another cell.
+    log q(z | x) = log q(u | x) + D log levels - log|det dz/dv| at v = (k + u) / levels. A value other than its own
+    latest sample is decoded first, and has density 0 if its v lies in another cell.
 
     Arguments:
-        decoder: g.
-        x: multiples of 1 / (levels - 1), `(batch, *event)`.
-        levels: number of values.
-        logits: normal of logit u, with event `(D,)`; None for uniform noise.
+        decoder: the invertible decoder g.
+        x: data, multiples of 1 / (levels - 1), `(batch, *event)`.
+        levels: number of values of an element of x.
+        logits: normal distribution of logit u, with event `(D,)`; None for uniform noise.
     """
 
     arg_constraints: ClassVar[dict[str, Any]] = {}
@@ -103,7 +103,7 @@ class Dequantised(dist.TorchDistribution):
         super().__init__(shape, self.cell.shape[1:], validate_args=False)
 
     def rsample(self, sample_shape: Size = torch.Size()) -> Tensor:
-        """Reparametrised draws `sample_shape + batch_shape + (D,)`."""
+        """Return reparametrised samples of z, `sample_shape + batch_shape + (D,)`."""
         shape = torch.Size(sample_shape) + self.batch_shape
         if self.logits is None:
             u = torch.rand(shape + self.event_shape, dtype=self.x.dtype, device=self.x.device)
@@ -117,12 +117,12 @@ class Dequantised(dist.TorchDistribution):
         return z
 
     def _log_noise(self, t: Tensor) -> Tensor:
-        """log q(u | x) at t = logit u; of t itself, because a u that rounds to 0 or 1 has lost it."""
+        """Return log q(u | x), nats, from t = logit u, which keeps its precision when u rounds to 0 or 1."""
         assert self.logits is not None  # noqa: S101 - the caller has asked
         return self.logits.log_prob(t) - (logsigmoid(t) + logsigmoid(-t)).sum(-1)
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """log q(z | x), nats; exact."""
+        """Return log q(z | x) of z `(..., D)`, nats; exact."""
         if self._drawn is not None and value is self._drawn[0] and self._drawn[2] >= torch.is_grad_enabled():
             return self._drawn[1]
         v = self.decoder({self.decoder.name: value})
@@ -135,25 +135,25 @@ class Dequantised(dist.TorchDistribution):
         return torch.where(inside, noise + self.event_shape[0] * log(self.levels) - log_det, -torch.inf)
 
     def expand(self, batch_shape: Size, _instance: Any = None) -> Dequantised:
-        """The same distribution over more batch dimensions."""
+        """Return the same distribution with more batch dimensions."""
         if self.batch_shape == tuple(batch_shape):
             return self
         return Dequantised(self.decoder, self.x, self.levels, self.logits, batch_shape)
 
 
 NOISE_EDGE = 1e-6
-"""Noise stays this far from 0 and 1, where a logit has no value."""
+"""Smallest distance of the noise u from 0 and 1, where its logit is infinite."""
 
 
 class DequantisedModule(nn.Module):
-    """Noise, uniform or learned, then the decoder backwards."""
+    """Module of the posterior `dequantised`: adds uniform or learned noise to x, then inverts the decoder."""
 
     def __init__(self, link: Link, levels: int, noise: NormalHead | None) -> None:
         super().__init__()
         self.link, self.levels, self.noise = link, levels, noise
 
     def forward(self, inputs: Mapping[str, Tensor], _seen: Mapping[str, Tensor]) -> dist.TorchDistribution:
-        """x `(batch, *event)` on its levels to q(z | x)."""
+        """Return q(z | x) for quantised data x `(batch, *event)`."""
         logits = None if self.noise is None else self.noise(inputs)
         network = self.link.model.decoder.network
         assert isinstance(network, InvertibleModule)  # noqa: S101 - `build` has looked
@@ -162,11 +162,11 @@ class DequantisedModule(nn.Module):
 
 @final
 class DequantisedPosterior(Posterior):
-    """z = g^-1((k + u) / levels) for data on levels k: noise u fills each cell, and the ELBO bounds log P(x).
+    """Dequantisation posterior z = g^-1((k + u) / levels) of data on levels k, noise u: the ELBO bounds log P(x).
 
-    P(x) is the mass that the flow gives the cell of x. `uniform` noise makes the bound E_u log p(k + u); learned
-    noise, logit-normal with parameters read off x, makes it tighter. With the network `bijection` and the likelihood
-    `rounded`.
+    P(x) is the probability that the flow gives the cell of x. With `uniform` noise the bound is E_u log p(k + u);
+    `variational` noise, logit-normal with parameters predicted from x, makes it tighter. It requires the network
+    `bijection` and the likelihood `rounded`.
 
     References:
         A note on the evaluation of generative models (Theis, van den Oord, Bethge, 2015),
@@ -179,7 +179,7 @@ class DequantisedPosterior(Posterior):
     determines: ClassVar[str | None] = "rounded"
     noise: Literal["uniform", "variational"] = "uniform"
     network: Network = MLP(hidden=(64,))
-    """From x to location and log-variance of the logit of the noise, where it is learned."""
+    """Network from x to mean and log-variance of the logit of the noise, if it is `variational`."""
     log_variance: LogVarianceBounds = (-6.0, 4.0)
 
     def build(self, site: Site, inputs: Mapping[str, Shape], link: Link) -> nn.Module:

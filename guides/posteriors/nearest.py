@@ -1,4 +1,4 @@
-"""Vector quantisation: the code whose embedding is nearest to a network's output."""
+"""Vector-quantisation posterior: the code whose embedding is nearest to a network's output."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from pvae.nn.network import Network, NetworkModule
 
 
 class NearestCodes(Certain):
-    """Codes for certain, and the vectors `(..., E, *grid)` that were looked up."""
+    """Point mass on the nearest codes, with the encoder's vectors before the lookup, `(..., E, *grid)`, as `point`."""
 
     point: Tensor
 
 
 class NearestModule(PosteriorModule, Begun):
-    """A network's output, looked up in the model's codebook."""
+    """Module of the posterior `nearest_code`: replaces a network's output vectors by the nearest codes of the model."""
 
     def __init__(self, network: NetworkModule, site: Site, link: Link, declared: NearestCodePosterior) -> None:
         super().__init__()
@@ -39,11 +39,11 @@ class NearestModule(PosteriorModule, Begun):
 
     @property
     def codebook(self) -> NearestCodebook:
-        """The model's."""
+        """Codebook of this latent, which the model holds."""
         return self.link.model.codebooks[self.site.name]  # type: ignore[return-value]
 
     def begin(self, rows: FirstRows) -> None:
-        """Put the codebook at the centres of the first vectors, which see the rows of earlier latents' codebooks."""
+        """Initialise the codebook at k-means centres of the encoder's vectors for training rows, if `start` says so."""
         if self.declared.start == "kmeans":
             positions = prod(self.site.space.grid)
             found = rows.inferred(embedded(self.site.name), max(1, START_VECTORS // positions), stream=1)
@@ -51,11 +51,11 @@ class NearestModule(PosteriorModule, Begun):
             self.codebook.start(z, rows.seed, rows.batch * positions)
 
     def vectors(self, point: Tensor) -> Tensor:
-        """Vectors `(..., E, *grid)` in a row, `(m, E)`."""
+        """Return vectors `(..., E, *grid)` of all positions as rows `(m, E)`."""
         return channels_last(point, self.grid).reshape(-1, self.site.features[0])
 
     def forward(self, inputs: Mapping[str, Tensor], _seen: Mapping[str, Tensor]) -> NearestCodes:
-        """Named tensors to the nearest codes, with batch shape `(...)`."""
+        """Return the point mass on the nearest codes, with batch shape `(...)`, for inputs by name."""
         book = self.codebook
         z = book.place(channels_last(self.network(inputs), self.grid))
         found = NearestCodes(book.nearest(z), len(book.counts), self.grid)
@@ -63,7 +63,7 @@ class NearestModule(PosteriorModule, Begun):
         return found
 
     def penalties(self, found: NearestCodes, row: Tensor) -> dict[str, Tensor]:
-        """Return squared distances, summed over positions, `(...)`."""
+        """Return the penalties by name, `(...)`: commitment and, if declared, codebook and evenness."""
         event = tuple(range(-1 - self.grid, 0))
         out = {"commitment": self.declared.commitment * (found.point - row.detach()).square().sum(event)}
         if self.declared.gradient:
@@ -73,7 +73,7 @@ class NearestModule(PosteriorModule, Begun):
         return out
 
     def _unevenness(self, z: Tensor) -> Tensor:
-        """evenness * positions * (log K - entropy of the mean soft assignment), nats."""
+        """the penalty evenness * positions * (log K - entropy of the mean soft assignment), nats."""
         flat = z.reshape(-1, z.shape[-1])
         scores = self.codebook.scores(flat)
         spread = flat.detach().square().sum(1).mean() + 1e-6
@@ -85,10 +85,10 @@ class NearestModule(PosteriorModule, Begun):
 
 @final
 class NearestCodePosterior(Posterior):
-    r"""k* = argmin_k |z(x) - e_k| at every position: vector quantisation. log q = 0, and the KL is -log p(k*).
+    r"""Vector-quantisation posterior: point mass on k* = argmin_k |z(x) - e_k| at every position, with KL -log p(k*).
 
-    The decoder sees e_k*, and its gradient there goes to z unchanged (straight through). Beside the ELBO the loss has
-    commitment |z - sg e|^2 and, where gradients move the codebook, |sg z - e|^2.
+    The decoder reads e_k*, and its gradient is passed to z unchanged (straight-through). The loss adds to the negative
+    ELBO commitment |z - sg e|^2 (sg: stop-gradient) and, if the codebook is learned by gradients, |sg z - e|^2.
 
     References:
         Neural Discrete Representation Learning (van den Oord, Vinyals, Kavukcuoglu, 2017),
@@ -99,32 +99,31 @@ class NearestCodePosterior(Posterior):
     values: ClassVar[Values] = "index"
     carries: ClassVar[bool] = True
     commitment: float = Field(default=0.25, ge=0)
-    """Weight of |z - sg e|^2, per datum, summed over positions and coordinates."""
+    """Weight of the commitment loss |z - sg e|^2 of a datum, summed over positions and coordinates."""
     decay: float = Field(default=0.99, gt=0, lt=1)
-    """Decay of the moving averages of the vectors assigned to a code: nearer to 1, slower. Ignored by `gradient`."""
+    """Decay of the moving averages of the vectors assigned to a code: nearer to 1, slower. Unused with `gradient`."""
     gradient: bool = False
-    """Codes learn by the gradient of the codebook loss, as first published, in place of averages."""
+    """Learn the codebook by the gradient of the codebook loss, as first published, instead of moving averages."""
     start: Literal["kmeans", "random"] = "kmeans"
-    """Codes begin at the centres of a k-means of the first vectors, or near 0."""
+    """Initial codebook: the centres of k-means on the encoder's vectors of training rows, or random rows."""
     restart: float = Field(default=0.05, ge=0, le=1)
-    """A code that is used less than this share of an even use, on average, moves to a vector of the batch; 0 leaves it.
-    """
+    """Proportion of uniform use below which a code (on average) is reset to a vector of the batch; 0 resets none."""
     unit: bool = False
-    """Vectors and codes on the unit sphere: the largest cosine is the nearest.
+    """Normalise vectors and codes to the unit sphere, so that the nearest code has the largest cosine similarity.
 
     References:
         Vector-quantized Image Modeling with Improved VQGAN (Yu et al., 2022), https://arxiv.org/abs/2110.04627
     """
     evenness: float = Field(default=0.0, ge=0)
-    """Weight of positions * (log K - entropy of the mean soft assignment), nats: draws the use of codes together.
+    """Weight of the penalty positions * (log K - entropy of the mean soft assignment), nats, for uniform code usage.
 
     References:
         Language Model Beats Diffusion (Yu et al., 2024), https://arxiv.org/abs/2310.05737
     """
     softness: float = Field(default=0.02, gt=0)
-    """Temperature of that assignment, in mean squared lengths of z."""
+    """Temperature of the soft assignment in the evenness penalty, in units of the mean squared norm of z."""
     network: Network | None = None
-    """Between the encoder's features and the vectors; default: one linear map."""
+    """Network from the encoder's features to the vectors z; default: one linear map."""
 
     def codebook(self, codes: int, width: int) -> nn.Module:
         return NearestCodebook(codes, width, None if self.gradient else self.decay, self.restart, self.unit)

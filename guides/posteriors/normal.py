@@ -19,7 +19,7 @@ from pvae.nn.network import Network, NetworkModule
 
 @final
 class NormalPosterior(Posterior):
-    """N(mu(x), diag sigma^2(x)), the amortised mean-field posterior.
+    """Amortised mean-field normal posterior N(mu(x), diag sigma^2(x)).
 
     References:
         Auto-Encoding Variational Bayes (Kingma, Welling, 2013), https://arxiv.org/abs/1312.6114
@@ -28,7 +28,7 @@ class NormalPosterior(Posterior):
     kind: Literal["normal"] = "normal"
     log_variance: LogVarianceBounds = (-12.0, 6.0)
     network: Network | None = None
-    """Between the encoder's features and the parameters; default: one linear map."""
+    """Network from the encoder's features to the parameters of the normal; default: one linear map."""
 
     def build(self, site: Site, inputs: Mapping[str, Shape], link: Link) -> nn.Module:
         network = self.network or MLP(hidden=())
@@ -36,14 +36,14 @@ class NormalPosterior(Posterior):
 
 
 class FullRankHead(nn.Module):
-    """A network whose output is read as location, log-variances and the rows of a unit lower triangle."""
+    """Module of the full-rank normal posterior: a network's output is mean, log-variances and a unit lower triangle."""
 
     def __init__(self, network: NetworkModule, dim: int, bounds: tuple[float, float]) -> None:
         super().__init__()
         self.network, self.dim, self.bounds = network, dim, bounds
 
     def forward(self, inputs: Mapping[str, Tensor], _seen: Mapping[str, Tensor]) -> dist.TorchDistribution:
-        """Named tensors `(..., *shape)` to N(loc, L L^T) with batch shape `(...)`."""
+        """Return N(loc, L L^T), with batch shape `(...)`, for inputs by name, `(..., *shape)`."""
         d = self.dim
         loc, log_variance, below = self.network(inputs).split([d, d, d * (d - 1) // 2], -1)
         scale = log_variance.clamp(*self.bounds).mul(0.5).exp()
@@ -52,7 +52,7 @@ class FullRankHead(nn.Module):
 
 @final
 class FullRankNormalPosterior(Posterior):
-    r"""N(mu(x), L(x) L(x)^T), L = diag(s) (I + strictly lower triangle): coordinates may depend given x.
+    r"""Normal posterior N(mu(x), L(x) L(x)^T) of full covariance, with L = diag(s) (I + strictly lower triangle).
 
     References:
         An Introduction to Variational Autoencoders (Kingma, Welling, 2019), https://arxiv.org/abs/1906.02691, 2.5.1
@@ -60,9 +60,9 @@ class FullRankNormalPosterior(Posterior):
 
     kind: Literal["full_rank_normal"] = "full_rank_normal"
     log_variance: LogVarianceBounds = (-12.0, 6.0)
-    """Bounds for a coordinate given those before it."""
+    """Bounds of the log-variance of a coordinate given those before it."""
     network: Network | None = None
-    """Between the encoder's features and the parameters; default: one linear map."""
+    """Network from the encoder's features to the parameters of the normal; default: one linear map."""
 
     def build(self, site: Site, inputs: Mapping[str, Shape], link: Link) -> nn.Module:
         d = site.event[0]

@@ -1,4 +1,4 @@
-"""Posterior of an autoencoder: a point without a density."""
+"""Deterministic posterior of an autoencoder: a point without a density."""
 
 from __future__ import annotations
 
@@ -18,27 +18,27 @@ from pvae.nn.network import Network, NetworkModule
 
 
 class PointHead(nn.Module):
-    """A network whose output is the latent."""
+    """Module of the posterior `delta`: a network whose output is the latent."""
 
     def __init__(self, network: NetworkModule) -> None:
         super().__init__()
         self.network = network
 
     def forward(self, inputs: Mapping[str, Tensor], _seen: Mapping[str, Tensor]) -> dist.TorchDistribution:
-        """Named tensors `(..., *shape)` to the point."""
+        """Return the point mass at the network's output for inputs by name, `(..., *shape)`."""
         return Determined(self.network(inputs))
 
 
 @final
 class DeltaPosterior(Posterior):
-    """A point z = mu(x): the code of an autoencoder. It has no density: its "ELBO" log p(x, z) bounds nothing.
+    """Deterministic posterior z = mu(x) of an autoencoder; it has no density, and its "ELBO" log p(x, z) is no bound.
 
-    With `objective.beta = 0` the prior plays no part; `refit` then fits one to the codes.
+    With `objective.beta = 0` the loss does not depend on the prior; `refit` then fits a prior to the latents.
     """
 
     kind: Literal["delta"] = "delta"
     network: Network | None = None
-    """Between the encoder's features and the point; default: one linear map."""
+    """Network from the encoder's features to z; default: one linear map."""
 
     def build(self, site: Site, inputs: Mapping[str, Shape], link: Link) -> nn.Module:
         return PointHead((self.network or MLP(hidden=())).build(inputs, site.event))

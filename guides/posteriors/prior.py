@@ -1,4 +1,4 @@
-"""A guide that infers nothing: what a generator without a likelihood is paired with."""
+"""Posterior equal to the prior, which infers nothing from x: for generators without a likelihood (GANs)."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from pvae.guides.posteriors.base import Posterior
 
 
 class UninferredModule(nn.Module):
-    """The model's own p(z | parents)."""
+    """Module of the posterior `prior`: the model's own p(z | parents)."""
 
     def __init__(self, site: Site, link: Link) -> None:
         super().__init__()
         self.site, self.link = site, link
 
     def forward(self, _inputs: Mapping[str, Tensor], seen: Mapping[str, Tensor]) -> dist.TorchDistribution:
-        """Features by name to p(z | parents)."""
+        """Return p(z | parents), given the features of the covariates and latents sampled so far, by name."""
         return self.link.model.prior(self.site.name, seen)
 
 
 @final
 class PriorPosterior(Posterior):
-    """q(z | x) = p(z | parents): nothing is inferred, and x tells nothing of z. For the objective `gan` alone.
+    """Posterior equal to the prior, q(z | x) = p(z | parents): nothing is inferred from x. For objective `gan` only.
 
-    The guide has no parameters of its own. With it a model that can only be drawn from is a Pyro pair like any other.
+    The guide has no parameters of its own. It makes a model that can only be sampled a Pyro model/guide pair.
     """
 
     kind: Literal["prior"] = "prior"
@@ -39,7 +39,7 @@ class PriorPosterior(Posterior):
     reads_prior: ClassVar[bool] = True
     infers: ClassVar[bool] = False
     given: Names = ()
-    """Nothing: the parents in the model reach it through the model."""
+    """Variables that the posterior is conditioned on: none, since the parents reach it through the model's prior."""
 
     @field_validator("given")
     @classmethod

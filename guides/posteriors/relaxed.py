@@ -1,4 +1,4 @@
-"""Relaxed posteriors of codes: Gumbel-softmax, as it is or seen as a one-hot."""
+"""Relaxed posteriors of codes: Gumbel-softmax, which the decoder reads as it is or as a hard one-hot."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from pvae.nn.network import Network, NetworkModule
 
 
 class RelaxedModule(nn.Module):
-    """A network's output as logits of relaxed codes, at the temperature of the latent."""
+    """Module of relaxed posteriors: a network's output is the logits of relaxed codes, at the latent's temperature."""
 
     def __init__(self, network: NetworkModule, site: Site, link: Link, kl: KL, noise: bool) -> None:
         super().__init__()
@@ -28,21 +28,21 @@ class RelaxedModule(nn.Module):
         self.name, self.grid, self.has_twin = site.name, len(site.space.grid), site.has_twin
 
     def forward(self, inputs: Mapping[str, Tensor], _seen: Mapping[str, Tensor]) -> dist.TorchDistribution:
-        """Named tensors to log relaxed one-hots, with batch shape `(...)`."""
+        """Return the distribution of log relaxed one-hots, with batch shape `(...)`, for inputs by name."""
         logits = channels_last(self.network(inputs), self.grid)
         tau = self.link.model.temperature(self.name)
         return RelaxedCodes(logits, tau, self.grid, kl=self.kl, noise=self.noise, has_twin=self.has_twin)
 
 
 class RelaxedPosterior(Posterior):
-    """Base of relaxed posteriors. The temperature belongs to the latent: prior and posterior share one."""
+    """Base of relaxed (Gumbel-softmax) posteriors; the temperature belongs to the latent, and its prior shares it."""
 
     values: ClassVar[Values] = "index"
     kl: KL = "relaxed"
-    """The KL that is trained: of the densities of the relaxed variables, or in closed form of the categoricals under
-    them."""
+    """KL in the training loss: `relaxed`, between the densities of the relaxed one-hots, or `categorical`, between the
+    categoricals of the same logits in closed form."""
     network: Network | None = None
-    """Between the encoder's features and the logits; default: one linear map."""
+    """Network from the encoder's features to the logits; default: one linear map."""
 
     def sampled(self, space: Space) -> Space:
         return space.relaxed(is_hard=False)
@@ -54,7 +54,7 @@ class RelaxedPosterior(Posterior):
 
 @final
 class RelaxedOneHotPosterior(RelaxedPosterior):
-    r"""Gumbel-softmax: c_k = softmax((log pi_k(x) + g_k) / tau), seen as it is.
+    r"""Gumbel-softmax posterior c_k = softmax((log pi_k(x) + g_k) / tau), which the decoder reads as it is.
 
     References:
         Categorical Reparameterization with Gumbel-Softmax (Jang, Gu, Poole, 2017), https://arxiv.org/abs/1611.01144
@@ -69,10 +69,10 @@ class RelaxedOneHotPosterior(RelaxedPosterior):
 
 @final
 class StraightThroughPosterior(RelaxedPosterior):
-    """Seen as the one-hot of the largest entry, with the gradient of the relaxed one-hot: biased, hard, cheap.
+    """Straight-through posterior: the decoder reads a hard one-hot, with the (biased) gradient of the relaxed one-hot.
 
-    With Gumbel noise the codes seen are exact draws of q(c | x). Without, the most probable code is taken for certain:
-    q is a point, and the KL is -log p of it.
+    The hard one-hot is that of the largest entry. With Gumbel noise the codes are exact samples of q(c | x). Without,
+    q is a point mass on the most probable code, and the KL is -log p of it.
 
     References:
         Estimating or Propagating Gradients Through Stochastic Neurons (Bengio, Leonard, Courville, 2013),
@@ -82,7 +82,7 @@ class StraightThroughPosterior(RelaxedPosterior):
     kind: Literal["straight_through"] = "straight_through"
     kl: KL = "categorical"
     noise: bool = True
-    """Draw Gumbel noise."""
+    """Add Gumbel noise to the logits, so that codes are sampled; without, the most probable code is taken."""
 
     def sampled(self, space: Space) -> Space:
         return space.relaxed(is_hard=True)

@@ -1,4 +1,4 @@
-"""Posteriors that share the model's way down a hierarchy: q(z_l | z_above, x) beside p(z_l | z_above)."""
+"""Top-down posteriors of hierarchies: q(z_l | z_above, x), computed from the model's prior p(z_l | z_above)."""
 
 from __future__ import annotations
 
@@ -20,28 +20,28 @@ from pvae.nn.heads import LogVarianceBounds, NormalHead
 from pvae.nn.network import Network
 
 TOP_DOWN = "top_down"
-"""Name of the model's own features among a posterior's inputs."""
+"""Name of the features of the prior's network among the inputs of a posterior."""
 
 
 def parameters_of(prior: Any) -> tuple[Tensor, Tensor]:
-    """Location and scale of a diagonal normal."""
+    """Return the location and scale of a diagonal normal, each `(..., D)`."""
     normal = normal_of(prior)
     assert normal is not None  # noqa: S101 - `require_normal` has looked
     return normal.loc, normal.scale
 
 
 def normal_of(prior: Any) -> dist.Normal | None:
-    """A diagonal normal without what declares its event dimensions; None for another distribution."""
+    """Return the `Normal` inside wrappers such as `Independent`; None if there is none."""
     while prior is not None and not isinstance(prior, dist.Normal):
         prior = getattr(prior, "base_dist", None)
     return prior
 
 
 def require_normal(site: Site, link: Link) -> None:
-    """Refuse a prior whose location and scale cannot be asked for.
+    """Check that the prior of a latent is a diagonal normal, whose location and scale the posterior can read.
 
     Raises:
-        DeclarationError: it is no diagonal normal, or is made of this very posterior.
+        DeclarationError: the prior is no diagonal normal, or is made of this very posterior.
     """
     prior = link.model.priors[site.name]
     if isinstance(prior, NormalHead):
@@ -55,10 +55,10 @@ def require_normal(site: Site, link: Link) -> None:
 
 
 def without(inputs: Mapping[str, Shape], site: Site, link: Link) -> dict[str, Shape]:
-    """Return the inputs of a posterior without its parents in the model, which reach it through the model.
+    """Return a posterior's inputs without the latent's parents in the model, which it reads through the prior.
 
     Raises:
-        DeclarationError: nothing is left, or the guide samples a parent nowhere.
+        DeclarationError: no input is left, or a parent is summed out by the model, so that the guide has no sample.
     """
     if summed := [above.name for above in link.model.sites if above.summed and above.name in site.given]:
         raise DeclarationError(
@@ -75,14 +75,14 @@ def without(inputs: Mapping[str, Shape], site: Site, link: Link) -> dict[str, Sh
 
 
 class LadderModule(nn.Module):
-    """Product of the normal read off x and the model's p(z_l | z_above): their means weighted by precision."""
+    """Module of the posterior `ladder`: product of a normal given x and the model's normal p(z_l | z_above)."""
 
     def __init__(self, head: NormalHead, site: Site, link: Link) -> None:
         super().__init__()
         self.head, self.site, self.link = head, site, link
 
     def forward(self, inputs: Mapping[str, Tensor], seen: Mapping[str, Tensor]) -> dist.TorchDistribution:
-        """Named tensors `(..., *shape)` to the merged normal."""
+        """Return the product of the two normals, for inputs by name, `(..., *shape)`."""
         upward = self.head(inputs)
         if not self.site.given:
             return upward
@@ -98,10 +98,10 @@ class LadderModule(nn.Module):
 
 @final
 class LadderPosterior(Posterior):
-    r"""q(z_l | z_above, x) = N(m, s^2) proportional to N(mu(x), sigma^2(x)) p(z_l | z_above), a product of two normals.
+    r"""Ladder posterior q(z_l | z_above, x) = N(m, s^2), proportional to N(mu(x), sigma^2(x)) p(z_l | z_above).
 
-    Precisions add: s^-2 = sigma^-2 + sigma_p^-2, and m is the mean of mu and mu_p weighed by them. The top level,
-    which has no parents, is N(mu(x), sigma^2(x)). Read with the `bottom_up` encoder.
+    With p(z_l | z_above) = N(mu_p, sigma_p^2) precisions add, s^-2 = sigma^-2 + sigma_p^-2, and m is the mean of mu and
+    mu_p weighted by them. The top level, without parents, is N(mu(x), sigma^2(x)). Use the encoder `bottom_up`.
 
     References:
         Ladder Variational Autoencoders (Sonderby et al., 2016), https://arxiv.org/abs/1602.02282
@@ -111,10 +111,10 @@ class LadderPosterior(Posterior):
     reads_prior: ClassVar[bool] = True
     log_variance: LogVarianceBounds = (-12.0, 6.0)
     network: Network | None = None
-    """Between the features of x and mu, sigma; default: one linear map."""
+    """Network from the features of x to mu and log sigma^2; default: one linear map."""
 
     def follows_prior(self, given: tuple[str, ...]) -> bool:
-        """See `Posterior.follows_prior`; the top level does not read its prior."""
+        """Return True if the latent has parents: at the top level the posterior does not depend on the prior."""
         return bool(given)
 
     def build(self, site: Site, inputs: Mapping[str, Shape], link: Link) -> nn.Module:
@@ -126,7 +126,7 @@ class LadderPosterior(Posterior):
 
 
 def _width(site: Site, link: Link) -> int:
-    """Width of the features from which the model makes p(z | parents)."""
+    """Return the width of the features in the prior's network, before the layer that outputs p(z | parents)."""
     prior = link.model.priors[site.name]
     assert isinstance(prior, NormalHead)  # noqa: S101 - `require_normal` has looked
     try:
@@ -139,14 +139,14 @@ def _width(site: Site, link: Link) -> int:
 
 
 class BidirectionalModule(nn.Module):
-    """A residual on the model's own normal, from the features of x and of the model's way down."""
+    """Module of the posterior `bidirectional`: shifts and scales the model's normal p(z_l | z_above), given x."""
 
     def __init__(self, network: nn.Module, site: Site, link: Link, bound: float) -> None:
         super().__init__()
         self.network, self.site, self.link, self.bound = network, site, link, bound
 
     def forward(self, inputs: Mapping[str, Tensor], seen: Mapping[str, Tensor]) -> dist.TorchDistribution:
-        """Named tensors `(..., *shape)` to the shifted and scaled normal."""
+        """Return the shifted and scaled normal, for inputs by name, `(..., *shape)`."""
         prior_loc, prior_scale = parameters_of(self.link.model.prior(self.site.name, seen))
         read = dict(inputs)
         if self.site.given:
@@ -160,10 +160,10 @@ class BidirectionalModule(nn.Module):
 
 @final
 class BidirectionalPosterior(Posterior):
-    r"""q(z_l | z_above, x) = N(mu_p + sigma_p d, sigma_p^2 e^2): how x moves the model's own p(z_l | z_above).
+    r"""Residual posterior q(z_l | z_above, x) = N(mu_p + sigma_p d, sigma_p^2 e^2), for a prior N(mu_p, sigma_p^2).
 
-    d and log e are read off the features of x and the features from which the model makes p(z_l | z_above): guide and
-    model share one way down. Where x says nothing the KL is 0. Read with the `bottom_up` encoder.
+    The prior is p(z_l | z_above). d and log e are computed from the features of x and those of the prior's network:
+    guide and model share one top-down pass. The KL is 0 for d = 0, e = 1. Use the encoder `bottom_up`.
 
     References:
         NVAE: A Deep Hierarchical Variational Autoencoder (Vahdat, Kautz, 2020), https://arxiv.org/abs/2007.03898
@@ -174,9 +174,9 @@ class BidirectionalPosterior(Posterior):
     kind: Literal["bidirectional"] = "bidirectional"
     reads_prior: ClassVar[bool] = True
     bound: float = Field(default=6.0, gt=0)
-    """Most that log e may be, either way."""
+    """Largest absolute value of log e (a clamp)."""
     network: Network | None = None
-    """Between the features and d, log e; default: one linear map."""
+    """Network from the features to d and log e; default: one linear map."""
 
     def build(self, site: Site, inputs: Mapping[str, Shape], link: Link) -> nn.Module:
         read = without(inputs, site, link)

@@ -1,1 +1,1 @@
-"""Objectives as functions of the terms of a pair."""
+"""Training objectives: losses computed from the ELBO terms of a model/guide pair."""

@@ -1,4 +1,4 @@
-"""Objectives: what SVI minimises, as functions of a pair's terms; nats per datum."""
+"""Objectives: the losses that SVI minimises, as functions of the ELBO terms of a model/guide pair; nats per datum."""
 
 from __future__ import annotations
 
@@ -23,62 +23,62 @@ if TYPE_CHECKING:
 
 
 class Stepper(ABC):
-    """Base of the steps of a fit: a gradient step for each batch (`Step`), or sums for a closed form."""
+    """Base of the training steps of a fit, one call per batch: a gradient step (`Step`), an E-step or GAN steps."""
 
     moving_now = False
-    """True from the first change of a weight to the end of a step, also after an error in between."""
+    """True from the first change of a weight in a step to its end; it stays True if an error interrupts the step."""
 
     @property
     @abstractmethod
     def names(self) -> tuple[str, ...]:
-        """Names of the figures in the returned vector."""
+        """Names of the metrics in the vector that a step returns."""
 
     @abstractmethod
     def __call__(self, x: Tensor, frozen: Sequence[nn.Parameter] = ()) -> Tensor:
-        """Take in one batch; parameters in `frozen` do not move. Returns the detached vector named by `names`."""
+        """Process one batch, leaving parameters in `frozen` unchanged; return the detached metrics named by `names`."""
 
     def begin(self) -> None:  # noqa: B027 - most have nothing to do
-        """Called once, before the first step of a fit."""
+        """Prepare the fit; called once, before its first step. The default does nothing."""
 
     def end_epoch(self) -> None:  # noqa: B027
-        """Called after the last step of every epoch, before validation."""
+        """Complete an epoch; called after its last step, before validation. The default does nothing."""
 
 
 @dataclass(frozen=True)
 class Fitting:
-    """The fit that an objective's own stepper belongs to."""
+    """Data, optimiser and settings of a fit, from which an objective makes a stepper of its own."""
 
     loss: Loss
-    """The objective over the pair."""
+    """Module that computes the objective for the pair."""
     data: Split
     """The training data."""
     steps: int
-    """Batches of an epoch."""
+    """Number of batches in an epoch."""
     seed: int
     gathered: dict[str, Tensor]
-    """Sums over the steps of an epoch; every checkpoint holds them."""
+    """Sums that the stepper accumulates over the steps of an epoch, saved in every checkpoint."""
     tell: Callable[[str, str], None]
-    """Reports an event, as kind and message."""
+    """Function that reports an event, given its kind and a message."""
     optimizer: torch.optim.Optimizer
-    """Over all parameters that are free."""
+    """Optimiser of all trainable parameters."""
     clip_norm: float | None = None
-    """Largest norm of a gradient; infinite where it is only watched, None where it is not."""
+    """Largest gradient norm, for clipping; infinite if the norm is only computed, None if not even that."""
     average: tuple[Sequence[Tensor], float] | None = None
-    """Averaged weights in the order of the pair's free parameters, moved in place, with their decay."""
+    """Averaged weights, in the order of the pair's trainable parameters, updated in place, and their decay; or None."""
 
 
 class Objective(Component):
-    """A loss over `Terms`; `beta` weighs the KL, `free_bits` leaves the first nats of each latent unpenalised."""
+    """Declared objective, a loss of the ELBO terms; `beta` weights the KL, `free_bits` nats of each latent are free."""
 
     default: ClassVar[str] = "trace_elbo"
     dtype: ClassVar[torch.dtype | None] = None
-    """Type that parameters are cast to; None leaves them as they are."""
+    """Floating-point type that the pair's parameters are cast to; None for no cast."""
     engine: ClassVar[str | None] = None
-    """Engine of its steps, where there is no choice."""
+    """Only engine that can run the steps of this objective, such as "eager"; None if any engine can."""
     refuses: ClassVar[tuple[str, ...]] = ()
-    """Keys of `train` that must keep their defaults."""
+    """Keys of the declaration's section `train` that this objective does not support: they must keep their defaults."""
     scores: ClassVar[bool] = True
-    """True if it fits a density of x, so that an ELBO can be reported."""
+    """True if the objective fits a density of x, so that an ELBO can be reported."""
 
     beta: Schedule = Constant()
     """Weight of the KL in per-datum nats: 1 is the ELBO, 0 an autoencoder."""
@@ -91,36 +91,36 @@ class Objective(Component):
 
     @abstractmethod
     def terms(self, pair: Pair, x: Tensor, rows: int | None = None) -> Terms:
-        """Return the terms that this objective needs, of a batch from a data set of `rows`."""
+        """Return the ELBO terms that this objective needs, of a batch `x` from a data set of `rows` rows."""
 
     @abstractmethod
     def loss(self, terms: Terms, beta: Tensor) -> Tensor:
-        """Return the scalar loss, nats per datum."""
+        """Return the scalar loss of ELBO terms, nats per datum, with weight `beta` of the KL."""
 
     def attach(self, pair: Pair) -> None:  # noqa: B027 - most have nothing to add
-        """Add further modules to a declared pair (a critic); called once, before the first weights are set."""
+        """Add modules (a critic, say) to a declared pair, none by default; called once, before weights are set."""
 
     def measure(self, pair: Pair, x: Tensor | Streamed, seed: int) -> dict[str, float] | None:
-        """Return the figures of held-out data `(n, *row)` that validation reports; None for an ELBO.
+        """Return the metrics of held-out data `(n, *row)` that validation reports, by name; None to report the ELBO.
 
-        Changes no weight and no random state; the same seed gives the same figures.
+        Weights and the random state stay unchanged; the same seed gives the same metrics.
         """
         return None
 
     def misfits(self, pair: Pair, rows: int) -> list[str]:
-        """Return a line for each reason why this objective cannot fit a pair to `rows` training rows."""
+        """Return a message for each reason why this objective cannot fit a pair to `rows` training rows."""
         return []
 
     def stepper(self, fitting: Fitting) -> Stepper | None:
-        """Return the stepper of this objective; None for gradient steps."""
+        """Return the objective's own stepper for a fit; None for ordinary gradient steps."""
         return None
 
 
 class Loss(nn.Module):
-    """An objective over a pair as one module, ready to be exported: weights that change live in buffers.
+    """Objective of a pair as one module that can be exported; the weight `beta`, which varies in training, is a buffer.
 
-    `forward(x)` returns the loss, differentiable, and a vector of figures without gradient: loss, reconstruction,
-    then the KL of every latent (batch means, nats per datum); `names` names them. Networks multiply in `precision`.
+    `forward(x)` returns the differentiable loss and a vector of metrics without gradient: loss, reconstruction, then
+    the KL of every latent (batch means, nats per datum), named by `names`. Matrix products use `precision`.
     """
 
     beta: Tensor

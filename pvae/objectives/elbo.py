@@ -1,4 +1,4 @@
-"""The ELBO as an objective: by one sample, or with KL divergences in closed form."""
+"""The ELBO as an objective: estimated from samples, or with KL divergences in closed form."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ def minus_elbo(terms: Terms, beta: Tensor, free_bits: float = 0.0) -> Tensor:
 
 
 def with_penalties(loss: Tensor, terms: Terms) -> Tensor:
-    """Return a loss plus the batch means of the penalties beside the ELBO (commitment and the like)."""
+    """Return a loss plus the batch means of the penalties that are no part of the ELBO (a commitment loss, say)."""
     return sum_over([loss, *(value.mean() for value in terms.penalties.values())]) if terms.penalties else loss
 
 
 def with_score_functions(loss: Tensor, terms: Terms, beta: Tensor) -> Tensor:
-    """Add to a loss, without changing its value, the score-function gradient of latents without a pathwise one.
+    """Return a loss of the same value, plus the score-function gradients of latents that have no pathwise gradient.
 
-    That is (gain - baseline) grad log q, gain = reconstruction - beta * sum of KLs, without the latent's own KL where
-    that is in closed form. With several particles the mean of the others is subtracted as well (which leaves the
-    gradient unbiased); a network's baseline is fitted to the gain by least squares.
+    The gradient is (gain - baseline) grad log q, gain = reconstruction - beta * sum of KLs, without the latent's own KL
+    if that is in closed form. With several particles the mean gain of the others is subtracted as well (which leaves
+    the gradient unbiased). The network of a baseline is fitted to the gain by least squares.
     """
     for name, score in terms.scores.items():
         others = [kl for site, kl in terms.kl.items() if score.own_kl or site != name]
@@ -50,7 +50,7 @@ def with_score_functions(loss: Tensor, terms: Terms, beta: Tensor) -> Tensor:
 
 
 class ELBO(Objective):
-    """Minus the ELBO, with score-function gradients and penalties; members say how its terms are estimated."""
+    """Base of negative-ELBO losses, with score-function gradients and penalties; subclasses estimate the ELBO terms."""
 
     def loss(self, terms: Terms, beta: Tensor) -> Tensor:
         loss = with_penalties(minus_elbo(terms, beta, self.free_bits), terms)
@@ -65,7 +65,7 @@ class ELBO(Objective):
 
 @final
 class TraceELBO(ELBO):
-    """Monte Carlo ELBO, E_q[log p(x, z) - log q(z | x)] with one sample: Pyro's `Trace_ELBO` divided by n.
+    """Monte Carlo ELBO, E_q[log p(x, z) - log q(z | x)] from `particles` samples: Pyro's `Trace_ELBO` divided by n.
 
     References:
         Auto-Encoding Variational Bayes (Kingma, Welling, 2013), https://arxiv.org/abs/1312.6114
@@ -73,7 +73,7 @@ class TraceELBO(ELBO):
 
     kind: Literal["trace_elbo"] = "trace_elbo"
     particles: int = Field(default=1, gt=0)
-    """Samples per datum."""
+    """Number of samples per datum."""
 
     def terms(self, pair: Pair, x: Tensor, rows: int | None = None) -> Terms:
         return pair.terms(x, particles=self.particles, rows=rows, expected=True)
@@ -81,9 +81,10 @@ class TraceELBO(ELBO):
 
 @final
 class TraceMeanFieldELBO(ELBO):
-    """The ELBO with KL(q(z_l | .) || p(z_l | .)) in closed form wherever torch knows it.
+    """ELBO with KL(q(z_l | .) || p(z_l | .)) in closed form for all pairs of distributions for which torch has one.
 
-    Valid when, for every latent, neither side's parents are inferred from it; other guides are refused.
+    It is valid if no parent of a latent, in model or guide, is itself inferred from that latent; other guides are
+    refused.
     """
 
     kind: Literal["trace_mean_field_elbo"] = "trace_mean_field_elbo"

@@ -28,11 +28,11 @@ from pvae.pair.terms import Terms
 from pvae.util import seeds
 
 MIN_COUNT = 1e-8
-"""A component whose responsibilities sum to less is empty."""
+"""Smallest sum of responsibilities of a component that is not considered empty."""
 START_ROWS = 10_000
 """Largest number of rows that k-means++ chooses its centres from."""
 BLOCK_NUMBERS = 2**22
-"""Largest number of elements of an intermediate tensor."""
+"""Largest number of elements of a temporary tensor, when the training data are processed in pieces."""
 
 
 @final
@@ -42,7 +42,7 @@ class EM(Objective):
     E-step: q(c | x) = p(c | x), exactly. M-step: prior weights and the decoder's table in closed form, at the end of
     the epoch, from sums over all batches. log p(x) of the training data never falls, unless an empty component is
     moved (or the floor of a `multivariate_normal` is added to its variances). Computed in float64; the optimiser and
-    its schedules have no part in it.
+    its schedules are not used.
 
     References:
         Maximum Likelihood from Incomplete Data via the EM Algorithm (Dempster, Laird, Rubin, 1977),
@@ -54,23 +54,24 @@ class EM(Objective):
     engine: ClassVar[str | None] = "eager"
     refuses: ClassVar[tuple[str, ...]] = ("average", "alternate", "precision")
     hard: bool = False
-    """Each datum belongs to its most probable code: what never falls is then log max_c p(x, c), minus the `loss`. With
-    a uniform prior and a fixed scale this is k-means.
+    """Hard EM: assign each datum to its most probable code. The quantity that never falls is then log max_c p(x, c),
+    the negative `loss`. With a uniform prior and a fixed scale this is k-means.
 
     References:
         Least squares quantization in PCM (Lloyd, 1982), https://doi.org/10.1109/TIT.1982.1056489
         A classification EM algorithm (Celeux, Govaert, 1992), https://doi.org/10.1016/0167-9473(92)90042-E
     """
     start: Literal["kmeans++", "rows", "weights"] = "kmeans++"
-    """Centres chosen by k-means++, or rows drawn at random: components are fitted to the data nearest to each. Or the
-    pair's weights as they are.
+    """Initialisation: each component is fitted to the data nearest to its centre, chosen by k-means++ or, with `rows`,
+    at random from the training rows; `weights` starts from the pair's weights as they are.
 
     References:
         k-means++: The Advantages of Careful Seeding (Arthur, Vassilvitskii, 2007),
         https://theory.stanford.edu/~sergei/papers/kMeansPP-soda.pdf
     """
     empty: Literal["restart", "stop"] = "restart"
-    """An empty component is moved to the datum of lowest log p(x), as if it held that one alone, or is an error."""
+    """Treatment of empty components: `restart` moves each to a datum of lowest log p(x), with a weight of 1 datum;
+    `stop` raises an error."""
 
     @model_validator(mode="after")
     def _no_weights(self) -> Self:
@@ -82,7 +83,7 @@ class EM(Objective):
         return pair.terms(x, rows=rows)
 
     def loss(self, terms: Terms, beta: Tensor) -> Tensor:
-        """Return minus log p(x), for diagnosis; its gradient is not used."""
+        """Return the batch mean of -log p(x), nats per datum, for diagnosis; its gradient is not used."""
         return minus_elbo(terms, beta)
 
     def misfits(self, pair: Pair, rows: int) -> list[str]:
@@ -98,7 +99,7 @@ class EM(Objective):
 
 @dataclass(frozen=True)
 class MixtureParts:
-    """Parts of a pair that the M-step sets."""
+    """Modules of a declared mixture whose parameters the M-step sets."""
 
     model: GraphModel
     site: Site
@@ -108,12 +109,12 @@ class MixtureParts:
 
     @property
     def codes(self) -> int:
-        """Return K, the number of components."""
+        """Number of mixture components, K."""
         return len(self.table.weight)
 
     @classmethod
     def of(cls, pair: Pair) -> MixtureParts:
-        """Find the parts of a declared pair.
+        """Return the parts of a pair that is a declared mixture.
 
         Raises:
             DeclarationError: the pair is no mixture of components in closed form.
@@ -131,11 +132,11 @@ class MixtureParts:
 
 
 class EMStepper(Stepper):
-    """EM on one data set: every call adds a batch's statistics, the end of an epoch moves the parameters.
+    """EM steps on one data set: each call does the E-step of a batch, the end of an epoch does the M-step.
 
     Arguments:
         objective: the declared objective.
-        fitting: the fit that it belongs to.
+        fitting: data and settings of the fit.
     """
 
     def __init__(self, objective: EM, fitting: Fitting) -> None:
@@ -154,7 +155,7 @@ class EMStepper(Stepper):
         return (self._rows(slice(start, start + step)) for start in range(0, len(self.data), step))
 
     def _rows(self, index: slice | Tensor) -> Tensor:
-        """Return some training data `(m, prod(x))`, float64."""
+        """Return the training data at some row indices, `(m, prod(x))`, float64."""
         return self.data.observed(self.data.rows[index]).flatten(1).double()
 
     @property
@@ -163,7 +164,7 @@ class EMStepper(Stepper):
 
     @torch.no_grad()
     def __call__(self, x: Tensor, frozen: Sequence[nn.Parameter] = ()) -> Tensor:
-        """Do the E-step of a batch `(n, *row)`; the mean of the figures over batches is that over data."""
+        """Do the E-step of a batch `(n, *row)`; return metrics, scaled so that their mean over batches is over data."""
         pair = self.loss.pair
         table = read_joint_states(samples(pair.traces(x)[1]), pair.layout, 0)
         log_p = table.log_sum(table.joint)
@@ -178,7 +179,7 @@ class EMStepper(Stepper):
 
     @torch.no_grad()
     def begin(self) -> None:
-        """Fit every component to the data nearest to its centre; keep the pair's weights if they are the start."""
+        """Fit every component to the data nearest to its initial centre; do nothing if `start` is "weights"."""
         if self.objective.start == "weights":
             return
         centres = self._centres() - self.origin
@@ -188,7 +189,7 @@ class EMStepper(Stepper):
         self.end_epoch()
 
     def _centres(self) -> Tensor:
-        """Return K rows of the training data, `(K, prod(x))`."""
+        """Return K rows of the training data as initial centres, `(K, prod(x))`."""
         k, n = self.mixture.codes, len(self.data)
         if self.objective.start == "rows":
             return self._rows(seeds.subset(n, k, self.seed).to(self.origin.device))
@@ -201,7 +202,7 @@ class EMStepper(Stepper):
     # -------------------------------------------------------------- sums
 
     def _gather(self, x: Tensor, weights: Tensor, score: Tensor) -> None:
-        """Add data `(n, prod(x))` with their weights `(K, n)`; remember those of the K lowest scores."""
+        """Add the statistics of data `(n, prod(x))` with responsibilities `(K, n)`; keep the K of lowest `score`."""
         statistics = self.mixture.likelihood.statistics(x, self.origin)
         if not self.gathered:
             k = len(weights)
@@ -216,7 +217,7 @@ class EMStepper(Stepper):
 
     @torch.no_grad()
     def end_epoch(self) -> None:
-        """Do the M-step.
+        """Do the M-step: set the prior weights and the decoder's table from the statistics of the epoch.
 
         Raises:
             DataError: a component is empty and `empty` is "stop", or a covariance is singular.

@@ -1,4 +1,4 @@
-"""Adversarial fitting: a critic learns to tell data from samples of the model, the model to be taken for data."""
+"""Adversarial training (GAN): a critic learns to distinguish data from samples, the model to make it fail."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ from pvae.pair.terms import Terms
 from pvae.util import seeds
 
 VALIDATION_ROWS = 1000
-"""Rows of a batch of a validation."""
+"""Number of rows processed at a time in validation."""
 TWO_SAMPLE_ROWS = 500
-"""Largest number of rows of each side that the two-sample figure of a validation compares."""
+"""Largest number of data, and of samples, that the two-sample test in validation compares."""
 
 
 # ---------------------------------------------------------------------- the game
 
 
 def critic_loss(real: Tensor, fake: Tensor) -> Tensor:
-    r"""-E log D(x) - E log(1 - D(g(z))) with D = sigmoid(s), from the logits s of data and of samples, nats.
+    r"""Return -E log D(x) - E log(1 - D(g(z))), D = sigmoid(s), from the logits s of data and of samples, nats.
 
     For densities p of data and r of samples the best critic is s = log p - log r, D = p / (p + r), and then
     E_p log p/(p + r) + E_r log r/(p + r) = 2 JS(p || r) - log 4: the loss is at least log 4 - 2 JS(p || r).
@@ -56,7 +56,7 @@ def generator_loss(fake: Tensor, form: Literal["non_saturating", "minimax"]) -> 
 
 
 def slope_penalty(critic: nn.Module, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Return logits `(n,)` of rows `(n, *row)`, and 1/2 E ||grad_x s(x)||^2, a scalar; both differentiable."""
+    """Return logits s `(n,)` of rows `(n, *row)`, and the R1 penalty 1/2 E ||grad_x s(x)||^2; both differentiable."""
     rows = rows.detach().requires_grad_(True)
     logits = critic(rows)
     (slope,) = torch.autograd.grad(logits.sum(), rows, create_graph=True)
@@ -102,7 +102,7 @@ class Critic(nn.Module):
 
 
 def critic_of(pair: Pair) -> Critic:
-    """Return the critic that `GAN.attach` has added."""
+    """Return the critic that `GAN.attach` has added to a pair."""
     found = pair.critic
     assert isinstance(found, Critic)  # noqa: S101 - narrows the type
     return found
@@ -110,12 +110,12 @@ def critic_of(pair: Pair) -> Critic:
 
 @final
 class GAN(Objective):
-    """min over the model, max over a critic D of E log D(x) + E log(1 - D(g(z))), z ~ p(z): no likelihood at all.
+    """GAN objective: min over the model, max over a critic D, of E log D(x) + E log(1 - D(g(z))), z ~ p(z).
 
-    For a declared pair whose likelihood is `determined`, x = g(z), and whose posteriors are all `prior`: no inference.
-    An epoch takes every training row once; each batch makes `critic_steps` steps of the critic and one of the model,
-    in turns. The last weights are kept, whatever `train.keep` says, because no figure ranks them. `train.average`
-    averages the model's weights and the critic's.
+    It needs no likelihood and no inference: the declared likelihood is `determined`, x = g(z), all posteriors `prior`.
+    An epoch takes every training row once; for each batch there are `critic_steps` steps of the critic and then one of
+    the model. The last weights are kept, whatever `train.keep` says, because no metric ranks them. `train.average`
+    averages the weights of the model and of the critic.
 
     Warning: the losses do not fall as the model improves; watch `two_sample`, or `pvae two-sample`.
 
@@ -128,17 +128,17 @@ class GAN(Objective):
     scores: ClassVar[bool] = False
     refuses: ClassVar[tuple[str, ...]] = ("alternate", "patience", "precision")
     critic: Network = MLP(hidden=(300, 300))
-    """From x (and covariates) to one logit."""
+    """Network of the critic, from x (and covariates) to one logit."""
     form: Literal["non_saturating", "minimax"] = "non_saturating"
     """The generator's loss: -E log D(g(z)), or E log(1 - D(g(z))) as in the value of the game."""
     r1: float = Field(default=0.0, ge=0)
-    """Weight of 1/2 E ||grad_x s(x)||^2 over data, s the critic's logit: with it the game converges locally.
+    """Weight of the R1 penalty 1/2 E ||grad_x s(x)||^2 on data, s the critic's logit: training then converges locally.
 
     References:
         Which Training Methods for GANs do actually Converge? (Mescheder et al., 2018), https://arxiv.org/abs/1801.04406
     """
     critic_steps: int = Field(default=1, gt=0)
-    """Steps of the critic before each step of the model: the first on the batch, the others on other random rows."""
+    """Number of critic steps before each step of the model: the first on the batch, others on random training rows."""
 
     @model_validator(mode="after")
     def _no_bound(self) -> Self:
@@ -151,14 +151,14 @@ class GAN(Objective):
         self._refuse()
 
     def loss(self, terms: Terms, beta: Tensor) -> Tensor:
-        """Raise DeclarationError: a step follows two losses in turn."""
+        """Raise DeclarationError: a GAN has two losses, minimised in turn."""
         self._refuse()
 
     def _refuse(self) -> NoReturn:
         raise DeclarationError("objective gan: expected to be fitted by its own steps; got asked for terms of an ELBO.")
 
     def attach(self, pair: Pair) -> None:
-        """Add the critic, `pair.critic`, and remove the density of p(x | z)."""
+        """Add the critic as `pair.critic`, and replace the likelihood by one without a density."""
         model = pair.model
         assert isinstance(model, GraphModel)  # noqa: S101 - the declaration has been built
         model.decoder.likelihood = model.decoder.likelihood.implicit()
@@ -190,10 +190,11 @@ class GAN(Objective):
         return GANStepper(self, fitting)
 
     def measure(self, pair: Pair, x: Tensor | Streamed, seed: int) -> dict[str, float]:
-        """Return both losses on data and as many samples, and the two-sample accuracy of the first `TWO_SAMPLE_ROWS`.
+        """Return the losses of critic and generator and the two-sample accuracy, on held-out data and as many samples.
 
-        `js_bound` is (log 4 - critic_loss) / 2: on rows the critic has not learned from, a lower bound in expectation
-        of the Jensen-Shannon divergence, nats, at most log 2.
+        The accuracy `two_sample` uses the first `TWO_SAMPLE_ROWS` of both. `js_bound` is
+        (log 4 - critic_loss) / 2: on rows the critic has not learned from, a lower bound in expectation of the
+        Jensen-Shannon divergence, nats, at most log 2.
         """
         totals, pieces, critic = dict.fromkeys(("critic_loss", "generator_loss"), 0.0), [], critic_of(pair)
         with quiet(pair, x[:1]):
@@ -212,13 +213,13 @@ class GAN(Objective):
 
 
 class GANStepper(Stepper):
-    """Steps of the critic and of the model in turns, by one optimiser; parameters without a gradient do not move.
+    """Alternating gradient steps of critic and model, by one optimiser; parameters without a gradient stay unchanged.
 
-    After a loss that is not finite nothing moves for the rest of the step. On a GPU nothing waits for the device.
+    After a loss that is not finite no parameter changes for the rest of the step. On a GPU there is no synchronisation.
 
     Arguments:
-        objective: the two losses.
-        fitting: the fit that it belongs to.
+        objective: the declared objective, with the two losses.
+        fitting: data, optimiser and settings of the fit.
     """
 
     def __init__(self, objective: GAN, fitting: Fitting) -> None:
@@ -233,12 +234,12 @@ class GANStepper(Stepper):
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Names of the figures; gradient norms only where they are clipped or watched."""
+        """Names of the metrics of a step; gradient norms are included only if gradients are clipped or checked."""
         norms = ("critic_grad_norm", "generator_grad_norm") if self.clip_norm else ()
         return ("critic_loss", "r1", *norms[:1], "generator_loss", *norms[1:])
 
     def __call__(self, x: Tensor, frozen: Sequence[nn.Parameter] = ()) -> Tensor:
-        """Take the steps of critic and model on a batch `(n, *row)`; the critic's figures are means over steps."""
+        """Take steps of critic and model on a batch `(n, *row)`; return metrics, the critic's averaged over steps."""
         self.sound = torch.ones((), dtype=torch.bool, device=x.device)
         taken = [self._against(x)]
         for _ in range(self.objective.critic_steps - 1):
@@ -253,7 +254,7 @@ class GANStepper(Stepper):
         return torch.cat([torch.stack(taken).mean(0), moved])
 
     def _against(self, x: Tensor) -> Tensor:
-        """Take a step of the critic; return its loss, the penalty, and the gradient's norm where it is asked for."""
+        """Take a critic step on data and samples; return its loss, R1 penalty and, if computed, gradient norm."""
         with torch.no_grad():
             fake = generate(self.pair, x)
         if self.objective.r1:
@@ -265,7 +266,7 @@ class GANStepper(Stepper):
         return torch.cat([torch.stack([loss, penalty]).detach(), moved[1:]])
 
     def _move(self, loss: Tensor, side: int) -> Tensor:
-        """Take a step of one side, unless it is not finite; return the loss, and the gradient's norm if asked for."""
+        """Take a step of critic (`side` 0) or model (1), if finite; return the loss and, if computed, gradient norm."""
         moving = self.sides[side]
         for p, gradient in zip(moving, torch.autograd.grad(loss, moving, allow_unused=True), strict=True):
             p.grad = gradient

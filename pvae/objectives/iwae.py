@@ -22,8 +22,8 @@ from pvae.pair.terms import Terms
 class IWAE(Objective):
     """The importance-weighted bound, E log 1/K sum_k p(x, z_k) / q(z_k | x).
 
-    Draws that carry no gradient have that of their score function, whose baseline is the bound with this draw's weight
-    replaced by the geometric mean of the others' (VIMCO); a posterior's own average is not needed, and not moved.
+    Samples without a pathwise gradient get a score-function gradient, whose baseline is the bound with this sample's
+    weight replaced by the geometric mean of the others' (VIMCO); a posterior's moving-average baseline is not used.
 
     References:
         Importance Weighted Autoencoders (Burda, Grosse, Salakhutdinov, 2015), https://arxiv.org/abs/1509.00519
@@ -32,7 +32,7 @@ class IWAE(Objective):
 
     kind: Literal["iwae"] = "iwae"
     particles: int = Field(default=8, gt=1)
-    """K, draws per datum."""
+    """Number of samples per datum, K."""
 
     @model_validator(mode="after")
     def _no_free_bits(self) -> Self:
@@ -59,7 +59,7 @@ class IWAE(Objective):
         return found
 
     def loss(self, terms: Terms, beta: Tensor) -> Tensor:
-        """Minus the bound; with beta the KL inside the weights is scaled."""
+        """Return the negative bound, nats per datum; `beta` scales the KL inside the importance weights."""
         log_weight = terms.reconstruction - beta * sum_over(list(terms.kl.values()))
         bound = torch.logsumexp(log_weight, 0) - math.log(self.particles)
         loss = with_penalties(-bound.mean(), terms)
@@ -76,7 +76,7 @@ class IWAE(Objective):
 
     @staticmethod
     def without_each(log_weight: Tensor) -> Tensor:
-        """The bound with each of K log-weights `(K, n)` replaced by the mean of the others, `(K, n)`."""
+        """Return the bound with each of K log-weights `(K, n)` in turn replaced by the mean of the others, `(K, n)`."""
         k = len(log_weight)
         own = torch.eye(k, dtype=torch.bool, device=log_weight.device).unsqueeze(-1)
         others = log_weight.expand(k, -1, -1)
