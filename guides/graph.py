@@ -21,7 +21,7 @@ class GraphGuide(nn.Module):
     """Pyro guide q(z | x) = prod_l q(z_l | x, earlier latents), conditional on the covariates of a row if any.
 
     Arguments:
-        sites: the latents in the guide's order, conditions first, without those that the model sums out.
+        sites: the latents in the guide's order, those it conditions on first; none that the model sums out.
         encoder: computes the inputs of the posteriors; None if all of them read x itself.
         posteriors: one module per latent.
         frame: the layout of a row of data: the datum x, then the covariates.

@@ -64,7 +64,7 @@ class BijectionModule(InvertibleModule):
 
 
 FLOW_SCHEMA = WithJsonSchema({"type": ["string", "object"], "description": "A flow: a prior such as realnvp."})
-"""JSON schema of the field `flow`, not expanded: priors contain networks and this network a prior, without end."""
+"""JSON schema of the field `flow`, not expanded, because priors contain networks and this network a prior."""
 
 
 @final

@@ -31,7 +31,7 @@ Estimator = Literal["auto", "sum", "score"]
 
 
 class MovingAverage(Moving):
-    """Moving-average baseline of a score-function gradient: it follows the mean gain."""
+    """Moving-average baseline of a score-function gradient: it follows the mean of the gain (learning signal)."""
 
     value: Tensor
     started: Tensor
@@ -45,7 +45,7 @@ class MovingAverage(Moving):
         self.register_buffer("seen", torch.full((), torch.nan), persistent=False)
 
     def note(self, gain: Tensor) -> None:
-        """Store the mean gain of a batch until the optimisation step is done."""
+        """Store the batch mean of the gain (learning signal) until the optimisation step is done."""
         self.seen.copy_(gain.detach().mean())
 
     @torch.no_grad()
@@ -96,7 +96,7 @@ class EstimatedCodes(Estimated):
         self.grid = grid
 
     def forward(self, inputs: Mapping[str, Tensor], _seen: Mapping[str, Tensor]) -> dist.TorchDistribution:
-        """Return the distribution of the codes over the grid, with batch shape `(...)`, for inputs by name."""
+        """Return the distribution of the codes over the grid, with batch shape `(...)`, given named inputs."""
         return code_grid(channels_last(self.network(inputs), self.grid), self.grid)
 
 
@@ -104,7 +104,7 @@ class EstimatedBits(Estimated):
     """Module of a posterior of independent bits, whose logits are a network's output."""
 
     def forward(self, inputs: Mapping[str, Tensor], _seen: Mapping[str, Tensor]) -> dist.TorchDistribution:
-        """Return the distribution of the independent bits, with batch shape `(...)`, for inputs by name."""
+        """Return the distribution of the independent bits, with batch shape `(...)`, given named inputs."""
         return bits(self.network(inputs))
 
 

@@ -112,7 +112,7 @@ class FlowHead(nn.Module):
         self.steps = nn.ModuleList(steps)
 
     def forward(self, inputs: Mapping[str, Tensor], _seen: Mapping[str, Tensor]) -> dist.TorchDistribution:
-        """Return the posterior, with batch shape `(...)`, for inputs by name, `(..., *shape)`."""
+        """Return the posterior, with batch shape `(...)`, given named inputs `(..., *shape)`."""
         parameters = self.network(inputs)
         normal, context = parameters[..., : 2 * self.dim], parameters[..., 2 * self.dim :]
         return PushedNormal(diagonal_normal(normal, self.bounds), self.steps, context)

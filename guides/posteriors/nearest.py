@@ -55,7 +55,7 @@ class NearestModule(PosteriorModule, Begun):
         return channels_last(point, self.grid).reshape(-1, self.site.features[0])
 
     def forward(self, inputs: Mapping[str, Tensor], _seen: Mapping[str, Tensor]) -> NearestCodes:
-        """Return the point mass on the nearest codes, with batch shape `(...)`, for inputs by name."""
+        """Return the point mass on the nearest codes, with batch shape `(...)`, given named inputs."""
         book = self.codebook
         z = book.place(channels_last(self.network(inputs), self.grid))
         found = NearestCodes(book.nearest(z), len(book.counts), self.grid)
@@ -73,7 +73,7 @@ class NearestModule(PosteriorModule, Begun):
         return out
 
     def _unevenness(self, z: Tensor) -> Tensor:
-        """the penalty evenness * positions * (log K - entropy of the mean soft assignment), nats."""
+        """Return the penalty evenness * positions * (log K - entropy of the mean soft assignment), nats."""
         flat = z.reshape(-1, z.shape[-1])
         scores = self.codebook.scores(flat)
         spread = flat.detach().square().sum(1).mean() + 1e-6

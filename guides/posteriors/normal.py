@@ -43,7 +43,7 @@ class FullRankHead(nn.Module):
         self.network, self.dim, self.bounds = network, dim, bounds
 
     def forward(self, inputs: Mapping[str, Tensor], _seen: Mapping[str, Tensor]) -> dist.TorchDistribution:
-        """Return N(loc, L L^T), with batch shape `(...)`, for inputs by name, `(..., *shape)`."""
+        """Return N(loc, L L^T), with batch shape `(...)`, given named inputs `(..., *shape)`."""
         d = self.dim
         loc, log_variance, below = self.network(inputs).split([d, d, d * (d - 1) // 2], -1)
         scale = log_variance.clamp(*self.bounds).mul(0.5).exp()

@@ -25,7 +25,7 @@ class PointHead(nn.Module):
         self.network = network
 
     def forward(self, inputs: Mapping[str, Tensor], _seen: Mapping[str, Tensor]) -> dist.TorchDistribution:
-        """Return the point mass at the network's output for inputs by name, `(..., *shape)`."""
+        """Return the point mass at the network's output given named inputs `(..., *shape)`."""
         return Determined(self.network(inputs))
 
 

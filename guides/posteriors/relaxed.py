@@ -28,7 +28,7 @@ class RelaxedModule(nn.Module):
         self.name, self.grid, self.has_twin = site.name, len(site.space.grid), site.has_twin
 
     def forward(self, inputs: Mapping[str, Tensor], _seen: Mapping[str, Tensor]) -> dist.TorchDistribution:
-        """Return the distribution of log relaxed one-hots, with batch shape `(...)`, for inputs by name."""
+        """Return the distribution of log relaxed one-hots, with batch shape `(...)`, given named inputs."""
         logits = channels_last(self.network(inputs), self.grid)
         tau = self.link.model.temperature(self.name)
         return RelaxedCodes(logits, tau, self.grid, kl=self.kl, noise=self.noise, has_twin=self.has_twin)

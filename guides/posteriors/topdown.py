@@ -82,7 +82,7 @@ class LadderModule(nn.Module):
         self.head, self.site, self.link = head, site, link
 
     def forward(self, inputs: Mapping[str, Tensor], seen: Mapping[str, Tensor]) -> dist.TorchDistribution:
-        """Return the product of the two normals, for inputs by name, `(..., *shape)`."""
+        """Return the product of the two normals, given named inputs `(..., *shape)`."""
         upward = self.head(inputs)
         if not self.site.given:
             return upward
@@ -146,7 +146,7 @@ class BidirectionalModule(nn.Module):
         self.network, self.site, self.link, self.bound = network, site, link, bound
 
     def forward(self, inputs: Mapping[str, Tensor], seen: Mapping[str, Tensor]) -> dist.TorchDistribution:
-        """Return the shifted and scaled normal, for inputs by name, `(..., *shape)`."""
+        """Return the shifted and scaled normal, given named inputs `(..., *shape)`."""
         prior_loc, prior_scale = parameters_of(self.link.model.prior(self.site.name, seen))
         read = dict(inputs)
         if self.site.given:

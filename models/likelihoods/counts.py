@@ -65,7 +65,7 @@ def dispersed(log_mean: Tensor, log_count: Tensor, validate_args: bool | None = 
 
 
 class NegativeBinomialModule(LikelihoodModule):
-    """Module of the negative binomial likelihood: the decoder outputs log-means; each element has a learned r."""
+    """Module of the negative binomial likelihood: the decoder outputs log-means; dispersions are learned."""
 
     def __init__(self, x: Shape) -> None:
         super().__init__(x, 1)

@@ -227,7 +227,7 @@ class SplineAutoregressive(FlowPrior):
 
 @final
 class BlockAutoregressive(FlowPrior):
-    """Block neural autoregressive flow prior: one monotone network per coordinate, mixed with the identity to be onto.
+    """Block neural autoregressive flow prior: one monotone network per coordinate, plus the identity, so onto.
 
     Densities are fast. The inverse, for sampling, has no closed form: each of the D coordinates takes, per bijection,
     25 bisections (passes) in single precision or 54 in double, and a few passes to bracket the root.

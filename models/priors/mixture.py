@@ -69,7 +69,7 @@ class VampModule(Begun):
 
     @torch.no_grad()
     def begin(self, rows: FirstRows) -> None:
-        """Initialise unconstrained pseudo-inputs at training data; any more than the number of data stay random."""
+        """Initialise unconstrained pseudo-inputs at training data; those beyond the number of data stay random."""
         if not self.bounded:
             x = rows.observed(len(self.pseudo_inputs), stream=3)
             self.pseudo_inputs[: len(x)].copy_(x.nan_to_num(0.0))

@@ -25,7 +25,7 @@ def gate(h: Tensor) -> Tensor:
 
 
 class GatedLayer(nn.Module):
-    """One layer of the vertical and the horizontal stack, causal because its input is padded only before, never after.
+    """Layer of a gated PixelCNN (vertical and horizontal stack), causal because its inputs are padded only before.
 
     Arguments:
         channels: number of channels, C.

@@ -51,7 +51,7 @@ class Fitting:
     loss: Loss
     """Module that computes the objective for the pair."""
     data: Split
-    """The training data."""
+    """Training data of the fit."""
     steps: int
     """Number of batches in an epoch."""
     seed: int
@@ -62,13 +62,13 @@ class Fitting:
     optimizer: torch.optim.Optimizer
     """Optimiser of all trainable parameters."""
     clip_norm: float | None = None
-    """Largest gradient norm, for clipping; infinite if the norm is only computed, None if not even that."""
+    """Largest gradient norm, for clipping; infinity to compute the norm without clipping, None to do neither."""
     average: tuple[Sequence[Tensor], float] | None = None
     """Averaged weights, in the order of the pair's trainable parameters, updated in place, and their decay; or None."""
 
 
 class Objective(Component):
-    """Declared objective, a loss of the ELBO terms; `beta` weights the KL, `free_bits` nats of each latent are free."""
+    """Declared objective: loss of the ELBO terms; `beta` weights the KL, whose first `free_bits` nats are free."""
 
     default: ClassVar[str] = "trace_elbo"
     dtype: ClassVar[torch.dtype | None] = None
@@ -137,7 +137,7 @@ class Loss(nn.Module):
         self.register_buffer("beta", torch.ones(()), persistent=False)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the scalar loss of x `(batch, *event)` and the vector named by `names`."""
+        """Return the scalar loss of x `(batch, *event)` and the vector of metrics named by `names`."""
         with products_in(self.precision):
             terms = self.objective.terms(self.pair, x, self.rows)
         loss = self.objective.loss(terms, self.beta)

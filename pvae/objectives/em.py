@@ -150,7 +150,7 @@ class EMStepper(Stepper):
             self.origin += x.sum(0) / len(self.data)
 
     def _blocks(self) -> Iterator[Tensor]:
-        """Iterate over the training data `(rows, prod(x))`, float64, in pieces for `BLOCK_NUMBERS`."""
+        """Iterate over the training data `(rows, prod(x))`, float64, in pieces of limited size (`BLOCK_NUMBERS`)."""
         step = max(1, BLOCK_NUMBERS // max(self.mixture.codes, self.size))
         return (self._rows(slice(start, start + step)) for start in range(0, len(self.data), step))
 
@@ -164,7 +164,7 @@ class EMStepper(Stepper):
 
     @torch.no_grad()
     def __call__(self, x: Tensor, frozen: Sequence[nn.Parameter] = ()) -> Tensor:
-        """Do the E-step of a batch `(n, *row)`; return metrics, scaled so that their mean over batches is over data."""
+        """Do the E-step of a batch `(n, *row)`; return metrics whose mean over batches is their mean over data."""
         pair = self.loss.pair
         table = read_joint_states(samples(pair.traces(x)[1]), pair.layout, 0)
         log_p = table.log_sum(table.joint)

@@ -1,4 +1,4 @@
-"""Adversarial training (GAN): a critic learns to distinguish data from samples, the model to make it fail."""
+"""Adversarial training (GAN): a critic learns to distinguish data from samples, and the model to fool it."""
 
 from __future__ import annotations
 
@@ -48,9 +48,9 @@ def critic_loss(real: Tensor, fake: Tensor) -> Tensor:
 def generator_loss(fake: Tensor, form: Literal["non_saturating", "minimax"]) -> Tensor:
     """Return the loss of the generator from the logits s of its samples, nats.
 
-    `minimax`: E log(1 - D) = -E softplus(s), the generator's part of the game's value, whose slope in s, -D, dies where
-    the critic is certain. `non_saturating`: -E log D = E softplus(-s), of slope -(1 - D): the same fixed point, and a
-    gradient that is largest there.
+    `minimax`: E log(1 - D) = -E softplus(s), the generator's part of the game's value, whose slope in s, -D, vanishes
+    where the critic is certain. `non_saturating`: -E log D = E softplus(-s), of slope -(1 - D): the same fixed point,
+    and a gradient that is largest there.
     """
     return softplus(-fake).mean() if form == "non_saturating" else -softplus(fake).mean()
 
