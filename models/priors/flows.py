@@ -227,10 +227,11 @@ class SplineAutoregressive(FlowPrior):
 
 @final
 class BlockAutoregressive(FlowPrior):
-    """Block neural autoregressive flow prior: one monotone network per coordinate, plus the identity, so onto.
+    """Block neural autoregressive flow prior: one monotone network per coordinate, averaged with the identity.
 
-    Densities are fast. The inverse, for sampling, has no closed form: each of the D coordinates takes, per bijection,
-    25 bisections (passes) in single precision or 54 in double, and a few passes to bracket the root.
+    The identity gives every real number an inverse. Densities are fast. The inverse, for sampling, has no closed form:
+    each of the D coordinates takes, per bijection, 25 bisections (passes) in single precision or 54 in double, and a
+    few passes to bracket the root.
 
     References:
         Block Neural Autoregressive Flow (De Cao, Titov, Aziz, 2019), https://arxiv.org/abs/1904.04676
