@@ -220,7 +220,10 @@ def _log_mean(x: Tensor, samples: int, draw: WeightSampler) -> tuple[Tensor, Ten
 
 
 def _optimise(x: Tensor, handler: Refined, draw: WeightSampler, plan: RefinePlan) -> None:
-    """Maximise the ELBO of every row by Adam; rows are independent, as Adam is elementwise and the loss a sum."""
+    """Maximise every row's ELBO over its own posterior parameters (`handler.free`, in place), model and encoder fixed.
+
+    Rows do not affect each other: Adam is elementwise and the loss a sum.
+    """
     optimiser = LeanAdam(handler.free)
     for step in range(plan.steps):
         with torch.enable_grad(), handler:

@@ -1,4 +1,4 @@
-"""Start and target densities of annealing, as functions of latents in unconstrained space."""
+"""Start and target densities of annealed importance sampling, as functions of latents in unconstrained space."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ProgramRunner = Callable[[Callable[..., Any], "dict[str, Tensor]", int], Trace]
 @final
 @dataclass(frozen=True)
 class AnnealingPlan:
-    """Settings of annealing, and the name of the calling function for error messages."""
+    """Settings of annealed importance sampling, and the name of the calling function for error messages."""
 
     caller: str
     temperatures: int

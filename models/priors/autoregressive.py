@@ -125,7 +125,7 @@ class Autoregressive(Conditional):
 
     @property
     def _context_shape(self) -> torch.Size:
-        """Leading dimensions of the context."""
+        """Batch shape of the context (the encoded parents), without its own dimensions; () without a context."""
         return torch.Size() if self.context is None else self.context.shape[: -self.network.context_dims]
 
     def _context(self, lead: torch.Size) -> Tensor | None:
