@@ -174,9 +174,8 @@ def test_guides_that_differ_are_not_compared(parent, tmp_path):
         gain(parent.pair, other.pair, parent.data.test.x)
 
 
-def test_command_line(parent, capsys, monkeypatch):
-    root = str(parent.path.parent.parent)
-    arguments = ["refit", str(parent.path), "latents.z.prior.kind=maf", "train.epochs=2", "--run-dir", root]
+def test_command_line(parent, tmp_path, capsys, monkeypatch):
+    arguments = ["refit", str(parent.path), "latents.z.prior.kind=maf", "train.epochs=2", "--run-dir", str(tmp_path)]
     monkeypatch.setattr("sys.argv", ["pvae", *arguments])
     with pytest.raises(SystemExit) as caught:
         main()
@@ -184,7 +183,7 @@ def test_command_line(parent, capsys, monkeypatch):
     out = capsys.readouterr().out
     assert re.search(r"prior fitted anew; parent small/", out)
     assert out.count("that the marginal KL had promised") == 2
-    child = Run.load("small_refit", root=root)
+    child = Run.load("small_refit", root=tmp_path)
     record = json.loads((child.path / "analysis" / "refit.json").read_text())
     assert set(record["splits"]) == {"train", "test"}
 
