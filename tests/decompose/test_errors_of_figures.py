@@ -32,6 +32,8 @@ from tests.decompose.pairs import (
     small,
 )
 
+pytestmark = pytest.mark.xdist_group("errors of figures")  # one worker makes what these tests share
+
 
 def test_evidence_rises_with_samples_and_stays_below_log_p():
     # Noise N(x / 4, .9) for the true posterior N(x / 2, .5): 4 standard errors, four comparisons, one in 5000.

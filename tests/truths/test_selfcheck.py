@@ -27,6 +27,8 @@ from pvae.errors import DataError
 from tests.cli_runner import run_cli
 from tests.truths.helpers import DIGITS, failures, wrong_line
 
+pytestmark = pytest.mark.xdist_group("selfcheck")  # one worker makes what these tests share
+
 # ---------------------------------------------------------------------- the self-check as a whole
 
 
