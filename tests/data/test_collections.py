@@ -20,7 +20,7 @@ from pvae.data import MNIST, FashionMNIST, load
 from pvae.data.rows import cache
 from pvae.data.sources.collections import FASHION_MNIST, Collection, IdxFile, read_collection, read_known
 from pvae.errors import BusyError, DataError, OutputError
-from tests.data.writers import idx_bytes, packed, place, small_arrays, small_collection, zipped_files
+from tests.data.writers import gzipped, idx_bytes, place, small_arrays, small_collection, zipped_files
 
 ARRAY = np.arange(24, dtype=np.uint8).reshape(2, 3, 4)
 WHOLE = idx_bytes(ARRAY)
@@ -34,7 +34,7 @@ FILE = IdxFile("images", (2, 3, 4), hashlib.sha256(WHOLE).hexdigest())
         (b"<html><body>Log in</body></html>", r"got 3c 68 74 6d \(a web page\?\)"),
         (WHOLE[:4] + b"\xff" * 12 + WHOLE[16:], r"expected sizes \[2, 3, 4\]; got \[4294967295, 4294967295"),
         (WHOLE[:-1] + b"\0", "expected the bytes of images with SHA-256"),
-        (packed(WHOLE[:-1] + b"\0"), "expected the bytes of images with SHA-256"),
+        (gzipped(WHOLE[:-1] + b"\0"), "expected the bytes of images with SHA-256"),
     ],
 )
 def test_idx_files_of_another_collection(content: bytes, match: str, tmp_path: Path):
@@ -167,7 +167,7 @@ def test_two_writers_make_one_download(site: Site):
     assert cached(small) == sorted(site.answers)
 
 
-WRONG_PIXELS = packed(idx_bytes(small_arrays()["x_train"] ^ 1))
+WRONG_PIXELS = gzipped(idx_bytes(small_arrays()["x_train"] ^ 1))
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ from pvae.data import Data, Idx, Images, Npy, Npz, load
 from pvae.data.rows.cache import cache_folder
 from pvae.errors import DataError
 from pvae.runs.run import Run
-from tests.data.writers import idx, npy, npz, packed, pictures
+from tests.data.writers import gzipped, idx, npy, npz, pictures
 
 RNG = np.random.RandomState(0)
 ROWS = 60
@@ -308,12 +308,12 @@ WHOLE = struct.pack(">BBBB2I", 0, 0, 0x0B, 2, 3, 4) + bytes(24)
         (WHOLE + b"x", r"expected 36 bytes; got 37 \(trailing bytes\)"),
         (struct.pack(">BBBB2I", 0, 0, 8, 2, 0, 4), r"expected sizes of at least 1; got \[0, 4\]"),
         (b"\0\0\x0e\4" + b"\xff" * 16, r"expected 27222589\d+ bytes; got 20 \(a truncated file\)"),
-        (packed(b"\0\0\x0e\4" + b"\xff" * 16), r"expected 27222589\d+ bytes, as its header says; got a gzip"),
-        (packed(WHOLE)[:-12], "got a broken file of 2. bytes: Compressed file ended"),
-        (packed(WHOLE)[:-4] + b"abcd", "broken file of .* bytes: Incorrect length"),
-        (packed(WHOLE[:30]), r"expected 36 bytes; got 30 \(a truncated file\)"),
-        (packed(WHOLE + bytes(5)), r"expected 36 bytes; got 41 \(trailing bytes\)"),
-        (packed(WHOLE + bytes(2**25)), r"got at least \d+ \(trailing bytes\)"),
+        (gzipped(b"\0\0\x0e\4" + b"\xff" * 16), r"expected 27222589\d+ bytes, as its header says; got a gzip"),
+        (gzipped(WHOLE)[:-12], "got a broken file of 2. bytes: Compressed file ended"),
+        (gzipped(WHOLE)[:-4] + b"abcd", "broken file of .* bytes: Incorrect length"),
+        (gzipped(WHOLE[:30]), r"expected 36 bytes; got 30 \(a truncated file\)"),
+        (gzipped(WHOLE + bytes(5)), r"expected 36 bytes; got 41 \(trailing bytes\)"),
+        (gzipped(WHOLE + bytes(2**25)), r"got at least \d+ \(trailing bytes\)"),
         (b"\x1f\x8bgarbage", "broken file"),
     ],
 )

@@ -16,7 +16,7 @@ from PIL import Image
 from pvae.data.sources.collections import MNIST_FILES, Collection, IdxFile
 
 
-def packed(content: bytes) -> bytes:
+def gzipped(content: bytes) -> bytes:
     """Return bytes as gzip writes them, without the time: tests are named after them, in every process alike."""
     return gzip.compress(content, mtime=0)
 
@@ -42,7 +42,7 @@ def idx_bytes(array: np.ndarray, code: int = 0x08, letter: str = "B") -> bytes:
 def idx(path: Path, array: np.ndarray, code: int = 0x08, letter: str = "B", zipped: bool = False) -> str:
     """Write an IDX file, plain or gzipped."""
     content = idx_bytes(array, code, letter)
-    path.write_bytes(packed(content) if zipped else content)
+    path.write_bytes(gzipped(content) if zipped else content)
     return str(path)
 
 
@@ -77,7 +77,7 @@ def small_collection(**changes: Any) -> Collection:
 
 def zipped_files(collection: Collection) -> dict[str, bytes]:
     """The gzipped files of a small collection, by name."""
-    return {f"{collection.files[key].name}.gz": packed(idx_bytes(x)) for key, x in small_arrays().items()}
+    return {f"{collection.files[key].name}.gz": gzipped(idx_bytes(x)) for key, x in small_arrays().items()}
 
 
 def place(folder: Path, collection: Collection) -> None:
