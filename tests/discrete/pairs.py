@@ -40,9 +40,9 @@ class Engine:
     features: tuple[int, ...]
     """Shape that the decoder sees."""
     certain: bool = False
-    """Whether the same x has the same code at every draw."""
+    """True where the same x has the same code at every draw."""
     moves: bool = False
-    """Whether a step moves buffers of the pair."""
+    """True where a step moves buffers of the pair."""
 
 
 SUM, SCORE = ({"kind": "categorical", "estimator": one} for one in ("sum", "score"))
@@ -112,7 +112,7 @@ def minus_elbo(pair: Pair, x: Tensor, objective: Objective | None = None) -> Ten
 
 
 def gradient(pair: Pair, loss: Tensor) -> Tensor:
-    """Of every parameter in a row; zero where it plays no part."""
+    """Gradients of all parameters in a row; zero for a parameter that plays no part."""
     parameters = list(pair.parameters())
     found = torch.autograd.grad(loss, parameters, allow_unused=True)
     flat = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, found, strict=True)]

@@ -138,7 +138,7 @@ def normals(n: int, d: int, seed: int, loc: float = 0.0) -> Tensor:
 
 
 def command(folder: Path, *arguments: str, code: int = 0) -> str:
-    """What a command prints about the runs in a folder; its errors where it fails."""
+    """Return the output of a command on the runs of a folder; its errors where it fails."""
     out, error = run_cli(*arguments, "--run-dir", str(folder), code=code)
     return error if code else out
 
