@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pvae.analysis.bounds.accumulate import accumulate_weights
 from pvae.analysis.bounds.lower_bounds import Evidence, PriorEvidence
-from pvae.analysis.bounds.weights import log_weights, side_by_side, takes_particles, vectorises
+from pvae.analysis.bounds.weights import log_weights, one_by_one, side_by_side
 from pvae.analysis.decompose.codes import log_evidence
 from pvae.analysis.decompose.entry import accept, quiet, require_likelihood
 from pvae.analysis.figures.estimate import exact_mean
@@ -75,8 +75,7 @@ def evidence(pair: Pair, x: Tensor, samples: int = 5000, seed: int = 0, *, on_pr
         def weights(x: Tensor, count: int) -> Tensor:
             return log_weights(pair.terms(x, particles=count), given)
 
-        draw = weights if vectorises(pair, x) else side_by_side(weights)
-        found = accumulate_weights(x, samples, draw, on_progress)
+        found = accumulate_weights(x, samples, weights, on_progress)
         summed = None if pair.layout.shared or pair.layout.enumerated else log_evidence(pair, x)
     if certain:
         summed = found.log_p
@@ -131,7 +130,8 @@ def prior_evidence(
         def weights(x: Tensor, count: int) -> Tensor:
             return _likelihood(pair, x, count, given)
 
-        draw = weights if takes_particles(weights, x) else side_by_side(weights)
+        draws = {"plate": weights, "rows": side_by_side(weights), "one by one": one_by_one(weights)}
+        draw = draws[pair.way_of_particles(x)]
         found = accumulate_weights(x, samples, draw, on_progress)
     return PriorEvidence(len(x), samples, found.curve(), found.log_p, found.ess, found.khat)
 
@@ -168,7 +168,7 @@ def _points(pair: Pair, x: Tensor, caller: str) -> dict[str, Tensor]:
     """Return the values of the global latents; raise DataError unless the guide sets all of them to points."""
     if not pair.layout.shared:
         return {}
-    nodes = sample_sites(pair.guide_trace(x[:2]))
+    nodes = sample_sites(pair.guide_trace(pair.structure.few(x)))
     spread = [name for name in pair.layout.shared if not is_point(nodes[name]["fn"])]
     if spread:
         raise DataError(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pvae.analysis.bounds.refine import Refined, refined
-from pvae.analysis.bounds.weights import WeightSampler, delta_error, log_weights, one_by_one, takes_particles
+from pvae.analysis.bounds.weights import WeightSampler, delta_error, log_weights, one_by_one
 from pvae.analysis.decompose.entry import accept, quiet, require_likelihood
 from pvae.analysis.figures.estimate import CONSERVATIVE, Estimate, Kind, over_draws
 from pvae.analysis.figures.table import Figures, Row
@@ -194,7 +194,7 @@ def _sampler(pair: Pair, x: Tensor) -> WeightSampler:
     def weights(x: Tensor, count: int) -> Tensor:
         return log_weights(pair.terms(x, particles=count)).reshape(count, len(x))
 
-    return weights if takes_particles(weights, x) else one_by_one(weights)
+    return weights if pair.way_of_particles(x) == "plate" else one_by_one(weights)
 
 
 def _blocks(x: Tensor, samples: int) -> list[int]:

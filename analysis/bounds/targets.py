@@ -8,7 +8,6 @@ from typing import Any, Literal, final
 
 import pyro
 import torch
-from pyro import poutine
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 from torch.distributions import Transform, biject_to, constraints
@@ -126,15 +125,17 @@ class Target:
         """Run guide or model with the chains along a plate of their own, to the left of all other plates."""
         nesting = self.layout.nesting
         data = {c.name: c.value.spread(flat[c.name], nesting) for c in self.coordinates if c.name in flat}
-        with self.pair.own_store(), pyro.plate(PARTICLES, count, dim=-1 - nesting):
-            return poutine.trace(poutine.condition(program, data=data)).get_trace(self.x)
+        with pyro.plate(PARTICLES, count, dim=-1 - nesting):
+            return self._trace(program, self.x, data)
 
     def _side_by_side(self, program: Callable[..., Any], flat: dict[str, Tensor], count: int) -> Trace:
         """Run guide or model with the chains as further rows of the batch, for pairs that accept no further plate."""
         data = {c.name: c.value.spread(flat[c.name].flatten(0, 1)) for c in self.coordinates if c.name in flat}
         x = self.x.repeat(count, *(1,) * (self.x.dim() - 1))
-        with self.pair.own_store():
-            return poutine.trace(poutine.condition(program, data=data)).get_trace(x)
+        return self._trace(program, x, data)
+
+    def _trace(self, program: Callable[..., Any], x: Tensor, data: dict[str, Tensor]) -> Trace:
+        return self.pair.guide_trace(x, data) if program is self.pair.guide else self.pair.model_trace(x, data)
 
     def _choose_runner(self) -> ProgramRunner:
         """Return `_stacked` if it gives the densities of single chains, else `_side_by_side`.
@@ -146,7 +147,7 @@ class Target:
         self.runner = self._stacked
         try:
             stacked = self.at(torch.cat([p.u for p in single]))
-        except (ValueError, RuntimeError, IndexError):
+        except Exception:  # whatever a program raises under a further plate
             return self._side_by_side
         same = stacked.joint.shape == joint.shape and _close(stacked.joint, joint) and _close(stacked.base, base)
         return self._stacked if same else self._side_by_side

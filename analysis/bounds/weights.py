@@ -8,7 +8,6 @@ from collections.abc import Callable, Collection
 import torch
 from torch import Tensor
 
-from pvae.pair.pair import Pair
 from pvae.pair.terms import Terms
 
 WeightSampler = Callable[[Tensor, int], Tensor]
@@ -39,19 +38,6 @@ def delta_error(inverse_ess: Tensor, samples: int) -> float:
     if samples == 1:
         return math.nan
     return float((inverse_ess - 1 / samples).clamp(min=0).sum().sqrt() / len(inverse_ess))
-
-
-def vectorises(pair: Pair, x: Tensor) -> bool:
-    """Return True if model and guide accept a leading plate of particles; hand-written ones that reshape may not."""
-    return takes_particles(lambda x, count: pair.terms(x, particles=count).reconstruction, x)
-
-
-def takes_particles(sampler: WeightSampler, x: Tensor) -> bool:
-    """Return True if the sampler draws three samples of two rows along a plate, as a result `(3, 2)`."""
-    try:
-        return sampler(x[:2], 3).shape == (3, len(x[:2]))
-    except (ValueError, RuntimeError, IndexError):
-        return False
 
 
 def one_by_one(sampler: WeightSampler) -> WeightSampler:

@@ -19,7 +19,7 @@ from pvae.distributions.exponential import Members, Normals
 from pvae.distributions.exponential_codes import CertainCodes, Codes
 from pvae.distributions.exponential_product import product
 from pvae.pair.pair import Pair
-from pvae.pair.structure import Dependencies
+from pvae.pair.dependencies import Dependencies
 from pvae.util import seeds
 
 GUIDE_ROWS = 512

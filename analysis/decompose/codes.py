@@ -113,7 +113,7 @@ def log_evidence(pair: Pair, x: Tensor) -> Tensor | None:
     None where a latent of the guide is not discrete, or there are more than `MAX_STATES` states. Call it in `quiet`.
     """
     layout, names = pair.layout, pair.layout.latents
-    nodes = samples(pair.guide_trace(x[:2]))
+    nodes = samples(pair.guide_trace(pair.structure.few(x)))
     q = [members(nodes[name], layout, len(x[:2])) for name in names]
     grids = [part for part in q if isinstance(part, Codes | CertainCodes)]
     whole = grids and len(grids) == len(q)

@@ -70,7 +70,7 @@ def same_globals(pair: Pair, x: Tensor) -> Iterator[dict[str, Any]]:
     if not pair.layout.shared:
         yield {}
         return
-    nodes, fixed = samples(pair.guide_trace(x[:2])), Trace()
+    nodes, fixed = samples(pair.guide_trace(pair.structure.few(x))), Trace()
     for name in pair.layout.shared:
         fixed.nodes[name] = nodes[name]
     with ReplayMessenger(trace=fixed):

@@ -7,7 +7,6 @@ from typing import Any
 
 import pyro
 import torch
-from pyro import poutine
 from torch import Tensor
 
 from pvae.analysis.decompose.components import LOG_ZERO, Components, nothing_as_infinite
@@ -15,7 +14,7 @@ from pvae.analysis.decompose.entry import quiet
 from pvae.pair.densities import certainty, log_prob, rows_first, sum_over
 from pvae.pair.layout import samples
 from pvae.pair.pair import Pair
-from pvae.pair.running import PARTICLES, trace_of
+from pvae.pair.running import PARTICLES
 
 PAIRS_AT_ONCE = 8192
 """Largest number of pairs of a latent value and a row that the guide scores at once."""
@@ -54,7 +53,7 @@ class GuideRuns(Components):
 
     def _takes_particles(self) -> tuple[dict[str, torch.dtype], bool]:
         """Return the dtype of every latent, and True if a plate of particles gives the densities of repeated rows."""
-        x = self.x[:3]
+        x = self.pair.structure.few(self.x, 3)
         trace = samples(self.pair.guide_trace(x))
         values = {name: trace[name]["value"] for name in self.latents}
         self.dtypes = {name: value.dtype for name, value in values.items()}
@@ -62,7 +61,7 @@ class GuideRuns(Components):
         flat = flat.repeat(3, 1)[: len(x) + 1]  # another number of particles than rows
         try:
             got = self._with_particles(flat, x)
-        except (ValueError, RuntimeError, IndexError):
+        except Exception:  # whatever a program raises under a further plate
             return self.dtypes, False
         want = self._tiled(flat, x)
         same = got.shape == want.shape and torch.allclose(got, want, rtol=1e-3, atol=1e-3, equal_nan=True)
@@ -87,9 +86,7 @@ class GuideRuns(Components):
         """Return the sum of log q of all latents per row, with the guide conditioned on flat values `(..., D)`."""
         pieces = dict(zip(self.latents, value.split(self.widths, -1), strict=True))
         data = {name: self.shapes[name].spread(z.to(self.dtypes[name]), nesting) for name, z in pieces.items()}
-        with self.pair.own_store(), poutine.condition(data=data):
-            trace = trace_of(self.pair.guide, x)
-        self.pair.structure.hold(trace)
+        trace = self.pair.guide_trace(x, data)
         return sum_over([self._score(trace.nodes[name], particles) for name in self.latents])
 
     def _score(self, node: Mapping[str, Any], particles: int) -> Tensor:

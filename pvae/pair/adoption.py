@@ -2,52 +2,112 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Mapping
-from types import CellType
 from typing import TYPE_CHECKING, Any
 
 import pyro
 import torch
+from pyro.contrib.easyguide import EasyGuide
+from pyro.infer.autoguide import AutoGuide
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor, nn
 
 from pvae.errors import DeclarationError
-from pvae.pair.layout import plates_of, read_layout
-from pvae.pair.running import evaluating, run
+from pvae.pair.layout import Layout, plates_of, read_layout
+from pvae.pair.reach import modules_within
+from pvae.pair.running import evaluating, run, trace_of, whole_plates
+from pvae.pair.sides import require_same_latents
 from pvae.pair.structure import Structure, read_structure
+from pvae.pair.unpacking import Unpacked, read_unpacked, unpack
 
 if TYPE_CHECKING:
     from pvae.pair.pair import Pair
 
 Store = Any
 """State of a Pyro param store: dicts `params` and `constraints`, by name."""
+ROWS_AT_FIRST = 100
+"""Largest number of rows of the first run, unless the programs run on all rows only."""
 
 
 def adopted(pair: Pair, x: Tensor, own: Store) -> Structure:
-    """Run both programs on a few rows of `x`, register their param-store parameters, return their structure.
+    """Run both programs on rows of `x`, register their param-store parameters, return their structure.
+
+    A data plate is one whose size follows the number of rows: the model also runs on two rows more. Programs with
+    parameters for every row (an AutoGuide over local latents) run on all rows at once, and on these rows only.
 
     Arguments:
-        pair: the pair; its programs run on batches of two sizes, and a data plate is one that follows the size.
+        pair: the pair.
         x: data `(n, *event)`.
         own: the param store of the pair, to which the parameters created by the programs are added.
 
     Raises:
-        DeclarationError: nothing is observed inside a data plate, or the pair has no parameters.
+        DeclarationError: nothing is observed inside a data plate, the guide has latents that the model lacks, or a
+            program fails.
     """
-    rows, more = (x[torch.arange(count, device=x.device) % len(x)] for count in (3, 5))
-    store_scope = pyro.get_param_store().scope(current_store())
-    with evaluating(pair), torch.random.fork_rng(), torch.no_grad(), store_scope as store:
-        traces = run(pair, rows)
-        follows = plates_of(traces[1], 3) & plates_of(run(pair, more)[1], 5)
-    layout = read_layout(*traces, 3, follows)
+    lazy = any(isinstance(part, AutoGuide | EasyGuide) for part in modules_within([pair.guide]))
+    few = min(len(x), ROWS_AT_FIRST)
+    counts = [3] if pair.declared else [len(x)] if lazy else [*dict.fromkeys((few, len(x)))]
+    for count in counts:
+        rows = x[torch.arange(count, device=x.device) % len(x)]
+        devices = [x.device] if x.is_cuda else []
+        scope = pyro.get_param_store().scope(current_store())
+        with evaluating(pair), torch.random.fork_rng(devices=devices), torch.no_grad(), whole_plates(), scope as store:
+            try:
+                traces = run(pair, rows)
+            except Exception:
+                if count == counts[-1]:
+                    raise
+                continue
+            layout, fixed, unpacked = _layout(pair, traces, rows)
+            if not fixed or count == counts[-1]:
+                break
+    require_same_latents(*traces, unpacked)
     _take_parameters(pair, traces, store, own)
-    if not any(True for _ in pair.parameters()):
-        raise DeclarationError(
-            "pair: expected at least one parameter to learn; got none. Pass Modules, or use pyro.param or "
-            "pyro.module in the programs."
-        )
-    return read_structure(*traces, layout, tuple(x.shape[1:]), 3)
+    traces = (unpack(traces[0], unpacked), traces[1])
+    return read_structure(*traces, layout, tuple(x.shape[1:]), count, rows=count if fixed else None, unpacked=unpacked)
+
+
+def _layout(pair: Pair, traces: tuple[Trace, Trace], rows: Tensor) -> tuple[Layout, bool, Unpacked]:
+    """Return the layout, True if the programs run on this number of rows only, and the guide's unpacked latents."""
+    count = len(rows)
+    more = rows[torch.arange(count + 2, device=rows.device) % count]
+    follows, fixed = plates_of(traces[1], count), False
+    try:
+        follows &= plates_of(trace_of(pair, pair.model, more), count + 2)
+        if not pair.declared:
+            trace_of(pair, copy.deepcopy(pair.guide), more)  # an EasyGuide that fails here keeps open plates
+    except Exception as error:  # whatever a program raises on other rows means that these are its rows
+        if pair.declared:
+            raise
+        del error
+        fixed = True
+    unpacked = {} if pair.declared else read_unpacked(*traces)
+    return read_layout(unpack(traces[0], unpacked), traces[1], count, follows), fixed, unpacked
+
+
+def read_again(known: Structure, guide: Trace, model: Trace, count: int) -> Structure:
+    """Return the structure of a batch whose traces have sites that no batch had before.
+
+    Raises:
+        DeclarationError: the guide has latents that the model lacks, or x is not observed in the known data plate.
+    """
+    require_same_latents(guide, model, known.unpacked)
+    layout = read_layout(guide, model, count, known.layout.plates)
+    return read_structure(guide, model, layout, known.event, count, rows=known.rows, unpacked=known.unpacked)
+
+
+def copied(pair: Pair) -> Pair:
+    """Return a pair of copies of the programs and of the Modules and objects that they are bound to.
+
+    Closures and globals of functions are shared. Programs that cannot be copied are used as they are.
+    """
+    try:
+        model, guide = copy.deepcopy((pair.model, pair.guide))
+    except Exception:  # a lock, a generator or a tensor with a history inside an object
+        model, guide = pair.model, pair.guide
+    return type(pair)(model=model, guide=guide)
 
 
 def current_store() -> Any:
@@ -56,19 +116,14 @@ def current_store() -> Any:
     return {"params": dict(state["params"]), "constraints": dict(state["constraints"])}
 
 
-def owners(pair: Pair) -> list[nn.Module]:
-    """Return the Modules of which the model or the guide program is a bound method."""
-    found = (getattr(program, "__self__", None) for program in (pair.model, pair.guide))
-    return list(dict.fromkeys(owner for owner in found if isinstance(owner, nn.Module)))
-
-
 def _take_parameters(pair: Pair, traces: tuple[Trace, Trace], store: Mapping[str, Any], own: Store) -> None:
     """Register on the pair the params that its programs use, and the Modules that its programs are methods of."""
-    kept = {id(value) for value in store["params"].values()}
-    named = [m for m in _named(pair) if any(id(p) in kept for p in m.parameters())]
-    for i, module in enumerate(dict.fromkeys([*owners(pair), *named])):
-        pair.add_module(f"owner_{i}", module)
     names = [n for t in traces for n, node in t.nodes.items() if node["type"] == "param"]
+    kept = {id(store["params"][name]) for name in names}
+    used = [m for m in modules_within([pair.model, pair.guide]) if any(id(p) in kept for p in m.parameters())]
+    for i, module in enumerate(dict.fromkeys([*pair.owners(), *used])):
+        if module not in (pair.model, pair.guide):
+            pair.add_module(f"owner_{i}", module)
     known = {id(p) for p in pair.parameters()}
     free = nn.ParameterDict()
     for name in dict.fromkeys(names):
@@ -82,20 +137,54 @@ def _take_parameters(pair: Pair, traces: tuple[Trace, Trace], store: Mapping[str
         pair.free = free
 
 
-def _named(pair: Pair) -> list[nn.Module]:
-    """Return the Modules that plain-function programs refer to, as globals or closure variables."""
-    found = []
-    for program in (pair.model, pair.guide):
-        code = getattr(program, "__code__", None)
-        if code is not None:
-            cells = [cell.cell_contents for cell in program.__closure__ or () if cell != CellType()]
-            found += [*cells, *(program.__globals__.get(name) for name in code.co_names)]
-    return [value for value in found if isinstance(value, nn.Module)]
-
-
 def _attribute(name: str, free: nn.ParameterDict) -> str:
     """Return a param name as an attribute name, `net$$$0.weight` as `net___0_weight`, made unique by trailing `_`."""
     key = re.sub(r"[^0-9A-Za-z_]", "_", name)
     while hasattr(free, key):
         key += "_"
     return key
+
+
+class Watch:
+    """Record of the values that Pyro's global param store held when a pair took them, to see later changes.
+
+    A pair has values of its own. Until something changes these (a fit, loaded weights), it follows the global store:
+    values that `pyro.infer.SVI` or the user have put there since are copied before the next analysis.
+    """
+
+    def __init__(self) -> None:
+        self.store: dict[str, tuple[Tensor, int]] = {}
+        self.own: dict[str, int] = {}
+
+    def note(self, own: Store) -> None:
+        """Remember the state of the pair's own parameters, and of the global ones of the same names."""
+        present = pyro.get_param_store().get_state()["params"]
+        self.own = {name: value._version for name, value in own["params"].items()}
+        self.store = {name: (present[name], present[name]._version) for name in self.own if name in present}
+
+    def follow(self, own: Store) -> None:
+        """Copy values that changed in the global store into the pair's parameters, unless these changed themselves.
+
+        Raises:
+            DeclarationError: the store holds a value of another shape under the same name.
+        """
+        present = pyro.get_param_store().get_state()["params"]
+        news = {
+            name: present[name]
+            for name in own["params"]
+            if name in present and self.store.get(name) != (present[name], present[name]._version)
+        }
+        if not news or any(own["params"][name]._version != version for name, version in self.own.items()):
+            return
+        for name, value in news.items():
+            mine = own["params"][name]
+            if mine is value:
+                continue
+            if mine.shape != value.shape:
+                raise DeclarationError(
+                    f"param {name}: expected shape {list(mine.shape)}, as when the pair was first run; got "
+                    f"{list(value.shape)} in Pyro's param store. Make a new Pair, or call pyro.clear_param_store()."
+                )
+            with torch.no_grad():
+                mine.copy_(value)
+        self.note(own)

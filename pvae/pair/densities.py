@@ -28,7 +28,7 @@ from pvae.distributions.exponential import FullRankNormals, Members, Normals
 from pvae.distributions.exponential_codes import CertainCodes, Codes
 from pvae.distributions.exponential_product import product
 from pvae.distributions.relaxed import RelaxedCodes, categorical_kl
-from pvae.pair.layout import Layout, is_point, unwrapped
+from pvae.pair.layout import Layout, is_point, plates_around, unwrapped
 
 
 class Unweighed(Messenger):
@@ -88,9 +88,13 @@ def per_datum(value: Tensor, layout: Layout, particles: int) -> Tensor:
 
 def full_size(model_trace: Trace, layout: Layout, rows: int | None = None) -> int:
     """Return the size of the data set: that declared by the data plate, else `rows`, else the batch size."""
-    frames = (f for name in layout.observed for f in model_trace.nodes[name]["cond_indep_stack"])
+    present = [name for name in layout.observed if name in model_trace.nodes]
+    frames = (f for name in present for f in model_trace.nodes[name]["cond_indep_stack"])
     frame = next(f for f in frames if layout.is_data(f))
     declared = frame.full_size or frame.size
+    if declared < 0:  # a plate without a size
+        node = next(model_trace.nodes[name] for name in present if layout.holds(model_trace.nodes[name]))
+        return rows or next(size for f, size in plates_around(node) if layout.is_data(f))
     return declared if declared != frame.size else rows or declared
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from pyro import poutine
@@ -18,6 +18,9 @@ from pvae.component import Shape
 from pvae.distributions.codes import Certain
 from pvae.distributions.relaxed import is_relaxed
 from pvae.errors import DeclarationError
+
+RECORDS = frozenset({"_deterministic", "_embedded"})
+"""Marks of sites that only record a value: `pyro.deterministic`, and the codebook vector of a nearest code (VQ)."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,8 @@ class Layout:
     """Latents whose samples have no pathwise gradient, so that a loss needs the score-function gradient."""
     relaxed: tuple[str, ...] = ()
     """Relaxed discrete latents; analyses replace them by the discrete codes of the same logits."""
+    factors: tuple[str, ...] = ()
+    """Observed sites of the guide (`pyro.factor`): penalties of the training loss, no part of the ELBO."""
 
     def holds(self, node: Mapping[str, Any]) -> bool:
         """Return whether a site of a trace is inside the data plate."""
@@ -57,23 +62,34 @@ class Layout:
 
 
 def samples(trace: Trace) -> dict[str, Any]:
-    """Return the sample sites of a trace by name, without subsample sites of plates and codebook vectors (VQ)."""
+    """Return the sample sites of a trace by name.
+
+    Subsample sites of plates, records (`pyro.deterministic`) and codebook vectors (VQ) are no sites of the joint.
+    """
     return {
         name: node
         for name, node in trace.nodes.items()
-        if node["type"] == "sample" and not poutine.util.site_is_subsample(node) and not is_embedded(node)
+        if node["type"] == "sample"
+        and not (node["infer"].keys() & RECORDS)
+        and not poutine.util.site_is_subsample(node)
     }
 
 
-def is_embedded(node: Mapping[str, Any]) -> bool:
-    """Return whether a site holds the codebook vector of a nearest code (VQ)."""
-    return "_embedded" in node["infer"]
+def plates_around(node: Mapping[str, Any]) -> list[tuple[CondIndepStackFrame, int]]:
+    """Return the vectorised plates around a site, and their sizes; that of a plate without a size is read off."""
+    frames = [f for f in node["cond_indep_stack"] if f.vectorized]
+    return [(f, f.size if f.size >= 0 else _length(node, f.dim)) for f in frames]
+
+
+def _length(node: Mapping[str, Any], dim: int) -> int:
+    shape = node["fn"].batch_shape
+    return int(shape[dim]) if len(shape) >= -dim else 1
 
 
 def data_frame(trace: Trace, count: int, among: Collection[str]) -> CondIndepStackFrame | None:
     """Return the outermost vectorised plate of size `count`, named in `among`, around an observed site, or None."""
     for node in samples(trace).values():
-        frames = [f for f in node["cond_indep_stack"] if f.vectorized and f.size == count and f.name in among]
+        frames = [f for f, size in plates_around(node) if size == count and f.name in among]
         if node["is_observed"] and frames:
             return min(frames, key=lambda f: f.counter)
     return None
@@ -81,8 +97,7 @@ def data_frame(trace: Trace, count: int, among: Collection[str]) -> CondIndepSta
 
 def plates_of(trace: Trace, count: int) -> set[str]:
     """Return the names of the vectorised plates of size `count` in a trace."""
-    frames = [f for node in samples(trace).values() for f in node["cond_indep_stack"] if f.vectorized]
-    return {f.name for f in frames if f.size == count}
+    return {f.name for node in samples(trace).values() for f, size in plates_around(node) if size == count}
 
 
 def read_layout(guide_trace: Trace, model_trace: Trace, count: int, follows: Collection[str]) -> Layout:
@@ -123,14 +138,43 @@ def read_layout(guide_trace: Trace, model_trace: Trace, count: int, follows: Col
         expected=tuple(name for name, node in unseen.items() if is_enumerable(node)),
         scored=tuple(name for name, node in unseen.items() if not is_enumerable(node) and needs_score(node["fn"])),
         relaxed=tuple(name for name, node in unseen.items() if is_relaxed(node["fn"])),
+        factors=tuple(name for name in guide if name not in unseen),
     )
+
+
+def joined(one: Layout, other: Layout) -> Layout:
+    """Return the layout with the sites of both, each new one after the site that it followed.
+
+    Raises:
+        DeclarationError: a site changed its role, or the data plate its place.
+    """
+    roles = [f.name for f in fields(Layout) if f.type == "tuple[str, ...]"]
+    merged = {role: _in_order(getattr(one, role), getattr(other, role)) for role in roles}
+    both = {name for role in ("latents", "shared", "observed", "enumerated") for name in merged[role]}
+    if sum(len(merged[role]) for role in ("latents", "shared", "observed", "enumerated")) > len(both):
+        raise DeclarationError("pair: expected every site in one role on every batch; got one that is observed in some")
+    if (one.dim, one.plate) != (other.dim, other.plate):
+        raise DeclarationError(
+            f"pair: expected the data plate {one.plate} at dim {one.dim} on every batch; got {other.plate} at {other.dim}."
+        )
+    return replace(one, **merged, plates=one.plates | other.plates, nesting=max(one.nesting, other.nesting))
+
+
+def _in_order(one: Sequence[str], other: Sequence[str]) -> tuple[str, ...]:
+    """Return the names of both sequences, each name of the other after the one that it follows there."""
+    merged = list(one)
+    for i, name in enumerate(other):
+        if name not in merged:
+            merged.insert(merged.index(other[i - 1]) + 1 if i else 0, name)
+    return tuple(merged)
 
 
 def _guide_plates(guide: Mapping[str, Any], model: Mapping[str, Any], data: CondIndepStackFrame) -> set[str]:
     """Return the names of the guide's own plates with the dimension and size of the model's data plate."""
     known = {f.name for node in model.values() for f in node["cond_indep_stack"]}
-    frames = [f for node in guide.values() for f in node["cond_indep_stack"] if f.vectorized]
-    return {f.name for f in frames if f.name not in known and (f.dim, f.size) == (data.dim, data.size)}
+    frames = [(f, size) for node in guide.values() for f, size in plates_around(node)]
+    count = next(s for n in model.values() for f, s in plates_around(n) if n["is_observed"] and f.name == data.name)
+    return {f.name for f, size in frames if f.name not in known and (f.dim, size) == (data.dim, count)}
 
 
 def is_enumerable(node: Mapping[str, Any]) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, TypeVar
 
 import pyro
@@ -15,21 +15,22 @@ from torch import Tensor, nn
 from pvae.errors import DataError, DeclarationError
 from pvae.graph.frame import Frame
 from pvae.graph.lifecycle import MadeOfData
-from pvae.pair.adoption import Store, adopted, owners
-from pvae.pair.check import Problem, problems_of
+from pvae.pair.adoption import Store, Watch, adopted, copied, read_again
+from pvae.pair.check import problems_of
 from pvae.pair.densities import sum_over
+from pvae.pair.dependencies import Dependencies, dependencies_without_asking, read_dependencies, weights_of
+from pvae.pair.failures import told
 from pvae.pair.layout import Layout
+from pvae.pair.particles import Way, way_of_particles, with_particles
 from pvae.pair.running import run, run_expected, trace_of
-from pvae.pair.structure import (
-    Dependencies,
-    Structure,
-    dependencies_without_asking,
-    read_dependencies,
-    weights_of,
-)
+from pvae.pair.sides import Problem
+from pvae.pair.structure import Structure
 from pvae.pair.terms import Terms, expected_terms, terms_of
+from pvae.pair.unpacking import unpack
 
 T = TypeVar("T")
+CHECKED_ROWS = 1000
+"""Largest number of rows on which `Pair.check` runs hand-written programs."""
 
 
 class Pair(nn.Module):
@@ -37,7 +38,9 @@ class Pair(nn.Module):
 
     Parameters of foreign programs (`pyro.param`, `pyro.module`, PyroModules, bound methods of a Module) are
     adopted on first use with data: they become this Module's parameters, and every later call runs in a param
-    store of the pair's own, so that several pairs live in one process and the global store stays as it was.
+    store of the pair's own, so that several pairs live in one process and the global store stays as it was. Until a
+    fit changes them, an analysis takes the values that Pyro's own SVI has put into the global store since. Pyro's own
+    tools use the fitted values inside `with pair.own_store():`, such as `Predictive(model, guide=guide, ...)(x)`.
 
     Arguments:
         model: a Pyro program of x `(batch, *event)` that observes it inside one data plate.
@@ -64,6 +67,7 @@ class Pair(nn.Module):
         self._structure: Structure | None = None
         self._answers: dict[str, tuple[Any, Any]] = {}
         self._store: Store = {"params": {}, "constraints": {}}
+        self._watch = Watch()
         self.implicit = False
         """True for an implicit model (GAN): x can only be sampled, without a likelihood or inference."""
 
@@ -83,43 +87,74 @@ class Pair(nn.Module):
         """Names of the latent and observed sites, and position of the data plate."""
         return self.structure.layout
 
+    @property
+    def declared(self) -> bool:
+        """True for a pair built from a declaration, False for one of hand-written programs."""
+        return isinstance(getattr(self.model, "frame", None), Frame)
+
     # ------------------------------------------------------------------ adoption
 
     def adopt(self, x: Tensor) -> Pair:
-        """Run both programs on a few rows of `x`, read their structure, register their parameters; return self.
+        """Run both programs on rows of `x`, read their structure, register their parameters; return self.
 
         The random state is restored; a second call does nothing.
 
         Raises:
-            DeclarationError: nothing is observed inside a data plate, or the pair has no parameters.
+            DeclarationError: nothing is observed inside a data plate, or the guide has latents that the model lacks.
         """
         if self._structure is None:
             self._structure = adopted(self, x, self._store)
+            self._watch.note(self._store)
         return self
 
+    def owners(self) -> list[nn.Module]:
+        """Return the Modules of which the model or the guide program is a bound method."""
+        found = (getattr(program, "__self__", None) for program in (self.model, self.guide))
+        return list(dict.fromkeys(owner for owner in found if isinstance(owner, nn.Module)))
+
     def accept(self, x: Any) -> Tensor:
-        """Return data as input to the programs: a tensor `(n, *event)` of the type and device of the parameters.
+        """Return data as input to the programs: a tensor `(n, *event)` on the device of the parameters, and of their type.
+
+        Integers and booleans stay so for hand-written programs, which may use them as indices.
 
         Raises:
-            DataError: there are no rows, or their shape differs from that of the pair's data.
+            DataError: there are no rows, their shape differs from that of the pair's data, or the programs have
+                parameters for every row and these are other rows.
         """
-        parameters = (p for module in (self, *owners(self)) for p in module.parameters())
+        parameters = (p for module in (self, *self.owners()) for p in module.parameters())
         parameter = next((p for p in parameters if p.is_floating_point()), None)
         try:
             x = torch.as_tensor(x)
         except (TypeError, ValueError, RuntimeError):
             hint = " Pass its .x." if isinstance(getattr(x, "x", None), Tensor) else ""
             raise DataError(f"x: expected a tensor or an array; got {type(x).__name__}.{hint}") from None
-        x = x if parameter is None else x.to(parameter)
+        if parameter is not None:
+            x = x.to(parameter) if self.declared or x.is_floating_point() else x.to(parameter.device)
         if x.dim() and len(x):
             self.adopt(x)
+            if not self.declared:
+                self._watch.follow(self._store)
         event = () if self._structure is None else self._structure.event
         if not x.dim() or not len(x) or tuple(x.shape[1:]) != event:
             expected = ", ".join(str(size) for size in event)
             raise DataError(
                 f"x: expected at least one row, of shape ({expected}); got a tensor of shape {list(x.shape)}."
             )
+        if self.structure.rows not in (None, len(x)):
+            raise DataError(
+                f"x: expected the {self.structure.rows} rows that the parameters of the programs were made for (one "
+                f"for every row); got {len(x)}. Pass those rows, or amortise: let the guide compute them from x."
+            )
         return x
+
+    def call(self, program: Callable[..., Any], x: Tensor) -> None:
+        """Run a program of the pair, or one wrapped in a handler, on a batch; its errors are told in words.
+
+        Raises:
+            ProgramError: the program failed.
+        """
+        with told("pair.guide" if program is self.guide else "pair.model", x):
+            program(x)
 
     def dependencies(self, x: Tensor) -> Dependencies:
         """Return the latents that each conditional distribution depends on, found on a few rows of `x`.
@@ -175,15 +210,15 @@ class Pair(nn.Module):
         self.adopt(x)
         with self.own_store():
             found = run(self, x, self.layout, particles)
-        self.structure.hold(*found)
-        return found
+        return self.known(x, *found)
 
-    def guide_trace(self, x: Tensor) -> Trace:
-        """Return a trace of the guide on a batch, without running the model."""
+    def guide_trace(self, x: Tensor, values: Mapping[str, Tensor] | None = None) -> Trace:
+        """Return a trace of the guide on a batch, with some sites set to `values`, without running the model."""
         self.adopt(x)
-        with self.own_store():
-            found = trace_of(self.guide, x)
-        self.structure.hold(found)
+        with self.own_store(), poutine.condition(data=dict(values)) if values else nullcontext():
+            found = unpack(trace_of(self, self.guide, x), self.structure.unpacked)
+        if not self.structure.knows(found):
+            self.traces(x)
         return found
 
     def model_trace(self, x: Tensor, values: Mapping[str, Tensor] | None = None) -> Trace:
@@ -197,9 +232,17 @@ class Pair(nn.Module):
     def _model_trace(self, model: Callable[..., Any], x: Tensor) -> Trace:
         self.adopt(x)
         with self.own_store():
-            found = trace_of(model, x)
-        self.structure.hold(None, found)
+            found = trace_of(self, model, x)
+        if not self.structure.knows(None, found):
+            self.traces(x)
         return found
+
+    def known(self, x: Tensor, guide: Trace, model: Trace) -> tuple[Trace, Trace]:
+        """Return the traces of a batch with unpacked latents as one site; take in sites that no batch had before."""
+        guide = unpack(guide, self.structure.unpacked)
+        if not self.structure.knows(guide, model):
+            self._structure = self.structure.joined(read_again(self.structure, guide, model, len(x)))
+        return guide, model
 
     def terms(
         self,
@@ -224,13 +267,20 @@ class Pair(nn.Module):
             Terms, nats. Their combination `reconstruction - sum(kl)` is an unbiased estimate of the ELBO.
         """
         self.adopt(x)
-        layout, count = self.layout, particles if particles > 1 else 0
-        if not expected or not layout.expected:
-            return terms_of(*self.traces(x, particles), layout, count, closed_form, rows)
+        if particles > 1 and (way := self.way_of_particles(x)) != "plate":
+            return with_particles(self, x, particles, way, closed_form=closed_form, rows=rows)
+        count = particles if particles > 1 else 0
+        if not expected or not self.layout.expected:
+            traces = self.traces(x, particles)
+            return terms_of(*traces, self.layout, count, closed_form, rows)
         with self.own_store():
-            traces = run_expected(self, x, layout, particles)
-        self.structure.hold(*traces)
-        return expected_terms(*traces, layout, count, closed_form, rows)
+            traces = run_expected(self, x, self.layout, particles)
+        traces = self.known(x, *traces)
+        return expected_terms(*traces, self.layout, count, closed_form, rows)
+
+    def way_of_particles(self, x: Tensor) -> Way:
+        """Return the way to run several samples per row of a batch: along a plate, as repeated rows, or one by one."""
+        return way_of_particles(self.adopt(x), x)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return a one-sample estimate of the ELBO of every row, nats, `(batch,)`; exact over enumerated latents."""
@@ -240,9 +290,13 @@ class Pair(nn.Module):
     # ------------------------------------------------------------------ checking
 
     def check(self, x: Tensor) -> list[Problem]:
-        """Return the problems found by running the pair on `x` (a few rows suffice); empty if there are none.
+        """Return the problems found by running the pair on `x`, at most 1000 rows of it; empty if there are none.
 
         Finds sites that differ between model and guide, a missing data plate, a latent without `to_event`,
-        a global latent without a pathwise gradient, and parameters that no gradient reaches.
+        a global latent without a pathwise gradient, and parameters that no gradient reaches. A copy of the pair is
+        run, so that nothing changes: neither parameters, nor Pyro's param store, nor an AutoGuide not yet set up.
         """
-        return problems_of(self, x[: min(len(x), 3)])
+        x = torch.as_tensor(x)
+        if self.declared or self._structure is not None:
+            return problems_of(self, self.structure.few(x, 3) if self._structure else x[:3])
+        return problems_of(copied(self), x[:CHECKED_ROWS])

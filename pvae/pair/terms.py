@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+import torch
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
@@ -60,10 +61,14 @@ def terms_of(
     size = full_size(model_trace, layout, rows)
     if layout.enumerated:
         return _summed_terms(guide_trace, model_trace, layout, particles, size)
-    reconstruction = sum_over([log_prob(model_trace.nodes[name], layout, particles, size) for name in layout.observed])
+    observed = [model_trace.nodes[name] for name in layout.observed if name in model_trace.nodes]
+    reconstruction = sum_over([log_prob(node, layout, particles, size) for node in observed])
     kl: dict[str, Tensor] = {}
     scores: dict[str, Score] = {}
     for name in (*layout.latents, *layout.shared):
+        if name not in guide_trace.nodes:  # a batch without this site
+            kl[name] = torch.zeros_like(reconstruction)
+            continue
         q, p = guide_trace.nodes[name], model_trace.nodes.get(name)
         known = _known_kl(q, p, layout, particles, size, closed_form)
         scored = name in layout.scored or name in layout.expected
@@ -75,7 +80,7 @@ def terms_of(
         if known is None:
             known = log_q - (0.0 if p is None else log_prob(p, layout, particles, size))
         kl[name] = known
-    return Terms(reconstruction, kl, penalties_of(guide_trace), scores)
+    return Terms(reconstruction, kl, penalties_of(guide_trace, layout, particles, size), scores)
 
 
 def expected_terms(
@@ -112,7 +117,7 @@ def expected_terms(
         if known is None:
             known = _sampled_kl(q, p, layout, particles, size)
         kl[name] = mean(known) if name in layout.latents else known
-    return Terms(mean(observed), kl, penalties_of(guide_trace))
+    return Terms(mean(observed), kl, penalties_of(guide_trace, layout, particles, size))
 
 
 def _summed_terms(guide_trace: Trace, model_trace: Trace, layout: Layout, particles: int, size: int) -> Terms:
@@ -138,7 +143,7 @@ def _summed_terms(guide_trace: Trace, model_trace: Trace, layout: Layout, partic
         table.expected(name) if name in table.logs else log_prob(model_trace.nodes[name], layout, particles, size)
         for name in layout.observed
     ]
-    return Terms(sum_over(observed), {**kl, **table.kl()}, penalties_of(guide_trace), scores)
+    return Terms(sum_over(observed), {**kl, **table.kl()}, penalties_of(guide_trace, layout, particles, size), scores)
 
 
 def _known_kl(
@@ -173,11 +178,18 @@ def _no_average(_gain: Tensor) -> None:
     """Do nothing: the latent has no moving-average baseline."""
 
 
-def penalties_of(guide_trace: Trace) -> dict[str, Tensor]:
-    """Return the penalties that sites of a guide declare in `infer["penalties"]`, named `<site>/<penalty>`."""
+def penalties_of(guide_trace: Trace, layout: Layout, particles: int, size: int) -> dict[str, Tensor]:
+    """Return the penalties of a guide by name: those in `infer["penalties"]` of a site, and its observed sites.
+
+    An observed site of the guide, such as `pyro.factor`, enters the loss of `Trace_ELBO` as log q, as here, but is no
+    part of a bound on log p(x).
+    """
     out: dict[str, Tensor] = {}
     for name, node in guide_trace.nodes.items():
         infer: Any = node["infer"] if node["type"] == "sample" else {}
         if "penalties" in infer:
             out |= {f"{name.removesuffix('/embedded')}/{what}": v for what, v in infer["penalties"].items()}
+    for name in layout.factors:
+        if name in guide_trace.nodes:
+            out[name] = log_prob(guide_trace.nodes[name], layout, particles, size)
     return out

@@ -82,9 +82,10 @@ def validate(trainer: Trainer, common: Mapping[str, Any]) -> str:
             return in_words(measured)
         figures = evaluate(trainer.pair, held, seed, len(trainer.data.train))
         figures |= code_usage(trainer.pair, held, seed)
-        better = figures["elbo"] > state.best
+        score = figures["elbo"] - sum(v for name, v in figures.items() if name.startswith("penalty/"))
+        better = score > state.best
         if better:
-            state.best, state.best_epoch, state.waited = figures["elbo"], state.epoch, 0
+            state.best, state.best_epoch, state.waited = score, state.epoch, 0
             if train.keep == "best":
                 trainer.best = {name: value.detach().clone() for name, value in trainer.pair.state_dict().items()}
     if not better and beta_rests(trainer):

@@ -31,7 +31,8 @@ def evaluate(pair: Pair, x: Tensor | Streamed, seed: int, rows: int | None = Non
             the number of rows of `x`.
 
     Returns:
-        `elbo`, `reconstruction`, `kl` and `kl/<latent>`, estimates in nats per datum.
+        `elbo`, `reconstruction`, `kl` and `kl/<latent>`, estimates in nats per datum, and `penalty/<factor>` of the
+        observed sites of a hand-written guide, which are no part of the ELBO.
     """
     with quiet(pair, x[:1]):
         with Discretised():
@@ -48,7 +49,9 @@ def _mean_terms(pair: Pair, x: Tensor | Streamed, seed: int, rows: int | None) -
         seeds.set_noise(seeds.mix(seed, seeds.VALIDATION, start), x.device)
         terms = pair.terms(pair.accept(x[start : start + chunk]), rows=rows or len(x), expected=True)
         kl = {f"kl/{name}": value.expand_as(terms.reconstruction) for name, value in terms.kl.items()}
-        for key, value in {"reconstruction": terms.reconstruction, **kl}.items():
+        factors = {f"penalty/{name}": terms.penalties[name] for name in pair.layout.factors if name in terms.penalties}
+        factors = {name: value.expand_as(terms.reconstruction) for name, value in factors.items()}
+        for key, value in {"reconstruction": terms.reconstruction, **kl, **factors}.items():
             totals[key] = totals.get(key, 0.0) + float(value.double().sum())
     means = {key: value / len(x) for key, value in totals.items()}
     total_kl = sum(value for key, value in means.items() if key.startswith("kl/"))

@@ -127,7 +127,8 @@ class Trainer:
         """Write the status file of the run: state, epoch, step, best validation ELBO, elapsed seconds and `fields`."""
         s = self.state
         if self.plan.objective.scores:
-            fields["elbo"] = s.best if math.isfinite(s.best) else None
+            name = "elbo_less_penalties" if self.pair.layout.factors else "elbo"
+            fields[name] = s.best if math.isfinite(s.best) else None
         self.files.update_status(
             state=state, epoch=s.epoch, epochs=self.train.epochs, step=s.step, engine=self.engine,
             seconds=round(s.seconds, 1), skipped=s.skipped, **fields,

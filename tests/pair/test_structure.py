@@ -18,7 +18,7 @@ from pvae.errors import DeclarationError
 from pvae.experiment.experiment import Experiment
 from pvae.pair.layout import samples
 from pvae.pair.pair import Pair
-from pvae.pair.structure import read_dependencies
+from pvae.pair.dependencies import read_dependencies
 
 NET = {"kind": "mlp", "hidden": [4]}
 SHAPE = (6,)

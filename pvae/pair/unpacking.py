@@ -1,0 +1,93 @@
+"""Unpacked latents: sites of a guide set by a Delta to a transform of an auxiliary site, as AutoGuides write them.
+
+`AutoNormal`, `AutoLowRankMultivariateNormal`, `EasyGuide` and others sample an unconstrained auxiliary site a and set
+z = T(a) by `Delta(z, log_density)`, whose density is minus the log Jacobian of T: log q(z) = log q(a) + log_density.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import pyro.distributions as dist
+import torch
+from pyro.poutine.trace_struct import Trace
+from torch.distributions import biject_to
+from torch.distributions.transforms import ComposeTransform, IndependentTransform, Transform, identity_transform
+
+from pvae.pair.layout import is_point, samples
+
+TOLERANCE = 1e-3
+"""Largest difference, nats relative to 1 + size, of the two ways to score an unpacked latent."""
+
+
+@dataclass(frozen=True)
+class Unpacking:
+    """Auxiliary site of one latent, and the transform from its values to those of the latent."""
+
+    auxiliary: str
+    transform: Transform
+
+    @property
+    def is_identity(self) -> bool:
+        """True if latent and auxiliary site have the same values."""
+        inner = self.transform
+        while isinstance(inner, IndependentTransform):
+            inner = inner.base_transform
+        return inner == identity_transform or (isinstance(inner, ComposeTransform) and not inner.parts)
+
+
+Unpacked = Mapping[str, Unpacking]
+"""Unpacked latents of a guide that have an auxiliary site of their own, by name."""
+
+
+def read_unpacked(guide_trace: Trace, model_trace: Trace) -> dict[str, Unpacking]:
+    """Return the unpacked latents of a guide, each with one auxiliary site of its own, checked by their densities."""
+    guide, model = samples(guide_trace), samples(model_trace)
+    auxiliary = {n: node for n, node in guide.items() if node["infer"].get("is_auxiliary") and not node["is_observed"]}
+    found: dict[str, Unpacking] = {}
+    for name, node in guide.items():
+        if name in auxiliary or name not in model or not is_point(node["fn"]):
+            continue
+        transform = biject_to(model[name]["fn"].support)
+        for other, source in auxiliary.items():
+            made = Unpacking(other, transform)
+            if _explains(made, source, node):
+                found[name] = made
+    used = [made.auxiliary for made in found.values()]
+    return {name: made for name, made in found.items() if used.count(made.auxiliary) == 1}
+
+
+def _explains(made: Unpacking, source: Any, node: Any) -> bool:
+    """Return whether a Delta site holds the transform of an auxiliary site, with its Jacobian as density."""
+    try:
+        if made.transform(source["value"]).shape != node["value"].shape:
+            return False
+        one = _pushed(source["fn"], made).log_prob(node["value"])
+        other = source["fn"].log_prob(source["value"]) + node["fn"].log_prob(node["value"])
+    except (ValueError, RuntimeError, NotImplementedError):
+        return False
+    close = (one - other).abs() <= TOLERANCE * (1 + other.abs())
+    return (
+        one.shape == other.shape and bool(close.all()) and torch.equal(made.transform(source["value"]), node["value"])
+    )
+
+
+def _pushed(fn: Any, made: Unpacking) -> Any:
+    return fn if made.is_identity else dist.TransformedDistribution(fn, [made.transform])
+
+
+def unpack(guide_trace: Trace, unpacked: Unpacked) -> Trace:
+    """Return a trace of a guide in which unpacked latents have the transformed distribution of their auxiliary site."""
+    if not unpacked:
+        return guide_trace
+    trace = guide_trace.copy()
+    for name, made in unpacked.items():
+        if name in trace.nodes and made.auxiliary in trace.nodes:
+            fn = _pushed(trace.nodes[made.auxiliary]["fn"], made)
+            trace.nodes[name] = {**trace.nodes[name], "fn": fn, "infer": {}}
+    for made in unpacked.values():
+        if made.auxiliary in trace.nodes:
+            trace.remove_node(made.auxiliary)
+    return trace
