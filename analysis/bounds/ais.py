@@ -76,7 +76,7 @@ def ais(
         >>> ais(pair, x[:4], temperatures=3, chains=2, leapfrog=2).lower.kind
         'lower_bound'
     """
-    x = accept(pair, x)
+    x = accept(pair, x, guide=False)
     plan = AnnealingPlan("ais", temperatures, chains, leapfrog, start)
     plan.check(pair)
     tick = _counter(2 * temperatures * _chunks(len(x), chains), on_progress)
@@ -150,7 +150,7 @@ def bracket(
         >>> found.lower.kind, found.upper.kind
         ('lower_bound', 'upper_bound')
     """
-    x_like = accept(pair, x_like)
+    x_like = accept(pair, x_like, guide=False)
     plan = AnnealingPlan("bracket", temperatures, chains, leapfrog, start)
     plan.check(pair)
     if rows < 1:

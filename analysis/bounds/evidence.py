@@ -122,7 +122,7 @@ def prior_evidence(
         True
     """
     _check_samples(samples, "prior_evidence")
-    x = accept(pair, x)
+    x = accept(pair, x, guide=False)
     with quiet(pair, x, seed):
         given = _points(pair, x, "prior_evidence")
         require_likelihood(pair, "prior_evidence")

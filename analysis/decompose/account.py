@@ -18,8 +18,8 @@ from pvae.analysis.figures.estimate import Estimate, Kind, over_draws, over_whol
 from pvae.distributions.exponential import Members, Normals
 from pvae.distributions.exponential_codes import CertainCodes, Codes
 from pvae.distributions.exponential_product import product
-from pvae.pair.pair import Pair
 from pvae.pair.dependencies import Dependencies
+from pvae.pair.pair import Pair
 from pvae.util import seeds
 
 GUIDE_ROWS = 512

@@ -16,14 +16,20 @@ from pvae.pair.densities import Unweighed
 from pvae.pair.layout import samples
 from pvae.pair.pair import Pair
 from pvae.pair.running import quiet as quiet_pair
+from pvae.pair.sides import require_bound
 from pvae.util import seeds
 
 
-def accept(pair: Pair, x: Any) -> Tensor:
+def accept(pair: Pair, x: Any, *, guide: bool = True) -> Tensor:
     """Return data as the tensor that the pair scores, `(n, *event)`; refuse pairs without a likelihood.
 
+    Arguments:
+        pair: the pair.
+        x: data `(n, *event)`.
+        guide: False for an analysis that does without the guide, whose latents may then be others than the model's.
+
     Raises:
-        DeclarationError: `pair` is no `pvae.Pair`.
+        DeclarationError: `pair` is no `pvae.Pair`, or the guide has latents that the model lacks.
         DataError: the pair has no likelihood, or rows do not fit it.
     """
     if not isinstance(pair, Pair):
@@ -35,6 +41,8 @@ def accept(pair: Pair, x: Any) -> Tensor:
             "it has no ELBO, no evidence and no codes. Compare its samples with data: pvae two-sample."
         )
     rows = pair.accept(x)
+    if guide:
+        require_bound(pair.structure.guide_only)
     pair.frame.require(rows)
     return rows
 
@@ -46,7 +54,7 @@ def quiet(pair: Pair, x: Tensor, seed: int) -> Iterator[None]:
     Weights that poutine.scale puts on the terms of a loss are not part of the ELBO that is analysed. Relaxed latents
     are replaced by the discrete codes they stand for.
     """
-    with quiet_pair(pair, x), Unweighed(), Discretised():
+    with quiet_pair(pair, x), Unweighed(), Discretised(pair.relaxed):
         seeds.set_noise(seeds.mix(seed, seeds.ANALYSIS), x.device)
         yield
 

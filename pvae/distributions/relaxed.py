@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from typing import Any, ClassVar, Literal
 
 import pyro.distributions as dist
@@ -10,6 +11,7 @@ import torch
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import constraints
+from torch.distributions.relaxed_categorical import ExpRelaxedCategorical
 
 from pvae.distributions.codes import Certain, Conditional, code_grid, conditional_logits
 from pvae.distributions.exponential_codes import IMPOSSIBLE
@@ -158,24 +160,81 @@ def categorical_kl(q: RelaxedCodes, p: Any, value: Tensor) -> Tensor:
 
 
 class Discretised(Messenger):
-    """Pyro handler that replaces every relaxed site by the discrete codes of the same logits."""
+    """Pyro handler that replaces every relaxed site by the discrete codes of the same logits.
+
+    Arguments:
+        names: names of the sites to replace; None for all that have a discrete counterpart.
+    """
+
+    def __init__(self, names: Collection[str] | None = None) -> None:
+        super().__init__()
+        self.names = names
 
     def _pyro_sample(self, msg: Any) -> None:
-        msg["fn"] = twin(msg["fn"])
+        if self.names is None or msg["name"] in self.names:
+            msg["fn"] = twin(msg["fn"])
+
+
+class LogOneHot(dist.TorchDistribution):
+    """Categorical code as the logarithm of a one-hot vector: 0 at the code, -1e30 elsewhere; `ExpRelaxed`'s counterpart.
+
+    Arguments:
+        codes: a `OneHotCategorical`.
+    """
+
+    arg_constraints: ClassVar[dict[str, Any]] = {}
+    has_enumerate_support = True
+
+    def __init__(self, codes: torch.distributions.OneHotCategorical) -> None:
+        self.codes = codes
+        super().__init__(codes.batch_shape, codes.event_shape, validate_args=False)
+
+    @property
+    def logits(self) -> Tensor:
+        """Log probabilities of the codes, `(..., K)`."""
+        return self.codes.logits
+
+    @constraints.dependent_property(is_discrete=True, event_dim=1)
+    def support(self) -> constraints.Constraint:
+        """Support: logarithms of one-hot vectors."""
+        return log_simplex
+
+    def expand(self, batch_shape: Size, _instance: Any = None) -> LogOneHot:
+        """Return this distribution expanded to `batch_shape`."""
+        return LogOneHot(self.codes.expand(torch.Size(batch_shape)))
+
+    def sample(self, sample_shape: Size = torch.Size()) -> Tensor:
+        """Return samples, `sample_shape + (..., K)`."""
+        return torch.where(self.codes.sample(torch.Size(sample_shape)) > 0, 0.0, IMPOSSIBLE)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Return the log probability of the code of each value, nats, `(...)`."""
+        return (value.exp() * self.codes.logits).sum(-1)
+
+    def enumerate_support(self, expand: bool = True) -> Tensor:
+        """Return the logarithms of all one-hot vectors, one for each code."""
+        return torch.where(self.codes.enumerate_support(expand) > 0, 0.0, IMPOSSIBLE)
 
 
 def twin(fn: Any) -> Any:
-    """Return the discrete counterpart of a relaxed distribution; any other distribution unchanged."""
+    """Return the discrete counterpart of a relaxed distribution, Pyro's own or declared; any other one unchanged."""
     base = fn
     while isinstance(base, dist.ExpandedDistribution):
         base = base.base_dist
     if isinstance(base, Relaxing) or (isinstance(base, RelaxedCodes) and base.has_twin):
         return base.discrete()
+    if isinstance(base, torch.distributions.Independent):
+        inner = twin(base.base_dist)
+        return fn if inner is base.base_dist else dist.Independent(inner, base.reinterpreted_batch_ndims)
+    if isinstance(base, torch.distributions.RelaxedOneHotCategorical):
+        return dist.OneHotCategorical(logits=base.logits).expand(fn.batch_shape)
+    if isinstance(base, torch.distributions.RelaxedBernoulli):
+        return dist.Bernoulli(logits=base.logits).expand(fn.batch_shape)
+    if isinstance(base, ExpRelaxedCategorical):
+        return LogOneHot(dist.OneHotCategorical(logits=base.logits).expand(fn.batch_shape))
     return fn
 
 
 def is_relaxed(fn: Any) -> bool:
-    """Return whether a distribution is over relaxed codes that have a discrete counterpart."""
-    while isinstance(fn, dist.ExpandedDistribution):
-        fn = fn.base_dist
-    return isinstance(fn, RelaxedCodes) and fn.has_twin
+    """Return whether a distribution is over relaxed codes or bits that have a discrete counterpart."""
+    return not isinstance(fn, Relaxing) and twin(fn) is not fn

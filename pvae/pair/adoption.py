@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pyro
@@ -18,7 +19,7 @@ from pvae.errors import DeclarationError
 from pvae.pair.layout import Layout, plates_of, read_layout
 from pvae.pair.reach import modules_within
 from pvae.pair.running import evaluating, run, trace_of, whole_plates
-from pvae.pair.sides import require_same_latents
+from pvae.pair.sides import guide_only, require_bound
 from pvae.pair.structure import Structure, read_structure
 from pvae.pair.unpacking import Unpacked, read_unpacked, unpack
 
@@ -43,8 +44,7 @@ def adopted(pair: Pair, x: Tensor, own: Store) -> Structure:
         own: the param store of the pair, to which the parameters created by the programs are added.
 
     Raises:
-        DeclarationError: nothing is observed inside a data plate, the guide has latents that the model lacks, or a
-            program fails.
+        DeclarationError: nothing is observed inside a data plate, or a program fails.
     """
     lazy = any(isinstance(part, AutoGuide | EasyGuide) for part in modules_within([pair.guide]))
     few = min(len(x), ROWS_AT_FIRST)
@@ -63,10 +63,11 @@ def adopted(pair: Pair, x: Tensor, own: Store) -> Structure:
             layout, fixed, unpacked = _layout(pair, traces, rows)
             if not fixed or count == counts[-1]:
                 break
-    require_same_latents(*traces, unpacked)
+    alone = tuple(guide_only(*traces, unpacked))
     _take_parameters(pair, traces, store, own)
     traces = (unpack(traces[0], unpacked), traces[1])
-    return read_structure(*traces, layout, tuple(x.shape[1:]), count, rows=count if fixed else None, unpacked=unpacked)
+    found = read_structure(*traces, layout, tuple(x.shape[1:]), count, unpacked)
+    return replace(found, rows=count if fixed else None, guide_only=alone, integers=not x.is_floating_point())
 
 
 def _layout(pair: Pair, traces: tuple[Trace, Trace], rows: Tensor) -> tuple[Layout, bool, Unpacked]:
@@ -77,7 +78,7 @@ def _layout(pair: Pair, traces: tuple[Trace, Trace], rows: Tensor) -> tuple[Layo
     try:
         follows &= plates_of(trace_of(pair, pair.model, more), count + 2)
         if not pair.declared:
-            trace_of(pair, copy.deepcopy(pair.guide), more)  # an EasyGuide that fails here keeps open plates
+            trace_of(pair, deep_copied(pair.guide), more)  # an EasyGuide that fails here keeps open plates
     except Exception as error:  # whatever a program raises on other rows means that these are its rows
         if pair.declared:
             raise
@@ -93,21 +94,32 @@ def read_again(known: Structure, guide: Trace, model: Trace, count: int) -> Stru
     Raises:
         DeclarationError: the guide has latents that the model lacks, or x is not observed in the known data plate.
     """
-    require_same_latents(guide, model, known.unpacked)
+    require_bound(guide_only(guide, model, known.unpacked))
     layout = read_layout(guide, model, count, known.layout.plates)
-    return read_structure(guide, model, layout, known.event, count, rows=known.rows, unpacked=known.unpacked)
+    return read_structure(guide, model, layout, known.event, count, known.unpacked)
 
 
-def copied(pair: Pair) -> Pair:
-    """Return a pair of copies of the programs and of the Modules and objects that they are bound to.
+def copied(pair: Pair) -> tuple[Pair, Store]:
+    """Return a pair of copies of the programs, of what they are bound to, and of Pyro's global param store.
 
     Closures and globals of functions are shared. Programs that cannot be copied are used as they are.
     """
+    (model, guide), store = deep_copied(((pair.model, pair.guide), current_store()))
+    return type(pair)(model=model, guide=guide), store
+
+
+def deep_copied(thing: Any) -> Any:
+    """Return a deep copy of programs, with AutoGuides whole; what cannot be copied is returned as it is."""
+    known: dict[int, Any] = {}
     try:
-        model, guide = copy.deepcopy((pair.model, pair.guide))
+        made = copy.deepcopy(thing, known)
     except Exception:  # a lock, a generator or a tensor with a history inside an object
-        model, guide = pair.model, pair.guide
-    return type(pair)(model=model, guide=guide)
+        return thing
+    for module in modules_within([thing]):
+        for part in module.modules():
+            if isinstance(part, AutoGuide) and part._model and id(part) in known:  # its copy forgets the model
+                known[id(part)]._model = tuple(known.get(id(model), model) for model in part._model)
+    return made
 
 
 def current_store() -> Any:

@@ -13,7 +13,7 @@ from torch import Tensor
 from pvae.errors import DeclarationError
 from pvae.pair.adoption import current_store
 from pvae.pair.densities import sum_over
-from pvae.pair.failures import ProgramError
+from pvae.pair.failures import ProgramError, explained
 from pvae.pair.layout import plates_around, samples
 from pvae.pair.running import evaluating, run, whole_plates
 from pvae.pair.sides import Problem, differing_sites
@@ -38,6 +38,8 @@ def problems_of(pair: Pair, x: Tensor) -> list[Problem]:
         return [Problem(error.site, error.said)]
     except DeclarationError as error:
         return [Problem(*_split(text)) for text in error.problems]
+    except (ValueError, RuntimeError, TypeError, IndexError) as error:  # of a density, say at data outside its support
+        return [explained(error, "pair", x)]
     return list(dict.fromkeys(problems))
 
 

@@ -181,7 +181,7 @@ def code_usage(pair: Pair, x: Tensor | Streamed, seed: int = 0) -> dict[str, flo
         return {}
     # With several latents, one may depend on the sample of another.
     undrawn = Undrawn(pair.layout.latents if len(pair.layout.latents) == 1 else ())
-    with quiet(pair, first), Discretised(), undrawn:
+    with quiet(pair, first), Discretised(pair.relaxed), undrawn:
         seeds.set_noise(seeds.mix(seed, seeds.VALIDATION), first.device)
         step = pair.structure.rows_at_once()
         for start in range(0, len(x), step):

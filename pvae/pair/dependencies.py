@@ -103,7 +103,7 @@ def read_dependencies(pair: Pair, x: Tensor) -> Dependencies:
     )
     latents = (*layout.latents, *structure.model_only)
     random = [name for name in layout.shared if name not in pair.structure.points]
-    with quiet(pair, x), Unweighed(), Discretised():
+    with quiet(pair, x), Unweighed(), Discretised(pair.relaxed):
         seeds.set_noise(seeds.mix(0, seeds.ANALYSIS), x.device)
         copies, traces = _copied(pair, rows, x, latents)
         guide, model = samples(unpack(traces[0], structure.unpacked)), samples(traces[1])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sysconfig
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +19,11 @@ from pvae.pair.sides import Problem
 
 PASSED_ON = (PvaeError, NonlocalExit, MemoryError, torch.OutOfMemoryError, OSError)
 """Exceptions that say nothing about the program that raised them."""
-HOUSES = tuple(str(Path(module.__file__ or "").parent) for module in (torch, pyro)) + (str(Path(__file__).parents[1]),)
+HOUSES = (
+    *(str(Path(module.__file__ or "").parent) for module in (torch, pyro)),
+    str(Path(__file__).parents[1]),
+    sysconfig.get_paths()["stdlib"],
+)
 """Folders of the libraries, whose lines are not the user's."""
 
 

@@ -16,7 +16,7 @@ from torch.distributions import Independent
 
 from pvae.component import Shape
 from pvae.distributions.codes import Certain
-from pvae.distributions.relaxed import is_relaxed
+from pvae.distributions.relaxed import is_relaxed, twin
 from pvae.errors import DeclarationError
 
 RECORDS = frozenset({"_deterministic", "_embedded"})
@@ -137,7 +137,7 @@ def read_layout(guide_trace: Trace, model_trace: Trace, count: int, follows: Col
         enumerated=tuple(enumerated),
         expected=tuple(name for name, node in unseen.items() if is_enumerable(node)),
         scored=tuple(name for name, node in unseen.items() if not is_enumerable(node) and needs_score(node["fn"])),
-        relaxed=tuple(name for name, node in unseen.items() if is_relaxed(node["fn"])),
+        relaxed=tuple(name for name, node in unseen.items() if is_relaxed(node["fn"]) and _has_twin(model.get(name))),
         factors=tuple(name for name in guide if name not in unseen),
     )
 
@@ -167,6 +167,11 @@ def _in_order(one: Sequence[str], other: Sequence[str]) -> tuple[str, ...]:
         if name not in merged:
             merged.insert(merged.index(other[i - 1]) + 1 if i else 0, name)
     return tuple(merged)
+
+
+def _has_twin(prior: Mapping[str, Any] | None) -> bool:
+    """Return whether the prior of a relaxed latent has a discrete counterpart as well."""
+    return prior is None or twin(prior["fn"]) is not prior["fn"]
 
 
 def _guide_plates(guide: Mapping[str, Any], model: Mapping[str, Any], data: CondIndepStackFrame) -> set[str]:

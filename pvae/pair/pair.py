@@ -19,11 +19,11 @@ from pvae.pair.adoption import Store, Watch, adopted, copied, read_again
 from pvae.pair.check import problems_of
 from pvae.pair.densities import sum_over
 from pvae.pair.dependencies import Dependencies, dependencies_without_asking, read_dependencies, weights_of
-from pvae.pair.failures import told
+from pvae.pair.failures import ProgramError, told
 from pvae.pair.layout import Layout
 from pvae.pair.particles import Way, way_of_particles, with_particles
 from pvae.pair.running import run, run_expected, trace_of
-from pvae.pair.sides import Problem
+from pvae.pair.sides import Problem, require_bound
 from pvae.pair.structure import Structure
 from pvae.pair.terms import Terms, expected_terms, terms_of
 from pvae.pair.unpacking import unpack
@@ -92,6 +92,11 @@ class Pair(nn.Module):
         """True for a pair built from a declaration, False for one of hand-written programs."""
         return isinstance(getattr(self.model, "frame", None), Frame)
 
+    @property
+    def relaxed(self) -> tuple[str, ...] | None:
+        """Relaxed latents that analyses replace by discrete codes; None for a declared pair, whose sites tell."""
+        return None if self.declared else self.layout.relaxed
+
     # ------------------------------------------------------------------ adoption
 
     def adopt(self, x: Tensor) -> Pair:
@@ -100,7 +105,7 @@ class Pair(nn.Module):
         The random state is restored; a second call does nothing.
 
         Raises:
-            DeclarationError: nothing is observed inside a data plate, or the guide has latents that the model lacks.
+            DeclarationError: nothing is observed inside a data plate.
         """
         if self._structure is None:
             self._structure = adopted(self, x, self._store)
@@ -131,6 +136,7 @@ class Pair(nn.Module):
         if parameter is not None:
             x = x.to(parameter) if self.declared or x.is_floating_point() else x.to(parameter.device)
         if x.dim() and len(x):
+            x = x if self.declared or x.is_floating_point() else self._integers(x, parameter)
             self.adopt(x)
             if not self.declared:
                 self._watch.follow(self._store)
@@ -145,6 +151,17 @@ class Pair(nn.Module):
                 f"x: expected the {self.structure.rows} rows that the parameters of the programs were made for (one "
                 f"for every row); got {len(x)}. Pass those rows, or amortise: let the guide compute them from x."
             )
+        return x
+
+    def _integers(self, x: Tensor, like: Tensor | None) -> Tensor:
+        """Return whole numbers as they are if the programs run on them, else as floating-point numbers."""
+        floats = x.to(torch.get_default_dtype() if like is None else like.dtype)
+        if self._structure is not None:
+            return x if self._structure.integers else floats
+        try:
+            self.adopt(x)
+        except ProgramError:
+            return floats
         return x
 
     def call(self, program: Callable[..., Any], x: Tensor) -> None:
@@ -267,6 +284,7 @@ class Pair(nn.Module):
             Terms, nats. Their combination `reconstruction - sum(kl)` is an unbiased estimate of the ELBO.
         """
         self.adopt(x)
+        require_bound(self.structure.guide_only)
         if particles > 1 and (way := self.way_of_particles(x)) != "plate":
             return with_particles(self, x, particles, way, closed_form=closed_form, rows=rows)
         count = particles if particles > 1 else 0
@@ -299,4 +317,6 @@ class Pair(nn.Module):
         x = torch.as_tensor(x)
         if self.declared or self._structure is not None:
             return problems_of(self, self.structure.few(x, 3) if self._structure else x[:3])
-        return problems_of(copied(self), x[:CHECKED_ROWS])
+        probe, store = copied(self)
+        with pyro.get_param_store().scope(store):
+            return problems_of(probe, x[:CHECKED_ROWS])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,13 +41,13 @@ def guide_only(guide_trace: Trace, model_trace: Trace, unpacked: Unpacked | None
     return [n for n in alone if n not in joint]
 
 
-def require_same_latents(guide_trace: Trace, model_trace: Trace, unpacked: Unpacked | None = None) -> None:
-    """Refuse a guide with latents that the model lacks: E[log p(x, z) - log q(z, a | x)] is then no bound on log p(x).
+def require_bound(alone: Collection[str]) -> None:
+    """Refuse a guide with latents `alone` that the model lacks: log p(x, z) - log q(z, a | x) bounds nothing.
 
     Raises:
         DeclarationError: the message names the sites.
     """
-    if alone := guide_only(guide_trace, model_trace, unpacked):
+    if alone:
         raise DeclarationError(
             f"{', '.join(alone)}: expected every latent of the guide in the model; got none of this name, so that "
             f"log p(x, z) - log q(z, a | x) exceeds the ELBO by the entropy of a and bounds nothing. Give the model a "

@@ -59,6 +59,10 @@ class Structure:
     """Names of all trace nodes of the guide, and of the model."""
     rows: int | None = None
     """Number of rows, where the programs run on this number only (parameters for every row); None for any number."""
+    integers: bool = False
+    """True if the programs run on whole numbers as they are."""
+    guide_only: tuple[str, ...] = ()
+    """Latents of the guide that the model lacks: the pair then has no ELBO."""
     moves: bool = False
     """True if batches were found to differ in their sites."""
     unpacked: Unpacked = field(default_factory=dict)
@@ -112,13 +116,12 @@ def read_structure(
     layout: Layout,
     event: Shape,
     count: int,
-    *,
-    rows: int | None = None,
-    unpacked: Unpacked | None = None,
+    unpacked: Unpacked,
 ) -> Structure:
     """Return the structure of a pair, read off one trace of each program on `count` rows and its layout."""
     guide, model = samples(guide_trace), samples(model_trace)
-    twins = {name: twin(guide[name]["fn"]) for name in (*layout.latents, *layout.shared)}
+    latents = {name: guide[name]["fn"] for name in (*layout.latents, *layout.shared)}
+    twins = {name: twin(fn) if name in layout.relaxed else fn for name, fn in latents.items()}
     hidden = {name: node for name, node in model.items() if name not in guide and not node["is_observed"]}
     summed = [(guide | model)[name]["fn"] for name in (*layout.expected, *layout.enumerated)]
     observed = [model[name] for name in layout.observed]
@@ -137,8 +140,7 @@ def read_structure(
         shapes={name: SiteShape.of(twins[name].shape(), twins[name], layout) for name in layout.latents},
         elements=_discrete_elements(observed, count),
         nodes=(frozenset(guide_trace.nodes), frozenset(model_trace.nodes)),
-        rows=rows,
-        unpacked=unpacked or {},
+        unpacked=unpacked,
     )
 
 

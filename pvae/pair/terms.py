@@ -80,6 +80,10 @@ def terms_of(
         if known is None:
             known = log_q - (0.0 if p is None else log_prob(p, layout, particles, size))
         kl[name] = known
+    for name in layout.factors:
+        if name in guide_trace.nodes and not guide_trace.nodes[name]["fn"].has_rsample:
+            log_q = log_prob(guide_trace.nodes[name], layout, particles, size)
+            scores[name] = Score(log_q, log_q, True, None, False, _no_average)
     return Terms(reconstruction, kl, penalties_of(guide_trace, layout, particles, size), scores)
 
 
@@ -182,7 +186,7 @@ def penalties_of(guide_trace: Trace, layout: Layout, particles: int, size: int) 
     """Return the penalties of a guide by name: those in `infer["penalties"]` of a site, and its observed sites.
 
     An observed site of the guide, such as `pyro.factor`, enters the loss of `Trace_ELBO` as log q, as here, but is no
-    part of a bound on log p(x).
+    part of a bound on log p(x). Without `has_rsample` its gradient is that of a score function, again as there.
     """
     out: dict[str, Tensor] = {}
     for name, node in guide_trace.nodes.items():
@@ -191,5 +195,6 @@ def penalties_of(guide_trace: Trace, layout: Layout, particles: int, size: int) 
             out |= {f"{name.removesuffix('/embedded')}/{what}": v for what, v in infer["penalties"].items()}
     for name in layout.factors:
         if name in guide_trace.nodes:
-            out[name] = log_prob(guide_trace.nodes[name], layout, particles, size)
+            value = log_prob(guide_trace.nodes[name], layout, particles, size)
+            out[name] = value if guide_trace.nodes[name]["fn"].has_rsample else value.detach()  # as in Trace_ELBO
     return out

@@ -50,28 +50,26 @@ def read_unpacked(guide_trace: Trace, model_trace: Trace) -> dict[str, Unpacking
     for name, node in guide.items():
         if name in auxiliary or name not in model or not is_point(node["fn"]):
             continue
-        transform = biject_to(model[name]["fn"].support)
         for other, source in auxiliary.items():
-            made = Unpacking(other, transform)
-            if _explains(made, source, node):
+            made = _explained(other, source, node, model[name]["fn"])
+            if made is not None:
                 found[name] = made
     used = [made.auxiliary for made in found.values()]
     return {name: made for name, made in found.items() if used.count(made.auxiliary) == 1}
 
 
-def _explains(made: Unpacking, source: Any, node: Any) -> bool:
-    """Return whether a Delta site holds the transform of an auxiliary site, with its Jacobian as density."""
+def _explained(name: str, source: Any, node: Any, prior: Any) -> Unpacking | None:
+    """Return the unpacking of an auxiliary site `name` into a Delta site; None unless value and density agree."""
     try:
-        if made.transform(source["value"]).shape != node["value"].shape:
-            return False
+        made = Unpacking(name, biject_to(prior.support))
+        if not torch.equal(made.transform(source["value"]), node["value"]):
+            return None
         one = _pushed(source["fn"], made).log_prob(node["value"])
         other = source["fn"].log_prob(source["value"]) + node["fn"].log_prob(node["value"])
-    except (ValueError, RuntimeError, NotImplementedError):
-        return False
-    close = (one - other).abs() <= TOLERANCE * (1 + other.abs())
-    return (
-        one.shape == other.shape and bool(close.all()) and torch.equal(made.transform(source["value"]), node["value"])
-    )
+        same = one.shape == other.shape and bool(((one - other).abs() <= TOLERANCE * (1 + other.abs())).all())
+    except Exception:  # a discrete support, or a transform of another shape
+        return None
+    return made if same else None
 
 
 def _pushed(fn: Any, made: Unpacking) -> Any:

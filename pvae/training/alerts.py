@@ -48,7 +48,7 @@ def alerts(plan: Plan, pair: Pair, x: Tensor, seed: int) -> list[str]:
     x = pair.accept(x[:ALERT_ROWS])
     with quiet(pair, x):
         seeds.set_noise(seeds.mix(seed, seeds.VALIDATION), x.device)
-        with Discretised():
+        with Discretised(pair.relaxed):
             terms = pair.terms(x, rows=len(x), expected=True)
         guide, model = (samples(trace) for trace in pair.traces(x))
     kl = {name: float(value.double().mean()) for name, value in terms.kl.items()}

@@ -35,7 +35,7 @@ def evaluate(pair: Pair, x: Tensor | Streamed, seed: int, rows: int | None = Non
         observed sites of a hand-written guide, which are no part of the ELBO.
     """
     with quiet(pair, x[:1]):
-        with Discretised():
+        with Discretised(pair.relaxed):
             row = _mean_terms(pair, x, seed, rows)
         if pair.layout.relaxed:
             row["relaxed_elbo"] = _mean_terms(pair, x, seed, rows)["elbo"]

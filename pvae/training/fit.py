@@ -87,7 +87,7 @@ def fit(
     dataset, plan = _dataset(plan, data, data_dir)
     if given_pair:
         if problems := given_pair.check(dataset.train.rows[:3]):
-            raise DeclarationError([f"pair: {problem}" for problem in problems])
+            raise DeclarationError([str(problem) for problem in problems])
         pair = given_pair.adopt(dataset.train.rows[:2])
     else:
         assert isinstance(plan, Experiment)  # noqa: S101 - narrows the type
@@ -149,6 +149,11 @@ def _require_fittable(plan: Plan, pair: Pair, data: Dataset, foreign: bool) -> N
     """
     rows, problems = data.train.rows[:3], plan.objective.misfits(pair, len(data.train))
     if foreign:
+        if not any(True for _ in pair.parameters()):
+            problems.append(
+                "pair: expected at least one parameter to learn; got none. Pass Modules, or use pyro.param or "
+                "pyro.module in the programs."
+            )
         problems += [f"{'.'.join(loc)}: expected {text}; got {found}." for loc, text, found in refused(plan)]
         wrong = {str(p.dtype) for p in pair.parameters() if p.is_floating_point() and p.dtype != rows.dtype}
         if wrong and plan.objective.dtype is None:

@@ -390,9 +390,9 @@ GUIDED = {
         dist.LogNormal(0 * ones(2), 1.0).to_event(1),
     ),
     "beta": (lambda x: dist.Beta(x.exp() * ones(2), ones(2)).to_event(1), dist.Beta(ones(2), ones(2)).to_event(1)),
-    "relaxed one-hot": (
-        lambda x: dist.RelaxedOneHotCategorical(torch.tensor(0.7).double(), logits=x * torch.arange(3.0).double()),
-        dist.RelaxedOneHotCategorical(torch.tensor(0.7).double(), logits=ones(3)),
+    "dirichlet": (
+        lambda x: dist.Dirichlet((x * torch.arange(3.0).double()).exp()),
+        dist.Dirichlet(ones(3)),
     ),
     "affine flow": (
         lambda x: dist.TransformedDistribution(

@@ -516,35 +516,36 @@ WRONG = {
     "no plate in the model": (
         {"plated": (False, True)},
         {
-            "x": r"expected a plate over the 3 rows of the batch; got batch shape \[3\] and no plate\. Write `with",
-            "z": "expected a plate over the 3 rows",
+            "x": r"expected a plate over the 5 rows of the batch; got batch shape \[5\] and no plate\. Write `with",
+            "z": "expected a plate over the 5 rows",
         },
     ),
     "no plate in the guide": (
         {"plated": (True, False)},
-        {"z": r"expected a plate over the 3 rows of the batch; got batch shape \[3\] and no plate"},
+        {"z": r"expected a plate over the 5 rows of the batch; got batch shape \[5\] and no plate"},
     ),
     "no plate anywhere": ({"plated": (False, False)}, {"z": "expected a plate", "x": "expected a plate"}),
     "no to_event, and Pyro raises": (
         {"event": 0, "width": 4},
-        {"z": r"expected batch size 3 at dim -1 inside plate 'data'; got 4\. .* write `\.to_event\(1\)`"},
+        {
+            "z": r"expected batch size 5 at dim -1 inside plate 'data'; got 4, at test_pair.py:.* write `\.to_event\(1\)`"
+        },
     ),
     "no to_event, and the size is the batch's": (
-        {"event": 0, "width": 3},
-        {"z": r"expected only plates among its batch dimensions; got \[3, 3\] where dim -2 is no plate\. .*to_event"},
+        {"event": 0, "width": 5},
+        {"z": r"expected only plates among its batch dimensions; got \[5, 5\] where dim -2 is no plate\. .*to_event"},
     ),
     "parameter without gradient": (
         {"extra": ("unused",)},
         {"free.idle": "expected a gradient of the ELBO; got none: the parameter is used by neither program"},
     ),
-    "nothing to learn": ({"learn": False}, {"pair": "expected at least one parameter to learn; got none"}),
 }
 
 
 def test_a_draw_without_rsample_is_scored_in_the_data_plate():
     pair = linear(family=lambda loc: dist.Poisson(loc.exp()))
     assert pair.check(data()) == []
-    assert pair.layout.scored == ("z",)
+    assert pair.adopt(data()).layout.scored == ("z",)
     assert set(pair.terms(data()).scores) == {"z"}
 
 
@@ -572,7 +573,6 @@ def test_check_finds_what_is_wrong_and_no_more(options, wanted):
 
 REFUSED = {
     "expected x to be observed inside a plate over the rows of a batch": {"plated": (False, False)},
-    r"expected at least one parameter to learn; got none\. Pass Modules": {"learn": False},
 }
 
 
@@ -595,7 +595,7 @@ def test_check_puts_data_outside_the_support_in_words():
     (problem,) = Pair(model, guide).check(torch.full((5,), 0.3))
     assert "support" in problem.message
     assert "Bernoulli" in problem.message
-    assert len(problem.message) < 200
+    assert len(problem.message) < 300
 
 
 def test_analysis_says_what_to_pass_instead():
