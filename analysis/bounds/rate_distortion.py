@@ -146,7 +146,7 @@ def _row(name: str, s: Surgery) -> dict[str, Any]:
     shared_error = 0.0 if s.global_kl is None else s.global_kl.standard_error
     figures = (
         s.kl.value + shared, math.hypot(s.kl.standard_error, shared_error),
-        -s.reconstruction.value, s.reconstruction.standard_error, s.elbo.value, s.elbo.standard_error,
+        -s.reconstruction.value, s.reconstruction.standard_error, s.total.value, s.total.standard_error,
     )  # fmt: skip
     return dict(zip(RATE_COLUMNS, (name, *figures, s.n), strict=True))
 

@@ -19,6 +19,7 @@ from pvae.distributions.exponential import Members, Normals
 from pvae.distributions.exponential_codes import CertainCodes, Codes
 from pvae.distributions.exponential_product import product
 from pvae.pair.dependencies import Dependencies
+from pvae.errors import DeclarationError
 from pvae.pair.pair import Pair
 from pvae.util import seeds
 
@@ -111,11 +112,21 @@ class Account:
         seed: seed of the random choice of rows and components.
         components: number of rows, chosen at random, whose posteriors form q_agg; None for as many as time allows.
         memory: bytes that scoring q_agg may take.
+        by_row: latents whose prior differs from row to row.
     """
 
     def __init__(
-        self, pair: Pair, x: Tensor, first: Draw, found: Dependencies, seed: int, components: int | None, memory: int
+        self,
+        pair: Pair,
+        x: Tensor,
+        first: Draw,
+        found: Dependencies,
+        seed: int,
+        components: int | None,
+        memory: int,
+        by_row: frozenset[str] = frozenset(),
     ) -> None:
+        self.by_row = by_row
         self.pair, self.x, self.first = pair, x, first
         self.guide_roots, self.model_roots = found.guide_roots, found.model_roots
         self.seed, self.components, self.memory = seed, components, memory
@@ -125,13 +136,13 @@ class Account:
         self.reconstruction: list[Tensor] = []
         self.shared: list[dict[str, float]] = []
         alone = [(name,) for name in self.names if name in self.guide_roots]
-        groups = alone if alone == [self.names] else [*alone, self.names]
+        groups = alone if alone == [self.names] or not self.names else [*alone, self.names]
         self.scored = {group: made for group in groups if (made := self._scored(group)) is not None}
 
     def _scored(self, names: tuple[str, ...]) -> Scored | None:
         """Choose how a group of latents is scored under its aggregated posterior; None where that is not possible."""
         latents = [self.first.latents[name] for name in names]
-        if any(latent.point for latent in latents):
+        if any(latent.point or latent.partial for latent in latents):
             return None
         known = [latent.q for latent in latents if latent.q is not None]
         roots, in_guide = self.guide_roots.issuperset(names), {*self.pair.layout.latents}.issuperset(names)
@@ -163,18 +174,25 @@ class Account:
 
     def take(self, d: Draw) -> None:
         """Score one sample of the latents of all rows, and append its log densities."""
+        if d.latents.keys() != self.first.latents.keys():
+            raise DeclarationError(
+                f"surgery: expected the same latents in every sample ({', '.join(self.names)}); got "
+                f"{', '.join(d.latents)}. Let no sampled value decide which sites there are; mask them instead."
+            )
         self.reconstruction.append(d.reconstruction)
         self.shared.append(d.shared)
         for name, latent in d.latents.items():
             self.levels[name].take(latent)
             if name in self.guide_roots and latent.normal is not None and latent.value.shape[1] > 1:
-                self.levels[name].take_coordinates(latent, latent.normal, name in self.model_roots)
+                self.levels[name].take_coordinates(latent, latent.normal, name in self.model_roots - self.by_row)
         for names, scored in self.scored.items():
             scored.take(d, names)
 
     def kl(self, names: Collection[str]) -> Tensor:
         """Return log q - log p of a group of latents for every sample and row, `(samples, n)`, nats."""
         levels = [self.levels[name] for name in names]
+        if not levels:  # global latents only
+            return torch.zeros_like(torch.stack(self.reconstruction))
         return torch.stack([torch.stack(v.log_q) - torch.stack(v.log_p) for v in levels]).sum(0)
 
     @property
@@ -186,7 +204,7 @@ class Account:
     @property
     def nothing_drawn(self) -> bool:
         """True if all latents are summed over or determined by x: the reconstruction term is then exact as well."""
-        summed = not self.pair.layout.latents and self.names[0] in self.guide_roots and self.first.points
+        summed = not self.pair.layout.latents and self.guide_roots.issuperset(self.names) and self.first.points
         return summed or self.certain
 
     def kl_terms(self) -> Tensor:
@@ -215,7 +233,7 @@ class Account:
 
     def _made_joint(self, names: tuple[str, ...]) -> JointCodes | None:
         latents = [self.first.latents[name] for name in names]
-        if not self.guide_roots.issuperset(names):
+        if not names or not self.guide_roots.issuperset(names) or any(latent.partial for latent in latents):
             return None
         if all(latent.certain for latent in latents):
             q = product([latent.q for latent in latents if latent.q is not None])

@@ -38,6 +38,8 @@ def group_figures(account: Account, names: tuple[str, ...]) -> dict[str, Estimat
         out["mutual_information"] = exact_mean(joint.information)
         out["marginal_kl"] = exact_mean(joint.kl - joint.information)
         out["mutual_information_lower"] = out["marginal_kl_upper"] = None
+    if account.by_row.intersection(names):
+        out["marginal_kl"] = out["marginal_kl_upper"] = None
     return out
 
 
@@ -91,10 +93,10 @@ def _marginal(account: Account, kl: Tensor, mean_kl: float, information: Tensor,
 def latent_surgery(account: Account, name: str) -> LatentSurgery:
     """Return KL, mutual information, marginal KL, active units and code use of one latent."""
     latent, level, group = account.first.latents[name], account.levels[name], group_figures(account, (name,))
-    first, prior_first = name in account.guide_roots, name in account.model_roots
+    first, prior_first = name in account.guide_roots, name in account.model_roots - account.by_row
     kl_exact = None
     if len(level.closed) == len(level.log_q):
-        kl_exact = exact_mean(level.closed[0]) if first and prior_first else account.over(torch.stack(level.closed))
+        kl_exact = exact_mean(level.closed[0]) if first and name in account.model_roots else account.over(torch.stack(level.closed))
     per_dimension = torch.tensor(level.kl_per_dimension, dtype=torch.float64)
     counted = latent.tally if first else None
     pooled = None if counted is None or counted.bits else counted
@@ -122,7 +124,7 @@ def _dimensions(account: Account, name: str, information: Estimate | None) -> Di
     if level.aggregated:
         return _of_normals(level, scored)
     if latent.tally is not None and latent.tally.positions > 1:
-        log_prior = latent.tally.prior if name in account.model_roots else None
+        log_prior = latent.tally.prior if name in account.model_roots - account.by_row else None
         joint = None if _is_factorised(latent) else group_figures(account, (name,))["marginal_kl"]
         return _of_codes(latent.tally, log_prior, information, joint)
     return None

@@ -55,6 +55,8 @@ class LatentDraw:
     point: bool = False
     """True if the guide sets the latent to a point (Delta): `log_q` is then 0 or, in a flow, minus the log determinant
     of the map from x to z."""
+    partial: bool = False
+    """True if some rows lack this latent: the site is absent from their batch, or masked."""
     tally: Tally | None = None
     """Code probabilities and entropies of a discrete latent, summed over all rows, also where `q` is not kept; None for
     continuous latents."""
@@ -121,14 +123,23 @@ def draw_chunk(pair: Pair, x: Tensor, size: int = 0) -> Draw:
         reconstruction, latents = _summed(guide, model, layout, n, size)
     else:
         reconstruction = _observed(model, layout, size).expand(n)
-        latents = {name: _latent(guide[name], model.get(name), layout, n) for name in layout.latents}
-    shared = {name: _log_ratio(guide[name], model.get(name)) for name in layout.shared}
+        latents = {
+            name: _latent(guide[name], model.get(name), layout, n)
+            if name in guide
+            else _absent(pair.structure.shapes[name].numel, reconstruction)
+            for name in layout.latents
+        }
+    shared = {name: _log_ratio(guide[name], model.get(name)) for name in layout.shared if name in guide}
     return Draw(reconstruction, latents, shared, pair.structure.points.issuperset(layout.shared))
 
 
 def _observed(nodes: Sites, layout: Layout, size: int, known: Collection[str] = ()) -> Tensor:
     """Return log p(x | z) per row; sites outside the data plate are divided by `size`, sites in `known` left out."""
-    found = [log_prob(nodes[name], layout, 0, size).double() for name in layout.observed if name not in known]
+    found = [
+        log_prob(nodes[name], layout, 0, size).double()
+        for name in layout.observed
+        if name not in known and name in nodes
+    ]
     return sum_over(found) if found else torch.zeros((), dtype=torch.float64)  # a number: goes with any device
 
 
@@ -146,9 +157,21 @@ def _latent(q: Any, p: Any, layout: Layout, n: int) -> LatentDraw:
         normal=_normal(posterior),
         kl=None if p is None else -log_p if certain else _closed(q, p, posterior, prior, layout),
         point=is_point(q["fn"]),
+        partial=_masks_rows(q) or (p is not None and _masks_rows(p)),
         tally=tally(posterior, prior, grid_of(q), bits=isinstance(unwrapped(q["fn"]), Bernoulli)),
         prior=shared_prior(prior),
     )
+
+
+def _masks_rows(node: Any) -> bool:
+    """Return whether a mask hides a part of a site."""
+    return node["mask"] is not None and not bool(torch.as_tensor(node["mask"]).all())
+
+
+def _absent(numel: int, like: Tensor) -> LatentDraw:
+    """Return the draw of a latent that a batch lacks: its terms are 0."""
+    zero = torch.zeros_like(like)
+    return LatentDraw(zero[:, None].expand(-1, numel), zero, zero, None, None, None, zero, partial=True)
 
 
 def _members(node: Any, layout: Layout, n: int) -> Members | None:
@@ -252,10 +275,12 @@ def draw(pair: Pair, x: Tensor, chunk: int = ROWS_OF_A_BATCH) -> Draw:
             for latent in part.latents.values():
                 _drop_large(latent, len(x))
             parts.append(part)
-            if start:
-                for name, latent in part.latents.items():
-                    _fold(parts[0].latents[name], latent)
-    latents = {name: _joined([p.latents[name] for p in parts]) for name in parts[0].latents}
+            for name, latent in part.latents.items() if start else ():
+                for early in [p for p in parts if name not in p.latents]:  # this batch is the first to have it
+                    early.latents[name] = _absent(pair.structure.shapes[name].numel, early.reconstruction)
+                _fold(parts[0].latents[name], latent)
+        names = [name for name in (pair.layout.latents or parts[0].latents) if name in parts[0].latents]
+    latents = {name: _joined([p.latents[name] for p in parts]) for name in names}
     return Draw(torch.cat([p.reconstruction for p in parts]), latents, parts[0].shared, parts[0].points)
 
 
@@ -284,10 +309,12 @@ def _joined(parts: list[LatentDraw]) -> LatentDraw:
     out: dict[str, Any] = {}
     for f in fields(LatentDraw):
         column = [getattr(part, f.name) for part in parts]
-        if column[0] is None or f.name == "normal":
-            out[f.name] = None
+        if f.name == "partial":
+            out[f.name] = any(column)
         elif f.name in ("point", "tally", "prior"):
             out[f.name] = column[0]
+        elif any(part is None for part in column) or f.name == "normal":
+            out[f.name] = None
         elif isinstance(column[0], Members):
             out[f.name] = column[0].joined(column[1:])
         else:

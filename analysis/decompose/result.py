@@ -110,9 +110,13 @@ class Surgery(Figures):
     train_gain: Estimate | None
     """Mean of log q_agg(z) - log p(z) with the q_agg of other (training) rows: the ELBO gain on these data if that
     q_agg replaced the prior."""
-    elbo: Estimate
+    elbo: Estimate | None
+    """Mean ELBO, a lower bound on log p(x); None where the guide sets a continuous latent to a point (`log_joint`)."""
     log_n: Estimate
     latents: dict[str, LatentSurgery]
+    log_joint: Estimate | None = None
+    """The same combination where the guide sets a continuous latent to a point (Delta), as in an autoencoder or a MAP
+    estimate: the log joint density at the point, which bounds nothing. None elsewhere."""
     classes: dict[int, ClassSurgery] = field(default_factory=dict)
     """Terms of the decomposition by class label; empty without labels."""
     shared: dict[str, float] = field(default_factory=dict)
@@ -132,11 +136,23 @@ class Surgery(Figures):
     @property
     def bits_per_dimension(self) -> Estimate | None:
         """Bits per dimension, -elbo / (elements log 2), at least -log2 P(x) / elements; None for continuous data."""
-        if self.elements is None:
+        if self.elements is None or self.elbo is None:
             return None
         bits, e = self.elements * math.log(2), self.elbo
         data_error = None if e.data_error is None else e.data_error / bits
         return Estimate(-e.value / bits, e.standard_error / bits, e.kind, data_error, e.note)
+
+    @property
+    def total(self) -> Estimate:
+        """Return reconstruction - kl - global_kl: the ELBO, or `log_joint` where the guide has points."""
+        found = self.log_joint if self.elbo is None else self.elbo
+        assert found is not None  # noqa: S101 - a surgery has one of them
+        return found
+
+    @property
+    def total_name(self) -> str:
+        """Name of `total`: "ELBO" or "log joint"."""
+        return "log joint" if self.elbo is None else "ELBO"
 
     @property
     def title(self) -> str:
@@ -145,6 +161,7 @@ class Surgery(Figures):
     def rows(self) -> Iterator[Row]:
         rest = " - global_kl" if self.shared else ""
         yield "elbo", self.elbo, f"reconstruction - kl{rest}, a lower bound of log p(x)"
+        yield "log_joint", self.log_joint, f"reconstruction - kl{rest}: log p(x, z) at a point, which bounds nothing"
         yield "relaxed_elbo", self.relaxed_elbo, "of the relaxed codes, as trained: no bound of log p(x)"
         yield "bits_per_dimension", self.bits_per_dimension, "-elbo / (elements of x * log 2): bits, not nats"
         yield "reconstruction", self.reconstruction, "E_q log p(x | z)"

@@ -14,6 +14,7 @@ from pvae.analysis.decompose.by_covariate import by_group
 from pvae.analysis.decompose.entry import accept, quiet
 from pvae.analysis.decompose.posterior_draws import Draw, draw
 from pvae.analysis.decompose.result import Surgery
+from pvae.analysis.decompose.row_priors import priors_by_row
 from pvae.analysis.decompose.surgery_figures import close
 from pvae.data import Dataset
 from pvae.errors import DataError
@@ -68,6 +69,10 @@ def surgery(
     For a model conditioned on covariates y, every group of rows with the same y has a surgery of its own, and the terms
     are their means: I_q[x, z | y], E_y KL(q_agg(z|y) || p(z|y)) and the mean of the groups' log n.
 
+    A latent whose prior differs from row to row (a conditional model written by hand) has no one marginal KL, a latent
+    that is absent or masked in some rows no mutual information: these are None, and `notes` says why. Where the guide
+    sets a continuous latent to a point (Delta), `log_joint` takes the place of `elbo`.
+
     Warning: with samples=1 a standard error cannot separate Monte Carlo noise from spread over the data; it then
     contains both, and the note says "conservative".
 
@@ -104,8 +109,6 @@ def surgery(
         raise DataError(f"surgery: expected at least one draw; got samples={samples}.")
     x = accept(pair, x)
     train = None if train is None else accept(pair, train)
-    if not pair.layout.latents and not pair.layout.enumerated:
-        raise DataError(f"surgery: expected latents of single data; got only global {', '.join(pair.layout.shared)}.")
     y = _labels(labels, x)
     pooled = by_group(
         pair, x, _labels(labels, x), train,
@@ -119,7 +122,7 @@ def surgery(
     found = pair.dependencies(x)
     with quiet(pair, x, seed):
         first = draw(pair, x)
-        account = Account(pair, x, first, found, seed, components, memory)
+        account = Account(pair, x, first, found, seed, components, memory, priors_by_row(pair, x))
         for done in range(1, samples + 1):
             account.take(_honest(first if done == 1 or account.certain else draw(pair, x), found.bottom_up))
             on_progress(done, samples)

@@ -28,6 +28,8 @@ def close(account: Account, y: Tensor | None, train: Tensor | None) -> Surgery:
     latents = {name: latent_surgery(account, name) for name in account.names}
     closed = [latent.kl_exact for latent in latents.values()]
     reconstruction = _reconstruction(account)
+    total = _elbo(account, reconstruction, whole["kl"])
+    points = account.pair.structure.estimated
     return Surgery(
         n=len(account.x),
         samples=len(account.reconstruction),
@@ -36,7 +38,8 @@ def close(account: Account, y: Tensor | None, train: Tensor | None) -> Surgery:
         kl_exact=_total([c for c in closed if c is not None]) if closed and None not in closed else None,
         label_information=None if y is None else _label_information(account, y),
         train_gain=None if train is None else _train_gain(account, train),
-        elbo=_elbo(account, reconstruction, whole["kl"]),
+        elbo=None if points else total,
+        log_joint=total if points else None,
         log_n=exact(math.log(len(account.x))),
         latents=latents,
         classes={} if y is None else _classes(account, y),
@@ -93,7 +96,9 @@ def _classes(account: Account, y: Tensor) -> dict[int, ClassSurgery]:
             reconstruction=over_draws(reconstruction[:, mine]),
             kl=over_draws(kl[:, mine]),
             mutual_information=None if information is None else over_draws(information),
-            marginal_kl=None if information is None else over_draws(kl[: len(information), mine] - information),
+            marginal_kl=None
+            if information is None or account.by_row
+            else over_draws(kl[: len(information), mine] - information),
         )
     return out
 
@@ -124,7 +129,7 @@ def _train_gain(account: Account, train: Tensor) -> Estimate | None:
     None where q_agg cannot be scored.
     """
     scored = account.scored.get(account.names)
-    if scored is None or not {*account.pair.layout.latents}.issuperset(account.names):
+    if account.by_row or scored is None or not {*account.pair.layout.latents}.issuperset(account.names):
         return None
     mixture = account.mixture_of(train, account.names, guide_components(scored.rows) if scored.once else None)
     log_p = torch.stack([account.levels[name].log_p[0] for name in account.names]).sum(0)
@@ -137,6 +142,17 @@ def _train_gain(account: Account, train: Tensor) -> Estimate | None:
 def _notes(account: Account) -> list[str]:
     """Return remarks on subsets of samples and components, on rounding errors and on deterministic codes."""
     notes = []
+    if estimated := account.pair.structure.estimated:
+        notes.append(f"{', '.join(estimated)}: set to a point, so that the total is a log joint density, no ELBO")
+    if varying := account.by_row:
+        notes.append(
+            f"{', '.join(sorted(varying))}: the prior differs from row to row, so that there is no one KL(q_agg || p)"
+        )
+    if parts := [name for name in account.names if account.first.latents[name].partial]:
+        notes.append(
+            f"{', '.join(parts)}: absent or masked in some rows, whose latents are of other sizes: no mutual "
+            f"information and no marginal KL"
+        )
     scored, n = account.scored.get(account.names), len(account.x)
     if scored is not None and (len(scored.rows) < n or scored.once):
         levels = f" over {len(account.names)} levels" if len(account.names) > 1 else ""

@@ -39,7 +39,7 @@ def row_of(run: Run, first: Run | None, rows: int, *, samples: bool) -> dict[str
         row[f"{name}_bits_per_dim"] = None if bits is None else bits.value
         if name == "test":
             row |= {f"test_kl_{latent}": level.kl.value for latent, level in found.latents.items()}
-            row["test_error"] = found.elbo.standard_error
+            row["test_error"] = found.total.standard_error
     if first is not None:
         before = surgery(first.pair, chosen["test"])
         bits = before.bits_per_dimension

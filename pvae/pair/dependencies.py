@@ -84,7 +84,7 @@ def dependencies_without_asking(structure: Structure) -> Dependencies | None:
     if layout.enumerated and not layout.latents:  # the joint posterior is computed by Bayes' rule
         joint = "+".join(layout.enumerated)
         return Dependencies({joint: random}, {joint: random})
-    if len(layout.latents) + len(random) > 1:
+    if layout.latents and len(layout.latents) + len(random) > 1:
         return None
     alone: dict[str, frozenset[str]] = dict.fromkeys(layout.latents, frozenset())
     return Dependencies(alone, {name: read for name, read in alone.items() if name in structure.model_sites})

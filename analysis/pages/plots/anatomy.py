@@ -30,11 +30,11 @@ def inference_steps(surgery: Surgery, evidence: Evidence | None) -> list[Waterfa
     """Return the steps from the bound on log p(x) down to the ELBO; empty without a gain from importance sampling."""
     if evidence is None or not math.isfinite(evidence.gap) or evidence.gap < 1e-6:
         return []
-    elbo = surgery.elbo.value
+    elbo = surgery.total.value
     return [
         WaterfallStep("log p(x), from below", elbo + evidence.gap, True),
         WaterfallStep("− KL(q(z | x) || p(z | x))", evidence.gap, colour=RED),
-        WaterfallStep("ELBO", elbo, True),
+        WaterfallStep(surgery.total_name, elbo, True),
     ]
 
 
@@ -44,7 +44,7 @@ def waterfall_steps(surgery: Surgery, above: Sequence[WaterfallStep] = ()) -> li
     The steps `above`, if any, form the first panel.
     """
     start = WaterfallStep("reconstruction", surgery.reconstruction.value, True)
-    end = WaterfallStep("ELBO", surgery.elbo.value, True)
+    end = WaterfallStep(surgery.total_name, surgery.total.value, True)
     by_latent = [
         WaterfallStep(f"− KL of {name}", z.kl.value, colour=SERIES[i % len(SERIES)])
         for i, (name, z) in enumerate(surgery.latents.items())

@@ -31,7 +31,7 @@ def section(exam: Examination) -> PageSection | None:
         return None
     bound, blocks = exam.evidence, []
     said = [*_on_elbo(exam), *_on_evidence(exam, bound)]
-    tiles = [Tile("ELBO", nats(exam.held.elbo), f"nats per datum, {exam.split}")]
+    tiles = [Tile(exam.held.total_name, nats(exam.held.total), f"nats per datum, {exam.split}")]
     if bound is not None:
         tiles.append(Tile("log p(x) − ELBO", nats(bound.gap), f"nats or more, {bound.n} rows"))
         blocks += _of_bound(exam, bound)
@@ -86,7 +86,7 @@ def _gaps(exam: Examination) -> Gap | None:
 def _on_elbo(exam: Examination) -> list[Sentence]:
     s = exam.held
     said = [
-        f"The {exam.split} ELBO is {nats(s.elbo)} nats per datum ({exam.rows[exam.split].note}).",
+        f"The {exam.split} {s.total_name} is {nats(s.total)} nats per datum ({exam.rows[exam.split].note}).",
         f"Its reconstruction term is {nats(s.reconstruction)} nats"
         + (f", its KL term {nats(s.kl)} nats per datum." if abs(s.kl.value) >= SHOWN_NATS else " per datum."),
     ]
@@ -133,7 +133,7 @@ def richer(exam: Examination) -> str:
 
 
 def _on_overfitting(exam: Examination, difference: float) -> Sentence:
-    errors = [exam.surgeries[split].elbo.data_error for split in ("train", exam.split)]
+    errors = [exam.surgeries[split].total.data_error for split in ("train", exam.split)]
     known = [error for error in errors if error is not None and math.isfinite(error)]
     error = math.hypot(*known) if len(known) == len(errors) else math.nan
     spread = f", ± {nats(error)} from the choice of rows" if math.isfinite(error) else ""

@@ -1,0 +1,57 @@
+"""Priors that differ from row to row, as in a conditional model written by hand, found on all rows of the data."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pvae.analysis.decompose.entry import same_globals
+from pvae.pair.layout import Layout, samples
+from pvae.pair.pair import Pair
+
+SAME = 1e-4
+"""Largest difference between rows, relative to 1 + size, of the log prior density of one value."""
+
+
+def priors_by_row(pair: Pair, x: Tensor) -> frozenset[str]:
+    """Return the latents whose prior p(z | parents) differs between rows where all latents have the same values.
+
+    Their aggregated posterior has no one prior to be compared with. The model is run on all rows, with the latents of
+    every row set to those of the first; call it in `quiet`. Empty for a declared pair, whose covariates are known.
+    """
+    if pair.declared or not pair.layout.latents or pair.layout.enumerated:
+        return frozenset()
+    found: set[str] = set()
+    with same_globals(pair, x):
+        few = pair.structure.few(x)
+        guide, model = (samples(trace) for trace in pair.traces(few))
+        nodes = {n: node for n, node in {**model, **guide}.items() if pair.layout.holds(node) and not node["is_observed"]}
+        first: dict[str, Tensor] = {}
+        for part in x.split(pair.structure.rows_at_once()):
+            values = {name: _first_row(node, pair.layout, len(part)) for name, node in nodes.items()}
+            sites = samples(pair.model_trace(part, values))
+            for name in values.keys() & sites.keys():
+                scores = _by_row(sites[name], pair.layout, len(part))
+                one = first.setdefault(name, scores[:1])
+                if one.shape[1:] != scores.shape[1:] or bool(((scores - one).abs() > SAME * (1 + one.abs())).any()):
+                    found.add(name)
+    return frozenset(found)
+
+
+def _first_row(node: Any, layout: Layout, rows: int) -> Tensor:
+    """Return the value of a site in the first row, repeated for a number of rows."""
+    value = node["value"]
+    axis = value.dim() - len(node["fn"].event_shape) + layout.dim
+    shape = [*value.shape]
+    shape[axis] = rows
+    return value.narrow(axis, 0, 1).expand(shape)
+
+
+def _by_row(node: Any, layout: Layout, rows: int) -> Tensor:
+    """Return the unmasked log density of a site by row, `(rows, other plates)`, float64."""
+    score = node["fn"].log_prob(node["value"]).double()
+    if score.dim() < -layout.dim:
+        return score.reshape(1, -1)
+    return torch.nan_to_num(score.movedim(layout.dim, 0).flatten(1) if score.dim() > 1 else score[:, None])
