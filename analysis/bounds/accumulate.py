@@ -186,10 +186,15 @@ class Accumulator:
         return Accumulated(self.sizes, bounds.cpu(), torch.stack(errors).cpu(), 1 / inverse_ess.cpu(), khat.cpu())
 
 
-def accumulate_weights(x: Tensor, samples: int, draw: WeightSampler, on_progress: Progress) -> Accumulated:
-    """Sample and accumulate the importance weights of all data, in chunks of rows and blocks of samples."""
-    block = block_size(x)
-    rows = max(1, min(len(x), block, BLOCKS_PER_SUM * block // samples))
+def accumulate_weights(
+    x: Tensor, samples: int, draw: WeightSampler, on_progress: Progress, *, together: bool = False
+) -> Accumulated:
+    """Sample and accumulate the importance weights of all data, in chunks of rows and blocks of samples.
+
+    With `together` all rows are one chunk, for programs that run on all rows only.
+    """
+    block = max(block_size(x), len(x)) if together else block_size(x)
+    rows = len(x) if together else max(1, min(len(x), block, BLOCKS_PER_SUM * block // samples))
     parts = []
     for start in range(0, len(x), rows):
         chunk = x[start : start + rows]
@@ -199,7 +204,7 @@ def accumulate_weights(x: Tensor, samples: int, draw: WeightSampler, on_progress
 
 
 def _of_chunk(x: Tensor, samples: int, most: int, draw: WeightSampler) -> Accumulated:
-    accumulator = Accumulator(samples, torch.finfo(x.dtype).eps if x.is_floating_point() else 0.0)
+    accumulator = Accumulator(samples, torch.finfo(x.dtype if x.is_floating_point() else torch.float32).eps)
     counts = _even_parts(samples, most)
     for start in range(0, len(counts), BLOCKS_PER_SUM):
         blocks = [draw(x, count).reshape(count, len(x)) for count in counts[start : start + BLOCKS_PER_SUM]]

@@ -82,7 +82,9 @@ def ais(
     tick = _counter(2 * temperatures * _chunks(len(x), chains), on_progress)
     with quiet(pair, x, seed):
         require_likelihood(pair, "ais")
-        parts = [_lower(Target(pair, rows, plan), plan, tick)[:2] for rows in x.split(_rows(chains))]
+        parts = [
+            _lower(Target(pair, rows, plan), plan, tick)[:2] for rows in x.split(pair.structure.rows or _rows(chains))
+        ]
     log_weights, acceptance = (torch.cat(column, -1).cpu() for column in zip(*parts, strict=True))
     log_p, inverse = log_mean(log_weights), inverse_ess(log_weights)
     return Annealed(

@@ -5,20 +5,22 @@ from __future__ import annotations
 from contextlib import nullcontext
 
 import pyro
+import torch
 from torch import Tensor
 
 from pvae.analysis.bounds.accumulate import accumulate_weights
 from pvae.analysis.bounds.lower_bounds import Evidence, PriorEvidence
 from pvae.analysis.bounds.weights import log_weights, one_by_one, side_by_side
 from pvae.analysis.decompose.codes import log_evidence
-from pvae.analysis.decompose.entry import accept, quiet, require_likelihood
-from pvae.analysis.figures.estimate import exact_mean
+from pvae.analysis.decompose.entry import accept, quiet, require_likelihood, same_globals
+from pvae.analysis.figures.estimate import exact_mean, scaled
 from pvae.errors import DataError
-from pvae.pair.densities import log_prob, sum_over
+from pvae.pair.densities import full_size, log_prob, sum_over
 from pvae.pair.layout import is_point
 from pvae.pair.layout import samples as sample_sites
 from pvae.pair.pair import Pair
 from pvae.pair.running import PARTICLES
+from pvae.pair.terms import Terms
 from pvae.util.progress import Progress, silent
 
 
@@ -36,7 +38,10 @@ def evidence(pair: Pair, x: Tensor, samples: int = 5000, seed: int = 0, *, on_pr
     sqrt(sum w^2 / (sum w)^2 - 1/K).
 
     Global latents that the guide sets to points (Delta) are taken as given: the bound is on log p(x | points) and
-    does not include their KL.
+    does not include their KL. Global latents that it samples make all rows depend on each other: every weight is then
+    that of the whole data set, log w_k = log p(g_k) - log q(g_k) + sum_i log p(x_i, z_ik | g_k) - log q(z_ik | x_i, g_k),
+    and the bounds are those on log p(x_1, ..., x_n), divided by n; `log_p`, `ess` and `khat` have one entry, `joint` is
+    True.
 
     Warning: where the guide is narrower than the posterior the weights may have infinite variance, and the standard
     error is then too small; a low `ess` or a high `khat` indicates this.
@@ -57,7 +62,7 @@ def evidence(pair: Pair, x: Tensor, samples: int = 5000, seed: int = 0, *, on_pr
         `exact` is log p(x) where it is known. A datum that no sampled z explains has log p = -inf.
 
     Raises:
-        DataError: there are no rows or no samples, global latents are not points, or the posterior has no density.
+        DataError: there are no rows or no samples, or the posterior has no density.
 
     Example:
         >>> from pvae.analysis.truths.example import example_pair
@@ -69,13 +74,15 @@ def evidence(pair: Pair, x: Tensor, samples: int = 5000, seed: int = 0, *, on_pr
     _check_samples(samples, "evidence")
     x = accept(pair, x)
     with quiet(pair, x, seed):
-        given = _points(pair, x, "evidence")
         certain = _require_bound(pair)
+        if not pair.structure.points.issuperset(pair.layout.shared):
+            return _joint_evidence(pair, x, samples, on_progress)
+        given = _points(pair, x, "evidence")
 
         def weights(x: Tensor, count: int) -> Tensor:
             return log_weights(pair.terms(x, particles=count), given)
 
-        found = accumulate_weights(x, samples, weights, on_progress)
+        found = accumulate_weights(x, samples, weights, on_progress, together=pair.structure.rows is not None)
         summed = None if pair.layout.shared or pair.layout.enumerated else log_evidence(pair, x)
     if certain:
         summed = found.log_p
@@ -132,8 +139,42 @@ def prior_evidence(
 
         draws = {"plate": weights, "rows": side_by_side(weights), "one by one": one_by_one(weights)}
         draw = draws[pair.way_of_particles(x)]
-        found = accumulate_weights(x, samples, draw, on_progress)
+        found = accumulate_weights(x, samples, draw, on_progress, together=pair.structure.rows is not None)
     return PriorEvidence(len(x), samples, found.curve(), found.log_p, found.ess, found.khat)
+
+
+def _joint_evidence(pair: Pair, x: Tensor, samples: int, on_progress: Progress) -> Evidence:
+    """Return bounds on log p(x_1, ..., x_n), divided by n, from weights of the whole data set."""
+    n = len(x)
+    size = full_size(pair.traces(pair.structure.few(x))[1], pair.layout, n)
+    at_once = n <= pair.structure.rows_at_once() and pair.way_of_particles(x) == "plate"
+
+    def weight(terms: Terms) -> Tensor:
+        total = terms.reconstruction.double()
+        for name, value in terms.kl.items():
+            if name not in pair.layout.shared:
+                total = total - value.double()
+        return total.reshape(-1, total.shape[-1]).sum(1)
+
+    def ratio(terms: Terms) -> Tensor:
+        shares = [terms.kl[name].double() for name in pair.layout.shared if name not in pair.structure.points]
+        return -size * sum_over(shares).reshape(-1)
+
+    def draw(whole: Tensor, count: int) -> Tensor:
+        rows = whole[0]
+        if at_once:
+            terms = pair.terms(rows, particles=count, rows=n)
+            return (weight(terms) + ratio(terms))[:, None]
+        return torch.stack([_one_weight(rows) for _ in range(count)])[:, None]
+
+    def _one_weight(rows: Tensor) -> Tensor:
+        with same_globals(pair, rows):
+            parts = [pair.terms(part, rows=n) for part in rows.split(pair.structure.rows_at_once())]
+        return (sum_over([weight(part) for part in parts]) + ratio(parts[0]))[0]
+
+    found = accumulate_weights(x[None], samples, draw, on_progress)
+    curve = tuple((k, scaled(bound, 1 / n)) for k, bound in found.curve())
+    return Evidence(n, samples, curve, found.log_p, found.ess, found.khat, None, joint=True)
 
 
 def _require_bound(pair: Pair) -> bool:

@@ -160,7 +160,7 @@ def gap(
     if not pair.layout.latents:
         names = ", ".join(pair.layout.enumerated)
         raise DataError(f"gap: expected latents in the guide; {names} are summed out exactly, so there is no gap.")
-    chunks = x.split(max(1, OPTIMISED_SAMPLES // particles))
+    chunks = x.split(pair.structure.rows or max(1, OPTIMISED_SAMPLES // particles))
     total = steps * len(chunks)
     done = iter(range(1, total + 1))
     plan = RefinePlan(steps, samples, evidence_samples, particles, seed, lambda: on_progress(next(done), total))

@@ -129,6 +129,14 @@ class Evidence(Bounds):
     exact: Estimate | None = None
     """Exact mean log p(x) for flows and for discrete latents of at most 4096 joint states, which are summed; else
     None."""
+    joint: bool = False
+    """True if the guide samples global latents: every weight is that of the whole data set, and the bounds are on
+    log p(x_1, ..., x_n), divided by n."""
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        told = ("global latents are sampled: bounds on log p of all rows together, divided by n",) if self.joint else ()
+        return (*super().remarks, *told)
 
     def rows(self) -> Iterator[Row]:
         yield from super().rows()

@@ -158,9 +158,11 @@ def refined(pair: Pair, x: Tensor) -> Refined:
         DataError: a latent is not built on a normal.
     """
     sites, members = samples(pair.guide_trace(x)), {}
+    unpacked = pair.structure.unpacked
     for name in pair.layout.latents:
         found: list[AnyNormal] = []
         fn = sites[name]["fn"]
         rebuild(name, fn, partial(_keep, found))
-        members[name] = RefinedNormal(found[0], len(fn.batch_shape) + pair.layout.dim)
+        site = unpacked[name].auxiliary if name in unpacked else name
+        members[site] = RefinedNormal(found[0], len(fn.batch_shape) + pair.layout.dim)
     return Refined(members)

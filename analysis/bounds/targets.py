@@ -10,7 +10,7 @@ import pyro
 import torch
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
-from torch.distributions import Transform, biject_to, constraints
+from torch.distributions import Transform, biject_to
 
 from pvae.errors import DataError
 from pvae.pair.densities import log_prob, sum_over
@@ -244,7 +244,9 @@ def _coordinate(plan: AnnealingPlan, name: str, node: Any, again: Any, layout: L
     if not layout.holds(node):
         raise DataError(f"{plan.caller}: expected latents of single data only; got global {name}.")
     transform = _to_support(plan, name, node)
-    if _inner(transform) != _inner(_to_support(plan, name, again)):
+    free_value = transform.inv(node["value"])
+    other = _to_support(plan, name, again)(free_value)
+    if other.shape != node["value"].shape or not _close(other, node["value"]):
         raise DataError(
             f"{plan.caller}: expected a support of {name} that reads no other latent; got one that moves with them. "
             f"Write it as a map of a latent of fixed support."
@@ -275,13 +277,6 @@ def _innermost(fn: Any) -> Any:
     return fn
 
 
-def _inner(transform: Transform) -> Transform:
-    """Unwrap a transform from IndependentTransforms, which torch does not compare."""
-    while isinstance(transform, torch.distributions.IndependentTransform):
-        transform = transform.base_transform
-    return transform
-
-
 def _check_guide(plan: AnnealingPlan, model: dict[str, Any], guide: dict[str, Any]) -> None:
     """Refuse a guide whose density is not over the latents and supports of the model."""
     if set(guide) != set(model):
@@ -290,14 +285,13 @@ def _check_guide(plan: AnnealingPlan, model: dict[str, Any], guide: dict[str, An
             f"{', '.join(sorted(guide)) or 'none'}. Pass start='prior'."
         )
     for name, node in guide.items():
-        if _bounds(node) != _bounds(model[name]):
+        if not (_allows(node["fn"], model[name]["value"]) and _allows(model[name]["fn"], node["value"])):
             raise DataError(
                 f"{plan.caller}: expected the guide's {name} on the model's support {model[name]['fn'].support}; got "
                 f"{node['fn'].support}. Pass start='prior'."
             )
 
 
-def _bounds(node: Any) -> Transform | None:
-    """Return the transform from the reals to a site's support, by which supports are compared; None if discrete."""
-    support: constraints.Constraint = node["fn"].support
-    return None if support.is_discrete else _inner(biject_to(support))
+def _allows(fn: Any, value: Tensor) -> bool:
+    """Return whether all elements of a value lie in the support of a distribution."""
+    return bool(fn.support.check(value).all())

@@ -18,8 +18,8 @@ from pvae.analysis.figures.estimate import Estimate, Kind, over_draws, over_whol
 from pvae.distributions.exponential import Members, Normals
 from pvae.distributions.exponential_codes import CertainCodes, Codes
 from pvae.distributions.exponential_product import product
-from pvae.pair.dependencies import Dependencies
 from pvae.errors import DeclarationError
+from pvae.pair.dependencies import Dependencies
 from pvae.pair.pair import Pair
 from pvae.util import seeds
 
@@ -154,7 +154,7 @@ class Account:
         if roots and in_guide and all(latent.q is not None or latent.tally is not None for latent in latents):
             mixture = self.mixture_of(self.x, names, self.components)  # too many code probabilities to keep
             return Scored(mixture, self._as_many_as(mixture, latents))
-        if not in_guide or not self.first.points:
+        if not in_guide or not self.first.points or self.pair.structure.rows is not None:
             return None  # with random global latents q(z|x) is a mixture over them
         rows = self._some(GUIDE_ROWS)
         return Scored(self.mixture_of(self.x, names, self.components or guide_components(rows)), rows, once=True)

@@ -113,6 +113,8 @@ def log_evidence(pair: Pair, x: Tensor) -> Tensor | None:
     None where a latent of the guide is not discrete, or there are more than `MAX_STATES` states. Call it in `quiet`.
     """
     layout, names = pair.layout, pair.layout.latents
+    if pair.structure.rows is not None or pair.structure.moves or pair.structure.model_only or layout.factors:
+        return None
     nodes = samples(pair.guide_trace(pair.structure.few(x)))
     q = [members(nodes[name], layout, len(x[:2])) for name in names]
     grids = [part for part in q if isinstance(part, Codes | CertainCodes)]

@@ -18,7 +18,7 @@ from pvae.pair import densities as traces
 from pvae.pair.code_usage import Tally, grid_of, shared_prior, tally
 from pvae.pair.densities import closed_kl, log_prob, rows_first, sum_over
 from pvae.pair.enumeration import JointStates, read_joint_states
-from pvae.pair.layout import Layout, is_point, samples, unwrapped
+from pvae.pair.layout import Layout, samples, unwrapped
 from pvae.pair.pair import Pair
 from pvae.pair.structure import ROWS_OF_A_BATCH
 
@@ -124,7 +124,7 @@ def draw_chunk(pair: Pair, x: Tensor, size: int = 0) -> Draw:
     else:
         reconstruction = _observed(model, layout, size).expand(n)
         latents = {
-            name: _latent(guide[name], model.get(name), layout, n)
+            name: _latent(guide[name], model.get(name), layout, n, point=name in pair.structure.points)
             if name in guide
             else _absent(pair.structure.shapes[name].numel, reconstruction)
             for name in layout.latents
@@ -143,7 +143,7 @@ def _observed(nodes: Sites, layout: Layout, size: int, known: Collection[str] = 
     return sum_over(found) if found else torch.zeros((), dtype=torch.float64)  # a number: goes with any device
 
 
-def _latent(q: Any, p: Any, layout: Layout, n: int) -> LatentDraw:
+def _latent(q: Any, p: Any, layout: Layout, n: int, point: bool = False) -> LatentDraw:
     value = rows_first(q["value"], q, layout, n).double()
     posterior, prior = _members(q, layout, n), _prior(p, layout, n)
     log_p = torch.zeros_like(value[:, 0]) if p is None else _score(p, prior, value, layout)
@@ -156,7 +156,7 @@ def _latent(q: Any, p: Any, layout: Layout, n: int) -> LatentDraw:
         p=None if isinstance(prior, Codes) else prior,
         normal=_normal(posterior),
         kl=None if p is None else -log_p if certain else _closed(q, p, posterior, prior, layout),
-        point=is_point(q["fn"]),
+        point=point,
         partial=_masks_rows(q) or (p is not None and _masks_rows(p)),
         tally=tally(posterior, prior, grid_of(q), bits=isinstance(unwrapped(q["fn"]), Bernoulli)),
         prior=shared_prior(prior),

@@ -27,7 +27,9 @@ def priors_by_row(pair: Pair, x: Tensor) -> frozenset[str]:
     with same_globals(pair, x):
         few = pair.structure.few(x)
         guide, model = (samples(trace) for trace in pair.traces(few))
-        nodes = {n: node for n, node in {**model, **guide}.items() if pair.layout.holds(node) and not node["is_observed"]}
+        nodes = {
+            n: node for n, node in {**model, **guide}.items() if pair.layout.holds(node) and not node["is_observed"]
+        }
         first: dict[str, Tensor] = {}
         for part in x.split(pair.structure.rows_at_once()):
             values = {name: _first_row(node, pair.layout, len(part)) for name, node in nodes.items()}

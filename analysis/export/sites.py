@@ -185,7 +185,7 @@ def whole(node: Mapping[str, Any]) -> Tensor:
     """Return the value of a global latent, without plates of size one."""
     fn = node["fn"]
     plates = [size for size in fn.batch_shape if size > 1]
-    return node["value"].detach().reshape(*plates, *fn.event_shape)
+    return node["value"].detach().reshape((*plates, *fn.event_shape))
 
 
 def _is_normal(node: Mapping[str, Any]) -> bool:

@@ -53,6 +53,13 @@ class Estimate:
         return {k: finite(v) if isinstance(v, float) else v for k, v in asdict(self).items()}
 
 
+def scaled(estimate: Estimate, factor: float) -> Estimate:
+    """Return an estimate of a positive multiple of the estimated quantity."""
+    data_error = None if estimate.data_error is None else estimate.data_error * factor
+    value, error = estimate.value * factor, estimate.standard_error * factor
+    return replace(estimate, value=value, standard_error=error, data_error=data_error)
+
+
 def finite(value: float | Tensor) -> float | None:
     """Return a number as a float that JSON can represent: None if it is NaN or infinite."""
     return float(value) if math.isfinite(value) else None

@@ -78,7 +78,8 @@ def _layout(pair: Pair, traces: tuple[Trace, Trace], rows: Tensor) -> tuple[Layo
     try:
         follows &= plates_of(trace_of(pair, pair.model, more), count + 2)
         if not pair.declared:
-            trace_of(pair, deep_copied(pair.guide), more)  # an EasyGuide that fails here keeps open plates
+            guide = trace_of(pair, deep_copied(pair.guide), more)  # an EasyGuide that fails here keeps open plates
+            fixed = not plates_of(traces[0], count) & follows <= plates_of(guide, count + 2)
     except Exception as error:  # whatever a program raises on other rows means that these are its rows
         if pair.declared:
             raise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -128,10 +129,10 @@ Reads = dict[tuple[str, str], set[str]]
 
 def _copied(pair: Pair, rows: Tensor, x: Tensor, latents: Sequence[str]) -> tuple[_Copies, tuple[Trace, Trace]]:
     """Run both programs on copies of the rows with perturbed latents; on a few rows alone where they reject that."""
-    try:
-        return _run_copies(pair, rows, latents)
-    except Exception:  # whatever a program raises on so large a batch
-        return _run_copies(pair, pair.structure.few(x, PROBED_ROWS), ())
+    if pair.structure.rows is None:
+        with suppress(Exception):  # whatever a program raises on so large a batch
+            return _run_copies(pair, rows, latents)
+    return _run_copies(pair, pair.structure.few(x, PROBED_ROWS), ())
 
 
 def _run_copies(pair: Pair, rows: Tensor, latents: Sequence[str]) -> tuple[_Copies, tuple[Trace, Trace]]:

@@ -71,7 +71,9 @@ class Structure:
     @property
     def estimated(self) -> tuple[str, ...]:
         """Latents that the guide sets to a point where no flow determines x: the total is then a log joint density."""
-        return () if self.determined else tuple(n for n in (*self.layout.latents, *self.layout.shared) if n in self.points)
+        return (
+            () if self.determined else tuple(n for n in (*self.layout.latents, *self.layout.shared) if n in self.points)
+        )
 
     def rows_at_once(self, most: int | None = None) -> int:
         """Return the largest batch size, at most `most`, with up to `PROBABILITIES_AT_ONCE` parameters per latent."""
