@@ -39,8 +39,8 @@ def evidence(pair: Pair, x: Tensor, samples: int = 5000, seed: int = 0, *, on_pr
 
     Global latents that the guide sets to points (Delta) are taken as given: the bound is on log p(x | points) and
     does not include their KL. Global latents that it samples make all rows depend on each other: every weight is then
-    that of the whole data set, log w_k = log p(g_k) - log q(g_k) + sum_i log p(x_i, z_ik | g_k) - log q(z_ik | x_i, g_k),
-    and the bounds are those on log p(x_1, ..., x_n), divided by n; `log_p`, `ess` and `khat` have one entry, `joint` is
+    that of the whole data set, log p(g_k) - log q(g_k) + sum_i [log p(x_i, z_ik | g_k) - log q(z_ik | x_i, g_k)], and
+    the bounds are those on log p(x_1, ..., x_n), divided by n; `log_p`, `ess` and `khat` have one entry, `joint` is
     True.
 
     Warning: where the guide is narrower than the posterior the weights may have infinite variance, and the standard

@@ -176,7 +176,7 @@ class Discretised(Messenger):
 
 
 class LogOneHot(dist.TorchDistribution):
-    """Categorical code as the logarithm of a one-hot vector: 0 at the code, -1e30 elsewhere; `ExpRelaxed`'s counterpart.
+    """Categorical code as the logarithm of a one-hot vector: 0 at the code, -1e30 elsewhere.
 
     Arguments:
         codes: a `OneHotCategorical`.

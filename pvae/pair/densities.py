@@ -141,9 +141,7 @@ def _weighed(value: Tensor, scale: Any, mask: Any) -> Tensor:
 
 def closed_kl(q: Mapping[str, Any], p: Mapping[str, Any], layout: Layout, particles: int, size: int) -> Tensor | None:
     """Return KL(q || p) of a site per row in closed form, nats; None if torch has no closed form."""
-    if isinstance(q["fn"], Determined) or is_point(
-        q["fn"]
-    ):  # torch's rule for `Delta` forgets the density of the point
+    if isinstance(q["fn"], Determined) or is_point(q["fn"]):  # torch's rule forgets their density
         return log_prob(q, layout, particles, size) - log_prob(p, layout, particles, size)
     fns = q["fn"], p["fn"]
     if isinstance(unwrapped(q["fn"]), Bernoulli):  # torch's rule for bits does not broadcast

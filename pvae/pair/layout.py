@@ -155,7 +155,8 @@ def joined(one: Layout, other: Layout) -> Layout:
         raise DeclarationError("pair: expected every site in one role on every batch; got one that is observed in some")
     if (one.dim, one.plate) != (other.dim, other.plate):
         raise DeclarationError(
-            f"pair: expected the data plate {one.plate} at dim {one.dim} on every batch; got {other.plate} at {other.dim}."
+            f"pair: expected the data plate {one.plate} at dim {one.dim} on every batch; got {other.plate} at dim "
+            f"{other.dim}."
         )
     return replace(one, **merged, plates=one.plates | other.plates, nesting=max(one.nesting, other.nesting))
 

@@ -118,7 +118,7 @@ class Pair(nn.Module):
         return list(dict.fromkeys(owner for owner in found if isinstance(owner, nn.Module)))
 
     def accept(self, x: Any) -> Tensor:
-        """Return data as input to the programs: a tensor `(n, *event)` on the device of the parameters, and of their type.
+        """Return data as input to the programs, a tensor `(n, *event)` of the type and device of the parameters.
 
         Integers and booleans stay so for hand-written programs, which may use them as indices.
 

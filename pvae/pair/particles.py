@@ -76,7 +76,7 @@ def _agrees(pair: Pair, x: Tensor, way: Way, guides: Sequence[Trace], want: Tens
 
 
 def _stacked(way: Way, nodes: Sequence[Any], layout: Layout) -> Tensor:
-    """Return the values of a site in several samples as one: left of all plates, or one after another along the rows."""
+    """Return the values of a site in several samples as one: left of all plates, or along the rows."""
     values = [node["value"] for node in nodes]
     batch = values[0].dim() - len(nodes[0]["fn"].event_shape)
     if way == "rows":
