@@ -12,6 +12,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from pvae.component import Component
+from pvae.errors import DeclarationError
 from pvae.nn.precision import Precision, products_in
 from pvae.nn.schedules import Constant, Schedule
 from pvae.pair.pair import Pair
@@ -97,6 +98,16 @@ class Objective(Component):
     def loss(self, terms: Terms, beta: Tensor) -> Tensor:
         """Return the scalar loss of ELBO terms, nats per datum, with weight `beta` of the KL."""
 
+    def metrics(self, pair: Pair) -> tuple[str, ...]:
+        """Return the names of the metrics of a batch beside the loss: reconstruction, then the KL of every latent."""
+        sites = (*pair.layout.latents, *pair.layout.shared, *pair.layout.enumerated)
+        return ("reconstruction", *(f"kl/{name}" for name in sites))
+
+    def evaluate(self, pair: Pair, x: Tensor, rows: int | None, beta: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Return the differentiable loss of a batch, and its metrics as `metrics` names them (batch means, nats)."""
+        terms = self.terms(pair, x, rows)
+        return self.loss(terms, beta), terms.means
+
     def attach(self, pair: Pair) -> None:  # noqa: B027 - most have nothing to add
         """Add modules (a critic, say) to a declared pair, none by default; called once, before weights are set."""
 
@@ -132,13 +143,16 @@ class Loss(nn.Module):
         self.rows, self.precision = rows, precision
         self.objective = objective
         self.pair = pair
-        sites = (*pair.layout.latents, *pair.layout.shared, *pair.layout.enumerated)
-        self.names: tuple[str, ...] = ("loss", "reconstruction", *(f"kl/{name}" for name in sites))
+        self.names: tuple[str, ...] = ("loss", *objective.metrics(pair))
         self.register_buffer("beta", torch.ones(()), persistent=False)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return the scalar loss of x `(batch, *event)` and the vector of metrics named by `names`."""
         with products_in(self.precision):
-            terms = self.objective.terms(self.pair, x, self.rows)
-        loss = self.objective.loss(terms, self.beta)
-        return loss, torch.stack([loss, *terms.means]).detach()
+            loss, metrics = self.objective.evaluate(self.pair, x, self.rows, self.beta)
+        if len(metrics) != len(self.names) - 1:
+            raise DeclarationError(
+                f"pair: expected the latents of the batches seen before the fit ({', '.join(self.names[2:])}); got "
+                f"{', '.join(self.objective.metrics(self.pair)[1:])}. Sample them in every batch; mask what is absent."
+            )
+        return loss, torch.stack([loss, *metrics]).detach()

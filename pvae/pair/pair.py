@@ -16,6 +16,7 @@ from pvae.errors import DataError, DeclarationError
 from pvae.graph.frame import Frame
 from pvae.graph.lifecycle import MadeOfData
 from pvae.pair.adoption import Store, Watch, adopted, copied, read_again
+from pvae.pair.arguments import Arguments, is_several
 from pvae.pair.check import problems_of
 from pvae.pair.densities import sum_over
 from pvae.pair.dependencies import Dependencies, dependencies_without_asking, read_dependencies, weights_of
@@ -43,8 +44,9 @@ class Pair(nn.Module):
     tools use the fitted values inside `with pair.own_store():`, such as `Predictive(model, guide=guide, ...)(x)`.
 
     Arguments:
-        model: a Pyro program of x `(batch, *event)` that observes it inside one data plate.
-        guide: a Pyro program of x that samples the model's latents.
+        model: a Pyro program of x `(batch, *event)` that observes it inside one data plate. It may take several
+            arguments, `model(x, y, lengths)`: data are then a tuple, or a dictionary of keyword arguments, of tensors.
+        guide: a Pyro program of the same arguments that samples the model's latents.
 
     Example:
         >>> import pyro.distributions as dist
@@ -68,6 +70,8 @@ class Pair(nn.Module):
         self._answers: dict[str, tuple[Any, Any]] = {}
         self._store: Store = {"params": {}, "constraints": {}}
         self._watch = Watch()
+        self.arguments: Arguments | None = None
+        """Arguments of the programs, where they take several; found with the first data."""
         self.implicit = False
         """True for an implicit model (GAN): x can only be sampled, without a likelihood or inference."""
 
@@ -128,6 +132,7 @@ class Pair(nn.Module):
         """
         parameters = (p for module in (self, *self.owners()) for p in module.parameters())
         parameter = next((p for p in parameters if p.is_floating_point()), None)
+        x = self.pack(x)
         try:
             x = torch.as_tensor(x)
         except (TypeError, ValueError, RuntimeError):
@@ -156,8 +161,10 @@ class Pair(nn.Module):
     def _integers(self, x: Tensor, like: Tensor | None) -> Tensor:
         """Return whole numbers as they are if the programs run on them, else as floating-point numbers."""
         floats = x.to(torch.get_default_dtype() if like is None else like.dtype)
+        if self.arguments is not None:
+            return x
         if self._structure is not None:
-            return x if self._structure.integers else floats
+            return floats if self._structure.dtype is None else x
         try:
             self.adopt(x)
         except ProgramError:
@@ -171,7 +178,32 @@ class Pair(nn.Module):
             ProgramError: the program failed.
         """
         with told("pair.guide" if program is self.guide else "pair.model", x):
-            program(x)
+            self.program(program)(x)
+
+    def program(self, program: Callable[..., Any]) -> Callable[[Tensor], Any]:
+        """Return a program of rows as a fit or an analysis holds them, which gives the user's its own arguments."""
+        if self.declared or (self.arguments is None and (self._structure is None or self._structure.dtype is None)):
+            return program
+
+        def run(x: Tensor) -> Any:
+            if self.arguments is None:
+                return program(x.to(self.structure.dtype))
+            args, named = self.arguments.unpack(x)
+            return program(*args, **named)
+
+        return run
+
+    def pack(self, data: Any) -> Any:
+        """Return several arguments (a tuple, a list or a dictionary of tensors) as rows of bytes; other data as they are.
+
+        Raises:
+            DataError: they are not those that the pair has had before.
+        """
+        if self.declared or not is_several(data):
+            return data
+        if self.arguments is None:
+            self.arguments = Arguments.of(data)
+        return self.arguments.pack(data)
 
     def dependencies(self, x: Tensor) -> Dependencies:
         """Return the latents that each conditional distribution depends on, found on a few rows of `x`.
@@ -314,9 +346,11 @@ class Pair(nn.Module):
         a global latent without a pathwise gradient, and parameters that no gradient reaches. A copy of the pair is
         run, so that nothing changes: neither parameters, nor Pyro's param store, nor an AutoGuide not yet set up.
         """
-        x = torch.as_tensor(x)
+        arguments = self.arguments
+        x = torch.as_tensor(self.pack(x))
         if self.declared or self._structure is not None:
             return problems_of(self, self.structure.few(x, 3) if self._structure else x[:3])
         probe, store = copied(self)
+        probe.arguments, self.arguments = self.arguments, arguments
         with pyro.get_param_store().scope(store):
             return problems_of(probe, x[:CHECKED_ROWS])

@@ -128,7 +128,7 @@ def trace_of(pair: Pair, program: Callable[..., Any], x: Tensor) -> Trace:
     opened = _opened(len(x)) if _WHOLE.get() and not pair.declared else nullcontext()
     with TraceMessenger() as tracer, opened:
         if pair.declared or not _WHOLE.get():
-            program(x)
+            pair.program(program)(x)
         else:
             pair.call(program, x)
     return tracer.trace

@@ -59,8 +59,8 @@ class Structure:
     """Names of all trace nodes of the guide, and of the model."""
     rows: int | None = None
     """Number of rows, where the programs run on this number only (parameters for every row); None for any number."""
-    integers: bool = False
-    """True if the programs run on whole numbers as they are."""
+    dtype: torch.dtype | None = None
+    """Type of the data where the programs run on whole numbers or booleans; None for floating-point numbers."""
     guide_only: tuple[str, ...] = ()
     """Latents of the guide that the model lacks: the pair then has no ELBO."""
     moves: bool = False

@@ -28,7 +28,9 @@ def end_epoch(trainer: Trainer, bar: ProgressBar) -> None:
     named = zip(stepper.names, totals, strict=True)
     row = {name: total if name == CLIPPED else total / max(finite, 1.0) for name, total in named}
     sums.zero_()
-    if objective.scores:
+    if objective.scores and "reconstruction" not in row:  # Pyro's own loss
+        row |= {"beta": float(trainer.loss.beta)}
+    elif objective.scores:
         kl = sum(value for name, value in row.items() if name.startswith("kl/"))
         row |= {"kl": kl, "elbo": row["reconstruction"] - kl, "beta": float(trainer.loss.beta)}
     state.epoch += 1

@@ -7,21 +7,29 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+
 from pvae.data import Dataset, load
 from pvae.data.sources.python import TensorSource, is_bare
 from pvae.data.sources.tabular import FrameSource, Tabular
-from pvae.errors import DeclarationError
+from pvae.errors import DataError, DeclarationError
 from pvae.experiment.experiment import Experiment
 from pvae.experiment.plan import Plan, Train
 from pvae.experiment.rules import refused
 from pvae.objectives.base import Objective
-from pvae.objectives.elbo import TraceMeanFieldELBO
-from pvae.pair.pair import Pair
+from pvae.objectives.elbo import TraceELBO, TraceMeanFieldELBO
+from pvae.objectives.pyro_elbo import PyroELBO, same_step
+from pvae.pair.pair import CHECKED_ROWS, Pair
+from pvae.pair.running import evaluating, quiet
 from pvae.runs.export.exporting import require
 from pvae.runs.run import Run, attended
 from pvae.training.launch import launch, pick_device
 from pvae.training.resume import second_stage
 from pvae.util.memory import require_training_memory
+
+BATCHES_LOOKED_AT = 100
+"""Largest number of batches of each split on which a hand-written pair is run before its fit, to find all its sites."""
 
 
 def fit(
@@ -29,6 +37,7 @@ def fit(
     *overrides: str,
     data: Any = None,
     objective: Objective | None = None,
+    loss: Any = None,
     train: Train | None = None,
     seed: int | None = None,
     name: str | None = None,
@@ -44,8 +53,11 @@ def fit(
         what: a zoo name, a TOML file, an `Experiment`, or a hand-written `Pair` (then `data` is needed).
         overrides: dotted overrides, `"train.epochs=20"`.
         data: replaces the declared source: anything that `Dataset.of` takes, such as a `Dataset`, a tensor or array
-            `(n, *event)`, a torch `Dataset`, AnnData.
+            `(n, *event)`, a torch `Dataset`, AnnData; for a hand-written pair of several arguments a tuple or a
+            dictionary of tensors.
         objective: objective of a hand-written pair; default `trace_elbo`.
+        loss: an ELBO of `pyro.infer` for a hand-written pair, such as `TraceEnum_ELBO()`. Where pvae's own step has the
+            same loss and gradient, found on a batch, it is taken; elsewhere Pyro's runs as it stands.
         train: training settings of a hand-written pair; default `Train()`.
         seed: replaces the declared seed.
         name: replaces the declared name.
@@ -84,11 +96,16 @@ def fit(
     plan, given_pair = _plan(what, overrides, objective, train)
     plan = plan.with_changes({k: v for k, v in (("seed", seed), ("name", name)) if v is not None})
     where = pick_device(device)
-    dataset, plan = _dataset(plan, data, data_dir)
+    if given_pair is None and loss is not None:
+        raise DeclarationError("fit: loss= belongs to a hand-written pair; set objective.kind, or override it.")
+    original = data if given_pair is None else given_pair.pack(data)
+    dataset, plan = _dataset(plan, original, data_dir)
     if given_pair:
-        if problems := given_pair.check(dataset.train.rows[:3]):
+        if problems := given_pair.check(data if given_pair.arguments else _first_rows(original, dataset)):
             raise DeclarationError([str(problem) for problem in problems])
-        pair = given_pair.adopt(dataset.train.rows[:2])
+        pair = look_through(given_pair, dataset, plan.train.batch_size, original)
+        if loss is not None:
+            plan = plan.model_copy(update={"objective": objective_of(loss, pair, dataset)})
     else:
         assert isinstance(plan, Experiment)  # noqa: S101 - narrows the type
         pair = plan.build(dataset.shape)
@@ -98,6 +115,46 @@ def fit(
     _require_fittable(plan, pair, dataset, given_pair is not None)
     run = launch(plan, pair, dataset, Path(run_dir), where, given_pair=given_pair, export=kinds, progress=progress)
     return second_stage(run, device, progress)
+
+
+def _first_rows(original: Any, dataset: Dataset) -> Any:
+    """Return some rows of the data as they were passed, whole numbers as such; else of the data set."""
+    whole = isinstance(original, torch.Tensor | np.ndarray) and not torch.as_tensor(original).is_floating_point()
+    return torch.as_tensor(original)[:CHECKED_ROWS] if whole else dataset.train.rows[:CHECKED_ROWS]
+
+
+def look_through(pair: Pair, dataset: Dataset, batch: int, original: Any) -> Pair:
+    """Run a hand-written pair on batches of training and validation rows, so that the fit knows all its sites.
+
+    Raises:
+        DataError: the programs have parameters for every row, so that they cannot be fitted in batches.
+    """
+    first = _first_rows(original, dataset)
+    pair.accept(first if len(first) <= len(dataset.train) else first[: len(dataset.train)])
+    if pair.structure.rows is not None:
+        raise DataError(
+            f"fit: expected a pair that runs on any rows; got parameters for each of {pair.structure.rows} rows (an "
+            f"AutoGuide over local latents, say). Fit it with pyro.infer.SVI: every analysis takes it on these rows."
+        )
+    with quiet(pair, dataset.train.rows[:1]):
+        for rows in (dataset.train.rows, dataset.validation.rows):
+            for start in range(0, min(len(rows), batch * BATCHES_LOOKED_AT), batch):
+                pair.traces(pair.accept(rows[start : start + batch]))
+    return pair
+
+
+def objective_of(loss: Any, pair: Pair, dataset: Dataset) -> Objective:
+    """Return pvae's own objective for an ELBO of `pyro.infer` where loss and gradient are the same, else Pyro's."""
+    stock = PyroELBO.of(loss)
+    own: Objective = TraceELBO(particles=stock.particles)
+    if stock.elbo == "TraceMeanField_ELBO" and stock.particles == 1:
+        own = TraceMeanFieldELBO()
+    if stock.elbo not in ("Trace_ELBO", "TraceMeanField_ELBO", "TraceEnum_ELBO"):
+        return stock
+    single, one = stock.model_copy(update={"particles": 1}), own.model_copy(update={"particles": 1})
+    x = pair.accept(dataset.train.rows[: min(len(dataset.train), 64)])
+    with evaluating(pair):
+        return own if same_step(single, one, pair, x) else stock
 
 
 def _plan(
