@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 from pvae.component import Names, Section, Shape
-from pvae.graph.column_law import Law
+from pvae.graph.frame import Law
 from pvae.models.likelihoods.base import Likelihood
 from pvae.models.likelihoods.discrete import Bernoulli
 from pvae.nn.dense import MLP

@@ -14,8 +14,7 @@ from torch.distributions import constraints
 from pvae.component import Shape
 from pvae.errors import DeclarationError
 from pvae.graph.link import Link
-from pvae.graph.site import Site
-from pvae.graph.space import Space
+from pvae.graph.site import Site, Space
 from pvae.models.priors.base import Prior
 from pvae.models.priors.flows import FlowModule, FlowPrior, RealNVP
 from pvae.nn.network import InvertibleModule, Network, NetworkModule, flatten

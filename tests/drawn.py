@@ -29,8 +29,7 @@ from pvae.experiment.experiment import Experiment, Refit
 from pvae.experiment.latent import Latent
 from pvae.experiment.plan import Train, Watch
 from pvae.graph.link import Link
-from pvae.graph.site import Site
-from pvae.graph.space import Space
+from pvae.graph.site import Site, Space
 from pvae.guides.encoders import Encoder
 from pvae.guides.posteriors.base import Posterior
 from pvae.guides.posteriors.relaxed import RelaxedPosterior

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 from pvae.component import Component, Shape
-from pvae.graph.column_law import Law
+from pvae.graph.frame import Law
 from pvae.models.likelihoods.closed_form import ClosedForm
 
 

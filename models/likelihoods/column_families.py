@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import constraints
 
-from pvae.graph.column_law import Law
+from pvae.graph.frame import Law
 from pvae.models.likelihoods.counts import HIGHEST_LOG_RATE, LOWEST_LOG_RATE, dispersed
 
 ABSENT_LOGIT = -1e30

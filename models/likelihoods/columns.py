@@ -13,7 +13,7 @@ from torch.distributions import constraints
 
 from pvae.component import Shape
 from pvae.errors import DeclarationError
-from pvae.graph.column_law import Law
+from pvae.graph.frame import Law
 from pvae.models.likelihoods.base import Likelihood, LikelihoodModule, ReaderModule
 from pvae.models.likelihoods.column_families import FAMILIES, Pick, grouped
 from pvae.util.types import Size

@@ -19,8 +19,7 @@ from pvae.distributions.bijections import Bijection, near_identity
 from pvae.distributions.simplex import FreeCoordinates
 from pvae.errors import DeclarationError
 from pvae.graph.link import Link
-from pvae.graph.site import Site
-from pvae.graph.space import Values
+from pvae.graph.site import Site, Values
 from pvae.models.priors.base import Prior
 from pvae.util.types import Size
 

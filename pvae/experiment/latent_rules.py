@@ -8,8 +8,7 @@ from math import prod
 from typing import TYPE_CHECKING, Any
 
 from pvae.distributions.codes import MAX_STATES
-from pvae.graph.site import OBSERVED
-from pvae.graph.space import Values
+from pvae.graph.site import OBSERVED, Values
 from pvae.guides.posteriors.base import Posterior
 from pvae.guides.posteriors.codes import EstimatedPosterior
 from pvae.models.priors.base import Prior

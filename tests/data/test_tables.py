@@ -33,7 +33,7 @@ from pvae.data.tables import delimited
 from pvae.data.tables import parquet as parquet_files
 from pvae.data.tables.delimited import MAX_HEADER_BYTES
 from pvae.errors import DataError, DeclarationError, MissingExtraError
-from pvae.graph.column_law import Law
+from pvae.graph.frame import Law
 from pvae.models.likelihoods.column_families import FAMILIES
 from pvae.models.likelihoods.columns import ColumnsLikelihood
 from tests.cli_runner import run_cli

@@ -27,7 +27,7 @@ from pvae.distributions.factored_normal import FactoredNormal
 from pvae.errors import DataError, DeclarationError
 from pvae.experiment.experiment import Experiment
 from pvae.experiment.plan import Train
-from pvae.graph.column_law import Law
+from pvae.graph.frame import Law
 from pvae.models.likelihoods.base import Likelihood
 from pvae.models.likelihoods.closed_form import ClosedForm
 from pvae.objectives.base import Loss

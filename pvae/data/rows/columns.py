@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self, final
 from pydantic import Field, model_validator
 
 from pvae.component import LARGEST_FLOAT, Component
-from pvae.graph.column_law import Law
+from pvae.graph.frame import Law
 
 if TYPE_CHECKING:
     import numpy as np
@@ -40,7 +40,7 @@ class Column(Component):
     @property
     @abstractmethod
     def family(self) -> str:
-        """Name of the distribution of the column, as in `pvae.graph.column_law.Law`."""
+        """Name of the distribution of the column, as in `pvae.graph.frame.Law`."""
 
     @property
     @abstractmethod
