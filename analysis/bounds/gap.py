@@ -16,7 +16,7 @@ from pvae.analysis.decompose.entry import accept, quiet, require_likelihood
 from pvae.analysis.figures.estimate import CONSERVATIVE, Estimate, Kind, over_draws
 from pvae.analysis.figures.table import Figures, Row
 from pvae.errors import DataError
-from pvae.nn.lean_adam import LeanAdam
+from pvae.nn.optimizers import LeanAdam
 from pvae.pair.pair import Pair
 from pvae.util import seeds
 from pvae.util.progress import Progress, silent

@@ -12,9 +12,8 @@ from torch import Tensor, nn
 from pvae.component import Shape
 from pvae.errors import DataError
 from pvae.nn.conv import Conv
-from pvae.nn.dense import MLP
-from pvae.nn.lean_adam import LeanAdam
-from pvae.nn.network import NetworkModule
+from pvae.nn.network import MLP, NetworkModule
+from pvae.nn.optimizers import LeanAdam
 from pvae.util import seeds
 
 EXPOSURES = 40_000

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from pvae.component import Shape
-from pvae.distributions.determined import Determined, Implicit
+from pvae.distributions.base import Determined, Implicit
 from pvae.models.likelihoods.base import Likelihood, LikelihoodModule
 
 

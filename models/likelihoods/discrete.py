@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from pvae.component import Shape
-from pvae.distributions.independent import Event
+from pvae.distributions.base import Event
 from pvae.models.likelihoods.base import Likelihood, LikelihoodModule
 from pvae.models.likelihoods.closed_form import BernoulliForm, CategoricalForm, ClosedForm
 

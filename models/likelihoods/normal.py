@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 from pvae.component import Shape
-from pvae.distributions.factored_normal import FactoredNormal
-from pvae.distributions.independent import Event
+from pvae.distributions.base import Event
+from pvae.distributions.observed import FactoredNormal
 from pvae.models.likelihoods.base import Likelihood, LikelihoodModule
 from pvae.models.likelihoods.closed_form import ClosedForm, MultivariateNormalForm, NormalForm
-from pvae.nn.heads import lower_factor
+from pvae.nn.network import lower_factor
 
 
 class NormalModule(LikelihoodModule):

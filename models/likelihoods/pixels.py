@@ -10,9 +10,8 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from pvae.component import Shape
-from pvae.distributions.determined import Rounded
-from pvae.distributions.discretized_logistic import DiscretizedLogistic, lattice
-from pvae.distributions.independent import Event
+from pvae.distributions.base import Event, Rounded
+from pvae.distributions.observed import DiscretizedLogistic, lattice
 from pvae.models.likelihoods.base import Likelihood, LikelihoodModule
 
 

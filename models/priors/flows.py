@@ -16,7 +16,7 @@ from torch.distributions import constraints
 
 from pvae.component import Ints, Shape
 from pvae.distributions.bijections import Bijection, near_identity
-from pvae.distributions.simplex import FreeCoordinates
+from pvae.distributions.relaxed import FreeCoordinates
 from pvae.errors import DeclarationError
 from pvae.graph.link import Link
 from pvae.graph.site import Site, Values

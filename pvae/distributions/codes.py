@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints, register_kl
 
+from pvae.distributions.base import Event
 from pvae.distributions.exponential_codes import IMPOSSIBLE
-from pvae.distributions.independent import Event
 from pvae.util.types import Size
 
 MAX_STATES = 4096

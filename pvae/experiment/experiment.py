@@ -26,7 +26,7 @@ from pvae.experiment.rules import findings
 from pvae.graph.frame import Frame
 from pvae.graph.site import OBSERVED, Site, topological
 from pvae.guides.encoders import Encoder, SharedEncoder
-from pvae.models.decoders import Decoder
+from pvae.models.graph import Decoder
 from pvae.models.priors.base import Prior
 from pvae.objectives.elbo import TraceELBO
 from pvae.pair.pair import Pair

@@ -14,7 +14,7 @@ from pvae.models.likelihoods.base import Likelihood
 from pvae.models.likelihoods.columns import support_of
 from pvae.models.likelihoods.determined import DeterminedLikelihood
 from pvae.models.priors.codes import CategoricalPrior, UniformPrior
-from pvae.nn.dense import TableNetwork as NetworkTable
+from pvae.nn.network import TableNetwork as NetworkTable
 from pvae.nn.schedules import Schedule
 from pvae.objectives.em import EM
 

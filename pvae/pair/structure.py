@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.distributions import Categorical, OneHotCategorical
 
 from pvae.component import Shape
+from pvae.distributions.base import Rounded
 from pvae.distributions.codes import Certain
-from pvae.distributions.determined import Rounded
 from pvae.distributions.relaxed import Discretised, twin
 from pvae.errors import DeclarationError
 from pvae.pair.densities import Unweighed, moved, rows_first

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributions import Categorical, OneHotCategorical
 
 from pvae.distributions.codes import Certain
-from pvae.distributions.factored_normal import FactoredNormal
+from pvae.distributions.observed import FactoredNormal
 from pvae.distributions.relaxed import Discretised
 from pvae.experiment.experiment import Experiment
 from pvae.experiment.plan import Plan

@@ -17,8 +17,7 @@ import torch
 from torch import Tensor
 from torch.distributions.relaxed_categorical import ExpRelaxedCategorical
 
-from pvae.distributions.relaxed import RelaxedCodes
-from pvae.distributions.simplex import from_coordinates, to_coordinates
+from pvae.distributions.relaxed import RelaxedCodes, from_coordinates, to_coordinates
 from pvae.errors import DeclarationError
 from pvae.graph.site import Space
 from pvae.pair.pair import Pair

@@ -1,4 +1,4 @@
-"""Point distributions for deterministic values, with a given log density instead of a comparison of values."""
+"""Distributions with declared event dimensions, and point distributions of deterministic values."""
 
 from __future__ import annotations
 
@@ -10,6 +10,17 @@ from torch import Tensor
 
 from pvae.errors import DeclarationError
 from pvae.util.types import Size
+
+
+class Event(dist.Independent):
+    """Distribution with declared event dimensions, as `to_event` returns; `expand` to its own shape costs nothing.
+
+    A plate expands every site in every training step.
+    """
+
+    def expand(self, batch_shape: torch.Size | list[int] | tuple[int, ...], _instance: Any = None) -> Any:
+        """Return this distribution expanded to `batch_shape`."""
+        return self if self.batch_shape == tuple(batch_shape) else super().expand(batch_shape, _instance)
 
 
 class Determined(dist.Delta):
