@@ -12,8 +12,9 @@ import pvae
 from pvae.data import Dataset, Npz, TensorSource, streamed
 from pvae.data.dataset import _assembled
 from pvae.data.rows import blocks
-from pvae.data.rows.arrays import Joined, SparseRows, npy_array
+from pvae.data.rows.arrays import Joined, SparseRows
 from pvae.data.rows.blocks import WindowOrder
+from pvae.data.rows.files import read_npy
 from pvae.data.rows.rows import Rows, shared_rows, tenths
 from pvae.data.streamed import Streamed
 from pvae.errors import DataError
@@ -41,7 +42,7 @@ def both(tmp_path: Path, declared: TensorSource, x: Any = None) -> tuple[Dataset
     np.save(tmp_path / "x.npy", x)
     parts = tenths(len(x), ["validation", "test"], 0)
     largest = 255.0 if x.dtype == np.uint8 else None
-    held, kept = (Rows(rows, y, parts, largest) for rows in (x, npy_array(tmp_path / "x.npy")))
+    held, kept = (Rows(rows, y, parts, largest) for rows in (x, read_npy(tmp_path / "x.npy", stream=True)))
     return _assembled(declared, held), _assembled(declared, kept)
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from contextlib import suppress
 from copy import copy
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,13 +18,8 @@ from numpy.typing import NDArray
 from pvae.errors import DataError
 from pvae.util.types import Array
 
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-MAX_NPY_HEADER_BYTES = 2**16
 SPAN_BYTES = 2**25
 """Largest span of a file, in bytes, that is mapped at once to read scattered rows, which bounds the memory used."""
-MAX_DIMENSIONS = 32
 
 Index = slice | NDArray[np.int64]
 """Index of rows: a slice of consecutive rows, or row numbers in ascending order."""
@@ -101,11 +97,9 @@ class FileArray(Stored):
     def read(self, index: Index) -> Array:
         if isinstance(index, slice):
             return np.array(self._mapped()[index])
-        out = np.empty((len(index), *self.shape[1:]), self.dtype)
-        span = max(1, SPAN_BYTES // max(1, self._row_bytes))
-        start = 0
+        out, start = np.empty((len(index), *self.shape[1:]), self.dtype), 0
         while start < len(index):
-            stop = int(np.searchsorted(index, index[start] + span))
+            stop = int(np.searchsorted(index, index[start] + max(1, SPAN_BYTES // max(1, self._row_bytes))))
             out[start:stop] = self._mapped()[index[start:stop]]
             start = stop
         return out
@@ -178,91 +172,3 @@ class Joined(Stored):
             else:
                 pieces.append(part[index[(index >= start) & (index < stop)] - start])
         return np.concatenate([piece for piece in pieces if len(piece)] or pieces[:1], dtype=self.dtype)
-
-
-@dataclass(frozen=True)
-class NpyHeader:
-    """Header of a `.npy` stream.
-
-    Arguments:
-        shape: (n, *row); for an array in Fortran order, the reversed shape.
-        dtype: type of the values.
-        fortran: True if the values are stored in Fortran order, that is, transposed.
-        offset: number of bytes before the first value.
-    """
-
-    shape: tuple[int, ...]
-    dtype: np.dtype[Any]
-    fortran: bool
-    offset: int
-
-    def in_rows(self, x: Array) -> Array:
-        """Return an array that was read with this header's shape, transposed to rows first if in Fortran order."""
-        return np.ascontiguousarray(x.T) if self.fortran else x
-
-    def require_rows(self, where: str) -> None:
-        """Refuse an array in Fortran order, whose rows are not contiguous and cannot be streamed.
-
-        Raises:
-            DataError: the array is in Fortran order; `where` names it.
-        """
-        if self.fortran:
-            raise DataError(
-                f"{where}: expected rows one after another; got columns (Fortran order). Save it in C order."
-            )
-
-
-def read_npy_header(stream: IO[bytes], size: int, where: str) -> NpyHeader:
-    """Return the header of a `.npy` stream, which is left at the position of the first value.
-
-    Arguments:
-        stream: binary stream at its start.
-        size: total number of bytes of the stream.
-        where: name of the stream in messages.
-
-    Raises:
-        DataError: the stream is not in NumPy's format, does not contain real numbers (object arrays could run code), or
-            its size differs from that of its header.
-    """
-    try:
-        version = np.lib.format.read_magic(stream)
-        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, fortran, dtype = read(stream, max_header_size=MAX_NPY_HEADER_BYTES)
-    except Exception as error:  # NumPy's reader of foreign bytes may raise anything, warnings made errors among it
-        raise DataError(f"{where}: expected a NumPy array (.npy); got a broken or foreign file: {error}.") from error
-    if dtype.hasobject:
-        raise DataError(f"{where}: expected numbers; got an object array, which could run code. Save floats.")
-    if dtype.kind not in "biuf":
-        raise DataError(f"{where}: expected real numbers; got {dtype}.")
-    offset = stream.tell()
-    wanted = offset + dtype.itemsize * prod(shape)
-    if len(shape) > MAX_DIMENSIONS or min(shape, default=0) < 0 or wanted != size:
-        raise DataError(f"{where}: expected {wanted} bytes for {shape} {dtype}; got {size}.")
-    fortran = fortran and len(shape) > 1
-    return NpyHeader(shape[::-1] if fortran else shape, dtype, fortran, offset)
-
-
-def open_npy(path: Path) -> tuple[FileArray, NpyHeader]:
-    """Return the array of a `.npy` file, without reading its values, and its header.
-
-    Raises:
-        DataError: the file does not exist; see `read_npy_header`.
-    """
-    version = version_of(path)
-    try:
-        with path.open("rb") as stream:
-            header = read_npy_header(stream, version[0], str(path))
-    except OSError as error:
-        raise DataError(f"{path}: expected a NumPy array (.npy); got {error.strerror}.") from error
-    return FileArray(path, header.dtype, header.shape, header.offset, version), header
-
-
-def npy_array(path: Path) -> FileArray:
-    """Return the array of a `.npy` file in C order, without reading its values.
-
-    Raises:
-        DataError: see `open_npy`; or the array is in Fortran order.
-    """
-    array, header = open_npy(path)
-    header.require_rows(str(path))
-    return array

@@ -1,24 +1,26 @@
-"""The user's own data files: finding them, checking that their rows fit into memory, reading them in chunks."""
+"""The user's own data files: finding them, NumPy's `.npy` format, and reading no more than fits into memory."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 
-from pvae.data.rows.arrays import AnyArray, Stored
-from pvae.errors import DataError
+from pvae.data.rows.arrays import AnyArray, FileArray, Stored, version_of
+from pvae.errors import DataError, PvaeError
 from pvae.util.memory import GIB, total_memory
 from pvae.util.types import Array
 
 PIECE_BYTES = 2**21
 """Bytes read from a stream at once, unless one row is larger."""
-MAX_DEFLATE_RATIO = 1032
-"""Largest compression ratio of the deflate format (output bytes for each input byte)."""
+MAX_NPY_HEADER_BYTES = 2**16
+MAX_DIMENSIONS = 32
 
 
 def user_folder(data_dir: Path | None) -> Path | None:
@@ -35,22 +37,39 @@ def user_folder(data_dir: Path | None) -> Path | None:
     return Path(named)
 
 
+def candidate(path: str, data_dir: Path | None, wanted: Callable[[Path], bool]) -> Path:
+    """Return a declared path: inside the user's data folder if what is `wanted` (a file, a folder) is there."""
+    folder = user_folder(data_dir)
+    return folder / path if folder and wanted(folder / path) else Path(path)
+
+
 def located(path: str, data_dir: Path | None) -> Path:
     """Return the path of a declared data file: inside the user's data folder if it exists there, else as declared.
 
     Raises:
         DataError: the file does not exist; or it is a folder, a device or a pipe, which are never opened.
     """
-    folder = user_folder(data_dir)
-    inside = folder / path if folder else Path(path)
-    found = inside if inside.is_file() else Path(path)
+    found = candidate(path, data_dir, Path.is_file)
     if not found.exists():
         raise DataError(f"Expected a file of data at {found}; got no such file.")
     if not found.is_file():
-        raise DataError(
-            f"{found}: expected a file of data; got {'a folder' if found.is_dir() else 'a device or pipe'}."
-        )
+        kind = "a folder" if found.is_dir() else "a device or pipe"
+        raise DataError(f"{found}: expected a file of data; got {kind}.")
     return found
+
+
+@contextmanager
+def broken_as(problem: str) -> Iterator[None]:
+    """Convert errors of readers of foreign bytes, raised in the context, to a `DataError` that begins with `problem`.
+
+    Such readers may raise anything, warnings made errors among it.
+    """
+    try:
+        yield
+    except (PvaeError, MemoryError):
+        raise
+    except Exception as error:
+        raise DataError(f"{problem}: {error}.") from error
 
 
 def require_room(shape: tuple[int, ...], dtype: np.dtype[Any], name: str, advice: str = "") -> None:
@@ -79,27 +98,86 @@ def held(x: Stored, stream: bool, name: str) -> AnyArray:
     return x[:] if x.ndim and x.size else np.empty(x.shape, x.dtype)
 
 
-def pieces(stream: IO[bytes], shape: tuple[int, ...], dtype: np.dtype[Any]) -> Iterator[Array]:
-    """Yield the rows of a binary stream in chunks `(m, *row)` of about `PIECE_BYTES`.
+@dataclass(frozen=True)
+class Layout:
+    """Layout of an array in a binary stream.
+
+    Arguments:
+        shape: (n, *row); for an array in Fortran order, the reversed shape.
+        dtype: type of the values.
+        offset: number of bytes before the first value.
+        fortran: True if the values are stored in Fortran order, that is, transposed.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    offset: int
+    fortran: bool = False
+
+    @property
+    def total(self) -> int:
+        """Number of bytes of the whole stream, header included."""
+        return self.offset + self.dtype.itemsize * prod(self.shape)
+
+    def pieces(self, stream: IO[bytes], where: str) -> Iterator[Array]:
+        """Yield the rows of a stream, which stands at the first value, in chunks `(m, *row)` of about `PIECE_BYTES`.
+
+        Raises:
+            DataError: the stream ends early; the message gives the number of bytes that were read.
+        """
+        row = self.dtype.itemsize * prod(self.shape[1:])
+        step = max(1, PIECE_BYTES // row)
+        for start in range(0, self.shape[0], step):
+            rows = min(step, self.shape[0] - start)
+            content = stream.read(rows * row)
+            if len(content) < rows * row:
+                found = self.offset + start * row + len(content)
+                raise DataError(f"{where}: expected {self.total} bytes; got {found} (a truncated file).")
+            yield np.frombuffer(content, self.dtype).reshape(rows, *self.shape[1:])
+
+    def in_rows(self, x: AnyArray) -> AnyArray:
+        """Return an array that was read with this shape, transposed to rows first if in Fortran order."""
+        return np.ascontiguousarray(x.T) if self.fortran and isinstance(x, np.ndarray) else x
+
+
+def npy_layout(stream: IO[bytes], size: int, where: str, by_rows: bool) -> Layout:
+    """Return the layout of a `.npy` stream, which is left at the position of the first value.
+
+    Arguments:
+        stream: binary stream at its start.
+        size: total number of bytes of the stream.
+        where: name of the stream in messages.
+        by_rows: refuse an array in Fortran order, whose rows are not contiguous and cannot be streamed.
 
     Raises:
-        EOFError: the stream ends early; its argument is the number of bytes that were read.
+        DataError: the stream is not in NumPy's format, does not contain real numbers (object arrays could run code),
+            is in Fortran order, or its size differs from that of its header.
     """
-    row = dtype.itemsize * prod(shape[1:])
-    step, done = max(1, PIECE_BYTES // row), 0
-    for start in range(0, shape[0], step):
-        rows = min(step, shape[0] - start)
-        content = stream.read(rows * row)
-        done += len(content)
-        if len(content) < rows * row:
-            raise EOFError(done)
-        yield np.frombuffer(content, dtype).reshape(rows, *shape[1:])
+    with broken_as(f"{where}: expected a NumPy array (.npy); got a broken or foreign file"):
+        version = np.lib.format.read_magic(stream)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, fortran, dtype = read(stream, max_header_size=MAX_NPY_HEADER_BYTES)
+    if dtype.hasobject:
+        raise DataError(f"{where}: expected numbers; got an object array, which could run code. Save floats.")
+    if dtype.kind not in "biuf":
+        raise DataError(f"{where}: expected real numbers; got {dtype}.")
+    fortran = fortran and len(shape) > 1
+    layout = Layout(shape[::-1] if fortran else shape, dtype, stream.tell(), fortran)
+    if len(shape) > MAX_DIMENSIONS or min(shape, default=0) < 0 or layout.total != size:
+        raise DataError(f"{where}: expected {layout.total} bytes for {shape} {dtype}; got {size}.")
+    if fortran and by_rows:
+        raise DataError(f"{where}: expected rows one after another; got columns (Fortran order). Save it in C order.")
+    return layout
 
 
-def gathered(some: Iterable[Array], shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
-    """Return chunks of rows joined in one array of a known shape and type."""
-    out, start = np.empty(shape, dtype), 0
-    for piece in some:
-        out[start : start + len(piece)] = piece
-        start += len(piece)
-    return out
+def read_npy(path: Path, stream: bool = False) -> AnyArray:
+    """Return the array of a `.npy` file, mapped from the disk if `stream`.
+
+    Raises:
+        DataError: the file does not exist or is too large for memory; see `npy_layout`.
+    """
+    version = version_of(path)
+    with broken_as(f"{path}: expected a NumPy array (.npy); got a file that cannot be read"), path.open("rb") as file:
+        layout = npy_layout(file, version[0], str(path), stream)
+    array = FileArray(path, layout.dtype, layout.shape, layout.offset, version)
+    return layout.in_rows(held(array, stream, str(path)))

@@ -19,9 +19,8 @@ import numpy as np
 from pvae.data.rows.cache import cache_folder, locked
 from pvae.data.rows.files import user_folder
 from pvae.data.rows.rows import Rows
-from pvae.data.sources.archives import read_arrays
 from pvae.data.sources.base import Data
-from pvae.data.sources.idx import IdxHeader, read_idx
+from pvae.data.sources.binary import idx_header, read_arrays, read_idx
 from pvae.errors import DataError
 from pvae.util.types import Array
 
@@ -174,11 +173,11 @@ def read_known(path: Path, file: IdxFile) -> Array:
     Raises:
         DataError: see `read_idx`; or the SHA-256 differs from that of the collection.
     """
-    return _checked_digest(np.asarray(read_idx(path, IdxHeader(file.shape))), file, path)
+    return _checked_digest(np.asarray(read_idx(path, file.shape)), file, path)
 
 
 def _checked_digest(array: Array, file: IdxFile, path: Path) -> Array:
-    digest = hashlib.sha256(IdxHeader(file.shape).content)
+    digest = hashlib.sha256(idx_header(file.shape))
     digest.update(np.ascontiguousarray(array).data)
     if digest.hexdigest() != file.sha256:
         raise DataError(
