@@ -14,6 +14,15 @@ if TYPE_CHECKING:
 Level = Literal["ok", "warning", "failed"]
 
 _STYLES = {"ok": "", "warning": "yellow", "failed": "bold red"}
+_ADVICE: tuple[tuple[type[Exception], str], ...] = (
+    (PvaeError, ""),
+    (Warning, "Python turns warnings into errors here: leave out -W error and PYTHONWARNINGS."),
+    (ImportError, "Install pvae again: pip install --force-reinstall pvae-pyro."),
+    (MemoryError, "Free some memory and look again."),
+    (OSError, "See to that file or folder: does it exist, is it yours, is the disk full?"),
+    (Exception, "This should not happen: report it with these lines."),
+)
+"""Advice for an error that a check raises, by its class; the message of a `PvaeError` contains advice."""
 
 
 def one_line(text: str) -> str:
@@ -39,6 +48,11 @@ class Check:
     found: str
     advice: str = ""
     facts: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def judged(cls, name: str, bad: Level, found: str, advice: str, facts: Mapping[str, Any] | None = None) -> Check:
+        """Return a check that is ok if there is no advice, and else of the level `bad`."""
+        return cls(name, bad if advice else "ok", found, advice, facts or {})
 
     def to_dict(self) -> dict[str, Any]:
         """Return name, level, found, advice and facts as JSON values."""
@@ -106,28 +120,14 @@ class Checks:
         return "\n".join([*lines, one_line(self.summary())])
 
 
-def attempt(name: str, check: Callable[[], Iterable[Check]]) -> list[Check]:
+def attempt(name: str, check: Callable[[], Iterable[Check] | None]) -> list[Check]:
     """Return the results that `check` yields; an error that it raises becomes a failed check called `name`."""
     found = []
     try:
-        for one in check():  # one by one: what was found before an error is kept
+        for one in check() or ():  # one by one: what was found before an error is kept
             found.append(one)
     except Exception as problem:
         text = str(problem) if isinstance(problem, PvaeError) else f"{type(problem).__name__}: {problem}"
-        found.append(Check(name, "failed", text, _advice(problem)))
+        advice = next(advice for kind, advice in _ADVICE if isinstance(problem, kind))
+        found.append(Check(name, "failed", text, advice))
     return found
-
-
-def _advice(problem: Exception) -> str:
-    """Return advice for an unexpected error; empty for a `PvaeError`, whose message contains advice."""
-    if isinstance(problem, PvaeError):
-        return ""
-    if isinstance(problem, Warning):
-        return "Python turns warnings into errors here: leave out -W error and PYTHONWARNINGS."
-    if isinstance(problem, ImportError):
-        return "Install pvae again: pip install --force-reinstall pvae-pyro."
-    if isinstance(problem, MemoryError):
-        return "Free some memory and look again."
-    if isinstance(problem, OSError):
-        return "See to that file or folder: does it exist, is it yours, is the disk full?"
-    return "This should not happen: report it with these lines."
