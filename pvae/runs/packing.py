@@ -94,14 +94,3 @@ def unpack_tensors(where: Path, content: bytes) -> dict[str, Tensor]:
         return {_unescaped(key): value for key, value in safetensors.torch.load(content).items()}
     except (SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as problem:
         raise wrong(where, "safetensors", f"{len(content)} bytes that start {content[:16]!r} ({problem})") from problem
-
-
-def unpack_object(where: Path, content: bytes) -> dict[str, Any]:
-    """Return the JSON object in the bytes of a file; raises CheckpointError."""
-    try:
-        found = json.loads(content.decode())
-    except (ValueError, RecursionError) as problem:
-        raise wrong(where, "JSON", f"{len(content)} bytes that start {content[:16]!r} ({problem})") from problem
-    if not isinstance(found, dict):
-        raise wrong(where, "a JSON object", type(found).__name__)
-    return found
