@@ -31,7 +31,7 @@ def new(
 ) -> None:
     """Write a TOML file with a declaration to start from."""
     from pvae.experiment import zoo
-    from pvae.runs.names import slug
+    from pvae.runs.find import slug
 
     if "/" in name or "\\" in name:
         raise DeclarationError(f"{name}: expected a name, not a path; the file is written here.")

@@ -189,7 +189,7 @@ def export(
 @command(["run_dir", "as_json"])
 def runs(shared: Shared) -> None:
     """List runs with their state, epochs and best validation ELBO."""
-    from pvae.runs.listing import list_runs
+    from pvae.runs.rundir import list_runs
 
     rows = list_runs(shared.run_dir)
     lines = [] if rows else [f"no runs in {shared.run_dir}; make one with: pvae fit vae"]

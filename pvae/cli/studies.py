@@ -31,7 +31,7 @@ def study(
         _list(shared, file)
         return
     from pvae.analysis.pages.document.folder import claim
-    from pvae.runs.names import slug
+    from pvae.runs.find import slug
     from pvae.studies import study as run_study
     from pvae.studies.cases import Declared
 

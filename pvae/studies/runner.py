@@ -20,8 +20,7 @@ from typing import IO, TYPE_CHECKING, Any
 from pvae.component import IMPORTED
 from pvae.errors import DataError, Interrupted, OutputError
 from pvae.experiment.experiment import Experiment
-from pvae.runs.find import folders
-from pvae.runs.names import slug
+from pvae.runs.find import folders, slug
 from pvae.runs.rundir import RunDirectory
 from pvae.studies.cases import Case
 from pvae.studies.shelf import Shelf, standing

@@ -10,8 +10,7 @@ from typing import Any
 from pvae.errors import DataError, DeclarationError
 from pvae.experiment.experiment import Experiment
 from pvae.runs import checkpoint
-from pvae.runs.find import folders
-from pvae.runs.owner import is_stale
+from pvae.runs.find import folders, is_stale
 from pvae.runs.run import Run
 from pvae.runs.rundir import RunDirectory
 from pvae.studies.cases import Case

@@ -14,7 +14,7 @@ from pvae.experiment.plan import Plan
 from pvae.pair.pair import Pair
 from pvae.runs import checkpoint
 from pvae.runs.export.exporting import exporting, remembered, require
-from pvae.runs.names import slug
+from pvae.runs.find import slug
 from pvae.runs.run import Run
 from pvae.runs.rundir import RunDirectory
 from pvae.training import loop

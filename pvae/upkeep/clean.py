@@ -15,10 +15,8 @@ from typing import TYPE_CHECKING, Any, final
 from pvae.data.rows.cache import cache_folder
 from pvae.errors import BusyError, CheckpointError, DataError, OutputError
 from pvae.runs import checkpoint
-from pvae.runs.find import folders
-from pvae.runs.listing import list_runs
-from pvae.runs.owner import STALE_AFTER_SECONDS
-from pvae.runs.rundir import RunDirectory
+from pvae.runs.find import STALE_AFTER_SECONDS, folders
+from pvae.runs.rundir import RunDirectory, list_runs
 from pvae.util.checks import one_line
 from pvae.util.files import MIB, walk
 

@@ -14,7 +14,7 @@ from pvae.errors import CheckpointError, DataError
 from pvae.experiment.experiment import Experiment
 from pvae.pair.pair import Pair
 from pvae.runs import checkpoint
-from pvae.runs.owner import is_stale
+from pvae.runs.find import is_stale
 from pvae.runs.run import Run
 from pvae.runs.rundir import RUN_STATES, RunDirectory
 from pvae.upkeep import folder, weights

@@ -38,7 +38,7 @@ from pvae.objectives.gan import (
     slope_penalty,
 )
 from pvae.pair.pair import Pair
-from pvae.runs.listing import list_runs
+from pvae.runs.rundir import list_runs
 
 SMALL = {"kind": "mlp", "hidden": [16]}
 

@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from pvae.errors import CheckpointError, DeclarationError, StorageError
-from pvae.runs import checkpoint, packing
+from pvae.runs import checkpoint
 
 HERE = Path(__file__).parents[2]
 
@@ -64,7 +64,7 @@ def edit_manifest(path: Path, change: Callable[[dict[str, Any]], object]) -> Non
 # -- what is written comes back
 
 
-@pytest.mark.parametrize("dtype", sorted(packing.DTYPES, key=str), ids=str)
+@pytest.mark.parametrize("dtype", sorted(checkpoint.DTYPES, key=str), ids=str)
 def test_every_dtype_comes_back_bit_for_bit(tmp_path: Path, dtype: torch.dtype) -> None:
     size = torch.empty((), dtype=dtype).element_size()
     raw = torch.randint(0, 2 if dtype == torch.bool else 256, (6 * size,), dtype=torch.uint8)

@@ -12,7 +12,7 @@ from filelock import FileLock
 
 from pvae.data.rows.cache import cache_folder
 from pvae.runs import checkpoint
-from pvae.runs.names import utc_now
+from pvae.runs.find import utc_now
 from pvae.runs.rundir import RunDirectory
 from pvae.upkeep.clean import Cleaning, clean
 from pvae.upkeep.verify import verify
