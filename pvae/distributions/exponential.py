@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints
 
+from pvae.distributions.base import Batched
 from pvae.util.types import Size
 
 Scorer = Callable[[Tensor, Tensor], None]
@@ -46,9 +47,9 @@ class Members(ABC):
         """Width F of the sufficient statistics."""
 
     @property
-    @abstractmethod
     def numbers(self) -> int:
         """Number of parameters of one member."""
+        return sum(getattr(self, name).shape[1:].numel() for name in self.tensors)
 
     @property
     def work(self) -> int:
@@ -145,10 +146,6 @@ class Normals(Located):
     def features(self) -> int:
         return 2 * self.dim
 
-    @property
-    def numbers(self) -> int:
-        return 2 * self.dim
-
     def natural(self) -> tuple[Tensor, Tensor]:
         precision, loc = self.scale**-2, self.loc - self.origin
         normaliser = 0.5 * (loc**2 * precision).sum(1) + self.scale.log().sum(1)
@@ -186,10 +183,6 @@ class FullRankNormals(Located):
     def features(self) -> int:
         return self.dim * (self.dim + 1) // 2 + self.dim
 
-    @property
-    def numbers(self) -> int:
-        return self.dim * (self.dim + 1)
-
     def _upper(self) -> Tensor:
         return torch.triu_indices(self.dim, self.dim, device=self.loc.device)
 
@@ -216,7 +209,7 @@ class FullRankNormals(Located):
         return self.loc + (self.scale_tril @ torch.randn_like(self.loc)[..., None])[..., 0]
 
 
-class Mixture(dist.TorchDistribution):
+class Mixture(Batched):
     r"""Mixture sum_k w_k q_k(z) of distributions of one exponential family, scored by one matrix product.
 
     The log density is a log-sum-exp of log q_k(z) = <T(z), eta_k> - A(eta_k), differentiable. The product takes
@@ -230,18 +223,11 @@ class Mixture(dist.TorchDistribution):
             exclusion.
     """
 
-    arg_constraints: ClassVar[dict[str, Any]] = {}
     support = constraints.real_vector
 
-    def __init__(
-        self,
-        members: Members,
-        log_weights: Tensor | None = None,
-        batch_shape: Size = (),
-        left_out: Tensor | None = None,
-    ) -> None:
+    def __init__(self, members: Members, log_weights: Tensor | None = None, left_out: Tensor | None = None) -> None:
         self.members, self.log_weights, self.left_out = members, log_weights, left_out
-        super().__init__(torch.Size(batch_shape), torch.Size((members.dim,)), validate_args=False)
+        super().__init__(torch.Size(), torch.Size((members.dim,)), validate_args=False)
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Return the exact log density of values `(..., D)`, nats, `(...)`."""
@@ -277,12 +263,6 @@ class Mixture(dist.TorchDistribution):
             else:
                 index = torch.multinomial(self.log_weights.exp(), count, replacement=True)
             return self.members.rows(index).sample().reshape(shape + self.event_shape)
-
-    def expand(self, batch_shape: Size, _instance: Any = None) -> Mixture:
-        """Return this distribution expanded to `batch_shape`."""
-        if self.batch_shape == tuple(batch_shape):
-            return self
-        return Mixture(self.members, self.log_weights, batch_shape, self.left_out)
 
 
 BLOCK_SCORES = 2**23

@@ -59,10 +59,6 @@ class Codes(Members):
         return self.positions * self.states
 
     @property
-    def numbers(self) -> int:
-        return self.features
-
-    @property
     def work(self) -> int:
         return self.positions * ROW_COST if self.is_sparse else self.features
 
@@ -144,10 +140,6 @@ class CertainCodes(Members):
     @property
     def features(self) -> int:
         return self.positions * self.states
-
-    @property
-    def numbers(self) -> int:
-        return self.positions
 
     @property
     def work(self) -> int:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
 
-import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 from torch.distributions import constraints
 
+from pvae.distributions.base import Batched
 from pvae.util.types import Size
 
 
@@ -32,7 +31,7 @@ class lattice(constraints.Constraint):  # noqa: N801 - named as torch names its 
         return f"multiples of 1/{self.levels - 1} in [0, 1]"
 
 
-class DiscretizedLogistic(dist.TorchDistribution):
+class DiscretizedLogistic(Batched):
     """Logistic distribution discretised to `levels` values k / (levels - 1) in [0, 1]; the end bins are open.
 
     P(k) = F(k + 1/2) - F(k - 1/2), F the logistic distribution function, with F = 0 below the first
@@ -49,6 +48,7 @@ class DiscretizedLogistic(dist.TorchDistribution):
     """
 
     arg_constraints = {"loc": constraints.real, "log_scale": constraints.real}
+    widened = ("loc", "log_scale")
 
     def __init__(self, loc: Tensor, log_scale: Tensor, levels: int, validate_args: bool | None = None) -> None:
         self.loc, self.log_scale = torch.broadcast_tensors(loc, log_scale)
@@ -59,12 +59,6 @@ class DiscretizedLogistic(dist.TorchDistribution):
     def support(self) -> constraints.Constraint:
         """Support: the grey values k / (levels - 1)."""
         return lattice(self.levels)
-
-    def expand(self, batch_shape: Size, _instance: Any = None) -> DiscretizedLogistic:
-        """Return this distribution expanded to `batch_shape`."""
-        return DiscretizedLogistic(
-            self.loc.expand(batch_shape), self.log_scale.expand(batch_shape), self.levels, validate_args=False
-        )
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Return the exact log probability of grey values, nats, `(...)`."""
@@ -100,7 +94,7 @@ class DiscretizedLogistic(dist.TorchDistribution):
         return self.loc.clamp(0, 1)
 
 
-class FactoredNormal(dist.TorchDistribution):
+class FactoredNormal(Batched):
     """Multivariate normal N(loc, L L^T) over a flattened event of any shape; rows share one factor L without copies.
 
     `torch.distributions.MultivariateNormal` copies L for every row once a plate has expanded it: K n D^2 numbers for n
@@ -110,33 +104,19 @@ class FactoredNormal(dist.TorchDistribution):
         loc: mean of the flattened event, `(..., D)`.
         scale_tril: L, `(D, D)`, or `(..., D, D)` with as many batch dimensions as `loc`.
         event: shape of an event of D elements.
-        batch: batch shape, when it is larger than that of `loc`.
     """
 
     arg_constraints = {"loc": constraints.real_vector, "scale_tril": constraints.lower_cholesky}
     has_rsample = True
 
-    def __init__(
-        self,
-        loc: Tensor,
-        scale_tril: Tensor,
-        event: Size,
-        batch: Size | None = None,
-        validate_args: bool | None = None,
-    ) -> None:
+    def __init__(self, loc: Tensor, scale_tril: Tensor, event: Size) -> None:
         self.loc, self.scale_tril = loc, scale_tril
-        super().__init__(
-            torch.Size(loc.shape[:-1] if batch is None else batch), torch.Size(event), validate_args=validate_args
-        )
+        super().__init__(loc.shape[:-1], torch.Size(event))
 
     @property
     def support(self) -> constraints.Constraint:
         """Support: real numbers in every element of the event."""
         return constraints.independent(constraints.real, len(self.event_shape))
-
-    def expand(self, batch_shape: Size, _instance: Any = None) -> FactoredNormal:
-        """Return this distribution expanded to `batch_shape`."""
-        return FactoredNormal(self.loc, self.scale_tril, self.event_shape, batch_shape, validate_args=False)
 
     def _along(self, operation: Callable[[Tensor, Tensor], Tensor], vectors: Tensor) -> Tensor:
         """Return `operation(L, columns)` for vectors `(..., D)`, as one matrix if the last batch dimension shares L."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import pyro.distributions as dist
 import torch
@@ -13,6 +13,7 @@ from torch.distributions import Transform, biject_to, constraints
 from torch.nn.functional import logsigmoid, pad
 
 from pvae.component import Shape
+from pvae.distributions.base import Batched
 from pvae.distributions.codes import Certain, Conditional, code_grid, conditional_logits
 from pvae.distributions.exponential_codes import IMPOSSIBLE
 from pvae.util.types import Size
@@ -84,7 +85,16 @@ def _to_log_simplex(_constraint: constraints.Constraint) -> Coordinates:
     return Coordinates()
 
 
-class FreeCoordinates(dist.TorchDistribution):
+class Simplices(Batched):
+    """Base of distributions of the logarithms of points of the simplex, one for each position of a grid."""
+
+    @constraints.dependent_property(is_discrete=False)
+    def support(self) -> constraints.Constraint:
+        """Support: logarithms of points of the simplex at every position of the grid."""
+        return constraints.independent(log_simplex, len(self.event_shape) - 1)
+
+
+class FreeCoordinates(Simplices):
     """Distribution of relaxed codes `(..., *grid, K)`, given by a density of their coordinates `(..., P (K - 1))`.
 
     Arguments:
@@ -92,22 +102,11 @@ class FreeCoordinates(dist.TorchDistribution):
         event: event shape of a value, `(*grid, K)`.
     """
 
-    arg_constraints: ClassVar[dict[str, Any]] = {}
+    widened = ("base",)
 
     def __init__(self, base: Any, event: Shape) -> None:
         self.base = base
         super().__init__(base.batch_shape, torch.Size(event), validate_args=False)
-
-    @constraints.dependent_property(is_discrete=False)
-    def support(self) -> constraints.Constraint:
-        """Support: logarithms of points of the simplex at every position of the grid."""
-        return constraints.independent(log_simplex, len(self.event_shape) - 1)
-
-    def expand(self, batch_shape: Size, _instance: Any = None) -> FreeCoordinates:
-        """Return this distribution expanded to `batch_shape`."""
-        if self.batch_shape == tuple(batch_shape):
-            return self
-        return FreeCoordinates(self.base.expand(torch.Size(batch_shape)), tuple(self.event_shape))
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Return the log density of log c in the measure of `RelaxedCodes`, nats, `(...)`; exact."""
@@ -123,7 +122,7 @@ class FreeCoordinates(dist.TorchDistribution):
 KL = Literal["relaxed", "categorical"]
 
 
-class RelaxedCodes(dist.TorchDistribution):
+class RelaxedCodes(Simplices):
     r"""Concrete distribution in logarithms: log c = log softmax((log pi + g) / tau), g Gumbel, on a grid of codes.
 
     With y = log c the density is Gamma(K) tau^(K-1) prod_k pi_k e^(-tau y_k) / (sum_k pi_k e^(-tau y_k))^K with
@@ -142,7 +141,7 @@ class RelaxedCodes(dist.TorchDistribution):
         has_twin: False if the latent has no discrete counterpart, as under a prior over relaxed values.
     """
 
-    arg_constraints: ClassVar[dict[str, Any]] = {}
+    widened = ("logits",)
     has_rsample = True
 
     def __init__(
@@ -154,26 +153,11 @@ class RelaxedCodes(dist.TorchDistribution):
         kl: KL = "relaxed",
         noise: bool = True,
         has_twin: bool = True,
-        normalised: bool = False,
     ) -> None:
-        self.logits = logits if normalised else logits.log_softmax(-1)
+        self.logits = logits.log_softmax(-1)
         self.temperature, self.grid, self.kl, self.noise, self.has_twin = temperature, grid, kl, noise, has_twin
         at = logits.dim() - grid - 1
         super().__init__(logits.shape[:at], logits.shape[at:], validate_args=False)
-
-    @constraints.dependent_property(is_discrete=False)
-    def support(self) -> constraints.Constraint:
-        """Support: logarithms of points of the simplex at every position of the grid."""
-        return constraints.independent(log_simplex, self.grid)
-
-    def expand(self, batch_shape: Size, _instance: Any = None) -> RelaxedCodes:
-        """Return this distribution expanded to `batch_shape`."""
-        if self.batch_shape == tuple(batch_shape):
-            return self
-        return RelaxedCodes(
-            self.logits.expand(*batch_shape, *self.event_shape), self.temperature, self.grid,
-            kl=self.kl, noise=self.noise, has_twin=self.has_twin, normalised=True,
-        )  # fmt: skip
 
     def rsample(self, sample_shape: Size = torch.Size()) -> Tensor:
         """Return reparametrised samples of log c, `sample_shape + (..., *grid, K)`."""
@@ -199,7 +183,7 @@ class RelaxedCodes(dist.TorchDistribution):
         return Certain(self.logits.argmax(-1), self.logits.shape[-1], self.grid)
 
 
-class Relaxing(Conditional):
+class Relaxing(Simplices, Conditional):
     """Prior over discrete codes, used for a relaxed latent: relaxed values get the expected log probability of codes.
 
     Arguments:
@@ -207,22 +191,11 @@ class Relaxing(Conditional):
         states: number of codes K at each position.
     """
 
-    arg_constraints: ClassVar[dict[str, Any]] = {}
+    widened = ("codes",)
 
     def __init__(self, codes: dist.TorchDistribution, states: int) -> None:
         self.codes, self.states = codes, states
         super().__init__(codes.batch_shape, torch.Size((*codes.event_shape, states)), validate_args=False)
-
-    @constraints.dependent_property(is_discrete=False)
-    def support(self) -> constraints.Constraint:
-        """Support: logarithms of points of the simplex at every position of the grid."""
-        return constraints.independent(log_simplex, len(self.event_shape) - 1)
-
-    def expand(self, batch_shape: Size, _instance: Any = None) -> Relaxing:
-        """Return this distribution expanded to `batch_shape`."""
-        if self.batch_shape == tuple(batch_shape):
-            return self
-        return Relaxing(self.codes.expand(torch.Size(batch_shape)), self.states)
 
     def sample(self, sample_shape: Size = torch.Size()) -> Tensor:
         """Return samples of the codes as logarithms of one-hots, `sample_shape + (..., *grid, K)`."""
