@@ -17,7 +17,7 @@ from pvae.errors import DeclarationError
 from pvae.graph.frame import Frame, Law, data_plate
 from pvae.graph.site import EMBEDDED, OBSERVED, Site, embedded
 from pvae.models.likelihoods.base import Likelihood
-from pvae.models.likelihoods.discrete import Bernoulli
+from pvae.models.likelihoods.standard import Bernoulli
 from pvae.nn.network import MLP, Network
 
 

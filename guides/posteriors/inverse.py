@@ -182,7 +182,7 @@ class DequantisedPosterior(Posterior):
 
     def build(self, site: Site, inputs: Mapping[str, Shape], link: Link) -> nn.Module:
         decoder_of(link, site)
-        levels = link.model.decoder.likelihood.levels
+        levels = link.model.decoder.likelihood.declared.levels
         noise = None
         if self.noise == "variational":
             noise = NormalHead(self.network.build(inputs, (2 * site.event[0],)), self.log_variance)

@@ -483,7 +483,7 @@ def test_the_declared_closed_forms_have_one():
     for kind, member in made.items():
         table = {"kind": kind, **({"levels": 3} if kind == "categorical" else {})}
         module = Likelihood.parse(table).over([Law("normal")] * 4).build((4,))
-        assert isinstance(module.closed_form(), ClosedForm) == member.closed_form, kind
+        assert isinstance(module.closed_form(), ClosedForm) == bool(member.closed_form), kind
 
 
 # ---------------------------------------------------------------------- what the analyses say
