@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import weakref
-from collections.abc import Iterator, Mapping, Sequence, Sized
+from collections.abc import Iterator, Mapping, Sized
 from pathlib import Path
 from typing import IO, Any, Literal, final
 
@@ -19,7 +19,7 @@ from pvae.data.rows.arrays import AnyArray, Index, SparseRows, Stored
 from pvae.data.rows.cache import cache_folder
 from pvae.data.rows.files import PIECE_BYTES, require_room
 from pvae.data.rows.prepare import Scale
-from pvae.data.rows.rows import SPLITS, Rows, joined, tenths
+from pvae.data.rows.rows import SPLITS, Rows, tenths
 from pvae.data.sources.base import Data, Seed
 from pvae.errors import DataError, OutputError, StorageError, near
 from pvae.util.types import Array
@@ -69,25 +69,17 @@ def is_bare(data: Any) -> bool:
     return not isinstance(data, TorchDataset) and not is_anndata(data) and np.ndim(data) == 1
 
 
-def tensor_rows(given: Mapping[str, Any], seed: int, label_names: Sequence[str] | None) -> Rows:
-    """Return the rows of tensors or arrays.
-
-    Arguments:
-        given: x, or a tuple (x, y), by split name; "train" is required.
-        seed: seed of the permutation that makes the splits that are not given.
-        label_names: name of each label, or None.
+def tensors(part: Any, name: str) -> tuple[AnyArray, Array | None]:
+    """Return x (n, ...) and labels (n,) or None of a split, given as x or as a tuple (x, y) of tensors or arrays.
 
     Raises:
-        DataError: values are not arrays, or are too large for memory; see `joined`.
+        DataError: values are not arrays, or are too large for memory; `name` is that of the split.
     """
-    arrays: dict[str, tuple[AnyArray, Array | None]] = {}
-    for name, part in given.items():
-        x, y = part if isinstance(part, tuple) and len(part) == 2 else (part, None)
-        array = as_array(x, name)
-        if isinstance(array, np.ndarray):
-            require_room(array.shape, array.dtype, name, "Pass a torch Dataset and stream=True to Dataset.from_torch.")
-        arrays[name] = array, None if y is None else np.asarray(as_array(y, name))
-    return joined(arrays, seed, label_names)
+    x, y = part if isinstance(part, tuple) and len(part) == 2 else (part, None)
+    array = as_array(x, name)
+    if isinstance(array, np.ndarray):
+        require_room(array.shape, array.dtype, name, "Pass a torch Dataset and stream=True to Dataset.from_torch.")
+    return array, None if y is None else np.asarray(as_array(y, name))
 
 
 # torch
@@ -133,16 +125,6 @@ class NamelessFile:
             self.file.flush()
         except OSError as error:
             raise StorageError(f"{cache_folder()}: expected room for the rows; got {error}. Free some.") from error
-
-
-def torch_rows(given: Mapping[str, Any], stream: bool, seed: int, label_names: Sequence[str] | None) -> Rows:
-    """Return the rows of torch datasets, one for each given split; splits not given are tenths of "train".
-
-    Raises:
-        DataError: see `collected`.
-    """
-    parts = {name: collected(dataset, name, stream) for name, dataset in given.items()}
-    return joined(parts, seed, label_names)
 
 
 def collected(dataset: Any, name: str, stream: bool) -> tuple[AnyArray, Array | None]:
