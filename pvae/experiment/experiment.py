@@ -15,7 +15,7 @@ from torch import nn
 
 from pvae.component import Section, Shape, Table, load_members
 from pvae.data.sources.base import Data
-from pvae.data.sources.digits import Digits
+from pvae.data.sources.collections import Digits
 from pvae.errors import DeclarationError
 from pvae.experiment import zoo
 from pvae.experiment.build import build_pair

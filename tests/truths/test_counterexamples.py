@@ -20,7 +20,7 @@ from pvae.analysis.truths.densities import Box, Diluted, FactorNormal, TrainingM
 from pvae.analysis.truths.linear import probabilistic_pca
 from pvae.analysis.truths.standard import digits
 from pvae.data.dataset import Dataset, load
-from pvae.data.sources.digits import Digits
+from pvae.data.sources.collections import Digits
 from pvae.errors import DataError
 from tests.cli_runner import run_cli, run_cli_json
 from tests.samples.models import normals
