@@ -19,7 +19,7 @@ from pvae.experiment import zoo
 from pvae.experiment.experiment import Experiment
 from pvae.experiment.overrides import apply_overrides
 from pvae.studies.sweep import FIRST, SECOND, Measure, StudyFile, Sweep, find, validated
-from pvae.training.refit import stage_of
+from pvae.training.resume import stage_of
 from pvae.util import toml
 
 MAX_LISTED_PROBLEMS = 40

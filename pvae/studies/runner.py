@@ -320,8 +320,7 @@ def work(job: Mapping[str, Any]) -> None:
     from pvae.analysis.pages.study import figures
     from pvae.runs.run import Run
     from pvae.training.fit import fit
-    from pvae.training.refit import fit_stage
-    from pvae.training.resume import resume
+    from pvae.training.resume import fit_stage, resume
 
     torch.set_num_threads(int(job["threads"]))
     root, device = Path(job["run_dir"]), str(job["device"])

@@ -14,7 +14,7 @@ from pvae.runs.find import folders, is_stale
 from pvae.runs.run import Run
 from pvae.runs.rundir import RunDirectory
 from pvae.studies.cases import Case
-from pvae.training.refit import parent_of
+from pvae.training.resume import parent_of
 
 RANKS = ("finished", "held", "stopped")
 """States of a run that can serve a case, in order of preference; see `standing`."""

@@ -89,13 +89,13 @@ def _at_bounds(plan: Plan, guide: Mapping[str, Any], model: Mapping[str, Any]) -
     for side, nodes in (("guide", guide), ("model", model)):
         for name, node in nodes.items():
             scale = _scale(node)
-            bounds, learned = _bounds(plan, side, name)
+            (low, high), learned = _bounds(plan, side, name)
             if scale is None or not learned:
                 continue
-            for where, at in (("floor", scale <= bounds[0] * 1.001), ("ceiling", scale >= bounds[1] * 0.999)):
+            ends = (("floor", low, scale <= low * 1.001), ("ceiling", high, scale >= high * 0.999))
+            for where, bound, at in ends:
                 share = float(at.double().mean())
                 if share > MAX_PROPORTION_AT_BOUND:
-                    bound = bounds[0] if where == "floor" else bounds[1]
                     yield (
                         f"{side}.{name}: {share:.0%} of the scales are at their {where}, {bound:.3g}. The "
                         "optimum may lie beyond: widen the bounds if that is meant, else look at the data."

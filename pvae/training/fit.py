@@ -80,63 +80,50 @@ def fit(
         ('estimate', True)
         >>> runs.cleanup()
     """
-    kinds = require(export)
-    plan, given_pair = _plan(what, overrides, objective, train)
-    plan = plan.with_changes({k: v for k, v in (("seed", seed), ("name", name)) if v is not None})
-    where = pick_device(device)
-    dataset, plan = _dataset(plan, data, data_dir)
-    if given_pair:
-        if problems := given_pair.check(dataset.train.rows[:3]):
-            raise DeclarationError([f"pair: {problem}" for problem in problems])
-        pair = given_pair.adopt(dataset.train.rows[:2])
+    kinds, where = require(export), pick_device(device)
+    changes = {k: v for k, v in (("seed", seed), ("name", name)) if v is not None}
+    if isinstance(what, Pair):
+        given = {k: v for k, v in (("objective", objective), ("train", train)) if v is not None}
+        plan: Plan = Plan(name="pair", **given).with_overrides(*overrides).with_changes(changes)  # type: ignore[arg-type]
+        dataset, pair = _handwritten(what, data)
+    elif objective is not None or train is not None:
+        raise DeclarationError("fit: objective= and train= belong to a hand-written pair; declare them, or override.")
     else:
-        assert isinstance(plan, Experiment)  # noqa: S101 - narrows the type
-        pair = plan.build(dataset.shape)
+        read = what.with_overrides(*overrides) if isinstance(what, Experiment) else Experiment.load(what, overrides)
+        plan, dataset, pair = _declared(read.with_changes(changes), data, data_dir)
     rows = min(plan.train.batch_size, len(dataset.train)) * getattr(plan.objective, "particles", 1)
     require_training_memory(pair, math.prod(dataset.shape), rows, where)
     attended(pair, dataset.train)
+    given_pair = what if isinstance(what, Pair) else None
     _require_fittable(plan, pair, dataset, given_pair is not None)
     run = launch(plan, pair, dataset, Path(run_dir), where, given_pair=given_pair, export=kinds, progress=progress)
     return second_stage(run, device, progress)
 
 
-def _plan(
-    what: str | Path | Experiment | Pair, overrides: Sequence[str], objective: Objective | None, train: Train | None
-) -> tuple[Plan, Pair | None]:
-    """Return the declaration to fit, and the pair of model and guide if it is written by hand, else None."""
-    if isinstance(what, Pair):
-        given = {k: v for k, v in (("objective", objective), ("train", train)) if v is not None}
-        return Plan(name="pair", **given).with_overrides(*overrides), what  # type: ignore[arg-type]
-    if objective is not None or train is not None:
-        raise DeclarationError("fit: objective= and train= belong to a hand-written pair; declare them, or override.")
-    if isinstance(what, Experiment):
-        return (what.with_overrides(*overrides) if overrides else what), None
-    return Experiment.load(what, overrides), None
+def _handwritten(given: Pair, data: Any) -> tuple[Dataset, Pair]:
+    """Return the data set to fit and the pair adopted to it."""
+    if data is None:
+        raise DeclarationError("fit: expected data=... for a hand-written pair; got none.")
+    dataset = Dataset.of(data, TensorSource(shape=()) if is_bare(data) else TensorSource())  # bare numbers are allowed
+    if problems := given.check(dataset.train.rows[:3]):
+        raise DeclarationError([f"pair: {problem}" for problem in problems])
+    return dataset, given.adopt(dataset.train.rows[:2])
 
 
-def _dataset(plan: Plan, data: Any, data_dir: str | Path | None) -> tuple[Dataset, Plan]:
-    """Return the data set to fit, and the plan updated with the source of data that are passed in Python."""
-    if data is not None:
-        declared = passed_source(plan)
-        if not isinstance(plan, Experiment) and is_bare(data):
-            declared = TensorSource(shape=())  # a hand-written pair may observe bare numbers
-        dataset = Dataset.of(data, declared)
-        if isinstance(plan, Experiment):
-            plan = plan.model_copy(update={"data": declared})
-    elif isinstance(plan, Experiment):
+def _declared(plan: Experiment, data: Any, data_dir: str | Path | None) -> tuple[Experiment, Dataset, Pair]:
+    """Return the data set to fit, the pair built for it, and the declaration with the source of data passed in."""
+    if data is None:
         dataset = load(plan.data, data_dir=Path(data_dir) if data_dir else None, seed=plan.seed)
     else:
-        raise DeclarationError("fit: expected data=... for a hand-written pair; got none.")
-    if isinstance(plan, Experiment):
-        dataset = plan.conditioned(dataset)
-        dataset.require_support(plan.observed().support, plan.decoder.likelihood.hint)
-    return dataset, plan
+        plan = plan.model_copy(update={"data": passed_source(plan)})
+        dataset = Dataset.of(data, plan.data)
+    dataset = plan.conditioned(dataset)
+    dataset.require_support(plan.observed().support, plan.decoder.likelihood.hint)
+    return plan, dataset, plan.build(dataset.shape)
 
 
-def passed_source(plan: Plan) -> TensorSource | FrameSource:
+def passed_source(plan: Experiment) -> TensorSource | FrameSource:
     """Return a source for data passed in Python, with the declared transforms (scale, shape, splits, columns ...)."""
-    if not isinstance(plan, Experiment):
-        return TensorSource()
     kind = FrameSource if isinstance(plan.data, Tabular) else TensorSource
     shared = (plan.data.model_fields_set & kind.model_fields.keys()) - {"source"}
     return kind(**{name: getattr(plan.data, name) for name in shared})

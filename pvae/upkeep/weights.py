@@ -14,8 +14,8 @@ from pvae.errors import CheckpointError
 from pvae.pair.pair import Pair
 from pvae.runs import checkpoint
 from pvae.runs.run import Run, chosen, load_weights
-from pvae.training.diagnose import bad_weights
 from pvae.training.evaluation import evaluate
+from pvae.training.recovery import bad_weights
 from pvae.training.trainer import State
 from pvae.util.checks import Check
 from pvae.util.provenance import provenance
