@@ -18,9 +18,8 @@ from torch import Tensor
 from pvae.errors import Interrupted, PvaeError, is_refused_draw
 from pvae.pair.code_usage import code_usage
 from pvae.training import recovery
-from pvae.training.alerts import ALERT_ROWS, alerts
 from pvae.training.begin import begin
-from pvae.training.evaluation import evaluate
+from pvae.training.evaluation import ALERT_ROWS, alerts, evaluate
 from pvae.training.step import CLIPPED, is_finite
 from pvae.training.trainer import Trainer, first_line, swapped
 from pvae.util.progress import ProgressBar

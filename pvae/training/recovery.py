@@ -137,6 +137,8 @@ def all_finite(trainer: Trainer) -> bool:
 def handle(trainer: Trainer, message: str, steps: int) -> bool:
     """Apply the policy `train.nonfinite` to `steps` failed steps: return True to go on, False after a rollback.
 
+    A rollback restores the newest checkpoint; the fit continues from there with other random noise.
+
     Raises:
         NonFiniteError: the policy is to stop, or to skip although a weight is not finite, or no further rollback is
             possible.
@@ -146,9 +148,16 @@ def handle(trainer: Trainer, message: str, steps: int) -> bool:
         state.skipped += steps
         trainer.tell("nonfinite", f"{message}; skipped")
         return True
-    if policy == "rollback" and state.rollbacks < MAX_ROLLBACKS and roll_back(trainer, message):
-        return False
-    return fail(trainer, message)
+    saved = newest(trainer) if policy == "rollback" and state.rollbacks < MAX_ROLLBACKS else None
+    if saved is None:
+        fail(trainer, message)
+    restore(trainer, saved)
+    trainer.state.rollbacks = state.rollbacks + 1
+    trainer.files.truncate_metrics(trainer.state.epoch)
+    if trainer.engine == "captured":  # the graph holds the tensors of the optimiser's former state
+        trainer.make_stepper()
+    trainer.tell("nonfinite", f"{message}; rolled back to step {trainer.state.step}, with other noise")
+    return False
 
 
 def fail(trainer: Trainer, message: str) -> NoReturn:
@@ -160,21 +169,6 @@ def fail(trainer: Trainer, message: str) -> NoReturn:
         f"{message}. Lower the learning rate, set train.clip_norm, tighten log_variance bounds, or set "
         f"train.nonfinite = 'skip' or 'rollback'.{where}"
     )
-
-
-def roll_back(trainer: Trainer, message: str) -> bool:
-    """Restore the newest checkpoint and continue with other random noise; return False if there is no checkpoint."""
-    saved = newest(trainer)
-    if saved is None:
-        return False
-    rollbacks = trainer.state.rollbacks + 1
-    restore(trainer, saved)
-    trainer.state.rollbacks = rollbacks
-    trainer.files.truncate_metrics(trainer.state.epoch)
-    if trainer.engine == "captured":  # the graph holds the tensors of the optimiser's former state
-        trainer.make_stepper()
-    trainer.tell("nonfinite", f"{message}; rolled back to step {trainer.state.step}, with other noise")
-    return True
 
 
 def not_finite(trainer: Trainer, x: Tensor, index: Tensor, out: Tensor) -> str:
