@@ -155,7 +155,7 @@ def test_what_cannot_be_removed_is_told(run: Path, root: Path, monkeypatch: pyte
     """FAULTS 42: a read-only folder; what was removed half way is found again."""
     (run / "checkpoints" / ".tmp-a1").mkdir()
 
-    def refuse(path: object) -> None:
+    def refuse(path: object, **_: object) -> None:
         raise PermissionError(13, "Permission denied", str(path))
 
     with monkeypatch.context() as patch:
