@@ -43,19 +43,13 @@ def _git_state() -> dict[str, Any] | None:
 def _git(*arguments: str) -> str | None:
     import subprocess
 
-    environment = {**os.environ, "GIT_OPTIONAL_LOCKS": "0"}
+    there, none = {**os.environ, "GIT_OPTIONAL_LOCKS": "0"}, subprocess.DEVNULL
+    command = ["git", *arguments]
     try:
-        done = subprocess.run(
-            ["git", *arguments],
-            capture_output=True,
-            check=True,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            timeout=GIT_SECONDS,
-        )
+        said = subprocess.check_output(command, env=there, stdin=none, stderr=none, timeout=GIT_SECONDS)
     except (OSError, subprocess.SubprocessError):
         return None
-    return done.stdout.decode(errors="replace").strip()
+    return said.decode(errors="replace").strip()
 
 
 def _without_home(argument: str) -> str:
