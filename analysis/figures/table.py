@@ -46,6 +46,10 @@ class Figures(ABC):
         """Sentences below the table."""
         return ()
 
+    def described(self, **meanings: str) -> Iterator[Row]:
+        """Yield rows of estimates that are attributes of the result, each name with its meaning."""
+        return ((name, getattr(self, name), meaning) for name, meaning in meanings.items())
+
     def known(self) -> Iterator[tuple[str, Estimate, str]]:
         """Yield the rows of the table whose estimate is defined."""
         for name, figure, meaning in self.rows():

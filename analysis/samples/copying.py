@@ -73,21 +73,12 @@ class Copying(Figures):
         return f"Copies of training rows ({m} samples, {h} held-out data, {self.trained} training rows)"
 
     def rows(self) -> Iterator[Row]:
-        yield "z", self.z, "far below 0: samples are nearer to training rows than held-out data are; above 0: farther"
-        yield (
-            "p_value",
-            self.p_value,
-            "probability of a z as low by chance, if samples have the distribution of the data",
-        )
-        yield (
-            "share",
-            self.share,
-            f"proportion of samples as near to a training row as the nearest {self.held_share:.3f} of data",
-        )
-        yield (
-            "nearer",
-            self.nearer,
-            "proportion of samples nearer to training rows than to as many held-out rows: 1/2 without copying",
+        near = f"{self.held_share:.3f}"
+        return self.described(
+            z="far below 0: samples are nearer to training rows than held-out data are; above 0: farther",
+            p_value="probability of a z as low by chance, if samples have the distribution of the data",
+            share=f"proportion of samples as near to a training row as the nearest {near} of data",
+            nearer="proportion of samples nearer to training rows than to as many held-out rows: 1/2 without copying",
         )
 
     @property

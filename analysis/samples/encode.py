@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from torch.distributions import Categorical, LowRankMultivariateNormal, Multivar
 from pvae.analysis.decompose.entry import accept
 from pvae.analysis.export.sites import parameters_of
 from pvae.analysis.samples.generated import Encoding, LatentCode, Reconstructions
-from pvae.analysis.samples.running import analysed, centre, chunks, datum, decoded_mean, joined, opened, row_values
+from pvae.analysis.samples.running import analysed, by_chunks, centre, datum, decoded_mean, opened, row_values
 from pvae.pair.densities import log_prob, sum_over
 from pvae.pair.enumeration import JointStates, read_joint_states
 from pvae.pair.layout import Layout, samples, unwrapped
@@ -55,12 +54,9 @@ def encode(
     """
     pair = opened(run_or_pair)
     x = accept(pair, x)
-    parts: list[dict[str, LatentCode]] = []
     with analysed(pair, x, seed, mean):
-        for start, stop in chunks(len(x), x[0].numel()):
-            parts.append(_encoded(pair, x[start:stop], mean)[0])
-            on_progress(stop, len(x))
-    return Encoding({name: _joined_codes([part[name] for part in parts]) for name in parts[0]})
+        codes = by_chunks(lambda *at: _encoded(pair, x[slice(*at)], mean)[0], len(x), x[0].numel(), on_progress)
+    return Encoding(codes)
 
 
 def _encoded(pair: Pair, x: Tensor, mean: bool) -> tuple[dict[str, LatentCode], dict[str, Tensor]]:
@@ -114,15 +110,6 @@ def _summed(table: JointStates, nodes: Mapping[str, Any], mean: bool) -> Iterato
         yield name, LatentCode(value.cpu(), log_p[every, index].cpu(), None, None, probs.cpu(), not mean), spread
 
 
-def _joined_codes(parts: Sequence[LatentCode]) -> LatentCode:
-    """Return the code of one latent for all rows, from those of successive chunks of rows."""
-    columns: dict[str, Any] = {
-        field: None if getattr(parts[0], field) is None else torch.cat([getattr(part, field) for part in parts])
-        for field in ("value", "log_q", "loc", "scale", "probs")
-    }
-    return replace(parts[0], **columns)
-
-
 def reconstruct(
     run_or_pair: Run | Pair, x: Any, *, mean: bool = True, seed: int = 0, on_progress: Progress = silent
 ) -> Reconstructions:
@@ -151,32 +138,19 @@ def reconstruct(
     """
     pair = opened(run_or_pair)
     x = accept(pair, x)
-    parts: list[tuple[Tensor, Tensor]] = []
-    latents: list[dict[str, Tensor]] = []
+    layout = pair.layout
+
+    def decoded(start: int, stop: int) -> Reconstructions:
+        part, count = x[start:stop], stop - start
+        codes, values = _encoded(pair, part, mean=False)
+        nodes = samples(pair.model_trace(part, values))
+        log_p = sum_over([log_prob(nodes[name], layout, 0, len(x)).double() for name in layout.observed])
+        node = datum(layout, nodes)
+        with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):
+            seeds.set_noise(seeds.mix(seed, seeds.ANALYSIS, 4 + start), x.device)
+            found = decoded_mean(node, layout, count) if mean else row_values(node["fn"].sample(), node, layout, count)
+        latents = {name: code.value for name, code in codes.items()}
+        return Reconstructions(found, log_p.expand(count).cpu(), latents, mean)
+
     with analysed(pair, x, seed):
-        for start, stop in chunks(len(x), x[0].numel()):
-            codes, values = _encoded(pair, x[start:stop], mean=False)
-            noise = None if mean else seeds.mix(seed, seeds.ANALYSIS, 4 + start)
-            parts.append(_reconstructed(pair, x[start:stop], values, len(x), noise))
-            latents.append({name: code.value for name, code in codes.items()})
-            on_progress(stop, len(x))
-    decoded, log_p = (torch.cat(column) for column in zip(*parts, strict=True))
-    return Reconstructions(decoded, log_p, joined(latents), mean)
-
-
-def _reconstructed(
-    pair: Pair, x: Tensor, values: Mapping[str, Tensor], size: int, noise: int | None
-) -> tuple[Tensor, Tensor]:
-    """Return E[x | z] of a chunk of rows, or a sample of p(x | z) if `noise` is its seed, and log p(x | z) of the data.
-
-    `size` is the number of rows of all chunks.
-    """
-    layout, count = pair.layout, len(x)
-    nodes = samples(pair.model_trace(x, values))
-    log_p = sum_over([log_prob(nodes[name], layout, 0, size).double() for name in layout.observed])
-    node = nodes[datum(layout, nodes)]
-    if noise is None:
-        return decoded_mean(node, layout, count), log_p.expand(count).cpu()
-    with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):
-        seeds.set_noise(noise, x.device)
-        return row_values(node["fn"].sample(), node, layout, count), log_p.expand(count).cpu()
+        return by_chunks(decoded, len(x), x[0].numel(), on_progress)

@@ -102,7 +102,7 @@ def classify(x: Tensor, y: Tensor, classes: int, seed: int, held: tuple[Tensor, 
                 step += 1
             if held is None:
                 continue
-            loss_of_held = cross_entropy(model, *held)
+            loss_of_held = float(nn.functional.cross_entropy(in_chunks(model, held[0]), held[1].cpu()))
             if loss_of_held < best:
                 best, best_epoch, kept = loss_of_held, epoch, {k: t.clone() for k, t in model.state_dict().items()}
             elif epoch - best_epoch > PATIENCE * epochs:
@@ -110,11 +110,6 @@ def classify(x: Tensor, y: Tensor, classes: int, seed: int, held: tuple[Tensor, 
     if kept is not None:
         model.load_state_dict(kept)
     return model.eval()
-
-
-def cross_entropy(model: Classifier, x: Tensor, y: Tensor) -> float:
-    """Return the mean cross-entropy of a classifier on data `(n, *shape)` with classes `(n,)`, nats."""
-    return float(nn.functional.cross_entropy(in_chunks(model, x), y.cpu()))
 
 
 @torch.no_grad()

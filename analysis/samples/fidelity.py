@@ -70,22 +70,16 @@ class Fidelity(Figures):
         return f"Samples among data ({self.m} among {self.n}, k = {self.k})"
 
     def rows(self) -> Iterator[Row]:
-        yield "precision", self.precision, "proportion of samples within the balls of data: do they look like data?"
-        yield "recall", self.recall, "proportion of data within the balls of samples: could the model produce them?"
-        yield (
-            "density",
-            self.density,
-            "mean number of balls of data around a sample, by k: 1 for the distribution of the data",
-        )
         expected = f"{self.expected_coverage:.3f}"
-        yield (
-            "coverage",
-            self.coverage,
-            f"proportion of data whose ball has a sample: {expected} for the distribution of the data",
+        yield from self.described(
+            precision="proportion of samples within the balls of data: do they look like data?",
+            recall="proportion of data within the balls of samples: could the model produce them?",
+            density="mean number of balls of data around a sample, by k: 1 for the distribution of the data",
+            coverage=f"proportion of data whose ball has a sample: {expected} for the distribution of the data",
+            confidence="mean probability of the most probable class of samples",
+            data_confidence="mean probability of the most probable class of data",
+            relative_confidence="confidence divided by data_confidence",
         )
-        yield "confidence", self.confidence, "mean probability of the most probable class of samples"
-        yield "data_confidence", self.data_confidence, "mean probability of the most probable class of data"
-        yield "relative_confidence", self.relative_confidence, "confidence divided by data_confidence"
         for name, share in self.shares.items():
             among = self.data_shares.get(name)
             yield f"share/{name}", share, f"of samples; {float(among):.3f} of the data" if among else "of samples"

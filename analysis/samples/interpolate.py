@@ -11,9 +11,9 @@ from torch import Tensor
 
 from pvae.analysis.samples.encode import encode
 from pvae.analysis.samples.generated import Generated, LatentCode, named
-from pvae.analysis.samples.running import analysed, chunks, datum, decoded_mean, is_discrete, opened
+from pvae.analysis.samples.running import analysed, by_chunks, datum, decoded_mean, is_discrete, opened
 from pvae.analysis.samples.sample import Template
-from pvae.analysis.samples.traversal import Priors, one_row, placed, site_values
+from pvae.analysis.samples.traversal import PlacedModel, one_row
 from pvae.errors import DataError
 from pvae.pair.densities import log_prob, sum_over
 from pvae.pair.layout import samples
@@ -87,19 +87,21 @@ def interpolate(
     first, last = (one_row(pair, row, "interpolate", todo) for row in (a, b))
     ends = [encode(pair, row, mean=True, seed=seed).latents for row in (first, last)]
     template, at = Template(run_or_pair, pair, steps, None, seed, first), torch.linspace(0, 1, steps)
-    parts = []
     with analysed(pair, template.at(0, 2), seed):
-        nodes = samples(pair.simulate(template.at(0, 2)))
-        path = _path(nodes, ends[0], ends[1], at)
-        prior = Priors({}, {}, None, site_values(pair, nodes, path))
-        for start, stop in chunks(steps, template.numbers):
-            flat = {name: values[start:stop].reshape(stop - start, -1) for name, values in path.items()}
-            parts.append(_decoded(pair, template.at(start, stop), flat, prior))
-            on_progress(stop, steps)
-    known = [log_p for _, log_p in parts if log_p is not None]
-    return Interpolation(
-        torch.cat([x for x, _ in parts]), at, path, torch.cat(known) if len(known) == len(parts) else None
-    )
+        model = PlacedModel(template, samples(pair.simulate(template.at(0, 2))))
+        path = _path(model.nodes, ends[0], ends[1], at)
+
+        def decoded(start: int, stop: int) -> Interpolation:
+            latents = {name: values[start:stop] for name, values in path.items()}
+            nodes = model.sites(start, stop, {name: v.reshape(stop - start, -1) for name, v in latents.items()})
+            x = decoded_mean(datum(pair.layout, nodes), pair.layout, stop - start)
+            try:
+                log_p = sum_over([log_prob(nodes[name], pair.layout, 0).double() for name in path])
+            except NotImplementedError:
+                return Interpolation(x, at[start:stop], latents, None)
+            return Interpolation(x, at[start:stop], latents, log_p.expand(stop - start).cpu())
+
+        return by_chunks(decoded, steps, template.numbers, on_progress)
 
 
 def _path(
@@ -123,14 +125,3 @@ def _path(
     if not path:
         raise DataError("interpolate: expected latents of single data; got a model without any.")
     return path
-
-
-def _decoded(pair: Pair, rows: Tensor, flat: Mapping[str, Tensor], prior: Priors) -> tuple[Tensor, Tensor | None]:
-    """Return E[x | z] of some points of the line, and their log p(z) in nats, None if the prior has no density."""
-    nodes = placed(pair, rows, flat, prior)
-    x = decoded_mean(nodes[datum(pair.layout, nodes)], pair.layout, len(rows))
-    try:
-        log_p = sum_over([log_prob(nodes[name], pair.layout, 0).double() for name in flat])
-    except NotImplementedError:
-        return x, None
-    return x, log_p.expand(len(rows)).cpu()

@@ -66,9 +66,10 @@ class SampleQuality(Figures):
         yield from self.test.rows()
         yield from self.fidelity.rows()
         yield from self.distances.rows()
-        yield "sharpness", self.sharpness, "of samples divided by that of data: below 1 blurred, above 1 noisy"
-        meaning = "of means of p(x | z), which have no noise, divided by that of data"
-        yield "sharpness_of_means", self.sharpness_of_means, meaning
+        yield from self.described(
+            sharpness="of samples divided by that of data: below 1 blurred, above 1 noisy",
+            sharpness_of_means="of means of p(x | z), which have no noise, divided by that of data",
+        )
 
     @property
     def remarks(self) -> tuple[str, ...]:

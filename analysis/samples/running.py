@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from dataclasses import fields, is_dataclass, replace
+from typing import Any, TypeVar
 
 import torch
 from pyro import poutine
@@ -20,6 +21,9 @@ from pvae.errors import DeclarationError
 from pvae.pair.layout import Layout, unwrapped
 from pvae.pair.pair import Pair
 from pvae.runs.run import Run
+from pvae.util.progress import Progress, silent
+
+T = TypeVar("T")
 
 CHUNK_ROWS = 250
 """Largest number of rows that are sampled, encoded or decoded at a time."""
@@ -103,9 +107,9 @@ def chunks(n: int, numbers: int) -> Iterator[tuple[int, int]]:
         yield start, min(start + size, n)
 
 
-def datum(layout: Layout, nodes: Mapping[str, Any]) -> str:
-    """Return the name of the site of x: the first observed site inside the data plate."""
-    return next(name for name in layout.observed if layout.holds(nodes[name]))
+def datum(layout: Layout, nodes: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the site of x: the first observed site inside the data plate."""
+    return next(nodes[name] for name in layout.observed if layout.holds(nodes[name]))
 
 
 def row_values(t: Any, node: Mapping[str, Any], layout: Layout, count: int) -> Tensor:
@@ -122,9 +126,26 @@ def decoded_mean(node: Mapping[str, Any], layout: Layout, count: int) -> Tensor:
         raise DeclarationError(f"mean: expected p(x | z) with a known mean; got {kind}. Ask for draws.") from None
 
 
-def joined(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Return the named tensors of successive chunks, concatenated along the rows."""
-    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+def by_chunks(make: Callable[[int, int], T], n: int, numbers: int, on_progress: Progress = silent) -> T:
+    """Return `make(start, stop)` of consecutive chunks of n rows of `numbers` elements each, joined to one result."""
+    parts = []
+    for start, stop in chunks(n, numbers):
+        parts.append(make(start, stop))
+        on_progress(stop, n)
+    joined: T = _joined(parts)
+    return joined
+
+
+def _joined(parts: Sequence[Any]) -> Any:
+    """Return results of successive chunks as one: tensors concatenated along the rows, in dicts and dataclasses too."""
+    first = parts[0]
+    if isinstance(first, Tensor):
+        return torch.cat([*parts])
+    if isinstance(first, dict):
+        return {name: _joined([part[name] for part in parts]) for name in first}
+    if is_dataclass(first) and not isinstance(first, type):
+        return replace(first, **{f.name: _joined([getattr(part, f.name) for part in parts]) for f in fields(first)})
+    return first
 
 
 def observed_rows(split: Split, index: Tensor) -> Tensor:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from math import prod
 
 import torch
-from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from pvae.analysis.samples.generated import Samples, known_name
-from pvae.analysis.samples.running import analysed, chunks, datum, decoded_mean, joined, opened, row_values
+from pvae.analysis.samples.running import analysed, by_chunks, datum, decoded_mean, opened, row_values
 from pvae.errors import DataError, DeclarationError
 from pvae.experiment.experiment import Experiment
 from pvae.nn.schedules import Constant
@@ -64,15 +64,9 @@ def sample(
     _require_density(run_or_pair)
     pair = opened(run_or_pair)
     rows = Template(run_or_pair, pair, n, given, seed)
-    parts: list[Samples] = []
     with analysed(pair, rows.at(0, 2), seed):
-        for start, stop in chunks(n, rows.numbers):
-            trace = pair.simulate(rows.at(start, stop))
-            parts.append(_sampled(pair, trace, stop - start, mean))
-            on_progress(stop, n)
-    return Samples(
-        torch.cat([part.x for part in parts]), joined([part.latents for part in parts]), rows.covariates, mean
-    )
+        found = by_chunks(lambda *at: simulated(pair, rows.at(*at), mean), n, rows.numbers, on_progress)
+    return replace(found, covariates=rows.covariates)
 
 
 def _require_density(source: Run | Pair) -> None:
@@ -88,10 +82,11 @@ def _require_density(source: Run | Pair) -> None:
         )
 
 
-def _sampled(pair: Pair, trace: Trace, count: int, mean: bool) -> Samples:
-    layout, nodes = pair.layout, samples(trace)
+def simulated(pair: Pair, rows: Tensor, mean: bool = False) -> Samples:
+    """Return samples of the model in its current context, one for each of the placeholder rows `(n, *row)`."""
+    layout, count, nodes = pair.layout, len(rows), samples(pair.simulate(rows))
     hidden = {name: node for name, node in nodes.items() if name not in layout.observed and layout.holds(node)}
-    node = nodes[datum(layout, nodes)]
+    node = datum(layout, nodes)
     x = decoded_mean(node, layout, count) if mean else row_values(node["value"], node, layout, count)
     return Samples(x, {name: row_values(z["value"], z, layout, count) for name, z in hidden.items()}, {}, mean)
 

@@ -43,9 +43,11 @@ class TwoSample(Figures):
         return f"Classifier two-sample test ({self.held} held-out samples and data)"
 
     def rows(self) -> Iterator[Row]:
-        yield "accuracy", self.accuracy, "classifier accuracy: 1/2 for samples of the distribution of the data"
-        yield "p_value", self.p_value, "probability of an accuracy as high by chance, if the distributions are equal"
-        yield "total_variation", self.total_variation, "2 accuracy - 1: a lower bound on this distance"
+        return self.described(
+            accuracy="classifier accuracy: 1/2 for samples of the distribution of the data",
+            p_value="probability of an accuracy as high by chance, if the distributions are equal",
+            total_variation="2 accuracy - 1: a lower bound on this distance",
+        )
 
 
 def two_sample(real: Tensor, fake: Tensor, seed: int = 0) -> TwoSample:

@@ -122,8 +122,7 @@ def test_few_training_rows_are_drawn_by_the_seed(told, monkeypatch):
 
 
 def test_one_hots():
-    columns = _read(torch.tensor([[0, 2], [1, 1]]), torch.tensor([[3, 0]]))
-    learnt, asked = columns.plain
+    learnt, asked = _read(torch.tensor([[0, 2], [1, 1]]), torch.tensor([[3, 0]]))
     assert sparse.issparse(learnt)
     assert learnt.toarray().tolist() == [[1, 0, 0, 0, 0, 0, 1, 0], [0, 1, 0, 0, 0, 1, 0, 0]]
     assert asked.toarray().tolist() == [[0, 0, 0, 1, 1, 0, 0, 0]]
