@@ -13,8 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pvae.analysis.export.names import safe_names
-from pvae.analysis.export.sites import numpy_of
+from pvae.analysis.export.sites import numpy_of, safe_names
 from pvae.errors import DeclarationError, near
 from pvae.pair.densities import sum_over
 from pvae.util.files import write_atomic

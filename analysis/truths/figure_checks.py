@@ -74,16 +74,12 @@ class FigureCheck:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the comparison as plain numbers and strings, for JSON; an infinite slack is None."""
+        estimate = {f"estimate_{name}": value for name, value in self.estimate.to_dict().items()}
+        numbers = {"error": self.error, "bias": self.bias, "below": self.below, "above": self.above}
         return {
-            "truth": self.truth,
-            "estimator": self.estimator,
-            "figure": self.figure,
-            "exact": self.exact,
-            **{f"estimate_{name}": value for name, value in self.estimate.to_dict().items()},
-            "error": finite(self.error),
-            "bias": None if self.bias is None else finite(self.bias),
-            "below": finite(self.below),
-            "above": finite(self.above),
+            **{name: getattr(self, name) for name in ("truth", "estimator", "figure", "exact")},
+            **estimate,
+            **{name: None if number is None else finite(number) for name, number in numbers.items()},
             "verdict": self.verdict,
         }
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import replace
 from types import MappingProxyType
-from typing import final
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from pvae.analysis.decompose.surgery import surgery
 from pvae.analysis.figures.estimate import Estimate
 from pvae.analysis.truths.figure_checks import FigureCheck, SelfCheck
 from pvae.analysis.truths.standard import standard
-from pvae.analysis.truths.truth import Truth
+from pvae.analysis.truths.truth import FloatArray, Truth
 from pvae.errors import DataError
 from pvae.util.progress import StageProgress, silent
 
@@ -30,76 +30,59 @@ ANNEALED_ROWS = 20
 """Number of rows whose log p(x) is estimated by annealed importance sampling, the slowest estimator."""
 
 
-@final
-@dataclass(frozen=True)
-class Question:
-    """Pair of a test model and the name of an estimator that is applied to it."""
+class Found(NamedTuple):
+    """One estimate of an estimator, and what it is compared with."""
 
-    truth: Truth
-    estimator: str
-
-    def check(
-        self, figure: str, estimate: Estimate | None, known: str = "", *, below: float = 0.0, above: float = 0.0
-    ) -> Iterator[FigureCheck]:
-        """Yield the comparison of an estimate with its exact value; nothing if the estimate or the value is missing.
-
-        Arguments:
-            figure: name of the quantity in the result of the estimator.
-            estimate: its estimate, or None.
-            known: name of the exact value; default: the same name.
-            below: nats that the estimate may be too low as a lower bound.
-            above: nats that the estimate may be too high as an upper bound.
-        """
-        exact = self.truth.exact.get(known or figure)
-        if exact is not None and estimate is not None:
-            yield FigureCheck(self.truth.name, self.estimator, figure, exact, estimate, below, above)
+    figure: str
+    """Name of the quantity in the result of the estimator."""
+    estimate: Estimate | None
+    """Its estimate; None if there is none, and nothing to compare."""
+    known: str | float = ""
+    """Exact value, or its name among those of the test model; default: the same name."""
+    below: float = 0.0
+    """Nats that the estimate may be too low as a lower bound."""
+    above: float = 0.0
+    """Nats that the estimate may be too high as an upper bound."""
 
 
-def _surgery(asked: Question, seed: int) -> Iterator[FigureCheck]:
-    truth = asked.truth
+def _surgery(truth: Truth, seed: int) -> Iterator[Found]:
     found = surgery(truth.pair, truth.x, truth.samples, seed, labels=truth.labels)
     parts = [latent.dimensions for latent in found.latents.values() if latent.dimensions is not None]
     grid = max((part.error for part in parts), default=0.0)
     for name, estimate, _ in found.known():
         slack = grid if name in ("total_correlation", "coordinate_kl") else 0.0
-        yield from asked.check(name, estimate, below=slack, above=slack)
-    yield from asked.check("kl_exact", found.kl_exact, "kl")
-    yield from _population(asked, "population_lower", found.mutual_information, below=math.inf)
-    yield from _population(asked, "population_upper", found.leave_one_out, above=math.inf)
-
-
-def _population(asked: Question, figure: str, estimate: Estimate | None, **slack: float) -> Iterator[FigureCheck]:
-    """Yield the comparison of a mutual information of n data with its exact value under the data distribution.
-
-    The estimate is a bound in expectation over the data: `slack` allows any difference on the side of the bound.
-    """
-    yield from asked.check(figure, _over_data(estimate), "population_mutual_information", **slack)
+        yield Found(name, estimate, below=slack, above=slack)
+    yield Found("kl_exact", found.kl_exact, "kl")
+    # The information of n data bounds that of their distribution in expectation over the data.
+    population = "population_mutual_information"
+    yield Found("population_lower", _over_data(found.mutual_information), population, below=math.inf)
+    yield Found("population_upper", _over_data(found.leave_one_out), population, above=math.inf)
 
 
 def _over_data(estimate: Estimate | None) -> Estimate | None:
+    """Return an estimate whose standard error includes that over the data."""
     if estimate is None:
         return None
-    error = math.hypot(estimate.standard_error, estimate.data_error or 0.0)
-    return Estimate(estimate.value, error, estimate.kind, estimate.data_error, estimate.note)
+    return replace(estimate, standard_error=math.hypot(estimate.standard_error, estimate.data_error or 0.0))
 
 
-def _evidence(asked: Question, seed: int) -> Iterator[FigureCheck]:
-    found = evidence(asked.truth.pair, asked.truth.x, asked.truth.draws, seed)
-    yield from asked.check("elbo", found.elbo)
+def _evidence(truth: Truth, seed: int) -> Iterator[Found]:
+    found = evidence(truth.pair, truth.x, truth.draws, seed)
+    yield Found("elbo", found.elbo)
     for k, bound in found.curve[1:]:
-        yield from asked.check(f"iwae_{k}", bound)
-    yield from _last(asked, found)
+        yield Found(f"iwae_{k}", bound)
+    yield _last(found)
 
 
-def _prior_evidence(asked: Question, seed: int) -> Iterator[FigureCheck]:
-    found = prior_evidence(asked.truth.pair, asked.truth.x, 8 * asked.truth.draws, seed)
-    yield from asked.check("jensen", found.jensen, "prior_jensen")
-    yield from _last(asked, found)
+def _prior_evidence(truth: Truth, seed: int) -> Iterator[Found]:
+    found = prior_evidence(truth.pair, truth.x, 8 * truth.draws, seed)
+    yield Found("jensen", found.jensen, "prior_jensen")
+    yield _last(found)
 
 
-def _last(asked: Question, found: Bounds) -> Iterator[FigureCheck]:
+def _last(found: Bounds) -> Found:
     k, bound = found.curve[-1]
-    yield from asked.check(f"{found.names[1]}_{k}", bound, "log_evidence", below=_lacking(found.ess, found.samples))
+    return Found(f"{found.names[1]}_{k}", bound, "log_evidence", below=_lacking(found.ess, found.samples))
 
 
 def _lacking(ess: Tensor, samples: int) -> float:
@@ -110,50 +93,37 @@ def _lacking(ess: Tensor, samples: int) -> float:
     return float((1 / ess - 1 / samples).mean())
 
 
-def _ais(asked: Question, seed: int) -> Iterator[FigureCheck]:
-    truth = asked.truth
+def _ais(truth: Truth, seed: int) -> Iterator[Found]:
     if truth.log_p is not None:
         x = truth.x[:ANNEALED_ROWS]
         found = ais(truth.pair, x, temperatures=12, chains=64, leapfrog=4, seed=seed)
-        lacking = _lacking(found.ess, found.chains)
-        yield FigureCheck(truth.name, asked.estimator, "lower", _log_p(truth, x), found.lower, below=lacking)
+        yield Found("lower", found.lower, _mean(truth.log_p, x), below=_lacking(found.ess, found.chains))
 
 
-def _bracket(asked: Question, seed: int) -> Iterator[FigureCheck]:
-    truth = asked.truth
-    found = bracket(truth.pair, truth.x, rows=60, temperatures=30, chains=16, leapfrog=4, seed=seed)
+def _bracket(truth: Truth, seed: int) -> Iterator[Found]:
     if truth.log_p is not None:
-        exact = _log_p(truth, found.x)
-        yield FigureCheck(truth.name, asked.estimator, "lower", exact, found.lower, below=BOUND_SLACK)
-        yield FigureCheck(truth.name, asked.estimator, "upper", exact, found.upper, above=BOUND_SLACK)
+        found = bracket(truth.pair, truth.x, rows=60, temperatures=30, chains=16, leapfrog=4, seed=seed)
+        exact = _mean(truth.log_p, found.x)
+        yield Found("lower", found.lower, exact, below=BOUND_SLACK)
+        yield Found("upper", found.upper, exact, above=BOUND_SLACK)
 
 
-def _log_p(truth: Truth, x: Tensor) -> float:
+def _mean(log_p: Callable[[FloatArray], FloatArray], x: Tensor) -> float:
     """Return the mean of the exact log p(x) over the rows x, nats."""
-    assert truth.log_p is not None  # noqa: S101 - the callers have looked
-    return float(truth.log_p(x.cpu().double().numpy()).mean())
+    return float(log_p(x.cpu().double().numpy()).mean())
 
 
-def _gap(asked: Question, seed: int) -> Iterator[FigureCheck]:
-    found = gap(asked.truth.pair, asked.truth.x, steps=150, samples=400, evidence_samples=2000, seed=seed)
-    yield from asked.check("log_p", found.log_p, "log_evidence", below=BOUND_SLACK)
-    yield from asked.check("elbo", found.elbo)
-    yield from asked.check("inference", found.inference, "inference_gap", below=BOUND_SLACK)
-    yield from asked.check("amortisation", found.amortisation, "amortisation_gap", below=BOUND_SLACK)
-    yield from asked.check(
-        "approximation", found.approximation, "approximation_gap", below=BOUND_SLACK, above=BOUND_SLACK
-    )
+def _gap(truth: Truth, seed: int) -> Iterator[Found]:
+    found = gap(truth.pair, truth.x, steps=150, samples=400, evidence_samples=2000, seed=seed)
+    yield Found("log_p", found.log_p, "log_evidence", below=BOUND_SLACK)
+    yield Found("elbo", found.elbo)
+    yield Found("inference", found.inference, "inference_gap", below=BOUND_SLACK)
+    yield Found("amortisation", found.amortisation, "amortisation_gap", below=BOUND_SLACK)
+    yield Found("approximation", found.approximation, "approximation_gap", below=BOUND_SLACK, above=BOUND_SLACK)
 
 
-ESTIMATORS: Mapping[str, Callable[[Question, int], Iterator[FigureCheck]]] = MappingProxyType(
-    {
-        "surgery": _surgery,
-        "evidence": _evidence,
-        "prior_evidence": _prior_evidence,
-        "ais": _ais,
-        "bracket": _bracket,
-        "gap": _gap,
-    }
+ESTIMATORS: Mapping[str, Callable[[Truth, int], Iterator[Found]]] = MappingProxyType(
+    {f.__name__[1:]: f for f in (_surgery, _evidence, _prior_evidence, _ais, _bracket, _gap)}
 )
 
 
@@ -206,10 +176,12 @@ def selfcheck(
         raise DataError("selfcheck: expected at least one truth; got none. Pass truths=None for the standard ones.")
     total, done, checks = sum(len(truth.estimators) for truth in chosen), 0, list[FigureCheck]()
     with single_thread():
-        for truth in chosen:
-            moved = truth.to(torch.device(device))
+        for truth in (truth.to(device) for truth in chosen):
             for estimator in truth.estimators:
-                checks += ESTIMATORS[estimator](Question(moved, estimator), seed)
+                for figure, estimate, known, *slack in ESTIMATORS[estimator](truth, seed):
+                    exact = truth.exact.get(known or figure) if isinstance(known, str) else known
+                    if exact is not None and estimate is not None:
+                        checks.append(FigureCheck(truth.name, estimator, figure, exact, estimate, *slack))
                 done += 1
                 on_progress(done, total, truth.name)
     return SelfCheck(str(device), seed, tuple(checks))

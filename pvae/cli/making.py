@@ -210,7 +210,7 @@ def _keep(
         plot: picture of it, pictures by name, or the function that draws it over training data.
         more: arrays to write beside those of the result.
     """
-    from pvae.analysis.export.names import safe_names
+    from pvae.analysis.export.sites import safe_names
 
     path = out or run.files.analysis / stem
     arrays = found.save(beside(path, ".npz"), **more)

@@ -16,7 +16,7 @@ from scipy.stats import norm
 from pvae.analysis import (
     counterexamples,
 )
-from pvae.analysis.truths.densities import Box, Diluted, FactorNormal, TrainingMixture
+from pvae.analysis.truths.counterexamples import Box, Diluted, FactorNormal, TrainingMixture
 from pvae.analysis.truths.linear import probabilistic_pca
 from pvae.analysis.truths.standard import digits
 from pvae.data.dataset import Dataset, load
