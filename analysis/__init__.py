@@ -24,15 +24,14 @@ from pvae.analysis.pages.report import report
 from pvae.analysis.samples.copying import Copying, copying, data_copying
 from pvae.analysis.samples.critic import CriticKL, critic
 from pvae.analysis.samples.distances import Distances, distances, frechet, kernel_distance
-from pvae.analysis.samples.encode import encode, reconstruct
+from pvae.analysis.samples.encode import Encoding, Reconstructions, encode, reconstruct
+from pvae.analysis.samples.encode import LatentCode as Code
 from pvae.analysis.samples.features import Features, features
 from pvae.analysis.samples.fidelity import Fidelity, fidelity
-from pvae.analysis.samples.generated import Encoding, Reconstructions, Samples
-from pvae.analysis.samples.generated import LatentCode as Code
 from pvae.analysis.samples.interpolate import Interpolation, interpolate
 from pvae.analysis.samples.probe import Probe, probe
 from pvae.analysis.samples.quality import SampleQuality, sample_quality
-from pvae.analysis.samples.sample import sample
+from pvae.analysis.samples.sample import Samples, sample
 from pvae.analysis.samples.sharpness import sharpness
 from pvae.analysis.samples.traversal import Traversal, traverse
 from pvae.analysis.samples.two_sample import TwoSample, two_sample

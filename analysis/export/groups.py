@@ -211,7 +211,7 @@ def prior(request: PosteriorRequest, sites: ExportedSites) -> xarray.Dataset:
     return group({z.name: z.variable(values, *DRAW_DIMS) for z, values in stacked.items()})
 
 
-def posterior_predictive(request: PosteriorRequest, sites: ExportedSites, drawn: SampledLatents) -> xarray.Dataset:
+def posterior_predictive(drawn: SampledLatents, request: PosteriorRequest, sites: ExportedSites) -> xarray.Dataset:
     """Return the group `posterior_predictive`: samples of p(x | z) at the first samples of z for the first rows."""
     pair, count, layout = request.pair, request.predictive_rows, request.pair.layout
     x = request.x[:count]

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
-import xarray
 
 from pvae import __version__
 from pvae.analysis.decompose.entry import accept
-from pvae.analysis.export.datasets import PosteriorDraws
+from pvae.analysis.export.datasets import GROUP_NAMES, PosteriorDraws
 from pvae.analysis.export.groups import (
     PosteriorRequest,
     SampledLatents,
@@ -152,29 +152,24 @@ def export(
     """Sample and return all groups that the pair supports; reasons for missing ones are attributes of `posterior`."""
     drawn = SampledLatents(request, sites)
     drawn.fill(on_progress)
-    makers: dict[str, Callable[[], xarray.Dataset]] = {
-        "posterior": drawn.posterior,
-        "sample_stats": drawn.sample_stats,
-        "guide": lambda: guide(request, sites),
-        "diagnostics": drawn.diagnostics,
-        "prior": lambda: prior(request, sites),
-        "posterior_predictive": lambda: posterior_predictive(request, sites, drawn),
-        "observed_data": lambda: observed_data(request, sites),
-        "constant_data": lambda: constant_data(request),
+    found = {
+        "posterior": drawn.posterior(),
+        "sample_stats": drawn.sample_stats(),
+        "guide": guide(request, sites),
+        "diagnostics": drawn.diagnostics(),
+        "observed_data": observed_data(request, sites),
+        "constant_data": constant_data(request),
     }
-    found, missing = {}, {}
-    for name, make in makers.items():
+    simulated = {"prior": prior, "posterior_predictive": partial(posterior_predictive, drawn)}
+    for name, make in simulated.items():  # which a hand-written pair may not give
         try:
-            found[name] = make()
+            found[name] = make(request, sites)
         except (NotImplementedError, ValueError, RuntimeError, LookupError, AttributeError) as error:
-            if name not in ("prior", "posterior_predictive"):  # a hand-written pair may not give these two
-                raise
-            missing[f"missing_{name}"] = text((str(error).splitlines() or [type(error).__name__])[0][:300])
+            why = (str(error).splitlines() or [type(error).__name__])[0][:300]
+            found["posterior"].attrs[f"missing_{name}"] = text(why)
     rows = {"datum": request.rows.numpy(), "datum_predictive": request.rows.numpy()[: request.predictive_rows]}
     for name, group in found.items():
         own = {"datum": np.arange(len(request.split))} if name == "guide" else rows
-        coordinates = {dim: own.get(str(dim), np.arange(size)) for dim, size in group.sizes.items()}
-        more = missing if name == "posterior" else {}
-        found[name] = group.assign_coords(coordinates)
-        found[name].attrs = {**attrs, **group.attrs, **more}
-    return PosteriorDraws(found)
+        found[name] = group.assign_coords({dim: own.get(str(dim), np.arange(n)) for dim, n in group.sizes.items()})
+        found[name].attrs = {**attrs, **group.attrs}
+    return PosteriorDraws({name: found[name] for name in GROUP_NAMES if name in found})

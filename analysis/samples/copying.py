@@ -15,9 +15,8 @@ from pvae.analysis.figures.estimate import Estimate, exact, over_rows
 from pvae.analysis.figures.table import Figures, Row
 from pvae.analysis.samples.features import Features, affordable
 from pvae.analysis.samples.fidelity import DISTANCES_PER_BLOCK
-from pvae.analysis.samples.generated import Samples
 from pvae.analysis.samples.running import observed_rows, opened
-from pvae.analysis.samples.sample import sample
+from pvae.analysis.samples.sample import Samples, sample
 from pvae.errors import DataError
 from pvae.runs.run import Run
 from pvae.util import seeds

@@ -95,12 +95,7 @@ class Probe(Figures):
 
 
 def probe(
-    run: Run,
-    split: str = "test",
-    rows: int | None = None,
-    seed: int = 0,
-    *,
-    on_progress: Progress = silent,
+    run: Run, split: str = "test", rows: int | None = None, seed: int = 0, *, on_progress: Progress = silent
 ) -> Probe:
     """Measure how well simple classifiers predict the label from the codes of data.
 

@@ -14,9 +14,8 @@ from pvae.analysis.figures.table import Figures, Row
 from pvae.analysis.samples.distances import Distances, distances
 from pvae.analysis.samples.features import MAX_CLASSES, Features, affordable, features
 from pvae.analysis.samples.fidelity import FIDELITY_NEIGHBOURS, Fidelity, among
-from pvae.analysis.samples.generated import Samples
 from pvae.analysis.samples.running import observed_rows, opened
-from pvae.analysis.samples.sample import sample
+from pvae.analysis.samples.sample import Samples, sample
 from pvae.analysis.samples.sharpness import relative_sharpness, sharpness
 from pvae.analysis.samples.two_sample import TwoSample, two_sample
 from pvae.errors import DeclarationError

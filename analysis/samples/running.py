@@ -1,26 +1,32 @@
-"""Helpers that run the model and guide of a pair over rows in chunks, and take means and modes of distributions."""
+"""What sampling, encoding and decoding share: results that can be saved, and runs of a pair over rows in chunks."""
 
 from __future__ import annotations
 
+import io
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import fields, is_dataclass, replace
+from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from pyro import poutine
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import Categorical, Distribution
 
 from pvae.analysis.decompose.entry import quiet, same_globals
-from pvae.analysis.export.sites import rows_of
+from pvae.analysis.export.sites import numpy_of, rows_of, safe_names
 from pvae.data.split import Split
 from pvae.distributions.relaxed import twin
-from pvae.errors import DeclarationError
+from pvae.errors import DeclarationError, near
 from pvae.pair.layout import Layout, unwrapped
 from pvae.pair.pair import Pair
 from pvae.runs.run import Run
+from pvae.util.files import write_atomic
 from pvae.util.progress import Progress, silent
 
 T = TypeVar("T")
@@ -29,6 +35,51 @@ CHUNK_ROWS = 250
 """Largest number of rows that are sampled, encoded or decoded at a time."""
 CHUNK_NUMBERS = 2**20
 """Largest number of data elements in a chunk: its rows times the elements of a row."""
+
+
+# ---------------------------------------------------------------------- results
+
+
+def known_name(name: str, names: Sequence[str] | Mapping[str, Any], what: str) -> str:
+    """Return `name` if it is one of `names`; else raise a DeclarationError that suggests the most similar one."""
+    if name not in names:
+        raise DeclarationError(f"{what}: expected one of {', '.join(names)}; got {name!r}{near(name, names)}.")
+    return name
+
+
+class Generated(ABC):
+    """Base class of results that consist of named tensors on the CPU and can be saved."""
+
+    @abstractmethod
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the tensors of the result under the keys that `save` writes."""
+
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """Return the tensors of the result as NumPy arrays, under the same keys."""
+        return {key: numpy_of(t) for key, t in self.tensors().items()}
+
+    def save(self, path: str | Path, **more: Tensor) -> Path:
+        """Write the tensors to an `.npz` file atomically, for `numpy.load(path, allow_pickle=False)`; return its path.
+
+        The keys are those of `arrays` and of `more`. Site names are reduced to ASCII letters, digits and `_`.
+        """
+        buffer = io.BytesIO()
+        arrays: dict[str, Any] = {**self.arrays(), **{key: numpy_of(t) for key, t in more.items()}}
+        np.savez(buffer, **arrays)
+        write_atomic(Path(path), buffer.getvalue())
+        return Path(path)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{key} {list(t.shape)}' for key, t in self.tensors().items())})"
+
+
+def named(what: str, values: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
+    """Return the tensors that are not None under keys `<what>/<name>`, with names of ASCII letters, digits and `_`."""
+    names = safe_names({name: () for name in values})
+    return {f"{what}/{names[name]}": t for name, t in values.items() if t is not None}
+
+
+# ---------------------------------------------------------------------- runs of model and guide
 
 
 def distribution_mean(fn: Any) -> Tensor:
@@ -117,8 +168,9 @@ def row_values(t: Any, node: Mapping[str, Any], layout: Layout, count: int) -> T
     return rows_of(torch.as_tensor(t), node, layout, count).cpu()
 
 
-def decoded_mean(node: Mapping[str, Any], layout: Layout, count: int) -> Tensor:
-    """Return E[x | z] of an observed site, `(count, *shape)`; raise DeclarationError if the likelihood has no mean."""
+def decoded_mean(nodes: Mapping[str, Any], layout: Layout, count: int) -> Tensor:
+    """Return E[x | z], `(count, *shape)`, from the sites of the model; raise DeclarationError if there is no mean."""
+    node = datum(layout, nodes)
     try:
         return row_values(distribution_mean(node["fn"]), node, layout, count)
     except NotImplementedError:

@@ -13,18 +13,8 @@ from torch.distributions import Bernoulli
 from pvae.analysis.decompose.collapse import activity, kl_per_dimension
 from pvae.analysis.decompose.entry import accept
 from pvae.analysis.decompose.posterior_draws import draw
+from pvae.analysis.samples import running
 from pvae.analysis.samples.encode import encode
-from pvae.analysis.samples.generated import Generated, known_name
-from pvae.analysis.samples.running import (
-    CHUNK_ROWS,
-    Centred,
-    analysed,
-    by_chunks,
-    datum,
-    decoded_mean,
-    is_discrete,
-    opened,
-)
 from pvae.analysis.samples.sample import Covariates, Template, simulated
 from pvae.distributions.exponential import Normals
 from pvae.errors import DataError, DeclarationError
@@ -47,7 +37,7 @@ SAME_DENSITY = 1e-4
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Traversal(Generated):
+class Traversal(running.Generated):
     """Decoded means as one latent coordinate moves at a time; the result of `traverse`.
 
     `save` has keys `x`, `values` and `dims`.
@@ -120,7 +110,7 @@ def traverse(
     """
     if steps < 1 or not 0 < span < float("inf"):
         raise DataError(f"traverse: expected at least one step and a span above 0; got steps={steps}, span={span}.")
-    pair = opened(run_or_pair)
+    pair = running.opened(run_or_pair)
     row = None if x is None else one_row(pair, x)
     if row is not None and given:
         raise DeclarationError("given: expected none beside a row of data, which has covariates of its own; got some.")
@@ -128,14 +118,14 @@ def traverse(
     names = (*layout.latents, *layout.enumerated)
     if not names:
         raise DataError(f"traverse: expected latents of single data; got only global {', '.join(layout.shared)}.")
-    name = names[0] if latent is None else known_name(latent, names, "latent")
+    name = names[0] if latent is None else running.known_name(latent, names, "latent")
     template = Template(run_or_pair, pair, 1, given, seed, row)
     if rows is None and isinstance(run_or_pair, Run):
         held = run_or_pair.data.test.x
         rows = held[seeds.subset(len(held), ORDER_ROWS, seed).to(held.device)]
     seen = row if rows is None else accept(pair, rows)[:ORDER_ROWS]
     base = {} if row is None else encode(pair, row, mean=True, seed=seed).latents
-    with analysed(pair, template.at(0, 2), seed):
+    with running.analysed(pair, template.at(0, 2), seed):
         nodes = samples(pair.simulate(template.at(0, 8)))
         if name not in nodes:
             raise DataError(f"traverse: expected {name} in the model; got a latent of the guide alone.")
@@ -154,9 +144,9 @@ def traverse(
 
         def decoded(start: int, stop: int) -> Tensor:
             found = model.sites(start, stop, {**kept, name: moved[start:stop]})
-            return decoded_mean(datum(layout, found), layout, stop - start)
+            return running.decoded_mean(found, layout, stop - start)
 
-        x = by_chunks(decoded, len(moved), template.numbers, on_progress)
+        x = running.by_chunks(decoded, len(moved), template.numbers, on_progress)
     return Traversal(x.unflatten(0, places.shape), places, name, chosen, order)
 
 
@@ -194,7 +184,7 @@ class PlacedModel:
     def sites(self, start: int, stop: int, values: Mapping[str, Tensor]) -> dict[str, Any]:
         """Return the sites of some rows with latents set to flat values, and the others to their mean given these."""
         rows, count = self.template.at(start, stop), stop - start
-        with Centred(self.spread(self.means, count)):
+        with running.Centred(self.spread(self.means, count)):
             return samples(self.template.pair.model_trace(rows, self.spread(values, count)))
 
 
@@ -209,10 +199,10 @@ def _priors(template: Template, nodes: Mapping[str, Any]) -> dict[str, tuple[Ten
         if isinstance(normal, Normals) and all(bool((t == t[:1]).all()) for t in (normal.loc, normal.scale)):
             found[name] = normal.loc[0].cpu(), normal.scale[0].cpu()
     if len(found) < len(nodes):
-        drawn = by_chunks(lambda *at: simulated(pair, template.at(*at)).latents, PRIOR_DRAWS, template.numbers)
+        drawn = running.by_chunks(lambda *at: simulated(pair, template.at(*at)).latents, PRIOR_DRAWS, template.numbers)
         for name in nodes.keys() - found.keys():
             values = drawn[name].reshape(PRIOR_DRAWS, -1)
-            if is_discrete(nodes[name]["fn"]):
+            if running.is_discrete(nodes[name]["fn"]):
                 found[name] = values.mode(0).values, torch.zeros_like(values[0])
             else:
                 found[name] = values.mean(0), values.std(0)
@@ -245,7 +235,7 @@ def _dims(dims: Sequence[int] | None, name: str, count: int, scores: Tensor | No
 def _places(fn: Any, name: str, prior: tuple[Tensor, Tensor], dims: Sequence[int], steps: int, span: float) -> Tensor:
     """Return the values that each moved coordinate takes, `(dims, steps)`; all values of a single code or of bits."""
     loc, scale = prior
-    if not is_discrete(fn):
+    if not running.is_discrete(fn):
         units = torch.linspace(-span, span, steps) if steps > 1 else torch.zeros(1)
         return loc[list(dims), None] + scale[list(dims), None] * units.to(loc)
     states = torch.tensor([0.0, 1.0])
@@ -262,7 +252,7 @@ def _followers(model: PlacedModel, name: str, moved: Tensor, held: Mapping[str, 
     The moved latent differs between rows and all others are at their prior means given it: a latent depends on it if
     its prior density at a fixed value differs between the rows.
     """
-    some = moved[torch.linspace(0, len(moved) - 1, min(len(moved), CHUNK_ROWS)).long()]
+    some = moved[torch.linspace(0, len(moved) - 1, min(len(moved), running.CHUNK_ROWS)).long()]
     nodes, found = model.sites(0, len(some), {name: some}), set()
     for z, same in model.spread(held, len(some)).items():
         scores = log_prob({**nodes[z], "value": same}, model.template.pair.layout, 0)

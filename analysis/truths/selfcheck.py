@@ -139,11 +139,7 @@ def single_thread() -> Iterator[None]:
 
 
 def selfcheck(
-    device: str = "cpu",
-    seed: int = 0,
-    *,
-    truths: Sequence[Truth] | None = None,
-    on_progress: StageProgress = silent,
+    device: str = "cpu", seed: int = 0, *, truths: Sequence[Truth] | None = None, on_progress: StageProgress = silent
 ) -> SelfCheck:
     r"""Run every estimator on test models whose quantities are known exactly, and compare.
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     import pvae.analysis.pages.plots
-    from pvae.analysis.samples.generated import Generated
+    from pvae.analysis.samples.running import Generated
     from pvae.runs.run import Run
 
 

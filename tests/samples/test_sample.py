@@ -16,8 +16,9 @@ import torch
 import pvae
 from pvae.analysis import Traversal, encode, reconstruct, sample, traverse
 from pvae.analysis.pages import plots
-from pvae.analysis.samples.generated import Generated, Reconstructions, Samples
-from pvae.analysis.samples.running import CHUNK_NUMBERS, CHUNK_ROWS, chunks
+from pvae.analysis.samples.encode import Reconstructions
+from pvae.analysis.samples.running import CHUNK_NUMBERS, CHUNK_ROWS, Generated, chunks
+from pvae.analysis.samples.sample import Samples
 from pvae.data.dataset import Dataset
 from pvae.errors import DataError, DeclarationError
 from pvae.experiment.experiment import Experiment

@@ -24,8 +24,9 @@ from pvae.analysis.pages.plots.base import (
 )
 from pvae.analysis.pages.plots.latents import Cloud, plane
 from pvae.analysis.pages.plots.pictures import Rebuilt, rebuilt_images, show_tiles
-from pvae.analysis.samples.generated import Encoding, Reconstructions, Samples
+from pvae.analysis.samples.encode import Encoding, Reconstructions
 from pvae.analysis.samples.interpolate import Interpolation
+from pvae.analysis.samples.sample import Samples
 from pvae.analysis.samples.sharpness import is_image
 from pvae.analysis.samples.traversal import Traversal
 from pvae.util.types import Array

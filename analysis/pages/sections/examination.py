@@ -20,9 +20,8 @@ from pvae.analysis.decompose.result import Surgery
 from pvae.analysis.decompose.surgery import surgery
 from pvae.analysis.pages.document.stages import Stages
 from pvae.analysis.samples.features import ALWAYS_HELD_ROWS, HELD_ELEMENTS, MAX_CLASSES, Features, affordable
-from pvae.analysis.samples.generated import Samples
 from pvae.analysis.samples.quality import space_of
-from pvae.analysis.samples.sample import sample
+from pvae.analysis.samples.sample import Samples, sample
 from pvae.data.streamed import Streamed
 from pvae.errors import DataError, DeclarationError
 from pvae.runs.run import Run
