@@ -90,7 +90,7 @@ class BijectionNetwork(Network):
     def _is_flow(cls, flow: Prior) -> Prior:
         if not isinstance(flow, FlowPrior):
             kinds = ", ".join(k for k, member in Prior.members.items() if issubclass(member, FlowPrior))
-            raise ValueError(f"a flow: one of {kinds}; got {flow.kind!r}")  # type: ignore[attr-defined]
+            raise ValueError(f"a flow: one of {kinds}; got {flow.kind!r}")
         return flow
 
     def build(self, inputs: Mapping[str, Shape], output: Shape | None) -> NetworkModule:

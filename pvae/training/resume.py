@@ -235,7 +235,7 @@ def stage_of(old: Experiment, changed: Experiment) -> Experiment:
     if not old.objective.scores:
         raise DeclarationError(
             f"refit: expected a run with an encoder, whose codes a prior can be fitted to; got one of the objective "
-            f"{old.objective.kind}."  # type: ignore[attr-defined]
+            f"{old.objective.kind}."
         )
     if changed.objective != old.objective:
         raise DeclarationError("refit: expected no other objective; got one. Priors are fitted by the plain ELBO.")

@@ -85,7 +85,7 @@ def test_every_row_and_combination_under_every_seed_in_order(tmp_path):
     last = cases[-1]
     assert (last.label, last.seed, last.experiment.seed) == ("M, dim=4, lr=0.3", 3, 3)
     assert (last.experiment.latents["z"].dim, last.experiment.train.epochs) == (4, 2)
-    assert last.experiment.latents["z"].prior.kind == "mixture"  # type: ignore[attr-defined]
+    assert last.experiment.latents["z"].prior.kind == "mixture"
     assert last.differences["latents.z.dim"] == "4"
     assert last.experiment.name == "tiny M, dim=4, lr=0.3"
 
@@ -136,7 +136,7 @@ def test_second_stages_belong_to_the_cases_they_name(tmp_path):
     ]  # fmt: skip
     assert all((case.parent is None) == (case.stage == "fit") for case in cases)
     agg = cases[4 - 2]
-    assert agg.experiment.latents["z"].prior.kind == "aggregated"  # type: ignore[attr-defined]
+    assert agg.experiment.latents["z"].prior.kind == "aggregated"
     assert agg.experiment.refit is None
     assert [len(task.cases) for task in tasks_of(cases)][:2] == [2, 1]
 
