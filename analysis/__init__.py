@@ -36,8 +36,7 @@ from pvae.analysis.samples.sharpness import sharpness
 from pvae.analysis.samples.traversal import Traversal, traverse
 from pvae.analysis.samples.two_sample import TwoSample, two_sample
 from pvae.analysis.truths.counterexamples import CounterExamples, counterexamples
-from pvae.analysis.truths.figure_checks import SelfCheck
-from pvae.analysis.truths.selfcheck import selfcheck
+from pvae.analysis.truths.selfcheck import SelfCheck, selfcheck
 
 __all__ = [
     "AggregatedPosterior",

@@ -53,11 +53,7 @@ class Classifier(nn.Module):
     def __init__(self, x: Tensor, classes: int) -> None:
         super().__init__()
         shape: Shape = tuple(x.shape[1:])
-        network = (
-            Conv(channels=(32, 64), dense=FEATURE_WIDTH)
-            if len(shape) == 3
-            else MLP(hidden=(FEATURE_WIDTH, FEATURE_WIDTH))
-        )
+        network = Conv(channels=(32, 64), dense=FEATURE_WIDTH) if len(shape) == 3 else MLP(hidden=(FEATURE_WIDTH,) * 2)
         self.network: NetworkModule = network.build({X: shape}, None)
         self.head = nn.Linear(self.network.width, classes)
         self.register_buffer("loc", x.mean())

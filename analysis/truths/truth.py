@@ -60,6 +60,10 @@ class Truth:
     labels: Tensor | None = None
     log_p: Callable[[FloatArray], FloatArray] | None = None
 
+    def mean_log_p(self, x: Tensor) -> float | None:
+        """Return the mean of the exact log p(x) over rows `(m, *event)`, nats; None if it is unknown."""
+        return None if self.log_p is None else float(self.log_p(x.cpu().double().numpy()).mean())
+
     def to(self, device: str | torch.device) -> Truth:
         """Return the test model with its data on a device; its pair is moved there in place."""
         return replace(self, pair=self.pair.adopt(self.x).to(device), x=self.x.to(device))
