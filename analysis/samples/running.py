@@ -1,4 +1,4 @@
-"""What sampling, encoding and decoding share: results that can be saved, and runs of a pair over rows in chunks."""
+"""Common parts of sampling, encoding and decoding: results that can be saved, runs of a pair over rows in chunks."""
 
 from __future__ import annotations
 

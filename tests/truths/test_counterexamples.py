@@ -13,9 +13,7 @@ import pytest
 import torch
 from scipy.stats import norm
 
-from pvae.analysis import (
-    counterexamples,
-)
+from pvae.analysis import counterexamples
 from pvae.analysis.truths.counterexamples import Box, Diluted, FactorNormal, TrainingMixture
 from pvae.analysis.truths.linear import probabilistic_pca
 from pvae.analysis.truths.standard import digits

@@ -79,11 +79,7 @@ PUBLISHED = {
     **{
         f"binary input, a={a}": (
             lambda a=a: binary_input(a),
-            {
-                "kl": (a * a / 2, 1e-10),
-                "mutual_information": (want, 1e-9),
-                "marginal_kl": (a * a / 2 - want, 1e-9),
-            },
+            {"kl": (a * a / 2, 1e-10), "mutual_information": (want, 1e-9), "marginal_kl": (a * a / 2 - want, 1e-9)},
         )
         for a, want in ((0.5, 0.1114214822), (1.0, 0.3368308203), (2.0, 0.6327201940))
     },
