@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from pvae.analysis.bounds.evidence import evidence
 from pvae.analysis.decompose.surgery import surgery
-from pvae.analysis.figures.table import cell
+from pvae.analysis.figures.estimate import cell
 from pvae.analysis.pages.sections.anatomy import SURGERY_TERMS
 from pvae.analysis.samples.features import affordable
 from pvae.errors import CheckpointError, DataError

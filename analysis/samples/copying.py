@@ -11,8 +11,7 @@ import torch
 from scipy.stats import mannwhitneyu, rankdata, tiecorrect
 from torch import Tensor
 
-from pvae.analysis.figures.estimate import Estimate, exact, over_rows
-from pvae.analysis.figures.table import Figures, Row
+from pvae.analysis.figures.estimate import Estimate, Figures, Row, exact, over_rows
 from pvae.analysis.samples.features import Features, affordable
 from pvae.analysis.samples.fidelity import DISTANCES_PER_BLOCK
 from pvae.analysis.samples.running import observed_rows, opened

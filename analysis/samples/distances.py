@@ -9,8 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pvae.analysis.figures.estimate import Estimate
-from pvae.analysis.figures.table import Figures, Row
+from pvae.analysis.figures.estimate import Estimate, Figures, Row
 from pvae.analysis.samples.fidelity import blocks
 from pvae.errors import DataError
 from pvae.util import seeds

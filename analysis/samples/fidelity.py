@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pvae.analysis.figures.estimate import Estimate, over_rows
-from pvae.analysis.figures.table import Figures, Row
+from pvae.analysis.figures.estimate import Estimate, Figures, Row, over_rows
 from pvae.analysis.samples.features import Features
 from pvae.errors import DataError
 

@@ -17,8 +17,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import OneHotEncoder, StandardScaler
 from torch import Tensor
 
-from pvae.analysis.figures.estimate import Estimate, over_rows
-from pvae.analysis.figures.table import Figures, Row
+from pvae.analysis.figures.estimate import Estimate, Figures, Row, over_rows
 from pvae.analysis.samples.encode import encode
 from pvae.analysis.samples.features import MAX_CLASSES, PRINCIPAL_COMPONENTS, affordable, principal
 from pvae.analysis.samples.running import opened

@@ -11,10 +11,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from pvae.analysis.figures.estimate import Estimate, exact_mean
-from pvae.analysis.figures.table import Figures, Row
+from pvae.analysis.figures.estimate import Estimate, Figures, Row, exact_mean
 from pvae.analysis.samples.fidelity import DISTANCES_PER_BLOCK, fidelity
-from pvae.analysis.samples.two_sample import two_sample
+from pvae.analysis.samples.quality import two_sample
 from pvae.data.dataset import Dataset
 from pvae.errors import DataError
 from pvae.util import seeds

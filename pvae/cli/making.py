@@ -185,7 +185,7 @@ def _background(run: Run) -> Any:
 
 def _write_csv(path: Path, table: pandas.DataFrame) -> None:
     """Write a table as CSV in which no spreadsheet evaluates a formula."""
-    from pvae.analysis.figures.table import cell
+    from pvae.analysis.figures.estimate import cell
 
     write_atomic(path, table.rename(columns=cell).map(cell).to_csv(index=False))
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 import pvae
 from pvae.analysis import encode, sample, surgery
 from pvae.analysis.samples.fidelity import fidelity
-from pvae.analysis.samples.two_sample import two_sample
+from pvae.analysis.samples.quality import two_sample
 from pvae.data import Dataset
 from pvae.errors import DataError, DeclarationError, NonFiniteError
 from pvae.experiment.experiment import Experiment

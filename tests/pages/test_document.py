@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from pvae.analysis.figures.estimate import Estimate, exact
-from pvae.analysis.figures.table import cell
+from pvae.analysis.figures.estimate import Estimate, cell, exact
 from pvae.analysis.pages import plots
 from pvae.analysis.pages.document.blocks import (
     Listing,

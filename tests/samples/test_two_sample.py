@@ -16,9 +16,8 @@ from scipy.stats import norm
 
 import pvae
 from pvae.analysis import distances, fidelity, sample, sample_quality, two_sample
-from pvae.analysis.samples.quality import space_of
+from pvae.analysis.samples.quality import by_chance, space_of
 from pvae.analysis.samples.sharpness import relative_sharpness
-from pvae.analysis.samples.two_sample import by_chance
 from pvae.errors import DataError
 from pvae.util import seeds
 from tests.cli_runner import run_cli

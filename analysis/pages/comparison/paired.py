@@ -11,8 +11,7 @@ from torch import Tensor
 
 from pvae.analysis.decompose.entry import accept, quiet
 from pvae.analysis.decompose.posterior_draws import draw
-from pvae.analysis.figures.estimate import Estimate, over_rows
-from pvae.analysis.figures.table import Figures, Row
+from pvae.analysis.figures.estimate import Estimate, Figures, Row, over_rows
 from pvae.errors import DataError
 from pvae.pair.densities import sum_over
 from pvae.pair.pair import Pair

@@ -10,8 +10,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from pvae.analysis.figures.estimate import Estimate
-from pvae.analysis.figures.table import Figures, cell
+from pvae.analysis.figures.estimate import Estimate, Figures, cell
 from pvae.analysis.pages.document.blocks import PageTable, columns
 from pvae.analysis.pages.document.text import Value, shown_value
 
