@@ -16,7 +16,7 @@ from torch.distributions import constraints
 from torch.utils.data import Dataset as TorchDataset
 
 from pvae.component import from_table
-from pvae.data.rows.arrays import Stored
+from pvae.data.rows.files import Stored
 from pvae.data.rows.prepare import ColumnTransforms, extremes, prepare, scaled
 from pvae.data.rows.rows import SPLITS, Part, Rows, joined, partition, reshape, shared_rows
 from pvae.data.sources.base import Data
@@ -133,7 +133,7 @@ class Dataset:
         """
         declared = declared or TensorSource()
         arrays = {name: tensors(part, name) for name, part in _given(declared, (x, y), validation, test).items()}
-        return _assembled(declared, joined(arrays, declared.split_seed, label_names))
+        return _assembled(declared, joined(arrays, declared.split_seed, label_names=label_names))
 
     @classmethod
     def from_torch(
@@ -163,7 +163,7 @@ class Dataset:
         declared = declared or TensorSource()
         given = _given(declared, dataset, validation, test)
         arrays = {name: collected(part, name, stream) for name, part in given.items()}
-        return _assembled(declared, joined(arrays, declared.split_seed, label_names))
+        return _assembled(declared, joined(arrays, declared.split_seed, label_names=label_names))
 
     @classmethod
     def from_anndata(
@@ -307,8 +307,7 @@ def _fingerprint(splits: Iterable[Split], shape: tuple[int, ...], binarize: str)
         for field, x in (("x", split.rows), ("y", split.y), ("raw", split.raw)):
             if x is not None:
                 digest.update(f" {split.name}.{field} {tuple(x.shape)} {x.dtype} ".encode())
-                content = x.blocks.survey.digest if isinstance(x, Streamed) else memoryview(x.numpy()).cast("B")
-                digest.update(content)
+                digest.update(x.blocks.survey.digest if isinstance(x, Streamed) else x.numpy().data.cast("B"))
     return digest.hexdigest()
 
 

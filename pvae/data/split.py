@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints
 
-from pvae.data.rows.rows import CHUNK_ELEMENTS
+from pvae.data.rows.rows import chunks
 from pvae.data.streamed import Streamed, WindowOrder
 from pvae.errors import DataError
 from pvae.util import seeds
@@ -115,8 +115,8 @@ class Split:
 
     def chunks(self) -> Iterator[Tensor]:
         """Yield the data without covariates in consecutive chunks `(m, *shape)` of about `CHUNK_ELEMENTS` values."""
-        step = max(1, CHUNK_ELEMENTS // max(1, prod(self.rows.shape[1:])))
-        return (self.observed(self.rows[start : start + step]) for start in range(0, len(self), step))
+        rows: Any = self.rows
+        return (self.observed(torch.as_tensor(chunk)) for _, chunk in chunks(rows, range(len(self))))
 
     def require_support(self, constraint: Any, hint: str) -> None:
         """Refuse a split with an element outside a constraint.

@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pvae.data.rows.arrays import Stored
+from pvae.data.rows.files import Stored
 from pvae.data.rows.prepare import PUBLISHED_SEED, Binarize, Floats, Scaled, extremes, require_unit
 from pvae.data.rows.rows import SPLITS, Part, rows_of
 from pvae.errors import DataError
@@ -205,15 +205,11 @@ class Streamed:
     @property
     def shape(self) -> torch.Size:
         """Shape of all rows, `(n, *shape)`; with covariates `(n, D + c)`."""
-        row = self.blocks.row
-        return torch.Size((len(self), *(row if self.columns is None else (prod(row) + self.columns.shape[1],))))
+        row = self.blocks.row if self.columns is None else (prod(self.blocks.row) + self.columns.shape[1],)
+        return torch.Size((len(self), *row))
 
     def __len__(self) -> int:
         return len(self.blocks)
-
-    def size(self) -> torch.Size:
-        """Return the shape of all rows, as `Tensor.size` does."""
-        return self.shape
 
     def dim(self) -> int:
         """Return the number of dimensions, as `Tensor.dim` does."""

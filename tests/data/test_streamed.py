@@ -11,8 +11,7 @@ import torch
 import pvae
 from pvae.data import Dataset, Npz, TensorSource, streamed
 from pvae.data.dataset import _assembled
-from pvae.data.rows.arrays import Joined, SparseRows
-from pvae.data.rows.files import read_npy
+from pvae.data.rows.files import Joined, SparseRows, read_npy
 from pvae.data.rows.rows import Rows, shared_rows, tenths
 from pvae.data.streamed import Streamed, WindowOrder
 from pvae.errors import DataError

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 
-from pvae.data.rows.arrays import FileArray, version_of
+from pvae.data.rows.files import FileArray, version_of
 from pvae.errors import BusyError, DataError, OutputError, StorageError
 from pvae.util.files import pretty, read_object
 from pvae.util.types import Array
@@ -33,6 +33,27 @@ def cache_folder() -> Path:
 
 
 @contextmanager
+def created(folder: Path) -> Iterator[None]:
+    """Create a cache folder if needed; raises OutputError for it and for the files that the context creates there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as error:
+        raise OutputError(f"Expected a cache folder at {folder}; got {error}. Set XDG_CACHE_HOME.") from error
+
+
+@contextmanager
+def room(folder: Path) -> Iterator[None]:
+    """Raise StorageError if writing to a cache folder fails in the context, so that no reader blames its own file."""
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(
+            f"{folder}: expected room for the rows; got {error}. Free some, or set XDG_CACHE_HOME."
+        ) from error
+
+
+@contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Create a cache folder if needed and hold its lock for the duration of the context.
 
@@ -43,14 +64,12 @@ def locked(folder: Path) -> Iterator[None]:
     from filelock import FileLock, Timeout
 
     lock = folder.parent / f"{folder.name}.lock"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(lock, timeout=LOCK_SECONDS):
-            yield
-    except Timeout:
-        raise BusyError(f"Expected the lock {lock}; another process holds it for {LOCK_SECONDS} s.") from None
-    except OSError as error:
-        raise OutputError(f"Expected a cache folder at {folder}; got {error}. Set XDG_CACHE_HOME.") from error
+    with created(folder):
+        try:
+            with FileLock(lock, timeout=LOCK_SECONDS):
+                yield
+        except Timeout:
+            raise BusyError(f"Expected the lock {lock}; another process holds it for {LOCK_SECONDS} s.") from None
 
 
 @dataclass(frozen=True)
@@ -78,11 +97,8 @@ class Writer:
     def append(self, name: str, rows: Array) -> None:
         """Append rows `(m, *row)` to the named array, all of one type and one row shape."""
         self.arrays.setdefault(name, {"dtype": rows.dtype.str, "row": rows.shape[1:]})
-        try:
-            with (self.folder / name).open("ab") as file:
-                file.write(np.ascontiguousarray(rows).data)
-        except OSError as error:  # here, so that no reader takes a full disk for a broken file
-            raise _no_room(self.folder, error) from error
+        with room(self.folder), (self.folder / name).open("ab") as file:
+            file.write(np.ascontiguousarray(rows).data)
 
     def extend(self, name: str, pieces: Iterable[Array]) -> None:
         """Append all chunks of rows to the named array."""
@@ -145,23 +161,17 @@ def _file_digest(path: Path) -> str:
 def _make(folder: Path, make: Callable[[Writer], None]) -> None:
     for stray in folder.parent.glob(f".part-{folder.name}-*"):  # of a process that was killed; the lock is ours
         shutil.rmtree(stray, ignore_errors=True)
-    part = Path(tempfile.mkdtemp(prefix=f".part-{folder.name}-", dir=folder.parent))
-    writer = Writer(part)
-    try:
+    place: dict[str, Any] = {"dir": folder.parent, "prefix": f".part-{folder.name}-"}
+    with TemporaryDirectory(**place, ignore_cleanup_errors=True) as temporary:
+        part = Path(temporary)
+        writer = Writer(part)
         try:
             make(writer)
         except OSError as error:  # a source that cannot be read is no fault of the cache's disk
             raise DataError(f"Expected data that can be read; got {error}.") from error
-        arrays = {name: {**kept, "sha256": _file_digest(part / name)} for name, kept in writer.arrays.items()}
-        index = {"arrays": arrays, "notes": writer.notes}
-        (part / INDEX).write_text(pretty({**index, "sha256": _digest(index)}))
-        shutil.rmtree(folder)
-        part.rename(folder)
-    except OSError as error:
-        raise _no_room(folder, error) from error
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-
-
-def _no_room(folder: Path, error: OSError) -> StorageError:
-    return StorageError(f"{folder}: expected room for the decoded data; got {error}. Free some, or set XDG_CACHE_HOME.")
+        with room(folder):
+            arrays = {name: {**kept, "sha256": _file_digest(part / name)} for name, kept in writer.arrays.items()}
+            index = {"arrays": arrays, "notes": writer.notes}
+            (part / INDEX).write_text(pretty({**index, "sha256": _digest(index)}))
+            shutil.rmtree(folder)
+            part.rename(folder)

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from scipy.special import expit, logit
 from torch import Tensor
 
-from pvae.data.rows.arrays import AnyArray
 from pvae.data.rows.columns import Column
+from pvae.data.rows.files import AnyArray
 from pvae.data.rows.rows import Part, Rows, chunks, rows_of
 from pvae.errors import DataError
 from pvae.util.types import Array
@@ -112,21 +112,16 @@ def _table(rows: Rows, x: AnyArray, train: Part) -> Scaled:
     warps = {name: [i for i, column in enumerate(columns) if column.warp == name] for name in WARPS}
     warps = {name: places for name, places in warps.items() if places}
     low, high = extremes(x, train)
-    for name, column, least, most in zip(rows.table, columns, low, high, strict=True):
-        if np.isnan(least):
-            raise DataError(f"data.columns.{name!r}: expected values in train; got none, all are missing. Drop it.")
-        if column.is_standardised and least == most:
-            raise DataError(
-                f"data.columns.{name!r}: expected a column that varies in train; got {least:g} alone. Drop it, or "
-                f'set transform = "none".'
-            )
+    if empty := [name for name, least in zip(rows.table, low, strict=True) if np.isnan(least)]:
+        raise DataError(f"data.columns.{empty[0]!r}: expected values in train; got none, all are missing. Drop it.")
     chosen = np.array([column.is_standardised for column in columns])
     mean, deviation, flat = _moments(Scaled(x, warps=warps), train)
-    for name, constant in zip(rows.table, chosen & flat, strict=True):
+    for name, constant, least, most in zip(rows.table, chosen & (flat | (low == high)), low, high, strict=True):
         if constant:
+            got = f"{least:g} alone" if least == most else "differences that are rounding"
             raise DataError(
-                f"data.columns.{name!r}: expected a column that varies in train; got differences that are rounding. "
-                f"Drop it, or set another transform."
+                f"data.columns.{name!r}: expected a column that varies in train; got {got}. Drop it, or set "
+                f'transform = "none".'
             )
     return Scaled(x, np.where(chosen, mean, 0.0), np.where(chosen, deviation, 1.0), warps)
 

@@ -6,12 +6,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
 from math import prod
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pvae.data.rows.arrays import AnyArray, Joined
 from pvae.data.rows.columns import Column
+from pvae.data.rows.files import AnyArray, Joined
 from pvae.errors import DataError
 from pvae.util.types import Array
 
@@ -165,33 +166,50 @@ def tenths(rows: int, missing: Sequence[str], seed: int) -> dict[str, Part]:
 
 
 def joined(
-    given: Mapping[str, tuple[AnyArray, Array | None]], seed: int, label_names: Sequence[str] | None = None
+    given: Mapping[str, tuple[AnyArray, Array | None]],
+    seed: int,
+    name: str = "train",
+    *,
+    label_names: Sequence[str] | None = None,
+    largest: float | None = None,
+    **more: Any,
 ) -> Rows:
     """Return rows that concatenate the given splits; each split not given is a random tenth of "train".
 
+    Arguments:
+        given: x and labels (or None) of each split, by its name; "train" is required.
+        seed: seed of the permutation that makes the splits that are not given.
+        name: name of the rows in messages.
+        label_names: name of each label, or None.
+        largest: largest possible value; None is 255 for unsigned bytes, and unknown for others.
+        more: further fields of `Rows`.
+
     Raises:
-        DataError: rows of different shapes, or labels for some splits only.
+        DataError: rows of different shapes, or labels for some splits only; see also `Rows` and `tenths`.
     """
     first, labels = given["train"]
-    for name, (x, y) in given.items():
-        Rows(x, y, {}, name=name)
+    for split, (x, y) in given.items() if len(given) > 1 else ():
+        Rows(x, y, {}, name=split)
         if x.shape[1:] != first.shape[1:]:
-            raise DataError(f"{name}: expected rows of shape {first.shape[1:]}, as in train; got {x.shape[1:]}.")
+            raise DataError(f"{split}: expected rows of shape {first.shape[1:]}, as in train; got {x.shape[1:]}.")
         if (y is None) != (labels is None):
-            have, lack = (name, "train") if labels is None else ("train", name)
+            have, lack = (split, "train") if labels is None else ("train", split)
             raise DataError(f"Expected labels in every split or in none; got some in {have} and none in {lack}.")
-    order = [name for name in SPLITS if name in given]
-    missing = [name for name in SPLITS if name not in given]
-    parts: dict[str, Part] = tenths(len(first), missing, seed) if missing else {"train": np.arange(len(first))}
-    start = len(first)
-    for name in order[1:]:
-        parts[name] = np.arange(start, start + len(given[name][0]))
-        start += len(given[name][0])
-    arrays = [given[name][0] for name in order]
+    order = [split for split in SPLITS if split in given]
+    arrays = [given[split][0] for split in order]
     held = [array for array in arrays if isinstance(array, np.ndarray)]
     x = arrays[0] if len(arrays) == 1 else np.concatenate(held) if len(held) == len(arrays) else Joined(arrays)
-    y = None if labels is None else np.concatenate([given[name][1] for name in order])
-    return Rows(x, y, parts, 255.0 if x.dtype == np.uint8 else None, tuple(label_names) if label_names else None)
+    y = labels if labels is None or len(order) == 1 else np.concatenate([given[split][1] for split in order])
+    largest = largest or (255.0 if x.dtype == np.uint8 else None)
+    parts: dict[str, Part] = {}
+    if x.ndim and x.size and x.dtype.kind in "biuf":  # else `Rows` refuses it
+        missing = [split for split in SPLITS if split not in given]
+        parts = tenths(len(first), missing, seed) if missing else {"train": np.arange(len(first))}
+        start = len(first)
+        for split, array in zip(order[1:], arrays[1:], strict=True):
+            parts[split] = np.arange(start, start + len(array))
+            start += len(array)
+    return Rows(x, y, parts, largest, tuple(label_names or ()) or None, name, **more)
 
 
 def shared_rows(x: AnyArray, parts: Mapping[str, Part], name: str) -> int:
@@ -207,9 +225,7 @@ def _hashes(x: AnyArray, part: Part) -> NDArray[np.uint64]:
     out = np.empty(len(part), np.uint64)
     for start, chunk in chunks(x, part):
         content = np.ascontiguousarray(chunk).reshape(len(chunk), -1).view(np.uint8)
-        words = np.zeros((len(chunk), 8 * width), np.uint8)
-        words[:, : content.shape[1]] = content
-        mixed = words.view(np.uint64)
+        mixed = np.pad(content, ((0, 0), (0, 8 * width - content.shape[1]))).view(np.uint64)
         for shift, factor in ((32, 0xBF58476D1CE4E5B9), (29, 0x94D049BB133111EB)):  # whole numbers have low bits of 0
             mixed ^= mixed >> np.uint64(shift)
             mixed *= np.uint64(factor)

@@ -18,11 +18,12 @@ from typing import IO, Any, Literal, cast, final
 
 import numpy as np
 
-from pvae.data.rows.arrays import AnyArray, FileArray, version_of
 from pvae.data.rows.cache import decoded
 from pvae.data.rows.files import (
     MAX_DIMENSIONS,
     PIECE_BYTES,
+    AnyArray,
+    FileArray,
     Layout,
     broken_as,
     held,
@@ -30,6 +31,7 @@ from pvae.data.rows.files import (
     npy_layout,
     read_npy,
     require_room,
+    version_of,
 )
 from pvae.data.rows.rows import SPLITS, Rows, joined
 from pvae.data.sources.base import FileData
@@ -104,8 +106,7 @@ class Npz(FileData):
         given = {name: (x[self.x + end], np.asarray(y[f"{self.y}{end}"]) if y else None) for name, end in ends.items()}
         if whole:
             return self.to_rows(*given[""], self.x)
-        rows = joined(given, self.split_seed)
-        return Rows(rows.x, rows.y, rows.parts, self.largest or rows.largest, name=self.x)
+        return joined(given, self.split_seed, self.x, largest=self.largest)
 
 
 def _unpacked(content: Iterator[Array], layout: Layout, stream: bool, where: str, key: Mapping[str, Any]) -> AnyArray:
