@@ -291,10 +291,6 @@ def _escaped(key: str) -> str:
     return key if plain and key != "__metadata__" and not key.startswith(_ESCAPE) else _ESCAPE + json.dumps(key)
 
 
-def _unescaped(key: str) -> str:
-    return str(json.loads(key.removeprefix(_ESCAPE))) if key.startswith(_ESCAPE) else key
-
-
 def pack_state(state: Mapping[str, Any]) -> bytes:
     """Return a training state as JSON bytes; raises CheckpointError if reading them would not give an equal state."""
     _require_text_keys(state)
@@ -303,9 +299,8 @@ def pack_state(state: Mapping[str, Any]) -> bytes:
     except (TypeError, ValueError, RecursionError) as problem:
         raise CheckpointError(f"Expected a state of finite JSON; got: {problem}") from problem
     if len(content) > LARGEST_STATE:
-        raise CheckpointError(
-            f"Expected a state of at most {LARGEST_STATE} bytes; got {len(content)}. Keep arrays as tensors."
-        )
+        most = f"a state of at most {LARGEST_STATE} bytes"
+        raise CheckpointError(f"Expected {most}; got {len(content)}. Keep arrays as tensors.")
     return content
 
 
@@ -324,6 +319,7 @@ def _require_text_keys(value: object) -> None:
 def unpack_tensors(where: Path, content: bytes) -> dict[str, Tensor]:
     """Return the named tensors in the bytes of a safetensors file; raises CheckpointError."""
     try:
-        return {_unescaped(key): value for key, value in safetensors.torch.load(content).items()}
+        tensors = safetensors.torch.load(content).items()
+        return {json.loads(k.removeprefix(_ESCAPE)) if k.startswith(_ESCAPE) else k: value for k, value in tensors}
     except (SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as problem:
         raise wrong(where, "safetensors", f"{len(content)} bytes that start {content[:16]!r} ({problem})") from problem

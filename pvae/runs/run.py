@@ -175,7 +175,7 @@ class Run:
         if self.lacks_data:
             raise DataError(f"{self.path}: expected the tensors of the fit; got none. Pass data=... to Run.load.")
         if data is None:
-            data = load(self.plan.data, data_dir=self._data_dir, seed=self.plan.seed)
+            data = load(self.experiment.data, data_dir=self._data_dir, seed=self.plan.seed)
         wanted = self.files.manifest.get("data", {}).get("fingerprint")
         if wanted and data.fingerprint != wanted:
             raise DataError(

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
+from types import UnionType
 from typing import TYPE_CHECKING, Any, cast
 
 from pvae.errors import BusyError, DataError, Interrupted, OutputError, PvaeError, StorageError
@@ -28,13 +29,11 @@ if TYPE_CHECKING:
 RUN_STATES = ("running", "finished", "interrupted", "failed")
 ALERT_KINDS = frozenset(["alert", "analysis", "fallback", "nonfinite", "storage"])
 """Kinds of events that are shown to the user as alerts."""
-MANIFEST_KEYS: dict[str, type] = {
+MANIFEST_KEYS: dict[str, type | UnionType] = {
     "name": str, "id": str, "started": str, "device": str, "engine": str, "declared": bool, "imports": list,
-    "trainable": list, "parent": dict, "data": dict, "exports": list,
+    "trainable": list | None, "parent": dict | None, "data": dict, "exports": list,
 }  # fmt: skip
 """Type of each known entry of a run's manifest; every entry may be missing."""
-NULLABLE_KEYS = ("trainable", "parent")
-"""Entries of a run's manifest that may also be null."""
 
 
 class RunDirectory:
@@ -124,8 +123,8 @@ class RunDirectory:
         """Manifest of the run: its name, id, start time, versions, seed and so on; raises DataError if damaged."""
         found = files.read_object(self.path, "manifest.json")
         for key, kind in MANIFEST_KEYS.items():
-            if key in found and not isinstance(found[key], kind | None if key in NULLABLE_KEYS else kind):
-                wanted = "text" if kind is str else "true or false" if kind is bool else f"a {kind.__name__}"
+            if key in found and not isinstance(found[key], kind):
+                wanted = {str: "text", bool: "true or false"}.get(kind, f"a {getattr(kind, '__name__', kind)}")
                 raise DataError(
                     f"{self.path / 'manifest.json'}: expected {wanted} for {key!r}; got {str(found[key])[:60]!r}. "
                     f"Restore it from a copy of the run."

@@ -90,22 +90,19 @@ class Cleaning:
                 yield one_line(str(path)), label, one_line(why)
 
     def __rich__(self) -> Table:
-        from rich.table import Table
+        from rich.table import Column, Table
         from rich.text import Text
 
-        table = Table(caption=self.summary(), caption_justify="left")
-        table.add_column("path", overflow="fold")
-        table.add_column("size", justify="right", no_wrap=True)
-        table.add_column("why")
+        columns = (Column("path", overflow="fold"), Column("size", justify="right", no_wrap=True), "why")
+        table = Table(*columns, caption=self.summary(), caption_justify="left")
         for row in self.rows():
             table.add_row(*map(Text, row))
         return table
 
-    def __repr__(self) -> str:
-        return str(self)
-
     def __str__(self) -> str:
         return "\n".join([*(f"{size:>10}  {path}  ({why})" for path, size, why in self.rows()), self.summary()])
+
+    __repr__ = __str__
 
 
 def megabytes(size: int) -> str:

@@ -95,20 +95,16 @@ class Checks:
         return {**self.facts, "ok": self.ok, **counts, "checks": [check.to_dict() for check in self.checks]}
 
     def __rich__(self) -> Table:
-        from rich.table import Table
+        from rich.table import Column, Table
         from rich.text import Text
 
-        table = Table(title=Text(one_line(self.title)), caption=Text(one_line(self.summary())), caption_justify="left")
-        table.add_column("check")
-        table.add_column("verdict", no_wrap=True)
-        table.add_column("found", overflow="fold")
+        title, caption = Text(one_line(self.title)), Text(one_line(self.summary()))
+        columns = ("check", Column("verdict", no_wrap=True), Column("found", overflow="fold"))
+        table = Table(*columns, title=title, caption=caption, caption_justify="left")
         for row in self.to_dict()["checks"]:
             found = Text(row["found"]) if not row["advice"] else Text(f"{row['found']}\n-> {row['advice']}")
             table.add_row(Text(row["name"]), row["level"], found, style=_STYLES[row["level"]])
         return table
-
-    def __repr__(self) -> str:
-        return str(self)
 
     def __str__(self) -> str:
         rows = self.to_dict()["checks"]
@@ -118,6 +114,8 @@ class Checks:
             lines.append(f"{row['level']:7}  {row['name']:{width}}  {row['found']}")
             lines += [f"{'':7}  {'':{width}}  -> {row['advice']}"] * bool(row["advice"])
         return "\n".join([*lines, one_line(self.summary())])
+
+    __repr__ = __str__
 
 
 def attempt(name: str, check: Callable[[], Iterable[Check] | None]) -> list[Check]:

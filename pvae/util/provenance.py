@@ -13,11 +13,12 @@ PACKAGES = ("pvae-pyro", "torch", "pyro-ppl", "numpy", "arviz", "pandas", "pydan
 
 def provenance() -> dict[str, Any]:
     """Return package versions, git commit, command line, host and platform, without the user's name; never fails."""
+    home = os.path.expanduser("~")
     found = {package: version for package in PACKAGES if (version := installed_version(package))}
     return {
         "versions": {"python": platform.python_version(), **found},
         "git": _git_state(),
-        "argv": [_without_home(argument) for argument in sys.argv],
+        "argv": [argument.replace(home, "~") if len(home) > 1 else argument for argument in sys.argv],
         "host": platform.node(),
         "platform": platform.platform(),
     }
@@ -50,8 +51,3 @@ def _git(*arguments: str) -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return said.decode(errors="replace").strip()
-
-
-def _without_home(argument: str) -> str:
-    home = os.path.expanduser("~")
-    return argument if len(home) < 2 else argument.replace(home, "~")
