@@ -124,7 +124,8 @@ class RunDirectory:
         found = files.read_object(self.path, "manifest.json")
         for key, kind in MANIFEST_KEYS.items():
             if key in found and not isinstance(found[key], kind):
-                wanted = {str: "text", bool: "true or false"}.get(kind, f"a {getattr(kind, '__name__', kind)}")
+                name = getattr(kind, "__name__", str(kind))
+                wanted = {"str": "text", "bool": "true or false"}.get(name, f"a {name}")
                 raise DataError(
                     f"{self.path / 'manifest.json'}: expected {wanted} for {key!r}; got {str(found[key])[:60]!r}. "
                     f"Restore it from a copy of the run."

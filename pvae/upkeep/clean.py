@@ -150,7 +150,7 @@ def clean(root: str | Path = "runs", *, apply: bool = False, failed: bool = Fals
     if cache and at_work:
         broom.skipped.append((cache_folder(), "a run at work may be reading from it"))
     for entry, lock in _cached() if cache and not at_work else ():
-        broom.sweep(entry, FileLock(lock, timeout=0), lambda entry=entry: [(entry, "cache")])
+        broom.sweep(entry, FileLock(lock, timeout=0), partial(list[Doomed], [(entry, "cache")]))
     return Cleaning(folder, apply, tuple(broom.removals), tuple(broom.skipped), tuple(broom.failed))
 
 

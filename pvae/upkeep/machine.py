@@ -66,9 +66,9 @@ def devices(_: CheckArguments) -> Iterator[Check]:
         total = float(torch.ones(2, device=f"cuda:{index}").sum())
         if total != 2:
             raise DataError(f"cuda:{index}: expected 1 + 1 = 2; got {total}. Do not use this GPU.")
-        gpus.append({"name": properties.name, "bytes": properties.total_memory})
-    text = ", ".join(f"{gpu['name']} ({gpu['bytes'] / 2**30:.0f} GiB)" for gpu in gpus)
-    yield Check("devices", "ok", text, facts={"gpus": gpus})
+        gpus.append((properties.name, properties.total_memory))
+    text = ", ".join(f"{name} ({size / 2**30:.0f} GiB)" for name, size in gpus)
+    yield Check("devices", "ok", text, facts={"gpus": [{"name": name, "bytes": size} for name, size in gpus]})
 
 
 def threads(_: CheckArguments) -> Iterator[Check]:
