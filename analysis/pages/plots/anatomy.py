@@ -13,7 +13,7 @@ from matplotlib.ticker import MaxNLocator
 
 from pvae.analysis.bounds.lower_bounds import Evidence
 from pvae.analysis.decompose.result import Surgery
-from pvae.analysis.pages.plots.base import BLACK, BLUE, GREY, ORANGE, RED, SERIES, YELLOW, figure, nats, plain, style
+from pvae.analysis.pages.plots.base import BLACK, BLUE, GREY, ORANGE, RED, SERIES, YELLOW, nats, panels, plain, style
 
 
 @dataclass(frozen=True)
@@ -72,35 +72,23 @@ def _marginal(surgery: Surgery) -> list[WaterfallStep]:
 
 
 @style()
-def waterfall(panels: Sequence[Sequence[WaterfallStep]]) -> Figure:
+def waterfall(charts: Sequence[Sequence[WaterfallStep]]) -> Figure:
     """Draw a waterfall chart: panels of levels and costs above a common axis in nats per datum."""
-    heights = [0.5 * len(steps) + 0.8 for steps in panels]
-    made = figure(sum(heights) + 0.2)
-    grid = made.subplots(len(panels), 1, squeeze=False, sharex=True, height_ratios=heights)
-    for axes, steps in zip(grid[:, 0], panels, strict=True):
-        _fall(axes, steps)
-        low, high = reach(panels)
+    heights = [0.5 * len(steps) + 0.8 for steps in charts]
+    made, grid = panels(sum(heights) + 0.2, heights, sharex=True)
+    levels = [level for axes, steps in zip(grid, charts, strict=True) for level in _fall(axes, steps)]
+    low, high = min(levels), max(max(levels), min(levels) + 1e-3)
+    for axes, steps in zip(grid, charts, strict=True):
         axes.set_xlim(low - 0.2 * (high - low), high + 0.06 * (high - low))
         axes.set_title(f"from {plain(steps[0].label.split(',')[0])} to the {plain(steps[-1].label)}")
-    grid[-1, 0].xaxis.set_major_locator(MaxNLocator(6))
-    grid[-1, 0].set_xlabel("nats per datum")
+    grid[-1].xaxis.set_major_locator(MaxNLocator(6))
+    grid[-1].set_xlabel("nats per datum")
     return made
 
 
-def reach(panels: Sequence[Sequence[WaterfallStep]]) -> tuple[float, float]:
-    """Return the lowest and highest level of all panels, nats per datum, at least 0.001 apart."""
-    levels = []
-    for steps in panels:
-        position = steps[0].value
-        for step in steps:
-            position = step.value if step.is_level else position - step.value
-            levels.append(position)
-    return min(levels), max(max(levels), min(levels) + 1e-3)
-
-
-def _fall(axes: Axes, steps: Sequence[WaterfallStep]) -> None:
-    """Draw one panel of a waterfall chart: levels as ticks, costs as bars from one level down to the next."""
-    position = steps[0].value
+def _fall(axes: Axes, steps: Sequence[WaterfallStep]) -> list[float]:
+    """Draw one panel, levels as ticks and costs as bars from one level down to the next; return the level per step."""
+    position, levels = steps[0].value, []
     for i, step in enumerate(steps):
         if step.is_level:
             position = step.value
@@ -108,9 +96,9 @@ def _fall(axes: Axes, steps: Sequence[WaterfallStep]) -> None:
             _note(axes, position, i, nats(step.value), toward=1 if i else -1)
         else:
             axes.barh(i, -step.value, left=position, height=0.62, color=step.colour)
-            end = min(position, position - step.value)
-            _note(axes, end, i, nats(-step.value), toward=-1)
+            _note(axes, min(position, position - step.value), i, nats(-step.value), toward=-1)
             position -= step.value
+        levels.append(position)
         if i + 1 < len(steps):
             axes.plot([position] * 2, [i, i + 1], color=GREY, linewidth=0.8, linestyle=":", zorder=0)
     axes.set_yticks(range(len(steps)), [plain(step.label) for step in steps])
@@ -119,6 +107,7 @@ def _fall(axes: Axes, steps: Sequence[WaterfallStep]) -> None:
     axes.spines["left"].set_visible(False)
     axes.grid(axis="x")
     axes.set_axisbelow(True)
+    return levels
 
 
 def _note(axes: Axes, x: float, y: float, text: str, toward: int) -> None:

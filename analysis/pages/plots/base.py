@@ -5,23 +5,19 @@ from __future__ import annotations
 import io
 import textwrap
 import unicodedata
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import matplotlib
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.font_manager import findfont, get_font
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
-
-from pvae.util.types import Array
-
-MetricsRow = Mapping[str, Any]
-"""Type of the training metrics of one epoch and one split, by name."""
 
 DPI = 120
 FIGURE_WIDTH = 6.0
@@ -86,6 +82,12 @@ def figure(height: float) -> Figure:
     return made
 
 
+def panels(height: float, ratios: Sequence[float] = (1,), **options: Any) -> tuple[Figure, list[Axes]]:
+    """Return a figure of `height` inches and its panels, one below the other, whose heights have these ratios."""
+    made = figure(height)
+    return made, list(made.subplots(len(ratios), squeeze=False, height_ratios=ratios, **options)[:, 0])
+
+
 @style()
 def png(made: Figure) -> bytes:
     """Return a figure as PNG bytes at 120 dpi; the same figure gives the same bytes."""
@@ -118,8 +120,3 @@ def set_caption(made: Figure, text: str) -> None:
 def whole_numbers(axis: Axis) -> None:
     """Place the ticks of an axis at integers."""
     axis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
-
-
-def few_marks(epochs: Array) -> str | None:
-    """Return the marker of a curve over epochs: a circle for fewer than 10 points, else None."""
-    return "o" if len(epochs) < 10 else None

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from pvae.analysis.pages.plots.base import BLACK, FIGURE_WIDTH, GREY, ORANGE, PALE, RED, figure, nats, style
+from pvae.analysis.pages.plots.base import BLACK, FIGURE_WIDTH, GREY, ORANGE, PALE, RED, figure, nats, panels, style
 from pvae.analysis.samples.sharpness import is_image
 from pvae.util.types import Array
 
@@ -66,22 +66,27 @@ class Rebuilt:
     nats: Array
 
 
+def best_to_worst(scores: Array, most: int) -> dict[str, Array]:
+    """Return the indices of the `most` best, median and worst of n `scores`; of the best only, if n < 3 `most`."""
+    order = np.argsort(-scores, kind="stable")
+    count = min(most, len(order))
+    middle = (len(order) - count) // 2
+    found = {"best": order[:count], "median": order[middle : middle + count], "worst": order[len(order) - count :]}
+    return found if len(order) >= 3 * count else {"best": found["best"]}
+
+
 @style()
 def reconstructions(parts: Sequence[Rebuilt], low: float, high: float) -> Figure:
     """Draw groups of data (best, median, worst) with their reconstructions: as images, or as lines for other data."""
-    shape = parts[0].data.shape[1:]
-    if is_image(shape):
-        return rebuilt_images(parts, low, high)
-    return _rebuilt_lines(parts)
+    return rebuilt_images(parts, low, high) if is_image(parts[0].data.shape[1:]) else _rebuilt_lines(parts)
 
 
 def rebuilt_images(parts: Sequence[Rebuilt], low: float, high: float, below: str = "mean") -> Figure:
     """Draw each image above its reconstruction, with log p(x | z) in nats, in one panel per group of data."""
     columns = max(len(part.data) for part in parts)
     h, w = parts[0].data.shape[-2:]
-    made = figure(len(parts) * (2.15 * 0.89 * FIGURE_WIDTH / columns * h / w + 0.55))
-    grid = made.subplots(len(parts), 1, squeeze=False)
-    for axes, part in zip(grid[:, 0], parts, strict=True):
+    made, grid = panels(len(parts) * (2.15 * 0.89 * FIGURE_WIDTH / columns * h / w + 0.55), [1] * len(parts))
+    for axes, part in zip(grid, parts, strict=True):
         both, scores = np.concatenate([part.data, part.means]), [nats(v, 1) for v in part.nats]
         show_tiles(axes, both, len(part.data), low, high, ("data", below), scores)
         axes.set_title(part.title)
@@ -116,8 +121,7 @@ def samples(means: Array, data: Array, low: float, high: float) -> Figure:
     if is_image(shape):
         columns = min(10, len(means))
         rows = math.ceil(len(means) / columns)
-        made = figure(rows * FIGURE_WIDTH / columns * shape[-2] / shape[-1] + 0.1)
-        axes = made.subplots()
+        made, (axes,) = panels(rows * FIGURE_WIDTH / columns * shape[-2] / shape[-1] + 0.1)
         axes.imshow(tiles(means, columns, low, high), aspect="equal")
         axes.set_axis_off()
         return made
@@ -126,16 +130,14 @@ def samples(means: Array, data: Array, low: float, high: float) -> Figure:
 
 def _sampled_vectors(means: Array, data: Array) -> Figure:
     if means.shape[1] > 2:
-        made = figure(4.6)
-        top, bottom = made.subplots(2, 1, sharex=True, sharey=True)
+        made, (top, bottom) = panels(4.6, (1, 1), sharex=True, sharey=True)
         for axes, values, title, colour in ((top, data, "data", BLACK), (bottom, means, "means of p(x | z)", ORANGE)):
             axes.plot(values[:40].T, color=colour, linewidth=0.8, alpha=0.5)
             axes.set_title(title)
         bottom.set_xlabel("coordinate of x")
         bottom.xaxis.set_major_locator(MaxNLocator(integer=True))
         return made
-    made = figure(3.4)
-    axes = made.subplots()
+    made, (axes,) = panels(3.4)
     if means.shape[1] == 2:
         axes.scatter(data[:, 0], data[:, 1], s=10, color=GREY, alpha=0.5, linewidths=0, label="data")
         axes.scatter(means[:, 0], means[:, 1], s=16, color=ORANGE, linewidths=0, label="means of p(x | z)")
@@ -148,11 +150,7 @@ def _sampled_vectors(means: Array, data: Array) -> Figure:
 
 @style()
 def gallery(
-    images: Array,
-    low: float,
-    high: float,
-    row_names: Sequence[str] = (),
-    column_names: Sequence[str] = (),
+    images: Array, low: float, high: float, row_names: Sequence[str] = (), column_names: Sequence[str] = ()
 ) -> Figure:
     """Draw images `(rows, columns, *shape)` in a grid; names of rows are at the left, names of columns below."""
     rows, columns = images.shape[:2]
@@ -160,7 +158,6 @@ def gallery(
     gap = max(1, round(w / 10))
     size = min(1.1, 0.9 * FIGURE_WIDTH / columns)
     wide = min(1.0, 1.08 * columns * size / FIGURE_WIDTH) * (FIGURE_WIDTH - 0.1 - (0.7 if row_names else 0))
-    made = figure(wide * (rows * (h + gap)) / (columns * (w + gap)) + (0.4 if column_names else 0.15))
-    axes = made.subplots()
+    made, (axes,) = panels(wide * (rows * (h + gap)) / (columns * (w + gap)) + (0.4 if column_names else 0.15))
     show_tiles(axes, images.reshape(-1, *images.shape[2:]), columns, low, high, row_names, column_names)
     return made

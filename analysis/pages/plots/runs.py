@@ -1,49 +1,46 @@
-"""Plots that compare several runs."""
+"""Plots that compare several runs, and labels of points that do not overlap."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
+from matplotlib.text import Text
+from matplotlib.ticker import MaxNLocator
+from matplotlib.transforms import Bbox
 
 from pvae.analysis.figures.estimate import Estimate
-from pvae.analysis.pages.plots.base import (
-    BLACK,
-    GREY,
-    SERIES,
-    MetricsRow,
-    few_marks,
-    figure,
-    plain,
-    style,
-    whole_numbers,
-)
-from pvae.analysis.pages.plots.curves import robust_limits, series
-from pvae.analysis.pages.plots.points import MARKERS, label_points, shortened
+from pvae.analysis.pages.plots.base import BLACK, GREY, PALE, SERIES, nats, panels, plain, set_caption, style
+from pvae.analysis.pages.plots.curves import MetricsRow, curve, over_epochs, robust_limits
+from pvae.util.types import Array
 
 DASHES = ("-", "--", ":", "-.")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+LABEL = 36
+"""Largest number of characters of a label."""
+REACHES = (9, 20, 34, 52, 74, 100, 140, 190)
+"""Distances of a label from its point, in 1/72 inch, tried in this order; from the third on, a line connects them."""
+TURNS = tuple(math.radians(angle) for angle in (0, 180, 90, 270, 35, 145, 325, 215, 65, 115, 295, 245))
+"""Directions from a point to its label, in radians, tried in this order at each distance."""
 
 
 @style()
 def overlaid(names: Sequence[str], runs: Sequence[Sequence[MetricsRow]]) -> Figure:
     """Plot the validation ELBO over epochs, nats per datum, one line per run."""
-    made = figure(3.8 + 0.2 * len(names) / 2)
-    axes = made.subplots()
-    curves = [series(rows, "validation", "elbo") for rows in runs]
-    for i, (name, (epochs, values)) in enumerate(zip(names, curves, strict=True)):
-        dash = DASHES[i // len(SERIES) % len(DASHES)]
-        mark = few_marks(epochs)
-        axes.plot(
-            epochs, values, color=SERIES[i % len(SERIES)], linestyle=dash, label=shortened(plain(name)),
-            marker=mark, markersize=4, linewidth=1.5,
-        )  # fmt: skip
+    made, (axes,) = panels(3.8 + 0.2 * len(names) / 2)
+    curves = []
+    for i, (name, rows) in enumerate(zip(names, runs, strict=True)):
+        dash, colour = DASHES[i // len(SERIES) % len(DASHES)], SERIES[i % len(SERIES)]
+        look = {"color": colour, "linestyle": dash, "linewidth": 1.5}
+        curves.append(curve(axes, rows, "validation", "elbo", label=shortened(name), **look))
     robust_limits(axes, curves)
-    axes.set_title("ELBO of validation")
-    axes.set_xlabel("epoch")
-    axes.set_ylabel("nats per datum")
-    whole_numbers(axes.xaxis)
-    axes.grid(axis="y")
+    axes.set(title="ELBO of validation", ylabel="nats per datum")
+    over_epochs([axes])
     made.legend(loc="outside lower left", ncols=2)
     return made
 
@@ -51,19 +48,14 @@ def overlaid(names: Sequence[str], runs: Sequence[Sequence[MetricsRow]]) -> Figu
 @style()
 def differences(names: Sequence[str], gains: Sequence[Estimate], reference: str, what: str) -> Figure:
     """Plot paired differences to a reference run with ± 2 standard errors; they are positive if the run is better."""
-    made = figure(0.36 * len(names) + 1.2)
-    axes = made.subplots()
+    made, (axes,) = panels(0.36 * len(names) + 1.2)
     for i, gain in enumerate(gains):
         error = 2 * gain.standard_error if np.isfinite(gain.standard_error) else 0.0
-        axes.errorbar(
-            gain.value, i, xerr=error, color=SERIES[(i + 1) % len(SERIES)], marker=MARKERS[(i + 1) % len(MARKERS)],
-            markersize=6, elinewidth=2, capsize=3,
-        )  # fmt: skip
+        axes.errorbar(gain.value, i, xerr=error, markersize=6, elinewidth=2, capsize=3, **_look(i + 1))
     axes.axvline(0, color=BLACK, linewidth=1)
-    axes.set_yticks(range(len(names)), [shortened(plain(name)) for name in names])
-    axes.set_ylim(len(names) - 0.5, -0.5)
-    axes.set_title(f"{what}, less that of {shortened(plain(reference))}")
-    axes.set_xlabel("nats per datum, ± 2 standard errors")
+    axes.set_yticks(range(len(names)), [shortened(name) for name in names])
+    axes.set_title(f"{what}, less that of {shortened(reference)}")
+    axes.set(ylim=(len(names) - 0.5, -0.5), xlabel="nats per datum, ± 2 standard errors")
     axes.tick_params(axis="y", length=0)
     axes.grid(axis="x")
     return made
@@ -71,26 +63,133 @@ def differences(names: Sequence[str], gains: Sequence[Estimate], reference: str,
 
 @style()
 def together(
-    names: Sequence[str], x: Sequence[float], panels: Sequence[tuple[str, Sequence[float]]], of: str
+    names: Sequence[str], x: Sequence[float], metrics: Sequence[tuple[str, Sequence[float]]], of: str
 ) -> Figure:
     """Plot several metrics of the runs, a panel each, against one metric `x`, to show correlations over runs."""
-    made = figure(2.6 * len(panels) + 0.3)
-    grid = made.subplots(len(panels), 1, squeeze=False, sharex=True)[:, 0]
-    for axes, (title, y) in zip(grid, panels, strict=True):
-        points = np.column_stack([x, y]).astype(np.float64)
+    made, grid = panels(2.6 * len(metrics) + 0.3, [1] * len(metrics), sharex=True)
+    clouds = [np.column_stack([x, y]).astype(np.float64) for _, y in metrics]
+    for axes, (title, _), points in zip(grid, metrics, clouds, strict=True):
         for i, (a, b) in enumerate(points):
-            axes.plot(a, b, MARKERS[i % len(MARKERS)], color=SERIES[i % len(SERIES)], markersize=7)
-        low, high = points.min(0), points.max(0)
-        pad = np.where(high > low, 0.2 * (high - low), np.maximum(0.5, 0.05 * np.abs(high)))
-        axes.set_xlim(low[0] - pad[0], high[0] + pad[0])
-        axes.set_ylim(low[1] - pad[1], high[1] + pad[1])
+            axes.plot(a, b, markersize=7, linestyle="", **_look(i))
+        _frame(axes, points.min(0), points.max(0), pad=0.2, least=0.5)
         axes.set_title(title)
         axes.grid(color=GREY, alpha=0.2)
     grid[-1].set_xlabel(of)
+    _fix_layout(made)
+    for axes, points in zip(grid, clouds, strict=True):
+        label_points(made, axes, names, points, [])
+    return made
+
+
+def _look(i: int) -> dict[str, Any]:
+    """Return marker and colour of run `i`."""
+    return {"marker": MARKERS[i % len(MARKERS)], "color": SERIES[i % len(SERIES)]}
+
+
+def _frame(axes: Axes, low: Array, high: Array, pad: float, least: float) -> None:
+    """Set the limits of both axes to `low` and `high`, `(2,)`, and a margin, at least `least` for points on a line."""
+    margin = np.where(high > low, pad * (high - low), np.maximum(least, 0.05 * np.abs(high)))
+    axes.set(xlim=(low[0] - margin[0], high[0] + margin[0]), ylim=(low[1] - margin[1], high[1] + margin[1]))
+
+
+def _fix_layout(made: Figure) -> None:
+    """Lay the figure out once and for all, so that labels can be placed in display pixels."""
     made.draw_without_rendering()
     made.set_layout_engine("none")
-    for axes, (_, y) in zip(grid, panels, strict=True):
-        label_points(
-            made, axes, [shortened(plain(name)) for name in names], np.column_stack([x, y]).astype(np.float64), []
-        )
+
+
+@style()
+def rate_distortion(
+    names: Sequence[str], rates: Sequence[float], distortions: Sequence[float], errors: Sequence[tuple[float, float]]
+) -> Figure:
+    """Plot runs in the rate-distortion plane, with lines of equal ELBO and labels that do not overlap.
+
+    Arguments:
+        names: names of the runs.
+        rates: rate KL(q(z | x) || p(z)) of each run, nats per datum.
+        distortions: distortion -E log p(x | z) of each run, nats per datum.
+        errors: standard errors of rate and distortion of each run; infinite or NaN errors are not drawn.
+    """
+    points = np.column_stack([rates, distortions]).astype(np.float64)
+    spread = np.nan_to_num(np.asarray(errors, dtype=np.float64), posinf=0.0).reshape(-1, 2)
+    made, (axes,) = panels(5.0)
+    for i, ((x, y), (e_x, e_y)) in enumerate(zip(points, spread, strict=True)):
+        axes.errorbar(
+            x, y, xerr=e_x or None, yerr=e_y or None, elinewidth=1.2, markersize=7, markeredgecolor="white",
+            markeredgewidth=0.8, zorder=3, **_look(i),
+        )  # fmt: skip
+    _frame(axes, (points - spread).min(0), (points + spread).max(0), pad=0.18, least=1.0)
+    axes.set_title("Rate and distortion")
+    axes.set(xlabel="rate: KL(q(z | x) || p(z)), nats per datum", ylabel="distortion: −E log p(x | z), nats per datum")
+    set_caption(made, "Dashed: equal ELBO = −(rate + distortion). Towards the lower left the ELBO is higher.")
+    _fix_layout(made)
+    taken = _equal_elbo(made, axes)
+    ends = axes.transData.transform(np.concatenate([points - spread, points + spread])).reshape(2, -1, 2)
+    for (x, y), (x0, y0), (x1, y1) in zip(axes.transData.transform(points), *ends, strict=True):
+        taken += [Bbox.from_extents(x0, y - 2, x1, y + 2), Bbox.from_extents(x - 2, y0, x + 2, y1)]
+    label_points(made, axes, names, points, taken)
     return made
+
+
+def _equal_elbo(made: Figure, axes: Axes) -> list[Bbox]:
+    """Draw dashed lines of equal ELBO = -(rate + distortion); return the boxes of their labels, in display pixels."""
+    (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
+    boxes, levels = [], MaxNLocator(7, steps=[1, 2, 5, 10]).tick_values(left + bottom, right + top)
+    digits = max(0, -math.floor(math.log10(levels[1] - levels[0]) + 1e-9))
+    for level in levels:
+        if not left + bottom < level < right + top:
+            continue
+        axes.plot([left, right], [level - left, level - right], color=PALE, linestyle="--", linewidth=0.9, zorder=0)
+        at = (left, level - left) if level - left <= top else (level - top, top)
+        if at[0] > right - 0.12 * (right - left) or at[1] < bottom + 0.04 * (top - bottom):
+            continue
+        note = axes.annotate(
+            nats(-level, digits), at, xytext=(3, -2), textcoords="offset points", ha="left",
+            va="top", fontsize=8, color=GREY, path_effects=[withStroke(linewidth=2, foreground="white")],
+        )  # fmt: skip
+        boxes.append(note.get_window_extent(made.canvas.get_renderer()))  # type: ignore[attr-defined]
+    axes.set(xlim=(left, right), ylim=(bottom, top))
+    return boxes
+
+
+def shortened(name: str) -> str:
+    """Return a name for display of at most `LABEL` characters; a longer one has an ellipsis in place of its middle."""
+    name = plain(name)
+    return name if len(name) <= LABEL else f"{name[: LABEL // 2]}…{name[-LABEL // 2 + 1 :]}"
+
+
+def label_points(made: Figure, axes: Axes, names: Sequence[str], points: Array, taken: list[Bbox]) -> None:
+    """Label each point at the first place inside the axes that is clear of other labels, points and the boxes `taken`.
+
+    If no place is free of all, one that is clear of the labels is preferred.
+    """
+    places = axes.transData.transform(points)
+    scale, frame = made.dpi / 72, axes.get_window_extent()
+    obstacles = [*taken, *(Bbox.from_extents(*(place - 5 * scale), *(place + 5 * scale)) for place in places)]
+    labels: list[Bbox] = []
+    for name, place, point in zip(names, places, points, strict=True):
+        note = axes.annotate(
+            shortened(name), (float(point[0]), float(point[1])), xytext=(0, 0), textcoords="offset points",
+            fontsize=9, zorder=4, path_effects=[withStroke(linewidth=2.5, foreground="white")],
+            arrowprops={"arrowstyle": "-", "color": GREY, "linewidth": 0.7, "shrinkA": 0, "shrinkB": 3},
+        )  # fmt: skip
+        size = Text.get_window_extent(note, made.canvas.get_renderer())  # type: ignore[attr-defined]  # not the line's
+        spots = [(r, _beside(place, size.width, size.height, turn, r * scale)) for r in REACHES for turn in TURNS]
+        inside = [(reach, box) for reach, box in spots if _inside(box, frame)] or spots
+        clear = [(reach, box) for reach, box in inside if not box.count_overlaps(labels)] or inside
+        reach, box = next((spot for spot in clear if not spot[1].count_overlaps(obstacles)), clear[0])
+        labels.append(box)
+        note.set_position(((box.x0 - place[0]) / scale, (box.y0 - place[1]) / scale))
+        if reach <= REACHES[1] and note.arrow_patch is not None:
+            note.arrow_patch.set_visible(False)
+
+
+def _beside(place: Array, width: float, height: float, turn: float, reach: float) -> Bbox:
+    """Return the box of a label at distance `reach` from a point in direction `turn` (radians), in display pixels."""
+    cos, sin = math.cos(turn), math.sin(turn)
+    middle = place + np.array([cos * (reach + width / 2), sin * (reach + height / 2)])
+    return Bbox.from_bounds(middle[0] - width / 2, middle[1] - height / 2, width, height)
+
+
+def _inside(box: Bbox, frame: Bbox) -> bool:
+    return frame.x0 < box.x0 and box.x1 < frame.x1 and frame.y0 < box.y0 and box.y1 < frame.y1
