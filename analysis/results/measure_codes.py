@@ -17,7 +17,7 @@ import pandas
 
 from pvae import Run
 from pvae.analysis import surgery
-from pvae.analysis.pages import plots
+from pvae.analysis.pages.plots import base, sheets
 from pvae.analysis.samples.quality import sample_quality
 from pvae.analysis.samples.sample import sample
 from pvae.pair.code_usage import code_usage
@@ -74,9 +74,9 @@ def main() -> None:
         pandas.DataFrame(table).round(4).to_csv(asked.out, index=False)
         print(pandas.DataFrame(table[-1:]).T.to_string(), flush=True)
         if asked.pictures and first is not None:
-            figure = plots.sampled(sample(run, 40, mean=True), run.data.train.data[:1000].double().numpy())
+            figure = sheets.sampled(sample(run, 40, mean=True), run.data.train.data[:1000].double().numpy())
             assert figure is not None  # noqa: S101 - these data are images
-            (asked.pictures / f"{run.experiment.name}.png").write_bytes(plots.png(figure))
+            (asked.pictures / f"{run.experiment.name}.png").write_bytes(base.png(figure))
 
 
 if __name__ == "__main__":

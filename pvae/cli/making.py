@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from torch import Tensor
 
-    import pvae.analysis.pages.plots
+    import pvae.analysis.pages.plots.sheets
     from pvae.analysis.samples.running import Generated
     from pvae.runs.run import Run
 
@@ -38,7 +38,7 @@ def sample(
     opened = shared.open(run)
     with shared.bar("sample", n) as bar:
         found = pvae.analysis.sample(opened, n, mean=mean, given=_given(given), seed=seed, on_progress=bar.report)
-    _keep(shared, opened, "sample", out, found, pvae.analysis.pages.plots.sampled)
+    _keep(shared, opened, "sample", out, found, pvae.analysis.pages.plots.sheets.sampled)
 
 
 @command(ON_RUN)
@@ -58,7 +58,7 @@ def encode(
         found = pvae.analysis.encode(opened, x, mean=mean, seed=seed, on_progress=bar.report)
     prior = pvae.analysis.sample(opened, 1000, seed=seed)
     labels, names = None if y is None else y.numpy(), opened.data.label_names
-    planes = pvae.analysis.pages.plots.encoded(found, prior, labels, names)
+    planes = pvae.analysis.pages.plots.sheets.encoded(found, prior, labels, names)
     _keep(shared, opened, f"encode-{split}", out, found, planes, row=chosen, **({} if y is None else {"label": y}))
 
 
@@ -78,7 +78,7 @@ def reconstruct(
     with shared.bar("reconstruct", len(chosen)) as bar:
         found = pvae.analysis.reconstruct(opened, x, mean=not draw, seed=seed, on_progress=bar.report)
     seen = opened.data.split(split).observed(x).double().numpy()
-    picture = pvae.analysis.pages.plots.reconstructed(found, seen, _background(opened))
+    picture = pvae.analysis.pages.plots.sheets.reconstructed(found, seen, _background(opened))
     _keep(shared, opened, f"reconstruct-{split}", out, found, picture, row=chosen)
 
 
@@ -107,7 +107,7 @@ def traverse(
             opened, None if prior else start, latent, places, steps, span, given=_given(given), seed=seed,
             on_progress=bar.report,
         )  # fmt: skip
-    _keep(shared, opened, f"traverse-{found.latent}", out, found, pvae.analysis.pages.plots.traversed)
+    _keep(shared, opened, f"traverse-{found.latent}", out, found, pvae.analysis.pages.plots.sheets.traversed)
 
 
 @command(ON_RUN)
@@ -125,7 +125,8 @@ def interpolate(
     opened = shared.open(run)
     one, other = _row(opened, split, "I", first), _row(opened, split, "J", last)
     found = pvae.analysis.interpolate(opened, one, other, steps, seed=seed)
-    _keep(shared, opened, f"interpolate-{split}-{first}-{last}", out, found, pvae.analysis.pages.plots.interpolated)
+    stem = f"interpolate-{split}-{first}-{last}"
+    _keep(shared, opened, stem, out, found, pvae.analysis.pages.plots.sheets.interpolated)
 
 
 @command(ON_RUN, name="rate-distortion")
@@ -148,7 +149,7 @@ def rate_distortion(
         found = pvae.analysis.rate_distortion(opened, split, rows, samples, seed, on_progress=bar.report)
     table, picture = beside(out, ".csv"), beside(out, ".png")
     _write_csv(table, found.to_frame())
-    write_atomic(picture, pvae.analysis.pages.plots.png(found.figure()))
+    write_atomic(picture, pvae.analysis.pages.plots.base.png(found.figure()))
     shared.answer({**found.to_dict(), "csv": str(table), "png": str(picture)}, found)
     shared.tell(f"csv: {table}\npng: {picture}")
 
@@ -219,7 +220,7 @@ def _keep(
     names = safe_names({name: () for name in figures}) if len(figures) > 1 else dict.fromkeys(figures, "")
     pictures = [beside(path, f"-{name}.png" if name else ".png") for name in names.values()]
     for target, figure in zip(pictures, figures.values(), strict=True):
-        write_atomic(target, pvae.analysis.pages.plots.png(figure))
+        write_atomic(target, pvae.analysis.pages.plots.base.png(figure))
     tensors, tables = found.tensors(), []
     if run.data.table is not None and (x := tensors.get("x")) is not None and x.dim() == 2:
         tables = [beside(path, ".csv")]

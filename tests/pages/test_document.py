@@ -11,7 +11,6 @@ import pytest
 from rich.console import Console
 
 from pvae.analysis.figures.estimate import Estimate, cell, exact
-from pvae.analysis.pages import plots
 from pvae.analysis.pages.document.blocks import (
     Listing,
     Note,
@@ -26,6 +25,7 @@ from pvae.analysis.pages.document.document import Document
 from pvae.analysis.pages.document.folder import slug
 from pvae.analysis.pages.document.tables import csv_of
 from pvae.analysis.pages.document.text import error_of, finite, legible, percent, shown_value
+from pvae.analysis.pages.plots import base
 from pvae.errors import DataError
 
 HOSTILE = ("<script>alert(1)</script>", r"$\foo$", "=cmd|' /C calc'!A0", "[red]", "\x1b[31m", "\u202e", "../../etc")
@@ -46,7 +46,7 @@ def document(*sections: PageSection) -> Document:
 
 
 def whole() -> Document:
-    made = picture("p" + HOSTILE[6], plots.figure(1.0), HOSTILE[0], HOSTILE[1])
+    made = picture("p" + HOSTILE[6], base.figure(1.0), HOSTILE[0], HOSTILE[1])
     first = PageSection("one", HOSTILE[0], (table(), made, Note(HOSTILE[0]), Listing(HOSTILE[0], HOSTILE[3])), "lead",
                     (Sentence("fine"),), (Tile(HOSTILE[0], "1", HOSTILE[1]),), {"one": exact(1.0)})  # fmt: skip
     blocks = (table("u", folded=True), Listing("x", "folded", folded=True))

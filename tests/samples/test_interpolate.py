@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import pvae
 from pvae.analysis import encode, interpolate
-from pvae.analysis.pages import plots
+from pvae.analysis.pages.plots import sheets
 from pvae.data.dataset import Dataset
 from pvae.experiment.experiment import Experiment
 from pvae.runs.run import Run
@@ -135,7 +135,7 @@ def test_it_is_saved_and_shown(told_run, tmp_path):
     with np.load(found.save(tmp_path / "way.npz"), allow_pickle=False) as saved:
         assert set(saved) == {"x", "at", "latents/z", "log_prior"}
         assert saved["x"].shape == (9, 2)
-    assert plots.interpolated(found, told_run.data.train.data.numpy()) is not None
+    assert sheets.interpolated(found, told_run.data.train.data.numpy()) is not None
 
 
 def test_the_command(folder):

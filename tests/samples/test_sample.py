@@ -14,7 +14,7 @@ import torch
 
 import pvae
 from pvae.analysis import Traversal, encode, reconstruct, sample, traverse
-from pvae.analysis.pages import plots
+from pvae.analysis.pages.plots import base, sheets
 from pvae.analysis.samples.encode import Reconstructions
 from pvae.analysis.samples.running import CHUNK_NUMBERS, CHUNK_ROWS, Generated, chunks
 from pvae.analysis.samples.sample import Samples
@@ -169,16 +169,20 @@ def test_what_is_saved_loads_without_pickle(tmp_path, moons):
     ],
 )
 def test_pictures_are_made_of_images_and_points(shape, shown):
-    assert plots.is_shown(shape) == shown
+    assert sheets.is_shown(shape) == shown
     data = rows(20, *shape)
     drawn = Samples(data, {}, {}, True)
     moved = Traversal(data.reshape(4, 5, *shape), torch.arange(5.0).expand(4, 5), "z", (0, 1, 2, 3), "KL")
     rebuilt = Reconstructions(data, torch.arange(20.0), {}, True)
     shapes = array(data)
-    made = [plots.sampled(drawn, shapes), plots.traversed(moved, shapes), plots.reconstructed(rebuilt, shapes, shapes)]
+    made = [
+        sheets.sampled(drawn, shapes),
+        sheets.traversed(moved, shapes),
+        sheets.reconstructed(rebuilt, shapes, shapes),
+    ]
     assert [figure is not None for figure in made] == [shown] * 3
     for figure in made:
-        assert figure is None or plots.png(figure).startswith(b"\x89PNG")
+        assert figure is None or base.png(figure).startswith(b"\x89PNG")
 
 
 def test_cli_sample(folder, tmp_path, moons):

@@ -10,15 +10,16 @@ from scipy.stats import spearmanr
 
 from pvae.analysis.bounds.rate_distortion import rate_distortion_of
 from pvae.analysis.figures.estimate import Estimate
-from pvae.analysis.pages import plots
 from pvae.analysis.pages.comparison.comparison import STRIP, Comparison
 from pvae.analysis.pages.comparison.verdict import verdict
 from pvae.analysis.pages.document.blocks import Block, PageSection, PageTable, Picture, columns, picture
 from pvae.analysis.pages.document.tables import side_by_side
 from pvae.analysis.pages.document.text import Value, plus_minus
+from pvae.analysis.pages.plots import base, comparisons, pictures
 from pvae.analysis.pages.sections.appendix import environment_of
 from pvae.analysis.pages.sections.examination import array
 from pvae.analysis.pages.sections.quality import whole
+from pvae.analysis.samples.sharpness import is_image
 from pvae.util.toml import flat
 
 CORRELATED_RUNS = 4
@@ -79,7 +80,7 @@ def _training(found: Comparison) -> PageSection | None:
         return None
     made = picture(
         "training",
-        plots.overlaid(list(rows), list(rows.values())),
+        comparisons.overlaid(list(rows), list(rows.values())),
         f"Validation ELBO over epochs for {len(rows)} runs.",
         "Curves that still rise at their end need more epochs; curves that fall after a maximum show overfitting.",
     )
@@ -114,7 +115,7 @@ def _pairs(found: Comparison) -> PageSection | None:
     what = "Bound on log p(x)" if all(d.log_p is not None for d in others.values()) else "ELBO"
     made = picture(
         "paired",
-        plots.differences(list(gains), list(gains.values()), reference, what),
+        comparisons.differences(list(gains), list(gains.values()), reference, what),
         f"Paired differences to {reference}: " + "; ".join(f"{name} {plus_minus(e)}" for name, e in gains.items()),
         "To the right of the line a run is better than the reference. The interval is that of the difference datum by "
         "datum, so that the spread of data cancels. An interval that contains the line shows no difference.",
@@ -163,7 +164,7 @@ def _together(found: Comparison) -> PageSection | None:
         return None
     made = picture(
         "together",
-        plots.together(list(rows), x, list(panels.items()), f"marginal KL on {found.split}, nats per datum"),
+        comparisons.together(list(rows), x, list(panels.items()), f"marginal KL on {found.split}, nats per datum"),
         f"Figures of {len(rows)} runs over their marginal KL.",
         "Each point is a run. If a smaller marginal KL went with a better model, the upper chart would fall from left "
         "to right. Runs of one kind cluster: compare clusters, not points.",
@@ -191,12 +192,12 @@ def _samples(found: Comparison) -> PageSection | None:
 def _strips(found: Comparison) -> Picture | None:
     first = found.first
     drawn = {name: exam.sampled.x[:STRIP] for name, exam in found.exams.items() if exam.sampled is not None}
-    if not drawn or not plots.is_image(first.shape):
+    if not drawn or not is_image(first.shape):
         return None
     images = np.stack([array(x).reshape(len(x), *first.shape) for x in drawn.values()])
     return picture(
         "samples",
-        plots.gallery(images, *first.scale_of_grey, row_names=[plots.plain(name)[:18] for name in drawn]),
+        pictures.gallery(images, *first.scale_of_grey, row_names=[base.plain(name)[:18] for name in drawn]),
         f"{STRIP} samples of each of {len(drawn)} runs.",
         "Means of p(x | z) at samples of each model's own prior (samples of x where there is no mean). Look for runs "
         "whose samples mix kinds, miss kinds, or are blurred.",

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from functools import wraps
+from typing import Any, TypeVar
 
 from matplotlib.figure import Figure
 
-from pvae.analysis.pages import plots
+from pvae.analysis.pages.plots import base
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,7 @@ class Picture:
 
 def picture(id: str, made: Figure, alt: str, caption: str) -> Picture:
     """Return a matplotlib figure, drawn at 120 dpi, as a picture of a page."""
-    return Picture(id, plots.png(made), alt, caption)
+    return Picture(id, base.png(made), alt, caption)
 
 
 @dataclass(frozen=True)
@@ -127,3 +130,31 @@ class PageSection:
     def of(self, kind: type[Any]) -> Iterator[Any]:
         """Return the blocks of the section that are instances of a class, such as `PageTable`."""
         return (block for block in self.blocks if isinstance(block, kind))
+
+
+Part = Block | Sentence | Tile | str | Mapping[str, Any]
+"""Part of a section; a string is a sentence of the verdict without an alert, a mapping holds numbers for JSON."""
+
+
+def section(
+    id: str, title: str, lead: str = "", *, is_appendix: bool = False
+) -> Callable[[Callable[[T], Iterable[Part]]], Callable[[T], PageSection | None]]:
+    """Decorate a function that yields the parts of a section: it then returns the section, None if it has no parts.
+
+    Parts of one kind keep their order. A section without blocks is not shown, and only its numbers are written.
+    """
+
+    def decorate(make: Callable[[T], Iterable[Part]]) -> Callable[[T], PageSection | None]:
+        @wraps(make)
+        def made(subject: T) -> PageSection | None:
+            parts = [Sentence(part) if isinstance(part, str) else part for part in make(subject)]
+            blocks = tuple(part for part in parts if isinstance(part, Block))
+            said = tuple(part for part in parts if isinstance(part, Sentence))
+            tiles = tuple(part for part in parts if isinstance(part, Tile))
+            numbers = {key: value for part in parts if isinstance(part, Mapping) for key, value in part.items()}
+            shown = title if blocks else ""
+            return PageSection(id, shown, blocks, lead, said, tiles, numbers, is_appendix) if parts else None
+
+        return made
+
+    return decorate

@@ -10,7 +10,7 @@ from typing import Any
 from markupsafe import Markup
 
 from pvae.analysis.figures.estimate import Estimate
-from pvae.analysis.pages import plots
+from pvae.analysis.pages.plots import base
 
 Value = Estimate | float | int | str | None
 """Type of the value in one cell of a table; None is shown as a dash."""
@@ -19,7 +19,7 @@ Value = Estimate | float | int | str | None
 def nats(value: float | Estimate, digits: int = 2) -> str:
     """Return a number with `digits` decimal places and a typographic minus sign; a dash for NaN and infinities."""
     number = float(value)
-    return plots.nats(number, digits) if math.isfinite(number) else "–"
+    return base.nats(number, digits) if math.isfinite(number) else "–"
 
 
 def plus_minus(e: Estimate, digits: int = 2) -> str:

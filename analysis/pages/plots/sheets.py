@@ -22,7 +22,7 @@ from pvae.analysis.pages.plots.base import (
     set_caption,
     style,
 )
-from pvae.analysis.pages.plots.latents import Cloud, plane
+from pvae.analysis.pages.plots.clouds import Cloud, plane
 from pvae.analysis.pages.plots.pictures import Rebuilt, best_to_worst, rebuilt_images, show_tiles
 from pvae.analysis.samples.encode import Encoding, Reconstructions
 from pvae.analysis.samples.interpolate import Interpolation
