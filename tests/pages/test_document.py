@@ -47,12 +47,11 @@ def document(*sections: PageSection) -> Document:
 
 def whole() -> Document:
     made = picture("p" + HOSTILE[6], base.figure(1.0), HOSTILE[0], HOSTILE[1])
-    first = PageSection("one", HOSTILE[0], (table(), made, Note(HOSTILE[0]), Listing(HOSTILE[0], HOSTILE[3])), "lead",
-                    (Sentence("fine"),), (Tile(HOSTILE[0], "1", HOSTILE[1]),), {"one": exact(1.0)})  # fmt: skip
-    blocks = (table("u", folded=True), Listing("x", "folded", folded=True))
-    said = (Sentence("turn it", True),)
-    second = PageSection("two", "Two", blocks, sentences=said, numbers={"two": {1: math.inf}}, is_appendix=True)
-    return document(first, second)
+    blocks = table(), made, Note(HOSTILE[0]), Listing(HOSTILE[0], HOSTILE[3])
+    first = (*blocks, "fine", Tile(HOSTILE[0], "1", HOSTILE[1]), {"one": exact(1.0)})
+    folded = table("u", folded=True), Listing("x", "folded", folded=True)
+    second = (*folded, Sentence("turn it", True), {"two": {1: math.inf}})
+    return document(PageSection("one", HOSTILE[0], first, "lead"), PageSection("two", "Two", second, is_appendix=True))
 
 
 def test_alerts_come_first_and_every_number_is_json():

@@ -58,18 +58,11 @@ class Comparison:
             if not _has_covariates(run) and not _has_covariates(runs[0]):
                 run.__dict__["data"] = runs[0].data  # the same data by fingerprint: keep one copy in memory
         self.split, self.groups = split, groups
-        self.exams = {
-            name: Examination(
-                run,
-                split,
-                samples=samples,
-                evidence_samples=evidence_samples,
-                seed=seed,
-                train_rows=TRAIN_ROWS,
-                evidence_rows=PAIRED_EVIDENCE_ROWS,
-            )
-            for name, run in zip(names, runs, strict=True)
-        }
+        settings = {"samples": samples, "evidence_samples": evidence_samples, "seed": seed}
+        settings |= {"train_rows": TRAIN_ROWS, "evidence_rows": PAIRED_EVIDENCE_ROWS}
+        self.exams = {name: Examination(run, split, **settings) for name, run in zip(names, runs, strict=True)}
+        self.quality: dict[str, SampleQuality] = {}
+        """Sample quality by run, all in the feature space of the first run; runs without it are absent."""
         self.stages = Stages()
 
     @property
@@ -90,10 +83,8 @@ class Comparison:
     @cached_property
     def elbos(self) -> dict[str, Tensor]:
         """Estimated ELBO of every row of the split, `(n,)`, nats, by name of the run."""
-        return {
-            name: elbos(exam.pair, exam.x, draws(PAIRED_SAMPLES, len(exam.x)), exam.seed)
-            for name, exam in self.scored.items()
-        }
+        found = self.scored.items()
+        return {name: elbos(e.pair, e.x, draws(PAIRED_SAMPLES, len(e.x)), e.seed) for name, e in found}
 
     @cached_property
     def log_p(self) -> dict[str, Tensor]:
@@ -106,41 +97,36 @@ class Comparison:
         """True if every run with a likelihood has a bound on log p(x), which then replaces the ELBO in comparisons."""
         return len(self.log_p) == len(self.scored)
 
-    @property
-    def quality(self) -> dict[str, SampleQuality]:
-        """Sample quality by run, all in the feature space of the first run; runs without it are absent."""
-        return {name: found for name, (_, found) in self._measured.items() if found is not None}
-
-    @property
-    def figures(self) -> dict[str, dict[str, Value]]:
-        """Scalar metrics of each run for the overview table, by run and by metric."""
-        return {name: row for name, (row, _) in self._measured.items()}
-
     @cached_property
-    def _measured(self) -> dict[str, tuple[dict[str, Value], SampleQuality | None]]:
-        found = {}
-        for name, exam in self.exams.items():
-            self.stages.begin(name)
-            exam.stages = self.stages
-            row, quality = self._terms(exam), self._quality(exam)
-            seconds = exam.run.status.get("seconds")
-            row |= _of_samples(quality) | {"seconds": float(seconds) if isinstance(seconds, int | float) else None}
-            found[name] = row, quality
-        return found
+    def figures(self) -> dict[str, dict[str, Value]]:
+        """Scalar metrics of each run for the overview table, by run and by metric; also fills `quality`."""
+        return {name: self._measure(name, exam) for name, exam in self.exams.items()}
 
-    def _terms(self, exam: Examination) -> dict[str, Value]:
-        """Return ELBO terms, bound on log p(x) and gaps of a run; empty for a model without a likelihood."""
-        if exam.implicit:
-            return {}
-        row: dict[str, Value] = {term: getattr(exam.held, term) for term in SURGERY_TERMS}
-        if (bits := exam.held.bits_per_dimension) is not None:
-            row["bits_per_dimension"] = bits
-        bound = exam.evidence
-        row["log_p"] = None if bound is None else bound.curve[-1][1]
-        row["gap"] = None if bound is None else bound.gap
-        row[f"train − {exam.split}"] = exam.gap
-        row["train marginal_kl"] = exam.surgeries["train"].marginal_kl
-        return row
+    def _measure(self, name: str, exam: Examination) -> dict[str, Value]:
+        """Return the metrics of a run: of its ELBO if the model has a likelihood, of its samples, and its seconds."""
+        self.stages.begin(name)
+        exam.stages = self.stages
+        row: dict[str, Value] = {}
+        if not exam.implicit:
+            row |= {term: getattr(exam.held, term) for term in SURGERY_TERMS}
+            if (bits := exam.held.bits_per_dimension) is not None:
+                row["bits_per_dimension"] = bits
+            bound = exam.evidence
+            row["log_p"] = None if bound is None else bound.curve[-1][1]
+            row["gap"] = None if bound is None else bound.gap
+            row[f"train − {exam.split}"] = exam.gap
+            row["train marginal_kl"] = exam.surgeries["train"].marginal_kl
+        if (quality := self._quality(exam)) is not None:
+            self.quality[name] = quality
+            row |= {
+                "two-sample accuracy": quality.test.accuracy,
+                "Fréchet": quality.distances.frechet,
+                "precision": quality.fidelity.precision,
+                "coverage": quality.fidelity.coverage,
+                "sharpness of means": quality.sharpness_of_means,
+            }
+        seconds = exam.run.status.get("seconds")
+        return {**row, "seconds": float(seconds) if isinstance(seconds, int | float) else None}
 
     def _quality(self, exam: Examination) -> SampleQuality | None:
         """Return the quality of the samples of a run, and free those that the page does not show, to save memory."""
@@ -173,16 +159,3 @@ class Comparison:
 def _has_covariates(run: Run) -> bool:
     """Return True if the rows of a run hold covariates in addition to the data."""
     return bool(getattr(run.plan, "covariates", None))
-
-
-def _of_samples(quality: SampleQuality | None) -> dict[str, Value]:
-    """Return the metrics of sample quality for the overview table; empty if there is no sample quality."""
-    if quality is None:
-        return {}
-    return {
-        "two-sample accuracy": quality.test.accuracy,
-        "Fréchet": quality.distances.frechet,
-        "precision": quality.fidelity.precision,
-        "coverage": quality.fidelity.coverage,
-        "sharpness of means": quality.sharpness_of_means,
-    }
