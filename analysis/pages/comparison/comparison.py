@@ -59,7 +59,7 @@ class Comparison:
                 run.__dict__["data"] = runs[0].data  # the same data by fingerprint: keep one copy in memory
         self.split, self.groups = split, groups
         settings = {"samples": samples, "evidence_samples": evidence_samples, "seed": seed}
-        settings |= {"train_rows": TRAIN_ROWS, "evidence_rows": PAIRED_EVIDENCE_ROWS}
+        settings |= {"train_rows": TRAIN_ROWS, "most_evidence_rows": PAIRED_EVIDENCE_ROWS}
         self.exams = {name: Examination(run, split, **settings) for name, run in zip(names, runs, strict=True)}
         self.quality: dict[str, SampleQuality] = {}
         """Sample quality by run, all in the feature space of the first run; runs without it are absent."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from rich.table import Table
@@ -14,7 +14,7 @@ from pvae.analysis.figures.estimate import Estimate, Figures, cell
 from pvae.analysis.pages.document.blocks import PageTable, columns
 from pvae.analysis.pages.document.text import Value, shown_value
 
-PARTS = ("error", "data_error", "kind")
+PARTS = ("error", "data error", "kind")
 """Extra columns after each column of estimates in a CSV file: Monte Carlo error, error over data, and kind."""
 
 
@@ -42,24 +42,18 @@ def csv_of(table: PageTable) -> str:
     """Return a table as CSV text with all digits; standard errors and kind of estimates are in columns of their own."""
     out = io.StringIO()
     sheet = csv.writer(out, lineterminator="\n")
-    parts = [
-        PARTS if any(isinstance(row[i], Estimate) for row in table.rows) else () for i in range(len(table.columns))
-    ]
     titles = [column.title for column in table.columns]
-    sheet.writerow([cell(name) for title, more in zip(titles, parts, strict=True) for name in _names(title, more)])
-    for row in table.rows:
-        sheet.writerow([cell(value) for v, more in zip(row, parts, strict=True) for value in _values(v, more)])
+    estimated = [any(isinstance(row[i], Estimate) for row in table.rows) for i in range(len(titles))]
+    heads = [[title, *(f"{title} {part}" for part in PARTS if e)] for title, e in zip(titles, estimated, strict=True)]
+    lines = [[_values(v, e) for v, e in zip(row, estimated, strict=True)] for row in table.rows]
+    sheet.writerows([cell(value) for values in line for value in values] for line in (heads, *lines))
     return out.getvalue()
 
 
-def _names(title: str, parts: Sequence[str]) -> list[str]:
-    return [title, *(f"{title} {part.replace('_', ' ')}" for part in parts)]
-
-
-def _values(value: Value, parts: Sequence[str]) -> list[Any]:
-    if parts and isinstance(value, Estimate):
+def _values(value: Value, estimated: bool) -> list[Any]:
+    if isinstance(value, Estimate):
         return [value.value, value.standard_error, value.data_error, value.label]
-    return [value, *("" for _ in parts)]
+    return [value, *("" for _ in PARTS if estimated)]
 
 
 def rich_of(table: PageTable) -> Table:

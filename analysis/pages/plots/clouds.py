@@ -15,19 +15,7 @@ from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
 from scipy.ndimage import gaussian_filter
 
-from pvae.analysis.pages.plots.base import (
-    BLACK,
-    BLUE,
-    CLASS_COLOURS,
-    SHORT,
-    SKY,
-    YELLOW,
-    figure,
-    nats,
-    panels,
-    plain,
-    style,
-)
+from pvae.analysis.pages.plots.base import BLACK, BLUE, CLASS_COLOURS, SHORT, SKY, YELLOW, nats, panels, plain, style
 from pvae.util.types import Array
 
 
@@ -176,11 +164,10 @@ def marginals(cloud: Cloud, order: Sequence[int], nats_of: Sequence[float] | Non
     chosen = list(order)[:MARGINALS]
     columns = min(4, len(chosen))
     rows = math.ceil(len(chosen) / columns)
-    made = figure(1.35 * rows + 0.7)
-    grid = made.subplots(rows, columns, squeeze=False)
-    for axes in grid.ravel()[len(chosen) :]:
+    made, grid = panels(1.35 * rows + 0.7, [1] * rows, columns)
+    for axes in grid[len(chosen) :]:
         axes.set_axis_off()
-    for axes, d in zip(grid.ravel(), chosen, strict=False):
+    for axes, d in zip(grid, chosen, strict=False):
         values, prior = cloud.values[:, d], cloud.prior[:, d]
         low, high = np.percentile(np.concatenate([values, prior]), [0.2, 99.8])
         edges = np.linspace(low, high if high > low else low + 1, 41).tolist()
@@ -190,6 +177,6 @@ def marginals(cloud: Cloud, order: Sequence[int], nats_of: Sequence[float] | Non
         axes.set_yticks([])
         axes.tick_params(labelsize=8)
         axes.xaxis.set_major_locator(MaxNLocator(3))
-    handles, shown = grid[0, 0].get_legend_handles_labels()
+    handles, shown = grid[0].get_legend_handles_labels()
     made.legend(handles, shown, loc="outside lower center", ncols=2)
     return made

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from pvae.analysis.pages.plots.base import BLACK, FIGURE_WIDTH, GREY, ORANGE, PALE, RED, figure, nats, panels, style
+from pvae.analysis.pages.plots.base import BLACK, FIGURE_WIDTH, GREY, ORANGE, PALE, RED, nats, panels, style
 from pvae.analysis.samples.sharpness import is_image
 from pvae.util.types import Array
 
@@ -32,6 +32,11 @@ def tiles(images: Array, columns: int, low: float, high: float) -> Array:
         top, left = i // columns * (h + gap), i % columns * (w + gap)
         out[top : top + h, left : left + w] = picture
     return out
+
+
+def image_width(columns: int) -> float:
+    """Return the width of one image of a grid, in inches."""
+    return min(1.1, 0.9 * FIGURE_WIDTH / columns)
 
 
 def show_tiles(
@@ -94,11 +99,10 @@ def rebuilt_images(parts: Sequence[Rebuilt], low: float, high: float, below: str
 
 
 def _rebuilt_lines(parts: Sequence[Rebuilt]) -> Figure:
-    made = figure(1.6 * len(parts) + 0.4)
     columns = min(4, max(len(part.data) for part in parts))
-    grid = made.subplots(len(parts), columns, squeeze=False, sharex=True)
-    for row, part in zip(grid, parts, strict=True):
-        for i, axes in enumerate(row):
+    made, grid = panels(1.6 * len(parts) + 0.4, [1] * len(parts), columns, sharex=True)
+    for first, part in enumerate(parts):
+        for i, axes in enumerate(grid[columns * first : columns * (first + 1)]):
             if i >= len(part.data):
                 axes.set_axis_off()
                 continue
@@ -109,7 +113,7 @@ def _rebuilt_lines(parts: Sequence[Rebuilt]) -> Figure:
             axes.set_title(f"{part.title}: {nats(part.nats[i], 1)}" if i == 0 else nats(part.nats[i], 1), fontsize=9)
             axes.tick_params(labelsize=8)
             axes.xaxis.set_major_locator(MaxNLocator(3, integer=True))
-    handles, names = grid[0, 0].get_legend_handles_labels()
+    handles, names = grid[0].get_legend_handles_labels()
     made.legend(handles, names, loc="outside lower center", ncols=2)
     return made
 
@@ -156,8 +160,8 @@ def gallery(
     rows, columns = images.shape[:2]
     h, w = images.shape[-2:]
     gap = max(1, round(w / 10))
-    size = min(1.1, 0.9 * FIGURE_WIDTH / columns)
-    wide = min(1.0, 1.08 * columns * size / FIGURE_WIDTH) * (FIGURE_WIDTH - 0.1 - (0.7 if row_names else 0))
+    filled = min(1.0, 1.08 * columns * image_width(columns) / FIGURE_WIDTH)
+    wide = filled * (FIGURE_WIDTH - 0.1 - (0.7 if row_names else 0))
     made, (axes,) = panels(wide * (rows * (h + gap)) / (columns * (w + gap)) + (0.4 if column_names else 0.15))
     show_tiles(axes, images.reshape(-1, *images.shape[2:]), columns, low, high, row_names, column_names)
     return made

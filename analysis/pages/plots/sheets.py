@@ -10,20 +10,9 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from pvae.analysis.export.sites import numpy_of
-from pvae.analysis.pages.plots.base import (
-    FIGURE_WIDTH,
-    GREY,
-    PALE,
-    RED,
-    SERIES,
-    SHORT,
-    panels,
-    plain,
-    set_caption,
-    style,
-)
+from pvae.analysis.pages.plots.base import GREY, PALE, RED, SERIES, SHORT, panels, plain, set_caption, style
 from pvae.analysis.pages.plots.clouds import Cloud, plane
-from pvae.analysis.pages.plots.pictures import Rebuilt, best_to_worst, rebuilt_images, show_tiles
+from pvae.analysis.pages.plots.pictures import Rebuilt, best_to_worst, image_width, rebuilt_images, show_tiles
 from pvae.analysis.samples.encode import Encoding, Reconstructions
 from pvae.analysis.samples.interpolate import Interpolation
 from pvae.analysis.samples.sample import Samples
@@ -33,8 +22,6 @@ from pvae.util.types import Array
 
 SHEET = 100
 """Largest number of samples that a plot shows as images."""
-PICTURE = 1.1
-"""Largest width of one image of a grid, in inches."""
 
 
 def is_shown(shape: Sequence[int]) -> bool:
@@ -137,8 +124,7 @@ def _sheet(images: Array, columns: int, data: Array, title: str, caption: str, *
     """Draw images in a grid, scaled by the range of `data`; `names` of rows are at the left, then of columns below."""
     h, w = images.shape[-2:]
     rows = math.ceil(len(images) / columns)
-    size = min(PICTURE, 0.9 * FIGURE_WIDTH / columns)
-    made, (axes,) = panels(rows * size * h / w * 1.08 + 0.75)
+    made, (axes,) = panels(rows * image_width(columns) * h / w * 1.08 + 0.75)
     show_tiles(axes, images, columns, float(data.min()), float(data.max()), *names)
     axes.set_title(title)
     set_caption(made, caption)

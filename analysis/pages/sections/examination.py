@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass, field
 from functools import cached_property
 from math import prod
 from typing import Any, TypeVar
@@ -77,39 +77,31 @@ def array(t: Tensor) -> Array:
     return np.asarray(t.detach().double().cpu().numpy())
 
 
+@dataclass(eq=False)
 class Examination:
-    """Run with the results that its report shows, each computed on first use and then cached.
+    """Run with the results that its report shows, each computed on first use and then cached."""
 
-    Arguments:
-        run: a run with a checkpoint.
-        split: split that the report describes: "train", "validation" or "test".
-        samples: posterior samples per datum for the ELBO surgery; fewer if they would exceed `SURGERY_DRAWS` in total.
-        evidence_samples: importance samples per datum.
-        gap_steps: optimisation steps that refine q(z | x) for the inference gaps; 0 omits the gaps.
-        seed: seed of all samples.
-        train_rows: largest number of training rows of an ELBO surgery.
-        evidence_rows: largest number of rows for importance sampling.
-    """
+    run: Run
+    split: str = "test"
+    """Split that the report describes: "train", "validation" or "test"."""
+    _: KW_ONLY
+    samples: int = 8
+    """Posterior samples per datum for the ELBO surgery; fewer if they would exceed `SURGERY_DRAWS` in total."""
+    evidence_samples: int = 500
+    """Importance samples per datum."""
+    gap_steps: int = 200
+    """Optimisation steps that refine q(z | x) for the inference gaps; 0 omits the gaps."""
+    seed: int = 0
+    train_rows: int = SURGERY_ROWS["train"]
+    """Largest number of training rows of an ELBO surgery."""
+    most_evidence_rows: int = EVIDENCE_ROWS
+    """Largest number of rows for importance sampling."""
+    missing: dict[str, str] = field(default_factory=dict, init=False)
+    """Reasons of the analyses that could not be computed, by name of the analysis."""
+    stages: Stages = field(default_factory=Stages, init=False)
 
-    def __init__(
-        self,
-        run: Run,
-        split: str = "test",
-        *,
-        samples: int = 8,
-        evidence_samples: int = 500,
-        gap_steps: int = 200,
-        seed: int = 0,
-        train_rows: int = SURGERY_ROWS["train"],
-        evidence_rows: int = EVIDENCE_ROWS,
-    ) -> None:
-        self.run, self.pair, self.data = run, run.pair, run.data
-        self.split, self.samples, self.evidence_samples, self.seed = split, samples, evidence_samples, seed
-        self.gap_steps = gap_steps
-        self.train_rows, self.most_evidence_rows, self.part = train_rows, evidence_rows, run.data.split(split)
-        self.missing: dict[str, str] = {}
-        """Reasons of the analyses that could not be computed, by name of the analysis."""
-        self.stages = Stages()
+    def __post_init__(self) -> None:
+        self.pair, self.data, self.part = self.run.pair, self.run.data, self.run.data.split(self.split)
 
     def attempt(self, what: str, make: Callable[[], T]) -> T | None:
         """Return the result of `make`; None if it raises one of `UNFIT`, with the message stored in `missing[what]`."""
@@ -182,15 +174,11 @@ class Examination:
         """
         found: dict[str, Surgery] = {}
         for name, rows in self.rows.items():
-            found[name] = surgery(
-                self.pair,
-                rows.x,
-                samples=draws(self.samples, len(rows.x)),
-                seed=self.seed,
-                train=self.rows["train"].x if name != "train" else None,
-                labels=self.classes if name == self.split and not self.pair.frame.covariates else None,
-                on_progress=self.stages.part(f"surgery of {name}"),
-            )
+            train = self.rows["train"].x if name != "train" else None
+            labels = self.classes if name == self.split and not self.pair.frame.covariates else None
+            told = self.stages.part(f"surgery of {name}")
+            given: dict[str, Any] = {"seed": self.seed, "train": train, "labels": labels, "on_progress": told}
+            found[name] = surgery(self.pair, rows.x, draws(self.samples, len(rows.x)), **given)
         return found
 
     @property
@@ -206,8 +194,8 @@ class Examination:
         """
         if self.split == "train":
             return None
-        one, other = ((s.reconstruction.value - s.kl.value) for s in (self.surgeries["train"], self.held))
-        return one - other
+        train, held = self.surgeries["train"], self.held
+        return (train.reconstruction.value - train.kl.value) - (held.reconstruction.value - held.kl.value)
 
     @cached_property
     def evidence_rows(self) -> ChosenRows:
@@ -220,10 +208,8 @@ class Examination:
         certain = all(latent.certain for latent in self.drawn.latents.values())  # all samples are then equal
         samples = 1 if certain else self.evidence_samples
         told = self.stages.part("importance sampling")
-        return self.attempt(
-            "evidence",
-            lambda: evidence(self.pair, self.evidence_rows.x, samples=samples, seed=self.seed, on_progress=told),
-        )
+        given: dict[str, Any] = {"samples": samples, "seed": self.seed, "on_progress": told}
+        return self.attempt("evidence", lambda: evidence(self.pair, self.evidence_rows.x, **given))
 
     @cached_property
     def collapse(self) -> Collapse:
