@@ -131,7 +131,7 @@ class Comparison:
     def _quality(self, exam: Examination) -> SampleQuality | None:
         """Return the quality of the samples of a run, and free those that the page does not show, to save memory."""
         exam.__dict__["space"] = self.first.space
-        found = measure(exam, ("draws",)).get("draws")
+        found = measure(exam, "draws", exam.draws)
         exam.__dict__["draws"] = None
         if exam.sampled is not None:
             kept = replace(exam.sampled, x=exam.sampled.x[:STRIP].clone(), latents={}, covariates={})

@@ -175,7 +175,9 @@ def label_points(made: Figure, axes: Axes, names: Sequence[str], points: Array, 
         )  # fmt: skip
         size = Text.get_window_extent(note, made.canvas.get_renderer())  # type: ignore[attr-defined]  # not the line's
         spots = [(r, _beside(place, size.width, size.height, turn, r * scale)) for r in REACHES for turn in TURNS]
-        inside = [(reach, box) for reach, box in spots if _inside(box, frame)] or spots
+        inside = [
+            (r, box) for r, box in spots if frame.fully_contains(*box.min) and frame.fully_contains(*box.max)
+        ] or spots
         clear = [(reach, box) for reach, box in inside if not box.count_overlaps(labels)] or inside
         reach, box = next((spot for spot in clear if not spot[1].count_overlaps(obstacles)), clear[0])
         labels.append(box)
@@ -189,7 +191,3 @@ def _beside(place: Array, width: float, height: float, turn: float, reach: float
     cos, sin = math.cos(turn), math.sin(turn)
     middle = place + np.array([cos * (reach + width / 2), sin * (reach + height / 2)])
     return Bbox.from_bounds(middle[0] - width / 2, middle[1] - height / 2, width, height)
-
-
-def _inside(box: Bbox, frame: Bbox) -> bool:
-    return frame.x0 < box.x0 and box.x1 < frame.x1 and frame.y0 < box.y0 and box.y1 < frame.y1

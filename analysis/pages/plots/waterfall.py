@@ -45,30 +45,31 @@ def waterfall_steps(surgery: Surgery, above: Sequence[WaterfallStep] = ()) -> li
     """
     start = WaterfallStep("reconstruction", surgery.reconstruction.value, True)
     end = WaterfallStep("ELBO", surgery.elbo.value, True)
+    by_term = _by_term(surgery)
     by_latent = [
         WaterfallStep(f"− KL of {name}", z.kl.value, colour=SERIES[i % len(SERIES)])
         for i, (name, z) in enumerate(surgery.latents.items())
     ]
-    panels = [list(above)] if above else []
-    if surgery.mutual_information is None or surgery.marginal_kl is None:
-        return [*panels, [start, *by_latent, end]]
-    panels.append(
-        [start, WaterfallStep("− I_q[x, z]", surgery.mutual_information.value, colour=BLUE), *_marginal(surgery), end]
-    )
-    return [*panels, [start, *by_latent, end]] if len(by_latent) > 1 else panels
+    if not by_term:
+        by_term, by_latent = by_latent, []
+    charts = [[start, *by_term, end], [start, *by_latent, end]] if len(by_latent) > 1 else [[start, *by_term, end]]
+    return [list(above), *charts] if above else charts
 
 
-def _marginal(surgery: Surgery) -> list[WaterfallStep]:
-    """Return the cost of the marginal KL, split if possible into total correlation and the KL of single coordinates."""
-    assert surgery.marginal_kl is not None  # noqa: S101 - the caller has checked it
-    whole, parts = surgery.marginal_kl.value, [z.dimensions for z in surgery.latents.values()]
-    if len(parts) == 1 and parts[0] is not None and parts[0].coordinate_kl is not None:
-        apart = parts[0].coordinate_kl.value
-        return [
-            WaterfallStep("− total correlation", whole - apart, colour=ORANGE),
-            WaterfallStep("− KL of coordinates", apart, colour=YELLOW),
-        ]
-    return [WaterfallStep("− marginal KL", whole, colour=ORANGE)]
+def _by_term(surgery: Surgery) -> list[WaterfallStep]:
+    """Return the costs I_q[x, z] and marginal KL, the latter split if possible; empty if they are not known.
+
+    The parts of the marginal KL are total correlation and the KL of single coordinates.
+    """
+    information, marginal = surgery.mutual_information, surgery.marginal_kl
+    if information is None or marginal is None:
+        return []
+    steps = [WaterfallStep("− I_q[x, z]", information.value, colour=BLUE)]
+    parts = [z.dimensions for z in surgery.latents.values()]
+    if len(parts) == 1 and parts[0] is not None and (apart := parts[0].coordinate_kl) is not None:
+        steps.append(WaterfallStep("− total correlation", marginal.value - apart.value, colour=ORANGE))
+        return [*steps, WaterfallStep("− KL of coordinates", apart.value, colour=YELLOW)]
+    return [*steps, WaterfallStep("− marginal KL", marginal.value, colour=ORANGE)]
 
 
 @style()

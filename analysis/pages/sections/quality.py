@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -14,6 +14,7 @@ from pvae.analysis.samples.fidelity import Fidelity
 from pvae.analysis.samples.probe import RAW, Probe
 from pvae.analysis.samples.probe import probe as probe_of
 from pvae.analysis.samples.quality import SampleQuality, sample_quality
+from pvae.analysis.samples.sample import Samples
 
 CHANCE_P_VALUE = 0.05
 """p-value of the two-sample test above which the report calls the classifier no better than chance."""
@@ -33,7 +34,10 @@ FOLDED_LABELS = 10
 )
 def quality(exam: Examination) -> Iterator[Part]:
     """Yield the quality of samples; nothing if the model cannot be sampled."""
-    found = measure(exam)
+    kinds = {"draws": exam.draws}
+    if exam.sampled is not None and exam.sampled.is_mean and not exam.binary:
+        kinds["means"] = exam.sampled
+    found = {kind: got for kind, drawn in kinds.items() if (got := measure(exam, kind, drawn)) is not None}
     if not found:
         return
     first = next(iter(found.values()))
@@ -55,26 +59,13 @@ def quality(exam: Examination) -> Iterator[Part]:
     yield {"sample_quality": {name: quality.to_dict() for name, quality in found.items()}}
 
 
-def measure(exam: Examination, wanted: Collection[str] = ("draws", "means")) -> dict[str, SampleQuality]:
-    """Return the quality of samples of the model (`draws`) and, for non-binary data, of means of p(x | z) (`means`).
-
-    Kinds that are not `wanted`, or for which it could not be computed, are absent.
-    """
-    kinds = {"draws": exam.draws}
-    if exam.sampled is not None and exam.sampled.is_mean and not exam.binary:
-        kinds["means"] = exam.sampled
-    found = {}
-    for name, drawn in kinds.items():
-        if name not in wanted or drawn is None or exam.space is None:
-            continue
-        given: dict[str, Any] = {"space": exam.space, "fake": drawn, "on_progress": exam.stages.part("sample quality")}
-        quality = exam.attempt(
-            f"sample quality of {name}",
-            partial(sample_quality, exam.run, exam.split, len(drawn.x), exam.seed, **given),
-        )
-        if quality is not None:
-            found[name] = quality
-    return found
+def measure(exam: Examination, kind: str, drawn: Samples | None) -> SampleQuality | None:
+    """Return the quality of samples of the model (`draws`) or of means of p(x | z) (`means`); None on failure."""
+    if drawn is None or exam.space is None:
+        return None
+    given: dict[str, Any] = {"space": exam.space, "fake": drawn, "on_progress": exam.stages.part("sample quality")}
+    find = partial(sample_quality, exam.run, exam.split, len(drawn.x), exam.seed, **given)
+    return exam.attempt(f"sample quality of {kind}", find)
 
 
 def whole(found: Mapping[str, SampleQuality]) -> list[tuple[Any, ...]]:
