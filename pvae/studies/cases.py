@@ -84,8 +84,8 @@ class Declared:
         settings, problems = _settings(file, raw, path), _Problems(dict)
         cases = [case for setting in settings for case in _cases(file, setting, problems)]
         _require_distinct(cases, problems)
-        unknown = _unknown_first_stages(file.sweep, settings)
-        if found := [f"{origin}: {line}" for line in (*_listed(problems, len(settings)), *unknown)]:
+        unknown = (f"{origin}: {line}" for line in _unknown_first_stages(file.sweep, settings))
+        if found := [*_listed(problems, origin, len(settings)), *unknown]:
             raise DeclarationError(found)
         return cls(file.name, file.description, origin, tuple(cases), file.sweep.measure)
 
@@ -187,12 +187,12 @@ _Problems = defaultdict[str, dict[str, None]]
 """Labels of the cases that have a problem, by problem; seeds of a case have the same."""
 
 
-def _listed(problems: _Problems, settings: int) -> list[str]:
+def _listed(problems: _Problems, origin: str, settings: int) -> list[str]:
     """Return a line for each problem and each case that has it; a problem that all cases share is listed once."""
     lines = []
     for problem, cases in problems.items():
-        everywhere = len(cases) == settings > 1
-        lines += [f"{case}: {problem}" for case in (["every case"] if everywhere else map("case {!r}".format, cases))]
+        named = ["every case"] if len(cases) == settings > 1 else [f"case {case!r}" for case in cases]
+        lines += [f"{origin}: {case}: {problem}" for case in named]
     more = [f"... and {len(lines) - MAX_LISTED_PROBLEMS} more"] if len(lines) > MAX_LISTED_PROBLEMS else []
     return lines[:MAX_LISTED_PROBLEMS] + more
 

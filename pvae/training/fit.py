@@ -115,8 +115,8 @@ def _declared(plan: Experiment, data: Any, data_dir: str | Path | None) -> tuple
     if data is None:
         dataset = load(plan.data, data_dir=Path(data_dir) if data_dir else None, seed=plan.seed)
     else:
-        plan = plan.model_copy(update={"data": passed_source(plan)})
-        dataset = Dataset.of(data, plan.data)
+        source = passed_source(plan)
+        plan, dataset = plan.model_copy(update={"data": source}), Dataset.of(data, source)
     dataset = plan.conditioned(dataset)
     dataset.require_support(plan.observed().support, plan.decoder.likelihood.hint)
     return plan, dataset, plan.build(dataset.shape)

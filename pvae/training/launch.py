@@ -75,7 +75,7 @@ def launch(
         files.log_event("alert" if "also occur in train" in note else "data", note)
     with files.lock(), exporting(files, export, show=progress):
         if learned(pair):
-            loop.train(Trainer(plan, pair, dataset, files, where, engine, show=progress))
+            loop.train(Trainer(plan, pair, dataset, files, where, engine, progress))
         else:
             keep_as_it_is(pair, dataset, plan, files)
     return Run(files, data=dataset, pair=given_pair)

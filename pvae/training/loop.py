@@ -126,13 +126,9 @@ def step(trainer: Trainer, index: Tensor) -> bool:
 
 def accumulate(sums: Tensor, out: Tensor) -> None:
     """Add the metrics of a step to their sums over the epoch, without synchronising with a GPU."""
-    if out.is_cuda:
-        finite = out[0].isfinite() & out[-1].isfinite()
-        sums[:-1] += torch.where(finite, out, 0.0)
-        sums[-1] += finite
-    else:
-        sums[:-1] += out
-        sums[-1] += 1
+    finite = out[0].isfinite() & out[-1].isfinite() if out.is_cuda else True
+    sums[:-1] += torch.where(finite, out, 0.0) if out.is_cuda else out
+    sums[-1] += finite
 
 
 def interrupt(trainer: Trainer, number: int) -> None:

@@ -81,34 +81,30 @@ def restore(trainer: Trainer, saved: checkpoint.Checkpoint) -> None:
         CheckpointError: the checkpoint does not belong to this fit.
     """
     try:
-        _restore(trainer, saved)
+        tensors, device, keeps_best = saved.tensors, trainer.device, trainer.train.keep == "best"
+        for group in ("best", "weights"):  # the best are kept as they are: they too must be of this pair
+            if group == "weights" or group in tensors:
+                load_weights(trainer.pair, tensors[group], str(saved.path))
+        step.load_optimizer_tensors(trainer.optimizer, tensors["optimizer"])
+        if device.type == "cuda":
+            step.make_capturable(trainer.optimizer, device)
+        trainer.best = tensors.get("best") if keeps_best else None
+        average = tensors.get("average")
+        if trainer.average is not None and average is not None:  # in place: the step holds these tensors
+            torch._foreach_copy_(trainer.average, [average[name].to(device) for name in trainer.names])
+        progress = {name: value.to(device) for name, value in tensors.get("progress", {}).items()}
+        trainer.sums = progress.pop("sums", torch.zeros_like(trainer.sums))
+        trainer.gathered.clear()  # in place: the stepper holds it
+        trainer.gathered.update(progress)
+        trainer.state = State.of(saved.state)
+        if keeps_best and trainer.best is None:
+            trainer.state.best = -math.inf
+        if trainer.state.step:
+            trainer.follow_schedules(trainer.state.step - 1)  # of the last step: the end of its epoch may be to come
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(
             f"{saved.path}: expected the state of this fit; got another: {error}. Go on from the checkpoint before."
         ) from error
-
-
-def _restore(trainer: Trainer, saved: checkpoint.Checkpoint) -> None:
-    tensors, device, keeps_best = saved.tensors, trainer.device, trainer.train.keep == "best"
-    for group in ("best", "weights"):  # the best are kept as they are: they too must be of this pair
-        if group == "weights" or group in tensors:
-            load_weights(trainer.pair, tensors[group], str(saved.path))
-    step.load_optimizer_tensors(trainer.optimizer, tensors["optimizer"])
-    if device.type == "cuda":
-        step.make_capturable(trainer.optimizer, device)
-    trainer.best = tensors.get("best") if keeps_best else None
-    average = tensors.get("average")
-    if trainer.average is not None and average is not None:  # in place: the step holds these tensors
-        torch._foreach_copy_(trainer.average, [average[name].to(device) for name in trainer.names])
-    progress = {name: value.to(device) for name, value in tensors.get("progress", {}).items()}
-    trainer.sums = progress.pop("sums", torch.zeros_like(trainer.sums))
-    trainer.gathered.clear()  # in place: the stepper holds it
-    trainer.gathered.update(progress)
-    trainer.state = State.of(saved.state)
-    if keeps_best and trainer.best is None:
-        trainer.state.best = -math.inf
-    if trainer.state.step:
-        trainer.follow_schedules(trainer.state.step - 1)  # of the last step: the end of its epoch may be to come
 
 
 # ---------------------------------------------------------------------- not finite

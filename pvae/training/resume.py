@@ -115,7 +115,7 @@ def _go_on(run: Run, plan: Plan, where: torch.device, changed: list[str], *, pro
         _ = run.checkpoint  # raises where there is none
         return
     engine = str(files.manifest.get("engine", "eager"))
-    trainer = Trainer(plan, pair, run.data, files, where, engine, show=progress)
+    trainer = Trainer(plan, pair, run.data, files, where, engine, progress)
     saved = newest(trainer)
     if saved is not None:
         restore(trainer, saved)
@@ -140,14 +140,14 @@ def second_stage(run: Run, device: str, progress: bool, *, allow_changes: bool =
     if not isinstance(plan, Experiment) or plan.refit is None:
         return run
     stage = plan.second_stage()
-    for path in sorted((root / slug(stage.name)).glob("*"), reverse=True):
-        child = Run(RunDirectory(path), data=run.data)
-        if not _is_stage(child, run, stage):
-            continue
-        if child.status.get("state") == "finished":
-            return child
-        return resume(child, device=device, progress=progress, allow_changes=allow_changes)
-    return fit_stage(run, stage, root, device, progress, export=run.files.manifest.get("exports", []))
+    paths = sorted((root / slug(stage.name)).glob("*"), reverse=True)
+    children = (Run(RunDirectory(path), data=run.data) for path in paths)
+    child = next((child for child in children if _is_stage(child, run, stage)), None)
+    if child is None:
+        return fit_stage(run, stage, root, device, progress, export=run.files.manifest.get("exports", []))
+    if child.status.get("state") == "finished":
+        return child
+    return resume(child, device=device, progress=progress, allow_changes=allow_changes)
 
 
 def _is_stage(child: Run, run: Run, stage: Experiment) -> bool:

@@ -60,7 +60,7 @@ def compile_forward(loss: Loss, x: Tensor) -> Forward:
         RuntimeError: value or gradient differ from the eager program's on `x` (or the compiler failed).
     """
     # Guards check every call. None is needed: `Step` passes batches of one shape, dtype and device only.
-    options = {"fallback_random": True, "guard_filter_fn": lambda guards: [False] * len(guards)}
+    options: dict[str, Any] = {"fallback_random": True, "guard_filter_fn": lambda guards: [False] * len(guards)}
     with (
         restored([*loss.buffers()]),
         torch.random.fork_rng(),
@@ -251,7 +251,8 @@ class Capture:
                 out = step.run(self.x)
         except Exception:  # torch leaves its own stream current, and the generator waiting for the end of a capture
             torch.cuda.set_stream(usual)
-            release_generator(self.x.device)
+            generator = torch.cuda.default_generators[self.x.device.index or 0]
+            generator.graphsafe_set_state(generator.clone_state())
             raise
         return graph, out
 
@@ -260,12 +261,6 @@ class Capture:
         self.x.copy_(x)
         self.graph.replay()
         return self.out
-
-
-def release_generator(device: torch.device) -> None:
-    """Make the default random generator of a GPU usable again after a failed CUDA graph capture."""
-    generator = torch.cuda.default_generators[device.index or 0]
-    generator.graphsafe_set_state(generator.clone_state())
 
 
 def make_capturable(optimizer: torch.optim.Optimizer, device: torch.device) -> None:

@@ -77,15 +77,7 @@ class Trainer:
     stepper: Stepper
 
     def __init__(
-        self,
-        plan: Plan,
-        pair: Pair,
-        data: Dataset,
-        files: RunDirectory,
-        device: torch.device,
-        engine: str,
-        *,
-        show: bool = True,
+        self, plan: Plan, pair: Pair, data: Dataset, files: RunDirectory, device: torch.device, engine: str, show: bool
     ) -> None:
         self.plan, self.train, self.files, self.device = plan, plan.train, files, device
         self.engine, self.show = engine, show
