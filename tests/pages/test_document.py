@@ -23,8 +23,7 @@ from pvae.analysis.pages.document.blocks import (
 )
 from pvae.analysis.pages.document.document import Document
 from pvae.analysis.pages.document.folder import slug
-from pvae.analysis.pages.document.tables import csv_of
-from pvae.analysis.pages.document.text import error_of, finite, legible, percent, shown_value
+from pvae.analysis.pages.document.text import csv_of, error_of, finite, legible, percent, shown_value
 from pvae.analysis.pages.plots import base
 from pvae.errors import DataError
 

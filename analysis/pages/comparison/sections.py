@@ -12,8 +12,7 @@ from pvae.analysis.bounds.rate_distortion import rate_distortion_of
 from pvae.analysis.figures.estimate import Estimate
 from pvae.analysis.pages.comparison.comparison import STRIP, Comparison
 from pvae.analysis.pages.document.blocks import PageSection, PageTable, Part, Sentence, columns, picture, section
-from pvae.analysis.pages.document.tables import side_by_side
-from pvae.analysis.pages.document.text import Value, nats, plus_minus
+from pvae.analysis.pages.document.text import Value, nats, plus_minus, side_by_side
 from pvae.analysis.pages.plots import base, comparisons, pictures
 from pvae.analysis.pages.sections.appendix import environment_of
 from pvae.analysis.pages.sections.examination import array

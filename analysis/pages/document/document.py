@@ -12,8 +12,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from pvae.analysis.pages.document.blocks import PageSection, PageTable, Picture, Sentence, Tile
 from pvae.analysis.pages.document.folder import PICTURES, TABLES, claim, slug, write_page
-from pvae.analysis.pages.document.tables import csv_of, rich_of
-from pvae.analysis.pages.document.text import finite, html_cell, legible
+from pvae.analysis.pages.document.text import csv_of, finite, html_cell, legible, rich_of
 
 if TYPE_CHECKING:
     from rich.console import Group

@@ -7,8 +7,7 @@ from collections.abc import Iterator
 
 from pvae.analysis.decompose.result import Surgery
 from pvae.analysis.pages.document.blocks import Note, PageTable, Part, Picture, Tile, columns, picture, section
-from pvae.analysis.pages.document.tables import side_by_side
-from pvae.analysis.pages.document.text import nats
+from pvae.analysis.pages.document.text import nats, side_by_side
 from pvae.analysis.pages.plots import clouds, waterfall
 from pvae.analysis.pages.sections.examination import Examination
 from pvae.analysis.pages.sections.fit import SHOWN_NATS

@@ -10,8 +10,7 @@ import numpy as np
 from pvae.analysis.bounds.gap import Gap, gap
 from pvae.analysis.bounds.lower_bounds import Evidence
 from pvae.analysis.pages.document.blocks import Note, PageColumn, PageTable, Part, Sentence, Tile, picture, section
-from pvae.analysis.pages.document.tables import table_of
-from pvae.analysis.pages.document.text import nats, percent
+from pvae.analysis.pages.document.text import nats, percent, table_of
 from pvae.analysis.pages.plots import curves, pictures
 from pvae.analysis.pages.sections.examination import Examination, array
 from pvae.analysis.samples.sharpness import is_image

@@ -7,8 +7,7 @@ from functools import partial
 from typing import Any
 
 from pvae.analysis.pages.document.blocks import Note, PageColumn, PageTable, Part, Sentence, Tile, columns, section
-from pvae.analysis.pages.document.tables import side_by_side
-from pvae.analysis.pages.document.text import nats, percent
+from pvae.analysis.pages.document.text import nats, percent, side_by_side
 from pvae.analysis.pages.sections.examination import Examination
 from pvae.analysis.samples.fidelity import Fidelity
 from pvae.analysis.samples.probe import RAW, Probe

@@ -8,8 +8,7 @@ from functools import partial
 import numpy as np
 
 from pvae.analysis.pages.document.blocks import Note, PageTable, Part, Sentence, Tile, columns, picture, section
-from pvae.analysis.pages.document.tables import side_by_side
-from pvae.analysis.pages.document.text import percent
+from pvae.analysis.pages.document.text import percent, side_by_side
 from pvae.analysis.pages.plots import pictures
 from pvae.analysis.pages.sections.examination import Examination, array
 from pvae.analysis.samples.copying import Copying, copying
