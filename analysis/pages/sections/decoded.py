@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import partial
 
 import numpy as np
 import torch
@@ -31,7 +30,7 @@ INTERPOLATED_PAIRS = 4
 @section("reconstructions", "Reconstructions")
 def reconstructions(exam: Examination) -> Iterator[Part]:
     """Yield best, median and worst reconstructions; nothing for a model without a likelihood."""
-    found = None if exam.implicit else exam.attempt("reconstructions", lambda: _rebuild(exam))
+    found = None if exam.implicit else exam.attempt("reconstructions", _rebuild, exam)
     if not found:
         return
     yield picture(
@@ -80,9 +79,9 @@ def traversals(exam: Examination) -> Iterator[Part]:
     if exam.implicit or not sheets.is_shown(exam.shape):
         return
     for name in list(exam.pair.layout.latents)[:TRAVERSED_LATENTS]:
-        told = exam.stages.part(f"traversal of {name}")
-        walk = partial(traverse, exam.run, latent=name, seed=exam.seed, on_progress=told)
-        if (found := exam.attempt(f"traversal of {name}", walk)) is not None:
+        what = f"traversal of {name}"
+        found = exam.attempt(what, traverse, exam.run, latent=name, seed=exam.seed, part=what)
+        if found is not None:
             yield _rows(exam, found) if is_image(exam.shape) else _paths(exam, found)
 
 

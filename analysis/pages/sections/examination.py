@@ -103,10 +103,17 @@ class Examination:
     def __post_init__(self) -> None:
         self.pair, self.data, self.part = self.run.pair, self.run.data, self.run.data.split(self.split)
 
-    def attempt(self, what: str, make: Callable[[], T]) -> T | None:
-        """Return the result of `make`; None if it raises one of `UNFIT`, with the message stored in `missing[what]`."""
+    def attempt(
+        self, what: str, make: Callable[..., T], *given: Any, part: str | None = None, **named: Any
+    ) -> T | None:
+        """Return the result of `make` with these arguments; None, with a note in `missing`, on one of `UNFIT`.
+
+        If `make` takes `on_progress`, it reports to the part of the present stage that `part` names.
+        """
+        if part is not None:
+            named["on_progress"] = self.stages.part(part)
         try:
-            return make()
+            return make(*given, **named)
         except UNFIT as error:
             self.missing[what] = (str(error).splitlines() or [type(error).__name__])[0][:300]
             return None
@@ -207,9 +214,8 @@ class Examination:
         """Importance-weighted bounds on log p(x), nats; None if undefined, as for delta posteriors, or failed."""
         certain = all(latent.certain for latent in self.drawn.latents.values())  # all samples are then equal
         samples = 1 if certain else self.evidence_samples
-        told = self.stages.part("importance sampling")
-        given: dict[str, Any] = {"samples": samples, "seed": self.seed, "on_progress": told}
-        return self.attempt("evidence", lambda: evidence(self.pair, self.evidence_rows.x, **given))
+        rows, part = self.evidence_rows.x, "importance sampling"
+        return self.attempt("evidence", evidence, self.pair, rows, samples=samples, seed=self.seed, part=part)
 
     @cached_property
     def collapse(self) -> Collapse:
@@ -247,13 +253,12 @@ class Examination:
         """Samples x of the model, with likelihood noise, as many as in `sampled`; None if sampling fails."""
         if self.sampled is None or not self.sampled.is_mean:
             return self.sampled
-        count, told = len(self.sampled.x), self.stages.part("samples")
-        return self.attempt("draws", lambda: sample(self.run, count, seed=self.seed, on_progress=told))
+        return self.attempt("draws", sample, self.run, len(self.sampled.x), seed=self.seed, part="samples")
 
     @cached_property
     def space(self) -> Features | None:
         """Feature space to compare samples and data: features of a classifier of labels, or principal components."""
-        return self.attempt("feature space", lambda: space_of(self.run, self.seed))
+        return self.attempt("feature space", space_of, self.run, self.seed)
 
     @property
     def prior(self) -> dict[str, Tensor]:

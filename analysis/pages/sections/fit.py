@@ -91,9 +91,9 @@ def _of_bound(exam: Examination, bound: Evidence) -> Iterator[Part]:
 def _gaps(exam: Examination) -> Gap | None:
     if exam.evidence is None or exam.evidence.exact is not None or not exam.gap_steps:
         return None
-    x, told = exam.some(exam.split, REFINED_ROWS).x, exam.stages.part("inference gap")
+    x = exam.some(exam.split, REFINED_ROWS).x
     settings = {"steps": exam.gap_steps, "evidence_samples": 4 * exam.evidence_samples, "seed": exam.seed}
-    return exam.attempt("gaps", lambda: gap(exam.pair, x, **settings, on_progress=told))
+    return exam.attempt("gaps", gap, exam.pair, x, **settings, part="inference gap")
 
 
 def _on_elbo(exam: Examination) -> Iterator[str]:

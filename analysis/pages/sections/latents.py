@@ -45,7 +45,7 @@ def latents(exam: Examination) -> Iterator[Part]:
     yield from (Sentence(text, True) for text in exam.collapse.alerts)
     if not exam.collapse.alerts:
         yield _all_in_use(exam.collapse)
-    found = exam.attempt("holes", lambda: holes(exam))
+    found = exam.attempt("holes", holes, exam)
     yield {"collapse": exam.collapse.to_dict(), "holes": None if found is None else vars(found)}
     if found is not None:
         yield on_holes(found)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from functools import partial
 from typing import Any
 
 from pvae.analysis.pages.document.blocks import Note, PageColumn, PageTable, Part, Sentence, Tile, columns, section
@@ -62,9 +61,9 @@ def measure(exam: Examination, kind: str, drawn: Samples | None) -> SampleQualit
     """Return the quality of samples of the model (`draws`) or of means of p(x | z) (`means`); None on failure."""
     if drawn is None or exam.space is None:
         return None
-    given: dict[str, Any] = {"space": exam.space, "fake": drawn, "on_progress": exam.stages.part("sample quality")}
-    find = partial(sample_quality, exam.run, exam.split, len(drawn.x), exam.seed, **given)
-    return exam.attempt(f"sample quality of {kind}", find)
+    given = exam.run, exam.split, len(drawn.x), exam.seed
+    what, part = f"sample quality of {kind}", "sample quality"
+    return exam.attempt(what, sample_quality, *given, space=exam.space, fake=drawn, part=part)
 
 
 def whole(found: Mapping[str, SampleQuality]) -> list[tuple[Any, ...]]:
@@ -121,8 +120,7 @@ def probe(exam: Examination) -> Iterator[Part]:
     """Yield the accuracy of k-NN and logistic regression on codes; nothing without labels or codes."""
     if exam.implicit or exam.part.y is None or exam.data.train.y is None:
         return
-    told = exam.stages.part("classifiers")
-    found = exam.attempt("probe", partial(probe_of, exam.run, exam.split, seed=exam.seed, on_progress=told))
+    found = exam.attempt("probe", probe_of, exam.run, exam.split, seed=exam.seed, part="classifiers")
     if found is None:
         return
     rows = [(r.of, r.knn, r.knn_gain, r.linear, r.linear_gain) for r in found.readings]

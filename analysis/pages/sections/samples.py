@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from functools import partial
 
 import numpy as np
 
@@ -37,14 +36,12 @@ def samples(exam: Examination) -> Iterator[Part]:
         f"{what}, each at its own sample of the prior. {noise}Look for samples that mix kinds (they come from holes of "
         "the prior), for kinds that are missing, and for samples that repeat.",
     )
-    told = exam.stages.part("nearest training data")
-    find = partial(copying, exam.run, exam.split, seed=exam.seed, on_progress=told)
-    found = {
-        kind: exam.attempt("copying", partial(find, samples=some))
-        for kind, some in (("means", drawn), ("draws", exam.draws))
-        if some is not None and some.is_mean == (kind == "means")
-    }
-    known = {kind: copies for kind, copies in found.items() if copies is not None}
+    told, known = exam.stages.part("nearest training data"), {}
+    for kind, some in (("means", drawn), ("draws", exam.draws)):
+        if some is not None and some.is_mean == (kind == "means"):
+            given = {"seed": exam.seed, "on_progress": told, "samples": some}
+            if (copies := exam.attempt("copying", copying, exam.run, exam.split, **given)) is not None:
+                known[kind] = copies
     yield {"copying": {kind: copies.to_dict() for kind, copies in known.items()}}
     if not known:
         return
