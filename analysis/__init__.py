@@ -19,26 +19,23 @@ from pvae.analysis.export.datasets import PosteriorDraws as Posterior
 from pvae.analysis.export.posterior import posterior
 from pvae.analysis.figures.estimate import Estimate
 from pvae.analysis.pages.compare import compare
-from pvae.analysis.pages.comparison.paired import Paired, elbos, paired
+from pvae.analysis.pages.comparison.comparison import Paired, elbos, paired
 from pvae.analysis.pages.report import report
 from pvae.analysis.samples.copying import Copying, copying, data_copying
 from pvae.analysis.samples.critic import CriticKL, critic
 from pvae.analysis.samples.distances import Distances, distances, frechet, kernel_distance
-from pvae.analysis.samples.encode import encode, reconstruct
+from pvae.analysis.samples.encode import Encoding, Reconstructions, encode, reconstruct
+from pvae.analysis.samples.encode import LatentCode as Code
 from pvae.analysis.samples.features import Features, features
 from pvae.analysis.samples.fidelity import Fidelity, fidelity
-from pvae.analysis.samples.generated import Encoding, Reconstructions, Samples
-from pvae.analysis.samples.generated import LatentCode as Code
 from pvae.analysis.samples.interpolate import Interpolation, interpolate
 from pvae.analysis.samples.probe import Probe, probe
-from pvae.analysis.samples.quality import SampleQuality, sample_quality
-from pvae.analysis.samples.sample import sample
+from pvae.analysis.samples.quality import SampleQuality, TwoSample, sample_quality, two_sample
+from pvae.analysis.samples.sample import Samples, sample
 from pvae.analysis.samples.sharpness import sharpness
 from pvae.analysis.samples.traversal import Traversal, traverse
-from pvae.analysis.samples.two_sample import TwoSample, two_sample
 from pvae.analysis.truths.counterexamples import CounterExamples, counterexamples
-from pvae.analysis.truths.figure_checks import SelfCheck
-from pvae.analysis.truths.selfcheck import selfcheck
+from pvae.analysis.truths.selfcheck import SelfCheck, selfcheck
 
 __all__ = [
     "AggregatedPosterior",

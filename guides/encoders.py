@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from pvae.component import Component, Shape
 from pvae.graph.site import OBSERVED, Site
-from pvae.nn.dense import MLP
-from pvae.nn.network import Network, NetworkModule
+from pvae.nn.network import MLP, Network, NetworkModule
 
 FEATURES = "features"
 """Name of the output of an encoder's network among the inputs of a posterior."""

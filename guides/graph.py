@@ -9,7 +9,7 @@ import pyro
 import pyro.distributions as dist
 from torch import Tensor, nn
 
-from pvae.distributions.determined import Determined
+from pvae.distributions.base import Determined
 from pvae.graph.frame import Frame, data_plate
 from pvae.graph.link import Link
 from pvae.graph.site import EMBEDDED, OBSERVED, Site, embedded

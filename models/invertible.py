@@ -14,8 +14,7 @@ from torch.distributions import constraints
 from pvae.component import Shape
 from pvae.errors import DeclarationError
 from pvae.graph.link import Link
-from pvae.graph.site import Site
-from pvae.graph.space import Space
+from pvae.graph.site import Site, Space
 from pvae.models.priors.base import Prior
 from pvae.models.priors.flows import FlowModule, FlowPrior, RealNVP
 from pvae.nn.network import InvertibleModule, Network, NetworkModule, flatten
@@ -91,7 +90,7 @@ class BijectionNetwork(Network):
     def _is_flow(cls, flow: Prior) -> Prior:
         if not isinstance(flow, FlowPrior):
             kinds = ", ".join(k for k, member in Prior.members.items() if issubclass(member, FlowPrior))
-            raise ValueError(f"a flow: one of {kinds}; got {flow.kind!r}")  # type: ignore[attr-defined]
+            raise ValueError(f"a flow: one of {kinds}; got {flow.kind!r}")
         return flow
 
     def build(self, inputs: Mapping[str, Shape], output: Shape | None) -> NetworkModule:

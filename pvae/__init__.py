@@ -14,8 +14,7 @@ if TYPE_CHECKING:
     from pvae.runs.run import Run
     from pvae.studies.study import Study, study
     from pvae.training.fit import fit
-    from pvae.training.refit import refit
-    from pvae.training.resume import resume
+    from pvae.training.resume import refit, resume
     from pvae.upkeep.clean import clean
     from pvae.upkeep.verify import verify
 
@@ -32,7 +31,7 @@ _HOMES = {
     "Study": "pvae.studies.study",
     "clean": "pvae.upkeep.clean",
     "fit": "pvae.training.fit",
-    "refit": "pvae.training.refit",
+    "refit": "pvae.training.resume",
     "resume": "pvae.training.resume",
     "study": "pvae.studies.study",
     "verify": "pvae.upkeep.verify",

@@ -15,7 +15,7 @@ import pkgutil
 import types
 from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import entry_points
-from typing import Annotated, Any, ClassVar, Self, TypeVar, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self, TypeVar, Union, get_args, get_origin
 
 from pydantic import (
     BaseModel,
@@ -107,7 +107,9 @@ class Component(Section):
     tag: ClassVar[str] = "kind"
     default: ClassVar[str | None] = None
     """Kind of a table that names none; None if the family has no default kind."""
-    members: ClassVar[dict[str, type[Component]]]
+    members: ClassVar[dict[str, type[Any]]]
+    if TYPE_CHECKING:
+        kind: str = ""
 
     @classmethod
     def is_family(cls) -> bool:
@@ -184,7 +186,7 @@ class Component(Section):
                 input=name,
             )
             raise ValidationError.from_exception_data(cls.__name__, [error])
-        return cls.members[name].model_validate({**table, cls.tag: name})  # type: ignore[return-value]
+        return cls.members[name].model_validate({**table, cls.tag: name})
 
     @classmethod
     def shorthand(cls, value: Any) -> Any:

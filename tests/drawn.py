@@ -29,8 +29,7 @@ from pvae.experiment.experiment import Experiment, Refit
 from pvae.experiment.latent import Latent
 from pvae.experiment.plan import Train, Watch
 from pvae.graph.link import Link
-from pvae.graph.site import Site
-from pvae.graph.space import Space
+from pvae.graph.site import Site, Space
 from pvae.guides.encoders import Encoder
 from pvae.guides.posteriors.base import Posterior
 from pvae.guides.posteriors.relaxed import RelaxedPosterior
@@ -237,7 +236,7 @@ def sound(draw: DrawFn) -> Drawn:
         raw["data"] = {"source": "frame", "columns": {f"column_{i}": column for i, column in enumerate(columns)}}
     elif bool(support.check(torch.tensor([0.0, 1.0])).all()) and draw(st.integers(0, 3)) == 3:
         raw["data"]["binarize"] = draw(st.sampled_from(get_args(Binarize)))
-    heedless = any(Prior.members[z["prior"]["kind"]].ignores_parents for z in latents.values())  # type: ignore[attr-defined]
+    heedless = any(Prior.members[z["prior"]["kind"]].ignores_parents for z in latents.values())
     if len(latents) > 1 and (heedless or draw(st.booleans())):
         raw["decoder"]["given"] = list(latents)
     if conditioned:
@@ -288,10 +287,10 @@ def _scored(draw: DrawFn, _shape: Shape) -> Raw:
 
 def _as_read(latents: Raw) -> Raw:
     """A guide is given no latent that the model sums out, and a prior made of a posterior leaves that x alone."""
-    summed = {name for name, z in latents.items() if Posterior.members[z["posterior"]["kind"]].summed}  # type: ignore[attr-defined]
+    summed = {name for name, z in latents.items() if Posterior.members[z["posterior"]["kind"]].summed}
     for z in latents.values():
         given = [name for name in z["posterior"].get("given", ["x"]) if name not in summed]
-        alone = Prior.members[z["prior"]["kind"]].reads_guide  # type: ignore[attr-defined]
+        alone = Prior.members[z["prior"]["kind"]].reads_guide
         z["posterior"] = {**z["posterior"], "given": ["x"] if alone else given}
     return latents
 
@@ -383,14 +382,14 @@ def _objectives(recipe: str) -> SearchStrategy[Raw]:
 
 @st.composite
 def _trains(draw: DrawFn, objective: Raw) -> Raw:
-    refused = Objective.members[objective["kind"]].refuses  # type: ignore[attr-defined]
+    refused = Objective.members[objective["kind"]].refuses
     train = draw(tables(Train, without=("engine", "epochs", "batch_size", *refused)))
     return {**train, "epochs": draw(st.integers(1, 2)), "batch_size": draw(st.sampled_from([1, 7, 16, 100]))}
 
 
 @st.composite
 def _decoders(draw: DrawFn, recipe: str, shape: Shape, latents: Raw, conditioned: bool) -> Raw:
-    determines = {Posterior.members[z["posterior"]["kind"]].determines for z in latents.values()} - {None}  # type: ignore[attr-defined]
+    determines = {Posterior.members[z["posterior"]["kind"]].determines for z in latents.values()} - {None}
     if recipe == "flow":
         way_back = members(Network, among=lambda kind: "flow" in kind.model_fields)
         going = way_back.filter(lambda n: builds(lambda: Network.parse(n).build({"z": (math.prod(shape),)}, shape)))

@@ -32,8 +32,8 @@ from pvae.experiment import zoo
 from pvae.experiment.experiment import Experiment
 from pvae.experiment.plan import Train
 from pvae.runs import checkpoint
-from pvae.runs.listing import list_runs
 from pvae.runs.run import Run
+from pvae.runs.rundir import list_runs
 from pvae.training.fit import passed_source
 from tests.drawn import Drawn, Raw, damaged
 

@@ -73,7 +73,7 @@ def hasty() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(import_module("pvae.analysis.samples.features"), "EXPOSURES", 400)
         patch.setattr(import_module("pvae.analysis.samples.probe"), "LINEAR_STEPS", 20)
-        patch.setattr(import_module("pvae.analysis.pages.plots.latents"), "MARGINALS", 2)
+        patch.setattr(import_module("pvae.analysis.pages.plots.clouds"), "MARGINALS", 2)
         patch.setattr(import_module("pvae.analysis.pages.sections.fit"), "REFINED_ROWS", 3)
         patch.setattr(import_module("pvae.analysis.pages.sections.examination"), "MODEL_SAMPLES", 200)
         yield

@@ -10,8 +10,7 @@ from typing import Any, final
 from torch import Tensor
 
 from pvae.analysis.bounds.targets import Start
-from pvae.analysis.figures.estimate import Estimate, finite
-from pvae.analysis.figures.table import Figures, Row
+from pvae.analysis.figures.estimate import Estimate, Figures, Row, finite
 
 
 @dataclass(frozen=True, repr=False)

@@ -13,10 +13,9 @@ from torch import Tensor
 from pvae.analysis.bounds.refine import Refined, refined
 from pvae.analysis.bounds.weights import WeightSampler, delta_error, log_weights, one_by_one
 from pvae.analysis.decompose.entry import accept, quiet, require_likelihood
-from pvae.analysis.figures.estimate import CONSERVATIVE, Estimate, Kind, over_draws
-from pvae.analysis.figures.table import Figures, Row
+from pvae.analysis.figures.estimate import CONSERVATIVE, Estimate, Figures, Kind, Row, over_draws
 from pvae.errors import DataError
-from pvae.nn.lean_adam import LeanAdam
+from pvae.nn.optimizers import LeanAdam
 from pvae.pair.pair import Pair
 from pvae.util import seeds
 from pvae.util.progress import Progress, silent

@@ -10,8 +10,7 @@ from typing import Any, ClassVar, final
 from torch import Tensor
 
 from pvae.analysis.bounds.psis import SMALLEST_TAIL, khat_limit, tail_length
-from pvae.analysis.figures.estimate import Estimate, finite
-from pvae.analysis.figures.table import Figures, Row
+from pvae.analysis.figures.estimate import Estimate, Figures, Row, finite
 
 UNRELIABLE_PROPORTION = 0.1
 """Proportion of data with k-hat above its limit beyond which importance sampling is called not reliable."""

@@ -46,10 +46,10 @@ class RateDistortion:
 
     def figure(self) -> Figure:
         """Return a plot of all runs in the rate-distortion plane, with lines of equal ELBO."""
-        from pvae.analysis.pages import plots
+        from pvae.analysis.pages.plots import comparisons
 
         names, rates, distortions = ([row[key] for row in self.rows] for key in ("run", "rate", "distortion"))
-        return plots.rate_distortion(
+        return comparisons.rate_distortion(
             names, rates, distortions, [(row["rate_error"], row["distortion_error"]) for row in self.rows]
         )
 

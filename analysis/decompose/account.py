@@ -16,8 +16,7 @@ from pvae.analysis.decompose.entry import quiet
 from pvae.analysis.decompose.posterior_draws import Draw, LatentDraw, draw_chunk
 from pvae.analysis.figures.estimate import Estimate, Kind, over_draws, over_whole_draws
 from pvae.distributions.exponential import Members, Normals
-from pvae.distributions.exponential_codes import CertainCodes, Codes
-from pvae.distributions.exponential_product import product
+from pvae.distributions.exponential_codes import CertainCodes, Codes, product
 from pvae.errors import DeclarationError
 from pvae.pair.dependencies import Dependencies
 from pvae.pair.pair import Pair

@@ -11,8 +11,7 @@ from torch import Tensor
 
 from pvae.analysis.decompose.entry import quiet
 from pvae.distributions.exponential import Members
-from pvae.distributions.exponential_codes import CertainCodes
-from pvae.distributions.exponential_product import Product, product
+from pvae.distributions.exponential_codes import CertainCodes, Product, product
 from pvae.pair import densities
 from pvae.pair.code_usage import Undrawn
 from pvae.pair.layout import samples

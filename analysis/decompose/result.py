@@ -7,8 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from pvae.analysis.figures.estimate import CONSERVATIVE, Estimate, exact
-from pvae.analysis.figures.table import Figures, Row
+from pvae.analysis.figures.estimate import CONSERVATIVE, Estimate, Figures, Row, exact
 
 if TYPE_CHECKING:
     from rich.table import Table

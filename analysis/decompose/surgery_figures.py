@@ -15,7 +15,7 @@ from pvae.analysis.decompose.entry import same_globals
 from pvae.analysis.decompose.latent_figures import group_figures, latent_surgery
 from pvae.analysis.decompose.result import ClassSurgery, Surgery
 from pvae.analysis.figures.estimate import Estimate, Kind, exact, exact_mean, over_draws, over_whole_draws
-from pvae.distributions.exponential_product import product
+from pvae.distributions.exponential_codes import product
 from pvae.pair.densities import Unweighed, sum_over
 from pvae.pair.pair import Pair
 from pvae.pair.running import quiet as quiet_pair

@@ -93,7 +93,13 @@ class PosteriorDraws:
         Raises:
             MissingExtraError: ArviZ cannot be imported.
         """
-        arviz = _arviz()
+        try:
+            import arviz
+        except Exception as problem:  # it can fail in many ways: a read-only cache, a plotting package too old or new
+            raise MissingExtraError(
+                f"Expected ArviZ to import; got {type(problem).__name__}: {problem}. Install it with "
+                f"`pip install 'arviz>=0.23.4,<2'`, or use .groups or .to_datatree(), which need only xarray."
+            ) from problem
         if int(arviz.__version__.partition(".")[0]) >= 1:
             return self.to_datatree()
         return arviz.InferenceData(**self.groups)
@@ -113,7 +119,11 @@ class PosteriorDraws:
             require_plain_target(path)
             try:
                 self.to_datatree().to_netcdf(temporary, engine="h5netcdf")
-                digest = _place(temporary, path)
+                with temporary.open("rb") as file:
+                    os.fsync(file.fileno())
+                digest = _sha256(temporary)
+                os.replace(temporary, path)
+                sync_folder(path.parent)
             finally:
                 temporary.unlink(missing_ok=True)
         except (OSError, RuntimeError) as problem:  # HDF5 raises either on a full disk
@@ -138,24 +148,24 @@ class PosteriorDraws:
                 found = {name: node.to_dataset().load().drop_encoding() for name, node in tree.children.items()}
         except (OSError, ValueError, KeyError, RuntimeError, TypeError) as problem:
             raise CheckpointError(f"{path}: expected NetCDF with groups; got {problem}. Export it again.") from problem
-        return cls({name: found[name] for name in sorted(found, key=_rank)})
+        order = (*GROUP_NAMES, *sorted(found.keys() - set(GROUP_NAMES)))
+        return cls({name: found[name] for name in order if name in found})
 
-    def _facts(self) -> list[tuple[str, str]]:
+    def _facts(self) -> dict[str, str]:
         drawn = self["posterior"]
         attrs, sizes = drawn.attrs, drawn.sizes
-        latents = ", ".join(f"{name} {list(v.shape[_lead(v) :])}" for name, v in drawn.data_vars.items())
-        return [
-            ("run", f"{attrs.get('run')} {attrs.get('run_id')}"),
-            ("split", f"{attrs.get('split')}: {sizes['draw']} draws x {sizes.get('datum', 0)} rows"),
-            ("latents", latents),
-            ("groups", ", ".join(self.groups)),
-        ]
+        return {
+            "run": f"{attrs.get('run')} {attrs.get('run_id')}",
+            "split": f"{attrs.get('split')}: {sizes['draw']} draws x {sizes.get('datum', 0)} rows",
+            "latents": ", ".join(f"{name} {list(v.shape[_lead(v) :])}" for name, v in drawn.data_vars.items()),
+            "groups": ", ".join(self.groups),
+        }
 
     def __repr__(self) -> str:
-        return "Posterior(" + "; ".join(f"{name} {said}" for name, said in self._facts()) + ")"
+        return "Posterior(" + "; ".join(f"{name} {said}" for name, said in self._facts().items()) + ")"
 
     def _repr_html_(self) -> str:
-        rows = "".join(f"<tr><th>{html.escape(k)}</th><td>{html.escape(v)}</td></tr>" for k, v in self._facts())
+        rows = "".join(f"<tr><th>{k}</th><td>{html.escape(v)}</td></tr>" for k, v in self._facts().items())
         return f"<table><caption>Posterior</caption>{rows}</table>"
 
 
@@ -174,22 +184,6 @@ def _figures(draws: Array, hdi: float) -> list[float]:
     return [float(v) for v in (wide.mean(), wide.std(), of_means, ordered[first], ordered[first + inside])]
 
 
-def _arviz() -> Any:
-    """Import and return ArviZ, which can fail in many ways (a read-only cache, a plotting package too old or new)."""
-    try:
-        import arviz
-    except Exception as problem:
-        raise MissingExtraError(
-            f"Expected ArviZ to import; got {type(problem).__name__}: {problem}. Install it with "
-            f"`pip install 'arviz>=0.23.4,<2'`, or use .groups or .to_datatree(), which need only xarray."
-        ) from problem
-    return arviz
-
-
-def _rank(name: str) -> tuple[int, str]:
-    return (GROUP_NAMES.index(name) if name in GROUP_NAMES else len(GROUP_NAMES), name)
-
-
 def _checksum_of(path: Path) -> Path:
     return path.with_name(f"{path.name}.sha256")
 
@@ -199,39 +193,22 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _place(temporary: Path, path: Path) -> str:
-    """Sync the temporary file to disk and rename it to `path`; return its SHA-256 digest."""
-    with temporary.open("rb") as file:
-        os.fsync(file.fileno())
-    digest = _sha256(temporary)
-    os.replace(temporary, path)
-    sync_folder(path.parent)
-    return digest
-
-
 def _require_plain(path: Path) -> None:
     """Refuse links to other files and nested groups, which `save` never writes."""
     import h5py
 
+    def is_plain(parent: Any, name: str, kind: type) -> bool:
+        if not isinstance(parent.get(name, getlink=True), h5py.HardLink):
+            return False
+        item = parent[name]
+        return isinstance(item, kind) and not (kind is h5py.Dataset and (item.external or item.is_virtual))
+
     with h5py.File(path, "r") as file:
-        for name in file:
-            group = file[name] if isinstance(file.get(name, getlink=True), h5py.HardLink) else None
-            inside = list(group) if isinstance(group, h5py.Group) else []
-            strange = [f"{name}/{item}" for item in inside if not _is_plain(group, item)]
-            if strange or not isinstance(group, h5py.Group):
-                raise CheckpointError(
-                    f"{path}: expected groups of plain arrays; got {[*strange, name][0]!r} of another kind."
-                )
-
-
-def _is_plain(group: Any, name: str) -> bool:
-    """Return True if an item of an HDF5 group is an array stored in the file itself."""
-    import h5py
-
-    if not isinstance(group.get(name, getlink=True), h5py.HardLink):
-        return False
-    item = group[name]
-    return isinstance(item, h5py.Dataset) and not item.external and not item.is_virtual
+        strange = [name for name in file if not is_plain(file, name, h5py.Group)]
+        for name in (name for name in file if name not in strange):
+            strange += [f"{name}/{item}" for item in file[name] if not is_plain(file[name], item, h5py.Dataset)]
+    if strange:
+        raise CheckpointError(f"{path}: expected groups of plain arrays; got {strange[0]!r} of another kind.")
 
 
 def _verify(path: Path) -> None:

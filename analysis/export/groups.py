@@ -1,75 +1,217 @@
-"""Groups of an export in addition to the posterior samples: guide parameters, prior and predictive samples, data."""
+"""Groups of an export: posterior samples and their densities, guide parameters, prior and predictive samples, data."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
+import pyro.distributions as dist
 import torch
+import xarray
 from pyro import poutine
 from torch import Tensor
 
-from pvae.analysis.export.latents import DRAW_DIMS, PosteriorRequest, SampledLatents, VariableGroup
-from pvae.analysis.export.names import Variable
-from pvae.analysis.export.sites import ExportedSites, as_value, numpy_of, parameters_of, rows_of, whole
-from pvae.pair.layout import Layout, samples
+from pvae.analysis.bounds.psis import pareto_k
+from pvae.analysis.bounds.weights import inverse_ess, log_mean
+from pvae.analysis.decompose.entry import quiet, same_globals
+from pvae.analysis.decompose.posterior_draws import Draw, LatentDraw, draw_chunk
+from pvae.analysis.export.sites import (
+    ExportedSites,
+    Variable,
+    as_value,
+    first_row,
+    numpy_of,
+    parameters_of,
+    rows_of,
+    text,
+    whole,
+)
+from pvae.data.split import Split
+from pvae.pair.layout import samples
+from pvae.pair.pair import Pair
 from pvae.pair.structure import ROWS_OF_A_BATCH
+from pvae.util import seeds
+from pvae.util.progress import Progress
 from pvae.util.types import Array
 
+RESOLVED_ROUNDINGS = 8
+"""Number of rounding errors of the largest term of a log weight up to which log weights count as equal."""
+DRAW_DIMS = ("chain", "draw")
+NATS = {"units": "nats"}
 
-def guide(request: PosteriorRequest, sites: ExportedSites) -> VariableGroup:
+
+def group(variables: Mapping[str, Variable], why: str = "", missing: Iterable[str] = ()) -> xarray.Dataset:
+    """Return a group with the given variables, and the reason why others are missing as attributes `missing_<name>`."""
+    return xarray.Dataset(dict(variables), attrs={f"missing_{name}": text(why) for name in missing})
+
+
+@dataclass(frozen=True)
+class PosteriorRequest:
+    """Arguments of an export by `posterior`, with the pair and the indices of the chosen rows."""
+
+    pair: Pair
+    split: Split
+    rows: Tensor
+    """Indices of the chosen rows of the split, `(n,)`, on the CPU."""
+    draws: int
+    seed: int
+    predictive_rows: int
+    predictive_draws: int
+
+    @cached_property
+    def x(self) -> Tensor:
+        """Data of the chosen rows in the type and on the device of the pair, `(n, *event)`."""
+        return self.pair.accept(self.split.rows[self.rows.to(self.split.rows.device)])
+
+    def quiet(self, counter: int) -> AbstractContextManager[None]:
+        """Return a context in evaluation mode without gradients, whose noise is seeded by the request and `counter`."""
+        return quiet(self.pair, self.x, seeds.mix(self.seed, seeds.ANALYSIS, counter))
+
+
+class SampledLatents:
+    """Posterior samples of all latents for all rows, with log densities; filled by `fill`, chunk by chunk."""
+
+    def __init__(self, request: PosteriorRequest, sites: ExportedSites) -> None:
+        self.request, self.sites = request, sites
+        n, draws = len(request.rows), request.draws
+        self.values = {site.site: site.empty(1, draws, n) for site in sites.latents}
+        self.values |= {site.site: site.empty(1, draws) for site in sites.shared}
+        self.log_q, self.log_p, self.log_likelihood = (np.empty((1, draws, n)) for _ in range(3))
+        self.global_log_ratio = np.zeros((1, draws))
+        points = [name for name in request.pair.layout.latents if name in request.pair.structure.points]
+        self.points = [] if request.pair.structure.determined else points
+        """Latents that the guide sets to points, as in an autoencoder."""
+        self.kl = {site.site: np.zeros((n, *site.like.shape)) for site in sites.latents if site.closed}
+
+    def fill(self, on_progress: Progress) -> None:
+        """Sample all latents for all rows; the rows of one draw share one sample of the global latents."""
+        pair, x = self.request.pair, self.request.x
+        with quiet(pair, x, self.request.seed):
+            for draw in range(self.request.draws):
+                with same_globals(pair, x) as shared:
+                    for site in self.sites.shared:
+                        self.values[site.site][0, draw] = whole(shared[site.site])
+                    for start in range(0, len(x), ROWS_OF_A_BATCH):
+                        rows = slice(start, start + ROWS_OF_A_BATCH)
+                        self._keep(draw, rows, draw_chunk(pair, x[rows], len(x)))
+                on_progress(draw + 1, self.request.draws)
+
+    def _keep(self, draw: int, rows: slice, part: Draw) -> None:
+        at = (0, draw, rows)
+        self.log_likelihood[at] = numpy_of(part.reconstruction)
+        self.log_q[at] = sum(numpy_of(latent.log_q) for latent in part.latents.values())
+        self.log_p[at] = sum(numpy_of(latent.log_p) for latent in part.latents.values())
+        self.global_log_ratio[0, draw] = sum(part.shared.values())
+        for name, latent in part.latents.items():
+            kept = self.values[name][at]
+            kept[...] = numpy_of(latent.value).reshape(kept.shape)
+            kl = _kl(latent) if name in self.kl else None
+            if kl is not None:
+                mean = self.kl[name][rows]
+                mean += numpy_of(kl).reshape(mean.shape) / self.request.draws
+
+    @cached_property
+    def log_weight(self) -> Array:
+        """Log weight log p(x, z) - log q(z | x), `(1, draws, n)`, nats; every row has 1/n of the global log ratio."""
+        share = self.global_log_ratio[..., None] / len(self.request.rows)
+        return np.asarray(self.log_likelihood + self.log_p - self.log_q - share)
+
+    def posterior(self) -> xarray.Dataset:
+        """Return the group `posterior`: the samples of all latents."""
+        lead = [(site, (*DRAW_DIMS, "datum")) for site in self.sites.latents]
+        lead += [(site, DRAW_DIMS) for site in self.sites.shared]
+        return group({site.name: site.variable(self.values[site.site], *dims) for site, dims in lead})
+
+    def sample_stats(self) -> xarray.Dataset:
+        """Return the group `sample_stats`: the log densities of the samples and, where defined, their log weights."""
+        columns = {"log_q": self.log_q, "log_p": self.log_p}
+        why = self._expected()
+        if not why:
+            columns |= {"log_likelihood": self.log_likelihood, "log_weight": self.log_weight}
+        found: dict[str, Variable] = {name: ((*DRAW_DIMS, "datum"), values, NATS) for name, values in columns.items()}
+        if self.sites.shared:
+            found["global_log_ratio"] = (DRAW_DIMS, self.global_log_ratio, NATS)
+        return group(found, why, ("log_likelihood", "log_weight") if why else ())
+
+    def _expected(self) -> str:
+        """Return the reason why single samples have no importance weights (summed-out latents, or points); else ""."""
+        if self.sites.summed:
+            return f"the model sums out {', '.join(self.sites.summed)}"
+        return f"{', '.join(self.points)}: a point has no density" if self.points else ""
+
+    def diagnostics(self) -> xarray.Dataset:
+        """Return the group `diagnostics`: bounds on log p(x), closed-form KLs and weight diagnostics, per datum."""
+        found: dict[str, Variable] = {}
+        if not self.points:
+            found["elbo"] = (("datum",), self.log_weight[0].mean(0), NATS)
+        for site in self.sites.latents:
+            if site.closed:
+                found[f"{site.name}_kl"] = site.variable(self.kl[site.site], "datum", **NATS)
+        names = ", ".join(site.name for site in self.sites.shared)
+        why = f"expected latents of single data only; got global {names}" if names else self._expected()
+        if not why:
+            return group({**found, **self._weights()})
+        return group(found, why, ("log_evidence", "ess", "khat", *(["elbo"] if self.points else [])))
+
+    def _weights(self) -> dict[str, Variable]:
+        weights = torch.from_numpy(self.log_weight[0])
+        magnitude = sum(np.abs(part[0]).max(0) for part in (self.log_likelihood, self.log_p, self.log_q))
+        resolution = torch.from_numpy(magnitude * RESOLVED_ROUNDINGS * torch.finfo(self.request.x.dtype).eps)
+        khat = pareto_k(weights, len(weights), resolution)
+        return {
+            "log_evidence": (("datum",), numpy_of(log_mean(weights)), NATS),
+            "ess": (("datum",), numpy_of(1 / inverse_ess(weights)), {}),
+            "khat": (("datum",), numpy_of(khat), {}),
+        }
+
+
+def _kl(latent: LatentDraw) -> Tensor | None:
+    """Return the closed-form KL(q || p) of every coordinate, nats, `(n, D)`; None unless q and p are normal."""
+    loc, scale, prior_loc, prior_scale = latent.loc, latent.scale, latent.prior_loc, latent.prior_scale
+    if loc is None or scale is None or prior_loc is None or prior_scale is None:
+        return None
+    return torch.distributions.kl_divergence(dist.Normal(loc, scale), dist.Normal(prior_loc, prior_scale))
+
+
+def guide(request: PosteriorRequest, sites: ExportedSites) -> xarray.Dataset:
     """Return the group `guide`: the parameters of q(z | x) for all rows of the split."""
-    pair, n, layout = request.pair, len(request.split), request.pair.layout
-    shown = [site for site in sites.latents if site.site in sites.parameters]
-    found: dict[str, Variable] = {
-        f"{site.name}_{key}": (
-            ("datum", *(*site.dims, f"{site.name}_code")[: one.ndim]),
-            np.empty((n, *one.shape), one.dtype),
-            site.attrs,
-        )
-        for site in shown
-        for key, one in sites.parameters[site.site].items()
-    }
+    pair, n = request.pair, len(request.split)
+    shown = [site for site in sites.latents if site.parameters]
+    found: dict[str, Variable] = {}
+    for site in shown:
+        for key, one in site.parameters.items():
+            dims = ("datum", *(*site.dims, f"{site.name}_code")[: one.ndim])
+            found[f"{site.name}_{key}"] = dims, np.empty((n, *one.shape), one.dtype), {"site": text(site.site)}
     with request.quiet(0):
         for start in range(0, n, ROWS_OF_A_BATCH) if shown else ():
             x = pair.accept(request.split.rows[start : start + ROWS_OF_A_BATCH])
             nodes = samples(pair.guide_trace(x))
             for site in shown:
-                for key, t in parameters_of(nodes[site.site], layout, len(x)).items():
+                for key, t in parameters_of(nodes[site.site], pair.layout, len(x)).items():
                     found[f"{site.name}_{key}"][1][start : start + len(x)] = numpy_of(t)
-    names = {site.site: site.name for site in sites.latents}
-    return VariableGroup(found, {names[site]: why for site, why in sites.hidden.items()})
+    missing = {f"missing_{site.name}": text(site.hidden) for site in sites.latents if site.hidden}
+    return group(found).assign_attrs(missing)
 
 
-def prior(request: PosteriorRequest, sites: ExportedSites) -> VariableGroup:
-    """Return the group `prior`: samples of p(z), each from its own run of the model, with its own global latents."""
-    pair, n = request.pair, len(request.x)
+def prior(request: PosteriorRequest, sites: ExportedSites) -> xarray.Dataset:
+    """Return the group `prior`: samples of p(z), each from its own run of the model, with its own global latents.
+
+    Latents are those of the first row of two. Sites of the guide alone are left out.
+    """
+    pair, n, draws = request.pair, len(request.x), []
     with request.quiet(1):
-        draws = [
-            dict(_values_of_prior(samples(pair.simulate(x)), sites, pair.layout, len(x)))
-            for x in (request.x[torch.tensor([i % n, (i + 1) % n])] for i in range(request.draws))
-        ]
-    every = [site for site in (*sites.latents, *sites.shared) if site.site in draws[0]]
-    stacked = {site: np.stack([draw[site.site] for draw in draws])[None] for site in every}
-    return VariableGroup(
-        {site.name: ((*DRAW_DIMS, *site.dims), values, site.attrs) for site, values in stacked.items()}
-    )
+        for i in range(request.draws):
+            nodes = samples(pair.simulate(request.x[torch.tensor([i % n, (i + 1) % n])]))
+            per_row = {z: first_row(nodes[z.site], pair.layout, 2) for z in sites.latents if z.site in nodes}
+            draws.append(per_row | {z: whole(nodes[z.site]) for z in sites.shared if z.site in nodes})
+    stacked = {z: np.stack([draw[z].reshape(z.like.shape) for draw in draws])[None] for z in draws[0]}
+    return group({z.name: z.variable(values, *DRAW_DIMS) for z, values in stacked.items()})
 
 
-def _values_of_prior(
-    nodes: Mapping[str, Any], sites: ExportedSites, layout: Layout, count: int
-) -> Iterator[tuple[str, Array]]:
-    """Yield the latents of the first row and the global latents, by site; sites of the guide alone are left out."""
-    for site in sites.latents:
-        if node := nodes.get(site.site):
-            yield site.site, numpy_of(rows_of(node["value"], node, layout, count)[0]).reshape(site.tail)
-    for site in sites.shared:
-        if node := nodes.get(site.site):
-            yield site.site, numpy_of(whole(node))
-
-
-def posterior_predictive(request: PosteriorRequest, sites: ExportedSites, drawn: SampledLatents) -> VariableGroup:
+def posterior_predictive(drawn: SampledLatents, request: PosteriorRequest, sites: ExportedSites) -> xarray.Dataset:
     """Return the group `posterior_predictive`: samples of p(x | z) at the first samples of z for the first rows."""
     pair, count, layout = request.pair, request.predictive_rows, request.pair.layout
     x = request.x[:count]
@@ -79,39 +221,32 @@ def posterior_predictive(request: PosteriorRequest, sites: ExportedSites, drawn:
     with request.quiet(2):
         template = samples(pair.guide_trace(x))
         for draw in range(request.predictive_draws):
-            with poutine.condition(data=dict(_values(drawn, template, layout, draw, count))):
+            values = {z: torch.from_numpy(kept[0, draw, ...]) for z, kept in drawn.values.items()}
+            for site in sites.latents:
+                values[site.site] = as_value(values[site.site][:count], template[site.site], layout)
+            for site in sites.shared:
+                value = template[site.site]["value"]
+                values[site.site] = values[site.site].to(value).reshape(value.shape)
+            with poutine.condition(data=values):
                 nodes = samples(pair.simulate(x))
             for site in sites.observed:
                 node = nodes[site.site]
                 out[site.site][0, draw] = numpy_of(rows_of(node["value"], node, layout, count))
-    dims = (*DRAW_DIMS, "datum_predictive")
-    return VariableGroup({site.name: ((*dims, *site.dims), out[site.site], site.attrs) for site in sites.observed})
+    return group({s.name: s.variable(out[s.site], *DRAW_DIMS, "datum_predictive") for s in sites.observed})
 
 
-def _values(
-    drawn: SampledLatents, template: Mapping[str, Any], layout: Layout, draw: int, count: int
-) -> Iterator[tuple[str, Tensor]]:
-    """Yield the stored latents of one draw by site, in the shape and type that guide and model take."""
-    for site in drawn.sites.latents:
-        rows = torch.from_numpy(drawn.values[site.site][0, draw, :count])
-        yield site.site, as_value(rows, template[site.site], layout)
-    for site in drawn.sites.shared:
-        value = template[site.site]["value"]
-        yield site.site, torch.from_numpy(drawn.values[site.site][0, draw, ...]).to(value).reshape(value.shape)
-
-
-def observed_data(request: PosteriorRequest, sites: ExportedSites) -> VariableGroup:
+def observed_data(request: PosteriorRequest, sites: ExportedSites) -> xarray.Dataset:
     """Return the group `observed_data`: the observed values of the rows of `posterior_predictive`."""
     pair, x = request.pair, request.x[: request.predictive_rows]
     with request.quiet(3):
         nodes = samples(pair.traces(x)[1])
     rows = {site: rows_of(nodes[site.site]["value"], nodes[site.site], pair.layout, len(x)) for site in sites.observed}
-    return VariableGroup({s.name: (("datum_predictive", *s.dims), numpy_of(t), s.attrs) for s, t in rows.items()})
+    return group({s.name: s.variable(numpy_of(t), "datum_predictive") for s, t in rows.items()})
 
 
-def constant_data(request: PosteriorRequest) -> VariableGroup:
+def constant_data(request: PosteriorRequest) -> xarray.Dataset:
     """Return the group `constant_data`: indices of the rows, and class labels if the split has them."""
     found: dict[str, Variable] = {"row": (("datum",), request.rows.numpy(), {})}
     if request.split.y is not None:
         found["label"] = (("datum",), numpy_of(request.split.y)[request.rows.numpy()], {})
-    return VariableGroup(found)
+    return group(found)

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from pvae import __version__
 from pvae.analysis.decompose.entry import accept
-from pvae.analysis.export.datasets import PosteriorDraws
-from pvae.analysis.export.groups import constant_data, guide, observed_data, posterior_predictive, prior
-from pvae.analysis.export.latents import PosteriorRequest, SampledLatents, VariableGroup
-from pvae.analysis.export.names import dataset, text
-from pvae.analysis.export.sites import TRACED_ROWS, ExportedSites, read_sites
+from pvae.analysis.export.datasets import GROUP_NAMES, PosteriorDraws
+from pvae.analysis.export.groups import (
+    PosteriorRequest,
+    SampledLatents,
+    constant_data,
+    guide,
+    observed_data,
+    posterior_predictive,
+    prior,
+)
+from pvae.analysis.export.sites import TRACED_ROWS, ExportedSites, read_sites, text
 from pvae.errors import DataError
 from pvae.runs.run import Run
 from pvae.util import seeds
@@ -96,45 +103,39 @@ def posterior(
         >>> dict(found["posterior"]["z"].sizes)
         {'chain': 1, 'draw': 4, 'datum': 8, 'z_dim': 2}
     """
-    _require_counts(draws=draws, rows=rows, predictive_rows=predictive_rows, predictive_draws=predictive_draws)
+    counts = {"draws": draws, "rows": rows, "predictive_rows": predictive_rows, "predictive_draws": predictive_draws}
+    for name, count in counts.items():
+        if count is not None and count < 1:
+            raise DataError(f"{name}: expected at least 1; got {count}.")
     part = run.data.split(split)
     chosen = seeds.subset(len(part), rows, seed)
     few, some = min(predictive_rows, len(chosen)), min(predictive_draws, draws)
     request = PosteriorRequest(run.pair, part, chosen, draws, seed, few, some)
     sites = read_sites(run.pair, accept(run.pair, part.rows[:TRACED_ROWS]))
-    require_memory(sizes(request, sites), memory)
+    require_memory(request, sites, memory)
     origin = {"inference_library": "pvae", "inference_library_version": __version__}
-    name = {"run": text(run.name), "run_id": text(str(run.files.manifest.get("id", run.path.name)))}
-    return export(request, sites, {**origin, **name, "split": split, "seed": seed}, on_progress)
+    origin |= {"run": text(run.name), "run_id": text(str(run.files.manifest.get("id", run.path.name)))}
+    return export(request, sites, {**origin, "split": split, "seed": seed}, on_progress)
 
 
-def _require_counts(**counts: int | None) -> None:
-    for name, count in counts.items():
-        if count is not None and count < 1:
-            raise DataError(f"{name}: expected at least 1; got {count}.")
+def require_memory(request: PosteriorRequest, sites: ExportedSites, memory: int) -> None:
+    """Refuse arrays of more than `memory` bytes together; raises DataError that names the largest one.
 
-
-def sizes(request: PosteriorRequest, sites: ExportedSites) -> dict[str, int]:
-    """Return the bytes of every array of an export, by `<group>/<variable>`; nothing is sampled."""
-    n, whole_split, draws = len(request.rows), len(request.split), request.draws
-    found = {f"posterior/{site.name}": draws * n * site.bytes for site in sites.latents}
-    found |= {f"posterior/{site.name}": draws * site.bytes for site in sites.shared}
-    found |= {
-        f"sample_stats/{name}": draws * n * FLOAT64_BYTES for name in ("log_q", "log_p", "log_likelihood", "log_weight")
-    }
-    found |= {f"prior/{site.name}": draws * site.bytes for site in (*sites.latents, *sites.shared)}
+    Nothing is sampled.
+    """
+    n, draws = len(request.rows), request.draws
+    found = {f"posterior/{site.name}": draws * n * site.like.nbytes for site in sites.latents}
+    found |= {f"posterior/{site.name}": draws * site.like.nbytes for site in sites.shared}
+    for name in ("log_q", "log_p", "log_likelihood", "log_weight"):
+        found[f"sample_stats/{name}"] = draws * n * FLOAT64_BYTES
+    found |= {f"prior/{site.name}": draws * site.like.nbytes for site in (*sites.latents, *sites.shared)}
     for site in sites.latents:
-        found[f"diagnostics/{site.name}_kl"] = n * site.size * FLOAT64_BYTES if site.site in sites.closed else 0
-        for key, values in sites.parameters.get(site.site, {}).items():
-            found[f"guide/{site.name}_{key}"] = whole_split * values.nbytes
+        found[f"diagnostics/{site.name}_kl"] = n * site.like.size * FLOAT64_BYTES if site.closed else 0
+        for key, values in site.parameters.items():
+            found[f"guide/{site.name}_{key}"] = len(request.split) * values.nbytes
     for site in sites.observed:
-        found[f"observed_data/{site.name}"] = request.predictive_rows * site.bytes
+        found[f"observed_data/{site.name}"] = request.predictive_rows * site.like.nbytes
         found[f"posterior_predictive/{site.name}"] = request.predictive_draws * found[f"observed_data/{site.name}"]
-    return found
-
-
-def require_memory(found: Mapping[str, int], memory: int) -> None:
-    """Refuse arrays of more than `memory` bytes together; raises DataError that names the largest one."""
     total = sum(found.values())
     if total > memory:
         largest = max(found, key=found.__getitem__)
@@ -156,26 +157,19 @@ def export(
         "sample_stats": drawn.sample_stats(),
         "guide": guide(request, sites),
         "diagnostics": drawn.diagnostics(),
-        "prior": _attempt(lambda: prior(request, sites)),
-        "posterior_predictive": _attempt(lambda: posterior_predictive(request, sites, drawn)),
         "observed_data": observed_data(request, sites),
         "constant_data": constant_data(request),
     }
-    found["posterior"].missing.update({name: group.absent for name, group in found.items() if group.absent})
+    simulated = {"prior": prior, "posterior_predictive": partial(posterior_predictive, drawn)}
+    for name, make in simulated.items():  # which a hand-written pair may not give
+        try:
+            found[name] = make(request, sites)
+        except (NotImplementedError, ValueError, RuntimeError, LookupError, AttributeError) as error:
+            why = (str(error).splitlines() or [type(error).__name__])[0][:300]
+            found["posterior"].attrs[f"missing_{name}"] = text(why)
     rows = {"datum": request.rows.numpy(), "datum_predictive": request.rows.numpy()[: request.predictive_rows]}
-    own = {"guide": {"datum": np.arange(len(request.split))}}
-    return PosteriorDraws(
-        {
-            name: dataset(group.variables, {**attrs, **group.notes}, own.get(name, rows))
-            for name, group in found.items()
-            if not group.absent
-        }
-    )
-
-
-def _attempt(make: Callable[[], VariableGroup]) -> VariableGroup:
-    """Return the result of `make`; if a hand-written pair cannot give it, a group with the reason."""
-    try:
-        return make()
-    except (NotImplementedError, ValueError, RuntimeError, LookupError, AttributeError) as error:
-        return VariableGroup({}, absent=(str(error).splitlines() or [type(error).__name__])[0][:300])
+    for name, group in found.items():
+        own = {"datum": np.arange(len(request.split))} if name == "guide" else rows
+        found[name] = group.assign_coords({dim: own.get(str(dim), np.arange(n)) for dim, n in group.sizes.items()})
+        found[name].attrs = {**attrs, **group.attrs}
+    return PosteriorDraws({name: found[name] for name in GROUP_NAMES if name in found})

@@ -1,10 +1,13 @@
-"""Sample sites of any pair as arrays with one row per datum: shapes, names, and posterior parameters."""
+"""Sample sites of any pair as arrays with one row per datum: valid names, shapes, and posterior parameters."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+import hashlib
+import json
+import re
+import unicodedata
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -12,18 +15,69 @@ import torch
 from torch import Tensor
 
 from pvae.analysis.decompose.entry import quiet
-from pvae.analysis.decompose.posterior_draws import draw_chunk
-from pvae.analysis.export.names import dims_of, safe_names, text
 from pvae.distributions.codes import Certain
 from pvae.pair.layout import Layout, samples, unwrapped
 from pvae.pair.pair import Pair
 from pvae.pair.structure import numbers_of
 from pvae.util.types import Array
 
+Variable = tuple[tuple[str, ...], Array, dict[str, Any]]
+"""Variable of an xarray Dataset: names of its dims, values, attributes."""
+RESERVED_DIMS = frozenset({"chain", "draw", "datum", "datum_predictive", "sample", "variable", "column"})
+LONGEST_NAME = 64
+"""Largest length of a variable name."""
 TRACED_ROWS = 16
 """Number of rows on which guide and model are run to find their sample sites."""
 EXPORTED_PROBABILITIES = 4096
 """Largest number of posterior probabilities of a discrete latent, per datum, that are exported."""
+
+
+# ---------------------------------------------------------------------- names
+
+
+def dims_of(name: str, tail: Sequence[int]) -> tuple[str, ...]:
+    """Return the names of a variable's event dims: `<name>_dim` for a vector, `<name>_dim_0`, ... for more dims."""
+    if len(tail) == 1:
+        return (f"{name}_dim",)
+    return tuple(f"{name}_dim_{axis}" for axis in range(len(tail)))
+
+
+def safe_names(tails: Mapping[str, Sequence[int]]) -> dict[str, str]:
+    """Return a variable name for every site: ASCII letters, digits and `_`, distinct from all dims and other names.
+
+    A valid name is kept; any other one is reduced to its valid characters, with a digest appended if that is taken.
+
+    Arguments:
+        tails: event shape of every site.
+    """
+    taken, names = set(RESERVED_DIMS), {}
+    for site in sorted(tails, key=lambda site: _kept(site) != site):
+        name = next(c for c in _candidates(site) if not {c, *dims_of(c, tails[site])} & taken)
+        taken |= {name, *dims_of(name, tails[site])}
+        names[site] = name
+    return {site: names[site] for site in tails}
+
+
+def _candidates(site: str) -> Iterator[str]:
+    kept, digest = _kept(site), site
+    if kept:
+        yield kept
+    while True:
+        digest = hashlib.sha256(digest.encode("utf-8", "surrogatepass")).hexdigest()[:8]
+        yield f"{kept[: LONGEST_NAME - 9] or 'site'}_{digest}"
+
+
+def _kept(site: str) -> str:
+    """Return the valid characters of a site's name; empty if there are none, or if they are too many."""
+    plain = unicodedata.normalize("NFKD", site).encode("ascii", "ignore").decode()
+    kept = re.sub(r"[^A-Za-z0-9_]+", "_", plain)
+    kept = kept if kept == site else kept.strip("_")
+    return kept if len(kept) <= LONGEST_NAME else ""
+
+
+def text(value: str) -> str:
+    """Return a string as NetCDF can hold it: as JSON if it has control characters or lone surrogates."""
+    return value if value and value.isprintable() else json.dumps(value)
 
 
 # ---------------------------------------------------------------------- values
@@ -82,7 +136,7 @@ def parameters_of(node: Mapping[str, Any], layout: Layout, count: int) -> dict[s
 # ---------------------------------------------------------------------- sites
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ExportedSite:
     """One sample site of a pair, as a variable of the export."""
 
@@ -90,39 +144,33 @@ class ExportedSite:
     """Name of the sample site in the pair."""
     name: str
     """Name of the variable in the export."""
-    tail: tuple[int, ...]
-    """Shape of the value of one datum, or of a global latent."""
-    dtype: Any
-    """NumPy type of the values."""
+    like: Array
+    """Value of one datum, or of a global latent, which gives shape and type."""
+    parameters: Mapping[str, Array] = field(default_factory=dict)
+    """Posterior parameters of the first row, of a supported family that depends on x alone; else none."""
+    hidden: str = ""
+    """Reason why the parameters of the posterior are not exported; empty if they are."""
+    closed: bool = False
+    """True for a latent with a closed-form KL(q || p) per coordinate: q and p are normal, and the prior does not depend
+    on latents that the guide infers from this one."""
 
     @property
     def dims(self) -> tuple[str, ...]:
-        """Names of the event dims of the variable, one for every axis of `tail`."""
-        return dims_of(self.name, self.tail)
-
-    @property
-    def attrs(self) -> dict[str, Any]:
-        """Attributes of the variable: the name of the sample site in the pair."""
-        return {"site": text(self.site)}
-
-    @property
-    def size(self) -> int:
-        """Number of elements of one value."""
-        return math.prod(self.tail)
-
-    @property
-    def bytes(self) -> int:
-        """Number of bytes of one value."""
-        return self.size * int(np.dtype(self.dtype).itemsize)
+        """Names of the event dims of the variable, one for every axis of a value."""
+        return dims_of(self.name, self.like.shape)
 
     def empty(self, *lead: int) -> Array:
-        """Return an uninitialised array `(*lead, *tail)` of the site's dtype."""
-        return np.empty((*lead, *self.tail), self.dtype)
+        """Return an uninitialised array `(*lead, *event)` of the site's type."""
+        return np.empty((*lead, *self.like.shape), self.like.dtype)
+
+    def variable(self, values: Array, *lead: str, **attrs: str) -> Variable:
+        """Return values `(*lead, *event)` as a variable, whose attributes name the sample site."""
+        return (*lead, *self.dims), values, {**attrs, "site": text(self.site)}
 
 
 @dataclass(frozen=True)
 class ExportedSites:
-    """All sample sites of a pair that are exported, and the parameters of their posteriors."""
+    """All sample sites of a pair that are exported."""
 
     latents: tuple[ExportedSite, ...]
     """Latents of the guide, and sites that the model sums out."""
@@ -132,13 +180,6 @@ class ExportedSites:
     """Observed sites."""
     summed: tuple[str, ...]
     """Latents that the model sums out: their densities are expectations."""
-    parameters: Mapping[str, Mapping[str, Array]]
-    """Posterior parameters of the first row, by site, of posteriors of a supported family that depend on x alone."""
-    hidden: Mapping[str, str]
-    """Reasons, by site, why the parameters of the other posteriors are not exported."""
-    closed: frozenset[str]
-    """Latents with a closed-form KL(q || p) per coordinate: q and p are normal, and the prior does not depend on
-    latents that the guide infers from this one."""
 
 
 def read_sites(pair: Pair, x: Tensor) -> ExportedSites:
@@ -146,59 +187,55 @@ def read_sites(pair: Pair, x: Tensor) -> ExportedSites:
     x = x[:TRACED_ROWS]
     with quiet(pair, x, 0):
         guide, model = (samples(trace) for trace in pair.traces(x))
-        drawn = draw_chunk(pair, x).latents if pair.layout.enumerated else {}
-    layout, count = pair.layout, len(x)
-    values = {name: numpy_of(rows_of(guide[name]["value"], guide[name], layout, count)[0]) for name in layout.latents}
-    summed = {name: numpy_of(latent.value[0].long().squeeze()) for name, latent in drawn.items() if name not in guide}
-    shared = {name: numpy_of(whole(guide[name])) for name in layout.shared}
-    observed = {
-        name: numpy_of(rows_of(model[name]["value"], model[name], layout, count)[0]) for name in layout.observed
-    }
-    names = safe_names(
-        {name: value.shape for part in (values, summed, shared, observed) for name, value in part.items()}
-    )
-
-    def sites(found: Mapping[str, Array]) -> tuple[ExportedSite, ...]:
-        return tuple(ExportedSite(name, names[name], value.shape, value.dtype) for name, value in found.items())
-
-    shown = {name: parameters_of(guide[name], layout, count) for name in layout.latents}
-    dependencies = pair.dependencies(x)
-    reads = {name: dependencies.guide.get(name, frozenset()) for name in layout.latents}
-    hidden = {name: why for name in layout.latents if (why := _why_hidden(guide[name], shown[name], reads[name]))}
-    normal = {name for name in layout.latents if name in model and _is_normal(guide[name]) and _is_normal(model[name])}
+    layout, count, dependencies = pair.layout, len(x), pair.dependencies(x)
+    values = {name: first_row(guide[name], layout, count) for name in layout.latents}
+    observed = {name: first_row(model[name], layout, count) for name in layout.observed}
+    shared = {name: whole(guide[name]) for name in layout.shared}
+    # The joint state of all sites that the model sums out, unless the guide has a latent beside them.
+    summed = ("+".join(layout.enumerated),) if layout.enumerated and not layout.latents else ()
+    states = dict.fromkeys(summed, np.zeros((), np.int64))
+    names = safe_names({name: v.shape for name, v in {**values, **states, **shared, **observed}.items()})
+    latents = []
+    for name, value in values.items():
+        node, found = guide[name], parameters_of(guide[name], layout, count)
+        why = _why_hidden(node, found, bool(dependencies.guide.get(name)))
+        shown = {} if why else {key: numpy_of(t[0]) for key, t in found.items()}
+        is_normal = name in model and _is_normal(node) and _is_normal(model[name])
+        closed = is_normal and name not in dependencies.bottom_up
+        latents.append(ExportedSite(name, names[name], value, shown, why, closed))
+    no_guide = "the model sums it out; it has no guide"
+    latents += [ExportedSite(name, names[name], value, hidden=no_guide) for name, value in states.items()]
     return ExportedSites(
-        latents=sites({**values, **summed}),
-        shared=sites(shared),
-        observed=sites(observed),
-        summed=tuple(summed),
-        parameters={
-            name: {key: numpy_of(t[0]) for key, t in found.items()}
-            for name, found in shown.items()
-            if name not in hidden
-        },
-        hidden={**hidden, **dict.fromkeys(summed, "the model sums it out; it has no guide")},
-        closed=frozenset(normal - dependencies.bottom_up),
+        tuple(latents),
+        tuple(ExportedSite(name, names[name], value) for name, value in shared.items()),
+        tuple(ExportedSite(name, names[name], value) for name, value in observed.items()),
+        summed,
     )
 
 
-def whole(node: Mapping[str, Any]) -> Tensor:
+def first_row(node: Mapping[str, Any], layout: Layout, count: int) -> Array:
+    """Return the value of a site for the first of `count` rows."""
+    return numpy_of(rows_of(node["value"], node, layout, count)[0])
+
+
+def whole(node: Mapping[str, Any]) -> Array:
     """Return the value of a global latent, without plates of size one."""
     fn = node["fn"]
     plates = [size for size in fn.batch_shape if size > 1]
-    return node["value"].detach().reshape((*plates, *fn.event_shape))
+    return numpy_of(node["value"].reshape((*plates, *fn.event_shape)))
 
 
 def _is_normal(node: Mapping[str, Any]) -> bool:
     return isinstance(unwrapped(node["fn"]), torch.distributions.Normal) and node["mask"] is None
 
 
-def _why_hidden(node: Mapping[str, Any], found: Mapping[str, Tensor], reads: Collection[str]) -> str:
+def _why_hidden(node: Mapping[str, Any], found: Mapping[str, Tensor], reads_latents: bool) -> str:
     """Return the reason why the parameters of a posterior are not exported; empty if they are."""
-    if isinstance(unwrapped(node["fn"]), Certain):
+    fn = unwrapped(node["fn"])
+    if isinstance(fn, Certain):
         return "a deterministic code has no parameters"
-    if not found and isinstance(unwrapped(node["fn"]), torch.distributions.Categorical):
+    if found:
+        return "its parameters read other latents" if reads_latents else ""
+    if isinstance(fn, torch.distributions.Categorical):
         return f"expected at most {EXPORTED_PROBABILITIES} probabilities of a datum; got {numbers_of(node['fn'])}"
-    if not found:
-        kind = type(unwrapped(node["fn"])).__name__
-        return f"expected a diagonal normal, categorical, one-hot or Bernoulli posterior; got {kind}"
-    return "its parameters read other latents" if reads else ""
+    return f"expected a diagonal normal, categorical, one-hot or Bernoulli posterior; got {type(fn).__name__}"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from pvae.analysis.bounds.evidence import evidence
 from pvae.analysis.decompose.surgery import surgery
-from pvae.analysis.figures.table import cell
+from pvae.analysis.figures.estimate import cell
 from pvae.analysis.pages.sections.anatomy import SURGERY_TERMS
 from pvae.analysis.samples.features import affordable
 from pvae.errors import CheckpointError, DataError
@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 
 STUDY_FILE = "study.json"
 STUDY_SCHEMA = 1
-STUDY_FIGURES = (*SURGERY_TERMS, "iwae", *(f"train_{term}" for term in SURGERY_TERMS), "seconds")
+ESTIMATES = (*SURGERY_TERMS, "iwae", *(f"train_{term}" for term in SURGERY_TERMS))
+STUDY_FIGURES = (*ESTIMATES, "seconds")
 """Names of the metrics of a run: ELBO terms and IWAE of the test split, ELBO terms of train, seconds of training."""
 TERMINAL_FIGURES = {
     "elbo": "ELBO", "mutual_information": "I_q", "marginal_kl": "marginal KL",
@@ -60,11 +61,10 @@ def figures(run: Run, measure: Measure, *, on_progress: Progress = silent) -> di
         CheckpointError: the run has no valid checkpoint.
     """
     found = kept(run.files, measure)
-    if found is not None:
-        return found
-    key = _key(run.files, measure)
-    found = _measured(run, measure, on_progress)
-    write_atomic(run.files.analysis / STUDY_FILE, pretty({"schema": STUDY_SCHEMA, "key": key, "figures": found}))
+    if found is None:
+        key = _key(run.files, measure)
+        found = _measured(run, measure, on_progress)
+        write_atomic(run.files.analysis / STUDY_FILE, pretty({"schema": STUDY_SCHEMA, "key": key, "figures": found}))
     return found
 
 
@@ -90,8 +90,7 @@ def _key(files: RunDirectory, measure: Measure) -> dict[str, Any]:
 
 
 def _measured(run: Run, measure: Measure, on_progress: Progress) -> dict[str, Any]:
-    seconds = run.status.get("seconds")
-    found: dict[str, Any] = {"iwae": None, "seconds": seconds, "notes": []}
+    found: dict[str, Any] = {"iwae": None, "seconds": run.status.get("seconds"), "notes": []}
     for i, split in enumerate(("test", "train")):
         part = run.data.split(split)
         most = measure.rows or affordable(len(part), tuple(part.rows.shape[1:]))  # no more than fit into memory
@@ -125,16 +124,16 @@ def row_of(found: Mapping[str, Any]) -> dict[str, float]:
     The key of an error is `<metric>_error`; the seconds of training have none.
     """
     named = {**found["test"], "iwae": found.get("iwae"), **{f"train_{k}": v for k, v in found["train"].items()}}
-    row: dict[str, float] = {}
-    for name in STUDY_FIGURES[:-1]:
+    row = {"seconds": _number(found, "seconds")}
+    for name in ESTIMATES:
         estimate = named.get(name)
-        estimate = estimate if isinstance(estimate, dict) else {}
-        row[name] = _number(estimate.get("value"))
-        row[f"{name}_error"] = _number(estimate.get("standard_error"))
-    return {**row, "seconds": _number(found.get("seconds"))}
+        row |= {name: _number(estimate, "value"), f"{name}_error": _number(estimate, "standard_error")}
+    return row
 
 
-def _number(value: object) -> float:
+def _number(found: object, key: str) -> float:
+    """Return the number at `key` of a dict; NaN if there is no number, or no dict."""
+    value = found.get(key) if isinstance(found, Mapping) else None
     return float(value) if isinstance(value, int | float) else math.nan
 
 
@@ -142,8 +141,7 @@ def frame(rows: Sequence[Mapping[str, Any]]) -> pandas.DataFrame:
     """Return a data frame with one row per run: case, seed, stage, settings, metrics with errors, folder of the run."""
     import pandas
 
-    errors = [column for name in STUDY_FIGURES[:-1] for column in (name, f"{name}_error")]
-    ends = (*errors, STUDY_FIGURES[-1], "run")
+    ends = (*_with_errors(ESTIMATES), "seconds", "run")
     declared = dict.fromkeys(key for row in rows for key in row if key not in (*RUN_COLUMNS, *ends))
     return pandas.DataFrame([dict(row) for row in rows], columns=[*RUN_COLUMNS, *declared, *ends])
 
@@ -160,10 +158,13 @@ def summary(runs: pandas.DataFrame) -> pandas.DataFrame:
     NaN for one seed. It measures the variation between fits, not the Monte Carlo error of one fit.
     """
     groups = runs.groupby(["case", "stage"], sort=False)[list(STUDY_FIGURES)]
-    means, errors = groups.mean(), groups.sem().add_suffix("_error")
-    both = means.join(errors)[[column for name in STUDY_FIGURES for column in (name, f"{name}_error")]]
+    both = groups.mean().join(groups.sem().add_suffix("_error"))[_with_errors(STUDY_FIGURES)]
     both.insert(0, "seeds", groups.size())
     return both.reset_index()
+
+
+def _with_errors(names: Sequence[str]) -> list[str]:
+    return [column for name in names for column in (name, f"{name}_error")]
 
 
 def table(means: pandas.DataFrame, title: str) -> Table:
@@ -177,7 +178,7 @@ def table(means: pandas.DataFrame, title: str) -> Table:
         drawn.add_column(column, justify="right")
     for row in means.to_dict("records"):
         stage = "" if row["stage"] == FIRST else f": {row['stage']}"
-        figures = [_with_error(row[name], row[f"{name}_error"]) for name in TERMINAL_FIGURES]
+        figures = [_shown(row[name], row[f"{name}_error"]) for name in TERMINAL_FIGURES]
         drawn.add_row(Text(f"{row['case']}{stage}"), str(row["seeds"]), *figures)
     return drawn
 
@@ -185,7 +186,7 @@ def table(means: pandas.DataFrame, title: str) -> Table:
 SUMMARY_CAPTION = "test, nats per datum: mean ± standard error over seeds; IWAE bounds log p(x) from below"
 
 
-def _with_error(value: float, error: float) -> str:
+def _shown(value: float, error: float) -> str:
     if math.isnan(value):
         return "-"
     return f"{value:.2f}" if math.isnan(error) else f"{value:.2f}\n± {error:.2f}"

@@ -25,19 +25,12 @@ from safetensors.torch import load_file, save_file
 
 from pvae import Run
 from pvae.analysis import evidence, surgery
+from pvae.analysis.pages.sections.anatomy import SURGERY_TERMS
 from pvae.analysis.samples.quality import sample_quality
 from pvae.training.launch import pick_device
 from pvae.util.seeds import subset
 
-MEASURED_TERMS = (
-    "elbo",
-    "reconstruction",
-    "kl",
-    "mutual_information",
-    "marginal_kl",
-    "marginal_kl_upper",
-    "train_gain",
-)
+MEASURED_TERMS = (*SURGERY_TERMS, "marginal_kl_upper", "train_gain")
 
 
 def fitted(run: Run) -> dict[str, object]:
@@ -90,12 +83,9 @@ def bounded(run: Run, split: str, rows: int, samples: int) -> tuple[dict[str, ob
 def sampled(run: Run, draws: int) -> dict[str, object]:
     """Return the quality of samples of a run compared with test data: classifier accuracy, distances, coverage ..."""
     found = sample_quality(run, "test", draws)
-    sharp = found.sharpness_of_means
-    return {
-        "told_apart": found.test.accuracy.value, "frechet": found.distances.frechet.value,
-        "precision_of_samples": found.fidelity.precision.value, "recall": found.fidelity.recall.value,
-        "coverage": found.fidelity.coverage.value, "sharpness_of_means": None if sharp is None else sharp.value,
-    }  # fmt: skip
+    f, sharp = found.fidelity, found.sharpness_of_means
+    measured = found.test.accuracy, found.distances.frechet, f.precision, f.recall, f.coverage, sharp
+    return {name: None if e is None else e.value for name, e in zip(TABLES["Samples"], measured, strict=True)}
 
 
 TABLES: dict[str, tuple[str, ...]] = {
@@ -119,16 +109,12 @@ def pages(frame: pandas.DataFrame) -> Iterator[str]:
     frame = frame.assign(minutes=frame["fit_seconds"] / 60)
     for name, wanted in TABLES.items():
         columns = [column for column in wanted if column in frame and frame[column].notna().any()]
-        if not columns:
-            continue
-        titles = [
-            TITLES.get(c.replace("train", "test"), c.removeprefix(f"{name.lower()}_").replace("_", " "))
-            for c in columns
-        ]
-        lines = [f"| {name} | " + " | ".join(titles) + " |", "|---" * (len(columns) + 1) + "|"]
-        for _, row in frame.iterrows():
-            lines.append(f"| {row['run']} | " + " | ".join(_cell(row, column) for column in columns) + " |")
-        yield "\n".join(lines)
+        plain = {c: c.removeprefix(f"{name.lower()}_").replace("_", " ") for c in columns}
+        lines = [(name, *(TITLES.get(c.replace("train", "test"), plain[c]) for c in columns))]
+        lines += [(row["run"], *(_cell(row, c) for c in columns)) for _, row in frame.iterrows()]
+        head, *rows = (f"| {' | '.join(line)} |" for line in lines)
+        if columns:
+            yield "\n".join((head, "|---" * (len(columns) + 1) + "|", *rows))
 
 
 def _cell(row: pandas.Series, column: str) -> str:
@@ -174,15 +160,14 @@ def main() -> None:
         at = log_p_of(asked.root, alike[0]) if alike else None
         if at is not None and not at.is_file():
             parser.error(f"{name}: expected {at}, which measuring {alike[0]['run']} wrote; got none. Name a new table.")
-        reference = None if at is None else load_file(at)["log_p"]
         row |= anatomy(run, asked.rows, asked.train_rows)
         scores, log_p = bounded(run, "test", asked.rows, asked.samples)
         row |= scores | {"samples": asked.samples}
         kept = log_p_of(asked.root, row)
         kept.parent.mkdir(exist_ok=True)
         save_file({"log_p": log_p}, kept)
-        if reference is not None:
-            difference = log_p - reference
+        if at is not None:
+            difference = log_p - load_file(at)["log_p"]
             row |= {"gain": float(difference.mean()), "gain_error": float(difference.std() / len(difference) ** 0.5)}
         if asked.train_evidence:
             row |= bounded(run, "train", asked.train_evidence, asked.samples)[0]

@@ -17,7 +17,7 @@ import pandas
 
 from pvae import Run
 from pvae.analysis import surgery
-from pvae.analysis.pages import plots
+from pvae.analysis.pages.plots import base, sheets
 from pvae.analysis.samples.quality import sample_quality
 from pvae.analysis.samples.sample import sample
 from pvae.pair.code_usage import code_usage
@@ -29,23 +29,22 @@ def row_of(run: Run, first: Run | None, rows: int, *, samples: bool) -> dict[str
 
     The KL is included if `first`, the first-stage run, is given, sample quality if `samples` is true.
     """
-    splits = {name: run.data.split(name).x for name in ("train", "test")}
-    chosen = {name: x[subset(len(x), rows, 0)] for name, x in splits.items()}
     row: dict[str, object] = {"run": run.name, "epochs": run.status["epoch"], "fit_seconds": run.status["seconds"]}
-    for name, x in chosen.items():
+    for name in ("train", "test"):
+        x = run.data.split(name).x
+        x = x[subset(len(x), rows, 0)]
         found = surgery(run.pair, x)
         row |= {f"{name}_{term}": getattr(found, term).value for term in ("elbo", "reconstruction", "kl")}
         bits = found.bits_per_dimension
         row[f"{name}_bits_per_dim"] = None if bits is None else bits.value
-        if name == "test":
-            row |= {f"test_kl_{latent}": level.kl.value for latent, level in found.latents.items()}
-            row["test_error"] = found.total.standard_error
+    row |= {f"test_kl_{latent}": level.kl.value for latent, level in found.latents.items()}  # now those of test
+    row["test_error"] = found.total.standard_error
     if first is not None:
-        before = surgery(first.pair, chosen["test"])
+        before = surgery(first.pair, x)
         bits = before.bits_per_dimension
         row |= {"first_seconds": first.status["seconds"], "uniform_kl": before.kl.value}
         row["uniform_bits_per_dim"] = None if bits is None else bits.value
-    row |= code_usage(run.pair, chosen["test"])
+    row |= code_usage(run.pair, x)
     if samples:
         f = sample_quality(run, "test", rows, mean=True).fidelity
         relative = f.relative_confidence
@@ -74,9 +73,9 @@ def main() -> None:
         pandas.DataFrame(table).round(4).to_csv(asked.out, index=False)
         print(pandas.DataFrame(table[-1:]).T.to_string(), flush=True)
         if asked.pictures and first is not None:
-            figure = plots.sampled(sample(run, 40, mean=True), run.data.train.data[:1000].double().numpy())
+            figure = sheets.sampled(sample(run, 40, mean=True), run.data.train.data[:1000].double().numpy())
             assert figure is not None  # noqa: S101 - these data are images
-            (asked.pictures / f"{run.experiment.name}.png").write_bytes(plots.png(figure))
+            (asked.pictures / f"{run.experiment.name}.png").write_bytes(base.png(figure))
 
 
 if __name__ == "__main__":

@@ -11,13 +11,11 @@ import torch
 from scipy.stats import mannwhitneyu, rankdata, tiecorrect
 from torch import Tensor
 
-from pvae.analysis.figures.estimate import Estimate, exact, over_rows
-from pvae.analysis.figures.table import Figures, Row
+from pvae.analysis.figures.estimate import Estimate, Figures, Row, exact, over_rows
 from pvae.analysis.samples.features import Features, affordable
 from pvae.analysis.samples.fidelity import DISTANCES_PER_BLOCK
-from pvae.analysis.samples.generated import Samples
 from pvae.analysis.samples.running import observed_rows, opened
-from pvae.analysis.samples.sample import sample
+from pvae.analysis.samples.sample import Samples, sample
 from pvae.errors import DataError
 from pvae.runs.run import Run
 from pvae.util import seeds
@@ -73,21 +71,12 @@ class Copying(Figures):
         return f"Copies of training rows ({m} samples, {h} held-out data, {self.trained} training rows)"
 
     def rows(self) -> Iterator[Row]:
-        yield "z", self.z, "far below 0: samples are nearer to training rows than held-out data are; above 0: farther"
-        yield (
-            "p_value",
-            self.p_value,
-            "probability of a z as low by chance, if samples have the distribution of the data",
-        )
-        yield (
-            "share",
-            self.share,
-            f"proportion of samples as near to a training row as the nearest {self.held_share:.3f} of data",
-        )
-        yield (
-            "nearer",
-            self.nearer,
-            "proportion of samples nearer to training rows than to as many held-out rows: 1/2 without copying",
+        near = f"{self.held_share:.3f}"
+        return self.described(
+            z="far below 0: samples are nearer to training rows than held-out data are; above 0: farther",
+            p_value="probability of a z as low by chance, if samples have the distribution of the data",
+            share=f"proportion of samples as near to a training row as the nearest {near} of data",
+            nearer="proportion of samples nearer to training rows than to as many held-out rows: 1/2 without copying",
         )
 
     @property

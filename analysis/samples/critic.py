@@ -12,12 +12,11 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from pvae.analysis.decompose.entry import accept
-from pvae.analysis.figures.estimate import Estimate, over_rows
-from pvae.analysis.figures.table import Figures, Row
+from pvae.analysis.figures.estimate import Estimate, Figures, Row, over_rows
 from pvae.analysis.samples.encode import encode
-from pvae.analysis.samples.running import analysed, chunks, opened, row_values
+from pvae.analysis.samples.running import analysed, by_chunks, opened
+from pvae.analysis.samples.sample import simulated
 from pvae.errors import DataError
-from pvae.pair.layout import samples as sites_of
 from pvae.pair.pair import Pair
 from pvae.runs.run import Run
 from pvae.util import seeds
@@ -65,21 +64,11 @@ class CriticKL(Figures):
         return f"KL(q_agg || p) of {', '.join(self.latents)} from samples (n = {self.n}, {self.draws} samples each)"
 
     def rows(self) -> Iterator[Row]:
-        yield (
-            "kl",
-            self.kl,
-            "mean log-ratio of codes: not a bound, and off by the error of the critic",
-        )
-        yield (
-            "nwj",
-            self.nwj,
-            "E_q T - E_p e^T + 1: a lower bound in expectation, low by the squared error of the critic",
-        )
-        yield "dv", self.dv, "E_q T - log E_p e^T: a lower bound for many samples; biased upwards for few"
-        yield (
-            "cross_entropy",
-            self.cross_entropy,
-            f"of the classifier between codes and prior: log 2 = {math.log(2):.4f} if they are equal",
+        return self.described(
+            kl="mean log-ratio of codes: not a bound, and off by the error of the critic",
+            nwj="E_q T - E_p e^T + 1: a lower bound in expectation, low by the squared error of the critic",
+            dv="E_q T - log E_p e^T: a lower bound for many samples; biased upwards for few",
+            cross_entropy=f"of the classifier between codes and prior: log 2 = {math.log(2):.4f} if they are equal",
         )
 
     @property
@@ -183,31 +172,20 @@ def both_sides(pair: Pair, x: Tensor, draws: int, seed: int) -> tuple[Tensor, Te
     Latents are concatenated, discrete ones as one-hot vectors, followed by the covariates of the rows as one-hot
     vectors, which are the same for codes and prior samples.
     """
-    sides: list[list[dict[str, Tensor]]] = [[], []]
-    for i in range(draws):
-        found = encode(pair, x, seed=seeds.mix(seed, seeds.ANALYSIS, 100 + 2 * i))
-        sides[0].append({name: code.value for name, code in found.latents.items()})
-        sides[1].append(from_prior(pair, x, seeds.mix(seed, seeds.ANALYSIS, 101 + 2 * i)))
-    names = tuple(name for name in sides[0][0] if name in sides[1][0])
-    known = [t.flatten(1) for t in pair.frame.split(x.cpu())[1].values()]
-    columns: list[list[Tensor]] = [[], []]
-    for name in names:
-        values = [torch.stack([one[name] for one in side]) for side in sides]
-        for column, flat in zip(columns, as_numbers(*values), strict=True):
-            column.append(flat)
-    q, p = (torch.cat([*side, *(t.float().expand(draws, *t.shape) for t in known)], -1) for side in columns)
-    return q, p, names
+    noise = [[seeds.mix(seed, seeds.ANALYSIS, 100 + 2 * i + side) for i in range(draws)] for side in (0, 1)]
+    q = [{name: code.value for name, code in encode(pair, x, seed=s).latents.items()} for s in noise[0]]
+    p = [from_prior(pair, x, s) for s in noise[1]]
+    names = tuple(name for name in q[0] if name in p[0])
+    latents = [as_numbers(*(torch.stack([one[name] for one in side]) for side in (q, p))) for name in names]
+    known = [t.flatten(1).float().expand(draws, len(x), -1) for t in pair.frame.split(x.cpu())[1].values()]
+    codes, prior = (torch.cat([*side, *known], -1) for side in zip(*latents, strict=True))
+    return codes, prior, names
 
 
 def from_prior(pair: Pair, x: Tensor, seed: int) -> dict[str, Tensor]:
     """Return one prior sample of every latent for each of the rows `(n, *row)`, given their covariates."""
-    parts: list[dict[str, Tensor]] = []
     with analysed(pair, x, seed):
-        for start, stop in chunks(len(x), x[0].numel()):
-            nodes, layout = sites_of(pair.simulate(x[start:stop])), pair.layout
-            hidden = {z: node for z, node in nodes.items() if z not in layout.observed and layout.holds(node)}
-            parts.append({z: row_values(node["value"], node, layout, stop - start) for z, node in hidden.items()})
-    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        return by_chunks(lambda *at: simulated(pair, x[slice(*at)]).latents, len(x), x[0].numel())
 
 
 def as_numbers(q: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
@@ -261,9 +239,7 @@ def loss_of(network: nn.Module, q: Tensor, p: Tensor) -> Tensor:
 def train(q: Tensor, p: Tensor, seed: int) -> LogRatio:
     """Train a critic on codes and prior samples `(draws, n, D)`, with early stopping on about a fifth of the rows."""
     aside = torch.randperm(q.shape[1], generator=seeds.generator(seed, seeds.ANALYSIS, 0)) % 5 == 0
-    (fit_q, held_q), (fit_p, held_p) = (
-        (z[:, ~aside].flatten(0, 1), z[:, aside].flatten(0, 1)) for z in (q, p)
-    )  # fmt: skip
+    fit_q, fit_p, held_q, held_p = (z[:, rows].flatten(0, 1) for rows in (~aside, aside) for z in (q, p))
     with torch.enable_grad(), torch.random.fork_rng(devices=[]):
         seeds.set_noise(seed, torch.device("cpu"))
         network = LogRatio(torch.cat([fit_q, fit_p]))

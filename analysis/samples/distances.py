@@ -9,8 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pvae.analysis.figures.estimate import Estimate
-from pvae.analysis.figures.table import Figures, Row
+from pvae.analysis.figures.estimate import Estimate, Figures, Row
 from pvae.analysis.samples.fidelity import blocks
 from pvae.errors import DataError
 from pvae.util import seeds
@@ -47,12 +46,10 @@ class Distances(Figures):
         return f"Distances of {self.m} samples from {self.n} data"
 
     def rows(self) -> Iterator[Row]:
-        yield "frechet", self.frechet, "between normals fitted to features of samples and data; too large on average"
-        yield "frechet_floor", self.frechet_floor, "the value for as many samples of the distribution of the data"
-        yield (
-            "kernel",
-            self.kernel,
-            "squared, of all moments up to the third: 0 for the distribution of the data, may be negative",
+        return self.described(
+            frechet="between normals fitted to features of samples and data; too large on average",
+            frechet_floor="the value for as many samples of the distribution of the data",
+            kernel="squared, of all moments up to the third: 0 for the distribution of the data, may be negative",
         )
 
 

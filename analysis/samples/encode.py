@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,9 +11,8 @@ from torch import Tensor
 from torch.distributions import Categorical, LowRankMultivariateNormal, MultivariateNormal
 
 from pvae.analysis.decompose.entry import accept
-from pvae.analysis.export.sites import parameters_of
-from pvae.analysis.samples.generated import Encoding, LatentCode, Reconstructions
-from pvae.analysis.samples.running import analysed, centre, chunks, datum, decoded_mean, joined, opened, row_values
+from pvae.analysis.export.sites import parameters_of, rows_of
+from pvae.analysis.samples import running
 from pvae.pair.densities import log_prob, sum_over
 from pvae.pair.enumeration import JointStates, read_joint_states
 from pvae.pair.layout import Layout, samples, unwrapped
@@ -21,6 +20,69 @@ from pvae.pair.pair import Pair
 from pvae.runs.run import Run
 from pvae.util import seeds
 from pvae.util.progress import Progress, silent
+
+
+@dataclass(frozen=True, eq=False)
+class LatentCode:
+    """Posterior of one latent for n data: a value, its log density, and the parameters of the posterior if known."""
+
+    value: Tensor
+    """Sample of q(z | x), or its centre (the mean; of a discrete latent the mode), `(n, *event)`."""
+    log_q: Tensor
+    """Log q of `value` given x and the latents that precede it in the guide, nats, `(n,)`, float64; exact."""
+    loc: Tensor | None
+    """Mean of a normal posterior, `(n, *event)`; None for other posteriors."""
+    scale: Tensor | None
+    """Standard deviations of a normal posterior, `(n, *event)`; None for other posteriors."""
+    probs: Tensor | None
+    """Probabilities of a discrete posterior, `(n, ...)`, or p(c | x, z), `(n, K)`, of a latent that the model sums out.
+    None for other posteriors, for deterministic codes, and for more than 4096 probabilities per datum."""
+    is_draw: bool
+    """True if `value` is a sample of the posterior, False if it is its centre."""
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Encoding(running.Generated):
+    """Latents inferred from rows of data; the result of `encode`.
+
+    `save` has keys `latents/<name>`, `log_q/<name>` and, where known, `loc/<name>`, `scale/<name>`, `probs/<name>`.
+    """
+
+    latents: dict[str, LatentCode]
+    """Posterior of each latent by name: those of the guide in its order, then discrete ones that the model sums out."""
+
+    @property
+    def log_q(self) -> Tensor:
+        """Joint log q(z | x) of all latents, nats, `(n,)`, float64."""
+        return sum_over([code.log_q for code in self.latents.values()])
+
+    def __getitem__(self, name: str) -> Tensor:
+        """Return the value of a latent by its name, `(n, *event)`."""
+        return self.latents[running.known_name(name, self.latents, "encode")].value
+
+    def tensors(self) -> dict[str, Tensor]:
+        parts = {"latents": "value", "log_q": "log_q", "loc": "loc", "scale": "scale", "probs": "probs"}
+        found: dict[str, Tensor] = {}
+        for what, field in parts.items():
+            found |= running.named(what, {name: getattr(code, field) for name, code in self.latents.items()})
+        return found
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Reconstructions(running.Generated):
+    """Data decoded from their latents; the result of `reconstruct`. `save` has keys `x`, `log_p`, `latents/<name>`."""
+
+    x: Tensor
+    """Means of p(x | z), or samples, `(n, *shape)`."""
+    log_p: Tensor
+    """log p(x | z) of the data, nats, `(n,)`, float64; exact at the given z."""
+    latents: dict[str, Tensor]
+    """Decoded latents z by name, sampled from q(z | x), `(n, *event)`."""
+    is_mean: bool
+    """True if x are means of p(x | z)."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"x": self.x, "log_p": self.log_p, **running.named("latents", self.latents)}
 
 
 def encode(
@@ -53,14 +115,11 @@ def encode(
         >>> encode(pair, x, mean=True)["z"].shape == (len(x), 2)
         True
     """
-    pair = opened(run_or_pair)
+    pair = running.opened(run_or_pair)
     x = accept(pair, x)
-    parts: list[dict[str, LatentCode]] = []
-    with analysed(pair, x, seed, mean):
-        for start, stop in chunks(len(x), x[0].numel()):
-            parts.append(_encoded(pair, x[start:stop], mean)[0])
-            on_progress(stop, len(x))
-    return Encoding({name: _joined_codes([part[name] for part in parts]) for name in parts[0]})
+    with running.analysed(pair, x, seed, mean):
+        n, numbers = len(x), x[0].numel()
+        return running.by_chunks(lambda *at: Encoding(_encoded(pair, x[slice(*at)], mean)[0]), n, numbers, on_progress)
 
 
 def _encoded(pair: Pair, x: Tensor, mean: bool) -> tuple[dict[str, LatentCode], dict[str, Tensor]]:
@@ -79,17 +138,14 @@ def _encoded(pair: Pair, x: Tensor, mean: bool) -> tuple[dict[str, LatentCode], 
 
 
 def _code(node: Mapping[str, Any], layout: Layout, count: int, mean: bool) -> LatentCode:
-    shown = {key: t.cpu() for key, t in parameters_of(node, layout, count).items()}
-    fn = unwrapped(node["fn"])
+    shown, fn = parameters_of(node, layout, count), unwrapped(node["fn"])
     if isinstance(fn, MultivariateNormal | LowRankMultivariateNormal):
-        shown = {"loc": row_values(fn.loc, node, layout, count), "scale": row_values(fn.stddev, node, layout, count)}
+        shown = {key: rows_of(t, node, layout, count) for key, t in (("loc", fn.loc), ("scale", fn.stddev))}
     return LatentCode(
-        value=row_values(node["value"], node, layout, count),
+        value=running.row_values(node["value"], node, layout, count),
         log_q=log_prob(node, layout, 0).double().cpu(),
-        loc=shown.get("loc"),
-        scale=shown.get("scale"),
-        probs=shown.get("probs"),
-        is_draw=not mean or centre(node["fn"]) is None,
+        **{key: shown[key].cpu() if key in shown else None for key in ("loc", "scale", "probs")},
+        is_draw=not mean or running.centre(node["fn"]) is None,
     )
 
 
@@ -112,15 +168,6 @@ def _summed(table: JointStates, nodes: Mapping[str, Any], mean: bool) -> Iterato
         value = states[index]
         spread = value.reshape(count, *(1,) * (-layout.dim - 1), *fn.event_shape)
         yield name, LatentCode(value.cpu(), log_p[every, index].cpu(), None, None, probs.cpu(), not mean), spread
-
-
-def _joined_codes(parts: Sequence[LatentCode]) -> LatentCode:
-    """Return the code of one latent for all rows, from those of successive chunks of rows."""
-    columns: dict[str, Any] = {
-        field: None if getattr(parts[0], field) is None else torch.cat([getattr(part, field) for part in parts])
-        for field in ("value", "log_q", "loc", "scale", "probs")
-    }
-    return replace(parts[0], **columns)
 
 
 def reconstruct(
@@ -149,34 +196,24 @@ def reconstruct(
         >>> reconstruct(pair, x).x.shape == x.shape
         True
     """
-    pair = opened(run_or_pair)
+    pair = running.opened(run_or_pair)
     x = accept(pair, x)
-    parts: list[tuple[Tensor, Tensor]] = []
-    latents: list[dict[str, Tensor]] = []
-    with analysed(pair, x, seed):
-        for start, stop in chunks(len(x), x[0].numel()):
-            codes, values = _encoded(pair, x[start:stop], mean=False)
-            noise = None if mean else seeds.mix(seed, seeds.ANALYSIS, 4 + start)
-            parts.append(_reconstructed(pair, x[start:stop], values, len(x), noise))
-            latents.append({name: code.value for name, code in codes.items()})
-            on_progress(stop, len(x))
-    decoded, log_p = (torch.cat(column) for column in zip(*parts, strict=True))
-    return Reconstructions(decoded, log_p, joined(latents), mean)
+    layout = pair.layout
 
+    def decoded(start: int, stop: int) -> Reconstructions:
+        part, count = x[start:stop], stop - start
+        codes, values = _encoded(pair, part, mean=False)
+        nodes = samples(pair.model_trace(part, values))
+        log_p = sum_over([log_prob(nodes[name], layout, 0, len(x)).double() for name in layout.observed])
+        if mean:
+            found = running.decoded_mean(nodes, layout, count)
+        else:
+            node = running.datum(layout, nodes)
+            with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):
+                seeds.set_noise(seeds.mix(seed, seeds.ANALYSIS, 4 + start), x.device)
+                found = running.row_values(node["fn"].sample(), node, layout, count)
+        latents = {name: code.value for name, code in codes.items()}
+        return Reconstructions(found, log_p.expand(count).cpu(), latents, mean)
 
-def _reconstructed(
-    pair: Pair, x: Tensor, values: Mapping[str, Tensor], size: int, noise: int | None
-) -> tuple[Tensor, Tensor]:
-    """Return E[x | z] of a chunk of rows, or a sample of p(x | z) if `noise` is its seed, and log p(x | z) of the data.
-
-    `size` is the number of rows of all chunks.
-    """
-    layout, count = pair.layout, len(x)
-    nodes = samples(pair.model_trace(x, values))
-    log_p = sum_over([log_prob(nodes[name], layout, 0, size).double() for name in layout.observed])
-    node = nodes[datum(layout, nodes)]
-    if noise is None:
-        return decoded_mean(node, layout, count), log_p.expand(count).cpu()
-    with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):
-        seeds.set_noise(noise, x.device)
-        return row_values(node["fn"].sample(), node, layout, count), log_p.expand(count).cpu()
+    with running.analysed(pair, x, seed):
+        return running.by_chunks(decoded, len(x), x[0].numel(), on_progress)

@@ -12,9 +12,8 @@ from torch import Tensor, nn
 from pvae.component import Shape
 from pvae.errors import DataError
 from pvae.nn.conv import Conv
-from pvae.nn.dense import MLP
-from pvae.nn.lean_adam import LeanAdam
-from pvae.nn.network import NetworkModule
+from pvae.nn.network import MLP, NetworkModule
+from pvae.nn.optimizers import LeanAdam
 from pvae.util import seeds
 
 EXPOSURES = 40_000
@@ -54,11 +53,7 @@ class Classifier(nn.Module):
     def __init__(self, x: Tensor, classes: int) -> None:
         super().__init__()
         shape: Shape = tuple(x.shape[1:])
-        network = (
-            Conv(channels=(32, 64), dense=FEATURE_WIDTH)
-            if len(shape) == 3
-            else MLP(hidden=(FEATURE_WIDTH, FEATURE_WIDTH))
-        )
+        network = Conv(channels=(32, 64), dense=FEATURE_WIDTH) if len(shape) == 3 else MLP(hidden=(FEATURE_WIDTH,) * 2)
         self.network: NetworkModule = network.build({X: shape}, None)
         self.head = nn.Linear(self.network.width, classes)
         self.register_buffer("loc", x.mean())
@@ -103,7 +98,7 @@ def classify(x: Tensor, y: Tensor, classes: int, seed: int, held: tuple[Tensor, 
                 step += 1
             if held is None:
                 continue
-            loss_of_held = cross_entropy(model, *held)
+            loss_of_held = float(nn.functional.cross_entropy(in_chunks(model, held[0]), held[1].cpu()))
             if loss_of_held < best:
                 best, best_epoch, kept = loss_of_held, epoch, {k: t.clone() for k, t in model.state_dict().items()}
             elif epoch - best_epoch > PATIENCE * epochs:
@@ -111,11 +106,6 @@ def classify(x: Tensor, y: Tensor, classes: int, seed: int, held: tuple[Tensor, 
     if kept is not None:
         model.load_state_dict(kept)
     return model.eval()
-
-
-def cross_entropy(model: Classifier, x: Tensor, y: Tensor) -> float:
-    """Return the mean cross-entropy of a classifier on data `(n, *shape)` with classes `(n,)`, nats."""
-    return float(nn.functional.cross_entropy(in_chunks(model, x), y.cpu()))
 
 
 @torch.no_grad()

@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pvae.analysis.figures.estimate import Estimate, over_rows
-from pvae.analysis.figures.table import Figures, Row
+from pvae.analysis.figures.estimate import Estimate, Figures, Row, over_rows
 from pvae.analysis.samples.features import Features
 from pvae.errors import DataError
 
@@ -70,22 +69,16 @@ class Fidelity(Figures):
         return f"Samples among data ({self.m} among {self.n}, k = {self.k})"
 
     def rows(self) -> Iterator[Row]:
-        yield "precision", self.precision, "proportion of samples within the balls of data: do they look like data?"
-        yield "recall", self.recall, "proportion of data within the balls of samples: could the model produce them?"
-        yield (
-            "density",
-            self.density,
-            "mean number of balls of data around a sample, by k: 1 for the distribution of the data",
-        )
         expected = f"{self.expected_coverage:.3f}"
-        yield (
-            "coverage",
-            self.coverage,
-            f"proportion of data whose ball has a sample: {expected} for the distribution of the data",
+        yield from self.described(
+            precision="proportion of samples within the balls of data: do they look like data?",
+            recall="proportion of data within the balls of samples: could the model produce them?",
+            density="mean number of balls of data around a sample, by k: 1 for the distribution of the data",
+            coverage=f"proportion of data whose ball has a sample: {expected} for the distribution of the data",
+            confidence="mean probability of the most probable class of samples",
+            data_confidence="mean probability of the most probable class of data",
+            relative_confidence="confidence divided by data_confidence",
         )
-        yield "confidence", self.confidence, "mean probability of the most probable class of samples"
-        yield "data_confidence", self.data_confidence, "mean probability of the most probable class of data"
-        yield "relative_confidence", self.relative_confidence, "confidence divided by data_confidence"
         for name, share in self.shares.items():
             among = self.data_shares.get(name)
             yield f"share/{name}", share, f"of samples; {float(among):.3f} of the data" if among else "of samples"

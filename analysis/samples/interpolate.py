@@ -9,11 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pvae.analysis.samples.encode import encode
-from pvae.analysis.samples.generated import Generated, LatentCode, named
-from pvae.analysis.samples.running import analysed, chunks, datum, decoded_mean, is_discrete, opened
+from pvae.analysis.samples import running
+from pvae.analysis.samples.encode import LatentCode, encode
 from pvae.analysis.samples.sample import Template
-from pvae.analysis.samples.traversal import Priors, one_row, placed, site_values
+from pvae.analysis.samples.traversal import PlacedModel, one_row
 from pvae.errors import DataError
 from pvae.pair.densities import log_prob, sum_over
 from pvae.pair.layout import samples
@@ -23,7 +22,7 @@ from pvae.util.progress import Progress, silent
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Interpolation(Generated):
+class Interpolation(running.Generated):
     """Data decoded along the line between the codes of two rows; the result of `interpolate`.
 
     `save` has keys `x`, `at`, `latents/<name>` and, where known, `log_prior`.
@@ -40,7 +39,7 @@ class Interpolation(Generated):
 
     def tensors(self) -> dict[str, Tensor]:
         prior = {} if self.log_prior is None else {"log_prior": self.log_prior}
-        return {"x": self.x, "at": self.at, **prior, **named("latents", self.latents)}
+        return {"x": self.x, "at": self.at, **prior, **running.named("latents", self.latents)}
 
 
 def interpolate(
@@ -83,23 +82,25 @@ def interpolate(
     """
     if steps < 2:
         raise DataError(f"interpolate: expected at least two steps; got steps={steps}.")
-    pair, todo = opened(run_or_pair), "Pass x[:1]."
+    pair, todo = running.opened(run_or_pair), "Pass x[:1]."
     first, last = (one_row(pair, row, "interpolate", todo) for row in (a, b))
     ends = [encode(pair, row, mean=True, seed=seed).latents for row in (first, last)]
     template, at = Template(run_or_pair, pair, steps, None, seed, first), torch.linspace(0, 1, steps)
-    parts = []
-    with analysed(pair, template.at(0, 2), seed):
-        nodes = samples(pair.simulate(template.at(0, 2)))
-        path = _path(nodes, ends[0], ends[1], at)
-        prior = Priors({}, {}, None, site_values(pair, nodes, path))
-        for start, stop in chunks(steps, template.numbers):
-            flat = {name: values[start:stop].reshape(stop - start, -1) for name, values in path.items()}
-            parts.append(_decoded(pair, template.at(start, stop), flat, prior))
-            on_progress(stop, steps)
-    known = [log_p for _, log_p in parts if log_p is not None]
-    return Interpolation(
-        torch.cat([x for x, _ in parts]), at, path, torch.cat(known) if len(known) == len(parts) else None
-    )
+    with running.analysed(pair, template.at(0, 2), seed):
+        model = PlacedModel(template, samples(pair.simulate(template.at(0, 2))))
+        path = _path(model.nodes, ends[0], ends[1], at)
+
+        def decoded(start: int, stop: int) -> Interpolation:
+            latents = {name: values[start:stop] for name, values in path.items()}
+            nodes = model.sites(start, stop, {name: v.reshape(stop - start, -1) for name, v in latents.items()})
+            x = running.decoded_mean(nodes, pair.layout, stop - start)
+            try:
+                log_p = sum_over([log_prob(nodes[name], pair.layout, 0).double() for name in path])
+            except NotImplementedError:
+                return Interpolation(x, at[start:stop], latents, None)
+            return Interpolation(x, at[start:stop], latents, log_p.expand(stop - start).cpu())
+
+        return running.by_chunks(decoded, steps, template.numbers, on_progress)
 
 
 def _path(
@@ -111,7 +112,7 @@ def _path(
         if name not in nodes:
             continue
         start, end = a[name].value, b[name].value
-        if not is_discrete(nodes[name]["fn"]):
+        if not running.is_discrete(nodes[name]["fn"]):
             path[name] = torch.lerp(start, end, at.to(start).reshape(-1, *(1,) * (start.dim() - 1)))
         elif torch.equal(start, end):
             path[name] = start.expand(len(at), *start.shape[1:])
@@ -123,14 +124,3 @@ def _path(
     if not path:
         raise DataError("interpolate: expected latents of single data; got a model without any.")
     return path
-
-
-def _decoded(pair: Pair, rows: Tensor, flat: Mapping[str, Tensor], prior: Priors) -> tuple[Tensor, Tensor | None]:
-    """Return E[x | z] of some points of the line, and their log p(z) in nats, None if the prior has no density."""
-    nodes = placed(pair, rows, flat, prior)
-    x = decoded_mean(nodes[datum(pair.layout, nodes)], pair.layout, len(rows))
-    try:
-        log_p = sum_over([log_prob(nodes[name], pair.layout, 0).double() for name in flat])
-    except NotImplementedError:
-        return x, None
-    return x, log_p.expand(len(rows)).cpu()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,11 +14,10 @@ from scipy import sparse
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
-from sklearn.preprocessing import StandardScaler
+from sklearn.preprocessing import OneHotEncoder, StandardScaler
 from torch import Tensor
 
-from pvae.analysis.figures.estimate import Estimate, over_rows
-from pvae.analysis.figures.table import Figures, Row
+from pvae.analysis.figures.estimate import Estimate, Figures, Row, over_rows
 from pvae.analysis.samples.encode import encode
 from pvae.analysis.samples.features import MAX_CLASSES, PRINCIPAL_COMPONENTS, affordable, principal
 from pvae.analysis.samples.running import opened
@@ -37,8 +36,8 @@ PROBE_NEIGHBOURS = 5
 LINEAR_STEPS = 200
 """Largest number of optimiser steps of logistic regression."""
 TOGETHER, RAW = "all latents", "x"
-Matrix = Any
-"""Float64 matrix `(n, F)`, dense or a sparse one of scipy, which ships no types."""
+Block = tuple[Any, Any]
+"""Inputs of a classifier for the training rows and for those to classify: float64 matrices, dense or sparse."""
 
 
 @dataclass(frozen=True)
@@ -85,9 +84,8 @@ class Probe(Figures):
 
     def rows(self) -> Iterator[Row]:
         for reading in self.readings:
-            what = (
-                f"of the {PRINCIPAL_COMPONENTS} first principal components of x" if reading.of == RAW else "of the code"
-            )
+            raw = f"the {PRINCIPAL_COMPONENTS} first principal components of x"
+            what = f"of {raw if reading.of == RAW else 'the code'}"
             yield f"{reading.of}/knn", reading.knn, f"accuracy of {PROBE_NEIGHBOURS} nearest neighbours {what}"
             yield f"{reading.of}/knn_gain", reading.knn_gain, "difference from the neighbours of x, on the same rows"
             yield f"{reading.of}/linear", reading.linear, f"accuracy of logistic regression {what}"
@@ -96,12 +94,7 @@ class Probe(Figures):
 
 
 def probe(
-    run: Run,
-    split: str = "test",
-    rows: int | None = None,
-    seed: int = 0,
-    *,
-    on_progress: Progress = silent,
+    run: Run, split: str = "test", rows: int | None = None, seed: int = 0, *, on_progress: Progress = silent
 ) -> Probe:
     """Measure how well simple classifiers predict the label from the codes of data.
 
@@ -144,10 +137,8 @@ def probe(
             f"probe: expected a model that is not conditioned on the label; got one conditioned on {told}, whose codes "
             f"need not contain what is given."
         )
-    (x, y), (asked, labels) = (
-        _some(train, PROBE_TRAINING_ROWS, seed),
-        _some(part, min(rows or PROBE_ROWS, PROBE_ROWS), seed),
-    )
+    x, y = _some(train, PROBE_TRAINING_ROWS, seed)
+    asked, labels = _some(part, min(rows or PROBE_ROWS, PROBE_ROWS), seed)
     there = np.unique(y)
     if not 1 < len(there) <= MAX_CLASSES:
         raise DataError(f"probe: expected 2 to {MAX_CLASSES} labels among the training rows; got {len(there)}.")
@@ -158,20 +149,25 @@ def probe(
     if not all(bool(side.isfinite().all()) for side in (x, asked)):
         raise DataError("probe: expected finite numbers; got NaN or infinity, of which x has no principal components.")
     codes = [encode(run, side, mean=True, seed=seed).latents for side in (x, asked)]
-    read = {name: _read(*(side[name].value for side in codes)) for name in codes[0]}
+    read = {name: [_read(*(side[name].value for side in codes))] for name in codes[0]}
     if not read:
         raise DataError("probe: expected latents of single data; got a model without any.")
     if len(read) > 1:
-        read[TOGETHER] = _joined(tuple(read.values()))
-    read[RAW] = _principal(x, asked)
+        read[TOGETHER] = [block for blocks in read.values() for block in blocks]
+    loc, directions = principal(x)
+    learnt, seen = (((side.flatten(1).double().cpu() - loc) @ directions).numpy() for side in (x, asked))
+    read[RAW] = [(learnt, seen)]
     right = {}
-    for done, (name, columns) in enumerate(read.items()):
+    for done, (name, blocks) in enumerate(read.items()):
         on_progress(done, len(read))
-        right[name] = _right(columns, y, labels)
+        right[name] = _right(blocks, y, labels)
     on_progress(len(read), len(read))
+    readings = []
+    for name, found in right.items():
+        gains = [] if name == RAW else [over_rows(mine - raw) for mine, raw in zip(found, right[RAW], strict=True)]
+        readings.append(Reading(name, *map(over_rows, found), *gains))
     majority = over_rows(torch.from_numpy(labels == np.bincount(y).argmax()).double())
-    readings = tuple(_reading(name, found, right[RAW]) for name, found in right.items())
-    return Probe(readings, majority, len(y), len(labels), split)
+    return Probe(tuple(readings), majority, len(y), len(labels), split)
 
 
 def _some(split: Split, most: int, seed: int) -> tuple[Tensor, NDArray[Any]]:
@@ -182,78 +178,47 @@ def _some(split: Split, most: int, seed: int) -> tuple[Tensor, NDArray[Any]]:
     return split.rows[index.to(split.rows.device)], split.y[index.to(split.y.device)].cpu().numpy()
 
 
-@dataclass(frozen=True)
-class Columns:
-    """Input matrices of the classifiers, each as a pair: for the training rows, and for the rows to classify."""
-
-    plain: tuple[Matrix, Matrix]
-    """Unscaled inputs, for nearest neighbours."""
-    standard: tuple[Matrix, Matrix]
-    """Inputs for logistic regression: real numbers standardised by the training rows, one-hot vectors unscaled."""
-
-
-def _read(train: Tensor, asked: Tensor) -> Columns:
-    """Return the classifier inputs of a latent `(n, *event)` and `(m, *event)`; indices become one-hot vectors."""
+def _read(train: Tensor, asked: Tensor) -> Block:
+    """Return a latent `(n, *event)` and `(m, *event)` as inputs of a classifier; indices become one-hot vectors."""
     sides = [side.reshape(len(side), -1).numpy() for side in (train, asked)]
     if train.is_floating_point():
-        return _real(sides[0].astype(np.float64), sides[1].astype(np.float64))
-    states = int(max(side.max() for side in sides)) + 1
-    learnt, seen = (_one_hots(side, states) for side in sides)
-    return Columns((learnt, seen), (learnt, seen))
+        return sides[0].astype(np.float64), sides[1].astype(np.float64)
+    states = np.arange(1 + max(int(side.max()) for side in sides))
+    encoder = OneHotEncoder(categories=[states] * sides[0].shape[1]).fit(sides[0])
+    return encoder.transform(sides[0]), encoder.transform(sides[1])
 
 
-def _real(train: NDArray[np.float64], asked: NDArray[np.float64]) -> Columns:
-    scaler = StandardScaler().fit(train)
-    return Columns((train, asked), (scaler.transform(train), scaler.transform(asked)))
+def _standardised(block: Block) -> Block:
+    """Return inputs standardised by the training rows; one-hot vectors, which are sparse, as they are."""
+    if sparse.issparse(block[0]):
+        return block
+    scaler = StandardScaler().fit(block[0])
+    return scaler.transform(block[0]), scaler.transform(block[1])
 
 
-def _one_hots(index: NDArray[Any], states: int) -> sparse.csr_matrix:
-    """Return one-hot vectors, concatenated over positions, `(n, P * states)`, of indices `(n, P)`."""
-    n, positions = index.shape
-    at = (index + states * np.arange(positions)).ravel()
-    return sparse.csr_matrix((np.ones(n * positions), at, np.arange(n + 1) * positions), (n, positions * states))
+def _beside(blocks: Sequence[Block]) -> Block:
+    """Return the inputs of a classifier side by side, for training rows and others; sparse if any of them is."""
+    train, asked = zip(*blocks, strict=True)
+    if any(map(sparse.issparse, train)):
+        return sparse.hstack(train, "csr"), sparse.hstack(asked, "csr")
+    return np.hstack(train), np.hstack(asked)
 
 
-def _principal(train: Tensor, asked: Tensor) -> Columns:
-    """Return as classifier inputs the leading principal components of x, fitted to the training rows."""
-    loc, directions = principal(train)
-    learnt, seen = (((side.flatten(1).double().cpu() - loc) @ directions).numpy() for side in (train, asked))
-    return _real(learnt, seen)
-
-
-def _joined(parts: tuple[Columns, ...]) -> Columns:
-    """Return the classifier inputs of several latents side by side; sparse if any of them is."""
-
-    def beside(sides: list[Matrix]) -> Matrix:
-        return sparse.hstack(sides, "csr") if any(map(sparse.issparse, sides)) else np.hstack(sides)
-
-    plain = [beside([part.plain[i] for part in parts]) for i in (0, 1)]
-    standard = [beside([part.standard[i] for part in parts]) for i in (0, 1)]
-    return Columns((plain[0], plain[1]), (standard[0], standard[1]))
-
-
-def _right(columns: Columns, learnt: NDArray[Any], asked: NDArray[Any]) -> tuple[Tensor, Tensor]:
+def _right(blocks: Sequence[Block], y: NDArray[Any], labels: NDArray[Any]) -> tuple[Tensor, Tensor]:
     """Return 1 for each row whose label is predicted correctly, else 0, by nearest neighbours and logistic regression.
 
     Arguments:
-        columns: inputs of the classifiers.
-        learnt: labels of the training rows, `(n,)`.
-        asked: true labels of the rows to classify, `(m,)`.
+        blocks: inputs of the classifiers; logistic regression sees them standardised.
+        y: labels of the training rows, `(n,)`.
+        labels: true labels of the rows to classify, `(m,)`.
 
     Returns:
         Two tensors `(m,)`, float64.
     """
-    knn = KNeighborsClassifier(min(PROBE_NEIGHBOURS, len(learnt)), algorithm="brute").fit(columns.plain[0], learnt)
+    train, asked = _beside(blocks)
+    by_knn = KNeighborsClassifier(min(PROBE_NEIGHBOURS, len(y)), algorithm="brute").fit(train, y).predict(asked)
+    train, asked = _beside([_standardised(block) for block in blocks])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # the classifier after `LINEAR_STEPS` steps is used
-        linear = LogisticRegression(max_iter=LINEAR_STEPS).fit(columns.standard[0], learnt)
-    named = knn.predict(columns.plain[1]), linear.predict(columns.standard[1])
-    by_knn, by_linear = (torch.from_numpy(found == asked).double() for found in named)
-    return by_knn, by_linear
-
-
-def _reading(of: str, right: tuple[Tensor, Tensor], raw: tuple[Tensor, Tensor]) -> Reading:
-    gains = (
-        (None, None) if of == RAW else tuple(over_rows(mine - theirs) for mine, theirs in zip(right, raw, strict=True))
-    )
-    return Reading(of, over_rows(right[0]), over_rows(right[1]), *gains)
+        by_linear = LogisticRegression(max_iter=LINEAR_STEPS).fit(train, y).predict(asked)
+    return torch.from_numpy(by_knn == labels).double(), torch.from_numpy(by_linear == labels).double()

@@ -1,30 +1,85 @@
-"""Helpers that run the model and guide of a pair over rows in chunks, and take means and modes of distributions."""
+"""Common parts of sampling, encoding and decoding: results that can be saved, runs of a pair over rows in chunks."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import io
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from dataclasses import fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from pyro import poutine
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import Categorical, Distribution
 
 from pvae.analysis.decompose.entry import quiet, same_globals
-from pvae.analysis.export.sites import rows_of
+from pvae.analysis.export.sites import numpy_of, rows_of, safe_names
 from pvae.data.split import Split
 from pvae.distributions.relaxed import twin
-from pvae.errors import DeclarationError
+from pvae.errors import DeclarationError, near
 from pvae.pair.layout import Layout, unwrapped
 from pvae.pair.pair import Pair
 from pvae.runs.run import Run
+from pvae.util.files import write_atomic
+from pvae.util.progress import Progress, silent
+
+T = TypeVar("T")
 
 CHUNK_ROWS = 250
 """Largest number of rows that are sampled, encoded or decoded at a time."""
 CHUNK_NUMBERS = 2**20
 """Largest number of data elements in a chunk: its rows times the elements of a row."""
+
+
+# ---------------------------------------------------------------------- results
+
+
+def known_name(name: str, names: Sequence[str] | Mapping[str, Any], what: str) -> str:
+    """Return `name` if it is one of `names`; else raise a DeclarationError that suggests the most similar one."""
+    if name not in names:
+        raise DeclarationError(f"{what}: expected one of {', '.join(names)}; got {name!r}{near(name, names)}.")
+    return name
+
+
+class Generated(ABC):
+    """Base class of results that consist of named tensors on the CPU and can be saved."""
+
+    @abstractmethod
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the tensors of the result under the keys that `save` writes."""
+
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """Return the tensors of the result as NumPy arrays, under the same keys."""
+        return {key: numpy_of(t) for key, t in self.tensors().items()}
+
+    def save(self, path: str | Path, **more: Tensor) -> Path:
+        """Write the tensors to an `.npz` file atomically, for `numpy.load(path, allow_pickle=False)`; return its path.
+
+        The keys are those of `arrays` and of `more`. Site names are reduced to ASCII letters, digits and `_`.
+        """
+        buffer = io.BytesIO()
+        arrays: dict[str, Any] = {**self.arrays(), **{key: numpy_of(t) for key, t in more.items()}}
+        np.savez(buffer, **arrays)
+        write_atomic(Path(path), buffer.getvalue())
+        return Path(path)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{key} {list(t.shape)}' for key, t in self.tensors().items())})"
+
+
+def named(what: str, values: Mapping[str, Tensor | None]) -> dict[str, Tensor]:
+    """Return the tensors that are not None under keys `<what>/<name>`, with names of ASCII letters, digits and `_`."""
+    names = safe_names({name: () for name in values})
+    return {f"{what}/{names[name]}": t for name, t in values.items() if t is not None}
+
+
+# ---------------------------------------------------------------------- runs of model and guide
 
 
 def distribution_mean(fn: Any) -> Tensor:
@@ -103,9 +158,9 @@ def chunks(n: int, numbers: int) -> Iterator[tuple[int, int]]:
         yield start, min(start + size, n)
 
 
-def datum(layout: Layout, nodes: Mapping[str, Any]) -> str:
-    """Return the name of the site of x: the first observed site inside the data plate."""
-    return next(name for name in layout.observed if layout.holds(nodes[name]))
+def datum(layout: Layout, nodes: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the site of x: the first observed site inside the data plate."""
+    return next(nodes[name] for name in layout.observed if layout.holds(nodes[name]))
 
 
 def row_values(t: Any, node: Mapping[str, Any], layout: Layout, count: int) -> Tensor:
@@ -113,8 +168,9 @@ def row_values(t: Any, node: Mapping[str, Any], layout: Layout, count: int) -> T
     return rows_of(torch.as_tensor(t), node, layout, count).cpu()
 
 
-def decoded_mean(node: Mapping[str, Any], layout: Layout, count: int) -> Tensor:
-    """Return E[x | z] of an observed site, `(count, *shape)`; raise DeclarationError if the likelihood has no mean."""
+def decoded_mean(nodes: Mapping[str, Any], layout: Layout, count: int) -> Tensor:
+    """Return E[x | z], `(count, *shape)`, from the sites of the model; raise DeclarationError if there is no mean."""
+    node = datum(layout, nodes)
     try:
         return row_values(distribution_mean(node["fn"]), node, layout, count)
     except NotImplementedError:
@@ -122,9 +178,26 @@ def decoded_mean(node: Mapping[str, Any], layout: Layout, count: int) -> Tensor:
         raise DeclarationError(f"mean: expected p(x | z) with a known mean; got {kind}. Ask for draws.") from None
 
 
-def joined(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Return the named tensors of successive chunks, concatenated along the rows."""
-    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+def by_chunks(make: Callable[[int, int], T], n: int, numbers: int, on_progress: Progress = silent) -> T:
+    """Return `make(start, stop)` of consecutive chunks of n rows of `numbers` elements each, joined to one result."""
+    parts = []
+    for start, stop in chunks(n, numbers):
+        parts.append(make(start, stop))
+        on_progress(stop, n)
+    joined: T = _joined(parts)
+    return joined
+
+
+def _joined(parts: Sequence[Any]) -> Any:
+    """Return results of successive chunks as one: tensors concatenated along the rows, in dicts and dataclasses too."""
+    first = parts[0]
+    if isinstance(first, Tensor):
+        return torch.cat([*parts])
+    if isinstance(first, dict):
+        return {name: _joined([part[name] for part in parts]) for name in first}
+    if is_dataclass(first) and not isinstance(first, type):
+        return replace(first, **{f.name: _joined([getattr(part, f.name) for part in parts]) for f in fields(first)})
+    return first
 
 
 def observed_rows(split: Split, index: Tensor) -> Tensor:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from math import prod
 
 import torch
-from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
-from pvae.analysis.samples.generated import Samples, known_name
-from pvae.analysis.samples.running import analysed, chunks, datum, decoded_mean, joined, opened, row_values
+from pvae.analysis.samples import running
 from pvae.errors import DataError, DeclarationError
 from pvae.experiment.experiment import Experiment
 from pvae.nn.schedules import Constant
@@ -21,6 +20,23 @@ from pvae.util import seeds
 from pvae.util.progress import Progress, silent
 
 Covariates = Mapping[str, int | str | Sequence[int] | Tensor]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Samples(running.Generated):
+    """Samples of a model; the result of `sample`. `save` has keys `x`, `latents/<name>` and `covariates/<name>`."""
+
+    x: Tensor
+    """Samples of p(x | z), or its means, `(n, *shape)`."""
+    latents: dict[str, Tensor]
+    """Sampled latents z by name, `(n, *event)`: all local latents of the model, which have one value per datum."""
+    covariates: dict[str, Tensor]
+    """Covariates by name that the samples are conditioned on, `(n,)`, int64; of a prompt `(n, length)`."""
+    is_mean: bool
+    """True if x are means of p(x | z)."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"x": self.x, **running.named("latents", self.latents), **running.named("covariates", self.covariates)}
 
 
 def sample(
@@ -62,17 +78,11 @@ def sample(
     if n < 1:
         raise DataError(f"sample: expected at least one draw; got n={n}.")
     _require_density(run_or_pair)
-    pair = opened(run_or_pair)
+    pair = running.opened(run_or_pair)
     rows = Template(run_or_pair, pair, n, given, seed)
-    parts: list[Samples] = []
-    with analysed(pair, rows.at(0, 2), seed):
-        for start, stop in chunks(n, rows.numbers):
-            trace = pair.simulate(rows.at(start, stop))
-            parts.append(_sampled(pair, trace, stop - start, mean))
-            on_progress(stop, n)
-    return Samples(
-        torch.cat([part.x for part in parts]), joined([part.latents for part in parts]), rows.covariates, mean
-    )
+    with running.analysed(pair, rows.at(0, 2), seed):
+        found = running.by_chunks(lambda *at: simulated(pair, rows.at(*at), mean), n, rows.numbers, on_progress)
+    return replace(found, covariates=rows.covariates)
 
 
 def _require_density(source: Run | Pair) -> None:
@@ -88,12 +98,12 @@ def _require_density(source: Run | Pair) -> None:
         )
 
 
-def _sampled(pair: Pair, trace: Trace, count: int, mean: bool) -> Samples:
-    layout, nodes = pair.layout, samples(trace)
-    hidden = {name: node for name, node in nodes.items() if name not in layout.observed and layout.holds(node)}
-    node = nodes[datum(layout, nodes)]
-    x = decoded_mean(node, layout, count) if mean else row_values(node["value"], node, layout, count)
-    return Samples(x, {name: row_values(z["value"], z, layout, count) for name, z in hidden.items()}, {}, mean)
+def simulated(pair: Pair, rows: Tensor, mean: bool = False) -> Samples:
+    """Return samples of the model in its current context, one for each of the placeholder rows `(n, *row)`."""
+    layout, count, nodes = pair.layout, len(rows), samples(pair.simulate(rows))
+    found = {name: running.row_values(z["value"], z, layout, count) for name, z in nodes.items() if layout.holds(z)}
+    x = running.decoded_mean(nodes, layout, count) if mean else found[running.datum(layout, nodes)["name"]]
+    return Samples(x, {name: value for name, value in found.items() if name not in layout.observed}, {}, mean)
 
 
 class Template:
@@ -116,7 +126,7 @@ class Template:
         for name in given or {}:
             if not known:
                 raise DeclarationError(f"given: expected nothing, for the model has no covariates; got {name!r}.")
-            known_name(name, known, "given")
+            running.known_name(name, known, "given")
         if not known or given:
             return {name: self._given(name, codes, n, given or {}) for name, codes in known.items()}
         if self.row is not None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,25 +13,14 @@ from torch.distributions import Bernoulli
 from pvae.analysis.decompose.collapse import activity, kl_per_dimension
 from pvae.analysis.decompose.entry import accept
 from pvae.analysis.decompose.posterior_draws import draw
+from pvae.analysis.samples import running
 from pvae.analysis.samples.encode import encode
-from pvae.analysis.samples.generated import Generated, known_name
-from pvae.analysis.samples.running import (
-    CHUNK_ROWS,
-    Centred,
-    analysed,
-    chunks,
-    datum,
-    decoded_mean,
-    is_discrete,
-    opened,
-    row_values,
-)
-from pvae.analysis.samples.sample import Covariates, Template
+from pvae.analysis.samples.sample import Covariates, Template, simulated
 from pvae.distributions.exponential import Normals
 from pvae.errors import DataError, DeclarationError
 from pvae.pair import densities as traces
 from pvae.pair.densities import log_prob
-from pvae.pair.layout import Layout, SiteShape, samples, site_shape, unwrapped
+from pvae.pair.layout import samples, site_shape, unwrapped
 from pvae.pair.pair import Pair
 from pvae.runs.run import Run
 from pvae.util import seeds
@@ -48,7 +37,7 @@ SAME_DENSITY = 1e-4
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Traversal(Generated):
+class Traversal(running.Generated):
     """Decoded means as one latent coordinate moves at a time; the result of `traverse`.
 
     `save` has keys `x`, `values` and `dims`.
@@ -121,7 +110,7 @@ def traverse(
     """
     if steps < 1 or not 0 < span < float("inf"):
         raise DataError(f"traverse: expected at least one step and a span above 0; got steps={steps}, span={span}.")
-    pair = opened(run_or_pair)
+    pair = running.opened(run_or_pair)
     row = None if x is None else one_row(pair, x)
     if row is not None and given:
         raise DeclarationError("given: expected none beside a row of data, which has covariates of its own; got some.")
@@ -129,24 +118,36 @@ def traverse(
     names = (*layout.latents, *layout.enumerated)
     if not names:
         raise DataError(f"traverse: expected latents of single data; got only global {', '.join(layout.shared)}.")
-    name = names[0] if latent is None else known_name(latent, names, "latent")
+    name = names[0] if latent is None else running.known_name(latent, names, "latent")
     template = Template(run_or_pair, pair, 1, given, seed, row)
     if rows is None and isinstance(run_or_pair, Run):
         held = run_or_pair.data.test.x
         rows = held[seeds.subset(len(held), ORDER_ROWS, seed).to(held.device)]
     seen = row if rows is None else accept(pair, rows)[:ORDER_ROWS]
     base = {} if row is None else encode(pair, row, mean=True, seed=seed).latents
-    with analysed(pair, template.at(0, 2), seed):
-        prior = _prior(pair, template, names, name)
+    with running.analysed(pair, template.at(0, 2), seed):
+        nodes = samples(pair.simulate(template.at(0, 8)))
+        if name not in nodes:
+            raise DataError(f"traverse: expected {name} in the model; got a latent of the guide alone.")
+        priors = _priors(template, {z: nodes[z] for z in names if z in nodes})
         scores, order = (None, "their own order") if seen is None else _scores(pair, seen, name)
-        at = base[name].value.flatten() if base else prior.means[name]
+        at = base[name].value.flatten() if base else priors[name][0]
         chosen = _dims(dims, name, len(at), scores)
-        places = _places(prior, name, chosen, steps, span)
+        places = _places(nodes[name]["fn"], name, priors[name], chosen, steps, span)
         moved = at.expand(*places.shape, -1).clone()
         moved[range(len(chosen)), :, list(chosen)] = places.to(moved)
+        moved = moved.flatten(0, 1)
+        model = PlacedModel(template, nodes, {z: mean for z, (mean, _) in priors.items()})
         held_at = {z: code.value.reshape(1, -1) for z, code in base.items() if z != name}
-        decoded = _decode(pair, template, name, moved.flatten(0, 1), held_at, prior, on_progress)
-    return Traversal(decoded.unflatten(0, places.shape), places, name, chosen, order)
+        below = _followers(model, name, moved, held_at) if held_at else ()
+        kept = {z: value for z, value in held_at.items() if z not in below}
+
+        def decoded(start: int, stop: int) -> Tensor:
+            found = model.sites(start, stop, {**kept, name: moved[start:stop]})
+            return running.decoded_mean(found, layout, stop - start)
+
+        x = running.by_chunks(decoded, len(moved), template.numbers, on_progress)
+    return Traversal(x.unflatten(0, places.shape), places, name, chosen, order)
 
 
 def one_row(pair: Pair, x: Any, what: str = "traverse", todo: str = "Pass x[:1], or rows=x for the order.") -> Tensor:
@@ -162,69 +163,50 @@ def one_row(pair: Pair, x: Any, what: str = "traverse", todo: str = "Pass x[:1],
 
 
 @dataclass(frozen=True)
-class Priors:
-    """Means and standard deviations of the priors of all latents, each flattened to `(numel,)`."""
+class PlacedModel:
+    """Model of a pair whose latents are set to given values."""
 
-    means: dict[str, Tensor]
-    """Prior mean of each latent, of a discrete one the most frequent value in samples, `(numel,)`."""
-    scales: dict[str, Tensor]
-    """Prior standard deviation of each latent, 0 for a discrete one, `(numel,)`."""
-    states: Tensor | None
-    """All values `(K,)` of the moved latent if it is a single discrete code or consists of bits; None otherwise."""
-    sites: dict[str, tuple[SiteShape, Tensor]]
-    """Shape of every latent site, and a value that gives its dtype and device."""
+    template: Template
+    """Rows that the model is run on."""
+    nodes: Mapping[str, Any]
+    """Sites of a run of the model, which give the shape and type of every latent."""
+    means: Mapping[str, Tensor] = field(default_factory=dict)
+    """Values `(numel,)` of latents that are not set and whose mean and mode are unknown."""
 
     def spread(self, flat: Mapping[str, Tensor], count: int) -> dict[str, Tensor]:
         """Return flat values `(count or 1, numel)` of latents as `count` rows in the shape and dtype of their sites."""
-        known = {name: (*self.sites[name], value) for name, value in flat.items() if name in self.sites}
-        return {name: shape.spread(value.to(like).expand(count, -1)) for name, (shape, like, value) in known.items()}
+        known = {name: (self.nodes[name], value) for name, value in flat.items() if name in self.nodes}
+        return {
+            name: site_shape(node, self.template.pair.layout).spread(value.to(node["value"]).expand(count, -1))
+            for name, (node, value) in known.items()
+        }
+
+    def sites(self, start: int, stop: int, values: Mapping[str, Tensor]) -> dict[str, Any]:
+        """Return the sites of some rows with latents set to flat values, and the others to their mean given these."""
+        rows, count = self.template.at(start, stop), stop - start
+        with running.Centred(self.spread(self.means, count)):
+            return samples(self.template.pair.model_trace(rows, self.spread(values, count)))
 
 
-def _prior(pair: Pair, template: Template, names: Sequence[str], moved: str) -> Priors:
-    """Return the prior means and standard deviations of all latents: exact for a single normal, else from samples."""
-    nodes = samples(pair.simulate(template.at(0, 8)))
-    exact = {name: _one_normal(nodes[name], pair.layout, 8) for name in names if name in nodes}
-    if moved not in exact:
-        raise DataError(f"traverse: expected {moved} in the model; got a latent of the guide alone.")
-    drawn: dict[str, list[Tensor]] = {name: [] for name, found in exact.items() if found is None}
-    for start, stop in chunks(PRIOR_DRAWS, template.numbers) if drawn else ():
-        later = samples(pair.simulate(template.at(start, stop)))
-        for name, parts in drawn.items():
-            parts.append(
-                row_values(later[name]["value"], later[name], pair.layout, stop - start).reshape(stop - start, -1)
-            )
-    means, scales = {}, {}
-    for name, found in exact.items():
-        values = None if found is not None else torch.cat(drawn[name])
-        if values is not None and is_discrete(nodes[name]["fn"]):
-            means[name], scales[name] = values.mode(0).values, torch.zeros_like(values[0])
-        elif values is not None:
-            means[name], scales[name] = values.mean(0), values.std(0)
-        elif found is not None:
-            means[name], scales[name] = found.loc[0].cpu(), found.scale[0].cpu()
-    fn, states = nodes[moved]["fn"], None
-    if is_discrete(fn) and isinstance(unwrapped(fn), Bernoulli):
-        states = torch.tensor([0.0, 1.0])
-    elif is_discrete(fn):
-        if len(means[moved]) > 1 or not fn.has_enumerate_support:
-            raise DataError(
-                f"traverse: expected real coordinates, bits or a single code; got {moved}, a grid of codes."
-            )
-        states = fn.enumerate_support(expand=False).flatten().cpu()
-    return Priors(means, scales, states, site_values(pair, nodes, exact))
+def _priors(template: Template, nodes: Mapping[str, Any]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return mean and standard deviation of the prior of every latent, of a discrete one its mode and 0, `(numel,)`.
 
-
-def site_values(pair: Pair, nodes: Mapping[str, Any], names: Iterable[str]) -> dict[str, tuple[SiteShape, Tensor]]:
-    """Return the shape of every named site, and its value in `nodes`; see `Priors.sites`."""
-    return {name: (site_shape(nodes[name], pair.layout), nodes[name]["value"]) for name in names}
-
-
-def _one_normal(node: Mapping[str, Any], layout: Layout, count: int) -> Normals | None:
-    """Return the prior if it is one diagonal normal, the same for all rows; else None."""
-    found = traces.members(node, layout, count)
-    if not isinstance(found, Normals):
-        return None
-    return found if all(bool((t == t[:1]).all()) for t in (found.loc, found.scale)) else None
+    They are exact if the prior is one diagonal normal, the same for all rows, else estimated from samples.
+    """
+    found, pair = {}, template.pair
+    for name, node in nodes.items():
+        normal = traces.members(node, pair.layout, 8)
+        if isinstance(normal, Normals) and all(bool((t == t[:1]).all()) for t in (normal.loc, normal.scale)):
+            found[name] = normal.loc[0].cpu(), normal.scale[0].cpu()
+    if len(found) < len(nodes):
+        drawn = running.by_chunks(lambda *at: simulated(pair, template.at(*at)).latents, PRIOR_DRAWS, template.numbers)
+        for name in nodes.keys() - found.keys():
+            values = drawn[name].reshape(PRIOR_DRAWS, -1)
+            if running.is_discrete(nodes[name]["fn"]):
+                found[name] = values.mode(0).values, torch.zeros_like(values[0])
+            else:
+                found[name] = values.mean(0), values.std(0)
+    return found
 
 
 def _scores(pair: Pair, x: Tensor, name: str) -> tuple[Tensor | None, str]:
@@ -250,58 +232,30 @@ def _dims(dims: Sequence[int] | None, name: str, count: int, scores: Tensor | No
     return tuple(dims)
 
 
-def _places(prior: Priors, name: str, dims: Sequence[int], steps: int, span: float) -> Tensor:
-    """Return the values that each moved coordinate takes, `(dims, steps)`."""
-    if prior.states is not None:
-        return prior.states.expand(len(dims), -1)
-    units = torch.linspace(-span, span, steps) if steps > 1 else torch.zeros(1)
-    loc, scale = prior.means[name][list(dims)], prior.scales[name][list(dims)]
-    return loc[:, None] + scale[:, None] * units.to(loc)
+def _places(fn: Any, name: str, prior: tuple[Tensor, Tensor], dims: Sequence[int], steps: int, span: float) -> Tensor:
+    """Return the values that each moved coordinate takes, `(dims, steps)`; all values of a single code or of bits."""
+    loc, scale = prior
+    if not running.is_discrete(fn):
+        units = torch.linspace(-span, span, steps) if steps > 1 else torch.zeros(1)
+        return loc[list(dims), None] + scale[list(dims), None] * units.to(loc)
+    states = torch.tensor([0.0, 1.0])
+    if not isinstance(unwrapped(fn), Bernoulli):
+        if len(loc) > 1 or not fn.has_enumerate_support:
+            raise DataError(f"traverse: expected real coordinates, bits or a single code; got {name}, a grid of codes.")
+        states = fn.enumerate_support(expand=False).flatten().cpu()
+    return states.expand(len(dims), -1)
 
 
-def _decode(
-    pair: Pair,
-    template: Template,
-    name: str,
-    moved: Tensor,
-    held: Mapping[str, Tensor],
-    prior: Priors,
-    on_progress: Progress,
-) -> Tensor:
-    """Return E[x | z] with one latent set to `moved` `(m, numel)` and the others to `held`.
-
-    Latents whose prior depends on the moved one are set to their mean given it instead.
-    """
-    below = _followers(pair, template, name, moved, held, prior)
-    kept = {z: value for z, value in held.items() if z not in below}
-    parts = []
-    for start, stop in chunks(len(moved), template.numbers):
-        nodes = placed(pair, template.at(start, stop), {**kept, name: moved[start:stop]}, prior)
-        parts.append(decoded_mean(nodes[datum(pair.layout, nodes)], pair.layout, stop - start))
-        on_progress(stop, len(moved))
-    return torch.cat(parts)
-
-
-def _followers(
-    pair: Pair, template: Template, name: str, moved: Tensor, held: Mapping[str, Tensor], prior: Priors
-) -> set[str]:
+def _followers(model: PlacedModel, name: str, moved: Tensor, held: Mapping[str, Tensor]) -> set[str]:
     """Return the names of the latents whose prior depends on the moved one, directly or through others.
 
     The moved latent differs between rows and all others are at their prior means given it: a latent depends on it if
     its prior density at a fixed value differs between the rows.
     """
-    found: set[str] = set()
-    if held:
-        some = moved[torch.linspace(0, len(moved) - 1, min(len(moved), CHUNK_ROWS)).long()]
-        nodes = placed(pair, template.at(0, len(some)), {name: some}, prior)
-        for z, same in prior.spread(held, len(some)).items():
-            scores = log_prob({**nodes[z], "value": same}, pair.layout, 0)
-            if float((scores - scores[0]).abs().max()) > SAME_DENSITY * (1 + float(scores.abs().max())):
-                found.add(z)
+    some = moved[torch.linspace(0, len(moved) - 1, min(len(moved), running.CHUNK_ROWS)).long()]
+    nodes, found = model.sites(0, len(some), {name: some}), set()
+    for z, same in model.spread(held, len(some)).items():
+        scores = log_prob({**nodes[z], "value": same}, model.template.pair.layout, 0)
+        if float((scores - scores[0]).abs().max()) > SAME_DENSITY * (1 + float(scores.abs().max())):
+            found.add(z)
     return found
-
-
-def placed(pair: Pair, rows: Tensor, values: Mapping[str, Tensor], prior: Priors) -> dict[str, Any]:
-    """Return the model's sites with some latents set to flat values, the others to their mean or mode given these."""
-    with Centred(prior.spread(prior.means, len(rows))):
-        return samples(pair.model_trace(rows, prior.spread(values, len(rows))))

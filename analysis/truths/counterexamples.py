@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
-from pvae.analysis.figures.estimate import Estimate, exact_mean
-from pvae.analysis.figures.table import Figures, Row
-from pvae.analysis.samples.fidelity import fidelity
-from pvae.analysis.samples.two_sample import two_sample
-from pvae.analysis.truths.densities import Box, Diluted, FactorNormal, KnownDensity, TrainingMixture, memory_log_prob
+from pvae.analysis.figures.estimate import Estimate, Figures, Row, exact_mean
+from pvae.analysis.samples.fidelity import DISTANCES_PER_BLOCK, fidelity
+from pvae.analysis.samples.quality import two_sample
 from pvae.data.dataset import Dataset
 from pvae.errors import DataError
 from pvae.util import seeds
@@ -30,6 +30,118 @@ PPCA_COMPONENTS = 10
 """Number of components of the probabilistic PCA."""
 COMPARED_ROWS = 5000
 """Largest number of samples that are compared with as many held-out data, and of training data that are scored."""
+
+
+# ---------------------------------------------------------------------- exact densities
+
+
+class KnownDensity(ABC):
+    """Base class of models of data with exact log p(x) and exact samples."""
+
+    @abstractmethod
+    def log_prob(self, x: Tensor) -> Tensor:
+        """Return log p(x) of rows `(n, D)`, nats, `(n,)`, float64."""
+
+    @abstractmethod
+    def sample(self, n: int, generator: torch.Generator) -> Tensor:
+        """Return n independent samples of x, `(n, D)`, float64."""
+
+
+class FactorNormal(KnownDensity):
+    r"""Probabilistic PCA fitted by maximum likelihood: N(mu, C), C = U (L - s^2 I) U' + s^2 I.
+
+    L holds the leading q eigenvalues of the 1/n covariance, s^2 is the mean of the others, and with y = U' (x - mu)
+
+        log p(x) = -1/2 [D log 2 pi + sum_i log l_i + (D - q) log s^2 + sum_i y_i^2 / l_i + (|x - mu|^2 - |y|^2) / s^2].
+
+    References:
+        Probabilistic Principal Component Analysis (Tipping, Bishop, 1999), https://doi.org/10.1111/1467-9868.00196
+    """
+
+    def __init__(self, x: Tensor, q: int) -> None:
+        self.loc = x.mean(0)
+        centred = x - self.loc
+        values, vectors = torch.linalg.eigh(centred.T @ centred / len(x))
+        self.values, self.directions = values.flip(0)[:q], vectors.flip(1)[:, :q]
+        self.rest = float(values.flip(0)[q:].mean())
+        self.dim = x.shape[1]
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        centred = x - self.loc
+        y = centred @ self.directions
+        outside = (centred.square().sum(1) - y.square().sum(1)) / self.rest
+        log_det = self.values.log().sum() + (self.dim - len(self.values)) * math.log(self.rest)
+        return -0.5 * (self.dim * math.log(2 * math.pi) + log_det + (y.square() / self.values).sum(1) + outside)
+
+    def sample(self, n: int, generator: torch.Generator) -> Tensor:
+        z = torch.randn(n, len(self.values), generator=generator, dtype=torch.float64)
+        noise = torch.randn(n, self.dim, generator=generator, dtype=torch.float64)
+        return self.loc + z * (self.values - self.rest).sqrt() @ self.directions.T + math.sqrt(self.rest) * noise
+
+
+class TrainingMixture(KnownDensity):
+    """Mixture 1/n sum_i N(x_i, eps^2 I) over the training data x_i: a sample is a training datum plus small noise."""
+
+    def __init__(self, x: Tensor, scale: float) -> None:
+        self.x, self.scale = x, scale
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        return memory_log_prob(x, self.x, [self.scale])[0]
+
+    def sample(self, n: int, generator: torch.Generator) -> Tensor:
+        chosen = self.x[torch.randint(len(self.x), (n,), generator=generator)]
+        return chosen + self.scale * torch.randn(chosen.shape, generator=generator, dtype=torch.float64)
+
+
+def memory_log_prob(x: Tensor, centres: Tensor, scales: Sequence[float]) -> Tensor:
+    """Return log 1/n sum_i N(x; x_i, eps^2 I) of rows `(m, D)` for every eps, `(scales, m)`, nats, float64; exact.
+
+    Squared distances to all n centres are computed once for all scales, in blocks of bounded size.
+    """
+    n, dim = centres.shape
+    square = centres.square().sum(1)
+    found = []
+    for part in x.split(max(1, DISTANCES_PER_BLOCK // n)):
+        distance = (part.square().sum(1, keepdim=True) + square).addmm_(part, centres.T, alpha=-2).clamp_(min=0)
+        found.append(torch.stack([(-0.5 / s**2 * distance).logsumexp(1) for s in scales]))
+    level = 0.5 * dim * (2 * math.pi * torch.tensor(scales, dtype=torch.float64).square()).log() + math.log(n)
+    return torch.cat(found, 1) - level[:, None]
+
+
+class Box(KnownDensity):
+    """Uniform noise in the box [low, high]^D."""
+
+    def __init__(self, low: float, high: float, dim: int) -> None:
+        self.low, self.high, self.dim = low, high, dim
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        inside = ((x >= self.low) & (x <= self.high)).all(1)
+        level = x.new_tensor(-self.dim * math.log(self.high - self.low))
+        return torch.where(inside, level, -torch.inf)
+
+    def sample(self, n: int, generator: torch.Generator) -> Tensor:
+        u = torch.rand(n, self.dim, generator=generator, dtype=torch.float64)
+        return self.low + (self.high - self.low) * u
+
+
+class Diluted(KnownDensity):
+    """Mixture w p + (1 - w) r of a good model p with noise r: log p(x) falls by at most log 1/w nats."""
+
+    def __init__(self, good: KnownDensity, noise: KnownDensity, weight: float) -> None:
+        self.good, self.noise, self.weight = good, noise, weight
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        return torch.logaddexp(
+            math.log(self.weight) + self.good.log_prob(x), math.log1p(-self.weight) + self.noise.log_prob(x)
+        )
+
+    def sample(self, n: int, generator: torch.Generator) -> Tensor:
+        good, noise = self.good.sample(n, generator), self.noise.sample(n, generator)
+        kept = torch.rand(n, 1, generator=generator, dtype=torch.float64) < self.weight
+        return torch.where(kept, good, noise)
+
+
+# ---------------------------------------------------------------------- the study
 
 
 @dataclass(frozen=True)
@@ -78,11 +190,8 @@ class CounterExamples(Figures):
     def rows(self) -> Iterator[Row]:
         for e in self.examples:
             yield f"{e.name}: test log p", e.test_log_p, f"nats; of training data {e.train_log_p.value:.2f}"
-            yield (
-                f"{e.name}: classifier accuracy",
-                e.accuracy,
-                "classifier accuracy between its samples and data; 1/2 for good samples",
-            )
+            meaning = "classifier accuracy between its samples and data; 1/2 for good samples"
+            yield f"{e.name}: classifier accuracy", e.accuracy, meaning
             yield f"{e.name}: precision", e.precision, "proportion of samples that look like data"
             yield f"{e.name}: coverage", e.coverage, "proportion of data with samples near"
         yield "lost to noise", self.lost, f"nats of test log p; at most log 100 = {self.bound:.4f}"
@@ -92,12 +201,9 @@ class CounterExamples(Figures):
         """Return a data frame of the values with one row for every model."""
         import pandas
 
-        known = ("train_log_p", "test_log_p", "accuracy", "precision", "coverage")
-        rows = []
-        for e in self.examples:
-            found = {name: getattr(e, name) for name in known}
-            rows.append({"model": e.name, **{key: figure.value for key, figure in found.items()}})
-        return pandas.DataFrame(rows).set_index("model")
+        columns = [f.name for f in fields(Example) if f.name != "name"]
+        values = [[float(getattr(e, column)) for column in columns] for e in self.examples]
+        return pandas.DataFrame(values, pandas.Index([e.name for e in self.examples], name="model"), columns)
 
 
 def counterexamples(
@@ -163,32 +269,17 @@ def counterexamples(
     found = []
     for i, (name, model) in enumerate(models.items()):
         on_progress(i + 1, total, name)
-        found.append(_measured(name, model, scored[0][i], scored[1][i], held, seed))
+        fake = model.sample(len(held), seeds.generator(seed, seeds.ANALYSIS, 30)).reshape(held.shape).float()
+        near, likelihoods = fidelity(held, fake), [exact_mean(log_p[i]) for log_p in scored]
+        accuracy = two_sample(held, fake, seed).accuracy
+        found.append(Example(name, *likelihoods, accuracy, near.precision, near.coverage))
     own = data.train.data[seeds.subset(len(train), len(held), seed + 1)]
-    of_data = two_sample(held, own, seed)
     return CounterExamples(
         examples=tuple(found),
         lost=exact_mean(scored[1][-2] - scored[1][-1]),
         bound=-math.log(KEPT_WEIGHT),
-        data_accuracy=of_data.accuracy,
+        data_accuracy=two_sample(held, own, seed).accuracy,
         source=data.source,
         n=len(train),
         dim=train.shape[1],
-    )
-
-
-def _measured(
-    name: str, model: KnownDensity, train_log_p: Tensor, test_log_p: Tensor, held: Tensor, seed: int
-) -> Example:
-    """Return the results for one model, from its log p(x) of train and test rows and as many samples as `held` rows."""
-    generator = seeds.generator(seed, seeds.ANALYSIS, 30)
-    fake = model.sample(len(held), generator).reshape(held.shape).float()
-    near = fidelity(held, fake)
-    return Example(
-        name,
-        exact_mean(train_log_p),
-        exact_mean(test_log_p),
-        two_sample(held, fake, seed).accuracy,
-        near.precision,
-        near.coverage,
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, final
+from typing import Any, final, get_args
 
 import numpy as np
 import pyro
@@ -15,20 +15,8 @@ from numpy.typing import NDArray
 from scipy.stats import norm
 from torch import Tensor
 
-from pvae.analysis.truths.truth import (
-    EstimatorName,
-    FloatArray,
-    Programs,
-    Truth,
-    coordinates,
-    enough,
-    information,
-    mixture_entropy,
-    normal_kl,
-    normal_nodes,
-    tensor,
-)
-from pvae.pair.pair import Pair
+from pvae.analysis.truths import truth
+from pvae.analysis.truths.truth import EstimatorName, FloatArray, Programs, Truth, normal_nodes
 
 
 @final
@@ -92,7 +80,7 @@ class LinearGaussian:
 
     def kl(self, x: FloatArray) -> FloatArray:
         """Return KL(q(z|x) || p(z)) of data `(n, d)`, `(n,)`, nats; exact."""
-        return normal_kl(self.means(x), self.s, self.v)
+        return truth.normal_kl(self.means(x), self.s, self.v)
 
     def approximation(self) -> float:
         """Return the approximation gap, nats: KL(q* || p(z|x)) of the best member q* of the guide's family; exact.
@@ -105,18 +93,10 @@ class LinearGaussian:
 
     def bounds(self, x: FloatArray) -> dict[str, float]:
         """Return the ELBO, its terms, log p(x) and the gaps between them, means over the data, nats; exact."""
-        reconstruction, kl, log_p = (float(f(x).mean()) for f in (self.reconstruction, self.kl, self.log_p))
-        gap, approximation = log_p - reconstruction + kl, self.approximation()
-        return {
-            "elbo": reconstruction - kl,
-            "reconstruction": reconstruction,
-            "kl": kl,
-            "log_evidence": log_p,
-            "prior_jensen": float(self.jensen(x).mean()),
-            "inference_gap": gap,
-            "approximation_gap": approximation,
-            "amortisation_gap": gap - approximation,
-        }
+        terms = [float(term(x).mean()) for term in (self.reconstruction, self.kl, self.log_p, self.jensen)]
+        figures, approximation = truth.elbo_figures(*terms), self.approximation()
+        amortisation = figures["inference_gap"] - approximation
+        return {**figures, "approximation_gap": approximation, "amortisation_gap": amortisation}
 
     def informations(self, x: FloatArray) -> dict[str, float]:
         """Return the mutual information and the marginal KL of q_agg in one or two dimensions, nats; exact.
@@ -125,11 +105,11 @@ class LinearGaussian:
         diagonal.
         """
         means = self.means(x)
-        joint, kl = information(means, self.s), float(self.kl(x).mean())
-        out = {"mutual_information": joint, "marginal_kl": kl - joint}
+        joint, kl = truth.information(means, self.s), float(self.kl(x).mean())
+        out = truth.split_kl(kl, joint)
         if len(self.c) > 1:
-            entropies = sum(mixture_entropy(*part) for part in coordinates(means, self.s))
-            total = entropies - mixture_entropy(means, self.s)
+            entropies = sum(truth.mixture_entropy(*part) for part in truth.coordinates(means, self.s))
+            total = entropies - truth.mixture_entropy(means, self.s)
             out |= {"total_correlation": total, "coordinate_kl": kl - joint - total}
         return out
 
@@ -140,8 +120,8 @@ class LinearGaussian:
         """
         means = self.means(x)
         parts = [means[labels == label] for label in np.unique(labels)]
-        within = sum(len(part) * mixture_entropy(part, self.s) for part in parts) / len(x)
-        return mixture_entropy(means, self.s) - within
+        within = sum(len(part) * truth.mixture_entropy(part, self.s) for part in parts) / len(x)
+        return truth.mixture_entropy(means, self.s) - within
 
 
 class LinearPrograms(Programs):
@@ -149,6 +129,7 @@ class LinearPrograms(Programs):
 
     def __init__(self, law: LinearGaussian) -> None:
         super().__init__(law.w, b=law.b, noise=law.noise, g=law.g, c=law.c, tril=np.linalg.cholesky(law.s))
+        self.is_diagonal = law.is_diagonal
 
     def model(self, x: Tensor) -> None:
         """Sample z from the prior and observe x: the model p(x, z)."""
@@ -156,21 +137,14 @@ class LinearPrograms(Programs):
             z = pyro.sample("z", dist.Normal(torch.zeros_like(self.c), 1.0).to_event(1))
             pyro.sample("x", dist.Normal(z @ self.learned.T + self.b, self.noise).to_event(1), obs=x)
 
-    def diagonal(self, x: Tensor) -> None:
-        """Sample z from the guide q(z|x) with independent coordinates."""
+    def guide(self, x: Tensor) -> None:
+        """Sample z from the guide q(z|x), a diagonal normal if its covariance is diagonal."""
+        loc = x @ self.g.T + self.c
         with pyro.plate("data", len(x)):
-            pyro.sample("z", dist.Normal(x @ self.g.T + self.c, self.tril.diagonal()).to_event(1))
-
-    def full_rank(self, x: Tensor) -> None:
-        """Sample z from the guide q(z|x) with a full covariance matrix."""
-        with pyro.plate("data", len(x)):
-            pyro.sample("z", dist.MultivariateNormal(x @ self.g.T + self.c, scale_tril=self.tril))
-
-
-def linear_pair(law: LinearGaussian) -> Pair:
-    """Return the model-guide pair of a linear Gaussian model, with a diagonal guide if its covariance is diagonal."""
-    programs = LinearPrograms(law)
-    return Pair(programs.model, programs.diagonal if law.is_diagonal else programs.full_rank)
+            if self.is_diagonal:
+                pyro.sample("z", dist.Normal(loc, self.tril.diagonal()).to_event(1))
+            else:
+                pyro.sample("z", dist.MultivariateNormal(loc, scale_tril=self.tril))
 
 
 def linear(
@@ -198,10 +172,8 @@ def linear(
         exact |= law.informations(x)
         if labels is not None:
             exact["label_information"] = law.label_information(x, labels)
-    exact |= dict(known or {})
     classes = None if labels is None else torch.as_tensor(labels)
-    fields = {"samples": enough(len(x)), "labels": classes, "log_p": law.log_p, **rest}
-    return Truth(name, linear_pair(law), tensor(x), exact, **fields)
+    return LinearPrograms(law).truth(name, x, exact | dict(known or {}), labels=classes, log_p=law.log_p, **rest)
 
 
 def probabilistic_pca(x: FloatArray, q: int) -> LinearGaussian:
@@ -263,11 +235,11 @@ def product_channel(centres: Sequence[FloatArray], noises: Sequence[float]) -> T
     """
     grids = np.meshgrid(*centres, indexing="ij")
     x = np.stack(grids, -1).reshape(-1, len(centres))
-    parts = [information(c[:, None], np.array([[s * s]])) for c, s in zip(centres, noises, strict=True)]
+    parts = [truth.information(c[:, None], np.array([[s * s]])) for c, s in zip(centres, noises, strict=True)]
     law = identity_channel(noises)
     labels = np.argsort(np.argsort(centres[0])).repeat(len(x) // len(centres[0])) // 2
     kl = float(law.kl(x).mean())
-    exact = {"mutual_information": sum(parts), "marginal_kl": kl - sum(parts)}
+    exact = truth.split_kl(kl, sum(parts))
     if len(centres) > 1:
         exact |= {"total_correlation": 0.0, "coordinate_kl": kl - sum(parts)}
     exact["label_information"] = identity_channel([noises[0]]).label_information(x[:, :1], labels)
@@ -283,9 +255,9 @@ def binary_input(a: float, copies: int = 200) -> Truth:
     """
     nodes, weights = normal_nodes()
     mutual = math.log(2) - float(weights @ np.logaddexp(0, -2 * a * (a + nodes)))
-    exact = {"kl": a * a / 2, "mutual_information": mutual, "marginal_kl": a * a / 2 - mutual}
-    x = np.tile([[a], [-a]], (copies, 1))
-    return linear(f"binary input, a={a:g}", identity_channel([1.0]), x, known=exact)
+    x, kl = np.tile([[a], [-a]], (copies, 1)), a * a / 2
+    known = {"kl": kl, **truth.split_kl(kl, mutual)}
+    return linear(f"binary input, a={a:g}", identity_channel([1.0]), x, known=known)
 
 
 def disjoint(n: int) -> Truth:
@@ -299,7 +271,7 @@ def blind(x: FloatArray, loc: float = 0.3, scale: float = 0.7) -> Truth:
     """Return a test model whose guide N(loc, scale^2 I) does not depend on x: the mutual information is 0."""
     d = x.shape[1]
     law = replace(identity_channel([scale] * d), g=np.zeros((d, d)), c=np.full(d, loc))
-    exact = {"mutual_information": 0.0, "marginal_kl": float(law.kl(x).mean()), "total_correlation": 0.0}
+    exact = {**truth.split_kl(float(law.kl(x).mean()), 0.0), "total_correlation": 0.0}
     return linear(f"blind, d={d}", law, x, known=exact)
 
 
@@ -311,8 +283,7 @@ def wrong_guide(law: LinearGaussian, x: FloatArray) -> Truth:
     """
     d, q = law.w.shape
     exact = {"iwae_2": float(iwae_2(law, x).mean())} if q == 1 else {}
-    asked: tuple[EstimatorName, ...] = ("surgery", "evidence", "prior_evidence", "ais", "bracket", "gap")
-    return linear(f"wrong guide, {q} in {d}", law, x, known=exact, estimators=asked)
+    return linear(f"wrong guide, {q} in {d}", law, x, known=exact, estimators=get_args(EstimatorName))
 
 
 def widened(w: FloatArray, noise: float, stretch: float, shift: float) -> LinearGaussian:

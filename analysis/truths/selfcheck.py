@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import groupby
 from types import MappingProxyType
-from typing import final
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, final
 
 import torch
 from torch import Tensor
@@ -17,13 +18,23 @@ from pvae.analysis.bounds.evidence import evidence, prior_evidence
 from pvae.analysis.bounds.gap import gap
 from pvae.analysis.bounds.lower_bounds import Bounds
 from pvae.analysis.decompose.surgery import surgery
-from pvae.analysis.figures.estimate import Estimate
-from pvae.analysis.truths.figure_checks import FigureCheck, SelfCheck
+from pvae.analysis.figures.estimate import Estimate, finite
 from pvae.analysis.truths.standard import standard
 from pvae.analysis.truths.truth import Truth
 from pvae.errors import DataError
 from pvae.util.progress import StageProgress, silent
 
+if TYPE_CHECKING:
+    from rich.table import Table
+
+Verdict = Literal["ok", "too low", "too high", "not finite"]
+ALLOWED_ERRORS = 4.0
+"""Largest error of an estimate that passes, in standard errors."""
+CHANCE_FAILURE = 6.3e-5
+"""Probability that a normally distributed estimate is off by more than `ALLOWED_ERRORS` standard errors."""
+ROUNDING_TOLERANCE = 1e-6
+"""Allowance for rounding, relative to the larger of the exact value and one nat; all test models are float64."""
+CHECK_COLUMNS = ("truth", "figure", "exact", "estimate", "std error", "bias / s.e.", "verdict")
 BOUND_SLACK = 0.05
 """Slack, nats, for bounds that are not tight: of AIS with few temperatures, and of guides refined in few steps."""
 ANNEALED_ROWS = 20
@@ -32,74 +43,216 @@ ANNEALED_ROWS = 20
 
 @final
 @dataclass(frozen=True)
-class Question:
-    """Pair of a test model and the name of an estimator that is applied to it."""
+class FigureCheck:
+    """Comparison of one estimate with the exactly known value of the same quantity."""
 
-    truth: Truth
+    truth: str
+    """Name of the test model."""
     estimator: str
+    """Name of the estimator."""
+    figure: str
+    """Name of the quantity in the result of the estimator."""
+    exact: float
+    """Exact value, nats per datum."""
+    estimate: Estimate
+    """Estimate of the same quantity, nats per datum."""
+    below: float = 0.0
+    """Slack, nats, by which the estimate may be too low (as a lower bound may), in addition to noise and rounding."""
+    above: float = 0.0
+    """Slack, nats, by which the estimate may be too high (as an upper bound may), in addition to noise and rounding."""
 
-    def check(
-        self, figure: str, estimate: Estimate | None, known: str = "", *, below: float = 0.0, above: float = 0.0
-    ) -> Iterator[FigureCheck]:
-        """Yield the comparison of an estimate with its exact value; nothing if the estimate or the value is missing.
+    @property
+    def error(self) -> float:
+        """Error of the estimate, estimate - exact, nats."""
+        return self.estimate.value - self.exact
 
-        Arguments:
-            figure: name of the quantity in the result of the estimator.
-            estimate: its estimate, or None.
-            known: name of the exact value; default: the same name.
-            below: nats that the estimate may be too low as a lower bound.
-            above: nats that the estimate may be too high as an upper bound.
-        """
-        exact = self.truth.exact.get(known or figure)
-        if exact is not None and estimate is not None:
-            yield FigureCheck(self.truth.name, self.estimator, figure, exact, estimate, below, above)
+    @property
+    def tolerance(self) -> float:
+        """Allowance for rounding errors, nats."""
+        return ROUNDING_TOLERANCE * max(1.0, abs(self.exact))
+
+    @property
+    def bias(self) -> float | None:
+        """Error in units of the standard error; None if the standard error is no larger than the rounding allowance."""
+        claimed = self.estimate.standard_error
+        return self.error / claimed if claimed > self.tolerance else None
+
+    @property
+    def verdict(self) -> Verdict:
+        """Verdict on the estimate: "ok" if noise, rounding and the slack of a bound explain its error."""
+        spread = ALLOWED_ERRORS * self.estimate.standard_error + self.tolerance
+        if not math.isfinite(self.error) or not math.isfinite(spread):
+            return "not finite"
+        if self.error < -spread - self.below:
+            return "too low"
+        return "too high" if self.error > spread + self.above else "ok"
+
+    @property
+    def ok(self) -> bool:
+        """True if the comparison passes."""
+        return self.verdict == "ok"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the comparison as plain numbers and strings, for JSON; an infinite slack is None."""
+        estimate = {f"estimate_{name}": value for name, value in self.estimate.to_dict().items()}
+        numbers = {"error": self.error, "bias": self.bias, "below": self.below, "above": self.above}
+        return {
+            **{name: getattr(self, name) for name in ("truth", "estimator", "figure", "exact")},
+            **estimate,
+            **{name: None if number is None else finite(number) for name, number in numbers.items()},
+            "verdict": self.verdict,
+        }
+
+    def cells(self) -> tuple[str, ...]:
+        """Return the comparison as a table row of text, in the order of `CHECK_COLUMNS`."""
+        bias = f"{self.error:.0e} nats" if self.bias is None else f"{self.bias:+.2f}"
+        error = f"{self.estimate.standard_error:.4f}" if self.bias is not None else ""
+        numbers = (f"{self.exact:.4f}", f"{self.estimate.value:.4f}", error, bias)
+        return (self.truth, f"{self.estimator}.{self.figure}", *numbers, self.verdict)
 
 
-def _surgery(asked: Question, seed: int) -> Iterator[FigureCheck]:
-    truth = asked.truth
+@final
+@dataclass(frozen=True, repr=False)
+class SelfCheck:
+    """Comparisons of this installation's estimates with exactly known values; the result of `selfcheck`."""
+
+    device: str
+    """Device that the estimators ran on."""
+    seed: int
+    """Seed of the samples."""
+    checks: tuple[FigureCheck, ...]
+    """Comparisons of all estimates with their exact values."""
+
+    @property
+    def failed(self) -> tuple[FigureCheck, ...]:
+        """Comparisons that do not pass."""
+        return tuple(check for check in self.checks if not check.ok)
+
+    @property
+    def ok(self) -> bool:
+        """True if all comparisons pass."""
+        return not self.failed
+
+    @property
+    def failure_rate(self) -> float:
+        """Upper bound on the probability that correct estimators fail with a new seed: a sum over noisy estimates."""
+        return CHANCE_FAILURE * sum(check.bias is not None for check in self.checks)
+
+    @property
+    def title(self) -> str:
+        """Title of the table of comparisons."""
+        return f"estimators against exact figures, nats per datum ({self.device}, seed {self.seed})"
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """Sentences below the table: number of passed comparisons, rule for passing, and rate of failures by chance."""
+        passed = f"{len(self.checks) - len(self.failed)} of {len(self.checks)} figures ok"
+        rule = f"ok: within {ALLOWED_ERRORS:g} standard errors, {ROUNDING_TOLERANCE:g} for rounding, slack of bounds"
+        chance = f"by chance alone one run in {1 / self.failure_rate:.0f} fails" if self.failure_rate else "no noise"
+        return (passed, rule, chance)
+
+    def summary(self) -> str:
+        """Return the outcome of the self-check in one sentence, with advice if a comparison fails."""
+        if self.ok:
+            return f"all {len(self.checks)} figures agree with their exact values"
+        names = sorted({check.estimator for check in self.failed})
+        return (
+            f"{len(self.failed)} of {len(self.checks)} figures of {', '.join(names)} disagree with their exact values: "
+            f"do not trust these on this device. By chance one run in {1 / max(self.failure_rate, CHANCE_FAILURE):.0f} "
+            f"fails; see whether another --seed does too, and report it if so."
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all comparisons and their summary as plain numbers and strings, for JSON."""
+        return {
+            "unit": "nats per datum",
+            "device": self.device,
+            "seed": self.seed,
+            "ok": self.ok,
+            "failed": len(self.failed),
+            "failure_rate": self.failure_rate,
+            "checks": [check.to_dict() for check in self.checks],
+        }
+
+    def __rich__(self) -> Table:
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(title=Text(self.title), caption=Text("\n".join(self.remarks)), caption_justify="left")
+        for column in CHECK_COLUMNS:
+            table.add_column(column, justify="left" if column in ("truth", "figure", "verdict") else "right")
+        for truth, checks in groupby(self.checks, lambda check: check.truth):
+            for i, check in enumerate(checks):
+                cells = ("" if i else truth, *check.cells()[1:])
+                table.add_row(*map(Text, cells), style="" if check.ok else "bold red")
+        return table
+
+    def __repr__(self) -> str:
+        return str(self)
+
+    def __str__(self) -> str:
+        rows = [CHECK_COLUMNS, *(check.cells() for check in self.checks)]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        return "\n".join([self.title, *lines, *self.remarks])
+
+
+# ---------------------------------------------------------------------- the estimators
+
+
+class Found(NamedTuple):
+    """One estimate of an estimator, and what it is compared with."""
+
+    figure: str
+    """Name of the quantity in the result of the estimator."""
+    estimate: Estimate | None
+    """Its estimate; None if there is none, and nothing to compare."""
+    known: str | float | None = ""
+    """Exact value, or its name among those of the test model; default: the same name; None if it is unknown."""
+    below: float = 0.0
+    """Nats that the estimate may be too low as a lower bound."""
+    above: float = 0.0
+    """Nats that the estimate may be too high as an upper bound."""
+
+
+def _surgery(truth: Truth, seed: int) -> Iterator[Found]:
     found = surgery(truth.pair, truth.x, truth.samples, seed, labels=truth.labels)
     parts = [latent.dimensions for latent in found.latents.values() if latent.dimensions is not None]
     grid = max((part.error for part in parts), default=0.0)
     for name, estimate, _ in found.known():
         slack = grid if name in ("total_correlation", "coordinate_kl") else 0.0
-        yield from asked.check(name, estimate, below=slack, above=slack)
-    yield from asked.check("kl_exact", found.kl_exact, "kl")
-    yield from _population(asked, "population_lower", found.mutual_information, below=math.inf)
-    yield from _population(asked, "population_upper", found.leave_one_out, above=math.inf)
-
-
-def _population(asked: Question, figure: str, estimate: Estimate | None, **slack: float) -> Iterator[FigureCheck]:
-    """Yield the comparison of a mutual information of n data with its exact value under the data distribution.
-
-    The estimate is a bound in expectation over the data: `slack` allows any difference on the side of the bound.
-    """
-    yield from asked.check(figure, _over_data(estimate), "population_mutual_information", **slack)
+        yield Found(name, estimate, below=slack, above=slack)
+    yield Found("kl_exact", found.kl_exact, "kl")
+    # The information of n data bounds that of their distribution in expectation over the data.
+    population = "population_mutual_information"
+    yield Found("population_lower", _over_data(found.mutual_information), population, below=math.inf)
+    yield Found("population_upper", _over_data(found.leave_one_out), population, above=math.inf)
 
 
 def _over_data(estimate: Estimate | None) -> Estimate | None:
+    """Return an estimate whose standard error includes that over the data."""
     if estimate is None:
         return None
-    error = math.hypot(estimate.standard_error, estimate.data_error or 0.0)
-    return Estimate(estimate.value, error, estimate.kind, estimate.data_error, estimate.note)
+    return replace(estimate, standard_error=math.hypot(estimate.standard_error, estimate.data_error or 0.0))
 
 
-def _evidence(asked: Question, seed: int) -> Iterator[FigureCheck]:
-    found = evidence(asked.truth.pair, asked.truth.x, asked.truth.draws, seed)
-    yield from asked.check("elbo", found.total)
+def _evidence(truth: Truth, seed: int) -> Iterator[Found]:
+    found = evidence(truth.pair, truth.x, truth.draws, seed)
+    yield Found("elbo", found.elbo)
     for k, bound in found.curve[1:]:
-        yield from asked.check(f"iwae_{k}", bound)
-    yield from _last(asked, found)
+        yield Found(f"iwae_{k}", bound)
+    yield _last(found)
 
 
-def _prior_evidence(asked: Question, seed: int) -> Iterator[FigureCheck]:
-    found = prior_evidence(asked.truth.pair, asked.truth.x, 8 * asked.truth.draws, seed)
-    yield from asked.check("jensen", found.jensen, "prior_jensen")
-    yield from _last(asked, found)
+def _prior_evidence(truth: Truth, seed: int) -> Iterator[Found]:
+    found = prior_evidence(truth.pair, truth.x, 8 * truth.draws, seed)
+    yield Found("jensen", found.jensen, "prior_jensen")
+    yield _last(found)
 
 
-def _last(asked: Question, found: Bounds) -> Iterator[FigureCheck]:
+def _last(found: Bounds) -> Found:
     k, bound = found.curve[-1]
-    yield from asked.check(f"{found.names[1]}_{k}", bound, "log_evidence", below=_lacking(found.ess, found.samples))
+    return Found(f"{found.names[1]}_{k}", bound, "log_evidence", below=_lacking(found.ess, found.samples))
 
 
 def _lacking(ess: Tensor, samples: int) -> float:
@@ -110,50 +263,30 @@ def _lacking(ess: Tensor, samples: int) -> float:
     return float((1 / ess - 1 / samples).mean())
 
 
-def _ais(asked: Question, seed: int) -> Iterator[FigureCheck]:
-    truth = asked.truth
-    if truth.log_p is not None:
-        x = truth.x[:ANNEALED_ROWS]
-        found = ais(truth.pair, x, temperatures=12, chains=64, leapfrog=4, seed=seed)
-        lacking = _lacking(found.ess, found.chains)
-        yield FigureCheck(truth.name, asked.estimator, "lower", _log_p(truth, x), found.lower, below=lacking)
+def _ais(truth: Truth, seed: int) -> Iterator[Found]:
+    x = truth.x[:ANNEALED_ROWS]
+    found = ais(truth.pair, x, temperatures=12, chains=64, leapfrog=4, seed=seed)
+    yield Found("lower", found.lower, truth.mean_log_p(x), below=_lacking(found.ess, found.chains))
 
 
-def _bracket(asked: Question, seed: int) -> Iterator[FigureCheck]:
-    truth = asked.truth
+def _bracket(truth: Truth, seed: int) -> Iterator[Found]:
     found = bracket(truth.pair, truth.x, rows=60, temperatures=30, chains=16, leapfrog=4, seed=seed)
-    if truth.log_p is not None:
-        exact = _log_p(truth, found.x)
-        yield FigureCheck(truth.name, asked.estimator, "lower", exact, found.lower, below=BOUND_SLACK)
-        yield FigureCheck(truth.name, asked.estimator, "upper", exact, found.upper, above=BOUND_SLACK)
+    exact = truth.mean_log_p(found.x)
+    yield Found("lower", found.lower, exact, below=BOUND_SLACK)
+    yield Found("upper", found.upper, exact, above=BOUND_SLACK)
 
 
-def _log_p(truth: Truth, x: Tensor) -> float:
-    """Return the mean of the exact log p(x) over the rows x, nats."""
-    assert truth.log_p is not None  # noqa: S101 - the callers have looked
-    return float(truth.log_p(x.cpu().double().numpy()).mean())
+def _gap(truth: Truth, seed: int) -> Iterator[Found]:
+    found = gap(truth.pair, truth.x, steps=150, samples=400, evidence_samples=2000, seed=seed)
+    yield Found("log_p", found.log_p, "log_evidence", below=BOUND_SLACK)
+    yield Found("elbo", found.elbo)
+    yield Found("inference", found.inference, "inference_gap", below=BOUND_SLACK)
+    yield Found("amortisation", found.amortisation, "amortisation_gap", below=BOUND_SLACK)
+    yield Found("approximation", found.approximation, "approximation_gap", below=BOUND_SLACK, above=BOUND_SLACK)
 
 
-def _gap(asked: Question, seed: int) -> Iterator[FigureCheck]:
-    found = gap(asked.truth.pair, asked.truth.x, steps=150, samples=400, evidence_samples=2000, seed=seed)
-    yield from asked.check("log_p", found.log_p, "log_evidence", below=BOUND_SLACK)
-    yield from asked.check("elbo", found.total)
-    yield from asked.check("inference", found.inference, "inference_gap", below=BOUND_SLACK)
-    yield from asked.check("amortisation", found.amortisation, "amortisation_gap", below=BOUND_SLACK)
-    yield from asked.check(
-        "approximation", found.approximation, "approximation_gap", below=BOUND_SLACK, above=BOUND_SLACK
-    )
-
-
-ESTIMATORS: Mapping[str, Callable[[Question, int], Iterator[FigureCheck]]] = MappingProxyType(
-    {
-        "surgery": _surgery,
-        "evidence": _evidence,
-        "prior_evidence": _prior_evidence,
-        "ais": _ais,
-        "bracket": _bracket,
-        "gap": _gap,
-    }
+ESTIMATORS: Mapping[str, Callable[[Truth, int], Iterator[Found]]] = MappingProxyType(
+    {f.__name__[1:]: f for f in (_surgery, _evidence, _prior_evidence, _ais, _bracket, _gap)}
 )
 
 
@@ -169,11 +302,7 @@ def single_thread() -> Iterator[None]:
 
 
 def selfcheck(
-    device: str = "cpu",
-    seed: int = 0,
-    *,
-    truths: Sequence[Truth] | None = None,
-    on_progress: StageProgress = silent,
+    device: str = "cpu", seed: int = 0, *, truths: Sequence[Truth] | None = None, on_progress: StageProgress = silent
 ) -> SelfCheck:
     r"""Run every estimator on test models whose quantities are known exactly, and compare.
 
@@ -206,10 +335,12 @@ def selfcheck(
         raise DataError("selfcheck: expected at least one truth; got none. Pass truths=None for the standard ones.")
     total, done, checks = sum(len(truth.estimators) for truth in chosen), 0, list[FigureCheck]()
     with single_thread():
-        for truth in chosen:
-            moved = truth.to(torch.device(device))
+        for truth in (truth.to(device) for truth in chosen):
             for estimator in truth.estimators:
-                checks += ESTIMATORS[estimator](Question(moved, estimator), seed)
+                for figure, estimate, known, *slack in ESTIMATORS[estimator](truth, seed):
+                    exact = truth.exact.get(known or figure) if isinstance(known, str) else known
+                    if exact is not None and estimate is not None:
+                        checks.append(FigureCheck(truth.name, estimator, figure, exact, estimate, *slack))
                 done += 1
                 on_progress(done, total, truth.name)
     return SelfCheck(str(device), seed, tuple(checks))

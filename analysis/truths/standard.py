@@ -7,24 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pvae.analysis.truths.linear import (
-    binary_input,
-    blind,
-    disjoint,
-    gaussian_channel,
-    linear_vae,
-    product_channel,
-    widened,
-    wrong_guide,
-)
-from pvae.analysis.truths.structured import (
-    deterministic_code,
-    hierarchy,
-    mixture,
-    mixture_prior,
-    random_code,
-    symmetric_channel,
-)
+from pvae.analysis.truths import linear, structured
 from pvae.analysis.truths.truth import FloatArray, Truth
 
 
@@ -41,24 +24,25 @@ def standard() -> tuple[Truth, ...]:
     (images, labels), random = digits(), np.random.default_rng(0)
     w = np.array([[1.0, 0.7], [0.2, 0.8], [0.5, 0.4], [0.3, -0.2]])
     loading = np.array([[1.0], [-0.6]])
+    line = np.linspace(-2.5, 2.5, 200)
     plane = random.standard_normal((200, 2)) * 1.5
     return (
-        linear_vae(images, 2, labels),
-        linear_vae(images, 10),
-        gaussian_channel(1, 0.25, 50),
-        gaussian_channel(2, 0.25, 100),
-        gaussian_channel(10, 0.1, 1000),
-        product_channel([np.linspace(-1.5, 1.5, 8), np.linspace(-1.2, 1.6, 8) ** 3], [0.4, 0.6]),
-        *(binary_input(a) for a in (0.5, 1.0, 2.0)),
-        disjoint(100),
-        blind(plane),
-        symmetric_channel(2, 0.1),
-        symmetric_channel(10, 0.1),
-        deterministic_code(np.array([[0, 1], [1, 1], [2, 0], [3, 4], [0, 1]]), 5),
-        random_code(5, 3, 4),
-        wrong_guide(widened(loading, 0.8, 1.4, 0.2), random.standard_normal((20, 2))),
-        wrong_guide(widened(w, 0.7, 1.2, 0.2), random.standard_normal((20, 4))),
-        mixture(np.array([0.3, 0.7]), np.array([[-1.0, 0.5], [1.2, 0.0]]), 0.8, plane),
-        mixture_prior(np.array([0.4, 0.6]), np.array([-1.5, 1.0]), 0.6, 0.7, np.linspace(-2.5, 2.5, 200), 0.6, 0.8),
-        hierarchy(np.array([0.9, -0.4]), 0.8, 0.6, 0.7, 1.3, 400),
+        linear.linear_vae(images, 2, labels),
+        linear.linear_vae(images, 10),
+        linear.gaussian_channel(1, 0.25, 50),
+        linear.gaussian_channel(2, 0.25, 100),
+        linear.gaussian_channel(10, 0.1, 1000),
+        linear.product_channel([np.linspace(-1.5, 1.5, 8), np.linspace(-1.2, 1.6, 8) ** 3], [0.4, 0.6]),
+        *(linear.binary_input(a) for a in (0.5, 1.0, 2.0)),
+        linear.disjoint(100),
+        linear.blind(plane),
+        structured.symmetric_channel(2, 0.1),
+        structured.symmetric_channel(10, 0.1),
+        structured.deterministic_code(np.array([[0, 1], [1, 1], [2, 0], [3, 4], [0, 1]]), 5),
+        structured.random_code(5, 3, 4),
+        linear.wrong_guide(linear.widened(loading, 0.8, 1.4, 0.2), random.standard_normal((20, 2))),
+        linear.wrong_guide(linear.widened(w, 0.7, 1.2, 0.2), random.standard_normal((20, 4))),
+        structured.mixture(np.array([0.3, 0.7]), np.array([[-1.0, 0.5], [1.2, 0.0]]), 0.8, plane),
+        structured.mixture_prior(np.array([0.4, 0.6]), np.array([-1.5, 1.0]), 0.6, 0.7, line, 0.6, 0.8),
+        structured.hierarchy(np.array([0.9, -0.4]), 0.8, 0.6, 0.7, 1.3, 400),
     )

@@ -14,8 +14,10 @@ from torch import Tensor
 
 from pvae.analysis.truths import truth
 from pvae.analysis.truths.linear import LinearGaussian
-from pvae.analysis.truths.truth import EstimatorName, FloatArray, Programs, Truth, enough, information, tensor
-from pvae.pair.pair import Pair
+from pvae.analysis.truths.truth import EVIDENCE_SAMPLES, FloatArray, Programs, Truth, normal_nodes
+
+WITH_EVIDENCE = ("surgery", "evidence", "prior_evidence")
+"""Estimators that find the exact values of a test model whose importance weights have a small variance."""
 
 
 class CodePrograms(Programs):
@@ -55,16 +57,14 @@ def code_truth(name: str, table: FloatArray, prior: FloatArray, copies: int = 40
     states = np.stack(np.meshgrid(*[np.arange(k)] * positions, indexing="ij"), -1).reshape(-1, positions)
     q, p, alone = (_joint(t, states) for t in (table, prior[None], table.mean(0, keepdims=True)))
     log_x = norm.logpdf(np.arange(inputs)[:, None], states.sum(1), 1.0)
-    asked: list[EstimatorName] = ["surgery", "prior_evidence"]
-    if _relative_square(log_x + np.log(p), q) < truth.EVIDENCE_SAMPLES / 20:
-        asked.append("evidence")
+    is_tame = _relative_square(log_x + np.log(p), q) < EVIDENCE_SAMPLES / 20
+    asked = ("surgery", "prior_evidence", "evidence") if is_tame else ("surgery", "prior_evidence")
     exact = truth.state_figures(q, p[0], log_x) | {
         "total_correlation": float(rel_entr(q.mean(0), alone[0]).sum()),
         "coordinate_kl": float(rel_entr(table.mean(0), prior).sum()),
     }
-    programs = CodePrograms(table, prior)
     x = np.tile(np.arange(inputs), copies)[:, None]
-    return Truth(name, Pair(programs.model, programs.guide), tensor(x), exact, tuple(asked), enough(len(x)))
+    return CodePrograms(table, prior).truth(name, x, exact, estimators=asked)
 
 
 def _joint(table: FloatArray, states: NDArray[np.intp]) -> FloatArray:
@@ -128,12 +128,8 @@ def mixture(weights: FloatArray, means: FloatArray, scale: float, x: FloatArray)
     log_x = norm.logpdf(x[:, None], means, scale).sum(2)
     log_joint = log_x + np.log(weights)
     q = np.exp(log_joint - logsumexp(log_joint, axis=1, keepdims=True))
-    programs = MixturePrograms(means, weights=weights, scale=scale)
-    asked: tuple[EstimatorName, ...] = ("surgery", "evidence", "prior_evidence")
-    pair = Pair(programs.model, programs.guide)
-    return Truth(
-        f"mixture of {len(weights)}", pair, tensor(x), truth.state_figures(q, weights, log_x), asked, enough(len(x))
-    )
+    programs, exact = MixturePrograms(means, weights=weights, scale=scale), truth.state_figures(q, weights, log_x)
+    return programs.truth(f"mixture of {len(weights)}", x, exact, estimators=WITH_EVIDENCE)
 
 
 class MixturePriorPrograms(Programs):
@@ -168,21 +164,19 @@ def mixture_prior(
         gain: factor of the guide's mean.
         scale: standard deviation of the guide; above `noise` its importance weights are bounded.
     """
-    nodes, measure = truth.normal_nodes()
+    nodes, measure = normal_nodes()
     z = gain * x[:, None] + scale * nodes
     log_prior = logsumexp(norm.logpdf(z[..., None], means, spread) + np.log(weights), axis=2)
     kl = float((-0.5 * math.log(2 * math.pi * math.e * scale**2) - log_prior @ measure).mean())
     reconstruction = float((norm.logpdf(x[:, None], z, noise) @ measure).mean())
-    mutual = information(gain * x[:, None], np.array([[scale**2]]))
+    mutual = truth.information(gain * x[:, None], np.array([[scale**2]]))
     wide = math.hypot(spread, noise)
     log_p = logsumexp(norm.logpdf(x[:, None], means, wide) + np.log(weights), axis=1)
     far = weights @ ((x[:, None] - means) ** 2).T + spread**2
     jensen = float((-0.5 * (far / noise**2 + math.log(2 * math.pi * noise**2))).mean())
-    exact = truth.elbo_figures(reconstruction, kl, mutual, float(log_p.mean()), jensen)
+    exact = truth.elbo_figures(reconstruction, kl, float(log_p.mean()), jensen) | truth.split_kl(kl, mutual)
     programs = MixturePriorPrograms(means, weights=weights, spread=spread, noise=noise, gain=gain, scale=scale)
-    asked: tuple[EstimatorName, ...] = ("surgery", "evidence", "prior_evidence")
-    pair = Pair(programs.model, programs.guide)
-    return Truth(f"mixture prior of {len(weights)}", pair, tensor(x), exact, asked, enough(len(x)))
+    return programs.truth(f"mixture prior of {len(weights)}", x, exact, estimators=WITH_EVIDENCE)
 
 
 class TwoLevelPrograms(Programs):
@@ -237,10 +231,8 @@ def hierarchy(w: FloatArray, slope: float, spread: float, noise: float, stretch:
     x = z @ wide.T + noise * random.standard_normal((n, len(w)))
     exact = law.bounds(x) | _of_levels(law, x)
     del exact["approximation_gap"], exact["amortisation_gap"]
-    asked: tuple[EstimatorName, ...] = ("surgery", "evidence", "prior_evidence", "ais", "bracket")
-    programs = TwoLevelPrograms(law)
-    pair = Pair(programs.model, programs.guide)
-    return Truth(f"two levels, n={n}", pair, tensor(x), exact, asked, enough(n), log_p=law.log_p)
+    asked = (*WITH_EVIDENCE, "ais", "bracket")
+    return TwoLevelPrograms(law).truth(f"two levels, n={n}", x, exact, estimators=asked, log_p=law.log_p)
 
 
 def _of_levels(law: LinearGaussian, x: FloatArray) -> dict[str, float]:
@@ -248,16 +240,7 @@ def _of_levels(law: LinearGaussian, x: FloatArray) -> dict[str, float]:
 
     Values are in nats, under the names that `Truth` uses.
     """
-    (means, covariance), _ = truth.coordinates(law.means(x), law.s)
-    kl, upper = (
-        float(truth.normal_kl(*part).mean()) for part in ((law.means(x), law.s, law.v), (means, covariance, np.eye(1)))
-    )
-    joint, own = information(law.means(x), law.s), information(means, covariance)
-    return {
-        "mutual_information": joint,
-        "marginal_kl": kl - joint,
-        "z2.kl": upper,
-        "z2.mutual_information": own,
-        "z2.marginal_kl": upper - own,
-        "z1.kl": kl - upper,
-    }
+    top, _ = truth.coordinates(law.means(x), law.s)
+    kl, upper = float(law.kl(x).mean()), float(truth.normal_kl(*top, np.eye(1)).mean())
+    joint = truth.split_kl(kl, truth.information(law.means(x), law.s))
+    return {**joint, "z2.kl": upper, **truth.split_kl(upper, truth.information(*top), "z2."), "z1.kl": kl - upper}

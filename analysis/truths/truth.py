@@ -60,13 +60,17 @@ class Truth:
     labels: Tensor | None = None
     log_p: Callable[[FloatArray], FloatArray] | None = None
 
+    def mean_log_p(self, x: Tensor) -> float | None:
+        """Return the mean of the exact log p(x) over rows `(m, *event)`, nats; None if it is unknown."""
+        return None if self.log_p is None else float(self.log_p(x.cpu().double().numpy()).mean())
+
     def to(self, device: str | torch.device) -> Truth:
         """Return the test model with its data on a device; its pair is moved there in place."""
         return replace(self, pair=self.pair.adopt(self.x).to(device), x=self.x.to(device))
 
 
 class Programs(nn.Module):
-    """Base class of a Pyro model and guide whose constants are float64 buffers, with a single parameter.
+    """Base class of a Pyro `model` and `guide` whose constants are float64 buffers, with a single parameter.
 
     Arguments:
         learned: value of the parameter `learned`, as a pair that can be fitted needs one.
@@ -82,15 +86,18 @@ class Programs(nn.Module):
     def __getattr__(self, name: str) -> Any:
         return super().__getattr__(name)
 
+    def truth(self, name: str, x: FloatArray, exact: Mapping[str, float], **rest: Any) -> Truth:
+        """Return the test model of these programs and the data x; `rest` are further fields of `Truth`.
+
+        Surgery samples so often that the mean over the data is nearly normal, even of squared normals.
+        """
+        samples = min(200, max(10, 10_000 // len(x)))
+        return Truth(name, Pair(self.model, self.guide), tensor(x), exact, **{"samples": samples, **rest})
+
 
 def tensor(value: Any) -> Tensor:
     """Return numbers as a float64 tensor."""
     return torch.tensor(np.asarray(value, dtype=np.float64))
-
-
-def enough(n: int) -> int:
-    """Return a number of samples per datum for which the mean over n data is nearly normal, even of squared normals."""
-    return min(200, max(10, 10_000 // n))
 
 
 def mixture_entropy(means: FloatArray, covariance: FloatArray) -> float:
@@ -152,29 +159,28 @@ def coordinates(means: FloatArray, covariance: FloatArray) -> Iterator[tuple[Flo
         yield means[:, [axis]], covariance[axis : axis + 1, axis : axis + 1]
 
 
-def elbo_figures(
-    reconstruction: float, kl: float, mutual: float, log_p: float | None = None, jensen: float | None = None
-) -> dict[str, float]:
+def elbo_figures(reconstruction: float, kl: float, log_p: float, jensen: float) -> dict[str, float]:
     """Return the exact values of a `Truth` that follow from these terms, means over the data, nats.
 
     Arguments:
         reconstruction: E_q log p(x|z).
         kl: KL(q(z|x) || p(z)).
-        mutual: mutual information of x and z under q.
-        log_p: log p(x); None if unknown.
-        jensen: E_p log p(x|z); None if unknown.
+        log_p: log p(x).
+        jensen: E_p log p(x|z).
     """
-    known = {"log_evidence": log_p, "prior_jensen": jensen}
-    if log_p is not None:
-        known["inference_gap"] = log_p - reconstruction + kl
     return {
         "elbo": reconstruction - kl,
         "reconstruction": reconstruction,
         "kl": kl,
-        "mutual_information": mutual,
-        "marginal_kl": kl - mutual,
-        **{name: value for name, value in known.items() if value is not None},
+        "log_evidence": log_p,
+        "prior_jensen": jensen,
+        "inference_gap": log_p - reconstruction + kl,
     }
+
+
+def split_kl(kl: float, mutual: float, prefix: str = "") -> dict[str, float]:
+    """Return the two parts of a KL, nats: the mutual information of x and z under q, and the marginal KL of q_agg."""
+    return {f"{prefix}mutual_information": mutual, f"{prefix}marginal_kl": kl - mutual}
 
 
 def state_figures(q: FloatArray, p: FloatArray, log_x: FloatArray) -> dict[str, float]:
@@ -185,10 +191,7 @@ def state_figures(q: FloatArray, p: FloatArray, log_x: FloatArray) -> dict[str, 
         p: prior probabilities, `(states,)`.
         log_x: log p(x | state), `(inputs, states)`.
     """
-    return elbo_figures(
-        reconstruction=float((q * log_x).sum(1).mean()),
-        kl=float(rel_entr(q, p).sum(1).mean()),
-        mutual=float(rel_entr(q, q.mean(0)).sum(1).mean()),
-        log_p=float(np.logaddexp.reduce(log_x + np.log(p), axis=1).mean()),
-        jensen=float((log_x @ p).mean()),
-    )
+    kl = float(rel_entr(q, p).sum(1).mean())
+    log_p = float(np.logaddexp.reduce(log_x + np.log(p), axis=1).mean())
+    terms = elbo_figures(float((q * log_x).sum(1).mean()), kl, log_p, float((log_x @ p).mean()))
+    return terms | split_kl(kl, float(rel_entr(q, q.mean(0)).sum(1).mean()))

@@ -10,8 +10,7 @@ from torch import Tensor, nn
 
 from pvae.component import Component, Names, Shape
 from pvae.graph.link import Link
-from pvae.graph.site import OBSERVED, Site
-from pvae.graph.space import Space, Values
+from pvae.graph.site import OBSERVED, Site, Space, Values
 from pvae.nn.codebook import Codebook
 
 

@@ -18,12 +18,10 @@ from pvae.component import Shape
 from pvae.distributions.codes import bits, code_grid
 from pvae.graph.lifecycle import Moving
 from pvae.graph.link import Link
-from pvae.graph.site import Site
-from pvae.graph.space import Values
+from pvae.graph.site import Site, Values
 from pvae.guides.posteriors.base import Posterior, PosteriorModule
 from pvae.guides.posteriors.heads import channels_last, head
-from pvae.nn.dense import MLP
-from pvae.nn.network import Network, NetworkModule
+from pvae.nn.network import MLP, Network, NetworkModule
 
 MAX_SUMMED_STATES = 32
 """Largest number of joint states that `estimator = "auto"` sums over; each costs a pass of the decoder."""

@@ -9,8 +9,7 @@ from torch import nn
 
 from pvae.component import Shape
 from pvae.graph.link import Link
-from pvae.graph.site import Site
-from pvae.graph.space import Values
+from pvae.graph.site import Site, Values
 from pvae.guides.posteriors.base import Posterior
 
 

@@ -17,9 +17,7 @@ from pvae.errors import DeclarationError
 from pvae.graph.link import Link
 from pvae.graph.site import Site
 from pvae.guides.posteriors.base import Posterior
-from pvae.nn.dense import MLP
-from pvae.nn.heads import LogVarianceBounds, diagonal_normal
-from pvae.nn.network import Network, NetworkModule
+from pvae.nn.network import MLP, LogVarianceBounds, Network, NetworkModule, diagonal_normal
 from pvae.util.types import Size
 
 GATE_OFFSET = 2.0

@@ -7,8 +7,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from pvae.component import Shape
-from pvae.nn.dense import MLP
-from pvae.nn.network import Network, NetworkModule
+from pvae.nn.network import MLP, Network, NetworkModule
 from pvae.nn.resnet import Pointwise
 
 

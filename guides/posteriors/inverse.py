@@ -13,14 +13,12 @@ from torch.distributions import constraints
 from torch.nn.functional import logsigmoid
 
 from pvae.component import Shape
-from pvae.distributions.determined import Determined
+from pvae.distributions.base import Determined
 from pvae.errors import DeclarationError
 from pvae.graph.link import Link
 from pvae.graph.site import OBSERVED, Site
 from pvae.guides.posteriors.base import Posterior
-from pvae.nn.dense import MLP
-from pvae.nn.heads import LogVarianceBounds, NormalHead
-from pvae.nn.network import InvertibleModule, Network
+from pvae.nn.network import MLP, InvertibleModule, LogVarianceBounds, Network, NormalHead
 from pvae.util.types import Size
 
 
@@ -184,7 +182,7 @@ class DequantisedPosterior(Posterior):
 
     def build(self, site: Site, inputs: Mapping[str, Shape], link: Link) -> nn.Module:
         decoder_of(link, site)
-        levels = link.model.decoder.likelihood.levels
+        levels = link.model.decoder.likelihood.declared.levels
         noise = None
         if self.noise == "variational":
             noise = NormalHead(self.network.build(inputs, (2 * site.event[0],)), self.log_variance)

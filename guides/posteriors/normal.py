@@ -12,9 +12,7 @@ from pvae.component import Shape
 from pvae.graph.link import Link
 from pvae.graph.site import Site
 from pvae.guides.posteriors.base import Posterior
-from pvae.nn.dense import MLP
-from pvae.nn.heads import LogVarianceBounds, NormalHead, lower_factor
-from pvae.nn.network import Network, NetworkModule
+from pvae.nn.network import MLP, LogVarianceBounds, Network, NetworkModule, NormalHead, lower_factor
 
 
 @final

@@ -9,12 +9,11 @@ import pyro.distributions as dist
 from torch import Tensor, nn
 
 from pvae.component import Shape
-from pvae.distributions.determined import Determined
+from pvae.distributions.base import Determined
 from pvae.graph.link import Link
 from pvae.graph.site import Site
 from pvae.guides.posteriors.base import Posterior
-from pvae.nn.dense import MLP
-from pvae.nn.network import Network, NetworkModule
+from pvae.nn.network import MLP, Network, NetworkModule
 
 
 class PointHead(nn.Module):

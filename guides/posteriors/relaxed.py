@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from pvae.component import Shape
 from pvae.distributions.relaxed import KL, RelaxedCodes
 from pvae.graph.link import Link
-from pvae.graph.site import Site
-from pvae.graph.space import Space, Values
+from pvae.graph.site import Site, Space, Values
 from pvae.guides.posteriors.base import Posterior
 from pvae.guides.posteriors.heads import channels_last, head
 from pvae.nn.network import Network, NetworkModule

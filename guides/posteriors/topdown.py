@@ -10,14 +10,12 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from pvae.component import Shape
-from pvae.distributions.independent import Event
+from pvae.distributions.base import Event
 from pvae.errors import DeclarationError
 from pvae.graph.link import Link
 from pvae.graph.site import Site
 from pvae.guides.posteriors.base import Posterior
-from pvae.nn.dense import MLP
-from pvae.nn.heads import LogVarianceBounds, NormalHead
-from pvae.nn.network import Network
+from pvae.nn.network import MLP, LogVarianceBounds, Network, NormalHead
 
 TOP_DOWN = "top_down"
 """Name of the features of the prior's network among the inputs of a posterior."""

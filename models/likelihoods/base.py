@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 from pvae.component import Component, Shape
-from pvae.graph.column_law import Law
+from pvae.graph.frame import Law
 from pvae.models.likelihoods.closed_form import ClosedForm
 
 
@@ -20,8 +20,10 @@ class Likelihood(Component):
     hint: ClassVar[str] = ""
     of_tables: ClassVar[bool] = False
     """True if the likelihood is for tables only, and scores each column by a distribution of its own."""
-    closed_form: ClassVar[bool] = False
-    """True if its M-step has a closed form, so that the objective `em` can fit it."""
+    closed_form: ClassVar[type[ClosedForm] | None] = None
+    """Closed form of its M-step, with which the objective `em` fits it; None if it has none."""
+    is_point: ClassVar[bool] = False
+    """True if z determines x, x = g(z); the posterior must then invert the decoder, except in a GAN."""
 
     @property
     @abstractmethod
@@ -32,11 +34,6 @@ class Likelihood(Component):
     def channels(self) -> int:
         """Number of parameters that the decoder outputs for each element of x."""
         return 1
-
-    @property
-    def is_point(self) -> bool:
-        """True if z determines x, x = g(z); the posterior must then invert the decoder, except in a GAN."""
-        return False
 
     def over(self, laws: Sequence[Law]) -> Likelihood:
         """Return this likelihood bound to table columns with the given distributions; itself if it scores no tables."""
@@ -60,7 +57,9 @@ class ReaderModule(nn.Module):
 class LikelihoodModule(nn.Module):
     """Base of the modules of likelihoods: splits the decoder's output into the parameters of each element of x."""
 
-    is_point: ClassVar[bool] = False
+    form: type[ClosedForm] | None = None
+    """Closed form of the M-step; None if there is none."""
+    is_point: bool = False
     """True if x is a deterministic function of z."""
 
     def __init__(self, x: Shape, channels: int) -> None:
@@ -75,11 +74,15 @@ class LikelihoodModule(nn.Module):
 
     def split(self, h: Tensor) -> tuple[Tensor, ...]:
         """Return the decoder's output as `channels` tensors of parameters, each `(..., *x)`."""
-        return h.unflatten(-len(self.x), (self.channels, self.x[0])).unbind(-len(self.x) - 1)
+        return (
+            (h,)
+            if self.channels == 1
+            else h.unflatten(-len(self.x), (self.channels, self.x[0])).unbind(-len(self.x) - 1)
+        )
 
     def closed_form(self) -> ClosedForm | None:
         """Return the closed-form M-step of this likelihood; None if it has none."""
-        return None
+        return None if self.form is None else self.form(self)
 
     def implicit(self) -> LikelihoodModule:
         """Return this likelihood without its density, for a GAN, in which x is sampled but never scored."""

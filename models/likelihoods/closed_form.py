@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from pvae.errors import DataError
 
 if TYPE_CHECKING:
-    from pvae.models.likelihoods.normal import MultivariateNormalModule, NormalModule
+    from pvae.models.likelihoods.standard import MultivariateNormalModule, NormalModule
 
 LEAST_LOG_ODDS = -12.0
 """Smallest log-odds or log-probability that an M-step sets, so that values absent from the data stay possible."""
@@ -87,7 +87,7 @@ class PoissonForm(ClosedForm):
     """M-step of Poisson elements: the logarithms of the weighted means."""
 
     def maximise(self, counts: Tensor, sums: Tensor, origin: Tensor) -> Tensor:
-        return (sums / counts[:, None]).log().clamp(*self.module.bounds)
+        return (sums / counts[:, None]).log().clamp(*self.module.declared.bounds)
 
 
 class NormalFamilyForm(ClosedForm):

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import constraints
 
-from pvae.graph.column_law import Law
-from pvae.models.likelihoods.counts import HIGHEST_LOG_RATE, LOWEST_LOG_RATE, dispersed
+from pvae.graph.frame import Law
+from pvae.models.likelihoods.standard import HIGHEST_LOG_RATE, LOWEST_LOG_RATE, dispersed
 
 ABSENT_LOGIT = -1e30
 """Logit of the levels that pad a column with fewer levels than another: probability 0, without a NaN in gradients."""

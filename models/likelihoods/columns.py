@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 from pvae.component import Shape
+from pvae.distributions.base import Batched
 from pvae.errors import DeclarationError
-from pvae.graph.column_law import Law
+from pvae.graph.frame import Law
 from pvae.models.likelihoods.base import Likelihood, LikelihoodModule, ReaderModule
 from pvae.models.likelihoods.column_families import FAMILIES, Pick, grouped
 from pvae.util.types import Size
@@ -60,7 +61,7 @@ class columns(constraints.Constraint):  # noqa: N801 - named as torch names its 
         return f"a value in {support_of(law)}".removesuffix("()") + (", or NaN" if law.masked else "")
 
 
-class ColumnsDistribution(dist.TorchDistribution):
+class ColumnsDistribution(Batched):
     """Distribution of table rows `(D,)` with independent columns; a missing value (NaN) adds 0 to the log density.
 
     Arguments:
@@ -68,25 +69,15 @@ class ColumnsDistribution(dist.TorchDistribution):
         module: the likelihood, which knows the columns of each family.
     """
 
-    arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {}
+    widened = ("parts",)
 
-    def __init__(
-        self, parts: Sequence[dist.TorchDistribution], module: ColumnsModule, validate_args: bool | None = None
-    ) -> None:
-        self.parts, self.module = list(parts), module
-        super().__init__(parts[0].batch_shape[:-1], torch.Size(module.x), validate_args=validate_args)
+    def __init__(self, parts: list[dist.TorchDistribution], module: ColumnsModule) -> None:
+        self.parts, self.module = parts, module
+        super().__init__(parts[0].batch_shape[:-1], torch.Size(module.x))
 
     @property
     def support(self) -> constraints.Constraint:
         return constraints.independent(columns(self.module.laws), 1)
-
-    def expand(self, batch_shape: Size, _instance: Any = None) -> ColumnsDistribution:
-        """Return the same distribution with more batch dimensions."""
-        shape = torch.Size(batch_shape)
-        if shape == self.batch_shape:
-            return self
-        parts = [part.expand(shape + part.batch_shape[-1:]) for part in self.parts]
-        return ColumnsDistribution(parts, self.module, validate_args=False)
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Return the log density of the columns that are not missing, nats, `(...)`; exact."""
@@ -98,10 +89,7 @@ class ColumnsDistribution(dist.TorchDistribution):
             missing = given.isnan()
             score = part.log_prob(given.masked_fill(missing, family.stand_in))
             scores.append(torch.where(missing, 0.0, score).sum(-1))
-        total = scores[0]
-        for score in scores[1:]:
-            total = total + score
-        return total
+        return sum(scores[1:], scores[0])
 
     def sample(self, sample_shape: Size = torch.Size()) -> Tensor:
         """Return sampled rows without missing values, `sample_shape + (..., D)`."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from math import prod
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import pyro.distributions as dist
 import torch
@@ -57,9 +57,6 @@ class Autoregressive(Conditional):
         batch_shape: leading dimensions; those of the context broadcast to it.
     """
 
-    arg_constraints: ClassVar[dict[str, Any]] = {}
-    has_rsample = False
-
     def __init__(self, network: TokenModule, context: Tensor | None, batch_shape: Size) -> None:
         self.network, self.context = network, context
         super().__init__(torch.Size(batch_shape), torch.Size(network.grid), validate_args=False)
@@ -101,12 +98,6 @@ class Autoregressive(Conditional):
             contexts = [None] * len(counts) if context is None else context.split(DRAW_ROWS)
             drawn = [self.network.draw(n, part, categorical) for n, part in zip(counts, contexts, strict=True)]
         return torch.cat(drawn).reshape(shape + self.event_shape)
-
-    def expand(self, batch_shape: Size, _instance: Any = None) -> Autoregressive:
-        """Return the same distribution with more batch dimensions."""
-        if self.batch_shape == tuple(batch_shape):
-            return self
-        return Autoregressive(self.network, self.context, batch_shape)
 
     @property
     def has_enumerate_support(self) -> bool:  # type: ignore[override]

@@ -10,8 +10,7 @@ from torch import Tensor, nn
 
 from pvae.component import Component, Shape
 from pvae.graph.link import Link
-from pvae.graph.site import Site
-from pvae.graph.space import Values
+from pvae.graph.site import Site, Values
 
 
 class Prior(Component):

@@ -13,8 +13,7 @@ from pvae.component import Shape
 from pvae.distributions.codes import bits, code_grid
 from pvae.distributions.relaxed import RelaxedCodes, Relaxing
 from pvae.graph.link import Link
-from pvae.graph.site import Site
-from pvae.graph.space import Values
+from pvae.graph.site import Site, Values
 from pvae.models.priors.base import MixtureWeights, Prior
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping
 from math import prod
-from typing import Any, ClassVar, Literal, final
+from typing import ClassVar, Literal, final
 
 import pyro.distributions as dist
 import pyro.distributions.transforms as bijections
@@ -15,25 +15,24 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 from pvae.component import Ints, Shape
+from pvae.distributions.base import Batched
 from pvae.distributions.bijections import Bijection, near_identity
-from pvae.distributions.simplex import FreeCoordinates
+from pvae.distributions.relaxed import FreeCoordinates
 from pvae.errors import DeclarationError
 from pvae.graph.link import Link
-from pvae.graph.site import Site
-from pvae.graph.space import Values
+from pvae.graph.site import Site, Values
 from pvae.models.priors.base import Prior
 from pvae.util.types import Size
 
 
-class Flow(dist.TorchDistribution):
+class Flow(Batched):
     """Distribution p(z) of a normalising flow `FlowModule`, for any batch shape."""
 
-    arg_constraints: ClassVar[dict[str, Any]] = {}
     support = constraints.real_vector
 
-    def __init__(self, module: FlowModule, batch_shape: Size = ()) -> None:
+    def __init__(self, module: FlowModule) -> None:
         self.module = module
-        super().__init__(torch.Size(batch_shape), module.loc.shape, validate_args=False)
+        super().__init__(torch.Size(), module.loc.shape, validate_args=False)
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Return log p(z) of z `(..., D)`, nats, `(...)`; exact."""
@@ -43,10 +42,6 @@ class Flow(dist.TorchDistribution):
         """Return samples `sample_shape + batch_shape + (D,)`."""
         with torch.no_grad():
             return self.module.sample(torch.Size(sample_shape) + self.batch_shape)
-
-    def expand(self, batch_shape: Size, _instance: Any = None) -> Flow:
-        """Return the same distribution with more batch dimensions."""
-        return self if self.batch_shape == tuple(batch_shape) else Flow(self.module, batch_shape)
 
 
 class FlowModule(nn.Module):

@@ -12,15 +12,14 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 from pvae.component import Shape
-from pvae.distributions.discretized_logistic import lattice
-from pvae.distributions.exponential import FullRankNormals, Members, Normals
-from pvae.distributions.mixture import Mixture
+from pvae.distributions.exponential import FullRankNormals, Members, Mixture, Normals
+from pvae.distributions.observed import lattice
 from pvae.errors import DeclarationError
 from pvae.graph.lifecycle import Begun, FirstRows, MadeOfData
 from pvae.graph.link import Link
 from pvae.graph.site import Site
 from pvae.models.priors.base import Prior
-from pvae.nn.heads import LogVarianceBounds
+from pvae.nn.network import LogVarianceBounds
 
 
 class NormalMixtureModule(nn.Module):

@@ -10,13 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from pvae.component import Shape
-from pvae.distributions.independent import Event
+from pvae.distributions.base import Event
 from pvae.graph.link import Link
 from pvae.graph.site import Site
 from pvae.models.priors.base import Prior
-from pvae.nn.dense import MLP
-from pvae.nn.heads import LogVarianceBounds, NormalHead
-from pvae.nn.network import Network
+from pvae.nn.network import MLP, LogVarianceBounds, Network, NormalHead
 
 
 class StandardNormalModule(nn.Module):

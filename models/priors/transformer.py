@@ -12,8 +12,7 @@ from torch.nn import functional as F
 
 from pvae.component import Shape
 from pvae.graph.link import Link
-from pvae.graph.site import Site
-from pvae.graph.space import Values
+from pvae.graph.site import Site, Values
 from pvae.models.priors.autoregressive import Choose, TokenModule, require_shapes
 from pvae.models.priors.base import Prior
 

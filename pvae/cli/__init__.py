@@ -17,15 +17,7 @@ from pvae.errors import DeviceError, PvaeError, StorageError, out_of_memory, pri
 
 __all__ = ["app", "main"]
 
-for group in (
-    "declarations",
-    "fitting",
-    "studies",
-    "analyses",
-    "reporting",
-    "making",
-    "upkeep",
-):  # in the order of `pvae --help`
+for group in ("declarations", "fitting", "analyses", "making", "upkeep"):  # in the order of `pvae --help`
     import_module(f"pvae.cli.{group}")
 
 

@@ -1,47 +1,35 @@
-"""Commands that analyse a run."""
+"""Commands that analyse runs, and those that write HTML pages on them."""
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pvae.cli.app import (
-    ON_RUN,
-    ON_RUN_AND_DEVICE,
-    Device,
-    Mean,
-    RowCount,
-    RunName,
-    SampleCount,
-    SeedOption,
-    Shared,
-    SplitName,
-    beside,
-    command,
-    emit,
-    rows_of,
-    say,
-)
+import pvae
+from pvae.cli.app import ON_RUN, ON_RUN_AND_DEVICE, Shared, beside, command, emit, rows_of, say
 from pvae.errors import DeclarationError
+
+if TYPE_CHECKING:
+    from pvae.runs.run import Run
 
 
 @command(ON_RUN_AND_DEVICE)
 def surgery(
     shared: Shared,
-    run: RunName,
+    run: str,
     split: Annotated[str, typer.Option("--split", help="train, validation, test; both: train and test.")] = "test",
-    samples: SampleCount = 1,
-    rows: RowCount = None,
+    samples: int = 1,
+    rows: int | None = None,
     components: Annotated[
         int | None, typer.Option("--components", min=2, help="Rows behind q_agg, at random; I_q gets two bounds.")
     ] = None,
     by_class: Annotated[bool, typer.Option("--by-class", help="Also one row for each label.")] = False,
-    seed: SeedOption = 0,
+    seed: int = 0,
 ) -> None:
     """Decompose the ELBO: reconstruction, mutual information, marginal KL, and what a better prior can gain."""
-    from pvae.analysis import surgery as decompose
     from pvae.analysis.decompose.result import Surgery, class_table, side_by_side
 
     opened = shared.open_on_device(run)
@@ -50,8 +38,8 @@ def surgery(
     train = None
     with shared.bar("surgery", samples * len(names)) as bar:
         for i, name in enumerate(names):
-            x, labels = rows_of(opened, name, rows, seed)
-            found[name] = decompose(
+            _, x, labels = rows_of(opened, name, rows, seed)
+            found[name] = pvae.analysis.surgery(
                 opened.pair, x, samples=samples, seed=seed, labels=labels, train=train, components=components,
                 on_progress=lambda done, _, i=i: bar.update(i * samples + done, ""),  # type: ignore[misc]
             )  # fmt: skip
@@ -72,7 +60,7 @@ METHODS = ("iwae", "prior", "ais", "bracket")
 @command(ON_RUN_AND_DEVICE)
 def evidence(
     shared: Shared,
-    run: RunName,
+    run: str,
     method: Annotated[
         str,
         typer.Option(
@@ -81,115 +69,89 @@ def evidence(
             "ways on simulated data.",
         ),
     ] = "iwae",
-    split: SplitName = "test",
+    split: str = "test",
     samples: Annotated[int, typer.Option("--samples", min=1, help="Importance samples per datum.")] = 5000,
     temperatures: Annotated[int, typer.Option("--temperatures", min=1, help="Temperatures of ais and bracket.")] = 200,
     chains: Annotated[int, typer.Option("--chains", min=1, help="Chains per datum of ais and bracket.")] = 16,
-    rows: RowCount = None,
-    seed: SeedOption = 0,
+    rows: int | None = None,
+    seed: int = 0,
 ) -> None:
     """Bound log p(x) from below by importance samples (IWAE), or by annealing."""
-    from pvae import analysis
-
     if method not in METHODS:
         raise DeclarationError(f"--method: expected one of {', '.join(METHODS)}; got {method!r}.")
-    opened = shared.open_on_device(run)
-    x, _ = rows_of(opened, split, rows, seed)
-    with shared.bar(method) as bar:
-        common: dict[str, Any] = {"seed": seed, "on_progress": bar.report}
-        anneal = {"temperatures": temperatures, "chains": chains, **common}
-        result: Any
+
+    def bound(opened: Run, **bar: Any) -> Any:
+        _, x, _ = rows_of(opened, split, rows, seed)
         if method in ("iwae", "prior"):
-            bound = analysis.evidence if method == "iwae" else analysis.prior_evidence
-            result = bound(opened.pair, x, samples=samples, **common)
-        elif method == "ais":
-            result = analysis.ais(opened.pair, x, **anneal)
-        else:
-            result = analysis.bracket(opened.pair, x, rows=min(rows or 100, len(x)), **anneal)
-    shared.answer({"run": str(opened.path), "split": split, "method": method, **result.to_dict()}, result)
+            by_samples = pvae.analysis.evidence if method == "iwae" else pvae.analysis.prior_evidence
+            return by_samples(opened.pair, x, samples=samples, seed=seed, **bar)
+        anneal = {"temperatures": temperatures, "chains": chains, "seed": seed, **bar}
+        if method == "ais":
+            return pvae.analysis.ais(opened.pair, x, **anneal)
+        return pvae.analysis.bracket(opened.pair, x, rows=min(rows or 100, len(x)), **anneal)
+
+    shared.measure(run, method, bound, split=split, method=method)
 
 
 @command(ON_RUN_AND_DEVICE)
 def gap(
     shared: Shared,
-    run: RunName,
-    split: SplitName = "test",
+    run: str,
+    split: str = "test",
     steps: Annotated[int, typer.Option("--steps", min=1, help="Refinement steps of q for every datum.")] = 300,
-    rows: Annotated[int, typer.Option("--rows", min=1, help="Rows to use, chosen at random by the seed.")] = 200,
-    seed: SeedOption = 0,
+    rows: int = 200,
+    seed: int = 0,
 ) -> None:
     """Split log p(x) - ELBO into the gap of the variational family and the gap of the encoder."""
-    from pvae.analysis import gap as split_gap
 
-    opened = shared.open_on_device(run)
-    x, _ = rows_of(opened, split, rows, seed)
-    with shared.bar("gap") as bar:
-        result = split_gap(opened.pair, x, steps=steps, seed=seed, on_progress=bar.report)
-    shared.answer({"run": str(opened.path), "split": split, **result.to_dict()}, result)
+    def gaps(opened: Run, **bar: Any) -> Any:
+        return pvae.analysis.gap(opened.pair, rows_of(opened, split, rows, seed)[1], steps=steps, seed=seed, **bar)
+
+    shared.measure(run, "gap", gaps, split=split)
 
 
 @command(ON_RUN_AND_DEVICE, name="two-sample")
 def two_sample(
     shared: Shared,
-    run: RunName,
-    split: SplitName = "test",
-    rows: RowCount = None,
-    mean: Mean = False,
+    run: str,
+    split: str = "test",
+    rows: int | None = None,
+    mean: bool = False,
     neighbours: Annotated[
         int, typer.Option("-k", min=1, help="Neighbour whose distance is the radius of the balls of precision.")
     ] = 5,
-    seed: SeedOption = 0,
+    seed: int = 0,
 ) -> None:
     """Compare samples with data: classifier two-sample test accuracy, precision and coverage."""
     from pvae.analysis.samples.quality import QUALITY_STAGES, sample_quality
 
-    opened = shared.open_on_device(run)
-    with shared.bar("two-sample", len(QUALITY_STAGES)) as bar:
-        found = sample_quality(opened, split, rows, seed, mean=mean, k=neighbours, on_progress=bar.report)
-    shared.answer({"run": str(opened.path), **found.to_dict()}, found)
+    quality = partial(sample_quality, split=split, rows=rows, seed=seed, mean=mean, k=neighbours)
+    shared.measure(run, "two-sample", quality, len(QUALITY_STAGES))
 
 
 @command(ON_RUN)
 def copying(
-    shared: Shared,
-    run: RunName,
-    split: SplitName = "test",
-    rows: RowCount = None,
-    mean: Mean = False,
-    seed: SeedOption = 0,
+    shared: Shared, run: str, split: str = "test", rows: int | None = None, mean: bool = False, seed: int = 0
 ) -> None:
     """Test whether samples copy training rows: are they nearer to them than held-out data are?"""
-    from pvae.analysis import copying as measure
-
-    opened = shared.open(run)
-    with shared.bar("copying") as bar:
-        found = measure(opened, split, rows, seed, mean=mean, on_progress=bar.report)
-    shared.answer({"run": str(opened.path), "split": split, **found.to_dict()}, found)
+    copied = partial(pvae.analysis.copying, split=split, rows=rows, seed=seed, mean=mean)
+    shared.measure(run, "copying", copied, split=split)
 
 
 @command(ON_RUN)
-def probe(shared: Shared, run: RunName, split: SplitName = "test", rows: RowCount = None, seed: SeedOption = 0) -> None:
+def probe(shared: Shared, run: str, split: str = "test", rows: int | None = None, seed: int = 0) -> None:
     """Predict the labels from the latents, and from the data, with the same simple classifiers."""
-    from pvae.analysis import probe as predict
-
-    opened = shared.open(run)
-    with shared.bar("probe") as bar:
-        found = predict(opened, split, rows, seed, on_progress=bar.report)
-    shared.answer({"run": str(opened.path), **found.to_dict()}, found)
+    shared.measure(run, "probe", partial(pvae.analysis.probe, split=split, rows=rows, seed=seed))
 
 
 @command(ON_RUN)
-def critic(
-    shared: Shared, run: RunName, split: SplitName = "train", rows: RowCount = None, seed: SeedOption = 0
-) -> None:
+def critic(shared: Shared, run: str, split: str = "train", rows: int | None = None, seed: int = 0) -> None:
     """Estimate KL(q_agg || p) from samples alone, also for an autoencoder, whose posterior has no density."""
-    from pvae.analysis import critic as estimate
 
-    opened = shared.open(run)
-    x, _ = rows_of(opened, split, rows, seed)
-    with shared.bar("critic") as bar:
-        found = estimate(opened, x, seed, on_progress=bar.report)
-    shared.answer({"run": str(opened.path), "split": split, **found.to_dict()}, found)
+    def estimate(opened: Run, **bar: Any) -> Any:
+        return pvae.analysis.critic(opened, rows_of(opened, split, rows, seed)[1], seed, **bar)
+
+    shared.measure(run, "critic", estimate, split=split)
 
 
 @command(["data_dir", "as_json"])
@@ -197,32 +159,29 @@ def counterexamples(
     shared: Shared,
     data: Annotated[str, typer.Option("--data", help="digits, fashion_mnist, mnist.")] = "digits",
     out: Annotated[Path | None, typer.Option("--out", help="Also write a CSV: its path without suffix.")] = None,
-    seed: SeedOption = 0,
+    seed: int = 0,
 ) -> None:
     """Show with two textbook models on real data that good samples do not imply a high likelihood, nor the reverse."""
-    from pvae.analysis import counterexamples as study
-    from pvae.data import load
-    from pvae.data.sources.base import Data
     from pvae.util.files import write_atomic
 
-    known = [name for name in ("digits", "fashion_mnist", "mnist") if name in Data.members]
+    known = [name for name in ("digits", "fashion_mnist", "mnist") if name in pvae.data.Data.members]
     if data not in known:
         raise DeclarationError(f"--data: expected one of {', '.join(known)}; got {data!r}.")
     with shared.bar("counterexamples") as bar:
-        found = study(load(Data.parse(data), data_dir=shared.data_dir), seed, on_progress=bar.report)
+        loaded = pvae.data.load(pvae.data.Data.parse(data), data_dir=shared.data_dir)
+        found = pvae.analysis.counterexamples(loaded, seed, on_progress=bar.report)
     if out is not None:
         write_atomic(beside(out, ".csv"), found.models().round(4).to_csv())
     shared.answer(found.to_dict(), found)
 
 
 @command(["as_json"])
-def selfcheck(shared: Shared, device: Device = "auto", seed: SeedOption = 0) -> None:
+def selfcheck(shared: Shared, device: str = "auto", seed: int = 0) -> None:
     """Check surgery, evidence and gaps on this machine, on models whose exact values are known."""
-    from pvae.analysis.truths.selfcheck import selfcheck as measure
     from pvae.training.launch import pick_device
 
     with shared.bar("selfcheck") as bar:
-        found = measure(str(pick_device(device)), seed, on_progress=bar.report)
+        found = pvae.analysis.selfcheck(str(pick_device(device)), seed, on_progress=bar.report)
     shared.answer(found.to_dict(), found)
     if not found.ok:
         typer.echo(found.summary(), err=True)
@@ -232,11 +191,11 @@ def selfcheck(shared: Shared, device: Device = "auto", seed: SeedOption = 0) -> 
 @command(ON_RUN_AND_DEVICE)
 def posterior(
     shared: Shared,
-    run: RunName,
-    split: SplitName = "test",
+    run: str,
+    split: str = "test",
     draws: Annotated[int, typer.Option("--draws", min=1, help="Samples of the guide per datum.")] = 100,
-    rows: RowCount = None,
-    seed: SeedOption = 0,
+    rows: int | None = None,
+    seed: int = 0,
     out: Annotated[
         Path | None, typer.Option("--out", help="The file; analysis/posterior-SPLIT.nc unless said.")
     ] = None,
@@ -250,3 +209,58 @@ def posterior(
     data = {"run": str(opened.path), "split": split, "file": str(path), "summary": summary.to_dict("index")}
     shared.answer(data, summary.to_string(float_format="{:.3f}".format, max_rows=40))
     shared.tell(f"posterior: {path}")
+
+
+# ---------------------------------------------------------------------- HTML pages
+
+
+@command(ON_RUN)
+def report(
+    shared: Shared,
+    run: str,
+    split: str = "test",
+    evidence_samples: int = 500,
+    gap_steps: Annotated[
+        int, typer.Option("--gap-steps", min=0, help="Refinement steps of q for the gaps; 0: no gaps.")
+    ] = 200,
+    figures: bool = False,
+    seed: int = 0,
+) -> None:
+    """Write the report of a run: one HTML file, its numbers as JSON and CSV."""
+    from pvae.analysis.pages.report import examine
+    from pvae.analysis.pages.sections.examination import Examination
+
+    opened = shared.open(run)
+    exam = Examination(opened, split, evidence_samples=evidence_samples, gap_steps=gap_steps, seed=seed)
+    with shared.bar("report") as bar:
+        found = examine(exam, bar.report)
+    path = found.write(opened.files.report, figures=figures)
+    shared.answer({"file": str(path), **found.to_dict(), "run": str(opened.path)}, found)
+    shared.tell(f"report: {path}")
+
+
+@command(ON_RUN)
+def compare(
+    shared: Shared,
+    runs: Annotated[
+        list[str], typer.Argument(help="Two or more runs; differences are to the first.", metavar="RUN...")
+    ],
+    split: str = "test",
+    evidence_samples: int = 500,
+    out: Annotated[Path, typer.Option("--out", help="The folder to write.")] = Path("comparison"),
+    figures: bool = False,
+    seed: int = 0,
+) -> None:
+    """Compare runs on the same data: one HTML file with a column for each, paired differences, rate and distortion."""
+    from pvae.analysis.pages.compare import examine
+    from pvae.analysis.pages.comparison.comparison import Comparison
+    from pvae.analysis.pages.document.folder import claim
+
+    opened = [shared.open(run) for run in runs]
+    comparison = Comparison(opened, split=split, evidence_samples=evidence_samples, seed=seed)
+    claim(out)  # before the work
+    with shared.bar("compare") as bar:
+        found = examine(comparison, " and ".join(comparison.names), "", bar.report)
+    path = found.write(out, figures=figures)
+    shared.answer({"file": str(path), **found.to_dict()}, found)
+    shared.tell(f"comparison: {path}")

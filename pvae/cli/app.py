@@ -9,11 +9,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_origin, get_type_hints
 
 import typer
 
-from pvae import __version__
+import pvae
 from pvae.errors import EXIT_CODES, DeclarationError, printable
 from pvae.util.progress import ProgressBar
 
@@ -34,40 +34,45 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-NameOrFile = Annotated[str, typer.Argument(help="A zoo name (see `pvae list`) or a TOML file.", metavar="NAME_OR_FILE")]
-RunName = Annotated[str, typer.Argument(help="A run: its folder, its name (the newest), name/id, or latest.")]
-Overrides = Annotated[
-    list[str] | None, typer.Argument(help="Dotted overrides: train.epochs=20", metavar="[KEY=VALUE]...")
-]
-SplitName = Annotated[str, typer.Option("--split", help="train, validation or test.")]
-RowCount = Annotated[int | None, typer.Option("--rows", min=1, help="Rows to use, chosen at random by the seed.")]
-SeedOption = Annotated[int, typer.Option("--seed", help="Seed of the random numbers.")]
-Mean = Annotated[bool, typer.Option("--mean", help="Means of p(x | z), without the likelihood's noise.")]
-SampleCount = Annotated[int, typer.Option("--samples", min=1, help="Samples of z per datum.")]
-Device = Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")]
-
-SHARED_OPTIONS: dict[str, Any] = {
-    "device": Device,
-    "export": Annotated[
-        list[str] | None, typer.Option("--export", help="Also export to: tensorboard, mlflow.", metavar="KIND")
-    ],
-    "run_dir": Annotated[Path, typer.Option("--run-dir", help="Folder of runs.", envvar="PVAE_RUN_DIR")],
-    "data_dir": Annotated[
-        Path | None, typer.Option("--data-dir", help="Folder to look for data in first.", envvar="PVAE_DATA_DIR")
-    ],
-    "quiet": Annotated[bool, typer.Option("--quiet", help="No progress.")],
-    "strict": Annotated[bool, typer.Option("--strict", help="Exit with 3 where the run finished with alerts.")],
-    "as_json": Annotated[bool, typer.Option("--json", help="Print JSON for programs.")],
+OPTIONS: dict[str, Any] = {
+    "name": typer.Argument(help="A zoo name (see `pvae list`) or a TOML file.", metavar="NAME_OR_FILE"),
+    "run": typer.Argument(help="A run: its folder, its name (the newest), name/id, or latest."),
+    "overrides": typer.Argument(help="Dotted overrides: train.epochs=20", metavar="[KEY=VALUE]..."),
+    "split": typer.Option("--split", help="train, validation or test."),
+    "rows": typer.Option("--rows", min=1, help="Rows to use, chosen at random by the seed."),
+    "seed": typer.Option("--seed", help="Seed of the random numbers."),
+    "mean": typer.Option("--mean", help="Means of p(x | z), without the likelihood's noise."),
+    "samples": typer.Option("--samples", min=1, help="Samples of z per datum."),
+    "given": typer.Option(
+        "--given", help="A covariate's value, y=3 or 'words=ankle boot', for a model conditioned on one."
+    ),
+    "out": typer.Option(
+        "--out", help="File to write, without suffix; COMMAND in the run's analysis folder unless said."
+    ),
+    "evidence_samples": typer.Option(
+        "--evidence-samples", min=2, help="Importance samples for each of 500 data (compare: 250)."
+    ),
+    "figures": typer.Option("--figures", help="Also write every picture as a PNG of its own."),
+    "device": typer.Option("--device", help="auto, cpu or cuda."),
+    "export": typer.Option("--export", help="Also export to: tensorboard, mlflow.", metavar="KIND"),
+    "run_dir": typer.Option("--run-dir", help="Folder of runs.", envvar="PVAE_RUN_DIR"),
+    "data_dir": typer.Option("--data-dir", help="Folder to look for data in first.", envvar="PVAE_DATA_DIR"),
+    "quiet": typer.Option("--quiet", help="No progress."),
+    "strict": typer.Option("--strict", help="Exit with 3 where the run finished with alerts."),
+    "as_json": typer.Option("--json", help="Print JSON for programs."),
 }
-"""Options that several commands take, in the order in which `--help` lists them, after those of the command itself."""
+"""Arguments and options of several commands, by name of the parameter; a command may annotate one in its own way."""
 ON_RUN = ("run_dir", "data_dir", "as_json")
 ON_RUN_AND_DEVICE = ("device", *ON_RUN)
-TO_FIT = tuple(SHARED_OPTIONS)
+TO_FIT = ("device", "export", "run_dir", "data_dir", "quiet", "strict", "as_json")
 
 
 @dataclass(frozen=True)
 class Shared:
-    """Values of the shared options in one call of a command, with methods to open runs and print results."""
+    """Values of the shared options in one call of a command, with methods to open runs and print results.
+
+    `--help` lists these options in this order, after those of the command itself.
+    """
 
     device: str = "cpu"
     export: list[str] | None = None
@@ -79,10 +84,8 @@ class Shared:
 
     def open(self, run: str) -> Run:
         """Open a run on the CPU, after loading the components of installed plugins."""
-        from pvae.runs.run import Run
-
         load_installed_plugins()
-        return Run.load(run, root=self.run_dir, data_dir=self.data_dir)
+        return pvae.Run.load(run, root=self.run_dir, data_dir=self.data_dir)
 
     def open_on_device(self, run: str) -> Run:
         """Open a run and move it to the device that `--device` names."""
@@ -92,6 +95,25 @@ class Shared:
         from pvae.training.launch import pick_device
 
         return opened.to(pick_device(self.device))
+
+    def measure(self, run: str, label: str, measure: Callable[..., Any], total: int = 100, **facts: str) -> None:
+        """Open a run on the device, measure something on it under a progress bar, and print what is found.
+
+        Arguments:
+            run: the run, as for `open`.
+            label: name of the measurement on the progress bar.
+            measure: function of the run and the callback `on_progress`, whose result has a `to_dict`.
+            total: units of work of the progress bar.
+            facts: entries of the JSON between the run and the result.
+        """
+        opened = self.open_on_device(run)
+        with self.bar(label, total) as bar:
+            found = measure(opened, on_progress=bar.report)
+        self.answer({"run": str(opened.path), **facts, **found.to_dict()}, found)
+
+    def fitting(self) -> dict[str, Any]:
+        """Return the options of a fit as arguments of `pvae.fit`, `resume` and `refit`."""
+        return {"device": self.device, "export": self.export or (), "progress": not self.quiet}
 
     def bar(self, label: str, total: int = 100) -> ProgressBar:
         """Make the progress bar of an analysis; it stays silent under `--json`."""
@@ -118,26 +140,31 @@ def command(
     """Register a function `f(shared, ...)` as a command that also takes some of the shared options.
 
     Arguments:
-        options: names in `SHARED_OPTIONS`; the function gets their values in one `Shared`.
+        options: names of fields of `Shared`; the function gets their values in one `Shared`.
         name: name of the command; that of the function unless given.
         device: default value of the option `--device`.
     """
-    defaults = Shared(device=device)
+    defaults, types = Shared(device=device), get_type_hints(Shared)
 
     def register(function: Callable[..., None]) -> Callable[..., None]:
         @wraps(function)
         def run(**given: Any) -> None:
             function(Shared(**{key: given.pop(key) for key in options}), **given)
 
-        signature = inspect.signature(function, eval_str=True)
-        _, *own = signature.parameters.values()
-        more = [
-            inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, default=getattr(defaults, key), annotation=option)
-            for key, option in SHARED_OPTIONS.items()
+        _, *own = inspect.signature(function, eval_str=True).parameters.values()
+        shared = [
+            inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, default=getattr(defaults, key), annotation=kind)
+            for key, kind in types.items()
             if key in options
         ]
-        run.__signature__ = signature.replace(parameters=[*own, *more])  # type: ignore[attr-defined]
-        run.__annotations__ = {each.name: each.annotation for each in (*own, *more)}
+        parameters = [
+            each
+            if get_origin(each.annotation) is Annotated
+            else each.replace(annotation=Annotated[each.annotation, OPTIONS[each.name]])
+            for each in (*own, *shared)
+        ]
+        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        run.__annotations__ = {each.name: each.annotation for each in parameters}
         return app.command(name)(run)
 
     return register
@@ -174,7 +201,7 @@ def say(renderable: Any) -> None:
 
 def _version(asked: bool) -> None:
     if asked:
-        typer.echo(f"pvae {__version__}")
+        typer.echo(f"pvae {pvae.__version__}")
         raise typer.Exit
 
 
@@ -204,23 +231,17 @@ def load_installed_plugins() -> None:
 
 def load_declaration(name: str, overrides: list[str] | None) -> Experiment:
     """Return the declaration of a zoo name or TOML file with overrides, after loading installed plugins."""
-    from pvae.experiment.experiment import Experiment
-
     load_installed_plugins()
-    return Experiment.load(name, overrides or ())
+    return pvae.Experiment.load(name, overrides or ())
 
 
-def chosen_rows(run: Run, split: str, rows: int | None, seed: int) -> Tensor:
-    """Return row numbers of a split, `(n,)`: `rows` of them chosen by the seed, or all."""
+def rows_of(run: Run, split: str, rows: int | None, seed: int) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return rows of a split, `rows` of them chosen by the seed or all: their numbers, data, and labels (or None)."""
     from pvae.util import seeds
 
-    return seeds.subset(len(run.data.split(split)), rows, seed)
-
-
-def rows_of(run: Run, split: str, rows: int | None, seed: int) -> tuple[Tensor, Tensor | None]:
-    """Return the data and the labels (or None) of a split, or of `rows` of its rows chosen by the seed."""
-    part, chosen = run.data.split(split), chosen_rows(run, split, rows, seed)
-    return part.rows[chosen], None if part.y is None else part.y[chosen]
+    part = run.data.split(split)
+    chosen = seeds.subset(len(part), rows, seed)
+    return chosen, part.rows[chosen], None if part.y is None else part.y[chosen]
 
 
 def beside(path: Path, suffix: str) -> Path:

@@ -8,7 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from pvae.cli.app import NameOrFile, Overrides, Shared, command, load_declaration
+import pvae
+from pvae.cli.app import Shared, command, load_declaration
 from pvae.errors import DeclarationError, OutputError
 
 
@@ -31,7 +32,7 @@ def new(
 ) -> None:
     """Write a TOML file with a declaration to start from."""
     from pvae.experiment import zoo
-    from pvae.runs.names import slug
+    from pvae.runs.find import slug
 
     if "/" in name or "\\" in name:
         raise DeclarationError(f"{name}: expected a name, not a path; the file is written here.")
@@ -71,34 +72,30 @@ def columns(
 @command()
 def schema(_: Shared) -> None:
     """Print the JSON Schema of a declaration, for editors."""
-    from pvae.experiment.experiment import Experiment
-
-    typer.echo(Experiment.schema_json())
+    typer.echo(pvae.Experiment.schema_json())
 
 
 @command(["data_dir", "as_json"])
 def check(
     shared: Shared,
-    file: NameOrFile,
-    overrides: Overrides = None,
+    name: str,
+    overrides: list[str] | None = None,
     build: Annotated[bool, typer.Option("--build", help="Also load data, build, and take one loss.")] = False,
 ) -> None:
     """Check a declaration; with --build also its data, shapes and one ELBO on a tiny batch."""
-    experiment = load_declaration(file, overrides)
-    found: dict[str, Any] = {"file": file, "ok": True, "name": experiment.name}
+    experiment = load_declaration(name, overrides)
+    found: dict[str, Any] = {"file": name, "ok": True, "name": experiment.name}
     if not build:
-        shared.answer(found, f"{file}: ok")
+        shared.answer(found, f"{name}: ok")
         return
-    from pvae.data import load
     from pvae.training.evaluation import evaluate
 
-    data = experiment.conditioned(load(experiment.data, data_dir=shared.data_dir, seed=experiment.seed))
+    data = pvae.data.load(experiment.data, data_dir=shared.data_dir, seed=experiment.seed)
+    data = experiment.conditioned(data)
     data.require_support(experiment.observed().support, experiment.decoder.likelihood.hint)
-    pair = experiment.build(data.shape)
-    rows = data.train.rows[:4]
-    problems = pair.check(rows)
-    if problems:
-        raise DeclarationError([f"{file}: {problem}" for problem in problems])
+    pair, rows = experiment.build(data.shape), data.train.rows[:4]
+    if problems := pair.check(rows):
+        raise DeclarationError([f"{name}: {problem}" for problem in problems])
     figures = experiment.objective.measure(pair, rows, experiment.seed)
     if figures is None:
         figures = evaluate(pair, rows, experiment.seed)
@@ -108,22 +105,21 @@ def check(
     count = sum(p.numel() for p in pair.parameters())
     found |= {"shape": list(data.shape), "rows": len(data.train), "parameters": count, "before_training": figures}
     shape = f"x {list(data.shape)}, {len(data.train)} training rows, {count:,} parameters"
-    shared.answer(found, f"{file}: ok; {shape}, {said}")
+    shared.answer(found, f"{name}: ok; {shape}, {said}")
 
 
 @command(["data_dir", "as_json"])
 def show(
     shared: Shared,
-    file: NameOrFile,
-    overrides: Overrides = None,
+    name: str,
+    overrides: list[str] | None = None,
     pyro: Annotated[bool, typer.Option("--pyro", help="Print it as a plain Pyro script instead.")] = False,
 ) -> None:
     """Print a declaration with its graph, formulas, shapes and parameter counts, or as a Pyro script."""
-    from pvae.data import load
     from pvae.experiment.readback import described, render
 
-    experiment = load_declaration(file, overrides)
-    shape = load(experiment.data, data_dir=shared.data_dir, seed=experiment.seed).shape
+    experiment = load_declaration(name, overrides)
+    shape = pvae.data.load(experiment.data, data_dir=shared.data_dir, seed=experiment.seed).shape
     if pyro:
         script = experiment.to_pyro(shape)
         shared.answer({"script": script}, script.rstrip())

@@ -1,119 +1,88 @@
-"""Commands that fit (fit, resume, refit), and the commands export and runs, which read finished runs."""
+"""Commands that fit: fit, resume, refit, study and its processes; and export and runs, which read finished runs."""
 
 from __future__ import annotations
 
+import json
+import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+import pvae
 from pvae.cli.app import (
     TO_FIT,
-    NameOrFile,
-    Overrides,
-    RowCount,
-    RunName,
     Shared,
+    app,
     command,
     emit,
     load_declaration,
+    load_installed_plugins,
     rows_of,
     say,
     tell,
 )
+from pvae.errors import PvaeError
+from pvae.util.files import pretty, write_atomic
 from pvae.util.progress import ProgressBar
 
 if TYPE_CHECKING:
     from pvae.runs.run import Run
+    from pvae.studies.cases import Declared
 
 
 @command(TO_FIT, device="auto")
-def fit(shared: Shared, name: NameOrFile, overrides: Overrides = None) -> None:
+def fit(shared: Shared, name: str, overrides: list[str] | None = None) -> None:
     """Fit an experiment and keep everything in a run directory."""
-    from pvae.training.fit import fit as fit_experiment
-
-    experiment = load_declaration(name, overrides)
-    run = fit_experiment(
-        experiment,
-        run_dir=shared.run_dir,
-        data_dir=shared.data_dir,
-        device=shared.device,
-        export=shared.export or (),
-        progress=not shared.quiet,
-    )
-    _finish(shared, run)
+    declared = load_declaration(name, overrides)
+    _finish(shared, pvae.fit(declared, run_dir=shared.run_dir, data_dir=shared.data_dir, **shared.fitting()))
 
 
 @command(TO_FIT, device="auto")
 def resume(
     shared: Shared,
-    run: RunName,
-    overrides: Overrides = None,
+    run: str,
+    overrides: list[str] | None = None,
     allow_changes: Annotated[bool, typer.Option("--allow-changes", help="Accept an inexact continuation.")] = False,
 ) -> None:
     """Continue a run where it stopped, bit for bit on a CPU."""
-    from pvae.training.resume import resume as resume_run
-
     opened = shared.open(run)
     second = getattr(opened.plan, "refit", None) is not None
-    if opened.status.get("state") == "finished" and not overrides and not second:
-        _nothing_to_resume(shared, opened)
+    if opened.status.get("state") != "finished" or overrides or second:
+        _finish(shared, pvae.resume(opened, *(overrides or ()), allow_changes=allow_changes, **shared.fitting()))
         return
-    done = resume_run(
-        opened,
-        *(overrides or ()),
-        allow_changes=allow_changes,
-        device=shared.device,
-        export=shared.export or (),
-        progress=not shared.quiet,
-    )
-    _finish(shared, done)
-
-
-def _nothing_to_resume(shared: Shared, run: Run) -> None:
     said = shared.as_json  # then standard output holds JSON alone
-    tell(f"{run.path} is finished (epoch {run.status.get('epoch')}); nothing to resume", err=said)
+    tell(f"{opened.path} is finished (epoch {opened.status.get('epoch')}); nothing to resume", err=said)
     tell("to train longer: pvae resume RUN train.epochs=N --allow-changes", err=said)
     if shared.export:
         tell(f"to export what is there: pvae export RUN {shared.export[0]}", err=said)
     if shared.as_json:
-        emit(_facts(run))
-    _require_no_alerts(shared, run)
+        emit(_facts(opened))
+    _require_no_alerts(shared, opened)
 
 
 @command(TO_FIT, device="auto")
 def refit(
     shared: Shared,
-    run: RunName,
-    overrides: Overrides = None,
+    run: str,
+    overrides: list[str] | None = None,
     samples: Annotated[int, typer.Option("--samples", min=1, help="Samples of z per datum in the surgeries.")] = 1,
-    rows: RowCount = None,
+    rows: int | None = None,
 ) -> None:
     """Freeze a run and fit another prior to its aggregated posterior, say latents.z.prior.kind=realnvp."""
-    from pvae.training.refit import refit as refit_run
-
     opened = shared.open(run)
-    child = refit_run(
-        opened,
-        *(overrides or ()),
-        run_dir=shared.run_dir,
-        device=shared.device,
-        export=shared.export or (),
-        progress=not shared.quiet,
-    )
+    child = pvae.refit(opened, *(overrides or ()), run_dir=shared.run_dir, **shared.fitting())
     _compare(shared, opened, child, rows, samples)
     _require_no_alerts(shared, child)
 
 
 def _compare(shared: Shared, parent: Run, child: Run, rows: int | None = None, samples: int = 1) -> None:
     """Print ELBO surgeries before and after a second stage, on train and test, and write them to the new run."""
-    from pvae.analysis import Gain, gain
-    from pvae.util.files import pretty, write_atomic
-
-    found: dict[str, Gain] = {}
+    found = {}
     with ProgressBar(4, "surgery", show=not shared.quiet) as bar:
         for i, split in enumerate(("train", "test")):
-            x, _ = rows_of(child, split, rows, 0)
-            found[split] = gain(
+            _, x, _ = rows_of(child, split, rows, 0)
+            found[split] = pvae.analysis.gain(
                 parent.pair, child.pair, x, samples, on_progress=lambda done, _, i=i: bar.update(2 * i + done, "")  # type: ignore[misc]
             )  # fmt: skip
     record = {"run": str(child.path), "parent": str(parent.path), "splits": {k: v.to_dict() for k, v in found.items()}}
@@ -129,9 +98,8 @@ def _compare(shared: Shared, parent: Run, child: Run, rows: int | None = None, s
 
 def _finish(shared: Shared, run: Run) -> None:
     """Print the summary of a fit, and the gain of a second stage; under `--strict` alerts end the command with 3."""
-    name = _parent(run)
-    parent = None if name is None else shared.open(name)
-    if parent is not None:
+    if name := _parent(run):
+        parent = shared.open(name)
         _compare(shared, parent, run)
         _require_no_alerts(shared, parent)
     else:
@@ -175,7 +143,7 @@ def _require_no_alerts(shared: Shared, run: Run) -> None:
 @command(["run_dir", "as_json"])
 def export(
     shared: Shared,
-    run: RunName,
+    run: str,
     kind: Annotated[str, typer.Argument(help="tensorboard or mlflow (MLFLOW_TRACKING_URI says where).")],
 ) -> None:
     """Export a run's metrics, parameters, alerts and pictures to TensorBoard or MLflow."""
@@ -189,7 +157,7 @@ def export(
 @command(["run_dir", "as_json"])
 def runs(shared: Shared) -> None:
     """List runs with their state, epochs and best validation ELBO."""
-    from pvae.runs.listing import list_runs
+    from pvae.runs.rundir import list_runs
 
     rows = list_runs(shared.run_dir)
     lines = [] if rows else [f"no runs in {shared.run_dir}; make one with: pvae fit vae"]
@@ -198,3 +166,75 @@ def runs(shared: Shared) -> None:
         epochs = f"{row.get('epoch') if row.get('epoch') is not None else '-'}/{row.get('epochs') or '-'}"
         lines.append(f"{row['state']:12} {epochs:>9}  {elbo:15}  {row['path']}")
     shared.answer(rows, "\n".join(lines))
+
+
+# ---------------------------------------------------------------------- studies
+
+
+@command(["device", "run_dir", "data_dir", "quiet", "as_json"], device="auto")
+def study(
+    shared: Shared,
+    file: Annotated[str, typer.Argument(help="The name of a study (priors, discrete) or a TOML file with [sweep].")],
+    jobs: Annotated[int | None, typer.Option("--jobs", min=1, help="Processes at a time; cores / threads.")] = None,
+    threads: Annotated[int, typer.Option("--threads", min=1, help="Threads of each process.")] = 1,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the cases with their states, run nothing.")] = False,
+    out: Annotated[Path | None, typer.Option("--out", help="Folder of the comparison; study-NAME unless said.")] = None,
+    page: Annotated[bool, typer.Option("--page/--no-page", help="Compare the runs on one HTML page.")] = True,
+) -> None:
+    """Run a study: declarations, values and seeds in parallel processes; finished runs are recognised and kept."""
+    from pvae.runs.find import slug
+    from pvae.studies.cases import Declared
+
+    load_installed_plugins()
+    declared = Declared.load(file)
+    if dry_run:
+        _list(shared, declared)
+        return
+    from pvae.analysis.pages.document.folder import claim
+
+    where = out or Path(f"study-{slug(declared.name)}")
+    if page or out is not None:
+        claim(where)  # before the work
+    options: dict[str, Any] = {"run_dir": shared.run_dir, "data_dir": shared.data_dir, "device": shared.device}
+    found = pvae.study(file, **options, jobs=jobs, threads=threads, progress=not shared.quiet)
+    written = None
+    if page:
+        try:
+            with ProgressBar(100, "compare", show=not (shared.quiet or shared.as_json)) as bar:
+                written = found.compare(where, on_progress=bar.report)
+        except PvaeError as error:  # runs that cannot be compared
+            tell(f"no comparison: {error}", err=True)
+    if out is not None and written is None:
+        found.save(out)
+    shared.answer({**found.to_dict(), "file": written and str(written)}, found)
+    if written is not None:
+        shared.tell(f"comparison: {written}")
+    for (case, seed, stage), problem in found.failures.items():
+        tell(f"failed: {case}, {stage}, seed {seed}: {problem}", err=True)
+    if found.failures:
+        raise typer.Exit(1)
+
+
+def _list(shared: Shared, declared: Declared) -> None:
+    """Print the cases of a study with their states."""
+    from pvae.studies import states
+
+    rows: list[dict[str, Any]] = [
+        {"case": case.label, "seed": case.seed, "stage": case.stage, "state": state, "run": run and str(run.path)}
+        for case, state, run in states(declared, shared.run_dir)
+    ]
+    width = max(len(row["case"]) for row in rows)
+    lines = [
+        f"{row['state']:9} {row['case']:{width}}  seed {row['seed']}  {row['stage']}  {row['run'] or ''}".rstrip()
+        for row in rows
+    ]
+    shared.answer(rows, "\n".join(lines))
+
+
+@app.command("study-work", hidden=True)
+def study_work() -> None:
+    """Do one job of a study, read as JSON from standard input; `pvae study` starts its processes with this."""
+    from pvae.studies.runner import work
+
+    load_installed_plugins()
+    work(json.load(sys.stdin))

@@ -3,120 +3,91 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pvae.cli.app import (
-    ON_RUN,
-    Mean,
-    RowCount,
-    RunName,
-    SampleCount,
-    SeedOption,
-    Shared,
-    SplitName,
-    beside,
-    chosen_rows,
-    command,
-)
+import pvae
+from pvae.cli.app import ON_RUN, Shared, beside, command, rows_of
 from pvae.errors import DeclarationError
+from pvae.util.files import write_atomic
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
+    import pandas
     from matplotlib.figure import Figure
     from torch import Tensor
 
-    from pvae.analysis.samples.generated import Generated
-    from pvae.data import Split
+    import pvae.analysis.pages.plots.sheets
+    from pvae.analysis.samples.running import Generated
     from pvae.runs.run import Run
-
-
-OutOption = Annotated[
-    Path | None,
-    typer.Option("--out", help="File to write, without suffix; COMMAND in the run's analysis folder unless said."),
-]
-GivenOption = Annotated[
-    list[str] | None,
-    typer.Option("--given", help="A covariate's value, y=3 or 'words=ankle boot', for a model conditioned on one."),
-]
 
 
 @command(ON_RUN)
 def sample(
     shared: Shared,
-    run: RunName,
+    run: str,
     n: Annotated[int, typer.Option("-n", min=1, help="Number of samples.")] = 64,
-    mean: Mean = False,
-    given: GivenOption = None,
-    seed: SeedOption = 0,
-    out: OutOption = None,
+    mean: bool = False,
+    given: list[str] | None = None,
+    seed: int = 0,
+    out: Path | None = None,
 ) -> None:
     """Sample z from the prior and x from the decoder; write both, and x as a picture where it is one."""
-    from pvae.analysis import sample as draw
-    from pvae.analysis.pages import plots
-
     opened = shared.open(run)
     with shared.bar("sample", n) as bar:
-        found = draw(opened, n, mean=mean, given=_given(given), seed=seed, on_progress=bar.report)
-    _keep(shared, opened, "sample", out, found, {"": plots.sampled(found, _background(opened))})
+        found = pvae.analysis.sample(opened, n, mean=mean, given=_given(given), seed=seed, on_progress=bar.report)
+    _keep(shared, opened, "sample", out, found, pvae.analysis.pages.plots.sheets.sampled)
 
 
 @command(ON_RUN)
 def encode(
     shared: Shared,
-    run: RunName,
-    split: SplitName = "test",
-    rows: RowCount = None,
+    run: str,
+    split: str = "test",
+    rows: int | None = None,
     mean: Annotated[bool, typer.Option("--mean", help="Centres of q(z | x) in place of samples.")] = False,
-    seed: SeedOption = 0,
-    out: OutOption = None,
+    seed: int = 0,
+    out: Path | None = None,
 ) -> None:
     """Encode the rows of a split: write their latents, and plot each latent beside samples from its prior."""
-    from pvae.analysis import encode as find_codes
-    from pvae.analysis import sample as draw
-    from pvae.analysis.pages import plots
-
     opened = shared.open(run)
-    part, chosen = opened.data.split(split), chosen_rows(opened, split, rows, seed)
+    chosen, x, y = rows_of(opened, split, rows, seed)
     with shared.bar("encode", len(chosen)) as bar:
-        found = find_codes(opened, part.rows[chosen], mean=mean, seed=seed, on_progress=bar.report)
-    more = {"row": chosen} if part.y is None else {"row": chosen, "label": part.y[chosen]}
-    labels = None if part.y is None else part.y[chosen].numpy()
-    planes = plots.encoded(found, draw(opened, 1000, seed=seed), labels, opened.data.label_names)
-    _keep(shared, opened, f"encode-{split}", out, found, planes, **more)
+        found = pvae.analysis.encode(opened, x, mean=mean, seed=seed, on_progress=bar.report)
+    prior = pvae.analysis.sample(opened, 1000, seed=seed)
+    labels, names = None if y is None else y.numpy(), opened.data.label_names
+    planes = pvae.analysis.pages.plots.sheets.encoded(found, prior, labels, names)
+    _keep(shared, opened, f"encode-{split}", out, found, planes, row=chosen, **({} if y is None else {"label": y}))
 
 
 @command(ON_RUN)
 def reconstruct(
     shared: Shared,
-    run: RunName,
-    split: SplitName = "test",
-    rows: RowCount = None,
+    run: str,
+    split: str = "test",
+    rows: int | None = None,
     draw: Annotated[bool, typer.Option("--draw", help="Samples of p(x | z) in place of its means.")] = False,
-    seed: SeedOption = 0,
-    out: OutOption = None,
+    seed: int = 0,
+    out: Path | None = None,
 ) -> None:
     """Encode a split's rows and decode them again, with log p(x | z) of each."""
-    from pvae.analysis import reconstruct as decode_again
-    from pvae.analysis.pages import plots
-
     opened = shared.open(run)
-    part, chosen = opened.data.split(split), chosen_rows(opened, split, rows, seed)
+    chosen, x, _ = rows_of(opened, split, rows, seed)
     with shared.bar("reconstruct", len(chosen)) as bar:
-        found = decode_again(opened, part.rows[chosen], mean=not draw, seed=seed, on_progress=bar.report)
-    picture = plots.reconstructed(found, part.observed(part.rows[chosen]).double().numpy(), _background(opened))
-    _keep(shared, opened, f"reconstruct-{split}", out, found, {"": picture}, row=chosen)
+        found = pvae.analysis.reconstruct(opened, x, mean=not draw, seed=seed, on_progress=bar.report)
+    seen = opened.data.split(split).observed(x).double().numpy()
+    picture = pvae.analysis.pages.plots.sheets.reconstructed(found, seen, _background(opened))
+    _keep(shared, opened, f"reconstruct-{split}", out, found, picture, row=chosen)
 
 
 @command(ON_RUN)
 def traverse(
     shared: Shared,
-    run: RunName,
+    run: str,
     latent: Annotated[str | None, typer.Option("--latent", help="The latent; the guide's first unless said.")] = None,
-    split: SplitName = "test",
+    split: str = "test",
     row: Annotated[int, typer.Option("--row", min=0, help="Start from the code of this row of the split.")] = 0,
     prior: Annotated[bool, typer.Option("--prior", help="Start from the prior's mean instead.")] = False,
     dims: Annotated[
@@ -124,49 +95,38 @@ def traverse(
     ] = None,
     steps: Annotated[int, typer.Option("--steps", min=1, help="Values of each coordinate.")] = 9,
     span: Annotated[float, typer.Option("--span", help="Range, in standard deviations of the prior.")] = 3.0,
-    given: GivenOption = None,
-    seed: SeedOption = 0,
-    out: OutOption = None,
+    given: list[str] | None = None,
+    seed: int = 0,
+    out: Path | None = None,
 ) -> None:
     """Vary one coordinate of a latent at a time, and decode each value."""
-    from pvae.analysis import traverse as move
-    from pvae.analysis.pages import plots
-
     opened, places = shared.open(run), None if dims is None else _integers("--dims", dims)
-    part = opened.data.split(split)
-    _require_row("--row", row, part, split)
-    start = None if prior else part.rows[row : row + 1]
+    start = _row(opened, split, "--row", row)
     with shared.bar("traverse") as bar:
-        found = move(
-            opened, start, latent, places, steps, span, given=_given(given), seed=seed,
+        found = pvae.analysis.traverse(
+            opened, None if prior else start, latent, places, steps, span, given=_given(given), seed=seed,
             on_progress=bar.report,
         )  # fmt: skip
-    picture = plots.traversed(found, _background(opened))
-    _keep(shared, opened, f"traverse-{found.latent}", out, found, {"": picture})
+    _keep(shared, opened, f"traverse-{found.latent}", out, found, pvae.analysis.pages.plots.sheets.traversed)
 
 
 @command(ON_RUN)
 def interpolate(
     shared: Shared,
-    run: RunName,
+    run: str,
     first: Annotated[int, typer.Argument(min=0, help="A row of the split.", metavar="I")],
     last: Annotated[int, typer.Argument(min=0, help="Another row of the split.", metavar="J")],
-    split: SplitName = "test",
+    split: str = "test",
     steps: Annotated[int, typer.Option("--steps", min=2, help="Points on the line, both ends included.")] = 9,
-    seed: SeedOption = 0,
-    out: OutOption = None,
+    seed: int = 0,
+    out: Path | None = None,
 ) -> None:
     """Decode points on the line between the latents of two rows."""
-    from pvae.analysis import interpolate as walk
-    from pvae.analysis.pages import plots
-
     opened = shared.open(run)
-    part = opened.data.split(split)
-    for name, row in (("I", first), ("J", last)):
-        _require_row(name, row, part, split)
-    found = walk(opened, part.rows[first : first + 1], part.rows[last : last + 1], steps, seed=seed)
-    picture = plots.interpolated(found, _background(opened))
-    _keep(shared, opened, f"interpolate-{split}-{first}-{last}", out, found, {"": picture})
+    one, other = _row(opened, split, "I", first), _row(opened, split, "J", last)
+    found = pvae.analysis.interpolate(opened, one, other, steps, seed=seed)
+    stem = f"interpolate-{split}-{first}-{last}"
+    _keep(shared, opened, stem, out, found, pvae.analysis.pages.plots.sheets.interpolated)
 
 
 @command(ON_RUN, name="rate-distortion")
@@ -175,33 +135,31 @@ def rate_distortion(
     runs: Annotated[
         list[str], typer.Argument(help="Runs on the same data, each as for other commands.", metavar="RUN...")
     ],
-    split: SplitName = "test",
-    rows: RowCount = None,
-    samples: SampleCount = 1,
-    seed: SeedOption = 0,
+    split: str = "test",
+    rows: int | None = None,
+    samples: int = 1,
+    seed: int = 0,
     out: Annotated[Path, typer.Option("--out", help="File to write, without suffix: a CSV and a picture.")] = Path(
         "rate-distortion"
     ),
 ) -> None:
     """Place runs on the rate-distortion plane: KL of the latents and negative reconstruction, in nats per datum."""
-    from pvae.analysis import rate_distortion as measure
-    from pvae.analysis.figures.table import cell
-    from pvae.analysis.pages import plots
-    from pvae.util.files import write_atomic
-
     opened = [shared.open(run) for run in runs]
     with shared.bar("rate-distortion") as bar:
-        found = measure(opened, split, rows, samples, seed, on_progress=bar.report)
+        found = pvae.analysis.rate_distortion(opened, split, rows, samples, seed, on_progress=bar.report)
     table, picture = beside(out, ".csv"), beside(out, ".png")
-    write_atomic(table, found.to_frame().map(cell).to_csv(index=False))
-    write_atomic(picture, plots.png(found.figure()))
+    _write_csv(table, found.to_frame())
+    write_atomic(picture, pvae.analysis.pages.plots.base.png(found.figure()))
     shared.answer({**found.to_dict(), "csv": str(table), "png": str(picture)}, found)
     shared.tell(f"csv: {table}\npng: {picture}")
 
 
-def _require_row(name: str, row: int, part: Split, split: str) -> None:
+def _row(run: Run, split: str, name: str, row: int) -> Tensor:
+    """Return one row of a split as a batch; `name` is the argument that gives its number."""
+    part = run.data.split(split)
     if row >= len(part):
         raise DeclarationError(f"{name}: expected a row of {split}, 0 .. {len(part) - 1}; got {row}.")
+    return part.rows[row : row + 1]
 
 
 def _given(given: list[str] | None) -> dict[str, int | str] | None:
@@ -226,20 +184,11 @@ def _background(run: Run) -> Any:
     return train.observed(train.rows[:1000]).double().numpy()
 
 
-def _as_table(run: Run, path: Path, found: Generated) -> list[Path]:
-    """Write samples of tabular data as CSV, in the words and units of the table, and return the paths written.
+def _write_csv(path: Path, table: pandas.DataFrame) -> None:
+    """Write a table as CSV in which no spreadsheet evaluates a formula."""
+    from pvae.analysis.figures.estimate import cell
 
-    Nothing is written for other data.
-    """
-    from pvae.analysis.figures.table import cell
-    from pvae.util.files import write_atomic
-
-    table, x = run.data.table, found.tensors().get("x")
-    if table is None or x is None or x.dim() != 2:
-        return []
-    target = beside(path, ".csv")
-    write_atomic(target, table.to_frame(x).rename(columns=cell).map(cell).to_csv(index=False))
-    return [target]
+    write_atomic(path, table.rename(columns=cell).map(cell).to_csv(index=False))
 
 
 def _keep(
@@ -248,23 +197,35 @@ def _keep(
     stem: str,
     out: Path | None,
     found: Generated,
-    made: Mapping[str, Figure | None],
+    plot: Figure | None | Mapping[str, Figure] | Callable[..., Figure | None],
     **more: Tensor,
 ) -> None:
-    """Write the arrays, pictures and tables of a generating command, and print their paths."""
-    from pvae.analysis.export.names import safe_names
-    from pvae.analysis.pages import plots
-    from pvae.util.files import write_atomic
+    """Write arrays, pictures, and samples of tabular data as CSV in the table's units; print the paths of the files.
+
+    Arguments:
+        shared: values of the shared options.
+        run: the run that samples come from.
+        stem: name of the files in the run's analysis folder.
+        out: path of the files without suffix, in place of that.
+        found: result of a generating command.
+        plot: picture of it, pictures by name, or the function that draws it over training data.
+        more: arrays to write beside those of the result.
+    """
+    from pvae.analysis.export.sites import safe_names
 
     path = out or run.files.analysis / stem
     arrays = found.save(beside(path, ".npz"), **more)
-    figures = {name: figure for name, figure in made.items() if figure is not None}
+    drawn = plot(found, _background(run)) if callable(plot) else plot
+    figures = drawn if isinstance(drawn, Mapping) else {} if drawn is None else {"": drawn}
     names = safe_names({name: () for name in figures}) if len(figures) > 1 else dict.fromkeys(figures, "")
     pictures = [beside(path, f"-{name}.png" if name else ".png") for name in names.values()]
     for target, figure in zip(pictures, figures.values(), strict=True):
-        write_atomic(target, plots.png(figure))
-    tables = _as_table(run, path, found)
-    shapes = {key: list(t.shape) for key, t in {**found.tensors(), **more}.items()}
+        write_atomic(target, pvae.analysis.pages.plots.base.png(figure))
+    tensors, tables = found.tensors(), []
+    if run.data.table is not None and (x := tensors.get("x")) is not None and x.dim() == 2:
+        tables = [beside(path, ".csv")]
+        _write_csv(tables[0], run.data.table.to_frame(x))
+    shapes = {key: list(t.shape) for key, t in {**tensors, **more}.items()}
     written = {"npz": str(arrays), "png": [str(p) for p in pictures], "csv": [str(p) for p in tables]}
     lines = [f"npz: {arrays}", *(f"csv: {p}" for p in tables), *(f"png: {p}" for p in pictures)]
     shared.answer({"run": str(run.path), **written, "shapes": shapes}, "\n".join(lines))

@@ -7,23 +7,22 @@ from typing import Annotated, Any
 
 import typer
 
-from pvae.cli.app import ON_RUN, RunName, Shared, command, load_installed_plugins
+import pvae
+from pvae.cli.app import ON_RUN, Shared, command, load_installed_plugins
 
 
 @command(ON_RUN)
 def verify(
     shared: Shared,
-    run: RunName,
+    run: str,
     data: Annotated[
         bool, typer.Option("--data", help="Read the data too, and compute the recorded ELBO again.")
     ] = False,
     strict: Annotated[bool, typer.Option("--strict", help="Exit with 3 when there are warnings.")] = False,
 ) -> None:
     """Check every file of a run: is it whole, which checkpoint would be loaded, which are damaged and why."""
-    from pvae.upkeep.verify import verify as check
-
     load_installed_plugins()
-    found = check(run, root=shared.run_dir, data=data, data_dir=shared.data_dir)
+    found = pvae.verify(run, root=shared.run_dir, data=data, data_dir=shared.data_dir)
     _answer(shared, found)
     if not found.ok:
         raise typer.Exit(65)
@@ -50,9 +49,7 @@ def clean(
     cache: Annotated[bool, typer.Option("--cache", help="Also downloaded and decoded data.")] = False,
 ) -> None:
     """Show the disk space of interrupted writes and old checkpoints, or free it; a run in progress is left alone."""
-    from pvae.upkeep.clean import clean as sweep
-
-    found = sweep(shared.run_dir, apply=apply, failed=failed, cache=cache)
+    found = pvae.clean(shared.run_dir, apply=apply, failed=failed, cache=cache)
     _answer(shared, found)
     if found.failed:
         raise typer.Exit(74)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
@@ -11,24 +11,20 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.distributions import constraints
 from torch.utils.data import Dataset as TorchDataset
 
 from pvae.component import from_table
-from pvae.data.rows.arrays import AnyArray, Stored
-from pvae.data.rows.prepare import extremes, prepare, scaled
-from pvae.data.rows.rows import SPLITS, Part, Rows, partition, reshape, shared_rows
+from pvae.data.rows.files import Stored
+from pvae.data.rows.prepare import ColumnTransforms, extremes, prepare, scaled
+from pvae.data.rows.rows import SPLITS, Part, Rows, joined, partition, reshape, shared_rows
 from pvae.data.sources.base import Data
-from pvae.data.sources.python import TensorSource, anndata_rows, is_anndata, tensor_rows, torch_rows
+from pvae.data.sources.python import TensorSource, anndata_rows, collected, is_anndata, tensors
 from pvae.data.sources.tabular import FrameSource
-from pvae.data.split import Split
+from pvae.data.split import Split, elementwise
 from pvae.data.streamed import Streamed, streams
-from pvae.data.support import elementwise, require_split
-from pvae.data.tables.transforms import ColumnTransforms
 from pvae.errors import DataError, DeclarationError, near
-from pvae.util.types import Array
 
 if TYPE_CHECKING:
     import pandas
@@ -85,8 +81,10 @@ class Dataset:
 
     def to(self, device: str | torch.device) -> Dataset:
         """Return the data set with all its tensors on a device."""
-        moved = {split.name: split.to(device) for split in self.splits}
-        return replace(self, **moved)  # type: ignore[arg-type]
+        return self._each(lambda split: split.to(device))
+
+    def _each(self, change: Callable[[Split], Split]) -> Dataset:
+        return replace(self, **{split.name: change(split) for split in self.splits})  # type: ignore[arg-type]
 
     def conditioned(
         self, covariates: Mapping[str, int], tokens: Mapping[str, Sequence[Sequence[int]]] | None = None
@@ -99,12 +97,11 @@ class Dataset:
             covariates: number of label values by covariate name, at most one entry: the label is the only covariate.
             tokens: for each covariate, the token sequence of every label, if the model is conditioned on text tokens.
         """
-        plain = replace(self, **{split.name: split.plain() for split in self.splits})  # type: ignore[arg-type]
         if not covariates:
-            return self if self.train.event is None else plain
+            return self if self.train.event is None else self._each(Split.plain)
         ((name, codes),) = covariates.items()
         words = (tokens or {}).get(name)
-        return replace(self, **{split.name: split.conditioned(codes, words) for split in plain.splits})  # type: ignore[arg-type]
+        return self._each(lambda split: split.plain().conditioned(codes, words))
 
     @classmethod
     def from_tensors(
@@ -135,10 +132,8 @@ class Dataset:
             torch.Size([5, 3])
         """
         declared = declared or TensorSource()
-        _refuse_splits(declared, validation, test)
-        given = {"train": (x, y), "validation": validation, "test": test}
-        held = {name: part for name, part in given.items() if part is not None}
-        return _assembled(declared, tensor_rows(held, declared.split_seed, label_names))
+        arrays = {name: tensors(part, name) for name, part in _given(declared, (x, y), validation, test).items()}
+        return _assembled(declared, joined(arrays, declared.split_seed, label_names=label_names))
 
     @classmethod
     def from_torch(
@@ -166,10 +161,9 @@ class Dataset:
             StorageError: the cache folder is full.
         """
         declared = declared or TensorSource()
-        _refuse_splits(declared, validation, test)
-        given = {"train": dataset, "validation": validation, "test": test}
-        held = {name: part for name, part in given.items() if part is not None}
-        return _assembled(declared, torch_rows(held, stream, declared.split_seed, label_names))
+        given = _given(declared, dataset, validation, test)
+        arrays = {name: collected(part, name, stream) for name, part in given.items()}
+        return _assembled(declared, joined(arrays, declared.split_seed, label_names=label_names))
 
     @classmethod
     def from_anndata(
@@ -223,7 +217,7 @@ class Dataset:
             >>> Dataset.from_frame(frame, {"size": "continuous", "seen": "binary"}).shape
             (2,)
         """
-        source = declared or _declared_frame({"columns": dict(columns or {}), **more})
+        source = declared or from_table(FrameSource, {"columns": dict(columns or {}), **more}, "from_frame")
         return _assembled(source, source.rows_of(frame))
 
     @classmethod
@@ -260,7 +254,7 @@ class Dataset:
         if element is constraints.real:  # all data are finite
             return
         for split in self.splits:
-            require_split(split, element, hint)
+            split.require_support(element, hint)
 
 
 def load(data: Data, *, data_dir: Path | None = None, seed: int = 0) -> Dataset:
@@ -287,9 +281,10 @@ def _assembled(data: Data, rows: Rows) -> Dataset:
     x = reshape(rows, data.shape)
     ready = scaled(data.scale, rows, x, parts["train"])
     prepared, raw = (streams if isinstance(x, Stored) else prepare)(ready, parts, data.binarize)
-    splits = {name: _split(name, prepared[name], rows.y, parts[name]) for name in SPLITS}
-    if raw is not None:
-        splits["train"] = replace(splits["train"], raw=_tensor(raw))
+    splits = {name: Split(name, prepared[name], _labels(rows, parts[name])) for name in SPLITS}
+    splits["train"] = replace(splits["train"], raw=raw)
+    shared = {name: shared_rows(x, parts, name) for name in SPLITS[1:]}
+    repeated = [f"{n} of {len(parts[name])} rows of {name} also occur in train" for name, n in shared.items() if n]
     return Dataset(
         **splits,
         shape=tuple(x.shape[1:]),
@@ -297,48 +292,41 @@ def _assembled(data: Data, rows: Rows) -> Dataset:
         binarize=data.binarize,
         fingerprint=_fingerprint(splits.values(), tuple(x.shape[1:]), data.binarize),
         label_names=rows.label_names,
-        table=ColumnTransforms(rows.table, *ready.affine(), ready.warps) if rows.table else None,
-        notes=(*rows.notes, *_constant_features(splits["train"]), *_shared(x, parts)),
+        table=ColumnTransforms(rows.table, ready.shift, ready.divisor, ready.warps) if rows.table else None,
+        notes=(*rows.notes, *_constant_features(splits["train"]), *repeated),
     )
 
 
-def _split(name: str, x: NDArray[np.float32] | Streamed, y: Array | None, part: Part) -> Split:
-    labels = None if y is None else torch.from_numpy(y[np.asarray(part)].astype(np.int64))
-    return Split(name, _tensor(x), labels)
+def _labels(rows: Rows, part: Part) -> Tensor | None:
+    return None if rows.y is None else torch.from_numpy(rows.y[np.asarray(part)].astype(np.int64))
 
 
-def _tensor(x: NDArray[np.float32] | Streamed) -> Tensor | Streamed:
-    return x if isinstance(x, Streamed) else torch.from_numpy(x)
-
-
-def _fingerprint(splits: Any, shape: tuple[int, ...], binarize: str) -> str:
+def _fingerprint(splits: Iterable[Split], shape: tuple[int, ...], binarize: str) -> str:
     digest = hashlib.sha256(f"{shape} {binarize}".encode())
     for split in splits:
-        for field, tensor in (("x", split.rows), ("y", split.y), ("raw", split.raw)):
-            if tensor is not None:
-                digest.update(f" {split.name}.{field} {tuple(tensor.shape)} {tensor.dtype} ".encode())
-                digest.update(tensor.digest if isinstance(tensor, Streamed) else memoryview(tensor.numpy()).cast("B"))
+        for field, x in (("x", split.rows), ("y", split.y), ("raw", split.raw)):
+            if x is not None:
+                digest.update(f" {split.name}.{field} {tuple(x.shape)} {x.dtype} ".encode())
+                digest.update(x.blocks.survey.digest if isinstance(x, Streamed) else x.numpy().data.cast("B"))
     return digest.hexdigest()
 
 
 def _constant_features(train: Split) -> list[str]:
     x = train.rows if train.raw is None else train.raw
-    low, high = x.extremes if isinstance(x, Streamed) else extremes(x.numpy(), range(len(x)))
+    low, high = x.blocks.survey[:2] if isinstance(x, Streamed) else extremes(x.numpy(), range(len(x)))
     constant, features = int((low == high).sum()), prod(x.shape[1:])
     if constant == features:
         raise DataError(f"Expected features that vary in train; all {features} are constant over its {len(x)} rows.")
     return [f"{constant} of {features} features are constant in train"] if constant else []
 
 
-def _shared(x: AnyArray, parts: dict[str, Part]) -> list[str]:
-    counts = {name: shared_rows(x, parts, name) for name in SPLITS[1:]}
-    return [f"{n} of {len(parts[name])} rows of {name} also occur in train" for name, n in counts.items() if n]
+def _given(declared: TensorSource, *passed: Any) -> dict[str, Any]:
+    """Return the splits passed for train, validation and test, without those that are None.
 
-
-def _declared_frame(raw: Mapping[str, Any]) -> FrameSource:
-    return from_table(FrameSource, raw, "from_frame")
-
-
-def _refuse_splits(declared: TensorSource, *passed: Any) -> None:
-    if declared.splits.declared and any(part is not None for part in passed):
+    Raises:
+        DataError: a split is passed although the declaration has row ranges.
+    """
+    given = {name: part for name, part in zip(SPLITS, passed, strict=True) if part is not None}
+    if declared.splits.declared and len(given) > 1:
         raise DataError("Expected data.splits or validation=... and test=...; got both.")
+    return given

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributions import constraints
 
-from pvae.data.rows.blocks import WindowOrder
-from pvae.data.rows.rows import CHUNK_ELEMENTS
-from pvae.data.streamed import Streamed
+from pvae.data.rows.rows import chunks
+from pvae.data.streamed import Streamed, WindowOrder
 from pvae.errors import DataError
 from pvae.util import seeds
 
@@ -60,7 +61,7 @@ class Split:
         """Return the random order of the rows in an epoch, a function of (seed, epoch); its slices are row numbers."""
         x = self.rows if self.raw is None else self.raw
         if isinstance(x, Streamed):
-            return x.order(seed, epoch)
+            return x.blocks.order(seed, epoch)
         return seeds.permutation(len(x), seed, epoch).to(x.device)
 
     def draw(self, index: Tensor) -> Tensor:
@@ -114,5 +115,46 @@ class Split:
 
     def chunks(self) -> Iterator[Tensor]:
         """Yield the data without covariates in consecutive chunks `(m, *shape)` of about `CHUNK_ELEMENTS` values."""
-        step = max(1, CHUNK_ELEMENTS // max(1, prod(self.rows.shape[1:])))
-        return (self.observed(self.rows[start : start + step]) for start in range(0, len(self), step))
+        rows: Any = self.rows
+        return (self.observed(torch.as_tensor(chunk)) for _, chunk in chunks(rows, range(len(self))))
+
+    def require_support(self, constraint: Any, hint: str) -> None:
+        """Refuse a split with an element outside a constraint.
+
+        Arguments:
+            constraint: support of one element, as `elementwise` returns it.
+            hint: advice that ends the message, such as the transform to use instead.
+
+        Raises:
+            DataError: an element is outside; the message gives its split, row, element and the support.
+        """
+        row = 0
+        for chunk in self.chunks():
+            inside = constraint.check(chunk)
+            if not bool(inside.all()):
+                first, *element = (int(i) for i in (~inside).nonzero()[0])
+                value = chunk[(first, *element)]
+                shown = f"{value.item():g}" if value.numel() == 1 else str(value.flatten()[:6].tolist())
+                where, wanted = _named(constraint, element)
+                raise DataError(
+                    f"{self.name}, row {row + first}, {where}: expected {wanted}, as the likelihood does; got {shown}. "
+                    f"{hint}".rstrip()
+                )
+            row += len(chunk)
+
+
+def elementwise(constraint: Any) -> Any:
+    """Return the constraint on a single element, without `independent` wrappers: ``real`` for ``real_vector``."""
+    while isinstance(constraint, constraints.independent):
+        constraint = constraint.base_constraint
+    return constraint
+
+
+def _named(constraint: Any, element: list[int]) -> tuple[str, str]:
+    """Return the name of an element (column of a table, or array indices) and a description of its support."""
+    from pvae.models.likelihoods.columns import columns
+
+    if isinstance(constraint, columns):
+        return constraint.named(element[0]), constraint.of(element[0])
+    # torch's own words, `Interval(lower_bound=0.0, upper_bound=1.0)`, or the constraint's name
+    return f"element {tuple(element)}", f"a value in {constraint}".removesuffix("()")

@@ -1,24 +1,189 @@
-"""Rows that are read from the disk when they are indexed, with the part of the tensor interface that data sets need."""
+"""Rows that are read from the disk when they are indexed, in blocks of consecutive rows and a seeded random order.
+
+A block is read at once; a window is the number of blocks cached in memory. An epoch visits the blocks in a random
+order, one window at a time, and the rows of a window in a random order: every row once, whatever the size of the data.
+The order depends only on (seed, epoch), so that a resumed fit continues bit for bit.
+"""
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pvae.data.rows.blocks import WINDOW, Blocks, WindowOrder, survey
-from pvae.data.rows.prepare import PUBLISHED_SEED, Binarize, Floats, Scaled, require_unit
-from pvae.data.rows.rows import SPLITS, Part
+from pvae.data.rows.files import Stored
+from pvae.data.rows.prepare import PUBLISHED_SEED, Binarize, Floats, Scaled, extremes, require_unit
+from pvae.data.rows.rows import SPLITS, Part, rows_of
 from pvae.errors import DataError
+from pvae.util import seeds
 
+BLOCK_BYTES = 2**21
+WINDOW = 64
+"""Number of blocks cached in memory, together 128 MiB of float32."""
 MATERIALISED_BYTES = 2**29
 """Largest number of bytes of streamed rows that one indexing call reads, beyond a window of blocks."""
+
+BlockRule = Callable[[Floats, int], NDArray[Any]]
+"""Binarisation of a block: function of its scaled rows and its number, which can seed different samples per block."""
+
+
+class Survey(NamedTuple):
+    """Minimum and maximum of every feature of a split, each `(*row)`, and its checksum, from one pass over its rows.
+
+    The extremes are those of the stored values; with the threshold rule, 0 or 1. The checksum is SHA-256 of the stored
+    values, their scaling and their binarisation.
+    """
+
+    low: NDArray[Any]
+    high: NDArray[Any]
+    digest: bytes
+
+
+def survey(rows: Scaled, part: Part, binarize: Binarize) -> Survey:
+    """Return minimum, maximum and checksum of the stored rows with the numbers in `part`, from one pass over them."""
+    prepared = (str(rows.x.dtype), rows.x.shape[1:], binarize, dict(rows.warps))
+    digest = hashlib.sha256(repr(prepared).encode())
+    for number in (rows.shift, rows.divisor):
+        digest.update(np.asarray(number, np.float64).tobytes())
+    return Survey(*extremes(rows.x, part, digest), digest.digest())
+
+
+class Blocks:
+    """Reader of the rows `(n, *row)` float32 of a split, with the last `WINDOW` blocks cached in memory.
+
+    Arguments:
+        rows: stored rows of the source with their scaling.
+        part: row numbers of the split, in ascending order.
+        survey: minimum, maximum and checksum of the split.
+        rule: binarisation applied to every block, or None.
+    """
+
+    def __init__(self, rows: Scaled, part: Part, survey: Survey, rule: BlockRule | None = None) -> None:
+        self.rows, self.part, self.survey, self.rule = rows, part, survey, rule
+        self.row = tuple(rows.x.shape[1:])
+        self.block = max(1, BLOCK_BYTES // (4 * max(1, prod(self.row))))
+        self.count = -(-len(part) // self.block)
+        self.scattered = isinstance(rows.x, Stored) and rows.x.scattered and rule is None
+        self._slots = np.full(self.count, -1)
+        self._owners = np.full(min(WINDOW, self.count), -1)
+        self._next = 0
+
+    @cached_property
+    def _held(self) -> NDArray[np.float32]:
+        return np.empty((len(self._owners) * self.block, *self.row), np.float32)
+
+    def __len__(self) -> int:
+        return len(self.part)
+
+    def __getitem__(self, where: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Return the rows `(m, *row)` at given positions in the split, in any order."""
+        if self.scattered:
+            order = np.argsort(where, kind="stable")
+            out = np.empty((len(where), *self.row), np.float32)
+            place = where[order]
+            out[order] = self.rows.of(place + self.part.start if isinstance(self.part, range) else self.part[place])
+            return out
+        block = where // self.block
+        wanted = np.unique(block)
+        if len(wanted) <= WINDOW:
+            self._load(wanted)
+            return self._held[self._slots[block] * self.block + where % self.block]
+        out = np.empty((len(where), *self.row), np.float32)
+        for some in np.array_split(wanted, -(-len(wanted) // WINDOW)):
+            here = np.isin(block, some)
+            out[here] = self[where[here]]
+        return out
+
+    def _load(self, wanted: NDArray[np.int64]) -> None:
+        """Read the wanted blocks that are not cached, each in place of the oldest cached block that is not wanted."""
+        for number in wanted[self._slots[wanted] < 0].tolist():
+            rows = self._read(number)
+            while self._owners[self._next] in wanted:
+                self._next = (self._next + 1) % len(self._owners)
+            slot, old = self._next, self._owners[self._next]
+            if old >= 0:
+                self._slots[old] = -1
+            self._held[slot * self.block : slot * self.block + len(rows)] = rows
+            self._slots[number], self._owners[slot] = slot, number
+            self._next = (slot + 1) % len(self._owners)
+
+    def _part_of(self, number: int) -> Part:
+        return self.part[number * self.block : (number + 1) * self.block]
+
+    def _read(self, number: int) -> NDArray[Any]:
+        part = self._part_of(number)
+        if self.rule is not None:
+            return self.rule(self.rows.of(part), number)
+        return rows_of(self.rows.x, part) if self.rows.as_stored else self.rows.of(part)
+
+    def expect(self, numbers: NDArray[np.int64]) -> None:
+        """Start to prefetch blocks, given by their numbers, without waiting for them."""
+        if isinstance(source := self.rows.x, Stored):
+            for part in map(self._part_of, numbers.tolist()):
+                source.expect(int(part[0]), int(part[-1]) + 1)
+
+    def order(self, seed: int, epoch: int) -> Tensor | WindowOrder:
+        """Return the random order of the rows in an epoch, a function of (seed, epoch); its slices are row numbers."""
+        if self.scattered:
+            return seeds.permutation(len(self), seed, epoch)
+        return WindowOrder(len(self), self.block, seed, epoch, self.expect)
+
+
+class WindowOrder:
+    """Random order of the rows in an epoch, computed window by window: a slice gives row numbers `(m,)`.
+
+    Arguments:
+        rows: number of rows, n.
+        block: number of rows in a block.
+        seed: seed of the fit.
+        epoch: number of the epoch, counted from 0.
+        expect: function that prefetches blocks; called with those of the next window when a window begins.
+    """
+
+    def __init__(
+        self,
+        rows: int,
+        block: int,
+        seed: int,
+        epoch: int,
+        expect: Callable[[NDArray[np.int64]], None] = lambda _blocks: None,
+    ) -> None:
+        self.rows, self.block, self.expect = rows, block, expect
+        self.seed = seeds.mix(seed, seeds.ORDER, epoch)
+        self.order = seeds.permutation(-(-rows // block), self.seed, 0).numpy()
+        sizes = np.minimum(block, rows - self.order * block)
+        self.starts = np.concatenate([[0], np.cumsum(np.add.reduceat(sizes, np.arange(0, len(sizes), WINDOW)))])
+        self._kept: tuple[int, NDArray[Any]] = (-1, np.empty(0, np.int64))
+
+    def __len__(self) -> int:
+        return self.rows
+
+    def __getitem__(self, index: slice) -> Tensor:
+        start, stop, _ = index.indices(self.rows)
+        first = int(np.searchsorted(self.starts, start, "right")) - 1
+        pieces = [np.empty(0, np.int64)]
+        while start < stop:
+            low, high = int(self.starts[first]), int(self.starts[first + 1])
+            pieces.append(self._window(first)[start - low : min(stop, high) - low])
+            start, first = min(stop, high), first + 1
+        return torch.from_numpy(np.concatenate(pieces))
+
+    def _window(self, number: int) -> NDArray[Any]:
+        if self._kept[0] != number:
+            blocks = self.order[number * WINDOW : (number + 1) * WINDOW]
+            rows = (blocks[:, None] * self.block + np.arange(self.block)).flatten()
+            rows = rows[rows < self.rows]
+            self._kept = number, rows[seeds.permutation(len(rows), self.seed, number + 1).numpy()]
+            self.expect(self.order[(number + 1) * WINDOW : (number + 2) * WINDOW])
+        return self._kept[1]
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,28 +205,11 @@ class Streamed:
     @property
     def shape(self) -> torch.Size:
         """Shape of all rows, `(n, *shape)`; with covariates `(n, D + c)`."""
-        row = self.blocks.row
-        return torch.Size((len(self), *(row if self.columns is None else (prod(row) + self.columns.shape[1],))))
-
-    @property
-    def digest(self) -> bytes:
-        """SHA-256 of the stored values, their scaling and their binarisation."""
-        return self.blocks.survey.digest
-
-    @property
-    def extremes(self) -> tuple[NDArray[Any], NDArray[Any]]:
-        """Minimum and maximum of every feature, each `(*row)`, as stored; with the threshold rule, 0 or 1."""
-        low, high = self.blocks.survey.low, self.blocks.survey.high
-        if self.blocks.rule is threshold:
-            return threshold(self.blocks.rows.scale(low), 0), threshold(self.blocks.rows.scale(high), 0)
-        return low, high
+        row = self.blocks.row if self.columns is None else (prod(self.blocks.row) + self.columns.shape[1],)
+        return torch.Size((len(self), *row))
 
     def __len__(self) -> int:
         return len(self.blocks)
-
-    def size(self) -> torch.Size:
-        """Return the shape of all rows, as `Tensor.size` does."""
-        return self.shape
 
     def dim(self) -> int:
         """Return the number of dimensions, as `Tensor.dim` does."""
@@ -80,23 +228,16 @@ class Streamed:
         where = torch.as_tensor(index).cpu()
         if where.dtype is torch.bool:
             where = where.nonzero().flatten()
-        self._require_room(len(where))
+        needed = 4 * len(where) * prod(self.shape[1:])
+        if needed > MATERIALISED_BYTES and len(where) > self.blocks.block * WINDOW:
+            raise DataError(
+                f"Expected at most {MATERIALISED_BYTES >> 20} MiB of streamed rows at once; got {len(where)} rows, "
+                f"{needed >> 20} MiB. Ask for fewer (--rows), or set data.stream = false."
+            )
         x = torch.from_numpy(self.blocks[where.numpy()])
         if self.columns is not None:
             x = torch.cat([x.flatten(1), self.columns[where]], 1)
         return x.to(self.device)
-
-    def _require_room(self, count: int) -> None:
-        needed = 4 * count * prod(self.shape[1:])
-        if needed > MATERIALISED_BYTES and count > self.blocks.block * WINDOW:
-            raise DataError(
-                f"Expected at most {MATERIALISED_BYTES >> 20} MiB of streamed rows at once; got {count} rows, "
-                f"{needed >> 20} MiB. Ask for fewer (--rows), or set data.stream = false."
-            )
-
-    def order(self, seed: int, epoch: int) -> Tensor | WindowOrder:
-        """Return the random order of the rows in an epoch, a function of (seed, epoch); its slices are row numbers."""
-        return self.blocks.order(seed, epoch)
 
     def to(self, device: str | torch.device) -> Streamed:
         """Return the same rows, to be moved to a device when they are read."""
@@ -120,10 +261,14 @@ def streams(data: Scaled, parts: dict[str, Part], binarize: Binarize) -> tuple[d
     plain = {name: Streamed(Blocks(data, parts[name], found[name])) for name in SPLITS}
     if binarize == "none":
         return plain, None
-    for name, seen in found.items():
-        require_unit(name, float(data.scale(seen.low).min()), float(data.scale(seen.high).max()))
-    rules = [threshold if binarize == "threshold" else partial(fixed, split) for split in range(len(SPLITS))]
-    x = {name: Streamed(Blocks(data, parts[name], found[name], rule)) for name, rule in zip(SPLITS, rules, strict=True)}
+    x = {}
+    for number, (name, seen) in enumerate(found.items()):
+        low, high = data.scale(seen.low), data.scale(seen.high)
+        require_unit(name, float(low.min()), float(high.max()))
+        rule: BlockRule = partial(fixed, number)
+        if binarize == "threshold":
+            rule, seen = threshold, seen._replace(low=low > 0.5, high=high > 0.5)  # noqa: PLW2901
+        x[name] = Streamed(Blocks(data, parts[name], seen, rule))
     return x, plain["train"] if binarize == "dynamic" else None
 
 

@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from typing import Any, ClassVar
+from typing import Any
 
 import pyro.distributions as dist
 import torch
 from torch import Tensor
 from torch.distributions import constraints, register_kl
 
+from pvae.distributions.base import Batched, Event
 from pvae.distributions.exponential_codes import IMPOSSIBLE
-from pvae.distributions.independent import Event
 from pvae.util.types import Size
 
 MAX_STATES = 4096
@@ -70,7 +70,7 @@ def bits(logits: Tensor) -> dist.TorchDistribution:
     return Enumerable(dist.Bernoulli(logits=logits, validate_args=False), 1, validate_args=False)
 
 
-class Conditional(dist.TorchDistribution):
+class Conditional(Batched):
     """Base of autoregressive distributions of codes: probabilities depend on the codes at earlier positions."""
 
     @abstractmethod
@@ -85,7 +85,7 @@ def conditional_logits(p: Any, value: Tensor) -> Tensor:
     return p.conditional_logits(value) if isinstance(p, Conditional) else p.logits
 
 
-class Certain(dist.TorchDistribution):
+class Certain(Batched):
     """Deterministic codes, such as nearest codes (VQ); `log_prob` is 0 for any value, as values are not compared.
 
     Arguments:
@@ -94,7 +94,7 @@ class Certain(dist.TorchDistribution):
         grid: number of dimensions of the grid.
     """
 
-    arg_constraints: ClassVar[dict[str, Any]] = {}
+    widened = ("index",)
 
     def __init__(self, index: Tensor, states: int, grid: int) -> None:
         self.index, self.states = index, states
@@ -105,12 +105,6 @@ class Certain(dist.TorchDistribution):
     def support(self) -> constraints.Constraint:
         """Support: indices 0 .. K - 1 at every position of the grid."""
         return constraints.independent(constraints.integer_interval(0, self.states - 1), len(self.event_shape))
-
-    def expand(self, batch_shape: Size, _instance: Any = None) -> Certain:
-        """Return this distribution expanded to `batch_shape`."""
-        if self.batch_shape == tuple(batch_shape):
-            return self
-        return Certain(self.index.expand(*batch_shape, *self.event_shape), self.states, len(self.event_shape))
 
     def sample(self, sample_shape: Size = torch.Size()) -> Tensor:
         """Return the codes themselves, expanded to `sample_shape + (..., *grid)`."""

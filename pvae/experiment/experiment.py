@@ -15,7 +15,7 @@ from torch import nn
 
 from pvae.component import Section, Shape, Table, load_members
 from pvae.data.sources.base import Data
-from pvae.data.sources.digits import Digits
+from pvae.data.sources.collections import Digits
 from pvae.errors import DeclarationError
 from pvae.experiment import zoo
 from pvae.experiment.build import build_pair
@@ -26,7 +26,7 @@ from pvae.experiment.rules import findings
 from pvae.graph.frame import Frame
 from pvae.graph.site import OBSERVED, Site, topological
 from pvae.guides.encoders import Encoder, SharedEncoder
-from pvae.models.decoders import Decoder
+from pvae.models.graph import Decoder
 from pvae.models.priors.base import Prior
 from pvae.objectives.elbo import TraceELBO
 from pvae.pair.pair import Pair
@@ -96,15 +96,14 @@ class Experiment(Plan):
 
     @model_validator(mode="after")
     def _sound(self) -> Self:
-        wrong = list(findings(self))
-        if wrong:
-            raise ValidationError.from_exception_data(
-                "Experiment",
-                [
-                    InitErrorDetails(type=PydanticCustomError("graph", "{text}", {"text": text}), loc=loc, input=found)
-                    for loc, text, found in wrong
-                ],
+        wrong = [
+            InitErrorDetails(
+                type=PydanticCustomError("graph", "{text}", {"text": text}), loc=tuple(loc.split(".")), input=found
             )
+            for loc, text, found in findings(self)
+        ]
+        if wrong:
+            raise ValidationError.from_exception_data("Experiment", wrong)
         return self
 
     # ------------------------------------------------------------------ in and out
@@ -182,7 +181,7 @@ class Experiment(Plan):
             )
         moved = [name for name in names if stage.latents[name].posterior.follows_prior(stage.latents[name].given)]
         if moved:
-            kinds = ", ".join(f"{name} ({stage.latents[name].posterior.kind})" for name in moved)  # type: ignore[attr-defined]
+            kinds = ", ".join(f"{name} ({stage.latents[name].posterior.kind})" for name in moved)
             raise DeclarationError(
                 f"refit: expected posteriors that stay as they are; got {kinds}, made of the prior itself, which would "
                 f"move with it. Fit the model anew."

@@ -7,9 +7,8 @@ from typing import Any, Self
 from pydantic import Field, model_validator
 
 from pvae.component import Ints, Names, Section
-from pvae.graph.prompts import Vocabulary, split
-from pvae.graph.site import Site
-from pvae.graph.space import Space
+from pvae.graph.frame import Vocabulary, split
+from pvae.graph.site import Site, Space
 from pvae.guides.posteriors.base import Posterior
 from pvae.guides.posteriors.codes import BernoulliPosterior, CategoricalPosterior
 from pvae.guides.posteriors.exact import ExactPosterior

@@ -102,10 +102,10 @@ def render(experiment: Experiment, x: Shape, pair: Pair) -> RenderableType:
         latents.add_column(column)
     for site in experiment.sites():
         latent = experiment.latents[site.name]
-        prior = f"{latent.prior.kind}: {factor('p', site.name, site.given)}"  # type: ignore[attr-defined]
-        posterior = f"{latent.posterior.kind}: {factor('q', site.name, site.guide_given)}"  # type: ignore[attr-defined]
+        prior = f"{latent.prior.kind}: {factor('p', site.name, site.given)}"
+        posterior = f"{latent.posterior.kind}: {factor('q', site.name, site.guide_given)}"
         latents.add_row(site.name, size_of(site), prior, posterior)
-    likelihood = experiment.decoder.likelihood.kind  # type: ignore[attr-defined]
+    likelihood = experiment.decoder.likelihood.kind
     latents.add_row(
         OBSERVED, str(list(x)), f"{likelihood}: {factor('p', OBSERVED, experiment.decoder_given())}", "data"
     )

@@ -2,32 +2,44 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pvae.component import Component
+from pvae.distributions.codes import MAX_STATES
 from pvae.errors import DeclarationError, near
-from pvae.experiment import latent_rules
-from pvae.experiment.latent_rules import Finding
-from pvae.graph.site import OBSERVED
+from pvae.graph.site import OBSERVED, Values
+from pvae.guides.posteriors.base import Posterior
+from pvae.guides.posteriors.codes import EstimatedPosterior
 from pvae.models.likelihoods.base import Likelihood
 from pvae.models.likelihoods.columns import support_of
 from pvae.models.likelihoods.determined import DeterminedLikelihood
+from pvae.models.priors.base import Prior
 from pvae.models.priors.codes import CategoricalPrior, UniformPrior
-from pvae.nn.dense import TableNetwork as NetworkTable
+from pvae.nn.network import TableNetwork
 from pvae.nn.schedules import Schedule
 from pvae.objectives.em import EM
+from pvae.objectives.iwae import IWAE
 
 if TYPE_CHECKING:
-    from pvae.experiment.experiment import Experiment, Refit
+    from pvae.experiment.experiment import Experiment
+    from pvae.experiment.latent import Latent
     from pvae.experiment.plan import Plan
+
+Finding = tuple[str, str, Any]
+"""Problem of a declaration: its dotted path, the text of what is expected there, and the value found."""
+COLDEST = 1e-6
+"""Smallest temperature allowed: below it a relaxed one-hot in single precision is a hard one."""
+OF_CODES = "one of codes (categorical by scores, nearest_code)"
+IN_WORDS: dict[Values, str] = {"real": "a vector", "index": "codes", "relaxed": "relaxed codes", "binary": "bits"}
 
 
 def findings(e: Experiment) -> Iterator[Finding]:
     """Yield the problems that concern several tables of a declaration: path, expected value, value found."""
     names = set(e.latents)
     if both := names & set(e.covariates):
-        yield ("covariates",), "names that no latent has", sorted(both)
+        yield "covariates", "names that no latent has", sorted(both)
         return
     found = [*_unknown_parents(e, names)]
     yield from found
@@ -36,22 +48,20 @@ def findings(e: Experiment) -> Iterator[Finding]:
     try:
         e.sites(), e.guide_sites()
     except DeclarationError as error:
-        yield ("latents",), str(error), sorted(names)
+        yield "latents", str(error), sorted(names)
         return
     if e.objective.scores and not any(OBSERVED in z.posterior.given or z.posterior.summed for z in e.latents.values()):
-        yield ("latents",), "at least one posterior given 'x': the guide never looks at the data", sorted(names)
+        yield "latents", "at least one posterior given 'x': the guide never looks at the data", sorted(names)
     yield from _unread(e)
-    yield from _unread_covariates(e)
-    yield from latent_rules.misplaced_priors(e)
-    yield from latent_rules.misplaced_posteriors(e)
-    yield from latent_rules.unlike_sums(e)
+    yield from _misplaced_priors(e)
+    yield from _misplaced_posteriors(e)
+    yield from _unlike_sums(e)
     yield from _negative_schedules(e)
     yield from _likelihood_free(e)
     yield from _columns(e)
-    if e.refit is not None and e.objective.scores:
-        yield from _second_stage(e, e.refit)
-    yield from latent_rules.not_mean_field(e)
-    yield from latent_rules.priced(e)
+    yield from _second_stage(e)
+    yield from _not_mean_field(e)
+    yield from _priced(e)
     if isinstance(e.objective, EM):
         yield from _no_mixture(e)
     yield from refused(e)
@@ -62,10 +72,192 @@ def refused(plan: Plan) -> Iterator[Finding]:
     for name in plan.objective.refuses:
         default, value = type(plan.train).model_fields[name].default, getattr(plan.train, name)
         if value != default:
-            kind = plan.objective.kind  # type: ignore[attr-defined]
             wanted = "nothing" if default is None else default
             why = "takes no gradient steps" if plan.objective.scores else "has no ELBO, no guide, and its own steps"
-            yield ("train", name), f"{wanted}, because the objective {kind} {why}", value
+            yield f"train.{name}", f"{wanted}, because the objective {plan.objective.kind} {why}", value
+
+
+# ---------------------------------------------------------------------- the graph
+
+
+def _unknown_parents(e: Experiment, names: set[str]) -> Iterator[Finding]:
+    """Yield the names in `given` that are no latent or covariate allowed there."""
+    known = names | set(e.covariates)
+    sampled = known - {name for name, latent in e.latents.items() if latent.posterior.summed}
+    places = [("decoder.given", e.decoder.given or (), known)]
+    for name, latent in e.latents.items():
+        below = sampled - {name} | {OBSERVED}
+        places += [(f"latents.{name}.given", latent.given, known - {name})]
+        places += [(f"latents.{name}.posterior.given", latent.posterior.given, below)]
+    for loc, given, allowed in places:
+        wanted = ", ".join(sorted(allowed)) or "no name at all (there is no other latent)"
+        for parent in given:
+            if parent not in allowed:
+                yield loc, f"names among {wanted}{near(parent, allowed)}", parent
+    if e.decoder.given is not None and not set(e.decoder.given) & names:
+        yield "decoder.given", "at least one latent", list(e.decoder.given)
+
+
+def _unread(e: Experiment) -> Iterator[Finding]:
+    """Yield latents that neither the decoder nor another prior reads: their posterior would equal their prior.
+
+    After them come the covariates that no prior, posterior or decoder reads.
+    """
+    decoded, latents = set(e.decoder_given()), e.latents.values()
+    heeded = decoded.union(*(z.given for z in latents if not z.prior.ignores_parents))
+    for name in e.latents:
+        if name not in heeded:
+            wanted = "every latent read by the decoder or by another latent, through a prior that reads its parents"
+            yield "decoder.given", f"{wanted}; {name} is not", name
+    read = decoded.union(*((*z.given, *z.posterior.given) for z in latents))
+    for name in e.covariates:
+        if name not in read:
+            yield f"covariates.{name}", "a covariate that a prior, a posterior or the decoder is given", name
+
+
+# ---------------------------------------------------------------------- priors and posteriors
+
+
+def _misplaced_priors(e: Experiment) -> Iterator[Finding]:
+    """Yield priors over another value space than the latent's, and priors that do not suit its parents."""
+    for name, latent in e.latents.items():
+        prior, values, loc = latent.prior, latent.sampled.values, f"latents.{name}"
+        of_codes = values == "relaxed" and getattr(latent.posterior, "kl", "") != "relaxed"  # the categoricals' KL
+        if values not in prior.values and not (of_codes and "index" in prior.values):
+            kinds = sorted(kind for kind, member in Prior.members.items() if values in member.values)
+            yield f"{loc}.prior", f"a prior of {IN_WORDS[values]}: one of {', '.join(kinds)}", prior.kind
+            continue
+        if of_codes and "index" not in prior.values:
+            why = f"because the prior {prior.kind} is a density of relaxed codes and gives codes no probabilities"
+            yield f"{loc}.posterior.kl", f"relaxed, {why}", "categorical"
+        if latent.given and not prior.reads_parents:
+            wanted = f"a prior that reads {', '.join(latent.given)}, such as conditional_normal"
+            yield f"{loc}.prior", wanted, prior.kind
+        if prior.reads_guide and latent.posterior.given != (OBSERVED,):
+            wanted = f"['x'] alone, because the prior {prior.kind} is made of this posterior"
+            yield f"{loc}.posterior.given", wanted, list(latent.posterior.given)
+        if not latent.given and prior.needs_parents:
+            yield f"{loc}.given", f"parents for the prior {prior.kind}, e.g. given = ['z2']", []
+
+
+def _misplaced_posteriors(e: Experiment) -> Iterator[Finding]:
+    """Yield posteriors over another value space than the latent's, and inverses without an invertible decoder.
+
+    Posteriors that would sum over too many states are among them.
+    """
+    likelihood, network = e.decoder.likelihood, e.decoder.network
+    for name, latent in e.latents.items():
+        posterior, space, loc = latent.posterior, latent.space, f"latents.{name}.posterior"
+        if posterior.values != space.values:
+            kinds = ", ".join(
+                sorted(kind for kind, member in Posterior.members.items() if member.values == space.values)
+            )
+            yield loc, f"a posterior of {IN_WORDS[space.values]}: one of {kinds}", posterior.kind
+            continue
+        if posterior.infers and not posterior.given:
+            yield f"{loc}.given", "'x', or latents that the guide has sampled before", []
+        if _is_summed(latent) and _too_many(space.log_states):
+            sum_of = f"a sum over at most {MAX_STATES} joint states for the posterior {posterior.kind}"
+            other = "another posterior, such as categorical" if posterior.summed else "estimator = score"
+            found = f"{space.states} ** {math.prod(space.shape)}"
+            yield loc, f"{sum_of} (fewer codes or positions), or {other}", found
+        wanted = posterior.determines
+        if wanted and (wanted != likelihood.kind or network.kind != "bijection"):
+            inverted = (
+                f"the network bijection and the likelihood {wanted}, which the posterior {posterior.kind} inverts"
+            )
+            yield "decoder", inverted, f"{network.kind}, {likelihood.kind}"
+    if e.objective.scores and likelihood.is_point and not any(z.posterior.determines for z in e.latents.values()):
+        density = "a density of x given z (normal, bernoulli, ...), unless the posterior is inverse or dequantised"
+        yield "decoder.likelihood", density, likelihood.kind
+
+
+def _is_summed(latent: Latent) -> bool:
+    """Return True for a latent that is summed over exactly: by the model, or in the expectation under the guide."""
+    posterior = latent.posterior
+    return posterior.summed or (isinstance(posterior, EstimatedPosterior) and posterior.sums(latent.space.log_states))
+
+
+def _too_many(log_states: float) -> bool:
+    """Return True if there are more states than exact sums may have, given the logarithm of their number."""
+    return log_states > math.log(MAX_STATES) + 1e-9
+
+
+def _unlike_sums(e: Experiment) -> Iterator[Finding]:
+    """Yield latents whose exact sums cannot be combined with those of others, or with score-function estimators.
+
+    Sums over too many joint states are among them.
+    """
+    exact = [name for name, z in e.latents.items() if z.posterior.summed]
+    summed = [name for name, z in e.latents.items() if not z.posterior.summed and _is_summed(z)]
+    for name in summed if exact else ():
+        wanted = f"score, because {', '.join(exact)} is summed out given its samples; or a relaxed posterior"
+        yield f"latents.{name}.posterior.estimator", wanted, "a sum"
+    for names in (exact, summed):
+        log_states = sum(e.latents[name].space.log_states for name in names)
+        if len(names) > 1 and _too_many(log_states) and log_states < math.inf:
+            most = f"at most {MAX_STATES} joint states of {', '.join(names)}, which are summed over"
+            found = f"{math.exp(min(log_states, 700)):.3g}"
+            yield "latents", f"{most}; infer some by another posterior, such as relaxed_onehot", found
+    for name, z in e.latents.items() if summed else ():
+        if isinstance(z.posterior, EstimatedPosterior) and not _is_summed(z):
+            beside = f"samples with a gradient beside {', '.join(summed)}, which is summed over"
+            wanted = f"{beside}: a sum, or a relaxed posterior"
+            yield f"latents.{name}.posterior.estimator", wanted, "a score function"
+
+
+def _not_mean_field(e: Experiment) -> Iterator[Finding]:
+    """Yield latents whose KL would be taken in closed form although the guide infers their model parents from them."""
+    below: dict[str, set[str]] = {}
+    for site in e.guide_sites():
+        below[site.name] = {site.name}
+        for ancestor in below:
+            if ancestor in site.guide_given or any(p in below[ancestor] for p in site.guide_given):
+                below[ancestor].add(site.name)
+    for name, inferred in below.items():
+        latent = e.latents[name]
+        for parent in latent.given:
+            if parent not in inferred:
+                continue
+            has = f"the guide infers {parent} from {name} while the model has {name} given {parent}"
+            why = f"{has}, so KL(q({name}) || p({name} | {parent})) has no closed form"
+            if e.objective.kind == "trace_mean_field_elbo":
+                yield "objective.kind", f"trace_elbo: {why}", "trace_mean_field_elbo"
+            elif _prices_codes(latent) and _is_drawn(latent):
+                found = f"{latent.posterior.kind}, with the KL of its codes"
+                yield f"latents.{name}.posterior", f"{OF_CODES}: {why}", found
+
+
+def _prices_codes(latent: Latent) -> bool:
+    """Return True if a relaxed latent has the KL of the categoricals, and a prior that reads its parents, if any."""
+    reads = not latent.given or not latent.prior.ignores_parents
+    return reads and getattr(latent.posterior, "kl", None) == "categorical"
+
+
+def _is_drawn(latent: Latent) -> bool:
+    """Return True for a relaxed latent that the guide samples with noise, and does not compute from x."""
+    return bool(getattr(latent.posterior, "noise", True))
+
+
+def _priced(e: Experiment) -> Iterator[Finding]:
+    """Yield relaxed latents with the KL of the categoricals where it cannot be used.
+
+    That is in the importance weights of iwae, and for a latent with a parent that is summed out.
+    """
+    for name, latent in e.latents.items():
+        if getattr(latent.posterior, "kl", None) != "categorical":
+            continue
+        loc = f"latents.{name}.posterior"
+        if isinstance(e.objective, IWAE) and _is_drawn(latent):
+            wanted = "relaxed with iwae, whose weights are densities at samples; or trace_elbo"
+            yield f"{loc}.kl", wanted, "categorical"
+        for parent in latent.given if _prices_codes(latent) else ():
+            if parent in e.latents and e.latents[parent].posterior.summed:
+                wanted = f"{OF_CODES}, because p({name}) reads {parent}, which is summed out; or samples of {parent}"
+                yield loc, wanted, f"{latent.posterior.kind}, with the KL of its codes"
+
+
+# ---------------------------------------------------------------------- objective, schedules, data
 
 
 def _no_mixture(e: Experiment) -> Iterator[Finding]:
@@ -74,149 +266,84 @@ def _no_mixture(e: Experiment) -> Iterator[Finding]:
     EM needs exactly one discrete latent with an exact posterior, and a table of component parameters as the decoder.
     """
     if len(e.latents) > 1:
-        yield ("latents",), "exactly one latent, with codes, for the objective em", sorted(e.latents)
+        yield "latents", "exactly one latent, with codes, for the objective em", sorted(e.latents)
         return
     ((name, latent),) = e.latents.items()
-    likelihood = e.decoder.likelihood
-    closed = ", ".join(sorted(k for k, member in Likelihood.members.items() if member.closed_form))  # type: ignore[attr-defined]
-    wanted: list[tuple[tuple[str, ...], Component, bool, str]] = [
-        (("latents", name, "prior"), latent.prior, isinstance(latent.prior, CategoricalPrior | UniformPrior),
-         "categorical or uniform, of a latent with codes,"),
-        (("latents", name, "posterior"), latent.posterior, latent.posterior.summed, "exact, of a latent with codes,"),
-        (("decoder", "network"), e.decoder.network, isinstance(e.decoder.network, NetworkTable), "table"),
-        (("decoder", "likelihood"), likelihood, likelihood.closed_form, f"one with a closed form ({closed})"),
-    ]  # fmt: skip
+    likelihood, network = e.decoder.likelihood, e.decoder.network
+    closed = ", ".join(sorted(kind for kind, member in Likelihood.members.items() if member.closed_form))
+    weights = isinstance(latent.prior, CategoricalPrior | UniformPrior)
+    wanted: list[tuple[str, Component, bool, str]] = [
+        (f"latents.{name}.prior", latent.prior, weights, "categorical or uniform, of a latent with codes,"),
+        (f"latents.{name}.posterior", latent.posterior, latent.posterior.summed, "exact, of a latent with codes,"),
+        ("decoder.network", network, isinstance(network, TableNetwork), "table"),
+        ("decoder.likelihood", likelihood, bool(likelihood.closed_form), f"one with a closed form ({closed})"),
+    ]
     for loc, part, sound, what in wanted:
         if not sound:
-            yield loc, f"{what} for the objective em", getattr(part, part.tag)
+            yield loc, f"{what} for the objective em", part.kind
 
 
-def _unknown_parents(e: Experiment, names: set[str]) -> Iterator[Finding]:
-    """Yield the names in `given` that are no latent or covariate allowed there."""
-    places: list[tuple[tuple[str, ...], tuple[str, ...], set[str]]]
-    known = names | set(e.covariates)
-    sampled = {name for name in names if not e.latents[name].posterior.summed} | set(e.covariates)
-    places = [(("decoder", "given"), e.decoder.given or (), known)]
-    for name, latent in e.latents.items():
-        places.append((("latents", name, "given"), latent.given, known - {name}))
-        places.append((("latents", name, "posterior", "given"), latent.posterior.given, sampled - {name} | {OBSERVED}))
-    for loc, given, allowed in places:
-        for parent in given:
-            if parent not in allowed:
-                wanted = ", ".join(sorted(allowed)) or "no name at all (there is no other latent)"
-                yield loc, f"names among {wanted}{near(parent, allowed)}", parent
-    if e.decoder.given is not None and not set(e.decoder.given) & names:
-        yield ("decoder", "given"), "at least one latent", list(e.decoder.given)
-
-
-def _unread_covariates(e: Experiment) -> Iterator[Finding]:
-    """Yield covariates that no prior, posterior or decoder reads."""
-    read = {name for z in e.latents.values() for name in (*z.given, *z.posterior.given)} | set(e.decoder_given())
-    for name in e.covariates:
-        if name not in read:
-            yield ("covariates", name), "a covariate that a prior, a posterior or the decoder is given", name
-
-
-def _second_stage(e: Experiment, refit: Refit) -> Iterator[Finding]:
+def _second_stage(e: Experiment) -> Iterator[Finding]:
     """Yield the problems of the second stage that a declaration has under `refit`."""
-    for name in refit.priors:
+    if e.refit is None or not e.objective.scores:
+        return
+    for name in e.refit.priors:
         if name not in e.latents:
-            yield ("refit", "priors", name), f"one of {', '.join(e.latents)}{near(name, e.latents)}", name
+            yield f"refit.priors.{name}", f"one of {', '.join(e.latents)}{near(name, e.latents)}", name
             return
-    if refit.train.alternate:
-        yield ("refit", "train", "alternate"), "0, because the guide is frozen", refit.train.alternate
+    if e.refit.train.alternate:
+        yield "refit.train.alternate", "0, because the guide is frozen", e.refit.train.alternate
     try:
         e.refitted(e.second_stage())
     except DeclarationError as error:
-        yield ("refit",), f"a valid second stage; {'; '.join(error.problems)}", sorted(refit.priors)
-
-
-COLDEST = 1e-6
-"""Smallest temperature allowed: below it a relaxed one-hot in single precision is a hard one."""
+        yield "refit", f"a valid second stage; {'; '.join(error.problems)}", sorted(e.refit.priors)
 
 
 def _negative_schedules(e: Experiment) -> Iterator[Finding]:
     """Yield schedules that become negative during training, and temperatures that fall below `COLDEST`."""
-    epochs = float(e.train.epochs)
-    asked: list[tuple[tuple[str, ...], Schedule, float, float, str]] = [
-        (("objective", "beta"), e.objective.beta, 0.0, epochs, "a weight of the KL"),
-        (("train", "schedule"), e.train.schedule, 0.0, epochs, "a factor on the learning rate"),
+    asked: list[tuple[str, Schedule, float, int, str]] = [
+        ("objective.beta", e.objective.beta, 0.0, e.train.epochs, "a weight of the KL")
     ]
-    if e.refit is not None:
-        train = e.refit.train
-        asked.append(
-            (("refit", "train", "schedule"), train.schedule, 0.0, train.epochs, "a factor on the learning rate")
-        )
-    for name, latent in e.latents.items():
-        if latent.temperature is not None:
-            asked.append((("latents", name, "temperature"), latent.temperature, COLDEST, epochs, "a temperature"))
-    for loc, schedule, least, length, what in asked:
-        lowest = min(schedule.at(moment, length) for moment in schedule.extremes(length))
+    for loc, train in [("train", e.train), *([("refit.train", e.refit.train)] if e.refit else [])]:
+        asked.append((f"{loc}.schedule", train.schedule, 0.0, train.epochs, "a factor on the learning rate"))
+    for name, z in e.latents.items():
+        if z.temperature is not None:
+            asked.append((f"latents.{name}.temperature", z.temperature, COLDEST, e.train.epochs, "a temperature"))
+    for loc, schedule, least, epochs, what in asked:
+        lowest = min(schedule.at(moment, float(epochs)) for moment in schedule.extremes(float(epochs)))
         if lowest < least:
             yield loc, f"{what} of at least {least:g} throughout training", lowest
 
 
 def _likelihood_free(e: Experiment) -> Iterator[Finding]:
     """Yield the components that do not suit an objective with a likelihood, or the likelihood-free objective gan."""
-    kind, likelihood = e.objective.kind, e.decoder.likelihood  # type: ignore[attr-defined]
-    determined = isinstance(likelihood, DeterminedLikelihood)
-    if e.objective.scores:
-        for name, latent in e.latents.items():
-            if not latent.posterior.infers:
-                yield (
-                    ("latents", name, "posterior"),
-                    f"a posterior that reads x (normal, ...), because the objective {kind} fits a density of x",
-                    latent.posterior.kind,  # type: ignore[attr-defined]
-                )
-        if isinstance(likelihood, DeterminedLikelihood) and likelihood.squash != "none":
-            yield (
-                ("decoder", "likelihood", "squash"),
-                'none, because every other objective than gan inverts the decoder; use the network\'s squash = "logit"',
-                likelihood.squash,
-            )
-        return
-    if not determined:
-        yield ("decoder", "likelihood"), f"determined, x = g(z), for the objective {kind}", likelihood.kind  # type: ignore[attr-defined]
+    kind, likelihood, scores = e.objective.kind, e.decoder.likelihood, e.objective.scores
+    if not scores and not isinstance(likelihood, DeterminedLikelihood):
+        yield "decoder.likelihood", f"determined, x = g(z), for the objective {kind}", likelihood.kind
+    wanted = f"prior, because the objective {kind} infers nothing"
+    if scores:
+        wanted = f"a posterior that reads x (normal, ...), because the objective {kind} fits a density of x"
     for name, latent in e.latents.items():
-        if latent.posterior.infers:
-            yield (
-                ("latents", name, "posterior"),
-                f"prior, because the objective {kind} infers nothing",
-                latent.posterior.kind,  # type: ignore[attr-defined]
-            )
-    if e.refit is not None:
-        yield (
-            ("refit",),
-            f"none, because the objective {kind} infers no latents to fit a prior to",
-            sorted(e.refit.priors),
-        )
-    if e.analysis.every:
-        yield ("analysis", "every"), f"0, because the objective {kind} has no ELBO", e.analysis.every
+        if latent.posterior.infers != scores:
+            yield f"latents.{name}.posterior", wanted, latent.posterior.kind
+    if scores and isinstance(likelihood, DeterminedLikelihood) and likelihood.squash != "none":
+        why = "because every other objective than gan inverts the decoder"
+        yield "decoder.likelihood.squash", f'none, {why}; use the network\'s squash = "logit"', likelihood.squash
+    if not scores and e.refit is not None:
+        wanted = f"none, because the objective {kind} infers no latents to fit a prior to"
+        yield "refit", wanted, sorted(e.refit.priors)
+    if not scores and e.analysis.every:
+        yield "analysis.every", f"0, because the objective {kind} has no ELBO", e.analysis.every
 
 
 def _columns(e: Experiment) -> Iterator[Finding]:
     """Yield a likelihood that does not suit the columns of a declared table: their supports, or missing values."""
-    likelihood, loc = e.decoder.likelihood, ("decoder", "likelihood")
-    kind = likelihood.kind  # type: ignore[attr-defined]
-    if likelihood.of_tables:
-        if not e.data.table:
-            yield loc, "another likelihood, unless the data are a table with data.columns", kind
-        return
-    for name, column in e.data.table.items():
+    likelihood, loc, columns = e.decoder.likelihood, "decoder.likelihood", e.data.table
+    if likelihood.of_tables and not columns:
+        yield loc, "another likelihood, unless the data are a table with data.columns", likelihood.kind
+    for name, column in columns.items() if not likelihood.of_tables else ():
         law = column.law(name)
-        if law.masked:
-            yield loc, f"columns, because values of {name!r} may be missing", kind
+        if law.masked or support_of(law) is not likelihood.support:
+            why = f"values of {name!r} may be missing" if law.masked else f"{name!r} is {column.type}"  # type: ignore[attr-defined]
+            yield loc, f"columns, because {why}", likelihood.kind
             return
-        if support_of(law) is not likelihood.support:
-            yield loc, f"columns, because {name!r} is {column.type}", kind  # type: ignore[attr-defined]
-            return
-
-
-def _unread(e: Experiment) -> Iterator[Finding]:
-    """Yield latents that neither the decoder nor another prior reads: their posterior would equal their prior."""
-    heeded = {above for z in e.latents.values() if not z.prior.ignores_parents for above in z.given}
-    read = set(e.decoder_given()) | heeded
-    for name in e.latents:
-        if name not in read:
-            wanted = "every latent read by the decoder or by another latent, through a prior that reads its parents"
-            yield ("decoder", "given"), f"{wanted}; {name} is not", name

@@ -1,16 +1,21 @@
-"""Declarations and Modules of networks, which map named input tensors to one output tensor."""
+"""Networks from named input tensors to one output: their base, dense networks, heads of diagonal normals."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal
+from math import prod
+from typing import Annotated, Literal, final
 
+import pyro.distributions as dist
 import torch
+from pydantic import AfterValidator, Field
 from torch import Tensor, nn
 from torch.distributions import constraints
 
-from pvae.component import Component, Shape
+from pvae.component import Component, Ints, Shape
+from pvae.distributions.base import Event
+from pvae.errors import DeclarationError
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "relu": nn.ReLU,
@@ -88,3 +93,176 @@ def join(parts: Sequence[Tensor]) -> Tensor:
         return parts[0]
     lead = torch.broadcast_shapes(*(p.shape[:-1] for p in parts))
     return torch.cat([p.expand(*lead, p.shape[-1]) for p in parts], -1)
+
+
+class Gated(nn.Module):
+    """A gated dense layer, `(W h + b) * sigmoid(V h + c)`."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.both = nn.Linear(inputs, 2 * outputs)
+
+    def forward(self, h: Tensor) -> Tensor:
+        """Return the layer's output `(..., outputs)` for input `(..., inputs)`."""
+        return nn.functional.glu(self.both(h), -1)
+
+
+class Dense(NetworkModule):
+    """Dense network whose first hidden layer has one branch per named input; the branches are concatenated."""
+
+    def __init__(
+        self,
+        inputs: Mapping[str, Shape],
+        output: Shape | None,
+        hidden: Sequence[int],
+        layer: Callable[[int, int], nn.Module],
+    ) -> None:
+        widths = [prod(shape) for shape in inputs.values()]
+        joined = len(widths) * hidden[0] if hidden else sum(widths)
+        last = hidden[-1] if len(hidden) > 1 else joined
+        super().__init__(inputs, (last,) if output is None else output)
+        self.branches = nn.ModuleList(layer(width, hidden[0]) for width in widths) if hidden else None
+        sizes = [joined, *hidden[1:]]
+        self.trunk = nn.Sequential(*(layer(a, b) for a, b in zip(sizes[:-1], sizes[1:], strict=True)))
+        self.size = sizes[-1]
+        self.head = nn.Identity() if output is None else nn.Linear(self.size, prod(output))
+
+    @property
+    def width(self) -> int:
+        return self.size
+
+    def features(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        flat = [flatten(inputs[name], shape) for name, shape in self.inputs.items()]
+        if self.branches is not None:
+            flat = [branch(part) for branch, part in zip(self.branches, flat, strict=True)]
+        return self.trunk(join(flat))
+
+    def forward(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Return the output `(..., *output)` for named inputs `(..., *shape)`; leading dimensions broadcast."""
+        h = self.head(self.features(inputs))
+        return h if len(self.output) == 1 else h.unflatten(-1, self.output)
+
+
+@final
+class MLP(Network):
+    """Multilayer perceptron: dense layers with an activation; `hidden = []` is a linear map."""
+
+    kind: Literal["mlp"] = "mlp"
+    hidden: Ints = (300, 300)
+    """Widths of the hidden layers."""
+    activation: Activation = "relu"
+
+    def build(self, inputs: Mapping[str, Shape], output: Shape | None) -> NetworkModule:
+        act = ACTIVATIONS[self.activation]
+        return Dense(inputs, output, self.hidden, lambda a, b: nn.Sequential(nn.Linear(a, b), act()))
+
+
+@final
+class GatedMLP(Network):
+    """Gated dense layers, `(W h + b) * sigmoid(V h + c)`: the networks of the VampPrior papers.
+
+    References:
+        Language Modeling with Gated Convolutional Networks (Dauphin et al., 2017), https://arxiv.org/abs/1612.08083
+        VAE with a VampPrior (Tomczak, Welling, 2018), https://arxiv.org/abs/1705.07120
+    """
+
+    kind: Literal["gated_mlp"] = "gated_mlp"
+    hidden: Ints = (300, 300)
+    """Widths of the hidden layers."""
+    init: Literal["default", "he"] = "default"
+    """Weight initialisation: torch's default, or `he` for normal weights of variance 2 / fan-in and zero biases."""
+
+    def build(self, inputs: Mapping[str, Shape], output: Shape | None) -> NetworkModule:
+        module = Dense(inputs, output, self.hidden, Gated)
+        if self.init == "he":
+            module.apply(he_initialise)
+        return module
+
+
+def he_initialise(module: nn.Module) -> None:
+    """Initialise a linear layer by normal weights of variance 2 / fan-in and zero biases; ignore other Modules."""
+    if isinstance(module, nn.Linear):
+        nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+        nn.init.zeros_(module.bias)
+
+
+class TableModule(NetworkModule):
+    """Learned table applied to a one-hot code `(..., codes)`: returns its row; a linear map of other vectors."""
+
+    def __init__(self, inputs: Mapping[str, Shape], output: Shape) -> None:
+        super().__init__(inputs, output)
+        ((self.name, shape),) = self.inputs.items()
+        self.weight = nn.Parameter(0.1 * torch.randn(prod(shape), prod(self.output)))
+
+    def forward(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Return the output `(..., *output)` for named inputs `(..., *shape)`; leading dimensions broadcast."""
+        h = flatten(inputs[self.name], self.inputs[self.name]).to(self.weight) @ self.weight
+        return h if len(self.output) == 1 else h.unflatten(-1, self.output)
+
+
+@final
+class TableNetwork(Network):
+    """Lookup table with one learned output for every code, such as the parameters of mixture components."""
+
+    kind: Literal["table"] = "table"
+
+    def build(self, inputs: Mapping[str, Shape], output: Shape | None) -> NetworkModule:
+        """Return the table module; it needs exactly one input, and an output shape."""
+        if len(inputs) != 1 or output is None:
+            found = ", ".join(inputs) + (" and no output" if output is None else "")
+            raise DeclarationError(
+                f"network table: expected one input (a latent with codes) and an output, as a decoder has; "
+                f"got {found}. Use kind = 'mlp'."
+            )
+        return TableModule(inputs, output)
+
+
+def check_bounds(bounds: tuple[float, float]) -> tuple[float, float]:
+    """Return the bounds unchanged; raise ValueError unless the floor is below the ceiling."""
+    low, high = bounds
+    if low >= high:
+        raise ValueError(f"a floor below a ceiling, e.g. [-12.0, 6.0]; got [{low}, {high}]")
+    return bounds
+
+
+LogVarianceBounds = Annotated[tuple[float, float], Field(strict=False), AfterValidator(check_bounds)]
+"""Lower and upper bound to which a predicted log-variance is clipped."""
+
+
+def diagonal_normal(parameters: Tensor, bounds: tuple[float, float]) -> dist.TorchDistribution:
+    """Return N(loc, diag(exp(log_variance))), event shape `(dim,)`, of (loc, log_variance) `(..., 2 dim)`."""
+    loc, log_variance = parameters.chunk(2, -1)
+    return Event(dist.Normal(loc, log_variance.clamp(*bounds).mul(0.5).exp()), 1)
+
+
+def lower_factor(scale: Tensor, below: Tensor) -> Tensor:
+    """Return the Cholesky factor diag(scale) (I + strictly lower triangle), `(..., d, d)`, of a covariance matrix.
+
+    Arguments:
+        scale: the positive diagonal, `(..., d)`: standard deviation of each coordinate given those before it.
+        below: the strictly lower triangle of the unit factor, row by row, `(..., d (d - 1) / 2)`.
+    """
+    d = scale.shape[-1]
+    row, column = torch.tril_indices(d, d, -1, device=scale.device)
+    unit = torch.diag_embed(torch.ones_like(scale))
+    unit[..., row, column] = below
+    return scale[..., None] * unit
+
+
+class NormalHead(nn.Module):
+    """Network that outputs the location and log-variance of a diagonal normal."""
+
+    def __init__(self, network: NetworkModule, bounds: tuple[float, float]) -> None:
+        super().__init__()
+        self.network = network
+        self.bounds = bounds
+
+    def forward(
+        self, inputs: Mapping[str, Tensor], _seen: Mapping[str, Tensor] | None = None
+    ) -> dist.TorchDistribution:
+        """Return N(loc, diag scale^2), batch shape `(...)`, for named inputs `(..., *shape)`."""
+        return diagonal_normal(self.network(inputs), self.bounds)
+
+    def features(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Return the features of the network before its last layer, `(..., width)`."""
+        return self.network.features(inputs)

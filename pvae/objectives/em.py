@@ -12,12 +12,11 @@ from pydantic import model_validator
 from torch import Tensor, nn
 
 from pvae.errors import DataError, DeclarationError
-from pvae.graph.site import OBSERVED, Site
-from pvae.graph.space import one_hot
+from pvae.graph.site import OBSERVED, Site, one_hot
 from pvae.models.graph import GraphModel
 from pvae.models.likelihoods.closed_form import ClosedForm
 from pvae.models.priors.base import MixtureWeights
-from pvae.nn.dense import TableModule
+from pvae.nn.network import TableModule
 from pvae.nn.schedules import Constant
 from pvae.objectives.base import Fitting, Objective, Stepper
 from pvae.objectives.elbo import minus_elbo

@@ -17,8 +17,7 @@ from pvae.errors import DeclarationError
 from pvae.graph.frame import Frame
 from pvae.graph.site import OBSERVED
 from pvae.models.graph import GraphModel
-from pvae.nn.dense import MLP
-from pvae.nn.network import Network, NetworkModule
+from pvae.nn.network import MLP, Network, NetworkModule
 from pvae.nn.schedules import Constant
 from pvae.objectives.base import Fitting, Objective, Stepper
 from pvae.pair.layout import samples

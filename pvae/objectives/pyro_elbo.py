@@ -29,8 +29,8 @@ NAMES: tuple[ELBOName, ...] = (
 class PyroELBO(Objective):
     """An ELBO of `pyro.infer` with its own gradient estimator, per row of data; for hand-written pairs.
 
-    The data plate is scaled to the size of the training set, so that global latents count once for all of it. `pvae.fit`
-    makes it from `loss=`, where pvae's own step is not the same.
+    The data plate is scaled to the size of the training set, so that global latents count once for all of it.
+    `pvae.fit` makes this objective from `loss=`, where pvae's own step is not the same.
 
     References:
         Pyro: Deep Universal Probabilistic Programming (Bingham et al., 2019), https://jmlr.org/papers/v20/18-403.html

@@ -67,7 +67,9 @@ def adopted(pair: Pair, x: Tensor, own: Store) -> Structure:
     _take_parameters(pair, traces, store, own)
     traces = (unpack(traces[0], unpacked), traces[1])
     found = read_structure(*traces, layout, tuple(x.shape[1:]), count, unpacked)
-    return replace(found, rows=count if fixed else None, guide_only=alone, dtype=None if x.is_floating_point() else x.dtype)
+    return replace(
+        found, rows=count if fixed else None, guide_only=alone, dtype=None if x.is_floating_point() else x.dtype
+    )
 
 
 def _layout(pair: Pair, traces: tuple[Trace, Trace], rows: Tensor) -> tuple[Layout, bool, Unpacked]:

@@ -22,11 +22,10 @@ from torch.distributions import (
     kl_divergence,
 )
 
+from pvae.distributions.base import Determined
 from pvae.distributions.codes import Certain
-from pvae.distributions.determined import Determined
 from pvae.distributions.exponential import FullRankNormals, Members, Normals
-from pvae.distributions.exponential_codes import CertainCodes, Codes
-from pvae.distributions.exponential_product import product
+from pvae.distributions.exponential_codes import CertainCodes, Codes, product
 from pvae.distributions.relaxed import RelaxedCodes, categorical_kl
 from pvae.pair.layout import Layout, is_point, plates_around, unwrapped
 

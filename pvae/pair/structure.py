@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.distributions import Categorical, OneHotCategorical
 
 from pvae.component import Shape
+from pvae.distributions.base import Rounded
 from pvae.distributions.codes import Certain
-from pvae.distributions.determined import Rounded
 from pvae.distributions.relaxed import twin
 from pvae.pair.layout import Layout, SiteShape, is_point, joined, samples, unwrapped
 from pvae.pair.unpacking import Unpacked

@@ -18,21 +18,33 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from pvae.errors import CheckpointError, DataError, DeclarationError, StorageError
-from pvae.runs.names import slug
-from pvae.runs.packing import LARGEST_STATE, pack_state, pack_tensors, unpack_object, unpack_tensors, wrong
-from pvae.util.files import read_inside, sync_folder, write_new
+from pvae.runs.find import slug
+from pvae.util import files
 
 SCHEMA_VERSION = 1
 """Version of the checkpoint format written; newer versions are refused, older ones converted by ``MIGRATIONS``."""
 KEPT_CHECKPOINTS = 2
 """Number of newest checkpoints that are kept by default."""
 
+LARGEST_STATE = 16 * files.MIB
+"""Largest size (bytes) of a training state or a manifest."""
+
+_ESCAPE = "json:"
+DTYPES = frozenset(
+    [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.complex64, torch.bool]
+    + [torch.int64, torch.int32, torch.int16, torch.int8, torch.uint64, torch.uint32, torch.uint16, torch.uint8]
+    + [torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2, torch.float8_e5m2fnuz]
+)
+
 _LOG = logging.getLogger("pvae")
-_STEP = re.compile(r"step-(\d{8,})\Z")
-_REPLACED = re.compile(r"\.old-(step-\d{8,})-[0-9a-f]+\Z")
+_NAME = re.compile(r"(\.old-)?step-(\d{8}|[1-9]\d{8,})(?(1)-[0-9a-f]+)\Z")
+"""Names of checkpoints; one that is being replaced is first renamed to `.old-step-00001234-<random>`."""
 
 
 @dataclass(frozen=True)
@@ -64,36 +76,26 @@ def write(
     temporary files remain), CheckpointError if tensors or state could not be read back unchanged, and DeclarationError
     for an invalid step, ``keep`` or group name. ``durable=False`` omits the fsyncs. Returns the checkpoint's folder.
     """
-    _check_arguments(step, tensors, keep)
-    temporary = folder / f".tmp-{os.urandom(8).hex()}"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        try:
-            _stage(temporary, step, _contents(tensors, state), durable)
-            path = _place(temporary, folder / _name(step), durable)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-        _prune(folder, path, keep)
-    except OSError as problem:
-        raise StorageError(
-            f"{folder / _name(step)}: expected to be written; got {problem.strerror or problem}. "
-            "Earlier checkpoints are untouched; make room and try again."
-        ) from problem
-    return path
-
-
-def _name(step: int) -> str:
-    return f"step-{step:08d}"
-
-
-def _check_arguments(step: int, tensors: Mapping[str, Mapping[str, Tensor]], keep: int) -> None:
     if step < 0:
         raise DeclarationError(f"Expected a step of at least 0; got {step}.")
     if keep < 1:
         raise DeclarationError(f"Expected to keep at least 1 checkpoint; got {keep}.")
-    for group in tensors:
-        if slug(group) != group:
-            raise DeclarationError(f"Expected a safe file name for a group of tensors; got {group!r}.")
+    if wrong_groups := [group for group in tensors if slug(group) != group]:
+        raise DeclarationError(f"Expected a safe file name for a group of tensors; got {wrong_groups[0]!r}.")
+    path = folder / f"step-{step:08d}"
+    temporary = files.temporary_for(path)
+    advice = "Earlier checkpoints are untouched; make room and try again."
+    with files.raising(StorageError, f"{path}: expected to be written", advice):
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            _stage(temporary, step, _contents(tensors, state), durable)
+            _place(temporary, path, durable)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+        for old in [found for found in newest_first(folder) if found.name.startswith("step-")][keep:]:
+            if old != path:
+                files.remove(old, ignore_errors=True)
+    return path
 
 
 def _contents(tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> Iterator[tuple[str, bytes]]:
@@ -105,17 +107,17 @@ def _contents(tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, A
 
 def _stage(temporary: Path, step: int, contents: Iterable[tuple[str, bytes]], durable: bool) -> None:
     temporary.mkdir()
-    files = {}
+    table = {}
     for name, content in contents:
-        write_new(temporary / name, content, durable=durable)
-        files[name] = {"sha256": hashlib.sha256(content).hexdigest(), "size": len(content)}
-    manifest = {"schema": SCHEMA_VERSION, "step": step, "files": files}
-    write_new(temporary / "manifest.json", json.dumps(manifest, indent=1).encode(), durable=durable)
+        files.write_new(temporary / name, content, durable=durable)
+        table[name] = {"sha256": hashlib.sha256(content).hexdigest(), "size": len(content)}
+    manifest = {"schema": SCHEMA_VERSION, "step": step, "files": table}
+    files.write_new(temporary / "manifest.json", json.dumps(manifest, indent=1).encode(), durable=durable)
     if durable:
-        sync_folder(temporary)
+        files.sync_folder(temporary)
 
 
-def _place(temporary: Path, path: Path, durable: bool) -> Path:
+def _place(temporary: Path, path: Path, durable: bool) -> None:
     """Rename the finished temporary folder to the checkpoint's name; an old checkpoint of the step is replaced.
 
     The old checkpoint is first renamed to a name that ``latest`` still reads, so that a crash loses nothing.
@@ -130,32 +132,8 @@ def _place(temporary: Path, path: Path, durable: bool) -> Path:
             os.rename(replaced, path)
         raise
     if durable:
-        sync_folder(path.parent)
-    _discard(replaced)
-    return path
-
-
-def _prune(folder: Path, written: Path, keep: int) -> None:
-    """Remove all checkpoints but the ``keep`` of the highest steps and the one just written."""
-    paths = [folder / _name(step) for step in sorted(_steps(folder), reverse=True)]
-    for path in paths[keep:]:
-        if path != written:
-            _discard(path)
-
-
-def _discard(path: Path) -> None:
-    """Remove a checkpoint, renamed first so that an interrupted removal leaves no partial checkpoint under its name."""
-    doomed = path.with_name(f".tmp-{os.urandom(8).hex()}")
-    with suppress(FileNotFoundError):
-        os.rename(path, doomed)
-        _remove(doomed)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
+        files.sync_folder(path.parent)
+    files.remove(replaced, ignore_errors=True)
 
 
 def read(path: Path) -> Checkpoint:
@@ -164,13 +142,22 @@ def read(path: Path) -> Checkpoint:
     Older format versions are converted. Raises CheckpointError, which names the file and the fault. Only regular files
     that the manifest lists are opened, and nothing is unpickled.
     """
-    schema, step, files = _manifest(Path(path))
-    state = unpack_object(path / "state.json", _verified(path, "state.json", files.pop("state.json")))
-    tensors = {
-        name.removesuffix(".safetensors"): unpack_tensors(path / name, _verified(path, name, entry))
-        for name, entry in files.items()
-    }
-    return _migrated(Checkpoint(Path(path), step, tensors, state), schema)
+    try:
+        schema, step, table = _manifest(path)
+        state = files.parse_object(path / "state.json", _verified(path, "state.json", table.pop("state.json")))
+        tensors = {
+            name.removesuffix(".safetensors"): unpack_tensors(path / name, _verified(path, name, entry))
+            for name, entry in table.items()
+        }
+    except DataError as problem:
+        raise CheckpointError(str(problem)) from problem
+    saved = Checkpoint(path, step, tensors, state)
+    for old in range(schema, SCHEMA_VERSION):
+        if old not in MIGRATIONS:
+            found = f"schema {old}, which nothing migrates"
+            raise wrong(path / "manifest.json", f"schema {SCHEMA_VERSION}", found)
+        saved = MIGRATIONS[old](saved)
+    return saved
 
 
 def _manifest(path: Path) -> tuple[int, int, dict[str, dict[str, Any]]]:
@@ -178,21 +165,15 @@ def _manifest(path: Path) -> tuple[int, int, dict[str, dict[str, Any]]]:
     where = path / "manifest.json"
     if path.is_symlink() or not path.is_dir():
         raise wrong(path, "a checkpoint folder", "a link" if path.is_symlink() else "none")
-    found = unpack_object(where, _bytes(path, "manifest.json", LARGEST_STATE))
+    found = files.read_object(path, "manifest.json", LARGEST_STATE)
     schema = _whole(where, found, "schema")
     if schema > SCHEMA_VERSION:
-        raise wrong(
-            where, f"schema {SCHEMA_VERSION} or older", f"schema {schema}; upgrade pvae (pip install -U pvae-pyro)"
-        )
-    step = _whole(where, found, "step")
-    _check_step(path, step)
+        newer = f"schema {schema}; upgrade pvae (pip install -U pvae-pyro)"
+        raise wrong(where, f"schema {SCHEMA_VERSION} or older", newer)
+    step, match = _whole(where, found, "step"), _NAME.match(path.name)
+    if match and int(match[2]) != step:
+        raise wrong(where, f"step {int(match[2])}, as the folder says", f"step {step}")
     return schema, step, _file_table(where, found.get("files"))
-
-
-def _check_step(path: Path, step: int) -> None:
-    match = _STEP.match(path.name)
-    if match and int(match[1]) != step:
-        raise wrong(path / "manifest.json", f"step {int(match[1])}, as the folder says", f"step {step}")
 
 
 def _whole(where: Path, fields: Mapping[str, Any], key: str) -> int:
@@ -202,29 +183,18 @@ def _whole(where: Path, fields: Mapping[str, Any], key: str) -> int:
     return found
 
 
-def _file_table(where: Path, files: object) -> dict[str, dict[str, Any]]:
-    if not isinstance(files, dict) or "state.json" not in files:
-        raise wrong(where, "a table of files with state.json", repr(files)[:80])
-    for name, entry in files.items():
-        _check_file_name(where, name)
+def _file_table(where: Path, table: object) -> dict[str, dict[str, Any]]:
+    """Return the table of files of a manifest, in which only `state.json` and plain `<group>.safetensors` are named."""
+    if not isinstance(table, dict) or "state.json" not in table:
+        raise wrong(where, "a table of files with state.json", repr(table)[:80])
+    for name, entry in table.items():
+        group = name.removesuffix(".safetensors")
+        if name != "state.json" and (group == name or slug(group) != group):
+            raise wrong(where, "plain names like weights.safetensors", repr(name)[:80])
         if not isinstance(entry, dict) or not isinstance(entry.get("sha256"), str):
             raise wrong(where, f"size and sha256 of {name!r}", repr(entry)[:80])
         _whole(where, entry, "size")
-    return files
-
-
-def _check_file_name(where: Path, name: str) -> None:
-    """Refuse a file name in a manifest that is neither `state.json` nor a plain `<group>.safetensors`."""
-    group = name.removesuffix(".safetensors")
-    if name != "state.json" and (group == name or slug(group) != group):
-        raise wrong(where, "plain names like weights.safetensors", repr(name)[:80])
-
-
-def _bytes(path: Path, name: str, limit: int) -> bytes:
-    try:
-        return read_inside(path, name, limit)
-    except DataError as problem:
-        raise CheckpointError(str(problem)) from problem
+    return table
 
 
 def _verified(path: Path, name: str, entry: Mapping[str, Any]) -> bytes:
@@ -232,21 +202,11 @@ def _verified(path: Path, name: str, entry: Mapping[str, Any]) -> bytes:
     with suppress(OSError):
         if (size := where.lstat().st_size) != entry["size"]:
             raise wrong(where, f"{entry['size']} bytes", f"{size} (truncated or replaced)")
-    content = _bytes(path, name, LARGEST_STATE if name == "state.json" else entry["size"])
+    content = files.read_inside(path, name, LARGEST_STATE if name == "state.json" else entry["size"])
     digest = hashlib.sha256(content).hexdigest()
     if digest != entry["sha256"]:
         raise wrong(where, f"SHA-256 {entry['sha256']}", f"{digest} (its bytes changed)")
     return content
-
-
-def _migrated(checkpoint: Checkpoint, schema: int) -> Checkpoint:
-    for old in range(schema, SCHEMA_VERSION):
-        if old not in MIGRATIONS:
-            raise wrong(
-                checkpoint.path / "manifest.json", f"schema {SCHEMA_VERSION}", f"schema {old}, which nothing migrates"
-            )
-        checkpoint = MIGRATIONS[old](checkpoint)
-    return checkpoint
 
 
 def latest(folder: Path, *, report: Callable[[str], None] = _LOG.warning) -> Checkpoint | None:
@@ -269,27 +229,18 @@ def latest(folder: Path, *, report: Callable[[str], None] = _LOG.warning) -> Che
 
 def newest_first(folder: Path) -> list[Path]:
     """Return the paths of all checkpoints, highest step first, including one left renamed by an interrupted `write`."""
-    paths = {step: folder / _name(step) for step in _steps(folder)}
-    for name in _names(folder):
-        if match := _REPLACED.match(name):
-            paths.setdefault(int(match[1].removeprefix("step-")), folder / name)
+    paths = {int(match[2]): folder / match.string for match in map(_NAME.match, _names(folder)) if match}
     return [paths[step] for step in sorted(paths, reverse=True)]
 
 
-def _steps(folder: Path) -> list[int]:
-    matches = [_STEP.match(name) for name in _names(folder)]
-    steps = [int(match[1]) for match in matches if match]
-    return [step for step in steps if os.path.lexists(folder / _name(step))]
-
-
 def _names(folder: Path) -> list[str]:
-    """Return the sorted file names in ``folder``, [] if it does not exist; raises CheckpointError if unreadable."""
-    try:
+    """Return the sorted file names in ``folder``, [] if it does not exist; raises CheckpointError if unreadable.
+
+    In this order a checkpoint comes after one that was renamed to be replaced by it.
+    """
+    with files.raising(CheckpointError, f"{folder}: expected a folder of checkpoints"), suppress(FileNotFoundError):
         return sorted(os.listdir(folder))
-    except FileNotFoundError:
-        return []
-    except OSError as problem:
-        raise wrong(folder, "a folder of checkpoints", problem.strerror) from problem
+    return []
 
 
 def sweep(folder: Path) -> list[str]:
@@ -297,18 +248,78 @@ def sweep(folder: Path) -> list[str]:
 
     An old checkpoint that was renamed and never replaced gets its name back. Raises StorageError.
     """
-    names = [name for name in _names(folder) if name.startswith(".tmp-") or _REPLACED.match(name)]
-    try:
+    names = [name for name in _names(folder) if name.startswith((".tmp-", ".old-step-"))]
+    with files.raising(StorageError, f"{folder}: expected to sweep temporaries"):
         for name in names:
-            _sweep_one(folder, name)
-    except OSError as problem:
-        raise StorageError(f"{folder}: expected to sweep temporaries; got {problem.strerror or problem}.") from problem
+            place = folder / name.removeprefix(".old-").rpartition("-")[0]
+            if name.startswith(".old-") and not os.path.lexists(place):
+                os.rename(folder / name, place)
+            else:
+                files.remove(folder / name, ignore_errors=True)
     return names
 
 
-def _sweep_one(folder: Path, name: str) -> None:
-    match = _REPLACED.match(name)
-    if match and not os.path.lexists(folder / match[1]):
-        os.rename(folder / name, folder / match[1])
-    else:
-        _remove(folder / name)
+def wrong(where: Path, expected: str, found: object) -> CheckpointError:
+    """Return a CheckpointError for a file: `where`: expected `expected`; got `found`."""
+    return CheckpointError(f"{where}: expected {expected}; got {found}.")
+
+
+def pack_tensors(group: str, entries: Mapping[str, Tensor]) -> bytes:
+    """Return named tensors as the bytes of a safetensors file; raises CheckpointError, which names the group."""
+    seen: set[int] = set()
+    try:
+        return safetensors.torch.save({_escaped(key): _detached(value, seen) for key, value in entries.items()})
+    except (SafetensorError, ValueError, RuntimeError, NotImplementedError) as problem:
+        raise CheckpointError(f"{group}: expected dense tensors that safetensors can hold; got: {problem}") from problem
+
+
+def _detached(tensor: Tensor, seen: set[int]) -> Tensor:
+    """Return a detached contiguous tensor on the CPU with its own storage, since safetensors refuses shared storage."""
+    if tensor.dtype not in DTYPES:
+        raise ValueError(f"dtype {tensor.dtype}, which could not be read back")
+    dense = tensor.detach().resolve_conj().resolve_neg().to("cpu").contiguous()
+    address = dense.untyped_storage().data_ptr()
+    if address in seen:
+        return dense.clone()
+    seen.add(address)
+    return dense
+
+
+def _escaped(key: str) -> str:
+    """Return a tensor's name, escaped if safetensors would not preserve it (lone surrogates, ``__metadata__``)."""
+    plain = key.encode(errors="ignore").decode() == key
+    return key if plain and key != "__metadata__" and not key.startswith(_ESCAPE) else _ESCAPE + json.dumps(key)
+
+
+def pack_state(state: Mapping[str, Any]) -> bytes:
+    """Return a training state as JSON bytes; raises CheckpointError if reading them would not give an equal state."""
+    _require_text_keys(state)
+    try:
+        content = json.dumps(state, allow_nan=False).encode()
+    except (TypeError, ValueError, RecursionError) as problem:
+        raise CheckpointError(f"Expected a state of finite JSON; got: {problem}") from problem
+    if len(content) > LARGEST_STATE:
+        most = f"a state of at most {LARGEST_STATE} bytes"
+        raise CheckpointError(f"Expected {most}; got {len(content)}. Keep arrays as tensors.")
+    return content
+
+
+def _require_text_keys(value: object) -> None:
+    """Refuse dicts with keys that are not strings, which JSON would silently convert to strings."""
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            if not isinstance(key, str):
+                raise CheckpointError(f"Expected text as keys of the state; got {key!r}.")
+            _require_text_keys(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            _require_text_keys(item)
+
+
+def unpack_tensors(where: Path, content: bytes) -> dict[str, Tensor]:
+    """Return the named tensors in the bytes of a safetensors file; raises CheckpointError."""
+    try:
+        tensors = safetensors.torch.load(content).items()
+        return {json.loads(k.removeprefix(_ESCAPE)) if k.startswith(_ESCAPE) else k: value for k, value in tensors}
+    except (SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as problem:
+        raise wrong(where, "safetensors", f"{len(content)} bytes that start {content[:16]!r} ({problem})") from problem

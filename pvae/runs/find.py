@@ -1,16 +1,57 @@
-"""Creation of new run folders, and look-up of runs by name. Standard library only."""
+"""Names and time stamps of runs, look-up of their folders, and detection of dead processes. Standard library only."""
 
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
+import platform
+import re
 import stat
-from collections.abc import Iterator
+import unicodedata
+from collections.abc import Mapping
 from contextlib import suppress
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from pvae.errors import DeclarationError, near
-from pvae.runs.names import new_run_id, slug
+
+RESERVED_SLUGS = frozenset(["latest", "con", "nul", "prn", "aux"])
+LONGEST_SLUG = 64
+STALE_AFTER_SECONDS = 300.0
+"""Seconds without heartbeat after which a run on another host counts as dead, or a temporary file as abandoned."""
+
+
+def slug(name: str) -> str:
+    """Return a safe folder name for an experiment: 1 to 64 ASCII letters, digits, ``.``, ``_`` and ``-``.
+
+    A safe name stays unchanged; one that has no such characters, is too long or is reserved gets a digest as suffix.
+    """
+    plain = unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode()
+    kept = re.sub(r"[^A-Za-z0-9._-]+", "-", plain).strip("-._")
+    if kept and len(kept) <= LONGEST_SLUG and kept.lower() not in RESERVED_SLUGS:
+        return kept
+    digest = hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()[:8]
+    return f"{kept[: LONGEST_SLUG - 9] or 'run'}-{digest}"
+
+
+def utc_now() -> str:
+    """Return the current time in UTC, ISO 8601 with milliseconds."""
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
+
+
+def new_run_id() -> str:
+    """Return a new run id: the current time in UTC and 8 random hexadecimal digits."""
+    return f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{os.urandom(4).hex()}"
+
+
+def age_seconds(time: object) -> float | None:
+    """Return the seconds from an ISO 8601 time until now, or None if ``time`` is not such a time."""
+    try:
+        return (datetime.now(UTC) - datetime.fromisoformat(str(time))).total_seconds()
+    except (ValueError, TypeError):
+        return None
 
 
 def fresh_folder(parent: Path) -> Path:
@@ -42,17 +83,18 @@ def folders(parent: Path) -> list[Path]:
     return [parent / name for name in sorted(found)]
 
 
-def _newest(folders: list[Path]) -> list[Path]:
-    """Return a list of the run directory with the latest id among the folders; empty if none is a run."""
-    return sorted(filter(is_run, folders), key=lambda folder: folder.name)[-1:]
-
-
 def find_run(path: str, root: Path) -> Path:
     """Return the folder of the run with a path or name; raises DeclarationError, with similar names, if not found."""
-    for folder in _candidates(path, root):
+    if path == "latest":
+        runs = [run for name in folders(root) for run in folders(name)]
+        found = sorted(runs, key=lambda run: run.name, reverse=True)
+    else:
+        places = (Path(path), root / path, root / slug(path))
+        found = [folder for place in places for folder in (place, *reversed(folders(place)))]
+    for folder in found:
         if is_run(folder):
             return folder.resolve()
-    names = _names_near(Path(path), root)
+    names = sorted({folder.name for folder in folders(Path(path).parent) + folders(root)})
     there = f"; there are {', '.join(names[:8])}" if names else "; there is none yet, pvae fit vae makes one"
     raise DeclarationError(
         f"Expected a run directory (it holds manifest.json), or a run in {root}{there}; got {path[:200]!r}"
@@ -60,16 +102,32 @@ def find_run(path: str, root: Path) -> Path:
     )
 
 
-def _candidates(path: str, root: Path) -> Iterator[Path]:
-    """Yield the folders that a path or name of a run may refer to, in order of precedence."""
-    if path == "latest":
-        yield from _newest([run for name in folders(root) for run in folders(name)])
-        return
-    for folder in (Path(path), root / path, root / slug(path)):
-        yield folder
-        yield from _newest(folders(folder))
+def birth_of(pid: int) -> str | None:
+    """Return the start time of process ``pid`` in clock ticks; "dead" for a zombie; None if it cannot be found out."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return "dead" if fields[0] in "ZX" else fields[19]
+    except (OSError, IndexError):
+        return None
 
 
-def _names_near(path: Path, root: Path) -> list[str]:
-    runs = folders(path.parent) + folders(root)
-    return sorted({folder.name for folder in runs})
+def is_alive(pid: object, birth: object) -> bool:
+    """Return True if the process with this pid and start time (`birth`, against re-used pids) is alive on this host."""
+    if not isinstance(pid, int) or isinstance(pid, bool) or pid <= 0:
+        return False
+    try:
+        os.kill(pid, 0)
+    except PermissionError:
+        pass
+    except (OSError, OverflowError):
+        return False
+    found = birth_of(pid)
+    return found != "dead" and (found is None or birth is None or found == birth)
+
+
+def is_stale(status: Mapping[str, Any]) -> bool:
+    """Return True if the process that fits a run is dead, or has written no heartbeat for too long on another host."""
+    if status.get("host") == platform.node():
+        return not is_alive(status.get("pid"), status.get("birth"))
+    age = age_seconds(status.get("heartbeat"))
+    return age is None or age > STALE_AFTER_SECONDS

@@ -162,14 +162,20 @@ class Run:
             raise DeclarationError(f"{self.path}: expected a declared run; got one of a hand-written pair.")
         return self.plan
 
+    @property
+    def lacks_data(self) -> bool:
+        """True if the fit used data passed in Python that were not passed again."""
+        declared = isinstance(self.plan, Experiment) and not isinstance(self.plan.data, TensorSource | FrameSource)
+        return self._given_data is None and not declared
+
     @cached_property
     def data(self) -> Dataset:
         """Data set of the fit, read again; raises DataError if its fingerprint differs from the recorded one."""
         data = self._given_data
+        if self.lacks_data:
+            raise DataError(f"{self.path}: expected the tensors of the fit; got none. Pass data=... to Run.load.")
         if data is None:
-            if not isinstance(self.plan, Experiment) or isinstance(self.plan.data, TensorSource | FrameSource):
-                raise DataError(f"{self.path}: expected the tensors of the fit; got none. Pass data=... to Run.load.")
-            data = load(self.plan.data, data_dir=self._data_dir, seed=self.plan.seed)
+            data = load(self.experiment.data, data_dir=self._data_dir, seed=self.plan.seed)
         wanted = self.files.manifest.get("data", {}).get("fingerprint")
         if wanted and data.fingerprint != wanted:
             raise DataError(

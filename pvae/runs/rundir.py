@@ -12,25 +12,16 @@ import platform
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import UnionType
+from typing import TYPE_CHECKING, Any, cast
 
-from pvae.errors import BusyError, DataError, Interrupted, OutputError, StorageError
-from pvae.runs.find import find_run, fresh_folder
-from pvae.runs.names import slug, utc_now
-from pvae.runs.owner import birth_of
-from pvae.util.files import (
-    MIB,
-    append,
-    json_line,
-    make_folder,
-    pretty,
-    read_inside,
-    read_lines,
-    read_object,
-    require_plain_target,
-    write_atomic,
-)
+from pvae.errors import BusyError, DataError, Interrupted, OutputError, PvaeError, StorageError
+from pvae.runs import find
+from pvae.runs.find import utc_now
+from pvae.util import files
+from pvae.util.files import write_atomic
 
 if TYPE_CHECKING:
     import pandas
@@ -38,13 +29,11 @@ if TYPE_CHECKING:
 RUN_STATES = ("running", "finished", "interrupted", "failed")
 ALERT_KINDS = frozenset(["alert", "analysis", "fallback", "nonfinite", "storage"])
 """Kinds of events that are shown to the user as alerts."""
-MANIFEST_KEYS: dict[str, type] = {
-    "name": str, "device": str, "engine": str, "declared": bool, "imports": list, "trainable": list, "parent": dict,
-    "data": dict, "exports": list,
+MANIFEST_KEYS: dict[str, type | UnionType] = {
+    "name": str, "id": str, "started": str, "device": str, "engine": str, "declared": bool, "imports": list,
+    "trainable": list | None, "parent": dict | None, "data": dict, "exports": list,
 }  # fmt: skip
 """Type of each known entry of a run's manifest; every entry may be missing."""
-NULLABLE_KEYS = ("trainable", "parent")
-"""Entries of a run's manifest that may also be null."""
 
 
 class RunDirectory:
@@ -68,7 +57,7 @@ class RunDirectory:
     def create(cls, root: Path, name: str) -> RunDirectory:
         """Return a new run directory ``<root>/<slug of name>/<UTC time>-<8 hex digits>/``; raises OutputError."""
         try:
-            run = cls(fresh_folder(Path(root) / slug(name)))
+            run = cls(find.fresh_folder(Path(root) / find.slug(name)))
             run.write_manifest({"name": name, "id": run.path.name, "started": utc_now()})
         except (OSError, StorageError) as problem:
             raise OutputError(
@@ -83,7 +72,7 @@ class RunDirectory:
         ``path`` is its folder, or under ``root`` a ``<name>`` (for its newest run), ``<name>/<id>`` or ``latest``.
         Raises DeclarationError, which suggests similar names, if there is no such run.
         """
-        return cls(find_run(str(path), Path(root)))
+        return cls(find.find_run(str(path), Path(root)))
 
     @contextmanager
     def lock(self) -> Iterator[None]:
@@ -93,61 +82,50 @@ class RunDirectory:
         and host, if another process holds the lock.
         """
         with self.held():
+            left, pid = "interrupted", os.getpid()
             try:
-                self._claim()
+                self.update_status(pid=pid, host=platform.node(), birth=find.birth_of(pid), started=utc_now())
                 yield
             except BaseException as problem:
-                self._leave("interrupted" if isinstance(problem, KeyboardInterrupt | Interrupted) else "failed")
+                left = "interrupted" if isinstance(problem, KeyboardInterrupt | Interrupted) else "failed"
                 raise
-            else:
-                self._leave("interrupted")
+            finally:
+                if self._status_or_empty().get("state") == "running":
+                    self.update_status(state=left)
 
     @contextmanager
     def held(self) -> Iterator[None]:
         """Hold the run's lock in the context without changing the status; raises BusyError if it is taken."""
         from filelock import FileLock, Timeout
 
-        lock = FileLock(self._plain_or_new(".lock"), timeout=0)
+        path = self.path / ".lock"
+        with files.raising(DataError, f"{path}: expected a plain file"):
+            files.require_plain_target(path)
+        lock = FileLock(path, timeout=0)
         try:
             lock.acquire()
         except Timeout:
-            raise BusyError(f"{self.path}: expected a run that nobody holds; got {self._owner()}.") from None
+            status = self._status_or_empty()
+            pid, host, started = (status.get(key, "unknown") for key in ("pid", "host", "started"))
+            raise BusyError(
+                f"{self.path}: expected a run that nobody holds; got one held by process {pid} on host {host} "
+                f"since {started}; wait for it or stop it."
+            ) from None
         except (OSError, NotImplementedError) as problem:
-            raise OutputError(f"{self.path / '.lock'}: expected a file to lock; got {problem}.") from problem
+            raise OutputError(f"{path}: expected a file to lock; got {problem}.") from problem
         try:
             yield
         finally:
             lock.release()
 
-    def _claim(self) -> None:
-        pid = os.getpid()
-        self.update_status(pid=pid, host=platform.node(), birth=birth_of(pid), started=utc_now())
-
-    def _leave(self, state: str) -> None:
-        if self._status_or_empty().get("state") == "running":
-            self.update_status(state=state)
-
-    def _owner(self) -> str:
-        status = self._status_or_empty()
-        pid, host, started = (status.get(key, "unknown") for key in ("pid", "host", "started"))
-        return f"one held by process {pid} on host {host} since {started}; wait for it or stop it"
-
-    def _plain_or_new(self, name: str) -> Path:
-        """Return the path of a file of the run after checking that it is a regular file or does not exist yet."""
-        path = self.path / name
-        try:
-            require_plain_target(path)
-        except OSError as problem:
-            raise DataError(f"{path}: expected a plain file; got {problem.strerror}.") from problem
-        return path
-
     @property
     def manifest(self) -> dict[str, Any]:
         """Manifest of the run: its name, id, start time, versions, seed and so on; raises DataError if damaged."""
-        found = read_object(self.path, "manifest.json")
+        found = files.read_object(self.path, "manifest.json")
         for key, kind in MANIFEST_KEYS.items():
-            if key in found and not isinstance(found[key], kind | None if key in NULLABLE_KEYS else kind):
-                wanted = "text" if kind is str else "true or false" if kind is bool else f"a {kind.__name__}"
+            if key in found and not isinstance(found[key], kind):
+                name = getattr(kind, "__name__", str(kind))
+                wanted = {"str": "text", "bool": "true or false"}.get(name, f"a {name}")
                 raise DataError(
                     f"{self.path / 'manifest.json'}: expected {wanted} for {key!r}; got {str(found[key])[:60]!r}. "
                     f"Restore it from a copy of the run."
@@ -159,13 +137,13 @@ class RunDirectory:
         kept: dict[str, Any] = {}
         with suppress(DataError):
             kept = {key: value for key, value in self.manifest.items() if key in ("name", "id", "started")}
-        write_atomic(self.path / "manifest.json", pretty({**fields, **kept}))
+        write_atomic(self.path / "manifest.json", files.pretty({**fields, **kept}))
 
     @property
     def spec_text(self) -> str:
         """Complete declaration of the experiment as TOML; raises DataError if missing, over 1 MiB or not UTF-8."""
         try:
-            return read_inside(self.path, "spec.toml", MIB).decode()
+            return files.read_inside(self.path, "spec.toml", files.MIB).decode()
         except UnicodeDecodeError as problem:
             raise DataError(f"{self.path / 'spec.toml'}: expected UTF-8; got {problem}.") from problem
 
@@ -175,7 +153,7 @@ class RunDirectory:
 
     def status(self) -> dict[str, Any]:
         """Return the latest status of the run (state, epoch, ELBO), {} if none yet; raises DataError if damaged."""
-        return read_object(self.path, "status.json") if os.path.lexists(self.path / "status.json") else {}
+        return files.read_object(self.path, "status.json") if os.path.lexists(self.path / "status.json") else {}
 
     def _status_or_empty(self) -> dict[str, Any]:
         try:
@@ -190,7 +168,7 @@ class RunDirectory:
             if self.degraded is not None:
                 status["degraded"] = self.degraded
             try:
-                write_atomic(self.path / "status.json", pretty(status), durable=False)
+                write_atomic(self.path / "status.json", files.pretty(status), durable=False)
             except StorageError as problem:
                 self.degraded = self.degraded or str(problem)
 
@@ -209,19 +187,16 @@ class RunDirectory:
     def _log(self, name: str, fields: Mapping[str, Any]) -> None:
         with self._writing:
             try:
-                append(self.path / name, json_line(fields))
+                files.append(self.path / name, files.json_line(fields))
             except OSError as problem:
-                self._degrade(f"{name} could not be written: {problem.strerror or problem}")
-
-    def _degrade(self, why: str) -> None:
-        first = self.degraded is None
-        self.degraded = self.degraded or why
-        if first:
-            self.update_status()
+                first = self.degraded is None
+                self.degraded = self.degraded or f"{name} could not be written: {problem.strerror or problem}"
+                if first:
+                    self.update_status()
 
     def metrics_rows(self) -> list[dict[str, Any]]:
         """Return all rows of metrics; an incomplete last line is dropped; raises DataError for other damage."""
-        return read_lines(self.path, "metrics.jsonl")
+        return files.read_lines(self.path, "metrics.jsonl")
 
     def metrics(self) -> pandas.DataFrame:
         """Return the metrics as a data frame, with null as NaN; raises DataError if they cannot be converted."""
@@ -240,12 +215,13 @@ class RunDirectory:
         """Remove the rows of metrics after ``epoch``, which a resumed fit writes again. Raises StorageError."""
         with self._writing:
             if os.path.lexists(self.path / "metrics.jsonl"):
-                kept = [row for row in self.metrics_rows() if not _is_after(row, epoch)]
-                write_atomic(self.path / "metrics.jsonl", b"".join(map(json_line, kept)))
+                epochs = ((row, row.get("epoch")) for row in self.metrics_rows())
+                kept = [row for row, found in epochs if not isinstance(found, int | float) or found <= epoch]
+                write_atomic(self.path / "metrics.jsonl", b"".join(map(files.json_line, kept)))
 
     def events(self) -> list[dict[str, Any]]:
         """Return all events; an incomplete last line is dropped; raises DataError for other damage."""
-        return read_lines(self.path, "events.jsonl")
+        return files.read_lines(self.path, "events.jsonl")
 
     def alerts(self) -> list[str]:
         """Return the messages of all alerts, in order of time; raises DataError as `events` does."""
@@ -254,27 +230,73 @@ class RunDirectory:
     @property
     def checkpoints(self) -> Path:
         """Folder of the run's checkpoints, created on first access."""
-        return self._folder("checkpoints")
+        return files.make_folder(self.path / "checkpoints")
 
     @property
     def analysis(self) -> Path:
         """Folder of the run's analyses, created on first access."""
-        return self._folder("analysis")
+        return files.make_folder(self.path / "analysis")
 
     @property
     def report(self) -> Path:
         """Folder of the run's reports, created on first access."""
-        return self._folder("report")
+        return files.make_folder(self.path / "report")
 
     def exports(self, kind: str) -> Path:
         """Return the folder for the files of an exporter, such as `tensorboard`, created on first access."""
-        self._folder("exports")
-        return self._folder(f"exports/{kind}")
-
-    def _folder(self, name: str) -> Path:
-        return make_folder(self.path / name)
+        return files.make_folder(files.make_folder(self.path / "exports") / kind)
 
 
-def _is_after(row: Mapping[str, Any], epoch: int) -> bool:
-    found = row.get("epoch")
-    return isinstance(found, int | float) and found > epoch
+def state_of(run: RunDirectory, status: Mapping[str, Any]) -> str:
+    """Return the state in a run's status, `created` before the first one; raises DataError if it is unknown."""
+    state = status.get("state", "created")
+    if state not in (*RUN_STATES, "created"):
+        raise DataError(f"{run.path / 'status.json'}: expected a state of {', '.join(RUN_STATES)}; got {state!r}.")
+    return str(state)
+
+
+def list_runs(root: Path) -> list[dict[str, Any]]:
+    """Return one row (dict) for every run under ``root``, sorted by start time; never raises.
+
+    The keys of a row are name, id, path, state, epoch, epochs, elbo, started, seconds, why. ``state`` is the state in
+    the run's status; ``created`` before the first status; ``stale`` for a running one whose process is dead (or, on
+    another host, has written no heartbeat for five minutes); ``broken`` if files are damaged (``why`` is the reason).
+    """
+    rows = [_row(run) for name in find.folders(Path(root)) for run in find.folders(name)]
+    return sorted(rows, key=lambda row: (row["started"], row["id"]))
+
+
+def _row(path: Path) -> dict[str, Any]:
+    nothing = dict.fromkeys(("epoch", "epochs", "elbo", "seconds", "why"))
+    row = {"name": path.parent.name, "id": path.name, "path": str(path), **nothing, "started": ""}
+    with suppress(ValueError):
+        started = datetime.strptime(path.name[:16], "%Y%m%dT%H%M%SZ").replace(tzinfo=UTC)
+        row["started"] = started.isoformat(timespec="milliseconds")
+    run = RunDirectory(path)
+    try:
+        manifest, status = run.manifest, run.status()
+        state = state_of(run, status)
+    except (PvaeError, OSError) as problem:
+        return {**row, "state": "broken", "why": str(problem)}
+    return {
+        **row,
+        **{key: manifest[key] for key in ("name", "started") if key in manifest},
+        **{key: _number(status.get(key)) for key in ("epoch", "epochs", "elbo")},
+        "state": "stale" if state == "running" and find.is_stale(status) else state,
+        "seconds": _seconds(status),
+    }
+
+
+def _number(value: object) -> int | float | None:
+    """Return ``value`` if it is a number of displayable size, else None; a damaged status may contain anything."""
+    known = isinstance(value, int | float) and not isinstance(value, bool) and -1e300 < value < 1e300
+    return cast("int | float", value) if known else None
+
+
+def _seconds(status: Mapping[str, Any]) -> float | None:
+    """Return the training time in a run's status, else the seconds from the process's start to its last heartbeat."""
+    told = _number(status.get("seconds"))
+    if told is not None:
+        return float(told)
+    begun, silent = find.age_seconds(status.get("started")), find.age_seconds(status.get("heartbeat"))
+    return None if begun is None or silent is None else round(max(0.0, begun - silent), 3)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import copy
 import itertools
 import json
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
@@ -19,7 +19,7 @@ from pvae.experiment import zoo
 from pvae.experiment.experiment import Experiment
 from pvae.experiment.overrides import apply_overrides
 from pvae.studies.sweep import FIRST, SECOND, Measure, StudyFile, Sweep, find, validated
-from pvae.training.refit import stage_of
+from pvae.training.resume import stage_of
 from pvae.util import toml
 
 MAX_LISTED_PROBLEMS = 40
@@ -81,12 +81,11 @@ class Declared:
         path, origin = find(str(name_or_file)), str(name_or_file)
         raw = toml.read(path)
         file = validated({"name": path.stem, **raw}, origin)
-        settings = _settings(file, raw, path)
-        problems = _Problems(origin, len(settings))
+        settings, problems = _settings(file, raw, path), _Problems(dict)
         cases = [case for setting in settings for case in _cases(file, setting, problems)]
         _require_distinct(cases, problems)
-        unknown = _unknown_first_stages(file.sweep, settings)
-        if found := [*problems.lines(), *(f"{origin}: {line}" for line in unknown)]:
+        unknown = (f"{origin}: {line}" for line in _unknown_first_stages(file.sweep, settings))
+        if found := [*_listed(problems, origin, len(settings)), *unknown]:
             raise DeclarationError(found)
         return cls(file.name, file.description, origin, tuple(cases), file.sweep.measure)
 
@@ -101,24 +100,22 @@ class _Setting:
     label: str
     parts: tuple[str, ...]
     raw: Mapping[str, Any]
-    changes: tuple[tuple[str, Any], ...]
+    changes: Mapping[str, Any]
+    """Swept values by dotted path."""
     differences: Mapping[str, str]
 
 
 def _settings(file: StudyFile, raw: Mapping[str, Any], path: Path) -> list[_Setting]:
     """Return every combination of declaration, zipped row and grid point, the grid point varying fastest."""
-    sweep = file.sweep
     own = {key: value for key, value in raw.items() if key != "sweep"}
-    bases = _read_specs(sweep.specs, path) if sweep.specs else {"": own}
-    rows, combinations = _rows(sweep.zip), _combinations(sweep.grid)
+    bases = _read_specs(file.sweep.specs, path) if file.sweep.specs else {"": own}
     settings = []
-    for (spec, base), (row, together), (point, each) in itertools.product(bases.items(), rows, combinations):
-        changes = (*together, *each)
-        parts = tuple(part for part in (spec if len(bases) > 1 else "", row, *point) if part)
-        differences = {"spec": spec} if len(bases) > 1 else {}
-        differences |= {path: _text(value) for path, value in changes}
-        label = ", ".join(parts) or spec or file.name
-        settings.append(_Setting(label, parts, base, changes, differences))
+    for (spec, base), *points in itertools.product(bases.items(), *_axes(file.sweep)):
+        named = {"spec": spec} if len(bases) > 1 else {}
+        changes = {path: value for _, values in points for path, value in values.items()}
+        differences = named | {path: _text(value) for path, value in changes.items()}
+        parts = tuple(part for part in (*named.values(), *(label for label, _ in points)) if part)
+        settings.append(_Setting(", ".join(parts) or spec or file.name, parts, base, changes, differences))
     return settings
 
 
@@ -151,27 +148,17 @@ def _spec_file(spec: str, folder: Path) -> Path:
     )
 
 
-def _rows(zipped: Mapping[str, Sequence[Any]]) -> list[tuple[str, list[tuple[str, Any]]]]:
-    """Return the label and the (path, value) pairs of each row of `sweep.zip`; one empty row if nothing is zipped."""
-    paths = [path for path in zipped if path != "label"]
-    if not paths:
-        return [("", [])]
-    values = list(zip(*(zipped[path] for path in paths), strict=True))
-    varying = [i for i, path in enumerate(paths) if len({_text(value) for value in zipped[path]}) > 1]
-    named = {i: _named(paths, paths[i], zipped[paths[i]]) for i in varying or range(len(paths))}
-    made = [" ".join(texts[row] for texts in named.values()) for row in range(len(values))]
-    labels = zipped.get("label", made)
-    return [(label, list(zip(paths, row, strict=True))) for label, row in zip(labels, values, strict=True)]
-
-
-def _combinations(grid: Mapping[str, Sequence[Any]]) -> list[tuple[list[str], list[tuple[str, Any]]]]:
-    """Return parts of the label and (path, value) pairs of each combination of `sweep.grid`, the last path fastest."""
-    paths = list(grid)
-    axes = [zip(_named(paths, path, grid[path]), grid[path], strict=True) for path in paths]
-    return [
-        ([name for name, _ in point], [(path, value) for path, (_, value) in zip(paths, point, strict=True)])
-        for point in itertools.product(*axes)
-    ]
+def _axes(sweep: Sweep) -> Iterator[list[tuple[str, dict[str, Any]]]]:
+    """Yield the axes of a sweep, its zipped rows and each path of its grid: label and values by path of every point."""
+    if paths := [path for path in sweep.zip if path != "label"]:
+        rows = [dict(zip(paths, row, strict=True)) for row in zip(*(sweep.zip[path] for path in paths), strict=True)]
+        varying = [path for path in paths if len(set(map(_text, sweep.zip[path]))) > 1]
+        texts = [_named(paths, path, sweep.zip[path]) for path in varying or paths]
+        labels = sweep.zip.get("label", tuple(map(" ".join, zip(*texts, strict=True))))
+        yield list(zip(labels, rows, strict=True))
+    for path, values in sweep.grid.items():
+        names = _named(list(sweep.grid), path, values)
+        yield [(name, {path: value}) for name, value in zip(names, values, strict=True)]
 
 
 def _named(paths: Sequence[str], path: str, values: Sequence[Any]) -> list[str]:
@@ -196,105 +183,94 @@ def _short(text: str) -> str:
 # ---------------------------------------------------------------------- cases
 
 
-class _Problems:
-    """Problems of a study, each with the labels of its cases; a problem that all cases share is listed once."""
+_Problems = defaultdict[str, dict[str, None]]
+"""Labels of the cases that have a problem, by problem; seeds of a case have the same."""
 
-    def __init__(self, origin: str, cases: int) -> None:
-        self.origin, self.cases = origin, cases
-        self.found: dict[str, list[str]] = {}
 
-    def add(self, case: str, problems: Sequence[str]) -> None:
-        for problem in problems:
-            cases = self.found.setdefault(problem, [])
-            cases += [case] if case not in cases else []  # seeds of a case have the same
+def _listed(problems: _Problems, origin: str, settings: int) -> list[str]:
+    """Return a line for each problem and each case that has it; a problem that all cases share is listed once."""
+    lines = []
+    for problem, cases in problems.items():
+        named = ["every case"] if len(cases) == settings > 1 else [f"case {case!r}" for case in cases]
+        lines += [f"{origin}: {case}: {problem}" for case in named]
+    more = [f"... and {len(lines) - MAX_LISTED_PROBLEMS} more"] if len(lines) > MAX_LISTED_PROBLEMS else []
+    return lines[:MAX_LISTED_PROBLEMS] + more
 
-    def lines(self) -> list[str]:
-        lines = []
-        for problem, cases in self.found.items():
-            everywhere = len(cases) == self.cases and self.cases > 1
-            told = ["every case"] if everywhere else [f"case {case!r}" for case in cases]
-            lines += [f"{self.origin}: {case}: {problem}" for case in told]
-        more = [f"... and {len(lines) - MAX_LISTED_PROBLEMS} more"] if len(lines) > MAX_LISTED_PROBLEMS else []
-        return lines[:MAX_LISTED_PROBLEMS] + more
+
+def _note(problems: _Problems, label: str, error: DeclarationError, place: str = "") -> None:
+    """Record the problems of an error, without the placeholder that `_overridden` puts first."""
+    for problem in error.problems:
+        problems[place + problem.removeprefix("\0: ")][label] = None
 
 
 def _cases(file: StudyFile, setting: _Setting, problems: _Problems) -> Iterator[Case]:
-    """Yield the cases of a setting for every seed, and record its problems once, because each seed has the same."""
+    """Yield the cases of a setting for every seed, and record its problems."""
+    name = file.name if setting.label == file.name else f"{file.name} {setting.label}"
     try:
-        base = _experiment(file, setting)
+        base = _overridden(setting.raw, setting.changes, name[:250])
+        if isinstance(base.data, TensorSource | FrameSource):
+            raise DeclarationError(f"data.source: expected one that is read from files; got {base.data.source!r}.")
     except DeclarationError as error:
-        problems.add(setting.label, _bare(error))
+        _note(problems, setting.label, error)
         return
     for seed in file.sweep.seeds or (base.seed,):
         experiment = base.with_changes({"seed": seed})
-        case = Case(setting.label, setting.parts, seed, FIRST, experiment, setting.differences)
-        yield case
-        for name in _stages(file.sweep, case):
+        first = Case(setting.label, setting.parts, seed, FIRST, experiment, setting.differences)
+        yield first
+        for stage, overrides in _stages(file.sweep, first):
             try:
-                stage = _second_stage(file.sweep, case, name)
+                second = _second_stage(experiment, stage, overrides)
             except DeclarationError as error:
-                problems.add(setting.label, [f"refit {name!r}: {problem}" for problem in _bare(error)])
+                _note(problems, setting.label, error, f"refit {stage!r}: ")
             else:
-                yield Case(case.label, case.parts, seed, name, stage, case.differences, case)
+                yield replace(first, stage=stage, experiment=second, parent=first)
 
 
-def _bare(error: DeclarationError) -> list[str]:
-    """Return the problems of an error without the placeholder that `_experiment` and `_second_stage` put first."""
-    return [problem.removeprefix("\0: ") for problem in error.problems]
+def _overridden(raw: Mapping[str, Any], changes: Mapping[str, Any], name: str) -> Experiment:
+    """Return the experiment `name` that a declaration gives with other values at dotted paths."""
+    table: dict[str, Any] = copy.deepcopy(dict(raw))
+    values = [(tuple(path.split(".")), copy.deepcopy(value)) for path, value in changes.items()]
+    apply_overrides(table, values, Experiment)
+    return Experiment.from_dict({**table, "name": name}, origin="\0")
 
 
-def _experiment(file: StudyFile, setting: _Setting) -> Experiment:
-    """Return the experiment of a setting: its declaration with the swept values, named after study and label."""
-    raw: dict[str, Any] = copy.deepcopy(dict(setting.raw))
-    apply_overrides(
-        raw, [(tuple(path.split(".")), copy.deepcopy(value)) for path, value in setting.changes], Experiment
-    )
-    name = file.name if setting.label == file.name else f"{file.name} {setting.label}"
-    found = Experiment.from_dict({**raw, "name": name[:250]}, origin="\0")
-    if isinstance(found.data, TensorSource | FrameSource):
-        raise DeclarationError(f"data.source: expected one that is read from files; got {found.data.source!r}.")
-    return found
-
-
-def _stages(sweep: Sweep, case: Case) -> Iterator[str]:
-    """Yield the names of the second stages of a case: that of its declaration, then those of `[[sweep.refits]]`."""
-    if case.experiment.refit is not None:
-        yield SECOND
+def _stages(sweep: Sweep, first: Case) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield name and overrides of the second stages of a case: that of its declaration (no overrides), then others."""
+    if first.experiment.refit is not None:
+        yield SECOND, {}
     for refit in sweep.refits:
-        if not refit.of or {case.label, *case.parts} & set(refit.of):
-            yield refit.label
+        if not refit.of or {first.label, *first.parts} & set(refit.of):
+            yield refit.label, refit.overrides
 
 
-def _second_stage(sweep: Sweep, case: Case, name: str) -> Experiment:
-    """Return the declaration of the second stage `name` of a case.
+def _second_stage(first: Experiment, name: str, overrides: dict[str, Any]) -> Experiment:
+    """Return the declaration of the second stage `name` of an experiment.
 
     Raises DeclarationError if it changes more than priors and training settings.
     """
-    first = case.experiment
-    if name == SECOND:
-        stage = first.second_stage()
-        first.refitted(stage)
-        return stage
-    raw = first.model_dump(exclude_none=True, exclude_unset=True)
-    overrides = toml.flat(copy.deepcopy(next(refit.overrides for refit in sweep.refits if refit.label == name)))
-    apply_overrides(raw, [(tuple(path.split(".")), value) for path, value in overrides.items()], Experiment)
-    return stage_of(first, Experiment.from_dict({**raw, "name": f"{first.name}, {name}"[:300]}, origin="\0"))
+    if overrides:
+        raw = first.model_dump(exclude_none=True, exclude_unset=True)
+        return stage_of(first, _overridden(raw, toml.flat(overrides), f"{first.name}, {name}"[:300]))
+    stage = first.second_stage()
+    first.refitted(stage)
+    return stage
 
 
 def _require_distinct(cases: Sequence[Case], problems: _Problems) -> None:
     """Record as problems the cases that share a label, and those whose declarations are equal."""
-    labels = Counter(case.key for case in cases)
-    for label in dict.fromkeys(label for (label, _, _), count in labels.items() if count > 1):
-        problems.add(label, ["expected a label of its own; got it twice. Name the rows with sweep.zip.label."])
-    first: dict[tuple[str, Case | None], Case] = {}
+    for (label, _, _), count in Counter(case.key for case in cases).items():
+        if count > 1:
+            problems["expected a label of its own; got it twice. Name the rows with sweep.zip.label."][label] = None
+    known: dict[tuple[str, Case | None], Case] = {}
     for case in cases:
-        other = first.setdefault((case.digest, case.parent), case)
-        if other is not case and other.label != case.label:
-            problems.add(case.label, [f"expected another declaration than {other.label!r}; got the same. Drop one."])
-        elif other is not case and other.stage != case.stage:
-            problems.add(
-                case.label, [f"expected {case.stage!r} to differ from {other.stage!r}; got the same. Drop one."]
-            )
+        other = known.setdefault((case.digest, case.parent), case)
+        if other.label != case.label:
+            wanted = f"another declaration than {other.label!r}"
+        elif other.stage != case.stage:
+            wanted = f"{case.stage!r} to differ from {other.stage!r}"
+        else:
+            continue
+        problems[f"expected {wanted}; got the same. Drop one."][case.label] = None
 
 
 def _unknown_first_stages(sweep: Sweep, settings: Sequence[_Setting]) -> Iterator[str]:

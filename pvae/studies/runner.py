@@ -20,8 +20,7 @@ from typing import IO, TYPE_CHECKING, Any
 from pvae.component import IMPORTED
 from pvae.errors import DataError, Interrupted, OutputError
 from pvae.experiment.experiment import Experiment
-from pvae.runs.find import folders
-from pvae.runs.names import slug
+from pvae.runs.find import folders, slug
 from pvae.runs.rundir import RunDirectory
 from pvae.studies.cases import Case
 from pvae.studies.shelf import Shelf, standing
@@ -321,8 +320,7 @@ def work(job: Mapping[str, Any]) -> None:
     from pvae.analysis.pages.study import figures
     from pvae.runs.run import Run
     from pvae.training.fit import fit
-    from pvae.training.refit import fit_stage
-    from pvae.training.resume import resume
+    from pvae.training.resume import fit_stage, resume
 
     torch.set_num_threads(int(job["threads"]))
     root, device = Path(job["run_dir"]), str(job["device"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -10,12 +10,11 @@ from typing import Any
 from pvae.errors import DataError, DeclarationError
 from pvae.experiment.experiment import Experiment
 from pvae.runs import checkpoint
-from pvae.runs.find import folders
-from pvae.runs.owner import is_stale
+from pvae.runs.find import folders, is_stale
 from pvae.runs.run import Run
 from pvae.runs.rundir import RunDirectory
 from pvae.studies.cases import Case
-from pvae.training.refit import parent_of
+from pvae.training.resume import parent_of
 
 RANKS = ("finished", "held", "stopped")
 """States of a run that can serve a case, in order of preference; see `standing`."""
@@ -41,7 +40,7 @@ class Shelf:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self.known: dict[Path, tuple[int, tuple[str, Any]]] = {}
+        self.known: dict[tuple[Path, int], tuple[str, Any]] = {}
 
     def best(self, case: Case) -> RunDirectory | None:
         """Return the run of a case: the newest finished one, else the newest held or stopped one, else None.
@@ -54,16 +53,13 @@ class Shelf:
             if first is None or standing(first) != "finished":
                 return None
             parent = parent_of(Run(first))
-        found: list[tuple[int, RunDirectory]] = []
-        for run in self._newest_first():
-            with suppress(DataError, DeclarationError):
-                if self._declared(run) == (case.digest, parent) and (state := standing(run)) in RANKS:
-                    found.append((RANKS.index(state), run))
-        return min(found, key=lambda ranked: ranked[0])[1] if found else None
-
-    def _newest_first(self) -> Iterator[RunDirectory]:
+        found: dict[str, RunDirectory] = {}
         paths = [path for name in folders(self.root) for path in folders(name)]
-        yield from map(RunDirectory, sorted(paths, key=lambda path: path.name, reverse=True))
+        for run in map(RunDirectory, sorted(paths, key=lambda path: path.name, reverse=True)):
+            with suppress(DataError, DeclarationError):
+                if self._declared(run) == (case.digest, parent):
+                    found.setdefault(standing(run), run)
+        return next((found[state] for state in RANKS if state in found), None)
 
     def _declared(self, run: RunDirectory) -> tuple[str, Any]:
         """Return the digest of a run's declaration and the parent in its manifest.
@@ -74,12 +70,10 @@ class Shelf:
             age = (run.path / "spec.toml").lstat().st_mtime_ns
         except OSError:
             return "", None
-        known = self.known.get(run.path)
-        if known is not None and known[0] == age:
-            return known[1]
-        manifest = run.manifest
-        if manifest.get("declared") is not True:  # a pair written by hand, or a run that has not begun
-            return "", None
-        declared = Experiment.from_toml(run.spec_text).digest(), manifest.get("parent")
-        self.known[run.path] = age, declared
-        return declared
+        if (run.path, age) not in self.known:
+            manifest = run.manifest
+            if manifest.get("declared") is not True:  # a pair written by hand, or a run that has not begun
+                return "", None
+            digest = Experiment.from_toml(run.spec_text).digest()
+            self.known[run.path, age] = digest, manifest.get("parent")
+        return self.known[run.path, age]

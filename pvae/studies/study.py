@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from pvae.errors import DeclarationError, printable
@@ -81,8 +81,8 @@ class Study:
         for case in self.declared.cases:
             if case.key in self.runs:
                 run = self.runs[case.key]
-                names = {"case": case.label, "seed": case.seed, "stage": case.stage, **case.differences}
-                rows.append({**names, **row_of(figures(run, self.declared.measure)), "run": str(run.path)})
+                found = row_of(figures(run, self.declared.measure))
+                rows.append({**_names(case.key), **case.differences, **found, "run": str(run.path)})
         return frame(rows)
 
     def summary(self) -> pandas.DataFrame:
@@ -208,29 +208,18 @@ def study(
     for name, given in (("jobs", jobs), ("threads", threads)):
         if given is not None and given < 1:
             raise DeclarationError(f"{name}: expected at least 1; got {given}.")
-    root = Path(run_dir)
+    root, data_folder = Path(run_dir), None if data_dir is None else Path(data_dir)
     tasks = tasks_of(declared.cases)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     with Board(declared.name, root, show=progress) as board:
         Runner(
-            tasks, root, data_dir=None if data_dir is None else Path(data_dir), device=device,
-            jobs=jobs or max(1, _cores() // threads), threads=threads, measure=declared.measure,
-            on_change=board.update, origin=declared.origin,
+            tasks, root, data_dir=data_folder, device=device, jobs=jobs or max(1, cores // threads), threads=threads,
+            measure=declared.measure, on_change=board.update, origin=declared.origin,
         ).run()  # fmt: skip
-    return _read(declared, root, tasks, None if data_dir is None else Path(data_dir))
-
-
-def _cores() -> int:
-    """Return the number of cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _read(declared: Declared, root: Path, tasks: Sequence[Task], data_dir: Path | None) -> Study:
-    shelf = Shelf(root)
-    found = {case.key: shelf.best(case) for case in declared.cases}
-    finished = {key: run for key, run in found.items() if run is not None and standing(run) == "finished"}
+    finished = {case.key: run for case, state, run in states(declared, root) if run is not None and state == "finished"}
     failed = {case.key: task.error for task in tasks if task.state == "failed" for case in task.cases}
     failures = {key: error for key, error in failed.items() if key not in finished}
-    return Study(declared, finished, failures, data_dir)
+    return Study(declared, finished, failures, data_folder)
 
 
 def states(declared: Declared, root: Path) -> list[tuple[Case, str, RunDirectory | None]]:
@@ -238,17 +227,16 @@ def states(declared: Declared, root: Path) -> list[tuple[Case, str, RunDirectory
 
     The states are finished, held (another process is running it), stopped (it can be resumed) and to do.
     """
-    shelf, found = Shelf(root), []
-    for case in declared.cases:
-        run = shelf.best(case)
-        found.append((case, "to do" if run is None else standing(run), run))
-    return found
+    shelf = Shelf(root)
+    runs = [(case, shelf.best(case)) for case in declared.cases]
+    return [(case, "to do" if run is None else standing(run), run) for case, run in runs]
 
 
-class Board:
+class Board(ExitStack):
     """Progress display of a study: a live table on a terminal, a line for each change elsewhere, or nothing."""
 
     def __init__(self, name: str, root: Path, *, show: bool = True) -> None:
+        super().__init__()
         self.name, self.root, self.show = name, root, show
         self.live: Any = None
         self.told: dict[int, str] = {}
@@ -258,15 +246,9 @@ class Board:
             from rich.console import Console
             from rich.live import Live
 
-            self.live = Live(console=Console(stderr=True), refresh_per_second=2, transient=True)
-            self.live.start()
+            live = Live(console=Console(stderr=True), refresh_per_second=2, transient=True)
+            self.live = self.enter_context(live)
         return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self.live is not None:
-            self.live.stop()
 
     def update(self, tasks: Sequence[Task]) -> None:
         """Show the present states of the tasks: redraw the table, or print a line for each task whose state changed."""
@@ -292,9 +274,8 @@ class Board:
             if task.state in ("running", "held", "failed"):
                 status = task.now(self.root) if task.state == "running" else {}
                 epoch = f"{status['epoch']}/{status.get('epochs')}" if "epoch" in status else ""
-                elbo = status.get("elbo")
-                figure = f"{elbo:.2f}" if isinstance(elbo, float) else ""
-                drawn.add_row(Text(printable(task.title)), Text(printable(told(task))), Text(epoch), figure)
+                elbo = f"{status['elbo']:.2f}" if isinstance(status.get("elbo"), float) else ""
+                drawn.add_row(*(Text(printable(cell)) for cell in (task.title, told(task), epoch, elbo)))
         return drawn
 
 

@@ -1,11 +1,24 @@
-"""Evaluation on held-out data: mean ELBO, reconstruction term and KL terms, in nats per datum."""
+"""Evaluation of a pair: ELBO terms on held-out data in nats per datum, and alerts at the end of a fit."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import pyro.distributions as dist
+import torch
 from torch import Tensor
+from torch.distributions import Categorical, OneHotCategorical
 
 from pvae.data.streamed import Streamed
+from pvae.distributions.codes import Certain
+from pvae.distributions.observed import FactoredNormal
 from pvae.distributions.relaxed import Discretised
+from pvae.experiment.experiment import Experiment
+from pvae.experiment.plan import Plan
+from pvae.pair.code_usage import code_usage, grid_of
+from pvae.pair.layout import samples, unwrapped
 from pvae.pair.pair import Pair
 from pvae.pair.running import quiet
 from pvae.util import seeds
@@ -15,6 +28,18 @@ ROWS_AT_ONCE = 1000
 DECODED_AT_ONCE = 32_000
 """Largest number of decoder inputs in one evaluation batch: its rows times the joint states of the discrete latents
 that are summed over."""
+ALERT_ROWS = 1000
+"""Largest number of data rows on which alerts are computed."""
+COLLAPSED_NATS_PER_COORDINATE, COLLAPSED_NATS = 0.01, 0.1
+"""Thresholds in nats per datum: a latent has collapsed if its KL is below the first times its number of coordinates
+and below the second."""
+MAX_PROPORTION_AT_BOUND = 0.05
+"""Largest proportion of the scales (standard deviations) of a site that may lie at a bound without an alert."""
+MIN_EXPECTED_USES = 10
+"""Smallest expected number of uses per code, if all were used equally, at which an unused code counts as dead."""
+SCALE_BOUNDS = (1e-6, 1e6)
+"""Smallest and largest scale (standard deviation) of a site without declared bounds; a scale beyond them has
+diverged."""
 
 
 def evaluate(pair: Pair, x: Tensor | Streamed, seed: int, rows: int | None = None) -> dict[str, float]:
@@ -56,3 +81,92 @@ def _mean_terms(pair: Pair, x: Tensor | Streamed, seed: int, rows: int | None) -
     means = {key: value / len(x) for key, value in totals.items()}
     total_kl = sum(value for key, value in means.items() if key.startswith("kl/"))
     return {"elbo": means["reconstruction"] - total_kl, "kl": total_kl, **means}
+
+
+# ---------------------------------------------------------------------- alerts; none is an error
+
+
+def alerts(plan: Plan, pair: Pair, x: Tensor, seed: int) -> list[str]:
+    """Return a line for each latent that has collapsed, codebook with dead codes, and site whose scales are at a bound.
+
+    Arguments:
+        plan: the declaration of the pair.
+        pair: a fitted pair with an ELBO, on the device of `x`.
+        x: data `(n, *event)`; at most `ALERT_ROWS` of it are read.
+        seed: seed of the samples.
+    """
+    x = pair.accept(x[:ALERT_ROWS])
+    with quiet(pair, x):
+        seeds.set_noise(seeds.mix(seed, seeds.VALIDATION), x.device)
+        with Discretised(pair.relaxed):
+            terms = pair.terms(x, rows=len(x), expected=True)
+        guide, model = (samples(trace) for trace in pair.traces(x))
+    kl = {name: float(value.double().mean()) for name, value in terms.kl.items()}
+    return [*_asleep(kl, guide), *_dead(guide, code_usage(pair, x, seed), len(x)), *_at_bounds(plan, guide, model)]
+
+
+def _asleep(kl: Mapping[str, float], guide: Mapping[str, Any]) -> Iterator[str]:
+    for name, nats in kl.items():
+        size = guide[name]["fn"].event_shape.numel() if name in guide else 1
+        if abs(nats) < min(COLLAPSED_NATS_PER_COORDINATE * size, COLLAPSED_NATS):
+            yield (
+                f"{name} has collapsed onto its prior: its KL is {nats:.4f} nats per datum. Give objective.beta a "
+                "longer linear warm-up from 0, or set objective.free_bits."
+            )
+
+
+def _dead(guide: Mapping[str, Any], usage: Mapping[str, float], rows: int) -> Iterator[str]:
+    for name, node in guide.items():
+        states, used = _states(node), usage.get(f"used/{name}")
+        positions = math.prod(grid_of(node)) if states else 0
+        if states is None or used is None or rows * positions < MIN_EXPECTED_USES * states:
+            continue
+        if usage[f"perplexity/{name}"] < 1.01:
+            yield f"{name} has collapsed: one of {states} codes is chosen whatever x is."
+        elif used < states:
+            yield f"{name}: {states - used:.0f} of {states} codes are dead: on {rows} rows they are not in use."
+
+
+def _states(node: Mapping[str, Any]) -> int | None:
+    """Return the number of values of a categorical site; None for other sites."""
+    fn = unwrapped(node["fn"])
+    if isinstance(fn, Certain):
+        return int(fn.states)
+    return int(fn.logits.shape[-1]) if isinstance(fn, Categorical | OneHotCategorical) else None
+
+
+def _at_bounds(plan: Plan, guide: Mapping[str, Any], model: Mapping[str, Any]) -> Iterator[str]:
+    for side, nodes in (("guide", guide), ("model", model)):
+        for name, node in nodes.items():
+            scale = _scale(node)
+            (low, high), learned = _bounds(plan, side, name)
+            if scale is None or not learned:
+                continue
+            ends = (("floor", low, scale <= low * 1.001), ("ceiling", high, scale >= high * 0.999))
+            for where, bound, at in ends:
+                share = float(at.double().mean())
+                if share > MAX_PROPORTION_AT_BOUND:
+                    yield (
+                        f"{side}.{name}: {share:.0%} of the scales are at their {where}, {bound:.3g}. The "
+                        "optimum may lie beyond: widen the bounds if that is meant, else look at the data."
+                    )
+
+
+def _scale(node: Mapping[str, Any]) -> Tensor | None:
+    """Return the scales of a normal site (for a full covariance, the Cholesky factor's diagonal); None for others."""
+    fn = unwrapped(node["fn"])
+    if isinstance(fn, FactoredNormal | dist.MultivariateNormal):
+        return fn.scale_tril.diagonal(dim1=-2, dim2=-1)
+    return fn.scale if isinstance(fn, torch.distributions.Normal) else None
+
+
+def _bounds(plan: Plan, side: str, name: str) -> tuple[tuple[float, float], bool]:
+    """Return the smallest and largest scale that the declaration allows a site, and True if its scales are learned."""
+    if not isinstance(plan, Experiment):
+        return SCALE_BOUNDS, True
+    if name in plan.latents:
+        latent = plan.latents[name]
+        declared = (latent.posterior if side == "guide" else latent.prior).model_dump().get("log_variance")
+        return (SCALE_BOUNDS if declared is None else (math.exp(declared[0] / 2), math.exp(declared[1] / 2))), True
+    table = plan.decoder.likelihood.model_dump()
+    return (max(table.get("floor", 0.0), SCALE_BOUNDS[0]), SCALE_BOUNDS[1]), table.get("scale") != "fixed"

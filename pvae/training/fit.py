@@ -92,29 +92,39 @@ def fit(
         ('estimate', True)
         >>> runs.cleanup()
     """
-    kinds = require(export)
-    plan, given_pair = _plan(what, overrides, objective, train)
-    plan = plan.with_changes({k: v for k, v in (("seed", seed), ("name", name)) if v is not None})
-    where = pick_device(device)
-    if given_pair is None and loss is not None:
-        raise DeclarationError("fit: loss= belongs to a hand-written pair; set objective.kind, or override it.")
-    original = data if given_pair is None else given_pair.pack(data)
-    dataset, plan = _dataset(plan, original, data_dir)
-    if given_pair:
-        if problems := given_pair.check(data if given_pair.arguments else _first_rows(original, dataset)):
-            raise DeclarationError([str(problem) for problem in problems])
-        pair = look_through(given_pair, dataset, plan.train.batch_size, original)
+    kinds, where = require(export), pick_device(device)
+    changes = {k: v for k, v in (("seed", seed), ("name", name)) if v is not None}
+    if isinstance(what, Pair):
+        given = {k: v for k, v in (("objective", objective), ("train", train)) if v is not None}
+        plan: Plan = Plan(name="pair", **given).with_overrides(*overrides).with_changes(changes)  # type: ignore[arg-type]
+        dataset, pair = _handwritten(what, data, plan.train.batch_size)
         if loss is not None:
             plan = plan.model_copy(update={"objective": objective_of(loss, pair, dataset)})
+    elif objective is not None or loss is not None or train is not None:
+        raise DeclarationError(
+            "fit: objective=, loss= and train= belong to a hand-written pair; declare them, or override."
+        )
     else:
-        assert isinstance(plan, Experiment)  # noqa: S101 - narrows the type
-        pair = plan.build(dataset.shape)
+        read = what.with_overrides(*overrides) if isinstance(what, Experiment) else Experiment.load(what, overrides)
+        plan, dataset, pair = _declared(read.with_changes(changes), data, data_dir)
     rows = min(plan.train.batch_size, len(dataset.train)) * getattr(plan.objective, "particles", 1)
     require_training_memory(pair, math.prod(dataset.shape), rows, where)
     attended(pair, dataset.train)
+    given_pair = what if isinstance(what, Pair) else None
     _require_fittable(plan, pair, dataset, given_pair is not None)
     run = launch(plan, pair, dataset, Path(run_dir), where, given_pair=given_pair, export=kinds, progress=progress)
     return second_stage(run, device, progress)
+
+
+def _handwritten(given: Pair, data: Any, batch: int) -> tuple[Dataset, Pair]:
+    """Return the data set to fit and the pair adopted to it."""
+    if data is None:
+        raise DeclarationError("fit: expected data=... for a hand-written pair; got none.")
+    rows = given.pack(data)
+    dataset = Dataset.of(rows, TensorSource(shape=()) if is_bare(rows) else TensorSource())  # bare numbers are allowed
+    if problems := given.check(data if given.arguments else _first_rows(rows, dataset)):
+        raise DeclarationError([str(problem) for problem in problems])
+    return dataset, look_through(given, dataset, batch, rows)
 
 
 def _first_rows(original: Any, dataset: Dataset) -> Any:
@@ -157,43 +167,20 @@ def objective_of(loss: Any, pair: Pair, dataset: Dataset) -> Objective:
         return own if same_step(single, one, pair, x) else stock
 
 
-def _plan(
-    what: str | Path | Experiment | Pair, overrides: Sequence[str], objective: Objective | None, train: Train | None
-) -> tuple[Plan, Pair | None]:
-    """Return the declaration to fit, and the pair of model and guide if it is written by hand, else None."""
-    if isinstance(what, Pair):
-        given = {k: v for k, v in (("objective", objective), ("train", train)) if v is not None}
-        return Plan(name="pair", **given).with_overrides(*overrides), what  # type: ignore[arg-type]
-    if objective is not None or train is not None:
-        raise DeclarationError("fit: objective= and train= belong to a hand-written pair; declare them, or override.")
-    if isinstance(what, Experiment):
-        return (what.with_overrides(*overrides) if overrides else what), None
-    return Experiment.load(what, overrides), None
-
-
-def _dataset(plan: Plan, data: Any, data_dir: str | Path | None) -> tuple[Dataset, Plan]:
-    """Return the data set to fit, and the plan updated with the source of data that are passed in Python."""
-    if data is not None:
-        declared = passed_source(plan)
-        if not isinstance(plan, Experiment) and is_bare(data):
-            declared = TensorSource(shape=())  # a hand-written pair may observe bare numbers
-        dataset = Dataset.of(data, declared)
-        if isinstance(plan, Experiment):
-            plan = plan.model_copy(update={"data": declared})
-    elif isinstance(plan, Experiment):
+def _declared(plan: Experiment, data: Any, data_dir: str | Path | None) -> tuple[Experiment, Dataset, Pair]:
+    """Return the data set to fit, the pair built for it, and the declaration with the source of data passed in."""
+    if data is None:
         dataset = load(plan.data, data_dir=Path(data_dir) if data_dir else None, seed=plan.seed)
     else:
-        raise DeclarationError("fit: expected data=... for a hand-written pair; got none.")
-    if isinstance(plan, Experiment):
-        dataset = plan.conditioned(dataset)
-        dataset.require_support(plan.observed().support, plan.decoder.likelihood.hint)
-    return dataset, plan
+        source = passed_source(plan)
+        plan, dataset = plan.model_copy(update={"data": source}), Dataset.of(data, source)
+    dataset = plan.conditioned(dataset)
+    dataset.require_support(plan.observed().support, plan.decoder.likelihood.hint)
+    return plan, dataset, plan.build(dataset.shape)
 
 
-def passed_source(plan: Plan) -> TensorSource | FrameSource:
+def passed_source(plan: Experiment) -> TensorSource | FrameSource:
     """Return a source for data passed in Python, with the declared transforms (scale, shape, splits, columns ...)."""
-    if not isinstance(plan, Experiment):
-        return TensorSource()
     kind = FrameSource if isinstance(plan.data, Tabular) else TensorSource
     shared = (plan.data.model_fields_set & kind.model_fields.keys()) - {"source"}
     return kind(**{name: getattr(plan.data, name) for name in shared})
@@ -211,7 +198,7 @@ def _require_fittable(plan: Plan, pair: Pair, data: Dataset, foreign: bool) -> N
                 "pair: expected at least one parameter to learn; got none. Pass Modules, or use pyro.param or "
                 "pyro.module in the programs."
             )
-        problems += [f"{'.'.join(loc)}: expected {text}; got {found}." for loc, text, found in refused(plan)]
+        problems += [f"{loc}: expected {text}; got {found}." for loc, text, found in refused(plan)]
         wrong = {str(p.dtype) for p in pair.parameters() if p.is_floating_point() and p.dtype != rows.dtype}
         if wrong and plan.objective.dtype is None:
             raise DeclarationError(f"pair: expected parameters of {rows.dtype} to fit; got {wrong}. Use pair.float().")

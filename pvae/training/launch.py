@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from pvae.component import IMPORTED
 from pvae.data import Dataset
@@ -21,8 +20,8 @@ from pvae.runs.run import Run
 from pvae.runs.rundir import RunDirectory
 from pvae.training import loop
 from pvae.training.evaluation import evaluate
-from pvae.training.step import choose_engine
-from pvae.training.trainer import Record, Trainer
+from pvae.training.step import choose_engine, learned
+from pvae.training.trainer import Trainer
 from pvae.util.provenance import provenance
 
 
@@ -75,16 +74,11 @@ def launch(
     for note in dataset.notes:
         files.log_event("alert" if "also occur in train" in note else "data", note)
     with files.lock(), exporting(files, export, show=progress):
-        if learns(pair):
-            loop.train(Trainer(plan, pair, dataset, files, where, engine, record=recorder(plan), show=progress))
+        if learned(pair):
+            loop.train(Trainer(plan, pair, dataset, files, where, engine, progress))
         else:
             keep_as_it_is(pair, dataset, plan, files)
     return Run(files, data=dataset, pair=given_pair)
-
-
-def learns(pair: Pair) -> bool:
-    """Return True if the pair has a trainable parameter; a refit whose prior is q_agg itself has none."""
-    return any(p.requires_grad for p in pair.parameters())
 
 
 def freeze(pair: Pair, trainable: Sequence[str] | None) -> None:
@@ -108,21 +102,9 @@ def keep_as_it_is(pair: Pair, data: Dataset, plan: Plan, files: RunDirectory) ->
     """
     row = evaluate(pair, data.validation.rows, plan.seed, len(data.train))
     files.log_metrics({"epoch": 0, "step": 0, "seconds": 0.0, "split": "validation", **row})
-    tensors: dict[str, dict[str, Tensor]] = {"weights": dict(pair.state_dict()), "optimizer": {}}
+    tensors = {"weights": dict(pair.state_dict()), "optimizer": {}}
     checkpoint.write(files.path / "checkpoints", 0, tensors, {"select": "weights"})
     files.update_status(state="finished", epoch=0, epochs=0, step=0, elbo=row["elbo"], engine="none", seconds=0.0)
-
-
-def recorder(plan: Plan) -> Record | None:
-    """Return the function that computes the ELBO surgery every `analysis.every` epochs; None if that is 0.
-
-    It is imported late, because it imports plots and tables.
-    """
-    if not plan.analysis.every:
-        return None
-    from pvae.analysis.decompose.surgery import record
-
-    return record
 
 
 def engine_of(plan: Plan, pair: Pair, data: Dataset, device: torch.device) -> str:

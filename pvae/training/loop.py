@@ -1,27 +1,52 @@
-"""Training loop: steps, epochs and checkpoints, until the last epoch, early stopping, or a signal."""
+"""Training loop: steps and epochs, with validation, early stopping and checkpoints, until the end or a signal."""
 
 from __future__ import annotations
 
+import os
 import signal
+import threading
 import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from types import FrameType
+from typing import Any, Self
 
 import pyro
 import torch
 from torch import Tensor
 
-from pvae.errors import Interrupted, is_refused_draw
+from pvae.errors import Interrupted, PvaeError, is_refused_draw
+from pvae.pair.code_usage import code_usage
+from pvae.training import recovery
 from pvae.training.begin import begin
-from pvae.training.diagnose import bad_weights
-from pvae.training.epochs import end_epoch, final_alerts
-from pvae.training.keeping import save
-from pvae.training.recovery import all_finite, explained_errors, fail, not_finite, not_sampled
-from pvae.training.signals import Stop
-from pvae.training.step import is_finite
-from pvae.training.trainer import Trainer
+from pvae.training.evaluation import ALERT_ROWS, alerts, evaluate
+from pvae.training.step import CLIPPED, is_finite
+from pvae.training.trainer import Trainer, first_line, swapped
 from pvae.util.progress import ProgressBar
 
 SHOWN_STEPS = 20
 """Number of steps between two updates of the progress bar."""
+STATUS_SECONDS = 2.0
+"""Smallest number of seconds between two updates of the status file."""
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
+"""Signals that ask a fit to stop."""
+
+
+class Stop(ExitStack):
+    """Context manager that records a stop signal, so that a step can be finished; a second one exits at once."""
+
+    signal: int | None = None
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():
+            for number in SIGNALS:
+                self.callback(signal.signal, number, signal.signal(number, self._note))
+        return self
+
+    def _note(self, number: int, _frame: FrameType | None) -> None:
+        if self.signal is not None:
+            os._exit(128 + number)
+        self.signal = number
 
 
 def train(trainer: Trainer) -> None:
@@ -41,7 +66,7 @@ def train(trainer: Trainer) -> None:
         torch.random.fork_rng(devices=devices),
         pyro.validation_enabled(False),
         Stop() as stop,
-        explained_errors(trainer),
+        recovery.explained_errors(trainer),
     ):
         if state.step == 0:
             trainer.follow_schedules(0)
@@ -51,14 +76,13 @@ def train(trainer: Trainer) -> None:
         trainer.make_stepper()
         if state.step == 0:
             trainer.stepper.begin()
-            save(trainer)
+            recovery.save(trainer)
         with ProgressBar(epochs * trainer.per_epoch, trainer.plan.name, show=trainer.show) as bar:
             while trainer.state.epoch < epochs and not trainer.state.stopped:
                 epoch(trainer, stop, bar)
-        trainer.clock()
-    if bad := bad_weights(trainer.pair):
-        fail(trainer, f"weights not finite after the last step ({bad[0]})")
-    save(trainer)
+    if bad := recovery.bad_weights(trainer.pair):
+        recovery.fail(trainer, f"weights not finite after the last step ({bad[0]})")
+    recovery.save(trainer)
     trainer.pair.eval()  # rows announced to its parts are no longer those of the next batch
     final_alerts(trainer)
     trainer.status("finished")
@@ -68,9 +92,6 @@ def epoch(trainer: Trainer, stop: Stop, bar: ProgressBar) -> None:
     """Take the remaining steps of the current epoch and end it; return early after a rollback to a checkpoint."""
     state = trainer.state
     order = trainer.data.train.order(trainer.plan.seed, state.epoch)
-    if trainer.sums is None:
-        figures = len(trainer.stepper.names) + 1
-        trainer.sums = torch.zeros(figures, dtype=torch.float64, device=trainer.device)
     while state.step < (state.epoch + 1) * trainer.per_epoch:
         position = (state.step - state.epoch * trainer.per_epoch) * trainer.batch
         if not step(trainer, order[position : position + trainer.batch]):
@@ -78,8 +99,7 @@ def epoch(trainer: Trainer, stop: Stop, bar: ProgressBar) -> None:
         if stop.signal is not None:
             interrupt(trainer, stop.signal)
         if time.monotonic() - trainer.last_checkpoint >= trainer.train.checkpoint_seconds:
-            trainer.clock()
-            save(trainer)
+            recovery.save(trainer)
         if state.step % SHOWN_STEPS == 0:
             bar.update(state.step)
     trainer.clock()
@@ -91,40 +111,144 @@ def step(trainer: Trainer, index: Tensor) -> bool:
     state = trainer.state
     trainer.follow_schedules(state.step)
     x = trainer.draw(index)
-    frozen = trainer.frozen(state.step)
     try:
-        out = trainer.stepper(x, frozen) if frozen else trainer.stepper(x)
+        out = trainer.stepper(x, trainer.turns[state.step % len(trainer.turns)])
     except (RuntimeError, ValueError) as error:
         if not is_refused_draw(error):
             raise
-        return not_sampled(trainer, error)
+        return recovery.failed_step(trainer, f"no draw at step {state.step}: {first_line(error)}")
     if not out.is_cuda and not is_finite(out):
-        return not_finite(trainer, x, index, out)
-    accumulate(trainer, out)
+        return recovery.failed_step(trainer, recovery.not_finite(trainer, x, index, out))
+    accumulate(trainer.sums, out)
     state.step += 1
-    return state.step % trainer.per_epoch != 0 or all_finite(trainer)
+    return state.step % trainer.per_epoch != 0 or recovery.all_finite(trainer)
 
 
-def accumulate(trainer: Trainer, out: Tensor) -> None:
+def accumulate(sums: Tensor, out: Tensor) -> None:
     """Add the metrics of a step to their sums over the epoch, without synchronising with a GPU."""
-    sums = trainer.sums
-    assert sums is not None  # noqa: S101 - `epoch` has made it
-    if out.is_cuda:
-        finite = out[0].isfinite() & out[-1].isfinite()
-        sums[:-1] += torch.where(finite, out, 0.0)
-        sums[-1] += finite
-    else:
-        sums[:-1] += out
-        sums[-1] += 1
+    finite = out[0].isfinite() & out[-1].isfinite() if out.is_cuda else True
+    sums[:-1] += torch.where(finite, out, 0.0) if out.is_cuda else out
+    sums[-1] += finite
 
 
 def interrupt(trainer: Trainer, number: int) -> None:
     """Write a checkpoint and raise `Interrupted`, after the signal `number` arrived."""
-    trainer.clock()
-    save(trainer)
+    recovery.save(trainer)
     trainer.status("interrupted")
     raise Interrupted(
         f"{signal.Signals(number).name} at step {trainer.state.step}: checkpoint written. Go on with: "
         f"pvae resume {trainer.files.path}",
         number,
     )
+
+
+# ---------------------------------------------------------------------- the end of an epoch, and of the fit
+
+
+def end_epoch(trainer: Trainer, bar: ProgressBar) -> None:
+    """Log the mean training metrics of an epoch, then validate and analyse if they are due."""
+    state, train, stepper = trainer.state, trainer.train, trainer.stepper
+    stepper.end_epoch()
+    *totals, finite = trainer.sums.tolist()
+    named = zip(stepper.names, totals, strict=True)
+    row = {name: total if name == CLIPPED else total / max(finite, 1.0) for name, total in named}
+    trainer.sums.zero_()
+    if trainer.plan.objective.scores and "reconstruction" not in row:  # Pyro's own loss
+        row |= {"beta": float(trainer.loss.beta)}
+    elif trainer.plan.objective.scores:
+        kl = sum(value for name, value in row.items() if name.startswith("kl/"))
+        row |= {"kl": kl, "elbo": row["reconstruction"] - kl, "beta": float(trainer.loss.beta)}
+    state.epoch += 1
+    common = {"epoch": state.epoch, "step": state.step, "seconds": round(state.seconds, 3)}
+    lr = float(trainer.optimizer.param_groups[0]["lr"])
+    trainer.files.log_metrics({**common, "split": "train", **row, "lr": lr, "skipped": state.skipped})
+    note = f"epoch {state.epoch}/{train.epochs} {in_words(row)}"
+    if state.epoch % train.validate_every == 0 or state.epoch == train.epochs:
+        note = f"{note} validation {validate(trainer, common)}"
+    bar.update(state.step, note)
+    if trainer.analyse_every and state.epoch % trainer.analyse_every == 0:
+        analyse(trainer, common)
+    if time.monotonic() - trainer.last_status > STATUS_SECONDS:
+        trainer.status("running")
+
+
+def in_words(row: Mapping[str, float]) -> str:
+    """Return an epoch's metrics as text for the progress bar: the ELBO, or all metrics but norms if there is none."""
+    shown = {"elbo": row["elbo"]} if "elbo" in row else {k: v for k, v in row.items() if "norm" not in k}
+    return " ".join(f"{name} {value:.2f}" for name, value in shown.items())
+
+
+def analyse(trainer: Trainer, common: Mapping[str, Any]) -> None:
+    """Log the ELBO surgery that `analysis.every` asks for, of the averaged weights if the fit averages them.
+
+    An analysis that fails is reported as an event, and no further one is tried.
+    """
+    from pvae.analysis.decompose.surgery import record  # here, because it imports plots and tables
+
+    try:
+        with swapped(trainer.parameters, trainer.average):
+            row = record(trainer.plan, trainer.pair, trainer.data)
+    except PvaeError as error:
+        trainer.tell("analysis", f"no analysis during this fit: {error}")
+        trainer.analyse_every = 0
+    else:
+        trainer.files.log_metrics({**common, "split": "analysis", **row})
+
+
+def validate(trainer: Trainer, common: Mapping[str, Any]) -> str:
+    """Log the validation metrics, of the averaged weights if there are any, and update the best weights and patience.
+
+    Returns the result as text for the progress bar.
+    """
+    state, train, held, seed = trainer.state, trainer.train, trainer.data.validation.rows, trainer.plan.seed
+    common = {**common, "split": "validation"}
+    with swapped(trainer.parameters, trainer.average):
+        measured = trainer.plan.objective.measure(trainer.pair, held, seed)
+        if measured is not None:
+            trainer.files.log_metrics({**common, **measured})
+            return in_words(measured)
+        figures = evaluate(trainer.pair, held, seed, len(trainer.data.train)) | code_usage(trainer.pair, held, seed)
+        score = figures["elbo"] - sum(v for name, v in figures.items() if name.startswith("penalty/"))
+        better = score > state.best
+        if better:
+            state.best, state.best_epoch, state.waited = score, state.epoch, 0
+            if train.keep == "best":
+                trainer.best = {name: value.detach().clone() for name, value in trainer.pair.state_dict().items()}
+    if not better and beta_rests(trainer):
+        state.waited += 1
+    trainer.files.log_metrics({**common, **figures})
+    if train.patience is not None and state.waited >= train.patience:
+        state.stopped = True
+        trainer.tell(
+            "stop", f"validation ELBO not better for {state.waited} validations: stopped at epoch {state.epoch}"
+        )
+    return f"{figures['elbo']:.2f}"
+
+
+def beta_rests(trainer: Trainer) -> bool:
+    """Return True if the KL weight beta has not changed since the last validation; patience counts only then."""
+    beta, epochs, epoch = trainer.plan.objective.beta, trainer.train.epochs, trainer.state.epoch
+    return beta.at(epoch, epochs) == beta.at(epoch - trainer.train.validate_every, epochs)
+
+
+def final_alerts(trainer: Trainer) -> None:
+    """Log the alerts (collapsed latents, dead codes, scales at bounds) for the weights that the run keeps."""
+    if trainer.files.degraded is not None:
+        trainer.tell("alert", f"the record of this run has gaps: {trainer.files.degraded}")
+    if not trainer.plan.objective.scores:
+        return
+    places: Sequence[Tensor] = trainer.parameters
+    kept: Sequence[Tensor] | None = trainer.average
+    if trainer.best is not None:  # with codebooks and the like, which are no parameters
+        own = trainer.pair.state_dict()
+        places, kept = list(own.values()), [trainer.best[name].to(trainer.device) for name in own]
+    with swapped(places, kept):
+        try:
+            rows = trainer.data.validation.rows[:ALERT_ROWS]
+            found = alerts(trainer.plan, trainer.pair, rows, trainer.plan.seed)
+        except (RuntimeError, ValueError) as error:
+            if not is_refused_draw(error):
+                raise
+            found = [f"the weights that are kept give no distribution: {first_line(error)}"]
+    for message in found:
+        trainer.tell("alert", message)

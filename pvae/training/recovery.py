@@ -1,50 +1,120 @@
-"""Recovery of a fit from a loss that is not finite, from exhausted memory and from a lost device."""
+"""Checkpoints of a fit; recovery from a loss that is not finite, exhausted memory and a lost device."""
 
 from __future__ import annotations
 
+import math
+import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from typing import NoReturn
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from pvae.errors import DeviceError, NonFiniteError, StorageError, device_lost, is_refused_draw, out_of_memory
-from pvae.training.diagnose import bad_figures, bad_weights, diagnose
-from pvae.training.keeping import newest, restore, save
-from pvae.training.trainer import Trainer, first_line
+from pvae import errors
+from pvae.errors import CheckpointError, DeviceError, NonFiniteError, StorageError
+from pvae.objectives.base import Loss
+from pvae.pair.densities import log_prob
+from pvae.pair.layout import samples
+from pvae.pair.pair import Pair
+from pvae.runs import checkpoint
+from pvae.runs.run import load_weights
+from pvae.training import step
+from pvae.training.trainer import State, Trainer, first_line
 from pvae.util.files import write_atomic
 
+RETRY_SECONDS = (0.1, 0.5, 2.0)
+"""Seconds to wait before each further attempt to write the last checkpoint of a fit."""
 MAX_ROLLBACKS = 3
 DUMP = "nonfinite_batch.safetensors"
+
+
+# ---------------------------------------------------------------------- checkpoints
+
+
+def newest(trainer: Trainer) -> checkpoint.Checkpoint | None:
+    """Return the newest readable checkpoint of a fit; None if it has none. Damaged ones are reported as events."""
+    return checkpoint.latest(trainer.files.path / "checkpoints", report=lambda line: trainer.tell("fallback", line))
+
+
+def save(trainer: Trainer) -> None:
+    """Write a checkpoint of the fit, unless a weight is NaN or infinite.
+
+    A full disk is reported as an event, and the next checkpoint is the next attempt; the last one of a fit must
+    succeed.
+
+    Raises:
+        StorageError: the last checkpoint cannot be written.
+    """
+    trainer.clock()
+    if bad := bad_weights(trainer.pair):
+        trainer.tell("nonfinite", f"no checkpoint at step {trainer.state.step}: weights not finite ({bad[0]})")
+        return
+    tensors = {"weights": dict(trainer.pair.state_dict()), "optimizer": step.optimizer_tensors(trainer.optimizer)}
+    select = "weights"
+    if trainer.average is not None:
+        tensors["average"], select = dict(zip(trainer.names, trainer.average, strict=True)), "average"
+    if trainer.best is not None:
+        tensors["best"], select = trainer.best, "best"
+    if trainer.state.step:
+        tensors["progress"] = {"sums": trainer.sums, **trainer.gathered}
+    state = {k: v for k, v in asdict(trainer.state).items() if v != -math.inf} | {"select": select}
+    last = trainer.state.stopped or trainer.state.epoch >= trainer.train.epochs
+    for wait in (*RETRY_SECONDS, None) if last else (None,):
+        try:
+            checkpoint.write(trainer.files.path / "checkpoints", trainer.state.step, tensors, state)
+            break
+        except StorageError as error:
+            if wait is None and last:
+                raise
+            trainer.tell("storage", str(error) if wait is None else f"{error} Trying again.")
+            time.sleep(wait or 0.0)
+    trainer.last_checkpoint = time.monotonic()
+
+
+def restore(trainer: Trainer, saved: checkpoint.Checkpoint) -> None:
+    """Restore weights, optimiser state, averaged weights and progress of a fit from a checkpoint.
+
+    Raises:
+        CheckpointError: the checkpoint does not belong to this fit.
+    """
+    try:
+        tensors, device, keeps_best = saved.tensors, trainer.device, trainer.train.keep == "best"
+        for group in ("best", "weights"):  # the best are kept as they are: they too must be of this pair
+            if group == "weights" or group in tensors:
+                load_weights(trainer.pair, tensors[group], str(saved.path))
+        step.load_optimizer_tensors(trainer.optimizer, tensors["optimizer"])
+        if device.type == "cuda":
+            step.make_capturable(trainer.optimizer, device)
+        trainer.best = tensors.get("best") if keeps_best else None
+        average = tensors.get("average")
+        if trainer.average is not None and average is not None:  # in place: the step holds these tensors
+            torch._foreach_copy_(trainer.average, [average[name].to(device) for name in trainer.names])
+        progress = {name: value.to(device) for name, value in tensors.get("progress", {}).items()}
+        trainer.sums = progress.pop("sums", torch.zeros_like(trainer.sums))
+        trainer.gathered.clear()  # in place: the stepper holds it
+        trainer.gathered.update(progress)
+        trainer.state = State.of(saved.state)
+        if keeps_best and trainer.best is None:
+            trainer.state.best = -math.inf
+        if trainer.state.step:
+            trainer.follow_schedules(trainer.state.step - 1)  # of the last step: the end of its epoch may be to come
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{saved.path}: expected the state of this fit; got another: {error}. Go on from the checkpoint before."
+        ) from error
 
 
 # ---------------------------------------------------------------------- not finite
 
 
-def not_sampled(trainer: Trainer, error: Exception) -> bool:
-    """Apply the policy `train.nonfinite` to a step in which a distribution had invalid parameters.
-
-    Returns False if the fit was rolled back to a checkpoint.
-    """
-    return _next(trainer, handle(trainer, f"no draw at step {trainer.state.step}: {first_line(error)}", 1))
-
-
-def not_finite(trainer: Trainer, x: Tensor, index: Tensor, out: Tensor) -> bool:
-    """Apply the policy `train.nonfinite` to a step with a loss or gradient that is not finite, which changed no weight.
-
-    Returns False if the fit was rolled back to a checkpoint.
-    """
-    state = trainer.state
-    if trainer.plan.objective.scores:
-        why = diagnose(trainer.loss, lambda: trainer.draw(index), index)
-    else:
-        why = bad_figures(trainer.pair, trainer.stepper.names, out)
-    message = f"loss not finite at step {state.step} (epoch {state.epoch}): {why}; last finite step {state.step - 1}"
-    if trainer.train.nonfinite != "skip":
-        dump(trainer, x, index)
-    return _next(trainer, handle(trainer, message, 1))
+def failed_step(trainer: Trainer, message: str) -> bool:
+    """Apply the policy `train.nonfinite` to a step that changed no weight; return False after a rollback."""
+    going_on = handle(trainer, message, 1)
+    trainer.state.step += going_on
+    return going_on
 
 
 def all_finite(trainer: Trainer) -> bool:
@@ -55,20 +125,15 @@ def all_finite(trainer: Trainer) -> bool:
     """
     if trainer.device.type != "cuda":
         return True
-    assert trainer.sums is not None  # noqa: S101 - the epoch has made it
     missing = trainer.per_epoch - int(trainer.sums[-1])
     message = f"loss not finite in {missing} of {trainer.per_epoch} steps of epoch {trainer.state.epoch}"
     return not missing or handle(trainer, message, missing)
 
 
-def _next(trainer: Trainer, going_on: bool) -> bool:
-    """Advance the step counter past a failed step unless the fit was rolled back (`going_on` is False)."""
-    trainer.state.step += going_on
-    return going_on
-
-
 def handle(trainer: Trainer, message: str, steps: int) -> bool:
     """Apply the policy `train.nonfinite` to `steps` failed steps: return True to go on, False after a rollback.
+
+    A rollback restores the newest checkpoint; the fit continues from there with other random noise.
 
     Raises:
         NonFiniteError: the policy is to stop, or to skip although a weight is not finite, or no further rollback is
@@ -79,9 +144,16 @@ def handle(trainer: Trainer, message: str, steps: int) -> bool:
         state.skipped += steps
         trainer.tell("nonfinite", f"{message}; skipped")
         return True
-    if policy == "rollback" and state.rollbacks < MAX_ROLLBACKS and roll_back(trainer, message):
-        return False
-    return fail(trainer, message)
+    saved = newest(trainer) if policy == "rollback" and state.rollbacks < MAX_ROLLBACKS else None
+    if saved is None:
+        fail(trainer, message)
+    restore(trainer, saved)
+    trainer.state.rollbacks = state.rollbacks + 1
+    trainer.files.truncate_metrics(trainer.state.epoch)
+    if trainer.engine == "captured":  # the graph holds the tensors of the optimiser's former state
+        trainer.make_stepper()
+    trainer.tell("nonfinite", f"{message}; rolled back to step {trainer.state.step}, with other noise")
+    return False
 
 
 def fail(trainer: Trainer, message: str) -> NoReturn:
@@ -95,30 +167,73 @@ def fail(trainer: Trainer, message: str) -> NoReturn:
     )
 
 
-def roll_back(trainer: Trainer, message: str) -> bool:
-    """Restore the newest checkpoint and continue with other random noise; return False if there is no checkpoint."""
-    saved = newest(trainer)
-    if saved is None:
-        return False
-    rollbacks = trainer.state.rollbacks + 1
-    restore(trainer, saved)
-    trainer.state.rollbacks = rollbacks
-    trainer.files.truncate_metrics(trainer.state.epoch)
-    if trainer.engine == "captured":  # the graph holds the tensors of the optimiser's former state
-        trainer.make_stepper()
-    trainer.tell("nonfinite", f"{message}; rolled back to step {trainer.state.step}, with other noise")
-    return True
+def not_finite(trainer: Trainer, x: Tensor, index: Tensor, out: Tensor) -> str:
+    """Describe a step with a loss or gradient that is not finite; write its batch unless such steps are skipped.
+
+    Arguments:
+        trainer: the fit; the step has changed no weight.
+        x: batch of the step.
+        index: row numbers of the batch in the training data.
+        out: metrics of the step.
+    """
+    if trainer.train.nonfinite != "skip":
+        from safetensors.torch import save as serialise
+
+        content = serialise({"x": x.detach().cpu().contiguous(), "index": index.cpu().contiguous()})
+        try:
+            write_atomic(trainer.files.analysis / DUMP, content)
+        except StorageError as error:  # the diagnosis is worth more than the batch
+            trainer.tell("storage", str(error))
+    state = trainer.state
+    why = diagnose(trainer, index, out)
+    return f"loss not finite at step {state.step} (epoch {state.epoch}): {why}; last finite step {state.step - 1}"
 
 
-def dump(trainer: Trainer, x: Tensor, index: Tensor) -> None:
-    """Write a batch with a loss that is not finite, and its row numbers, to the run's analysis folder."""
-    from safetensors.torch import save as serialise
+def diagnose(trainer: Trainer, index: Tensor, out: Tensor) -> str:
+    """Describe in one sentence why a step failed: the bad sample site, its data rows and the gradient norm.
 
-    content = serialise({"x": x.detach().cpu().contiguous(), "index": index.cpu().contiguous()})
-    try:
-        write_atomic(trainer.files.analysis / DUMP, content)
-    except StorageError as error:  # the diagnosis is worth more than the batch
-        trainer.tell("storage", str(error))
+    A parameter that is not finite is named instead, and without an ELBO the metrics of the step.
+    """
+    if weights := bad_weights(trainer.pair):
+        more = f" and {len(weights) - 1} more" if len(weights) > 1 else ""
+        return f"weights were already not finite ({weights[0]}{more}): a gradient of an earlier step overflowed"
+    if not trainer.plan.objective.scores:
+        return ", ".join(f"{k} {v:.3g}" for k, v in zip(trainer.stepper.names, out.tolist(), strict=True))
+    norm = gradient_norm(trainer.loss, trainer.draw(index))
+    found = first_bad_site(trainer.pair, trainer.draw(index))
+    if found is None:
+        return f"every site is finite; gradient norm {norm:.3g}"
+    site, rows = found
+    data_rows = index[torch.tensor(rows)].tolist()
+    shown = ", ".join(str(r) for r in data_rows[:8]) + (" ..." if len(data_rows) > 8 else "")
+    return f"first bad site {site}, {len(rows)} of {len(index)} rows (data rows {shown}); gradient norm {norm:.3g}"
+
+
+def bad_weights(module: nn.Module) -> list[str]:
+    """Return the names of the parameters of a module that contain NaN or infinity."""
+    return [name for name, p in module.named_parameters() if not bool(p.isfinite().all())]
+
+
+def first_bad_site(pair: Pair, x: Tensor) -> tuple[str, list[int]] | None:
+    """Return the first sample site whose log density is not finite, and the indices of its rows in the batch.
+
+    Sites of the guide are checked before those of the model; None if every log density is finite.
+    """
+    with torch.no_grad():
+        guide_trace, model_trace = pair.traces(x)
+    for side, trace in (("guide", guide_trace), ("model", model_trace)):
+        for name, node in samples(trace).items():
+            bad = ~log_prob(node, pair.layout, 0).isfinite()
+            bad = bad.flatten(0, -2).any(0) if bad.dim() > 1 else bad  # in any state of a sum
+            if bool(bad.any()):
+                return f"{side}.{name}", bad.nonzero().flatten().tolist()
+    return None
+
+
+def gradient_norm(loss: Loss, x: Tensor) -> float:
+    """Return the global L2 norm of the gradient of the loss of batch `x` over all trainable parameters."""
+    with torch.enable_grad():
+        return float(torch.stack([g.norm() for g in step.gradients(loss, loss(x)[0])]).norm())
 
 
 # ---------------------------------------------------------------------- memory and devices
@@ -130,10 +245,10 @@ def explained_errors(trainer: Trainer) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if is_refused_draw(error):
+        if errors.is_refused_draw(error):
             fail(trainer, f"no draw after step {trainer.state.step}: {first_line(error)}")
-        lost = device_lost(error)
-        if not lost and not out_of_memory(error):
+        lost = errors.device_lost(error)
+        if not lost and not errors.out_of_memory(error):
             raise
         traceback.clear_frames(error.__traceback__)  # they hold the tensors of the failed step
         message = f"{'device lost' if lost else 'out of memory'} at step {trainer.state.step} on {trainer.device}"
@@ -148,7 +263,7 @@ def explained_errors(trainer: Trainer) -> Iterator[None]:
 
 def _emergency(trainer: Trainer) -> str:
     """Write a checkpoint after memory ran out, and return advice on the batch size for the error message."""
-    _clear_gradients(trainer)
+    step.clear_gradients(trainer.parameters)
     if trainer.device.type == "cuda":
         torch.cuda.empty_cache()
     stepper = getattr(trainer, "stepper", None)
@@ -171,15 +286,10 @@ def _fitting_rows(trainer: Trainer) -> int:
             trainer.loss(trainer.rows(torch.arange(rows, device=trainer.device)))[0].backward()
             return rows
         except Exception as error:
-            if not out_of_memory(error):
+            if not errors.out_of_memory(error):
                 raise
             traceback.clear_frames(error.__traceback__)
             rows //= 2
         finally:
-            _clear_gradients(trainer)
+            step.clear_gradients(trainer.parameters)
     return 0
-
-
-def _clear_gradients(trainer: Trainer) -> None:
-    for parameter in trainer.parameters:
-        parameter.grad = None

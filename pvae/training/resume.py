@@ -1,9 +1,11 @@
-"""Continuation of a run from its newest checkpoint."""
+"""Continuation of a run: `resume` goes on from its newest checkpoint, `refit` fits new priors in a second stage."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -11,21 +13,25 @@ from pvae.data import Dataset
 from pvae.errors import CheckpointError, DataError, DeclarationError
 from pvae.experiment.experiment import Experiment
 from pvae.experiment.plan import Plan
+from pvae.objectives.elbo import TraceELBO
 from pvae.pair.pair import Pair
 from pvae.runs import checkpoint
 from pvae.runs.export.exporting import exporting, remembered, require
-from pvae.runs.names import slug
-from pvae.runs.run import Run
+from pvae.runs.find import slug
+from pvae.runs.run import Run, attended, load_weights
 from pvae.runs.rundir import RunDirectory
 from pvae.training import loop
-from pvae.training.keeping import newest, restore
-from pvae.training.launch import freeze, learns, pick_device, recorder
-from pvae.training.refit import changed_keys, fit_stage, parent_of
+from pvae.training.launch import freeze, launch, pick_device
+from pvae.training.recovery import newest, restore
+from pvae.training.step import learned
 from pvae.training.trainer import Trainer
+from pvae.util.toml import flat
 
 RESUMABLE = ("train.", "objective.", "analysis.", "description", "device", "threads")
 """Prefixes of the keys that `allow_changes` permits to change in a run: settings of training, never of model or
 data."""
+NOT_FROZEN = re.compile(r"latents\.\w+\.prior(\.|$)|train\.|objective\.|analysis\.|refit|(name|description|seed)$")
+"""Keys that a second stage may change."""
 
 
 def resume(
@@ -85,19 +91,14 @@ def resume(
     files, plan, where = run.files, run.plan.with_overrides(*overrides), pick_device(device)
     changed = differences(run, plan, where)
     other = [line for line in changed if not line.startswith(RESUMABLE)]
-    if other:
-        raise DeclarationError(
-            [f"{files.path.name}: expected the run's own {line}" for line in other]
-            + ["This would be another model or other data, which a run cannot become: fit it anew."]
-        )
-    if changed and not allow_changes:
-        raise DeclarationError(
-            [f"{files.path.name}: expected the run's own {line}" for line in changed]
-            + ["The continuation would not be exact; say --allow-changes (allow_changes=True) to go on all the same."]
-        )
+    if other or (changed and not allow_changes):
+        advice = "The continuation would not be exact; say --allow-changes (allow_changes=True) to go on all the same."
+        if other:
+            advice = "This would be another model or other data, which a run cannot become: fit it anew."
+        lines = [f"{files.path.name}: expected the run's own {line}" for line in other or changed]
+        raise DeclarationError([*lines, advice])
     with files.lock():
-        found = files.path / "checkpoints"
-        for name in checkpoint.sweep(found):
+        for name in checkpoint.sweep(files.path / "checkpoints"):
             files.log_event("sweep", f"removed the unfinished {name}")
         kinds = remembered(files, asked)
         if run.status.get("state") != "finished" or changed:
@@ -110,11 +111,11 @@ def _go_on(run: Run, plan: Plan, where: torch.device, changed: list[str], *, pro
     """Train from the newest checkpoint to the end; return at once for a pair without trainable parameters."""
     files, pair = run.files, run.fresh_pair()
     freeze(pair, files.manifest.get("trainable"))
-    if not learns(pair):
+    if not learned(pair):
         _ = run.checkpoint  # raises where there is none
         return
     engine = str(files.manifest.get("engine", "eager"))
-    trainer = Trainer(plan, pair, run.data, files, where, engine, record=recorder(plan), show=progress)
+    trainer = Trainer(plan, pair, run.data, files, where, engine, progress)
     saved = newest(trainer)
     if saved is not None:
         restore(trainer, saved)
@@ -139,14 +140,14 @@ def second_stage(run: Run, device: str, progress: bool, *, allow_changes: bool =
     if not isinstance(plan, Experiment) or plan.refit is None:
         return run
     stage = plan.second_stage()
-    for path in sorted((root / slug(stage.name)).glob("*"), reverse=True):
-        child = Run(RunDirectory(path), data=run.data)
-        if not _is_stage(child, run, stage):
-            continue
-        if child.status.get("state") == "finished":
-            return child
-        return resume(child, device=device, progress=progress, allow_changes=allow_changes)
-    return fit_stage(run, stage, root, device, progress, export=run.files.manifest.get("exports", []))
+    paths = sorted((root / slug(stage.name)).glob("*"), reverse=True)
+    children = (Run(RunDirectory(path), data=run.data) for path in paths)
+    child = next((child for child in children if _is_stage(child, run, stage)), None)
+    if child is None:
+        return fit_stage(run, stage, root, device, progress, export=run.files.manifest.get("exports", []))
+    if child.status.get("state") == "finished":
+        return child
+    return resume(child, device=device, progress=progress, allow_changes=allow_changes)
 
 
 def _is_stage(child: Run, run: Run, stage: Experiment) -> bool:
@@ -164,3 +165,120 @@ def differences(run: Run, plan: Plan, device: torch.device) -> list[str]:
     here = {"device": str(device), "threads": torch.get_num_threads()}
     there = run.files.manifest
     return lines + [f"{k} = {there[k]!r}; got {v!r}." for k, v in here.items() if k in there and there[k] != v]
+
+
+# ---------------------------------------------------------------------- second stages
+
+
+def refit(
+    run: Run | str | Path,
+    *overrides: str,
+    root: str | Path = "runs",
+    run_dir: str | Path | None = None,
+    data_dir: str | Path | None = None,
+    device: str = "auto",
+    export: Sequence[str] = (),
+    progress: bool = True,
+) -> Run:
+    """Freeze a fitted pair of model and guide and fit new priors to its aggregated posterior by maximum likelihood.
+
+    With the guide fixed, the marginal KL of the run's ELBO surgery, in nats per datum, is the largest improvement of
+    the ELBO that new priors can give; `pvae.analysis.gain` measures the improvement reached. For an autoencoder this
+    makes a model that can be sampled.
+
+    Arguments:
+        run: a finished `Run`, its folder, its name, or "latest".
+        overrides: the new priors, `"latents.z.prior.kind=realnvp"`, and how to train them, `"train.epochs=50"`;
+            nothing else may change. Training settings that are not overridden are those of the run.
+        root: folder in which runs are looked up by name.
+        run_dir: folder of the new run's directory; default: that of the old run.
+        data_dir: folder that is searched first for data files.
+        device: as in `fit`.
+        export: as in `fit`.
+        progress: as in `fit`.
+
+    Returns:
+        The new run, with the weights of the whole pair; its manifest names the old run as the parent.
+
+    Raises:
+        DeclarationError: no prior changes, or something else does.
+        CheckpointError: the run has no checkpoint.
+
+    References:
+        ELBO surgery (Hoffman, Johnson, 2016), http://approximateinference.org/accepted/HoffmanJohnson2016.pdf
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> import pvae
+        >>> runs = TemporaryDirectory()
+        >>> few = "data.splits.train=[0, 200]"
+        >>> run = pvae.fit("vae", few, "train.epochs=1", run_dir=runs.name, progress=False)
+        >>> mixture = "latents.z.prior={kind='mixture', components=5}"
+        >>> second = pvae.refit(run, mixture, progress=False)
+        >>> second.experiment.latents["z"].prior.kind, second.files.manifest["parent"]["run"] == f"vae/{run.path.name}"
+        ('mixture', True)
+        >>> runs.cleanup()
+    """
+    kinds = require(export)
+    if not isinstance(run, Run):
+        run = Run.load(run, root=root, data_dir=data_dir)
+    stage = stage_of(run.experiment, run.experiment.with_overrides(*overrides))
+    return fit_stage(run, stage, Path(run_dir) if run_dir else run.path.parent.parent, device, progress, export=kinds)
+
+
+def stage_of(old: Experiment, changed: Experiment) -> Experiment:
+    """Return the declaration of a second stage of `old`: priors and training of `changed`, the plain ELBO as objective.
+
+    Raises:
+        DeclarationError: no prior changes, or something else does.
+    """
+    if not old.objective.scores:
+        raise DeclarationError(
+            f"refit: expected a run with an encoder, whose codes a prior can be fitted to; got one of the objective "
+            f"{old.objective.kind}."
+        )
+    if changed.objective != old.objective:
+        raise DeclarationError("refit: expected no other objective; got one. Priors are fitted by the plain ELBO.")
+    name = f"{old.name}_refit" if changed.name == old.name else changed.name
+    train = {**changed.train.model_dump(exclude_none=True, exclude_unset=True), "alternate": 0}
+    stage = changed.with_changes({"name": name, "refit": None, "objective": TraceELBO(), "train": train})
+    frozen = [line for key, line in changed_keys(old, stage).items() if not NOT_FROZEN.match(key)]
+    if frozen:
+        raise DeclarationError(
+            [f"refit: expected the run's own {line} Only priors are fitted anew." for line in frozen]
+        )
+    if stage.seed != old.seed and getattr(stage.data, "data_seed", 0) == "experiment":
+        raise DeclarationError(f"refit: expected the run's own seed, which its data follow; got {stage.seed}.")
+    old.refitted(stage)
+    return stage
+
+
+def changed_keys(old: Plan, new: Plan) -> dict[str, str]:
+    """Return a message line for every value that differs between two declarations, by its dotted key."""
+    was, now = flat(old.model_dump()), flat(new.model_dump())
+    lines = {key: f"{key} = {was.get(key)!r}; got {now.get(key)!r}." for key in sorted({*was, *now})}
+    return {key: line for key, line in lines.items() if was.get(key) != now.get(key)}
+
+
+def fit_stage(
+    run: Run, stage: Experiment, run_dir: Path, device: str, progress: bool, *, export: Sequence[str] = ()
+) -> Run:
+    """Fit the second stage of a finished run, with all but its new priors frozen, in a new run directory.
+
+    Arguments as in `refit`, but for the stage's declaration.
+    """
+    trainable = tuple(f"model.priors.{name}." for name in run.experiment.refitted(stage))
+    pair = attended(stage.build(run.data.shape), run.data.train)
+    weights = {k: v for k, v in run.pair.state_dict().items() if not k.startswith(trainable)}
+    fresh = {k: v for k, v in pair.state_dict().items() if k.startswith(trainable)}
+    load_weights(pair, {**weights, **fresh}, str(run.path))
+    parent = parent_of(run)
+    return launch(
+        stage, pair, run.data, run_dir, pick_device(device),
+        parent=parent, trainable=trainable, export=export, progress=progress,
+    )  # fmt: skip
+
+
+def parent_of(run: Run) -> dict[str, Any]:
+    """Return the manifest entry that names the first run of a second stage: `run` (`name/id`) and its last `epoch`."""
+    return {"run": f"{run.path.parent.name}/{run.path.name}", "epoch": run.status.get("epoch")}

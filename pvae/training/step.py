@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import pyro
@@ -58,47 +59,56 @@ def compile_forward(loss: Loss, x: Tensor) -> Forward:
     Raises:
         RuntimeError: value or gradient differ from the eager program's on `x` (or the compiler failed).
     """
-    buffers = {name: b.detach().clone() for name, b in loss.named_buffers()}
-    with torch.random.fork_rng(), pyro.validation_enabled(False), warnings.catch_warnings():
+    # Guards check every call. None is needed: `Step` passes batches of one shape, dtype and device only.
+    options: dict[str, Any] = {"fallback_random": True, "guard_filter_fn": lambda guards: [False] * len(guards)}
+    with (
+        restored([*loss.buffers()]),
+        torch.random.fork_rng(),
+        pyro.validation_enabled(False),
+        warnings.catch_warnings(),
+    ):
         # torch's own lowering of `diagonal` calls what torch deprecates.
         warnings.filterwarnings("ignore", message="`torch._prims_common.check` is deprecated", category=FutureWarning)
         exported = torch.export.export(loss, (x,), strict=False)
-        compiled = torch.compile(exported.module(), options={"fallback_random": True, "guard_filter_fn": _no_guards})
+        compiled = torch.compile(exported.module(), options=options)
         gradient = "gradient in bfloat16" if loss.precision == "bfloat16" else "gradient"
         for name, fast, slow in zip(("value", gradient), _probe(loss, compiled, x), _probe(loss, loss, x), strict=True):
             require_equal(fast, slow, name)
-    with torch.no_grad():
-        for name, b in loss.named_buffers():
-            b.copy_(buffers[name])
     return compiled
 
 
-def _no_guards(guards: Sequence[Any]) -> list[bool]:
-    """Return False for every guard of the compiled program, to drop its checks at every call.
-
-    No check is needed: `Step` passes it batches of one shape, dtype and device only.
-    """
-    return [False] * len(guards)
+@contextmanager
+def restored(tensors: Sequence[Tensor]) -> Iterator[None]:
+    """Give tensors the values back that they have now, after the `with` block or an error inside it."""
+    kept = [tensor.detach().clone() for tensor in tensors]
+    try:
+        yield
+    finally:
+        torch._foreach_copy_([tensor.data for tensor in tensors], kept)
 
 
 def _probe(loss: Loss, forward: Forward, x: Tensor) -> tuple[Tensor, Tensor]:
     """Return the metrics and the flattened gradient of a batch over all trainable parameters, at a fixed seed."""
     torch.manual_seed(0)
     value, out = forward(x)
-    gradients = torch.autograd.grad(value, _learned(loss), allow_unused=True)
-    return out, torch.cat([g.flatten() for g in gradients if g is not None])
+    return out, torch.cat([g.flatten() for g in gradients(loss, value)])
 
 
 def require_equal(fast: Tensor, slow: Tensor, what: str) -> None:
     """Raise RuntimeError unless a compiled or captured step's values equal the eager ones up to `STEP_TOLERANCE`."""
-    if fast.shape != slow.shape or not bool(
-        (fast - slow).abs().max() <= STEP_TOLERANCE[what] * slow.abs().max() + 1e-6
-    ):
+    largest = STEP_TOLERANCE[what] * slow.abs().max() + 1e-6
+    if fast.shape != slow.shape or not bool((fast - slow).abs().max() <= largest):
         raise RuntimeError(f"the fast step's {what} differs from the eager one's")
 
 
-def _learned(module: nn.Module) -> list[nn.Parameter]:
+def learned(module: nn.Module) -> list[nn.Parameter]:
+    """Return the trainable parameters of a module."""
     return [p for p in module.parameters() if p.requires_grad]
+
+
+def gradients(module: nn.Module, value: Tensor) -> list[Tensor]:
+    """Return the gradients of a scalar with respect to the trainable parameters of a module on which it depends."""
+    return [g for g in torch.autograd.grad(value, learned(module), allow_unused=True) if g is not None]
 
 
 class Step(Stepper):
@@ -109,8 +119,8 @@ class Step(Stepper):
         optimizer: optimiser of the pair's parameters.
         engine: "eager", "compiled" or "captured".
         example: a batch of the usual shape; other shapes run eagerly.
-        clip_norm: largest global gradient norm, or None for no clipping.
-        watch: compute the gradient norm even without clipping, so that a step with a NaN gradient changes no weight.
+        clip_norm: largest global gradient norm; infinity to compute the norm without clipping, so that a step with a
+            NaN gradient changes no weight; None to do neither.
         average: averaged weights, updated in place, and their decay; or None.
     """
 
@@ -122,14 +132,13 @@ class Step(Stepper):
         example: Tensor,
         *,
         clip_norm: float | None = None,
-        watch: bool = False,
         average: tuple[Sequence[Tensor], float] | None = None,
     ) -> None:
         self.loss = loss
         self.optimizer = optimizer
-        self.clip_norm = clip_norm or (math.inf if watch else None)
+        self.clip_norm = clip_norm
         self.average = average
-        self.parameters = _learned(loss)
+        self.parameters = learned(loss)
         self.moving = [part for part in loss.modules() if isinstance(part, Moving) and part.training]
         self.shape = example.shape
         self.compiled = compile_forward(loss, example) if engine == "compiled" else None
@@ -156,8 +165,7 @@ class Step(Stepper):
         """Take one optimisation step directly, without replaying a CUDA graph; arguments as in a call."""
         loss, out = self.forward(x)
         loss.backward()
-        for parameter in frozen:
-            parameter.grad = None
+        clear_gradients(frozen)
         if self.clip_norm:
             norm = nn.utils.clip_grad_norm_(self.parameters, self.clip_norm).detach().reshape(1)
             out = torch.cat([out, norm > self.clip_norm, norm] if self.clip_norm < math.inf else [out, norm])
@@ -183,8 +191,13 @@ class Step(Stepper):
             for part in self.moving:
                 part.after_step()
             self.moving_now = False
-        for parameter in self.parameters:
-            parameter.grad = None
+        clear_gradients(self.parameters)
+
+
+def clear_gradients(parameters: Sequence[nn.Parameter]) -> None:
+    """Drop the gradients of parameters."""
+    for parameter in parameters:
+        parameter.grad = None
 
 
 def is_finite(out: Tensor) -> bool:
@@ -205,10 +218,13 @@ class Capture:
     def __init__(self, step: Step, example: Tensor) -> None:
         self.x = example.clone()
         moved = [*step.parameters, *step.loss.buffers(), *(step.average[0] if step.average else ())]
-        before = [value.detach().clone() for value in moved]
         state = {p: {k: v.clone() for k, v in s.items()} for p, s in step.optimizer.state.items()}
         try:
-            with torch.random.fork_rng(devices=[example.device]), pyro.validation_enabled(False):
+            with (
+                restored(moved),
+                torch.random.fork_rng(devices=[example.device]),
+                pyro.validation_enabled(False),
+            ):
                 self.graph, self.out = self._record(step)
                 torch.manual_seed(0)
                 with torch.no_grad():
@@ -217,14 +233,10 @@ class Capture:
                 self.graph.replay()
                 require_equal(self.out[: len(expected)], expected, "value")
         finally:
-            for parameter in step.parameters:
-                parameter.grad = None
-            with torch.no_grad():
-                for value, old in zip(moved, before, strict=True):
-                    value.copy_(old)
-                for p, current in step.optimizer.state.items():
-                    for k, v in current.items():
-                        v.copy_(state[p][k]) if p in state else v.zero_()
+            clear_gradients(step.parameters)
+            for p, current in step.optimizer.state.items():
+                for k, v in current.items():
+                    v.copy_(state[p][k]) if p in state else v.zero_()
 
     def _record(self, step: Step) -> tuple[torch.cuda.CUDAGraph, Tensor]:
         stream, usual = torch.cuda.Stream(), torch.cuda.current_stream()
@@ -239,7 +251,8 @@ class Capture:
                 out = step.run(self.x)
         except Exception:  # torch leaves its own stream current, and the generator waiting for the end of a capture
             torch.cuda.set_stream(usual)
-            release_generator(self.x.device)
+            generator = torch.cuda.default_generators[self.x.device.index or 0]
+            generator.graphsafe_set_state(generator.clone_state())
             raise
         return graph, out
 
@@ -248,12 +261,6 @@ class Capture:
         self.x.copy_(x)
         self.graph.replay()
         return self.out
-
-
-def release_generator(device: torch.device) -> None:
-    """Make the default random generator of a GPU usable again after a failed CUDA graph capture."""
-    generator = torch.cuda.default_generators[device.index or 0]
-    generator.graphsafe_set_state(generator.clone_state())
 
 
 def make_capturable(optimizer: torch.optim.Optimizer, device: torch.device) -> None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from functools import partial
+from typing import Annotated, Any
 
 import torch
+from pydantic import ConfigDict, Field, ValidationError
+from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from pvae.data import Dataset
@@ -20,14 +22,13 @@ from pvae.nn.schedules import Scheduled
 from pvae.objectives.base import Fitting, Loss, Stepper
 from pvae.pair.pair import Pair
 from pvae.runs.rundir import RunDirectory
-from pvae.training.step import Step, make_capturable, set_lr
+from pvae.training.step import Step, learned, make_capturable, restored, set_lr
 from pvae.util import seeds
 
-Record = Callable[[Plan, Pair, Dataset], dict[str, float]]
-"""Function that computes the analysis of `analysis.every`: metrics of a pair on its data, by name."""
+Count = Annotated[int, Field(ge=-1, lt=1 << 53)]
 
 
-@dataclass
+@dataclass(config=ConfigDict(strict=True, extra="forbid"))
 class State:
     """Progress of a fit, stored in every checkpoint.
 
@@ -35,14 +36,14 @@ class State:
     number of steps that were not finite and changed no weight.
     """
 
-    step: int = 0
-    epoch: int = 0
+    step: Count = 0
+    epoch: Count = 0
     best: float = -math.inf
-    best_epoch: int = -1
-    waited: int = 0
-    rollbacks: int = 0
-    skipped: int = 0
-    seconds: float = 0.0
+    best_epoch: Count = -1
+    waited: Count = 0
+    rollbacks: Count = 0
+    skipped: Count = 0
+    seconds: Annotated[float, Field(ge=-1, lt=1 << 53)] = 0.0
     stopped: bool = False
 
     @classmethod
@@ -51,20 +52,17 @@ class State:
 
         Raises ValueError if an entry is invalid.
         """
-        known, found = asdict(cls()), {key: value for key, value in saved.items() if key != "select"}
-        for key, value in found.items():
-            kind = type(known.get(key))
-            number = kind is not bool and isinstance(value, int | float) and not isinstance(value, bool)
-            fits = type(value) is kind or (kind is float and number)
-            if not fits or (number and key != "best" and not -1 <= value < 1 << 53):
-                raise ValueError(f"state.json has {key} = {value!r}")
-        return replace(cls(), **found)
+        try:
+            return cls(**{key: value for key, value in saved.items() if key != "select"})
+        except ValidationError as error:
+            wrong = error.errors()[0]
+            raise ValueError(f"state.json has {wrong['loc'][0]} = {wrong['input']!r}") from error
 
 
 class Trainer:
     """Weights, optimiser, averaged weights and progress of a fit, with its data and run directory.
 
-    The functions of `loop`, `epochs`, `keeping` and `recovery` act on it.
+    The functions of `loop` and `recovery` act on it.
 
     Arguments:
         plan: objective and settings of the fit.
@@ -73,39 +71,30 @@ class Trainer:
         files: the run directory.
         device: device of weights and data.
         engine: "eager", "compiled" or "captured"; see `Step`.
-        record: function that computes the analysis of `analysis.every`, or None.
         show: print events and progress on standard error.
     """
 
     stepper: Stepper
 
     def __init__(
-        self,
-        plan: Plan,
-        pair: Pair,
-        data: Dataset,
-        files: RunDirectory,
-        device: torch.device,
-        engine: str,
-        *,
-        record: Record | None = None,
-        show: bool = True,
+        self, plan: Plan, pair: Pair, data: Dataset, files: RunDirectory, device: torch.device, engine: str, show: bool
     ) -> None:
         self.plan, self.train, self.files, self.device = plan, plan.train, files, device
-        self.engine, self.record, self.show = engine, record, show
+        self.engine, self.show = engine, show
         self.data = data.to(device)
         self.pair = pair.to(device, plan.objective.dtype)
         self.dtype = plan.objective.dtype or data.train.rows.dtype
         self.loss = Loss(plan.objective, self.pair, len(data.train), self.train.precision).to(device)
         self.names = [name for name, p in self.pair.named_parameters() if p.requires_grad]
-        self.parameters = [p for p in self.pair.parameters() if p.requires_grad]
+        self.parameters = learned(self.pair)
         self.optimizer = self.train.optimizer.build(self.parameters)
         if device.type == "cuda":
             make_capturable(self.optimizer, device)
         self.average = [p.detach().clone() for p in self.parameters] if self.train.average else None
         self.best: dict[str, Tensor] | None = None
         self.state = State()
-        self.sums: Tensor | None = None
+        self.analyse_every = plan.analysis.every
+        self.sums = torch.zeros(0)
         """Sums of the metrics over the finite steps of an epoch; the last entry is the number of these steps."""
         self.gathered: dict[str, Tensor] = {}
         """Sums that an objective with a step of its own keeps over an epoch; see `Fitting.gathered`."""
@@ -113,7 +102,7 @@ class Trainer:
         self.scheduled = [part for part in self.pair.modules() if isinstance(part, Scheduled)]
         self.batch = min(self.train.batch_size, len(data.train))
         self.per_epoch = math.ceil(len(data.train) / self.batch)
-        self.groups = alternation(self.pair) if self.train.alternate else ([], [])
+        self.turns = turns(self.pair, self.train.alternate)
         self.started = self.last_checkpoint = time.monotonic()
         self.last_status = 0.0
 
@@ -163,51 +152,47 @@ class Trainer:
             part.start(index)
         return self.data.train.draw(index).to(self.dtype)
 
-    def frozen(self, step: int) -> list[nn.Parameter]:
-        """Return the parameters that a step leaves unchanged, if `train.alternate` makes guide and model take turns."""
-        k = self.train.alternate
-        return [] if not k else self.groups[0 if step % (k + 1) < k else 1]
-
     def make_stepper(self) -> None:
         """Build the step of the fit: the objective's own, or a gradient step, eager if compilation fails."""
         average = (self.average, self.train.average) if self.average is not None and self.train.average else None
-        clip, watch = self.train.clip_norm, self.train.nonfinite != "stop"
+        clip = self.train.clip_norm or (None if self.train.nonfinite == "stop" else math.inf)
         fitting = Fitting(
             self.loss, self.data.train, self.per_epoch, self.plan.seed, self.gathered, self.tell, self.optimizer,
-            clip or (math.inf if watch else None), average,
+            clip, average,
         )  # fmt: skip
-        self.stepper = self.plan.objective.stepper(fitting) or self._step(clip, watch, average)
+        self.stepper = self.plan.objective.stepper(fitting) or self._step(clip, average)
+        if len(self.sums) != len(self.stepper.names) + 1:
+            self.sums = torch.zeros(len(self.stepper.names) + 1, dtype=torch.float64, device=self.device)
 
-    def _step(self, clip: float | None, watch: bool, average: tuple[Sequence[Tensor], float] | None) -> Step:
+    def _step(self, clip: float | None, average: tuple[Sequence[Tensor], float] | None) -> Step:
         example = self.rows(torch.arange(self.batch, device=self.device))
-
-        def make() -> Step:
-            return Step(self.loss, self.optimizer, self.engine, example, clip_norm=clip, watch=watch, average=average)
-
+        make = partial(Step, self.loss, self.optimizer, example=example, clip_norm=clip, average=average)
         if self.engine == "compiled":
             self.tell("engine", "compiling the step (export + Inductor): up to half a minute, once")
         try:
-            step = make()
+            step = make(engine=self.engine)
         except Exception as error:  # a missing compiler or an operation it cannot take must not stop a fit
             if self.engine == "eager":
                 raise
             self.tell("engine", f"{self.engine} step not available, going on eagerly: {first_line(error)}")
             self.engine = "eager"
             self.files.write_manifest({**self.files.manifest, "engine": "eager"})
-            step = make()
+            step = make(engine="eager")
         self.tell("engine", f"{self.engine} step")
         return step
 
 
-def alternation(pair: Pair) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """Return the parameters unchanged by guide steps (the model's) and those unchanged by model steps (the guide's).
+def turns(pair: Pair, guide_steps: int) -> list[list[nn.Parameter]]:
+    """Return the parameters that each step of a cycle leaves unchanged, if guide and model take turns.
 
-    Parameters that model and guide share are in neither list: every step updates them.
+    First come `guide_steps` steps of the guide, then one of the model; 0 makes every step update both, as every step
+    does for parameters that model and guide share.
     """
+    if not guide_steps:
+        return [[]]
     named = list(pair.named_parameters(remove_duplicate=False))
-    model, guide = ([p for name, p in named if name.startswith(side)] for side in ("model.", "guide."))
-    both = {id(p) for p in model} & {id(p) for p in guide}
-    return [p for p in model if id(p) not in both], [p for p in guide if id(p) not in both]
+    model, guide = ({p for name, p in named if name.startswith(side)} for side in ("model.", "guide."))
+    return [*[[*(model - guide)]] * guide_steps, [*(guide - model)]]
 
 
 @contextmanager
@@ -216,13 +201,9 @@ def swapped(parameters: Sequence[Tensor], values: Sequence[Tensor] | None) -> It
     if values is None:
         yield
         return
-    kept = [p.detach().clone() for p in parameters]
-    with torch.no_grad():
+    with torch.no_grad(), restored(parameters):
         torch._foreach_copy_([p.data for p in parameters], list(values))
-        try:
-            yield
-        finally:
-            torch._foreach_copy_([p.data for p in parameters], kept)
+        yield
 
 
 def first_line(error: Exception) -> str:

@@ -2,28 +2,30 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 import stat
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import suppress
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext, suppress
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
+from filelock import FileLock, Timeout
+
 from pvae.data.rows.cache import cache_folder
-from pvae.errors import BusyError, CheckpointError, DataError, OutputError
+from pvae.errors import CheckpointError, PvaeError
 from pvae.runs import checkpoint
-from pvae.runs.find import folders
-from pvae.runs.listing import list_runs
-from pvae.runs.owner import STALE_AFTER_SECONDS
-from pvae.runs.rundir import RunDirectory
+from pvae.runs.find import STALE_AFTER_SECONDS, folders, is_run
+from pvae.runs.rundir import RunDirectory, list_runs
 from pvae.util.checks import one_line
-from pvae.util.files import MIB, walk
+from pvae.util.files import MIB, remove, walk
 
 if TYPE_CHECKING:
     from rich.table import Table
+
+Doomed = tuple[Path, str]
+"""File or folder that can be removed, and the reason."""
 
 
 @final
@@ -74,14 +76,10 @@ class Cleaning:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the result as JSON values, with sizes in bytes."""
-        return {
-            "root": str(self.root),
-            "applied": self.applied,
-            "bytes": self.size,
-            "removals": [{"path": str(r.path), "bytes": r.size, "why": r.why} for r in self.removals],
-            "skipped": [{"path": str(path), "why": why} for path, why in self.skipped],
-            "failed": [{"path": str(path), "why": why} for path, why in self.failed],
-        }
+        removals = [{"path": str(r.path), "bytes": r.size, "why": r.why} for r in self.removals]
+        skipped, failed = ([{"path": str(p), "why": why} for p, why in rows] for rows in (self.skipped, self.failed))
+        whole = {"root": str(self.root), "applied": self.applied, "bytes": self.size}
+        return {**whole, "removals": removals, "skipped": skipped, "failed": failed}
 
     def rows(self) -> Iterator[tuple[str, str, str]]:
         """Yield the printed rows: path, size (or "skipped", "failed") and reason of every file or run."""
@@ -92,22 +90,19 @@ class Cleaning:
                 yield one_line(str(path)), label, one_line(why)
 
     def __rich__(self) -> Table:
-        from rich.table import Table
+        from rich.table import Column, Table
         from rich.text import Text
 
-        table = Table(caption=self.summary(), caption_justify="left")
-        table.add_column("path", overflow="fold")
-        table.add_column("size", justify="right", no_wrap=True)
-        table.add_column("why")
+        columns = (Column("path", overflow="fold"), Column("size", justify="right", no_wrap=True), "why")
+        table = Table(*columns, caption=self.summary(), caption_justify="left")
         for row in self.rows():
             table.add_row(*map(Text, row))
         return table
 
-    def __repr__(self) -> str:
-        return str(self)
-
     def __str__(self) -> str:
         return "\n".join([*(f"{size:>10}  {path}  ({why})" for path, size, why in self.rows()), self.summary()])
+
+    __repr__ = __str__
 
 
 def megabytes(size: int) -> str:
@@ -142,97 +137,80 @@ def clean(root: str | Path = "runs", *, apply: bool = False, failed: bool = Fals
         ((), ())
         >>> runs.cleanup()
     """
-    broom = _Broom(Path(root), apply)
-    for row in list_runs(Path(root)):
-        broom.run(Path(row["path"]), row["state"], failed)
-    for folder in folders(Path(root)):
-        broom.sweep(_old_temporaries(folder))
-    if cache and broom.at_work:
+    folder, broom, at_work = Path(root), _Broom(apply), False
+    for row in list_runs(folder):
+        path, state = Path(row["path"]), row["state"]
+        if state == "running" and is_run(path):
+            at_work = True
+            broom.skipped.append((path, "at work"))
+        elif is_run(path):
+            broom.sweep(path, RunDirectory(path).held(), partial(_leftovers, path, state if failed else ""))
+    for name in folders(folder):
+        broom.sweep(name, nullcontext(), partial(_old_temporaries, name))
+    if cache and at_work:
         broom.skipped.append((cache_folder(), "a run at work may be reading from it"))
-    for entry, lock in _cached() if cache and not broom.at_work else ():
-        broom.cached(entry, lock)
-    return Cleaning(Path(root), apply, tuple(broom.removals), tuple(broom.skipped), tuple(broom.failed))
+    for entry, lock in _cached() if cache and not at_work else ():
+        broom.sweep(entry, FileLock(lock, timeout=0), partial(list[Doomed], [(entry, "cache")]))
+    return Cleaning(folder, apply, tuple(broom.removals), tuple(broom.skipped), tuple(broom.failed))
 
 
+@dataclass
 class _Broom:
     """Collector of files that can be removed; it removes them if `apply` is set."""
 
-    def __init__(self, root: Path, apply: bool) -> None:
-        self.root, self.apply, self.at_work = root, apply, False
-        self.removals: list[Removal] = []
-        self.skipped: list[tuple[Path, str]] = []
-        self.failed: list[tuple[Path, str]] = []
+    apply: bool
+    removals: list[Removal] = field(default_factory=list)
+    skipped: list[tuple[Path, str]] = field(default_factory=list)
+    failed: list[tuple[Path, str]] = field(default_factory=list)
 
-    def run(self, path: Path, state: str, failed: bool) -> None:
-        """Collect (and remove) the leftovers of one run under its lock; a run that is being fitted is skipped."""
-        if not _is_plain(path / "manifest.json"):
-            return
-        if state == "running":
-            self.at_work = True
-            self.skipped.append((path, "at work"))
-            return
+    def sweep(self, place: Path, lock: AbstractContextManager[object], doomed: Callable[[], Iterable[Doomed]]) -> None:
+        """Collect (and remove) what `doomed` finds in a place, under its lock; a place in use is skipped."""
         try:
-            with RunDirectory(path).held():
-                whole = [(path, f"{state} before its first checkpoint")]
-                self.sweep(whole if failed and _never_saved(path, state) else _parts(path))
-        except (BusyError, OutputError, DataError, CheckpointError) as problem:
-            self.skipped.append((path, str(problem)))
+            with lock:
+                for path, why in list(doomed()):
+                    self._take(path, why)
+        except (PvaeError, OSError) as problem:
+            held = "held by another process: " if isinstance(problem, Timeout) else ""
+            self.skipped.append((place, f"{held}{problem}"))
 
-    def cached(self, entry: Path, lock: Path) -> None:
-        """Collect (and remove) one cache entry under its lock; an entry in use is skipped."""
-        from filelock import FileLock, Timeout
-
+    def _take(self, path: Path, why: str) -> None:
         try:
-            with FileLock(lock, timeout=0):
-                self.sweep([(entry, "cache")])
-        except (Timeout, OSError) as problem:
-            self.skipped.append((entry, f"held by another process: {problem}"))
-
-    def sweep(self, doomed: Iterable[tuple[Path, str]]) -> None:
-        """Record files as removals, and remove them if `apply` is set."""
-        for path, why in doomed:
-            try:
-                removal = Removal(path, _size(path), why)
-                if self.apply:
-                    _remove(path)
-                self.removals.append(removal)
-            except OSError as problem:
-                self.failed.append((path, str(problem.strerror or problem)))
+            removal = Removal(path, _size(path), why)
+            if self.apply:
+                remove(path)
+            self.removals.append(removal)
+        except OSError as problem:
+            self.failed.append((path, str(problem.strerror or problem)))
 
 
-def _is_plain(path: Path) -> bool:
-    with suppress(OSError):
-        return stat.S_ISREG(path.lstat().st_mode)
-    return False
+def _leftovers(run: Path, ended: str) -> Iterator[Doomed]:
+    """Yield leftovers and old checkpoints of a run; the whole run if it has `ended` in this state without any."""
+    if ended in ("failed", "interrupted", "stale", "created") and not checkpoint.newest_first(run / "checkpoints"):
+        if time.time() - (run / "manifest.json").lstat().st_mtime > STALE_AFTER_SECONDS:  # else perhaps about to start
+            yield run, f"{ended} before its first checkpoint"
+            return
+    for folder in (run, run / "analysis", run / "report"):
+        yield from _old_temporaries(folder)
+    saved = run / "checkpoints"
+    replaced = [path for path in _hidden(saved, ".old-") if (saved / path.name[5:].rpartition("-")[0]).is_dir()]
+    for path in [*_hidden(saved, ".tmp-"), *replaced]:
+        yield path, "left by an interrupted write"
+    yield from _surplus(saved)
 
 
-def _parts(path: Path) -> list[tuple[Path, str]]:
-    """Return the leftover files and old checkpoints of a run, each with the reason to remove it."""
-    found = [item for folder in (path, path / "analysis", path / "report") for item in _old_temporaries(folder)]
-    return [*found, *_strays(path / "checkpoints"), *_surplus(path / "checkpoints")]
-
-
-def _old_temporaries(folder: Path) -> list[tuple[Path, str]]:
-    """Return temporary files of interrupted writes; recent ones, perhaps of an analysis in progress, are left out."""
-    before = time.time() - STALE_AFTER_SECONDS
-    old = [path for path in _hidden(folder, ".tmp-") if path.lstat().st_mtime < before]
-    return [(path, "left by an interrupted write") for path in old]
+def _old_temporaries(folder: Path) -> Iterator[Doomed]:
+    """Yield temporary files of interrupted writes; recent ones, perhaps of an analysis in progress, are left out."""
+    for path in _hidden(folder, ".tmp-"):
+        if path.lstat().st_mtime < time.time() - STALE_AFTER_SECONDS:
+            yield path, "left by an interrupted write"
 
 
 def _hidden(folder: Path, start: str) -> list[Path]:
     """Return the entries of a folder whose names begin with `start`; [] if the folder is a link or absent."""
-    if folder.is_symlink() or not folder.is_dir():
-        return []
-    return [folder / name for name in sorted(os.listdir(folder)) if name.startswith(start)]
+    return [] if folder.is_symlink() else sorted(folder.glob(f"{start}*"))
 
 
-def _strays(folder: Path) -> list[tuple[Path, str]]:
-    """Return temporary folders of interrupted checkpoint writes, and renamed old checkpoints that were replaced."""
-    replaced = [path for path in _hidden(folder, ".old-") if (folder / path.name[5:].rpartition("-")[0]).is_dir()]
-    return [(path, "left by an interrupted write") for path in [*_hidden(folder, ".tmp-"), *replaced]]
-
-
-def _surplus(folder: Path) -> list[tuple[Path, str]]:
+def _surplus(folder: Path) -> list[Doomed]:
     """Return the checkpoints older than the `KEPT_CHECKPOINTS` newest readable ones."""
     paths = [] if folder.is_symlink() else checkpoint.newest_first(folder)
     sound = 0
@@ -243,13 +221,6 @@ def _surplus(folder: Path) -> list[tuple[Path, str]]:
         if sound == checkpoint.KEPT_CHECKPOINTS:
             return [(old, f"older than the {sound} newest that read") for old in paths[i + 1 :]]
     return []
-
-
-def _never_saved(path: Path, state: str) -> bool:
-    """Return True if a run ended without any checkpoint; False for a very new run, which may be about to start."""
-    if state not in ("failed", "interrupted", "stale", "created") or checkpoint.newest_first(path / "checkpoints"):
-        return False
-    return time.time() - (path / "manifest.json").lstat().st_mtime > STALE_AFTER_SECONDS
 
 
 def _cached() -> Iterator[tuple[Path, Path]]:
@@ -269,13 +240,3 @@ def _size(path: Path) -> int:
     if not stat.S_ISDIR(own.st_mode):
         return own.st_size
     return sum(e.stat(follow_symlinks=False).st_size for e in walk(path) if not e.is_dir(follow_symlinks=False))
-
-
-def _remove(path: Path) -> None:
-    """Remove a file or folder; a folder is renamed first, so that an interruption leaves no partial run."""
-    if not path.is_dir() or path.is_symlink():
-        path.unlink(missing_ok=True)
-        return
-    doomed = path.with_name(f".tmp-{os.urandom(8).hex()}")
-    os.rename(path, doomed)
-    shutil.rmtree(doomed)

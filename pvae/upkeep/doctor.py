@@ -1,24 +1,219 @@
-"""Command `doctor`: checks of the installation and the machine, with one line of advice for each problem."""
+"""Command `doctor`: checks of the installation and the machine, with one line of advice for each problem.
+
+Imports only the standard library; each check imports the packages it needs, so that a failing import fails the check.
+"""
 
 from __future__ import annotations
 
+import json
+import math
+import os
 import platform
-from collections.abc import Callable, Iterable
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from importlib.metadata import requires
+from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from pvae.upkeep import arithmetic, machine, packages
-from pvae.upkeep.packages import CheckArguments
-from pvae.util.checks import Check, Checks, attempt
+from pvae.errors import DataError, near
+from pvae.upkeep import machine
+from pvae.upkeep.machine import CheckArguments, pip
+from pvae.util.checks import Check, Checks, Level, attempt
+from pvae.util.provenance import installed_version
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+EXTRA_MODULES = {"parquet": "pyarrow", "tensorboard": "tensorboardX", "mlflow": "mlflow"}
+"""Importable module of each optional extra of pvae."""
+KNOWN_VARIABLES = ("PVAE_RUN_DIR", "PVAE_DATA_DIR", "PVAE_OFFLINE")
+ARVIZ_REQUIREMENT = "arviz>=0.23.4,!=1.0.*,!=1.1.*,<2"
+ELBO_ROUNDING_NATS = 1e-9
+"""Largest accepted error (nats, float64) of the ELBO of the check."""
+
+IMPORT_TRIAL = """
+import json
+found = {}
+for name in ("matplotlib.pyplot", "arviz"):
+    try:
+        found[name] = getattr(__import__(name), "__version__", "unknown")
+    except BaseException as error:
+        found[name] = [type(error).__name__, str(error)]
+print(json.dumps(found))
+"""
+"""Python code that tries imports in a child process, because a failed import may leave a half-imported package."""
+
+
+def python(_: CheckArguments) -> Iterator[Check]:
+    """Yield a check that warns if Python turns warnings into errors, or if its output encoding is not UTF-8."""
+    text, encoding, advice = f"{platform.python_version()} on {platform.platform()}", sys.stdout.encoding, ""
+    if "error" in sys.warnoptions:
+        text, advice = f"{text}, warnings are errors", "Leave out -W error and PYTHONWARNINGS."
+    elif encoding and encoding.lower().replace("-", "") not in ("utf8", "utf8sig"):
+        text, advice = f"{text}, output in {encoding}", "Set PYTHONUTF8=1 or LANG=C.UTF-8 to see names as they are."
+    yield Check.judged("python", "warning", text, advice)
+
+
+def packages(_: CheckArguments) -> Iterator[Check]:
+    """Yield a check that fails if a package that pvae requires is not installed."""
+    needed = [line for line in requires("pvae-pyro") or [] if "extra ==" not in line]
+    found = {name: installed_version(name) for name in (re.split(r"[^A-Za-z0-9._-]", line)[0] for line in needed)}
+    missing = [name for name, there in found.items() if there is None]
+    text = f"{', '.join(missing)} missing" if missing else f"all {len(found)} that pvae requires"
+    yield Check.judged("packages", "failed", text, "pip install -U pvae-pyro" if missing else "", found)
+
+
+def torch(_: CheckArguments) -> Iterator[Check]:
+    """Yield a check that fails if torch is too old; an import error is raised."""
+    import torch
+
+    facts = {"version": torch.__version__, "cuda": torch.version.cuda, "hip": torch.version.hip}
+    built = f"CUDA {torch.version.cuda}" if torch.version.cuda else "the CPU"
+    old = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2]) < (2, 10)
+    advice = "Install torch 2.10 or newer." if old else ""
+    yield Check.judged("torch", "failed", f"{torch.__version__}, built for {built}", advice, facts)
+
+
+def pyro(_: CheckArguments) -> Iterator[Check]:
+    """Yield a check with Pyro's version; an import error is raised."""
+    import pyro
+
+    yield Check("pyro", "ok", pyro.__version__, facts={"version": pyro.__version__})
+
+
+def extras(_: CheckArguments) -> Iterator[Check]:
+    """Yield a check that lists the optional extras that are installed."""
+    there = {extra: find_spec(module) is not None for extra, module in EXTRA_MODULES.items()}
+    names = [name for name, found in there.items() if found]
+    yield Check("extras", "ok", f"{', '.join(names) or 'none'} of {', '.join(there)}", facts=there)
+
+
+def variables(_: CheckArguments) -> Iterator[Check]:
+    """Yield a check that warns about environment variables that begin with PVAE_ and are unknown."""
+    found = {name: value for name, value in sorted(os.environ.items()) if name.startswith("PVAE_")}
+    text = ", ".join(f"{name}={value}" for name, value in found.items()) or "none is set"
+    unknown = ", ".join(f"{name}{near(name, KNOWN_VARIABLES)}" for name in found if name not in KNOWN_VARIABLES)
+    yield Check.judged("variables", "warning", text, f"pvae does not know {unknown}." if unknown else "", found)
+
+
+def elbo(_: CheckArguments) -> Iterator[Check]:
+    """Yield a check that fails if the ELBO of a Gaussian model differs from its exact value.
+
+    With p(z) = N(0, 1), p(x | z) = N(z, 1) and the true posterior as guide, every sample of the ELBO is log p(x).
+    """
+    import pyro
+    import torch
+    from pyro.distributions import Normal
+
+    from pvae.pair.pair import Pair
+    from pvae.training.evaluation import evaluate
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", Normal(torch.zeros_like(x), 1.0))
+            pyro.sample("x", Normal(z, pyro.param("noise", torch.ones((), dtype=x.dtype))), obs=x)
+
+    def guide(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", Normal(x / 2, math.sqrt(0.5)))
+
+    x = torch.linspace(-3, 3, 64, dtype=torch.float64)
+    exact = -0.5 * math.log(4 * math.pi) - float((x**2).mean()) / 4
+    found = evaluate(Pair(model, guide).adopt(x), x, 0)["elbo"]
+    right = abs(found - exact) <= ELBO_ROUNDING_NATS
+    advice = "" if right else "Trust no figure of this installation: see pvae selfcheck, and install torch anew."
+    yield Check.judged("elbo", "failed", f"{found:.9f} nats per datum; exactly {exact:.9f}", advice)
+
+
+def determinism(_: CheckArguments) -> Iterator[Check]:
+    """Yield a check that fails if the same seed gives different gradients."""
+    first, second = _gradients(), _gradients()
+    if first.equal(second):
+        yield Check("determinism", "ok", "same seed, same bits of the loss and all gradients (eager, on the CPU)")
+    else:
+        off = float((first - second).abs().max())
+        advice = "Runs are not resumed bit for bit here: set OMP_NUM_THREADS=1, and look again."
+        yield Check("determinism", "failed", f"same seed, gradients that differ by up to {off:.1e}", advice)
+
+
+def _gradients() -> Tensor:
+    """Return loss and gradients of a small VAE with fixed seeds, as one vector; the global random state is restored."""
+    import torch
+
+    from pvae.experiment.experiment import Experiment
+    from pvae.objectives.base import Loss
+    from pvae.util import seeds
+
+    experiment = Experiment.from_dict({"latents": {"z": {"dim": 4}}})
+    pair = experiment.build((16, 16))
+    parameters = list(pair.parameters())
+    with torch.random.fork_rng(devices=[]):
+        seeds.set_noise(0, torch.device("cpu"))
+        x = torch.rand(128, 16, 16).round()
+        loss = Loss(experiment.objective, pair, len(x))(x)[0]
+        gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+    return torch.cat([loss.detach()[None], *(g.flatten() for g in gradients if g is not None)])
+
+
+def import_in_child() -> dict[str, Any]:
+    """Return the version of matplotlib and of ArviZ, or class and text of the import error, from a child process."""
+    command = [sys.executable, "-P", *(f"-W{option}" for option in sys.warnoptions), "-c", IMPORT_TRIAL]
+    there = {**os.environ, "MPLBACKEND": "Agg"}
+    done = machine.child(command, env=there, stdin=subprocess.DEVNULL)
+    try:
+        return dict(json.loads(done.stdout.strip().splitlines()[-1]))
+    except (ValueError, IndexError):
+        last = (done.stderr.strip().splitlines() or ["no words"])[-1]
+        raise DataError(f"Expected versions of a child process; got exit code {done.returncode} and: {last}") from None
+
+
+def plots(given: CheckArguments) -> Iterator[Check]:
+    """Yield a check that fails if matplotlib cannot be imported."""
+    found = given.imports.result()["matplotlib.pyplot"]
+    yield _imported("plots", "failed", "matplotlib", found, "no report can be drawn")
+
+
+def arviz(given: CheckArguments) -> Iterator[Check]:
+    """Yield a check that warns if ArviZ cannot be imported or has an unsupported version."""
+    found = given.imports.result()["arviz"]
+    check = _imported("arviz", "warning", "arviz", found, "Posterior.to_arviz will not work; nothing else needs it")
+    if check.level != "ok":
+        yield check
+        return
+    generation = "xarray.DataTree" if int(found.partition(".")[0]) >= 1 else "arviz.InferenceData"
+    old = found.startswith(("1.0", "1.1"))
+    text = f"{found}, which pvae does not work with" if old else f"{found} ({generation})"
+    facts = {"version": found, "generation": generation}
+    yield Check.judged("arviz", "warning", text, pip(ARVIZ_REQUIREMENT) if old else "", facts)
+
+
+def _imported(name: str, level: Level, package: str, found: Any, without: str) -> Check:
+    """Return the check of a package, from its version or from the class and text of its import error."""
+    if isinstance(found, str):
+        return Check(name, "ok", found, facts={"version": found})
+    kind, text = found
+    if kind.endswith("Warning"):
+        advice = "Leave out -W error and PYTHONWARNINGS: here a warning stops the import."
+    elif kind in ("PermissionError", "FileNotFoundError", "OSError", "FileExistsError", "NotADirectoryError"):
+        advice = "Set MPLCONFIGDIR and XDG_CACHE_HOME to folders that can be written."
+    else:
+        both = pip(ARVIZ_REQUIREMENT, "matplotlib>=3.9")
+        advice = f"{both}: versions of {package} and matplotlib that do not fit each other clash on import."
+    return Check(name, level, f"import {package}: {kind}: {text}; {without}", advice)
+
 
 CHECKS: dict[str, Callable[[CheckArguments], Iterable[Check]]] = {
-    "python": packages.python,
-    "packages": packages.packages,
-    "torch": packages.torch,
+    "python": python,
+    "packages": packages,
+    "torch": torch,
     "devices": machine.devices,
     "threads": machine.threads,
-    "pyro": packages.pyro,
+    "pyro": pyro,
     "compiler": machine.compiler,
     "run_dir": machine.run_dir,
     "lock": machine.lock,
@@ -27,12 +222,12 @@ CHECKS: dict[str, Callable[[CheckArguments], Iterable[Check]]] = {
     "home": machine.home,
     "temporary": machine.temporary,
     "data": machine.data,
-    "extras": packages.extras,
-    "variables": packages.variables,
-    "elbo": arithmetic.elbo,
-    "determinism": arithmetic.determinism,
-    "plots": packages.plots,
-    "arviz": packages.arviz,
+    "extras": extras,
+    "variables": variables,
+    "elbo": elbo,
+    "determinism": determinism,
+    "plots": plots,
+    "arviz": arviz,
 }
 """All checks by name, in the order of the report; `data` yields one for each data source, `data.<source>`."""
 
@@ -50,7 +245,7 @@ def doctor(run_dir: str | Path = "runs", data_dir: str | Path | None = None) -> 
         Results of the checks, with the names in `CHECKS`.
     """
     with ThreadPoolExecutor(1) as pool:
-        imports = pool.submit(packages.import_in_child)  # takes longest, so it starts first and is read last
+        imports = pool.submit(import_in_child)  # takes longest, so it starts first and is read last
         given = CheckArguments(Path(run_dir), Path(data_dir) if data_dir else None, imports)
         found = [check for name, ask in CHECKS.items() for check in attempt(name, partial(ask, given))]
     return Checks("doctor", tuple(found), {"python": platform.python_version(), "platform": platform.platform()})

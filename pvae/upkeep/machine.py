@@ -8,14 +8,16 @@ import shlex
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pvae.errors import DataError, PvaeError
-from pvae.upkeep.packages import CHILD_SECONDS, CheckArguments, pip
 from pvae.util.checks import Check, Level
 from pvae.util.files import MIB, read_inside, write_atomic, write_new
 
@@ -23,10 +25,31 @@ if TYPE_CHECKING:
     from pvae.data.sources.collections import Collection
 
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+CHILD_SECONDS = 60.0
+"""Time limit (s) of a child process."""
 WARN_BELOW_BYTES, FAIL_BELOW_BYTES = 1024 * MIB, 64 * MIB
 """Free disk space (bytes) below which the check of the disk warns, and fails."""
 CGROUP_V2, CGROUP_V1 = Path("/sys/fs/cgroup"), Path("/sys/fs/cgroup/cpu")
 COMPILED = '#include <omp.h>\nextern "C" int pvae_threads() { return omp_get_max_threads(); }\n'
+
+
+@dataclass(frozen=True)
+class CheckArguments:
+    """Arguments of all checks: folder of runs, folder of data, and the pending result of the trial imports."""
+
+    runs: Path
+    data: Path | None
+    imports: Future[dict[str, Any]]
+
+
+def pip(*requirements: str) -> str:
+    """Return the pip command that installs the requirements."""
+    return f"pip install -U {shlex.join(requirements)}"
+
+
+def child(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
+    """Return the finished child process of a command, whatever its exit code, with its output as text."""
+    return subprocess.run(command, capture_output=True, check=False, text=True, timeout=CHILD_SECONDS, **options)
 
 
 def devices(_: CheckArguments) -> Iterator[Check]:
@@ -34,9 +57,8 @@ def devices(_: CheckArguments) -> Iterator[Check]:
     import torch
 
     if not torch.cuda.is_available():
-        blind = torch.version.cuda is not None
-        advice = "See nvidia-smi: is there a GPU, and a driver for this CUDA?" if blind else ""
-        yield Check("devices", "warning" if blind else "ok", "the CPU alone", advice, {"gpus": []})
+        advice = "See nvidia-smi: is there a GPU, and a driver for this CUDA?" if torch.version.cuda else ""
+        yield Check.judged("devices", "warning", "the CPU alone", advice, {"gpus": []})
         return
     gpus = []
     for index in range(torch.cuda.device_count()):
@@ -61,7 +83,7 @@ def threads(_: CheckArguments) -> Iterator[Check]:
     text = ", ".join([*parts, *(f"{name}={value}" for name, value in named.items())])
     room = min(cores, math.ceil(limit)) if limit else cores
     advice = f"Set OMP_NUM_THREADS={room}: more threads than cores are slower." if used > room else ""
-    yield Check("threads", "warning" if advice else "ok", text, advice, facts)
+    yield Check.judged("threads", "warning", text, advice, facts)
 
 
 def cgroup_cores() -> float | None:
@@ -78,20 +100,18 @@ def cgroup_cores() -> float | None:
 def compiler(_: CheckArguments) -> Iterator[Check]:
     """Yield a check that warns if there is no C++ compiler with OpenMP, which torch.compile needs."""
     named = shlex.split(os.environ.get("CXX", "")) or [next(filter(shutil.which, ("g++", "clang++")), "")]
-    without = "Install g++, or set CXX: without it fits go on eagerly, at about 1.2 times the cost of a step."
+    text, failed = f"{shutil.which(named[0])}, with OpenMP", True
     if not shutil.which(named[0]):
-        yield Check("compiler", "warning", f"none: {named[0] or 'neither g++ nor clang++'} is not found", without)
-        return
-    with tempfile.TemporaryDirectory(prefix="pvae-") as folder:
-        command = [*named, "-x", "c++", "-fopenmp", "-shared", "-fPIC", "-o", f"{folder}/trial.so", "-"]
-        done = subprocess.run(
-            command, input=COMPILED, capture_output=True, check=False, text=True, timeout=CHILD_SECONDS
-        )
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["no words"])[0]
-        yield Check("compiler", "warning", f"{named[0]} with OpenMP: exit code {done.returncode}: {last}", without)
+        text = f"none: {named[0] or 'neither g++ nor clang++'} is not found"
     else:
-        yield Check("compiler", "ok", f"{shutil.which(named[0])}, with OpenMP")
+        with tempfile.TemporaryDirectory(prefix="pvae-") as folder:
+            options = ["-x", "c++", "-fopenmp", "-shared", "-fPIC", "-o", f"{folder}/trial.so", "-"]
+            done = child([*named, *options], input=COMPILED)
+        if failed := bool(done.returncode):
+            last = (done.stderr.strip().splitlines() or ["no words"])[0]
+            text = f"{named[0]} with OpenMP: exit code {done.returncode}: {last}"
+    advice = "Install g++, or set CXX: without it fits go on eagerly, at about 1.2 times the cost of a step."
+    yield Check.judged("compiler", "warning", text, advice if failed else "")
 
 
 @contextmanager
@@ -141,41 +161,39 @@ def space(given: CheckArguments) -> Iterator[Check]:
     folder = given.runs.absolute()
     there = next(path for path in (folder, *folder.parents) if path.exists())
     free = shutil.disk_usage(there).free
-    level: Level = "failed" if free < FAIL_BELOW_BYTES else "warning" if free < WARN_BELOW_BYTES else "ok"
-    advice = "" if level == "ok" else "Make room (pvae clean shows what may go), or choose another --run-dir."
-    yield Check("space", level, f"{free / 2**30:.1f} GiB free in {there}", advice, {"free_bytes": free})
+    bad: Level = "failed" if free < FAIL_BELOW_BYTES else "warning"
+    advice = "Make room (pvae clean shows what may go), or choose another --run-dir." if free < WARN_BELOW_BYTES else ""
+    yield Check.judged("space", bad, f"{free / 2**30:.1f} GiB free in {there}", advice, {"free_bytes": free})
 
 
-def _writable(name: str, folder: Path, level: Level, advice: str) -> Check:
-    """Return the check that a file of 1 MiB can be written in a folder; its verdict is `level` if not."""
-    try:
-        with _trial(folder) as trial:
-            write_new(trial / "file", bytes(MIB), durable=False)
-    except OSError as problem:
-        return Check(name, level, f"{folder}: {problem.strerror or problem}", advice)
-    return Check(name, "ok", str(folder))
-
-
-def cache(_: CheckArguments) -> Iterator[Check]:
-    """Yield a check that warns if the cache folder is not writable."""
+def user_cache() -> Path:
+    """Return the folder of cached data."""
     from pvae.data.rows.cache import cache_folder
 
-    yield _writable("cache", cache_folder(), "warning", "Set XDG_CACHE_HOME to a folder that can be written.")
+    return cache_folder()
 
 
-def home(_: CheckArguments) -> Iterator[Check]:
-    """Yield a check that warns if the home folder is not writable."""
-    advice = "Set HOME, or MPLCONFIGDIR and XDG_CACHE_HOME, to folders of yours."
-    yield _writable("home", Path.home(), "warning", advice)
-
-
-def temporary(_: CheckArguments) -> Iterator[Check]:
-    """Yield a check that fails if the folder of temporary files is full, missing or not writable."""
-    advice = "Make room there, or set TMPDIR to a folder that has some."
+def _writable(
+    name: str, folder: Callable[[], str | Path], bad: Level, advice: str, _: CheckArguments
+) -> Iterator[Check]:
+    """Yield the check that a file of 1 MiB can be written in a folder; its level is `bad` if not."""
+    where: str | Path = "no folder"
     try:
-        yield _writable("temporary", Path(tempfile.gettempdir()), "failed", advice)
+        where = folder()
+        with _trial(Path(where)) as trial:
+            write_new(trial / "file", bytes(MIB), durable=False)
     except OSError as problem:
-        yield Check("temporary", "failed", str(problem), advice)
+        yield Check(name, bad, f"{where}: {problem.strerror or problem}", advice)
+    else:
+        yield Check(name, "ok", str(where))
+
+
+cache = partial(_writable, "cache", user_cache, "warning", "Set XDG_CACHE_HOME to a folder that can be written.")
+home = partial(
+    _writable, "home", Path.home, "warning", "Set HOME, or MPLCONFIGDIR and XDG_CACHE_HOME, to folders of yours."
+)
+_ROOM = "Make room there, or set TMPDIR to a folder that has some."
+temporary = partial(_writable, "temporary", lambda: tempfile.gettempdir(), "failed", _ROOM)
 
 
 def data(given: CheckArguments) -> Iterator[Check]:
@@ -184,29 +202,25 @@ def data(given: CheckArguments) -> Iterator[Check]:
     from pvae.data.sources.collections import FASHION_MNIST, MNIST_FILES
 
     named = user_folder(given.data)
-    if find_spec("sklearn") is None:
-        yield Check("data.digits", "failed", "scikit-learn is missing", pip("scikit-learn>=1.5"))
-    else:
-        yield Check("data.digits", "ok", "with scikit-learn")
-    for name, found in (("fashion_mnist", FASHION_MNIST), ("mnist", MNIST_FILES)):
-        yield collection(f"data.{name}", found, named)
+    without = find_spec("sklearn") is None
+    text = "scikit-learn is missing" if without else "with scikit-learn"
+    yield Check.judged("data.digits", "failed", text, pip("scikit-learn>=1.5") if without else "")
+    yield collection("data.fashion_mnist", FASHION_MNIST, named)
+    yield collection("data.mnist", MNIST_FILES, named)
 
 
 def collection(name: str, wanted: Collection, named: Path | None) -> Check:
     """Return the check that the files of an image collection exist, which names their folders; files are not read."""
-    from pvae.data.rows.cache import cache_folder
-
     own = [named / wanted.slug, named] if named else []
-    places = [*own, *([wanted.system] if wanted.system else []), cache_folder() / wanted.slug]
+    places = [*own, *([wanted.system] if wanted.system else []), user_cache() / wanted.slug]
     found = [_first(file.name, places) for file in wanted.files.values()]
     archive = next((path for path in own if wanted.archive and (path / wanted.archive).is_file()), None)
     if archive or all(found):
         return Check(name, "ok", str(archive or ", ".join(sorted({str(path) for path in found}))))
     missing = f"{found.count(None)} of {len(found)} files are not here"
     if os.environ.get("PVAE_OFFLINE", "0") in ("", "0"):
-        return Check(
-            name, "ok", f"{missing}; downloaded when they are first used", facts={"missing": found.count(None)}
-        )
+        facts = {"missing": found.count(None)}
+        return Check(name, "ok", f"{missing}; downloaded when they are first used", facts=facts)
     package = f", or install {wanted.package}" if wanted.package else ""
     advice = f"Put them in DIR/{wanted.slug} and pass --data-dir DIR{package}."
     return Check(name, "warning", f"{missing}, and PVAE_OFFLINE is set", advice)

@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
+import re
+import stat
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pvae.data.sources.python import TensorSource
-from pvae.data.sources.tabular import FrameSource
 from pvae.errors import CheckpointError, DataError
 from pvae.experiment.experiment import Experiment
 from pvae.pair.pair import Pair
 from pvae.runs import checkpoint
-from pvae.runs.owner import is_stale
+from pvae.runs.find import is_stale
 from pvae.runs.run import Run
-from pvae.runs.rundir import RUN_STATES, RunDirectory
-from pvae.upkeep import folder, weights
+from pvae.runs.rundir import RunDirectory, state_of
+from pvae.upkeep import weights
 from pvae.util.checks import Check, Checks, Level, attempt
-from pvae.util.files import read_inside, read_lines
+from pvae.util.files import MIB, read_inside, read_lines, walk
+
+FILES = ("manifest.json", "spec.toml", "status.json", "metrics.jsonl", "events.jsonl", ".lock")
+FOLDERS = ("checkpoints", "analysis", "report", "exports")
+LISTED_FILES = 20
+"""Largest number of unexpected files that are listed by name; any others are only counted."""
+_DIGEST = re.compile(r"([0-9a-f]{64})  ([^/\0\n]+)\n?\Z")
 
 
 def verify(
@@ -92,17 +100,16 @@ class _Inspection:
         yield "events.jsonl", partial(self.lines, "events.jsonl")
         yield "pair", self.build
         yield "checkpoints", self.checkpoints
-        yield "analysis", partial(folder.analyses, self.path)
-        yield "files", lambda: folder.strangers(self.path, self._live)  # when the status is known
+        yield "analysis", partial(_analyses, self.path / "analysis")
+        yield "files", self.strangers
         if data:
             yield "data", self.data
 
     def manifest(self) -> Iterator[Check]:
         """Yield the check of manifest.json: name, id and start time are strings, and the data are described."""
         found = self.run.files.manifest
-        for key in ("name", "id", "started"):
-            if not isinstance(found.get(key), str):
-                raise DataError(f"{self.path / 'manifest.json'}: expected text for {key!r}; got {found.get(key)!r}.")
+        if missing := {"name", "id", "started"} - found.keys():
+            raise DataError(f"{self.path / 'manifest.json'}: expected {' and '.join(sorted(missing))}; got none.")
         if "data" not in found:
             yield Check("manifest.json", "warning", "the fit was stopped before it said what its data are", "Fit anew.")
             return
@@ -113,17 +120,14 @@ class _Inspection:
         """Yield the check of spec.toml: it parses, round-trips, was not edited, and agrees with the manifest."""
         plan = self.run.plan
         text = plan.to_toml()
+        where = self.path / "spec.toml"
         if type(plan).from_toml(text, "spec.toml") != plan:
-            raise DataError(
-                f"{self.path / 'spec.toml'}: expected a declaration that round-trips; got another. Report it."
-            )
+            raise DataError(f"{where}: expected a declaration that round-trips; got another. Report it.")
         manifest = self.run.files.manifest
         for key, found in (("seed", plan.seed), ("name", plan.name)):
             if key in manifest and manifest[key] != found:
-                raise DataError(
-                    f"{self.path / 'spec.toml'}: expected {key} = {manifest[key]!r}, as in the manifest; got {found!r}."
-                    " Put back what was edited."
-                )
+                wanted = f"{key} = {manifest[key]!r}, as in the manifest"
+                raise DataError(f"{where}: expected {wanted}; got {found!r}. Put back what was edited.")
         if text != self.run.files.spec_text:
             yield Check("spec.toml", "warning", "not as it was written: edited, or of another version of pvae")
         else:
@@ -132,9 +136,7 @@ class _Inspection:
     def state(self) -> Iterator[Check]:
         """Yield the check of status.json: its state is known, its process is alive, and no write failed."""
         self.status = self.run.files.status()
-        state = self.status.get("state", "created")
-        if state not in (*RUN_STATES, "created"):
-            raise DataError(f"{self.path / 'status.json'}: expected a state of {', '.join(RUN_STATES)}; got {state!r}.")
+        state = state_of(self.run.files, self.status)
         said = f"{state}, epoch {self.status.get('epoch', 0)} of {self.status.get('epochs', '?')}"
         if state == "running" and not self._live:
             yield Check("status.json", "warning", f"{said}, but its process is gone", "Go on with pvae resume.")
@@ -147,23 +149,16 @@ class _Inspection:
     def _live(self) -> bool:
         return self.status.get("state") == "running" and not is_stale(self.status)
 
-    @property
-    def _trained(self) -> bool:
-        epoch = self.status.get("epoch")
-        return isinstance(epoch, int) and epoch > 0
-
     def lines(self, name: str) -> Iterator[Check]:
         """Yield the check of a JSON lines file: all lines are valid; an incomplete last line is a warning."""
         if not os.path.lexists(self.path / name):
-            level: Level = "failed" if name == "metrics.jsonl" and self._trained else "ok"
-            yield Check(
-                name, level, f"missing after {self.status.get('epoch')} epochs" if level == "failed" else "none"
-            )
+            epoch = self.status.get("epoch")
+            lost = name == "metrics.jsonl" and isinstance(epoch, int) and epoch > 0
+            yield Check(name, "failed" if lost else "ok", f"missing after {epoch} epochs" if lost else "none")
             return
         rows = read_lines(self.path, name)
-        content = read_inside(self.path, name, 1 << 31)
-        torn = len([line for line in content.split(b"\n") if line.strip()]) - len(rows)
-        if torn and not self._live:
+        written = [line for line in read_inside(self.path, name, 1 << 31).split(b"\n") if line.strip()]
+        if len(written) > len(rows) and not self._live:
             yield Check(name, "warning", f"{len(rows)} rows, and a torn last line, which readers drop")
         else:
             yield Check(name, "ok", f"{len(rows)} rows")
@@ -178,12 +173,11 @@ class _Inspection:
             for path in checkpoint.newest_first(folder)
             for check in attempt(f"checkpoints/{path.name}", partial(self._checkpoint, path))
         ]
-        yield from found or [self._without()]
-
-    def _without(self) -> Check:
-        state = self.status.get("state", "created")
-        level: Level = "failed" if state == "finished" else "ok" if self._live else "warning"
-        return Check("checkpoints", level, f"none; the run is {state}", "" if level == "ok" else "Fit anew.")
+        yield from found
+        if not found:
+            state = self.status.get("state", "created")
+            level: Level = "failed" if state == "finished" else "ok" if self._live else "warning"
+            yield Check("checkpoints", level, f"none; the run is {state}", "" if level == "ok" else "Fit anew.")
 
     def _checkpoint(self, path: Path) -> Iterator[Check]:
         """Yield the check of one checkpoint; nothing if a fit in progress has removed it meanwhile."""
@@ -198,14 +192,13 @@ class _Inspection:
             return
         if needed:
             self.saved = saved
+        own = {"manifest.json", "state.json", *(f"{group}.safetensors" for group in saved.tensors)}
         facts = {"reads": True, "loads": needed, "step": saved.step}
         if problems := list(weights.unsound(saved, self.pair)):
             advice = "Its bytes are as they were written: the declaration was edited, or the fit went wrong."
             yield Check(name, level, "; ".join(problems), advice, facts)
-        elif foreign := weights.foreign_files(saved):
-            yield Check(
-                name, "warning", f"holds foreign files: {', '.join(foreign[: weights.LISTED_TENSORS])}", facts=facts
-            )
+        elif foreign := sorted(set(os.listdir(path)) - own):
+            yield Check(name, "warning", f"holds foreign files: {', '.join(foreign[:LISTED_FILES])}", facts=facts)
         else:
             yield Check(name, "ok", f"step {saved.step}{', would be loaded' if needed else ''}", facts=facts)
 
@@ -224,13 +217,64 @@ class _Inspection:
 
     def data(self) -> Iterator[Check]:
         """Yield checks of the data's fingerprint, and of the validation metrics of the weights against the recorded."""
-        plan = self.run.plan
-        passed = not isinstance(plan, Experiment) or isinstance(plan.data, TensorSource | FrameSource)
-        if self.run._given_data is None and passed:
+        if self.run.lacks_data:
             yield Check("data", "ok", "passed in Python, and not at hand", "Pass pvae.verify a Run that has its data.")
             return
         yield Check("data", "ok", f"fingerprint {self.run.data.fingerprint[:16]}")
         yield from attempt("elbo", partial(weights.elbo, self.run, self.saved))
+
+    def strangers(self) -> Iterator[Check]:
+        """Yield checks of unexpected files in a run's folder: links, devices, files not written by pvae.
+
+        Temporary files of interrupted writes are reported unless the run is being fitted.
+        """
+        found = [check for entry in walk(self.path) for check in self._stranger(entry)]
+        yield from found[:LISTED_FILES]
+        if len(found) > LISTED_FILES:
+            yield Check("files", "warning", f"{len(found) - LISTED_FILES} more that are no part of a run")
+        if not found:
+            yield Check("files", "ok", "no links, nothing foreign, nothing left by an interrupted write")
+
+    def _stranger(self, entry: os.DirEntry[str]) -> Iterator[Check]:
+        where = Path(entry.path).relative_to(self.path)
+        name, own = str(where), where.parts[0] in (*FILES, "checkpoints") or str(where) in FOLDERS
+        if not entry.is_dir(follow_symlinks=False) and not stat.S_ISREG(entry.stat(follow_symlinks=False).st_mode):
+            kind = f"a link to {os.readlink(entry.path)}" if entry.is_symlink() else "a device, pipe or socket"
+            yield Check(name, "failed" if own else "warning", kind, "Remove it: pvae follows no links in a run.")
+        elif entry.name.startswith((".tmp-", ".old-")):
+            if not self._live:
+                yield Check(name, "warning", "left by an interrupted write", "See pvae clean.")
+        elif len(where.parts) == 1 and entry.name not in (*FILES, *FOLDERS):
+            yield Check(name, "warning", "not of pvae", "Keep files of your own elsewhere.")
+
+
+def _analyses(folder: Path) -> Iterator[Check]:
+    """Yield checks of a run's analysis files: those with a `.sha256` file against it, JSON files for validity."""
+    count = 0
+    for path in [] if folder.is_symlink() else sorted(folder.glob("*")):
+        if check := {".sha256": _compare_digest, ".json": _parse_json}.get(path.suffix):
+            found = attempt(f"analysis/{path.name}", partial(check, path))
+            count += not found
+            yield from found
+    yield Check("analysis", "ok", f"{count} files as they were written")
+
+
+def _compare_digest(path: Path) -> None:
+    """Raise DataError if the file that a `.sha256` file names differs from it."""
+    found = _DIGEST.match(read_inside(path.parent, path.name, 1 << 16).decode(errors="replace"))
+    if found is None:
+        raise DataError(f"{path}: expected a line of sha256sum; got another. Export the file again.")
+    digest = hashlib.sha256(read_inside(path.parent, found[2], 1 << 40)).hexdigest()
+    if digest != found[1]:
+        raise DataError(f"{path.parent / found[2]}: expected SHA-256 {found[1]}; got {digest}. Export it again.")
+
+
+def _parse_json(path: Path) -> None:
+    """Raise DataError if a file is not JSON."""
+    try:
+        json.loads(read_inside(path.parent, path.name, 64 * MIB))
+    except (ValueError, RecursionError) as problem:
+        raise DataError(f"{path}: expected JSON; got {problem}. Run the analysis again.") from problem
 
 
 def _shape(manifest: Mapping[str, Any]) -> tuple[int, ...]:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields
 from typing import Any
 
@@ -14,8 +13,8 @@ from pvae.errors import CheckpointError
 from pvae.pair.pair import Pair
 from pvae.runs import checkpoint
 from pvae.runs.run import Run, chosen, load_weights
-from pvae.training.diagnose import bad_weights
 from pvae.training.evaluation import evaluate
+from pvae.training.recovery import bad_weights
 from pvae.training.trainer import State
 from pvae.util.checks import Check
 from pvae.util.provenance import provenance
@@ -57,12 +56,6 @@ def _not_finite(group: str, tensors: Mapping[str, Tensor], pair: Pair | None) ->
     return bad_weights(pair)
 
 
-def foreign_files(saved: checkpoint.Checkpoint) -> list[str]:
-    """Return the names of files in a checkpoint's folder that its manifest does not list."""
-    own = {"manifest.json", "state.json", *(f"{group}.safetensors" for group in saved.tensors)}
-    return sorted(set(os.listdir(saved.path)) - own)
-
-
 def elbo(run: Run, saved: checkpoint.Checkpoint | None) -> Iterator[Check]:
     """Yield a check that recomputes the recorded validation metrics, such as the ELBO, from a checkpoint's weights."""
     device = str(run.files.manifest.get("device", "cpu"))
@@ -73,7 +66,7 @@ def elbo(run: Run, saved: checkpoint.Checkpoint | None) -> Iterator[Check]:
     elif (recorded := _recorded(run.files.metrics_rows(), saved)) is None:
         yield Check("elbo", "ok", "not computed: no validation was recorded of these weights")
     else:
-        yield _compare(recorded, _measure(run, saved, device), lambda: _differences(run, device))
+        yield _compare(run, device, recorded, _measure(run, saved, device))
 
 
 def _measure(run: Run, saved: checkpoint.Checkpoint, device: str) -> dict[str, float]:
@@ -85,7 +78,7 @@ def _measure(run: Run, saved: checkpoint.Checkpoint, device: str) -> dict[str, f
     return plan.objective.measure(pair, x, plan.seed) or evaluate(pair, x, plan.seed, fitted)
 
 
-def _compare(recorded: Mapping[str, Any], measured: Mapping[str, float], differences: Callable[[], str]) -> Check:
+def _compare(run: Run, device: str, recorded: Mapping[str, Any], measured: Mapping[str, float]) -> Check:
     names = [name for name in measured if isinstance(recorded.get(name), float)]
     off = {name: abs(measured[name] - recorded[name]) for name in names}
     wrong = [name for name in names if not off[name] <= ELBO_TOLERANCE * max(1.0, abs(recorded[name]))]
@@ -97,7 +90,9 @@ def _compare(recorded: Mapping[str, Any], measured: Mapping[str, float], differe
     unit = " nats per datum" if "elbo" in names else ""
     first = f"{names[0]} {recorded[names[0]]:.6f}{unit}" if names else "nothing"
     largest = max(off.values(), default=0.0)
-    same = f"within {ELBO_TOLERANCE:g}, off by {largest:.1e}: {differences()}" if largest else "the same bits"
+    same = (
+        f"within {ELBO_TOLERANCE:g}, off by {largest:.1e}: {_differences(run, device)}" if largest else "the same bits"
+    )
     return Check("elbo", "ok", f"{first}, as recorded for validation: {same}", facts=facts)
 
 

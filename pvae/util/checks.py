@@ -14,6 +14,15 @@ if TYPE_CHECKING:
 Level = Literal["ok", "warning", "failed"]
 
 _STYLES = {"ok": "", "warning": "yellow", "failed": "bold red"}
+_ADVICE: tuple[tuple[type[Exception], str], ...] = (
+    (PvaeError, ""),
+    (Warning, "Python turns warnings into errors here: leave out -W error and PYTHONWARNINGS."),
+    (ImportError, "Install pvae again: pip install --force-reinstall pvae-pyro."),
+    (MemoryError, "Free some memory and look again."),
+    (OSError, "See to that file or folder: does it exist, is it yours, is the disk full?"),
+    (Exception, "This should not happen: report it with these lines."),
+)
+"""Advice for an error that a check raises, by its class; the message of a `PvaeError` contains advice."""
 
 
 def one_line(text: str) -> str:
@@ -39,6 +48,11 @@ class Check:
     found: str
     advice: str = ""
     facts: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def judged(cls, name: str, bad: Level, found: str, advice: str, facts: Mapping[str, Any] | None = None) -> Check:
+        """Return a check that is ok if there is no advice, and else of the level `bad`."""
+        return cls(name, bad if advice else "ok", found, advice, facts or {})
 
     def to_dict(self) -> dict[str, Any]:
         """Return name, level, found, advice and facts as JSON values."""
@@ -81,20 +95,16 @@ class Checks:
         return {**self.facts, "ok": self.ok, **counts, "checks": [check.to_dict() for check in self.checks]}
 
     def __rich__(self) -> Table:
-        from rich.table import Table
+        from rich.table import Column, Table
         from rich.text import Text
 
-        table = Table(title=Text(one_line(self.title)), caption=Text(one_line(self.summary())), caption_justify="left")
-        table.add_column("check")
-        table.add_column("verdict", no_wrap=True)
-        table.add_column("found", overflow="fold")
+        title, caption = Text(one_line(self.title)), Text(one_line(self.summary()))
+        columns = ("check", Column("verdict", no_wrap=True), Column("found", overflow="fold"))
+        table = Table(*columns, title=title, caption=caption, caption_justify="left")
         for row in self.to_dict()["checks"]:
             found = Text(row["found"]) if not row["advice"] else Text(f"{row['found']}\n-> {row['advice']}")
             table.add_row(Text(row["name"]), row["level"], found, style=_STYLES[row["level"]])
         return table
-
-    def __repr__(self) -> str:
-        return str(self)
 
     def __str__(self) -> str:
         rows = self.to_dict()["checks"]
@@ -105,29 +115,17 @@ class Checks:
             lines += [f"{'':7}  {'':{width}}  -> {row['advice']}"] * bool(row["advice"])
         return "\n".join([*lines, one_line(self.summary())])
 
+    __repr__ = __str__
 
-def attempt(name: str, check: Callable[[], Iterable[Check]]) -> list[Check]:
+
+def attempt(name: str, check: Callable[[], Iterable[Check] | None]) -> list[Check]:
     """Return the results that `check` yields; an error that it raises becomes a failed check called `name`."""
     found = []
     try:
-        for one in check():  # one by one: what was found before an error is kept
+        for one in check() or ():  # one by one: what was found before an error is kept
             found.append(one)
     except Exception as problem:
         text = str(problem) if isinstance(problem, PvaeError) else f"{type(problem).__name__}: {problem}"
-        found.append(Check(name, "failed", text, _advice(problem)))
+        advice = next(advice for kind, advice in _ADVICE if isinstance(problem, kind))
+        found.append(Check(name, "failed", text, advice))
     return found
-
-
-def _advice(problem: Exception) -> str:
-    """Return advice for an unexpected error; empty for a `PvaeError`, whose message contains advice."""
-    if isinstance(problem, PvaeError):
-        return ""
-    if isinstance(problem, Warning):
-        return "Python turns warnings into errors here: leave out -W error and PYTHONWARNINGS."
-    if isinstance(problem, ImportError):
-        return "Install pvae again: pip install --force-reinstall pvae-pyro."
-    if isinstance(problem, MemoryError):
-        return "Free some memory and look again."
-    if isinstance(problem, OSError):
-        return "See to that file or folder: does it exist, is it yours, is the disk full?"
-    return "This should not happen: report it with these lines."

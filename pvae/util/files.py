@@ -7,18 +7,28 @@ import json
 import math
 import os
 import re
+import shutil
 import stat
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from pvae.errors import DataError, OutputError, StorageError
+from pvae.errors import DataError, OutputError, PvaeError, StorageError
 
 MIB = 1 << 20
 
 _CANNOT_CREATE = frozenset([errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG])
 _PLAIN_NAME = re.compile(r"(?!\.{1,2}\Z)[^/\\\0]+\Z")
+
+
+@contextmanager
+def raising(kind: type[PvaeError], expected: str, advice: str = "") -> Iterator[None]:
+    """Replace an OSError in the context by a `kind` with the message "<expected>; got <reason>. <advice>"."""
+    try:
+        yield
+    except OSError as problem:
+        raise kind(f"{expected}; got {problem.strerror or problem}. {advice}".rstrip()) from problem
 
 
 def sync_folder(folder: Path) -> None:
@@ -57,7 +67,7 @@ def write_atomic(path: Path, text: str | bytes, *, durable: bool = True) -> None
     ``durable=False`` omits the fsync, for files that are rewritten very often.
     """
     content = text.encode(errors="backslashreplace") if isinstance(text, str) else text
-    temporary = path.with_name(f".tmp-{os.urandom(8).hex()}")
+    temporary = temporary_for(path)
     try:
         require_plain_target(path)
         try:
@@ -84,11 +94,24 @@ def make_folder(folder: Path) -> Path:
     """
     if folder.is_symlink():
         raise DataError(f"{folder}: expected a folder inside the run; got a link to {os.readlink(folder)!r}.")
-    try:
+    with raising(OutputError, f"{folder}: expected a folder"):
         folder.mkdir(exist_ok=True)
-    except OSError as problem:
-        raise OutputError(f"{folder}: expected a folder; got {problem.strerror}.") from problem
     return folder
+
+
+def temporary_for(path: Path) -> Path:
+    """Return a new name beside a path; what stands there after a crash counts as left by an interrupted write."""
+    return path.with_name(f".tmp-{os.urandom(8).hex()}")
+
+
+def remove(path: Path, *, ignore_errors: bool = False) -> None:
+    """Remove a file or folder; a folder is renamed first, so that an interruption leaves no part under its name."""
+    if path.is_symlink() or not path.is_dir():
+        path.unlink(missing_ok=True)
+        return
+    doomed = temporary_for(path)
+    os.rename(path, doomed)
+    shutil.rmtree(doomed, ignore_errors=ignore_errors)
 
 
 def _open_plain(path: Path, flags: int) -> int:
@@ -108,14 +131,10 @@ def read_inside(folder: Path, name: str, limit: int = 16 * MIB) -> bytes:
     """
     if not _PLAIN_NAME.match(name):
         raise DataError(f"{folder}: expected a plain file name; got {name!r}.")
-    try:
-        with os.fdopen(_open_plain(folder / name, os.O_RDONLY), "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            content = file.read(min(size, limit) + 1)  # it allocates what it is asked for
-    except OSError as problem:
-        raise DataError(
-            f"{folder / name}: expected a plain readable file; got {problem.strerror or problem}."
-        ) from problem
+    readable = raising(DataError, f"{folder / name}: expected a plain readable file")
+    with readable, os.fdopen(_open_plain(folder / name, os.O_RDONLY), "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        content = file.read(min(size, limit) + 1)  # it allocates what it is asked for
     if len(content) > limit:
         raise DataError(f"{folder / name}: expected at most {limit} bytes; got more.")
     return content
@@ -123,21 +142,21 @@ def read_inside(folder: Path, name: str, limit: int = 16 * MIB) -> bytes:
 
 def read_object(folder: Path, name: str, limit: int = 16 * MIB) -> dict[str, Any]:
     """Return the JSON object in the file ``name`` of ``folder``; raises DataError if it contains anything else."""
-    content = read_inside(folder, name, limit)
-    found = _json_object(content)
-    if found is None:
-        raise DataError(
-            f"{folder / name}: expected a JSON object; got {len(content)} bytes that start {content[:24]!r}."
-        )
+    return parse_object(folder / name, read_inside(folder, name, limit))
+
+
+def parse_object(where: Path, content: bytes) -> dict[str, Any]:
+    """Return the JSON object in the bytes of the file `where`; raises DataError if they contain anything else."""
+    if (found := _json_object(content)) is None:
+        raise DataError(f"{where}: expected a JSON object; got {len(content)} bytes that start {content[:24]!r}.")
     return found
 
 
 def _json_object(content: bytes) -> dict[str, Any] | None:
-    try:
+    with suppress(ValueError, RecursionError):
         found = json.loads(content.decode())
-    except (ValueError, RecursionError):
-        return None
-    return found if isinstance(found, dict) else None
+        return found if isinstance(found, dict) else None
+    return None
 
 
 def _plain(value: Any) -> Any:  # noqa: ANN401  (any value goes in, its JSON twin comes out)
@@ -169,34 +188,22 @@ def append(path: Path, line: bytes) -> None:
     """Append a complete line to a file, or nothing (raises OSError); an incomplete last line is repaired first."""
     descriptor = _open_plain(path, os.O_RDWR | os.O_APPEND | os.O_CREAT)
     try:
-        _mend(descriptor)
-        _write_whole(descriptor, line)
+        size = os.fstat(descriptor).st_size
+        if size and os.pread(descriptor, 1, size - 1) != b"\n":
+            content = os.pread(descriptor, size, 0)
+            start = content.rfind(b"\n") + 1
+            if _json_object(content[start:]) is None:  # cut off
+                os.ftruncate(descriptor, size := start)
+            else:  # only its newline is missing
+                line = b"\n" + line
+        try:
+            while line:
+                line = line[os.write(descriptor, line) :]
+        except OSError:
+            os.ftruncate(descriptor, size)
+            raise
     finally:
         os.close(descriptor)
-
-
-def _mend(descriptor: int) -> None:
-    """Repair the last line of a JSON lines file: add a missing newline, or remove the line if its JSON is cut off."""
-    size = os.fstat(descriptor).st_size
-    if size == 0 or os.pread(descriptor, 1, size - 1) == b"\n":
-        return
-    content = os.pread(descriptor, size, 0)
-    start = content.rfind(b"\n") + 1
-    if _json_object(content[start:]) is None:
-        os.ftruncate(descriptor, start)
-    else:
-        _write_whole(descriptor, b"\n")
-
-
-def _write_whole(descriptor: int, line: bytes) -> None:
-    size = os.fstat(descriptor).st_size
-    try:
-        written = 0
-        while written < len(line):
-            written += os.write(descriptor, line[written:])
-    except OSError:
-        os.ftruncate(descriptor, size)
-        raise
 
 
 def read_lines(folder: Path, name: str) -> list[dict[str, Any]]:

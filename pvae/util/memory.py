@@ -56,6 +56,8 @@ def weighed(make: Callable[[], Made]) -> Made:
     try:
         with counting:
             made = make()
+        if not counting.large:
+            return made
     except Exception as error:
         if isinstance(error, RuntimeError) and "overflow" in str(error):
             raise _refused("more than 2^63 bytes") from error
@@ -63,9 +65,6 @@ def weighed(make: Callable[[], Made]) -> Made:
             raise _refused("more than is free") from error
         if not counting.large:
             raise
-    else:
-        if not counting.large:
-            return made
     if counting.bytes > total_memory():
         raise _refused(f"at least {_gib(counting.bytes)}")
     try:
@@ -95,11 +94,8 @@ def require_training_memory(pair: nn.Module, row: int, rows: int, device: torch.
     widths = sum(part.out_features for part in pair.modules() if isinstance(part, nn.Linear))
     needed = 5 * weights + 4 * rows * (row + 2 * widths)
     if needed > total_memory(device):
-        raise _refused(
-            f"at least {_gib(needed)} to be trained ({weights // 4:,} weights five times over, and batches of {rows:,} "
-            "rows)",
-            device,
-        )
+        copies = f"{weights // 4:,} weights five times over, and batches of {rows:,} rows"
+        raise _refused(f"at least {_gib(needed)} to be trained ({copies})", device)
 
 
 def _refused(needed: str, device: torch.device | None = None) -> DeclarationError:

@@ -13,11 +13,12 @@ PACKAGES = ("pvae-pyro", "torch", "pyro-ppl", "numpy", "arviz", "pandas", "pydan
 
 def provenance() -> dict[str, Any]:
     """Return package versions, git commit, command line, host and platform, without the user's name; never fails."""
+    home = os.path.expanduser("~")
     found = {package: version for package in PACKAGES if (version := installed_version(package))}
     return {
         "versions": {"python": platform.python_version(), **found},
         "git": _git_state(),
-        "argv": [_without_home(argument) for argument in sys.argv],
+        "argv": [argument.replace(home, "~") if len(home) > 1 else argument for argument in sys.argv],
         "host": platform.node(),
         "platform": platform.platform(),
     }
@@ -43,21 +44,10 @@ def _git_state() -> dict[str, Any] | None:
 def _git(*arguments: str) -> str | None:
     import subprocess
 
-    environment = {**os.environ, "GIT_OPTIONAL_LOCKS": "0"}
+    there, none = {**os.environ, "GIT_OPTIONAL_LOCKS": "0"}, subprocess.DEVNULL
+    command = ["git", *arguments]
     try:
-        done = subprocess.run(
-            ["git", *arguments],
-            capture_output=True,
-            check=True,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            timeout=GIT_SECONDS,
-        )
+        said = subprocess.check_output(command, env=there, stdin=none, stderr=none, timeout=GIT_SECONDS)
     except (OSError, subprocess.SubprocessError):
         return None
-    return done.stdout.decode(errors="replace").strip()
-
-
-def _without_home(argument: str) -> str:
-    home = os.path.expanduser("~")
-    return argument if len(home) < 2 else argument.replace(home, "~")
+    return said.decode(errors="replace").strip()

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pvae.errors import DeclarationError, near
+from pvae.util.files import raising
 
 SIZE_CAP = 1 << 20
 
@@ -24,11 +25,8 @@ def parse(text: str, origin: str) -> dict[str, Any]:
 
 def read(path: Path) -> dict[str, Any]:
     """Return a TOML file (UTF-8, at most 1 MiB) as nested dicts; raises DeclarationError."""
-    try:
-        with path.open("rb") as file:
-            raw = file.read(SIZE_CAP + 1)
-    except OSError as error:
-        raise DeclarationError(f"{path}: expected a readable TOML file; got {error.strerror or error}.") from None
+    with raising(DeclarationError, f"{path}: expected a readable TOML file"), path.open("rb") as file:
+        raw = file.read(SIZE_CAP + 1)
     if len(raw) > SIZE_CAP:
         raise DeclarationError(f"{path}: expected at most 1 MiB of TOML; got more.")
     if raw.startswith(b"\xef\xbb\xbf"):
@@ -36,32 +34,27 @@ def read(path: Path) -> dict[str, Any]:
     try:
         text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise DeclarationError(
-            f"{path}: expected UTF-8 text; got byte {error.start} = {raw[error.start]:#04x}."
-        ) from None
+        byte = f"byte {error.start} = {raw[error.start]:#04x}"
+        raise DeclarationError(f"{path}: expected UTF-8 text; got {byte}.") from None
     return parse(text.replace("\r\n", "\n"), str(path))
 
 
-def parse_override(text: str) -> tuple[tuple[str, ...], Any]:
-    """Return key path and value of an override `train.epochs=20`; the value is parsed as TOML, else it is a string."""
-    key, equals, value = text.partition("=")
-    path = tuple(part.strip() for part in key.split("."))
-    if not equals or not all(path):
-        raise DeclarationError(f"{text!r}: expected an override like train.epochs=20; got no key or no '='.")
-    try:
-        return path, parse(f"value = {value}", text)["value"]
-    except (DeclarationError, KeyError):
-        return path, value.strip()
-
-
 def parse_overrides(texts: Sequence[str]) -> list[tuple[tuple[str, ...], Any]]:
-    """Return key paths and values of all overrides; raises one DeclarationError that lists every malformed one."""
-    parsed, problems = [], []
+    """Return key path and value of every override `train.epochs=20`; a value that is not TOML is a string.
+
+    Raises one DeclarationError that lists every malformed override.
+    """
+    parsed, problems = list[tuple[tuple[str, ...], Any]](), list[str]()
     for text in texts:
+        key, equals, value = text.partition("=")
+        path = tuple(part.strip() for part in key.split("."))
+        if not equals or not all(path):
+            problems.append(f"{text!r}: expected an override like train.epochs=20; got no key or no '='.")
+            continue
         try:
-            parsed.append(parse_override(text))
-        except DeclarationError as error:
-            problems += error.problems
+            parsed.append((path, parse(f"value = {value}", text)["value"]))
+        except (DeclarationError, KeyError):
+            parsed.append((path, value.strip()))
     if problems:
         raise DeclarationError(problems)
     return parsed

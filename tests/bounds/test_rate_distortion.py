@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import pvae
 from pvae.analysis import rate_distortion, surgery
-from pvae.analysis.pages import plots
+from pvae.analysis.pages.plots import base, comparisons
 from pvae.data.dataset import Dataset
 from pvae.errors import DataError, DeclarationError
 from pvae.experiment.experiment import Experiment
@@ -160,7 +160,7 @@ def test_progress_counts_the_draws_of_all_runs(folder: Path) -> None:
 
 
 def labels_of(names: list[str], points: np.ndarray) -> tuple[list[Annotation], Figure]:
-    made = plots.rate_distortion(names, points[:, 0].tolist(), points[:, 1].tolist(), [(0.1, 0.1)] * len(points))
+    made = comparisons.rate_distortion(names, points[:, 0].tolist(), points[:, 1].tolist(), [(0.1, 0.1)] * len(points))
     made.draw_without_rendering()
     return [text for text in made.axes[0].texts if isinstance(text, Annotation)], made
 
@@ -176,7 +176,7 @@ def test_labels_of_twelve_runs_stand_clear(spread: float) -> None:
     assert not [pair for pair in combinations(shown, 2) if shown[pair[0]].overlaps(shown[pair[1]])]
     frame = made.axes[0].get_window_extent()
     assert all(frame.x0 <= shown[name].x0 and shown[name].x1 <= frame.x1 for name in names)
-    assert plots.png(made).startswith(b"\x89PNG")
+    assert base.png(made).startswith(b"\x89PNG")
 
 
 def test_lines_are_of_equal_elbo() -> None:
@@ -196,7 +196,7 @@ def test_one_run_of_one_row_has_a_figure_and_no_error(folder: Path) -> None:
     found = rate_distortion(runs(folder, "vae"), rows=1)
     assert math.isnan(found.rows[0]["rate_error"])
     assert found.to_dict()["runs"][0]["rate_error"] is None
-    assert plots.png(found.figure()).startswith(b"\x89PNG")
+    assert base.png(found.figure()).startswith(b"\x89PNG")
 
 
 # ---------------------------------------------------------------------- the command line

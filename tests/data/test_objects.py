@@ -21,8 +21,8 @@ from torch.utils.data import Dataset as TorchDataset
 
 import pvae
 from pvae.data import Dataset, Npy, TensorSource, load
-from pvae.data.rows.arrays import Index, SparseRows
 from pvae.data.rows.cache import cache_folder
+from pvae.data.rows.files import Index, SparseRows
 from pvae.data.sources.python import Spool
 from pvae.errors import DataError, StorageError
 from pvae.runs.run import Run
@@ -247,7 +247,6 @@ class Watched(SparseRows):
 
 def test_a_fit_on_sparse_counts_never_makes_them_dense(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("pvae.data.rows.rows.CHUNK_ELEMENTS", 2**16)
-    monkeypatch.setattr("pvae.data.split.CHUNK_ELEMENTS", 2**16)
     counts = sparse.random_array((3000, 200), density=0.05, rng=np.random.default_rng(0), data_sampler=None)
     data = Dataset.of(Watched(counts))
     overrides = (*SMALL, "train.batch_size=500", "data={source='tensor'}", "decoder.likelihood.kind=normal")

@@ -473,7 +473,7 @@ def test_labels_are_sub_folders_only_if_every_image_is_in_one(tmp_path: Path):
 
 
 def entries() -> list[Path]:
-    return sorted(cache_folder().glob("decoded/*/x.npy"))
+    return sorted(cache_folder().glob("decoded/*/x"))
 
 
 def test_an_entry_is_made_once_and_again_when_damaged_or_out_of_date(tmp_path: Path):

@@ -11,11 +11,9 @@ import torch
 import pvae
 from pvae.data import Dataset, Npz, TensorSource, streamed
 from pvae.data.dataset import _assembled
-from pvae.data.rows import blocks
-from pvae.data.rows.arrays import Joined, SparseRows, npy_array
-from pvae.data.rows.blocks import WindowOrder
+from pvae.data.rows.files import Joined, SparseRows, read_npy
 from pvae.data.rows.rows import Rows, shared_rows, tenths
-from pvae.data.streamed import Streamed
+from pvae.data.streamed import Streamed, WindowOrder
 from pvae.errors import DataError
 from pvae.training import loop
 from pvae.training.trainer import Trainer
@@ -25,9 +23,8 @@ from tests.runs_shared import assert_resumes_exactly
 @pytest.fixture
 def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of a few rows, three in memory: what large data meet, on small ones."""
-    monkeypatch.setattr(blocks, "BLOCK_BYTES", 7 * 4 * 64)
-    for module in (blocks, streamed):
-        monkeypatch.setattr(module, "WINDOW", 3)
+    monkeypatch.setattr(streamed, "BLOCK_BYTES", 7 * 4 * 64)
+    monkeypatch.setattr(streamed, "WINDOW", 3)
 
 
 def images(n: int = 300) -> tuple[np.ndarray, np.ndarray]:
@@ -41,7 +38,7 @@ def both(tmp_path: Path, declared: TensorSource, x: Any = None) -> tuple[Dataset
     np.save(tmp_path / "x.npy", x)
     parts = tenths(len(x), ["validation", "test"], 0)
     largest = 255.0 if x.dtype == np.uint8 else None
-    held, kept = (Rows(rows, y, parts, largest) for rows in (x, npy_array(tmp_path / "x.npy")))
+    held, kept = (Rows(rows, y, parts, largest) for rows in (x, read_npy(tmp_path / "x.npy", stream=True)))
     return _assembled(declared, held), _assembled(declared, kept)
 
 

@@ -29,11 +29,10 @@ from pvae.data.rows.columns import Column
 from pvae.data.rows.prepare import UNWARPS, WARPS
 from pvae.data.sources.tabular import FrameSource
 from pvae.data.streamed import Streamed
-from pvae.data.tables import delimited
-from pvae.data.tables import parquet as parquet_files
-from pvae.data.tables.delimited import MAX_HEADER_BYTES
+from pvae.data.tables import readers
+from pvae.data.tables.readers import MAX_HEADER_BYTES
 from pvae.errors import DataError, DeclarationError, MissingExtraError
-from pvae.graph.column_law import Law
+from pvae.graph.frame import Law
 from pvae.models.likelihoods.column_families import FAMILIES
 from pvae.models.likelihoods.columns import ColumnsLikelihood
 from tests.cli_runner import run_cli
@@ -297,8 +296,8 @@ def by_hand(frame: pandas.DataFrame, train: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("piece", [2**22, 500])
 def test_every_form_gives_pandas_own_values(piece: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pvae.data.tables.delimited.TEXT_PIECE_BYTES", piece)
-    monkeypatch.setattr(parquet_files, "BATCH_ROWS", max(piece // 10, 7))
+    monkeypatch.setattr("pvae.data.tables.readers.TEXT_PIECE_BYTES", piece)
+    monkeypatch.setattr(readers, "BATCH_ROWS", max(piece // 10, 7))
     frame = mixed()
     forms = sources(tmp_path, frame)
     parts = forms["csv"].read(None, 0).parts
@@ -340,7 +339,7 @@ def test_a_table_is_decoded_once_and_anew_when_it_changed(tmp_path: Path, monkey
     source = CSV.model_validate({"path": str(path), "columns": {"a": "continuous", "b": "binary"}})
     first = source.read(None, 0).x
     with monkeypatch.context() as patch:
-        patch.setattr(delimited, "read_pieces", lambda *_: pytest.fail("decoded again"))
+        patch.setattr(readers.TextTable, "pieces", lambda *_: pytest.fail("decoded again"))
         assert np.array_equal(source.read(None, 0).x, first)
     path.write_text("a,b\n" + "".join(f"{i + 1},{i % 2}\n" for i in range(40)))
     assert np.array_equal(source.read(None, 0).x[:, 0], first[:, 0] + 1)
@@ -358,12 +357,12 @@ def test_a_table_of_any_length_is_decoded_in_the_same_memory(tmp_path: Path) -> 
         "import sys\n"
         "import pandas\n"
         "from pvae.data.rows import rows\n"
-        "from pvae.data.tables import delimited\n"
+        "from pvae.data.tables import readers\n"
         "from pvae.data.sources.tabular import CSV\n"
         "def peak():\n"
         "    lines = open('/proc/self/status').read().splitlines()\n"
         "    return next(int(line.split()[1]) for line in lines if line.startswith('VmHWM')) // 1024\n"
-        "rows.CHUNK_ELEMENTS, delimited.TEXT_PIECE_BYTES = 2**16, 2**19\n"
+        "rows.CHUNK_ELEMENTS, readers.TEXT_PIECE_BYTES = 2**16, 2**19\n"
         "columns = {f'c{j}': {'type': 'continuous'} for j in range(48)} | {'n': {'type': 'count'}}\n"
         "columns |= {'colour': {'type': 'categorical', 'levels': ['red', 'green']}}\n"
         "start = peak()\n"
@@ -433,7 +432,7 @@ def test_pieces_do_not_move_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     path = write(tmp_path, text)
     source = CSV.model_validate({"path": str(path), "columns": AB})
     for piece in (2**22, 1, 5, 64, 1000):
-        monkeypatch.setattr("pvae.data.tables.delimited.TEXT_PIECE_BYTES", piece)
+        monkeypatch.setattr("pvae.data.tables.readers.TEXT_PIECE_BYTES", piece)
         with pytest.raises(DataError, match=r"line 252, column 'b': expected one of .* got 'pink'"):
             source.read(None, 0)
     good = CSV.model_validate({"path": str(write(tmp_path, text.replace("pink", "red"))), "columns": AB}).read(None, 0)
@@ -441,8 +440,8 @@ def test_pieces_do_not_move_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_record_has_an_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pvae.data.tables.delimited.TEXT_PIECE_BYTES", 100)
-    monkeypatch.setattr("pvae.data.tables.delimited.MAX_RECORD_BYTES", 1000)
+    monkeypatch.setattr("pvae.data.tables.readers.TEXT_PIECE_BYTES", 100)
+    monkeypatch.setattr("pvae.data.tables.readers.MAX_RECORD_BYTES", 1000)
     path = write(tmp_path, GOOD + '4,"' + "x\n" * 3000)
     with pytest.raises(DataError, match="line 5: expected a record of at most .* MiB; got a longer one. Close its quo"):
         CSV.model_validate({"path": str(path), "columns": AB}).read(None, 0)
@@ -563,7 +562,7 @@ def test_words_stay_words_wherever_a_piece_ends(tmp_path: Path, monkeypatch: pyt
     """007, 7 and 01 are three words, in the first piece of a file as in the last."""
     words = ["01", "1", "007"] * 10 + ["01", "1", "u"] * 10
     (tmp_path / "t.csv").write_text("g,x,h\n" + "".join(f"{w},{i / 2},{w}\n" for i, w in enumerate(words)))
-    monkeypatch.setattr("pvae.data.tables.delimited.TEXT_PIECE_BYTES", 64)
+    monkeypatch.setattr("pvae.data.tables.readers.TEXT_PIECE_BYTES", 64)
     columns = {"x": {"type": "continuous"}, "g": {"type": "categorical", "levels": ["01", "1", "007", "u"]}}
     declared = CSV.model_validate({"path": str(tmp_path / "t.csv"), "columns": columns, "label": "h"})
     data = load(declared)

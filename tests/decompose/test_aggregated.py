@@ -22,8 +22,7 @@ from pvae.analysis.decompose.components import Kept, Reread, members_of
 from pvae.analysis.decompose.coordinates import all_pairs, grid_error, marginal_log_prob
 from pvae.analysis.decompose.entry import quiet
 from pvae.distributions.exponential import FullRankNormals, Members, Normals
-from pvae.distributions.exponential_codes import Codes
-from pvae.distributions.exponential_product import Product, product
+from pvae.distributions.exponential_codes import Codes, Product, product
 from pvae.errors import DataError, DeclarationError
 from pvae.pair.pair import Pair
 

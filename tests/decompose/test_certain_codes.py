@@ -22,8 +22,7 @@ from pvae.analysis.decompose.prior_gain import gain
 from pvae.analysis.decompose.surgery import surgery
 from pvae.analysis.samples.encode import encode
 from pvae.distributions.exponential import Normals
-from pvae.distributions.exponential_codes import CertainCodes, Codes
-from pvae.distributions.exponential_product import Product, product
+from pvae.distributions.exponential_codes import CertainCodes, Codes, Product, product
 from pvae.pair.pair import Pair
 from tests.decompose.pairs import DRAWN, NEAREST, VQ, declared, rows
 

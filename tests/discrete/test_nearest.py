@@ -21,7 +21,7 @@ from pvae.guides.posteriors.nearest import NearestCodePosterior
 from pvae.nn.codebook import SMOOTHING, NearestCodebook
 from pvae.training.begin import begin
 from pvae.training.evaluation import evaluate
-from pvae.training.refit import refit
+from pvae.training.resume import refit
 from tests.discrete.pairs import (
     NEAREST,
     NETWORK,

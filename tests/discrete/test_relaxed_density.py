@@ -17,10 +17,9 @@ import torch
 from torch import Tensor
 from torch.distributions.relaxed_categorical import ExpRelaxedCategorical
 
-from pvae.distributions.relaxed import RelaxedCodes
-from pvae.distributions.simplex import from_coordinates, to_coordinates
+from pvae.distributions.relaxed import RelaxedCodes, from_coordinates, to_coordinates
 from pvae.errors import DeclarationError
-from pvae.graph.space import Space
+from pvae.graph.site import Space
 from pvae.pair.pair import Pair
 from pvae.training.evaluation import evaluate
 from tests.discrete.pairs import X, built, declared, relaxed, rows, steps

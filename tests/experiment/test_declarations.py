@@ -161,7 +161,7 @@ def test_overrides_of_an_experiment_forget_defaults_of_the_old_kind() -> None:
     assert plain.train.optimizer.lr == 0.1
     assert plain.decoder.network.hidden == (7,)  # type: ignore[attr-defined]
     linear = Experiment.load("vae", ["objective.beta=0.5", "objective.beta.kind=linear"])
-    assert linear.objective.beta.kind == "linear"  # type: ignore[attr-defined]
+    assert linear.objective.beta.kind == "linear"
 
 
 # ---------------------------------------------------------------------- hostile files

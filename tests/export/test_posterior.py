@@ -24,7 +24,7 @@ from pvae import __version__
 from pvae.analysis.decompose.entry import quiet
 from pvae.analysis.decompose.posterior_draws import draw
 from pvae.analysis.export.datasets import GROUP_NAMES, PosteriorDraws
-from pvae.analysis.export.names import LONGEST_NAME, dims_of, safe_names
+from pvae.analysis.export.sites import LONGEST_NAME, dims_of, safe_names
 from pvae.data.dataset import Dataset
 from pvae.errors import CheckpointError, DataError, DeclarationError, MissingExtraError, StorageError
 from pvae.pair.layout import samples
@@ -232,7 +232,6 @@ def test_same_seed_same_numbers_and_nothing_is_moved(run, small):
 
 def test_chunks_do_not_show_in_the_shape(run, monkeypatch):
     whole = run.posterior(draws=2)
-    monkeypatch.setattr("pvae.analysis.export.latents.ROWS_OF_A_BATCH", 100)
     monkeypatch.setattr("pvae.analysis.export.groups.ROWS_OF_A_BATCH", 100)
     pieces = run.posterior(draws=2)
     assert pieces["guide"].z_loc.values == pytest.approx(whole["guide"].z_loc.values, abs=1e-5)
@@ -266,7 +265,7 @@ def test_awkward_names_are_kept_as_attributes(awkward):
 
 
 def test_a_global_latent_is_one_for_all_rows_of_a_draw(awkward, monkeypatch):
-    monkeypatch.setattr("pvae.analysis.export.latents.ROWS_OF_A_BATCH", 7)
+    monkeypatch.setattr("pvae.analysis.export.groups.ROWS_OF_A_BATCH", 7)
     found = awkward.posterior(draws=4, split="train")
     pair, x = awkward.pair, awkward.data.train.x
     names = {v.attrs["site"]: name for name, v in found["posterior"].data_vars.items()}
@@ -378,7 +377,7 @@ def test_memory_is_refused_before_anything_is_drawn(run, monkeypatch):
     def never(*_: object) -> None:
         raise AssertionError("drawn")
 
-    monkeypatch.setattr("pvae.analysis.export.latents.draw_chunk", never)
+    monkeypatch.setattr("pvae.analysis.export.groups.draw_chunk", never)
     with pytest.raises(DataError, match=r"at most 1073741824 bytes .* posterior/z takes \d+. Lower draws or rows"):
         run.posterior(draws=100_000_000)
     with pytest.raises(DataError, match=r"posterior_predictive/x takes \d+. Lower predictive_rows or predictive_draws"):

@@ -32,7 +32,7 @@ from pvae.errors import DataError, DeclarationError, DeviceError, StorageError, 
 from pvae.experiment.experiment import Experiment
 from pvae.objectives.base import Loss
 from pvae.runs.rundir import RunDirectory
-from pvae.training import epochs, loop
+from pvae.training import loop
 from pvae.training.trainer import Trainer
 from pvae.util import files, memory
 from tests.cli_runner import TINY, run_cli
@@ -78,7 +78,7 @@ def test_checkpoints_on_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     """FAULTS 2: the old one stays and the next occasion is taken; only at the end is it an error, 74."""
     whole = fit(tiny(**FEW), tmp_path / "whole")
     naps = without_naps(monkeypatch)
-    original, (soft, hard) = epochs.end_epoch, resource.getrlimit(resource.RLIMIT_FSIZE)
+    original, (soft, hard) = loop.end_epoch, resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def fills(trainer: Trainer, *arguments: Any) -> None:
         original(trainer, *arguments)

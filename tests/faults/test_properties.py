@@ -23,7 +23,7 @@ from pvae.experiment.experiment import Experiment
 from pvae.objectives.elbo import TraceMeanFieldELBO
 from pvae.runs.run import chosen
 from pvae.runs.rundir import RunDirectory
-from pvae.training.diagnose import first_bad_site
+from pvae.training.recovery import first_bad_site
 from pvae.training.trainer import State
 from pvae.util.files import read_lines
 from tests.drawn import Drawn, sound, wild

@@ -26,7 +26,7 @@ from torch import Tensor
 import pvae
 from pvae.analysis import ais, bracket, evidence, gap, prior_evidence, surgery
 from pvae.data.sources import toys
-from pvae.distributions.determined import Determined, Rounded
+from pvae.distributions.base import Determined, Rounded
 from pvae.errors import DataError, DeclarationError
 from pvae.experiment.experiment import Experiment
 from pvae.models.invertible import BijectionModule, BijectionNetwork

@@ -15,7 +15,7 @@ from torch import Tensor
 import pvae
 from pvae.analysis import surgery
 from pvae.data import Dataset, load
-from pvae.data.sources.digits import Digits
+from pvae.data.sources.collections import Digits
 from pvae.errors import DeclarationError
 from pvae.experiment.experiment import Experiment
 from pvae.pair.pair import Pair

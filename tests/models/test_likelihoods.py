@@ -15,13 +15,17 @@ import scipy.stats
 import torch
 
 from pvae.component import Shape
-from pvae.distributions.discretized_logistic import DiscretizedLogistic, lattice
-from pvae.distributions.factored_normal import FactoredNormal
+from pvae.distributions.observed import DiscretizedLogistic, FactoredNormal, lattice
 from pvae.models.likelihoods.base import Likelihood, LikelihoodModule
-from pvae.models.likelihoods.counts import NegativeBinomial, Poisson
-from pvae.models.likelihoods.discrete import Bernoulli, Categorical
-from pvae.models.likelihoods.normal import MultivariateNormal, Normal
-from pvae.models.likelihoods.pixels import DiscretizedLogisticLikelihood
+from pvae.models.likelihoods.standard import (
+    Bernoulli,
+    Categorical,
+    DiscretizedLogisticLikelihood,
+    MultivariateNormal,
+    NegativeBinomial,
+    Normal,
+    Poisson,
+)
 
 Array = np.ndarray
 Score = Callable[[Array, Array], Array]

@@ -21,8 +21,7 @@ from pvae.analysis.decompose.entry import quiet
 from pvae.analysis.decompose.posterior_draws import draw
 from pvae.data.sources import toys
 from pvae.distributions.bijections import bisected
-from pvae.distributions.exponential import Normals
-from pvae.distributions.mixture import Mixture
+from pvae.distributions.exponential import Mixture, Normals
 from pvae.errors import DeclarationError, NonFiniteError
 from pvae.experiment.experiment import Experiment
 from pvae.guides.posteriors.base import Posterior

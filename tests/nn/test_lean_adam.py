@@ -2,7 +2,7 @@
 
 import torch
 
-from pvae.nn.lean_adam import LeanAdam
+from pvae.nn.optimizers import LeanAdam
 
 
 def test_the_weights_are_those_of_torch_to_the_bit():

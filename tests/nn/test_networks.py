@@ -14,8 +14,7 @@ import torch
 from pvae.component import Shape
 from pvae.errors import DeclarationError
 from pvae.nn.conv import Conv
-from pvae.nn.dense import MLP, GatedMLP, TableNetwork
-from pvae.nn.network import Network, NetworkModule
+from pvae.nn.network import MLP, GatedMLP, Network, NetworkModule, TableNetwork
 from pvae.nn.resnet import Pointwise, Resize, Resnet
 
 

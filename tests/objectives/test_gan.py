@@ -22,7 +22,7 @@ from torch import Tensor, nn
 import pvae
 from pvae.analysis import encode, sample, surgery
 from pvae.analysis.samples.fidelity import fidelity
-from pvae.analysis.samples.two_sample import two_sample
+from pvae.analysis.samples.quality import two_sample
 from pvae.data import Dataset
 from pvae.errors import DataError, DeclarationError, NonFiniteError
 from pvae.experiment.experiment import Experiment
@@ -38,7 +38,7 @@ from pvae.objectives.gan import (
     slope_penalty,
 )
 from pvae.pair.pair import Pair
-from pvae.runs.listing import list_runs
+from pvae.runs.rundir import list_runs
 
 SMALL = {"kind": "mlp", "hidden": [16]}
 

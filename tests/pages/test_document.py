@@ -10,9 +10,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from pvae.analysis.figures.estimate import Estimate, exact
-from pvae.analysis.figures.table import cell
-from pvae.analysis.pages import plots
+from pvae.analysis.figures.estimate import Estimate, cell, exact
 from pvae.analysis.pages.document.blocks import (
     Listing,
     Note,
@@ -25,8 +23,8 @@ from pvae.analysis.pages.document.blocks import (
 )
 from pvae.analysis.pages.document.document import Document
 from pvae.analysis.pages.document.folder import slug
-from pvae.analysis.pages.document.tables import csv_of
-from pvae.analysis.pages.document.text import error_of, finite, legible, percent, shown_value
+from pvae.analysis.pages.document.text import csv_of, error_of, finite, legible, percent, shown_value
+from pvae.analysis.pages.plots import base
 from pvae.errors import DataError
 
 HOSTILE = ("<script>alert(1)</script>", r"$\foo$", "=cmd|' /C calc'!A0", "[red]", "\x1b[31m", "\u202e", "../../etc")
@@ -47,13 +45,12 @@ def document(*sections: PageSection) -> Document:
 
 
 def whole() -> Document:
-    made = picture("p" + HOSTILE[6], plots.figure(1.0), HOSTILE[0], HOSTILE[1])
-    first = PageSection("one", HOSTILE[0], (table(), made, Note(HOSTILE[0]), Listing(HOSTILE[0], HOSTILE[3])), "lead",
-                    (Sentence("fine"),), (Tile(HOSTILE[0], "1", HOSTILE[1]),), {"one": exact(1.0)})  # fmt: skip
-    blocks = (table("u", folded=True), Listing("x", "folded", folded=True))
-    said = (Sentence("turn it", True),)
-    second = PageSection("two", "Two", blocks, sentences=said, numbers={"two": {1: math.inf}}, is_appendix=True)
-    return document(first, second)
+    made = picture("p" + HOSTILE[6], base.figure(1.0), HOSTILE[0], HOSTILE[1])
+    blocks = table(), made, Note(HOSTILE[0]), Listing(HOSTILE[0], HOSTILE[3])
+    first = (*blocks, "fine", Tile(HOSTILE[0], "1", HOSTILE[1]), {"one": exact(1.0)})
+    folded = table("u", folded=True), Listing("x", "folded", folded=True)
+    second = (*folded, Sentence("turn it", True), {"two": {1: math.inf}})
+    return document(PageSection("one", HOSTILE[0], first, "lead"), PageSection("two", "Two", second, is_appendix=True))
 
 
 def test_alerts_come_first_and_every_number_is_json():

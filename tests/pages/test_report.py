@@ -19,13 +19,13 @@ from torch import Tensor, nn
 from pvae.analysis.decompose.collapse import Collapse, LatentCollapse, alert, collapse
 from pvae.analysis.decompose.surgery import surgery
 from pvae.analysis.figures.estimate import exact
-from pvae.analysis.pages import plots
 from pvae.analysis.pages.document.document import Document
 from pvae.analysis.pages.document.stages import Stages
+from pvae.analysis.pages.plots import base, clouds, curves, pictures, waterfall
 from pvae.analysis.pages.sections import SECTIONS
 from pvae.analysis.pages.sections.anatomy import on_prior
 from pvae.analysis.pages.sections.examination import Examination, some
-from pvae.analysis.pages.sections.holes import HOLE, holes
+from pvae.analysis.pages.sections.latents import HOLE, holes
 from pvae.analysis.pages.sections.samples import on_copies
 from pvae.analysis.samples.copying import data_copying
 from pvae.analysis.samples.running import distribution_mean
@@ -149,7 +149,7 @@ def test_report_holds_every_number_and_loads_nothing():
         value = {term: e["value"] for term, e in found["surgery"][split]["figures"].items() if e}
         assert value["elbo"] == pytest.approx(value["reconstruction"] - value["kl"], abs=1e-9)
         assert value["kl"] == pytest.approx(value["mutual_information"] + value["marginal_kl"], abs=1e-9)
-        shown_elbo = plots.nats(value["elbo"], 3)
+        shown_elbo = base.nats(value["elbo"], 3)
         assert shown_elbo in page.text
     assert found["evidence"]["samples"] == 30
     assert len(found["collapse"]["latents"]["z"]["activity"]) == 16
@@ -210,7 +210,7 @@ def test_progress_and_interruption_leave_the_old_report(monkeypatch):
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(plots, "waterfall", interrupt)
+    monkeypatch.setattr(waterfall, "waterfall", interrupt)
     with pytest.raises(KeyboardInterrupt):
         brief(run)
     assert written(run) == old
@@ -288,12 +288,12 @@ def test_the_skeleton_of_a_section_is_a_whole_section():
     found: dict[str, Any] = {"__name__": "example"}
     exec(compile(text.split("```python\n")[1].split("```")[0], "CONTRIBUTING.md", "exec"), found)  # noqa: S102 - our own
     exam = Examination(tiny_run("vae"))
-    page = Document("", "", "", "", {}, Stages().sections({"hardest data": found["section"]}, exam), "")
+    page = Document("", "", "", "", {}, Stages().sections({"hardest data": found["hardest"]}, exam), "")
     ((name, least), *_) = page.to_dict()["hardest"]
     assert least == pytest.approx(float(exam.drawn.reconstruction.min()))
     assert exam.drawn.reconstruction[int(name)] == pytest.approx(least)
-    assert f"The hardest datum of test has a log p(x | z) of {plots.nats(least)} nats." in page.to_html()
-    assert found["section"](Examination(tiny_run("gan"))) is None
+    assert f"The hardest datum of test has a log p(x | z) of {base.nats(least)} nats." in page.to_html()
+    assert found["hardest"](Examination(tiny_run("gan"))) is None
 
 
 # ---------------------------------------------------------------------- alerts
@@ -446,7 +446,7 @@ def test_verdict_warns_when_information_stands_at_its_ceiling():
     run = tiny_run("vae")
     taken = surgery(run.pair, run.data.test.x)
     free, full, unknown = (
-        " ".join(sentence.text for sentence in on_prior(s))
+        " ".join(on_prior(s))
         for s in (
             replace(taken, mutual_information=exact(0.5 * taken.log_n.value)),
             replace(taken, mutual_information=exact(taken.log_n.value)),
@@ -464,9 +464,9 @@ EVENTS = {"image": (1, 6, 4), "colour": (3, 4, 4), "matrix": (5, 4), "vector": (
 @pytest.mark.parametrize("shape", EVENTS.values(), ids=list(EVENTS))
 def test_every_event_can_be_shown(shape):
     x = np.random.default_rng(0).random((5, *shape))
-    rebuilt = plots.Rebuilt(r"$\foo$", x, x, np.linspace(-3, -1, 5))
-    for made in (plots.reconstructions([rebuilt], 0, 1), plots.samples(x, x, 0, 1)):
-        assert plots.png(made).startswith(b"\x89PNG")
+    rebuilt = pictures.Rebuilt(r"$\foo$", x, x, np.linspace(-3, -1, 5))
+    for made in (pictures.reconstructions([rebuilt], 0, 1), pictures.samples(x, x, 0, 1)):
+        assert base.png(made).startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize("dim", [1, 2, 5])
@@ -475,14 +475,14 @@ def test_every_latent_can_be_shown(dim, exact):
     """FAULTS 38."""
     draws = np.random.default_rng(0).normal(size=(50, dim))
     normal = (np.zeros(dim), np.ones(dim)) if exact else None
-    cloud = plots.Cloud(r"$\foo$ [red] 潜", draws, draws, draws, normal)
+    cloud = clouds.Cloud(r"$\foo$ [red] 潜", draws, draws, draws, normal)
     for labels in (None, np.arange(50) % 3, np.arange(50)):
-        assert plots.png(plots.plane(cloud, labels, HOSTILE)).startswith(b"\x89PNG")
+        assert base.png(clouds.plane(cloud, labels, HOSTILE)).startswith(b"\x89PNG")
 
 
 def test_figures_carry_no_date_and_no_program():
     rows = [{"epoch": 1, "split": "train", "elbo": -1.0, "kl/z": None, "beta": 1.0}]
-    one, two = (plots.png(plots.training(rows, ["z"])) for _ in range(2))
+    one, two = (base.png(curves.training(rows, ["z"])) for _ in range(2))
     assert one == two
     assert b"Software" not in one
     assert b"tIME" not in one
@@ -490,7 +490,7 @@ def test_figures_carry_no_date_and_no_program():
 
 def test_leading_directions_are_those_of_the_covariance():
     means = np.random.default_rng(0).normal(size=(400, 3)) * [1.0, 5.0, 2.0]
-    _, directions, shares = plots.leading(means)
+    _, directions, shares = clouds.leading(means)
     assert np.abs(directions).argmax(0).tolist() == [1, 2]
     assert (directions[np.abs(directions).argmax(0), range(2)] > 0).all()
     assert shares.sum() == pytest.approx(29 / 30, abs=0.02)

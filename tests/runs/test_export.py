@@ -30,8 +30,7 @@ from pvae.runs.export.tensorboard import TensorBoard
 from pvae.runs.run import Run
 from pvae.runs.rundir import RunDirectory
 from pvae.training.fit import fit
-from pvae.training.refit import refit
-from pvae.training.resume import resume
+from pvae.training.resume import refit, resume
 from tests.cli_runner import run_cli, run_cli_json
 
 TINY = (

@@ -22,10 +22,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pvae.errors import BusyError, DataError, DeclarationError, Interrupted, OutputError
-from pvae.runs import find, owner
-from pvae.runs.listing import list_runs
-from pvae.runs.names import slug
-from pvae.runs.rundir import RunDirectory
+from pvae.runs import find
+from pvae.runs.find import slug
+from pvae.runs.rundir import RunDirectory, list_runs
 from pvae.util.files import write_atomic
 
 HERE = Path(__file__).parents[2]
@@ -520,7 +519,7 @@ def test_leaving_the_lock_keeps_a_state_that_was_set(run: RunDirectory) -> None:
     ("fields", "state"),
     [
         ({"host": HOST, "pid": os.getpid()}, "running"),
-        ({"host": HOST, "pid": os.getpid(), "birth": owner.birth_of(os.getpid())}, "running"),
+        ({"host": HOST, "pid": os.getpid(), "birth": find.birth_of(os.getpid())}, "running"),
         ({"host": HOST, "pid": os.getpid(), "heartbeat": lambda: ago(days=3)}, "running"),  # a long epoch on this host
         ({"host": HOST, "pid": os.getpid(), "birth": "12"}, "stale"),  # the pid was given to another process
         ({"host": HOST, "pid": 0}, "stale"),

@@ -5,15 +5,19 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyro
 import pyro.distributions as dist
+import pytest
 import torch
 from torch import Tensor, nn
 
+from pvae.errors import DataError
 from pvae.pair.pair import Pair
 from tests.cli_runner import run_cli
 
@@ -60,6 +64,25 @@ class Hierarchy(nn.Module):
         with pyro.plate("data", len(x)):
             z1 = pyro.sample("z1", dist.Normal(x / 3, 0.2).to_event(1))
             pyro.sample("z2", dist.Normal(z1 - 1, 0.3).to_event(1))
+
+
+class Beside(nn.Module):
+    """Codes a = x[0] and b = x[1] side by side, each of prior N(0, 3) and read with an error of 0.1."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = nn.Parameter(torch.tensor(1.0))
+
+    def model(self, x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            a = pyro.sample("a", dist.Normal(torch.zeros(1), 3.0).to_event(1))
+            b = pyro.sample("b", dist.Normal(torch.zeros(1), 3.0).to_event(1))
+            pyro.sample("x", dist.Normal(self.one * torch.cat([a, b], -1), 1.0).to_event(1), obs=x)
+
+    def guide(self, x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("a", dist.Normal(x[:, :1], 0.1).to_event(1))
+            pyro.sample("b", dist.Normal(x[:, 1:], 0.1).to_event(1))
 
 
 P_A = torch.tensor([0.7, 0.3])
@@ -137,10 +160,16 @@ def normals(n: int, d: int, seed: int, loc: float = 0.0) -> Tensor:
     return loc + torch.randn(n, d, generator=torch.Generator().manual_seed(seed))
 
 
-def command(folder: Path, *arguments: str, code: int = 0) -> str:
-    """Return the output of a command on the runs of a folder; its errors where it fails."""
-    out, error = run_cli(*arguments, "--run-dir", str(folder), code=code)
-    return error if code else out
+def command(folder: Path, line: str, code: int = 0) -> Any:
+    """Return the output of a command on the runs of a folder, parsed where it is JSON; its errors where it fails."""
+    out, error = run_cli(*line.split(), "--run-dir", str(folder), code=code)
+    return error if code else json.loads(out) if "--json" in line else out
+
+
+def refused(message: str, function: Callable[..., object], *args: Any, by: type = DataError, **kwargs: Any) -> None:
+    """Assert that a call is refused with a message."""
+    with pytest.raises(by, match=message):
+        function(*args, **kwargs)
 
 
 def is_png(path: str) -> bool:

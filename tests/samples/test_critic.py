@@ -16,10 +16,7 @@ from scipy.stats import norm
 from torch import Tensor
 
 import pvae
-from pvae.analysis import (
-    critic,
-    surgery,
-)
+from pvae.analysis import critic, surgery
 from pvae.errors import DataError
 from pvae.pair.pair import Pair
 from tests.samples.models import normals

@@ -17,11 +17,7 @@ from scipy.linalg import sqrtm
 from scipy.stats import norm
 from torch import Tensor
 
-from pvae.analysis import (
-    distances,
-    frechet,
-    kernel_distance,
-)
+from pvae.analysis import distances, frechet, kernel_distance
 from pvae.errors import DataError
 from tests.samples.models import normals
 

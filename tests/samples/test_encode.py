@@ -5,8 +5,6 @@
 
 from __future__ import annotations
 
-import json
-
 import numpy as np
 import pytest
 import scipy.stats
@@ -14,28 +12,15 @@ import torch
 
 from pvae.analysis import encode, reconstruct
 from pvae.analysis.samples.running import CHUNK_ROWS
-from pvae.errors import DataError, DeclarationError
+from pvae.errors import DeclarationError
 from pvae.experiment.experiment import Experiment
 from tests.cli_runner import TINY
-from tests.samples.models import (
-    MEANS,
-    NOISE,
-    P_A,
-    P_B,
-    Global,
-    Hierarchy,
-    Linear,
-    Mixture,
-    array,
-    command,
-    is_png,
-    pair_of,
-    rows,
-)
+from tests.samples import models
+from tests.samples.models import MEANS, NOISE, array, command, is_png, pair_of, refused, rows
 
 
 def test_codes_are_the_encoders():
-    module, x = Linear(), rows(600, 3)
+    module, x = models.Linear(), rows(600, 3)
     pair = pair_of(module, 3)
     loc, scale = array(x) @ array(module.g).T + array(module.c), array(module.scale)
     centres, drawn = encode(pair, x, mean=True), encode(pair, x, seed=3)
@@ -52,7 +37,7 @@ def test_codes_are_the_encoders():
 
 
 def test_draws_of_codes_repeat_with_the_seed():
-    pair, x = pair_of(Linear(), 3), rows(300, 3)
+    pair, x = pair_of(models.Linear(), 3), rows(300, 3)
     assert torch.equal(encode(pair, x, seed=1)["z"], encode(pair, x, seed=1)["z"])
     assert not torch.equal(encode(pair, x, seed=1)["z"], encode(pair, x, seed=2)["z"])
     assert torch.equal(encode(pair, x, mean=True, seed=1)["z"], encode(pair, x, mean=True, seed=2)["z"])
@@ -60,10 +45,10 @@ def test_draws_of_codes_repeat_with_the_seed():
 
 def test_means_are_fed_down_a_hierarchy():
     x = rows(50, 1)
-    found = encode(pair_of(Hierarchy(), 1), x, mean=True)
+    found = encode(pair_of(models.Hierarchy(), 1), x, mean=True)
     torch.testing.assert_close(found["z1"], x / 3)
     torch.testing.assert_close(found["z2"], x / 3 - 1)
-    drawn = encode(pair_of(Hierarchy(), 1), x)
+    drawn = encode(pair_of(models.Hierarchy(), 1), x)
     torch.testing.assert_close(drawn.latents["z2"].loc, drawn["z1"] - 1)
 
 
@@ -85,14 +70,14 @@ def test_full_rank_posteriors_have_loc_and_scale_and_flows_neither():
 
 def joint_posterior(x: np.ndarray) -> np.ndarray:
     """p(a, b | x), (n, 2, 3), by Bayes."""
-    prior = array(P_A)[:, None] * array(P_B)
+    prior = array(models.P_A)[:, None] * array(models.P_B)
     joint = prior * scipy.stats.norm.pdf(x[:, None, None], array(MEANS), 1.0)
     return joint / joint.sum((1, 2), keepdims=True)
 
 
 def test_codes_that_are_summed_out_have_their_posterior():
     x = 3 * rows(600)
-    found, exact = encode(pair_of(Mixture()), x), joint_posterior(array(x))
+    found, exact = encode(pair_of(models.Mixture()), x), joint_posterior(array(x))
     np.testing.assert_allclose(found.latents["a"].probs.numpy(), exact.sum(2), atol=1e-5)
     np.testing.assert_allclose(found.latents["b"].probs.numpy(), exact.sum(1), atol=1e-5)
     a, b = found["a"].numpy(), found["b"].numpy()
@@ -101,19 +86,18 @@ def test_codes_that_are_summed_out_have_their_posterior():
     counts = np.zeros((2, 3))
     np.add.at(counts, (a, b), 1)
     assert (np.abs(counts - expected) < 4 * np.sqrt(expected) + 1).all()
-    likely = encode(pair_of(Mixture()), x, mean=True)["a"]
+    likely = encode(pair_of(models.Mixture()), x, mean=True)["a"]
     np.testing.assert_array_equal(likely.numpy(), exact.sum(2).argmax(1))
 
 
 def test_encode_refuses_rows_of_another_shape(digits):
-    with pytest.raises(DataError, match=r"of shape \(1, 8, 8\)"):
-        encode(digits, torch.zeros(2, 64))
-    with pytest.raises(DeclarationError, match=r"one of z; got 'zz' \(did you mean 'z'"):
-        encode(digits, digits.data.test.x[:2])["zz"]
+    refused(r"of shape \(1, 8, 8\)", encode, digits, torch.zeros(2, 64))
+    codes = encode(digits, digits.data.test.x[:2])
+    refused(r"one of z; got 'zz' \(did you mean 'z'", lambda: codes["zz"], by=DeclarationError)
 
 
 def test_reconstructions_are_scored_at_their_own_code():
-    module, x = Linear(), rows(600, 3)
+    module, x = models.Linear(), rows(600, 3)
     pair = pair_of(module, 3)
     means, draws = reconstruct(pair, x), reconstruct(pair, x, mean=False)
     assert torch.equal(means.latents["z"], draws.latents["z"])
@@ -132,10 +116,10 @@ def test_reconstructions_are_scored_at_their_own_code():
 
 def test_reconstructions_with_codes_and_global_latents():
     x = 3 * rows(300)
-    found = reconstruct(pair_of(Mixture()), x)
+    found = reconstruct(pair_of(models.Mixture()), x)
     torch.testing.assert_close(found.x, MEANS[found.latents["a"], found.latents["b"]])
     np.testing.assert_allclose(found.log_p.numpy(), scipy.stats.norm.logpdf(array(x), array(found.x), 1.0), atol=1e-4)
-    found = reconstruct(pair_of(Global(), 1), rows(600, 1))
+    found = reconstruct(pair_of(models.Global(), 1), rows(600, 1))
     w = found.x - found.latents["z"]
     assert float(w.std()) < 1e-5
     assert 3 < float(w.mean()) < 7
@@ -151,28 +135,14 @@ def test_reconstructions_of_conditioned_data_have_the_shape_of_data(moons):
 
 
 def test_cli_encode_and_reconstruct(folder, digits):
-    record = json.loads(command(folder, "encode", "digits", "--rows", "40", "--mean", "--json"))
+    record = command(folder, "encode digits --rows 40 --mean --json")
     with np.load(record["npz"], allow_pickle=False) as file:
         chosen = torch.from_numpy(file["row"])
         np.testing.assert_array_equal(file["latents/z"], encode(digits, digits.data.test.x[chosen], mean=True)["z"])
         np.testing.assert_array_equal(file["label"], digits.data.test.y[chosen])
     assert len(chosen) == 40
     assert is_png(record["png"][0])
-    record = json.loads(
-        command(
-            folder,
-            "reconstruct",
-            "digits",
-            "--split",
-            "validation",
-            "--rows",
-            "30",
-            "--draw",
-            "--json",
-            "--run-dir",
-            str(folder),
-        )
-    )
+    record = command(folder, "reconstruct digits --split validation --rows 30 --draw --json")
     assert record["npz"].endswith("reconstruct-validation.npz")
     with np.load(record["npz"], allow_pickle=False) as file:
         assert set(np.unique(file["x"])) == {0.0, 1.0}

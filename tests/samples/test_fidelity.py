@@ -14,11 +14,7 @@ import torch
 from sklearn.datasets import load_digits
 from torch import Tensor
 
-from pvae.analysis import (
-    features,
-    fidelity,
-    sharpness,
-)
+from pvae.analysis import features, fidelity, sharpness
 from pvae.analysis.samples.fidelity import expected_coverage
 from pvae.analysis.samples.sharpness import relative_sharpness
 from pvae.errors import DataError

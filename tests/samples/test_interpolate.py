@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -17,34 +16,13 @@ from torch import Tensor, nn
 
 import pvae
 from pvae.analysis import encode, interpolate
-from pvae.analysis.pages import plots
+from pvae.analysis.pages.plots import sheets
 from pvae.data.dataset import Dataset
-from pvae.errors import DataError
 from pvae.experiment.experiment import Experiment
-from pvae.pair.pair import Pair
 from pvae.runs.run import Run
-from tests.samples.models import command
+from tests.samples.models import Hierarchy, command, pair_of, refused
 
-
-class Levels(nn.Module):
-    """z2 ~ N(0, I_2), z1 ~ N(2 z2, 0.5), x ~ N(W z1 + b, 1); q(z1 | x) = N(G x, 0.2), q(z2 | z1) = N(z1 / 3, 0.3)."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        generator = torch.Generator().manual_seed(0)
-        self.w = nn.Parameter(torch.randn(3, 2, generator=generator))
-        self.g = nn.Parameter(torch.randn(2, 3, generator=generator))
-
-    def model(self, x: Tensor) -> None:
-        with pyro.plate("data", len(x)):
-            z2 = pyro.sample("z2", dist.Normal(torch.zeros(2), 1.0).to_event(1))
-            z1 = pyro.sample("z1", dist.Normal(2 * z2, 0.5).to_event(1))
-            pyro.sample("x", dist.Normal(z1 @ self.w.T + 1, 1.0).to_event(1), obs=x)
-
-    def guide(self, x: Tensor) -> None:
-        with pyro.plate("data", len(x)):
-            z1 = pyro.sample("z1", dist.Normal(x @ self.g.T, 0.2).to_event(1))
-            pyro.sample("z2", dist.Normal(z1 / 3, 0.3).to_event(1))
+X = torch.tensor([[1.0], [-2.0]])
 
 
 class Coded(nn.Module):
@@ -65,24 +43,16 @@ class Coded(nn.Module):
             pyro.sample("z", dist.Normal(x - 5 * (x / 5).round(), 0.01))
 
 
-def pair_of(module: nn.Module, *event: int) -> Pair:
-    return Pair(module.model, module.guide).adopt(torch.zeros(3, *event))
-
-
-X = torch.tensor([[1.0, -0.5, 0.3], [-2.0, 0.7, 0.9]])
-
-
 def test_of_a_linear_decoder_the_way_is_a_line_and_its_prior_known():
-    module = Levels()
-    found = interpolate(pair_of(module, 3), X[0], X[1:], steps=5)
-    w, g, at = module.w.detach(), module.g.detach(), torch.linspace(0, 1, 5)[:, None]
-    z1 = torch.lerp(X[0] @ g.T, X[1] @ g.T, at)
+    found = interpolate(pair_of(Hierarchy(), 1), X[0], X[1:], steps=5)
+    at = torch.linspace(0, 1, 5)[:, None]
+    z1 = torch.lerp(X[:1] / 3, X[1:] / 3, at)
     assert torch.equal(found.at, at[:, 0])
     assert torch.allclose(found.latents["z1"], z1, atol=1e-6)
-    assert torch.allclose(found.latents["z2"], z1 / 3, atol=1e-6)  # all levels move together
-    assert torch.allclose(found.x, z1 @ w.T + 1, atol=1e-5)
+    assert torch.allclose(found.latents["z2"], z1 - 1, atol=1e-6)  # all levels move together
+    assert torch.allclose(found.x, 3 * z1, atol=1e-5)
     assert torch.allclose(found.x.diff(dim=0), (found.x[1] - found.x[0]).expand(4, -1), atol=1e-5)
-    log_prior = norm.logpdf(z1 / 3).sum(1) + norm.logpdf(z1, 2 * z1 / 3, 0.5).sum(1)
+    log_prior = norm.logpdf(z1 - 1).sum(1) + norm.logpdf(z1, 2 * (z1 - 1) + 1, 0.5).sum(1)
     np.testing.assert_allclose(found.log_prior.numpy(), log_prior, rtol=1e-5)
     assert found.log_prior.dtype is torch.float64
 
@@ -94,19 +64,15 @@ def test_a_code_that_both_rows_share_stays_and_others_have_no_in_between():
     assert found.x.tolist() == pytest.approx([5.4, 5.1, 4.8], abs=1e-5)
     z = np.array([0.4, 0.1, -0.2])
     assert found.log_prior.numpy() == pytest.approx(norm.logpdf(z) - np.log(3), abs=1e-5)
-    with pytest.raises(
-        DataError, match=r"interpolate: expected latents of real numbers.*got c, .* cannot be interpolated"
-    ):
-        interpolate(pair, torch.tensor([0.1]), torch.tensor([5.1]))
+    message = "interpolate: expected latents of real numbers.*got c, .* cannot be interpolated"
+    refused(message, interpolate, pair, torch.tensor([0.1]), torch.tensor([5.1]))
 
 
 def test_what_has_no_way():
     """FAULTS 24: too few rows, too few steps."""
-    pair = pair_of(Levels(), 3)
-    with pytest.raises(DataError, match="interpolate: expected at least two steps; got steps=1"):
-        interpolate(pair, X[0], X[1], 1)
-    with pytest.raises(DataError, match="interpolate: expected one row of data; got 2. Pass"):
-        interpolate(pair, X, X[1])
+    pair = pair_of(Hierarchy(), 1)
+    refused("interpolate: expected at least two steps; got steps=1", interpolate, pair, X[0], X[1], 1)
+    refused("interpolate: expected one row of data; got 2. Pass", interpolate, pair, X, X[1])
 
 
 # ---------------------------------------------------------------------- of declared systems
@@ -169,13 +135,13 @@ def test_it_is_saved_and_shown(told_run, tmp_path):
     with np.load(found.save(tmp_path / "way.npz"), allow_pickle=False) as saved:
         assert set(saved) == {"x", "at", "latents/z", "log_prior"}
         assert saved["x"].shape == (9, 2)
-    assert plots.interpolated(found, told_run.data.train.data.numpy()) is not None
+    assert sheets.interpolated(found, told_run.data.train.data.numpy()) is not None
 
 
 def test_the_command(folder):
-    found = json.loads(command(folder, "interpolate", "vae", "0", "1", "--steps", "3", "--json"))
+    found = command(folder, "interpolate vae 0 1 --steps 3 --json")
     assert found["shapes"]["x"][0] == 3
     assert all(Path(path).stat().st_size for path in (found["npz"], *found["png"]))
     assert len(found["png"]) == 1
-    error = command(folder, "interpolate", "vae", "0", "99999", code=2)
+    error = command(folder, "interpolate vae 0 99999", code=2)
     assert "J: expected a row of test, 0 .. 446; got 99999" in error

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -15,15 +14,17 @@ import torch
 
 import pvae
 from pvae.analysis import Traversal, encode, reconstruct, sample, traverse
-from pvae.analysis.pages import plots
-from pvae.analysis.samples.generated import Generated, Reconstructions, Samples
-from pvae.analysis.samples.running import CHUNK_NUMBERS, CHUNK_ROWS, chunks
+from pvae.analysis.pages.plots import base, sheets
+from pvae.analysis.samples.encode import Reconstructions
+from pvae.analysis.samples.running import CHUNK_NUMBERS, CHUNK_ROWS, Generated, chunks
+from pvae.analysis.samples.sample import Samples
 from pvae.data.dataset import Dataset
-from pvae.errors import DataError, DeclarationError
+from pvae.errors import DeclarationError
 from pvae.experiment.experiment import Experiment
 from pvae.pair.pair import Pair
+from tests.samples import models
 from tests.samples.conftest import MOONS
-from tests.samples.models import MEANS, NOISE, Global, Linear, Mixture, N, Skewed, array, command, is_png, pair_of, rows
+from tests.samples.models import MEANS, NOISE, Linear, N, array, command, is_png, pair_of, refused, rows
 
 
 def test_samples_of_a_linear_decoder_have_the_exact_marginal():
@@ -104,41 +105,32 @@ def test_labels_are_drawn_as_they_occur(tmp_path):
 
 
 def test_what_is_given_is_checked(moons, digits):
-    with pytest.raises(DeclarationError, match=r"one of y; got 'yy' \(did you mean 'y'\?\)"):
-        sample(moons, 2, given={"yy": 1})
-    with pytest.raises(DeclarationError, match=r"given.y: expected 0 .. 1; got 2"):
-        sample(moons, 3, given={"y": [0, 2, 1]})
-    with pytest.raises(DeclarationError, match=r"given.y: expected 0 .. 1; got -1"):
-        sample(moons, 3, given={"y": -1})
-    with pytest.raises(DeclarationError, match="expected an integer, or 3 of them; got tensor"):
-        sample(moons, 3, given={"y": torch.tensor(0.5)})
-    with pytest.raises(DeclarationError, match="no covariates; got 'y'"):
-        sample(digits, 2, given={"y": 1})
-    with pytest.raises(DeclarationError, match=r"'y': 0 .. 1.*Say given="):
-        sample(moons.pair, 2)
-    with pytest.raises(DataError, match="n=0"):
-        sample(digits, 0)
-    with pytest.raises(DeclarationError, match="a pvae.Run or a pvae.Pair; got str"):
-        sample("digits", 2)
-    with pytest.raises(DeclarationError, match="adopt"):
-        sample(Pair(Linear().model, Linear().guide), 2)
+    refused(r"one of y; got 'yy' \(did you mean 'y'\?\)", sample, moons, 2, given={"yy": 1}, by=DeclarationError)
+    refused(r"given.y: expected 0 .. 1; got 2", sample, moons, 3, given={"y": [0, 2, 1]}, by=DeclarationError)
+    refused(r"given.y: expected 0 .. 1; got -1", sample, moons, 3, given={"y": -1}, by=DeclarationError)
+    half = {"y": torch.tensor(0.5)}
+    refused("expected an integer, or 3 of them; got tensor", sample, moons, 3, given=half, by=DeclarationError)
+    refused("no covariates; got 'y'", sample, digits, 2, given={"y": 1}, by=DeclarationError)
+    refused(r"'y': 0 .. 1.*Say given=", sample, moons.pair, 2, by=DeclarationError)
+    refused("n=0", sample, digits, 0)
+    refused("a pvae.Run or a pvae.Pair; got str", sample, "digits", 2, by=DeclarationError)
+    refused("adopt", sample, Pair(Linear().model, Linear().guide), 2, by=DeclarationError)
 
 
 def test_a_likelihood_without_a_mean_gives_draws_only():
-    pair = pair_of(Skewed(dist.Cauchy), 1)
+    pair = pair_of(models.Skewed(dist.Cauchy), 1)
     assert sample(pair, 5).x.shape == (5, 1)
-    with pytest.raises(DeclarationError, match="known mean; got Cauchy"):
-        sample(pair, 5, mean=True)
+    refused("known mean; got Cauchy", sample, pair, 5, mean=True, by=DeclarationError)
 
 
 def test_global_latents_are_the_guides_and_one_for_all():
-    x = sample(pair_of(Global(), 1), 600).x.flatten()
+    x = sample(pair_of(models.Global(), 1), 600).x.flatten()
     assert 3 < float(x.mean()) < 7  # the prior's w lies around 0
     assert float(x.std()) < 0.3  # chunks that drew w anew would differ by 0.5
 
 
 def test_summed_codes_are_sampled_from_their_prior():
-    found = sample(pair_of(Mixture()), N)
+    found = sample(pair_of(models.Mixture()), N)
     share = float((found.latents["a"] == 1).double().mean())
     assert share == pytest.approx(0.3, abs=4 * (0.21 / N) ** 0.5)
     noise = found.x - MEANS[found.latents["a"], found.latents["b"]]
@@ -177,50 +169,42 @@ def test_what_is_saved_loads_without_pickle(tmp_path, moons):
     ],
 )
 def test_pictures_are_made_of_images_and_points(shape, shown):
-    assert plots.is_shown(shape) == shown
+    assert sheets.is_shown(shape) == shown
     data = rows(20, *shape)
     drawn = Samples(data, {}, {}, True)
     moved = Traversal(data.reshape(4, 5, *shape), torch.arange(5.0).expand(4, 5), "z", (0, 1, 2, 3), "KL")
     rebuilt = Reconstructions(data, torch.arange(20.0), {}, True)
+    shapes = array(data)
     made = [
-        plots.sampled(drawn, array(data)),
-        plots.traversed(moved, array(data)),
-        plots.reconstructed(rebuilt, array(data), array(data)),
+        sheets.sampled(drawn, shapes),
+        sheets.traversed(moved, shapes),
+        sheets.reconstructed(rebuilt, shapes, shapes),
     ]
     assert [figure is not None for figure in made] == [shown] * 3
     for figure in made:
-        assert figure is None or plots.png(figure).startswith(b"\x89PNG")
+        assert figure is None or base.png(figure).startswith(b"\x89PNG")
 
 
 def test_cli_sample(folder, tmp_path, moons):
-    out = command(
-        folder,
-        "sample",
-        "moons",
-        "-n",
-        "30",
-        "--given",
-        "y=1",
-        "--mean",
-        "--out",
-        str(tmp_path / "s"),
-    )
+    out = command(folder, f"sample moons -n 30 --given y=1 --mean --out {tmp_path / 's'}")
     assert out.splitlines() == [f"npz: {tmp_path / 's.npz'}", f"png: {tmp_path / 's.png'}"]
     with np.load(tmp_path / "s.npz", allow_pickle=False) as file:
         np.testing.assert_array_equal(file["x"], sample(moons, 30, mean=True, given={"y": 1}).x.numpy())
         assert set(file["covariates/y"]) == {1}
     assert is_png(str(tmp_path / "s.png"))
-    record = json.loads(command(folder, "sample", "digits", "--json"))
+    record = command(folder, "sample digits --json")
     assert record["npz"] == str(Path(record["run"]) / "analysis" / "sample.npz")
     assert record["shapes"] == {"x": [64, 1, 8, 8], "latents/z": [64, 3]}
     assert is_png(record["png"][0])
 
 
 def test_cli_says_what_is_wrong(folder, tmp_path):
-    assert "did you mean 'y'" in command(folder, "sample", "moons", "--given", "yy=1", code=2)
-    assert "or 64 of them; got one" in command(folder, "sample", "moons", "--given", "y=one", code=2)
-    assert "expected a row of test" in command(folder, "traverse", "digits", "--row", "9999", code=2)
-    assert "expected an integer" in command(folder, "traverse", "digits", "--dims", "a", code=2)
-    assert "Expected a split" in command(folder, "encode", "digits", "--split", "tset", code=2)
-    out = str(tmp_path / "missing" / "s")
-    assert "expected to be written" in command(folder, "sample", "digits", "--out", out, code=73)
+    for line, message in {
+        "sample moons --given yy=1": "did you mean 'y'",
+        "sample moons --given y=one": "or 64 of them; got one",
+        "traverse digits --row 9999": "expected a row of test",
+        "traverse digits --dims a": "expected an integer",
+        "encode digits --split tset": "Expected a split",
+    }.items():
+        assert message in command(folder, line, code=2)
+    assert "expected to be written" in command(folder, f"sample digits --out {tmp_path}/missing/s", code=73)

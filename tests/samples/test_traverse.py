@@ -5,23 +5,19 @@
 
 from __future__ import annotations
 
-import json
-
 import numpy as np
-import pyro
-import pyro.distributions as dist
 import pytest
 import torch
-from torch import Tensor, nn
 
 from pvae.analysis import encode, traverse
 from pvae.analysis.samples.traversal import PRIOR_DRAWS
-from pvae.errors import DataError, DeclarationError
-from tests.samples.models import MEANS, Hierarchy, Linear, Mixture, Skewed, array, command, is_png, pair_of, rows
+from pvae.errors import DeclarationError
+from tests.samples import models
+from tests.samples.models import MEANS, array, command, is_png, pair_of, refused, rows
 
 
 def test_a_traversal_moves_one_coordinate_at_a_time():
-    module, x = Linear(), rows(400, 3)
+    module, x = models.Linear(), rows(400, 3)
     pair = pair_of(module, 3)
     found = traverse(pair, x[0], rows=x, steps=5, span=2.0)
     loc, scale = array(x) @ array(module.g).T + array(module.c), array(module.scale)
@@ -36,7 +32,7 @@ def test_a_traversal_moves_one_coordinate_at_a_time():
 
 
 def test_a_traversal_without_data_starts_at_the_priors_mean():
-    module = Linear()
+    module = models.Linear()
     found = traverse(pair_of(module, 3), None, "z", dims=[1], steps=3, span=1.0)
     expected = array(module.b) + np.array([-1, 0, 1])[:, None] * array(module.w)[:, 1]
     np.testing.assert_allclose(array(found.x[0]), expected, atol=1e-6)
@@ -44,7 +40,7 @@ def test_a_traversal_without_data_starts_at_the_priors_mean():
 
 
 def test_other_priors_are_crossed_by_their_own_spread():
-    found = traverse(pair_of(Skewed(), 1), None, steps=3, span=2.0)
+    found = traverse(pair_of(models.Skewed(), 1), None, steps=3, span=2.0)
     n = PRIOR_DRAWS
     assert float(found.values[0, 1]) == pytest.approx(2, abs=4 / np.sqrt(n))  # Gamma(4, 2): mean 2, deviation 1
     assert float(found.values[0, 2] - found.values[0, 0]) / 4 == pytest.approx(1, abs=8 / np.sqrt(n))
@@ -52,7 +48,7 @@ def test_other_priors_are_crossed_by_their_own_spread():
 
 
 def test_latents_below_follow_and_others_stay():
-    pair, x = pair_of(Hierarchy(), 1), torch.tensor([[6.0]])
+    pair, x = pair_of(models.Hierarchy(), 1), torch.tensor([[6.0]])
     top = traverse(pair, x, "z2", steps=3, span=1.0)
     np.testing.assert_allclose(array(top.x).ravel(), 3 * (2 * np.array([-1, 0, 1]) + 1), atol=1e-5)
     bottom = traverse(pair, x, "z1", steps=3, span=1.0)
@@ -61,31 +57,15 @@ def test_latents_below_follow_and_others_stay():
 
 
 def test_two_latents_side_by_side_stay_where_the_row_put_them():
-    class Beside(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.one = nn.Parameter(torch.tensor(1.0))
-
-        def model(self, x: Tensor) -> None:
-            with pyro.plate("data", len(x)):
-                a = pyro.sample("a", dist.Normal(torch.zeros(1), 1.0).to_event(1))
-                b = pyro.sample("b", dist.Normal(torch.zeros(1), 1.0).to_event(1))
-                pyro.sample("x", dist.Normal(torch.cat([a, self.one * b], -1), 1.0).to_event(1), obs=x)
-
-        def guide(self, x: Tensor) -> None:
-            with pyro.plate("data", len(x)):
-                pyro.sample("a", dist.Normal(x[:, :1], 0.1).to_event(1))
-                pyro.sample("b", dist.Normal(x[:, 1:], 0.1).to_event(1))
-
-    found = traverse(pair_of(Beside(), 2), torch.tensor([0.3, 0.8]), "a", steps=3, span=1.0)
-    torch.testing.assert_close(found.x[0], torch.tensor([[-1.0, 0.8], [0.0, 0.8], [1.0, 0.8]]))
+    found = traverse(pair_of(models.Beside(), 2), torch.tensor([0.3, 0.8]), "a", steps=3, span=1.0)
+    torch.testing.assert_close(found.x[0], torch.tensor([[-3.0, 0.8], [0.0, 0.8], [3.0, 0.8]]))
 
 
 def test_a_code_takes_all_its_values():
-    found = traverse(pair_of(Mixture()), torch.tensor([2.9]), "b")
+    found = traverse(pair_of(models.Mixture()), torch.tensor([2.9]), "b")
     assert found.values.tolist() == [[0, 1, 2]]
     torch.testing.assert_close(found.x[0], MEANS[0])  # x = 2.9 is most likely of a = 0
-    torch.testing.assert_close(traverse(pair_of(Mixture()), None, "a").x[0], torch.tensor([3.0, 1.0]))
+    torch.testing.assert_close(traverse(pair_of(models.Mixture()), None, "a").x[0], torch.tensor([3.0, 1.0]))
 
 
 def test_a_traversal_keeps_the_label(moons):
@@ -103,20 +83,16 @@ def test_a_traversal_keeps_the_label(moons):
 
 def test_what_is_traversed_is_checked(digits, moons):
     x = digits.data.test.x
-    with pytest.raises(DeclarationError, match=r"latent: expected one of z; got 'zz' \(did you mean 'z'"):
-        traverse(digits, x[0], "zz")
-    with pytest.raises(DeclarationError, match=r"coordinates of z, 0 .. 2; got \[3\]"):
-        traverse(digits, x[0], dims=[0, 3])
-    with pytest.raises(DataError, match="expected one row of data; got 2"):
-        traverse(digits, x[:2])
-    with pytest.raises(DataError, match="steps=0"):
-        traverse(digits, x[0], steps=0)
-    with pytest.raises(DeclarationError, match="beside a row"):
-        traverse(moons, moons.data.test.x[0], given={"y": 1})
+    message = r"latent: expected one of z; got 'zz' \(did you mean 'z'"
+    refused(message, traverse, digits, x[0], "zz", by=DeclarationError)
+    refused(r"coordinates of z, 0 .. 2; got \[3\]", traverse, digits, x[0], dims=[0, 3], by=DeclarationError)
+    refused("expected one row of data; got 2", traverse, digits, x[:2])
+    refused("steps=0", traverse, digits, x[0], steps=0)
+    refused("beside a row", traverse, moons, moons.data.test.x[0], given={"y": 1}, by=DeclarationError)
 
 
 def test_cli_traverse(folder, digits):
-    out = command(folder, "traverse", "digits", "--dims", "2,0", "--steps", "4", "--row", "5")
+    out = command(folder, "traverse digits --dims 2,0 --steps 4 --row 5")
     path = digits.files.analysis / "traverse-z.npz"
     assert f"npz: {path}" in out
     with np.load(path, allow_pickle=False) as file:
@@ -124,5 +100,5 @@ def test_cli_traverse(folder, digits):
         expected = traverse(digits, digits.data.test.x[5], dims=(2, 0), steps=4)
         np.testing.assert_allclose(file["x"], expected.x, atol=1e-6)
     assert is_png(str(path.with_suffix(".png")))
-    record = json.loads(command(folder, "traverse", "moons", "--prior", "--given", "y=0", "--json"))
+    record = command(folder, "traverse moons --prior --given y=0 --json")
     assert record["shapes"]["x"] == [2, 9, 2]

@@ -15,16 +15,9 @@ import torch
 from scipy.stats import norm
 
 import pvae
-from pvae.analysis import (
-    distances,
-    fidelity,
-    sample,
-    sample_quality,
-    two_sample,
-)
-from pvae.analysis.samples.quality import space_of
+from pvae.analysis import distances, fidelity, sample, sample_quality, two_sample
+from pvae.analysis.samples.quality import by_chance, space_of
 from pvae.analysis.samples.sharpness import relative_sharpness
-from pvae.analysis.samples.two_sample import by_chance
 from pvae.errors import DataError
 from pvae.util import seeds
 from tests.cli_runner import run_cli
@@ -123,23 +116,23 @@ def test_samples_and_space_that_are_there_already(short, vae):
 
 
 def test_commands(short, folder, tmp_path):
-    found = json.loads(command(folder, "two-sample", "gan", "--rows", "100", "--json"))
+    found = command(folder, "two-sample gan --rows 100 --json")
     assert 0 <= found["fidelity"]["coverage"]["value"] <= 1
-    assert "precision" in command(folder, "two-sample", "vae", "--rows", "100", "--mean")
-    assert json.loads(command(folder, "critic", "vae", "--rows", "200", "--json"))["nwj"]["kind"] == "lower_bound"
+    assert "precision" in command(folder, "two-sample vae --rows 100 --mean")
+    assert command(folder, "critic vae --rows 200 --json")["nwj"]["kind"] == "lower_bound"
 
 
 def test_a_gan_is_refused_where_a_likelihood_is_needed(folder):
     lines = {("gan" in line): line for line in command(folder, "runs").splitlines()}
     assert "elbo" in lines[False]
     assert "elbo" not in lines[True]
-    assert "npz:" in command(folder, "sample", "gan", "-n", "4")
+    assert "npz:" in command(folder, "sample gan -n 4")
     assert "critic's loss" in run_cli("check", "gan", "--build")[0]
     for name in ("surgery", "evidence", "gap", "posterior", "critic", "encode", "reconstruct"):
-        assert "without a likelihood" in command(folder, name, "gan", code=65)
-    error = command(folder, "refit", "gan", "latents.z.prior.kind=realnvp", code=2)
+        assert "without a likelihood" in command(folder, f"{name} gan", code=65)
+    error = command(folder, "refit gan latents.z.prior.kind=realnvp", code=2)
     assert "refit: expected a run with an encoder" in error
 
 
 def test_a_report_of_a_gan_has_no_elbo(short, folder):
-    assert "elbo" not in command(folder, "report", "gan").lower()
+    assert "elbo" not in command(folder, "report gan").lower()

@@ -31,8 +31,8 @@ from pvae.studies.runner import Runner, Task, tasks_of, work
 from pvae.studies.shelf import Shelf, standing
 from pvae.studies.study import Board, states, study
 from pvae.studies.sweep import Measure, names
-from pvae.training import loop
 from tests.cli_runner import run_cli
+from tests.runs_shared import assert_same, fit, signalled_at
 
 NETWORK = {"network": {"kind": "mlp", "hidden": [8]}}
 TABLE: dict[str, Any] = {
@@ -43,6 +43,7 @@ TABLE: dict[str, Any] = {
     "train": {"epochs": 2, "engine": "eager"},
 }
 MEASURE = {"rows": 50, "evidence": 5}
+NORMAL = "standard_normal"
 MIXTURE = {"kind": "mixture", "components": 3}
 HOSTILE = ["[red]", "<script>", "=cmd|' /C calc'!A0", "\x1b[31mred", "$\\foo$"]
 
@@ -72,43 +73,40 @@ def test_every_row_and_combination_under_every_seed_in_order(tmp_path):
     sweep = {
         "seeds": [5, 3],
         "grid": {"latents.z.dim": [2, 4], "train.optimizer.lr": [0.1, 0.2, 0.3]},
-        "zip": {"latents.z.prior": ["standard_normal", MIXTURE], "train.epochs": [1, 2], "label": ["N", "M"]},
+        "zip": {"latents.z.prior": [NORMAL, MIXTURE], "train.epochs": [1, 2], "label": ["N", "M"]},
     }
     cases = expand(tmp_path, sweep)
     assert len(cases) == 2 * 2 * 3 * 2
     assert len({case.key for case in cases}) == len({case.digest for case in cases}) == len(cases)
-    assert [case.title for case in cases[:3]] == [
-        "N, dim=2, lr=0.1, seed 5",
-        "N, dim=2, lr=0.1, seed 3",
-        "N, dim=2, lr=0.2, seed 5",
-    ]
+    titles = [f"N, dim=2, lr={lr}, seed {seed}" for lr in (0.1, 0.2) for seed in (5, 3)]
+    assert [case.title for case in cases[:4]] == titles
     last = cases[-1]
     assert (last.label, last.seed, last.experiment.seed) == ("M, dim=4, lr=0.3", 3, 3)
     assert (last.experiment.latents["z"].dim, last.experiment.train.epochs) == (4, 2)
-    assert last.experiment.latents["z"].prior.kind == "mixture"  # type: ignore[attr-defined]
+    assert last.experiment.latents["z"].prior.kind == "mixture"
     assert last.differences["latents.z.dim"] == "4"
     assert last.experiment.name == "tiny M, dim=4, lr=0.3"
 
 
-def test_labels_are_made_of_what_differs(tmp_path):
-    rows = {"latents.z.prior": ["standard_normal", MIXTURE], "latents.z.dim": [2, 2]}
-    priors = [{"kind": "standard_normal"}, MIXTURE]
-    assert [case.label for case in expand(tmp_path, {"zip": rows})] == [
-        "prior=standard_normal",
-        'prior={"kind": "mixture", "components": 3}',
-    ]
-    assert [case.label for case in expand(tmp_path, {"zip": {"latents.z.prior": priors}})] == [
-        "standard_normal",
-        "mixture",
-    ]
-    both = {"encoder.network.hidden": [[4]], "decoder.network.hidden": [[4], [5]]}
-    assert [case.label for case in expand(tmp_path, {"grid": both})] == [
-        "encoder.network.hidden=[4], decoder.network.hidden=[4]",
-        "encoder.network.hidden=[4], decoder.network.hidden=[5]",
-    ]
-    nested = {"latents": {"z": {"dim": [2, 3]}}}
-    assert [case.label for case in expand(tmp_path, {"grid": nested})] == ["dim=2", "dim=3"]
-    assert [case.key for case in expand(tmp_path, {})] == [("tiny", 0, "fit")]
+LABELS: dict[str, tuple[dict[str, Any], list[str]]] = {
+    "values that vary": (
+        {"zip": {"latents.z.prior": [NORMAL, MIXTURE], "latents.z.dim": [2, 2]}},
+        ["prior=standard_normal", 'prior={"kind": "mixture", "components": 3}'],
+    ),
+    "kinds": ({"zip": {"latents.z.prior": [{"kind": NORMAL}, MIXTURE]}}, ["standard_normal", "mixture"]),
+    "paths of one end": (
+        {"grid": {"encoder.network.hidden": [[4]], "decoder.network.hidden": [[4], [5]]}},
+        [f"encoder.network.hidden=[4], decoder.network.hidden=[{width}]" for width in (4, 5)],
+    ),
+    "nested tables": ({"grid": {"latents": {"z": {"dim": [2, 3]}}}}, ["dim=2", "dim=3"]),
+    "nothing": ({}, ["tiny"]),
+}
+
+
+@pytest.mark.parametrize("case", LABELS)
+def test_labels_are_made_of_what_differs(tmp_path, case):
+    sweep, labels = LABELS[case]
+    assert [case.key for case in expand(tmp_path, sweep)] == [(label, 0, "fit") for label in labels]
 
 
 def test_declarations_come_from_the_zoo_or_from_below_the_study(tmp_path):
@@ -123,7 +121,7 @@ def test_declarations_come_from_the_zoo_or_from_below_the_study(tmp_path):
 def test_second_stages_belong_to_the_cases_they_name(tmp_path):
     sweep = {
         "seeds": [0, 1],
-        "zip": {"latents.z.prior": ["standard_normal", MIXTURE], "label": ["N", "M"]},
+        "zip": {"latents.z.prior": [NORMAL, MIXTURE], "label": ["N", "M"]},
         "grid": {"latents.z.dim": [2, 3]},
         "refits": [{"label": "agg", "of": ["N"], "overrides": {"latents.z.prior.kind": "aggregated"}}],
     }
@@ -136,7 +134,7 @@ def test_second_stages_belong_to_the_cases_they_name(tmp_path):
     ]  # fmt: skip
     assert all((case.parent is None) == (case.stage == "fit") for case in cases)
     agg = cases[4 - 2]
-    assert agg.experiment.latents["z"].prior.kind == "aggregated"  # type: ignore[attr-defined]
+    assert agg.experiment.latents["z"].prior.kind == "aggregated"
     assert agg.experiment.refit is None
     assert [len(task.cases) for task in tasks_of(cases)][:2] == [2, 1]
 
@@ -178,23 +176,14 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "seed twice": ({"seeds": [1, 1]}, "sweep.seeds: expected each once; got [1, 1]"),
     "negative seed": ({"seeds": [-1]}, "sweep.seeds.0: expected greater than or equal to 0; got -1."),
     "bool for a seed": ({"seeds": [True]}, "sweep.seeds.0: expected a valid integer; got true."),
-    "unknown key": (
-        {"sead": [1]},
-        "sweep.sead: expected one of grid, measure, refits, seeds, specs, zip; got an unknown",
-    ),
+    "unknown key": ({"sead": [1]}, "sweep.sead: expected one of grid, measure, refits, seeds, specs, zip; got an unk"),
     "no values": ({"grid": {"train.epochs": []}}, "sweep.grid.train.epochs: "),
     "no list": ({"grid": {"train.epochs": 3}}, "sweep.grid.train.epochs: expected a valid tuple; got 3."),
     "bad value": ({"grid": {"latents.z.dim": [2, -1]}}, "FILE: case 'dim=-1': latents.z.dim: expected greater than 0"),
     "bad path": ({"grid": {"train.epoch": [2, 3]}}, "FILE: every case: train.epoch: expected one of "),
     "too many": ({"seeds": list(range(999)), "grid": {"latents.z.dim": [1, 2]}}, "got 1998 (1 specs x 1 rows x 2 comb"),
-    "one declaration": (
-        {"grid": {"train.epochs": [2], "latents.z.prior": ["standard_normal", {"kind": "standard_normal"}]}},
-        "got the same",
-    ),
-    "stage of none": (
-        {"refits": [{**AGG, "of": ["tinny"]}]},
-        "expected labels among 'tiny'; got 'tinny' (did you mean",
-    ),
+    "one declaration": ({"grid": {"latents.z.prior": [NORMAL, {"kind": NORMAL}], "train.epochs": [2]}}, "got the same"),
+    "stage of none": ({"refits": [{**AGG, "of": ["tinny"]}]}, "expected labels among 'tiny'; got 'tinny' (did you mea"),
     "stage called fit": ({"refits": [{**AGG, "label": "fit"}]}, "expected labels of their own, none 'fit' or 'refit'"),
     "stage of nothing": (
         {"refits": [{"label": "a", "overrides": {"train.epochs": 3}}]},
@@ -298,7 +287,11 @@ def run(file: Path, **settings: Any) -> pvae.Study:
     return study(file, run_dir=file.parent / "runs", device="cpu", progress=False, **settings)
 
 
-PRIORS = {"latents.z.prior": ["standard_normal", MIXTURE], "label": ["N", "M"]}
+def command(file: Path, *options: str, code: int = 0) -> tuple[str, str]:
+    return run_cli("study", str(file), "--run-dir", str(file.parent / "runs"), "--device", "cpu", *options, code=code)
+
+
+PRIORS = {"latents.z.prior": [NORMAL, MIXTURE], "label": ["N", "M"]}
 
 
 def test_a_study_is_run_once_and_read_off_as_tables(tmp_path, started):
@@ -330,10 +323,7 @@ def test_a_study_is_run_once_and_read_off_as_tables(tmp_path, started):
 
 
 def test_runs_are_found_by_what_they_declare_and_measured_anew_with_other_settings(tmp_path, started):
-    fitted = pvae.fit(
-        Experiment.from_dict({**TABLE, "name": "by hand", "description": "words"}), run_dir=tmp_path / "runs",
-        device="cpu", progress=False,
-    )  # fmt: skip
+    fitted = fit(Experiment.from_dict({**TABLE, "name": "by hand", "description": "words"}), tmp_path / "runs")
     file = write(tmp_path, {"grid": {"latents.z.dim": [2]}})
     found = run(file)
     assert found.runs["dim=2", 0, "fit"].path == fitted.path
@@ -346,14 +336,12 @@ def test_runs_are_found_by_what_they_declare_and_measured_anew_with_other_settin
         assert kept(fitted.files, Measure(rows=40, evidence=5)) is None
 
 
-def test_an_interrupted_run_is_gone_on_with(tmp_path, started, monkeypatch):
+def test_an_interrupted_run_is_gone_on_with(tmp_path, started):
     """FAULTS 10: bit for bit; and a run that never began, or whose files are damaged, is passed over."""
-    whole = pvae.fit(Experiment.from_dict(TABLE), run_dir=tmp_path / "whole", device="cpu", progress=False)
+    whole = fit(Experiment.from_dict(TABLE), tmp_path / "whole")
     file = write(tmp_path, {})
-    with monkeypatch.context() as patch:
-        patch.setattr(loop, "end_epoch", lambda trainer, _bar: loop.interrupt(trainer, signal.SIGTERM))
-        with pytest.raises(Interrupted):
-            pvae.fit(Experiment.from_dict(TABLE), run_dir=tmp_path / "runs", device="cpu", progress=False)
+    with signalled_at(10), pytest.raises(Interrupted):
+        fit(Experiment.from_dict(TABLE), tmp_path / "runs")
     declared = Declared.load(file)
     [(_, state, files)] = states(declared, tmp_path / "runs")
     assert state == "stopped"
@@ -364,8 +352,7 @@ def test_an_interrupted_run_is_gone_on_with(tmp_path, started, monkeypatch):
     found = run(file)
     assert [(job["kind"], job["run"]) for job in started] == [("resume", str(files.path))]
     assert standing(files) == "finished"
-    one, other = whole.pair.state_dict(), found.runs["tiny", 0, "fit"].pair.state_dict()
-    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert_same(whole, found.runs["tiny", 0, "fit"])
 
 
 def test_a_declared_second_stage_is_part_of_its_case(tmp_path, started):
@@ -382,15 +369,9 @@ def test_a_declared_second_stage_is_part_of_its_case(tmp_path, started):
 
 def test_a_failing_case_stops_no_other(tmp_path, started, capsys):
     """FAULTS 18: its last line is kept and shown, its second stage fails with it, and the command ends with 1."""
-    file = write(
-        tmp_path,
-        {
-            "grid": {"train.optimizer": [{"kind": "adam", "lr": 1e30}, {"kind": "sgd", "lr": 0.01}]},
-            "refits": [{**AGG, "of": ["adam"]}],
-        },
-    )
-    where = ("--run-dir", str(tmp_path / "runs"), "--device", "cpu")
-    out, err = run_cli("study", str(file), *where, "--json", code=1)
+    optimizers = [{"kind": "adam", "lr": 1e30}, {"kind": "sgd", "lr": 0.01}]
+    file = write(tmp_path, {"grid": {"train.optimizer": optimizers}, "refits": [{**AGG, "of": ["adam"]}]})
+    out, err = command(file, "--json", code=1)
     found = json.loads(out)
     assert [row["case"] for row in found["runs"]] == ["sgd"]
     assert [(row["case"], row["stage"]) for row in found["failures"]] == [("adam", "fit"), ("adam", "agg")]
@@ -425,7 +406,7 @@ def test_two_studies_at_once_fit_no_case_twice(tmp_path, started, monkeypatch):
 
 def test_a_run_that_another_process_works_on_is_waited_for(tmp_path, started):
     """FAULTS 16: also where it is no study's."""
-    fitted = pvae.fit(Experiment.from_dict(TABLE), run_dir=tmp_path / "runs", device="cpu", progress=False)
+    fitted = fit(Experiment.from_dict(TABLE), tmp_path / "runs")
     one = runner(write(tmp_path, {}), tmp_path / "runs")
     fitted.files.update_status(state="running", pid=os.getpid(), birth=None)
     one._look()
@@ -488,10 +469,9 @@ def test_processes_of_a_study_end_with_it(tmp_path):
 
 def test_a_dry_run_lists_the_cases_and_makes_nothing(tmp_path, capsys, started):
     file = write(tmp_path, {"seeds": [0, 1], "zip": PRIORS})
-    where = ("--run-dir", str(tmp_path / "runs"), "--dry-run")
-    out, _ = run_cli("study", str(file), *where)
+    out, _ = command(file, "--dry-run")
     assert out.splitlines() == [f"to do     {case}  seed {seed}  fit" for case in "NM" for seed in (0, 1)]
-    out, _ = run_cli("study", str(file), *where, "--json")
+    out, _ = command(file, "--dry-run", "--json")
     assert json.loads(out)[3] == {"case": "M", "seed": 1, "stage": "fit", "state": "to do", "run": None}
     assert not (tmp_path / "runs").exists()
     assert not started
@@ -500,16 +480,16 @@ def test_a_dry_run_lists_the_cases_and_makes_nothing(tmp_path, capsys, started):
 def test_hostile_labels_are_harmless_everywhere(tmp_path, started, capsys):
     """FAULTS 37, 38 and 39: in the terminal, in CSV, in JSON, as folders."""
     file = write(tmp_path, {"zip": {"train.epochs": [1, 2, 3, 4, 5], "label": HOSTILE}})
-    arguments = ("--run-dir", str(tmp_path / "runs"), "--device", "cpu", "--out", str(tmp_path / "table"))
-    out, err = run_cli("study", str(file), *arguments)
+    table = tmp_path / "table"
+    out, err = command(file, "--out", str(table))
     assert "\x1b" not in out + err
     assert "[red]" in out
     assert "<script>" in err
-    text = (tmp_path / "table" / "runs.csv").read_text()
-    assert "\n'=cmd|" in text
-    assert "\n'=cmd|" in (tmp_path / "table" / "summary.csv").read_text()
-    assert "\n=cmd" not in text
-    page = (tmp_path / "table" / "index.html").read_text()
+    for name in ("runs.csv", "summary.csv"):
+        text = (table / name).read_text()
+        assert "\n'=cmd|" in text
+        assert "\n=cmd" not in text
+    page = (table / "index.html").read_text()
     assert "<script" not in page
     assert "&lt;script&gt;" in page
     assert "\x1b" not in page

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pyro
 import pyro.distributions as dist
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import pvae
+from tests.runs_shared import fit
 
 
 class Fragile(nn.Module):
@@ -31,8 +33,11 @@ class Fragile(nn.Module):
         with pyro.plate("data", len(x)):
             pyro.sample("z", dist.Normal(self.loc.expand(len(x), 2), 1.0).to_event(1))
 
+    def pair(self) -> pvae.Pair:
+        """Model and guide."""
+        return pvae.Pair(model=self.model, guide=self.guide)
 
-def fit_pair(part: Fragile, where: Path, *overrides: str) -> pvae.Run:
-    """A silent fit of a hand-written pair."""
-    pair = pvae.Pair(model=part.model, guide=part.guide)
-    return pvae.fit(pair, *overrides, data=torch.randn(60, 2), run_dir=where, device="cpu", progress=False)
+
+def fit_pair(part: Fragile, where: Path, *overrides: str, **options: Any) -> pvae.Run:
+    """A silent fit of a hand-written pair, to sixty rows of noise unless data are given."""
+    return fit(part.pair(), where, *overrides, **{"data": torch.randn(60, 2), **options})

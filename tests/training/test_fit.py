@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import Mock
 
 import pyro
 import pyro.distributions as dist
@@ -18,6 +20,7 @@ from pvae.experiment.experiment import Experiment
 from pvae.experiment.plan import Train
 from pvae.objectives.elbo import TraceELBO
 from pvae.training.evaluation import evaluate
+from tests.cli_runner import TINY
 from tests.runs_shared import TINY_TABLE, assert_same, fit, tiny
 from tests.training.kinds import KINDS, SMALL
 from tests.training.pairs import Fragile, fit_pair
@@ -83,16 +86,7 @@ def test_linear_vae_of_digits_reaches_the_ppca_optimum(tmp_path: Path) -> None:
 
 
 def test_validation_moves_nothing(tmp_path: Path) -> None:
-    often = fit(tiny(validate_every=1, keep="last"), tmp_path)
-    seldom = fit(tiny(validate_every=4, keep="last"), tmp_path)
-    assert_same(often, seldom)
-
-
-def test_fit_checks_seed_and_name(tmp_path: Path) -> None:
-    for wrong, message in (({"seed": -1}, "seed: expected"), ({"name": ""}, "name: expected")):
-        with pytest.raises(DeclarationError, match=message):
-            fit(tiny(), tmp_path, **wrong)
-    assert not list(tmp_path.iterdir())
+    assert_same(*(fit(tiny(validate_every=every, keep="last"), tmp_path) for every in (1, 4)))
 
 
 def test_tensors_get_the_declared_transforms_and_are_found_again(tmp_path: Path) -> None:
@@ -104,12 +98,23 @@ def test_tensors_get_the_declared_transforms_and_are_found_again(tmp_path: Path)
     assert_same(dict(again.pair.state_dict()), dict(run.pair.state_dict()))
 
 
-def test_pair_that_cannot_be_fitted_leaves_no_run(tmp_path: Path) -> None:
-    part = Fragile().double()
-    with pytest.raises(DeclarationError, match=r"Use pair\.float\(\)"):
-        fit_pair(part, tmp_path)
-    with pytest.raises(DeclarationError, match="alternate: expected a pair of two Modules"):
-        fit_pair(Fragile(), tmp_path, "train.alternate=2")
+@pytest.mark.parametrize(
+    ("attempt", "message"),
+    [
+        (lambda where: fit(tiny(), where, seed=-1), "seed: expected"),
+        (lambda where: fit(tiny(), where, name=""), "name: expected"),
+        (lambda where: fit_pair(Fragile().double(), where), r"Use pair\.float\(\)"),
+        (lambda where: fit_pair(Fragile(), where, "train.alternate=2"), "alternate: expected a pair of two Modules"),
+        (
+            lambda where: fit(pvae.Pair(Fragile().model, lambda x: x), where, data=torch.randn(20, 2)),
+            "expected a latent of this name in the guide",
+        ),
+    ],
+    ids=["seed", "name", "doubles", "alternation of functions", "guide without z"],
+)
+def test_what_cannot_be_fitted_leaves_no_run(tmp_path: Path, attempt: Callable[[Path], object], message: str) -> None:
+    with pytest.raises(DeclarationError, match=message):
+        attempt(tmp_path)
     assert not list(tmp_path.iterdir())
 
 
@@ -131,7 +136,7 @@ def test_global_latents_are_fitted(tmp_path: Path) -> None:
         {"epochs": 3000, "batch_size": 400, "optimizer": {"kind": "adam", "lr": 0.05}, "schedule": {"kind": "cosine"},
          "validate_every": 500, "keep": "last", "engine": "eager"}
     )  # fmt: skip
-    run = pvae.fit(pvae.Pair(model, guide), data=data, train=train, run_dir=tmp_path, device="cpu", progress=False)
+    run = fit(pvae.Pair(model, guide), tmp_path, data=data, train=train)
     found = {name.rpartition(".")[2]: p.item() for name, p in run.pair.named_parameters()}
     assert found["loc"] == pytest.approx(float(x.sum() / 401), abs=0.03)
     assert found["log_scale"] == pytest.approx(-0.5 * math.log(401), abs=0.15)
@@ -186,53 +191,31 @@ def test_every_kind_is_fitted_and_read(tmp_path: Path, case: str) -> None:
 
 def test_hand_written_pair_is_fitted_and_loaded_again(tmp_path: Path) -> None:
     part = Fragile()
-    pair = pvae.Pair(model=part.model, guide=part.guide)
     data = pvae.Dataset.from_tensors(torch.randn(200, 2) + 3)
-    options = {"data": data, "objective": TraceELBO(), "run_dir": tmp_path, "device": "cpu", "progress": False}
-    run = pvae.fit(pair, "train.epochs=30", "train.optimizer.lr=0.1", **options)  # type: ignore[arg-type]
-    fitted = part.loc.detach().clone()
-    assert (fitted > 1).all()
-    fresh = Fragile()
-    again = pvae.Run.load(run.path, data=data, pair=pvae.Pair(model=fresh.model, guide=fresh.guide))
-    assert dict(again.pair.named_parameters()).keys() == dict(run.pair.named_parameters()).keys()
-    assert torch.equal(next(iter(again.pair.parameters())), next(iter(run.pair.parameters())))
-
-
-def test_unsound_pair_is_refused(tmp_path: Path) -> None:
-    part = Fragile()
-    with pytest.raises(DeclarationError, match="expected a latent of this name in the guide"):
-        pvae.fit(
-            pvae.Pair(model=part.model, guide=lambda x: part.loc),
-            data=torch.randn(20, 2),
-            run_dir=tmp_path,
-            progress=False,
-        )
-
-
-QUICK = ["encoder.network.hidden=[16]", "decoder.network.hidden=[16]", "train.engine=eager"]
+    changes = "train.epochs=30", "train.optimizer.lr=0.1"
+    run = fit_pair(part, tmp_path, *changes, data=data, objective=TraceELBO())
+    assert (part.loc > 1).all()
+    again = pvae.Run.load(run.path, data=data, pair=Fragile().pair())
+    assert_same(dict(again.pair.named_parameters()), dict(run.pair.named_parameters()))
 
 
 def test_information_is_noted_every_few_epochs(tmp_path):
-    options = ["train.epochs=5", "analysis.every=2", "analysis.rows=50", *QUICK]
-    watched = pvae.fit("vae", *options, run_dir=tmp_path / "a", progress=False)
+    options = ["train.epochs=5", "analysis.every=2", "analysis.rows=50", *TINY]
+    watched = fit("vae", tmp_path / "a", *options)
     rows = [row for row in watched.files.metrics_rows() if row["split"] == "analysis"]
     assert [row["epoch"] for row in rows] == [2, 4]
     for row in rows:
         assert row["kl"] == pytest.approx(row["mutual_information"] + row["marginal_kl"], abs=1e-9)
         assert row["mutual_information"] <= row["log_n"] == pytest.approx(math.log(50))
         assert row["active/z"] <= 10
-    plain = pvae.fit("vae", *options, "analysis.every=0", run_dir=tmp_path / "b", progress=False)
-    for name, weight in plain.pair.state_dict().items():
-        assert torch.equal(weight, watched.pair.state_dict()[name]), name
+    plain = fit("vae", tmp_path / "b", *options, "analysis.every=0")
+    assert_same(plain.pair.state_dict(), watched.pair.state_dict())
 
 
 def test_a_pair_that_cannot_be_analysed_is_fitted_all_the_same(tmp_path, monkeypatch):
-    def refuse(*_):
-        raise DataError("surgery: expected something else")
-
-    monkeypatch.setattr("pvae.analysis.decompose.surgery.surgery", lambda *_, **__: refuse())
-    run = pvae.fit("vae", "train.epochs=3", "analysis.every=1", *QUICK, run_dir=tmp_path, progress=False)
+    refuse = Mock(side_effect=DataError("surgery: expected something else"))
+    monkeypatch.setattr("pvae.analysis.decompose.surgery.surgery", refuse)
+    run = fit("vae", tmp_path, "train.epochs=3", "analysis.every=1", *TINY)
     assert run.status["state"] == "finished"
-    told = [event for event in run.files.events() if event["kind"] == "analysis"]
-    assert len(told) == 1
-    assert "expected something else" in told[0]["message"]
+    (told,) = [event["message"] for event in run.files.events() if event["kind"] == "analysis"]
+    assert "expected something else" in told

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pyro
 import pyro.distributions as dist
@@ -15,14 +16,17 @@ import pvae
 from pvae.errors import NonFiniteError
 from pvae.experiment.plan import Train
 from pvae.runs import checkpoint
-from tests.training.pairs import Fragile
+from pvae.runs.rundir import RunDirectory
+from tests.training.pairs import Fragile, fit_pair
 
 
-def broken_data() -> Tensor:
-    """Forty rows; row 7 breaks the model."""
+def fit_broken(part: Fragile, where: Path, **train: Any) -> pvae.Run:
+    """A fit to forty rows, of which row 7 breaks the model."""
     x = torch.zeros(40, 2)
     x[7] = 99
-    return x
+    data = pvae.Dataset.from_tensors(x, validation=torch.zeros(5, 2), test=torch.zeros(5, 2))
+    given = Train(epochs=2, batch_size=10, engine="eager", checkpoint_seconds=0.0, **train)
+    return fit_pair(part, where, data=data, train=given)
 
 
 @pytest.mark.parametrize("policy", ["stop", "skip", "rollback"])
@@ -30,22 +34,17 @@ def test_not_finite(tmp_path: Path, policy: str) -> None:
     """FAULTS 18: the site, the rows, the last finite step; the policies."""
     part = Fragile()
     with pyro.validation_enabled(False):
-        pair = pvae.Pair(model=part.model, guide=part.guide)
-        data = pvae.Dataset.from_tensors(broken_data(), validation=torch.zeros(5, 2), test=torch.zeros(5, 2))
-        train = Train(epochs=2, batch_size=10, nonfinite=policy, engine="eager", checkpoint_seconds=0.0)  # type: ignore[arg-type]
-        options = {"data": data, "train": train, "run_dir": tmp_path, "device": "cpu", "progress": False}
         if policy == "skip":
-            run = pvae.fit(pair, **options)  # type: ignore[arg-type]
-            assert run.status["skipped"] == 2
+            assert fit_broken(part, tmp_path, nonfinite=policy).status["skipped"] == 2
             assert torch.isfinite(part.loc).all()
             return
         with pytest.raises(NonFiniteError, match=r"first bad site model\.x, 1 of 10 rows \(data rows 7\)") as caught:
-            pvae.fit(pair, **options)  # type: ignore[arg-type]
+            fit_broken(part, tmp_path, nonfinite=policy)
     assert "last finite step" in str(caught.value)
     folder = next(tmp_path.glob("*/*"))
     assert (folder / "analysis" / "nonfinite_batch.safetensors").is_file()
     assert json.loads((folder / "status.json").read_text())["state"] == "failed"
-    rolled = [e for e in pvae.Run.load(folder, pair=pair, data=data).files.events() if "rolled back" in e["message"]]
+    rolled = [event for event in RunDirectory(folder).events() if "rolled back" in event["message"]]
     assert len(rolled) == (3 if policy == "rollback" else 0)
 
 
@@ -64,11 +63,7 @@ class Overflowing(Fragile):
 @pytest.mark.parametrize("clip", [None, 10.0])
 def test_gradient_that_is_not_finite_never_reaches_a_checkpoint(tmp_path: Path, clip: float | None) -> None:
     """FAULTS 18: found at once where the norm is known, else at the next step; kept weights stay finite."""
-    part = Overflowing()
-    pair = pvae.Pair(model=part.model, guide=part.guide)
-    data = pvae.Dataset.from_tensors(broken_data(), validation=torch.zeros(5, 2), test=torch.zeros(5, 2))
-    train = Train(epochs=2, batch_size=10, clip_norm=clip, engine="eager", checkpoint_seconds=0.0)
     with pytest.raises(NonFiniteError, match="weights" if clip is None else "gradient norm nan"):
-        pvae.fit(pair, data=data, train=train, run_dir=tmp_path, device="cpu", progress=False)
+        fit_broken(Overflowing(), tmp_path, clip_norm=clip)
     saved = checkpoint.latest(next(tmp_path.glob("*/*")) / "checkpoints")
     assert saved is None or all(v.isfinite().all() for v in saved.tensors["weights"].values())

@@ -6,23 +6,22 @@
 from __future__ import annotations
 
 import json
-import re
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 import pvae
 from pvae.analysis import gain, sample, surgery
-from pvae.cli import main
 from pvae.errors import CheckpointError, DataError, DeclarationError, Interrupted
 from pvae.experiment.experiment import Experiment
 from pvae.runs.run import Run
 from pvae.training import loop
 from pvae.training.evaluation import evaluate
 from pvae.training.trainer import Trainer
-from tests.runs_shared import signalled_at
+from tests.cli_runner import run_cli
+from tests.runs_shared import assert_same, fit, resume, signalled_at
 
 NETWORK = {"network": {"kind": "mlp", "hidden": [32]}}
 TABLE: dict[str, Any] = {
@@ -35,28 +34,38 @@ TABLE: dict[str, Any] = {
 }
 
 
-def fit(folder: Path, **changes: Any) -> Run:
-    return pvae.fit(Experiment.from_dict({**TABLE, **changes}), run_dir=folder, progress=False)
+STAGES = {
+    "refit": {"priors": {"z": {"kind": "mixture", "components": 5}}, "train": {"epochs": 2}},
+    "train": {"epochs": 2},
+}
+
+
+def declared(**changes: Any) -> Experiment:
+    return Experiment.from_dict({**TABLE, **changes})
 
 
 @pytest.fixture(scope="module")
 def parent(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    return fit(tmp_path_factory.mktemp("refit"))
+    return fit(declared(), tmp_path_factory.mktemp("refit"))
 
 
 def again(parent: Run, *overrides: str) -> Run:
-    return pvae.refit(parent, *overrides, progress=False)
+    return pvae.refit(parent, *overrides, device="cpu", progress=False)
+
+
+def part(run: Run, prefix: str) -> dict[str, Tensor]:
+    """The weights whose names start with a prefix."""
+    return {name: value for name, value in run.pair.state_dict().items() if name.startswith(prefix)}
 
 
 def test_only_the_prior_moves_and_the_parent_is_recorded(parent):
     child = again(parent, "latents.z.prior.kind=realnvp", "train.epochs=3")
-    old, new = parent.pair.state_dict(), Run.load(child.path).pair.state_dict()
-    shared = [name for name in new if not name.startswith("model.priors.z.")]
+    loaded, fresh = Run.load(child.path), child.experiment.build(child.data.shape).state_dict()
+    old, new, prior = part(parent, ""), part(loaded, ""), part(loaded, "model.priors.z.")
+    shared = new.keys() - prior.keys()
     assert shared
-    assert [name for name in shared if not torch.equal(old[name], new[name])] == []
-    fresh = child.experiment.build(child.data.shape).state_dict()
-    moved = [name for name in new if name.startswith("model.priors.z.") and not torch.equal(fresh[name], new[name])]
-    assert len(moved) == len(new) - len(shared)
+    assert_same({name: old[name] for name in shared}, {name: new[name] for name in shared})
+    assert not any(torch.equal(fresh[name], value) for name, value in prior.items())
     manifest = child.files.manifest
     assert manifest["parent"] == {"run": f"small/{parent.path.name}", "epoch": 30}
     assert manifest["trainable"] == ["model.priors.z."]
@@ -94,19 +103,16 @@ def test_q_agg_itself_wins_all_on_train_and_less_on_test(parent):
 
 def test_an_autoencoder_gets_a_density_to_sample_from(tmp_path):
     likelihood = {"kind": "normal", "scale": "fixed", "value": 0.2}
-    auto = fit(
-        tmp_path,
-        name="auto",
-        data={"source": "digits"},
-        latents={"z": {"dim": 4, "posterior": "delta"}},
-        decoder={**NETWORK, "likelihood": likelihood},
-        objective={"kind": "trace_elbo", "beta": 0.0},
+    second = {
+        "priors": {"z": {"kind": "mixture", "components": 20}},
+        "train": {"epochs": 60, "optimizer": {"kind": "adam", "lr": 0.03}},
+    }
+    experiment = declared(
+        name="auto", data={"source": "digits"}, latents={"z": {"dim": 4, "posterior": "delta"}}, refit=second,
+        decoder={**NETWORK, "likelihood": likelihood}, objective={"kind": "trace_elbo", "beta": 0.0},
         train={**TABLE["train"], "keep": "last"},
-        refit={
-            "priors": {"z": {"kind": "mixture", "components": 20}},
-            "train": {"epochs": 60, "optimizer": {"kind": "adam", "lr": 0.03}},
-        },
-    )
+    )  # fmt: skip
+    auto = fit(experiment, tmp_path)
     assert auto.name == "auto_refit"
     first = Run.load(f"auto/{auto.files.manifest['parent']['run'].split('/')[1]}", root=tmp_path)
     assert first.experiment.refit is not None
@@ -126,19 +132,15 @@ def test_an_autoencoder_gets_a_density_to_sample_from(tmp_path):
 
 
 def test_a_second_stage_that_was_interrupted_goes_on(tmp_path):
-    stages = {"refit": {"priors": {"z": {"kind": "realnvp"}}, "train": {"epochs": 4}}, "train": {"epochs": 2}}
-    whole = fit(tmp_path / "whole", **stages)
+    experiment = declared(refit={"priors": {"z": "realnvp"}, "train": {"epochs": 4}}, train={"epochs": 2})
+    whole, cut = fit(experiment, tmp_path / "whole"), tmp_path / "cut"
     with signalled_at(18, name="small_refit"), pytest.raises(Interrupted):
-        fit(tmp_path / "cut", **stages)
-    done = pvae.resume(
-        "small", root=tmp_path / "cut", progress=False
-    )  # the first stage is finished: the second goes on
-    assert done.name == "small_refit"
-    assert done.status["epoch"] == 4
-    for name, value in whole.pair.state_dict().items():
-        assert torch.equal(value, done.pair.state_dict()[name]), name
-    assert len(list((tmp_path / "cut" / "small_refit").iterdir())) == 1
-    assert pvae.resume("small", root=tmp_path / "cut", progress=False).path == done.path
+        fit(experiment, cut)
+    done = resume("small", root=cut)  # the first stage is finished: the second goes on
+    assert (done.name, done.status["epoch"]) == ("small_refit", 4)
+    assert_same(whole.pair.state_dict(), done.pair.state_dict())
+    assert len(list((cut / "small_refit").iterdir())) == 1
+    assert resume("small", root=cut).path == done.path
 
 
 BAD = {
@@ -146,8 +148,15 @@ BAD = {
     "the same": (["latents.z.prior.kind=standard_normal"], "expected another prior"),
     "the latent": (["latents.z.dim=3", "latents.z.prior.kind=maf"], r"the run's own latents\.z\.dim = 4; got 3"),
     "the data": (["data.binarize=dynamic", "latents.z.prior.kind=maf"], r"data\.binarize = 'threshold'; got 'dynamic'"),
+    "the objective": (["latents.z.prior.kind=maf", "objective.particles=7"], "refit: expected no other objective"),
     "unknown": (["latents.z.prior.kind=real_nvp"], "realnvp"),
 }
+BAD_STAGES: list[tuple[dict[str, Any], str]] = [
+    ({"priors": {"y": "maf"}}, r"refit\.priors\.y: expected one of z"),
+    ({"priors": {"z": "conditional_normal"}}, r"refit: expected a valid second stage; .*latents\.z\.given"),
+    ({"priors": {"z": "standard_normal"}}, "refit: expected a valid second stage; .*another prior"),
+    ({"priors": {"z": "maf"}, "train": {"alternate": 3}}, r"refit\.train\.alternate: expected 0"),
+]
 
 
 @pytest.mark.parametrize("case", BAD)
@@ -159,47 +168,33 @@ def test_what_a_refit_may_not_change(parent, case):
     assert sorted(parent.path.parent.parent.rglob("manifest.json")) == before
 
 
-def test_a_declared_second_stage_is_checked_with_the_file():
-    with pytest.raises(DeclarationError, match=r"refit\.priors\.y: expected one of z"):
-        Experiment.from_dict({**TABLE, "refit": {"priors": {"y": "maf"}}})
-    with pytest.raises(DeclarationError, match=r"refit: expected a valid second stage; .*latents\.z\.given"):
-        Experiment.from_dict({**TABLE, "refit": {"priors": {"z": "conditional_normal"}}})
-    stage = Experiment.from_dict({**TABLE, "refit": {"priors": {"z": "maf"}}})
-    assert Experiment.from_toml(stage.to_toml()) == stage
+@pytest.mark.parametrize(("stage", "message"), BAD_STAGES)
+def test_a_declared_second_stage_is_checked_with_the_file(stage, message):
+    with pytest.raises(DeclarationError, match=message):
+        declared(refit=stage)
+
+
+def test_a_declared_second_stage_survives_its_file():
+    experiment = declared(refit={"priors": {"z": "maf"}})
+    assert Experiment.from_toml(experiment.to_toml()) == experiment
 
 
 def test_guides_that_differ_are_not_compared(parent, tmp_path):
-    other = fit(tmp_path, seed=1, train={"epochs": 1})
+    other = fit(declared(seed=1, train={"epochs": 1}), tmp_path)
     with pytest.raises(DataError, match="one encoder under two priors"):
         gain(parent.pair, other.pair, parent.data.test.x)
 
 
-def test_command_line(parent, tmp_path, capsys, monkeypatch):
-    arguments = ["refit", str(parent.path), "latents.z.prior.kind=maf", "train.epochs=2", "--run-dir", str(tmp_path)]
-    monkeypatch.setattr("sys.argv", ["pvae", *arguments])
-    with pytest.raises(SystemExit) as caught:
-        main()
-    assert not caught.value.code
-    out = capsys.readouterr().out
-    assert re.search(r"prior fitted anew; parent small/", out)
+def test_command_line(parent, tmp_path):
+    overrides = "latents.z.prior.kind=maf", "train.epochs=2"
+    out, _ = run_cli("refit", str(parent.path), *overrides, "--run-dir", str(tmp_path))
+    assert "prior fitted anew; parent small/" in out
     assert out.count("that the marginal KL had promised") == 2
     child = Run.load("small_refit", root=tmp_path)
-    record = json.loads((child.path / "analysis" / "refit.json").read_text())
-    assert set(record["splits"]) == {"train", "test"}
+    assert set(json.loads((child.path / "analysis" / "refit.json").read_text())["splits"]) == {"train", "test"}
 
 
 # ---------------------------------------------------------------------- second stages that are not what they seem
-
-
-STAGES = {
-    "refit": {"priors": {"z": {"kind": "mixture", "components": 5}}, "train": {"epochs": 2}},
-    "train": {"epochs": 2},
-}
-
-
-def same_encoder(one: Run, other: Run) -> bool:
-    weights = other.pair.state_dict()
-    return all(torch.equal(v, weights[k]) for k, v in one.pair.state_dict().items() if k.startswith("guide."))
 
 
 def test_a_second_stage_that_left_no_weights_is_fitted_anew(tmp_path, monkeypatch):
@@ -212,38 +207,36 @@ def test_a_second_stage_that_left_no_weights_is_fitted_anew(tmp_path, monkeypatc
 
     monkeypatch.setattr(loop, "train", killed)
     with pytest.raises(KeyboardInterrupt):
-        fit(tmp_path, **STAGES)
+        fit(declared(**STAGES), tmp_path)
     monkeypatch.undo()
     orphan = next((tmp_path / "small_refit").iterdir())
     with pytest.raises(CheckpointError, match="holds the frozen weights too; got none. Refit small/"):
-        pvae.resume(orphan, progress=False)
-    done = pvae.resume("small", root=tmp_path, progress=False)
+        resume(orphan)
+    done = resume("small", root=tmp_path)
     assert done.path != orphan
-    assert same_encoder(Run.load("small", root=tmp_path), done)
+    assert_same(part(Run.load("small", root=tmp_path), "guide."), part(done, "guide."))
 
 
 def test_a_first_stage_trained_longer_gets_a_new_second_stage(tmp_path):
-    old = fit(tmp_path, **STAGES)
-    new = pvae.resume("small", "train.epochs=4", root=tmp_path, allow_changes=True, progress=False)
+    old = fit(declared(**STAGES), tmp_path)
+    new = resume("small", "train.epochs=4", root=tmp_path, allow_changes=True)
     assert new.path != old.path
     assert new.files.manifest["parent"]["epoch"] == 4
-    assert same_encoder(Run.load("small", root=tmp_path), new)
+    assert_same(part(Run.load("small", root=tmp_path), "guide."), part(new, "guide."))
 
 
 def test_another_refit_of_the_same_name_is_not_the_second_stage(tmp_path):
-    declared = fit(tmp_path, **STAGES)
+    second = fit(declared(**STAGES), tmp_path)
     parent = Run.load("small", root=tmp_path)
     other = again(parent, "latents.z.prior.kind=maf", "train.epochs=1")
-    assert other.path.parent == declared.path.parent
-    assert pvae.resume(parent, progress=False).path == declared.path
+    assert other.path.parent == second.path.parent
+    assert resume(parent).path == second.path
 
 
 def test_posteriors_made_of_the_prior_are_not_frozen(tmp_path):
     given = {"dim": 2, "given": ["z2"], "prior": "conditional_normal", "posterior": "ladder"}
-    ladder = fit(
-        tmp_path, latents={"z2": {"dim": 2, "posterior": "ladder"}, "z1": given}, train={"epochs": 1},
-        encoder={"kind": "bottom_up", **NETWORK},
-    )  # fmt: skip
+    latents, encoder = {"z2": {"dim": 2, "posterior": "ladder"}, "z1": given}, {"kind": "bottom_up", **NETWORK}
+    ladder = fit(declared(latents=latents, encoder=encoder, train={"epochs": 1}), tmp_path)
     with pytest.raises(DeclarationError, match=r"z1 \(ladder\), made of the prior itself"):
         again(ladder, "latents.z1.prior.log_variance=[-4.0, 1.0]")
     assert again(ladder, "latents.z2.prior.kind=maf", "train.epochs=1").status["state"] == "finished"  # the top level
@@ -254,36 +247,29 @@ def test_how_a_refit_is_trained(parent):
     object.__setattr__(parent.experiment, "train", alternating.train)
     child = again(parent, "latents.z.prior.kind=maf", "train.epochs=1")
     assert child.plan.train.alternate == 0
-    with pytest.raises(DeclarationError, match="refit: expected no other objective"):
-        again(parent, "latents.z.prior.kind=maf", "objective.particles=7")
-    stage = {"priors": {"z": "maf"}, "train": {"alternate": 3}}
-    with pytest.raises(DeclarationError, match=r"refit\.train\.alternate: expected 0"):
-        Experiment.from_dict({**TABLE, "refit": stage})
-    with pytest.raises(DeclarationError, match="refit: expected a valid second stage; .*another prior"):
-        Experiment.from_dict({**TABLE, "refit": {"priors": {"z": "standard_normal"}}})
 
 
 def test_a_refit_without_parameters_is_resumed_as_it_is(parent):
     child = again(parent, "latents.z.prior.kind=aggregated")
-    assert pvae.resume(child, "train.epochs=5", allow_changes=True, progress=False).path == child.path
+    assert resume(child, "train.epochs=5", allow_changes=True).path == child.path
 
 
 def test_what_stops_a_second_stage_is_told(tmp_path):
     with signalled_at(4, name="small_refit"), pytest.raises(Interrupted):
-        fit(tmp_path, **STAGES)
+        fit(declared(**STAGES), tmp_path)
     child = Run.load("small_refit", root=tmp_path)
     child.files.write_manifest({**child.files.manifest, "threads": 99})
     with pytest.raises(DeclarationError, match="expected the run's own threads = 99"):
-        pvae.resume("small", root=tmp_path, progress=False)
+        resume("small", root=tmp_path)
     assert len(list((tmp_path / "small_refit").iterdir())) == 1  # none was fitted anew behind its back
 
 
 def test_a_token_prior_that_overfits_is_caught_by_validation(tmp_path):
     few = ["data.splits.train=[0, 150]", "data.splits.validation=[1000, 1150]", "data.splits.test=[1350, 1400]"]
-    first = pvae.fit("vq_vae", *few, "train.epochs=3", "train.engine=eager", run_dir=tmp_path, progress=False)
-    second = pvae.refit(
+    first = fit("vq_vae", tmp_path, *few, "train.epochs=3", "train.engine=eager")
+    second = again(
         first, 'latents.c.prior={kind="transformer", width=64, layers=2, heads=2}', "train.epochs=200",
-        "train.optimizer.lr=3e-3", "train.batch_size=50", "train.patience=5", "train.engine=eager", progress=False,
+        "train.optimizer.lr=3e-3", "train.batch_size=50", "train.patience=5", "train.engine=eager",
     )  # fmt: skip
     rows = second.files.metrics_rows()
     train, held = (

@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from pvae.analysis.truths.figure_checks import SelfCheck
 from pvae.analysis.truths.linear import widened, wrong_guide
+from pvae.analysis.truths.selfcheck import SelfCheck
 from pvae.analysis.truths.standard import digits
 from pvae.analysis.truths.truth import Truth
 

@@ -13,14 +13,12 @@ import pytest
 import torch
 from scipy.stats import norm
 
-from pvae.analysis import (
-    counterexamples,
-)
-from pvae.analysis.truths.densities import Box, Diluted, FactorNormal, TrainingMixture
+from pvae.analysis import counterexamples
+from pvae.analysis.truths.counterexamples import Box, Diluted, FactorNormal, TrainingMixture
 from pvae.analysis.truths.linear import probabilistic_pca
 from pvae.analysis.truths.standard import digits
 from pvae.data.dataset import Dataset, load
-from pvae.data.sources.digits import Digits
+from pvae.data.sources.collections import Digits
 from pvae.errors import DataError
 from tests.cli_runner import run_cli, run_cli_json
 from tests.samples.models import normals

@@ -18,9 +18,8 @@ from rich.console import Console
 
 from pvae.analysis.decompose.aggregated import AggregatedPosterior, Information
 from pvae.analysis.figures.estimate import Estimate
-from pvae.analysis.truths.figure_checks import FigureCheck, SelfCheck
 from pvae.analysis.truths.linear import binary_input, disjoint, linear_vae, product_channel
-from pvae.analysis.truths.selfcheck import ESTIMATORS, selfcheck
+from pvae.analysis.truths.selfcheck import ESTIMATORS, FigureCheck, SelfCheck, selfcheck
 from pvae.analysis.truths.standard import standard
 from pvae.analysis.truths.structured import random_code, symmetric_channel
 from pvae.errors import DataError

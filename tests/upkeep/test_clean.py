@@ -12,7 +12,7 @@ from filelock import FileLock
 
 from pvae.data.rows.cache import cache_folder
 from pvae.runs import checkpoint
-from pvae.runs.names import utc_now
+from pvae.runs.find import utc_now
 from pvae.runs.rundir import RunDirectory
 from pvae.upkeep.clean import Cleaning, clean
 from pvae.upkeep.verify import verify
@@ -155,7 +155,7 @@ def test_what_cannot_be_removed_is_told(run: Path, root: Path, monkeypatch: pyte
     """FAULTS 42: a read-only folder; what was removed half way is found again."""
     (run / "checkpoints" / ".tmp-a1").mkdir()
 
-    def refuse(path: object) -> None:
+    def refuse(path: object, **_: object) -> None:
         raise PermissionError(13, "Permission denied", str(path))
 
     with monkeypatch.context() as patch:

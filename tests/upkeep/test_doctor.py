@@ -21,10 +21,11 @@ import torch
 
 from pvae.data.sources.collections import MNIST_FILES
 from pvae.errors import DataError
-from pvae.upkeep import machine, packages
+from pvae.upkeep import doctor as module
+from pvae.upkeep import machine
 from pvae.upkeep.clean import Cleaning, Removal
 from pvae.upkeep.doctor import CHECKS, doctor
-from pvae.upkeep.packages import CheckArguments
+from pvae.upkeep.machine import CheckArguments
 from pvae.util.checks import Check, Checks, attempt
 from tests.cli_runner import run_cli, run_cli_json
 
@@ -60,7 +61,7 @@ def test_a_check_that_raises_is_a_failed_check(monkeypatch: pytest.MonkeyPatch) 
 
     for name in CHECKS:
         monkeypatch.setitem(CHECKS, name, refuse)
-    monkeypatch.setattr(packages, "import_in_child", dict)
+    monkeypatch.setattr(module, "import_in_child", dict)
     out, _ = run_cli("doctor", code=1)
     assert out.count("RuntimeError: it \\x1b[31mbroke here") == len(CHECKS)
     assert "Traceback" not in out
@@ -104,7 +105,7 @@ def raising(error: BaseException) -> Callable[..., Any]:
 
 def plotting(**found: Any) -> Inject:
     usual = {"matplotlib.pyplot": "3.11.2", "arviz": "0.23.4"}
-    return lambda patch, _: patch.setattr(packages, "import_in_child", returning({**usual, **found}))
+    return lambda patch, _: patch.setattr(module, "import_in_child", returning({**usual, **found}))
 
 
 def compiler(patch: pytest.MonkeyPatch, code: str, where: Path) -> None:
@@ -151,7 +152,7 @@ FAULTS: list[tuple[str, Inject, str, str]] = [
     ("python", setting("sys.stdout", io.TextIOWrapper(io.BytesIO(), "ascii")), "warning", "output in ascii"),
     (
         "packages",
-        setting("pvae.upkeep.packages.requires", returning(["torch>=1", "absent-one"])),
+        setting("pvae.upkeep.doctor.requires", returning(["torch>=1", "absent-one"])),
         "failed",
         "absent-one missing",
     ),
@@ -186,7 +187,7 @@ FAULTS: list[tuple[str, Inject, str, str]] = [
     ("arviz", plotting(arviz="1.1.0"), "warning", "1.1.0, which pvae does not work with"),
     (
         "arviz",
-        setting("pvae.upkeep.packages.IMPORT_TRIAL", "raise SystemExit('dead')"),
+        setting("pvae.upkeep.doctor.IMPORT_TRIAL", "raise SystemExit('dead')"),
         "failed",
         "exit code 1 and: dead",
     ),
@@ -215,7 +216,7 @@ def quiet_doctor(patch: pytest.MonkeyPatch, name: str) -> None:
         if other != kept:
             patch.setitem(CHECKS, other, returning(()))
     if kept not in ("plots", "arviz"):
-        patch.setattr(packages, "import_in_child", dict)
+        patch.setattr(module, "import_in_child", dict)
 
 
 def test_every_check_is_made_to_fail() -> None:
@@ -247,10 +248,10 @@ def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_extras_are_those_that_the_project_offers() -> None:
     project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
-    assert set(packages.EXTRA_MODULES) == project["optional-dependencies"].keys() - {"peers", "test", "dev"}
-    (check,) = packages.extras(ASKED)
+    assert set(module.EXTRA_MODULES) == project["optional-dependencies"].keys() - {"peers", "test", "dev"}
+    (check,) = module.extras(ASKED)
     assert check.level == "ok"
-    assert check.facts.keys() == packages.EXTRA_MODULES.keys()
+    assert check.facts.keys() == module.EXTRA_MODULES.keys()
 
 
 @pytest.mark.parametrize(
@@ -293,7 +294,7 @@ def test_imports_are_tried_in_a_process_like_this_one(
     (tmp_path / "arviz.py").write_text(body)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.setattr(sys, "warnoptions", options)
-    found = packages.import_in_child()
+    found = module.import_in_child()
     assert found["matplotlib.pyplot"] == "3.0"
     assert found["arviz"] == "0.23.9" if kind is None else found["arviz"][0] == kind
 

@@ -127,7 +127,7 @@ def link(path: Path) -> None:
         (Path.unlink, "weights.safetensors", "No such file"),
         (link, "weights.safetensors", "(symbolic link|bytes)"),
         (lambda path: path.write_text('{"schema": 99, "step": 0, "files": {}}'), "manifest.json", "upgrade pvae"),
-        (lambda path: path.write_bytes(b"\x00garbage"), "manifest.json", "expected JSON"),
+        (lambda path: path.write_bytes(b"\x00garbage"), "manifest.json", "expected a JSON object"),
     ],
 )
 def test_a_damaged_newest_checkpoint_has_failed_and_the_older_one_loads(

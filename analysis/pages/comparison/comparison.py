@@ -1,15 +1,19 @@
-"""Results of the runs of a comparison, computed once and shared by all sections of the page."""
+"""Results of the runs of a comparison, computed once and shared by all sections; paired differences of two runs."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from pvae.analysis.bounds.rate_distortion import named, require_alike
-from pvae.analysis.pages.comparison.paired import Paired, elbos, paired
+from pvae.analysis.decompose.entry import accept, quiet
+from pvae.analysis.decompose.posterior_draws import draw
+from pvae.analysis.figures.estimate import Estimate, Figures, Row, over_rows
 from pvae.analysis.pages.document.stages import Stages
 from pvae.analysis.pages.document.text import Value
 from pvae.analysis.pages.sections.anatomy import SURGERY_TERMS
@@ -17,6 +21,8 @@ from pvae.analysis.pages.sections.examination import Examination, draws
 from pvae.analysis.pages.sections.quality import measure
 from pvae.analysis.samples.quality import SampleQuality
 from pvae.errors import DataError
+from pvae.pair.densities import sum_over
+from pvae.pair.pair import Pair
 from pvae.runs.run import Run
 
 PAIRED_SAMPLES = 8
@@ -58,18 +64,11 @@ class Comparison:
             if not _has_covariates(run) and not _has_covariates(runs[0]):
                 run.__dict__["data"] = runs[0].data  # the same data by fingerprint: keep one copy in memory
         self.split, self.groups = split, groups
-        self.exams = {
-            name: Examination(
-                run,
-                split,
-                samples=samples,
-                evidence_samples=evidence_samples,
-                seed=seed,
-                train_rows=TRAIN_ROWS,
-                evidence_rows=PAIRED_EVIDENCE_ROWS,
-            )
-            for name, run in zip(names, runs, strict=True)
-        }
+        settings = {"samples": samples, "evidence_samples": evidence_samples, "seed": seed}
+        settings |= {"train_rows": TRAIN_ROWS, "most_evidence_rows": PAIRED_EVIDENCE_ROWS}
+        self.exams = {name: Examination(run, split, **settings) for name, run in zip(names, runs, strict=True)}
+        self.quality: dict[str, SampleQuality] = {}
+        """Sample quality by run, all in the feature space of the first run; runs without it are absent."""
         self.stages = Stages()
 
     @property
@@ -90,10 +89,8 @@ class Comparison:
     @cached_property
     def elbos(self) -> dict[str, Tensor]:
         """Estimated ELBO of every row of the split, `(n,)`, nats, by name of the run."""
-        return {
-            name: elbos(exam.pair, exam.x, draws(PAIRED_SAMPLES, len(exam.x)), exam.seed)
-            for name, exam in self.scored.items()
-        }
+        found = self.scored.items()
+        return {name: elbos(e.pair, e.x, draws(PAIRED_SAMPLES, len(e.x)), e.seed) for name, e in found}
 
     @cached_property
     def log_p(self) -> dict[str, Tensor]:
@@ -106,46 +103,41 @@ class Comparison:
         """True if every run with a likelihood has a bound on log p(x), which then replaces the ELBO in comparisons."""
         return len(self.log_p) == len(self.scored)
 
-    @property
-    def quality(self) -> dict[str, SampleQuality]:
-        """Sample quality by run, all in the feature space of the first run; runs without it are absent."""
-        return {name: found for name, (_, found) in self._measured.items() if found is not None}
-
-    @property
-    def figures(self) -> dict[str, dict[str, Value]]:
-        """Scalar metrics of each run for the overview table, by run and by metric."""
-        return {name: row for name, (row, _) in self._measured.items()}
-
     @cached_property
-    def _measured(self) -> dict[str, tuple[dict[str, Value], SampleQuality | None]]:
-        found = {}
-        for name, exam in self.exams.items():
-            self.stages.begin(name)
-            exam.stages = self.stages
-            row, quality = self._terms(exam), self._quality(exam)
-            seconds = exam.run.status.get("seconds")
-            row |= _of_samples(quality) | {"seconds": float(seconds) if isinstance(seconds, int | float) else None}
-            found[name] = row, quality
-        return found
+    def figures(self) -> dict[str, dict[str, Value]]:
+        """Scalar metrics of each run for the overview table, by run and by metric; also fills `quality`."""
+        return {name: self._measure(name, exam) for name, exam in self.exams.items()}
 
-    def _terms(self, exam: Examination) -> dict[str, Value]:
-        """Return ELBO terms, bound on log p(x) and gaps of a run; empty for a model without a likelihood."""
-        if exam.implicit:
-            return {}
-        row: dict[str, Value] = {term: getattr(exam.held, term) for term in SURGERY_TERMS}
-        if (bits := exam.held.bits_per_dimension) is not None:
-            row["bits_per_dimension"] = bits
-        bound = exam.evidence
-        row["log_p"] = None if bound is None else bound.curve[-1][1]
-        row["gap"] = None if bound is None else bound.gap
-        row[f"train − {exam.split}"] = exam.gap
-        row["train marginal_kl"] = exam.surgeries["train"].marginal_kl
-        return row
+    def _measure(self, name: str, exam: Examination) -> dict[str, Value]:
+        """Return the metrics of a run: of its ELBO if the model has a likelihood, of its samples, and its seconds."""
+        self.stages.begin(name)
+        exam.stages = self.stages
+        row: dict[str, Value] = {}
+        if not exam.implicit:
+            row |= {term: getattr(exam.held, term) for term in SURGERY_TERMS}
+            if (bits := exam.held.bits_per_dimension) is not None:
+                row["bits_per_dimension"] = bits
+            bound = exam.evidence
+            row["log_p"] = None if bound is None else bound.curve[-1][1]
+            row["gap"] = None if bound is None else bound.gap
+            row[f"train − {exam.split}"] = exam.gap
+            row["train marginal_kl"] = exam.surgeries["train"].marginal_kl
+        if (quality := self._quality(exam)) is not None:
+            self.quality[name] = quality
+            row |= {
+                "two-sample accuracy": quality.test.accuracy,
+                "Fréchet": quality.distances.frechet,
+                "precision": quality.fidelity.precision,
+                "coverage": quality.fidelity.coverage,
+                "sharpness of means": quality.sharpness_of_means,
+            }
+        seconds = exam.run.status.get("seconds")
+        return {**row, "seconds": float(seconds) if isinstance(seconds, int | float) else None}
 
     def _quality(self, exam: Examination) -> SampleQuality | None:
         """Return the quality of the samples of a run, and free those that the page does not show, to save memory."""
         exam.__dict__["space"] = self.first.space
-        found = measure(exam, ("draws",)).get("draws")
+        found = measure(exam, "draws", exam.draws)
         exam.__dict__["draws"] = None
         if exam.sampled is not None:
             kept = replace(exam.sampled, x=exam.sampled.x[:STRIP].clone(), latents={}, covariates={})
@@ -175,14 +167,79 @@ def _has_covariates(run: Run) -> bool:
     return bool(getattr(run.plan, "covariates", None))
 
 
-def _of_samples(quality: SampleQuality | None) -> dict[str, Value]:
-    """Return the metrics of sample quality for the overview table; empty if there is no sample quality."""
-    if quality is None:
-        return {}
-    return {
-        "two-sample accuracy": quality.test.accuracy,
-        "Fréchet": quality.distances.frechet,
-        "precision": quality.fidelity.precision,
-        "coverage": quality.fidelity.coverage,
-        "sharpness of means": quality.sharpness_of_means,
-    }
+# ---------------------------------------------------------------------- paired differences
+
+
+@dataclass(frozen=True, repr=False)
+class Paired(Figures):
+    """Mean paired differences, run minus reference, on the same data; nats per datum, positive if the run is better."""
+
+    n: int
+    elbo: Estimate
+    log_p: Estimate | None
+    """Difference of the importance-weighted bounds on log p(x); None if either run has no such bound."""
+    wins: Estimate
+    """Proportion of data whose bound on log p(x), or ELBO if there is no bound, is higher than under the reference.
+
+    Ties count half.
+    """
+
+    @property
+    def title(self) -> str:
+        return f"Paired differences, nats per datum (n = {self.n})"
+
+    def rows(self) -> Iterator[Row]:
+        yield "elbo", self.elbo, "ELBO less that of the reference, datum by datum"
+        yield "log_p", self.log_p, "bound on log p(x) less that of the reference, datum by datum"
+        yield "wins", self.wins, "proportion of data that are more probable than under the reference"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the number of data and the estimates as plain numbers and strings, for JSON."""
+        return {"n": self.n, **self.figures()}
+
+
+def elbos(pair: Pair, x: Tensor, samples: int = 8, seed: int = 0) -> Tensor:
+    """Return unbiased estimates of the ELBO of every datum from `samples` posterior samples: `(n,)`, nats, float64.
+
+    The KL of global latents is not included, as it belongs to the data set as a whole.
+
+    Raises:
+        DataError: `x` has no rows, or `samples` is below 1.
+    """
+    if not len(x) or samples < 1:
+        raise DataError(f"elbos: expected rows and at least one draw; got {len(x)} rows, samples={samples}.")
+    x = accept(pair, x)
+    total = torch.zeros(len(x), dtype=torch.float64, device=x.device)
+    with quiet(pair, x, seed):
+        for _ in range(samples):
+            drawn = draw(pair, x)
+            total += drawn.reconstruction - sum_over([z.log_q - z.log_p for z in drawn.latents.values()])
+    return total / samples
+
+
+def paired(elbo: Tensor, other: Tensor, log_p: Tensor | None = None, other_log_p: Tensor | None = None) -> Paired:
+    r"""Return the mean paired differences between a run and a reference, with standard errors over the data.
+
+    The mean of d_i = a_i - b_i has the standard error sd(d) / sqrt(n), which covers the choice of data and the Monte
+    Carlo noise. The variation between easy and hard data cancels, so that it is far smaller than that of either mean.
+
+    Arguments:
+        elbo: ELBO of every datum under the run, `(n,)`, nats.
+        other: ELBO of the same data under the reference, `(n,)`, nats.
+        log_p: bounds on log p(x) under the run, of these data or of a subset, `(m,)`, nats.
+        other_log_p: bounds on log p(x) of the same `m` data under the reference.
+
+    Raises:
+        DataError: the numbers of data of the two runs differ, or are below two.
+    """
+    if len(elbo) != len(other) or len(elbo) < 2:
+        raise DataError(f"paired: expected the same two or more data of both runs; got {len(elbo)} and {len(other)}.")
+    bound = None
+    if log_p is not None and other_log_p is not None:
+        if len(log_p) != len(other_log_p):
+            raise DataError(f"paired: expected bounds on the same data; got {len(log_p)} and {len(other_log_p)}.")
+        bound = (log_p - other_log_p).double().cpu()
+    difference = (elbo - other).double().cpu()
+    judged = difference if bound is None else bound
+    wins = (judged > 0).double() + 0.5 * (judged == 0)
+    return Paired(len(elbo), over_rows(difference), None if bound is None else over_rows(bound), over_rows(wins))

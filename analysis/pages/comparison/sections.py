@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 from scipy.stats import spearmanr
 
 from pvae.analysis.bounds.rate_distortion import rate_distortion_of
 from pvae.analysis.figures.estimate import Estimate
-from pvae.analysis.pages import plots
 from pvae.analysis.pages.comparison.comparison import STRIP, Comparison
-from pvae.analysis.pages.comparison.verdict import verdict
-from pvae.analysis.pages.document.blocks import Block, PageSection, PageTable, Picture, columns, picture
-from pvae.analysis.pages.document.tables import side_by_side
-from pvae.analysis.pages.document.text import Value, plus_minus
+from pvae.analysis.pages.document.blocks import PageSection, PageTable, Part, Sentence, columns, picture, section
+from pvae.analysis.pages.document.text import Value, nats, plus_minus, side_by_side
+from pvae.analysis.pages.plots import base, comparisons, pictures
 from pvae.analysis.pages.sections.appendix import environment_of
 from pvae.analysis.pages.sections.examination import array
+from pvae.analysis.pages.sections.fit import LESS_OVERFITTING, OVERFITTING_NATS, SHOWN_NATS
 from pvae.analysis.pages.sections.quality import whole
+from pvae.analysis.samples.sharpness import is_image
 from pvae.util.toml import flat
 
 CORRELATED_RUNS = 4
@@ -26,9 +26,12 @@ CORRELATED_RUNS = 4
 COLUMN_RUNS = 6
 """Largest number of runs for a table with a column per run; for more runs it has a row per run."""
 
+# ---------------------------------------------------------------------- overview and verdict
 
-def _overview(found: Comparison) -> PageSection:
-    """Return the overview: the metrics of each run, their means over groups of runs, and the verdict."""
+
+@section("overview", "Overview")
+def _overview(found: Comparison) -> Iterator[Part]:
+    """Yield the metrics of each run, their means over groups of runs, and the verdict."""
     terms = list(dict.fromkeys(term for row in found.figures.values() for term in row))
     all_of = {term: [found.figures[name].get(term) for name in found.names] for term in terms}
     known = {term: values for term, values in all_of.items() if any(value is not None for value in values)}
@@ -37,11 +40,19 @@ def _overview(found: Comparison) -> PageSection:
         f"lower bound, on {found.first.evidence_rows.note}); proportions; Fréchet distances in features; seconds of "
         "training"
     )
-    blocks: list[Block] = [_by_run("overview", caption, found.names, known)]
-    if found.groups is not None and len(set(found.groups)) < len(found.names):
-        blocks.append(_averages(found.groups, known))
-    numbers = {"figures": found.figures, "groups": None if found.groups is None else list(found.groups)}
-    return PageSection("overview", "Overview", tuple(blocks), sentences=tuple(verdict(found)), numbers=numbers)
+    yield _by_run("overview", caption, found.names, known)
+    groups = found.groups
+    if groups is not None and len(set(groups)) < len(found.names):
+        rows = []
+        for group in dict.fromkeys(groups):
+            chosen = [i for i, g in enumerate(groups) if g == group]
+            rows.append((group, len(chosen), *(_average([values[i] for i in chosen]) for values in known.values())))
+        titles = columns("group", "runs", *(term.replace("_", " ") for term in known), digits=2)
+        yield PageTable("averages", "Mean ± standard error over runs that differ in their seeds only", titles, rows)
+    yield from _on_best(found)
+    yield from _on_overfitting(found)
+    yield from _on_samples(found)
+    yield {"figures": found.figures, "groups": None if groups is None else list(groups)}
 
 
 def _by_run(id: str, caption: str, names: Sequence[str], found: Mapping[str, Sequence[Value]]) -> PageTable:
@@ -51,18 +62,8 @@ def _by_run(id: str, caption: str, names: Sequence[str], found: Mapping[str, Seq
     """
     if len(names) <= COLUMN_RUNS:
         return PageTable(id, caption, columns("figure", *names), [(term, *values) for term, values in found.items()])
-    rows = [(name, *(values[i] for values in found.values())) for i, name in enumerate(names)]
-    return PageTable(id, caption, columns("run", *(term.replace("_", " ") for term in found), digits=2), rows)
-
-
-def _averages(groups: Sequence[str], found: Mapping[str, Sequence[Value]]) -> PageTable:
-    """Return the table of the mean and standard error of each metric over the runs of each group."""
-    rows = []
-    for group in dict.fromkeys(groups):
-        chosen = [i for i, g in enumerate(groups) if g == group]
-        rows.append((group, len(chosen), *(_average([values[i] for i in chosen]) for values in found.values())))
-    titles = columns("group", "runs", *(term.replace("_", " ") for term in found), digits=2)
-    return PageTable("averages", "Mean ± standard error over runs that differ in their seeds only", titles, rows)
+    titles = columns("run", *(term.replace("_", " ") for term in found), digits=2)
+    return PageTable(id, caption, titles, list(zip(names, *found.values(), strict=True)))
 
 
 def _average(values: Sequence[Value]) -> Value:
@@ -73,24 +74,66 @@ def _average(values: Sequence[Value]) -> Value:
     return Estimate(float(np.mean(numbers)), error, "estimate", note="over runs")
 
 
-def _training(found: Comparison) -> PageSection | None:
-    rows = {name: exam.metrics for name, exam in found.scored.items() if exam.metrics}
-    if not rows:
-        return None
-    made = picture(
-        "training",
-        plots.overlaid(list(rows), list(rows.values())),
-        f"Validation ELBO over epochs for {len(rows)} runs.",
-        "Curves that still rise at their end need more epochs; curves that fall after a maximum show overfitting.",
+def _on_best(found: Comparison) -> Iterator[str]:
+    """Yield the sentence on the run with the highest bound."""
+    if found.best is None or len(found.scored) < 2:
+        return
+    rest = found.against(found.best)
+    gains = {name: d.log_p or d.elbo for name, d in rest.items()}
+    second = max(gains, key=lambda name: gains[name].value)
+    gain, what = -gains[second].value, "bound on log p(x)" if rest[second].log_p is not None else "ELBO"
+    error = gains[second].standard_error
+    lead = f"{nats(gain)} ± {nats(error)} nats" if gain >= SHOWN_NATS else "less than 0.01 nats"
+    if gain <= 2 * error or gain < SHOWN_NATS:
+        text = f"{found.best} and {second} have the highest {what}. They differ by {lead}: these data do not show"
+        yield f"{text} which is better."
+    else:
+        yield f"{found.best} has the highest {what}, {lead} above {second} (paired by datum)."
+
+
+def _on_overfitting(found: Comparison) -> Iterator[Sentence]:
+    gaps = {name: exam.gap for name, exam in found.scored.items() if found.split != "train"}
+    wide = [f"{name} ({nats(gap)} nats)" for name, gap in gaps.items() if gap is not None and gap > OVERFITTING_NATS]
+    if wide:
+        text = f"The train ELBO is more than {OVERFITTING_NATS:g} nat higher than the {found.split} ELBO for"
+        yield Sentence(f"{text} {', '.join(wide)}. These models overfit: {LESS_OVERFITTING}", True)
+
+
+def _on_samples(found: Comparison) -> Iterator[str]:
+    if len(found.quality) < 2:
+        return
+    distances = {name: quality.distances for name, quality in found.quality.items()}
+    near = min(distances, key=lambda name: distances[name].frechet.value)
+    far = max(distances, key=lambda name: distances[name].frechet.value)
+    floor = nats(distances[near].frechet_floor)
+    yield (
+        f"Samples of {near} have the smallest Fréchet distance to data, {plus_minus(distances[near].frechet)} "
+        f"({floor} expected for samples of the data distribution)."
     )
-    return PageSection("training", "Training", (made,))
+    yield f"Samples of {far} have the largest Fréchet distance to data, {plus_minus(distances[far].frechet)}."
 
 
-def _plane(found: Comparison) -> PageSection | None:
+# ---------------------------------------------------------------------- likelihood
+
+
+@section("training", "Training")
+def _training(found: Comparison) -> Iterator[Part]:
+    rows = {name: exam.metrics for name, exam in found.scored.items() if exam.metrics}
+    if rows:
+        yield picture(
+            "training",
+            comparisons.overlaid(list(rows), list(rows.values())),
+            f"Validation ELBO over epochs for {len(rows)} runs.",
+            "Curves that still rise at their end need more epochs; curves that fall after a maximum show overfitting.",
+        )
+
+
+@section("plane", "Rate and distortion")
+def _plane(found: Comparison) -> Iterator[Part]:
     if len(found.scored) < 2:
-        return None
+        return
     plane = rate_distortion_of(found.split, {name: exam.held for name, exam in found.scored.items()})
-    made = picture(
+    yield picture(
         "rate_distortion",
         plane.figure(),
         "Runs as points: rate to the right, distortion upwards; lines of equal ELBO.",
@@ -100,21 +143,21 @@ def _plane(found: Comparison) -> PageSection | None:
     keys = ("rate", "distortion", "elbo")
     rows = [(row["run"], *(Estimate(row[key], row[f"{key}_error"], "estimate") for key in keys)) for row in plane.rows]
     caption = f"Nats per datum on {found.split}, ± Monte Carlo standard error"
-    table = PageTable("rate_distortion", caption, columns("run", "rate", "distortion", "ELBO"), rows)
-    numbers = {"rate_distortion": plane.to_dict()}
-    return PageSection("plane", "Rate and distortion", (made, table), numbers=numbers)
+    yield PageTable("rate_distortion", caption, columns("run", "rate", "distortion", "ELBO"), rows)
+    yield {"rate_distortion": plane.to_dict()}
 
 
-def _pairs(found: Comparison) -> PageSection | None:
+@section("paired", "Paired differences")
+def _pairs(found: Comparison) -> Iterator[Part]:
     if len(found.scored) < 2:
-        return None
+        return
     reference, exam = next(iter(found.scored.items()))
     others = found.against(reference)
     gains = {name: d.log_p or d.elbo for name, d in others.items()}
     what = "Bound on log p(x)" if all(d.log_p is not None for d in others.values()) else "ELBO"
-    made = picture(
+    yield picture(
         "paired",
-        plots.differences(list(gains), list(gains.values()), reference, what),
+        comparisons.differences(list(gains), list(gains.values()), reference, what),
         f"Paired differences to {reference}: " + "; ".join(f"{name} {plus_minus(e)}" for name, e in gains.items()),
         "To the right of the line a run is better than the reference. The interval is that of the difference datum by "
         "datum, so that the spread of data cancels. An interval that contains the line shows no difference.",
@@ -124,29 +167,30 @@ def _pairs(found: Comparison) -> PageSection | None:
         f"Difference to {reference}, nats per datum ± standard error over data ({found.split}: ELBO on "
         f"{exam.rows[found.split].note}, log p(x) on {exam.evidence_rows.note})"
     )
-    table = PageTable("paired", caption, titles, [(name, d.elbo, d.log_p, d.wins) for name, d in others.items()])
-    numbers = {"paired": {"reference": reference, "runs": {name: d.to_dict() for name, d in others.items()}}}
-    return PageSection("paired", "Paired differences", (made, table), numbers=numbers)
+    yield PageTable("paired", caption, titles, [(name, d.elbo, d.log_p, d.wins) for name, d in others.items()])
+    yield {"paired": {"reference": reference, "runs": {name: d.to_dict() for name, d in others.items()}}}
 
 
-def _surgeries(found: Comparison) -> PageSection | None:
+@section("surgery", "ELBO surgery")
+def _surgeries(found: Comparison) -> Iterator[Part]:
     if not found.scored:
-        return None
+        return
     held = {name: exam.held for name, exam in found.scored.items()}
     rows = side_by_side(held)
     caption = f"Surgery on {found.split}: nats per datum, ± Monte Carlo standard error with the data fixed"
-    table = PageTable("surgery", caption, columns("term", *held, words=["what it is"]), rows, strong=(0,))
     if len(held) > COLUMN_RUNS:
-        table = _by_run("surgery", caption, list(held), {str(row[0]): row[1:-1] for row in rows})
-    numbers = {"surgery": {name: s.to_dict() for name, s in held.items()}}
-    return PageSection("surgery", "ELBO surgery", (table,), numbers=numbers)
+        yield _by_run("surgery", caption, list(held), {str(row[0]): row[1:-1] for row in rows})
+    else:
+        yield PageTable("surgery", caption, columns("term", *held, words=["what it is"]), rows, strong=(0,))
+    yield {"surgery": {name: s.to_dict() for name, s in held.items()}}
 
 
-def _together(found: Comparison) -> PageSection | None:
-    """Return rank correlations of the marginal KL with likelihood and sample quality; None for too few runs."""
+@section("together", "Correlation with the marginal KL")
+def _together(found: Comparison) -> Iterator[Part]:
+    """Yield rank correlations of the marginal KL with likelihood and sample quality; nothing for too few runs."""
     rows = {name: row for name, row in found.figures.items() if isinstance(row.get("marginal_kl"), Estimate)}
     if len(rows) < CORRELATED_RUNS:
-        return None
+        return
     x = [float(row["marginal_kl"]) for row in rows.values()]  # type: ignore[arg-type]
     asked = {
         "log_p": "bound on log p(x), nats",
@@ -160,67 +204,63 @@ def _together(found: Comparison) -> PageSection | None:
         if all(isinstance(row.get(key), Estimate | float) for row in rows.values())
     }
     if not panels or max(x) - min(x) < 1e-9:
-        return None
-    made = picture(
+        return
+    yield picture(
         "together",
-        plots.together(list(rows), x, list(panels.items()), f"marginal KL on {found.split}, nats per datum"),
+        comparisons.together(list(rows), x, list(panels.items()), f"marginal KL on {found.split}, nats per datum"),
         f"Figures of {len(rows)} runs over their marginal KL.",
         "Each point is a run. If a smaller marginal KL went with a better model, the upper chart would fall from left "
         "to right. Runs of one kind cluster: compare clusters, not points.",
     )
     ranks = {title: float(spearmanr(x, y).statistic) if max(y) > min(y) else math.nan for title, y in panels.items()}
     caption = f"Rank correlation with the marginal KL over {len(rows)} runs, from −1 to 1: too few runs for a test"
-    table = PageTable("together", caption, columns("figure", "Spearman", digits=2), tuple(ranks.items()))
-    numbers = {"rank_correlation": ranks}
-    return PageSection("together", "Correlation with the marginal KL", (made, table), numbers=numbers)
+    yield PageTable("together", caption, columns("figure", "Spearman", digits=2), tuple(ranks.items()))
+    yield {"rank_correlation": ranks}
 
 
-def _samples(found: Comparison) -> PageSection | None:
-    blocks: list[Block] = [] if (strips := _strips(found)) is None else [strips]
+# ---------------------------------------------------------------------- samples, declarations
+
+
+@section("samples", "Samples")
+def _samples(found: Comparison) -> Iterator[Part]:
+    first = found.first
+    drawn = {name: exam.sampled.x[:STRIP] for name, exam in found.exams.items() if exam.sampled is not None}
+    shown = is_image(first.shape) and bool(drawn)
+    if shown:
+        images = np.stack([array(x).reshape(len(x), *first.shape) for x in drawn.values()])
+        yield picture(
+            "samples",
+            pictures.gallery(images, *first.scale_of_grey, row_names=[base.plain(name)[:18] for name in drawn]),
+            f"{STRIP} samples of each of {len(drawn)} runs.",
+            "Means of p(x | z) at samples of each model's own prior (samples of x where there is no mean). Look for "
+            "runs whose samples mix kinds, miss kinds, or are blurred.",
+        )
     if quality := found.quality:
         space = next(iter(quality.values())).fidelity.space
         known = {str(row[0]): row[1:-1] for row in whole(quality)}
         caption = f"Samples of each run beside data of {found.split}: proportions, and distances in {space}"
-        blocks.append(_by_run("sample_quality", caption, list(quality), known))
-    if not blocks:
-        return None
-    numbers = {"sample_quality": {name: q.to_dict() for name, q in quality.items()}}
-    return PageSection("samples", "Samples", tuple(blocks), numbers=numbers)
+        yield _by_run("sample_quality", caption, list(quality), known)
+    if shown or quality:
+        yield {"sample_quality": {name: q.to_dict() for name, q in quality.items()}}
 
 
-def _strips(found: Comparison) -> Picture | None:
-    first = found.first
-    drawn = {name: exam.sampled.x[:STRIP] for name, exam in found.exams.items() if exam.sampled is not None}
-    if not drawn or not plots.is_image(first.shape):
-        return None
-    images = np.stack([array(x).reshape(len(x), *first.shape) for x in drawn.values()])
-    return picture(
-        "samples",
-        plots.gallery(images, *first.scale_of_grey, row_names=[plots.plain(name)[:18] for name in drawn]),
-        f"{STRIP} samples of each of {len(drawn)} runs.",
-        "Means of p(x | z) at samples of each model's own prior (samples of x where there is no mean). Look for runs "
-        "whose samples mix kinds, miss kinds, or are blurred.",
-    )
-
-
-def _declared(found: Comparison) -> PageSection:
-    """Return the appendix: settings that differ between the runs, and the software environment of each run."""
+@section("declarations", "Declarations", is_appendix=True)
+def _declared(found: Comparison) -> Iterator[Part]:
+    """Yield the settings that differ between the runs, and the software environment of each run."""
     tables = {name: flat(exam.run.plan.model_dump(mode="json")) for name, exam in found.exams.items()}
     keys = dict.fromkeys(key for table in tables.values() for key in table if key not in ("name", "description"))
     differing = [key for key in keys if len({repr(table.get(key)) for table in tables.values()}) > 1]
-    settings = {key: [_text(tables[name].get(key)) for name in found.names] for key in differing}
-    environments = {name: dict(environment_of(exam.run)) for name, exam in found.exams.items()}
-    whats = list(dict.fromkeys(what for table in environments.values() for what in table))
-    rows = {what: [environments[name].get(what) for name in found.names] for what in whats}
-    blocks = [_by_run("environment", "Environments of the runs", found.names, rows)]
+    settings: dict[str, list[str | None]] = {
+        key: [None if (value := table.get(key)) is None else str(value) for table in tables.values()]
+        for key in differing
+    }
     if settings:
-        blocks.insert(0, _by_run("declarations", "Settings that differ", found.names, settings))
-    numbers = {"declarations": settings}
-    return PageSection("declarations", "Declarations", tuple(blocks), numbers=numbers, is_appendix=True)
-
-
-def _text(value: object) -> str | None:
-    return None if value is None else str(value)
+        yield _by_run("declarations", "Settings that differ", found.names, settings)
+    environments = [dict(environment_of(exam.run)) for exam in found.exams.values()]
+    whats = dict.fromkeys(what for table in environments for what in table)
+    rows = {what: [table.get(what) for table in environments] for what in whats}
+    yield _by_run("environment", "Environments of the runs", found.names, rows)
+    yield {"declarations": settings}
 
 
 COMPARISON_SECTIONS: Mapping[str, Callable[[Comparison], PageSection | None]] = {

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from functools import wraps
+from typing import Any, TypeVar
 
 from matplotlib.figure import Figure
 
-from pvae.analysis.pages import plots
+from pvae.analysis.pages.plots import base
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,7 @@ class Picture:
 
 def picture(id: str, made: Figure, alt: str, caption: str) -> Picture:
     """Return a matplotlib figure, drawn at 120 dpi, as a picture of a page."""
-    return Picture(id, plots.png(made), alt, caption)
+    return Picture(id, base.png(made), alt, caption)
 
 
 @dataclass(frozen=True)
@@ -106,24 +109,48 @@ class Listing:
 Block = Picture | PageTable | Note | Listing
 
 
+Part = Block | Sentence | Tile | str | Mapping[str, Any]
+"""Part of a section; a string is a sentence of the verdict without an alert, a mapping holds numbers for JSON."""
+
+
 @dataclass(frozen=True)
 class PageSection:
     """Section of a page: a heading, blocks in reading order, and its part of the verdict, tiles and JSON numbers."""
 
     id: str
     title: str
-    """Heading; a section with an empty heading is not shown, and only its `numbers` are written."""
-    blocks: tuple[Block, ...] = ()
+    parts: Sequence[Part]
+    """Blocks in reading order; sentences for the verdict and tiles, both at the top of the page; and mappings.
+
+    The mappings are entries of `report.json`; no two sections share a key.
+    """
     lead: str = ""
     """Introductory paragraph, shown before the blocks of the section."""
-    sentences: tuple[Sentence, ...] = ()
-    """Sentences that the section adds to the verdict at the top of the page."""
-    tiles: tuple[Tile, ...] = ()
-    numbers: Mapping[str, Any] = field(default_factory=dict)
-    """Entries that the section adds to `report.json`; no two sections share a key."""
     is_appendix: bool = False
     """True for a section whose tables are omitted from terminal output."""
 
-    def of(self, kind: type[Any]) -> Iterator[Any]:
-        """Return the blocks of the section that are instances of a class, such as `PageTable`."""
-        return (block for block in self.blocks if isinstance(block, kind))
+    def of(self, kind: Any) -> Iterator[Any]:
+        """Return the parts of the section that are instances of a class, such as `PageTable`, or of a union."""
+        parts = (Sentence(part) if isinstance(part, str) else part for part in self.parts)
+        return (part for part in parts if isinstance(part, kind))
+
+    @property
+    def blocks(self) -> list[Block]:
+        """Blocks in reading order; a section without any is not shown, and only its numbers are written."""
+        return list(self.of(Block))
+
+
+def section(
+    id: str, title: str, lead: str = "", *, is_appendix: bool = False
+) -> Callable[[Callable[[T], Iterable[Part]]], Callable[[T], PageSection | None]]:
+    """Decorate a function that yields the parts of a section: it then returns the section, None if it has no parts."""
+
+    def decorate(make: Callable[[T], Iterable[Part]]) -> Callable[[T], PageSection | None]:
+        @wraps(make)
+        def made(subject: T) -> PageSection | None:
+            parts = tuple(make(subject))
+            return PageSection(id, title, parts, lead, is_appendix) if parts else None
+
+        return made
+
+    return decorate

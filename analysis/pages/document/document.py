@@ -12,8 +12,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from pvae.analysis.pages.document.blocks import PageSection, PageTable, Picture, Sentence, Tile
 from pvae.analysis.pages.document.folder import PICTURES, TABLES, claim, slug, write_page
-from pvae.analysis.pages.document.tables import csv_of, rich_of
-from pvae.analysis.pages.document.text import finite, html_cell, legible
+from pvae.analysis.pages.document.text import csv_of, finite, html_cell, legible, rich_of
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -37,19 +36,21 @@ class Document:
     @property
     def verdict(self) -> list[Sentence]:
         """Sentences at the top of the page, collected from all sections; alerts come first."""
-        said = [sentence for section in self.sections for sentence in section.sentences]
-        return sorted(said, key=lambda sentence: not sentence.is_alert)
+        return sorted(self._of(Sentence), key=lambda sentence: not sentence.is_alert)
 
     @property
     def tiles(self) -> list[Tile]:
         """Headline numbers at the top of the page, collected from all sections."""
-        return [tile for section in self.sections for tile in section.tiles]
+        return self._of(Tile)
+
+    def _of(self, kind: Any) -> list[Any]:
+        return [part for section in self.sections for part in section.of(kind)]
 
     def to_dict(self) -> dict[str, Any]:
         """Return all numbers of the page as `report.json` holds them; NaN and infinities become None."""
         parts = {**self.numbers, "verdict": [{"text": s.text, "alert": s.is_alert} for s in self.verdict]}
-        for section in self.sections:
-            parts |= section.numbers
+        for numbers in self._of(Mapping):
+            parts |= numbers
         return dict(finite(parts))
 
     def to_html(self) -> str:
@@ -67,10 +68,9 @@ class Document:
             OutputError: the folder cannot be created, or a file cannot be written.
         """
         old = claim(folder)
-        blocks = [block for section in self.sections for block in section.blocks]
-        files = {f"{TABLES}/{slug(b.id)}.csv": csv_of(b).encode() for b in blocks if isinstance(b, PageTable)}
+        files = {f"{TABLES}/{slug(table.id)}.csv": csv_of(table).encode() for table in self._of(PageTable)}
         if figures or any(name.startswith(f"{PICTURES}/") for name in old):
-            files |= {f"{PICTURES}/{slug(b.id)}.png": b.png for b in blocks if isinstance(b, Picture)}
+            files |= {f"{PICTURES}/{slug(picture.id)}.png": picture.png for picture in self._of(Picture)}
         return write_page(folder, old, self.to_dict(), files, self.to_html())
 
     def __rich__(self) -> Group:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import io
 import textwrap
 import unicodedata
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
+from matplotlib import rc_context, rc_params_from_file
+from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -18,12 +20,6 @@ from matplotlib.font_manager import findfont, get_font
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
-from pvae.util.types import Array
-
-MetricsRow = Mapping[str, Any]
-"""Type of the training metrics of one epoch and one split, by name."""
-
-DPI = 120
 FIGURE_WIDTH = 6.0
 """Width of a plot in inches: 720 pixels, so that text is legible on a phone."""
 BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, RED, PURPLE = (
@@ -38,45 +34,8 @@ CAPTION_LINE = 96
 TEXT, SHORT = 60, 16
 """Largest numbers of characters of a name in a plot, and of the name of a class or latent."""
 
-STYLE: dict[str, Any] = {
-    "text.parse_math": False,
-    "text.usetex": False,
-    "axes.formatter.use_mathtext": False,
-    "axes.unicode_minus": True,
-    "font.family": ["DejaVu Sans"],
-    "font.size": 10.0,
-    "axes.titlesize": 11.0,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.labelsize": 10.0,
-    "axes.edgecolor": "#888888",
-    "axes.linewidth": 0.8,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": False,
-    "axes.facecolor": "white",
-    "figure.facecolor": "white",
-    "figure.dpi": DPI,
-    "savefig.dpi": DPI,
-    "savefig.facecolor": "white",
-    "savefig.bbox": None,
-    "xtick.color": "#444444",
-    "ytick.color": "#444444",
-    "grid.color": "#E4E4E4",
-    "grid.linewidth": 0.8,
-    "legend.frameon": False,
-    "legend.fontsize": 9.0,
-    "lines.linewidth": 1.8,
-    "hatch.linewidth": 0.6,
-    "image.interpolation": "nearest",
-}
-
-
-@contextmanager
-def style() -> Iterator[None]:
-    """Apply the matplotlib settings `STYLE` and restore those of the user afterwards; context manager and decorator."""
-    with matplotlib.rc_context(STYLE):  # type: ignore[arg-type]
-        yield
+style = partial(rc_context, rc_params_from_file(Path(__file__).with_name("pages.mplstyle"), use_default_template=False))
+"""Context manager and decorator: apply the settings of pages.mplstyle, and restore those of the user afterwards."""
 
 
 def figure(height: float) -> Figure:
@@ -84,6 +43,14 @@ def figure(height: float) -> Figure:
     made = Figure(figsize=(FIGURE_WIDTH, height), layout="constrained")
     FigureCanvasAgg(made)
     return made
+
+
+def panels(
+    height: float, ratios: Sequence[float] = (1,), columns: int = 1, **options: Any
+) -> tuple[Figure, list[Axes]]:
+    """Return a figure of `height` inches and its panels, row by row; `ratios` are those of the heights of the rows."""
+    made = figure(height)
+    return made, list(made.subplots(len(ratios), columns, squeeze=False, height_ratios=ratios, **options).ravel())
 
 
 @style()
@@ -118,8 +85,3 @@ def set_caption(made: Figure, text: str) -> None:
 def whole_numbers(axis: Axis) -> None:
     """Place the ticks of an axis at integers."""
     axis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
-
-
-def few_marks(epochs: Array) -> str | None:
-    """Return the marker of a curve over epochs: a circle for fewer than 10 points, else None."""
-    return "o" if len(epochs) < 10 else None

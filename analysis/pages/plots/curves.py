@@ -1,29 +1,23 @@
-"""Plots of training metrics over epochs."""
+"""Plots over epochs of training, and of importance sampling: its bound over the number of samples, and k-hat."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from pvae.analysis.pages.plots.base import (
-    BLUE,
-    GREEN,
-    GREY,
-    RED,
-    SERIES,
-    MetricsRow,
-    few_marks,
-    figure,
-    nats,
-    plain,
-    style,
-    whole_numbers,
-)
+from pvae.analysis.bounds.lower_bounds import Bounds
+from pvae.analysis.pages.plots.base import BLUE, GREEN, GREY, RED, SERIES, nats, panels, plain, style, whole_numbers
 from pvae.util.types import Array
+
+MetricsRow = Mapping[str, Any]
+"""Type of the training metrics of one epoch and one split, by name."""
+
+# ---------------------------------------------------------------------- over epochs
 
 
 def series(rows: Sequence[MetricsRow], split: str, key: str) -> tuple[Array, Array]:
@@ -41,100 +35,54 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
+def curve(axes: Axes, rows: Sequence[MetricsRow], split: str, key: str, **look: Any) -> tuple[Array, Array]:
+    """Plot one metric of one split over epochs, with circles for fewer than 10 points; return epochs and values."""
+    epochs, values = series(rows, split, key)
+    axes.plot(epochs, values, marker="o" if len(epochs) < 10 else None, markersize=4, **look)
+    return epochs, values
+
+
+def over_epochs(grid: Sequence[Axes], *, widened: bool = False) -> None:
+    """Label the epochs below the lowest panel, and draw lines of equal value; `widened` is for a single epoch."""
+    for axes in grid:
+        axes.grid(axis="y")
+        if widened:
+            axes.margins(x=0.5)
+    grid[-1].set_xlabel("epoch")
+    whole_numbers(grid[-1].xaxis)
+
+
 @style()
 def training(rows: Sequence[MetricsRow], latents: Sequence[str]) -> Figure:
     """Plot the ELBO of train and validation, the KL of every latent, and beta over epochs."""
-    made = figure(6.6)
-    top, middle, bottom = made.subplots(3, 1, sharex=True, height_ratios=[3, 2, 1])
+    made, grid = panels(6.6, (3, 2, 1), sharex=True)
+    top, middle, bottom = grid
     _elbo_curves(top, rows)
     for i, name in enumerate(latents):
         colour = SERIES[i % len(SERIES)]
         middle.plot(*series(rows, "train", f"kl/{name}"), color=colour, label=plain(name))
         middle.plot(*series(rows, "validation", f"kl/{name}"), color=colour, linestyle="--")
-    middle.set_title("KL of every latent (dashed: validation)")
-    middle.set_ylabel("nats")
+    middle.set(title="KL of every latent (dashed: validation)", ylabel="nats")
     middle.set_ylim(bottom=0)
     middle.legend(loc="best")
     epochs, beta = series(rows, "train", "beta")
     bottom.plot(epochs, beta, color=GREY)
-    bottom.set_title("beta, the weight of the KL in the loss")
-    bottom.set_ylim(-0.05, max(1.05, float(beta.max(initial=0.0)) * 1.05))
-    bottom.set_xlabel("epoch")
-    whole_numbers(bottom.xaxis)
-    for axes in (top, middle, bottom):
-        axes.grid(axis="y")
-        if len(epochs) == 1:
-            axes.margins(x=0.5)
-    return made
-
-
-@style()
-def history(rows: Sequence[MetricsRow]) -> Figure:
-    """Plot I_q[x, z] and marginal KL over epochs, with log n, the upper limit of I_q[x, z]; nats."""
-    made = figure(3.2)
-    axes = made.subplots()
-    for (key, label), colour in zip(HISTORY, SERIES, strict=False):
-        epochs, values = series(rows, "analysis", key)
-        axes.plot(epochs, values, color=colour, label=label, marker=few_marks(epochs), markersize=4)
-    epochs, ceiling = series(rows, "analysis", "log_n")
-    axes.plot(epochs, ceiling, color=GREY, linestyle=":", label="log n, the most I can be")
-    axes.set_title("Where the KL goes")
-    axes.set_ylabel("nats")
-    axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
-    axes.set_xlabel("epoch")
-    whole_numbers(axes.xaxis)
-    axes.grid(axis="y")
-    axes.legend(loc="best")
-    return made
-
-
-HISTORY = (("mutual_information", "mutual information I_q[x, z]"), ("marginal_kl", "marginal KL(q_agg || p)"))
-
-
-@style()
-def duel(rows: Sequence[MetricsRow]) -> Figure:
-    """Plot the losses of critic and generator, and the nearest-neighbour two-sample accuracy, over epochs of a GAN."""
-    made = figure(4.8)
-    top, bottom = made.subplots(2, 1, sharex=True, height_ratios=[3, 2])
-    for key, label, colour in (("critic_loss", "critic", BLUE), ("generator_loss", "generator", RED)):
-        epochs, values = series(rows, "train", key)
-        mark = few_marks(epochs)
-        top.plot(epochs, values, color=colour, label=label, marker=mark, markersize=4)
-        top.plot(*series(rows, "validation", key), color=colour, linestyle="--")
-    top.axhline(math.log(4), color=GREY, linestyle=":", label="log 4, of a critic that knows nothing")
-    top.set_title("Losses (dashed: validation)")
-    top.set_ylabel("nats")
-    top.legend(loc="best")
-    epochs, values = series(rows, "validation", "two_sample")
-    bottom.plot(epochs, values, color=GREEN, marker=few_marks(epochs), markersize=4)
-    bottom.axhline(0.5, color=GREY, linestyle=":")
-    bottom.set_title("Nearest neighbour of the same kind (one half: alike)")
-    bottom.set_ylim(0.0, 1.05)
-    bottom.set_xlabel("epoch")
-    whole_numbers(bottom.xaxis)
-    for axes in (top, bottom):
-        axes.grid(axis="y")
-        if len(epochs) == 1:
-            axes.margins(x=0.5)
+    limits = -0.05, max(1.05, float(beta.max(initial=0.0)) * 1.05)
+    bottom.set(title="beta, the weight of the KL in the loss", ylim=limits)
+    over_epochs(grid, widened=len(epochs) == 1)
     return made
 
 
 def _elbo_curves(axes: Axes, rows: Sequence[MetricsRow]) -> None:
-    seen = []
-    for split, colour, dash in (("train", BLUE, "-"), ("validation", RED, "--")):
-        epochs, values = series(rows, split, "elbo")
-        mark = few_marks(epochs)
-        axes.plot(epochs, values, color=colour, linestyle=dash, label=split, marker=mark, markersize=4)
-        seen.append((epochs, values))
-    epochs, values = seen[1]
+    train = curve(axes, rows, "train", "elbo", color=BLUE, label="train")
+    epochs, values = curve(axes, rows, "validation", "elbo", color=RED, linestyle="--", label="validation")
+    title = "ELBO"
     if len(values):
         best = int(values.argmax())
         axes.plot(epochs[best], values[best], "o", color=RED, markersize=7, markerfacecolor="white", markeredgewidth=2)
-        axes.set_title(f"ELBO (circle: best of validation, {nats(values[best])})")
-    else:
-        axes.set_title("ELBO")
-    robust_limits(axes, seen)
-    axes.set_ylabel("nats per datum")
+        title = f"ELBO (circle: best of validation, {nats(values[best])})"
+    robust_limits(axes, [train, (epochs, values)])
+    axes.set(title=title, ylabel="nats per datum")
     axes.legend(loc="lower right")
 
 
@@ -148,3 +96,76 @@ def robust_limits(axes: Axes, curves: Sequence[tuple[Array, Array]]) -> None:
     low, high = float(shown.min()), float(whole.max())
     margin = 0.08 * max(high - low, 1e-6)
     axes.set_ylim(low - margin, high + margin)
+
+
+@style()
+def history(rows: Sequence[MetricsRow]) -> Figure:
+    """Plot I_q[x, z] and marginal KL over epochs, with log n, the upper limit of I_q[x, z]; nats."""
+    made, (axes,) = panels(3.2)
+    curve(axes, rows, "analysis", "mutual_information", color=SERIES[0], label="mutual information I_q[x, z]")
+    curve(axes, rows, "analysis", "marginal_kl", color=SERIES[1], label="marginal KL(q_agg || p)")
+    axes.plot(*series(rows, "analysis", "log_n"), color=GREY, linestyle=":", label="log n, the most I can be")
+    axes.set(title="Where the KL goes", ylabel="nats")
+    axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
+    over_epochs([axes])
+    axes.legend(loc="best")
+    return made
+
+
+@style()
+def duel(rows: Sequence[MetricsRow]) -> Figure:
+    """Plot the losses of critic and generator, and the nearest-neighbour two-sample accuracy, over epochs of a GAN."""
+    made, grid = panels(4.8, (3, 2), sharex=True)
+    top, bottom = grid
+    for player, colour in (("critic", BLUE), ("generator", RED)):
+        curve(top, rows, "train", f"{player}_loss", color=colour, label=player)
+        top.plot(*series(rows, "validation", f"{player}_loss"), color=colour, linestyle="--")
+    top.axhline(math.log(4), color=GREY, linestyle=":", label="log 4, of a critic that knows nothing")
+    top.set(title="Losses (dashed: validation)", ylabel="nats")
+    top.legend(loc="best")
+    epochs, _ = curve(bottom, rows, "validation", "two_sample", color=GREEN)
+    bottom.axhline(0.5, color=GREY, linestyle=":")
+    bottom.set(title="Nearest neighbour of the same kind (one half: alike)", ylim=(0.0, 1.05))
+    over_epochs(grid, widened=len(epochs) == 1)
+    return made
+
+
+# ---------------------------------------------------------------------- importance sampling
+
+
+@style()
+def importance(found: Bounds) -> Figure:
+    """Plot the bound on log p(x) over the number of importance samples, with a band of ± 2 standard errors."""
+    counts = np.array([k for k, _ in found.curve], dtype=np.float64)
+    values = np.array([e.value for _, e in found.curve])
+    errors = np.nan_to_num(np.array([e.standard_error for _, e in found.curve]), posinf=0.0)
+    made, (axes,) = panels(3.2)
+    axes.fill_between(counts, values - 2 * errors, values + 2 * errors, color=BLUE, alpha=0.2, linewidth=0)
+    axes.plot(counts, values, color=BLUE, marker="o", markersize=4)
+    axes.axhline(values[0], color=GREY, linestyle=":", label="one sample: the ELBO")
+    axes.set(
+        xscale="log", title="lower bound on log p(x)", xlabel="importance samples per datum", ylabel="nats per datum"
+    )
+    ticks = [k for k in (1, 10, 100, 1000, 10_000, 100_000) if k <= counts[-1]]
+    axes.set_xticks(ticks, [str(k) for k in ticks])
+    axes.minorticks_off()
+    axes.grid(axis="y")
+    axes.legend(loc="center right")
+    return made
+
+
+@style()
+def khats(khat: Array, limit: float) -> Figure:
+    """Plot a histogram of k-hat over the data `(n,)`, with `limit`, above which importance sampling is not reliable."""
+    known = khat[np.isfinite(khat)]
+    edges = np.linspace(min(float(known.min()), 0.0), max(float(known.max()), 1.0), 41)
+    made, (axes,) = panels(2.8)
+    for part, colour, label in ((known <= limit, BLUE, "reliable"), (known > limit, RED, "not reliable")):
+        counts, _ = np.histogram(known[part], edges)
+        axes.stairs(counts, edges, fill=True, color=colour, label=f"{label}: {part.sum()} of {len(known)}")
+    axes.axvline(limit, color="black", linestyle="--", linewidth=1.2)
+    axes.set_title(f"k-hat of the importance weights (dashed: {limit:.2f})")
+    axes.set(xlabel="k-hat, Pareto shape of a datum's largest weights", ylabel="data", axisbelow=True)
+    axes.grid(axis="y")
+    axes.legend(loc="best")
+    return made

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from pvae.analysis.pages.plots.base import BLACK, FIGURE_WIDTH, GREY, ORANGE, PALE, RED, figure, nats, style
+from pvae.analysis.pages.plots.base import BLACK, FIGURE_WIDTH, GREY, ORANGE, PALE, RED, nats, panels, style
 from pvae.analysis.samples.sharpness import is_image
 from pvae.util.types import Array
 
@@ -32,6 +32,11 @@ def tiles(images: Array, columns: int, low: float, high: float) -> Array:
         top, left = i // columns * (h + gap), i % columns * (w + gap)
         out[top : top + h, left : left + w] = picture
     return out
+
+
+def image_width(columns: int) -> float:
+    """Return the width of one image of a grid, in inches."""
+    return min(1.1, 0.9 * FIGURE_WIDTH / columns)
 
 
 def show_tiles(
@@ -66,22 +71,27 @@ class Rebuilt:
     nats: Array
 
 
+def best_to_worst(scores: Array, most: int) -> dict[str, Array]:
+    """Return the indices of the `most` best, median and worst of n `scores`; of the best only, if n < 3 `most`."""
+    order = np.argsort(-scores, kind="stable")
+    count = min(most, len(order))
+    middle = (len(order) - count) // 2
+    found = {"best": order[:count], "median": order[middle : middle + count], "worst": order[len(order) - count :]}
+    return found if len(order) >= 3 * count else {"best": found["best"]}
+
+
 @style()
 def reconstructions(parts: Sequence[Rebuilt], low: float, high: float) -> Figure:
     """Draw groups of data (best, median, worst) with their reconstructions: as images, or as lines for other data."""
-    shape = parts[0].data.shape[1:]
-    if is_image(shape):
-        return rebuilt_images(parts, low, high)
-    return _rebuilt_lines(parts)
+    return rebuilt_images(parts, low, high) if is_image(parts[0].data.shape[1:]) else _rebuilt_lines(parts)
 
 
 def rebuilt_images(parts: Sequence[Rebuilt], low: float, high: float, below: str = "mean") -> Figure:
     """Draw each image above its reconstruction, with log p(x | z) in nats, in one panel per group of data."""
     columns = max(len(part.data) for part in parts)
     h, w = parts[0].data.shape[-2:]
-    made = figure(len(parts) * (2.15 * 0.89 * FIGURE_WIDTH / columns * h / w + 0.55))
-    grid = made.subplots(len(parts), 1, squeeze=False)
-    for axes, part in zip(grid[:, 0], parts, strict=True):
+    made, grid = panels(len(parts) * (2.15 * 0.89 * FIGURE_WIDTH / columns * h / w + 0.55), [1] * len(parts))
+    for axes, part in zip(grid, parts, strict=True):
         both, scores = np.concatenate([part.data, part.means]), [nats(v, 1) for v in part.nats]
         show_tiles(axes, both, len(part.data), low, high, ("data", below), scores)
         axes.set_title(part.title)
@@ -89,11 +99,10 @@ def rebuilt_images(parts: Sequence[Rebuilt], low: float, high: float, below: str
 
 
 def _rebuilt_lines(parts: Sequence[Rebuilt]) -> Figure:
-    made = figure(1.6 * len(parts) + 0.4)
     columns = min(4, max(len(part.data) for part in parts))
-    grid = made.subplots(len(parts), columns, squeeze=False, sharex=True)
-    for row, part in zip(grid, parts, strict=True):
-        for i, axes in enumerate(row):
+    made, grid = panels(1.6 * len(parts) + 0.4, [1] * len(parts), columns, sharex=True)
+    for first, part in enumerate(parts):
+        for i, axes in enumerate(grid[columns * first : columns * (first + 1)]):
             if i >= len(part.data):
                 axes.set_axis_off()
                 continue
@@ -104,7 +113,7 @@ def _rebuilt_lines(parts: Sequence[Rebuilt]) -> Figure:
             axes.set_title(f"{part.title}: {nats(part.nats[i], 1)}" if i == 0 else nats(part.nats[i], 1), fontsize=9)
             axes.tick_params(labelsize=8)
             axes.xaxis.set_major_locator(MaxNLocator(3, integer=True))
-    handles, names = grid[0, 0].get_legend_handles_labels()
+    handles, names = grid[0].get_legend_handles_labels()
     made.legend(handles, names, loc="outside lower center", ncols=2)
     return made
 
@@ -116,8 +125,7 @@ def samples(means: Array, data: Array, low: float, high: float) -> Figure:
     if is_image(shape):
         columns = min(10, len(means))
         rows = math.ceil(len(means) / columns)
-        made = figure(rows * FIGURE_WIDTH / columns * shape[-2] / shape[-1] + 0.1)
-        axes = made.subplots()
+        made, (axes,) = panels(rows * FIGURE_WIDTH / columns * shape[-2] / shape[-1] + 0.1)
         axes.imshow(tiles(means, columns, low, high), aspect="equal")
         axes.set_axis_off()
         return made
@@ -126,16 +134,14 @@ def samples(means: Array, data: Array, low: float, high: float) -> Figure:
 
 def _sampled_vectors(means: Array, data: Array) -> Figure:
     if means.shape[1] > 2:
-        made = figure(4.6)
-        top, bottom = made.subplots(2, 1, sharex=True, sharey=True)
+        made, (top, bottom) = panels(4.6, (1, 1), sharex=True, sharey=True)
         for axes, values, title, colour in ((top, data, "data", BLACK), (bottom, means, "means of p(x | z)", ORANGE)):
             axes.plot(values[:40].T, color=colour, linewidth=0.8, alpha=0.5)
             axes.set_title(title)
         bottom.set_xlabel("coordinate of x")
         bottom.xaxis.set_major_locator(MaxNLocator(integer=True))
         return made
-    made = figure(3.4)
-    axes = made.subplots()
+    made, (axes,) = panels(3.4)
     if means.shape[1] == 2:
         axes.scatter(data[:, 0], data[:, 1], s=10, color=GREY, alpha=0.5, linewidths=0, label="data")
         axes.scatter(means[:, 0], means[:, 1], s=16, color=ORANGE, linewidths=0, label="means of p(x | z)")
@@ -148,19 +154,14 @@ def _sampled_vectors(means: Array, data: Array) -> Figure:
 
 @style()
 def gallery(
-    images: Array,
-    low: float,
-    high: float,
-    row_names: Sequence[str] = (),
-    column_names: Sequence[str] = (),
+    images: Array, low: float, high: float, row_names: Sequence[str] = (), column_names: Sequence[str] = ()
 ) -> Figure:
     """Draw images `(rows, columns, *shape)` in a grid; names of rows are at the left, names of columns below."""
     rows, columns = images.shape[:2]
     h, w = images.shape[-2:]
     gap = max(1, round(w / 10))
-    size = min(1.1, 0.9 * FIGURE_WIDTH / columns)
-    wide = min(1.0, 1.08 * columns * size / FIGURE_WIDTH) * (FIGURE_WIDTH - 0.1 - (0.7 if row_names else 0))
-    made = figure(wide * (rows * (h + gap)) / (columns * (w + gap)) + (0.4 if column_names else 0.15))
-    axes = made.subplots()
+    filled = min(1.0, 1.08 * columns * image_width(columns) / FIGURE_WIDTH)
+    wide = filled * (FIGURE_WIDTH - 0.1 - (0.7 if row_names else 0))
+    made, (axes,) = panels(wide * (rows * (h + gap)) / (columns * (w + gap)) + (0.4 if column_names else 0.15))
     show_tiles(axes, images.reshape(-1, *images.shape[2:]), columns, low, high, row_names, column_names)
     return made

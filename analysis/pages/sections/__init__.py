@@ -3,35 +3,22 @@
 from collections.abc import Callable, Mapping
 
 from pvae.analysis.pages.document.blocks import PageSection
-from pvae.analysis.pages.sections import (
-    anatomy,
-    appendix,
-    codes,
-    fit,
-    guide,
-    latents,
-    probe,
-    quality,
-    reconstructions,
-    samples,
-    training,
-    walks,
-)
+from pvae.analysis.pages.sections import anatomy, appendix, codes, decoded, fit, latents, quality, samples, training
 from pvae.analysis.pages.sections.examination import Examination
 
 SECTIONS: Mapping[str, Callable[[Examination], PageSection | None]] = {
-    "training": training.section,
-    "fit": fit.section,
-    "surgery": anatomy.section,
-    "latents": latents.section,
-    "codes": codes.section,
-    "guide": guide.section,
-    "samples": samples.section,
-    "reconstructions": reconstructions.section,
-    "traversals": walks.traversals,
-    "interpolations": walks.interpolations,
-    "sample quality": quality.section,
-    "probe": probe.section,
+    "training": training.training,
+    "fit": fit.fit,
+    "surgery": anatomy.anatomy,
+    "latents": latents.latents,
+    "codes": codes.codes,
+    "guide": fit.guide,
+    "samples": samples.samples,
+    "reconstructions": decoded.reconstructions,
+    "traversals": decoded.traversals,
+    "interpolations": decoded.interpolations,
+    "sample quality": quality.quality,
+    "probe": quality.probe,
     "declaration": appendix.declaration,
     "environment": appendix.environment,
     "left out": appendix.left_out,

@@ -2,44 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from pvae.analysis.pages.document.blocks import Block, Listing, Note, PageSection, PageTable, columns
+from pvae.analysis.pages.document.blocks import Listing, Note, PageTable, Part, columns, section
 from pvae.analysis.pages.sections.examination import Examination
 from pvae.experiment.experiment import Experiment
 from pvae.experiment.readback import formulas
 from pvae.runs.run import Run
 
 
-def declaration(exam: Examination) -> PageSection:
-    """Return the section with the formulas of model and guide, and the declaration of the run as TOML."""
-    blocks: list[Block] = [Note("A hand-written pair: model and guide are Pyro programs of the user.")]
+@section("declaration", "Declaration", is_appendix=True)
+def declaration(exam: Examination) -> Iterator[Part]:
+    """Yield the formulas of model and guide, and the declaration of the run as TOML."""
     if isinstance(exam.run.plan, Experiment):
         found = formulas(exam.run.plan)
-        latex = "\n".join((found["model_latex"], found["guide_latex"]))
-        blocks = [
-            Listing("\n".join((found["model"], found["guide"])), "Formulas"),
-            Listing(latex, "In LaTeX", folded=True),
-        ]
-    blocks.append(Listing(exam.run.files.spec_text, "Declaration as TOML"))
-    return PageSection("declaration", "Declaration", tuple(blocks), is_appendix=True)
+        yield Listing(f"{found['model']}\n{found['guide']}", "Formulas")
+        yield Listing(f"{found['model_latex']}\n{found['guide_latex']}", "In LaTeX", folded=True)
+    else:
+        yield Note("A hand-written pair: model and guide are Pyro programs of the user.")
+    yield Listing(exam.run.files.spec_text, "Declaration as TOML")
 
 
-def environment(exam: Examination) -> PageSection:
-    """Return the section with state, device, threads, seed, data and software versions of the run."""
+@section("environment", "Environment", is_appendix=True)
+def environment(exam: Examination) -> Iterator[Part]:
+    """Yield state, device, threads, seed, data and software versions of the run."""
     told = environment_of(exam.run)
-    table = PageTable("environment", "Environment of the run", columns("what", words=["value"]), told)
-    return PageSection("environment", "Environment", (table,), numbers={"environment": dict(told)}, is_appendix=True)
+    yield PageTable("environment", "Environment of the run", columns("what", words=["value"]), told)
+    yield {"environment": dict(told)}
 
 
-def left_out(exam: Examination) -> PageSection:
-    """Return the section that lists analyses that failed, with the reason; it must be computed after all others."""
-    missing = dict(exam.missing)
-    table = PageTable("left_out", "Not available for this run", columns("what", words=["why"]), tuple(missing.items()))
-    blocks = (table,) if missing else ()
-    title = "Left out" if missing else ""
-    return PageSection("left_out", title, blocks, numbers={"missing": missing}, is_appendix=True)
+@section("left_out", "Left out", is_appendix=True)
+def left_out(exam: Examination) -> Iterator[Part]:
+    """Yield the analyses that failed, with the reason of each; this section must be computed after all others."""
+    if exam.missing:
+        titles = columns("what", words=["why"])
+        yield PageTable("left_out", "Not available for this run", titles, tuple(exam.missing.items()))
+    yield {"missing": dict(exam.missing)}
 
 
 def environment_of(run: Run) -> tuple[tuple[str, str], ...]:

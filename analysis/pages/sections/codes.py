@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 
 from pvae.analysis.decompose.collapse import CodeUse
-from pvae.analysis.pages import plots
-from pvae.analysis.pages.document.blocks import Block, PageSection, PageTable, Picture, columns, picture
+from pvae.analysis.pages.document.blocks import PageTable, Part, Picture, columns, picture, section
 from pvae.analysis.pages.document.text import nats
+from pvae.analysis.pages.plots import bars
 from pvae.analysis.pages.sections.examination import Examination, array
+from pvae.analysis.samples.sharpness import is_image
 
 MAPPED_DATA = 6
 """Number of data whose codes are shown as maps."""
@@ -16,40 +19,29 @@ LISTED_CODES = 4096
 """Largest number of codes K for which the proportion of each code is listed in a table."""
 
 
-def section(exam: Examination) -> PageSection | None:
-    """Return the section on usage, perplexity and maps of every discrete latent; None if no latent is discrete."""
-    if exam.implicit:
-        return None
-    use = {name: latent.codes for name, latent in exam.collapse.latents.items() if latent.codes is not None}
-    if not use:
-        return None
-    blocks: list[Block] = [_table(exam, use)]
-    for name, codes in use.items():
-        blocks.append(_use(name, codes))
-        if (shown := _maps(exam, name, codes)) is not None:
-            blocks.append(shown)
-        if codes.share is not None and codes.states <= LISTED_CODES:
+@section("codes", "Codes")
+def codes(exam: Examination) -> Iterator[Part]:
+    """Yield usage, perplexity and maps of every discrete latent; nothing if no latent is discrete."""
+    latents = {} if exam.implicit else exam.collapse.latents
+    uses = {name: latent.codes for name, latent in latents.items() if latent.codes is not None}
+    if uses:
+        yield _table(exam, uses)
+    for name, use in uses.items():
+        yield _use(name, use)
+        yield from _maps(exam, name, use)
+        if use.share is not None and use.states <= LISTED_CODES:
             caption = f"Proportion of each code of {name} on {exam.split}, most used first"
             titles = columns("rank", "proportion", digits=5)
-            rows = tuple((i + 1, share) for i, share in enumerate(codes.share))
-            blocks.append(PageTable(f"codes_{name}", caption, titles, rows, folded=True))
-    return PageSection("codes", "Codes", tuple(blocks))
+            yield PageTable(f"codes_{name}", caption, titles, list(enumerate(use.share, 1)), folded=True)
 
 
-def _table(exam: Examination, use: dict[str, CodeUse]) -> PageTable:
+def _table(exam: Examination, uses: dict[str, CodeUse]) -> PageTable:
     titles = ("latent", "positions", "codes", "perplexity of a position", "pooled", "in use", "duplicates")
-    rows = tuple(
-        (
-            name,
-            len(codes.perplexity),
-            codes.states,
-            sum(codes.perplexity) / len(codes.perplexity),
-            codes.pooled_perplexity,
-            codes.used,
-            codes.duplicates,
-        )
-        for name, codes in use.items()
-    )
+    rows = []
+    for name, use in uses.items():
+        mean = sum(use.perplexity) / len(use.perplexity)
+        measured = mean, use.pooled_perplexity, use.used, use.duplicates
+        rows.append((name, len(use.perplexity), use.states, *measured))
     caption = (
         f"Use of the codes on {exam.split} under the aggregated posterior: exact numbers, not nats; a dash where a "
         "figure is not defined (bits have no common codebook)"
@@ -62,7 +54,7 @@ def _use(name: str, use: CodeUse) -> Picture:
     low, high = min(use.perplexity), max(use.perplexity)
     return picture(
         f"codes_{name}",
-        plots.code_use(name, use),
+        bars.code_use(name, use),
         f"Use of the codes of {name}. {said}Perplexity of positions: {nats(low)} to {nats(high)}.",
         "Under the aggregated posterior of these rows. A code is in use if its proportion is above a thousandth of "
         "the uniform one. Perplexity is the effective number of codes in use: a position of perplexity 1 carries no "
@@ -71,23 +63,22 @@ def _use(name: str, use: CodeUse) -> Picture:
     )
 
 
-def _maps(exam: Examination, name: str, use: CodeUse) -> Picture | None:
-    """Return a picture of some data, each above its map of codes.
+def _maps(exam: Examination, name: str, use: CodeUse) -> Iterator[Picture]:
+    """Yield a picture of some data, each above its map of codes.
 
-    None unless data are images, and codes have at least three states and form a 2D grid.
+    Nothing unless data are images, and codes have at least three states and form a 2D grid.
     """
-    latent = exam.drawn.latents[name]
-    if len(use.grid) != 2 or use.states < 3 or not plots.is_image(exam.shape):
-        return None
+    if len(use.grid) != 2 or use.states < 3 or not is_image(exam.shape):
+        return
     rows = np.linspace(0, len(exam.x) - 1, min(MAPPED_DATA, len(exam.x))).astype(int)
-    values = array(latent.value)[rows]
+    values = array(exam.drawn.latents[name].value)[rows]
     if values.shape[1] != use.grid[0] * use.grid[1]:
-        return None
+        return
     data = array(exam.observed(exam.x[rows.tolist()]))
     maps = values.reshape(len(rows), *use.grid).astype(np.int64)
-    return picture(
+    yield picture(
         f"code_maps_{name}",
-        plots.code_maps(name, data, maps, use.states, *exam.scale_of_grey),
+        bars.code_maps(name, data, maps, use.states, *exam.scale_of_grey),
         f"{len(rows)} data of {exam.split}, and below each the grid of codes of {name} that stands for it.",
         "Colours are ranks of use among these rows: dark codes are frequent (often background), bright ones rare. Maps "
         "that follow the picture show that codes say what is where; maps that are all alike carry little information.",

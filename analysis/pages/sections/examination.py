@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass, field
 from functools import cached_property
 from math import prod
 from typing import Any, TypeVar
@@ -20,9 +20,8 @@ from pvae.analysis.decompose.result import Surgery
 from pvae.analysis.decompose.surgery import surgery
 from pvae.analysis.pages.document.stages import Stages
 from pvae.analysis.samples.features import ALWAYS_HELD_ROWS, HELD_ELEMENTS, MAX_CLASSES, Features, affordable
-from pvae.analysis.samples.generated import Samples
 from pvae.analysis.samples.quality import space_of
-from pvae.analysis.samples.sample import sample
+from pvae.analysis.samples.sample import Samples, sample
 from pvae.data.streamed import Streamed
 from pvae.errors import DataError, DeclarationError
 from pvae.runs.run import Run
@@ -78,44 +77,43 @@ def array(t: Tensor) -> Array:
     return np.asarray(t.detach().double().cpu().numpy())
 
 
+@dataclass(eq=False)
 class Examination:
-    """Run with the results that its report shows, each computed on first use and then cached.
+    """Run with the results that its report shows, each computed on first use and then cached."""
 
-    Arguments:
-        run: a run with a checkpoint.
-        split: split that the report describes: "train", "validation" or "test".
-        samples: posterior samples per datum for the ELBO surgery; fewer if they would exceed `SURGERY_DRAWS` in total.
-        evidence_samples: importance samples per datum.
-        gap_steps: optimisation steps that refine q(z | x) for the inference gaps; 0 omits the gaps.
-        seed: seed of all samples.
-        train_rows: largest number of training rows of an ELBO surgery.
-        evidence_rows: largest number of rows for importance sampling.
-    """
+    run: Run
+    split: str = "test"
+    """Split that the report describes: "train", "validation" or "test"."""
+    _: KW_ONLY
+    samples: int = 8
+    """Posterior samples per datum for the ELBO surgery; fewer if they would exceed `SURGERY_DRAWS` in total."""
+    evidence_samples: int = 500
+    """Importance samples per datum."""
+    gap_steps: int = 200
+    """Optimisation steps that refine q(z | x) for the inference gaps; 0 omits the gaps."""
+    seed: int = 0
+    train_rows: int = SURGERY_ROWS["train"]
+    """Largest number of training rows of an ELBO surgery."""
+    most_evidence_rows: int = EVIDENCE_ROWS
+    """Largest number of rows for importance sampling."""
+    missing: dict[str, str] = field(default_factory=dict, init=False)
+    """Reasons of the analyses that could not be computed, by name of the analysis."""
+    stages: Stages = field(default_factory=Stages, init=False)
 
-    def __init__(
-        self,
-        run: Run,
-        split: str = "test",
-        *,
-        samples: int = 8,
-        evidence_samples: int = 500,
-        gap_steps: int = 200,
-        seed: int = 0,
-        train_rows: int = SURGERY_ROWS["train"],
-        evidence_rows: int = EVIDENCE_ROWS,
-    ) -> None:
-        self.run, self.pair, self.data = run, run.pair, run.data
-        self.split, self.samples, self.evidence_samples, self.seed = split, samples, evidence_samples, seed
-        self.gap_steps = gap_steps
-        self.train_rows, self.most_evidence_rows, self.part = train_rows, evidence_rows, run.data.split(split)
-        self.missing: dict[str, str] = {}
-        """Reasons of the analyses that could not be computed, by name of the analysis."""
-        self.stages = Stages()
+    def __post_init__(self) -> None:
+        self.pair, self.data, self.part = self.run.pair, self.run.data, self.run.data.split(self.split)
 
-    def attempt(self, what: str, make: Callable[[], T]) -> T | None:
-        """Return the result of `make`; None if it raises one of `UNFIT`, with the message stored in `missing[what]`."""
+    def attempt(
+        self, what: str, make: Callable[..., T], *given: Any, part: str | None = None, **named: Any
+    ) -> T | None:
+        """Return the result of `make` with these arguments; None, with a note in `missing`, on one of `UNFIT`.
+
+        If `make` takes `on_progress`, it reports to the part of the present stage that `part` names.
+        """
+        if part is not None:
+            named["on_progress"] = self.stages.part(part)
         try:
-            return make()
+            return make(*given, **named)
         except UNFIT as error:
             self.missing[what] = (str(error).splitlines() or [type(error).__name__])[0][:300]
             return None
@@ -183,15 +181,11 @@ class Examination:
         """
         found: dict[str, Surgery] = {}
         for name, rows in self.rows.items():
-            found[name] = surgery(
-                self.pair,
-                rows.x,
-                samples=draws(self.samples, len(rows.x)),
-                seed=self.seed,
-                train=self.rows["train"].x if name != "train" else None,
-                labels=self.classes if name == self.split and not self.pair.frame.covariates else None,
-                on_progress=self.stages.part(f"surgery of {name}"),
-            )
+            train = self.rows["train"].x if name != "train" else None
+            labels = self.classes if name == self.split and not self.pair.frame.covariates else None
+            told = self.stages.part(f"surgery of {name}")
+            given: dict[str, Any] = {"seed": self.seed, "train": train, "labels": labels, "on_progress": told}
+            found[name] = surgery(self.pair, rows.x, draws(self.samples, len(rows.x)), **given)
         return found
 
     @property
@@ -207,8 +201,8 @@ class Examination:
         """
         if self.split == "train":
             return None
-        one, other = ((s.reconstruction.value - s.kl.value) for s in (self.surgeries["train"], self.held))
-        return one - other
+        train, held = self.surgeries["train"], self.held
+        return (train.reconstruction.value - train.kl.value) - (held.reconstruction.value - held.kl.value)
 
     @cached_property
     def evidence_rows(self) -> ChosenRows:
@@ -220,11 +214,8 @@ class Examination:
         """Importance-weighted bounds on log p(x), nats; None if undefined, as for delta posteriors, or failed."""
         certain = all(latent.certain for latent in self.drawn.latents.values())  # all samples are then equal
         samples = 1 if certain else self.evidence_samples
-        told = self.stages.part("importance sampling")
-        return self.attempt(
-            "evidence",
-            lambda: evidence(self.pair, self.evidence_rows.x, samples=samples, seed=self.seed, on_progress=told),
-        )
+        rows, part = self.evidence_rows.x, "importance sampling"
+        return self.attempt("evidence", evidence, self.pair, rows, samples=samples, seed=self.seed, part=part)
 
     @cached_property
     def collapse(self) -> Collapse:
@@ -262,13 +253,12 @@ class Examination:
         """Samples x of the model, with likelihood noise, as many as in `sampled`; None if sampling fails."""
         if self.sampled is None or not self.sampled.is_mean:
             return self.sampled
-        count, told = len(self.sampled.x), self.stages.part("samples")
-        return self.attempt("draws", lambda: sample(self.run, count, seed=self.seed, on_progress=told))
+        return self.attempt("draws", sample, self.run, len(self.sampled.x), seed=self.seed, part="samples")
 
     @cached_property
     def space(self) -> Features | None:
         """Feature space to compare samples and data: features of a classifier of labels, or principal components."""
-        return self.attempt("feature space", lambda: space_of(self.run, self.seed))
+        return self.attempt("feature space", space_of, self.run, self.seed)
 
     @property
     def prior(self) -> dict[str, Tensor]:

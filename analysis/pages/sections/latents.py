@@ -1,74 +1,72 @@
-"""Section on latents: KL and activity of their coordinates, and aggregated posterior against prior."""
+"""Section on latents: KL and activity of their coordinates, aggregated posterior against prior, holes of the prior."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
 import numpy as np
+import torch
 from torch import Tensor
 
+from pvae.analysis.decompose.aggregated import AggregatedPosterior
 from pvae.analysis.decompose.collapse import ACTIVE, Collapse
 from pvae.analysis.decompose.posterior_draws import LatentDraw
-from pvae.analysis.pages import plots
-from pvae.analysis.pages.document.blocks import (
-    Block,
-    PageSection,
-    PageTable,
-    Picture,
-    Sentence,
-    Tile,
-    columns,
-    picture,
-)
+from pvae.analysis.pages.document.blocks import PageTable, Part, Picture, Sentence, Tile, columns, picture, section
 from pvae.analysis.pages.document.text import percent
+from pvae.analysis.pages.plots import bars, clouds
 from pvae.analysis.pages.sections.examination import Examination, array
-from pvae.analysis.pages.sections.holes import HOLE, holes, on_holes
+from pvae.errors import DataError
+from pvae.util import seeds
+
+HOLE = 0.01
+"""Quantile of log q_agg at held-out codes that is the threshold of a hole: 1 % of held-out codes lie below it."""
+MANY_HOLES = 0.5
+"""Proportion of prior samples in holes above which the report gives an alert."""
+ALL_AT_ONCE, PAIR_BY_PAIR = (20_000, 2000), (1000, 500)
+"""Largest numbers of training rows that form q_agg, and of codes and prior samples scored under it.
+
+`PAIR_BY_PAIR` is for posteriors that depend on other latents, where the guide runs for each row and sample.
+"""
 
 
-def section(exam: Examination) -> PageSection | None:
-    """Return the section on active units, marginals and planes of latents, and holes; None without a likelihood."""
+@section("latents", "Latents")
+def latents(exam: Examination) -> Iterator[Part]:
+    """Yield active units, marginals and planes of latents, and holes; nothing for a model without a likelihood."""
     if exam.implicit:
-        return None
+        return
+    yield _table(exam)
     real = [name for name, latent in exam.collapse.latents.items() if latent.codes is None]
-    blocks: list[Block] = [_table(exam)]
     for name in real:
-        blocks += _units(exam, name)
-        blocks += _against_prior(exam, name)
-    if (curves := _curves(exam, real)) is not None:
-        blocks.append(curves)
-    said = [Sentence(text, True) for text in exam.collapse.alerts] or [_all_in_use(exam.collapse)]
-    tiles, numbers = [], {"collapse": exam.collapse.to_dict(), "holes": None}
-    found = exam.attempt("holes", lambda: holes(exam))
+        yield from _units(exam, name)
+        yield from _against_prior(exam, name)
+    yield from _curves(exam, real)
+    yield from (Sentence(text, True) for text in exam.collapse.alerts)
+    if not exam.collapse.alerts:
+        yield _all_in_use(exam.collapse)
+    found = exam.attempt("holes", holes, exam)
+    yield {"collapse": exam.collapse.to_dict(), "holes": None if found is None else vars(found)}
     if found is not None:
-        said.append(on_holes(found))
-        numbers["holes"] = vars(found)
-        tiles.append(Tile("prior holes", percent(found.share), f"of prior samples; {percent(HOLE)} expected"))
-    return PageSection("latents", "Latents", tuple(blocks), "", tuple(said), tuple(tiles), numbers)
+        yield on_holes(found)
+        yield Tile("prior holes", percent(found.share), f"of prior samples; {percent(HOLE)} expected")
 
 
 def _table(exam: Examination) -> PageTable:
-    use = exam.collapse.latents
     titles = ("latent", "size", "active", "KL", "KL, closed form", "I_q", "marginal KL", "total correlation")
-    rows = tuple(
-        (
-            name,
-            use[name].dim,
-            use[name].active,
-            z.kl,
-            z.kl_exact,
-            z.mutual_information,
-            z.marginal_kl,
-            None if z.dimensions is None else z.dimensions.total_correlation,
-        )
-        for name, z in exam.held.latents.items()
-    )
+    rows = []
+    for name, z in exam.held.latents.items():
+        use, correlation = exam.collapse.latents[name], None if z.dimensions is None else z.dimensions.total_correlation
+        rows.append((name, use.dim, use.active, z.kl, z.kl_exact, z.mutual_information, z.marginal_kl, correlation))
     caption = f"Latents on {exam.split}: nats per datum; a dash where the posterior or prior depends on other latents"
     return PageTable("latents", caption, columns(*titles), rows)
 
 
-def _units(exam: Examination, name: str) -> list[Block]:
-    """Return a bar chart and a table of the KL and activity of each coordinate of a latent; empty without either."""
+def _units(exam: Examination, name: str) -> Iterator[Part]:
+    """Yield a bar chart and a table of the KL and activity of each coordinate of a latent; nothing without either."""
     latent, d = exam.collapse.latents[name], exam.held.latents[name].dimensions
     if latent.activity is None and latent.kl_per_dimension is None:
-        return []
+        return
     known = latent.active is not None
     said = f"{latent.active} of {latent.dim} coordinates of {name} are active." if known else f"KL of {name}."
     figures: dict[str, tuple[float, ...] | None] = {
@@ -80,96 +78,145 @@ def _units(exam: Examination, name: str) -> list[Block]:
     there = {title: values for title, values in figures.items() if values is not None}
     rows = tuple((i, *(values[i] for values in there.values())) for i in range(latent.dim))
     caption = f"Coordinates of {name} on {exam.split}: nats per datum, except for the variance"
-    return [
-        picture(
-            f"units_{name}",
-            plots.units(name, latent),
-            f"Bars, one per coordinate: KL, and variance of the posterior mean. {said}",
-            "All charts have the same order. A unit is active if the variance of its posterior mean over the data is "
-            f"above {ACTIVE} (dashed line). Units to the right of a sharp drop are not used. If the prior depends on "
-            "other latents the mean can move with it: then read the KL.",
-        ),
-        PageTable(f"units_{name}", caption, columns("coordinate", *there), rows, folded=latent.dim > 5),
-    ]
+    yield picture(
+        f"units_{name}",
+        bars.units(name, latent),
+        f"Bars, one per coordinate: KL, and variance of the posterior mean. {said}",
+        "All charts have the same order. A unit is active if the variance of its posterior mean over the data is above "
+        f"{ACTIVE} (dashed line). Units to the right of a sharp drop are not used. If the prior depends on other "
+        "latents the mean can move with it: then read the KL.",
+    )
+    yield PageTable(f"units_{name}", caption, columns("coordinate", *there), rows, folded=latent.dim > 5)
 
 
-def _against_prior(exam: Examination, name: str) -> list[Picture]:
-    """Return plots of q_agg against the prior of a latent: marginal distributions, and the two leading directions."""
+def _against_prior(exam: Examination, name: str) -> Iterator[Picture]:
+    """Yield plots of q_agg against the prior of a latent: marginal distributions, and the two leading directions."""
     if name not in exam.prior:
-        return []
-    seen = cloud(name, exam.drawn.latents[name], exam.prior[name])
-    labels, names = _labels(exam)
-    made = []
+        return
+    seen = _cloud(name, exam.drawn.latents[name], exam.prior[name])
+    labels = None if exam.labels is None else exam.labels.numpy()
+    if not clouds.groups(labels):
+        labels = None
     if seen.values.shape[1] > 1:
         d = exam.held.latents[name].dimensions
         costs = None if d is None else d.marginal_kl
         order = np.argsort(-np.array(costs if costs else seen.means.var(0)), kind="stable")
         by = "marginal KL" if costs else "variance of the posterior mean"
-        made.append(
-            picture(
-                f"marginals_{name}",
-                plots.marginals(seen, order.tolist(), costs),
-                f"Histograms of the aggregated posterior of {name} in single coordinates, with the prior's outline.",
-                f"Coordinates with the largest {by} first. Where the filled shape differs from the outline, the prior "
-                "is wrong in that coordinate alone: another location, scale or shape would help. If all shapes agree "
-                "and the marginal KL is large, the coordinates depend on each other.",
-            )
+        yield picture(
+            f"marginals_{name}",
+            clouds.marginals(seen, order.tolist(), costs),
+            f"Histograms of the aggregated posterior of {name} in single coordinates, with the prior's outline.",
+            f"Coordinates with the largest {by} first. Where the filled shape differs from the outline, the prior is "
+            "wrong in that coordinate alone: another location, scale or shape would help. If all shapes agree and the "
+            "marginal KL is large, the coordinates depend on each other.",
         )
     coloured = ", coloured by label" if labels is not None else ""
-    made.append(
-        picture(
-            f"plane_{name}",
-            plots.plane(seen, labels, names),
-            f"Samples of the aggregated posterior of {name} in its two leading directions{coloured}, and contours of "
-            "the prior.",
-            "Each point is a sample of q(z | x), projected on the two directions in which the posterior means vary "
-            "most. Dark lines are the prior: 1, 2, 3 standard deviations, or 39, 86, 99 % of its samples if it is not "
-            "a single normal. Points outside the lines are codes that are improbable under the prior; empty regions "
-            "inside them are holes, where the decoder was never fitted.",
-        )
+    yield picture(
+        f"plane_{name}",
+        clouds.plane(seen, labels, exam.data.label_names),
+        f"Samples of the aggregated posterior of {name} in its two leading directions{coloured}, and contours of the "
+        "prior.",
+        "Each point is a sample of q(z | x), projected on the two directions in which the posterior means vary most. "
+        "Dark lines are the prior: 1, 2, 3 standard deviations, or 39, 86, 99 % of its samples if it is not a single "
+        "normal. Points outside the lines are codes that are improbable under the prior; empty regions inside them are "
+        "holes, where the decoder was never fitted.",
     )
-    return made
 
 
-def cloud(name: str, latent: LatentDraw, prior: Tensor) -> plots.Cloud:
+def _cloud(name: str, latent: LatentDraw, prior: Tensor) -> clouds.Cloud:
     """Return posterior means, posterior samples and prior samples `(m, D)` of one latent, as the plots take them."""
     normal = None
     loc, scale = latent.prior_loc, latent.prior_scale
     if loc is not None and scale is not None and bool((loc == loc[:1]).all()) and bool((scale == scale[:1]).all()):
         normal = (array(loc[0]), array(scale[0]))
     means = latent.value if latent.loc is None else latent.loc
-    return plots.Cloud(name, array(means), array(latent.value), array(prior), normal)
+    return clouds.Cloud(name, array(means), array(latent.value), array(prior), normal)
 
 
-def _labels(exam: Examination) -> tuple[np.ndarray | None, tuple[str, ...] | None]:
-    """Return labels of the rows and names of the classes, to colour points; None unless there are 2 to 10 classes."""
-    if exam.labels is None:
-        return None, None
-    labels = exam.labels.numpy()
-    return (labels, exam.data.label_names) if plots.groups(labels) else (None, None)
-
-
-def _curves(exam: Examination, names: list[str]) -> PageTable | None:
-    """Return the table of active units by threshold on the variance; None if the activity of all is unknown."""
+def _curves(exam: Examination, names: list[str]) -> Iterator[PageTable]:
+    """Yield the table of active units by threshold on the variance; nothing if the activity of all is unknown."""
     use = {name: exam.collapse.latents[name] for name in names if exam.collapse.latents[name].curve}
     if not use:
-        return None
+        return
     thresholds = [f"> {threshold:g}" for threshold, _ in next(iter(use.values())).curve[::4]]
     rows = tuple((name, latent.dim, *(count for _, count in latent.curve[::4])) for name, latent in use.items())
     caption = (
         f"Active units by threshold on the variance of the posterior mean (usual threshold {ACTIVE}); counts that do "
         "not change mean a clear answer"
     )
-    return PageTable("active_units", caption, columns("latent", "size", *thresholds), rows)
+    yield PageTable("active_units", caption, columns("latent", "size", *thresholds), rows)
 
 
-def _all_in_use(c: Collapse) -> Sentence:
+def _all_in_use(c: Collapse) -> str:
     known = [latent for latent in c.latents.values() if latent.active is not None]
     coded = [name for name, latent in c.latents.items() if latent.codes is not None]
     if coded and not known:
-        return Sentence(f"No collapse: every code (or bit) of {', '.join(coded)} is in use.")
+        return f"No collapse: every code (or bit) of {', '.join(coded)} is in use."
     if c.n < 2:
-        return Sentence("Active units are not defined for a single row.")
+        return "Active units are not defined for a single row."
     if not known:
-        return Sentence("Active units are not known for this posterior.")
-    return Sentence(f"No collapse: all {sum(latent.dim for latent in known)} latent units are active.")
+        return "Active units are not known for this posterior."
+    return f"No collapse: all {sum(latent.dim for latent in known)} latent units are active."
+
+
+# ---------------------------------------------------------------------- holes of the prior
+
+
+@dataclass(frozen=True)
+class Holes:
+    """Proportion of prior samples in holes of the aggregated posterior, with its settings; the result of `holes`."""
+
+    share: float
+    """Proportion of prior samples at which log q_agg is below `threshold`; a Monte Carlo estimate."""
+    error: float
+    """Standard error of `share`, from the number of prior samples."""
+    expected: float
+    """Proportion of held-out codes in holes, 0.01 by construction of the threshold."""
+    threshold: float
+    """Threshold in nats: z lies in a hole if log q_agg(z) is below it."""
+    rows: int
+    """Number of training rows whose posteriors form q_agg."""
+    draws: int
+    """Number of prior samples that were scored."""
+
+
+def holes(exam: Examination) -> Holes:
+    """Return the proportion of prior samples where the density q_agg of train is lower than at 99 % of held-out codes.
+
+    Held-out codes and prior samples are scored under the same q_agg, formed from training rows. A prior equal to the
+    distribution of held-out codes would have 1 % of its samples in holes.
+
+    Raises:
+        DataError: the reported split is train, the model has covariates, a posterior is not normal (a point, or
+            discrete), or a prior has no samples.
+    """
+    if exam.split == "train":
+        raise DataError("holes: expected codes of data that q_agg is not made of; got those of train.")
+    names = list(exam.pair.layout.latents)
+    known = [exam.drawn.latents[name] for name in names]
+    if exam.pair.frame.covariates or any(latent.point or latent.normal is None for latent in known):
+        raise DataError("holes: expected normal posteriors of a model without covariates; got others.")
+    if missing := [name for name in names if name not in exam.prior]:
+        raise DataError(f"holes: expected draws of the prior of {', '.join(missing)}; got none.")
+    most, draws = ALL_AT_ONCE if set(names) <= exam.pair.dependencies(exam.x).guide_roots else PAIR_BY_PAIR
+    chosen = seeds.subset(len(exam.rows["train"].x), most, seeds.mix(exam.seed, seeds.ANALYSIS, 31))
+    q = AggregatedPosterior.of(exam.pair, exam.rows["train"].x[chosen.to(exam.x.device)], latents=names)
+    held = exam.drawn.flat(names)
+    held = held[seeds.subset(len(held), draws, seeds.mix(exam.seed, seeds.ANALYSIS, 32)).to(held.device)]
+    prior = torch.cat([exam.prior[name] for name in names], 1)[:draws].to(held)
+    threshold = torch.quantile(q.log_prob(held), HOLE)
+    share = float((q.log_prob(prior) < threshold).double().mean())
+    error = math.sqrt(share * (1 - share) / len(prior))
+    return Holes(share, error, HOLE, float(threshold), len(chosen), len(prior))
+
+
+def on_holes(found: Holes) -> Sentence:
+    """Return the sentence on prior samples in holes; an alert if their proportion exceeds `MANY_HOLES`."""
+    where = f"where q_agg of the training rows is thinner than at {percent(1 - found.expected)} of held-out codes"
+    if found.share <= found.expected:
+        return Sentence(f"The prior has no holes: at most the expected {percent(HOLE)} of its samples lie {where}.")
+    text = f"{percent(found.share)} of prior samples lie in holes, {where} ({percent(found.expected)} expected)."
+    if found.share > MANY_HOLES:
+        advice = "Fit a richer prior to the codes (pvae refit RUN latents.z.prior.kind=realnvp), or train with vamp or"
+        return Sentence(f"{text} The decoder was never fitted to these codes. {advice} mixture.", True)
+    return Sentence(text)

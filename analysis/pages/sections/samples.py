@@ -2,28 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from functools import partial
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 
-from pvae.analysis.pages import plots
-from pvae.analysis.pages.document.blocks import (
-    Block,
-    Note,
-    PageSection,
-    PageTable,
-    Picture,
-    Sentence,
-    Tile,
-    columns,
-    picture,
-)
-from pvae.analysis.pages.document.tables import side_by_side
-from pvae.analysis.pages.document.text import percent
+from pvae.analysis.pages.document.blocks import Note, PageTable, Part, Sentence, Tile, columns, picture, section
+from pvae.analysis.pages.document.text import percent, side_by_side
+from pvae.analysis.pages.plots import pictures
 from pvae.analysis.pages.sections.examination import Examination, array
 from pvae.analysis.samples.copying import Copying, copying
-from pvae.util.types import Array
+from pvae.analysis.samples.sharpness import is_image
 
 ON_SHEET, BESIDE_NEIGHBOURS = 40, 10
 """Numbers of samples: shown in total, and shown with their nearest training data."""
@@ -31,69 +19,56 @@ MEMORISED = 0.6
 """Proportion of samples nearer to training than to held-out rows above which the report warns of memorisation."""
 
 
-def section(exam: Examination) -> PageSection | None:
-    """Return the section on samples and their nearest training rows; None if the model cannot be sampled."""
+@section("samples", "Samples")
+def samples(exam: Examination) -> Iterator[Part]:
+    """Yield samples and their nearest training rows; nothing if the model cannot be sampled."""
     drawn = exam.sampled
     if drawn is None:
-        return None
+        return
     data = array(exam.data.train.observed(exam.rows["train"].x[:1000]))
     x = array(drawn.x[:ON_SHEET]).reshape(-1, *exam.shape)
     what = "Means of p(x | z)" if drawn.is_mean else "Samples of the model"
     noise = "Without the likelihood's own noise they look smoother than data. " if drawn.is_mean else ""
-    blocks: list[Block] = [
-        picture(
-            "samples",
-            plots.samples(x, data, *exam.scale_of_grey),
-            f"{len(x)} samples of the model.",
-            f"{what}, each at its own sample of the prior. {noise}Look for samples that mix kinds (they come from "
-            "holes of the prior), for kinds that are missing, and for samples that repeat.",
-        )
-    ]
-    told = exam.stages.part("nearest training data")
-    find = partial(copying, exam.run, exam.split, seed=exam.seed, on_progress=told)
-    found = {
-        kind: exam.attempt("copying", partial(find, samples=some))
-        for kind, some in (("means", drawn), ("draws", exam.draws))
-        if some is not None and some.is_mean == (kind == "means")
-    }
-    known = {kind: copies for kind, copies in found.items() if copies is not None}
-    said, tiles = [], []
-    if known:
-        first = next(iter(known.values()))
-        if plots.is_image(exam.shape):
-            blocks.append(_beside(exam, x, first))
-        blocks += [_table(known), *(Note(text) for text in next(reversed(known.values())).remarks)]
-        said.append(on_copies(known))
-        tiles.append(
-            Tile("nearer to train", percent(first.nearer.value), "of samples, than to held-out; 50 % expected")
-        )
-    numbers = {"copying": {kind: copies.to_dict() for kind, copies in known.items()}}
-    return PageSection("samples", "Samples", tuple(blocks), "", tuple(said), tuple(tiles), numbers)
-
-
-def _beside(exam: Examination, x: Array, found: Copying) -> Picture:
-    train = exam.data.train
-    nearest = train.observed(train.rows[found.nearest[:BESIDE_NEIGHBOURS].to(exam.x.device)])
-    pairs = np.stack([x[:BESIDE_NEIGHBOURS], array(nearest)[: len(x)]])
-    return picture(
-        "nearest",
-        plots.gallery(pairs, *exam.scale_of_grey, row_names=("sample", "nearest")),
-        f"{len(pairs[0])} samples, and below each the training datum nearest to it.",
-        "Above a sample, below the training datum nearest to it. Identical pairs are memorised data.",
+    yield picture(
+        "samples",
+        pictures.samples(x, data, *exam.scale_of_grey),
+        f"{len(x)} samples of the model.",
+        f"{what}, each at its own sample of the prior. {noise}Look for samples that mix kinds (they come from holes of "
+        "the prior), for kinds that are missing, and for samples that repeat.",
     )
+    told, known = exam.stages.part("nearest training data"), {}
+    for kind, some in (("means", drawn), ("draws", exam.draws)):
+        if some is not None and some.is_mean == (kind == "means"):
+            given = {"seed": exam.seed, "on_progress": told, "samples": some}
+            if (copies := exam.attempt("copying", copying, exam.run, exam.split, **given)) is not None:
+                known[kind] = copies
+    yield {"copying": {kind: copies.to_dict() for kind, copies in known.items()}}
+    if not known:
+        return
+    first = next(iter(known.values()))
+    if is_image(exam.shape):
+        train = exam.data.train
+        nearest = train.observed(train.rows[first.nearest[:BESIDE_NEIGHBOURS].to(exam.x.device)])
+        pairs = np.stack([x[:BESIDE_NEIGHBOURS], array(nearest)[: len(x)]])
+        yield picture(
+            "nearest",
+            pictures.gallery(pairs, *exam.scale_of_grey, row_names=("sample", "nearest")),
+            f"{len(pairs[0])} samples, and below each the training datum nearest to it.",
+            "Above a sample, below the training datum nearest to it. Identical pairs are memorised data.",
+        )
+    yield _table(known)
+    yield from (Note(text) for text in next(reversed(known.values())).remarks)
+    yield on_copies(known)
+    yield Tile("nearer to train", percent(first.nearer.value), "of samples, than to held-out; 50 % expected")
 
 
 def _table(known: Mapping[str, Copying]) -> PageTable:
     """Return the table of the copying tests of samples and of means; for means, which lack noise, only `nearer`."""
-    rows = [
-        (
-            term,
-            *(None if kind == "means" and term != "nearer" else e for kind, e in zip(known, found, strict=True)),
-            what,
-        )
-        for term, *found, what in side_by_side(known)
-    ]
-    shown = [row for row in rows if any(e is not None for e in row[1:-1])]
+    shown = []
+    for term, *found, what in side_by_side(known):
+        figures = [e if kind != "means" or term == "nearer" else None for kind, e in zip(known, found, strict=True)]
+        if any(e is not None for e in figures):
+            shown.append((term, *figures, what))
     caption = f"{next(iter(known.values())).title}; proportions"
     return PageTable("copying", caption, columns("figure", *known, words=["what it is"]), shown)
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 
-from pvae.analysis.pages import plots
-from pvae.analysis.pages.document.blocks import Block, Note, PageSection, PageTable, Picture, Sentence, columns, picture
+from pvae.analysis.pages.document.blocks import Note, PageTable, Part, Picture, Sentence, columns, picture, section
 from pvae.analysis.pages.document.text import nats
+from pvae.analysis.pages.plots import curves
 from pvae.analysis.pages.sections.examination import Examination
 
 TOLD_EVENTS = ("nonfinite", "storage", "stop", "changed", "engine", "data", "alert")
@@ -14,52 +15,42 @@ MEASURED = re.compile("has collapsed|are dead")
 """Pattern of alerts from the fit that the report omits, because it measures collapse and dead codes itself."""
 
 
-def section(exam: Examination) -> PageSection:
-    """Return the section with training curves, the table of events, and the alerts of the fit."""
-    blocks: list[Block] = _curves(exam) if exam.metrics else [Note("No metrics were kept.")]
+@section("training", "Training")
+def training(exam: Examination) -> Iterator[Part]:
+    """Yield training curves, the table of events, and alerts: of an unfinished fit, of skipped steps, of the fit."""
+    if not exam.metrics:
+        yield Note("No metrics were kept.")
+    elif exam.implicit:
+        yield _duel(exam)
+    else:
+        yield _elbo(exam)
+        if any(row.get("split") == "analysis" for row in exam.metrics):
+            yield _history(exam)
     events = [(str(e.get("kind")), str(e.get("message"))) for e in exam.run.files.events()]
     told = tuple(dict.fromkeys(event for event in events if event[0] in TOLD_EVENTS))
     if told:
-        blocks.append(PageTable("events", "Events during the fit", columns("kind", words=["message"]), told))
-    of_fit = dict.fromkeys(text for kind, text in told if kind == "alert" if not MEASURED.search(text))
-    numbers = {"metrics": exam.metrics, "events": [list(event) for event in told]}
-    said = tuple(Sentence(text, True) for text in (*_state(exam), *of_fit))
-    return PageSection("training", "Training", tuple(blocks), sentences=said, numbers=numbers)
-
-
-def _state(exam: Examination) -> list[str]:
-    """Return alerts on an unfinished fit and on skipped steps, each with advice."""
+        yield PageTable("events", "Events during the fit", columns("kind", words=["message"]), told)
     status = exam.run.status
-    alerts = []
     if status.get("state") != "finished":
         epochs = f"{status.get('epoch')} of {status.get('epochs')}"
-        alerts.append(f"The run is {status.get('state')} after epoch {epochs}. Continue it with pvae resume.")
+        yield Sentence(f"The run is {status.get('state')} after epoch {epochs}. Continue it with pvae resume.", True)
     skipped = status.get("skipped")
     if isinstance(skipped, int) and skipped > 0:
-        alerts.append(
-            f"{skipped} steps with a NaN or infinite loss were skipped. Lower train.optimizer.lr, or set "
-            "train.clip_norm."
-        )
-    return alerts
-
-
-def _curves(exam: Examination) -> list[Block]:
-    if exam.implicit:
-        return [_duel(exam)]
-    made: list[Block] = [_elbo(exam)]
-    if any(row.get("split") == "analysis" for row in exam.metrics):
-        made.append(_history(exam))
-    return made
+        advice = "Lower train.optimizer.lr, or set train.clip_norm."
+        yield Sentence(f"{skipped} steps with a NaN or infinite loss were skipped. {advice}", True)
+    for text in dict.fromkeys(text for kind, text in told if kind == "alert" and not MEASURED.search(text)):
+        yield Sentence(text, True)
+    yield {"metrics": exam.metrics, "events": [list(event) for event in told]}
 
 
 def _elbo(exam: Examination) -> Picture:
-    epochs, best = plots.series(exam.metrics, "validation", "elbo")
+    epochs, best = curves.series(exam.metrics, "validation", "elbo")
     said = ""
     if len(best):
         said = f" Best validation ELBO {nats(float(best.max()))} at epoch {int(epochs[best.argmax()])}."
     return picture(
         "training",
-        plots.training(exam.metrics, list(exam.collapse.latents)),
+        curves.training(exam.metrics, list(exam.collapse.latents)),
         f"Three charts over epochs: ELBO of train and validation, KL of every latent, beta.{said}",
         "The ELBO is that of beta = 1, whatever beta the loss used. Its first epochs may lie below the frame. Look for "
         "a validation curve that falls while train still rises (overfitting), for curves that still rise at the end "
@@ -71,7 +62,7 @@ def _history(exam: Examination) -> Picture:
     watched = exam.run.plan.analysis
     return picture(
         "information_over_epochs",
-        plots.history(exam.metrics),
+        curves.history(exam.metrics),
         f"Mutual information and marginal KL of {watched.rows} {watched.split} rows over epochs.",
         "The two parts of the KL, on the same rows and noise each time. Look for a marginal KL that grows while the "
         "mutual information is constant (a richer prior would help), and for mutual information at its ceiling (too "
@@ -80,11 +71,11 @@ def _history(exam: Examination) -> Picture:
 
 
 def _duel(exam: Examination) -> Picture:
-    epochs, values = plots.series(exam.metrics, "validation", "two_sample")
+    epochs, values = curves.series(exam.metrics, "validation", "two_sample")
     said = f" It ends at {values[-1]:.2f} after epoch {int(epochs[-1])}." if len(values) else ""
     return picture(
         "training",
-        plots.duel(exam.metrics),
+        curves.duel(exam.metrics),
         f"Two charts over epochs: losses of critic and generator, and the nearest-neighbour accuracy.{said}",
         "Losses of critic and generator: neither falls as the model improves. A critic loss of log 4 (dotted) means "
         "that the critic cannot tell samples from data. A critic far better on train than on validation overfits. "

@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 
-from pvae.data.rows.arrays import FileArray, npy_array
+from pvae.data.rows.files import FileArray, version_of
 from pvae.errors import BusyError, DataError, OutputError, StorageError
 from pvae.util.files import pretty, read_object
 from pvae.util.types import Array
 
 LOCK_SECONDS = 900
-DECODED_FORMAT = 2
+DECODED_FORMAT = 3
 """Format version of decoded cache entries; an entry of another version is decoded again."""
 INDEX = "index.json"
 
@@ -30,6 +30,27 @@ def cache_folder() -> Path:
     from platformdirs import user_cache_dir
 
     return Path(user_cache_dir("pvae"))
+
+
+@contextmanager
+def created(folder: Path) -> Iterator[None]:
+    """Create a cache folder if needed; raises OutputError for it and for the files that the context creates there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as error:
+        raise OutputError(f"Expected a cache folder at {folder}; got {error}. Set XDG_CACHE_HOME.") from error
+
+
+@contextmanager
+def room(folder: Path) -> Iterator[None]:
+    """Raise StorageError if writing to a cache folder fails in the context, so that no reader blames its own file."""
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(
+            f"{folder}: expected room for the rows; got {error}. Free some, or set XDG_CACHE_HOME."
+        ) from error
 
 
 @contextmanager
@@ -43,14 +64,12 @@ def locked(folder: Path) -> Iterator[None]:
     from filelock import FileLock, Timeout
 
     lock = folder.parent / f"{folder.name}.lock"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(lock, timeout=LOCK_SECONDS):
-            yield
-    except Timeout:
-        raise BusyError(f"Expected the lock {lock}; another process holds it for {LOCK_SECONDS} s.") from None
-    except OSError as error:
-        raise OutputError(f"Expected a cache folder at {folder}; got {error}. Set XDG_CACHE_HOME.") from error
+    with created(folder):
+        try:
+            with FileLock(lock, timeout=LOCK_SECONDS):
+                yield
+        except Timeout:
+            raise BusyError(f"Expected the lock {lock}; another process holds it for {LOCK_SECONDS} s.") from None
 
 
 @dataclass(frozen=True)
@@ -72,51 +91,19 @@ class Writer:
         self.folder = folder
         self.notes: dict[str, Any] = {}
         """Notes stored with the arrays, such as label names; any JSON values."""
-        self.arrays: dict[str, Growing] = {}
+        self.arrays: dict[str, dict[str, Any]] = {}
+        """Type (as NumPy writes it) and shape of the rows of every array, by its name."""
 
     def append(self, name: str, rows: Array) -> None:
-        """Append rows `(m, *row)` to the named array, whose type and row shape are those of its first rows."""
-        if name not in self.arrays:
-            self.arrays[name] = Growing(self.folder / f"{name}.npy", rows.dtype, rows.shape[1:])
-        self.arrays[name].append(rows)
+        """Append rows `(m, *row)` to the named array, all of one type and one row shape."""
+        self.arrays.setdefault(name, {"dtype": rows.dtype.str, "row": rows.shape[1:]})
+        with room(self.folder), (self.folder / name).open("ab") as file:
+            file.write(np.ascontiguousarray(rows).data)
 
     def extend(self, name: str, pieces: Iterable[Array]) -> None:
         """Append all chunks of rows to the named array."""
         for rows in pieces:
             self.append(name, rows)
-
-
-class Growing:
-    """File in `.npy` format to which rows can be appended, and whose header is completed by `close`."""
-
-    def __init__(self, path: Path, dtype: np.dtype[Any], row: tuple[int, ...]) -> None:
-        self.path, self.dtype, self.row, self.rows = path, dtype, row, 0
-        try:
-            self.file = path.open("xb")
-            self._head()
-        except OSError as error:
-            raise _no_room(path.parent, error) from error
-
-    def _head(self) -> None:
-        """Write the `.npy` header with the present number of rows; NumPy pads it, so that it can be overwritten."""
-        described = {"descr": np.lib.format.dtype_to_descr(self.dtype), "fortran_order": False}
-        np.lib.format.write_array_header_1_0(self.file, {**described, "shape": (self.rows, *self.row)})
-
-    def append(self, rows: Array) -> None:
-        """Append rows `(m, *row)` to the file."""
-        try:
-            self.file.write(np.ascontiguousarray(rows, self.dtype).data)
-        except OSError as error:  # here, so that no reader takes a full disk for a broken file
-            raise _no_room(self.path.parent, error) from error
-        self.rows += len(rows)
-
-    def close(self) -> None:
-        """Write the final number of rows into the header, flush the file to the disk, and close it."""
-        self.file.seek(0)
-        self._head()
-        self.file.flush()
-        os.fsync(self.file.fileno())
-        self.file.close()
 
 
 def decoded(key: Mapping[str, Any], make: Callable[[Writer], None]) -> Decoded:
@@ -150,11 +137,13 @@ def _opened(folder: Path) -> Decoded | None:
         if index.pop("sha256") != _digest(index):
             return None
         arrays: dict[str, FileArray] = {}
-        for name, digest in index["arrays"].items():
-            path = folder / f"{name}.npy"
-            if _file_digest(path) != digest:
+        for name, kept in index["arrays"].items():
+            path, dtype = folder / name, np.dtype(kept["dtype"])
+            if _file_digest(path) != kept["sha256"]:
                 return None
-            arrays[name] = npy_array(path)
+            version = version_of(path)
+            rows = version[0] // (dtype.itemsize * prod(kept["row"]))
+            arrays[name] = FileArray(path, dtype, (rows, *kept["row"]), 0, version)
         return Decoded(arrays, index["notes"])
     except (OSError, DataError, KeyError, AttributeError, TypeError):
         return None
@@ -172,27 +161,17 @@ def _file_digest(path: Path) -> str:
 def _make(folder: Path, make: Callable[[Writer], None]) -> None:
     for stray in folder.parent.glob(f".part-{folder.name}-*"):  # of a process that was killed; the lock is ours
         shutil.rmtree(stray, ignore_errors=True)
-    part = Path(tempfile.mkdtemp(prefix=f".part-{folder.name}-", dir=folder.parent))
-    try:
+    place: dict[str, Any] = {"dir": folder.parent, "prefix": f".part-{folder.name}-"}
+    with TemporaryDirectory(**place, ignore_cleanup_errors=True) as temporary:
+        part = Path(temporary)
         writer = Writer(part)
         try:
             make(writer)
         except OSError as error:  # a source that cannot be read is no fault of the cache's disk
             raise DataError(f"Expected data that can be read; got {error}.") from error
-        finally:
-            for array in writer.arrays.values():
-                with suppress(ValueError):
-                    array.close()
-        digests = {name: _file_digest(part / f"{name}.npy") for name in writer.arrays}
-        index = {"arrays": digests, "notes": writer.notes}
-        (part / INDEX).write_text(pretty({**index, "sha256": _digest(index)}))
-        shutil.rmtree(folder)
-        part.rename(folder)
-    except OSError as error:
-        raise _no_room(folder, error) from error
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-
-
-def _no_room(folder: Path, error: OSError) -> StorageError:
-    return StorageError(f"{folder}: expected room for the decoded data; got {error}. Free some, or set XDG_CACHE_HOME.")
+        with room(folder):
+            arrays = {name: {**kept, "sha256": _file_digest(part / name)} for name, kept in writer.arrays.items()}
+            index = {"arrays": arrays, "notes": writer.notes}
+            (part / INDEX).write_text(pretty({**index, "sha256": _digest(index)}))
+            shutil.rmtree(folder)
+            part.rename(folder)

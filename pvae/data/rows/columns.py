@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self, final
 from pydantic import Field, model_validator
 
 from pvae.component import LARGEST_FLOAT, Component
-from pvae.graph.column_law import Law
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+
+    from pvae.graph.frame import Law
 
     Floats = NDArray[np.float64]
 
@@ -40,7 +41,7 @@ class Column(Component):
     @property
     @abstractmethod
     def family(self) -> str:
-        """Name of the distribution of the column, as in `pvae.graph.column_law.Law`."""
+        """Name of the distribution of the column, as in `pvae.graph.frame.Law`."""
 
     @property
     @abstractmethod
@@ -78,6 +79,8 @@ class Column(Component):
 
     def law(self, name: str) -> Law:
         """Return the likelihood of the column: family, number of levels, masking, and the given name."""
+        from pvae.graph.frame import Law
+
         return Law(self.family, max(1, len(self.words)), self.missing == "mask", name)
 
 

@@ -1,24 +1,182 @@
-"""The user's own data files: finding them, checking that their rows fit into memory, reading them in chunks."""
+"""Rows outside memory: arrays in files, sparse matrices and concatenations, and the reading of the user's own files."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from copy import copy
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, ClassVar, Self
 
 import numpy as np
+from numpy.typing import NDArray
 
-from pvae.data.rows.arrays import AnyArray, Stored
-from pvae.errors import DataError
+from pvae.errors import DataError, PvaeError
 from pvae.util.memory import GIB, total_memory
 from pvae.util.types import Array
 
+SPAN_BYTES = 2**25
+"""Largest span of a file, in bytes, that is mapped at once to read scattered rows, which bounds the memory used."""
 PIECE_BYTES = 2**21
 """Bytes read from a stream at once, unless one row is larger."""
-MAX_DEFLATE_RATIO = 1032
-"""Largest compression ratio of the deflate format (output bytes for each input byte)."""
+MAX_NPY_HEADER_BYTES = 2**16
+MAX_DIMENSIONS = 32
+
+Index = slice | NDArray[np.int64]
+"""Index of rows: a slice of consecutive rows, or row numbers in ascending order."""
+
+
+class Stored(ABC):
+    """Array `(n, *row)` outside memory (on a disk, or sparse), of which indexing reads only the rows asked for."""
+
+    scattered: ClassVar[bool] = False
+    """True if reading scattered rows is as cheap as reading consecutive ones."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+
+    @abstractmethod
+    def read(self, index: Index) -> Array:
+        """Return a copy of the indexed rows, `(m, ...)`, with all values of each row but not necessarily its shape.
+
+        Raises:
+            DataError: the rows cannot be read any more.
+        """
+
+    def expect(self, start: int, stop: int) -> None:  # noqa: B027 - most have nothing to do
+        """Start to prefetch rows `[start, stop)`, which will be read soon, without waiting for them."""
+
+    def reshape(self, *shape: int) -> Self:
+        """Return a view of the same rows with another shape, `(n, *row)`."""
+        other = copy(self)
+        other.shape = shape
+        return other
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, index: Index) -> Array:
+        rows = self.read(index)
+        return rows.reshape(len(rows), *self.shape[1:])
+
+    @property
+    def ndim(self) -> int:
+        """Number of dimensions of the array, including the first one, which counts rows."""
+        return len(self.shape)
+
+    @property
+    def size(self) -> int:
+        """Total number of values, the product of the shape."""
+        return prod(self.shape)
+
+
+AnyArray = Array | Stored
+"""Rows of a source: a NumPy array in memory, or a `Stored` array that is read when it is indexed."""
+
+
+@dataclass(eq=False)
+class FileArray(Stored):
+    """Array in a binary file, its rows stored contiguously (C order).
+
+    The file is memory-mapped anew for every read, so that its pages do not stay in memory. A file that was changed
+    since it was opened is refused.
+
+    Arguments:
+        path: the file.
+        dtype: type of the values.
+        shape: (n, *row).
+        offset: number of bytes before the first row.
+        version: size and modification time of the file when it was opened, from `version_of`.
+    """
+
+    path: Path
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+    offset: int
+    version: tuple[int, int]
+
+    def read(self, index: Index) -> Array:
+        if isinstance(index, slice):
+            return np.array(self._mapped()[index])
+        out, start = np.empty((len(index), *self.shape[1:]), self.dtype), 0
+        while start < len(index):
+            stop = int(np.searchsorted(index, index[start] + max(1, SPAN_BYTES // max(1, self._row_bytes))))
+            out[start:stop] = self._mapped()[index[start:stop]]
+            start = stop
+        return out
+
+    @property
+    def _row_bytes(self) -> int:
+        return self.dtype.itemsize * prod(self.shape[1:])
+
+    def _mapped(self) -> Array:
+        if version_of(self.path) != self.version:
+            raise DataError(f"{self.path}: expected the file of the start; got another, changed since. Start again.")
+        return np.memmap(self.path, self.dtype, "r", self.offset, self.shape)
+
+    def expect(self, start: int, stop: int) -> None:
+        if not hasattr(os, "posix_fadvise"):
+            return
+        first, length = self.offset + start * self._row_bytes, (stop - start) * self._row_bytes
+        with suppress(OSError), self.path.open("rb") as file:  # a hint only: `read` says what is wrong
+            os.posix_fadvise(file.fileno(), first, length, os.POSIX_FADV_WILLNEED)
+
+
+def version_of(path: Path) -> tuple[int, int]:
+    """Return the size (bytes) and the modification time (ns) of a file, by which a changed file is recognised.
+
+    Raises:
+        DataError: the file cannot be found or read.
+    """
+    try:
+        found = path.stat()
+    except OSError as error:
+        raise DataError(f"{path}: expected a file of data; got {error.strerror}.") from error
+    return found.st_size, found.st_mtime_ns
+
+
+class SparseRows(Stored):
+    """Sparse matrix `(n, features)` whose rows become dense when they are indexed.
+
+    Arguments:
+        matrix: any `scipy.sparse` matrix or array; stored as CSR (compressed sparse rows).
+    """
+
+    scattered: ClassVar[bool] = True
+
+    def __init__(self, matrix: Any) -> None:
+        from scipy.sparse import csr_array
+
+        self.matrix = csr_array(matrix)
+        self.shape, self.dtype = self.matrix.shape, self.matrix.dtype
+
+    def read(self, index: Index) -> Array:
+        dense: Array = self.matrix[index].toarray()
+        return dense
+
+
+class Joined(Stored):
+    """Concatenation of several arrays along their rows, without copying them."""
+
+    def __init__(self, parts: Sequence[AnyArray]) -> None:
+        self.parts = list(parts)
+        self.shape = (sum(len(part) for part in parts), *parts[0].shape[1:])
+        self.dtype = np.result_type(*(part.dtype for part in parts))
+        self.starts = np.cumsum([0, *(len(part) for part in parts)])
+
+    def read(self, index: Index) -> Array:
+        pieces = []
+        for part, start, stop in zip(self.parts, self.starts[:-1], self.starts[1:], strict=True):
+            if isinstance(index, slice):
+                low, high, _ = index.indices(len(self))
+                pieces.append(part[slice(max(low, start) - start, max(0, min(high, stop) - start))])
+            else:
+                pieces.append(part[index[(index >= start) & (index < stop)] - start])
+        return np.concatenate([piece for piece in pieces if len(piece)] or pieces[:1], dtype=self.dtype)
 
 
 def user_folder(data_dir: Path | None) -> Path | None:
@@ -35,22 +193,39 @@ def user_folder(data_dir: Path | None) -> Path | None:
     return Path(named)
 
 
+def candidate(path: str, data_dir: Path | None, wanted: Callable[[Path], bool]) -> Path:
+    """Return a declared path: inside the user's data folder if what is `wanted` (a file, a folder) is there."""
+    folder = user_folder(data_dir)
+    return folder / path if folder and wanted(folder / path) else Path(path)
+
+
 def located(path: str, data_dir: Path | None) -> Path:
     """Return the path of a declared data file: inside the user's data folder if it exists there, else as declared.
 
     Raises:
         DataError: the file does not exist; or it is a folder, a device or a pipe, which are never opened.
     """
-    folder = user_folder(data_dir)
-    inside = folder / path if folder else Path(path)
-    found = inside if inside.is_file() else Path(path)
+    found = candidate(path, data_dir, Path.is_file)
     if not found.exists():
         raise DataError(f"Expected a file of data at {found}; got no such file.")
     if not found.is_file():
-        raise DataError(
-            f"{found}: expected a file of data; got {'a folder' if found.is_dir() else 'a device or pipe'}."
-        )
+        kind = "a folder" if found.is_dir() else "a device or pipe"
+        raise DataError(f"{found}: expected a file of data; got {kind}.")
     return found
+
+
+@contextmanager
+def broken_as(problem: str) -> Iterator[None]:
+    """Convert errors of readers of foreign bytes, raised in the context, to a `DataError` that begins with `problem`.
+
+    Such readers may raise anything, warnings made errors among it.
+    """
+    try:
+        yield
+    except (PvaeError, MemoryError):
+        raise
+    except Exception as error:
+        raise DataError(f"{problem}: {error}.") from error
 
 
 def require_room(shape: tuple[int, ...], dtype: np.dtype[Any], name: str, advice: str = "") -> None:
@@ -79,27 +254,86 @@ def held(x: Stored, stream: bool, name: str) -> AnyArray:
     return x[:] if x.ndim and x.size else np.empty(x.shape, x.dtype)
 
 
-def pieces(stream: IO[bytes], shape: tuple[int, ...], dtype: np.dtype[Any]) -> Iterator[Array]:
-    """Yield the rows of a binary stream in chunks `(m, *row)` of about `PIECE_BYTES`.
+@dataclass(frozen=True)
+class Layout:
+    """Layout of an array in a binary stream.
+
+    Arguments:
+        shape: (n, *row); for an array in Fortran order, the reversed shape.
+        dtype: type of the values.
+        offset: number of bytes before the first value.
+        fortran: True if the values are stored in Fortran order, that is, transposed.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    offset: int
+    fortran: bool = False
+
+    @property
+    def total(self) -> int:
+        """Number of bytes of the whole stream, header included."""
+        return self.offset + self.dtype.itemsize * prod(self.shape)
+
+    def pieces(self, stream: IO[bytes], where: str) -> Iterator[Array]:
+        """Yield the rows of a stream, which stands at the first value, in chunks `(m, *row)` of about `PIECE_BYTES`.
+
+        Raises:
+            DataError: the stream ends early; the message gives the number of bytes that were read.
+        """
+        row = self.dtype.itemsize * prod(self.shape[1:])
+        step = max(1, PIECE_BYTES // row)
+        for start in range(0, self.shape[0], step):
+            rows = min(step, self.shape[0] - start)
+            content = stream.read(rows * row)
+            if len(content) < rows * row:
+                found = self.offset + start * row + len(content)
+                raise DataError(f"{where}: expected {self.total} bytes; got {found} (a truncated file).")
+            yield np.frombuffer(content, self.dtype).reshape(rows, *self.shape[1:])
+
+    def in_rows(self, x: AnyArray) -> AnyArray:
+        """Return an array that was read with this shape, transposed to rows first if in Fortran order."""
+        return np.ascontiguousarray(x.T) if self.fortran and isinstance(x, np.ndarray) else x
+
+
+def npy_layout(stream: IO[bytes], size: int, where: str, by_rows: bool) -> Layout:
+    """Return the layout of a `.npy` stream, which is left at the position of the first value.
+
+    Arguments:
+        stream: binary stream at its start.
+        size: total number of bytes of the stream.
+        where: name of the stream in messages.
+        by_rows: refuse an array in Fortran order, whose rows are not contiguous and cannot be streamed.
 
     Raises:
-        EOFError: the stream ends early; its argument is the number of bytes that were read.
+        DataError: the stream is not in NumPy's format, does not contain real numbers (object arrays could run code),
+            is in Fortran order, or its size differs from that of its header.
     """
-    row = dtype.itemsize * prod(shape[1:])
-    step, done = max(1, PIECE_BYTES // row), 0
-    for start in range(0, shape[0], step):
-        rows = min(step, shape[0] - start)
-        content = stream.read(rows * row)
-        done += len(content)
-        if len(content) < rows * row:
-            raise EOFError(done)
-        yield np.frombuffer(content, dtype).reshape(rows, *shape[1:])
+    with broken_as(f"{where}: expected a NumPy array (.npy); got a broken or foreign file"):
+        version = np.lib.format.read_magic(stream)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, fortran, dtype = read(stream, max_header_size=MAX_NPY_HEADER_BYTES)
+    if dtype.hasobject:
+        raise DataError(f"{where}: expected numbers; got an object array, which could run code. Save floats.")
+    if dtype.kind not in "biuf":
+        raise DataError(f"{where}: expected real numbers; got {dtype}.")
+    fortran = fortran and len(shape) > 1
+    layout = Layout(shape[::-1] if fortran else shape, dtype, stream.tell(), fortran)
+    if len(shape) > MAX_DIMENSIONS or min(shape, default=0) < 0 or layout.total != size:
+        raise DataError(f"{where}: expected {layout.total} bytes for {shape} {dtype}; got {size}.")
+    if fortran and by_rows:
+        raise DataError(f"{where}: expected rows one after another; got columns (Fortran order). Save it in C order.")
+    return layout
 
 
-def gathered(some: Iterable[Array], shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
-    """Return chunks of rows joined in one array of a known shape and type."""
-    out, start = np.empty(shape, dtype), 0
-    for piece in some:
-        out[start : start + len(piece)] = piece
-        start += len(piece)
-    return out
+def read_npy(path: Path, stream: bool = False) -> AnyArray:
+    """Return the array of a `.npy` file, mapped from the disk if `stream`.
+
+    Raises:
+        DataError: the file does not exist or is too large for memory; see `npy_layout`.
+    """
+    version = version_of(path)
+    with broken_as(f"{path}: expected a NumPy array (.npy); got a file that cannot be read"), path.open("rb") as file:
+        layout = npy_layout(file, version[0], str(path), stream)
+    array = FileArray(path, layout.dtype, layout.shape, layout.offset, version)
+    return layout.in_rows(held(array, stream, str(path)))

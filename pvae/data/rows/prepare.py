@@ -1,19 +1,27 @@
-"""Scaling and binarisation of stored rows, chunk by chunk, so that no large float64 array is needed."""
+"""Scaling and binarisation of stored rows, chunk by chunk (no large float64 array), and the inverse for tables."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from scipy.special import expit, logit
+from torch import Tensor
 
-from pvae.data.rows.arrays import AnyArray
+from pvae.data.rows.columns import Column
+from pvae.data.rows.files import AnyArray
 from pvae.data.rows.rows import Part, Rows, chunks, rows_of
 from pvae.errors import DataError
 from pvae.util.types import Array
+
+if TYPE_CHECKING:
+    import pandas
 
 Binarize = Literal["none", "threshold", "static", "dynamic"]
 Scale = Literal["unit", "raw", "standardise"]
@@ -45,11 +53,6 @@ class Scaled:
         for start, chunk in chunks(self.x, part):
             yield start, self.scale(chunk)
 
-    def affine(self) -> tuple[Floats, Floats]:
-        """Return `shift` and `divisor` of every feature, each broadcast to `(*row)`."""
-        shift, divisor = (np.broadcast_to(part, self.x.shape[1:]) for part in (self.shift, self.divisor))
-        return shift, divisor
-
     def of(self, part: Part) -> Floats:
         """Return the rows numbered in `part` after the declared scaling, as one float64 array."""
         return self.scale(rows_of(self.x, part))
@@ -66,12 +69,12 @@ class Scaled:
         values /= self.divisor
         return values
 
-    def apply(self, part: Part, rule: Rule) -> NDArray[np.float32]:
-        """Return the rows numbered in `part` after scaling and then binarisation by `rule`, float32 (rows, *shape)."""
+    def apply(self, part: Part, rule: Rule | None = None) -> Tensor:
+        """Return the rows numbered in `part` after scaling and binarisation by `rule` (if any), float32 (m, *shape)."""
         out = np.empty((len(part), *self.x.shape[1:]), np.float32)
         for start, chunk in self.chunks(part):
-            out[start : start + len(chunk)] = rule(chunk)
-        return out
+            out[start : start + len(chunk)] = rule(chunk) if rule else chunk
+        return torch.from_numpy(out)
 
 
 def scaled(scale: Scale, rows: Rows, x: AnyArray, train: Part) -> Scaled:
@@ -84,23 +87,19 @@ def scaled(scale: Scale, rows: Rows, x: AnyArray, train: Part) -> Scaled:
         return _table(rows, x, train)
     if scale == "raw":
         return Scaled(x)
-    if scale == "standardise":
-        return _standardised(x, train)
-    if rows.largest is None:
-        raise DataError(f'data.scale = "unit": expected a known largest level or unsigned bytes; got {x.dtype}.')
-    return Scaled(x, divisor=rows.largest)
-
-
-def _standardised(x: AnyArray, train: Part) -> Scaled:
-    mean, variance = _moments(Scaled(x), train)
+    if scale == "unit":
+        if rows.largest is None:
+            raise DataError(f'data.scale = "unit": expected a known largest level or unsigned bytes; got {x.dtype}.')
+        return Scaled(x, divisor=rows.largest)
     low, high = extremes(x, train)
-    if constant := np.argwhere(np.atleast_1d((low == high) | _is_flat(mean, variance))).tolist():
+    mean, deviation, flat = _moments(Scaled(x), train)
+    if constant := np.argwhere(np.atleast_1d((low == high) | flat)).tolist():
         where = constant[0][0] if len(constant[0]) == 1 else tuple(constant[0])
         raise DataError(
             f'data.scale = "standardise": expected columns that vary in train; column {where} is constant '
             f"({len(constant)} such columns in all). Drop them, or use another scale."
         )
-    return Scaled(x, mean, np.sqrt(variance))
+    return Scaled(x, mean, deviation)
 
 
 def _table(rows: Rows, x: AnyArray, train: Part) -> Scaled:
@@ -111,34 +110,27 @@ def _table(rows: Rows, x: AnyArray, train: Part) -> Scaled:
     """
     columns = rows.table.values()
     warps = {name: [i for i, column in enumerate(columns) if column.warp == name] for name in WARPS}
-    warped = Scaled(x, warps={name: places for name, places in warps.items() if places})
+    warps = {name: places for name, places in warps.items() if places}
     low, high = extremes(x, train)
+    if empty := [name for name, least in zip(rows.table, low, strict=True) if np.isnan(least)]:
+        raise DataError(f"data.columns.{empty[0]!r}: expected values in train; got none, all are missing. Drop it.")
     chosen = np.array([column.is_standardised for column in columns])
-    for place, name in enumerate(rows.table):
-        if np.isnan(low[place]):
-            raise DataError(f"data.columns.{name!r}: expected values in train; got none, all are missing. Drop it.")
-        if chosen[place] and low[place] == high[place]:
+    mean, deviation, flat = _moments(Scaled(x, warps=warps), train)
+    for name, constant, least, most in zip(rows.table, chosen & (flat | (low == high)), low, high, strict=True):
+        if constant:
+            got = f"{least:g} alone" if least == most else "differences that are rounding"
             raise DataError(
-                f"data.columns.{name!r}: expected a column that varies in train; got {low[place]:g} alone. Drop it, or "
-                f'set transform = "none".'
+                f"data.columns.{name!r}: expected a column that varies in train; got {got}. Drop it, or set "
+                f'transform = "none".'
             )
-    mean, variance = _moments(warped, train)
-    for name, flat in zip(rows.table, chosen & _is_flat(mean, variance), strict=True):
-        if flat:
-            raise DataError(
-                f"data.columns.{name!r}: expected a column that varies in train; got differences that are rounding. "
-                f"Drop it, or set another transform."
-            )
-    return Scaled(x, np.where(chosen, mean, 0.0), np.where(chosen, np.sqrt(variance), 1.0), warped.warps)
+    return Scaled(x, np.where(chosen, mean, 0.0), np.where(chosen, deviation, 1.0), warps)
 
 
-def _is_flat(mean: Floats, variance: Floats) -> NDArray[np.bool_]:
-    """Return True for each feature whose standard deviation is no larger than rounding error."""
-    return np.sqrt(variance) <= 1e-12 * np.maximum(np.abs(mean), np.finfo(np.float32).tiny)
+def _moments(data: Scaled, part: Part) -> tuple[Floats, Floats, NDArray[np.bool_]]:
+    """Return mean and standard deviation of each scaled feature, `(*row)`, over the rows in `part`, without NaN.
 
-
-def _moments(data: Scaled, part: Part) -> tuple[Floats, Floats]:
-    """Return mean and variance `(*row)` of each scaled feature over the rows in `part`, without NaN (missing)."""
+    The third array is True for each feature whose standard deviation is no larger than rounding error.
+    """
     total, count, squares = (np.zeros(data.x.shape[1:]) for _ in range(3))
     for _, chunk in data.chunks(part):
         missing = np.isnan(chunk)
@@ -152,7 +144,8 @@ def _moments(data: Scaled, part: Part) -> tuple[Floats, Floats]:
         chunk[missing] = 0.0
         chunk **= 2
         squares += chunk.sum(0)
-    return mean, squares / count
+    deviation = np.sqrt(squares / count)
+    return mean, deviation, deviation <= 1e-12 * np.maximum(np.abs(mean), np.finfo(np.float32).tiny)
 
 
 WARPS: Mapping[str, Callable[[Floats], Floats]] = {"log": np.log, "log1p": np.log1p, "logit": logit}
@@ -161,17 +154,60 @@ UNWARPS: Mapping[str, Callable[[Floats], Floats]] = {"log": np.exp, "log1p": np.
 """Inverses of the functions in `WARPS`, by the same names."""
 
 
-def extremes(x: AnyArray, part: Part) -> tuple[Array, Array]:
-    """Return minimum and maximum of every feature, each `(*row)`, over the rows in `part`, ignoring NaN (missing)."""
+@dataclass(frozen=True, eq=False)
+class ColumnTransforms:
+    """Columns of a table and their fitted transforms: x is (f(value) - shift) / divisor.
+
+    Arguments:
+        columns: declared columns by name, in the order of x.
+        shift: shift of every column, `(D,)`.
+        divisor: divisor of every column, `(D,)`.
+        warps: column numbers to which each function f other than the identity is applied, by the function's name.
+    """
+
+    columns: Mapping[str, Column]
+    shift: Floats | float
+    divisor: Floats | float
+    warps: Mapping[str, list[int]]
+
+    def to_frame(self, x: Any) -> pandas.DataFrame:
+        """Return rows of x `(n, D)` as a data frame in the table's units, with codes rounded to the nearest level."""
+        import pandas
+
+        values = np.asarray(x, np.float64) * self.divisor + self.shift
+        for name, places in self.warps.items():
+            with np.errstate(over="ignore"):
+                values[:, places] = UNWARPS[name](values[:, places])
+        made = {name: _worded(values[:, i], column) for i, (name, column) in enumerate(self.columns.items())}
+        return pandas.DataFrame(made)
+
+
+def _worded(values: Floats, column: Column) -> Any:
+    """Return a column of numbers as levels (categorical), as integers (counts), or unchanged (continuous)."""
+    import pandas
+
+    if said := column.said:
+        codes = np.where(np.isnan(values), -1, np.clip(np.rint(values), 0, len(said) - 1)).astype(np.int64)
+        return pandas.Categorical.from_codes(codes, dtype=pandas.CategoricalDtype(list(said)))
+    if column.family in ("poisson", "negative_binomial") and not (values % 1 > 0).any():
+        return pandas.array(values).astype("Int64")
+    return values
+
+
+def extremes(x: AnyArray, part: Part, digest: hashlib._Hash | None = None) -> tuple[Array, Array]:
+    """Return minimum and maximum of every feature, each `(*row)`, over the rows in `part`, ignoring NaN (missing).
+
+    The stored values are added to `digest`, if given, in the same pass.
+    """
     low = high = np.full(x.shape[1:], np.nan)
     for _, chunk in chunks(x, part):
+        if digest:
+            digest.update(np.ascontiguousarray(chunk).data)
         low, high = np.fmin(low, np.fmin.reduce(chunk, 0)), np.fmax(high, np.fmax.reduce(chunk, 0))
     return low, high
 
 
-def prepare(
-    data: Scaled, parts: dict[str, Part], binarize: Binarize
-) -> tuple[dict[str, NDArray[np.float32]], NDArray[np.float32] | None]:
+def prepare(data: Scaled, parts: dict[str, Part], binarize: Binarize) -> tuple[dict[str, Tensor], Tensor | None]:
     """Return the three splits scaled and binarised, (n, *shape) float32, and the train intensities or None.
 
     The intensities are returned only for dynamic binarisation, which samples the training data anew for every batch.
@@ -184,7 +220,7 @@ def prepare(
         DataError: values to binarise are outside [0, 1].
     """
     if binarize == "none":
-        return {name: data.apply(part, _same) for name, part in parts.items()}, None
+        return {name: data.apply(part) for name, part in parts.items()}, None
     published, own = np.random.RandomState(PUBLISHED_SEED), np.random.RandomState(TRAIN_SEED)
     rules: dict[str, Rule] = {
         "validation": lambda p: published.binomial(1, p),
@@ -193,16 +229,13 @@ def prepare(
     }
     if binarize == "threshold":
         rules = dict.fromkeys(rules, lambda p: p > 0.5)
-    x = {name: data.apply(parts[name], _within_unit(name, rule)) for name, rule in rules.items()}
-    return x, data.apply(parts["train"], _same) if binarize == "dynamic" else None
 
-
-def _within_unit(name: str, rule: Rule) -> Rule:
-    def checked(chunk: Floats) -> Array:
+    def binarized(name: str, chunk: Floats) -> Array:
         require_unit(name, chunk.min(), chunk.max())
-        return rule(chunk)
+        return rules[name](chunk)
 
-    return checked
+    x = {name: data.apply(parts[name], partial(binarized, name)) for name in rules}
+    return x, data.apply(parts["train"]) if binarize == "dynamic" else None
 
 
 def require_unit(name: str, low: float, high: float) -> None:
@@ -215,7 +248,3 @@ def require_unit(name: str, low: float, high: float) -> None:
         raise DataError(
             f'data.binarize: expected values in [0, 1]; got {low if low < 0 else high:g} in {name}. Use scale = "unit".'
         )
-
-
-def _same(chunk: Floats) -> Floats:
-    return chunk

@@ -6,12 +6,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
 from math import prod
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pvae.data.rows.arrays import AnyArray, Joined
 from pvae.data.rows.columns import Column
+from pvae.data.rows.files import AnyArray, Joined
 from pvae.errors import DataError
 from pvae.util.types import Array
 
@@ -50,68 +51,45 @@ class Rows:
     table: Mapping[str, Column] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        check_array(self.x, self.name, [column.missing == "mask" for column in self.table.values()])
-        if self.y is not None:
-            check_labels(self.y, len(self.x), self.name)
+        x, y, name = self.x, self.y, self.name
+        if x.dtype.kind not in "biuf":
+            raise DataError(f"{name}: expected real numbers; got {x.dtype}.")
+        if x.ndim == 0 or x.size == 0:
+            raise DataError(f"{name}: expected an array (rows, ...) with at least one row; got shape {x.shape}.")
+        if x.dtype.kind == "f":
+            require_finite(x, name, [column.missing == "mask" for column in self.table.values()])
+        if y is not None and (y.ndim != 1 or len(y) != len(x)):
+            raise DataError(f"Labels of {name}: expected one for each of {len(x)} rows; got shape {y.shape}.")
+        if y is not None and y.dtype.kind not in "biu":
+            raise DataError(f"Labels of {name}: expected integers; got {y.dtype}.")
 
 
-def check_array(x: AnyArray, name: str, masked: Sequence[bool] = ()) -> None:
-    """Refuse an array that is empty, or whose values are not finite real numbers.
+def require_finite(x: AnyArray, name: str, masked: Sequence[bool] = ()) -> None:
+    """Refuse NaN (except in masked columns), infinity, and numbers that overflow float32.
 
     Arguments:
-        x: array to check.
+        x: array of floats to check.
         name: name of the array in messages.
         masked: one flag for each column of a table, True if it may be NaN.
 
     Raises:
-        DataError: the array is refused; the message says which array, row and column.
-    """
-    if x.dtype.kind not in "biuf":
-        raise DataError(f"{name}: expected real numbers; got {x.dtype}.")
-    if x.ndim == 0 or x.size == 0:
-        raise DataError(f"{name}: expected an array (rows, ...) with at least one row; got shape {x.shape}.")
-    if x.dtype.kind == "f":
-        check_finite(x, name, masked)
-
-
-def check_finite(x: AnyArray, name: str, masked: Sequence[bool] = ()) -> None:
-    """Refuse NaN (except in masked columns), infinity, and numbers that overflow float32.
-
-    Raises:
         DataError: a value is refused; the message gives its row and column, and the number of such values.
     """
-    count, first = 0, None
+    count, first = 0, ""
     for start, chunk in chunks(x, range(len(x))):
         with np.errstate(over="ignore", invalid="ignore"):
             bad = ~np.isfinite(chunk.astype(np.float32))
         if any(masked):
             bad &= ~(np.isnan(chunk) & np.array(masked))
-        if first is None and bad.any():
+        if not first and bad.any():
             row, *column = (int(i) for i in np.argwhere(bad)[0])
-            first = (start + row, column, chunk[(row, *column)])
+            place = column[0] if len(column) == 1 else tuple(column)
+            first = f"{chunk[(row, *column)]} in row {start + row}, column {place}"
         count += int(bad.sum())
-    if first is not None:
-        row, column, value = first
+    if first:
         raise DataError(
-            f"{name}: expected finite numbers; got {value} in row {row}, column {_element(column)} "
-            f"({count} such values in all). Remove or impute them."
+            f"{name}: expected finite numbers; got {first} ({count} such values in all). Remove or impute them."
         )
-
-
-def check_labels(y: Array, rows: int, name: str) -> None:
-    """Refuse labels that are not exactly one integer for each row.
-
-    Raises:
-        DataError: the labels have another shape or are not integers.
-    """
-    if y.ndim != 1 or len(y) != rows:
-        raise DataError(f"Labels of {name}: expected one for each of {rows} rows; got shape {y.shape}.")
-    if y.dtype.kind not in "biu":
-        raise DataError(f"Labels of {name}: expected integers; got {y.dtype}.")
-
-
-def _element(column: Sequence[int]) -> str:
-    return str(column[0]) if len(column) == 1 else str(tuple(column))
 
 
 def reshape(rows: Rows, shape: tuple[int, ...] | None) -> AnyArray:
@@ -134,8 +112,7 @@ def chunks(x: AnyArray, part: Part) -> Iterator[tuple[int, Array]]:
     """Yield consecutive chunks of ``x[part]`` of about `CHUNK_ELEMENTS` values, each with its offset in the part."""
     step = max(1, CHUNK_ELEMENTS // max(1, prod(x.shape[1:])))
     for start in range(0, len(part), step):
-        piece = part[start : start + step]
-        yield start, rows_of(x, piece)
+        yield start, rows_of(x, part[start : start + step])
 
 
 def rows_of(x: AnyArray, part: Part) -> Array:
@@ -156,34 +133,22 @@ def partition(declared: Mapping[str, tuple[int, int]], rows: Rows) -> dict[str, 
             f"data.splits: expected train, validation and test, as this source has no order of its own; "
             f"{', '.join(missing)} missing."
         )
-    parts = {
-        name: _checked(name, declared[name], len(rows.x)) if name in declared else rows.parts[name] for name in SPLITS
-    }
-    _refuse_overlap(parts, declared)
-    return parts
-
-
-def _checked(name: str, bounds: tuple[int, int], rows: int) -> range:
-    start, stop = bounds
-    if start >= stop:
-        raise DataError(f"data.splits.{name}: expected start < stop; got [{start}, {stop}], which is empty.")
-    if start < 0 or stop > rows:
-        raise DataError(f"data.splits.{name}: expected rows in [0, {rows}]; got [{start}, {stop}].")
-    return range(start, stop)
-
-
-def _refuse_overlap(parts: Mapping[str, Part], declared: Mapping[str, tuple[int, int]]) -> None:
-    for one, other in combinations(SPLITS, 2):
-        a, b = parts[one], parts[other]
-        if isinstance(a, range) and isinstance(b, range) and max(a.start, b.start) < min(a.stop, b.stop):
+    parts: dict[str, Part] = dict(rows.parts)
+    for name, (start, stop) in declared.items():
+        if start >= stop:
+            raise DataError(f"data.splits.{name}: expected start < stop; got [{start}, {stop}], which is empty.")
+        if start < 0 or stop > len(rows.x):
+            raise DataError(f"data.splits.{name}: expected rows in [0, {len(rows.x)}]; got [{start}, {stop}].")
+        parts[name] = range(start, stop)
+    own = {name: "" if name in declared else " (the source's own)" for name in SPLITS}
+    ranges = [(name, part) for name in SPLITS if isinstance(part := parts[name], range)]
+    for (one, a), (other, b) in combinations(ranges, 2):
+        if max(a.start, b.start) < min(a.stop, b.stop):
             raise DataError(
-                f"data.splits: expected splits that share no row; got {_shown(one, a, declared)} and "
-                f"{_shown(other, b, declared)}. Declare both."
+                f"data.splits: expected splits that share no row; got {one} = [{a.start}, {a.stop}]{own[one]} and "
+                f"{other} = [{b.start}, {b.stop}]{own[other]}. Declare both."
             )
-
-
-def _shown(name: str, part: range, declared: Mapping[str, tuple[int, int]]) -> str:
-    return f"{name} = [{part.start}, {part.stop}]" + ("" if name in declared else " (the source's own)")
+    return {name: parts[name] for name in SPLITS}
 
 
 def tenths(rows: int, missing: Sequence[str], seed: int) -> dict[str, Part]:
@@ -201,47 +166,50 @@ def tenths(rows: int, missing: Sequence[str], seed: int) -> dict[str, Part]:
 
 
 def joined(
-    given: Mapping[str, tuple[AnyArray, Array | None]], seed: int, label_names: Sequence[str] | None = None
+    given: Mapping[str, tuple[AnyArray, Array | None]],
+    seed: int,
+    name: str = "train",
+    *,
+    label_names: Sequence[str] | None = None,
+    largest: float | None = None,
+    **more: Any,
 ) -> Rows:
     """Return rows that concatenate the given splits; each split not given is a random tenth of "train".
 
+    Arguments:
+        given: x and labels (or None) of each split, by its name; "train" is required.
+        seed: seed of the permutation that makes the splits that are not given.
+        name: name of the rows in messages.
+        label_names: name of each label, or None.
+        largest: largest possible value; None is 255 for unsigned bytes, and unknown for others.
+        more: further fields of `Rows`.
+
     Raises:
-        DataError: rows of different shapes, or labels for some splits only.
+        DataError: rows of different shapes, or labels for some splits only; see also `Rows` and `tenths`.
     """
-    for name, (x, y) in given.items():
-        Rows(x, y, {}, name=name)
-    _refuse_unlike(given)
-    train = len(given["train"][0])
-    missing = [name for name in SPLITS if name not in given]
-    parts: dict[str, Part] = tenths(train, missing, seed) if missing else {"train": np.arange(train)}
-    start = train
-    for name in SPLITS[1:]:
-        if name in given:
-            parts[name] = np.arange(start, start + len(given[name][0]))
-            start += len(given[name][0])
-    order = [name for name in SPLITS if name in given]
-    x = _one_after_another([given[name][0] for name in order])
-    labels = [y for name in order if (y := given[name][1]) is not None]
-    largest = 255.0 if x.dtype == np.uint8 else None
-    y = np.concatenate(labels) if labels else None
-    return Rows(x, y, parts, largest, tuple(label_names) if label_names else None)
-
-
-def _one_after_another(arrays: Sequence[AnyArray]) -> AnyArray:
-    if len(arrays) == 1:
-        return arrays[0]
-    held = [array for array in arrays if isinstance(array, np.ndarray)]
-    return np.concatenate(held) if len(held) == len(arrays) else Joined(arrays)
-
-
-def _refuse_unlike(given: Mapping[str, tuple[AnyArray, Array | None]]) -> None:
-    x, y = given["train"]
-    for name, (other, labels) in given.items():
-        if other.shape[1:] != x.shape[1:]:
-            raise DataError(f"{name}: expected rows of shape {x.shape[1:]}, as in train; got {other.shape[1:]}.")
-        if (labels is None) != (y is None):
-            have, lack = (name, "train") if y is None else ("train", name)
+    first, labels = given["train"]
+    for split, (x, y) in given.items() if len(given) > 1 else ():
+        Rows(x, y, {}, name=split)
+        if x.shape[1:] != first.shape[1:]:
+            raise DataError(f"{split}: expected rows of shape {first.shape[1:]}, as in train; got {x.shape[1:]}.")
+        if (y is None) != (labels is None):
+            have, lack = (split, "train") if labels is None else ("train", split)
             raise DataError(f"Expected labels in every split or in none; got some in {have} and none in {lack}.")
+    order = [split for split in SPLITS if split in given]
+    arrays = [given[split][0] for split in order]
+    held = [array for array in arrays if isinstance(array, np.ndarray)]
+    x = arrays[0] if len(arrays) == 1 else np.concatenate(held) if len(held) == len(arrays) else Joined(arrays)
+    y = labels if labels is None or len(order) == 1 else np.concatenate([given[split][1] for split in order])
+    largest = largest or (255.0 if x.dtype == np.uint8 else None)
+    parts: dict[str, Part] = {}
+    if x.ndim and x.size and x.dtype.kind in "biuf":  # else `Rows` refuses it
+        missing = [split for split in SPLITS if split not in given]
+        parts = tenths(len(first), missing, seed) if missing else {"train": np.arange(len(first))}
+        start = len(first)
+        for split, array in zip(order[1:], arrays[1:], strict=True):
+            parts[split] = np.arange(start, start + len(array))
+            start += len(array)
+    return Rows(x, y, parts, largest, tuple(label_names or ()) or None, name, **more)
 
 
 def shared_rows(x: AnyArray, parts: Mapping[str, Part], name: str) -> int:
@@ -257,9 +225,7 @@ def _hashes(x: AnyArray, part: Part) -> NDArray[np.uint64]:
     out = np.empty(len(part), np.uint64)
     for start, chunk in chunks(x, part):
         content = np.ascontiguousarray(chunk).reshape(len(chunk), -1).view(np.uint8)
-        words = np.zeros((len(chunk), 8 * width), np.uint8)
-        words[:, : content.shape[1]] = content
-        mixed = words.view(np.uint64)
+        mixed = np.pad(content, ((0, 0), (0, 8 * width - content.shape[1]))).view(np.uint64)
         for shift, factor in ((32, 0xBF58476D1CE4E5B9), (29, 0x94D049BB133111EB)):  # whole numbers have low bits of 0
             mixed ^= mixed >> np.uint64(shift)
             mixed *= np.uint64(factor)

@@ -11,14 +11,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
-import numpy as np
 from pydantic import Field
 
 from pvae.component import Component, Ints, Section, Table
-from pvae.data.rows.arrays import AnyArray
 from pvae.data.rows.columns import Column
+from pvae.data.rows.files import AnyArray
 from pvae.data.rows.prepare import Binarize, Scale
-from pvae.data.rows.rows import SPLITS, Rows, tenths
+from pvae.data.rows.rows import Rows, joined
 from pvae.util.types import Array
 
 Range = Annotated[tuple[int, int], Field(strict=False)]
@@ -41,8 +40,7 @@ class Splits(Section):
     @property
     def declared(self) -> dict[str, tuple[int, int]]:
         """Declared row ranges by split name; splits that are not declared are absent."""
-        ranges = {"train": self.train, "validation": self.validation, "test": self.test}
-        return {name: rows for name, rows in ranges.items() if rows is not None}
+        return self.model_dump(exclude_none=True)
 
 
 class Data(Component):
@@ -105,8 +103,6 @@ class FileData(Data):
             more: additional fields of `Rows`.
 
         Raises:
-            DataError: see `Rows` and `tenths`.
+            DataError: see `Rows` and `joined`.
         """
-        parts = tenths(x.shape[0], SPLITS[1:], self.split_seed) if x.ndim and x.size else {}
-        largest = self.largest or (255.0 if x.dtype == np.uint8 else None)
-        return Rows(x, y, parts, largest, name=name, **more)
+        return joined({"train": (x, y)}, self.split_seed, name, largest=self.largest, **more)

@@ -1,7 +1,8 @@
-"""Data sources MNIST and Fashion-MNIST: their files are located or downloaded, and checked by SHA-256.
+"""Data sources of published image collections: scikit-learn's digits, MNIST and Fashion-MNIST.
 
-Files are looked for in the user's data folder (``data_dir``, or ``PVAE_DATA_DIR``), then in the system package, then in
-the cache; else they are downloaded from a mirror, unless ``PVAE_OFFLINE=1``.
+The files of the latter two are checked by SHA-256. They are looked for in the user's data folder (``data_dir``, or
+``PVAE_DATA_DIR``), then in the system package, then in the cache; else they are downloaded from a mirror, unless
+``PVAE_OFFLINE=1``.
 """
 
 from __future__ import annotations
@@ -19,9 +20,8 @@ import numpy as np
 from pvae.data.rows.cache import cache_folder, locked
 from pvae.data.rows.files import user_folder
 from pvae.data.rows.rows import Rows
-from pvae.data.sources.archives import read_arrays
 from pvae.data.sources.base import Data
-from pvae.data.sources.idx import IdxHeader, read_idx
+from pvae.data.sources.binary import idx_header, read_arrays, read_idx
 from pvae.errors import DataError
 from pvae.util.types import Array
 
@@ -120,35 +120,43 @@ class MNIST(Data):
         return read_collection(MNIST_FILES, data_dir)
 
 
+@final
+class Digits(Data):
+    """Handwritten digits of scikit-learn: 1797 images (1, 8, 8) with grey levels 0 to 16; needs no download."""
+
+    source: Literal["digits"] = "digits"
+
+    def read(self, data_dir: Path | None, seed: int) -> Rows:
+        """Return rows (1797, 1, 8, 8); train [0, 1000), validation [1000, 1350), test [1350, 1797)."""
+        from sklearn.datasets import load_digits
+
+        bunch = load_digits()
+        parts = {"train": range(1000), "validation": range(1000, 1350), "test": range(1350, 1797)}
+        x, y = bunch.data.reshape(-1, 1, 8, 8).astype(np.uint8), bunch.target
+        return Rows(x, y, parts, largest=16.0, label_names=tuple("0123456789"), name="digits")
+
+
 def read_collection(collection: Collection, data_dir: Path | None) -> Rows:
     """Return the rows of an image collection: training rows (the last sixth is the validation split), then test rows.
 
     Raises:
         DataError: files are missing or damaged.
     """
-    arrays = _read_archive(collection, data_dir) or {
-        key: _read_file(collection, file, data_dir) for key, file in collection.files.items()
-    }
-    train, total = len(arrays["x_train"]), len(arrays["x_train"]) + len(arrays["x_test"])
+    folder = user_folder(data_dir)
+    places = [folder / collection.slug, folder] if folder else []
+    archives = [place / collection.archive for place in places if collection.archive]
+    if archive := next(filter(Path.is_file, archives), None):
+        found = read_arrays(archive, KEYS)
+        arrays = {key: _checked_array(np.asarray(found[key]), file, archive) for key, file in collection.files.items()}
+    else:
+        places += [collection.system] if collection.system else []
+        arrays = {key: _read_file(collection, file, places) for key, file in collection.files.items()}
     x = np.concatenate([arrays["x_train"], arrays["x_test"]])[:, None]
     y = np.concatenate([arrays["y_train"], arrays["y_test"]])
+    train = len(arrays["x_train"])
     fit = train - train // 6
-    parts = {"train": range(fit), "validation": range(fit, train), "test": range(train, total)}
+    parts = {"train": range(fit), "validation": range(fit, train), "test": range(train, len(x))}
     return Rows(x, y, parts, 255.0, collection.label_names, collection.slug)
-
-
-def _user_folders(collection: Collection, data_dir: Path | None) -> list[Path]:
-    folder = user_folder(data_dir)
-    return [folder / collection.slug, folder] if folder else []
-
-
-def _read_archive(collection: Collection, data_dir: Path | None) -> dict[str, Array] | None:
-    """Return the four arrays of a NumPy archive in the user's folder, checked by SHA-256, or None without archive."""
-    paths = [folder / collection.archive for folder in _user_folders(collection, data_dir) if collection.archive]
-    for path in filter(Path.is_file, paths):
-        arrays = read_arrays(path, KEYS)
-        return {key: _checked_array(np.asarray(arrays[key]), file, path) for key, file in collection.files.items()}
-    return None
 
 
 def _checked_array(array: Array, file: IdxFile, path: Path) -> Array:
@@ -159,13 +167,10 @@ def _checked_array(array: Array, file: IdxFile, path: Path) -> Array:
     return _checked_digest(array.reshape(file.shape), file, path)
 
 
-def _read_file(collection: Collection, file: IdxFile, data_dir: Path | None) -> Array:
-    folders = _user_folders(collection, data_dir) + ([collection.system] if collection.system else [])
-    for folder in folders:
-        for path in (folder / file.name, folder / f"{file.name}.gz"):
-            if path.is_file():
-                return read_known(path, file)
-    return _cached(collection, file)
+def _read_file(collection: Collection, file: IdxFile, places: list[Path]) -> Array:
+    paths = [place / name for place in places for name in (file.name, f"{file.name}.gz")]
+    path = next(filter(Path.is_file, paths), None)
+    return read_known(path, file) if path else _cached(collection, file)
 
 
 def read_known(path: Path, file: IdxFile) -> Array:
@@ -174,11 +179,11 @@ def read_known(path: Path, file: IdxFile) -> Array:
     Raises:
         DataError: see `read_idx`; or the SHA-256 differs from that of the collection.
     """
-    return _checked_digest(np.asarray(read_idx(path, IdxHeader(file.shape))), file, path)
+    return _checked_digest(np.asarray(read_idx(path, file.shape)), file, path)
 
 
 def _checked_digest(array: Array, file: IdxFile, path: Path) -> Array:
-    digest = hashlib.sha256(IdxHeader(file.shape).content)
+    digest = hashlib.sha256(idx_header(file.shape))
     digest.update(np.ascontiguousarray(array).data)
     if digest.hexdigest() != file.sha256:
         raise DataError(
@@ -186,9 +191,6 @@ def _checked_digest(array: Array, file: IdxFile, path: Path) -> Array:
             f"The file is damaged, or belongs to another collection."
         )
     return array
-
-
-# Cache and download
 
 
 def _cached(collection: Collection, file: IdxFile) -> Array:
@@ -228,29 +230,22 @@ def _download(collection: Collection, file: IdxFile, path: Path) -> Array:
     Raises:
         DataError: no mirror gave the right bytes; the message lists the problem of each.
     """
-    problems = []
-    for mirror in collection.mirrors:
-        url = f"{mirror}{file.name}.gz"
-        try:
-            return _fetch(url, file, path)
-        except DataError as error:
-            problems.append(f"{url}: {error}")
-    raise DataError(f"Expected {file.name}.gz from a mirror; got: {'; '.join(problems)} {_by_hand(collection)}")
-
-
-def _fetch(url: str, file: IdxFile, path: Path) -> Array:
     import pooch
     import requests
 
-    descriptor, name = tempfile.mkstemp(prefix=".part-", suffix=".gz", dir=path.parent)
-    part = Path(name)
-    try:
-        with os.fdopen(descriptor, "wb") as out:
-            pooch.HTTPDownloader(chunk_size=DOWNLOAD_PIECE_BYTES, timeout=CONNECT_AND_READ_SECONDS)(url, out, None)
-        array = read_known(part, file)
-        part.replace(path)
-        return array
-    except requests.RequestException as error:
-        raise DataError(f"download failed: {error}.") from error
-    finally:
-        part.unlink(missing_ok=True)
+    download = pooch.HTTPDownloader(chunk_size=DOWNLOAD_PIECE_BYTES, timeout=CONNECT_AND_READ_SECONDS)
+    problems = []
+    for mirror in collection.mirrors:
+        url = f"{mirror}{path.name}"
+        try:
+            with tempfile.TemporaryDirectory(prefix=".part-", dir=path.parent) as folder:
+                part = Path(folder) / path.name
+                download(url, str(part), None)
+                array = read_known(part, file)
+                part.replace(path)
+                return array
+        except requests.RequestException as error:
+            problems.append(f"{url}: download failed: {error}.")
+        except DataError as error:
+            problems.append(f"{url}: {error}")
+    raise DataError(f"Expected {path.name} from a mirror; got: {'; '.join(problems)} {_by_hand(collection)}")

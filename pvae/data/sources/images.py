@@ -6,7 +6,6 @@ import hashlib
 import os
 import stat
 import warnings
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated, Literal, final
@@ -17,7 +16,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from pydantic import Field
 
 from pvae.data.rows.cache import Writer, decoded
-from pvae.data.rows.files import held, user_folder
+from pvae.data.rows.files import candidate, held
 from pvae.data.rows.prepare import Scale
 from pvae.data.rows.rows import Rows
 from pvae.data.sources.base import FileData
@@ -61,7 +60,11 @@ class Images(FileData):
             DataError: the folder does not exist, contains no readable image, or images differ in size and no `size` is
                 declared.
         """
-        root = _located(self.path, data_dir)
+        root = candidate(self.path, data_dir, Path.is_dir)
+        if root.is_file():
+            raise DataError(f"{root}: expected a folder of images; got a file. Unpack an archive first.")
+        if not root.is_dir():
+            raise DataError(f"Expected a folder of images at {root}; got no such folder.")
         files, skipped = found(root)
         if not files:
             raise DataError(f"{root}: expected images ({', '.join(FORMATS)}); got none.{_listed(skipped)}")
@@ -69,29 +72,13 @@ class Images(FileData):
         entry = {"source": "images", "path": str(root.resolve()), "files": listing, "skipped": skipped}
         options = {"size": self.size, "mode": self.mode, "pillow": PIL.__version__}
         kept = decoded({**entry, **options}, lambda writer: _decode(writer, root, files, skipped, self))
-        names, y = kept.notes["label_names"], kept.arrays.get("y")
-        return self.to_rows(
-            held(kept.arrays["x"], self.stream, str(root)),
-            None if y is None else y[:],
-            "images",
-            label_names=tuple(names) if names else None,
-            notes=tuple(kept.notes["skipped"]),
-        )
+        y = kept.arrays["y"][:] if "y" in kept.arrays else None
+        x, names = held(kept.arrays["x"], self.stream, str(root)), tuple(kept.notes["label_names"]) or None
+        return self.to_rows(x, y, "images", label_names=names, notes=tuple(kept.notes["skipped"]))
 
 
 ImageFile = tuple[str, int, int]
 """Candidate image file: its path inside the folder (with slashes), its size (bytes), its modification time (ns)."""
-
-
-def _located(path: str, data_dir: Path | None) -> Path:
-    folder = user_folder(data_dir)
-    inside = folder / path if folder else Path(path)
-    root = inside if inside.is_dir() else Path(path)
-    if root.is_dir():
-        return root
-    if root.is_file():
-        raise DataError(f"{root}: expected a folder of images; got a file. Unpack an archive first.")
-    raise DataError(f"Expected a folder of images at {root}; got no such folder.")
 
 
 def found(root: Path) -> tuple[list[ImageFile], list[str]]:
@@ -109,12 +96,10 @@ def found(root: Path) -> tuple[list[ImageFile], list[str]]:
 
     for folder, folders, names in os.walk(root, onerror=unreadable):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        linked = [name for name in folders if (Path(folder) / name).is_symlink()]
-        for name in [*linked, *(name for name in names if not name.startswith("."))]:
-            path = Path(folder) / name
+        linked = [path for name in folders if (path := Path(folder, name)).is_symlink()]
+        for path in [*linked, *(Path(folder, name) for name in names if not name.startswith("."))]:
             local = path.relative_to(root).as_posix()
-            problem = "a link to a folder" if name in linked else _problem(path, inside)
-            if problem:
+            if problem := "a link to a folder" if path in linked else _problem(path, inside):
                 skipped.append(f"{printable(local)} ({problem})")
             else:
                 status = path.stat()
@@ -135,46 +120,44 @@ def _problem(path: Path, root: Path) -> str:
 
 def _decode(writer: Writer, root: Path, files: list[ImageFile], skipped: list[str], declared: Images) -> None:
     """Write decoded images `x` (n, C, H, W) uint8, labels `y` (n,) if any, and notes into a cache entry."""
-    size, good, bad = None, list[str](), list(skipped)
-    for some in _decoded(root, files, declared):
-        images = []
-        for name, image in some:
-            if isinstance(image, str):
-                bad.append(f"{printable(name)} ({image})")
-                continue
-            size = size or image.shape
-            if image.shape != size:
-                raise DataError(
-                    f"{root}: expected images of one size; got {_shown(size)} in {printable(good[0])} and "
-                    f"{_shown(image.shape)} in {printable(name)}. Set data.size = [height, width] to resize them."
-                )
-            images.append(image)
-            good.append(name)
-        if images:
-            writer.append("x", np.stack(images))
-    if not good:
-        raise DataError(f"{root}: expected images that can be read; got none.{_listed(bad)}")
-    writer.notes["skipped"] = [f"{root}:{_listed(bad)}"] if bad else []
-    writer.notes["label_names"] = _label(writer, good)
-
-
-def _decoded(root: Path, files: list[ImageFile], declared: Images) -> Iterator[list[tuple[str, Array | str]]]:
-    """Yield batches of file names, each with its image (C, H, W) uint8 or the reason why it cannot be read."""
+    shape, good, bad = None, list[str](), list(skipped)
     with warnings.catch_warnings(), ThreadPoolExecutor(DECODING_THREADS) as pool:
         warnings.simplefilter("ignore")
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         for start in range(0, len(files), IMAGES_AT_ONCE):
             names = [name for name, *_ in files[start : start + IMAGES_AT_ONCE]]
             images = pool.map(lambda name: image(root / name, declared.size, declared.mode), names)
-            yield list(zip(names, images, strict=True))
+            for name, pixels in zip(names, images, strict=True):
+                if isinstance(pixels, str):
+                    bad.append(f"{printable(name)} ({pixels})")
+                    continue
+                shape = shape or pixels.shape
+                if pixels.shape != shape:
+                    raise DataError(
+                        f"{root}: expected images of one size; got {shape[1]} x {shape[2]} in {printable(good[0])} and "
+                        f"{pixels.shape[1]} x {pixels.shape[2]} in {printable(name)}. Set data.size = [height, width] "
+                        "to resize them."
+                    )
+                writer.append("x", pixels[None])
+                good.append(name)
+    if not good:
+        raise DataError(f"{root}: expected images that can be read; got none.{_listed(bad)}")
+    labels = [name.split("/", 1)[0] for name in good] if all("/" in name for name in good) else []
+    known = sorted(set(labels))
+    if known:
+        writer.append("y", np.searchsorted(known, labels))
+    writer.notes |= {"skipped": [f"{root}:{_listed(bad)}"] if bad else [], "label_names": known}
 
 
 def image(path: Path, size: tuple[int, int] | None, mode: str) -> Array | str:
     """Return an image (C, H, W) uint8, rotated as its EXIF tag says, or the reason why it cannot be read."""
     try:
-        with Image.open(path, formats=FORMATS) as file:
-            if problem := _unfit(file):  # known from the header; nothing is decoded yet
-                return problem
+        with Image.open(path, formats=FORMATS) as file:  # its header alone; nothing is decoded yet
+            width, height = file.size
+            if width * height > MAX_PIXELS:
+                return f"{width} x {height} pixels, more than {MAX_PIXELS}"
+            if file.mode[0] in "IF":
+                return f"more than 8 bits a channel, mode {file.mode}"
             file.verify()  # checksums, where the format has them
         with Image.open(path, formats=FORMATS) as file:
             upright = ImageOps.exif_transpose(file).convert(mode)
@@ -186,27 +169,6 @@ def image(path: Path, size: tuple[int, int] | None, mode: str) -> Array | str:
     except Exception as error:  # decoders of foreign bytes may raise anything
         return printable(str(error)) or type(error).__name__
     return pixels.reshape(*pixels.shape[:2], -1).transpose(2, 0, 1)
-
-
-def _unfit(file: Image.Image) -> str:
-    width, height = file.size
-    if width * height > MAX_PIXELS:
-        return f"{width} x {height} pixels, more than {MAX_PIXELS}"
-    return f"more than 8 bits a channel, mode {file.mode}" if file.mode[0] in "IF" else ""
-
-
-def _label(writer: Writer, names: list[str]) -> list[str]:
-    """Write each image's top sub-folder as its label and return the label names, or [] if an image is in none."""
-    if not all("/" in name for name in names):
-        return []
-    folders = [name.split("/", 1)[0] for name in names]
-    known = sorted(set(folders))
-    writer.append("y", np.searchsorted(known, folders))
-    return known
-
-
-def _shown(shape: tuple[int, ...]) -> str:
-    return f"{shape[1]} x {shape[2]}"
 
 
 def _listed(skipped: list[str]) -> str:

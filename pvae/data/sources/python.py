@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import weakref
-from collections.abc import Iterator, Mapping, Sequence, Sized
+from collections.abc import Iterator, Mapping, Sized
 from pathlib import Path
 from typing import IO, Any, Literal, final
 
@@ -15,13 +15,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 from torch.utils.data import Dataset as TorchDataset
 
-from pvae.data.rows.arrays import AnyArray, Index, SparseRows, Stored
-from pvae.data.rows.cache import cache_folder
-from pvae.data.rows.files import PIECE_BYTES, require_room
+from pvae.data.rows.cache import cache_folder, created, room
+from pvae.data.rows.files import PIECE_BYTES, AnyArray, Index, SparseRows, Stored, require_room
 from pvae.data.rows.prepare import Scale
-from pvae.data.rows.rows import SPLITS, Rows, joined, tenths
+from pvae.data.rows.rows import Rows, joined
 from pvae.data.sources.base import Data, Seed
-from pvae.errors import DataError, OutputError, StorageError, near
+from pvae.errors import DataError, near
 from pvae.util.types import Array
 
 LARGEST_GAP = 4
@@ -69,25 +68,17 @@ def is_bare(data: Any) -> bool:
     return not isinstance(data, TorchDataset) and not is_anndata(data) and np.ndim(data) == 1
 
 
-def tensor_rows(given: Mapping[str, Any], seed: int, label_names: Sequence[str] | None) -> Rows:
-    """Return the rows of tensors or arrays.
-
-    Arguments:
-        given: x, or a tuple (x, y), by split name; "train" is required.
-        seed: seed of the permutation that makes the splits that are not given.
-        label_names: name of each label, or None.
+def tensors(part: Any, name: str) -> tuple[AnyArray, Array | None]:
+    """Return x (n, ...) and labels (n,) or None of a split, given as x or as a tuple (x, y) of tensors or arrays.
 
     Raises:
-        DataError: values are not arrays, or are too large for memory; see `joined`.
+        DataError: values are not arrays, or are too large for memory; `name` is that of the split.
     """
-    arrays: dict[str, tuple[AnyArray, Array | None]] = {}
-    for name, part in given.items():
-        x, y = part if isinstance(part, tuple) and len(part) == 2 else (part, None)
-        array = as_array(x, name)
-        if isinstance(array, np.ndarray):
-            require_room(array.shape, array.dtype, name, "Pass a torch Dataset and stream=True to Dataset.from_torch.")
-        arrays[name] = array, None if y is None else np.asarray(as_array(y, name))
-    return joined(arrays, seed, label_names)
+    x, y = part if isinstance(part, tuple) and len(part) == 2 else (part, None)
+    array = as_array(x, name)
+    if isinstance(array, np.ndarray):
+        require_room(array.shape, array.dtype, name, "Pass a torch Dataset and stream=True to Dataset.from_torch.")
+    return array, None if y is None else np.asarray(as_array(y, name))
 
 
 # torch
@@ -113,36 +104,9 @@ class NamelessFile:
     """Unnamed temporary file in the cache folder, closed (and so deleted) when it is no longer referenced."""
 
     def __init__(self) -> None:
-        try:
-            cache_folder().mkdir(parents=True, exist_ok=True)
+        with created(cache_folder()):
             self.file: IO[bytes] = tempfile.TemporaryFile(dir=cache_folder())
-        except OSError as error:
-            raise OutputError(
-                f"Expected a cache folder at {cache_folder()}; got {error}. Set XDG_CACHE_HOME."
-            ) from error
         weakref.finalize(self, self.file.close)
-
-    def append(self, rows: Array) -> None:
-        """Append rows `(m, *row)` to the file.
-
-        Raises:
-            StorageError: the disk is full.
-        """
-        try:
-            self.file.write(np.ascontiguousarray(rows).data)
-            self.file.flush()
-        except OSError as error:
-            raise StorageError(f"{cache_folder()}: expected room for the rows; got {error}. Free some.") from error
-
-
-def torch_rows(given: Mapping[str, Any], stream: bool, seed: int, label_names: Sequence[str] | None) -> Rows:
-    """Return the rows of torch datasets, one for each given split; splits not given are tenths of "train".
-
-    Raises:
-        DataError: see `collected`.
-    """
-    parts = {name: collected(dataset, name, stream) for name, dataset in given.items()}
-    return joined(parts, seed, label_names)
 
 
 def collected(dataset: Any, name: str, stream: bool) -> tuple[AnyArray, Array | None]:
@@ -158,21 +122,25 @@ def collected(dataset: Any, name: str, stream: bool) -> tuple[AnyArray, Array | 
     """
     blocks: list[Array] = []
     labels: list[Any] = []
-    file, rows, last = NamelessFile() if stream else None, 0, None
+    file = NamelessFile() if stream else None
     for x, y in _blocks(dataset, name):
-        rows, last = rows + len(x), x
         labels += y
-        if file is not None:
-            file.append(x)
+        if file:
+            with room(cache_folder()):
+                file.file.write(np.ascontiguousarray(x).data)
+                file.file.flush()
+            blocks = [x]  # the last, for its type
         else:
-            require_room((rows, *x.shape[1:]), x.dtype, name, "Pass stream=True to Dataset.from_torch.")
+            require_room((len(labels), *x.shape[1:]), x.dtype, name, "Pass stream=True to Dataset.from_torch.")
             blocks.append(x)
-    if last is None:
+    if not blocks:
         raise DataError(f"{name}: expected a dataset of at least one item; got none.")
     known = [label for label in labels if label is not None]
-    if known and len(known) < rows:
-        raise DataError(f"{name}: expected a label with every item or with none; got {len(known)} with {rows} items.")
-    held = np.concatenate(blocks) if file is None else Spool(file, last.dtype, (rows, *last.shape[1:]))
+    if known and len(known) < len(labels):
+        got = f"{len(known)} with {len(labels)} items"
+        raise DataError(f"{name}: expected a label with every item or with none; got {got}.")
+    last = blocks[-1]
+    held = Spool(file, last.dtype, (len(labels), *last.shape[1:])) if file else np.concatenate(blocks)
     return held, np.asarray(as_array(known, f"Labels of {name}")) if known else None
 
 
@@ -210,10 +178,10 @@ def _parted(item: Any, where: str) -> tuple[Array, Any]:
         if "x" not in item:
             raise DataError(f'{where}: expected "x" and perhaps "y"; got {", ".join(map(str, item))}.')
         x, y = item["x"], item.get("y")
-    elif isinstance(item, tuple | list) and len(item) in (1, 2):
-        x, y = (*item, None)[:2]
     elif isinstance(item, tuple | list):
-        raise DataError(f"{where}: expected x, (x, y) or a mapping; got {len(item)} values. Wrap the dataset.")
+        if len(item) not in (1, 2):
+            raise DataError(f"{where}: expected x, (x, y) or a mapping; got {len(item)} values. Wrap the dataset.")
+        x, y = (*item, None)[:2]
     else:
         x, y = item, None
     array = np.asarray(as_array(x, where))
@@ -267,8 +235,7 @@ def anndata_rows(adata: Any, layer: str | None, labels: str | None, seed: int) -
     name = "X" if layer is None else f"layers[{layer!r}]"
     x = _matrix(adata, layer, name)
     y, label_names = _labels(adata.obs, labels) if labels is not None else (None, None)
-    parts = tenths(x.shape[0], SPLITS[1:], seed) if x.ndim and x.size else {}
-    return Rows(x, y, parts, 255.0 if x.dtype == np.uint8 else None, label_names, name)
+    return joined({"train": (x, y)}, seed, name, label_names=label_names)
 
 
 def _matrix(adata: Any, layer: str | None, name: str) -> AnyArray:

@@ -10,16 +10,14 @@ from typing import Any, Literal, Self, final
 from pydantic import Field, model_validator
 
 from pvae.component import Names
-from pvae.data.rows.arrays import version_of
 from pvae.data.rows.cache import Writer, decoded
 from pvae.data.rows.columns import Column
-from pvae.data.rows.files import held, located
+from pvae.data.rows.files import held, located, version_of
 from pvae.data.rows.prepare import Scale
-from pvae.data.rows.rows import SPLITS, Rows, tenths
+from pvae.data.rows.rows import Rows, joined
 from pvae.data.sources.base import Data, FileData, Seed
 from pvae.data.tables.cells import CellDecoder, Numbers, in_order
-from pvae.data.tables.delimited import text_pieces
-from pvae.data.tables.parquet import brief, parquet_pieces
+from pvae.data.tables.readers import brief, parquet_pieces, text_pieces
 from pvae.errors import DataError
 
 
@@ -53,10 +51,6 @@ class Tabular(Data):
                 raise ValueError(f"levels of {name!r} that are not in na, the words for what is missing; got {lost}")
         return self
 
-    def decoder(self, origin: str) -> CellDecoder:
-        """Return the converter of this table's cells to numbers; `origin` is the name of the table in messages."""
-        return CellDecoder(self.columns, self.label, self.na, origin)
-
 
 class TableFile(Tabular, FileData):
     """Base of the tables in files, which are decoded once into the cache."""
@@ -86,7 +80,7 @@ class TableFile(Tabular, FileData):
         return self.to_rows(held(kept.arrays["x"], self.stream, str(path)), y, str(path), **more)
 
     def _decode(self, writer: Writer, path: Path) -> None:
-        decoder = self.decoder(str(path))
+        decoder = CellDecoder(self.columns, self.label, self.na, str(path))
         rows = 0
         for x, y in self.pieces(path, decoder):
             writer.append("x", x)
@@ -143,7 +137,7 @@ class FrameSource(Tabular):
         if not isinstance(frame, pandas.DataFrame):
             raise DataError(f"data: expected a pandas DataFrame; got {type(frame).__name__}.")
         names = [str(name) for name in frame.columns]
-        decoder = self.decoder("data")
+        decoder = CellDecoder(self.columns, self.label, self.na, "data")
         decoder.require_columns(names)
         if not len(frame):
             raise DataError("data: expected a DataFrame with rows; got none.")
@@ -151,6 +145,6 @@ class FrameSource(Tabular):
             x, y = decoder.decode(frame.set_axis(names, axis=1), lambda row: f"row {row}")
         except (TypeError, ValueError) as error:  # cells that are lists or the like
             raise DataError(f"data: expected numbers and words; got something else: {brief(error)}.") from error
-        parts = tenths(len(x), SPLITS[1:], self.split_seed)
-        y, label_names = (None, None) if y is None else in_order(y, list(decoder.labels))
-        return Rows(x, y, parts, None, label_names, "data", decoder.notes(), self.columns)
+        y, words = (None, None) if y is None else in_order(y, list(decoder.labels))
+        more: dict[str, Any] = {"label_names": words, "notes": decoder.notes(), "table": self.columns}
+        return joined({"train": (x, y)}, self.split_seed, "data", **more)

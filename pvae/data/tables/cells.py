@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -127,7 +128,7 @@ class CellDecoder:
         if not is_numeric_dtype(cells.dtype) or is_bool_dtype(cells.dtype):
             values = [np.nan if self._is_missing(value) else value for value in cells.astype(object)]
             for at, value in enumerate(values):
-                if not _is_number(value):
+                if isinstance(value, bool) or not isinstance(value, Real):  # a bool of NumPy is no Real
                     raise self._wrong(at, name, column.expected, shown(str(value)), where)
             return np.array(values, np.float64)
         if cells.dtype.kind == "c":
@@ -172,10 +173,6 @@ class CellDecoder:
     def _wrong(self, at: int, name: str, expected: str, got: str, where: Where, todo: str = "") -> DataError:
         text = f"{self.origin}, {where(at)}, column {shown(name)}: expected {expected}; got {got}. {todo}"
         return DataError(text.rstrip())
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool | np.bool_)
 
 
 def word_of(value: Any) -> str:

@@ -14,8 +14,7 @@ from scipy.stats import skew
 from pvae.data.rows.columns import TRUTH
 from pvae.data.rows.files import located
 from pvae.data.tables.cells import listed, shown, word_of
-from pvae.data.tables.delimited import read_header, read_pieces, text_frame
-from pvae.data.tables.parquet import opened_parquet
+from pvae.data.tables.readers import TextTable, opened_parquet
 from pvae.errors import DataError, near
 
 if TYPE_CHECKING:
@@ -97,10 +96,10 @@ def _separator(path: Path) -> str:
 def _text_cells(path: Path, separator: str) -> pandas.DataFrame:
     import pandas
 
-    header = read_header(path, separator)
+    table = TextTable(path, separator)
     parts: list[pandas.DataFrame] = []
-    for piece in read_pieces(path, header, separator):
-        parts.append(text_frame(piece, header, separator, NA, dict.fromkeys(header.names, "str")))
+    for piece in table.pieces():
+        parts.append(table.frame(piece, NA, dict.fromkeys(table.names, "str")))
         if sum(map(len, parts)) >= GUESSED_ROWS:
             break
     if not parts:
@@ -122,14 +121,15 @@ def column_of(cells: Cells) -> Found | str:
     words = [str(word) for word in given.unique()]
     if len(words) < 2:
         return "one value alone" if words else "no value"
-    kind = _two(words) if len(words) == 2 else _numbers(given) or _levels(words, len(given))
+    kind: Found | str | None
+    if len(words) == 2:
+        plain = [next((code for code, known in enumerate(TRUTH) if word in known), None) for word in words]
+        kind = {"type": "binary"} if set(plain) == {0, 1} else {"type": "binary", "values": _in_order(words)}
+    elif (kind := _numbers(given)) is None:
+        if len(words) > min(MAX_LEVELS, max(3, len(given) // 2)):
+            return f"{len(words)} different words"
+        kind = {"type": "categorical", "levels": _in_order(words)}
     return kind if isinstance(kind, str) or len(given) == len(cells) else {**kind, "missing": "mask"}
-
-
-def _two(words: Sequence[str]) -> Found:
-    """Return the declaration of a binary column that contains two different words."""
-    plain = [next((code for code, known in enumerate(TRUTH) if word in known), None) for word in words]
-    return {"type": "binary"} if set(plain) == {0, 1} else {"type": "binary", "values": _in_order(words)}
 
 
 def _numbers(given: Cells) -> Found | str | None:
@@ -143,25 +143,14 @@ def _numbers(given: Cells) -> Found | str | None:
     if not np.isfinite(values).all():
         return None
     if (values % 1 != 0).any() or values.min() < 0:
-        return {"type": "continuous", **({"transform": "log"} if _wants_logarithm(values) else {})}
+        skewed = values.min() > 0 and bool(skew(values) > LARGE_SKEWNESS > 2 * abs(skew(np.log(values))))
+        return {"type": "continuous", **({"transform": "log"} if skewed else {})}
     if len(values) > 2 and (np.diff(values) == 1).all():
         return "a number for every row"
     if values.max() > LARGEST_GUESSED_COUNT:
         return {"type": "continuous", "transform": "log1p"}
     spread = values.var() > 1.5 * values.mean()
     return {"type": "count", **({"likelihood": "negative_binomial"} if spread else {})}
-
-
-def _wants_logarithm(values: Any) -> bool:
-    """Return True if all values are positive and their skewness is large but small for their logarithms."""
-    return values.min() > 0 and bool(skew(values) > LARGE_SKEWNESS > 2 * abs(skew(np.log(values))))
-
-
-def _levels(words: Sequence[str], rows: int) -> Found | str:
-    """Return the declaration of a categorical column, or the reason to leave it out: too many different words."""
-    if len(words) > min(MAX_LEVELS, max(3, rows // 2)):
-        return f"{len(words)} different words"
-    return {"type": "categorical", "levels": _in_order(words)}
 
 
 def _in_order(words: Sequence[str]) -> list[str] | list[int]:

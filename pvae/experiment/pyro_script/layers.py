@@ -7,8 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from torch import nn
 
 from pvae.nn.conv import ConvModule
-from pvae.nn.dense import Dense, Gated
-from pvae.nn.network import NetworkModule
+from pvae.nn.network import Dense, Gated, NetworkModule
 
 
 def layers_of(module: NetworkModule) -> list[str]:

@@ -9,7 +9,7 @@ import tomli_w
 from torch import nn
 
 from pvae.component import Section
-from pvae.distributions.determined import Determined
+from pvae.distributions.base import Determined
 from pvae.distributions.relaxed import categorical_kl
 from pvae.experiment.pyro_script.expressions import named, quoted
 from pvae.experiment.pyro_script.page import SUMMED, TIME, Script, sampled

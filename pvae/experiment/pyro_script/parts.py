@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from pvae.distributions.bijections import near_identity
 from pvae.experiment.pyro_script.expressions import named
 from pvae.graph.site import Site
-from pvae.nn.dense import MLP
+from pvae.nn.network import MLP
 
 if TYPE_CHECKING:
     from pvae.experiment.pyro_script.plain import PlainScript

@@ -104,12 +104,12 @@ class PlainScript(Script):
         encoder, module = self.experiment.encoder, self.guider.encoder
         grids = [tuple(latent.grid) for latent in self.experiment.latents.values() if latent.grid]
         features = encoder.network.features_on(max(grids, key=prod)) if grids else None
-        if encoder.kind == "shared":  # type: ignore[attr-defined]
+        if encoder.kind == "shared":
             call = self.network("encoder", encoder.network, module.network, {OBSERVED: x}, features)
             alone = len(self.guider.sites) == 1
             read = {**given, OBSERVED: call if alone else "h"} if OBSERVED in given else given
             return [] if alone else [f"h = {call}"], read
-        if encoder.kind == "per_latent":  # type: ignore[attr-defined]
+        if encoder.kind == "per_latent":
             own = module.networks[site.name]
             call = self.network(f"encoder_{site.name}", encoder.network, own, given, features)
             return [], {"features": call}

@@ -143,9 +143,5 @@ class Exporter(ABC):
         """Return the files of the run's analyses and reports with one of the suffixes; not links and large files."""
         folders = [self.files.path / name for name in ("analysis", "report")]
         paths = [path for folder in folders if not folder.is_symlink() for path in sorted(folder.glob("*"))]
-        return [path for path in paths if path.suffix in suffixes and _is_plain(path)]
-
-
-def _is_plain(path: Path) -> bool:
-    found = path.lstat()
-    return stat.S_ISREG(found.st_mode) and found.st_size <= LARGEST_ATTACHMENT
+        found = [(path, path.lstat()) for path in paths if path.suffix in suffixes]
+        return [path for path, s in found if stat.S_ISREG(s.st_mode) and s.st_size <= LARGEST_ATTACHMENT]

@@ -51,28 +51,20 @@ class MLflow(Exporter):
         if self.client is None:
             root = self.files.path.parent.parent.absolute()
             self.client = self.open(os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{root / 'mlflow.db'}")
-        experiment, found = self._experiment(), None
-        mine = f"tags.`pvae.id` = '{safe_key(self.tags()['id'], '/')}'"
-        for run in self.client.search_runs([experiment], mine):
-            if "pvae.superseded" in run.data.tags:
-                continue
-            if anew:
+        experiment, mine = self._experiment(), safe_key(self.tags()["id"], "/")
+        known = self.client.search_runs([experiment], f"tags.`pvae.id` = '{mine}'")
+        valid = [run for run in known if "pvae.superseded" not in run.data.tags]
+        if anew:
+            for run in valid:
                 self.client.set_tag(run.info.run_id, "pvae.superseded", "the fit continued with other values")
                 self.client.set_terminated(run.info.run_id, "KILLED")
-            else:
-                found = found or run
-        if found is None:
-            found = self.client.create_run(
-                experiment, int(1000 * self.started), {"pvae.id": safe_key(self.tags()["id"], "/")}, self._name()
-            )
+            valid = []
+        name, start = f"{self.tags()['name'][:LONGEST_KEY]} {self.tags()['id'][:40]}", int(1000 * self.started)
+        found = valid[0] if valid else self.client.create_run(experiment, start, {"pvae.id": mine}, name)
         self.id = found.info.run_id
         self.client.update_run(self.id, "RUNNING")
         self._describe(found.data.params)
         return self._exported(found.data.metrics)
-
-    def _name(self) -> str:
-        tags = self.tags()
-        return f"{tags['name'][:LONGEST_KEY]} {tags['id'][:40]}"
 
     def _experiment(self) -> str:
         """Return the id of the MLflow experiment, which is created if it does not exist."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -14,7 +15,7 @@ from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
 from scipy.ndimage import gaussian_filter
 
-from pvae.analysis.pages.plots.base import BLACK, BLUE, CLASS_COLOURS, SHORT, SKY, YELLOW, figure, nats, plain, style
+from pvae.analysis.pages.plots.base import BLACK, BLUE, CLASS_COLOURS, SHORT, SKY, YELLOW, nats, panels, plain, style
 from pvae.util.types import Array
 
 
@@ -58,11 +59,9 @@ def groups(labels: Array | None) -> list[int]:
 @style()
 def plane(cloud: Cloud, labels: Array | None = None, names: Sequence[str] | None = None) -> Figure:
     """Plot q_agg and prior in the two leading directions of the posterior means; as histograms for one coordinate."""
-    made = figure(5.4 if cloud.values.shape[1] > 1 and len(cloud.means) > 1 else 3.0)
-    axes = made.subplots()
     if cloud.values.shape[1] == 1 or len(cloud.means) < 2:
-        _line_of(axes, cloud)
-        return made
+        return _line(cloud)
+    made, (axes,) = panels(5.4)
     centre, directions, shares = leading(cloud.means)
     points, prior = (cloud.values - centre) @ directions, (cloud.prior - centre) @ directions
     _scatter(axes, points, labels, names)
@@ -71,8 +70,7 @@ def plane(cloud: Cloud, labels: Array | None = None, names: Sequence[str] | None
     else:
         _contours(axes, prior, points)
     axes.set_title(f"{plain(cloud.name)}: aggregated posterior and prior")
-    axes.set_xlabel(f"direction 1 ({shares[0]:.0%} of the means' variance)")
-    axes.set_ylabel(f"direction 2 ({shares[1]:.0%})")
+    axes.set(xlabel=f"direction 1 ({shares[0]:.0%} of the means' variance)", ylabel=f"direction 2 ({shares[1]:.0%})")
     axes.set_aspect("equal", adjustable="datalim")
     handles, shown = axes.get_legend_handles_labels()
     columns = max(1, min(6, 66 // (6 + max(map(len, shown)))))
@@ -80,14 +78,16 @@ def plane(cloud: Cloud, labels: Array | None = None, names: Sequence[str] | None
     return made
 
 
-def _line_of(axes: Axes, cloud: Cloud) -> None:
+def _line(cloud: Cloud) -> Figure:
+    """Plot histograms of the first coordinate of q_agg and of the prior."""
+    made, (axes,) = panels(3.0)
     values, prior = cloud.values[:, 0], cloud.prior[:, 0]
     edges = np.linspace(min(values.min(), prior.min()), max(values.max(), prior.max()), 61).tolist()
     _histograms(axes, values, prior, edges, linewidth=1.6)
     axes.set_title(f"{plain(cloud.name)}: aggregated posterior and prior")
-    axes.set_xlabel(plain(cloud.name))
-    axes.set_ylabel("density")
+    axes.set(xlabel=plain(cloud.name), ylabel="density")
     axes.legend(loc="best")
+    return made
 
 
 def _histograms(axes: Axes, values: Array, prior: Array, edges: list[float], linewidth: float) -> None:
@@ -103,17 +103,13 @@ def class_name(value: int, names: Sequence[str] | None) -> str:
 
 
 def _scatter(axes: Axes, points: Array, labels: Array | None, names: Sequence[str] | None) -> None:
-    size = float(np.clip(9000 / len(points), 3, 16))
+    look: dict[str, Any] = {"s": float(np.clip(9000 / len(points), 3, 16)), "linewidths": 0}
     found = groups(labels)
-    if not found or labels is None:
-        axes.scatter(
-            points[:, 0], points[:, 1], s=size, color=BLUE, alpha=0.5, linewidths=0, label="samples of q(z | x)"
-        )
-        return
+    if not found:
+        axes.scatter(*points.T, color=BLUE, alpha=0.5, label="samples of q(z | x)", **look)
     for i, value in enumerate(found):
-        chosen = points[labels == value]
-        look = {"s": size, "color": CLASS_COLOURS[i], "alpha": 0.65, "linewidths": 0}
-        axes.scatter(chosen[:, 0], chosen[:, 1], label=class_name(value, names), **look)  # type: ignore[arg-type]
+        name = class_name(value, names)
+        axes.scatter(*points[labels == value].T, color=CLASS_COLOURS[i], alpha=0.65, label=name, **look)
     for i, value in enumerate(found):
         axes.annotate(
             class_name(value, names), np.median(points[labels == value], 0), ha="center", va="center", fontsize=12,
@@ -168,11 +164,10 @@ def marginals(cloud: Cloud, order: Sequence[int], nats_of: Sequence[float] | Non
     chosen = list(order)[:MARGINALS]
     columns = min(4, len(chosen))
     rows = math.ceil(len(chosen) / columns)
-    made = figure(1.35 * rows + 0.7)
-    grid = made.subplots(rows, columns, squeeze=False)
-    for axes in grid.ravel()[len(chosen) :]:
+    made, grid = panels(1.35 * rows + 0.7, [1] * rows, columns)
+    for axes in grid[len(chosen) :]:
         axes.set_axis_off()
-    for axes, d in zip(grid.ravel(), chosen, strict=False):
+    for axes, d in zip(grid, chosen, strict=False):
         values, prior = cloud.values[:, d], cloud.prior[:, d]
         low, high = np.percentile(np.concatenate([values, prior]), [0.2, 99.8])
         edges = np.linspace(low, high if high > low else low + 1, 41).tolist()
@@ -182,6 +177,6 @@ def marginals(cloud: Cloud, order: Sequence[int], nats_of: Sequence[float] | Non
         axes.set_yticks([])
         axes.tick_params(labelsize=8)
         axes.xaxis.set_major_locator(MaxNLocator(3))
-    handles, shown = grid[0, 0].get_legend_handles_labels()
+    handles, shown = grid[0].get_legend_handles_labels()
     made.legend(handles, shown, loc="outside lower center", ncols=2)
     return made

@@ -13,7 +13,7 @@ from matplotlib.ticker import MaxNLocator
 
 from pvae.analysis.bounds.lower_bounds import Evidence
 from pvae.analysis.decompose.result import Surgery
-from pvae.analysis.pages.plots.base import BLACK, BLUE, GREY, ORANGE, RED, SERIES, YELLOW, figure, nats, plain, style
+from pvae.analysis.pages.plots.base import BLACK, BLUE, GREY, ORANGE, RED, SERIES, YELLOW, nats, panels, plain, style
 
 
 @dataclass(frozen=True)
@@ -45,62 +45,51 @@ def waterfall_steps(surgery: Surgery, above: Sequence[WaterfallStep] = ()) -> li
     """
     start = WaterfallStep("reconstruction", surgery.reconstruction.value, True)
     end = WaterfallStep(surgery.total_name, surgery.total.value, True)
+    by_term = _by_term(surgery)
     by_latent = [
         WaterfallStep(f"− KL of {name}", z.kl.value, colour=SERIES[i % len(SERIES)])
         for i, (name, z) in enumerate(surgery.latents.items())
     ]
-    panels = [list(above)] if above else []
-    if surgery.mutual_information is None or surgery.marginal_kl is None:
-        return [*panels, [start, *by_latent, end]]
-    panels.append(
-        [start, WaterfallStep("− I_q[x, z]", surgery.mutual_information.value, colour=BLUE), *_marginal(surgery), end]
-    )
-    return [*panels, [start, *by_latent, end]] if len(by_latent) > 1 else panels
+    if not by_term:
+        by_term, by_latent = by_latent, []
+    charts = [[start, *by_term, end], [start, *by_latent, end]] if len(by_latent) > 1 else [[start, *by_term, end]]
+    return [list(above), *charts] if above else charts
 
 
-def _marginal(surgery: Surgery) -> list[WaterfallStep]:
-    """Return the cost of the marginal KL, split if possible into total correlation and the KL of single coordinates."""
-    assert surgery.marginal_kl is not None  # noqa: S101 - the caller has checked it
-    whole, parts = surgery.marginal_kl.value, [z.dimensions for z in surgery.latents.values()]
-    if len(parts) == 1 and parts[0] is not None and parts[0].coordinate_kl is not None:
-        apart = parts[0].coordinate_kl.value
-        return [
-            WaterfallStep("− total correlation", whole - apart, colour=ORANGE),
-            WaterfallStep("− KL of coordinates", apart, colour=YELLOW),
-        ]
-    return [WaterfallStep("− marginal KL", whole, colour=ORANGE)]
+def _by_term(surgery: Surgery) -> list[WaterfallStep]:
+    """Return the costs I_q[x, z] and marginal KL, the latter split if possible; empty if they are not known.
+
+    The parts of the marginal KL are total correlation and the KL of single coordinates.
+    """
+    information, marginal = surgery.mutual_information, surgery.marginal_kl
+    if information is None or marginal is None:
+        return []
+    steps = [WaterfallStep("− I_q[x, z]", information.value, colour=BLUE)]
+    parts = [z.dimensions for z in surgery.latents.values()]
+    if len(parts) == 1 and parts[0] is not None and (apart := parts[0].coordinate_kl) is not None:
+        steps.append(WaterfallStep("− total correlation", marginal.value - apart.value, colour=ORANGE))
+        return [*steps, WaterfallStep("− KL of coordinates", apart.value, colour=YELLOW)]
+    return [*steps, WaterfallStep("− marginal KL", marginal.value, colour=ORANGE)]
 
 
 @style()
-def waterfall(panels: Sequence[Sequence[WaterfallStep]]) -> Figure:
+def waterfall(charts: Sequence[Sequence[WaterfallStep]]) -> Figure:
     """Draw a waterfall chart: panels of levels and costs above a common axis in nats per datum."""
-    heights = [0.5 * len(steps) + 0.8 for steps in panels]
-    made = figure(sum(heights) + 0.2)
-    grid = made.subplots(len(panels), 1, squeeze=False, sharex=True, height_ratios=heights)
-    for axes, steps in zip(grid[:, 0], panels, strict=True):
-        _fall(axes, steps)
-        low, high = reach(panels)
+    heights = [0.5 * len(steps) + 0.8 for steps in charts]
+    made, grid = panels(sum(heights) + 0.2, heights, sharex=True)
+    levels = [level for axes, steps in zip(grid, charts, strict=True) for level in _fall(axes, steps)]
+    low, high = min(levels), max(max(levels), min(levels) + 1e-3)
+    for axes, steps in zip(grid, charts, strict=True):
         axes.set_xlim(low - 0.2 * (high - low), high + 0.06 * (high - low))
         axes.set_title(f"from {plain(steps[0].label.split(',')[0])} to the {plain(steps[-1].label)}")
-    grid[-1, 0].xaxis.set_major_locator(MaxNLocator(6))
-    grid[-1, 0].set_xlabel("nats per datum")
+    grid[-1].xaxis.set_major_locator(MaxNLocator(6))
+    grid[-1].set_xlabel("nats per datum")
     return made
 
 
-def reach(panels: Sequence[Sequence[WaterfallStep]]) -> tuple[float, float]:
-    """Return the lowest and highest level of all panels, nats per datum, at least 0.001 apart."""
-    levels = []
-    for steps in panels:
-        position = steps[0].value
-        for step in steps:
-            position = step.value if step.is_level else position - step.value
-            levels.append(position)
-    return min(levels), max(max(levels), min(levels) + 1e-3)
-
-
-def _fall(axes: Axes, steps: Sequence[WaterfallStep]) -> None:
-    """Draw one panel of a waterfall chart: levels as ticks, costs as bars from one level down to the next."""
-    position = steps[0].value
+def _fall(axes: Axes, steps: Sequence[WaterfallStep]) -> list[float]:
+    """Draw one panel, levels as ticks and costs as bars from one level down to the next; return the level per step."""
+    position, levels = steps[0].value, []
     for i, step in enumerate(steps):
         if step.is_level:
             position = step.value
@@ -108,9 +97,9 @@ def _fall(axes: Axes, steps: Sequence[WaterfallStep]) -> None:
             _note(axes, position, i, nats(step.value), toward=1 if i else -1)
         else:
             axes.barh(i, -step.value, left=position, height=0.62, color=step.colour)
-            end = min(position, position - step.value)
-            _note(axes, end, i, nats(-step.value), toward=-1)
+            _note(axes, min(position, position - step.value), i, nats(-step.value), toward=-1)
             position -= step.value
+        levels.append(position)
         if i + 1 < len(steps):
             axes.plot([position] * 2, [i, i + 1], color=GREY, linewidth=0.8, linestyle=":", zorder=0)
     axes.set_yticks(range(len(steps)), [plain(step.label) for step in steps])
@@ -119,6 +108,7 @@ def _fall(axes: Axes, steps: Sequence[WaterfallStep]) -> None:
     axes.spines["left"].set_visible(False)
     axes.grid(axis="x")
     axes.set_axisbelow(True)
+    return levels
 
 
 def _note(axes: Axes, x: float, y: float, text: str, toward: int) -> None:

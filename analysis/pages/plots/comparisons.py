@@ -1,9 +1,10 @@
-"""Plot of runs in the rate-distortion plane, and labels of points that do not overlap."""
+"""Plots that compare several runs, and labels of points that do not overlap."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -13,9 +14,12 @@ from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
 from matplotlib.transforms import Bbox
 
-from pvae.analysis.pages.plots.base import GREY, PALE, SERIES, figure, nats, plain, set_caption, style
+from pvae.analysis.figures.estimate import Estimate
+from pvae.analysis.pages.plots.base import BLACK, GREY, PALE, SERIES, nats, panels, plain, set_caption, style
+from pvae.analysis.pages.plots.curves import MetricsRow, curve, over_epochs, robust_limits
 from pvae.util.types import Array
 
+DASHES = ("-", "--", ":", "-.")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 LABEL = 36
 """Largest number of characters of a label."""
@@ -23,6 +27,75 @@ REACHES = (9, 20, 34, 52, 74, 100, 140, 190)
 """Distances of a label from its point, in 1/72 inch, tried in this order; from the third on, a line connects them."""
 TURNS = tuple(math.radians(angle) for angle in (0, 180, 90, 270, 35, 145, 325, 215, 65, 115, 295, 245))
 """Directions from a point to its label, in radians, tried in this order at each distance."""
+
+
+@style()
+def overlaid(names: Sequence[str], runs: Sequence[Sequence[MetricsRow]]) -> Figure:
+    """Plot the validation ELBO over epochs, nats per datum, one line per run."""
+    made, (axes,) = panels(3.8 + 0.2 * len(names) / 2)
+    curves = []
+    for i, (name, rows) in enumerate(zip(names, runs, strict=True)):
+        dash, colour = DASHES[i // len(SERIES) % len(DASHES)], SERIES[i % len(SERIES)]
+        look = {"color": colour, "linestyle": dash, "linewidth": 1.5}
+        curves.append(curve(axes, rows, "validation", "elbo", label=shortened(name), **look))
+    robust_limits(axes, curves)
+    axes.set(title="ELBO of validation", ylabel="nats per datum")
+    over_epochs([axes])
+    made.legend(loc="outside lower left", ncols=2)
+    return made
+
+
+@style()
+def differences(names: Sequence[str], gains: Sequence[Estimate], reference: str, what: str) -> Figure:
+    """Plot paired differences to a reference run with ± 2 standard errors; they are positive if the run is better."""
+    made, (axes,) = panels(0.36 * len(names) + 1.2)
+    for i, gain in enumerate(gains):
+        error = 2 * gain.standard_error if np.isfinite(gain.standard_error) else 0.0
+        axes.errorbar(gain.value, i, xerr=error, markersize=6, elinewidth=2, capsize=3, **_look(i + 1))
+    axes.axvline(0, color=BLACK, linewidth=1)
+    axes.set_yticks(range(len(names)), [shortened(name) for name in names])
+    axes.set_title(f"{what}, less that of {shortened(reference)}")
+    axes.set(ylim=(len(names) - 0.5, -0.5), xlabel="nats per datum, ± 2 standard errors")
+    axes.tick_params(axis="y", length=0)
+    axes.grid(axis="x")
+    return made
+
+
+@style()
+def together(
+    names: Sequence[str], x: Sequence[float], metrics: Sequence[tuple[str, Sequence[float]]], of: str
+) -> Figure:
+    """Plot several metrics of the runs, a panel each, against one metric `x`, to show correlations over runs."""
+    made, grid = panels(2.6 * len(metrics) + 0.3, [1] * len(metrics), sharex=True)
+    clouds = [np.column_stack([x, y]).astype(np.float64) for _, y in metrics]
+    for axes, (title, _), points in zip(grid, metrics, clouds, strict=True):
+        for i, (a, b) in enumerate(points):
+            axes.plot(a, b, markersize=7, linestyle="", **_look(i))
+        _frame(axes, points.min(0), points.max(0), pad=0.2, least=0.5)
+        axes.set_title(title)
+        axes.grid(color=GREY, alpha=0.2)
+    grid[-1].set_xlabel(of)
+    _fix_layout(made)
+    for axes, points in zip(grid, clouds, strict=True):
+        label_points(made, axes, names, points, [])
+    return made
+
+
+def _look(i: int) -> dict[str, Any]:
+    """Return marker and colour of run `i`."""
+    return {"marker": MARKERS[i % len(MARKERS)], "color": SERIES[i % len(SERIES)]}
+
+
+def _frame(axes: Axes, low: Array, high: Array, pad: float, least: float) -> None:
+    """Set the limits of both axes to `low` and `high`, `(2,)`, and a margin, at least `least` for points on a line."""
+    margin = np.where(high > low, pad * (high - low), np.maximum(least, 0.05 * np.abs(high)))
+    axes.set(xlim=(low[0] - margin[0], high[0] + margin[0]), ylim=(low[1] - margin[1], high[1] + margin[1]))
+
+
+def _fix_layout(made: Figure) -> None:
+    """Lay the figure out once and for all, so that labels can be placed in display pixels."""
+    made.draw_without_rendering()
+    made.set_layout_engine("none")
 
 
 @style()
@@ -39,28 +112,22 @@ def rate_distortion(
     """
     points = np.column_stack([rates, distortions]).astype(np.float64)
     spread = np.nan_to_num(np.asarray(errors, dtype=np.float64), posinf=0.0).reshape(-1, 2)
-    made = figure(5.0)
-    axes = made.subplots()
+    made, (axes,) = panels(5.0)
     for i, ((x, y), (e_x, e_y)) in enumerate(zip(points, spread, strict=True)):
         axes.errorbar(
-            x, y, xerr=e_x or None, yerr=e_y or None, color=SERIES[i % len(SERIES)], elinewidth=1.2,
-            marker=MARKERS[i % len(MARKERS)], markersize=7, markeredgecolor="white", markeredgewidth=0.8, zorder=3,
+            x, y, xerr=e_x or None, yerr=e_y or None, elinewidth=1.2, markersize=7, markeredgecolor="white",
+            markeredgewidth=0.8, zorder=3, **_look(i),
         )  # fmt: skip
-    low, high = (points - spread).min(0), (points + spread).max(0)
-    pad = np.where(high > low, 0.18 * (high - low), np.maximum(1.0, 0.05 * np.abs(high)))
-    axes.set_xlim(low[0] - pad[0], high[0] + pad[0])
-    axes.set_ylim(low[1] - pad[1], high[1] + pad[1])
+    _frame(axes, (points - spread).min(0), (points + spread).max(0), pad=0.18, least=1.0)
     axes.set_title("Rate and distortion")
-    axes.set_xlabel("rate: KL(q(z | x) || p(z)), nats per datum")
-    axes.set_ylabel("distortion: −E log p(x | z), nats per datum")
+    axes.set(xlabel="rate: KL(q(z | x) || p(z)), nats per datum", ylabel="distortion: −E log p(x | z), nats per datum")
     set_caption(made, "Dashed: equal ELBO = −(rate + distortion). Towards the lower left the ELBO is higher.")
-    made.draw_without_rendering()
-    made.set_layout_engine("none")
+    _fix_layout(made)
     taken = _equal_elbo(made, axes)
     ends = axes.transData.transform(np.concatenate([points - spread, points + spread])).reshape(2, -1, 2)
     for (x, y), (x0, y0), (x1, y1) in zip(axes.transData.transform(points), *ends, strict=True):
         taken += [Bbox.from_extents(x0, y - 2, x1, y + 2), Bbox.from_extents(x - 2, y0, x + 2, y1)]
-    label_points(made, axes, [shortened(plain(name)) for name in names], points, taken)
+    label_points(made, axes, names, points, taken)
     return made
 
 
@@ -81,13 +148,13 @@ def _equal_elbo(made: Figure, axes: Axes) -> list[Bbox]:
             va="top", fontsize=8, color=GREY, path_effects=[withStroke(linewidth=2, foreground="white")],
         )  # fmt: skip
         boxes.append(note.get_window_extent(made.canvas.get_renderer()))  # type: ignore[attr-defined]
-    axes.set_xlim(left, right)
-    axes.set_ylim(bottom, top)
+    axes.set(xlim=(left, right), ylim=(bottom, top))
     return boxes
 
 
 def shortened(name: str) -> str:
-    """Return a name of at most `LABEL` characters; a longer one has an ellipsis in place of its middle."""
+    """Return a name for display of at most `LABEL` characters; a longer one has an ellipsis in place of its middle."""
+    name = plain(name)
     return name if len(name) <= LABEL else f"{name[: LABEL // 2]}…{name[-LABEL // 2 + 1 :]}"
 
 
@@ -102,15 +169,15 @@ def label_points(made: Figure, axes: Axes, names: Sequence[str], points: Array, 
     labels: list[Bbox] = []
     for name, place, point in zip(names, places, points, strict=True):
         note = axes.annotate(
-            name, (float(point[0]), float(point[1])), xytext=(0, 0), textcoords="offset points", fontsize=9, zorder=4,
-            path_effects=[withStroke(linewidth=2.5, foreground="white")],
+            shortened(name), (float(point[0]), float(point[1])), xytext=(0, 0), textcoords="offset points",
+            fontsize=9, zorder=4, path_effects=[withStroke(linewidth=2.5, foreground="white")],
             arrowprops={"arrowstyle": "-", "color": GREY, "linewidth": 0.7, "shrinkA": 0, "shrinkB": 3},
         )  # fmt: skip
         size = Text.get_window_extent(note, made.canvas.get_renderer())  # type: ignore[attr-defined]  # not the line's
-        spots = [
-            (reach, _beside(place, size.width, size.height, turn, reach * scale)) for reach in REACHES for turn in TURNS
-        ]
-        inside = [(reach, box) for reach, box in spots if _inside(box, frame)] or spots
+        spots = [(r, _beside(place, size.width, size.height, turn, r * scale)) for r in REACHES for turn in TURNS]
+        inside = [
+            (r, box) for r, box in spots if frame.fully_contains(*box.min) and frame.fully_contains(*box.max)
+        ] or spots
         clear = [(reach, box) for reach, box in inside if not box.count_overlaps(labels)] or inside
         reach, box = next((spot for spot in clear if not spot[1].count_overlaps(obstacles)), clear[0])
         labels.append(box)
@@ -124,7 +191,3 @@ def _beside(place: Array, width: float, height: float, turn: float, reach: float
     cos, sin = math.cos(turn), math.sin(turn)
     middle = place + np.array([cos * (reach + width / 2), sin * (reach + height / 2)])
     return Bbox.from_bounds(middle[0] - width / 2, middle[1] - height / 2, width, height)
-
-
-def _inside(box: Bbox, frame: Bbox) -> bool:
-    return frame.x0 < box.x0 and box.x1 < frame.x1 and frame.y0 < box.y0 and box.y1 < frame.y1

@@ -1,8 +1,9 @@
-"""Point distributions for deterministic values, with a given log density instead of a comparison of values."""
+"""Distributions with declared event dimensions, and point distributions of deterministic values."""
 
 from __future__ import annotations
 
-from typing import Any
+from copy import copy
+from typing import Any, ClassVar, Self
 
 import pyro.distributions as dist
 import torch
@@ -12,7 +13,43 @@ from pvae.errors import DeclarationError
 from pvae.util.types import Size
 
 
-class Determined(dist.Delta):
+class Event(dist.Independent):
+    """Distribution with declared event dimensions, as `to_event` returns; `expand` to its own shape costs nothing.
+
+    A plate expands every site in every training step.
+    """
+
+    def expand(self, batch_shape: torch.Size | list[int] | tuple[int, ...], _instance: Any = None) -> Any:
+        """Return this distribution expanded to `batch_shape`."""
+        return self if self.batch_shape == tuple(batch_shape) else super().expand(batch_shape, _instance)
+
+
+class Batched(dist.TorchDistribution):
+    """Base of distributions that `expand` copies, with wider parameters and without validation."""
+
+    arg_constraints: ClassVar[dict[str, Any]] = {}
+    widened: ClassVar[tuple[str, ...]] = ()
+    """Names of the attributes with batch dimensions: tensors, distributions, and lists of these."""
+
+    def expand(self, batch_shape: Size, _instance: Any = None) -> Self:
+        """Return this distribution expanded to `batch_shape`: itself if it has that shape."""
+        shape = torch.Size(batch_shape)
+        if self.batch_shape == shape:
+            return self
+        wide = copy(self)
+        for name in self.widened:
+            setattr(wide, name, self._wider(getattr(self, name), shape))
+        wide._batch_shape, wide._validate_args = shape, False
+        return wide
+
+    def _wider(self, part: Any, shape: torch.Size) -> Any:
+        if isinstance(part, list):
+            return [self._wider(item, shape) for item in part]
+        sizes = part.shape if isinstance(part, Tensor) else part.batch_shape
+        return part.expand(shape + sizes[len(self.batch_shape) :])
+
+
+class Determined(Batched, dist.Delta):
     """Point distribution at `value` whose `log_prob` is the given `log_density` for any argument.
 
     Pyro's `Delta` compares exactly: f^-1(f(x)) differs from x by a rounding error, and would get log density -inf.
@@ -23,6 +60,8 @@ class Determined(dist.Delta):
         event_dim: number of event dimensions.
     """
 
+    widened = ("v", "log_density")
+
     def __init__(self, value: Tensor, log_density: Tensor | float = 0.0, event_dim: int = 1) -> None:
         super().__init__(value, log_density, event_dim=event_dim, validate_args=False)
 
@@ -30,13 +69,6 @@ class Determined(dist.Delta):
         """Return the given log density, nats, broadcast over the batch dimensions of `value`."""
         batch = value.shape[: value.dim() - self.event_dim]
         return self.log_density.expand(torch.broadcast_shapes(self.batch_shape, batch))
-
-    def expand(self, batch_shape: Size, _instance: Any = None) -> Determined:
-        """Return this distribution expanded to `batch_shape`."""
-        if self.batch_shape == tuple(batch_shape):
-            return self
-        shape = torch.Size(batch_shape)
-        return Determined(self.v.expand(shape + self.event_shape), self.log_density.expand(shape), self.event_dim)
 
 
 class Implicit(dist.Delta):

@@ -1,0 +1,124 @@
+"""Plots of single coordinates and codes of latents: bar charts of their use, and maps of codes beside data."""
+
+from __future__ import annotations
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from numpy.typing import NDArray
+
+from pvae.analysis.decompose.collapse import ACTIVE, CodeUse, LatentCollapse
+from pvae.analysis.pages.plots.base import BLUE, FIGURE_WIDTH, GREY, RED, panels, plain, style, whole_numbers
+from pvae.analysis.pages.plots.pictures import tiles
+from pvae.util.types import Array
+
+
+def _bars(
+    axes: Axes,
+    heights: Array,
+    active: NDArray[np.bool_],
+    bottom: float = 0.0,
+    among: tuple[str, str] = ("active", "inactive"),
+) -> None:
+    """Draw bars of heights `(n,)`: filled if active, hatched otherwise; `among` names the two kinds in the legend."""
+    place = np.arange(1, len(heights) + 1)
+    width = 0.82 if len(heights) <= 100 else 1.0
+    if active.any():
+        axes.bar(place[active], heights[active] - bottom, width, bottom=bottom, color=BLUE, label=among[0])
+    if not active.all():
+        axes.bar(
+            place[~active], heights[~active] - bottom, width, bottom=bottom, color="white", edgecolor=GREY,
+            hatch="////" if len(heights) <= 100 else None, label=among[1],
+        )  # fmt: skip
+        if not bottom:
+            axes.legend(loc="upper right", ncols=2)
+    axes.grid(axis="y")
+    axes.set_axisbelow(True)
+
+
+@style()
+def units(name: str, latent: LatentCollapse) -> Figure:
+    """Plot the KL of each coordinate, largest first, and the variance of its posterior mean with the limit `ACTIVE`."""
+    kl = None if latent.kl_per_dimension is None else np.array(latent.kl_per_dimension)
+    variance = None if latent.activity is None else np.array(latent.activity)
+    shown = [values for values in (kl, variance) if values is not None]
+    order = np.argsort(-shown[0], kind="stable")
+    active = variance[order] > ACTIVE if variance is not None else np.ones(len(order), bool)
+    made, grid = panels(2.1 * len(shown) + 0.5, [1] * len(shown), sharex=True)
+    last = grid[-1]
+    if kl is not None:
+        _bars(grid[0], kl[order], active)
+        grid[0].set(title=f"{plain(name)}: KL per coordinate, largest first", ylabel="nats")
+    if variance is not None:
+        _activity(last, variance[order], active)
+    last.set(xlabel=f"rank of the coordinate (1 to {latent.dim})", xlim=(0.3, max(latent.dim, 6) + 0.7))
+    whole_numbers(last.xaxis)
+    if latent.dim <= 10:
+        last.set_xticks(range(1, latent.dim + 1))
+    return made
+
+
+def _activity(axes: Axes, variance: Array, active: NDArray[np.bool_]) -> None:
+    floor = 1e-5
+    axes.set_yscale("log")
+    _bars(axes, np.maximum(variance, floor), active, bottom=floor / 2)
+    axes.axhline(ACTIVE, color=RED, linestyle="--", linewidth=1.5)
+    title = f"Variance of its posterior mean (active above {ACTIVE}, dashed)"
+    axes.set(ylim=(floor / 2, max(3.0, float(variance.max()) * 2)), title=title)
+    axes.set_yticks([1e-4, 1e-2, 1.0], ["0.0001", "0.01", "1"])
+    axes.minorticks_off()
+
+
+@style()
+def code_use(name: str, use: CodeUse) -> Figure:
+    """Draw the proportion of each code, most used first, above the perplexity of each position of a discrete latent."""
+    perplexity, mapped = np.array(use.perplexity), len(use.grid) == 2
+    several = len(perplexity) > 1 or use.share is None
+    count = (use.share is not None) + several
+    made, grid = panels(2.1 * count + 0.5 + 1.2 * mapped, [1.0] * (count - 1) + [2.0 if mapped else 1.0])
+    if use.share is not None:
+        share = np.array(use.share)
+        _bars(grid[0], share, np.arange(len(share)) < (use.used or 0), among=("in use", "dead"))
+        grid[0].set_title(f"{plain(name)}: share of each code, most used first")
+        grid[0].set(xlabel=f"rank of the code (1 to {use.states})", xlim=(0.3, max(use.states, 6) + 0.7))
+    if several:
+        _of_positions(made, grid[-1], perplexity.reshape(use.grid if mapped else (-1,)), use.states)
+        grid[-1].set_title(f"{plain(name)}: perplexity of each position, of at most {use.states}")
+    return made
+
+
+def _of_positions(made: Figure, axes: Axes, perplexity: Array, states: int) -> None:
+    """Draw the perplexity of positions: a heat map for a 2D grid, bars otherwise."""
+    if perplexity.ndim == 2:
+        shown = axes.imshow(perplexity, cmap="viridis", vmin=1, vmax=max(float(perplexity.max()), 1.01))
+        made.colorbar(shown, ax=axes)
+        axes.set(anchor="W", xlabel="column", ylabel="row")
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_locator(MaxNLocator(integer=True))
+        return
+    _bars(axes, perplexity, np.ones(len(perplexity), bool))
+    axes.set(ylim=(0, max(states, 1)), xlabel=f"position (1 to {len(perplexity)})")
+    whole_numbers(axes.xaxis)
+
+
+@style()
+def code_maps(name: str, data: Array, maps: Array, states: int, low: float, high: float) -> Figure:
+    """Draw images `(n, *shape)` above their grids of codes `(n, H, W)`; colours are ranks of use, most used first."""
+    counts = np.bincount(maps.ravel(), minlength=states)
+    rank = np.empty(states, dtype=np.int64)
+    rank[np.argsort(-counts, kind="stable")] = np.arange(states)
+    made, (axes,) = panels(2 * 0.92 * FIGURE_WIDTH / len(data) + 0.75)
+    h, w = data.shape[-2:]
+    gap = max(1, round(w / 10))
+    axes.imshow(tiles(data, len(data), low, high), aspect="equal")
+    for i, codes in enumerate(rank[maps]):
+        left, top = i * (w + gap) - 0.5, h + gap - 0.5
+        place = (left, left + w, top + h, top)
+        shown = axes.imshow(codes, cmap="cividis", vmin=0, vmax=max(1, states - 1), extent=place)
+    axes.set(xlim=(-0.5, len(data) * (w + gap) - gap - 0.5), ylim=(2 * h + gap - 0.5, -0.5))
+    axes.set_axis_off()
+    bar = made.colorbar(shown, ax=axes, location="bottom", aspect=40, pad=0.03, shrink=0.7)
+    bar.set_label(f"{plain(name)}: rank of the code, most used (0) first", fontsize=9)
+    bar.ax.tick_params(labelsize=8)
+    return made

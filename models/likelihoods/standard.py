@@ -1,0 +1,258 @@
+"""Likelihoods of independent elements (binary, categorical, counts, real, grey values), and the multivariate normal."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from math import prod
+from typing import ClassVar, Literal, final
+
+import pyro.distributions as dist
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.distributions import constraints
+
+from pvae.component import Shape
+from pvae.distributions.base import Event
+from pvae.distributions.observed import DiscretizedLogistic, FactoredNormal, lattice
+from pvae.models.likelihoods import closed_form as forms
+from pvae.models.likelihoods.base import Likelihood, LikelihoodModule
+from pvae.nn.network import lower_factor
+
+LOWEST_LOG_RATE = -12.0
+"""Smallest log-rate or log-mean (a clamp), so that counts absent from the data stay possible."""
+HIGHEST_LOG_RATE = 24 * math.log(2) + 1
+"""Largest log-rate or log-mean (a clamp): single precision represents all integers up to 2^24."""
+LARGEST_LOG_COUNT = 7.0
+"""Largest |log r| of a negative binomial (a clamp), r its dispersion parameter."""
+COUNTS = "set data.scale = 'raw', or use likelihood 'normal'"
+GREYS = "set data.scale = 'unit', data.binarize = 'none' and likelihood.levels (17 for digits)"
+
+
+class Elements(Likelihood):
+    """Base of likelihoods of independent elements whose distribution is a function of the decoder's output alone."""
+
+    @abstractmethod
+    def element(self, *parameters: Tensor) -> dist.TorchDistribution:
+        """Return the distribution of every element, batch shape `(..., *x)`, for `channels` parameters `(..., *x)`."""
+
+    def build(self, x: Shape) -> LikelihoodModule:
+        return ElementsModule(x, self)
+
+
+class ElementsModule(LikelihoodModule):
+    """Module of a likelihood of independent elements, whose parameters are the decoder's output."""
+
+    def __init__(self, x: Shape, declared: Elements) -> None:
+        super().__init__(x, declared.channels)
+        self.declared, self.form = declared, declared.closed_form
+
+    def forward(self, h: Tensor) -> dist.TorchDistribution:
+        """Return the distribution of x for a decoder output `(..., channels * x[0], *x[1:])`."""
+        return Event(self.declared.element(*self.split(h)), len(self.x))
+
+
+@final
+class Bernoulli(Elements):
+    """Bernoulli likelihood: elements of x are independent and binary."""
+
+    kind: Literal["bernoulli"] = "bernoulli"
+    hint: ClassVar[str] = "set data.binarize to 'dynamic', 'static' or 'threshold', or use likelihood 'normal'"
+    support: ClassVar[constraints.Constraint] = constraints.boolean
+    closed_form: ClassVar[type[forms.ClosedForm] | None] = forms.BernoulliForm
+
+    def element(self, *parameters: Tensor) -> dist.TorchDistribution:
+        return dist.Bernoulli(logits=parameters[0])
+
+
+@final
+class Categorical(Elements):
+    """Categorical likelihood: elements of x are independent, with unordered levels 0 .. levels - 1."""
+
+    kind: Literal["categorical"] = "categorical"
+    hint: ClassVar[str] = "set data.scale = 'raw' and likelihood.levels to the number of levels"
+    closed_form: ClassVar[type[forms.ClosedForm] | None] = forms.CategoricalForm
+    levels: int = Field(gt=1)
+    """Number of levels of an element."""
+
+    @property
+    def support(self) -> constraints.Constraint:
+        """Support of each element: integers 0 .. levels - 1."""
+        return constraints.integer_interval(0, self.levels - 1)
+
+    @property
+    def channels(self) -> int:
+        """Number of parameters of each element: one logit for each level."""
+        return self.levels
+
+    def element(self, *parameters: Tensor) -> dist.TorchDistribution:
+        return dist.Categorical(logits=torch.stack(parameters, -1))
+
+
+@final
+class Poisson(Elements):
+    """Poisson likelihood: elements of x are independent counts 0, 1, 2, ..."""
+
+    kind: Literal["poisson"] = "poisson"
+    hint: ClassVar[str] = COUNTS
+    support: ClassVar[constraints.Constraint] = constraints.nonnegative_integer
+    closed_form: ClassVar[type[forms.ClosedForm] | None] = forms.PoissonForm
+    bounds: ClassVar[tuple[float, float]] = (LOWEST_LOG_RATE, HIGHEST_LOG_RATE)
+    """Smallest and largest log-rate."""
+
+    def element(self, *parameters: Tensor) -> dist.TorchDistribution:
+        return dist.Poisson(parameters[0].clamp(*self.bounds).exp())
+
+
+def dispersed(log_mean: Tensor, log_count: Tensor, validate_args: bool | None = None) -> dist.TorchDistribution:
+    """Return negative binomials of mean m and variance m + m^2 / r, given log m `(..., d)` and log r `(d,)`."""
+    log_count = log_count.clamp(-LARGEST_LOG_COUNT, LARGEST_LOG_COUNT)  # beyond, a Poisson; and lgamma loses digits
+    logits = log_mean.clamp(LOWEST_LOG_RATE, HIGHEST_LOG_RATE) - log_count
+    return dist.NegativeBinomial(log_count.exp().expand(logits.shape), logits=logits, validate_args=validate_args)
+
+
+class NegativeBinomialModule(LikelihoodModule):
+    """Module of the negative binomial likelihood: the decoder outputs log-means; dispersions are learned."""
+
+    def __init__(self, x: Shape) -> None:
+        super().__init__(x, 1)
+        self.log_count = nn.Parameter(torch.ones(self.x))
+
+    def forward(self, h: Tensor) -> dist.TorchDistribution:
+        """Return the distribution of x for log-means `(..., *x)`."""
+        return Event(dispersed(h, self.log_count), len(self.x))
+
+
+@final
+class NegativeBinomial(Likelihood):
+    """Negative binomial likelihood of independent counts (RNA, say): variance m + m^2 / r, one learned r per element.
+
+    References: Deep generative modeling for single-cell transcriptomics (Lopez et al., 2018),
+        https://doi.org/10.1038/s41592-018-0229-2
+    """
+
+    kind: Literal["negative_binomial"] = "negative_binomial"
+    hint: ClassVar[str] = COUNTS
+    support: ClassVar[constraints.Constraint] = constraints.nonnegative_integer
+
+    def build(self, x: Shape) -> LikelihoodModule:
+        return NegativeBinomialModule(x)
+
+
+@final
+class DiscretizedLogisticLikelihood(Elements):
+    """Discretised logistic likelihood of pixels: a logistic density integrated over the bin of each grey value."""
+
+    kind: Literal["discretized_logistic"] = "discretized_logistic"
+    hint: ClassVar[str] = GREYS
+    channels: ClassVar[int] = 2
+    levels: int = Field(default=256, gt=1)
+    """Number of grey values; a pixel takes the values k / (levels - 1), k = 0 .. levels - 1."""
+    floor: float = -7.0
+    """Smallest log-scale of the logistic density, for pixels in [0, 1]."""
+
+    @property
+    def support(self) -> constraints.Constraint:
+        """Support of each pixel: the grey values k / (levels - 1)."""
+        return lattice(self.levels)
+
+    def element(self, *parameters: Tensor) -> dist.TorchDistribution:
+        loc, log_scale = parameters
+        return DiscretizedLogistic(loc + 0.5, (log_scale - 2.0).clamp(min=self.floor), self.levels)
+
+
+class NormalModule(LikelihoodModule):
+    """Module of the normal likelihood: independent elements, with a fixed, a learned shared or a predicted scale."""
+
+    form = forms.NormalForm
+    log_scale: Tensor
+
+    def __init__(self, x: Shape, declared: Normal) -> None:
+        super().__init__(x, declared.channels)
+        self.floor = 0.0 if declared.scale == "fixed" else declared.floor
+        self.offset = torch.tensor(declared.value).log().item()
+        if declared.scale == "shared":
+            self.log_scale = nn.Parameter(torch.tensor(self.offset))
+        elif declared.scale == "fixed":
+            self.register_buffer("log_scale", torch.tensor(self.offset), persistent=False)
+
+    def forward(self, h: Tensor) -> dist.TorchDistribution:
+        """Return the distribution of x for a decoder output `(..., channels * x[0], *x[1:])`."""
+        loc, *offset = self.split(h)
+        log_scale = offset[0] + self.offset if offset else self.log_scale
+        return Event(dist.Normal(loc, log_scale.exp().clamp(min=self.floor)), len(self.x))
+
+
+@final
+class Normal(Likelihood):
+    """Normal likelihood of independent elements; a fixed scale makes the reconstruction a scaled squared error."""
+
+    kind: Literal["normal"] = "normal"
+    support: ClassVar[constraints.Constraint] = constraints.real
+    closed_form: ClassVar[type[forms.ClosedForm] | None] = forms.NormalForm
+    scale: Literal["fixed", "shared", "per_datum"] = "shared"
+    """Standard deviation: `fixed` at `value`; `shared`, one learned number; `per_datum`, predicted per element."""
+    value: float = Field(default=0.3, gt=0)
+    """Fixed standard deviation, or the initial one if it is learned or predicted."""
+    floor: float = Field(default=1e-3, gt=0)
+    """Smallest learned standard deviation; without it the density of a learned scale has no upper bound."""
+
+    @property
+    def channels(self) -> int:
+        """Number of parameters of each element: the mean and, if it is predicted, the log-scale."""
+        return 2 if self.scale == "per_datum" else 1
+
+    def build(self, x: Shape) -> LikelihoodModule:
+        return NormalModule(x, self)
+
+
+class MultivariateNormalModule(LikelihoodModule):
+    """Module of a normal over all elements of x; the decoder outputs its mean and (if `full`) its covariance factor.
+
+    The factor is diag(s) (I + strictly lower triangle) with s^2 = value^2 exp(2 a) + floor: a and the triangle are
+    unconstrained, and no conditional variance (of an element given those before it) is below `floor`.
+    """
+
+    form = forms.MultivariateNormalForm
+
+    def __init__(self, x: Shape, declared: MultivariateNormal) -> None:
+        super().__init__(x, 1)
+        self.size = d = prod(self.x)
+        self.full, self.offset, self.floor = declared.covariance == "full", math.log(declared.value), declared.floor
+        if not self.full:
+            self.factor = nn.Parameter(torch.zeros(d * (d + 1) // 2))
+
+    @property
+    def inputs(self) -> Shape:
+        """Event shape of the decoder's output: that of x or, with a full covariance, D (D + 3) / 2 for D elements."""
+        return (self.size * (self.size + 3) // 2,) if self.full else self.x
+
+    def forward(self, h: Tensor) -> dist.TorchDistribution:
+        """Return the distribution of x for a decoder output `(..., *inputs)`."""
+        d = self.size
+        if self.full:
+            loc, log_scale, below = h.split([d, d, d * (d - 1) // 2], -1)
+        else:
+            loc = h.flatten(h.dim() - len(self.x))
+            log_scale, below = self.factor.split([d, d * (d - 1) // 2])
+        scale = (2 * (log_scale + self.offset)).exp().add(self.floor).sqrt()
+        return FactoredNormal(loc, lower_factor(scale, below), self.x)
+
+
+@final
+class MultivariateNormal(Likelihood):
+    """Multivariate normal likelihood over all of x; for a code and the network `table` it gives a Gaussian mixture."""
+
+    kind: Literal["multivariate_normal"] = "multivariate_normal"
+    support: ClassVar[constraints.Constraint] = constraints.real
+    closed_form: ClassVar[type[forms.ClosedForm] | None] = forms.MultivariateNormalForm
+    covariance: Literal["full", "tied"] = "full"
+    """Covariance: `full`, predicted for every datum (one per mixture component); `tied`, one learned for all data."""
+    value: float = Field(default=0.3, gt=0)
+    """Initial standard deviation of every element, when the model is fitted by gradients."""
+    floor: float = Field(default=1e-6, ge=0)
+    """Smallest conditional variance; the objective `em` adds it to the diagonal, as scikit-learn does `reg_covar`."""
+
+    def build(self, x: Shape) -> LikelihoodModule:
+        return MultivariateNormalModule(x, self)

@@ -1,0 +1,287 @@
+"""Data sources of binary array files: NumPy's (`.npy`, `.npz`), read without pickle, and IDX, the format of MNIST.
+
+Sizes are checked before anything is allocated.
+
+References: Gradient-based learning applied to document recognition (LeCun et al., 1998)
+"""
+
+from __future__ import annotations
+
+import gzip
+import stat
+import struct
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path, PurePosixPath
+from typing import IO, Any, Literal, cast, final
+
+import numpy as np
+
+from pvae.data.rows.cache import decoded
+from pvae.data.rows.files import (
+    MAX_DIMENSIONS,
+    PIECE_BYTES,
+    AnyArray,
+    FileArray,
+    Layout,
+    broken_as,
+    held,
+    located,
+    npy_layout,
+    read_npy,
+    require_room,
+    version_of,
+)
+from pvae.data.rows.rows import SPLITS, Rows, joined
+from pvae.data.sources.base import FileData
+from pvae.errors import DataError, near
+from pvae.util.types import Array
+
+MAX_DEFLATE_RATIO = 1032
+"""Largest compression ratio of the deflate format (output bytes for each input byte)."""
+LOCAL_HEADER = struct.Struct("<26x2H")
+"""Zip local file header; its last two numbers are the lengths of the name and extra fields after it."""
+TYPES = {0x08: "u1", 0x09: "i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
+GZIP = b"\x1f\x8b"
+
+
+@final
+class Npy(FileData):
+    """Array (n, ...) of a `.npy` file; with `stream` it is memory-mapped, so that its size is not limited by memory.
+
+    Object arrays are refused: reading them could run code.
+    """
+
+    source: Literal["npy"] = "npy"
+    labels: str | None = None
+    """Path of a second `.npy` file with integer labels; None for data without labels."""
+
+    def read(self, data_dir: Path | None, seed: int) -> Rows:
+        path = located(self.path, data_dir)
+        y = np.asarray(read_npy(located(self.labels, data_dir))) if self.labels else None
+        return self.to_rows(read_npy(path, self.stream), y, "x")
+
+
+@final
+class Idx(FileData):
+    """IDX file, the format of MNIST: an array of any of its six number types, plain or gzipped.
+
+    References: Gradient-based learning applied to document recognition (LeCun et al., 1998)
+    """
+
+    source: Literal["idx"] = "idx"
+    labels: str | None = None
+    """Path of a second IDX file with integer labels; None for data without labels."""
+
+    def read(self, data_dir: Path | None, seed: int) -> Rows:
+        x = read_idx(located(self.path, data_dir), stream=self.stream)
+        y = np.asarray(read_idx(located(self.labels, data_dir))) if self.labels else None
+        return self.to_rows(x, y, "x")
+
+
+@final
+class Npz(FileData):
+    """Arrays of a NumPy archive (`.npz`): `x` (n, ...), or `x_train`, and possibly `x_validation` and `x_test`.
+
+    Object arrays are refused: reading them could run code.
+
+    Without declared splits the rows are permuted with `split_seed`; splits that the archive contains are kept.
+    """
+
+    source: Literal["npz"] = "npz"
+    x: str = "x"
+    """Name of the array of rows in the archive, without a suffix such as `_train`."""
+    y: str | None = None
+    """Name of the array of integer labels, without a suffix such as `_train`; None for data without labels."""
+
+    def read(self, data_dir: Path | None, seed: int) -> Rows:
+        path = located(self.path, data_dir)
+        with _opened(path) as archive:
+            names = _names(archive)
+        whole = self.x in names or f"{self.x}_train" not in names
+        ends = {"": ""} if whole else {name: f"_{name}" for name in SPLITS if f"{self.x}_{name}" in names}
+        x = read_arrays(path, [self.x + end for end in ends.values()], self.stream)
+        y = read_arrays(path, [self.y + end for end in ends.values()]) if self.y else {}
+        given = {name: (x[self.x + end], np.asarray(y[f"{self.y}{end}"]) if y else None) for name, end in ends.items()}
+        if whole:
+            return self.to_rows(*given[""], self.x)
+        return joined(given, self.split_seed, self.x, largest=self.largest)
+
+
+def _unpacked(content: Iterator[Array], layout: Layout, stream: bool, where: str, key: Mapping[str, Any]) -> AnyArray:
+    """Return the array of a compressed stream: decoded once into the cache under `key` if `stream`, else in memory."""
+    if stream:
+        return decoded(key, lambda writer: writer.extend("x", content)).arrays["x"]
+    require_room(layout.shape, layout.dtype, where)
+    out, start = np.empty(layout.shape, layout.dtype), 0
+    for piece in content:
+        out[start : start + len(piece)] = piece
+        start += len(piece)
+    return out
+
+
+# NumPy archives
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[zipfile.ZipFile]:
+    with _archive_errors(path), zipfile.ZipFile(path) as archive:
+        yield archive
+
+
+def _archive_errors(path: Path) -> AbstractContextManager[None]:
+    return broken_as(f"{path}: expected a NumPy archive (.npz); got a broken or foreign file")
+
+
+def _names(archive: zipfile.ZipFile) -> list[str]:
+    return [name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")]
+
+
+def read_arrays(path: Path, keys: Sequence[str], stream: bool = False) -> dict[str, AnyArray]:
+    """Return the arrays of a NumPy archive with the given names.
+
+    Arguments:
+        path: path of the archive.
+        keys: names of the arrays.
+        stream: leave the arrays on the disk; uncompressed ones are mapped, deflated ones decoded once into the cache.
+
+    Raises:
+        DataError: the file is missing or damaged, a name is absent, an array contains objects, sizes are inconsistent,
+            or an array is too large for memory.
+    """
+    with _opened(path) as archive:
+        return {key: _member(archive, key, path, stream) for key in keys}
+
+
+def _member(archive: zipfile.ZipFile, key: str, path: Path, stream: bool) -> AnyArray:
+    version, names, where = version_of(path), _names(archive), f"{path}, {key!r}"
+    if key not in names:
+        raise DataError(f"{path}: expected an array {key!r}; got {', '.join(names)}{near(key, names)}.")
+    info = archive.getinfo(f"{key}.npy")
+    _refuse_trick(info, where)
+    with archive.open(info) as file:
+        layout = npy_layout(file, info.file_size, where, stream)
+    if not layout.shape or 0 in layout.shape:
+        raise DataError(f"{where}: expected an array (rows, ...) with at least one row; got shape {layout.shape}.")
+    content = _content(archive, info, layout, path)
+    if stream and info.compress_type == zipfile.ZIP_STORED:
+        for _ in content:  # for the checksum's sake
+            pass
+        offset = _offset(path, info) + layout.offset
+        return FileArray(path, layout.dtype, layout.shape, offset, version)
+    entry = {"source": "npz", "path": str(path.resolve()), "version": version, "member": key}
+    return layout.in_rows(_unpacked(content, layout, stream, where, entry))
+
+
+def _content(archive: zipfile.ZipFile, info: zipfile.ZipInfo, layout: Layout, path: Path) -> Iterator[Array]:
+    """Yield the rows of an array in chunks of a few MiB, and then verify its zip checksum."""
+    with _archive_errors(path), archive.open(info) as file:
+        file.read(layout.offset)
+        yield from layout.pieces(file, str(path))
+        file.read(1)  # at the end of a member zipfile compares its checksum
+
+
+def _refuse_trick(info: zipfile.ZipInfo, where: str) -> None:
+    """Refuse a zip entry whose name leads out of the archive, which is a link, or whose size is impossible."""
+    name = PurePosixPath(info.filename.replace("\\", "/"))
+    if name.is_absolute() or ".." in name.parts:
+        raise DataError(f"{where}: expected a plain name in the archive; got one that leads out of it.")
+    if stat.S_ISLNK(info.external_attr >> 16):
+        raise DataError(f"{where}: expected an array in the archive; got a link.")
+    ratios = {zipfile.ZIP_STORED: 1, zipfile.ZIP_DEFLATED: MAX_DEFLATE_RATIO}
+    if info.compress_type not in ratios:
+        raise DataError(
+            f"{where}: expected an array stored or deflated, as NumPy does; got method {info.compress_type}."
+        )
+    most = info.compress_size * ratios[info.compress_type]
+    if info.file_size > most:
+        raise DataError(
+            f"{where}: expected {info.file_size} bytes, as the archive says; got {info.compress_size}, which hold at "
+            f"most {most}."
+        )
+
+
+def _offset(path: Path, info: zipfile.ZipInfo) -> int:
+    """Return the byte offset in the archive file at which the content of an uncompressed entry begins."""
+    with path.open("rb") as file:
+        file.seek(info.header_offset)
+        return info.header_offset + LOCAL_HEADER.size + sum(LOCAL_HEADER.unpack(file.read(LOCAL_HEADER.size)))
+
+
+# IDX
+
+
+def idx_header(shape: tuple[int, ...]) -> bytes:
+    """Return the header of an IDX file of unsigned bytes, as it stands at the start of the file."""
+    return struct.pack(f">4B{len(shape)}I", 0, 0, 8, len(shape), *shape)
+
+
+def read_idx(path: Path, wanted: tuple[int, ...] | None = None, *, stream: bool = False) -> AnyArray:
+    """Return the array of an IDX file, plain or gzipped.
+
+    Arguments:
+        path: path of the file.
+        wanted: shape that the file must have, of unsigned bytes; None for any shape and type.
+        stream: leave the values on the disk; a gzipped file is decompressed once into the cache.
+
+    Returns:
+        Array of shape (n, *row), big-endian as stored.
+
+    Raises:
+        DataError: the magic bytes, sizes or length of the file are wrong, or the array is too large for memory. Sizes
+            are checked before anything is allocated.
+    """
+    version = version_of(path)
+    with _idx_errors(path, version[0]), path.open("rb") as plain:
+        zipped = plain.read(2) == GZIP
+        plain.seek(0)
+        file = cast("IO[bytes]", gzip.GzipFile(fileobj=plain)) if zipped else plain
+        layout = _idx_layout(file, wanted, path)
+        if not zipped:
+            _require_length(path, layout, version[0])
+            return held(FileArray(path, layout.dtype, layout.shape, layout.offset, version), stream, str(path))
+        if layout.total > MAX_DEFLATE_RATIO * version[0]:
+            raise DataError(
+                f"{path}: expected {layout.total} bytes, as its header says; got a gzipped file of {version[0]}, which "
+                f"holds at most {MAX_DEFLATE_RATIO * version[0]}."
+            )
+        key = {"source": "idx", "path": str(path.resolve()), "version": version}
+        return _unpacked(_unzipped(file, layout, path, version[0]), layout, stream, str(path), key)
+
+
+def _idx_errors(path: Path, size: int) -> AbstractContextManager[None]:
+    return broken_as(f"{path}: expected IDX data; got a broken file of {size} bytes")
+
+
+def _idx_layout(file: IO[bytes], wanted: tuple[int, ...] | None, path: Path) -> Layout:
+    magic, expected = file.read(4), "00 00, a type (08 09 0b 0c 0d 0e) and 1 to 32 dimensions"
+    known = len(magic) == 4 and magic[:2] == b"\0\0" and magic[2] in TYPES and 1 <= magic[3] <= MAX_DIMENSIONS
+    if wanted:
+        known, expected = magic == idx_header(wanted)[:4], idx_header(wanted)[:4].hex(" ")
+    if not known:
+        shown = f"{magic.hex(' ') or 'no bytes'}{' (a web page?)' if magic[:1] == b'<' else ''}"
+        raise DataError(f"{path}: expected the IDX magic {expected}; got {shown}.")
+    sizes = file.read(4 * magic[3])
+    if len(sizes) < 4 * magic[3]:
+        raise DataError(f"{path}: expected a header of {4 + 4 * magic[3]} bytes; got {4 + len(sizes)}.")
+    shape = struct.unpack(f">{magic[3]}I", sizes)
+    if wanted and shape != wanted:
+        raise DataError(f"{path}: expected sizes {list(wanted)}; got {list(shape)}.")
+    if 0 in shape:
+        raise DataError(f"{path}: expected sizes of at least 1; got {list(shape)}.")
+    return Layout(shape, np.dtype(TYPES[magic[2]]), 4 + len(sizes))
+
+
+def _unzipped(file: IO[bytes], layout: Layout, path: Path, size: int) -> Iterator[Array]:
+    """Yield chunks of rows of a gzipped IDX file; refuse a file that is too short or has trailing bytes."""
+    with _idx_errors(path, size):
+        yield from layout.pieces(file, str(path))
+        extra = len(file.read(PIECE_BYTES))
+        _require_length(path, layout, layout.total + extra, "at least " if extra == PIECE_BYTES else "")
+
+
+def _require_length(path: Path, layout: Layout, found: int, more: str = "") -> None:
+    if found != layout.total:
+        kind = "trailing bytes" if found > layout.total else "a truncated file"
+        raise DataError(f"{path}: expected {layout.total} bytes; got {more}{found} ({kind}).")
