@@ -194,7 +194,7 @@ class Pair(nn.Module):
         return run
 
     def pack(self, data: Any) -> Any:
-        """Return several arguments (a tuple, a list or a dictionary of tensors) as rows of bytes; other data as they are.
+        """Return several arguments (a tuple, list or dictionary of tensors) as rows of bytes, other data as they are.
 
         Raises:
             DataError: they are not those that the pair has had before.

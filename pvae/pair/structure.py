@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 from torch.distributions import Categorical, OneHotCategorical
@@ -17,9 +18,6 @@ from pvae.distributions.codes import Certain
 from pvae.distributions.relaxed import twin
 from pvae.pair.layout import Layout, SiteShape, is_point, joined, samples, unwrapped
 from pvae.pair.unpacking import Unpacked
-
-if TYPE_CHECKING:
-    pass
 
 ROWS_OF_A_BATCH = 1000
 """Largest number of rows in one batch of an analysis."""

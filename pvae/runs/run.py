@@ -126,6 +126,7 @@ class Run:
         """
         where = Path(data_dir) if data_dir else None
         run = cls(RunDirectory.open(path, Path(root)), pair=pair, data_dir=where)
+        data = data if pair is None else pair.pack(data)
         if data is not None and not isinstance(data, Dataset):
             bare = run.files.manifest.get("data", {}).get("shape") == []
             declared = run.plan.data if isinstance(run.plan, Experiment) else TensorSource(shape=() if bare else None)
