@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
+from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 from torch.distributions import Bernoulli, Categorical
 
@@ -17,7 +18,7 @@ from pvae.errors import DataError
 from pvae.pair import densities as traces
 from pvae.pair.code_usage import Tally, grid_of, shared_prior, tally
 from pvae.pair.densities import closed_kl, log_prob, rows_first, sum_over
-from pvae.pair.enumeration import JointStates, read_joint_states
+from pvae.pair.enumeration import JointStates, eliminated, read_joint_states
 from pvae.pair.layout import Layout, samples, unwrapped
 from pvae.pair.pair import Pair
 from pvae.pair.structure import ROWS_OF_A_BATCH
@@ -117,10 +118,11 @@ class Draw:
 
 def draw_chunk(pair: Pair, x: Tensor, size: int = 0) -> Draw:
     """Return one sample of all latents for a chunk of rows of a data set of `size` rows (0: of the chunk alone)."""
-    guide, model = (samples(trace) for trace in pair.traces(x))
+    guide_trace, model_trace = pair.traces(x)
+    guide, model = samples(guide_trace), samples(model_trace)
     layout, n, size = pair.layout, len(x), size or len(x)
     if layout.enumerated:
-        reconstruction, latents = _summed(guide, model, layout, n, size)
+        reconstruction, latents = _summed(guide, model_trace, layout, n, size)
     else:
         reconstruction = _observed(model, layout, size).expand(n)
         latents = {
@@ -218,12 +220,17 @@ def _log_ratio(q: Any, p: Any) -> float:
     return float(q["fn"].log_prob(q["value"]).sum() - (p["fn"].log_prob(p["value"]).sum() if p else 0.0))
 
 
-def _summed(guide: Sites, model: Sites, layout: Layout, n: int, size: int) -> tuple[Tensor, dict[str, LatentDraw]]:
+def _summed(
+    guide: Sites, model_trace: Trace, layout: Layout, n: int, size: int
+) -> tuple[Tensor, dict[str, LatentDraw]]:
     """Return log p(x | z) per row, and the latents, of a model that sums out discrete sites.
 
     The latents are the joint code of these sites or, if the guide has a latent, that latent, with the sites summed out
     of its prior and of the likelihood.
     """
+    model = samples(model_trace)
+    if layout.eliminated:
+        return _eliminated(guide, model_trace, layout, n, size)
     table = read_joint_states(model, layout, 0)
     outside = _observed(model, layout, size, table.logs)
     if not layout.latents:
@@ -239,6 +246,26 @@ def _summed(guide: Sites, model: Sites, layout: Layout, n: int, size: int) -> tu
     latent = _latent(guide[name], None, layout, n)
     latent.log_p = table.log_sum(table.latent).double()
     return table.log_sum(table.joint).double() - latent.log_p + outside, {name: latent}
+
+
+def _eliminated(
+    guide: Sites, model_trace: Trace, layout: Layout, n: int, size: int
+) -> tuple[Tensor, dict[str, LatentDraw]]:
+    """Return log p(x | z) per row with all enumerated sites summed out, and the guide's latents.
+
+    Raises:
+        DataError: the prior of a latent depends on an enumerated site, so that it is no factor of its own.
+    """
+    total, names = eliminated(model_trace, layout, 0)
+    if read := [name for name in layout.latents if name in names]:
+        raise DataError(
+            f"surgery: expected priors that no enumerated site enters; got that of {', '.join(read)}, which is summed "
+            f"out with {', '.join(layout.enumerated)}. Use evidence, whose ELBO is that of the sum."
+        )
+    model = samples(model_trace)
+    outside = _observed(model, layout, size, names)
+    latents = {name: _latent(guide[name], model.get(name), layout, n) for name in layout.latents if name in guide}
+    return total.double() + outside, latents
 
 
 def _codes(table: JointStates, n: int, nodes: Sequence[Any]) -> LatentDraw:

@@ -16,6 +16,7 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor, nn
 
 from pvae.errors import DeclarationError
+from pvae.pair.enumeration import needs_elimination
 from pvae.pair.layout import Layout, plates_of, read_layout
 from pvae.pair.reach import modules_within
 from pvae.pair.running import evaluating, run, trace_of, whole_plates
@@ -88,7 +89,10 @@ def _layout(pair: Pair, traces: tuple[Trace, Trace], rows: Tensor) -> tuple[Layo
         del error
         fixed = True
     unpacked = {} if pair.declared else read_unpacked(*traces)
-    return read_layout(unpack(traces[0], unpacked), traces[1], count, follows), fixed, unpacked
+    layout = read_layout(unpack(traces[0], unpacked), traces[1], count, follows)
+    if layout.enumerated and not pair.declared:
+        layout = replace(layout, eliminated=needs_elimination(run(pair, rows, layout)[1], layout))
+    return layout, fixed, unpacked
 
 
 def read_again(known: Structure, guide: Trace, model: Trace, count: int) -> Structure:

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import torch
+from pyro.distributions.util import scale_and_mask
+from pyro.ops.contract import contract_to_tensor
+from pyro.ops.packed import pack
+from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from pvae.distributions.codes import MAX_STATES
 from pvae.distributions.exponential_codes import IMPOSSIBLE
 from pvae.errors import DeclarationError
 from pvae.pair.densities import log_prob, plate_scale, sum_over
-from pvae.pair.layout import Layout
+from pvae.pair.layout import Layout, plates_around, samples
 
 
 @dataclass(frozen=True)
@@ -98,6 +103,66 @@ def read_joint_states(nodes: Mapping[str, Any], layout: Layout, particles: int) 
         value = value.permute(*reversed(range(len(sizes))), *range(len(sizes), value.dim()))
         logs[name] = value.expand(*sizes, *value.shape[len(sizes) :]).clamp(min=IMPOSSIBLE)
     return JointStates(layout, sizes, logs)
+
+
+def needs_elimination(model_trace: Trace, layout: Layout) -> bool:
+    """Return whether a table of all joint states does not do, so that Pyro's elimination sums the sites out.
+
+    That is so inside a nested plate, along `pyro.markov` (whose steps share dimensions), under a mask, and for too many
+    joint states.
+    """
+    nodes = [model_trace.nodes[name] for name in layout.enumerated if name in model_trace.nodes]
+    dims = [node["infer"].get("_enumerate_dim") for node in nodes]
+    states = math.prod(int(node["fn"].enumerate_support(expand=False).shape[0]) for node in nodes)
+    nested = any(not layout.is_data(f) for node in nodes for f in node["cond_indep_stack"] if f.vectorized)
+    masked = any(node["mask"] is not None for node in nodes)
+    in_a_row = dims == [-1 - layout.nesting - j for j in range(len(nodes))]
+    return nested or masked or not in_a_row or states > MAX_STATES
+
+
+def eliminated(model_trace: Trace, layout: Layout, particles: int) -> tuple[Tensor, frozenset[str]]:
+    """Return log sum_c of the product of all factors that depend on enumerated sites, and the names of their sites.
+
+    The sum runs by variable elimination over plates and Markov steps, as in Pyro's `TraceEnum_ELBO`, but is kept for
+    every row. An enumerated site under a mask sums to one.
+
+    Returns:
+        The log sums `([particles,] n)`, nats, and the names of the sites in them.
+
+    References:
+        Tensor Variable Elimination for Plated Factor Graphs (Obermeyer et al., 2019), https://arxiv.org/abs/1902.03210
+
+    Raises:
+        DeclarationError: a factor that depends on an enumerated site is outside the data plate, or has a scale.
+    """
+    model_trace.symbolize_dims()
+    plates, tree, sums = set(model_trace.plate_to_symbol.values()), OrderedDict(), set()
+    names, target, count = set(), set(), 1
+    for name, node in samples(model_trace).items():
+        value = node["fn"].log_prob(node["value"])
+        if name not in layout.enumerated:
+            value = scale_and_mask(value, 1.0, node["mask"])
+        factor = pack(value, node["infer"]["_dim_to_symbol"])
+        if not (states := set(factor._pyro_dims) - plates):
+            continue
+        if not layout.holds(node):
+            raise DeclarationError(
+                f"{name}: expected sites that depend on enumerated ones inside the data plate; got one outside."
+            )
+        _require_plain(name, node)
+        around = {f: model_trace.plate_to_symbol[f.name] for f in node["cond_indep_stack"] if f.vectorized}
+        tree.setdefault(frozenset(around.values()), []).append(factor)
+        own = {f: s for f, s in around.items() if layout.is_data(f) or (particles and f.dim == -1 - layout.nesting)}
+        target |= {(f.dim or 0, symbol) for f, symbol in own.items()}
+        count = next(size for f, size in plates_around(node) if layout.is_data(f))
+        sums |= states
+        names.add(name)
+    wanted = [symbol for _, symbol in sorted(target)]  # particles, then rows
+    total = contract_to_tensor(tree, sums, frozenset(wanted))
+    missing = [symbol for symbol in wanted if symbol not in total._pyro_dims]
+    order = [*missing, *total._pyro_dims]
+    value = total.reshape((1,) * len(missing) + total.shape).permute([order.index(symbol) for symbol in wanted])
+    return value.expand(*((particles,) if particles else ()), count), frozenset(names)
 
 
 def require_summable(name: str, node: Mapping[str, Any], layout: Layout) -> None:

@@ -49,6 +49,8 @@ class Layout:
     """Latents whose samples have no pathwise gradient, so that a loss needs the score-function gradient."""
     relaxed: tuple[str, ...] = ()
     """Relaxed discrete latents; analyses replace them by the discrete codes of the same logits."""
+    eliminated: bool = False
+    """True if the enumerated sites are summed out by Pyro's variable elimination: they then have no KL of their own."""
     factors: tuple[str, ...] = ()
     """Observed sites of the guide (`pyro.factor`): penalties of the training loss, no part of the ELBO."""
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pvae.errors import DeclarationError
 from pvae.pair.densities import closed_kl, full_size, log_prob, plate_scale, priced_kl, sum_over
-from pvae.pair.enumeration import read_joint_states, require_summable
+from pvae.pair.enumeration import eliminated, read_joint_states, require_summable
 from pvae.pair.layout import Layout, samples
 
 
@@ -130,6 +130,8 @@ def _summed_terms(guide_trace: Trace, model_trace: Trace, layout: Layout, partic
     Their combination is log sum_c p(x, z, c) - log q(z | x), except that a relaxed latent with the categorical KL
     contributes that KL instead of log q - log p at its sample.
     """
+    if layout.eliminated:
+        return _eliminated_terms(guide_trace, model_trace, layout, particles, size)
     table = read_joint_states(samples(model_trace), layout, particles)
     kl, scores = {}, {}
     for name in layout.latents:
@@ -148,6 +150,27 @@ def _summed_terms(guide_trace: Trace, model_trace: Trace, layout: Layout, partic
         for name in layout.observed
     ]
     return Terms(sum_over(observed), {**kl, **table.kl()}, penalties_of(guide_trace, layout, particles, size), scores)
+
+
+def _eliminated_terms(guide_trace: Trace, model_trace: Trace, layout: Layout, particles: int, size: int) -> Terms:
+    """Return the ELBO terms with enumerated sites summed out by elimination.
+
+    The reconstruction holds log sum_c of all factors that depend on c; the KL of a latent whose prior is among them is
+    log q alone.
+    """
+    total, names = eliminated(model_trace, layout, particles)
+    plain = [name for name in layout.observed if name not in names and name in model_trace.nodes]
+    observed = [log_prob(model_trace.nodes[name], layout, particles, size) for name in plain]
+    kl, scores = {}, {}
+    for name in (*layout.latents, *layout.shared):
+        q, p = guide_trace.nodes[name], None if name in names else model_trace.nodes.get(name)
+        log_q = log_prob(q, layout, particles, size)
+        if name in layout.scored:
+            scores[name] = _score(q, layout, particles, log_q, own_kl=True)
+            log_q = log_q.detach()
+        kl[name] = log_q if p is None else log_q - log_prob(p, layout, particles, size)
+    penalties = penalties_of(guide_trace, layout, particles, size)
+    return Terms(sum_over([total, *observed]), kl, penalties, scores)
 
 
 def _known_kl(
