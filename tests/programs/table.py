@@ -1,0 +1,72 @@
+"""The table of programs: name by name what makes them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from tests.programs import amortised, mixtures, plates, regression, semisupervised, sequences
+from tests.programs.program import Program
+
+COLUMNS = ("check", "fit", "surgery", "evidence", "gap", "posterior", "report")
+
+PROGRAMS: dict[str, Callable[[], Program]] = {
+    "VAE": amortised.vae,
+    "factor analysis": amortised.factor_analysis,
+    "conditional VAE": amortised.conditional_vae,
+    "VAE given labels": amortised.vae_with_labels,
+    "VAE, flow guide": amortised.vae_with_flow,
+    "VAE of two levels": amortised.vae_of_two_levels,
+    "VAE, mixture prior": amortised.vae_with_mixture_prior,
+    "relaxed one-hot VAE": amortised.relaxed_one_hot_vae,
+    "EasyGuide": amortised.easy_guide_of_rows,
+    "Poisson VAE, gamma latent": amortised.poisson_vae,
+    "pyroVED iVAE": amortised.invariant_vae,
+    "pyroVED jiVAE": amortised.joint_invariant_vae,
+    "pyroVED ssiVAE": semisupervised.ssivae,
+    "pyroVED ss-reg-VAE": semisupervised.ss_regression_vae,
+    "SS-VAE, some labels": semisupervised.m1_then_m2,
+    "SS-VAE M2, all labels": semisupervised.m2_with_all_labels,
+    "SS-VAE M2, summed": semisupervised.m2_without_labels_summed,
+    "SS-VAE M2, drawn": semisupervised.m2_without_labels_drawn,
+    "SS-VAE M2, two losses": semisupervised.m2_two_losses,
+    "SCANVI": semisupervised.scanvi,
+    "DMM, ragged": sequences.deep_markov,
+    "DMM, flow guide": sequences.deep_markov_with_flow,
+    "linear state space": sequences.linear_state_space,
+    "HMM, ragged": sequences.hidden_markov,
+    "HMM, plate of tones": sequences.hidden_markov_with_tones,
+    "capture-recapture": sequences.capture_recapture,
+    "AIR": sequences.attend_infer_repeat,
+    "mixture, AutoDelta": mixtures.mixture_with_points,
+    "mixture, parameters": mixtures.mixture_with_parameters,
+    "mixture, enumerated guide": mixtures.mixture_with_amortised_assignments,
+    "mixture, AutoNormal": mixtures.mixture_with_normal_centres,
+    "ProdLDA": mixtures.prod_lda,
+    "LDA": mixtures.lda,
+    "LDA of counts": mixtures.lda_of_counts,
+    "Poisson factorisation": mixtures.poisson_factorisation,
+    "deep exponential family": mixtures.deep_exponential_family,
+    "regression, AutoNormal": regression.regression_with("AutoNormal", init_scale=0.2),
+    "regression, AutoDiagonalNormal": regression.regression_with("AutoDiagonalNormal", init_scale=0.2),
+    "regression, AutoMultivariateNormal": regression.regression_with("AutoMultivariateNormal", init_scale=0.2),
+    "regression, AutoLowRank": regression.regression_with("AutoLowRankMultivariateNormal", init_scale=0.2, rank=2),
+    "regression, AutoIAFNormal": regression.regression_with("AutoIAFNormal", hidden_dim=[4]),
+    "regression, AutoDelta": regression.regression_with("AutoDelta"),
+    "regression, AutoLaplace": regression.regression_with("AutoLaplaceApproximation"),
+    "regression, AutoGuideList": regression.regression_with_a_list,
+    "regression, list with Delta": regression.regression_with_a_list_and_a_point,
+    "rows, AutoNormal": regression.rows_with("AutoNormal", init_scale=0.6),
+    "rows, AutoDiagonalNormal": regression.rows_with("AutoDiagonalNormal", init_scale=0.6),
+    "rows, AutoDelta": regression.rows_with("AutoDelta"),
+    "plates without a size": plates.bare_plates,
+    "subsample plate": plates.subsample_plate,
+    "declared full size": plates.declared_full_size,
+    "global and local": plates.global_and_local,
+    "eight schools": plates.eight_schools,
+    "baseball": plates.baseball,
+    "plate inside the rows": plates.plate_inside,
+    "plates beside and inside": plates.plates_beside_and_inside,
+    "factor in the model": plates.factor_in_the_model,
+    "missing entries": plates.missing_entries,
+    "Bayesian network": plates.bayesian_network_of_weights,
+}
