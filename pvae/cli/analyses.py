@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import pvae
-from pvae.cli.app import ON_RUN, ON_RUN_AND_DEVICE, Shared, beside, command, emit, rows_of, say
+from pvae.cli.app import ON_FITTED, ON_RUN_AND_DEVICE, Shared, beside, command, emit, rows_of, say
 from pvae.errors import DeclarationError
 
 if TYPE_CHECKING:
@@ -129,7 +129,7 @@ def two_sample(
     shared.measure(run, "two-sample", quality, len(QUALITY_STAGES))
 
 
-@command(ON_RUN)
+@command(ON_FITTED)
 def copying(
     shared: Shared, run: str, split: str = "test", rows: int | None = None, mean: bool = False, seed: int = 0
 ) -> None:
@@ -138,13 +138,13 @@ def copying(
     shared.measure(run, "copying", copied, split=split)
 
 
-@command(ON_RUN)
+@command(ON_FITTED)
 def probe(shared: Shared, run: str, split: str = "test", rows: int | None = None, seed: int = 0) -> None:
     """Predict the labels from the latents, and from the data, with the same simple classifiers."""
     shared.measure(run, "probe", partial(pvae.analysis.probe, split=split, rows=rows, seed=seed))
 
 
-@command(ON_RUN)
+@command(ON_FITTED)
 def critic(shared: Shared, run: str, split: str = "train", rows: int | None = None, seed: int = 0) -> None:
     """Estimate KL(q_agg || p) from samples alone, also for an autoencoder, whose posterior has no density."""
 
@@ -214,7 +214,7 @@ def posterior(
 # ---------------------------------------------------------------------- HTML pages
 
 
-@command(ON_RUN)
+@command(ON_FITTED)
 def report(
     shared: Shared,
     run: str,
@@ -229,8 +229,9 @@ def report(
     """Write the report of a run: one HTML file, its numbers as JSON and CSV."""
     from pvae.analysis.pages.report import examine
     from pvae.analysis.pages.sections.examination import Examination
+    from pvae.cli.handwritten import is_pair_file
 
-    opened = shared.open(run)
+    opened = shared.open_as_it_is(run) if is_pair_file(run) else shared.open(run)
     exam = Examination(opened, split, evidence_samples=evidence_samples, gap_steps=gap_steps, seed=seed)
     with shared.bar("report") as bar:
         found = examine(exam, bar.report)
@@ -239,7 +240,7 @@ def report(
     shared.tell(f"report: {path}")
 
 
-@command(ON_RUN)
+@command(ON_FITTED)
 def compare(
     shared: Shared,
     runs: Annotated[

@@ -35,8 +35,8 @@ app = typer.Typer(
 )
 
 OPTIONS: dict[str, Any] = {
-    "name": typer.Argument(help="A zoo name (see `pvae list`) or a TOML file.", metavar="NAME_OR_FILE"),
-    "run": typer.Argument(help="A run: its folder, its name (the newest), name/id, or latest."),
+    "name": typer.Argument(help="A zoo name (see `pvae list`), a TOML file or FILE.py:PAIR.", metavar="NAME_OR_FILE"),
+    "run": typer.Argument(help="A run: its folder, its name (the newest), name/id, or latest; or FILE.py:PAIR."),
     "overrides": typer.Argument(help="Dotted overrides: train.epochs=20", metavar="[KEY=VALUE]..."),
     "split": typer.Option("--split", help="train, validation or test."),
     "rows": typer.Option("--rows", min=1, help="Rows to use, chosen at random by the seed."),
@@ -57,14 +57,17 @@ OPTIONS: dict[str, Any] = {
     "export": typer.Option("--export", help="Also export to: tensorboard, mlflow.", metavar="KIND"),
     "run_dir": typer.Option("--run-dir", help="Folder of runs.", envvar="PVAE_RUN_DIR"),
     "data_dir": typer.Option("--data-dir", help="Folder to look for data in first.", envvar="PVAE_DATA_DIR"),
+    "pair": typer.Option("--pair", help="The pair of a run of a hand-written pair, FILE.py:PAIR."),
+    "data": typer.Option("--data", help="Data of a hand-written pair: .npz (arrays by argument) or .npy."),
     "quiet": typer.Option("--quiet", help="No progress."),
     "strict": typer.Option("--strict", help="Exit with 3 where the run finished with alerts."),
     "as_json": typer.Option("--json", help="Print JSON for programs."),
 }
 """Arguments and options of several commands, by name of the parameter; a command may annotate one in its own way."""
 ON_RUN = ("run_dir", "data_dir", "as_json")
-ON_RUN_AND_DEVICE = ("device", *ON_RUN)
-TO_FIT = ("device", "export", "run_dir", "data_dir", "quiet", "strict", "as_json")
+ON_FITTED = ("run_dir", "data_dir", "pair", "data", "as_json")
+ON_RUN_AND_DEVICE = ("device", *ON_FITTED)
+TO_FIT = ("device", "export", "run_dir", "data_dir", "pair", "data", "quiet", "strict", "as_json")
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,8 @@ class Shared:
     export: list[str] | None = None
     run_dir: Path = Path("runs")
     data_dir: Path | None = None
+    pair: str | None = None
+    data: Path | None = None
     quiet: bool = False
     strict: bool = False
     as_json: bool = False
@@ -85,16 +90,32 @@ class Shared:
     def open(self, run: str) -> Run:
         """Open a run on the CPU, after loading the components of installed plugins."""
         load_installed_plugins()
-        return pvae.Run.load(run, root=self.run_dir, data_dir=self.data_dir)
+        if self.pair is None:
+            return pvae.Run.load(run, root=self.run_dir, data_dir=self.data_dir)
+        from pvae.cli.handwritten import load_arguments, load_pair
+
+        pair = load_pair(self.pair)
+        return pvae.Run.load(run, root=self.run_dir, pair=pair, data=load_arguments(self.data, pair))
 
     def open_on_device(self, run: str) -> Run:
         """Open a run and move it to the device that `--device` names."""
-        opened = self.open(run)
+        from pvae.cli.handwritten import is_pair_file, on_data
+
+        opened: Any = on_data(run, self.data) if is_pair_file(run) else self.open(run)
         if self.device == "cpu":
             return opened
         from pvae.training.launch import pick_device
 
         return opened.to(pick_device(self.device))
+
+    def open_as_it_is(self, text: str) -> Run:
+        """Return a new run that holds a hand-written pair with its present weights, for a page on it."""
+        from pvae.cli.handwritten import load_arguments, load_pair
+        from pvae.training.fit import kept_as_it_is
+
+        pair = load_pair(text)
+        pair.origin = f"--pair {text} --data {self.data}"
+        return kept_as_it_is(pair, load_arguments(self.data, pair), self.run_dir)
 
     def measure(self, run: str, label: str, measure: Callable[..., Any], total: int = 100, **facts: str) -> None:
         """Open a run on the device, measure something on it under a progress bar, and print what is found.

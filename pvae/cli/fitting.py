@@ -33,7 +33,15 @@ if TYPE_CHECKING:
 
 @command(TO_FIT, device="auto")
 def fit(shared: Shared, name: str, overrides: list[str] | None = None) -> None:
-    """Fit an experiment and keep everything in a run directory."""
+    """Fit an experiment, or a hand-written pair with --data, and keep everything in a run directory."""
+    from pvae.cli.handwritten import is_pair_file, load_arguments, load_pair
+
+    if is_pair_file(name):
+        pair = load_pair(name)
+        given = load_arguments(shared.data, pair)
+        pair.origin = f"--pair {name} --data {shared.data}"
+        _finish(shared, pvae.fit(pair, *(overrides or ()), data=given, run_dir=shared.run_dir, **shared.fitting()))
+        return
     declared = load_declaration(name, overrides)
     _finish(shared, pvae.fit(declared, run_dir=shared.run_dir, data_dir=shared.data_dir, **shared.fitting()))
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 import pvae
-from pvae.cli.app import ON_RUN, Shared, beside, command, rows_of
+from pvae.cli.app import ON_FITTED, Shared, beside, command, rows_of
 from pvae.errors import DeclarationError
 from pvae.util.files import write_atomic
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from pvae.runs.run import Run
 
 
-@command(ON_RUN)
+@command(ON_FITTED)
 def sample(
     shared: Shared,
     run: str,
@@ -41,7 +41,7 @@ def sample(
     _keep(shared, opened, "sample", out, found, pvae.analysis.pages.plots.sheets.sampled)
 
 
-@command(ON_RUN)
+@command(ON_FITTED)
 def encode(
     shared: Shared,
     run: str,
@@ -62,7 +62,7 @@ def encode(
     _keep(shared, opened, f"encode-{split}", out, found, planes, row=chosen, **({} if y is None else {"label": y}))
 
 
-@command(ON_RUN)
+@command(ON_FITTED)
 def reconstruct(
     shared: Shared,
     run: str,
@@ -82,7 +82,7 @@ def reconstruct(
     _keep(shared, opened, f"reconstruct-{split}", out, found, picture, row=chosen)
 
 
-@command(ON_RUN)
+@command(ON_FITTED)
 def traverse(
     shared: Shared,
     run: str,
@@ -110,7 +110,7 @@ def traverse(
     _keep(shared, opened, f"traverse-{found.latent}", out, found, pvae.analysis.pages.plots.sheets.traversed)
 
 
-@command(ON_RUN)
+@command(ON_FITTED)
 def interpolate(
     shared: Shared,
     run: str,
@@ -129,7 +129,7 @@ def interpolate(
     _keep(shared, opened, stem, out, found, pvae.analysis.pages.plots.sheets.interpolated)
 
 
-@command(ON_RUN, name="rate-distortion")
+@command(ON_FITTED, name="rate-distortion")
 def rate_distortion(
     shared: Shared,
     runs: Annotated[

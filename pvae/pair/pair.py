@@ -72,6 +72,8 @@ class Pair(nn.Module):
         self._watch = Watch()
         self.arguments: Arguments | None = None
         """Arguments of the programs, where they take several; found with the first data."""
+        self.origin = ""
+        """Options of the command line that name the file of a hand-written pair and its data; empty in Python."""
         self.implicit = False
         """True for an implicit model (GAN): x can only be sampled, without a likelihood or inference."""
 

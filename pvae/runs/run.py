@@ -126,7 +126,10 @@ class Run:
         """
         where = Path(data_dir) if data_dir else None
         run = cls(RunDirectory.open(path, Path(root)), pair=pair, data_dir=where)
-        data = data if pair is None else pair.pack(data)
+        if pair is not None and data is not None and not isinstance(data, Dataset):
+            data = pair.pack(data)
+            if not pair.declared and not torch.as_tensor(data).is_floating_point():
+                pair.accept(torch.as_tensor(data)[:100])  # whole numbers, before the data set makes them floats
         if data is not None and not isinstance(data, Dataset):
             bare = run.files.manifest.get("data", {}).get("shape") == []
             declared = run.plan.data if isinstance(run.plan, Experiment) else TensorSource(shape=() if bare else None)
@@ -174,7 +177,8 @@ class Run:
         """Data set of the fit, read again; raises DataError if its fingerprint differs from the recorded one."""
         data = self._given_data
         if self.lacks_data:
-            raise DataError(f"{self.path}: expected the tensors of the fit; got none. Pass data=... to Run.load.")
+            said = f", or {origin} on the command line" if (origin := self.files.manifest.get("origin")) else ""
+            raise DataError(f"{self.path}: expected the tensors of the fit; got none. Pass data=... to Run.load{said}.")
         if data is None:
             data = load(self.experiment.data, data_dir=self._data_dir, seed=self.plan.seed)
         wanted = self.files.manifest.get("data", {}).get("fingerprint")
@@ -203,9 +207,14 @@ class Run:
     def fresh_pair(self) -> Pair:
         """Return the model/guide pair of the declaration with initial weights, before any checkpoint is loaded."""
         if self._given_pair is not None:
-            return self._given_pair.adopt(self.data.train.rows[:2])
+            self._given_pair.accept(self.data.train.rows)
+            return self._given_pair
         if not isinstance(self.plan, Experiment):
-            raise DeclarationError(f"{self.path}: expected pair=... of a hand-written pair; got none.")
+            said = self.files.manifest.get("origin") or "--pair FILE.py:PAIR --data FILE"
+            raise DeclarationError(
+                f"{self.path}: expected the hand-written pair of this run; got none. Pass pair= and data= to Run.load, "
+                f"or {said} on the command line."
+            )
         return attended(self.plan.build(self.data.shape), self.data.train)
 
     @property

@@ -116,6 +116,15 @@ def fit(
     return second_stage(run, device, progress)
 
 
+def kept_as_it_is(pair: Pair, data: Any, run_dir: str | Path) -> Run:
+    """Return a new run that holds a hand-written pair with its present parameters, without a fit, for a page on it."""
+    plan = Plan(name="pair")
+    dataset, pair = _handwritten(pair, data, plan.train.batch_size)
+    return launch(
+        plan, pair, dataset, Path(run_dir), torch.device("cpu"), given_pair=pair, trainable=(), progress=False
+    )
+
+
 def _handwritten(given: Pair, data: Any, batch: int) -> tuple[Dataset, Pair]:
     """Return the data set to fit and the pair adopted to it."""
     if data is None:

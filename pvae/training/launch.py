@@ -60,6 +60,7 @@ def launch(
         {
             **provenance(),
             "declared": given_pair is None,
+            **({"origin": pair.origin} if pair.origin else {}),
             "imports": list(IMPORTED),
             "seed": plan.seed,
             "device": str(where),

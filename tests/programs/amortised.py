@@ -1,4 +1,4 @@
-"""Amortised programs: autoencoders of bits, conditional ones, flows, levels, relaxed codes, pyroVED's invariant ones."""
+"""Amortised programs: autoencoders of bits, conditional ones, flows, levels, relaxed codes, invariant ones."""
 
 from __future__ import annotations
 

@@ -216,9 +216,7 @@ def capture_recapture() -> Program:
     rows = []
     for row in x:  # died before step d, for d = 0 ... 3
         lived = [0.7**d * (0.3 if d < 3 else 1.0) for d in range(4)]
-        seen = [
-            math.prod([0.4 if y else 0.6 for y in row[:d]]) * float(row[d:].sum() == 0) for d in range(4)
-        ]
+        seen = [math.prod([0.4 if y else 0.6 for y in row[:d]]) * float(row[d:].sum() == 0) for d in range(4)]
         rows.append(math.log(sum(a * b for a, b in zip(lived, seen, strict=True))))
     log_p = sum(rows) / len(rows)
     return Program(model, guide, x, log_p, elbo=lambda: log_p)

@@ -1,0 +1,108 @@
+"""Hand-written pairs on the command line: `FILE.py:NAME` that the user names, with data from --data."""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from pvae.data.split import Split
+from pvae.errors import DataError, DeclarationError
+from pvae.pair.pair import Pair
+
+PAIR_FILE = re.compile(r"(?P<file>.+\.py):(?P<name>[A-Za-z_][A-Za-z0-9_]*)")
+"""A pair on the command line: a Python file and the name of a `Pair` in it."""
+
+
+def is_pair_file(text: str) -> bool:
+    """Return whether a text names a pair in a Python file, `my_module.py:pair`."""
+    return PAIR_FILE.fullmatch(text) is not None
+
+
+def load_pair(text: str) -> Pair:
+    """Return the pair `FILE.py:NAME`; the file is run, because the user names it on the command line.
+
+    Modules beside the file can be imported, after all others.
+
+    Raises:
+        DeclarationError: there is no such file, no such name in it, or no `Pair` of that name.
+    """
+    found = PAIR_FILE.fullmatch(text)
+    path = Path(found["file"]) if found else Path(text)
+    if found is None or not path.is_file():
+        raise DeclarationError(f"{text}: expected a Python file and the name of a pair in it, my_module.py:pair.")
+    spec = importlib.util.spec_from_file_location(f"pvae_pair_{path.stem}", path)
+    if spec is None or spec.loader is None:
+        raise DeclarationError(f"{path}: expected a Python file; got one that Python does not read.")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    sys.path.append(str(path.resolve().parent))
+    spec.loader.exec_module(module)
+    pair = getattr(module, found["name"], None)
+    if not isinstance(pair, Pair):
+        raise DeclarationError(
+            f"{text}: expected a pvae.Pair of this name; got {type(pair).__name__}. Write `{found['name']} = "
+            f"pvae.Pair(model, guide)` in the file."
+        )
+    return pair
+
+
+def load_arguments(path: Path | None, pair: Pair) -> Any:
+    """Return the data of a hand-written pair: the array of a .npy file, or the arrays of a .npz file.
+
+    Several arrays are keyword arguments of the programs, by their names.
+
+    Raises:
+        DataError: there is no such file, it holds no arrays, or their names are not those of the model's arguments.
+    """
+    if path is None or path.suffix not in (".npy", ".npz") or not path.is_file():
+        raise DataError(f"--data: expected a .npz or .npy file with the data of the pair; got {path or 'none'}.")
+    try:
+        found = np.load(path, allow_pickle=False)
+        arrays = {name: np.asarray(found[name]) for name in found} if path.suffix == ".npz" else {"x": found}
+    except (ValueError, OSError, KeyError) as error:
+        raise DataError(f"{path}: expected arrays of numbers; got {error}.") from None
+    if len(arrays) == 1:
+        return torch.as_tensor(next(iter(arrays.values())))
+    known = inspect.signature(pair.model).parameters
+    if missing := sorted(arrays.keys() - known.keys()):
+        raise DataError(f"{path}: expected arrays named as the model's arguments ({', '.join(known)}); got {missing}.")
+    return {name: torch.as_tensor(array) for name, array in arrays.items()}
+
+
+@dataclass(frozen=True)
+class PairOnData:
+    """A hand-written pair and rows of data, with what the analyses of the command line ask of a run."""
+
+    path: str
+    """The pair as named on the command line."""
+    pair: Pair
+    rows: torch.Tensor
+
+    @property
+    def data(self) -> PairOnData:
+        """The data, which has one split."""
+        return self
+
+    label_names: None = None
+
+    def split(self, name: str) -> Split:
+        """Return all rows, whatever split is asked for."""
+        return Split(name, self.rows)
+
+    def to(self, device: torch.device) -> PairOnData:
+        """Return the pair and its data on a device."""
+        return PairOnData(self.path, self.pair.to(device), self.rows.to(device))
+
+
+def on_data(text: str, data: Path | None) -> PairOnData:
+    """Return a pair of a file with the rows of a data file."""
+    pair = load_pair(text)
+    return PairOnData(text, pair, pair.accept(load_arguments(data, pair)))
