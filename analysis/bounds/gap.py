@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, final
 
 import torch
@@ -62,6 +62,9 @@ class Gap(Figures):
     `amortisation`, `inference`, nats, and `ess`, the effective sample size of the weights of `log_p`."""
     refined: float
     """Proportion of data whose refined posterior has a higher ELBO than the guide's; the others keep the guide's."""
+    unconverged: float
+    """Estimated mean gain, nats, that further steps of refinement would bring; part of the errors of `refined_elbo`,
+    `amortisation` and `approximation`."""
 
     @property
     def title(self) -> str:
@@ -78,7 +81,8 @@ class Gap(Figures):
     @property
     def remarks(self) -> tuple[str, ...]:
         ess = f"effective samples {self.per_datum['ess'].median():.0f} of {self.evidence_samples} (median)"
-        return (f"{100 * self.refined:.0f} % of data refined in {self.steps} steps; {ess}",)
+        more = f"; further steps would gain about {self.unconverged:.2g} nats" if self.unconverged > 1e-3 else ""
+        return (f"{100 * self.refined:.0f} % of data refined in {self.steps} steps{more}; {ess}",)
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -86,6 +90,7 @@ class Gap(Figures):
             **self.facts(),
             "figures": self.figures(),
             "refined": self.refined,
+            "unconverged": self.unconverged,
             "ess_median": float(self.per_datum["ess"].median()),
             "ess_min": float(self.per_datum["ess"].min()),
         }
@@ -116,7 +121,8 @@ def gap(
     that contains the guide. The better of q* and q is kept for every datum, selected on other samples than the ELBOs
     are measured on.
 
-    Warning: an imperfect optimum makes `amortisation` too small and `approximation` too large, and the bias of the
+    Warning: an imperfect optimum makes `amortisation` too small and `approximation` too large by about `unconverged`,
+    which their errors include, and the bias of the
     bound on log p(x) makes `approximation` too small. A q* narrower than the posterior gives weights of large variance:
     see `per_datum["ess"]`, and `ais` for another bound.
 
@@ -237,6 +243,27 @@ def _optimise(x: Tensor, handler: Refined, draw: WeightSampler, plan: RefinePlan
         plan.tick()
 
 
+def _unconverged(x: Tensor, handler: Refined, draw: WeightSampler, particles: int) -> Tensor:
+    """Return an estimate of the nats that each row's refined posterior still lacks of its best, `(n,)`.
+
+    A natural-gradient step gains 1/2 g^T F^-1 g, with F = 1 for a shift in standard deviations and 2 for the logarithm
+    of a scale; the product of two independent gradients has no bias by their noise.
+    """
+    slopes = []
+    for _ in range(2):
+        with torch.enable_grad(), handler:
+            for t in handler.free:
+                t.requires_grad_()
+            slopes.append(torch.autograd.grad(draw(x, particles).mean(0).sum(), handler.free))
+    total = torch.zeros(len(x), dtype=torch.float64, device=x.device)
+    for i, (t, *pair_of) in enumerate(zip(handler.free, *slopes, strict=True)):
+        t.requires_grad_(False)
+        one, other = (g.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0).double() for g in pair_of)
+        axis = handler.axes[i]
+        total += (one * other).movedim(axis, 0).reshape(len(x), -1).sum(1) * (0.25 if i % 2 else 0.5)
+    return total
+
+
 def _measure(pair: Pair, x: Tensor, draw: WeightSampler, plan: RefinePlan, chunk: int) -> dict[str, Tensor]:
     """Refine the posteriors of a chunk of rows; return its ELBOs, log p(x) and inverse ess, float64 on the CPU."""
     handler = refined(pair, x)
@@ -254,10 +281,12 @@ def _measure(pair: Pair, x: Tensor, draw: WeightSampler, plan: RefinePlan, chunk
     better = other.mean(0) > own.mean(0)
     handler.keep(better)
     own, other = both(MEASURE)
+    lacks = _unconverged(x, handler, draw, plan.particles)
     plan.set_noise(chunk, EVIDENCE, x)
     with handler:
         log_p, inverse_ess = _log_mean(x, plan.evidence_samples, draw)
     found = {"elbo": own, "refined_elbo": other, "log_p": log_p, "inverse_ess": inverse_ess, "better": better.double()}
+    found["lacks"] = lacks
     return {name: t.cpu() for name, t in found.items()}
 
 
@@ -272,7 +301,8 @@ def _assemble(parts: list[dict[str, Tensor]], plan: RefinePlan) -> Gap:
     data["approximation"] = data["log_p"] - data["refined_elbo"]
     data["amortisation"] = data["refined_elbo"] - data["elbo"]
     data["inference"] = data["log_p"] - data["elbo"]
-    refined_elbo, elbo = over_draws(other, "lower_bound"), over_draws(own, "lower_bound")
+    lacks = max(0.0, float(found["lacks"].mean()))
+    refined_elbo, elbo = _with(over_draws(other, "lower_bound"), lacks), over_draws(own, "lower_bound")
     return Gap(
         n=len(log_p),
         steps=plan.steps,
@@ -282,11 +312,17 @@ def _assemble(parts: list[dict[str, Tensor]], plan: RefinePlan) -> Gap:
         refined_elbo=refined_elbo,
         elbo=elbo,
         approximation=_difference(data["approximation"], log_p_figure, refined_elbo, "estimate"),
-        amortisation=over_draws(other - own, "lower_bound"),
+        amortisation=_with(over_draws(other - own, "lower_bound"), lacks),
         inference=_difference(data["inference"], log_p_figure, elbo, "lower_bound"),
         per_datum={**data, "ess": 1 / inverse_ess},
         refined=float(found["better"].mean()),
+        unconverged=lacks,
     )
+
+
+def _with(estimate: Estimate, lacks: float) -> Estimate:
+    """Return an estimate whose standard error includes what the refinement still lacks of its optimum."""
+    return replace(estimate, standard_error=math.hypot(estimate.standard_error, lacks))
 
 
 def _difference(values: Tensor, one: Estimate, other: Estimate, kind: Kind) -> Estimate:

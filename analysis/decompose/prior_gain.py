@@ -94,6 +94,7 @@ def gain(
         >>> gain(pair, pair, torch.zeros(4, 1, 8, 8)).gained.value
         0.0
     """
+    accept(after, x)
     x = accept(before, x)
     differences = []
     terms = []
