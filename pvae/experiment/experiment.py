@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from pydantic import Field, ValidationError, field_validator, model_validator
-from pydantic_core import InitErrorDetails, PydanticCustomError
 from torch import nn
 
-from pvae.component import Section, Shape, Table, load_members
+from pvae.component import Section, Shape, Table, load_members, problem
 from pvae.data.sources.base import Data
 from pvae.data.sources.collections import Digits
 from pvae.errors import DeclarationError
@@ -96,13 +95,7 @@ class Experiment(Plan):
 
     @model_validator(mode="after")
     def _sound(self) -> Self:
-        wrong = [
-            InitErrorDetails(
-                type=PydanticCustomError("graph", "{text}", {"text": text}), loc=tuple(loc.split(".")), input=found
-            )
-            for loc, text, found in findings(self)
-        ]
-        if wrong:
+        if wrong := [problem("graph", tuple(path.split(".")), text, found) for path, text, found in findings(self)]:
             raise ValidationError.from_exception_data("Experiment", wrong)
         return self
 
