@@ -16,8 +16,7 @@ from pvae.distributions.codes import Certain
 from pvae.graph.lifecycle import Begun, FirstRows
 from pvae.graph.link import Link
 from pvae.graph.site import Site, Values, embedded
-from pvae.guides.posteriors.base import Posterior, PosteriorModule
-from pvae.guides.posteriors.heads import channels_last, head
+from pvae.guides.posteriors.base import Posterior, PosteriorModule, channels_last, head
 from pvae.nn.codebook import START_VECTORS, NearestCodebook
 from pvae.nn.network import Network, NetworkModule
 

@@ -1,18 +1,20 @@
-"""Normal posteriors: diagonal, or with a covariance of full rank."""
+"""Normal posteriors, diagonal or with a covariance of full rank, and the point of an autoencoder."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Literal, final
 
 import pyro.distributions as dist
 from torch import Tensor, nn
 
 from pvae.component import Shape
+from pvae.distributions.base import Determined
 from pvae.graph.link import Link
 from pvae.graph.site import Site
-from pvae.guides.posteriors.base import Posterior
-from pvae.nn.network import MLP, LogVarianceBounds, Network, NetworkModule, NormalHead, lower_factor
+from pvae.guides.posteriors.base import Head, Posterior, head
+from pvae.nn.network import LogVarianceBounds, Network, NormalHead, lower_factor
 
 
 @final
@@ -29,23 +31,14 @@ class NormalPosterior(Posterior):
     """Network from the encoder's features to the parameters of the normal; default: one linear map."""
 
     def build(self, site: Site, inputs: Mapping[str, Shape], link: Link) -> nn.Module:
-        network = self.network or MLP(hidden=())
-        return NormalHead(network.build(inputs, (2 * site.event[0],)), self.log_variance)
+        return NormalHead(head(self.network, inputs, (2 * site.event[0],)), self.log_variance)
 
 
-class FullRankHead(nn.Module):
-    """Module of the full-rank normal posterior: a network's output is mean, log-variances and a unit lower triangle."""
-
-    def __init__(self, network: NetworkModule, dim: int, bounds: tuple[float, float]) -> None:
-        super().__init__()
-        self.network, self.dim, self.bounds = network, dim, bounds
-
-    def forward(self, inputs: Mapping[str, Tensor], _seen: Mapping[str, Tensor]) -> dist.TorchDistribution:
-        """Return N(loc, L L^T), with batch shape `(...)`, given named inputs `(..., *shape)`."""
-        d = self.dim
-        loc, log_variance, below = self.network(inputs).split([d, d, d * (d - 1) // 2], -1)
-        scale = log_variance.clamp(*self.bounds).mul(0.5).exp()
-        return dist.MultivariateNormal(loc, scale_tril=lower_factor(scale, below), validate_args=False)
+def full_rank_normal(parameters: Tensor, dim: int, bounds: tuple[float, float]) -> dist.TorchDistribution:
+    """Return N(loc, L L^T) of `dim` coordinates, given its mean, log-variances and unit lower triangle `(..., P)`."""
+    loc, log_variance, below = parameters.split([dim, dim, dim * (dim - 1) // 2], -1)
+    scale = log_variance.clamp(*bounds).mul(0.5).exp()
+    return dist.MultivariateNormal(loc, scale_tril=lower_factor(scale, below), validate_args=False)
 
 
 @final
@@ -64,5 +57,20 @@ class FullRankNormalPosterior(Posterior):
 
     def build(self, site: Site, inputs: Mapping[str, Shape], link: Link) -> nn.Module:
         d = site.event[0]
-        network = (self.network or MLP(hidden=())).build(inputs, (2 * d + d * (d - 1) // 2,))
-        return FullRankHead(network, d, self.log_variance)
+        network = head(self.network, inputs, (2 * d + d * (d - 1) // 2,))
+        return Head(network, partial(full_rank_normal, dim=d, bounds=self.log_variance))
+
+
+@final
+class DeltaPosterior(Posterior):
+    """Deterministic posterior z = mu(x) of an autoencoder; it has no density, and its "ELBO" log p(x, z) is no bound.
+
+    With `objective.beta = 0` the loss does not depend on the prior; `refit` then fits a prior to the latents.
+    """
+
+    kind: Literal["delta"] = "delta"
+    network: Network | None = None
+    """Network from the encoder's features to z; default: one linear map."""
+
+    def build(self, site: Site, inputs: Mapping[str, Shape], link: Link) -> nn.Module:
+        return Head(head(self.network, inputs, site.event), Determined)

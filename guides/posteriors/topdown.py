@@ -1,4 +1,4 @@
-"""Top-down posteriors of hierarchies: q(z_l | z_above, x), computed from the model's prior p(z_l | z_above)."""
+"""Posteriors computed from the model's own distributions: top-down in a hierarchy, the prior itself, Bayes' rule."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, final
 
 import pyro.distributions as dist
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor, nn
 
-from pvae.component import Shape
+from pvae.component import Names, Shape
 from pvae.distributions.base import Event
 from pvae.errors import DeclarationError
 from pvae.graph.link import Link
-from pvae.graph.site import Site
-from pvae.guides.posteriors.base import Posterior
-from pvae.nn.network import MLP, LogVarianceBounds, Network, NormalHead
+from pvae.graph.site import Site, Values
+from pvae.guides.posteriors.base import Posterior, head
+from pvae.nn.network import LogVarianceBounds, Network, NormalHead
 
 TOP_DOWN = "top_down"
 """Name of the features of the prior's network among the inputs of a posterior."""
@@ -84,10 +84,8 @@ class LadderModule(nn.Module):
         upward = self.head(inputs)
         if not self.site.given:
             return upward
-        (loc, scale), (prior_loc, prior_scale) = (
-            parameters_of(upward),
-            parameters_of(self.link.model.prior(self.site.name, seen)),
-        )
+        loc, scale = parameters_of(upward)
+        prior_loc, prior_scale = parameters_of(self.link.model.prior(self.site.name, seen))
         precision, prior_precision = scale**-2, prior_scale**-2
         total = precision + prior_precision
         merged = (loc * precision + prior_loc * prior_precision) / total
@@ -119,8 +117,7 @@ class LadderPosterior(Posterior):
         read = without(inputs, site, link)
         if site.given:
             require_normal(site, link)
-        network = (self.network or MLP(hidden=())).build(read, (2 * site.event[0],))
-        return LadderModule(NormalHead(network, self.log_variance), site, link)
+        return LadderModule(NormalHead(head(self.network, read, (2 * site.event[0],)), self.log_variance), site, link)
 
 
 def _width(site: Site, link: Link) -> int:
@@ -181,5 +178,58 @@ class BidirectionalPosterior(Posterior):
         require_normal(site, link)
         if site.given:
             read[TOP_DOWN] = (_width(site, link),)
-        network = (self.network or MLP(hidden=())).build(read, (2 * site.event[0],))
-        return BidirectionalModule(network, site, link, self.bound)
+        return BidirectionalModule(head(self.network, read, (2 * site.event[0],)), site, link, self.bound)
+
+
+class UninferredModule(nn.Module):
+    """Module of the posterior `prior`: the model's own p(z | parents)."""
+
+    def __init__(self, site: Site, link: Link) -> None:
+        super().__init__()
+        self.site, self.link = site, link
+
+    def forward(self, _inputs: Mapping[str, Tensor], seen: Mapping[str, Tensor]) -> dist.TorchDistribution:
+        """Return p(z | parents), given the features of the covariates and latents sampled so far, by name."""
+        return self.link.model.prior(self.site.name, seen)
+
+
+@final
+class PriorPosterior(Posterior):
+    """Posterior equal to the prior, q(z | x) = p(z | parents): nothing is inferred from x. For objective `gan` only.
+
+    The guide has no parameters of its own. It makes a model that can only be sampled a Pyro model/guide pair.
+    """
+
+    kind: Literal["prior"] = "prior"
+    reads_features: ClassVar[bool] = False
+    reads_prior: ClassVar[bool] = True
+    infers: ClassVar[bool] = False
+    given: Names = ()
+    """Variables that the posterior is conditioned on: none, since the parents reach it through the model's prior."""
+
+    @field_validator("given")
+    @classmethod
+    def _given_nothing(cls, given: Names) -> Names:
+        if given:
+            raise ValueError(f"nothing, because the posterior prior infers nothing; got {list(given)}")
+        return given
+
+    def build(self, site: Site, inputs: Mapping[str, Shape], link: Link) -> nn.Module:
+        return UninferredModule(site, link)
+
+
+@final
+class ExactPosterior(Posterior):
+    """Exact posterior p(c | x) by Bayes' rule: the model sums over all codes, and the ELBO is log p(x) (exact E-step).
+
+    Its gradient is that of Pyro's `TraceEnum_ELBO`; with the objective `em` both steps are in closed form.
+    """
+
+    kind: Literal["exact"] = "exact"
+    values: ClassVar[Values] = "index"
+    reads_features: ClassVar[bool] = False
+    summed: ClassVar[bool] = True
+
+    def build(self, site: Site, inputs: Mapping[str, Shape], link: Link) -> nn.Module:
+        """Return an empty module: the guide does not sample this latent."""
+        return nn.Identity()

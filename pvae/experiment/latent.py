@@ -11,8 +11,8 @@ from pvae.graph.frame import Vocabulary, split
 from pvae.graph.site import Site, Space
 from pvae.guides.posteriors.base import Posterior
 from pvae.guides.posteriors.codes import BernoulliPosterior, CategoricalPosterior
-from pvae.guides.posteriors.exact import ExactPosterior
 from pvae.guides.posteriors.normal import NormalPosterior
+from pvae.guides.posteriors.topdown import ExactPosterior
 from pvae.models.priors.base import Prior
 from pvae.models.priors.codes import BernoulliPrior, CategoricalPrior
 from pvae.models.priors.normal import StandardNormal
