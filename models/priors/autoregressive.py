@@ -131,23 +131,36 @@ class TokenModule(nn.Module):
     """Base of autoregressive networks: from the parents' features to the distribution of a grid of codes.
 
     Arguments:
-        grid: shape of the grid; () for a single code.
-        codes: number of codes, K.
+        site: the latent, a grid of codes of at most 2 axes.
         parents: shapes of the parents' features, by name: `(D,)`, `(C, L)` or `(C, H, W)`.
+        kind: kind of the prior, for messages.
         width: width of the embedding of a code.
+
+    Raises:
+        DeclarationError: a shape is not supported; the message names the latent and the shape.
     """
 
     context_dims: ClassVar[int]
     """Number of dimensions of a context (the encoded parents) after its leading dimensions."""
 
-    def __init__(self, grid: Shape, codes: int, parents: Mapping[str, Shape], width: int) -> None:
+    def __init__(self, site: Site, parents: Mapping[str, Shape], kind: str, width: int) -> None:
         super().__init__()
-        self.grid, self.codes, self.width = tuple(grid), codes, width
-        self.positions = prod(grid)
+        self.grid, self.codes, self.width = site.space.grid, site.space.states, width
+        if len(self.grid) > 2:
+            raise DeclarationError(
+                f"latents.{site.name}.prior {kind}: expected a grid of at most 2 axes; got {list(self.grid)}."
+            )
+        for name, shape in parents.items():
+            if len(shape) not in (1, 2, 3):
+                raise DeclarationError(
+                    f"latents.{site.name}.prior {kind}: expected parents of shape (D), (C, L) or (C, H, W); "
+                    f"got {name} of shape {list(shape)}."
+                )
+        self.positions = prod(self.grid)
         self.parents = {name: tuple(shape) for name, shape in parents.items()}
         self.start = nn.Parameter(0.1 * torch.randn(width))
         # Nothing reads the last code: the only one needs no embedding, and would get no gradient.
-        self.table = nn.Parameter(0.1 * torch.randn(codes, width)) if self.positions > 1 else None
+        self.table = nn.Parameter(0.1 * torch.randn(self.codes, width)) if self.positions > 1 else None
 
     def embed(self, value: Tensor) -> Tensor:
         """Return embeddings `(n, p, width)` of indices `(n, p)` or of logarithms of relaxed one-hots `(n, p, K)`."""
@@ -182,22 +195,3 @@ class TokenModule(nn.Module):
     @abstractmethod
     def draw(self, count: int, context: Tensor | None, choose: Choose) -> Tensor:
         """Return codes `(count, p)`, each chosen by `choose` from its logits given the codes before it."""
-
-
-def require_shapes(site: Site, given: Mapping[str, Shape], kind: str) -> int:
-    """Return K, the number of codes of a latent, if a prior can read the shapes of its grid and of its parents.
-
-    Raises:
-        DeclarationError: a shape is not supported; the message names the latent and the shape.
-    """
-    if len(site.space.grid) > 2:
-        raise DeclarationError(
-            f"latents.{site.name}.prior {kind}: expected a grid of at most 2 axes; got {list(site.space.grid)}."
-        )
-    for name, shape in given.items():
-        if len(shape) not in (1, 2, 3):
-            raise DeclarationError(
-                f"latents.{site.name}.prior {kind}: expected parents of shape (D), (C, L) or (C, H, W); "
-                f"got {name} of shape {list(shape)}."
-            )
-    return site.space.states

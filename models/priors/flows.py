@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping
 from math import prod
-from typing import ClassVar, Literal, final
+from typing import Any, ClassVar, Literal, final
 
 import pyro.distributions as dist
 import pyro.distributions.transforms as bijections
@@ -35,13 +35,15 @@ class Flow(Batched):
         super().__init__(torch.Size(), module.loc.shape, validate_args=False)
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """Return log p(z) of z `(..., D)`, nats, `(...)`; exact."""
-        return self.module.log_prob(value)
+        """Return log p(z) = log N(u; 0, I) + log|det du/dz| of z `(..., D)`, nats, `(...)`; exact."""
+        u, log_det = self.module.pull(value)
+        return log_det + dist.Normal(self.module.loc, self.module.scale, validate_args=False).log_prob(u).sum(-1)
 
     def sample(self, sample_shape: Size = torch.Size()) -> Tensor:
-        """Return samples `sample_shape + batch_shape + (D,)`."""
+        """Return samples `sample_shape + batch_shape + (D,)`, pushed forward from u ~ N(0, I)."""
+        shape, base = torch.Size(sample_shape) + self.batch_shape, self.module
         with torch.no_grad():
-            return self.module.sample(torch.Size(sample_shape) + self.batch_shape)
+            return base.push(torch.normal(base.loc.expand(*shape, -1), base.scale.expand(*shape, -1)))
 
 
 class FlowModule(nn.Module):
@@ -53,6 +55,8 @@ class FlowModule(nn.Module):
         inward: True if the fast direction of each bijection is from z to u.
     """
 
+    steps: Any
+    """Bijections (`Bijection`), in the order from u to z."""
     loc: Tensor
     scale: Tensor
 
@@ -70,7 +74,6 @@ class FlowModule(nn.Module):
     def push(self, u: Tensor) -> Tensor:
         """Return z for u, `(..., D)`: the direction of sampling."""
         for step in self.steps:
-            assert isinstance(step, Bijection)  # noqa: S101 - narrows the type
             u = (step.invert(u) if self.inward else step.call(u))[0].flip(-1)
         return u
 
@@ -78,19 +81,9 @@ class FlowModule(nn.Module):
         """Return u for z, `(..., D)`, and log|det du/dz|, nats, `(...)`: the direction of density evaluation."""
         total = torch.zeros_like(z[..., 0])
         for step in reversed(self.steps):
-            assert isinstance(step, Bijection)  # noqa: S101 - narrows the type
             z, log_det = step.call(z.flip(-1)) if self.inward else step.invert(z.flip(-1))
             total = total + (log_det if self.inward else -log_det)
         return z, total
-
-    def log_prob(self, z: Tensor) -> Tensor:
-        """Return log p(z) = log N(u; 0, I) + log|det du/dz|, nats."""
-        u, log_det = self.pull(z)
-        return log_det + dist.Normal(self.loc, self.scale, validate_args=False).log_prob(u).sum(-1)
-
-    def sample(self, shape: torch.Size) -> Tensor:
-        """Return samples of z, pushed forward from u ~ N(0, I), `shape + (D,)`."""
-        return self.push(torch.normal(self.loc.expand(*shape, -1), self.scale.expand(*shape, -1)))
 
 
 class RelaxedFlowModule(nn.Module):

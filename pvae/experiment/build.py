@@ -16,7 +16,7 @@ from pvae.graph.link import Link
 from pvae.graph.site import OBSERVED
 from pvae.guides.graph import GraphGuide
 from pvae.models.graph import GraphModel
-from pvae.models.priors.codes import prior_of
+from pvae.models.priors.factorised import prior_of
 from pvae.nn.schedules import Constant, Scheduled
 from pvae.pair.pair import Pair
 from pvae.util.memory import weighed

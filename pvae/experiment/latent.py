@@ -14,8 +14,7 @@ from pvae.guides.posteriors.codes import BernoulliPosterior, CategoricalPosterio
 from pvae.guides.posteriors.normal import NormalPosterior
 from pvae.guides.posteriors.topdown import ExactPosterior
 from pvae.models.priors.base import Prior
-from pvae.models.priors.codes import BernoulliPrior, CategoricalPrior
-from pvae.models.priors.normal import StandardNormal
+from pvae.models.priors.factorised import BernoulliPrior, CategoricalPrior, StandardNormal
 from pvae.nn.schedules import Schedule
 
 
