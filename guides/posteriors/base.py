@@ -13,8 +13,8 @@ from pvae.component import Component, Names, Shape
 from pvae.graph.link import Link
 from pvae.graph.site import OBSERVED, Site, Space, Values
 from pvae.nn.codebook import Codebook
+from pvae.nn.conv import Pointwise
 from pvae.nn.network import MLP, Network, NetworkModule
-from pvae.nn.resnet import Pointwise
 
 
 class Posterior(Component):

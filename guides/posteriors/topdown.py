@@ -124,13 +124,12 @@ def _width(site: Site, link: Link) -> int:
     """Return the width of the features in the prior's network, before the layer that outputs p(z | parents)."""
     prior = link.model.priors[site.name]
     assert isinstance(prior, NormalHead)  # noqa: S101 - `require_normal` has looked
-    try:
-        return prior.network.width
-    except NotImplementedError:
+    if prior.network.width is None:
         raise DeclarationError(
             f"latents.{site.name}.prior.network: expected a network with features, mlp, gated_mlp or conv, for the "
             f"posterior to read; got {type(prior.network).__name__}."
-        ) from None
+        )
+    return prior.network.width
 
 
 class BidirectionalModule(nn.Module):

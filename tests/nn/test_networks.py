@@ -13,9 +13,8 @@ import torch
 
 from pvae.component import Shape
 from pvae.errors import DeclarationError
-from pvae.nn.conv import Conv
+from pvae.nn.conv import Conv, Pointwise, Resize, Resnet
 from pvae.nn.network import MLP, GatedMLP, Network, NetworkModule, TableNetwork
-from pvae.nn.resnet import Pointwise, Resize, Resnet
 
 
 @dataclass(frozen=True)
