@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from pvae.distributions.exponential import Members, Normals, Scorer, product_scorer
+from pvae.distributions.exponential import Members, Normals, Scorer
 
 IMPOSSIBLE = -1e30
 """Finite stand-in for the log of probability zero, because 0 * -inf is NaN in a product."""
@@ -18,6 +18,11 @@ SPARSE_STATES = 8
 ROW_COST = 16
 """Cost of adding one selected row entry, in multiplications of a matrix product."""
 Form = Literal["index", "one_hot"]
+
+
+def one_hots(index: Tensor, states: int) -> Tensor:
+    """Return code indices `(m, P)` as one-hots `(m, P K)`, int64; those out of range as the nearest code."""
+    return torch.nn.functional.one_hot(index.long().clamp(0, states - 1), states).flatten(1)
 
 
 @dataclass(frozen=True)
@@ -75,14 +80,11 @@ class Codes(Members):
         return self.logits.flatten(1).T, self.logits.new_zeros(len(self))
 
     def statistics(self, value: Tensor, origin: Tensor) -> Tensor:
-        if self.form == "one_hot":
-            return value
-        index = value.long().clamp(0, self.states - 1)
-        return torch.nn.functional.one_hot(index, self.states).to(self.logits).flatten(1)
+        return value if self.form == "one_hot" else one_hots(value, self.states).to(self.logits)
 
     def scorer(self) -> Scorer:
         if not self.is_sparse:
-            return product_scorer(self)
+            return super().scorer()
         eta = self.logits.flatten(1).T.contiguous()
         first = self.states * torch.arange(self.positions, device=eta.device)
 
@@ -106,9 +108,7 @@ class Codes(Members):
 
     def write(self, index: Tensor) -> Tensor:
         """Return code indices `(m, P)` in the encoding of flat values, `(m, D)`."""
-        if self.form == "index":
-            return index.to(self.logits)
-        return torch.nn.functional.one_hot(index, self.states).to(self.logits).flatten(1)
+        return (index if self.form == "index" else one_hots(index, self.states)).to(self.logits)
 
     def map(self, change: Any) -> Codes:
         changed = change(self.logits)
@@ -158,8 +158,7 @@ class CertainCodes(Members):
         return self.codes().natural()
 
     def statistics(self, value: Tensor, origin: Tensor) -> Tensor:
-        index = value.long().clamp(0, self.states - 1)
-        return torch.nn.functional.one_hot(index, self.states).flatten(1).double()
+        return one_hots(value, self.states).double()
 
     def scorer(self) -> Scorer:
         return self.codes().scorer()

@@ -24,7 +24,7 @@ from pvae.experiment.plan import Plan, Train
 from pvae.experiment.rules import findings
 from pvae.graph.frame import Frame
 from pvae.graph.site import OBSERVED, Site, topological
-from pvae.guides.encoders import Encoder, SharedEncoder
+from pvae.guides.graph import Encoder, SharedEncoder
 from pvae.models.graph import Decoder
 from pvae.models.priors.base import Prior
 from pvae.objectives.elbo import TraceELBO

@@ -19,7 +19,7 @@ from pvae.errors import DeclarationError
 from pvae.experiment import zoo
 from pvae.experiment.experiment import Experiment
 from pvae.experiment.readback import arrows, formulas
-from pvae.guides.encoders import Encoder
+from pvae.guides.graph import Encoder
 from pvae.guides.posteriors.base import Posterior
 from pvae.models.likelihoods.base import Likelihood
 from pvae.models.priors.base import Prior

@@ -29,9 +29,8 @@ from pvae.data.sources import toys
 from pvae.distributions.base import Determined, Rounded
 from pvae.errors import DataError, DeclarationError
 from pvae.experiment.experiment import Experiment
-from pvae.models.invertible import BijectionModule, BijectionNetwork
 from pvae.models.priors.base import Prior
-from pvae.models.priors.flows import FlowPrior
+from pvae.models.priors.flows import BijectionModule, BijectionNetwork, FlowPrior
 from pvae.objectives.elbo import TraceELBO, TraceMeanFieldELBO
 from pvae.objectives.iwae import IWAE
 from pvae.pair.densities import closed_kl

@@ -24,7 +24,7 @@ import pvae
 from pvae.analysis import evidence, surgery
 from pvae.errors import DeclarationError
 from pvae.experiment.experiment import Experiment
-from pvae.guides.posteriors.topdown import TOP_DOWN
+from pvae.guides.posteriors.normal import TOP_DOWN
 from pvae.objectives.elbo import TraceELBO, TraceMeanFieldELBO
 from pvae.objectives.iwae import IWAE
 from pvae.pair.pair import Pair

@@ -15,7 +15,7 @@ import scipy.stats
 import torch
 
 from pvae.component import Shape
-from pvae.distributions.observed import DiscretizedLogistic, FactoredNormal, lattice
+from pvae.distributions.base import DiscretizedLogistic, FactoredNormal, lattice
 from pvae.models.likelihoods.base import Likelihood, LikelihoodModule
 from pvae.models.likelihoods.standard import (
     Bernoulli,
