@@ -79,6 +79,23 @@ class PosteriorModule(nn.Module):
         raise NotImplementedError  # pragma: no cover - only of posteriors that look codes up
 
 
+class Linked(PosteriorModule):
+    """Base of modules of posteriors that read the model of the pair.
+
+    Arguments:
+        site: the latent.
+        link: access to the model.
+        declared: the posterior as declared.
+        network: network of the posterior; None if it has none.
+    """
+
+    network: Any
+
+    def __init__(self, site: Site, link: Link, declared: Posterior, network: nn.Module | None = None) -> None:
+        super().__init__()
+        self.site, self.link, self.declared, self.network = site, link, declared, network
+
+
 class Head(PosteriorModule):
     """Module of a posterior whose distribution is a function of the output of one network.
 

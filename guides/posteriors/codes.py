@@ -22,7 +22,7 @@ from pvae.distributions.relaxed import KL, RelaxedCodes
 from pvae.graph.lifecycle import Moving
 from pvae.graph.link import Link
 from pvae.graph.site import Site, Space, Values
-from pvae.guides.posteriors.base import Head, Posterior, channels_last, head
+from pvae.guides.posteriors.base import Head, Linked, Posterior, channels_last, head
 from pvae.nn.network import MLP, Network, NetworkModule
 
 MAX_SUMMED_STATES = 32
@@ -168,19 +168,17 @@ class BernoulliPosterior(EstimatedPosterior):
         return space.shape, bits
 
 
-class RelaxedModule(nn.Module):
+class RelaxedModule(Linked):
     """Module of relaxed posteriors: a network's output is the logits of relaxed codes, at the latent's temperature."""
 
-    def __init__(self, network: NetworkModule, site: Site, link: Link, kl: KL, noise: bool) -> None:
-        super().__init__()
-        self.network, self.link, self.kl, self.noise = network, link, kl, noise
-        self.name, self.grid, self.has_twin = site.name, len(site.space.grid), site.has_twin
+    declared: RelaxedPosterior
 
     def forward(self, inputs: Mapping[str, Tensor], _seen: Mapping[str, Tensor]) -> dist.TorchDistribution:
         """Return the distribution of log relaxed one-hots, with batch shape `(...)`, given named inputs."""
-        logits = channels_last(self.network(inputs), self.grid)
-        tau = self.link.model.temperature(self.name)
-        return RelaxedCodes(logits, tau, self.grid, kl=self.kl, noise=self.noise, has_twin=self.has_twin)
+        site, grid = self.site, len(self.site.space.grid)
+        logits, tau = channels_last(self.network(inputs), grid), self.link.model.temperature(site.name)
+        kl, noise = self.declared.kl, self.declared.is_noisy
+        return RelaxedCodes(logits, tau, grid, kl=kl, noise=noise, has_twin=site.has_twin)
 
 
 class RelaxedPosterior(Posterior):
@@ -193,12 +191,14 @@ class RelaxedPosterior(Posterior):
     network: Network | None = None
     """Network from the encoder's features to the logits; default: one linear map."""
 
-    def sampled(self, space: Space) -> Space:
-        return space.relaxed(is_hard=False)
+    @property
+    @abstractmethod
+    def is_noisy(self) -> bool:
+        """True if Gumbel noise is added to the logits."""
 
-    def _build(self, site: Site, inputs: Mapping[str, Shape], link: Link, noise: bool) -> nn.Module:
+    def build(self, site: Site, inputs: Mapping[str, Shape], link: Link) -> nn.Module:
         network = head(self.network, inputs, (site.space.states, *site.space.grid))
-        return RelaxedModule(network, site, link, self.kl, noise)
+        return RelaxedModule(site, link, self, network)
 
 
 @final
@@ -211,9 +211,10 @@ class RelaxedOneHotPosterior(RelaxedPosterior):
     """
 
     kind: Literal["relaxed_onehot"] = "relaxed_onehot"
+    is_noisy: ClassVar[bool] = True
 
-    def build(self, site: Site, inputs: Mapping[str, Shape], link: Link) -> nn.Module:
-        return self._build(site, inputs, link, noise=True)
+    def sampled(self, space: Space) -> Space:
+        return space.relaxed(is_hard=False)
 
 
 @final
@@ -242,5 +243,6 @@ class StraightThroughPosterior(RelaxedPosterior):
             raise ValueError('kl = "categorical" without noise, where q is a point and has no density; got relaxed')
         return self
 
-    def build(self, site: Site, inputs: Mapping[str, Shape], link: Link) -> nn.Module:
-        return self._build(site, inputs, link, noise=self.noise)
+    @property
+    def is_noisy(self) -> bool:
+        return self.noise

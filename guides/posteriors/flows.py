@@ -20,7 +20,7 @@ from pvae.distributions.base import Batched, Determined
 from pvae.errors import DeclarationError
 from pvae.graph.link import Link
 from pvae.graph.site import OBSERVED, Site
-from pvae.guides.posteriors.base import Posterior, head
+from pvae.guides.posteriors.base import Linked, Posterior, head
 from pvae.nn.network import (
     MLP,
     InvertibleModule,
@@ -197,12 +197,8 @@ def decoder_of(link: Link, site: Site) -> InvertibleModule:
     return network
 
 
-class InverseModule(nn.Module):
+class InverseModule(Linked):
     """Module of the posterior `inverse`: z = g^-1(x), for the model's decoder g."""
-
-    def __init__(self, link: Link) -> None:
-        super().__init__()
-        self.link = link
 
     def forward(self, inputs: Mapping[str, Tensor], _seen: Mapping[str, Tensor]) -> dist.TorchDistribution:
         """Return the point mass at z = g^-1(x), with log q(z | x) = -log|det dz/dx|, for x `(..., *event)`."""
@@ -226,7 +222,7 @@ class InversePosterior(Posterior):
 
     def build(self, site: Site, inputs: Mapping[str, Shape], link: Link) -> nn.Module:
         decoder_of(link, site)
-        return InverseModule(link)
+        return InverseModule(site, link, self)
 
 
 class Dequantised(Pushed):

@@ -15,7 +15,7 @@ from pvae.distributions.base import Determined, Event
 from pvae.errors import DeclarationError
 from pvae.graph.link import Link
 from pvae.graph.site import Site, Values
-from pvae.guides.posteriors.base import Head, Posterior, head
+from pvae.guides.posteriors.base import Head, Linked, Posterior, head
 from pvae.nn.network import LogVarianceBounds, Network, NormalHead, lower_factor
 
 
@@ -85,11 +85,10 @@ TOP_DOWN = "top_down"
 def parameters_of(prior: Any) -> tuple[Tensor, Tensor]:
     """Return the location and scale of a diagonal normal, each `(..., D)`."""
     normal = normal_of(prior)
-    assert normal is not None  # noqa: S101 - `require_normal` has looked
     return normal.loc, normal.scale
 
 
-def normal_of(prior: Any) -> dist.Normal | None:
+def normal_of(prior: Any) -> Any:
     """Return the `Normal` inside wrappers such as `Independent`; None if there is none."""
     while prior is not None and not isinstance(prior, dist.Normal):
         prior = getattr(prior, "base_dist", None)
@@ -181,35 +180,19 @@ class LadderPosterior(Posterior):
         return LadderModule(NormalHead(head(self.network, read, (2 * site.event[0],)), self.log_variance), site, link)
 
 
-def _width(site: Site, link: Link) -> int:
-    """Return the width of the features in the prior's network, before the layer that outputs p(z | parents)."""
-    prior = link.model.priors[site.name]
-    assert isinstance(prior, NormalHead)  # noqa: S101 - `require_normal` has looked
-    if prior.network.width is None:
-        raise DeclarationError(
-            f"latents.{site.name}.prior.network: expected a network with features, mlp, gated_mlp or conv, for the "
-            f"posterior to read; got {type(prior.network).__name__}."
-        )
-    return prior.network.width
-
-
-class BidirectionalModule(nn.Module):
+class BidirectionalModule(Linked):
     """Module of the posterior `bidirectional`: shifts and scales the model's normal p(z_l | z_above), given x."""
 
-    def __init__(self, network: nn.Module, site: Site, link: Link, bound: float) -> None:
-        super().__init__()
-        self.network, self.site, self.link, self.bound = network, site, link, bound
+    declared: BidirectionalPosterior
 
     def forward(self, inputs: Mapping[str, Tensor], seen: Mapping[str, Tensor]) -> dist.TorchDistribution:
         """Return the shifted and scaled normal, given named inputs `(..., *shape)`."""
         prior_loc, prior_scale = parameters_of(self.link.model.prior(self.site.name, seen))
-        read = dict(inputs)
-        if self.site.given:
-            prior = self.link.model.priors[self.site.name]
-            assert isinstance(prior, NormalHead)  # noqa: S101 - `require_normal` has looked
+        read, prior, bound = dict(inputs), self.link.model.priors[self.site.name], self.declared.bound
+        if isinstance(prior, NormalHead):
             read[TOP_DOWN] = prior.features(seen)
         shift, log_scale = self.network(read).chunk(2, -1)
-        scale = prior_scale * log_scale.clamp(-self.bound, self.bound).exp()
+        scale = prior_scale * log_scale.clamp(-bound, bound).exp()
         return Event(dist.Normal(prior_loc + prior_scale * shift, scale), 1)
 
 
@@ -236,17 +219,19 @@ class BidirectionalPosterior(Posterior):
     def build(self, site: Site, inputs: Mapping[str, Shape], link: Link) -> nn.Module:
         read = without(inputs, site, link)
         require_normal(site, link)
-        if site.given:
-            read[TOP_DOWN] = (_width(site, link),)
-        return BidirectionalModule(head(self.network, read, (2 * site.event[0],)), site, link, self.bound)
+        prior = link.model.priors[site.name]
+        if isinstance(prior, NormalHead):
+            if prior.network.width is None:
+                raise DeclarationError(
+                    f"latents.{site.name}.prior.network: expected a network with features, mlp, gated_mlp or conv, for "
+                    f"the posterior to read; got {type(prior.network).__name__}."
+                )
+            read[TOP_DOWN] = (prior.network.width,)
+        return BidirectionalModule(site, link, self, head(self.network, read, (2 * site.event[0],)))
 
 
-class UninferredModule(nn.Module):
+class UninferredModule(Linked):
     """Module of the posterior `prior`: the model's own p(z | parents)."""
-
-    def __init__(self, site: Site, link: Link) -> None:
-        super().__init__()
-        self.site, self.link = site, link
 
     def forward(self, _inputs: Mapping[str, Tensor], seen: Mapping[str, Tensor]) -> dist.TorchDistribution:
         """Return p(z | parents), given the features of the covariates and latents sampled so far, by name."""
@@ -275,7 +260,7 @@ class PriorPosterior(Posterior):
         return given
 
     def build(self, site: Site, inputs: Mapping[str, Shape], link: Link) -> nn.Module:
-        return UninferredModule(site, link)
+        return UninferredModule(site, link, self)
 
 
 @final

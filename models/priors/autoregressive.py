@@ -82,7 +82,8 @@ class Autoregressive(Conditional):
         """
         grid, codes = self.network.grid, self.network.codes
         event = (*grid, codes) if value.is_floating_point() else grid
-        lead = torch.broadcast_shapes(value.shape[: value.dim() - len(event)], self._context_shape)
+        own = torch.Size() if self.context is None else self.context.shape[: -self.network.context_dims]
+        lead = torch.broadcast_shapes(value.shape[: value.dim() - len(event)], own)
         flat = value.expand((*lead, *event)).reshape(-1, self.network.positions, *event[len(grid) :])
         logits = self.network.logits(flat, self._context(lead))
         logits = precise(logits).log_softmax(-1)
@@ -113,11 +114,6 @@ class Autoregressive(Conditional):
         states = joint_states(self.network.codes, self.event_shape, self.network.start.device)
         states = states.reshape(-1, *[1] * len(self.batch_shape), *self.event_shape)
         return states.expand(-1, *self.batch_shape, *self.event_shape) if expand else states
-
-    @property
-    def _context_shape(self) -> torch.Size:
-        """Batch shape of the context (the encoded parents), without its own dimensions; () without a context."""
-        return torch.Size() if self.context is None else self.context.shape[: -self.network.context_dims]
 
     def _context(self, lead: torch.Size) -> Tensor | None:
         """Return the context broadcast to the leading dimensions `lead`, flattened into one; None without a context."""
