@@ -33,8 +33,7 @@ from pvae.data.tables import readers
 from pvae.data.tables.readers import MAX_HEADER_BYTES
 from pvae.errors import DataError, DeclarationError, MissingExtraError
 from pvae.graph.frame import Law
-from pvae.models.likelihoods.column_families import FAMILIES
-from pvae.models.likelihoods.columns import ColumnsLikelihood
+from pvae.models.likelihoods.columns import FAMILIES, ColumnsLikelihood
 from tests.cli_runner import run_cli
 
 Raw = dict[str, Any]
