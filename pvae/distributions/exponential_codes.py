@@ -178,6 +178,11 @@ class CertainCodes(Members):
         return CertainCodes(change(self.index).long(), self.states)
 
 
+def total(name: str) -> Any:
+    """Return a property of a product: the sum of the property `name` of its parts."""
+    return property(lambda members: sum(getattr(part, name) for part in members.parts))
+
+
 @dataclass(frozen=True)
 class Product(Members):
     """Members that are products of independent parts over concatenated values; one row of every part per member.
@@ -191,21 +196,7 @@ class Product(Members):
     def __len__(self) -> int:
         return len(self.parts[0])
 
-    @property
-    def dim(self) -> int:
-        return sum(part.dim for part in self.parts)
-
-    @property
-    def features(self) -> int:
-        return sum(part.features for part in self.parts)
-
-    @property
-    def numbers(self) -> int:
-        return sum(part.numbers for part in self.parts)
-
-    @property
-    def work(self) -> int:
-        return sum(part.work for part in self.parts)
+    dim, features, numbers, work = map(total, ("dim", "features", "numbers", "work"))
 
     def rows(self, index: slice | Tensor) -> Product:
         return Product(tuple(part.rows(index) for part in self.parts))
