@@ -170,12 +170,12 @@ def test_gradient_reaches_every_parameter(kind, squash):
 def test_squash_is_a_logistic_map_with_room_at_both_ends(edge):
     net = BijectionNetwork.model_validate({"squash": "logit", "edge": edge}).build({"z": (2,)}, (2,)).double()
     v = torch.tensor([[0.0, 1.0], [0.3, 0.5]], dtype=torch.float64)
-    h, slope = net.squash.invert(v)
+    net.flow.steps = torch.nn.ModuleList()  # the identity: what is left is the squash
+    h, slope = net.invert(v)  # the very ends of [0, 1] have a place
     inner = edge + (1 - 2 * edge) * v.numpy()
     np.testing.assert_allclose(h.numpy(), scipy.special.logit(inner), rtol=1e-12)
     np.testing.assert_allclose(slope.numpy(), np.log((1 - 2 * edge) / (inner * (1 - inner))).sum(1), rtol=1e-12)
-    torch.testing.assert_close(net.squash.call(h), v, rtol=0, atol=1e-15)
-    assert net.invert(v)[0].isfinite().all()  # the very ends of [0, 1] have a place
+    torch.testing.assert_close(net({"z": h}), v, rtol=0, atol=1e-15)
 
 
 BIJECTION = {"kind": "bijection"}
