@@ -312,7 +312,7 @@ WORKING: dict[str, tuple[Case, Shape]] = {
 @pytest.mark.parametrize(("case", "size"), WORKING.values(), ids=list(WORKING))
 def test_where_residual_blocks_run(case, size):
     module = Resnet(channels=6, blocks=1).build(*case)
-    assert module.work == size
+    assert module.start == (6, *size)
     seen = []
     module.blocks.register_forward_hook(lambda _m, _i, out: seen.append(out.shape))
     module(values(case[0], 3))
