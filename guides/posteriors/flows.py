@@ -316,8 +316,8 @@ class DequantisedPosterior(Posterior):
 
     def build(self, site: Site, inputs: Mapping[str, Shape], link: Link) -> nn.Module:
         decoder_of(link, site)
-        levels = link.model.decoder.likelihood.declared.levels
+        likelihood: Any = link.model.decoder.likelihood
         noise = None
         if self.noise == "variational":
             noise = NormalHead(self.network.build(inputs, (2 * site.event[0],)), self.log_variance)
-        return DequantisedModule(link, int(levels), noise)  # type: ignore[arg-type]
+        return DequantisedModule(link, likelihood.declared.levels, noise)

@@ -221,7 +221,7 @@ class BidirectionalPosterior(Posterior):
         require_normal(site, link)
         prior = link.model.priors[site.name]
         if isinstance(prior, NormalHead):
-            if prior.network.width is None:
+            if not prior.network.width:
                 raise DeclarationError(
                     f"latents.{site.name}.prior.network: expected a network with features, mlp, gated_mlp or conv, for "
                     f"the posterior to read; got {type(prior.network).__name__}."

@@ -61,8 +61,8 @@ class NetworkModule(nn.Module):
         self.inputs = {name: tuple(shape) for name, shape in inputs.items()}
         self.output = tuple(output)
 
-    width: int | None = None
-    """Width of the feature vector that `features` returns; None if the network has no features."""
+    width: int = 0
+    """Width of the feature vector that `features` returns; 0 if the network has no features."""
 
     def shaped(self, h: Tensor) -> Tensor:
         """Return vectors `(..., prod(output))` in the shape of the output, `(..., *output)`."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Annotated, ClassVar, Literal, final
+from typing import Annotated, Any, ClassVar, Literal, final
 
 import torch
 from pydantic import Field
@@ -21,7 +21,7 @@ class Optimizer(Component):
     lr: float = Field(default=1e-3, gt=0)
     """Learning rate before its schedule."""
 
-    implementation: ClassVar[type[torch.optim.Optimizer]]
+    implementation: ClassVar[Any]
     """Class of torch; the fields of the declaration are its arguments."""
 
     def build(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
@@ -34,7 +34,7 @@ class Adam(Optimizer):
     """Adam (Kingma, Ba, 2015), https://arxiv.org/abs/1412.6980."""
 
     kind: Literal["adam"] = "adam"
-    implementation: ClassVar[type[torch.optim.Optimizer]] = torch.optim.Adam
+    implementation: ClassVar[Any] = torch.optim.Adam
     betas: Betas = (0.9, 0.999)
     eps: float = Field(default=1e-8, gt=0)
 
@@ -44,7 +44,7 @@ class AdamW(Optimizer):
     """Adam with decoupled weight decay (Loshchilov, Hutter, 2019), https://arxiv.org/abs/1711.05101."""
 
     kind: Literal["adamw"] = "adamw"
-    implementation: ClassVar[type[torch.optim.Optimizer]] = torch.optim.AdamW
+    implementation: ClassVar[Any] = torch.optim.AdamW
     betas: Betas = (0.9, 0.999)
     eps: float = Field(default=1e-8, gt=0)
     weight_decay: float = Field(default=1e-2, ge=0)
@@ -55,7 +55,7 @@ class SGD(Optimizer):
     """Stochastic gradient descent with momentum."""
 
     kind: Literal["sgd"] = "sgd"
-    implementation: ClassVar[type[torch.optim.Optimizer]] = torch.optim.SGD
+    implementation: ClassVar[Any] = torch.optim.SGD
     momentum: float = Field(default=0.0, ge=0, lt=1)
 
 
