@@ -5,8 +5,6 @@
 
 from __future__ import annotations
 
-import copy
-
 import pyro
 import pytest
 import torch
@@ -31,7 +29,7 @@ from tests.discrete.pairs import (
     same,
     state,
 )
-from tests.laws import require_gradients
+from tests.laws import require_gradients, require_own_states
 
 
 def test_the_table_is_complete():
@@ -72,16 +70,7 @@ def test_particles_broadcast_and_states_round_trip(engine):
     assert expected.kl["c"].shape == expected.reconstruction.shape == (3, 5)
     draws = pair.traces(rows(), 3)[0].nodes["c"]["value"]
     assert (draws[0] == draws).all() == engine.certain
-    other, before = copy.deepcopy(pair), evaluate(pair, rows(40), 0)
-    with torch.no_grad():
-        for parameter in pair.parameters():
-            parameter.add_(0.5 * torch.randn_like(parameter))
-    assert evaluate(other, rows(40), 0) == before != evaluate(pair, rows(40), 0)
-    again = declared(engine.latent)
-    again.load_state_dict(pair.state_dict())
-    assert evaluate(again, rows(40), 0) == evaluate(pair, rows(40), 0)
-    twice = [id(p) for _, p in pair.named_parameters(remove_duplicate=False)]
-    assert len(twice) == len(set(twice))
+    require_own_states(pair, declared(engine.latent), rows(40), by=0.5)
 
 
 @every_engine
