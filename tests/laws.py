@@ -30,9 +30,9 @@ FLOWS: dict[str, dict[str, Any]] = {
 """Every kind of flow prior, small."""
 
 
-def require_gradients(pair: Pair) -> None:
+def require_gradients(module: nn.Module) -> None:
     """Every parameter has a gradient that is finite and not zero."""
-    for name, parameter in pair.named_parameters():
+    for name, parameter in module.named_parameters():
         assert parameter.grad is not None, name
         assert parameter.grad.isfinite().all(), name
         assert parameter.grad.abs().sum() > 0, name

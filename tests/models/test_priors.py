@@ -27,7 +27,7 @@ from pvae.experiment.experiment import Experiment
 from pvae.guides.posteriors.base import Posterior
 from pvae.models.priors.base import Prior
 from pvae.pair.pair import Pair
-from tests.laws import FLOWS, require_gradients, require_own_states
+from tests.laws import FLOWS, require_gradients, require_own_states, shake
 
 NETWORK = {"network": {"kind": "mlp", "hidden": [8]}}
 # Priors of a latent without parents; `conditional_normal` has laws of its own elsewhere.
@@ -241,6 +241,17 @@ def test_a_flow_can_be_copied_after_use_and_scores_another_batch(kind):
     module({}).log_prob(first).sum().backward()  # nothing of the first graph is kept
 
 
+def fit(module: torch.nn.Module, z: Tensor, steps: int, rate: float) -> None:
+    """Fit a prior to rows `(n, D)` by steps of 500."""
+    optimizer = torch.optim.Adam(module.parameters(), rate)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    for step in range(steps):
+        optimizer.zero_grad()
+        (-module({}).log_prob(z[(torch.arange(500) + 500 * step) % len(z)]).mean()).backward()
+        optimizer.step()
+        schedule.step()
+
+
 @pytest.mark.parametrize("kind", FLOWS)
 def test_a_flow_recovers_a_known_density(kind):
     # A bent normal, z2 = z1^2 / 2 + .4 e: log p is known; what the flow lacks is the KL, on 20 000 fresh draws.
@@ -250,15 +261,7 @@ def test_a_flow_recovers_a_known_density(kind):
     true = dist.Normal(0.0, 1.0).log_prob(z[:, 0]) + dist.Normal(0.5 * z[:, 0] ** 2 - 0.5, 0.4).log_prob(z[:, 1])
     pair = Experiment.from_dict({"latents": {"z": {"dim": 2, "prior": {"kind": kind}}}}).build((3,))
     module = pair.model.priors["z"]
-    optimizer = torch.optim.Adam(module.parameters(), 5e-3)
-    steps = 300 if kind != "iaf" else 200
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    for step in range(steps):
-        optimizer.zero_grad()
-        batch = z[(torch.arange(500) + 500 * step) % 40_000]
-        (-module({}).log_prob(batch).mean()).backward()
-        optimizer.step()
-        schedule.step()
+    fit(module, z[:40_000], 300 if kind != "iaf" else 200, 5e-3)
     with torch.no_grad():
         lacks = float((true - module({}).log_prob(z))[40_000:].mean())
     assert -0.02 < lacks < (0.1 if kind in ("realnvp", "maf", "iaf") else 0.05)  # affine steps bend less
@@ -271,13 +274,7 @@ def test_splines_recover_eight_modes_to_their_entropy(kind):
     z, fresh = torch.from_numpy(draws).float().split([100_000, 20_000])
     table = {"latents": {"z": {"dim": 2, "prior": {"kind": kind, "bins": 16}}}}
     module = Experiment.from_dict(table).build((3,)).model.priors["z"]
-    optimizer = torch.optim.Adam(module.parameters(), 1e-2)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 400)
-    for step in range(400):
-        optimizer.zero_grad()
-        (-module({}).log_prob(z[(torch.arange(500) + 500 * step) % 100_000]).mean()).backward()
-        optimizer.step()
-        schedule.step()
+    fit(module, z, 400, 1e-2)
     with torch.no_grad():
         lost = -float(module({}).log_prob(fresh).mean()) - toys.entropy("eight_gaussians")
     assert -0.02 < lost < 0.05
@@ -286,9 +283,7 @@ def test_splines_recover_eight_modes_to_their_entropy(kind):
 def bisected_steps(kind: str, dim: int, dtype: torch.dtype) -> list[Any]:
     """Bijections off their start."""
     module = declared(kind, dim=dim).to(dtype).model.priors["z"]
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
+    shake(module, 0.1)
     return list(module.steps)
 
 
