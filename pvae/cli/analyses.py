@@ -254,7 +254,7 @@ def compare(
     """Compare runs on the same data: one HTML file with a column for each, paired differences, rate and distortion."""
     from pvae.analysis.pages.compare import examine
     from pvae.analysis.pages.comparison.comparison import Comparison
-    from pvae.analysis.pages.document.folder import claim
+    from pvae.analysis.pages.document.document import claim
 
     opened = [shared.open(run) for run in runs]
     comparison = Comparison(opened, split=split, evidence_samples=evidence_samples, seed=seed)

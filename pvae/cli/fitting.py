@@ -190,7 +190,7 @@ def study(
     if dry_run:
         _list(shared, declared)
         return
-    from pvae.analysis.pages.document.folder import claim
+    from pvae.analysis.pages.document.document import claim
 
     where = out or Path(f"study-{slug(declared.name)}")
     if page or out is not None:

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 
@@ -21,8 +22,7 @@ from pvae.analysis.pages.document.blocks import (
     Tile,
     picture,
 )
-from pvae.analysis.pages.document.document import Document
-from pvae.analysis.pages.document.folder import slug
+from pvae.analysis.pages.document.document import Document, slug
 from pvae.analysis.pages.document.text import csv_of, error_of, finite, legible, percent, shown_value
 from pvae.analysis.pages.plots import base
 from pvae.errors import DataError
@@ -56,18 +56,14 @@ def whole() -> Document:
 def test_alerts_come_first_and_every_number_is_json():
     found = whole().to_dict()
     assert found["verdict"] == [{"text": "turn it", "alert": True}, {"text": "fine", "alert": False}]
-    assert found["a"] is None
-    assert found["one"]["value"] == 1.0
-    assert found["two"] == {"1": None}
+    assert (found["a"], found["one"]["value"], found["two"]) == (None, 1.0, {"1": None})
 
 
 def test_hostile_text_comes_out_as_text():
     """FAULTS 38."""
     page = whole().to_html()
-    assert "<script" not in page
+    assert not [text for text in ("<script", "\x1b", "\u202e") if text in page]
     assert "&lt;script&gt;" in page
-    assert "\x1b" not in page
-    assert "\u202e" not in page
     assert r"$\foo$" in page
     assert page.count("<details>") == 2
     assert page.count("data:image/png;base64,") == 1
@@ -135,8 +131,7 @@ def test_csv_has_value_error_and_kind_in_full_and_no_formulas():
     assert rows[1] == ["'" + HOSTILE[2], "-1.23456", "0.05", "0.1", "estimate", "12345", "[red]"]
     assert rows[2][1:6] == ["2.0", "0.0", "", "exact", ""]
     assert rows[3][1:6] == ["0.5", "", "", "", "-3"]
-    for text in ("=1", "+1", "-1", "@x", "\t=1"):
-        assert cell(text) == f"'{text}"
+    assert [cell(text)[0] for text in ("=1", "+1", "-1", "@x", "\t=1")] == ["'"] * 5
     assert [cell(value) for value in (-1.5, None, "z", "a=b")] == [-1.5, None, "z", "a=b"]
 
 
@@ -168,8 +163,6 @@ def test_json_and_text_are_cleaned():
 
 @pytest.mark.parametrize("name", [*HOSTILE, "z", "units_z1", "", "a/b", "a\\b", "." * 3])
 def test_slugs_are_plain_and_differ(name: str):
-    found = slug(name)
-    assert found
-    assert not set(found) - set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-")
+    assert re.fullmatch(r"[a-zA-Z0-9._-]+", slug(name))
     assert slug("a" * 90) != slug("a" * 91)
     assert len({slug(other) for other in (*HOSTILE, "z", "a/b", "a\\b", "a-b")}) == len(HOSTILE) + 4
