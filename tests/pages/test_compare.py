@@ -6,6 +6,7 @@ import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -91,7 +92,8 @@ def test_a_run_against_itself_is_nothing():
     values = torch.linspace(-3, 2, 9)
     same, better = paired(values, values, values, values), paired(values + 1, values)
     assert (same.elbo.value, same.elbo.standard_error, same.wins.value) == (0.0, 0.0, 0.5)
-    assert (better.elbo.value, better.log_p, better.wins.value) == (pytest.approx(1.0), None, 1.0)
+    assert better.elbo.value == pytest.approx(1.0)
+    assert (better.log_p, better.wins.value) == (None, 1.0)
 
 
 def test_pairing_cancels_what_is_hard_for_both():
@@ -163,7 +165,7 @@ def test_one_run_is_no_comparison(runs: list[Run], tmp_path: Path):
 def test_a_model_without_a_likelihood_stands_beside_one_that_has(tmp_path: Path):
     x = torch.from_numpy(np.random.default_rng(0).random((300, 1, 4, 4), dtype=np.float32))
     small = ("train.epochs=1", "train.engine=eager", "data.source=tensor")
-    given = {"data": Dataset.from_tensors(x), "run_dir": tmp_path, "progress": False}
+    given: dict[str, Any] = {"data": Dataset.from_tensors(x), "run_dir": tmp_path, "progress": False}
     path = compare([fit(kind, *small, **given) for kind in ("gan", "vae_normal")], tmp_path / "out", evidence_samples=2)
     said = numbers(path)
     found = said["figures"]

@@ -131,7 +131,8 @@ def test_csv_has_value_error_and_kind_in_full_and_no_formulas():
     assert rows[1] == ["'" + HOSTILE[2], "-1.23456", "0.05", "0.1", "estimate", "12345", "[red]"]
     assert rows[2][1:6] == ["2.0", "0.0", "", "exact", ""]
     assert rows[3][1:6] == ["0.5", "", "", "", "-3"]
-    assert [cell(text)[0] for text in ("=1", "+1", "-1", "@x", "\t=1")] == ["'"] * 5
+    formulas = "=1", "+1", "-1", "@x", "\t=1"
+    assert [cell(text) for text in formulas] == [f"'{text}" for text in formulas]
     assert [cell(value) for value in (-1.5, None, "z", "a=b")] == [-1.5, None, "z", "a=b"]
 
 
