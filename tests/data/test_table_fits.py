@@ -27,6 +27,7 @@ from pvae.experiment.experiment import Experiment
 from pvae.objectives.base import Loss
 from tests.cli_runner import run_cli
 from tests.data.test_tables import AB, MIXED, Raw, masked, mixed
+from tests.data.writers import refused
 
 SMALL = {"encoder": {"network": {"kind": "mlp", "hidden": [16]}}}
 
@@ -77,8 +78,7 @@ def test_declarations_round_trip() -> None:
 @pytest.mark.parametrize("case", REFUSED, ids=list(REFUSED))
 def test_unsound_tables_are_refused_with_a_path(case: str) -> None:
     raw, match = REFUSED[case]
-    with pytest.raises(DeclarationError, match=match):
-        experiment(**raw)
+    refused(match, experiment, **raw, error=DeclarationError)
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,8 @@ from pvae.data import Toy, load
 from pvae.data.rows.prepare import Floats
 from pvae.data.sources import toys
 from pvae.data.sources.toys import DensityName
-from pvae.errors import DataError, DeclarationError
+from pvae.errors import DeclarationError
+from tests.data.writers import refused
 
 PARTS = {"moons": 2, "rings": 3, "pinwheel": 5, "checkerboard": 8, "eight_gaussians": 8, "spiral": 2}
 EXACT = [name for name, density in toys.DENSITIES.items() if density.log_density]
@@ -153,8 +154,7 @@ def test_float32_rows_of_a_checkerboard_stay_on_it():
     ],
 )
 def test_densities_without_a_closed_form(call, match):
-    with pytest.raises(DeclarationError, match=match):
-        call()
+    refused(match, call, error=DeclarationError)
 
 
 # Declarations
@@ -177,26 +177,17 @@ def test_an_unknown_density_is_refused_with_the_near_name():
         DeclarationError, match=r"data.density: expected one of moons, .*; got 'moon' .did you mean 'moo"
     ):
         declared(density="moon")
-    with pytest.raises(DeclarationError, match=r"data.density: expected one of moons, .*; got 3"):
-        declared(density=3)
-    with pytest.raises(ValidationError, match="did you mean 'rings'"):
-        Toy(density="ring")
+    refused(r"data.density: expected one of moons, .*; got 3", declared, density=3, error=DeclarationError)
+    refused("did you mean 'rings'", Toy, density="ring", error=ValidationError)
 
 
 @pytest.mark.parametrize("change", [{"rows": 0}, {"noise": -0.1}, {"data_seed": "own"}, {"data_seed": -1}])
 def test_broken_declarations(change):
-    with pytest.raises(DeclarationError, match=f"data.{next(iter(change))}"):
-        declared(**change)
+    refused(f"data.{next(iter(change))}", declared, **change, error=DeclarationError)
 
 
 def test_there_is_no_largest_level():
-    with pytest.raises(DataError, match="expected a known largest level"):
-        load(Toy(scale="unit"))
-
-
-def test_declarations_round_trip():
-    experiment = declared(density="spiral", data_seed="experiment")
-    assert pvae.Experiment.from_toml(experiment.to_toml()) == experiment
+    refused("expected a known largest level", load, Toy(scale="unit"))
 
 
 @every_density

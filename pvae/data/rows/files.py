@@ -63,16 +63,6 @@ class Stored(ABC):
         rows = self.read(index)
         return rows.reshape(len(rows), *self.shape[1:])
 
-    @property
-    def ndim(self) -> int:
-        """Number of dimensions of the array, including the first one, which counts rows."""
-        return len(self.shape)
-
-    @property
-    def size(self) -> int:
-        """Total number of values, the product of the shape."""
-        return prod(self.shape)
-
 
 AnyArray = Array | Stored
 """Rows of a source: a NumPy array in memory, or a `Stored` array that is read when it is indexed."""
@@ -251,7 +241,7 @@ def held(x: Stored, stream: bool, name: str) -> AnyArray:
     if stream:
         return x
     require_room(x.shape, x.dtype, name)
-    return x[:] if x.ndim and x.size else np.empty(x.shape, x.dtype)
+    return x[:] if x.shape and 0 not in x.shape else np.empty(x.shape, x.dtype)
 
 
 @dataclass(frozen=True)

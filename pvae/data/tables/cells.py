@@ -70,8 +70,8 @@ class CellDecoder:
     origin: str
     labels: dict[str, int] = field(default_factory=dict)
     """Integer code of every label found so far, by the label's text, in order of appearance."""
-    left_out: list[str] = field(default_factory=list)
-    """Names of the table's columns that are not declared and therefore not read."""
+    notes: tuple[str, ...] = ()
+    """Remark for the user that lists the columns that are not declared and not read; empty if there are none."""
 
     @property
     def names(self) -> list[str]:
@@ -79,7 +79,7 @@ class CellDecoder:
         return [*self.columns, *([] if self.label is None else [self.label])]
 
     def require_columns(self, found: Sequence[str]) -> None:
-        """Refuse a table that lacks a declared column; record undeclared columns in `left_out`.
+        """Refuse a table that lacks a declared column; record undeclared columns in `notes`.
 
         Raises:
             DataError: a declared column is absent, or two columns have the same name.
@@ -92,12 +92,8 @@ class CellDecoder:
                     f"{self.origin}: expected a column {shown(name)}; got {listed(found)}{near(name, found)}."
                 )
         read = set(self.names)
-        self.left_out = [name for name in found if name not in read]
-
-    def notes(self) -> tuple[str, ...]:
-        """Return a remark for the user that lists the undeclared columns; empty if there are none."""
-        many = f"{len(self.left_out)} columns are not declared and left out: {listed(self.left_out)}"
-        return (many,) if self.left_out else ()
+        if left := [name for name in found if name not in read]:
+            self.notes = (f"{len(left)} columns are not declared and left out: {listed(left)}",)
 
     def decode(self, frame: pandas.DataFrame, where: Where) -> Numbers:
         """Return the rows of a chunk of the table as numbers: x `(m, columns)`, and labels `(m,)` or None.
@@ -123,9 +119,7 @@ class CellDecoder:
         return values
 
     def _numbers(self, cells: Cells, name: str, column: Column, where: Where) -> Floats:
-        from pandas.api.types import is_bool_dtype, is_numeric_dtype
-
-        if not is_numeric_dtype(cells.dtype) or is_bool_dtype(cells.dtype):
+        if cells.dtype.kind not in "iufc":
             values = [np.nan if self._is_missing(value) else value for value in cells.astype(object)]
             for at, value in enumerate(values):
                 if isinstance(value, bool) or not isinstance(value, Real):  # a bool of NumPy is no Real
