@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_origin, get_type_hints
 
 import typer
+from typer import Argument, Option
 
 import pvae
 from pvae.errors import EXIT_CODES, DeclarationError, printable
@@ -35,31 +36,27 @@ app = typer.Typer(
 )
 
 OPTIONS: dict[str, Any] = {
-    "name": typer.Argument(help="A zoo name (see `pvae list`) or a TOML file.", metavar="NAME_OR_FILE"),
-    "run": typer.Argument(help="A run: its folder, its name (the newest), name/id, or latest."),
-    "overrides": typer.Argument(help="Dotted overrides: train.epochs=20", metavar="[KEY=VALUE]..."),
-    "split": typer.Option("--split", help="train, validation or test."),
-    "rows": typer.Option("--rows", min=1, help="Rows to use, chosen at random by the seed."),
-    "seed": typer.Option("--seed", help="Seed of the random numbers."),
-    "mean": typer.Option("--mean", help="Means of p(x | z), without the likelihood's noise."),
-    "samples": typer.Option("--samples", min=1, help="Samples of z per datum."),
-    "given": typer.Option(
-        "--given", help="A covariate's value, y=3 or 'words=ankle boot', for a model conditioned on one."
-    ),
-    "out": typer.Option(
-        "--out", help="File to write, without suffix; COMMAND in the run's analysis folder unless said."
-    ),
-    "evidence_samples": typer.Option(
+    "name": Argument(help="A zoo name (see `pvae list`) or a TOML file.", metavar="NAME_OR_FILE"),
+    "run": Argument(help="A run: its folder, its name (the newest), name/id, or latest."),
+    "overrides": Argument(help="Dotted overrides: train.epochs=20", metavar="[KEY=VALUE]..."),
+    "split": Option("--split", help="train, validation or test."),
+    "rows": Option("--rows", min=1, help="Rows to use, chosen at random by the seed."),
+    "seed": Option("--seed", help="Seed of the random numbers."),
+    "mean": Option("--mean", help="Means of p(x | z), without the likelihood's noise."),
+    "samples": Option("--samples", min=1, help="Samples of z per datum."),
+    "given": Option("--given", help="A covariate's value, y=3 or 'words=ankle boot', for a model conditioned on one."),
+    "out": Option("--out", help="File to write, without suffix; COMMAND in the run's analysis folder unless said."),
+    "evidence_samples": Option(
         "--evidence-samples", min=2, help="Importance samples for each of 500 data (compare: 250)."
     ),
-    "figures": typer.Option("--figures", help="Also write every picture as a PNG of its own."),
-    "device": typer.Option("--device", help="auto, cpu or cuda."),
-    "export": typer.Option("--export", help="Also export to: tensorboard, mlflow.", metavar="KIND"),
-    "run_dir": typer.Option("--run-dir", help="Folder of runs.", envvar="PVAE_RUN_DIR"),
-    "data_dir": typer.Option("--data-dir", help="Folder to look for data in first.", envvar="PVAE_DATA_DIR"),
-    "quiet": typer.Option("--quiet", help="No progress."),
-    "strict": typer.Option("--strict", help="Exit with 3 where the run finished with alerts."),
-    "as_json": typer.Option("--json", help="Print JSON for programs."),
+    "figures": Option("--figures", help="Also write every picture as a PNG of its own."),
+    "device": Option("--device", help="auto, cpu or cuda."),
+    "export": Option("--export", help="Also export to: tensorboard, mlflow.", metavar="KIND"),
+    "run_dir": Option("--run-dir", help="Folder of runs.", envvar="PVAE_RUN_DIR"),
+    "data_dir": Option("--data-dir", help="Folder to look for data in first.", envvar="PVAE_DATA_DIR"),
+    "quiet": Option("--quiet", help="No progress."),
+    "strict": Option("--strict", help="Exit with 3 where the run finished with alerts."),
+    "as_json": Option("--json", help="Print JSON for programs."),
 }
 """Arguments and options of several commands, by name of the parameter; a command may annotate one in its own way."""
 ON_RUN = ("run_dir", "data_dir", "as_json")
@@ -208,11 +205,9 @@ def _version(asked: bool) -> None:
 @app.callback()
 def _main(
     context: typer.Context,
-    version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
-    ] = False,
-    plugins: Annotated[list[str] | None, typer.Option("--import", help="Import a module that defines kinds.")] = None,
-    traceback: Annotated[bool, typer.Option("--traceback", help="Show where an error was raised, too.")] = False,
+    version: Annotated[bool, Option("--version", callback=_version, is_eager=True, help="Show the version.")] = False,
+    plugins: Annotated[list[str] | None, Option("--import", help="Import a module that defines kinds.")] = None,
+    traceback: Annotated[bool, Option("--traceback", help="Show where an error was raised, too.")] = False,
 ) -> None:
     context.ensure_object(Settings).traceback = traceback
     if plugins:
