@@ -33,7 +33,7 @@ def surgery(
     """Decompose the ELBO: reconstruction, mutual information, marginal KL, and what a better prior can gain."""
     from pvae.analysis.decompose.result import Surgery, class_table, side_by_side
 
-    opened = shared.open_on_device(run)
+    opened = shared.open(run, shared.device)
     names = ("train", "test") if split == "both" else (split,)
     found: dict[str, Surgery] = {}
     train = None
@@ -200,7 +200,7 @@ def posterior(
     out: Annotated[Path | None, Option("--out", help="The file; analysis/posterior-SPLIT.nc unless said.")] = None,
 ) -> None:
     """Export samples of the guide, with densities and diagnostics, as NetCDF for ArviZ."""
-    opened = shared.open_on_device(run)
+    opened = shared.open(run, shared.device)
     with shared.bar("posterior", draws) as bar:
         found = opened.posterior(split, draws, rows, seed, on_progress=bar.report)
     path = found.save(out or opened.files.analysis / f"posterior-{split}.nc")

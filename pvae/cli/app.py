@@ -79,22 +79,18 @@ class Shared:
     strict: bool = False
     as_json: bool = False
 
-    def open(self, run: str) -> Run:
-        """Open a run on the CPU, after loading the components of installed plugins."""
+    def open(self, run: str, device: str = "cpu") -> Run:
+        """Open a run on a device, after loading the components of installed plugins."""
         load_installed_plugins()
-        return pvae.Run.load(run, root=self.run_dir, data_dir=self.data_dir)
-
-    def open_on_device(self, run: str) -> Run:
-        """Open a run and move it to the device that `--device` names."""
-        opened = self.open(run)
-        if self.device == "cpu":
+        opened = pvae.Run.load(run, root=self.run_dir, data_dir=self.data_dir)
+        if device == "cpu":
             return opened
         from pvae.training.launch import pick_device
 
-        return opened.to(pick_device(self.device))
+        return opened.to(pick_device(device))
 
     def measure(self, run: str, label: str, measure: Callable[..., Any], total: int = 100, **facts: str) -> None:
-        """Open a run on the device, measure something on it under a progress bar, and print what is found.
+        """Open a run on the device of `--device`, measure something under a progress bar, and print what is found.
 
         Arguments:
             run: the run, as for `open`.
@@ -103,7 +99,7 @@ class Shared:
             total: units of work of the progress bar.
             facts: entries of the JSON between the run and the result.
         """
-        opened = self.open_on_device(run)
+        opened = self.open(run, self.device)
         with self.bar(label, total) as bar:
             found = measure(opened, on_progress=bar.report)
         self.answer({"run": str(opened.path), **facts, **found.to_dict()}, found)

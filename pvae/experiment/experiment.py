@@ -191,9 +191,8 @@ class Experiment(Plan):
 
     def frame(self, x: Shape) -> Frame:
         """Return the layout of a row (the datum, then the covariates), for data of event shape `x`."""
-        found = {name: covariate.vocabulary for name, covariate in self.covariates.items()}
-        prompts = {name: vocabulary for name, vocabulary in found.items() if vocabulary is not None}
-        values = {n: len(prompts[n]) if n in prompts else covariate.labels for n, covariate in self.covariates.items()}
+        prompts = {name: c.vocabulary for name, c in self.covariates.items() if c.vocabulary is not None}
+        values = {name: len(prompts[name]) if name in prompts else c.labels for name, c in self.covariates.items()}
         return Frame(tuple(x), values, prompts)
 
     def build(self, x: Shape) -> Pair:

@@ -136,11 +136,9 @@ class PairScript(Script):
 
 def sections_of(value: Any) -> Iterator[Section]:
     """Yield every table (`Section`) inside a declaration, an outer one before those in it."""
-    if isinstance(value, Mapping):
-        value = tuple(value.values())
-    if isinstance(value, tuple):
-        for item in value:
-            yield from sections_of(item)
-    elif isinstance(value, Section):
+    if isinstance(value, Section):
         yield value
-        yield from sections_of(tuple(getattr(value, name) for name in type(value).model_fields))
+        value = dict(value)
+    if isinstance(value, Mapping | tuple):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from sections_of(item)
