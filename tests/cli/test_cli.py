@@ -19,7 +19,7 @@ import torch
 import pvae
 from pvae.component import IMPORTED
 from pvae.nn.schedules import Schedule
-from tests.cli_runner import TINY, npz, run_cli, run_cli_json
+from tests.cli_runner import TINY, npz, run_cli, run_cli_json, write_schedule
 
 
 @pytest.fixture(scope="module")
@@ -70,12 +70,7 @@ def test_new_from_a_zoo_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_a_run_says_which_import_it_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "half.py").write_text(
-        "from typing import Literal\nfrom pvae.nn.schedules import Schedule\n"
-        "class Half(Schedule):\n"
-        "    kind: Literal['test_half'] = 'test_half'\n"
-        "    def at(self, epoch, epochs):\n        return 0.5\n"
-    )
+    write_schedule(tmp_path / "half.py", "test_half")
     monkeypatch.chdir(tmp_path)
     where = ["--run-dir", str(tmp_path / "runs")]
     arguments = ["fit", "vae", *TINY, "train.epochs=1", "objective.beta.kind=test_half", "--quiet", *where]
