@@ -188,8 +188,8 @@ def read_sites(pair: Pair, x: Tensor) -> ExportedSites:
     with quiet(pair, x, 0):
         guide, model = (samples(trace) for trace in pair.traces(x))
     layout, count, dependencies = pair.layout, len(x), pair.dependencies(x)
-    values = {name: first_row(guide[name], layout, count) for name in layout.latents}
-    observed = {name: first_row(model[name], layout, count) for name in layout.observed}
+    values = {name: values_of(guide[name], layout, count)[0] for name in layout.latents}
+    observed = {name: values_of(model[name], layout, count)[0] for name in layout.observed}
     shared = {name: whole(guide[name]) for name in layout.shared}
     # The joint state of all sites that the model sums out, unless the guide has a latent beside them.
     summed = ("+".join(layout.enumerated),) if layout.enumerated and not layout.latents else ()
@@ -213,9 +213,9 @@ def read_sites(pair: Pair, x: Tensor) -> ExportedSites:
     )
 
 
-def first_row(node: Mapping[str, Any], layout: Layout, count: int) -> Array:
-    """Return the value of a site for the first of `count` rows."""
-    return numpy_of(rows_of(node["value"], node, layout, count)[0])
+def values_of(node: Mapping[str, Any], layout: Layout, count: int) -> Array:
+    """Return the value of a site for `count` rows, `(count, *event)`."""
+    return numpy_of(rows_of(node["value"], node, layout, count))
 
 
 def whole(node: Mapping[str, Any]) -> Array:
