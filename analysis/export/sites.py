@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pvae.analysis.decompose.entry import quiet
 from pvae.distributions.codes import Certain
-from pvae.pair.layout import Layout, samples, unwrapped
+from pvae.pair.layout import Layout, samples, site_shape, unwrapped
 from pvae.pair.pair import Pair
 from pvae.pair.structure import numbers_of
 from pvae.util.types import Array
@@ -101,10 +101,8 @@ def rows_of(t: Tensor, node: Mapping[str, Any], layout: Layout, count: int, code
 
 
 def as_value(rows: Tensor, node: Mapping[str, Any], layout: Layout) -> Tensor:
-    """Invert `rows_of`: return rows as a value of the site in `node`, with its shape and type."""
-    value = node["value"]
-    axis = len(node["fn"].batch_shape) + layout.dim
-    return rows.to(value).reshape(value.movedim(axis, 0).shape).movedim(0, axis)
+    """Invert `rows_of`: return any number of rows as a value of the site in `node`, in its shape and type."""
+    return site_shape(node, layout).spread(rows.to(node["value"]).reshape(len(rows), -1))
 
 
 def numpy_of(t: Tensor) -> Array:

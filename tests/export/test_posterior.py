@@ -124,10 +124,8 @@ def test_every_group_has_explicit_dims_and_coordinates(run, small):
     assert dims["posterior"] == {"z": (*draws, "datum", "z_dim")}
     assert dims["sample_stats"] == dict.fromkeys(("log_q", "log_p", "log_likelihood", "log_weight"), (*draws, "datum"))
     assert dims["guide"] == {"z_loc": ("datum", "z_dim"), "z_scale": ("datum", "z_dim")}
-    assert dims["diagnostics"] == {
-        **dict.fromkeys(("elbo", "log_evidence", "ess", "khat"), ("datum",)),
-        "z_kl": ("datum", "z_dim"),
-    }
+    per_row = dict.fromkeys(("elbo", "log_evidence", "ess", "khat"), ("datum",))
+    assert dims["diagnostics"] == per_row | {"z_kl": ("datum", "z_dim")}
     assert dims["prior"] == {"z": (*draws, "z_dim")}
     assert dims["posterior_predictive"] == {"x": (*draws, "datum_predictive", *x)}
     assert dims["observed_data"] == {"x": ("datum_predictive", *x)}
@@ -144,15 +142,9 @@ def test_every_group_has_explicit_dims_and_coordinates(run, small):
 
 
 def test_attributes_name_the_library_and_the_run_and_no_time(run, small):
-    for group in small.groups.values():
-        assert group.attrs == {
-            "inference_library": "pvae",
-            "inference_library_version": __version__,
-            "run": "vae",
-            "run_id": run.files.manifest["id"],
-            "split": "test",
-            "seed": 0,
-        }
+    told = {"inference_library": "pvae", "inference_library_version": __version__, "split": "test", "seed": 0}
+    told |= {"run": "vae", "run_id": run.files.manifest["id"]}
+    assert all(group.attrs == told for group in small.groups.values())
 
 
 def test_data_are_the_rows_of_the_split(run, small):
@@ -255,21 +247,17 @@ def test_a_global_latent_is_one_for_all_rows_of_a_draw(awkward, monkeypatch):
     found = awkward.posterior(draws=4, split="train")
     pair, x = awkward.pair, awkward.data.train.x
     names = {v.attrs["site"]: name for name, v in found["posterior"].data_vars.items()}
-    values = {}
+    values = {site: torch.from_numpy(found["posterior"][name].values[0, 2]) for site, name in names.items()}
     for site, node in samples(pair.guide_trace(x)).items():
-        kept = torch.from_numpy(found["posterior"][names[site]].values[0, 2])
-        assert kept.shape == node["value"].shape
-        values[site] = kept
+        assert values[site].shape == node["value"].shape
     with torch.no_grad():
         model = samples(pair.model_trace(x, values))
         with pyro.poutine.condition(data=values):
             guide = samples(pair.guide_trace(x))
     stats = found["sample_stats"]
     assert model["x"]["fn"].log_prob(x).numpy() == pytest.approx(stats.log_likelihood[0, 2].values, abs=1e-4)
-    scores = {
-        site: guide[site]["fn"].log_prob(v).detach() - model[site]["fn"].log_prob(v) for site, v in values.items()
-    }
-    ratio = {site: score.numpy() for site, score in scores.items()}
+    log_q, log_p = ({z: nodes[z]["fn"].log_prob(v).detach() for z, v in values.items()} for nodes in (guide, model))
+    ratio = {site: (log_q[site] - log_p[site]).numpy() for site in values}
     assert stats.global_log_ratio[0, 2] == pytest.approx(ratio[THETA], abs=1e-4)
     weight = stats.log_likelihood[0, 2] - sum(ratio[site] for site in AWKWARD) - ratio[THETA] / len(x)
     assert stats.log_weight[0, 2].values == pytest.approx(weight.values, abs=1e-4)
@@ -352,13 +340,8 @@ def test_memory_is_refused_before_anything_is_drawn(run, monkeypatch):
 
     monkeypatch.setattr("pvae.analysis.export.groups.draw_chunk", never)
     refused(r"at most 1073741824 bytes .* posterior/z takes \d+. Lower draws or rows", run.posterior, draws=100_000_000)
-    refused(
-        r"posterior_predictive/x takes \d+. Lower predictive_rows or predictive_draws",
-        run.posterior,
-        rows=20,
-        memory=10**5,
-        draws=10,
-    )
+    message = r"posterior_predictive/x takes \d+. Lower predictive_rows or predictive_draws"
+    refused(message, run.posterior, rows=20, memory=10**5, draws=10)
 
 
 def test_bad_arguments(run, small):

@@ -16,7 +16,6 @@ from scipy.stats import kstest, mannwhitneyu
 
 from pvae.analysis import copying, data_copying, features, sample
 from pvae.analysis.samples.copying import nearest_of
-from pvae.data.dataset import Dataset
 from tests.samples.models import normals, refused
 
 
@@ -172,13 +171,3 @@ def test_a_run(vae, monkeypatch):
 
 def test_a_run_that_was_trained_on_the_rows(vae):
     refused("copying: expected data that the run was not trained on; got train", copying, vae, "train")
-
-
-def test_a_sampler_of_training_rows(vae):
-    x = vae.data.train.data
-    held = Dataset.from_tensors(x[:200], test=vae.data.test.data[:100])
-    copies = sample(vae, 100)
-    copies.x.copy_(held.train.data[:100])
-    found = data_copying(held.train.data, held.test.data, copies.x)
-    assert torch.equal(found.distance, torch.zeros(100, dtype=torch.float64))
-    assert found.share.value == 1.0
