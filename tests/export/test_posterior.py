@@ -6,8 +6,10 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import h5py
 import numpy as np
@@ -94,10 +96,10 @@ def small(run: Run) -> PosteriorDraws:
     return run.posterior(draws=DRAWS, rows=ROWS)
 
 
-def hand_written(run: Run, module: nn.Module, data: Dataset) -> Run:
+def hand_written(run: Run, module: Any, data: Dataset) -> Run:
     """Return the files of a run with another pair and other data."""
-    again = Run(run.files, data=data)
-    again.__dict__["pair"] = Pair(model=module.model, guide=module.guide).adopt(data.train.x)
+    again, pair = Run(run.files), Pair(model=module.model, guide=module.guide).adopt(data.train.x)
+    again.__dict__.update(pair=pair, data=data)
     return again
 
 
@@ -346,7 +348,7 @@ def test_memory_is_refused_before_anything_is_drawn(run, monkeypatch):
 
 def test_bad_arguments(run, small):
     for name in ("draws", "rows", "predictive_rows", "predictive_draws"):
-        refused(f"{name}: expected at least 1; got 0", run.posterior, **{name: 0})
+        refused(f"{name}: expected at least 1; got 0", partial(run.posterior, **{name: 0}))
     refused("Expected a split", run.posterior, "tset", by=DeclarationError)
     refused("did you mean 'prior'", lambda: small["priors"])
     refused("proportion between 0 and 1; got 94", small.summary, 94)
