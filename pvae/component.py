@@ -81,7 +81,7 @@ LARGEST_FLOAT = 3.4e38
 def problem(kind: str, loc: tuple[int | str, ...], wanted: str, found: Any, hint: str = "") -> InitErrorDetails:
     """Return an error of pydantic, which `describe` renders as `loc: expected wanted; got found` and a hint."""
     return InitErrorDetails(
-        type=PydanticCustomError(kind, "{wanted}", {"wanted": wanted, "near": hint}),  # type: ignore[arg-type]
+        type=PydanticCustomError(kind, "{wanted}", {"wanted": wanted, "near": hint}),
         loc=loc, input=found,
     )  # fmt: skip
 
