@@ -107,8 +107,6 @@ class Listing:
 
 
 Block = Picture | PageTable | Note | Listing
-
-
 Part = Block | Sentence | Tile | str | Mapping[str, Any]
 """Part of a section; a string is a sentence of the verdict without an alert, a mapping holds numbers for JSON."""
 
