@@ -60,7 +60,7 @@ class VampModule(Begun):
 
     def __init__(self, components: int, name: str, link: Link) -> None:
         super().__init__()
-        self.pseudo_inputs = nn.Parameter(torch.rand(components, *link.x))
+        self.pseudo_inputs = nn.Parameter(torch.rand(components, *link.frame.x))
         self.name, self.link = name, link
         self.bounded = link.support in (constraints.boolean, constraints.unit_interval) or isinstance(
             link.support, lattice
@@ -113,7 +113,7 @@ class DataMixtureModule(MadeOfData):
     def __init__(self, name: str, link: Link, declared: AggregatedPrior | ExemplarPrior) -> None:
         super().__init__()
         self.name, self.link, self.declared = name, link, declared
-        self.register_buffer("rows", torch.zeros(2, *link.x), persistent=False)
+        self.register_buffer("rows", torch.zeros(2, *link.frame.x), persistent=False)
         self.register_buffer("index", torch.zeros(0, dtype=torch.int64), persistent=False)
         self.count = 0
         self.attended = False

@@ -247,21 +247,15 @@ class Product(Members):
         return Product(tuple(part.map(change) for part in self.parts))
 
 
-def _side_by_side(parts: Sequence[Codes]) -> Codes:
-    """Return one grid of codes with the positions of all given grids, which have the same number of states."""
-    return Codes(torch.cat([part.logits for part in parts], 1), parts[0].form, normalised=True)
-
-
-def product(parts: Sequence[Members]) -> Members:
+def product(parts: Sequence[Any]) -> Members:
     """Return the product of independent members, merged if all are diagonal normals or codes, else as `Product`."""
-    if all(isinstance(part, Normals) for part in parts):
-        normals = [part for part in parts if isinstance(part, Normals)]
-        return Normals(torch.cat([p.loc for p in normals], 1), torch.cat([p.scale for p in normals], 1))
-    if all(isinstance(part, Codes) for part in parts):
-        codes = [part for part in parts if isinstance(part, Codes)]
-        if len({(p.form, p.states) for p in codes}) == 1:
-            return codes[0] if len(codes) == 1 else _side_by_side(codes)
-    if all(isinstance(part, CertainCodes) for part in parts):
-        certain = [part for part in parts if isinstance(part, CertainCodes)]
-        return CertainCodes(torch.cat([p.index for p in certain], 1), max(p.states for p in certain))
-    return parts[0] if len(parts) == 1 else Product(tuple(parts))
+    if len(parts) == 1:
+        return parts[0]
+    kinds = {type(part) for part in parts}
+    if kinds == {Normals}:
+        return Normals(torch.cat([p.loc for p in parts], 1), torch.cat([p.scale for p in parts], 1))
+    if kinds == {Codes} and len({(p.form, p.states) for p in parts}) == 1:
+        return Codes(torch.cat([p.logits for p in parts], 1), parts[0].form, normalised=True)
+    if kinds == {CertainCodes}:
+        return CertainCodes(torch.cat([p.index for p in parts], 1), max(p.states for p in parts))
+    return Product(tuple(parts))
