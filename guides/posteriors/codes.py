@@ -83,15 +83,13 @@ class Estimated(Head):
     def infer(self, inputs: Mapping[str, Tensor]) -> dict[str, Any]:
         if self.estimator == "sum":
             return {"enumerate": "parallel"}
-        told: dict[str, Any] = {}
         if self.baseline is not None:
             # Detached: an encoder led by its baseline's error would have another gradient than the ELBO's.
             still = {name: value.detach() for name, value in inputs.items()}
-            told["baseline"] = {"baseline_value": self.baseline(still).squeeze(-1)}
-        elif self.average is not None:
-            told["baseline"] = {"baseline_value": self.average.value}
-            told["average"] = self.average
-        return told
+            return {"baseline": {"baseline_value": self.baseline(still).squeeze(-1)}}
+        if self.average is None:
+            return {}
+        return {"baseline": {"baseline_value": self.average.value}, "average": self.average}
 
 
 def codes(logits: Tensor, grid: int) -> dist.TorchDistribution:

@@ -82,12 +82,6 @@ TOP_DOWN = "top_down"
 """Name of the features of the prior's network among the inputs of a posterior."""
 
 
-def parameters_of(prior: Any) -> tuple[Tensor, Tensor]:
-    """Return the location and scale of a diagonal normal, each `(..., D)`."""
-    normal = normal_of(prior)
-    return normal.loc, normal.scale
-
-
 def normal_of(prior: Any) -> Any:
     """Return the `Normal` inside wrappers such as `Independent`; None if there is none."""
     while prior is not None and not isinstance(prior, dist.Normal):
@@ -144,11 +138,10 @@ class LadderModule(nn.Module):
         upward = self.head(inputs)
         if not self.site.given:
             return upward
-        loc, scale = parameters_of(upward)
-        prior_loc, prior_scale = parameters_of(self.link.model.prior(self.site.name, seen))
-        precision, prior_precision = scale**-2, prior_scale**-2
+        q, prior = normal_of(upward), normal_of(self.link.model.prior(self.site.name, seen))
+        precision, prior_precision = q.scale**-2, prior.scale**-2
         total = precision + prior_precision
-        merged = (loc * precision + prior_loc * prior_precision) / total
+        merged = (q.loc * precision + prior.loc * prior_precision) / total
         return Event(dist.Normal(merged, total.rsqrt()), 1)
 
 
@@ -187,13 +180,13 @@ class BidirectionalModule(Linked):
 
     def forward(self, inputs: Mapping[str, Tensor], seen: Mapping[str, Tensor]) -> dist.TorchDistribution:
         """Return the shifted and scaled normal, given named inputs `(..., *shape)`."""
-        prior_loc, prior_scale = parameters_of(self.link.model.prior(self.site.name, seen))
-        read, prior, bound = dict(inputs), self.link.model.priors[self.site.name], self.declared.bound
-        if isinstance(prior, NormalHead):
-            read[TOP_DOWN] = prior.features(seen)
+        prior = normal_of(self.link.model.prior(self.site.name, seen))
+        read, module, bound = dict(inputs), self.link.model.priors[self.site.name], self.declared.bound
+        if isinstance(module, NormalHead):
+            read[TOP_DOWN] = module.features(seen)
         shift, log_scale = self.network(read).chunk(2, -1)
-        scale = prior_scale * log_scale.clamp(-bound, bound).exp()
-        return Event(dist.Normal(prior_loc + prior_scale * shift, scale), 1)
+        scale = prior.scale * log_scale.clamp(-bound, bound).exp()
+        return Event(dist.Normal(prior.loc + prior.scale * shift, scale), 1)
 
 
 @final
