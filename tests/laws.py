@@ -12,6 +12,7 @@ import torch
 from pyro.infer import Trace_ELBO
 from torch import Tensor, nn
 
+from pvae.analysis import evidence
 from pvae.objectives.base import Objective
 from pvae.objectives.elbo import TraceELBO
 from pvae.objectives.iwae import IWAE
@@ -36,6 +37,21 @@ def require_gradients(module: nn.Module) -> None:
         assert parameter.grad is not None, name
         assert parameter.grad.isfinite().all(), name
         assert parameter.grad.abs().sum() > 0, name
+
+
+def require_trainable(pair: Pair, x: Tensor) -> None:
+    """A check finds nothing, and the gradient of the ELBO reaches every parameter."""
+    assert pair.check(x) == []
+    pair(x).mean().neg().backward()
+    require_gradients(pair)
+
+
+def require_bounds(pair: Pair, x: Tensor, want: float) -> None:
+    """The ELBO lies below log p(x), the mean `want` of which importance weights reach; 4 standard errors."""
+    found = evidence(pair, x, samples=3000)
+    assert found.elbo.value < want + 4 * found.elbo.standard_error
+    assert found.iwae.value > found.elbo.value
+    assert found.iwae.value == pytest.approx(want, abs=4 * found.iwae.standard_error + 1e-3)
 
 
 def shake(module: nn.Module, by: float) -> None:

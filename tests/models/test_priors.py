@@ -27,7 +27,7 @@ from pvae.experiment.experiment import Experiment
 from pvae.guides.posteriors.base import Posterior
 from pvae.models.priors.base import Prior
 from pvae.pair.pair import Pair
-from tests.laws import FLOWS, require_gradients, require_own_states, shake
+from tests.laws import FLOWS, require_own_states, require_trainable, shake
 
 NETWORK = {"network": {"kind": "mlp", "hidden": [8]}}
 # Priors of a latent without parents; `conditional_normal` has laws of its own elsewhere.
@@ -114,10 +114,7 @@ def test_what_is_sampled_is_what_is_scored(prior):
 @every_prior
 @every_posterior
 def test_gradient_reaches_every_parameter(prior, posterior):
-    pair = declared(prior, posterior)
-    assert pair.check(rows()) == []
-    pair(rows()).mean().neg().backward()
-    require_gradients(pair)
+    require_trainable(declared(prior, posterior), rows())
 
 
 @every_prior
