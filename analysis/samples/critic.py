@@ -15,7 +15,7 @@ from pvae.analysis.decompose.entry import accept
 from pvae.analysis.figures.estimate import Estimate, Figures, Row, over_rows
 from pvae.analysis.samples.encode import encode
 from pvae.analysis.samples.running import analysed, by_chunks, opened
-from pvae.analysis.samples.sample import simulated
+from pvae.analysis.samples.sample import prior_latents
 from pvae.errors import DataError
 from pvae.pair.pair import Pair
 from pvae.runs.run import Run
@@ -185,7 +185,7 @@ def both_sides(pair: Pair, x: Tensor, draws: int, seed: int) -> tuple[Tensor, Te
 def from_prior(pair: Pair, x: Tensor, seed: int) -> dict[str, Tensor]:
     """Return one prior sample of every latent for each of the rows `(n, *row)`, given their covariates."""
     with analysed(pair, x, seed):
-        return by_chunks(lambda *at: simulated(pair, x[slice(*at)]).latents, len(x), x[0].numel())
+        return by_chunks(lambda *at: prior_latents(pair, x[slice(*at)]), len(x), x[0].numel())
 
 
 def as_numbers(q: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,7 @@ from pvae.analysis.decompose.posterior_draws import draw
 from pvae.analysis.export.sites import as_value
 from pvae.analysis.samples import running
 from pvae.analysis.samples.encode import encode
-from pvae.analysis.samples.sample import Covariates, Template, simulated
+from pvae.analysis.samples.sample import Covariates, Template, prior_latents
 from pvae.distributions.exponential import Normals
 from pvae.errors import DataError, DeclarationError
 from pvae.pair import densities as traces
@@ -197,7 +197,7 @@ def _priors(template: Template, nodes: Mapping[str, Any]) -> dict[str, tuple[Ten
         if isinstance(normal, Normals) and all(bool((t == t[:1]).all()) for t in (normal.loc, normal.scale)):
             found[name] = normal.loc[0].cpu(), normal.scale[0].cpu()
     if len(found) < len(nodes):
-        drawn = running.by_chunks(lambda *at: simulated(pair, template.at(*at)).latents, PRIOR_DRAWS, template.numbers)
+        drawn = running.by_chunks(lambda *at: prior_latents(pair, template.at(*at)), PRIOR_DRAWS, template.numbers)
         for name in nodes.keys() - found.keys():
             values = drawn[name].reshape(PRIOR_DRAWS, -1)
             if running.is_discrete(nodes[name]["fn"]):

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from itertools import combinations, permutations
 
 import numpy as np
@@ -18,18 +17,13 @@ from pvae.analysis import copying, data_copying, features, sample
 from pvae.analysis.samples.copying import nearest_of
 from tests.samples.models import normals, refused
 
-
-def patched(patch: pytest.MonkeyPatch, **values: int) -> None:
-    for name, value in values.items():
-        patch.setattr(sys.modules["pvae.analysis.samples.copying"], name, value)
-
-
 # ---------------------------------------------------------------------- the nearest row
 
 
 @pytest.mark.parametrize(("width", "block"), [(7, 21), (8192, 2**23)])
 def test_the_nearest_row_is_that_of_all_pairs(width, block, monkeypatch):
-    patched(monkeypatch, TRAINING_BLOCK=width, DISTANCES_PER_BLOCK=block)
+    monkeypatch.setattr("pvae.analysis.samples.copying.TRAINING_BLOCK", width)
+    monkeypatch.setattr("pvae.analysis.samples.copying.DISTANCES_PER_BLOCK", block)
     a, b = normals(40, 5, 0) + 300, normals(60, 5, 1) + 300
     pairs = ((a[:, None].double() - b[None].double()) ** 2).sum(2).sqrt()
     found, distance = nearest_of(a, b)
@@ -163,7 +157,7 @@ def test_a_run(vae, monkeypatch):
     assert means.is_mean
     assert "use nearer" in means.remarks[1]
     assert "z" in str(found)
-    patched(monkeypatch, COPIED_FROM_ROWS=50)
+    monkeypatch.setattr("pvae.analysis.samples.copying.COPIED_FROM_ROWS", 50)
     some = copying(vae, rows=40, seed=1)
     assert some.trained == 50
     assert torch.allclose((drawn - train[some.nearest]).flatten(1).norm(dim=1).double(), some.distance)
