@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -59,24 +60,14 @@ def mnist(folder: Path) -> MNIST:
     return MNIST()
 
 
-COLUMNS: dict[str, Any] = {
-    "columns": {name: {"type": "continuous", "transform": "none"} for name in "abcd"},
-    "label": "y",
-}
+COLUMNS = {"columns": {name: {"type": "continuous", "transform": "none"} for name in "abcd"}, "label": "y"}
+FRAME = pandas.DataFrame(X, columns=list("abcd")).assign(y=Y)
 
 
-def frame() -> pandas.DataFrame:
-    return pandas.DataFrame(X, columns=list("abcd")).assign(y=Y)
-
-
-def csv_file(folder: Path) -> CSV:
-    frame().to_csv(folder / "table.csv", index=False)
-    return CSV.model_validate({"path": str(folder / "table.csv"), **COLUMNS})
-
-
-def parquet_file(folder: Path) -> Parquet:
-    frame().to_parquet(folder / "table.parquet")
-    return Parquet.model_validate({"path": str(folder / "table.parquet"), **COLUMNS})
+def table_file(source: type[CSV | Parquet], folder: Path) -> Data:
+    path = folder / "table"
+    FRAME.to_csv(path, index=False) if source is CSV else FRAME.to_parquet(path)
+    return source.model_validate({"path": str(path), **COLUMNS})
 
 
 TABLE = {
@@ -88,8 +79,8 @@ TABLE = {
     "npy": Row(lambda p: Npy(path=npy(p / "x.npy", X), labels=npy(p / "y.npy", Y)), (4,), (32, 4, 4)),
     "idx": Row(lambda p: Idx(path=idx(p / "x", X, 0x0D, "f"), labels=idx(p / "y", Y, zipped=True)), (4,), (32, 4, 4)),
     "images": Row(lambda p: Images(path=pictures(p, PIXELS, LABELS), mode="L"), (1, 2, 3), (32, 4, 4)),
-    "csv": Row(csv_file, (4,), (32, 4, 4)),
-    "parquet": Row(parquet_file, (4,), (32, 4, 4)),
+    "csv": Row(partial(table_file, CSV), (4,), (32, 4, 4)),
+    "parquet": Row(partial(table_file, Parquet), (4,), (32, 4, 4)),
     "frame": Row(lambda _: FrameSource.model_validate(COLUMNS), (4,), (32, 4, 4)),
     "toy": Row(lambda _: Toy(rows=100), (2,), (100, 10, 10), (-5, 5)),
 }
@@ -100,7 +91,7 @@ def loaded(name: str, folder: Path, **changes: Any) -> Dataset:
     if isinstance(data, TensorSource):
         return Dataset.from_tensors(X, Y, declared=data)
     if isinstance(data, FrameSource):
-        return Dataset.from_frame(frame(), declared=data)
+        return Dataset.from_frame(FRAME, declared=data)
     return load(data, data_dir=folder)
 
 

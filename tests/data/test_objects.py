@@ -16,7 +16,7 @@ import pandas as pd
 import pytest
 import torch
 from scipy import sparse
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, Subset, TensorDataset
 from torch.utils.data import Dataset as TorchDataset
 
 import pvae
@@ -40,17 +40,9 @@ class Counting(IterableDataset[Any]):
         return iter(self.items)
 
 
-class Listed(TorchDataset[Any]):
-    """A map-style data set."""
-
-    def __init__(self, items: list[Any]) -> None:
-        self.items = items
-
-    def __len__(self) -> int:
-        return len(self.items)
-
-    def __getitem__(self, number: int) -> Any:
-        return self.items[number]
+def listed(items: list[Any]) -> TorchDataset[Any]:
+    """Return a map-style data set."""
+    return Subset(items, range(len(items)))  # type: ignore[arg-type]
 
 
 XT, YT = torch.from_numpy(FLOATS), torch.from_numpy(Y)
@@ -61,7 +53,7 @@ XT, YT = torch.from_numpy(FLOATS), torch.from_numpy(Y)
     "dataset",
     [
         TensorDataset(XT, YT),
-        Listed([(x, int(y)) for x, y in zip(FLOATS, Y, strict=True)]),
+        listed([(x, int(y)) for x, y in zip(FLOATS, Y, strict=True)]),
         Counting([[x.tolist(), y] for x, y in zip(XT, YT, strict=True)]),
         Counting([{"x": x, "y": y[None]} for x, y in zip(XT, YT, strict=True)]),
     ],
@@ -75,10 +67,10 @@ def test_torch_datasets(dataset: TorchDataset[Any], stream: bool, monkeypatch: p
 
 
 def test_torch_datasets_without_labels_and_with_splits():
-    bare, single = Dataset.from_torch(Listed(list(XT))), Dataset.from_torch(TensorDataset(XT))
+    bare, single = Dataset.from_torch(listed(list(XT))), Dataset.from_torch(TensorDataset(XT))
     assert bare.fingerprint == single.fingerprint == Dataset.from_tensors(FLOATS).fingerprint
     for stream in (False, True):
-        data = Dataset.from_torch(Listed(list(XT)), test=Listed(list(XT[:7] + 1)), stream=stream)
+        data = Dataset.from_torch(listed(list(XT)), test=listed(list(XT[:7] + 1)), stream=stream)
         assert [len(split) for split in data.splits] == [54, 6, 7]
         assert torch.equal(data.test.x, XT[:7] + 1)
 
@@ -87,16 +79,16 @@ def test_torch_datasets_without_labels_and_with_splits():
     ("dataset", "match"),
     [
         (DataLoader(TensorDataset(XT)), "train: expected a dataset; got a DataLoader, which batches it. Pass its .da"),
-        (Listed([]), "train: expected a dataset of at least one item; got none"),
-        (Listed([XT[0], XT[1, :3]]), r"item 1: expected \(5,\) float32, as item 0; got \(3,\) float32"),
-        (Listed([XT[0], XT[1].double()]), r"item 1: expected \(5,\) float32, as item 0; got \(5,\) float64"),
-        (Listed([(x, 1, 2) for x in XT]), r"item 0: expected x, \(x, y\) or a mapping; got 3 values. Wrap"),
-        (Listed([{"image": x} for x in XT]), 'item 0: expected "x" and perhaps "y"; got image'),
-        (Listed([(XT[0], 1), (XT[1], None)]), "a label with every item or with none; got 1 with 2 items"),
-        (Listed([(x, 0.5) for x in XT]), "expected integers; got float64"),
-        (Listed([(x, x) for x in XT]), r"one for each of 60 rows; got shape \(60, 5\)"),
-        (Listed([x / 0 for x in XT]), "expected finite numbers; got .*inf in row 0"),
-        (Listed(list("abc" * 9)), "expected real numbers"),
+        (listed([]), "train: expected a dataset of at least one item; got none"),
+        (listed([XT[0], XT[1, :3]]), r"item 1: expected \(5,\) float32, as item 0; got \(3,\) float32"),
+        (listed([XT[0], XT[1].double()]), r"item 1: expected \(5,\) float32, as item 0; got \(5,\) float64"),
+        (listed([(x, 1, 2) for x in XT]), r"item 0: expected x, \(x, y\) or a mapping; got 3 values. Wrap"),
+        (listed([{"image": x} for x in XT]), 'item 0: expected "x" and perhaps "y"; got image'),
+        (listed([(XT[0], 1), (XT[1], None)]), "a label with every item or with none; got 1 with 2 items"),
+        (listed([(x, 0.5) for x in XT]), "expected integers; got float64"),
+        (listed([(x, x) for x in XT]), r"one for each of 60 rows; got shape \(60, 5\)"),
+        (listed([x / 0 for x in XT]), "expected finite numbers; got .*inf in row 0"),
+        (listed(list("abc" * 9)), "expected real numbers"),
         (TorchDataset(), "expected a torch Dataset with a length, or an IterableDataset"),
     ],
 )

@@ -160,14 +160,16 @@ def test_densities_without_a_closed_form(call, match):
 # Declarations
 
 
-def declared(**data: object) -> pvae.Experiment:
-    small = {"network": {"kind": "mlp", "hidden": [8]}}
+def declared(
+    hidden: int = 8, likelihood: Any = "normal", prior: Any = "standard_normal", train: Any = None, **data: object
+) -> pvae.Experiment:
+    network = {"network": {"kind": "mlp", "hidden": [hidden]}}
     table = {
         "data": {"source": "toy", "rows": 200, **data},
-        "latents": {"z": {"dim": 2}},
-        "encoder": small,
-        "decoder": {**small, "likelihood": {"kind": "normal"}},
-        "train": {"epochs": 1, "engine": "eager"},
+        "latents": {"z": {"dim": 2, "prior": prior}},
+        "encoder": network,
+        "decoder": {**network, "likelihood": likelihood},
+        "train": {"epochs": 1, "engine": "eager", **(train or {})},
     }
     return pvae.Experiment.from_dict(table)
 
@@ -211,24 +213,11 @@ LEARNED: dict[str, dict[str, Any]] = {
 
 def plane(folder: Path, prior: str) -> pvae.Run:
     """A VAE of eight normals in the plane, with a narrow decoder, so that the prior must hold the shape."""
-    table = {
-        "name": prior,
-        "data": {"source": "toy", "density": "eight_gaussians", "rows": 2000},
-        "latents": {"z": {"dim": 2, "prior": {"kind": prior, **LEARNED.get(prior, {})}}},
-        "encoder": {"network": {"kind": "mlp", "hidden": [64]}},
-        "decoder": {
-            "network": {"kind": "mlp", "hidden": [64]},
-            "likelihood": {"kind": "normal", "scale": "fixed", "value": 0.3},
-        },
-        "train": {
-            "epochs": 20,
-            "batch_size": 100,
-            "engine": "eager",
-            "optimizer": {"kind": "adam", "lr": 1e-2},
-            "schedule": {"kind": "cosine"},
-        },
-    }
-    return pvae.fit(pvae.Experiment.from_dict(table), run_dir=folder, device="cpu", progress=False)
+    narrow = {"kind": "normal", "scale": "fixed", "value": 0.3}
+    kind = {"kind": prior, **LEARNED.get(prior, {})}
+    train = {"epochs": 20, "batch_size": 100, "schedule": {"kind": "cosine"}, "optimizer": {"kind": "adam", "lr": 1e-2}}
+    experiment = declared(64, narrow, kind, train, density="eight_gaussians", rows=2000)
+    return pvae.fit(experiment, run_dir=folder, device="cpu", progress=False)
 
 
 @pytest.fixture(scope="module")

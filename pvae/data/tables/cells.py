@@ -85,13 +85,10 @@ class CellDecoder:
             DataError: a declared column is absent, or two columns have the same name.
         """
         require_named_once(found, self.origin)
-        there = set(found)
-        for name in self.names:
-            if name not in there:
-                raise DataError(
-                    f"{self.origin}: expected a column {shown(name)}; got {listed(found)}{near(name, found)}."
-                )
-        read = set(self.names)
+        there, read = set(found), set(self.names)
+        if absent := [name for name in self.names if name not in there]:
+            got = f"{listed(found)}{near(absent[0], found)}"
+            raise DataError(f"{self.origin}: expected a column {shown(absent[0])}; got {got}.")
         if left := [name for name in found if name not in read]:
             self.notes = (f"{len(left)} columns are not declared and left out: {listed(left)}",)
 
@@ -119,7 +116,9 @@ class CellDecoder:
         return values
 
     def _numbers(self, cells: Cells, name: str, column: Column, where: Where) -> Floats:
-        if cells.dtype.kind not in "iufc":
+        from pandas.api.types import is_bool_dtype, is_numeric_dtype
+
+        if not is_numeric_dtype(cells.dtype) or is_bool_dtype(cells.dtype):
             values = [np.nan if self._is_missing(value) else value for value in cells.astype(object)]
             for at, value in enumerate(values):
                 if isinstance(value, bool) or not isinstance(value, Real):  # a bool of NumPy is no Real
