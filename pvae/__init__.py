@@ -6,17 +6,24 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pvae import analysis, data, guides, models
-    from pvae.data import Dataset
-    from pvae.errors import DataError, DeclarationError, PvaeError
-    from pvae.experiment.experiment import Experiment
-    from pvae.pair.pair import Pair
-    from pvae.runs.run import Run
-    from pvae.studies.study import Study, study
-    from pvae.training.fit import fit
-    from pvae.training.resume import refit, resume
-    from pvae.upkeep.clean import clean
-    from pvae.upkeep.verify import verify
+    from pvae import analysis as analysis
+    from pvae import data as data
+    from pvae import guides as guides
+    from pvae import models as models
+    from pvae.data import Dataset as Dataset
+    from pvae.errors import DataError as DataError
+    from pvae.errors import DeclarationError as DeclarationError
+    from pvae.errors import PvaeError as PvaeError
+    from pvae.experiment.experiment import Experiment as Experiment
+    from pvae.pair.pair import Pair as Pair
+    from pvae.runs.run import Run as Run
+    from pvae.studies.study import Study as Study
+    from pvae.studies.study import study as study
+    from pvae.training.fit import fit as fit
+    from pvae.training.resume import refit as refit
+    from pvae.training.resume import resume as resume
+    from pvae.upkeep.clean import clean as clean
+    from pvae.upkeep.verify import verify as verify
 
 __version__ = "0.1.0"
 
@@ -38,30 +45,11 @@ _HOMES = {
 }
 _ROOMS = ("analysis", "data", "guides", "models")
 
-__all__ = [
-    "DataError",
-    "Dataset",
-    "DeclarationError",
-    "Experiment",
-    "Pair",
-    "PvaeError",
-    "Run",
-    "Study",
-    "analysis",
-    "clean",
-    "data",
-    "fit",
-    "guides",
-    "models",
-    "refit",
-    "resume",
-    "study",
-    "verify",
-]
-
 
 def __getattr__(name: str) -> Any:
     """Import a public name where it lives, on first use: `import pvae` alone stays cheap."""
+    if name == "__all__":
+        return sorted([*_HOMES, *_ROOMS])
     if name in _ROOMS:
         return import_module(f"pvae.{name}")
     if name in _HOMES:
@@ -70,4 +58,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    return sorted([*_HOMES, *_ROOMS])

@@ -67,15 +67,8 @@ class Section(BaseModel):
     @model_validator(mode="after")
     def _holdable(self) -> Self:
         """Refuse numbers that torch cannot hold: too large an integer, or a float beyond single precision."""
-        wrong = [
-            InitErrorDetails(
-                type=PydanticCustomError("too_large", "{wanted}", {"wanted": wanted}), loc=loc, input=found
-            )
-            for name in type(self).model_fields
-            for loc, found in _numbers((name,), getattr(self, name))
-            if (wanted := _too_large(found))
-        ]
-        if wrong:
+        fields = type(self).model_fields
+        if wrong := [found for name in fields for found in _too_large((name,), getattr(self, name))]:
             raise ValidationError.from_exception_data(type(self).__name__, wrong)
         return self
 
@@ -85,20 +78,23 @@ LARGEST_FLOAT = 3.4e38
 """Largest number, approximately, that single precision holds."""
 
 
-def _numbers(loc: tuple[int | str, ...], value: Any) -> Iterator[tuple[tuple[int | str, ...], int | float]]:
-    """Yield the numbers in the value of a field, each with its path."""
+def problem(kind: str, loc: tuple[int | str, ...], wanted: str, found: Any, hint: str = "") -> InitErrorDetails:
+    """Return an error of pydantic, which `describe` renders as `loc: expected wanted; got found` and a hint."""
+    return InitErrorDetails(
+        type=PydanticCustomError(kind, "{wanted}", {"wanted": wanted, "near": hint}),
+        loc=loc, input=found,
+    )  # fmt: skip
+
+
+def _too_large(loc: tuple[int | str, ...], value: Any) -> Iterator[InitErrorDetails]:
+    """Yield an error for each number in the value of a field that torch cannot hold."""
     if isinstance(value, tuple):
         for index, item in enumerate(value):
-            yield from _numbers((*loc, index), item)
-    elif isinstance(value, int | float):
-        yield loc, value
-
-
-def _too_large(number: int | float) -> str:
-    """Return the text of what is expected in place of a number that is too large; "" for other numbers."""
-    if isinstance(number, int):
-        return f"an integer of at most {LARGEST_INTEGER}" if abs(number) > LARGEST_INTEGER else ""
-    return f"a number that single precision holds, at most {LARGEST_FLOAT:g}" if abs(number) > LARGEST_FLOAT else ""
+            yield from _too_large((*loc, index), item)
+    elif isinstance(value, int) and abs(value) > LARGEST_INTEGER:
+        yield problem("too_large", loc, f"an integer of at most {LARGEST_INTEGER}", value)
+    elif isinstance(value, float) and abs(value) > LARGEST_FLOAT:
+        yield problem("too_large", loc, f"a number that single precision holds, at most {LARGEST_FLOAT:g}", value)
 
 
 class Component(Section):
@@ -180,11 +176,7 @@ class Component(Section):
             message = f"one of {', '.join(sorted(cls.members))}"
             typo = "".join(f" (is {key!r} meant to be {cls.tag!r}?)" for key in table if near(str(key), [cls.tag]))
             close = near(name, cls.members) if isinstance(name, str) else typo
-            error = InitErrorDetails(
-                type=PydanticCustomError("unknown_kind", "{wanted}", {"wanted": message, "near": close}),
-                loc=(cls.tag,),
-                input=name,
-            )
+            error = problem("unknown_kind", (cls.tag,), message, name, close)
             raise ValidationError.from_exception_data(cls.__name__, [error])
         return cls.members[name].model_validate({**table, cls.tag: name})
 

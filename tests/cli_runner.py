@@ -55,3 +55,13 @@ def npz(path: Path, x: np.ndarray) -> str:
     """Write x to an npz file and return the override that declares it as the data."""
     np.savez(path, x=x)
     return f"data.path={json.dumps(str(path))}"
+
+
+def write_schedule(path: Path, kind: str) -> None:
+    """Write a module that defines a kind of schedule, always 0.5."""
+    path.write_text(
+        "from typing import Literal\nfrom pvae.nn.schedules import Schedule\n"
+        "class Half(Schedule):\n"
+        f"    kind: Literal['{kind}'] = '{kind}'\n"
+        "    def at(self, epoch, epochs):\n        return 0.5\n"
+    )

@@ -30,9 +30,9 @@ from pvae.experiment.latent import Latent
 from pvae.experiment.plan import Train, Watch
 from pvae.graph.link import Link
 from pvae.graph.site import Site, Space
-from pvae.guides.encoders import Encoder
+from pvae.guides.graph import Encoder
 from pvae.guides.posteriors.base import Posterior
-from pvae.guides.posteriors.relaxed import RelaxedPosterior
+from pvae.guides.posteriors.codes import RelaxedPosterior
 from pvae.models.likelihoods.base import Likelihood
 from pvae.models.priors.base import Prior
 from pvae.nn.network import Network

@@ -102,7 +102,7 @@ class PosteriorDraws:
             ) from problem
         if int(arviz.__version__.partition(".")[0]) >= 1:
             return self.to_datatree()
-        return arviz.InferenceData(**self.groups)
+        return arviz.InferenceData(**dict[str, Any](self.groups))
 
     def save(self, path: str | Path) -> Path:
         """Write one NetCDF file with the groups atomically, and its checksum to `<path>.sha256`.
@@ -197,7 +197,7 @@ def _require_plain(path: Path) -> None:
     """Refuse links to other files and nested groups, which `save` never writes."""
     import h5py
 
-    def is_plain(parent: Any, name: str, kind: type) -> bool:
+    def is_plain(parent: Any, name: str, kind: Any) -> bool:
         if not isinstance(parent.get(name, getlink=True), h5py.HardLink):
             return False
         item = parent[name]

@@ -22,11 +22,10 @@ from pvae.analysis.export.sites import (
     ExportedSites,
     Variable,
     as_value,
-    first_row,
     numpy_of,
     parameters_of,
-    rows_of,
     text,
+    values_of,
     whole,
 )
 from pvae.data.split import Split
@@ -48,12 +47,13 @@ def group(variables: Mapping[str, Variable], why: str = "", missing: Iterable[st
     return xarray.Dataset(dict(variables), attrs={f"missing_{name}": text(why) for name in missing})
 
 
-@dataclass(frozen=True)
-class PosteriorRequest:
-    """Arguments of an export by `posterior`, with the pair and the indices of the chosen rows."""
+@dataclass
+class PosteriorExport:
+    """Export of one run: its rows and sites, and a method for every group of `GROUP_NAMES`; `fill` comes first."""
 
     pair: Pair
     split: Split
+    sites: ExportedSites
     rows: Tensor
     """Indices of the chosen rows of the split, `(n,)`, on the CPU."""
     draws: int
@@ -67,37 +67,26 @@ class PosteriorRequest:
         return self.pair.accept(self.split.rows[self.rows.to(self.split.rows.device)])
 
     def quiet(self, counter: int) -> AbstractContextManager[None]:
-        """Return a context in evaluation mode without gradients, whose noise is seeded by the request and `counter`."""
+        """Return a context in evaluation mode without gradients, whose noise is seeded by the seed and `counter`."""
         return quiet(self.pair, self.x, seeds.mix(self.seed, seeds.ANALYSIS, counter))
 
-
-class SampledLatents:
-    """Posterior samples of all latents for all rows, with log densities; filled by `fill`, chunk by chunk."""
-
-    def __init__(self, request: PosteriorRequest, sites: ExportedSites) -> None:
-        self.request, self.sites = request, sites
-        n, draws = len(request.rows), request.draws
+    def fill(self, on_progress: Progress) -> None:
+        """Sample all latents for all rows; the rows of one draw share one sample of the global latents."""
+        pair, x, n, draws, sites = self.pair, self.x, len(self.rows), self.draws, self.sites
         self.values = {site.site: site.empty(1, draws, n) for site in sites.latents}
         self.values |= {site.site: site.empty(1, draws) for site in sites.shared}
         self.log_q, self.log_p, self.log_likelihood = (np.empty((1, draws, n)) for _ in range(3))
         self.global_log_ratio = np.zeros((1, draws))
-        points = [name for name in request.pair.layout.latents if name in request.pair.structure.points]
-        self.points = [] if request.pair.structure.determined else points
-        """Latents that the guide sets to points, as in an autoencoder."""
         self.kl = {site.site: np.zeros((n, *site.like.shape)) for site in sites.latents if site.closed}
-
-    def fill(self, on_progress: Progress) -> None:
-        """Sample all latents for all rows; the rows of one draw share one sample of the global latents."""
-        pair, x = self.request.pair, self.request.x
-        with quiet(pair, x, self.request.seed):
-            for draw in range(self.request.draws):
+        with quiet(pair, x, self.seed):
+            for draw in range(draws):
                 with same_globals(pair, x) as shared:
-                    for site in self.sites.shared:
+                    for site in sites.shared:
                         self.values[site.site][0, draw] = whole(shared[site.site])
-                    for start in range(0, len(x), ROWS_OF_A_BATCH):
+                    for start in range(0, n, ROWS_OF_A_BATCH):
                         rows = slice(start, start + ROWS_OF_A_BATCH)
-                        self._keep(draw, rows, draw_chunk(pair, x[rows], len(x)))
-                on_progress(draw + 1, self.request.draws)
+                        self._keep(draw, rows, draw_chunk(pair, x[rows], n))
+                on_progress(draw + 1, draws)
 
     def _keep(self, draw: int, rows: slice, part: Draw) -> None:
         at = (0, draw, rows)
@@ -111,19 +100,24 @@ class SampledLatents:
             kl = _kl(latent) if name in self.kl else None
             if kl is not None:
                 mean = self.kl[name][rows]
-                mean += numpy_of(kl).reshape(mean.shape) / self.request.draws
+                mean += numpy_of(kl).reshape(mean.shape) / self.draws
+
+    @cached_property
+    def points(self) -> list[str]:
+        """Latents that the guide sets to points, as in an autoencoder."""
+        structure = self.pair.structure
+        return [] if structure.determined else [name for name in self.pair.layout.latents if name in structure.points]
 
     @cached_property
     def log_weight(self) -> Array:
         """Log weight log p(x, z) - log q(z | x), `(1, draws, n)`, nats; every row has 1/n of the global log ratio."""
-        share = self.global_log_ratio[..., None] / len(self.request.rows)
+        share = self.global_log_ratio[..., None] / len(self.rows)
         return np.asarray(self.log_likelihood + self.log_p - self.log_q - share)
 
     def posterior(self) -> xarray.Dataset:
         """Return the group `posterior`: the samples of all latents."""
-        lead = [(site, (*DRAW_DIMS, "datum")) for site in self.sites.latents]
-        lead += [(site, DRAW_DIMS) for site in self.sites.shared]
-        return group({site.name: site.variable(self.values[site.site], *dims) for site, dims in lead})
+        latents = {z.name: z.variable(self.values[z.site], *DRAW_DIMS, "datum") for z in self.sites.latents}
+        return group(latents | {z.name: z.variable(self.values[z.site], *DRAW_DIMS) for z in self.sites.shared})
 
     def sample_stats(self) -> xarray.Dataset:
         """Return the group `sample_stats`: the log densities of the samples and, where defined, their log weights."""
@@ -159,13 +153,84 @@ class SampledLatents:
     def _weights(self) -> dict[str, Variable]:
         weights = torch.from_numpy(self.log_weight[0])
         magnitude = sum(np.abs(part[0]).max(0) for part in (self.log_likelihood, self.log_p, self.log_q))
-        resolution = torch.from_numpy(magnitude * RESOLVED_ROUNDINGS * torch.finfo(self.request.x.dtype).eps)
+        resolution = torch.from_numpy(magnitude * RESOLVED_ROUNDINGS * torch.finfo(self.x.dtype).eps)
         khat = pareto_k(weights, len(weights), resolution)
         return {
             "log_evidence": (("datum",), numpy_of(log_mean(weights)), NATS),
             "ess": (("datum",), numpy_of(1 / inverse_ess(weights)), {}),
             "khat": (("datum",), numpy_of(khat), {}),
         }
+
+    def guide(self) -> xarray.Dataset:
+        """Return the group `guide`: the parameters of q(z | x) for all rows of the split."""
+        pair, n = self.pair, len(self.split)
+        shown = [site for site in self.sites.latents if site.parameters]
+        found: dict[str, Variable] = {}
+        for site in shown:
+            for key, one in site.parameters.items():
+                dims = ("datum", *(*site.dims, f"{site.name}_code")[: one.ndim])
+                found[f"{site.name}_{key}"] = dims, np.empty((n, *one.shape), one.dtype), {"site": text(site.site)}
+        with self.quiet(0):
+            for start in range(0, n, ROWS_OF_A_BATCH) if shown else ():
+                x = pair.accept(self.split.rows[start : start + ROWS_OF_A_BATCH])
+                nodes = samples(pair.guide_trace(x))
+                for site in shown:
+                    for key, t in parameters_of(nodes[site.site], pair.layout, len(x)).items():
+                        found[f"{site.name}_{key}"][1][start : start + len(x)] = numpy_of(t)
+        missing = {f"missing_{site.name}": text(site.hidden) for site in self.sites.latents if site.hidden}
+        return group(found).assign_attrs(missing)
+
+    def prior(self) -> xarray.Dataset:
+        """Return the group `prior`: samples of p(z), each from its own run of the model, with its own global latents.
+
+        Latents are those of the first row of two. Sites of the guide alone are left out.
+        """
+        pair, n, draws = self.pair, len(self.x), []
+        with self.quiet(1):
+            for i in range(self.draws):
+                nodes = samples(pair.simulate(self.x[torch.tensor([i % n, (i + 1) % n])]))
+                latents, shared = ([z for z in s if z.site in nodes] for s in (self.sites.latents, self.sites.shared))
+                per_row = {z: values_of(nodes[z.site], pair.layout, 2)[0] for z in latents}
+                draws.append(per_row | {z: whole(nodes[z.site]) for z in shared})
+        stacked = {z: np.stack([draw[z].reshape(z.like.shape) for draw in draws])[None] for z in draws[0]}
+        return group({z.name: z.variable(values, *DRAW_DIMS) for z, values in stacked.items()})
+
+    def posterior_predictive(self) -> xarray.Dataset:
+        """Return the group `posterior_predictive`: samples of p(x | z) at the first samples of z for the first rows."""
+        pair, count, layout = self.pair, self.predictive_rows, self.pair.layout
+        x = self.x[:count]
+        if self.sites.summed:
+            raise NotImplementedError(f"the model sums out {', '.join(self.sites.summed)}")
+        out = {site.site: site.empty(1, self.predictive_draws, count) for site in self.sites.observed}
+        with self.quiet(2):
+            template = samples(pair.guide_trace(x))
+            for draw in range(self.predictive_draws):
+                values = {z: torch.from_numpy(kept[0, draw, ...]) for z, kept in self.values.items()}
+                for site in self.sites.latents:
+                    values[site.site] = as_value(values[site.site][:count], template[site.site], layout)
+                for site in self.sites.shared:
+                    value = template[site.site]["value"]
+                    values[site.site] = values[site.site].to(value).reshape(value.shape)
+                with poutine.condition(data=values):
+                    nodes = samples(pair.simulate(x))
+                for site in self.sites.observed:
+                    out[site.site][0, draw] = values_of(nodes[site.site], layout, count)
+        return group({s.name: s.variable(out[s.site], *DRAW_DIMS, "datum_predictive") for s in self.sites.observed})
+
+    def observed_data(self) -> xarray.Dataset:
+        """Return the group `observed_data`: the observed values of the rows of `posterior_predictive`."""
+        pair, x = self.pair, self.x[: self.predictive_rows]
+        with self.quiet(3):
+            nodes = samples(pair.traces(x)[1])
+        values = {site: values_of(nodes[site.site], pair.layout, len(x)) for site in self.sites.observed}
+        return group({site.name: site.variable(v, "datum_predictive") for site, v in values.items()})
+
+    def constant_data(self) -> xarray.Dataset:
+        """Return the group `constant_data`: indices of the rows, and class labels if the split has them."""
+        found: dict[str, Variable] = {"row": (("datum",), self.rows.numpy(), {})}
+        if self.split.y is not None:
+            found["label"] = (("datum",), numpy_of(self.split.y)[self.rows.numpy()], {})
+        return group(found)
 
 
 def _kl(latent: LatentDraw) -> Tensor | None:
@@ -174,79 +239,3 @@ def _kl(latent: LatentDraw) -> Tensor | None:
     if loc is None or scale is None or prior_loc is None or prior_scale is None:
         return None
     return torch.distributions.kl_divergence(dist.Normal(loc, scale), dist.Normal(prior_loc, prior_scale))
-
-
-def guide(request: PosteriorRequest, sites: ExportedSites) -> xarray.Dataset:
-    """Return the group `guide`: the parameters of q(z | x) for all rows of the split."""
-    pair, n = request.pair, len(request.split)
-    shown = [site for site in sites.latents if site.parameters]
-    found: dict[str, Variable] = {}
-    for site in shown:
-        for key, one in site.parameters.items():
-            dims = ("datum", *(*site.dims, f"{site.name}_code")[: one.ndim])
-            found[f"{site.name}_{key}"] = dims, np.empty((n, *one.shape), one.dtype), {"site": text(site.site)}
-    with request.quiet(0):
-        for start in range(0, n, ROWS_OF_A_BATCH) if shown else ():
-            x = pair.accept(request.split.rows[start : start + ROWS_OF_A_BATCH])
-            nodes = samples(pair.guide_trace(x))
-            for site in shown:
-                for key, t in parameters_of(nodes[site.site], pair.layout, len(x)).items():
-                    found[f"{site.name}_{key}"][1][start : start + len(x)] = numpy_of(t)
-    missing = {f"missing_{site.name}": text(site.hidden) for site in sites.latents if site.hidden}
-    return group(found).assign_attrs(missing)
-
-
-def prior(request: PosteriorRequest, sites: ExportedSites) -> xarray.Dataset:
-    """Return the group `prior`: samples of p(z), each from its own run of the model, with its own global latents.
-
-    Latents are those of the first row of two. Sites of the guide alone are left out.
-    """
-    pair, n, draws = request.pair, len(request.x), []
-    with request.quiet(1):
-        for i in range(request.draws):
-            nodes = samples(pair.simulate(request.x[torch.tensor([i % n, (i + 1) % n])]))
-            per_row = {z: first_row(nodes[z.site], pair.layout, 2) for z in sites.latents if z.site in nodes}
-            draws.append(per_row | {z: whole(nodes[z.site]) for z in sites.shared if z.site in nodes})
-    stacked = {z: np.stack([draw[z].reshape(z.like.shape) for draw in draws])[None] for z in draws[0]}
-    return group({z.name: z.variable(values, *DRAW_DIMS) for z, values in stacked.items()})
-
-
-def posterior_predictive(drawn: SampledLatents, request: PosteriorRequest, sites: ExportedSites) -> xarray.Dataset:
-    """Return the group `posterior_predictive`: samples of p(x | z) at the first samples of z for the first rows."""
-    pair, count, layout = request.pair, request.predictive_rows, request.pair.layout
-    x = request.x[:count]
-    if sites.summed:
-        raise NotImplementedError(f"the model sums out {', '.join(sites.summed)}")
-    out = {site.site: site.empty(1, request.predictive_draws, count) for site in sites.observed}
-    with request.quiet(2):
-        template = samples(pair.guide_trace(x))
-        for draw in range(request.predictive_draws):
-            values = {z: torch.from_numpy(kept[0, draw, ...]) for z, kept in drawn.values.items()}
-            for site in sites.latents:
-                values[site.site] = as_value(values[site.site][:count], template[site.site], layout)
-            for site in sites.shared:
-                value = template[site.site]["value"]
-                values[site.site] = values[site.site].to(value).reshape(value.shape)
-            with poutine.condition(data=values):
-                nodes = samples(pair.simulate(x))
-            for site in sites.observed:
-                node = nodes[site.site]
-                out[site.site][0, draw] = numpy_of(rows_of(node["value"], node, layout, count))
-    return group({s.name: s.variable(out[s.site], *DRAW_DIMS, "datum_predictive") for s in sites.observed})
-
-
-def observed_data(request: PosteriorRequest, sites: ExportedSites) -> xarray.Dataset:
-    """Return the group `observed_data`: the observed values of the rows of `posterior_predictive`."""
-    pair, x = request.pair, request.x[: request.predictive_rows]
-    with request.quiet(3):
-        nodes = samples(pair.traces(x)[1])
-    rows = {site: rows_of(nodes[site.site]["value"], nodes[site.site], pair.layout, len(x)) for site in sites.observed}
-    return group({s.name: s.variable(numpy_of(t), "datum_predictive") for s, t in rows.items()})
-
-
-def constant_data(request: PosteriorRequest) -> xarray.Dataset:
-    """Return the group `constant_data`: indices of the rows, and class labels if the split has them."""
-    found: dict[str, Variable] = {"row": (("datum",), request.rows.numpy(), {})}
-    if request.split.y is not None:
-        found["label"] = (("datum",), numpy_of(request.split.y)[request.rows.numpy()], {})
-    return group(found)

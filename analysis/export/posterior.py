@@ -2,25 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from functools import partial
-from typing import Any
-
 import numpy as np
 
 from pvae import __version__
 from pvae.analysis.decompose.entry import accept
 from pvae.analysis.export.datasets import GROUP_NAMES, PosteriorDraws
-from pvae.analysis.export.groups import (
-    PosteriorRequest,
-    SampledLatents,
-    constant_data,
-    guide,
-    observed_data,
-    posterior_predictive,
-    prior,
-)
-from pvae.analysis.export.sites import TRACED_ROWS, ExportedSites, read_sites, text
+from pvae.analysis.export.groups import PosteriorExport
+from pvae.analysis.export.sites import TRACED_ROWS, read_sites, text
 from pvae.errors import DataError
 from pvae.runs.run import Run
 from pvae.util import seeds
@@ -110,20 +98,37 @@ def posterior(
     part = run.data.split(split)
     chosen = seeds.subset(len(part), rows, seed)
     few, some = min(predictive_rows, len(chosen)), min(predictive_draws, draws)
-    request = PosteriorRequest(run.pair, part, chosen, draws, seed, few, some)
     sites = read_sites(run.pair, accept(run.pair, part.rows[:TRACED_ROWS]))
-    require_memory(request, sites, memory)
-    origin = {"inference_library": "pvae", "inference_library_version": __version__}
-    origin |= {"run": text(run.name), "run_id": text(str(run.files.manifest.get("id", run.path.name)))}
-    return export(request, sites, {**origin, "split": split, "seed": seed}, on_progress)
+    export = PosteriorExport(run.pair, part, sites, chosen, draws, seed, few, some)
+    require_memory(export, memory)
+    export.fill(on_progress)
+    found = {}
+    for name in GROUP_NAMES:
+        try:
+            found[name] = getattr(export, name)()
+        except (NotImplementedError, ValueError, RuntimeError, LookupError, AttributeError) as error:
+            if name not in ("prior", "posterior_predictive"):  # which a hand-written pair may not give
+                raise
+            why = (str(error).splitlines() or [type(error).__name__])[0][:300]
+            found["posterior"].attrs[f"missing_{name}"] = text(why)
+    attrs = {
+        "inference_library": "pvae", "inference_library_version": __version__, "run": text(run.name),
+        "run_id": text(str(run.files.manifest.get("id", run.path.name))), "split": split, "seed": seed,
+    }  # fmt: skip
+    rows_of_dims = {"datum": chosen.numpy(), "datum_predictive": chosen.numpy()[:few]}
+    for name, group in found.items():
+        own = {"datum": np.arange(len(part))} if name == "guide" else rows_of_dims
+        found[name] = group.assign_coords({dim: own.get(str(dim), np.arange(n)) for dim, n in group.sizes.items()})
+        found[name].attrs = {**attrs, **group.attrs}
+    return PosteriorDraws(found)
 
 
-def require_memory(request: PosteriorRequest, sites: ExportedSites, memory: int) -> None:
+def require_memory(export: PosteriorExport, memory: int) -> None:
     """Refuse arrays of more than `memory` bytes together; raises DataError that names the largest one.
 
     Nothing is sampled.
     """
-    n, draws = len(request.rows), request.draws
+    n, draws, sites = len(export.rows), export.draws, export.sites
     found = {f"posterior/{site.name}": draws * n * site.like.nbytes for site in sites.latents}
     found |= {f"posterior/{site.name}": draws * site.like.nbytes for site in sites.shared}
     for name in ("log_q", "log_p", "log_likelihood", "log_weight"):
@@ -132,10 +137,10 @@ def require_memory(request: PosteriorRequest, sites: ExportedSites, memory: int)
     for site in sites.latents:
         found[f"diagnostics/{site.name}_kl"] = n * site.like.size * FLOAT64_BYTES if site.closed else 0
         for key, values in site.parameters.items():
-            found[f"guide/{site.name}_{key}"] = len(request.split) * values.nbytes
+            found[f"guide/{site.name}_{key}"] = len(export.split) * values.nbytes
     for site in sites.observed:
-        found[f"observed_data/{site.name}"] = request.predictive_rows * site.like.nbytes
-        found[f"posterior_predictive/{site.name}"] = request.predictive_draws * found[f"observed_data/{site.name}"]
+        found[f"observed_data/{site.name}"] = export.predictive_rows * site.like.nbytes
+        found[f"posterior_predictive/{site.name}"] = export.predictive_draws * found[f"observed_data/{site.name}"]
     total = sum(found.values())
     if total > memory:
         largest = max(found, key=found.__getitem__)
@@ -144,32 +149,3 @@ def require_memory(request: PosteriorRequest, sites: ExportedSites, memory: int)
             f"posterior: expected arrays of at most {memory} bytes together; got {total} bytes, of which {largest} "
             f"takes {found[largest]}. Lower {REDUCED_BY.get(group, 'draws or rows')}, or raise memory."
         )
-
-
-def export(
-    request: PosteriorRequest, sites: ExportedSites, attrs: Mapping[str, Any], on_progress: Progress
-) -> PosteriorDraws:
-    """Sample and return all groups that the pair supports; reasons for missing ones are attributes of `posterior`."""
-    drawn = SampledLatents(request, sites)
-    drawn.fill(on_progress)
-    found = {
-        "posterior": drawn.posterior(),
-        "sample_stats": drawn.sample_stats(),
-        "guide": guide(request, sites),
-        "diagnostics": drawn.diagnostics(),
-        "observed_data": observed_data(request, sites),
-        "constant_data": constant_data(request),
-    }
-    simulated = {"prior": prior, "posterior_predictive": partial(posterior_predictive, drawn)}
-    for name, make in simulated.items():  # which a hand-written pair may not give
-        try:
-            found[name] = make(request, sites)
-        except (NotImplementedError, ValueError, RuntimeError, LookupError, AttributeError) as error:
-            why = (str(error).splitlines() or [type(error).__name__])[0][:300]
-            found["posterior"].attrs[f"missing_{name}"] = text(why)
-    rows = {"datum": request.rows.numpy(), "datum_predictive": request.rows.numpy()[: request.predictive_rows]}
-    for name, group in found.items():
-        own = {"datum": np.arange(len(request.split))} if name == "guide" else rows
-        found[name] = group.assign_coords({dim: own.get(str(dim), np.arange(n)) for dim, n in group.sizes.items()})
-        found[name].attrs = {**attrs, **group.attrs}
-    return PosteriorDraws({name: found[name] for name in GROUP_NAMES if name in found})

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pvae.analysis.decompose.entry import quiet
 from pvae.distributions.codes import Certain
-from pvae.pair.layout import Layout, samples, unwrapped
+from pvae.pair.layout import Layout, samples, site_shape, unwrapped
 from pvae.pair.pair import Pair
 from pvae.pair.structure import numbers_of
 from pvae.util.types import Array
@@ -101,10 +101,8 @@ def rows_of(t: Tensor, node: Mapping[str, Any], layout: Layout, count: int, code
 
 
 def as_value(rows: Tensor, node: Mapping[str, Any], layout: Layout) -> Tensor:
-    """Invert `rows_of`: return rows as a value of the site in `node`, with its shape and type."""
-    value = node["value"]
-    axis = len(node["fn"].batch_shape) + layout.dim
-    return rows.to(value).reshape(value.movedim(axis, 0).shape).movedim(0, axis)
+    """Invert `rows_of`: return any number of rows as a value of the site in `node`, in its shape and type."""
+    return site_shape(node, layout).spread(rows.to(node["value"]).reshape(len(rows), -1))
 
 
 def numpy_of(t: Tensor) -> Array:
@@ -188,8 +186,8 @@ def read_sites(pair: Pair, x: Tensor) -> ExportedSites:
     with quiet(pair, x, 0):
         guide, model = (samples(trace) for trace in pair.traces(x))
     layout, count, dependencies = pair.layout, len(x), pair.dependencies(x)
-    values = {name: first_row(guide[name], layout, count) for name in layout.latents}
-    observed = {name: first_row(model[name], layout, count) for name in layout.observed}
+    values = {name: values_of(guide[name], layout, count)[0] for name in layout.latents}
+    observed = {name: values_of(model[name], layout, count)[0] for name in layout.observed}
     shared = {name: whole(guide[name]) for name in layout.shared}
     # The joint state of all sites that the model sums out, unless the guide has a latent beside them.
     summed = ("+".join(layout.enumerated),) if layout.enumerated and not layout.latents else ()
@@ -213,9 +211,9 @@ def read_sites(pair: Pair, x: Tensor) -> ExportedSites:
     )
 
 
-def first_row(node: Mapping[str, Any], layout: Layout, count: int) -> Array:
-    """Return the value of a site for the first of `count` rows."""
-    return numpy_of(rows_of(node["value"], node, layout, count)[0])
+def values_of(node: Mapping[str, Any], layout: Layout, count: int) -> Array:
+    """Return the value of a site for `count` rows, `(count, *event)`."""
+    return numpy_of(rows_of(node["value"], node, layout, count))
 
 
 def whole(node: Mapping[str, Any]) -> Array:

@@ -8,8 +8,7 @@ from typing import Any
 
 from pvae.analysis.pages.comparison.comparison import Comparison
 from pvae.analysis.pages.comparison.sections import COMPARISON_SECTIONS
-from pvae.analysis.pages.document.document import Document
-from pvae.analysis.pages.document.folder import claim
+from pvae.analysis.pages.document.document import Document, claim
 from pvae.analysis.pages.document.stages import Stages
 from pvae.analysis.pages.report import FOOTER
 from pvae.runs.run import Run

@@ -15,7 +15,7 @@ from pvae.analysis.decompose.entry import accept
 from pvae.analysis.figures.estimate import Estimate, Figures, Row, over_rows
 from pvae.analysis.samples.encode import encode
 from pvae.analysis.samples.running import analysed, by_chunks, opened
-from pvae.analysis.samples.sample import simulated
+from pvae.analysis.samples.sample import prior_latents
 from pvae.errors import DataError
 from pvae.pair.pair import Pair
 from pvae.runs.run import Run
@@ -176,25 +176,22 @@ def both_sides(pair: Pair, x: Tensor, draws: int, seed: int) -> tuple[Tensor, Te
     q = [{name: code.value for name, code in encode(pair, x, seed=s).latents.items()} for s in noise[0]]
     p = [from_prior(pair, x, s) for s in noise[1]]
     names = tuple(name for name in q[0] if name in p[0])
-    latents = [as_numbers(*(torch.stack([one[name] for one in side]) for side in (q, p))) for name in names]
-    known = [t.flatten(1).float().expand(draws, len(x), -1) for t in pair.frame.split(x.cpu())[1].values()]
-    codes, prior = (torch.cat([*side, *known], -1) for side in zip(*latents, strict=True))
+    latents = [torch.stack([torch.stack([one[name] for one in side]) for side in (q, p)]) for name in names]
+    known = [t.flatten(1).float().expand(2, draws, len(x), -1) for t in pair.frame.split(x.cpu())[1].values()]
+    codes, prior = torch.cat([*map(as_numbers, latents), *known], -1)
     return codes, prior, names
 
 
 def from_prior(pair: Pair, x: Tensor, seed: int) -> dict[str, Tensor]:
     """Return one prior sample of every latent for each of the rows `(n, *row)`, given their covariates."""
     with analysed(pair, x, seed):
-        return by_chunks(lambda *at: simulated(pair, x[slice(*at)]).latents, len(x), x[0].numel())
+        return by_chunks(lambda *at: prior_latents(pair, x[slice(*at)]), len(x), x[0].numel())
 
 
-def as_numbers(q: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
-    """Return codes and prior samples of one latent `(draws, n, *event)` as float vectors; discrete ones as one-hot."""
-    if q.is_floating_point():
-        return q.flatten(2).float(), p.flatten(2).float()
-    codes = 1 + int(max(q.max(), p.max()))
-    one, other = (nn.functional.one_hot(t.long(), codes).float().flatten(2) for t in (q, p))
-    return one, other
+def as_numbers(values: Tensor) -> Tensor:
+    """Return values of a latent, `(2, draws, n, *event)`, as float vectors `(2, draws, n, D)`; discrete as one-hot."""
+    numbers = values if values.is_floating_point() else nn.functional.one_hot(values.long())
+    return numbers.float().flatten(3)
 
 
 # ---------------------------------------------------------------------- the network

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from pvae.analysis.samples import running
 from pvae.errors import DataError, DeclarationError
 from pvae.experiment.experiment import Experiment
 from pvae.nn.schedules import Constant
-from pvae.pair.layout import samples
+from pvae.pair.layout import Layout, samples
 from pvae.pair.pair import Pair
 from pvae.runs.run import Run
 from pvae.util import seeds
@@ -81,7 +82,7 @@ def sample(
     pair = running.opened(run_or_pair)
     rows = Template(run_or_pair, pair, n, given, seed)
     with running.analysed(pair, rows.at(0, 2), seed):
-        found = running.by_chunks(lambda *at: simulated(pair, rows.at(*at), mean), n, rows.numbers, on_progress)
+        found = running.by_chunks(lambda *at: _simulated(pair, rows.at(*at), mean), n, rows.numbers, on_progress)
     return replace(found, covariates=rows.covariates)
 
 
@@ -98,12 +99,22 @@ def _require_density(source: Run | Pair) -> None:
         )
 
 
-def simulated(pair: Pair, rows: Tensor, mean: bool = False) -> Samples:
+def _simulated(pair: Pair, rows: Tensor, mean: bool) -> Samples:
     """Return samples of the model in its current context, one for each of the placeholder rows `(n, *row)`."""
     layout, count, nodes = pair.layout, len(rows), samples(pair.simulate(rows))
-    found = {name: running.row_values(z["value"], z, layout, count) for name, z in nodes.items() if layout.holds(z)}
-    x = running.decoded_mean(nodes, layout, count) if mean else found[running.datum(layout, nodes)["name"]]
-    return Samples(x, {name: value for name, value in found.items() if name not in layout.observed}, {}, mean)
+    node = running.datum(layout, nodes)
+    x = running.decoded_mean(nodes, layout, count) if mean else running.row_values(node["value"], node, layout, count)
+    return Samples(x, _latents(nodes, layout, count), {}, mean)
+
+
+def prior_latents(pair: Pair, rows: Tensor) -> dict[str, Tensor]:
+    """Return one prior sample of every latent in the current context, for each of the placeholder rows `(n, *row)`."""
+    return _latents(samples(pair.simulate(rows)), pair.layout, len(rows))
+
+
+def _latents(nodes: Mapping[str, Any], layout: Layout, count: int) -> dict[str, Tensor]:
+    hidden = {name: z for name, z in nodes.items() if name not in layout.observed and layout.holds(z)}
+    return {name: running.row_values(z["value"], z, layout, count) for name, z in hidden.items()}
 
 
 class Template:

@@ -13,14 +13,15 @@ from torch.distributions import Bernoulli
 from pvae.analysis.decompose.collapse import activity, kl_per_dimension
 from pvae.analysis.decompose.entry import accept
 from pvae.analysis.decompose.posterior_draws import draw
+from pvae.analysis.export.sites import as_value
 from pvae.analysis.samples import running
 from pvae.analysis.samples.encode import encode
-from pvae.analysis.samples.sample import Covariates, Template, simulated
+from pvae.analysis.samples.sample import Covariates, Template, prior_latents
 from pvae.distributions.exponential import Normals
 from pvae.errors import DataError, DeclarationError
 from pvae.pair import densities as traces
 from pvae.pair.densities import log_prob
-from pvae.pair.layout import samples, site_shape, unwrapped
+from pvae.pair.layout import samples, unwrapped
 from pvae.pair.pair import Pair
 from pvae.runs.run import Run
 from pvae.util import seeds
@@ -175,11 +176,8 @@ class PlacedModel:
 
     def spread(self, flat: Mapping[str, Tensor], count: int) -> dict[str, Tensor]:
         """Return flat values `(count or 1, numel)` of latents as `count` rows in the shape and dtype of their sites."""
-        known = {name: (self.nodes[name], value) for name, value in flat.items() if name in self.nodes}
-        return {
-            name: site_shape(node, self.template.pair.layout).spread(value.to(node["value"]).expand(count, -1))
-            for name, (node, value) in known.items()
-        }
+        rows = {name: value.expand(count, -1) for name, value in flat.items() if name in self.nodes}
+        return {name: as_value(value, self.nodes[name], self.template.pair.layout) for name, value in rows.items()}
 
     def sites(self, start: int, stop: int, values: Mapping[str, Tensor]) -> dict[str, Any]:
         """Return the sites of some rows with latents set to flat values, and the others to their mean given these."""
@@ -199,7 +197,7 @@ def _priors(template: Template, nodes: Mapping[str, Any]) -> dict[str, tuple[Ten
         if isinstance(normal, Normals) and all(bool((t == t[:1]).all()) for t in (normal.loc, normal.scale)):
             found[name] = normal.loc[0].cpu(), normal.scale[0].cpu()
     if len(found) < len(nodes):
-        drawn = running.by_chunks(lambda *at: simulated(pair, template.at(*at)).latents, PRIOR_DRAWS, template.numbers)
+        drawn = running.by_chunks(lambda *at: prior_latents(pair, template.at(*at)), PRIOR_DRAWS, template.numbers)
         for name in nodes.keys() - found.keys():
             values = drawn[name].reshape(PRIOR_DRAWS, -1)
             if running.is_discrete(nodes[name]["fn"]):

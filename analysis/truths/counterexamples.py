@@ -270,9 +270,9 @@ def counterexamples(
     for i, (name, model) in enumerate(models.items()):
         on_progress(i + 1, total, name)
         fake = model.sample(len(held), seeds.generator(seed, seeds.ANALYSIS, 30)).reshape(held.shape).float()
-        near, likelihoods = fidelity(held, fake), [exact_mean(log_p[i]) for log_p in scored]
-        accuracy = two_sample(held, fake, seed).accuracy
-        found.append(Example(name, *likelihoods, accuracy, near.precision, near.coverage))
+        near, accuracy = fidelity(held, fake), two_sample(held, fake, seed).accuracy
+        train_log_p, test_log_p = (exact_mean(log_p[i]) for log_p in scored)
+        found.append(Example(name, train_log_p, test_log_p, accuracy, near.precision, near.coverage))
     own = data.train.data[seeds.subset(len(train), len(held), seed + 1)]
     return CounterExamples(
         examples=tuple(found),

@@ -86,7 +86,7 @@ class Programs(nn.Module):
     def __getattr__(self, name: str) -> Any:
         return super().__getattr__(name)
 
-    def truth(self, name: str, x: FloatArray, exact: Mapping[str, float], **rest: Any) -> Truth:
+    def truth(self, name: str, x: NDArray[Any], exact: Mapping[str, float], **rest: Any) -> Truth:
         """Return the test model of these programs and the data x; `rest` are further fields of `Truth`.
 
         Surgery samples so often that the mean over the data is nearly normal, even of squared normals.

@@ -1,17 +1,20 @@
-"""Posteriors over one latent, `q(z | x, ...)`."""
+"""Posteriors over one latent, `q(z | x, ...)`, and their heads: from features to a distribution's parameters."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
+import pyro.distributions as dist
 from torch import Tensor, nn
 
 from pvae.component import Component, Names, Shape
 from pvae.graph.link import Link
 from pvae.graph.site import OBSERVED, Site, Space, Values
 from pvae.nn.codebook import Codebook
+from pvae.nn.conv import Pointwise
+from pvae.nn.network import MLP, Network, NetworkModule
 
 
 class Posterior(Component):
@@ -74,3 +77,54 @@ class PosteriorModule(nn.Module):
             row: the codebook row of the nearest code, `(..., *features)`.
         """
         raise NotImplementedError  # pragma: no cover - only of posteriors that look codes up
+
+
+class Linked(PosteriorModule):
+    """Base of modules of posteriors that read the model of the pair.
+
+    Arguments:
+        site: the latent.
+        link: access to the model.
+        declared: the posterior as declared.
+        network: network of the posterior; None if it has none.
+    """
+
+    network: Any
+
+    def __init__(self, site: Site, link: Link, declared: Posterior, network: nn.Module | None = None) -> None:
+        super().__init__()
+        self.site, self.link, self.declared, self.network = site, link, declared, network
+
+
+class Head(PosteriorModule):
+    """Module of a posterior whose distribution is a function of the output of one network.
+
+    Arguments:
+        network: from the posterior's inputs to the parameters of its distribution.
+        distribution: from parameters with batch shape `(...)` to the distribution.
+    """
+
+    def __init__(self, network: NetworkModule, distribution: Callable[[Tensor], dist.TorchDistribution]) -> None:
+        super().__init__()
+        self.network, self.distribution = network, distribution
+
+    def forward(self, inputs: Mapping[str, Tensor], _seen: Mapping[str, Tensor]) -> dist.TorchDistribution:
+        """Return the posterior, with batch shape `(...)`, given named inputs `(..., *shape)`."""
+        return self.distribution(self.network(inputs))
+
+
+def head(network: Network | None, inputs: Mapping[str, Shape], output: Shape) -> NetworkModule:
+    """Return the network from a posterior's inputs to its parameters `(..., *output)`.
+
+    The default is one linear map; if features lie on the same grid as the output, one shared by all positions.
+    """
+    if network is not None:
+        return network.build(inputs, output)
+    if len(output) == 3 and any(len(shape) == 3 and shape[1:] == output[1:] for shape in inputs.values()):
+        return Pointwise(inputs, output)
+    return MLP(hidden=()).build(inputs, output)
+
+
+def channels_last(h: Tensor, grid: int) -> Tensor:
+    """Return a tensor `(..., C, *grid)` as `(..., *grid, C)`, for a grid of `grid` dimensions."""
+    return h.movedim(-1 - grid, -1) if grid else h

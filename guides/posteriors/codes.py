@@ -1,26 +1,28 @@
-"""Posteriors that sample codes and bits themselves, with gradients by an exact sum or by the score function.
+"""Posteriors of codes and bits, with gradients by an exact sum, by the score function, or by a relaxation.
 
-Posteriors in other modules pass the gradient through a discrete choice by a relaxation, by straight-through estimation,
-or by the nearest row of a codebook.
+Posteriors in other modules pass the gradient through the nearest row of a codebook.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any, ClassVar, Literal, final
+from abc import abstractmethod
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, ClassVar, Literal, Self, final
 
 import pyro.distributions as dist
 import torch
+from pydantic import model_validator
 from torch import Tensor, nn
 
 from pvae.component import Shape
 from pvae.distributions.codes import bits, code_grid
+from pvae.distributions.relaxed import KL, RelaxedCodes
 from pvae.graph.lifecycle import Moving
 from pvae.graph.link import Link
-from pvae.graph.site import Site, Values
-from pvae.guides.posteriors.base import Posterior, PosteriorModule
-from pvae.guides.posteriors.heads import channels_last, head
+from pvae.graph.site import Site, Space, Values
+from pvae.guides.posteriors.base import Head, Linked, Posterior, channels_last, head
 from pvae.nn.network import MLP, Network, NetworkModule
 
 MAX_SUMMED_STATES = 32
@@ -55,55 +57,44 @@ class MovingAverage(Moving):
         self.started.copy_(torch.where(sound, torch.ones_like(self.started), self.started))
 
 
-class Estimated(PosteriorModule):
+class Estimated(Head):
     """Module of a posterior whose samples carry no gradient; the `infer` of its Pyro site sets the gradient estimator.
 
     Arguments:
         network: from the inputs to logits.
+        distribution: from logits to the distribution of codes or bits.
         estimator: "sum" over every joint state, or "score": (gain - baseline) times the gradient of log q.
         average: moving-average baseline, or None.
         baseline: network that predicts the gain from the inputs, as a baseline, or None.
     """
 
     def __init__(
-        self, network: NetworkModule, estimator: str, average: MovingAverage | None, baseline: NetworkModule | None
+        self,
+        network: NetworkModule,
+        distribution: Callable[[Tensor], dist.TorchDistribution],
+        estimator: str,
+        average: MovingAverage | None,
+        baseline: NetworkModule | None,
     ) -> None:
-        super().__init__()
-        self.network, self.estimator, self.average, self.baseline = network, estimator, average, baseline
+        super().__init__(network, distribution)
+        self.estimator, self.average, self.baseline = estimator, average, baseline
         self.learns_baseline = baseline is not None
 
     def infer(self, inputs: Mapping[str, Tensor]) -> dict[str, Any]:
         if self.estimator == "sum":
             return {"enumerate": "parallel"}
-        told: dict[str, Any] = {}
         if self.baseline is not None:
             # Detached: an encoder led by its baseline's error would have another gradient than the ELBO's.
             still = {name: value.detach() for name, value in inputs.items()}
-            told["baseline"] = {"baseline_value": self.baseline(still).squeeze(-1)}
-        elif self.average is not None:
-            told["baseline"] = {"baseline_value": self.average.value}
-            told["average"] = self.average
-        return told
+            return {"baseline": {"baseline_value": self.baseline(still).squeeze(-1)}}
+        if self.average is None:
+            return {}
+        return {"baseline": {"baseline_value": self.average.value}, "average": self.average}
 
 
-class EstimatedCodes(Estimated):
-    """Module of a posterior of codes on a grid of `grid` dimensions, whose logits are a network's output."""
-
-    def __init__(self, grid: int, **parts: Any) -> None:
-        super().__init__(**parts)
-        self.grid = grid
-
-    def forward(self, inputs: Mapping[str, Tensor], _seen: Mapping[str, Tensor]) -> dist.TorchDistribution:
-        """Return the distribution of the codes over the grid, with batch shape `(...)`, given named inputs."""
-        return code_grid(channels_last(self.network(inputs), self.grid), self.grid)
-
-
-class EstimatedBits(Estimated):
-    """Module of a posterior of independent bits, whose logits are a network's output."""
-
-    def forward(self, inputs: Mapping[str, Tensor], _seen: Mapping[str, Tensor]) -> dist.TorchDistribution:
-        """Return the distribution of the independent bits, with batch shape `(...)`, given named inputs."""
-        return bits(self.network(inputs))
+def codes(logits: Tensor, grid: int) -> dist.TorchDistribution:
+    """Return independent codes over a grid of `grid` dimensions, given logits `(..., K, *grid)`."""
+    return code_grid(channels_last(logits, grid), grid)
 
 
 class EstimatedPosterior(Posterior):
@@ -136,16 +127,18 @@ class EstimatedPosterior(Posterior):
             self.estimator == "auto" and log_states <= math.log(MAX_SUMMED_STATES) + 1e-9
         )
 
-    def parts(self, log_states: float, inputs: Mapping[str, Shape], output: Shape) -> dict[str, Any]:
-        """Return the arguments of the constructor of an `Estimated` module, by name."""
-        estimator = "sum" if self.sums(log_states) else "score"
-        scores = estimator == "score"
-        return {
-            "network": head(self.network, inputs, output),
-            "estimator": estimator,
-            "average": MovingAverage(BASELINE_DECAY) if scores and self.baseline == "average" else None,
-            "baseline": MLP(hidden=(100,)).build(inputs, (1,)) if scores and self.baseline == "network" else None,
-        }
+    @abstractmethod
+    def of(self, space: Space) -> tuple[Shape, Callable[[Tensor], dist.TorchDistribution]]:
+        """Return the event shape of the logits of a latent, and the function from logits to its distribution."""
+
+    def build(self, site: Site, inputs: Mapping[str, Shape], link: Link) -> nn.Module:
+        output, distribution = self.of(site.space)
+        estimator = "sum" if self.sums(site.space.log_states) else "score"
+        subtracted = self.baseline if estimator == "score" else "none"
+        network = head(self.network, inputs, output)
+        average = MovingAverage(BASELINE_DECAY) if subtracted == "average" else None
+        baseline = MLP(hidden=(100,)).build(inputs, (1,)) if subtracted == "network" else None
+        return Estimated(network, distribution, estimator, average, baseline)
 
 
 BASELINE_DECAY = 0.9
@@ -158,9 +151,8 @@ class CategoricalPosterior(EstimatedPosterior):
     kind: Literal["categorical"] = "categorical"
     values: ClassVar[Values] = "index"
 
-    def build(self, site: Site, inputs: Mapping[str, Shape], link: Link) -> nn.Module:
-        output = (site.space.states, *site.space.grid)
-        return EstimatedCodes(len(site.space.grid), **self.parts(site.space.log_states, inputs, output))
+    def of(self, space: Space) -> tuple[Shape, Callable[[Tensor], dist.TorchDistribution]]:
+        return (space.states, *space.grid), partial(codes, grid=len(space.grid))
 
 
 @final
@@ -170,5 +162,85 @@ class BernoulliPosterior(EstimatedPosterior):
     kind: Literal["bernoulli"] = "bernoulli"
     values: ClassVar[Values] = "binary"
 
+    def of(self, space: Space) -> tuple[Shape, Callable[[Tensor], dist.TorchDistribution]]:
+        return space.shape, bits
+
+
+class RelaxedModule(Linked):
+    """Module of relaxed posteriors: a network's output is the logits of relaxed codes, at the latent's temperature."""
+
+    declared: RelaxedPosterior
+
+    def forward(self, inputs: Mapping[str, Tensor], _seen: Mapping[str, Tensor]) -> dist.TorchDistribution:
+        """Return the distribution of log relaxed one-hots, with batch shape `(...)`, given named inputs."""
+        site, grid = self.site, len(self.site.space.grid)
+        logits, tau = channels_last(self.network(inputs), grid), self.link.model.temperature(site.name)
+        kl, noise = self.declared.kl, self.declared.is_noisy
+        return RelaxedCodes(logits, tau, grid, kl=kl, noise=noise, has_twin=site.has_twin)
+
+
+class RelaxedPosterior(Posterior):
+    """Base of relaxed (Gumbel-softmax) posteriors; the temperature belongs to the latent, and its prior shares it."""
+
+    values: ClassVar[Values] = "index"
+    kl: KL = "relaxed"
+    """KL in the training loss: `relaxed`, between the densities of the relaxed one-hots, or `categorical`, between the
+    categoricals of the same logits in closed form."""
+    network: Network | None = None
+    """Network from the encoder's features to the logits; default: one linear map."""
+
+    @property
+    @abstractmethod
+    def is_noisy(self) -> bool:
+        """True if Gumbel noise is added to the logits."""
+
     def build(self, site: Site, inputs: Mapping[str, Shape], link: Link) -> nn.Module:
-        return EstimatedBits(**self.parts(site.space.log_states, inputs, site.event))
+        network = head(self.network, inputs, (site.space.states, *site.space.grid))
+        return RelaxedModule(site, link, self, network)
+
+
+@final
+class RelaxedOneHotPosterior(RelaxedPosterior):
+    r"""Gumbel-softmax posterior c_k = softmax((log pi_k(x) + g_k) / tau), which the decoder reads as it is.
+
+    References:
+        Categorical Reparameterization with Gumbel-Softmax (Jang, Gu, Poole, 2017), https://arxiv.org/abs/1611.01144
+        The Concrete Distribution (Maddison, Mnih, Teh, 2017), https://arxiv.org/abs/1611.00712
+    """
+
+    kind: Literal["relaxed_onehot"] = "relaxed_onehot"
+    is_noisy: ClassVar[bool] = True
+
+    def sampled(self, space: Space) -> Space:
+        return space.relaxed(is_hard=False)
+
+
+@final
+class StraightThroughPosterior(RelaxedPosterior):
+    """Straight-through posterior: the decoder reads a hard one-hot, with the (biased) gradient of the relaxed one-hot.
+
+    The hard one-hot is that of the largest entry. With Gumbel noise the codes are exact samples of q(c | x). Without,
+    q is a point mass on the most probable code, and the KL is -log p of it.
+
+    References:
+        Estimating or Propagating Gradients Through Stochastic Neurons (Bengio, Leonard, Courville, 2013),
+        https://arxiv.org/abs/1308.3432
+    """
+
+    kind: Literal["straight_through"] = "straight_through"
+    kl: KL = "categorical"
+    noise: bool = True
+    """Add Gumbel noise to the logits, so that codes are sampled; without, the most probable code is taken."""
+
+    def sampled(self, space: Space) -> Space:
+        return space.relaxed(is_hard=True)
+
+    @model_validator(mode="after")
+    def _no_density_of_a_point(self) -> Self:
+        if not self.noise and self.kl == "relaxed":
+            raise ValueError('kl = "categorical" without noise, where q is a point and has no density; got relaxed')
+        return self
+
+    @property
+    def is_noisy(self) -> bool:
+        return self.noise

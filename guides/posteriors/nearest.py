@@ -16,10 +16,9 @@ from pvae.distributions.codes import Certain
 from pvae.graph.lifecycle import Begun, FirstRows
 from pvae.graph.link import Link
 from pvae.graph.site import Site, Values, embedded
-from pvae.guides.posteriors.base import Posterior, PosteriorModule
-from pvae.guides.posteriors.heads import channels_last, head
+from pvae.guides.posteriors.base import Linked, Posterior, channels_last, head
 from pvae.nn.codebook import START_VECTORS, NearestCodebook
-from pvae.nn.network import Network, NetworkModule
+from pvae.nn.network import Network
 
 
 class NearestCodes(Certain):
@@ -28,13 +27,15 @@ class NearestCodes(Certain):
     point: Tensor
 
 
-class NearestModule(PosteriorModule, Begun):
+class NearestModule(Linked, Begun):
     """Module of the posterior `nearest_code`: replaces a network's output vectors by the nearest codes of the model."""
 
-    def __init__(self, network: NetworkModule, site: Site, link: Link, declared: NearestCodePosterior) -> None:
-        super().__init__()
-        self.network, self.link, self.site, self.grid = network, link, site, len(site.space.grid)
-        self.declared = declared
+    declared: NearestCodePosterior
+
+    @property
+    def grid(self) -> int:
+        """Number of dimensions of the grid."""
+        return len(self.site.space.grid)
 
     @property
     def codebook(self) -> NearestCodebook:
@@ -128,4 +129,4 @@ class NearestCodePosterior(Posterior):
         return NearestCodebook(codes, width, None if self.gradient else self.decay, self.restart, self.unit)
 
     def build(self, site: Site, inputs: Mapping[str, Shape], link: Link) -> nn.Module:
-        return NearestModule(head(self.network, inputs, site.features), site, link, self)
+        return NearestModule(site, link, self, head(self.network, inputs, site.features))

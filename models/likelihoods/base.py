@@ -74,11 +74,9 @@ class LikelihoodModule(nn.Module):
 
     def split(self, h: Tensor) -> tuple[Tensor, ...]:
         """Return the decoder's output as `channels` tensors of parameters, each `(..., *x)`."""
-        return (
-            (h,)
-            if self.channels == 1
-            else h.unflatten(-len(self.x), (self.channels, self.x[0])).unbind(-len(self.x) - 1)
-        )
+        if self.channels == 1:
+            return (h,)
+        return h.unflatten(-len(self.x), (self.channels, self.x[0])).unbind(-len(self.x) - 1)
 
     def closed_form(self) -> ClosedForm | None:
         """Return the closed-form M-step of this likelihood; None if it has none."""

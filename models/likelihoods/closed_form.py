@@ -104,14 +104,10 @@ class NormalForm(NormalFamilyForm):
 
     module: NormalModule
 
-    @property
-    def learns_scale(self) -> bool:
-        """True if the scale is learned or predicted by the decoder, False if it is fixed."""
-        return self.module.channels == 2 or isinstance(self.module.log_scale, nn.Parameter)
-
     def statistics(self, x: Tensor, origin: Tensor) -> Tensor:
         y = x.flatten(1) - origin
-        return torch.cat([y, y.square()], 1) if self.learns_scale else y
+        is_fixed = self.module.channels == 1 and not isinstance(self.module.log_scale, nn.Parameter)
+        return y if is_fixed else torch.cat([y, y.square()], 1)
 
     def maximise(self, counts: Tensor, sums: Tensor, origin: Tensor) -> Tensor:
         least = self.module.floor**2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar, Literal, final
 
@@ -16,8 +17,165 @@ from pvae.distributions.base import Batched
 from pvae.errors import DeclarationError
 from pvae.graph.frame import Law
 from pvae.models.likelihoods.base import Likelihood, LikelihoodModule, ReaderModule
-from pvae.models.likelihoods.column_families import FAMILIES, Pick, grouped
+from pvae.models.likelihoods.standard import HIGHEST_LOG_RATE, LOWEST_LOG_RATE, dispersed
 from pvae.util.types import Size
+
+ABSENT_LOGIT = -1e30
+"""Logit of the levels that pad a column with fewer levels than another: probability 0, without a NaN in gradients."""
+
+
+class Pick(nn.Module):
+    """Module that selects entries of the last dimension, by index."""
+
+    index: Tensor
+
+    def __init__(self, index: Sequence[int]) -> None:
+        super().__init__()
+        self.register_buffer("index", torch.tensor(list(index), dtype=torch.int64), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the d selected entries of a tensor `(..., D)`, as `(..., d)`."""
+        return x.index_select(-1, self.index)
+
+
+class Family(nn.Module):
+    """Base of column families: all columns of a table whose distributions belong to one family.
+
+    Arguments:
+        laws: declared distributions of the columns, d of them.
+        places: indices of the columns in a row.
+        floor: smallest scale of a continuous column.
+    """
+
+    support: constraints.Constraint
+    """Constraint on the values of a column, in families where it is the same for all columns (all but categorical)."""
+    outputs: int
+    """Number of parameters that the decoder outputs for these columns."""
+    stand_in: ClassVar[float] = 0.0
+    """Placeholder for a missing value, in the support of every column; its log density is discarded."""
+
+    def __init__(self, laws: Sequence[Law], places: Sequence[int], floor: float) -> None:
+        super().__init__()
+        self.count = self.outputs = len(laws)
+        self.floor, self.pick = floor, Pick(places)
+
+    @abstractmethod
+    def forward(self, h: Tensor) -> dist.TorchDistribution:
+        """Return the distributions of the columns, batch shape `(..., d)`, for a decoder output `(..., outputs)`."""
+
+    @staticmethod
+    def centre(fn: Any) -> Tensor:
+        """Return the point prediction of each column, `(..., d)`: the mean of its distribution `fn`."""
+        return fn.mean
+
+    @staticmethod
+    def read(x: Tensor, laws: Sequence[Law]) -> Tensor:
+        """Return columns `(..., d)` encoded as network inputs `(..., r)`; missing values become 0."""
+        return x.nan_to_num(0.0)
+
+
+class NormalColumns(Family):
+    """Normal columns: the decoder outputs the means; one standard deviation for each column is learned."""
+
+    support = constraints.real
+
+    def __init__(self, laws: Sequence[Law], places: Sequence[int], floor: float) -> None:
+        super().__init__(laws, places, floor)
+        self.log_scale = nn.Parameter(torch.zeros(self.count))
+
+    def forward(self, h: Tensor) -> dist.TorchDistribution:
+        return dist.Normal(h, self.log_scale.exp().clamp(min=self.floor), validate_args=False)
+
+
+class StudentTColumns(NormalColumns):
+    """Student's t columns: the decoder outputs the locations; scale and degrees of freedom of each column are learned.
+
+    The degrees of freedom are 1 + e^a, initially about 8.
+    """
+
+    def __init__(self, laws: Sequence[Law], places: Sequence[int], floor: float) -> None:
+        super().__init__(laws, places, floor)
+        self.log_df = nn.Parameter(torch.full((self.count,), 2.0))
+
+    def forward(self, h: Tensor) -> dist.TorchDistribution:
+        df, scale = 1 + self.log_df.clamp(max=-LOWEST_LOG_RATE).exp(), self.log_scale.exp().clamp(min=self.floor)
+        return dist.StudentT(df.expand(h.shape), h, scale.expand(h.shape), validate_args=False)
+
+
+class PoissonColumns(Family):
+    """Poisson columns: the decoder outputs the logarithms of the rates."""
+
+    support = constraints.nonnegative_integer
+
+    def forward(self, h: Tensor) -> dist.TorchDistribution:
+        return dist.Poisson(h.clamp(LOWEST_LOG_RATE, HIGHEST_LOG_RATE).exp(), validate_args=False)
+
+    @staticmethod
+    def read(x: Tensor, laws: Sequence[Law]) -> Tensor:
+        return x.nan_to_num(0.0).clamp(min=0.0).log1p()
+
+
+class NegativeBinomialColumns(PoissonColumns):
+    """Negative binomial columns: the decoder outputs log-means; one dispersion for each column is learned."""
+
+    def __init__(self, laws: Sequence[Law], places: Sequence[int], floor: float) -> None:
+        super().__init__(laws, places, floor)
+        self.log_count = nn.Parameter(torch.ones(self.count))
+
+    def forward(self, h: Tensor) -> dist.TorchDistribution:
+        return dispersed(h, self.log_count, validate_args=False)
+
+
+class BernoulliColumns(Family):
+    """Bernoulli columns: the decoder outputs the logits."""
+
+    support = constraints.boolean
+
+    def forward(self, h: Tensor) -> dist.TorchDistribution:
+        return dist.Bernoulli(logits=h, validate_args=False)
+
+
+class CategoricalColumns(Family):
+    """Categorical columns, each with its own number of levels: the decoder outputs one logit for each level."""
+
+    def __init__(self, laws: Sequence[Law], places: Sequence[int], floor: float) -> None:
+        super().__init__(laws, places, floor)
+        levels = torch.tensor([law.levels for law in laws])
+        self.most, self.outputs = int(levels.max()), int(levels.sum())
+        every = (levels.cumsum(0) - levels)[:, None] + torch.arange(self.most)
+        absent = torch.arange(self.most) >= levels[:, None]  # these read a last entry, appended to the logits
+        self.logits = Pick(every.masked_fill(absent, self.outputs).flatten().tolist())
+
+    def forward(self, h: Tensor) -> dist.TorchDistribution:
+        full = torch.cat([h, torch.full_like(h[..., :1], ABSENT_LOGIT)], -1)
+        return dist.Categorical(logits=self.logits(full).unflatten(-1, (self.count, self.most)), validate_args=False)
+
+    @staticmethod
+    def centre(fn: Any) -> Tensor:
+        """Return the most probable level of each column, `(..., d)`."""
+        return fn.logits.argmax(-1).to(fn.logits.dtype)
+
+    @staticmethod
+    def read(x: Tensor, laws: Sequence[Law]) -> Tensor:
+        """Return the columns as one-hot vectors, concatenated; a missing value becomes zeros."""
+        hot = [x[..., i, None] == torch.arange(law.levels, device=x.device) for i, law in enumerate(laws)]
+        return torch.cat(hot, -1).to(x.dtype)
+
+
+FAMILIES: dict[str, type[Family]] = {
+    "normal": NormalColumns,
+    "student_t": StudentTColumns,
+    "poisson": PoissonColumns,
+    "negative_binomial": NegativeBinomialColumns,
+    "bernoulli": BernoulliColumns,
+    "categorical": CategoricalColumns,
+}
+
+
+def grouped(laws: Sequence[Law]) -> dict[str, list[int]]:
+    """Return the indices of the columns of each family, by family name; families without a column are left out."""
+    found = {name: [i for i, law in enumerate(laws) if law.family == name] for name in FAMILIES}
+    return {name: places for name, places in found.items() if places}
 
 
 def support_of(law: Law) -> constraints.Constraint:
@@ -84,8 +242,8 @@ class ColumnsDistribution(Batched):
         if self._validate_args:
             self._validate_sample(value)
         scores = []
-        for family, pick, part in self.module.each(self.parts):
-            given = pick(value)
+        for family, part in self.module.each(self.parts):
+            given = family.pick(value)
             missing = given.isnan()
             score = part.log_prob(given.masked_fill(missing, family.stand_in))
             scores.append(torch.where(missing, 0.0, score).sum(-1))
@@ -94,13 +252,12 @@ class ColumnsDistribution(Batched):
     def sample(self, sample_shape: Size = torch.Size()) -> Tensor:
         """Return sampled rows without missing values, `sample_shape + (..., D)`."""
         with torch.no_grad():
-            draws = [part.sample(torch.Size(sample_shape)) for part in self.parts]
-            return self.module.in_order(draws)
+            return self.module.in_order([part.sample(torch.Size(sample_shape)) for part in self.parts])
 
     @property
     def mean(self) -> Tensor:
         """Mean of every column, or the most probable level of a categorical one, `(..., D)`."""
-        return self.module.in_order([family.centre(part) for family, _, part in self.module.each(self.parts)])
+        return self.module.in_order([family.centre(part) for family, part in self.module.each(self.parts)])
 
 
 class ColumnsModule(LikelihoodModule):
@@ -116,9 +273,8 @@ class ColumnsModule(LikelihoodModule):
         super().__init__(x, 1)
         self.laws = tuple(laws)
         places = grouped(laws)
-        families = {name: FAMILIES[name]([laws[i] for i in at], floor) for name, at in places.items()}
+        families = {name: FAMILIES[name]([laws[i] for i in at], at, floor) for name, at in places.items()}
         self.families = nn.ModuleDict(families)
-        self.picks = nn.ModuleDict({name: Pick(at) for name, at in places.items()})
         order = [i for at in places.values() for i in at]
         self.order = Pick([order.index(i) for i in range(len(laws))])
         self.sizes = [family.outputs for family in families.values()]
@@ -130,19 +286,16 @@ class ColumnsModule(LikelihoodModule):
 
     def forward(self, h: Tensor) -> dist.TorchDistribution:
         """Return the distribution of a row for a decoder output `(..., *inputs)`."""
-        pieces = h.split(self.sizes, -1)
-        parts = [family(piece) for family, piece in zip(self.families.values(), pieces, strict=True)]
-        return ColumnsDistribution(parts, self)
+        return ColumnsDistribution([family(part) for family, part in self.each(h.split(self.sizes, -1))], self)
 
-    def each(self, parts: Sequence[Any]) -> Iterator[tuple[Any, Any, Any]]:
-        """Iterate over (family, module that picks its columns, its item of `parts`), one for each family."""
-        return zip(self.families.values(), self.picks.values(), parts, strict=True)
+    def each(self, parts: Sequence[Any]) -> Iterator[tuple[Any, Any]]:
+        """Iterate over (family, its item of `parts`), one for each family."""
+        return zip(self.families.values(), parts, strict=True)
 
     def in_order(self, values: Sequence[Tensor]) -> Tensor:
         """Return the values `(..., d)` of all families merged into rows `(..., D)`, in the table's column order."""
         dtype = torch.promote_types(values[0].dtype, torch.float32)
-        whole: Tensor = self.order(torch.cat([value.to(dtype) for value in values], -1))
-        return whole
+        return self.order(torch.cat([value.to(dtype) for value in values], -1))
 
 
 class Reader(ReaderModule):
@@ -159,16 +312,13 @@ class Reader(ReaderModule):
         places = grouped(laws)
         self.laws = {name: [laws[i] for i in at] for name, at in places.items()}
         self.picks = nn.ModuleDict({name: Pick(at) for name, at in places.items()})
-        masked = [i for i, law in enumerate(laws) if law.masked]
-        self.masked = Pick(masked) if masked else None
+        self.masked = Pick([i for i, law in enumerate(laws) if law.masked])
         self.output = tuple(self(torch.zeros(1, len(laws))).shape[1:])
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the network inputs `(..., *output)` for rows `(..., D)`."""
         parts = [FAMILIES[name].read(pick(x), self.laws[name]) for name, pick in self.picks.items()]
-        if self.masked is not None:
-            parts.append(self.masked(x).isnan().to(x.dtype))
-        return torch.cat(parts, -1)
+        return torch.cat([*parts, self.masked(x).isnan().to(x.dtype)], -1)
 
 
 @final

@@ -82,7 +82,8 @@ class Autoregressive(Conditional):
         """
         grid, codes = self.network.grid, self.network.codes
         event = (*grid, codes) if value.is_floating_point() else grid
-        lead = torch.broadcast_shapes(value.shape[: value.dim() - len(event)], self._context_shape)
+        own = torch.Size() if self.context is None else self.context.shape[: -self.network.context_dims]
+        lead = torch.broadcast_shapes(value.shape[: value.dim() - len(event)], own)
         flat = value.expand((*lead, *event)).reshape(-1, self.network.positions, *event[len(grid) :])
         logits = self.network.logits(flat, self._context(lead))
         logits = precise(logits).log_softmax(-1)
@@ -114,11 +115,6 @@ class Autoregressive(Conditional):
         states = states.reshape(-1, *[1] * len(self.batch_shape), *self.event_shape)
         return states.expand(-1, *self.batch_shape, *self.event_shape) if expand else states
 
-    @property
-    def _context_shape(self) -> torch.Size:
-        """Batch shape of the context (the encoded parents), without its own dimensions; () without a context."""
-        return torch.Size() if self.context is None else self.context.shape[: -self.network.context_dims]
-
     def _context(self, lead: torch.Size) -> Tensor | None:
         """Return the context broadcast to the leading dimensions `lead`, flattened into one; None without a context."""
         if self.context is None:
@@ -131,23 +127,36 @@ class TokenModule(nn.Module):
     """Base of autoregressive networks: from the parents' features to the distribution of a grid of codes.
 
     Arguments:
-        grid: shape of the grid; () for a single code.
-        codes: number of codes, K.
+        site: the latent, a grid of codes of at most 2 axes.
         parents: shapes of the parents' features, by name: `(D,)`, `(C, L)` or `(C, H, W)`.
+        kind: kind of the prior, for messages.
         width: width of the embedding of a code.
+
+    Raises:
+        DeclarationError: a shape is not supported; the message names the latent and the shape.
     """
 
     context_dims: ClassVar[int]
     """Number of dimensions of a context (the encoded parents) after its leading dimensions."""
 
-    def __init__(self, grid: Shape, codes: int, parents: Mapping[str, Shape], width: int) -> None:
+    def __init__(self, site: Site, parents: Mapping[str, Shape], kind: str, width: int) -> None:
         super().__init__()
-        self.grid, self.codes, self.width = tuple(grid), codes, width
-        self.positions = prod(grid)
+        self.grid, self.codes, self.width = site.space.grid, site.space.states, width
+        if len(self.grid) > 2:
+            raise DeclarationError(
+                f"latents.{site.name}.prior {kind}: expected a grid of at most 2 axes; got {list(self.grid)}."
+            )
+        for name, shape in parents.items():
+            if len(shape) not in (1, 2, 3):
+                raise DeclarationError(
+                    f"latents.{site.name}.prior {kind}: expected parents of shape (D), (C, L) or (C, H, W); "
+                    f"got {name} of shape {list(shape)}."
+                )
+        self.positions = prod(self.grid)
         self.parents = {name: tuple(shape) for name, shape in parents.items()}
         self.start = nn.Parameter(0.1 * torch.randn(width))
         # Nothing reads the last code: the only one needs no embedding, and would get no gradient.
-        self.table = nn.Parameter(0.1 * torch.randn(codes, width)) if self.positions > 1 else None
+        self.table = nn.Parameter(0.1 * torch.randn(self.codes, width)) if self.positions > 1 else None
 
     def embed(self, value: Tensor) -> Tensor:
         """Return embeddings `(n, p, width)` of indices `(n, p)` or of logarithms of relaxed one-hots `(n, p, K)`."""
@@ -182,22 +191,3 @@ class TokenModule(nn.Module):
     @abstractmethod
     def draw(self, count: int, context: Tensor | None, choose: Choose) -> Tensor:
         """Return codes `(count, p)`, each chosen by `choose` from its logits given the codes before it."""
-
-
-def require_shapes(site: Site, given: Mapping[str, Shape], kind: str) -> int:
-    """Return K, the number of codes of a latent, if a prior can read the shapes of its grid and of its parents.
-
-    Raises:
-        DeclarationError: a shape is not supported; the message names the latent and the shape.
-    """
-    if len(site.space.grid) > 2:
-        raise DeclarationError(
-            f"latents.{site.name}.prior {kind}: expected a grid of at most 2 axes; got {list(site.space.grid)}."
-        )
-    for name, shape in given.items():
-        if len(shape) not in (1, 2, 3):
-            raise DeclarationError(
-                f"latents.{site.name}.prior {kind}: expected parents of shape (D), (C, L) or (C, H, W); "
-                f"got {name} of shape {list(shape)}."
-            )
-    return site.space.states

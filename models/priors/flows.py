@@ -1,16 +1,16 @@
-"""Normalising flows as priors, made of Pyro's transforms: N(0, I) pushed through learned bijections."""
+"""Normalising flows made of Pyro's transforms: N(0, I) pushed through learned bijections, as priors and as decoders."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping
-from math import prod
-from typing import ClassVar, Literal, final
+from math import log, prod
+from typing import Annotated, Any, ClassVar, Literal, final
 
 import pyro.distributions as dist
 import pyro.distributions.transforms as bijections
 import torch
-from pydantic import Field
+from pydantic import Field, WithJsonSchema, field_validator
 from torch import Tensor, nn
 from torch.distributions import constraints
 
@@ -20,8 +20,9 @@ from pvae.distributions.bijections import Bijection, near_identity
 from pvae.distributions.relaxed import FreeCoordinates
 from pvae.errors import DeclarationError
 from pvae.graph.link import Link
-from pvae.graph.site import Site, Values
+from pvae.graph.site import Site, Space, Values
 from pvae.models.priors.base import Prior
+from pvae.nn.network import InvertibleModule, Network, NetworkModule, flatten
 from pvae.util.types import Size
 
 
@@ -35,13 +36,15 @@ class Flow(Batched):
         super().__init__(torch.Size(), module.loc.shape, validate_args=False)
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """Return log p(z) of z `(..., D)`, nats, `(...)`; exact."""
-        return self.module.log_prob(value)
+        """Return log p(z) = log N(u; 0, I) + log|det du/dz| of z `(..., D)`, nats, `(...)`; exact."""
+        u, log_det = self.module.pull(value)
+        return log_det + dist.Normal(self.module.loc, self.module.scale, validate_args=False).log_prob(u).sum(-1)
 
     def sample(self, sample_shape: Size = torch.Size()) -> Tensor:
-        """Return samples `sample_shape + batch_shape + (D,)`."""
+        """Return samples `sample_shape + batch_shape + (D,)`, pushed forward from u ~ N(0, I)."""
+        shape, base = torch.Size(sample_shape) + self.batch_shape, self.module
         with torch.no_grad():
-            return self.module.sample(torch.Size(sample_shape) + self.batch_shape)
+            return base.push(torch.normal(base.loc.expand(*shape, -1), base.scale.expand(*shape, -1)))
 
 
 class FlowModule(nn.Module):
@@ -53,6 +56,8 @@ class FlowModule(nn.Module):
         inward: True if the fast direction of each bijection is from z to u.
     """
 
+    steps: Any
+    """Bijections (`Bijection`), in the order from u to z."""
     loc: Tensor
     scale: Tensor
 
@@ -70,7 +75,6 @@ class FlowModule(nn.Module):
     def push(self, u: Tensor) -> Tensor:
         """Return z for u, `(..., D)`: the direction of sampling."""
         for step in self.steps:
-            assert isinstance(step, Bijection)  # noqa: S101 - narrows the type
             u = (step.invert(u) if self.inward else step.call(u))[0].flip(-1)
         return u
 
@@ -78,19 +82,9 @@ class FlowModule(nn.Module):
         """Return u for z, `(..., D)`, and log|det du/dz|, nats, `(...)`: the direction of density evaluation."""
         total = torch.zeros_like(z[..., 0])
         for step in reversed(self.steps):
-            assert isinstance(step, Bijection)  # noqa: S101 - narrows the type
             z, log_det = step.call(z.flip(-1)) if self.inward else step.invert(z.flip(-1))
             total = total + (log_det if self.inward else -log_det)
         return z, total
-
-    def log_prob(self, z: Tensor) -> Tensor:
-        """Return log p(z) = log N(u; 0, I) + log|det du/dz|, nats."""
-        u, log_det = self.pull(z)
-        return log_det + dist.Normal(self.loc, self.scale, validate_args=False).log_prob(u).sum(-1)
-
-    def sample(self, shape: torch.Size) -> Tensor:
-        """Return samples of z, pushed forward from u ~ N(0, I), `shape + (D,)`."""
-        return self.push(torch.normal(self.loc.expand(*shape, -1), self.scale.expand(*shape, -1)))
 
 
 class RelaxedFlowModule(nn.Module):
@@ -260,3 +254,76 @@ class NeuralAutoregressive(FlowPrior):
 
     def bijection(self, dim: int) -> nn.Module:
         return bijections.neural_autoregressive(dim, list(self.hidden), width=self.units)
+
+
+class BijectionModule(InvertibleModule):
+    """Invertible decoder x = g(z), made of a flow's bijections, with the log determinant of its inverse.
+
+    With an `edge` x = (sigmoid(h) - edge) / (1 - 2 edge) of the flow's output h, a little wider than [0, 1].
+    """
+
+    def __init__(self, inputs: Mapping[str, Shape], output: Shape, flow: FlowModule, edge: float | None) -> None:
+        super().__init__(inputs, output)
+        self.name = next(iter(inputs))
+        self.flow, self.edge = flow, edge
+
+    def forward(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Return x = g(z), `(..., *output)`, for z `(..., D)` or of any event shape of D elements."""
+        x = self.flow.push(flatten(inputs[self.name], self.inputs[self.name]))
+        if self.edge is not None:
+            x = (x.sigmoid() - self.edge) / (1 - 2 * self.edge)
+        return x.unflatten(-1, self.output)
+
+    def invert(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return z = g^-1(x), `(..., D)`, and log|det dz/dx|, nats, `(...)`."""
+        x = x.flatten(x.dim() - len(self.output))
+        outer = torch.zeros_like(x[..., 0])
+        if self.edge is not None:
+            s = self.edge + (1 - 2 * self.edge) * x
+            slope = log(1 - 2 * self.edge) - s.log() - (-s).log1p()
+            x, outer = torch.logit(s), slope.sum(-1)
+        z, log_det = self.flow.pull(x)
+        return z, outer + log_det
+
+
+FLOW_SCHEMA = WithJsonSchema({"type": ["string", "object"], "description": "A flow: a prior such as realnvp."})
+"""JSON schema of the field `flow`, not expanded, because priors contain networks and this network a prior."""
+
+
+@final
+class BijectionNetwork(Network):
+    """Invertible decoder made of a flow's bijections; the latent has as many coordinates as x has elements.
+
+    With the likelihood `determined` and the posterior `inverse` the VAE is a normalising flow, with ELBO = log p(x).
+    """
+
+    kind: Literal["bijection"] = "bijection"
+    flow: Annotated[Prior, FLOW_SCHEMA] = RealNVP(layers=8)
+    """Flow that maps z to x: `realnvp`, `maf`, ..."""
+    squash: Literal["none", "logit"] = "none"
+    """`logit`: x in [0, 1] is a logistic function of the flow's output; `none`: x is the flow's output."""
+    edge: float = Field(default=0.01, gt=0, lt=0.5)
+    """Margin of `squash = "logit"`: x is mapped to [edge, 1 - edge] before the logit, so that 0 and 1 stay finite."""
+
+    @property
+    def support(self) -> constraints.Constraint | None:
+        return None if self.squash == "none" else constraints.unit_interval
+
+    @field_validator("flow")
+    @classmethod
+    def _is_flow(cls, flow: Prior) -> Prior:
+        if not isinstance(flow, FlowPrior):
+            kinds = ", ".join(k for k, member in Prior.members.items() if issubclass(member, FlowPrior))
+            raise ValueError(f"a flow: one of {kinds}; got {flow.kind!r}")
+        return flow
+
+    def build(self, inputs: Mapping[str, Shape], output: Shape | None) -> NetworkModule:
+        """Build the decoder module; the output must have as many elements as the only input."""
+        sizes = {name: prod(shape) for name, shape in inputs.items()}
+        if output is None or list(sizes.values()) != [prod(output)]:
+            wanted = "a decoder" if output is None else f"one latent of dim = {prod(output)}"
+            raise DeclarationError(f"network bijection: expected {wanted}; got inputs {sizes}.")
+        name, size = next(iter(sizes.items()))
+        flow = self.flow.build(Site(name, Space.real(size)), {}, Link())
+        assert isinstance(flow, FlowModule)  # noqa: S101 - narrows the type
+        return BijectionModule(inputs, output, flow, self.edge if self.squash == "logit" else None)

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 from pvae.component import Shape
+from pvae.distributions.base import lattice
 from pvae.distributions.exponential import FullRankNormals, Members, Mixture, Normals
-from pvae.distributions.observed import lattice
 from pvae.errors import DeclarationError
 from pvae.graph.lifecycle import Begun, FirstRows, MadeOfData
 from pvae.graph.link import Link
@@ -60,7 +60,7 @@ class VampModule(Begun):
 
     def __init__(self, components: int, name: str, link: Link) -> None:
         super().__init__()
-        self.pseudo_inputs = nn.Parameter(torch.rand(components, *link.x))
+        self.pseudo_inputs = nn.Parameter(torch.rand(components, *link.frame.x))
         self.name, self.link = name, link
         self.bounded = link.support in (constraints.boolean, constraints.unit_interval) or isinstance(
             link.support, lattice
@@ -76,7 +76,7 @@ class VampModule(Begun):
     def forward(self, _given: Mapping[str, Tensor]) -> dist.TorchDistribution:
         """Return the mixture of posteriors, with batch shape `()`."""
         read = self.pseudo_inputs.clamp(0.0, 1.0) if self.bounded else self.pseudo_inputs
-        return Mixture(as_members(self.link.guide.posterior(self.name, read), self.name))
+        return Mixture(posteriors_at(read, self.name, self.link))
 
 
 @final
@@ -110,11 +110,10 @@ class DataMixtureModule(MadeOfData):
     rows: Tensor
     index: Tensor
 
-    def __init__(self, name: str, link: Link, components: int | None, leave_one_out: bool) -> None:
+    def __init__(self, name: str, link: Link, declared: AggregatedPrior | ExemplarPrior) -> None:
         super().__init__()
-        self.name, self.link = name, link
-        self.components, self.leave_one_out = components, leave_one_out
-        self.register_buffer("rows", torch.zeros(2, *link.x), persistent=False)
+        self.name, self.link, self.declared = name, link, declared
+        self.register_buffer("rows", torch.zeros(2, *link.frame.x), persistent=False)
         self.register_buffer("index", torch.zeros(0, dtype=torch.int64), persistent=False)
         self.count = 0
         self.attended = False
@@ -146,10 +145,6 @@ class DataMixtureModule(MadeOfData):
         """Return the mixture components for the posteriors `q` at training rows, one for each; here `q` itself."""
         return q
 
-    def _encoded(self, x: Tensor) -> Members:
-        """Return the guide's posteriors at data `x` `(m, *event)`."""
-        return as_members(self.link.guide.posterior(self.name, x), self.name)
-
     def forward(self, _given: Mapping[str, Tensor]) -> dist.TorchDistribution:
         """Return the mixture, with batch shape `()`."""
         if not self.attended and not self.link.building:
@@ -159,22 +154,22 @@ class DataMixtureModule(MadeOfData):
             )
         if not self.training:
             return Mixture(self.components_of(self._kept_encodings()))
-        if self.components is None or self.components >= len(self.rows):
-            chosen, x = torch.arange(len(self.rows), device=self.rows.device), self.rows
+        components, x = self.declared.components, self.rows
+        if components is None or components >= len(x):
+            chosen = torch.arange(len(x), device=x.device)
         else:
-            chosen = torch.randperm(len(self.rows), device=self.rows.device)[: self.components]
-            x = self.rows[chosen]
-        left_out = None
-        if self.leave_one_out and self.count:
-            left_out = self.index[: self.count, None] == chosen
-        return Mixture(self.components_of(self._encoded(x)), left_out=left_out)
+            chosen = torch.randperm(len(x), device=x.device)[:components]
+            x = x[chosen]
+        leaves_out = self.declared.leave_one_out and self.count
+        left_out = self.index[: self.count, None] == chosen if leaves_out else None
+        return Mixture(self.components_of(posteriors_at(x, self.name, self.link)), left_out=left_out)
 
     def _kept_encodings(self) -> Members:
         """Return the posteriors at all training rows, without gradient, cached until a weight of the guide changes."""
         versions = [p._version for p in self.link.guide.parameters()]
         if self._kept is None or self._kept[0] != versions:
             with torch.no_grad():
-                parts = [self._encoded(x) for x in self.rows.split(ENCODED_ROWS)]
+                parts = [posteriors_at(x, self.name, self.link) for x in self.rows.split(ENCODED_ROWS)]
             self._kept = versions, parts[0].joined(parts[1:])
         return self._kept[1]
 
@@ -203,18 +198,18 @@ class AggregatedPrior(Prior):
     """Omit a datum's own posterior from its prior during training."""
 
     def build(self, site: Site, given: Mapping[str, Shape], link: Link) -> nn.Module:
-        return DataMixtureModule(site.name, link, self.components, self.leave_one_out)
+        return DataMixtureModule(site.name, link, self)
 
 
 class ExemplarModule(DataMixtureModule):
     """Module of the exemplar prior: normals around the posterior means of training rows, with one learned scale."""
 
-    def __init__(self, name: str, link: Link, components: int, leave_one_out: bool) -> None:
-        super().__init__(name, link, components, leave_one_out)
+    def __init__(self, name: str, link: Link, declared: ExemplarPrior) -> None:
+        super().__init__(name, link, declared)
         self.log_scale = nn.Parameter(torch.zeros(()))
 
     def components_of(self, q: Members) -> Members:
-        assert isinstance(q, Normals | FullRankNormals)  # noqa: S101 - `as_members` makes no others
+        assert isinstance(q, Normals | FullRankNormals)  # noqa: S101 - `posteriors_at` makes no others
         return Normals(q.loc, self.log_scale.exp().expand_as(q.loc))
 
 
@@ -237,11 +232,12 @@ class ExemplarPrior(Prior):
     """Omit a datum's own exemplar from its prior during training; otherwise the scale shrinks towards 0."""
 
     def build(self, site: Site, given: Mapping[str, Shape], link: Link) -> nn.Module:
-        return ExemplarModule(site.name, link, self.components, self.leave_one_out)
+        return ExemplarModule(site.name, link, self)
 
 
-def as_members(fn: Any, name: str) -> Members:
-    """Return the normal posteriors `fn` of a batch `(K,)` as components of a mixture, differentiable."""
+def posteriors_at(x: Tensor, name: str, link: Link) -> Members:
+    """Return the guide's normal posteriors of a latent at data `(K, *event)` as components of a mixture."""
+    fn: Any = link.guide.posterior(name, x)
     while isinstance(fn, torch.distributions.Independent | dist.ExpandedDistribution):
         fn = fn.base_dist
     if isinstance(fn, torch.distributions.MultivariateNormal):

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from pvae.component import Shape
 from pvae.graph.link import Link
 from pvae.graph.site import Site, Values
-from pvae.models.priors.autoregressive import Choose, TokenModule, require_shapes
+from pvae.models.priors.autoregressive import Choose, TokenModule
 from pvae.models.priors.base import Prior
 
 
@@ -27,19 +27,16 @@ class GatedLayer(nn.Module):
     """Layer of a gated PixelCNN (vertical and horizontal stack), causal because its inputs are padded only before.
 
     Arguments:
-        channels: number of channels, C.
-        kernel: kernel size K, odd; a layer reads K // 2 rows above (K columns wide) and K // 2 columns before.
+        declared: the prior, with C channels and an odd kernel size K; a layer reads K // 2 rows above (K columns wide)
+            and K // 2 columns before.
         rows: True if the grid has several rows, which a vertical stack reads.
         conditioned: True if there is a context, the encoded parents.
         last: True for the last layer, which has no residual output.
-        dropout: proportion of gated features that are dropped in training.
     """
 
-    def __init__(
-        self, channels: int, kernel: int, *, rows: bool, conditioned: bool, last: bool, dropout: float
-    ) -> None:
+    def __init__(self, declared: PixelCNNPrior, *, rows: bool, conditioned: bool, last: bool) -> None:
         super().__init__()
-        reach = kernel // 2
+        channels, kernel, reach = declared.channels, declared.kernel, declared.kernel // 2
         self.reach = reach
         self.horizontal = nn.Conv2d(channels, 2 * channels, (1, reach + 1))
         self.vertical = nn.Conv2d(channels, 2 * channels, (reach + 1, kernel), padding=(0, reach)) if rows else None
@@ -47,7 +44,7 @@ class GatedLayer(nn.Module):
         stacks = 2 if rows else 1
         self.condition = nn.Conv2d(channels, 2 * stacks * channels, 1, bias=False) if conditioned else None
         self.out = nn.Conv2d(channels, channels if last else 2 * channels, 1)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = nn.Dropout(declared.dropout)
 
     def above(self, v: Tensor, condition: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return the vertical stack's output `(n, C, ...)`, and its input to the horizontal stack `(n, 2 C, ...)`."""
@@ -121,32 +118,17 @@ class PixelCNNModule(TokenModule):
     layers: Any
     """Layers (`GatedLayer`), in order."""
 
-    def __init__(
-        self,
-        grid: Shape,
-        codes: int,
-        parents: Mapping[str, Shape],
-        *,
-        channels: int,
-        layers: int,
-        kernel: int,
-        dropout: float,
-    ) -> None:
-        super().__init__(grid, codes, parents, channels)
-        self.plane = (*[1] * (2 - len(grid)), *grid)
+    def __init__(self, site: Site, parents: Mapping[str, Shape], declared: PixelCNNPrior) -> None:
+        channels, last = declared.channels, declared.layers - 1
+        super().__init__(site, parents, declared.kind, channels)
+        self.plane = (*[1] * (2 - len(self.grid)), *self.grid)
         self.maps = nn.ModuleDict({name: Map(shape, channels, self.plane) for name, shape in self.parents.items()})
         self.layers = nn.ModuleList(
-            GatedLayer(
-                channels,
-                kernel,
-                rows=self.plane[0] > 1,
-                conditioned=bool(parents),
-                last=layer == layers - 1,
-                dropout=dropout,
-            )
-            for layer in range(layers)
+            GatedLayer(declared, rows=self.plane[0] > 1, conditioned=bool(parents), last=layer == last)
+            for layer in range(declared.layers)
         )
-        self.head = nn.Sequential(nn.ReLU(), nn.Conv2d(channels, channels, 1), nn.ReLU(), nn.Conv2d(channels, codes, 1))
+        hidden, head = nn.Conv2d(channels, channels, 1), nn.Conv2d(channels, self.codes, 1)
+        self.head = nn.Sequential(nn.ReLU(), hidden, nn.ReLU(), head)
 
     def encode(self, given: Mapping[str, Tensor], lead: torch.Size) -> Tensor | None:
         """Return the sum of the encoded parents, after SiLU, `(*lead, C, H | 1, W | 1)`; None without parents."""
@@ -249,12 +231,4 @@ class PixelCNNPrior(Prior):
         return self
 
     def build(self, site: Site, given: Mapping[str, Shape], link: Link) -> nn.Module:
-        return PixelCNNModule(
-            site.space.grid,
-            require_shapes(site, given, self.kind),
-            given,
-            channels=self.channels,
-            layers=self.layers,
-            kernel=self.kernel,
-            dropout=self.dropout,
-        )
+        return PixelCNNModule(site, given, self)

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from pvae.component import Shape
 from pvae.graph.link import Link
 from pvae.graph.site import Site, Values
-from pvae.models.priors.autoregressive import Choose, TokenModule, require_shapes
+from pvae.models.priors.autoregressive import Choose, TokenModule
 from pvae.models.priors.base import Prior
 
 
@@ -26,11 +26,10 @@ class PositionEmbedding(nn.Module):
 
     def forward(self) -> Tensor:
         """Return the embeddings of all positions in raster order, `(p, width)`."""
-        first, *others = self.axes
-        total = first
+        total, *others = self.axes
         for axis in others:
             total = total.unsqueeze(-2) + axis
-        return total.reshape(-1, first.shape[-1])
+        return total.reshape(-1, total.shape[-1])
 
 
 class Tokens(nn.Module):
@@ -78,24 +77,21 @@ class AttentionBlock(nn.Module):
     def forward(self, h: Tensor) -> Tensor:
         """Return the block's output for all positions at once, `(n, t, width)`."""
         q, k, v = self._projected(h)
-        return self._mixed(h, F.scaled_dot_product_attention(q, k, v, dropout_p=self._rate, is_causal=True))
+        return self._mixed(h, q, k, v, is_causal=True)
 
     def extend(self, h: Tensor, memory: KeyValueCache) -> Tensor:
         """Return the output of the first positions `(n, t, width)`, or of one more `(n, 1, width)` after the cached."""
         q, *new = self._projected(h)
         k, v = memory.extend(torch.stack(new))
-        causal = h.shape[1] > 1  # a single new one may read all that is there
-        return self._mixed(h, F.scaled_dot_product_attention(q, k, v, dropout_p=self._rate, is_causal=causal))
-
-    @property
-    def _rate(self) -> float:
-        return self.dropout if self.training else 0.0
+        return self._mixed(h, q, k, v, is_causal=h.shape[1] > 1)  # a single new one may read all that is there
 
     def _projected(self, h: Tensor) -> Sequence[Tensor]:
         """Return queries, keys and values, each `(n, heads, t, d)`."""
         return self.project(self.first(h)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
 
-    def _mixed(self, h: Tensor, read: Tensor) -> Tensor:
+    def _mixed(self, h: Tensor, q: Tensor, k: Tensor, v: Tensor, is_causal: bool) -> Tensor:
+        rate = self.dropout if self.training else 0.0
+        read = F.scaled_dot_product_attention(q, k, v, dropout_p=rate, is_causal=is_causal)
         h = h + self._dropped(self.out(read.transpose(1, 2).flatten(2)))
         return h + self._dropped(self.perceptron(self.second(h)))
 
@@ -110,22 +106,13 @@ class TransformerModule(TokenModule):
     blocks: Any
     """Transformer blocks (`AttentionBlock`), in order."""
 
-    def __init__(
-        self,
-        grid: Shape,
-        codes: int,
-        parents: Mapping[str, Shape],
-        *,
-        width: int,
-        layers: int,
-        heads: int,
-        dropout: float,
-    ) -> None:
-        super().__init__(grid, codes, parents, width)
+    def __init__(self, site: Site, parents: Mapping[str, Shape], declared: TransformerPrior) -> None:
+        width, heads, dropout = declared.width, declared.heads, declared.dropout
+        super().__init__(site, parents, declared.kind, width)
         self.prompts = nn.ModuleDict({name: Tokens(shape, width) for name, shape in self.parents.items()})
-        self.places = PositionEmbedding(grid, width) if self.positions > 1 else None
-        self.blocks = nn.ModuleList(AttentionBlock(width, heads, dropout) for _ in range(layers))
-        self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, codes))
+        self.places = PositionEmbedding(self.grid, width) if self.positions > 1 else None
+        self.blocks = nn.ModuleList(AttentionBlock(width, heads, dropout) for _ in range(declared.layers))
+        self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, self.codes))
 
     def encode(self, given: Mapping[str, Tensor], lead: torch.Size) -> Tensor | None:
         """Return the tokens of the prompt, made of the parents, and the start token, `(*lead, tokens + 1, width)`."""
@@ -193,12 +180,4 @@ class TransformerPrior(Prior):
         return self
 
     def build(self, site: Site, given: Mapping[str, Shape], link: Link) -> nn.Module:
-        return TransformerModule(
-            site.space.grid,
-            require_shapes(site, given, self.kind),
-            given,
-            width=self.width,
-            layers=self.layers,
-            heads=self.heads,
-            dropout=self.dropout,
-        )
+        return TransformerModule(site, given, self)

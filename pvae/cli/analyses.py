@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer import Argument, Option
 
 import pvae
 from pvae.cli.app import ON_FITTED, ON_RUN_AND_DEVICE, Shared, beside, command, emit, rows_of, say
@@ -20,19 +21,19 @@ if TYPE_CHECKING:
 def surgery(
     shared: Shared,
     run: str,
-    split: Annotated[str, typer.Option("--split", help="train, validation, test; both: train and test.")] = "test",
+    split: Annotated[str, Option("--split", help="train, validation, test; both: train and test.")] = "test",
     samples: int = 1,
     rows: int | None = None,
     components: Annotated[
-        int | None, typer.Option("--components", min=2, help="Rows behind q_agg, at random; I_q gets two bounds.")
+        int | None, Option("--components", min=2, help="Rows behind q_agg, at random; I_q gets two bounds.")
     ] = None,
-    by_class: Annotated[bool, typer.Option("--by-class", help="Also one row for each label.")] = False,
+    by_class: Annotated[bool, Option("--by-class", help="Also one row for each label.")] = False,
     seed: int = 0,
 ) -> None:
     """Decompose the ELBO: reconstruction, mutual information, marginal KL, and what a better prior can gain."""
     from pvae.analysis.decompose.result import Surgery, class_table, side_by_side
 
-    opened = shared.open_on_device(run)
+    opened = shared.open(run, shared.device)
     names = ("train", "test") if split == "both" else (split,)
     found: dict[str, Surgery] = {}
     train = None
@@ -63,16 +64,16 @@ def evidence(
     run: str,
     method: Annotated[
         str,
-        typer.Option(
+        Option(
             "--method",
             help="iwae: importance samples of the guide; prior: of the prior; ais: annealed; bracket: annealed both "
             "ways on simulated data.",
         ),
     ] = "iwae",
     split: str = "test",
-    samples: Annotated[int, typer.Option("--samples", min=1, help="Importance samples per datum.")] = 5000,
-    temperatures: Annotated[int, typer.Option("--temperatures", min=1, help="Temperatures of ais and bracket.")] = 200,
-    chains: Annotated[int, typer.Option("--chains", min=1, help="Chains per datum of ais and bracket.")] = 16,
+    samples: Annotated[int, Option("--samples", min=1, help="Importance samples per datum.")] = 5000,
+    temperatures: Annotated[int, Option("--temperatures", min=1, help="Temperatures of ais and bracket.")] = 200,
+    chains: Annotated[int, Option("--chains", min=1, help="Chains per datum of ais and bracket.")] = 16,
     rows: int | None = None,
     seed: int = 0,
 ) -> None:
@@ -98,7 +99,7 @@ def gap(
     shared: Shared,
     run: str,
     split: str = "test",
-    steps: Annotated[int, typer.Option("--steps", min=1, help="Refinement steps of q for every datum.")] = 300,
+    steps: Annotated[int, Option("--steps", min=1, help="Refinement steps of q for every datum.")] = 300,
     rows: int = 200,
     seed: int = 0,
 ) -> None:
@@ -118,7 +119,7 @@ def two_sample(
     rows: int | None = None,
     mean: bool = False,
     neighbours: Annotated[
-        int, typer.Option("-k", min=1, help="Neighbour whose distance is the radius of the balls of precision.")
+        int, Option("-k", min=1, help="Neighbour whose distance is the radius of the balls of precision.")
     ] = 5,
     seed: int = 0,
 ) -> None:
@@ -157,8 +158,8 @@ def critic(shared: Shared, run: str, split: str = "train", rows: int | None = No
 @command(["data_dir", "as_json"])
 def counterexamples(
     shared: Shared,
-    data: Annotated[str, typer.Option("--data", help="digits, fashion_mnist, mnist.")] = "digits",
-    out: Annotated[Path | None, typer.Option("--out", help="Also write a CSV: its path without suffix.")] = None,
+    data: Annotated[str, Option("--data", help="digits, fashion_mnist, mnist.")] = "digits",
+    out: Annotated[Path | None, Option("--out", help="Also write a CSV: its path without suffix.")] = None,
     seed: int = 0,
 ) -> None:
     """Show with two textbook models on real data that good samples do not imply a high likelihood, nor the reverse."""
@@ -193,15 +194,13 @@ def posterior(
     shared: Shared,
     run: str,
     split: str = "test",
-    draws: Annotated[int, typer.Option("--draws", min=1, help="Samples of the guide per datum.")] = 100,
+    draws: Annotated[int, Option("--draws", min=1, help="Samples of the guide per datum.")] = 100,
     rows: int | None = None,
     seed: int = 0,
-    out: Annotated[
-        Path | None, typer.Option("--out", help="The file; analysis/posterior-SPLIT.nc unless said.")
-    ] = None,
+    out: Annotated[Path | None, Option("--out", help="The file; analysis/posterior-SPLIT.nc unless said.")] = None,
 ) -> None:
     """Export samples of the guide, with densities and diagnostics, as NetCDF for ArviZ."""
-    opened = shared.open_on_device(run)
+    opened = shared.open(run, shared.device)
     with shared.bar("posterior", draws) as bar:
         found = opened.posterior(split, draws, rows, seed, on_progress=bar.report)
     path = found.save(out or opened.files.analysis / f"posterior-{split}.nc")
@@ -221,7 +220,7 @@ def report(
     split: str = "test",
     evidence_samples: int = 500,
     gap_steps: Annotated[
-        int, typer.Option("--gap-steps", min=0, help="Refinement steps of q for the gaps; 0: no gaps.")
+        int, Option("--gap-steps", min=0, help="Refinement steps of q for the gaps; 0: no gaps.")
     ] = 200,
     figures: bool = False,
     seed: int = 0,
@@ -243,19 +242,17 @@ def report(
 @command(ON_FITTED)
 def compare(
     shared: Shared,
-    runs: Annotated[
-        list[str], typer.Argument(help="Two or more runs; differences are to the first.", metavar="RUN...")
-    ],
+    runs: Annotated[list[str], Argument(help="Two or more runs; differences are to the first.", metavar="RUN...")],
     split: str = "test",
     evidence_samples: int = 500,
-    out: Annotated[Path, typer.Option("--out", help="The folder to write.")] = Path("comparison"),
+    out: Annotated[Path, Option("--out", help="The folder to write.")] = Path("comparison"),
     figures: bool = False,
     seed: int = 0,
 ) -> None:
     """Compare runs on the same data: one HTML file with a column for each, paired differences, rate and distortion."""
     from pvae.analysis.pages.compare import examine
     from pvae.analysis.pages.comparison.comparison import Comparison
-    from pvae.analysis.pages.document.folder import claim
+    from pvae.analysis.pages.document.document import claim
 
     opened = [shared.open(run) for run in runs]
     comparison = Comparison(opened, split=split, evidence_samples=evidence_samples, seed=seed)

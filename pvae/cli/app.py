@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_origin, get_type_hints
 
 import typer
+from typer import Argument, Option
 
 import pvae
 from pvae.errors import EXIT_CODES, DeclarationError, printable
@@ -35,33 +36,29 @@ app = typer.Typer(
 )
 
 OPTIONS: dict[str, Any] = {
-    "name": typer.Argument(help="A zoo name (see `pvae list`), a TOML file or FILE.py:PAIR.", metavar="NAME_OR_FILE"),
-    "run": typer.Argument(help="A run: its folder, its name (the newest), name/id, or latest; or FILE.py:PAIR."),
-    "overrides": typer.Argument(help="Dotted overrides: train.epochs=20", metavar="[KEY=VALUE]..."),
-    "split": typer.Option("--split", help="train, validation or test."),
-    "rows": typer.Option("--rows", min=1, help="Rows to use, chosen at random by the seed."),
-    "seed": typer.Option("--seed", help="Seed of the random numbers."),
-    "mean": typer.Option("--mean", help="Means of p(x | z), without the likelihood's noise."),
-    "samples": typer.Option("--samples", min=1, help="Samples of z per datum."),
-    "given": typer.Option(
-        "--given", help="A covariate's value, y=3 or 'words=ankle boot', for a model conditioned on one."
-    ),
-    "out": typer.Option(
-        "--out", help="File to write, without suffix; COMMAND in the run's analysis folder unless said."
-    ),
-    "evidence_samples": typer.Option(
+    "name": Argument(help="A zoo name (see `pvae list`), a TOML file or FILE.py:PAIR.", metavar="NAME_OR_FILE"),
+    "run": Argument(help="A run: its folder, its name (the newest), name/id, or latest; or FILE.py:PAIR."),
+    "overrides": Argument(help="Dotted overrides: train.epochs=20", metavar="[KEY=VALUE]..."),
+    "split": Option("--split", help="train, validation or test."),
+    "rows": Option("--rows", min=1, help="Rows to use, chosen at random by the seed."),
+    "seed": Option("--seed", help="Seed of the random numbers."),
+    "mean": Option("--mean", help="Means of p(x | z), without the likelihood's noise."),
+    "samples": Option("--samples", min=1, help="Samples of z per datum."),
+    "given": Option("--given", help="A covariate's value, y=3 or 'words=ankle boot', for a model conditioned on one."),
+    "out": Option("--out", help="File to write, without suffix; COMMAND in the run's analysis folder unless said."),
+    "evidence_samples": Option(
         "--evidence-samples", min=2, help="Importance samples for each of 500 data (compare: 250)."
     ),
-    "figures": typer.Option("--figures", help="Also write every picture as a PNG of its own."),
-    "device": typer.Option("--device", help="auto, cpu or cuda."),
-    "export": typer.Option("--export", help="Also export to: tensorboard, mlflow.", metavar="KIND"),
-    "run_dir": typer.Option("--run-dir", help="Folder of runs.", envvar="PVAE_RUN_DIR"),
-    "data_dir": typer.Option("--data-dir", help="Folder to look for data in first.", envvar="PVAE_DATA_DIR"),
-    "pair": typer.Option("--pair", help="The pair of a run of a hand-written pair, FILE.py:PAIR."),
-    "data": typer.Option("--data", help="Data of a hand-written pair: .npz (arrays by argument) or .npy."),
-    "quiet": typer.Option("--quiet", help="No progress."),
-    "strict": typer.Option("--strict", help="Exit with 3 where the run finished with alerts."),
-    "as_json": typer.Option("--json", help="Print JSON for programs."),
+    "figures": Option("--figures", help="Also write every picture as a PNG of its own."),
+    "device": Option("--device", help="auto, cpu or cuda."),
+    "export": Option("--export", help="Also export to: tensorboard, mlflow.", metavar="KIND"),
+    "run_dir": Option("--run-dir", help="Folder of runs.", envvar="PVAE_RUN_DIR"),
+    "data_dir": Option("--data-dir", help="Folder to look for data in first.", envvar="PVAE_DATA_DIR"),
+    "pair": Option("--pair", help="The pair of a run of a hand-written pair, FILE.py:PAIR."),
+    "data": Option("--data", help="Data of a hand-written pair: .npz (arrays by argument) or .npy."),
+    "quiet": Option("--quiet", help="No progress."),
+    "strict": Option("--strict", help="Exit with 3 where the run finished with alerts."),
+    "as_json": Option("--json", help="Print JSON for programs."),
 }
 """Arguments and options of several commands, by name of the parameter; a command may annotate one in its own way."""
 ON_RUN = ("run_dir", "data_dir", "as_json")
@@ -87,26 +84,24 @@ class Shared:
     strict: bool = False
     as_json: bool = False
 
-    def open(self, run: str) -> Run:
-        """Open a run on the CPU, after loading the components of installed plugins."""
+    def open(self, run: str, device: str = "cpu") -> Run:
+        """Open a run on a device, after loading the components of installed plugins."""
         load_installed_plugins()
-        if self.pair is None:
-            return pvae.Run.load(run, root=self.run_dir, data_dir=self.data_dir)
-        from pvae.cli.handwritten import load_arguments, load_pair
+        from pvae.cli.handwritten import is_pair_file, load_arguments, load_pair, on_data
 
-        pair = load_pair(self.pair)
-        return pvae.Run.load(run, root=self.run_dir, pair=pair, data=load_arguments(self.data, pair))
-
-    def open_on_device(self, run: str) -> Run:
-        """Open a run and move it to the device that `--device` names."""
-        from pvae.cli.handwritten import is_pair_file, on_data
-
-        opened: Any = on_data(run, self.data) if is_pair_file(run) else self.open(run)
-        if self.device == "cpu":
+        opened: Any
+        if is_pair_file(run):
+            opened = on_data(run, self.data)
+        elif self.pair is None:
+            opened = pvae.Run.load(run, root=self.run_dir, data_dir=self.data_dir)
+        else:
+            pair = load_pair(self.pair)
+            opened = pvae.Run.load(run, root=self.run_dir, pair=pair, data=load_arguments(self.data, pair))
+        if device == "cpu":
             return opened
         from pvae.training.launch import pick_device
 
-        return opened.to(pick_device(self.device))
+        return opened.to(pick_device(device))
 
     def open_as_it_is(self, text: str) -> Run:
         """Return a new run that holds a hand-written pair with its present weights, for a page on it."""
@@ -118,7 +113,7 @@ class Shared:
         return kept_as_it_is(pair, load_arguments(self.data, pair), self.run_dir)
 
     def measure(self, run: str, label: str, measure: Callable[..., Any], total: int = 100, **facts: str) -> None:
-        """Open a run on the device, measure something on it under a progress bar, and print what is found.
+        """Open a run on the device of `--device`, measure something under a progress bar, and print what is found.
 
         Arguments:
             run: the run, as for `open`.
@@ -127,7 +122,7 @@ class Shared:
             total: units of work of the progress bar.
             facts: entries of the JSON between the run and the result.
         """
-        opened = self.open_on_device(run)
+        opened = self.open(run, self.device)
         with self.bar(label, total) as bar:
             found = measure(opened, on_progress=bar.report)
         self.answer({"run": str(opened.path), **facts, **found.to_dict()}, found)
@@ -229,11 +224,9 @@ def _version(asked: bool) -> None:
 @app.callback()
 def _main(
     context: typer.Context,
-    version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
-    ] = False,
-    plugins: Annotated[list[str] | None, typer.Option("--import", help="Import a module that defines kinds.")] = None,
-    traceback: Annotated[bool, typer.Option("--traceback", help="Show where an error was raised, too.")] = False,
+    version: Annotated[bool, Option("--version", callback=_version, is_eager=True, help="Show the version.")] = False,
+    plugins: Annotated[list[str] | None, Option("--import", help="Import a module that defines kinds.")] = None,
+    traceback: Annotated[bool, Option("--traceback", help="Show where an error was raised, too.")] = False,
 ) -> None:
     context.ensure_object(Settings).traceback = traceback
     if plugins:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer import Argument, Option
 
 import pvae
 from pvae.cli.app import Shared, command, load_declaration
@@ -27,8 +28,8 @@ def list_zoo(shared: Shared) -> None:
 @command()
 def new(
     _: Shared,
-    name: Annotated[str, typer.Argument(help="Name of the experiment; writes NAME.toml.")],
-    like: Annotated[str | None, typer.Option("--like", help="Zoo entry to start from (vae unless said).")] = None,
+    name: Annotated[str, Argument(help="Name of the experiment; writes NAME.toml.")],
+    like: Annotated[str | None, Option("--like", help="Zoo entry to start from (vae unless said).")] = None,
 ) -> None:
     """Write a TOML file with a declaration to start from."""
     from pvae.experiment import zoo
@@ -53,8 +54,8 @@ def new(
 @command(["data_dir", "as_json"])
 def columns(
     shared: Shared,
-    file: Annotated[str, typer.Argument(help="A table: CSV, or Parquet.")],
-    label: Annotated[str | None, typer.Option("--label", help="The column that is the label of a row.")] = None,
+    file: Annotated[str, Argument(help="A table: CSV, or Parquet.")],
+    label: Annotated[str | None, Option("--label", help="The column that is the label of a row.")] = None,
 ) -> None:
     """Guess the type of every column of a table, and print a declaration to start from."""
     import tomli_w
@@ -80,7 +81,7 @@ def check(
     shared: Shared,
     name: str,
     overrides: list[str] | None = None,
-    build: Annotated[bool, typer.Option("--build", help="Also load data, build, and take one loss.")] = False,
+    build: Annotated[bool, Option("--build", help="Also load data, build, and take one loss.")] = False,
 ) -> None:
     """Check a declaration; with --build also its data, shapes and one ELBO on a tiny batch."""
     experiment = load_declaration(name, overrides)
@@ -113,7 +114,7 @@ def show(
     shared: Shared,
     name: str,
     overrides: list[str] | None = None,
-    pyro: Annotated[bool, typer.Option("--pyro", help="Print it as a plain Pyro script instead.")] = False,
+    pyro: Annotated[bool, Option("--pyro", help="Print it as a plain Pyro script instead.")] = False,
 ) -> None:
     """Print a declaration with its graph, formulas, shapes and parameter counts, or as a Pyro script."""
     from pvae.experiment.readback import described, render

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer import Argument, Option
 
 import pvae
 from pvae.cli.app import (
@@ -51,7 +52,7 @@ def resume(
     shared: Shared,
     run: str,
     overrides: list[str] | None = None,
-    allow_changes: Annotated[bool, typer.Option("--allow-changes", help="Accept an inexact continuation.")] = False,
+    allow_changes: Annotated[bool, Option("--allow-changes", help="Accept an inexact continuation.")] = False,
 ) -> None:
     """Continue a run where it stopped, bit for bit on a CPU."""
     opened = shared.open(run)
@@ -74,7 +75,7 @@ def refit(
     shared: Shared,
     run: str,
     overrides: list[str] | None = None,
-    samples: Annotated[int, typer.Option("--samples", min=1, help="Samples of z per datum in the surgeries.")] = 1,
+    samples: Annotated[int, Option("--samples", min=1, help="Samples of z per datum in the surgeries.")] = 1,
     rows: int | None = None,
 ) -> None:
     """Freeze a run and fit another prior to its aggregated posterior, say latents.z.prior.kind=realnvp."""
@@ -152,7 +153,7 @@ def _require_no_alerts(shared: Shared, run: Run) -> None:
 def export(
     shared: Shared,
     run: str,
-    kind: Annotated[str, typer.Argument(help="tensorboard or mlflow (MLFLOW_TRACKING_URI says where).")],
+    kind: Annotated[str, Argument(help="tensorboard or mlflow (MLFLOW_TRACKING_URI says where).")],
 ) -> None:
     """Export a run's metrics, parameters, alerts and pictures to TensorBoard or MLflow."""
     from pvae.runs.export.exporting import export as export_run
@@ -182,12 +183,12 @@ def runs(shared: Shared) -> None:
 @command(["device", "run_dir", "data_dir", "quiet", "as_json"], device="auto")
 def study(
     shared: Shared,
-    file: Annotated[str, typer.Argument(help="The name of a study (priors, discrete) or a TOML file with [sweep].")],
-    jobs: Annotated[int | None, typer.Option("--jobs", min=1, help="Processes at a time; cores / threads.")] = None,
-    threads: Annotated[int, typer.Option("--threads", min=1, help="Threads of each process.")] = 1,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the cases with their states, run nothing.")] = False,
-    out: Annotated[Path | None, typer.Option("--out", help="Folder of the comparison; study-NAME unless said.")] = None,
-    page: Annotated[bool, typer.Option("--page/--no-page", help="Compare the runs on one HTML page.")] = True,
+    file: Annotated[str, Argument(help="The name of a study (priors, discrete) or a TOML file with [sweep].")],
+    jobs: Annotated[int | None, Option("--jobs", min=1, help="Processes at a time; cores / threads.")] = None,
+    threads: Annotated[int, Option("--threads", min=1, help="Threads of each process.")] = 1,
+    dry_run: Annotated[bool, Option("--dry-run", help="List the cases with their states, run nothing.")] = False,
+    out: Annotated[Path | None, Option("--out", help="Folder of the comparison; study-NAME unless said.")] = None,
+    page: Annotated[bool, Option("--page/--no-page", help="Compare the runs on one HTML page.")] = True,
 ) -> None:
     """Run a study: declarations, values and seeds in parallel processes; finished runs are recognised and kept."""
     from pvae.runs.find import slug
@@ -198,7 +199,7 @@ def study(
     if dry_run:
         _list(shared, declared)
         return
-    from pvae.analysis.pages.document.folder import claim
+    from pvae.analysis.pages.document.document import claim
 
     where = out or Path(f"study-{slug(declared.name)}")
     if page or out is not None:

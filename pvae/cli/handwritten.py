@@ -8,7 +8,7 @@ import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -91,7 +91,13 @@ class PairOnData:
         """The data, which has one split."""
         return self
 
-    label_names: None = None
+    label_names: ClassVar[None] = None
+
+    def __getattr__(self, name: str) -> Any:
+        raise DeclarationError(
+            f"{self.path}: expected a run; got a pair in a file, of which surgery, evidence, gap and report are made. "
+            f"Fit it first: pvae fit {self.path} --data FILE."
+        )
 
     def split(self, name: str) -> Split:
         """Return all rows, whatever split is asked for."""

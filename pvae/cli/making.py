@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
+from typer import Argument, Option
 
 import pvae
 from pvae.cli.app import ON_FITTED, Shared, beside, command, rows_of
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 def sample(
     shared: Shared,
     run: str,
-    n: Annotated[int, typer.Option("-n", min=1, help="Number of samples.")] = 64,
+    n: Annotated[int, Option("-n", min=1, help="Number of samples.")] = 64,
     mean: bool = False,
     given: list[str] | None = None,
     seed: int = 0,
@@ -47,7 +47,7 @@ def encode(
     run: str,
     split: str = "test",
     rows: int | None = None,
-    mean: Annotated[bool, typer.Option("--mean", help="Centres of q(z | x) in place of samples.")] = False,
+    mean: Annotated[bool, Option("--mean", help="Centres of q(z | x) in place of samples.")] = False,
     seed: int = 0,
     out: Path | None = None,
 ) -> None:
@@ -68,7 +68,7 @@ def reconstruct(
     run: str,
     split: str = "test",
     rows: int | None = None,
-    draw: Annotated[bool, typer.Option("--draw", help="Samples of p(x | z) in place of its means.")] = False,
+    draw: Annotated[bool, Option("--draw", help="Samples of p(x | z) in place of its means.")] = False,
     seed: int = 0,
     out: Path | None = None,
 ) -> None:
@@ -86,15 +86,13 @@ def reconstruct(
 def traverse(
     shared: Shared,
     run: str,
-    latent: Annotated[str | None, typer.Option("--latent", help="The latent; the guide's first unless said.")] = None,
+    latent: Annotated[str | None, Option("--latent", help="The latent; the guide's first unless said.")] = None,
     split: str = "test",
-    row: Annotated[int, typer.Option("--row", min=0, help="Start from the code of this row of the split.")] = 0,
-    prior: Annotated[bool, typer.Option("--prior", help="Start from the prior's mean instead.")] = False,
-    dims: Annotated[
-        str | None, typer.Option("--dims", help="Coordinates, 0,1; the ten with most KL unless said.")
-    ] = None,
-    steps: Annotated[int, typer.Option("--steps", min=1, help="Values of each coordinate.")] = 9,
-    span: Annotated[float, typer.Option("--span", help="Range, in standard deviations of the prior.")] = 3.0,
+    row: Annotated[int, Option("--row", min=0, help="Start from the code of this row of the split.")] = 0,
+    prior: Annotated[bool, Option("--prior", help="Start from the prior's mean instead.")] = False,
+    dims: Annotated[str | None, Option("--dims", help="Coordinates, 0,1; the ten with most KL unless said.")] = None,
+    steps: Annotated[int, Option("--steps", min=1, help="Values of each coordinate.")] = 9,
+    span: Annotated[float, Option("--span", help="Range, in standard deviations of the prior.")] = 3.0,
     given: list[str] | None = None,
     seed: int = 0,
     out: Path | None = None,
@@ -114,10 +112,10 @@ def traverse(
 def interpolate(
     shared: Shared,
     run: str,
-    first: Annotated[int, typer.Argument(min=0, help="A row of the split.", metavar="I")],
-    last: Annotated[int, typer.Argument(min=0, help="Another row of the split.", metavar="J")],
+    first: Annotated[int, Argument(min=0, help="A row of the split.", metavar="I")],
+    last: Annotated[int, Argument(min=0, help="Another row of the split.", metavar="J")],
     split: str = "test",
-    steps: Annotated[int, typer.Option("--steps", min=2, help="Points on the line, both ends included.")] = 9,
+    steps: Annotated[int, Option("--steps", min=2, help="Points on the line, both ends included.")] = 9,
     seed: int = 0,
     out: Path | None = None,
 ) -> None:
@@ -132,14 +130,12 @@ def interpolate(
 @command(ON_FITTED, name="rate-distortion")
 def rate_distortion(
     shared: Shared,
-    runs: Annotated[
-        list[str], typer.Argument(help="Runs on the same data, each as for other commands.", metavar="RUN...")
-    ],
+    runs: Annotated[list[str], Argument(help="Runs on the same data, each as for other commands.", metavar="RUN...")],
     split: str = "test",
     rows: int | None = None,
     samples: int = 1,
     seed: int = 0,
-    out: Annotated[Path, typer.Option("--out", help="File to write, without suffix: a CSV and a picture.")] = Path(
+    out: Annotated[Path, Option("--out", help="File to write, without suffix: a CSV and a picture.")] = Path(
         "rate-distortion"
     ),
 ) -> None:

@@ -6,6 +6,7 @@ import sys
 from typing import Annotated, Any
 
 import typer
+from typer import Option
 
 import pvae
 from pvae.cli.app import ON_RUN, Shared, command, load_installed_plugins
@@ -15,10 +16,8 @@ from pvae.cli.app import ON_RUN, Shared, command, load_installed_plugins
 def verify(
     shared: Shared,
     run: str,
-    data: Annotated[
-        bool, typer.Option("--data", help="Read the data too, and compute the recorded ELBO again.")
-    ] = False,
-    strict: Annotated[bool, typer.Option("--strict", help="Exit with 3 when there are warnings.")] = False,
+    data: Annotated[bool, Option("--data", help="Read the data too, and compute the recorded ELBO again.")] = False,
+    strict: Annotated[bool, Option("--strict", help="Exit with 3 when there are warnings.")] = False,
 ) -> None:
     """Check every file of a run: is it whole, which checkpoint would be loaded, which are damaged and why."""
     load_installed_plugins()
@@ -44,9 +43,9 @@ def doctor(shared: Shared) -> None:
 @command(["run_dir", "as_json"])
 def clean(
     shared: Shared,
-    apply: Annotated[bool, typer.Option("--apply", help="Remove; else only say what would go.")] = False,
-    failed: Annotated[bool, typer.Option("--failed", help="Also runs that ended before a first checkpoint.")] = False,
-    cache: Annotated[bool, typer.Option("--cache", help="Also downloaded and decoded data.")] = False,
+    apply: Annotated[bool, Option("--apply", help="Remove; else only say what would go.")] = False,
+    failed: Annotated[bool, Option("--failed", help="Also runs that ended before a first checkpoint.")] = False,
+    cache: Annotated[bool, Option("--cache", help="Also downloaded and decoded data.")] = False,
 ) -> None:
     """Show the disk space of interrupted writes and old checkpoints, or free it; a run in progress is left alone."""
     found = pvae.clean(shared.run_dir, apply=apply, failed=failed, cache=cache)

@@ -265,10 +265,10 @@ def streams(data: Scaled, parts: dict[str, Part], binarize: Binarize) -> tuple[d
     for number, (name, seen) in enumerate(found.items()):
         low, high = data.scale(seen.low), data.scale(seen.high)
         require_unit(name, float(low.min()), float(high.max()))
-        rule: BlockRule = partial(fixed, number)
+        blocks = Blocks(data, parts[name], seen, partial(fixed, number))
         if binarize == "threshold":
-            rule, seen = threshold, seen._replace(low=low > 0.5, high=high > 0.5)  # noqa: PLW2901
-        x[name] = Streamed(Blocks(data, parts[name], seen, rule))
+            blocks = Blocks(data, parts[name], seen._replace(low=low > 0.5, high=high > 0.5), threshold)
+        x[name] = Streamed(blocks)
     return x, plain["train"] if binarize == "dynamic" else None
 
 

@@ -1,13 +1,16 @@
-"""Distributions with declared event dimensions, and point distributions of deterministic values."""
+"""Bases of distributions, and those of data that Pyro lacks: points, grey values, normals that share a factor."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from copy import copy
 from typing import Any, ClassVar, Self
 
 import pyro.distributions as dist
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributions import constraints
 
 from pvae.errors import DeclarationError
 from pvae.util.types import Size
@@ -92,3 +95,145 @@ class Rounded(Determined):
     def __init__(self, value: Tensor, levels: int, event_dim: int = 1) -> None:
         self.levels = levels
         super().__init__((value * levels).floor().clamp(0, levels - 1) / (levels - 1), 0.0, event_dim)
+
+
+class lattice(constraints.Constraint):  # noqa: N801 - named as torch names its constraints
+    """Constraint of grey values: multiples of 1 / (levels - 1) in [0, 1], up to single-precision rounding."""
+
+    is_discrete = True
+
+    def __init__(self, levels: int) -> None:
+        self.levels = levels
+        super().__init__()
+
+    def check(self, value: Tensor) -> Tensor:
+        """Return whether each element is one of the grey values, booleans."""
+        index = value * (self.levels - 1)
+        return ((index - index.round()).abs() < 1e-3) & (value >= 0) & (value <= 1)
+
+    def __repr__(self) -> str:
+        return f"multiples of 1/{self.levels - 1} in [0, 1]"
+
+
+class DiscretizedLogistic(Batched):
+    """Logistic distribution discretised to `levels` values k / (levels - 1) in [0, 1]; the end bins are open.
+
+    P(k) = F(k + 1/2) - F(k - 1/2), F the logistic distribution function, with F = 0 below the first
+    bin and 1 above the last: a mass function that sums to one exactly.
+
+    References:
+        Improving Variational Inference with Inverse Autoregressive Flow (Kingma et al., 2016),
+        https://arxiv.org/abs/1606.04934
+
+    Arguments:
+        loc: centre in [0, 1] units, `(...)`.
+        log_scale: log of the scale in the same units, `(...)`.
+        levels: number of grey values.
+    """
+
+    arg_constraints = {"loc": constraints.real, "log_scale": constraints.real}
+    widened = ("loc", "log_scale")
+
+    def __init__(self, loc: Tensor, log_scale: Tensor, levels: int, validate_args: bool | None = None) -> None:
+        self.loc, self.log_scale = torch.broadcast_tensors(loc, log_scale)
+        self.levels = levels
+        super().__init__(self.loc.shape, torch.Size(), validate_args=validate_args)
+
+    @constraints.dependent_property(is_discrete=True, event_dim=0)
+    def support(self) -> constraints.Constraint:
+        """Support: the grey values k / (levels - 1)."""
+        return lattice(self.levels)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Return the exact log probability of grey values, nats, `(...)`."""
+        if self._validate_args:
+            self._validate_sample(value)
+        half = 0.5 / (self.levels - 1)
+        inverse = torch.exp(-self.log_scale)
+        upper = (value - self.loc + half) * inverse
+        lower = (value - self.loc - half) * inverse
+        # log(F(upper) - F(lower)) = log F(upper) + log(1 - F(lower)) + log(1 - exp(lower - upper))
+        width = 2 * half * inverse
+        log_mass = torch.log(-torch.expm1(-width))
+        log_below = nn.functional.logsigmoid(upper)
+        log_above = nn.functional.logsigmoid(-lower)
+        first, last = value < half, value > 1 - half
+        zero = torch.zeros_like(log_mass)
+        return (
+            torch.where(last, zero, log_below)
+            + torch.where(first, zero, log_above)
+            + torch.where(first | last, zero, log_mass)
+        )
+
+    def sample(self, sample_shape: Size = torch.Size()) -> Tensor:
+        """Return samples of grey values, `sample_shape + (...)`, without gradient."""
+        with torch.no_grad():
+            u = torch.rand(self._extended_shape(sample_shape), dtype=self.loc.dtype, device=self.loc.device)
+            draw = self.loc + self.log_scale.exp() * torch.logit(u, eps=1e-7)
+            return (draw.clamp(0, 1) * (self.levels - 1)).round() / (self.levels - 1)
+
+    @property
+    def mean(self) -> Tensor:
+        """Centre `loc` clipped to [0, 1], which is not the exact mean of the discretised values."""
+        return self.loc.clamp(0, 1)
+
+
+class FactoredNormal(Batched):
+    """Multivariate normal N(loc, L L^T) over a flattened event of any shape; rows share one factor L without copies.
+
+    `torch.distributions.MultivariateNormal` copies L for every row once a plate has expanded it: K n D^2 numbers for n
+    rows under K enumerated mixture components.
+
+    Arguments:
+        loc: mean of the flattened event, `(..., D)`.
+        scale_tril: L, `(D, D)`, or `(..., D, D)` with as many batch dimensions as `loc`.
+        event: shape of an event of D elements.
+    """
+
+    arg_constraints = {"loc": constraints.real_vector, "scale_tril": constraints.lower_cholesky}
+    has_rsample = True
+
+    def __init__(self, loc: Tensor, scale_tril: Tensor, event: Size) -> None:
+        self.loc, self.scale_tril = loc, scale_tril
+        super().__init__(loc.shape[:-1], torch.Size(event))
+
+    @property
+    def support(self) -> constraints.Constraint:
+        """Support: real numbers in every element of the event."""
+        return constraints.independent(constraints.real, len(self.event_shape))
+
+    def _along(self, operation: Callable[[Tensor, Tensor], Tensor], vectors: Tensor) -> Tensor:
+        """Return `operation(L, columns)` for vectors `(..., D)`, as one matrix if the last batch dimension shares L."""
+        factor = self.scale_tril
+        if vectors.dim() == 1 or factor.dim() > 2 and factor.shape[-3] > 1:
+            return operation(factor, vectors.unsqueeze(-1)).squeeze(-1)
+        return operation(factor.squeeze(-3) if factor.dim() > 2 else factor, vectors.mT).mT
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Return the log density of values `(..., *event)`, nats, `(...)`; exact."""
+        if self._validate_args:
+            self._validate_sample(value)
+        difference = value.flatten(value.dim() - len(self.event_shape)) - self.loc
+        unit = self._along(lambda factor, y: torch.linalg.solve_triangular(factor, y, upper=False), difference)
+        log_det = self.scale_tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+        score = -0.5 * (unit.square().sum(-1) + unit.shape[-1] * math.log(2 * math.pi)) - log_det
+        return score.expand(torch.broadcast_shapes(score.shape, self.batch_shape))
+
+    def rsample(self, sample_shape: Size = torch.Size()) -> Tensor:
+        """Return reparametrised samples, `sample_shape + (..., *event)`."""
+        shape = (*sample_shape, *self.batch_shape, self.loc.shape[-1])
+        noise = torch.randn(shape, dtype=self.loc.dtype, device=self.loc.device)
+        return (self.loc + self._along(torch.matmul, noise)).unflatten(-1, self.event_shape)
+
+    def _full(self, value: Tensor) -> Tensor:
+        return value.expand(*self.batch_shape, value.shape[-1]).unflatten(-1, self.event_shape)
+
+    @property
+    def mean(self) -> Tensor:
+        """Mean of every element, `(..., *event)`."""
+        return self._full(self.loc)
+
+    @property
+    def variance(self) -> Tensor:
+        """Marginal variance of every element, `(..., *event)`."""
+        return self._full(self.scale_tril.square().sum(-1))

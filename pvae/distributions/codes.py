@@ -54,9 +54,7 @@ def joint_states(states: int, grid: Size, device: torch.device) -> Tensor:
     positions = math.prod(grid)
     if positions * math.log(states) > math.log(MAX_STATES) + 1e-9:
         raise NotImplementedError(f"{states}^{positions} joint states are more than {MAX_STATES}")
-    number = torch.arange(states**positions, device=device)
-    powers = states ** torch.arange(positions - 1, -1, -1, device=device)
-    return (number[:, None] // powers % states).reshape(-1, *grid)
+    return torch.cartesian_prod(*[torch.arange(states, device=device)] * positions).reshape(-1, *grid)
 
 
 def code_grid(logits: Tensor, grid: int) -> dist.TorchDistribution:

@@ -73,12 +73,21 @@ class Members(ABC):
     def statistics(self, value: Tensor, origin: Tensor) -> Tensor:
         """Return the sufficient statistics T(z - origin) of values `(m, D)`, `(m, F)`."""
 
-    @abstractmethod
     def scorer(self) -> Scorer:
         """Return a function that writes log densities of values under all members, nats.
 
-        The natural parameters are computed once, here.
+        The natural parameters are computed once, here; here the densities are one matrix product.
         """
+        (eta, constant), origin = self.natural(), self.origin
+
+        def score(value: Tensor, out: Tensor) -> None:
+            statistics = self.statistics(value, origin)
+            if out.is_contiguous():
+                torch.addmm(constant, statistics, eta, out=out)
+            else:
+                out.copy_(torch.addmm(constant, statistics, eta))
+
+        return score
 
     @abstractmethod
     def log_prob(self, value: Tensor) -> Tensor:
@@ -101,20 +110,6 @@ class Members(ABC):
         return replace(self, **{name: change(getattr(self, name)) for name in self.tensors})
 
 
-def product_scorer(members: Members) -> Scorer:
-    """Return a scorer by the matrix product of sufficient statistics and natural parameters."""
-    (eta, constant), origin = members.natural(), members.origin
-
-    def score(value: Tensor, out: Tensor) -> None:
-        statistics = members.statistics(value, origin)
-        if out.is_contiguous():
-            torch.addmm(constant, statistics, eta, out=out)
-        else:
-            out.copy_(torch.addmm(constant, statistics, eta))
-
-    return score
-
-
 @dataclass(frozen=True)
 class Located(Members):
     """Members of a location family (normals), scored by a matrix product."""
@@ -129,9 +124,6 @@ class Located(Members):
     @property
     def origin(self) -> Tensor:
         return self.loc.mean(0)
-
-    def scorer(self) -> Scorer:
-        return product_scorer(self)
 
 
 @dataclass(frozen=True)

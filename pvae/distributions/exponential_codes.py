@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from pvae.distributions.exponential import Members, Normals, Scorer, product_scorer
+from pvae.distributions.exponential import Members, Normals, Scorer
 
 IMPOSSIBLE = -1e30
 """Finite stand-in for the log of probability zero, because 0 * -inf is NaN in a product."""
@@ -18,6 +18,11 @@ SPARSE_STATES = 8
 ROW_COST = 16
 """Cost of adding one selected row entry, in multiplications of a matrix product."""
 Form = Literal["index", "one_hot"]
+
+
+def one_hots(index: Tensor, states: int) -> Tensor:
+    """Return code indices `(m, P)` as one-hots `(m, P K)`, int64; those out of range as the nearest code."""
+    return torch.nn.functional.one_hot(index.long().clamp(0, states - 1), states).flatten(1)
 
 
 @dataclass(frozen=True)
@@ -75,14 +80,11 @@ class Codes(Members):
         return self.logits.flatten(1).T, self.logits.new_zeros(len(self))
 
     def statistics(self, value: Tensor, origin: Tensor) -> Tensor:
-        if self.form == "one_hot":
-            return value
-        index = value.long().clamp(0, self.states - 1)
-        return torch.nn.functional.one_hot(index, self.states).to(self.logits).flatten(1)
+        return value if self.form == "one_hot" else one_hots(value, self.states).to(self.logits)
 
     def scorer(self) -> Scorer:
         if not self.is_sparse:
-            return product_scorer(self)
+            return super().scorer()
         eta = self.logits.flatten(1).T.contiguous()
         first = self.states * torch.arange(self.positions, device=eta.device)
 
@@ -106,9 +108,7 @@ class Codes(Members):
 
     def write(self, index: Tensor) -> Tensor:
         """Return code indices `(m, P)` in the encoding of flat values, `(m, D)`."""
-        if self.form == "index":
-            return index.to(self.logits)
-        return torch.nn.functional.one_hot(index, self.states).to(self.logits).flatten(1)
+        return (index if self.form == "index" else one_hots(index, self.states)).to(self.logits)
 
     def map(self, change: Any) -> Codes:
         changed = change(self.logits)
@@ -158,8 +158,7 @@ class CertainCodes(Members):
         return self.codes().natural()
 
     def statistics(self, value: Tensor, origin: Tensor) -> Tensor:
-        index = value.long().clamp(0, self.states - 1)
-        return torch.nn.functional.one_hot(index, self.states).flatten(1).double()
+        return one_hots(value, self.states).double()
 
     def scorer(self) -> Scorer:
         return self.codes().scorer()
@@ -179,6 +178,11 @@ class CertainCodes(Members):
         return CertainCodes(change(self.index).long(), self.states)
 
 
+def total(name: str) -> Any:
+    """Return a property of a product: the sum of the property `name` of its parts."""
+    return property(lambda members: sum(getattr(part, name) for part in members.parts))
+
+
 @dataclass(frozen=True)
 class Product(Members):
     """Members that are products of independent parts over concatenated values; one row of every part per member.
@@ -192,21 +196,7 @@ class Product(Members):
     def __len__(self) -> int:
         return len(self.parts[0])
 
-    @property
-    def dim(self) -> int:
-        return sum(part.dim for part in self.parts)
-
-    @property
-    def features(self) -> int:
-        return sum(part.features for part in self.parts)
-
-    @property
-    def numbers(self) -> int:
-        return sum(part.numbers for part in self.parts)
-
-    @property
-    def work(self) -> int:
-        return sum(part.work for part in self.parts)
+    dim, features, numbers, work = map(total, ("dim", "features", "numbers", "work"))
 
     def rows(self, index: slice | Tensor) -> Product:
         return Product(tuple(part.rows(index) for part in self.parts))
@@ -257,21 +247,15 @@ class Product(Members):
         return Product(tuple(part.map(change) for part in self.parts))
 
 
-def _side_by_side(parts: Sequence[Codes]) -> Codes:
-    """Return one grid of codes with the positions of all given grids, which have the same number of states."""
-    return Codes(torch.cat([part.logits for part in parts], 1), parts[0].form, normalised=True)
-
-
-def product(parts: Sequence[Members]) -> Members:
+def product(parts: Sequence[Any]) -> Members:
     """Return the product of independent members, merged if all are diagonal normals or codes, else as `Product`."""
-    if all(isinstance(part, Normals) for part in parts):
-        normals = [part for part in parts if isinstance(part, Normals)]
-        return Normals(torch.cat([p.loc for p in normals], 1), torch.cat([p.scale for p in normals], 1))
-    if all(isinstance(part, Codes) for part in parts):
-        codes = [part for part in parts if isinstance(part, Codes)]
-        if len({(p.form, p.states) for p in codes}) == 1:
-            return codes[0] if len(codes) == 1 else _side_by_side(codes)
-    if all(isinstance(part, CertainCodes) for part in parts):
-        certain = [part for part in parts if isinstance(part, CertainCodes)]
-        return CertainCodes(torch.cat([p.index for p in certain], 1), max(p.states for p in certain))
-    return parts[0] if len(parts) == 1 else Product(tuple(parts))
+    if len(parts) == 1:
+        return parts[0]
+    kinds = {type(part) for part in parts}
+    if kinds == {Normals}:
+        return Normals(torch.cat([p.loc for p in parts], 1), torch.cat([p.scale for p in parts], 1))
+    if kinds == {Codes} and len({(p.form, p.states) for p in parts}) == 1:
+        return Codes(torch.cat([p.logits for p in parts], 1), parts[0].form, normalised=True)
+    if kinds == {CertainCodes}:
+        return CertainCodes(torch.cat([p.index for p in parts], 1), max(p.states for p in parts))
+    return Product(tuple(parts))

@@ -8,16 +8,15 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
 
 from pvae.component import Shape
 from pvae.errors import DeclarationError, is_refused_draw
 from pvae.graph.frame import Frame
 from pvae.graph.link import Link
-from pvae.graph.site import OBSERVED, Site
+from pvae.graph.site import OBSERVED
 from pvae.guides.graph import GraphGuide
 from pvae.models.graph import GraphModel
-from pvae.models.priors.codes import prior_of
+from pvae.models.priors.factorised import prior_of
 from pvae.nn.schedules import Constant, Scheduled
 from pvae.pair.pair import Pair
 from pvae.util.memory import weighed
@@ -53,49 +52,40 @@ def build_pair(experiment: Experiment, frame: Frame) -> Pair:
 def linked_parts(experiment: Experiment, frame: Frame) -> Link:
     """Return model and guide of a declaration, before their first run; their weights are a function of its seed."""
     torch.manual_seed(experiment.seed)
-    link, sites, guide_sites = Link(), experiment.sites(), experiment.guide_sites()
-    link.frame, link.support = frame, experiment.observed().support
+    link, latents, declared = Link(), experiment.latents, experiment.observed()
+    sites, guide_sites = experiment.sites(), experiment.guide_sites()
+    link.frame, link.support = frame, declared.support
     known: dict[str, Shape] = {OBSERVED: frame.x, **frame.shapes}
     known |= {site.name: site.features for site in sites}
     priors = {}
     for site in sites:
         with at(f"latents.{site.name}.prior"):
             above = {name: known[name] for name in site.given}
-            priors[site.name] = prior_of(experiment.latents[site.name].prior, site, above, link)
+            priors[site.name] = prior_of(latents[site.name].prior, site, above, link)
     with at("decoder"):
-        declared = experiment.observed()
         decoder = declared.build({name: known[name] for name in experiment.decoder_given()}, frame.x)
-    link.model = GraphModel(
-        sites, priors, decoder, frame, codebooks(experiment, sites), temperatures(experiment, sites)
-    )
-    reader = declared.likelihood.reader()
-    known[OBSERVED] = frame.x if reader is None else reader.output
-    reading = [site for site in guide_sites if experiment.latents[site.name].posterior.reads_features]
-    with at("encoder"):
-        encoder = experiment.encoder.build(known, reading) if reading else None
-    inputs = {site.name: {name: known[name] for name in site.guide_given} for site in guide_sites}
-    inputs |= encoder.shapes if encoder is not None else {}
-    posteriors = {}
-    for site in guide_sites:
-        with at(f"latents.{site.name}.posterior"):
-            posteriors[site.name] = experiment.latents[site.name].posterior.build(site, inputs[site.name], link)
-    link.guide = GraphGuide(guide_sites, encoder, posteriors, frame, link, reader)
-    return link
-
-
-def codebooks(experiment: Experiment, sites: tuple[Site, ...]) -> dict[str, nn.Module]:
-    """Return the codebook of each latent that declares an `embedding`, by latent."""
-    return {
-        site.name: experiment.latents[site.name].posterior.codebook(site.space.states, site.space.embedding)
+    codebooks = {
+        site.name: latents[site.name].posterior.codebook(site.space.states, site.space.embedding)
         for site in sites
         if site.space.embedding is not None
     }
-
-
-def temperatures(experiment: Experiment, sites: tuple[Site, ...]) -> dict[str, nn.Module]:
-    """Return the scheduled temperature of each relaxed latent, by latent."""
     relaxed = [site.name for site in sites if site.space.values == "relaxed"]
-    return {name: Scheduled(experiment.latents[name].temperature or Constant(value=2 / 3)) for name in relaxed}
+    temperatures = {name: Scheduled(latents[name].temperature or Constant(value=2 / 3)) for name in relaxed}
+    link.model = GraphModel(sites, priors, decoder, frame, codebooks, temperatures)
+    reader = declared.likelihood.reader()
+    known[OBSERVED] = frame.x if reader is None else reader.output
+    reading = [site for site in guide_sites if latents[site.name].posterior.reads_features]
+    with at("encoder"):
+        encoder = experiment.encoder.build(known, reading) if reading else None
+    posteriors = {}
+    for site in guide_sites:
+        inputs = {name: known[name] for name in site.guide_given}
+        if encoder is not None:
+            inputs = encoder.shapes.get(site.name, inputs)
+        with at(f"latents.{site.name}.posterior"):
+            posteriors[site.name] = latents[site.name].posterior.build(site, inputs, link)
+    link.guide = GraphGuide(guide_sites, encoder, posteriors, frame, link, reader)
+    return link
 
 
 @contextmanager

@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from pydantic import Field, ValidationError, field_validator, model_validator
-from pydantic_core import InitErrorDetails, PydanticCustomError
 from torch import nn
 
-from pvae.component import Section, Shape, Table, load_members
+from pvae.component import Section, Shape, Table, load_members, problem
 from pvae.data.sources.base import Data
 from pvae.data.sources.collections import Digits
 from pvae.errors import DeclarationError
@@ -25,7 +24,7 @@ from pvae.experiment.plan import Plan, Train
 from pvae.experiment.rules import findings
 from pvae.graph.frame import Frame
 from pvae.graph.site import OBSERVED, Site, topological
-from pvae.guides.encoders import Encoder, SharedEncoder
+from pvae.guides.graph import Encoder, SharedEncoder
 from pvae.models.graph import Decoder
 from pvae.models.priors.base import Prior
 from pvae.objectives.elbo import TraceELBO
@@ -96,13 +95,7 @@ class Experiment(Plan):
 
     @model_validator(mode="after")
     def _sound(self) -> Self:
-        wrong = [
-            InitErrorDetails(
-                type=PydanticCustomError("graph", "{text}", {"text": text}), loc=tuple(loc.split(".")), input=found
-            )
-            for loc, text, found in findings(self)
-        ]
-        if wrong:
+        if wrong := [problem("graph", tuple(path.split(".")), text, found) for path, text, found in findings(self)]:
             raise ValidationError.from_exception_data("Experiment", wrong)
         return self
 
@@ -198,9 +191,8 @@ class Experiment(Plan):
 
     def frame(self, x: Shape) -> Frame:
         """Return the layout of a row (the datum, then the covariates), for data of event shape `x`."""
-        found = {name: covariate.vocabulary for name, covariate in self.covariates.items()}
-        prompts = {name: vocabulary for name, vocabulary in found.items() if vocabulary is not None}
-        values = {n: len(prompts[n]) if n in prompts else covariate.labels for n, covariate in self.covariates.items()}
+        prompts = {name: c.vocabulary for name, c in self.covariates.items() if c.vocabulary is not None}
+        values = {name: len(prompts[name]) if name in prompts else c.labels for name, c in self.covariates.items()}
         return Frame(tuple(x), values, prompts)
 
     def build(self, x: Shape) -> Pair:
@@ -230,7 +222,7 @@ class Experiment(Plan):
             True
         """
         from pvae.data import load
-        from pvae.experiment.pyro_script.script import pyro_script
+        from pvae.experiment.pyro_script import pyro_script
 
         return pyro_script(self, load(self.data, seed=self.seed).shape if x is None else x)
 

@@ -11,11 +11,9 @@ from pvae.graph.frame import Vocabulary, split
 from pvae.graph.site import Site, Space
 from pvae.guides.posteriors.base import Posterior
 from pvae.guides.posteriors.codes import BernoulliPosterior, CategoricalPosterior
-from pvae.guides.posteriors.exact import ExactPosterior
-from pvae.guides.posteriors.normal import NormalPosterior
+from pvae.guides.posteriors.normal import ExactPosterior, NormalPosterior
 from pvae.models.priors.base import Prior
-from pvae.models.priors.codes import BernoulliPrior, CategoricalPrior
-from pvae.models.priors.normal import StandardNormal
+from pvae.models.priors.factorised import BernoulliPrior, CategoricalPrior, StandardNormal
 from pvae.nn.schedules import Schedule
 
 

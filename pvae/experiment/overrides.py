@@ -24,29 +24,26 @@ def apply_overrides(
     """
     for path, value in overrides:
         table = raw
-        for depth, part in enumerate(path[:-1]):
+        for depth, part in enumerate(path[:-1], 1):
             inner = table.get(part)
-            if isinstance(inner, str):
-                inner = {_tag(raw, path[: depth + 1], root): inner}
-            elif not isinstance(inner, dict):
-                inner = _default_table(raw, path[: depth + 1], root)
-            table[part] = inner
-            table = inner
+            table[part] = inner if isinstance(inner, dict) else _new_table(raw, path[:depth], root, inner)
+            table = table[part]
         table[path[-1]] = value
         _forget_foreign_keys(raw, path, root)
 
 
-def _default_table(raw: dict[str, Any], path: Sequence[str], root: type[BaseModel]) -> dict[str, Any]:
-    """Return the table to add an overridden key to if the declaration lacks it: that of the default kind, or {}."""
+def _new_table(raw: dict[str, Any], path: Sequence[str], root: type[BaseModel], found: Any) -> dict[str, Any]:
+    """Return the table for an overridden key where the declaration has none.
+
+    It is that of the kind whose name is `found` in its place, else that of the default kind, or {}.
+    """
+    if isinstance(found, str):
+        _, kind = table_at(raw, path, root)
+        return {kind.tag if kind is not None and issubclass(kind, Component) else "kind": found}
     _, parent = table_at(raw, path[:-1], root)
     field = parent.model_fields.get(path[-1]) if parent else None
     default = field.default if field else None
     return {default.tag: getattr(default, default.tag)} if isinstance(default, Component) else {}
-
-
-def _tag(raw: dict[str, Any], path: Sequence[str], root: type[BaseModel]) -> str:
-    _, kind = table_at(raw, path, root)
-    return kind.tag if kind is not None and issubclass(kind, Component) else "kind"
 
 
 def _forget_foreign_keys(raw: dict[str, Any], path: tuple[str, ...], root: type[BaseModel]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import re
+from collections import Counter
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
@@ -19,19 +20,13 @@ if TYPE_CHECKING:
 
 def factor(density: str, name: str, given: Iterable[str]) -> str:
     """Return a factor of a density as text, such as `p(z1 | z2)`."""
-    above = ", ".join(given)
-    return f"{density}({name} | {above})" if above else f"{density}({name})"
-
-
-def latex_name(name: str) -> str:
-    r"""Return a name in LaTeX: `z1` as `z_{1}`, `my_code` as `my\_code`."""
-    found = re.fullmatch(r"([a-z])_?(\d+)", name)
-    return f"{found[1]}_{{{found[2]}}}" if found else name.replace("_", r"\_")
+    return f"{density}({' | '.join(filter(None, (name, ', '.join(given))))})"
 
 
 def latex(text: str) -> str:
-    """Return a formula from `formulas` in LaTeX."""
-    text = re.sub(r"[a-z][a-z0-9_]*", lambda m: latex_name(m[0]), text)
+    r"""Return a formula from `formulas` in LaTeX, with names such as `z_{1}` and `my\_code`."""
+    text = re.sub(r"\b([a-z])_?(\d+)\b", r"\1_{\2}", text)
+    text = re.sub(r"_(?!\{)", r"\\_", text)
     return re.sub(r"\) (?=[pq]\()", r")\\, ", text.replace(" | ", r" \mid "))
 
 
@@ -59,12 +54,11 @@ def arrows(sites: Iterable[Site], data: Iterable[str]) -> list[str]:
 
 def counts(pair: Pair) -> dict[str, int]:
     """Return the number of parameters of each component of a pair, by name."""
-    totals: dict[str, int] = {}
+    totals: Counter[str] = Counter()
     for name, parameter in pair.named_parameters():
-        part = ".".join(name.split(".")[:3]) if ".priors." in name or ".posteriors." in name else None
-        key = part or ".".join(name.split(".")[:2])
-        totals[key] = totals.get(key, 0) + parameter.numel()
-    return totals
+        depth = 3 if ".priors." in name or ".posteriors." in name else 2
+        totals[".".join(name.split(".")[:depth])] += parameter.numel()
+    return dict(totals)
 
 
 def size_of(site: Site) -> str:
@@ -93,25 +87,19 @@ def described(experiment: Experiment, x: Shape, pair: Pair) -> dict[str, object]
 def render(experiment: Experiment, x: Shape, pair: Pair) -> RenderableType:
     """Return formulas, graph, shapes and parameter counts of a declaration for a terminal, as an object of rich."""
     from rich.console import Group
-    from rich.table import Table
+    from rich.table import Column, Table
     from rich.text import Text
 
     text = formulas(experiment)
-    latents = Table(title="latents", title_justify="left")
-    for column in ("name", "shape", "prior", "posterior"):
-        latents.add_column(column)
+    latents = Table("name", "shape", "prior", "posterior", title="latents", title_justify="left")
     for site in experiment.sites():
         latent = experiment.latents[site.name]
         prior = f"{latent.prior.kind}: {factor('p', site.name, site.given)}"
         posterior = f"{latent.posterior.kind}: {factor('q', site.name, site.guide_given)}"
         latents.add_row(site.name, size_of(site), prior, posterior)
-    likelihood = experiment.decoder.likelihood.kind
-    latents.add_row(
-        OBSERVED, str(list(x)), f"{likelihood}: {factor('p', OBSERVED, experiment.decoder_given())}", "data"
-    )
-    sizes = Table(title="parameters", title_justify="left")
-    sizes.add_column("part")
-    sizes.add_column("values", justify="right")
+    observed = f"{experiment.decoder.likelihood.kind}: {factor('p', OBSERVED, experiment.decoder_given())}"
+    latents.add_row(OBSERVED, str(list(x)), observed, "data")
+    sizes = Table("part", Column("values", justify="right"), title="parameters", title_justify="left")
     for part, count in counts(pair).items():
         sizes.add_row(part, f"{count:,}")
     sizes.add_row("total", f"{sum(counts(pair).values()):,}", style="bold")

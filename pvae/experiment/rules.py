@@ -14,9 +14,9 @@ from pvae.guides.posteriors.base import Posterior
 from pvae.guides.posteriors.codes import EstimatedPosterior
 from pvae.models.likelihoods.base import Likelihood
 from pvae.models.likelihoods.columns import support_of
-from pvae.models.likelihoods.determined import DeterminedLikelihood
+from pvae.models.likelihoods.standard import DeterminedLikelihood
 from pvae.models.priors.base import Prior
-from pvae.models.priors.codes import CategoricalPrior, UniformPrior
+from pvae.models.priors.factorised import CategoricalPrior, UniformPrior
 from pvae.nn.network import TableNetwork
 from pvae.nn.schedules import Schedule
 from pvae.objectives.em import EM

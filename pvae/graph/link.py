@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 
 from torch.distributions import constraints
 
-from pvae.component import Shape
 from pvae.graph.frame import Frame
 
 if TYPE_CHECKING:
@@ -25,8 +24,3 @@ class Link:
     """Support of one element of a data point under the declared likelihood."""
     building: bool = False
     """True while the pair is being built, when Modules that keep the training data have not received them yet."""
-
-    @property
-    def x(self) -> Shape:
-        """Event shape of a data point x, without covariates."""
-        return self.frame.x

@@ -1,7 +1,8 @@
-"""Convolutional networks with stride 2 between images and vectors."""
+"""Convolutional networks between images, grids of codes and vectors: stride-2 convolutions, or residual blocks."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from math import prod
 from typing import Literal, final
@@ -27,7 +28,6 @@ class Down(nn.Module):
 
     def __init__(self, image: Shape, channels: Sequence[int], act: Callable[[], nn.Module]) -> None:
         super().__init__()
-        self.image = image
         layers: list[nn.Module] = []
         for a, b in zip((image[0], *channels[:-1]), channels, strict=True):
             layers += [nn.Conv2d(a, b, 3, stride=2, padding=1), act()]
@@ -37,8 +37,7 @@ class Down(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the features `(..., features)` of images `(..., C, H, W)`."""
-        lead = x.shape[:-3]
-        return self.layers(x.reshape(-1, *self.image)).reshape(*lead, self.features)
+        return batched(self.layers, x).flatten(-3)
 
 
 class Up(nn.Module):
@@ -74,17 +73,12 @@ class ConvModule(NetworkModule):
         encoders = {name: Down(shape, channels, act) for name, shape in inputs.items() if len(shape) == 3}
         widths = [encoders[name].features if name in encoders else prod(shape) for name, shape in inputs.items()]
         self.encoders = nn.ModuleDict(encoders)
-        self.size = dense
+        self.width = dense
         self.dense = nn.Sequential(nn.Linear(sum(widths), dense), act())
         self.head: nn.Module = nn.Identity()
         if output is not None:
             image = len(output) == 3
             self.head = Up(dense, output, channels, act) if image else nn.Linear(dense, prod(output))
-        self.unflat = None if output is None or len(output) in (1, 3) else self.output
-
-    @property
-    def width(self) -> int:
-        return self.size
 
     def features(self, inputs: Mapping[str, Tensor]) -> Tensor:
         flat = [
@@ -96,7 +90,16 @@ class ConvModule(NetworkModule):
     def forward(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """Return the output `(..., *output)` for named inputs `(..., *shape)`; leading dimensions broadcast."""
         h = self.head(self.features(inputs))
-        return h if self.unflat is None else h.unflatten(-1, self.unflat)
+        return h if isinstance(self.head, Up) else self.shaped(h)
+
+
+def no_image(wanted: str, inputs: Mapping[str, Shape]) -> DeclarationError:
+    """Return the error of a network that has an image neither among its inputs nor as its output."""
+    found = ", ".join(f"{name} {list(shape)}" for name, shape in inputs.items())
+    return DeclarationError(
+        f"{wanted} among its inputs or its output; got {found}. Declare data.shape, e.g. [1, 28, 28], or use "
+        f"kind = 'mlp'."
+    )
 
 
 @final
@@ -115,11 +118,225 @@ class Conv(Network):
 
     def build(self, inputs: Mapping[str, Shape], output: Shape | None) -> NetworkModule:
         """Return the network module; at least one input or the output must be an image."""
-        shapes = [*inputs.values(), *([output] if output is not None else [])]
-        if not any(len(shape) == 3 for shape in shapes):
-            found = ", ".join(f"{name} {list(shape)}" for name, shape in inputs.items())
-            raise DeclarationError(
-                f"network conv: expected an image (channels, height, width) among its inputs or its output; "
-                f"got {found}. Declare data.shape, e.g. [1, 28, 28], or use kind = 'mlp'."
-            )
+        if all(len(shape) != 3 for shape in (*inputs.values(), output or ())):
+            raise no_image("network conv: expected an image (channels, height, width)", inputs)
         return ConvModule(inputs, output, self.channels, self.dense, self.activation)
+
+
+class Pointwise(NetworkModule):
+    """Linear map at every position of a grid (1 x 1 convolution); inputs without the grid are broadcast to it."""
+
+    def __init__(self, inputs: Mapping[str, Shape], output: Shape) -> None:
+        super().__init__(inputs, output)
+        self.maps = nn.ModuleDict()
+        for name, shape in inputs.items():
+            on_grid = shape[1:] == output[1:]
+            self.maps[name] = nn.Conv2d(shape[0], output[0], 1) if on_grid else nn.Linear(prod(shape), output[0])
+
+    def forward(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Return the output `(..., *output)` for named inputs `(..., *shape)`; leading dimensions broadcast."""
+        first, *others = (self._at(name, inputs[name]) for name in self.inputs)
+        return sum(others, first)
+
+    def _at(self, name: str, x: Tensor) -> Tensor:
+        layer, shape = self.maps[name], self.inputs[name]
+        if isinstance(layer, nn.Linear):
+            return layer(flatten(x, shape))[..., None, None]
+        return batched(layer, x)
+
+
+def batched(layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Return the output of a layer over images `(b, C, H, W)` for images with any leading dimensions."""
+    if x.dim() == 4:
+        return layer(x)
+    y = layer(x.reshape(-1, *x.shape[-3:]))
+    return y.reshape(*x.shape[:-3], *y.shape[1:])
+
+
+class Residual(nn.Module):
+    """Residual block h + W2 act(W1 act(h)), with a 3 x 3 convolution W1 and a 1 x 1 convolution W2."""
+
+    def __init__(self, channels: int, inner: int, act: Callable[[], nn.Module]) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            act(), nn.Conv2d(channels, inner, 3, padding=1), act(), nn.Conv2d(inner, channels, 1)
+        )
+
+    def forward(self, h: Tensor) -> Tensor:
+        """Return the output of the block for `h` `(b, C, H, W)`, of the same shape."""
+        return h + self.layers(h)
+
+
+def strided(kind: type[nn.Module], widths: tuple[int, int], step: int, times: Sequence[int]) -> nn.Module:
+    """Return a convolution of stride 2 along the axes resized at this step, those with more than `step` `times`."""
+    stride = tuple(2 if step < count else 1 for count in times)
+    return kind(*widths, tuple(s + 2 for s in stride), stride, 1)
+
+
+class Resize(nn.Module):
+    """Convolutions that resize images: stride-2 convolutions down, transposed ones up, a factor of two at a time.
+
+    If the ratio of sizes is no power of two, images are padded with zeros before, or cropped after, as long as that is
+    at most one element of the smaller size in total (28 goes down to 8 through 32); else they are average-pooled
+    before, or interpolated after.
+    """
+
+    def __init__(self, image: Shape, channels: int, size: Shape, act: Callable[[], nn.Module]) -> None:
+        super().__init__()
+        self.size = size
+        down = [doublings(b, a) for a, b in zip(image[1:], size, strict=True)]
+        up = [doublings(a, b) for a, b in zip(image[1:], size, strict=True)]
+        layers: list[nn.Module] = []
+        width = image[0]
+        steps = max(down)
+        for i in range(steps):
+            wide = channels if i == steps - 1 else max(channels // 2, min(channels, 16))
+            layers += [act()] if layers else []
+            layers.append(strided(nn.Conv2d, (width, wide), i, down))
+            width = wide
+        if not steps:
+            layers.append(nn.Conv2d(width, channels, 3, padding=1))
+        for i in range(max(up)):
+            layers += [act(), strided(nn.ConvTranspose2d, (channels, channels), i, up)]
+        self.layers = nn.Sequential(*layers)
+        self.padded = tuple(b * 2**d if a > b else a for a, b, d in zip(image[1:], size, down, strict=True))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return images `(b, C, H, W)` resized to `(b, channels, *size)`."""
+        return cropped(self.layers(padded(x, self.padded)), self.size)
+
+
+def doublings(small: int, large: int) -> int:
+    """Return the number of doublings from a small to a large size; overshoots by at most one small element."""
+    if large <= small:
+        return 0
+    times = math.ceil(math.log2(large / small))
+    return times if small * 2**times - large <= 2**times else times - 1
+
+
+def padded(x: Tensor, size: Shape) -> Tensor:
+    """Return images `(b, C, H, W)` at another size: zero-padded to a larger, average-pooled to a smaller one."""
+    if x.shape[-2:] == tuple(size):
+        return x
+    tall, wide = (max(have, want) for have, want in zip(x.shape[-2:], size, strict=True))
+    (height, width), top, left = x.shape[-2:], (tall - x.shape[-2]) // 2, (wide - x.shape[-1]) // 2
+    x = nn.functional.pad(x, (left, wide - width - left, top, tall - height - top))
+    return x if x.shape[-2:] == tuple(size) else nn.functional.adaptive_avg_pool2d(x, (size[0], size[1]))
+
+
+def cropped(x: Tensor, size: Shape) -> Tensor:
+    """Return images `(b, C, H, W)` at another size: centre-cropped to a smaller, interpolated to a larger one."""
+    if x.shape[-2:] == tuple(size):
+        return x
+    tall, wide = (min(have, want) for have, want in zip(x.shape[-2:], size, strict=True))
+    top, left = (x.shape[-2] - tall) // 2, (x.shape[-1] - wide) // 2
+    x = x[..., top : top + tall, left : left + wide]
+    return x if x.shape[-2:] == tuple(size) else nn.functional.interpolate(x, list(size), mode="bilinear")
+
+
+class ResnetModule(NetworkModule):
+    """Network of `Resnet`: inputs are resized to one working size, pass residual blocks, then go to the output."""
+
+    def __init__(self, inputs: Mapping[str, Shape], output: Shape | None, declared: Resnet) -> None:
+        images = {name: shape for name, shape in inputs.items() if len(shape) == 3}
+        channels, act = declared.channels, ACTIVATIONS[declared.activation]
+        highest = tuple(max(sides) for sides in zip(*(shape[1:] for shape in images.values()), strict=True))
+        self.spatial = output is not None and len(output) == 3
+        if output is not None and self.spatial:
+            least = highest or tuple(-(-side // 2**declared.halvings) for side in output[1:])
+            work = tuple(min(a, b) for a, b in zip(least, output[1:], strict=True))
+        else:
+            work = tuple(-(-side // 2**declared.halvings) for side in highest)
+        size = channels * prod(work)
+        super().__init__(inputs, (size,) if output is None else output)
+        self.start, self.width = (channels, *work), size
+        self.lead = nn.ModuleDict()
+        for name, shape in inputs.items():
+            self.lead[name] = Resize(shape, channels, work, act) if name in images else nn.Linear(prod(shape), size)
+        inner = declared.inner or channels // 2
+        self.blocks = nn.Sequential(*(Residual(channels, inner, act) for _ in range(declared.blocks)), act())
+        self.head: nn.Module
+        if output is None:
+            self.head = nn.Identity()
+        elif not self.spatial:
+            self.head = nn.Linear(size, prod(output))
+        else:
+            there = output[1:] == work
+            self.head = nn.Conv2d(channels, output[0], 1) if there else Upscale(channels, work, output, act)
+
+    def _worked(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        parts = []
+        for name, shape in self.inputs.items():
+            layer = self.lead[name]
+            if isinstance(layer, nn.Linear):
+                parts.append(layer(flatten(inputs[name], shape)).unflatten(-1, self.start))
+            else:
+                parts.append(batched(layer, inputs[name]))
+        return batched(self.blocks, sum(parts[1:], parts[0]))
+
+    def features(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        return self._worked(inputs).flatten(-3)
+
+    def forward(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Return the output `(..., *output)` for named inputs `(..., *shape)`; leading dimensions broadcast."""
+        if self.spatial:
+            return batched(self.head, self._worked(inputs))
+        return self.shaped(self.head(self.features(inputs)))
+
+
+class Upscale(nn.Module):
+    """Transposed convolutions from the working size up to an image, centre-cropped to its size."""
+
+    def __init__(self, channels: int, work: Shape, output: Shape, act: Callable[[], nn.Module]) -> None:
+        super().__init__()
+        self.size = output[1:]
+        ups = [doublings(a, b) for a, b in zip(work, output[1:], strict=True)]
+        layers: list[nn.Module] = []
+        width, steps = channels, max(ups)
+        for i in range(steps):
+            wide = max(channels // 2, min(channels, 16)) if i < steps - 1 or output[0] > 4 else output[0]
+            layers.append(strided(nn.ConvTranspose2d, (width, wide), i, ups))
+            width = wide
+            if i < steps - 1 or width != output[0]:
+                layers.append(act())
+        if width != output[0] or not steps:
+            layers.append(nn.Conv2d(width, output[0], 1))
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, h: Tensor) -> Tensor:
+        """Return images `(b, *output)` from features `(b, channels, *work)`."""
+        return cropped(self.layers(h), self.size)
+
+
+@final
+class Resnet(Network):
+    """Residual convolutional network between images, grids of codes and vectors of any size.
+
+    Images are resized by strided (down) or transposed (up) convolutions to a working size, at which residual blocks
+    run: the size of the output, or of the largest input if that is smaller. The features of an encoder have the grid of
+    the codes that they are input to; without a grid they are a vector.
+
+    References:
+        Neural Discrete Representation Learning (van den Oord, Vinyals, Kavukcuoglu, 2017),
+        https://arxiv.org/abs/1711.00937, section 4.1
+    """
+
+    kind: Literal["resnet"] = "resnet"
+    channels: int = Field(default=64, gt=1)
+    """Number of channels of the residual blocks."""
+    blocks: int = Field(default=2, ge=0, le=1000)
+    """Number of residual blocks."""
+    inner: int | None = Field(default=None, gt=0)
+    """Number of channels inside a residual block; default: half of `channels`."""
+    halvings: int = Field(default=2, ge=0, le=30)
+    """Number of times that image sides are halved to the working size, unless a grid of codes sets that size."""
+    activation: Activation = "relu"
+
+    def features_on(self, grid: Shape) -> Shape | None:
+        return (self.channels, *grid) if len(grid) == 2 else None
+
+    def build(self, inputs: Mapping[str, Shape], output: Shape | None) -> NetworkModule:
+        """Return the network module; at least one input or the output must be an image or a grid."""
+        if all(len(shape) != 3 for shape in (*inputs.values(), output or ())):
+            raise no_image("network resnet: expected an image (channels, height, width) or a grid", inputs)
+        return ResnetModule(inputs, output, self)

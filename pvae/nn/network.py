@@ -61,10 +61,12 @@ class NetworkModule(nn.Module):
         self.inputs = {name: tuple(shape) for name, shape in inputs.items()}
         self.output = tuple(output)
 
-    @property
-    def width(self) -> int:
-        """Width of the feature vector that `features` returns."""
-        raise NotImplementedError(f"{type(self).__name__} has no features")
+    width: int = 0
+    """Width of the feature vector that `features` returns; 0 if the network has no features."""
+
+    def shaped(self, h: Tensor) -> Tensor:
+        """Return vectors `(..., prod(output))` in the shape of the output, `(..., *output)`."""
+        return h if len(self.output) == 1 else h.unflatten(-1, self.output)
 
     def features(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """Return the features of the inputs before the last layer, `(..., width)`."""
@@ -124,12 +126,8 @@ class Dense(NetworkModule):
         self.branches = nn.ModuleList(layer(width, hidden[0]) for width in widths) if hidden else None
         sizes = [joined, *hidden[1:]]
         self.trunk = nn.Sequential(*(layer(a, b) for a, b in zip(sizes[:-1], sizes[1:], strict=True)))
-        self.size = sizes[-1]
-        self.head = nn.Identity() if output is None else nn.Linear(self.size, prod(output))
-
-    @property
-    def width(self) -> int:
-        return self.size
+        self.width = sizes[-1]
+        self.head = nn.Identity() if output is None else nn.Linear(self.width, prod(output))
 
     def features(self, inputs: Mapping[str, Tensor]) -> Tensor:
         flat = [flatten(inputs[name], shape) for name, shape in self.inputs.items()]
@@ -139,8 +137,7 @@ class Dense(NetworkModule):
 
     def forward(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """Return the output `(..., *output)` for named inputs `(..., *shape)`; leading dimensions broadcast."""
-        h = self.head(self.features(inputs))
-        return h if len(self.output) == 1 else h.unflatten(-1, self.output)
+        return self.shaped(self.head(self.features(inputs)))
 
 
 @final
@@ -196,8 +193,7 @@ class TableModule(NetworkModule):
 
     def forward(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """Return the output `(..., *output)` for named inputs `(..., *shape)`; leading dimensions broadcast."""
-        h = flatten(inputs[self.name], self.inputs[self.name]).to(self.weight) @ self.weight
-        return h if len(self.output) == 1 else h.unflatten(-1, self.output)
+        return self.shaped(flatten(inputs[self.name], self.inputs[self.name]).to(self.weight) @ self.weight)
 
 
 @final

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Iterable, Sequence
-from typing import Annotated, Literal, final
+from typing import Annotated, Any, ClassVar, Literal, final
 
 import torch
 from pydantic import Field
@@ -22,9 +21,12 @@ class Optimizer(Component):
     lr: float = Field(default=1e-3, gt=0)
     """Learning rate before its schedule."""
 
-    @abstractmethod
+    implementation: ClassVar[Any]
+    """Class of torch; the fields of the declaration are its arguments."""
+
     def build(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
         """Return the torch optimiser over `parameters`."""
+        return self.implementation(parameters, fused=True, **self.model_dump(exclude={"kind"}))
 
 
 @final
@@ -32,11 +34,9 @@ class Adam(Optimizer):
     """Adam (Kingma, Ba, 2015), https://arxiv.org/abs/1412.6980."""
 
     kind: Literal["adam"] = "adam"
+    implementation: ClassVar[Any] = torch.optim.Adam
     betas: Betas = (0.9, 0.999)
     eps: float = Field(default=1e-8, gt=0)
-
-    def build(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-        return torch.optim.Adam(parameters, lr=self.lr, betas=self.betas, eps=self.eps, fused=True)
 
 
 @final
@@ -44,14 +44,10 @@ class AdamW(Optimizer):
     """Adam with decoupled weight decay (Loshchilov, Hutter, 2019), https://arxiv.org/abs/1711.05101."""
 
     kind: Literal["adamw"] = "adamw"
+    implementation: ClassVar[Any] = torch.optim.AdamW
     betas: Betas = (0.9, 0.999)
     eps: float = Field(default=1e-8, gt=0)
     weight_decay: float = Field(default=1e-2, ge=0)
-
-    def build(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(
-            parameters, lr=self.lr, betas=self.betas, eps=self.eps, weight_decay=self.weight_decay, fused=True
-        )
 
 
 @final
@@ -59,10 +55,8 @@ class SGD(Optimizer):
     """Stochastic gradient descent with momentum."""
 
     kind: Literal["sgd"] = "sgd"
+    implementation: ClassVar[Any] = torch.optim.SGD
     momentum: float = Field(default=0.0, ge=0, lt=1)
-
-    def build(self, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-        return torch.optim.SGD(parameters, lr=self.lr, momentum=self.momentum, fused=True)
 
 
 class LeanAdam:

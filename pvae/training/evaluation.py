@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.distributions import Categorical, OneHotCategorical
 
 from pvae.data.streamed import Streamed
+from pvae.distributions.base import FactoredNormal
 from pvae.distributions.codes import Certain
-from pvae.distributions.observed import FactoredNormal
 from pvae.distributions.relaxed import Discretised
 from pvae.experiment.experiment import Experiment
 from pvae.experiment.plan import Plan

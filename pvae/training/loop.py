@@ -126,8 +126,11 @@ def step(trainer: Trainer, index: Tensor) -> bool:
 
 def accumulate(sums: Tensor, out: Tensor) -> None:
     """Add the metrics of a step to their sums over the epoch, without synchronising with a GPU."""
-    finite = out[0].isfinite() & out[-1].isfinite() if out.is_cuda else True
-    sums[:-1] += torch.where(finite, out, 0.0) if out.is_cuda else out
+    finite: Tensor | int = 1
+    if out.is_cuda:
+        finite = out[0].isfinite() & out[-1].isfinite()
+        out = torch.where(finite, out, 0.0)
+    sums[:-1] += out
     sums[-1] += finite
 
 

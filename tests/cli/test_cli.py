@@ -19,15 +19,15 @@ import torch
 import pvae
 from pvae.component import IMPORTED
 from pvae.nn.schedules import Schedule
-from tests.cli_runner import TINY, npz, run_cli, run_cli_json
+from tests.cli_runner import TINY, npz, run_cli, run_cli_json, write_schedule
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with one finished run called vae."""
+def where(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Options that name a folder with one finished run called vae."""
     folder = tmp_path_factory.mktemp("runs")
     pvae.fit("vae", *TINY, "train.epochs=2", run_dir=folder, device="cpu", progress=False)
-    return folder
+    return ["--run-dir", str(folder)]
 
 
 def test_light_commands_import_no_torch(tmp_path: Path) -> None:
@@ -45,37 +45,24 @@ def test_light_commands_import_no_torch(tmp_path: Path) -> None:
 def test_list_and_new_and_check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert {"vae", "vae_normal", "hvae"} <= {row["name"] for row in run_cli_json("list")}
-    out, _ = run_cli("new", "my first")
-    assert "pvae check" in out
+    assert "pvae check" in run_cli("new", "my first")[0]
     file = next(tmp_path.glob("*.toml"))
     assert pvae.Experiment.load(file).name == "my first"
     run_cli("check", str(file))
     out, _ = run_cli("check", str(file), "--build")
     assert "parameters" in out
     assert "nats per datum" in out
-    _, err = run_cli("new", "my first", code=2)
-    assert "there already" in err
-    out, _ = run_cli("schema")
-    assert json.loads(out)["title"] == "Experiment"
-
-
-def test_new_from_a_zoo_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    run_cli("new", "hvae")
+    assert "there already" in run_cli("new", "my first", code=2)[1]
+    assert json.loads(run_cli("schema")[0])["title"] == "Experiment"
+    run_cli("new", "hvae")  # from the zoo
     assert set(pvae.Experiment.load(tmp_path / "hvae.toml").latents) == {"z1", "z2"}
     run_cli("new", "t\U0001f600x")
-    _, err = run_cli("new", "../a", code=2)
-    assert "not a path" in err
+    assert "not a path" in run_cli("new", "../a", code=2)[1]
     assert all(pvae.Experiment.load(path) for path in tmp_path.glob("*.toml"))
 
 
 def test_a_run_says_which_import_it_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "half.py").write_text(
-        "from typing import Literal\nfrom pvae.nn.schedules import Schedule\n"
-        "class Half(Schedule):\n"
-        "    kind: Literal['test_half'] = 'test_half'\n"
-        "    def at(self, epoch, epochs):\n        return 0.5\n"
-    )
+    write_schedule(tmp_path / "half.py", "test_half")
     monkeypatch.chdir(tmp_path)
     where = ["--run-dir", str(tmp_path / "runs")]
     arguments = ["fit", "vae", *TINY, "train.epochs=1", "objective.beta.kind=test_half", "--quiet", *where]
@@ -104,10 +91,8 @@ def test_declaration_errors_exit_2() -> None:
     run_cli("no-such-command", code=2)
 
 
-def test_runs_surgery_evidence(runs: Path) -> None:
-    where = ["--run-dir", str(runs)]
-    out, _ = run_cli("runs", *where)
-    assert "finished" in out
+def test_runs_surgery_evidence(where: list[str]) -> None:
+    assert "finished" in run_cli("runs", *where)[0]
     assert run_cli_json("runs", *where)[0]["name"] == "vae"
     figures = run_cli_json("surgery", "vae", "--samples", "2", *where)["figures"]
     assert figures["elbo"]["value"] == pytest.approx(figures["reconstruction"]["value"] - figures["kl"]["value"])
@@ -116,35 +101,32 @@ def test_runs_surgery_evidence(runs: Path) -> None:
     assert "I_q[x, z]" in out
     assert run_cli_json("surgery", "latest", "--rows", "50", *where)["n"] == 50
     assert run_cli_json("evidence", "latest", "--samples", "20", *where)["figures"]["iwae_20"]["kind"] == "lower_bound"
-    _, err = run_cli("surgery", "latest", "--split", "tset", *where, code=2)
-    assert "test" in err
-    _, err = run_cli("surgery", "veae", *where, code=2)
-    assert "vae" in err
 
 
-ON_A_DEVICE = ("surgery", "evidence", "gap", "two-sample", "posterior")
-"""Analyses that a GPU makes faster; `test_cuda.py` runs them there."""
+REFUSED = {
+    "a misspelt split": (["surgery", "latest", "--split", "tset"], 2, "test"),
+    "a misspelt run": (["surgery", "veae"], 2, "vae"),
+    "an unknown method": (
+        ["evidence", "latest", "--method", "magic"], 2, "expected one of iwae, prior, ais, bracket; got 'magic'",
+    ),
+}  # fmt: skip
+for _command in ("surgery", "evidence", "gap", "two-sample", "posterior"):  # `test_cuda.py` runs them on a GPU
+    _given = [_command, "latest", "--device"]
+    REFUSED[f"{_command} on no GPU"] = ([*_given, "cuda"], 71, "Use --device cpu")
+    REFUSED[f"{_command} on no device"] = ([*_given, "gpu"], 2, "expected auto, cpu or cuda; got 'gpu'")
 
 
-@pytest.mark.parametrize("command", ON_A_DEVICE)
-def test_an_analysis_goes_to_the_device_that_is_named(
-    command: str, runs: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("case", REFUSED)
+def test_an_analysis_says_what_is_wrong(case: str, where: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    given = [command, "latest", "--run-dir", str(runs), "--device"]
-    _, err = run_cli(*given, "cuda", code=71)
-    assert "Use --device cpu" in err
-    _, err = run_cli(*given, "gpu", code=2)
-    assert "expected auto, cpu or cuda; got 'gpu'" in err
+    given, code, said = REFUSED[case]
+    assert said in run_cli(*given, *where, code=code)[1]
 
 
-def test_surgery_of_two_splits_and_by_class(runs: Path) -> None:
-    where = ["--run-dir", str(runs)]
+def test_surgery_of_two_splits_and_by_class(where: list[str]) -> None:
     out, _ = run_cli("surgery", "latest", "--split", "both", "--by-class", "--rows", "150", *where)
-    assert "train n = 150, test n = 150" in out
-    assert "train_gain" in out
-    assert "by label of train" in out
-    assert "by label of test" in out
+    for text in ("train n = 150, test n = 150", "train_gain", "by label of train", "by label of test"):
+        assert text in out
     found = run_cli_json("surgery", "latest", "--split", "both", *where)["splits"]
     assert found["test"]["figures"]["train_gain"]["kind"] == "estimate"
     assert found["train"]["figures"]["train_gain"] is None
@@ -157,32 +139,26 @@ def test_surgery_of_two_splits_and_by_class(runs: Path) -> None:
 @pytest.mark.parametrize(
     ("method", "term"), [("iwae", "iwae_20"), ("prior", "jensen"), ("ais", "ais_5"), ("bracket", "upper")]
 )
-def test_evidence_by_every_method(runs: Path, method: str, term: str) -> None:
-    options = ["--method", method, "--rows", "4", "--samples", "20", "--temperatures", "5", "--chains", "2"]
+def test_evidence_by_every_method(where: list[str], method: str, term: str) -> None:
+    options = ["--method", method, "--rows", "4", "--samples", "20", "--temperatures", "5", "--chains", "2", *where]
     if method == "iwae":  # each of these takes seconds; how the others are shown is tested with them
-        assert term in run_cli("evidence", "latest", *options, "--run-dir", str(runs))[0]
-    found = run_cli_json("evidence", "latest", *options, "--run-dir", str(runs))
+        assert term in run_cli("evidence", "latest", *options)[0]
+    found = run_cli_json("evidence", "latest", *options)
     assert found["figures"][term]["value"] < 0
     assert found["n"] == 4
 
 
-def test_an_unknown_method_is_refused(runs: Path) -> None:
-    _, err = run_cli("evidence", "latest", "--method", "magic", "--run-dir", str(runs), code=2)
-    assert "expected one of iwae, prior, ais, bracket; got 'magic'" in err
-
-
-def test_gap(runs: Path) -> None:
-    options = ["gap", "latest", "--rows", "5", "--steps", "3", "--run-dir", str(runs)]
+def test_gap(where: list[str]) -> None:
+    options = ["gap", "latest", "--rows", "5", "--steps", "3", *where]
     out, _ = run_cli(*options)
     assert "approximation" in out
     assert "amortisation" in out
     assert run_cli_json(*options)["figures"]["amortisation"]["kind"] == "lower_bound"
 
 
-def test_finished_run_says_so(runs: Path) -> None:
+def test_finished_run_says_so(where: list[str]) -> None:
     """FAULTS 12."""
-    out, _ = run_cli("resume", "vae", "--run-dir", str(runs))
-    assert "nothing to resume" in out
+    assert "nothing to resume" in run_cli("resume", "vae", *where)[0]
 
 
 def test_data_that_cannot_be_scored_exit_65(tmp_path: Path) -> None:

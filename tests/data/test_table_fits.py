@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pandas
+import pyro
 import pytest
 import scipy.special
 import scipy.stats
@@ -27,16 +28,17 @@ from pvae.experiment.experiment import Experiment
 from pvae.objectives.base import Loss
 from tests.cli_runner import run_cli
 from tests.data.test_tables import AB, MIXED, Raw, masked, mixed
+from tests.data.writers import refused
 
-SMALL = {"encoder": {"network": {"kind": "mlp", "hidden": [16]}}}
+NETWORK = {"kind": "mlp", "hidden": [16]}
 
 
 def experiment(columns: Raw = MIXED, likelihood: Any = "columns", **more: Any) -> Experiment:
     raw: Raw = {
         "data": {"source": "frame", "columns": columns},
         "latents": {"z": {"dim": 2}},
-        "decoder": {"network": {"kind": "mlp", "hidden": [16]}, "likelihood": likelihood},
-        **SMALL,
+        "encoder": {"network": NETWORK},
+        "decoder": {"network": NETWORK, "likelihood": likelihood},
         **more,
     }
     return Experiment.from_dict(raw)
@@ -77,8 +79,7 @@ def test_declarations_round_trip() -> None:
 @pytest.mark.parametrize("case", REFUSED, ids=list(REFUSED))
 def test_unsound_tables_are_refused_with_a_path(case: str) -> None:
     raw, match = REFUSED[case]
-    with pytest.raises(DeclarationError, match=match):
-        experiment(**raw)
+    refused(match, experiment, **raw, error=DeclarationError)
 
 
 @pytest.mark.parametrize(
@@ -120,16 +121,10 @@ def test_gradients_are_finite_and_export_gives_the_same_numbers() -> None:
     for name, parameter in pair.named_parameters():
         assert parameter.grad.isfinite().all(), name
         assert parameter.grad.abs().sum() > 0, name
-    with pyro_unvalidated():
+    with pyro.validation_enabled(False):
         exported = torch.export.export(loss, (x,), strict=False).module()
     torch.manual_seed(0)
     torch.testing.assert_close(exported(x)[1], figures)
-
-
-def pyro_unvalidated() -> Any:
-    import pyro
-
-    return pyro.validation_enabled(False)
 
 
 def test_evidence_with_holes_is_that_of_the_observed_columns() -> None:
@@ -255,18 +250,12 @@ def test_a_run_on_a_frame_is_opened_with_the_frame_again(tmp_path: Path) -> None
     train = {"epochs": 2, "batch_size": 30, "engine": "eager"}
     made = pvae.fit(experiment(train=train), data=frame, run_dir=tmp_path, device="cpu", progress=False)
     again = pvae.Run.load(made.path, data=frame)
-    assert torch.equal(
-        again.pair.guide.posterior("z", frame_x(again)).mean, made.pair.guide.posterior("z", frame_x(made)).mean
-    )
+    means = [run.pair.guide.posterior("z", run.data.test.x).mean for run in (again, made)]
+    assert torch.equal(*means)
     with pytest.raises(DataError, match="expected the tensors of the fit|Pass data="):
         _ = pvae.Run.load(made.path).data
     with pytest.raises(DataError, match="fitted on other data"):
         _ = pvae.Run.load(made.path, data=mixed(121)).data
-
-
-def frame_x(run: Any) -> torch.Tensor:
-    x: torch.Tensor = run.data.test.x
-    return x
 
 
 def test_no_cell_is_computed_and_numbers_stay_numbers(tmp_path: Path) -> None:

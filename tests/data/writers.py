@@ -11,9 +11,36 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
+import torch
 from PIL import Image
 
+from pvae.data.dataset import Dataset
 from pvae.data.sources.collections import MNIST_FILES, Collection, IdxFile
+from pvae.errors import DataError
+
+RNG = np.random.RandomState(0)
+ROWS = 60
+FLOATS = RNG.standard_normal((ROWS, 5)).astype(np.float32)
+Y = RNG.permutation(np.arange(ROWS) % 3)
+NAMES = ("ant", "bee", "cow")
+SMALL = ("latents.z.dim=2", "train.epochs=1", "train.batch_size=16", "train.engine=eager")
+
+
+def refused(
+    match: str, call: Callable[..., Any], *given: Any, error: type[Exception] = DataError, **options: Any
+) -> None:
+    """Require that a call is refused, as an error of the data unless told otherwise, with a message that matches."""
+    with pytest.raises(error, match=match):
+        call(*given, **options)
+
+
+def assert_same(data: Dataset, wanted: Dataset) -> None:
+    """Require the same rows, read at once and by their numbers, and the same labels in every split."""
+    for one, other in zip(data.splits, wanted.splits, strict=True):
+        assert torch.equal(one.x, other.x)
+        assert torch.equal(one.rows[torch.tensor([2, 0])], other.x[[2, 0]])
+        assert one.y is other.y is None or torch.equal(one.y, other.y)  # type: ignore[arg-type]
 
 
 def gzipped(content: bytes) -> bytes:

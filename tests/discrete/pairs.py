@@ -26,6 +26,7 @@ from pvae.objectives.base import Loss, Objective
 from pvae.objectives.elbo import TraceELBO
 from pvae.pair.pair import Pair
 from pvae.training.step import Step
+from tests.laws import shake
 
 ONE = torch.ones(())
 NETWORK = {"network": {"kind": "mlp", "hidden": [8], "activation": "tanh"}}
@@ -96,9 +97,7 @@ def declared(latent: Mapping[str, Any], off: float = 0.3, **more: Any) -> Pair:
     """A pair of one latent, off its start, so that prior and posterior differ in every code."""
     pair = built({"c": dict(latent)}, **more)
     torch.manual_seed(7)
-    with torch.no_grad():
-        for parameter in pair.parameters():
-            parameter.add_(off * torch.randn_like(parameter))
+    shake(pair, off)
     return pair
 
 
@@ -182,9 +181,7 @@ SUMMED: dict[str, tuple[dict[str, Any], list[str]]] = {
 def summed(latents: dict[str, Any], given: list[str] | None, dtype: torch.dtype) -> tuple[Pair, Tensor]:
     pair = built(latents, given).to(dtype)
     torch.manual_seed(7)
-    with torch.no_grad():
-        for parameter in pair.parameters():
-            parameter.add_(0.3 * torch.randn_like(parameter))
+    shake(pair, 0.3)
     return pair, rows().to(dtype)
 
 

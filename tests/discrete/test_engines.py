@@ -5,8 +5,6 @@
 
 from __future__ import annotations
 
-import copy
-
 import pyro
 import pytest
 import torch
@@ -16,22 +14,8 @@ from pvae.objectives.base import Loss
 from pvae.objectives.elbo import TraceELBO
 from pvae.training.evaluation import evaluate
 from pvae.training.step import Step
-from tests.discrete.pairs import (
-    ENGINES,
-    NEAREST,
-    SCORE,
-    SCORED_BITS,
-    SUM,
-    X,
-    built,
-    declared,
-    every_engine,
-    minus_elbo,
-    rows,
-    same,
-    state,
-)
-from tests.laws import require_gradients
+from tests.discrete import pairs
+from tests.laws import require_gradients, require_own_states
 
 
 def test_the_table_is_complete():
@@ -40,74 +24,65 @@ def test_the_table_is_complete():
         for kind, member in Posterior.members.items()
         if member.__module__.startswith("pvae.") and member.values in ("index", "binary")
     }
-    posteriors = (engine.latent["posterior"] for engine in ENGINES.values())
+    posteriors = (engine.latent["posterior"] for engine in pairs.ENGINES.values())
     found = {one if isinstance(one, str) else one["kind"] for one in posteriors}
     assert found | {"exact"} == shipped  # exact: tests/objectives/test_em.py
 
 
-@every_engine
+@pairs.every_engine
 def test_gradient_reaches_every_parameter_and_check_finds_nothing(engine):
-    pair = declared(engine.latent)
-    assert pair.check(rows()) == []
+    pair = pairs.declared(engine.latent)
+    assert pair.check(pairs.rows()) == []
     # A code that nobody uses has no gradient of its own, so there are rows enough for all.
-    minus_elbo(pair, rows(200)).backward()
+    pairs.minus_elbo(pair, pairs.rows(200)).backward()
     require_gradients(pair)
 
 
-@every_engine
+@pairs.every_engine
 def test_the_decoder_sees_features(engine):
-    pair = declared(engine.latent)
+    pair = pairs.declared(engine.latent)
     with torch.no_grad():
-        assert pair.guide(rows())["c"].shape == (5, *engine.features)
-        assert pair.model(size=4).shape == (4, X)
-        assert pair.simulate(rows()).nodes["c"]["value"].shape[0] == 5
+        assert pair.guide(pairs.rows())["c"].shape == (5, *engine.features)
+        assert pair.model(size=4).shape == (4, pairs.X)
+        assert pair.simulate(pairs.rows()).nodes["c"]["value"].shape[0] == 5
 
 
-@every_engine
+@pairs.every_engine
 def test_particles_broadcast_and_states_round_trip(engine):
-    pair = declared(engine.latent).eval()
-    terms = pair.terms(rows(), particles=3)
+    pair = pairs.declared(engine.latent).eval()
+    terms = pair.terms(pairs.rows(), particles=3)
     assert terms.kl["c"].shape == terms.reconstruction.shape == (3, 5)
-    expected = pair.terms(rows(), particles=3, expected=True)
+    expected = pair.terms(pairs.rows(), particles=3, expected=True)
     assert expected.kl["c"].shape == expected.reconstruction.shape == (3, 5)
-    draws = pair.traces(rows(), 3)[0].nodes["c"]["value"]
+    draws = pair.traces(pairs.rows(), 3)[0].nodes["c"]["value"]
     assert (draws[0] == draws).all() == engine.certain
-    other, before = copy.deepcopy(pair), evaluate(pair, rows(40), 0)
-    with torch.no_grad():
-        for parameter in pair.parameters():
-            parameter.add_(0.5 * torch.randn_like(parameter))
-    assert evaluate(other, rows(40), 0) == before != evaluate(pair, rows(40), 0)
-    again = declared(engine.latent)
-    again.load_state_dict(pair.state_dict())
-    assert evaluate(again, rows(40), 0) == evaluate(pair, rows(40), 0)
-    twice = [id(p) for _, p in pair.named_parameters(remove_duplicate=False)]
-    assert len(twice) == len(set(twice))
+    require_own_states(pair, pairs.declared(engine.latent), pairs.rows(40), by=0.5)
 
 
-@every_engine
+@pairs.every_engine
 def test_evaluation_moves_nothing_and_a_forward_pass_only_scratch(engine):
-    pair, x = declared(engine.latent), rows(40)
+    pair, x = pairs.declared(engine.latent), pairs.rows(40)
     step = Step(Loss(TraceELBO(), pair, 40), torch.optim.SGD(pair.parameters(), 0.0), "eager", x)
-    before, everything = state(pair), {n: b.clone() for n, b in pair.named_buffers()}
+    before, everything = pairs.state(pair), {n: b.clone() for n, b in pair.named_buffers()}
     evaluate(pair, x, 0)
     with torch.no_grad():
         pair.eval()
         pair(x)
         pair.train()
-    assert same(everything, dict(pair.named_buffers()))
-    minus_elbo(pair, x)
-    assert same(before, state(pair))
+    assert pairs.same(everything, dict(pair.named_buffers()))
+    pairs.minus_elbo(pair, x)
+    assert pairs.same(before, pairs.state(pair))
     step(x)  # of length zero: what moves is no parameter
-    assert same(before, state(pair)) != engine.moves
+    assert pairs.same(before, pairs.state(pair)) != engine.moves
 
 
-@every_engine
+@pairs.every_engine
 def test_the_same_seed_gives_the_same_number(engine):
-    pair, x = declared(engine.latent), rows(9)
+    pair, x = pairs.declared(engine.latent), pairs.rows(9)
     found = []
     for seed in (3, 3, 4):
         pyro.set_rng_seed(seed)
-        found.append(minus_elbo(pair, x).item())
+        found.append(pairs.minus_elbo(pair, x).item())
     assert found[0] == found[1]
     exact = pair.layout.expected or engine.certain
     assert (found[0] == found[2]) == bool(exact)
@@ -115,21 +90,21 @@ def test_the_same_seed_gives_the_same_number(engine):
 
 COMPILED = {
     "draws": {
-        "c": {**NEAREST, "posterior": "nearest_code"},
+        "c": {**pairs.NEAREST, "posterior": "nearest_code"},
         "r": {"codes": 4, "grid": [2], "posterior": "relaxed_onehot"},
-        "s": {"bits": 3, "posterior": SCORED_BITS},
-        "t": {"codes": 3, "grid": [2], "posterior": {**SCORE, "baseline": "network"}},
+        "s": {"bits": 3, "posterior": pairs.SCORED_BITS},
+        "t": {"codes": 3, "grid": [2], "posterior": {**pairs.SCORE, "baseline": "network"}},
     },
-    "sum": {"c": {"codes": 3, "posterior": SUM}, "h": {"codes": 4, "posterior": "straight_through"}},
+    "sum": {"c": {"codes": 3, "posterior": pairs.SUM}, "h": {"codes": 4, "posterior": "straight_through"}},
 }
 
 
 @pytest.mark.parametrize("latents", COMPILED.values(), ids=list(COMPILED))
 def test_a_compiled_step_is_the_eager_one(latents):
-    x = rows(40)
+    x = pairs.rows(40)
     found = []
     for engine in ("eager", "compiled"):
-        pair = built(latents, list(latents))
+        pair = pairs.built(latents, list(latents))
         with pyro.validation_enabled(False):
             step = Step(Loss(TraceELBO(), pair, 40), torch.optim.SGD(pair.parameters(), 0.05), engine, x)
             figures = []
@@ -139,7 +114,7 @@ def test_a_compiled_step_is_the_eager_one(latents):
         found.append((pair, torch.stack(figures)))
     (eager, one), (compiled, two) = found
     torch.testing.assert_close(two, one, rtol=1e-4, atol=1e-4)
-    fresh = state(built(latents, list(latents)))
+    fresh = pairs.state(pairs.built(latents, list(latents)))
     for name, value in eager.state_dict().items():
         torch.testing.assert_close(compiled.state_dict()[name], value, rtol=1e-3, atol=1e-4)
         if name.endswith(("counts", "sums", "average.value", "weight")):

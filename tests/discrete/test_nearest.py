@@ -22,19 +22,7 @@ from pvae.nn.codebook import SMOOTHING, NearestCodebook
 from pvae.training.begin import begin
 from pvae.training.evaluation import evaluate
 from pvae.training.resume import refit
-from tests.discrete.pairs import (
-    NEAREST,
-    NETWORK,
-    X,
-    built,
-    fitted,
-    minus_elbo,
-    nearest,
-    rows,
-    same,
-    small,
-    state,
-)
+from tests.discrete import pairs
 from tests.laws import require_gradients
 from tests.runs_shared import assert_resumes_exactly, everything
 
@@ -158,10 +146,10 @@ def test_a_batch_that_is_not_finite_moves_nothing(decay, bad):
     z[7, 1] = bad
     found.nearest(z)
     found.after_step()
-    assert same(before, found.state_dict())
+    assert pairs.same(before, found.state_dict())
     found.nearest(drawn(64))
     found.after_step()
-    assert not same(before, found.state_dict())
+    assert not pairs.same(before, found.state_dict())
     assert all(value.isfinite().all() for value in found.state_dict().values())
 
 
@@ -174,7 +162,7 @@ def test_nothing_moves_without_a_batch():
     found.eval()
     found.nearest(drawn(64, 3, 1))
     found.after_step()
-    assert same(before, found.state_dict())
+    assert pairs.same(before, found.state_dict())
 
 
 @pytest.mark.parametrize("unit", [False, True])
@@ -198,7 +186,7 @@ def test_k_means_finds_the_centres(unit):
 
 
 def test_the_gradient_at_z_is_the_decoder_s_at_its_code():
-    pair, x = nearest(commitment=0.0), rows().double()
+    pair, x = pairs.nearest(commitment=0.0), pairs.rows().double()
     guide, model = pair.traces(x)
     point = guide.nodes["c/embedded"]["infer"]["point"]
     (found,) = torch.autograd.grad(model.nodes["x"]["fn"].log_prob(x).sum(), point)
@@ -213,7 +201,7 @@ def test_the_gradient_at_z_is_the_decoder_s_at_its_code():
 
 
 def test_only_the_codebook_loss_moves_a_codebook_by_gradients():
-    pair, x = nearest(gradient=True), rows().double()
+    pair, x = pairs.nearest(gradient=True), pairs.rows().double()
     terms = pair.terms(x)
     guide, _ = pair.traces(x)
     weight = pair.model.codebooks["c"].weight
@@ -236,14 +224,14 @@ def test_only_the_codebook_loss_moves_a_codebook_by_gradients():
 
 
 def test_averages_have_no_codebook_loss():
-    pair = nearest(commitment=0.5)
-    assert set(pair.terms(rows().double()).penalties) == {"c/commitment"}
+    pair = pairs.nearest(commitment=0.5)
+    assert set(pair.terms(pairs.rows().double()).penalties) == {"c/commitment"}
     assert "model.codebooks.c.weight" not in dict(pair.named_parameters())
 
 
 @pytest.mark.parametrize("closed_form", [False, True])
 def test_a_certain_code_costs_positions_times_log_k(closed_form):
-    pair, x = nearest(), rows().double()
+    pair, x = pairs.nearest(), pairs.rows().double()
     kl = pair.terms(x, closed_form=closed_form).kl["c"]
     assert (kl == kl[0]).all()
     assert float(kl[0]) == pytest.approx(4 * math.log(6), abs=1e-6)
@@ -251,7 +239,7 @@ def test_a_certain_code_costs_positions_times_log_k(closed_form):
 
 
 def test_the_evenness_loss_is_that_of_mean_soft_assignments():
-    pair, x = nearest(evenness=0.7, softness=0.3), rows().double()
+    pair, x = pairs.nearest(evenness=0.7, softness=0.3), pairs.rows().double()
     guide, _ = pair.traces(x)
     z = guide.nodes["c/embedded"]["infer"]["point"].movedim(1, -1).reshape(-1, 5).detach().numpy()
     table = pair.model.codebooks["c"].table.numpy()
@@ -264,37 +252,37 @@ def test_the_evenness_loss_is_that_of_mean_soft_assignments():
 
 def test_a_child_of_a_nearest_code_reads_its_row():
     latents = {
-        "c": {**NEAREST, "posterior": "nearest_code"},
+        "c": {**pairs.NEAREST, "posterior": "nearest_code"},
         "z": {
             "dim": 2,
             "given": ["c"],
-            "prior": {"kind": "conditional_normal", **NETWORK},
+            "prior": {"kind": "conditional_normal", **pairs.NETWORK},
             "posterior": {"kind": "normal", "given": ["x", "c"]},
         },
     }
-    pair = built(latents, ["z"])
-    assert pair.check(rows()) == []
-    minus_elbo(pair, rows(100)).backward()
+    pair = pairs.built(latents, ["z"])
+    assert pair.check(pairs.rows()) == []
+    pairs.minus_elbo(pair, pairs.rows(100)).backward()
     require_gradients(pair)
-    assert pair.terms(rows(), particles=3).kl["z"].shape == (3, 5)
+    assert pair.terms(pairs.rows(), particles=3).kl["z"].shape == (3, 5)
     assert "c/embedded" not in pair.layout.latents
 
 
 @pytest.mark.parametrize("gradient", [False, True])
 def test_a_fit_goes_on_bit_for_bit_in_the_middle_of_an_epoch(tmp_path, gradient):
-    latent = {**NEAREST, "posterior": {"kind": "nearest_code", "decay": 0.8, "gradient": gradient}}
-    data = Dataset.from_tensors(rows(100), validation=rows(30), test=rows(30))
-    done = assert_resumes_exactly(small(latent, checkpoint_seconds=0.0), tmp_path, 7, data=data)
+    latent = {**pairs.NEAREST, "posterior": {"kind": "nearest_code", "decay": 0.8, "gradient": gradient}}
+    data = Dataset.from_tensors(pairs.rows(100), validation=pairs.rows(30), test=pairs.rows(30))
+    done = assert_resumes_exactly(pairs.small(latent, checkpoint_seconds=0.0), tmp_path, 7, data=data)
     assert (everything(done)["weights/model.codebooks.c.counts"] != 1).any()
 
 
 def test_a_fit_starts_at_k_means_and_moves_from_there(tmp_path):
-    run = fitted(small({**NEAREST, "posterior": "nearest_code"}, keep="last"), tmp_path)
+    run = pairs.fitted(pairs.small({**pairs.NEAREST, "posterior": "nearest_code"}, keep="last"), tmp_path)
     first = min((run.path / "checkpoints").iterdir(), key=lambda path: path.stat().st_mtime_ns)
     assert first
     book = run.pair.model.codebooks["c"]
     start = NearestCodebook(6, 5, 0.99, 1.0, False)
-    fresh = small({**NEAREST, "posterior": "nearest_code"}).build((X,))
+    fresh = pairs.small({**pairs.NEAREST, "posterior": "nearest_code"}).build((pairs.X,))
     begin(fresh, run.data.train, 20, 0)
     assert not torch.equal(fresh.model.codebooks["c"].weight, book.weight)
     assert float(fresh.model.codebooks["c"].counts.sum()) == pytest.approx(80, abs=1e-3)
@@ -307,9 +295,9 @@ def test_a_fit_starts_at_k_means_and_moves_from_there(tmp_path):
 
 
 def test_a_second_stage_leaves_the_codebook_alone(tmp_path):
-    run = fitted(small({**NEAREST, "posterior": "nearest_code"}), tmp_path)
+    run = pairs.fitted(pairs.small({**pairs.NEAREST, "posterior": "nearest_code"}), tmp_path)
     second = refit(run, "latents.c.prior.kind=categorical", device="cpu", progress=False)
-    one, two = state(run.pair), state(second.pair)
+    one, two = pairs.state(run.pair), pairs.state(second.pair)
     moved = [name for name in one if not torch.equal(one[name], two[name])]
     assert moved == []
     assert "model.priors.c.logits" in two

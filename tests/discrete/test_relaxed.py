@@ -45,6 +45,7 @@ from tests.discrete.pairs import (
     rows,
     small,
 )
+from tests.laws import shake
 
 
 def twin(latent: Mapping[str, Any], posterior: Mapping[str, Any], pair: Pair) -> Pair:
@@ -203,9 +204,7 @@ def at_temperature(latent: Mapping[str, Any], tau: float) -> Pair:
     table = {"latents": {"c": {**latent, "temperature": tau}}, "encoder": NETWORK, "decoder": decoder}
     pair = Experiment.from_dict(table).build((X,)).double()
     torch.manual_seed(7)
-    with torch.no_grad():
-        for parameter in pair.parameters():
-            parameter.add_(0.7 * torch.randn_like(parameter))
+    shake(pair, 0.7)
     return pair
 
 

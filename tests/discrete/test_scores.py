@@ -65,6 +65,14 @@ def gradients(pair: Pair, x: Tensor, objective: Objective, draws: int, groups: i
     return torch.stack([gradient(pair, minus_elbo(pair, many, objective)) for _ in range(groups)])
 
 
+def require_unbiased(found: Tensor, exact: Tensor) -> None:
+    """The mean of estimates `(groups, P)` is `exact` along it and 7 random directions, to 4 standard errors."""
+    directions = torch.cat([exact[None], torch.randn(7, len(exact)).double()])
+    gap = (found - exact) @ directions.T
+    assert (gap.mean(0).abs() < 4 * gap.std(0) / len(gap) ** 0.5).all()
+    assert gap[:, 0].std() > 0
+
+
 OBJECTIVES = {
     "trace": TraceELBO(),
     "particles": TraceELBO(particles=4),
@@ -80,9 +88,7 @@ def test_a_score_function_is_unbiased(latent, baseline, objective):
     pair, x = with_baseline(latent, baseline), rows(3).double()
     exact = without_baseline(pair, gradient(pair, -brute_force(pair, x).mean()))
     found = without_baseline(pair, gradients(pair, x, objective, 40))
-    directions = torch.cat([exact[None], torch.randn(7, len(exact)).double()])
-    gap = (found - exact) @ directions.T
-    assert (gap.mean(0).abs() < 4 * gap.std(0) / len(gap) ** 0.5).all()
+    require_unbiased(found, exact)
     pathwise = objective.terms(pair, x.repeat(500, 1))  # what is left without the score function is another gradient
     dropped = gradient(pair, (sum(pathwise.kl.values()) - pathwise.reconstruction).mean())
     assert (without_baseline(pair, dropped) - exact).norm() > 0.1 * exact.norm()
@@ -268,10 +274,7 @@ def test_importance_weights_of_scored_draws_are_unbiased(latents, k, beta):
     many, factor, objective = x.repeat(60, 1), torch.tensor(beta, dtype=torch.float64), IWAE(particles=k)
     losses = [objective.loss(objective.terms(pair, many), factor) for _ in range(200)]
     found = torch.stack([gradient(pair, loss) for loss in losses])
-    directions = torch.cat([exact[None], torch.randn(7, len(exact)).double()])
-    gap = (found - exact) @ directions.T
-    assert (gap.mean(0).abs() < 4 * gap.std(0) / len(gap) ** 0.5).all()
-    assert gap[:, 0].std() > 0
+    require_unbiased(found, exact)
     value = torch.stack([loss.detach() for loss in losses])
     exact_value = -bound_by_brute_force(pair, x, k, beta).mean().detach()
     assert abs(float(value.mean() - exact_value)) < 4 * float(value.std()) / len(value) ** 0.5

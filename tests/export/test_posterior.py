@@ -6,8 +6,10 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import h5py
 import numpy as np
@@ -26,13 +28,14 @@ from pvae.analysis.decompose.posterior_draws import draw
 from pvae.analysis.export.datasets import GROUP_NAMES, PosteriorDraws
 from pvae.analysis.export.sites import LONGEST_NAME, dims_of, safe_names
 from pvae.data.dataset import Dataset
-from pvae.errors import CheckpointError, DataError, DeclarationError, MissingExtraError, StorageError
+from pvae.errors import CheckpointError, DeclarationError, MissingExtraError, StorageError
 from pvae.pair.layout import samples
 from pvae.pair.pair import Pair
 from pvae.runs.run import Run
 from pvae.training.fit import fit
 from pvae.util.seeds import subset
 from tests.cli_runner import run_cli
+from tests.samples.models import Global, refused
 
 ROOT = Path(__file__).parents[2]
 DATASETS = ROOT / "analysis" / "export" / "datasets.py"
@@ -93,32 +96,17 @@ def small(run: Run) -> PosteriorDraws:
     return run.posterior(draws=DRAWS, rows=ROWS)
 
 
-@pytest.fixture(scope="module")
-def awkward(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """A run of a hand-written pair; its categorical has no pathwise gradient, so the untrained weights are saved."""
-    module, x = Awkward(), torch.randn(60, 4)
-    pair = Pair(model=module.model, guide=module.guide).adopt(x)
-    run = fit(_trainable(), "train.epochs=1", data=x, run_dir=tmp_path_factory.mktemp("hand"), progress=False)
-    again = Run(run.files, data=Dataset.from_tensors(x))
-    again.__dict__["pair"] = pair
+def hand_written(run: Run, module: Any, data: Dataset) -> Run:
+    """Return the files of a run with another pair and other data."""
+    again, pair = Run(run.files), Pair(model=module.model, guide=module.guide).adopt(data.train.x)
+    again.__dict__.update(pair=pair, data=data)
     return again
 
 
-def _trainable() -> Pair:
-    """Something that fits, for a run directory to hold."""
-    linear = nn.Linear(4, 1)
-
-    def model(x: Tensor) -> None:
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Normal(torch.zeros(1), 1.0).to_event(1))
-            pyro.sample("x", dist.Normal(z.expand(len(x), 4), 1.0).to_event(1), obs=x)
-
-    def guide(x: Tensor) -> None:
-        module = pyro.module("linear", linear)
-        with pyro.plate("data", len(x)):
-            pyro.sample("z", dist.Normal(module(x), 1.0).to_event(1))
-
-    return Pair(model=model, guide=guide)
+@pytest.fixture(scope="module")
+def awkward(make: Callable[[str], Run]) -> Run:
+    """A run of a hand-written pair, untrained: its categorical has no pathwise gradient."""
+    return hand_written(make("vae"), Awkward(), Dataset.from_tensors(torch.randn(60, 4)))
 
 
 def assert_same(one: PosteriorDraws, two: PosteriorDraws) -> None:
@@ -138,10 +126,8 @@ def test_every_group_has_explicit_dims_and_coordinates(run, small):
     assert dims["posterior"] == {"z": (*draws, "datum", "z_dim")}
     assert dims["sample_stats"] == dict.fromkeys(("log_q", "log_p", "log_likelihood", "log_weight"), (*draws, "datum"))
     assert dims["guide"] == {"z_loc": ("datum", "z_dim"), "z_scale": ("datum", "z_dim")}
-    assert dims["diagnostics"] == {
-        **dict.fromkeys(("elbo", "log_evidence", "ess", "khat"), ("datum",)),
-        "z_kl": ("datum", "z_dim"),
-    }
+    per_row = dict.fromkeys(("elbo", "log_evidence", "ess", "khat"), ("datum",))
+    assert dims["diagnostics"] == per_row | {"z_kl": ("datum", "z_dim")}
     assert dims["prior"] == {"z": (*draws, "z_dim")}
     assert dims["posterior_predictive"] == {"x": (*draws, "datum_predictive", *x)}
     assert dims["observed_data"] == {"x": ("datum_predictive", *x)}
@@ -158,15 +144,9 @@ def test_every_group_has_explicit_dims_and_coordinates(run, small):
 
 
 def test_attributes_name_the_library_and_the_run_and_no_time(run, small):
-    for group in small.groups.values():
-        assert group.attrs == {
-            "inference_library": "pvae",
-            "inference_library_version": __version__,
-            "run": "vae",
-            "run_id": run.files.manifest["id"],
-            "split": "test",
-            "seed": 0,
-        }
+    told = {"inference_library": "pvae", "inference_library_version": __version__, "split": "test", "seed": 0}
+    told |= {"run": "vae", "run_id": run.files.manifest["id"]}
+    assert all(group.attrs == told for group in small.groups.values())
 
 
 def test_data_are_the_rows_of_the_split(run, small):
@@ -269,21 +249,17 @@ def test_a_global_latent_is_one_for_all_rows_of_a_draw(awkward, monkeypatch):
     found = awkward.posterior(draws=4, split="train")
     pair, x = awkward.pair, awkward.data.train.x
     names = {v.attrs["site"]: name for name, v in found["posterior"].data_vars.items()}
-    values = {}
+    values = {site: torch.from_numpy(found["posterior"][name].values[0, 2]) for site, name in names.items()}
     for site, node in samples(pair.guide_trace(x)).items():
-        kept = torch.from_numpy(found["posterior"][names[site]].values[0, 2])
-        assert kept.shape == node["value"].shape
-        values[site] = kept
+        assert values[site].shape == node["value"].shape
     with torch.no_grad():
         model = samples(pair.model_trace(x, values))
         with pyro.poutine.condition(data=values):
             guide = samples(pair.guide_trace(x))
     stats = found["sample_stats"]
     assert model["x"]["fn"].log_prob(x).numpy() == pytest.approx(stats.log_likelihood[0, 2].values, abs=1e-4)
-    scores = {
-        site: guide[site]["fn"].log_prob(v).detach() - model[site]["fn"].log_prob(v) for site, v in values.items()
-    }
-    ratio = {site: score.numpy() for site, score in scores.items()}
+    log_q, log_p = ({z: nodes[z]["fn"].log_prob(v).detach() for z, v in values.items()} for nodes in (guide, model))
+    ratio = {site: (log_q[site] - log_p[site]).numpy() for site in values}
     assert stats.global_log_ratio[0, 2] == pytest.approx(ratio[THETA], abs=1e-4)
     weight = stats.log_likelihood[0, 2] - sum(ratio[site] for site in AWKWARD) - ratio[THETA] / len(x)
     assert stats.log_weight[0, 2].values == pytest.approx(weight.values, abs=1e-4)
@@ -292,6 +268,11 @@ def test_a_global_latent_is_one_for_all_rows_of_a_draw(awkward, monkeypatch):
     assert set(found["prior"].data_vars) == set(names.values())
     assert len(np.unique(found["prior"][names[THETA]][0, :, 0])) == 4
     assert found["posterior_predictive"].x.shape == (1, 4, 20, 4)
+
+
+def test_a_global_number_has_one_value_a_draw(run):
+    found = hand_written(run, Global(), Dataset.from_tensors(torch.randn(60, 1))).posterior(draws=DRAWS, split="train")
+    assert {name: v.shape for name, v in found["posterior"].items()} == {"z": (1, DRAWS, 48, 1), "w": (1, DRAWS)}
 
 
 def test_a_pair_that_cannot_be_simulated_loses_groups_only(awkward, tmp_path, monkeypatch):
@@ -322,10 +303,7 @@ class Mixture(nn.Module):
 
 
 def test_latents_that_the_model_sums_out_have_draws_and_no_weights(awkward, tmp_path):
-    module = Mixture()
-    run = Run(awkward.files, data=awkward.data)
-    run.__dict__["pair"] = Pair(model=module.model, guide=module.guide)
-    found = run.posterior(draws=DRAWS, rows=4)
+    found = hand_written(awkward, Mixture(), awkward.data).posterior(draws=DRAWS, rows=4)
     assert found["posterior"].code.dims == ("chain", "draw", "datum")
     assert found["posterior"].code.dtype == np.int64
     assert set(found["sample_stats"].data_vars) == {"log_q", "log_p"}
@@ -336,23 +314,8 @@ def test_latents_that_the_model_sums_out_have_draws_and_no_weights(awkward, tmp_
     assert found.to_arviz() is not None
 
 
-HARD = (
-    "",
-    "a/b",
-    "a_b",
-    "a b",
-    "z",
-    "z_dim",
-    "z_dim_0",
-    "chain",
-    "draw",
-    "datum",
-    "x" * 300,
-    "\x00",
-    "\ud800",
-    "潜",
-    "<b>",
-)
+RESERVED = ("chain", "draw", "datum", "z", "z_dim", "z_dim_0")
+HARD = (*RESERVED, "", "a/b", "a_b", "a b", "x" * 300, "\x00", "\ud800", "潜", "<b>")
 
 
 @given(st.dictionaries(st.sampled_from(HARD) | st.text(max_size=8), st.lists(st.just(2), max_size=3), min_size=1))
@@ -378,22 +341,17 @@ def test_memory_is_refused_before_anything_is_drawn(run, monkeypatch):
         raise AssertionError("drawn")
 
     monkeypatch.setattr("pvae.analysis.export.groups.draw_chunk", never)
-    with pytest.raises(DataError, match=r"at most 1073741824 bytes .* posterior/z takes \d+. Lower draws or rows"):
-        run.posterior(draws=100_000_000)
-    with pytest.raises(DataError, match=r"posterior_predictive/x takes \d+. Lower predictive_rows or predictive_draws"):
-        run.posterior(rows=20, memory=10**5, draws=10)
+    refused(r"at most 1073741824 bytes .* posterior/z takes \d+. Lower draws or rows", run.posterior, draws=100_000_000)
+    message = r"posterior_predictive/x takes \d+. Lower predictive_rows or predictive_draws"
+    refused(message, run.posterior, rows=20, memory=10**5, draws=10)
 
 
 def test_bad_arguments(run, small):
     for name in ("draws", "rows", "predictive_rows", "predictive_draws"):
-        with pytest.raises(DataError, match=f"{name}: expected at least 1; got 0"):
-            run.posterior(**{name: 0})
-    with pytest.raises(DeclarationError, match="Expected a split"):
-        run.posterior("tset")
-    with pytest.raises(DataError, match="did you mean 'prior'"):
-        small["priors"]
-    with pytest.raises(DataError, match="proportion between 0 and 1; got 94"):
-        small.summary(94)
+        refused(f"{name}: expected at least 1; got 0", partial(run.posterior, **{name: 0}))
+    refused("Expected a split", run.posterior, "tset", by=DeclarationError)
+    refused("did you mean 'prior'", lambda: small["priors"])
+    refused("proportion between 0 and 1; got 94", small.summary, 94)
 
 
 # ---------------------------------------------------------------------- the file
@@ -416,46 +374,47 @@ def test_damage_is_refused(small, tmp_path):
     content, checksum = bytearray(path.read_bytes()), path.with_name("p.nc.sha256")
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
-    with pytest.raises(CheckpointError, match=r"expected SHA-256 .* \(its bytes changed"):
-        PosteriorDraws.load(path)
+    refused(r"expected SHA-256 .* \(its bytes changed", PosteriorDraws.load, path, by=CheckpointError)
     checksum.write_text("nothing\n")
-    with pytest.raises(CheckpointError, match="expected a line of sha256sum"):
-        PosteriorDraws.load(path)
+    refused("expected a line of sha256sum", PosteriorDraws.load, path, by=CheckpointError)
     checksum.unlink()
-    with pytest.raises(CheckpointError, match="expected the file and its p.nc.sha256"):
-        PosteriorDraws.load(path)
-    with pytest.raises(CheckpointError, match="expected the file"):
-        PosteriorDraws.load(tmp_path / "absent.nc")
+    refused("expected the file and its p.nc.sha256", PosteriorDraws.load, path, by=CheckpointError)
+    refused("expected the file", PosteriorDraws.load, tmp_path / "absent.nc", by=CheckpointError)
     assert CheckpointError.exit_code == 65
+
+
+def checksum(path: Path) -> None:
+    path.with_name("p.nc.sha256").write_text(f"{hashlib.sha256(path.read_bytes()).hexdigest()}  p.nc\n")
 
 
 def test_what_is_no_netcdf_is_refused(tmp_path):
     path = tmp_path / "p.nc"
     path.write_bytes(b"\x80\x04pickle")
-    path.with_name("p.nc.sha256").write_text(f"{hashlib.sha256(path.read_bytes()).hexdigest()}  p.nc\n")
-    with pytest.raises(CheckpointError, match="expected NetCDF with groups"):
-        PosteriorDraws.load(path)
+    checksum(path)
+    refused("expected NetCDF with groups", PosteriorDraws.load, path, by=CheckpointError)
 
 
-@pytest.mark.parametrize("kind", ["external link", "soft link", "external storage", "deep", "no group"])
-def test_a_file_that_leads_elsewhere_is_refused(small, tmp_path, kind):
+LEADING_ELSEWHERE = {
+    "external link": ("posterior/more", lambda file: h5py.ExternalLink("other.nc", "/z")),
+    "soft link": ("posterior/more", lambda file: h5py.SoftLink("/posterior/z")),
+    "deep": ("posterior/more/again", lambda file: file["posterior"]),
+    "no group": ("more", lambda file: np.zeros(3)),
+    "external storage": ("", None),
+}
+
+
+@pytest.mark.parametrize(("name", "item"), LEADING_ELSEWHERE.values(), ids=list(LEADING_ELSEWHERE))
+def test_a_file_that_leads_elsewhere_is_refused(small, tmp_path, name, item):
     """FAULTS 36: links and raw storage outside of the file, though the checksum beside it is right."""
     path = small.save(tmp_path / "p.nc")
-    (tmp_path / "secret").write_bytes(bytes(80))
     with h5py.File(path, "a") as file:
-        if kind == "external link":
-            file["posterior/more"] = h5py.ExternalLink("other.nc", "/z")
-        elif kind == "soft link":
-            file["posterior/more"] = h5py.SoftLink("/posterior/z")
-        elif kind == "external storage":
-            file.create_dataset("posterior/more", (10,), "f8", external=[(str(tmp_path / "secret"), 0, 80)])
-        elif kind == "deep":
-            file["posterior/more/again"] = file["posterior"]
+        if item is not None:
+            file[name] = item(file)
         else:
-            file["more"] = np.zeros(3)
-    path.with_name("p.nc.sha256").write_text(f"{hashlib.sha256(path.read_bytes()).hexdigest()}  p.nc\n")
-    with pytest.raises(CheckpointError, match="expected groups of plain arrays; got .*more"):
-        PosteriorDraws.load(path)
+            (tmp_path / "secret").write_bytes(bytes(80))
+            file.create_dataset("posterior/more", (10,), "f8", external=[(str(tmp_path / "secret"), 0, 80)])
+    checksum(path)
+    refused("expected groups of plain arrays; got .*more", PosteriorDraws.load, path, by=CheckpointError)
 
 
 def test_failed_writing_leaves_what_stood_there(small, tmp_path, monkeypatch):
@@ -466,13 +425,11 @@ def test_failed_writing_leaves_what_stood_there(small, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(xarray.DataTree, "to_netcdf", full)
-    with pytest.raises(StorageError, match=r"No space left.* unchanged"):
-        small.save(path)
+    refused(r"No space left.* unchanged", small.save, path, by=StorageError)
     assert path.read_bytes() == old
     assert not list(tmp_path.glob(".tmp*"))
     (tmp_path / "link.nc").symlink_to(path)
-    with pytest.raises(StorageError, match="not a plain file"):
-        small.save(tmp_path / "link.nc")
+    refused("not a plain file", small.save, tmp_path / "link.nc", by=StorageError)
 
 
 # ---------------------------------------------------------------------- summary and words

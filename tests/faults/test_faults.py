@@ -153,7 +153,7 @@ def test_two_reports_at_once_are_both_whole(
             others.append(document.write(run.files.report))
         original(path, text)
 
-    monkeypatch.setattr("pvae.analysis.pages.document.folder.write_atomic", interleaved)
+    monkeypatch.setattr("pvae.analysis.pages.document.document.write_atomic", interleaved)
     assert document.write(run.files.report) == others[1]
     assert written(others[0].parent) == reported
 

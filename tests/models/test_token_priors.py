@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Mapping
 from typing import Any
 
 import pyro
@@ -27,6 +26,7 @@ from pvae.models.priors.autoregressive import DRAW_ROWS, Autoregressive, TokenMo
 from pvae.models.priors.base import Prior
 from pvae.models.priors.pixelcnn import PixelCNNPrior, ResizedMap
 from pvae.models.priors.transformer import TransformerPrior
+from tests.laws import require_gradients, shake
 
 KINDS: dict[str, dict[str, Any]] = {
     "pixelcnn": {"channels": 16, "layers": 2, "kernel": 3},
@@ -53,9 +53,7 @@ def built(kind: str, grid: Shape, codes: int, parents: str = "none", moved: floa
     given = PARENTS[parents]
     site = Site("z", Space.codes(codes, grid), given=tuple(given))
     module = prior.build(site, given, Link())
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.add_(moved * torch.randn_like(parameter))
+    shake(module, moved)
     return module.eval()
 
 
@@ -134,17 +132,13 @@ def test_leading_dimensions_broadcast(kind, grid):
     module = built(kind, grid, GRIDS[grid], "all")
     given = parents_of(module, 3)
     value = torch.randint(GRIDS[grid], (2, 3, *grid))
-    one_by_one = torch.stack(
-        [
-            torch.stack([module({k: v[i] for k, v in given.items()}).log_prob(value[s, i]) for i in range(3)])
-            for s in range(2)
-        ]
-    )
+    alone = [module({name: v[i] for name, v in given.items()}) for i in range(3)]
+    one_by_one = torch.stack([torch.stack([p.log_prob(value[s, i]) for i, p in enumerate(alone)]) for s in range(2)])
     p = module(given)
     assert (p.batch_shape, p.event_shape) == ((3,), grid)
     torch.testing.assert_close(p.log_prob(value), one_by_one)
     torch.testing.assert_close(p.expand((2, 3)).log_prob(value), one_by_one)
-    torch.testing.assert_close(p.log_prob(value[:, :1])[:, 0], one_by_one_of(module, given, value[:, 0], 0))
+    torch.testing.assert_close(p.log_prob(value[:, :1])[:, 0], alone[0].log_prob(value[:, 0]))
     particles = {name: v.expand(2, *v.shape) if name == "top" else v for name, v in given.items()}
     assert module(particles).batch_shape == (2, 3)  # parents of different leading dimensions
     torch.testing.assert_close(module(particles).log_prob(value), one_by_one)
@@ -152,10 +146,6 @@ def test_leading_dimensions_broadcast(kind, grid):
     single = module(given).log_prob(value[0, 0])
     torch.testing.assert_close(single, module(given).log_prob(value[0, 0].expand(3, *grid)))
     assert single.shape == (3,)
-
-
-def one_by_one_of(module: TokenModule, given: Mapping[str, Tensor], value: Tensor, i: int) -> Tensor:
-    return module({name: v[i] for name, v in given.items()}).log_prob(value)
 
 
 @every_kind
@@ -266,10 +256,7 @@ def test_same_seed_same_draws_and_nothing_moves(kind):
 def test_gradient_reaches_every_parameter(kind, grid, parents):
     module = built(kind, grid, GRIDS[grid], parents)
     module(parents_of(module, 8)).log_prob(torch.randint(GRIDS[grid], (8, *grid))).sum().backward()
-    for name, parameter in module.named_parameters():
-        assert parameter.grad is not None, name
-        assert parameter.grad.isfinite().all(), name
-        assert parameter.grad.abs().sum() > 0, name
+    require_gradients(module)
 
 
 @every_kind
@@ -300,9 +287,7 @@ def test_copies_are_independent_and_states_round_trip(kind):
     module(given).log_prob(value).sum().backward()
     before = module(given).log_prob(value)
     copied = copy.deepcopy(module)
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.add_(0.5 * torch.randn_like(parameter))
+    shake(module, 0.5)
     assert torch.equal(copied(given).log_prob(value), before)
     assert not torch.allclose(module(given).log_prob(value), before)
     again = built(kind, (3, 4), 5, "all")

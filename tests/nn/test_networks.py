@@ -13,9 +13,8 @@ import torch
 
 from pvae.component import Shape
 from pvae.errors import DeclarationError
-from pvae.nn.conv import Conv
+from pvae.nn.conv import Conv, Pointwise, Resize, Resnet
 from pvae.nn.network import MLP, GatedMLP, Network, NetworkModule, TableNetwork
-from pvae.nn.resnet import Pointwise, Resize, Resnet
 
 
 @dataclass(frozen=True)
@@ -255,13 +254,15 @@ def test_convolution_sees_where_a_pixel_is():
     assert torch.pdist(features).min() > 0
 
 
+@pytest.mark.parametrize("network", [Conv(), Resnet()], ids=lambda network: network.kind)
 @pytest.mark.parametrize(
     ("inputs", "output"), [({"x": (784,)}, (4,)), ({"z": (3,)}, None), ({"a": (3,), "b": (4, 5)}, (2, 6))]
 )
-def test_convolution_refuses_vectors_only(inputs, output):
+def test_networks_of_images_refuse_vectors_only(network, inputs, output):
     found = ", ".join(rf"{name} \[{', '.join(map(str, shape))}\]" for name, shape in inputs.items())
-    with pytest.raises(DeclarationError, match=rf"expected an image \(channels, height, width\).*; got {found}\. Decl"):
-        Conv().build(inputs, output)
+    wanted = r"an image \(channels, height, width\)" + (" or a grid" if network.kind == "resnet" else "")
+    with pytest.raises(DeclarationError, match=rf"network {network.kind}: expected {wanted} .*; got {found}\. Decl"):
+        network.build(inputs, output)
 
 
 # ---------------------------------------------------------------------- residual
@@ -313,7 +314,7 @@ WORKING: dict[str, tuple[Case, Shape]] = {
 @pytest.mark.parametrize(("case", "size"), WORKING.values(), ids=list(WORKING))
 def test_where_residual_blocks_run(case, size):
     module = Resnet(channels=6, blocks=1).build(*case)
-    assert module.work == size
+    assert module.start == (6, *size)
     seen = []
     module.blocks.register_forward_hook(lambda _m, _i, out: seen.append(out.shape))
     module(values(case[0], 3))
@@ -348,11 +349,3 @@ def test_one_map_at_every_position():
     want = want + (x["z"] @ module.maps["z"].weight.T + module.maps["z"].bias)[..., None, None]
     torch.testing.assert_close(module(x), want, rtol=1e-12, atol=1e-12)
     assert module(x).shape == (2, 7, 6, 4, 5)
-
-
-@pytest.mark.parametrize(("inputs", "output"), [({"x": (784,)}, (4,)), ({"z": (3,)}, None), ({"a": (3,)}, (2, 6))])
-def test_a_residual_network_refuses_vectors_only(inputs, output):
-    with pytest.raises(
-        DeclarationError, match=r"network resnet: expected an image \(channels, height, width\) or a grid"
-    ):
-        Resnet().build(inputs, output)

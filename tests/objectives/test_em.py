@@ -23,7 +23,7 @@ from torch import Tensor
 import pvae
 from pvae.analysis import evidence, surgery
 from pvae.data import Dataset
-from pvae.distributions.observed import FactoredNormal
+from pvae.distributions.base import FactoredNormal
 from pvae.errors import DataError, DeclarationError
 from pvae.experiment.experiment import Experiment
 from pvae.experiment.plan import Train

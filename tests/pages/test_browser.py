@@ -42,61 +42,50 @@ def test_a_good_page_has_no_fault(chromium: Browser, tmp_path: Path) -> None:
 
 
 BAD = {
-    "console": ("<script>console.error('oh')</script>", "console: oh", "script-src 'unsafe-inline'"),
-    "script": ("<script>throw new Error('oh')</script>", "script: oh", "script-src 'unsafe-inline'"),
-    "policy": ("<script>1</script>", "policy: script-src-elem inline", POLICY),
-    "request": (
-        '<img src="http://127.0.0.1:9/a.png" alt="a">',
-        "request: http://127.0.0.1:9/a.png",
-        "img-src *; style-src 'unsafe-inline'",
-    ),
-    "file": (
-        '<link rel="stylesheet" href="other.css">',
-        "request: file://",
-        "style-src * 'unsafe-inline' file:",
-    ),
-    "broken image": ('<img src="data:image/png;base64,AAAA" alt="a">', "phone, light: broken image: img", POLICY),
-    "image without alt": (f'<img src="{PIXEL}">', "phone, light: image without alt: img", POLICY),
+    "console": ("<script>console.error('oh')</script>", "console: oh"),
+    "script": ("<script>throw new Error('oh')</script>", "script: oh"),
+    "policy": ("<script>1</script>", "policy: script-src-elem inline"),
+    "request": ('<img src="http://127.0.0.1:9/a.png" alt="a">', "request: http://127.0.0.1:9/a.png"),
+    "file": ('<link rel="stylesheet" href="other.css">', "request: file://"),
+    "broken image": ('<img src="data:image/png;base64,AAAA" alt="a">', "phone, light: broken image: img"),
+    "image without alt": (f'<img src="{PIXEL}">', "phone, light: image without alt: img"),
     "table without caption": (
-        "<table><tr><td>1</td></tr></table>",
-        'desktop, dark: table without caption: table "1"',
-        POLICY,
+        "<table><tr><td>1</td></tr></table>", 'desktop, dark: table without caption: table "1"',
     ),
-    "link without target": ('<a href="#none">x</a>', "print: link without target: #none", POLICY),
+    "link without target": ('<a href="#none">x</a>', "print: link without target: #none"),
     "wide on a phone": (
-        '<div style="width: 600px">wide</div>',
-        'phone, light: wider than the window: div "wide"',
-        POLICY,
+        '<div style="width: 600px">wide</div>', 'phone, light: wider than the window: div "wide"',
     ),
     "wide on paper": (
         '<style>@media print { #w { width: 1000px } }</style><div id="w">wide</div>',
         'print: wider than the window: div#w "wide"',
-        POLICY,
     ),
     "cut off": (
         '<div style="overflow-x: hidden"><p id="c" style="width: 2000px">cut</p></div>',
         'desktop, light: wider than the window: p#c "cut"',
-        POLICY,
     ),
     "in closed details": (
         '<details><summary>s</summary><p style="width: 2000px">d</p></details>',
         'desktop, light: wider than the window: p "d"',
-        POLICY,
     ),
-    "pale": ('<p style="color: #999">pale</p>', 'desktop, light: low contrast: p "pale" 2.85', POLICY),
-    "dark on dark": ('<p style="color: #222">dark</p>', 'phone, dark: low contrast: p "dark" 1.19', POLICY),
+    "pale": ('<p style="color: #999">pale</p>', 'desktop, light: low contrast: p "pale" 2.85'),
+    "dark on dark": ('<p style="color: #222">dark</p>', 'phone, dark: low contrast: p "dark" 1.19'),
     "see-through": (
         '<div style="background: #000"><p style="background: rgb(255 255 255 / .5); color: #777">grey</p></div>',
         'desktop, light: low contrast: p "grey"',
-        POLICY,
     ),
-}
+}  # fmt: skip
+"""What is added to a good page, and how the fault begins that is found."""
+SCRIPTS = "script-src 'unsafe-inline'"
+LAX = {"console": SCRIPTS, "script": SCRIPTS, "request": "img-src *; style-src 'unsafe-inline'",
+       "file": "style-src * 'unsafe-inline' file:"}  # fmt: skip
+"""Policies under which a fault can be seen at all."""
 
 
 @pytest.mark.parametrize("fault", BAD)
 def test_a_page_with_one_fault_is_caught(fault: str, chromium: Browser, tmp_path: Path) -> None:
-    body, told, policy = BAD[fault]
-    seen = opened(chromium, page(tmp_path, f"{GOOD}{body}", policy))
+    body, told = BAD[fault]
+    seen = opened(chromium, page(tmp_path, f"{GOOD}{body}", LAX.get(fault, POLICY)))
     assert any(line.startswith(told) for line in seen.faults), seen.faults
 
 

@@ -6,6 +6,7 @@ import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,13 +24,11 @@ from tests.cli_runner import run_cli_json
 from tests.pages.test_report import HOSTILE, assert_harmless
 from tests.zoo_runs import FEW_ROWS, hasty
 
-TINY = (
-    *FEW_ROWS["digits"],
-    "train.epochs=2",
-    "encoder.network.hidden=[8]",
-    "decoder.network.hidden=[8]",
-    "train.engine=eager",
-)
+TINY = (*FEW_ROWS["digits"], "encoder.network.hidden=[8]", "decoder.network.hidden=[8]", "train.engine=eager")
+
+
+def fitted(name: str, folder: Path, *changes: str) -> Run:
+    return fit("vae", *TINY, "train.epochs=2", *changes, f"name={name}", run_dir=folder, progress=False)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -47,7 +46,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def runs(root: Path) -> list[Run]:
     changes = {"one": "seed=0", "two": "seed=1", "flow": "latents.z.prior.kind=realnvp", "wide": "latents.z.dim=3"}
-    return [fit("vae", *TINY, change, f"name={name}", run_dir=root, progress=False) for name, change in changes.items()]
+    return [fitted(name, root, change) for name, change in changes.items()]
 
 
 @pytest.fixture(scope="module")
@@ -91,12 +90,10 @@ def test_paired_differences_are_those_of_a_paired_t_test(page: Path, runs: list[
 
 def test_a_run_against_itself_is_nothing():
     values = torch.linspace(-3, 2, 9)
-    same = paired(values, values, values, values)
+    same, better = paired(values, values, values, values), paired(values + 1, values)
     assert (same.elbo.value, same.elbo.standard_error, same.wins.value) == (0.0, 0.0, 0.5)
-    better = paired(values + 1, values)
     assert better.elbo.value == pytest.approx(1.0)
-    assert better.log_p is None
-    assert better.wins.value == 1.0
+    assert (better.log_p, better.wins.value) == (None, 1.0)
 
 
 def test_pairing_cancels_what_is_hard_for_both():
@@ -117,9 +114,8 @@ def test_other_rows_do_not_pair(rows: tuple[int, int]):
 
 
 def test_the_mean_of_elbos_is_the_surgery(runs: list[Run]):
-    run = runs[0]
-    x = run.data.test.x
-    found, whole = elbos(run.pair, x, 8, 0), surgery(run.pair, x, samples=8, seed=0)
+    pair, x = runs[0].pair, runs[0].data.test.x
+    found, whole = elbos(pair, x, 8, 0), surgery(pair, x, samples=8, seed=0)
     assert found.shape == (len(x),)
     assert float(found.mean()) == pytest.approx(whole.elbo.value, abs=5 * whole.elbo.standard_error)
 
@@ -131,8 +127,7 @@ def test_two_comparisons_are_byte_identical(runs: list[Run], tmp_path: Path):
 
 
 def test_the_verdict_knows_a_tie(runs: list[Run], tmp_path: Path):
-    again = fit("vae", *TINY, "name=again", run_dir=tmp_path, progress=False)
-    found = Comparison([runs[0], again], evidence_samples=5)
+    found = Comparison([runs[0], fitted("again", tmp_path)], evidence_samples=5)
     told: list[int] = []
     said = [s.text for s in examine(found, "t", "", lambda done, _total, _what: told.append(done)).verdict]
     assert any("these data do not show which is better" in text for text in said)
@@ -152,7 +147,7 @@ def test_many_runs_stand_below_each_other(runs: list[Run], tmp_path: Path, monke
     "change", ["data.binarize=threshold", "data.splits.train=[0, 900]"], ids=["another binarisation", "other rows"]
 )
 def test_elbos_of_other_data_are_not_compared(runs: list[Run], change: str, tmp_path: Path):
-    other = fit("vae", *TINY, change, "name=other", run_dir=tmp_path / "runs", progress=False)
+    other = fitted("other", tmp_path / "runs", change)
     with pytest.raises(DataError, match="Expected runs on the same data, prepared alike") as caught:
         compare([runs[0], other], tmp_path / "out")
     assert "other" in str(caught.value)
@@ -169,16 +164,15 @@ def test_one_run_is_no_comparison(runs: list[Run], tmp_path: Path):
 
 def test_a_model_without_a_likelihood_stands_beside_one_that_has(tmp_path: Path):
     x = torch.from_numpy(np.random.default_rng(0).random((300, 1, 4, 4), dtype=np.float32))
-    data = Dataset.from_tensors(x)
-    small = ("train.epochs=1", "train.engine=eager")
-    gan = fit("gan", *small, "data.source=tensor", data=data, run_dir=tmp_path, progress=False)
-    vae = fit("vae_normal", *small, "data.source=tensor", data=data, run_dir=tmp_path, progress=False)
-    path = compare([gan, vae], tmp_path / "out", evidence_samples=2)
-    found = numbers(path)["figures"]
+    small = ("train.epochs=1", "train.engine=eager", "data.source=tensor")
+    given: dict[str, Any] = {"data": Dataset.from_tensors(x), "run_dir": tmp_path, "progress": False}
+    path = compare([fit(kind, *small, **given) for kind in ("gan", "vae_normal")], tmp_path / "out", evidence_samples=2)
+    said = numbers(path)
+    found = said["figures"]
     assert "elbo" not in found["gan"]
     assert found["gan"]["two-sample accuracy"]["value"] >= 0
-    assert found["vae_normal"]["elbo"] == numbers(path)["surgery"]["vae_normal"]["figures"]["elbo"]
-    assert "gan" not in numbers(path)["surgery"]
+    assert found["vae_normal"]["elbo"] == said["surgery"]["vae_normal"]["figures"]["elbo"]
+    assert "gan" not in said["surgery"]
 
 
 def test_the_command_prints_one_json_document(runs: list[Run], tmp_path: Path):

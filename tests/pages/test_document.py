@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 
@@ -21,8 +22,7 @@ from pvae.analysis.pages.document.blocks import (
     Tile,
     picture,
 )
-from pvae.analysis.pages.document.document import Document
-from pvae.analysis.pages.document.folder import slug
+from pvae.analysis.pages.document.document import Document, slug
 from pvae.analysis.pages.document.text import csv_of, error_of, finite, legible, percent, shown_value
 from pvae.analysis.pages.plots import base
 from pvae.errors import DataError
@@ -56,18 +56,14 @@ def whole() -> Document:
 def test_alerts_come_first_and_every_number_is_json():
     found = whole().to_dict()
     assert found["verdict"] == [{"text": "turn it", "alert": True}, {"text": "fine", "alert": False}]
-    assert found["a"] is None
-    assert found["one"]["value"] == 1.0
-    assert found["two"] == {"1": None}
+    assert (found["a"], found["one"]["value"], found["two"]) == (None, 1.0, {"1": None})
 
 
 def test_hostile_text_comes_out_as_text():
     """FAULTS 38."""
     page = whole().to_html()
-    assert "<script" not in page
+    assert not [text for text in ("<script", "\x1b", "\u202e") if text in page]
     assert "&lt;script&gt;" in page
-    assert "\x1b" not in page
-    assert "\u202e" not in page
     assert r"$\foo$" in page
     assert page.count("<details>") == 2
     assert page.count("data:image/png;base64,") == 1
@@ -99,16 +95,21 @@ def test_a_folder_of_other_pages_is_left_alone(tmp_path: Path):
         assert (folder / "tables" / "t.csv").read_text() == "my table"
 
 
-def test_a_link_among_the_pictures_is_refused_even_unasked(tmp_path: Path):
-    """FAULTS 37."""
-    (tmp_path / "pictures").mkdir()
-    (tmp_path / "pictures" / "holiday.png").write_text("mine")
-    whole().write(tmp_path / "out", figures=True)
-    shutil.rmtree(tmp_path / "out" / "figures")
-    (tmp_path / "out" / "figures").symlink_to(tmp_path / "pictures")
+@pytest.mark.parametrize("name", ["tables", "figures"])
+@pytest.mark.parametrize("earlier", [True, False])
+def test_a_link_in_the_place_of_a_folder_is_refused(name: str, earlier: bool, tmp_path: Path):
+    """FAULTS 37: what a link leads to is not written, nor cleared of pictures that only an earlier page has."""
+    (tmp_path / "else").mkdir()
+    (tmp_path / "else" / "holiday.png").write_text("mine")
+    out = tmp_path / "out"
+    if earlier:
+        whole().write(out, figures=True)
+        shutil.rmtree(out / name)
+    out.mkdir(exist_ok=True)
+    (out / name).symlink_to(tmp_path / "else")
     with pytest.raises(DataError, match="got a link"):
-        whole().write(tmp_path / "out")
-    assert [p.name for p in (tmp_path / "pictures").iterdir()] == ["holiday.png"]
+        whole().write(out, figures=not earlier)
+    assert [p.name for p in (tmp_path / "else").iterdir()] == ["holiday.png"]
 
 
 def test_a_list_of_files_that_leads_elsewhere_is_not_followed(tmp_path: Path):
@@ -123,16 +124,6 @@ def test_a_list_of_files_that_leads_elsewhere_is_not_followed(tmp_path: Path):
     assert not (tmp_path / "out" / "tables" / "t.csv").exists()
 
 
-def test_a_link_in_the_place_of_a_folder_is_refused(tmp_path: Path):
-    """FAULTS 37: what a link leads to is not written."""
-    (tmp_path / "else").mkdir()
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "tables").symlink_to(tmp_path / "else")
-    with pytest.raises(DataError, match="got a link"):
-        whole().write(tmp_path / "out")
-    assert not list((tmp_path / "else").iterdir())
-
-
 def test_csv_has_value_error_and_kind_in_full_and_no_formulas():
     """FAULTS 39."""
     rows = list(csv.reader(io.StringIO(csv_of(table()))))
@@ -140,8 +131,8 @@ def test_csv_has_value_error_and_kind_in_full_and_no_formulas():
     assert rows[1] == ["'" + HOSTILE[2], "-1.23456", "0.05", "0.1", "estimate", "12345", "[red]"]
     assert rows[2][1:6] == ["2.0", "0.0", "", "exact", ""]
     assert rows[3][1:6] == ["0.5", "", "", "", "-3"]
-    for text in ("=1", "+1", "-1", "@x", "\t=1"):
-        assert cell(text) == f"'{text}"
+    formulas = "=1", "+1", "-1", "@x", "\t=1"
+    assert [cell(text) for text in formulas] == [f"'{text}" for text in formulas]
     assert [cell(value) for value in (-1.5, None, "z", "a=b")] == [-1.5, None, "z", "a=b"]
 
 
@@ -173,8 +164,6 @@ def test_json_and_text_are_cleaned():
 
 @pytest.mark.parametrize("name", [*HOSTILE, "z", "units_z1", "", "a/b", "a\\b", "." * 3])
 def test_slugs_are_plain_and_differ(name: str):
-    found = slug(name)
-    assert found
-    assert not set(found) - set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-")
+    assert re.fullmatch(r"[a-zA-Z0-9._-]+", slug(name))
     assert slug("a" * 90) != slug("a" * 91)
     assert len({slug(other) for other in (*HOSTILE, "z", "a/b", "a\\b", "a-b")}) == len(HOSTILE) + 4

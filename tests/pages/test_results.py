@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
+import runpy
 from pathlib import Path
-from types import ModuleType
+from types import SimpleNamespace
 
 import pandas
 import pytest
@@ -21,14 +21,9 @@ CONTINUOUS = [row for row in ROWS if not row.endswith(("bernoulli", "gumbel"))]
 
 
 @pytest.fixture(scope="module")
-def measure() -> ModuleType:
+def measure() -> SimpleNamespace:
     """The script beside the tables."""
-    spec = importlib.util.spec_from_file_location("measure", RESULTS / "measure.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return SimpleNamespace(**runpy.run_path(str(RESULTS / "measure.py")))
 
 
 @pytest.mark.parametrize("name", DECLARED)
@@ -55,7 +50,7 @@ def test_networks_are_those_of_the_published_rows(row: str) -> None:
     assert count["model."] == decoder + pixels
 
 
-def test_the_page_says_what_the_table_says(measure: ModuleType) -> None:
+def test_the_page_says_what_the_table_says(measure: SimpleNamespace) -> None:
     """Every table of the page is printed from `published.csv`, of runs whose files are there."""
     frame = pandas.read_csv(RESULTS / "published.csv")
     assert set(frame["run"]) <= set(ROWS)
@@ -83,16 +78,15 @@ def test_figures_of_the_table_belong_together() -> None:
 
 
 def test_a_run_is_measured_once(
-    measure: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    measure: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Two runs get a row each, the second its paired gain; asked again, none is measured again."""
-    spec = {
-        "latents": {"z": {"dim": 2}}, "data": {"source": "digits", "binarize": "dynamic"},
-        "encoder": {"network": {"kind": "mlp", "hidden": [8]}}, "decoder": {"network": {"kind": "mlp", "hidden": [8]}},
-    }  # fmt: skip
+    network = {"network": {"kind": "mlp", "hidden": [8]}}
+    spec = {"latents": {"z": {"dim": 2}}, "encoder": network, "decoder": network, "data": {"source": "digits"}}
+    experiment = Experiment.from_dict(spec).with_overrides("data.binarize=dynamic", "train.engine=eager")
     for name, epochs in (("short", 1), ("long", 6)):
-        experiment = Experiment.from_dict({**spec, "name": name, "train": {"epochs": epochs, "engine": "eager"}})
-        pvae.fit(experiment, run_dir=tmp_path / "runs", device="cpu", progress=False)
+        changed = experiment.with_overrides(f"name={name}", f"train.epochs={epochs}")
+        pvae.fit(changed, run_dir=tmp_path / "runs", device="cpu", progress=False)
     out = tmp_path / "table.csv"
     options = ["--samples", "5", "--rows", "50", "--train-rows", "60", "--train-evidence", "40", "--draws", "60"]
     command = ["measure.py", str(out), "short", "long", "--root", str(tmp_path / "runs"), *options]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -34,19 +35,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return where
 
 
-@pytest.fixture
-def moons(folder: Path) -> Run:
-    return Run.load("moons", root=folder)
+def loaded(name: str) -> Any:
+    """A fixture: the run of that name."""
+    return pytest.fixture(name=name)(lambda folder: Run.load(name, root=folder))
 
 
-@pytest.fixture
-def digits(folder: Path) -> Run:
-    return Run.load("digits", root=folder)
-
-
-@pytest.fixture
-def vae(folder: Path) -> Run:
-    return Run.load("vae", root=folder)
+moons, digits, vae, gan = (loaded(name) for name in ("moons", "digits", "vae", "gan"))
 
 
 @pytest.fixture

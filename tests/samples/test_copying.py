@@ -6,36 +6,24 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from itertools import combinations, permutations
 
 import numpy as np
 import pytest
 import torch
 from scipy.stats import kstest, mannwhitneyu
-from torch import Tensor
 
 from pvae.analysis import copying, data_copying, features, sample
 from pvae.analysis.samples.copying import nearest_of
-from pvae.data.dataset import Dataset
-from pvae.errors import DataError
-
-
-def normals(n: int, d: int, seed: int, spread: float = 1.0) -> Tensor:
-    return spread * torch.randn(n, d, generator=torch.Generator().manual_seed(seed))
-
-
-def patched(patch: pytest.MonkeyPatch, **values: int) -> None:
-    for name, value in values.items():
-        patch.setattr(sys.modules["pvae.analysis.samples.copying"], name, value)
-
+from tests.samples.models import normals, refused
 
 # ---------------------------------------------------------------------- the nearest row
 
 
 @pytest.mark.parametrize(("width", "block"), [(7, 21), (8192, 2**23)])
 def test_the_nearest_row_is_that_of_all_pairs(width, block, monkeypatch):
-    patched(monkeypatch, TRAINING_BLOCK=width, DISTANCES_PER_BLOCK=block)
+    monkeypatch.setattr("pvae.analysis.samples.copying.TRAINING_BLOCK", width)
+    monkeypatch.setattr("pvae.analysis.samples.copying.DISTANCES_PER_BLOCK", block)
     a, b = normals(40, 5, 0) + 300, normals(60, 5, 1) + 300
     pairs = ((a[:, None].double() - b[None].double()) ** 2).sum(2).sqrt()
     found, distance = nearest_of(a, b)
@@ -64,7 +52,7 @@ def test_of_the_law_itself_p_is_uniform_and_every_other_row_as_near():
 def test_copies_with_a_little_noise_are_caught():
     train, held = normals(300, 4, 0), normals(200, 4, 1)
     rows = torch.randperm(300, generator=torch.Generator().manual_seed(2))[:200]
-    found = data_copying(train, held, train[rows] + normals(200, 4, 3, 1e-3))
+    found = data_copying(train, held, train[rows] + 1e-3 * normals(200, 4, 3))
     assert torch.equal(found.nearest, rows)
     assert found.distance.max() < 0.01
     assert found.z.value < -10
@@ -76,14 +64,14 @@ def test_copies_with_a_little_noise_are_caught():
 
 def test_a_few_copies_among_good_samples_show_in_the_share_alone():
     train, held, good = normals(300, 4, 0), normals(400, 4, 1), normals(380, 4, 4)
-    found = data_copying(train, held, torch.cat([good, train[:20] + normals(20, 4, 3, 1e-3)]))
+    found = data_copying(train, held, torch.cat([good, train[:20] + 1e-3 * normals(20, 4, 3)]))
     assert abs(found.z.value) < 4
     assert 0.05 <= found.share.value < 0.09
     assert found.held_share == 0.01
 
 
 def test_samples_that_spread_too_far_are_no_copies():
-    found = data_copying(normals(300, 4, 0), normals(200, 4, 1), normals(200, 4, 2, 2.0))
+    found = data_copying(normals(300, 4, 0), normals(200, 4, 1), 2 * normals(200, 4, 2))
     assert found.z.value > 5
     assert found.p_value.value > 0.999
     assert abs(found.nearer.value - 0.5) < 4 * found.nearer.standard_error
@@ -92,7 +80,7 @@ def test_samples_that_spread_too_far_are_no_copies():
 def test_copies_under_noise_or_without_any_are_found_by_the_rows_they_are_nearer_to():
     # Blurred copies are farther from training rows than data are, and still nearer to these than to others.
     train, held = normals(300, 40, 0), normals(300, 40, 1)
-    found = data_copying(train, held, train + normals(300, 40, 2, 1.1))
+    found = data_copying(train, held, train + 1.1 * normals(300, 40, 2))
     assert found.nearer.value > 0.5 + 5 * found.nearer.standard_error
     shrunk = data_copying(train, held, 0.5 * normals(300, 40, 3))  # means: nearer to all rows than data are, no copies
     assert shrunk.z.value < -10
@@ -146,26 +134,12 @@ def test_distances_of_a_feature_space():
     assert "5 principal components" in found.remarks[0]
 
 
-@pytest.mark.parametrize(
-    ("held", "fake", "message"),
-    [
-        (
-            torch.zeros(9, 2),
-            torch.zeros(9, 3),
-            r"copying: expected at least two rows .* got \[9, 2\], \[9, 2\], \[9, 3\]",
-        ),
-        (
-            torch.zeros(1, 2),
-            torch.zeros(9, 2),
-            "copying: expected at least two rows of train, held-out data and samples",
-        ),
-        (torch.zeros(9, 2), torch.full((9, 2), math.nan), "copying: expected finite numbers; got NaN or infinity"),
-    ],
-)
-def test_what_cannot_be_looked_at(held, fake, message):
+def test_what_cannot_be_looked_at():
     """FAULTS 19 and 24: values that are not finite, too few rows."""
-    with pytest.raises(DataError, match=message):
-        data_copying(torch.zeros(9, 2), held, fake)
+    x, few = torch.zeros(9, 2), "copying: expected at least two rows of train, held-out data and samples"
+    refused(rf"{few} each, of one shape; got \[9, 2\], \[9, 2\], \[9, 3\]", data_copying, x, x, torch.zeros(9, 3))
+    refused(few, data_copying, x, x[:1], x)
+    refused("copying: expected finite numbers; got NaN or infinity", data_copying, x, x, x + math.nan)
 
 
 # ---------------------------------------------------------------------- of a run
@@ -183,22 +157,11 @@ def test_a_run(vae, monkeypatch):
     assert means.is_mean
     assert "use nearer" in means.remarks[1]
     assert "z" in str(found)
-    patched(monkeypatch, COPIED_FROM_ROWS=50)
+    monkeypatch.setattr("pvae.analysis.samples.copying.COPIED_FROM_ROWS", 50)
     some = copying(vae, rows=40, seed=1)
     assert some.trained == 50
     assert torch.allclose((drawn - train[some.nearest]).flatten(1).norm(dim=1).double(), some.distance)
 
 
 def test_a_run_that_was_trained_on_the_rows(vae):
-    with pytest.raises(DataError, match="copying: expected data that the run was not trained on; got train"):
-        copying(vae, "train")
-
-
-def test_a_sampler_of_training_rows(vae):
-    x = vae.data.train.data
-    held = Dataset.from_tensors(x[:200], test=vae.data.test.data[:100])
-    copies = sample(vae, 100)
-    copies.x.copy_(held.train.data[:100])
-    found = data_copying(held.train.data, held.test.data, copies.x)
-    assert torch.equal(found.distance, torch.zeros(100, dtype=torch.float64))
-    assert found.share.value == 1.0
+    refused("copying: expected data that the run was not trained on; got train", copying, vae, "train")

@@ -24,7 +24,6 @@ import pvae
 from pvae.analysis import encode, probe
 from pvae.analysis.samples.probe import _read
 from pvae.data.dataset import Dataset
-from pvae.experiment.experiment import Experiment
 from pvae.runs.run import Run
 from tests.samples.models import Beside, refused
 
@@ -127,23 +126,15 @@ def test_every_kind_of_latent_is_read(name, overrides, of, tmp_path):
     assert np.isfinite(found.majority.value)
 
 
-def test_where_there_is_nothing_to_read(told, tmp_path):
+def test_where_there_is_nothing_to_read(moons, gan, tmp_path):
     """FAULTS 24: no labels, or one; and a model that is told the label."""
-    x, y = blobs(100, 1.0, 0)
-    spec = {
-        "name": "told", "covariates": {"y": {"codes": 2}}, "latents": {"z": {"dim": 1}},
-        "decoder": {"given": ["z", "y"], "likelihood": {"kind": "normal"}}, "train": {"epochs": 1, "engine": "eager"},
-    }  # fmt: skip
-    keep = {"run_dir": tmp_path, "device": "cpu", "progress": False}
-    run = pvae.fit(Experiment.from_dict(spec), data=Dataset.from_tensors(x, y), **keep)
-    refused("a model that is not conditioned on the label; got one conditioned on y", probe, run)
-    module = Beside()
+    refused("a model that is not conditioned on the label; got one conditioned on y", probe, moons)
+    refused("without a likelihood", probe, gan)
+    (x, y), module = blobs(100, 1.0, 0), Beside()
     for labels, message in (
         (None, "probe: expected labels.*got none in train"),
         (0 * y, "probe: expected 2 to 50 labels.*got 1"),
     ):
-        pair = pvae.Pair(model=module.model, guide=module.guide)
-        run = pvae.fit(pair, "train.epochs=1", data=Dataset.from_tensors(x, labels), **keep)
+        pair, data = pvae.Pair(model=module.model, guide=module.guide), Dataset.from_tensors(x, labels)
+        run = pvae.fit(pair, "train.epochs=1", data=data, run_dir=tmp_path, device="cpu", progress=False)
         refused(message, probe, run)
-    gan = pvae.fit("gan", "decoder.network.hidden=[8]", "objective.critic.hidden=[8]", "train.epochs=1", **keep)
-    refused("without a likelihood", probe, gan)

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import pvae
-from pvae.analysis import Traversal, encode, reconstruct, sample, traverse
+from pvae.analysis import Traversal, encode, interpolate, reconstruct, sample, traverse
 from pvae.analysis.pages.plots import base, sheets
 from pvae.analysis.samples.encode import Reconstructions
 from pvae.analysis.samples.running import CHUNK_NUMBERS, CHUNK_ROWS, Generated, chunks
@@ -139,10 +139,12 @@ def test_summed_codes_are_sampled_from_their_prior():
 
 def test_what_is_saved_loads_without_pickle(tmp_path, moons):
     x = moons.data.test.x[:9]
+    way = {"at": (9,), "log_prior": (9,)}
     results: dict[str, tuple[Generated, dict[str, tuple[int, ...]]]] = {
         "sample": (sample(moons, 5), {"x": (5, 2), "latents/z": (5, 2), "covariates/y": (5,)}),
         "encode": (encode(moons, x), {f"{key}/z": (9, 2) for key in ("latents", "loc", "scale")} | {"log_q/z": (9,)}),
         "reconstruct": (reconstruct(moons, x), {"x": (9, 2), "log_p": (9,), "latents/z": (9, 2)}),
+        "interpolate": (interpolate(moons, *x[:2]), dict.fromkeys(("x", "latents/z"), (9, 2)) | way),
         "traverse": (traverse(moons, x[0], steps=4), {"x": (2, 4, 2), "values": (2, 4), "dims": (2,)}),
     }
     for name, (found, shapes) in results.items():
@@ -152,7 +154,7 @@ def test_what_is_saved_loads_without_pickle(tmp_path, moons):
         assert {key: a.shape for key, a in loaded.items()} == {**shapes, "row": (3,)}
         for key, t in found.tensors().items():
             np.testing.assert_array_equal(loaded[key], t.numpy())
-    assert [path.suffix for path in tmp_path.iterdir()] == [".npz"] * 4  # nothing temporary stays
+    assert [path.suffix for path in tmp_path.iterdir()] == [".npz"] * 5  # nothing temporary stays
     assert "latents/z [5, 2]" in repr(results["sample"][0])
 
 

@@ -21,7 +21,7 @@ from pvae.experiment.plan import Train
 from pvae.objectives.elbo import TraceELBO
 from pvae.training.evaluation import evaluate
 from tests.cli_runner import TINY
-from tests.runs_shared import TINY_TABLE, assert_same, fit, tiny
+from tests.runs_shared import TINY_TABLE, assert_same, fit, resume, tiny
 from tests.training.kinds import KINDS, SMALL
 from tests.training.pairs import Fragile, fit_pair
 
@@ -145,7 +145,8 @@ def test_global_latents_are_fitted(tmp_path: Path) -> None:
     assert run.metrics.query("split == 'validation'")["kl/b"].iloc[-1] == pytest.approx(exact, abs=4 / 400)
 
 
-def test_early_stopping_keeps_the_best(tmp_path: Path) -> None:
+def test_early_stopping_keeps_the_best_and_lasts(tmp_path: Path) -> None:
+    """A run that was killed before it noted that it had stopped stays stopped."""
     run = fit(tiny(epochs=60, patience=2, optimizer={"kind": "adam", "lr": 0.05}), tmp_path)
     validation = run.metrics.query("split == 'validation'")
     assert run.status["epoch"] < 60  # type: ignore[operator]
@@ -153,6 +154,9 @@ def test_early_stopping_keeps_the_best(tmp_path: Path) -> None:
     assert len(validation.loc[best:]) == 3
     kept = evaluate(run.pair, run.data.validation.x, run.plan.seed)["elbo"]
     assert kept == pytest.approx(validation["elbo"].max(), abs=1e-4)
+    epoch = run.status["epoch"]
+    run.files.update_status(state="running")
+    assert resume(run.path).status["epoch"] == epoch
 
 
 def test_average_is_what_validation_sees(tmp_path: Path) -> None:

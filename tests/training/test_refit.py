@@ -99,6 +99,7 @@ def test_q_agg_itself_wins_all_on_train_and_less_on_test(parent):
     assert train.gained.value == pytest.approx(train.promised.value, abs=1e-6)
     assert test.after.marginal_kl.value > 5 * abs(train.after.marginal_kl.value) + 0.01  # it overfits
     assert test.gained.value < test.promised.value - 0.01
+    assert resume(child, "train.epochs=5", allow_changes=True).path == child.path  # it has no parameters to train
 
 
 def test_an_autoencoder_gets_a_density_to_sample_from(tmp_path):
@@ -247,11 +248,6 @@ def test_how_a_refit_is_trained(parent):
     object.__setattr__(parent.experiment, "train", alternating.train)
     child = again(parent, "latents.z.prior.kind=maf", "train.epochs=1")
     assert child.plan.train.alternate == 0
-
-
-def test_a_refit_without_parameters_is_resumed_as_it_is(parent):
-    child = again(parent, "latents.z.prior.kind=aggregated")
-    assert resume(child, "train.epochs=5", allow_changes=True).path == child.path
 
 
 def test_what_stops_a_second_stage_is_told(tmp_path):

@@ -95,13 +95,6 @@ def test_a_run_cannot_become_another_model(tmp_path: Path) -> None:
     assert last.checkpoint.state["select"] == "weights"
 
 
-def test_stopped_early_and_killed_before_it_was_noted_stays_stopped(tmp_path: Path) -> None:
-    run = fit(tiny(epochs=60, patience=2, optimizer={"kind": "adam", "lr": 0.05}), tmp_path)
-    epoch = run.status["epoch"]
-    run.files.update_status(state="running")
-    assert resume(run.path).status["epoch"] == epoch
-
-
 def test_other_data_are_refused(tmp_path: Path) -> None:
     """FAULTS 13."""
     x = torch.rand(60, 5)

@@ -19,9 +19,8 @@ from pvae.analysis.truths.linear import probabilistic_pca
 from pvae.analysis.truths.standard import digits
 from pvae.data.dataset import Dataset, load
 from pvae.data.sources.collections import Digits
-from pvae.errors import DataError
 from tests.cli_runner import run_cli, run_cli_json
-from tests.samples.models import normals
+from tests.samples.models import normals, refused
 
 
 @pytest.fixture
@@ -92,10 +91,9 @@ def test_the_study(short):
 
 
 def test_the_study_needs_real_numbers():
-    with pytest.raises(DataError, match="counterexamples: expected real numbers; got data.binarize = 'threshold'"):
-        counterexamples(load(Digits(binarize="threshold")))
-    with pytest.raises(DataError, match="counterexamples: expected at least 100 rows of train and test"):
-        counterexamples(Dataset.from_tensors(torch.rand(150, 20)))
+    binary, few = load(Digits(binarize="threshold")), Dataset.from_tensors(torch.rand(150, 20))
+    refused("counterexamples: expected real numbers; got data.binarize = 'threshold'", counterexamples, binary)
+    refused("counterexamples: expected at least 100 rows of train and test", counterexamples, few)
 
 
 def test_command(short, tmp_path):

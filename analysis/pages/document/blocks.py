@@ -107,8 +107,6 @@ class Listing:
 
 
 Block = Picture | PageTable | Note | Listing
-
-
 Part = Block | Sentence | Tile | str | Mapping[str, Any]
 """Part of a section; a string is a sentence of the verdict without an alert, a mapping holds numbers for JSON."""
 
@@ -136,8 +134,13 @@ class PageSection:
 
     @property
     def blocks(self) -> list[Block]:
-        """Blocks in reading order; a section without any is not shown, and only its numbers are written."""
+        """Blocks in reading order."""
         return list(self.of(Block))
+
+    @property
+    def is_shown(self) -> bool:
+        """True for a section with blocks or a lead; of others only sentences, tiles and numbers are on the page."""
+        return bool(self.blocks or self.lead)
 
 
 def section(

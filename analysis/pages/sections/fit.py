@@ -191,13 +191,13 @@ def guide(exam: Examination) -> Iterator[Part]:
             "The data whose posterior is hardest for the guide, with their k-hat. Look for a common kind: rare data, "
             "doubtful labels, or details that the decoder cannot produce.",
         )
+    effective = f"effective samples of {bound.samples}"
     yield PageTable(
         "worst_inferred",
         f"Data of {exam.split} with the largest k-hat ({rows.note}): row of the split, k-hat, effective samples, nats",
-        (PageColumn("row"), PageColumn("k-hat", 2), PageColumn(f"effective samples of {bound.samples}", 1),
-         PageColumn("log p(x)")),
+        (PageColumn("row"), PageColumn("k-hat", 2), PageColumn(effective, 1), PageColumn("log p(x)")),
         [(str(int(rows.chosen[i])), float(khat[i]), float(bound.ess[i]), float(bound.log_p[i])) for i in order],
-    )  # fmt: skip
+    )
     yield Tile("k-hat above limit", percent(bound.khat_share), f"of {bound.n} data, limit {bound.khat_limit:.2f}")
     yield _on_khat(exam, bound)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
 
@@ -39,7 +40,7 @@ def samples(exam: Examination) -> Iterator[Part]:
     told, known = exam.stages.part("nearest training data"), {}
     for kind, some in (("means", drawn), ("draws", exam.draws)):
         if some is not None and some.is_mean == (kind == "means"):
-            given = {"seed": exam.seed, "on_progress": told, "samples": some}
+            given: dict[str, Any] = {"samples": some, "seed": exam.seed, "on_progress": told}
             if (copies := exam.attempt("copying", copying, exam.run, exam.split, **given)) is not None:
                 known[kind] = copies
     yield {"copying": {kind: copies.to_dict() for kind, copies in known.items()}}

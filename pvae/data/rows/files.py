@@ -63,16 +63,6 @@ class Stored(ABC):
         rows = self.read(index)
         return rows.reshape(len(rows), *self.shape[1:])
 
-    @property
-    def ndim(self) -> int:
-        """Number of dimensions of the array, including the first one, which counts rows."""
-        return len(self.shape)
-
-    @property
-    def size(self) -> int:
-        """Total number of values, the product of the shape."""
-        return prod(self.shape)
-
 
 AnyArray = Array | Stored
 """Rows of a source: a NumPy array in memory, or a `Stored` array that is read when it is indexed."""
@@ -119,10 +109,9 @@ class FileArray(Stored):
         return np.memmap(self.path, self.dtype, "r", self.offset, self.shape)
 
     def expect(self, start: int, stop: int) -> None:
-        if not hasattr(os, "posix_fadvise"):
-            return
         first, length = self.offset + start * self._row_bytes, (stop - start) * self._row_bytes
-        with suppress(OSError), self.path.open("rb") as file:  # a hint only: `read` says what is wrong
+        # A hint only, which not every system takes: `read` says what is wrong.
+        with suppress(OSError, AttributeError), self.path.open("rb") as file:
             os.posix_fadvise(file.fileno(), first, length, os.POSIX_FADV_WILLNEED)
 
 
@@ -155,8 +144,7 @@ class SparseRows(Stored):
         self.shape, self.dtype = self.matrix.shape, self.matrix.dtype
 
     def read(self, index: Index) -> Array:
-        dense: Array = self.matrix[index].toarray()
-        return dense
+        return np.asarray(self.matrix[index].toarray())
 
 
 class Joined(Stored):
@@ -186,11 +174,9 @@ def user_folder(data_dir: Path | None) -> Path | None:
         DataError: the folder does not exist.
     """
     named = data_dir or os.environ.get("PVAE_DATA_DIR")
-    if not named:
-        return None
-    if not Path(named).is_dir():
+    if named and not Path(named).is_dir():
         raise DataError(f"--data-dir, PVAE_DATA_DIR: expected a folder; got {named}.")
-    return Path(named)
+    return Path(named) if named else None
 
 
 def candidate(path: str, data_dir: Path | None, wanted: Callable[[Path], bool]) -> Path:
@@ -251,7 +237,7 @@ def held(x: Stored, stream: bool, name: str) -> AnyArray:
     if stream:
         return x
     require_room(x.shape, x.dtype, name)
-    return x[:] if x.ndim and x.size else np.empty(x.shape, x.dtype)
+    return x[:] if x.shape and 0 not in x.shape else np.empty(x.shape, x.dtype)
 
 
 @dataclass(frozen=True)

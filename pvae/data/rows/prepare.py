@@ -133,17 +133,13 @@ def _moments(data: Scaled, part: Part) -> tuple[Floats, Floats, NDArray[np.bool_
     """
     total, count, squares = (np.zeros(data.x.shape[1:]) for _ in range(3))
     for _, chunk in data.chunks(part):
-        missing = np.isnan(chunk)
-        chunk[missing] = 0.0
-        total += chunk.sum(0)
-        count += len(chunk) - missing.sum(0)
+        total += np.nansum(chunk, 0)
+        count += len(chunk) - np.isnan(chunk).sum(0)
     mean = total / count
     for _, chunk in data.chunks(part):
-        missing = np.isnan(chunk)
         chunk -= mean
-        chunk[missing] = 0.0
         chunk **= 2
-        squares += chunk.sum(0)
+        squares += np.nansum(chunk, 0)
     deviation = np.sqrt(squares / count)
     return mean, deviation, deviation <= 1e-12 * np.maximum(np.abs(mean), np.finfo(np.float32).tiny)
 

@@ -54,7 +54,7 @@ class Rows:
         x, y, name = self.x, self.y, self.name
         if x.dtype.kind not in "biuf":
             raise DataError(f"{name}: expected real numbers; got {x.dtype}.")
-        if x.ndim == 0 or x.size == 0:
+        if not x.shape or 0 in x.shape:
             raise DataError(f"{name}: expected an array (rows, ...) with at least one row; got shape {x.shape}.")
         if x.dtype.kind == "f":
             require_finite(x, name, [column.missing == "mask" for column in self.table.values()])
@@ -98,7 +98,7 @@ def reshape(rows: Rows, shape: tuple[int, ...] | None) -> AnyArray:
     Raises:
         DataError: a row has another number of values; or rows are scalars and no shape is declared.
     """
-    if shape is None and rows.x.ndim == 1:
+    if shape is None and len(rows.x.shape) == 1:
         raise DataError(f"{rows.name}: expected rows of features, (n, ...); got shape {rows.x.shape}. Set shape = [1].")
     if shape is None:
         return rows.x
@@ -202,7 +202,7 @@ def joined(
     y = labels if labels is None or len(order) == 1 else np.concatenate([given[split][1] for split in order])
     largest = largest or (255.0 if x.dtype == np.uint8 else None)
     parts: dict[str, Part] = {}
-    if x.ndim and x.size and x.dtype.kind in "biuf":  # else `Rows` refuses it
+    if x.shape and 0 not in x.shape and x.dtype.kind in "biuf":  # else `Rows` refuses it
         missing = [split for split in SPLITS if split not in given]
         parts = tenths(len(first), missing, seed) if missing else {"train": np.arange(len(first))}
         start = len(first)

@@ -11,7 +11,7 @@ import gzip
 import stat
 import struct
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, Literal, cast, final
@@ -101,11 +101,11 @@ class Npz(FileData):
             names = _names(archive)
         whole = self.x in names or f"{self.x}_train" not in names
         ends = {"": ""} if whole else {name: f"_{name}" for name in SPLITS if f"{self.x}_{name}" in names}
-        x = read_arrays(path, [self.x + end for end in ends.values()], self.stream)
-        y = read_arrays(path, [self.y + end for end in ends.values()]) if self.y else {}
-        given = {name: (x[self.x + end], np.asarray(y[f"{self.y}{end}"]) if y else None) for name, end in ends.items()}
+        x = {name: read_array(path, self.x + end, self.stream) for name, end in ends.items()}
+        y = {name: np.asarray(read_array(path, self.y + end)) if self.y else None for name, end in ends.items()}
         if whole:
-            return self.to_rows(*given[""], self.x)
+            return self.to_rows(x[""], y[""], self.x)
+        given = {name: (x[name], y[name]) for name in ends}
         return joined(given, self.split_seed, self.x, largest=self.largest)
 
 
@@ -138,40 +138,37 @@ def _names(archive: zipfile.ZipFile) -> list[str]:
     return [name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")]
 
 
-def read_arrays(path: Path, keys: Sequence[str], stream: bool = False) -> dict[str, AnyArray]:
-    """Return the arrays of a NumPy archive with the given names.
+def read_array(path: Path, key: str, stream: bool = False) -> AnyArray:
+    """Return the array of a NumPy archive with the given name.
 
     Arguments:
         path: path of the archive.
-        keys: names of the arrays.
-        stream: leave the arrays on the disk; uncompressed ones are mapped, deflated ones decoded once into the cache.
+        key: name of the array.
+        stream: leave the array on the disk: an uncompressed one is mapped, a deflated one decoded once into the cache.
 
     Raises:
-        DataError: the file is missing or damaged, a name is absent, an array contains objects, sizes are inconsistent,
-            or an array is too large for memory.
+        DataError: the file is missing or damaged, the name is absent, the array contains objects, sizes are
+            inconsistent, or the array is too large for memory.
     """
+    version, where = version_of(path), f"{path}, {key!r}"
     with _opened(path) as archive:
-        return {key: _member(archive, key, path, stream) for key in keys}
-
-
-def _member(archive: zipfile.ZipFile, key: str, path: Path, stream: bool) -> AnyArray:
-    version, names, where = version_of(path), _names(archive), f"{path}, {key!r}"
-    if key not in names:
-        raise DataError(f"{path}: expected an array {key!r}; got {', '.join(names)}{near(key, names)}.")
-    info = archive.getinfo(f"{key}.npy")
-    _refuse_trick(info, where)
-    with archive.open(info) as file:
-        layout = npy_layout(file, info.file_size, where, stream)
-    if not layout.shape or 0 in layout.shape:
-        raise DataError(f"{where}: expected an array (rows, ...) with at least one row; got shape {layout.shape}.")
-    content = _content(archive, info, layout, path)
-    if stream and info.compress_type == zipfile.ZIP_STORED:
-        for _ in content:  # for the checksum's sake
-            pass
-        offset = _offset(path, info) + layout.offset
-        return FileArray(path, layout.dtype, layout.shape, offset, version)
-    entry = {"source": "npz", "path": str(path.resolve()), "version": version, "member": key}
-    return layout.in_rows(_unpacked(content, layout, stream, where, entry))
+        names = _names(archive)
+        if key not in names:
+            raise DataError(f"{path}: expected an array {key!r}; got {', '.join(names)}{near(key, names)}.")
+        info = archive.getinfo(f"{key}.npy")
+        _refuse_trick(info, where)
+        with archive.open(info) as file:
+            layout = npy_layout(file, info.file_size, where, stream)
+        if not layout.shape or 0 in layout.shape:
+            raise DataError(f"{where}: expected an array (rows, ...) with at least one row; got shape {layout.shape}.")
+        content = _content(archive, info, layout, path)
+        if stream and info.compress_type == zipfile.ZIP_STORED:
+            for _ in content:  # for the checksum's sake
+                pass
+            offset = _offset(path, info) + layout.offset
+            return FileArray(path, layout.dtype, layout.shape, offset, version)
+        entry = {"source": "npz", "path": str(path.resolve()), "version": version, "member": key}
+        return layout.in_rows(_unpacked(content, layout, stream, where, entry))
 
 
 def _content(archive: zipfile.ZipFile, info: zipfile.ZipInfo, layout: Layout, path: Path) -> Iterator[Array]:

@@ -21,13 +21,19 @@ from pvae.data.rows.cache import cache_folder, locked
 from pvae.data.rows.files import user_folder
 from pvae.data.rows.rows import Rows
 from pvae.data.sources.base import Data
-from pvae.data.sources.binary import idx_header, read_arrays, read_idx
+from pvae.data.sources.binary import idx_header, read_array, read_idx
 from pvae.errors import DataError
 from pvae.util.types import Array
 
 DOWNLOAD_PIECE_BYTES = 2**20
 CONNECT_AND_READ_SECONDS = (10, 60)
-KEYS = ("x_train", "y_train", "x_test", "y_test")
+FILES = {
+    "x_train": ("train-images-idx3-ubyte", (60000, 28, 28)),
+    "y_train": ("train-labels-idx1-ubyte", (60000,)),
+    "x_test": ("t10k-images-idx3-ubyte", (10000, 28, 28)),
+    "y_test": ("t10k-labels-idx1-ubyte", (10000,)),
+}
+"""Name and shape of the four files of a collection, by the name of the array."""
 
 
 @dataclass(frozen=True)
@@ -53,13 +59,7 @@ class Collection:
 
 
 def _files(*digests: str) -> dict[str, IdxFile]:
-    names = (
-        ("train-images-idx3-ubyte", (60000, 28, 28)),
-        ("train-labels-idx1-ubyte", (60000,)),
-        ("t10k-images-idx3-ubyte", (10000, 28, 28)),
-        ("t10k-labels-idx1-ubyte", (10000,)),
-    )
-    return {k: IdxFile(name, shape, d) for k, (name, shape), d in zip(KEYS, names, digests, strict=True)}
+    return {key: IdxFile(*FILES[key], digest) for key, digest in zip(FILES, digests, strict=True)}
 
 
 FASHION_MNIST = Collection(
@@ -146,8 +146,7 @@ def read_collection(collection: Collection, data_dir: Path | None) -> Rows:
     places = [folder / collection.slug, folder] if folder else []
     archives = [place / collection.archive for place in places if collection.archive]
     if archive := next(filter(Path.is_file, archives), None):
-        found = read_arrays(archive, KEYS)
-        arrays = {key: _checked_array(np.asarray(found[key]), file, archive) for key, file in collection.files.items()}
+        arrays = {key: _checked_array(archive, key, file) for key, file in collection.files.items()}
     else:
         places += [collection.system] if collection.system else []
         arrays = {key: _read_file(collection, file, places) for key, file in collection.files.items()}
@@ -159,7 +158,8 @@ def read_collection(collection: Collection, data_dir: Path | None) -> Rows:
     return Rows(x, y, parts, 255.0, collection.label_names, collection.slug)
 
 
-def _checked_array(array: Array, file: IdxFile, path: Path) -> Array:
+def _checked_array(path: Path, key: str, file: IdxFile) -> Array:
+    array = np.asarray(read_array(path, key))
     if array.dtype != np.uint8 or array.size != prod(file.shape) or len(array) != file.shape[0]:
         raise DataError(
             f"{path}: expected {file.shape} unsigned bytes, as in {file.name}; got {array.shape} {array.dtype}."

@@ -89,7 +89,7 @@ class TableFile(Tabular, FileData):
             rows += len(x)
         if not rows:
             raise DataError(f"{path}: expected rows below the names of the columns; got none.")
-        writer.notes |= {"labels": list(decoder.labels), "notes": decoder.notes()}
+        writer.notes |= {"labels": list(decoder.labels), "notes": decoder.notes}
 
 
 @final
@@ -146,5 +146,5 @@ class FrameSource(Tabular):
         except (TypeError, ValueError) as error:  # cells that are lists or the like
             raise DataError(f"data: expected numbers and words; got something else: {brief(error)}.") from error
         y, words = (None, None) if y is None else in_order(y, list(decoder.labels))
-        more: dict[str, Any] = {"label_names": words, "notes": decoder.notes(), "table": self.columns}
+        more: dict[str, Any] = {"label_names": words, "notes": decoder.notes, "table": self.columns}
         return joined({"train": (x, y)}, self.split_seed, "data", **more)

@@ -70,8 +70,8 @@ class CellDecoder:
     origin: str
     labels: dict[str, int] = field(default_factory=dict)
     """Integer code of every label found so far, by the label's text, in order of appearance."""
-    left_out: list[str] = field(default_factory=list)
-    """Names of the table's columns that are not declared and therefore not read."""
+    notes: tuple[str, ...] = ()
+    """Remark for the user that lists the columns that are not declared and not read; empty if there are none."""
 
     @property
     def names(self) -> list[str]:
@@ -79,25 +79,18 @@ class CellDecoder:
         return [*self.columns, *([] if self.label is None else [self.label])]
 
     def require_columns(self, found: Sequence[str]) -> None:
-        """Refuse a table that lacks a declared column; record undeclared columns in `left_out`.
+        """Refuse a table that lacks a declared column; record undeclared columns in `notes`.
 
         Raises:
             DataError: a declared column is absent, or two columns have the same name.
         """
         require_named_once(found, self.origin)
-        there = set(found)
-        for name in self.names:
-            if name not in there:
-                raise DataError(
-                    f"{self.origin}: expected a column {shown(name)}; got {listed(found)}{near(name, found)}."
-                )
-        read = set(self.names)
-        self.left_out = [name for name in found if name not in read]
-
-    def notes(self) -> tuple[str, ...]:
-        """Return a remark for the user that lists the undeclared columns; empty if there are none."""
-        many = f"{len(self.left_out)} columns are not declared and left out: {listed(self.left_out)}"
-        return (many,) if self.left_out else ()
+        there, read = set(found), set(self.names)
+        if absent := [name for name in self.names if name not in there]:
+            got = f"{listed(found)}{near(absent[0], found)}"
+            raise DataError(f"{self.origin}: expected a column {shown(absent[0])}; got {got}.")
+        if left := [name for name in found if name not in read]:
+            self.notes = (f"{len(left)} columns are not declared and left out: {listed(left)}",)
 
     def decode(self, frame: pandas.DataFrame, where: Where) -> Numbers:
         """Return the rows of a chunk of the table as numbers: x `(m, columns)`, and labels `(m,)` or None.

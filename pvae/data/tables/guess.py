@@ -65,7 +65,9 @@ def guess(path: str, data_dir: Path | None = None, label: str | None = None) -> 
         found["source"] = "parquet"
         cells = _parquet_cells(where)
     else:
-        separator = _separator(where)
+        with where.open("rb") as file:
+            line = file.readline(2**20)
+        separator = max(SEPARATORS, key=lambda separator: line.count(separator.encode()))  # the most frequent one
         found |= {"separator": separator} if separator != "," else {}
         cells = _text_cells(where, separator)
     if label is not None:
@@ -84,13 +86,6 @@ def guess(path: str, data_dir: Path | None = None, label: str | None = None) -> 
         "decoder": {"likelihood": {"kind": "columns"}},
     }
     return Guess(declaration, left, len(cells))
-
-
-def _separator(path: Path) -> str:
-    """Return the cell separator of a text table: the candidate that occurs most often in its first line."""
-    with path.open("rb") as file:
-        line = file.readline(2**20)
-    return max(SEPARATORS, key=lambda separator: line.count(separator.encode()))
 
 
 def _text_cells(path: Path, separator: str) -> pandas.DataFrame:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from torch import nn
 
 from pvae import data
 from pvae.component import Component, Section
-from pvae.experiment.pyro_script.expressions import between, literal, named
 from pvae.experiment.readback import formulas
 from pvae.nn.schedules import Constant, Schedule
 from pvae.pair.pair import Pair
@@ -33,7 +35,6 @@ IMPORTS = {
 """Names of modules that a generated script may use, each with its import statement."""
 LEFT_OUT = ("clip_norm", "average", "alternate", "patience")
 """Settings of training that the plain SVI loop of a generated script ignores."""
-STEPS = "STEPS = -(-len(data.train) // BATCH)  # of an epoch"
 TIME = "(epoch + i / STEPS)"
 """Expression, inside the loop of a generated script, for the time since the start of training in epochs."""
 SUMMED = 'infer={"enumerate": "parallel"}'
@@ -74,52 +75,59 @@ class Script(ABC):
     def guide(self) -> Iterator[str]:
         """Yield the statements of the guide inside the data plate."""
 
-    def before_step(self) -> list[str]:
-        """Return the statements that the training loop runs before every step of SVI."""
-        return []
-
-    def after_step(self) -> list[str]:
-        """Return the statements that the training loop runs after every step of SVI."""
-        return []
+    def around_step(self) -> tuple[list[str], list[str]]:
+        """Return the statements that the training loop runs before every step of SVI, and those after it."""
+        return [], []
 
     # ------------------------------------------------------------------ the page
 
     def text(self) -> str:
-        """Return the whole source text of the script."""
-        data, said = self.data(), formulas(self.experiment)
-        model = self.program("model", said["model"], self.model())
-        guide = self.program("guide", said["guide"], self.guide())
-        parts = [f"{name} = {code}" for name, code in self.parts.items()]
-        fit = [*self.optimizer(), "", *self.loop()]
-        body = "\n".join([*self.length(), *data, STEPS, *parts, "", "", *model, "", "", *guide, "", "", *fit, ""])
-        head = [f'"""{self.experiment.description or self.experiment.name}"""', ""]
-        return "\n".join([*head, *self.import_lines(body), "", body])
+        """Return the source text of the script: the template `script.py.j2`, filled in, below the imports it needs."""
+        train, said = self.experiment.train, formulas(self.experiment)
+        loads, programs = self.data(), {"model": [*self.model()], "guide": [*self.guide()]}
+        numbers = {name: self.at(schedule, TIME) for name, schedule in self.numbers.items()}
+        if "beta" in numbers:  # Pyro refuses to scale by 0
+            numbers["beta"] = f"max(1e-20, {numbers['beta']})"
+        given = [*self.batch.values(), *(f"{name}={name}" for name in numbers)]
+        before, after = self.around_step()
+        before = [*(f"{name} = {value}" for name, value in numbers.items()), *before]
+        rate = self.at(train.schedule, "step / STEPS")
+        if train.warmup:
+            rate = f"{rate} * min((step + 1) / ({train.warmup:g} * STEPS), 1)"
+        settings = train.optimizer.model_dump(exclude={"kind"}, exclude_defaults=True)
+        page = Environment(
+            loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined,
+            trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
+        )  # fmt: skip
+        body = page.get_template("script.py.j2").render(
+            script=self,
+            train=train,
+            data=loads,
+            programs=programs,
+            formulas={name: re.sub(r"^(.*) = \1$", r"\1", said[name]) for name in programs},
+            arguments=[*self.batch, *(f"{number}=1.0" for number in numbers)],
+            left_out=[f"{name} = {value}" for name in LEFT_OUT if (value := getattr(train, name))],
+            optimizer=type(train.optimizer.build([nn.Parameter(torch.zeros(1))])).__name__,
+            settings=literal({"lr": train.optimizer.lr, **settings}),
+            rate=rate,
+            timed=TIME in " ".join(before),
+            step=[*before, f"loss = svi.step({', '.join(given)})", "optimizer.step()", *after],
+        )
+        head = [f'"""{self.experiment.description or self.experiment.name}"""', "", *self.import_lines(body), "", body]
+        return "\n".join(head)
+
+    def used(self, lines: Iterable[str]) -> list[str]:
+        """Return the variables of modules that statements use."""
+        return [part for part in self.parts if re.search(rf"\b{part}\b", "\n".join(lines))]
 
     def import_lines(self, body: str) -> Iterator[str]:
         """Yield the imports: those of Pyro and torch, then those of pvae and of plugins."""
         yield from (line for name, line in IMPORTS.items() if re.search(rf"\b{name}\.", body))
-        theirs = [home for home in sorted(self.imports) if home.split(".")[0] in ("pyro", "torch")]
-        yield from (self.import_line(home) for home in theirs)
+        lines = {home: f"from {home} import {', '.join(sorted(names))}" for home, names in sorted(self.imports.items())}
+        theirs = [home for home in lines if home.split(".")[0] in ("pyro", "torch")]
+        yield from (lines.pop(home) for home in theirs)
         yield from ["", "import pvae"] if "pvae." in body else [""]
-        yield from (self.import_line(home) for home in sorted({*self.imports} - {*theirs}))
-
-    def import_line(self, home: str) -> str:
-        """Return the import of names from a module."""
-        return f"from {home} import {', '.join(sorted(self.imports[home]))}"
-
-    def program(self, name: str, formula: str, statements: Iterable[str]) -> list[str]:
-        """Return the source lines of the function `model` or `guide`, which registers the modules that it uses."""
-        lines = list(statements) or ["pass"]
-        used = [part for part in self.parts if re.search(rf"\b{part}\b", "\n".join(lines))]
-        rows = f"len({next(iter(self.batch))})"
-        left, _, right = formula.partition(" = ")
-        return [
-            f"def {name}({', '.join([*self.batch, *(f'{number}=1.0' for number in self.numbers)])}):",
-            f'    """{left if left == right else formula}"""',
-            *(f'    pyro.module("{part}", {part})' for part in used),
-            f'    with pyro.plate("data", {rows}), poutine.scale(scale=1 / {rows}):  # nats per datum',
-            *(f"        {line}" for line in lines),
-        ]
+        yield from lines.values()
 
     def weighed(self, lines: Iterable[str]) -> Iterator[str]:
         """Yield statements that sample latents, inside the Pyro handler that scales their log densities by beta."""
@@ -127,55 +135,18 @@ class Script(ABC):
             yield f"with {self.context}:" + ("  # beta = 0: no KL" if "mask" in self.context else "")
         yield from (f"    {line}" if self.context else line for line in lines)
 
-    def length(self) -> list[str]:
-        """Return the statements that set the random seed, the number of epochs and the batch size."""
-        train = self.experiment.train
-        return [f"torch.manual_seed({self.experiment.seed})", f"EPOCHS, BATCH = {train.epochs}, {train.batch_size}"]
-
-    def optimizer(self) -> Iterator[str]:
-        """Yield the statements that construct the optimiser and `SVI`."""
-        train = self.experiment.train
-        if left := ", ".join(f"{name} = {getattr(train, name)}" for name in LEFT_OUT if getattr(train, name)):
-            yield f"# Left out of the declared training: {left}"
-        built = type(train.optimizer.build([nn.Parameter(torch.zeros(1))])).__name__
-        given = {"lr": train.optimizer.lr, **train.optimizer.model_dump(exclude={"kind"}, exclude_defaults=True)}
-        rate = self.at(train.schedule, "step / STEPS")
-        if train.warmup:
-            rate = f"{rate} * min((step + 1) / ({train.warmup:g} * STEPS), 1)"
-        loss, options = self.elbo()
-        self.imports["pyro.infer"] = {"SVI", loss}
-        yield "optimizer = pyro.optim.LambdaLR({"
-        yield f'    "optimizer": torch.optim.{built}, "optim_args": {literal(given)},'
-        yield f'    "lr_lambda": lambda step: {rate},'
-        yield "})"
-        yield f"svi = SVI(model, guide, optimizer, {loss}({', '.join(f'{k}={v}' for k, v in options.items())}))"
-
-    def elbo(self) -> tuple[str, dict[str, object]]:
-        """Return the name of Pyro's loss class and its keyword arguments."""
+    def elbo(self) -> str:
+        """Return the constructor call of Pyro's loss, whose class the script then imports."""
         objective: Any = self.experiment.objective
         particles, layout = getattr(objective, "particles", 1), self.pair.layout
-        flat = {"max_plate_nesting": 1}
-        many = {"num_particles": particles, "vectorize_particles": True, **flat} if particles > 1 else {}
+        loss = "TraceGraph_ELBO" if layout.scored else ELBOS[objective.kind]
+        options = {"num_particles": particles, "vectorize_particles": True} if particles > 1 else {}
         if layout.expected or layout.enumerated:
-            return "TraceEnum_ELBO", {**many, **flat}
-        return "TraceGraph_ELBO" if layout.scored else ELBOS[objective.kind], many
-
-    def loop(self) -> Iterator[str]:
-        """Yield the source lines of the training loop over epochs and batches."""
-        given = ", ".join([*self.batch.values(), *(f"{name}={name}" for name in self.numbers)])
-        values = {name: self.at(schedule, TIME) for name, schedule in self.numbers.items()}
-        if "beta" in values:  # Pyro refuses to scale by 0
-            values["beta"] = f"max(1e-20, {values['beta']})"
-        before = [*(f"{name} = {value}" for name, value in values.items()), *self.before_step()]
-        order, batches = "index", "torch.randperm(len(data.train)).split(BATCH)"
-        if TIME in " ".join(before):
-            order, batches = "i, index", f"enumerate({batches})"
-        step = [f"loss = svi.step({given})", "optimizer.step()"]
-        yield 'if __name__ == "__main__":'
-        yield "    for epoch in range(EPOCHS):"
-        yield f"        for {order} in {batches}:"
-        yield from (f"            {line}" for line in [*before, *step, *self.after_step()])
-        yield '        print(f"epoch {epoch + 1}: loss {loss:.2f} nats per datum")'
+            loss = "TraceEnum_ELBO"
+        if options or loss == "TraceEnum_ELBO":
+            options["max_plate_nesting"] = 1
+        self.imports["pyro.infer"] = {"SVI", loss}
+        return f"{loss}({', '.join(f'{name}={value}' for name, value in options.items())})"
 
     # ------------------------------------------------------------------ expressions
 
@@ -222,3 +193,28 @@ class Script(ABC):
 def sampled(name: str, distribution: str, infer: str = "") -> str:
     """Return the `pyro.sample` statement of a latent, from the expression of its distribution."""
     return f'{name} = pyro.sample("{name}", {", ".join([distribution, *([infer] if infer else [])])})'
+
+
+def quoted(text: str) -> str:
+    """Return a string as a Python literal in double quotes."""
+    return json.dumps(text, ensure_ascii=False)
+
+
+def literal(value: Any) -> str:
+    """Return numbers, strings, lists, tuples and dictionaries as a Python literal, strings in double quotes."""
+    if isinstance(value, dict):
+        return named({key: literal(item) for key, item in value.items()})
+    if isinstance(value, tuple | list):
+        inner = ", ".join(map(literal, value))
+        return f"[{inner}]" if isinstance(value, list) else f"({inner}{',' if len(value) == 1 else ''})"
+    return quoted(value) if isinstance(value, str) else repr(value)
+
+
+def named(expressions: Mapping[str, str]) -> str:
+    """Return the source text of a dictionary, given the expressions of its values."""
+    return f"{{{', '.join(f'{quoted(name)}: {value}' for name, value in expressions.items())}}}"
+
+
+def between(start: float, end: float, share: str) -> str:
+    """Return the expression of `start + (end - start) * share`, where `share` is an expression."""
+    return share if (start, end) == (0, 1) else f"{start:g} + {end - start!r} * {share}"

@@ -11,8 +11,7 @@ from torch import nn
 from pvae.component import Section
 from pvae.distributions.base import Determined
 from pvae.distributions.relaxed import categorical_kl
-from pvae.experiment.pyro_script.expressions import named, quoted
-from pvae.experiment.pyro_script.page import SUMMED, TIME, Script, sampled
+from pvae.experiment.pyro_script.page import SUMMED, TIME, Script, named, quoted, sampled
 from pvae.graph.lifecycle import Begun, MadeOfData, Moving
 from pvae.graph.site import OBSERVED, Site, embedded
 from pvae.guides.posteriors.codes import Estimated
@@ -43,11 +42,9 @@ class PairScript(Script):
             "data = experiment.conditioned(pvae.data.load(experiment.data, seed=experiment.seed))",
         ]
 
-    def before_step(self) -> list[str]:
-        return [*self.each(Scheduled, f"follow({TIME}, EPOCHS)"), *self.each(MadeOfData, "start(index)")]
-
-    def after_step(self) -> list[str]:
-        return self.each(Moving, "after_step()")
+    def around_step(self) -> tuple[list[str], list[str]]:
+        follow, start = self.each(Scheduled, f"follow({TIME}, EPOCHS)"), self.each(MadeOfData, "start(index)")
+        return [*follow, *start], self.each(Moving, "after_step()")
 
     def each(self, kind: type, call: str) -> list[str]:
         """Return the loop that makes a call on every module of class `kind` in the pair; no lines if there is none."""
@@ -139,11 +136,9 @@ class PairScript(Script):
 
 def sections_of(value: Any) -> Iterator[Section]:
     """Yield every table (`Section`) inside a declaration, an outer one before those in it."""
-    if isinstance(value, Mapping):
-        value = tuple(value.values())
-    if isinstance(value, tuple):
-        for item in value:
-            yield from sections_of(item)
-    elif isinstance(value, Section):
+    if isinstance(value, Section):
         yield value
-        yield from sections_of(tuple(getattr(value, name) for name in type(value).model_fields))
+        value = dict(value)
+    if isinstance(value, Mapping | tuple):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from sections_of(item)

@@ -10,9 +10,7 @@ from typing import Any, final
 from torch import nn
 
 from pvae.component import Shape
-from pvae.experiment.pyro_script.expressions import literal, named
-from pvae.experiment.pyro_script.layers import chain, layers_of
-from pvae.experiment.pyro_script.page import SUMMED, Script, sampled
+from pvae.experiment.pyro_script.page import SUMMED, Script, literal, named, sampled
 from pvae.experiment.pyro_script.parts import (
     LIKELIHOODS,
     POSTERIORS,
@@ -21,14 +19,14 @@ from pvae.experiment.pyro_script.parts import (
     NotPlainError,
     Part,
     Rules,
+    chain,
+    layers_of,
 )
 from pvae.graph.lifecycle import MadeOfData
 from pvae.graph.link import Link
 from pvae.graph.site import OBSERVED, Site
 from pvae.nn.network import Network, NetworkModule
 from pvae.nn.schedules import Constant
-
-__all__ = ["NotPlainError", "PlainScript"]
 
 
 @final
@@ -75,7 +73,8 @@ class PlainScript(Script):
         declared = self.experiment.latents[site.name].prior
         given = {above: self.seen(above) for above in site.given}
         part = Part(self, f"prior_{site.name}", site, declared, self.modeller.priors[site.name], given)
-        return self.written(part, PRIORS, {above: self.shape(above) for above in site.given}, part.name + "({})")
+        shapes = {**self.pair.frame.shapes, **{latent.name: latent.features for latent in self.experiment.sites()}}
+        return self.written(part, PRIORS, {above: shapes[above] for above in site.given}, part.name + "({})")
 
     def posterior(self, site: Site, x: str) -> Expression:
         """Return statements and expression of the posterior q(site | x, ...), where `x` is an expression."""
@@ -94,7 +93,8 @@ class PlainScript(Script):
             return rule(part)
         if part.site.space.values == "relaxed":  # Pyro's value is a relaxed one-hot, that of pvae its logarithm
             raise NotPlainError
-        code = f"{self.construct(part.declared)}.build({self.site(part.site)}, {literal(dict(shapes))}, Link())"
+        call_of = f"{self.construct(part.declared)}.build"
+        code = f"{call_of}({self.instance(part.site)}, {literal(dict(shapes))}, {self.imported(Link)}())"
         self.build(part.name, code, part.module)
         return [], call.format(named(part.inputs))
 
@@ -151,22 +151,12 @@ class PlainScript(Script):
 
     # ------------------------------------------------------------------ latents
 
-    def site(self, site: Site) -> str:
-        """Return the constructor call of the `Site` of a latent, from which its prior or posterior is built."""
-        self.imported(Link)
-        return self.instance(site)
-
     def instance(self, value: Any) -> str:
         """Return the constructor call of a dataclass, without arguments at their defaults; a literal for other data."""
         if not is_dataclass(value):
             return literal(value)
         given = {f.name: getattr(value, f.name) for f in fields(value) if getattr(value, f.name) != f.default}
         return f"{self.imported(type(value))}({', '.join(f'{k}={self.instance(v)}' for k, v in given.items())})"
-
-    def shape(self, name: str) -> Shape:
-        """Return the event shape of the features of a latent or covariate that networks read (one-hots of codes)."""
-        known = {**self.pair.frame.shapes, **{site.name: site.features for site in self.experiment.sites()}}
-        return known[name]
 
     def seen(self, name: str) -> str:
         """Return the expression of the features of a latent or covariate that networks read (one-hots of codes)."""

@@ -1,0 +1,150 @@
+"""Priors of independent coordinates: normal (standard, or given parents), categorical, Bernoulli and uniform."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar, Literal, final
+
+import pyro.distributions as dist
+import torch
+from torch import Tensor, nn
+
+from pvae.component import Shape
+from pvae.distributions.base import Event
+from pvae.distributions.codes import bits, code_grid
+from pvae.distributions.relaxed import RelaxedCodes, Relaxing
+from pvae.graph.link import Link
+from pvae.graph.site import Site, Values
+from pvae.models.priors.base import MixtureWeights, Prior
+from pvae.nn.network import MLP, LogVarianceBounds, Network, NormalHead
+
+
+class StandardNormalModule(nn.Module):
+    """Module of the standard normal prior N(0, I), on the device of its buffers."""
+
+    loc: Tensor
+    scale: Tensor
+
+    def __init__(self, event: Shape) -> None:
+        super().__init__()
+        self.register_buffer("loc", torch.zeros(event), persistent=False)
+        self.register_buffer("scale", torch.ones(event), persistent=False)
+
+    def forward(self, _given: Mapping[str, Tensor]) -> dist.TorchDistribution:
+        """Return N(0, I) with batch shape `()`."""
+        return Event(dist.Normal(self.loc, self.scale), self.loc.dim())
+
+
+@final
+class StandardNormal(Prior):
+    """Standard normal prior N(0, I), the default; its marginal KL(q_agg || p) measures how much it over-regularises."""
+
+    kind: Literal["standard_normal"] = "standard_normal"
+
+    def build(self, site: Site, given: Mapping[str, Shape], link: Link) -> nn.Module:
+        return StandardNormalModule(site.event)
+
+
+@final
+class ConditionalNormal(Prior):
+    """Diagonal normal prior N(mu(parents), diag sigma^2(parents)), for the latents below the top of a hierarchy."""
+
+    kind: Literal["conditional_normal"] = "conditional_normal"
+    reads_parents: ClassVar[bool] = True
+    needs_parents: ClassVar[bool] = True
+    network: Network = MLP()
+    """Network from the parents' features to mean and log-variance."""
+    log_variance: LogVarianceBounds = (-12.0, 6.0)
+
+    def build(self, site: Site, given: Mapping[str, Shape], link: Link) -> nn.Module:
+        return NormalHead(self.network.build(given, (2 * site.event[0],)), self.log_variance)
+
+
+class WeightsModule(MixtureWeights):
+    """Independent codes over a grid, or bits, of learned or equal probabilities; relaxed codes if the latent is."""
+
+    logits: Tensor
+
+    def __init__(self, site: Site, learned: bool, link: Link) -> None:
+        super().__init__()
+        self.name, self.space, self.link = site.name, site.space, link
+        logits = torch.zeros(*site.space.shape, site.space.states) if site.space.is_code else torch.zeros(site.event)
+        if learned:
+            self.logits = nn.Parameter(logits)
+        else:
+            self.register_buffer("logits", logits, persistent=False)
+
+    @torch.no_grad()
+    def maximise(self, counts: Tensor) -> None:
+        if isinstance(self.logits, nn.Parameter):
+            self.logits.copy_((counts / counts.sum()).log())
+
+    def forward(self, _given: Mapping[str, Tensor]) -> dist.TorchDistribution:
+        """Return the distribution of the codes or bits, with batch shape `()`."""
+        if self.space.values == "relaxed":
+            return RelaxedCodes(self.logits, self.link.model.temperature(self.name), len(self.space.grid))
+        return code_grid(self.logits, len(self.space.grid)) if self.space.is_code else bits(self.logits)
+
+
+class WeightsPrior(Prior):
+    """Base of priors of independent codes or bits, which ignore the parents of the latent."""
+
+    reads_parents: ClassVar[bool] = True
+    ignores_parents: ClassVar[bool] = True
+
+
+@final
+class CategoricalPrior(WeightsPrior):
+    """Categorical prior with learned probabilities, separate for each position of a grid; it ignores the parents."""
+
+    kind: Literal["categorical"] = "categorical"
+    values: ClassVar[tuple[Values, ...]] = ("index", "relaxed")
+
+    def build(self, site: Site, given: Mapping[str, Shape], link: Link) -> nn.Module:
+        return WeightsModule(site, learned=True, link=link)
+
+
+@final
+class BernoulliPrior(WeightsPrior):
+    """Bernoulli prior with one learned probability for each bit; it ignores the parents of the latent."""
+
+    kind: Literal["bernoulli"] = "bernoulli"
+    values: ClassVar[tuple[Values, ...]] = ("binary",)
+
+    def build(self, site: Site, given: Mapping[str, Shape], link: Link) -> nn.Module:
+        return WeightsModule(site, learned=True, link=link)
+
+
+@final
+class UniformPrior(WeightsPrior):
+    """Uniform prior: 1 / K for each of K codes, 1 / 2 for each bit; it ignores the parents of the latent.
+
+    The KL of a point-mass posterior is then log K nats for each code. k-means assumes this prior and equal scales of
+    the components.
+    """
+
+    kind: Literal["uniform"] = "uniform"
+    values: ClassVar[tuple[Values, ...]] = ("index", "relaxed", "binary")
+
+    def build(self, site: Site, given: Mapping[str, Shape], link: Link) -> nn.Module:
+        return WeightsModule(site, learned=False, link=link)
+
+
+class RelaxingModule(nn.Module):
+    """Adapter that gives a relaxed latent a prior over discrete codes, for losses with the KL of the categoricals."""
+
+    def __init__(self, codes: nn.Module, states: int) -> None:
+        super().__init__()
+        self.codes, self.states = codes, states
+
+    def forward(self, given: Mapping[str, Tensor]) -> dist.TorchDistribution:
+        """Return the prior of the codes as a distribution over relaxed one-hots, which scores the codes alone."""
+        return Relaxing(self.codes(given), self.states)
+
+
+def prior_of(prior: Prior, site: Site, given: Mapping[str, Shape], link: Link) -> nn.Module:
+    """Return the module of a prior; for a relaxed latent and a prior over discrete codes, one that scores the codes."""
+    module = prior.build(site, given, link)
+    if site.space.values != "relaxed" or "relaxed" in prior.values:
+        return module
+    return RelaxingModule(module, site.space.states)
