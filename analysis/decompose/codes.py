@@ -12,7 +12,7 @@ from torch import Tensor
 from pvae.distributions.codes import MAX_STATES
 from pvae.distributions.exponential_codes import CertainCodes, Codes
 from pvae.pair.code_usage import Tally, entropy_of
-from pvae.pair.densities import log_prob, members, sum_over
+from pvae.pair.densities import is_masked, log_prob, members, sum_over
 from pvae.pair.layout import SiteShape, samples
 from pvae.pair.pair import Pair
 
@@ -116,6 +116,8 @@ def log_evidence(pair: Pair, x: Tensor) -> Tensor | None:
     if pair.structure.rows is not None or pair.structure.moves or pair.structure.model_only or layout.factors:
         return None
     nodes = samples(pair.guide_trace(pair.structure.few(x)))
+    if pair.structure.moves or any(name not in nodes for name in names):
+        return None
     q = [members(nodes[name], layout, len(x[:2])) for name in names]
     grids = [part for part in q if isinstance(part, Codes | CertainCodes)]
     whole = grids and len(grids) == len(q)
@@ -128,16 +130,23 @@ def log_evidence(pair: Pair, x: Tensor) -> Tensor | None:
         for name, part, index in zip(names, grids, pieces, strict=True)
     }
     rows = max(1, MODEL_ROWS_AT_ONCE // len(states))
-    return torch.cat([_log_sum(pair, part, values, len(states)) for part in x.split(rows)])
+    found = [_log_sum(pair, part, values, len(states)) for part in x.split(rows)]
+    known = [part for part in found if part is not None]
+    return torch.cat(known) if len(known) == len(found) else None
 
 
-def _log_sum(pair: Pair, x: Tensor, values: Mapping[str, tuple[SiteShape, Tensor]], count: int) -> Tensor:
-    """Return log sum_c p(x, c) of some rows, `(n,)`, nats; pairs of joint state and row are the rows of a batch."""
+def _log_sum(pair: Pair, x: Tensor, values: Mapping[str, tuple[SiteShape, Tensor]], count: int) -> Tensor | None:
+    """Return log sum_c p(x, c) of some rows, `(n,)`, nats; pairs of joint state and row are the rows of a batch.
+
+    None where a mask hides a code in some rows: its states would be counted there as often as there are of them.
+    """
     total = torch.full((len(x),), -math.inf, dtype=torch.float64, device=x.device)
     for block in torch.arange(count, device=x.device).split(max(1, MODEL_ROWS_AT_ONCE // len(x))):
         tiled = x.repeat(len(block), *(1,) * (x.dim() - 1))
         fixed = {n: shape.spread(flat[block].repeat_interleave(len(x), 0)) for n, (shape, flat) in values.items()}
         nodes = samples(pair.model_trace(tiled, fixed))
+        if any(name not in nodes or is_masked(nodes[name]) for name in values):
+            return None
         sites = [log_prob(node, pair.layout, 0).double() for node in nodes.values() if pair.layout.holds(node)]
         total = torch.logaddexp(total, sum_over(sites).reshape(len(block), len(x)).logsumexp(0))
     return total

@@ -159,15 +159,10 @@ def _latent(q: Any, p: Any, layout: Layout, n: int, point: bool = False) -> Late
         normal=_normal(posterior),
         kl=None if p is None else -log_p if certain else _closed(q, p, posterior, prior, layout),
         point=point,
-        partial=_masks_rows(q) or (p is not None and _masks_rows(p)),
+        partial=traces.is_masked(q) or (p is not None and traces.is_masked(p)),
         tally=tally(posterior, prior, grid_of(q), bits=isinstance(unwrapped(q["fn"]), Bernoulli)),
         prior=shared_prior(prior),
     )
-
-
-def _masks_rows(node: Any) -> bool:
-    """Return whether a mask hides a part of a site."""
-    return node["mask"] is not None and not bool(torch.as_tensor(node["mask"]).all())
 
 
 def _absent(numel: int, like: Tensor) -> LatentDraw:

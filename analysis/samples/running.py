@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from pyro import poutine
+from pyro.distributions import Unit
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import Categorical, Distribution
@@ -159,8 +160,9 @@ def chunks(n: int, numbers: int) -> Iterator[tuple[int, int]]:
 
 
 def datum(layout: Layout, nodes: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the site of x: the first observed site inside the data plate."""
-    return next(nodes[name] for name in layout.observed if layout.holds(nodes[name]))
+    """Return the site of x: the first observed site inside the data plate, other than a `pyro.factor`."""
+    inside = [nodes[name] for name in layout.observed if name in nodes and layout.holds(nodes[name])]
+    return next((node for node in inside if not isinstance(unwrapped(node["fn"]), Unit)), inside[0])
 
 
 def row_values(t: Any, node: Mapping[str, Any], layout: Layout, count: int) -> Tensor:

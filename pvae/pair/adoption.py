@@ -118,14 +118,17 @@ def copied(pair: Pair) -> tuple[Pair, Store]:
 def deep_copied(thing: Any) -> Any:
     """Return a deep copy of programs, with AutoGuides whole; what cannot be copied is returned as it is."""
     known: dict[int, Any] = {}
+    parts = [part for module in modules_within([thing]) for part in module.modules() if isinstance(part, AutoGuide)]
+    kept = [(part, part._model, part.master) for part in parts]  # a copy empties these of the original as well
     try:
         made = copy.deepcopy(thing, known)
     except Exception:  # a lock, a generator or a tensor with a history inside an object
         return thing
-    for module in modules_within([thing]):
-        for part in module.modules():
-            if isinstance(part, AutoGuide) and part._model and id(part) in known:  # its copy forgets the model
-                known[id(part)]._model = tuple(known.get(id(model), model) for model in part._model)
+    finally:
+        for part, model, master in kept:
+            part._model, part.master = model, master
+    for part in (part for part in parts if part._model and id(part) in known):
+        known[id(part)]._model = tuple(known.get(id(model), model) for model in part._model)
     return made
 
 

@@ -133,6 +133,11 @@ def share(node: Mapping[str, Any], value: Tensor, layout: Layout, particles: int
     return value.sum().reshape(1)
 
 
+def is_masked(node: Mapping[str, Any]) -> bool:
+    """Return whether a mask hides a part of a site."""
+    return node["mask"] is not None and not bool(torch.as_tensor(node["mask"]).all())
+
+
 def _weighed(value: Tensor, scale: Any, mask: Any) -> Tensor:
     """Return a value scaled and masked; skips `scale_and_mask` if both are trivial, as this runs every step."""
     return value if mask is None and scale.__class__ is float and scale == 1.0 else scale_and_mask(value, scale, mask)

@@ -85,6 +85,10 @@ def read_joint_states(nodes: Mapping[str, Any], layout: Layout, particles: int) 
     """
     for name in layout.enumerated:
         require_summable(name, nodes[name], layout)
+        if nodes[name]["mask"] is not None:
+            raise DeclarationError(
+                f"{name}: expected a site to sum over without a mask; got one. Mask what is observed."
+            )
     sizes = tuple(int(nodes[name]["fn"].enumerate_support(expand=False).shape[0]) for name in layout.enumerated)
     if math.prod(sizes) > MAX_STATES:
         raise DeclarationError(
@@ -169,7 +173,7 @@ def require_summable(name: str, node: Mapping[str, Any], layout: Layout) -> None
     """Check that the states of a site can be summed over independently for each data point.
 
     Raises:
-        DeclarationError: the site is global, is in a plate besides the data plate, or has a scale or a mask.
+        DeclarationError: the site is global, is in a plate besides the data plate, or has a scale.
     """
     if not layout.holds(node):
         raise DeclarationError(f"{name}: expected a site to sum over inside the data plate; got a global one. Draw it.")
@@ -180,8 +184,6 @@ def require_summable(name: str, node: Mapping[str, Any], layout: Layout) -> None
             f"Write one site for each element."
         )
     _require_plain(name, node)
-    if node["mask"] is not None:
-        raise DeclarationError(f"{name}: expected a site to sum over without a mask; got one. Mask what is observed.")
 
 
 def _require_plain(name: str, node: Mapping[str, Any]) -> None:

@@ -17,7 +17,7 @@ from pvae.distributions.base import Rounded
 from pvae.distributions.codes import Certain
 from pvae.distributions.relaxed import twin
 from pvae.pair.layout import Layout, SiteShape, is_point, joined, samples, unwrapped
-from pvae.pair.unpacking import Unpacked
+from pvae.pair.unpacking import Unpacked, read_packed
 
 ROWS_OF_A_BATCH = 1000
 """Largest number of rows in one batch of an analysis."""
@@ -130,14 +130,14 @@ def read_structure(
     hidden = {name: node for name, node in model.items() if name not in guide and not node["is_observed"]}
     summed = [(guide | model)[name]["fn"] for name in (*layout.expected, *layout.enumerated)]
     observed = [model[name] for name in layout.observed]
-    packed = any(guide[name]["infer"].get("is_auxiliary") for name in layout.shared)  # the points move with it
+    spread = read_packed(guide, model)
     return Structure(
         event=event,
         layout=layout,
         guide_sites=frozenset(guide),
         model_sites=frozenset(model),
         model_only=tuple(name for name, node in hidden.items() if layout.holds(node)),
-        points=frozenset(name for name, fn in twins.items() if is_point(fn) and not packed),
+        points=frozenset(name for name, fn in twins.items() if is_point(fn) and name not in spread),
         determined=tuple(name for name in layout.observed if is_point(model[name]["fn"])),
         codes=frozenset(name for name, fn in twins.items() if is_code(fn)),
         states=math.prod(int(fn.enumerate_support(expand=False).shape[0]) for fn in summed),

@@ -90,7 +90,11 @@ def terms_of(
 def expected_terms(
     guide_trace: Trace, model_trace: Trace, layout: Layout, particles: int, closed_form: bool, rows: int | None
 ) -> Terms:
-    """Return the ELBO terms in expectation under q(c|x), summed over all joint states c of the enumerated latents."""
+    """Return the ELBO terms in expectation under q(c|x), summed over all joint states c of the enumerated latents.
+
+    In rows where a mask hides c (a label that is known), it has no KL, but is drawn as in other rows: the states are
+    weighed by q(c|x) there too.
+    """
     if layout.enumerated:
         raise DeclarationError(
             f"{', '.join(layout.expected)}: expected draws beside {', '.join(layout.enumerated)}, which the model "
@@ -99,7 +103,7 @@ def expected_terms(
     for name in layout.expected:
         require_summable(name, guide_trace.nodes[name], layout)
     size = full_size(model_trace, layout, rows)
-    log_q = [log_prob(guide_trace.nodes[name], layout, particles) for name in layout.expected]
+    log_q = [log_prob({**guide_trace.nodes[name], "mask": None}, layout, particles) for name in layout.expected]
     weights = sum_over(log_q).exp()
     width = 2 if particles else 1
 

@@ -217,7 +217,8 @@ def easy_guide_of_rows() -> Program:
         pyro.module("encoder", encoder)
         group = self.group(match="a|b")
         with self.plate("data", len(x)):
-            group.sample("ab", dist.Normal(*encoder(x)).to_event(1))
+            loc, scale = encoder(x)
+            group.sample("ab", dist.Normal(loc, 0.3 * scale).to_event(1))
 
     return Program(model, guide, normal((20, 3), 13))
 

@@ -192,7 +192,7 @@ def poisson_factorisation() -> Program:
 
 def deep_exponential_family() -> Program:
     """Two layers of sparse gamma latents with global weights, as in Pyro's sparse gamma DEF, amortised by hand."""
-    encoder = Encoder(WORDS, 3)
+    encoder = nn.Linear(WORDS, 4)
 
     def model(x: Tensor) -> None:
         with pyro.plate("w_top_plate", 2):
@@ -211,9 +211,9 @@ def deep_exponential_family() -> Program:
             shape = pyro.param(f"shape_{name}", 3 * torch.ones(2, width), constraint=constraints.positive)
             with pyro.plate(f"w_{name}_plate", 2):
                 pyro.sample(f"w_{name}", dist.Gamma(shape, 3.0).to_event(1))
-        shape = nn.functional.softplus(encoder(x)[0]) + 1.0
+        shape = nn.functional.softplus(encoder(x)) + 1.0
         with pyro.plate("data", len(x)):
             pyro.sample("z_top", dist.Gamma(shape[..., :2], 2.0).to_event(1))
-            pyro.sample("z_bottom", dist.Gamma(shape[..., 1:], 2.0).to_event(1))
+            pyro.sample("z_bottom", dist.Gamma(shape[..., 2:], 2.0).to_event(1))
 
     return Program(model, guide, counts((20, WORDS), 1.5, 50))

@@ -13,6 +13,7 @@ from torch.distributions import constraints
 
 from tests.programs.amortised import Encoder, decoder
 from tests.programs.program import Program, bits, gaussian_log_p, normal
+from tests.programs.regression import ALL
 
 ROOT = math.sqrt(2.0)
 
@@ -52,7 +53,7 @@ def subsample_plate() -> Program:
             pyro.sample("z", dist.Normal(a * x[i], 0.7))
 
     x = normal(20, 71, 1.4)
-    return Program(model, guide, x, log_normal(x))
+    return Program(model, guide, x, log_normal(x), options=ALL)
 
 
 def declared_full_size() -> Program:
@@ -104,7 +105,7 @@ def eight_schools() -> Program:
 
     y = torch.tensor([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0])
     sigma = torch.tensor([15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0])
-    return Program(model, AutoNormal(model), torch.stack([y, sigma], 1))
+    return Program(model, AutoNormal(model), torch.stack([y, sigma], 1), options=ALL)
 
 
 def baseball() -> Program:

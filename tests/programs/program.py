@@ -24,8 +24,8 @@ class Program:
     """Exact mean log p(x), nats per datum; None where there is no closed form."""
     elbo: Callable[[], Tensor | float] | None = None
     """Exact ELBO per datum, in place of a mean of Pyro's losses; None where there is none."""
-    looser: tuple[Callable[..., Any], Callable[..., Any]] | None = None
-    """Another model and guide of the same ELBO, which Pyro runs; default: the pair itself."""
+    bound: tuple[Callable[..., Any], Callable[..., Any]] | None = None
+    """Model and guide without the penalties of the training loss, which Pyro runs; default: those of the pair."""
     plates: int = 1
     """Number of nested plates, for `TraceEnum_ELBO`."""
     options: tuple[str, ...] = field(default=())

@@ -16,6 +16,8 @@ from torch import Tensor
 from tests.programs.program import Program, gaussian_log_p, normal
 
 NOISE = 0.7
+ALL = ("train.batch_size=100",)
+"""All rows in one batch, where the programs have parameters for each of them."""
 
 
 def rows(count: int = 20) -> Tensor:
@@ -74,6 +76,6 @@ def rows_with(kind: str, **options: Any) -> Callable[[], Program]:
     def made() -> Program:
         x = normal(12, 62, 1.4)
         log_p = float(dist.Normal(0.0, 2.0**0.5).log_prob(x).mean())
-        return Program(local_model, getattr(autoguide, kind)(local_model, **options), x, log_p)
+        return Program(local_model, getattr(autoguide, kind)(local_model, **options), x, log_p, options=ALL)
 
     return made

@@ -15,6 +15,12 @@ from tests.programs.program import Program, bits, counts, normal
 CLASSES = 3
 
 
+def joined(a: Tensor, b: Tensor) -> Tensor:
+    """Two inputs of a network side by side, whatever batch dimensions a label that is summed over adds."""
+    shape = torch.broadcast_shapes(a.shape[:-1], b.shape[:-1])
+    return torch.cat([a.expand(*shape, a.shape[-1]), b.expand(*shape, b.shape[-1])], -1)
+
+
 def labelled(rows: int, known: int) -> Tensor:
     """Rows of four bits, then the label: -1 where it is unknown."""
     label = torch.where(torch.arange(rows) % rows < known, torch.arange(rows) % CLASSES, torch.tensor(-1))
@@ -33,9 +39,7 @@ def m1_then_m2() -> Program:
             prior = dist.Categorical(torch.ones(CLASSES) / CLASSES)
             y = pyro.sample("y", prior, obs=label.clamp(min=0), obs_mask=label >= 0)
             one_hot = nn.functional.one_hot(y, CLASSES).float()
-            shape = torch.broadcast_shapes(z.shape[:-1], one_hot.shape[:-1])
-            seen = torch.cat([z.expand(*shape, 2), one_hot.expand(*shape, CLASSES)], -1)
-            pyro.sample("x", dist.Bernoulli(logits=net(seen)).to_event(1), obs=x)
+            pyro.sample("x", dist.Bernoulli(logits=net(joined(z, one_hot))).to_event(1), obs=x)
 
     def guide(data: Tensor) -> None:
         pyro.module("encoder", encoder)
@@ -47,8 +51,7 @@ def m1_then_m2() -> Program:
                 y = pyro.sample("y_unobserved", q, infer={"enumerate": "parallel"})
             y = torch.where(label >= 0, label, y)
             one_hot = nn.functional.one_hot(y, CLASSES).float()
-            seen = torch.cat([x.expand(*one_hot.shape[:-1], 4), one_hot], -1)
-            pyro.sample("z", dist.Normal(*encoder(seen)).to_event(1))
+            pyro.sample("z", dist.Normal(*encoder(joined(x, one_hot))).to_event(1))
 
     return Program(model, guide, labelled(20, 12))
 
@@ -65,9 +68,7 @@ def m2(known: int, summed: bool) -> Program:
         with pyro.plate("data", len(data)):
             z = pyro.sample("z", dist.Normal(torch.zeros(len(x), 2), 1.0).to_event(1))
             y = pyro.sample("y", dist.OneHotCategorical(torch.ones(len(x), CLASSES) / CLASSES), obs=label)
-            shape = torch.broadcast_shapes(z.shape[:-1], y.shape[:-1])
-            seen = torch.cat([z.expand(*shape, 2), y.expand(*shape, CLASSES)], -1)
-            pyro.sample("x", dist.Bernoulli(logits=net(seen)).to_event(1), obs=x)
+            pyro.sample("x", dist.Bernoulli(logits=net(joined(z, y))).to_event(1), obs=x)
 
     def guide(data: Tensor) -> None:
         pyro.module("encoder", encoder)
@@ -78,8 +79,7 @@ def m2(known: int, summed: bool) -> Program:
             else:
                 pyro.module("classify", classify)
                 y = pyro.sample("y", dist.OneHotCategorical(logits=classify(x)))
-            seen = torch.cat([x.expand(*y.shape[:-1], 4), y], -1)
-            pyro.sample("z", dist.Normal(*encoder(seen)).to_event(1))
+            pyro.sample("z", dist.Normal(*encoder(joined(x, y))).to_event(1))
 
     return Program(model, config_enumerate(guide) if summed else guide, labelled(20, known))
 
@@ -108,8 +108,7 @@ def m2_two_losses() -> Program:
         with pyro.plate("data", len(data)):
             z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
             y = pyro.sample("y", dist.OneHotCategorical(torch.ones(CLASSES) / CLASSES), obs=one_hot(data))
-            seen = torch.cat([z, y.expand(*z.shape[:-1], CLASSES)], -1)
-            pyro.sample("x", dist.Bernoulli(logits=net(seen)).to_event(1), obs=data[..., :4])
+            pyro.sample("x", dist.Bernoulli(logits=net(joined(z, y))).to_event(1), obs=data[..., :4])
 
     def guide(data: Tensor) -> None:
         pyro.module("encoder", encoder)
@@ -117,19 +116,15 @@ def m2_two_losses() -> Program:
         with pyro.plate("data", len(data)):
             q = dist.OneHotCategorical(logits=classify(data[..., :4]))
             pyro.factor("classification", -0.5 * q.log_prob(one_hot(data)), has_rsample=False)
-            pyro.sample("z", dist.Normal(*encoder(torch.cat([data[..., :4], one_hot(data)], -1))).to_event(1))
+            pyro.sample("z", dist.Normal(*encoder(joined(data[..., :4], one_hot(data)))).to_event(1))
 
-    return Program(model, guide, labelled(20, 20), looser=(model, poutine.block(guide, hide=["classification"])))
+    return Program(model, guide, labelled(20, 20), bound=(model, poutine.block(guide, hide=["classification"])))
 
 
 def scanvi() -> Program:
     """Counts with a library size, two latents and a label that is summed over where unknown."""
     upper, lower, size = Encoder(1 + CLASSES, 1), Encoder(4, 1), Encoder(4, 1)
     prior, classify, net = Encoder(1 + CLASSES, 1), nn.Linear(1, CLASSES), decoder(1, 4)
-
-    def joined(a: Tensor, b: Tensor) -> Tensor:
-        shape = torch.broadcast_shapes(a.shape[:-1], b.shape[:-1])
-        return torch.cat([a.expand(*shape, a.shape[-1]), b.expand(*shape, b.shape[-1])], -1)
 
     def one_hot(data: Tensor) -> Tensor:
         return nn.functional.one_hot(data[..., 4].long(), CLASSES).float()
@@ -159,7 +154,7 @@ def scanvi() -> Program:
 
     label = torch.arange(20)[:, None] % CLASSES
     x = torch.cat([counts((20, 4), 1.5, 21), label.float()], 1)
-    return Program(model, guide, x, looser=(model, poutine.block(guide, hide=["classification"])))
+    return Program(model, guide, x, bound=(model, poutine.block(guide, hide=["classification"])))
 
 
 def ssivae() -> Program:
@@ -171,8 +166,7 @@ def ssivae() -> Program:
         with pyro.plate("data"):
             z = pyro.sample("z", dist.Normal(x.new_zeros(len(x), 2), 1.0).to_event(1))
             y = pyro.sample("y", dist.OneHotCategorical(x.new_ones(len(x), CLASSES) / CLASSES))
-            shape = torch.broadcast_shapes(z.shape[:-1], y.shape[:-1])
-            loc = net(torch.cat([z.expand(*shape, 2), y.expand(*shape, CLASSES)], -1)).sigmoid()
+            loc = net(joined(z, y)).sigmoid()
             pyro.sample("x", dist.ContinuousBernoulli(loc).to_event(1), obs=x)
 
     @config_enumerate
@@ -181,7 +175,7 @@ def ssivae() -> Program:
         pyro.module("classify", classify)
         with pyro.plate("data"):
             y = pyro.sample("y", dist.OneHotCategorical(logits=classify(x)))
-            pyro.sample("z", dist.Normal(*encoder(torch.cat([x.expand(*y.shape[:-1], 4), y], -1))).to_event(1))
+            pyro.sample("z", dist.Normal(*encoder(joined(x, y))).to_event(1))
 
     return Program(model, guide, normal((16, 4), 22).sigmoid())
 
@@ -196,9 +190,7 @@ def ss_regression_vae() -> Program:
         with pyro.plate("data", len(data)):
             z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
             y = pyro.sample("y", dist.Normal(torch.zeros(1), 1.0).to_event(1), obs=y, obs_mask=known)
-            shape = torch.broadcast_shapes(z.shape[:-1], y.shape[:-1])
-            seen = torch.cat([z.expand(*shape, 2), y.expand(*shape, 1)], -1)
-            pyro.sample("x", dist.Normal(net(seen), 0.7).to_event(1), obs=x)
+            pyro.sample("x", dist.Normal(net(joined(z, y)), 0.7).to_event(1), obs=x)
 
     def guide(data: Tensor) -> None:
         pyro.module("encoder", encoder)
@@ -208,7 +200,7 @@ def ss_regression_vae() -> Program:
             with poutine.mask(mask=~known):
                 drawn = pyro.sample("y_unobserved", dist.Normal(*regress(x)).to_event(1))
             y = torch.where(known[..., None], y, drawn)
-            pyro.sample("z", dist.Normal(*encoder(torch.cat([x.expand(*y.shape[:-1], 4), y], -1))).to_event(1))
+            pyro.sample("z", dist.Normal(*encoder(joined(x, y))).to_event(1))
 
     known = (torch.arange(20)[:, None] < 8).float()
     return Program(model, guide, torch.cat([normal((20, 5), 23), known], 1))

@@ -148,7 +148,7 @@ def hidden_markov_with_tones() -> Program:
                 with poutine.mask(mask=(t < lengths)[:, None]):
                     state = pyro.sample(f"c_{t}", dist.Categorical(start[state]))
                     with tones as tone:
-                        pyro.sample(f"x_{t}", dist.Bernoulli(emission[state.squeeze(-1), tone]), obs=x[:, t])
+                        pyro.sample(f"x_{t}", dist.Bernoulli(emission[state, tone]), obs=x[:, t])
 
     def guide(data: Tensor) -> None:
         pass

@@ -242,9 +242,15 @@ class Examination:
 
         def make() -> Samples:
             try:
-                return sample(self.run, count, mean=not self.implicit, seed=self.seed, on_progress=told)
+                found = sample(self.run, count, mean=not self.implicit, seed=self.seed, on_progress=told)
             except UNDEFINED:
-                return sample(self.run, count, seed=self.seed, on_progress=told)
+                found = sample(self.run, count, seed=self.seed, on_progress=told)
+            if found.x[0].numel() != prod(self.shape):
+                raise DataError(
+                    f"expected a model of whole rows of data, {list(self.shape)}, to compare samples with data; got "
+                    f"samples of shape {list(found.x.shape[1:])}: the model observes a part of a row at its first site."
+                )
+            return found
 
         return self.attempt("samples", make)
 
