@@ -213,7 +213,7 @@ class Account:
 
     def shares(self) -> Tensor:
         """Return the KL of the global latents for every sample, divided by n, `(samples, 1)`, nats per datum."""
-        shares = [[sum(d.values()) / len(self.x)] for d in self.shared]
+        shares = [[sum(d.values()) / self.first.size] for d in self.shared]
         return torch.tensor(shares, dtype=torch.float64, device=self.x.device)
 
     def over(self, terms: Tensor, kind: Kind = "estimate") -> Estimate:

@@ -17,7 +17,7 @@ from pvae.distributions.exponential_codes import ROW_COST, CertainCodes, Codes
 from pvae.errors import DataError
 from pvae.pair import densities as traces
 from pvae.pair.code_usage import Tally, grid_of, shared_prior, tally
-from pvae.pair.densities import closed_kl, log_prob, rows_first, sum_over
+from pvae.pair.densities import closed_kl, full_size, log_prob, rows_first, sum_over
 from pvae.pair.enumeration import JointStates, eliminated, read_joint_states
 from pvae.pair.layout import Layout, samples, unwrapped
 from pvae.pair.pair import Pair
@@ -110,6 +110,8 @@ class Draw:
     """Log ratio log q - log p of every global latent, by name, nats for the whole data set."""
     points: bool = True
     """True if the guide sets every global latent to a point (Delta)."""
+    size: int = 1
+    """Number of rows by which terms of the whole data set are divided: that of the data, or as the data plate says."""
 
     def flat(self, names: Sequence[str]) -> Tensor:
         """Return the sampled values of several latents, concatenated to `(n, D)`."""
@@ -120,7 +122,8 @@ def draw_chunk(pair: Pair, x: Tensor, size: int = 0) -> Draw:
     """Return one sample of all latents for a chunk of rows of a data set of `size` rows (0: of the chunk alone)."""
     guide_trace, model_trace = pair.traces(x)
     guide, model = samples(guide_trace), samples(model_trace)
-    layout, n, size = pair.layout, len(x), size or len(x)
+    layout, n = pair.layout, len(x)
+    size = full_size(model_trace, layout, size or n)
     if layout.enumerated:
         reconstruction, latents = _summed(guide, model_trace, layout, n, size)
     else:
@@ -132,7 +135,7 @@ def draw_chunk(pair: Pair, x: Tensor, size: int = 0) -> Draw:
             for name in layout.latents
         }
     shared = {name: _log_ratio(guide[name], model.get(name)) for name in layout.shared if name in guide}
-    return Draw(reconstruction, latents, shared, pair.structure.points.issuperset(layout.shared))
+    return Draw(reconstruction, latents, shared, pair.structure.points.issuperset(layout.shared), size)
 
 
 def _observed(nodes: Sites, layout: Layout, size: int, known: Collection[str] = ()) -> Tensor:
@@ -303,7 +306,7 @@ def draw(pair: Pair, x: Tensor, chunk: int = ROWS_OF_A_BATCH) -> Draw:
                 _fold(parts[0].latents[name], latent)
         names = [name for name in (pair.layout.latents or parts[0].latents) if name in parts[0].latents]
     latents = {name: _joined([p.latents[name] for p in parts]) for name in names}
-    return Draw(torch.cat([p.reconstruction for p in parts]), latents, parts[0].shared, parts[0].points)
+    return Draw(torch.cat([p.reconstruction for p in parts]), latents, parts[0].shared, parts[0].points, parts[0].size)
 
 
 def _drop_large(latent: LatentDraw, n: int) -> None:

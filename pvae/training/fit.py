@@ -200,7 +200,10 @@ def _require_fittable(plan: Plan, pair: Pair, data: Dataset, foreign: bool) -> N
 
     Called before a run directory is made; `foreign` is True for a hand-written pair, which gets further checks.
     """
-    rows, problems = data.train.rows[:3], plan.objective.misfits(pair, len(data.train))
+    rows, problems = (
+        data.train.rows[: plan.train.batch_size if foreign else 3],
+        plan.objective.misfits(pair, len(data.train)),
+    )
     if foreign:
         if not any(True for _ in pair.parameters()):
             problems.append(
