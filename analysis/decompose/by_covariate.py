@@ -7,10 +7,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from pvae.analysis.decompose.posterior_draws import Draw
 from pvae.analysis.decompose.result import LatentSurgery, Surgery
-from pvae.analysis.figures.estimate import Estimate
+from pvae.analysis.figures.estimate import Estimate, exact
 from pvae.pair.pair import Pair
 from pvae.util import seeds
 
@@ -23,6 +25,11 @@ BOUNDS = {"mutual_information_lower": "mutual_information", "marginal_kl_upper":
 each of them in the other groups."""
 GROUP_SEEDS = 1000
 """Offset of the groups' seeds among the noise streams of an analysis."""
+GROUPS_AT_MOST = 100
+"""Largest number of groups of rows with the same latents that have a surgery of their own."""
+NOTHING = exact(0.0)
+ABSENT = LatentSurgery(NOTHING, NOTHING, NOTHING, NOTHING, None, None)
+"""Surgery of a latent in a group of rows that lack it."""
 LEVEL_FIGURES = ("kl", "kl_exact", "mutual_information", "marginal_kl")
 
 
@@ -42,26 +49,58 @@ def by_group(
         seed: seed of the samples; groups have seeds of their own, so that their errors are independent.
     """
     groups = pair.groups(x)
-    if groups is None or len(present := groups.unique().tolist()) < 2:
+    if groups is None or len(groups.unique()) < 2:
         return None
     others = None if train is None else pair.groups(train)
+    found, sizes = _apart(groups, x, labels, (train, others), take_apart, seed)
+    return pool(found, sizes, f"conditioned: q_agg(z | y) and I_q[x, z | y] within each of {len(found)} groups")
+
+
+def by_presence(
+    first: Draw, x: Tensor, labels: Tensor | None, take_apart: Callable[..., Surgery], seed: int
+) -> Surgery | None:
+    """Return the mean of the surgeries of all groups of rows with the same latents, as sequences of one length have.
+
+    None where all rows have the same, where there are more than `GROUPS_AT_MOST` groups, or one of a single row.
+    """
+    keys = [latent.present for latent in first.latents.values() if latent.partial]
+    if not keys:
+        return None
+    groups = torch.stack([key for key in keys if key is not None], 1).unique(dim=0, return_inverse=True)[1]
+    if len(counts := groups.bincount()) > GROUPS_AT_MOST or int(counts.min()) < 2:
+        return None
+    found, sizes = _apart(groups, x, labels, (None, None), take_apart, seed)
+    return pool(found, sizes, f"by the latents that rows have: q_agg and I_q within each of {len(found)} groups")
+
+
+def _apart(
+    groups: Tensor,
+    x: Tensor,
+    labels: Tensor | None,
+    train: tuple[Tensor | None, Tensor | None],
+    take_apart: Callable[..., Surgery],
+    seed: int,
+) -> tuple[list[Surgery], list[int]]:
+    """Return the surgeries of all groups of rows, and their sizes; `train` are other rows and their groups."""
+    others, other_groups = train
     found, sizes = [], []
-    for group in present:
+    for group in groups.unique().tolist():
         mine = groups == group
-        same = None if train is None or others is None else train[others == group]
+        same = None if others is None or other_groups is None else others[other_groups == group]
         same = same if same is not None and len(same) else None
         own = seeds.mix(seed, seeds.ANALYSIS, GROUP_SEEDS + group)
         found.append(take_apart(x[mine], None if labels is None else labels[mine], same, own))
         sizes.append(int(mine.sum()))
-    return pool(found, sizes)
+    return found, sizes
 
 
-def pool(found: Sequence[Surgery], sizes: Sequence[int]) -> Surgery:
+def pool(found: Sequence[Surgery], sizes: Sequence[int], note: str) -> Surgery:
     """Return the means over groups of all terms, weighted by group size, with the errors of independent groups.
 
     If only some groups have a lower and an upper bound, the estimates of the other groups serve as both.
     """
-    latents = {name: _level([s.latents[name] for s in found], sizes) for name in found[0].latents}
+    names = dict.fromkeys(name for s in found for name in s.latents)
+    latents = {name: _level([s.latents.get(name, ABSENT) for s in found], sizes) for name in names}
     told = dict.fromkeys(note for s in found for note in s.notes)
     classes = {label: c for s in found for label, c in s.classes.items()}
     distinct = sum(len(s.classes) for s in found) == len(classes)
@@ -78,7 +117,7 @@ def pool(found: Sequence[Surgery], sizes: Sequence[int]) -> Surgery:
         latents=latents,
         classes=classes if distinct else {},
         label_information=None,
-        notes=(f"conditioned: q_agg(z | y) and I_q[x, z | y] within each of {len(found)} groups", *told),
+        notes=(note, *told),
     )
 
 

@@ -56,14 +56,20 @@ class LatentDraw:
     point: bool = False
     """True if the guide sets the latent to a point (Delta): `log_q` is then 0 or, in a flow, minus the log determinant
     of the map from x to z."""
-    partial: bool = False
-    """True if some rows lack this latent: the site is absent from their batch, or masked."""
+    present: Tensor | None = None
+    """An integer per row, `(n,)`, that tells which elements of the latent are present: the same number for the same
+    elements, 0 for none. None where no mask hides any and no batch lacks the site."""
     tally: Tally | None = None
     """Code probabilities and entropies of a discrete latent, summed over all rows, also where `q` is not kept; None for
     continuous latents."""
     prior: Tensor | None = None
     """Log prior probabilities of a discrete latent, `(P, K)` for K states at P positions, if they factorise and are the
     same for all rows; else None."""
+
+    @property
+    def partial(self) -> bool:
+        """True if some rows lack this latent or a part of it: absent from their batch, or masked."""
+        return self.present is not None and len(self.present.unique()) > 1
 
     @property
     def certain(self) -> bool:
@@ -162,16 +168,31 @@ def _latent(q: Any, p: Any, layout: Layout, n: int, point: bool = False) -> Late
         normal=_normal(posterior),
         kl=None if p is None else -log_p if certain else _closed(q, p, posterior, prior, layout),
         point=point,
-        partial=traces.is_masked(q) or (p is not None and traces.is_masked(p)),
+        present=_presence(q, p, layout, n),
         tally=tally(posterior, prior, grid_of(q), bits=isinstance(unwrapped(q["fn"]), Bernoulli)),
         prior=shared_prior(prior),
     )
 
 
+def _presence(q: Any, p: Any, layout: Layout, n: int) -> Tensor | None:
+    """Return an integer per row that tells which elements of a site no mask hides; None where there is no mask."""
+    masks = [node["mask"] for node in (q, p) if node is not None and node["mask"] is not None]
+    if not masks:
+        return None
+    shown = torch.ones(q["fn"].batch_shape, dtype=torch.bool, device=q["value"].device)
+    for mask in masks:
+        shown = shown & torch.as_tensor(mask, device=shown.device)
+    first = shown.movedim(layout.dim, 0)
+    rows = first.expand(n, *first.shape[1:]).reshape(n, -1)
+    weights = torch.randint(1, 2**40, rows.shape[1:], generator=torch.Generator().manual_seed(0))
+    return (rows * weights.to(rows.device)).sum(1)
+
+
 def _absent(numel: int, like: Tensor) -> LatentDraw:
     """Return the draw of a latent that a batch lacks: its terms are 0."""
     zero = torch.zeros_like(like)
-    return LatentDraw(zero[:, None].expand(-1, numel), zero, zero, None, None, None, zero, partial=True)
+    nowhere = torch.zeros_like(zero, dtype=torch.int64)
+    return LatentDraw(zero[:, None].expand(-1, numel), zero, zero, None, None, None, zero, present=nowhere)
 
 
 def _members(node: Any, layout: Layout, n: int) -> Members | None:
@@ -187,7 +208,7 @@ def _prior(node: Any, layout: Layout, n: int) -> Members | None:
 
 def _score(node: Any, known: Members | None, value: Tensor, layout: Layout) -> Tensor:
     """Return the log density of a site's value per row, float64, from float64 parameters where these are known."""
-    weighed = node["mask"] is not None or not (node["scale"].__class__ is float and node["scale"] == 1.0)
+    weighed = traces.is_masked(node) or not (node["scale"].__class__ is float and node["scale"] == 1.0)
     if known is None or weighed:
         return log_prob(node, layout, 0).double()
     return known.log_prob(value)
@@ -306,6 +327,7 @@ def draw(pair: Pair, x: Tensor, chunk: int = ROWS_OF_A_BATCH) -> Draw:
                 _fold(parts[0].latents[name], latent)
         names = [name for name in (pair.layout.latents or parts[0].latents) if name in parts[0].latents]
     latents = {name: _joined([p.latents[name] for p in parts]) for name in names}
+    latents = {name: z for name, z in latents.items() if z.present is None or bool((z.present > 0).any())}
     return Draw(torch.cat([p.reconstruction for p in parts]), latents, parts[0].shared, parts[0].points, parts[0].size)
 
 
@@ -326,6 +348,15 @@ def _fold(first: LatentDraw, other: LatentDraw) -> None:
     other.tally = other.prior = None
 
 
+def _same_presence(parts: Sequence[LatentDraw]) -> Tensor | None:
+    """Return the presence of one latent in consecutive chunks; where one has no mask, all its elements are present."""
+    known = [part.present for part in parts if part.present is not None]
+    if not known:
+        return None
+    whole = max(1, *(int(present.max()) for present in known))
+    return torch.cat([torch.full_like(p.log_q, whole).long() if p.present is None else p.present for p in parts])
+
+
 def _joined(parts: list[LatentDraw]) -> LatentDraw:
     """Concatenate the samples of one latent for consecutive chunks of rows."""
     first, rest = parts[0], parts[1:]
@@ -334,8 +365,8 @@ def _joined(parts: list[LatentDraw]) -> LatentDraw:
     out: dict[str, Any] = {}
     for f in fields(LatentDraw):
         column = [getattr(part, f.name) for part in parts]
-        if f.name == "partial":
-            out[f.name] = any(column)
+        if f.name == "present":
+            out[f.name] = _same_presence(parts)
         elif f.name in ("point", "tally", "prior"):
             out[f.name] = column[0]
         elif any(part is None for part in column) or f.name == "normal":

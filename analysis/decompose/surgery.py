@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pvae.analysis.decompose.account import Account
 from pvae.analysis.decompose.aggregated import MEMORY
-from pvae.analysis.decompose.by_covariate import by_group
+from pvae.analysis.decompose.by_covariate import by_group, by_presence
 from pvae.analysis.decompose.entry import accept, quiet
 from pvae.analysis.decompose.posterior_draws import Draw, draw
 from pvae.analysis.decompose.result import Surgery
@@ -110,16 +110,19 @@ def surgery(
     x = accept(pair, x)
     train = None if train is None else accept(pair, train)
     y = _labels(labels, x)
-    pooled = by_group(
-        pair, x, _labels(labels, x), train,
-        lambda rows, y, other, own: surgery(
-            pair, rows, samples, own, labels=y, train=other, components=components, memory=memory
-        ),
-        seed,
-    )  # fmt: skip
+
+    def apart(rows: Tensor, y: Tensor | None, other: Tensor | None, own: int) -> Surgery:
+        return surgery(pair, rows, samples, own, labels=y, train=other, components=components, memory=memory)
+
+    pooled = by_group(pair, x, y, train, apart, seed)
     if pooled is not None:
         return pooled
     found = pair.dependencies(x)
+    with quiet(pair, x, seed):
+        first = draw(pair, x)
+    pooled = None if pair.layout.shared or pair.structure.rows is not None else by_presence(first, x, y, apart, seed)
+    if pooled is not None:
+        return pooled
     with quiet(pair, x, seed):
         first = draw(pair, x)
         account = Account(pair, x, first, found, seed, components, memory, priors_by_row(pair, x))

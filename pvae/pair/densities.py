@@ -182,7 +182,7 @@ def rows_first(t: Tensor, node: Mapping[str, Any], layout: Layout, rows: int, be
 def shared_codes(node: Mapping[str, Any], layout: Layout) -> Codes | None:
     """Return the categorical codes of a site as one member if all rows share the same logits; else None."""
     fn = unwrapped(node["fn"])
-    if node["mask"] is not None or not isinstance(fn, Categorical):
+    if is_masked(node) or not isinstance(fn, Categorical):
         return None
     event = tuple(node["fn"].event_shape)
     logits = fn.logits.detach().expand(*node["fn"].batch_shape, *event, -1)
@@ -198,7 +198,7 @@ def members(node: Mapping[str, Any], layout: Layout, rows: int) -> Members | Non
     Copies along plates other than the data plate are independent, so that a member is their product.
     """
     fn = unwrapped(node["fn"])
-    if node["mask"] is not None:
+    if is_masked(node):
         return None
 
     def flat(t: Tensor, beyond: int = 0) -> Tensor:
