@@ -246,12 +246,8 @@ def from_table(kind: type[S], raw: Any, origin: str) -> S:
 
 def _unwrap(annotation: Any) -> Any:
     """Return the type inside `Annotated` and `Optional`."""
-    origin = get_origin(annotation)
-    if origin is Annotated:
-        return _unwrap(get_args(annotation)[0])
-    if origin in (Union, types.UnionType):
-        rest = [a for a in get_args(annotation) if a is not type(None)]
-        return _unwrap(rest[0])
+    if get_origin(annotation) in (Annotated, Union, types.UnionType):
+        return _unwrap(next(inner for inner in get_args(annotation) if inner is not type(None)))
     return annotation
 
 
@@ -266,16 +262,10 @@ def table_at(raw: Any, path: Sequence[Any], root: type[BaseModel]) -> tuple[Any,
         else:
             kind = _unwrap(get_args(kind)[-1]) if get_origin(kind) in (dict, tuple) else None
         value = value.get(part) if isinstance(value, dict) else None
-        kind = _member(kind, value)
+        if isinstance(kind, type) and issubclass(kind, Component) and kind.is_family():
+            name = value.get(kind.tag, kind.default) if isinstance(value, dict) else value
+            kind = kind.members.get(name, kind) if isinstance(name, str) else kind
     return value, kind if isinstance(kind, type) and issubclass(kind, BaseModel) else None
-
-
-def _member(kind: Any, value: Any) -> Any:
-    """Return the class of the kind that a table names, or its family if it names none; any other type unchanged."""
-    if isinstance(kind, type) and issubclass(kind, Component) and kind.is_family():
-        name = value.get(kind.tag, kind.default) if isinstance(value, dict) else value
-        return kind.members.get(name, kind) if isinstance(name, str) else kind
-    return kind
 
 
 def describe(error: ErrorDetails, raw: Any, root: type[BaseModel]) -> str:

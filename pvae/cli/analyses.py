@@ -10,7 +10,7 @@ import typer
 from typer import Argument, Option
 
 import pvae
-from pvae.cli.app import ON_FITTED, ON_RUN_AND_DEVICE, Shared, beside, command, emit, rows_of, say
+from pvae.cli.app import ON_FITTED, ON_RUN_AND_DEVICE, Shared, beside, command, rows_of
 from pvae.errors import DeclarationError
 
 if TYPE_CHECKING:
@@ -45,14 +45,15 @@ def surgery(
                 on_progress=lambda done, _, i=i: bar.update(i * samples + done, ""),  # type: ignore[misc]
             )  # fmt: skip
             train = x
-    if shared.as_json:
-        figures = {name: s.to_dict() for name, s in found.items()}
-        more = {"splits": figures} if split == "both" else {"split": split, **figures[split]}
-        emit({"run": str(opened.path), **more})
-        return
-    say(side_by_side(found) if split == "both" else found[split])
-    for name, s in found.items() if by_class else ():
-        say(class_table(s, name, opened.data.label_names) if s.classes else f"{name} has no labels")
+    figures = {name: s.to_dict() for name, s in found.items()}
+    more = {"splits": figures} if split == "both" else {"split": split, **figures[split]}
+    tables = [
+        class_table(s, name, opened.data.label_names) if s.classes else f"{name} has no labels"
+        for name, s in found.items()
+        if by_class
+    ]
+    whole = side_by_side(found) if split == "both" else found[split]
+    shared.answer({"run": str(opened.path), **more}, whole, *tables)
 
 
 METHODS = ("iwae", "prior", "ais", "bracket")
@@ -206,8 +207,8 @@ def posterior(
     path = found.save(out or opened.files.analysis / f"posterior-{split}.nc")
     summary = found.summary()
     data = {"run": str(opened.path), "split": split, "file": str(path), "summary": summary.to_dict("index")}
-    shared.answer(data, summary.to_string(float_format="{:.3f}".format, max_rows=40))
-    shared.tell(f"posterior: {path}")
+    shown = summary.to_string(float_format="{:.3f}".format, max_rows=40)
+    shared.answer(data, shown, f"posterior: {path}")
 
 
 # ---------------------------------------------------------------------- HTML pages
@@ -235,8 +236,7 @@ def report(
     with shared.bar("report") as bar:
         found = examine(exam, bar.report)
     path = found.write(opened.files.report, figures=figures)
-    shared.answer({"file": str(path), **found.to_dict(), "run": str(opened.path)}, found)
-    shared.tell(f"report: {path}")
+    shared.answer({"file": str(path), **found.to_dict(), "run": str(opened.path)}, found, f"report: {path}")
 
 
 @command(ON_FITTED)
@@ -260,5 +260,4 @@ def compare(
     with shared.bar("compare") as bar:
         found = examine(comparison, " and ".join(comparison.names), "", bar.report)
     path = found.write(out, figures=figures)
-    shared.answer({"file": str(path), **found.to_dict()}, found)
-    shared.tell(f"comparison: {path}")
+    shared.answer({"file": str(path), **found.to_dict()}, found, f"comparison: {path}")

@@ -135,19 +135,13 @@ class Shared:
         """Make the progress bar of an analysis; it stays silent under `--json`."""
         return ProgressBar(total, label, show=not self.as_json)
 
-    def answer(self, data: Any, shown: Any) -> None:
-        """Print `data` as JSON under `--json`, else `shown`: a text, or an object that rich can draw."""
+    def answer(self, data: Any, *shown: Any) -> None:
+        """Print `data` as JSON under `--json`, else what is `shown`: texts, and objects that rich can draw."""
         if self.as_json:
             emit(data)
-        elif isinstance(shown, str):
-            tell(shown)
-        else:
-            say(shown)
-
-    def tell(self, text: str) -> None:
-        """Print a line for people, unless standard output holds JSON."""
-        if not self.as_json:
-            tell(text)
+            return
+        for part in shown:
+            (tell if isinstance(part, str) else say)(part)
 
 
 def command(

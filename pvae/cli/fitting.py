@@ -16,11 +16,9 @@ from pvae.cli.app import (
     Shared,
     app,
     command,
-    emit,
     load_declaration,
     load_installed_plugins,
     rows_of,
-    say,
     tell,
 )
 from pvae.errors import PvaeError
@@ -65,8 +63,7 @@ def resume(
     tell("to train longer: pvae resume RUN train.epochs=N --allow-changes", err=said)
     if shared.export:
         tell(f"to export what is there: pvae export RUN {shared.export[0]}", err=said)
-    if shared.as_json:
-        emit(_facts(opened))
+    shared.answer(_facts(opened))
     _require_no_alerts(shared, opened)
 
 
@@ -96,13 +93,8 @@ def _compare(shared: Shared, parent: Run, child: Run, rows: int | None = None, s
             )  # fmt: skip
     record = {"run": str(child.path), "parent": str(parent.path), "splits": {k: v.to_dict() for k, v in found.items()}}
     write_atomic(child.files.analysis / "refit.json", pretty(record))
-    if shared.as_json:
-        emit({**_facts(child), **record})
-        return
-    tell(_summary(child))
-    for split, result in found.items():
-        tell(f"\n{split}:")
-        say(result)
+    shown = [part for split, result in found.items() for part in (f"\n{split}:", result)]
+    shared.answer({**_facts(child), **record}, _summary(child), *shown)
 
 
 def _finish(shared: Shared, run: Run) -> None:
@@ -215,9 +207,8 @@ def study(
             tell(f"no comparison: {error}", err=True)
     if out is not None and written is None:
         found.save(out)
-    shared.answer({**found.to_dict(), "file": written and str(written)}, found)
-    if written is not None:
-        shared.tell(f"comparison: {written}")
+    shown = [] if written is None else [f"comparison: {written}"]
+    shared.answer({**found.to_dict(), "file": written and str(written)}, found, *shown)
     for (case, seed, stage), problem in found.failures.items():
         tell(f"failed: {case}, {stage}, seed {seed}: {problem}", err=True)
     if found.failures:

@@ -146,8 +146,8 @@ def rate_distortion(
     table, picture = beside(out, ".csv"), beside(out, ".png")
     _write_csv(table, found.to_frame())
     write_atomic(picture, pvae.analysis.pages.plots.base.png(found.figure()))
-    shared.answer({**found.to_dict(), "csv": str(table), "png": str(picture)}, found)
-    shared.tell(f"csv: {table}\npng: {picture}")
+    files = {"csv": str(table), "png": str(picture)}
+    shared.answer({**found.to_dict(), **files}, found, f"csv: {table}\npng: {picture}")
 
 
 def _row(run: Run, split: str, name: str, row: int) -> Tensor:

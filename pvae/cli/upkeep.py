@@ -22,11 +22,7 @@ def verify(
     """Check every file of a run: is it whole, which checkpoint would be loaded, which are damaged and why."""
     load_installed_plugins()
     found = pvae.verify(run, root=shared.run_dir, data=data, data_dir=shared.data_dir)
-    _answer(shared, found)
-    if not found.ok:
-        raise typer.Exit(65)
-    if strict and found.of("warning"):
-        raise typer.Exit(3)
+    _answer(shared, found, 65 if not found.ok else 3 if strict and found.of("warning") else 0)
 
 
 @command(ON_RUN)
@@ -35,9 +31,7 @@ def doctor(shared: Shared) -> None:
     from pvae.upkeep.doctor import doctor as check
 
     found = check(shared.run_dir, shared.data_dir)
-    _answer(shared, found)
-    if not found.ok:
-        raise typer.Exit(1)
+    _answer(shared, found, 0 if found.ok else 1)
 
 
 @command(["run_dir", "as_json"])
@@ -49,11 +43,10 @@ def clean(
 ) -> None:
     """Show the disk space of interrupted writes and old checkpoints, or free it; a run in progress is left alone."""
     found = pvae.clean(shared.run_dir, apply=apply, failed=failed, cache=cache)
-    _answer(shared, found)
-    if found.failed:
-        raise typer.Exit(74)
+    _answer(shared, found, 74 if found.failed else 0)
 
 
-def _answer(shared: Shared, found: Any) -> None:
-    """Print a result: as JSON under `--json`, as a table on a terminal, as plain lines elsewhere."""
+def _answer(shared: Shared, found: Any, code: int) -> None:
+    """Print a result, as JSON, a table on a terminal or plain lines elsewhere, and end with an exit code."""
     shared.answer(found.to_dict(), found if sys.stdout.isatty() else str(found))
+    raise typer.Exit(code)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 from collections.abc import Mapping
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -261,17 +261,8 @@ class Run:
         """
         from pvae.analysis.export.posterior import posterior  # here, because analysis imports pvae.runs
 
-        return posterior(
-            self,
-            split,
-            draws,
-            rows,
-            seed,
-            predictive_rows=predictive_rows,
-            predictive_draws=predictive_draws,
-            memory=memory,
-            on_progress=on_progress,
-        )
+        asked = partial(posterior, self, split, draws, rows, seed, memory=memory, on_progress=on_progress)
+        return asked(predictive_rows=predictive_rows, predictive_draws=predictive_draws)
 
     def to(self, device: str | torch.device) -> Run:
         """Move the pair and the data to a device, and return the run itself."""

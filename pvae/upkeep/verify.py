@@ -64,9 +64,8 @@ def verify(
         (True, 'step-00000002')
         >>> runs.cleanup()
     """
-    opened = (
-        run if isinstance(run, Run) else Run(_directory(run, Path(root)), data_dir=Path(data_dir) if data_dir else None)
-    )
+    where = Path(data_dir) if data_dir else None
+    opened = run if isinstance(run, Run) else Run(_directory(run, Path(root)), data_dir=where)
     look = _Inspection(opened)
     checks = [check for name, ask in look.asked(data) for check in attempt(name, ask)]
     loads = look.saved.path.name if look.saved else None

@@ -22,7 +22,6 @@ from pvae.experiment.experiment import Experiment
 from pvae.models.priors.base import Prior
 from pvae.nn.schedules import Scheduled
 from pvae.objectives.base import Loss
-from pvae.pair.pair import Pair
 from pvae.training.begin import begin
 from pvae.training.step import Step, set_lr
 from tests.cli_runner import run_cli
@@ -59,28 +58,20 @@ def declared(case: str) -> Experiment:
     return Experiment.load(name, [*overrides, *small, "train.batch_size=20"])
 
 
-def counterpart(name: str, pair: Any) -> nn.Module:
-    """Return the part of the declared pair that a part of the script stands for."""
-    model, guide = pair.model, pair.guide
-    kind, _, latent = name.partition("_")
-    if kind == "decoder":
-        return model.decoder.network
-    if kind == "likelihood":
-        return model.decoder.likelihood
-    if kind == "encoder":
-        return guide.encoder.networks[latent] if latent else guide.encoder
-    return (model.priors if kind == "prior" else guide.posteriors)[latent]
-
-
 @torch.no_grad()
-def take_weights(script: dict[str, Any], pair: Pair) -> None:
+def take_weights(script: dict[str, Any], pair: Any) -> None:
+    """Give the modules of a script the weights of the parts of the declared pair that they stand for."""
     if "pair" in script:  # made by the same declaration
         expected = pair.state_dict()
         assert all(value.equal(expected[name]) for name, value in script["pair"].state_dict().items())
         return
+    model, guide = pair.model, pair.guide
+    parts = {"decoder": model.decoder.network, "likelihood": model.decoder.likelihood, "encoder": guide.encoder}
+    groups = {"encoder": getattr(guide.encoder, "networks", {}), "prior": model.priors, "posterior": guide.posteriors}
+    parts |= {f"{kind}_{latent}": part for kind, made in groups.items() for latent, part in made.items()}
     for name, part in script.items():
         if isinstance(part, nn.Module):
-            for mine, theirs in zip(part.parameters(), counterpart(name, pair).parameters(), strict=True):
+            for mine, theirs in zip(part.parameters(), parts[name].parameters(), strict=True):
                 mine.copy_(theirs)
 
 

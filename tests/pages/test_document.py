@@ -53,6 +53,10 @@ def whole() -> Document:
     return document(PageSection("one", HOSTILE[0], first, "lead"), PageSection("two", "Two", second, is_appendix=True))
 
 
+def other() -> Document:
+    return document(PageSection("one", "One", (table("v"),)))
+
+
 def test_alerts_come_first_and_every_number_is_json():
     found = whole().to_dict()
     assert found["verdict"] == [{"text": "turn it", "alert": True}, {"text": "fine", "alert": False}]
@@ -69,17 +73,22 @@ def test_hostile_text_comes_out_as_text():
     assert page.count("data:image/png;base64,") == 1
 
 
+def test_a_section_is_shown_for_its_blocks_or_its_lead():
+    numbers, sentence = {"n": 1}, "said of it"
+    sections = PageSection("a", "A", (numbers,), "lead"), PageSection("b", "B", (sentence, numbers))
+    page = document(*sections, PageSection("c", "C", (Note("n"),))).to_html()
+    assert re.findall(r'<h2 id="(\w+)"', page) == ["verdict", "a", "c"]
+    assert sentence in page
+
+
 def test_files_bear_safe_names_and_old_ones_go(tmp_path: Path):
-    path = whole().write(tmp_path / "out", figures=True)
-    assert path == tmp_path / "out" / "index.html"
+    assert whole().write(tmp_path, figures=True) == tmp_path / "index.html"
     found = {str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()}
-    assert found == {
-        "out/index.html", "out/report.json", "out/tables/t.csv", "out/tables/u.csv", "out/figures/p..-2f..-2fetc.png",
-    }  # fmt: skip
-    (tmp_path / "out" / "tables" / "mine.csv").write_text("of the user")
-    document(PageSection("one", "One", (table("v"),))).write(tmp_path / "out")
-    assert {p.name for p in (tmp_path / "out" / "tables").iterdir()} == {"v.csv", "mine.csv"}
-    assert not list((tmp_path / "out" / "figures").iterdir())
+    assert found == {"index.html", "report.json", "tables/t.csv", "tables/u.csv", "figures/p..-2f..-2fetc.png"}
+    (tmp_path / "tables" / "mine.csv").write_text("of the user")
+    other().write(tmp_path)
+    assert {p.name for p in (tmp_path / "tables").iterdir()} == {"v.csv", "mine.csv"}
+    assert not list((tmp_path / "figures").iterdir())
 
 
 def test_a_folder_of_other_pages_is_left_alone(tmp_path: Path):
@@ -114,14 +123,15 @@ def test_a_link_in_the_place_of_a_folder_is_refused(name: str, earlier: bool, tm
 
 def test_a_list_of_files_that_leads_elsewhere_is_not_followed(tmp_path: Path):
     """FAULTS 37: report.json is text that anyone may have written."""
+    out = tmp_path / "out"
     (tmp_path / "mine.csv").write_text("mine")
-    whole().write(tmp_path / "out")
-    numbers = json.loads((tmp_path / "out" / "report.json").read_text())
+    whole().write(out)
+    numbers = json.loads((out / "report.json").read_text())
     numbers["files"] = ["../mine.csv", "tables/../../mine.csv", "/etc/hostname", 3, "tables/t.csv"]
-    (tmp_path / "out" / "report.json").write_text(json.dumps(numbers))
-    document(PageSection("one", "One", (table("v"),))).write(tmp_path / "out")
+    (out / "report.json").write_text(json.dumps(numbers))
+    other().write(out)
     assert (tmp_path / "mine.csv").exists()
-    assert not (tmp_path / "out" / "tables" / "t.csv").exists()
+    assert not (out / "tables" / "t.csv").exists()
 
 
 def test_csv_has_value_error_and_kind_in_full_and_no_formulas():
@@ -147,11 +157,8 @@ def test_a_terminal_sees_the_same_tables():
 
 
 def test_cells_read_well():
-    assert shown_value(Estimate(-0.0001, 0.0, "exact"), 2) == "0.00"
-    assert shown_value(None, 2) == "–"
-    assert shown_value(1234567, 2) == "1\u202f234\u202f567"
-    assert shown_value(math.nan, 2) == "–"
-    assert shown_value(True, 2) == "yes"
+    values = Estimate(-0.0001, 0.0, "exact"), None, 1234567, math.nan, True
+    assert [shown_value(v, 2) for v in values] == ["0.00", "–", "1\u202f234\u202f567", "–", "yes"]
     assert error_of(Estimate(1.0, math.nan, "estimate")) == ""
     assert [percent(v) for v in (0.0, 0.0123, 0.5, math.nan)] == ["0 %", "1.2 %", "50 %", "–"]
 

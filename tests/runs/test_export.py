@@ -23,7 +23,7 @@ from pvae.data import Dataset
 from pvae.errors import BusyError, DataError, DeclarationError, MissingExtraError, StorageError
 from pvae.experiment.experiment import Experiment
 from pvae.runs.export import exporting as module
-from pvae.runs.export.base import safe_key
+from pvae.runs.export.base import Exporter, safe_key
 from pvae.runs.export.exporting import KINDS, export, exporting
 from pvae.runs.export.mlflow import MLflow
 from pvae.runs.export.tensorboard import TensorBoard
@@ -32,6 +32,7 @@ from pvae.runs.rundir import RunDirectory
 from pvae.training.fit import fit
 from pvae.training.resume import refit, resume
 from tests.cli_runner import run_cli, run_cli_json
+from tests.runs_shared import assert_same
 
 TINY = (
     "train.epochs=3", "train.batch_size=20", "train.engine=eager", "train.schedule=constant", "latents.z.dim=2",
@@ -87,12 +88,16 @@ def made(tmp_path: Path) -> RunDirectory:
 
 
 def log(files: RunDirectory, epoch: int, elbo: float, **more: Any) -> None:
-    files.log_metrics(
-        {"epoch": epoch, "step": 10 * epoch, "seconds": float(epoch), "split": "train", "elbo": elbo, **more}
-    )
+    row = {"epoch": epoch, "step": 10 * epoch, "seconds": float(epoch), "split": "train", "elbo": elbo}
+    files.log_metrics({**row, **more})
 
 
 # ---------------------------------------------------------------------- reading back
+
+
+def export_all(files: RunDirectory) -> None:
+    for kind in KINDS:
+        export(files, kind)
 
 
 def events(files: RunDirectory) -> list[Event]:
@@ -200,8 +205,7 @@ def test_parameters_and_tags_are_read_back(exported: Run) -> None:
 
 
 def test_the_weights_are_those_of_a_run_without(exported: Run, plain: Run) -> None:
-    ours, theirs = exported.pair.state_dict(), plain.pair.state_dict()
-    assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
+    assert_same(exported.pair.state_dict(), plain.pair.state_dict())
     assert [{**row, "seconds": 0} for row in exported.files.metrics_rows()] == [
         {**row, "seconds": 0} for row in plain.files.metrics_rows()
     ]
@@ -214,8 +218,7 @@ def test_alerts_and_pictures_are_exported_and_links_are_not(made: RunDirectory, 
     (tmp_path / "secret.png").write_bytes(b"secret" * 10)
     (made.report / "link.png").symlink_to(tmp_path / "secret.png")
     made.log_event("alert", "z has collapsed <script>\nsecond \x1b[31m line")
-    for kind in KINDS:
-        export(made, kind)
+    export_all(made)
     images = {value.tag: value.image for _, value in summaries(made) if value.WhichOneof("value") == "image"}
     assert images.keys() == {"analysis/sample.png"}
     assert (images["analysis/sample.png"].width, images["analysis/sample.png"].height) == (7, 5)
@@ -232,8 +235,7 @@ def test_alerts_and_pictures_are_exported_and_links_are_not(made: RunDirectory, 
 def test_hostile_names_become_keys_that_differ(made: RunDirectory) -> None:
     """FAULTS 37, 38, 39."""
     log(made, 3, -3.0, **dict.fromkeys(HOSTILE, 1.0), **{"not finite": float("nan")})
-    for kind in KINDS:
-        export(made, kind)
+    export_all(made)
     assert_exported(made)
     for found in (metrics(made), scalars(made)):
         keys = {key for key, step in found if step == 30 and key.startswith("train/")}
@@ -284,27 +286,28 @@ def test_a_resume_goes_on_exporting_without_being_told(exported: Run, tmp_path: 
 
 
 def test_a_second_stage_is_a_run_of_its_own(exported: Run) -> None:
-    child = refit(exported, "latents.z.prior.kind=mixture", "train.epochs=2", export="mlflow", progress=False)
+    changed = ("latents.z.prior.kind=mixture", "train.epochs=1")
+    child = refit(exported, *changed, export="mlflow", progress=False)
     (found,) = mlflow_runs(child.files)
     assert found.data.tags["pvae.parent"] == f"vae/{exported.path.name}"
     assert of_rows(metrics(child.files)) == wanted(child.files, MLflow)
-    assert refit(exported, "latents.z.prior.kind=mixture", "train.epochs=1", progress=False).files.manifest[
-        "exports"
-    ] == []  # fmt: skip
+    assert refit(exported, *changed, progress=False).files.manifest["exports"] == []
+
+
+def caught_up(exporters: list[Exporter]) -> None:
+    for exporter in exporters:
+        exporter.catch_up()
 
 
 def test_rows_taken_back_and_written_again_are_exported_once(made: RunDirectory) -> None:
     """FAULTS 1, 10: a crash after the last checkpoint, and an exact resume, whose clock alone differs."""
-    for kind in KINDS:
-        export(made, kind)
+    export_all(made)
     made.truncate_metrics(1)
     both = [cls(made) for cls in KINDS.values()]
-    for exporter in both:
-        exporter.catch_up()
-    made.log_metrics({"epoch": 2, "step": 20, "seconds": 99.0, "split": "train", "elbo": -2.0})
+    caught_up(both)
+    log(made, 2, -2.0, seconds=99.0)
     log(made, 3, -3.0)
-    for exporter in both:
-        exporter.catch_up()
+    caught_up(both)
     assert_exported(made)
     assert len(mlflow_runs(made)) == 1
 
@@ -312,12 +315,11 @@ def test_rows_taken_back_and_written_again_are_exported_once(made: RunDirectory)
 def test_rows_written_again_otherwise_begin_another_export(made: RunDirectory) -> None:
     """FAULTS 18: a rollback with other noise, in the process that exports."""
     both = [cls(made) for cls in KINDS.values()]
-    for exporter in both:
-        exporter.catch_up()
+    caught_up(both)
     made.truncate_metrics(1)
     log(made, 2, -7.0)
+    caught_up(both)
     for exporter in both:
-        exporter.catch_up()
         exporter.close()
     assert_exported(made)
     old, new = mlflow_runs(made)
@@ -407,8 +409,7 @@ def test_a_fit_whose_exporters_fail_is_a_fit_without(
         monkeypatch.setattr(cls, "write", refusing())
     run = tiny(tmp_path, export=("tensorboard", "mlflow"))
     assert run.status["state"] == "finished"
-    theirs = plain.pair.state_dict()
-    assert all(torch.equal(value, theirs[name]) for name, value in run.pair.state_dict().items())
+    assert_same(run.pair.state_dict(), plain.pair.state_dict())
     assert len(complaints(run.files)) == 2
 
 
@@ -457,9 +458,6 @@ def test_exporting_by_hand_says_what_is_wrong(made: RunDirectory, monkeypatch: p
     monkeypatch.setattr(MlflowClient, "create_run", refusing())
     with pytest.raises(StorageError, match=r"got ConnectionError: no server at https://\*\*\*@host/api. Try"):
         export(made, "mlflow")
-
-
-def test_a_store_that_mlflow_refuses_is_told(made: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(MlflowClient, "search_runs", lambda *_: (_ for _ in ()).throw(MlflowException("gone")))
     with pytest.raises(StorageError, match="MlflowException: gone"):
         export(made, "mlflow")

@@ -17,10 +17,10 @@ from pvae.analysis.decompose.coordinates import marginal_log_prob
 from pvae.distributions.exponential import Normals
 from pvae.experiment import zoo
 from pvae.experiment.experiment import Experiment
-from pvae.objectives.base import Loss
-from pvae.training.step import Step, load_optimizer_tensors, make_capturable, optimizer_tensors, set_lr
+from pvae.training.step import Step, load_optimizer_tensors, make_capturable, optimizer_tensors
 from tests.cli.test_cli import ON_A_DEVICE
 from tests.cli_runner import run_cli
+from tests.training.pairs import assert_equal_steps, stepper
 from tests.training.test_capturable import READ_BACK
 
 pytestmark = pytest.mark.cuda
@@ -35,39 +35,14 @@ SPEC = Experiment.from_dict(
 )
 
 
-def make(engine: str) -> Step:
-    """A step on the GPU with clipping and an average."""
-    pair = SPEC.build((1, 8, 8)).to("cuda")
-    optimizer = SPEC.train.optimizer.build(pair.parameters())
-    make_capturable(optimizer, torch.device("cuda"))
-    average = [p.detach().clone() for p in pair.parameters()]
-    example = torch.zeros(96, 1, 8, 8, device="cuda")
-    loss = Loss(SPEC.objective, pair).to("cuda")
-    return Step(loss, optimizer, engine, example, clip_norm=50.0, average=(average, 0.9))
-
-
 def test_captured_step_equals_the_eager_one() -> None:
-    with pyro.validation_enabled(False):
-        steps = [make("eager"), make("captured")]
-        for i in range(20):
-            torch.manual_seed(100 + i)
-            x = (torch.rand(96 if i % 6 else 40, 1, 8, 8, device="cuda") > 0.5).float()
-            outs = []
-            for step in steps:
-                step.loss.beta.fill_(0.05 * i)
-                set_lr(step.optimizer, 1e-3 * (1 + i))
-                torch.manual_seed(i)
-                outs.append(step(x).clone())
-            assert torch.allclose(outs[0], outs[1], rtol=1e-4, atol=1e-4), (i, outs)
-    for a, b in zip(steps[0].parameters, steps[1].parameters, strict=True):
-        assert torch.allclose(a, b, rtol=1e-3, atol=1e-5)
-    for a, b in zip(steps[0].average[0], steps[1].average[0], strict=True):  # type: ignore[index]
-        assert torch.allclose(a, b, rtol=1e-3, atol=1e-5)
+    steps = (stepper(SPEC, engine, "cuda") for engine in ("eager", "captured"))
+    assert_equal_steps(*steps, tolerance=1e-4, weights=1e-5)
 
 
 def test_capture_leaves_a_restored_optimizer_alone() -> None:
     with pyro.validation_enabled(False):
-        step = make("eager")
+        step = stepper(SPEC, "eager", "cuda")
         for _ in range(3):
             step((torch.rand(96, 1, 8, 8, device="cuda") > 0.5).float())
         saved = {k: v.clone() for k, v in optimizer_tensors(step.optimizer).items()}
@@ -82,7 +57,7 @@ def test_capture_leaves_a_restored_optimizer_alone() -> None:
 
 def test_not_finite_moves_nothing() -> None:
     with pyro.validation_enabled(False):
-        step = make("captured")
+        step = stepper(SPEC, "captured", "cuda")
         before = [p.detach().clone() for p in step.parameters]
         out = step(torch.full((96, 1, 8, 8), torch.nan, device="cuda"))
     assert not torch.isfinite(out[0])

@@ -50,6 +50,15 @@ def edit(path: Path, old: str, new: str) -> None:
     path.write_text(text.replace(old, new))
 
 
-def status(run: Path, **changes: Any) -> None:
-    path = run / "status.json"
+def update(path: Path, **changes: Any) -> None:
+    """Change values of a JSON file."""
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def status(run: Path, **changes: Any) -> None:
+    update(run / "status.json", **changes)
+
+
+def names(found: Checks, level: Any) -> set[str]:
+    """The names of the checks of a level."""
+    return {check.name for check in found.of(level)}

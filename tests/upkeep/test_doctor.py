@@ -56,11 +56,8 @@ def test_doctor_finds_this_machine_well_in_a_stable_form(tmp_path: Path, monkeyp
 
 
 def test_a_check_that_raises_is_a_failed_check(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object) -> None:
-        raise RuntimeError("it \x1b[31mbroke\nhere")
-
     for name in CHECKS:
-        monkeypatch.setitem(CHECKS, name, refuse)
+        monkeypatch.setitem(CHECKS, name, raising(RuntimeError("it \x1b[31mbroke\nhere")))
     monkeypatch.setattr(module, "import_in_child", dict)
     out, _ = run_cli("doctor", code=1)
     assert out.count("RuntimeError: it \\x1b[31mbroke here") == len(CHECKS)
@@ -150,12 +147,7 @@ def free(size: int) -> Inject:
 FAULTS: list[tuple[str, Inject, str, str]] = [
     ("python", setting("sys.warnoptions", ["error"]), "warning", "warnings are errors"),
     ("python", setting("sys.stdout", io.TextIOWrapper(io.BytesIO(), "ascii")), "warning", "output in ascii"),
-    (
-        "packages",
-        setting("pvae.upkeep.doctor.requires", returning(["torch>=1", "absent-one"])),
-        "failed",
-        "absent-one missing",
-    ),
+    ("packages", setting("pvae.upkeep.doctor.requires", returning(["torch>=1", "absent"])), "failed", "absent missing"),
     ("torch", setting("torch.__version__", "2.3.1+cpu"), "failed", "2.3.1"),
     ("torch", without("torch"), "failed", "import of torch halted"),
     ("pyro", without("pyro"), "failed", "import of pyro halted"),
@@ -185,12 +177,7 @@ FAULTS: list[tuple[str, Inject, str, str]] = [
     ("arviz", plotting(arviz=["PermissionError", "cache"]), "warning", "PermissionError: cache"),
     ("arviz", plotting(arviz=["AttributeError", "no style"]), "warning", "AttributeError: no style"),
     ("arviz", plotting(arviz="1.1.0"), "warning", "1.1.0, which pvae does not work with"),
-    (
-        "arviz",
-        setting("pvae.upkeep.doctor.IMPORT_TRIAL", "raise SystemExit('dead')"),
-        "failed",
-        "exit code 1 and: dead",
-    ),
+    ("arviz", setting("pvae.upkeep.doctor.IMPORT_TRIAL", "raise SystemExit('dead')"), "failed", "code 1 and: dead"),
 ]
 
 
@@ -225,25 +212,23 @@ def test_every_check_is_made_to_fail() -> None:
 
 
 def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Properties:
-        name, total_memory = "A GPU", 80 << 30
+    gpu = SimpleNamespace(name="A GPU", total_memory=80 << 30)
 
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(torch.version, "cuda", None)
-    (check,) = machine.devices(ASKED)
-    assert (check.level, check.found) == ("ok", "the CPU alone")
-    monkeypatch.setattr(torch.version, "cuda", "12.8")
-    (check,) = machine.devices(ASKED)
-    assert (check.level, "nvidia-smi" in check.advice) == ("warning", True)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    def found(cuda: str | None, available: bool, ones: float) -> tuple[str, str, str]:
+        monkeypatch.setattr(torch.version, "cuda", cuda)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
+        monkeypatch.setattr(torch, "ones", returning(torch.full((2,), ones)))
+        (check,) = machine.devices(ASKED)
+        return check.level, check.found, check.advice
+
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: Properties)
-    monkeypatch.setattr(torch, "ones", returning(torch.full((2,), 1.0)))
-    (check,) = machine.devices(ASKED)
-    assert (check.level, check.found) == ("ok", "A GPU (80 GiB)")
-    monkeypatch.setattr(torch, "ones", returning(torch.full((2,), 3.0)))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: gpu)
+    assert found(None, False, 1.0) == ("ok", "the CPU alone", "")
+    level, _, advice = found("12.8", False, 1.0)
+    assert (level, "nvidia-smi" in advice) == ("warning", True)
+    assert found("12.8", True, 1.0) == ("ok", "A GPU (80 GiB)", "")
     with pytest.raises(DataError, match="got 6.0"):
-        list(machine.devices(ASKED))
+        found("12.8", True, 3.0)
 
 
 def test_extras_are_those_that_the_project_offers() -> None:
@@ -315,13 +300,8 @@ def test_where_a_collection_lies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_doctor_answers_without_torch(tmp_path: Path) -> None:
     """An installation whose torch is broken is what one asks it about; also with ASCII alone, and no terminal."""
     code = "import sys; sys.modules['torch'] = None; sys.argv = ['pvae', 'doctor']; from pvae import cli; cli.main()"
-    environment = {
-        **os.environ,
-        "LANG": "C",
-        "PYTHONCOERCECLOCALE": "0",
-        "PYTHONUTF8": "0",
-        "PVAE_RUN_DIR": "r\u00fcns",
-    }
+    ascii_alone = {"LANG": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    environment = {**os.environ, **ascii_alone, "PVAE_RUN_DIR": "r\u00fcns"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, cwd=tmp_path, env=environment)
     assert done.returncode == 1, done.stderr
     assert b"import of torch halted" in done.stdout

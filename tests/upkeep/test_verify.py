@@ -27,7 +27,9 @@ from pvae.runs.rundir import RunDirectory
 from pvae.upkeep.verify import verify
 from pvae.upkeep.weights import ELBO_TOLERANCE
 from tests.cli_runner import run_cli, run_cli_json
-from tests.upkeep.damage import edit, files_of, flip, newest, oldest, only, rewritten, status
+from tests.upkeep.damage import edit, files_of, flip, names, newest, oldest, only, rewritten, status, update
+
+SMALL = ["encoder.network.hidden=[8]", "decoder.network.hidden=[8]", "data.source=digits"]
 
 # ---------------------------------------------------------------------- verify: a sound run
 
@@ -63,18 +65,14 @@ def test_verify_on_the_command_line(run: Path, root: Path) -> None:
 @pytest.mark.parametrize(
     ("declared", "overrides"),
     [
-        ("vae", ["train.average=0.9", "train.keep=last"]),
-        ("exemplar", []),
+        ("vae", [*SMALL, "train.average=0.9", "train.keep=last"]),
+        ("exemplar", SMALL),
         ("em_mixture", []),
         ("gan", []),
     ],
 )
 def test_figures_come_out_again_of_other_kinds(declared: str, overrides: list[str], root: Path) -> None:
-    hidden = (
-        [f"{side}.network.hidden=[8]" for side in ("encoder", "decoder")] if declared in ("vae", "exemplar") else []
-    )
-    data = ["data.source=digits"] if hidden else []
-    options = [*hidden, *data, *overrides, "train.engine=eager", "train.epochs=1"]
+    options = [*overrides, "train.engine=eager", "train.epochs=1"]
     fit = pvae.fit(declared, *options, run_dir=root, device="cpu", progress=False)
     found = verify(fit.path, data=True)
     assert found.ok, str(found)
@@ -101,9 +99,7 @@ def test_a_run_of_a_handwritten_pair_is_compared_when_the_pair_is_given(root: Pa
     full = verify(pvae.Run.load(fit.path, data=x, pair=pvae.Pair(model, guide)), data=True)
     assert full.ok
     assert "the same bits" in full.checks[-1].found
-    rewritten(
-        fit.path, lambda tensors: tensors["weights"].update({n: v * torch.nan for n, v in tensors["weights"].items()})
-    )
+    rewritten(fit.path, lambda tensors: [value.fill_(torch.nan) for value in tensors["weights"].values()])
     assert "is not finite" in only(verify(fit.path), "failed").found
 
 
@@ -154,8 +150,7 @@ def test_an_older_damaged_checkpoint_is_a_warning(run: Path) -> None:
 def test_weights_that_are_not_finite(run: Path) -> None:
     def spoil(tensors: dict[str, dict[str, Tensor]]) -> None:
         for group in ("weights", "best"):
-            name = next(iter(tensors[group]))
-            tensors[group][name] = tensors[group][name] * torch.inf
+            next(iter(tensors[group].values())).fill_(torch.inf)
         tensors["optimizer"]["0.exp_avg"][0] = torch.nan
 
     rewritten(run, spoil)
@@ -224,22 +219,22 @@ def test_an_edited_declaration(run: Path) -> None:
 def test_damaged_texts(file: str, content: bytes, told: str, run: Path) -> None:
     (run / file).write_bytes(content)
     found = verify(run)
-    assert file in {check.name for check in found.of("failed")}
+    assert file in names(found, "failed")
     assert told in "".join(check.found for check in found.of("failed"))
 
 
 @pytest.mark.parametrize("file", ["manifest.json", "spec.toml", "metrics.jsonl"])
 def test_missing_texts(file: str, run: Path) -> None:
     (run / file).unlink()
-    assert file in {check.name for check in verify(run).of("failed")}
+    assert file in names(verify(run), "failed")
 
 
 def test_a_run_that_was_only_begun(root: Path) -> None:
     begun = RunDirectory.create(root, "begun")
     found = verify(begun.path)
     assert found.facts["loads"] is None
-    assert {check.name for check in found.of("warning")} == {"manifest.json", "checkpoints"}
-    assert {check.name for check in found.of("failed")} == {"spec.toml", "pair"}
+    assert names(found, "warning") == {"manifest.json", "checkpoints"}
+    assert names(found, "failed") == {"spec.toml", "pair"}
 
 
 def test_a_declaration_that_does_not_round_trip(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -250,8 +245,7 @@ def test_a_declaration_that_does_not_round_trip(run: Path, monkeypatch: pytest.M
 
 @pytest.mark.parametrize("shape", [None, [3, "4"], [0], [1 << 40]])
 def test_a_shape_that_is_none(shape: object, run: Path) -> None:
-    manifest = json.loads((run / "manifest.json").read_text())
-    (run / "manifest.json").write_text(json.dumps({**manifest, "data": {"shape": shape}}))
+    update(run / "manifest.json", data={"shape": shape})
     assert "shape of a datum" in verify(run).of("failed")[0].found
 
 
@@ -275,7 +269,7 @@ def test_links_devices_and_foreign_files(run: Path, tmp_path: Path) -> None:
     (run / "events.jsonl").symlink_to(tmp_path / "events.jsonl")
     found = verify(run)
     told = {check.name: (check.level, check.found) for check in found.checks}
-    assert {check.name for check in found.of("failed")} == {"events.jsonl", "report"}
+    assert names(found, "failed") == {"events.jsonl", "report"}
     assert told["report"] == ("failed", "a device, pipe or socket")
     assert told["analysis/link"] == ("warning", "a link to /etc/passwd")
     assert told[".tmp-0123"] == ("warning", "left by an interrupted write")
@@ -315,7 +309,7 @@ def test_a_live_run_a_stale_one_and_a_degraded_one(run: Path) -> None:
     with subprocess.Popen([sys.executable, "-S", "-c", ""]) as process:
         pass
     status(run, pid=process.pid)
-    assert {check.name for check in verify(run).of("warning")} == {"status.json", "checkpoints/.tmp-0123"}
+    assert names(verify(run), "warning") == {"status.json", "checkpoints/.tmp-0123"}
     status(run, state="finished", degraded="metrics.jsonl could not be written: disk full")
     assert "disk full" in verify(run).of("warning")[0].found
 
@@ -325,9 +319,8 @@ def test_a_live_run_a_stale_one_and_a_degraded_one(run: Path) -> None:
 
 def test_other_data(run: Path) -> None:
     """FAULTS 13: the fingerprint is compared, and nothing is computed of other data."""
-    manifest = json.loads((run / "manifest.json").read_text())
-    manifest["data"]["fingerprint"] = "0" * 64
-    (run / "manifest.json").write_text(json.dumps(manifest))
+    described = json.loads((run / "manifest.json").read_text())["data"]
+    update(run / "manifest.json", data={**described, "fingerprint": "0" * 64})
     assert verify(run).ok
     found = verify(run, data=True)
     assert "fitted on other data" in only(found, "failed").found
@@ -335,10 +328,7 @@ def test_other_data(run: Path) -> None:
 
 
 def test_weights_that_were_not_those_measured(run: Path) -> None:
-    def shift(tensors: dict[str, dict[str, Tensor]]) -> None:
-        tensors["best"] = {name: value + 0.01 for name, value in tensors["best"].items()}
-
-    rewritten(run, shift)
+    rewritten(run, lambda tensors: [value.add_(0.01) for value in tensors["best"].values()])
     assert verify(run).ok
     check = only(verify(run, data=True), "failed")
     assert check.name == "elbo"
@@ -346,8 +336,7 @@ def test_weights_that_were_not_those_measured(run: Path) -> None:
 
 
 def test_figures_of_another_machine_are_compared_to_a_tolerance(run: Path) -> None:
-    manifest = json.loads((run / "manifest.json").read_text())
-    (run / "manifest.json").write_text(json.dumps({**manifest, "host": "elsewhere", "threads": 64}))
+    update(run / "manifest.json", host="elsewhere", threads=64)
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     lines = [{**row, "elbo": row["elbo"] * (1 + ELBO_TOLERANCE / 2)} for row in lines]
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))

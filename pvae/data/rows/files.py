@@ -241,8 +241,8 @@ def held(x: Stored, stream: bool, name: str) -> AnyArray:
 
 
 @dataclass(frozen=True)
-class Layout:
-    """Layout of an array in a binary stream.
+class ArrayLayout:
+    """ArrayLayout of an array in a binary stream.
 
     Arguments:
         shape: (n, *row); for an array in Fortran order, the reversed shape.
@@ -282,7 +282,7 @@ class Layout:
         return np.ascontiguousarray(x.T) if self.fortran and isinstance(x, np.ndarray) else x
 
 
-def npy_layout(stream: IO[bytes], size: int, where: str, by_rows: bool) -> Layout:
+def npy_layout(stream: IO[bytes], size: int, where: str, by_rows: bool) -> ArrayLayout:
     """Return the layout of a `.npy` stream, which is left at the position of the first value.
 
     Arguments:
@@ -304,7 +304,7 @@ def npy_layout(stream: IO[bytes], size: int, where: str, by_rows: bool) -> Layou
     if dtype.kind not in "biuf":
         raise DataError(f"{where}: expected real numbers; got {dtype}.")
     fortran = fortran and len(shape) > 1
-    layout = Layout(shape[::-1] if fortran else shape, dtype, stream.tell(), fortran)
+    layout = ArrayLayout(shape[::-1] if fortran else shape, dtype, stream.tell(), fortran)
     if len(shape) > MAX_DIMENSIONS or min(shape, default=0) < 0 or layout.total != size:
         raise DataError(f"{where}: expected {layout.total} bytes for {shape} {dtype}; got {size}.")
     if fortran and by_rows:

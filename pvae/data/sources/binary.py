@@ -23,8 +23,8 @@ from pvae.data.rows.files import (
     MAX_DIMENSIONS,
     PIECE_BYTES,
     AnyArray,
+    ArrayLayout,
     FileArray,
-    Layout,
     broken_as,
     held,
     located,
@@ -109,7 +109,9 @@ class Npz(FileData):
         return joined(given, self.split_seed, self.x, largest=self.largest)
 
 
-def _unpacked(content: Iterator[Array], layout: Layout, stream: bool, where: str, key: Mapping[str, Any]) -> AnyArray:
+def _unpacked(
+    content: Iterator[Array], layout: ArrayLayout, stream: bool, where: str, key: Mapping[str, Any]
+) -> AnyArray:
     """Return the array of a compressed stream: decoded once into the cache under `key` if `stream`, else in memory."""
     if stream:
         return decoded(key, lambda writer: writer.extend("x", content)).arrays["x"]
@@ -171,7 +173,7 @@ def read_array(path: Path, key: str, stream: bool = False) -> AnyArray:
         return layout.in_rows(_unpacked(content, layout, stream, where, entry))
 
 
-def _content(archive: zipfile.ZipFile, info: zipfile.ZipInfo, layout: Layout, path: Path) -> Iterator[Array]:
+def _content(archive: zipfile.ZipFile, info: zipfile.ZipInfo, layout: ArrayLayout, path: Path) -> Iterator[Array]:
     """Yield the rows of an array in chunks of a few MiB, and then verify its zip checksum."""
     with _archive_errors(path), archive.open(info) as file:
         file.read(layout.offset)
@@ -251,7 +253,7 @@ def _idx_errors(path: Path, size: int) -> AbstractContextManager[None]:
     return broken_as(f"{path}: expected IDX data; got a broken file of {size} bytes")
 
 
-def _idx_layout(file: IO[bytes], wanted: tuple[int, ...] | None, path: Path) -> Layout:
+def _idx_layout(file: IO[bytes], wanted: tuple[int, ...] | None, path: Path) -> ArrayLayout:
     magic, expected = file.read(4), "00 00, a type (08 09 0b 0c 0d 0e) and 1 to 32 dimensions"
     known = len(magic) == 4 and magic[:2] == b"\0\0" and magic[2] in TYPES and 1 <= magic[3] <= MAX_DIMENSIONS
     if wanted:
@@ -267,10 +269,10 @@ def _idx_layout(file: IO[bytes], wanted: tuple[int, ...] | None, path: Path) -> 
         raise DataError(f"{path}: expected sizes {list(wanted)}; got {list(shape)}.")
     if 0 in shape:
         raise DataError(f"{path}: expected sizes of at least 1; got {list(shape)}.")
-    return Layout(shape, np.dtype(TYPES[magic[2]]), 4 + len(sizes))
+    return ArrayLayout(shape, np.dtype(TYPES[magic[2]]), 4 + len(sizes))
 
 
-def _unzipped(file: IO[bytes], layout: Layout, path: Path, size: int) -> Iterator[Array]:
+def _unzipped(file: IO[bytes], layout: ArrayLayout, path: Path, size: int) -> Iterator[Array]:
     """Yield chunks of rows of a gzipped IDX file; refuse a file that is too short or has trailing bytes."""
     with _idx_errors(path, size):
         yield from layout.pieces(file, str(path))
@@ -278,7 +280,7 @@ def _unzipped(file: IO[bytes], layout: Layout, path: Path, size: int) -> Iterato
         _require_length(path, layout, layout.total + extra, "at least " if extra == PIECE_BYTES else "")
 
 
-def _require_length(path: Path, layout: Layout, found: int, more: str = "") -> None:
+def _require_length(path: Path, layout: ArrayLayout, found: int, more: str = "") -> None:
     if found != layout.total:
         kind = "trailing bytes" if found > layout.total else "a truncated file"
         raise DataError(f"{path}: expected {layout.total} bytes; got {more}{found} ({kind}).")

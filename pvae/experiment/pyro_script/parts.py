@@ -1,4 +1,4 @@
-"""Python expressions of the networks, priors, posteriors and likelihoods that torch and Pyro provide."""
+"""Python expressions of the networks, priors and posteriors that torch and Pyro provide."""
 
 from __future__ import annotations
 
@@ -168,25 +168,6 @@ POSTERIORS: Rules = {
     ("relaxed_onehot", "relaxed"): inferred_codes,
 }
 """Functions that write a posterior in plain Pyro, by kind of posterior and value space of the latent."""
-
-
-# ---------------------------------------------------------------------- likelihoods
-
-
-def normal_likelihood(script: PlainScript, declared: Any, h: str) -> str:
-    """Return the expression of independent normals at `h` that share one scale, which is fixed or learned."""
-    if declared.scale == "fixed":
-        return f"dist.Normal({h}, {declared.value:g})"
-    script.parts["likelihood"] = f'nn.ParameterDict({{"log_scale": torch.tensor({declared.value:g}).log()}})'
-    return f'dist.Normal({h}, likelihood["log_scale"].exp().clamp(min={declared.floor:g}))'
-
-
-LIKELIHOODS: dict[tuple[str, str], Callable[[PlainScript, Any, str], str]] = {
-    ("bernoulli", ""): lambda _script, _declared, h: f"dist.Bernoulli(logits={h})",
-    ("normal", "fixed"): normal_likelihood,
-    ("normal", "shared"): normal_likelihood,
-}
-"""Functions that write a likelihood in plain Pyro, by kind and scale, without its `to_event`."""
 
 
 # ---------------------------------------------------------------------- networks

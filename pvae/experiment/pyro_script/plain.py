@@ -12,7 +12,6 @@ from torch import nn
 from pvae.component import Shape
 from pvae.experiment.pyro_script.page import SUMMED, Script, literal, named, sampled
 from pvae.experiment.pyro_script.parts import (
-    LIKELIHOODS,
     POSTERIORS,
     PRIORS,
     Expression,
@@ -121,10 +120,18 @@ class PlainScript(Script):
         module, x = self.modeller.decoder, self.pair.frame.x
         given = {name: self.seen(name) for name in self.experiment.decoder_given()}
         h = self.network("decoder", self.experiment.decoder.network, module.network, given, module.network.output)
-        if written := LIKELIHOODS.get((declared.kind, getattr(declared, "scale", ""))):
-            return f"{written(self, declared, h)}.to_event({len(x)})"
-        self.build("likelihood", f"{self.construct(declared)}.build({literal(x)})", module.likelihood)
-        return f"likelihood({h})"
+        match declared.kind, getattr(declared, "scale", ""):
+            case "bernoulli", _:
+                law = f"dist.Bernoulli(logits={h})"
+            case "normal", "fixed":
+                law = f"dist.Normal({h}, {declared.value:g})"
+            case "normal", "shared":
+                self.parts["likelihood"] = f'nn.ParameterDict({{"log_scale": torch.tensor({declared.value:g}).log()}})'
+                law = f'dist.Normal({h}, likelihood["log_scale"].exp().clamp(min={declared.floor:g}))'
+            case _:
+                self.build("likelihood", f"{self.construct(declared)}.build({literal(x)})", module.likelihood)
+                return f"likelihood({h})"
+        return f"{law}.to_event({len(x)})"
 
     def network(
         self, name: str, declared: Network, module: NetworkModule, given: Mapping[str, str], output: Shape | None
