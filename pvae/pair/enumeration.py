@@ -140,7 +140,8 @@ def eliminated(model_trace: Trace, layout: Layout, particles: int) -> tuple[Tens
         DeclarationError: a factor that depends on an enumerated site is outside the data plate, or has a scale.
     """
     model_trace.symbolize_dims()
-    plates, tree, sums = set(model_trace.plate_to_symbol.values()), OrderedDict(), set()
+    plates, sums = set(model_trace.plate_to_symbol.values()), set()
+    factors: list[tuple[frozenset[str], Any]] = []
     names, target, count = set(), set(), 1
     for name, node in samples(model_trace).items():
         value = node["fn"].log_prob(node["value"])
@@ -154,15 +155,19 @@ def eliminated(model_trace: Trace, layout: Layout, particles: int) -> tuple[Tens
                 f"{name}: expected sites that depend on enumerated ones inside the data plate; got one outside."
             )
         _require_plain(name, node)
-        around = {f: model_trace.plate_to_symbol[f.name] for f in node["cond_indep_stack"] if f.vectorized}
-        tree.setdefault(frozenset(around.values()), []).append(factor)
-        own = {f: s for f, s in around.items() if layout.is_data(f) or (particles and f.dim == -1 - layout.nesting)}
+        frames = {f: model_trace.plate_to_symbol[f.name] for f in node["cond_indep_stack"] if f.vectorized}
+        factors.append((frozenset(frames.values()), factor))
+        own = {f: s for f, s in frames.items() if layout.is_data(f) or (particles and f.dim == -1 - layout.nesting)}
         target |= {(f.dim or 0, symbol) for f, symbol in own.items()}
         count = next(size for f, size in plates_around(node) if layout.is_data(f))
         sums |= states
         names.add(name)
     wanted = [symbol for _, symbol in sorted(target)]  # particles, then rows
-    total = contract_to_tensor(tree, sums, frozenset(wanted))
+    wide = {symbol for _, factor in factors for symbol in factor._pyro_dims}  # a plate of one row has no dimension
+    tree: OrderedDict[frozenset[str], list[Any]] = OrderedDict()
+    for around, factor in factors:
+        tree.setdefault(around & wide, []).append(factor)
+    total = contract_to_tensor(tree, sums, frozenset(wanted) & wide)
     missing = [symbol for symbol in wanted if symbol not in total._pyro_dims]
     order = [*missing, *total._pyro_dims]
     value = total.reshape((1,) * len(missing) + total.shape).permute([order.index(symbol) for symbol in wanted])

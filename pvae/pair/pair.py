@@ -153,12 +153,19 @@ class Pair(nn.Module):
             raise DataError(
                 f"x: expected at least one row, of shape ({expected}); got a tensor of shape {list(x.shape)}."
             )
-        if self.structure.rows not in (None, len(x)):
-            raise DataError(
-                f"x: expected the {self.structure.rows} rows that the parameters of the programs were made for (one "
-                f"for every row); got {len(x)}. Pass those rows, or amortise: let the guide compute them from x."
-            )
+        if problem := self._other_rows(x):
+            raise DataError(str(problem))
         return x
+
+    def _other_rows(self, x: Tensor) -> Problem | None:
+        """Return the problem of data of another number of rows than the programs have parameters for, if they do."""
+        if self._structure is None or self._structure.rows in (None, len(x)):
+            return None
+        return Problem(
+            "x",
+            f"expected the {self._structure.rows} rows that the parameters of the programs were made for (one for "
+            f"every row); got {len(x)}. Pass those rows, or amortise: let the guide compute them from x.",
+        )
 
     def _integers(self, x: Tensor, like: Tensor | None) -> Tensor:
         """Return whole numbers as they are if the programs run on them, else as floating-point numbers."""
@@ -350,8 +357,10 @@ class Pair(nn.Module):
         """
         arguments = self.arguments
         x = torch.as_tensor(self.pack(x))
+        if problem := self._other_rows(x):
+            return [problem]
         if self.declared or self._structure is not None:
-            return problems_of(self, self.structure.few(x, 3) if self._structure else x[:3])
+            return problems_of(self, x[:3] if self.declared else self.structure.few(x, CHECKED_ROWS))
         probe, store = copied(self)
         probe.arguments, self.arguments = self.arguments, arguments
         with pyro.get_param_store().scope(store):

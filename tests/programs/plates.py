@@ -62,7 +62,7 @@ def declared_full_size() -> Program:
     def model(x: Tensor) -> None:
         b = pyro.sample("b", dist.Normal(0.0, 1.0))
         with pyro.plate("data", 100, subsample=torch.arange(len(x))):
-            z = pyro.sample("z", dist.Normal(b, 1.0) if b.dim() == 0 else dist.Normal(b, 1.0))
+            z = pyro.sample("z", dist.Normal(b, 1.0))
             pyro.sample("x", dist.Normal(z, 1.0), obs=x)
 
     def guide(x: Tensor) -> None:
@@ -71,7 +71,7 @@ def declared_full_size() -> Program:
         with pyro.plate("data", 100, subsample=torch.arange(len(x))):
             pyro.sample("z", dist.Normal(a * x, 0.7))
 
-    return Program(model, guide, normal(20, 72, 1.4))
+    return Program(model, guide, normal(20, 72, 1.4), size=100)
 
 
 def global_and_local() -> Program:

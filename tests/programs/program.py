@@ -28,8 +28,15 @@ class Program:
     """Model and guide without the penalties of the training loss, which Pyro runs; default: those of the pair."""
     plates: int = 1
     """Number of nested plates, for `TraceEnum_ELBO`."""
+    size: int | None = None
+    """Number of rows that the program declares, by which Pyro's loss is divided; default: those of the data."""
     options: tuple[str, ...] = field(default=())
     """Overrides of the fit."""
+
+    @property
+    def rows(self) -> int:
+        """Number of rows of the data."""
+        return len(self.data[0] if isinstance(self.data, tuple) else self.data)
 
     @property
     def pair(self) -> Pair:

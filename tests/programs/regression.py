@@ -10,7 +10,8 @@ import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.infer import autoguide
-from pyro.infer.autoguide import AutoDelta, AutoGuideList, AutoNormal
+from pyro.infer.autoguide import AutoDelta, AutoGuideList, AutoLaplaceApproximation, AutoNormal
+from pyro.infer.autoguide.initialization import init_to_value
 from torch import Tensor
 
 from tests.programs.program import Program, gaussian_log_p, normal
@@ -43,9 +44,22 @@ def exact(x: Tensor) -> float:
 def regression_with(kind: str, **options: Any) -> Callable[[], Program]:
     def made() -> Program:
         guide = getattr(autoguide, kind)(regression, **options)
-        return Program(regression, guide, rows(), exact(rows()))
+        point = kind in ("AutoDelta", "AutoLaplaceApproximation")  # its evidence is given the point
+        return Program(regression, guide, rows(), None if point else exact(rows()))
 
     return made
+
+
+def regression_after_laplace() -> Program:
+    """Laplace's approximation at the mode, which is the exact posterior here: the ELBO is log p."""
+    x = rows()
+    seen = torch.cat([torch.ones(len(x), 1), x[:, :2]], 1)
+    mode = torch.linalg.solve(seen.T @ seen / NOISE**2 + torch.eye(3), seen.T @ x[:, 2] / NOISE**2)
+    guide = AutoLaplaceApproximation(regression, init_loc_fn=init_to_value(values={"b": mode[0], "w": mode[1:]}))
+    guide(x)
+    fitted = guide.laplace_approximation(x)
+    pyro.clear_param_store()
+    return Program(regression, fitted, x, exact(x), elbo=lambda: exact(x))
 
 
 def regression_with_a_list() -> Program:

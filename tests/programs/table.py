@@ -53,6 +53,7 @@ PROGRAMS: dict[str, Callable[[], Program]] = {
     "regression, AutoIAFNormal": regression.regression_with("AutoIAFNormal", hidden_dim=[4]),
     "regression, AutoDelta": regression.regression_with("AutoDelta"),
     "regression, AutoLaplace": regression.regression_with("AutoLaplaceApproximation"),
+    "regression, Laplace at its mode": regression.regression_after_laplace,
     "regression, AutoGuideList": regression.regression_with_a_list,
     "regression, list with Delta": regression.regression_with_a_list_and_a_point,
     "rows, AutoNormal": regression.rows_with("AutoNormal", init_scale=0.6),
