@@ -22,6 +22,8 @@ MODEL_ROWS_AT_ONCE = 8192
 """Largest number of rows in one run of the model."""
 DUPLICATE_DISTANCE = 1e-2
 """Distance below which two rows of a codebook are duplicates, as a proportion of the root mean squared distance."""
+IMPOSSIBLE_NATS = 1e12
+"""KL, nats, above which it is infinite: the prior gives a code probability zero, stored as log probability -1e30."""
 
 
 @dataclass(frozen=True)
@@ -150,3 +152,9 @@ def _log_sum(pair: Pair, x: Tensor, values: Mapping[str, tuple[SiteShape, Tensor
         sites = [log_prob(node, pair.layout, 0).double() for node in nodes.values() if pair.layout.holds(node)]
         total = torch.logaddexp(total, sum_over(sites).reshape(len(block), len(x)).logsumexp(0))
     return total
+
+
+def codes_kl(q: Codes, p: Codes) -> Tensor:
+    """Return KL(q || p) of factorised codes, `(n,)`, nats; infinite where a code possible under q has p = 0."""
+    found = (q.logits.exp() * (q.logits - p.logits)).sum((1, 2))
+    return torch.where(found > IMPOSSIBLE_NATS, torch.inf, found)

@@ -15,8 +15,8 @@ from pvae.errors import DataError, DeclarationError
 from pvae.pair.densities import Unweighed
 from pvae.pair.layout import samples
 from pvae.pair.pair import Pair
+from pvae.pair.problems import require_bound
 from pvae.pair.running import quiet as quiet_pair
-from pvae.pair.sides import require_bound
 from pvae.util import seeds
 
 

@@ -11,6 +11,8 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 from torch.distributions import Bernoulli, Categorical
 
+from pvae.analysis.decompose.by_row import joined_presence, presence
+from pvae.analysis.decompose.codes import codes_kl
 from pvae.analysis.decompose.entry import same_globals
 from pvae.distributions.exponential import FullRankNormals, Members, Normals
 from pvae.distributions.exponential_codes import ROW_COST, CertainCodes, Codes
@@ -26,9 +28,6 @@ from pvae.pair.structure import ROWS_OF_A_BATCH
 PARAMETER_BYTES = 2**29
 """Largest number of bytes of a latent's posterior parameters that are kept in memory for all rows; larger ones (full
 rank, long codes) are recomputed by running the guide again."""
-IMPOSSIBLE_NATS = 1e12
-"""KL, nats, above which it is infinite: the prior gives a code probability zero, stored as log probability -1e30."""
-
 Sites = Mapping[str, Any]
 """Nodes of the sample sites of a Pyro trace, by name."""
 
@@ -168,24 +167,10 @@ def _latent(q: Any, p: Any, layout: Layout, n: int, point: bool = False) -> Late
         normal=_normal(posterior),
         kl=None if p is None else -log_p if certain else _closed(q, p, posterior, prior, layout),
         point=point,
-        present=_presence(q, p, layout, n),
+        present=presence(q, p, layout, n),
         tally=tally(posterior, prior, grid_of(q), bits=isinstance(unwrapped(q["fn"]), Bernoulli)),
         prior=shared_prior(prior),
     )
-
-
-def _presence(q: Any, p: Any, layout: Layout, n: int) -> Tensor | None:
-    """Return an integer per row that tells which elements of a site no mask hides; None where there is no mask."""
-    masks = [node["mask"] for node in (q, p) if node is not None and node["mask"] is not None]
-    if not masks:
-        return None
-    shown = torch.ones(q["fn"].batch_shape, dtype=torch.bool, device=q["value"].device)
-    for mask in masks:
-        shown = shown & torch.as_tensor(mask, device=shown.device)
-    first = shown.movedim(layout.dim, 0)
-    rows = first.expand(n, *first.shape[1:]).reshape(n, -1)
-    weights = torch.randint(1, 2**40, rows.shape[1:], generator=torch.Generator().manual_seed(0))
-    return (rows * weights.to(rows.device)).sum(1)
 
 
 def _absent(numel: int, like: Tensor) -> LatentDraw:
@@ -226,12 +211,6 @@ def _closed(q: Any, p: Any, posterior: Members | None, prior: Members | None, la
         return codes_kl(posterior, prior)
     value = closed_kl(q, p, layout, 0, 1)
     return None if value is None else value.double()
-
-
-def codes_kl(q: Codes, p: Codes) -> Tensor:
-    """Return KL(q || p) of factorised codes, `(n,)`, nats; infinite where a code possible under q has p = 0."""
-    found = (q.logits.exp() * (q.logits - p.logits)).sum((1, 2))
-    return torch.where(found > IMPOSSIBLE_NATS, torch.inf, found)
 
 
 def _log_ratio(q: Any, p: Any) -> float:
@@ -348,15 +327,6 @@ def _fold(first: LatentDraw, other: LatentDraw) -> None:
     other.tally = other.prior = None
 
 
-def _same_presence(parts: Sequence[LatentDraw]) -> Tensor | None:
-    """Return the presence of one latent in consecutive chunks; where one has no mask, all its elements are present."""
-    known = [part.present for part in parts if part.present is not None]
-    if not known:
-        return None
-    whole = max(1, *(int(present.max()) for present in known))
-    return torch.cat([torch.full_like(p.log_q, whole).long() if p.present is None else p.present for p in parts])
-
-
 def _joined(parts: list[LatentDraw]) -> LatentDraw:
     """Concatenate the samples of one latent for consecutive chunks of rows."""
     first, rest = parts[0], parts[1:]
@@ -366,7 +336,7 @@ def _joined(parts: list[LatentDraw]) -> LatentDraw:
     for f in fields(LatentDraw):
         column = [getattr(part, f.name) for part in parts]
         if f.name == "present":
-            out[f.name] = _same_presence(parts)
+            out[f.name] = joined_presence([(part.present, len(part.log_q)) for part in parts], parts[0].log_q.device)
         elif f.name in ("point", "tally", "prior"):
             out[f.name] = column[0]
         elif any(part is None for part in column) or f.name == "normal":

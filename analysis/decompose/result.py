@@ -109,7 +109,7 @@ class Surgery(Figures):
     train_gain: Estimate | None
     """Mean of log q_agg(z) - log p(z) with the q_agg of other (training) rows: the ELBO gain on these data if that
     q_agg replaced the prior."""
-    elbo: Estimate | None
+    elbo: Estimate | Any
     """Mean ELBO, a lower bound on log p(x); None where the guide sets a continuous latent to a point (`log_joint`)."""
     log_n: Estimate
     latents: dict[str, LatentSurgery]

@@ -11,10 +11,10 @@ from torch import Tensor
 from pvae.analysis.decompose.account import Account
 from pvae.analysis.decompose.aggregated import MEMORY
 from pvae.analysis.decompose.by_covariate import by_group, by_presence
+from pvae.analysis.decompose.by_row import priors_by_row
 from pvae.analysis.decompose.entry import accept, quiet
 from pvae.analysis.decompose.posterior_draws import Draw, draw
 from pvae.analysis.decompose.result import Surgery
-from pvae.analysis.decompose.row_priors import priors_by_row
 from pvae.analysis.decompose.surgery_figures import close
 from pvae.data import Dataset
 from pvae.errors import DataError

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from pvae.errors import DeclarationError
 from pvae.pair.enumeration import needs_elimination
 from pvae.pair.layout import Layout, plates_of, read_layout
+from pvae.pair.problems import Problem, ProgramError, guide_only, require_bound
 from pvae.pair.reach import modules_within
 from pvae.pair.running import evaluating, run, trace_of, whole_plates
-from pvae.pair.sides import guide_only, require_bound
 from pvae.pair.structure import Structure, read_structure
 from pvae.pair.unpacking import Unpacked, read_unpacked, unpack
 
@@ -93,6 +93,28 @@ def _layout(pair: Pair, traces: tuple[Trace, Trace], rows: Tensor) -> tuple[Layo
     if layout.enumerated and not pair.declared:
         layout = replace(layout, eliminated=needs_elimination(run(pair, rows, layout)[1], layout))
     return layout, fixed, unpacked
+
+
+def whole_or_floats(pair: Pair, x: Tensor, like: Tensor | None) -> Tensor:
+    """Return whole numbers as they are if the programs of a pair run on them, else as floating-point numbers."""
+    floats = x.to(torch.get_default_dtype() if like is None else like.dtype)
+    if pair.arguments is not None:
+        return x
+    try:
+        return x if pair.adopt(x).structure.dtype is not None else floats
+    except ProgramError:
+        return floats
+
+
+def other_rows(structure: Structure | None, x: Tensor) -> Problem | None:
+    """Return the problem of data of another number of rows than the programs have parameters for, if they do."""
+    if structure is None or structure.rows in (None, len(x)):
+        return None
+    return Problem(
+        "x",
+        f"expected the {structure.rows} rows that the parameters of the programs were made for (one for every row); "
+        f"got {len(x)}. Pass those rows, or amortise: let the guide compute them from x.",
+    )
 
 
 def read_again(known: Structure, guide: Trace, model: Trace, count: int) -> Structure:

@@ -13,10 +13,9 @@ from torch import Tensor
 from pvae.errors import DeclarationError
 from pvae.pair.adoption import current_store
 from pvae.pair.densities import sum_over
-from pvae.pair.failures import ProgramError, explained
 from pvae.pair.layout import plates_around, samples
+from pvae.pair.problems import Problem, ProgramError, differing_sites, explained
 from pvae.pair.running import evaluating, run, whole_plates
-from pvae.pair.sides import Problem, differing_sites
 from pvae.pair.unpacking import read_unpacked
 
 if TYPE_CHECKING:

@@ -15,16 +15,14 @@ from torch import Tensor, nn
 from pvae.errors import DataError, DeclarationError
 from pvae.graph.frame import Frame
 from pvae.graph.lifecycle import MadeOfData
-from pvae.pair.adoption import Store, Watch, adopted, copied, read_again
+from pvae.pair.adoption import Store, Watch, adopted, copied, other_rows, read_again, whole_or_floats
 from pvae.pair.arguments import Arguments, is_several
 from pvae.pair.check import problems_of
 from pvae.pair.densities import sum_over
 from pvae.pair.dependencies import Dependencies, dependencies_without_asking, read_dependencies, weights_of
-from pvae.pair.failures import ProgramError, told
 from pvae.pair.layout import Layout
-from pvae.pair.particles import Way, way_of_particles, with_particles
-from pvae.pair.running import run, run_expected, trace_of
-from pvae.pair.sides import Problem, require_bound
+from pvae.pair.problems import Problem, require_bound, told
+from pvae.pair.running import Way, run, run_expected, trace_of, way_of_particles, with_particles
 from pvae.pair.structure import Structure
 from pvae.pair.terms import Terms, expected_terms, terms_of
 from pvae.pair.unpacking import unpack
@@ -143,7 +141,7 @@ class Pair(nn.Module):
         if parameter is not None:
             x = x.to(parameter) if self.declared or x.is_floating_point() else x.to(parameter.device)
         if x.dim() and len(x):
-            x = x if self.declared or x.is_floating_point() else self._integers(x, parameter)
+            x = x if self.declared or x.is_floating_point() else whole_or_floats(self, x, parameter)
             self.adopt(x)
             if not self.declared:
                 self._watch.follow(self._store)
@@ -153,31 +151,8 @@ class Pair(nn.Module):
             raise DataError(
                 f"x: expected at least one row, of shape ({expected}); got a tensor of shape {list(x.shape)}."
             )
-        if problem := self._other_rows(x):
+        if problem := other_rows(self._structure, x):
             raise DataError(str(problem))
-        return x
-
-    def _other_rows(self, x: Tensor) -> Problem | None:
-        """Return the problem of data of another number of rows than the programs have parameters for, if they do."""
-        if self._structure is None or self._structure.rows in (None, len(x)):
-            return None
-        return Problem(
-            "x",
-            f"expected the {self._structure.rows} rows that the parameters of the programs were made for (one for "
-            f"every row); got {len(x)}. Pass those rows, or amortise: let the guide compute them from x.",
-        )
-
-    def _integers(self, x: Tensor, like: Tensor | None) -> Tensor:
-        """Return whole numbers as they are if the programs run on them, else as floating-point numbers."""
-        floats = x.to(torch.get_default_dtype() if like is None else like.dtype)
-        if self.arguments is not None:
-            return x
-        if self._structure is not None:
-            return floats if self._structure.dtype is None else x
-        try:
-            self.adopt(x)
-        except ProgramError:
-            return floats
         return x
 
     def call(self, program: Callable[..., Any], x: Tensor) -> None:
@@ -357,7 +332,7 @@ class Pair(nn.Module):
         """
         arguments = self.arguments
         x = torch.as_tensor(self.pack(x))
-        if problem := self._other_rows(x):
+        if problem := other_rows(self._structure, x):
             return [problem]
         if self.declared or self._structure is not None:
             return problems_of(self, x[:3] if self.declared else self.structure.few(x, CHECKED_ROWS))

@@ -1,11 +1,12 @@
-"""Functions that run the two programs of a pair: with particles, under enumeration, or in evaluation mode."""
+"""Functions that run the two programs of a pair: quietly, under enumeration, with several samples per row."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Literal
 
 import pyro
 import torch
@@ -17,14 +18,22 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
+from pvae.pair.densities import sum_over
 from pvae.pair.layout import Layout
 from pvae.pair.reach import modules_within
+from pvae.pair.terms import Terms, terms_of
+from pvae.util import seeds
 
 if TYPE_CHECKING:
     from pvae.pair.pair import Pair
 
 PARTICLES = "_particles"
 """Name of the plate of several samples per row."""
+
+
+Way = Literal["plate", "rows", "one by one"]
+RELATIVE, ABSOLUTE = 1e-3, 1e-3
+"""Largest difference of a log density between ways of running the same particles."""
 
 
 @contextmanager
@@ -151,3 +160,107 @@ def _enumeration(layout: Layout | None, particles: int) -> AbstractContextManage
 def _leftmost(layout: Layout, particles: int) -> int:
     """Return the first batch dimension (negative) that neither plates nor particles use."""
     return -1 - layout.nesting - (particles > 1)
+
+
+# ---------------------------------------------------------------------- several samples per row
+
+
+def way_of_particles(pair: Pair, x: Tensor) -> Way:
+    """Return the way to run several samples per row of a batch; found once per pair and shape, by values.
+
+    Programs written for one sample may index or reshape their latents from the left (`z[:, 0]`), which is right for one
+    sample and another model under a further plate. So a few samples run along a plate, as repeated rows and one at a
+    time, on the rows of the batch, at the same latents: a way is safe if it gives the densities of single samples.
+    """
+    if pair.declared:
+        return "plate"
+    key = (tuple(x.shape), x.dtype, str(x.device))
+    question = f"particles of {key}"
+    if torch.compiler.is_compiling():
+        return pair.remember(question, key, lambda: "one by one")  # safe; asked before compilation
+    return pair.remember(question, key, lambda: _find_way(pair, x))
+
+
+def _find_way(pair: Pair, x: Tensor) -> Way:
+    with quiet(pair, x):
+        seeds.set_noise(seeds.mix(0, seeds.ANALYSIS), x.device)
+        singles = [pair.traces(x) for _ in range(_other_than_sizes(pair, x))]
+        want = torch.stack([_weights(pair, *traces, 0) for traces in singles])
+        guides = [trace for trace, _ in singles]
+        by_rows = not pair.layout.shared and pair.structure.rows is None
+        if not guides[0].nodes.keys() == guides[1].nodes.keys():
+            return "one by one"  # the sites of a sample vary
+        ways: tuple[Way, ...] = ("plate", "rows") if by_rows else ("plate",)
+        return next((way for way in ways if _agrees(pair, x, way, guides, want)), "one by one")
+
+
+def _other_than_sizes(pair: Pair, x: Tensor) -> int:
+    """Return a number of particles that is no size of the data or of a latent, so that none is taken for another."""
+    taken = {*x.shape, *(size for shape in pair.structure.shapes.values() for size in (*shape.left, *shape.right))}
+    return next(count for count in range(2, 100) if count not in taken)
+
+
+def _agrees(pair: Pair, x: Tensor, way: Way, guides: Sequence[Trace], want: Tensor) -> bool:
+    """Return whether a way gives the log weights `want` `(particles, rows)` of single samples at their latents."""
+    count, layout, fixed = len(guides), pair.layout, Trace()
+    for name, node in guides[0].nodes.items():
+        if node["type"] == "sample" and not node["is_observed"] and name in (*layout.latents, *layout.shared):
+            fixed.nodes[name] = {**node, "value": _stacked(way, [g.nodes[name] for g in guides], layout)}
+    try:
+        with pair.own_store(), ReplayMessenger(trace=fixed):
+            found = run(pair, x, layout, count) if way == "plate" else run(pair, _tiled(x, count), layout)
+        got = _weights(pair, *pair.known(x, *found), count if way == "plate" else 0).reshape(count, -1)
+    except Exception:  # whatever a program raises under a further plate
+        return False
+    return got.shape == want.shape and torch.allclose(got, want, rtol=RELATIVE, atol=ABSOLUTE, equal_nan=True)
+
+
+def _stacked(way: Way, nodes: Sequence[Any], layout: Layout) -> Tensor:
+    """Return the values of a site in several samples as one: left of all plates, or along the rows."""
+    values = [node["value"] for node in nodes]
+    batch = values[0].dim() - len(nodes[0]["fn"].event_shape)
+    if way == "rows":
+        return torch.cat(values, batch + layout.dim)
+    return torch.stack([value.reshape((1,) * (layout.nesting - batch) + value.shape) for value in values])
+
+
+def _weights(pair: Pair, guide: Trace, model: Trace, particles: int) -> Tensor:
+    """Return log p(x, z) - log q(z | x) of every row, `([particles,] rows)`."""
+    terms = terms_of(guide, model, pair.layout, particles, False, None)
+    return sum_over([terms.reconstruction, *(-kl for kl in terms.kl.values())])
+
+
+def _tiled(x: Tensor, count: int) -> Tensor:
+    return x.repeat(count, *(1,) * (x.dim() - 1))
+
+
+def with_particles(pair: Pair, x: Tensor, particles: int, way: Way, **options: Any) -> Terms:
+    """Return the ELBO terms of a batch with `particles` samples per row, for programs that take no plate of them."""
+    if way == "rows":
+        found = [pair.terms(_tiled(x, particles), **options)]
+        return _combined(found, lambda values: values[0].reshape(particles, -1))
+    return _combined([pair.terms(x, **options) for _ in range(particles)], torch.stack)
+
+
+def _combined(parts: Sequence[Terms], join: Callable[[list[Tensor]], Tensor]) -> Terms:
+    """Return the terms of several runs, each tensor of which is joined from those of the runs."""
+
+    def named(tables: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        return {name: join([table[name] for table in tables]) for name in tables[0]}
+
+    scores = {}
+    for name, first in parts[0].scores.items():
+        same = [part.scores[name] for part in parts]
+        base = [score.baseline for score in same if score.baseline is not None]
+        scores[name] = replace(
+            first,
+            log_q=join([score.log_q for score in same]),
+            weighed=join([score.weighed for score in same]),
+            baseline=None if first.baseline is None else first.baseline if not first.baseline.dim() else join(base),
+        )
+    return Terms(
+        join([part.reconstruction for part in parts]),
+        named([part.kl for part in parts]),
+        named([part.penalties for part in parts]),
+        scores,
+    )

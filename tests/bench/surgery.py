@@ -15,7 +15,7 @@ from torch import Tensor
 
 import pvae
 from pvae.analysis import AggregatedPosterior, surgery
-from pvae.analysis.decompose.coordinates import all_pairs, marginal_log_prob
+from pvae.analysis.decompose.aggregated import all_pairs, marginal_log_prob
 from pvae.analysis.decompose.entry import quiet
 from pvae.analysis.decompose.posterior_draws import draw
 

@@ -17,9 +17,8 @@ import scipy.stats
 import torch
 from torch import Tensor
 
-from pvae.analysis.decompose.aggregated import AggregatedPosterior
+from pvae.analysis.decompose.aggregated import AggregatedPosterior, all_pairs, grid_error, marginal_log_prob
 from pvae.analysis.decompose.components import Kept, Reread, members_of
-from pvae.analysis.decompose.coordinates import all_pairs, grid_error, marginal_log_prob
 from pvae.analysis.decompose.entry import quiet
 from pvae.distributions.exponential import FullRankNormals, Members, Normals
 from pvae.distributions.exponential_codes import Codes, Product, product

@@ -1,16 +1,34 @@
-"""Latents of the two sides of a pair: those of the guide alone, of the model alone, and their problems."""
+"""Problems of a pair in words: latents of one side only, and errors of a program with its site, shapes and line."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import re
+import sysconfig
+import traceback
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import pyro
+import torch
+from pyro.poutine.runtime import NonlocalExit
 from pyro.poutine.trace_struct import Trace
+from torch import Tensor
 
-from pvae.errors import DeclarationError
+from pvae.errors import DeclarationError, PvaeError
 from pvae.pair.layout import is_enumerable, is_point, samples
 from pvae.pair.unpacking import Unpacked
+
+PASSED_ON = (PvaeError, NonlocalExit, MemoryError, torch.OutOfMemoryError, OSError)
+"""Exceptions that say nothing about the program that raised them."""
+HOUSES = (
+    *(str(Path(module.__file__ or "").parent) for module in (torch, pyro)),
+    str(Path(__file__).parents[1]),
+    sysconfig.get_paths()["stdlib"],
+)
+"""Folders of the libraries, whose lines are not the user's."""
 
 
 @dataclass(frozen=True)
@@ -79,3 +97,57 @@ def _or_enumerate(node: Mapping[str, Any]) -> str:
 
 def _names(names: set[str]) -> str:
     return ", ".join(sorted(names)) or "none"
+
+
+class ProgramError(DeclarationError):
+    """A program of a pair failed on a batch; `site` is the site at fault, or "pair.model" or "pair.guide"."""
+
+    def __init__(self, problem: Problem) -> None:
+        self.site, self.said = problem.site, problem.message
+        super().__init__(str(problem))
+
+
+@contextmanager
+def told(side: str, x: Tensor) -> Iterator[None]:
+    """Context manager that turns an exception of a program into a `ProgramError` with a plain message."""
+    try:
+        yield
+    except PASSED_ON:
+        raise
+    except Exception as error:
+        raise ProgramError(explained(error, side, x)) from error
+
+
+def explained(error: Exception, side: str, x: Tensor) -> Problem:
+    """Return an exception raised while a program ran on the batch `x` as a `Problem` with a plain message."""
+    text, at = str(error), _line(error)
+    found = re.search(r"inside plate\('([^']*)'\) at site (\S+) dim (-\d+), (\d+) vs (\d+)", text)
+    if found:
+        plate, site, dim, want, got = found.groups()
+        return Problem(
+            site,
+            f"expected batch size {want} at dim {dim} inside plate {plate!r}; got {got}{at}. Its event dimensions are "
+            f"not declared: write `.to_event(1)` after the distribution.",
+        )
+    if "within the support" in text:
+        support = re.search(r"within the support \((.*?)\) of the distribution (\w+)", text)
+        what = f"{support[2]} scores only {support[1]}" if support else "the distribution cannot score it"
+        return Problem(
+            side,
+            f"expected data in the support of the observed site; {what}{at}. Transform x, or use another distribution.",
+        )
+    words = text.splitlines()[0][:200] if text else "no message"
+    return Problem(
+        side,
+        f"expected the program to run on a batch of shape {list(x.shape)}; got {type(error).__name__}: {words}{at}.",
+    )
+
+
+def _line(error: Exception) -> str:
+    """Return the last line of the user's program in the traceback of an error, as ", at FILE:LINE `CODE`"."""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(HOUSES)]
+    if not frames:
+        return ""
+    return f", at {Path(frames[-1].filename).name}:{frames[-1].lineno}" + (
+        f" `{frames[-1].line}`" if frames[-1].line else ""
+    )

@@ -1,7 +1,8 @@
-"""Priors that differ from row to row, as in a conditional model written by hand, found on all rows of the data."""
+"""Questions by row of data: whether priors differ between rows, and which elements of a latent a row has."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -57,3 +58,26 @@ def _by_row(node: Any, layout: Layout, rows: int) -> Tensor:
     if score.dim() < -layout.dim:
         return score.reshape(1, -1)
     return torch.nan_to_num(score.movedim(layout.dim, 0).flatten(1) if score.dim() > 1 else score[:, None])
+
+
+def presence(q: Any, p: Any, layout: Layout, n: int) -> Tensor | None:
+    """Return an integer per row that tells which elements of a site no mask hides; None where there is no mask."""
+    masks = [node["mask"] for node in (q, p) if node is not None and node["mask"] is not None]
+    if not masks:
+        return None
+    shown = torch.ones(q["fn"].batch_shape, dtype=torch.bool, device=q["value"].device)
+    for mask in masks:
+        shown = shown & torch.as_tensor(mask, device=shown.device)
+    first = shown.movedim(layout.dim, 0)
+    rows = first.expand(n, *first.shape[1:]).reshape(n, -1)
+    weights = torch.randint(1, 2**40, rows.shape[1:], generator=torch.Generator().manual_seed(0))
+    return (rows * weights.to(rows.device)).sum(1)
+
+
+def joined_presence(parts: Sequence[tuple[Tensor | None, int]], device: torch.device) -> Tensor | None:
+    """Return the presence of one latent in consecutive chunks; where one has no mask, all elements are present."""
+    known = [present for present, _ in parts if present is not None]
+    if not known:
+        return None
+    whole = max(1, *(int(present.max()) for present in known))
+    return torch.cat([torch.full((n,), whole, device=device) if p is None else p for p, n in parts])
