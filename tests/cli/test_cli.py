@@ -103,6 +103,8 @@ def test_runs_surgery_evidence(where: list[str]) -> None:
     assert run_cli_json("evidence", "latest", "--samples", "20", *where)["figures"]["iwae_20"]["kind"] == "lower_bound"
 
 
+ON_A_DEVICE = ("surgery", "evidence", "gap", "two-sample", "posterior")
+"""Analyses that a GPU makes faster; `test_cuda.py` runs them there."""
 REFUSED = {
     "a misspelt split": (["surgery", "latest", "--split", "tset"], 2, "test"),
     "a misspelt run": (["surgery", "veae"], 2, "vae"),
@@ -110,7 +112,7 @@ REFUSED = {
         ["evidence", "latest", "--method", "magic"], 2, "expected one of iwae, prior, ais, bracket; got 'magic'",
     ),
 }  # fmt: skip
-for _command in ("surgery", "evidence", "gap", "two-sample", "posterior"):  # `test_cuda.py` runs them on a GPU
+for _command in ON_A_DEVICE:
     _given = [_command, "latest", "--device"]
     REFUSED[f"{_command} on no GPU"] = ([*_given, "cuda"], 71, "Use --device cpu")
     REFUSED[f"{_command} on no device"] = ([*_given, "gpu"], 2, "expected auto, cpu or cuda; got 'gpu'")
