@@ -81,21 +81,20 @@ def factor_analysis() -> Program:
 
 
 def conditional_vae() -> Program:
-    """The prior reads the left half of a row, the decoder the latent, as in Pyro's CVAE."""
+    """The prior reads one half of an image, the decoder the latent, as in Pyro's CVAE."""
     nets = nn.ModuleDict({"prior": Encoder(3, 2), "recognition": Encoder(6, 2), "generation": decoder(2, 3)})
 
-    def model(x: Tensor) -> None:
+    def model(xs: Tensor, ys: Tensor) -> None:
         pyro.module("nets", nets)
-        given, out = x[:, :3], x[:, 3:]
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Normal(*nets["prior"](given)).to_event(1))
-            pyro.sample("y", dist.Bernoulli(logits=nets["generation"](z)).to_event(1), obs=out)
+        with pyro.plate("data", len(xs)):
+            z = pyro.sample("z", dist.Normal(*nets["prior"](xs)).to_event(1))
+            pyro.sample("y", dist.Bernoulli(logits=nets["generation"](z)).to_event(1), obs=ys)
 
-    def guide(x: Tensor) -> None:
-        with pyro.plate("data", len(x)):
-            pyro.sample("z", dist.Normal(*nets["recognition"](x)).to_event(1))
+    def guide(xs: Tensor, ys: Tensor) -> None:
+        with pyro.plate("data", len(xs)):
+            pyro.sample("z", dist.Normal(*nets["recognition"](torch.cat([xs, ys], -1))).to_event(1))
 
-    return Program(model, guide, bits((20, 6), 4))
+    return Program(model, guide, (bits((20, 3), 4), bits((20, 3), 5)))
 
 
 def vae_with_labels() -> Program:

@@ -94,18 +94,18 @@ def global_and_local() -> Program:
 
 
 def eight_schools() -> Program:
-    """Effects of schools around a common mean of unknown spread; a row holds an estimate and its error."""
+    """Effects of schools around a common mean of unknown spread, given the errors of the estimates."""
 
-    def model(data: Tensor) -> None:
+    def model(y: Tensor, sigma: Tensor) -> None:
         mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
         tau = pyro.sample("tau", dist.HalfCauchy(5.0))
-        with pyro.plate("schools", len(data)):
+        with pyro.plate("schools", len(y)):
             eta = pyro.sample("eta", dist.Normal(0.0, 1.0))
-            pyro.sample("y", dist.Normal(mu + tau * eta, data[:, 1]), obs=data[:, 0])
+            pyro.sample("y", dist.Normal(mu + tau * eta, sigma), obs=y)
 
     y = torch.tensor([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0])
     sigma = torch.tensor([15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0])
-    return Program(model, AutoNormal(model), torch.stack([y, sigma], 1), options=ALL)
+    return Program(model, AutoNormal(model), (y, sigma), options=ALL)
 
 
 def baseball() -> Program:

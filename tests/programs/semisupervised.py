@@ -122,39 +122,38 @@ def m2_two_losses() -> Program:
 
 
 def scanvi() -> Program:
-    """Counts with a library size, two latents and a label that is summed over where unknown."""
+    """Counts with a library size, two latents and a label, of which the guide has a classification term."""
     upper, lower, size = Encoder(1 + CLASSES, 1), Encoder(4, 1), Encoder(4, 1)
     prior, classify, net = Encoder(1 + CLASSES, 1), nn.Linear(1, CLASSES), decoder(1, 4)
 
-    def one_hot(data: Tensor) -> Tensor:
-        return nn.functional.one_hot(data[..., 4].long(), CLASSES).float()
+    def one_hot(y: Tensor) -> Tensor:
+        return nn.functional.one_hot(y, CLASSES).float()
 
-    def model(data: Tensor) -> None:
+    def model(x: Tensor, label: Tensor) -> None:
         pyro.module("net", net)
         pyro.module("prior", prior)
-        with pyro.plate("batch", len(data)):
+        with pyro.plate("batch", len(x)):
             z1 = pyro.sample("z1", dist.Normal(torch.zeros(1), 1.0).to_event(1))
-            y = pyro.sample("y", dist.OneHotCategorical(logits=torch.zeros(CLASSES)), obs=one_hot(data))
+            y = pyro.sample("y", dist.OneHotCategorical(logits=torch.zeros(CLASSES)), obs=one_hot(label))
             z2 = pyro.sample("z2", dist.Normal(*prior(joined(z1, y))).to_event(1))
             total = pyro.sample("l", dist.LogNormal(1.5, 0.5))
             rate = net(z2).softmax(-1) * total[..., None]
-            pyro.sample("x", dist.NegativeBinomial(3.0, probs=rate / (rate + 3.0)).to_event(1), obs=data[..., :4])
+            pyro.sample("x", dist.NegativeBinomial(3.0, probs=rate / (rate + 3.0)).to_event(1), obs=x)
 
-    def guide(data: Tensor) -> None:
+    def guide(x: Tensor, label: Tensor) -> None:
         for name, net in (("upper", upper), ("lower", lower), ("size", size), ("classify", classify)):
             pyro.module(name, net)
-        x = (1 + data[..., :4]).log()
-        with pyro.plate("batch", len(data)):
-            z2 = pyro.sample("z2", dist.Normal(*lower(x)).to_event(1))
-            loc, scale = size(x)
+        seen = (1 + x).log()
+        with pyro.plate("batch", len(x)):
+            z2 = pyro.sample("z2", dist.Normal(*lower(seen)).to_event(1))
+            loc, scale = size(seen)
             pyro.sample("l", dist.LogNormal(1.5 + loc[..., 0], scale[..., 0]))
             q = dist.OneHotCategorical(logits=classify(z2))
-            pyro.factor("classification", -5.0 * q.log_prob(one_hot(data)), has_rsample=False)
-            pyro.sample("z1", dist.Normal(*upper(joined(z2, one_hot(data)))).to_event(1))
+            pyro.factor("classification", -5.0 * q.log_prob(one_hot(label)), has_rsample=False)
+            pyro.sample("z1", dist.Normal(*upper(joined(z2, one_hot(label)))).to_event(1))
 
-    label = torch.arange(20)[:, None] % CLASSES
-    x = torch.cat([counts((20, 4), 1.5, 21), label.float()], 1)
-    return Program(model, guide, x, bound=(model, poutine.block(guide, hide=["classification"])))
+    data = counts((20, 4), 1.5, 21), torch.arange(20) % CLASSES
+    return Program(model, guide, data, bound=(model, poutine.block(guide, hide=["classification"])))
 
 
 def ssivae() -> Program:

@@ -19,18 +19,11 @@ from tests.programs.program import Program, bits, gaussian_log_p, normal
 STEPS = 4
 
 
-def ragged(rows: int, seed: int = 30) -> Tensor:
-    """Sequences of 1 to 4 steps of two bits, padded, and their lengths in a last column."""
+def ragged(rows: int, seed: int = 30) -> tuple[Tensor, Tensor]:
+    """Sequences of 1 to 4 steps of two bits, padded, and their lengths."""
     lengths = 1 + torch.arange(rows) % STEPS
     present = (torch.arange(STEPS) < lengths[:, None]).float()
-    x = bits((rows, STEPS, 2), seed) * present[..., None]
-    return torch.cat([x.reshape(rows, -1), lengths[:, None].float()], 1)
-
-
-def unpacked(data: Tensor) -> tuple[Tensor, Tensor, int]:
-    """Padded sequences, their lengths, and the longest of the batch."""
-    lengths = data[..., -1].long()
-    return data[..., :-1].reshape(*data.shape[:-1], STEPS, 2), lengths, int(lengths.max())
+    return bits((rows, STEPS, 2), seed) * present[..., None], lengths
 
 
 def deep_markov(with_flow: bool = False) -> Program:
@@ -39,26 +32,24 @@ def deep_markov(with_flow: bool = False) -> Program:
     rnn, combiner = nn.RNN(2, 4, batch_first=True), Encoder(6, 2)
     flow: Any = affine_autoregressive(2, [6]) if with_flow else None
 
-    def model(data: Tensor) -> None:
+    def model(x: Tensor, lengths: Tensor) -> None:
         pyro.module("transition", transition)
         pyro.module("emitter", emitter)
-        x, lengths, longest = unpacked(data)
-        z = pyro.param("z_0", torch.zeros(2)).expand(len(data), 2)
-        with pyro.plate("z_minibatch", len(data)):
-            for t in pyro.markov(range(longest)):
+        z = pyro.param("z_0", torch.zeros(2)).expand(len(x), 2)
+        with pyro.plate("z_minibatch", len(x)):
+            for t in pyro.markov(range(int(lengths.max()))):
                 with poutine.mask(mask=t < lengths):
                     z = pyro.sample(f"z_{t + 1}", dist.Normal(*transition(z)).to_event(1))
                     pyro.sample(f"obs_x_{t + 1}", dist.Bernoulli(logits=emitter(z)).to_event(1), obs=x[:, t])
 
-    def guide(data: Tensor) -> None:
+    def guide(x: Tensor, lengths: Tensor) -> None:
         for name, net in (("rnn", rnn), ("combiner", combiner), ("flow", flow)):
             if net is not None:
                 pyro.module(name, net)
-        x, lengths, longest = unpacked(data)
         h = rnn(x.flip(1))[0].flip(1)
-        z = pyro.param("z_q_0", torch.zeros(2)).expand(len(data), 2)
-        with pyro.plate("z_minibatch", len(data)):
-            for t in pyro.markov(range(longest)):
+        z = pyro.param("z_q_0", torch.zeros(2)).expand(len(x), 2)
+        with pyro.plate("z_minibatch", len(x)):
+            for t in pyro.markov(range(int(lengths.max()))):
                 hidden = h[:, t].expand(*z.shape[:-1], 4)
                 q = dist.Normal(*combiner(torch.cat([z, hidden], -1))).to_event(1)
                 with poutine.mask(mask=t < lengths):
@@ -99,12 +90,11 @@ TRANSITION = torch.tensor([[0.7, 0.2, 0.1], [0.1, 0.6, 0.3], [0.3, 0.3, 0.4]])
 EMISSION = torch.tensor([[0.9, 0.2], [0.5, 0.7], [0.1, 0.4]])
 
 
-def forward_algorithm(data: Tensor) -> float:
+def forward_algorithm(x: Tensor, lengths: Tensor) -> float:
     """Mean log p(x) of ragged sequences under the Markov chain above, which starts in state 0."""
-    x, lengths, longest = unpacked(data)
     log_x = dist.Bernoulli(EMISSION).to_event(1).log_prob(x[:, :, None])  # (rows, steps, states)
-    alpha = torch.tensor([0.0, -math.inf, -math.inf]).expand(len(data), 3)
-    for t in range(longest):
+    alpha = torch.tensor([0.0, -math.inf, -math.inf]).expand(len(x), 3)
+    for t in range(int(lengths.max())):
         moved = (alpha[:, :, None] + TRANSITION.log()).logsumexp(1) + log_x[:, t]
         alpha = torch.where(t < lengths[:, None], moved, alpha)
     return float(alpha.logsumexp(1).mean())
@@ -114,22 +104,21 @@ def hidden_markov() -> Program:
     """Pyro's HMM of ragged sequences: states summed out along `pyro.markov`, a guide without latents."""
 
     @config_enumerate
-    def model(data: Tensor) -> None:
-        x, lengths, longest = unpacked(data)
+    def model(x: Tensor, lengths: Tensor) -> None:
         start = pyro.param("transition", TRANSITION, constraint=dist.constraints.simplex)
         emission = pyro.param("emission", EMISSION, constraint=dist.constraints.unit_interval)
-        with pyro.plate("sequences", len(data)):
+        with pyro.plate("sequences", len(x)):
             state: Any = 0
-            for t in pyro.markov(range(longest)):
+            for t in pyro.markov(range(int(lengths.max()))):
                 with poutine.mask(mask=t < lengths):
                     state = pyro.sample(f"c_{t}", dist.Categorical(start[state]))
                     pyro.sample(f"x_{t}", dist.Bernoulli(emission[state]).to_event(1), obs=x[:, t])
 
-    def guide(data: Tensor) -> None:
+    def guide(x: Tensor, lengths: Tensor) -> None:
         pass
 
     data = ragged(20, 32)
-    log_p = forward_algorithm(data)
+    log_p = forward_algorithm(*data)
     return Program(model, guide, data, log_p, elbo=lambda: log_p)
 
 
@@ -137,24 +126,23 @@ def hidden_markov_with_tones() -> Program:
     """The same with the bits of a step in a plate of their own, right of the sequences, as in Pyro's example."""
 
     @config_enumerate
-    def model(data: Tensor) -> None:
-        x, lengths, longest = unpacked(data)
+    def model(x: Tensor, lengths: Tensor) -> None:
         start = pyro.param("transition", TRANSITION, constraint=dist.constraints.simplex)
         emission = pyro.param("emission", EMISSION, constraint=dist.constraints.unit_interval)
         tones = pyro.plate("tones", 2, dim=-1)
-        with pyro.plate("sequences", len(data), dim=-2):
+        with pyro.plate("sequences", len(x), dim=-2):
             state: Any = 0
-            for t in pyro.markov(range(longest)):
+            for t in pyro.markov(range(int(lengths.max()))):
                 with poutine.mask(mask=(t < lengths)[:, None]):
                     state = pyro.sample(f"c_{t}", dist.Categorical(start[state]))
                     with tones as tone:
                         pyro.sample(f"x_{t}", dist.Bernoulli(emission[state, tone]), obs=x[:, t])
 
-    def guide(data: Tensor) -> None:
+    def guide(x: Tensor, lengths: Tensor) -> None:
         pass
 
     data = ragged(20, 33)
-    log_p = forward_algorithm(data)
+    log_p = forward_algorithm(*data)
     return Program(model, guide, data, log_p, elbo=lambda: log_p, plates=2)
 
 
