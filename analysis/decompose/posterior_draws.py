@@ -53,14 +53,12 @@ class LatentDraw:
     kl: Tensor | None
     """Closed-form KL(q || p) of every row, `(n,)`, nats; None where torch has no closed form."""
     point: bool = False
-    """True if the guide sets the latent to a point (Delta): `log_q` is then 0 or, in a flow, minus the log determinant
-    of the map from x to z."""
+    """True if the guide sets the latent to a point (Delta): `log_q` is then 0, in a flow minus a log determinant."""
     present: Tensor | None = None
     """An integer per row, `(n,)`, that tells which elements of the latent are present: the same number for the same
     elements, 0 for none. None where no mask hides any and no batch lacks the site."""
     tally: Tally | None = None
-    """Code probabilities and entropies of a discrete latent, summed over all rows, also where `q` is not kept; None for
-    continuous latents."""
+    """Code probabilities and entropies of a discrete latent, summed over all rows; None for continuous latents."""
     prior: Tensor | None = None
     """Log prior probabilities of a discrete latent, `(P, K)` for K states at P positions, if they factorise and are the
     same for all rows; else None."""
