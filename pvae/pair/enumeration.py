@@ -115,7 +115,7 @@ def needs_elimination(model_trace: Trace, layout: Layout) -> bool:
     That is so inside a nested plate, along `pyro.markov` (whose steps share dimensions), under a mask, and for too many
     joint states.
     """
-    nodes = [model_trace.nodes[name] for name in layout.enumerated if name in model_trace.nodes]
+    nodes: list[Any] = [model_trace.nodes[name] for name in layout.enumerated if name in model_trace.nodes]
     dims = [node["infer"].get("_enumerate_dim") for node in nodes]
     states = math.prod(int(node["fn"].enumerate_support(expand=False).shape[0]) for node in nodes)
     nested = any(not layout.is_data(f) for node in nodes for f in node["cond_indep_stack"] if f.vectorized)

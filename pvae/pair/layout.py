@@ -72,7 +72,7 @@ def samples(trace: Trace) -> dict[str, Any]:
         name: node
         for name, node in trace.nodes.items()
         if node["type"] == "sample"
-        and not (node["infer"].keys() & RECORDS)
+        and not RECORDS.intersection(node["infer"] or ())
         and not poutine.util.site_is_subsample(node)
     }
 
@@ -151,7 +151,7 @@ def joined(one: Layout, other: Layout) -> Layout:
         DeclarationError: a site changed its role, or the data plate its place.
     """
     roles = [f.name for f in fields(Layout) if f.type == "tuple[str, ...]"]
-    merged = {role: _in_order(getattr(one, role), getattr(other, role)) for role in roles}
+    merged: dict[str, Any] = {role: _in_order(getattr(one, role), getattr(other, role)) for role in roles}
     both = {name for role in ("latents", "shared", "observed", "enumerated") for name in merged[role]}
     if sum(len(merged[role]) for role in ("latents", "shared", "observed", "enumerated")) > len(both):
         raise DeclarationError("pair: expected every site in one role on every batch; got one that is observed in some")

@@ -60,15 +60,19 @@ def evaluating(pair: Pair) -> Iterator[None]:
     def rest(module: nn.Module) -> None:
         for part in module.modules():
             modes.setdefault(part, part.training)
-            part.training = False
+        module.eval()
 
     def before_call(module: nn.Module, _inputs: Any) -> None:
         if module.training:
             rest(module)
 
+    def wake() -> None:
+        for part, mode in modes.items():
+            part.training = mode
+
     rest(pair)
     with ExitStack() as stack:
-        stack.callback(lambda: [setattr(part, "training", mode) for part, mode in modes.items()])
+        stack.callback(wake)
         if not pair.declared:
             for module in modules_within([pair.model, pair.guide]):
                 rest(module)
@@ -92,17 +96,18 @@ def whole_plates() -> Iterator[None]:
 @contextmanager
 def _opened(rows: int) -> Iterator[None]:
     """Context manager that replaces Pyro's choice of a subsample by all rows, for plates not declared as the batch."""
-    draw = SubsampleMessenger._subsample
+    plates: Any = SubsampleMessenger
+    draw = plates._subsample
 
     def all_rows(name: str, size: Any = None, subsample_size: Any = None, subsample: Any = None, *rest: Any) -> Any:
         own = subsample is None and subsample_size is not None and subsample_size != rows
         return draw(name, size, None if own else subsample_size, subsample, *rest)
 
-    SubsampleMessenger._subsample = staticmethod(all_rows)  # type: ignore[method-assign]
+    plates._subsample = staticmethod(all_rows)
     try:
         yield
     finally:
-        SubsampleMessenger._subsample = staticmethod(draw)  # type: ignore[method-assign]
+        plates._subsample = staticmethod(draw)
 
 
 def run(pair: Pair, x: Tensor, layout: Layout | None = None, particles: int = 1) -> tuple[Trace, Trace]:

@@ -81,8 +81,9 @@ def terms_of(
             known = log_q - (0.0 if p is None else log_prob(p, layout, particles, size))
         kl[name] = known
     for name in layout.factors:
-        if name in guide_trace.nodes and not guide_trace.nodes[name]["fn"].has_rsample:
-            log_q = log_prob(guide_trace.nodes[name], layout, particles, size)
+        node: Any = guide_trace.nodes.get(name)
+        if node is not None and not node["fn"].has_rsample:
+            log_q = log_prob(node, layout, particles, size)
             scores[name] = Score(log_q, log_q, True, None, False, _no_average)
     return Terms(reconstruction, kl, penalties_of(guide_trace, layout, particles, size), scores)
 
@@ -221,7 +222,8 @@ def penalties_of(guide_trace: Trace, layout: Layout, particles: int, size: int) 
         if "penalties" in infer:
             out |= {f"{name.removesuffix('/embedded')}/{what}": v for what, v in infer["penalties"].items()}
     for name in layout.factors:
-        if name in guide_trace.nodes:
-            value = log_prob(guide_trace.nodes[name], layout, particles, size)
-            out[name] = value if guide_trace.nodes[name]["fn"].has_rsample else value.detach()  # as in Trace_ELBO
+        factor: Any = guide_trace.nodes.get(name)
+        if factor is not None:
+            value = log_prob(factor, layout, particles, size)
+            out[name] = value if factor["fn"].has_rsample else value.detach()  # as in Trace_ELBO
     return out
