@@ -115,9 +115,10 @@ def gap(
 
     where q* is found for every datum by gradient ascent on parameters of its own, starting at the guide: each
     latent N(m, s^2) becomes N(m + s a, (s exp b)^2), and a full-rank N(m, L L^T) becomes N(m + L a, (L B)(L B)^T), B
-    lower triangular with a positive diagonal; inside transforms (a flow, LogNormal) the base distribution is changed in
-    this way. For a latent whose posterior depends on x alone, this is its whole family. If it depends on other latents,
-    only shift and scale vary with the datum, and that dependence stays: L(q*) is then the best of a smaller family
+    lower triangular with a positive diagonal (so does a low-rank normal, whose q* may be of full rank); inside
+    transforms (a flow, LogNormal) the base distribution is changed in this way. For a latent whose posterior depends on
+    x alone, this is its whole family. If it depends on other latents, only shift and scale vary with the datum, and
+    that dependence stays: L(q*) is then the best of a smaller family
     that contains the guide. The better of q* and q is kept for every datum, selected on other samples than the ELBOs
     are measured on.
 

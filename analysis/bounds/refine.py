@@ -10,7 +10,13 @@ import pyro.distributions as dist
 import torch
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
-from torch.distributions import Independent, MultivariateNormal, Normal, TransformedDistribution
+from torch.distributions import (
+    Independent,
+    LowRankMultivariateNormal,
+    MultivariateNormal,
+    Normal,
+    TransformedDistribution,
+)
 
 from pvae.errors import DataError
 from pvae.pair.layout import samples
@@ -27,6 +33,8 @@ def rebuild(site: str, fn: Any, edit: Edit) -> Any:
     Raises:
         DataError: there is no normal, or it is transformed by a map that is not a bijection (HalfNormal).
     """
+    if isinstance(fn, LowRankMultivariateNormal):
+        fn = dist.MultivariateNormal(fn.loc, scale_tril=fn.scale_tril)
     if isinstance(fn, AnyNormal):
         return edit(fn)
     if isinstance(fn, Independent):
