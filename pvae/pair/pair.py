@@ -64,6 +64,8 @@ class Pair(nn.Module):
         super().__init__()
         self.model = model
         self.guide = guide
+        self.declared = isinstance(getattr(model, "frame", None), Frame)
+        """True for a pair built from a declaration, False for one of hand-written programs."""
         self._structure: Structure | None = None
         self._answers: dict[str, tuple[Any, Any]] = {}
         self._store: Store = {"params": {}, "constraints": {}}
@@ -90,11 +92,6 @@ class Pair(nn.Module):
     def layout(self) -> Layout:
         """Names of the latent and observed sites, and position of the data plate."""
         return self.structure.layout
-
-    @property
-    def declared(self) -> bool:
-        """True for a pair built from a declaration, False for one of hand-written programs."""
-        return isinstance(getattr(self.model, "frame", None), Frame)
 
     @property
     def relaxed(self) -> tuple[str, ...] | None:

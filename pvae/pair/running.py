@@ -141,10 +141,12 @@ def trace_of(pair: Pair, program: Callable[..., Any], x: Tensor) -> Trace:
     """
     opened = _opened(len(x)) if _WHOLE.get() and not pair.declared else nullcontext()
     with TraceMessenger() as tracer, opened:
-        if pair.declared or not _WHOLE.get():
-            pair.program(program)(x)
-        else:
+        if pair.declared:
+            program(x)
+        elif _WHOLE.get():
             pair.call(program, x)
+        else:
+            pair.program(program)(x)
     return tracer.trace
 
 
