@@ -120,11 +120,10 @@ def surgery(
     found = pair.dependencies(x)
     with quiet(pair, x, seed):
         first = draw(pair, x)
-    pooled = None if pair.layout.shared or pair.structure.rows is not None else by_presence(first, x, y, apart, seed)
-    if pooled is not None:
-        return pooled
-    with quiet(pair, x, seed):
-        first = draw(pair, x)
+        if not pair.layout.shared and pair.structure.rows is None:
+            pooled = by_presence(first, x, y, apart, seed)
+            if pooled is not None:
+                return pooled
         account = Account(pair, x, first, found, seed, components, memory, priors_by_row(pair, x))
         for done in range(1, samples + 1):
             account.take(_honest(first if done == 1 or account.certain else draw(pair, x), found.bottom_up))
