@@ -73,6 +73,11 @@ class PyroELBO(Objective):
             num_particles=self.particles, max_plate_nesting=pair.layout.nesting, **options
         )
 
+    def misfits(self, pair: Pair, rows: int) -> list[str]:
+        if not pair.declared:
+            return []
+        return ["objective.kind: expected trace_elbo for a declaration, whose penalties Pyro's loss lacks; got pyro."]
+
     def metrics(self, pair: Pair) -> tuple[str, ...]:
         return ()
 

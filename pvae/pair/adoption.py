@@ -189,7 +189,7 @@ def _attribute(name: str, free: nn.ParameterDict) -> str:
     return key
 
 
-class Watch:
+class StoreRecord:
     """Record of the values that Pyro's global param store held when a pair took them, to see later changes.
 
     A pair has values of its own. Until something changes these (a fit, loaded weights), it follows the global store:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from pvae.errors import DataError, DeclarationError
 from pvae.graph.frame import Frame
 from pvae.graph.lifecycle import MadeOfData
-from pvae.pair.adoption import Store, Watch, adopted, copied, other_rows, read_again, whole_or_floats
+from pvae.pair.adoption import Store, StoreRecord, adopted, copied, other_rows, read_again, whole_or_floats
 from pvae.pair.arguments import Arguments, is_several
 from pvae.pair.check import problems_of
 from pvae.pair.densities import sum_over
@@ -69,7 +69,7 @@ class Pair(nn.Module):
         self._structure: Structure | None = None
         self._answers: dict[str, tuple[Any, Any]] = {}
         self._store: Store = {"params": {}, "constraints": {}}
-        self._watch = Watch()
+        self._watch = StoreRecord()
         self.arguments: Arguments | None = None
         """Arguments of the programs, where they take several; found with the first data."""
         self.origin = ""
