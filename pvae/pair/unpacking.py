@@ -75,8 +75,8 @@ def _explained(name: str, source: Any, node: Any, prior: Any) -> Unpacking | Non
 def read_packed(guide: Mapping[str, Any], model: Mapping[str, Any]) -> frozenset[str]:
     """Return the Delta latents of a guide whose values are a part of one auxiliary site that is no point itself.
 
-    So does `AutoDiagonalNormal` sample all latents as one vector, or a group of an `EasyGuide` several. Such latents
-    are spread: the auxiliary site has their density, the log densities of the Deltas the Jacobians.
+    `AutoDiagonalNormal` samples all latents as one such vector, a group of an `EasyGuide` several. These latents are
+    spread: the auxiliary site has their density, the log densities of the Deltas the Jacobians.
     """
     spread = [n for n in guide.values() if n["infer"].get("is_auxiliary") and not is_point(n["fn"])]
     points = [name for name, node in guide.items() if name in model and is_point(node["fn"])]

@@ -48,7 +48,7 @@ def mixture_with_parameters() -> Program:
     """Components are parameters; assignments are summed out of the model, the guide is empty."""
 
     def model(x: Tensor) -> None:
-        locs = pyro.param("locs", CENTRES)
+        locs = pyro.param("locs", CENTRES.clone())
         with pyro.plate("data", len(x)):
             c = pyro.sample("c", dist.Categorical(torch.ones(3) / 3), infer={"enumerate": "parallel"})
             pyro.sample("x", dist.Normal(locs[c], 0.8), obs=x)
@@ -66,7 +66,7 @@ def mixture_with_amortised_assignments() -> Program:
     """The guide's assignments are enumerated, so that its expectation is exact."""
 
     def model(x: Tensor) -> None:
-        locs = pyro.param("locs", CENTRES)
+        locs = pyro.param("locs", CENTRES.clone())
         with pyro.plate("data", len(x)):
             c = pyro.sample("c", dist.Categorical(torch.ones(3) / 3))
             pyro.sample("x", dist.Normal(locs[c], 0.8), obs=x)

@@ -77,7 +77,10 @@ def figures_of_pyro(name: str, count: int = 60) -> tuple[float, float]:
         return float(program.elbo()), 0.0
     model, guide = program.bound or (program.model, program.guide)
     data = program.data if isinstance(program.data, tuple) else (program.data,)
-    loss, size = TraceEnum_ELBO(max_plate_nesting=program.plates), program.size or program.rows
+    loss, size = (
+        TraceEnum_ELBO(max_plate_nesting=program.plates, strict_enumeration_warning=False),
+        program.size or program.rows,
+    )
     modules = modules_within([model, guide])
     with seeded(), torch.no_grad():
         for module in modules:

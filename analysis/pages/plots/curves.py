@@ -64,7 +64,8 @@ def training(rows: Sequence[MetricsRow], latents: Sequence[str]) -> Figure:
         middle.plot(*series(rows, "validation", f"kl/{name}"), color=colour, linestyle="--")
     middle.set(title="KL of every latent (dashed: validation)", ylabel="nats")
     middle.set_ylim(bottom=0)
-    middle.legend(loc="best")
+    if latents:
+        middle.legend(loc="best")
     epochs, beta = series(rows, "train", "beta")
     bottom.plot(epochs, beta, color=GREY)
     limits = -0.05, max(1.05, float(beta.max(initial=0.0)) * 1.05)

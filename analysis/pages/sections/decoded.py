@@ -52,6 +52,7 @@ def _rebuild(exam: Examination) -> list[pictures.Rebuilt]:
 
     Only the best are returned if there are fewer than three times `REBUILT_DATA` rows.
     """
+    exam.require_whole_rows()
     picks = pictures.best_to_worst(array(exam.drawn.reconstruction), REBUILT_DATA)
     with quiet(exam.pair, exam.x, exam.seed):
         return [_part(exam, title, torch.from_numpy(rows).to(exam.x.device)) for title, rows in picks.items()]
@@ -76,7 +77,7 @@ def _part(exam: Examination, title: str, rows: Tensor) -> pictures.Rebuilt:
 @section("traversals", "Traversals")
 def traversals(exam: Examination) -> Iterator[Part]:
     """Yield latent traversals; nothing unless data are images or points in the plane."""
-    if exam.implicit or not sheets.is_shown(exam.shape):
+    if exam.implicit or not sheets.is_shown(exam.shape) or not exam.whole_rows:
         return
     for name in list(exam.pair.layout.latents)[:TRAVERSED_LATENTS]:
         what = f"traversal of {name}"
@@ -117,7 +118,7 @@ def _paths(exam: Examination, found: Traversal) -> Picture:
 @section("interpolations", "Interpolations")
 def interpolations(exam: Examination) -> Iterator[Part]:
     """Yield interpolations between codes of two data; nothing unless data are images and codes real."""
-    if exam.implicit or not is_image(exam.shape):
+    if exam.implicit or not is_image(exam.shape) or not exam.whole_rows:
         return
     chosen = _ends(exam)
     found = exam.attempt(

@@ -21,9 +21,11 @@ from pvae.analysis.decompose.surgery import surgery
 from pvae.analysis.pages.document.stages import Stages
 from pvae.analysis.samples.features import ALWAYS_HELD_ROWS, HELD_ELEMENTS, MAX_CLASSES, Features, affordable
 from pvae.analysis.samples.quality import space_of
+from pvae.analysis.samples.running import datum
 from pvae.analysis.samples.sample import Samples, sample
 from pvae.data.streamed import Streamed
 from pvae.errors import DataError, DeclarationError
+from pvae.pair.layout import samples as sample_sites
 from pvae.runs.run import Run
 from pvae.util import seeds
 from pvae.util.types import Array
@@ -167,6 +169,24 @@ class Examination:
         """Shape of one datum, without covariates."""
         return tuple(self.pair.frame.x)
 
+    @cached_property
+    def whole_rows(self) -> bool:
+        """True if the model observes whole rows of data at its first site, so that what it makes compares with data."""
+        if self.pair.declared:
+            return True
+        few = self.pair.structure.few(self.x)
+        with quiet(self.pair, few, self.seed):
+            site = datum(self.pair.layout, sample_sites(self.pair.model_trace(few)))
+        return int(site["value"].numel()) == len(few) * prod(self.shape)
+
+    def require_whole_rows(self) -> None:
+        """Raise DataError unless the model observes whole rows of data."""
+        if not self.whole_rows:
+            raise DataError(
+                f"expected a model that observes whole rows of data, {list(self.shape)}, for samples and "
+                f"reconstructions beside data; got one whose first observed site is a part of a row."
+            )
+
     def observed(self, rows: Tensor) -> Tensor:
         """Return the data of `m` rows of the reported split, without their covariates, `(m, *shape)`."""
         return self.part.observed(rows)
@@ -241,16 +261,11 @@ class Examination:
         told = self.stages.part("samples")
 
         def make() -> Samples:
+            self.require_whole_rows()
             try:
-                found = sample(self.run, count, mean=not self.implicit, seed=self.seed, on_progress=told)
+                return sample(self.run, count, mean=not self.implicit, seed=self.seed, on_progress=told)
             except UNDEFINED:
-                found = sample(self.run, count, seed=self.seed, on_progress=told)
-            if found.x[0].numel() != prod(self.shape):
-                raise DataError(
-                    f"expected a model of whole rows of data, {list(self.shape)}, to compare samples with data; got "
-                    f"samples of shape {list(found.x.shape[1:])}: the model observes a part of a row at its first site."
-                )
-            return found
+                return sample(self.run, count, seed=self.seed, on_progress=told)
 
         return self.attempt("samples", make)
 

@@ -50,7 +50,7 @@ def _elbo(exam: Examination) -> Picture:
         said = f" Best validation ELBO {nats(float(best.max()))} at epoch {int(epochs[best.argmax()])}."
     return picture(
         "training",
-        curves.training(exam.metrics, list(exam.collapse.latents)),
+        curves.training(exam.metrics, [*exam.collapse.latents, *exam.pair.layout.shared]),
         f"Three charts over epochs: ELBO of train and validation, KL of every latent, beta.{said}",
         "The ELBO is that of beta = 1, whatever beta the loss used. Its first epochs may lie below the frame. Look for "
         "a validation curve that falls while train still rises (overfitting), for curves that still rise at the end "
