@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from tests.programs import amortised, mixtures, plates, regression, semisupervised, sequences
+from tests.programs import amortised, mixtures, plates, regression, semisupervised, sequences, tutorials
 from tests.programs.program import Program
 
 COLUMNS = ("check", "fit", "surgery", "evidence", "gap", "posterior", "report")
@@ -70,4 +70,16 @@ PROGRAMS: dict[str, Callable[[], Program]] = {
     "factor in the model": plates.factor_in_the_model,
     "missing entries": plates.missing_entries,
     "Bayesian network": plates.bayesian_network_of_weights,
+    "coin": tutorials.coin,
+    "coin, a site per toss": tutorials.coin_of_single_sites,
+    "regression, PyroSample": tutorials.regression_of_random_weights,
+    "regression, AutoNormalMessenger": tutorials.regression_with_messenger,
+    "regression, AutoStructured": tutorials.regression_structured,
+    "reparametrised effects": tutorials.reparametrised,
+    "Dirichlet process mixture": tutorials.sticks,
+    "HMM, AutoDelta": tutorials.hidden_markov_with_points,
+    "codes in a plate": tutorials.codes_in_a_plate,
+    "Gaussian HMM": tutorials.gaussian_paths,
+    "contrib.cevae": tutorials.causes,
+    "hierarchical messenger": tutorials.grouped_messenger,
 }
