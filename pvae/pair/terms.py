@@ -97,7 +97,8 @@ def expected_terms(
             f"{', '.join(layout.expected)}: expected draws beside {', '.join(layout.enumerated)}, which the model "
             f"sums out given them; got a sum over their states too. Set estimator = 'score', or relax them."
         )
-    for name in layout.expected:
+    summed = [name for name in layout.expected if name in guide_trace.nodes]  # a batch may lack some
+    for name in summed:
         require_summable(name, guide_trace.nodes[name], layout)
     for name in _scores_of_factors(guide_trace, layout, particles, 1):
         raise DeclarationError(
@@ -105,7 +106,9 @@ def expected_terms(
             f"summed over, where nothing is sampled that a score function could belong to; got has_rsample=False."
         )
     size = full_size(model_trace, layout, rows)
-    log_q = [log_prob({**guide_trace.nodes[name], "mask": None}, layout, particles) for name in layout.expected]
+    if not summed:
+        return terms_of(guide_trace, model_trace, layout, particles, closed_form, rows)
+    log_q = [log_prob({**guide_trace.nodes[name], "mask": None}, layout, particles) for name in summed]
     weights = sum_over(log_q).exp()
     width = 2 if particles else 1
 
@@ -114,9 +117,13 @@ def expected_terms(
         total = total.sum(tuple(range(total.dim() - width)))
         return total.expand(particles, -1) if particles else total
 
-    observed = sum_over([log_prob(model_trace.nodes[name], layout, particles, size) for name in layout.observed])
+    present = [model_trace.nodes[name] for name in layout.observed if name in model_trace.nodes]
+    observed = sum_over([log_prob(node, layout, particles, size) for node in present])
     kl: dict[str, Tensor] = {}
     for name in (*layout.latents, *layout.shared):
+        if name not in guide_trace.nodes:
+            kl[name] = torch.zeros_like(mean(observed))
+            continue
         q, p = guide_trace.nodes[name], model_trace.nodes.get(name)
         known = _known_kl(q, p, layout, particles, size, closed_form)
         if name in layout.scored:
