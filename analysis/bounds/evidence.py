@@ -202,7 +202,8 @@ def _likelihood(pair: Pair, x: Tensor, count: int, given: dict[str, Tensor]) -> 
     particles = count if count > 1 else 0
     with pyro.plate(PARTICLES, count, dim=-1 - pair.layout.nesting) if particles else nullcontext():
         trace = pair.model_trace(x, given)
-    return sum_over([log_prob(trace.nodes[name], pair.layout, particles).double() for name in pair.layout.observed])
+    observed = [trace.nodes[name] for name in pair.layout.observed if name in trace.nodes]
+    return sum_over([log_prob(node, pair.layout, particles).double() for node in observed])
 
 
 def _points(pair: Pair, x: Tensor, caller: str) -> dict[str, Tensor]:

@@ -112,7 +112,9 @@ def read_dependencies(pair: Pair, x: Tensor) -> Dependencies:
         latents = tuple(name for name in latents if name in nodes)
         rows = structure.few(x, PROBED_ROWS) if not copies.base else rows
         base = {name: copies.first(name) if name in copies.base else nodes[name]["value"] for name in latents}
-        reads, unclear = _moves(_scores(guide, model, copies.base or base, layout), [*copies.base], len(rows))
+        reads, unclear = _moves(
+            _scores(guide, model, copies.base or base, layout), [*copies.copy] if copies.base else [], len(rows)
+        )
         if again := [*random, *(unclear if copies.base else latents)]:
             _ask_again(pair, rows, base, {name: guide[name]["value"] for name in layout.shared}, again, reads)
     certain = frozenset(name for name in latents if name in guide and isinstance(unwrapped(guide[name]["fn"]), Certain))

@@ -80,11 +80,7 @@ def terms_of(
         if known is None:
             known = log_q - (0.0 if p is None else log_prob(p, layout, particles, size))
         kl[name] = known
-    for name in layout.factors:
-        node: Any = guide_trace.nodes.get(name)
-        if node is not None and not node["fn"].has_rsample:
-            log_q = log_prob(node, layout, particles, size)
-            scores[name] = Score(log_q, log_q, True, None, False, _no_average)
+    scores |= _scores_of_factors(guide_trace, layout, particles, size)
     return Terms(reconstruction, kl, penalties_of(guide_trace, layout, particles, size), scores)
 
 
@@ -101,10 +97,18 @@ def expected_terms(
             f"{', '.join(layout.expected)}: expected draws beside {', '.join(layout.enumerated)}, which the model "
             f"sums out given them; got a sum over their states too. Set estimator = 'score', or relax them."
         )
-    for name in layout.expected:
+    summed = [name for name in layout.expected if name in guide_trace.nodes]  # a batch may lack some
+    for name in summed:
         require_summable(name, guide_trace.nodes[name], layout)
+    for name in _scores_of_factors(guide_trace, layout, particles, 1):
+        raise DeclarationError(
+            f"{name}: expected pyro.factor(..., has_rsample=True) in a guide whose {', '.join(layout.expected)} are "
+            f"summed over, where nothing is sampled that a score function could belong to; got has_rsample=False."
+        )
     size = full_size(model_trace, layout, rows)
-    log_q = [log_prob({**guide_trace.nodes[name], "mask": None}, layout, particles) for name in layout.expected]
+    if not summed:
+        return terms_of(guide_trace, model_trace, layout, particles, closed_form, rows)
+    log_q = [log_prob({**guide_trace.nodes[name], "mask": None}, layout, particles) for name in summed]
     weights = sum_over(log_q).exp()
     width = 2 if particles else 1
 
@@ -113,9 +117,13 @@ def expected_terms(
         total = total.sum(tuple(range(total.dim() - width)))
         return total.expand(particles, -1) if particles else total
 
-    observed = sum_over([log_prob(model_trace.nodes[name], layout, particles, size) for name in layout.observed])
+    present = [model_trace.nodes[name] for name in layout.observed if name in model_trace.nodes]
+    observed = sum_over([log_prob(node, layout, particles, size) for node in present])
     kl: dict[str, Tensor] = {}
     for name in (*layout.latents, *layout.shared):
+        if name not in guide_trace.nodes:
+            kl[name] = torch.zeros_like(mean(observed))
+            continue
         q, p = guide_trace.nodes[name], model_trace.nodes.get(name)
         known = _known_kl(q, p, layout, particles, size, closed_form)
         if name in layout.scored:
@@ -126,7 +134,8 @@ def expected_terms(
         if known is None:
             known = _sampled_kl(q, p, layout, particles, size)
         kl[name] = mean(known) if name in layout.latents else known
-    return Terms(mean(observed), kl, penalties_of(guide_trace, layout, particles, size))
+    penalties = penalties_of(guide_trace, layout, particles, size)
+    return Terms(mean(observed), kl, {n: mean(v) if n in layout.factors else v for n, v in penalties.items()})
 
 
 def _summed_terms(guide_trace: Trace, model_trace: Trace, layout: Layout, particles: int, size: int) -> Terms:
@@ -154,6 +163,7 @@ def _summed_terms(guide_trace: Trace, model_trace: Trace, layout: Layout, partic
         table.expected(name) if name in table.logs else log_prob(model_trace.nodes[name], layout, particles, size)
         for name in layout.observed
     ]
+    scores |= _scores_of_factors(guide_trace, layout, particles, size)
     return Terms(sum_over(observed), {**kl, **table.kl()}, penalties_of(guide_trace, layout, particles, size), scores)
 
 
@@ -174,6 +184,7 @@ def _eliminated_terms(guide_trace: Trace, model_trace: Trace, layout: Layout, pa
             scores[name] = _score(q, layout, particles, log_q, own_kl=True)
             log_q = log_q.detach()
         kl[name] = log_q if p is None else log_q - log_prob(p, layout, particles, size)
+    scores |= _scores_of_factors(guide_trace, layout, particles, size)
     penalties = penalties_of(guide_trace, layout, particles, size)
     return Terms(sum_over([total, *observed]), kl, penalties, scores)
 
@@ -204,6 +215,17 @@ def _score(node: Mapping[str, Any], layout: Layout, particles: int, weighed: Ten
         baseline = told["nn_baseline"](told["nn_baseline_input"].detach())
     learns = baseline is not None and baseline.requires_grad
     return Score(log_q, weighed, own_kl, baseline, learns, _no_average if average is None else average.note)
+
+
+def _scores_of_factors(guide_trace: Trace, layout: Layout, particles: int, size: int) -> dict[str, Score]:
+    """Return the score-function terms of the observed sites of a guide that have no pathwise gradient."""
+    scores = {}
+    for name in layout.factors:
+        node: Any = guide_trace.nodes.get(name)
+        if node is not None and not node["fn"].has_rsample:
+            log_q = log_prob(node, layout, particles, size)
+            scores[name] = Score(log_q, log_q, True, None, False, _no_average)
+    return scores
 
 
 def _no_average(_gain: Tensor) -> None:
