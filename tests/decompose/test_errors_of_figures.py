@@ -243,14 +243,28 @@ def test_modules_named_by_pyro_module_are_put_in_evaluation_mode():
     assert surgery(pair, x[:1]).n == 1
 
 
-def test_what_has_no_local_latent_or_no_numbers_for_labels_is_refused():
+def test_a_model_of_global_latents_alone_has_a_bound_of_all_rows():
+    """w ~ N(0, 1), x_i ~ N(w, 1): log p(x_1, ..., x_n) in closed form; the guide is the exact posterior of w."""
+    x = torch.randn(6).double()
+
     def model(x):
         w = pyro.sample("w", dist.Normal(0 * number(0.0), 1.0))
         with pyro.plate("data", len(x)):
             pyro.sample("x", dist.Normal(w, 1.0), obs=x)
 
-    with pytest.raises(DataError, match="expected latents of single data; got only global w"):
-        surgery(small(model, lambda x: pyro.sample("w", dist.Normal(0 * number(0.0), 1.0))), torch.zeros(4).double())
+    def guide(x):
+        pyro.sample("w", dist.Normal(number(float(x.sum()) / 7), math.sqrt(1 / 7)))
+
+    exact = dist.MultivariateNormal(torch.zeros(6).double(), torch.eye(6).double() + 1).log_prob(x).item() / 6
+    found, bound = surgery(small(model, guide), x), evidence(small(model, guide), x, samples=5)
+    assert found.elbo.value == pytest.approx(exact, abs=1e-9)
+    assert bound.iwae.value == pytest.approx(exact, abs=1e-9)
+    assert bound.joint
+    assert found.mutual_information is None
+    assert found.latents == {}
+
+
+def test_labels_that_are_no_numbers_are_refused():
     with pytest.raises(DataError, match="labels: expected 3 integers; got something else: list"):
         surgery(channel(torch.ones_like), torch.zeros(3, 2).double(), labels=["a", "b", "c"])
 

@@ -1,4 +1,4 @@
-"""Programs as Pyro's tutorials write them: a coin, PyroModules with random weights, reparametrised sites, sticks, causes."""
+"""Programs as in Pyro's tutorials: a coin, PyroModules with random weights, reparametrised sites, sticks, causes."""
 
 from __future__ import annotations
 
@@ -159,9 +159,7 @@ def hidden_markov_with_points() -> Program:
                         pyro.sample(f"x_{t}", dist.Bernoulli(emission[state, tone]), obs=x[:, t])
 
     start = {"probs_z": TRANSITION, "probs_x": EMISSION}
-    guide = AutoDelta(
-        poutine.block(model, expose=["probs_z", "probs_x"]), init_loc_fn=init_to_value(values=start)
-    )
+    guide = AutoDelta(poutine.block(model, expose=["probs_z", "probs_x"]), init_loc_fn=init_to_value(values=start))
     data = ragged(20, 83)
     log_p = forward_algorithm(*data)
     prior = dist.Dirichlet(0.9 * torch.eye(3) + 0.1).log_prob(TRANSITION).sum()
