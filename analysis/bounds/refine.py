@@ -172,7 +172,7 @@ def refined(pair: Pair, x: Tensor) -> Refined:
     """
     sites, members = samples(pair.guide_trace(x)), {}
     unpacked = pair.structure.unpacked
-    for name in pair.layout.latents:
+    for name in (name for name in pair.layout.latents if name in sites):  # a batch may lack some
         found: list[AnyNormal] = []
         fn = sites[name]["fn"]
         rebuild(name, fn, partial(_keep, found))

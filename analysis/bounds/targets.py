@@ -154,9 +154,10 @@ class Target:
 
     def _score(self, trace: Trace, names: Sequence[str], count: int) -> Tensor:
         """Return the summed log density of some sites of a trace, `(count, n)`, float64."""
+        nodes = [trace.nodes[name] for name in names if name in trace.nodes]  # a batch may lack some
         if self.runner == self._stacked:
-            return sum_over([log_prob(trace.nodes[name], self.layout, count).double() for name in names])
-        parts = [log_prob(trace.nodes[name], self.layout, 0).double() for name in names]
+            return sum_over([log_prob(node, self.layout, count).double() for node in nodes])
+        parts = [log_prob(node, self.layout, 0).double() for node in nodes]
         return sum_over(parts).reshape(count, len(self.x))
 
     # -- densities

@@ -146,9 +146,9 @@ def _labels(labels: Any, x: Tensor) -> Tensor | None:
     return y
 
 
-def _honest(d: Draw, bottom_up: Collection[str]) -> Draw:
+def _honest(d: Draw, bottom_up: frozenset[str]) -> Draw:
     """Drop closed-form KLs of `bottom_up` latents, whose priors depend on latents that the guide infers from them."""
-    for name in bottom_up:
+    for name in bottom_up & d.latents.keys():  # rows may lack some
         if not d.latents[name].certain:  # nothing is averaged over
             d.latents[name].kl = d.latents[name].p = None
     return d

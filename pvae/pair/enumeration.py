@@ -162,6 +162,8 @@ def eliminated(model_trace: Trace, layout: Layout, particles: int) -> tuple[Tens
         count = next(size for f, size in plates_around(node) if layout.is_data(f))
         sums |= states
         names.add(name)
+    if not factors:  # a batch without these sites
+        return torch.zeros(()), frozenset()
     wanted = [symbol for _, symbol in sorted(target)]  # particles, then rows
     wide = {symbol for _, factor in factors for symbol in factor._pyro_dims}  # a plate of one row has no dimension
     tree: OrderedDict[frozenset[str], list[Any]] = OrderedDict()

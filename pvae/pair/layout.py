@@ -160,7 +160,13 @@ def joined(one: Layout, other: Layout) -> Layout:
             f"pair: expected the data plate {one.plate} at dim {one.dim} on every batch; got {other.plate} at dim "
             f"{other.dim}."
         )
-    return replace(one, **merged, plates=one.plates | other.plates, nesting=max(one.nesting, other.nesting))
+    return replace(
+        one,
+        **merged,
+        plates=one.plates | other.plates,
+        nesting=max(one.nesting, other.nesting),
+        eliminated=one.eliminated or other.eliminated or one.enumerated != merged["enumerated"],
+    )
 
 
 def _in_order(one: Sequence[str], other: Sequence[str]) -> tuple[str, ...]:

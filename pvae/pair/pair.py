@@ -238,9 +238,12 @@ class Pair(nn.Module):
     def traces(self, x: Tensor, particles: int = 1) -> tuple[Trace, Trace]:
         """Return traces of the guide and of the model replayed on it, with `particles` samples in a leading plate."""
         self.adopt(x)
+        layout = self.layout
         with self.own_store():
-            found = run(self, x, self.layout, particles)
-        return self.known(x, *found)
+            found = self.known(x, *run(self, x, layout, particles))
+            if layout.enumerated != self.layout.enumerated:  # sites to be summed out, which no batch had before
+                found = self.known(x, *run(self, x, self.layout, particles))
+        return found
 
     def guide_trace(self, x: Tensor, values: Mapping[str, Tensor] | None = None) -> Trace:
         """Return a trace of the guide on a batch, with some sites set to `values`, without running the model."""

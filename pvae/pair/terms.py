@@ -178,6 +178,9 @@ def _eliminated_terms(guide_trace: Trace, model_trace: Trace, layout: Layout, pa
     observed = [log_prob(model_trace.nodes[name], layout, particles, size) for name in plain]
     kl, scores = {}, {}
     for name in (*layout.latents, *layout.shared):
+        if name not in guide_trace.nodes:  # a batch without this site
+            kl[name] = torch.zeros_like(sum_over([total, *observed]))
+            continue
         q, p = guide_trace.nodes[name], None if name in names else model_trace.nodes.get(name)
         log_q = log_prob(q, layout, particles, size)
         if name in layout.scored:

@@ -16,7 +16,7 @@ SIGMAS = 5.0
 """Largest distance of two estimates, in standard errors."""
 
 
-def elbo_of_pyro(model: Program, guide: Program, *args: Any, rows: int, loss: ELBO | None = None, samples: int = 200):
+def elbo_of_pyro(model: Program, guide: Program, *args: Any, rows: int, loss: ELBO | None = None, samples: int = 80):
     """Return mean and standard error of Pyro's ELBO per row."""
     loss = Trace_ELBO() if loss is None else loss
     with torch.no_grad():
@@ -33,11 +33,11 @@ def require_right(
     pair = Pair(model=model, guide=guide)
     assert not (problems := [p for p in pair.check(x) if "gradient" not in p.message]), problems
     want, error = elbo_of_pyro(model, guide, *args, rows=rows, loss=loss)
-    surgery = analysis.surgery(pair, x, samples=40)
+    surgery = analysis.surgery(pair, x, samples=20)
     assert surgery.elbo is not None
     spread = SIGMAS * (error**2 + surgery.elbo.standard_error**2) ** 0.5 + 1e-4
     assert abs(surgery.elbo.value - want) < spread, ("surgery", surgery.elbo, want, error)
-    evidence = analysis.evidence(pair, x, samples=400)
+    evidence = analysis.evidence(pair, x, samples=200)
     spread = SIGMAS * (error**2 + evidence.elbo.standard_error**2) ** 0.5 + 1e-4
     assert abs(evidence.elbo.value - want) < spread, ("evidence at one sample", evidence.elbo, want, error)
     if log_p is not None:

@@ -167,6 +167,29 @@ def discrete_in_some_batches():
     return model, guide, x, normal_log_p(x[:, 0], 2.0) + x[:, 2] * mixed
 
 
+def summed(side: str):
+    """As before, with the bit summed over exactly: in the model, or under the guide's distribution."""
+    both = {"enumerate": "parallel"}
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x[:, 0])
+            if (x[:, 2] > 0).any():
+                with poutine.mask(mask=x[:, 2] > 0):
+                    b = pyro.sample("b", dist.Bernoulli(0.3), infer=both if side == "model" else {})
+                    pyro.sample("y", dist.Normal(2 * b, 1.0), obs=x[:, 1])
+
+    def guide(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(0.5 * x[:, 0], 0.7))
+            if side == "guide" and (x[:, 2] > 0).any():
+                with poutine.mask(mask=x[:, 2] > 0):
+                    pyro.sample("b", dist.Bernoulli(logits=2 * x[:, 1] - 2), infer=both)
+
+    return model, guide, *discrete_in_some_batches()[2:]
+
+
 CASES = [
     observed_in_some_batches,
     latent_in_both,
@@ -253,3 +276,27 @@ def test_a_latent_of_the_model_that_appears_later_without_a_guide_is_no_bound():
         assert "w" in str(error)  # noqa: PT017
         return
     assert found.value < exact.mean().item() + 5 * found.standard_error
+
+
+@pytest.mark.parametrize("side", ["model", "guide"])
+def test_states_that_are_summed_over_in_some_batches_only(side):
+    model, guide, x, log_p = summed(side)
+    pair = Pair(model=model, guide=guide)
+    for rows in (slice(0, 6), slice(0, None), slice(-6, None), slice(0, 6)):
+        want = log_p[rows].mean().item()
+        found = analysis.evidence(pair, x[rows], samples=300).iwae
+        assert want - 0.1 < found.value < want + 5 * found.standard_error
+        loss = pair(x[rows])
+        assert loss.shape == (len(x[rows]),)
+        assert want - 1.0 < loss.mean().item() < want + 0.5
+
+
+@pytest.mark.parametrize("case", [latent_in_both, steps_up_to_the_longest], ids=lambda f: f.__name__)
+def test_gap_and_annealing_take_rows_that_lack_known_sites(case):
+    model, guide, x, log_p = case()
+    pair = Pair(model=model, guide=guide)
+    for rows in (x[:4], x[-4:], x[:4]):
+        want = (log_p[:4] if torch.equal(rows, x[:4]) else log_p[-4:]).mean().item()
+        assert analysis.gap(pair, rows, steps=1, samples=20).elbo.value < want + 0.5
+        found = analysis.ais(pair, rows, temperatures=6, chains=20, leapfrog=2)
+        assert found.lower.value == pytest.approx(want, abs=0.6)
