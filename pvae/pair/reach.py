@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from functools import partial
 from types import CellType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
@@ -56,12 +57,20 @@ def _inside(thing: Any) -> list[Any]:
         return []
     if isinstance(thing, nn.Module) and _is_library(type(thing), ("torch", "pvae")):
         return []
-    kept = getattr(thing, "__dict__", {})
-    slots = [getattr(thing, s, None) for c in type(thing).__mro__ for s in _names(getattr(c, "__slots__", ()))]
-    named = [getattr(thing, name, None) for name in ("func", "args", "keywords")]  # of functools.partial
-    methods = [v for c in type(thing).__mro__ if not _is_library(c) for v in vars(c).values()]
+    named = [thing.func, thing.args, thing.keywords] if isinstance(thing, partial) else []
+    classes = type(thing).__mro__
+    slots = [_attribute(thing, s) for c in classes for s in _names(vars(c).get("__slots__", ()))]
+    methods = [v for c in classes if not _is_library(c) for v in vars(c).values()]
     functions = [m for m in methods if isinstance(m, FunctionType)]
-    return [*kept.values(), *slots, *named, *functions]
+    return [*(_attribute(thing, "__dict__") or {}).values(), *slots, *named, *functions]
+
+
+def _attribute(thing: Any, name: str) -> Any:
+    """Return an attribute of an object, None where it has none; proxies and unset slots may raise anything."""
+    try:
+        return object.__getattribute__(thing, name)
+    except Exception:
+        return None
 
 
 def _names(slots: Any) -> Iterable[str]:

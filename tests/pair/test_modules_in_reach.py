@@ -227,3 +227,20 @@ def test_the_parameters_of_a_module_are_the_pairs_if_pyro_module_registers_them(
     pair = Pair(model=model, guide=guide).adopt(x)
     assert {id(p) for p in layers.parameters()} <= {id(p) for p in pair.parameters()}
     pyro.clear_param_store()
+
+
+def test_the_search_asks_no_object_for_attributes_that_it_makes_up():
+    """A proxy (a lazy connection, a mock) may raise anything, or do work, when it is asked."""
+
+    class Proxy:
+        def __getattr__(self, name: str) -> Any:
+            raise KeyboardInterrupt(name)
+
+    proxy, layers, x = [Proxy()], net(), normal(10)
+
+    def guide(x: Tensor) -> None:
+        assert proxy
+        guide_with(layers, x)
+
+    analysis.surgery(Pair(model=model, guide=guide), x)
+    assert layers.training
