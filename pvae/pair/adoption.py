@@ -193,12 +193,17 @@ class StoreRecord:
     """Record of the values that Pyro's global param store held when a pair took them, to see later changes.
 
     A pair has values of its own. Until something changes these (a fit, loaded weights), it follows the global store:
-    values that `pyro.infer.SVI` or the user have put there since are copied before the next analysis.
+    values that `pyro.infer.SVI` or the user have put there since are copied before the next analysis. A copy of the
+    pair keeps the values that it was made with.
     """
 
     def __init__(self) -> None:
         self.store: dict[str, tuple[Tensor, int]] = {}
         self.own: dict[str, int] = {}
+        self.follows = True
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"store": {}, "own": {}, "follows": False}
 
     def note(self, own: Store) -> None:
         """Remember the state of the pair's own parameters, and of the global ones of the same names."""
@@ -213,12 +218,12 @@ class StoreRecord:
             DeclarationError: the store holds a value of another shape under the same name.
         """
         present = pyro.get_param_store().get_state()["params"]
-        news = {
-            name: present[name]
-            for name in own["params"]
-            if name in present and self.store.get(name) != (present[name], present[name]._version)
-        }
-        if not news or any(own["params"][name]._version != version for name, version in self.own.items()):
+        news = {name: present[name] for name in own["params"] if name in present and not self._had(name, present[name])}
+        if (
+            not news
+            or not self.follows
+            or any(own["params"][name]._version != version for name, version in self.own.items())
+        ):
             return
         for name, value in news.items():
             mine = own["params"][name]
@@ -232,3 +237,7 @@ class StoreRecord:
             with torch.no_grad():
                 mine.copy_(value)
         self.note(own)
+
+    def _had(self, name: str, value: Tensor) -> bool:
+        known, version = self.store.get(name, (None, 0))
+        return known is value and version == value._version
