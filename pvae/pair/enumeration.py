@@ -90,11 +90,7 @@ def read_joint_states(nodes: Mapping[str, Any], layout: Layout, particles: int) 
                 f"{name}: expected a site to sum over without a mask; got one. Mask what is observed."
             )
     sizes = tuple(int(nodes[name]["fn"].enumerate_support(expand=False).shape[0]) for name in layout.enumerated)
-    if math.prod(sizes) > MAX_STATES:
-        raise DeclarationError(
-            f"{', '.join(layout.enumerated)}: expected at most {MAX_STATES} joint states to sum over; got "
-            f"{math.prod(sizes)}. Give some of these sites a guide."
-        )
+    _require_few(layout, math.prod(sizes))
     logs = {}
     for name, node in nodes.items():
         if not layout.holds(node):
@@ -147,7 +143,7 @@ def eliminated(model_trace: Trace, layout: Layout, particles: int) -> tuple[Tens
         value = node["fn"].log_prob(node["value"])
         if name not in layout.enumerated:
             value = scale_and_mask(value, 1.0, node["mask"])
-        factor = pack(value, node["infer"]["_dim_to_symbol"])
+        factor = _packed(name, node, value, layout)
         if not (states := set(factor._pyro_dims) - plates):
             continue
         if not layout.holds(node):
@@ -155,6 +151,8 @@ def eliminated(model_trace: Trace, layout: Layout, particles: int) -> tuple[Tens
                 f"{name}: expected sites that depend on enumerated ones inside the data plate; got one outside."
             )
         _require_plain(name, node)
+        sizes = dict(zip(factor._pyro_dims, factor.shape, strict=True))
+        _require_few(layout, math.prod(sizes[symbol] for symbol in states))
         frames = {f: model_trace.plate_to_symbol[f.name] for f in node["cond_indep_stack"] if f.vectorized}
         factors.append((frozenset(frames.values()), factor))
         own = {f: s for f, s in frames.items() if layout.is_data(f) or (particles and f.dim == -1 - layout.nesting)}
@@ -174,6 +172,26 @@ def eliminated(model_trace: Trace, layout: Layout, particles: int) -> tuple[Tens
     order = [*missing, *total._pyro_dims]
     value = total.reshape((1,) * len(missing) + total.shape).permute([order.index(symbol) for symbol in wanted])
     return value.expand(*((particles,) if particles else ()), count), frozenset(names)
+
+
+def _packed(name: str, node: Mapping[str, Any], value: Tensor, layout: Layout) -> Any:
+    """Return a log density with its dimensions named by plate and enumerated site."""
+    try:
+        return pack(value, node["infer"]["_dim_to_symbol"])
+    except (ValueError, KeyError):
+        raise DeclarationError(
+            f"{name}: expected a density that keeps the plates around the sites {', '.join(layout.enumerated)}, which "
+            f"are summed out; got one of shape {list(value.shape)}. Sum over no plate of their values."
+        ) from None
+
+
+def _require_few(layout: Layout, states: int) -> None:
+    """Check that a table of joint states of enumerated sites is not too large."""
+    if states > MAX_STATES:
+        raise DeclarationError(
+            f"{', '.join(layout.enumerated)}: expected at most {MAX_STATES} joint states to sum over; got {states}. "
+            f"Give some of these sites a guide."
+        )
 
 
 def require_summable(name: str, node: Mapping[str, Any], layout: Layout) -> None:

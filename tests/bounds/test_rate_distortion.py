@@ -66,7 +66,7 @@ def test_figures_are_surgerys_own(folder: Path) -> None:
         own = surgery(run.pair, run.data.test.x, samples=2, seed=3)
         assert (row.rate, row.rate_error) == (own.kl.value, own.kl.standard_error)
         assert (row.distortion, row.distortion_error) == (-own.reconstruction.value, own.reconstruction.standard_error)
-        assert (row.elbo, row.elbo_error) == (own.elbo.value, own.elbo.standard_error)
+        assert (row.elbo, row.elbo_error) == (own.total.value, own.total.standard_error)
         assert row.n == len(run.data.test)
     np.testing.assert_allclose(table["elbo"], -(table["rate"] + table["distortion"]), atol=1e-10)
     assert len(set(table["rate"])) == 3

@@ -93,7 +93,8 @@ def test_the_vae():
     loss = np.mean([svi.evaluate_loss(x) for _ in range(20)]) / len(x)
     assert found.elbo.value == pytest.approx(-loss, abs=5 * found.elbo.standard_error)
     assert 0 < found.label_information.value < found.mutual_information.value < math.log(600)
-    assert found.latents["latent"].dimensions.total_correlation.value > 0
+    correlation = found.latents["latent"].dimensions.total_correlation
+    assert correlation.value > -4 * correlation.standard_error
     assert evidence(pair, x[:50], samples=100).gap > 0
     pyro.clear_param_store()
 
@@ -148,7 +149,8 @@ def test_the_mixture_is_exact():
     assert pair.layout.latents == ()
     assert set(pair.layout.shared) == {"weights", "scale", "locs"}
     found = surgery(pair, DATA)
-    assert found.elbo.value == pytest.approx(-loss / 5, abs=1e-6)
+    assert found.elbo is None  # the guide sets the global latents to points
+    assert found.log_joint.value == pytest.approx(-loss / 5, abs=1e-6)
     log_joint = points["weights"].log().numpy() + scipy.stats.norm(
         points["locs"].numpy(), float(points["scale"])
     ).logpdf(DATA.numpy()[:, None])
@@ -281,7 +283,7 @@ def test_what_cannot_be_enumerated_says_so():
                 c = pyro.sample("c", dist.Categorical(logits=torch.zeros(2)), infer={"enumerate": "parallel"})
             pyro.sample("x", dist.Normal(gain * c.sum(-2), 1.0), obs=x)
 
-    with pytest.raises(DeclarationError, match="in the data plate alone; got it inside pixels too"):
+    with pytest.raises(DeclarationError, match="x: expected a density that keeps the plates around the sites"):
         surgery(Pair(model=inside_pixels, guide=lambda x: None), torch.zeros(4))
 
     def huge(x):
@@ -311,7 +313,7 @@ def test_weights_inside_of_a_sum_are_refused():
     scaled = Pair(model=poutine.scale(mixture, scale=0.3), guide=pair.guide)
     with pytest.raises(DeclarationError, match=r"without poutine.scale; got a scale of 0.3. Set objective.beta"):
         scaled.terms(DATA)
-    assert surgery(scaled, DATA).elbo.value == pytest.approx(surgery(pair, DATA).elbo.value, abs=1e-6)
+    assert surgery(scaled, DATA).total.value == pytest.approx(surgery(pair, DATA).total.value, abs=1e-6)
 
 
 # ---------------------------------------------------------------------- two levels
