@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from pvae.errors import DeclarationError
 from pvae.pair.enumeration import needs_elimination
-from pvae.pair.layout import Layout, plates_of, read_layout
+from pvae.pair.layout import Layout, plates_of, read_layout, samples
 from pvae.pair.problems import Problem, ProgramError, guide_only, require_bound
 from pvae.pair.reach import modules_within
 from pvae.pair.running import evaluating, run, trace_of, whole_plates
@@ -119,12 +119,12 @@ def other_rows(structure: Structure | None, x: Tensor) -> Problem | None:
 
 
 def _spread(pair: Pair, traces: tuple[Trace, Trace], rows: Tensor) -> frozenset[str]:
-    """Return the Delta latents of a guide whose values differ in a second draw for the same rows: they are no points."""
+    """Return the Delta latents of a guide whose values differ in a second draw: they are no points."""
     names = [] if pair.declared else possibly_spread(*traces)
     if not names:
         return frozenset()
-    other = trace_of(pair, pair.guide, rows).nodes
-    return frozenset(n for n in names if n not in other or not other[n]["value"].equal(traces[0].nodes[n]["value"]))
+    one, other = samples(traces[0]), samples(trace_of(pair, pair.guide, rows))
+    return frozenset(n for n in names if n not in other or not one[n]["value"].equal(other[n]["value"]))
 
 
 def read_again(known: Structure, guide: Trace, model: Trace, count: int) -> Structure:

@@ -165,10 +165,8 @@ def three(around: Callable[[], Any] = contextlib.nullcontext, *, outside: bool =
     return Pair(*(Side(around, outside=outside, is_model=is_model) for is_model in (True, False)))
 
 
-LAST_OUT: Any = torch.arange(20) < 19
 NOT_SUMMED = {
     "weighed": (lambda: three(lambda: poutine.scale(scale=0.3)), "without poutine.scale; got a scale of 0.3"),
-    "masked": (lambda: three(lambda: poutine.mask(mask=LAST_OUT)), "without a mask; got one"),
     "global": (lambda: three(outside=True), "inside the data plate; got a global one"),
 }
 
