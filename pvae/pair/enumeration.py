@@ -176,7 +176,7 @@ def eliminated(model_trace: Trace, layout: Layout, particles: int) -> tuple[Tens
     return value.expand(*((particles,) if particles else ()), count), frozenset(names)
 
 
-class States:
+class Expectations:
     """Probabilities q(c|x) of the states of enumerated latents of the guide, and expectations under them.
 
     Every site has its states along a dimension of its own, left of all plates; a log density is averaged over those

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pvae.errors import DeclarationError
 from pvae.pair.densities import closed_kl, full_size, log_prob, plate_scale, priced_kl, share, sum_over
-from pvae.pair.enumeration import States, eliminated, read_joint_states, require_expectable
+from pvae.pair.enumeration import Expectations, eliminated, read_joint_states, require_expectable
 from pvae.pair.layout import Layout, samples
 
 
@@ -108,7 +108,7 @@ def expected_terms(
     size = full_size(model_trace, layout, rows)
     if not summed:
         return terms_of(guide_trace, model_trace, layout, particles, closed_form, rows)
-    states = States(guide_trace, layout, particles)
+    states = Expectations(guide_trace, layout, particles)
 
     def mean(node: Mapping[str, Any]) -> Tensor:
         value = states.mean(node["fn"].log_prob(node["value"]), node["mask"], str(node["name"]))
