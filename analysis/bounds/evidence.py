@@ -80,6 +80,8 @@ def evidence(pair: Pair, x: Tensor, samples: int = 5000, seed: int = 0, *, on_pr
         given = _points(pair, x, "evidence")
 
         def weights(x: Tensor, count: int) -> Tensor:
+            if certain:  # nothing is drawn, so that all weights are equal
+                return log_weights(pair.terms(x), given).expand(count, len(x))
             return log_weights(pair.terms(x, particles=count), given)
 
         found = accumulate_weights(x, samples, weights, on_progress, together=pair.structure.rows is not None)

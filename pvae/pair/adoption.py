@@ -17,12 +17,12 @@ from torch import Tensor, nn
 
 from pvae.errors import DeclarationError
 from pvae.pair.enumeration import needs_elimination
-from pvae.pair.layout import Layout, plates_of, read_layout
+from pvae.pair.layout import Layout, plates_of, read_layout, samples
 from pvae.pair.problems import Problem, ProgramError, guide_only, require_bound
 from pvae.pair.reach import modules_within
 from pvae.pair.running import evaluating, run, trace_of, whole_plates
 from pvae.pair.structure import Structure, read_structure
-from pvae.pair.unpacking import Unpacked, read_unpacked, unpack
+from pvae.pair.unpacking import Unpacked, possibly_spread, read_unpacked, unpack
 
 if TYPE_CHECKING:
     from pvae.pair.pair import Pair
@@ -62,12 +62,13 @@ def adopted(pair: Pair, x: Tensor, own: Store) -> Structure:
                     raise
                 continue
             layout, fixed, unpacked = _layout(pair, traces, rows)
+            spread = _spread(pair, (unpack(traces[0], unpacked), traces[1]), rows)
             if not fixed or count == counts[-1]:
                 break
     alone = tuple(guide_only(*traces, unpacked))
     _take_parameters(pair, traces, store, own)
     traces = (unpack(traces[0], unpacked), traces[1])
-    found = read_structure(*traces, layout, tuple(x.shape[1:]), count, unpacked)
+    found = read_structure(*traces, layout, tuple(x.shape[1:]), count, unpacked, spread)
     return replace(
         found, rows=count if fixed else None, guide_only=alone, dtype=None if x.is_floating_point() else x.dtype
     )
@@ -117,6 +118,15 @@ def other_rows(structure: Structure | None, x: Tensor) -> Problem | None:
     )
 
 
+def _spread(pair: Pair, traces: tuple[Trace, Trace], rows: Tensor) -> frozenset[str]:
+    """Return the Delta latents of a guide whose values differ in a second draw: they are no points."""
+    names = [] if pair.declared else possibly_spread(*traces)
+    if not names:
+        return frozenset()
+    one, other = samples(traces[0]), samples(trace_of(pair, pair.guide, rows))
+    return frozenset(n for n in names if n not in other or not one[n]["value"].equal(other[n]["value"]))
+
+
 def read_again(known: Structure, guide: Trace, model: Trace, count: int) -> Structure:
     """Return the structure of a batch whose traces have sites that no batch had before.
 
@@ -125,7 +135,8 @@ def read_again(known: Structure, guide: Trace, model: Trace, count: int) -> Stru
     """
     require_bound(guide_only(guide, model, known.unpacked))
     layout = read_layout(guide, model, count, known.layout.plates)
-    return read_structure(guide, model, layout, known.event, count, known.unpacked)
+    spread = known.guide_sites - known.points
+    return read_structure(guide, model, layout, known.event, count, known.unpacked, spread)
 
 
 def copied(pair: Pair) -> tuple[Pair, Store]:

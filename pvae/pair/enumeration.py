@@ -194,20 +194,77 @@ def _require_few(layout: Layout, states: int) -> None:
         )
 
 
+class Expectations:
+    """Probabilities q(c|x) of the states of enumerated latents of the guide, and expectations under them.
+
+    Every site has its states along a dimension of its own, left of all plates; a log density is averaged over those
+    that it depends on, element by element of its plates.
+    """
+
+    def __init__(self, guide_trace: Trace, layout: Layout, particles: int) -> None:
+        found = samples(guide_trace)
+        nodes = {name: found[name] for name in layout.expected if name in found}
+        self.logs: dict[str, Tensor] = {name: node["fn"].log_prob(node["value"]) for name, node in nodes.items()}
+        self.dims: dict[str, int] = {name: node["infer"]["_enumerate_dim"] for name, node in nodes.items()}
+        self.width = layout.nesting + (particles > 0)
+        if len({*self.dims.values()}) < len(self.dims):
+            raise DeclarationError(
+                f"{', '.join(self.dims)}: expected enumerated latents of the guide outside pyro.markov; got steps that "
+                f"share a dimension. Fit with loss=TraceEnum_ELBO()."
+            )
+
+    def mean(self, value: Tensor, mask: Any, name: str) -> Tensor:
+        """Return the expectation of a log density of site `name` (masked), which keeps the dimensions of plates.
+
+        Raises:
+            DeclarationError: the site is outside a plate of an enumerated latent that it depends on.
+        """
+        value = scale_and_mask(value, 1.0, mask)
+        needed, chosen = self._states(value), list[str]()
+        while more := [z for z, dim in self.dims.items() if dim in needed and z not in chosen]:
+            chosen += more
+            needed = needed.union(*(self._states(self.logs[z]) for z in more))
+        if not chosen:
+            return value
+        for z in chosen:
+            log_q = self.logs[z]
+            inside = [d for d in range(-min(self.width, log_q.dim()), 0) if log_q.shape[d] > 1]
+            if any(value.dim() < -d or value.shape[d] == 1 for d in inside):
+                raise DeclarationError(
+                    f"{name}: expected a site that depends on the enumerated {z} inside its plates; got one outside. "
+                    f"Write one site for each element."
+                )
+        total = (sum_over([self.logs[z] for z in chosen]).exp() * value).sum(sorted(needed), keepdim=True)
+        return total.reshape(total.shape[-self.width :])
+
+    def _states(self, value: Tensor) -> set[int]:
+        """Return the dimensions left of all plates along which a log density differs."""
+        return {d for d in range(-value.dim(), -self.width) if value.shape[d] > 1}
+
+
 def require_summable(name: str, node: Mapping[str, Any], layout: Layout) -> None:
-    """Check that the states of a site can be summed over independently for each data point.
+    """Check that the states of a site of the model can be summed over in one table for each data point.
 
     Raises:
         DeclarationError: the site is global, is in a plate besides the data plate, or has a scale.
     """
-    if not layout.holds(node):
-        raise DeclarationError(f"{name}: expected a site to sum over inside the data plate; got a global one. Draw it.")
+    require_expectable(name, node, layout)
     plates = [f.name for f in node["cond_indep_stack"] if f.vectorized and not f.name.startswith("_")]
     if extra := [plate for plate in plates if plate not in layout.plates]:
         raise DeclarationError(
             f"{name}: expected an enumerated site in the data plate alone; got it inside {', '.join(extra)} too. "
             f"Write one site for each element."
         )
+
+
+def require_expectable(name: str, node: Mapping[str, Any], layout: Layout) -> None:
+    """Check that the states of a site of the guide can be summed over.
+
+    Raises:
+        DeclarationError: the site is global, or has a scale.
+    """
+    if not layout.holds(node):
+        raise DeclarationError(f"{name}: expected a site to sum over inside the data plate; got a global one. Draw it.")
     _require_plain(name, node)
 
 

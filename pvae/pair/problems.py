@@ -124,10 +124,11 @@ def explained(error: Exception, side: str, x: Tensor) -> Problem:
     found = re.search(r"inside plate\('([^']*)'\) at site (\S+) dim (-\d+), (\d+) vs (\d+)", text)
     if found:
         plate, site, dim, want, got = found.groups()
+        rows = f", or it has parameters for each of {got} rows: pass those, or amortise" if int(want) == len(x) else ""
         return Problem(
             site,
             f"expected batch size {want} at dim {dim} inside plate {plate!r}; got {got}{at}. Its event dimensions are "
-            f"not declared: write `.to_event(1)` after the distribution.",
+            f"not declared: write `.to_event(1)` after the distribution{rows}.",
         )
     if "within the support" in text:
         support = re.search(r"within the support \((.*?)\) of the distribution (\w+)", text)

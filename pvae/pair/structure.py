@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,7 +17,7 @@ from pvae.distributions.base import Rounded
 from pvae.distributions.codes import Certain
 from pvae.distributions.relaxed import twin
 from pvae.pair.layout import Layout, SiteShape, is_point, joined, samples, unwrapped
-from pvae.pair.unpacking import Unpacked, read_packed
+from pvae.pair.unpacking import Unpacked
 
 ROWS_OF_A_BATCH = 1000
 """Largest number of rows in one batch of an analysis."""
@@ -122,15 +122,18 @@ def read_structure(
     event: Shape,
     count: int,
     unpacked: Unpacked,
+    spread: Collection[str],
 ) -> Structure:
-    """Return the structure of a pair, read off one trace of each program on `count` rows and its layout."""
+    """Return the structure of a pair, read off one trace of each program on `count` rows and its layout.
+
+    `spread` names Delta latents that are no points, as they move with auxiliary sites.
+    """
     guide, model = samples(guide_trace), samples(model_trace)
     latents = {name: guide[name]["fn"] for name in (*layout.latents, *layout.shared)}
     twins = {name: twin(fn) if name in layout.relaxed else fn for name, fn in latents.items()}
     hidden = {name: node for name, node in model.items() if name not in guide and not node["is_observed"]}
     summed = [(guide | model)[name]["fn"] for name in (*layout.expected, *layout.enumerated)]
     observed = [model[name] for name in layout.observed]
-    spread = read_packed(guide, model)
     return Structure(
         event=event,
         layout=layout,

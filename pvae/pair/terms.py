@@ -12,8 +12,8 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from pvae.errors import DeclarationError
-from pvae.pair.densities import closed_kl, full_size, log_prob, plate_scale, priced_kl, sum_over
-from pvae.pair.enumeration import eliminated, read_joint_states, require_summable
+from pvae.pair.densities import closed_kl, full_size, log_prob, plate_scale, priced_kl, share, sum_over
+from pvae.pair.enumeration import Expectations, eliminated, read_joint_states, require_expectable
 from pvae.pair.layout import Layout, samples
 
 
@@ -99,7 +99,7 @@ def expected_terms(
         )
     summed = [name for name in layout.expected if name in guide_trace.nodes]  # a batch may lack some
     for name in summed:
-        require_summable(name, guide_trace.nodes[name], layout)
+        require_expectable(name, guide_trace.nodes[name], layout)
     for name in _scores_of_factors(guide_trace, layout, particles, 1):
         raise DeclarationError(
             f"{name}: expected pyro.factor(..., has_rsample=True) in a guide whose {', '.join(layout.expected)} are "
@@ -108,34 +108,38 @@ def expected_terms(
     size = full_size(model_trace, layout, rows)
     if not summed:
         return terms_of(guide_trace, model_trace, layout, particles, closed_form, rows)
-    log_q = [log_prob({**guide_trace.nodes[name], "mask": None}, layout, particles) for name in summed]
-    weights = sum_over(log_q).exp()
-    width = 2 if particles else 1
+    states = Expectations(guide_trace, layout, particles)
 
-    def mean(value: Tensor) -> Tensor:
-        total = weights * value
-        total = total.sum(tuple(range(total.dim() - width)))
-        return total.expand(particles, -1) if particles else total
+    def mean(node: Mapping[str, Any]) -> Tensor:
+        value = states.mean(node["fn"].log_prob(node["value"]), node["mask"], str(node["name"]))
+        return wide(share({**node, "mask": None}, value, layout, particles, size))
 
-    present = [model_trace.nodes[name] for name in layout.observed if name in model_trace.nodes]
-    observed = sum_over([log_prob(node, layout, particles, size) for node in present])
+    def wide(value: Tensor) -> Tensor:
+        return value.expand(particles, -1) if particles else value
+
+    observed = sum_over([mean(model_trace.nodes[name]) for name in layout.observed if name in model_trace.nodes])
     kl: dict[str, Tensor] = {}
     for name in (*layout.latents, *layout.shared):
         if name not in guide_trace.nodes:
-            kl[name] = torch.zeros_like(mean(observed))
+            kl[name] = torch.zeros_like(observed)
             continue
         q, p = guide_trace.nodes[name], model_trace.nodes.get(name)
-        known = _known_kl(q, p, layout, particles, size, closed_form)
         if name in layout.scored:
             raise DeclarationError(
                 f"{name}: expected a draw with a gradient, or a sum over its states too, beside "
                 f"{', '.join(layout.expected)}, which are summed over; got a score function."
             )
-        if known is None:
-            known = _sampled_kl(q, p, layout, particles, size)
-        kl[name] = mean(known) if name in layout.latents else known
+        known = _known_kl(q, p, layout, particles, size, closed_form and layout.nesting == 1)
+        if name in layout.shared:
+            kl[name] = _sampled_kl(q, p, layout, particles, size) if known is None else known
+        elif known is None:
+            kl[name] = mean(q) - (0.0 if p is None else mean(p))
+        else:
+            kl[name] = wide(states.mean(known, None, name))
     penalties = penalties_of(guide_trace, layout, particles, size)
-    return Terms(mean(observed), kl, {n: mean(v) if n in layout.factors else v for n, v in penalties.items()})
+    return Terms(
+        observed, kl, {n: mean(guide_trace.nodes[n]) if n in layout.factors else v for n, v in penalties.items()}
+    )
 
 
 def _summed_terms(guide_trace: Trace, model_trace: Trace, layout: Layout, particles: int, size: int) -> Terms:

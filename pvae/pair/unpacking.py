@@ -72,28 +72,17 @@ def _explained(name: str, source: Any, node: Any, prior: Any) -> Unpacking | Non
     return made if same else None
 
 
-def read_packed(guide: Mapping[str, Any], model: Mapping[str, Any]) -> frozenset[str]:
-    """Return the Delta latents of a guide whose values are a part of one auxiliary site that is no point itself.
+def possibly_spread(guide_trace: Trace, model_trace: Trace) -> list[str]:
+    """Return the Delta latents of a guide that has auxiliary sites which are no points, and so may move with these.
 
-    `AutoDiagonalNormal` samples all latents as one such vector, a group of an `EasyGuide` several. These latents are
-    spread: the auxiliary site has their density, the log densities of the Deltas the Jacobians.
+    `AutoDiagonalNormal` samples all latents as one vector, `AutoStructured` shifts one latent by another, a group of an
+    `EasyGuide` is one vector of several. Such latents are no points: the auxiliary sites have their density, the log
+    densities of the Deltas the Jacobians. A second draw of the guide tells.
     """
-    spread = [n for n in guide.values() if n["infer"].get("is_auxiliary") and not is_point(n["fn"])]
-    points = [name for name, node in guide.items() if name in model and is_point(node["fn"])]
-    return frozenset(n for n in points if any(_within(guide[n], model[n]["fn"], source) for source in spread))
-
-
-def _within(node: Any, prior: Any, source: Any) -> bool:
-    """Return whether the unconstrained value of a Delta site is a run of the vectors of an auxiliary site."""
-    try:
-        value, vectors = biject_to(prior.support).inv(node["value"]), source["value"]
-        batch = vectors.dim() - 1
-        part = value.reshape(*vectors.shape[:batch], -1)
-    except Exception:  # a discrete support, or other batch dimensions
-        return False
-    width = part.shape[-1]
-    starts = range(vectors.shape[-1] - width + 1)
-    return any(torch.allclose(vectors[..., i : i + width], part, rtol=TOLERANCE, atol=TOLERANCE) for i in starts)
+    guide, model = samples(guide_trace), samples(model_trace)
+    if all(is_point(node["fn"]) for node in guide.values() if node["infer"].get("is_auxiliary")):
+        return []
+    return [name for name, node in guide.items() if name in model and is_point(node["fn"])]
 
 
 def _pushed(fn: Any, made: Unpacking) -> Any:

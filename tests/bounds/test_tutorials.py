@@ -163,7 +163,7 @@ def test_the_mixture_is_exact():
     )
     marginal = (mean * np.log(mean / points["weights"].numpy())).sum()
     assert found.marginal_kl.value == pytest.approx(marginal, abs=1e-6)
-    assert {e.kind for e in (found.elbo, found.kl, found.mutual_information, found.marginal_kl)} == {"exact"}
+    assert {e.kind for e in (found.log_joint, found.kl, found.mutual_information, found.marginal_kl)} == {"exact"}
     assert found.latents["assignment"].perplexity[0] == pytest.approx(math.exp(-(mean * np.log(mean)).sum()), abs=1e-5)
     assert evidence(pair, DATA, samples=3).iwae.value == pytest.approx(log_p.mean(), abs=1e-5)
 

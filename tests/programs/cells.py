@@ -13,6 +13,7 @@ REASONS = {
     "summed out": r"summed out exactly, so there is no gap",
     "no normal": r"expected a guide whose \S+ is built on a normal",
     "rows": r"parameters for each of \d+ rows",
+    "no plate": r"expected x to be observed inside a plate over the rows of a batch; got no such plate",
     "nothing to fit": r"expected at least one parameter to learn; got none",
     "no run": "there is no run, as it is not fitted",
 }
@@ -60,6 +61,17 @@ CELLS: dict[str, dict[str, str]] = {
     "baseball": GLOBAL,
     "plates beside and inside": GLOBAL,
     "Bayesian network": GLOBAL,
+    "coin": GLOBAL,
+    "coin, a site per toss": {
+        **dict.fromkeys(("check", "fit", "surgery", "evidence", "gap"), "no plate"),
+        **dict.fromkeys(("posterior", "report"), "no run"),
+    },
+    "reparametrised effects": {**GLOBAL, **ROWS},
+    "Dirichlet process mixture": {**GLOBAL, **ROWS},
+    "HMM, AutoDelta": {**GLOBAL, **POINTS},
+    "codes in a plate": DISCRETE,
+    "Gaussian HMM": GLOBAL,
+    "hierarchical messenger": {**GLOBAL, **ROWS},
 }
 """What is not plainly `works`, by program and column."""
 
