@@ -6,6 +6,7 @@ import importlib.util
 import inspect
 import re
 import sys
+import traceback
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -32,7 +33,7 @@ def load_pair(text: str) -> Pair:
     Modules beside the file can be imported, after all others.
 
     Raises:
-        DeclarationError: there is no such file, no such name in it, or no `Pair` of that name.
+        DeclarationError: there is no such file, it fails, or there is no `Pair` of that name in it.
     """
     found = PAIR_FILE.fullmatch(text)
     path = Path(found["file"]) if found else Path(text)
@@ -44,7 +45,13 @@ def load_pair(text: str) -> Pair:
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     sys.path.append(str(path.resolve().parent))
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [frame.lineno for frame in frames if Path(frame.filename).resolve() == path.resolve()]
+        at = f"{path}:{lines[-1]}" if lines else str(path)
+        raise DeclarationError(f"{at}: expected a file that runs; got {type(error).__name__}: {error}.") from error
     pair = getattr(module, found["name"], None)
     if not isinstance(pair, Pair):
         raise DeclarationError(

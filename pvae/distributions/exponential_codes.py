@@ -17,7 +17,7 @@ SPARSE_STATES = 8
 """Number of states K from which summing selected rows is faster than a product with one-hots."""
 ROW_COST = 16
 """Cost of adding one selected row entry, in multiplications of a matrix product."""
-Form = Literal["index", "one_hot"]
+Form = Literal["index", "one_hot", "log_one_hot"]
 
 
 def one_hots(index: Tensor, states: int) -> Tensor:
@@ -29,14 +29,14 @@ def one_hots(index: Tensor, states: int) -> Tensor:
 class Codes(Members):
     """Batch of grids of P independent categoricals over K states: T(z) = one-hot, eta = log probabilities.
 
-    `form` is the encoding of a flat value: P indices (also 0 and 1 of a Bernoulli), or P x K one-hots.
+    `form` is the encoding of a flat value: P indices (0 and 1 of a Bernoulli too), P x K one-hots, or their logarithms.
     """
 
     tensors = ("logits",)
     logits: Tensor
     """Log probabilities, `(n, P, K)`; normalised, and clamped to finite values, on construction."""
     form: Form = "index"
-    """Encoding of a flat value: "index" (P indices) or "one_hot" (P x K)."""
+    """Encoding of a flat value: "index" (P indices), "one_hot" (P x K) or its logarithm, "log_one_hot"."""
     normalised: bool = False
     """True if the logits given are already normalised and finite."""
 
@@ -80,7 +80,9 @@ class Codes(Members):
         return self.logits.flatten(1).T, self.logits.new_zeros(len(self))
 
     def statistics(self, value: Tensor, origin: Tensor) -> Tensor:
-        return value if self.form == "one_hot" else one_hots(value, self.states).to(self.logits)
+        if self.form == "index":
+            return one_hots(value, self.states).to(self.logits)
+        return value if self.form == "one_hot" else value.exp()
 
     def scorer(self) -> Scorer:
         if not self.is_sparse:
@@ -95,8 +97,8 @@ class Codes(Members):
         return score
 
     def log_prob(self, value: Tensor) -> Tensor:
-        if self.form == "one_hot":
-            return (self.logits.flatten(1) * value).sum(-1)
+        if self.form != "index":
+            return (self.logits.flatten(1) * self.statistics(value, self.origin)).sum(-1)
         index = value.long().unsqueeze(-1)
         shape = torch.broadcast_shapes(index.shape[:-1], self.logits.shape[:-1])
         logits = self.logits.expand(*shape, self.states)
@@ -108,7 +110,8 @@ class Codes(Members):
 
     def write(self, index: Tensor) -> Tensor:
         """Return code indices `(m, P)` in the encoding of flat values, `(m, D)`."""
-        return (index if self.form == "index" else one_hots(index, self.states)).to(self.logits)
+        value = (index if self.form == "index" else one_hots(index, self.states)).to(self.logits)
+        return torch.where(value > 0, 0.0, IMPOSSIBLE).to(value) if self.form == "log_one_hot" else value
 
     def map(self, change: Any) -> Codes:
         changed = change(self.logits)

@@ -26,7 +26,7 @@ from pvae.distributions.base import Determined
 from pvae.distributions.codes import Certain
 from pvae.distributions.exponential import FullRankNormals, Members, Normals
 from pvae.distributions.exponential_codes import CertainCodes, Codes, product
-from pvae.distributions.relaxed import RelaxedCodes, categorical_kl
+from pvae.distributions.relaxed import LogOneHot, RelaxedCodes, categorical_kl
 from pvae.pair.layout import Layout, is_point, plates_around, unwrapped
 
 
@@ -215,6 +215,8 @@ def members(node: Mapping[str, Any], layout: Layout, rows: int) -> Members | Non
         return CertainCodes(flat(fn.index).long(), fn.states)
     if isinstance(fn, OneHotCategorical):
         return Codes(flat(fn.logits).reshape(rows, -1, fn.logits.shape[-1]), "one_hot")
+    if isinstance(fn, LogOneHot):
+        return Codes(flat(fn.logits).reshape(rows, -1, fn.logits.shape[-1]), "log_one_hot")
     if isinstance(fn, Categorical):
         return Codes(flat(fn.logits, 1).reshape(rows, -1, fn.logits.shape[-1]))
     if isinstance(fn, Bernoulli):

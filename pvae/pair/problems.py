@@ -84,7 +84,7 @@ def differing_sites(guide_trace: Trace, model_trace: Trace, unpacked: Unpacked |
     ]
     only_model = [
         Problem(name, f"expected a latent of this name in the guide; got {_names(guide)}{_or_enumerate(nodes[name])}")
-        for name in model - guide
+        for name in model - {n for n, node in sites.items() if not node["is_observed"]}
         if not is_enumerable(nodes[name])
     ]
     return sorted(only_guide + only_model, key=lambda problem: problem.site)

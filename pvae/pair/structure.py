@@ -15,7 +15,7 @@ from torch.distributions import Categorical, OneHotCategorical
 from pvae.component import Shape
 from pvae.distributions.base import Rounded
 from pvae.distributions.codes import Certain
-from pvae.distributions.relaxed import twin
+from pvae.distributions.relaxed import LogOneHot, twin
 from pvae.pair.layout import Layout, SiteShape, is_point, joined, samples, unwrapped
 from pvae.pair.unpacking import Unpacked
 
@@ -154,7 +154,7 @@ def read_structure(
 
 def is_code(fn: Any) -> bool:
     """Return whether a distribution is over discrete codes: categorical, one-hot, or deterministic (nearest code)."""
-    return isinstance(unwrapped(fn), Categorical | OneHotCategorical | Certain)
+    return isinstance(unwrapped(fn), Categorical | OneHotCategorical | LogOneHot | Certain)
 
 
 def numbers_of(fn: Any) -> int:

@@ -181,3 +181,26 @@ def test_a_density_of_relaxed_codes_prices_no_categoricals():
 def test_a_point_has_no_relaxed_density():
     with pytest.raises(DeclarationError, match='expected kl = "categorical" without noise'):
         built({"c": {"codes": 3, "posterior": {"kind": "straight_through", "noise": False, "kl": "relaxed"}}})
+
+
+@pytest.mark.parametrize("tau", [0.3, 1.0])
+def test_gradients_of_density_and_samples_are_torch_s_at_the_same_noise(tau, monkeypatch):
+    """By value, logits and temperature; both draw Gumbel noise, here from the same uniform numbers."""
+    generator = torch.Generator().manual_seed(0)
+    uniform = torch.rand(6, 4, 3, dtype=torch.float64, generator=generator)
+    value = torch.randn(6, 4, 3, dtype=torch.float64, generator=generator).log_softmax(-1)
+    weights = torch.randn(6, 4, 3, dtype=torch.float64, generator=generator)
+    monkeypatch.setattr(torch.Tensor, "exponential_", lambda self: self.copy_(-uniform.log()))
+    monkeypatch.setattr("torch.distributions.relaxed_categorical.clamp_probs", lambda _probs: uniform)
+    found = []
+    for kind in (ExpRelaxedCategorical, RelaxedCodes):
+        logits = torch.linspace(-1, 2, 12, dtype=torch.float64).reshape(4, 3).requires_grad_()
+        temperature = torch.tensor(tau, dtype=torch.float64, requires_grad=True)
+        at = value.clone().requires_grad_()
+        torch_s = kind is ExpRelaxedCategorical
+        made = kind(temperature, logits=logits, validate_args=False) if torch_s else kind(logits, temperature, 0)
+        score, drawn = made.log_prob(at).sum(), made.rsample((6,))
+        slopes = torch.autograd.grad(score, [at, logits, temperature], retain_graph=True)
+        found.append([score, drawn, *slopes, *torch.autograd.grad((weights * drawn).sum(), [logits, temperature])])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
