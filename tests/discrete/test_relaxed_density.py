@@ -197,8 +197,10 @@ def test_gradients_of_density_and_samples_are_torch_s_at_the_same_noise(tau, mon
         logits = torch.linspace(-1, 2, 12, dtype=torch.float64).reshape(4, 3).requires_grad_()
         temperature = torch.tensor(tau, dtype=torch.float64, requires_grad=True)
         at = value.clone().requires_grad_()
-        torch_s = kind is ExpRelaxedCategorical
-        made = kind(temperature, logits=logits, validate_args=False) if torch_s else kind(logits, temperature, 0)
+        theirs = kind is ExpRelaxedCategorical
+        made: Any = RelaxedCodes(logits, temperature, 0)
+        if theirs:
+            made = ExpRelaxedCategorical(temperature, logits=logits, validate_args=False)
         score, drawn = made.log_prob(at).sum(), made.rsample((6,))
         slopes = torch.autograd.grad(score, [at, logits, temperature], retain_graph=True)
         found.append([score, drawn, *slopes, *torch.autograd.grad((weights * drawn).sum(), [logits, temperature])])
