@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pvae.analysis.decompose.entry import same_globals
+from pvae.pair.densities import masks_of
 from pvae.pair.layout import Layout, samples
 from pvae.pair.pair import Pair
 
@@ -62,12 +63,15 @@ def _by_row(node: Any, layout: Layout, rows: int) -> Tensor:
 
 def presence(q: Any, p: Any, layout: Layout, n: int) -> Tensor | None:
     """Return an integer per row that tells which elements of a site no mask hides; None where there is no mask."""
-    masks = [node["mask"] for node in (q, p) if node is not None and node["mask"] is not None]
+    masks = [mask for node in (q, p) if node is not None for mask in masks_of(node)]
     if not masks:
         return None
-    shown = torch.ones(q["fn"].batch_shape, dtype=torch.bool, device=q["value"].device)
+    fn = q["fn"]
+    shown = torch.ones((*fn.batch_shape, *fn.event_shape), dtype=torch.bool, device=q["value"].device)
     for mask in masks:
-        shown = shown & torch.as_tensor(mask, device=shown.device)
+        shown = shown & mask.to(shown)
+    shown = shown.flatten(len(fn.batch_shape)) if fn.event_shape else shown[..., None]
+    shown = shown.movedim(-1, 0)  # the elements first, so that the data plate stays where it is from the right
     first = shown.movedim(layout.dim, 0)
     rows = first.expand(n, *first.shape[1:]).reshape(n, -1)
     weights = torch.randint(1, 2**40, rows.shape[1:], generator=torch.Generator().manual_seed(0))

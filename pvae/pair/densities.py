@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from pyro.distributions import ExpandedDistribution, MaskedDistribution
 from pyro.distributions.util import scale_and_mask
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.trace_struct import Trace
@@ -14,6 +15,7 @@ from torch import Tensor
 from torch.distributions import (
     Bernoulli,
     Categorical,
+    Independent,
     LowRankMultivariateNormal,
     MultivariateNormal,
     Normal,
@@ -134,8 +136,25 @@ def share(node: Mapping[str, Any], value: Tensor, layout: Layout, particles: int
 
 
 def is_masked(node: Mapping[str, Any]) -> bool:
-    """Return whether a mask hides a part of a site."""
-    return node["mask"] is not None and not bool(torch.as_tensor(node["mask"]).all())
+    """Return whether a mask hides a part of a site: `poutine.mask`, or `.mask(...)` of its distribution."""
+    return any(not bool(mask.all()) for mask in masks_of(node))
+
+
+def masks_of(node: Mapping[str, Any]) -> list[Tensor]:
+    """Return the masks of a site, each of a shape that broadcasts to its batch and event dimensions."""
+    event = len(node["fn"].event_shape)
+    found = []
+    if node["mask"] is not None:
+        mask = torch.as_tensor(node["mask"])
+        found.append(mask.reshape(mask.shape + (1,) * event))
+    fn, inner = node["fn"], 0
+    while isinstance(fn, MaskedDistribution | Independent | ExpandedDistribution):
+        if isinstance(fn, MaskedDistribution):
+            mask = torch.as_tensor(fn._mask)
+            found.append(mask.reshape(mask.shape + (1,) * (event - inner)))
+        inner += fn.reinterpreted_batch_ndims if isinstance(fn, Independent) else 0
+        fn = fn.base_dist
+    return found
 
 
 def _weighed(value: Tensor, scale: Any, mask: Any) -> Tensor:

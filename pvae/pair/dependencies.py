@@ -91,6 +91,19 @@ def dependencies_without_asking(structure: Structure) -> Dependencies | None:
     return Dependencies(alone, {name: read for name, read in alone.items() if name in structure.model_sites})
 
 
+def _probed(pair: Pair, x: Tensor) -> Tensor:
+    """Return the rows to probe: a few of a declared pair; of any other one many, from all over the data.
+
+    Rows of a hand-written program may differ in what is masked, and a masked density shows no dependency.
+    """
+    if pair.declared:
+        return x[torch.arange(PROBED_ROWS, device=x.device) % len(x)]
+    if pair.structure.rows is not None:
+        return x
+    count = max(PROBED_ROWS, min(len(x), ROWS_OF_A_BATCH // 2))
+    return x[torch.arange(count, device=x.device) * max(1, len(x) // count) % len(x)]
+
+
 def read_dependencies(pair: Pair, x: Tensor) -> Dependencies:
     """Find the latents that each distribution depends on: those whose perturbation changes its log density.
 
@@ -99,9 +112,7 @@ def read_dependencies(pair: Pair, x: Tensor) -> Dependencies:
     random global latents (a batch has one value of them), and for programs that reject so large a batch.
     """
     layout, structure = pair.layout, pair.structure
-    rows = (
-        structure.few(x, ROWS_OF_A_BATCH) if structure.moves else x[torch.arange(PROBED_ROWS, device=x.device) % len(x)]
-    )
+    rows = _probed(pair, x)
     latents = (*layout.latents, *structure.model_only)
     random = [name for name in layout.shared if name not in pair.structure.points]
     with quiet(pair, x), Unweighed(), Discretised(pair.relaxed):

@@ -195,7 +195,8 @@ class Pair(nn.Module):
         known = dependencies_without_asking(self.structure)
         if known is not None:
             return known
-        return self.remember("dependencies", weights_of(self), lambda: read_dependencies(self, x))
+        key = (weights_of(self), self.layout.latents)
+        return self.remember("dependencies", key, lambda: read_dependencies(self, x))
 
     def remember(self, question: str, key: Any, ask: Callable[[], T]) -> T:
         """Return `ask()`, cached on the pair under the name `question` until `key` changes."""
