@@ -148,6 +148,7 @@ def prior_evidence(
 def _joint_evidence(pair: Pair, x: Tensor, samples: int, on_progress: Progress) -> Evidence:
     """Return bounds on log p(x_1, ..., x_n), divided by n, from weights of the whole data set."""
     n = len(x)
+    _require_fixed_points(pair, x)
     size = full_size(pair.traces(pair.structure.few(x))[1], pair.layout, n)
     at_once = n <= pair.structure.rows_at_once() and pair.way_of_particles(x) == "plate"
 
@@ -177,6 +178,21 @@ def _joint_evidence(pair: Pair, x: Tensor, samples: int, on_progress: Progress) 
     found = accumulate_weights(x[None], samples, draw, on_progress)
     curve = tuple((k, scaled(bound, 1 / n)) for k, bound in found.curve())
     return Evidence(n, samples, curve, found.log_p, found.ess, found.khat, None, joint=True)
+
+
+def _require_fixed_points(pair: Pair, x: Tensor) -> None:
+    """Refuse a global point that moves with other latents of the guide: no bound is conditional on it.
+
+    Raises:
+        DataError: the message names the latents.
+    """
+    one, other = (sample_sites(pair.guide_trace(pair.structure.few(x))) for _ in range(2))
+    points = [name for name in pair.layout.shared if name in pair.structure.points]
+    if moving := [name for name in points if not torch.equal(one[name]["value"], other[name]["value"])]:
+        raise DataError(
+            f"evidence: expected one value of a global latent that the guide sets to a point; got values of "
+            f"{', '.join(moving)} that depend on other latents. Give them a density in the guide."
+        )
 
 
 def _require_bound(pair: Pair) -> bool:

@@ -9,7 +9,20 @@ from typing import Any
 
 from torch import Tensor, nn
 
-LIBRARIES = ("torch", "pyro", "numpy", "scipy", "pandas", "builtins", "functools", "collections", "math", "pvae")
+LIBRARIES = (
+    "torch",
+    "pyro",
+    "numpy",
+    "scipy",
+    "pandas",
+    "builtins",
+    "functools",
+    "collections",
+    "math",
+    "pvae",
+    "pytest",
+    "_pytest",
+)
 """Packages whose globals and classes are not searched: no Module of the user is kept there."""
 OBJECTS_AT_MOST = 20_000
 """Largest number of objects that are looked at in one search."""

@@ -214,8 +214,8 @@ def _sampled_kl(q: Mapping[str, Any], p: Mapping[str, Any] | None, layout: Layou
 def _score(node: Mapping[str, Any], layout: Layout, particles: int, weighed: Tensor, own_kl: bool) -> Score:
     """Return the score-function term of a site, its baseline read from `infer` as in Pyro's `TraceGraph_ELBO`."""
     infer, scale = node["infer"], plate_scale(node)
-    usual = node["scale"].__class__ is float and node["scale"] == scale
-    log_q = weighed if usual else log_prob({**node, "scale": scale}, layout, particles)
+    usual = node["scale"].__class__ is float and node["scale"] == scale and node["mask"] is None
+    log_q = weighed if usual else log_prob({**node, "scale": scale, "mask": None}, layout, particles)  # as in Pyro
     told, average = infer.get("baseline", {}), infer.get("average")
     baseline = told.get("baseline_value")
     if "nn_baseline" in told:
@@ -230,7 +230,7 @@ def _scores_of_factors(guide_trace: Trace, layout: Layout, particles: int, size:
     for name in layout.factors:
         node: Any = guide_trace.nodes.get(name)
         if node is not None and not node["fn"].has_rsample:
-            log_q = log_prob(node, layout, particles, size)
+            log_q = log_prob({**node, "mask": None}, layout, particles, size)
             scores[name] = Score(log_q, log_q, True, None, False, _no_average)
     return scores
 

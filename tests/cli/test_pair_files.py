@@ -74,7 +74,7 @@ def test_evidence_of_a_file_of_several_arguments(files):
 
 def test_a_fitted_file_says_how_to_load_it_and_is_analysed_by_its_run(files):
     run_cli("fit", "one.py:pair", "train.epochs=2", "--data", "x.npy")
-    out, err = run_cli("surgery", "latest", "--samples", "2", code=3)
+    out, err = run_cli("surgery", "latest", "--samples", "2", code=65)
     assert "--pair one.py:pair --data x.npy" in out + err
     run_cli("surgery", "latest", "--pair", "one.py:pair", "--data", "x.npy", "--samples", "2")
 
@@ -85,10 +85,10 @@ def test_a_fitted_file_says_how_to_load_it_and_is_analysed_by_its_run(files):
         (("surgery", "one.py:other", "--data", "x.npy"), "pvae.Pair", 2),
         (("surgery", "one.py:missing", "--data", "x.npy"), "pvae.Pair", 2),
         (("surgery", "absent.py:pair", "--data", "x.npy"), "absent.py", 2),
-        (("surgery", "one.py:pair", "--data", "absent.npy"), "absent.npy", 3),
-        (("surgery", "one.py:pair"), "data", 3),
+        (("surgery", "one.py:pair", "--data", "absent.npy"), "absent.npy", 65),
+        (("surgery", "one.py:pair"), "data", 65),
         (("evidence", "several.py:pair", "--data", "x.npy"), "label", 2),
-        (("evidence", "one.py:pair", "--data", "both.npz"), "label", 3),
+        (("evidence", "one.py:pair", "--data", "both.npz"), "label", 65),
     ],
     ids=["no pair", "no name", "no file", "no data file", "no data", "one argument too few", "one too many"],
 )

@@ -132,7 +132,7 @@ class Drawn:
         elif site.kind == "positive":
             value = value.log()
         if site.place == "inner" and not inner:
-            value = value.sum(-2) if self.outer else value.sum(-1, keepdim=True)
+            value = value.sum(-2 if self.outer else -1, keepdim=True)
         return value * self.column(x[:, 2]) if site.hidden else value
 
     def total(self, site: Site | None, values: dict[str, Tensor], x: Tensor, inner: bool = False) -> Tensor:
@@ -312,7 +312,8 @@ def programs(draw: st.DrawFn) -> Drawn:
         parents = tuple(s.name for s in sites if draw(st.booleans()))
         discrete = kind not in CONTINUOUS
         hidden = place == "data" and not (discrete and flavour != "sampled") and draw(st.integers(0, 4)) == 0
-        sites.append(Site(f"z{i}", kind, place, parents, draw(st.booleans()), hidden))
+        reads = draw(st.booleans()) and (kind, place) != ("point", "global")  # else it is no one point
+        sites.append(Site(f"z{i}", kind, place, parents, reads, hidden))
     if flavour != "sampled" or any(s.place != "data" for s in sites):
         index = "dots"
     else:

@@ -208,6 +208,23 @@ def test_a_point_for_a_global_latent(kind):
     assert given - 0.1 < bound.value < given + 5 * bound.standard_error
 
 
+def test_a_point_that_moves_with_another_global_latent_has_no_evidence():
+    """Log p(x | b) at a b that depends on a sampled one would exceed any one log p(x | b)."""
+
+    def program(x: Tensor) -> None:
+        a = pyro.sample("a", dist.Normal(0.0, 1.0))
+        b = pyro.sample("b", dist.Normal(a, 1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(a + b, 1.0), obs=x)
+
+    def guide(x: Tensor) -> None:
+        a = pyro.sample("a", dist.Normal(0.2, 0.5))
+        pyro.sample("b", dist.Delta(0.3 - a))
+
+    with pytest.raises(PvaeError, match="values of b that depend"):
+        analysis.evidence(Pair(model=program, guide=guide), normal(ROWS), samples=20)
+
+
 # ---------------------------------------------------------------------- relaxed codes
 
 
