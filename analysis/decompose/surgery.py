@@ -117,9 +117,9 @@ def surgery(
     pooled = by_group(pair, x, y, train, apart, seed)
     if pooled is not None:
         return pooled
-    found = pair.dependencies(x)
     with quiet(pair, x, seed):
         first = draw(pair, x)
+        found = pair.dependencies(x)  # of all sites that these rows have
         if not pair.layout.shared and pair.structure.rows is None:
             pooled = by_presence(first, x, y, apart, seed)
             if pooled is not None:
