@@ -15,6 +15,7 @@ from pvae.analysis.bounds.weights import delta_error, inverse_ess, log_mean
 from pvae.analysis.decompose.entry import accept, quiet, require_likelihood
 from pvae.analysis.figures.estimate import CONSERVATIVE, Estimate, Kind, over_rows
 from pvae.errors import DataError
+from pvae.pair.arguments import PairData
 from pvae.pair.layout import samples
 from pvae.pair.pair import Pair
 from pvae.util.progress import Progress, silent
@@ -25,7 +26,7 @@ STATES_PER_CHUNK = 4000
 
 def ais(
     pair: Pair,
-    x: Tensor,
+    x: PairData,
     *,
     temperatures: int = 200,
     chains: int = 16,
@@ -100,7 +101,7 @@ def ais(
 
 def bracket(
     pair: Pair,
-    x_like: Tensor,
+    x_like: PairData,
     *,
     rows: int = 100,
     temperatures: int = 200,

@@ -15,6 +15,7 @@ from pvae.analysis.decompose.codes import log_evidence
 from pvae.analysis.decompose.entry import accept, quiet, require_likelihood, same_globals
 from pvae.analysis.figures.estimate import exact_mean, scaled
 from pvae.errors import DataError
+from pvae.pair.arguments import PairData
 from pvae.pair.densities import full_size, log_prob, sum_over
 from pvae.pair.layout import is_point
 from pvae.pair.layout import samples as sample_sites
@@ -24,7 +25,9 @@ from pvae.pair.terms import Terms
 from pvae.util.progress import Progress, silent
 
 
-def evidence(pair: Pair, x: Tensor, samples: int = 5000, seed: int = 0, *, on_progress: Progress = silent) -> Evidence:
+def evidence(
+    pair: Pair, x: PairData, samples: int = 5000, seed: int = 0, *, on_progress: Progress = silent
+) -> Evidence:
     r"""Bound the mean log p(x) from below by importance sampling from the guide (the IWAE bound).
 
     With log weights log w_k = log p(x, z_k) - log q(z_k | x), z_k ~ q(z | x), the bound with K samples is
@@ -93,7 +96,7 @@ def evidence(pair: Pair, x: Tensor, samples: int = 5000, seed: int = 0, *, on_pr
 
 
 def prior_evidence(
-    pair: Pair, x: Tensor, samples: int = 5000, seed: int = 0, *, on_progress: Progress = silent
+    pair: Pair, x: PairData, samples: int = 5000, seed: int = 0, *, on_progress: Progress = silent
 ) -> PriorEvidence:
     r"""Bound the mean log p(x) from below by simple Monte Carlo with samples of the prior.
 

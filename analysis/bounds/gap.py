@@ -16,6 +16,7 @@ from pvae.analysis.decompose.entry import accept, quiet, require_likelihood
 from pvae.analysis.figures.estimate import CONSERVATIVE, Estimate, Figures, Kind, Row, over_draws
 from pvae.errors import DataError
 from pvae.nn.optimizers import LeanAdam
+from pvae.pair.arguments import PairData
 from pvae.pair.pair import Pair
 from pvae.util import seeds
 from pvae.util.progress import Progress, silent
@@ -98,7 +99,7 @@ class Gap(Figures):
 
 def gap(
     pair: Pair,
-    x: Tensor,
+    x: PairData,
     *,
     steps: int = 300,
     samples: int = 100,

@@ -111,6 +111,7 @@ class Account:
         components: number of rows, chosen at random, whose posteriors form q_agg; None for as many as time allows.
         memory: bytes that scoring q_agg may take.
         by_row: latents whose prior differs from row to row.
+        every: all latents of a draw, also those that no row has; default: those of `first`.
     """
 
     def __init__(
@@ -123,8 +124,9 @@ class Account:
         components: int | None,
         memory: int,
         by_row: frozenset[str] = frozenset(),
+        every: frozenset[str] = frozenset(),
     ) -> None:
-        self.by_row = by_row
+        self.by_row, self.every = by_row, every or frozenset(first.latents)
         self.pair, self.x, self.first = pair, x, first
         self.guide_roots, self.model_roots = found.guide_roots, found.model_roots
         self.seed, self.components, self.memory = seed, components, memory
@@ -172,14 +174,15 @@ class Account:
 
     def take(self, d: Draw) -> None:
         """Score one sample of the latents of all rows, and append its log densities."""
-        if d.latents.keys() != self.first.latents.keys():
+        if d is not self.first and d.latents.keys() != self.every:
             raise DeclarationError(
                 f"surgery: expected the same latents in every sample ({', '.join(self.names)}); got "
                 f"{', '.join(d.latents)}. Let no sampled value decide which sites there are; mask them instead."
             )
         self.reconstruction.append(d.reconstruction)
         self.shared.append(d.shared)
-        for name, latent in d.latents.items():
+        for name in self.names:
+            latent = d.latents[name]
             self.levels[name].take(latent)
             if name in self.guide_roots and latent.normal is not None and latent.value.shape[1] > 1:
                 self.levels[name].take_coordinates(latent, latent.normal, name in self.model_roots - self.by_row)

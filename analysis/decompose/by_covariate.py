@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pvae.analysis.decompose.posterior_draws import Draw
+from pvae.analysis.decompose.posterior_draws import Draw, draw
 from pvae.analysis.decompose.result import LatentSurgery, Surgery
 from pvae.analysis.figures.estimate import Estimate, exact
 from pvae.pair.pair import Pair
@@ -54,6 +54,30 @@ def by_group(
     others = None if train is None else pair.groups(train)
     found, sizes = _apart(groups, x, labels, (train, others), take_apart, seed)
     return pool(found, sizes, f"conditioned: q_agg(z | y) and I_q[x, z | y] within each of {len(found)} groups")
+
+
+def settled(first: Draw, pair: Pair, x: Tensor) -> bool:
+    """Find out by a second draw whether the rows determine which latents they have; call it in `quiet`.
+
+    Latents that no row has are dropped from the first draw. If sampled values decide what is masked (as in AIR), the
+    latents concerned count as partial whatever the first draw shows, and the result is False.
+    """
+    masked = [name for name, latent in first.latents.items() if latent.present is not None]
+    if not masked:
+        return False
+    again = draw(pair, x).latents
+    moving = [n for n in masked if not _same(first.latents[n].present, again[n].present if n in again else None)]
+    for name in moving:
+        first.latents[name].present = torch.arange(len(x), device=x.device)
+    for name in [] if moving else masked:
+        present = first.latents[name].present
+        if present is not None and not bool(present.any()):
+            del first.latents[name]
+    return not moving
+
+
+def _same(one: Tensor | None, other: Tensor | None) -> bool:
+    return one is not None and other is not None and torch.equal(one, other)
 
 
 def by_presence(

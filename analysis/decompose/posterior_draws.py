@@ -304,7 +304,6 @@ def draw(pair: Pair, x: Tensor, chunk: int = ROWS_OF_A_BATCH) -> Draw:
                 _fold(parts[0].latents[name], latent)
         names = [name for name in (pair.layout.latents or parts[0].latents) if name in parts[0].latents]
     latents = {name: _joined([p.latents[name] for p in parts]) for name in names}
-    latents = {name: z for name, z in latents.items() if z.present is None or bool((z.present > 0).any())}
     return Draw(torch.cat([p.reconstruction for p in parts]), latents, parts[0].shared, parts[0].points, parts[0].size)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pvae.analysis.decompose.account import Account
 from pvae.analysis.decompose.aggregated import MEMORY
-from pvae.analysis.decompose.by_covariate import by_group, by_presence
+from pvae.analysis.decompose.by_covariate import by_group, by_presence, settled
 from pvae.analysis.decompose.by_row import priors_by_row
 from pvae.analysis.decompose.entry import accept, quiet
 from pvae.analysis.decompose.posterior_draws import Draw, draw
@@ -19,6 +19,7 @@ from pvae.analysis.decompose.surgery_figures import close
 from pvae.data import Dataset
 from pvae.errors import DataError
 from pvae.experiment.plan import Plan
+from pvae.pair.arguments import PairData
 from pvae.pair.pair import Pair
 from pvae.util import seeds
 
@@ -30,12 +31,12 @@ RECORDED = ("elbo", "reconstruction", "kl", "mutual_information", "marginal_kl",
 
 def surgery(
     pair: Pair,
-    x: Tensor,
+    x: PairData,
     samples: int = 1,
     seed: int = 0,
     *,
     labels: Tensor | None = None,
-    train: Tensor | None = None,
+    train: PairData | None = None,
     components: int | None = None,
     memory: int = MEMORY,
     on_progress: Callable[[int, int], None] = lambda _done, _total: None,
@@ -119,12 +120,12 @@ def surgery(
         return pooled
     with quiet(pair, x, seed):
         first = draw(pair, x)
-        found = pair.dependencies(x)  # of all sites that these rows have
-        if not pair.layout.shared and pair.structure.rows is None:
+        found, every = pair.dependencies(x), frozenset(first.latents)  # of all sites that these rows have
+        if settled(first, pair, x) and not pair.layout.shared and pair.structure.rows is None:
             pooled = by_presence(first, x, y, apart, seed)
             if pooled is not None:
                 return pooled
-        account = Account(pair, x, first, found, seed, components, memory, priors_by_row(pair, x))
+        account = Account(pair, x, first, found, seed, components, memory, priors_by_row(pair, x), every)
         for done in range(1, samples + 1):
             account.take(_honest(first if done == 1 or account.certain else draw(pair, x), found.bottom_up))
             on_progress(done, samples)
@@ -149,7 +150,7 @@ def _labels(labels: Any, x: Tensor) -> Tensor | None:
 def _honest(d: Draw, bottom_up: frozenset[str]) -> Draw:
     """Drop closed-form KLs of `bottom_up` latents, whose priors depend on latents that the guide infers from them."""
     for name in bottom_up & d.latents.keys():  # rows may lack some
-        if not d.latents[name].certain:  # nothing is averaged over
+        if name in d.latents and not d.latents[name].certain:  # nothing is averaged over
             d.latents[name].kl = d.latents[name].p = None
     return d
 

@@ -13,6 +13,9 @@ from torch import Tensor
 from pvae.component import Shape
 from pvae.errors import DataError
 
+PairData = Tensor | Sequence[Any] | Mapping[str, Any]
+"""Data of a pair: a tensor, or several arguments as a sequence or a mapping of tensors."""
+
 
 @dataclass(frozen=True)
 class Argument:

@@ -73,3 +73,25 @@ def test_rows_of_lengths_of_their_own_have_no_information():
     assert found.mutual_information is found.marginal_kl is None
     assert "z1, z2: absent or masked in some rows" in " ".join(found.notes)
     assert found.elbo is not None
+
+
+def test_masks_that_sampled_values_decide_are_no_lengths():
+    """Steps while a sampled flag holds, as in AIR: which latents a row has is not known from the row."""
+
+    def program(x: Tensor, *, observe: bool) -> None:
+        with pyro.plate("data", len(x)):
+            here = torch.ones(len(x), dtype=torch.bool)
+            total = torch.zeros(len(x)).double()
+            for t in range(2):
+                with poutine.mask(mask=here):
+                    flag = pyro.sample(f"flag{t}", dist.Bernoulli(torch.tensor(0.6).double()))
+                    here = here & (flag > 0)
+                with poutine.mask(mask=here):
+                    total = total + here * pyro.sample(f"z{t}", dist.Normal(torch.tensor(0.0).double(), 1.0))
+            if observe:
+                pyro.sample("x", dist.Normal(total, 1.0), obs=x[:, 0])
+
+    found = surgery(Pair(lambda x: program(x, observe=True), lambda x: program(x, observe=False)), X, samples=300)
+    assert found.mutual_information is found.marginal_kl is None
+    assert found.kl.value == pytest.approx(0.0, abs=1e-9)  # the guide is the prior
+    assert "flag1, z0, z1" in " ".join(found.notes) or "absent or masked" in " ".join(found.notes)
