@@ -225,7 +225,7 @@ def _summed(
     of its prior and of the likelihood.
     """
     model = samples(model_trace)
-    if layout.eliminated:
+    if layout.eliminated or len(layout.latents) > 1:
         return _eliminated(guide, model_trace, layout, n, size)
     table = read_joint_states(model, layout, 0)
     outside = _observed(model, layout, size, table.logs)
@@ -233,11 +233,6 @@ def _summed(
         expected = sum_over([table.expected(name) for name in layout.observed if name in table.logs]).double()
         codes = _codes(table, n, [model[name] for name in layout.enumerated])
         return expected + outside, {"+".join(layout.enumerated): codes}
-    if len(layout.latents) > 1:
-        raise DataError(
-            f"surgery: expected at most one latent in the guide beside enumerated ones ({', '.join(layout.enumerated)}"
-            f"); got {', '.join(layout.latents)}. Give the discrete sites a guide."
-        )
     name = layout.latents[0]
     latent = _latent(guide[name], None, layout, n)
     latent.log_p = table.log_sum(table.latent).double()
