@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pvae.analysis.decompose.posterior_draws import Draw, draw
+from pvae.analysis.decompose.posterior_draws import Draw, LatentDraw, draw
 from pvae.analysis.decompose.result import LatentSurgery, Surgery
 from pvae.analysis.figures.estimate import Estimate, exact
 from pvae.pair.pair import Pair
@@ -18,7 +18,7 @@ from pvae.util import seeds
 
 POOLED_FIGURES = (
     "reconstruction", "kl", "kl_exact", "mutual_information", "marginal_kl", "leave_one_out", "train_gain", "elbo",
-    "log_n", "relaxed_elbo",
+    "log_joint", "log_n", "relaxed_elbo",
 )  # fmt: skip
 BOUNDS = {"mutual_information_lower": "mutual_information", "marginal_kl_upper": "marginal_kl"}
 """Bounds that exist only in groups where q_agg is computed from a random subset of the rows, and the term that replaces
@@ -81,11 +81,12 @@ def _same(one: Tensor | None, other: Tensor | None) -> bool:
 
 
 def by_presence(
-    first: Draw, x: Tensor, labels: Tensor | None, take_apart: Callable[..., Surgery], seed: int
+    first: Draw, pair: Pair, x: Tensor, labels: Tensor | None, take_apart: Callable[..., Surgery], seed: int
 ) -> Surgery | None:
     """Return the mean of the surgeries of all groups of rows with the same latents, as sequences of one length have.
 
-    None where all rows have the same, where there are more than `GROUPS_AT_MOST` groups, or one of a single row.
+    None where all rows have the same, where there are more than `GROUPS_AT_MOST` groups, or one of a single row, and
+    where rows of a group alone have other latents than in the whole (a mask by the number of the row, say).
     """
     keys = [latent.present for latent in first.latents.values() if latent.partial]
     if not keys:
@@ -93,8 +94,22 @@ def by_presence(
     groups = torch.stack([key for key in keys if key is not None], 1).unique(dim=0, return_inverse=True)[1]
     if len(counts := groups.bincount()) > GROUPS_AT_MOST or int(counts.min()) < 2:
         return None
+    for group in range(len(counts)):
+        mine = groups == group
+        alone = draw(pair, x[mine]).latents
+        for name, latent in first.latents.items():
+            if latent.present is not None and not _keeps(latent.present, mine, alone.get(name)):
+                return None
     found, sizes = _apart(groups, x, labels, (None, None), take_apart, seed)
     return pool(found, sizes, f"by the latents that rows have: q_agg and I_q within each of {len(found)} groups")
+
+
+def _keeps(present: Tensor, mine: Tensor, alone: LatentDraw | None) -> bool:
+    """Return whether some rows of a batch have the same elements of a latent in a batch of their own."""
+    want = present[mine]
+    if alone is None:
+        return not bool(want.any())
+    return bool((want == present.max()).all()) if alone.present is None else torch.equal(alone.present, want)
 
 
 def _apart(

@@ -122,7 +122,7 @@ def surgery(
         first = draw(pair, x)
         found, every = pair.dependencies(x), frozenset(first.latents)  # of all sites that these rows have
         if settled(first, pair, x) and not pair.layout.shared and pair.structure.rows is None:
-            pooled = by_presence(first, x, y, apart, seed)
+            pooled = by_presence(first, pair, x, y, apart, seed)
             if pooled is not None:
                 return pooled
         account = Account(pair, x, first, found, seed, components, memory, priors_by_row(pair, x), every)

@@ -116,7 +116,9 @@ def read_layout(guide_trace: Trace, model_trace: Trace, count: int, follows: Col
         )
     guide, model = samples(guide_trace), samples(model_trace)
     dims = [f.dim for node in (*guide.values(), *model.values()) for f in node["cond_indep_stack"] if f.vectorized]
-    plates = frozenset({frame.name}) | _guide_plates(guide, model, frame)
+    around = [f for node in model.values() for f, size in plates_around(node) if size == count]
+    beside = {f.name for f in around if f.name in follows and f.dim == frame.dim}  # over the rows as well
+    plates = frozenset({frame.name}) | beside | _guide_plates(guide, model, frame)
     unseen = {name: node for name, node in guide.items() if not node["is_observed"]}
 
     def inside(node: Mapping[str, Any]) -> bool:

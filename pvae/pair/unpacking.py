@@ -80,7 +80,8 @@ def possibly_spread(guide_trace: Trace, model_trace: Trace) -> list[str]:
     densities of the Deltas the Jacobians. A second draw of the guide tells.
     """
     guide, model = samples(guide_trace), samples(model_trace)
-    if all(is_point(node["fn"]) for node in guide.values() if node["infer"].get("is_auxiliary")):
+    helpers = [n for n in guide.values() if n["infer"].get("is_auxiliary") and not n["is_observed"]]  # no factors
+    if all(is_point(node["fn"]) for node in helpers):
         return []
     return [name for name, node in guide.items() if name in model and is_point(node["fn"])]
 

@@ -95,3 +95,37 @@ def test_masks_that_sampled_values_decide_are_no_lengths():
     assert found.mutual_information is found.marginal_kl is None
     assert found.kl.value == pytest.approx(0.0, abs=1e-9)  # the guide is the prior
     assert "flag1, z0, z1" in " ".join(found.notes) or "absent or masked" in " ".join(found.notes)
+
+
+def test_points_of_some_rows_are_pooled():
+    """A latent set to a point where a flag stands: the total is the log joint of all rows; two plates over the rows."""
+    x = torch.cat([X[:, :1], (torch.arange(30) % 3 > 0).double()[:, None]], 1)
+
+    def program(x: Tensor, *, observe: bool) -> None:
+        with pyro.plate("data", len(x)), poutine.mask(mask=x[:, 1] > 0):
+            z = pyro.sample("z", dist.Normal(torch.tensor(0.0).double(), 1.0) if observe else dist.Delta(x[:, 0] / 2))
+        if observe:
+            with pyro.plate("rows", len(x)):
+                pyro.sample("x", dist.Normal(z * x[:, 1], 1.0), obs=x[:, 0])
+
+    found = surgery(Pair(lambda x: program(x, observe=True), lambda x: program(x, observe=False)), x, samples=2)
+    point, standard = x[:, 0] / 2, dist.Normal(torch.tensor(0.0).double(), 1.0)
+    want = standard.log_prob(x[:, 0] - point * x[:, 1]) + x[:, 1] * standard.log_prob(point)
+    assert found.elbo is None
+    assert found.log_joint is not None
+    assert found.log_joint.value == pytest.approx(float(want.mean()), abs=1e-9)
+
+
+def test_masks_by_the_number_of_a_row_are_no_groups():
+    """The same rows in a batch of their own would have other latents: no information, and the total of the whole."""
+
+    def program(x: Tensor, *, observe: bool) -> None:
+        with pyro.plate("data", len(x)), poutine.mask(mask=torch.arange(len(x)) < 12):
+            z = pyro.sample("z", dist.Normal(torch.zeros(len(x)).double() if observe else x[:, 0] / 2, 1.0))
+        if observe:
+            with pyro.plate("rows", len(x)):
+                pyro.sample("x", dist.Normal(0 * z, 1.0), obs=x[:, 0])
+
+    found = surgery(Pair(lambda x: program(x, observe=True), lambda x: program(x, observe=False)), X, samples=400)
+    assert found.mutual_information is None
+    assert found.kl.value == pytest.approx(float((X[:12, 0] ** 2 / 8).sum() / 30), abs=5 * found.kl.standard_error)
