@@ -10,6 +10,7 @@ import traceback
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -73,15 +74,16 @@ def load_arguments(path: Path | None, pair: Pair) -> Any:
         raise DataError(f"--data: expected a .npz or .npy file with the data of the pair; got {path or 'none'}.")
     try:
         found = np.load(path, allow_pickle=False)
-        arrays = {name: np.asarray(found[name]) for name in found} if path.suffix == ".npz" else {"x": found}
-    except (ValueError, OSError, KeyError) as error:
+        arrays = {name: found[name] for name in found} if path.suffix == ".npz" else {"x": found}
+        tensors = {name: torch.as_tensor(array) for name, array in arrays.items()}
+    except (ValueError, OSError, KeyError, TypeError, EOFError, BadZipFile) as error:
         raise DataError(f"{path}: expected arrays of numbers; got {error}.") from None
-    if len(arrays) == 1:
-        return torch.as_tensor(next(iter(arrays.values())))
+    if len(tensors) == 1:
+        return next(iter(tensors.values()))
     known = inspect.signature(pair.model).parameters
     if missing := sorted(arrays.keys() - known.keys()):
         raise DataError(f"{path}: expected arrays named as the model's arguments ({', '.join(known)}); got {missing}.")
-    return {name: torch.as_tensor(array) for name, array in arrays.items()}
+    return tensors
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, Literal, Self, final
 
 import pyro.infer
@@ -91,8 +89,9 @@ class PyroELBO(Objective):
         before = [p.grad for p in learned]
         for p in learned:
             p.grad = None
-        with torch.set_grad_enabled(True), pair.own_store(), DataScale(pair.layout, total):
-            value = self.made(pair).loss_and_grads(pair.program(pair.model), pair.program(pair.guide), x) / total
+        scale = DataScale(pair.layout, len(x), total)
+        with torch.set_grad_enabled(True), pair.own_store(), scale:
+            value = self.made(pair).loss_and_grads(pair.program(pair.model), pair.program(pair.guide), x) / scale.size
         slopes = [p.grad for p in learned]
         for p, grad in zip(learned, before, strict=True):
             p.grad = grad
@@ -100,7 +99,7 @@ class PyroELBO(Objective):
         if torch.is_grad_enabled():
             for p, slope in zip(learned, slopes, strict=True):
                 if slope is not None:
-                    loss = loss + ((p - p.detach()) * (slope / total)).sum()
+                    loss = loss + ((p - p.detach()) * (slope / scale.size)).sum()
         return loss, []
 
     def terms(self, pair: Pair, x: Tensor, rows: int | None = None) -> Terms:
@@ -111,24 +110,23 @@ class PyroELBO(Objective):
 
 
 class DataScale(Messenger):
-    """Pyro handler that scales a data plate of a batch to `total` rows, unless the plate declares a larger size."""
+    """Pyro handler that scales a data plate of a batch to `total` rows, unless the plate declares a size of its own.
 
-    def __init__(self, layout: Layout, total: int) -> None:
+    `size` is the number of rows that the loss is then of: `total`, or the declared size.
+    """
+
+    def __init__(self, layout: Layout, rows: int, total: int) -> None:
         super().__init__()
-        self.layout, self.total = layout, total
+        self.layout, self.rows, self.size = layout, rows, total
+        self.factor = total / rows
 
     def _pyro_sample(self, msg: Any) -> None:
         for frame in msg["cond_indep_stack"]:
-            if self.layout.is_data(frame) and frame.full_size in (None, frame.size) and frame.size > 0:
-                msg["scale"] = msg["scale"] * self.total / frame.size
-
-
-@contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Context manager with a seeded random state, restored on exit."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        yield
+            if self.layout.is_data(frame):
+                if (frame.full_size or frame.size) in (-1, self.rows):  # without a size, or the batch's
+                    msg["scale"] = msg["scale"] * self.factor
+                else:
+                    self.size = frame.full_size or frame.size
 
 
 def same_step(one: Objective, other: Objective, pair: Pair, x: Tensor) -> bool:
@@ -136,7 +134,8 @@ def same_step(one: Objective, other: Objective, pair: Pair, x: Tensor) -> bool:
     found = []
     learned = [p for p in pair.parameters() if p.requires_grad]
     for objective in (one, other):
-        with seeded(0), torch.enable_grad():
+        with torch.random.fork_rng(), torch.enable_grad():
+            torch.manual_seed(0)
             try:
                 loss, _ = objective.evaluate(pair, x, len(x), torch.ones((), device=x.device))
             except DeclarationError:

@@ -75,7 +75,7 @@ BAD = {
         'desktop, light: low contrast: p "grey"',
     ),
 }  # fmt: skip
-"""What is added to a good page, and how the fault begins that is found."""
+"""The addition to a good page, and the beginning of the fault that is found."""
 SCRIPTS = "script-src 'unsafe-inline'"
 LAX = {"console": SCRIPTS, "script": SCRIPTS, "request": "img-src *; style-src 'unsafe-inline'",
        "file": "style-src * 'unsafe-inline' file:"}  # fmt: skip

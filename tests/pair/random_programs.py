@@ -118,7 +118,7 @@ class Drawn:
         return site.hidden and self.moving and not bool((x[:, 2] > 0).any())
 
     def feature(self, site: Site, value: Tensor, x: Tensor, inner: bool) -> Tensor:
-        """What children read of a latent; nothing in rows where it is hidden."""
+        """The value that children read of a latent; nothing in rows where it is hidden."""
         if site.kind == "vector":
             if self.index == "left":
                 value = z[:, 0] - 0.5 * z[:, 1] if (z := value).dim() == 2 else z[:, :, 0] - 0.5 * z[:, :, 1]
@@ -216,7 +216,7 @@ class Drawn:
 
     @property
     def on_a_grid(self) -> bool:
-        """Whether few enough coordinates are continuous for a grid."""
+        """True if few enough coordinates are continuous for a grid."""
         free = [self.coordinates(s) for s in self.sites if s.kind in CONTINUOUS[:3]]
         states = math.prod(
             {"category": K, "bit": 2}[s.kind] ** self.coordinates(s) for s in self.sites if s.kind not in CONTINUOUS

@@ -1,4 +1,4 @@
-"""What the columns of the table of programs hold: works, or the reason for which an analysis is refused."""
+"""Cells of the table of programs: works, or the reason for which an analysis is refused."""
 
 from __future__ import annotations
 
@@ -73,11 +73,11 @@ CELLS: dict[str, dict[str, str]] = {
     "Gaussian HMM": GLOBAL,
     "hierarchical messenger": {**GLOBAL, **ROWS},
 }
-"""What is not plainly `works`, by program and column."""
+"""Cells that are not plainly `works`, by program and column."""
 
 
 def cell(name: str, column: str) -> str:
-    """What the table says of a column of a program."""
+    """The cell of a column of a program."""
     return CELLS.get(name, {}).get(column, WORKS)
 
 

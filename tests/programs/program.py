@@ -15,7 +15,7 @@ from pvae.pair.pair import Pair
 
 @dataclass(frozen=True)
 class Program:
-    """What a row of the table is run on."""
+    """Pair, data and truth of a row of the table."""
 
     model: Callable[..., Any]
     guide: Callable[..., Any]

@@ -94,7 +94,7 @@ def figures_of_pyro(name: str, count: int = 60) -> tuple[float, float]:
 
 
 def agrees(found: Estimate, mean: float, error: float) -> bool:
-    """Whether two figures differ by less than four standard errors of both."""
+    """True if two figures differ by less than four standard errors of both."""
     return abs(found.value - mean) < 4 * math.hypot(found.standard_error, error) + ROUNDING * (1 + abs(mean))
 
 

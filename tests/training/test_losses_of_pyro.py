@@ -18,6 +18,7 @@ from pyro.optim import SGD
 from torch import Tensor
 
 import pvae
+from pvae.objectives.elbo import TraceELBO
 from pvae.objectives.pyro_elbo import PyroELBO
 from pvae.pair.pair import Pair
 from tests.programs.program import normal
@@ -145,3 +146,36 @@ def test_loss_and_gradient_are_pyros_at_the_same_noise(name):
     for (parameter, _), got in zip(pair.named_parameters(), ours, strict=True):
         want = theirs[parameter.removeprefix("free.")]
         assert got.item() == pytest.approx(want.item() / len(x), rel=1e-3, abs=1e-5)
+
+
+PLATES = {
+    "of the batch": lambda x: pyro.plate("data", len(x)),
+    "without a size": lambda x: pyro.plate("data"),
+    "of a declared size": lambda x: pyro.plate("data", 1000, subsample_size=len(x)),
+}
+
+
+@pytest.mark.parametrize("plate", PLATES.values(), ids=list(PLATES))
+def test_a_global_latent_counts_once_for_all_rows_whatever_the_plate(plate):
+    """Pyro's loss of a batch from a larger data set is that of pvae's own step: the share of the global KL and all."""
+
+    def model(x: Tensor) -> None:
+        b = pyro.sample("b", dist.Normal(0.0, 1.0))
+        with plate(x):
+            z = pyro.sample("z", dist.Normal(b + torch.zeros(len(x)), 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x: Tensor) -> None:
+        pyro.sample("b", dist.Normal(param("m", 0.7), 0.1))
+        with plate(x):
+            pyro.sample("z", dist.Normal(param("a", 0.3) * x, 0.7))
+
+    pair, x = Pair(model, guide), normal((20,))
+    pair.adopt(x)
+    found = []
+    for objective in (TraceELBO(), PyroELBO()):
+        torch.manual_seed(0)
+        loss, _ = objective.evaluate(pair, x, 60, torch.ones(()))
+        found.append([loss.detach(), *torch.autograd.grad(loss, [*pair.parameters()])])
+    for mine, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(theirs, mine, rtol=1e-4, atol=1e-6)
