@@ -4,13 +4,13 @@ The names are bound eagerly: some functions have the name of a folder or module,
 otherwise put in their place.
 """
 
+from pvae.analysis.aggregate.aggregated import AggregatedPosterior
 from pvae.analysis.bounds.ais import ais, bracket
 from pvae.analysis.bounds.annealed import Annealed, Bracket
 from pvae.analysis.bounds.evidence import evidence, prior_evidence
 from pvae.analysis.bounds.gap import Gap, gap
 from pvae.analysis.bounds.lower_bounds import Evidence, PriorEvidence
 from pvae.analysis.bounds.rate_distortion import RateDistortion, rate_distortion
-from pvae.analysis.decompose.aggregated import AggregatedPosterior
 from pvae.analysis.decompose.collapse import Collapse, collapse
 from pvae.analysis.decompose.prior_gain import Gain, gain
 from pvae.analysis.decompose.result import LatentSurgery, Surgery

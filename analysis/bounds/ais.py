@@ -8,11 +8,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from pvae.analysis.aggregate.entry import accept, quiet, require_likelihood
 from pvae.analysis.bounds.annealed import Annealed, Bracket
 from pvae.analysis.bounds.annealing import anneal, pilot, schedule
 from pvae.analysis.bounds.targets import AnnealingPlan, Start, Target
 from pvae.analysis.bounds.weights import delta_error, inverse_ess, log_mean
-from pvae.analysis.decompose.entry import accept, quiet, require_likelihood
 from pvae.analysis.figures.estimate import CONSERVATIVE, Estimate, Kind, over_rows
 from pvae.errors import DataError
 from pvae.pair.arguments import PairData

@@ -10,9 +10,9 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
+from pvae.analysis.aggregate.entry import accept, quiet, require_likelihood
 from pvae.analysis.bounds.refine import Refined, refined
 from pvae.analysis.bounds.weights import WeightSampler, delta_error, log_weights, one_by_one
-from pvae.analysis.decompose.entry import accept, quiet, require_likelihood
 from pvae.analysis.figures.estimate import CONSERVATIVE, Estimate, Figures, Kind, Row, over_draws
 from pvae.errors import DataError
 from pvae.nn.optimizers import LeanAdam

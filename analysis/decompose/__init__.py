@@ -1,1 +1,1 @@
-"""ELBO surgery: the aggregated posterior and every term of the decomposition."""
+"""ELBO surgery: every term of the decomposition of a mean ELBO."""

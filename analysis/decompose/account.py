@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from pvae.analysis.decompose.aggregated import AggregatedPosterior, choose, grid_error, marginal_log_prob
+from pvae.analysis.aggregate.aggregated import AggregatedPosterior, choose, grid_error, marginal_log_prob
+from pvae.analysis.aggregate.entry import quiet
 from pvae.analysis.decompose.codes import JointCodes, joint_codes
 from pvae.analysis.decompose.collapse import kl_per_dimension
-from pvae.analysis.decompose.entry import quiet
 from pvae.analysis.decompose.posterior_draws import Draw, LatentDraw, draw_chunk
 from pvae.analysis.figures.estimate import Estimate, Kind, over_draws, over_whole_draws
 from pvae.distributions.exponential import Members, Normals

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pvae.analysis.decompose.entry import same_globals
+from pvae.analysis.aggregate.entry import same_globals
 from pvae.pair.densities import masks_of
 from pvae.pair.layout import Layout, samples
 from pvae.pair.pair import Pair

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pvae.analysis.aggregate.entry import accept, quiet
 from pvae.analysis.decompose.codes import duplicates
-from pvae.analysis.decompose.entry import accept, quiet
 from pvae.analysis.decompose.posterior_draws import LatentDraw, draw
 from pvae.errors import DataError
 from pvae.nn.codebook import Codebook, NearestCodebook

@@ -7,10 +7,10 @@ import math
 import torch
 from torch import Tensor
 
+from pvae.analysis.aggregate.components import row_hash
 from pvae.analysis.decompose.account import Account, LevelTerms, Scored
 from pvae.analysis.decompose.codes import position_information, position_marginal_kl
 from pvae.analysis.decompose.collapse import active_units
-from pvae.analysis.decompose.components import row_hash
 from pvae.analysis.decompose.posterior_draws import LatentDraw
 from pvae.analysis.decompose.result import Dimensions, LatentSurgery
 from pvae.analysis.figures.estimate import Estimate, Kind, exact, exact_mean, over_draws

@@ -11,9 +11,9 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 from torch.distributions import Bernoulli, Categorical
 
+from pvae.analysis.aggregate.entry import same_globals
 from pvae.analysis.decompose.by_row import joined_presence, presence
 from pvae.analysis.decompose.codes import codes_kl
-from pvae.analysis.decompose.entry import same_globals
 from pvae.distributions.exponential import FullRankNormals, Members, Normals
 from pvae.distributions.exponential_codes import ROW_COST, CertainCodes, Codes
 from pvae.errors import DataError

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from pvae.analysis.decompose.entry import accept, quiet
+from pvae.analysis.aggregate.entry import accept, quiet
 from pvae.analysis.decompose.posterior_draws import draw
 from pvae.analysis.decompose.result import Surgery, side_by_side
 from pvae.analysis.decompose.surgery import surgery

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from pvae.analysis.figures.estimate import CONSERVATIVE, Estimate, Figures, Row, exact
+from pvae.analysis.population.result import Population
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -130,6 +131,9 @@ class Surgery(Figures):
     relaxed_elbo: Estimate | None = None
     """ELBO of relaxed (Concrete) latents with the KL declared for them, the objective of training; all other terms are
     those of the discrete codes. None unless a latent is relaxed."""
+    population: Population | None = None
+    """What a better prior can win on new data with this encoder; None where the rows were fitted on (`seen`), where it
+    was not asked for, and where `notes` gives another reason."""
     notes: tuple[str, ...] = ()
 
     @property

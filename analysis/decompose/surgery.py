@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pvae.analysis.aggregate.aggregated import MEMORY
+from pvae.analysis.aggregate.entry import accept, quiet
 from pvae.analysis.decompose.account import Account
-from pvae.analysis.decompose.aggregated import MEMORY
 from pvae.analysis.decompose.by_covariate import by_group, by_presence, settled
 from pvae.analysis.decompose.by_row import priors_by_row
-from pvae.analysis.decompose.entry import accept, quiet
 from pvae.analysis.decompose.posterior_draws import Draw, draw
 from pvae.analysis.decompose.result import Surgery
 from pvae.analysis.decompose.surgery_figures import close

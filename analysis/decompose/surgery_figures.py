@@ -8,10 +8,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from pvae.analysis.aggregate.aggregated import AggregatedPosterior
+from pvae.analysis.aggregate.components import Kept
+from pvae.analysis.aggregate.entry import same_globals
 from pvae.analysis.decompose.account import Account, guide_components
-from pvae.analysis.decompose.aggregated import AggregatedPosterior
-from pvae.analysis.decompose.components import Kept
-from pvae.analysis.decompose.entry import same_globals
 from pvae.analysis.decompose.latent_figures import group_figures, latent_surgery
 from pvae.analysis.decompose.result import ClassSurgery, Surgery
 from pvae.analysis.figures.estimate import Estimate, Kind, exact, exact_mean, over_draws, over_whole_draws

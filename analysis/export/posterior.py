@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from pvae import __version__
-from pvae.analysis.decompose.entry import accept
+from pvae.analysis.aggregate.entry import accept
 from pvae.analysis.export.datasets import GROUP_NAMES, PosteriorDraws
 from pvae.analysis.export.groups import PosteriorExport
 from pvae.analysis.export.sites import TRACED_ROWS, read_sites, text

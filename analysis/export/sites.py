@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pvae.analysis.decompose.entry import quiet
+from pvae.analysis.aggregate.entry import quiet
 from pvae.distributions.codes import Certain
 from pvae.pair.layout import Layout, samples, site_shape, unwrapped
 from pvae.pair.pair import Pair

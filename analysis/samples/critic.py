@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
-from pvae.analysis.decompose.entry import accept
+from pvae.analysis.aggregate.entry import accept
 from pvae.analysis.figures.estimate import Estimate, Figures, Row, over_rows
 from pvae.analysis.samples.encode import encode
 from pvae.analysis.samples.running import analysed, by_chunks, opened

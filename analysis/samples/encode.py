@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Categorical, LowRankMultivariateNormal, MultivariateNormal
 
-from pvae.analysis.decompose.entry import accept
+from pvae.analysis.aggregate.entry import accept
 from pvae.analysis.export.sites import parameters_of, rows_of
 from pvae.analysis.samples import running
 from pvae.pair.densities import log_prob, sum_over

@@ -19,7 +19,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import Categorical, Distribution
 
-from pvae.analysis.decompose.entry import quiet, same_globals
+from pvae.analysis.aggregate.entry import quiet, same_globals
 from pvae.analysis.export.sites import numpy_of, rows_of, safe_names
 from pvae.data.split import Split
 from pvae.distributions.relaxed import twin

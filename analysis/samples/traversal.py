@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.distributions import Bernoulli
 
+from pvae.analysis.aggregate.entry import accept
 from pvae.analysis.decompose.collapse import activity, kl_per_dimension
-from pvae.analysis.decompose.entry import accept
 from pvae.analysis.decompose.posterior_draws import draw
 from pvae.analysis.export.sites import as_value
 from pvae.analysis.samples import running

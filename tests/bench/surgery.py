@@ -15,8 +15,8 @@ from torch import Tensor
 
 import pvae
 from pvae.analysis import AggregatedPosterior, surgery
-from pvae.analysis.decompose.aggregated import all_pairs, marginal_log_prob
-from pvae.analysis.decompose.entry import quiet
+from pvae.analysis.aggregate.aggregated import all_pairs, marginal_log_prob
+from pvae.analysis.aggregate.entry import quiet
 from pvae.analysis.decompose.posterior_draws import draw
 
 FIT = ["data.source=fashion_mnist", "latents.z.dim=40", "encoder.network={kind='gated_mlp', hidden=[300, 300]}",

@@ -17,9 +17,9 @@ import scipy.stats
 import torch
 from torch import Tensor
 
-from pvae.analysis.decompose.aggregated import AggregatedPosterior, all_pairs, grid_error, marginal_log_prob
-from pvae.analysis.decompose.components import Kept, Reread, members_of
-from pvae.analysis.decompose.entry import quiet
+from pvae.analysis.aggregate.aggregated import AggregatedPosterior, all_pairs, grid_error, marginal_log_prob
+from pvae.analysis.aggregate.components import Kept, Reread, members_of
+from pvae.analysis.aggregate.entry import quiet
 from pvae.distributions.exponential import FullRankNormals, Members, Normals
 from pvae.distributions.exponential_codes import Codes, Product, product
 from pvae.errors import DataError, DeclarationError

@@ -13,10 +13,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from pvae.analysis.aggregate.aggregated import AggregatedPosterior
+from pvae.analysis.aggregate.components import Reread, Tallied
+from pvae.analysis.aggregate.entry import quiet
 from pvae.analysis.decompose import posterior_draws
-from pvae.analysis.decompose.aggregated import AggregatedPosterior
-from pvae.analysis.decompose.components import Reread, Tallied
-from pvae.analysis.decompose.entry import quiet
 from pvae.analysis.decompose.posterior_draws import draw
 from pvae.analysis.decompose.prior_gain import gain
 from pvae.analysis.decompose.surgery import surgery

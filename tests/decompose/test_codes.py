@@ -14,13 +14,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from pvae.analysis.aggregate.aggregated import AggregatedPosterior
+from pvae.analysis.aggregate.entry import quiet
+from pvae.analysis.aggregate.pairwise import GuideRuns
 from pvae.analysis.bounds.evidence import evidence
 from pvae.analysis.decompose import posterior_draws
-from pvae.analysis.decompose.aggregated import AggregatedPosterior
 from pvae.analysis.decompose.codes import duplicates
 from pvae.analysis.decompose.collapse import collapse
-from pvae.analysis.decompose.entry import quiet
-from pvae.analysis.decompose.pairwise import GuideRuns
 from pvae.analysis.decompose.posterior_draws import draw
 from pvae.analysis.decompose.surgery import surgery
 from pvae.analysis.samples.encode import encode, reconstruct

@@ -14,9 +14,9 @@ import pytest
 import scipy.stats
 import torch
 
+from pvae.analysis.aggregate.aggregated import AggregatedPosterior
 from pvae.analysis.bounds.evidence import evidence
 from pvae.analysis.decompose.account import GUIDE_ROWS
-from pvae.analysis.decompose.aggregated import AggregatedPosterior
 from pvae.analysis.decompose.posterior_draws import draw
 from pvae.analysis.decompose.surgery import surgery
 from pvae.distributions.exponential import Normals

@@ -17,8 +17,8 @@ import torch
 from sklearn.datasets import load_digits
 from torch import Tensor
 
+from pvae.analysis.aggregate.aggregated import AggregatedPosterior
 from pvae.analysis.bounds.evidence import evidence
-from pvae.analysis.decompose.aggregated import AggregatedPosterior
 from pvae.analysis.decompose.result import Surgery
 from pvae.analysis.decompose.surgery import surgery
 from pvae.analysis.figures.estimate import exact

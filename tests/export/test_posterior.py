@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from pvae import __version__
-from pvae.analysis.decompose.entry import quiet
+from pvae.analysis.aggregate.entry import quiet
 from pvae.analysis.decompose.posterior_draws import draw
 from pvae.analysis.export.datasets import GROUP_NAMES, PosteriorDraws
 from pvae.analysis.export.sites import LONGEST_NAME, dims_of, safe_names

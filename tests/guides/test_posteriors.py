@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from pvae.analysis import AggregatedPosterior, evidence, surgery
-from pvae.analysis.decompose.entry import quiet
+from pvae.analysis.aggregate.entry import quiet
 from pvae.analysis.decompose.posterior_draws import draw
 from pvae.errors import DeclarationError
 from pvae.experiment.experiment import Experiment

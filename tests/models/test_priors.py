@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from pvae.analysis import surgery
-from pvae.analysis.decompose.entry import quiet
+from pvae.analysis.aggregate.entry import quiet
 from pvae.analysis.decompose.posterior_draws import draw
 from pvae.data.sources import toys
 from pvae.distributions.bijections import bisected

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import pvae
 from pvae.analysis import AggregatedPosterior, evidence, surgery
-from pvae.analysis.decompose.aggregated import marginal_log_prob
+from pvae.analysis.aggregate.aggregated import marginal_log_prob
 from pvae.distributions.exponential import Normals
 from pvae.experiment import zoo
 from pvae.experiment.experiment import Experiment

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pvae.analysis.aggregate.entry import accept, quiet
 from pvae.analysis.bounds.rate_distortion import named, require_alike
-from pvae.analysis.decompose.entry import accept, quiet
 from pvae.analysis.decompose.posterior_draws import draw
 from pvae.analysis.figures.estimate import Estimate, Figures, Row, over_rows
 from pvae.analysis.pages.document.stages import Stages

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pvae.analysis.decompose.entry import quiet
+from pvae.analysis.aggregate.entry import quiet
 from pvae.analysis.pages.document.blocks import PageTable, Part, Picture, columns, picture, section
 from pvae.analysis.pages.plots import base, pictures, sheets
 from pvae.analysis.pages.sections.examination import Examination, array

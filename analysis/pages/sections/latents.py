@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pvae.analysis.decompose.aggregated import AggregatedPosterior
+from pvae.analysis.aggregate.aggregated import AggregatedPosterior
 from pvae.analysis.decompose.collapse import ACTIVE, Collapse
 from pvae.analysis.decompose.posterior_draws import LatentDraw
 from pvae.analysis.pages.document.blocks import PageTable, Part, Picture, Sentence, Tile, columns, picture, section

@@ -9,8 +9,8 @@ import pyro
 import torch
 from torch import Tensor
 
-from pvae.analysis.decompose.components import LOG_ZERO, Components, nothing_as_infinite
-from pvae.analysis.decompose.entry import quiet
+from pvae.analysis.aggregate.components import LOG_ZERO, Components, nothing_as_infinite
+from pvae.analysis.aggregate.entry import quiet
 from pvae.pair.densities import certainty, log_prob, rows_first, sum_over
 from pvae.pair.layout import samples
 from pvae.pair.pair import Pair

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from pvae.analysis.decompose.entry import quiet
+from pvae.analysis.aggregate.entry import quiet
 from pvae.distributions.exponential import Members
 from pvae.distributions.exponential_codes import CertainCodes, Product, product
 from pvae.pair import densities

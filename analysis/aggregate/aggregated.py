@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints
 
-from pvae.analysis.decompose.components import Components, Reread, held, members_of
-from pvae.analysis.decompose.entry import accept, quiet
-from pvae.analysis.decompose.pairwise import GuideRuns
+from pvae.analysis.aggregate.components import Components, Reread, held, members_of
+from pvae.analysis.aggregate.entry import accept, quiet
+from pvae.analysis.aggregate.pairwise import GuideRuns
 from pvae.distributions.exponential import Members
 from pvae.errors import DataError, DeclarationError
 from pvae.pair.code_usage import Undrawn
