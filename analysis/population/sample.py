@@ -1,0 +1,84 @@
+"""Rows that neither encoder nor prior has seen, with one sample of the latents each; and priors that do not know them."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from pvae.distributions.exponential import Members
+
+
+@dataclass(frozen=True)
+class NewRows:
+    """One sample z_i ~ q(z | x_i) of all latents for each of n rows, with its log densities; float64, nats."""
+
+    value: Tensor
+    """Sampled values, flat, `(n, D)`."""
+    own: Tensor
+    """Log posterior density log q(z_i | x_i), `(n,)`."""
+    log_p: Tensor
+    """Log prior density log p(z_i), `(n,)`."""
+    kl: Tensor
+    """KL(q(z | x_i) || p), `(n,)`: in closed form where there is one, else log q - log p, averaged over the samples."""
+    q: Members | None
+    """Posteriors of all n rows as members of an exponential family; None for others, whose pairs of a value and a row
+    are not scored here."""
+    information: Tensor | None = None
+    """Where `q` is None: log q(z_i | x_i) - log q_agg(z_i), `(m,)`, with all rows as components (or a random subset, so
+    that it is a lower bound) of the rows that could be scored; else None."""
+
+    def __len__(self) -> int:
+        return len(self.value)
+
+    def rows(self, index: Tensor) -> NewRows:
+        """Return the chosen rows."""
+        q = None if self.q is None else self.q.rows(index)
+        return replace(
+            self,
+            value=self.value[index],
+            own=self.own[index],
+            log_p=self.log_p[index],
+            kl=self.kl[index],
+            q=q,
+            information=None,
+        )
+
+
+@dataclass(frozen=True)
+class HonestScores:
+    """Log densities of samples under priors r that were chosen without their rows; nats."""
+
+    log_r: Tensor
+    """log r(z_i) with an r chosen without row i, `(n,)`."""
+    influence: Tensor
+    """Derivative of sum_i log r(z_i) in the weight of row j among the rows that r is made of, up to a constant, `(n,)`
+    (the column sums of the shares, in a mixture of kernels on the other rows); 0 where r is of other rows."""
+    halves: Tensor
+    """log r(z_i) with an r chosen without any row of the half that row i is in, `(n,)`: for the bound from pairs of
+    rows within a half."""
+    words: str
+    """The prior r in words, as in "won by {words}"."""
+
+
+class HonestPrior(ABC):
+    """Abstract way to make a prior r(z) from rows, and to score rows that it was not chosen with.
+
+    Parameters of r (a width, weights, a discount) for the rows of one half are chosen on the other half alone.
+    """
+
+    @abstractmethod
+    def crossed(self, rows: NewRows, half: Tensor) -> HonestScores:
+        """Return the scores of rows under priors made of the other rows; `half` is the half each row is in, `(n,)`."""
+
+    @abstractmethod
+    def trained(self, train: NewRows, rows: NewRows) -> HonestScores:
+        """Return the scores of rows under one prior made of the rows `train`, among which they are not."""
+
+
+def halves(n: int, seed: int, device: torch.device) -> Tensor:
+    """Return the half that each of n rows is in, 0 or 1 at random, of equal sizes, `(n,)`."""
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randperm(n, generator=generator) % 2).to(device)
