@@ -108,7 +108,7 @@ def gain(
     gained = over_draws(torch.stack(differences))
     found = []
     for i, pair in enumerate((before, after)):
-        found.append(surgery(pair, x, samples=samples, seed=seed))
+        found.append(surgery(pair, x, samples=samples, seed=seed, population=None if i else "rows"))
         on_progress(i + 1, 2)
     return Gain(found[0], found[1], gained)
 

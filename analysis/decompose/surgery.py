@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from pvae.analysis.aggregate.entry import accept, quiet
 from pvae.analysis.decompose.account import Account
 from pvae.analysis.decompose.by_covariate import by_group, by_presence, settled
 from pvae.analysis.decompose.by_row import priors_by_row
+from pvae.analysis.decompose.new_data import SEEN, Asked, on_new_data
 from pvae.analysis.decompose.posterior_draws import Draw, draw
 from pvae.analysis.decompose.result import Surgery
 from pvae.analysis.decompose.surgery_figures import close
@@ -39,6 +41,8 @@ def surgery(
     train: PairData | None = None,
     components: int | None = None,
     memory: int = MEMORY,
+    seen: bool = False,
+    population: Asked | None = "rows",
     on_progress: Callable[[int, int], None] = lambda _done, _total: None,
 ) -> Surgery:
     r"""Return the decomposition of the mean ELBO of `pair` on the data `x`.
@@ -91,6 +95,10 @@ def surgery(
         components: number of rows, chosen at random, whose posteriors form q_agg; information and marginal KL are then
             bounds; default: as many as time allows.
         memory: bytes that scoring q_agg may take in addition to the samples, for any n.
+        seen: True if encoder or prior was fitted on `x`: nothing is then said of new data.
+        population: how the interval on new data is made: "rows" from these rows, or from `train` where given; "full"
+            also by a Gaussian mixture and a flow fitted to `train`; "model" with more rows simulated by the model; None
+            for none.
         on_progress: called with (samples done, samples in all).
 
     Returns:
@@ -113,23 +121,31 @@ def surgery(
     y = _labels(labels, x)
 
     def apart(rows: Tensor, y: Tensor | None, other: Tensor | None, own: int) -> Surgery:
-        return surgery(pair, rows, samples, own, labels=y, train=other, components=components, memory=memory)
+        return surgery(
+            pair, rows, samples, own, labels=y, train=other, components=components, memory=memory, population=None
+        )
 
     pooled = by_group(pair, x, y, train, apart, seed)
     if pooled is not None:
         return pooled
     with quiet(pair, x, seed):
         first = draw(pair, x)
-        found, every = pair.dependencies(x), frozenset(first.latents)  # of all sites that these rows have
+        depend, every = pair.dependencies(x), frozenset(first.latents)  # of all sites that these rows have
         if settled(first, pair, x) and not pair.layout.shared and pair.structure.rows is None:
             pooled = by_presence(first, pair, x, y, apart, seed)
             if pooled is not None:
                 return pooled
-        account = Account(pair, x, first, found, seed, components, memory, priors_by_row(pair, x), every)
+        account = Account(pair, x, first, depend, seed, components, memory, priors_by_row(pair, x), every)
         for done in range(1, samples + 1):
-            account.take(_honest(first if done == 1 or account.certain else draw(pair, x), found.bottom_up))
+            account.take(_honest(first if done == 1 or account.certain else draw(pair, x), depend.bottom_up))
             on_progress(done, samples)
-    return close(account, y, train)
+    found = close(account, y, train)
+    if population is None:
+        return found
+    new = SEEN if seen else on_new_data(account, train, population)
+    if isinstance(new, str):
+        return replace(found, notes=(*found.notes, new))
+    return replace(found, population=new)
 
 
 def _labels(labels: Any, x: Tensor) -> Tensor | None:
@@ -163,7 +179,7 @@ def record(plan: Plan, pair: Pair, data: Dataset) -> dict[str, float]:
     watched = plan.analysis
     x = data.split(watched.split).rows
     chosen = seeds.subset(len(x), watched.rows, seeds.mix(plan.seed, seeds.ANALYSIS, 4)).to(x.device)
-    found = surgery(pair, x[chosen], samples=watched.samples, seed=plan.seed)
+    found = surgery(pair, x[chosen], samples=watched.samples, seed=plan.seed, population=None)
     figures = {name: e.value for name, e, _ in found.known() if name in RECORDED}
     active = {f"active/{name}": z.active_units for name, z in found.latents.items() if z.active_units is not None}
     return {**figures, "log_n": found.log_n.value, **active}

@@ -97,7 +97,7 @@ def _measured(run: Run, measure: Measure, on_progress: Progress) -> dict[str, An
         x = part.rows[seeds.subset(len(part), most, 0).to(part.rows.device)]
         found[split] = dict.fromkeys(SURGERY_TERMS)
         try:
-            parts = surgery(run.pair, x, samples=measure.samples)
+            parts = surgery(run.pair, x, samples=measure.samples, seen=split == "train")
             found[split] = {term: _plain(getattr(parts, term)) for term in SURGERY_TERMS}
         except DataError as problem:  # a model without a likelihood has no ELBO
             found["notes"].append(f"{split}: {problem}")

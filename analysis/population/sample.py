@@ -1,4 +1,4 @@
-"""Rows that neither encoder nor prior has seen, with one sample of the latents each; and priors that do not know them."""
+"""Rows that neither encoder nor prior has seen, one sample of the latents each; and priors that do not know them."""
 
 from __future__ import annotations
 

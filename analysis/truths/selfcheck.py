@@ -216,7 +216,7 @@ class Found(NamedTuple):
 
 
 def _surgery(truth: Truth, seed: int) -> Iterator[Found]:
-    found = surgery(truth.pair, truth.x, truth.samples, seed, labels=truth.labels)
+    found = surgery(truth.pair, truth.x, truth.samples, seed, labels=truth.labels, population=None)
     parts = [latent.dimensions for latent in found.latents.values() if latent.dimensions is not None]
     grid = max((part.error for part in parts), default=0.0)
     for name, estimate, _ in found.known():

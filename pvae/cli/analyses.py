@@ -28,6 +28,9 @@ def surgery(
         int | None, Option("--components", min=2, help="Rows behind q_agg, at random; I_q gets two bounds.")
     ] = None,
     by_class: Annotated[bool, Option("--by-class", help="Also one row for each label.")] = False,
+    population: Annotated[
+        bool, Option("--population", help="A closer interval on new data: all train rows, a mixture, a flow.")
+    ] = False,
     seed: int = 0,
 ) -> None:
     """Decompose the ELBO: reconstruction, mutual information, marginal KL, and what a better prior can gain."""
@@ -42,6 +45,7 @@ def surgery(
             _, x, labels = rows_of(opened, name, rows, seed)
             found[name] = pvae.analysis.surgery(
                 opened.pair, x, samples=samples, seed=seed, labels=labels, train=train, components=components,
+                seen=name == "train", population="full" if population else "rows",
                 on_progress=lambda done, _, i=i: bar.update(i * samples + done, ""),  # type: ignore[misc]
             )  # fmt: skip
             train = x

@@ -205,6 +205,7 @@ class Examination:
             labels = self.classes if name == self.split and not self.pair.frame.covariates else None
             told = self.stages.part(f"surgery of {name}")
             given: dict[str, Any] = {"seed": self.seed, "train": train, "labels": labels, "on_progress": told}
+            given |= {"seen": name == "train"}
             found[name] = surgery(self.pair, rows.x, draws(self.samples, len(rows.x)), **given)
         return found
 
