@@ -17,7 +17,7 @@ from torch.utils.data import Dataset as TorchDataset
 
 from pvae.component import from_table
 from pvae.data.rows.files import Stored
-from pvae.data.rows.prepare import ColumnTransforms, extremes, prepare, scaled
+from pvae.data.rows.prepare import ColumnTransforms, Scaled, extremes, prepare, scaled
 from pvae.data.rows.rows import SPLITS, Part, Rows, joined, partition, reshape, shared_rows
 from pvae.data.sources.base import Data
 from pvae.data.sources.python import TensorSource, anndata_rows, collected, is_anndata, tensors
@@ -293,7 +293,7 @@ def _assembled(data: Data, rows: Rows) -> Dataset:
         fingerprint=_fingerprint(splits.values(), tuple(x.shape[1:]), data.binarize),
         label_names=rows.label_names,
         table=ColumnTransforms(rows.table, ready.shift, ready.divisor, ready.warps) if rows.table else None,
-        notes=(*rows.notes, *_constant_features(splits["train"]), *repeated),
+        notes=(*rows.notes, *_constant_features(splits["train"]), *_dim(rows, data, ready, parts), *repeated),
     )
 
 
@@ -318,6 +318,15 @@ def _constant_features(train: Split) -> list[str]:
     if constant == features:
         raise DataError(f"Expected features that vary in train; all {features} are constant over its {len(x)} rows.")
     return [f"{constant} of {features} features are constant in train"] if constant else []
+
+
+def _dim(rows: Rows, data: Data, ready: Scaled, parts: Mapping[str, Part]) -> list[str]:
+    """Return a remark on unsigned bytes that are all 0 or 1 (masks), which the scale "unit" makes 0 and 1/255."""
+    if data.scale != "unit" or rows.x.dtype != np.uint8 or rows.largest != 255:
+        return []
+    if any(chunk.max() > 1 / 255 for part in parts.values() for _, chunk in ready.chunks(part)):
+        return []
+    return ['all values are 0 or 1, and scale = "unit" divides by 255: use scale = "raw"']
 
 
 def _given(declared: TensorSource, *passed: Any) -> dict[str, Any]:

@@ -85,7 +85,7 @@ def test_torch_datasets_without_labels_and_with_splits():
         (listed([(x, 1, 2) for x in XT]), r"item 0: expected x, \(x, y\) or a mapping; got 3 values. Wrap"),
         (listed([{"image": x} for x in XT]), 'item 0: expected "x" and perhaps "y"; got image'),
         (listed([(XT[0], 1), (XT[1], None)]), "a label with every item or with none; got 1 with 2 items"),
-        (listed([(x, 0.5) for x in XT]), "expected integers; got float64"),
+        (listed([(x, 0.5) for x in XT]), "expected integers; got 0.5 in row 0"),
         (listed([(x, x) for x in XT]), r"one for each of 60 rows; got shape \(60, 5\)"),
         (listed([x / 0 for x in XT]), "expected finite numbers; got .*inf in row 0"),
         (listed(list("abc" * 9)), "expected real numbers"),

@@ -172,7 +172,7 @@ def test_labels_that_do_not_fit(tmp_path: Path):
     path = npy(tmp_path / "x.npy", FLOATS)
     refused(r"one for each of 60 rows; got shape \(59,\)", load, Npy(path=path, labels=npy(tmp_path / "y.npy", Y[1:])))
     halves = Idx(path=idx(tmp_path / "x", X), labels=idx(tmp_path / "y", Y / 2, 0x0E, "d"))
-    refused("expected integers; got >f8", load, halves)
+    refused("expected integers; got 0.5 in row", load, halves)
 
 
 def lying_header(folder: Path) -> str:

@@ -20,7 +20,7 @@ from pvae.util.files import pretty, read_object
 from pvae.util.types import Array
 
 LOCK_SECONDS = 900
-DECODED_FORMAT = 3
+DECODED_FORMAT = 4
 """Format version of decoded cache entries; an entry of another version is decoded again."""
 INDEX = "index.json"
 

@@ -282,7 +282,7 @@ class ArrayLayout:
         return np.ascontiguousarray(x.T) if self.fortran and isinstance(x, np.ndarray) else x
 
 
-def npy_layout(stream: IO[bytes], size: int, where: str, by_rows: bool) -> ArrayLayout:
+def npy_layout(stream: IO[bytes], size: int, where: str, by_rows: bool, kinds: str = "biuf") -> ArrayLayout:
     """Return the layout of a `.npy` stream, which is left at the position of the first value.
 
     Arguments:
@@ -290,6 +290,7 @@ def npy_layout(stream: IO[bytes], size: int, where: str, by_rows: bool) -> Array
         size: total number of bytes of the stream.
         where: name of the stream in messages.
         by_rows: refuse an array in Fortran order, whose rows are not contiguous and cannot be streamed.
+        kinds: accepted kinds of dtypes, by NumPy's letters.
 
     Raises:
         DataError: the stream is not in NumPy's format, does not contain real numbers (object arrays could run code),
@@ -301,7 +302,7 @@ def npy_layout(stream: IO[bytes], size: int, where: str, by_rows: bool) -> Array
         shape, fortran, dtype = read(stream, max_header_size=MAX_NPY_HEADER_BYTES)
     if dtype.hasobject:
         raise DataError(f"{where}: expected numbers; got an object array, which could run code. Save floats.")
-    if dtype.kind not in "biuf":
+    if dtype.kind not in kinds:
         raise DataError(f"{where}: expected real numbers; got {dtype}.")
     fortran = fortran and len(shape) > 1
     layout = ArrayLayout(shape[::-1] if fortran else shape, dtype, stream.tell(), fortran)
@@ -312,14 +313,14 @@ def npy_layout(stream: IO[bytes], size: int, where: str, by_rows: bool) -> Array
     return layout
 
 
-def read_npy(path: Path, stream: bool = False) -> AnyArray:
-    """Return the array of a `.npy` file, mapped from the disk if `stream`.
+def read_npy(path: Path, stream: bool = False, kinds: str = "biuf") -> AnyArray:
+    """Return the array of a `.npy` file, mapped from the disk if `stream`; `kinds` as in `npy_layout`.
 
     Raises:
         DataError: the file does not exist or is too large for memory; see `npy_layout`.
     """
     version = version_of(path)
     with broken_as(f"{path}: expected a NumPy array (.npy); got a file that cannot be read"), path.open("rb") as file:
-        layout = npy_layout(file, version[0], str(path), stream)
+        layout = npy_layout(file, version[0], str(path), stream, kinds)
     array = FileArray(path, layout.dtype, layout.shape, layout.offset, version)
     return layout.in_rows(held(array, stream, str(path)))

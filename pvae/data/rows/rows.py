@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from pvae.data.rows.columns import Column
 from pvae.data.rows.files import AnyArray, Joined
+from pvae.data.rows.labels import plain_labels
 from pvae.errors import DataError
 from pvae.util.types import Array
 
@@ -96,16 +97,42 @@ def reshape(rows: Rows, shape: tuple[int, ...] | None) -> AnyArray:
     """Return the stored values of rows reshaped to the declared shape, (n, *shape); unchanged if `shape` is None.
 
     Raises:
-        DataError: a row has another number of values; or rows are scalars and no shape is declared.
+        DataError: a row has another number of values, or its axes in another order (channels last); or rows are
+            scalars and no shape is declared.
     """
     if shape is None and len(rows.x.shape) == 1:
         raise DataError(f"{rows.name}: expected rows of features, (n, ...); got shape {rows.x.shape}. Set shape = [1].")
     if shape is None:
         return rows.x
-    size, wanted = prod(rows.x.shape[1:]), prod(shape)
+    row = rows.x.shape[1:]
+    size, wanted = prod(row), prod(shape)
     if size != wanted:
         raise DataError(f"data.shape: expected {size} values, as a row has; got {list(shape)}, which is {wanted}.")
+    if axes := _moved(row, shape):
+        raise DataError(
+            f"data.shape: expected {list(row)} as the file has it, or a shape that keeps the order of its values; got "
+            f"{list(shape)}, which has its axes in another order and would scramble every row. Save "
+            f"x.transpose({', '.join(map(str, axes))}), which is {[row[i - 1] for i in axes[1:]]}."
+        )
     return rows.x.reshape(len(rows.x), *shape)
+
+
+def _moved(row: tuple[int, ...], shape: tuple[int, ...]) -> tuple[int, ...] | None:
+    """Return the transposition, with the axis of rows, that a declared shape asks for: axes of `row` in another order.
+
+    It is found if the two have the same axes (of more than one value) in another order, or if channels that are last
+    in a picture come first in the declared shape; None if the shape keeps the order of the values.
+    """
+    axes, wanted = [n for n in row if n > 1], [n for n in shape if n > 1]
+    if axes == wanted:
+        return None
+    if sorted(axes) == sorted(wanted):
+        left = list(enumerate(row, start=1))
+        order = [left.pop(next(i for i, (_, n) in enumerate(left) if n == size))[0] for size in wanted]
+        return (0, *order, *(axis for axis, _ in left))
+    if len(axes) == 3 and wanted[0] == axes[-1] != axes[0] and len(row) == 3:
+        return (0, 3, 1, 2)
+    return None
 
 
 def chunks(x: AnyArray, part: Part) -> Iterator[tuple[int, Array]]:
@@ -181,12 +208,15 @@ def joined(
         seed: seed of the permutation that makes the splits that are not given.
         name: name of the rows in messages.
         label_names: name of each label, or None.
-        largest: largest possible value; None is 255 for unsigned bytes, and unknown for others.
+        largest: largest possible value; None is 255 for unsigned bytes, 1 for booleans, and unknown for others.
         more: further fields of `Rows`.
 
     Raises:
         DataError: rows of different shapes, or labels for some splits only; see also `Rows` and `tenths`.
     """
+    plain, words, remarks = plain_labels({split: y for split, (_, y) in given.items() if y is not None})
+    given = {split: (x, plain.get(split)) for split, (x, _) in given.items()}
+    label_names, notes = label_names or words, (*more.pop("notes", ()), *remarks)
     first, labels = given["train"]
     for split, (x, y) in given.items() if len(given) > 1 else ():
         Rows(x, y, {}, name=split)
@@ -200,7 +230,7 @@ def joined(
     held = [array for array in arrays if isinstance(array, np.ndarray)]
     x = arrays[0] if len(arrays) == 1 else np.concatenate(held) if len(held) == len(arrays) else Joined(arrays)
     y = labels if labels is None or len(order) == 1 else np.concatenate([given[split][1] for split in order])
-    largest = largest or (255.0 if x.dtype == np.uint8 else None)
+    largest = largest or {"uint8": 255.0, "bool": 1.0}.get(x.dtype.name)
     parts: dict[str, Part] = {}
     if x.shape and 0 not in x.shape and x.dtype.kind in "biuf":  # else `Rows` refuses it
         missing = [split for split in SPLITS if split not in given]
@@ -209,7 +239,7 @@ def joined(
         for split, array in zip(order[1:], arrays[1:], strict=True):
             parts[split] = np.arange(start, start + len(array))
             start += len(array)
-    return Rows(x, y, parts, largest, tuple(label_names or ()) or None, name, **more)
+    return Rows(x, y, parts, largest, tuple(label_names or ()) or None, name, notes, **more)
 
 
 def shared_rows(x: AnyArray, parts: Mapping[str, Part], name: str) -> int:

@@ -11,7 +11,7 @@ import gzip
 import stat
 import struct
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, Literal, cast, final
@@ -33,9 +33,9 @@ from pvae.data.rows.files import (
     require_room,
     version_of,
 )
-from pvae.data.rows.rows import SPLITS, Rows, joined
+from pvae.data.rows.rows import Rows, joined
 from pvae.data.sources.base import FileData
-from pvae.errors import DataError, near
+from pvae.errors import DataError, near, printable
 from pvae.util.types import Array
 
 MAX_DEFLATE_RATIO = 1032
@@ -43,6 +43,8 @@ MAX_DEFLATE_RATIO = 1032
 LOCAL_HEADER = struct.Struct("<26x2H")
 """Zip local file header; its last two numbers are the lengths of the name and extra fields after it."""
 TYPES = {0x08: "u1", 0x09: "i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
+LABEL_KINDS = "biufUS"
+"""Kinds of dtypes that labels may have, by NumPy's letters: numbers and text."""
 GZIP = b"\x1f\x8b"
 
 
@@ -59,7 +61,7 @@ class Npy(FileData):
 
     def read(self, data_dir: Path | None, seed: int) -> Rows:
         path = located(self.path, data_dir)
-        y = np.asarray(read_npy(located(self.labels, data_dir))) if self.labels else None
+        y = np.asarray(read_npy(located(self.labels, data_dir), kinds=LABEL_KINDS)) if self.labels else None
         return self.to_rows(read_npy(path, self.stream), y, "x")
 
 
@@ -82,31 +84,69 @@ class Idx(FileData):
 
 @final
 class Npz(FileData):
-    """Arrays of a NumPy archive (`.npz`): `x` (n, ...), or `x_train`, and possibly `x_validation` and `x_test`.
+    """Arrays of a NumPy archive (`.npz`): `x` (n, ...), or one array for each split, such as `x_train` and `val_x`.
 
     Object arrays are refused: reading them could run code.
 
-    Without declared splits the rows are permuted with `split_seed`; splits that the archive contains are kept.
+    Splits are found by the usual names (`train`, `val`, `valid`, `validation`, `dev`, `test`), before or after that of
+    the array; those that the archive lacks are random tenths of the training rows, permuted with `split_seed`. Arrays
+    that are not read are named in `Dataset.notes`.
     """
 
     source: Literal["npz"] = "npz"
-    x: str = "x"
-    """Name of the array of rows in the archive, without a suffix such as `_train`."""
+    x: str | None = None
+    """Name of the array of rows in the archive, without the name of a split, such as `images` for `train_images`; None
+    finds it among the usual names."""
     y: str | None = None
-    """Name of the array of integer labels, without a suffix such as `_train`; None for data without labels."""
+    """Name of the array of labels in the archive, without the name of a split; None for data without labels."""
 
     def read(self, data_dir: Path | None, seed: int) -> Rows:
         path = located(self.path, data_dir)
         with _opened(path) as archive:
             names = _names(archive)
-        whole = self.x in names or f"{self.x}_train" not in names
-        ends = {"": ""} if whole else {name: f"_{name}" for name in SPLITS if f"{self.x}_{name}" in names}
-        x = {name: read_array(path, self.x + end, self.stream) for name, end in ends.items()}
-        y = {name: np.asarray(read_array(path, self.y + end)) if self.y else None for name, end in ends.items()}
-        if whole:
-            return self.to_rows(x[""], y[""], self.x)
-        given = {name: (x[name], y[name]) for name in ends}
-        return joined(given, self.split_seed, self.x, largest=self.largest)
+        wanted = self.x or next((name for name in USUAL_NAMES if _by_split(name, names, path)), "x")
+        found = _by_split(wanted, names, path) or {"train": wanted}  # read_array says what there is instead
+        labels = {} if self.y is None else _by_split(self.y, names, path) or {"train": self.y}
+        if labels and (lacking := [split for split in found if split not in labels]):
+            raise DataError(f"{path}: expected labels {self.y!r} of {', '.join(lacking)}; got {', '.join(names)}.")
+        x = {split: read_array(path, name, self.stream) for split, name in found.items()}
+        y = {split: np.asarray(read_array(path, labels[split], text=True)) if labels else None for split in found}
+        used = {*found.values(), *labels.values()}
+        left = [name for name in names if name not in used]
+        notes = [f"{path.name}: arrays that are not read: {', '.join(map(printable, left))}"] if left else []
+        if self.x is None and wanted != "x":
+            notes.append(f"{path.name}: rows are read from {', '.join(found.values())}")
+        if "train" not in found:
+            raise DataError(f"{path}: expected training rows, {wanted}_train; got {', '.join(names)}.")
+        given = {split: (x[split], y[split]) for split in found}
+        return joined(given, self.split_seed, wanted, largest=self.largest, notes=tuple(notes))
+
+
+USUAL_NAMES = ("x", "X", "images", "image", "imgs", "data", "features", "inputs", "counts", "arr_0")
+"""Names under which the rows of an archive are looked for, in this order."""
+SPLIT_NAMES = {"train": ("train", "training"), "validation": ("validation", "val", "valid", "dev"), "test": ("test",)}
+"""Names of each split in an archive."""
+
+
+def _by_split(wanted: str, names: Sequence[str], path: Path) -> dict[str, str]:
+    """Return the names of the arrays of each split, such as `train_images` of "train" for `images`; empty if absent.
+
+    An array of the whole name is that of "train" if no other is.
+
+    Raises:
+        DataError: several arrays are of one split.
+    """
+    found = {}
+    for split, known in SPLIT_NAMES.items():
+        forms = {f"{wanted}_{name}" for name in known} | {f"{name}_{wanted}" for name in known}
+        there = [name for name in names if name.lower() in {form.lower() for form in forms}]
+        if len(there) > 1:
+            raise DataError(f"{path}: expected one array of {wanted!r} for {split}; got {', '.join(there)}.")
+        if there:
+            found[split] = there[0]
+    if wanted in names:
+        return {**found, "train": wanted} if "train" not in found else {"train": wanted}
+    return found
 
 
 def _unpacked(
@@ -140,13 +180,14 @@ def _names(archive: zipfile.ZipFile) -> list[str]:
     return [name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")]
 
 
-def read_array(path: Path, key: str, stream: bool = False) -> AnyArray:
+def read_array(path: Path, key: str, stream: bool = False, *, text: bool = False) -> AnyArray:
     """Return the array of a NumPy archive with the given name.
 
     Arguments:
         path: path of the archive.
         key: name of the array.
         stream: leave the array on the disk: an uncompressed one is mapped, a deflated one decoded once into the cache.
+        text: accept text as well as numbers, for labels.
 
     Raises:
         DataError: the file is missing or damaged, the name is absent, the array contains objects, sizes are
@@ -160,7 +201,7 @@ def read_array(path: Path, key: str, stream: bool = False) -> AnyArray:
         info = archive.getinfo(f"{key}.npy")
         _refuse_trick(info, where)
         with archive.open(info) as file:
-            layout = npy_layout(file, info.file_size, where, stream)
+            layout = npy_layout(file, info.file_size, where, stream, LABEL_KINDS if text else "biuf")
         if not layout.shape or 0 in layout.shape:
             raise DataError(f"{where}: expected an array (rows, ...) with at least one row; got shape {layout.shape}.")
         content = _content(archive, info, layout, path)

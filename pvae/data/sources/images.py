@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import stat
 import warnings
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated, Literal, final
@@ -17,6 +19,7 @@ from pydantic import Field
 
 from pvae.data.rows.cache import Writer, decoded
 from pvae.data.rows.files import candidate, held
+from pvae.data.rows.labels import natural
 from pvae.data.rows.prepare import Scale
 from pvae.data.rows.rows import Rows
 from pvae.data.sources.base import FileData
@@ -28,6 +31,8 @@ FORMATS = ("PNG", "JPEG", "BMP", "GIF", "PPM", "TIFF", "WEBP")
 SUFFIXES = frozenset(".png .jpg .jpeg .bmp .gif .ppm .pgm .pbm .tif .tiff .webp".split())
 MAX_PIXELS = 2**26
 """Largest number of pixels of an image, 8192 x 8192."""
+PLAIN_MODES = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX")
+"""Pillow's modes that become luminance or colour without a choice of colour profile."""
 IMAGES_AT_ONCE = 8
 DECODING_THREADS = 4
 SKIPPED_LISTED = 5
@@ -41,7 +46,8 @@ Side = Annotated[int, Field(gt=0, le=2**13)]
 class Images(FileData):
     """Images (PNG, JPEG, BMP, GIF, PPM, TIFF, WebP) of a folder and its sub-folders, in the order of their names.
 
-    Images are decoded once into the cache. A file that cannot be read is skipped and listed in `Dataset.notes`. If
+    Images are decoded once into the cache. A file that cannot be read is skipped and listed in `Dataset.notes`, which
+    also counts images of which something is not read: transparency, further pages or frames, other colour spaces. If
     every image is in a sub-folder, the names of the top sub-folders are the labels.
     """
 
@@ -50,6 +56,8 @@ class Images(FileData):
     """`[height, width]` to which images are resized (bilinear, antialiased); None requires images of equal size."""
     mode: Literal["L", "RGB"] = "RGB"
     """Channels: one of luminance (`L`), or three of colour (`RGB`)."""
+    background: Literal["white", "black"] = "white"
+    """Background on which transparent pixels are composited; `Dataset.notes` says how many images have some."""
     scale: Scale = "unit"
     """Scaling of the pixels; `unit` divides by 255."""
 
@@ -70,11 +78,11 @@ class Images(FileData):
             raise DataError(f"{root}: expected images ({', '.join(FORMATS)}); got none.{_listed(skipped)}")
         listing = hashlib.sha256(pretty({"files": files}).encode()).hexdigest()
         entry = {"source": "images", "path": str(root.resolve()), "files": listing, "skipped": skipped}
-        options = {"size": self.size, "mode": self.mode, "pillow": PIL.__version__}
+        options = {"size": self.size, "mode": self.mode, "background": self.background, "pillow": PIL.__version__}
         kept = decoded({**entry, **options}, lambda writer: _decode(writer, root, files, skipped, self))
         y = kept.arrays["y"][:] if "y" in kept.arrays else None
         x, names = held(kept.arrays["x"], self.stream, str(root)), tuple(kept.notes["label_names"]) or None
-        return self.to_rows(x, y, "images", label_names=names, notes=tuple(kept.notes["skipped"]))
+        return self.to_rows(x, y, "images", label_names=names, notes=tuple(kept.notes["told"]))
 
 
 ImageFile = tuple[str, int, int]
@@ -120,17 +128,19 @@ def _problem(path: Path, root: Path) -> str:
 
 def _decode(writer: Writer, root: Path, files: list[ImageFile], skipped: list[str], declared: Images) -> None:
     """Write decoded images `x` (n, C, H, W) uint8, labels `y` (n,) if any, and notes into a cache entry."""
-    shape, good, bad = None, list[str](), list(skipped)
+    shape, good, bad, changed = None, list[str](), list(skipped), Counter[str]()
     with warnings.catch_warnings(), ThreadPoolExecutor(DECODING_THREADS) as pool:
         warnings.simplefilter("ignore")
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         for start in range(0, len(files), IMAGES_AT_ONCE):
             names = [name for name, *_ in files[start : start + IMAGES_AT_ONCE]]
-            images = pool.map(lambda name: image(root / name, declared.size, declared.mode), names)
-            for name, pixels in zip(names, images, strict=True):
-                if isinstance(pixels, str):
-                    bad.append(f"{printable(name)} ({pixels})")
+            images = pool.map(lambda name: image(root / name, declared), names)
+            for name, found in zip(names, images, strict=True):
+                if isinstance(found, str):
+                    bad.append(f"{printable(name)} ({found})")
                     continue
+                pixels, remarks = found
+                changed.update(remarks)
                 shape = shape or pixels.shape
                 if pixels.shape != shape:
                     raise DataError(
@@ -143,32 +153,60 @@ def _decode(writer: Writer, root: Path, files: list[ImageFile], skipped: list[st
     if not good:
         raise DataError(f"{root}: expected images that can be read; got none.{_listed(bad)}")
     labels = [name.split("/", 1)[0] for name in good] if all("/" in name for name in good) else []
-    known = sorted(set(labels))
+    known = sorted(set(labels), key=natural)
     if known:
-        writer.append("y", np.searchsorted(known, labels))
-    writer.notes |= {"skipped": [f"{root}:{_listed(bad)}"] if bad else [], "label_names": known}
+        number = {name: code for code, name in enumerate(known)}
+        writer.append("y", np.array([number[name] for name in labels]))
+    told = [f"{root}:{_listed(bad)}"] if bad else []
+    told += [f"{root}: {count} of {len(good)} images {remark}" for remark, count in changed.items()]
+    writer.notes |= {"told": told, "label_names": known}
 
 
-def image(path: Path, size: tuple[int, int] | None, mode: str) -> Array | str:
-    """Return an image (C, H, W) uint8, rotated as its EXIF tag says, or the reason why it cannot be read."""
+def image(path: Path, declared: Images) -> tuple[Array, list[str]] | str:
+    """Return an image (C, H, W) uint8, rotated as its EXIF tag says, and remarks on it; or why it cannot be read."""
     try:
         with Image.open(path, formats=FORMATS) as file:  # its header alone; nothing is decoded yet
             width, height = file.size
             if width * height > MAX_PIXELS:
                 return f"{width} x {height} pixels, more than {MAX_PIXELS}"
-            if file.mode[0] in "IF":
+            if file.mode[0] in "IF" or _is_deep(file):
                 return f"more than 8 bits a channel, mode {file.mode}"
             file.verify()  # checksums, where the format has them
         with Image.open(path, formats=FORMATS) as file:
-            upright = ImageOps.exif_transpose(file).convert(mode)
-            if size is not None and upright.size != size[::-1]:
-                upright = upright.resize(size[::-1], Image.Resampling.BILINEAR)
+            frames = getattr(file, "n_frames", 1)
+            remarks = ["have more than one page or frame: the first is read"] if frames > 1 else []
+            if file.mode not in PLAIN_MODES:
+                remarks.append(f"are in {file.mode}: converted to {declared.mode} without a colour profile")
+            upright = ImageOps.exif_transpose(file)
+            if upright.has_transparency_data:
+                upright, seen = _composited(upright, declared.background)
+                remarks += [f"have transparent pixels: composited on {declared.background} (data.background)"] * seen
+            upright = upright.convert(declared.mode)
+            if declared.size is not None and upright.size != declared.size[::-1]:
+                upright = upright.resize(declared.size[::-1], Image.Resampling.BILINEAR)
             pixels = np.asarray(upright, np.uint8)
     except UnidentifiedImageError:
         return "no image by its content"
     except Exception as error:  # decoders of foreign bytes may raise anything
         return printable(str(error)) or type(error).__name__
-    return pixels.reshape(*pixels.shape[:2], -1).transpose(2, 0, 1)
+    return pixels.reshape(*pixels.shape[:2], -1).transpose(2, 0, 1), remarks
+
+
+def _is_deep(file: Image.Image) -> bool:
+    """Return True if samples of more than 8 bits would be cut to 8, which Pillow does without a word in colour."""
+    tiles = [tile[3] for tile in getattr(file, "tile", ())]
+    named = [word for args in tiles for word in (args if isinstance(args, tuple) else (args,))]
+    deep = re.compile(r"(?!BGR).*;16")  # BGR;16 has 5 or 6 bits a channel
+    return any(isinstance(word, str) and deep.match(word) for word in named) or (
+        file.format == "PPM" and any(isinstance(word, int) and word > 255 for word in named)
+    )
+
+
+def _composited(picture: Image.Image, background: str) -> tuple[Image.Image, bool]:
+    """Return a picture over an opaque background, and True if some of its pixels are transparent."""
+    layered = picture.convert("RGBA")
+    seen = layered.getextrema()[3][0] < 255  # type: ignore[index]
+    return Image.alpha_composite(Image.new("RGBA", layered.size, background), layered), seen
 
 
 def _listed(skipped: list[str]) -> str:

@@ -17,6 +17,7 @@ from torch.utils.data import Dataset as TorchDataset
 
 from pvae.data.rows.cache import cache_folder, created, room
 from pvae.data.rows.files import PIECE_BYTES, AnyArray, Index, SparseRows, Stored, require_room
+from pvae.data.rows.labels import in_order
 from pvae.data.rows.prepare import Scale
 from pvae.data.rows.rows import Rows, joined
 from pvae.data.sources.base import Data, Seed
@@ -264,4 +265,6 @@ def _labels(obs: Any, column: str) -> tuple[Array, tuple[str, ...] | None]:
     if pd.api.types.is_float_dtype(values.dtype):
         raise DataError(f"obs[{column!r}]: expected categories, names or integers; got {values.dtype}. Make it one.")
     categories = values.astype("category").cat
-    return categories.codes.to_numpy(np.int64), tuple(map(str, categories.categories))
+    codes, words = categories.codes.to_numpy(np.int64), tuple(map(str, categories.categories))
+    chosen = categories.ordered or list(words) != sorted(words)  # an order of the user's own, not pandas' default
+    return (codes, words) if chosen else in_order(codes, words)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +14,6 @@ from numpy.typing import NDArray
 from pvae.data.rows.columns import Column
 from pvae.data.rows.prepare import Floats
 from pvae.errors import DataError, near
-from pvae.util.types import Array
 
 if TYPE_CHECKING:
     import pandas
@@ -173,12 +171,3 @@ def word_of(value: Any) -> str:
     if isinstance(value, bool | np.bool_):
         return "true" if value else "false"
     return str(int(value)) if isinstance(value, float | np.floating) and value.is_integer() else str(value)
-
-
-def in_order(y: Array, labels: Sequence[str]) -> tuple[NDArray[np.int64], tuple[str, ...]]:
-    """Return labels `(n,)` renumbered by the order of their names (numeric if all are integers), and sorted names."""
-    whole = all(re.fullmatch(r"[+-]?\d{1,18}", label) for label in labels)
-    order = sorted(range(len(labels)), key=lambda i: (int(labels[i]) if whole else 0, labels[i]))
-    number = np.empty(len(labels), np.int64)
-    number[order] = np.arange(len(labels))
-    return number[y], tuple(labels[i] for i in order)

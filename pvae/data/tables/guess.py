@@ -13,6 +13,7 @@ from scipy.stats import skew
 
 from pvae.data.rows.columns import TRUTH
 from pvae.data.rows.files import located
+from pvae.data.rows.labels import natural
 from pvae.data.tables.cells import listed, shown, word_of
 from pvae.data.tables.readers import TextTable, opened_parquet
 from pvae.errors import DataError, near
@@ -151,4 +152,4 @@ def _numbers(given: Cells) -> Found | str | None:
 def _in_order(words: Sequence[str]) -> list[str] | list[int]:
     """Return the words sorted, as integers if all are written as integers."""
     whole = all(re.fullmatch(r"0|-?[1-9]\d{0,17}", word) for word in words)
-    return sorted(map(int, words)) if whole else sorted(words)
+    return sorted(map(int, words)) if whole else sorted(words, key=natural)
