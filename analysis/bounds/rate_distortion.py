@@ -130,7 +130,7 @@ def rate_distortion(
         part = run.data.split(split)
         x = part.rows[seeds.subset(len(part), rows, seed).to(part.rows.device)]
         found[name] = surgery(
-            run.pair, x, samples=samples, seed=seed, population=None,
+            run.pair, x, samples=samples, seed=seed, seen=split == "train", population=None,
             on_progress=lambda done, total, i=i: on_progress(i * total + done, len(runs) * total),  # type: ignore[misc]
         )  # fmt: skip
     return rate_distortion_of(split, found)

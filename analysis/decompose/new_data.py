@@ -18,7 +18,6 @@ from pvae.distributions.exponential_codes import product
 
 Asked = Literal["rows", "full", "model"]
 """How much is spent on the interval: these rows (or train rows) alone, all that is known, samples of the model."""
-SEEN = "no figure on new data: encoder or prior were fitted on these rows"
 
 
 def on_new_data(account: Account, train: Tensor | None, asked: Asked) -> Population | str:

@@ -1,4 +1,4 @@
-"""ELBO gain of a new prior with encoder and decoder unchanged, and the marginal KL, which is its upper bound."""
+"""ELBO gain of a new prior with encoder and decoder unchanged, beside the interval for new data before the change."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 
 from pvae.analysis.aggregate.entry import accept, quiet
+from pvae.analysis.decompose.new_data import Asked
 from pvae.analysis.decompose.posterior_draws import draw
 from pvae.analysis.decompose.result import Surgery, side_by_side
 from pvae.analysis.decompose.surgery import surgery
 from pvae.analysis.figures.estimate import Estimate, over_draws
+from pvae.analysis.population.result import Population
 from pvae.errors import DataError
 from pvae.pair.pair import Pair
 
@@ -31,24 +33,24 @@ class Gain:
     """ELBO after minus ELBO before on the same samples: E[log p_after(z) - log p_before(z)]."""
 
     @property
-    def promised(self) -> Estimate | None:
-        """Marginal KL under the old prior: an upper bound of the gain on these data; None for deterministic codes."""
-        return self.before.marginal_kl
+    def interval(self) -> Population | None:
+        """Interval for what a better prior wins on new data, under the old prior; None where the surgery has none."""
+        return self.before.population
 
     def sentence(self) -> str:
-        """Return the gain and its upper bound as a sentence."""
+        """Return the gain as a sentence, beside the interval that new data had before the change."""
         won = f"gained {self.gained.value:.3f} +- {self.gained.standard_error:.3f} nats per datum"
-        if self.promised is None:
-            return f"{won}; for a deterministic code no marginal KL says how much there was to win"
-        share = f" ({100 * self.gained.value / self.promised.value:.0f} %)" if self.promised.value > 0 else ""
-        return f"{won} of the {self.promised.value:.3f} that the marginal KL had promised{share}"
+        if self.interval is not None:
+            return f"{won}; the interval on new data before the refit was {self.interval.interval}"
+        seen = "the new prior was fitted on these rows, so that this is no gain on new data"
+        return f"{won}; {seen if self.before.seen else 'there is no interval for new data'}"
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the gain, its upper bound and both surgeries as plain numbers and strings for JSON."""
+        """Return the gain, the interval before it and both surgeries as plain numbers and strings for JSON."""
         return {
             "unit": "nats per datum",
             "gained": self.gained.to_dict(),
-            "promised": None if self.promised is None else self.promised.to_dict(),
+            "interval": None if self.interval is None else self.interval.to_dict(),
             "before": self.before.to_dict(),
             "after": self.after.to_dict(),
         }
@@ -70,6 +72,7 @@ def gain(
     samples: int = 1,
     seed: int = 0,
     *,
+    seen: bool = False,
     on_progress: Callable[[int, int], None] = lambda _done, _total: None,
 ) -> Gain:
     """Return the ELBO gain of a new prior, measured on the same samples, and the surgeries before and after.
@@ -80,6 +83,7 @@ def gain(
         x: data `(n, *event)`.
         samples: samples per row.
         seed: seed of the samples.
+        seen: True for rows that either pair was fitted on; there is then no interval for new data.
         on_progress: called with (surgeries done, surgeries in all).
 
     Returns:
@@ -108,7 +112,8 @@ def gain(
     gained = over_draws(torch.stack(differences))
     found = []
     for i, pair in enumerate((before, after)):
-        found.append(surgery(pair, x, samples=samples, seed=seed, population=None if i else "rows"))
+        asked: Asked | None = None if i else "rows"
+        found.append(surgery(pair, x, samples=samples, seed=seed, seen=seen, population=asked))
         on_progress(i + 1, 2)
     return Gain(found[0], found[1], gained)
 

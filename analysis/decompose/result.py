@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from pvae.analysis.figures.estimate import CONSERVATIVE, Estimate, Figures, Row, exact
-from pvae.analysis.population.result import Population
+from pvae.analysis.figures.estimate import CONSERVATIVE, Estimate, Figures, Row, exact, merged, plain
+from pvae.analysis.population.result import ON_NEW_DATA, Population
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -134,6 +134,8 @@ class Surgery(Figures):
     population: Population | None = None
     """What a better prior can win on new data with this encoder; None where the rows were fitted on (`seen`), where it
     was not asked for, and where `notes` gives another reason."""
+    seen: bool = False
+    """True for rows that the encoder or the prior was fitted on, which say nothing of new data."""
     notes: tuple[str, ...] = ()
 
     @property
@@ -175,8 +177,9 @@ class Surgery(Figures):
         yield "mutual_information_lower", self.mutual_information_lower, "the same from below"
         yield "leave_one_out", self.leave_one_out, "upper bound of I_q[x, z] under the distribution of the data"
         yield "label_information", self.label_information, "I_q[y, z]: what the code says of the label"
-        yield "marginal_kl", self.marginal_kl, "KL(q_agg || p), the most a better prior can win with this encoder"
+        yield "marginal_kl", self.marginal_kl, "KL(q_agg || p): a prior that knows these rows would win it on them"
         yield "marginal_kl_upper", self.marginal_kl_upper, "the same from above"
+        yield from () if self.population is None else self.population.rows()
         yield "train_gain", self.train_gain, "what q_agg of the training rows would win here as the prior"
         if self.global_kl is not None:
             how = "-log p at a point" if self.global_kl.kind == "exact" else "one draw for all data"
@@ -207,36 +210,45 @@ class Surgery(Figures):
             "samples": self.samples,
             "log_n": self.log_n.value,
             "figures": self.figures(),
-            "latents": {name: _plain(latent) for name, latent in self.latents.items()},
-            "classes": {str(label): _plain(c) for label, c in self.classes.items()},
+            "latents": {name: plain(latent) for name, latent in self.latents.items()},
+            "classes": {str(label): plain(c) for label, c in self.classes.items()},
             "shared": {name: value if math.isfinite(value) else None for name, value in self.shared.items()},
+            "seen": self.seen,
+            "population": None if self.population is None else self.population.to_dict(),
             "notes": list(self.notes),
         }
 
     def headline(self) -> str:
-        """Return a sentence with the marginal KL, the largest ELBO gain of a better prior with this encoder."""
+        """Return sentences on what a better prior wins: on new data, an interval; on these rows, the marginal KL."""
+        if self.population is not None:
+            return self.population.sentence(self.marginal_kl)
         if self.marginal_kl is None:
-            return "marginal KL not defined or not available for this posterior"
+            return "The marginal KL is not defined or not available for this posterior."
         low, high = self.marginal_kl.value, (self.marginal_kl_upper or self.marginal_kl).value
         figure = f"{high:.2f}" if high - low < 0.005 else f"{low:.2f} to {high:.2f}"
-        return (
-            f"marginal KL {figure} nats: the most a better prior can win with this encoder (on these {self.n} points)"
+        said = (
+            f"The marginal KL on these {self.n} rows is {figure} nats, which a prior that knows them would win on them."
         )
+        if self.seen:
+            return f"{said} The model was fitted on these rows: they cannot tell what a prior wins on new data."
+        return f"{said} {self._reason[:1].upper()}{self._reason[1:]}."
+
+    @property
+    def _reason(self) -> str:
+        """Remark on why there is no figure on new data."""
+        return next((note for note in self.notes if ON_NEW_DATA in note), f"no figure {ON_NEW_DATA} was computed")
 
     @property
     def remarks(self) -> tuple[str, ...]:
         conservative = "conservative: one draw cannot tell Monte Carlo noise from spread over data; take more samples"
         told = any(CONSERVATIVE in e.note for _, e, _ in self.known())
-        return (self.headline(), *self.notes, *((conservative,) if told else ()))
+        notes = [note for note in self.notes if note != self._reason]  # which the headline says
+        return (self.headline(), *self.on_new_data, *notes, *((conservative,) if told else ()))
 
-
-def _plain(part: Any) -> Any:
-    """Return an estimate, or a dataclass of estimates and numbers, as nested dicts; anything else unchanged."""
-    if isinstance(part, Estimate):
-        return part.to_dict()
-    if isinstance(part, Dimensions | LatentSurgery | ClassSurgery):
-        return {name: _plain(value) for name, value in vars(part).items()}
-    return part
+    @property
+    def on_new_data(self) -> tuple[str, ...]:
+        """Sentences on the figures for new data, besides the headline; empty where there are none."""
+        return () if self.population is None else self.population.remarks
 
 
 # ---------------------------------------------------------------------- tables of several
@@ -247,9 +259,8 @@ def side_by_side(found: Mapping[str, Surgery]) -> Table:
     from rich.table import Table
     from rich.text import Text
 
-    last = list(found.values())[-1]
     counts = ", ".join(f"{name} n = {s.n}" for name, s in found.items())
-    remarks = [f"{name}: {s.headline()}" for name, s in found.items()]
+    remarks = [f"{name}: {' '.join((s.headline(), *s.on_new_data))}" for name, s in found.items()]
     table = Table(
         title=Text(f"ELBO surgery, nats per datum ({counts})"), caption=Text("\n".join(remarks)), caption_justify="left"
     )
@@ -257,11 +268,9 @@ def side_by_side(found: Mapping[str, Surgery]) -> Table:
     for name in found:
         table.add_column(Text(name), justify="right", no_wrap=True)
     table.add_column("what it is")
-    columns = [{term: e for term, e, _ in s.known()} for s in found.values()]
-    for term, _, meaning in last.rows():
-        cells = [f"{c[term].value:.4f} ± {c[term].standard_error:.4f}" if term in c else "" for c in columns]
-        if any(cells):
-            table.add_row(Text(term), *cells, Text(meaning))
+    for term, *figures, meaning in merged(found):
+        cells = ["" if e is None else f"{e.value:.4f} ± {e.standard_error:.4f}" for e in figures]
+        table.add_row(Text(term), *cells, Text(meaning))
     return table
 
 

@@ -14,7 +14,7 @@ from pvae.analysis.aggregate.entry import accept, quiet
 from pvae.analysis.decompose.account import Account
 from pvae.analysis.decompose.by_covariate import by_group, by_presence, settled
 from pvae.analysis.decompose.by_row import priors_by_row
-from pvae.analysis.decompose.new_data import SEEN, Asked, on_new_data
+from pvae.analysis.decompose.new_data import Asked, on_new_data
 from pvae.analysis.decompose.posterior_draws import Draw, draw
 from pvae.analysis.decompose.result import Surgery
 from pvae.analysis.decompose.surgery_figures import close
@@ -127,22 +127,22 @@ def surgery(
 
     pooled = by_group(pair, x, y, train, apart, seed)
     if pooled is not None:
-        return pooled
+        return replace(pooled, seen=seen)
     with quiet(pair, x, seed):
         first = draw(pair, x)
         depend, every = pair.dependencies(x), frozenset(first.latents)  # of all sites that these rows have
         if settled(first, pair, x) and not pair.layout.shared and pair.structure.rows is None:
             pooled = by_presence(first, pair, x, y, apart, seed)
             if pooled is not None:
-                return pooled
+                return replace(pooled, seen=seen)
         account = Account(pair, x, first, depend, seed, components, memory, priors_by_row(pair, x), every)
         for done in range(1, samples + 1):
             account.take(_honest(first if done == 1 or account.certain else draw(pair, x), depend.bottom_up))
             on_progress(done, samples)
-    found = close(account, y, train)
-    if population is None:
+    found = replace(close(account, y, train), seen=seen)
+    if seen or population is None:
         return found
-    new = SEEN if seen else on_new_data(account, train, population)
+    new = on_new_data(account, train, population)
     if isinstance(new, str):
         return replace(found, notes=(*found.notes, new))
     return replace(found, population=new)

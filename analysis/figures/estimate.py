@@ -5,8 +5,8 @@ from __future__ import annotations
 import html
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, is_dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from torch import Tensor
@@ -70,6 +70,15 @@ def scaled(estimate: Estimate, factor: float) -> Estimate:
 def finite(value: float | Tensor) -> float | None:
     """Return a number as a float that JSON can represent: None if it is NaN or infinite."""
     return float(value) if math.isfinite(value) else None
+
+
+def plain(part: Any) -> Any:
+    """Return an estimate, or a dataclass of estimates and numbers, as nested dicts and lists; else the value itself."""
+    if isinstance(part, Estimate):
+        return part.to_dict()
+    if isinstance(part, tuple | list):
+        return [plain(value) for value in part]
+    return {name: plain(value) for name, value in vars(part).items()} if is_dataclass(part) else part
 
 
 def exact(value: float) -> Estimate:
@@ -186,7 +195,7 @@ class Figures(ABC):
 
         table = Table(title=Text(self.title), caption=Text("\n".join(self.remarks)), caption_justify="left")
         for column, justify in (("term", "left"), ("value", "right"), ("std error", "right"), ("kind", "left")):
-            table.add_column(column, justify=justify, no_wrap=True)  # type: ignore[arg-type]
+            table.add_column(column, justify=justify, no_wrap=column != "kind")  # type: ignore[arg-type]
         table.add_column("what it is")
         for name, e, meaning in self.known():
             error = f"{e.standard_error:.4f}" if e.standard_error else ""
@@ -213,3 +222,15 @@ class Figures(ABC):
         head = f"<tr><th>term</th><th>{unit}</th><th>std error</th><th>kind</th><th></th></tr>"
         remarks = "".join(f"<p>{html.escape(text)}</p>" for text in self.remarks)
         return f"<table><caption>{html.escape(self.title)}</caption>{head}{body}</table>{remarks}"
+
+
+def merged(results: Mapping[str, Figures]) -> list[tuple[Any, ...]]:
+    """Return rows that compare results of one kind: a term, its estimate in each result or None, its explanation.
+
+    Terms are in the order of the result with the most terms, followed by those of other results only.
+    """
+    listed = sorted(([*result.rows()] for result in results.values()), key=len, reverse=True)
+    terms = {term: meaning for rows in listed for term, _, meaning in rows}
+    found = [{term: e for term, e, _ in result.known()} for result in results.values()]
+    rows = [(term, *(figures.get(term) for figures in found), meaning) for term, meaning in terms.items()]
+    return [row for row in rows if any(e is not None for e in row[1:-1])]

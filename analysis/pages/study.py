@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 STUDY_FILE = "study.json"
-STUDY_SCHEMA = 1
+STUDY_SCHEMA = 2
 ESTIMATES = (*SURGERY_TERMS, "iwae", *(f"train_{term}" for term in SURGERY_TERMS))
 STUDY_FIGURES = (*ESTIMATES, "seconds")
 """Names of the metrics of a run: ELBO terms and IWAE of the test split, ELBO terms of train, seconds of training."""

@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
-from pvae.analysis.figures.estimate import Estimate, Figures, Row
+from pvae.analysis.figures.estimate import Estimate, Figures, Row, plain
+
+ON_NEW_DATA = "on new data"
+"""Words that a remark on a missing interval contains."""
+FLAT = 0.1
+"""Slope of I_n in log n above which n rows cannot tell I_pi, and nothing is extrapolated."""
+HALF = 0.5
+"""Share of the pairs bound below which its guard decides it, and above which a single row does."""
 
 
 @dataclass(frozen=True)
@@ -56,8 +65,73 @@ class Population(Figures):
         return f"On new data, nats per datum (n = {self.n})"
 
     def rows(self) -> Iterator[Row]:
-        yield "population_gain", self.gain, f"at least this is won by {self.prior}"
-        yield "population_gain_upper", self.gain_upper, "no prior wins more, if codes of new rows overlap as these do"
-        yield "population_information", self.information, "I_pi[x, z] from below"
-        yield "population_information_upper", self.information_upper, "I_pi[x, z] from above"
-        yield "population_midpoint", self.midpoint, "I_pi[x, z], where n rows can tell"
+        yield "new_gain", self.gain, "on new data a better prior wins at least this with this encoder"
+        yield "new_gain_upper", self.gain_upper, "at most this, if codes of new rows overlap as these do"
+        yield "new_information", self.information, "I_pi[x, z], the information of new data, from below"
+        yield "new_information_upper", self.information_upper, "I_pi[x, z] from above"
+        yield "new_midpoint", self.midpoint, "I_pi[x, z], where these rows can tell it"
+
+    @property
+    def interval(self) -> str:
+        """Both ends in nats, "1.90 to 3.90"; "at least 1.90" without an upper end."""
+        low = max(self.gain.value, 0.0)
+        return (
+            f"at least {low:.2f}" if self.gain_upper is None else f"{low:.2f} to {max(self.gain_upper.value, low):.2f}"
+        )
+
+    def sentence(self, known: Estimate | None = None) -> str:
+        """Return the interval in words, beside `known`, the marginal KL on these rows alone, nats, if it is given."""
+        if self.gain.value > 0:
+            low = f"{_said(self.gain)} nats with this encoder (a stated prior does it: {self.prior})"
+        else:
+            low = f"0 nats with this encoder (the stated prior loses, {_said(self.gain)}: {self.prior})"
+        if self.gain_upper is None:
+            high = "no figure below the KL is known from above"
+        else:
+            high = (
+                f"at most {_said(self.gain_upper)} (assuming codes of new rows overlap as those of these rows do; "
+                f"without it no figure below KL - 2 log n can be given)"
+            )
+        said = f"On new data a better prior wins at least {low}, {high}."
+        return said if known is None else f"{said} {self._knowing(known.value)}"
+
+    def _knowing(self, known: float) -> str:
+        """Return a sentence on the marginal KL on these rows alone, and on how much of it is knowing the rows."""
+        said = f"On these {self.n} rows alone a prior that knows them would win {known:.2f}"
+        if self.gain_upper is None or self.gain_upper.value + 2 * self.gain_upper.standard_error >= known:
+            return f"{said}."
+        most = self.gain.value + self.gain_upper.value < known
+        return f"{said}; {'most' if most else 'part'} of that is knowing the rows."
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        return (*self._size(), *self._pairs(), *self.notes)
+
+    def _size(self) -> Iterator[str]:
+        """Yield the sentence on the law in n: these rows can tell I_pi, or more of them would be needed."""
+        if self.slope is not None and self.slope > FLAT:
+            yield (
+                f"I_n still grows by {self.slope:.2f} nats where log n grows by 1: {self.n} rows cannot tell I_pi, "
+                f"nothing is extrapolated. No bound that holds for every distribution sees beyond about 2 log n = "
+                f"{2 * math.log(self.n):.1f} nats."
+            )
+        elif self.midpoint is not None:
+            yield f"{self.n} rows tell I_pi: {_said(self.midpoint)} nats, midway between I_n and leave-one-out."
+
+    def _pairs(self) -> Iterator[str]:
+        if self.seen is not None and self.seen < HALF:
+            yield (
+                f"Only {100 * self.seen:.0f} % of the pairs bound come from pairs of rows, the rest from its guard: "
+                f"the upper end may be loose."
+            )
+        if self.largest is not None and self.largest > HALF:
+            yield f"One row alone gives {100 * self.largest:.0f} % of the pairs bound: the upper end is uncertain."
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all fields as plain numbers and strings for JSON; `sizes` is a list of the figures of each subset."""
+        return {f.name: plain(getattr(self, f.name)) for f in fields(self)}
+
+
+def _said(e: Estimate) -> str:
+    """Return an estimate with its error, as `2.04 +- 0.03`."""
+    return f"{e.value:.2f} +- {e.standard_error:.2f}"

@@ -51,7 +51,7 @@ def anatomy(run: Run, rows: int, train_rows: int) -> dict[str, object]:
     """Return the ELBO surgery of train and test data as columns: its terms with errors, and each latent's KL, nats."""
     train, test = run.data.train.x, run.data.test.x[subset(len(run.data.test), rows, 0)]
     found = {
-        "train": surgery(run.pair, train[subset(len(train), train_rows, 0)]),
+        "train": surgery(run.pair, train[subset(len(train), train_rows, 0)], seen=True),
         "test": surgery(run.pair, test, train=train),
     }
     row: dict[str, object] = {}

@@ -33,7 +33,7 @@ def surgery(
     ] = False,
     seed: int = 0,
 ) -> None:
-    """Decompose the ELBO: reconstruction, mutual information, marginal KL, and what a better prior can gain."""
+    """Decompose the ELBO: reconstruction, mutual information, marginal KL; what a better prior wins on new data."""
     from pvae.analysis.decompose.result import Surgery, class_table, side_by_side
 
     opened = shared.open(run, shared.device)

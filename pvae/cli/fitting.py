@@ -89,7 +89,8 @@ def _compare(shared: Shared, parent: Run, child: Run, rows: int | None = None, s
         for i, split in enumerate(("train", "test")):
             _, x, _ = rows_of(child, split, rows, 0)
             found[split] = pvae.analysis.gain(
-                parent.pair, child.pair, x, samples, on_progress=lambda done, _, i=i: bar.update(2 * i + done, "")  # type: ignore[misc]
+                parent.pair, child.pair, x, samples, seen=split == "train",
+                on_progress=lambda done, _, i=i: bar.update(2 * i + done, ""),  # type: ignore[misc]
             )  # fmt: skip
     record = {"run": str(child.path), "parent": str(parent.path), "splits": {k: v.to_dict() for k, v in found.items()}}
     write_atomic(child.files.analysis / "refit.json", pretty(record))

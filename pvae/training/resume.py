@@ -182,9 +182,9 @@ def refit(
 ) -> Run:
     """Freeze a fitted pair of model and guide and fit new priors to its aggregated posterior by maximum likelihood.
 
-    With the guide fixed, the marginal KL of the run's ELBO surgery, in nats per datum, is the largest improvement of
-    the ELBO that new priors can give; `pvae.analysis.gain` measures the improvement reached. For an autoencoder this
-    makes a model that can be sampled.
+    The surgery of the run on held-out rows gives an interval for what a better prior wins on new data while the guide
+    stays (`Surgery.population`); `pvae.analysis.gain` measures what the new prior won, beside that interval. For an
+    autoencoder this makes a model that can be sampled.
 
     Arguments:
         run: a finished `Run`, its folder, its name, or "latest".

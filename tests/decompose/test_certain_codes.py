@@ -131,7 +131,7 @@ def test_gain_of_a_prior_fitted_to_certain_codes():
     kls = [surgery(pair, x).kl.value for pair in (before, after)]
     assert found.gained.value == pytest.approx(kls[0] - kls[1], abs=1e-8)
     assert abs(found.gained.value) > 1e-3
-    assert found.promised.kind == "exact"
+    assert found.before.marginal_kl.kind == "exact"
 
 
 def wide(posterior, codes: int, grid) -> Pair:

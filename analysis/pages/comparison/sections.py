@@ -9,10 +9,10 @@ import numpy as np
 from scipy.stats import spearmanr
 
 from pvae.analysis.bounds.rate_distortion import rate_distortion_of
-from pvae.analysis.figures.estimate import Estimate
+from pvae.analysis.figures.estimate import Estimate, merged
 from pvae.analysis.pages.comparison.comparison import STRIP, Comparison
 from pvae.analysis.pages.document.blocks import PageSection, PageTable, Part, Sentence, columns, picture, section
-from pvae.analysis.pages.document.text import Value, nats, plus_minus, side_by_side
+from pvae.analysis.pages.document.text import Value, nats, plus_minus
 from pvae.analysis.pages.plots import base, comparisons, pictures
 from pvae.analysis.pages.sections.appendix import environment_of
 from pvae.analysis.pages.sections.examination import array
@@ -176,7 +176,7 @@ def _surgeries(found: Comparison) -> Iterator[Part]:
     if not found.scored:
         return
     held = {name: exam.held for name, exam in found.scored.items()}
-    rows = side_by_side(held)
+    rows = merged(held)
     caption = f"Surgery on {found.split}: nats per datum, ± Monte Carlo standard error with the data fixed"
     if len(held) > COLUMN_RUNS:
         yield _by_run("surgery", caption, list(held), {str(row[0]): row[1:-1] for row in rows})

@@ -100,18 +100,6 @@ def table_of(id: str, figures: Figures, caption: str = "", digits: int = 3) -> P
     )
 
 
-def side_by_side(results: Mapping[str, Figures]) -> list[tuple[Any, ...]]:
-    """Return rows that compare results of one kind: a term, its estimate in each result or None, its explanation.
-
-    Terms are in the order of the result with the most terms, followed by those of other results only.
-    """
-    listed = sorted(([*result.rows()] for result in results.values()), key=len, reverse=True)
-    terms = {term: meaning for rows in listed for term, _, meaning in rows}
-    found = [{term: e for term, e, _ in result.rows()} for result in results.values()]
-    rows = [(term, *(figures.get(term) for figures in found), meaning) for term, meaning in terms.items()]
-    return [row for row in rows if any(e is not None for e in row[1:-1])]
-
-
 def csv_of(table: PageTable) -> str:
     """Return a table as CSV text with all digits; standard errors and kind of estimates are in columns of their own."""
     out = io.StringIO()

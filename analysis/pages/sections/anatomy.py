@@ -6,8 +6,9 @@ import math
 from collections.abc import Iterator
 
 from pvae.analysis.decompose.result import Surgery
+from pvae.analysis.figures.estimate import merged
 from pvae.analysis.pages.document.blocks import Note, PageTable, Part, Picture, Tile, columns, picture, section
-from pvae.analysis.pages.document.text import nats, side_by_side
+from pvae.analysis.pages.document.text import nats
 from pvae.analysis.pages.plots import clouds, waterfall
 from pvae.analysis.pages.sections.examination import Examination
 from pvae.analysis.pages.sections.fit import SHOWN_NATS
@@ -31,7 +32,7 @@ def anatomy(exam: Examination) -> Iterator[Part]:
         return
     s = exam.held
     yield _waterfall(exam)
-    rows = side_by_side(exam.surgeries)
+    rows = merged(exam.surgeries)
     where = "; ".join(f"{split}: {exam.rows[split].note}, {s.samples} samples" for split, s in exam.surgeries.items())
     yield PageTable(
         "surgery",

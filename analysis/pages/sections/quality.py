@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from pvae.analysis.figures.estimate import merged
 from pvae.analysis.pages.document.blocks import Note, PageColumn, PageTable, Part, Sentence, Tile, columns, section
-from pvae.analysis.pages.document.text import nats, percent, side_by_side
+from pvae.analysis.pages.document.text import nats, percent
 from pvae.analysis.pages.sections.examination import Examination
 from pvae.analysis.samples.fidelity import Fidelity
 from pvae.analysis.samples.probe import RAW, Probe
@@ -68,7 +69,7 @@ def measure(exam: Examination, kind: str, drawn: Samples | None) -> SampleQualit
 
 def whole(found: Mapping[str, SampleQuality]) -> list[tuple[Any, ...]]:
     """Return table rows that compare several sample qualities, without the proportions of single labels."""
-    return [row for row in side_by_side(found) if not row[0].startswith("share/")]
+    return [row for row in merged(found) if not row[0].startswith("share/")]
 
 
 def _on_test(exam: Examination, quality: SampleQuality) -> str:

@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from pvae.analysis.figures.estimate import merged
 from pvae.analysis.pages.document.blocks import Note, PageTable, Part, Sentence, Tile, columns, picture, section
-from pvae.analysis.pages.document.text import percent, side_by_side
+from pvae.analysis.pages.document.text import percent
 from pvae.analysis.pages.plots import pictures
 from pvae.analysis.pages.sections.examination import Examination, array
 from pvae.analysis.samples.copying import Copying, copying
@@ -66,7 +67,7 @@ def samples(exam: Examination) -> Iterator[Part]:
 def _table(known: Mapping[str, Copying]) -> PageTable:
     """Return the table of the copying tests of samples and of means; for means, which lack noise, only `nearer`."""
     shown = []
-    for term, *found, what in side_by_side(known):
+    for term, *found, what in merged(known):
         figures = [e if kind != "means" or term == "nearer" else None for kind, e in zip(known, found, strict=True)]
         if any(e is not None for e in figures):
             shown.append((term, *figures, what))
