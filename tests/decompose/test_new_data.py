@@ -49,7 +49,7 @@ WORDING = (
 
 @pytest.fixture(scope="module")
 def plain_surgery() -> Surgery:
-    return surgery(channel(lambda x: torch.full_like(x, 0.4)), correlated(0.3, 300), samples=2)
+    return surgery(channel(lambda x: torch.full_like(x, 0.4)), correlated(0.3, 300), samples=2, population=None)
 
 
 def shown(table: object, width: int = 80) -> list[str]:
