@@ -1,8 +1,9 @@
-"""Posterior collapse: active units of every latent, use of discrete codes, and alerts that say what to change."""
+"""Posterior collapse: active units of every latent, information of codes, and alerts that say what to change."""
 
 from __future__ import annotations
 
 import html
+import math
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -14,13 +15,9 @@ from pvae.analysis.decompose.codes import duplicates
 from pvae.analysis.decompose.posterior_draws import LatentDraw, draw
 from pvae.errors import DataError
 from pvae.nn.codebook import Codebook, NearestCodebook
-from pvae.pair.code_usage import Tally, codebook_of, in_use, perplexity
+from pvae.pair.code_usage import SILENT, Tally, codebook_of, in_use, perplexity, revival, silence
 from pvae.pair.pair import Pair
 
-ACTIVE = 0.01
-"""Variance over the data of a posterior mean above which a coordinate is active (Burda et al., 2015)."""
-SILENT_NATS = 0.01
-"""Mean KL, nats, up to which a coordinate counts as carrying no information."""
 THRESHOLDS = tuple(round(10 ** (exponent / 4), 7) for exponent in range(-16, 1))
 """Variances at which the active coordinates are counted: 1e-4 to 1, four per decade."""
 
@@ -47,6 +44,15 @@ class CodeUse:
     """Number of codes in use whose codebook row nearly coincides with that of another one; None without a codebook."""
     looked_up: bool = False
     """True if the codes are the nearest rows of a codebook, as in a VQ-VAE."""
+    information: tuple[float, ...] = ()
+    """Mutual information with x of every position, nats, at most log K; if that is smaller, its mean KL."""
+    bits: bool = False
+    """True if every position is a bit."""
+
+    @property
+    def silent(self) -> int:
+        """Number of positions that carry no information: at most 1 % of log K; none if K = 1."""
+        return sum(value <= SILENT.of_codes(self.states) for value in self.information)
 
     @property
     def active_share(self) -> float | None:
@@ -65,14 +71,16 @@ class LatentCollapse:
     kl_per_dimension: tuple[float, ...] | None
     """Mean closed-form KL of every coordinate, nats; None where posterior or prior is not normal."""
     active: int | None
-    """Number of active units, coordinates with `activity` above `ACTIVE`; None where the posterior is not normal."""
+    """Number of active units, coordinates with `activity` above 0.01; None where the posterior is not normal."""
     idle: int | None
     """Number of coordinates without information: those that are not active and, if the prior depends on other latents,
-    those with a KL of at most `SILENT_NATS`; None where the posterior is not normal."""
+    those with a KL of at most 0.01 nats; None where the posterior is not normal."""
     curve: tuple[tuple[float, int], ...]
     """Pairs (threshold, number of coordinates with a greater `activity`) for all `THRESHOLDS`."""
     codes: CodeUse | None = None
     """Use of the codes of a discrete latent; None for continuous latents."""
+    kl: float | None = None
+    """Mean KL of the latent, nats, exact or from one sample; None for a point (Delta)."""
 
 
 @dataclass(frozen=True)
@@ -88,14 +96,14 @@ class Collapse:
         """Return the use of every latent and the alerts as plain numbers and strings for JSON."""
         return {
             "n": self.n,
-            "active_above": ACTIVE,
-            "silent_nats": SILENT_NATS,
+            "active_above": SILENT.variance,
+            "silent": asdict(SILENT),
             "latents": {name: asdict(latent) for name, latent in self.latents.items()},
             "alerts": list(self.alerts),
         }
 
     def __str__(self) -> str:
-        lines = [f"active units (variance of the posterior mean over {self.n} rows > {ACTIVE})"]
+        lines = [f"active units (variance of the posterior mean over {self.n} rows > {SILENT.variance})"]
         for name, latent in self.latents.items():
             lines.append(f"{name}: {_of(latent)}")
         return "\n".join([*lines, *(f"alert: {text}" for text in self.alerts)])
@@ -115,9 +123,12 @@ def _of(latent: LatentCollapse) -> str:
 
 
 def _of_codes(use: CodeUse) -> str:
-    mean = sum(use.perplexity) / len(use.perplexity)
     count, dead = len(use.perplexity), sum(use.dead)
-    text = f"perplexity {mean:.1f} of {use.states} codes (mean of {count} positions), {dead} dead"
+    perplexity, information = (sum(values) / count for values in (use.perplexity, use.information))
+    text = (
+        f"information {information:.3f} of {math.log(use.states):.3f} nats, perplexity {perplexity:.1f} of "
+        f"{use.states} codes (means of {count} positions), {dead} dead"
+    )
     if use.pooled_perplexity is None or len(use.perplexity) == 1:
         return text
     pooled = f"over all positions {use.pooled_perplexity:.1f}, {use.used} codes in use"
@@ -130,9 +141,9 @@ def activity(d: LatentDraw) -> Tensor | None:
 
 
 def active_units(d: LatentDraw) -> int | None:
-    """Return the number of active units, whose posterior mean has a variance above `ACTIVE`; None unless normal."""
+    """Return the number of active units, whose posterior mean has a variance above 0.01; None unless normal."""
     variance = activity(d)
-    return None if variance is None else int((variance > ACTIVE).sum())
+    return None if variance is None else int((variance > SILENT.variance).sum())
 
 
 def kl_per_dimension(d: LatentDraw) -> tuple[float, ...] | None:
@@ -148,7 +159,9 @@ def collapse(pair: Pair, x: Tensor, seed: int = 0) -> Collapse:
 
     A coordinate is active when the variance over the data of its posterior mean is above 0.01. If the prior depends on
     other latents, the posterior mean can follow the prior and vary without any information; such a coordinate counts
-    as idle when its KL is at most 0.01 nats.
+    as idle when its KL is at most 0.01 nats. A latent whose posterior is not normal has collapsed when its mean KL is
+    at most 0.01 nats per coordinate, and at most 0.1. A code of K states, or a bit, is silent when its mutual
+    information with x, or its mean KL, is at most 1 % of log K; a code of one state never is.
 
     References:
         Importance Weighted Autoencoders (Burda, Grosse, Salakhutdinov, 2015), https://arxiv.org/abs/1509.00519
@@ -182,7 +195,10 @@ def collapse(pair: Pair, x: Tensor, seed: int = 0) -> Collapse:
 
 def _code_use(found: Tally, book: Codebook | NearestCodebook | None) -> CodeUse:
     dead = (~in_use(found.share)).sum(-1)
-    use = CodeUse(found.states, tuple(perplexity(found.share).tolist()), tuple(dead.tolist()), tuple(found.grid))
+    use = CodeUse(
+        found.states, tuple(perplexity(found.share).tolist()), tuple(dead.tolist()), tuple(found.grid),
+        information=tuple(found.information.tolist()), bits=found.bits,
+    )  # fmt: skip
     if found.bits:
         return use
     return replace(
@@ -199,18 +215,20 @@ def _read(d: LatentDraw, book: Codebook | NearestCodebook | None) -> LatentColla
     if d.tally is not None:
         return LatentCollapse(d.tally.positions, None, None, None, None, (), _code_use(d.tally, book))
     variance, kl, dim = activity(d), kl_per_dimension(d), d.value.shape[1]
+    total = None if d.point else float((d.log_q - d.log_p if d.kl is None else d.kl).mean())
     if variance is None:
-        return LatentCollapse(dim, None, kl, None, None, ())
-    idle = variance <= ACTIVE
+        return LatentCollapse(dim, None, kl, None, None, (), kl=total)
+    idle = variance <= SILENT.variance
     if kl is not None and d.prior_loc is not None and bool((d.prior_loc != d.prior_loc[:1]).any()):
-        idle = idle | (torch.tensor(kl, device=idle.device) <= SILENT_NATS)
+        idle = idle | (torch.tensor(kl, device=idle.device) <= SILENT.coordinate)
     return LatentCollapse(
         dim=dim,
         activity=tuple(variance.tolist()),
         kl_per_dimension=kl,
-        active=int((variance > ACTIVE).sum()),
+        active=int((variance > SILENT.variance).sum()),
         idle=int(idle.sum()),
         curve=tuple((threshold, int((variance > threshold).sum())) for threshold in THRESHOLDS),
+        kl=total,
     )
 
 
@@ -218,9 +236,11 @@ def alert(name: str, latent: LatentCollapse) -> str | None:
     """Return an alert for a latent with idle units or unused codes that says what to change; None if it has none."""
     if latent.codes is not None:
         return _alert_of_codes(name, latent.codes)
+    revive = "give objective.beta a longer linear warm-up from 0, or set objective.free_bits"
+    if latent.idle is None and latent.kl is not None and abs(latent.kl) <= SILENT.of_real(latent.dim):
+        return f"{name} has collapsed onto its prior: its KL is {latent.kl:.4f} nats per datum. To use it, {revive}."
     if not latent.idle:
         return None
-    revive = "give objective.beta a longer linear warm-up from 0, or set objective.free_bits"
     used = latent.dim - latent.idle
     if not used:
         return (
@@ -234,16 +254,18 @@ def alert(name: str, latent: LatentCollapse) -> str | None:
 
 
 def _alert_of_codes(name: str, use: CodeUse) -> str | None:
-    """Return an alert for a discrete latent with dead or duplicate codes; None if it has neither."""
-    if max(use.perplexity) < 1.01:
-        return f"{name} has collapsed: one code is chosen whatever x is. {_revival(name, use)}"
-    texts = []
+    """Return an alert for a discrete latent with silent positions, dead or duplicate codes; None without them."""
+    kind = {"bits": use.bits, "looked_up": use.looked_up}
+    silent = silence(name, use.information, use.perplexity, use.states, **kind)
+    if use.bits or use.silent == len(use.perplexity):
+        return silent
+    texts = [] if silent is None else [silent]
     if use.duplicates is not None and use.used is not None:
         # The positions share one codebook: a code is dead where no position chooses it.
         if dead := use.states - use.used:
             texts.append(
-                f"{name}: {dead} of {use.states} codes are dead (never chosen). To use them: {_revival(name, use)} Or "
-                f"latents.{name}.codes = {use.used} would do."
+                f"{name}: {dead} of {use.states} codes are dead (never chosen). To use them: "
+                f"{revival(name, use.looked_up)} Or latents.{name}.codes = {use.used} would do."
             )
         if use.duplicates:
             texts.append(
@@ -254,13 +276,3 @@ def _alert_of_codes(name: str, use: CodeUse) -> str | None:
         total = use.states * len(use.dead)
         texts.append(f"{name}: {dead} of {total} codes are dead (never chosen). Fewer codes would do.")
     return " ".join(texts) or None
-
-
-def _revival(name: str, use: CodeUse) -> str:
-    """Return a sentence with the settings to change so that dead codes come into use."""
-    if use.looked_up:
-        return (
-            f'Begin with latents.{name}.posterior.start = "kmeans" and raise latents.{name}.posterior.restart, so that '
-            f"dead codes move to where data are."
-        )
-    return "Give objective.beta a longer warm-up from 0."

@@ -1,10 +1,11 @@
-"""Codebook usage of discrete latents: sums over the posteriors of a grid of codes, accumulated batch by batch."""
+"""Limits of collapse, and codebook usage of discrete latents: sums over the posteriors of a grid of codes."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import math
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, final
 
 import torch
 from pyro.poutine.messenger import Messenger
@@ -26,6 +27,34 @@ from pvae.util import seeds
 
 DEAD = 1e-3
 """Codes of K count as used if their proportion is at least `DEAD` / K, a thousandth of uniform use."""
+Nodes = Mapping[str, Any]
+"""Nodes of the sample sites of a Pyro trace, by name."""
+
+
+@final
+@dataclass(frozen=True)
+class Silence:
+    """Limits up to which a latent carries no information: the one table that alerts of fits and reports read."""
+
+    variance: float = 0.01
+    """Variance over the data of the posterior mean of a real coordinate (Burda et al., 2015)."""
+    coordinate: float = 0.01
+    """Mean KL of a real coordinate, nats."""
+    latent: float = 0.1
+    """Mean KL of a real latent, nats, however many coordinates it has."""
+    capacity: float = 0.01
+    """I_q or mean KL of one code or bit, as a proportion of the log K nats that K states can carry."""
+
+    def of_real(self, coordinates: int) -> float:
+        """Return the mean KL, nats, up to which a whole real latent carries no information."""
+        return min(self.coordinate * coordinates, self.latent)
+
+    def of_codes(self, states: int) -> float:
+        """Return the nats up to which a code of K states carries no information; negative for K = 1, which has none."""
+        return self.capacity * math.log(states) if states > 1 else -1.0
+
+
+SILENT = Silence()
 
 
 @dataclass(frozen=True)
@@ -44,6 +73,8 @@ class Tally:
     """Log prior log p(c_p = k), `(P, K)`; None unless it is factorised and the same for all rows."""
     bits: bool = False
     """True if each position is a bit rather than a code of one shared codebook."""
+    kl: Tensor | None = None
+    """Summed KL(q(c_p | x_i) || p(c_p)), `(P,)`, nats; None unless the prior is factorised given its parents."""
 
     @property
     def positions(self) -> int:
@@ -70,11 +101,22 @@ class Tally:
         """Proportion of each code over all rows and positions, `(K,)`: the mean of q_agg(c_p) over positions."""
         return self.share.mean(0)
 
+    @property
+    def information(self) -> Tensor:
+        """Mutual information I_q[x, c_p] of every position, `(P,)`, nats: at most log K.
+
+        If the posterior depends on other latents it is that of c_p with x and these; the mean KL, if smaller, bounds
+        the information that c_p adds to its parents in the prior, and is returned instead.
+        """
+        found = entropy_of(self.share) - self.entropy / self.n
+        return (found if self.kl is None else found.minimum(self.kl / self.n)).clamp(min=0)
+
     def __add__(self, other: Tally) -> Tally:
         same = self.prior is not None and other.prior is not None and torch.equal(self.prior, other.prior)
+        kl = None if self.kl is None or other.kl is None else self.kl + other.kl
         return Tally(
             self.n + other.n, self.mass + other.mass, self.entropy + other.entropy, self.grid,
-            self.prior if same else None, self.bits,
+            self.prior if same else None, self.bits, kl,
         )  # fmt: skip
 
 
@@ -112,7 +154,10 @@ def tally(q: Members | None, p: Members | None = None, grid: Shape = (), *, bits
         return None
     logits = q.logits.double()
     probs = logits.exp()
-    return Tally(len(q), probs.sum(0), -(probs * logits).sum((0, 2)), grid, shared_prior(p), bits)
+    entropy = -(probs * logits).sum((0, 2))
+    known = isinstance(p, Codes) and p.logits.shape[1:] == logits.shape[1:]
+    kl = -entropy - (probs * p.logits).sum((0, 2)) if known else None
+    return Tally(len(q), probs.sum(0), entropy, grid, shared_prior(p), bits, kl)
 
 
 def shared_prior(p: Members | None) -> Tensor | None:
@@ -143,16 +188,55 @@ class Undrawn(Messenger):
                 msg["value"] = torch.zeros(shape, dtype=torch.int64, device=unwrapped(fn).logits.device)
 
 
-def tallies(pair: Pair, x: Tensor, layout: Layout) -> dict[str, Tally]:
-    """Return the code-usage sums of every code latent of the guide on one batch, given samples of its parents."""
-    nodes, found = samples(pair.guide_trace(x)), {}
+def tallies(guide: Nodes, layout: Layout, rows: int, model: Nodes | None = None) -> dict[str, Tally]:
+    """Return the sums over the posteriors of every code and bit latent of one batch, from the sites of its traces."""
+    found = {}
     for name in layout.latents:
-        if isinstance(unwrapped(nodes[name]["fn"]), Bernoulli):
-            continue  # bits have no codes to run out of
-        made = tally(members(nodes[name], layout, len(x)), None, grid_of(nodes[name]))
+        if name not in guide:  # a batch without this site
+            continue
+        node, prior = guide[name], (model or {}).get(name)
+        p, bits = None if prior is None else members(prior, layout, rows), isinstance(unwrapped(node["fn"]), Bernoulli)
+        made = tally(members(node, layout, rows), p, grid_of(node), bits=bits)
         if made is not None:
             found[name] = made
     return found
+
+
+def silence(
+    name: str, information: Sequence[float], perplexity: Sequence[float], states: int, *, bits: bool, looked_up: bool
+) -> str | None:
+    """Return sentences on the positions of a discrete latent without information, and on what to set; or None.
+
+    Arguments:
+        name: name of the latent.
+        information: mutual information with x of every position, nats.
+        perplexity: perplexity of every position.
+        states: number K of states of a position.
+        bits: True if positions are bits.
+        looked_up: True if the codes are the nearest rows of a codebook.
+    """
+    silent, count = sum(value <= SILENT.of_codes(states) for value in information), len(information)
+    if not silent:
+        return None
+    if silent < count:
+        most = f"{SILENT.capacity:.0%} of log {states}"
+        said = f"{name}: {silent} of {count} {'bits' if bits else 'positions'} are silent: each carries at most {most}."
+    elif max(perplexity) < 1.01:
+        said = f"{name} has collapsed: one of {states} codes is chosen whatever x is."
+    else:
+        carried = f"{sum(information):.3f} of {count * math.log(states):.2f} nats"
+        said = f"{name} has collapsed: it carries {carried}, hardly any information on x."
+    return f"{said} {revival(name, looked_up)}"
+
+
+def revival(name: str, looked_up: bool) -> str:
+    """Return a sentence with the settings to change so that silent positions and dead codes come into use."""
+    if looked_up:
+        return (
+            f'Begin with latents.{name}.posterior.start = "kmeans" and raise latents.{name}.posterior.restart, so that '
+            f"dead codes move to where data are."
+        )
+    return "Give objective.beta a longer warm-up from 0."
 
 
 def code_usage(pair: Pair, x: Tensor | Streamed, seed: int = 0) -> dict[str, float]:
@@ -185,8 +269,10 @@ def code_usage(pair: Pair, x: Tensor | Streamed, seed: int = 0) -> dict[str, flo
         seeds.set_noise(seeds.mix(seed, seeds.VALIDATION), first.device)
         step = pair.structure.rows_at_once()
         for start in range(0, len(x), step):
-            for name, made in tallies(pair, pair.accept(x[start : start + step]), pair.layout).items():
-                found[name] = found[name] + made if name in found else made
+            rows = pair.accept(x[start : start + step])
+            for name, made in tallies(samples(pair.guide_trace(rows)), pair.layout, len(rows)).items():
+                if not made.bits:  # bits have no codes to run out of
+                    found[name] = found[name] + made if name in found else made
     out = {}
     for name, made in found.items():
         out[f"perplexity/{name}"] = float(perplexity(made.pooled))

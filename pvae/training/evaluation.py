@@ -9,15 +9,14 @@ from typing import Any
 import pyro.distributions as dist
 import torch
 from torch import Tensor
-from torch.distributions import Categorical, OneHotCategorical
 
 from pvae.data.streamed import Streamed
 from pvae.distributions.base import FactoredNormal
-from pvae.distributions.codes import Certain
 from pvae.distributions.relaxed import Discretised
 from pvae.experiment.experiment import Experiment
 from pvae.experiment.plan import Plan
-from pvae.pair.code_usage import code_usage, grid_of
+from pvae.nn.codebook import NearestCodebook
+from pvae.pair.code_usage import SILENT, Tally, codebook_of, perplexity, silence, tallies
 from pvae.pair.layout import samples, unwrapped
 from pvae.pair.pair import Pair
 from pvae.pair.running import quiet
@@ -30,9 +29,6 @@ DECODED_AT_ONCE = 32_000
 that are summed over."""
 ALERT_ROWS = 1000
 """Largest number of data rows on which alerts are computed."""
-COLLAPSED_NATS_PER_COORDINATE, COLLAPSED_NATS = 0.01, 0.1
-"""Thresholds in nats per datum: a latent has collapsed if its KL is below the first times its number of coordinates
-and below the second."""
 MAX_PROPORTION_AT_BOUND = 0.05
 """Largest proportion of the scales (standard deviations) of a site that may lie at a bound without an alert."""
 MIN_EXPECTED_USES = 10
@@ -100,39 +96,34 @@ def alerts(plan: Plan, pair: Pair, x: Tensor, seed: int) -> list[str]:
         seeds.set_noise(seeds.mix(seed, seeds.VALIDATION), x.device)
         with Discretised(pair.relaxed):
             terms = pair.terms(x, rows=len(x), expected=True)
+            guide, model = (samples(trace) for trace in pair.traces(x))
+            codes = tallies(guide, pair.layout, len(x), None if pair.layout.enumerated else model)
         guide, model = (samples(trace) for trace in pair.traces(x))
-    kl = {name: float(value.double().mean()) for name, value in terms.kl.items()}
-    return [*_asleep(kl, guide), *_dead(guide, code_usage(pair, x, seed), len(x)), *_at_bounds(plan, guide, model)]
+    kl = {name: float(value.double().mean()) for name, value in terms.kl.items() if name not in codes}
+    return [*_asleep(kl, guide), *_unused(pair, codes), *_at_bounds(plan, guide, model)]
 
 
 def _asleep(kl: Mapping[str, float], guide: Mapping[str, Any]) -> Iterator[str]:
     for name, nats in kl.items():
         size = guide[name]["fn"].event_shape.numel() if name in guide else 1
-        if abs(nats) < min(COLLAPSED_NATS_PER_COORDINATE * size, COLLAPSED_NATS):
+        if abs(nats) <= SILENT.of_real(size):
             yield (
                 f"{name} has collapsed onto its prior: its KL is {nats:.4f} nats per datum. Give objective.beta a "
                 "longer linear warm-up from 0, or set objective.free_bits."
             )
 
 
-def _dead(guide: Mapping[str, Any], usage: Mapping[str, float], rows: int) -> Iterator[str]:
-    for name, node in guide.items():
-        states, used = _states(node), usage.get(f"used/{name}")
-        positions = math.prod(grid_of(node)) if states else 0
-        if states is None or used is None or rows * positions < MIN_EXPECTED_USES * states:
+def _unused(pair: Pair, codes: Mapping[str, Tally]) -> Iterator[str]:
+    """Yield a line for each discrete latent that carries no information, or with silent positions or dead codes."""
+    for name, use in codes.items():
+        information, spread, used = use.information.tolist(), perplexity(use.share).tolist(), int(use.used.sum())
+        kind = {"bits": use.bits, "looked_up": isinstance(codebook_of(pair, name), NearestCodebook)}
+        if silent := silence(name, information, spread, use.states, **kind):
+            yield silent
+        if use.bits or max(information) <= SILENT.of_codes(use.states):
             continue
-        if usage[f"perplexity/{name}"] < 1.01:
-            yield f"{name} has collapsed: one of {states} codes is chosen whatever x is."
-        elif used < states:
-            yield f"{name}: {states - used:.0f} of {states} codes are dead: on {rows} rows they are not in use."
-
-
-def _states(node: Mapping[str, Any]) -> int | None:
-    """Return the number of values of a categorical site; None for other sites."""
-    fn = unwrapped(node["fn"])
-    if isinstance(fn, Certain):
-        return int(fn.states)
-    return int(fn.logits.shape[-1]) if isinstance(fn, Categorical | OneHotCategorical) else None
+        if used < use.states and use.n * use.positions >= MIN_EXPECTED_USES * use.states:
+            yield f"{name}: {use.states - used} of {use.states} codes are dead: on {use.n} rows they are not in use."
 
 
 def _at_bounds(plan: Plan, guide: Mapping[str, Any], model: Mapping[str, Any]) -> Iterator[str]:

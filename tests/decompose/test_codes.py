@@ -419,7 +419,7 @@ def test_one_code_for_all_has_collapsed():
     pair = declared({"c": {**VQ, "codes": 8, "grid": [2]}})
     with torch.no_grad():
         pair.model.codebooks["c"].weight[1:] = 1e6
-    assert "c has collapsed: one code is chosen whatever x is" in collapse(pair, rows(30)).alerts[0]
+    assert "c has collapsed: one of 8 codes is chosen whatever x is" in collapse(pair, rows(30)).alerts[0]
 
 
 def test_usage_does_not_depend_on_batches_and_moves_nothing(monkeypatch):

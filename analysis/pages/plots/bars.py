@@ -8,9 +8,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from pvae.analysis.decompose.collapse import ACTIVE, CodeUse, LatentCollapse
+from pvae.analysis.decompose.collapse import CodeUse, LatentCollapse
 from pvae.analysis.pages.plots.base import BLUE, FIGURE_WIDTH, GREY, RED, panels, plain, style, whole_numbers
 from pvae.analysis.pages.plots.pictures import tiles
+from pvae.pair.code_usage import SILENT
 from pvae.util.types import Array
 
 
@@ -39,12 +40,12 @@ def _bars(
 
 @style()
 def units(name: str, latent: LatentCollapse) -> Figure:
-    """Plot the KL of each coordinate, largest first, and the variance of its posterior mean with the limit `ACTIVE`."""
+    """Plot the KL of each coordinate, largest first, and the variance of its posterior mean with its limit."""
     kl = None if latent.kl_per_dimension is None else np.array(latent.kl_per_dimension)
     variance = None if latent.activity is None else np.array(latent.activity)
     shown = [values for values in (kl, variance) if values is not None]
     order = np.argsort(-shown[0], kind="stable")
-    active = variance[order] > ACTIVE if variance is not None else np.ones(len(order), bool)
+    active = variance[order] > SILENT.variance if variance is not None else np.ones(len(order), bool)
     made, grid = panels(2.1 * len(shown) + 0.5, [1] * len(shown), sharex=True)
     last = grid[-1]
     if kl is not None:
@@ -63,8 +64,8 @@ def _activity(axes: Axes, variance: Array, active: NDArray[np.bool_]) -> None:
     floor = 1e-5
     axes.set_yscale("log")
     _bars(axes, np.maximum(variance, floor), active, bottom=floor / 2)
-    axes.axhline(ACTIVE, color=RED, linestyle="--", linewidth=1.5)
-    title = f"Variance of its posterior mean (active above {ACTIVE}, dashed)"
+    axes.axhline(SILENT.variance, color=RED, linestyle="--", linewidth=1.5)
+    title = f"Variance of its posterior mean (active above {SILENT.variance}, dashed)"
     axes.set(ylim=(floor / 2, max(3.0, float(variance.max()) * 2)), title=title)
     axes.set_yticks([1e-4, 1e-2, 1.0], ["0.0001", "0.01", "1"])
     axes.minorticks_off()

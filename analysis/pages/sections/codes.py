@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import numpy as np
@@ -36,15 +37,17 @@ def codes(exam: Examination) -> Iterator[Part]:
 
 
 def _table(exam: Examination, uses: dict[str, CodeUse]) -> PageTable:
-    titles = ("latent", "positions", "codes", "perplexity of a position", "pooled", "in use", "duplicates")
+    titles = ("latent", "positions", "codes", "I_q", "log K", "silent", "perplexity", "pooled", "in use", "duplicates")
     rows = []
     for name, use in uses.items():
-        mean = sum(use.perplexity) / len(use.perplexity)
-        measured = mean, use.pooled_perplexity, use.used, use.duplicates
-        rows.append((name, len(use.perplexity), use.states, *measured))
+        count = len(use.perplexity)
+        information, mean = (sum(values) / count for values in (use.information, use.perplexity))
+        measured = information, math.log(use.states), use.silent, mean, use.pooled_perplexity, use.used, use.duplicates
+        rows.append((name, count, use.states, *measured))
     caption = (
-        f"Use of the codes on {exam.split} under the aggregated posterior: exact numbers, not nats; a dash where a "
-        "figure is not defined (bits have no common codebook)"
+        f"Use of the codes on {exam.split} under the aggregated posterior: I_q of a position (mean), nats, of at most "
+        "log K, and silent positions, which carry at most 1 % of it; perplexity of a position, and pooled; a dash "
+        "where a figure is not defined (bits have no common codebook)"
     )
     return PageTable("codes", caption, columns(*titles, digits=2), rows)
 

@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 from pvae.analysis.aggregate.aggregated import AggregatedPosterior
-from pvae.analysis.decompose.collapse import ACTIVE, Collapse
+from pvae.analysis.decompose.collapse import Collapse
 from pvae.analysis.decompose.posterior_draws import LatentDraw
 from pvae.analysis.pages.document.blocks import PageTable, Part, Picture, Sentence, Tile, columns, picture, section
 from pvae.analysis.pages.document.text import percent
 from pvae.analysis.pages.plots import bars, clouds
 from pvae.analysis.pages.sections.examination import Examination, array
 from pvae.errors import DataError
+from pvae.pair.code_usage import SILENT
 from pvae.util import seeds
 
 HOLE = 0.01
@@ -83,8 +84,8 @@ def _units(exam: Examination, name: str) -> Iterator[Part]:
         bars.units(name, latent),
         f"Bars, one per coordinate: KL, and variance of the posterior mean. {said}",
         "All charts have the same order. A unit is active if the variance of its posterior mean over the data is above "
-        f"{ACTIVE} (dashed line). Units to the right of a sharp drop are not used. If the prior depends on other "
-        "latents the mean can move with it: then read the KL.",
+        f"{SILENT.variance} (dashed line). Units to the right of a sharp drop are not used. If the prior depends on "
+        "other latents the mean can move with it: then read the KL.",
     )
     yield PageTable(f"units_{name}", caption, columns("coordinate", *there), rows, folded=latent.dim > 5)
 
@@ -141,8 +142,8 @@ def _curves(exam: Examination, names: list[str]) -> Iterator[PageTable]:
     thresholds = [f"> {threshold:g}" for threshold, _ in next(iter(use.values())).curve[::4]]
     rows = tuple((name, latent.dim, *(count for _, count in latent.curve[::4])) for name, latent in use.items())
     caption = (
-        f"Active units by threshold on the variance of the posterior mean (usual threshold {ACTIVE}); counts that do "
-        "not change mean a clear answer"
+        f"Active units by threshold on the variance of the posterior mean (usual threshold {SILENT.variance}); counts "
+        "that do not change mean a clear answer"
     )
     yield PageTable("active_units", caption, columns("latent", "size", *thresholds), rows)
 

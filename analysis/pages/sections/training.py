@@ -11,7 +11,7 @@ from pvae.analysis.pages.plots import curves
 from pvae.analysis.pages.sections.examination import Examination
 
 TOLD_EVENTS = ("nonfinite", "storage", "stop", "changed", "engine", "data", "alert")
-MEASURED = re.compile("has collapsed|are dead")
+MEASURED = re.compile("has collapsed|are dead|are silent")
 """Pattern of alerts from the fit that the report omits, because it measures collapse and dead codes itself."""
 
 
