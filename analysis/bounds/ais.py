@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -222,7 +223,7 @@ def _both(
     pair: Pair, like: Tensor, plan: AnnealingPlan, tick: Callable[[], None]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return simulated data, forward and reverse log weights, `(chains, n)` each, and mean acceptance, `(n,)`."""
-    x, values = _simulate(pair, like)
+    x, values = simulated(pair, like, "bracket")
     target = Target(pair, x, plan)
     forward, acceptance, widths, kernels = _lower(target, plan, tick)
     back = target.given(values, plan.chains)
@@ -230,20 +231,46 @@ def _both(
     return x, forward, backward, acceptance
 
 
-def _simulate(pair: Pair, like: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return data and latents sampled from the model; raise DataError unless the model observes x unchanged."""
+def simulated(pair: Pair, like: Tensor, caller: str) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return data and latents sampled from the model, one row for each of `like`, whose covariates are kept.
+
+    Raises:
+        DataError: the model observes something else than its data; the message begins with `caller`.
+    """
     trace = samples(pair.simulate(like))
-    (site,) = pair.layout.observed
-    value = trace[site]["value"]
-    values = {name: node["value"] for name, node in trace.items() if name != site}
-    if pair.frame.covariates:
-        return pair.frame.join(value, like), values
-    if value.numel() == like.numel():
-        x = value.to(like.dtype).reshape(like.shape)
-        seen = samples(pair.model_trace(x, values))[site]["value"]
-        if torch.equal(seen.to(like.dtype).reshape(like.shape), x):
+    values = {name: node["value"] for name, node in trace.items() if name not in pair.layout.observed}
+    found = {name: trace[name]["value"] for name in pair.layout.observed if name in trace}
+    x = _placed(pair, like, found)
+    if x is not None and pair.frame.covariates:
+        return x, values
+    if x is not None:
+        seen = samples(pair.model_trace(x, values))
+        if all(torch.equal(seen[name]["value"].to(v.dtype).reshape(v.shape), v) for name, v in found.items()):
             return x, values
+    shapes = ", ".join(f"{name} {list(value.shape)}" for name, value in found.items())
     raise DataError(
-        f"bracket: expected the model to observe x as it is at {site}; got a site that holds something else of shape "
-        f"{list(value.shape)}. Use ais on data."
+        f"{caller}: expected each argument of the model to be observed as it is, whole at one site, so that simulated "
+        f"data can take its place; got sites {shapes} of rows {list(like.shape)}."
     )
+
+
+def _placed(pair: Pair, like: Tensor, found: dict[str, Tensor]) -> Tensor | None:
+    """Return rows `like` with simulated values of the observed sites in place of what the sites observe there."""
+    if pair.arguments is None:
+        (value, *rest) = found.values()
+        if rest or (value.numel() != like.numel() and not pair.frame.covariates):
+            return None
+        return pair.frame.join(value if pair.frame.covariates else value.to(like.dtype).reshape(like.shape), like)
+    seen, (args, named) = samples(pair.model_trace(like)), pair.arguments.unpack(like)
+    parts: dict[Any, Tensor] = dict(enumerate(args)) | named
+    for name, value in found.items():
+        held = seen[name]["value"]
+        at = [
+            key
+            for key, part in parts.items()
+            if part.numel() == held.numel() and torch.equal(held.reshape(part.shape).to(part.dtype), part)
+        ]
+        if len(at) != 1:
+            return None
+        parts[at[0]] = value.reshape(parts[at[0]].shape).to(parts[at[0]].dtype)
+    return pair.arguments.pack(parts if named else list(parts.values())).to(like)

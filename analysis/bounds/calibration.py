@@ -1,0 +1,345 @@
+"""Calibration of the guide: is q(z | x) the posterior of the model, on data that the model itself makes?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Any, final
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.distributions import OneHotCategorical
+
+from pvae.analysis.aggregate.entry import accept, quiet, require_likelihood, same_globals
+from pvae.analysis.bounds.ais import simulated
+from pvae.analysis.bounds.ranks import FINE, LEVEL, RankTest, tested
+from pvae.analysis.bounds.weights import log_weights
+from pvae.analysis.figures.estimate import Figures, Row
+from pvae.distributions.relaxed import LogOneHot
+from pvae.errors import DataError
+from pvae.pair.arguments import PairData
+from pvae.pair.densities import is_masked
+from pvae.pair.layout import samples, site_shape, unwrapped
+from pvae.pair.pair import Pair
+from pvae.pair.problems import ProgramError
+from pvae.pair.terms import terms_of
+from pvae.util import seeds
+from pvae.util.progress import Progress, silent
+
+NUMBERS = 2**21
+"""Largest number of elements of x in one batch of samples."""
+SHOWN = 12
+"""Largest number of coordinates in the table and the sentences, the smallest p-values first."""
+JOINT = "all jointly"
+
+
+@final
+@dataclass(frozen=True, repr=False)
+class Calibration(Figures):
+    """Ranks of the latents that made simulated data among samples of q(z | x); the result of `calibration`."""
+
+    unit = "ratio"
+    counts = ("n", "draws", "importance", "level")
+
+    n: int
+    """Number of rows simulated from the model."""
+    draws: int
+    """Number L of samples of q(z | x) for every row."""
+    importance: int
+    """Number of samples of q(z | x) from which each weighted sample is chosen; 0 for none."""
+    guide: tuple[RankTest, ...]
+    """Tests of every coordinate of every latent under q(z | x), and last of all coordinates jointly."""
+    weighted: tuple[RankTest, ...]
+    """The same with importance weights; empty without."""
+    level: float = LEVEL
+    """Probability that any verdict on an exact posterior is not "fine"."""
+
+    @property
+    def joint(self) -> RankTest:
+        """Test of all coordinates jointly: the ranks of the distance to a reference point; "narrow" or "wide"."""
+        return self.guide[-1]
+
+    @property
+    def worst(self) -> list[RankTest]:
+        """Coordinates of q(z | x) in the order of their p-values, at most `SHOWN`."""
+        return sorted(self.guide[:-1], key=lambda test: test.p)[:SHOWN]
+
+    @property
+    def title(self) -> str:
+        return f"calibration of q(z | x) on {self.n} rows that the model made, {self.draws} samples each"
+
+    def rows(self) -> Iterator[Row]:
+        for name, tests in (("", self.guide), (" weighted", self.weighted)):
+            for level in (0.5, 0.9) if tests else ():
+                what = f"of the true z are in the region to which q gives {level:.0%}"
+                yield f"coverage {level:.0%}{name}", tests[-1].within(level), what
+        again = {test.name: test for test in self.weighted}
+        for test in self.worst:
+            yield test.name, test.width, _told(test)
+            if test.name in again and test.verdict != FINE:
+                yield f"{test.name} weighted", again[test.name].width, _told(again[test.name])
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        more = len(self.guide) - 1 - SHOWN
+        rest = (f"{more} more coordinates, with larger p-values, are in the JSON.",) if more > 0 else ()
+        return (*self.sentences, *rest)
+
+    @property
+    def sentences(self) -> tuple[str, ...]:
+        """Sentences on q(z | x), on its coverage and on importance weights, each with its figures."""
+        said = [_on(self.guide[:-1], f"On {self.n} rows that the model made,")]
+        words = {FINE: "as it should", "too narrow": "q is overconfident", "too wide": "q is too cautious"}
+        for tests, what in ((self.guide, "q"), (self.weighted, "q with importance weights")):
+            if tests:
+                share, verdict = tests[-1].within(0.9), words[tests[-1].verdict]
+                held = f"{share.value:.0%} ± {share.standard_error:.0%}"
+                said.append(f"The 90 % region of {what}, of all coordinates, holds {held} of the true z: {verdict}.")
+        if self.weighted:
+            said.append(_on(self.weighted[:-1], f"With importance weights (each sample one of {self.importance})"))
+        return (*said, "This compares q with the posterior of the model; it does not test whether the model fits data.")
+
+    def to_dict(self) -> dict[str, Any]:
+        tests = {name: [test.to_dict() for test in getattr(self, name)] for name in ("guide", "weighted")}
+        return {**self.facts(), "coverage_90": self.joint.within(0.9).to_dict(), **tests, "said": list(self.sentences)}
+
+
+def _told(test: RankTest) -> str:
+    return f"{test.verdict}; shift {test.shift.value:+.2f}, p {test.p:.1g}"
+
+
+def _on(tests: Sequence[RankTest], what: str) -> str:
+    wrong = sorted((test for test in tests if test.verdict != FINE), key=lambda test: test.p)
+    if not wrong:
+        return f"{what} no coordinate of q(z | x) by itself can be told from the posterior of the model."
+    parts = []
+    for verdict in dict.fromkeys(test.verdict for test in wrong):
+        found = [test for test in wrong if test.verdict == verdict]
+        named = ", ".join(test.name for test in found[:3]) + (", ..." if len(found) > 3 else "")
+        width, shift = (np.median([getattr(test, name).value for test in found]) for name in ("width", "shift"))
+        figures = [f"width {width:.2f}"] * ("too" in verdict) + [f"shift {shift:+.2f}"] * ("shifted" in verdict)
+        parts.append(f"{verdict} in {len(found)} ({'; '.join([named, *figures])})")
+    return f"{what} q(z | x) is {', '.join(parts)} of {len(tests)} coordinates."
+
+
+def calibration(
+    pair: Pair,
+    rows: int = 1000,
+    draws: int = 19,
+    *,
+    importance: int = 0,
+    x: PairData | None = None,
+    seed: int = 0,
+    on_progress: Progress = silent,
+) -> Calibration:
+    r"""Compare q(z | x) with the posterior of the model on data that the model makes (simulation-based calibration).
+
+    For z* ~ p(z), x ~ p(x | z*), the latent z* is an exact sample of the posterior of x. If q(z | x) is that posterior,
+    the rank of every coordinate of z* among L samples of q is uniform on 0 .. L; ties, of codes, are broken at random.
+    All coordinates are tested jointly by the rank of the distance of z* to a reference point, which gives the expected
+    coverage of regions of q (TARP). The reference of a row is the z* of that of the rows before it whose x is nearest:
+    so a q that ignores x, whose ranks are uniform, is found as well. Holm's method holds the probability that an exact
+    posterior is not called fine in any coordinate, or jointly, at 5 %.
+
+    With `importance` = K each of the L samples is also chosen from K of q, by the weights p(x, z) / q(z | x): what is
+    still off then is off in IWAE bounds and importance-weighted posteriors, too.
+
+    Warning: the result says nothing on whether the model fits data, nor on how good q is on data unlike the model's. A
+    bias of q that differs in sign from row to row shows as too narrow.
+
+    References:
+        Validating Bayesian Inference Algorithms with Simulation-Based Calibration (Talts et al., 2018),
+        https://arxiv.org/abs/1804.06788
+        Sampling-Based Accuracy Testing of Posterior Estimators for General Inference (Lemos et al., 2023),
+        https://arxiv.org/abs/2302.03026
+
+    Arguments:
+        pair: any Pyro pair whose model can make x, and whose guide samples its latents. Global latents are sampled once
+            from the guide, and are given.
+        rows: number of rows to simulate.
+        draws: number L of samples of q(z | x) for every row.
+        importance: number K of samples from which each weighted one is chosen; 0 for no weighted ones.
+        x: rows of data `(m, *event)` from which covariates are taken, and whatever else the model reads; it makes x
+            itself anew. Needed only where it reads any.
+        seed: seed of the samples; the same seed gives the same numbers.
+        on_progress: called with (rows done, rows).
+
+    Returns:
+        Calibration: estimates, with a test of every coordinate and of all jointly.
+
+    Raises:
+        DataError: a count is too small; the model has no likelihood, or is determined by its latents; latents are
+            points, masked or summed out; the programs run on given rows only; or the model observes something else than
+            its data.
+
+    Example:
+        >>> from pvae.analysis.truths.example import example_pair
+        >>> pair, _ = example_pair()
+        >>> [test.name for test in calibration(pair, rows=100).guide]
+        ['z[0]', 'z[1]', 'all jointly']
+    """
+    if rows < 2 or draws < 2 or importance < 0:
+        found = f"rows={rows}, draws={draws}, importance={importance}"
+        raise DataError(f"calibration: expected at least two rows and draws, importance of at least 0; got {found}.")
+    like = _template(pair, rows, x, seed)
+    _require_samples(pair)
+    taken = draws * max(1, importance)
+    chunk = max(1, pair.structure.rows_at_once(max(1, NUMBERS // like[0].numel())) // taken)
+    parts = []
+    with quiet(pair, like, seed), same_globals(pair, like):
+        require_likelihood(pair, "calibration")
+        for part in like.split(chunk):
+            parts.append(_simulated(pair, part, draws, importance))
+            on_progress(sum(len(p.x) for p in parts), rows)
+        made = _Made(*(torch.cat(column, -2) for column in zip(*(vars(p).values() for p in parts), strict=True)))
+        names, codes = _names(pair, like)
+        tests = [_tests(made, z, names, codes) for z in (made.guide, made.weighted)]
+    return Calibration(rows, draws, importance, tests[0], tests[1] if importance else ())
+
+
+@dataclass(frozen=True)
+class _Made:
+    """Simulated rows with their latents: all coordinates of all latents beside each other."""
+
+    x: Tensor
+    """Rows `(n, elements)`."""
+    true: Tensor
+    """Latents that made them, `(n, D)`."""
+    guide: Tensor
+    """Samples of q(z | x), `(L, n, D)`."""
+    weighted: Tensor
+    """Samples with importance weights, `(L, n, D)`."""
+
+
+def _template(pair: Pair, rows: int, x: PairData | None, seed: int) -> Tensor:
+    """Return rows to run the model on, `(rows, *event)`: some of `x` at random, or zeros where it reads none."""
+    if x is not None:
+        x = accept(pair, x)
+        return x[torch.randint(len(x), (rows,), generator=seeds.generator(seed, seeds.ANALYSIS, 5)).to(x.device)]
+    wanted = "calibration: expected rows of data, for the model reads"
+    if pair.frame.covariates or pair.arguments is not None:
+        read = ", ".join(pair.frame.covariates) or "several arguments"
+        raise DataError(f"{wanted} {read}; got none. Pass x=..., of which all but x itself is kept.")
+    like = accept(pair, torch.zeros(rows, *pair.frame.row))
+    made = []
+    for number in (0, 1) if not pair.declared else ():
+        try:
+            with quiet(pair, like, seed):
+                nodes = samples(pair.simulate(like[:2] + number))
+        except ProgramError as error:
+            raise DataError(f"{wanted} them: {error} Pass x=...") from error
+        made.append([node["value"] for node in nodes.values()])
+    if made and not all(map(torch.equal, *made)):
+        raise DataError(f"{wanted} them; got none. Pass x=..., some rows of data.")
+    return like
+
+
+def _require_samples(pair: Pair) -> None:
+    """Refuse guides without samples of single latents, or for given rows only."""
+    points = [name for name in pair.layout.latents if name in pair.structure.points]
+    reason = ""
+    if pair.structure.rows is not None:
+        reason = "a guide of any rows; got parameters of every row, which are those of given data"
+    elif not pair.layout.latents:
+        summed = ", ".join(pair.layout.enumerated)
+        reason = "latents that the guide samples; got " + (
+            f"{summed}, summed out exactly, whose posterior is that of the model" if summed else "global ones alone"
+        )
+    elif points and not pair.structure.determined:
+        reason = f"posterior samples; got a point for {', '.join(points)} (Delta), which has no spread to compare"
+    if reason:
+        raise DataError(f"calibration: expected {reason}.")
+
+
+def _simulated(pair: Pair, like: Tensor, draws: int, importance: int) -> _Made:
+    """Simulate a row for each of `like`, and sample its posterior `draws` times, with and without weights."""
+    x, values = simulated(pair, like, "calibration")
+    pool = max(1, importance)
+    tiled = x.repeat(draws * pool, *(1,) * (x.dim() - 1))
+    if importance:
+        guide_trace, model_trace = pair.traces(tiled)
+        terms = terms_of(guide_trace, model_trace, pair.layout, 0, False, None)
+        weights = log_weights(terms, pair.layout.shared).nan_to_num(nan=-torch.inf).reshape(draws, pool, len(x))
+    else:
+        guide_trace, weights = pair.guide_trace(tiled), torch.zeros(draws, pool, len(x), device=x.device)
+    z = _flat(pair, samples(guide_trace), {}).reshape(draws, pool, len(x), -1)
+    chosen = (weights - torch.empty_like(weights).exponential_().log()).argmax(1)  # by weight (Gumbel-max)
+    weighted = z.gather(1, chosen[:, None, :, None].expand(-1, 1, -1, z.shape[-1]))[:, 0]
+    true = _flat(pair, samples(pair.model_trace(x, values)), values)
+    return _Made(x.reshape(len(x), -1), true, z[:, 0], weighted)
+
+
+def _flat(pair: Pair, nodes: dict[str, Any], values: dict[str, Tensor]) -> Tensor:
+    """Return the latents of a trace beside each other, `(n, D)`, float64; one-hots as indices."""
+    found = []
+    for name in pair.layout.latents:
+        if name not in nodes or is_masked(nodes[name]):
+            raise DataError(f"calibration: expected {name} in every row of simulated data; got rows that lack it.")
+        node = nodes[name] | ({"value": values[name]} if name in values else {})
+        flat = site_shape(node, pair.layout).flatten(node["value"]).double()
+        states = node["fn"].event_shape[-1] if _is_one_hot(node["fn"]) else 0
+        found.append(flat.unflatten(1, (-1, states)).argmax(-1).double() if states else flat)
+    return torch.cat(found, 1)
+
+
+def _is_one_hot(fn: Any) -> bool:
+    return isinstance(unwrapped(fn), OneHotCategorical | LogOneHot)
+
+
+def _names(pair: Pair, like: Tensor) -> tuple[list[str], Tensor]:
+    """Return the names of all coordinates, and for each whether it is a code or bit, `(D,)` booleans."""
+    names: list[str] = []
+    codes: list[bool] = []
+    nodes = samples(pair.guide_trace(like[:2]))
+    for name in pair.layout.latents:
+        fn, shape = nodes[name]["fn"], site_shape(nodes[name], pair.layout)
+        sizes = [size for size in (*shape.left, *shape.right[: -1 if _is_one_hot(fn) else None]) if size > 1]
+        found = [f"{name}[{', '.join(map(str, at))}]" for at in product(*map(range, sizes))] if sizes else [name]
+        names += found
+        codes += [_is_discrete(fn)] * len(found)
+    return names, torch.tensor(codes, device=like.device)
+
+
+def _is_discrete(fn: Any) -> bool:
+    try:
+        return bool(fn.support.is_discrete)
+    except NotImplementedError:
+        return False
+
+
+def _tests(made: _Made, z: Tensor, names: Sequence[str], codes: Tensor) -> tuple[RankTest, ...]:
+    """Return the tests of every coordinate of samples `(L, n, D)`, and of all jointly."""
+    reference = made.true[_nearest_before(made.x)]
+    reference[0] = 0
+    scale = torch.cat([z.flatten(0, 1), made.true]).std(0).clamp(min=1e-300)
+
+    def distance(z: Tensor) -> Tensor:
+        apart = z - reference
+        return torch.where(codes, (apart != 0).double(), (apart / scale).square()).sum(-1, keepdim=True)
+
+    ranks = [_ranks(made.true, z), _ranks(distance(made.true), distance(z))]
+    found = tested(np.concatenate(ranks, 1), len(z), [*names, JOINT])
+    return (*found[:-1], found[-1].of_distances())
+
+
+def _ranks(true: Tensor, z: Tensor) -> NDArray[np.int64]:
+    """Return the ranks of true values `(n, D)` among samples `(L, n, D)`, `(n, D)`; ties are broken at random."""
+    below, ties = (z < true).sum(0), (z == true).sum(0)
+    return np.asarray((below + (torch.rand(true.shape, device=true.device) * (ties + 1)).long()).cpu().numpy())
+
+
+def _nearest_before(x: Tensor) -> Tensor:
+    """Return for every row of x `(n, elements)` the index of the nearest of the rows before it; 0 for the first.
+
+    As no row serves those before it, the ranks of all rows are independent.
+    """
+    x = x.float().nan_to_num()
+    found = [torch.zeros(1, dtype=torch.int64, device=x.device)]
+    for start in range(1, len(x), 500):
+        apart = torch.cdist(x[start : start + 500], x)
+        later = torch.ones_like(apart, dtype=torch.bool).triu(start)
+        found.append(apart.masked_fill(later, torch.inf).argmin(1))
+    return torch.cat(found)
