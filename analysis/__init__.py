@@ -7,6 +7,7 @@ otherwise put in their place.
 from pvae.analysis.aggregate.aggregated import AggregatedPosterior
 from pvae.analysis.bounds.ais import ais, bracket
 from pvae.analysis.bounds.annealed import Annealed, Bracket
+from pvae.analysis.bounds.calibration import Calibration, calibration
 from pvae.analysis.bounds.evidence import evidence, prior_evidence
 from pvae.analysis.bounds.gap import Gap, gap
 from pvae.analysis.bounds.lower_bounds import Evidence, PriorEvidence
@@ -41,6 +42,7 @@ __all__ = [
     "AggregatedPosterior",
     "Annealed",
     "Bracket",
+    "Calibration",
     "Code",
     "Collapse",
     "Copying",
@@ -70,6 +72,7 @@ __all__ = [
     "TwoSample",
     "ais",
     "bracket",
+    "calibration",
     "collapse",
     "compare",
     "copying",

@@ -15,7 +15,7 @@ from torch.distributions import OneHotCategorical
 
 from pvae.analysis.aggregate.entry import accept, quiet, require_likelihood, same_globals
 from pvae.analysis.bounds.ais import simulated
-from pvae.analysis.bounds.ranks import FINE, LEVEL, RankTest, tested
+from pvae.analysis.bounds.ranks import FINE, LEVEL, RankTest, rank_tests
 from pvae.analysis.bounds.weights import log_weights
 from pvae.analysis.figures.estimate import Figures, Row
 from pvae.distributions.relaxed import LogOneHot
@@ -321,7 +321,7 @@ def _tests(made: _Made, z: Tensor, names: Sequence[str], codes: Tensor) -> tuple
         return torch.where(codes, (apart != 0).double(), (apart / scale).square()).sum(-1, keepdim=True)
 
     ranks = [_ranks(made.true, z), _ranks(distance(made.true), distance(z))]
-    found = tested(np.concatenate(ranks, 1), len(z), [*names, JOINT])
+    found = rank_tests(np.concatenate(ranks, 1), len(z), [*names, JOINT])
     return (*found[:-1], found[-1].of_distances())
 
 

@@ -63,7 +63,7 @@ class RankTest:
         return {**vars(self), "counts": list(self.counts), "width": width, "shift": shift}
 
 
-def tested(ranks: NDArray[np.int64], samples: int, names: Sequence[str]) -> tuple[RankTest, ...]:
+def rank_tests(ranks: NDArray[np.int64], samples: int, names: Sequence[str]) -> tuple[RankTest, ...]:
     r"""Test whether ranks are uniform on 0 .. L, independently over the rows, for several coordinates together.
 
     The test of one coordinate is Neyman's smooth test: with polynomials h_1, ..., h_4 that are orthonormal under the
