@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 Levels = Annotated[tuple[int | str, ...], Field(strict=False)]
 """Levels of a column: a tuple of strings or integers; a list, as TOML gives it, is accepted."""
 
+Time = Literal["seconds", "days", "hour_sin", "hour_cos", "week_sin", "week_cos", "year_sin", "year_cos"]
+"""Readings of a date or a duration as a number."""
+
 LARGEST_COUNT = 2**24
 """Largest count that a column may contain: above it float32 cannot represent every integer."""
 
@@ -35,6 +38,9 @@ class Column(Component):
 
     tag: ClassVar[str] = "type"
 
+    of: str | None = None
+    """Name of the column in the table, where it differs from the name under `data.columns`; one column of a table may
+    be read several times, such as a date as its days and as parts of the year."""
     missing: Literal["error", "mask"] = "error"
     """`error`: refuse missing values; `mask`: leave them out of the likelihood, and give the encoder an indicator."""
 
@@ -93,6 +99,11 @@ class ContinuousColumn(Column):
     """Transform of the values; all but `none` end with standardisation by the observed training rows."""
     likelihood: Literal["normal", "student_t"] = "normal"
     """Distribution of the column; its scale (and degrees of freedom) are learned, one value for the column."""
+    time: Time | None = None
+    """Reading of dates and durations: `days` or `seconds` (of dates: since 1970, UTC), or the sine or cosine of the
+    hour of the day, the day of the week or the day of the year, such as `hour_sin`; None for plain numbers."""
+    format: str | None = None
+    """Format of dates that are text, in the codes of `strftime` such as `%d.%m.%Y`; None for ISO 8601."""
 
     @property
     def family(self) -> str:
@@ -100,6 +111,8 @@ class ContinuousColumn(Column):
 
     @property
     def expected(self) -> str:
+        if self.time is not None:
+            return f"a date ({self.format or 'ISO 8601'})" + (" or a duration" if self.format is None else "")
         where = {"log": " above 0", "log1p": " above -1", "logit": " between 0 and 1, neither of them"}
         return f"a finite number{where.get(self.transform, '')}"
 
@@ -110,6 +123,12 @@ class ContinuousColumn(Column):
     @property
     def is_standardised(self) -> bool:
         return self.transform != "none"
+
+    @model_validator(mode="after")
+    def _a_date(self) -> Self:
+        if self.format is not None and self.time is None:
+            raise ValueError('a format with time = "days" or another reading of a date; got a format alone')
+        return self
 
     def inside(self, values: Floats) -> NDArray[np.bool_]:
         low = {"log": 0.0, "log1p": -1.0, "logit": 0.0}.get(self.transform, -LARGEST_FLOAT)

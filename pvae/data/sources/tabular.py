@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, Self, final
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from pvae.component import Names
 from pvae.data.rows.cache import Writer, decoded
@@ -18,8 +18,12 @@ from pvae.data.rows.prepare import Scale
 from pvae.data.rows.rows import Rows, joined
 from pvae.data.sources.base import Data, FileData, Seed
 from pvae.data.tables.cells import CellDecoder, Numbers
-from pvae.data.tables.readers import brief, parquet_pieces, text_pieces
+from pvae.data.tables.readers import TextTable, brief, parquet_pieces, text_pieces
+from pvae.data.tables.spelling import NA, Spelling
 from pvae.errors import DataError
+
+DECODED_FIELDS = {"source", "columns", "label", "na", "decimal", "thousands", "separator", "encoding", "header"}
+"""Fields of a declaration on which the decoded numbers of a table depend."""
 
 
 class Tabular(Data):
@@ -31,12 +35,20 @@ class Tabular(Data):
     """Type of every column, by its name in the table; columns that are not declared are left out of x."""
     label: str | None = None
     """Name of the column that contains the labels, which is not part of x; None for data without labels."""
-    na: Names = ("", "NA", "nan")
+    na: Names = NA
     """Strings that mean a missing value."""
+    decimal: Literal[".", ","] = "."
+    """Decimal mark of numbers that are written as text."""
+    thousands: Literal["", ",", ".", " ", "'", "\u00a0", "\u202f"] = ""
+    """Mark between groups of three digits in numbers that are written as text; empty for none."""
 
     @property
     def table(self) -> Mapping[str, Column]:
         return self.columns
+
+    def decoder(self, origin: str) -> CellDecoder:
+        """Return the converter of this table's cells; `origin` names the table in messages."""
+        return CellDecoder(self.columns, self.label, self.na, origin, Spelling(self.decimal, self.thousands))
 
     @model_validator(mode="after")
     def _a_table(self) -> Self:
@@ -45,6 +57,8 @@ class Tabular(Data):
             found = getattr(self, name, value)
             if found != value:
                 raise ValueError(f"no {name} in a table, whose columns have transforms of their own; got {found!r}")
+        if self.decimal == self.thousands:
+            raise ValueError(f"a decimal mark other than that of thousands; got {self.decimal!r} for both")
         if self.label in self.columns:
             raise ValueError(f"a label that is no part of x; got {self.label!r}, which is in columns too")
         for name, column in self.columns.items():
@@ -71,7 +85,7 @@ class TableFile(Tabular, FileData):
             DataError: see `pieces`.
         """
         path = located(self.path, data_dir)
-        declared = self.model_dump(include={"source", "columns", "label", "na", "separator"})
+        declared = self.model_dump(include=DECODED_FIELDS)
         key = {"path": str(path.resolve()), "version": version_of(path), **declared}
         kept = decoded(key, lambda writer: self._decode(writer, path))
         more: dict[str, Any] = {"table": self.columns, "notes": tuple(kept.notes["notes"])}
@@ -81,7 +95,7 @@ class TableFile(Tabular, FileData):
         return self.to_rows(held(kept.arrays["x"], self.stream, str(path)), y, str(path), **more)
 
     def _decode(self, writer: Writer, path: Path) -> None:
-        decoder = CellDecoder(self.columns, self.label, self.na, str(path))
+        decoder = self.decoder(str(path))
         rows = 0
         for x, y in self.pieces(path, decoder):
             writer.append("x", x)
@@ -95,14 +109,27 @@ class TableFile(Tabular, FileData):
 
 @final
 class CSV(TableFile):
-    """Table in a delimited text file (UTF-8) whose first line has the column names; decoded once into the cache."""
+    """Table in a delimited text file, plain or compressed (gzip, bzip2, xz), decoded once into the cache."""
 
     source: Literal["csv"] = "csv"
     separator: Literal[",", ";", "\t", "|"] = ","
     """Character between two cells."""
+    encoding: str = "utf-8"
+    """Encoding of the text, by the names that Python gives them, such as `cp1252` or `utf-16`."""
+    header: bool = True
+    """True if the first line has the names of the columns; without it they are named `c1`, `c2`, ... by place."""
+
+    @field_validator("encoding")
+    @classmethod
+    def _a_text_encoding(cls, value: str) -> str:
+        try:
+            "".encode(value)
+        except (LookupError, ValueError):
+            raise ValueError(f"an encoding of text that Python knows, such as utf-8; got {value!r}") from None
+        return value
 
     def pieces(self, path: Path, decoder: CellDecoder) -> Iterator[Numbers]:
-        return text_pieces(path, self.separator, decoder)
+        return text_pieces(TextTable(path, self.separator, self.encoding, self.header), decoder)
 
 
 @final
@@ -138,7 +165,7 @@ class FrameSource(Tabular):
         if not isinstance(frame, pandas.DataFrame):
             raise DataError(f"data: expected a pandas DataFrame; got {type(frame).__name__}.")
         names = [str(name) for name in frame.columns]
-        decoder = CellDecoder(self.columns, self.label, self.na, "data")
+        decoder = self.decoder("data")
         decoder.require_columns(names)
         if not len(frame):
             raise DataError("data: expected a DataFrame with rows; got none.")

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pvae.data.rows.columns import Column
+from pvae.data.rows.columns import Column, ContinuousColumn
 from pvae.data.rows.prepare import Floats
+from pvae.data.tables.spelling import Spelling, moments, numbers_of, read_time
 from pvae.errors import DataError, near
 
 if TYPE_CHECKING:
@@ -60,12 +60,14 @@ class CellDecoder:
         label: name of the label column, or None.
         na: strings that mean a missing value.
         origin: name of the table in messages.
+        spelling: marks of numbers written as text.
     """
 
     columns: Mapping[str, Column]
     label: str | None
     na: Sequence[str]
     origin: str
+    spelling: Spelling = Spelling()
     labels: dict[str, int] = field(default_factory=dict)
     """Integer code of every label found so far, by the label's text, in order of appearance."""
     notes: tuple[str, ...] = ()
@@ -73,8 +75,15 @@ class CellDecoder:
 
     @property
     def names(self) -> list[str]:
-        """Names of the columns to read: those of x, then the label column if there is one."""
-        return [*self.columns, *([] if self.label is None else [self.label])]
+        """Names of the table's columns to read: those of x, then the label column if there is one."""
+        read = [column.of or name for name, column in self.columns.items()]
+        return list(dict.fromkeys([*read, *([] if self.label is None else [self.label])]))
+
+    @property
+    def plain_numbers(self) -> list[str]:
+        """Names of the table's columns that are read as plain numbers alone, which pandas can parse."""
+        words = {c.of or name for name, c in self.columns.items() if c.words or getattr(c, "time", None)}
+        return [name for name in self.names if name not in words and name != self.label]
 
     def require_columns(self, found: Sequence[str]) -> None:
         """Refuse a table that lacks a declared column; record undeclared columns in `notes`.
@@ -98,7 +107,7 @@ class CellDecoder:
         """
         x = np.empty((len(frame), len(self.columns)))
         for place, (name, column) in enumerate(self.columns.items()):
-            x[:, place] = self._column(frame[name], name, column, where)
+            x[:, place] = self._column(frame[column.of or name], name, column, where)
         return x, None if self.label is None else self._labels(frame[self.label], self.label, where)
 
     def _column(self, cells: Cells, name: str, column: Column, where: Where) -> Floats:
@@ -116,15 +125,23 @@ class CellDecoder:
     def _numbers(self, cells: Cells, name: str, column: Column, where: Where) -> Floats:
         from pandas.api.types import is_bool_dtype, is_numeric_dtype
 
-        if not is_numeric_dtype(cells.dtype) or is_bool_dtype(cells.dtype):
-            values = [np.nan if self._is_missing(value) else value for value in cells.astype(object)]
-            for at, value in enumerate(values):
-                if isinstance(value, bool) or not isinstance(value, Real):  # a bool of NumPy is no Real
-                    raise self._wrong(at, name, column.expected, shown(str(value)), where)
-            return np.array(values, np.float64)
+        time = column.time if isinstance(column, ContinuousColumn) else None
         if cells.dtype.kind == "c":
             raise self._wrong(0, name, column.expected, "complex numbers", where)
-        return cells.to_numpy(np.float64, na_value=np.nan)
+        if time is None and is_numeric_dtype(cells.dtype) and not is_bool_dtype(cells.dtype):
+            return cells.to_numpy(np.float64, na_value=np.nan)
+        missing = cells.map(self._is_missing).to_numpy(bool)
+        known = cells.where(~missing)
+        if time is None:
+            values, wrong = numbers_of(known, self.spelling)
+        else:
+            values = read_time(moments(known, column.format)[0], time)  # type: ignore[attr-defined]
+            wrong = np.isnan(values)
+        wrong &= ~missing
+        if wrong.any():
+            at = int(wrong.argmax())
+            raise self._wrong(at, name, column.expected, shown(str(cells.iloc[at])), where)
+        return values
 
     def _coded(self, cells: Cells, name: str, column: Column, where: Where) -> Floats:
         codes, words = self._words(cells)
@@ -158,7 +175,7 @@ class CellDecoder:
 
     def _is_missing(self, value: Any) -> bool:
         if isinstance(value, str):
-            return value in self.na
+            return value in self.na or value.strip() in self.na
         return value is None or value != value or type(value).__name__ in ("NAType", "NaTType")
 
     def _wrong(self, at: int, name: str, expected: str, got: str, where: Where, todo: str = "") -> DataError:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,11 +12,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from scipy.stats import skew
 
-from pvae.data.rows.columns import TRUTH
+from pvae.component import from_table
+from pvae.data.rows.columns import TRUTH, Column
 from pvae.data.rows.files import located
 from pvae.data.rows.labels import natural
+from pvae.data.rows.prepare import Floats
+from pvae.data.rows.rows import Part, tenths
 from pvae.data.tables.cells import listed, shown, word_of
-from pvae.data.tables.readers import TextTable, opened_parquet
+from pvae.data.tables.readers import TextTable, opened_parquet, opened_text
+from pvae.data.tables.spelling import NA, SPELLINGS, Spelling, date_forms, moments, numbers_of
 from pvae.errors import DataError, near
 
 if TYPE_CHECKING:
@@ -29,8 +34,16 @@ MAX_LEVELS = 100
 LARGEST_GUESSED_COUNT = 10_000
 """Largest value of a column that is guessed to be a count; integers above it are declared continuous."""
 LARGE_SKEWNESS = 2.0
+MISSING_WORDS = (
+    "NULL", "Null", "null", "N/A", "n/a", "#N/A", "NaN", "na", "n.a.", "None", "<NA>", "NaT", "-", "--", "?", ".",
+    "missing",
+)  # fmt: skip
+"""Words that are missing values where all other cells of their column are numbers or dates."""
+NEVER_LEVELS = ("NULL", "null", "N/A", "n/a", "#N/A", "NaN", "<NA>")
+"""Words that are missing values in any column."""
+UNITS = re.compile(r"[+-]?[$€£¥]\s?[\d.,]+|[+-]?[\d.,]+\s?[%$€£¥‰]")
+"""Numbers with a percent sign or the sign of a currency, which no spelling of numbers reads."""
 SEPARATORS = (",", ";", "\t", "|")
-NA = ("", "NA", "nan")
 Found = dict[str, Any]
 
 
@@ -62,26 +75,34 @@ def guess(path: str, data_dir: Path | None = None, label: str | None = None) -> 
     """
     where = located(path, data_dir)
     found: Found = {"source": "csv", "path": path}
+    left: dict[str, str] = {}
     if where.suffix.lower() in (".parquet", ".pq"):
         found["source"] = "parquet"
-        cells = _parquet_cells(where)
+        cells, whole = _parquet_cells(where, left)
     else:
-        with where.open("rb") as file:
-            line = file.readline(2**20)
-        separator = max(SEPARATORS, key=lambda separator: line.count(separator.encode()))  # the most frequent one
-        found |= {"separator": separator} if separator != "," else {}
-        cells = _text_cells(where, separator)
+        layout = _layout(where)
+        found |= {name: value for name, value in layout.items() if value != CSV_DEFAULTS[name]}
+        cells, whole = _text_cells(TextTable(where, **layout))
     if label is not None:
         if label not in cells:
             raise DataError(f"{path}: expected a column {shown(label)}; got none{near(label, map(str, cells))}.")
         found["label"] = label
-    kinds = {str(name): column_of(cells[name]) for name in cells if name != label}
+    given = {str(name): [str(word) for word in cells[name].dropna().unique()] for name in cells if name != label}
+    spelling = _spelling(list(given.values()), found.get("separator") == ";")
+    found |= {"decimal": spelling.decimal} if spelling.decimal != "." else {}
+    found |= {"thousands": spelling.thousands} if spelling.thousands else {}
+    na = _missing_words(given.values(), spelling)
+    if na:
+        found["na"] = [*NA, *na]
+        cells = cells.where(~cells.isin(na))
+    train = tenths(len(cells), ("validation", "test"), 0)["train"] if whole and len(cells) > 2 else None
+    kinds = {str(name): column_of(cells[name], spelling, train) for name in cells if name != label}
     columns = {name: kind for name, kind in kinds.items() if not isinstance(kind, str)}
-    left = {name: kind for name, kind in kinds.items() if isinstance(kind, str)}
+    left |= {name: kind for name, kind in kinds.items() if isinstance(kind, str)}
     if not columns:
         raise DataError(f"{path}: expected a column that varies; got {listed(list(left))}.")
     declaration = {
-        "name": where.stem or "table",
+        "name": where.name.split(".")[0] or "table",
         "data": {**found, "columns": columns},
         "latents": {"z": {"dim": max(1, min(10, len(columns) // 2))}},
         "decoder": {"likelihood": {"kind": "columns"}},
@@ -89,55 +110,146 @@ def guess(path: str, data_dir: Path | None = None, label: str | None = None) -> 
     return Guess(declaration, left, len(cells))
 
 
-def _text_cells(path: Path, separator: str) -> pandas.DataFrame:
+CSV_DEFAULTS: Found = {"separator": ",", "encoding": "utf-8", "header": True}
+
+
+def _layout(path: Path) -> Found:
+    """Return the encoding, the separator and whether there is a header of a text table, from its first lines."""
+    encoding = "utf-8"
+    for encoding in ("utf-8", "utf-16", "cp1252", "latin-1"):
+        try:
+            with opened_text(path, encoding) as file:
+                start = file.read(2**20)
+                start[: start.rfind(b"\n") + 1].decode()
+        except (DataError, UnicodeDecodeError):
+            continue
+        if encoding != "utf-16" or b"\n" in start:
+            break
+    line = start.splitlines()[0] if start.strip() else b""
+    separator = max(SEPARATORS, key=lambda mark: line.count(mark.encode()))  # the most frequent one
+    names = next(csv.reader([line.decode(errors="replace")], delimiter=separator), [])
+    numbers = [any(spelling.number(name) is not None for spelling in SPELLINGS) for name in names]
+    return {"separator": separator, "encoding": encoding, "header": not (numbers and any(numbers))}
+
+
+def _text_cells(table: TextTable) -> tuple[pandas.DataFrame, bool]:
     import pandas
 
-    table = TextTable(path, separator)
     parts: list[pandas.DataFrame] = []
     for piece in table.pieces():
         parts.append(table.frame(piece, NA, dict.fromkeys(table.names, "str")))
-        if sum(map(len, parts)) >= GUESSED_ROWS:
+        if sum(map(len, parts)) > GUESSED_ROWS:
             break
     if not parts:
-        raise DataError(f"{path}: expected rows below the names of the columns; got none.")
-    return pandas.concat(parts).head(GUESSED_ROWS)
+        raise DataError(f"{table.path}: expected rows below the names of the columns; got none.")
+    cells = pandas.concat(parts)
+    return cells.head(GUESSED_ROWS), len(cells) <= GUESSED_ROWS
 
 
-def _parquet_cells(path: Path) -> pandas.DataFrame:
+def _parquet_cells(path: Path, left: dict[str, str]) -> tuple[pandas.DataFrame, bool]:
+    """Return the first rows as text, and True if they are all; columns of lists, records or bytes go to `left`."""
     import pandas
 
-    batches: Iterator[Any] = opened_parquet(path).iter_batches(GUESSED_ROWS)
+    file = opened_parquet(path)
+    from pyarrow import types
+
+    strange = (types.is_nested, types.is_binary, types.is_large_binary, types.is_fixed_size_binary)
+    for field in file.schema_arrow:
+        if any(test(field.type) for test in strange):
+            left[field.name] = f"{field.type}, neither numbers nor words"
+    names = [name for name in file.schema_arrow.names if name not in left]
+    batches: Iterator[Any] = file.iter_batches(GUESSED_ROWS, columns=names)
     frame = next((batch.to_pandas() for batch in batches), pandas.DataFrame())
-    return frame.apply(lambda cells: cells.astype(object).map(word_of, na_action="ignore"))
+    words = frame.apply(lambda cells: cells.astype(object).map(word_of, na_action="ignore"))
+    return words, file.metadata.num_rows <= GUESSED_ROWS
 
 
-def column_of(cells: Cells) -> Found | str:
-    """Return the guessed declaration of a column of text cells, or the reason why the column is left out."""
+def _spelling(columns: Sequence[Sequence[str]], german: bool) -> Spelling:
+    """Return the spelling under which most columns are numbers; a separator `;` suggests a decimal comma."""
+    tried = sorted(SPELLINGS, key=lambda s: (s.decimal == ",") != german)
+
+    def numeric(spelling: Spelling) -> int:
+        return sum(
+            bool(rest := [w for w in words if w not in MISSING_WORDS])
+            and all(spelling.number(word) is not None for word in rest)
+            for words in columns
+        )
+
+    return max(tried, key=numeric)
+
+
+def _missing_words(columns: Iterable[Sequence[str]], spelling: Spelling) -> list[str]:
+    """Return the words of the table that mean a missing value, in order of appearance."""
+    found: dict[str, None] = {}
+    for words in columns:
+        odd = [word for word in words if word.strip() in MISSING_WORDS]
+        rest = [word for word in words if word.strip() not in MISSING_WORDS]
+        plain = len(rest) > 1 and (all(spelling.number(w) is not None for w in rest) or bool(date_forms(rest)))
+        found |= dict.fromkeys(word.strip() for word in odd if plain or word.strip() in NEVER_LEVELS)
+    return list(found)
+
+
+def column_of(cells: Cells, spelling: Spelling = SPELLINGS[0], train: Part | None = None) -> Found | str:
+    """Return the guessed declaration of a column of text cells, or the reason why the column is left out.
+
+    Arguments:
+        cells: cells as text; missing ones are NaN.
+        spelling: spelling of numbers.
+        train: row numbers of the training split, in which a standardised column has to vary; None if not known.
+    """
     given = cells.dropna()
     words = [str(word) for word in given.unique()]
     if len(words) < 2:
         return "one value alone" if words else "no value"
     kind: Found | str | None
+    values, wrong = numbers_of(given, spelling)
+    dates = date_forms(words) if wrong.any() else []
     if len(words) == 2:
-        plain = [next((code for code, known in enumerate(TRUTH) if word in known), None) for word in words]
-        kind = {"type": "binary"} if set(plain) == {0, 1} else {"type": "binary", "values": _in_order(words)}
-    elif (kind := _numbers(given)) is None:
-        if len(words) > min(MAX_LEVELS, max(3, len(given) // 2)):
-            return f"{len(words)} different words"
+        truth = {code for word in words for code, known in enumerate(TRUTH) if word in known}
+        levels = sorted(words, key=lambda word: word in TRUTH[1]) if truth == {0, 1} else _in_order(words)
+        kind = {"type": "binary", **({} if {*words} == {"0", "1"} else {"values": levels})}
+    elif not wrong.any():
+        kind = _number(values)
+    elif len(dates) > 1:
+        return f"dates that {' or '.join(map(str, dates))} reads: declare one with time and format"
+    elif dates:
+        kind = {"type": "continuous", "time": "days", **({} if dates[0] is None else {"format": dates[0]})}
+        values = moments(given, dates[0])[0]
+    elif sum(bool(UNITS.fullmatch(word.strip())) for word in words) > len(words) / 2:
+        return f"numbers with a sign of a unit, such as {shown(words[0])}: write plain numbers"
+    elif len(words) > min(MAX_LEVELS, max(3, len(given) // 2)):
+        return f"{len(words)} different words"
+    else:
         kind = {"type": "categorical", "levels": _in_order(words)}
-    return kind if isinstance(kind, str) or len(given) == len(cells) else {**kind, "missing": "mask"}
+    if isinstance(kind, str):
+        return kind
+    return _checked({**kind, **({} if len(given) == len(cells) else {"missing": "mask"})}, cells, values, train)
 
 
-def _numbers(given: Cells) -> Found | str | None:
-    """Return the declaration of a numeric column (count or continuous), or the reason to leave it out.
+def _checked(kind: Found, cells: Cells, values: Floats, train: Part | None) -> Found | str:
+    """Return a declared column, or the reason for which reading its table would refuse it."""
+    present = cells.notna().to_numpy()
+    if train is not None and not present[np.asarray(train)].any():
+        return "no value in the training rows"
+    if kind["type"] not in ("continuous", "count"):
+        return kind
+    column = from_table(Column, kind, "columns")  # type: ignore[type-abstract]
+    if not column.inside(values).all():
+        return f"values that are not {column.expected}"
+    if train is not None and column.is_standardised:
+        everywhere = np.full(len(cells), np.nan)
+        everywhere[present] = values
+        known = everywhere[np.asarray(train)]
+        known = known[~np.isnan(known)]
+        if np.ptp(known) <= 1e-12 * np.abs(known).max():
+            return "one value alone in the training rows"
+    return kind
 
-    The result is None if some cell is not a finite number.
-    """
-    import pandas
 
-    values = pandas.to_numeric(given, errors="coerce").to_numpy(np.float64)
+def _number(values: Floats) -> Found | str:
+    """Return the declaration of a numeric column (count or continuous), or the reason to leave it out."""
     if not np.isfinite(values).all():
-        return None
+        return "values that are not finite"
     if (values % 1 != 0).any() or values.min() < 0:
         skewed = values.min() > 0 and bool(skew(values) > LARGE_SKEWNESS > 2 * abs(skew(np.log(values))))
         return {"type": "continuous", **({"transform": "log"} if skewed else {})}
@@ -150,6 +262,6 @@ def _numbers(given: Cells) -> Found | str | None:
 
 
 def _in_order(words: Sequence[str]) -> list[str] | list[int]:
-    """Return the words sorted, as integers if all are written as integers."""
+    """Return the words in natural order, as integers if all are written as integers."""
     whole = all(re.fullmatch(r"0|-?[1-9]\d{0,17}", word) for word in words)
     return sorted(map(int, words)) if whole else sorted(words, key=natural)

@@ -6,11 +6,18 @@ miscount lines after quoted line feeds; therefore records and cells are counted 
 
 from __future__ import annotations
 
+import bz2
+import codecs
 import csv
+import gzip
+import lzma
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from io import BytesIO, StringIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from types import ModuleType
+from typing import IO, TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +33,8 @@ MAX_HEADER_BYTES = 2**20
 MAX_RECORD_BYTES = 2**24
 QUOTE, NEWLINE = ord('"'), ord("\n")
 BOM = b"\xef\xbb\xbf"
+PACKED: Mapping[bytes, ModuleType] = {b"\x1f\x8b": gzip, b"BZh": bz2, b"\xfd7zXZ\0": lzma}
+"""Module that opens a compressed file, by the bytes with which the file starts."""
 BATCH_ROWS = 2**14
 """Largest number of rows of a Parquet file that are read at once."""
 
@@ -45,16 +54,18 @@ class TextTable:
     """Delimited text file, whose header (its first record, the names of the columns) is read when it is opened.
 
     Arguments:
-        path: the file.
+        path: the file, plain or compressed with gzip, bzip2 or xz.
         separator: character between two cells.
+        encoding: encoding of the text.
+        header: False for a file without column names, whose columns are then c1, c2, ...
 
     Raises:
         DataError: the file is empty or not text; the header is too long, or names a column twice.
     """
 
-    def __init__(self, path: Path, separator: str) -> None:
-        self.path, self.separator = path, separator
-        with path.open("rb") as file:
+    def __init__(self, path: Path, separator: str, encoding: str = "utf-8", header: bool = True) -> None:
+        self.path, self.separator, self.encoding = path, separator, encoding
+        with opened_text(self.path, self.encoding) as file:
             start = file.read(MAX_HEADER_BYTES + 1)
         if not start.removeprefix(BOM).strip():
             raise DataError(f"{path}: expected a line of column names; got an empty file.")
@@ -68,6 +79,9 @@ class TextTable:
             self.names: list[str] = next(csv.reader(StringIO(text, newline=""), delimiter=separator), [])
         except csv.Error as error:
             raise self._wrong(1, f"expected column names; got {error}") from error
+        if not header:
+            self.header = BOM if start.startswith(BOM) else b""
+            self.names = [f"c{i + 1}" for i in range(len(self.names))]
         require_named_once(self.names, f"{path}, line 1")
 
     def pieces(self) -> Iterator[Piece]:
@@ -78,8 +92,8 @@ class TextTable:
                 in the middle of a cell or never closed, or a record that is too long; the message gives the line.
         """
         line, rest = self.header.count(b"\n") + 1, b""
-        with self.path.open("rb") as file:
-            file.seek(len(self.header))
+        with opened_text(self.path, self.encoding) as file:
+            file.read(len(self.header))
             while (block := file.read(TEXT_PIECE_BYTES)) or rest:
                 text = (rest + (block or b"\n")).replace(b"\r\n", b"\n")  # a last line may lack its end
                 marks = np.frombuffer(text, np.uint8)
@@ -132,7 +146,7 @@ class TextTable:
                 return text.decode()
             except UnicodeDecodeError as error:
                 problem, at = f"expected UTF-8; got the byte 0x{text[error.start]:02x}", error.start
-        raise self._wrong(_line(text, at, line), f"{problem}. Save it as UTF-8")
+        raise self._wrong(_line(text, at, line), f"{problem}. Set data.encoding, or save it as UTF-8")
 
     def _wrong(self, line: int, problem: str) -> DataError:
         return DataError(f"{self.path}, line {line}: {problem}.")
@@ -157,6 +171,47 @@ class TextTable:
         return frame
 
 
+@contextmanager
+def opened_text(path: Path, encoding: str) -> Iterator[_Recoded]:
+    """Open a text file as a stream of UTF-8, decompressed if it is compressed with gzip, bzip2 or xz.
+
+    Raises:
+        DataError: the compressed content is damaged, or the text is not in the declared encoding.
+    """
+    with path.open("rb") as plain:
+        unpack = next((module for magic, module in PACKED.items() if plain.peek(6).startswith(magic)), None)
+        file = cast("IO[bytes]", plain if unpack is None else unpack.open(plain))
+        try:
+            yield _Recoded(file, encoding)
+        except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
+            raise DataError(f"{path}: expected a whole compressed file; got {error}.") from error
+        except UnicodeError as error:
+            raise DataError(f"{path}: expected text in {encoding}; got {error}.") from error
+
+
+class _Recoded:
+    """Stream of the text of another stream in UTF-8, without its byte order mark.
+
+    Arguments:
+        file: binary stream at its start.
+        encoding: encoding of its text.
+    """
+
+    def __init__(self, file: IO[bytes], encoding: str) -> None:
+        self.file, self.plain = file, codecs.lookup(encoding).name == "utf-8"
+        self.text = None if self.plain else codecs.getreader(encoding)(file)
+        self.rest = b""
+
+    def read(self, size: int) -> bytes:
+        """Return the next `size` bytes, or fewer at the end."""
+        if self.text is None:
+            return self.file.read(size)
+        while len(self.rest) < size and (more := self.text.read(size, size)):
+            self.rest += more.encode()
+        out, self.rest = self.rest[:size], self.rest[size:]
+        return out
+
+
 def _line(text: bytes, place: int, first: int) -> int:
     """Return the line number of the byte at `place`, when the text begins on line `first`."""
     return first + text.count(b"\n", 0, place)
@@ -167,29 +222,23 @@ def _quoted(marks: NDArray[np.uint8]) -> NDArray[np.bool_]:
     return np.cumsum(marks == QUOTE, dtype=np.int32) % 2 == 1
 
 
-def text_pieces(path: Path, separator: str, decoder: CellDecoder) -> Iterator[Numbers]:
+def text_pieces(table: TextTable, decoder: CellDecoder) -> Iterator[Numbers]:
     """Yield the rows of a text table as numbers, in chunks of about `TEXT_PIECE_BYTES` of text.
 
     Raises:
         DataError: a value is not allowed; the message gives its line and column. See also `TextTable`.
     """
-    table = TextTable(path, separator)
     decoder.require_columns(table.names)
     return (_numbers(piece, table, decoder) for piece in table.pieces())  # no piece is kept while the next is read
 
 
 def _numbers(piece: Piece, table: TextTable, decoder: CellDecoder) -> Numbers:
-    import pandas
-
     words = dict.fromkeys(decoder.names, "str")
-    numbers = {name: "float64" for name, column in decoder.columns.items() if not column.words}
+    numbers = dict.fromkeys(decoder.plain_numbers if decoder.spelling.usual else (), "float64")
     try:
         frame = table.frame(piece, decoder.na, words | numbers)
-    except (ValueError, OverflowError):  # some cell is no number: the same cells as text show which
+    except (ValueError, OverflowError):  # some cell is no number: the decoder reads the same cells as text
         frame = table.frame(piece, decoder.na, words)
-        for name in numbers:
-            found = pandas.to_numeric(frame[name], errors="coerce").astype(object)
-            frame[name] = found.where(found.notna(), frame[name])
     return decoder.decode(frame, lambda row: f"line {piece.lines[row]}")
 
 
