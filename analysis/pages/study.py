@@ -27,12 +27,14 @@ if TYPE_CHECKING:
 
 STUDY_FILE = "study.json"
 STUDY_SCHEMA = 2
-ESTIMATES = (*SURGERY_TERMS, "iwae", *(f"train_{term}" for term in SURGERY_TERMS))
+NEW_DATA = {"new_gain": "gain", "new_gain_upper": "gain_upper"}
+"""Names of the metrics of the test split for what a better prior wins on new data, and attributes of `Population`."""
+ESTIMATES = (*SURGERY_TERMS, *NEW_DATA, "iwae", *(f"train_{term}" for term in SURGERY_TERMS))
 STUDY_FIGURES = (*ESTIMATES, "seconds")
 """Names of the metrics of a run: ELBO terms and IWAE of the test split, ELBO terms of train, seconds of training."""
 TERMINAL_FIGURES = {
     "elbo": "ELBO", "mutual_information": "I_q", "marginal_kl": "marginal KL",
-    "train_marginal_kl": "marginal KL, train", "iwae": "IWAE",
+    "new_gain": "new data: at least", "new_gain_upper": "new data: at most", "iwae": "IWAE",
 }  # fmt: skip
 """Metrics shown in the terminal table of a study: column title by name of the metric."""
 RUN_COLUMNS = ("case", "seed", "stage")
@@ -99,6 +101,8 @@ def _measured(run: Run, measure: Measure, on_progress: Progress) -> dict[str, An
         try:
             parts = surgery(run.pair, x, samples=measure.samples, seen=split == "train")
             found[split] = {term: _plain(getattr(parts, term)) for term in SURGERY_TERMS}
+            if parts.population is not None:
+                found[split] |= {term: _plain(getattr(parts.population, name)) for term, name in NEW_DATA.items()}
         except DataError as problem:  # a model without a likelihood has no ELBO
             found["notes"].append(f"{split}: {problem}")
         on_progress(i + 1, 3)
@@ -183,7 +187,10 @@ def table(means: pandas.DataFrame, title: str) -> Table:
     return drawn
 
 
-SUMMARY_CAPTION = "test, nats per datum: mean ± standard error over seeds; IWAE bounds log p(x) from below"
+SUMMARY_CAPTION = (
+    "test, nats per datum: mean ± standard error over seeds; IWAE bounds log p(x) from below; new data: what a better "
+    "prior wins on them while the encoder stays (marginal KL: on these rows alone, by a prior that knows them)"
+)
 
 
 def _shown(value: float, error: float) -> str:

@@ -75,16 +75,16 @@ class Population(Figures):
     def interval(self) -> str:
         """Both ends in nats, "1.90 to 3.90"; "at least 1.90" without an upper end."""
         low = max(self.gain.value, 0.0)
-        return (
-            f"at least {low:.2f}" if self.gain_upper is None else f"{low:.2f} to {max(self.gain_upper.value, low):.2f}"
-        )
+        if self.gain_upper is None:
+            return f"at least {_number(low)}"
+        return f"{_number(low)} to {_number(max(self.gain_upper.value, low))}"
 
     def sentence(self, known: Estimate | None = None) -> str:
         """Return the interval in words, beside `known`, the marginal KL on these rows alone, nats, if it is given."""
         if self.gain.value > 0:
             low = f"{_said(self.gain)} nats with this encoder (a stated prior does it: {self.prior})"
         else:
-            low = f"0 nats with this encoder (the stated prior loses, {_said(self.gain)}: {self.prior})"
+            low = f"0 nats with this encoder (the stated prior does not win, {_said(self.gain)}: {self.prior})"
         if self.gain_upper is None:
             high = "no figure below the KL is known from above"
         else:
@@ -97,7 +97,7 @@ class Population(Figures):
 
     def _knowing(self, known: float) -> str:
         """Return a sentence on the marginal KL on these rows alone, and on how much of it is knowing the rows."""
-        said = f"On these {self.n} rows alone a prior that knows them would win {known:.2f}"
+        said = f"On these {self.n} rows alone a prior that knows them would win {_number(known)}"
         if self.gain_upper is None or self.gain_upper.value + 2 * self.gain_upper.standard_error >= known:
             return f"{said}."
         most = self.gain.value + self.gain_upper.value < known
@@ -111,12 +111,13 @@ class Population(Figures):
         """Yield the sentence on the law in n: these rows can tell I_pi, or more of them would be needed."""
         if self.slope is not None and self.slope > FLAT:
             yield (
-                f"I_n still grows by {self.slope:.2f} nats where log n grows by 1: {self.n} rows cannot tell I_pi, "
-                f"nothing is extrapolated. No bound that holds for every distribution sees beyond about 2 log n = "
-                f"{2 * math.log(self.n):.1f} nats."
+                f"I_n still grows by {self.slope:.2f} nats where log n grows by 1: {self.n} rows cannot tell the "
+                f"information of new data, I_pi, and nothing is extrapolated. No bound that holds for every "
+                f"distribution sees beyond about 2 log n = {2 * math.log(self.n):.1f} nats."
             )
         elif self.midpoint is not None:
-            yield f"{self.n} rows tell I_pi: {_said(self.midpoint)} nats, midway between I_n and leave-one-out."
+            said = f"{self.n} rows tell the information of new data, I_pi: {_said(self.midpoint)} nats"
+            yield f"{said}, midway between I_n and leave-one-out."
 
     def _pairs(self) -> Iterator[str]:
         if self.seen is not None and self.seen < HALF:
@@ -132,6 +133,12 @@ class Population(Figures):
         return {f.name: plain(getattr(self, f.name)) for f in fields(self)}
 
 
+def _number(value: float, digits: int = 2) -> str:
+    """Return a number with `digits` decimal places, or 0."""
+    return f"{value:.{digits}f}" if abs(value) >= 0.5 * 10**-digits else "0"
+
+
 def _said(e: Estimate) -> str:
-    """Return an estimate with its error, as `2.04 +- 0.03`."""
-    return f"{e.value:.2f} +- {e.standard_error:.2f}"
+    """Return an estimate with its error, as `2.04 +- 0.03`; with three decimal places where it is below 0.005."""
+    digits = 2 if e.standard_error >= 0.005 else 3
+    return f"{_number(e.value, digits)} +- {_number(e.standard_error, digits)}"

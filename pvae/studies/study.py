@@ -72,8 +72,9 @@ class Study:
 
         Columns: `case`, `seed`, `stage`; a column for each dotted path that was set; of the test split `elbo`,
         `reconstruction`, `kl`, `mutual_information`, `marginal_kl` (estimates) and `iwae` (a lower bound of log p(x)),
-        of the training split `train_elbo` and so on, each with its Monte Carlo error `<metric>_error`, in nats per
-        datum; `seconds` of training; `run`, the folder. A metric that is not defined is NaN.
+        `new_gain` and `new_gain_upper` (bounds of what a better prior wins on new data while the encoder stays), of the
+        training split `train_elbo` and so on, each with its Monte Carlo error `<metric>_error`, in nats per datum;
+        `seconds` of training; `run`, the folder. A metric that is not defined is NaN.
         """
         from pvae.analysis.pages.study import figures, frame, row_of  # here, because analysis stands above
 

@@ -64,7 +64,9 @@ def test_the_interval_in_words():
     assert SATURATED.sentence(KNOWN) == WORDING
     assert SATURATED.interval == "2.04 to 3.90"
     (size,) = SATURATED.remarks
-    assert size.startswith("I_n still grows by 0.93 nats where log n grows by 1: 10000 rows cannot tell I_pi")
+    assert size.startswith(
+        "I_n still grows by 0.93 nats where log n grows by 1: 10000 rows cannot tell the information of new data"
+    )
     assert "2 log n = 18.4 nats" in size
 
 
@@ -72,7 +74,11 @@ def test_the_interval_in_words():
     ("changes", "known", "said"),
     [
         ({"gain_upper": None}, KNOWN, "no figure below the KL is known from above. On these 10000 rows alone"),
-        ({"gain": lower(-0.04)}, KNOWN, "at least 0 nats with this encoder (the stated prior loses, -0.04 +- 0.03:"),
+        (
+            {"gain": lower(-0.04)},
+            KNOWN,
+            "at least 0 nats with this encoder (the stated prior does not win, -0.04 +- 0.03:",
+        ),
         ({"gain": lower(5.0), "gain_upper": upper(5.5)}, KNOWN, "win 6.52; part of that is knowing the rows."),
         ({"gain": lower(6.3), "gain_upper": upper(6.4)}, KNOWN, "a prior that knows them would win 6.52."),
         ({}, None, "no figure below KL - 2 log n can be given)."),
@@ -87,7 +93,10 @@ def test_every_case_has_its_sentence(changes, known, said):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"slope": 0.02, "midpoint": Estimate(1.51, 0.02)}, "10000 rows tell I_pi: 1.51 +- 0.02 nats"),
+        (
+            {"slope": 0.02, "midpoint": Estimate(1.51, 0.02)},
+            "10000 rows tell the information of new data, I_pi: 1.51 +- 0.02 nats",
+        ),
         ({"seen": 0.12}, "Only 12 % of the pairs bound come from pairs of rows"),
         ({"largest": 0.7}, "One row alone gives 70 % of the pairs bound"),
         ({"notes": ("told",)}, "told"),
@@ -146,7 +155,7 @@ def test_tables_fit_80_columns(plain_surgery):
         text = " ".join(line.strip() for line in lines)
         assert "new_information_upper" in text
         assert "On new data a better prior wins at least 2.04" in text
-        assert "cannot tell I_pi" in text
+        assert "cannot tell the information of new data" in text
 
 
 def test_a_gain_stands_beside_the_interval(plain_surgery):

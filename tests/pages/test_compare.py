@@ -67,6 +67,12 @@ def test_a_page_for_several_runs(page: Path, runs: list[Run]):
     ]  # fmt: skip
     said = numbers(page)
     assert set(said["figures"]) == {"one", "two", "flow", "wide"}
+    assert set(said["figures"]["one"]) > {"new data, at least", "new data, at most"}
+    (told,) = [s["text"] for s in said["verdict"] if "better prior wins on new data" in s["text"]]
+    for run in runs:
+        new = said["surgery"][run.name]["population"]
+        assert said["figures"][run.name]["new data, at least"] == new["gain"]
+        assert f"nats with that of {run.name}" in told
     assert said["declarations"]["seed"] == ["0", "1", "0", "0"]
     assert (page.parent / "tables" / "averages.csv").exists()
     assert len(list((page.parent / "tables").iterdir())) == len(seen.all("table"))

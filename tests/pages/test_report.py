@@ -19,8 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from pvae.analysis.decompose.collapse import Collapse, LatentCollapse, alert, collapse
+from pvae.analysis.decompose.result import Surgery
 from pvae.analysis.decompose.surgery import surgery
 from pvae.analysis.figures.estimate import exact
+from pvae.analysis.pages.document.blocks import Picture
 from pvae.analysis.pages.document.document import Document
 from pvae.analysis.pages.document.stages import Stages
 from pvae.analysis.pages.plots import base, clouds, curves, pictures, waterfall
@@ -37,6 +39,7 @@ from pvae.experiment.experiment import Experiment
 from pvae.pair.pair import Pair
 from pvae.runs.run import Run
 from pvae.training.fit import fit
+from tests.decompose.test_new_data import SATURATED
 from tests.zoo_runs import brief, tiny_report, tiny_run
 
 HOSTILE = ("<script>alert(1)</script>", r"$\foo$", "=cmd|' /C calc'!A0", "[red]", "\x1b[31m", "\u202e")
@@ -181,8 +184,8 @@ def test_verdict_comes_first_one_claim_a_sentence():
     text = " ".join(s["text"] for s in said)
     for words in (
         "The test ELBO is", "log p(x) is at least", "A better guide would raise the ELBO by at least",
-        "The marginal KL is", "the most that a better prior can add", "prior samples lie in holes", "% of samples",
-        "classifier two-sample test accuracy", "(precision)", "accuracy",
+        "On new data a better prior wins at least", "On these 60 rows alone", "prior samples lie in holes",
+        "% of samples", "classifier two-sample test accuracy", "(precision)", "accuracy",
     ):  # fmt: skip
         assert words in text
     assert not re.search(r"(?<![\d.,])[−-]?0\.00(?![\d])", text)
@@ -418,11 +421,70 @@ def test_mean_of_every_kind_of_observation():
 @of_vae
 def test_verdict_warns_when_information_stands_at_its_ceiling():
     run = tiny_run("vae")
-    taken = surgery(run.pair, run.data.test.x)
+    taken = surgery(run.pair, run.data.test.x, population=None)
     half, whole = (replace(taken, mutual_information=exact(part * taken.log_n.value)) for part in (0.5, 1.0))
     assert "ceiling" not in " ".join(on_prior(half))
     assert "is close to its ceiling log 60 = 4.09" in " ".join(on_prior(whole))
-    assert "not known" in " ".join(on_prior(replace(taken, mutual_information=None, marginal_kl=None)))
+    assert "not defined" in " ".join(on_prior(replace(taken, mutual_information=None, marginal_kl=None)))
+
+
+@of_vae
+def test_an_interval_is_the_headline_and_without_one_nothing_is_said_of_new_data():
+    exam = Examination(tiny_run("vae"), evidence_samples=5)
+    shown = {True: SATURATED, False: None}
+    for known, population in shown.items():
+        held = replace(exam.surgeries["test"], population=population)
+        exam.surgeries["test"] = replace(held, mutual_information=replace(held.mutual_information, value=4.0))
+        page = Document("", "", "", "", {}, Stages().sections({"surgery": SECTIONS["surgery"]}, exam), "")
+        text = " ".join(sentence.text for sentence in page.verdict)
+        (tile,) = [tile for tile in page.tiles if tile.what in ("better prior, new data", "marginal KL")]
+        pictures = {part.id: part.alt for part in page.sections[0].of(Picture)}
+        assert ("On new data a better prior wins at least 2.04 ± 0.03 nats" in text) == known
+        assert ("below KL − 2 log n" in text) == ("cannot tell the information of new data" in text) == known
+        assert ("The marginal KL on these 60 rows is" in text) == (not known)
+        assert tile.figure == ("2.04–3.90" if known else base.nats(held.marginal_kl.value))
+        assert (
+            ("law_in_n" in pictures) == ("+ a better prior, new data +2.04 to +3.90" in pictures["waterfall"]) == known
+        )
+        assert page.to_dict()["surgery"]["test"]["population"] == (SATURATED.to_dict() if known else None)
+        assert not re.search(r"the most (that )?a better prior|promis", text)
+
+
+def flat() -> Surgery:
+    """A surgery with an ELBO of -8 nats: reconstruction -5, information 2, marginal KL 1."""
+    e = {name: exact(v) for name, v in dict(elbo=-8.0, reconstruction=-5.0, kl=3.0, log_n=3.0).items()}
+    e |= {"mutual_information": exact(2.0), "marginal_kl": exact(1.0)}
+    return Surgery(
+        n=20, samples=1, latents={}, kl_exact=None, mutual_information_lower=None, marginal_kl_upper=None,
+        leave_one_out=None, label_information=None, train_gain=None, **e,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changes", "figure", "ends"),
+    [
+        ({}, "+2.04 to +3.90", [-8.0, -4.1]),
+        ({"gain_upper": None}, "+2.04 or more", [-8.0, -5.96]),
+        ({"gain": replace(SATURATED.gain, value=-0.3)}, "+0.00 to +3.90", [-8.0, -4.1]),
+    ],
+    ids=["both ends", "no upper end", "no gain"],
+)
+def test_a_waterfall_ends_in_what_new_data_win(changes, figure, ends):
+    told = replace(flat(), population=replace(SATURATED, **changes))
+    (steps,) = waterfall.waterfall_steps(told)
+    assert (steps[-1].figure, steps[-2].label) == (figure, "ELBO")
+    made = waterfall.waterfall([steps])
+    low, high = made.axes[0].get_xlim()
+    assert all(low < end < high for end in ends)
+    assert made.axes[0].get_title("left") == "from reconstruction to the ELBO"
+
+
+def test_the_law_in_n_stays_in_sight():
+    """Leave-one-out of hundreds of nats is left out; ceilings and the last sizes are shown."""
+    wild = replace(SATURATED.sizes[0], leave_one_out=exact(630.0))
+    axes = curves.law_in_n(replace(SATURATED, sizes=(wild, *SATURATED.sizes[1:]))).axes[0]
+    assert axes.get_ylim()[1] < 25
+    assert [t.get_text() for t in axes.get_xticklabels()] == ["100", "1000"]
 
 
 EVENTS = {"image": (1, 6, 4), "colour": (3, 4, 4), "matrix": (5, 4), "vector": (7,), "plane": (2,), "number": (1,)}

@@ -305,7 +305,10 @@ def test_a_study_is_run_once_and_read_off_as_tables(tmp_path, started):
 
     table = found.to_frame()
     assert len(table) == 6
-    assert not table[list(STUDY_FIGURES)].isna().any(axis=None)
+    assert not table[[name for name in STUDY_FIGURES if name != "new_gain_upper"]].isna().any(axis=None)
+    written = json.loads((found.runs["N", 0, "fit"].path / "analysis" / "study.json").read_text())["figures"]
+    assert "new_gain" not in written["train"]  # on rows that were fitted on nothing is said of new data
+    assert table["new_gain"].iloc[0] == written["test"]["new_gain"]["value"]
     assert table["latents.z.prior"].tolist() == ["standard_normal"] * 4 + [json.dumps(MIXTURE)] * 2
     assert (table["elbo"] - (table["reconstruction"] - table["kl"])).abs().max() < 1e-6
     assert (table["kl"] - table["mutual_information"] - table["marginal_kl"]).abs().max() < 1e-6

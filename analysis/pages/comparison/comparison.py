@@ -122,6 +122,8 @@ class Comparison:
             row["gap"] = None if bound is None else bound.gap
             row[f"train − {exam.split}"] = exam.gap
             row["train marginal_kl"] = exam.surgeries["train"].marginal_kl
+            if (new := exam.held.population) is not None:
+                row |= {"new data, at least": new.gain, "new data, at most": new.gain_upper}
         if (quality := self._quality(exam)) is not None:
             self.quality[name] = quality
             row |= {

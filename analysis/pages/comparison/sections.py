@@ -50,6 +50,7 @@ def _overview(found: Comparison) -> Iterator[Part]:
         titles = columns("group", "runs", *(term.replace("_", " ") for term in known), digits=2)
         yield PageTable("averages", "Mean ± standard error over runs that differ in their seeds only", titles, rows)
     yield from _on_best(found)
+    yield from _on_new_data(found)
     yield from _on_overfitting(found)
     yield from _on_samples(found)
     yield {"figures": found.figures, "groups": None if groups is None else list(groups)}
@@ -89,6 +90,14 @@ def _on_best(found: Comparison) -> Iterator[str]:
         yield f"{text} which is better."
     else:
         yield f"{found.best} has the highest {what}, {lead} above {second} (paired by datum)."
+
+
+def _on_new_data(found: Comparison) -> Iterator[str]:
+    """Yield the sentence on what a better prior wins on new data with the encoder of each run."""
+    known = {name: new.interval for name, exam in found.scored.items() if (new := exam.held.population) is not None}
+    if known:
+        said = "; ".join(f"{interval} nats with that of {name}" for name, interval in known.items())
+        yield f"What a better prior wins on new data while the encoder stays: {said}."
 
 
 def _on_overfitting(found: Comparison) -> Iterator[Sentence]:
@@ -207,7 +216,9 @@ def _together(found: Comparison) -> Iterator[Part]:
         return
     yield picture(
         "together",
-        comparisons.together(list(rows), x, list(panels.items()), f"marginal KL on {found.split}, nats per datum"),
+        comparisons.together(
+            list(rows), x, list(panels.items()), f"marginal KL on these rows of {found.split}, nats per datum"
+        ),
         f"Figures of {len(rows)} runs over their marginal KL.",
         "Each point is a run. If a smaller marginal KL went with a better model, the upper chart would fall from left "
         "to right. Runs of one kind cluster: compare clusters, not points.",

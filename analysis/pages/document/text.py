@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import math
+import re
 import unicodedata
 from collections.abc import Mapping
 from typing import Any
@@ -35,6 +36,11 @@ def nats(value: float | Estimate, digits: int = 2) -> str:
 def plus_minus(e: Estimate, digits: int = 2) -> str:
     """Return an estimate with its Monte Carlo standard error, as `1.23 ± 0.04`; `1.23` for an exact value."""
     return " ".join(part for part in (nats(e, digits), error_of(e, digits)) if part)
+
+
+def typeset(text: str) -> str:
+    """Return a sentence of a result with the signs that pages use for +- and minus."""
+    return re.sub(r"(?<![\w.])-(?=[\d ])", "−", text.replace("+-", "±"))
 
 
 def percent(value: float) -> str:

@@ -11,7 +11,20 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from pvae.analysis.bounds.lower_bounds import Bounds
-from pvae.analysis.pages.plots.base import BLUE, GREEN, GREY, RED, SERIES, nats, panels, plain, style, whole_numbers
+from pvae.analysis.pages.plots.base import (
+    BLUE,
+    GREEN,
+    GREY,
+    PALE,
+    RED,
+    SERIES,
+    nats,
+    panels,
+    plain,
+    style,
+    whole_numbers,
+)
+from pvae.analysis.population.result import Population
 from pvae.util.types import Array
 
 MetricsRow = Mapping[str, Any]
@@ -128,6 +141,32 @@ def duel(rows: Sequence[MetricsRow]) -> Figure:
     bottom.axhline(0.5, color=GREY, linestyle=":")
     bottom.set(title="Nearest neighbour of the same kind (one half: alike)", ylim=(0.0, 1.05))
     over_epochs(grid, widened=len(epochs) == 1)
+    return made
+
+
+@style()
+def law_in_n(found: Population) -> Figure:
+    """Plot the mutual information of n rows and their codes, with and without the own posterior, over n; nats."""
+    made, (axes,) = panels(4.2)
+    n = np.array([size.n for size in found.sizes], dtype=np.float64)
+    top = max(2 * math.log(n[-1]), found.information_upper.value) * 1.1
+    if found.information is not None:
+        low, high = found.information, found.information_upper
+        band = low.value - 2 * low.standard_error, high.value + 2 * high.standard_error
+        axes.axhspan(*band, color=PALE, alpha=0.5, linewidth=0, label="new data, between the bounds")
+    named = ("information", "I_n, own posterior counted", BLUE), ("leave_one_out", "leave-one-out", RED)
+    for name, label, colour in named:
+        known = [(s.n, e) for s in found.sizes if (e := getattr(s, name)) is not None and abs(e.value) < 2 * top]
+        values, errors = [e.value for _, e in known], [2 * e.standard_error for _, e in known]
+        axes.errorbar([m for m, _ in known], values, errors, color=colour, marker="o", markersize=4, label=label)
+    axes.plot(n, np.log(n), color=GREY, linestyle=":", label="log n, the most I_n can be")
+    axes.plot(n, 2 * np.log(n), color=GREY, linestyle="--", label="2 log n, the most any bound can see")
+    axes.set(xscale="log", xlabel="rows n", ylabel="nats per datum", title="Information of the codes about their rows")
+    axes.set_ylim(min(0.0, axes.get_ylim()[0]), top)
+    axes.set_xticks(n, [f"{m:.0f}" for m in n])
+    axes.minorticks_off()
+    axes.grid(axis="y")
+    made.legend(loc="outside lower center", ncol=2)
     return made
 
 

@@ -13,17 +13,42 @@ from matplotlib.ticker import MaxNLocator
 
 from pvae.analysis.bounds.lower_bounds import Evidence
 from pvae.analysis.decompose.result import Surgery
-from pvae.analysis.pages.plots.base import BLACK, BLUE, GREY, ORANGE, RED, SERIES, YELLOW, nats, panels, plain, style
+from pvae.analysis.pages.plots.base import (
+    BLACK,
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    RED,
+    SERIES,
+    YELLOW,
+    nats,
+    panels,
+    plain,
+    style,
+)
+from pvae.analysis.population.result import Population
 
 
 @dataclass(frozen=True)
 class WaterfallStep:
-    """One line of a waterfall chart: a level (`is_level`), or a cost that lowers it; `value` in nats per datum."""
+    """One line of a waterfall chart: a level (`is_level`), a cost that lowers it, or a range above it; nats per datum.
+
+    A range, of what would be added, goes from `value` to `until`; to NaN where its upper end is not known.
+    """
 
     label: str
     value: float
     is_level: bool = False
     colour: str = GREY
+    until: float | None = None
+
+    @property
+    def figure(self) -> str:
+        """Number of the line as text: the level, the change of the level, or both ends of a range."""
+        if self.until is None:
+            return nats(self.value if self.is_level else -self.value)
+        return f"+{nats(self.value)}" + (" or more" if math.isnan(self.until) else f" to +{nats(self.until)}")
 
 
 def inference_steps(surgery: Surgery, evidence: Evidence | None) -> list[WaterfallStep]:
@@ -52,8 +77,15 @@ def waterfall_steps(surgery: Surgery, above: Sequence[WaterfallStep] = ()) -> li
     ]
     if not by_term:
         by_term, by_latent = by_latent, []
-    charts = [[start, *by_term, end], [start, *by_latent, end]] if len(by_latent) > 1 else [[start, *by_term, end]]
+    new = [_new_data(surgery.population)] if surgery.population else []
+    charts = [[start, *by_term, end, *new], *([[start, *by_latent, end]] if len(by_latent) > 1 else [])]
     return [list(above), *charts] if above else charts
+
+
+def _new_data(found: Population) -> WaterfallStep:
+    low = max(found.gain.value, 0.0)
+    high = math.nan if found.gain_upper is None else max(found.gain_upper.value, low)
+    return WaterfallStep("+ a better prior, new data", low, colour=GREEN, until=high)
 
 
 def _by_term(surgery: Surgery) -> list[WaterfallStep]:
@@ -81,7 +113,8 @@ def waterfall(charts: Sequence[Sequence[WaterfallStep]]) -> Figure:
     low, high = min(levels), max(max(levels), min(levels) + 1e-3)
     for axes, steps in zip(grid, charts, strict=True):
         axes.set_xlim(low - 0.2 * (high - low), high + 0.06 * (high - low))
-        axes.set_title(f"from {plain(steps[0].label.split(',')[0])} to the {plain(steps[-1].label)}")
+        last = [step.label for step in steps if step.is_level][-1]
+        axes.set_title(f"from {plain(steps[0].label.split(',')[0])} to the {plain(last)}")
     grid[-1].xaxis.set_major_locator(MaxNLocator(6))
     grid[-1].set_xlabel("nats per datum")
     return made
@@ -94,13 +127,19 @@ def _fall(axes: Axes, steps: Sequence[WaterfallStep]) -> list[float]:
         if step.is_level:
             position = step.value
             axes.plot([position] * 2, [i - 0.38, i + 0.38], color=BLACK, linewidth=3, solid_capstyle="butt")
-            _note(axes, position, i, nats(step.value), toward=1 if i else -1)
+            _note(axes, position, i, step.figure, toward=1 if i else -1)
+        elif step.until is not None:
+            ends = position + step.value, position + (step.value if math.isnan(step.until) else step.until)
+            axes.plot([position, ends[0]], [i, i], color=step.colour, linewidth=1)
+            axes.barh(i, ends[1] - ends[0], left=ends[0], height=0.4, color=step.colour, edgecolor=step.colour)
+            _note(axes, ends[1], i, step.figure, toward=1)
+            levels.append(ends[1])
         else:
             axes.barh(i, -step.value, left=position, height=0.62, color=step.colour)
-            _note(axes, min(position, position - step.value), i, nats(-step.value), toward=-1)
+            _note(axes, min(position, position - step.value), i, step.figure, toward=-1)
             position -= step.value
         levels.append(position)
-        if i + 1 < len(steps):
+        if i + 1 < len(steps) and steps[i + 1].until is None:
             axes.plot([position] * 2, [i, i + 1], color=GREY, linewidth=0.8, linestyle=":", zorder=0)
     axes.set_yticks(range(len(steps)), [plain(step.label) for step in steps])
     axes.set_ylim(len(steps) - 0.4, -0.6)

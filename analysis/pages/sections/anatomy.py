@@ -8,10 +8,11 @@ from collections.abc import Iterator
 from pvae.analysis.decompose.result import Surgery
 from pvae.analysis.figures.estimate import merged
 from pvae.analysis.pages.document.blocks import Note, PageTable, Part, Picture, Tile, columns, picture, section
-from pvae.analysis.pages.document.text import nats
-from pvae.analysis.pages.plots import clouds, waterfall
+from pvae.analysis.pages.document.text import nats, typeset
+from pvae.analysis.pages.plots import clouds, curves, waterfall
 from pvae.analysis.pages.sections.examination import Examination
 from pvae.analysis.pages.sections.fit import SHOWN_NATS
+from pvae.analysis.population.result import Population
 
 SATURATED = 0.9
 """Ratio of I_q[x, z] to log n above which the report says that the number of rows n limits I_q[x, z]."""
@@ -52,26 +53,30 @@ def anatomy(exam: Examination) -> Iterator[Part]:
         ]
         titles = columns("label", "rows", *(term.replace("_", " ") for term in SURGERY_TERMS), digits=2)
         yield PageTable("surgery_by_label", f"Surgery by label, {exam.split}: nats per datum", titles, by_label)
-    if s.marginal_kl is not None:
-        yield Tile("marginal KL", nats(s.marginal_kl), "nats, the most that a better prior can add")
+    if s.population is not None:
+        figure = s.population.interval.replace(" to ", "–").replace("at least", "≥")
+        yield Tile("better prior, new data", figure, "nats that it wins with this encoder")
+        if len(s.population.sizes) > 1:
+            yield _law(s.population)
+    elif s.marginal_kl is not None:
+        yield Tile("marginal KL", nats(s.marginal_kl), f"nats, on these {s.n} rows alone")
     yield from on_prior(s)
     surgeries = {split: {**found.to_dict(), "rows": exam.rows[split].note} for split, found in exam.surgeries.items()}
     yield {"surgery": surgeries}
 
 
 def on_prior(s: Surgery) -> Iterator[str]:
-    """Yield sentences on the gain that a better prior could bring, from the marginal KL and I_q[x, z]."""
+    """Yield sentences on what a better prior wins: on new data, an interval; on these rows, the marginal KL."""
     if any("deterministic code" in note for note in s.notes):
         yield "The code is deterministic: I_q[x, z] equals log n, and the marginal KL is not defined."
         return
-    if s.marginal_kl is None or s.mutual_information is None:
-        yield "The marginal KL is not known for this posterior."
-        return
-    if s.marginal_kl.value < SHOWN_NATS:
-        yield "The marginal KL is below 0.01 nats: with this encoder no better prior would raise the ELBO."
+    if s.population is not None or s.marginal_kl is None or s.marginal_kl.value >= SHOWN_NATS:
+        yield from (typeset(text) for text in (s.headline(), *s.on_new_data))
     else:
-        yield f"The marginal KL is {nats(s.marginal_kl)} nats, the most that a better prior can add with this encoder."
-    if s.mutual_information.value > SATURATED * s.log_n.value:
+        yield f"The marginal KL on these {s.n} rows is below 0.01 nats: on them no prior would raise the ELBO."
+    if s.marginal_kl is None or s.mutual_information is None:
+        return
+    if s.population is None and s.mutual_information.value > SATURATED * s.log_n.value:
         yield (
             f"I_q[x, z] = {nats(s.mutual_information)} nats is close to its ceiling log {s.n} = {nats(s.log_n)}. With "
             f"more rows I_q[x, z] would be larger and the marginal KL smaller."
@@ -86,9 +91,7 @@ def on_prior(s: Surgery) -> Iterator[str]:
 def _waterfall(exam: Examination) -> Picture:
     found, gaps = exam.held, waterfall.inference_steps(exam.held, exam.evidence)
     panels = waterfall.waterfall_steps(found, gaps)
-    said = "; ".join(
-        f"{step.label} {nats(step.value if step.is_level else -step.value)}" for steps in panels[:2] for step in steps
-    )
+    said = "; ".join(f"{step.label} {step.figure}" for steps in panels[:2] for step in steps)
     above = (
         f"Top: from log p(x) down to the ELBO, the loss of inference ({exam.evidence_rows.note}). Below: from "
         "log p(x | z) down"
@@ -100,6 +103,25 @@ def _waterfall(exam: Examination) -> Picture:
         waterfall.waterfall(panels),
         f"Waterfall of the ELBO on {exam.split}: {said} nats per datum.",
         f"{above} to the ELBO. I_q[x, z] is the information about x that the code carries; the marginal KL is the cost "
-        "of a prior that differs from q_agg. If the marginal KL is large, try a richer prior. The axis does not start "
-        "at 0.",
+        f"of a prior that differs from q_agg on these {found.n} rows, and falls as rows are added. "
+        f"{_RANGE if found.population else ''}The axis does not start at 0.",
+    )
+
+
+_RANGE = (
+    "The last bar is what a better prior adds to the ELBO on new data, at least and at most: if its lower end is "
+    "large, try a richer prior. "
+)
+
+
+def _law(found: Population) -> Picture:
+    said = "; ".join(f"n = {s.n}: {nats(s.information)}" for s in found.sizes)
+    return picture(
+        "law_in_n",
+        curves.law_in_n(found),
+        f"Mutual information of n rows and their codes over n: {said} nats.",
+        "I_n counts each row's own posterior among the n that form q_agg, so that it is at most log n; leave-one-out "
+        "does not count it and is too large. Where the two meet they tell the information of new data. Where I_n "
+        "runs along log n these rows cannot tell it, and KL − I_n only says how many rows there are. The grey band is "
+        "what the bounds leave for new data.",
     )
