@@ -14,6 +14,7 @@ from torch.distributions import Bernoulli, Categorical
 from pvae.analysis.aggregate.entry import same_globals
 from pvae.analysis.decompose.by_row import joined_presence, presence
 from pvae.analysis.decompose.codes import codes_kl
+from pvae.distributions.exact import log_density
 from pvae.distributions.exponential import FullRankNormals, Members, Normals
 from pvae.distributions.exponential_codes import ROW_COST, CertainCodes, Codes
 from pvae.errors import DataError
@@ -213,7 +214,8 @@ def _closed(q: Any, p: Any, posterior: Members | None, prior: Members | None, la
 
 def _log_ratio(q: Any, p: Any) -> float:
     """Return log q - log p of a global latent, nats for the whole data set."""
-    return float(q["fn"].log_prob(q["value"]).sum() - (p["fn"].log_prob(p["value"]).sum() if p else 0.0))
+    score = log_density(q["fn"], q["value"]).sum()
+    return float(score - (log_density(p["fn"], p["value"]).sum() if p else 0.0))
 
 
 def _summed(

@@ -14,6 +14,7 @@ from torch.distributions import constraints
 
 from pvae.component import Shape
 from pvae.distributions.base import Batched
+from pvae.distributions.exact import ExactPoisson, ExactStudentT
 from pvae.errors import DeclarationError
 from pvae.graph.frame import Law
 from pvae.models.likelihoods.base import Likelihood, LikelihoodModule, ReaderModule
@@ -99,7 +100,7 @@ class StudentTColumns(NormalColumns):
 
     def forward(self, h: Tensor) -> dist.TorchDistribution:
         df, scale = 1 + self.log_df.clamp(max=-LOWEST_LOG_RATE).exp(), self.log_scale.exp().clamp(min=self.floor)
-        return dist.StudentT(df.expand(h.shape), h, scale.expand(h.shape), validate_args=False)
+        return ExactStudentT(df.expand(h.shape), h, scale.expand(h.shape), validate_args=False)
 
 
 class PoissonColumns(Family):
@@ -108,7 +109,7 @@ class PoissonColumns(Family):
     support = constraints.nonnegative_integer
 
     def forward(self, h: Tensor) -> dist.TorchDistribution:
-        return dist.Poisson(h.clamp(LOWEST_LOG_RATE, HIGHEST_LOG_RATE).exp(), validate_args=False)
+        return ExactPoisson(h.clamp(LOWEST_LOG_RATE, HIGHEST_LOG_RATE).exp(), validate_args=False)
 
     @staticmethod
     def read(x: Tensor, laws: Sequence[Law]) -> Tensor:

@@ -15,6 +15,7 @@ from torch.distributions import constraints
 
 from pvae.component import Shape
 from pvae.distributions.base import Determined, DiscretizedLogistic, Event, FactoredNormal, Implicit, Rounded, lattice
+from pvae.distributions.exact import ExactNegativeBinomial, ExactPoisson
 from pvae.models.likelihoods import closed_form as forms
 from pvae.models.likelihoods.base import Likelihood, LikelihoodModule
 from pvae.nn.network import lower_factor
@@ -101,14 +102,14 @@ class Poisson(Elements):
     """Smallest and largest log-rate."""
 
     def element(self, *parameters: Tensor) -> dist.TorchDistribution:
-        return dist.Poisson(parameters[0].clamp(*self.bounds).exp())
+        return ExactPoisson(parameters[0].clamp(*self.bounds).exp())
 
 
 def dispersed(log_mean: Tensor, log_count: Tensor, validate_args: bool | None = None) -> dist.TorchDistribution:
     """Return negative binomials of mean m and variance m + m^2 / r, given log m `(..., d)` and log r `(d,)`."""
-    log_count = log_count.clamp(-LARGEST_LOG_COUNT, LARGEST_LOG_COUNT)  # beyond, a Poisson; and lgamma loses digits
+    log_count = log_count.clamp(-LARGEST_LOG_COUNT, LARGEST_LOG_COUNT)  # beyond, a Poisson
     logits = log_mean.clamp(LOWEST_LOG_RATE, HIGHEST_LOG_RATE) - log_count
-    return dist.NegativeBinomial(log_count.exp().expand(logits.shape), logits=logits, validate_args=validate_args)
+    return ExactNegativeBinomial(log_count.exp().expand(logits.shape), logits=logits, validate_args=validate_args)
 
 
 class NegativeBinomialModule(LikelihoodModule):

@@ -26,6 +26,7 @@ from torch.distributions import (
 
 from pvae.distributions.base import Determined
 from pvae.distributions.codes import Certain
+from pvae.distributions.exact import doubled, has_gamma, log_density
 from pvae.distributions.exponential import FullRankNormals, Members, Normals
 from pvae.distributions.exponential_codes import CertainCodes, Codes, product
 from pvae.distributions.relaxed import LogOneHot, RelaxedCodes, categorical_kl
@@ -101,7 +102,7 @@ def full_size(model_trace: Trace, layout: Layout, rows: int | None = None) -> in
 
 def log_prob(node: Mapping[str, Any], layout: Layout, particles: int, size: int = 1) -> Tensor:
     """Return the log density of a traced site per row, nats; of a global site divided by `size`, shape `(1,)`."""
-    value = node["fn"].log_prob(node["value"])
+    value = log_density(node["fn"], node["value"])
     return share(node, value, layout, particles, size)
 
 
@@ -170,6 +171,8 @@ def closed_kl(q: Mapping[str, Any], p: Mapping[str, Any], layout: Layout, partic
     if isinstance(unwrapped(q["fn"]), Bernoulli):  # torch's rule for bits does not broadcast
         shape = torch.broadcast_shapes(*(fn.batch_shape for fn in fns))
         fns = q["fn"].expand(shape), p["fn"].expand(shape)
+    if has_gamma(q["fn"]):
+        fns = doubled(fns[0]), doubled(fns[1])
     try:
         value = kl_divergence(*fns)
     except NotImplementedError:

@@ -17,6 +17,7 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from pvae.distributions.codes import MAX_STATES
+from pvae.distributions.exact import log_density
 from pvae.distributions.exponential_codes import IMPOSSIBLE
 from pvae.errors import DeclarationError
 from pvae.pair.densities import log_prob, plate_scale, sum_over
@@ -140,7 +141,7 @@ def eliminated(model_trace: Trace, layout: Layout, particles: int) -> tuple[Tens
     factors: list[tuple[frozenset[str], Any]] = []
     names, target, count = set(), set(), 1
     for name, node in samples(model_trace).items():
-        value = node["fn"].log_prob(node["value"])
+        value = log_density(node["fn"], node["value"])
         if name not in layout.enumerated:
             value = scale_and_mask(value, 1.0, node["mask"])
         factor = _packed(name, node, value, layout)
@@ -204,7 +205,7 @@ class Expectations:
     def __init__(self, guide_trace: Trace, layout: Layout, particles: int) -> None:
         found = samples(guide_trace)
         nodes = {name: found[name] for name in layout.expected if name in found}
-        self.logs: dict[str, Tensor] = {name: node["fn"].log_prob(node["value"]) for name, node in nodes.items()}
+        self.logs: dict[str, Tensor] = {name: log_density(node["fn"], node["value"]) for name, node in nodes.items()}
         self.dims: dict[str, int] = {name: node["infer"]["_enumerate_dim"] for name, node in nodes.items()}
         self.width = layout.nesting + (particles > 0)
         if len({*self.dims.values()}) < len(self.dims):

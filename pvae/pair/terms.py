@@ -11,6 +11,7 @@ import torch
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
+from pvae.distributions.exact import log_density
 from pvae.errors import DeclarationError
 from pvae.pair.densities import closed_kl, full_size, log_prob, plate_scale, priced_kl, share, sum_over
 from pvae.pair.enumeration import Expectations, eliminated, read_joint_states, require_expectable
@@ -111,7 +112,7 @@ def expected_terms(
     states = Expectations(guide_trace, layout, particles)
 
     def mean(node: Mapping[str, Any]) -> Tensor:
-        value = states.mean(node["fn"].log_prob(node["value"]), node["mask"], str(node["name"]))
+        value = states.mean(log_density(node["fn"], node["value"]), node["mask"], str(node["name"]))
         return wide(share({**node, "mask": None}, value, layout, particles, size))
 
     def wide(value: Tensor) -> Tensor:
