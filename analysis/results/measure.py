@@ -42,7 +42,7 @@ def fitted(run: Run) -> dict[str, object]:
         "run": run.name, "id": run.path.name, "data": run.data.source, "fingerprint": run.data.fingerprint[:16],
         "epochs": status["epoch"], "best_epoch": kept["epoch"], "fit_seconds": status["seconds"],
         "device": manifest["device"], "threads": manifest["threads"], "engine": status["engine"],
-        "precision": train.precision,
+        "precision": manifest.get("precision", train.precision),
         "parameters": sum(p.numel() for p in run.pair.parameters()), "validation_elbo": kept["elbo"],
     }  # fmt: skip
 

@@ -48,8 +48,9 @@ class Train(Section):
     """Smallest number of seconds between two checkpoints; one is always written at the end."""
     precision: Precision = "float32"
     """Type in which dense layers and convolutions multiply in training: `bfloat16` is 1.1 to 1.6 times as fast where
-    the processor has its instructions (avx512_bf16); elsewhere factors are rounded, and a step is no faster. All
-    other computations are in float32, validation and analyses too."""
+    the processor has its instructions (avx512_bf16); elsewhere factors are rounded, and a step is no faster. `auto` is
+    `bfloat16` where the processor has them, else `float32`. All other computations are in float32, validation and
+    analyses too."""
     engine: Literal["auto", "eager", "compiled"] = "auto"
     """Execution of a step: `eager`; `compiled` by torch.export and Inductor; `auto` compiles if that should save
     time."""

@@ -13,7 +13,9 @@ from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-Precision = Literal["float32", "bfloat16"]
+Precision = Literal["auto", "float32", "bfloat16"]
+ROUNDED = "bfloat16 by rounded factors"
+"""Precision of a fit in bfloat16 on a processor without bfloat16 products; see `BFloat16Products`."""
 PRODUCTS = (
     functional.linear,
     functional.conv1d,
@@ -59,6 +61,14 @@ def multiplies_bfloat16() -> bool:
     return platform.machine().lower() not in ("x86_64", "amd64") or torch.cpu._is_avx512_bf16_supported()
 
 
+def resolved(precision: str, device: torch.device) -> str:
+    """Return what a declared precision is on a device: "float32", "bfloat16" or `ROUNDED` (never of "auto")."""
+    has = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else multiplies_bfloat16()
+    if precision == "auto":
+        precision = "bfloat16" if has else "float32"
+    return ROUNDED if precision == "bfloat16" and not has else precision
+
+
 def rounded(x: Tensor) -> Tensor:
     """Return a float32 tensor rounded to the nearest bfloat16 values, still float32; gradients pass unchanged.
 
@@ -83,6 +93,6 @@ def _product(
     return out + (bias if func is functional.linear else bias.reshape(-1, *[1] * (weight.dim() - 2)))
 
 
-def products_in(precision: Precision) -> AbstractContextManager[Any]:
-    """Return a context manager in which networks compute their products in `precision`."""
-    return BFloat16Products() if precision == "bfloat16" else nullcontext()
+def products_in(precision: str) -> AbstractContextManager[Any]:
+    """Return a context manager in which networks compute their products in a resolved precision."""
+    return BFloat16Products() if precision.startswith("bfloat16") else nullcontext()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from pvae.component import Component
 from pvae.errors import DeclarationError
-from pvae.nn.precision import Precision, products_in
+from pvae.nn.precision import products_in
 from pvae.nn.schedules import Constant, Schedule
 from pvae.pair.pair import Pair
 from pvae.pair.terms import Terms
@@ -137,9 +137,7 @@ class Loss(nn.Module):
 
     beta: Tensor
 
-    def __init__(
-        self, objective: Objective, pair: Pair, rows: int | None = None, precision: Precision = "float32"
-    ) -> None:
+    def __init__(self, objective: Objective, pair: Pair, rows: int | None = None, precision: str = "float32") -> None:
         super().__init__()
         self.rows, self.precision = rows, precision
         self.objective = objective

@@ -13,6 +13,7 @@ from pvae.component import IMPORTED
 from pvae.data import Dataset
 from pvae.errors import DeclarationError, DeviceError
 from pvae.experiment.plan import Plan
+from pvae.nn.precision import resolved
 from pvae.pair.pair import Pair
 from pvae.runs import checkpoint
 from pvae.runs.export.exporting import exporting
@@ -65,6 +66,7 @@ def launch(
             "seed": plan.seed,
             "device": str(where),
             "engine": engine,
+            "precision": resolved(plan.train.precision, where),
             "threads": torch.get_num_threads(),
             "parent": parent,
             "trainable": None if trainable is None else list(trainable),

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from pvae.errors import Interrupted, PvaeError, is_refused_draw
+from pvae.nn.precision import ROUNDED
 from pvae.pair.code_usage import code_usage
 from pvae.training import recovery
 from pvae.training.begin import begin
@@ -30,6 +31,15 @@ STATUS_SECONDS = 2.0
 """Smallest number of seconds between two updates of the status file."""
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
 """Signals that ask a fit to stop."""
+
+
+IN_WORDS = {
+    "float32": "networks multiply in float32: this processor has no bfloat16 products",
+    "bfloat16": "networks multiply in bfloat16",
+    ROUNDED: "this processor has no bfloat16 products: factors are rounded to it and multiplied in float32, which "
+    "saves no time (train.precision = 'auto' would take float32)",
+}
+"""Precision of a fit, in words."""
 
 
 class Stop(ExitStack):
@@ -74,6 +84,8 @@ def train(trainer: Trainer) -> None:
             if trainer.average is not None:
                 torch._foreach_copy_(trainer.average, [p.detach() for p in trainer.parameters])
         trainer.make_stepper()
+        if state.step == 0 and trainer.train.precision != "float32":
+            trainer.tell("precision", IN_WORDS[trainer.precision])
         if state.step == 0:
             trainer.stepper.begin()
             recovery.save(trainer)

@@ -13,6 +13,7 @@ from pvae.data import Dataset
 from pvae.errors import CheckpointError, DataError, DeclarationError
 from pvae.experiment.experiment import Experiment
 from pvae.experiment.plan import Plan
+from pvae.nn.precision import resolved
 from pvae.objectives.elbo import TraceELBO
 from pvae.pair.pair import Pair
 from pvae.runs import checkpoint
@@ -27,7 +28,7 @@ from pvae.training.step import learned
 from pvae.training.trainer import Trainer
 from pvae.util.toml import flat
 
-RESUMABLE = ("train.", "objective.", "analysis.", "description", "device", "threads")
+RESUMABLE = ("train.", "objective.", "analysis.", "description", "device", "threads", "precision")
 """Prefixes of the keys that `allow_changes` permits to change in a run: settings of training, never of model or
 data."""
 NOT_FROZEN = re.compile(r"latents\.\w+\.prior(\.|$)|train\.|objective\.|analysis\.|refit|(name|description|seed)$")
@@ -115,6 +116,8 @@ def _go_on(run: Run, plan: Plan, where: torch.device, changed: list[str], *, pro
         _ = run.checkpoint  # raises where there is none
         return
     engine = str(files.manifest.get("engine", "eager"))
+    if changed:
+        files.write_manifest({**files.manifest, "precision": precision_of(run, plan, where)})
     trainer = Trainer(plan, pair, run.data, files, where, engine, progress)
     saved = newest(trainer)
     if saved is not None:
@@ -159,11 +162,17 @@ def _is_stage(child: Run, run: Run, stage: Experiment) -> bool:
         return False
 
 
+def precision_of(run: Run, plan: Plan, device: torch.device) -> str:
+    """Return the precision of a continuation on a device: that recorded in the run, unless `plan` declares another."""
+    recorded, declared = str(run.files.manifest.get("precision", "")), plan.train.precision
+    return resolved(recorded.split()[0] if recorded and declared == run.plan.train.precision else declared, device)
+
+
 def differences(run: Run, plan: Plan, device: torch.device) -> list[str]:
     """Return a line for each change of declaration, device or threads that makes a run's continuation inexact."""
     lines = list(changed_keys(run.plan, plan).values())
-    here = {"device": str(device), "threads": torch.get_num_threads()}
     there = run.files.manifest
+    here = {"device": str(device), "threads": torch.get_num_threads(), "precision": precision_of(run, plan, device)}
     return lines + [f"{k} = {there[k]!r}; got {v!r}." for k, v in here.items() if k in there and there[k] != v]
 
 

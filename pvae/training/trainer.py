@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from pvae.data import Dataset
 from pvae.errors import printable
 from pvae.experiment.plan import Plan
+from pvae.nn.precision import resolved
 from pvae.nn.schedules import Scheduled
 from pvae.objectives.base import Fitting, Loss, Stepper
 from pvae.pair.pair import Pair
@@ -84,7 +85,8 @@ class Trainer:
         self.data = data.to(device)
         self.pair = pair.to(device, plan.objective.dtype)
         self.dtype = plan.objective.dtype or data.train.rows.dtype
-        self.loss = Loss(plan.objective, self.pair, len(data.train), self.train.precision).to(device)
+        self.precision = str(files.manifest.get("precision", resolved(self.train.precision, device)))
+        self.loss = Loss(plan.objective, self.pair, len(data.train), self.precision).to(device)
         self.names = [name for name, p in self.pair.named_parameters() if p.requires_grad]
         self.parameters = learned(self.pair)
         self.optimizer = self.train.optimizer.build(self.parameters)

@@ -213,6 +213,7 @@ CHECKS: dict[str, Callable[[CheckArguments], Iterable[Check]]] = {
     "torch": torch,
     "devices": machine.devices,
     "threads": machine.threads,
+    "precision": machine.precision,
     "pyro": pyro,
     "compiler": machine.compiler,
     "run_dir": machine.run_dir,

@@ -86,6 +86,18 @@ def threads(_: CheckArguments) -> Iterator[Check]:
     yield Check.judged("threads", "warning", text, advice, facts)
 
 
+def precision(_: CheckArguments) -> Iterator[Check]:
+    """Yield a check that says what `train.precision = "auto"` is on the CPU and, if there is one, on the GPU."""
+    import torch
+
+    from pvae.nn.precision import resolved
+
+    names = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    found = {name: resolved("auto", torch.device(name)) for name in names}
+    said = ", ".join(f"{value} on the {'CPU' if name == 'cpu' else 'GPU'}" for name, value in found.items())
+    yield Check("precision", "ok", f'train.precision = "auto" is {said}', facts=found)
+
+
 def cgroup_cores() -> float | None:
     """Return the number of cores that the cgroup allows this process; None if there is no limit."""
     with suppress(OSError, ValueError):

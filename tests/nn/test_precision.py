@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, nn
 
 import pvae
+from pvae.analysis.pages.sections.appendix import environment_of
 from pvae.errors import DeclarationError
 from pvae.experiment.experiment import Experiment
 from pvae.nn import precision
-from pvae.nn.precision import BFloat16Products, Precision, products_in
+from pvae.nn.precision import ROUNDED, BFloat16Products, Precision, products_in, resolved
 from pvae.objectives.base import Loss
 from pvae.runs import checkpoint
 from pvae.training.evaluation import evaluate
@@ -187,6 +188,44 @@ def test_a_fit_comes_out_the_same_and_resumes_bit_for_bit(tmp_path: Path) -> Non
     assert resumed is not None
     for name, value in whole.tensors["weights"].items():
         assert torch.equal(value, resumed.tensors["weights"][name]), name
+
+
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("asked", ["auto", "bfloat16", "float32"])
+def test_auto_takes_bfloat16_only_where_the_processor_has_it(
+    asked: str, native: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The choice is recorded and said once; another processor goes on with it, and its other bits are said."""
+    monkeypatch.setattr(precision, "multiplies_bfloat16", lambda: native)
+    monkeypatch.setattr(precision, "_product", lambda func, *args, **options: func(*args, **options))
+    run = pvae.fit(spec_of(precision=asked, epochs=1), run_dir=tmp_path, device="cpu", progress=False)
+    taken = {"float32": "float32", "auto": "bfloat16" if native else "float32"}.get(
+        asked, "bfloat16" if native else ROUNDED
+    )
+    assert run.files.manifest["precision"] == taken
+    said = [event["message"] for event in run.files.events() if event["kind"] == "precision"]
+    assert len(said) == (asked != "float32")
+    assert all(("no bfloat16 products" in line) is not native for line in said)
+    assert ("precision", taken) in environment_of(run)
+
+    def go_on(**given: Any) -> pvae.Run:
+        return pvae.resume(run.path, "train.epochs=2", allow_changes=True, device="cpu", progress=False, **given)
+
+    monkeypatch.setattr(precision, "multiplies_bfloat16", lambda: not native)
+    other = {ROUNDED: "bfloat16", "bfloat16": ROUNDED}.get(taken, taken)
+    if other != taken:
+        with pytest.raises(DeclarationError, match=f"expected the run's own precision = '{taken}'; got '{other}'"):
+            pvae.resume(run.path, device="cpu", progress=False)
+    assert go_on().files.manifest["precision"] == other
+    changed = [event["message"] for event in run.files.events() if event["kind"] == "changed"]
+    assert ("precision = " in changed[0]) is (other != taken)
+
+
+def test_a_gpu_without_bfloat16_is_asked_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = torch.device("cuda")
+    for has, taken in ((True, ("bfloat16", "bfloat16")), (False, ("float32", ROUNDED))):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, has=has: has)
+        assert (resolved("auto", gpu), resolved("bfloat16", gpu)) == taken
 
 
 @pytest.mark.parametrize("zoo", ["gan", "em_mixture"])

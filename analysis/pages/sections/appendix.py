@@ -52,6 +52,7 @@ def environment_of(run: Run) -> tuple[tuple[str, str], ...]:
         ("training time", f"{status.get('seconds')} s"),
         ("device", manifest.get("device")),
         ("engine", status.get("engine", manifest.get("engine"))),
+        ("precision", manifest.get("precision")),
         ("threads", manifest.get("threads")),
         ("seed", manifest.get("seed")),
         ("data", f"{data.get('source')}, shape {data.get('shape')}"),

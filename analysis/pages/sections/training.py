@@ -10,7 +10,7 @@ from pvae.analysis.pages.document.text import nats
 from pvae.analysis.pages.plots import curves
 from pvae.analysis.pages.sections.examination import Examination
 
-TOLD_EVENTS = ("nonfinite", "storage", "stop", "changed", "engine", "data", "alert")
+TOLD_EVENTS = ("nonfinite", "storage", "stop", "changed", "engine", "precision", "data", "alert")
 MEASURED = re.compile("has collapsed|are dead|are silent")
 """Pattern of alerts from the fit that the report omits, because it measures collapse and dead codes itself."""
 
