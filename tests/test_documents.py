@@ -34,3 +34,15 @@ def test_rooms_import_from_those_drawn_above_them():
         for other in others:
             below, above = room.split(".")[1], other.split(".")[1]
             assert order.index(above) <= order.index(below), f"{room} imports from {other}, which is drawn below it"
+
+
+def test_the_empirical_marginal_kl_is_called_no_promise():
+    """An interval says what a better prior wins on new data; KL - I_n on n rows does not."""
+    folders = [ROOT / name for name in ("pvae", "models", "guides", "analysis")]
+    texts = [*ROOT.glob("*.md"), *(path for folder in folders for path in folder.rglob("*.*"))]
+    texts = [path for path in texts if path.suffix in (".py", ".md", ".toml", ".j2")]
+    assert len(texts) > 300
+    for path in texts:
+        text = " ".join(path.read_text().split())
+        found = re.search(r"(?i)\bmost (that )?a better prior|marginal KL\W+(had )?promise|beside promise", text)
+        assert found is None, f"{path.relative_to(ROOT)}: {text[max(found.start() - 40, 0) : found.end() + 40]}"

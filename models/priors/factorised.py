@@ -37,7 +37,7 @@ class StandardNormalModule(nn.Module):
 
 @final
 class StandardNormal(Prior):
-    """Standard normal prior N(0, I), the default; its marginal KL(q_agg || p) measures how much it over-regularises."""
+    """Standard normal prior N(0, I), the default."""
 
     kind: Literal["standard_normal"] = "standard_normal"
 

@@ -1,0 +1,84 @@
+"""Table of what a better prior wins on new data: the interval of each run, and what priors refitted to its codes won.
+
+    python analysis/results/measure_new_data.py OUT.csv RUN... [--root runs] [--rows 10000]
+    python analysis/results/measure_new_data.py OUT.csv          (prints OUT.csv as the Markdown table of README.md)
+
+A run of `pvae refit` is measured on the same test rows as the run that it froze. Values are nats per datum of the test
+split. A run that has a row is not measured again.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import pandas
+
+from pvae import Run
+from pvae.analysis import gain, surgery
+from pvae.util.seeds import subset
+
+ENDS = ("gain", "gain_upper", "information", "information_upper")
+
+
+def measured(run: Run, root: str, rows: int) -> dict[str, object]:
+    """Return the row of a run: KL, empirical figures and interval; of a refit, the gain over the run that it froze."""
+    test, train = run.data.test.x, run.data.train.x
+    test = test[subset(len(test), rows, 0)]
+    parent = run.files.manifest["parent"]
+    row: dict[str, object] = {
+        "run": run.name, "id": run.path.name, "data": run.data.source, "fingerprint": run.data.fingerprint[:16],
+        "epochs": run.status["epoch"], "fit_seconds": run.status["seconds"],
+        "prior": run.experiment.latents["z"].prior.kind, "n": len(test),
+    }  # fmt: skip
+    if parent is not None:
+        won = gain(Run.load(parent["run"], root=root).pair, run.pair, test).gained
+        return row | {"parent": parent["run"], "gained": won.value, "gained_error": over_rows_error(won)}
+    found = surgery(run.pair, test, train=train)
+    for name in ("elbo", "kl", "mutual_information", "marginal_kl", "log_n"):
+        row[name] = getattr(found, name).value
+    if (new := found.population) is None:
+        return row
+    for name in ENDS:
+        figure = getattr(new, name)
+        row |= {} if figure is None else {f"new_{name}": figure.value, f"new_{name}_error": figure.standard_error}
+    return row | {"seen": new.seen, "largest": new.largest, "slope": new.slope, "new_prior": new.prior}
+
+
+def over_rows_error(e: object) -> float:
+    """Return the error that another data set of the same size would add; the Monte Carlo error where it is not known."""
+    return float(getattr(e, "data_error", None) or getattr(e, "standard_error"))
+
+
+def page(frame: pandas.DataFrame) -> str:
+    """Return the Markdown table: a row per run with its interval, followed by what each refit of it won."""
+    lines = ["| run | KL | I_q, at most log n | marginal KL, these rows | new data, at least | at most | refits won |"]
+    lines.append("|---" * 7 + "|")
+    for _, run in frame[frame["parent"].isna()].iterrows():
+        refits = frame[frame["parent"] == f"{run['run']}/{run['id']}"].sort_values("gained", ascending=False)
+        won = ", ".join(f"{r['prior']} {r['gained']:.2f} ± {r['gained_error']:.2f}" for _, r in refits.iterrows())
+        ends = [f"{run[f'new_{name}']:.2f} ± {run[f'new_{name}_error']:.2f}" for name in ENDS[:2]]
+        cells = [run["run"], f"{run['kl']:.2f}", f"{run['mutual_information']:.2f}, {run['log_n']:.2f}"]
+        lines.append(f"| {' | '.join([*cells, f'{run["marginal_kl"]:.2f}', *ends, won])} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Measure the runs that have no row in the table yet, and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("runs", nargs="*")
+    parser.add_argument("--root", default="runs")
+    parser.add_argument("--rows", type=int, default=10_000)
+    asked = parser.parse_args()
+    rows = pandas.read_csv(asked.out).to_dict("records") if asked.out.exists() else []
+    for name in asked.runs:
+        run = Run.load(name, root=asked.root)
+        if not any(row["id"] == run.path.name for row in rows):
+            rows.append(measured(run, asked.root, asked.rows))
+            pandas.DataFrame(rows).round(4).to_csv(asked.out, index=False)
+    print(page(pandas.DataFrame(rows)))
+
+
+if __name__ == "__main__":
+    main()
