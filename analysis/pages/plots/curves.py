@@ -158,6 +158,8 @@ def law_in_n(found: Population) -> Figure:
     for name, label, colour in named:
         known = [(s.n, e) for s in found.sizes if (e := getattr(s, name)) is not None and abs(e.value) < 2 * top]
         values, errors = [e.value for _, e in known], [2 * e.standard_error for _, e in known]
+        if values and min(values) > top:
+            label += f" (above, {nats(values[-1], 1)} at n = {known[-1][0]})"
         axes.errorbar([m for m, _ in known], values, errors, color=colour, marker="o", markersize=4, label=label)
     axes.plot(n, np.log(n), color=GREY, linestyle=":", label="log n, the most I_n can be")
     axes.plot(n, 2 * np.log(n), color=GREY, linestyle="--", label="2 log n, the most any bound can see")
