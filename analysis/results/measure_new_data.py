@@ -33,7 +33,7 @@ def measured(run: Run, root: str, rows: int) -> dict[str, object]:
     }  # fmt: skip
     if parent is not None:
         won = gain(Run.load(parent["run"], root=root).pair, run.pair, test).gained
-        return row | {"parent": parent["run"], "gained": won.value, "gained_error": over_rows_error(won)}
+        return row | {"parent": parent["run"], "gained": won.value, "gained_error": won.standard_error}
     found = surgery(run.pair, test, train=train)
     for name in ("elbo", "kl", "mutual_information", "marginal_kl", "log_n"):
         row[name] = getattr(found, name).value
@@ -45,21 +45,18 @@ def measured(run: Run, root: str, rows: int) -> dict[str, object]:
     return row | {"seen": new.seen, "largest": new.largest, "slope": new.slope, "new_prior": new.prior}
 
 
-def over_rows_error(e: object) -> float:
-    """Return the error that another data set of the same size would add; the Monte Carlo error where it is not known."""
-    return float(getattr(e, "data_error", None) or getattr(e, "standard_error"))
-
-
 def page(frame: pandas.DataFrame) -> str:
-    """Return the Markdown table: a row per run with its interval, followed by what each refit of it won."""
-    lines = ["| run | KL | I_q, at most log n | marginal KL, these rows | new data, at least | at most | refits won |"]
-    lines.append("|---" * 7 + "|")
+    """Return the Markdown table: a row per run with its interval, and what each refit of it won, the largest first."""
+    lines = [
+        "| run | KL | I_q | log n | marginal KL, these rows | new data, at least | at most | priors refitted won |"
+    ]
+    lines.append("|---" * 8 + "|")
     for _, run in frame[frame["parent"].isna()].iterrows():
         refits = frame[frame["parent"] == f"{run['run']}/{run['id']}"].sort_values("gained", ascending=False)
-        won = ", ".join(f"{r['prior']} {r['gained']:.2f} ± {r['gained_error']:.2f}" for _, r in refits.iterrows())
+        won = [f"{r['prior']} {r['gained']:.2f} ± {r['gained_error']:.2f}" for _, r in refits.iterrows()]
+        plain = [f"{run[name]:.2f}" for name in ("kl", "mutual_information", "log_n", "marginal_kl")]
         ends = [f"{run[f'new_{name}']:.2f} ± {run[f'new_{name}_error']:.2f}" for name in ENDS[:2]]
-        cells = [run["run"], f"{run['kl']:.2f}", f"{run['mutual_information']:.2f}, {run['log_n']:.2f}"]
-        lines.append(f"| {' | '.join([*cells, f'{run["marginal_kl"]:.2f}', *ends, won])} |")
+        lines.append(f"| {' | '.join([run['run'], *plain, *ends, ', '.join(won)])} |")
     return "\n".join(lines)
 
 
