@@ -10,6 +10,9 @@ from torch import Tensor
 
 from pvae.distributions.exponential import Members
 
+FOLDS = 3
+"""Number of folds of the rows: for any two rows there is a fold that holds neither."""
+
 
 @dataclass(frozen=True)
 class NewRows:
@@ -56,9 +59,9 @@ class HonestScores:
     influence: Tensor
     """Derivative of sum_i log r(z_i) in the weight of row j among the rows that r is made of, up to a constant, `(n,)`
     (the column sums of the shares, in a mixture of kernels on the other rows); 0 where r is of other rows."""
-    halves: Tensor
-    """log r(z_i) with an r chosen without any row of the half that row i is in, `(n,)`: for the bound from pairs of
-    rows within a half."""
+    apart: Tensor
+    """log r_k(z_i) with r_k made of fold k alone, `(n, K)`, read only where row i is not in fold k; with an r of other
+    rows one column, `(n, 1)`."""
     words: str
     """The prior r in words, as in "won by {words}"."""
 
@@ -66,19 +69,19 @@ class HonestScores:
 class HonestPrior(ABC):
     """Abstract way to make a prior r(z) from rows, and to score rows that it was not chosen with.
 
-    Parameters of r (a width, weights, a discount) for the rows of one half are chosen on the other half alone.
+    Parameters of r (a width, weights, a discount) are never chosen on the fold of the rows that r is scored on.
     """
 
     @abstractmethod
-    def crossed(self, rows: NewRows, half: Tensor) -> HonestScores:
-        """Return the scores of rows under priors made of the other rows; `half` is the half each row is in, `(n,)`."""
+    def crossed(self, rows: NewRows, fold: Tensor) -> HonestScores:
+        """Return the scores of rows under priors made of the other rows; `fold` is that of each row, `(n,)`."""
 
     @abstractmethod
     def trained(self, train: NewRows, rows: NewRows) -> HonestScores:
         """Return the scores of rows under one prior made of the rows `train`, among which they are not."""
 
 
-def halves(n: int, seed: int, device: torch.device) -> Tensor:
-    """Return the half that each of n rows is in, 0 or 1 at random, of equal sizes, `(n,)`."""
+def folds(n: int, seed: int, device: torch.device) -> Tensor:
+    """Return the fold that each of n rows is in, 0, 1 or 2 at random, of equal sizes, `(n,)`."""
     generator = torch.Generator().manual_seed(seed)
-    return (torch.randperm(n, generator=generator) % 2).to(device)
+    return (torch.randperm(n, generator=generator) % FOLDS).to(device)
