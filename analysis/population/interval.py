@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from torch import Tensor
 from pvae.analysis.figures.estimate import Estimate
 from pvae.analysis.population.result import Population, SubsetInformation
 from pvae.analysis.population.sample import HonestPrior, HonestScores, NewRows, folds
-from pvae.analysis.population.sweep import Critic, Information, PairSums, spread, sweep
+from pvae.analysis.population.sweep import Critic, Information, PairSums, counted_twice, spread, sweep
 
 FEWEST = 20
 """Smallest number of rows for which an interval is given."""
@@ -44,23 +44,17 @@ class PairsBound:
     @classmethod
     def of(cls, critic: Critic, own: Tensor, sums: PairSums) -> PairsBound:
         """Return the bound from log q(z_i | x_i), `(n,)`, and the sums over all pairs."""
-        n, (t, alike) = len(own), critic.own(own)
-        groups = (sums.by_value + sums.by_row) / (n - 1)
-        reach = groups.sum(1)  # twice the mean over the pairs of a row
+        n, t = len(own), critic(own - critic.apart)
+        alike = t.exp()
+        groups = (sums.by_value + sums.by_row) * n / critic.pairs
+        reach = groups.sum(1)
         m = float(reach.mean()) / 2
         g = ALIKE / n**2 * float(alike.mean())
         seen = m / (m + g)
         psi = t - seen * (reach / m - 2) - (1 - seen) * (alike / alike.mean() - 1)
-        # The spread of `reach` counts the noise of single pairs twice; two groups of other rows share none of it.
-        common = 4 * float(torch.cov(groups.T)[0, 1])
-        twice = (seen / m) ** 2 * (float(reach.var()) - max(common, 0.0)) / 2
-        largest = float(torch.maximum(sums.by_value.sum(1), sums.by_row.sum(1)).max()) / (m * n * (n - 1))
-        return cls(float(t.mean()) - math.log(m + g), psi, max(twice, 0.0), seen, largest)
-
-    def error(self, other: Tensor | float = 0.0) -> float:
-        """Return the standard error of the mean of psi, or of other terms `(n,)` less psi."""
-        terms = other - self.psi
-        return math.sqrt(max(float(terms.var()) - self.twice, 0.5 * float(terms.var())) / len(terms))
+        twice = (seen / m) ** 2 * counted_twice(groups)
+        largest = float(torch.maximum(sums.by_value.sum(1), sums.by_row.sum(1)).max()) / (m * critic.pairs)
+        return cls(float(t.mean()) - math.log(m + g), psi, twice, seen, largest)
 
 
 def interval(rows: NewRows, prior: HonestPrior, *, train: NewRows | None = None, seed: int = 0) -> Population | str:
@@ -84,32 +78,29 @@ def interval(rows: NewRows, prior: HonestPrior, *, train: NewRows | None = None,
     n = len(rows)
     if n < FEWEST:
         return f"on new data: expected at least {FEWEST} rows for an interval; got {n}"
-    fold = folds(n, seed, rows.value.device)
-    if rows.q is not None:
-        order = fold.argsort(stable=True)
-        rows, fold = rows.rows(order), fold[order]
+    order, fold = folds(n, seed, rows.value.device)
+    rows = replace(rows.rows(order), information=rows.information)
     found = prior.crossed(rows, fold) if train is None else prior.trained(train, rows)
     lower, upper = _ends(rows, found)
     if not math.isfinite(lower.value):
         return "on new data: log r(z) is not finite"
     if rows.q is None:
         return _of_draws(rows, found, lower, upper)
-    parts = _parts(rows, seed)
+    parts = _parts(rows)
     critic = _critic(parts, found, (n,) if train is not None else tuple(fold.bincount().tolist()))
     whole, sums = sweep(rows.q, rows.value, rows.own, critic)
     assert sums is not None  # noqa: S101 - a critic was given
     bound = PairsBound.of(critic, rows.own, sums)
-    law = (*(_subset(len(p), f) for p, f in parts), _subset(n, whole))
+    law = (*(_subset(len(part), f) for part, f in parts), _subset(n, whole))
     kl = float(rows.kl.mean())
-    by_rows = Estimate(
-        kl - float(whole.inside.mean()), spread(rows.kl - whole.inside + whole.inside_shares), "upper_bound"
-    )
-    by_pairs = Estimate(kl - bound.value, bound.error(rows.kl), "upper_bound")
+    shares = whole.inside - whole.inside_shares
+    by_rows = Estimate(kl - float(whole.inside.mean()), spread(rows.kl - shares, whole.twice), "upper_bound")
+    by_pairs = Estimate(kl - bound.value, spread(rows.kl - bound.psi, bound.twice), "upper_bound")
     information = (
         Estimate(float(whole.inside.mean()), whole.inside_error, "lower_bound"),
-        Estimate(bound.value, bound.error(), "lower_bound"),
+        Estimate(bound.value, spread(bound.psi, bound.twice), "lower_bound"),
     )
-    slope = _slope(law)
+    slope = _slope(parts, whole)
     middle = _middle(whole, slope)
     return Population(
         n=n,
@@ -154,14 +145,13 @@ def _of_draws(rows: NewRows, found: HonestScores, lower: Estimate, upper: Estima
 # ---------------------------------------------------------------------- the law in n
 
 
-def _parts(rows: NewRows, seed: int) -> list[tuple[Tensor, Information]]:
-    """Return nested random subsets of the rows, from small to large, with their information."""
-    generator = torch.Generator().manual_seed(seed + 1)
-    shuffled = torch.randperm(len(rows), generator=generator).to(rows.value.device)
-    out = []
-    for fraction in FRACTIONS:
-        chosen = shuffled[: len(rows) // fraction]
-        if len(chosen) >= SMALLEST:
+def _parts(rows: NewRows) -> list[tuple[Tensor, Information]]:
+    """Return nested random subsets of the rows, from small to large, and their information."""
+    generator = torch.Generator().manual_seed(len(rows))
+    shuffled, out = torch.randperm(len(rows), generator=generator).to(rows.value.device), []
+    for size in (len(rows) // fraction for fraction in FRACTIONS):
+        if size >= SMALLEST:
+            chosen = shuffled[:size]
             part = rows.rows(chosen)
             assert part.q is not None  # noqa: S101 - asked before
             out.append((chosen, sweep(part.q, part.value, part.own)[0]))
@@ -183,12 +173,12 @@ def _subset(n: int, found: Information) -> SubsetInformation:
     )
 
 
-def _slope(law: tuple[SubsetInformation, ...]) -> float | None:
-    """Return the slope of I_n in log n between the two largest sizes; None for one size."""
-    if len(law) < 2:
+def _slope(parts: list[tuple[Tensor, Information]], whole: Information) -> float | None:
+    """Return the slope of I_n in log n from the largest subset to all rows, on the samples of the subset; else None."""
+    if not parts:
         return None
-    less, more = law[-2:]
-    return (more.information.value - less.information.value) / math.log(more.n / less.n)
+    chosen, part = parts[-1]
+    return float((whole.inside[chosen] - part.inside).mean()) / math.log(len(whole.inside) / len(chosen))
 
 
 def _middle(found: Information, slope: float | None) -> Estimate | None:

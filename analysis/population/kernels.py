@@ -14,10 +14,12 @@ from pvae.analysis.population.sweep import log_sum, relative, tiles
 from pvae.distributions.exponential import FullRankNormals, Members, Normals
 from pvae.distributions.exponential_codes import Product
 
-WIDTHS = (0.0, 0.1, 0.15, 0.2, 0.3, 0.45, 0.65)
+WIDTHS = (0.0, 0.1, 0.17, 0.24, 0.34, 0.48, 0.68)
 """Widths b that are tried: a kernel has the variance of its posterior plus b^2 var(z)."""
+WORSE = 0.02
+"""Loss of log-likelihood, nats, after which no larger width is tried."""
 ROWS_TRIED = 400
-"""Number of rows on which the width and the weights are chosen."""
+"""Largest number of rows on which the width and the weights are chosen."""
 PARTS = 10
 """Number of parts of the rows, each scored under a normal fitted to the others."""
 STEPS = 50
@@ -97,7 +99,7 @@ def mixing(scores: Tensor) -> tuple[Tensor, float]:
     """
     log_w = scores.new_full((scores.shape[1],), -math.log(scores.shape[1]))
     for _ in range(STEPS):
-        log_w = ((scores + log_w).log_softmax(1).logsumexp(0) - math.log(len(scores))).clamp(min=-30)
+        log_w = (scores + log_w).softmax(1).mean(0).clamp(min=1e-12).log()
     return log_w, float((scores + log_w).logsumexp(1).mean())
 
 
@@ -125,6 +127,8 @@ class Recipe:
             log_w, found = mixing(torch.stack([kernel, *fixed], 1).clamp(min=-1e6))
             if best is None or found > most:
                 best, most = cls(width, log_w), found
+            elif found < most - WORSE:
+                break
         assert best is not None  # noqa: S101 - every width above zero has kernels
         return best
 
@@ -134,32 +138,29 @@ class KernelPrior(HonestPrior):
     """Mixture of kernels on the other rows, their posteriors widened, with one normal and the prior p."""
 
     def crossed(self, rows: NewRows, fold: Tensor) -> HonestScores:
-        log_r, influence, weight = (torch.zeros_like(rows.own) for _ in range(3))
-        apart = rows.own.new_full((len(rows), FOLDS), math.nan)
-        normal, log_others = normal_without(rows.value), math.log(len(rows) - 1)
-        known = [rows.rows((fold == k).nonzero()[:, 0]) for k in range(FOLDS)]
-        recipes = [Recipe.of(part) for part in known]
-        for k, (part, recipe) in enumerate(zip(known, recipes, strict=True)):
-            w, far = recipe.log_w, FittedNormal.of(part.value)
-            mine, mixed = (fold == (k - 1) % FOLDS).nonzero()[:, 0], (fold == (k - 2) % FOLDS).nonzero()[:, 0]
+        log_r, apart, influence, weight = (torch.zeros_like(rows.own) for _ in range(4))
+        normal, log_others, widths = normal_without(rows.value), math.log(len(rows) - 1), []
+        for k in range(FOLDS):
+            known = (fold == k).nonzero()[:, 0]
+            mine, part = (fold == (k - 1) % FOLDS).nonzero()[:, 0], rows.rows(known)
+            recipe = Recipe.of(part)
+            w, start, stop = recipe.log_w, int(known[0]), int(known[-1]) + 1
             rest = torch.logaddexp(w[1] + normal[mine], w[2] + rows.log_p[mine])
-            within = torch.stack([torch.ones_like(fold), fold == k], 1).float()
-            kernel = torch.empty_like(rows.own)
+            far = torch.logaddexp(
+                w[1] + FittedNormal.of(part.value).log_prob(rows.value[mine]), w[2] + rows.log_p[mine]
+            )
             for at, tile in tiles(kernels(rows, recipe.width), rows.value[mine], mine):
                 top, e = relative(tile)
-                sums = top[:, None] + (e @ within).double().log()
+                within = e[:, start:stop].sum(1).double()
+                total = within + e[:, :start].sum(1).double() + e[:, stop:].sum(1).double()
                 i = mine[at]
-                log_r[i] = torch.logaddexp(w[0] + sums[:, 0] - log_others, rest[at])
-                kernel[i] = sums[:, 1]
+                log_r[i] = torch.logaddexp(w[0] + top + total.log() - log_others, rest[at])
+                apart[i] = torch.logaddexp(w[0] + top + within.log() - math.log(len(part)), far[at])
                 influence += ((w[0] + top - log_others - log_r[i]).exp().float() @ e).double()
             weight[mine] = (w[1] + normal[mine] - log_r[mine]).exp()
-            for at, tile in tiles(kernels(part, recipe.width), rows.value[mixed]):
-                kernel[mixed[at]] = log_sum(tile)
-            i = (fold != k).nonzero()[:, 0]
-            fixed = [kernel[i] - math.log(len(part)), far.log_prob(rows.value[i]), rows.log_p[i]]
-            apart[i, k] = (torch.stack(fixed, 1) + w).logsumexp(1)
+            widths.append(recipe.width)
         influence += FittedNormal.of(rows.value).influence(rows.value, weight)
-        return HonestScores(log_r, influence, apart, self._words([r.width for r in recipes]))
+        return HonestScores(log_r, influence, apart, self._words(widths))
 
     def trained(self, train: NewRows, rows: NewRows) -> HonestScores:
         recipe = Recipe.of(train)
@@ -168,7 +169,7 @@ class KernelPrior(HonestPrior):
         for at, tile in tiles(kernels(train, recipe.width), rows.value):
             kernel[at] = log_sum(tile) - math.log(len(train))
         log_r = (torch.stack([kernel, *fixed], 1) + recipe.log_w).logsumexp(1)
-        return HonestScores(log_r, torch.zeros_like(log_r), log_r[:, None], self._words([recipe.width], "train"))
+        return HonestScores(log_r, torch.zeros_like(log_r), log_r, self._words([recipe.width], "train"))
 
     def _words(self, widths: list[float], which: str = "the other") -> str:
         found = " and ".join(f"{w:g}" for w in dict.fromkeys(widths))

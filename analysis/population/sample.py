@@ -11,7 +11,8 @@ from torch import Tensor
 from pvae.distributions.exponential import Members
 
 FOLDS = 3
-"""Number of folds of the rows: for any two rows there is a fold that holds neither."""
+"""Number of folds of the rows, in a circle: any two rows are in one fold or in neighbours, and the third knows
+neither."""
 
 
 @dataclass(frozen=True)
@@ -60,8 +61,8 @@ class HonestScores:
     """Derivative of sum_i log r(z_i) in the weight of row j among the rows that r is made of, up to a constant, `(n,)`
     (the column sums of the shares, in a mixture of kernels on the other rows); 0 where r is of other rows."""
     apart: Tensor
-    """log r_k(z_i) with r_k made of fold k alone, `(n, K)`, read only where row i is not in fold k; with an r of other
-    rows one column, `(n, 1)`."""
+    """log r(z_i) with an r made of the fold after that of row i alone, which knows no row of the fold of row i nor of
+    the one before, `(n,)`: for the bound from pairs of rows."""
     words: str
     """The prior r in words, as in "won by {words}"."""
 
@@ -81,7 +82,7 @@ class HonestPrior(ABC):
         """Return the scores of rows under one prior made of the rows `train`, among which they are not."""
 
 
-def folds(n: int, seed: int, device: torch.device) -> Tensor:
-    """Return the fold that each of n rows is in, 0, 1 or 2 at random, of equal sizes, `(n,)`."""
-    generator = torch.Generator().manual_seed(seed)
-    return (torch.randperm(n, generator=generator) % FOLDS).to(device)
+def folds(n: int, seed: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return a random order of n rows, and the fold that each row is in, in that order: 0, 1 or 2, ascending."""
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed)).to(device)
+    return order, torch.arange(n, device=device) * FOLDS // n

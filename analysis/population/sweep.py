@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pvae.distributions.exponential import Members
 
-TILE = 2**19
+TILE = 2**20
 """Largest number of pairs in a tile of some values and all rows."""
 FLOOR = -80.0
 """Differences of log densities are clamped here, e^-80 of the largest term: exp is slow where its result underflows."""
@@ -59,13 +59,15 @@ class Information:
     outside: Tensor
     """The same without the own posterior among the components, `(n,)`."""
     inside_shares: Tensor
-    """Sum over samples of the share of row j in the mixture, `(n,)`."""
+    """Sum over the other samples of the share of row j in the mixture, `(n,)`."""
     outside_shares: Tensor
+    twice: float
+    """Part of the variance of `inside - inside_shares` that is noise of single pairs counted twice."""
 
     @property
     def inside_error(self) -> float:
         """Standard error of the mean of `inside`: every row counts as sample and as component."""
-        return spread(self.inside - self.inside_shares)
+        return spread(self.inside - self.inside_shares, self.twice)
 
     @property
     def outside_error(self) -> float:
@@ -87,40 +89,36 @@ class PairSums:
 class Critic:
     """T_ij = min(b (log q(z_i | x_j) - log r(z_i)), tau) with an r that knows neither i nor j; the clip is fixed.
 
-    The rows are sorted by fold. With `apart` of one column r is of other rows altogether.
+    The rows are sorted by fold; z_i is paired with the rows of its own fold and of the one before.
     """
 
     apart: Tensor
-    """log r_k(z_i) with r_k made of fold k alone, `(n, K)`."""
+    """log r(z_i) with an r made of the fold after that of row i, or of other rows altogether, `(n,)`."""
     sizes: tuple[int, ...]
-    """Number of rows of each of the K folds, in order."""
+    """Number of rows of each fold, in order; one for all rows where r is of other rows."""
     slope: float
     """b."""
     ceiling: float
     """tau, nats."""
 
-    def clip(self, ratio: Tensor) -> Tensor:
-        """Return T of log q - log r."""
-        return (ratio * self.slope).clamp_(FLOOR, self.ceiling)
+    def __call__(self, ratio: Tensor) -> Tensor:
+        """Return T of log q - log r, in place."""
+        return ratio.mul_(self.slope).clamp_(FLOOR, self.ceiling)
 
-    def blocks(self) -> list[tuple[slice, slice, int]]:
-        """Return blocks of values and rows, and the fold whose r is used in each: one that holds neither."""
-        starts = [sum(self.sizes[:k]) for k in range(len(self.sizes) + 1)]
-        parts = [slice(a, b) for a, b in zip(starts, starts[1:], strict=False)]
-        if len(parts) == 1:
-            return [(parts[0], parts[0], 0)]
-        three = range(3)
-        return [(parts[a], parts[b], (a + 1) % 3 if a == b else 3 - a - b) for a in three for b in three]
+    @property
+    def pairs(self) -> int:
+        """Number of pairs of a sample and another row."""
+        own = sum(size * (size - 1) for size in self.sizes)
+        return own + sum(size * self.sizes[k - 1] for k, size in enumerate(self.sizes) if len(self.sizes) > 1)
 
-    def own(self, own: Tensor) -> tuple[Tensor, Tensor]:
-        """Return T_ii and e^T_ii from log q(z_i | x_i), averaged over the r that are used for z_i, `(n,)` each."""
-        mean, power = torch.zeros_like(own), torch.zeros_like(own)
-        for rows, columns, k in self.blocks():
-            pairs = columns.stop - columns.start - (rows == columns)
-            t = self.clip(own[rows] - self.apart[rows, k])
-            mean[rows] += t * pairs / (len(own) - 1)
-            power[rows] += t.exp() * pairs / (len(own) - 1)
-        return mean, power
+    def blocks(self) -> Iterator[tuple[slice, slice]]:
+        """Yield blocks of samples and rows that are paired."""
+        stops = [sum(self.sizes[: k + 1]) for k in range(len(self.sizes))]
+        parts = [slice(stop - size, stop) for stop, size in zip(stops, self.sizes, strict=True)]
+        for k, part in enumerate(parts):
+            yield part, part
+            if len(parts) > 1:
+                yield part, parts[k - 1]
 
 
 def sweep(q: Members, value: Tensor, own: Tensor, critic: Critic | None = None) -> tuple[Information, PairSums | None]:
@@ -129,46 +127,65 @@ def sweep(q: Members, value: Tensor, own: Tensor, critic: Critic | None = None) 
     Time grows with n^2, memory with n.
 
     Arguments:
-        q: posteriors of the n rows, float64.
+        q: posteriors of the n rows in random order, float64.
         value: a sample of each, `(n, D)`.
         own: log q(z_i | x_i), `(n,)`.
         critic: None for no sums over pairs.
     """
     n = len(value)
     index = torch.arange(n, device=own.device)
-    others, shares = torch.empty_like(own), own.new_zeros(2, n)
-    group = torch.nn.functional.one_hot(index % 2, 2).float()
-    sums = PairSums(own.new_zeros(n, 2), own.new_zeros(n, 2))
+    group = torch.stack([index < n // 2, index >= n // 2], 1).double()
+    others, shares = torch.empty_like(own), own.new_zeros(3, n)
+    reach, sums = own.new_zeros(n, 2), PairSums(own.new_zeros(n, 2), own.new_zeros(n, 2))
     for at, tile in tiles(q, value, index):
         top = tile.amax(1)
-        apart = (tile - top[:, None]).float()
+        apart = tile.sub_(top[:, None]).float()
         if critic is not None:
-            _pairs(apart, top, at, critic, group, sums)
+            _pairs(apart, top, at, critic, sums)
         e = apart.clamp_(min=FLOOR).exp_()
-        total = e.sum(1, dtype=torch.float64)
-        others[at] = top + total.log()
+        total = in_groups(e, n // 2)
+        others[at] = top + total.sum(1).log()
         whole = torch.logaddexp(others[at], own[at])
-        weights = torch.stack([(top - whole).exp(), 1 / total])
-        shares += (weights.float() @ e).double()
-        shares[0, at] += (own[at] - whole).exp()
+        level = (top - whole).exp()[:, None]
+        reach[at] += level * total
+        shares += (torch.cat([level * group[at], 1 / total.sum(1, keepdim=True)], 1).float().T @ e).double()
     inside = own - torch.logaddexp(others, own) + math.log(n)
-    found = Information(inside, own - others + math.log(max(n - 1, 1)), *shares)
-    return found, None if critic is None else sums
+    outside, twice = own - others + math.log(max(n - 1, 1)), counted_twice(reach + shares[:2].T)
+    return Information(inside, outside, shares[:2].sum(0), shares[2], twice), None if critic is None else sums
 
 
-def _pairs(apart: Tensor, top: Tensor, at: slice, critic: Critic, group: Tensor, sums: PairSums) -> None:
-    """Add e^T_ij of a tile, log densities less `top`, to the sums."""
-    for rows, columns, k in critic.blocks():
-        mine = slice(max(at.start, rows.start), min(at.stop, rows.stop))
-        if mine.start >= mine.stop:
+def in_groups(e: Tensor, first: int) -> Tensor:
+    """Return the sums of the first columns and of the others, `(k, 2)`, float64."""
+    return torch.stack([e[:, :first].sum(1), e[:, first:].sum(1)], 1).double()
+
+
+def _pairs(apart: Tensor, top: Tensor, at: slice, critic: Critic, sums: PairSums) -> None:
+    """Add e^T_ij of a tile, log densities less `top`, to the sums; the groups are halves of every fold."""
+    for rows, columns in critic.blocks():
+        start, stop = max(at.start, rows.start), min(at.stop, rows.stop)
+        if start >= stop:
             continue
-        local = slice(mine.start - at.start, mine.stop - at.start)
-        level = (top[local] - critic.apart[mine, k]).float()
-        e = critic.clip(apart[local, columns] + level[:, None]).exp_()
-        sums.by_value[mine] += e @ group[columns]
-        sums.by_row[columns] += e.T @ group[mine]
+        mine, local = slice(start, stop), slice(start - at.start, stop - at.start)
+        level = (top[local] - critic.apart[mine]).float()
+        e = critic(apart[local, columns] + level[:, None]).exp_()
+        sums.by_value[mine] += in_groups(e, (columns.stop - columns.start) // 2)
+        cut = min(max((rows.start + rows.stop) // 2 - start, 0), len(e))
+        sums.by_row[columns] += torch.stack([e[:cut].sum(0), e[cut:].sum(0)], 1)
 
 
-def spread(terms: Tensor) -> float:
-    """Return the standard error of the mean of terms `(n,)`."""
-    return float(terms.std() / math.sqrt(len(terms)))
+def counted_twice(groups: Tensor) -> float:
+    """Return the part of the variance of row sums over pairs that is noise of single pairs, which is counted twice.
+
+    The spread of the sums over rows holds the noise of a pair once for each of its two rows. Sums over two random
+    groups of other rows share what belongs to the row, and none of that noise.
+
+    Arguments:
+        groups: for each row the sums of a pair's two terms over the other rows of a group, `(n, 2)`.
+    """
+    return max(float(groups.sum(1).var()) - 4 * max(float(torch.cov(groups.T)[0, 1]), 0.0), 0.0) / 2
+
+
+def spread(terms: Tensor, twice: float = 0.0) -> float:
+    """Return the standard error of the mean of terms `(n,)`, less a variance that was counted twice in them."""
+    variance = float(terms.var())
+    return math.sqrt(max(variance - twice, variance / 2) / len(terms))
