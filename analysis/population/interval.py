@@ -101,7 +101,6 @@ def interval(rows: NewRows, prior: HonestPrior, *, train: NewRows | None = None,
         Estimate(bound.value, spread(bound.psi, bound.twice), "lower_bound"),
     )
     slope = _slope(parts, whole)
-    middle = _middle(whole, slope)
     return Population(
         n=n,
         gain=lower,
@@ -113,8 +112,7 @@ def interval(rows: NewRows, prior: HonestPrior, *, train: NewRows | None = None,
         largest=bound.largest,
         sizes=law,
         slope=slope,
-        midpoint=middle,
-        notes=tuple(_notes(n, slope, middle, bound, by_pairs.value < by_rows.value)),
+        midpoint=_middle(whole, slope),
     )
 
 
@@ -188,19 +186,3 @@ def _middle(found: Information, slope: float | None) -> Estimate | None:
         return None
     terms = 0.5 * (found.inside + found.outside - found.inside_shares - found.outside_shares)
     return Estimate(0.5 * float((found.inside + found.outside).mean()), spread(terms))
-
-
-def _notes(n: int, slope: float | None, middle: Estimate | None, bound: PairsBound, pairs: bool) -> list[str]:
-    """Return what the figures do not say by themselves, in sentences."""
-    notes = []
-    if middle is None and slope is not None and slope > FLAT:
-        notes.append(
-            f"{n} rows cannot tell the information of the codes: I_n still grows by {slope:.2f} nats for each unit of "
-            f"log n; no bound sees beyond about 2 log n = {2 * math.log(n):.1f} nats"
-        )
-    if pairs and bound.seen < 0.5:
-        notes.append(
-            f"the upper end is that of {n} rows without a repeat, not of overlapping codes: only {bound.seen:.0%} of "
-            f"it comes from pairs of rows"
-        )
-    return notes
