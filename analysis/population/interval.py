@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pvae.analysis.figures.estimate import Estimate
-from pvae.analysis.population.result import Population, SubsetInformation
+from pvae.analysis.population.result import FLAT, Population, SubsetInformation
 from pvae.analysis.population.sample import HonestPrior, HonestScores, NewRows, folds
 from pvae.analysis.population.sweep import Critic, Information, PairSums, counted_twice, spread, sweep
 
@@ -25,8 +25,8 @@ FRACTIONS = (64, 16, 4)
 """Parts of the rows, nested, of which the information is given as well: n/64, n/16, n/4."""
 SMALLEST = 25
 """Smallest number of rows of such a part."""
-SETTLED, FLAT = 0.3, 0.1
-"""Largest gap, nats, between I_n and leave-one-out, and largest slope of I_n in log n, for their middle to be given."""
+SETTLED = 0.3
+"""Gap, nats, between I_n and leave-one-out from which their middle is not given."""
 
 
 @dataclass(frozen=True)

@@ -39,13 +39,10 @@ def widened(q: Members, variance: Tensor) -> Members | None:
     return None
 
 
-def kernels(rows: NewRows, width: float) -> Members | None:
-    """Return a kernel on every row: its posterior, or else its sample, widened; None for a sample without width."""
-    variance = (width * rows.value.std(0)) ** 2
+def kernels(rows: NewRows, variance: Tensor) -> Members:
+    """Return a kernel on every row: its posterior with a variance `(D,)` added, or a normal around its sample."""
     found = None if rows.q is None else widened(rows.q, variance)
-    if found is None and width:
-        found = Normals(rows.value, variance.sqrt().clamp(min=1e-12).expand_as(rows.value))
-    return found
+    return Normals(rows.value, variance.sqrt().clamp(min=1e-12).expand_as(rows.value)) if found is None else found
 
 
 @dataclass(frozen=True)
@@ -108,6 +105,8 @@ class Recipe:
     """Width of the kernels, and log weights of kernels, normal and p in the mixture, chosen on some rows."""
 
     width: float
+    variance: Tensor
+    """Square of width times standard deviation of every coordinate, `(D,)`."""
     log_w: Tensor
 
     @classmethod
@@ -118,15 +117,14 @@ class Recipe:
         fixed = [normal_without(rows.value)[tried], rows.log_p[tried]]
         best, most = None, -math.inf
         for width in WIDTHS:
-            members = kernels(rows, width)
-            if members is None:
-                continue
+            variance = (width * rows.value.std(0)) ** 2
+            members = kernels(rows, variance)
             kernel = torch.empty_like(fixed[0])
             for at, tile in tiles(members, rows.value[tried], tried):
                 kernel[at] = log_sum(tile) - math.log(n - 1)
             log_w, found = mixing(torch.stack([kernel, *fixed], 1).clamp(min=-1e6))
             if best is None or found > most:
-                best, most = cls(width, log_w), found
+                best, most = cls(width, variance, log_w), found
             elif found < most - WORSE:
                 break
         assert best is not None  # noqa: S101 - every width above zero has kernels
@@ -149,7 +147,7 @@ class KernelPrior(HonestPrior):
             far = torch.logaddexp(
                 w[1] + FittedNormal.of(part.value).log_prob(rows.value[mine]), w[2] + rows.log_p[mine]
             )
-            for at, tile in tiles(kernels(rows, recipe.width), rows.value[mine], mine):
+            for at, tile in tiles(kernels(rows, recipe.variance), rows.value[mine], mine):
                 top, e = relative(tile)
                 within = e[:, start:stop].sum(1).double()
                 total = within + e[:, :start].sum(1).double() + e[:, stop:].sum(1).double()
@@ -166,7 +164,7 @@ class KernelPrior(HonestPrior):
         recipe = Recipe.of(train)
         fixed = [FittedNormal.of(train.value).log_prob(rows.value), rows.log_p]
         kernel = torch.empty_like(rows.own)
-        for at, tile in tiles(kernels(train, recipe.width), rows.value):
+        for at, tile in tiles(kernels(train, recipe.variance), rows.value):
             kernel[at] = log_sum(tile) - math.log(len(train))
         log_r = (torch.stack([kernel, *fixed], 1) + recipe.log_w).logsumexp(1)
         return HonestScores(log_r, torch.zeros_like(log_r), log_r, self._words([recipe.width], "train"))

@@ -1,0 +1,266 @@
+"""The interval on new data: its parts against sums written out, its honesty, its errors and its coverage."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from scipy.special import logsumexp
+from scipy.stats import multivariate_normal
+from sklearn.mixture import GaussianMixture
+
+from pvae.analysis.decompose.surgery import surgery
+from pvae.analysis.population.interval import ALIKE, PairsBound, interval
+from pvae.analysis.population.kernels import FittedNormal, KernelPrior, mixing, widened
+from pvae.analysis.population.result import Population
+from pvae.analysis.population.sample import NewRows, folds
+from pvae.analysis.population.sweep import Critic, counted_twice, spread, sweep
+from pvae.analysis.truths.linear import gaussian_channel
+from pvae.distributions.exponential import FullRankNormals, Normals
+from pvae.distributions.exponential_codes import product
+from tests.decompose.pairs import channel
+from tests.soak.population import TRUTHS, gaussian, mixture, run
+
+DOUBLE = torch.float64
+
+
+@pytest.fixture
+def rows() -> NewRows:
+    return gaussian(2, 2.0, 0.3).rows(60, 3)
+
+
+def table(rows: NewRows) -> np.ndarray:
+    """log q(z_i | x_j), `(n, n)`, by scipy."""
+    assert isinstance(rows.q, Normals)
+    means, variance = rows.q.loc.numpy(), float(rows.q.scale[0, 0]) ** 2
+    return np.stack([multivariate_normal.logpdf(rows.value.numpy(), m, variance) for m in means], 1)
+
+
+# ---------------------------------------------------------------------- passes over pairs
+
+
+@pytest.mark.parametrize("tile", [2**20, 600], ids=["one tile", "tiles"])
+def test_information_is_the_sum_written_out(rows, tile, monkeypatch):
+    monkeypatch.setattr("pvae.analysis.population.sweep.TILE", tile)
+    n, logs = len(rows), table(rows)
+    apart = logs + np.where(np.eye(n), -np.inf, 0)
+    found, none = sweep(rows.q, rows.value, rows.own)
+    whole = logsumexp(logs, 1)
+    assert none is None
+    assert found.inside.numpy() == pytest.approx(np.diag(logs) - whole + math.log(n), abs=1e-6)
+    assert found.outside.numpy() == pytest.approx(np.diag(logs) - logsumexp(apart, 1) + math.log(n - 1), abs=1e-6)
+    assert found.inside_shares.numpy() == pytest.approx(np.exp(apart - whole[:, None]).sum(0), rel=1e-5)
+    assert found.outside_shares.numpy() == pytest.approx(np.exp(apart - logsumexp(apart, 1)[:, None]).sum(0), rel=1e-5)
+
+
+@pytest.mark.parametrize("sizes", [(20, 19, 21), (60,)], ids=["folds", "train"])
+@pytest.mark.parametrize("tile", [2**20, 600], ids=["one tile", "tiles"])
+def test_pairs_bound_is_the_sum_written_out(rows, sizes, tile, monkeypatch):
+    monkeypatch.setattr("pvae.analysis.population.sweep.TILE", tile)
+    n, logs = len(rows), table(rows)
+    log_r = torch.randn(n, dtype=DOUBLE) - 3
+    critic = Critic(log_r, sizes, 0.75, 2.0)
+    _, sums = sweep(rows.q, rows.value, rows.own, critic)
+    assert sums is not None
+    fold = np.repeat(np.arange(len(sizes)), sizes)
+    paired = (fold[:, None] == fold) | (fold == (fold[:, None] - 1) % len(sizes))
+    np.fill_diagonal(paired, False)
+    assert (paired | paired.T | np.eye(n, dtype=bool)).all()  # no two rows go unpaired
+    t = np.minimum(0.75 * (logs - log_r.numpy()[:, None]), 2.0)
+    e = np.where(paired, np.exp(t), 0)
+    assert sums.by_value.sum(1).numpy() == pytest.approx(e.sum(1), rel=1e-5)
+    assert sums.by_row.sum(1).numpy() == pytest.approx(e.sum(0), rel=1e-5)
+    bound = PairsBound.of(critic, rows.own, sums)
+    m, g = e.sum() / paired.sum(), ALIKE / n**2 * np.exp(np.diag(t)).mean()
+    assert bound.value == pytest.approx(np.diag(t).mean() - math.log(m + g), rel=1e-5)
+    assert bound.seen == pytest.approx(m / (m + g), rel=1e-5)
+    assert bound.largest == pytest.approx(max(e.sum(1).max(), e.sum(0).max()) / e.sum(), rel=1e-5)
+
+
+def test_noise_of_pairs_is_counted_once():
+    """The mean over symmetric pairs of pure noise: its error, not that times root two."""
+    n, means, errors = 60, [], []
+    for seed in range(200):
+        noise = torch.triu(torch.randn(n, n, generator=torch.Generator().manual_seed(seed), dtype=DOUBLE), 1)
+        e = 2 * (noise + noise.T) / n  # a row enters with both terms of its pairs
+        half = torch.stack([e[:, : n // 2].sum(1), e[:, n // 2 :].sum(1)], 1)
+        means.append(float(half.sum(1).mean()) / 2)
+        errors.append((spread(half.sum(1)), spread(half.sum(1), counted_twice(half))))
+    plain, once = np.array(errors).mean(0) / np.std(means)
+    assert plain == pytest.approx(math.sqrt(2), rel=0.1)
+    assert once == pytest.approx(1, rel=0.1)
+
+
+# ---------------------------------------------------------------------- kernels, normals, weights
+
+
+def test_widened_posteriors():
+    loc, scale = torch.randn(5, 2, dtype=DOUBLE), torch.rand(5, 2, dtype=DOUBLE) + 0.1
+    tril = torch.tensor([[0.5, 0.0], [0.3, 0.4]], dtype=DOUBLE).expand(5, 2, 2)
+    more, z = torch.tensor([0.2, 0.3], dtype=DOUBLE), torch.randn(5, 2, dtype=DOUBLE)
+    for q, covariances in (
+        (Normals(loc, scale), torch.diag_embed(scale**2)),
+        (FullRankNormals(loc, tril), tril @ tril.mT),
+        (product([Normals(loc[:, :1], scale[:, :1]), Normals(loc[:, 1:], scale[:, 1:])]), torch.diag_embed(scale**2)),
+    ):
+        found = widened(q, more)
+        assert found is not None
+        exact = [multivariate_normal.logpdf(z[i], loc[i], covariances[i] + torch.diag(more)) for i in range(5)]
+        assert found.log_prob(z).numpy() == pytest.approx(np.array(exact))
+
+
+def test_influence_of_a_row_on_the_normal():
+    """A row doubled in the fit, against the derivative; the shrinkage is left out of both by many rows."""
+    value = torch.randn(4000, 2, generator=torch.Generator().manual_seed(0), dtype=DOUBLE)
+    weight = (value[:, 0] > 0.5).double()
+    fit = FittedNormal.of(value)
+    found = fit.influence(value, weight)
+    more = FittedNormal.of(torch.cat([value, value[:20].repeat(3, 1)]))
+    change = float((weight * (more.log_prob(value) - fit.log_prob(value))).sum())
+    assert change == pytest.approx(3 * float((found[:20] - found.mean()).sum()), rel=0.05)
+
+
+def test_weights_of_a_mixture():
+    generator = torch.Generator().manual_seed(0)
+    first = torch.rand(4000, generator=generator) < 0.3
+    z = torch.where(first, -5.0, 5.0) + torch.randn(4000, generator=generator)
+    scores = torch.stack([torch.distributions.Normal(m, 1.0).log_prob(z) for m in (-5.0, 5.0, 40.0)], 1).double()
+    log_w, _ = mixing(scores)
+    assert log_w.exp().tolist() == pytest.approx(
+        [float(first.double().mean()), 1 - float(first.double().mean()), 0], abs=1e-3
+    )
+
+
+# ---------------------------------------------------------------------- honesty
+
+
+def test_prior_does_not_know_the_row_it_is_scored_on(rows):
+    """Row i enters log r(z_i) by its own z_i alone: with another posterior of x_i nothing changes."""
+    _, fold = folds(len(rows), 0, rows.value.device)
+    found = KernelPrior().crossed(rows, fold)
+    for i in (0, 30, 59):
+        scale = rows.q.scale.clone()
+        scale[i] *= 3
+        changed = KernelPrior().crossed(replace(rows, q=Normals(rows.q.loc, scale)), fold)
+        assert changed.log_r[i] == found.log_r[i]
+        assert not torch.equal(changed.log_r, found.log_r)
+
+
+def test_prior_of_the_pairs_knows_neither_row(rows):
+    """It is made of the fold after that of row i alone: other values in both other folds change nothing at z_i."""
+    _, fold = folds(len(rows), 0, rows.value.device)
+    found = KernelPrior().crossed(rows, fold)
+    i = int((fold == 1).nonzero()[0, 0])
+    value = rows.value.clone()
+    others = (fold != 2) & (torch.arange(len(rows)) != i)
+    value[others] += 5.0
+    changed = KernelPrior().crossed(replace(rows, value=value, log_p=torch.where(others, -9.0, rows.log_p)), fold)
+    assert float(changed.apart[i]) == pytest.approx(float(found.apart[i]), abs=1e-9)
+    value[fold == 2] += 5.0
+    assert float(KernelPrior().crossed(replace(rows, value=value), fold).apart[i]) != pytest.approx(
+        float(found.apart[i]), abs=1e-3
+    )
+
+
+# ---------------------------------------------------------------------- errors and coverage
+
+
+@pytest.mark.parametrize("train", [0, 1], ids=["rows alone", "train rows"])
+def test_errors_and_coverage_of_a_normal_channel(train):
+    truth = gaussian(2, 1.5, 0.295)
+    found = [run(truth, 100, seed, train) for seed in range(60)]
+    check(found, truth.gain, ("gain", "information", "upper"), 54)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "figures", "width"),
+    [
+        ("linear d=2, I=1.5", ("gain", "information", "upper"), 0.4),
+        ("linear d=10, I=7", ("gain", "information", "upper"), 1.2 * 0.49),
+        ("linear d=10, I=11.5", ("gain", "information", "upper"), 1.2 * 2.21),
+        ("mixture d=6, unsaturated", ("gain", "information", "upper"), 0.4),
+        ("mixture d=6, saturated", ("gain", "upper"), 1.2 * 1.6),
+        ("20 000 points", (), 1.2 * 7.0),
+    ],
+)
+def test_errors_and_coverage_at_1000_rows(name, figures, width):
+    truth = TRUTHS[name]()
+    found = [run(truth, 1000, seed, 0) for seed in range(100)]
+    check(found, truth.gain, figures, 90)
+    assert np.mean([f["high"] - f["low"] for f in found]) <= width
+
+
+def check(found, gain: float, figures: tuple[str, ...], holds: int) -> None:
+    """The interval holds the exact gain in so many data sets; the errors are those that the data sets show."""
+    assert sum(f["low"] <= gain <= f["high"] for f in found) >= holds
+    for name in figures:
+        z = np.array([f[name] for f in found])
+        assert 0.8 < z.std() / np.mean([f[f"{name}_error"] for f in found]) < 1.25, name
+
+
+def test_saturated_rows_say_so():
+    found = interval(gaussian(10, 11.5, 0.648).rows(400, 0), KernelPrior())
+    assert isinstance(found, Population)
+    assert found.slope > 0.9
+    assert found.midpoint is None
+    assert found.gain_upper.value > 0.648 > found.gain.value - 2 * found.gain.standard_error
+    assert [s.n for s in found.sizes] == [25, 100, 400]
+    assert found.sizes[-1].information.value == pytest.approx(math.log(400), abs=0.1)
+    assert any("cannot tell" in remark for remark in found.remarks)
+
+
+def test_midpoint_where_rows_can_tell():
+    truth = gaussian(2, 1.5, 0.295)
+    found = interval(truth.rows(2000, 0), KernelPrior())
+    assert isinstance(found, Population)
+    assert found.midpoint is not None
+    assert abs(found.midpoint.value - truth.information) < 3 * found.midpoint.standard_error
+    assert found.information.value < found.midpoint.value < found.sizes[-1].leave_one_out.value
+
+
+def test_lower_end_beats_priors_refitted_to_the_codes():
+    """Each is an r: none beats the lower end on rows held out, within errors, and none exceeds the upper end."""
+    truth = mixture(0.3225, 0.0943)
+    rows = truth.rows(1000, 5)
+    found = interval(rows, KernelPrior())
+    assert isinstance(found, Population)
+    train, test = rows.value[::2].numpy(), rows.value[1::2].numpy()
+    gains = []
+    for k in (1, 3, 10, 30):
+        fitted = GaussianMixture(k, random_state=0, reg_covar=1e-3).fit(train)
+        gained = fitted.score_samples(test) - rows.log_p[1::2].numpy()
+        gains.append((gained.mean(), gained.std() / math.sqrt(len(test))))
+    best, error = max(gains)
+    high = found.gain_upper.value + 2 * found.gain_upper.standard_error
+    assert max(g - 2 * e for g, e in gains) < high
+    assert found.gain.value > best - 2 * math.hypot(error, found.gain.standard_error)
+
+
+# ---------------------------------------------------------------------- in a surgery
+
+
+def test_interval_of_a_surgery():
+    truth = gaussian_channel(2, math.exp(-1.5), 1000)
+    found = surgery(truth.pair, truth.x)
+    new = found.population
+    assert new is not None
+    low, high = new.gain.value - 2 * new.gain.standard_error, new.gain_upper.value + 2 * new.gain_upper.standard_error
+    assert low <= 0.0 <= high < 0.2  # q_pi is p
+    assert new.information.value <= 1.5 + 2 * new.information.standard_error
+    assert new.information_upper.value >= 1.5 - 2 * new.information_upper.standard_error
+    assert new.sizes[-1].information.value == pytest.approx(found.mutual_information.value, abs=1e-5)
+    assert surgery(truth.pair, truth.x, seen=True).population is None
+    assert surgery(truth.pair, truth.x, population=None).population is None
+    with_train = surgery(truth.pair, truth.x[:500], train=truth.x[500:]).population
+    assert with_train is not None
+    assert "train" in with_train.prior
+
+
+def test_too_few_rows_are_told():
+    found = surgery(channel(lambda x: torch.full_like(x, 0.4)), torch.randn(5, 2, dtype=DOUBLE))
+    assert found.population is None
+    assert any("at least 20 rows" in note for note in found.notes)
