@@ -2,29 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from itertools import product
 from typing import Any, final
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pyro.poutine.trace_struct import Trace
 from torch import Tensor
-from torch.distributions import OneHotCategorical
+from torch.distributions import Bernoulli, OneHotCategorical
 
 from pvae.analysis.aggregate.entry import accept, quiet, require_likelihood, same_globals
 from pvae.analysis.bounds.ais import simulated
 from pvae.analysis.bounds.ranks import FINE, LEVEL, RankTest, rank_tests
 from pvae.analysis.bounds.weights import log_weights
-from pvae.analysis.figures.estimate import Figures, Row
+from pvae.analysis.figures.estimate import Estimate, Figures, Row
 from pvae.distributions.relaxed import LogOneHot
 from pvae.errors import DataError
 from pvae.pair.arguments import PairData
-from pvae.pair.densities import is_masked
+from pvae.pair.densities import is_masked, sum_over
 from pvae.pair.layout import samples, site_shape, unwrapped
 from pvae.pair.pair import Pair
 from pvae.pair.problems import ProgramError
+from pvae.pair.structure import is_code
 from pvae.pair.terms import terms_of
 from pvae.util import seeds
 from pvae.util.progress import Progress, silent
@@ -42,7 +45,7 @@ class Calibration(Figures):
     """Ranks of the latents that made simulated data among samples of q(z | x); the result of `calibration`."""
 
     unit = "ratio"
-    counts = ("n", "draws", "importance", "level")
+    counts = ("n", "draws", "importance")
 
     n: int
     """Number of rows simulated from the model."""
@@ -54,8 +57,6 @@ class Calibration(Figures):
     """Tests of every coordinate of every latent under q(z | x), and last of all coordinates jointly."""
     weighted: tuple[RankTest, ...]
     """The same with importance weights; empty without."""
-    level: float = LEVEL
-    """Probability that any verdict on an exact posterior is not "fine"."""
 
     @property
     def joint(self) -> RankTest:
@@ -103,8 +104,8 @@ class Calibration(Figures):
         return (*said, "This compares q with the posterior of the model; it does not test whether the model fits data.")
 
     def to_dict(self) -> dict[str, Any]:
-        tests = {name: [test.to_dict() for test in getattr(self, name)] for name in ("guide", "weighted")}
-        return {**self.facts(), "coverage_90": self.joint.within(0.9).to_dict(), **tests, "said": list(self.sentences)}
+        tests = {name: [asdict(test) for test in getattr(self, name)] for name in ("guide", "weighted")}
+        return {**self.facts(), "level": LEVEL, **self.figures(), **tests, "said": list(self.sentences)}
 
 
 def _told(test: RankTest) -> str:
@@ -116,12 +117,15 @@ def _on(tests: Sequence[RankTest], what: str) -> str:
     if not wrong:
         return f"{what} no coordinate of q(z | x) by itself can be told from the posterior of the model."
     parts = []
-    for verdict in dict.fromkeys(test.verdict for test in wrong):
-        found = [test for test in wrong if test.verdict == verdict]
-        named = ", ".join(test.name for test in found[:3]) + (", ..." if len(found) > 3 else "")
-        width, shift = (np.median([getattr(test, name).value for test in found]) for name in ("width", "shift"))
-        figures = [f"width {width:.2f}"] * ("too" in verdict) + [f"shift {shift:+.2f}"] * ("shifted" in verdict)
-        parts.append(f"{verdict} in {len(found)} ({'; '.join([named, *figures])})")
+    for word in ("too narrow", "too wide", "shifted", "of another shape"):
+        found = [test for test in wrong if word in test.verdict]
+        if found:
+            named = ", ".join(test.name for test in found[:3]) + (", ..." if len(found) > 3 else "")
+            shift = max((test.shift.value for test in found), key=abs)
+            figure = f"; shift up to {shift:+.2f}" if word == "shifted" else ""
+            if "too" in word:
+                figure = f"; width {np.median([test.width.value for test in found]):.2f}"
+            parts.append(f"{word} in {len(found)} ({named}{figure})")
     return f"{what} q(z | x) is {', '.join(parts)} of {len(tests)} coordinates."
 
 
@@ -138,11 +142,12 @@ def calibration(
     r"""Compare q(z | x) with the posterior of the model on data that the model makes (simulation-based calibration).
 
     For z* ~ p(z), x ~ p(x | z*), the latent z* is an exact sample of the posterior of x. If q(z | x) is that posterior,
-    the rank of every coordinate of z* among L samples of q is uniform on 0 .. L; ties, of codes, are broken at random.
-    All coordinates are tested jointly by the rank of the distance of z* to a reference point, which gives the expected
-    coverage of regions of q (TARP). The reference of a row is the z* of that of the rows before it whose x is nearest:
-    so a q that ignores x, whose ranks are uniform, is found as well. Holm's method holds the probability that an exact
-    posterior is not called fine in any coordinate, or jointly, at 5 %.
+    the rank of every coordinate of z* among L samples of q is uniform on 0 .. L. Codes and bits are ranked by how rare
+    they are among z* and the samples together; ties are broken at random. All coordinates are tested jointly by the
+    rank of the distance of z* to a reference point, which gives the expected coverage of regions of q (TARP). The
+    reference of a row is the z* of that of the rows before it whose x is nearest: so a q that ignores x, whose ranks
+    are uniform, is found as well. Holm's method holds the probability that an exact posterior is not called fine in any
+    coordinate, or jointly, at 5 %.
 
     With `importance` = K each of the L samples is also chosen from K of q, by the weights p(x, z) / q(z | x): what is
     still off then is off in IWAE bounds and importance-weighted posteriors, too.
@@ -188,30 +193,18 @@ def calibration(
     _require_samples(pair)
     taken = draws * max(1, importance)
     chunk = max(1, pair.structure.rows_at_once(max(1, NUMBERS // like[0].numel())) // taken)
-    parts = []
+    parts, done = [], 0
     with quiet(pair, like, seed), same_globals(pair, like):
         require_likelihood(pair, "calibration")
-        for part in like.split(chunk):
-            parts.append(_simulated(pair, part, draws, importance))
-            on_progress(sum(len(p.x) for p in parts), rows)
-        made = _Made(*(torch.cat(column, -2) for column in zip(*(vars(p).values() for p in parts), strict=True)))
-        names, codes = _names(pair, like)
-        tests = [_tests(made, z, names, codes) for z in (made.guide, made.weighted)]
+        for rows_at_once in like.split(chunk):
+            names, made = _simulated(pair, rows_at_once, draws, importance)
+            parts.append(made)
+            on_progress(done := done + len(rows_at_once), rows)
+        seen, true, plain, weighted = (torch.cat(column, -2) for column in zip(*parts, strict=True))
+        reference = true[_nearest_before(seen)]
+        reference[0] = 0
+        tests = [_tests(true, z, reference, names) for z in (plain, weighted)]
     return Calibration(rows, draws, importance, tests[0], tests[1] if importance else ())
-
-
-@dataclass(frozen=True)
-class _Made:
-    """Simulated rows with their latents: all coordinates of all latents beside each other."""
-
-    x: Tensor
-    """Rows `(n, elements)`."""
-    true: Tensor
-    """Latents that made them, `(n, D)`."""
-    guide: Tensor
-    """Samples of q(z | x), `(L, n, D)`."""
-    weighted: Tensor
-    """Samples with importance weights, `(L, n, D)`."""
 
 
 def _template(pair: Pair, rows: int, x: PairData | None, seed: int) -> Tensor:
@@ -239,23 +232,28 @@ def _template(pair: Pair, rows: int, x: PairData | None, seed: int) -> Tensor:
 
 def _require_samples(pair: Pair) -> None:
     """Refuse guides without samples of single latents, or for given rows only."""
-    points = [name for name in pair.layout.latents if name in pair.structure.points]
-    reason = ""
-    if pair.structure.rows is not None:
-        reason = "a guide of any rows; got parameters of every row, which are those of given data"
-    elif not pair.layout.latents:
-        summed = ", ".join(pair.layout.enumerated)
-        reason = "latents that the guide samples; got " + (
-            f"{summed}, summed out exactly, whose posterior is that of the model" if summed else "global ones alone"
-        )
-    elif points and not pair.structure.determined:
-        reason = f"posterior samples; got a point for {', '.join(points)} (Delta), which has no spread to compare"
-    if reason:
-        raise DataError(f"calibration: expected {reason}.")
+    layout, structure = pair.layout, pair.structure
+    points = ", ".join(name for name in layout.latents if name in structure.points and not structure.determined)
+    summed = f"{', '.join(layout.enumerated)}, summed out exactly: their posterior is that of the model"
+    reasons = {
+        "a guide of any rows; got parameters of every row, which are those of given data": structure.rows is not None,
+        f"latents that the guide samples; got {summed if layout.enumerated else 'global ones'}": not layout.latents,
+        f"posterior samples; got a point for {points} (Delta), which has no spread to compare": bool(points),
+    }
+    for reason, holds in reasons.items():
+        if holds:
+            raise DataError(f"calibration: expected {reason}.")
 
 
-def _simulated(pair: Pair, like: Tensor, draws: int, importance: int) -> _Made:
-    """Simulate a row for each of `like`, and sample its posterior `draws` times, with and without weights."""
+def _simulated(
+    pair: Pair, like: Tensor, draws: int, importance: int
+) -> tuple[dict[str, bool], tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """Simulate a row for each of `like`, and sample its posterior, with and without importance weights.
+
+    Returns:
+        The D coordinates of all latents (see `_coordinates`); and rows `(n, elements)`, the latents that made them
+        `(n, D)`, and samples of q(z | x) `(L, n, D)`, plain and weighted.
+    """
     x, values = simulated(pair, like, "calibration")
     pool = max(1, importance)
     tiled = x.repeat(draws * pool, *(1,) * (x.dim() - 1))
@@ -265,64 +263,68 @@ def _simulated(pair: Pair, like: Tensor, draws: int, importance: int) -> _Made:
         weights = log_weights(terms, pair.layout.shared).nan_to_num(nan=-torch.inf).reshape(draws, pool, len(x))
     else:
         guide_trace, weights = pair.guide_trace(tiled), torch.zeros(draws, pool, len(x), device=x.device)
-    z = _flat(pair, samples(guide_trace), {}).reshape(draws, pool, len(x), -1)
+    names, z = _coordinates(pair, guide_trace)
+    z = z.reshape(draws, pool, len(x), -1)
     chosen = (weights - torch.empty_like(weights).exponential_().log()).argmax(1)  # by weight (Gumbel-max)
     weighted = z.gather(1, chosen[:, None, :, None].expand(-1, 1, -1, z.shape[-1]))[:, 0]
-    true = _flat(pair, samples(pair.model_trace(x, values)), values)
-    return _Made(x.reshape(len(x), -1), true, z[:, 0], weighted)
+    _, true = _coordinates(pair, pair.model_trace(x, values))
+    return names, (x.reshape(len(x), -1), true, z[:, 0], weighted)
 
 
-def _flat(pair: Pair, nodes: dict[str, Any], values: dict[str, Tensor]) -> Tensor:
-    """Return the latents of a trace beside each other, `(n, D)`, float64; one-hots as indices."""
-    found = []
+def _coordinates(pair: Pair, trace: Trace) -> tuple[dict[str, bool], Tensor]:
+    """Return all coordinates of the latents of a trace: by name, whether it is a code or bit; and values `(n, D)`.
+
+    The values are float64; one-hots are indices.
+    """
+    nodes, found = samples(trace), []
+    names: dict[str, bool] = {}
     for name in pair.layout.latents:
         if name not in nodes or is_masked(nodes[name]):
             raise DataError(f"calibration: expected {name} in every row of simulated data; got rows that lack it.")
-        node = nodes[name] | ({"value": values[name]} if name in values else {})
-        flat = site_shape(node, pair.layout).flatten(node["value"]).double()
-        states = node["fn"].event_shape[-1] if _is_one_hot(node["fn"]) else 0
-        found.append(flat.unflatten(1, (-1, states)).argmax(-1).double() if states else flat)
-    return torch.cat(found, 1)
+        shape = site_shape(nodes[name], pair.layout)
+        flat, sizes = shape.flatten(nodes[name]["value"]).double(), (*shape.left, *shape.right)
+        fn = nodes[name]["fn"]
+        if isinstance(unwrapped(fn), OneHotCategorical | LogOneHot):
+            flat, sizes = flat.unflatten(1, (-1, sizes[-1])).argmax(-1).double(), sizes[:-1]
+        places = product(*(range(size) for size in sizes if size > 1))
+        code = is_code(fn) or isinstance(unwrapped(fn), Bernoulli)
+        names |= {f"{name}[{', '.join(map(str, at))}]" if at else name: code for at in places}
+        found.append(flat)
+    return names, torch.cat(found, 1)
 
 
-def _is_one_hot(fn: Any) -> bool:
-    return isinstance(unwrapped(fn), OneHotCategorical | LogOneHot)
+def _tests(true: Tensor, z: Tensor, reference: Tensor, names: Mapping[str, bool]) -> tuple[RankTest, ...]:
+    """Return the tests of every coordinate of samples `(L, n, D)`, and of all jointly.
+
+    A code, which has no order, is ranked by how rare it is among the samples and the true one together.
+    """
+    both, codes = torch.cat([z, true[None]]), torch.tensor(list(names.values()), device=z.device)
+    scale = both.flatten(0, 1).std(0).clamp(min=1e-300)
+    alike = sum_over([(both == one).double() for one in both])
+    placed = torch.where(codes, -alike, both)
+    parts = torch.where(codes, (both != reference).double(), ((both - reference) / scale).square())
+    ranks = [_ranks(values[-1], values[:-1]) for values in (placed, parts.sum(-1, keepdim=True))]
+    *found, joint = rank_tests(np.concatenate(ranks, 1), len(z), [*names, JOINT])
+    tests = [
+        test.of_distances(_disagreement(alike[..., d])) if names[test.name] else test for d, test in enumerate(found)
+    ]
+    return (*tests, joint.of_distances(joint.width))
 
 
-def _names(pair: Pair, like: Tensor) -> tuple[list[str], Tensor]:
-    """Return the names of all coordinates, and for each whether it is a code or bit, `(D,)` booleans."""
-    names: list[str] = []
-    codes: list[bool] = []
-    nodes = samples(pair.guide_trace(like[:2]))
-    for name in pair.layout.latents:
-        fn, shape = nodes[name]["fn"], site_shape(nodes[name], pair.layout)
-        sizes = [size for size in (*shape.left, *shape.right[: -1 if _is_one_hot(fn) else None]) if size > 1]
-        found = [f"{name}[{', '.join(map(str, at))}]" for at in product(*map(range, sizes))] if sizes else [name]
-        names += found
-        codes += [_is_discrete(fn)] * len(found)
-    return names, torch.tensor(codes, device=like.device)
+def _disagreement(alike: Tensor) -> Estimate:
+    """Return how often two samples differ, over how often a sample and the true code do, with a delta-method error.
 
-
-def _is_discrete(fn: Any) -> bool:
-    try:
-        return bool(fn.support.is_discrete)
-    except NotImplementedError:
-        return False
-
-
-def _tests(made: _Made, z: Tensor, names: Sequence[str], codes: Tensor) -> tuple[RankTest, ...]:
-    """Return the tests of every coordinate of samples `(L, n, D)`, and of all jointly."""
-    reference = made.true[_nearest_before(made.x)]
-    reference[0] = 0
-    scale = torch.cat([z.flatten(0, 1), made.true]).std(0).clamp(min=1e-300)
-
-    def distance(z: Tensor) -> Tensor:
-        apart = z - reference
-        return torch.where(codes, (apart != 0).double(), (apart / scale).square()).sum(-1, keepdim=True)
-
-    ranks = [_ranks(made.true, z), _ranks(distance(made.true), distance(z))]
-    found = rank_tests(np.concatenate(ranks, 1), len(z), [*names, JOINT])
-    return (*found[:-1], found[-1].of_distances())
+    Arguments:
+        alike: number of codes among all samples and the true one, the last, that are as each of them, `(L + 1, n)`.
+    """
+    samples = len(alike) - 1
+    off = 1 - (alike[-1] - 1) / samples
+    own = (samples - (alike[:-1].sum(0) - alike[-1] + 1) / samples) / (samples - 1)
+    total = float(off.sum())
+    if not total:
+        return Estimate(1.0)
+    value = float(own.sum()) / total
+    return Estimate(value, float((own - value * off).std()) * math.sqrt(len(own)) / total)
 
 
 def _ranks(true: Tensor, z: Tensor) -> NDArray[np.int64]:

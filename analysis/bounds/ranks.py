@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, final
+from typing import final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,7 +38,8 @@ class RankTest:
     adjusted: float
     """p-value adjusted by Holm's method for all coordinates that are tested together."""
     width: Estimate
-    """Standard deviation of q in units of that of the posterior, if both are normal; 1 for an exact posterior."""
+    """Standard deviation of q in units of that of the posterior, if both are normal; of a code, the proportion of pairs
+    of samples that differ over that of samples that differ from the true one; 1 for an exact posterior."""
     shift: Estimate
     """Mean of q minus that of the posterior, in standard deviations of the posterior, if both are normal."""
     verdict: str
@@ -50,17 +51,11 @@ class RankTest:
         share = sum(count * min(1.0, max(0.0, edge - rank)) for rank, count in enumerate(self.counts)) / n
         return Estimate(share, math.sqrt(max(share * (1 - share), 1 / n) / n))
 
-    def of_distances(self) -> RankTest:
-        """Return the test with the verdict on distances: "too narrow" for true values far off, or "too wide"."""
-        if self.verdict == FINE:
-            return self
+    def of_distances(self, width: Estimate) -> RankTest:
+        """Return the test of ranks that are high for true values far off: "too narrow", or "too wide"; no shift."""
         beyond = self.within(0.5).value < 0.5 or self.within(0.9).value < 0.9
-        return replace(self, verdict="too narrow" if beyond else "too wide")
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return all fields as plain numbers and strings for JSON."""
-        width, shift = self.width.to_dict(), self.shift.to_dict()
-        return {**vars(self), "counts": list(self.counts), "width": width, "shift": shift}
+        verdict = FINE if self.verdict == FINE else "too narrow" if beyond else "too wide"
+        return replace(self, verdict=verdict, width=width, shift=Estimate(0.0))
 
 
 def rank_tests(ranks: NDArray[np.int64], samples: int, names: Sequence[str]) -> tuple[RankTest, ...]:
@@ -125,7 +120,7 @@ def _moments(counts: NDArray[np.int64], samples: int) -> tuple[list[Estimate], l
     value, out = _normals(*mean.T), []
     slopes = [(np.subtract(_normals(*(mean + step).T), _normals(*(mean - step).T))) / 2e-4 for step in 1e-4 * np.eye(2)]
     for figure, slope in zip(value, np.stack(slopes, 1), strict=True):
-        errors = np.sqrt(np.einsum("id,dij,jd->d", slope, spread, slope) / n)
+        errors = np.sqrt(np.einsum("id,dij,jd->d", slope, spread, slope).clip(0) / n)
         out.append([Estimate(float(v), float(e)) for v, e in zip(figure, errors, strict=True)])
     return out[0], out[1]
 

@@ -14,7 +14,7 @@ from torch.distributions import Transform, biject_to
 
 from pvae.errors import DataError
 from pvae.pair.densities import log_prob, sum_over
-from pvae.pair.layout import Layout, SiteShape, samples, site_shape
+from pvae.pair.layout import Layout, SiteShape, samples, site_shape, unwrapped
 from pvae.pair.pair import Pair
 from pvae.pair.running import PARTICLES
 
@@ -265,17 +265,11 @@ def _to_support(plan: AnnealingPlan, name: str, node: Any) -> Transform:
             raise NotImplementedError
         return biject_to(support)
     except NotImplementedError:
-        kind = type(_innermost(node["fn"])).__name__
+        kind = type(unwrapped(node["fn"])).__name__
         raise DataError(
             f"{plan.caller}: expected a continuous {name} whose support torch maps to the reals; got {kind}. "
             f"Use evidence."
         ) from None
-
-
-def _innermost(fn: Any) -> Any:
-    while isinstance(fn, torch.distributions.Independent):
-        fn = fn.base_dist
-    return fn
 
 
 def _check_guide(plan: AnnealingPlan, model: dict[str, Any], guide: dict[str, Any]) -> None:

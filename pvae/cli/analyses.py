@@ -116,6 +116,29 @@ def gap(
     shared.measure(run, "gap", gaps, split=split)
 
 
+@command(ON_RUN_AND_DEVICE)
+def calibration(
+    shared: Shared,
+    run: str,
+    rows: Annotated[int, Option("--rows", min=2, help="Rows to simulate from the model.")] = 1000,
+    draws: Annotated[int, Option("--draws", min=2, help="Samples of q(z | x) for every row.")] = 19,
+    importance: Annotated[
+        int, Option("--importance", min=0, help="Samples from which each weighted one is chosen; 0: none.")
+    ] = 0,
+    split: Annotated[
+        str, Option("--split", help="Rows whose covariates are used: train, validation, test; none: no data.")
+    ] = "train",
+    seed: int = 0,
+) -> None:
+    """Test on data that the model makes whether q(z | x) is its posterior, or too narrow, too wide, shifted."""
+
+    def calibrated(opened: Run, **bar: Any) -> Any:
+        x = None if split == "none" else rows_of(opened, split, rows, seed)[1]
+        return pvae.analysis.calibration(opened.pair, rows, draws, importance=importance, x=x, seed=seed, **bar)
+
+    shared.measure(run, "calibration", calibrated, split=split)
+
+
 @command(ON_RUN_AND_DEVICE, name="two-sample")
 def two_sample(
     shared: Shared,

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -170,33 +171,51 @@ def hand(model, guide, x: Tensor) -> Pair:
     return Pair(model=model, guide=guide).adopt(x)
 
 
-def coded(temper: float, *, one_hot: bool = False) -> Pair:
-    """Three codes behind x ~ N(2 c, 1), and their posterior to the power `temper`."""
+PRIOR, PLACES = torch.tensor([0.5, 0.3, 0.2]).log(), torch.tensor([0.0, 2.0, 4.0])
+
+
+def coded(temper: float, *, one_hot: bool = False, order: Sequence[int] = (0, 1, 2)) -> Pair:
+    """Three codes behind x ~ N(2 c, 1), and their posterior to the power `temper`, its codes reordered."""
     family: Any = dist.OneHotCategorical if one_hot else dist.Categorical
-    prior, places = torch.tensor([0.5, 0.3, 0.2]).log(), torch.tensor([0.0, 2.0, 4.0])
 
     def model(x):
         with pyro.plate("data", len(x)):
-            c = pyro.sample("c", family(logits=prior))
-            loc = c @ places if one_hot else places[c]
+            c = pyro.sample("c", family(logits=PRIOR))
+            loc = c @ PLACES if one_hot else PLACES[c]
             pyro.sample("x", dist.Normal(loc, 1.0), obs=x)
 
     def guide(x):
         pyro.param("unused", torch.tensor(1.0))
         with pyro.plate("data", len(x)):
-            pyro.sample("c", family(logits=temper * (prior - (x[:, None] - places).square() / 2)))
+            logits = temper * (PRIOR - (x[:, None] - PLACES).square() / 2)
+            pyro.sample("c", family(logits=logits[:, list(order)]))
 
     return hand(model, guide, torch.zeros(3))
 
 
 @pytest.mark.parametrize("one_hot", [False, True])
-def test_codes_are_ranked_with_ties_broken_at_random(one_hot):
+def test_codes_are_ranked_by_how_rare_they_are(one_hot):
+    """The width is the ratio of E[1 - sum q^2] and E[1 - sum q p], integrated over x."""
     assert verdicts(calibration(coded(1.0, one_hot=one_hot), seed=3)) == ["fine", "fine"]
-    assert "too narrow" in verdicts(calibration(coded(3.0, one_hot=one_hot), 2000))[0]
-    cautious = calibration(coded(0.3, one_hot=one_hot), 2000)
-    assert "too wide" in cautious.guide[0].verdict
-    assert cautious.joint.verdict == "too wide"
-    assert cautious.guide[0].name == "c"
+    x = torch.linspace(-6, 10, 1601)
+    joint = PRIOR + dist.Normal(PLACES, 1.0).log_prob(x[:, None])
+    weight = joint.logsumexp(1).softmax(0)
+    for temper, verdict in ((3.0, "too narrow"), (0.3, "too wide")):
+        q, p = (temper * joint).softmax(1), joint.softmax(1)
+        want = (weight @ (1 - (q * q).sum(1))) / (weight @ (1 - (q * p).sum(1)))
+        (test, _) = calibration(coded(temper, one_hot=one_hot), 2000).guide
+        assert (test.name, test.verdict) == ("c", verdict)
+        assert test.width.value == pytest.approx(float(want), abs=4 * test.width.standard_error)
+        assert 0 < test.width.standard_error < 0.03
+    assert calibration(coded(0.3, one_hot=one_hot)).joint.verdict == "too wide"
+
+
+def test_codes_have_no_order():
+    """A guide with two codes exchanged is as wrong wherever they stand, and no shift is told."""
+    found = calibration(coded(1.0, order=[1, 0, 2]))
+    assert found.guide[0].verdict == "too narrow"
+    assert found.guide[0].shift.value == 0
+    assert "shift" not in found.sentences[0]
 
 
 def test_exact_codes_pass_at_the_stated_rate():
@@ -381,5 +400,5 @@ def test_codes_of_the_oracle_are_bayes():
     pair = coded(1.0)
     x = torch.linspace(-2, 6, 9)
     logits = pair.guide_trace(x).nodes["c"]["fn"].logits
-    joint = torch.tensor([0.5, 0.3, 0.2]).log() + dist.Normal(torch.tensor([0.0, 2.0, 4.0]), 1.0).log_prob(x[:, None])
+    joint = PRIOR + dist.Normal(PLACES, 1.0).log_prob(x[:, None])
     assert torch.allclose(logits, Categorical(logits=joint).logits, atol=1e-5)

@@ -103,7 +103,7 @@ def test_runs_surgery_evidence(where: list[str]) -> None:
     assert run_cli_json("evidence", "latest", "--samples", "20", *where)["figures"]["iwae_20"]["kind"] == "lower_bound"
 
 
-ON_A_DEVICE = ("surgery", "evidence", "gap", "two-sample", "posterior")
+ON_A_DEVICE = ("surgery", "evidence", "gap", "calibration", "two-sample", "posterior")
 """Analyses that a GPU makes faster; `test_cuda.py` runs them there."""
 REFUSED = {
     "a misspelt split": (["surgery", "latest", "--split", "tset"], 2, "test"),

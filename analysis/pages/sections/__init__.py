@@ -13,6 +13,7 @@ SECTIONS: Mapping[str, Callable[[Examination], PageSection | None]] = {
     "latents": latents.latents,
     "codes": codes.codes,
     "guide": fit.guide,
+    "calibration": fit.calibration,
     "samples": samples.samples,
     "reconstructions": decoded.reconstructions,
     "traversals": decoded.traversals,

@@ -1,4 +1,4 @@
-"""Sections on the fit (ELBO, bounds on log p(x), inference gaps, overfitting) and on the guide (k-hat of the data)."""
+"""Sections on the fit (ELBO, bounds on log p(x), inference gaps, overfitting) and on the guide (k-hat, calibration)."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from pvae.analysis.bounds import calibration as calibrate
 from pvae.analysis.bounds.gap import Gap, gap
 from pvae.analysis.bounds.lower_bounds import Evidence
 from pvae.analysis.pages.document.blocks import Note, PageColumn, PageTable, Part, Sentence, Tile, picture, section
 from pvae.analysis.pages.document.text import nats, percent, table_of
-from pvae.analysis.pages.plots import curves, pictures
+from pvae.analysis.pages.plots import curves, pictures, ranks
 from pvae.analysis.pages.sections.examination import Examination, array
 from pvae.analysis.samples.sharpness import is_image
 
@@ -28,6 +29,8 @@ REFINED_ROWS = 50
 LESS_OVERFITTING = "set train.patience, use smaller networks, or more data."
 UNRELIABLE = 0.1
 """Proportion of data with k-hat above its limit beyond which the report gives an alert."""
+SIMULATED_ROWS, IMPORTANCE = 500, 8
+"""Number of rows on which the guide is calibrated, and of samples from which each weighted one is chosen."""
 WORST_DATA = 10
 """Number of data with the largest k-hat that the report shows."""
 
@@ -214,3 +217,36 @@ def _on_khat(exam: Examination, bound: Evidence) -> Sentence:
     if not bound.khat_share > 0:
         return Sentence(f"Importance sampling is reliable: k-hat is within its limit of {limit} on every data point.")
     return Sentence(f"Importance sampling is reliable: k-hat exceeds its limit of {limit} on only {share} of data.")
+
+
+# ---------------------------------------------------------------------- calibration
+
+
+@section(
+    "calibration",
+    "Calibration of the guide",
+    "Latents z of the prior make data x of the model. If q(z | x) is the posterior of the model, the rank of z among "
+    "samples of q(z | x) is uniform in every coordinate, and a region to which q gives 90 % holds z in 90 % of rows.",
+)
+def calibration(exam: Examination) -> Iterator[Part]:
+    """Yield ranks and coverage of the guide on simulated data; nothing where they are not defined."""
+    if exam.implicit:
+        return
+    given = {"importance": IMPORTANCE, "x": exam.rows["train"].x, "seed": exam.seed}
+    found = exam.attempt("calibration", calibrate.calibration, exam.pair, SIMULATED_ROWS, **given, part="calibration")
+    if found is None:
+        return
+    *said, about = found.sentences
+    yield picture(
+        "calibration",
+        ranks.calibrated(found),
+        f"Histograms of the ranks of {min(len(found.worst), ranks.HISTOGRAMS)} coordinates, and coverage. {said[0]}",
+        "Ranks of the coordinates with the smallest p-values, relative to uniform ones: high at both ends where q is "
+        "too narrow, high in the middle where it is too wide, sloping where it is shifted. Grey: 95 % of exact "
+        "posteriors have all bars of a histogram inside, and each point of the coverage. A coverage below the diagonal "
+        "is that of an overconfident q.",
+    )
+    yield table_of("calibration", found, found.title)
+    yield Note(about)
+    yield from said
+    yield {"calibration": found.to_dict()}
