@@ -75,8 +75,8 @@ class Calibration(Figures):
     def rows(self) -> Iterator[Row]:
         for name, tests in (("", self.guide), (" weighted", self.weighted)):
             for level in (0.5, 0.9) if tests else ():
-                what = f"of the true z are in the region to which q gives {level:.0%}"
-                yield f"coverage {level:.0%}{name}", tests[-1].within(level), what
+                what = f"of the true z are in the region to which q gives {100 * level:.0f} %"
+                yield f"coverage {100 * level:.0f} %{name}", tests[-1].within(level), what
         again = {test.name: test for test in self.weighted}
         for test in self.worst:
             yield test.name, test.width, _told(test)
@@ -97,7 +97,7 @@ class Calibration(Figures):
         for tests, what in ((self.guide, "q"), (self.weighted, "q with importance weights")):
             if tests:
                 share, verdict = tests[-1].within(0.9), words[tests[-1].verdict]
-                held = f"{share.value:.0%} ± {share.standard_error:.0%}"
+                held = f"{100 * share.value:.0f} ± {100 * share.standard_error:.0f} %"
                 said.append(f"The 90 % region of {what}, of all coordinates, holds {held} of the true z: {verdict}.")
         if self.weighted:
             said.append(_on(self.weighted[:-1], f"With importance weights (each sample one of {self.importance})"))
@@ -105,7 +105,8 @@ class Calibration(Figures):
 
     def to_dict(self) -> dict[str, Any]:
         tests = {name: [asdict(test) for test in getattr(self, name)] for name in ("guide", "weighted")}
-        return {**self.facts(), "level": LEVEL, **self.figures(), **tests, "said": list(self.sentences)}
+        coverage = self.joint.within(0.9).to_dict()
+        return {**self.facts(), "level": LEVEL, "coverage_90": coverage, **tests, "said": list(self.sentences)}
 
 
 def _told(test: RankTest) -> str:

@@ -18,6 +18,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from pvae.analysis.bounds.calibration import Calibration
+from pvae.analysis.bounds.ranks import rank_tests
 from pvae.analysis.decompose.collapse import Collapse, LatentCollapse, alert, collapse
 from pvae.analysis.decompose.result import Surgery
 from pvae.analysis.decompose.surgery import surgery
@@ -26,6 +28,7 @@ from pvae.analysis.pages.document.blocks import Picture
 from pvae.analysis.pages.document.document import Document
 from pvae.analysis.pages.document.stages import Stages
 from pvae.analysis.pages.plots import base, clouds, curves, pictures, waterfall
+from pvae.analysis.pages.plots.ranks import calibrated
 from pvae.analysis.pages.sections import SECTIONS
 from pvae.analysis.pages.sections.anatomy import on_prior
 from pvae.analysis.pages.sections.examination import Examination, some
@@ -169,9 +172,35 @@ def test_report_holds_every_number_and_loads_nothing():
     assert len(found["collapse"]["latents"]["z"]["activity"]) == 16
     assert found["metrics"] == run.files.metrics_rows()
     assert found["environment"]["data fingerprint"] == run.data.fingerprint
-    for key in ("gap", "holes", "copying", "sample_quality", "probe", "reconstructions"):
+    for key in ("gap", "holes", "calibration", "copying", "sample_quality", "probe", "reconstructions"):
         assert found[key], key
     assert found["missing"] == {}
+
+
+@of_vae
+def test_calibration_is_told_with_its_picture_and_its_table():
+    page, found = Page(tiny_report("vae")), numbers_of(tiny_run("vae"))["calibration"]
+    assert (found["n"], found["importance"], len(found["guide"]), len(found["weighted"])) == (500, 4, 17, 17)
+    assert all(sum(test["counts"]) == 500 for test in (*found["guide"], *found["weighted"]))
+    assert all(text in page.text for text in found["said"])
+    assert any(str(image["alt"]).startswith("Histograms of the ranks of 5 coordinates") for image in page.all("img"))
+    rows = list(csv.DictReader((tiny_report("vae").parent / "tables" / "calibration.csv").read_text().splitlines()))
+    worst = min(found["guide"][:-1], key=lambda test: test["p"])
+    assert [row["term"] for row in rows if row["term"].startswith("z[")][0] == worst["name"]
+
+
+@pytest.mark.parametrize("samples", [2, 19, 99])
+def test_ranks_can_be_shown(samples):
+    ranks = np.random.default_rng(0).integers(0, samples + 1, (300, 2))
+    tests = rank_tests(ranks, samples, ["<b>$z", "all jointly"])
+    for weighted in ((), tests):
+        made = calibrated(Calibration(300, samples, 0, tests, weighted))
+        assert base.png(made).startswith(b"\x89PNG")
+        histogram, coverage = made.axes[:2]
+        bars = histogram.patches[-1].get_data()
+        assert (bars.values * np.diff(bars.edges)).sum() == pytest.approx(1)
+        assert len(bars.values) == min(samples + 1, 10)
+        assert len(coverage.lines) == 2 + bool(weighted)
 
 
 @of_vae
@@ -227,9 +256,9 @@ def test_progress_and_interruption_leave_the_old_report(monkeypatch):
 
 
 THERE = {
-    "hvae": "surgery guide samples traversals quality probe",
-    "vae_normal": "surgery guide samples traversals quality probe",
-    "vq_vae": "surgery codes samples quality probe",
+    "hvae": "surgery guide calibration samples traversals quality probe",
+    "vae_normal": "surgery guide calibration samples traversals quality probe",
+    "vq_vae": "surgery codes calibration samples quality probe",
     "gan": "training samples quality",
 }
 

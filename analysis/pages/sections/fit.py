@@ -29,7 +29,7 @@ REFINED_ROWS = 50
 LESS_OVERFITTING = "set train.patience, use smaller networks, or more data."
 UNRELIABLE = 0.1
 """Proportion of data with k-hat above its limit beyond which the report gives an alert."""
-SIMULATED_ROWS, IMPORTANCE = 500, 8
+SIMULATED_ROWS, IMPORTANCE = 500, 4
 """Number of rows on which the guide is calibrated, and of samples from which each weighted one is chosen."""
 WORST_DATA = 10
 """Number of data with the largest k-hat that the report shows."""
