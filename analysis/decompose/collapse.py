@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -46,13 +46,10 @@ class CodeUse:
     """True if the codes are the nearest rows of a codebook, as in a VQ-VAE."""
     information: tuple[float, ...] = ()
     """Mutual information with x of every position, nats, at most log K; if that is smaller, its mean KL."""
-    bits: bool = False
-    """True if every position is a bit."""
-
-    @property
-    def silent(self) -> int:
-        """Number of positions that carry no information: at most 1 % of log K; none if K = 1."""
-        return sum(value <= SILENT.of_codes(self.states) for value in self.information)
+    silent: int = 0
+    """Number of positions without information: at most 1 % of log K nats."""
+    alert: str | None = None
+    """Alert on silent positions, and what to change; None if there are none."""
 
     @property
     def active_share(self) -> float | None:
@@ -188,32 +185,32 @@ def collapse(pair: Pair, x: Tensor, seed: int = 0) -> Collapse:
     x = accept(pair, x)
     with quiet(pair, x, seed):
         drawn = draw(pair, x)
-    latents = {name: _read(d, codebook_of(pair, name)) for name, d in drawn.latents.items()}
+    latents = {name: _read(name, d, codebook_of(pair, name)) for name, d in drawn.latents.items()}
     alerts = [text for name, latent in latents.items() if (text := alert(name, latent))]
     return Collapse(len(x), latents, tuple(alerts))
 
 
-def _code_use(found: Tally, book: Codebook | NearestCodebook | None) -> CodeUse:
-    dead = (~in_use(found.share)).sum(-1)
-    use = CodeUse(
-        found.states, tuple(perplexity(found.share).tolist()), tuple(dead.tolist()), tuple(found.grid),
-        information=tuple(found.information.tolist()), bits=found.bits,
-    )  # fmt: skip
-    if found.bits:
-        return use
-    return replace(
-        use,
-        share=tuple(found.pooled.sort(descending=True).values.tolist()),
-        pooled_perplexity=float(perplexity(found.pooled)),
-        used=int(found.used.sum()),
+def _code_use(name: str, found: Tally, book: Codebook | NearestCodebook | None) -> CodeUse:
+    looked_up, pooled = isinstance(book, NearestCodebook), not found.bits
+    return CodeUse(
+        states=found.states,
+        perplexity=tuple(perplexity(found.share).tolist()),
+        dead=tuple((~in_use(found.share)).sum(-1).tolist()),
+        grid=tuple(found.grid),
+        share=tuple(found.pooled.sort(descending=True).values.tolist()) if pooled else None,
+        pooled_perplexity=float(perplexity(found.pooled)) if pooled else None,
+        used=int(found.used.sum()) if pooled else None,
         duplicates=None if book is None else len(duplicates(book.table.to(found.used.device)[found.used])),
-        looked_up=isinstance(book, NearestCodebook),
+        looked_up=looked_up,
+        information=tuple(found.information.tolist()),
+        silent=int(found.silent.sum()),
+        alert=silence(name, found, looked_up),
     )
 
 
-def _read(d: LatentDraw, book: Codebook | NearestCodebook | None) -> LatentCollapse:
+def _read(name: str, d: LatentDraw, book: Codebook | NearestCodebook | None) -> LatentCollapse:
     if d.tally is not None:
-        return LatentCollapse(d.tally.positions, None, None, None, None, (), _code_use(d.tally, book))
+        return LatentCollapse(d.tally.positions, None, None, None, None, (), _code_use(name, d.tally, book))
     variance, kl, dim = activity(d), kl_per_dimension(d), d.value.shape[1]
     total = None if d.point else float((d.log_q - d.log_p if d.kl is None else d.kl).mean())
     if variance is None:
@@ -255,11 +252,9 @@ def alert(name: str, latent: LatentCollapse) -> str | None:
 
 def _alert_of_codes(name: str, use: CodeUse) -> str | None:
     """Return an alert for a discrete latent with silent positions, dead or duplicate codes; None without them."""
-    kind = {"bits": use.bits, "looked_up": use.looked_up}
-    silent = silence(name, use.information, use.perplexity, use.states, **kind)
-    if use.bits or use.silent == len(use.perplexity):
-        return silent
-    texts = [] if silent is None else [silent]
+    if use.used is None or use.silent == len(use.perplexity):
+        return use.alert
+    texts = [] if use.alert is None else [use.alert]
     if use.duplicates is not None and use.used is not None:
         # The positions share one codebook: a code is dead where no position chooses it.
         if dead := use.states - use.used:

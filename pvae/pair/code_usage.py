@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -48,10 +48,6 @@ class Silence:
     def of_real(self, coordinates: int) -> float:
         """Return the mean KL, nats, up to which a whole real latent carries no information."""
         return min(self.coordinate * coordinates, self.latent)
-
-    def of_codes(self, states: int) -> float:
-        """Return the nats up to which a code of K states carries no information; negative for K = 1, which has none."""
-        return self.capacity * math.log(states) if states > 1 else -1.0
 
 
 SILENT = Silence()
@@ -110,6 +106,11 @@ class Tally:
         """
         found = entropy_of(self.share) - self.entropy / self.n
         return (found if self.kl is None else found.minimum(self.kl / self.n)).clamp(min=0)
+
+    @property
+    def silent(self) -> Tensor:
+        """Positions without information, `(P,)` booleans: at most 1 % of log K nats; none for one row, or if K = 1."""
+        return (self.information <= SILENT.capacity * math.log(self.states)) & (min(self.n, self.states) > 1)
 
     def __add__(self, other: Tally) -> Tally:
         same = self.prior is not None and other.prior is not None and torch.equal(self.prior, other.prior)
@@ -202,30 +203,25 @@ def tallies(guide: Nodes, layout: Layout, rows: int, model: Nodes | None = None)
     return found
 
 
-def silence(
-    name: str, information: Sequence[float], perplexity: Sequence[float], states: int, *, bits: bool, looked_up: bool
-) -> str | None:
+def silence(name: str, use: Tally, looked_up: bool) -> str | None:
     """Return sentences on the positions of a discrete latent without information, and on what to set; or None.
 
     Arguments:
         name: name of the latent.
-        information: mutual information with x of every position, nats.
-        perplexity: perplexity of every position.
-        states: number K of states of a position.
-        bits: True if positions are bits.
+        use: its sums over the posteriors.
         looked_up: True if the codes are the nearest rows of a codebook.
     """
-    silent, count = sum(value <= SILENT.of_codes(states) for value in information), len(information)
+    silent, carried = int(use.silent.sum()), float(use.information.sum())
     if not silent:
         return None
-    if silent < count:
-        most = f"{SILENT.capacity:.0%} of log {states}"
-        said = f"{name}: {silent} of {count} {'bits' if bits else 'positions'} are silent: each carries at most {most}."
-    elif max(perplexity) < 1.01:
-        said = f"{name} has collapsed: one of {states} codes is chosen whatever x is."
+    if silent < use.positions:
+        what, most = "bits" if use.bits else "positions", f"{SILENT.capacity:.0%} of log {use.states}"
+        said = f"{name}: {silent} of {use.positions} {what} are silent: each carries at most {most}."
+    elif float(perplexity(use.share).max()) < 1.01:
+        said = f"{name} has collapsed: one of {use.states} codes is chosen whatever x is."
     else:
-        carried = f"{sum(information):.3f} of {count * math.log(states):.2f} nats"
-        said = f"{name} has collapsed: it carries {carried}, hardly any information on x."
+        most = f"{carried:.3f} of {use.positions * math.log(use.states):.2f} nats"
+        said = f"{name} has collapsed: it carries {most}, hardly any information on x."
     return f"{said} {revival(name, looked_up)}"
 
 

@@ -16,7 +16,7 @@ from pvae.distributions.relaxed import Discretised
 from pvae.experiment.experiment import Experiment
 from pvae.experiment.plan import Plan
 from pvae.nn.codebook import NearestCodebook
-from pvae.pair.code_usage import SILENT, Tally, codebook_of, perplexity, silence, tallies
+from pvae.pair.code_usage import SILENT, Tally, codebook_of, silence, tallies
 from pvae.pair.layout import samples, unwrapped
 from pvae.pair.pair import Pair
 from pvae.pair.running import quiet
@@ -116,14 +116,11 @@ def _asleep(kl: Mapping[str, float], guide: Mapping[str, Any]) -> Iterator[str]:
 def _unused(pair: Pair, codes: Mapping[str, Tally]) -> Iterator[str]:
     """Yield a line for each discrete latent that carries no information, or with silent positions or dead codes."""
     for name, use in codes.items():
-        information, spread, used = use.information.tolist(), perplexity(use.share).tolist(), int(use.used.sum())
-        kind = {"bits": use.bits, "looked_up": isinstance(codebook_of(pair, name), NearestCodebook)}
-        if silent := silence(name, information, spread, use.states, **kind):
-            yield silent
-        if use.bits or max(information) <= SILENT.of_codes(use.states):
-            continue
-        if used < use.states and use.n * use.positions >= MIN_EXPECTED_USES * use.states:
-            yield f"{name}: {use.states - used} of {use.states} codes are dead: on {use.n} rows they are not in use."
+        if alert := silence(name, use, isinstance(codebook_of(pair, name), NearestCodebook)):
+            yield alert
+        dead = 0 if use.bits or bool(use.silent.all()) else int((~use.used).sum())
+        if dead and use.n * use.positions >= MIN_EXPECTED_USES * use.states:
+            yield f"{name}: {dead} of {use.states} codes are dead: on {use.n} rows they are not in use."
 
 
 def _at_bounds(plan: Plan, guide: Mapping[str, Any], model: Mapping[str, Any]) -> Iterator[str]:
