@@ -156,8 +156,8 @@ def tally(q: Members | None, p: Members | None = None, grid: Shape = (), *, bits
     logits = q.logits.double()
     probs = logits.exp()
     entropy = -(probs * logits).sum((0, 2))
-    known = isinstance(p, Codes) and p.logits.shape[1:] == logits.shape[1:]
-    kl = -entropy - (probs * p.logits).sum((0, 2)) if known else None
+    log_p = p.logits if isinstance(p, Codes) and p.logits.shape[1:] == logits.shape[1:] else None
+    kl = None if log_p is None else -entropy - (probs * log_p).sum((0, 2))
     return Tally(len(q), probs.sum(0), entropy, grid, shared_prior(p), bits, kl)
 
 

@@ -399,6 +399,6 @@ def test_codes_of_the_oracle_are_bayes():
     """The untempered guide of `coded` is Bayes' rule."""
     pair = coded(1.0)
     x = torch.linspace(-2, 6, 9)
-    logits = pair.guide_trace(x).nodes["c"]["fn"].logits
+    guide: Any = pair.guide_trace(x).nodes["c"]["fn"]
     joint = PRIOR + dist.Normal(PLACES, 1.0).log_prob(x[:, None])
-    assert torch.allclose(logits, Categorical(logits=joint).logits, atol=1e-5)
+    assert torch.allclose(guide.logits, Categorical(logits=joint).logits, atol=1e-5)

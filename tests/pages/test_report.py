@@ -197,7 +197,8 @@ def test_ranks_can_be_shown(samples):
         made = calibrated(Calibration(300, samples, 0, tests, weighted))
         assert base.png(made).startswith(b"\x89PNG")
         histogram, coverage = made.axes[:2]
-        bars = histogram.patches[-1].get_data()
+        drawn: Any = histogram.patches[-1]
+        bars = drawn.get_data()
         assert (bars.values * np.diff(bars.edges)).sum() == pytest.approx(1)
         assert len(bars.values) == min(samples + 1, 10)
         assert len(coverage.lines) == 2 + bool(weighted)
