@@ -26,8 +26,11 @@ from pvae.data import (
     Digits,
     FashionMNIST,
     FrameSource,
+    H5ad,
+    Hdf5,
     Idx,
     Images,
+    Mat,
     Npy,
     Npz,
     Parquet,
@@ -38,7 +41,7 @@ from pvae.data import (
 )
 from pvae.data.rows.rows import shared_rows
 from pvae.errors import DataError, DeclarationError
-from tests.data.writers import idx, npy, npz, pictures, refused, small_arrays
+from tests.data.writers import h5ad, hdf5, idx, matlab, npy, npz, pictures, refused, small_arrays
 
 RNG = np.random.RandomState(0)
 X = RNG.uniform(0.05, 0.95, (40, 4)).astype(np.float32)
@@ -78,6 +81,9 @@ TABLE = {
     "tensor": Row(lambda _: TensorSource(), (4,), (32, 4, 4)),
     "npy": Row(lambda p: Npy(path=npy(p / "x.npy", X), labels=npy(p / "y.npy", Y)), (4,), (32, 4, 4)),
     "idx": Row(lambda p: Idx(path=idx(p / "x", X, 0x0D, "f"), labels=idx(p / "y", Y, zipped=True)), (4,), (32, 4, 4)),
+    "hdf5": Row(lambda p: Hdf5(path=hdf5(p / "x.h5", x=X, y=Y), y="y"), (4,), (32, 4, 4)),
+    "mat": Row(lambda p: Mat(path=matlab(p / "x.mat", x=X, y=Y), y="y"), (4,), (32, 4, 4)),
+    "h5ad": Row(lambda p: H5ad(path=h5ad(p / "x.h5ad", X, pandas.DataFrame({"y": Y})), labels="y"), (4,), (32, 4, 4)),
     "images": Row(lambda p: Images(path=pictures(p, PIXELS, LABELS), mode="L"), (1, 2, 3), (32, 4, 4)),
     "csv": Row(partial(table_file, CSV), (4,), (32, 4, 4)),
     "parquet": Row(partial(table_file, Parquet), (4,), (32, 4, 4)),

@@ -18,12 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas
 import pytest
 import torch
 from PIL import Image
 
 import pvae
-from pvae.data import Data, Idx, Images, Npy, Npz, load
+from pvae.data import Data, H5ad, Hdf5, Idx, Images, Mat, Npy, Npz, load
 from pvae.data.rows.cache import cache_folder
 from pvae.errors import DataError
 from pvae.runs.run import Run
@@ -36,7 +37,10 @@ from tests.data.writers import (
     Y,
     assert_same,
     gzipped,
+    h5ad,
+    hdf5,
     idx,
+    matlab,
     npy,
     npz,
     pictures,
@@ -60,6 +64,7 @@ def photographs(folder: Path) -> str:
     return pictures(folder, X, [NAMES[label] for label in Y], ("png", "bmp", "pgm"))
 
 
+CELLS = pandas.DataFrame({"kind": pandas.Categorical(np.take(NAMES, Y)), "n": Y})
 BY_NAME = np.argsort(Y, kind="stable")
 
 TABLE = {
@@ -68,6 +73,9 @@ TABLE = {
     "npz": Row(lambda p: Npz(path=npz(p, x=FLOATS, y=Y), y="y"), FLOATS, Y),
     "npz_deflated": Row(lambda p: Npz(path=npz(p, np.savez_compressed, a=X, b=Y), x="a", y="b"), X, Y),
     "npz_split": Row(lambda p: Npz(path=npz(p, x_train=FLOATS[:40], x_test=FLOATS[40:])), FLOATS, None),
+    "hdf5": Row(lambda p: Hdf5(path=hdf5(p / "x.h5", **{"a/x": FLOATS, "a/y": Y}), x="a/x", y="a/y"), FLOATS, Y),
+    "mat": Row(lambda p: Mat(path=matlab(p / "x.mat", x=FLOATS, y=Y[:, None]), y="y"), FLOATS, Y),
+    "h5ad": Row(lambda p: H5ad(path=h5ad(p / "x.h5ad", FLOATS, CELLS), labels="kind"), FLOATS, Y, NAMES),
     "idx": Row(lambda p: Idx(path=idx(p / "x", X), labels=idx(p / "y", Y)), X, Y),
     "idx_gz": Row(lambda p: Idx(path=idx(p / "x.gz", FLOATS, 0x0D, "f", zipped=True), binarize="none"), FLOATS, None),
     "images": Row(lambda p: Images(path=photographs(p), mode="L"), X[BY_NAME][:, None], Y[BY_NAME], NAMES),

@@ -39,7 +39,7 @@ NAMES = {
 @pytest.mark.parametrize("name", NAMES)
 def test_the_validation_split_of_an_archive_is_read(tmp_path, name):
     train, validation, x = NAMES[name]
-    data = load(Npz(path=npz(tmp_path, **{train: X, validation: OTHER}), x=x))
+    data = load(Npz(path=npz(tmp_path, np.savez, **{train: X, validation: OTHER}), x=x))
     assert torch.equal(data.validation.x, torch.from_numpy(OTHER))
     assert len(data.train) + len(data.test) == 30
 

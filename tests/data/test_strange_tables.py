@@ -38,6 +38,10 @@ def spelled(value: float, spelling: Spelling) -> str:
     return f"{value:,.2f}".translate({ord(","): spelling.thousands or None, ord("."): spelling.decimal})
 
 
+def declared(raw: Any) -> Data:
+    return from_table(Data, raw, "t")  # type: ignore[type-abstract]
+
+
 def csv_of(folder: Path, words: list[str], name: str = "t.csv", separator: str = "|", head: str = "v|w") -> str:
     path = folder / name
     path.write_text("\n".join([head, *(f"{word}{separator}{i % 2}" for i, word in enumerate(words))]) + "\n")
@@ -59,10 +63,10 @@ def wanted(values: Any) -> list[float]:
 @pytest.mark.parametrize("spelling", SPELLINGS, ids=repr)
 def test_every_spelling_is_read_as_declared_and_guessed(tmp_path, spelling):
     path = csv_of(tmp_path, [spelled(value, spelling) for value in VALUES])
-    declared = CSV(
+    source = CSV(
         path=path, separator="|", decimal=spelling.decimal, thousands=spelling.thousands, columns={"v": REAL}
-    )  # type: ignore[arg-type]
-    assert stored(load(declared)) == wanted(VALUES)
+    )
+    assert stored(load(source)) == wanted(VALUES)
     found = guess(path).declaration["data"]
     assert (found.get("decimal", "."), found.get("thousands", "")) == (spelling.decimal, spelling.thousands)
 
@@ -104,7 +108,7 @@ def test_numbers_of_another_spelling_are_refused_by_line(tmp_path):
         r"line 2, column 'v': expected a finite number; got '1,5'",
         load,
         CSV(path=csv_of(tmp_path, ["1,5"] * ROWS), separator="|", columns={"v": REAL}),
-    )  # type: ignore[arg-type]
+    )
 
 
 ARROW: dict[str, tuple[list[Any], list[float]]] = {
@@ -196,8 +200,8 @@ PACKED: dict[str, Callable[[bytes], bytes]] = {
 def test_encodings_and_compressions(tmp_path, packed, encoding):
     path = tmp_path / f"t.csv.{packed}"
     path.write_bytes(PACKED[packed](TEXT.encode(encoding)))
-    declared = CSV(path=str(path), encoding=encoding, columns={"größe": REAL})  # type: ignore[arg-type]
-    assert stored(load(declared)) == [i + 0.5 for i in range(ROWS)]
+    source = CSV(path=str(path), encoding=encoding, columns={"größe": REAL})
+    assert stored(load(source)) == [i + 0.5 for i in range(ROWS)]
     found = guess(str(path))
     assert list(found.declaration["data"]["columns"]) == ["größe", "w"]
     assert found.declaration["name"] == "t"
@@ -207,13 +211,13 @@ def test_encodings_and_compressions(tmp_path, packed, encoding):
 def test_a_compressed_file_that_is_cut_is_refused(tmp_path, packed):
     path = tmp_path / "t.csv"
     path.write_bytes(PACKED[packed](TEXT.encode())[:-20])
-    refused("expected a whole compressed file", load, CSV(path=str(path), columns={"w": REAL}))  # type: ignore[arg-type]
+    refused("expected a whole compressed file", load, CSV(path=str(path), columns={"w": REAL}))
 
 
 def test_an_encoding_that_does_not_fit_or_is_unknown(tmp_path):
     (tmp_path / "t.csv").write_bytes(TEXT.encode("cp1252"))
     said = "expected UTF-8; got the byte 0x.*. Set data.encoding"
-    refused(said, load, CSV(path=str(tmp_path / "t.csv"), columns={"w": REAL}))  # type: ignore[arg-type]
+    refused(said, load, CSV(path=str(tmp_path / "t.csv"), columns={"w": REAL}))
     for name in ("latin-9000", "rot13", "base64"):
         with pytest.raises(DeclarationError, match="an encoding of text that Python knows"):
             from_table(CSV, {"path": "t", "encoding": name, "columns": {"v": REAL}}, "t")
@@ -225,7 +229,7 @@ def test_a_table_without_a_header(tmp_path, mark):
     found = guess(str(tmp_path / "t.csv"))
     assert found.declaration["data"]["header"] is False
     assert list(found.declaration["data"]["columns"]) == ["c1", "c2"]
-    data = load(CSV(path=str(tmp_path / "t.csv"), header=False, columns={"c1": REAL}))  # type: ignore[arg-type]
+    data = load(CSV(path=str(tmp_path / "t.csv"), header=False, columns={"c1": REAL}))
     assert stored(data) == [i + 0.5 for i in range(ROWS)]
 
 
@@ -238,7 +242,7 @@ def test_words_for_missing_numbers_are_proposed(tmp_path, word):
     found = guess(path).declaration["data"]
     assert found["na"] == ["", "NA", "nan", word]
     assert found["columns"]["v"] == {"type": "continuous", "missing": "mask"}
-    assert torch.isnan(torch.cat([s.x for s in load(from_table(Data, found, "t")).splits])).sum() == 8  # type: ignore[type-abstract]
+    assert torch.isnan(torch.cat([s.x for s in load(declared(found)).splits])).sum() == 8
 
 
 def test_a_dash_among_words_is_a_level(tmp_path):
@@ -309,7 +313,7 @@ def test_what_is_proposed_can_be_loaded(tmp_path, form, seed):
         frame.to_parquet(path)
     found = guess(str(path))
     assert {*found.declaration["data"]["columns"], *found.left_out} == set(frame.columns)
-    data = load(from_table(Data, found.declaration["data"], "t"))  # type: ignore[type-abstract]
+    data = load(declared(found.declaration["data"]))
     assert data.shape == (len(found.declaration["data"]["columns"]),)
 
 
@@ -320,4 +324,4 @@ def test_a_proposal_passes_the_check_of_the_command_line(tmp_path, monkeypatch):
     (tmp_path / "t.csv").write_text("Datum;Umsatz;leer\n" + "\n".join(lines) + "\n")
     (tmp_path / "t.toml").write_text(run_cli("columns", "t.csv")[0])
     run_cli("check", "t.toml", "--build")
-    assert pvae.Experiment.load(str(tmp_path / "t.toml")).data.decimal == ","  # type: ignore[union-attr]
+    assert pvae.Experiment.load(str(tmp_path / "t.toml")).data.model_dump()["decimal"] == ","

@@ -10,10 +10,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
+import pandas
 import pytest
 import torch
 from PIL import Image
+from scipy import sparse
 
 from pvae.data.dataset import Dataset
 from pvae.data.sources.collections import MNIST_FILES, Collection, IdxFile
@@ -58,6 +61,51 @@ def npz(folder: Path, save: Callable[..., None] = np.savez, **arrays: Any) -> st
     """Write the archive `data.npz` into a folder."""
     save(folder / "data.npz", **arrays)
     return str(folder / "data.npz")
+
+
+def hdf5(path: Path, **arrays: Any) -> str:
+    """Write data sets, named by their paths, into an HDF5 file."""
+    with h5py.File(path, "w") as file:
+        for name, array in arrays.items():
+            file.create_dataset(name, data=array, chunks=True, compression="gzip")
+    return str(path)
+
+
+def matlab(path: Path, **arrays: np.ndarray) -> str:
+    """Write arrays as MATLAB 7.3 does: HDF5 behind a block of 512 bytes, all axes in reverse."""
+    with h5py.File(path, "w", userblock_size=512) as file:
+        for name, array in arrays.items():
+            file.create_dataset(name, data=array.T)
+    with path.open("r+b") as raw:
+        raw.write(b"MATLAB 7.3 MAT-file".ljust(512))
+    return str(path)
+
+
+def h5ad(path: Path, x: Any, obs: pandas.DataFrame, **layers: Any) -> str:
+    """Write a matrix, its layers and the table of its rows as the AnnData file format says."""
+
+    def matrix(group: h5py.Group, name: str, values: Any) -> None:
+        if not sparse.issparse(values):
+            group[name] = values
+            return
+        made = group.create_group(name)
+        made.attrs["encoding-type"], made.attrs["shape"] = f"{values.format}_matrix", values.shape
+        for part in ("data", "indices", "indptr"):
+            made[part] = getattr(values, part)
+
+    with h5py.File(path, "w") as file:
+        matrix(file, "X", x)
+        for name, values in layers.items():
+            matrix(file.require_group("layers"), name, values)
+        table = file.create_group("obs")
+        for name, column in zip(map(str, obs), (obs[key] for key in obs), strict=True):
+            if isinstance(column.dtype, pandas.CategoricalDtype):
+                made = table.create_group(name)
+                made["codes"], made["categories"] = column.cat.codes, [str(word) for word in column.cat.categories]
+                made.attrs["encoding-type"], made.attrs["ordered"] = "categorical", column.cat.ordered
+            else:
+                table[name] = column.to_list()
+    return str(path)
 
 
 def idx_bytes(array: np.ndarray, code: int = 0x08, letter: str = "B") -> bytes:

@@ -1,4 +1,4 @@
-"""Data sources of binary array files: NumPy's (`.npy`, `.npz`), read without pickle, and IDX, the format of MNIST.
+"""Data sources of files with one array: NumPy's (`.npy`), read without pickle, and IDX, the format of MNIST.
 
 Sizes are checked before anything is allocated.
 
@@ -8,12 +8,10 @@ References: Gradient-based learning applied to document recognition (LeCun et al
 from __future__ import annotations
 
 import gzip
-import stat
 import struct
-import zipfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from pathlib import Path, PurePosixPath
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import IO, Any, Literal, cast, final
 
 import numpy as np
@@ -28,20 +26,17 @@ from pvae.data.rows.files import (
     broken_as,
     held,
     located,
-    npy_layout,
     read_npy,
     require_room,
     version_of,
 )
-from pvae.data.rows.rows import Rows, joined
+from pvae.data.rows.rows import Rows
 from pvae.data.sources.base import FileData
-from pvae.errors import DataError, near, printable
+from pvae.errors import DataError
 from pvae.util.types import Array
 
 MAX_DEFLATE_RATIO = 1032
 """Largest compression ratio of the deflate format (output bytes for each input byte)."""
-LOCAL_HEADER = struct.Struct("<26x2H")
-"""Zip local file header; its last two numbers are the lengths of the name and extra fields after it."""
 TYPES = {0x08: "u1", 0x09: "i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
 LABEL_KINDS = "biufUS"
 """Kinds of dtypes that labels may have, by NumPy's letters: numbers and text."""
@@ -82,74 +77,7 @@ class Idx(FileData):
         return self.to_rows(x, y, "x")
 
 
-@final
-class Npz(FileData):
-    """Arrays of a NumPy archive (`.npz`): `x` (n, ...), or one array for each split, such as `x_train` and `val_x`.
-
-    Object arrays are refused: reading them could run code.
-
-    Splits are found by the usual names (`train`, `val`, `valid`, `validation`, `dev`, `test`), before or after that of
-    the array; those that the archive lacks are random tenths of the training rows, permuted with `split_seed`. Arrays
-    that are not read are named in `Dataset.notes`.
-    """
-
-    source: Literal["npz"] = "npz"
-    x: str | None = None
-    """Name of the array of rows in the archive, without the name of a split, such as `images` for `train_images`; None
-    finds it among the usual names."""
-    y: str | None = None
-    """Name of the array of labels in the archive, without the name of a split; None for data without labels."""
-
-    def read(self, data_dir: Path | None, seed: int) -> Rows:
-        path = located(self.path, data_dir)
-        with _opened(path) as archive:
-            names = _names(archive)
-        wanted = self.x or next((name for name in USUAL_NAMES if _by_split(name, names, path)), "x")
-        found = _by_split(wanted, names, path) or {"train": wanted}  # read_array says what there is instead
-        labels = {} if self.y is None else _by_split(self.y, names, path) or {"train": self.y}
-        if labels and (lacking := [split for split in found if split not in labels]):
-            raise DataError(f"{path}: expected labels {self.y!r} of {', '.join(lacking)}; got {', '.join(names)}.")
-        x = {split: read_array(path, name, self.stream) for split, name in found.items()}
-        y = {split: np.asarray(read_array(path, labels[split], text=True)) if labels else None for split in found}
-        used = {*found.values(), *labels.values()}
-        left = [name for name in names if name not in used]
-        notes = [f"{path.name}: arrays that are not read: {', '.join(map(printable, left))}"] if left else []
-        if self.x is None and wanted != "x":
-            notes.append(f"{path.name}: rows are read from {', '.join(found.values())}")
-        if "train" not in found:
-            raise DataError(f"{path}: expected training rows, {wanted}_train; got {', '.join(names)}.")
-        given = {split: (x[split], y[split]) for split in found}
-        return joined(given, self.split_seed, wanted, largest=self.largest, notes=tuple(notes))
-
-
-USUAL_NAMES = ("x", "X", "images", "image", "imgs", "data", "features", "inputs", "counts", "arr_0")
-"""Names under which the rows of an archive are looked for, in this order."""
-SPLIT_NAMES = {"train": ("train", "training"), "validation": ("validation", "val", "valid", "dev"), "test": ("test",)}
-"""Names of each split in an archive."""
-
-
-def _by_split(wanted: str, names: Sequence[str], path: Path) -> dict[str, str]:
-    """Return the names of the arrays of each split, such as `train_images` of "train" for `images`; empty if absent.
-
-    An array of the whole name is that of "train" if no other is.
-
-    Raises:
-        DataError: several arrays are of one split.
-    """
-    found = {}
-    for split, known in SPLIT_NAMES.items():
-        forms = {f"{wanted}_{name}" for name in known} | {f"{name}_{wanted}" for name in known}
-        there = [name for name in names if name.lower() in {form.lower() for form in forms}]
-        if len(there) > 1:
-            raise DataError(f"{path}: expected one array of {wanted!r} for {split}; got {', '.join(there)}.")
-        if there:
-            found[split] = there[0]
-    if wanted in names:
-        return {**found, "train": wanted} if "train" not in found else {"train": wanted}
-    return found
-
-
-def _unpacked(
+def unpacked(
     content: Iterator[Array], layout: ArrayLayout, stream: bool, where: str, key: Mapping[str, Any]
 ) -> AnyArray:
     """Return the array of a compressed stream: decoded once into the cache under `key` if `stream`, else in memory."""
@@ -161,92 +89,6 @@ def _unpacked(
         out[start : start + len(piece)] = piece
         start += len(piece)
     return out
-
-
-# NumPy archives
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[zipfile.ZipFile]:
-    with _archive_errors(path), zipfile.ZipFile(path) as archive:
-        yield archive
-
-
-def _archive_errors(path: Path) -> AbstractContextManager[None]:
-    return broken_as(f"{path}: expected a NumPy archive (.npz); got a broken or foreign file")
-
-
-def _names(archive: zipfile.ZipFile) -> list[str]:
-    return [name.removesuffix(".npy") for name in archive.namelist() if name.endswith(".npy")]
-
-
-def read_array(path: Path, key: str, stream: bool = False, *, text: bool = False) -> AnyArray:
-    """Return the array of a NumPy archive with the given name.
-
-    Arguments:
-        path: path of the archive.
-        key: name of the array.
-        stream: leave the array on the disk: an uncompressed one is mapped, a deflated one decoded once into the cache.
-        text: accept text as well as numbers, for labels.
-
-    Raises:
-        DataError: the file is missing or damaged, the name is absent, the array contains objects, sizes are
-            inconsistent, or the array is too large for memory.
-    """
-    version, where = version_of(path), f"{path}, {key!r}"
-    with _opened(path) as archive:
-        names = _names(archive)
-        if key not in names:
-            raise DataError(f"{path}: expected an array {key!r}; got {', '.join(names)}{near(key, names)}.")
-        info = archive.getinfo(f"{key}.npy")
-        _refuse_trick(info, where)
-        with archive.open(info) as file:
-            layout = npy_layout(file, info.file_size, where, stream, LABEL_KINDS if text else "biuf")
-        if not layout.shape or 0 in layout.shape:
-            raise DataError(f"{where}: expected an array (rows, ...) with at least one row; got shape {layout.shape}.")
-        content = _content(archive, info, layout, path)
-        if stream and info.compress_type == zipfile.ZIP_STORED:
-            for _ in content:  # for the checksum's sake
-                pass
-            offset = _offset(path, info) + layout.offset
-            return FileArray(path, layout.dtype, layout.shape, offset, version)
-        entry = {"source": "npz", "path": str(path.resolve()), "version": version, "member": key}
-        return layout.in_rows(_unpacked(content, layout, stream, where, entry))
-
-
-def _content(archive: zipfile.ZipFile, info: zipfile.ZipInfo, layout: ArrayLayout, path: Path) -> Iterator[Array]:
-    """Yield the rows of an array in chunks of a few MiB, and then verify its zip checksum."""
-    with _archive_errors(path), archive.open(info) as file:
-        file.read(layout.offset)
-        yield from layout.pieces(file, str(path))
-        file.read(1)  # at the end of a member zipfile compares its checksum
-
-
-def _refuse_trick(info: zipfile.ZipInfo, where: str) -> None:
-    """Refuse a zip entry whose name leads out of the archive, which is a link, or whose size is impossible."""
-    name = PurePosixPath(info.filename.replace("\\", "/"))
-    if name.is_absolute() or ".." in name.parts:
-        raise DataError(f"{where}: expected a plain name in the archive; got one that leads out of it.")
-    if stat.S_ISLNK(info.external_attr >> 16):
-        raise DataError(f"{where}: expected an array in the archive; got a link.")
-    ratios = {zipfile.ZIP_STORED: 1, zipfile.ZIP_DEFLATED: MAX_DEFLATE_RATIO}
-    if info.compress_type not in ratios:
-        raise DataError(
-            f"{where}: expected an array stored or deflated, as NumPy does; got method {info.compress_type}."
-        )
-    most = info.compress_size * ratios[info.compress_type]
-    if info.file_size > most:
-        raise DataError(
-            f"{where}: expected {info.file_size} bytes, as the archive says; got {info.compress_size}, which hold at "
-            f"most {most}."
-        )
-
-
-def _offset(path: Path, info: zipfile.ZipInfo) -> int:
-    """Return the byte offset in the archive file at which the content of an uncompressed entry begins."""
-    with path.open("rb") as file:
-        file.seek(info.header_offset)
-        return info.header_offset + LOCAL_HEADER.size + sum(LOCAL_HEADER.unpack(file.read(LOCAL_HEADER.size)))
 
 
 # IDX
@@ -287,7 +129,7 @@ def read_idx(path: Path, wanted: tuple[int, ...] | None = None, *, stream: bool 
                 f"holds at most {MAX_DEFLATE_RATIO * version[0]}."
             )
         key = {"source": "idx", "path": str(path.resolve()), "version": version}
-        return _unpacked(_unzipped(file, layout, path, version[0]), layout, stream, str(path), key)
+        return unpacked(_unzipped(file, layout, path, version[0]), layout, stream, str(path), key)
 
 
 def _idx_errors(path: Path, size: int) -> AbstractContextManager[None]:

@@ -205,7 +205,7 @@ def _is_deep(file: Image.Image) -> bool:
 def _composited(picture: Image.Image, background: str) -> tuple[Image.Image, bool]:
     """Return a picture over an opaque background, and True if some of its pixels are transparent."""
     layered = picture.convert("RGBA")
-    seen = layered.getextrema()[3][0] < 255  # type: ignore[index]
+    seen = int(np.asarray(layered)[..., 3].min()) < 255
     return Image.alpha_composite(Image.new("RGBA", layered.size, background), layered), seen
 
 

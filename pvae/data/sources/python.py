@@ -235,7 +235,12 @@ def anndata_rows(adata: Any, layer: str | None, labels: str | None, seed: int) -
     """
     name = "X" if layer is None else f"layers[{layer!r}]"
     x = _matrix(adata, layer, name)
-    y, label_names = _labels(adata.obs, labels) if labels is not None else (None, None)
+    y, label_names = None, None
+    if labels is not None:
+        if labels not in adata.obs:
+            names = [str(name) for name in adata.obs]
+            raise DataError(f"Expected a column of obs, {', '.join(names)}; got {labels!r}{near(labels, names)}.")
+        y, label_names = column_labels(adata.obs[labels], labels)
     return joined({"train": (x, y)}, seed, name, label_names=label_names)
 
 
@@ -251,13 +256,17 @@ def _matrix(adata: Any, layer: str | None, name: str) -> AnyArray:
     return Sliced(matrix)
 
 
-def _labels(obs: Any, column: str) -> tuple[Array, tuple[str, ...] | None]:
+def column_labels(found: Any, column: str) -> tuple[Array, tuple[str, ...] | None]:
+    """Return a column of `obs` as integer labels `(n,)`, and the names of the categories (None for integers).
+
+    Categories keep an order of the user's own; those in pandas' alphabetical order are numbered in natural order.
+
+    Raises:
+        DataError: a label is missing, or the labels are neither categories, names nor integers.
+    """
     import pandas as pd
 
-    if column not in obs:
-        names = [str(name) for name in obs]
-        raise DataError(f"Expected a column of obs, {', '.join(names)}; got {column!r}{near(column, names)}.")
-    values = pd.Series(obs[column])
+    values = pd.Series(found)
     if missing := int(values.isna().sum()):
         raise DataError(f"obs[{column!r}]: expected a label for every row; got none for {missing}. Drop those rows.")
     if pd.api.types.is_integer_dtype(values.dtype):

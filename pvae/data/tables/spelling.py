@@ -91,15 +91,15 @@ def moments(cells: pandas.Series[Any], form: str | None) -> tuple[Floats, bool]:
     import pandas
 
     if pandas.api.types.is_timedelta64_dtype(cells.dtype):
-        return cells.dt.total_seconds().to_numpy(np.float64), True
+        return np.asarray(cells.dt.total_seconds(), np.float64), True
     given = cells.astype(object).map(lambda value: str(value) if type(value) is datetime.time else value)
     if form is None and not pandas.api.types.is_datetime64_any_dtype(cells.dtype):
         spans = pandas.to_timedelta(given.where(given.map(_is_span)), errors="coerce")
         if spans.notna().any():
-            return spans.dt.total_seconds().to_numpy(np.float64), True
+            return np.asarray(spans.dt.total_seconds(), np.float64), True
     dates = pandas.to_datetime(given, errors="coerce", utc=True, format=form or "ISO8601")
     seconds = (dates - pandas.Timestamp(0, tz="UTC")).dt.total_seconds()
-    return seconds.to_numpy(np.float64), False
+    return np.asarray(seconds, np.float64), False
 
 
 def _is_span(value: Any) -> bool:
