@@ -63,9 +63,7 @@ def wanted(values: Any) -> list[float]:
 @pytest.mark.parametrize("spelling", SPELLINGS, ids=repr)
 def test_every_spelling_is_read_as_declared_and_guessed(tmp_path, spelling):
     path = csv_of(tmp_path, [spelled(value, spelling) for value in VALUES])
-    source = CSV(
-        path=path, separator="|", decimal=spelling.decimal, thousands=spelling.thousands, columns={"v": REAL}
-    )
+    source = CSV(path=path, separator="|", decimal=spelling.decimal, thousands=spelling.thousands, columns={"v": REAL})
     assert stored(load(source)) == wanted(VALUES)
     found = guess(path).declaration["data"]
     assert (found.get("decimal", "."), found.get("thousands", "")) == (spelling.decimal, spelling.thousands)
