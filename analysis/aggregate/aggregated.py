@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import pyro.distributions as dist
@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints
 
-from pvae.analysis.aggregate.components import Components, Reread, held, members_of
+from pvae.analysis.aggregate.components import Components, Reread, held, members_of, nothing_as_infinite
 from pvae.analysis.aggregate.entry import accept, quiet
+from pvae.analysis.aggregate.information import Information, each_left_out
 from pvae.analysis.aggregate.pairwise import GuideRuns
+from pvae.analysis.figures.estimate import jackknife
 from pvae.distributions.exponential import Members
 from pvae.errors import DataError, DeclarationError
 from pvae.pair.code_usage import Undrawn
@@ -35,24 +37,6 @@ DRAWS_CHECKED = 32
 """Number of samples for which interpolated densities are compared with exact sums over all components."""
 PAIRS_IN_A_BLOCK = 2**21
 """Largest number of pairs of value and component that are computed at once."""
-
-
-@dataclass(frozen=True)
-class Information:
-    """Pointwise mutual information log q(z_i | x_i) - log q_agg(z_i) of m samples, `(m,)`, nats."""
-
-    lower: Tensor
-    """Lower bound in expectation: the mixture consists of q(z | x_i) and the chosen components only."""
-    upper: Tensor
-    """Upper bound in expectation, at most log n: the chosen components represent all rows other than x_i."""
-    leave_one_out: Tensor
-    """Upper bound, in expectation, of the mutual information under the distribution that the data come from: the
-    mixture leaves out q(z | x_i)."""
-
-    @property
-    def bias(self) -> float:
-        """Upper bound, in expectation, of the error of I_q from leaving out components; 0 if none is left out."""
-        return float((self.upper - self.lower).mean())
 
 
 class AggregatedPosterior(dist.TorchDistribution):
@@ -155,6 +139,12 @@ class AggregatedPosterior(dist.TorchDistribution):
         out = self.components.log_sum(self._flat(value)) - math.log(len(self))
         return out.reshape(value.shape[:-1])
 
+    def log_prob_left_out(self, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Return log q_agg of `(m, D)`, and without one of the groups of components after another, `(groups, m)`."""
+        sums, fewer = self.components.log_sums(self._flat(value)), len(self) - self.components.groups.size
+        whole = nothing_as_infinite(sums.logsumexp(0)) - math.log(len(self))
+        return whole, each_left_out(sums) - math.log(max(fewer, 1))
+
     def component_log_prob(self, value: Tensor, index: Tensor | None = None) -> Tensor:
         """Return log q(z_i | x_index_i), nats, of `(m, D)`; row i under component i unless `index` says otherwise."""
         index = torch.arange(len(value), device=value.device) if index is None else index
@@ -163,11 +153,14 @@ class AggregatedPosterior(dist.TorchDistribution):
     def leave_one_out(self, value: Tensor, index: Tensor | None = None) -> Tensor:
         """Return log 1/(n-1) sum_{j != index_i} q(z_i | x_j) of `(m, D)`, nats; `index_i` is i unless given."""
         index = torch.arange(len(value), device=value.device) if index is None else index
-        others, count = self._others(value, index)
-        return others - count.log()
+        sums, count, _ = self._others(value, index)
+        return nothing_as_infinite(sums.logsumexp(0)) - count.log()
 
-    def _others(self, value: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the log sum of densities over all components but row `index_i`, and their number, `(m,)` each."""
+    def _others(self, value: Tensor, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return log sums of densities over the components but row `index_i`, by group, and their number, `(m,)`.
+
+        And the group that row `index_i` is in as a component, -1 for none.
+        """
         skip = index
         if self.index is not None:
             where = torch.full((self.total,), -1, device=index.device)
@@ -176,7 +169,8 @@ class AggregatedPosterior(dist.TorchDistribution):
         count = len(self) - (skip >= 0).double()
         if float(count.min()) < 1:
             raise DataError("leave-one-out: expected at least two components; got one.")
-        return self.components.log_sum(value, skip), count
+        group = torch.where(skip < 0, -1, self.components.groups.of[skip])
+        return self.components.log_sums(value, skip), count, group
 
     def information(self, value: Tensor, index: Tensor, own: Tensor) -> Information:
         r"""Return the pointwise mutual information of samples z_i ~ q(z | x_index_i), or bounds of it.
@@ -205,12 +199,27 @@ class AggregatedPosterior(dist.TorchDistribution):
         if self.total == 1:
             zero = torch.zeros_like(own)
             return Information(zero, zero, zero + math.inf)
-        others, count = self._others(value, index)
-        n = self.total
-        mean = others - count.log()
+        sums, count, group = self._others(value, index)
+        without = torch.arange(self.components.groups.count, device=group.device)[:, None]
+        fewer = count - self.components.groups.size + (group == without)
+        left_out = self._terms(own, each_left_out(sums), fewer)
+        return replace(self._terms(own, sums.logsumexp(0), count), left_out=left_out)
+
+    def _terms(self, own: Tensor, others: Tensor, count: Tensor) -> Information:
+        n, others = self.total, nothing_as_infinite(others)
+        mean = others - count.clamp(min=1).log()
         lower = own - (torch.logaddexp(own, others) - (count + 1).log())
         upper = own - torch.logaddexp(own - math.log(n), mean + math.log((n - 1) / n))
         return Information(lower, lower if len(self) == n else upper, own - mean)
+
+    def error(self, left_out: Tensor) -> float:
+        """Return the error that the components add to a mean, from its values `(groups,)` without one of the groups.
+
+        It is that of a random subset of `total` rows; if all rows are components, of rows drawn from a distribution.
+        """
+        size, n = self.components.groups.size, len(self)
+        chosen = 1.0 if n == self.total else 1 - n / self.total
+        return jackknife(left_out, size, n) * math.sqrt(chosen)
 
     def sample(self, sample_shape: Size = torch.Size()) -> Tensor:
         """Return ancestral samples, `sample_shape + (D,)`."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -25,6 +27,21 @@ CODES_AT_ONCE = 1000
 """Number of rows of codes that are hashed and compared at once."""
 LOG_ZERO = -1e300
 """Finite stand-in for log 0, which can be subtracted from itself without giving NaN."""
+GROUPS = 20
+"""Largest number of random groups of components; each is left out once, for the error that components add to a
+mean."""
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Division of the components into random groups of the same size."""
+
+    of: Tensor
+    """Group of every component, `(n,)`; `count` for those in none, which are never left out."""
+    count: int
+    """Number of groups."""
+    size: int
+    """Number of components in a group."""
 
 
 class Components(ABC):
@@ -32,15 +49,40 @@ class Components(ABC):
 
     dim: int
     """Number of coordinates of a flat value, D."""
+    columns: int
+    """Number of components that are scored at once."""
     device: torch.device
 
     @abstractmethod
     def __len__(self) -> int:
         """Return the number of components, n."""
 
+    @cached_property
+    def order(self) -> Tensor:
+        """Random order in which components are scored, `(n,)`: rows of one class may stand together."""
+        return torch.randperm(len(self), generator=torch.Generator().manual_seed(0)).to(self.device)
+
+    @cached_property
+    def groups(self) -> Groups:
+        """Random groups of components: slices of the same length of each part of `order` that is scored at once."""
+        count = min(GROUPS, self.columns, len(self))
+        of = torch.full((len(self),), count, device=self.device)
+        for part in self.order.split(self.columns):
+            each = len(part) // count
+            of[part[: each * count]] = torch.arange(count, device=self.device).repeat_interleave(each)
+        return Groups(of, count, int((of == 0).sum()))
+
     @abstractmethod
+    def log_sums(self, value: Tensor, skip: Tensor | None = None) -> Tensor:
+        """Return log sum_j q(z_i | x_j) over every one of `groups` and, last, over the components in none.
+
+        `(groups + 1, m)` for values `(m, D)`, without j = `skip[i]` unless that is negative; about `LOG_ZERO` for 0.
+        """
+
+    @torch.no_grad()
     def log_sum(self, value: Tensor, skip: Tensor | None = None) -> Tensor:
         """Return log sum_j q(z_i | x_j) of values `(m, D)`, `(m,)`, without j = `skip[i]` unless that is negative."""
+        return nothing_as_infinite(self.log_sums(value, skip).logsumexp(0))
 
     @abstractmethod
     def own(self, value: Tensor, index: Tensor) -> Tensor:
@@ -60,25 +102,28 @@ class Products(Components):
         self.rows, self.columns = min(TILE_ROWS, most), min(TILE_COLUMNS, most)
 
     @abstractmethod
-    def chunks(self) -> Iterator[Members]:
-        """Yield the components in order as members of an exponential family, at most `columns` at a time, float64."""
+    def chunks(self, order: Tensor | None = None) -> Iterator[Members]:
+        """Yield the components as members of an exponential family, at most `columns` at a time, float64.
+
+        They come in the `order` of indices `(n,)`; default: as they are.
+        """
 
     @torch.no_grad()
-    def log_sum(self, value: Tensor, skip: Tensor | None = None) -> Tensor:
-        value = value.to(self.device, torch.float64)
-        top, total = value.new_full((len(value), 1), LOG_ZERO), value.new_zeros(len(value), 1)
+    def log_sums(self, value: Tensor, skip: Tensor | None = None) -> Tensor:
+        value, sums = value.to(self.device, torch.float64), LogSums(len(value), self.groups.count, self.device)
+        place = None if skip is None else torch.where(skip < 0, -1, self.order.argsort()[skip])
         tile, start = value.new_empty(self.rows, self.columns), 0
-        for chunk in self.chunks():
+        for chunk in self.chunks(self.order):
             score = chunk.scorer()
             for at in range(0, len(value), self.rows):
                 rows = slice(at, at + self.rows)
                 block = tile[: len(value[rows]), : len(chunk)]
                 score(value[rows], block)
-                if skip is not None:
-                    _leave_out(block, skip[rows] - start)
-                _accumulate(block, top[rows], total[rows])
+                if place is not None:
+                    _leave_out(block, place[rows] - start)
+                sums.add(block, rows)
             start += len(chunk)
-        return nothing_as_infinite((top + total.log_()).squeeze(1))
+        return sums.found()
 
 
 def _leave_out(block: Tensor, column: Tensor) -> None:
@@ -88,16 +133,33 @@ def _leave_out(block: Tensor, column: Tensor) -> None:
     block.scatter_(1, at, torch.where(inside[:, None], LOG_ZERO, block.gather(1, at)))
 
 
-def _accumulate(block: Tensor, top: Tensor, total: Tensor) -> None:
-    """Add exp(block) to sums kept relative to their running maximum, in place.
+class LogSums:
+    """Log sums of densities of m values over groups of components, and over those in none; kept relative to maxima."""
 
-    exp is many times slower where its result underflows: what is clamped adds less than n * tiny to a sum above 1.
-    """
-    floor = math.log(torch.finfo(block.dtype).tiny) + 1
-    higher = torch.maximum(top, block.amax(1, keepdim=True))
-    total.mul_((top - higher).exp_())
-    total += block.sub_(higher).clamp_(min=floor).exp_().sum(1, keepdim=True)
-    top.copy_(higher)
+    def __init__(self, m: int, groups: int, device: torch.device) -> None:
+        self.groups = groups
+        self.top = torch.full((m, groups + 1), LOG_ZERO, dtype=torch.float64, device=device)
+        self.total = torch.zeros_like(self.top)
+
+    def add(self, block: Tensor, rows: slice) -> None:
+        """Add exp of log densities `(rows, columns)`, which are overwritten: the groups stand one after another.
+
+        exp is many times slower where its result underflows: what is clamped adds less than n * tiny to a sum above 1.
+        """
+        floor, each = math.log(torch.finfo(block.dtype).tiny) + 1, block.shape[1] // self.groups
+        grouped, rest = block[:, : each * self.groups], block[:, each * self.groups :]
+        parts = ((grouped.unflatten(1, (self.groups, each)), slice(self.groups)), (rest[:, None], slice(-1, None)))
+        for part, column in parts:
+            if part.shape[2]:
+                top, total = self.top[rows, column], self.total[rows, column]
+                higher = torch.maximum(top, part.amax(2))
+                total.mul_((top - higher).exp_())
+                total += part.sub_(higher[..., None]).clamp_(min=floor).exp_().sum(2)
+                top.copy_(higher)
+
+    def found(self) -> Tensor:
+        """Return the log sums, `(groups + 1, m)`."""
+        return (self.top + self.total.log()).clamp_(min=LOG_ZERO).T
 
 
 def nothing_as_infinite(log_sum: Tensor) -> Tensor:
@@ -127,9 +189,10 @@ class Kept(Held, Products):
         self.members = given.double()
         super().__init__(given.dim, given.features, self.members.origin.device, memory)
 
-    def chunks(self) -> Iterator[Members]:
+    def chunks(self, order: Tensor | None = None) -> Iterator[Members]:
         for start in range(0, len(self), self.columns):
-            yield self.members.rows(slice(start, start + self.columns))
+            part = slice(start, start + self.columns)
+            yield self.members.rows(part if order is None else order[part])
 
     def rounding(self, value: Tensor) -> float:
         """Return the largest rounding error of `log_sum` found on a few of the values `(m, D)`, nats.
@@ -157,17 +220,18 @@ class Tallied(Held):
         self.rest = product(others).double() if others else None
         codes = torch.cat([part.index for part in self.parts if isinstance(part, CertainCodes)], 1)
         self.dim, self.device = given.dim, codes.device
-        self.keys, self.group, self.counts, self.codes = self._grouped(codes)
+        self.columns = len(codes)
+        self.keys, self.group, self.codes = self._grouped(codes)
 
-    def _grouped(self, codes: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return sorted hashes of the distinct codes, the index of each row's code, counts by code, and these codes."""
+    def _grouped(self, codes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return sorted hashes of the distinct codes, the index of each row's code, and these codes."""
         for self.seed in range(8):
-            keys, group, counts = row_hash(codes, self.seed).unique(return_inverse=True, return_counts=True)
+            keys, group = row_hash(codes, self.seed).unique(return_inverse=True)
             rows = torch.arange(len(codes), device=codes.device)
             distinct = codes[torch.zeros_like(keys).scatter_(0, group, rows)]
             parts = zip(codes.split(CODES_AT_ONCE), group.split(CODES_AT_ONCE), strict=True)
             if all(bool((part == distinct[at]).all()) for part, at in parts):
-                return keys, group, counts, distinct
+                return keys, group, distinct
         raise RuntimeError("eight hashes of 64 bits collided")  # pragma: no cover - cannot be
 
     def _split(self, value: Tensor) -> tuple[Tensor, Tensor]:
@@ -186,31 +250,34 @@ class Tallied(Held):
         return torch.where(same & (self.keys[at] == keys), at, -1)
 
     @torch.no_grad()
-    def log_sum(self, value: Tensor, skip: Tensor | None = None) -> Tensor:
+    def log_sums(self, value: Tensor, skip: Tensor | None = None) -> Tensor:
         codes, rest = self._split(value)
-        at = self._found(codes)
+        at, of = self._found(codes), self.groups.of
         if self.rest is not None:
             return self._within(rest, at, skip)
-        count = torch.where(at >= 0, self.counts[at.clamp(min=0)], 0)
+        counts = torch.zeros(len(self.keys), self.groups.count + 1, dtype=torch.float64, device=self.device)
+        counts.index_put_((self.group, of), counts.new_ones(len(of)), accumulate=True)
+        count = torch.where(at[:, None] >= 0, counts[at.clamp(min=0)], 0)
         if skip is not None:
-            count = count - ((skip >= 0) & (self.group[skip.clamp(min=0)] == at)).long()
-        return count.double().log()
+            same = (skip >= 0) & (self.group[skip.clamp(min=0)] == at)
+            count.scatter_add_(1, of[skip.clamp(min=0)][:, None], -same[:, None].double())
+        return count.log().clamp(min=LOG_ZERO).T
 
     def _within(self, rest: Tensor, at: Tensor, skip: Tensor | None) -> Tensor:
-        """Return the log sum of densities over the components with the same code as the value; -inf if none has it."""
+        """Return the log sums of densities over the components with the same code as the value."""
         assert self.rest is not None  # noqa: S101 - asked above
-        out = torch.full((len(rest),), -math.inf, dtype=torch.float64, device=self.device)
-        place = torch.empty_like(self.group)  # position of a row among the rows of its code
+        of, shape = self.groups.of, (self.groups.count + 1, len(rest))
+        out = torch.full(shape, LOG_ZERO, dtype=torch.float64, device=self.device)
+        place = torch.full_like(self.group, -1)  # position of a row among those summed
         for code in at[at >= 0].unique().tolist():
             mine, rows = (at == code).nonzero()[:, 0], (self.group == code).nonzero()[:, 0]
-            place[rows] = torch.arange(len(rows), device=rows.device)
-            left_out = None
-            if skip is not None:
-                chosen = skip[mine]
-                here = (chosen >= 0) & (self.group[chosen.clamp(min=0)] == code)
-                left_out = torch.where(here, place[chosen.clamp(min=0)], -1)
-            out[mine] = Kept(self.rest.rows(rows), self.memory).log_sum(rest[mine], left_out)
-        return out
+            for group in of[rows].unique().tolist():
+                chosen = rows[of[rows] == group]
+                place[chosen] = torch.arange(len(chosen), device=rows.device)
+                left_out = None if skip is None else torch.where(skip[mine] < 0, -1, place[skip[mine]])
+                out[group, mine] = Kept(self.rest.rows(chosen), self.memory).log_sum(rest[mine], left_out)
+                place[chosen] = -1
+        return out.clamp_(min=LOG_ZERO)
 
 
 def row_hash(rows: Tensor, seed: int = 0) -> Tensor:
@@ -244,9 +311,10 @@ class Reread(Products):
     def __len__(self) -> int:
         return len(self.x)
 
-    def chunks(self) -> Iterator[Members]:
-        for part in self.x.split(self.columns):
-            yield self._read(part)
+    def chunks(self, order: Tensor | None = None) -> Iterator[Members]:
+        indices = torch.arange(len(self), device=self.device) if order is None else order
+        for part in indices.split(self.columns):
+            yield self._read(self.x[part])
 
     def own(self, value: Tensor, index: Tensor) -> Tensor:
         pairs = zip(value.to(torch.float64).split(self.columns), index.split(self.columns), strict=True)

@@ -9,7 +9,7 @@ import pyro
 import torch
 from torch import Tensor
 
-from pvae.analysis.aggregate.components import LOG_ZERO, Components, nothing_as_infinite
+from pvae.analysis.aggregate.components import LOG_ZERO, Components, LogSums
 from pvae.analysis.aggregate.entry import quiet
 from pvae.pair.densities import certainty, log_prob, rows_first, sum_over
 from pvae.pair.layout import samples
@@ -46,6 +46,7 @@ class GuideRuns(Components):
         numbers = sum(pair.structure.parameters_per_row[name] for name in self.latents)
         per_pair = TENSORS_PER_PAIR * 8 * (max(self.dim, numbers) + x[0].numel())
         self.pairs = min(PAIRS_AT_ONCE, max(16, memory // per_pair))
+        self.columns = min(COMPONENTS_AT_ONCE, self.pairs)
         asked = f"a plate of particles over {', '.join(self.latents)} in the guide"
         with quiet(pair, x, 0):
             self.dtypes, takes = pair.remember(asked, (x.dtype, str(x.device)), self._takes_particles)
@@ -94,22 +95,19 @@ class GuideRuns(Components):
         found = certainty(node, self.pair.layout, particles)
         return (log_prob(node, self.pair.layout, particles) if found is None else found).double()
 
-    def log_sum(self, value: Tensor, skip: Tensor | None = None) -> Tensor:
-        out = torch.full((len(value),), LOG_ZERO, dtype=torch.float64, device=self.device)
-        rows = min(COMPONENTS_AT_ONCE, self.pairs, len(self.x))
+    @torch.no_grad()
+    def log_sums(self, value: Tensor, skip: Tensor | None = None) -> Tensor:
+        sums = LogSums(len(value), self.groups.count, self.device)
         with quiet(self.pair, self.x, 0):
-            for start in range(0, len(self.x), rows):
-                x = self.x[start : start + rows]
-                step = max(1, self.pairs // len(x))
+            for part in self.order.split(self.columns):
+                x, step = self.x[part], max(1, self.pairs // len(part))
                 for at in range(0, len(value), step):
                     block = slice(at, at + step)
-                    scores = self.score(value[block], x)
-                    scores = torch.where(scores < LOG_ZERO, LOG_ZERO, scores)
+                    scores = self.score(value[block], x).clamp(min=LOG_ZERO)
                     if skip is not None:
-                        column = torch.arange(start, start + len(x), device=self.device)
-                        scores = scores.masked_fill(skip[block, None] == column, LOG_ZERO)
-                    out[block] = torch.logaddexp(out[block], scores.logsumexp(1))
-        return nothing_as_infinite(out)
+                        scores = scores.masked_fill(skip[block, None] == part, LOG_ZERO)
+                    sums.add(scores, block)
+        return sums.found()
 
     def own(self, value: Tensor, index: Tensor) -> Tensor:
         pairs = zip(value.split(self.pairs), index.split(self.pairs), strict=True)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from pvae.analysis.aggregate.aggregated import AggregatedPosterior, choose, grid_error, marginal_log_prob
 from pvae.analysis.aggregate.entry import quiet
+from pvae.analysis.aggregate.information import Information
 from pvae.analysis.decompose.codes import JointCodes, joint_codes
 from pvae.analysis.decompose.collapse import kl_per_dimension
 from pvae.analysis.decompose.posterior_draws import Draw, LatentDraw, draw_chunk
@@ -43,6 +45,8 @@ class Scored:
     lower: list[Tensor] = field(default_factory=list)
     upper: list[Tensor] = field(default_factory=list)
     leave_one_out: list[Tensor] = field(default_factory=list)
+    left_out: list[Information] = field(default_factory=list)
+    """Sums over the samples of the same terms with one group of components after another left out."""
 
     @property
     def whole(self) -> bool:
@@ -58,6 +62,38 @@ class Scored:
         self.lower.append(found.lower)
         self.upper.append(found.upper)
         self.leave_one_out.append(found.leave_one_out)
+        if found.left_out is not None:
+            self.left_out = [found.left_out if not self.left_out else self.left_out[0].plus(found.left_out)]
+
+    def with_components(
+        self, figure: Estimate, term: str, rest: Tensor | None = None, mine: Tensor | None = None
+    ) -> Estimate:
+        """Return the mean of one of the terms (or `rest` minus that term) with the error that the components add.
+
+        The choice of a subset is Monte Carlo noise. If all rows are components they are so in another data set as well.
+
+        Arguments:
+            figure: the mean over the scored samples, with the errors of independent terms.
+            term: "lower", "upper" or "leave_one_out".
+            rest: terms by row that it is subtracted from, `(m,)`.
+            mine: mask of the scored rows that the mean is taken over, `(m,)`; default: all.
+        """
+        if not self.left_out:
+            return figure
+        terms = getattr(self.left_out[0], term) / len(self.upper)
+        terms = terms if rest is None else rest - terms
+        kept = torch.ones_like(terms, dtype=torch.bool) if mine is None else mine.expand_as(terms)
+        groups = self.mixture.components.groups
+        if self.whole:  # another data set lacks these rows and their posteriors
+            kept = kept & (groups.of[self.rows] != torch.arange(groups.count, device=kept.device)[:, None])
+        error = self.mixture.error((terms * kept).sum(1) / kept.sum(1))
+        if self.whole:
+            return replace(figure, data_error=None if figure.data_error is None or math.isnan(error) else error)
+        data_error = figure.data_error
+        if data_error is not None:
+            share = len(self.mixture) / self.mixture.total
+            data_error = math.hypot(data_error, error * math.sqrt(share / (1 - share)))
+        return replace(figure, standard_error=math.hypot(figure.standard_error, error), data_error=data_error)
 
 
 @dataclass

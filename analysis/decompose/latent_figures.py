@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -64,30 +65,37 @@ def _distinct(account: Account, points: list[str], names: tuple[str, ...]) -> Es
 
 
 def _bounds(account: Account, kl: Tensor, mean_kl: float, scored: Scored) -> dict[str, Estimate | None]:
-    upper, lower = torch.stack(scored.upper), torch.stack(scored.lower)
-    loo = torch.stack(scored.leave_one_out)
-    out: dict[str, Estimate | None] = {}
-    if bool(loo.isfinite().all()):
-        out["leave_one_out"] = account.over(loo, "upper_bound")
-    out["mutual_information"] = account.over(upper, "estimate" if scored.whole else "upper_bound")
-    out["marginal_kl"] = _marginal(account, kl, mean_kl, upper, "estimate" if scored.whole else "lower_bound")
+    above: Kind = "estimate" if scored.whole else "upper_bound"
+    below: Kind = "estimate" if scored.whole else "lower_bound"
+
+    def information(term: str, kind: Kind) -> Estimate:
+        return scored.with_components(account.over(torch.stack(getattr(scored, term)), kind), term)
+
+    out: dict[str, Estimate | None] = {
+        "mutual_information": information("upper", above),
+        "marginal_kl": _marginal(account, kl, mean_kl, scored, "upper", below),
+    }
+    if bool(torch.stack(scored.leave_one_out).isfinite().all()):
+        out["leave_one_out"] = information("leave_one_out", "upper_bound")
     if not scored.whole:
-        out["mutual_information_lower"] = account.over(lower, "lower_bound")
-        out["marginal_kl_upper"] = _marginal(account, kl, mean_kl, lower, "upper_bound")
+        out["mutual_information_lower"] = information("lower", below)
+        out["marginal_kl_upper"] = _marginal(account, kl, mean_kl, scored, "lower", above)
     return out
 
 
-def _marginal(account: Account, kl: Tensor, mean_kl: float, information: Tensor, kind: Kind) -> Estimate:
+def _marginal(account: Account, kl: Tensor, mean_kl: float, scored: Scored, term: str, kind: Kind) -> Estimate:
     """Return the marginal KL, kl - information.
 
     Its error is that of the differences by datum if every sample is scored, else that of two independent means.
     """
+    information = torch.stack(getattr(scored, term))
     value = mean_kl - float(information.mean())
     if kl.shape == information.shape:
-        parts = account.over(kl - information, kind)
-        return Estimate(value, parts.standard_error, kind, parts.data_error, parts.note)
+        found = replace(account.over(kl - information, kind), value=value)
+        return scored.with_components(found, term, kl.mean(0))
     found = account.over(information)
-    return Estimate(value, math.hypot(account.over(kl).standard_error, found.standard_error), kind, None, found.note)
+    error = math.hypot(account.over(kl).standard_error, found.standard_error)
+    return scored.with_components(Estimate(value, error, kind, None, found.note), term)
 
 
 def latent_surgery(account: Account, name: str) -> LatentSurgery:
@@ -144,12 +152,15 @@ def _of_normals(level: LevelTerms, scored: Scored) -> Dimensions:
     count = len(scored.upper)
     log_q, aggregated = torch.stack(level.log_q), torch.stack(level.aggregated)
     joint = log_q[:count, scored.rows] - torch.stack(scored.upper)
+    rest = aggregated[:count, scored.rows]
     marginal = torch.stack(level.marginal).mean(0) if level.marginal else None
     return Dimensions(
         mutual_information=tuple(torch.stack(level.information).mean(0).tolist()),
         marginal_kl=None if marginal is None else tuple(marginal.tolist()),
-        total_correlation=over_draws(
-            joint - aggregated[:count, scored.rows], "estimate" if scored.whole else "lower_bound", len(log_q[0])
+        total_correlation=scored.with_components(
+            over_draws(joint - rest, "estimate" if scored.whole else "lower_bound", len(log_q[0])),
+            "upper",
+            (log_q[:count, scored.rows] - rest).mean(0),
         ),
         coordinate_kl=None if marginal is None else over_draws(aggregated - torch.stack(level.log_p)),
         error=level.grid_error or 0.0,

@@ -90,15 +90,19 @@ def _classes(account: Account, y: Tensor) -> dict[int, ClassSurgery]:
             information = joint.information[None, mine]
         elif scored is not None and scored.whole and len(scored.rows) == len(y):
             information = torch.stack(scored.upper)[:, mine]
+
+        def within(figure: Estimate, rest: Tensor | None = None, mine: Tensor = mine) -> Estimate:
+            return figure if joint is not None else scored.with_components(figure, "upper", rest, mine)
+
         out[int(label)] = ClassSurgery(
             n=int(mine.sum()),
             elbo=over_draws((reconstruction - kl - account.shares())[:, mine]),
             reconstruction=over_draws(reconstruction[:, mine]),
             kl=over_draws(kl[:, mine]),
-            mutual_information=None if information is None else over_draws(information),
+            mutual_information=None if information is None else within(over_draws(information)),
             marginal_kl=None
             if information is None or account.by_row
-            else over_draws(kl[: len(information), mine] - information),
+            else within(over_draws(kl[: len(information), mine] - information), kl.mean(0)),
         )
     return out
 
@@ -126,17 +130,22 @@ def _label_information(account: Account, y: Tensor) -> Estimate | None:
 def _train_gain(account: Account, train: Tensor) -> Estimate | None:
     """Return E[log q_agg(z) - log p(z)] on the first sample, nats, with q_agg over the rows `train`.
 
-    None where q_agg cannot be scored.
+    A lower bound where q_agg has a random subset of its components. None where q_agg cannot be scored.
     """
     scored = account.scored.get(account.names)
     if account.by_row or scored is None or not {*account.pair.layout.latents}.issuperset(account.names):
         return None
     mixture = account.mixture_of(train, account.names, guide_components(scored.rows) if scored.once else None)
     log_p = torch.stack([account.levels[name].log_p[0] for name in account.names]).sum(0)
-    terms = mixture.log_prob(account.first.flat(account.names)[scored.rows]) - log_p[scored.rows]
+    log_q, left_out = mixture.log_prob_left_out(account.first.flat(account.names)[scored.rows])
+    terms = log_q - log_p[scored.rows]
     if missing := int((terms == -math.inf).sum()):
         return Estimate(-math.inf, 0.0, note=f"{missing} of {len(terms)} have codes that no training row has")
-    return over_draws(terms[None])
+    found = over_draws(terms[None])
+    if len(mixture) == mixture.total:
+        return found
+    error = math.hypot(found.standard_error, mixture.error(left_out.mean(1)))
+    return replace(found, standard_error=error, kind="lower_bound")
 
 
 def _notes(account: Account) -> list[str]:

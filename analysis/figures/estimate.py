@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 Kind = Literal["exact", "lower_bound", "upper_bound", "estimate"]
 CONSERVATIVE = "conservative"
+HUGE = 1e150
+"""Size from which a value counts as infinite."""
 ONE_GLOBAL = "one draw of the global latents, whose noise is not in it"
 
 
@@ -123,6 +125,32 @@ def over_draws(terms: Tensor, kind: Kind = "estimate", of: int | None = None) ->
         return Estimate(value, error, kind, data_error)
     spread = float(terms.std() / math.sqrt(n)) if n > 1 else math.nan
     return Estimate(value, spread, kind, data_error, CONSERVATIVE)
+
+
+def jackknife(left_out: Tensor, size: int, units: int) -> float:
+    """Return the standard error of a figure of n units that are independent samples of a distribution.
+
+    Its square is the delete-d jackknife's variance, (n - d)^2 / (d n) times the variance of the values over groups,
+    times (k - 1) / (k - 3): figures divided by their errors then have unit variance for few groups as well. The
+    derivative in the weight of a unit (infinitesimal jackknife) gave errors up to three times too small for means of
+    logs of sums in which single units stand out.
+
+    Arguments:
+        left_out: values of the figure without each of k disjoint groups of d units, `(k,)`.
+        size: number d of units in a group.
+        units: number n of units.
+
+    Returns:
+        The error; NaN for a single group, and where a value is not finite.
+
+    References:
+        A General Theory for Jackknife Variance Estimation (Shao, Wu, 1989), https://doi.org/10.1214/aos/1176347263
+    """
+    k = len(left_out)
+    if k < 2 or not bool((left_out.abs() < HUGE).all()):
+        return math.nan
+    few = (k - 1) / max(k - 3, 1)
+    return float(left_out.std()) * (units - size) / math.sqrt(size * units) * math.sqrt(few)
 
 
 # ---------------------------------------------------------------------- results
