@@ -86,21 +86,25 @@ class Calibration(Figures):
     @property
     def remarks(self) -> tuple[str, ...]:
         more = len(self.guide) - 1 - SHOWN
-        rest = (f"{more} more coordinates, with larger p-values, are in the JSON.",) if more > 0 else ()
-        return (*self.sentences, *rest)
+        rest = f"; {more} more, with larger p-values, are in the JSON" if more > 0 else ""
+        values = "The value of a coordinate is the width of q over that of the posterior; its shift is in such widths"
+        return (*self.sentences, f"{values}{rest}.")
 
     @property
     def sentences(self) -> tuple[str, ...]:
         """Sentences on q(z | x), on its coverage and on importance weights, each with its figures."""
-        said = [_on(self.guide[:-1], f"On {self.n} rows that the model made,")]
+        said = []
         words = {FINE: "as it should", "too narrow": "q is overconfident", "too wide": "q is too cautious"}
-        for tests, what in ((self.guide, "q"), (self.weighted, "q with importance weights")):
+        again = f"With importance weights (each sample one of {self.importance})"
+        for tests, q, where in (
+            (self.guide, "q", f"On {self.n} rows that the model made,"),
+            (self.weighted, "weighted q", again),
+        ):
             if tests:
                 share, verdict = tests[-1].within(0.9), words[tests[-1].verdict]
                 held = f"{100 * share.value:.0f} ± {100 * share.standard_error:.0f} %"
-                said.append(f"The 90 % region of {what}, of all coordinates, holds {held} of the true z: {verdict}.")
-        if self.weighted:
-            said.append(_on(self.weighted[:-1], f"With importance weights (each sample one of {self.importance})"))
+                said.append(_on(tests[:-1], where))
+                said.append(f"The 90 % region of {q}, of all coordinates, holds {held} of z: {verdict}.")
         return (*said, "This compares q with the posterior of the model; it does not test whether the model fits data.")
 
     def to_dict(self) -> dict[str, Any]:
@@ -117,17 +121,17 @@ def _on(tests: Sequence[RankTest], what: str) -> str:
     wrong = sorted((test for test in tests if test.verdict != FINE), key=lambda test: test.p)
     if not wrong:
         return f"{what} no coordinate of q(z | x) by itself can be told from the posterior of the model."
-    parts = []
+    parts: list[str] = []
     for word in ("too narrow", "too wide", "shifted", "of another shape"):
         found = [test for test in wrong if word in test.verdict]
         if found:
-            named = ", ".join(test.name for test in found[:3]) + (", ..." if len(found) > 3 else "")
-            shift = max((test.shift.value for test in found), key=abs)
-            figure = f"; shift up to {shift:+.2f}" if word == "shifted" else ""
-            if "too" in word:
-                figure = f"; width {np.median([test.width.value for test in found]):.2f}"
-            parts.append(f"{word} in {len(found)} ({named}{figure})")
-    return f"{what} q(z | x) is {', '.join(parts)} of {len(tests)} coordinates."
+            figure = f"width {np.median([test.width.value for test in found]):.2f}" if "too" in word else ""
+            if word == "shifted":
+                figure = f"up to {max((test.shift.value for test in found), key=abs):+.2f}"
+            named = ", ".join([*(test.name for test in found[:3]), *["..."] * (len(found) > 3)])
+            share = f"{len(found)}" if parts else f"{len(found)} of {len(tests)} coordinates"
+            parts.append(f"{word} in {share} ({'; '.join(filter(None, (named, figure)))})")
+    return f"{what} q(z | x) is {', '.join(parts)}."
 
 
 def calibration(

@@ -441,8 +441,11 @@ REFUSALS = {
     ),
     "moving support": (lambda: ais(pair_of(moving_support, with_more), ROWS), "a support of y that reads no other"),
     "two observed": (lambda: bracket(pair_of(two_observed, normal_guide), ROWS), "one observed site .* got a, b"),
-    "half observed": (lambda: bracket(pair_of(observes_half, normal_guide), ROWS), "observe x as it is at x"),
-    "changed": (lambda: bracket(pair_of(observes_twice, normal_guide), ROWS), "observe x as it is at x"),
+    "half observed": (
+        lambda: bracket(pair_of(observes_half, normal_guide), ROWS),
+        "observed as it is, whole at one site",
+    ),
+    "changed": (lambda: bracket(pair_of(observes_twice, normal_guide), ROWS), "observed as it is, whole at one site"),
 }
 
 

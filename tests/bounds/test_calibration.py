@@ -123,7 +123,7 @@ def test_a_fifth_off_is_found_with_1000_rows(law, verdict, width, shift):
             assert test.width.value == pytest.approx(width, abs=5 * test.width.standard_error)
             assert test.shift.value == pytest.approx(shift, abs=5 * test.shift.standard_error)
         assert (found.joint.verdict == verdict) is (verdict != "shifted")
-        assert f"{verdict} in 2" in str(found) or "and" in str([t.verdict for t in found.guide])
+        assert f"q(z | x) is {verdict} in 2 of 2 coordinates (z[" in found.sentences[0]
 
 
 def test_a_guide_that_ignores_x_is_found_jointly_alone():

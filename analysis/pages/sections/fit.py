@@ -236,7 +236,7 @@ def calibration(exam: Examination) -> Iterator[Part]:
     found = exam.attempt("calibration", calibrate.calibration, exam.pair, SIMULATED_ROWS, **given, part="calibration")
     if found is None:
         return
-    *said, about = found.sentences
+    said, notes = found.sentences[:-1], found.remarks[len(found.sentences) - 1 :]
     yield picture(
         "calibration",
         ranks.calibrated(found),
@@ -247,6 +247,6 @@ def calibration(exam: Examination) -> Iterator[Part]:
         "is that of an overconfident q.",
     )
     yield table_of("calibration", found, found.title)
-    yield Note(about)
+    yield from map(Note, notes)
     yield from said
     yield {"calibration": found.to_dict()}
