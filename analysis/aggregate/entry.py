@@ -1,4 +1,4 @@
-"""First steps of every analysis of a pair: check the data, seed the noise, and fix one sample of the global latents."""
+"""First steps of every analysis of a pair: check or simulate data, seed the noise, fix a sample of global latents."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from pyro.poutine.replay_messenger import ReplayMessenger
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
@@ -83,3 +84,48 @@ def same_globals(pair: Pair, x: Tensor) -> Iterator[dict[str, Any]]:
         fixed.nodes[name] = nodes[name]
     with ReplayMessenger(trace=fixed):
         yield {name: nodes[name] for name in pair.layout.shared}
+
+
+def simulated(pair: Pair, like: Tensor, caller: str) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return data and latents sampled from the model, one row for each of `like`, whose covariates are kept.
+
+    Raises:
+        DataError: the model observes something else than its data; the message begins with `caller`.
+    """
+    trace = samples(pair.simulate(like))
+    values = {name: node["value"] for name, node in trace.items() if name not in pair.layout.observed}
+    found = {name: trace[name]["value"] for name in pair.layout.observed if name in trace}
+    x = _placed(pair, like, found)
+    if x is not None and pair.frame.covariates:
+        return x, values
+    if x is not None:
+        seen = samples(pair.model_trace(x, values))
+        if all(torch.equal(seen[name]["value"].to(v.dtype).reshape(v.shape), v) for name, v in found.items()):
+            return x, values
+    shapes = ", ".join(f"{name} {list(value.shape)}" for name, value in found.items())
+    raise DataError(
+        f"{caller}: expected each argument of the model to be observed as it is, whole at one site, so that simulated "
+        f"data can take its place; got sites {shapes} of rows {list(like.shape)}."
+    )
+
+
+def _placed(pair: Pair, like: Tensor, found: dict[str, Tensor]) -> Tensor | None:
+    """Return rows `like` with simulated values of the observed sites in place of what the sites observe there."""
+    if pair.arguments is None:
+        (value, *rest) = found.values()
+        if rest or (value.numel() != like.numel() and not pair.frame.covariates):
+            return None
+        return pair.frame.join(value if pair.frame.covariates else value.to(like.dtype).reshape(like.shape), like)
+    seen, (args, named) = samples(pair.model_trace(like)), pair.arguments.unpack(like)
+    parts: dict[Any, Tensor] = dict(enumerate(args)) | named
+    for name, value in found.items():
+        held = seen[name]["value"]
+        at = [
+            key
+            for key, part in parts.items()
+            if part.numel() == held.numel() and torch.equal(held.reshape(part.shape).to(part.dtype), part)
+        ]
+        if len(at) != 1:
+            return None
+        parts[at[0]] = value.reshape(parts[at[0]].shape).to(parts[at[0]].dtype)
+    return pair.arguments.pack(parts if named else list(parts.values())).to(like)

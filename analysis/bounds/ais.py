@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from pvae.analysis.aggregate.entry import accept, quiet, require_likelihood
+from pvae.analysis.aggregate.entry import accept, quiet, require_likelihood, simulated
 from pvae.analysis.bounds.annealed import Annealed, Bracket
 from pvae.analysis.bounds.annealing import anneal, pilot, schedule
 from pvae.analysis.bounds.targets import AnnealingPlan, Start, Target
@@ -17,7 +16,6 @@ from pvae.analysis.bounds.weights import delta_error, inverse_ess, log_mean
 from pvae.analysis.figures.estimate import CONSERVATIVE, Estimate, Kind, over_rows
 from pvae.errors import DataError
 from pvae.pair.arguments import PairData
-from pvae.pair.layout import samples
 from pvae.pair.pair import Pair
 from pvae.util.progress import Progress, silent
 
@@ -229,48 +227,3 @@ def _both(
     back = target.given(values, plan.chains)
     backward, _ = anneal(target, back, widths[::-1], kernels[::-1], plan.leapfrog, tick)
     return x, forward, backward, acceptance
-
-
-def simulated(pair: Pair, like: Tensor, caller: str) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return data and latents sampled from the model, one row for each of `like`, whose covariates are kept.
-
-    Raises:
-        DataError: the model observes something else than its data; the message begins with `caller`.
-    """
-    trace = samples(pair.simulate(like))
-    values = {name: node["value"] for name, node in trace.items() if name not in pair.layout.observed}
-    found = {name: trace[name]["value"] for name in pair.layout.observed if name in trace}
-    x = _placed(pair, like, found)
-    if x is not None and pair.frame.covariates:
-        return x, values
-    if x is not None:
-        seen = samples(pair.model_trace(x, values))
-        if all(torch.equal(seen[name]["value"].to(v.dtype).reshape(v.shape), v) for name, v in found.items()):
-            return x, values
-    shapes = ", ".join(f"{name} {list(value.shape)}" for name, value in found.items())
-    raise DataError(
-        f"{caller}: expected each argument of the model to be observed as it is, whole at one site, so that simulated "
-        f"data can take its place; got sites {shapes} of rows {list(like.shape)}."
-    )
-
-
-def _placed(pair: Pair, like: Tensor, found: dict[str, Tensor]) -> Tensor | None:
-    """Return rows `like` with simulated values of the observed sites in place of what the sites observe there."""
-    if pair.arguments is None:
-        (value, *rest) = found.values()
-        if rest or (value.numel() != like.numel() and not pair.frame.covariates):
-            return None
-        return pair.frame.join(value if pair.frame.covariates else value.to(like.dtype).reshape(like.shape), like)
-    seen, (args, named) = samples(pair.model_trace(like)), pair.arguments.unpack(like)
-    parts: dict[Any, Tensor] = dict(enumerate(args)) | named
-    for name, value in found.items():
-        held = seen[name]["value"]
-        at = [
-            key
-            for key, part in parts.items()
-            if part.numel() == held.numel() and torch.equal(held.reshape(part.shape).to(part.dtype), part)
-        ]
-        if len(at) != 1:
-            return None
-        parts[at[0]] = value.reshape(parts[at[0]].shape).to(parts[at[0]].dtype)
-    return pair.arguments.pack(parts if named else list(parts.values())).to(like)

@@ -15,8 +15,7 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 from torch.distributions import Bernoulli, OneHotCategorical
 
-from pvae.analysis.aggregate.entry import accept, quiet, require_likelihood, same_globals
-from pvae.analysis.bounds.ais import simulated
+from pvae.analysis.aggregate.entry import accept, quiet, require_likelihood, same_globals, simulated
 from pvae.analysis.bounds.ranks import FINE, LEVEL, RankTest, rank_tests
 from pvae.analysis.bounds.weights import log_weights
 from pvae.analysis.figures.estimate import Estimate, Figures, Row

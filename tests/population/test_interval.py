@@ -13,6 +13,7 @@ from scipy.stats import multivariate_normal
 from sklearn.mixture import GaussianMixture
 
 from pvae.analysis.decompose.surgery import surgery
+from pvae.analysis.population.full import FullPrior, fitted_flow
 from pvae.analysis.population.interval import ALIKE, PairsBound, interval
 from pvae.analysis.population.kernels import FittedNormal, KernelPrior, mixing, widened
 from pvae.analysis.population.result import Population
@@ -264,3 +265,34 @@ def test_too_few_rows_are_told():
     found = surgery(channel(lambda x: torch.full_like(x, 0.4)), torch.randn(5, 2, dtype=DOUBLE))
     assert found.population is None
     assert any("at least 20 rows" in note for note in found.notes)
+
+
+def test_full_prior_finds_more_than_kernels(monkeypatch):
+    monkeypatch.setattr("pvae.analysis.population.full.STEPS", 100)
+    monkeypatch.setattr("pvae.analysis.population.full.CLUSTERS", (5, 10))
+    truth = mixture(0.3225, 0.0943)
+    train, rows = truth.rows(1000, 1), truth.rows(300, 2)
+    found, plain = (interval(rows, prior, train=train) for prior in (FullPrior(), KernelPrior()))
+    assert isinstance(found, Population)
+    assert isinstance(plain, Population)
+    assert plain.gain.value < found.gain.value < truth.gain + 2 * found.gain.standard_error
+    assert "a mixture of 10 normals" in found.prior
+
+
+def test_flow_is_a_density(monkeypatch):
+    monkeypatch.setattr("pvae.analysis.population.full.STEPS", 200)
+    value = torch.randn(400, 2, generator=torch.Generator().manual_seed(0), dtype=DOUBLE).exp()
+    flow = fitted_flow(value, value[:50], 0)
+    grid = torch.linspace(-10, 20, 301, dtype=DOUBLE)
+    points = torch.cartesian_prod(grid, grid)
+    assert float(flow.log_prob(points).exp().sum()) * 0.1**2 == pytest.approx(1, abs=0.05)
+    assert float(flow.log_prob(value).mean()) > float(FittedNormal.of(value).log_prob(value).mean()) + 0.1
+
+
+def test_rows_that_the_model_makes():
+    """The model's own rows: under the exact posterior q_pi is p, and the information that of 4 n rows."""
+    truth = gaussian_channel(2, math.exp(-1.5), 300)
+    found = surgery(truth.pair, truth.x, population="model").population
+    assert found is not None
+    assert found.n == 1200
+    assert any("model makes" in note for note in found.remarks)
