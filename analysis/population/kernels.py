@@ -20,6 +20,8 @@ WORSE = 0.02
 """Loss of log-likelihood, nats, after which no larger width is tried."""
 ROWS_TRIED = 400
 """Largest number of rows on which the width and the weights are chosen."""
+LARGE = 0.05
+"""Share of a kernel in a density from which its loss is not taken to be its derivative."""
 PARTS = 10
 """Number of parts of the rows, each scored under a normal fitted to the others."""
 STEPS = 50
@@ -131,6 +133,21 @@ class Recipe:
         return best
 
 
+def lost(e: Tensor, scale: Tensor) -> Tensor:
+    """Return the sum over samples of what log r loses without kernel j, -log(1 - share), `(n,)`, float64.
+
+    The derivative in its weight, the share itself, is too small where one kernel makes most of a density.
+
+    Arguments:
+        e: terms of the samples' densities, `(k, n)`, float32.
+        scale: factor that makes them shares, `(k,)`.
+    """
+    out = (scale @ e).double()
+    i, j = (e > LARGE / scale[:, None]).nonzero(as_tuple=True)
+    share = (e[i, j] * scale[i]).double().clamp(max=1 - 1e-12)
+    return out.index_add_(0, j, -torch.log1p(-share) - share)
+
+
 @final
 class KernelPrior(HonestPrior):
     """Mixture of kernels on the other rows, their posteriors widened, with one normal and the prior p."""
@@ -154,7 +171,7 @@ class KernelPrior(HonestPrior):
                 i = mine[at]
                 log_r[i] = torch.logaddexp(w[0] + top + total.log() - log_others, rest[at])
                 apart[i] = torch.logaddexp(w[0] + top + within.log() - math.log(len(part)), far[at])
-                influence += ((w[0] + top - log_others - log_r[i]).exp().float() @ e).double()
+                influence += lost(e, (w[0] + top - log_others - log_r[i]).exp().float())
             weight[mine] = (w[1] + normal[mine] - log_r[mine]).exp()
             widths.append(recipe.width)
         influence += FittedNormal.of(rows.value).influence(rows.value, weight)
