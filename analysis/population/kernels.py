@@ -18,7 +18,7 @@ WIDTHS = (0.0, 0.1, 0.17, 0.24, 0.34, 0.48, 0.68)
 """Widths b that are tried: a kernel has the variance of its posterior plus b^2 var(z)."""
 WORSE = 0.02
 """Loss of log-likelihood, nats, after which no larger width is tried."""
-ROWS_TRIED = 400
+ROWS_TRIED = 300
 """Largest number of rows on which the width and the weights are chosen."""
 LARGE = 0.05
 """Share of a kernel in a density from which its loss is not taken to be its derivative."""
@@ -143,7 +143,9 @@ def lost(e: Tensor, scale: Tensor) -> Tensor:
         scale: factor that makes them shares, `(k,)`.
     """
     out = (scale @ e).double()
-    i, j = (e > LARGE / scale[:, None]).nonzero(as_tuple=True)
+    some = (scale > LARGE).nonzero()[:, 0]  # the largest term is 1
+    i, j = (e[some] > LARGE / scale[some, None]).nonzero(as_tuple=True)
+    i = some[i]
     share = (e[i, j] * scale[i]).double().clamp(max=1 - 1e-12)
     return out.index_add_(0, j, -torch.log1p(-share) - share)
 

@@ -39,9 +39,9 @@ def tiles(members: Members, value: Tensor, own: Tensor | None = None) -> Iterato
 
 
 def relative(tile: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the largest entry of every row `(k,)`, and exp of the entries less that, in float32, `(k, n)`."""
+    """Return the largest entry of every row `(k,)`, and exp of the entries less that, float32; spoils the tile."""
     top = tile.amax(1)
-    return top, (tile - top[:, None]).float().clamp_(min=FLOOR).exp_()
+    return top, tile.sub_(top[:, None]).float().clamp_(min=FLOOR).exp_()
 
 
 def log_sum(tile: Tensor) -> Tensor:
