@@ -11,7 +11,7 @@ from torch import Tensor
 from pvae.analysis.figures.estimate import Estimate
 from pvae.analysis.population.result import FLAT, Population, SubsetInformation
 from pvae.analysis.population.sample import HonestPrior, HonestScores, NewRows, folds
-from pvae.analysis.population.sweep import Critic, Information, PairSums, counted_twice, spread, sweep
+from pvae.analysis.population.sweep import PairCritic, PairSums, PointwiseInformation, counted_twice, spread, sweep
 
 FEWEST = 20
 """Smallest number of rows for which an interval is given."""
@@ -42,7 +42,7 @@ class PairsBound:
     largest: float
 
     @classmethod
-    def of(cls, critic: Critic, own: Tensor, sums: PairSums) -> PairsBound:
+    def of(cls, critic: PairCritic, own: Tensor, sums: PairSums) -> PairsBound:
         """Return the bound from log q(z_i | x_i), `(n,)`, and the sums over all pairs."""
         n, t = len(own), critic(own - critic.apart)
         alike = t.exp()
@@ -70,9 +70,9 @@ def interval(rows: NewRows, prior: HonestPrior, *, train: NewRows | None = None,
         seed: seed of the random folds.
 
     References:
-        Formal Limitations on the Measurement of Mutual Information (McAllester, Stratos, 2020),
+        Formal Limitations on the Measurement of Mutual PointwiseInformation (McAllester, Stratos, 2020),
         https://arxiv.org/abs/1811.04251
-        On Variational Bounds of Mutual Information (Poole et al., 2019), https://arxiv.org/abs/1905.06922
+        On Variational Bounds of Mutual PointwiseInformation (Poole et al., 2019), https://arxiv.org/abs/1905.06922
         The Infinitesimal Jackknife (Jaeckel, 1972), Bell Laboratories memorandum
     """
     n = len(rows)
@@ -143,7 +143,7 @@ def _of_draws(rows: NewRows, found: HonestScores, lower: Estimate, upper: Estima
 # ---------------------------------------------------------------------- the law in n
 
 
-def _parts(rows: NewRows) -> list[tuple[Tensor, Information]]:
+def _parts(rows: NewRows) -> list[tuple[Tensor, PointwiseInformation]]:
     """Return nested random subsets of the rows, from small to large, and their information."""
     generator = torch.Generator().manual_seed(len(rows))
     shuffled, out = torch.randperm(len(rows), generator=generator).to(rows.value.device), []
@@ -156,14 +156,16 @@ def _parts(rows: NewRows) -> list[tuple[Tensor, Information]]:
     return out
 
 
-def _critic(parts: list[tuple[Tensor, Information]], found: HonestScores, sizes: tuple[int, ...]) -> Critic:
+def _critic(
+    parts: list[tuple[Tensor, PointwiseInformation]], found: HonestScores, sizes: tuple[int, ...]
+) -> PairCritic:
     """Return the clip of the bound from pairs: the stricter one where a quarter of the rows is told apart wholly."""
     saturated = not parts or math.log(len(parts[-1][0])) - float(parts[-1][1].inside.mean()) < NEARLY_ALL
     slope, less = (0.75, 5.5) if saturated else (1.0, 4.0)
-    return Critic(found.apart, sizes, slope, 2 * math.log(sum(sizes)) - less)
+    return PairCritic(found.apart, sizes, slope, 2 * math.log(sum(sizes)) - less)
 
 
-def _subset(n: int, found: Information) -> SubsetInformation:
+def _subset(n: int, found: PointwiseInformation) -> SubsetInformation:
     return SubsetInformation(
         n,
         Estimate(float(found.inside.mean()), found.inside_error, "lower_bound"),
@@ -171,7 +173,7 @@ def _subset(n: int, found: Information) -> SubsetInformation:
     )
 
 
-def _slope(parts: list[tuple[Tensor, Information]], whole: Information) -> float | None:
+def _slope(parts: list[tuple[Tensor, PointwiseInformation]], whole: PointwiseInformation) -> float | None:
     """Return the slope of I_n in log n from the largest subset to all rows, on the samples of the subset; else None."""
     if not parts:
         return None
@@ -179,7 +181,7 @@ def _slope(parts: list[tuple[Tensor, Information]], whole: Information) -> float
     return float((whole.inside[chosen] - part.inside).mean()) / math.log(len(whole.inside) / len(chosen))
 
 
-def _middle(found: Information, slope: float | None) -> Estimate | None:
+def _middle(found: PointwiseInformation, slope: float | None) -> Estimate | None:
     """Return the middle of I_n and leave-one-out where n rows can tell: both near, and I_n flat in log n."""
     gap = float((found.outside - found.inside).mean())
     if gap >= SETTLED or slope is None or slope > FLAT:

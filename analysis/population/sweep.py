@@ -51,7 +51,7 @@ def log_sum(tile: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Information:
+class PointwiseInformation:
     """Pointwise information of n samples, nats, and the weight of every row as a component."""
 
     inside: Tensor
@@ -86,7 +86,7 @@ class PairSums:
 
 
 @dataclass(frozen=True)
-class Critic:
+class PairCritic:
     """T_ij = min(b (log q(z_i | x_j) - log r(z_i)), tau) with an r that knows neither i nor j; the clip is fixed.
 
     The rows are sorted by fold; z_i is paired with the rows of its own fold and of the one before.
@@ -121,7 +121,9 @@ class Critic:
                 yield part, parts[k - 1]
 
 
-def sweep(q: Members, value: Tensor, own: Tensor, critic: Critic | None = None) -> tuple[Information, PairSums | None]:
+def sweep(
+    q: Members, value: Tensor, own: Tensor, critic: PairCritic | None = None
+) -> tuple[PointwiseInformation, PairSums | None]:
     """Return the information of n samples under the mixture of all rows, and the sums of the bound from pairs.
 
     Time grows with n^2, memory with n.
@@ -151,7 +153,7 @@ def sweep(q: Members, value: Tensor, own: Tensor, critic: Critic | None = None) 
         shares += (torch.cat([level * group[at], 1 / total.sum(1, keepdim=True)], 1).float().T @ e).double()
     inside = own - torch.logaddexp(others, own) + math.log(n)
     outside, twice = own - others + math.log(max(n - 1, 1)), counted_twice(reach + shares[:2].T)
-    return Information(inside, outside, shares[:2].sum(0), shares[2], twice), None if critic is None else sums
+    return PointwiseInformation(inside, outside, shares[:2].sum(0), shares[2], twice), None if critic is None else sums
 
 
 def in_groups(e: Tensor, first: int) -> Tensor:
@@ -159,7 +161,7 @@ def in_groups(e: Tensor, first: int) -> Tensor:
     return torch.stack([e[:, :first].sum(1), e[:, first:].sum(1)], 1).double()
 
 
-def _pairs(apart: Tensor, top: Tensor, at: slice, critic: Critic, sums: PairSums) -> None:
+def _pairs(apart: Tensor, top: Tensor, at: slice, critic: PairCritic, sums: PairSums) -> None:
     """Add e^T_ij of a tile, log densities less `top`, to the sums; the groups are halves of every fold."""
     for rows, columns in critic.blocks():
         start, stop = max(at.start, rows.start), min(at.stop, rows.stop)

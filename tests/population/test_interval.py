@@ -18,7 +18,7 @@ from pvae.analysis.population.interval import ALIKE, PairsBound, interval
 from pvae.analysis.population.kernels import FittedNormal, KernelPrior, mixing, widened
 from pvae.analysis.population.result import Population
 from pvae.analysis.population.sample import NewRows, folds
-from pvae.analysis.population.sweep import Critic, counted_twice, spread, sweep
+from pvae.analysis.population.sweep import PairCritic, counted_twice, spread, sweep
 from pvae.analysis.truths.linear import gaussian_channel
 from pvae.distributions.exponential import FullRankNormals, Normals
 from pvae.distributions.exponential_codes import product
@@ -63,7 +63,7 @@ def test_pairs_bound_is_the_sum_written_out(rows, sizes, tile, monkeypatch):
     monkeypatch.setattr("pvae.analysis.population.sweep.TILE", tile)
     n, logs = len(rows), table(rows)
     log_r = torch.randn(n, dtype=DOUBLE) - 3
-    critic = Critic(log_r, sizes, 0.75, 2.0)
+    critic = PairCritic(log_r, sizes, 0.75, 2.0)
     _, sums = sweep(rows.q, rows.value, rows.own, critic)
     assert sums is not None
     fold = np.repeat(np.arange(len(sizes)), sizes)
