@@ -7,15 +7,15 @@ from collections.abc import Mapping, Sequence
 from math import prod
 from typing import Any, ClassVar, Literal, final
 
-import pyro
 import pyro.distributions as dist
 from torch import Tensor, nn
 
 from pvae.component import Component, Shape
 from pvae.distributions.base import Determined
-from pvae.graph.frame import Frame, data_plate
+from pvae.graph.frame import Frame
 from pvae.graph.link import Link
 from pvae.graph.site import EMBEDDED, OBSERVED, Site, embedded
+from pvae.graph.statements import data_plate, sample
 from pvae.guides.posteriors.base import PosteriorModule
 from pvae.nn.network import MLP, Network, NetworkModule
 
@@ -217,7 +217,7 @@ class GraphGuide(nn.Module):
                 posterior, inputs = self.posteriors[site.name], self._inputs(site, x, features, seen)
                 fn = posterior(inputs, seen)
                 infer: Any = posterior.infer(inputs) if isinstance(posterior, PosteriorModule) else None
-                seen[site.name] = self.link.model.see(site, pyro.sample(site.name, fn, infer=infer), x)
+                seen[site.name] = self.link.model.see(site, sample(site.name, fn, infer=infer), x)
                 if site.carries:
                     seen[site.name] = self._carried(site, posterior, fn, seen[site.name])
         return seen
@@ -230,15 +230,17 @@ class GraphGuide(nn.Module):
         """
         through = row.detach() + (found.point - found.point.detach())
         infer: Any = {**EMBEDDED, "penalties": posterior.penalties(found, row), "point": found.point}
-        return pyro.sample(embedded(site.name), Determined(through, event_dim=len(site.features)), infer=infer)
+        return sample(embedded(site.name), Determined(through, event_dim=len(site.features)), infer=infer)
 
     def _read(self, x: Tensor) -> Tensor:
         return x if self.reader is None else self.reader(x)
 
     def _encoded(self, x: Tensor) -> Tensor:
-        return x if self.encoder is None else self.encoder(x)
+        encoder = self.encoder
+        return x if encoder is None else encoder(x)
 
     def _inputs(self, site: Site, x: Tensor, features: Tensor, seen: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        if self.encoder is not None and site.name in self.encoder.shapes:
-            return self.encoder.inputs_of(site, features, seen)
+        encoder = self.encoder
+        if encoder is not None and site.name in encoder.shapes:
+            return encoder.inputs_of(site, features, seen)
         return {name: x if name == OBSERVED else seen[name] for name in site.guide_given}

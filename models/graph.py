@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import pyro
 import pyro.distributions as dist
 from pyro.poutine.runtime import InferDict
 from torch import Tensor, nn
@@ -14,8 +13,9 @@ from torch.distributions import constraints
 from pvae.component import Names, Section, Shape
 from pvae.distributions.base import Determined
 from pvae.errors import DeclarationError
-from pvae.graph.frame import Frame, Law, data_plate
+from pvae.graph.frame import Frame, Law
 from pvae.graph.site import EMBEDDED, OBSERVED, Site, embedded
+from pvae.graph.statements import data_plate, sample
 from pvae.models.likelihoods.base import Likelihood
 from pvae.models.likelihoods.standard import Bernoulli
 from pvae.nn.network import MLP, Network
@@ -92,7 +92,7 @@ class GraphModel(nn.Module):
 
     def see(self, site: Site, value: Tensor, like: Tensor) -> Tensor:
         """Return a latent's value as its children and the decoder read it, codes embedded, `(..., *site.features)`."""
-        book: Any = self.codebooks[site.name] if site.name in self.codebooks else None
+        book: Any = self.codebooks[site.name] if site.space.is_code and site.name in self.codebooks else None
         return site.space.see(value, like, None if book is None else book.table)
 
     def temperature(self, name: str) -> Tensor:
@@ -123,11 +123,11 @@ class GraphModel(nn.Module):
         with data_plate(size or 1 if rows is None else rows.shape[0]):
             for site in self.sites:
                 infer = ENUMERATED if site.summed else None
-                value = pyro.sample(site.name, self.prior(site.name, seen), infer=infer)
+                value = sample(site.name, self.prior(site.name, seen), infer=infer)
                 seen[site.name] = self.see(site, value, like)
                 if site.carries:
                     row = Determined(seen[site.name], event_dim=len(site.features))
-                    seen[site.name] = pyro.sample(embedded(site.name), row, infer=EMBEDDED)
+                    seen[site.name] = sample(embedded(site.name), row, infer=EMBEDDED)
             if self.training and x is not None and self.decoder.likelihood.is_point:
-                return pyro.sample(OBSERVED, Determined(x, event_dim=len(self.frame.x)), obs=x)  # no need to decode
-            return pyro.sample(OBSERVED, self.decoder(seen), obs=x)
+                return sample(OBSERVED, Determined(x, event_dim=len(self.frame.x)), obs=x)  # no need to decode
+            return sample(OBSERVED, self.decoder(seen), obs=x)

@@ -11,7 +11,7 @@ from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from pvae.component import Names, Shape
-from pvae.distributions.base import Determined, Event
+from pvae.distributions.base import Determined, Event, PlainNormal
 from pvae.errors import DeclarationError
 from pvae.graph.link import Link
 from pvae.graph.site import Site, Values
@@ -142,7 +142,7 @@ class LadderModule(nn.Module):
         precision, prior_precision = q.scale**-2, prior.scale**-2
         total = precision + prior_precision
         merged = (q.loc * precision + prior.loc * prior_precision) / total
-        return Event(dist.Normal(merged, total.rsqrt()), 1)
+        return Event(PlainNormal(merged, total.rsqrt()), 1)
 
 
 @final
@@ -186,7 +186,7 @@ class BidirectionalModule(Linked):
             read[TOP_DOWN] = module.features(seen)
         shift, log_scale = self.network(read).chunk(2, -1)
         scale = prior.scale * log_scale.clamp(-bound, bound).exp()
-        return Event(dist.Normal(prior.loc + prior.scale * shift, scale), 1)
+        return Event(PlainNormal(prior.loc + prior.scale * shift, scale), 1)
 
 
 @final

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pvae.component import Shape
-from pvae.distributions.base import Event
+from pvae.distributions.base import Event, UnitNormal
 from pvae.distributions.codes import bits, code_grid
 from pvae.distributions.relaxed import RelaxedCodes, Relaxing
 from pvae.graph.link import Link
@@ -32,7 +32,7 @@ class StandardNormalModule(nn.Module):
 
     def forward(self, _given: Mapping[str, Tensor]) -> dist.TorchDistribution:
         """Return N(0, I) with batch shape `()`."""
-        return Event(dist.Normal(self.loc, self.scale), self.loc.dim())
+        return Event(UnitNormal(self.loc, self.scale), self.loc.dim())
 
 
 @final

@@ -15,16 +15,87 @@ from torch.distributions import constraints
 from pvae.errors import DeclarationError
 from pvae.util.types import Size
 
+HALF_LOG_2PI = math.log(math.sqrt(2 * math.pi))
+
 
 class Event(dist.Independent):
-    """Distribution with declared event dimensions, as `to_event` returns; `expand` to its own shape costs nothing.
+    """Distribution with declared event dimensions, as `to_event` returns: the same numbers in less time.
 
-    A plate expands every site in every training step.
+    A plate expands every site in every training step, here at no cost to its own shape; a sum of log probabilities of
+    bits changes its sign once.
     """
+
+    def __init__(self, base: dist.TorchDistribution, dims: int, validate_args: bool | None = None) -> None:
+        if validate_args is not None:
+            base._validate_args = validate_args
+        shape = base._batch_shape
+        batch = len(shape) - dims
+        self.base_dist, self.reinterpreted_batch_ndims = base, dims
+        self._batch_shape, self._event_shape = shape[:batch], shape[batch:] + base._event_shape
 
     def expand(self, batch_shape: torch.Size | list[int] | tuple[int, ...], _instance: Any = None) -> Any:
         """Return this distribution expanded to `batch_shape`."""
-        return self if self.batch_shape == tuple(batch_shape) else super().expand(batch_shape, _instance)
+        if self._batch_shape == tuple(batch_shape):
+            return self
+        return super().expand(batch_shape, self.__new__(type(self)) if _instance is None else _instance)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Return the log density of values `(..., *event)`, nats, `(...)`."""
+        base, dims = self.base_dist, self.reinterpreted_batch_ndims
+        bits = base.__class__ is PlainBits
+        parts = base.surprise(value) if bits else base.log_prob(value)
+        total = parts.sum(-1) if dims == 1 else parts.flatten(-dims).sum(-1) if dims else parts
+        return -total if bits else total
+
+
+class PlainBits(dist.Bernoulli):
+    """Independent bits with given logits: Pyro's Bernoulli, made in less time."""
+
+    def __init__(self, logits: Tensor) -> None:
+        self.logits = self._param = logits
+        torch.distributions.Distribution.__init__(self, logits.shape)
+
+    def expand(self, batch_shape: Size, _instance: Any = None) -> Any:
+        """Return this distribution expanded to `batch_shape`."""
+        return super().expand(batch_shape, self.__new__(type(self)))
+
+    def surprise(self, value: Tensor) -> Tensor:
+        """Return minus the log probability of every bit, nats, of the shape of `value`."""
+        if self._validate_args:
+            self._validate_sample(value)
+        logits = self.logits
+        if logits.shape != value.shape:
+            logits, value = torch.broadcast_tensors(logits, value)
+        return nn.functional.binary_cross_entropy_with_logits(logits, value, reduction="none")
+
+
+class PlainNormal(dist.Normal):
+    """Normal distribution of a location and a scale of one shape: Pyro's numbers from fewer operations."""
+
+    def __init__(self, loc: Tensor, scale: Tensor) -> None:
+        self.loc, self.scale = loc, scale
+        torch.distributions.Distribution.__init__(self, loc.shape)
+
+    def expand(self, batch_shape: Size, _instance: Any = None) -> Any:
+        """Return this distribution expanded to `batch_shape`."""
+        return super().expand(batch_shape, self.__new__(type(self)))
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Return the log density of every element, nats, of the shape of `value`."""
+        if self._validate_args:
+            self._validate_sample(value)
+        variance, log_scale = self.scale**2, self.scale.log()
+        return (value - self.loc) ** 2 / (-2 * variance) - log_scale - HALF_LOG_2PI
+
+
+class UnitNormal(PlainNormal):
+    """Normal distribution whose location is 0 and whose scale is 1, both given as tensors."""
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Return the log density of every element, nats, of the shape of `value`."""
+        if self._validate_args or value.shape[value.dim() - self.loc.dim() :] != self.loc.shape:
+            return super().log_prob(value)
+        return value**2 / -2 - HALF_LOG_2PI
 
 
 class Batched(dist.TorchDistribution):

@@ -5,10 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from math import prod
 
-import pyro
 import torch
 from torch import Tensor
 
@@ -156,9 +154,3 @@ class Frame:
             for token in column.long().reshape(len(rows), -1).unbind(-1):
                 number = number * self.covariates[name] + token
         return number
-
-
-@lru_cache(maxsize=16)
-def data_plate(count: int) -> pyro.plate:
-    """Return the Pyro plate over a batch of `count` rows at dim -1, cached: making one costs as much as a layer."""
-    return pyro.plate("data", count, dim=-1)

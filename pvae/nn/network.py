@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 from pvae.component import Component, Ints, Shape
-from pvae.distributions.base import Event
+from pvae.distributions.base import Event, PlainNormal
 from pvae.errors import DeclarationError
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
@@ -126,11 +126,19 @@ class Dense(NetworkModule):
         self.branches = nn.ModuleList(layer(width, hidden[0]) for width in widths) if hidden else None
         sizes = [joined, *hidden[1:]]
         self.trunk = nn.Sequential(*(layer(a, b) for a, b in zip(sizes[:-1], sizes[1:], strict=True)))
+        layers = [*(self.branches or ()), *self.trunk]
+        self.chain = [part for layer in layers for part in (layer if isinstance(layer, nn.Sequential) else [layer])]
+        """Layers from a single input to the features: every Module called within another takes time of its own."""
         self.width = sizes[-1]
         self.head = nn.Identity() if output is None else nn.Linear(self.width, prod(output))
 
     def features(self, inputs: Mapping[str, Tensor]) -> Tensor:
         flat = [flatten(inputs[name], shape) for name, shape in self.inputs.items()]
+        if len(flat) == 1:
+            h = flat[0]
+            for layer in self.chain:
+                h = layer(h)
+            return h
         if self.branches is not None:
             flat = [branch(part) for branch, part in zip(self.branches, flat, strict=True)]
         return self.trunk(join(flat))
@@ -228,7 +236,7 @@ LogVarianceBounds = Annotated[tuple[float, float], Field(strict=False), AfterVal
 def diagonal_normal(parameters: Tensor, bounds: tuple[float, float]) -> dist.TorchDistribution:
     """Return N(loc, diag(exp(log_variance))), event shape `(dim,)`, of (loc, log_variance) `(..., 2 dim)`."""
     loc, log_variance = parameters.chunk(2, -1)
-    return Event(dist.Normal(loc, log_variance.clamp(*bounds).mul(0.5).exp()), 1)
+    return Event(PlainNormal(loc, log_variance.clamp(*bounds).mul(0.5).exp()), 1)
 
 
 def lower_factor(scale: Tensor, below: Tensor) -> Tensor:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
 import pyro
@@ -205,14 +205,9 @@ class Pair(nn.Module):
         answer: T = self._answers[question][1]
         return answer
 
-    @contextmanager
-    def own_store(self) -> Iterator[None]:
-        """Context manager in which Pyro's param store holds the parameters that the pair has adopted."""
-        if not self._store["params"]:
-            yield
-            return
-        with pyro.get_param_store().scope(self._store):
-            yield
+    def own_store(self) -> AbstractContextManager[Any]:
+        """Return a context manager in which Pyro's param store holds the parameters that the pair has adopted."""
+        return pyro.get_param_store().scope(self._store) if self._store["params"] else nullcontext()
 
     def groups(self, x: Tensor) -> Tensor | None:
         """Return an integer per row, `(n,)`, that identifies its joint covariate value; None without covariates."""

@@ -139,14 +139,14 @@ def trace_of(pair: Pair, program: Callable[..., Any], x: Tensor) -> Trace:
     Raises:
         ProgramError: the program failed; the message names its line.
     """
-    opened = _opened(len(x)) if _WHOLE.get() and not pair.declared else nullcontext()
-    with TraceMessenger() as tracer, opened:
+    with TraceMessenger() as tracer:
         if pair.declared:
             program(x)
-        elif _WHOLE.get():
-            pair.call(program, x)
-        else:
+        elif not _WHOLE.get():
             pair.program(program)(x)
+        else:
+            with _opened(len(x)):
+                pair.call(program, x)
     return tracer.trace
 
 
