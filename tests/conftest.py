@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -31,10 +32,11 @@ def quiet_machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def own_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """No PVAE_* variable of the machine, and an empty cache directory."""
+    """No PVAE_* variable of the machine, and an empty cache directory; compiled steps are shared by all tests."""
     for name in [name for name in os.environ if name.startswith("PVAE_")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr("pvae.training.artefacts.shelf", lambda: Path(tempfile.gettempdir()) / "pvae-tests-compiled")
 
 
 @pytest.fixture(autouse=True)

@@ -39,7 +39,7 @@ def clean(
     shared: Shared,
     apply: Annotated[bool, Option("--apply", help="Remove; else only say what would go.")] = False,
     failed: Annotated[bool, Option("--failed", help="Also runs that ended before a first checkpoint.")] = False,
-    cache: Annotated[bool, Option("--cache", help="Also downloaded and decoded data.")] = False,
+    cache: Annotated[bool, Option("--cache", help="Also downloaded and decoded data, compiled steps.")] = False,
 ) -> None:
     """Show the disk space of interrupted writes and old checkpoints, or free it; a run in progress is left alone."""
     found = pvae.clean(shared.run_dir, apply=apply, failed=failed, cache=cache)

@@ -19,7 +19,7 @@ from pvae.runs import checkpoint
 from pvae.runs.export.exporting import exporting
 from pvae.runs.run import Run
 from pvae.runs.rundir import RunDirectory
-from pvae.training import loop
+from pvae.training import artefacts, loop
 from pvae.training.evaluation import evaluate
 from pvae.training.step import choose_engine, learned
 from pvae.training.trainer import Trainer
@@ -120,7 +120,8 @@ def engine_of(plan: Plan, pair: Pair, data: Dataset, device: torch.device) -> st
         return "captured" if plan.train.engine == "compiled" and device.type == "cuda" else plan.train.engine
     batch = min(plan.train.batch_size, len(data.train))
     steps = plan.train.epochs * math.ceil(len(data.train) / batch)
-    return choose_engine(steps, sum(p.numel() for p in pair.parameters()), batch, device)
+    entry = artefacts.entry_of(pair, plan.objective, plan.train.precision, (batch, *data.train.rows.shape[1:]))
+    return choose_engine(steps, sum(p.numel() for p in pair.parameters()), batch, device, artefacts.is_kept(entry))
 
 
 def pick_device(name: str) -> torch.device:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from pvae.graph.lifecycle import Moving
 from pvae.objectives.base import Loss, Stepper
+from pvae.training import artefacts
 
 Forward = Callable[[Tensor], tuple[Tensor, Tensor]]
 CLIPPED = "clipped"
@@ -26,8 +27,8 @@ metrics are averaged."""
 STEP_TOLERANCE = {"value": 1e-3, "gradient": 1e-3, "gradient in bfloat16": 1e-2}
 """Largest accepted difference of a compiled or captured step from the eager one, relative to the largest absolute
 value."""
-COMPILE_SECONDS = 30.0
-"""Estimated time to compile a step, in seconds."""
+COMPILE_SECONDS = {False: 24.0, True: 5.0}
+"""Estimated time to compile a step, in seconds; True where the code of an earlier fit is kept."""
 SAVED_PROPORTION = 0.13
 """Estimated proportion of the arithmetic time of a step that compilation saves."""
 SAVED_SECONDS = 3e-4
@@ -36,25 +37,26 @@ FLOPS = 1.2e11
 """Estimated floating-point operations per second of a CPU."""
 
 
-def choose_engine(steps: int, parameters: int, batch: int, device: torch.device) -> str:
+def choose_engine(steps: int, parameters: int, batch: int, device: torch.device, kept: bool = False) -> str:
     """Return the engine ("eager", "compiled" or "captured") for a fit of `steps` steps.
 
-    It is a function of the declaration and the device alone, so that it does not depend on timings.
+    It depends on the declaration, the device and `kept` (whether the code of such a step is), not on timings.
 
-    On a CPU compiling costs about `COMPILE_SECONDS` once, and saves a fixed overhead and a part of the
-    arithmetic (6 flops per parameter and datum) of every step.
+    On a CPU compiling costs about `COMPILE_SECONDS`, and saves a fixed overhead and a part of the arithmetic (6 flops
+    per parameter and datum) of every step. Half the cost of new code is left to the later fits that it is kept for.
     """
     if device.type == "cuda":
         return "captured"
     saved = SAVED_SECONDS + SAVED_PROPORTION * 6 * parameters * batch / FLOPS
-    return "compiled" if steps * saved > COMPILE_SECONDS else "eager"
+    return "compiled" if steps * saved > COMPILE_SECONDS[kept] / (1 if kept else 2) else "eager"
 
 
 def compile_forward(loss: Loss, x: Tensor) -> Forward:
     """Return `loss.forward` for batches shaped like `x`, exported and then compiled by Inductor.
 
     The exported program shares the parameters and buffers of `loss`. Random numbers come from the
-    default generator in the order the eager program draws them. Random state and buffers are left as found.
+    default generator in the order the eager program draws them. Random state and buffers are left as found. The code is
+    kept for later fits.
 
     Raises:
         RuntimeError: value or gradient differ from the eager program's on `x` (or the compiler failed).
@@ -63,6 +65,7 @@ def compile_forward(loss: Loss, x: Tensor) -> Forward:
     options: dict[str, Any] = {"fallback_random": True, "guard_filter_fn": lambda guards: [False] * len(guards)}
     with (
         restored([*loss.buffers()]),
+        artefacts.kept(artefacts.entry_of(loss.pair, loss.objective, loss.precision, x.shape)),
         torch.random.fork_rng(),
         pyro.validation_enabled(False),
         warnings.catch_warnings(),

@@ -121,7 +121,7 @@ def clean(root: str | Path = "runs", *, apply: bool = False, failed: bool = Fals
         root: folder of runs.
         apply: True to remove the files, False to list them only.
         failed: also remove whole runs that ended before their first checkpoint.
-        cache: also remove downloaded and decoded data, which are downloaded or decoded again when needed.
+        cache: also remove downloaded and decoded data and compiled steps, which are made again when needed.
 
     Returns:
         The files that were or would be removed, with their bytes, and the runs that were left alone.
@@ -224,11 +224,12 @@ def _surplus(folder: Path) -> list[Doomed]:
 
 
 def _cached() -> Iterator[tuple[Path, Path]]:
-    """Yield the cache entries with their lock files: downloaded collections, decoded sources, unfinished entries."""
+    """Yield the cache entries with lock files: collections, decoded sources, compiled steps, unfinished entries."""
     root = cache_folder()
-    for parent in (root, root / "decoded"):
+    shelves = root / "decoded", root / "compiled"
+    for parent in (root, *shelves):
         for folder in folders(parent) if not parent.is_symlink() else ():
-            if folder != root / "decoded":
+            if folder not in shelves:
                 yield folder, parent / f"{folder.name}.lock"
         for part in _hidden(parent, ".part-"):
             yield part, parent / f"{part.name.removeprefix('.part-').rpartition('-')[0]}.lock"
