@@ -14,7 +14,6 @@ import torch
 
 from pvae.data.rows.cache import cache_folder, locked
 from pvae.errors import PvaeError
-from pvae.nn.precision import Precision
 from pvae.objectives.base import Objective
 from pvae.pair.pair import Pair
 from pvae.util.files import pretty, read_object, remove, write_atomic
@@ -31,7 +30,7 @@ def shelf() -> Path:
     return cache_folder() / "compiled"
 
 
-def entry_of(pair: Pair, objective: Objective, precision: Precision, batch: Sequence[int]) -> Path:
+def entry_of(pair: Pair, objective: Objective, precision: str, batch: Sequence[int]) -> Path:
     """Return the folder in which the compiled step of a pair is kept, which need not exist.
 
     Its name is a hash of what the code depends on: Modules, shapes and types of parameters and batch, objective,
@@ -40,7 +39,7 @@ def entry_of(pair: Pair, objective: Objective, precision: Precision, batch: Sequ
     Arguments:
         pair: model and guide.
         objective: the objective; its `beta` may change between fits.
-        precision: precision of the matrix products.
+        precision: precision of the matrix products on this device, never "auto".
         batch: shape of a batch, `(batch, *row)`.
     """
     named = (*pair.named_parameters(), *pair.named_buffers())

@@ -171,7 +171,7 @@ class Trainer:
         example = self.rows(torch.arange(self.batch, device=self.device))
         make = partial(Step, self.loss, self.optimizer, example=example, clip_norm=clip, average=average)
         if self.engine == "compiled":
-            entry = artefacts.entry_of(self.pair, self.plan.objective, self.train.precision, example.shape)
+            entry = artefacts.entry_of(self.pair, self.plan.objective, self.precision, example.shape)
             told = (
                 "some seconds, with the code of an earlier fit" if artefacts.is_kept(entry) else "half a minute, once"
             )

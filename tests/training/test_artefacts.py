@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from pvae.experiment.experiment import Experiment
+from pvae.nn.precision import resolved
 from pvae.objectives.base import Loss
 from pvae.training import artefacts, step
 from pvae.training.step import choose_engine, compile_forward
@@ -24,7 +25,8 @@ def shelf(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 def key(experiment: Experiment, batch: int = 100) -> str:
     pair = experiment.build((1, 8, 8))
-    return artefacts.entry_of(pair, experiment.objective, experiment.train.precision, (batch, 1, 8, 8)).name
+    precision = resolved(experiment.train.precision, torch.device("cpu"))
+    return artefacts.entry_of(pair, experiment.objective, precision, (batch, 1, 8, 8)).name
 
 
 def leave(entry: Path, content: str = "code") -> None:
@@ -50,7 +52,7 @@ def test_a_second_fit_of_a_shape_starts_compiled(shelf: Path, tmp_path: Path, mo
     monkeypatch.setattr(step, "compile_forward", lambda loss, x: loss)
     first = fit(tiny(epochs=1, engine="auto"), tmp_path)
     rows = (first.plan.train.batch_size, *first.data.train.rows.shape[1:])
-    leave(artefacts.entry_of(first.pair.train(), first.plan.objective, first.plan.train.precision, rows))
+    leave(artefacts.entry_of(first.pair.train(), first.plan.objective, "float32", rows))
     second, other = (
         fit(tiny(epochs=1, engine="auto"), tmp_path),
         fit(tiny(epochs=1, engine="auto", batch_size=50), tmp_path),
