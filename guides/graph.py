@@ -236,11 +236,9 @@ class GraphGuide(nn.Module):
         return x if self.reader is None else self.reader(x)
 
     def _encoded(self, x: Tensor) -> Tensor:
-        encoder = self.encoder
-        return x if encoder is None else encoder(x)
+        return x if self.encoder is None else self.encoder(x)
 
     def _inputs(self, site: Site, x: Tensor, features: Tensor, seen: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        encoder = self.encoder
-        if encoder is not None and site.name in encoder.shapes:
-            return encoder.inputs_of(site, features, seen)
+        if self.encoder is not None and site.name in self.encoder.shapes:
+            return self.encoder.inputs_of(site, features, seen)
         return {name: x if name == OBSERVED else seen[name] for name in site.guide_given}

@@ -14,16 +14,7 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 from pvae.component import Shape
-from pvae.distributions.base import (
-    Determined,
-    DiscretizedLogistic,
-    Event,
-    FactoredNormal,
-    Implicit,
-    PlainBits,
-    Rounded,
-    lattice,
-)
+from pvae.distributions.base import Determined, DiscretizedLogistic, Event, FactoredNormal, Implicit, Rounded, lattice
 from pvae.distributions.exact import ExactNegativeBinomial, ExactPoisson
 from pvae.models.likelihoods import closed_form as forms
 from pvae.models.likelihoods.base import Likelihood, LikelihoodModule
@@ -72,7 +63,7 @@ class Bernoulli(Elements):
     closed_form: ClassVar[type[forms.ClosedForm] | None] = forms.BernoulliForm
 
     def element(self, *parameters: Tensor) -> dist.TorchDistribution:
-        return PlainBits(parameters[0])
+        return dist.Bernoulli(logits=parameters[0])
 
 
 @final

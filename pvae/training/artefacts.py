@@ -62,11 +62,9 @@ def kept(entry: Path) -> Iterator[None]:
     nobody can, a temporary one is used.
     """
     with ExitStack() as stack:
-        place = entry
-        if _is_private(entry.parent):
+        if private := _is_private(entry.parent):
             stack.enter_context(locked(entry))
-        else:
-            place = Path(stack.enter_context(TemporaryDirectory(prefix="pvae-"))) / entry.name
+        place = entry if private else Path(stack.enter_context(TemporaryDirectory(prefix="pvae-"))) / entry.name
         if place.exists() and not _is_whole(place):
             remove(place)
         place.mkdir(mode=0o700, exist_ok=True)
@@ -74,31 +72,29 @@ def kept(entry: Path) -> Iterator[None]:
         os.environ[TORCHS_OWN] = str(place)
         try:
             yield
-            write_atomic(place / INDEX, pretty({"files": _sums(place)}))
+            write_atomic(place / INDEX, pretty(_sums(place)))
         except BaseException:
             remove(place, ignore_errors=True)
             raise
         finally:
             os.environ.pop(TORCHS_OWN)
-            if before is not None:
-                os.environ[TORCHS_OWN] = before
+            os.environ.update({} if before is None else {TORCHS_OWN: before})
 
 
 def _is_private(folder: Path) -> bool:
-    """Return whether a folder, created if needed, is this user's, and no other user may read it or write to it."""
-    try:
+    """Return whether a folder, created if needed, is this user's alone, to read and to write."""
+    with suppress(OSError):
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         found = folder.lstat()
-    except OSError:
-        return False
-    ours = os.name != "posix" or (found.st_uid == os.getuid() and not found.st_mode & 0o077)
-    return stat.S_ISDIR(found.st_mode) and ours and os.access(folder, os.W_OK)
+        ours = os.name != "posix" or (found.st_uid == os.getuid() and not found.st_mode & 0o077)
+        return stat.S_ISDIR(found.st_mode) and ours and os.access(folder, os.W_OK)
+    return False
 
 
 def _is_whole(entry: Path) -> bool:
     """Return whether the files of a compiled step are those that its index lists."""
     with suppress(PvaeError, OSError):
-        return read_object(entry, INDEX).get("files") == _sums(entry)
+        return read_object(entry, INDEX) == _sums(entry)
     return False
 
 

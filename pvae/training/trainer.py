@@ -23,7 +23,6 @@ from pvae.nn.schedules import Scheduled
 from pvae.objectives.base import Fitting, Loss, Stepper
 from pvae.pair.pair import Pair
 from pvae.runs.rundir import RunDirectory
-from pvae.training import artefacts
 from pvae.training.step import Step, learned, make_capturable, restored, set_lr
 from pvae.util import seeds
 
@@ -171,11 +170,7 @@ class Trainer:
         example = self.rows(torch.arange(self.batch, device=self.device))
         make = partial(Step, self.loss, self.optimizer, example=example, clip_norm=clip, average=average)
         if self.engine == "compiled":
-            entry = artefacts.entry_of(self.pair, self.plan.objective, self.precision, example.shape)
-            told = (
-                "some seconds, with the code of an earlier fit" if artefacts.is_kept(entry) else "half a minute, once"
-            )
-            self.tell("engine", f"compiling the step (export + Inductor): up to {told}")
+            self.tell("engine", "compiling the step (export + Inductor): half a minute, less if its code is kept")
         try:
             step = make(engine=self.engine)
         except Exception as error:  # a missing compiler or an operation it cannot take must not stop a fit
