@@ -73,7 +73,7 @@ def compile_forward(loss: Loss, x: Tensor) -> Forward:
         # torch's own lowering of `diagonal` calls what torch deprecates.
         warnings.filterwarnings("ignore", message="`torch._prims_common.check` is deprecated", category=FutureWarning)
         exported = torch.export.export(loss, (x,), strict=False)
-        compiled = torch.compile(exported.module(), options=options)
+        compiled = torch.compile(exported.module().forward, options=options)
         gradient = "gradient in bfloat16" if loss.precision != "float32" else "gradient"
         for name, fast, slow in zip(("value", gradient), _probe(loss, compiled, x), _probe(loss, loss, x), strict=True):
             require_equal(fast, slow, name)
