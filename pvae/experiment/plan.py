@@ -53,7 +53,7 @@ class Train(Section):
     analyses too."""
     engine: Literal["auto", "eager", "compiled"] = "auto"
     """Execution of a step: `eager`; `compiled` by torch.export and Inductor; `auto` compiles if that should save
-    time."""
+    time, sooner where an earlier fit of the same shapes was compiled."""
 
 
 class Watch(Section):
