@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import pvae
+from pvae.data.rows.cache import cache_folder
 from pvae.experiment.experiment import Experiment
 from pvae.nn.precision import resolved
 from pvae.objectives.base import Loss
@@ -111,3 +113,10 @@ def test_torch_finds_the_code_that_it_left(shelf: Path) -> None:
         found.append((counters["inductor"]["fxgraph_cache_miss"], counters["inductor"]["fxgraph_cache_hit"]))
     assert found == [(2, 0), (0, 2)]
     assert len([*shelf.glob(f"*/{artefacts.INDEX}")]) == 1
+
+
+def test_clean_removes_kept_code(tmp_path: Path) -> None:
+    entry = cache_folder() / "compiled" / "entry"
+    leave(entry)
+    assert [removal.path for removal in pvae.clean(tmp_path, cache=True, apply=True).removals] == [entry]
+    assert not entry.exists()
