@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pyro
 import pyro.distributions as dist
@@ -68,7 +69,7 @@ def test_a_statement_leaves_the_site_that_pyros_leaves(name: str) -> None:
     pair = Experiment.load(name).build((1, 8, 8))
     x = (torch.rand(6, 1, 8, 8) > 0.5).float()
 
-    def traced(run: Callable[[], tuple[poutine.Trace, poutine.Trace]]) -> list[dict[str, dict[str, object]]]:
+    def traced(run: Callable[[], tuple[poutine.Trace, poutine.Trace]]) -> list[dict[str, dict[str, Any]]]:
         pyro.set_rng_seed(1)
         return [{k: dict(v) for k, v in trace.nodes.items() if v["type"] == "sample"} for trace in run()]
 
