@@ -25,6 +25,8 @@ FRACTIONS = (64, 16, 4)
 """Parts of the rows, nested, of which the information is given as well: n/64, n/16, n/4."""
 SMALLEST = 25
 """Smallest number of rows of such a part."""
+WORK = 4e11
+"""Largest number of multiplications in a pass over all pairs of rows; above it the interval is that of fewer rows."""
 SETTLED = 0.3
 """Gap, nats, between I_n and leave-one-out from which their middle is not given."""
 
@@ -70,16 +72,19 @@ def interval(rows: NewRows, prior: HonestPrior, *, train: NewRows | None = None,
         seed: seed of the random folds.
 
     References:
-        Formal Limitations on the Measurement of Mutual PointwiseInformation (McAllester, Stratos, 2020),
+        Formal Limitations on the Measurement of Mutual Information (McAllester, Stratos, 2020),
         https://arxiv.org/abs/1811.04251
-        On Variational Bounds of Mutual PointwiseInformation (Poole et al., 2019), https://arxiv.org/abs/1905.06922
+        On Variational Bounds of Mutual Information (Poole et al., 2019), https://arxiv.org/abs/1905.06922
         The Infinitesimal Jackknife (Jaeckel, 1972), Bell Laboratories memorandum
     """
-    n = len(rows)
-    if n < FEWEST:
-        return f"on new data: expected at least {FEWEST} rows for an interval; got {n}"
-    order, fold = folds(n, seed, rows.value.device)
-    rows = replace(rows.rows(order), information=rows.information)
+    if len(rows) < FEWEST:
+        return f"on new data: expected at least {FEWEST} rows for an interval; got {len(rows)}"
+    if not bool(rows.value.isfinite().all() & rows.log_p.isfinite().all()):
+        return "on new data: samples of the latents or their log p(z) are not finite"
+    work = 2 * rows.value.shape[1] if rows.q is None else rows.q.work
+    n = min(len(rows), math.isqrt(int(WORK / work)))
+    shuffled, fold = folds(len(rows), seed, rows.value.device, n)
+    rows = replace(rows.rows(shuffled), information=rows.information)
     found = prior.crossed(rows, fold) if train is None else prior.trained(train, rows)
     lower, upper = _ends(rows, found)
     if not math.isfinite(lower.value):

@@ -82,7 +82,7 @@ class HonestPrior(ABC):
         """Return the scores of rows under one prior made of the rows `train`, among which they are not."""
 
 
-def folds(n: int, seed: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return a random order of n rows, and the fold that each row is in, in that order: 0, 1 or 2, ascending."""
-    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed)).to(device)
-    return order, torch.arange(n, device=device) * FOLDS // n
+def folds(n: int, seed: int, device: torch.device, count: int | None = None) -> tuple[Tensor, Tensor]:
+    """Return n rows (or `count` of them) in random order, and the fold of each in that order: 0, 1 or 2, ascending."""
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))[:count].to(device)
+    return order, torch.arange(len(order), device=device) * FOLDS // len(order)

@@ -296,3 +296,29 @@ def test_rows_that_the_model_makes():
     assert found is not None
     assert found.n == 1200
     assert any("model makes" in note for note in found.remarks)
+
+
+def test_values_that_are_not_finite_are_told(rows):
+    value = rows.value.clone()
+    value[3, 0] = math.inf
+    found = interval(replace(rows, value=value), KernelPrior())
+    assert isinstance(found, str)
+    assert "not finite" in found
+
+
+def test_time_is_bounded_by_fewer_rows(rows, monkeypatch):
+    monkeypatch.setattr("pvae.analysis.population.interval.WORK", 4 * 30**2)
+    found = interval(rows, KernelPrior())
+    assert isinstance(found, Population)
+    assert found.n == 30
+
+
+def test_posteriors_of_no_family_have_kernels_on_their_samples(rows):
+    """As a flow or a hierarchy has: r of the samples alone, the upper end from what the guide could score."""
+    inside = sweep(rows.q, rows.value, rows.own)[0].inside
+    found = interval(replace(rows, q=None, information=inside[:40]), KernelPrior())
+    assert isinstance(found, Population)
+    assert found.seen is None
+    assert found.gain.value < 0.3 + 2 * found.gain.standard_error
+    assert found.gain_upper.value == pytest.approx(float(rows.kl.mean() - inside[:40].mean()))
+    assert interval(replace(rows, q=None), KernelPrior()).gain_upper is None
