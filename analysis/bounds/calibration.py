@@ -74,7 +74,7 @@ class Calibration(Figures):
     def rows(self) -> Iterator[Row]:
         for name, tests in (("", self.guide), (" weighted", self.weighted)):
             for level in (0.5, 0.9) if tests else ():
-                what = f"of the true z are in the region to which q gives {100 * level:.0f} %"
+                what = f"proportion of z in the region to which q gives {100 * level:.0f} %"
                 yield f"coverage {100 * level:.0f} %{name}", tests[-1].within(level), what
         again = {test.name: test for test in self.weighted}
         for test in self.worst:
@@ -95,13 +95,11 @@ class Calibration(Figures):
         said = []
         words = {FINE: "as it should", "too narrow": "q is overconfident", "too wide": "q is too cautious"}
         again = f"With importance weights (each sample one of {self.importance})"
-        for tests, q, where in (
-            (self.guide, "q", f"On {self.n} rows that the model made,"),
-            (self.weighted, "weighted q", again),
-        ):
+        for tests, where in ((self.guide, f"On {self.n} rows that the model made,"), (self.weighted, again)):
             if tests:
                 share, verdict = tests[-1].within(0.9), words[tests[-1].verdict]
                 held = f"{100 * share.value:.0f} ± {100 * share.standard_error:.0f} %"
+                q = "q" if tests is self.guide else "weighted q"
                 said.append(_on(tests[:-1], where))
                 said.append(f"The 90 % region of {q}, of all coordinates, holds {held} of z: {verdict}.")
         return (*said, "This compares q with the posterior of the model; it does not test whether the model fits data.")

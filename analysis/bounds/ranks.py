@@ -39,7 +39,8 @@ class RankTest:
     """p-value adjusted by Holm's method for all coordinates that are tested together."""
     width: Estimate
     """Standard deviation of q in units of that of the posterior, if both are normal; of a code, the proportion of pairs
-    of samples that differ over that of samples that differ from the true one; 1 for an exact posterior."""
+    of samples that differ over that of samples that differ from the true one; of all jointly, as if distances were
+    normal. 1 for an exact posterior."""
     shift: Estimate
     """Mean of q minus that of the posterior, in standard deviations of the posterior, if both are normal."""
     verdict: str
