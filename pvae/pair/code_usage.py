@@ -216,7 +216,7 @@ def silence(name: str, use: Tally, looked_up: bool) -> str | None:
         return None
     if silent < use.positions:
         what, most = "bits" if use.bits else "positions", f"{SILENT.capacity:.0%} of log {use.states}"
-        said = f"{name}: {silent} of {use.positions} {what} are silent: each carries at most {most}."
+        said = f"{name}: {silent} of {use.positions} {what} are silent: each carries at most {most}. Fewer would do."
     elif float(perplexity(use.share).max()) < 1.01:
         said = f"{name} has collapsed: one of {use.states} codes is chosen whatever x is."
     else:
