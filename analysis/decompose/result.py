@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from pvae.analysis.figures.estimate import CONSERVATIVE, Estimate, Figures, Row, exact, merged, plain
+from pvae.analysis.figures.estimate import Estimate, Figures, Row, exact, merged, plain
 from pvae.analysis.population.result import ON_NEW_DATA, Population
 
 if TYPE_CHECKING:
@@ -240,10 +240,8 @@ class Surgery(Figures):
 
     @property
     def remarks(self) -> tuple[str, ...]:
-        conservative = "conservative: one draw cannot tell Monte Carlo noise from spread over data; take more samples"
-        told = any(CONSERVATIVE in e.note for _, e, _ in self.known())
         notes = [note for note in self.notes if note != self._reason]  # which the headline says
-        return (self.headline(), *self.on_new_data, *notes, *((conservative,) if told else ()))
+        return (self.headline(), *self.on_new_data, *notes)
 
     @property
     def on_new_data(self) -> tuple[str, ...]:

@@ -188,6 +188,12 @@ class Figures(ABC):
         """Sentences below the table."""
         return ()
 
+    @property
+    def sentences(self) -> tuple[str, ...]:
+        """Sentences below the table, with the one on errors that are conservative, where some are."""
+        said = "conservative errors: one draw cannot tell Monte Carlo noise from spread over data; take more samples"
+        return (*self.remarks, *((said,) if any(CONSERVATIVE in e.note for _, e, _ in self.known()) else ()))
+
     def described(self, **meanings: str) -> Iterator[Row]:
         """Yield rows of estimates that are attributes of the result, each name with its meaning."""
         return ((name, getattr(self, name), meaning) for name, meaning in meanings.items())
@@ -221,13 +227,13 @@ class Figures(ABC):
         from rich.table import Table
         from rich.text import Text
 
-        table = Table(title=Text(self.title), caption=Text("\n".join(self.remarks)), caption_justify="left")
+        table = Table(title=Text(self.title), caption=Text("\n".join(self.sentences)), caption_justify="left")
         for column, justify in (("term", "left"), ("value", "right"), ("std error", "right"), ("kind", "left")):
             table.add_column(column, justify=justify, no_wrap=column != "kind")  # type: ignore[arg-type]
         table.add_column("what it is")
         for name, e, meaning in self.known():
             error = f"{e.standard_error:.4f}" if e.standard_error else ""
-            table.add_row(Text(name), f"{e.value:.4f}", error, e.label, Text(meaning))
+            table.add_row(Text(name), f"{e.value:.4f}", error, e.label.removesuffix(f", {CONSERVATIVE}"), Text(meaning))
         return table
 
     def __rich__(self) -> Table:
@@ -238,7 +244,7 @@ class Figures(ABC):
 
     def __str__(self) -> str:
         lines = [f"{name:28s} {e}" for name, e, _ in self.known()]
-        return "\n".join([self.title, *lines, *self.remarks])
+        return "\n".join([self.title, *lines, *self.sentences])
 
     def _repr_html_(self) -> str:
         body = "".join(
@@ -248,7 +254,7 @@ class Figures(ABC):
         )
         unit = html.escape(self.unit)
         head = f"<tr><th>term</th><th>{unit}</th><th>std error</th><th>kind</th><th></th></tr>"
-        remarks = "".join(f"<p>{html.escape(text)}</p>" for text in self.remarks)
+        remarks = "".join(f"<p>{html.escape(text)}</p>" for text in self.sentences)
         return f"<table><caption>{html.escape(self.title)}</caption>{head}{body}</table>{remarks}"
 
 

@@ -34,7 +34,7 @@ STUDY_FIGURES = (*ESTIMATES, "seconds")
 """Names of the metrics of a run: ELBO terms and IWAE of the test split, ELBO terms of train, seconds of training."""
 TERMINAL_FIGURES = {
     "elbo": "ELBO", "mutual_information": "I_q", "marginal_kl": "marginal KL",
-    "new_gain": "new data: at least", "new_gain_upper": "new data: at most", "iwae": "IWAE",
+    "new_gain": "new ≥", "new_gain_upper": "new ≤", "iwae": "IWAE",
 }  # fmt: skip
 """Metrics shown in the terminal table of a study: column title by name of the metric."""
 RUN_COLUMNS = ("case", "seed", "stage")
@@ -177,7 +177,7 @@ def table(means: pandas.DataFrame, title: str) -> Table:
     from rich.text import Text
 
     drawn = Table(title=Text(title), caption=Text(SUMMARY_CAPTION), caption_justify="left")
-    drawn.add_column("case", overflow="fold", min_width=10)
+    drawn.add_column("case", overflow="fold", min_width=9)
     for column in ("seeds", *TERMINAL_FIGURES.values()):
         drawn.add_column(column, justify="right")
     for row in means.to_dict("records"):
@@ -188,8 +188,8 @@ def table(means: pandas.DataFrame, title: str) -> Table:
 
 
 SUMMARY_CAPTION = (
-    "test, nats per datum: mean ± standard error over seeds; IWAE bounds log p(x) from below; new data: what a better "
-    "prior wins on them while the encoder stays (marginal KL: on these rows alone, by a prior that knows them)"
+    "test, nats per datum: mean ± standard error over seeds; IWAE bounds log p(x) from below; new: at least and at "
+    "most what a better prior wins on new data while the encoder stays (marginal KL: by one that knows these rows)"
 )
 
 

@@ -65,19 +65,25 @@ class Population(Figures):
         return f"On new data, nats per datum (n = {self.n})"
 
     def rows(self) -> Iterator[Row]:
-        yield "new_gain", self.gain, "on new data a better prior wins at least this with this encoder"
-        yield "new_gain_upper", self.gain_upper, "at most this, if codes of new rows overlap as these do"
-        yield "new_information", self.information, "I_pi[x, z], the information of new data, from below"
-        yield "new_information_upper", self.information_upper, "I_pi[x, z] from above"
-        yield "new_midpoint", self.midpoint, "I_pi[x, z], where these rows can tell it"
+        yield "new_gain", self.gain, "new data: a better prior wins at least this"
+        yield "new_gain_upper", self.gain_upper, "and at most this, if new codes overlap as these do"
+        yield "new_information", self.information, "I_pi[x, z] of new data, from below"
+        yield "new_information_upper", self.information_upper, "I_pi[x, z] of new data, from above"
+        yield "new_midpoint", self.midpoint, "the same, where these rows can tell it"
+
+    @property
+    def ends(self) -> tuple[float, float | None]:
+        """Interval for M of a level of about 95 %: both bounds, each widened by two of its standard errors; nats."""
+        low = max(self.gain.value - 2 * self.gain.standard_error, 0.0)
+        if self.gain_upper is None:
+            return low, None
+        return low, max(self.gain_upper.value + 2 * self.gain_upper.standard_error, low)
 
     @property
     def interval(self) -> str:
-        """Both ends in nats, "1.90 to 3.90"; "at least 1.90" without an upper end."""
-        low = max(self.gain.value, 0.0)
-        if self.gain_upper is None:
-            return f"at least {_number(low)}"
-        return f"{_number(low)} to {_number(max(self.gain_upper.value, low))}"
+        """The interval `ends` in words, "1.98 to 4.10"; "at least 1.98" without an upper end."""
+        low, high = self.ends
+        return f"at least {_number(low)}" if high is None else f"{_number(low)} to {_number(high)}"
 
     def sentence(self, known: Estimate | None = None) -> str:
         """Return the interval in words, beside `known`, the marginal KL on these rows alone, nats, if it is given."""
@@ -86,13 +92,13 @@ class Population(Figures):
         else:
             low = f"0 nats with this encoder (the stated prior does not win, {_said(self.gain)}: {self.prior})"
         if self.gain_upper is None:
-            high = "no figure below the KL is known from above"
+            high = "; no upper bound below the KL is known"
         else:
             high = (
-                f"at most {_said(self.gain_upper)} (assuming codes of new rows overlap as those of these rows do; "
+                f", at most {_said(self.gain_upper)} (assuming codes of new rows overlap as those of these rows do; "
                 f"without it no figure below KL - 2 log n can be given)"
             )
-        said = f"On new data a better prior wins at least {low}, {high}."
+        said = f"On new data a better prior wins at least {low}{high}."
         return said if known is None else f"{said} {self._knowing(known.value)}"
 
     def _knowing(self, known: float) -> str:

@@ -29,7 +29,7 @@ def measured(run: Run, root: str, rows: int) -> dict[str, object]:
     row: dict[str, object] = {
         "run": run.name, "id": run.path.name, "data": run.data.source, "fingerprint": run.data.fingerprint[:16],
         "epochs": run.status["epoch"], "fit_seconds": run.status["seconds"],
-        "prior": run.experiment.latents["z"].prior.kind, "n": len(test),
+        "parent": None, "prior": run.experiment.latents["z"].prior.kind, "n": len(test),
     }  # fmt: skip
     if parent is not None:
         won = gain(Run.load(parent["run"], root=root).pair, run.pair, test).gained
@@ -53,9 +53,15 @@ def page(frame: pandas.DataFrame) -> str:
     lines.append("|---" * 8 + "|")
     for _, run in frame[frame["parent"].isna()].iterrows():
         refits = frame[frame["parent"] == f"{run['run']}/{run['id']}"].sort_values("gained", ascending=False)
-        won = [f"{r['prior']} {r['gained']:.2f} ± {r['gained_error']:.2f}" for _, r in refits.iterrows()]
+        won = [
+            f"{r['run'].removeprefix(run['run'] + '_')} {r['gained']:.2f} ± {r['gained_error']:.2f}"
+            for _, r in refits.iterrows()
+        ]
         plain = [f"{run[name]:.2f}" for name in ("kl", "mutual_information", "log_n", "marginal_kl")]
-        ends = [f"{run[f'new_{name}']:.2f} ± {run[f'new_{name}_error']:.2f}" for name in ENDS[:2]]
+        known = [name for name in ENDS[:2] if pandas.notna(run.get(f"new_{name}"))]
+        ends = [f"{run[f'new_{name}']:.2f} ± {run[f'new_{name}_error']:.2f}" for name in known] + [""] * (
+            2 - len(known)
+        )
         lines.append(f"| {' | '.join([run['run'], *plain, *ends, ', '.join(won)])} |")
     return "\n".join(lines)
 

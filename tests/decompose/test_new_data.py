@@ -62,7 +62,10 @@ def shown(table: object, width: int = 80) -> list[str]:
 
 def test_the_interval_in_words():
     assert SATURATED.sentence(KNOWN) == WORDING
-    assert SATURATED.interval == "2.04 to 3.90"
+    assert SATURATED.interval == "1.98 to 4.10"
+    crossed = replace(SATURATED, gain=lower(3.97, 0.2), gain_upper=upper(3.95, 0.2))
+    assert crossed.interval == "3.57 to 4.35"
+    assert replace(SATURATED, gain=lower(0.01), gain_upper=None).interval == "at least 0"
     (size,) = SATURATED.remarks
     assert size.startswith(
         "I_n still grows by 0.93 nats where log n grows by 1: 10000 rows cannot tell the information of new data"
@@ -73,7 +76,7 @@ def test_the_interval_in_words():
 @pytest.mark.parametrize(
     ("changes", "known", "said"),
     [
-        ({"gain_upper": None}, KNOWN, "no figure below the KL is known from above. On these 10000 rows alone"),
+        ({"gain_upper": None}, KNOWN, "; no upper bound below the KL is known. On these 10000 rows alone"),
         (
             {"gain": lower(-0.04)},
             KNOWN,
@@ -162,7 +165,7 @@ def test_a_gain_stands_beside_the_interval(plain_surgery):
     gained, held = Estimate(0.91, 0.02), replace(plain_surgery, population=SATURATED)
     found = Gain(held, plain_surgery, gained)
     assert found.sentence() == (
-        "gained 0.910 +- 0.020 nats per datum; the interval on new data before the refit was 2.04 to 3.90"
+        "gained 0.910 +- 0.020 nats per datum; the interval on new data before the refit was 1.98 to 4.10"
     )
     assert json.loads(json.dumps(found.to_dict()))["interval"]["gain"]["value"] == 2.04
     none = replace(plain_surgery, population=None)

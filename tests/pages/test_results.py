@@ -12,6 +12,7 @@ import pytest
 
 import pvae
 from pvae.experiment.experiment import Experiment
+from pvae.util.seeds import subset
 
 RESULTS = Path(__file__).parents[2] / "analysis" / "results"
 DECLARED = sorted(str(p.relative_to(RESULTS)) for p in RESULTS.rglob("*.toml"))
@@ -116,3 +117,45 @@ def test_a_run_is_measured_once(
     with pytest.raises(SystemExit):
         measure.main()
     assert "long: expected a run that is finished; it is interrupted" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def new_data() -> SimpleNamespace:
+    """The script of the table of what a better prior wins on new data."""
+    return SimpleNamespace(**runpy.run_path(str(RESULTS / "measure_new_data.py")))
+
+
+def test_the_page_says_what_the_table_of_new_data_says(new_data: SimpleNamespace) -> None:
+    """Five refits of each run, none above the upper end of the interval of the run that it froze."""
+    frame = pandas.read_csv(RESULTS / "new_data.csv")
+    assert new_data.page(frame) in (RESULTS / "README.md").read_text()
+    runs = frame[frame["parent"].isna()]
+    assert set(runs["run"]) == {"fashion_normal", "mnist_normal"}
+    for _, run in runs.iterrows():
+        won = frame[frame["parent"] == f"{run['run']}/{run['id']}"]
+        assert len(won) == 5
+        assert run["kl"] - run["log_n"] < run["marginal_kl"]
+        assert run["new_gain"] < run["new_gain_upper"] < run["marginal_kl"]
+        assert (won["gained"] - 2 * won["gained_error"] < run["new_gain_upper"]).all()
+
+
+def test_new_data_are_measured_with_a_run_and_its_refits(
+    new_data: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    network = {"network": {"kind": "mlp", "hidden": [8]}}
+    spec = {"latents": {"z": {"dim": 2}}, "encoder": network, "decoder": network, "data": {"source": "digits"}}
+    small = Experiment.from_dict({**spec, "name": "small"}).with_overrides("data.binarize=static", "train.epochs=1")
+    run = pvae.fit(small, run_dir=tmp_path / "runs", device="cpu", progress=False)
+    child = pvae.refit(run, "latents.z.prior.kind=aggregated", progress=False)
+    out = tmp_path / "table.csv"
+    monkeypatch.setattr("sys.argv", ["", str(out), "small", "small_refit", "--root", str(run.path.parent.parent)])
+    new_data.main()
+    frame = pandas.read_csv(out)
+    assert list(frame["prior"]) == ["standard_normal", "aggregated"]
+    expected = pvae.analysis.gain(run.pair, child.pair, run.data.test.x[subset(len(run.data.test), 10_000, 0)]).gained
+    assert frame["gained"][1] == pytest.approx(expected.value, abs=1e-4)
+    assert frame["kl"][0] == pytest.approx(frame["mutual_information"][0] + frame["marginal_kl"][0], abs=2e-4)
+    written = out.read_bytes()
+    new_data.main()
+    assert out.read_bytes() == written
+    assert f"refit {expected.value:.2f}" in capsys.readouterr().out

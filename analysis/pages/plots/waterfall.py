@@ -83,9 +83,8 @@ def waterfall_steps(surgery: Surgery, above: Sequence[WaterfallStep] = ()) -> li
 
 
 def _new_data(found: Population) -> WaterfallStep:
-    low = max(found.gain.value, 0.0)
-    high = math.nan if found.gain_upper is None else max(found.gain_upper.value, low)
-    return WaterfallStep("+ a better prior, new data", low, colour=GREEN, until=high)
+    low, high = found.ends
+    return WaterfallStep("+ a better prior, new data", low, colour=GREEN, until=math.nan if high is None else high)
 
 
 def _by_term(surgery: Surgery) -> list[WaterfallStep]:
