@@ -62,16 +62,15 @@ def latent_classes(flat: Tensor, position: Tensor, classes: int) -> LatentClasse
     return model
 
 
-def mixture_weights(terms: Tensor, share: Tensor, prior: Tensor) -> Tensor:
+def mixture_weights(terms: Tensor, prior: Tensor) -> Tensor:
     """Return the log weights of a mixture by EM, `(k,)`, from log densities of its components.
 
     Arguments:
         terms: log densities under the k components, `(m, k)`, nats.
-        share: weights of the m points.
         prior: pseudo-counts of the components, `(k,)`.
     """
     log_weights = torch.full_like(terms[0], -float(torch.tensor(terms.shape[1]).log()))
     for _ in range(WEIGHT_STEPS):
-        mass = share @ (terms + log_weights).softmax(1) + prior
+        mass = (terms + log_weights).softmax(1).sum(0) + prior
         log_weights = (mass / mass.sum()).log()
     return log_weights

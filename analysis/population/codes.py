@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, final
 
@@ -11,9 +11,21 @@ from torch import Tensor
 
 from pvae.analysis.population.classes import CLASSES, LatentClasses, latent_classes, mixture_weights
 from pvae.analysis.population.sample import HonestPrior, HonestScores, NewRows
+from pvae.distributions.exponential_codes import Codes, Product
+from pvae.util import seeds
 
-DISCOUNTS = (0.25, 0.5, 0.75, 0.9, 0.99)
+COMPARISONS = 2**33
+"""Largest number of comparisons of two codes in a pass over all pairs of rows; above it only some rows have kernels."""
+ROWS_AT_ONCE, ROWS_TRIED, ROWS_SMOOTHED = 512, 1000, 250
+"""Numbers of rows in a tile of kernels, of rows that weights are fitted to, and of rows that the smoothing is."""
+SMOOTHINGS = (0.02, 0.1, 0.25, 0.5)
+"""Smoothings of the kernels that are tried."""
+FLOOR, NOTHING = -80.0, -1e30
+"""Clamp of differences of log kernels (exp is slow where its result underflows), and finite stand-in for log 0."""
+DISCOUNTS = (0.4, 0.8, 0.97)
 """Discounts t of the counts of a joint code, r(c) = (n_c - t)+ / n + t D / n base(c)."""
+TOWARDS_P = 2.0
+"""Pseudo-count of the prior p in the fit of the weights."""
 FEWEST_BY_CLASS = 50
 """Smallest number of rows that latent classes are fitted to."""
 
@@ -39,10 +51,15 @@ class CodeTable:
     """Number of every row's joint code among the distinct ones, `(n,)`."""
     log_p: Tensor
     """Log prior probability of every row's joint code, `(n,)`."""
+    probability: Tensor | None
+    """Posterior probability of every code at its position, `(n, sum of the positions' states)`; None where not kept."""
+    centres: Tensor
+    """Rows that may have a kernel, `(n,)` booleans: all, or as many at random as time allows."""
 
     @classmethod
-    def of(cls, value: Tensor, log_p: Tensor, grids: Sequence[Grid]) -> CodeTable:
-        """Return the table of flat values `(n, D)` with their log prior probabilities."""
+    def of(cls, rows: NewRows, grids: Sequence[Grid]) -> CodeTable:
+        """Return the table of the codes of some rows."""
+        value = rows.value
         index, sizes = [], []
         for part, grid in zip(value.split([grid.width for grid in grids], 1), grids, strict=True):
             hot = grid.width != grid.positions
@@ -50,7 +67,14 @@ class CodeTable:
             sizes += [grid.states] * grid.positions
         codes, size = torch.cat(index, 1), torch.tensor(sizes, device=value.device)
         position = torch.arange(len(sizes), device=value.device).repeat_interleave(size)
-        return cls(codes + size.cumsum(0) - size, position, codes.unique(dim=0, return_inverse=True)[1], log_p)
+        parts = rows.q.parts if isinstance(rows.q, Product) else [rows.q]
+        known = [part.logits.exp().flatten(1).float() for part in parts if isinstance(part, Codes)]
+        centres = torch.zeros(len(value), dtype=torch.bool, device=value.device)
+        centres[seeds.subset(len(value), max(1, COMPARISONS // codes.numel()), 0)] = True
+        return cls(
+            codes + size.cumsum(0) - size, position, codes.unique(dim=0, return_inverse=True)[1], rows.log_p,
+            torch.cat(known, 1) if len(known) == len(parts) else None, centres,
+        )  # fmt: skip
 
     def counted(self, at: Tensor, of: Tensor) -> Counted:
         """Return how often the codes of the rows `at` occur among the rows `of`, `(n,)` booleans, themselves apart."""
@@ -65,6 +89,33 @@ class CodeTable:
         """Return the log probability of the rows `at` under a product of positions with add-1/2 counts, `(m,)`."""
         half = torch.bincount(self.position).double() / 2
         return ((found.by_position + 0.5) / (found.total[:, None] + half)).log().sum(1)
+
+    def shares(self, of: Tensor) -> Tensor:
+        """Return the proportion of every code at its position among the rows `of`, with add-1/2 counts, float32."""
+        counts = torch.bincount(self.flat[of].flatten(), minlength=len(self.position)).double() + 0.5
+        total = torch.zeros_like(counts).index_add(0, self.position, counts)
+        return (counts / total[self.position]).float()
+
+    def kernels(self, at: Tensor, of: Tensor, smoothing: float, shares: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """Yield log kernels of the rows `at` around the rows `of`, indices, `(k, c)`, with the slice of `at`; float32.
+
+        Every position keeps the posterior (or the code) of its row with probability 1 - smoothing, else it has the
+        proportions `shares` of all rows. The kernel of a row around itself is left out (`NOTHING`).
+        """
+        table, chance = None, (smoothing * shares).log()
+        if self.probability is not None:
+            table = ((1 - smoothing) * self.probability[of] + smoothing * shares).log().T.contiguous()
+        for start in range(0, len(at), ROWS_AT_ONCE):
+            block = slice(start, start + ROWS_AT_ONCE)
+            flat = self.flat[at[block]]
+            if table is not None:
+                tile = torch.nn.functional.embedding_bag(flat, table, mode="sum")
+            else:
+                tile = chance[flat].sum(1, keepdim=True).expand(-1, len(of)).clone()
+                gain = (1 - smoothing + smoothing * shares).log() - chance
+                for mine, theirs in zip(flat.T, self.flat[of].T, strict=True):
+                    tile.addcmul_(gain[mine][:, None], (mine[:, None] == theirs).float())
+            yield block, tile.masked_fill_(at[block, None] == of, NOTHING)
 
 
 class Counted(NamedTuple):
@@ -91,53 +142,69 @@ def terms(bases: Tensor, found: Counted) -> Tensor:
 
 @dataclass(frozen=True)
 class CodeMixture:
-    """Mixture of discounted counts and bases, whose weights and latent classes come from some of the rows."""
+    """Mixture of discounted counts and bases, whose parameters come from some of the rows."""
 
     table: CodeTable
     log_weights: Tensor
     classes: LatentClasses | None
+    smoothing: float
+    shares: Tensor
 
     @classmethod
     def chosen(cls, table: CodeTable, of: Tensor) -> CodeMixture:
-        """Return the mixture chosen on the rows `of`, `(n,)` booleans: each scored by the others among them."""
+        """Return the mixture chosen on the rows `of`, `(n,)` booleans: half of them are scored by the others."""
         rows = of.nonzero()[:, 0]
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(1)).to(rows.device)
-        parts = rows[order[::2]], rows[order[1::2]]
-        found = table.counted(rows, of)
-        bases = [table.log_p[rows], table.product(rows, found)]
-        best = _classes(table, *parts)
+        first, tried = rows[order[::2]], rows[order[1::2]][:ROWS_TRIED]
+        best, shares = _classes(table, first, tried), table.shares(first)
+        score = {e: float(_kernel(table, tried[:ROWS_SMOOTHED], of, e, shares).mean()) for e in SMOOTHINGS}
+        smoothing = max(score, key=score.__getitem__)
+        found = table.counted(tried, of)
+        bases = [table.log_p[tried], table.product(tried, found), _kernel(table, tried, of, smoothing, shares)]
         if best is not None:
-            held = torch.zeros_like(table.log_p)
-            held[parts[1]] = best.log_prob(table.flat[parts[1]])
-            other = latent_classes(table.flat[parts[1]], table.position, len(best.log_weights))
-            held[parts[0]] = other.log_prob(table.flat[parts[0]])
-            bases.append(held[rows])
+            bases.append(best.log_prob(table.flat[tried]))
             best = latent_classes(table.flat[rows], table.position, len(best.log_weights))
         given = terms(torch.stack(bases, 1), found)
         towards_p = torch.zeros_like(given[0])
-        towards_p[0] = 1.0
-        return cls(table, mixture_weights(given, torch.ones_like(given[:, 0]), towards_p), best)
+        towards_p[0] = TOWARDS_P
+        return cls(table, mixture_weights(given, towards_p), best, smoothing, table.shares(rows))
 
     def scored(self, at: Tensor, of: Tensor) -> tuple[Tensor, Tensor]:
-        """Return log r of the rows `at`, `(m,)`, from counts of the rows `of` (themselves apart), and their influence.
+        """Return log r of the rows `at`, `(m,)`, from the rows `of` (themselves apart), and their influence.
 
-        The influence is the derivative of the sum of log r in the weight of every row that is counted, `(n,)`; what
-        latent classes and weights owe to their rows is not in it.
+        The influence is the derivative of the sum of log r in the weight of every row that is counted or has a kernel,
+        `(n,)`; what latent classes, weights and the smoothing owe to their rows is not in it.
         """
         table, found = self.table, self.table.counted(at, of)
-        bases = [table.log_p[at], table.product(at, found)]
+        bases = [table.log_p[at], table.product(at, found), torch.zeros_like(found.total)]
         bases += [self.classes.log_prob(table.flat[at])] if self.classes is not None else []
-        base = torch.stack(bases, 1)
-        log_r = (terms(base, found) + self.log_weights).logsumexp(1)
-        fewer = found._replace(times=(found.times - 1).clamp(min=0), distinct=found.distinct - (found.times == 1).double())
-        same = log_r - (terms(base, fewer) + self.log_weights).logsumexp(1)
+        base, log_r, influence = torch.stack(bases, 1), torch.zeros_like(found.total), torch.zeros_like(table.log_p)
+        centres = (of & table.centres).nonzero()[:, 0]
+        for block, tile in table.kernels(at, centres, self.smoothing, self.shares):
+            top, some = tile.amax(1), Counted(*(part[block] for part in found))
+            e = (tile - top[:, None]).clamp_(min=FLOOR).exp_()
+            total = e.sum(1)
+            base[block, 2] = (top + total.log()).double() - _others(at[block], centres)
+            log_r[block] = self._log_r(base[block], some)
+            mine = self._responsibility(base[block], some, log_r[block])[1][:, 2]
+            influence[centres] += ((mine / total).float() @ e).double()
+        fewer = found.times - 1
+        less = found._replace(times=fewer.clamp(min=0), distinct=found.distinct - (fewer == 0).double())
+        fresh, by_base = self._responsibility(base, found, log_r)
+        return log_r, influence + self._influence(at, of, found, log_r - self._log_r(base, less), fresh, by_base[:, 1])
+
+    def _log_r(self, base: Tensor, found: Counted) -> Tensor:
+        return (terms(base, found) + self.log_weights).logsumexp(1)
+
+    def _responsibility(self, base: Tensor, found: Counted, log_r: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the derivative of log r in the number of distinct codes, `(m,)`, and the proportion of each base."""
         apart, *discounted = self.log_weights.exp().split(base.shape[1])
         ratio = (base - log_r[:, None]).exp()
         fresh, by_base = torch.zeros_like(log_r), apart * ratio
         for t, weight in zip(DISCOUNTS, discounted, strict=True):
             left = t / found.total[:, None] * weight * ratio
             fresh, by_base = fresh + left.sum(1), by_base + found.distinct[:, None] * left
-        return log_r, self._influence(at, of, found, same, fresh, by_base[:, 1])
+        return fresh, by_base
 
     def _influence(
         self, at: Tensor, of: Tensor, found: Counted, same: Tensor, fresh: Tensor, product: Tensor
@@ -153,6 +220,15 @@ class CodeMixture:
         singles = alone * (fresh.sum() - zero.index_add(0, at, fresh))
         return (by_code + singles + by_position) * of
 
+    def words(self) -> str:
+        """Return the components in words, with their weights."""
+        apart, *discounted = self.log_weights.exp().split(3 + (self.classes is not None))
+        names = ["the prior itself", "a product of positions", f"kernels on other rows, smoothed by {self.smoothing:g}"]
+        names += [f"{len(self.classes.log_weights)} latent classes"] if self.classes is not None else []
+        shares = {"counts of the codes of other rows": float(sum(part.sum() for part in discounted))}
+        shares |= {name: float(weight) for name, weight in zip(names, apart, strict=True)}
+        return ", ".join(f"{name} ({100 * share:.0f} %)" for name, share in shares.items() if share >= 0.005)
+
 
 @final
 class CodePrior(HonestPrior):
@@ -165,26 +241,30 @@ class CodePrior(HonestPrior):
     def __init__(self, grids: Sequence[Grid]) -> None:
         self.grids = tuple(grids)
 
-    def crossed(self, rows: NewRows, half: Tensor) -> HonestScores:
-        table = CodeTable.of(rows.value, rows.log_p, self.grids)
-        log_r, halves, influence = (torch.zeros_like(rows.log_p) for _ in range(3))
-        everyone, words = torch.ones_like(half, dtype=torch.bool), ""
-        for side in (0, 1):
-            mine, others = (half == side).nonzero()[:, 0], half != side
-            mixture = CodeMixture.chosen(table, others)
+    def crossed(self, rows: NewRows, fold: Tensor) -> HonestScores:
+        table = CodeTable.of(rows, self.grids)
+        everyone, count = torch.ones_like(fold, dtype=torch.bool), int(fold.max()) + 1
+        log_r, influence, apart = (
+            torch.zeros_like(rows.own),
+            torch.zeros_like(rows.own),
+            rows.own.new_zeros(len(rows), count),
+        )
+        words = []
+        for k in range(count):
+            mine, others = (fold == k).nonzero()[:, 0], (fold != k).nonzero()[:, 0]
+            mixture, alone = CodeMixture.chosen(table, fold != k), CodeMixture.chosen(table, fold == k)
             log_r[mine], moved = mixture.scored(mine, everyone)
-            halves[mine], _ = mixture.scored(mine, others)
+            apart[others, k], _ = alone.scored(others, fold == k)
             influence += moved
-            words = _words(mixture)
-        return HonestScores(log_r, influence, halves, words)
+            words.append(mixture.words())
+        return HonestScores(log_r, influence, apart, words[0])
 
     def trained(self, train: NewRows, rows: NewRows) -> HonestScores:
-        value, log_p = torch.cat([train.value, rows.value]), torch.cat([train.log_p, rows.log_p])
-        table = CodeTable.of(value, log_p, self.grids)
-        number = torch.arange(len(value), device=value.device)
+        table = CodeTable.of(train.joined(rows), self.grids)
+        number = torch.arange(len(train) + len(rows), device=rows.value.device)
         mixture = CodeMixture.chosen(table, number < len(train))
         log_r, _ = mixture.scored(number[len(train) :], number < len(train))
-        return HonestScores(log_r, torch.zeros_like(log_r), log_r, _words(mixture))
+        return HonestScores(log_r, torch.zeros_like(log_r), log_r[:, None], mixture.words())
 
 
 def _classes(table: CodeTable, fitted: Tensor, held: Tensor) -> LatentClasses | None:
@@ -201,11 +281,13 @@ def _classes(table: CodeTable, fitted: Tensor, held: Tensor) -> LatentClasses | 
     return best
 
 
-def _words(mixture: CodeMixture) -> str:
-    """Return the components of a mixture in words, with their weights."""
-    apart, *discounted = mixture.log_weights.exp().split(2 + (mixture.classes is not None))
-    names = ["the prior itself", "a product of positions"]
-    names += [f"{len(mixture.classes.log_weights)} latent classes"] if mixture.classes is not None else []
-    shares = {"counts of the codes of other rows": float(sum(part.sum() for part in discounted))}
-    shares |= {name: float(weight) for name, weight in zip(names, apart, strict=True)}
-    return ", ".join(f"{name} ({100 * share:.0f} %)" for name, share in shares.items() if share >= 0.005)
+def _kernel(table: CodeTable, at: Tensor, of: Tensor, smoothing: float, shares: Tensor) -> Tensor:
+    """Return the log mean of the kernels of the rows `at` around the rows `of`, themselves apart, `(m,)`, nats."""
+    centres = (of & table.centres).nonzero()[:, 0]
+    found = torch.cat([tile.logsumexp(1) for _, tile in table.kernels(at, centres, smoothing, shares)])
+    return found.double() - _others(at, centres)
+
+
+def _others(at: Tensor, centres: Tensor) -> Tensor:
+    """Return the log number of centres other than each of the rows `at`, `(m,)`."""
+    return (len(centres) - torch.isin(at, centres).double()).log()

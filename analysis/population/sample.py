@@ -50,6 +50,13 @@ class NewRows:
             information=None,
         )
 
+    def joined(self, others: NewRows) -> NewRows:
+        """Return these rows, followed by others."""
+        q = None if self.q is None or others.q is None else self.q.joined([others.q])
+        names = ("value", "own", "log_p", "kl")
+        parts = {name: torch.cat([getattr(self, name), getattr(others, name)]) for name in names}
+        return replace(self, **parts, q=q, information=None)
+
 
 @dataclass(frozen=True)
 class HonestScores:
