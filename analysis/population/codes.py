@@ -155,14 +155,17 @@ class CodeMixture:
         """Return the mixture chosen on the rows `of`, `(n,)` booleans: half of them are scored by the others."""
         rows = of.nonzero()[:, 0]
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(1)).to(rows.device)
-        first, tried = rows[order[::2]], rows[order[1::2]][:ROWS_TRIED]
-        best, shares = _classes(table, first, tried), table.shares(first)
-        score = {e: float(_kernel(table, tried[:ROWS_SMOOTHED], of, e, shares).mean()) for e in SMOOTHINGS}
+        tried = rows[order[:ROWS_TRIED]]
+        parts = tried[::2], tried[1::2]
+        best, shares = _classes(table, *parts), [table.shares(part) for part in parts[::-1]]
+        score = {e: float(_kernel(table, parts[0][:ROWS_SMOOTHED], of, e, shares[0]).mean()) for e in SMOOTHINGS}
         smoothing = max(score, key=score.__getitem__)
-        found = table.counted(tried, of)
-        bases = [table.log_p[tried], table.product(tried, found), _kernel(table, tried, of, smoothing, shares)]
+        tried, found = torch.cat(parts), table.counted(torch.cat(parts), of)
+        kernel = [_kernel(table, part, of, smoothing, each) for part, each in zip(parts, shares, strict=True)]
+        bases = [table.log_p[tried], table.product(tried, found), torch.cat(kernel)]
         if best is not None:
-            bases.append(best.log_prob(table.flat[tried]))
+            held = latent_classes(table.flat[parts[1]], table.position, len(best.log_weights)), best
+            bases.append(torch.cat([one.log_prob(table.flat[part]) for one, part in zip(held, parts, strict=True)]))
             best = latent_classes(table.flat[rows], table.position, len(best.log_weights))
         given = terms(torch.stack(bases, 1), found)
         towards_p = torch.zeros_like(given[0])

@@ -50,7 +50,7 @@ class PairsBound:
         alike = t.exp()
         groups = (sums.by_value + sums.by_row) * n / critic.pairs
         reach = groups.sum(1)
-        m = float(reach.mean()) / 2
+        m = max(float(reach.mean()) / 2, 1e-300)  # no two rows may share a code
         g = ALIKE / n**2 * float(alike.mean())
         seen = m / (m + g)
         psi = t - seen * (reach / m - 2) - (1 - seen) * (alike / alike.mean() - 1)
@@ -171,10 +171,11 @@ def _critic(
 
 
 def _subset(n: int, found: PointwiseInformation) -> SubsetInformation:
+    above = float(found.outside.mean())
     return SubsetInformation(
         n,
         Estimate(float(found.inside.mean()), found.inside_error, "lower_bound"),
-        Estimate(float(found.outside.mean()), found.outside_error, "upper_bound"),
+        Estimate(above, found.outside_error, "upper_bound") if math.isfinite(above) else None,
     )
 
 

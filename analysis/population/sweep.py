@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pvae.distributions.exponential import Members
+from pvae.distributions.exponential_codes import CertainCodes
 
 TILE = 2**20
 """Largest number of pairs in a tile of some values and all rows."""
@@ -134,6 +135,8 @@ def sweep(
         own: log q(z_i | x_i), `(n,)`.
         critic: None for no sums over pairs.
     """
+    if isinstance(q, CertainCodes):
+        return counted(q, own, critic)
     n = len(value)
     index = torch.arange(n, device=own.device)
     group = torch.stack([index < n // 2, index >= n // 2], 1).double()
@@ -173,6 +176,37 @@ def _pairs(apart: Tensor, top: Tensor, at: slice, critic: PairCritic, sums: Pair
         sums.by_value[mine] += in_groups(e, (columns.stop - columns.start) // 2)
         cut = min(max((rows.start + rows.stop) // 2 - start, 0), len(e))
         sums.by_row[columns] += torch.stack([e[:cut].sum(0), e[cut:].sum(0)], 1)
+
+
+def counted(q: CertainCodes, own: Tensor, critic: PairCritic | None = None) -> tuple[PointwiseInformation, PairSums | None]:
+    """Return the same as `sweep` for deterministic codes, by counting rows with the same joint code; O(n log n).
+
+    Leave-one-out is infinite for a code that only one row has. The shares of a row are what leaving it out takes from
+    the other rows of its code: derivatives are too small where most rows have a code of their own.
+    """
+    n, code = len(own), q.index.unique(dim=0, return_inverse=True)[1]
+    times = code.bincount()[code].double()
+    outside = math.log(max(n - 1, 1)) - (times - 1).log()
+    lost = (times - 1) * (times.log() - (times - 1).clamp(min=1).log())
+    found = PointwiseInformation(math.log(n) - times.log(), outside, lost, (times > 1).double(), 0.0)
+    if critic is None:
+        return found, None
+    sums = PairSums(own.new_zeros(n, 2), own.new_zeros(n, 2))
+    for rows, columns in critic.blocks():
+        e, itself = critic(own[rows] - critic.apart[rows]).exp_(), float(rows == columns)
+        mine, theirs = (_by_half(part) + 2 * code[part] for part in (rows, columns))
+        number = theirs.bincount(minlength=2 * n).double().reshape(n, 2)[code[rows]]
+        mass = own.new_zeros(2 * n).index_add_(0, mine, e).reshape(n, 2)[code[columns]]
+        half = torch.nn.functional.one_hot(mine % 2, 2) * itself
+        sums.by_value[rows] += e[:, None] * (number - half)
+        sums.by_row[columns] += mass - e[:, None] * half if itself else mass
+    return found, sums
+
+
+def _by_half(part: slice) -> Tensor:
+    """Return 0 for the first half of a block of rows and 1 for the second, as `_pairs` does, `(k,)`."""
+    size = part.stop - part.start
+    return (torch.arange(size) >= size // 2).long()
 
 
 def counted_twice(groups: Tensor) -> float:
