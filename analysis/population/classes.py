@@ -69,7 +69,7 @@ def mixture_weights(terms: Tensor, prior: Tensor) -> Tensor:
         terms: log densities under the k components, `(m, k)`, nats.
         prior: pseudo-counts of the components, `(k,)`.
     """
-    log_weights = torch.full_like(terms[0], -float(torch.tensor(terms.shape[1]).log()))
+    log_weights = terms.new_zeros(terms.shape[1])
     for _ in range(WEIGHT_STEPS):
         mass = (terms + log_weights).softmax(1).sum(0) + prior
         log_weights = (mass / mass.sum()).log()

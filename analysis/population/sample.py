@@ -34,6 +34,12 @@ class NewRows:
     """Where `q` is None: log q(z_i | x_i) - log q_agg(z_i), `(m,)`, with all rows as components (or a random subset, so
     that it is a lower bound) of the rows that could be scored; else None."""
 
+    parts: tuple[NewRows, ...] = ()
+    """The latents without parents in the model alone, in groups of one kind (real, discrete); for priors that leave the
+    others as they are. Their posteriors `q` are those at each row's own sample of the latents that they read."""
+    group: Tensor | None = None
+    """Number of the covariate value of every row, `(n,)`; None without covariates."""
+
     def __len__(self) -> int:
         return len(self.value)
 
@@ -48,6 +54,8 @@ class NewRows:
             kl=self.kl[index],
             q=q,
             information=None,
+            parts=tuple(part.rows(index) for part in self.parts),
+            group=None if self.group is None else self.group[index],
         )
 
     def joined(self, others: NewRows) -> NewRows:
@@ -55,7 +63,8 @@ class NewRows:
         q = None if self.q is None or others.q is None else self.q.joined([others.q])
         names = ("value", "own", "log_p", "kl")
         parts = {name: torch.cat([getattr(self, name), getattr(others, name)]) for name in names}
-        return replace(self, **parts, q=q, information=None)
+        kept = tuple(one.joined(other) for one, other in zip(self.parts, others.parts, strict=True))
+        return replace(self, **parts, q=q, information=None, parts=kept, group=None)
 
 
 @dataclass(frozen=True)

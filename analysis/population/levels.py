@@ -1,0 +1,135 @@
+"""Priors of several latents made of priors of some of them, priors by covariate value, and mixtures of priors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import final
+
+import torch
+from torch import Tensor
+
+from pvae.analysis.population.classes import mixture_weights
+from pvae.analysis.population.sample import HonestPrior, HonestScores, NewRows, folds
+
+FEWEST_OF_GROUP = 50
+"""Smallest number of rows with one covariate value that have a prior of their own."""
+ROWS_WEIGHED = 4000
+"""Largest number of train rows on which the weights of a mixture are chosen."""
+
+
+@final
+class RootPrior(HonestPrior):
+    """New priors of the latents without parents, r(roots) p(the others | roots): the others cancel in r / p.
+
+    Arguments:
+        priors: one for each of the `parts` of the rows, independent of each other.
+    """
+
+    def __init__(self, priors: Sequence[HonestPrior]) -> None:
+        self.priors = tuple(priors)
+
+    def crossed(self, rows: NewRows, fold: Tensor) -> HonestScores:
+        found = [prior.crossed(part, fold) for prior, part in zip(self.priors, rows.parts, strict=True)]
+        return self._whole(rows, found)
+
+    def trained(self, train: NewRows, rows: NewRows) -> HonestScores:
+        pieces = zip(self.priors, train.parts, rows.parts, strict=True)
+        return self._whole(rows, [prior.trained(known, part) for prior, known, part in pieces])
+
+    def _whole(self, rows: NewRows, found: Sequence[HonestScores]) -> HonestScores:
+        rest = rows.log_p - torch.stack([part.log_p for part in rows.parts]).sum(0)
+        return HonestScores(
+            rest + torch.stack([scores.log_r for scores in found]).sum(0),
+            torch.stack([scores.influence for scores in found]).sum(0),
+            rest[:, None] + torch.stack([scores.apart for scores in found]).sum(0),
+            f"a new prior of the latents without parents: {'; '.join(scores.words for scores in found)}",
+        )
+
+
+@final
+class GroupPrior(HonestPrior):
+    """Priors r(z | y) made of the rows with the same covariate value; -inf for values of few rows."""
+
+    def __init__(self, prior: HonestPrior) -> None:
+        self.prior = prior
+
+    def crossed(self, rows: NewRows, fold: Tensor) -> HonestScores:
+        out = _nothing(rows, int(fold.max()) + 1)
+        for mine in _groups(rows):
+            found = self.prior.crossed(rows.rows(mine), fold[mine])
+            out.log_r[mine], out.influence[mine], out.apart[mine] = found.log_r, found.influence, found.apart
+        return out
+
+    def trained(self, train: NewRows, rows: NewRows) -> HonestScores:
+        out = _nothing(rows, 1)
+        assert train.group is not None and rows.group is not None  # noqa: S101, PT018 - made for rows with covariates
+        for known in _groups(train):
+            mine = (rows.group == train.group[known[0]]).nonzero()[:, 0]
+            if len(mine):
+                found = self.prior.trained(train.rows(known), rows.rows(mine))
+                out.log_r[mine], out.apart[mine] = found.log_r, found.apart
+        return out
+
+
+def _groups(rows: NewRows) -> list[Tensor]:
+    """Return the row numbers of every covariate value that enough rows have."""
+    assert rows.group is not None  # noqa: S101 - made for rows with covariates
+    found = [(rows.group == value).nonzero()[:, 0] for value in rows.group.unique().tolist()]
+    return [mine for mine in found if len(mine) >= FEWEST_OF_GROUP]
+
+
+def _nothing(rows: NewRows, folds: int) -> HonestScores:
+    zero = torch.zeros_like(rows.own)
+    return HonestScores(zero - torch.inf, zero, (zero - torch.inf)[:, None].repeat(1, folds), "priors by covariate value")
+
+
+@final
+class MixedPrior(HonestPrior):
+    """Mixture of priors, with weights by EM; a prior without a density (-inf) for some covariate values has none there.
+
+    The weights for the rows of one fold are chosen on the others, each scored by the priors of the fold that holds
+    neither. For the bound from pairs all weights are equal, as a fold alone does not tell them.
+    """
+
+    def __init__(self, priors: Sequence[HonestPrior]) -> None:
+        self.priors = tuple(priors)
+
+    def crossed(self, rows: NewRows, fold: Tensor) -> HonestScores:
+        found = [prior.crossed(rows, fold) for prior in self.priors]
+        log_r, apart = (torch.stack([getattr(s, name) for s in found], -1) for name in ("log_r", "apart"))
+        log_w = torch.zeros_like(log_r)
+        for k in range(apart.shape[1]):
+            known = [(fold == a, b) for a in range(apart.shape[1]) for b in range(apart.shape[1]) if k != a != b != k]
+            log_w[fold == k] = _weights(torch.cat([apart[mine, b] for mine, b in known]))
+        share = _available(log_r, log_w).softmax(-1).mean(0)
+        influence = torch.stack([s.influence for s in found], -1) @ share
+        equal = torch.zeros_like(apart)
+        words = self._words(found, share)
+        return HonestScores(
+            _available(log_r, log_w).logsumexp(-1), influence, _available(apart, equal).logsumexp(-1), words
+        )
+
+    def trained(self, train: NewRows, rows: NewRows) -> HonestScores:
+        few = train.rows(torch.arange(min(len(train), ROWS_WEIGHED), device=rows.value.device))
+        fold = folds(len(few), 0, rows.value.device)
+        log_w = _weights(torch.stack([prior.crossed(few, fold).log_r for prior in self.priors], -1))
+        found = [prior.trained(train, rows) for prior in self.priors]
+        terms = _available(torch.stack([s.log_r for s in found], -1), log_w)
+        log_r = terms.logsumexp(-1)
+        words = self._words(found, terms.softmax(-1).mean(0))
+        return HonestScores(log_r, torch.zeros_like(log_r), log_r[:, None], words)
+
+    def _words(self, found: Sequence[HonestScores], share: Tensor) -> str:
+        return "; ".join(f"{s.words} ({100 * float(w):.0f} %)" for s, w in zip(found, share, strict=True) if w >= 0.005)
+
+
+def _weights(terms: Tensor) -> Tensor:
+    """Return log weights of a mixture, `(k,)`, from the rows that every component has a density for."""
+    known = terms[terms.isfinite().all(1)]
+    return mixture_weights(known, torch.ones_like(known[0]) if len(known) else torch.ones_like(terms[0]))
+
+
+def _available(terms: Tensor, log_w: Tensor) -> Tensor:
+    """Return weighted log densities, the weights of components without a density given to the others."""
+    log_w = log_w.expand_as(terms).masked_fill(terms == -torch.inf, -torch.inf)
+    return terms + log_w.log_softmax(-1)
