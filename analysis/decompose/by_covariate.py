@@ -13,6 +13,7 @@ from torch import Tensor
 from pvae.analysis.decompose.posterior_draws import Draw, LatentDraw, draw
 from pvae.analysis.decompose.result import LatentSurgery, Surgery
 from pvae.analysis.figures.estimate import Estimate, exact
+from pvae.analysis.population.result import Population
 from pvae.pair.pair import Pair
 from pvae.util import seeds
 
@@ -20,6 +21,7 @@ POOLED_FIGURES = (
     "reconstruction", "kl", "kl_exact", "mutual_information", "marginal_kl", "leave_one_out", "train_gain", "elbo",
     "log_joint", "log_n", "relaxed_elbo",
 )  # fmt: skip
+POPULATION_FIGURES = ("gain", "gain_upper", "information", "information_upper")
 BOUNDS = {"mutual_information_lower": "mutual_information", "marginal_kl_upper": "marginal_kl"}
 """Bounds that exist only in groups where q_agg is computed from a random subset of the rows, and the term that replaces
 each of them in the other groups."""
@@ -154,10 +156,22 @@ def pool(found: Sequence[Surgery], sizes: Sequence[int], note: str) -> Surgery:
         n=sum(sizes),
         **figures,
         latents=latents,
+        population=_population([s.population for s in found], sizes),
         classes=classes if distinct else {},
         label_information=None,
         notes=(note, *told),
     )
+
+
+def _population(found: Sequence[Population | None], sizes: Sequence[int]) -> Population | None:
+    """Return the mean of the intervals of groups of rows that have other latents; None if one group has none."""
+    known = [part for part in found if part is not None]
+    if len(known) < len(found):
+        return None
+    figures = {name: _mean([getattr(part, name) for part in known], sizes) for name in POPULATION_FIGURES}
+    notes = tuple(dict.fromkeys(note for part in known for note in part.notes))
+    prior = f"a prior for each of {len(known)} groups of rows with the same latents"
+    return Population(n=sum(sizes), **figures, prior=prior, notes=notes)
 
 
 def _mean(parts: Sequence[Estimate | None], sizes: Sequence[int]) -> Any:

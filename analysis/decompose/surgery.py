@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -120,26 +121,30 @@ def surgery(
     train = None if train is None else accept(pair, train)
     y = _labels(labels, x)
 
-    def apart(rows: Tensor, y: Tensor | None, other: Tensor | None, own: int) -> Surgery:
+    def apart(
+        rows: Tensor, y: Tensor | None, other: Tensor | None, own: int, population: Asked | None = None
+    ) -> Surgery:
         return surgery(
-            pair, rows, samples, own, labels=y, train=other, components=components, memory=memory, population=None
-        )
+            pair, rows, samples, own, labels=y, train=other, components=components, memory=memory, seen=seen,
+            population=population,
+        )  # fmt: skip
 
     pooled = by_group(pair, x, y, train, apart, seed)
-    if pooled is not None:
+    if pooled is not None and (seen or population is None):
         return replace(pooled, seen=seen)
     with quiet(pair, x, seed):
         first = draw(pair, x)
         depend, every = pair.dependencies(x), frozenset(first.latents)  # of all sites that these rows have
         if settled(first, pair, x) and not pair.layout.shared and pair.structure.rows is None:
-            pooled = by_presence(first, pair, x, y, apart, seed)
-            if pooled is not None:
-                return replace(pooled, seen=seen)
+            present = by_presence(first, pair, x, y, partial(apart, population=population), seed)
+            if present is not None:
+                return replace(present, seen=seen)
         account = Account(pair, x, first, depend, seed, components, memory, priors_by_row(pair, x), every)
-        for done in range(1, samples + 1):
-            account.take(_honest(first if done == 1 or account.certain else draw(pair, x), depend.bottom_up))
-            on_progress(done, samples)
-    found = replace(close(account, y, train), seen=seen)
+        if pooled is None:
+            for done in range(1, samples + 1):
+                account.take(_honest(first if done == 1 or account.certain else draw(pair, x), depend.bottom_up))
+                on_progress(done, samples)
+    found = replace(close(account, y, train) if pooled is None else pooled, seen=seen)
     if seen or population is None:
         return found
     new = on_new_data(account, train, population)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pvae.analysis.population.classes import CLASSES, LatentClasses, latent_classes, mixture_weights
-from pvae.analysis.population.sample import HonestPrior, HonestScores, NewRows
+from pvae.analysis.population.sample import FOLDS, HonestPrior, HonestScores, NewRows
 from pvae.distributions.exponential_codes import Codes, Product
 from pvae.util import seeds
 
@@ -151,13 +151,13 @@ class CodeMixture:
     shares: Tensor
 
     @classmethod
-    def chosen(cls, table: CodeTable, of: Tensor) -> CodeMixture:
-        """Return the mixture chosen on the rows `of`, `(n,)` booleans: half of them are scored by the others."""
+    def chosen(cls, table: CodeTable, of: Tensor, *, classes: bool = True) -> CodeMixture:
+        """Return the mixture chosen on the rows `of`, `(n,)` booleans: each is scored by others of them."""
         rows = of.nonzero()[:, 0]
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(1)).to(rows.device)
         tried = rows[order[:ROWS_TRIED]]
         parts = tried[::2], tried[1::2]
-        best, shares = _classes(table, *parts), [table.shares(part) for part in parts[::-1]]
+        best, shares = _classes(table, *parts) if classes else None, [table.shares(part) for part in parts[::-1]]
         score = {e: float(_kernel(table, parts[0][:ROWS_SMOOTHED], of, e, shares[0]).mean()) for e in SMOOTHINGS}
         smoothing = max(score, key=score.__getitem__)
         tried, found = torch.cat(parts), table.counted(torch.cat(parts), of)
@@ -246,28 +246,23 @@ class CodePrior(HonestPrior):
 
     def crossed(self, rows: NewRows, fold: Tensor) -> HonestScores:
         table = CodeTable.of(rows, self.grids)
-        everyone, count = torch.ones_like(fold, dtype=torch.bool), int(fold.max()) + 1
-        log_r, influence, apart = (
-            torch.zeros_like(rows.own),
-            torch.zeros_like(rows.own),
-            rows.own.new_zeros(len(rows), count),
-        )
-        words = []
-        for k in range(count):
-            mine, others = (fold == k).nonzero()[:, 0], (fold != k).nonzero()[:, 0]
-            mixture, alone = CodeMixture.chosen(table, fold != k), CodeMixture.chosen(table, fold == k)
+        everyone, words = torch.ones_like(fold, dtype=torch.bool), ""
+        log_r, influence, apart = (torch.zeros_like(rows.own) for _ in range(3))
+        for k in range(FOLDS):
+            mine, before = (fold == k).nonzero()[:, 0], (fold == (k - 1) % FOLDS).nonzero()[:, 0]
+            mixture = CodeMixture.chosen(table, fold != k)
             log_r[mine], moved = mixture.scored(mine, everyone)
-            apart[others, k], _ = alone.scored(others, fold == k)
-            influence += moved
-            words.append(mixture.words())
-        return HonestScores(log_r, influence, apart, words[0])
+            alone = CodeMixture.chosen(table, fold == k, classes=False)
+            apart[before], _ = alone.scored(before, fold == k)
+            influence, words = influence + moved, mixture.words()
+        return HonestScores(log_r, influence, apart, words)
 
     def trained(self, train: NewRows, rows: NewRows) -> HonestScores:
         table = CodeTable.of(train.joined(rows), self.grids)
         number = torch.arange(len(train) + len(rows), device=rows.value.device)
         mixture = CodeMixture.chosen(table, number < len(train))
         log_r, _ = mixture.scored(number[len(train) :], number < len(train))
-        return HonestScores(log_r, torch.zeros_like(log_r), log_r[:, None], mixture.words())
+        return HonestScores(log_r, torch.zeros_like(log_r), log_r, mixture.words())
 
 
 def _classes(table: CodeTable, fitted: Tensor, held: Tensor) -> LatentClasses | None:

@@ -86,7 +86,7 @@ def interval(rows: NewRows, prior: HonestPrior, *, train: NewRows | None = None,
     shuffled, fold = folds(len(rows), seed, rows.value.device, n)
     rows = replace(rows.rows(shuffled), information=rows.information)
     found = prior.crossed(rows, fold) if train is None else prior.trained(train, rows)
-    lower, upper = _ends(rows, found)
+    lower, upper = ends(rows, found)
     if not math.isfinite(lower.value):
         return "on new data: log r(z) is not finite"
     if rows.q is None:
@@ -121,7 +121,7 @@ def interval(rows: NewRows, prior: HonestPrior, *, train: NewRows | None = None,
     )
 
 
-def _ends(rows: NewRows, found: HonestScores) -> tuple[Estimate, Estimate]:
+def ends(rows: NewRows, found: HonestScores) -> tuple[Estimate, Estimate]:
     """Return the lower end for M, and the upper end for I_pi, from the scores of an honest prior."""
     gains = (found.log_r - rows.log_p, rows.kl - rows.own + found.log_r)
     value, error = min(((float(d.mean()), spread(d + found.influence)) for d in gains), key=lambda pair: pair[1])

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pvae.analysis.population.classes import mixture_weights
-from pvae.analysis.population.sample import HonestPrior, HonestScores, NewRows, folds
+from pvae.analysis.population.sample import FOLDS, HonestPrior, HonestScores, NewRows, folds
 
 FEWEST_OF_GROUP = 50
 """Smallest number of rows with one covariate value that have a prior of their own."""
@@ -41,7 +41,7 @@ class RootPrior(HonestPrior):
         return HonestScores(
             rest + torch.stack([scores.log_r for scores in found]).sum(0),
             torch.stack([scores.influence for scores in found]).sum(0),
-            rest[:, None] + torch.stack([scores.apart for scores in found]).sum(0),
+            rest + torch.stack([scores.apart for scores in found]).sum(0),
             f"a new prior of the latents without parents: {'; '.join(scores.words for scores in found)}",
         )
 
@@ -54,14 +54,14 @@ class GroupPrior(HonestPrior):
         self.prior = prior
 
     def crossed(self, rows: NewRows, fold: Tensor) -> HonestScores:
-        out = _nothing(rows, int(fold.max()) + 1)
+        out = _nothing(rows)
         for mine in _groups(rows):
             found = self.prior.crossed(rows.rows(mine), fold[mine])
             out.log_r[mine], out.influence[mine], out.apart[mine] = found.log_r, found.influence, found.apart
         return out
 
     def trained(self, train: NewRows, rows: NewRows) -> HonestScores:
-        out = _nothing(rows, 1)
+        out = _nothing(rows)
         assert train.group is not None and rows.group is not None  # noqa: S101, PT018 - made for rows with covariates
         for known in _groups(train):
             mine = (rows.group == train.group[known[0]]).nonzero()[:, 0]
@@ -78,17 +78,17 @@ def _groups(rows: NewRows) -> list[Tensor]:
     return [mine for mine in found if len(mine) >= FEWEST_OF_GROUP]
 
 
-def _nothing(rows: NewRows, folds: int) -> HonestScores:
+def _nothing(rows: NewRows) -> HonestScores:
     zero = torch.zeros_like(rows.own)
-    return HonestScores(zero - torch.inf, zero, (zero - torch.inf)[:, None].repeat(1, folds), "priors by covariate value")
+    return HonestScores(zero - torch.inf, zero, zero - torch.inf, "priors by covariate value")
 
 
 @final
 class MixedPrior(HonestPrior):
     """Mixture of priors, with weights by EM; a prior without a density (-inf) for some covariate values has none there.
 
-    The weights for the rows of one fold are chosen on the others, each scored by the priors of the fold that holds
-    neither. For the bound from pairs all weights are equal, as a fold alone does not tell them.
+    The weights for the rows of a fold are chosen on the fold after it, scored by priors of the third one. For the bound
+    from pairs all weights are equal, as a fold alone does not tell them.
     """
 
     def __init__(self, priors: Sequence[HonestPrior]) -> None:
@@ -98,26 +98,24 @@ class MixedPrior(HonestPrior):
         found = [prior.crossed(rows, fold) for prior in self.priors]
         log_r, apart = (torch.stack([getattr(s, name) for s in found], -1) for name in ("log_r", "apart"))
         log_w = torch.zeros_like(log_r)
-        for k in range(apart.shape[1]):
-            known = [(fold == a, b) for a in range(apart.shape[1]) for b in range(apart.shape[1]) if k != a != b != k]
-            log_w[fold == k] = _weights(torch.cat([apart[mine, b] for mine, b in known]))
+        for k in range(FOLDS):
+            log_w[fold == k] = _weights(apart[fold == (k + 1) % FOLDS])
         share = _available(log_r, log_w).softmax(-1).mean(0)
         influence = torch.stack([s.influence for s in found], -1) @ share
-        equal = torch.zeros_like(apart)
-        words = self._words(found, share)
+        whole = _available(log_r, log_w).logsumexp(-1)
         return HonestScores(
-            _available(log_r, log_w).logsumexp(-1), influence, _available(apart, equal).logsumexp(-1), words
+            whole, influence, _available(apart, torch.zeros_like(apart)).logsumexp(-1), self._words(found, share)
         )
 
     def trained(self, train: NewRows, rows: NewRows) -> HonestScores:
         few = train.rows(torch.arange(min(len(train), ROWS_WEIGHED), device=rows.value.device))
-        fold = folds(len(few), 0, rows.value.device)
-        log_w = _weights(torch.stack([prior.crossed(few, fold).log_r for prior in self.priors], -1))
+        order, fold = folds(len(few), 0, rows.value.device)
+        log_w = _weights(torch.stack([prior.crossed(few.rows(order), fold).log_r for prior in self.priors], -1))
         found = [prior.trained(train, rows) for prior in self.priors]
         terms = _available(torch.stack([s.log_r for s in found], -1), log_w)
         log_r = terms.logsumexp(-1)
         words = self._words(found, terms.softmax(-1).mean(0))
-        return HonestScores(log_r, torch.zeros_like(log_r), log_r[:, None], words)
+        return HonestScores(log_r, torch.zeros_like(log_r), log_r, words)
 
     def _words(self, found: Sequence[HonestScores], share: Tensor) -> str:
         return "; ".join(f"{s.words} ({100 * float(w):.0f} %)" for s, w in zip(found, share, strict=True) if w >= 0.005)
