@@ -14,8 +14,9 @@ from pvae.analysis.population.sample import FOLDS, HonestPrior, HonestScores, Ne
 from pvae.distributions.exponential_codes import Codes, Product
 from pvae.util import seeds
 
-COMPARISONS = 2**33
-"""Largest number of comparisons of two codes in a pass over all pairs of rows; above it only some rows have kernels."""
+COMPARISONS, TABLE = 2**33, 2**25
+"""Largest numbers of comparisons of two codes in a pass over pairs of rows, and of probabilities of all kernels; above
+them only some rows have kernels."""
 ROWS_AT_ONCE, ROWS_TRIED, ROWS_SMOOTHED = 512, 1000, 250
 """Numbers of rows in a tile of kernels, of rows that weights are fitted to, and of rows that the smoothing is."""
 SMOOTHINGS = (0.02, 0.1, 0.25, 0.5)
@@ -51,10 +52,11 @@ class CodeTable:
     """Number of every row's joint code among the distinct ones, `(n,)`."""
     log_p: Tensor
     """Log prior probability of every row's joint code, `(n,)`."""
-    probability: Tensor | None
-    """Posterior probability of every code at its position, `(n, sum of the positions' states)`; None where not kept."""
     centres: Tensor
-    """Rows that may have a kernel, `(n,)` booleans: all, or as many at random as time allows."""
+    """Numbers of the rows that have a kernel, `(m,)`: all, or as many at random as time and memory allow."""
+    probability: Tensor
+    """Posterior probability of every code at its position for these rows, `(sum of the positions' states, m)`, float32;
+    where posteriors are not kept 1 for the row's own codes."""
 
     @classmethod
     def of(cls, rows: NewRows, grids: Sequence[Grid]) -> CodeTable:
@@ -67,14 +69,15 @@ class CodeTable:
             sizes += [grid.states] * grid.positions
         codes, size = torch.cat(index, 1), torch.tensor(sizes, device=value.device)
         position = torch.arange(len(sizes), device=value.device).repeat_interleave(size)
+        flat = codes + size.cumsum(0) - size
+        most = min(COMPARISONS // codes.numel(), TABLE // len(position))
+        centres = seeds.subset(len(value), max(1, most), 0).to(value.device)
         parts = rows.q.parts if isinstance(rows.q, Product) else [rows.q]
-        known = [part.logits.exp().flatten(1).float() for part in parts if isinstance(part, Codes)]
-        centres = torch.zeros(len(value), dtype=torch.bool, device=value.device)
-        centres[seeds.subset(len(value), max(1, COMPARISONS // codes.numel()), 0)] = True
-        return cls(
-            codes + size.cumsum(0) - size, position, codes.unique(dim=0, return_inverse=True)[1], rows.log_p,
-            torch.cat(known, 1) if len(known) == len(parts) else None, centres,
-        )  # fmt: skip
+        known = [part.rows(centres).logits.exp().flatten(1).float() for part in parts if isinstance(part, Codes)]
+        if len(known) < len(parts):
+            known = [torch.zeros(len(centres), len(position), device=value.device).scatter_(1, flat[centres], 1.0)]
+        joint = codes.unique(dim=0, return_inverse=True)[1]
+        return cls(flat, position, joint, rows.log_p, centres, torch.cat(known, 1).T.contiguous())
 
     def counted(self, at: Tensor, of: Tensor) -> Counted:
         """Return how often the codes of the rows `at` occur among the rows `of`, `(n,)` booleans, themselves apart."""
@@ -97,25 +100,16 @@ class CodeTable:
         return (counts / total[self.position]).float()
 
     def kernels(self, at: Tensor, of: Tensor, smoothing: float, shares: Tensor) -> Iterator[tuple[slice, Tensor]]:
-        """Yield log kernels of the rows `at` around the rows `of`, indices, `(k, c)`, with the slice of `at`; float32.
+        """Yield log kernels of the rows `at` around the centres `of`, `(k, c)`, with the slice of `at`; float32.
 
         Every position keeps the posterior (or the code) of its row with probability 1 - smoothing, else it has the
         proportions `shares` of all rows. The kernel of a row around itself is left out (`NOTHING`).
         """
-        table, chance = None, (smoothing * shares).log()
-        if self.probability is not None:
-            table = ((1 - smoothing) * self.probability[of] + smoothing * shares).log().T.contiguous()
+        table = self.probability[:, of].mul_(1 - smoothing).add_(smoothing * shares[:, None]).log_()
         for start in range(0, len(at), ROWS_AT_ONCE):
             block = slice(start, start + ROWS_AT_ONCE)
-            flat = self.flat[at[block]]
-            if table is not None:
-                tile = torch.nn.functional.embedding_bag(flat, table, mode="sum")
-            else:
-                tile = chance[flat].sum(1, keepdim=True).expand(-1, len(of)).clone()
-                gain = (1 - smoothing + smoothing * shares).log() - chance
-                for mine, theirs in zip(flat.T, self.flat[of].T, strict=True):
-                    tile.addcmul_(gain[mine][:, None], (mine[:, None] == theirs).float())
-            yield block, tile.masked_fill_(at[block, None] == of, NOTHING)
+            tile = torch.nn.functional.embedding_bag(self.flat[at[block]], table, mode="sum")
+            yield block, tile.masked_fill_(at[block, None] == self.centres[of], NOTHING)
 
 
 class Counted(NamedTuple):
@@ -182,8 +176,9 @@ class CodeMixture:
         bases = [table.log_p[at], table.product(at, found), torch.zeros_like(found.total)]
         bases += [self.classes.log_prob(table.flat[at])] if self.classes is not None else []
         base, log_r, influence = torch.stack(bases, 1), torch.zeros_like(found.total), torch.zeros_like(table.log_p)
-        centres = (of & table.centres).nonzero()[:, 0]
-        for block, tile in table.kernels(at, centres, self.smoothing, self.shares):
+        near = of[table.centres]
+        centres = table.centres[near]
+        for block, tile in table.kernels(at, near, self.smoothing, self.shares):
             top, some = tile.amax(1), Counted(*(part[block] for part in found))
             e = (tile - top[:, None]).clamp_(min=FLOOR).exp_()
             total = e.sum(1)
@@ -281,9 +276,9 @@ def _classes(table: CodeTable, fitted: Tensor, held: Tensor) -> LatentClasses | 
 
 def _kernel(table: CodeTable, at: Tensor, of: Tensor, smoothing: float, shares: Tensor) -> Tensor:
     """Return the log mean of the kernels of the rows `at` around the rows `of`, themselves apart, `(m,)`, nats."""
-    centres = (of & table.centres).nonzero()[:, 0]
-    found = torch.cat([tile.logsumexp(1) for _, tile in table.kernels(at, centres, smoothing, shares)])
-    return found.double() - _others(at, centres)
+    near = of[table.centres]
+    found = torch.cat([tile.logsumexp(1) for _, tile in table.kernels(at, near, smoothing, shares)])
+    return found.double() - _others(at, table.centres[near])
 
 
 def _others(at: Tensor, centres: Tensor) -> Tensor:
