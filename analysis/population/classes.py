@@ -24,7 +24,7 @@ class LatentClasses:
     log_weights: Tensor
     """Log weights of the classes, `(C,)`."""
     log_theta: Tensor
-    """Log probabilities of every code by class, `(sum of the positions' states, C)`."""
+    """Log probabilities of the S codes of all positions by class, `(S, C)`."""
 
     def joint(self, flat: Tensor) -> Tensor:
         """Return log w_k + log theta_k(c) of codes `(m, P)`, given as rows of `log_theta`, `(m, C)`, nats."""
@@ -35,25 +35,23 @@ class LatentClasses:
         return self.joint(flat).logsumexp(1)
 
 
-def latent_classes(flat: Tensor, position: Tensor, classes: int) -> LatentClasses:
+def latent_classes(flat: Tensor, shares: Tensor, classes: int) -> LatentClasses:
     """Return the latent class model of codes fitted by EM, from classes that start at random rows.
 
     A class takes one pseudo-count at every position, spread as all rows are there.
 
     Arguments:
-        flat: codes of the rows, `(m, P)`: the number of a code among the codes of all positions.
-        position: position of each of these codes, `(sum of the positions' states,)`.
+        flat: codes of the rows, `(m, P)`: the number of a code among the S codes of all positions.
+        shares: proportion of each of these codes at its position, `(S,)`.
         classes: number of classes.
     """
     generator = torch.Generator().manual_seed(0)
     flat = flat[torch.randperm(len(flat), generator=generator)[:ROWS].to(flat.device)]
-    counts = torch.bincount(flat.flatten(), minlength=len(position)).double() + 0.5
-    shares = counts / torch.zeros(flat.shape[1], device=flat.device).double().index_add(0, position, counts)[position]
     near = (flat[:, None] == flat[None, :classes]).double().mean(2)  # rows of a class resemble its first row
     posterior = (flat.shape[1] * near).softmax(1) if classes > 1 else torch.ones_like(near)
     for step in range(STEPS):
         weights = posterior.sum(0) + 1 / classes
-        theta = shares[:, None].expand(-1, classes).clone()
+        theta = shares.double()[:, None].repeat(1, classes)
         for column in flat.T:
             theta.index_add_(0, column, posterior)
         model = LatentClasses((weights / weights.sum()).log(), (theta / (posterior.sum(0) + 1)).log())

@@ -45,9 +45,11 @@ class CodeTable:
     """Joint codes of n rows, counted: by joint code, and by position."""
 
     flat: Tensor
-    """Number of every row's code among the codes of all positions, `(n, P)`."""
+    """Number of every row's code among the S codes seen at all positions, `(n, P)`."""
     position: Tensor
-    """Position of each of these codes, `(sum of the positions' states,)`."""
+    """Position of each of these codes, `(S,)`."""
+    states: Tensor
+    """Number of codes that there are at each position, `(P,)`, float64."""
     group: Tensor
     """Number of every row's joint code among the distinct ones, `(n,)`."""
     log_p: Tensor
@@ -55,8 +57,8 @@ class CodeTable:
     centres: Tensor
     """Numbers of the rows that have a kernel, `(m,)`: all, or as many at random as time and memory allow."""
     probability: Tensor
-    """Posterior probability of every code at its position for these rows, `(sum of the positions' states, m)`, float32;
-    where posteriors are not kept 1 for the row's own codes."""
+    """Posterior probability of every code at its position for these rows, `(S, m)`, float32; where posteriors are not
+    kept, 1 for the row's own codes."""
 
     @classmethod
     def of(cls, rows: NewRows, grids: Sequence[Grid]) -> CodeTable:
@@ -68,16 +70,19 @@ class CodeTable:
             index.append(part.reshape(len(part), -1, grid.states).argmax(2) if hot else part.long())
             sizes += [grid.states] * grid.positions
         codes, size = torch.cat(index, 1), torch.tensor(sizes, device=value.device)
-        position = torch.arange(len(sizes), device=value.device).repeat_interleave(size)
-        flat = codes + size.cumsum(0) - size
-        most = min(COMPARISONS // codes.numel(), TABLE // len(position))
+        first = size.cumsum(0) - size
+        seen, flat = (codes + first).unique(return_inverse=True)
+        position = torch.bucketize(seen, first, right=True) - 1
+        most = min(COMPARISONS // codes.numel(), TABLE // len(seen))
         centres = seeds.subset(len(value), max(1, most), 0).to(value.device)
         parts = rows.q.parts if isinstance(rows.q, Product) else [rows.q]
-        known = [part.rows(centres).logits.exp().flatten(1).float() for part in parts if isinstance(part, Codes)]
-        if len(known) < len(parts):
-            known = [torch.zeros(len(centres), len(position), device=value.device).scatter_(1, flat[centres], 1.0)]
+        known = [part.rows(centres).logits.flatten(1) for part in parts if isinstance(part, Codes)]
+        if len(known) == len(parts):
+            table = torch.cat(known, 1)[:, seen].exp().float()
+        else:
+            table = torch.zeros(len(centres), len(seen), device=value.device).scatter_(1, flat[centres], 1.0)
         joint = codes.unique(dim=0, return_inverse=True)[1]
-        return cls(flat, position, joint, rows.log_p, centres, torch.cat(known, 1).T.contiguous())
+        return cls(flat, position, size.double(), joint, rows.log_p, centres, table.T.contiguous())
 
     def counted(self, at: Tensor, of: Tensor) -> Counted:
         """Return how often the codes of the rows `at` occur among the rows `of`, `(n,)` booleans, themselves apart."""
@@ -90,14 +95,13 @@ class CodeTable:
 
     def product(self, at: Tensor, found: Counted) -> Tensor:
         """Return the log probability of the rows `at` under a product of positions with add-1/2 counts, `(m,)`."""
-        half = torch.bincount(self.position).double() / 2
-        return ((found.by_position + 0.5) / (found.total[:, None] + half)).log().sum(1)
+        return ((found.by_position + 0.5) / (found.total[:, None] + self.states / 2)).log().sum(1)
 
     def shares(self, of: Tensor) -> Tensor:
         """Return the proportion of every code at its position among the rows `of`, with add-1/2 counts, float32."""
-        counts = torch.bincount(self.flat[of].flatten(), minlength=len(self.position)).double() + 0.5
-        total = torch.zeros_like(counts).index_add(0, self.position, counts)
-        return (counts / total[self.position]).float()
+        flat = self.flat[of]
+        counts = torch.bincount(flat.flatten(), minlength=len(self.position)).double() + 0.5
+        return (counts / (len(flat) + self.states / 2)[self.position]).float()
 
     def kernels(self, at: Tensor, of: Tensor, smoothing: float, shares: Tensor) -> Iterator[tuple[slice, Tensor]]:
         """Yield log kernels of the rows `at` around the centres `of`, `(k, c)`, with the slice of `at`; float32.
@@ -158,9 +162,9 @@ class CodeMixture:
         kernel = [_kernel(table, part, of, smoothing, each) for part, each in zip(parts, shares, strict=True)]
         bases = [table.log_p[tried], table.product(tried, found), torch.cat(kernel)]
         if best is not None:
-            held = latent_classes(table.flat[parts[1]], table.position, len(best.log_weights)), best
+            held = latent_classes(table.flat[parts[1]], table.shares(parts[1]), len(best.log_weights)), best
             bases.append(torch.cat([one.log_prob(table.flat[part]) for one, part in zip(held, parts, strict=True)]))
-            best = latent_classes(table.flat[rows], table.position, len(best.log_weights))
+            best = latent_classes(table.flat[rows], table.shares(rows), len(best.log_weights))
         given = terms(torch.stack(bases, 1), found)
         towards_p = torch.zeros_like(given[0])
         towards_p[0] = TOWARDS_P
@@ -264,9 +268,10 @@ def _classes(table: CodeTable, fitted: Tensor, held: Tensor) -> LatentClasses | 
     """Return the latent class model of the rows `fitted` that is best on the rows `held`; None for a single class."""
     if len(fitted) < FEWEST_BY_CLASS or table.flat.shape[1] == 1:
         return None
-    best, value = None, latent_classes(table.flat[fitted], table.position, 1).log_prob(table.flat[held]).mean()
+    flat, shares = table.flat[fitted], table.shares(fitted)
+    best, value = None, latent_classes(flat, shares, 1).log_prob(table.flat[held]).mean()
     for number in CLASSES:
-        found = latent_classes(table.flat[fitted], table.position, number)
+        found = latent_classes(flat, shares, number)
         score = found.log_prob(table.flat[held]).mean()
         if score <= value:
             break
