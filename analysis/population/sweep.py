@@ -178,7 +178,9 @@ def _pairs(apart: Tensor, top: Tensor, at: slice, critic: PairCritic, sums: Pair
         sums.by_row[columns] += torch.stack([e[:cut].sum(0), e[cut:].sum(0)], 1)
 
 
-def counted(q: CertainCodes, own: Tensor, critic: PairCritic | None = None) -> tuple[PointwiseInformation, PairSums | None]:
+def counted(
+    q: CertainCodes, own: Tensor, critic: PairCritic | None = None
+) -> tuple[PointwiseInformation, PairSums | None]:
     """Return the same as `sweep` for deterministic codes, by counting rows with the same joint code; O(n log n).
 
     Leave-one-out is infinite for a code that only one row has. The shares of a row are what leaving it out takes from

@@ -17,7 +17,7 @@ from pvae.analysis.population.interval import interval
 from pvae.analysis.population.levels import GroupPrior, MixedPrior, RootPrior
 from pvae.analysis.population.result import Population
 from pvae.analysis.population.sample import HonestPrior, NewRows, folds
-from pvae.analysis.population.sweep import Critic, sweep
+from pvae.analysis.population.sweep import PairCritic, sweep
 from pvae.distributions.exponential_codes import CertainCodes, Codes
 from tests.population.channels import CodeChannel, by_class, certain, enumerated, zipf
 
@@ -128,7 +128,7 @@ def test_certain_codes_are_counted_as_pairs_are():
     index = torch.randint(3, (60, 2))
     q, own = CertainCodes(index, 3), torch.zeros(60).double()
     apart = torch.randn(9).double()[index[:, 0] * 3 + index[:, 1]] - 2
-    for critic in (Critic(apart, (20, 20, 20), 0.75, 2.0), Critic(apart, (60,), 1.0, 9.0)):
+    for critic in (PairCritic(apart, (20, 20, 20), 0.75, 2.0), PairCritic(apart, (60,), 1.0, 9.0)):
         (got, sums), (want, pairs) = (sweep(members, index.double(), own, critic) for members in (q, q.codes()))
         assert sums is not None
         assert pairs is not None
