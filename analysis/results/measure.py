@@ -37,7 +37,8 @@ def fitted(run: Run) -> dict[str, object]:
     """Return columns that identify a run and its data, and describe its fit: epochs, seconds, device, parameters ..."""
     status, manifest, train = run.status, run.files.manifest, run.plan.train
     validated = run.metrics.query("split == 'validation'")
-    kept = validated.iloc[int(validated["elbo"].argmax()) if train.keep == "best" else -1]
+    figure = validated.get(manifest.get("figure", "elbo"), validated["elbo"])
+    kept = validated.iloc[int(figure.argmax()) if train.keep == "best" else -1]
     return {
         "run": run.name, "id": run.path.name, "data": run.data.source, "fingerprint": run.data.fingerprint[:16],
         "epochs": status["epoch"], "best_epoch": kept["epoch"], "fit_seconds": status["seconds"],

@@ -118,7 +118,8 @@ def _parent(run: Run) -> str | None:
 def _facts(run: Run) -> dict[str, Any]:
     """Return folder, name, parent, state and alerts of a run, for JSON."""
     keys = ("state", "epoch", "epochs", "step", "elbo", "seconds", "skipped", "degraded")
-    status = {key: run.status.get(key) for key in keys}
+    figure = run.files.manifest.get("figure", "elbo")
+    status = {key: run.status.get(key) for key in (*keys, figure)}
     return {"run": str(run.path), "name": run.name, "parent": _parent(run), **status, "alerts": run.files.alerts()}
 
 
@@ -127,8 +128,11 @@ def _summary(run: Run) -> str:
     parent = _parent(run)
     head = f"{run.path} (prior fitted anew; parent {parent})\n" if parent else ""
     status = run.status
-    elbo = status.get("elbo")
-    figure = f", best validation ELBO {elbo:.3f} nats per datum" if isinstance(elbo, float) else ""
+    from pvae.objectives.base import named
+
+    name = str(run.files.manifest.get("figure", "elbo"))
+    best = status.get(name)
+    figure = f", best {named(name)} {best:.3f} nats per datum" if isinstance(best, float) else ""
     alerts = f"; {n} alerts, see events.jsonl" if (n := len(run.files.alerts())) else ""
     epochs = f"epoch {status.get('epoch')} of {status.get('epochs')}"
     return f"{head}{run.path}: {epochs}, {status.get('seconds')} s{figure}{alerts}"

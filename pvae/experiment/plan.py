@@ -39,9 +39,10 @@ class Train(Section):
     validate_every: int = Field(default=1, gt=0)
     """Number of epochs between two validations."""
     patience: int | None = Field(default=None, gt=0)
-    """Number of validations without a better ELBO after which training stops early; never unless set."""
+    """Number of validations without a better figure (see `keep`) after which training stops early; never unless set."""
     keep: Literal["best", "last"] = "best"
-    """Weights that the run keeps: those of the best validation ELBO, or the last."""
+    """Weights that the run keeps: the last, or those of the best validation figure of the objective: ELBO, `iwae`,
+    ... Under `em` the best are those that have converged on the training data."""
     nonfinite: Literal["stop", "skip", "rollback"] = "stop"
     """Response to a NaN or infinite loss: stop with a diagnosis, skip the step, or go back to the last checkpoint."""
     checkpoint_seconds: float = Field(default=30.0, ge=0)

@@ -23,6 +23,16 @@ if TYPE_CHECKING:
     from pvae.data.streamed import Streamed
 
 
+FITTED = "train_log_p"
+"""Figure that ranks weights by the negative loss on the training data: they have converged, or can be better."""
+
+
+def named(figure: str) -> str:
+    """Return the name of a validation figure in words."""
+    known = {"elbo": "validation ELBO", FITTED: "log p of the training data"}
+    return known.get(figure, f"validation {figure}")
+
+
 class Stepper(ABC):
     """Base of the training steps of a fit, one call per batch: a gradient step (`Step`), an E-step or GAN steps."""
 
@@ -116,6 +126,24 @@ class Objective(Component):
         """Return the metrics of held-out data `(n, *row)` that validation reports, by name; None to report the ELBO.
 
         Weights and the random state stay unchanged; the same seed gives the same metrics.
+        """
+        return None
+
+    def figure(self, epochs: int) -> str:
+        """Return the name of the validation figure that ranks the weights of a fit: what the objective maximises.
+
+        The weight of the KL is that of the last epoch, so that figures are comparable during a warm-up: `elbo` at 1,
+        `reconstruction` at 0, else `beta_elbo`, in which every KL is at least `free_bits`.
+        """
+        beta = self.beta.at(epochs, epochs)
+        if beta == 0:
+            return "reconstruction"
+        return "elbo" if beta == 1 and not self.free_bits else "beta_elbo"
+
+    def bound(self, pair: Pair, x: Tensor, rows: int | None, beta: Tensor) -> Tensor | None:
+        """Return the batch mean of the maximised bound, nats per datum; None if the ELBO's terms make it up.
+
+        Penalties of factors, the observed sites of a guide, are subtracted.
         """
         return None
 

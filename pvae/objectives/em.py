@@ -18,7 +18,7 @@ from pvae.models.likelihoods.closed_form import ClosedForm
 from pvae.models.priors.base import MixtureWeights
 from pvae.nn.network import TableModule
 from pvae.nn.schedules import Constant
-from pvae.objectives.base import Fitting, Objective, Stepper
+from pvae.objectives.base import FITTED, Fitting, Objective, Stepper
 from pvae.objectives.elbo import minus_elbo
 from pvae.pair.enumeration import read_joint_states
 from pvae.pair.layout import samples
@@ -84,6 +84,9 @@ class EM(Objective):
     def loss(self, terms: Terms, beta: Tensor) -> Tensor:
         """Return the batch mean of -log p(x), nats per datum, for diagnosis; its gradient is not used."""
         return minus_elbo(terms, beta)
+
+    def figure(self, epochs: int) -> str:
+        return FITTED
 
     def misfits(self, pair: Pair, rows: int) -> list[str]:
         try:

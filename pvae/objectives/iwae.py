@@ -43,6 +43,15 @@ class IWAE(Objective):
     def terms(self, pair: Pair, x: Tensor, rows: int | None = None) -> Terms:
         return pair.terms(x, particles=self.particles, rows=rows)
 
+    def figure(self, epochs: int) -> str:
+        return "iwae" if self.beta.at(epochs, epochs) == 1 else "beta_iwae"
+
+    def bound(self, pair: Pair, x: Tensor, rows: int | None, beta: Tensor) -> Tensor:
+        terms = self.terms(pair, x, rows)
+        log_weight = terms.reconstruction - beta * sum_over(list(terms.kl.values()))
+        less = [terms.penalties[name].mean() for name in pair.layout.factors if name in terms.penalties]
+        return sum_over([log_weight.logsumexp(0).mean() - math.log(self.particles), *(-value for value in less)])
+
     def misfits(self, pair: Pair, rows: int) -> list[str]:
         found = []
         if names := ", ".join(pair.layout.expected):

@@ -71,6 +71,12 @@ class PyroELBO(Objective):
             num_particles=self.particles, max_plate_nesting=pair.layout.nesting, **options
         )
 
+    def figure(self, epochs: int) -> str:
+        return self.elbo
+
+    def bound(self, pair: Pair, x: Tensor, rows: int | None, beta: Tensor) -> Tensor:
+        return -self.evaluate(pair, x, rows, beta)[0].detach()
+
     def misfits(self, pair: Pair, rows: int) -> list[str]:
         if not pair.declared:
             return []

@@ -30,8 +30,8 @@ RUN_STATES = ("running", "finished", "interrupted", "failed")
 ALERT_KINDS = frozenset(["alert", "analysis", "fallback", "nonfinite", "storage"])
 """Kinds of events that are shown to the user as alerts."""
 MANIFEST_KEYS: dict[str, type | UnionType] = {
-    "name": str, "id": str, "started": str, "device": str, "engine": str, "precision": str, "declared": bool,
-    "imports": list, "trainable": list | None, "parent": dict | None, "data": dict, "exports": list,
+    "name": str, "id": str, "started": str, "device": str, "engine": str, "precision": str, "figure": str,
+    "declared": bool, "imports": list, "trainable": list | None, "parent": dict | None, "data": dict, "exports": list,
 }  # fmt: skip
 """Type of each known entry of a run's manifest; every entry may be missing."""
 

@@ -16,6 +16,7 @@ from pvae.distributions.relaxed import Discretised
 from pvae.experiment.experiment import Experiment
 from pvae.experiment.plan import Plan
 from pvae.nn.codebook import NearestCodebook
+from pvae.objectives.base import Objective
 from pvae.pair.code_usage import SILENT, Tally, codebook_of, silence, tallies
 from pvae.pair.layout import samples, unwrapped
 from pvae.pair.pair import Pair
@@ -77,6 +78,27 @@ def _mean_terms(pair: Pair, x: Tensor | Streamed, seed: int, rows: int | None) -
     means = {key: value / len(x) for key, value in totals.items()}
     total_kl = sum(value for key, value in means.items() if key.startswith("kl/"))
     return {"elbo": means["reconstruction"] - total_kl, "kl": total_kl, **means}
+
+
+def maximised(name: str, objective: Objective, figures: Mapping[str, float], beta: float) -> float | None:
+    """Return the validation figure `name` of an objective, nats per datum; None if `figures` do not make it up."""
+    if name == "beta_elbo":
+        kl = [max(value, objective.free_bits) for key, value in figures.items() if key.startswith("kl/")]
+        return figures["reconstruction"] - beta * sum(kl)
+    return figures.get(name)
+
+
+def held_out(objective: Objective, pair: Pair, x: Tensor | Streamed, seed: int, rows: int | None, beta: float) -> float:
+    """Return the mean over `x` of the bound that an objective maximises (`Objective.bound`); see `evaluate`."""
+    total, chunk = 0.0, max(1, ROWS_AT_ONCE // getattr(objective, "particles", 1))
+    with quiet(pair, x[:1]), Discretised(pair.relaxed):
+        for start in range(0, len(x), chunk):
+            seeds.set_noise(seeds.mix(seed, seeds.VALIDATION, start), x.device)
+            batch = pair.accept(x[start : start + chunk])
+            bound = objective.bound(pair, batch, rows, torch.tensor(beta, device=x.device))
+            assert bound is not None  # noqa: S101 - the objective names it
+            total += float(bound) * len(batch)
+    return total / len(x)
 
 
 # ---------------------------------------------------------------------- alerts; none is an error

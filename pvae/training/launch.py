@@ -66,6 +66,7 @@ def launch(
             "seed": plan.seed,
             "device": str(where),
             "engine": engine,
+            "figure": plan.objective.figure(plan.train.epochs),
             "precision": resolved(plan.train.precision, where),
             "threads": torch.get_num_threads(),
             "parent": parent,

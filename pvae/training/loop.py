@@ -17,10 +17,11 @@ from torch import Tensor
 
 from pvae.errors import Interrupted, PvaeError, is_refused_draw
 from pvae.nn.precision import ROUNDED
+from pvae.objectives.base import FITTED, named
 from pvae.pair.code_usage import code_usage
 from pvae.training import recovery
 from pvae.training.begin import begin
-from pvae.training.evaluation import ALERT_ROWS, alerts, evaluate
+from pvae.training.evaluation import ALERT_ROWS, alerts, evaluate, held_out, maximised
 from pvae.training.step import CLIPPED, is_finite
 from pvae.training.trainer import Trainer, first_line, swapped
 from pvae.util.progress import ProgressBar
@@ -29,6 +30,8 @@ SHOWN_STEPS = 20
 """Number of steps between two updates of the progress bar."""
 STATUS_SECONDS = 2.0
 """Smallest number of seconds between two updates of the status file."""
+CONVERGED = 1e-6
+"""Smallest gain per epoch, nats per datum, of a fit that has not converged."""
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
 """Signals that ask a fit to stop."""
 
@@ -179,7 +182,7 @@ def end_epoch(trainer: Trainer, bar: ProgressBar) -> None:
     trainer.files.log_metrics({**common, "split": "train", **row, "lr": lr, "skipped": state.skipped})
     note = f"epoch {state.epoch}/{train.epochs} {in_words(row)}"
     if state.epoch % train.validate_every == 0 or state.epoch == train.epochs:
-        note = f"{note} validation {validate(trainer, common)}"
+        note = f"{note} validation {validate(trainer, common, row.get('loss', 0.0))}"
     bar.update(state.step, note)
     if trainer.analyse_every and state.epoch % trainer.analyse_every == 0:
         analyse(trainer, common)
@@ -210,8 +213,23 @@ def analyse(trainer: Trainer, common: Mapping[str, Any]) -> None:
         trainer.files.log_metrics({**common, "split": "analysis", **row})
 
 
-def validate(trainer: Trainer, common: Mapping[str, Any]) -> str:
+def judged(trainer: Trainer, figures: dict[str, float], loss: float) -> float:
+    """Return the figure that ranks the weights, less penalties of the guide's factors; add it to the other figures."""
+    plan, pair, name, epochs = trainer.plan, trainer.pair, trainer.figure, trainer.train.epochs
+    if name == FITTED:
+        return -loss
+    beta, penalties = plan.objective.beta.at(epochs, epochs), 0.0
+    if (ready := maximised(name, plan.objective, figures, beta)) is not None:
+        figures[name], penalties = ready, sum(v for key, v in figures.items() if key.startswith("penalty/"))
+    else:
+        figures[name] = held_out(plan.objective, pair, trainer.data.validation.rows, plan.seed, trainer.loss.rows, beta)
+    return figures[name] - penalties
+
+
+def validate(trainer: Trainer, common: Mapping[str, Any], loss: float) -> str:
     """Log the validation metrics, of the averaged weights if there are any, and update the best weights and patience.
+
+    `loss` is the mean of the epoch's training losses.
 
     Returns the result as text for the progress bar.
     """
@@ -223,10 +241,10 @@ def validate(trainer: Trainer, common: Mapping[str, Any]) -> str:
             trainer.files.log_metrics({**common, **measured})
             return in_words(measured)
         figures = evaluate(trainer.pair, held, seed, len(trainer.data.train)) | code_usage(trainer.pair, held, seed)
-        score = figures["elbo"] - sum(v for name, v in figures.items() if name.startswith("penalty/"))
-        better = score > state.best
+        score = judged(trainer, figures, loss)
+        better = score > state.best + (CONVERGED if trainer.figure == FITTED else 0.0)
         if better:
-            state.best, state.best_epoch, state.waited = score, state.epoch, 0
+            state.best, state.best_epoch, state.waited, state.elbo = score, state.epoch, 0, figures["elbo"]
             if train.keep == "best":
                 trainer.best = {name: value.detach().clone() for name, value in trainer.pair.state_dict().items()}
     if not better and beta_rests(trainer):
@@ -235,7 +253,7 @@ def validate(trainer: Trainer, common: Mapping[str, Any]) -> str:
     if train.patience is not None and state.waited >= train.patience:
         state.stopped = True
         trainer.tell(
-            "stop", f"validation ELBO not better for {state.waited} validations: stopped at epoch {state.epoch}"
+            "stop", f"{named(trainer.figure)} not better for {state.waited} validations: stopped at epoch {state.epoch}"
         )
     return f"{figures['elbo']:.2f}"
 

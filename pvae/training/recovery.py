@@ -98,7 +98,7 @@ def restore(trainer: Trainer, saved: checkpoint.Checkpoint) -> None:
         trainer.gathered.update(progress)
         trainer.state = State.of(saved.state)
         if keeps_best and trainer.best is None:
-            trainer.state.best = -math.inf
+            trainer.state.best = trainer.state.elbo = -math.inf
         if trainer.state.step:
             trainer.follow_schedules(trainer.state.step - 1)  # of the last step: the end of its epoch may be to come
     except (KeyError, TypeError, ValueError, RuntimeError) as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -116,8 +117,10 @@ def _go_on(run: Run, plan: Plan, where: torch.device, changed: list[str], *, pro
         _ = run.checkpoint  # raises where there is none
         return
     engine = str(files.manifest.get("engine", "eager"))
+    judged = _judged(run.plan) != _judged(plan)
     if changed:
-        files.write_manifest({**files.manifest, "precision": precision_of(run, plan, where)})
+        figure = {"figure": _judged(plan)[0]} if judged else {}
+        files.write_manifest({**files.manifest, **figure, "precision": precision_of(run, plan, where)})
     trainer = Trainer(plan, pair, run.data, files, where, engine, progress)
     saved = newest(trainer)
     if saved is not None:
@@ -129,9 +132,17 @@ def _go_on(run: Run, plan: Plan, where: torch.device, changed: list[str], *, pro
         )
     if changed:
         trainer.state.stopped = False
+        if judged:  # by another figure than until now
+            trainer.state.best = trainer.state.elbo = -math.inf
         files.write_spec(plan.to_toml())
         files.log_event("changed", "; ".join(changed))
     loop.train(trainer)
+
+
+def _judged(plan: Plan) -> tuple[str, float, float]:
+    """Return what ranks the weights of a fit: name of the figure, weight of the KL at the end, free bits."""
+    objective, epochs = plan.objective, plan.train.epochs
+    return objective.figure(epochs), objective.beta.at(epochs, epochs), objective.free_bits
 
 
 def second_stage(run: Run, device: str, progress: bool, *, allow_changes: bool = False) -> Run:

@@ -33,13 +33,15 @@ Count = Annotated[int, Field(ge=-1, lt=1 << 53)]
 class State:
     """Progress of a fit, stored in every checkpoint.
 
-    `best` is the best validation ELBO, `waited` the number of validations that patience has counted, `skipped` the
-    number of steps that were not finite and changed no weight.
+    `best` is the best validation figure that the objective names, `elbo` the validation ELBO of these weights, `waited`
+    the number of validations that patience has counted, `skipped` the number of steps that were not finite and changed
+    no weight.
     """
 
     step: Count = 0
     epoch: Count = 0
     best: float = -math.inf
+    elbo: float = -math.inf
     best_epoch: Count = -1
     waited: Count = 0
     rollbacks: Count = 0
@@ -86,6 +88,8 @@ class Trainer:
         self.pair = pair.to(device, plan.objective.dtype)
         self.dtype = plan.objective.dtype or data.train.rows.dtype
         self.precision = str(files.manifest.get("precision", resolved(self.train.precision, device)))
+        self.figure = str(files.manifest.get("figure", "elbo"))
+        """Name of the validation figure that ranks weights; the ELBO in runs of earlier versions."""
         self.loss = Loss(plan.objective, self.pair, len(data.train), self.precision).to(device)
         self.names = [name for name, p in self.pair.named_parameters() if p.requires_grad]
         self.parameters = learned(self.pair)
@@ -115,11 +119,12 @@ class Trainer:
             print(printable(f"pvae: {message}"), file=sys.stderr, flush=True)
 
     def status(self, state: str, **fields: Any) -> None:
-        """Write the status file of the run: state, epoch, step, best validation ELBO, elapsed seconds and `fields`."""
+        """Write the status file of the run: state, epoch, step, best figure, elapsed seconds and `fields`."""
         s = self.state
         if self.plan.objective.scores:
-            name = "elbo_less_penalties" if self.pair.layout.factors else "elbo"
-            fields[name] = s.best if math.isfinite(s.best) else None
+            less = "_less_penalties" if self.pair.layout.factors else ""
+            found = {"elbo": s.elbo, self.figure: s.best} if not less else {f"{self.figure}{less}": s.best}
+            fields |= {name: value if math.isfinite(value) else None for name, value in found.items()}
         self.files.update_status(
             state=state, epoch=s.epoch, epochs=self.train.epochs, step=s.step, engine=self.engine,
             seconds=round(s.seconds, 1), skipped=s.skipped, **fields,

@@ -66,11 +66,11 @@ def over_epochs(grid: Sequence[Axes], *, widened: bool = False) -> None:
 
 
 @style()
-def training(rows: Sequence[MetricsRow], latents: Sequence[str]) -> Figure:
-    """Plot the ELBO of train and validation, the KL of every latent, and beta over epochs."""
+def training(rows: Sequence[MetricsRow], latents: Sequence[str], figure: str = "elbo") -> Figure:
+    """Plot the ELBO of train and validation, the validation `figure` that ranks weights, KLs and beta over epochs."""
     made, grid = panels(6.6, (3, 2, 1), sharex=True)
     top, middle, bottom = grid
-    _elbo_curves(top, rows)
+    _elbo_curves(top, rows, figure)
     for i, name in enumerate(latents):
         colour = SERIES[i % len(SERIES)]
         middle.plot(*series(rows, "train", f"kl/{name}"), color=colour, label=plain(name))
@@ -87,15 +87,19 @@ def training(rows: Sequence[MetricsRow], latents: Sequence[str]) -> Figure:
     return made
 
 
-def _elbo_curves(axes: Axes, rows: Sequence[MetricsRow]) -> None:
+def _elbo_curves(axes: Axes, rows: Sequence[MetricsRow], figure: str) -> None:
     train = curve(axes, rows, "train", "elbo", color=BLUE, label="train")
     epochs, values = curve(axes, rows, "validation", "elbo", color=RED, linestyle="--", label="validation")
-    title = "ELBO"
+    shown, title, colour = [train, (epochs, values)], "ELBO", RED
+    if figure != "elbo" and len(series(rows, "validation", figure)[0]):
+        epochs, values = curve(axes, rows, "validation", figure, color=GREEN, linestyle="--", label=figure)
+        shown, title, colour = [*shown, (epochs, values)], f"ELBO and {figure}", GREEN
     if len(values):
         best = int(values.argmax())
-        axes.plot(epochs[best], values[best], "o", color=RED, markersize=7, markerfacecolor="white", markeredgewidth=2)
-        title = f"ELBO (circle: best of validation, {nats(values[best])})"
-    robust_limits(axes, [train, (epochs, values)])
+        look = {"color": colour, "markersize": 7, "markerfacecolor": "white", "markeredgewidth": 2}
+        axes.plot(epochs[best], values[best], "o", **look)
+        title = f"{title} (circle: best of validation, {nats(values[best])})"
+    robust_limits(axes, shown)
     axes.set(title=title, ylabel="nats per datum")
     axes.legend(loc="lower right")
 

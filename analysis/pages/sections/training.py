@@ -9,6 +9,7 @@ from pvae.analysis.pages.document.blocks import Note, PageTable, Part, Picture, 
 from pvae.analysis.pages.document.text import nats
 from pvae.analysis.pages.plots import curves
 from pvae.analysis.pages.sections.examination import Examination
+from pvae.objectives.base import named
 
 TOLD_EVENTS = ("nonfinite", "storage", "stop", "changed", "engine", "precision", "data", "alert")
 MEASURED = re.compile("has collapsed|are dead|are silent")
@@ -44,13 +45,14 @@ def training(exam: Examination) -> Iterator[Part]:
 
 
 def _elbo(exam: Examination) -> Picture:
-    epochs, best = curves.series(exam.metrics, "validation", "elbo")
+    figure = str(exam.run.files.manifest.get("figure", "elbo"))
+    epochs, best = curves.series(exam.metrics, "validation", figure)
     said = ""
     if len(best):
-        said = f" Best validation ELBO {nats(float(best.max()))} at epoch {int(epochs[best.argmax()])}."
+        said = f" Best {named(figure)} {nats(float(best.max()))} at epoch {int(epochs[best.argmax()])}."
     return picture(
         "training",
-        curves.training(exam.metrics, [*exam.collapse.latents, *exam.pair.layout.shared]),
+        curves.training(exam.metrics, [*exam.collapse.latents, *exam.pair.layout.shared], figure),
         f"Three charts over epochs: ELBO of train and validation, KL of every latent, beta.{said}",
         "The ELBO is that of beta = 1, whatever beta the loss used. Its first epochs may lie below the frame. Look for "
         "a validation curve that falls while train still rises (overfitting), for curves that still rise at the end "
