@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -13,8 +13,10 @@ from torch import Tensor, nn
 
 from pvae.component import Component
 from pvae.errors import DeclarationError
+from pvae.models.graph import GraphModel
 from pvae.nn.precision import products_in
 from pvae.nn.schedules import Constant, Schedule
+from pvae.pair.dependencies import Dependencies
 from pvae.pair.pair import Pair
 from pvae.pair.terms import Terms
 
@@ -114,10 +116,15 @@ class Objective(Component):
         sites = (*pair.layout.latents, *pair.layout.shared, *summed)
         return ("reconstruction", *(f"kl/{name}" for name in sites))
 
-    def evaluate(self, pair: Pair, x: Tensor, rows: int | None, beta: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Return the differentiable loss of a batch, and its metrics as `metrics` names them (batch means, nats)."""
+    def evaluate(
+        self, pair: Pair, x: Tensor, rows: int | None, beta: Tensor, closed: Collection[str] = ()
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Return the differentiable loss of a batch, and its metrics as `metrics` names them (batch means, nats).
+
+        KLs of the latents `closed` are metrics in closed form where there is one, whatever estimates the loss.
+        """
         terms = self.terms(pair, x, rows)
-        return self.loss(terms, beta), terms.means
+        return self.loss(terms, beta), terms.figures(closed) if closed else terms.means
 
     def attach(self, pair: Pair) -> None:  # noqa: B027 - most have nothing to add
         """Add modules (a critic, say) to a declared pair, none by default; called once, before weights are set."""
@@ -156,6 +163,21 @@ class Objective(Component):
         return None
 
 
+def known_apart(pair: Pair) -> frozenset[str]:
+    """Return the latents of which E_q[log q - log p] is the mean of KLs in closed form, if these exist.
+
+    That is so of one latent alone, and of those of a declared pair whose prior reads none that is inferred from them.
+    """
+    names = frozenset((*pair.layout.latents, *pair.layout.shared))
+    if len(names) == 1:
+        return names
+    if not isinstance(pair.model, GraphModel):
+        return frozenset()
+    sites = pair.model.sites
+    guide, model = {s.name: names & {*s.guide_given} for s in sites}, {s.name: names & {*s.given} for s in sites}
+    return names - Dependencies(guide, model).bottom_up
+
+
 class Loss(nn.Module):
     """Objective of a pair as one module that can be exported; the weight `beta`, which varies in training, is a buffer.
 
@@ -171,12 +193,13 @@ class Loss(nn.Module):
         self.objective = objective
         self.pair = pair
         self.names: tuple[str, ...] = ("loss", *objective.metrics(pair))
+        self.closed = known_apart(pair)
         self.register_buffer("beta", torch.ones(()), persistent=False)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return the scalar loss of x `(batch, *event)` and the vector of metrics named by `names`."""
         with products_in(self.precision):
-            loss, metrics = self.objective.evaluate(self.pair, x, self.rows, self.beta)
+            loss, metrics = self.objective.evaluate(self.pair, x, self.rows, self.beta, self.closed)
         if len(metrics) != len(self.names) - 1:
             raise DeclarationError(
                 f"pair: expected the latents of the batches seen before the fit ({', '.join(self.names[2:])}); got "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any, Literal, Self, final
 
 import pyro.infer
@@ -85,7 +86,9 @@ class PyroELBO(Objective):
     def metrics(self, pair: Pair) -> tuple[str, ...]:
         return ()
 
-    def evaluate(self, pair: Pair, x: Tensor, rows: int | None, beta: Tensor) -> tuple[Tensor, list[Tensor]]:
+    def evaluate(
+        self, pair: Pair, x: Tensor, rows: int | None, beta: Tensor, closed: Collection[str] = ()
+    ) -> tuple[Tensor, list[Tensor]]:
         """Return Pyro's loss of a batch divided by the number of rows, with the gradient that Pyro computes.
 
         The gradient arrives by a linear function of the parameters with that slope and no value.

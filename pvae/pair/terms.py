@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -15,7 +15,7 @@ from pvae.distributions.exact import log_density
 from pvae.errors import DeclarationError
 from pvae.pair.densities import closed_kl, full_size, log_prob, plate_scale, priced_kl, share, sum_over
 from pvae.pair.enumeration import Expectations, eliminated, read_joint_states, require_expectable
-from pvae.pair.layout import Layout, samples
+from pvae.pair.layout import Layout, is_point, samples
 
 
 @dataclass(frozen=True)
@@ -31,10 +31,26 @@ class Terms:
     scores: dict[str, Score] = field(default_factory=dict)
     """Score-function terms of every latent whose sample carries no gradient."""
 
+    closed: Callable[[str], Tensor | None] = lambda _: None
+    """Function that returns the closed-form KL of a latent that `kl` estimates from samples; None if there is none."""
+
+    def figures(self, closed: Collection[str]) -> list[Tensor]:
+        """Return `means` as metrics, without gradient: KLs of the latents `closed` in closed form where it exists."""
+        with torch.no_grad():
+            known = [self.closed(name) if name in closed else None for name in self.kl]
+            pairs = zip(self.means[1:], known, strict=True)
+            return [self.means[0], *(mean if value is None else _apart(value, mean) for mean, value in pairs)]
+
     @cached_property
     def means(self) -> list[Tensor]:
         """Batch means of the reconstruction, then of every KL; cached, as loss and metrics both use them."""
         return [self.reconstruction.mean(), *(kl.mean() for kl in self.kl.values())]
+
+
+def _apart(kl: Tensor, estimate: Tensor) -> Tensor:
+    """Return the mean of closed-form KLs, at least 0 despite rounding, or the estimate where they are infinite."""
+    mean = kl.mean()
+    return torch.where(mean.isfinite(), mean.clamp(min=0), estimate)
 
 
 @dataclass(frozen=True)
@@ -82,7 +98,15 @@ def terms_of(
             known = log_q - (0.0 if p is None else log_prob(p, layout, particles, size))
         kl[name] = known
     scores |= _scores_of_factors(guide_trace, layout, particles, size)
-    return Terms(reconstruction, kl, penalties_of(guide_trace, layout, particles, size), scores)
+    penalties = penalties_of(guide_trace, layout, particles, size)
+
+    def closed(name: str) -> Tensor | None:
+        q, p = guide_trace.nodes.get(name), model_trace.nodes.get(name)
+        if closed_form or q is None or p is None or is_point(q["fn"]) or priced_kl(q, p, layout, particles) is not None:
+            return None  # the term itself is what there is
+        return closed_kl(q, p, layout, particles, size)
+
+    return Terms(reconstruction, kl, penalties, scores, closed)
 
 
 def expected_terms(

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import pvae
 from pvae.analysis.pages.plots import curves
 from pvae.experiment.experiment import Experiment
-from pvae.objectives.base import FITTED, Objective, named
+from pvae.objectives.base import FITTED, Loss, Objective, known_apart, named
 from pvae.objectives.elbo import TraceELBO
 from pvae.objectives.em import EM
 from pvae.objectives.iwae import IWAE
@@ -174,3 +174,88 @@ def test_another_objective_ranks_anew(tmp_path: Path) -> None:
     assert state_of(done)["best_epoch"] == 4
     assert done.status["elbo"] == rows_of(done)[-1]["elbo"]
     assert "beta_elbo" not in rows_of(done)[-1]
+
+
+# ---------------------------------------------------------------------- metrics of training
+
+
+def two_levels() -> pvae.Pair:
+    return Experiment.load("hvae", ["encoder.network.hidden=[16]", "decoder.network.hidden=[16]"]).build((1, 8, 8))
+
+
+@pytest.mark.parametrize("objective", [TraceELBO(), TraceELBO(particles=3), IWAE()], ids=["one", "three", "iwae"])
+@pytest.mark.parametrize("case", ["one latent", "two levels", "by hand"])
+def test_kl_metrics_are_in_closed_form(case: str, objective: Objective) -> None:
+    """Those of the traces that the loss is made of, while the loss stays that of samples, bit for bit."""
+    torch.manual_seed(0)
+    x = X if case == "by hand" else (torch.rand(20, 1, 8, 8) > 0.5).float()
+    pair = {
+        "one latent": lambda: experiment({}).build((1, 8, 8)),
+        "two levels": two_levels,
+        "by hand": lambda: pvae.Pair(Model(), Guide(1.0)),
+    }[case]()
+    loss = Loss(objective, pair.adopt(x))
+    torch.manual_seed(1)
+    value, metrics = loss(x)
+    torch.manual_seed(1)
+    terms = objective.terms(pair, x)
+    assert torch.equal(value, objective.loss(terms, torch.ones(())))
+    torch.manual_seed(1)
+    exact = pair.terms(x, getattr(objective, "particles", 1), closed_form=True)
+    found = dict(zip(loss.names, metrics, strict=True))
+    for name, kl in exact.kl.items():
+        assert float(found[f"kl/{name}"]) == pytest.approx(float(kl.mean().detach()), rel=1e-5)
+        assert not torch.equal(found[f"kl/{name}"], terms.kl[name].mean())
+    assert torch.equal(found["reconstruction"], terms.reconstruction.mean())
+
+
+def test_a_collapsed_latent_has_no_negative_kl() -> None:
+    """Guide and prior are equal: single draws give KLs of either sign with noise in the parameters, the metric none."""
+
+    def guide(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(torch.full((1,), 1e-3), 1.001).to_event(1))
+
+    pair = pvae.Pair(Model(), guide).adopt(X)
+    loss = Loss(TraceELBO(), pair)
+    drawn = []
+    for seed in range(20):
+        torch.manual_seed(seed)
+        drawn.append(float(pair.terms(X).kl["z"].mean().detach()))
+        torch.manual_seed(seed)
+        assert 0 <= float(loss(X)[1][loss.names.index("kl/z")]) < 1e-5
+    assert min(drawn) < 0
+
+
+def test_a_metric_never_stops_a_fit() -> None:
+    """An infinite KL, of supports that differ, leaves the estimate: here that of a draw inside both."""
+
+    def model(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Uniform(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z[:, None], 1.0).to_event(1), obs=x)
+
+    def guide(x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Uniform(0.5 * torch.ones(len(x)), 1.0000001))
+
+    pair = pvae.Pair(model, guide).adopt(X)
+    torch.manual_seed(0)
+    _, metrics = Loss(TraceELBO(), pair)(X)
+    assert bool(metrics.isfinite().all())
+    assert float(metrics[-1]) == pytest.approx(math.log(2), abs=1e-3)
+
+
+BOTTOM_UP = ["latents.z1.posterior.given=['x']", "latents.z2.posterior.given=['z1']"]
+"""z1 from x, z2 from z1, while p(z1 | z2): E_q[log q - log p] of z1 is no mean of closed forms."""
+
+
+@pytest.mark.parametrize(
+    ("zoo", "overrides"), [("hvae", []), ("hvae", BOTTOM_UP), ("ladder", []), ("bidirectional", [])]
+)
+def test_levels_are_known_apart_as_found_by_perturbing_them(zoo: str, overrides: list[str]) -> None:
+    pair = Experiment.load(zoo, overrides).build((1, 8, 8))
+    x = torch.rand(20, 1, 8, 8).round()
+    names = frozenset(pair.adopt(x).layout.latents)
+    assert known_apart(pair) == names - pair.dependencies(x).bottom_up
+    assert ("z1" in known_apart(pair)) is not bool(overrides)
