@@ -32,7 +32,7 @@ def log_density(fn: Any, value: Tensor) -> Tensor:
 
 def has_gamma(fn: Any) -> bool:
     """Return whether the log density of a distribution, perhaps wrapped or transformed, has gamma functions."""
-    while not _is_gamma_family(type(fn)):
+    while not _is_gamma_family(fn.__class__):
         inner = getattr(fn, "base_dist", None)
         fn = getattr(fn, "_component_distribution", None) if inner is None else inner
         if fn is None:

@@ -39,9 +39,9 @@ def poisson(rate: Tensor, x: Tensor) -> Array:
     return scipy.stats.poisson.logpmf(x.double().numpy(), rate.double().numpy())
 
 
-def negative_binomial(r: Tensor, logits: Tensor, x: Tensor) -> Array:
-    """r (r + 1) ... (r + x - 1) / x! as a Beta function up to r = 1e6, else as a sum of logarithms' integral."""
-    r, logits, x = np.broadcast_arrays(*(t.detach().double().numpy() for t in (r, logits, x)))
+def negative_binomial(*given: Tensor) -> Array:
+    """Of r, logits, x: r (r + 1) ... (r + x - 1) / x! as a Beta function up to r = 1e6, else by Stirling's formula."""
+    r, logits, x = np.broadcast_arrays(*(t.detach().double().numpy() for t in given))
     with np.errstate(divide="ignore", invalid="ignore"):
         small = -np.log(x) - scipy.special.betaln(r, np.maximum(x, 1e-300))
         large = x * np.log(r) + (r + x - 0.5) * np.log1p(x / r) - x - scipy.special.gammaln(x + 1)
@@ -70,7 +70,7 @@ def test_poisson_counts_are_exact():
 @pytest.mark.parametrize("log_count", [-7.0, -1.0, 1.0, 7.0])
 def test_negative_binomial_counts_are_exact(log_count: float):
     module = NegativeBinomial().build((len(LOG_MEANS),))
-    module.log_count.data.fill_(log_count)
+    torch.nn.init.constant_(module.get_parameter("log_count"), log_count)
     fn = module(LOG_MEANS.expand(len(COUNTS), -1)).base_dist
     assert off(fn.log_prob(TABLE), negative_binomial(fn.total_count, fn.logits, TABLE)) < EXACT
 
@@ -78,7 +78,7 @@ def test_negative_binomial_counts_are_exact(log_count: float):
 def test_heavy_tails_are_exact_at_any_degrees_of_freedom():
     law = Law(column="y", family="student_t")
     module = ColumnsModule((6,), [law] * 6, 1e-3)
-    module.families["student_t"].log_df.data.copy_(torch.tensor([-20.0, 0.0, 2.0, 6.0, 10.0, 12.0]))
+    module.get_parameter("families.student_t.log_df").data.copy_(torch.tensor([-20.0, 0.0, 2.0, 6.0, 10.0, 12.0]))
     y = torch.tensor([0.0, 0.1, 1.0, 30.0, 1e3])[:, None].expand(-1, 6)
     fn = module(torch.zeros(5, 6))
     assert off(fn.log_prob(y), scipy.stats.t.logpdf(y.double(), fn.parts[0].df.double().detach()).sum(-1)) < EXACT
@@ -213,7 +213,7 @@ def declared() -> tuple[Experiment, pvae.Pair]:
 def read(pair: pvae.Pair, x: Tensor, seed: int = 0) -> Array:
     """The exact log p(x | z) of every row, at the rates that the trace holds."""
     torch.manual_seed(seed)
-    fn = pair.traces(x)[1].nodes["x"]["fn"]
+    fn: Any = pair.traces(x)[1].nodes["x"]["fn"]
     return poisson(fn.base_dist.rate.reshape(x.shape).detach(), x).reshape(len(x), -1).sum(-1)
 
 
@@ -233,7 +233,7 @@ def test_a_step_is_exact_in_every_precision(precision: Any):
     value, metrics = loss(x)
     value.backward()
     assert abs(float(metrics[loss.names.index("reconstruction")]) - exact.mean()) < EXACT or precision == "autocast"
-    assert all(bool(p.grad.isfinite().all()) for p in pair.parameters())
+    assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in pair.parameters())
 
 
 class Scored(nn.Module):
@@ -244,7 +244,8 @@ class Scored(nn.Module):
         self.likelihood = likelihood
 
     def forward(self, h: Tensor, x: Tensor) -> Tensor:
-        return self.likelihood(h).base_dist.log_prob(x)
+        fn: Any = self.likelihood(h)
+        return fn.base_dist.log_prob(x)
 
 
 @pytest.mark.slow

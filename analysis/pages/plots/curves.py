@@ -96,7 +96,7 @@ def _elbo_curves(axes: Axes, rows: Sequence[MetricsRow], figure: str) -> None:
         shown, title, colour = [*shown, (epochs, values)], f"ELBO and {figure}", GREEN
     if len(values):
         best = int(values.argmax())
-        look = {"color": colour, "markersize": 7, "markerfacecolor": "white", "markeredgewidth": 2}
+        look: dict[str, Any] = {"color": colour, "markersize": 7, "markerfacecolor": "white", "markeredgewidth": 2}
         axes.plot(epochs[best], values[best], "o", **look)
         title = f"{title} (circle: best of validation, {nats(values[best])})"
     robust_limits(axes, shown)
