@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 import pandas
 
@@ -34,7 +35,7 @@ def measured(run: Run, root: str, rows: int) -> dict[str, object]:
     if parent is not None:
         won = gain(Run.load(parent["run"], root=root).pair, run.pair, test).gained
         return row | {"parent": parent["run"], "gained": won.value, "gained_error": won.standard_error}
-    found = surgery(run.pair, test, train=train)
+    found = surgery(run.pair, test, train=train, population="full")
     for name in ("elbo", "kl", "mutual_information", "marginal_kl", "log_n"):
         row[name] = getattr(found, name).value
     if (new := found.population) is None:
@@ -74,7 +75,7 @@ def main() -> None:
     parser.add_argument("--root", default="runs")
     parser.add_argument("--rows", type=int, default=10_000)
     asked = parser.parse_args()
-    rows = pandas.read_csv(asked.out).to_dict("records") if asked.out.exists() else []
+    rows: list[Any] = pandas.read_csv(asked.out).to_dict("records") if asked.out.exists() else []
     for name in asked.runs:
         run = Run.load(name, root=asked.root)
         if not any(row["id"] == run.path.name for row in rows):

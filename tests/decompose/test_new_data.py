@@ -15,7 +15,7 @@ from pvae.analysis.decompose.result import Surgery, side_by_side
 from pvae.analysis.decompose.surgery import surgery
 from pvae.analysis.figures.estimate import Estimate
 from pvae.analysis.population.result import Population, SubsetInformation
-from tests.decompose.test_surgery import channel, correlated
+from tests.decompose.pairs import channel, correlated
 
 
 def lower(value: float, error: float = 0.03) -> Estimate:
@@ -120,7 +120,7 @@ def test_interval_in_words_table_and_json(plain_surgery):
     assert {"new_gain_upper", "new_information", "new_information_upper"} < set(terms)
     assert not [name for name, _, _ in plain_surgery.known() if name.startswith("new_")]
     written = json.loads(json.dumps(found.to_dict(), allow_nan=False))
-    assert written["population"]["gain_upper"] == SATURATED.gain_upper.to_dict()
+    assert written["population"]["gain_upper"] == upper(3.9).to_dict()
     assert [size["n"] for size in written["population"]["sizes"]] == [100, 1000]
     assert written["figures"]["new_gain"] == written["population"]["gain"]
     assert written["seen"] is False
