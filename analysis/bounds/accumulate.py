@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pvae.analysis.bounds.psis import pareto_k, tail_length
-from pvae.analysis.bounds.weights import WeightSampler
+from pvae.analysis.bounds.weights import WeightSampler, squared_error
 from pvae.analysis.figures.estimate import CONSERVATIVE, Estimate
 from pvae.util.progress import Progress
 
@@ -180,7 +180,7 @@ class Accumulator:
         # sum w^2 / (sum w)^2; without any weight above zero there is no effective sample.
         inverse_ess = (self.doubled - 2 * (bounds[-1] + math.log(samples))).exp().nan_to_num(nan=math.inf)
         errors = [level.moments.squared_error for level in self.levels[:-1]]
-        errors.append((inverse_ess - 1 / samples).clamp(min=0))
+        errors.append(squared_error(self.largest, bounds[-1], inverse_ess, samples))
         resolution = WEIGHT_ROUNDING * self.precision * (1 + self.largest[0].abs())
         khat = pareto_k(self.largest, samples, resolution)
         return Accumulated(self.sizes, bounds.cpu(), torch.stack(errors).cpu(), 1 / inverse_ess.cpu(), khat.cpu())

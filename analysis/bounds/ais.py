@@ -12,7 +12,7 @@ from pvae.analysis.aggregate.entry import accept, quiet, require_likelihood, sim
 from pvae.analysis.bounds.annealed import Annealed, Bracket
 from pvae.analysis.bounds.annealing import anneal, pilot, schedule
 from pvae.analysis.bounds.targets import AnnealingPlan, Start, Target
-from pvae.analysis.bounds.weights import delta_error, inverse_ess, log_mean
+from pvae.analysis.bounds.weights import inverse_ess, log_mean, squared_error
 from pvae.analysis.figures.estimate import CONSERVATIVE, Estimate, Kind, over_rows
 from pvae.errors import DataError
 from pvae.pair.arguments import PairData
@@ -45,8 +45,8 @@ def ais(
     the log Jacobian of torch's `biject_to`. Step sizes, one for every datum and temperature, are tuned to an acceptance
     of 0.65 on separate chains and then fixed, so the weights stay unbiased.
 
-    Warning: the standard error is the delta method's over the chains of each datum; where one chain has all the weight
-    (`ess` near one) it is too small.
+    The standard error is the jackknife's over the chains of each datum (`weights.squared_error`). Where one chain has
+    most of the weight (`ess` near one) the bound is loose.
 
     References:
         Annealed importance sampling (Neal, 2001), https://arxiv.org/abs/physics/9803008
@@ -90,7 +90,7 @@ def ais(
     return Annealed(
         n=len(x),
         **plan.settings,
-        lower=_bound(log_p, delta_error(inverse, chains), "lower_bound"),
+        lower=_bound(log_p, _error(log_weights), "lower_bound"),
         log_p=log_p,
         log_weights=log_weights,
         ess=1 / inverse,
@@ -173,7 +173,7 @@ def bracket(
     return Bracket(
         n=rows,
         **plan.settings,
-        lower=_bound(lower, delta_error(inverse_ess(forward.cpu()), chains), "lower_bound"),
+        lower=_bound(lower, _error(forward.cpu()), "lower_bound"),
         upper=_bound(upper, width.standard_error, "upper_bound"),
         width=width,
         x=x,
@@ -195,6 +195,13 @@ def _counter(total: int, on_progress: Progress) -> Callable[[], None]:
     """Return a function that reports the number of its calls so far, and `total`, to `on_progress`."""
     count = iter(range(1, total + 1))
     return lambda: on_progress(next(count), total)
+
+
+def _error(log_weights: Tensor) -> float:
+    """Return the standard error of the mean over data of log mean weights `(chains, n)`; NaN with one chain."""
+    chains, n = log_weights.shape
+    found = squared_error(log_weights.sort(0, True).values, log_mean(log_weights), inverse_ess(log_weights), chains)
+    return float(found.sum().sqrt() / n) if chains > 1 else math.nan
 
 
 def _bound(values: Tensor, error: float, kind: Kind) -> Estimate:

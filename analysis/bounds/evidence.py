@@ -37,8 +37,8 @@ def evidence(
     and L_K rises with K towards log p(x). The samples of a datum are split into groups of K, and L_K is estimated by
     the mean over groups of log mean w, which is unbiased. Groups are nested, so the estimates never fall with K.
     Weights are summed as they are sampled: memory does not grow with `samples`. The Monte Carlo error of a datum comes
-    from the variance over groups; for the single group of all samples from the delta method,
-    sqrt(sum w^2 / (sum w)^2 - 1/K).
+    from the variance over groups; for the single group of all samples from the jackknife over samples
+    (`weights.squared_error`).
 
     Global latents that the guide sets to points (Delta) are taken as given: the bound is on log p(x | points) and
     does not include their KL. Global latents that it samples make all rows depend on each other: every weight is then
@@ -46,8 +46,8 @@ def evidence(
     the bounds are those on log p(x_1, ..., x_n), divided by n; `log_p`, `ess` and `khat` have one entry, `joint` is
     True.
 
-    Warning: where the guide is narrower than the posterior the weights may have infinite variance, and the standard
-    error is then too small; a low `ess` or a high `khat` indicates this.
+    Warning: where the guide is narrower than the posterior the weights may have infinite variance, and the bound is
+    then loose; a low `ess` or a high `khat` indicates this.
 
     References:
         Importance Weighted Autoencoders (Burda, Grosse, Salakhutdinov, 2015), https://arxiv.org/abs/1509.00519
@@ -106,7 +106,7 @@ def prior_evidence(
     latents are as in `evidence`.
 
     Warning: where the posterior is much narrower than the prior, few samples carry all the weight; the bound is then
-    loose and its standard error too small. A low `ess` or a high `khat` indicates this.
+    loose. A low `ess` or a high `khat` indicates this.
 
     References:
         On the Quantitative Analysis of Decoder-Based Generative Models (Wu, Burda, Salakhutdinov, Grosse, 2016),

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from pvae.analysis.aggregate.entry import accept, quiet, require_likelihood
+from pvae.analysis.bounds.accumulate import Accumulator
 from pvae.analysis.bounds.refine import Refined, refined
-from pvae.analysis.bounds.weights import WeightSampler, delta_error, log_weights, one_by_one
+from pvae.analysis.bounds.weights import WeightSampler, log_weights, one_by_one
 from pvae.analysis.figures.estimate import CONSERVATIVE, Estimate, Figures, Kind, Row, over_draws
 from pvae.errors import DataError
 from pvae.nn.optimizers import LeanAdam
@@ -215,17 +216,6 @@ def _sample(x: Tensor, samples: int, draw: WeightSampler) -> Tensor:
     return torch.cat([draw(x, count) for count in _blocks(x, samples)])
 
 
-def _log_mean(x: Tensor, samples: int, draw: WeightSampler) -> tuple[Tensor, Tensor]:
-    """Return the log mean weight and the inverse effective sample size of every row, `(n,)`, summed while sampling."""
-    first = torch.full((len(x),), -math.inf, dtype=torch.float64, device=x.device)
-    second = first
-    for count in _blocks(x, samples):
-        weights = draw(x, count)
-        first = torch.logaddexp(first, weights.logsumexp(0))
-        second = torch.logaddexp(second, (2 * weights).logsumexp(0))
-    return first - math.log(samples), (second - 2 * first).exp()
-
-
 def _optimise(x: Tensor, handler: Refined, draw: WeightSampler, plan: RefinePlan) -> None:
     """Maximise every row's ELBO over its own posterior parameters (`handler.free`, in place), model and encoder fixed.
 
@@ -286,18 +276,21 @@ def _measure(pair: Pair, x: Tensor, draw: WeightSampler, plan: RefinePlan, chunk
     lacks = _unconverged(x, handler, draw, plan.particles)
     plan.set_noise(chunk, EVIDENCE, x)
     with handler:
-        log_p, inverse_ess = _log_mean(x, plan.evidence_samples, draw)
-    found = {"elbo": own, "refined_elbo": other, "log_p": log_p, "inverse_ess": inverse_ess, "better": better.double()}
-    found["lacks"] = lacks
+        weights = Accumulator(plan.evidence_samples, torch.finfo(torch.float64).eps)
+        for count in _blocks(x, plan.evidence_samples):
+            weights.push(draw(x, count))
+    found = {"elbo": own, "refined_elbo": other, "better": better.double(), "lacks": lacks}
+    last = weights.result()
+    found |= {"log_p": last.log_p, "squared_error": last.squared_errors[-1], "ess": last.ess}
     return {name: t.cpu() for name, t in found.items()}
 
 
 def _assemble(parts: list[dict[str, Tensor]], plan: RefinePlan) -> Gap:
     found = {name: torch.cat([part[name] for part in parts], -1) for name in parts[0]}
-    own, other, log_p, inverse_ess = (found[name] for name in ("elbo", "refined_elbo", "log_p", "inverse_ess"))
+    own, other, log_p = (found[name] for name in ("elbo", "refined_elbo", "log_p"))
     log_p_figure = over_draws(log_p[None], "lower_bound")
     if plan.evidence_samples > 1:  # one sample cannot separate noise from spread
-        error = delta_error(inverse_ess, plan.evidence_samples)
+        error = float(found["squared_error"].sum().sqrt() / len(log_p))
         log_p_figure = Estimate(log_p_figure.value, error, "lower_bound", log_p_figure.data_error)
     data = {"log_p": log_p, "refined_elbo": other.mean(0), "elbo": own.mean(0)}
     data["approximation"] = data["log_p"] - data["refined_elbo"]
@@ -316,7 +309,7 @@ def _assemble(parts: list[dict[str, Tensor]], plan: RefinePlan) -> Gap:
         approximation=_difference(data["approximation"], log_p_figure, refined_elbo, "estimate"),
         amortisation=_with(over_draws(other - own, "lower_bound"), lacks),
         inference=_difference(data["inference"], log_p_figure, elbo, "lower_bound"),
-        per_datum={**data, "ess": 1 / inverse_ess},
+        per_datum={**data, "ess": found["ess"]},
         refined=float(found["better"].mean()),
         unconverged=lacks,
     )

@@ -33,11 +33,29 @@ def inverse_ess(log_weights: Tensor) -> Tensor:
     return ((2 * log_weights).logsumexp(0) - 2 * log_weights.logsumexp(0)).exp().nan_to_num(nan=1.0)
 
 
-def delta_error(inverse_ess: Tensor, samples: int) -> float:
-    """Return the delta-method standard error of the mean over data of log mean weights; NaN with one sample."""
-    if samples == 1:
-        return math.nan
-    return float((inverse_ess - 1 / samples).clamp(min=0).sum().sqrt() / len(inverse_ess))
+def squared_error(largest: Tensor, log_mean: Tensor, inverse_ess: Tensor, samples: int) -> Tensor:
+    """Return the squared jackknife error of the log mean weight of every datum, `(n,)`; infinite without any weight.
+
+    Without a sample of share s = w / sum w the log mean falls by -log(1 - s), up to a constant: s in the delta method,
+    whose errors are up to three times too small where few samples have most of the weight. Here shares not above the
+    smallest of the `largest` fall by s plus a constant, as in the delta method.
+
+    Arguments:
+        largest: the largest log weights of every datum, falling, `(k, n)`.
+        log_mean: log mean of all weights, `(n,)`.
+        inverse_ess: sum w^2 / (sum w)^2, `(n,)`.
+        samples: number of all weights.
+    """
+    logs = largest - log_mean - math.log(samples)
+    share = logs.exp()
+    fall = torch.log1p(-share.clamp(max=0.5))
+    others = torch.logaddexp(logs[1:].logsumexp(0), (1 - share.sum(0)).clamp(min=0).log())
+    fall[0] = torch.where(share[0] > 0.5, torch.where(others.isfinite(), others, -1.0), fall[0])
+    more = fall + share
+    more = more - more[-1:]
+    total = inverse_ess - 2 * (share * more).sum(0) + more.square().sum(0)
+    found = (1 - 1 / samples) * (total - (1 - more.sum(0)).square() / samples)
+    return found.clamp(min=0).nan_to_num(nan=math.inf)
 
 
 def one_by_one(sampler: WeightSampler) -> WeightSampler:
