@@ -8,10 +8,10 @@ from dataclasses import replace
 import torch
 
 from pvae.analysis.figures.estimate import Estimate
-from pvae.analysis.population.interval import FEWEST, ends
+from pvae.analysis.population.interval import ends, in_folds
 from pvae.analysis.population.levels import FEWEST_OF_GROUP, GroupPrior, MixedPrior
 from pvae.analysis.population.result import Population
-from pvae.analysis.population.sample import HonestPrior, NewRows, folds
+from pvae.analysis.population.sample import HonestPrior, NewRows
 from pvae.analysis.population.sweep import spread, sweep
 
 
@@ -29,11 +29,10 @@ def interval_by_group(
         train: other rows, of which the prior is made where they are given.
         seed: seed of the random folds.
     """
-    n = len(rows)
-    if n < FEWEST:
-        return f"on new data: expected at least {FEWEST} rows for an interval; got {n}"
-    order, fold = folds(n, seed, rows.value.device)
-    rows = rows.rows(order)
+    accepted = in_folds(rows, seed)
+    if isinstance(accepted, str):
+        return accepted
+    rows, fold = accepted
     assert rows.group is not None  # noqa: S101 - made for rows with covariates
     known = rows.group if train is None else train.group
     assert known is not None  # noqa: S101 - as above
@@ -57,6 +56,6 @@ def interval_by_group(
         return "on new data: log r(z) is not finite"
     count = len(rows.group.unique())
     return Population(
-        n=n, gain=lower, gain_upper=above, information=information, information_upper=upper, prior=found.words,
+        n=len(rows), gain=lower, gain_upper=above, information=information, information_upper=upper, prior=found.words,
         notes=(f"new data have the covariates of these rows, {count} values: no bound from pairs of rows",),
     )  # fmt: skip

@@ -77,14 +77,11 @@ def interval(rows: NewRows, prior: HonestPrior, *, train: NewRows | None = None,
         On Variational Bounds of Mutual Information (Poole et al., 2019), https://arxiv.org/abs/1905.06922
         The Infinitesimal Jackknife (Jaeckel, 1972), Bell Laboratories memorandum
     """
-    if len(rows) < FEWEST:
-        return f"on new data: expected at least {FEWEST} rows for an interval; got {len(rows)}"
-    if not bool(rows.value.isfinite().all() & rows.log_p.isfinite().all()):
-        return "on new data: samples of the latents or their log p(z) are not finite"
-    work = 2 * rows.value.shape[1] if rows.q is None else rows.q.work
-    n = min(len(rows), math.isqrt(int(WORK / work)))
-    shuffled, fold = folds(len(rows), seed, rows.value.device, n)
-    rows = replace(rows.rows(shuffled), information=rows.information)
+    accepted = in_folds(rows, seed)
+    if isinstance(accepted, str):
+        return accepted
+    rows, fold = accepted
+    n = len(rows)
     found = prior.crossed(rows, fold) if train is None else prior.trained(train, rows)
     lower, upper = ends(rows, found)
     if not math.isfinite(lower.value):
@@ -119,6 +116,18 @@ def interval(rows: NewRows, prior: HonestPrior, *, train: NewRows | None = None,
         slope=slope,
         midpoint=_middle(whole, slope),
     )
+
+
+def in_folds(rows: NewRows, seed: int) -> tuple[NewRows, Tensor] | str:
+    """Return rows in random order, as many as time allows, with the fold of each; or the reason why there are none."""
+    if len(rows) < FEWEST:
+        return f"on new data: expected at least {FEWEST} rows for an interval; got {len(rows)}"
+    if not bool(rows.value.isfinite().all() & rows.log_p.isfinite().all()):
+        return "on new data: samples of the latents or their log p(z) are not finite"
+    work = 2 * rows.value.shape[1] if rows.q is None else rows.q.work
+    n = min(len(rows), math.isqrt(int(WORK / work)))
+    shuffled, fold = folds(len(rows), seed, rows.value.device, n)
+    return replace(rows.rows(shuffled), information=rows.information), fold
 
 
 def ends(rows: NewRows, found: HonestScores) -> tuple[Estimate, Estimate]:
