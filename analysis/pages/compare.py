@@ -13,6 +13,7 @@ from pvae.analysis.pages.document.stages import Stages
 from pvae.analysis.pages.report import FOOTER
 from pvae.runs.run import Run
 from pvae.util.progress import StageProgress, silent
+from pvae.util.threads import single_thread
 
 
 def compare(
@@ -68,7 +69,9 @@ def compare(
 def examine(found: Comparison, title: str, description: str, on_progress: StageProgress = silent) -> Document:
     """Return the page of a comparison, with all its numbers, tables and pictures computed."""
     found.stages = Stages(len(found.names) + len(COMPARISON_SECTIONS), on_progress)
-    _ = found.figures  # computes the metrics of every run, one run after the other
+    with single_thread(found.first.is_small):
+        _ = found.figures  # computes the metrics of every run, one run after the other
+        sections = found.stages.sections(COMPARISON_SECTIONS, found)
     runs = {name: {"name": exam.run.name, "id": exam.run.path.name} for name, exam in found.exams.items()}
     return Document(
         kicker="pvae comparison",
@@ -76,6 +79,6 @@ def examine(found: Comparison, title: str, description: str, on_progress: StageP
         description=description,
         identity=f"{len(runs)} runs on {found.first.data.source}, the same rows of {found.split} for all",
         numbers={"title": title, "runs": runs, "split": found.split, "seed": found.first.seed},
-        sections=found.stages.sections(COMPARISON_SECTIONS, found),
+        sections=sections,
         footer=FOOTER.format(found.first.seed),
     )

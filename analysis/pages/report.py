@@ -10,6 +10,7 @@ from pvae.analysis.pages.sections import SECTIONS
 from pvae.analysis.pages.sections.examination import Examination
 from pvae.runs.run import Run
 from pvae.util.progress import StageProgress, silent
+from pvae.util.threads import single_thread
 
 FOOTER = (
     "Every number of this page stands in report.json beside it, every table in tables/. The seed of all samples is {}."
@@ -62,6 +63,8 @@ def examine(exam: Examination, on_progress: StageProgress = silent) -> Document:
     exam.stages = Stages(len(SECTIONS), on_progress)
     run = exam.run
     started = run.files.manifest.get("started")
+    with single_thread(exam.is_small):
+        sections = exam.stages.sections(SECTIONS, exam)
     return Document(
         kicker="pvae report",
         title=run.name,
@@ -72,6 +75,6 @@ def examine(exam: Examination, on_progress: StageProgress = silent) -> Document:
             "split": exam.split,
             "seed": exam.seed,
         },
-        sections=exam.stages.sections(SECTIONS, exam),
+        sections=sections,
         footer=f"{FOOTER.format(exam.seed)} Nats are natural units of information: 1 nat = 1.44 bits.",
     )

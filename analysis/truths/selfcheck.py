@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import groupby
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, final
 
-import torch
 from torch import Tensor
 
 from pvae.analysis.bounds.ais import ais, bracket
@@ -23,6 +21,7 @@ from pvae.analysis.truths.standard import standard
 from pvae.analysis.truths.truth import Truth
 from pvae.errors import DataError
 from pvae.util.progress import StageProgress, silent
+from pvae.util.threads import single_thread
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -288,17 +287,6 @@ def _gap(truth: Truth, seed: int) -> Iterator[Found]:
 ESTIMATORS: Mapping[str, Callable[[Truth, int], Iterator[Found]]] = MappingProxyType(
     {f.__name__[1:]: f for f in (_surgery, _evidence, _prior_evidence, _ais, _bracket, _gap)}
 )
-
-
-@contextmanager
-def single_thread() -> Iterator[None]:
-    """Context that runs torch with one thread: tensors are small, and threads would mostly wait on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def selfcheck(

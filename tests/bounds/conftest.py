@@ -1,15 +1,14 @@
-"""One thread for the tests of bounds."""
+"""One thread for the tests of bounds: they run thousands of small operations."""
 
 from collections.abc import Iterator
 
 import pytest
-import torch
+
+from pvae.util.threads import single_thread
 
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread() -> Iterator[None]:
-    """Thousands of small operations: threads would mostly wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    """Run with one thread: several would mostly wait for each other."""
+    with single_thread():
+        yield

@@ -36,6 +36,7 @@ from pvae.objectives.em import EM
 from pvae.pair.pair import Pair
 from pvae.runs import checkpoint
 from pvae.training.evaluation import evaluate
+from pvae.util.threads import single_thread
 from tests.runs_shared import assert_same, interrupted
 
 DIAG = {"kind": "normal", "scale": "per_datum"}
@@ -50,11 +51,9 @@ CATEGORICAL = {"kind": "categorical", "levels": 4}
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """Of tensors as small as these a second thread only waits for its turn."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    """Run with one thread: on tensors as small as these a second one mostly waits."""
+    with single_thread():
+        yield
 
 
 def standardised(x: np.ndarray) -> Tensor:

@@ -222,8 +222,14 @@ def test_verdict_comes_first_one_claim_a_sentence():
 
 
 @of_vae
-def test_two_reports_are_byte_identical_and_move_nothing():
-    """FAULTS 44: progress never falls, and an interrupted report leaves the old one whole."""
+def test_two_reports_are_byte_identical_and_move_nothing(monkeypatch):
+    """FAULTS 44: progress never falls, and an interrupted report leaves the old one whole.
+
+    A report of small data runs with one thread, so that its numbers do not depend on the number of threads.
+    """
+    chosen = Mock()
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(torch, "set_num_threads", chosen)
     tiny_report("vae")
     run = Run.load(tiny_run("vae").path)
     first = written(run)
@@ -239,6 +245,7 @@ def test_two_reports_are_byte_identical_and_move_nothing():
     done = [step[0] for step in told]
     assert done == sorted(done)
     assert told[-1] == (told[0][1], told[0][1], "written")
+    assert [call.args for call in chosen.call_args_list[-2:]] == [(1,), (2,)]
     stages = {what for _, _, what in told}
     assert set(SECTIONS) < stages
     assert {"fit: importance sampling", "fit: inference gap", "sample quality: sample quality"} < stages

@@ -1,4 +1,4 @@
-"""Files that survive a crash, and the provenance of a run. Numbers are rows of the faults table."""
+"""Files that survive a crash, the provenance of a run, and threads. Numbers are rows of the faults table."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from pvae.errors import DataError, StorageError
 from pvae.util.files import read_inside, write_atomic
 from pvae.util.provenance import provenance
+from pvae.util.threads import single_thread
 
 # -- atomic writes
 
@@ -100,3 +102,18 @@ def test_provenance_asks_git_and_never_fails(
     monkeypatch.setattr("pvae.util.provenance.GIT_SECONDS", 1.0)
     fake_git(tmp_path / "bin", script, monkeypatch)
     assert provenance()["git"] == expected
+
+
+# -- threads
+
+
+@pytest.mark.parametrize(("applies", "inside"), [(True, 1), (False, 2)])
+def test_single_thread_restores_the_number_of_threads(applies: bool, inside: int) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with single_thread(applies):
+            assert torch.get_num_threads() == inside
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)

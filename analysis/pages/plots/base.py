@@ -58,7 +58,7 @@ def png(made: Figure) -> bytes:
     """Return a figure as PNG bytes at 120 dpi; the same figure gives the same bytes."""
     canvas, buffer = FigureCanvasAgg(made), io.BytesIO()
     canvas.draw()  # once: `savefig` draws a first time to lay the figure out, and this does both
-    Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB").save(buffer, "png", optimize=True)
+    Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB").save(buffer, "png")
     return buffer.getvalue()
 
 

@@ -35,6 +35,8 @@ SURGERY_ROWS = {"train": 60_000, "held": 10_000}
 SURGERY_DRAWS = 20_000
 """Largest number of posterior samples of an ELBO surgery over all data; each datum has at least one."""
 EVIDENCE_ROWS = 500
+SMALL_ROWS, SMALL_ELEMENTS = 4096, 1 << 18
+"""Largest numbers of rows of a split, and of their elements, that are analysed with one thread."""
 MODEL_SAMPLES = 5000
 """Largest number of samples of the model, used for pictures, plots of latents and sample quality."""
 
@@ -126,6 +128,12 @@ class Examination:
     def implicit(self) -> bool:
         """True for a model without a likelihood, such as a GAN: it has no posterior and no ELBO."""
         return self.pair.implicit
+
+    @property
+    def is_small(self) -> bool:
+        """True if the splits are so small that several threads would mostly wait for each other."""
+        shapes = (self.data.train.rows.shape, self.part.rows.shape)
+        return all(shape[0] <= SMALL_ROWS and prod(shape) <= SMALL_ELEMENTS for shape in shapes)
 
     @cached_property
     def metrics(self) -> list[dict[str, Any]]:

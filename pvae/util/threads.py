@@ -1,0 +1,23 @@
+"""Number of threads that torch uses for a piece of work."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+@contextmanager
+def single_thread(applies: bool = True) -> Iterator[None]:
+    """Context manager in which torch runs with one thread, unless `applies` is False.
+
+    On small tensors a second thread mostly waits: it spins between two operations, and on a busy machine the first
+    thread waits for it as well.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1 if applies else before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
