@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -71,42 +71,143 @@ class Score:
     """Callback that receives the gain and updates a moving-average baseline, if there is one."""
 
 
+@dataclass(frozen=True)
+class TracedBatch:
+    """Traces of guide and model on one batch, whose sites are scored per row of data, nats."""
+
+    guide: Trace
+    model: Trace
+    layout: Layout
+    particles: int
+    """Number of samples per row; 0 without a particle plate."""
+    size: int
+    """Number of rows of the whole data set, by which the log densities of global sites are divided."""
+    closed_form: bool = False
+    """True to use KL(q || p) in closed form where torch knows it."""
+
+    @property
+    def latents(self) -> tuple[str, ...]:
+        """Latents of the guide, local ones first; a batch may lack some."""
+        return (*self.layout.latents, *self.layout.shared)
+
+    def log_prob(self, node: Mapping[str, Any]) -> Tensor:
+        """Return the log density of a site per row, `([particles,] batch)`."""
+        return log_prob(node, self.layout, self.particles, self.size)
+
+    def log_p(self, name: str) -> Tensor | float:
+        """Return the log density of a site of the model per row; 0 if the model has no such site on this batch."""
+        return self.log_prob(self.model.nodes[name]) if name in self.model.nodes else 0.0
+
+    def known_kl(self, name: str) -> Tensor | None:
+        """Return the categorical KL of a relaxed latent, or a closed-form KL if asked for; None if neither exists."""
+        q, p = self.guide.nodes[name], self.model.nodes.get(name)
+        if p is None:
+            return None
+        priced = priced_kl(q, p, self.layout, self.particles)
+        if priced is None and self.closed_form:
+            return closed_kl(q, p, self.layout, self.particles, self.size)
+        return priced
+
+    def closed(self, name: str) -> Tensor | None:
+        """Return the closed-form KL of a latent whose KL is otherwise an estimate from samples; None if there is none."""
+        q, p = self.guide.nodes.get(name), self.model.nodes.get(name)
+        if self.closed_form or q is None or p is None or is_point(q["fn"]):
+            return None  # the term itself is what there is
+        if priced_kl(q, p, self.layout, self.particles) is not None:
+            return None
+        return closed_kl(q, p, self.layout, self.particles, self.size)
+
+    def terms(self, reconstruction: Tensor, log_p: Callable[[str], Tensor | float]) -> Terms:
+        """Return the ELBO terms with this log-likelihood of every row, and this log prior of each latent by name."""
+        kl: dict[str, Tensor] = {}
+        scores: dict[str, Score] = {}
+        for name in self.latents:
+            if name not in self.guide.nodes:  # a batch without this site
+                kl[name] = torch.zeros_like(reconstruction)
+                continue
+            known = self.known_kl(name)
+            scored = name in self.layout.scored or name in self.layout.expected
+            if scored or known is None:
+                log_q = self.log_prob(self.guide.nodes[name])
+            if scored:
+                scores[name] = self._score(self.guide.nodes[name], log_q, known is None)
+                log_q = log_q.detach()
+            kl[name] = log_q - log_p(name) if known is None else known
+        return Terms(reconstruction, kl, self.penalties(), scores | self.scores_of_factors())
+
+    def _score(self, node: Mapping[str, Any], weighed: Tensor, own_kl: bool) -> Score:
+        """Return the score-function term of a site, its baseline read from `infer` as in Pyro's `TraceGraph_ELBO`."""
+        infer, scale = node["infer"], plate_scale(node)
+        log_q = weighed
+        if node["scale"].__class__ is not float or node["scale"] != scale or node["mask"] is not None:  # as in Pyro
+            log_q = log_prob({**node, "scale": scale, "mask": None}, self.layout, self.particles)
+        told, average = infer.get("baseline", {}), infer.get("average")
+        baseline = told.get("baseline_value")
+        if "nn_baseline" in told:
+            baseline = told["nn_baseline"](told["nn_baseline_input"].detach())
+        learns = baseline is not None and baseline.requires_grad
+        return Score(log_q, weighed, own_kl, baseline, learns, _no_average if average is None else average.note)
+
+    def scores_of_factors(self) -> dict[str, Score]:
+        """Return the score-function terms of the observed sites of a guide that have no pathwise gradient."""
+        scores = {}
+        for name in self.layout.factors:
+            node: Any = self.guide.nodes.get(name)
+            if node is not None and not node["fn"].has_rsample:
+                log_q = self.log_prob({**node, "mask": None})
+                scores[name] = Score(log_q, log_q, True, None, False, _no_average)
+        return scores
+
+    def penalties(self) -> dict[str, Tensor]:
+        """Return the penalties of a guide by name: those in `infer["penalties"]` of a site, and its observed sites.
+
+        An observed site of the guide, such as `pyro.factor`, enters the loss of `Trace_ELBO` as log q, as here, but is
+        no part of a bound on log p(x). Without `has_rsample` its gradient is that of a score function, again as there.
+        """
+        out: dict[str, Tensor] = {}
+        for name, node in self.guide.nodes.items():
+            infer: Any = node["infer"] if node["type"] == "sample" else {}
+            if "penalties" in infer:
+                out |= {f"{name.removesuffix('/embedded')}/{what}": v for what, v in infer["penalties"].items()}
+        for name in self.layout.factors:
+            factor: Any = self.guide.nodes.get(name)
+            if factor is not None:
+                value = self.log_prob(factor)
+                out[name] = value if factor["fn"].has_rsample else value.detach()  # as in Trace_ELBO
+        return out
+
+
+def _no_average(_gain: Tensor) -> None:
+    """Do nothing: the latent has no moving-average baseline."""
+
+
 def terms_of(
     guide_trace: Trace, model_trace: Trace, layout: Layout, particles: int, closed_form: bool, rows: int | None
 ) -> Terms:
-    """Return the ELBO terms of a batch from traces of guide and model; `particles` is 0 without a particle plate."""
+    """Return the ELBO terms of a batch from traces of guide and model; `particles` is 0 without a particle plate.
+
+    With discrete sites c that the model sums out they are expectations under p(c | x, z). Their combination is
+    log sum_c p(x, z, c) - log q(z | x), except that a relaxed latent with the categorical KL contributes that KL in
+    place of log q - log p at its sample. Where c is summed out by elimination, the reconstruction holds log sum_c of
+    all factors that depend on c; the KL of a latent whose prior is among them is log q alone.
+    """
     size = full_size(model_trace, layout, rows)
-    if layout.enumerated:
-        return _summed_terms(guide_trace, model_trace, layout, particles, size)
-    observed = [model_trace.nodes[name] for name in layout.observed if name in model_trace.nodes]
-    reconstruction = sum_over([log_prob(node, layout, particles, size) for node in observed])
-    kl: dict[str, Tensor] = {}
-    scores: dict[str, Score] = {}
-    for name in (*layout.latents, *layout.shared):
-        if name not in guide_trace.nodes:  # a batch without this site
-            kl[name] = torch.zeros_like(reconstruction)
-            continue
-        q, p = guide_trace.nodes[name], model_trace.nodes.get(name)
-        known = _known_kl(q, p, layout, particles, size, closed_form)
-        scored = name in layout.scored or name in layout.expected
-        if scored or known is None:
-            log_q = log_prob(q, layout, particles, size)
-        if scored:
-            scores[name] = _score(q, layout, particles, log_q, known is None)
-            log_q = log_q.detach()
-        if known is None:
-            known = log_q - (0.0 if p is None else log_prob(p, layout, particles, size))
-        kl[name] = known
-    scores |= _scores_of_factors(guide_trace, layout, particles, size)
-    penalties = penalties_of(guide_trace, layout, particles, size)
+    batch = TracedBatch(guide_trace, model_trace, layout, particles, size, closed_form and not layout.enumerated)
+    if not layout.enumerated:
+        observed = [batch.log_prob(model_trace.nodes[name]) for name in layout.observed if name in model_trace.nodes]
+        return replace(batch.terms(sum_over(observed), batch.log_p), closed=batch.closed)
+    if layout.eliminated:
+        total, names = eliminated(model_trace, layout, particles)
+        plain = [name for name in layout.observed if name not in names and name in model_trace.nodes]
+        observed = [total, *(batch.log_prob(model_trace.nodes[name]) for name in plain)]
+        return batch.terms(sum_over(observed), lambda name: 0.0 if name in names else batch.log_p(name))
+    table = read_joint_states(samples(model_trace), layout, particles)
 
-    def closed(name: str) -> Tensor | None:
-        q, p = guide_trace.nodes.get(name), model_trace.nodes.get(name)
-        if closed_form or q is None or p is None or is_point(q["fn"]) or priced_kl(q, p, layout, particles) is not None:
-            return None  # the term itself is what there is
-        return closed_kl(q, p, layout, particles, size)
+    def expected(name: str) -> Tensor | float:
+        return table.expected(name) if name in table.logs else batch.log_p(name)
 
-    return Terms(reconstruction, kl, penalties, scores, closed)
+    found = batch.terms(sum_over([torch.as_tensor(expected(name)) for name in layout.observed]), expected)
+    return replace(found, kl={**found.kl, **table.kl()})
 
 
 def expected_terms(
@@ -123,16 +224,17 @@ def expected_terms(
             f"sums out given them; got a sum over their states too. Set estimator = 'score', or relax them."
         )
     summed = [name for name in layout.expected if name in guide_trace.nodes]  # a batch may lack some
+    if not summed:
+        return terms_of(guide_trace, model_trace, layout, particles, closed_form, rows)
     for name in summed:
         require_expectable(name, guide_trace.nodes[name], layout)
-    for name in _scores_of_factors(guide_trace, layout, particles, 1):
+    size = full_size(model_trace, layout, rows)
+    batch = TracedBatch(guide_trace, model_trace, layout, particles, size, closed_form and layout.nesting == 1)
+    for name in batch.scores_of_factors():
         raise DeclarationError(
             f"{name}: expected pyro.factor(..., has_rsample=True) in a guide whose {', '.join(layout.expected)} are "
             f"summed over, where nothing is sampled that a score function could belong to; got has_rsample=False."
         )
-    size = full_size(model_trace, layout, rows)
-    if not summed:
-        return terms_of(guide_trace, model_trace, layout, particles, closed_form, rows)
     states = Expectations(guide_trace, layout, particles)
 
     def mean(node: Mapping[str, Any]) -> Tensor:
@@ -144,7 +246,7 @@ def expected_terms(
 
     observed = sum_over([mean(model_trace.nodes[name]) for name in layout.observed if name in model_trace.nodes])
     kl: dict[str, Tensor] = {}
-    for name in (*layout.latents, *layout.shared):
+    for name in batch.latents:
         if name not in guide_trace.nodes:
             kl[name] = torch.zeros_like(observed)
             continue
@@ -154,130 +256,12 @@ def expected_terms(
                 f"{name}: expected a draw with a gradient, or a sum over its states too, beside "
                 f"{', '.join(layout.expected)}, which are summed over; got a score function."
             )
-        known = _known_kl(q, p, layout, particles, size, closed_form and layout.nesting == 1)
+        known = batch.known_kl(name)
         if name in layout.shared:
-            kl[name] = _sampled_kl(q, p, layout, particles, size) if known is None else known
+            kl[name] = batch.log_prob(q) - batch.log_p(name) if known is None else known
         elif known is None:
             kl[name] = mean(q) - (0.0 if p is None else mean(p))
         else:
             kl[name] = wide(states.mean(known, None, name))
-    penalties = penalties_of(guide_trace, layout, particles, size)
-    return Terms(
-        observed, kl, {n: mean(guide_trace.nodes[n]) if n in layout.factors else v for n, v in penalties.items()}
-    )
-
-
-def _summed_terms(guide_trace: Trace, model_trace: Trace, layout: Layout, particles: int, size: int) -> Terms:
-    """Return the ELBO terms in expectation under p(c | x, z), for discrete sites c that the model sums out.
-
-    Their combination is log sum_c p(x, z, c) - log q(z | x), except that a relaxed latent with the categorical KL
-    contributes that KL instead of log q - log p at its sample.
-    """
-    if layout.eliminated:
-        return _eliminated_terms(guide_trace, model_trace, layout, particles, size)
-    table = read_joint_states(samples(model_trace), layout, particles)
-    kl, scores = {}, {}
-    for name in layout.latents:
-        log_q = log_prob(guide_trace.nodes[name], layout, particles)
-        if name in layout.scored:
-            scores[name] = _score(guide_trace.nodes[name], layout, particles, log_q, own_kl=True)
-            log_q = log_q.detach()
-        priced = _known_kl(guide_trace.nodes[name], model_trace.nodes.get(name), layout, particles, size, False)
-        if priced is None:
-            priced = log_q - (table.expected(name) if name in table.logs else 0.0)
-        kl[name] = priced
-    for name in layout.shared:
-        kl[name] = _sampled_kl(guide_trace.nodes[name], model_trace.nodes.get(name), layout, particles, size)
-    observed = [
-        table.expected(name) if name in table.logs else log_prob(model_trace.nodes[name], layout, particles, size)
-        for name in layout.observed
-    ]
-    scores |= _scores_of_factors(guide_trace, layout, particles, size)
-    return Terms(sum_over(observed), {**kl, **table.kl()}, penalties_of(guide_trace, layout, particles, size), scores)
-
-
-def _eliminated_terms(guide_trace: Trace, model_trace: Trace, layout: Layout, particles: int, size: int) -> Terms:
-    """Return the ELBO terms with enumerated sites summed out by elimination.
-
-    The reconstruction holds log sum_c of all factors that depend on c; the KL of a latent whose prior is among them is
-    log q alone.
-    """
-    total, names = eliminated(model_trace, layout, particles)
-    plain = [name for name in layout.observed if name not in names and name in model_trace.nodes]
-    observed = [log_prob(model_trace.nodes[name], layout, particles, size) for name in plain]
-    kl, scores = {}, {}
-    for name in (*layout.latents, *layout.shared):
-        if name not in guide_trace.nodes:  # a batch without this site
-            kl[name] = torch.zeros_like(sum_over([total, *observed]))
-            continue
-        q, p = guide_trace.nodes[name], None if name in names else model_trace.nodes.get(name)
-        log_q = log_prob(q, layout, particles, size)
-        if name in layout.scored:
-            scores[name] = _score(q, layout, particles, log_q, own_kl=True)
-            log_q = log_q.detach()
-        kl[name] = log_q if p is None else log_q - log_prob(p, layout, particles, size)
-    scores |= _scores_of_factors(guide_trace, layout, particles, size)
-    penalties = penalties_of(guide_trace, layout, particles, size)
-    return Terms(sum_over([total, *observed]), kl, penalties, scores)
-
-
-def _known_kl(
-    q: Mapping[str, Any], p: Mapping[str, Any] | None, layout: Layout, particles: int, size: int, closed_form: bool
-) -> Tensor | None:
-    """Return the categorical KL of a relaxed site, or a closed-form KL if asked for; None if neither exists."""
-    if p is None:
-        return None
-    priced = priced_kl(q, p, layout, particles)
-    return closed_kl(q, p, layout, particles, size) if priced is None and closed_form else priced
-
-
-def _sampled_kl(q: Mapping[str, Any], p: Mapping[str, Any] | None, layout: Layout, particles: int, size: int) -> Tensor:
-    """Return log q - log p of a site at its sample, nats; log q alone if the model has no such site."""
-    return log_prob(q, layout, particles, size) - (0.0 if p is None else log_prob(p, layout, particles, size))
-
-
-def _score(node: Mapping[str, Any], layout: Layout, particles: int, weighed: Tensor, own_kl: bool) -> Score:
-    """Return the score-function term of a site, its baseline read from `infer` as in Pyro's `TraceGraph_ELBO`."""
-    infer, scale = node["infer"], plate_scale(node)
-    usual = node["scale"].__class__ is float and node["scale"] == scale and node["mask"] is None
-    log_q = weighed if usual else log_prob({**node, "scale": scale, "mask": None}, layout, particles)  # as in Pyro
-    told, average = infer.get("baseline", {}), infer.get("average")
-    baseline = told.get("baseline_value")
-    if "nn_baseline" in told:
-        baseline = told["nn_baseline"](told["nn_baseline_input"].detach())
-    learns = baseline is not None and baseline.requires_grad
-    return Score(log_q, weighed, own_kl, baseline, learns, _no_average if average is None else average.note)
-
-
-def _scores_of_factors(guide_trace: Trace, layout: Layout, particles: int, size: int) -> dict[str, Score]:
-    """Return the score-function terms of the observed sites of a guide that have no pathwise gradient."""
-    scores = {}
-    for name in layout.factors:
-        node: Any = guide_trace.nodes.get(name)
-        if node is not None and not node["fn"].has_rsample:
-            log_q = log_prob({**node, "mask": None}, layout, particles, size)
-            scores[name] = Score(log_q, log_q, True, None, False, _no_average)
-    return scores
-
-
-def _no_average(_gain: Tensor) -> None:
-    """Do nothing: the latent has no moving-average baseline."""
-
-
-def penalties_of(guide_trace: Trace, layout: Layout, particles: int, size: int) -> dict[str, Tensor]:
-    """Return the penalties of a guide by name: those in `infer["penalties"]` of a site, and its observed sites.
-
-    An observed site of the guide, such as `pyro.factor`, enters the loss of `Trace_ELBO` as log q, as here, but is no
-    part of a bound on log p(x). Without `has_rsample` its gradient is that of a score function, again as there.
-    """
-    out: dict[str, Tensor] = {}
-    for name, node in guide_trace.nodes.items():
-        infer: Any = node["infer"] if node["type"] == "sample" else {}
-        if "penalties" in infer:
-            out |= {f"{name.removesuffix('/embedded')}/{what}": v for what, v in infer["penalties"].items()}
-    for name in layout.factors:
-        factor: Any = guide_trace.nodes.get(name)
-        if factor is not None:
-            value = log_prob(factor, layout, particles, size)
-            out[name] = value if factor["fn"].has_rsample else value.detach()  # as in Trace_ELBO
-    return out
+    penalties = {n: mean(guide_trace.nodes[n]) if n in layout.factors else v for n, v in batch.penalties().items()}
+    return Terms(observed, kl, penalties)
