@@ -145,10 +145,8 @@ def active_units(d: LatentDraw) -> int | None:
 
 def kl_per_dimension(d: LatentDraw) -> tuple[float, ...] | None:
     """Return the mean closed-form KL of every coordinate, nats; None where posterior or prior is not normal."""
-    if d.loc is None or d.scale is None or d.prior_loc is None or d.prior_scale is None:
-        return None
-    q, p = torch.distributions.Normal(d.loc, d.scale), torch.distributions.Normal(d.prior_loc, d.prior_scale)
-    return tuple(torch.distributions.kl_divergence(q, p).mean(0).tolist())
+    kl = d.coordinate_kl
+    return None if kl is None else tuple(kl.mean(0).tolist())
 
 
 def collapse(pair: Pair, x: Tensor, seed: int = 0) -> Collapse:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
-from torch.distributions import Bernoulli, Categorical
+from torch.distributions import Bernoulli, Categorical, Normal, kl_divergence
 
 from pvae.analysis.aggregate.entry import same_globals
 from pvae.analysis.decompose.by_row import joined_presence, presence
@@ -101,6 +101,13 @@ class LatentDraw:
     def prior_scale(self) -> Tensor | None:
         """Standard deviations of a diagonal normal prior, `(n, D)`; None for other priors."""
         return self.p.scale if isinstance(self.p, Normals) else None
+
+    @property
+    def coordinate_kl(self) -> Tensor | None:
+        """Closed-form KL(q || p) of every coordinate, `(n, D)`, nats; None unless posterior and prior are normal."""
+        if self.normal is None or not isinstance(self.p, Normals):
+            return None
+        return kl_divergence(Normal(self.normal.loc, self.normal.scale), Normal(self.p.loc, self.p.scale))
 
 
 @dataclass

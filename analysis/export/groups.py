@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-import pyro.distributions as dist
 import torch
 import xarray
 from pyro import poutine
@@ -17,7 +16,7 @@ from torch import Tensor
 from pvae.analysis.aggregate.entry import quiet, same_globals
 from pvae.analysis.bounds.psis import pareto_k
 from pvae.analysis.bounds.weights import inverse_ess, log_mean
-from pvae.analysis.decompose.posterior_draws import Draw, LatentDraw, draw_chunk
+from pvae.analysis.decompose.posterior_draws import Draw, draw_chunk
 from pvae.analysis.export.sites import (
     ExportedSites,
     Variable,
@@ -97,7 +96,7 @@ class PosteriorExport:
         for name, latent in part.latents.items():
             kept = self.values[name][at]
             kept[...] = numpy_of(latent.value).reshape(kept.shape)
-            kl = _kl(latent) if name in self.kl else None
+            kl = latent.coordinate_kl if name in self.kl else None
             if kl is not None:
                 mean = self.kl[name][rows]
                 mean += numpy_of(kl).reshape(mean.shape) / self.draws
@@ -231,11 +230,3 @@ class PosteriorExport:
         if self.split.y is not None:
             found["label"] = (("datum",), numpy_of(self.split.y)[self.rows.numpy()], {})
         return group(found)
-
-
-def _kl(latent: LatentDraw) -> Tensor | None:
-    """Return the closed-form KL(q || p) of every coordinate, nats, `(n, D)`; None unless q and p are normal."""
-    loc, scale, prior_loc, prior_scale = latent.loc, latent.scale, latent.prior_loc, latent.prior_scale
-    if loc is None or scale is None or prior_loc is None or prior_scale is None:
-        return None
-    return torch.distributions.kl_divergence(dist.Normal(loc, scale), dist.Normal(prior_loc, prior_scale))

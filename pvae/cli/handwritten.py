@@ -10,11 +10,11 @@ import traceback
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
-from zipfile import BadZipFile
 
 import numpy as np
 import torch
 
+from pvae.data.rows.files import broken_as
 from pvae.data.split import Split
 from pvae.errors import DataError, DeclarationError
 from pvae.pair.pair import Pair
@@ -72,12 +72,10 @@ def load_arguments(path: Path | None, pair: Pair) -> Any:
     """
     if path is None or path.suffix not in (".npy", ".npz") or not path.is_file():
         raise DataError(f"--data: expected a .npz or .npy file with the data of the pair; got {path or 'none'}.")
-    try:
-        found = np.load(path, allow_pickle=False)
+    with broken_as(f"{path}: expected arrays of numbers; got"), path.open("rb") as file:
+        found = np.load(file, allow_pickle=False)
         arrays = {name: found[name] for name in found} if path.suffix == ".npz" else {"x": found}
         tensors = {name: torch.as_tensor(array) for name, array in arrays.items()}
-    except (ValueError, OSError, KeyError, TypeError, EOFError, BadZipFile) as error:
-        raise DataError(f"{path}: expected arrays of numbers; got {error}.") from None
     if len(tensors) == 1:
         return next(iter(tensors.values()))
     known = inspect.signature(pair.model).parameters

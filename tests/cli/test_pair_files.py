@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import textwrap
+from pathlib import Path
 
 import numpy as np
 import pyro
@@ -48,6 +49,13 @@ def files(tmp_path, monkeypatch):
     np.save("x.npy", x)
     np.savez("x.npz", x=x)
     np.savez("both.npz", x=x, label=np.arange(40) % 2)
+    np.savez_compressed("squeezed.npz", x=x)
+    whole, squeezed = bytearray(Path("x.npz").read_bytes()), bytearray(Path("squeezed.npz").read_bytes())
+    middle = len(squeezed) // 3
+    squeezed[middle : middle + 40] = b"\xff" * 40
+    Path("cut.npz").write_bytes(whole[: len(whole) // 2])
+    Path("flipped.npz").write_bytes(squeezed)
+    Path("header.npy").write_bytes(b"\x93NUMPY\x01\x00\x02\x00{(" + bytes(160))
     yield tmp_path
     pyro.clear_param_store()
 
@@ -89,9 +97,15 @@ def test_a_fitted_file_says_how_to_load_it_and_is_analysed_by_its_run(files):
         (("surgery", "one.py:pair"), "data", 65),
         (("evidence", "several.py:pair", "--data", "x.npy"), "label", 2),
         (("evidence", "one.py:pair", "--data", "both.npz"), "label", 65),
+        (("surgery", "one.py:pair", "--data", "cut.npz"), "cut.npz: expected arrays of numbers", 65),
+        (("surgery", "one.py:pair", "--data", "flipped.npz"), "flipped.npz: expected arrays of numbers", 65),
+        (("surgery", "one.py:pair", "--data", "header.npy"), "header.npy: expected arrays of numbers", 65),
     ],
-    ids=["no pair", "no name", "no file", "no data file", "no data", "one argument too few", "one too many"],
-)
+    ids=[
+        "no pair", "no name", "no file", "no data file", "no data", "one argument too few", "one too many", "cut",
+        "flipped bytes", "broken header",
+    ],
+)  # fmt: skip
 def test_errors_are_in_words(files, command, words, code):
     out, err = run_cli(*command, code=code)
     assert words in out + err

@@ -525,6 +525,17 @@ def test_guesses_of_single_columns() -> None:
     assert of("4", "5", "6", "7") == "a number for every row"
 
 
+@pytest.mark.parametrize("gap", [None, math.nan, pandas.NA, pandas.NaT], ids=["None", "nan", "NA", "NaT"])
+def test_every_missing_value_of_pandas_is_missing(gap: Any) -> None:
+    cells = pandas.DataFrame(
+        {"a": pandas.Series([1.0, gap, 2.0, 4.0] * 5, dtype=object), "b": ["x", gap, "y", "x"] * 5}
+    )
+    columns = {name: {"type": kind, "missing": "mask"} for name, kind in {"a": "count", "b": "categorical"}.items()}
+    columns["b"]["levels"] = ["x", "y"]
+    x = np.concatenate([split.x.numpy() for split in Dataset.from_frame(cells, columns).splits])
+    assert (np.isnan(x).sum(0) == 5).all()
+
+
 def test_files_without_a_column_are_not_guessed(tmp_path: Path) -> None:
     for text, match in (
         ("a\n1\n1\n", "expected a column that varies; got 'a'"),

@@ -176,7 +176,7 @@ class CellDecoder:
     def _is_missing(self, value: Any) -> bool:
         if isinstance(value, str):
             return value in self.na or value.strip() in self.na
-        return value is None or value != value or type(value).__name__ in ("NAType", "NaTType")
+        return value is None or type(value).__name__ in ("NAType", "NaTType") or value != value  # NA compares to NA
 
     def _wrong(self, at: int, name: str, expected: str, got: str, where: Where, todo: str = "") -> DataError:
         text = f"{self.origin}, {where(at)}, column {shown(name)}: expected {expected}; got {got}. {todo}"
