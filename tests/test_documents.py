@@ -1,9 +1,10 @@
-"""CONTRIBUTING says what is there: the Pyro script of a VAE, and a line for every room."""
+"""CONTRIBUTING says what is there: the Pyro script of a VAE, a line for every room, a row for every family."""
 
 import re
 from pathlib import Path
 
 from pvae import Experiment
+from tests.drawn import families
 from tests.test_package import arrows
 
 ROOT = Path(__file__).parents[1]
@@ -46,3 +47,20 @@ def test_the_empirical_marginal_kl_is_called_no_promise():
         text = " ".join(path.read_text().split())
         found = re.search(r"(?i)\bmost (that )?a better prior|marginal KL\W+(had )?promise|beside promise", text)
         assert found is None, f"{path.relative_to(ROOT)}: {text[max(found.start() - 40, 0) : found.end() + 40]}"
+
+
+def test_every_family_of_members_has_a_row_that_names_what_is_there():
+    rows = dict(re.findall(r"^\| `(\w+)` \| (.*) \|$", CONTRIBUTING.split("## Adding a member")[1], re.M))
+    shipped = {family.__name__: family for family in families() if family.__module__.startswith("pvae.")}
+    assert rows.keys() == shipped.keys()
+    for name, row in rows.items():
+        where, methods, table = row.split(" | ")
+        place = where.strip("`")
+        source = place if place.startswith("pvae/") else f"pvae/{place}"
+        members = shipped[name].members.values()
+        assert any(m.__module__.replace(".", "/").startswith(source.removesuffix(".py")) for m in members), name
+        assert all(hasattr(member, method) for member in members for method in re.findall(r"`(\w+)`", methods)), name
+        for path in re.findall(r"`([\w/]+(?:/|\.py))`", table):
+            assert (ROOT / path).exists(), path
+        for constant, path in re.findall(r"`(\w+)` in `([\w/.]+)`", table):
+            assert re.search(rf"^{constant}\b.* = ", (ROOT / path).read_text(), re.M), f"{constant} in {path}"
