@@ -209,12 +209,12 @@ def _code_use(name: str, found: Tally, book: Codebook | NearestCodebook | None) 
 def _read(name: str, d: LatentDraw, book: Codebook | NearestCodebook | None) -> LatentCollapse:
     if d.tally is not None:
         return LatentCollapse(d.tally.positions, None, None, None, None, (), _code_use(name, d.tally, book))
-    variance, kl, dim = activity(d), kl_per_dimension(d), d.value.shape[1]
+    variance, kl, dim, prior = activity(d), kl_per_dimension(d), d.value.shape[1], d.normal_prior
     total = None if d.point else float((d.log_q - d.log_p if d.kl is None else d.kl).mean())
     if variance is None:
         return LatentCollapse(dim, None, kl, None, None, (), kl=total)
     idle = variance <= SILENT.variance
-    if kl is not None and d.prior_loc is not None and bool((d.prior_loc != d.prior_loc[:1]).any()):
+    if kl is not None and prior is not None and bool((prior.loc != prior.loc[:1]).any()):
         idle = idle | (torch.tensor(kl, device=idle.device) <= SILENT.coordinate)
     return LatentCollapse(
         dim=dim,

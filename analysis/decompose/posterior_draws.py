@@ -93,21 +93,15 @@ class LatentDraw:
         return None if self.normal is None else self.normal.scale
 
     @property
-    def prior_loc(self) -> Tensor | None:
-        """Means of a diagonal normal prior, `(n, D)`; None for other priors."""
-        return self.p.loc if isinstance(self.p, Normals) else None
-
-    @property
-    def prior_scale(self) -> Tensor | None:
-        """Standard deviations of a diagonal normal prior, `(n, D)`; None for other priors."""
-        return self.p.scale if isinstance(self.p, Normals) else None
+    def normal_prior(self) -> Normals | None:
+        """Means and standard deviations of a diagonal normal prior; None for other priors."""
+        return self.p if isinstance(self.p, Normals) else None
 
     @property
     def coordinate_kl(self) -> Tensor | None:
         """Closed-form KL(q || p) of every coordinate, `(n, D)`, nats; None unless posterior and prior are normal."""
-        if self.normal is None or not isinstance(self.p, Normals):
-            return None
-        return kl_divergence(Normal(self.normal.loc, self.normal.scale), Normal(self.p.loc, self.p.scale))
+        q, p = self.normal, self.normal_prior
+        return None if q is None or p is None else kl_divergence(Normal(q.loc, q.scale), Normal(p.loc, p.scale))
 
 
 @dataclass

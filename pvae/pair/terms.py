@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -109,7 +109,7 @@ class TracedBatch:
         return priced
 
     def closed(self, name: str) -> Tensor | None:
-        """Return the closed-form KL of a latent whose KL is otherwise an estimate from samples; None if there is none."""
+        """Return the closed-form KL of a latent whose term is an estimate from samples; None if there is none."""
         q, p = self.guide.nodes.get(name), self.model.nodes.get(name)
         if self.closed_form or q is None or p is None or is_point(q["fn"]):
             return None  # the term itself is what there is
@@ -210,6 +210,33 @@ def terms_of(
     return replace(found, kl={**found.kl, **table.kl()})
 
 
+def _require_expectations(batch: TracedBatch, summed: Sequence[str]) -> None:
+    """Check that the expectation of a batch over the latents `summed` of the guide can be taken.
+
+    Raises:
+        DeclarationError: another site needs samples of these latents, or their states cannot be summed over.
+    """
+    layout = batch.layout
+    names = ", ".join(layout.expected)
+    if layout.enumerated:
+        raise DeclarationError(
+            f"{names}: expected draws beside {', '.join(layout.enumerated)}, which the model "
+            f"sums out given them; got a sum over their states too. Set estimator = 'score', or relax them."
+        )
+    for name in summed:
+        require_expectable(name, batch.guide.nodes[name], layout)
+    for name in batch.scores_of_factors():
+        raise DeclarationError(
+            f"{name}: expected pyro.factor(..., has_rsample=True) in a guide whose {names} are "
+            f"summed over, where nothing is sampled that a score function could belong to; got has_rsample=False."
+        )
+    for name in [name for name in layout.scored if name in batch.guide.nodes]:
+        raise DeclarationError(
+            f"{name}: expected a draw with a gradient, or a sum over its states too, beside "
+            f"{names}, which are summed over; got a score function."
+        )
+
+
 def expected_terms(
     guide_trace: Trace, model_trace: Trace, layout: Layout, particles: int, closed_form: bool, rows: int | None
 ) -> Terms:
@@ -218,23 +245,12 @@ def expected_terms(
     In rows where a mask hides c (a label that is known), it has no KL, but is drawn as in other rows: the states are
     weighed by q(c|x) there too.
     """
-    if layout.enumerated:
-        raise DeclarationError(
-            f"{', '.join(layout.expected)}: expected draws beside {', '.join(layout.enumerated)}, which the model "
-            f"sums out given them; got a sum over their states too. Set estimator = 'score', or relax them."
-        )
     summed = [name for name in layout.expected if name in guide_trace.nodes]  # a batch may lack some
-    if not summed:
+    if not summed and not layout.enumerated:
         return terms_of(guide_trace, model_trace, layout, particles, closed_form, rows)
-    for name in summed:
-        require_expectable(name, guide_trace.nodes[name], layout)
     size = full_size(model_trace, layout, rows)
     batch = TracedBatch(guide_trace, model_trace, layout, particles, size, closed_form and layout.nesting == 1)
-    for name in batch.scores_of_factors():
-        raise DeclarationError(
-            f"{name}: expected pyro.factor(..., has_rsample=True) in a guide whose {', '.join(layout.expected)} are "
-            f"summed over, where nothing is sampled that a score function could belong to; got has_rsample=False."
-        )
+    _require_expectations(batch, summed)
     states = Expectations(guide_trace, layout, particles)
 
     def mean(node: Mapping[str, Any]) -> Tensor:
@@ -251,11 +267,6 @@ def expected_terms(
             kl[name] = torch.zeros_like(observed)
             continue
         q, p = guide_trace.nodes[name], model_trace.nodes.get(name)
-        if name in layout.scored:
-            raise DeclarationError(
-                f"{name}: expected a draw with a gradient, or a sum over its states too, beside "
-                f"{', '.join(layout.expected)}, which are summed over; got a score function."
-            )
         known = batch.known_kl(name)
         if name in layout.shared:
             kl[name] = batch.log_prob(q) - batch.log_p(name) if known is None else known

@@ -126,10 +126,9 @@ def _against_prior(exam: Examination, name: str) -> Iterator[Picture]:
 
 def _cloud(name: str, latent: LatentDraw, prior: Tensor) -> clouds.Cloud:
     """Return posterior means, posterior samples and prior samples `(m, D)` of one latent, as the plots take them."""
-    normal = None
-    loc, scale = latent.prior_loc, latent.prior_scale
-    if loc is not None and scale is not None and bool((loc == loc[:1]).all()) and bool((scale == scale[:1]).all()):
-        normal = (array(loc[0]), array(scale[0]))
+    normal, p = None, latent.normal_prior
+    if p is not None and bool((p.loc == p.loc[:1]).all()) and bool((p.scale == p.scale[:1]).all()):
+        normal = (array(p.loc[0]), array(p.scale[0]))
     means = latent.value if latent.loc is None else latent.loc
     return clouds.Cloud(name, array(means), array(latent.value), array(prior), normal)
 
