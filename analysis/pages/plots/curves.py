@@ -11,19 +11,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from pvae.analysis.bounds.lower_bounds import Bounds
-from pvae.analysis.pages.plots.base import (
-    BLUE,
-    GREEN,
-    GREY,
-    PALE,
-    RED,
-    SERIES,
-    nats,
-    panels,
-    plain,
-    style,
-    whole_numbers,
-)
+from pvae.analysis.pages.plots import base
+from pvae.analysis.pages.plots.base import BLUE, GREEN, GREY, RED, SERIES, nats, panels, plain, style, whole_numbers
 from pvae.analysis.population.result import Population
 from pvae.util.types import Array
 
@@ -157,7 +146,7 @@ def law_in_n(found: Population) -> Figure:
     if found.information is not None:
         low, high = found.information, found.information_upper
         band = low.value - 2 * low.standard_error, high.value + 2 * high.standard_error
-        axes.axhspan(*band, color=PALE, alpha=0.5, linewidth=0, label="new data, between the bounds")
+        axes.axhspan(*band, color=base.PALE, alpha=0.5, linewidth=0, label="new data, between the bounds")
     named = ("information", "I_n, own posterior counted", BLUE), ("leave_one_out", "leave-one-out", RED)
     for name, label, colour in named:
         known = [(s.n, e) for s in found.sizes if (e := getattr(s, name)) is not None and abs(e.value) < 2 * top]

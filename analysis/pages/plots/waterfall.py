@@ -13,20 +13,8 @@ from matplotlib.ticker import MaxNLocator
 
 from pvae.analysis.bounds.lower_bounds import Evidence
 from pvae.analysis.decompose.result import Surgery
-from pvae.analysis.pages.plots.base import (
-    BLACK,
-    BLUE,
-    GREEN,
-    GREY,
-    ORANGE,
-    RED,
-    SERIES,
-    YELLOW,
-    nats,
-    panels,
-    plain,
-    style,
-)
+from pvae.analysis.pages.plots import base
+from pvae.analysis.pages.plots.base import BLACK, BLUE, GREY, ORANGE, RED, SERIES, YELLOW, nats, panels, plain, style
 from pvae.analysis.population.result import Population
 
 
@@ -84,7 +72,7 @@ def waterfall_steps(surgery: Surgery, above: Sequence[WaterfallStep] = ()) -> li
 
 def _new_data(found: Population) -> WaterfallStep:
     low, high = found.ends
-    return WaterfallStep("+ a better prior, new data", low, colour=GREEN, until=math.nan if high is None else high)
+    return WaterfallStep("+ a better prior, new data", low, colour=base.GREEN, until=math.nan if high is None else high)
 
 
 def _by_term(surgery: Surgery) -> list[WaterfallStep]:
