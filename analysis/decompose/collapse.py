@@ -49,7 +49,7 @@ class CodeUse:
     silent: int = 0
     """Number of positions without information: at most 1 % of log K nats."""
     alert: str | None = None
-    """Alert on silent positions, and what to change; None if there are none."""
+    """Alert that the latent as a whole carries no information, and what to change; None if it carries some."""
 
     @property
     def active_share(self) -> float | None:
@@ -156,7 +156,8 @@ def collapse(pair: Pair, x: Tensor, seed: int = 0) -> Collapse:
     other latents, the posterior mean can follow the prior and vary without any information; such a coordinate counts
     as idle when its KL is at most 0.01 nats. A latent whose posterior is not normal has collapsed when its mean KL is
     at most 0.01 nats per coordinate, and at most 0.1. A code of K states, or a bit, is silent when its mutual
-    information with x, or its mean KL, is at most 1 % of log K; a code of one state never is.
+    information with x, or its mean KL, is at most 1 % of log K; a code of one state never is. Single silent positions
+    are counted; an alert is for a grid of which at least 95 % are silent, or that carries at most 0.1 nats in sum.
 
     References:
         Importance Weighted Autoencoders (Burda, Grosse, Salakhutdinov, 2015), https://arxiv.org/abs/1509.00519
@@ -249,7 +250,7 @@ def alert(name: str, latent: LatentCollapse) -> str | None:
 
 
 def _alert_of_codes(name: str, use: CodeUse) -> str | None:
-    """Return an alert for a discrete latent with silent positions, dead or duplicate codes; None without them."""
+    """Return an alert for a discrete latent that has collapsed, or has dead or duplicate codes; None for others."""
     if use.used is None or use.silent == len(use.perplexity):
         return use.alert
     texts = [] if use.alert is None else [use.alert]
@@ -265,7 +266,10 @@ def _alert_of_codes(name: str, use: CodeUse) -> str | None:
                 f"{name}: {use.duplicates} codes lie on each other in the codebook and say the same. Fewer codes "
                 f"(latents.{name}.codes) would do."
             )
-    elif dead := sum(use.dead):
-        total = use.states * len(use.dead)
-        texts.append(f"{name}: {dead} of {total} codes are dead (never chosen). Fewer codes would do.")
+    else:
+        limit = SILENT.capacity * math.log(use.states)
+        awake = [dead for dead, nats in zip(use.dead, use.information, strict=True) if nats > limit]
+        if dead := sum(awake):
+            total = use.states * len(awake)
+            texts.append(f"{name}: {dead} of {total} codes are dead (never chosen). Fewer codes would do.")
     return " ".join(texts) or None

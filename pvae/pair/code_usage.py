@@ -44,10 +44,16 @@ class Silence:
     """Mean KL of a real latent, nats, however many coordinates it has."""
     capacity: float = 0.01
     """I_q or mean KL of one code or bit, as a proportion of the log K nats that K states can carry."""
+    positions: float = 0.95
+    """Proportion of silent positions from which a whole grid of codes or bits carries no information."""
 
     def of_real(self, coordinates: int) -> float:
         """Return the mean KL, nats, up to which a whole real latent carries no information."""
         return min(self.coordinate * coordinates, self.latent)
+
+    def of_codes(self, positions: int, states: int) -> float:
+        """Return the summed I_q, nats, up to which a whole grid of codes carries no information."""
+        return min(self.capacity * positions * math.log(states), self.latent)
 
 
 SILENT = Silence()
@@ -111,6 +117,13 @@ class Tally:
     def silent(self) -> Tensor:
         """Positions without information, `(P,)` booleans: at most 1 % of log K nats; none for one row, or if K = 1."""
         return (self.information <= SILENT.capacity * math.log(self.states)) & (min(self.n, self.states) > 1)
+
+    @property
+    def collapsed(self) -> bool:
+        """True if the latent as a whole carries no information: in sum, or as 95 % of its positions are silent."""
+        whole = float(self.information.sum()) <= SILENT.of_codes(self.positions, self.states)
+        mostly = int(self.silent.sum()) >= SILENT.positions * self.positions
+        return (whole or mostly) and min(self.n, self.states) > 1
 
     def __add__(self, other: Tally) -> Tally:
         same = self.prior is not None and other.prior is not None and torch.equal(self.prior, other.prior)
@@ -204,25 +217,27 @@ def tallies(guide: Nodes, layout: Layout, rows: int, model: Nodes | None = None)
 
 
 def silence(name: str, use: Tally, looked_up: bool) -> str | None:
-    """Return sentences on the positions of a discrete latent without information, and on what to set; or None.
+    """Return sentences on a discrete latent that carries no information as a whole, and on what to set; else None.
+
+    Single silent positions, such as those of a constant background, are no fault of a fit.
 
     Arguments:
         name: name of the latent.
         use: its sums over the posteriors.
         looked_up: True if the codes are the nearest rows of a codebook.
     """
-    silent, carried = int(use.silent.sum()), float(use.information.sum())
-    if not silent:
+    if not use.collapsed:
         return None
-    if silent < use.positions:
+    silent, carried = int(use.silent.sum()), float(use.information.sum())
+    if float(perplexity(use.share).max()) < 1.01:
+        said = f"one of {use.states} codes is chosen whatever x is."
+    elif carried > SILENT.of_codes(use.positions, use.states):
         what, most = "bits" if use.bits else "positions", f"{SILENT.capacity:.0%} of log {use.states}"
-        said = f"{name}: {silent} of {use.positions} {what} are silent: each carries at most {most}. Fewer would do."
-    elif float(perplexity(use.share).max()) < 1.01:
-        said = f"{name} has collapsed: one of {use.states} codes is chosen whatever x is."
+        said = f"{silent} of {use.positions} {what} are silent, each carries at most {most}."
     else:
         most = f"{carried:.3f} of {use.positions * math.log(use.states):.2f} nats"
-        said = f"{name} has collapsed: it carries {most}, hardly any information on x."
-    return f"{said} {revival(name, looked_up)}"
+        said = f"it carries {most}, hardly any information on x."
+    return f"{name} has collapsed: {said} {revival(name, looked_up)}"
 
 
 def revival(name: str, looked_up: bool) -> str:

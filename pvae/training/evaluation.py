@@ -136,11 +136,11 @@ def _asleep(kl: Mapping[str, float], guide: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _unused(pair: Pair, codes: Mapping[str, Tally]) -> Iterator[str]:
-    """Yield a line for each discrete latent that carries no information, or with silent positions or dead codes."""
+    """Yield a line for each discrete latent that carries no information as a whole, or with dead codes."""
     for name, use in codes.items():
         if alert := silence(name, use, isinstance(codebook_of(pair, name), NearestCodebook)):
             yield alert
-        dead = 0 if use.bits or bool(use.silent.all()) else int((~use.used).sum())
+        dead = 0 if use.bits or use.collapsed else int((~use.used).sum())
         if dead and use.n * use.positions >= MIN_EXPECTED_USES * use.states:
             yield f"{name}: {dead} of {use.states} codes are dead: on {use.n} rows they are not in use."
 
