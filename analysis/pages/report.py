@@ -54,8 +54,8 @@ def report(
         page = pvae.analysis.report(run)
         ```
     """
-    settings = {"samples": samples, "evidence_samples": evidence_samples, "gap_steps": gap_steps, "seed": seed}
-    return examine(Examination(run, split, **settings), on_progress).write(run.files.report, figures=figures)
+    exam = Examination(run, split, samples=samples, evidence_samples=evidence_samples, gap_steps=gap_steps, seed=seed)
+    return examine(exam, on_progress).write(run.files.report, figures=figures)
 
 
 def examine(exam: Examination, on_progress: StageProgress = silent) -> Document:

@@ -101,25 +101,24 @@ class DensityFlow(nn.Module):
         Density estimation using Real NVP (Dinh et al., 2017), https://arxiv.org/abs/1605.08803
     """
 
+    loc: Tensor
+    scale: Tensor
     order: Tensor
 
     def __init__(self, value: Tensor) -> None:
         super().__init__()
         dim = value.shape[1]
-        self.half = dim // 2
+        self.kept = dim // 2
         self.register_buffer("loc", value.mean(0))
         self.register_buffer("scale", value.std(0).clamp(min=1e-6))
         self.register_buffer("order", torch.stack([torch.randperm(dim) for _ in range(COUPLINGS)]))
-        self.nets = nn.ModuleList(
-            nn.Sequential(
-                nn.Linear(self.half, HIDDEN), nn.ReLU(), nn.Linear(HIDDEN, HIDDEN), nn.ReLU(),
-                nn.Linear(HIDDEN, 2 * (dim - self.half)),
-            )
-            for _ in range(COUPLINGS)
-        )  # fmt: skip
-        for net in self.nets:
-            nn.init.zeros_(net[-1].weight)
-            nn.init.zeros_(net[-1].bias)
+        self.nets = nn.ModuleList()
+        for _ in range(COUPLINGS):
+            last = nn.Linear(HIDDEN, 2 * (dim - self.kept))
+            nn.init.zeros_(last.weight)
+            nn.init.zeros_(last.bias)
+            first = nn.Linear(self.kept, HIDDEN)
+            self.nets.append(nn.Sequential(first, nn.ReLU(), nn.Linear(HIDDEN, HIDDEN), nn.ReLU(), last))
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Return the log density of values `(m, D)`, nats, `(m,)`."""
@@ -127,7 +126,7 @@ class DensityFlow(nn.Module):
         log_det = -self.scale.log().sum().expand(len(z))
         for order, net in zip(self.order, self.nets, strict=True):
             z = z[:, order]
-            kept, moved = z[:, : self.half], z[:, self.half :]
+            kept, moved = z[:, : self.kept], z[:, self.kept :]
             shift, raw = net(kept).chunk(2, 1)
             log_scale = 2 * torch.tanh(raw / 2)
             z = torch.cat([kept, moved * log_scale.exp() + shift], 1)
@@ -149,7 +148,7 @@ def fitted_flow(value: Tensor, held: Tensor, seed: int) -> DensityFlow:
             rows = torch.randint(len(single), (BATCH,)).to(device)
             optimizer.zero_grad()
             loss = -flow.log_prob(single[rows]).mean()
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             optimizer.step()
             schedule.step()
             if step % 100 == 99:

@@ -43,6 +43,8 @@ def surgery(
     with shared.bar("surgery", samples * len(names)) as bar:
         for i, name in enumerate(names):
             _, x, labels = rows_of(opened, name, rows, seed)
+            if population and train is None and name != "train":
+                train = rows_of(opened, "train", None, seed)[1]
             found[name] = pvae.analysis.surgery(
                 opened.pair, x, samples=samples, seed=seed, labels=labels, train=train, components=components,
                 seen=name == "train", population="full" if population else "rows",
@@ -251,6 +253,9 @@ def report(
         int, Option("--gap-steps", min=0, help="Refinement steps of q for the gaps; 0: no gaps.")
     ] = 200,
     figures: bool = False,
+    population: Annotated[
+        bool, Option("--population", help="A closer interval on new data: all train rows, a mixture, a flow.")
+    ] = False,
     seed: int = 0,
 ) -> None:
     """Write the report of a run: one HTML file, its numbers as JSON and CSV."""
@@ -259,7 +264,10 @@ def report(
     from pvae.cli.handwritten import is_pair_file
 
     opened = shared.open_as_it_is(run) if is_pair_file(run) else shared.open(run)
-    exam = Examination(opened, split, evidence_samples=evidence_samples, gap_steps=gap_steps, seed=seed)
+    exam = Examination(
+        opened, split, evidence_samples=evidence_samples, gap_steps=gap_steps, seed=seed,
+        population="full" if population else "rows",
+    )  # fmt: skip
     with shared.bar("report") as bar:
         found = examine(exam, bar.report)
     path = found.write(opened.files.report, figures=figures)

@@ -1,5 +1,8 @@
 """The interval on new data: its parts against sums written out, its honesty, its errors and its coverage."""
 
+# The results of these data sets have all their parts.
+# mypy: disable-error-code="union-attr, operator"
+
 from __future__ import annotations
 
 import math
@@ -12,6 +15,7 @@ from scipy.special import logsumexp
 from scipy.stats import multivariate_normal
 from sklearn.mixture import GaussianMixture
 
+import pvae
 from pvae.analysis.decompose.surgery import surgery
 from pvae.analysis.population.full import FullPrior, fitted_flow
 from pvae.analysis.population.interval import ALIKE, PairsBound, interval
@@ -22,6 +26,7 @@ from pvae.analysis.population.sweep import PairCritic, counted_twice, spread, sw
 from pvae.analysis.truths.linear import gaussian_channel
 from pvae.distributions.exponential import FullRankNormals, Normals
 from pvae.distributions.exponential_codes import product
+from tests.cli_runner import TINY, run_cli_json
 from tests.decompose.pairs import channel
 from tests.soak.population import TRUTHS, gaussian, mixture, run
 
@@ -322,3 +327,16 @@ def test_posteriors_of_no_family_have_kernels_on_their_samples(rows):
     assert found.gain.value < 0.3 + 2 * found.gain.standard_error
     assert found.gain_upper.value == pytest.approx(float(rows.kl.mean() - inside[:40].mean()))
     assert interval(replace(rows, q=None), KernelPrior()).gain_upper is None
+
+
+def test_population_on_the_command_line(monkeypatch, tmp_path):
+    monkeypatch.setattr("pvae.analysis.population.full.STEPS", 20)
+    monkeypatch.setattr("pvae.analysis.population.full.CLUSTERS", (2,))
+    fitted = pvae.fit("vae", *TINY, "train.epochs=1", run_dir=tmp_path, progress=False)
+    run = str(fitted.path)
+    found = run_cli_json("surgery", run, "--rows", "60", "--population")["population"]
+    assert "a mixture made of train rows" in found["prior"]
+    assert "kernels on the other rows" in run_cli_json("surgery", run, "--rows", "60")["population"]["prior"]
+    fitted_on = run_cli_json("surgery", run, "--rows", "60", "--split", "train", "--population")
+    assert fitted_on["population"] is None
+    assert fitted_on["seen"] is True

@@ -64,7 +64,7 @@ class Comparison:
             if not _has_covariates(run) and not _has_covariates(runs[0]):
                 run.__dict__["data"] = runs[0].data  # the same data by fingerprint: keep one copy in memory
         self.split, self.groups = split, groups
-        settings = {"samples": samples, "evidence_samples": evidence_samples, "seed": seed}
+        settings: dict[str, Any] = {"samples": samples, "evidence_samples": evidence_samples, "seed": seed}
         settings |= {"train_rows": TRAIN_ROWS, "most_evidence_rows": PAIRED_EVIDENCE_ROWS}
         self.exams = {name: Examination(run, split, **settings) for name, run in zip(names, runs, strict=True)}
         self.quality: dict[str, SampleQuality] = {}

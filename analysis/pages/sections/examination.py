@@ -15,6 +15,7 @@ from pvae.analysis.aggregate.entry import quiet
 from pvae.analysis.bounds.evidence import evidence
 from pvae.analysis.bounds.lower_bounds import Evidence
 from pvae.analysis.decompose.collapse import Collapse, collapse
+from pvae.analysis.decompose.new_data import Asked
 from pvae.analysis.decompose.posterior_draws import Draw, draw
 from pvae.analysis.decompose.result import Surgery
 from pvae.analysis.decompose.surgery import surgery
@@ -98,6 +99,8 @@ class Examination:
     seed: int = 0
     train_rows: int = SURGERY_ROWS["train"]
     """Largest number of training rows of an ELBO surgery."""
+    population: Asked = "rows"
+    """How the interval on new data is made, as in `surgery`."""
     most_evidence_rows: int = EVIDENCE_ROWS
     """Largest number of rows for importance sampling."""
     missing: dict[str, str] = field(default_factory=dict, init=False)
@@ -213,7 +216,7 @@ class Examination:
             labels = self.classes if name == self.split and not self.pair.frame.covariates else None
             told = self.stages.part(f"surgery of {name}")
             given: dict[str, Any] = {"seed": self.seed, "train": train, "labels": labels, "on_progress": told}
-            given |= {"seen": name == "train"}
+            given |= {"seen": name == "train", "population": self.population}
             found[name] = surgery(self.pair, rows.x, draws(self.samples, len(rows.x)), **given)
         return found
 
