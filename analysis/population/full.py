@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, final
 
 import torch
@@ -21,6 +22,9 @@ CLUSTER_ROWS = 10_000
 """Largest number of rows that a mixture of normals is fitted to."""
 COUPLINGS, HIDDEN, STEPS, BATCH = 6, 128, 2000, 512
 """Size and training of the flow."""
+
+Density = Callable[[Tensor], Tensor]
+"""Function that returns the log densities of values `(m, D)`, nats, `(m,)`."""
 
 
 @final
@@ -43,14 +47,18 @@ class FullPrior(HonestPrior):
         count = min(HELD_OUT_MOST, max(1, n // HELD_OUT))
         held, fit = train.rows(order[:count]), train.rows(order[count:])
         recipe = Recipe.of(fit)
-        normals, clusters = best_mixture(fit.value, held.value, self.seed)
-        parts = {
-            f"kernels on train rows (widened by {recipe.width:g})": _Kernels(fit, recipe.variance),
-            "one normal": FittedNormal.of(fit.value),
-            f"a mixture of {clusters} normals": normals,
+        members, normals = kernels(fit, recipe.variance), best_mixture(fit.value, held.value, self.seed)
+        parts: dict[str, Density] = {
+            f"kernels on train rows (widened by {recipe.width:g})": lambda z: (
+                torch.cat([log_sum(tile) for _, tile in tiles(members, z)]) - math.log(len(members))
+            ),
+            "one normal": FittedNormal.of(fit.value).log_prob,
+            f"a mixture of {normals.n_components} normals": lambda z: torch.from_numpy(
+                normals.score_samples(z.cpu().numpy())
+            ).to(z),
         }
         if train.value.shape[1] > 1:
-            parts["a flow"] = fitted_flow(fit.value, held.value, self.seed)
+            parts["a flow"] = fitted_flow(fit.value, held.value, self.seed).log_prob
         log_w, _ = mixing(_scores(parts, held))
         log_r = (_scores(parts, rows) + log_w).logsumexp(1)
         weights = sorted(zip(log_w.exp().tolist(), [*parts, "p"], strict=True), reverse=True)
@@ -58,30 +66,13 @@ class FullPrior(HonestPrior):
         return HonestScores(log_r, torch.zeros_like(log_r), log_r, f"a mixture made of train rows, {words}")
 
 
-def _scores(parts: dict[str, Any], rows: NewRows) -> Tensor:
+def _scores(parts: dict[str, Density], rows: NewRows) -> Tensor:
     """Return log densities of rows under every part, and under p, `(m, C)`."""
-    return torch.stack([*(part.log_prob(rows.value) for part in parts.values()), rows.log_p], 1).clamp(min=-1e6)
+    return torch.stack([*(part(rows.value) for part in parts.values()), rows.log_p], 1).clamp(min=-1e6)
 
 
-class _Kernels:
-    def __init__(self, rows: NewRows, variance: Tensor) -> None:
-        self.members = kernels(rows, variance)
-
-    def log_prob(self, value: Tensor) -> Tensor:
-        found = [log_sum(tile) for _, tile in tiles(self.members, value)]
-        return torch.cat(found) - math.log(len(self.members))
-
-
-class _Clusters:
-    def __init__(self, fitted: Any) -> None:
-        self.fitted = fitted
-
-    def log_prob(self, value: Tensor) -> Tensor:
-        return torch.from_numpy(self.fitted.score_samples(value.cpu().numpy())).to(value)
-
-
-def best_mixture(value: Tensor, held: Tensor, seed: int) -> tuple[_Clusters, int]:
-    """Return the mixture of K normals fitted to values `(n, D)` that gives `held` most likelihood, and K."""
+def best_mixture(value: Tensor, held: Tensor, seed: int) -> Any:
+    """Return scikit-learn's mixture of K normals, fitted to values `(n, D)`, that gives `held` most likelihood."""
     from sklearn.mixture import GaussianMixture
 
     chosen, found = value[:CLUSTER_ROWS].cpu().numpy(), []
@@ -90,8 +81,7 @@ def best_mixture(value: Tensor, held: Tensor, seed: int) -> tuple[_Clusters, int
         if len(chosen) >= 2 * k:
             fitted = GaussianMixture(k, reg_covar=floor, max_iter=50, tol=1e-2, random_state=seed % 2**32).fit(chosen)
             found.append((fitted.score(held.cpu().numpy()), k, fitted))
-    _, k, fitted = max(found, key=lambda each: each[0])
-    return _Clusters(fitted), k
+    return max(found, key=lambda each: each[0])[2]
 
 
 class DensityFlow(nn.Module):

@@ -68,7 +68,7 @@ def interval(rows: NewRows, prior: HonestPrior, *, train: NewRows | None = None,
     Arguments:
         rows: rows that neither encoder nor prior was fitted on, `n` of them.
         prior: the way to make priors that do not know the rows they are scored on.
-        train: other rows, of which the prior is made where they are given.
+        train: other rows, of which the prior is made where at least 20 are given.
         seed: seed of the random folds.
 
     References:
@@ -82,6 +82,8 @@ def interval(rows: NewRows, prior: HonestPrior, *, train: NewRows | None = None,
         return accepted
     rows, fold = accepted
     n = len(rows)
+    if train is not None and len(train) < FEWEST:
+        train = None
     found = prior.crossed(rows, fold) if train is None else prior.trained(train, rows)
     lower, upper = ends(rows, found)
     if not math.isfinite(lower.value):
