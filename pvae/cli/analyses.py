@@ -39,7 +39,7 @@ def surgery(
     opened = shared.open(run, shared.device)
     names = ("train", "test") if split == "both" else (split,)
     found: dict[str, Surgery] = {}
-    train = None
+    train = rows_of(opened, "train", rows, seed)[1] if population and split not in ("train", "both") else None
     with shared.bar("surgery", samples * len(names)) as bar:
         for i, name in enumerate(names):
             _, x, labels = rows_of(opened, name, rows, seed)

@@ -97,9 +97,11 @@ def test_runs_surgery_evidence(where: list[str]) -> None:
     figures = run_cli_json("surgery", "vae", "--samples", "2", *where)["figures"]
     assert figures["elbo"]["value"] == pytest.approx(figures["reconstruction"]["value"] - figures["kl"]["value"])
     out, _ = run_cli("surgery", "latest", *where)
-    assert "marginal KL" in out
+    assert "On new data a better prior wins" in out
     assert "I_q[x, z]" in out
     assert run_cli_json("surgery", "latest", "--rows", "50", *where)["n"] == 50
+    closest = run_cli_json("surgery", "latest", "--population", *where)["population"]["prior"]
+    assert "train rows" in closest
     assert run_cli_json("evidence", "latest", "--samples", "20", *where)["figures"]["iwae_20"]["kind"] == "lower_bound"
 
 
