@@ -176,9 +176,12 @@ def methods() -> Iterator[tuple[str, type, Any]]:
             continue
         for cls in vars(importlib.import_module(found.name)).values():
             if inspect.isclass(cls) and cls.__module__ == found.name and not cls.__name__.startswith("_"):
+                declared = inspect.get_annotations(cls)  # the default of such a field may be a function
                 for name, member in vars(cls).items():
                     member = getattr(member, "__func__", member)
-                    if not name.startswith("_") and (inspect.isfunction(member) or isinstance(member, property)):
+                    if name.startswith("_") or name in declared:
+                        continue
+                    if inspect.isfunction(member) or isinstance(member, property):
                         yield name, cls, member
 
 
