@@ -92,7 +92,7 @@ def _classes(account: Account, y: Tensor) -> dict[int, ClassSurgery]:
             information = torch.stack(scored.upper)[:, mine]
 
         def within(figure: Estimate, rest: Tensor | None = None, mine: Tensor = mine) -> Estimate:
-            return figure if joint is not None else scored.with_components(figure, "upper", rest, mine)
+            return scored.with_components(figure, "upper", rest, mine) if joint is None and scored else figure
 
         out[int(label)] = ClassSurgery(
             n=int(mine.sum()),

@@ -530,8 +530,10 @@ def test_every_missing_value_of_pandas_is_missing(gap: Any) -> None:
     cells = pandas.DataFrame(
         {"a": pandas.Series([1.0, gap, 2.0, 4.0] * 5, dtype=object), "b": ["x", gap, "y", "x"] * 5}
     )
-    columns = {name: {"type": kind, "missing": "mask"} for name, kind in {"a": "count", "b": "categorical"}.items()}
-    columns["b"]["levels"] = ["x", "y"]
+    columns: dict[str, dict[str, Any]] = {
+        "a": {"type": "count", "missing": "mask"},
+        "b": {"type": "categorical", "missing": "mask", "levels": ["x", "y"]},
+    }
     x = np.concatenate([split.x.numpy() for split in Dataset.from_frame(cells, columns).splits])
     assert (np.isnan(x).sum(0) == 5).all()
 

@@ -289,7 +289,7 @@ def of_subsets(d: int, scale: float, components: int, seeds: int) -> dict[str, n
     q = Normals(x, torch.full_like(x, scale))
     z = x + scale * torch.randn(500, d, dtype=torch.float64, generator=generator)
     rows, own = torch.arange(500), q.log_prob(z)
-    found = {term: [] for term in ("lower", "upper")}
+    found: dict[str, list[tuple[float, float]]] = {term: [] for term in ("lower", "upper")}
     for seed in range(seeds):
         index = choose(500, components, seed, x.device)
         mixture = AggregatedPosterior(q.rows(index), 500, index)
