@@ -81,10 +81,7 @@ def old_obs(path: Path, how: str) -> None:
     with h5py.File(path, "r+") as file:
         words = [name.encode() for name in NAMES]
         del file["obs"]
-        if how == "0.6":
-            file["obs"] = np.array(list(enumerate(Y)), dtype=[("index", "i8"), ("kind", "i1")])
-            file["uns/kind_categories"] = words
-        elif how == "0.7":
+        if how == "0.7":
             file["obs/__categories/kind"] = words
             file["obs/kind"] = Y.astype(np.int8)
             file["obs/kind"].attrs["categories"] = file["obs/__categories/kind"].ref
@@ -92,7 +89,7 @@ def old_obs(path: Path, how: str) -> None:
             file["obs/kind/values"], file["obs/kind/mask"] = Y, np.zeros(ROWS, bool)
 
 
-@pytest.mark.parametrize("how", ["0.6", "0.7", "nullable integers"])
+@pytest.mark.parametrize("how", ["0.7", "nullable integers"])
 def test_columns_of_older_versions(tmp_path, how):
     path = h5ad(tmp_path / "x.h5ad", FLOATS, pandas.DataFrame({"kind": Y}))
     old_obs(Path(path), how)

@@ -139,13 +139,6 @@ def _column(file: h5py.File, name: str, path: Path) -> Any:
     import pandas
 
     obs = node_of(file, "obs", str(path))
-    if isinstance(obs, h5py.Dataset):  # before version 0.7: one table of records
-        names = list(obs.dtype.names or ())
-        if name not in names:
-            raise DataError(f"{path}: expected a column of obs, {', '.join(names)}; got {name!r}{near(name, names)}.")
-        values = obs[name]
-        words = file["uns"].get(f"{name}_categories") if "uns" in file else None
-        return pandas.Series(values if words is None else _categories(values, words))
     if name not in obs:
         names = [key for key in obs if not key.startswith("__")]
         raise DataError(f"{path}: expected a column of obs, {', '.join(names)}; got {name!r}{near(name, names)}.")

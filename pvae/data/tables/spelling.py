@@ -92,7 +92,7 @@ def moments(cells: pandas.Series[Any], form: str | None) -> tuple[Floats, bool]:
 
     if pandas.api.types.is_timedelta64_dtype(cells.dtype):
         return np.asarray(cells.dt.total_seconds(), np.float64), True
-    given = cells.astype(object).map(lambda value: str(value) if type(value) is datetime.time else value)
+    given = cells.astype(object).map(_moment)
     if form is None and not pandas.api.types.is_datetime64_any_dtype(cells.dtype):
         spans = pandas.to_timedelta(given.where(given.map(_is_span)), errors="coerce")
         if spans.notna().any():
@@ -102,10 +102,16 @@ def moments(cells: pandas.Series[Any], form: str | None) -> tuple[Floats, bool]:
     return np.asarray(seconds, np.float64), False
 
 
+def _moment(value: Any) -> Any:
+    """Return a cell that may be a moment (a text, or a date or duration of any library); None for others."""
+    kinds = str | datetime.date | datetime.timedelta | np.datetime64 | np.timedelta64
+    return str(value) if isinstance(value, datetime.time) else value if isinstance(value, kinds) else None
+
+
 def _is_span(value: Any) -> bool:
-    if not isinstance(value, str):
-        return type(value).__name__ in ("timedelta", "Timedelta", "timedelta64")
-    return bool(re.fullmatch(r"(-?\d+ days?,? )?[+-]?\d+:\d\d(:\d\d(\.\d+)?)?", value.strip()))
+    if isinstance(value, str):
+        return bool(re.fullmatch(r"(-?\d+ days?,? )?[+-]?\d+:\d\d(:\d\d(\.\d+)?)?", value.strip()))
+    return isinstance(value, datetime.timedelta | np.timedelta64)
 
 
 def read_time(seconds: Floats, unit: str) -> Floats:
