@@ -16,6 +16,7 @@ from pvae.util.seeds import subset
 
 RESULTS = Path(__file__).parents[2] / "analysis" / "results"
 DECLARED = sorted(str(p.relative_to(RESULTS)) for p in RESULTS.rglob("*.toml"))
+SCRIPTS = Path(__file__).parents[1] / "soak"
 PUBLISHED = RESULTS / "published"
 ROWS = sorted(p.stem for p in PUBLISHED.glob("*.toml"))
 CONTINUOUS = [row for row in ROWS if not row.endswith(("bernoulli", "gumbel"))]
@@ -23,8 +24,8 @@ CONTINUOUS = [row for row in ROWS if not row.endswith(("bernoulli", "gumbel"))]
 
 @pytest.fixture(scope="module")
 def measure() -> SimpleNamespace:
-    """The script beside the tables."""
-    return SimpleNamespace(**runpy.run_path(str(RESULTS / "measure.py")))
+    """The script that writes the tables."""
+    return SimpleNamespace(**runpy.run_path(str(SCRIPTS / "measure.py")))
 
 
 @pytest.mark.parametrize("name", DECLARED)
@@ -122,7 +123,7 @@ def test_a_run_is_measured_once(
 @pytest.fixture(scope="module")
 def new_data() -> SimpleNamespace:
     """The script of the table of what a better prior wins on new data."""
-    return SimpleNamespace(**runpy.run_path(str(RESULTS / "measure_new_data.py")))
+    return SimpleNamespace(**runpy.run_path(str(SCRIPTS / "measure_new_data.py")))
 
 
 def test_the_page_says_what_the_table_of_new_data_says(new_data: SimpleNamespace) -> None:

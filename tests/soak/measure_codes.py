@@ -1,6 +1,6 @@
 """Table with one row per run with discrete codes: ELBO in nats and bits per dimension, code usage, sample quality.
 
-    python analysis/results/measure_codes.py OUT.csv RUN... [--rows 10000] [--pictures FOLDER]
+    python tests/soak/measure_codes.py OUT.csv RUN... [--rows 10000] [--pictures FOLDER]
 
 A second-stage run, whose prior was fitted to the codes of a first run, is compared with this first run, whose prior is
 uniform and gives every image the same KL. Values are nats per datum unless their names give another unit. Samples are

@@ -1,7 +1,7 @@
 """Table of what a better prior wins on new data: the interval of each run, and what priors refitted to its codes won.
 
-    python analysis/results/measure_new_data.py OUT.csv RUN... [--root runs] [--rows 10000]
-    python analysis/results/measure_new_data.py OUT.csv          (prints OUT.csv as the Markdown table of README.md)
+    python tests/soak/measure_new_data.py OUT.csv RUN... [--root runs] [--rows 10000]
+    python tests/soak/measure_new_data.py OUT.csv          (prints OUT.csv as the Markdown table of README.md)
 
 A run of `pvae refit` is measured on the same test rows as the run that it froze. Values are nats per datum of the test
 split. A run that has a row is not measured again.

@@ -1,8 +1,8 @@
 """Table with one row per run: ELBO surgery and evidence on train and test, sample quality, gain over the first run.
 
-    python analysis/results/measure.py OUT.csv RUN... [--samples 500] [--rows 10000] [--train-evidence 0] [--draws 0]
+    python tests/soak/measure.py OUT.csv RUN... [--samples 500] [--rows 10000] [--train-evidence 0] [--draws 0]
                                                     [--device cpu]
-    python analysis/results/measure.py OUT.csv          (prints OUT.csv as the Markdown tables of README.md)
+    python tests/soak/measure.py OUT.csv          (prints OUT.csv as the Markdown tables of README.md)
 
 `gain` is the difference of the bound on log p(x) from that of the first run in the table on the same data, paired over
 test data; `gain_error` is its standard error over them. A run that has a row is not measured again, so that the test
