@@ -138,9 +138,8 @@ def test_the_page_says_what_the_table_of_new_data_says(new_data: SimpleNamespace
         assert run["kl"] - run["log_n"] < run["marginal_kl"]
         assert run["new_gain"] < run["new_gain_upper"] < run["marginal_kl"]
         assert (won["gained"] - 2 * won["gained_error"] < run["new_gain_upper"]).all()
-        best = won.nlargest(1, "gained").iloc[
-            0
-        ]  # each refitted prior is a stated one: none wins more than the lower end
+        # Each refitted prior is a stated one: none wins more than the lower end.
+        best = won.nlargest(1, "gained").iloc[0]
         assert best["gained"] < run["new_gain"] + 3 * math.hypot(run["new_gain_error"], best["gained_error"])
 
 
