@@ -5,8 +5,7 @@ otherwise put in their place.
 """
 
 from pvae.analysis.aggregate.aggregated import AggregatedPosterior
-from pvae.analysis.bounds.ais import ais, bracket
-from pvae.analysis.bounds.annealed import Annealed, Bracket
+from pvae.analysis.bounds.ais import Annealed, Bracket, ais, bracket
 from pvae.analysis.bounds.calibration import Calibration, calibration
 from pvae.analysis.bounds.evidence import evidence, prior_evidence
 from pvae.analysis.bounds.gap import Gap, gap

@@ -10,8 +10,7 @@ from operator import mul
 import torch
 from torch import Tensor
 
-from pvae.analysis.bounds.psis import pareto_k, tail_length
-from pvae.analysis.bounds.weights import WeightSampler, squared_error
+from pvae.analysis.bounds.weights import WeightSampler, pareto_k, squared_error, tail_length
 from pvae.analysis.figures.estimate import CONSERVATIVE, Estimate
 from pvae.util.progress import Progress
 
@@ -205,7 +204,7 @@ def accumulate_weights(
 
 def _of_chunk(x: Tensor, samples: int, most: int, draw: WeightSampler) -> Accumulated:
     accumulator = Accumulator(samples, torch.finfo(x.dtype if x.is_floating_point() else torch.float32).eps)
-    counts = _even_parts(samples, most)
+    counts = [len(part) for part in torch.empty(samples).tensor_split(-(-samples // most))]  # as even as possible
     for start in range(0, len(counts), BLOCKS_PER_SUM):
         blocks = [draw(x, count).reshape(count, len(x)) for count in counts[start : start + BLOCKS_PER_SUM]]
         accumulator.push(torch.cat(blocks))
@@ -216,12 +215,6 @@ def block_size(x: Tensor) -> int:
     """Return the number of samples, over all rows together, that are decoded at a time."""
     elements = ELEMENTS_ON_GPU if x.is_cuda else ELEMENTS
     return min(LARGEST_BLOCK, max(SMALLEST_BLOCK, elements // max(1, x[0].numel())))
-
-
-def _even_parts(total: int, most: int) -> list[int]:
-    """Split `total` into as few parts as possible, none above `most`, that differ by at most one."""
-    parts = -(-total // most)
-    return [total // parts + (i < total % parts) for i in range(parts)]
 
 
 def _joined(parts: list[Accumulated]) -> Accumulated:

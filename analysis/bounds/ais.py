@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, final
 
 import torch
 from torch import Tensor
 
 from pvae.analysis.aggregate.entry import accept, quiet, require_likelihood, simulated
-from pvae.analysis.bounds.annealed import Annealed, Bracket
 from pvae.analysis.bounds.annealing import anneal, pilot, schedule
 from pvae.analysis.bounds.targets import AnnealingPlan, Start, Target
 from pvae.analysis.bounds.weights import inverse_ess, log_mean, squared_error
-from pvae.analysis.figures.estimate import CONSERVATIVE, Estimate, Kind, over_rows
+from pvae.analysis.figures.estimate import CONSERVATIVE, Estimate, Figures, Kind, Row, finite, over_rows
 from pvae.errors import DataError
 from pvae.pair.arguments import PairData
 from pvae.pair.pair import Pair
@@ -21,6 +22,97 @@ from pvae.util.progress import Progress, silent
 
 STATES_PER_CHUNK = 4000
 """Largest number of chains times rows annealed at once: each keeps the autograd graph of one log density."""
+
+
+@dataclass(frozen=True, repr=False)
+class _Annealing(Figures):
+    """Base class of results of annealing: settings, lower bound on log p(x), and acceptance of the transitions."""
+
+    counts = ("n", "temperatures", "chains", "leapfrog", "start")
+
+    n: int
+    """Number of data."""
+    temperatures: int
+    """Number of temperatures T."""
+    chains: int
+    """Number of chains per datum."""
+    leapfrog: int
+    """Number of leapfrog steps per Hamiltonian Monte Carlo transition."""
+    start: Start
+    """Distribution the chains start from: "guide" or "prior"."""
+    lower: Estimate
+    """Lower bound, in expectation, of the mean log p(x), nats per datum."""
+    acceptance: Tensor
+    """Mean acceptance of the (forward) transitions of every datum, `(n,)`; NaN with one temperature."""
+
+    @property
+    def accepted(self) -> str:
+        """Sentence part with the mean acceptance of the transitions, or that there are none."""
+        mean = float(self.acceptance.mean())
+        return "no transitions" if math.isnan(mean) else f"mean acceptance {mean:.2f}"
+
+    def to_dict(self) -> dict[str, Any]:
+        acceptance = finite(self.acceptance.mean())
+        return {"unit": "nats per datum", **self.facts(), "figures": self.figures(), "acceptance": acceptance}
+
+
+@final
+@dataclass(frozen=True, repr=False)
+class Annealed(_Annealing):
+    """Lower bound on the mean log p(x) by annealed importance sampling, nats per datum; the result of `ais`."""
+
+    log_p: Tensor
+    """Log of the mean weight of every datum, nats, `(n,)`, float64 on the CPU."""
+    log_weights: Tensor
+    """Log importance weight of every chain and datum, `(chains, n)`."""
+    ess: Tensor
+    """Effective sample size of the chains' weights of every datum, `(n,)`, at most `chains`."""
+
+    @property
+    def title(self) -> str:
+        return f"annealed importance sampling, nats per datum (n = {self.n})"
+
+    def rows(self) -> Iterator[Row]:
+        how = f"{self.chains} chains from the {self.start}, {self.temperatures} temperatures"
+        yield f"ais_{self.temperatures}", self.lower, f"lower bound on log p(x), {how}"
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        return (f"{self.accepted}; effective chains {self.ess.median():.1f} of {self.chains} (median)",)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**super().to_dict(), "ess_median": float(self.ess.median()), "ess_min": float(self.ess.min())}
+
+
+@final
+@dataclass(frozen=True, repr=False)
+class Bracket(_Annealing):
+    """Lower and upper bound on the mean log p(x) of simulated data, nats per datum; the result of `bracket`."""
+
+    upper: Estimate
+    """Upper bound in expectation, from annealing back from exact posterior samples."""
+    width: Estimate
+    """Width of the bracket, upper - lower: in expectation at least the bias of the lower bound."""
+    x: Tensor
+    """Simulated data, `(n, *event)`."""
+    lower_per_datum: Tensor
+    """Lower bound of every datum, nats, `(n,)`, float64 on the CPU."""
+    upper_per_datum: Tensor
+    """Upper bound of every datum, nats, `(n,)`."""
+
+    @property
+    def title(self) -> str:
+        return f"bidirectional Monte Carlo on simulated data, nats per datum (n = {self.n})"
+
+    def rows(self) -> Iterator[Row]:
+        how = f"{self.chains} chains, {self.temperatures} temperatures"
+        yield "lower", self.lower, f"lower bound on log p(x): annealed from the {self.start}, {how}"
+        yield "upper", self.upper, f"upper bound on log p(x): annealed back from exact posterior samples, {how}"
+        yield "width", self.width, "upper - lower: on average at least the bias of the lower bound"
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        return (self.accepted,)
 
 
 def ais(
@@ -79,12 +171,11 @@ def ais(
     x = accept(pair, x, guide=False)
     plan = AnnealingPlan("ais", temperatures, chains, leapfrog, start)
     plan.check(pair)
-    tick = _counter(2 * temperatures * _chunks(len(x), chains), on_progress)
+    chunks = x.split(pair.structure.rows or _rows(chains))
+    tick = _counter(2 * temperatures * len(chunks), on_progress)
     with quiet(pair, x, seed):
         require_likelihood(pair, "ais")
-        parts = [
-            _lower(Target(pair, rows, plan), plan, tick)[:2] for rows in x.split(pair.structure.rows or _rows(chains))
-        ]
+        parts = [_lower(Target(pair, rows, plan), plan, tick)[:2] for rows in chunks]
     log_weights, acceptance = (torch.cat(column, -1).cpu() for column in zip(*parts, strict=True))
     log_p, inverse = log_mean(log_weights), inverse_ess(log_weights)
     return Annealed(
@@ -160,11 +251,11 @@ def bracket(
     if len(pair.layout.observed) != 1:
         names = ", ".join(pair.layout.observed)
         raise DataError(f"bracket: expected one observed site to simulate; got {names}. Use ais on data.")
-    tick = _counter(3 * temperatures * _chunks(rows, chains), on_progress)
-    template = x_like[torch.arange(rows, device=x_like.device) % len(x_like)]
+    chunks = x_like[torch.arange(rows, device=x_like.device) % len(x_like)].split(_rows(chains))
+    tick = _counter(3 * temperatures * len(chunks), on_progress)
     with quiet(pair, x_like, seed):
         require_likelihood(pair, "bracket")
-        parts = [_both(pair, like, plan, tick) for like in template.split(_rows(chains))]
+        parts = [_both(pair, like, plan, tick) for like in chunks]
     x, forward, backward, acceptance = (
         torch.cat(column, -1 if i else 0) for i, column in enumerate(zip(*parts, strict=True))
     )
@@ -185,10 +276,6 @@ def bracket(
 
 def _rows(chains: int) -> int:
     return max(1, STATES_PER_CHUNK // chains)
-
-
-def _chunks(n: int, chains: int) -> int:
-    return math.ceil(n / _rows(chains))
 
 
 def _counter(total: int, on_progress: Progress) -> Callable[[], None]:

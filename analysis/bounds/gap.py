@@ -216,6 +216,17 @@ def _sample(x: Tensor, samples: int, draw: WeightSampler) -> Tensor:
     return torch.cat([draw(x, count) for count in _blocks(x, samples)])
 
 
+def _slopes(x: Tensor, handler: Refined, draw: WeightSampler, particles: int) -> list[Tensor]:
+    """Return the gradients of the ELBOs of all rows with respect to `handler.free`, zero where they are not finite."""
+    with torch.enable_grad(), handler:
+        for t in handler.free:
+            t.requires_grad_()
+        found = torch.autograd.grad(draw(x, particles).mean(0).sum(), handler.free)
+    for t in handler.free:
+        t.requires_grad_(False)
+    return [slope.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0) for slope in found]
+
+
 def _optimise(x: Tensor, handler: Refined, draw: WeightSampler, plan: RefinePlan) -> None:
     """Maximise every row's ELBO over its own posterior parameters (`handler.free`, in place), model and encoder fixed.
 
@@ -223,15 +234,8 @@ def _optimise(x: Tensor, handler: Refined, draw: WeightSampler, plan: RefinePlan
     """
     optimiser = LeanAdam(handler.free)
     for step in range(plan.steps):
-        with torch.enable_grad(), handler:
-            for t in handler.free:
-                t.requires_grad_()
-            loss = -draw(x, plan.particles).mean(0).sum()
-            gradients = torch.autograd.grad(loss, handler.free)
-        for t in handler.free:
-            t.requires_grad_(False)
-        finite = [gradient.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0) for gradient in gradients]
-        optimiser.step(finite, LEARNING_RATE * (1 + math.cos(math.pi * step / plan.steps)) / 2)
+        downhill = [-slope for slope in _slopes(x, handler, draw, plan.particles)]
+        optimiser.step(downhill, LEARNING_RATE * (1 + math.cos(math.pi * step / plan.steps)) / 2)
         plan.tick()
 
 
@@ -241,18 +245,11 @@ def _unconverged(x: Tensor, handler: Refined, draw: WeightSampler, particles: in
     A natural-gradient step gains 1/2 g^T F^-1 g, with F = 1 for a shift in standard deviations and 2 for the logarithm
     of a scale; the product of two independent gradients has no bias by their noise.
     """
-    slopes = []
-    for _ in range(2):
-        with torch.enable_grad(), handler:
-            for t in handler.free:
-                t.requires_grad_()
-            slopes.append(torch.autograd.grad(draw(x, particles).mean(0).sum(), handler.free))
+    slopes = [_slopes(x, handler, draw, particles) for _ in range(2)]
     total = torch.zeros(len(x), dtype=torch.float64, device=x.device)
-    for i, (t, *pair_of) in enumerate(zip(handler.free, *slopes, strict=True)):
-        t.requires_grad_(False)
-        one, other = (g.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0).double() for g in pair_of)
-        axis = handler.axes[i]
-        total += (one * other).movedim(axis, 0).reshape(len(x), -1).sum(1) * (0.25 if i % 2 else 0.5)
+    for i, (axis, one, other) in enumerate(zip(handler.axes, *slopes, strict=True)):
+        gain = one.double() * other.double()
+        total += gain.movedim(axis, 0).reshape(len(x), -1).sum(1) * (0.25 if i % 2 else 0.5)
     return total
 
 

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, final
 
 from torch import Tensor
 
-from pvae.analysis.bounds.psis import SMALLEST_TAIL, khat_limit, tail_length
+from pvae.analysis.bounds.weights import SMALLEST_TAIL, khat_limit, tail_length
 from pvae.analysis.figures.estimate import Estimate, Figures, Row, finite
 
 UNRELIABLE_PROPORTION = 0.1
@@ -44,7 +44,7 @@ class Bounds(Figures):
     """Effective sample size of the weights of every datum, `(n,)`, at most `samples`."""
     khat: Tensor
     """Pareto shape k-hat of the largest weights of every datum, `(n,)`; NaN where there is no tail
-    (`psis.pareto_k`)."""
+    (`weights.pareto_k`)."""
 
     @property
     def gap(self) -> float:

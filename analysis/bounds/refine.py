@@ -10,13 +10,7 @@ import pyro.distributions as dist
 import torch
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
-from torch.distributions import (
-    Independent,
-    LowRankMultivariateNormal,
-    MultivariateNormal,
-    Normal,
-    TransformedDistribution,
-)
+from torch.distributions import MultivariateNormal, Normal
 
 from pvae.errors import DataError
 from pvae.pair.layout import samples
@@ -33,15 +27,15 @@ def rebuild(site: str, fn: Any, edit: Edit) -> Any:
     Raises:
         DataError: there is no normal, or it is transformed by a map that is not a bijection (HalfNormal).
     """
-    if isinstance(fn, LowRankMultivariateNormal):
+    if isinstance(fn, torch.distributions.LowRankMultivariateNormal):
         fn = dist.MultivariateNormal(fn.loc, scale_tril=fn.scale_tril)
     if isinstance(fn, AnyNormal):
         return edit(fn)
-    if isinstance(fn, Independent):
+    if isinstance(fn, torch.distributions.Independent):
         return dist.Independent(rebuild(site, fn.base_dist, edit), fn.reinterpreted_batch_ndims)
     if isinstance(fn, dist.MaskedDistribution):
         return dist.MaskedDistribution(rebuild(site, fn.base_dist, edit), fn._mask)
-    if isinstance(fn, TransformedDistribution) and all(t.bijective for t in fn.transforms):
+    if isinstance(fn, torch.distributions.TransformedDistribution) and all(t.bijective for t in fn.transforms):
         return dist.TransformedDistribution(rebuild(site, fn.base_dist, edit), fn.transforms)
     if isinstance(fn, dist.ExpandedDistribution):
         whole = fn.base_dist.expand(fn.batch_shape)
@@ -87,21 +81,12 @@ class Pathwise(dist.TorchDistribution):
         return self.fixed.log_prob(value)
 
 
-def edited_diagonal(base: Any, shift: Tensor, log_ratio: Tensor) -> dist.TorchDistribution:
-    """Return N(m + s a, (s exp b)^2) for N(m, s^2), a the shift and b the log ratio of the scales."""
-    return dist.Normal(base.loc + base.scale * shift, base.scale * log_ratio.exp())
-
-
-def edited_full_rank(base: Any, shift: Tensor, factor: Tensor) -> dist.TorchDistribution:
-    """Return N(m + L a, (L B)(L B)^T) for N(m, L L^T), B lower triangular with a positive diagonal."""
-    ratio = factor.tril(-1) + torch.diag_embed(factor.diagonal(dim1=-2, dim2=-1).exp())
-    loc = base.loc + (base.scale_tril @ shift[..., None])[..., 0]
-    return dist.MultivariateNormal(loc, scale_tril=base.scale_tril @ ratio)
-
-
 @final
 class RefinedNormal:
     """Shift and scale parameters per row that refine the normal posterior of one latent; initially the identity.
+
+    N(m, s^2) becomes N(m + s a, (s exp b)^2), with a the shift and b the log ratio of the scales; N(m, L L^T) becomes
+    N(m + L a, (L B)(L B)^T), with B lower triangular with a positive diagonal.
 
     Arguments:
         base: the guide's normal, for the rows of one batch.
@@ -117,8 +102,12 @@ class RefinedNormal:
 
     def edit(self, base: Any, *, detach: bool = False) -> dist.TorchDistribution:
         """Return `base` with shift and scale applied, with or without gradient with respect to these parameters."""
-        free = [t.detach() for t in self.free] if detach else self.free
-        return (edited_diagonal if self.is_diagonal else edited_full_rank)(base, *free)
+        shift, ratio = (t.detach() if detach else t for t in self.free)
+        if self.is_diagonal:
+            return dist.Normal(base.loc + base.scale * shift, base.scale * ratio.exp())
+        factor = ratio.tril(-1) + torch.diag_embed(ratio.diagonal(dim1=-2, dim2=-1).exp())
+        loc = base.loc + (base.scale_tril @ shift[..., None])[..., 0]
+        return dist.MultivariateNormal(loc, scale_tril=base.scale_tril @ factor)
 
 
 @final

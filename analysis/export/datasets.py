@@ -26,8 +26,6 @@ GROUP_NAMES = (
     ("posterior", "sample_stats", "guide", "diagnostics", "prior", "posterior_predictive")
     + ("observed_data", "constant_data")
 )  # fmt: skip
-HDI_PROPORTION = 0.94
-"""Default proportion of samples in a highest-density interval."""
 _DIGEST_LINE = re.compile(rb"\\?([0-9a-f]{64}) [ *]")
 
 
@@ -47,7 +45,7 @@ class PosteriorDraws:
             raise DataError(f"Expected a group, {', '.join(self.groups)}; got {name!r}{near(name, self.groups)}.")
         return self.groups[name]
 
-    def summary(self, hdi: float = HDI_PROPORTION) -> pandas.DataFrame:
+    def summary(self, hdi: float = 0.94) -> pandas.DataFrame:
         """Summarise every latent coordinate over data and samples together, one row each.
 
         There is no `r_hat` and no `ess_bulk`: samples of a guide are independent, so both would be trivial for any

@@ -14,8 +14,7 @@ from pyro import poutine
 from torch import Tensor
 
 from pvae.analysis.aggregate.entry import quiet, same_globals
-from pvae.analysis.bounds.psis import pareto_k
-from pvae.analysis.bounds.weights import inverse_ess, log_mean
+from pvae.analysis.bounds.weights import inverse_ess, log_mean, pareto_k
 from pvae.analysis.decompose.posterior_draws import Draw, draw_chunk
 from pvae.analysis.export.sites import (
     ExportedSites,

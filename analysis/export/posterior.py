@@ -14,13 +14,7 @@ from pvae.runs.run import Run
 from pvae.util import seeds
 from pvae.util.progress import Progress, silent
 
-DEFAULT_MEMORY = 1 << 30
-"""Largest number of bytes of all arrays together, by default."""
 FLOAT64_BYTES = 8
-PREDICTIVE_ROWS = 20
-"""Default number of rows of the group `posterior_predictive`."""
-PREDICTIVE_DRAWS = 10
-"""Default number of samples per row of the group `posterior_predictive`."""
 REDUCED_BY = {
     "posterior_predictive": "predictive_rows or predictive_draws",
     "observed_data": "predictive_rows",
@@ -36,9 +30,9 @@ def posterior(
     rows: int | None = None,
     seed: int = 0,
     *,
-    predictive_rows: int = PREDICTIVE_ROWS,
-    predictive_draws: int = PREDICTIVE_DRAWS,
-    memory: int = DEFAULT_MEMORY,
+    predictive_rows: int = 20,
+    predictive_draws: int = 10,
+    memory: int = 1 << 30,
     on_progress: Progress = silent,
 ) -> PosteriorDraws:
     """Sample every latent of the guide of a run for the rows of a split, with densities and diagnostics.
@@ -56,7 +50,7 @@ def posterior(
       diagonal normal, `<name>_probs` of a categorical, one-hot or Bernoulli. A posterior that reads other latents, or
       is of another family, is left out; the attribute `missing_<name>` gives the reason.
     - `diagnostics`, `(datum)`: `elbo` and `log_evidence` (the importance-weighted bound over the samples), lower bounds
-      in nats; `ess` of the weights, at most `draws`; `khat` of their tail, see `psis.pareto_k`; `<name>_kl` `(datum,
+      in nats; `ess` of the weights, at most `draws`; `khat` of their tail, see `weights.pareto_k`; `<name>_kl` `(datum,
       ...)`, the closed-form KL(q || p) of every coordinate, nats, averaged over samples of the latents it reads.
     - `prior`: samples of p(z), `(chain, draw, ...)`.
     - `posterior_predictive`: samples of p(x|z) `(chain, draw, datum_predictive, ...)` at the first samples of the first

@@ -280,13 +280,13 @@ def space_of(run: Run, seed: int = 0) -> Features:
     most = affordable(FEATURE_TRAINING_ROWS, tuple(train.rows.shape[1:]))
     kept = seeds.subset(len(train), most, seed)
     x = observed_rows(train, kept)
-    if train.y is None:
-        return features(x, None, None, seed)
-    there, labels = torch.unique(train.y[kept.to(train.y.device)].cpu(), return_inverse=True)
-    if not 1 < len(there) <= MAX_CLASSES:
-        return features(x, None, None, seed)
-    own = run.data.label_names
-    return features(x, labels, tuple(own[i] if own and 0 <= i < len(own) else str(i) for i in there.tolist()), seed)
+    if train.y is not None:
+        there, labels = torch.unique(train.y[kept.to(train.y.device)].cpu(), return_inverse=True)
+        if 1 < len(there) <= MAX_CLASSES:
+            own = run.data.label_names
+            names = tuple(own[i] if own and 0 <= i < len(own) else str(i) for i in there.tolist())
+            return features(x, labels, names, seed)
+    return features(x, seed=seed)
 
 
 def _means(run: Run, n: int, seed: int) -> Tensor | None:

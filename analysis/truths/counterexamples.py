@@ -24,10 +24,6 @@ if TYPE_CHECKING:
 
 KEPT_WEIGHT = 0.01
 """Weight of the good model in its mixture with noise, whose log p(x) is at most log 100 nats lower."""
-MEMORY_SCALES = (0.01, 0.03, 0.1, 0.2)
-"""Standard deviations eps of the mixtures of normals around the training data, in units of the range of the data."""
-PPCA_COMPONENTS = 10
-"""Number of components of the probabilistic PCA."""
 COMPARED_ROWS = 5000
 """Largest number of samples that are compared with as many held-out data, and of training data that are scored."""
 
@@ -210,8 +206,8 @@ def counterexamples(
     data: Dataset,
     seed: int = 0,
     *,
-    scales: Sequence[float] = MEMORY_SCALES,
-    components: int = PPCA_COMPONENTS,
+    scales: Sequence[float] = (0.01, 0.03, 0.1, 0.2),
+    components: int = 10,
     on_progress: StageProgress = silent,
 ) -> CounterExamples:
     r"""Show good samples with a poor likelihood, and a good likelihood with poor samples, on real-valued data.

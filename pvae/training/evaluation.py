@@ -70,11 +70,10 @@ def _mean_terms(pair: Pair, x: Tensor | Streamed, seed: int, rows: int | None) -
     for start in range(0, len(x), chunk):
         seeds.set_noise(seeds.mix(seed, seeds.VALIDATION, start), x.device)
         terms = pair.terms(pair.accept(x[start : start + chunk]), rows=rows or len(x), expected=True)
-        kl = {f"kl/{name}": value.expand_as(terms.reconstruction) for name, value in terms.kl.items()}
-        factors = {f"penalty/{name}": terms.penalties[name] for name in pair.layout.factors if name in terms.penalties}
-        factors = {name: value.expand_as(terms.reconstruction) for name, value in factors.items()}
-        for key, value in {"reconstruction": terms.reconstruction, **kl, **factors}.items():
-            totals[key] = totals.get(key, 0.0) + float(value.double().sum())
+        parts = {f"kl/{name}": value for name, value in terms.kl.items()}
+        parts |= {f"penalty/{name}": terms.penalties[name] for name in pair.layout.factors if name in terms.penalties}
+        for key, value in {"reconstruction": terms.reconstruction, **parts}.items():
+            totals[key] = totals.get(key, 0.0) + float(value.expand_as(terms.reconstruction).double().sum())
     means = {key: value / len(x) for key, value in totals.items()}
     total_kl = sum(value for key, value in means.items() if key.startswith("kl/"))
     return {"elbo": means["reconstruction"] - total_kl, "kl": total_kl, **means}

@@ -28,7 +28,7 @@ from pvae.analysis.pages.document.blocks import Picture
 from pvae.analysis.pages.document.document import Document
 from pvae.analysis.pages.document.stages import Stages
 from pvae.analysis.pages.plots import base, clouds, curves, pictures, waterfall
-from pvae.analysis.pages.plots.ranks import calibrated
+from pvae.analysis.pages.plots.bars import calibrated
 from pvae.analysis.pages.sections import SECTIONS
 from pvae.analysis.pages.sections.anatomy import on_prior
 from pvae.analysis.pages.sections.examination import Examination, some

@@ -12,7 +12,7 @@ from pvae.analysis.bounds.gap import Gap, gap
 from pvae.analysis.bounds.lower_bounds import Evidence
 from pvae.analysis.pages.document.blocks import Note, PageColumn, PageTable, Part, Sentence, Tile, picture, section
 from pvae.analysis.pages.document.text import nats, percent, table_of
-from pvae.analysis.pages.plots import curves, pictures, ranks
+from pvae.analysis.pages.plots import bars, curves, pictures
 from pvae.analysis.pages.sections.examination import Examination, array
 from pvae.analysis.samples.sharpness import is_image
 
@@ -239,8 +239,8 @@ def calibration(exam: Examination) -> Iterator[Part]:
     said, notes = found.sentences[:-1], found.remarks[len(found.sentences) - 1 :]
     yield picture(
         "calibration",
-        ranks.calibrated(found),
-        f"Histograms of the ranks of {min(len(found.worst), ranks.HISTOGRAMS)} coordinates, and coverage. {said[0]}",
+        bars.calibrated(found),
+        f"Histograms of the ranks of {min(len(found.worst), bars.HISTOGRAMS)} coordinates, and coverage. {said[0]}",
         "Ranks of the coordinates with the smallest p-values, relative to uniform ones: high at both ends where q is "
         "too narrow, high in the middle where it is too wide, sloping where it is shifted. Grey: 95 % of exact "
         "posteriors have all bars of a histogram inside, and each point of the coverage. A coverage below the diagonal "
