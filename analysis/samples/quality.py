@@ -11,13 +11,12 @@ import torch
 from scipy.stats import hypergeom
 from torch import Tensor
 
-from pvae.analysis.figures.estimate import Estimate, Figures, Row, exact
+from pvae.analysis.figures.estimate import Estimate, Figures, Row, exact, over_rows
 from pvae.analysis.samples.distances import Distances, distances
-from pvae.analysis.samples.features import MAX_CLASSES, Features, affordable, classify, features, in_chunks
-from pvae.analysis.samples.fidelity import FIDELITY_NEIGHBOURS, Fidelity, among
+from pvae.analysis.samples.features import MAX_CLASSES, Features, affordable, classify, features, in_chunks, sharpness
+from pvae.analysis.samples.fidelity import FIDELITY_NEIGHBOURS, Fidelity, among, ratio_of
 from pvae.analysis.samples.running import observed_rows, opened
 from pvae.analysis.samples.sample import Samples, sample
-from pvae.analysis.samples.sharpness import relative_sharpness, sharpness
 from pvae.errors import DataError, DeclarationError
 from pvae.runs.run import Run
 from pvae.util import seeds
@@ -269,6 +268,18 @@ def sample_quality(
     )
     on_progress(len(QUALITY_STAGES), len(QUALITY_STAGES), "")
     return found
+
+
+def relative_sharpness(samples: Tensor, data: Tensor) -> Estimate | None:
+    """Return the mean sharpness of samples `(m, *shape)` divided by that of data `(n, *shape)`, an estimate.
+
+    It is 1 for samples from the distribution of the data, and lower for blurred ones. None where `sharpness` is None,
+    and for data of zero sharpness.
+    """
+    made, real = sharpness(samples), sharpness(data)
+    if made is None or real is None or not bool(real.any()):
+        return None
+    return ratio_of(over_rows(made), over_rows(real))
 
 
 def space_of(run: Run, seed: int = 0) -> Features:

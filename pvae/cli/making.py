@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from torch import Tensor
 
-    import pvae.analysis.pages.plots.sheets
+    import pvae.analysis.pages.plots.pictures
     from pvae.analysis.samples.running import Generated
     from pvae.runs.run import Run
 
@@ -38,7 +38,7 @@ def sample(
     opened = shared.open(run)
     with shared.bar("sample", n) as bar:
         found = pvae.analysis.sample(opened, n, mean=mean, given=_given(given), seed=seed, on_progress=bar.report)
-    _keep(shared, opened, "sample", out, found, pvae.analysis.pages.plots.sheets.sampled)
+    _keep(shared, opened, "sample", out, found, pvae.analysis.pages.plots.pictures.sampled)
 
 
 @command(ON_FITTED)
@@ -58,7 +58,7 @@ def encode(
         found = pvae.analysis.encode(opened, x, mean=mean, seed=seed, on_progress=bar.report)
     prior = pvae.analysis.sample(opened, 1000, seed=seed)
     labels, names = None if y is None else y.numpy(), opened.data.label_names
-    planes = pvae.analysis.pages.plots.sheets.encoded(found, prior, labels, names)
+    planes = pvae.analysis.pages.plots.pictures.encoded(found, prior, labels, names)
     _keep(shared, opened, f"encode-{split}", out, found, planes, row=chosen, **({} if y is None else {"label": y}))
 
 
@@ -78,7 +78,7 @@ def reconstruct(
     with shared.bar("reconstruct", len(chosen)) as bar:
         found = pvae.analysis.reconstruct(opened, x, mean=not draw, seed=seed, on_progress=bar.report)
     seen = opened.data.split(split).observed(x).double().numpy()
-    picture = pvae.analysis.pages.plots.sheets.reconstructed(found, seen, _background(opened))
+    picture = pvae.analysis.pages.plots.pictures.reconstructed(found, seen, _background(opened))
     _keep(shared, opened, f"reconstruct-{split}", out, found, picture, row=chosen)
 
 
@@ -105,7 +105,7 @@ def traverse(
             opened, None if prior else start, latent, places, steps, span, given=_given(given), seed=seed,
             on_progress=bar.report,
         )  # fmt: skip
-    _keep(shared, opened, f"traverse-{found.latent}", out, found, pvae.analysis.pages.plots.sheets.traversed)
+    _keep(shared, opened, f"traverse-{found.latent}", out, found, pvae.analysis.pages.plots.pictures.traversed)
 
 
 @command(ON_FITTED)
@@ -124,7 +124,7 @@ def interpolate(
     one, other = _row(opened, split, "I", first), _row(opened, split, "J", last)
     found = pvae.analysis.interpolate(opened, one, other, steps, seed=seed)
     stem = f"interpolate-{split}-{first}-{last}"
-    _keep(shared, opened, stem, out, found, pvae.analysis.pages.plots.sheets.interpolated)
+    _keep(shared, opened, stem, out, found, pvae.analysis.pages.plots.pictures.interpolated)
 
 
 @command(ON_FITTED, name="rate-distortion")

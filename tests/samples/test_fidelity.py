@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pvae.analysis import features, fidelity, sharpness
 from pvae.analysis.samples.fidelity import expected_coverage
-from pvae.analysis.samples.sharpness import relative_sharpness
+from pvae.analysis.samples.quality import relative_sharpness
 from tests.samples.models import normals, refused
 
 

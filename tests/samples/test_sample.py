@@ -14,7 +14,7 @@ import torch
 
 import pvae
 from pvae.analysis import Traversal, encode, interpolate, reconstruct, sample, traverse
-from pvae.analysis.pages.plots import base, sheets
+from pvae.analysis.pages.plots import base, pictures
 from pvae.analysis.samples.encode import Reconstructions
 from pvae.analysis.samples.running import CHUNK_NUMBERS, CHUNK_ROWS, Generated, chunks
 from pvae.analysis.samples.sample import Samples
@@ -171,16 +171,16 @@ def test_what_is_saved_loads_without_pickle(tmp_path, moons):
     ],
 )
 def test_pictures_are_made_of_images_and_points(shape, shown):
-    assert sheets.is_shown(shape) == shown
+    assert pictures.is_shown(shape) == shown
     data = rows(20, *shape)
     drawn = Samples(data, {}, {}, True)
     moved = Traversal(data.reshape(4, 5, *shape), torch.arange(5.0).expand(4, 5), "z", (0, 1, 2, 3), "KL")
     rebuilt = Reconstructions(data, torch.arange(20.0), {}, True)
     shapes = array(data)
     made = [
-        sheets.sampled(drawn, shapes),
-        sheets.traversed(moved, shapes),
-        sheets.reconstructed(rebuilt, shapes, shapes),
+        pictures.sampled(drawn, shapes),
+        pictures.traversed(moved, shapes),
+        pictures.reconstructed(rebuilt, shapes, shapes),
     ]
     assert [figure is not None for figure in made] == [shown] * 3
     for figure in made:

@@ -16,8 +16,7 @@ from scipy.stats import norm
 
 import pvae
 from pvae.analysis import distances, fidelity, sample, sample_quality, two_sample
-from pvae.analysis.samples.quality import by_chance, space_of
-from pvae.analysis.samples.sharpness import relative_sharpness
+from pvae.analysis.samples.quality import by_chance, relative_sharpness, space_of
 from pvae.util import seeds
 from tests.cli_runner import run_cli
 from tests.samples.models import command, normals, refused

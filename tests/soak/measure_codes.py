@@ -17,7 +17,7 @@ import pandas
 
 from pvae import Run
 from pvae.analysis import surgery
-from pvae.analysis.pages.plots import base, sheets
+from pvae.analysis.pages.plots import base, pictures
 from pvae.analysis.samples.quality import sample_quality
 from pvae.analysis.samples.sample import sample
 from pvae.pair.code_usage import code_usage
@@ -73,7 +73,7 @@ def main() -> None:
         pandas.DataFrame(table).round(4).to_csv(asked.out, index=False)
         print(pandas.DataFrame(table[-1:]).T.to_string(), flush=True)
         if asked.pictures and first is not None:
-            figure = sheets.sampled(sample(run, 40, mean=True), run.data.train.data[:1000].double().numpy())
+            figure = pictures.sampled(sample(run, 40, mean=True), run.data.train.data[:1000].double().numpy())
             assert figure is not None  # noqa: S101 - these data are images
             (asked.pictures / f"{run.experiment.name}.png").write_bytes(base.png(figure))
 

@@ -18,7 +18,7 @@ from pvae.analysis.pages.sections.appendix import environment_of
 from pvae.analysis.pages.sections.examination import array
 from pvae.analysis.pages.sections.fit import LESS_OVERFITTING, OVERFITTING_NATS, SHOWN_NATS
 from pvae.analysis.pages.sections.quality import whole
-from pvae.analysis.samples.sharpness import is_image
+from pvae.analysis.samples.features import is_image
 from pvae.util.toml import flat
 
 CORRELATED_RUNS = 4

@@ -12,7 +12,7 @@ from pvae.analysis.pages.document.blocks import PageTable, Part, Picture, column
 from pvae.analysis.pages.document.text import nats
 from pvae.analysis.pages.plots import bars
 from pvae.analysis.pages.sections.examination import Examination, array
-from pvae.analysis.samples.sharpness import is_image
+from pvae.analysis.samples.features import is_image
 
 MAPPED_DATA = 6
 """Number of data whose codes are shown as maps."""

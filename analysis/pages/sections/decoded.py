@@ -10,12 +10,12 @@ from torch import Tensor
 
 from pvae.analysis.aggregate.entry import quiet
 from pvae.analysis.pages.document.blocks import PageTable, Part, Picture, columns, picture, section
-from pvae.analysis.pages.plots import base, pictures, sheets
+from pvae.analysis.pages.plots import base, pictures
 from pvae.analysis.pages.sections.examination import Examination, array
 from pvae.analysis.samples.encode import reconstruct
+from pvae.analysis.samples.features import is_image
 from pvae.analysis.samples.interpolate import interpolate
 from pvae.analysis.samples.running import distribution_mean
-from pvae.analysis.samples.sharpness import is_image
 from pvae.analysis.samples.traversal import Traversal, traverse
 from pvae.util import seeds
 
@@ -77,7 +77,7 @@ def _part(exam: Examination, title: str, rows: Tensor) -> pictures.Rebuilt:
 @section("traversals", "Traversals")
 def traversals(exam: Examination) -> Iterator[Part]:
     """Yield latent traversals; nothing unless data are images or points in the plane."""
-    if exam.implicit or not sheets.is_shown(exam.shape) or not exam.whole_rows:
+    if exam.implicit or not pictures.is_shown(exam.shape) or not exam.whole_rows:
         return
     for name in list(exam.pair.layout.latents)[:TRAVERSED_LATENTS]:
         what = f"traversal of {name}"
@@ -105,7 +105,7 @@ def _rows(exam: Examination, found: Traversal) -> Picture:
 
 def _paths(exam: Examination, found: Traversal) -> Picture:
     """Return the traversal of a latent for data in the plane: the path of the mean of p(x | z) for each coordinate."""
-    made = sheets.traversed(found, array(exam.observed(exam.x[:1000])))
+    made = pictures.traversed(found, array(exam.observed(exam.x[:1000])))
     assert made is not None  # noqa: S101 - points in the plane are shown
     return picture(
         f"traversal_{found.latent}",

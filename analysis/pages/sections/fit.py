@@ -14,7 +14,7 @@ from pvae.analysis.pages.document.blocks import Note, PageColumn, PageTable, Par
 from pvae.analysis.pages.document.text import nats, percent, table_of
 from pvae.analysis.pages.plots import bars, curves, pictures
 from pvae.analysis.pages.sections.examination import Examination, array
-from pvae.analysis.samples.sharpness import is_image
+from pvae.analysis.samples.features import is_image
 
 OVERFITTING_NATS = 1.0
 """Train ELBO minus held-out ELBO, in nats per datum, above which a page reports overfitting."""

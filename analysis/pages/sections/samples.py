@@ -13,7 +13,7 @@ from pvae.analysis.pages.document.text import percent
 from pvae.analysis.pages.plots import pictures
 from pvae.analysis.pages.sections.examination import Examination, array
 from pvae.analysis.samples.copying import Copying, copying
-from pvae.analysis.samples.sharpness import is_image
+from pvae.analysis.samples.features import is_image
 
 ON_SHEET, BESIDE_NEIGHBOURS = 40, 10
 """Numbers of samples: shown in total, and shown with their nearest training data."""
