@@ -31,7 +31,7 @@ class Terms:
     scores: dict[str, Score] = field(default_factory=dict)
     """Score-function terms of every latent whose sample carries no gradient."""
 
-    closed: Callable[[str], Tensor | None] = field(default_factory=lambda: lambda _: None)
+    closed: Callable[[str], Tensor | None] = lambda _: None
     """Function that returns the closed-form KL of a latent that `kl` estimates from samples; None if there is none."""
 
     def figures(self, closed: Collection[str]) -> list[Tensor]:
