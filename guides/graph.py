@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from math import prod
 from typing import Any, ClassVar, Literal, final
@@ -48,10 +47,6 @@ class EncoderModule(nn.Module):
     shapes: dict[str, dict[str, Shape]]
     """Event shapes of the inputs of each latent's posterior: latent name -> input name -> shape."""
 
-    @abstractmethod
-    def __init__(self, declared: Any, known: Mapping[str, Shape], sites: Sequence[Site]) -> None:
-        super().__init__()
-
     def inputs_of(self, site: Site, features: Any, seen: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the inputs of a posterior, by name, from the result of `forward` and the latents sampled so far."""
         raise NotImplementedError  # pragma: no cover - abstract
@@ -72,7 +67,7 @@ class SharedModule(EncoderModule):
     """Module of the encoder `shared`: one network on x, whose features all posteriors read in place of x."""
 
     def __init__(self, declared: Any, known: Mapping[str, Shape], sites: Sequence[Site]) -> None:
-        super().__init__(declared, known, sites)
+        super().__init__()
         self.network = laid_out(declared.network, {OBSERVED: known[OBSERVED]}, sites)
         known = {**known, OBSERVED: self.network.output}
         self.shapes = {site.name: shapes_of(site, known) for site in sites}
@@ -97,7 +92,7 @@ class PerLatentModule(EncoderModule):
     """Module of the encoder `per_latent`: one network per latent, on x and the latents that its posterior reads."""
 
     def __init__(self, declared: Any, known: Mapping[str, Shape], sites: Sequence[Site]) -> None:
-        super().__init__(declared, known, sites)
+        super().__init__()
         self.networks = nn.ModuleDict()
         for site in sites:
             self.networks[site.name] = laid_out(declared.network, shapes_of(site, known), [site])
@@ -128,7 +123,7 @@ class BottomUpModule(EncoderModule):
     """Module of the encoder `bottom_up`: networks from x upwards, each from the features of a level to the next."""
 
     def __init__(self, declared: Any, known: Mapping[str, Shape], sites: Sequence[Site]) -> None:
-        super().__init__(declared, known, sites)
+        super().__init__()
         self.networks = nn.ModuleDict()
         self.shapes = {}
         below = {OBSERVED: known[OBSERVED]}

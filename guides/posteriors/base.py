@@ -89,11 +89,10 @@ class Linked(PosteriorModule):
         network: network of the posterior; None if it has none.
     """
 
-    network: Any
-
     def __init__(self, site: Site, link: Link, declared: Posterior, network: nn.Module | None = None) -> None:
         super().__init__()
-        self.site, self.link, self.declared, self.network = site, link, declared, network
+        self.site, self.link, self.declared = site, link, declared
+        self.network: Any = network
 
 
 class Head(PosteriorModule):

@@ -33,16 +33,11 @@ Estimator = Literal["auto", "sum", "score"]
 class MovingAverage(Moving):
     """Moving-average baseline of a score-function gradient: it follows the mean of the gain (learning signal)."""
 
-    value: Tensor
-    started: Tensor
-    seen: Tensor
-
     def __init__(self, decay: float) -> None:
         super().__init__()
         self.decay = decay
-        self.register_buffer("value", torch.zeros(()))
-        self.register_buffer("started", torch.zeros(()))
-        self.register_buffer("seen", torch.full((), torch.nan), persistent=False)
+        self.value, self.started = nn.Buffer(torch.zeros(())), nn.Buffer(torch.zeros(()))
+        self.seen = nn.Buffer(torch.full((), torch.nan), persistent=False)
 
     def note(self, gain: Tensor) -> None:
         """Store the batch mean of the gain (learning signal) until the optimisation step is done."""
@@ -175,7 +170,7 @@ class RelaxedModule(Linked):
         """Return the distribution of log relaxed one-hots, with batch shape `(...)`, given named inputs."""
         site, grid = self.site, len(self.site.space.grid)
         logits, tau = channels_last(self.network(inputs), grid), self.link.model.temperature(site.name)
-        kl, noise = self.declared.kl, self.declared.is_noisy
+        kl, noise = self.declared.kl, getattr(self.declared, "noise", True)
         return RelaxedCodes(logits, tau, grid, kl=kl, noise=noise, has_twin=site.has_twin)
 
 
@@ -189,10 +184,9 @@ class RelaxedPosterior(Posterior):
     network: Network | None = None
     """Network from the encoder's features to the logits; default: one linear map."""
 
-    @property
     @abstractmethod
-    def is_noisy(self) -> bool:
-        """True if Gumbel noise is added to the logits."""
+    def sampled(self, space: Space) -> Space:
+        """Return the relaxation of the space of codes."""
 
     def build(self, site: Site, inputs: Mapping[str, Shape], link: Link) -> nn.Module:
         network = head(self.network, inputs, (site.space.states, *site.space.grid))
@@ -209,7 +203,6 @@ class RelaxedOneHotPosterior(RelaxedPosterior):
     """
 
     kind: Literal["relaxed_onehot"] = "relaxed_onehot"
-    is_noisy: ClassVar[bool] = True
 
     def sampled(self, space: Space) -> Space:
         return space.relaxed(is_hard=False)
@@ -240,7 +233,3 @@ class StraightThroughPosterior(RelaxedPosterior):
         if not self.noise and self.kl == "relaxed":
             raise ValueError('kl = "categorical" without noise, where q is a point and has no density; got relaxed')
         return self
-
-    @property
-    def is_noisy(self) -> bool:
-        return self.noise

@@ -28,11 +28,9 @@ ABSENT_LOGIT = -1e30
 class Pick(nn.Module):
     """Module that selects entries of the last dimension, by index."""
 
-    index: Tensor
-
     def __init__(self, index: Sequence[int]) -> None:
         super().__init__()
-        self.register_buffer("index", torch.tensor(list(index), dtype=torch.int64), persistent=False)
+        self.index = nn.Buffer(torch.tensor(list(index), dtype=torch.int64), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the d selected entries of a tensor `(..., D)`, as `(..., d)`."""

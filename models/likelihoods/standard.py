@@ -166,16 +166,15 @@ class NormalModule(LikelihoodModule):
     """Module of the normal likelihood: independent elements, with a fixed, a learned shared or a predicted scale."""
 
     form = forms.NormalForm
-    log_scale: Tensor
 
     def __init__(self, x: Shape, declared: Normal) -> None:
         super().__init__(x, declared.channels)
         self.floor = 0.0 if declared.scale == "fixed" else declared.floor
         self.offset = torch.tensor(declared.value).log().item()
         if declared.scale == "shared":
-            self.log_scale = nn.Parameter(torch.tensor(self.offset))
+            self.log_scale: Tensor = nn.Parameter(torch.tensor(self.offset))
         elif declared.scale == "fixed":
-            self.register_buffer("log_scale", torch.tensor(self.offset), persistent=False)
+            self.log_scale = nn.Buffer(torch.tensor(self.offset), persistent=False)
 
     def forward(self, h: Tensor) -> dist.TorchDistribution:
         """Return the distribution of x for a decoder output `(..., channels * x[0], *x[1:])`."""

@@ -22,13 +22,10 @@ from pvae.nn.network import MLP, LogVarianceBounds, Network, NormalHead
 class StandardNormalModule(nn.Module):
     """Module of the standard normal prior N(0, I), on the device of its buffers."""
 
-    loc: Tensor
-    scale: Tensor
-
     def __init__(self, event: Shape) -> None:
         super().__init__()
-        self.register_buffer("loc", torch.zeros(event), persistent=False)
-        self.register_buffer("scale", torch.ones(event), persistent=False)
+        self.loc = nn.Buffer(torch.zeros(event), persistent=False)
+        self.scale = nn.Buffer(torch.ones(event), persistent=False)
 
     def forward(self, _given: Mapping[str, Tensor]) -> dist.TorchDistribution:
         """Return N(0, I) with batch shape `()`."""
@@ -63,16 +60,11 @@ class ConditionalNormal(Prior):
 class WeightsModule(MixtureWeights):
     """Independent codes over a grid, or bits, of learned or equal probabilities; relaxed codes if the latent is."""
 
-    logits: Tensor
-
     def __init__(self, site: Site, learned: bool, link: Link) -> None:
         super().__init__()
         self.name, self.space, self.link = site.name, site.space, link
         logits = torch.zeros(*site.space.shape, site.space.states) if site.space.is_code else torch.zeros(site.event)
-        if learned:
-            self.logits = nn.Parameter(logits)
-        else:
-            self.register_buffer("logits", logits, persistent=False)
+        self.logits: Tensor = nn.Parameter(logits) if learned else nn.Buffer(logits, persistent=False)
 
     @torch.no_grad()
     def maximise(self, counts: Tensor) -> None:

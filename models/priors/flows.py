@@ -56,17 +56,12 @@ class FlowModule(nn.Module):
         inward: True if the fast direction of each bijection is from z to u.
     """
 
-    steps: Any
-    """Bijections (`Bijection`), in the order from u to z."""
-    loc: Tensor
-    scale: Tensor
-
     def __init__(self, steps: list[nn.Module], dim: int, inward: bool) -> None:
         super().__init__()
-        self.steps = nn.ModuleList(Bijection(step) for step in steps)
+        self.steps: Any = nn.ModuleList(Bijection(step) for step in steps)
         self.inward = inward
-        self.register_buffer("loc", torch.zeros(dim), persistent=False)
-        self.register_buffer("scale", torch.ones(dim), persistent=False)
+        self.loc = nn.Buffer(torch.zeros(dim), persistent=False)
+        self.scale = nn.Buffer(torch.ones(dim), persistent=False)
 
     def forward(self, _given: Mapping[str, Tensor]) -> dist.TorchDistribution:
         """Return the distribution of z, with batch shape `()`."""

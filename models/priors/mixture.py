@@ -107,14 +107,11 @@ class DataMixtureModule(MadeOfData):
     all rows are components: constants, encoded once, and again after `eval()` or a change of a weight.
     """
 
-    rows: Tensor
-    index: Tensor
-
     def __init__(self, name: str, link: Link, declared: AggregatedPrior | ExemplarPrior) -> None:
         super().__init__()
         self.name, self.link, self.declared = name, link, declared
-        self.register_buffer("rows", torch.zeros(2, *link.frame.x), persistent=False)
-        self.register_buffer("index", torch.zeros(0, dtype=torch.int64), persistent=False)
+        self.rows: Tensor = nn.Buffer(torch.zeros(2, *link.frame.x), persistent=False)
+        self.index: Tensor = nn.Buffer(torch.zeros(0, dtype=torch.int64), persistent=False)
         self.count = 0
         self.attended = False
         self._kept: tuple[list[int], Members] | None = None

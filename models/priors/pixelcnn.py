@@ -115,15 +115,13 @@ class PixelCNNModule(TokenModule):
     """
 
     context_dims = 3
-    layers: Any
-    """Layers (`GatedLayer`), in order."""
 
     def __init__(self, site: Site, parents: Mapping[str, Shape], declared: PixelCNNPrior) -> None:
         channels, last = declared.channels, declared.layers - 1
         super().__init__(site, parents, declared.kind, channels)
         self.plane = (*[1] * (2 - len(self.grid)), *self.grid)
         self.maps = nn.ModuleDict({name: Map(shape, channels, self.plane) for name, shape in self.parents.items()})
-        self.layers = nn.ModuleList(
+        self.layers: Any = nn.ModuleList(
             GatedLayer(declared, rows=self.plane[0] > 1, conditioned=bool(parents), last=layer == last)
             for layer in range(declared.layers)
         )

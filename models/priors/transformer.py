@@ -103,15 +103,13 @@ class TransformerModule(TokenModule):
     """Decoder-only transformer, whose input is the prompt, a start token and all codes but the last."""
 
     context_dims = 2
-    blocks: Any
-    """Transformer blocks (`AttentionBlock`), in order."""
 
     def __init__(self, site: Site, parents: Mapping[str, Shape], declared: TransformerPrior) -> None:
         width, heads, dropout = declared.width, declared.heads, declared.dropout
         super().__init__(site, parents, declared.kind, width)
         self.prompts = nn.ModuleDict({name: Tokens(shape, width) for name, shape in self.parents.items()})
         self.places = PositionEmbedding(self.grid, width) if self.positions > 1 else None
-        self.blocks = nn.ModuleList(AttentionBlock(width, heads, dropout) for _ in range(declared.layers))
+        self.blocks: Any = nn.ModuleList(AttentionBlock(width, heads, dropout) for _ in range(declared.layers))
         self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, self.codes))
 
     def encode(self, given: Mapping[str, Tensor], lead: torch.Size) -> Tensor | None:

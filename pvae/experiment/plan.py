@@ -1,17 +1,16 @@
-"""Settings of a fit: training, analysis during training, and the plan that combines both with an objective."""
+"""Settings of a fit: training, analysis during training, the plan of both with an objective; dotted overrides."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Self
 
 import tomli_w
-from pydantic import Field
+from pydantic import BaseModel, Field
 
-from pvae.component import Section, Table, from_table
-from pvae.experiment.overrides import apply_overrides
+from pvae.component import Component, Section, Table, from_table, table_at
 from pvae.nn.optimizers import Adam, Optimizer
 from pvae.nn.precision import Precision
 from pvae.nn.schedules import Constant, Schedule
@@ -112,3 +111,49 @@ class Plan(Section):
         """Return the SHA-256 digest (hex) of the declaration without name and description."""
         table = self.model_dump(mode="json", exclude={"name", "description"}, exclude_none=True)
         return hashlib.sha256(json.dumps(table).encode()).hexdigest()
+
+
+def apply_overrides(
+    raw: dict[str, Any], overrides: Sequence[tuple[tuple[str, ...], Any]], root: type[BaseModel]
+) -> None:
+    """Set dotted paths in the nested dictionaries of a declaration.
+
+    A table whose `kind` is overridden loses the keys that the new kind does not have.
+
+    Arguments:
+        raw: the declaration, changed in place.
+        overrides: pairs of path, as a tuple of keys, and value.
+        root: class of the declaration.
+    """
+    for path, value in overrides:
+        table = raw
+        for depth, part in enumerate(path[:-1], 1):
+            inner = table.get(part)
+            table[part] = inner if isinstance(inner, dict) else _new_table(raw, path[:depth], root, inner)
+            table = table[part]
+        table[path[-1]] = value
+        _forget_foreign_keys(raw, path, root)
+
+
+def _new_table(raw: dict[str, Any], path: Sequence[str], root: type[BaseModel], found: Any) -> dict[str, Any]:
+    """Return the table for an overridden key where the declaration has none.
+
+    It is that of the kind whose name is `found` in its place, else that of the default kind, or {}.
+    """
+    if isinstance(found, str):
+        _, kind = table_at(raw, path, root)
+        return {kind.tag if kind is not None and issubclass(kind, Component) else "kind": found}
+    _, parent = table_at(raw, path[:-1], root)
+    field = parent.model_fields.get(path[-1]) if parent else None
+    default = field.default if field else None
+    return {default.tag: getattr(default, default.tag)} if isinstance(default, Component) else {}
+
+
+def _forget_foreign_keys(raw: dict[str, Any], path: tuple[str, ...], root: type[BaseModel]) -> None:
+    """Remove from a table whose kind has been overridden the keys that the new kind does not have."""
+    if path[-1] not in ("kind", "source", "type") or len(path) == 1:
+        return
+    table, kind = table_at(raw, path[:-1], root)
+    if isinstance(table, dict) and kind is not None and not kind.is_family():  # type: ignore[attr-defined]
+        for key in [key for key in table if key not in kind.model_fields]:
+            del table[key]

@@ -52,19 +52,12 @@ def findings(e: Experiment) -> Iterator[Finding]:
         return
     if e.objective.scores and not any(OBSERVED in z.posterior.given or z.posterior.summed for z in e.latents.values()):
         yield "latents", "at least one posterior given 'x': the guide never looks at the data", sorted(names)
-    yield from _unread(e)
-    yield from _misplaced_priors(e)
-    yield from _misplaced_posteriors(e)
-    yield from _unlike_sums(e)
-    yield from _negative_schedules(e)
-    yield from _likelihood_free(e)
-    yield from _columns(e)
-    yield from _second_stage(e)
-    yield from _not_mean_field(e)
-    yield from _priced(e)
-    if isinstance(e.objective, EM):
-        yield from _no_mixture(e)
-    yield from refused(e)
+    rules = [
+        _unread, _misplaced_priors, _misplaced_posteriors, _unlike_sums, _negative_schedules, _likelihood_free,
+        _columns, _second_stage, _not_mean_field, _priced, _no_mixture, refused,
+    ]  # fmt: skip
+    for rule in rules:
+        yield from rule(e)
 
 
 def refused(plan: Plan) -> Iterator[Finding]:
@@ -265,6 +258,8 @@ def _no_mixture(e: Experiment) -> Iterator[Finding]:
 
     EM needs exactly one discrete latent with an exact posterior, and a table of component parameters as the decoder.
     """
+    if not isinstance(e.objective, EM):
+        return
     if len(e.latents) > 1:
         yield "latents", "exactly one latent, with codes, for the objective em", sorted(e.latents)
         return
@@ -272,11 +267,11 @@ def _no_mixture(e: Experiment) -> Iterator[Finding]:
     likelihood, network = e.decoder.likelihood, e.decoder.network
     closed = ", ".join(sorted(kind for kind, member in Likelihood.members.items() if member.closed_form))
     weights = isinstance(latent.prior, CategoricalPrior | UniformPrior)
-    wanted: list[tuple[str, Component, bool, str]] = [
+    wanted: list[tuple[str, Component, Any, str]] = [
         (f"latents.{name}.prior", latent.prior, weights, "categorical or uniform, of a latent with codes,"),
         (f"latents.{name}.posterior", latent.posterior, latent.posterior.summed, "exact, of a latent with codes,"),
         ("decoder.network", network, isinstance(network, TableNetwork), "table"),
-        ("decoder.likelihood", likelihood, bool(likelihood.closed_form), f"one with a closed form ({closed})"),
+        ("decoder.likelihood", likelihood, likelihood.closed_form, f"one with a closed form ({closed})"),
     ]
     for loc, part, sound, what in wanted:
         if not sound:

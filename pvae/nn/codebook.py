@@ -51,25 +51,18 @@ class NearestCodebook(Moving):
         unit: True to normalise rows and vectors to the unit sphere (cosine similarity).
     """
 
-    counts: Tensor
-    sums: Tensor
-    batch_counts: Tensor
-    batch_sums: Tensor
-    spare: Tensor
-
     def __init__(self, codes: int, width: int, decay: float | None, restart: float, unit: bool) -> None:
         super().__init__()
         self.decay, self.restart, self.unit = decay, restart, unit
         start = torch.empty(codes, width).uniform_(-1, 1) / (1 if unit else codes)
         if decay is None:
-            self.weight = nn.Parameter(start)
+            self.weight: Tensor = nn.Parameter(start)
         else:
-            self.register_buffer("weight", start)
-            self.register_buffer("sums", start.clone())
-        self.register_buffer("counts", torch.ones(codes))
-        self.register_buffer("batch_counts", torch.zeros(codes), persistent=False)
-        self.register_buffer("batch_sums", torch.zeros(codes, width), persistent=False)
-        self.register_buffer("spare", torch.zeros(codes, width), persistent=False)
+            self.weight, self.sums = nn.Buffer(start), nn.Buffer(start.clone())
+        self.counts = nn.Buffer(torch.ones(codes))
+        self.batch_counts = nn.Buffer(torch.zeros(codes), persistent=False)
+        self.batch_sums = nn.Buffer(torch.zeros(codes, width), persistent=False)
+        self.spare = nn.Buffer(torch.zeros(codes, width), persistent=False)
 
     @property
     def table(self) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from math import prod
 from typing import Literal, final
 
@@ -29,7 +30,7 @@ class Down(nn.Module):
     def __init__(self, image: Shape, channels: Sequence[int], act: Callable[[], nn.Module]) -> None:
         super().__init__()
         layers: list[nn.Module] = []
-        for a, b in zip((image[0], *channels[:-1]), channels, strict=True):
+        for a, b in pairwise((image[0], *channels)):
             layers += [nn.Conv2d(a, b, 3, stride=2, padding=1), act()]
         self.layers = nn.Sequential(*layers)
         height, width = (halvings(side, len(channels))[-1] for side in image[1:])
@@ -135,14 +136,7 @@ class Pointwise(NetworkModule):
 
     def forward(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """Return the output `(..., *output)` for named inputs `(..., *shape)`; leading dimensions broadcast."""
-        first, *others = (self._at(name, inputs[name]) for name in self.inputs)
-        return sum(others, first)
-
-    def _at(self, name: str, x: Tensor) -> Tensor:
-        layer, shape = self.maps[name], self.inputs[name]
-        if isinstance(layer, nn.Linear):
-            return layer(flatten(x, shape))[..., None, None]
-        return batched(layer, x)
+        return mapped(self.maps, self, inputs, (self.output[0], 1, 1))
 
 
 def batched(layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
@@ -151,6 +145,17 @@ def batched(layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         return layer(x)
     y = layer(x.reshape(-1, *x.shape[-3:]))
     return y.reshape(*x.shape[:-3], *y.shape[1:])
+
+
+def mapped(layers: nn.ModuleDict, network: NetworkModule, inputs: Mapping[str, Tensor], image: Shape) -> Tensor:
+    """Return the sum of all inputs as images: vectors pass linear layers with outputs of shape `image`."""
+    first, *others = (
+        layer(flatten(inputs[name], network.inputs[name])).unflatten(-1, image)
+        if isinstance(layer, nn.Linear)
+        else batched(layer, inputs[name])
+        for name, layer in layers.items()
+    )
+    return sum(others, first)
 
 
 class Residual(nn.Module):
@@ -167,10 +172,18 @@ class Residual(nn.Module):
         return h + self.layers(h)
 
 
-def strided(kind: type[nn.Module], widths: tuple[int, int], step: int, times: Sequence[int]) -> nn.Module:
-    """Return a convolution of stride 2 along the axes resized at this step, those with more than `step` `times`."""
-    stride = tuple(2 if step < count else 1 for count in times)
-    return kind(*widths, tuple(s + 2 for s in stride), stride, 1)
+def strides(
+    kind: type[nn.Module], widths: Sequence[int], times: Sequence[int], act: Callable[[], nn.Module]
+) -> list[nn.Module]:
+    """Return convolutions of class `kind` between successive `widths`, an activation after each.
+
+    Their stride is 2 along the axes that are still resized at that step, those with more `times`, else 1.
+    """
+    layers: list[nn.Module] = []
+    for step, (a, b) in enumerate(pairwise(widths)):
+        stride = tuple(2 if step < count else 1 for count in times)
+        layers += [kind(a, b, tuple(s + 2 for s in stride), stride, 1), act()]
+    return layers
 
 
 class Resize(nn.Module):
@@ -186,24 +199,20 @@ class Resize(nn.Module):
         self.size = size
         down = [doublings(b, a) for a, b in zip(image[1:], size, strict=True)]
         up = [doublings(a, b) for a, b in zip(image[1:], size, strict=True)]
-        layers: list[nn.Module] = []
-        width = image[0]
-        steps = max(down)
-        for i in range(steps):
-            wide = channels if i == steps - 1 else max(channels // 2, min(channels, 16))
-            layers += [act()] if layers else []
-            layers.append(strided(nn.Conv2d, (width, wide), i, down))
-            width = wide
-        if not steps:
-            layers.append(nn.Conv2d(width, channels, 3, padding=1))
-        for i in range(max(up)):
-            layers += [act(), strided(nn.ConvTranspose2d, (channels, channels), i, up)]
-        self.layers = nn.Sequential(*layers)
+        widths = [image[0], *[narrow(channels)] * (max(down) - 1), channels]
+        layers = strides(nn.Conv2d, widths, down, act) if max(down) else [nn.Conv2d(image[0], channels, 3, 1, 1), act()]
+        layers += strides(nn.ConvTranspose2d, [channels] * (max(up) + 1), up, act)
+        self.layers = nn.Sequential(*layers[:-1])
         self.padded = tuple(b * 2**d if a > b else a for a, b, d in zip(image[1:], size, down, strict=True))
 
     def forward(self, x: Tensor) -> Tensor:
         """Return images `(b, C, H, W)` resized to `(b, channels, *size)`."""
         return cropped(self.layers(padded(x, self.padded)), self.size)
+
+
+def narrow(channels: int) -> int:
+    """Return the number of channels of images larger than the working size: half, at least 16 where there are 16."""
+    return max(channels // 2, min(channels, 16))
 
 
 def doublings(small: int, large: int) -> int:
@@ -265,14 +274,7 @@ class ResnetModule(NetworkModule):
             self.head = nn.Conv2d(channels, output[0], 1) if there else Upscale(channels, work, output, act)
 
     def _worked(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        parts = []
-        for name, shape in self.inputs.items():
-            layer = self.lead[name]
-            if isinstance(layer, nn.Linear):
-                parts.append(layer(flatten(inputs[name], shape)).unflatten(-1, self.start))
-            else:
-                parts.append(batched(layer, inputs[name]))
-        return batched(self.blocks, sum(parts[1:], parts[0]))
+        return batched(self.blocks, mapped(self.lead, self, inputs, self.start))
 
     def features(self, inputs: Mapping[str, Tensor]) -> Tensor:
         return self._worked(inputs).flatten(-3)
@@ -291,16 +293,13 @@ class Upscale(nn.Module):
         super().__init__()
         self.size = output[1:]
         ups = [doublings(a, b) for a, b in zip(work, output[1:], strict=True)]
-        layers: list[nn.Module] = []
-        width, steps = channels, max(ups)
-        for i in range(steps):
-            wide = max(channels // 2, min(channels, 16)) if i < steps - 1 or output[0] > 4 else output[0]
-            layers.append(strided(nn.ConvTranspose2d, (width, wide), i, ups))
-            width = wide
-            if i < steps - 1 or width != output[0]:
-                layers.append(act())
-        if width != output[0] or not steps:
-            layers.append(nn.Conv2d(width, output[0], 1))
+        last = narrow(channels) if output[0] > 4 else output[0]
+        widths = [channels, *[*[narrow(channels)] * (max(ups) - 1), last][: max(ups)]]
+        layers = strides(nn.ConvTranspose2d, widths, ups, act)
+        if layers and widths[-1] == output[0]:
+            layers.pop()
+        else:
+            layers.append(nn.Conv2d(widths[-1], output[0], 1))
         self.layers = nn.Sequential(*layers)
 
     def forward(self, h: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any, Literal, final
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import nn
 
 from pvae.component import Component
 
@@ -122,12 +122,10 @@ class Cyclical(Schedule):
 class Scheduled(nn.Module):
     """Scalar buffer of a model or guide whose value follows a schedule, updated before every training step."""
 
-    value: Tensor
-
     def __init__(self, schedule: Schedule) -> None:
         super().__init__()
         self.schedule = schedule
-        self.register_buffer("value", torch.tensor(schedule.at(0, 1)))
+        self.value = nn.Buffer(torch.tensor(schedule.at(0, 1)))
 
     def follow(self, epoch: float, epochs: float) -> None:
         """Set the buffer to the value of the schedule after `epoch` of `epochs` epochs."""

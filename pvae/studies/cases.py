@@ -17,7 +17,7 @@ from pvae.data.sources.tabular import FrameSource
 from pvae.errors import DeclarationError, near
 from pvae.experiment import zoo
 from pvae.experiment.experiment import Experiment
-from pvae.experiment.overrides import apply_overrides
+from pvae.experiment.plan import apply_overrides
 from pvae.studies.sweep import FIRST, SECOND, Measure, StudyFile, Sweep, find, validated
 from pvae.training.resume import stage_of
 from pvae.util import toml
