@@ -97,8 +97,7 @@ class GraphModel(nn.Module):
 
     def temperature(self, name: str) -> Tensor:
         """Return the temperature tau of a relaxed latent, a scalar."""
-        found: Any = self.temperatures[name]
-        return found.value
+        return self.temperatures[name].value  # type: ignore[return-value]
 
     def prior(self, name: str, seen: Mapping[str, Tensor]) -> dist.TorchDistribution:
         """Return p(z_name | parents), given the features of the parents by name."""

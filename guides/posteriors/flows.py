@@ -23,7 +23,6 @@ from pvae.graph.site import OBSERVED, Site
 from pvae.guides.posteriors.base import Linked, Posterior, head
 from pvae.nn.network import (
     MLP,
-    InvertibleModule,
     LogVarianceBounds,
     Network,
     NetworkModule,
@@ -182,21 +181,6 @@ class FlowPosterior(Posterior):
         return FlowHead(network, dim, self)
 
 
-def decoder_of(link: Link, site: Site) -> InvertibleModule:
-    """Return the model's decoder network, which must be invertible.
-
-    Raises:
-        DeclarationError: the network is not invertible.
-    """
-    network = link.model.decoder.network
-    if not isinstance(network, InvertibleModule):
-        raise DeclarationError(
-            f"latents.{site.name}.posterior: expected a decoder that can be run backwards, "
-            f'decoder.network.kind = "bijection"; got {type(network).__name__}.'
-        )
-    return network
-
-
 class InverseModule(Linked):
     """Module of the posterior `inverse`: z = g^-1(x), for the model's decoder g."""
 
@@ -221,7 +205,6 @@ class InversePosterior(Posterior):
     determines: ClassVar[str | None] = "determined"
 
     def build(self, site: Site, inputs: Mapping[str, Shape], link: Link) -> nn.Module:
-        decoder_of(link, site)
         return InverseModule(site, link, self)
 
 
@@ -232,16 +215,15 @@ class Dequantised(Pushed):
     latest sample is decoded first, and has density 0 if its v lies in another cell.
 
     Arguments:
-        decoder: the invertible decoder g.
+        decoder: the invertible decoder network g, of kind `bijection`.
         x: data, multiples of 1 / (levels - 1), `(batch, *event)`.
         levels: number of values of an element of x.
         logits: normal distribution of logit u, with event `(D,)`; None for uniform noise.
     """
 
-    def __init__(
-        self, decoder: InvertibleModule, x: Tensor, levels: int, logits: dist.TorchDistribution | None
-    ) -> None:
-        self.decoder, self.x, self.levels, self.logits = decoder, x, levels, logits
+    def __init__(self, decoder: Any, x: Tensor, levels: int, logits: dist.TorchDistribution | None) -> None:
+        self.decoder, self.x, self.levels = decoder, x, levels
+        self.logits: Any = logits
         self.cell = (x.flatten(1) * (levels - 1)).round()
         super().__init__(self.cell.shape[:1], self.cell.shape[1:], validate_args=False)
 
@@ -259,7 +241,6 @@ class Dequantised(Pushed):
 
     def _log_noise(self, t: Tensor) -> Tensor:
         """Return log q(u | x), nats, from t = logit u, which keeps its precision when u rounds to 0 or 1."""
-        assert self.logits is not None  # noqa: S101 - the caller has asked
         return self.logits.log_prob(t) - (logsigmoid(t) + logsigmoid(-t)).sum(-1)
 
     def score(self, value: Tensor) -> Tensor:
@@ -287,9 +268,7 @@ class DequantisedModule(nn.Module):
     def forward(self, inputs: Mapping[str, Tensor], _seen: Mapping[str, Tensor]) -> dist.TorchDistribution:
         """Return q(z | x) for quantised data x `(batch, *event)`."""
         logits = None if self.noise is None else self.noise(inputs)
-        network = self.link.model.decoder.network
-        assert isinstance(network, InvertibleModule)  # noqa: S101 - `build` has looked
-        return Dequantised(network, inputs[OBSERVED], self.levels, logits)
+        return Dequantised(self.link.model.decoder.network, inputs[OBSERVED], self.levels, logits)
 
 
 @final
@@ -315,7 +294,6 @@ class DequantisedPosterior(Posterior):
     log_variance: LogVarianceBounds = (-6.0, 4.0)
 
     def build(self, site: Site, inputs: Mapping[str, Shape], link: Link) -> nn.Module:
-        decoder_of(link, site)
         likelihood: Any = link.model.decoder.likelihood
         noise = None
         if self.noise == "variational":

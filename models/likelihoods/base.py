@@ -1,17 +1,22 @@
-"""Likelihoods p(x | h): from the decoder's output to a distribution over one datum."""
+"""Likelihoods p(x | h), from the decoder's output to a distribution over one datum; their closed-form M-steps."""
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 from torch.distributions import constraints
 
 from pvae.component import Component, Shape
+from pvae.errors import DataError
 from pvae.graph.frame import Law
-from pvae.models.likelihoods.closed_form import ClosedForm
+
+if TYPE_CHECKING:
+    from pvae.models.likelihoods.standard import MultivariateNormalModule, NormalModule
 
 
 class Likelihood(Component):
@@ -85,3 +90,166 @@ class LikelihoodModule(nn.Module):
     def implicit(self) -> LikelihoodModule:
         """Return this likelihood without its density, for a GAN, in which x is sampled but never scored."""
         raise NotImplementedError  # pragma: no cover - declarations ask only a likelihood under which z determines x
+
+
+# ---------------------------------------------------------------------- closed forms, for the objective `em`
+
+LEAST_LOG_ODDS = -12.0
+"""Smallest log-odds or log-probability that an M-step sets, so that values absent from the data stay possible."""
+
+
+class ClosedForm:
+    """Base of closed-form M-steps: decoder outputs of maximum likelihood for weighted data, in an exponential family.
+
+    Sufficient statistics are summed over data in float64, so that they add up over batches; those of normal families
+    are centred at `origin` `(prod(x),)`, the mean of the data, to avoid cancellation.
+
+    Arguments:
+        module: the likelihood; parameters that all mixture components share, such as a tied covariance, are set on it.
+    """
+
+    def __init__(self, module: Any) -> None:
+        self.module = module
+
+    def statistics(self, x: Tensor, origin: Tensor) -> Tensor:
+        """Return the sufficient statistics `(n, F)` of data `(n, *x)`; here x itself, flattened."""
+        return x.flatten(1)
+
+    def maximise(self, counts: Tensor, sums: Tensor, origin: Tensor) -> Tensor:
+        """Return the decoder outputs that maximise the likelihood of weighted data; set the parameters that they share.
+
+        Arguments:
+            counts: sum of the responsibilities of each component, `(K,)`; none is zero.
+            sums: sums of the `statistics` weighted by responsibilities, `(K, F)`.
+            origin: point at which the statistics are centred, `(prod(x),)`.
+
+        Returns:
+            One decoder output for each component, flattened, `(K, prod(inputs))`.
+
+        Raises:
+            DataError: there is no maximum: a covariance is singular.
+        """
+        raise NotImplementedError  # pragma: no cover - abstract
+
+    def around(self, x: Tensor, mean: Tensor, origin: Tensor) -> Tensor:
+        """Return statistics `(m, F)` of components restarted at data `(m, *x)`: half way between theirs and `mean`.
+
+        Arguments:
+            x: one datum for each restarted component.
+            mean: the mean statistics of all data, `(F,)`.
+            origin: point at which the statistics are centred, `(prod(x),)`.
+        """
+        return (self.statistics(x, origin) + mean) / 2
+
+
+class BernoulliForm(ClosedForm):
+    """M-step of Bernoulli elements: the logits of the weighted means."""
+
+    def maximise(self, counts: Tensor, sums: Tensor, origin: Tensor) -> Tensor:
+        return torch.logit(sums / counts[:, None], eps=1 / (1 + math.exp(-LEAST_LOG_ODDS)))
+
+
+class CategoricalForm(ClosedForm):
+    """M-step of categorical elements: the logarithm of the weighted proportion of each level."""
+
+    def statistics(self, x: Tensor, origin: Tensor) -> Tensor:
+        levels = torch.arange(self.module.channels, device=x.device)[:, None]
+        return (x.flatten(1)[:, None] == levels).to(origin).flatten(1)
+
+    def maximise(self, counts: Tensor, sums: Tensor, origin: Tensor) -> Tensor:
+        p = (sums / counts[:, None]).unflatten(1, (self.module.channels, -1))
+        least = math.exp(LEAST_LOG_ODDS)
+        rare = p < least
+        kept = (1 - least * rare.sum(1, keepdim=True)) / p.masked_fill(rare, 0.0).sum(1, keepdim=True)
+        return (p * kept).masked_fill(rare, least).log().flatten(1)
+
+
+class PoissonForm(ClosedForm):
+    """M-step of Poisson elements: the logarithms of the weighted means."""
+
+    def maximise(self, counts: Tensor, sums: Tensor, origin: Tensor) -> Tensor:
+        return (sums / counts[:, None]).log().clamp(*self.module.declared.bounds)
+
+
+class NormalFamilyForm(ClosedForm):
+    """Base of the M-steps of normal likelihoods: the statistics are x - origin, then its second moments."""
+
+    def around(self, x: Tensor, mean: Tensor, origin: Tensor) -> Tensor:
+        """Return statistics `(m, F)` of components restarted with means at data `x` and the covariance of all data."""
+        centre = mean[None, : len(origin)] + origin
+        return self.statistics(x, origin) + mean - self.statistics(centre, origin)
+
+
+class NormalForm(NormalFamilyForm):
+    """M-step of independent normal elements: weighted means and, if the scale is learned, variances >= `floor`^2."""
+
+    module: NormalModule
+
+    def statistics(self, x: Tensor, origin: Tensor) -> Tensor:
+        y = x.flatten(1) - origin
+        is_fixed = self.module.channels == 1 and not isinstance(self.module.log_scale, nn.Parameter)
+        return y if is_fixed else torch.cat([y, y.square()], 1)
+
+    def maximise(self, counts: Tensor, sums: Tensor, origin: Tensor) -> Tensor:
+        least = self.module.floor**2
+        mean, *square = (sums / counts[:, None]).split(len(origin), 1)
+        if not square:
+            return mean + origin
+        variance = (square[0] - mean.square()).clamp(min=least)
+        if self.module.channels == 2:
+            return torch.cat([mean + origin, 0.5 * variance.log() - self.module.offset], 1)
+        pooled = counts @ (square[0] - mean.square()) / counts.sum()
+        self.module.log_scale.copy_(0.5 * pooled.mean().clamp(min=least).log())
+        return mean + origin
+
+
+class MultivariateNormalForm(NormalFamilyForm):
+    """M-step of a multivariate normal: weighted means and covariances, with `floor` added to the variances."""
+
+    module: MultivariateNormalModule
+
+    def statistics(self, x: Tensor, origin: Tensor) -> Tensor:
+        """Return y = x - origin and the lower triangle of y y^T, `(n, D + D (D + 1) / 2)`."""
+        y = x.flatten(1) - origin
+        row, column = torch.tril_indices(self.module.size, self.module.size, device=y.device)
+        return torch.cat([y, y[:, row] * y[:, column]], 1)
+
+    def maximise(self, counts: Tensor, sums: Tensor, origin: Tensor) -> Tensor:
+        d, full, floor = self.module.size, self.module.full, self.module.floor
+        row, column = torch.tril_indices(d, d, device=sums.device)
+        mean, packed = (sums / counts[:, None]).split([d, len(row)], 1)
+        packed = packed - mean[:, row] * mean[:, column]
+        if not full:
+            packed = (counts @ packed / counts.sum())[None]
+        covariance = packed.new_zeros(len(packed), d, d)
+        covariance[:, row, column] = covariance[:, column, row] = packed
+        covariance.diagonal(dim1=1, dim2=2).add_(floor)
+        square = mean.square() if full else mean.square().amax(0)
+        noise = 8 * d * torch.finfo(sums.dtype).eps * (covariance.diagonal(dim1=1, dim2=2) + square)
+        factor, failed = torch.linalg.cholesky_ex(covariance)
+        scale = factor.diagonal(dim1=1, dim2=2)
+        pivots = scale.square().masked_fill(failed[:, None] > 0, 0.0)
+        self._require_regular(pivots, noise, counts)
+        log_scale = 0.5 * (pivots - floor).clamp(min=torch.finfo(sums.dtype).tiny).log() - self.module.offset
+        row, column = torch.tril_indices(d, d, -1, device=sums.device)
+        free = torch.cat([log_scale, factor[:, row, column] / scale[:, row]], 1)
+        if full:
+            return torch.cat([mean + origin, free], 1)
+        self.module.factor.copy_(free[0])
+        return mean + origin
+
+    def _require_regular(self, pivots: Tensor, noise: Tensor, counts: Tensor) -> None:
+        """Raise DataError for singular covariances: a conditional variance (Cholesky pivot) may be a rounding error."""
+        bad = (pivots <= noise).any(1).nonzero().flatten().tolist()
+        if not bad:
+            return
+        if self.module.full:
+            which, weight = f"component {bad[0]}", counts[bad[0]]
+            remedy = "declare fewer codes, or covariance = 'tied'"
+        else:
+            which, weight, remedy = "all components", counts.sum(), "or leave out constant features"
+        least = max(1e-6, 2 * float(noise[bad[0]].max()))
+        raise DataError(
+            f"likelihood multivariate_normal: expected a covariance of full rank for {which}; got a singular one, "
+            f"of {weight:.6g} data in {self.module.size} dimensions. Set likelihood.floor to {least:.1g}, {remedy}."
+        )

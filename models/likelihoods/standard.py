@@ -16,7 +16,7 @@ from torch.distributions import constraints
 from pvae.component import Shape
 from pvae.distributions.base import Determined, DiscretizedLogistic, Event, FactoredNormal, Implicit, Rounded, lattice
 from pvae.distributions.exact import ExactNegativeBinomial, ExactPoisson
-from pvae.models.likelihoods import closed_form as forms
+from pvae.models.likelihoods import base
 from pvae.models.likelihoods.base import Likelihood, LikelihoodModule
 from pvae.nn.network import lower_factor
 
@@ -60,7 +60,7 @@ class Bernoulli(Elements):
     kind: Literal["bernoulli"] = "bernoulli"
     hint: ClassVar[str] = "set data.binarize to 'dynamic', 'static' or 'threshold', or use likelihood 'normal'"
     support: ClassVar[constraints.Constraint] = constraints.boolean
-    closed_form: ClassVar[type[forms.ClosedForm] | None] = forms.BernoulliForm
+    closed_form: ClassVar[type[base.ClosedForm] | None] = base.BernoulliForm
 
     def element(self, *parameters: Tensor) -> dist.TorchDistribution:
         return dist.Bernoulli(logits=parameters[0])
@@ -72,7 +72,7 @@ class Categorical(Elements):
 
     kind: Literal["categorical"] = "categorical"
     hint: ClassVar[str] = "set data.scale = 'raw' and likelihood.levels to the number of levels"
-    closed_form: ClassVar[type[forms.ClosedForm] | None] = forms.CategoricalForm
+    closed_form: ClassVar[type[base.ClosedForm] | None] = base.CategoricalForm
     levels: int = Field(gt=1)
     """Number of levels of an element."""
 
@@ -97,7 +97,7 @@ class Poisson(Elements):
     kind: Literal["poisson"] = "poisson"
     hint: ClassVar[str] = COUNTS
     support: ClassVar[constraints.Constraint] = constraints.nonnegative_integer
-    closed_form: ClassVar[type[forms.ClosedForm] | None] = forms.PoissonForm
+    closed_form: ClassVar[type[base.ClosedForm] | None] = base.PoissonForm
     bounds: ClassVar[tuple[float, float]] = (LOWEST_LOG_RATE, HIGHEST_LOG_RATE)
     """Smallest and largest log-rate."""
 
@@ -165,7 +165,7 @@ class DiscretizedLogisticLikelihood(Elements):
 class NormalModule(LikelihoodModule):
     """Module of the normal likelihood: independent elements, with a fixed, a learned shared or a predicted scale."""
 
-    form = forms.NormalForm
+    form = base.NormalForm
 
     def __init__(self, x: Shape, declared: Normal) -> None:
         super().__init__(x, declared.channels)
@@ -189,7 +189,7 @@ class Normal(Likelihood):
 
     kind: Literal["normal"] = "normal"
     support: ClassVar[constraints.Constraint] = constraints.real
-    closed_form: ClassVar[type[forms.ClosedForm] | None] = forms.NormalForm
+    closed_form: ClassVar[type[base.ClosedForm] | None] = base.NormalForm
     scale: Literal["fixed", "shared", "per_datum"] = "shared"
     """Standard deviation: `fixed` at `value`; `shared`, one learned number; `per_datum`, predicted per element."""
     value: float = Field(default=0.3, gt=0)
@@ -213,7 +213,7 @@ class MultivariateNormalModule(LikelihoodModule):
     unconstrained, and no conditional variance (of an element given those before it) is below `floor`.
     """
 
-    form = forms.MultivariateNormalForm
+    form = base.MultivariateNormalForm
 
     def __init__(self, x: Shape, declared: MultivariateNormal) -> None:
         super().__init__(x, 1)
@@ -245,7 +245,7 @@ class MultivariateNormal(Likelihood):
 
     kind: Literal["multivariate_normal"] = "multivariate_normal"
     support: ClassVar[constraints.Constraint] = constraints.real
-    closed_form: ClassVar[type[forms.ClosedForm] | None] = forms.MultivariateNormalForm
+    closed_form: ClassVar[type[base.ClosedForm] | None] = base.MultivariateNormalForm
     covariance: Literal["full", "tied"] = "full"
     """Covariance: `full`, predicted for every datum (one per mixture component); `tied`, one learned for all data."""
     value: float = Field(default=0.3, gt=0)

@@ -133,7 +133,7 @@ class TokenModule(nn.Module):
         width: width of the embedding of a code.
 
     Raises:
-        DeclarationError: a shape is not supported; the message names the latent and the shape.
+        DeclarationError: the grid has more axes; the message names the latent and its grid.
     """
 
     context_dims: ClassVar[int]
@@ -146,12 +146,6 @@ class TokenModule(nn.Module):
             raise DeclarationError(
                 f"latents.{site.name}.prior {kind}: expected a grid of at most 2 axes; got {list(self.grid)}."
             )
-        for name, shape in parents.items():
-            if len(shape) not in (1, 2, 3):
-                raise DeclarationError(
-                    f"latents.{site.name}.prior {kind}: expected parents of shape (D), (C, L) or (C, H, W); "
-                    f"got {name} of shape {list(shape)}."
-                )
         self.positions = prod(self.grid)
         self.parents = {name: tuple(shape) for name, shape in parents.items()}
         self.start = nn.Parameter(0.1 * torch.randn(width))
@@ -162,11 +156,9 @@ class TokenModule(nn.Module):
         """Return embeddings `(n, p, width)` of indices `(n, p)` or of logarithms of relaxed one-hots `(n, p, K)`."""
         if self.table is None:
             return self.start.new_zeros(*value.shape[:2], self.width)
-        return (
-            cast(value.exp(), self.table.dtype) @ self.table
-            if value.is_floating_point()
-            else F.embedding(value, self.table)
-        )
+        if value.is_floating_point():
+            return cast(value.exp(), self.table.dtype) @ self.table
+        return F.embedding(value, self.table)
 
     def forward(self, given: Mapping[str, Tensor]) -> dist.TorchDistribution:
         """Return the distribution of the codes, with the parents' leading dimensions as batch shape."""

@@ -22,7 +22,7 @@ from pvae.errors import DeclarationError
 from pvae.graph.link import Link
 from pvae.graph.site import Site, Space, Values
 from pvae.models.priors.base import Prior
-from pvae.nn.network import InvertibleModule, Network, NetworkModule, flatten
+from pvae.nn.network import Network, NetworkModule, flatten
 from pvae.util.types import Size
 
 
@@ -251,7 +251,7 @@ class NeuralAutoregressive(FlowPrior):
         return bijections.neural_autoregressive(dim, list(self.hidden), width=self.units)
 
 
-class BijectionModule(InvertibleModule):
+class BijectionModule(NetworkModule):
     """Invertible decoder x = g(z), made of a flow's bijections, with the log determinant of its inverse.
 
     With an `edge` x = (sigmoid(h) - edge) / (1 - 2 edge) of the flow's output h, a little wider than [0, 1].
@@ -319,6 +319,5 @@ class BijectionNetwork(Network):
             wanted = "a decoder" if output is None else f"one latent of dim = {prod(output)}"
             raise DeclarationError(f"network bijection: expected {wanted}; got inputs {sizes}.")
         name, size = next(iter(sizes.items()))
-        flow = self.flow.build(Site(name, Space.real(size)), {}, Link())
-        assert isinstance(flow, FlowModule)  # noqa: S101 - narrows the type
+        flow: Any = self.flow.build(Site(name, Space.real(size)), {}, Link())
         return BijectionModule(inputs, output, flow, self.edge if self.squash == "logit" else None)

@@ -122,16 +122,14 @@ class TransformerModule(TokenModule):
         h = self.embed(value[:, :-1])
         return h if self.places is None else h + self.places()[:-1]
 
-    def logits(self, value: Tensor, context: Tensor | None) -> Tensor:
-        assert context is not None  # noqa: S101 - there is always a start token
+    def logits(self, value: Tensor, context: Any) -> Tensor:
         h = torch.cat([context, self.inputs(value)], 1)
         for block in self.blocks:
             h = block(h)
         return self.head(h[:, context.shape[1] - 1 :])
 
-    def draw(self, count: int, context: Tensor | None, choose: Choose) -> Tensor:
+    def draw(self, count: int, context: Any, choose: Choose) -> Tensor:
         """Return codes `(count, p)` chosen in raster order, with cached keys and values of the positions before."""
-        assert context is not None  # noqa: S101 - there is always a start token
         h = context
         memories = [KeyValueCache(h.shape[1] + self.positions - 1) for _ in self.blocks]
         places = None if self.places is None else self.places()

@@ -209,12 +209,8 @@ class DiscretizedLogistic(Batched):
         log_below = nn.functional.logsigmoid(upper)
         log_above = nn.functional.logsigmoid(-lower)
         first, last = value < half, value > 1 - half
-        zero = torch.zeros_like(log_mass)
-        return (
-            torch.where(last, zero, log_below)
-            + torch.where(first, zero, log_above)
-            + torch.where(first | last, zero, log_mass)
-        )
+        inner = log_mass.masked_fill(first | last, 0.0)
+        return log_below.masked_fill(last, 0.0) + log_above.masked_fill(first, 0.0) + inner
 
     def sample(self, sample_shape: Size = torch.Size()) -> Tensor:
         """Return samples of grey values, `sample_shape + (...)`, without gradient."""

@@ -25,8 +25,24 @@ def one_hots(index: Tensor, states: int) -> Tensor:
     return torch.nn.functional.one_hot(index.long().clamp(0, states - 1), states).flatten(1)
 
 
+class Grids(Members):
+    """Members over grids of P codes, each one of K states."""
+
+    states: Any
+    """Number of codes at each position, K."""
+
+    @property
+    def positions(self) -> int:
+        """Number of positions of the grid, P."""
+        return getattr(self, self.tensors[0]).shape[1]
+
+    @property
+    def features(self) -> int:
+        return self.positions * self.states
+
+
 @dataclass(frozen=True)
-class Codes(Members):
+class Codes(Grids):
     """Batch of grids of P independent categoricals over K states: T(z) = one-hot, eta = log probabilities.
 
     `form` is the encoding of a flat value: P indices (0 and 1 of a Bernoulli too), P x K one-hots, or their logarithms.
@@ -46,11 +62,6 @@ class Codes(Members):
             object.__setattr__(self, "normalised", True)
 
     @property
-    def positions(self) -> int:
-        """Number of positions of the grid, P."""
-        return self.logits.shape[1]
-
-    @property
     def states(self) -> int:
         """Number of codes at each position, K."""
         return self.logits.shape[2]
@@ -58,10 +69,6 @@ class Codes(Members):
     @property
     def dim(self) -> int:
         return self.positions if self.form == "index" else self.features
-
-    @property
-    def features(self) -> int:
-        return self.positions * self.states
 
     @property
     def work(self) -> int:
@@ -119,7 +126,7 @@ class Codes(Members):
 
 
 @dataclass(frozen=True)
-class CertainCodes(Members):
+class CertainCodes(Grids):
     """Batch of deterministic grids of P codes: each member has probability 1 at one joint code, 0 elsewhere.
 
     As a family it is `Codes` with log probabilities 0 and `IMPOSSIBLE`; mixtures of it are scored by counting.
@@ -132,21 +139,10 @@ class CertainCodes(Members):
     """Number of codes at each position, K."""
 
     @property
-    def positions(self) -> int:
-        """Number of positions of the grid, P."""
-        return self.index.shape[1]
-
-    @property
     def dim(self) -> int:
         return self.positions
 
-    @property
-    def features(self) -> int:
-        return self.positions * self.states
-
-    @property
-    def work(self) -> int:
-        return self.positions
+    work = dim
 
     @property
     def origin(self) -> Tensor:

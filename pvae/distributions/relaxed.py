@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import pyro.distributions as dist
 import torch
@@ -252,14 +252,14 @@ class Discretised(Messenger):
             msg["fn"] = twin(msg["fn"])
 
 
-class LogOneHot(dist.TorchDistribution):
+class LogOneHot(Batched):
     """Categorical code as the logarithm of a one-hot vector: 0 at the code, -1e30 elsewhere.
 
     Arguments:
         codes: a `OneHotCategorical`.
     """
 
-    arg_constraints: ClassVar[dict[str, Any]] = {}
+    widened = ("codes",)
     has_enumerate_support = True
 
     def __init__(self, codes: torch.distributions.OneHotCategorical) -> None:
@@ -275,10 +275,6 @@ class LogOneHot(dist.TorchDistribution):
     def support(self) -> constraints.Constraint:
         """Support: logarithms of one-hot vectors."""
         return log_simplex
-
-    def expand(self, batch_shape: Size, _instance: Any = None) -> LogOneHot:
-        """Return this distribution expanded to `batch_shape`."""
-        return LogOneHot(self.codes.expand(torch.Size(batch_shape)))
 
     def sample(self, sample_shape: Size = torch.Size()) -> Tensor:
         """Return samples, `sample_shape + (..., K)`."""

@@ -142,10 +142,8 @@ def _misplaced_posteriors(e: Experiment) -> Iterator[Finding]:
     for name, latent in e.latents.items():
         posterior, space, loc = latent.posterior, latent.space, f"latents.{name}.posterior"
         if posterior.values != space.values:
-            kinds = ", ".join(
-                sorted(kind for kind, member in Posterior.members.items() if member.values == space.values)
-            )
-            yield loc, f"a posterior of {IN_WORDS[space.values]}: one of {kinds}", posterior.kind
+            kinds = sorted(kind for kind, member in Posterior.members.items() if member.values == space.values)
+            yield loc, f"a posterior of {IN_WORDS[space.values]}: one of {', '.join(kinds)}", posterior.kind
             continue
         if posterior.infers and not posterior.given:
             yield f"{loc}.given", "'x', or latents that the guide has sampled before", []
@@ -156,10 +154,9 @@ def _misplaced_posteriors(e: Experiment) -> Iterator[Finding]:
             yield loc, f"{sum_of} (fewer codes or positions), or {other}", found
         wanted = posterior.determines
         if wanted and (wanted != likelihood.kind or network.kind != "bijection"):
-            inverted = (
-                f"the network bijection and the likelihood {wanted}, which the posterior {posterior.kind} inverts"
-            )
-            yield "decoder", inverted, f"{network.kind}, {likelihood.kind}"
+            both = f"the network bijection and the likelihood {wanted}"
+            found = f"{network.kind}, {likelihood.kind}"
+            yield "decoder", f"{both}, which the posterior {posterior.kind} inverts", found
     if e.objective.scores and likelihood.is_point and not any(z.posterior.determines for z in e.latents.values()):
         density = "a density of x given z (normal, bernoulli, ...), unless the posterior is inverse or dequantised"
         yield "decoder.likelihood", density, likelihood.kind

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from functools import reduce
 from math import prod
 from typing import Annotated, Literal, final
 
@@ -18,12 +19,7 @@ from pvae.distributions.base import Event, PlainNormal
 from pvae.errors import DeclarationError
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
-    "relu": nn.ReLU,
-    "elu": nn.ELU,
-    "gelu": nn.GELU,
-    "silu": nn.SiLU,
-    "tanh": nn.Tanh,
-    "softplus": nn.Softplus,
+    kind.__name__.lower(): kind for kind in (nn.ReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Tanh, nn.Softplus)
 }
 Activation = Literal["relu", "elu", "gelu", "silu", "tanh", "softplus"]
 
@@ -71,17 +67,6 @@ class NetworkModule(nn.Module):
     def features(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """Return the features of the inputs before the last layer, `(..., width)`."""
         raise NotImplementedError(f"{type(self).__name__} has no features")
-
-
-class InvertibleModule(NetworkModule):
-    """Base of invertible networks, with one named input and an exact inverse."""
-
-    name: str
-    """Name of the input."""
-
-    def invert(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the z with `forward({name: z}) = x`, `(..., D)`, and log|det dz/dx|, nats, `(...)`."""
-        raise NotImplementedError  # pragma: no cover - abstract
 
 
 def flatten(x: Tensor, shape: Shape) -> Tensor:
@@ -135,10 +120,7 @@ class Dense(NetworkModule):
     def features(self, inputs: Mapping[str, Tensor]) -> Tensor:
         flat = [flatten(inputs[name], shape) for name, shape in self.inputs.items()]
         if len(flat) == 1:
-            h = flat[0]
-            for layer in self.chain:
-                h = layer(h)
-            return h
+            return reduce(lambda h, layer: layer(h), self.chain, flat[0])
         if self.branches is not None:
             flat = [branch(part) for branch, part in zip(self.branches, flat, strict=True)]
         return self.trunk(join(flat))

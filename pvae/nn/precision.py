@@ -16,15 +16,8 @@ from torch.overrides import TorchFunctionMode
 Precision = Literal["auto", "float32", "bfloat16"]
 ROUNDED = "bfloat16 by rounded factors"
 """Precision of a fit in bfloat16 on a processor without bfloat16 products; see `BFloat16Products`."""
-PRODUCTS = (
-    functional.linear,
-    functional.conv1d,
-    functional.conv2d,
-    functional.conv3d,
-    functional.conv_transpose1d,
-    functional.conv_transpose2d,
-    functional.conv_transpose3d,
-)
+CONVOLUTIONS = [f"conv{transposed}{dims}d" for transposed in ("", "_transpose") for dims in (1, 2, 3)]
+PRODUCTS = (functional.linear, *(getattr(functional, name) for name in CONVOLUTIONS))
 """Functions of (input, weight, bias, ...) whose products can be computed in bfloat16."""
 SPLIT = 2.0**16 + 1
 """Veltkamp's factor: it divides the 24 significant bits of a float32 into 8, those of a bfloat16, and 16."""

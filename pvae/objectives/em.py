@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from pvae.errors import DataError, DeclarationError
 from pvae.graph.site import OBSERVED, Site, one_hot
 from pvae.models.graph import GraphModel
-from pvae.models.likelihoods.closed_form import ClosedForm
+from pvae.models.likelihoods.base import ClosedForm
 from pvae.models.priors.base import MixtureWeights
 from pvae.nn.network import TableModule
 from pvae.nn.schedules import Constant

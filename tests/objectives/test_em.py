@@ -28,8 +28,7 @@ from pvae.errors import DataError, DeclarationError
 from pvae.experiment.experiment import Experiment
 from pvae.experiment.plan import Train
 from pvae.graph.frame import Law
-from pvae.models.likelihoods.base import Likelihood
-from pvae.models.likelihoods.closed_form import ClosedForm
+from pvae.models.likelihoods.base import ClosedForm, Likelihood
 from pvae.objectives.base import Loss
 from pvae.objectives.elbo import TraceELBO
 from pvae.objectives.em import EM

@@ -13,7 +13,6 @@ BASES = {
     "pvae.models.graph",
     "pvae.guides.graph",
     "pvae.models.likelihoods.base",
-    "pvae.models.likelihoods.closed_form",
     "pvae.models.priors.base",
     "pvae.guides.posteriors.base",
 }

@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING, Any
 from pvae.component import Shape
 from pvae.errors import DeclarationError
 from pvae.experiment.pyro_script.page import ELBOS
-from pvae.experiment.pyro_script.pair import PairScript
 from pvae.experiment.pyro_script.parts import NotPlainError
-from pvae.experiment.pyro_script.plain import PlainScript
+from pvae.experiment.pyro_script.programs import PairScript, PlainScript
 
 if TYPE_CHECKING:
     from pvae.experiment.experiment import Experiment

@@ -15,7 +15,7 @@ from pvae.nn.conv import ConvModule
 from pvae.nn.network import MLP, Dense, Gated, NetworkModule
 
 if TYPE_CHECKING:
-    from pvae.experiment.pyro_script.plain import PlainScript
+    from pvae.experiment.pyro_script.programs import PlainScript
 
 Expression = tuple[list[str], str]
 """Statements that a script runs first, and the expression of a distribution that uses them."""
@@ -153,10 +153,7 @@ PRIORS: Rules = {
     ("conditional_normal", "real"): normal,
     ("mixture", "real"): mixture,
     ("vamp", "real"): vamp,
-    ("categorical", "index"): weights_of_codes,
-    ("categorical", "relaxed"): weights_of_codes,
-    ("uniform", "index"): weights_of_codes,
-    ("uniform", "relaxed"): weights_of_codes,
+    **{(kind, values): weights_of_codes for kind in ("categorical", "uniform") for values in ("index", "relaxed")},
     **{(kind, "real"): flow for kind in ("realnvp", "spline_coupling", "maf", "iaf")},
 }
 """Functions that write a prior in plain Pyro, by kind of prior and value space of the latent; a script builds any
