@@ -69,15 +69,6 @@ class PosteriorModule(nn.Module):
         """Return the `infer` dictionary of the latent's Pyro site, for the posterior's inputs; None for the default."""
         return None
 
-    def penalties(self, found: Any, row: Tensor) -> dict[str, Tensor]:
-        """Return penalties `(...)` by name, which the loss adds to the negative ELBO.
-
-        Arguments:
-            found: the posterior, whose `point` holds the encoder's vectors before the lookup.
-            row: the codebook row of the nearest code, `(..., *features)`.
-        """
-        raise NotImplementedError  # pragma: no cover - only of posteriors that look codes up
-
 
 class Linked(PosteriorModule):
     """Base of modules of posteriors that read the model of the pair.

@@ -63,7 +63,14 @@ class NearestModule(Linked, Begun):
         return found
 
     def penalties(self, found: NearestCodes, row: Tensor) -> dict[str, Tensor]:
-        """Return the penalties by name, `(...)`: commitment and, if declared, codebook and evenness."""
+        """Return penalties by name, `(...)`, which the loss adds to the negative ELBO.
+
+        They are the commitment and, if declared, those of the codebook and of evenness.
+
+        Arguments:
+            found: the posterior, whose `point` holds the encoder's vectors before the lookup.
+            row: the codebook row of the nearest code, `(..., *features)`.
+        """
         event = tuple(range(-1 - self.grid, 0))
         out = {"commitment": self.declared.commitment * (found.point - row.detach()).square().sum(event)}
         if self.declared.gradient:

@@ -40,12 +40,10 @@ class Latent(Section):
     @model_validator(mode="before")
     @classmethod
     def _defaults_of_codes(cls, raw: Any) -> Any:
-        if not isinstance(raw, dict):
-            return raw
-        if raw.get("codes") is not None:
+        if isinstance(raw, dict) and raw.get("codes") is not None:
             usual = ExactPosterior() if raw.get("grid") is None else CategoricalPosterior()
             return {"prior": CategoricalPrior(), "posterior": usual, **raw}
-        if raw.get("bits") is not None:
+        if isinstance(raw, dict) and raw.get("bits") is not None:
             return {"prior": BernoulliPrior(), "posterior": BernoulliPosterior(), **raw}
         return raw
 

@@ -18,10 +18,7 @@ from pvae.nn.network import ACTIVATIONS, Activation, Network, NetworkModule, fla
 
 def halvings(size: int, times: int) -> list[int]:
     """Return the sizes of an image side before and after each of `times` stride-2 convolutions: 28, 14, 7, 4 ..."""
-    sizes = [size]
-    for _ in range(times):
-        sizes.append((sizes[-1] + 1) // 2)
-    return sizes
+    return [-(-size // 2**time) for time in range(times + 1)]
 
 
 class Down(nn.Module):
