@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
-import pyro.distributions as dist
 from torch import Tensor, nn
 
 from pvae.component import Component, Names, Shape
@@ -84,23 +83,6 @@ class Linked(PosteriorModule):
         super().__init__()
         self.site, self.link, self.declared = site, link, declared
         self.network: Any = network
-
-
-class Head(PosteriorModule):
-    """Module of a posterior whose distribution is a function of the output of one network.
-
-    Arguments:
-        network: from the posterior's inputs to the parameters of its distribution.
-        distribution: from parameters with batch shape `(...)` to the distribution.
-    """
-
-    def __init__(self, network: NetworkModule, distribution: Callable[[Tensor], dist.TorchDistribution]) -> None:
-        super().__init__()
-        self.network, self.distribution = network, distribution
-
-    def forward(self, inputs: Mapping[str, Tensor], _seen: Mapping[str, Tensor]) -> dist.TorchDistribution:
-        """Return the posterior, with batch shape `(...)`, given named inputs `(..., *shape)`."""
-        return self.distribution(self.network(inputs))
 
 
 def head(network: Network | None, inputs: Mapping[str, Shape], output: Shape) -> NetworkModule:

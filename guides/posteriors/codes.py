@@ -22,8 +22,8 @@ from pvae.distributions.relaxed import KL, RelaxedCodes
 from pvae.graph.lifecycle import Moving
 from pvae.graph.link import Link
 from pvae.graph.site import Site, Space, Values
-from pvae.guides.posteriors.base import Head, Linked, Posterior, channels_last, head
-from pvae.nn.network import MLP, Network, NetworkModule
+from pvae.guides.posteriors.base import Linked, Posterior, PosteriorModule, channels_last, head
+from pvae.nn.network import MLP, Head, Network, NetworkModule
 
 MAX_SUMMED_STATES = 32
 """Largest number of joint states that `estimator = "auto"` sums over; each costs a pass of the decoder."""
@@ -52,7 +52,7 @@ class MovingAverage(Moving):
         self.started.copy_(torch.where(sound, torch.ones_like(self.started), self.started))
 
 
-class Estimated(Head):
+class Estimated(Head, PosteriorModule):
     """Module of a posterior whose samples carry no gradient; the `infer` of its Pyro site sets the gradient estimator.
 
     Arguments:

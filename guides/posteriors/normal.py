@@ -15,8 +15,8 @@ from pvae.distributions.base import Determined, Event, PlainNormal
 from pvae.errors import DeclarationError
 from pvae.graph.link import Link
 from pvae.graph.site import Site, Values
-from pvae.guides.posteriors.base import Head, Linked, Posterior, head
-from pvae.nn.network import LogVarianceBounds, Network, NormalHead, lower_factor
+from pvae.guides.posteriors.base import Linked, Posterior, head
+from pvae.nn.network import Head, LogVarianceBounds, Network, NormalHead, lower_factor
 
 
 @final

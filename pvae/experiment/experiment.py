@@ -225,7 +225,7 @@ class Experiment(Plan):
             True
         """
         from pvae.data import load
-        from pvae.experiment.pyro_script import pyro_script
+        from pvae.experiment.pyro_script.programs import pyro_script
 
         return pyro_script(self, load(self.data, seed=self.seed).shape if x is None else x)
 

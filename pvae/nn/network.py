@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from functools import reduce
+from functools import partial, reduce
 from math import prod
-from typing import Annotated, Literal, final
+from typing import Annotated, Any, Literal, final
 
 import pyro.distributions as dist
 import torch
@@ -235,19 +235,29 @@ def lower_factor(scale: Tensor, below: Tensor) -> Tensor:
     return scale[..., None] * unit
 
 
-class NormalHead(nn.Module):
+class Head(nn.Module):
+    """Module of a prior or posterior whose distribution is a function of the output of one network.
+
+    Arguments:
+        network: from named inputs to the parameters of the distribution.
+        distribution: from parameters with batch shape `(...)` to the distribution.
+    """
+
+    def __init__(self, network: NetworkModule, distribution: Callable[[Tensor], dist.TorchDistribution]) -> None:
+        super().__init__()
+        self.network, self.distribution = network, distribution
+
+    def forward(self, inputs: Mapping[str, Tensor], _seen: Any = None) -> dist.TorchDistribution:
+        """Return the distribution, with batch shape `(...)`, given named inputs `(..., *shape)`."""
+        return self.distribution(self.network(inputs))
+
+
+class NormalHead(Head):
     """Network that outputs the location and log-variance of a diagonal normal."""
 
     def __init__(self, network: NetworkModule, bounds: tuple[float, float]) -> None:
-        super().__init__()
-        self.network = network
+        super().__init__(network, partial(diagonal_normal, bounds=bounds))
         self.bounds = bounds
-
-    def forward(
-        self, inputs: Mapping[str, Tensor], _seen: Mapping[str, Tensor] | None = None
-    ) -> dist.TorchDistribution:
-        """Return N(loc, diag scale^2), batch shape `(...)`, for named inputs `(..., *shape)`."""
-        return diagonal_normal(self.network(inputs), self.bounds)
 
     def features(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """Return the features of the network before its last layer, `(..., width)`."""

@@ -1,11 +1,11 @@
-"""The two generators of Pyro scripts: components written out or constructed one by one, or all from pvae's pair."""
+"""The Pyro script of a declaration: its components written out or constructed one by one, or all from pvae's pair."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from math import prod
-from typing import Any, final
+from typing import TYPE_CHECKING, Any, final
 
 import tomli_w
 from torch import nn
@@ -13,8 +13,9 @@ from torch import nn
 from pvae.component import Section, Shape
 from pvae.distributions.base import Determined
 from pvae.distributions.relaxed import categorical_kl
+from pvae.errors import DeclarationError
 from pvae.experiment.pyro_script import parts
-from pvae.experiment.pyro_script.page import SUMMED, TIME, Script, literal, named, quoted, sampled
+from pvae.experiment.pyro_script.page import ELBOS, SUMMED, TIME, Script, literal, named, quoted, sampled
 from pvae.experiment.pyro_script.parts import Expression, NotPlainError, Part
 from pvae.graph.lifecycle import Begun, MadeOfData, Moving
 from pvae.graph.link import Link
@@ -23,6 +24,29 @@ from pvae.guides.posteriors.codes import Estimated
 from pvae.guides.posteriors.nearest import NearestModule
 from pvae.nn.network import Network, NetworkModule
 from pvae.nn.schedules import Constant, Scheduled
+
+if TYPE_CHECKING:
+    from pvae.experiment.experiment import Experiment
+
+
+def pyro_script(experiment: Experiment, x: Shape) -> str:
+    """Return the source of a Python script that fits a declaration in Pyro, for data of event shape `x`.
+
+    Raises:
+        DeclarationError: the objective is not an ELBO that `pyro.infer.SVI` can minimise.
+    """
+    objective: Any = experiment.objective
+    if objective.kind not in ELBOS or objective.free_bits:
+        free = f" with free_bits = {objective.free_bits:g}" if objective.free_bits else ""
+        raise DeclarationError(
+            f"objective: expected {' or '.join(ELBOS)}, without free bits, for a script that runs pyro.infer.SVI; got "
+            f"{objective.kind}{free}. Fit this declaration with pvae fit."
+        )
+    pair = experiment.build(x)
+    try:
+        return PlainScript(experiment, pair).text()
+    except NotPlainError:
+        return PairScript(experiment, pair).text()
 
 
 @final
