@@ -133,7 +133,7 @@ class TokenModule(nn.Module):
         width: width of the embedding of a code.
 
     Raises:
-        DeclarationError: the grid has more axes; the message names the latent and its grid.
+        DeclarationError: a shape is not supported; the message names the latent and the shape.
     """
 
     context_dims: ClassVar[int]
@@ -146,6 +146,12 @@ class TokenModule(nn.Module):
             raise DeclarationError(
                 f"latents.{site.name}.prior {kind}: expected a grid of at most 2 axes; got {list(self.grid)}."
             )
+        for name, shape in parents.items():
+            if len(shape) not in (1, 2, 3):
+                raise DeclarationError(
+                    f"latents.{site.name}.prior {kind}: expected parents of shape (D), (C, L) or (C, H, W); "
+                    f"got {name} of shape {list(shape)}."
+                )
         self.positions = prod(self.grid)
         self.parents = {name: tuple(shape) for name, shape in parents.items()}
         self.start = nn.Parameter(0.1 * torch.randn(width))
