@@ -263,6 +263,8 @@ class ColumnsModule(LikelihoodModule):
     """Module of the likelihood `columns`: splits the decoder's output among the families of the columns."""
 
     def __init__(self, x: Shape, laws: Sequence[Law], floor: float) -> None:
+        if not laws:
+            raise DeclarationError("likelihood: expected data.columns, which say how each is scored; got none.")
         if tuple(x) != (len(laws),):
             raise DeclarationError(
                 f"likelihood: expected rows of the {len(laws)} columns that data.columns declares; got shape {list(x)}."
