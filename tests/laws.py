@@ -14,8 +14,7 @@ from torch import Tensor, nn
 
 from pvae.analysis import evidence
 from pvae.objectives.base import Objective
-from pvae.objectives.elbo import TraceELBO
-from pvae.objectives.iwae import IWAE
+from pvae.objectives.elbo import IWAE, TraceELBO
 from pvae.pair.pair import Pair
 from pvae.training.evaluation import evaluate
 

@@ -28,9 +28,7 @@ def surgery(
         int | None, Option("--components", min=2, help="Rows behind q_agg, at random; I_q gets two bounds.")
     ] = None,
     by_class: Annotated[bool, Option("--by-class", help="Also one row for each label.")] = False,
-    population: Annotated[
-        bool, Option("--population", help="A closer interval on new data: all train rows, a mixture, a flow.")
-    ] = False,
+    population: bool = False,
     seed: int = 0,
 ) -> None:
     """Decompose the ELBO: reconstruction, mutual information, marginal KL; what a better prior wins on new data."""
@@ -253,9 +251,7 @@ def report(
         int, Option("--gap-steps", min=0, help="Refinement steps of q for the gaps; 0: no gaps.")
     ] = 200,
     figures: bool = False,
-    population: Annotated[
-        bool, Option("--population", help="A closer interval on new data: all train rows, a mixture, a flow.")
-    ] = False,
+    population: bool = False,
     seed: int = 0,
 ) -> None:
     """Write the report of a run: one HTML file, its numbers as JSON and CSV."""
@@ -285,14 +281,14 @@ def compare(
     seed: int = 0,
 ) -> None:
     """Compare runs on the same data: one HTML file with a column for each, paired differences, rate and distortion."""
-    from pvae.analysis.pages.compare import examine
     from pvae.analysis.pages.comparison.comparison import Comparison
     from pvae.analysis.pages.document.document import claim
+    from pvae.analysis.pages.report import examine_runs
 
     opened = [shared.open(run) for run in runs]
     comparison = Comparison(opened, split=split, evidence_samples=evidence_samples, seed=seed)
     claim(out)  # before the work
     with shared.bar("compare") as bar:
-        found = examine(comparison, " and ".join(comparison.names), "", bar.report)
+        found = examine_runs(comparison, " and ".join(comparison.exams), "", bar.report)
     path = found.write(out, figures=figures)
     shared.answer({"file": str(path), **found.to_dict()}, found, f"comparison: {path}")

@@ -50,6 +50,7 @@ OPTIONS: dict[str, Any] = {
         "--evidence-samples", min=2, help="Importance samples for each of 500 data (compare: 250)."
     ),
     "figures": Option("--figures", help="Also write every picture as a PNG of its own."),
+    "population": Option("--population", help="A closer interval on new data: all train rows, a mixture, a flow."),
     "device": Option("--device", help="auto, cpu or cuda."),
     "export": Option("--export", help="Also export to: tensorboard, mlflow.", metavar="KIND"),
     "run_dir": Option("--run-dir", help="Folder of runs.", envvar="PVAE_RUN_DIR"),
@@ -138,7 +139,9 @@ class Shared:
     def answer(self, data: Any, *shown: Any) -> None:
         """Print `data` as JSON under `--json`, else what is `shown`: texts, and objects that rich can draw."""
         if self.as_json:
-            emit(data)
+            from pvae.util.files import pretty
+
+            typer.echo(pretty(data), nl=False)  # standard output then holds nothing else
             return
         for part in shown:
             (tell if isinstance(part, str) else say)(part)
@@ -185,13 +188,6 @@ class Settings:
     """Options of `pvae` itself, which hold for every command."""
 
     traceback: bool = False
-
-
-def emit(data: Any) -> None:
-    """Print data as JSON on standard output, which then holds nothing else."""
-    from pvae.util.files import pretty
-
-    typer.echo(pretty(data), nl=False)
 
 
 def tell(text: str, *, err: bool = False) -> None:

@@ -11,16 +11,7 @@ import typer
 from typer import Argument, Option
 
 import pvae
-from pvae.cli.app import (
-    TO_FIT,
-    Shared,
-    app,
-    command,
-    load_declaration,
-    load_installed_plugins,
-    rows_of,
-    tell,
-)
+from pvae.cli.app import TO_FIT, Shared, app, command, load_declaration, load_installed_plugins, rows_of, tell
 from pvae.errors import PvaeError
 from pvae.util.files import pretty, write_atomic
 from pvae.util.progress import ProgressBar

@@ -19,8 +19,8 @@ from pvae.models.priors.base import Prior
 from pvae.models.priors.factorised import CategoricalPrior, UniformPrior
 from pvae.nn.network import TableNetwork
 from pvae.nn.schedules import Schedule
+from pvae.objectives.elbo import IWAE
 from pvae.objectives.em import EM
-from pvae.objectives.iwae import IWAE
 
 if TYPE_CHECKING:
     from pvae.experiment.experiment import Experiment

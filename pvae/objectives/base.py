@@ -5,10 +5,10 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from pvae.component import Component
@@ -90,6 +90,8 @@ class Objective(Component):
     """Only engine that can run the steps of this objective, such as "eager"; None if any engine can."""
     refuses: ClassVar[tuple[str, ...]] = ()
     """Keys of the declaration's section `train` that this objective does not support: they must keep their defaults."""
+    fixed: ClassVar[str] = ""
+    """Expected `beta` and `free_bits`, with the reason, as the error says it; empty if they may be set."""
     scores: ClassVar[bool] = True
     """True if the objective fits a density of x, so that an ELBO can be reported."""
 
@@ -101,6 +103,12 @@ class Objective(Component):
     References:
         Improving Variational Inference with Inverse Autoregressive Flow (Kingma et al., 2016), appendix C.8
     """
+
+    @model_validator(mode="after")
+    def _as_fixed(self) -> Self:
+        if self.fixed and (self.beta != Constant() or self.free_bits):
+            raise ValueError(self.fixed)
+        return self
 
     @abstractmethod
     def terms(self, pair: Pair, x: Tensor, rows: int | None = None) -> Terms:

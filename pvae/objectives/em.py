@@ -5,10 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Self, final
+from typing import ClassVar, Literal, final
 
 import torch
-from pydantic import model_validator
 from torch import Tensor, nn
 
 from pvae.errors import DataError, DeclarationError
@@ -17,7 +16,6 @@ from pvae.models.graph import GraphModel
 from pvae.models.likelihoods.base import ClosedForm
 from pvae.models.priors.base import MixtureWeights
 from pvae.nn.network import TableModule
-from pvae.nn.schedules import Constant
 from pvae.objectives.base import FITTED, Fitting, Objective, Stepper
 from pvae.objectives.elbo import minus_elbo
 from pvae.pair.enumeration import read_joint_states
@@ -49,6 +47,7 @@ class EM(Objective):
     """
 
     kind: Literal["em"] = "em"
+    fixed: ClassVar[str] = "beta = 1 and free_bits = 0 with em: its steps maximise log p(x) itself; use trace_elbo"
     dtype: ClassVar[torch.dtype | None] = torch.float64
     engine: ClassVar[str | None] = "eager"
     refuses: ClassVar[tuple[str, ...]] = ("average", "alternate", "precision")
@@ -71,12 +70,6 @@ class EM(Objective):
     empty: Literal["restart", "stop"] = "restart"
     """Treatment of empty components: `restart` moves each to a datum of lowest log p(x), with a weight of 1 datum;
     `stop` raises an error."""
-
-    @model_validator(mode="after")
-    def _no_weights(self) -> Self:
-        if self.beta != Constant() or self.free_bits:
-            raise ValueError("beta = 1 and free_bits = 0 with em: its steps maximise log p(x) itself; use trace_elbo")
-        return self
 
     def terms(self, pair: Pair, x: Tensor, rows: int | None = None) -> Terms:
         return pair.terms(x, rows=rows)

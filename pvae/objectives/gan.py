@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import ClassVar, Literal, NoReturn, Self, final
+from typing import ClassVar, Literal, NoReturn, final
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
@@ -18,7 +18,6 @@ from pvae.graph.frame import Frame
 from pvae.graph.site import OBSERVED
 from pvae.models.graph import GraphModel
 from pvae.nn.network import MLP, Network, NetworkModule
-from pvae.nn.schedules import Constant
 from pvae.objectives.base import Fitting, Objective, Stepper
 from pvae.pair.layout import samples
 from pvae.pair.pair import Pair
@@ -123,6 +122,7 @@ class GAN(Objective):
     """
 
     kind: Literal["gan"] = "gan"
+    fixed: ClassVar[str] = "beta = 1 and free_bits = 0 with gan: nothing is inferred, and no KL is paid"
     engine: ClassVar[str | None] = "eager"
     scores: ClassVar[bool] = False
     refuses: ClassVar[tuple[str, ...]] = ("alternate", "patience", "precision")
@@ -138,12 +138,6 @@ class GAN(Objective):
     """
     critic_steps: int = Field(default=1, gt=0)
     """Number of critic steps before each step of the model: the first on the batch, others on random training rows."""
-
-    @model_validator(mode="after")
-    def _no_bound(self) -> Self:
-        if self.beta != Constant() or self.free_bits:
-            raise ValueError("beta = 1 and free_bits = 0 with gan: nothing is inferred, and no KL is paid")
-        return self
 
     def terms(self, pair: Pair, x: Tensor, rows: int | None = None) -> Terms:
         """Raise DeclarationError: a GAN has no ELBO."""

@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Any, Literal, Self, final
+from typing import Any, ClassVar, Literal, final, get_args
 
 import pyro.infer
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from pvae.errors import DeclarationError
-from pvae.nn.schedules import Constant
 from pvae.objectives.base import Objective
 from pvae.pair.layout import Layout
 from pvae.pair.pair import Pair
 from pvae.pair.terms import Terms
 
 ELBOName = Literal["Trace_ELBO", "TraceMeanField_ELBO", "TraceEnum_ELBO", "TraceGraph_ELBO", "RenyiELBO"]
-NAMES: tuple[ELBOName, ...] = (
-    "Trace_ELBO", "TraceMeanField_ELBO", "TraceEnum_ELBO", "TraceGraph_ELBO", "RenyiELBO",
-)  # fmt: skip
+NAMES: tuple[ELBOName, ...] = get_args(ELBOName)
 
 
 @final
@@ -38,18 +35,13 @@ class PyroELBO(Objective):
     engine = "eager"
 
     kind: Literal["pyro"] = "pyro"
+    fixed: ClassVar[str] = 'beta = 1 and free_bits = 0 with kind = "pyro", whose loss is Pyro\'s own; use trace_elbo'
     elbo: ELBOName = "Trace_ELBO"
     """Name of the class in `pyro.infer`."""
     particles: int = Field(default=1, gt=0)
     """Number of samples per step, one after another (`num_particles`)."""
     alpha: float = 0.0
     """Order of the divergence of `RenyiELBO`; 0 is the importance-weighted bound."""
-
-    @model_validator(mode="after")
-    def _as_it_stands(self) -> Self:
-        if self.beta != Constant() or self.free_bits:
-            raise ValueError('beta = 1 and free_bits = 0 with kind = "pyro", whose loss is Pyro\'s own; use trace_elbo')
-        return self
 
     @classmethod
     def of(cls, loss: Any) -> PyroELBO:

@@ -230,11 +230,8 @@ class StoreRecord:
         """
         present = pyro.get_param_store().get_state()["params"]
         news = {name: present[name] for name in own["params"] if name in present and not self._had(name, present[name])}
-        if (
-            not news
-            or not self.follows
-            or any(own["params"][name]._version != version for name, version in self.own.items())
-        ):
+        changed = any(own["params"][name]._version != version for name, version in self.own.items())
+        if changed or not news or not self.follows:
             return
         for name, value in news.items():
             mine = own["params"][name]

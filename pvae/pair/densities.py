@@ -7,22 +7,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.distributions as td
 from pyro.distributions import ExpandedDistribution, MaskedDistribution
 from pyro.distributions.util import scale_and_mask
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
-from torch.distributions import (
-    Bernoulli,
-    Categorical,
-    Independent,
-    LowRankMultivariateNormal,
-    MultivariateNormal,
-    Normal,
-    OneHotCategorical,
-    biject_to,
-    kl_divergence,
-)
 
 from pvae.distributions.base import Determined
 from pvae.distributions.codes import Certain
@@ -49,18 +39,18 @@ def plate_scale(node: Mapping[str, Any]) -> float:
 def moved(node: Mapping[str, Any]) -> Tensor:
     """Return a perturbed value of a site, within its support, with every element of every row changed."""
     fn, value = unwrapped(node["fn"]), node["value"]
-    if isinstance(fn, Bernoulli):
+    if isinstance(fn, td.Bernoulli):
         return 1 - value
     if isinstance(fn, Certain):
         return (value + 1) % fn.states
-    if isinstance(fn, OneHotCategorical | RelaxedCodes):
+    if isinstance(fn, td.OneHotCategorical | RelaxedCodes):
         return value.roll(1, -1)
-    if isinstance(fn, Categorical):
+    if isinstance(fn, td.Categorical):
         return (value + 1) % fn.logits.shape[-1]
     if is_point(fn):
         return value + 1
     try:
-        transform = biject_to(node["fn"].support)
+        transform = td.biject_to(node["fn"].support)
         return transform(transform.inv(value) + 1)
     except (NotImplementedError, ValueError):
         return value + 1
@@ -149,11 +139,11 @@ def masks_of(node: Mapping[str, Any]) -> list[Tensor]:
         mask = torch.as_tensor(node["mask"])
         found.append(mask.reshape(mask.shape + (1,) * event))
     fn, inner = node["fn"], 0
-    while isinstance(fn, MaskedDistribution | Independent | ExpandedDistribution):
+    while isinstance(fn, MaskedDistribution | td.Independent | ExpandedDistribution):
         if isinstance(fn, MaskedDistribution):
             mask = torch.as_tensor(fn._mask)
             found.append(mask.reshape(mask.shape + (1,) * (event - inner)))
-        inner += fn.reinterpreted_batch_ndims if isinstance(fn, Independent) else 0
+        inner += fn.reinterpreted_batch_ndims if isinstance(fn, td.Independent) else 0
         fn = fn.base_dist
     return found
 
@@ -168,13 +158,13 @@ def closed_kl(q: Mapping[str, Any], p: Mapping[str, Any], layout: Layout, partic
     if isinstance(q["fn"], Determined) or is_point(q["fn"]):  # torch's rule forgets their density
         return log_prob(q, layout, particles, size) - log_prob(p, layout, particles, size)
     fns = q["fn"], p["fn"]
-    if isinstance(unwrapped(q["fn"]), Bernoulli):  # torch's rule for bits does not broadcast
+    if isinstance(unwrapped(q["fn"]), td.Bernoulli):  # torch's rule for bits does not broadcast
         shape = torch.broadcast_shapes(*(fn.batch_shape for fn in fns))
         fns = q["fn"].expand(shape), p["fn"].expand(shape)
     if has_gamma(q["fn"]):
         fns = doubled(fns[0]), doubled(fns[1])
     try:
-        value = kl_divergence(*fns)
+        value = td.kl_divergence(*fns)
     except NotImplementedError:
         return None
     return share(q, value, layout, particles, size)
@@ -204,7 +194,7 @@ def rows_first(t: Tensor, node: Mapping[str, Any], layout: Layout, rows: int, be
 def shared_codes(node: Mapping[str, Any], layout: Layout) -> Codes | None:
     """Return the categorical codes of a site as one member if all rows share the same logits; else None."""
     fn = unwrapped(node["fn"])
-    if is_masked(node) or not isinstance(fn, Categorical):
+    if is_masked(node) or not isinstance(fn, td.Categorical):
         return None
     event = tuple(node["fn"].event_shape)
     logits = fn.logits.detach().expand(*node["fn"].batch_shape, *event, -1)
@@ -226,21 +216,21 @@ def members(node: Mapping[str, Any], layout: Layout, rows: int) -> Members | Non
     def flat(t: Tensor, beyond: int = 0) -> Tensor:
         return rows_first(t, node, layout, rows, beyond)
 
-    if isinstance(fn, Normal):
+    if isinstance(fn, td.Normal):
         return Normals(flat(fn.loc), flat(fn.scale))
-    if isinstance(fn, MultivariateNormal | LowRankMultivariateNormal):
+    if isinstance(fn, td.MultivariateNormal | td.LowRankMultivariateNormal):
         d = fn.event_shape[0]
         loc = flat(fn.loc).reshape(rows, -1, d)
         scale_tril = flat(fn.scale_tril, 1).reshape(rows, -1, d, d)
         return product([FullRankNormals(loc[:, i], scale_tril[:, i]) for i in range(loc.shape[1])])
     if isinstance(fn, Certain):
         return CertainCodes(flat(fn.index).long(), fn.states)
-    if isinstance(fn, OneHotCategorical):
+    if isinstance(fn, td.OneHotCategorical):
         return Codes(flat(fn.logits).reshape(rows, -1, fn.logits.shape[-1]), "one_hot")
     if isinstance(fn, LogOneHot):
         return Codes(flat(fn.logits).reshape(rows, -1, fn.logits.shape[-1]), "log_one_hot")
-    if isinstance(fn, Categorical):
+    if isinstance(fn, td.Categorical):
         return Codes(flat(fn.logits, 1).reshape(rows, -1, fn.logits.shape[-1]))
-    if isinstance(fn, Bernoulli):
+    if isinstance(fn, td.Bernoulli):
         return Codes(torch.stack([flat(-fn.logits), flat(fn.logits)], -1).clamp(-1e4, 1e4) / 2)
     return None

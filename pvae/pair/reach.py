@@ -10,19 +10,9 @@ from typing import Any
 from torch import Tensor, nn
 
 LIBRARIES = (
-    "torch",
-    "pyro",
-    "numpy",
-    "scipy",
-    "pandas",
-    "builtins",
-    "functools",
-    "collections",
-    "math",
-    "pvae",
-    "pytest",
-    "_pytest",
-)
+    "torch", "pyro", "numpy", "scipy", "pandas",
+    "builtins", "functools", "collections", "math", "pvae", "pytest", "_pytest",
+)  # fmt: skip
 """Packages whose globals and classes are not searched: no Module of the user is kept there."""
 OBJECTS_AT_MOST = 20_000
 """Largest number of objects that are looked at in one search."""

@@ -119,9 +119,10 @@ def run(pair: Pair, x: Tensor, layout: Layout | None = None, particles: int = 1)
         layout: layout of the pair; None before it is known: then one particle, and no enumeration.
         particles: samples per row, along a plate left of all others.
     """
+    sums = EnumMessenger(_leftmost(layout, particles)) if layout and layout.enumerated else nullcontext()
     with particle_plate(layout, particles):
         guide = trace_of(pair, pair.guide, x)
-        with ReplayMessenger(trace=guide), _enumeration(layout, particles):
+        with ReplayMessenger(trace=guide), sums:  # of the model's sites marked for it, left of all plates
             return guide, trace_of(pair, pair.model, x)
 
 
@@ -155,13 +156,6 @@ def particle_plate(layout: Layout | None, particles: int) -> AbstractContextMana
     if particles == 1 or layout is None:
         return nullcontext()
     return pyro.plate(PARTICLES, particles, dim=-1 - layout.nesting)
-
-
-def _enumeration(layout: Layout | None, particles: int) -> AbstractContextManager[Any]:
-    """Return a handler that enumerates the model-only sites marked for it, left of all plates; null without such."""
-    if layout is None or not layout.enumerated:
-        return nullcontext()
-    return EnumMessenger(_leftmost(layout, particles))
 
 
 def _leftmost(layout: Layout, particles: int) -> int:

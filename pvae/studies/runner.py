@@ -12,10 +12,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from subprocess import DEVNULL, Popen
-from typing import IO, TYPE_CHECKING, Any
+from types import FrameType
+from typing import IO, Any
+
+from filelock import FileLock, Timeout
 
 from pvae.component import IMPORTED
 from pvae.errors import DataError, Interrupted, OutputError
@@ -25,11 +28,6 @@ from pvae.runs.rundir import RunDirectory
 from pvae.studies.cases import Case
 from pvae.studies.shelf import Shelf, standing
 from pvae.studies.sweep import SECOND, Measure
-
-if TYPE_CHECKING:
-    from types import FrameType
-
-    from filelock import FileLock
 
 ENTRY = "study-work"
 """Name of the `pvae` command that a child process runs; it reads its job as JSON from standard input."""
@@ -63,11 +61,6 @@ class Task:
         """Return the first case of the task."""
         return self.cases[0]
 
-    @property
-    def title(self) -> str:
-        """Return label, stage and seed of the task's first case as text for people."""
-        return self.case.title
-
     def now(self, root: Path) -> Mapping[str, Any]:
         """Return the status of the run on which the task's process is working; {} if there is none yet."""
         for case in reversed(self.cases) if self.process is not None else ():
@@ -87,6 +80,7 @@ def tasks_of(cases: Sequence[Case]) -> list[Task]:
     ]  # fmt: skip
 
 
+@dataclass(eq=False)
 class Runner:
     """Scheduler that runs the tasks of a study in child processes, at most `jobs` at a time.
 
@@ -102,24 +96,21 @@ class Runner:
         origin: argument of `pvae study`, for the message that says how to continue.
     """
 
-    def __init__(
-        self,
-        tasks: Sequence[Task],
-        root: Path,
-        *,
-        data_dir: Path | None,
-        device: str,
-        jobs: int,
-        threads: int,
-        measure: Measure,
-        on_change: Callable[[Sequence[Task]], None],
-        origin: str,
-    ) -> None:
-        self.tasks, self.root, self.data_dir, self.device = tasks, root, data_dir, device
-        self.jobs, self.threads, self.measure = jobs, threads, measure
-        self.on_change, self.origin = on_change, origin
-        self.shelf = Shelf(root)
-        self.signal: int | None = None
+    tasks: Sequence[Task]
+    root: Path
+    _: KW_ONLY
+    data_dir: Path | None
+    device: str
+    jobs: int
+    threads: int
+    measure: Measure
+    on_change: Callable[[Sequence[Task]], None]
+    origin: str
+    signal: int | None = field(default=None, init=False)
+    """Number of the signal that was received, None before one is."""
+
+    def __post_init__(self) -> None:
+        self.shelf = Shelf(self.root)
 
     def run(self) -> None:
         """Run until every task is finished, failed or stopped; raises Interrupted after a signal."""
@@ -178,8 +169,6 @@ class Runner:
 
     def _claim(self, task: Task) -> FileLock | None:
         """Acquire and return the lock file of a task in the folder of runs; None while another study holds it."""
-        from filelock import FileLock, Timeout
-
         name = hashlib.sha256("".join(c.digest for c in (task.case, task.case.parent) if c).encode()).hexdigest()[:32]
         try:
             (self.root / CLAIMS).mkdir(parents=True, exist_ok=True)

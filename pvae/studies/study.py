@@ -110,7 +110,7 @@ class Study:
         Raises:
             DataError: fewer than two finished runs, or runs of different data.
         """
-        from pvae.analysis.pages.compare import compare  # here, because analysis stands above
+        from pvae.analysis.pages.report import compare  # here, because analysis stands above
 
         groups = [case if stage == "fit" else f"{case}: {stage}" for case, _, stage in self.runs]
         names = [f"{group} #{seed}" for group, (_, seed, _) in zip(groups, self.runs, strict=True)]
@@ -260,7 +260,7 @@ class Board(ExitStack):
                 line = told(task)
                 if task.state != "waiting" and self.told.get(i) != line:
                     self.told[i] = line
-                    print(printable(f"{self.name}: {task.title}: {line}"), file=sys.stderr, flush=True)
+                    print(printable(f"{self.name}: {task.case.title}: {line}"), file=sys.stderr, flush=True)
 
     def table(self, tasks: Sequence[Task]) -> Table:
         """Return a table of the running, waiting and failed tasks, with the number of finished ones in its title."""
@@ -276,7 +276,7 @@ class Board(ExitStack):
                 status = task.now(self.root) if task.state == "running" else {}
                 epoch = f"{status['epoch']}/{status.get('epochs')}" if "epoch" in status else ""
                 elbo = f"{status['elbo']:.2f}" if isinstance(status.get("elbo"), float) else ""
-                drawn.add_row(*(Text(printable(cell)) for cell in (task.title, told(task), epoch, elbo)))
+                drawn.add_row(*(Text(printable(cell)) for cell in (task.case.title, told(task), epoch, elbo)))
         return drawn
 
 

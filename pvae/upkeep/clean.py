@@ -9,9 +9,11 @@ from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, final
+from typing import Any, final
 
 from filelock import FileLock, Timeout
+from rich.table import Column, Table
+from rich.text import Text
 
 from pvae.data.rows.cache import cache_folder
 from pvae.errors import CheckpointError, PvaeError
@@ -20,9 +22,6 @@ from pvae.runs.find import STALE_AFTER_SECONDS, folders, is_run
 from pvae.runs.rundir import RunDirectory, list_runs
 from pvae.util.checks import one_line
 from pvae.util.files import MIB, remove, walk
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 Doomed = tuple[Path, str]
 """File or folder that can be removed, and the reason."""
@@ -90,9 +89,6 @@ class Cleaning:
                 yield one_line(str(path)), label, one_line(why)
 
     def __rich__(self) -> Table:
-        from rich.table import Column, Table
-        from rich.text import Text
-
         columns = (Column("path", overflow="fold"), Column("size", justify="right", no_wrap=True), "why")
         table = Table(*columns, caption=self.summary(), caption_justify="left")
         for row in self.rows():

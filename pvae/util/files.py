@@ -159,14 +159,16 @@ def _json_object(content: bytes) -> dict[str, Any] | None:
     return None
 
 
-def _plain(value: Any) -> Any:  # noqa: ANN401  (any value goes in, its JSON twin comes out)
-    """Return ``value`` as JSON values: NaN and infinity become null, numbers of other libraries floats, others text."""
+def plain(value: Any) -> Any:  # noqa: ANN401  (any value goes in, its JSON twin comes out)
+    """Return ``value`` as JSON values: NaN and infinity become null, other numbers floats, others `to_dict` or text."""
     if value is None or isinstance(value, bool | int | str):
         return value
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple | set | frozenset):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
+    if hasattr(value, "to_dict"):
+        return plain(value.to_dict())
     try:
         number = float(value)
     except (TypeError, ValueError, RuntimeError, OverflowError):
@@ -176,12 +178,12 @@ def _plain(value: Any) -> Any:  # noqa: ANN401  (any value goes in, its JSON twi
 
 def pretty(fields: Mapping[str, Any] | list[Any]) -> str:
     """Return indented JSON text that ends in a newline, with NaN and infinities written as null."""
-    return json.dumps(_plain(fields), indent=2, allow_nan=False) + "\n"
+    return json.dumps(plain(fields), indent=2, allow_nan=False) + "\n"
 
 
 def json_line(fields: Mapping[str, Any]) -> bytes:
     """Return one line of JSON as bytes, with NaN and infinities written as null."""
-    return json.dumps(_plain(fields), allow_nan=False).encode() + b"\n"
+    return json.dumps(plain(fields), allow_nan=False).encode() + b"\n"
 
 
 def append(path: Path, line: bytes) -> None:

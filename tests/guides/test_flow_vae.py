@@ -31,8 +31,7 @@ from pvae.errors import DataError, DeclarationError
 from pvae.experiment.experiment import Experiment
 from pvae.models.priors.base import Prior
 from pvae.models.priors.flows import BijectionModule, BijectionNetwork, FlowPrior
-from pvae.objectives.elbo import TraceELBO, TraceMeanFieldELBO
-from pvae.objectives.iwae import IWAE
+from pvae.objectives.elbo import IWAE, TraceELBO, TraceMeanFieldELBO
 from pvae.pair.densities import closed_kl
 from pvae.pair.pair import Pair
 from tests.laws import FLOWS, require_gradients, require_own_states, require_slope, require_trainable, shake

@@ -14,8 +14,8 @@ import torch
 from scipy.stats import ttest_rel
 
 from pvae.analysis import compare, elbos, paired, surgery
-from pvae.analysis.pages.compare import examine
 from pvae.analysis.pages.comparison.comparison import Comparison
+from pvae.analysis.pages.report import examine_runs
 from pvae.data import Dataset
 from pvae.errors import DataError
 from pvae.runs.run import Run
@@ -135,7 +135,7 @@ def test_two_comparisons_are_byte_identical(runs: list[Run], tmp_path: Path):
 def test_the_verdict_knows_a_tie(runs: list[Run], tmp_path: Path):
     found = Comparison([runs[0], fitted("again", tmp_path)], evidence_samples=5)
     told: list[int] = []
-    said = [s.text for s in examine(found, "t", "", lambda done, _total, _what: told.append(done)).verdict]
+    said = [s.text for s in examine_runs(found, "t", "", lambda done, _total, _what: told.append(done)).verdict]
     assert any("these data do not show which is better" in text for text in said)
     assert told == sorted(told)
     assert len(set(told)) > 20

@@ -23,9 +23,10 @@ from pvae.analysis.pages.document.blocks import (
     picture,
 )
 from pvae.analysis.pages.document.document import Document, slug
-from pvae.analysis.pages.document.text import csv_of, error_of, finite, legible, percent, shown_value
+from pvae.analysis.pages.document.text import csv_of, error_of, legible, percent, shown_value
 from pvae.analysis.pages.plots import base
 from pvae.errors import DataError
+from pvae.util.files import plain
 
 HOSTILE = ("<script>alert(1)</script>", r"$\foo$", "=cmd|' /C calc'!A0", "[red]", "\x1b[31m", "\u202e", "../../etc")
 
@@ -165,7 +166,7 @@ def test_cells_read_well():
 
 def test_json_and_text_are_cleaned():
     """FAULTS 38."""
-    assert finite({"a": [math.nan, math.inf, 1.5, None, Path("x")]}) == {"a": [None, None, 1.5, None, "x"]}
+    assert plain({"a": [math.nan, math.inf, 1.5, None, Path("x")]}) == {"a": [None, None, 1.5, None, "x"]}
     assert legible("a\x1b[31m\u202eb\nc") == "a\ufffd[31m\ufffdb\nc"
 
 

@@ -25,8 +25,7 @@ from pvae.analysis.decompose.result import Surgery
 from pvae.analysis.decompose.surgery import surgery
 from pvae.analysis.figures.estimate import exact
 from pvae.analysis.pages.document.blocks import Picture
-from pvae.analysis.pages.document.document import Document
-from pvae.analysis.pages.document.stages import Stages
+from pvae.analysis.pages.document.document import Document, Stages
 from pvae.analysis.pages.plots import base, clouds, curves, pictures, waterfall
 from pvae.analysis.pages.plots.bars import calibrated
 from pvae.analysis.pages.sections import SECTIONS

@@ -25,8 +25,7 @@ from pvae.experiment.experiment import Experiment
 from pvae.runs.export import exporting as module
 from pvae.runs.export.base import Exporter, safe_key
 from pvae.runs.export.exporting import KINDS, export, exporting
-from pvae.runs.export.mlflow import MLflow
-from pvae.runs.export.tensorboard import TensorBoard
+from pvae.runs.export.trackers import MLflow, TensorBoard
 from pvae.runs.run import Run
 from pvae.runs.rundir import RunDirectory
 from pvae.training.fit import fit

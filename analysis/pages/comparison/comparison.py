@@ -14,11 +14,11 @@ from pvae.analysis.aggregate.entry import accept, quiet
 from pvae.analysis.bounds.rate_distortion import named, require_alike
 from pvae.analysis.decompose.posterior_draws import draw
 from pvae.analysis.figures.estimate import Estimate, Figures, Row, over_rows
-from pvae.analysis.pages.document.stages import Stages
+from pvae.analysis.pages.document.document import Stages
 from pvae.analysis.pages.document.text import Value
 from pvae.analysis.pages.sections.anatomy import SURGERY_TERMS
 from pvae.analysis.pages.sections.examination import Examination, draws
-from pvae.analysis.pages.sections.quality import measure
+from pvae.analysis.pages.sections.samples import measure
 from pvae.analysis.samples.quality import SampleQuality
 from pvae.errors import DataError
 from pvae.pair.densities import sum_over
@@ -39,18 +39,18 @@ STRIP = 10
 
 
 class Comparison:
-    """Runs of a comparison by name, with their results computed on first use; the first run is the reference."""
+    """Runs of a comparison by name, with their results computed on first use; the first run is the reference.
+
+    `settings` are those of `Examination`: `samples`, `evidence_samples`, `seed`.
+    """
 
     def __init__(
         self,
         runs: Sequence[Run],
         names: Sequence[str] | None = None,
         groups: Sequence[str] | None = None,
-        *,
         split: str = "test",
-        samples: int = 2,
-        evidence_samples: int = 500,
-        seed: int = 0,
+        **settings: Any,
     ) -> None:
         if names is None:
             runs = list({run.path: run for run in runs}.values())
@@ -64,17 +64,11 @@ class Comparison:
             if not _has_covariates(run) and not _has_covariates(runs[0]):
                 run.__dict__["data"] = runs[0].data  # the same data by fingerprint: keep one copy in memory
         self.split, self.groups = split, groups
-        settings: dict[str, Any] = {"samples": samples, "evidence_samples": evidence_samples, "seed": seed}
-        settings |= {"train_rows": TRAIN_ROWS, "most_evidence_rows": PAIRED_EVIDENCE_ROWS}
+        settings = {"samples": 2, "train_rows": TRAIN_ROWS, "most_evidence_rows": PAIRED_EVIDENCE_ROWS, **settings}
         self.exams = {name: Examination(run, split, **settings) for name, run in zip(names, runs, strict=True)}
         self.quality: dict[str, SampleQuality] = {}
         """Sample quality by run, all in the feature space of the first run; runs without it are absent."""
         self.stages = Stages()
-
-    @property
-    def names(self) -> list[str]:
-        """Names of the runs on the page, in order."""
-        return list(self.exams)
 
     @property
     def first(self) -> Examination:
@@ -176,6 +170,8 @@ def _has_covariates(run: Run) -> bool:
 class Paired(Figures):
     """Mean paired differences, run minus reference, on the same data; nats per datum, positive if the run is better."""
 
+    counts = ("n",)
+
     n: int
     elbo: Estimate
     log_p: Estimate | None
@@ -194,10 +190,6 @@ class Paired(Figures):
         yield "elbo", self.elbo, "ELBO less that of the reference, datum by datum"
         yield "log_p", self.log_p, "bound on log p(x) less that of the reference, datum by datum"
         yield "wins", self.wins, "proportion of data that are more probable than under the reference"
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the number of data and the estimates as plain numbers and strings, for JSON."""
-        return {"n": self.n, **self.figures()}
 
 
 def elbos(pair: Pair, x: Tensor, samples: int = 8, seed: int = 0) -> Tensor:

@@ -14,10 +14,10 @@ from pvae.analysis.pages.comparison.comparison import STRIP, Comparison
 from pvae.analysis.pages.document.blocks import PageSection, PageTable, Part, Sentence, columns, picture, section
 from pvae.analysis.pages.document.text import Value, nats, plus_minus
 from pvae.analysis.pages.plots import base, comparisons, pictures
-from pvae.analysis.pages.sections.appendix import environment_of
 from pvae.analysis.pages.sections.examination import array
 from pvae.analysis.pages.sections.fit import LESS_OVERFITTING, OVERFITTING_NATS, SHOWN_NATS
-from pvae.analysis.pages.sections.quality import whole
+from pvae.analysis.pages.sections.run import environment_of
+from pvae.analysis.pages.sections.samples import whole
 from pvae.analysis.samples.features import is_image
 from pvae.util.toml import flat
 
@@ -33,16 +33,16 @@ COLUMN_RUNS = 6
 def _overview(found: Comparison) -> Iterator[Part]:
     """Yield the metrics of each run, their means over groups of runs, and the verdict."""
     terms = list(dict.fromkeys(term for row in found.figures.values() for term in row))
-    all_of = {term: [found.figures[name].get(term) for name in found.names] for term in terms}
+    all_of = {term: [found.figures[name].get(term) for name in found.exams] for term in terms}
     known = {term: values for term, values in all_of.items() if any(value is not None for value in values)}
     caption = (
         f"Nats per datum (bits per dimension: bits) on {found.split} ({found.first.rows[found.split].note}; log_p, a "
         f"lower bound, on {found.first.evidence_rows.note}); proportions; Fréchet distances in features; seconds of "
         "training"
     )
-    yield _by_run("overview", caption, found.names, known)
+    yield _by_run("overview", caption, list(found.exams), known)
     groups = found.groups
-    if groups is not None and len(set(groups)) < len(found.names):
+    if groups is not None and len(set(groups)) < len(found.exams):
         rows = []
         for group in dict.fromkeys(groups):
             chosen = [i for i, g in enumerate(groups) if g == group]
@@ -266,11 +266,11 @@ def _declared(found: Comparison) -> Iterator[Part]:
         for key in differing
     }
     if settings:
-        yield _by_run("declarations", "Settings that differ", found.names, settings)
+        yield _by_run("declarations", "Settings that differ", list(found.exams), settings)
     environments = [dict(environment_of(exam.run)) for exam in found.exams.values()]
     whats = dict.fromkeys(what for table in environments for what in table)
     rows = {what: [table.get(what) for table in environments] for what in whats}
-    yield _by_run("environment", "Environments of the runs", found.names, rows)
+    yield _by_run("environment", "Environments of the runs", list(found.exams), rows)
     yield {"declarations": settings}
 
 

@@ -1,18 +1,18 @@
-"""Page of a report: its sections in reading order, and its output as HTML, JSON, terminal text and files in a folder.
+"""Page of a report: its sections in reading order, progress while they are computed, and output in several formats.
 
-Files are written atomically, and a folder with HTML that pvae did not write is refused.
+The formats are HTML, JSON, terminal text and files in a folder. Files are written atomically, and a folder with HTML
+that pvae did not write is refused.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from rich.console import Group
@@ -20,9 +20,10 @@ from rich.padding import Padding
 from rich.text import Text
 
 from pvae.analysis.pages.document.blocks import PageSection, PageTable, Picture, Sentence, Tile
-from pvae.analysis.pages.document.text import csv_of, finite, html_cell, legible, rich_of
+from pvae.analysis.pages.document.text import csv_of, html_cell, legible, rich_of
 from pvae.errors import DataError, OutputError
-from pvae.util.files import make_folder, read_object, write_atomic
+from pvae.util.files import make_folder, plain, pretty, read_object, write_atomic
+from pvae.util.progress import StageProgress, silent
 
 PAGE, NUMBERS, TABLES, PICTURES, FILES = "index.html", "report.json", "tables", "figures", "files"
 FILE_NAME_CHARACTERS = 80
@@ -66,7 +67,7 @@ class Document:
         parts = {**self.numbers, "verdict": [{"text": s.text, "alert": s.is_alert} for s in self.verdict]}
         for numbers in self._of(Mapping):
             parts |= numbers
-        return dict(finite(parts))
+        return dict(plain(parts))
 
     def to_html(self) -> str:
         """Return the page as a self-contained HTML file, without scripts or external resources."""
@@ -154,7 +155,7 @@ def write_page(folder: Path, old: set[str], numbers: Mapping[str, Any], files: M
     for name in sorted({name.split("/")[0] for name in (*files, *old)}):
         make_folder(folder / name)
     listed = {**numbers, FILES: sorted(files)}
-    write_atomic(folder / NUMBERS, json.dumps(listed, indent=2, allow_nan=False, ensure_ascii=True) + "\n")
+    write_atomic(folder / NUMBERS, pretty(listed))
     for name, content in files.items():
         write_atomic(folder / name, content)
     for name in old - files.keys():
@@ -169,3 +170,48 @@ def slug(name: str) -> str:
     if len(plain) <= FILE_NAME_CHARACTERS:
         return plain
     return f"{plain[:FILE_NAME_CHARACTERS]}-{hashlib.sha256(name.encode(errors='surrogatepass')).hexdigest()[:16]}"
+
+
+T = TypeVar("T")
+STAGE_UNITS = 100
+"""Units of progress that one stage counts for."""
+
+
+class Stages:
+    """Reporter of the progress of a page in stages; it never falls, although the parts of a stage are not known ahead.
+
+    Arguments:
+        total: number of stages.
+        on_progress: called with (units done, total units, name of the stage and of its part).
+    """
+
+    def __init__(self, total: int = 1, on_progress: StageProgress = silent) -> None:
+        self.total, self.on_progress = total, on_progress
+        self.stage, self.done, self.inside = "", -1, 0.0
+
+    def begin(self, stage: str) -> None:
+        """Start the next stage, which completes the one before, and report its name."""
+        self.stage, self.done, self.inside = stage, self.done + 1, 0.0
+        self._tell(self.inside, stage)
+
+    def part(self, name: str) -> Callable[..., None]:
+        """Return a `Progress` or `StageProgress` for a part of the present stage, half of the stage's remainder."""
+        start = self.inside
+
+        def report(done: int, total: int, _stage: str = "", /) -> None:
+            self.inside = max(self.inside, start + (1 - start) / 2 * done / max(total, 1))
+            self._tell(self.inside, f"{self.stage}: {name}" if self.stage else name)
+
+        return report
+
+    def _tell(self, inside: float, what: str) -> None:
+        self.on_progress(STAGE_UNITS * max(self.done, 0) + int(STAGE_UNITS * inside), STAGE_UNITS * self.total, what)
+
+    def sections(self, table: Mapping[str, Callable[[T], PageSection | None]], subject: T) -> tuple[PageSection, ...]:
+        """Return the sections of a page: each function of `table` is called on `subject`, as one stage; drop Nones."""
+        found = []
+        for name, make in table.items():
+            self.begin(name)
+            found.append(make(subject))
+        self.begin("written")
+        return tuple(section for section in found if section is not None)

@@ -7,7 +7,6 @@ import io
 import math
 import re
 import unicodedata
-from collections.abc import Mapping
 from typing import Any
 
 from markupsafe import Markup
@@ -80,19 +79,6 @@ def legible(value: Any) -> Any:
     if value.isprintable():  # fast path, for the data URIs of pictures, which have 100 000 characters
         return value
     return "".join(c if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cs", "Cf") else "\ufffd" for c in value)
-
-
-def finite(value: Any) -> Any:
-    """Return a value that JSON can represent: NaN and infinities become None, other objects their `str`."""
-    if isinstance(value, Estimate):
-        return finite(value.to_dict())
-    if isinstance(value, Mapping):
-        return {str(key): finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(item) for item in value]
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    return value if value is None or isinstance(value, bool | int | str) else str(value)
 
 
 # ---------------------------------------------------------------------- tables

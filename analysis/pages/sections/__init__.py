@@ -3,25 +3,25 @@
 from collections.abc import Callable, Mapping
 
 from pvae.analysis.pages.document.blocks import PageSection
-from pvae.analysis.pages.sections import anatomy, appendix, codes, decoded, fit, latents, quality, samples, training
+from pvae.analysis.pages.sections import anatomy, decoded, fit, latents, run, samples
 from pvae.analysis.pages.sections.examination import Examination
 
 SECTIONS: Mapping[str, Callable[[Examination], PageSection | None]] = {
-    "training": training.training,
+    "training": run.training,
     "fit": fit.fit,
     "surgery": anatomy.anatomy,
     "latents": latents.latents,
-    "codes": codes.codes,
+    "codes": latents.codes,
     "guide": fit.guide,
     "calibration": fit.calibration,
     "samples": samples.samples,
     "reconstructions": decoded.reconstructions,
     "traversals": decoded.traversals,
     "interpolations": decoded.interpolations,
-    "sample quality": quality.quality,
-    "probe": quality.probe,
-    "declaration": appendix.declaration,
-    "environment": appendix.environment,
-    "left out": appendix.left_out,
+    "sample quality": samples.quality,
+    "probe": samples.probe,
+    "declaration": run.declaration,
+    "environment": run.environment,
+    "left out": run.left_out,
 }
 """Functions that compute the sections of a report, by name of the stage, in reading order."""

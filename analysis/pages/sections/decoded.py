@@ -105,7 +105,7 @@ def _rows(exam: Examination, found: Traversal) -> Picture:
 
 def _paths(exam: Examination, found: Traversal) -> Picture:
     """Return the traversal of a latent for data in the plane: the path of the mean of p(x | z) for each coordinate."""
-    made = pictures.traversed(found, array(exam.observed(exam.x[:1000])))
+    made = pictures.traversed(found, array(exam.part.observed(exam.x[:1000])))
     assert made is not None  # noqa: S101 - points in the plane are shown
     return picture(
         f"traversal_{found.latent}",

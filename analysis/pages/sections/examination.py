@@ -19,7 +19,7 @@ from pvae.analysis.decompose.new_data import Asked
 from pvae.analysis.decompose.posterior_draws import Draw, draw
 from pvae.analysis.decompose.result import Surgery
 from pvae.analysis.decompose.surgery import surgery
-from pvae.analysis.pages.document.stages import Stages
+from pvae.analysis.pages.document.document import Stages
 from pvae.analysis.samples.features import ALWAYS_HELD_ROWS, HELD_ELEMENTS, MAX_CLASSES, Features, affordable
 from pvae.analysis.samples.quality import space_of
 from pvae.analysis.samples.running import datum
@@ -198,10 +198,6 @@ class Examination:
                 f"reconstructions beside data; got one whose first observed site is a part of a row."
             )
 
-    def observed(self, rows: Tensor) -> Tensor:
-        """Return the data of `m` rows of the reported split, without their covariates, `(m, *shape)`."""
-        return self.part.observed(rows)
-
     # ------------------------------------------------------------------ figures
 
     @cached_property
@@ -263,7 +259,7 @@ class Examination:
     @cached_property
     def binary(self) -> bool:
         """True for data of zeros and ones; means of p(x | z) are then no possible data."""
-        data = self.observed(self.x[:ALWAYS_HELD_ROWS])
+        data = self.part.observed(self.x[:ALWAYS_HELD_ROWS])
         return bool(((data == 0) | (data == 1)).all())
 
     @cached_property

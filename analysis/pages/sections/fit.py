@@ -186,7 +186,7 @@ def guide(exam: Examination) -> Iterator[Part]:
         "guide is too narrow or misplaced: there the bound on log p(x) is loose and its standard error too small.",
     )
     if is_image(exam.shape):
-        data = array(exam.observed(rows.x[order.tolist()]))
+        data = array(exam.part.observed(rows.x[order.tolist()]))
         yield picture(
             "worst_inferred",
             pictures.gallery(data[None], *exam.scale_of_grey, column_names=[f"{khat[i]:.2f}" for i in order]),

@@ -11,8 +11,7 @@ from importlib.util import find_spec
 
 from pvae.errors import DataError, DeclarationError, MissingExtraError, PvaeError, StorageError, near, printable
 from pvae.runs.export.base import Exporter
-from pvae.runs.export.mlflow import MLflow, without_secrets
-from pvae.runs.export.tensorboard import TensorBoard
+from pvae.runs.export.trackers import MLflow, TensorBoard, without_secrets
 from pvae.runs.rundir import RunDirectory
 
 SECONDS_BETWEEN_EXPORTS = 5.0
