@@ -18,7 +18,7 @@ from pvae.runs.run import Run
 from pvae.runs.rundir import RunDirectory
 from pvae.studies.sweep import FIRST, Measure
 from pvae.util import seeds
-from pvae.util.files import pretty, read_inside, read_object, write_atomic
+from pvae.util.files import plain, pretty, read_inside, read_object, write_atomic
 from pvae.util.progress import Progress, silent
 
 if TYPE_CHECKING:
@@ -100,23 +100,19 @@ def _measured(run: Run, measure: Measure, on_progress: Progress) -> dict[str, An
         found[split] = dict.fromkeys(SURGERY_TERMS)
         try:
             parts = surgery(run.pair, x, samples=measure.samples, seen=split == "train")
-            found[split] = {term: _plain(getattr(parts, term)) for term in SURGERY_TERMS}
+            found[split] = {term: getattr(parts, term) for term in SURGERY_TERMS}
             if parts.population is not None:
-                found[split] |= {term: _plain(getattr(parts.population, name)) for term, name in NEW_DATA.items()}
+                found[split] |= {term: getattr(parts.population, name) for term, name in NEW_DATA.items()}
         except DataError as problem:  # a model without a likelihood has no ELBO
             found["notes"].append(f"{split}: {problem}")
         on_progress(i + 1, 3)
         if split == "test" and measure.evidence:
             try:
-                found["iwae"] = _plain(evidence(run.pair, x, measure.evidence).iwae)
+                found["iwae"] = evidence(run.pair, x, measure.evidence).iwae
             except DataError as problem:  # delta posteriors give no bound on log p(x)
                 found["notes"].append(f"iwae: {problem}")
     on_progress(3, 3)
-    return found
-
-
-def _plain(figure: Any) -> dict[str, Any] | None:
-    return None if figure is None else figure.to_dict()
+    return dict(plain(found))
 
 
 # ---------------------------------------------------------------------- tables of many runs

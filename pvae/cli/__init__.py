@@ -12,7 +12,7 @@ import traceback
 from importlib import import_module
 from io import StringIO, TextIOWrapper
 
-from pvae.cli.app import Settings, app
+from pvae.cli.app import app
 from pvae.errors import DeviceError, PvaeError, StorageError, out_of_memory, printable
 
 __all__ = ["app", "main"]
@@ -26,7 +26,7 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a terminal may know no more than ASCII
-    settings = Settings()
+    settings: dict[str, bool] = {}
     try:
         code = app(standalone_mode=False, obj=settings)
         sys.stdout.flush()
@@ -37,7 +37,7 @@ def main() -> None:
         code = 141
     except Exception as error:
         code, message = _exit_code_and_message(error)
-        shown = traceback.format_exc() if settings.traceback else ""
+        shown = traceback.format_exc() if settings.get("traceback") else ""
         print(printable(f"{shown}{message}"), file=sys.stderr)
     sys.exit(code if isinstance(code, int) else 0)
 

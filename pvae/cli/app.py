@@ -183,13 +183,6 @@ def command(
     return register
 
 
-@dataclass
-class Settings:
-    """Options of `pvae` itself, which hold for every command."""
-
-    traceback: bool = False
-
-
 def tell(text: str, *, err: bool = False) -> None:
     """Print a text for people, with control characters shown as escapes."""
     typer.echo(printable(text), err=err)
@@ -218,7 +211,7 @@ def _main(
     plugins: Annotated[list[str] | None, Option("--import", help="Import a module that defines kinds.")] = None,
     traceback: Annotated[bool, Option("--traceback", help="Show where an error was raised, too.")] = False,
 ) -> None:
-    context.ensure_object(Settings).traceback = traceback
+    context.ensure_object(dict)["traceback"] = traceback
     if plugins:
         from pvae.component import load_plugins
 

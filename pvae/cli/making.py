@@ -15,7 +15,6 @@ from pvae.errors import DeclarationError
 from pvae.util.files import write_atomic
 
 if TYPE_CHECKING:
-    import pandas
     from matplotlib.figure import Figure
     from torch import Tensor
 
@@ -140,11 +139,13 @@ def rate_distortion(
     ),
 ) -> None:
     """Place runs on the rate-distortion plane: KL of the latents and negative reconstruction, in nats per datum."""
+    from pvae.analysis.pages.study import csv
+
     opened = [shared.open(run) for run in runs]
     with shared.bar("rate-distortion") as bar:
         found = pvae.analysis.rate_distortion(opened, split, rows, samples, seed, on_progress=bar.report)
     table, picture = beside(out, ".csv"), beside(out, ".png")
-    _write_csv(table, found.to_frame())
+    write_atomic(table, csv(found.to_frame()))
     write_atomic(picture, pvae.analysis.pages.plots.base.png(found.figure()))
     files = {"csv": str(table), "png": str(picture)}
     shared.answer({**found.to_dict(), **files}, found, f"csv: {table}\npng: {picture}")
@@ -180,13 +181,6 @@ def _background(run: Run) -> Any:
     return train.observed(train.rows[:1000]).double().numpy()
 
 
-def _write_csv(path: Path, table: pandas.DataFrame) -> None:
-    """Write a table as CSV in which no spreadsheet evaluates a formula."""
-    from pvae.analysis.figures.estimate import cell
-
-    write_atomic(path, table.rename(columns=cell).map(cell).to_csv(index=False))
-
-
 def _keep(
     shared: Shared,
     run: Run,
@@ -208,6 +202,7 @@ def _keep(
         more: arrays to write beside those of the result.
     """
     from pvae.analysis.export.sites import safe_names
+    from pvae.analysis.pages.study import csv
 
     path = out or run.files.analysis / stem
     arrays = found.save(beside(path, ".npz"), **more)
@@ -220,7 +215,7 @@ def _keep(
     tensors, tables = found.tensors(), []
     if run.data.table is not None and (x := tensors.get("x")) is not None and x.dim() == 2:
         tables = [beside(path, ".csv")]
-        _write_csv(tables[0], run.data.table.to_frame(x))
+        write_atomic(tables[0], csv(run.data.table.to_frame(x)))
     shapes = {key: list(t.shape) for key, t in {**tensors, **more}.items()}
     written = {"npz": str(arrays), "png": [str(p) for p in pictures], "csv": [str(p) for p in tables]}
     lines = [f"npz: {arrays}", *(f"csv: {p}" for p in tables), *(f"png: {p}" for p in pictures)]

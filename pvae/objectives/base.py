@@ -5,13 +5,15 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Self
+from typing import ClassVar, Self
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from pvae.component import Component
+from pvae.data import Split
+from pvae.data.streamed import Streamed
 from pvae.errors import DeclarationError
 from pvae.models.graph import GraphModel
 from pvae.nn.precision import products_in
@@ -19,11 +21,6 @@ from pvae.nn.schedules import Constant, Schedule
 from pvae.pair.dependencies import Dependencies
 from pvae.pair.pair import Pair
 from pvae.pair.terms import Terms
-
-if TYPE_CHECKING:
-    from pvae.data import Split
-    from pvae.data.streamed import Streamed
-
 
 FITTED = "train_log_p"
 """Figure that ranks weights by the negative loss on the training data: they have converged, or can be better."""

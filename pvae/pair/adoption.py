@@ -20,7 +20,7 @@ from pvae.pair.enumeration import needs_elimination
 from pvae.pair.layout import Layout, plates_of, read_layout, samples
 from pvae.pair.problems import Problem, ProgramError, guide_only, require_bound
 from pvae.pair.reach import modules_within
-from pvae.pair.running import evaluating, run, trace_of, whole_plates
+from pvae.pair.running import current_store, evaluating, run, trace_of, whole_plates
 from pvae.pair.structure import Structure, read_structure
 from pvae.pair.unpacking import Unpacked, possibly_spread, read_unpacked, unpack
 
@@ -163,12 +163,6 @@ def deep_copied(thing: Any) -> Any:
     for part in (part for part in parts if part._model and id(part) in known):
         known[id(part)]._model = tuple(known.get(id(model), model) for model in part._model)
     return made
-
-
-def current_store() -> Any:
-    """Return a shallow copy of the state of Pyro's global param store, so that already fitted values are adopted."""
-    state = pyro.get_param_store().get_state()
-    return {"params": dict(state["params"]), "constraints": dict(state["constraints"])}
 
 
 def _take_parameters(pair: Pair, traces: tuple[Trace, Trace], store: Mapping[str, Any], own: Store) -> None:

@@ -17,11 +17,10 @@ from pvae.graph.frame import Frame
 from pvae.graph.lifecycle import MadeOfData
 from pvae.pair.adoption import Store, StoreRecord, adopted, copied, other_rows, read_again, whole_or_floats
 from pvae.pair.arguments import Arguments, is_several
-from pvae.pair.check import problems_of
 from pvae.pair.densities import sum_over
 from pvae.pair.dependencies import Dependencies, dependencies_without_asking, read_dependencies, weights_of
 from pvae.pair.layout import Layout
-from pvae.pair.problems import Problem, require_bound, told
+from pvae.pair.problems import Problem, problems_of, require_bound, told
 from pvae.pair.running import Way, run, run_expected, trace_of, way_of_particles, with_particles
 from pvae.pair.structure import Structure
 from pvae.pair.terms import Terms, expected_terms, terms_of

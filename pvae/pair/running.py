@@ -80,6 +80,12 @@ def evaluating(pair: Pair) -> Iterator[None]:
         yield
 
 
+def current_store() -> Any:
+    """Return a shallow copy of the state of Pyro's global param store, so that already fitted values are adopted."""
+    state = pyro.get_param_store().get_state()
+    return {"params": dict(state["params"]), "constraints": dict(state["constraints"])}
+
+
 _WHOLE: ContextVar[bool] = ContextVar("whole_plates", default=False)
 
 

@@ -75,9 +75,7 @@ class Task:
 def tasks_of(cases: Sequence[Case]) -> list[Task]:
     """Return a task for each first stage and each second stage of `[[sweep.refits]]`, in the order of the cases."""
     second = {case.parent: case for case in cases if case.stage == SECOND}
-    return [
-        Task((case, *([second[case]] if case in second else ()))) for case in cases if case.stage != SECOND
-    ]  # fmt: skip
+    return [Task((case, *([second[case]] if case in second else ()))) for case in cases if case.stage != SECOND]
 
 
 @dataclass(eq=False)

@@ -18,8 +18,7 @@ from pvae.experiment.experiment import Experiment
 from pvae.experiment.plan import Plan, Train
 from pvae.experiment.rules import refused
 from pvae.objectives.base import Objective
-from pvae.objectives.elbo import TraceELBO, TraceMeanFieldELBO
-from pvae.objectives.pyro_elbo import PyroELBO, same_step
+from pvae.objectives.elbo import PyroELBO, TraceELBO, TraceMeanFieldELBO, same_step
 from pvae.pair.pair import CHECKED_ROWS, Pair
 from pvae.pair.running import evaluating, quiet
 from pvae.runs.export.exporting import require

@@ -18,8 +18,7 @@ from pyro.optim import SGD
 from torch import Tensor
 
 import pvae
-from pvae.objectives.elbo import TraceELBO
-from pvae.objectives.pyro_elbo import PyroELBO
+from pvae.objectives.elbo import PyroELBO, TraceELBO
 from pvae.pair.pair import Pair
 from tests.programs.program import normal
 

@@ -77,7 +77,8 @@ class Document:
         """Write `index.html`, `report.json` and a CSV file per table into a folder; return the path of the HTML file.
 
         If `figures` is set, or an earlier page of the folder has them, each picture is also written as PNG. Each file
-        is written atomically. Tables and pictures that only an earlier page has are removed; other files stay.
+        is written atomically, the HTML last: if it is new, all other files are new. Tables and pictures that only an
+        earlier page has are removed; other files stay.
 
         Raises:
             DataError: the folder holds an `index.html` or `report.json` that pvae did not write, or a link.
@@ -87,7 +88,15 @@ class Document:
         files = {f"{TABLES}/{slug(table.id)}.csv": csv_of(table).encode() for table in self._of(PageTable)}
         if figures or any(name.startswith(f"{PICTURES}/") for name in old):
             files |= {f"{PICTURES}/{slug(picture.id)}.png": picture.png for picture in self._of(Picture)}
-        return write_page(folder, old, self.to_dict(), files, self.to_html())
+        listed, page = {**self.to_dict(), FILES: sorted(files)}, self.to_html()
+        for name in sorted({name.split("/")[0] for name in (*files, *old)}):
+            make_folder(folder / name)
+        for name, content in {NUMBERS: pretty(listed).encode(), **files}.items():
+            write_atomic(folder / name, content)
+        for name in old - files.keys():
+            (folder / name).unlink(missing_ok=True)
+        write_atomic(folder / PAGE, page)
+        return folder / PAGE
 
     def __rich__(self) -> Group:
         parts: list[Any] = [Text(self.title, style="bold")]
@@ -145,23 +154,6 @@ def claim(folder: Path) -> set[str]:
     listed = found.get(FILES)
     names = [name for name in listed if isinstance(name, str)] if isinstance(listed, list) else []
     return {name for name in names if OWN.fullmatch(name)}
-
-
-def write_page(folder: Path, old: set[str], numbers: Mapping[str, Any], files: Mapping[str, bytes], page: str) -> Path:
-    """Write `report.json`, the files and then `index.html` into a folder; return the path of the HTML file.
-
-    The HTML comes last: if it is new, all other files are new. Files of `old` that are not written again are removed.
-    """
-    for name in sorted({name.split("/")[0] for name in (*files, *old)}):
-        make_folder(folder / name)
-    listed = {**numbers, FILES: sorted(files)}
-    write_atomic(folder / NUMBERS, pretty(listed))
-    for name, content in files.items():
-        write_atomic(folder / name, content)
-    for name in old - files.keys():
-        (folder / name).unlink(missing_ok=True)
-    write_atomic(folder / PAGE, page)
-    return folder / PAGE
 
 
 def slug(name: str) -> str:
