@@ -7,6 +7,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from rich.table import Table
+from rich.text import Text
+
 from pvae.analysis.bounds.evidence import evidence
 from pvae.analysis.decompose.surgery import surgery
 from pvae.analysis.figures.estimate import cell
@@ -23,7 +26,6 @@ from pvae.util.progress import Progress, silent
 
 if TYPE_CHECKING:
     import pandas
-    from rich.table import Table
 
 STUDY_FILE = "study.json"
 STUDY_SCHEMA = 2
@@ -169,9 +171,6 @@ def _with_errors(names: Sequence[str]) -> list[str]:
 
 def table(means: pandas.DataFrame, title: str) -> Table:
     """Return a `summary` as a rich table for the terminal: mean ± standard error over seeds, nats per datum."""
-    from rich.table import Table
-    from rich.text import Text
-
     drawn = Table(title=Text(title), caption=Text(SUMMARY_CAPTION), caption_justify="left")
     drawn.add_column("case", overflow="fold", min_width=9)
     for column in ("seeds", *TERMINAL_FIGURES.values()):

@@ -209,8 +209,7 @@ def selfcheck(shared: Shared, device: str = "auto", seed: int = 0) -> None:
     """Check surgery, evidence and gaps on this machine, on models whose exact values are known."""
     from pvae.training.launch import pick_device
 
-    with shared.bar("selfcheck") as bar:
-        found = pvae.analysis.selfcheck(str(pick_device(device)), seed, on_progress=bar.report)
+    found = shared.watched("selfcheck", pvae.analysis.selfcheck, str(pick_device(device)), seed)
     shared.answer(found.to_dict(), found)
     if not found.ok:
         typer.echo(found.summary(), err=True)
@@ -229,8 +228,7 @@ def posterior(
 ) -> None:
     """Export samples of the guide, with densities and diagnostics, as NetCDF for ArviZ."""
     opened = shared.open(run, shared.device)
-    with shared.bar("posterior", draws) as bar:
-        found = opened.posterior(split, draws, rows, seed, on_progress=bar.report)
+    found = shared.watched("posterior", opened.posterior, split, draws, rows, seed, total=draws)
     path = found.save(out or opened.files.analysis / f"posterior-{split}.nc")
     summary = found.summary()
     data = {"run": str(opened.path), "split": split, "file": str(path), "summary": summary.to_dict("index")}
@@ -264,8 +262,7 @@ def report(
         opened, split, evidence_samples=evidence_samples, gap_steps=gap_steps, seed=seed,
         population="full" if population else "rows",
     )  # fmt: skip
-    with shared.bar("report") as bar:
-        found = examine(exam, bar.report)
+    found = shared.watched("report", examine, exam)
     path = found.write(opened.files.report, figures=figures)
     shared.answer({"file": str(path), **found.to_dict(), "run": str(opened.path)}, found, f"report: {path}")
 
@@ -288,7 +285,6 @@ def compare(
     opened = [shared.open(run) for run in runs]
     comparison = Comparison(opened, split=split, evidence_samples=evidence_samples, seed=seed)
     claim(out)  # before the work
-    with shared.bar("compare") as bar:
-        found = examine_runs(comparison, " and ".join(comparison.exams), "", bar.report)
+    found = shared.watched("compare", examine_runs, comparison, " and ".join(comparison.exams), "")
     path = found.write(out, figures=figures)
     shared.answer({"file": str(path), **found.to_dict()}, found, f"comparison: {path}")

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_origin, get_type_hints
 
 import typer
 from typer import Argument, Option
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
     from pvae.experiment.experiment import Experiment
     from pvae.runs.run import Run
+
+T = TypeVar("T")
 
 app = typer.Typer(
     name="pvae",
@@ -124,8 +126,7 @@ class Shared:
             facts: entries of the JSON between the run and the result.
         """
         opened = self.open(run, self.device)
-        with self.bar(label, total) as bar:
-            found = measure(opened, on_progress=bar.report)
+        found = self.watched(label, measure, opened, total=total)
         self.answer({"run": str(opened.path), **facts, **found.to_dict()}, found)
 
     def fitting(self) -> dict[str, Any]:
@@ -135,6 +136,11 @@ class Shared:
     def bar(self, label: str, total: int = 100) -> ProgressBar:
         """Make the progress bar of an analysis; it stays silent under `--json`."""
         return ProgressBar(total, label, show=not self.as_json)
+
+    def watched(self, label: str, work: Callable[..., T], *given: Any, total: int = 100, **named: Any) -> T:
+        """Return the result of a function of these arguments and `on_progress`, called under a progress bar."""
+        with self.bar(label, total) as bar:
+            return work(*given, **named, on_progress=bar.report)
 
     def answer(self, data: Any, *shown: Any) -> None:
         """Print `data` as JSON under `--json`, else what is `shown`: texts, and objects that rich can draw."""

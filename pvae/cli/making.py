@@ -53,8 +53,7 @@ def encode(
     """Encode the rows of a split: write their latents, and plot each latent beside samples from its prior."""
     opened = shared.open(run)
     chosen, x, y = rows_of(opened, split, rows, seed)
-    with shared.bar("encode", len(chosen)) as bar:
-        found = pvae.analysis.encode(opened, x, mean=mean, seed=seed, on_progress=bar.report)
+    found = shared.watched("encode", pvae.analysis.encode, opened, x, mean=mean, seed=seed, total=len(chosen))
     prior = pvae.analysis.sample(opened, 1000, seed=seed)
     labels, names = None if y is None else y.numpy(), opened.data.label_names
     planes = pvae.analysis.pages.plots.pictures.encoded(found, prior, labels, names)
@@ -142,8 +141,7 @@ def rate_distortion(
     from pvae.analysis.pages.study import csv
 
     opened = [shared.open(run) for run in runs]
-    with shared.bar("rate-distortion") as bar:
-        found = pvae.analysis.rate_distortion(opened, split, rows, samples, seed, on_progress=bar.report)
+    found = shared.watched("rate-distortion", pvae.analysis.rate_distortion, opened, split, rows, samples, seed)
     table, picture = beside(out, ".csv"), beside(out, ".png")
     write_atomic(table, csv(found.to_frame()))
     write_atomic(picture, pvae.analysis.pages.plots.base.png(found.figure()))

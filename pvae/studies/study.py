@@ -11,6 +11,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+from rich.table import Table
+from rich.text import Text
+
 from pvae.errors import DeclarationError, printable
 from pvae.runs.run import Run
 from pvae.runs.rundir import RunDirectory
@@ -21,7 +24,6 @@ from pvae.util.files import make_folder, write_atomic
 
 if TYPE_CHECKING:
     import pandas
-    from rich.table import Table
 
 EVIDENCE = 100
 """Importance samples per datum for the lower bound on log p(x) in the comparison of a study's runs."""
@@ -264,9 +266,6 @@ class Board(ExitStack):
 
     def table(self, tasks: Sequence[Task]) -> Table:
         """Return a table of the running, waiting and failed tasks, with the number of finished ones in its title."""
-        from rich.table import Table
-        from rich.text import Text
-
         done = sum(task.state in DONE for task in tasks)
         drawn = Table(title=Text(printable(f"{self.name}: {done} of {len(tasks)}")))
         for column in ("case", "state", "epoch", "ELBO"):

@@ -26,10 +26,8 @@ Made = TypeVar("Made")
 class _Counting(TorchFunctionMode):
     """Torch mode that counts the bytes of all new tensors and creates large ones on the meta device, without memory."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.bytes = 0
-        self.large = False
+    bytes = 0
+    large = False
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
