@@ -13,12 +13,12 @@ from pvae.analysis.pages.document.text import nats, percent
 from pvae.analysis.pages.plots import pictures
 from pvae.analysis.pages.sections.examination import Examination, array
 from pvae.analysis.samples.copying import Copying, copying
+from pvae.analysis.samples.features import is_image
 from pvae.analysis.samples.fidelity import Fidelity
 from pvae.analysis.samples.probe import RAW, Probe
 from pvae.analysis.samples.probe import probe as probe_of
 from pvae.analysis.samples.quality import SampleQuality, sample_quality
 from pvae.analysis.samples.sample import Samples
-from pvae.analysis.samples.features import is_image
 
 ON_SHEET, BESIDE_NEIGHBOURS = 40, 10
 """Numbers of samples: shown in total, and shown with their nearest training data."""
