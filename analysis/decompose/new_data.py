@@ -12,11 +12,9 @@ from torch import Tensor
 from pvae.analysis.aggregate.entry import quiet, simulated
 from pvae.analysis.decompose.account import Account
 from pvae.analysis.decompose.posterior_draws import Draw, LatentDraw, draw
-from pvae.analysis.population.by_group import interval_by_group
 from pvae.analysis.population.codes import CodePrior, Grid
-from pvae.analysis.population.full import FullPrior
 from pvae.analysis.population.interval import interval
-from pvae.analysis.population.kernels import KernelPrior
+from pvae.analysis.population.kernels import FullPrior, KernelPrior
 from pvae.analysis.population.levels import MixedPrior, RootPrior
 from pvae.analysis.population.result import Population
 from pvae.analysis.population.sample import HonestPrior, NewRows
@@ -55,8 +53,7 @@ def on_new_data(account: Account, train: Tensor | None, asked: Asked) -> Populat
     if asked != "model" and train is not None:
         most = None if asked == "full" else len(account.x)
         others = _drawn(account, train[seeds.subset(len(train), most, account.seed).to(train.device)], TRAIN_NOISE)
-    made = interval if rows.group is None or len(rows.group.unique()) < 2 else interval_by_group
-    found = made(rows, prior, train=others, seed=account.seed)
+    found = interval(rows, prior, train=others, seed=account.seed)
     return replace(found, notes=(MODEL, *found.notes)) if asked == "model" and not isinstance(found, str) else found
 
 

@@ -9,8 +9,7 @@ from typing import NamedTuple, final
 import torch
 from torch import Tensor
 
-from pvae.analysis.population.classes import CLASSES, LatentClasses, latent_classes, mixture_weights
-from pvae.analysis.population.sample import FOLDS, HonestPrior, HonestScores, NewRows
+from pvae.analysis.population.sample import FOLDS, HonestPrior, HonestScores, NewRows, mixture_weights
 from pvae.distributions.exponential_codes import Codes, Product
 from pvae.util import seeds
 
@@ -27,8 +26,10 @@ DISCOUNTS = (0.4, 0.8, 0.97)
 """Discounts t of the counts of a joint code, r(c) = (n_c - t)+ / n + t D / n base(c)."""
 TOWARDS_P = 2.0
 """Pseudo-count of the prior p in the fit of the weights."""
-FEWEST_BY_CLASS = 50
-"""Smallest number of rows that latent classes are fitted to."""
+FEWEST_BY_CLASS, ROWS_BY_CLASS, CLASS_STEPS = 50, 4000, 40
+"""Smallest and largest number of rows that latent classes are fitted to, and number of EM steps."""
+CLASSES = (2, 4, 8, 16, 32, 64)
+"""Numbers of classes that are tried, until one does no better on held-out rows than the one before."""
 
 
 class Grid(NamedTuple):
@@ -136,6 +137,49 @@ def terms(bases: Tensor, found: Counted) -> Tensor:
         kept, left = (found.times - t).clamp(min=0) / found.total, t * found.distinct / found.total
         out.append(torch.logaddexp(kept.log()[:, None], left.log()[:, None] + bases))
     return torch.cat(out, 1)
+
+
+@dataclass(frozen=True)
+class LatentClasses:
+    """Mixture of products over positions, r(c) = sum_k w_k prod_p theta_k[p, c_p]."""
+
+    log_weights: Tensor
+    """Log weights of the classes, `(C,)`."""
+    log_theta: Tensor
+    """Log probabilities of the S codes of all positions by class, `(S, C)`."""
+
+    def joint(self, flat: Tensor) -> Tensor:
+        """Return log w_k + log theta_k(c) of codes `(m, P)`, given as rows of `log_theta`, `(m, C)`, nats."""
+        return self.log_weights + torch.nn.functional.embedding_bag(flat, self.log_theta, mode="sum")
+
+    def log_prob(self, flat: Tensor) -> Tensor:
+        """Return the log probability of codes `(m, P)`, given as rows of `log_theta`, `(m,)`, nats."""
+        return self.joint(flat).logsumexp(1)
+
+
+def latent_classes(flat: Tensor, shares: Tensor, classes: int) -> LatentClasses:
+    """Return the latent class model of codes fitted by EM, from classes that start at random rows.
+
+    A class takes one pseudo-count at every position, spread as all rows are there.
+
+    Arguments:
+        flat: codes of the rows, `(m, P)`: the number of a code among the S codes of all positions.
+        shares: proportion of each of these codes at its position, `(S,)`.
+        classes: number of classes.
+    """
+    generator = torch.Generator().manual_seed(0)
+    flat = flat[torch.randperm(len(flat), generator=generator)[:ROWS_BY_CLASS].to(flat.device)]
+    near = (flat[:, None] == flat[None, :classes]).double().mean(2)  # rows of a class resemble its first row
+    posterior = (flat.shape[1] * near).softmax(1) if classes > 1 else torch.ones_like(near)
+    for step in range(CLASS_STEPS):
+        weights = posterior.sum(0) + 1 / classes
+        theta = shares.double()[:, None].repeat(1, classes)
+        for column in flat.T:
+            theta.index_add_(0, column, posterior)
+        model = LatentClasses((weights / weights.sum()).log(), (theta / (posterior.sum(0) + 1)).log())
+        if step < CLASS_STEPS - 1:
+            posterior = model.joint(flat).softmax(1)
+    return model
 
 
 @dataclass(frozen=True)

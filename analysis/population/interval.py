@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from pvae.analysis.figures.estimate import Estimate
+from pvae.analysis.population.levels import mixed_by_group
 from pvae.analysis.population.result import FLAT, Population, SubsetInformation
 from pvae.analysis.population.sample import HonestPrior, HonestScores, NewRows, folds
-from pvae.analysis.population.sweep import PairCritic, PairSums, PointwiseInformation, counted_twice, spread, sweep
+from pvae.analysis.population.sweep import PairCritic, PointwiseInformation, counted_twice, spread, sweep
 
 FEWEST = 20
 """Smallest number of rows for which an interval is given."""
@@ -44,18 +45,18 @@ class PairsBound:
     largest: float
 
     @classmethod
-    def of(cls, critic: PairCritic, own: Tensor, sums: PairSums) -> PairsBound:
+    def of(cls, critic: PairCritic, own: Tensor, sums: Tensor) -> PairsBound:
         """Return the bound from log q(z_i | x_i), `(n,)`, and the sums over all pairs."""
         n, t = len(own), critic(own - critic.apart)
         alike = t.exp()
-        groups = (sums.by_value + sums.by_row) * n / critic.pairs
+        groups = sums.sum(0) * n / critic.pairs
         reach = groups.sum(1)
         m = max(float(reach.mean()) / 2, 1e-300)  # no two rows may share a code
         g = ALIKE / n**2 * float(alike.mean())
         seen = m / (m + g)
         psi = t - seen * (reach / m - 2) - (1 - seen) * (alike / alike.mean() - 1)
         twice = (seen / m) ** 2 * counted_twice(groups)
-        largest = float(torch.maximum(sums.by_value.sum(1), sums.by_row.sum(1)).max()) / (m * critic.pairs)
+        largest = float(sums.sum(2).max()) / (m * critic.pairs)
         return cls(float(t.mean()) - math.log(m + g), psi, twice, seen, largest)
 
 
@@ -63,7 +64,8 @@ def interval(rows: NewRows, prior: HonestPrior, *, train: NewRows | None = None,
     """Return the interval for the gain of a better prior on new data, or the reason why there is none.
 
     The lower end is the mean of log r - log p of a prior r that does not know the rows it is scored on. The upper
-    end is the least of KL - I_n and KL - I_pairs.
+    end is the least of KL - I_n and KL - I_pairs. With covariates y (the `group` of the rows) r(z | y) is made of the
+    rows of one covariate value, where enough have it, mixed with one of all rows.
 
     Arguments:
         rows: rows that neither encoder nor prior was fitted on, `n` of them.
@@ -81,40 +83,42 @@ def interval(rows: NewRows, prior: HonestPrior, *, train: NewRows | None = None,
     if isinstance(accepted, str):
         return accepted
     rows, fold = accepted
-    n = len(rows)
     if train is not None and len(train) < FEWEST:
         train = None
+    by_group = rows.group is not None and len(rows.group.unique()) > 1
+    if by_group:
+        prior = mixed_by_group(prior, rows if train is None else train)
     found = prior.crossed(rows, fold) if train is None else prior.trained(train, rows)
-    lower, upper = ends(rows, found)
-    if not math.isfinite(lower.value):
+    gains = (found.log_r - rows.log_p, rows.kl - rows.own + found.log_r)
+    value, error = min(((float(d.mean()), spread(d + found.influence)) for d in gains), key=lambda pair: pair[1])
+    if not math.isfinite(value):
         return "on new data: log r(z) is not finite"
+    above = rows.own - found.log_r
+    upper = Estimate(float(above.mean()), spread(above - found.influence), "upper_bound")
+    out = Population(len(rows), Estimate(value, error, "lower_bound"), None, None, upper, found.words)
+    if by_group:
+        return _by_group(rows, out)
     if rows.q is None:
-        return _of_draws(rows, found, lower, upper)
-    parts = _parts(rows)
-    critic = _critic(parts, found, (n,) if train is not None else tuple(fold.bincount().tolist()))
+        return _of_draws(rows, out)
+    law = _parts(rows)
+    critic = _critic(law, found, (len(rows),) if train is not None else tuple(fold.bincount().tolist()))
     whole, sums = sweep(rows.q, rows.value, rows.own, critic)
-    assert sums is not None  # noqa: S101 - a critic was given
     bound = PairsBound.of(critic, rows.own, sums)
-    law = (*(_subset(len(part), f) for part, f in parts), _subset(n, whole))
-    kl = float(rows.kl.mean())
-    shares = whole.inside - whole.inside_shares
-    by_rows = Estimate(kl - float(whole.inside.mean()), spread(rows.kl - shares, whole.twice), "upper_bound")
-    by_pairs = Estimate(kl - bound.value, spread(rows.kl - bound.psi, bound.twice), "upper_bound")
-    information = (
-        Estimate(float(whole.inside.mean()), whole.inside_error, "lower_bound"),
-        Estimate(bound.value, spread(bound.psi, bound.twice), "lower_bound"),
+    by_pairs = Estimate(bound.value, spread(bound.psi, bound.twice), "lower_bound")
+    slope = _slope(law, whole)
+    figures = [(len(part), info.figures()) for part, info in law] + [(len(rows), whole.figures())]
+    by_rows = figures[-1][1][0]
+    ends = (
+        _less(rows.kl, by_rows.value, whole.inside - whole.inside_shares, whole.twice),
+        _less(rows.kl, bound.value, bound.psi, bound.twice),
     )
-    slope = _slope(parts, whole)
-    return Population(
-        n=n,
-        gain=lower,
-        gain_upper=min(by_rows, by_pairs, key=lambda e: e.value + 2 * e.standard_error),
-        information=max(information, key=lambda e: e.value - 2 * e.standard_error),
-        information_upper=upper,
-        prior=found.words,
+    return replace(
+        out,
+        gain_upper=min(ends, key=lambda e: e.value + 2 * e.standard_error),
+        information=max(by_rows, by_pairs, key=lambda e: e.value - 2 * e.standard_error),
         seen=bound.seen,
         largest=bound.largest,
-        sizes=law,
+        sizes=tuple(SubsetInformation(n, *both) for n, both in figures),
         slope=slope,
         midpoint=_middle(whole, slope),
     )
@@ -132,28 +136,43 @@ def in_folds(rows: NewRows, seed: int) -> tuple[NewRows, Tensor] | str:
     return replace(rows.rows(shuffled), information=rows.information), fold
 
 
-def ends(rows: NewRows, found: HonestScores) -> tuple[Estimate, Estimate]:
-    """Return the lower end for M, and the upper end for I_pi, from the scores of an honest prior."""
-    gains = (found.log_r - rows.log_p, rows.kl - rows.own + found.log_r)
-    value, error = min(((float(d.mean()), spread(d + found.influence)) for d in gains), key=lambda pair: pair[1])
-    above = rows.own - found.log_r
-    return (
-        Estimate(value, error, "lower_bound"),
-        Estimate(float(above.mean()), spread(above - found.influence), "upper_bound"),
+def _less(kl: Tensor, information: float, terms: Tensor, twice: float = 0.0) -> Estimate:
+    """Return KL less a lower bound of the information, whose pointwise terms are `terms`: an upper end for M."""
+    return Estimate(float(kl.mean()) - information, spread(kl - terms, twice), "upper_bound")
+
+
+def _by_group(rows: NewRows, out: Population) -> Population:
+    """Return the interval for M = E_y KL(q_pi(z | y) || p(z | y)), what a better prior p(z | y) can win.
+
+    Its upper end is KL - I_n with I_q[x, z | y] within each covariate value; it is the KL where all values differ.
+    """
+    assert rows.group is not None  # noqa: S101 - asked before
+    values = rows.group.unique().tolist()
+    inside, shares = torch.zeros_like(rows.own), torch.zeros_like(rows.own)
+    for value in values if rows.q is not None else ():
+        mine = (rows.group == value).nonzero()[:, 0]
+        part = rows.rows(mine)
+        if len(mine) > 1 and part.q is not None:
+            some, _ = sweep(part.q, part.value, part.own)
+            inside[mine], shares[mine] = some.inside, some.inside_shares
+    information = Estimate(float(inside.mean()), spread(inside - shares), "lower_bound")
+    return replace(
+        out,
+        gain_upper=_less(rows.kl, information.value, inside - shares),
+        information=None if rows.q is None else information,
+        notes=(f"new data have the covariates of these rows, {len(values)} values: no bound from pairs of rows",),
     )
 
 
-def _of_draws(rows: NewRows, found: HonestScores, lower: Estimate, upper: Estimate) -> Population:
+def _of_draws(rows: NewRows, out: Population) -> Population:
     """Return the interval where pairs of a value and a row are scored by the guide alone, for some rows."""
-    above, information, notes = None, None, ("no bound from pairs: the posteriors are of no exponential family",)
+    above, information = None, None
     if rows.information is not None and len(rows.information) > 1:
         information = Estimate(float(rows.information.mean()), spread(rows.information), "lower_bound")
         error = math.hypot(information.standard_error, spread(rows.kl))
         above = Estimate(float(rows.kl.mean()) - information.value, error, "upper_bound")
-    return Population(
-        n=len(rows), gain=lower, gain_upper=above, information=information, information_upper=upper,
-        prior=found.words, notes=notes,
-    )  # fmt: skip
+    notes = ("no bound from pairs: the posteriors are of no exponential family",)
+    return replace(out, gain_upper=above, information=information, notes=notes)
 
 
 # ---------------------------------------------------------------------- the law in n
@@ -179,15 +198,6 @@ def _critic(
     saturated = not parts or math.log(len(parts[-1][0])) - float(parts[-1][1].inside.mean()) < NEARLY_ALL
     slope, less = (0.75, 5.5) if saturated else (1.0, 4.0)
     return PairCritic(found.apart, sizes, slope, 2 * math.log(sum(sizes)) - less)
-
-
-def _subset(n: int, found: PointwiseInformation) -> SubsetInformation:
-    above = float(found.outside.mean())
-    return SubsetInformation(
-        n,
-        Estimate(float(found.inside.mean()), found.inside_error, "lower_bound"),
-        Estimate(above, found.outside_error, "upper_bound") if math.isfinite(above) else None,
-    )
 
 
 def _slope(parts: list[tuple[Tensor, PointwiseInformation]], whole: PointwiseInformation) -> float | None:

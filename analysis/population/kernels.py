@@ -1,18 +1,23 @@
-"""Priors of real latents made of other rows: posteriors widened into kernels, mixed with a normal and the prior p."""
+"""Priors of real latents made of other rows: kernels, a normal, a mixture of normals and a flow, mixed with p."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass, replace
-from typing import final
+from typing import Any, final
 
+import pyro.distributions as dist
 import torch
-from torch import Tensor
+from pyro.distributions import transforms
+from torch import Tensor, nn
 
-from pvae.analysis.population.sample import FOLDS, HonestPrior, HonestScores, NewRows
-from pvae.analysis.population.sweep import log_sum, relative, tiles
+from pvae.analysis.population.sample import FOLDS, HonestPrior, HonestScores, NewRows, mixture_weights
+from pvae.analysis.population.sweep import log_mean, relative, tiles
 from pvae.distributions.exponential import FullRankNormals, Members, Normals
 from pvae.distributions.exponential_codes import Product
+from pvae.util import seeds
 
 WIDTHS = (0.0, 0.1, 0.17, 0.24, 0.34, 0.48, 0.68)
 """Widths b that are tried: a kernel has the variance of its posterior plus b^2 var(z)."""
@@ -26,6 +31,17 @@ PARTS = 10
 """Number of parts of the rows, each scored under a normal fitted to the others."""
 STEPS = 50
 """Number of EM steps for the weights of a mixture."""
+HELD_OUT, HELD_OUT_MOST = 10, 2000
+"""A tenth of the train rows, at most 2000, are held out for the choice of K, the flow's last step and the weights."""
+CLUSTERS = (5, 20, 50)
+"""Numbers of normals K that are tried in a mixture."""
+CLUSTER_ROWS = 10_000
+"""Largest number of rows that a mixture of normals is fitted to."""
+COUPLINGS, HIDDEN, FLOW_STEPS, BATCH = 6, 128, 2000, 512
+"""Size and training of the flow."""
+
+Density = Callable[[Tensor], Tensor]
+"""Function that returns the log densities of values `(m, D)`, nats, `(m,)`."""
 
 
 def widened(q: Members, variance: Tensor) -> Members | None:
@@ -47,35 +63,19 @@ def kernels(rows: NewRows, variance: Tensor) -> Members:
     return Normals(rows.value, variance.sqrt().clamp(min=1e-12).expand_as(rows.value)) if found is None else found
 
 
-@dataclass(frozen=True)
-class FittedNormal:
-    """Normal fitted to rows, its covariance shrunk towards the diagonal where the rows are few."""
+class FittedNormal(torch.distributions.MultivariateNormal):
+    """Normal fitted to values `(n, D)`, its covariance shrunk towards the diagonal where they are few."""
 
-    loc: Tensor
-    factor: Tensor
-    """Cholesky factor of the covariance."""
-
-    @classmethod
-    def of(cls, value: Tensor) -> FittedNormal:
-        """Return the normal fitted to values `(n, D)`."""
+    def __init__(self, value: Tensor) -> None:
         n, dim = value.shape
-        loc = value.mean(0)
-        u = value - loc
-        covariance, shrink = u.T @ u / n, dim / (n + dim)
-        diagonal = covariance.diagonal().clamp(min=1e-12)
-        covariance = (1 - shrink) * covariance
-        covariance.diagonal().copy_(diagonal * (1 + 1e-9))
-        return cls(loc, torch.linalg.cholesky(covariance))
-
-    def log_prob(self, value: Tensor) -> Tensor:
-        """Return the log density of values `(m, D)`, nats, `(m,)`."""
-        u = torch.linalg.solve_triangular(self.factor, (value - self.loc).T, upper=False)
-        log_det = self.factor.diagonal().log().sum()
-        return -0.5 * (u.square().sum(0) + len(self.loc) * math.log(2 * math.pi)) - log_det
+        u = value - value.mean(0)
+        covariance = u.T @ u / (n + dim)
+        covariance.diagonal().mul_((n + dim) / n).clamp_(min=1e-12).mul_(1 + 1e-9)
+        super().__init__(value.mean(0), scale_tril=torch.linalg.cholesky(covariance), validate_args=False)
 
     def influence(self, value: Tensor, weight: Tensor) -> Tensor:
         """Return the derivative of sum_i weight_i log N(z_i) in the weight of row j among the rows of the fit."""
-        n, u = len(value), torch.linalg.solve_triangular(self.factor, (value - self.loc).T, upper=False)
+        n, u = len(value), torch.linalg.solve_triangular(self.scale_tril, (value - self.loc).T, upper=False)
         slope = (u * weight).sum(1)
         curvature = 0.5 * ((u * weight) @ u.T - weight.sum() * torch.eye(len(u), dtype=u.dtype, device=u.device))
         return (slope @ u + (u * (curvature @ u)).sum(0) - curvature.trace()) / n
@@ -86,20 +86,8 @@ def normal_without(value: Tensor) -> Tensor:
     part = torch.arange(len(value), device=value.device) % PARTS
     out = value.new_empty(len(value))
     for k in range(PARTS):
-        out[part == k] = FittedNormal.of(value[part != k]).log_prob(value[part == k])
+        out[part == k] = FittedNormal(value[part != k]).log_prob(value[part == k])
     return out
-
-
-def mixing(scores: Tensor) -> tuple[Tensor, float]:
-    """Return the log weights `(C,)` of a mixture of C densities by EM, and the mean log-likelihood, nats.
-
-    Arguments:
-        scores: log densities of rows that none of the densities knows, `(m, C)`.
-    """
-    log_w = scores.new_full((scores.shape[1],), -math.log(scores.shape[1]))
-    for _ in range(STEPS):
-        log_w = (scores + log_w).softmax(1).mean(0).clamp(min=1e-12).log()
-    return log_w, float((scores + log_w).logsumexp(1).mean())
 
 
 @dataclass(frozen=True)
@@ -121,16 +109,26 @@ class Recipe:
         for width in WIDTHS:
             variance = (width * rows.value.std(0)) ** 2
             members = kernels(rows, variance)
-            kernel = torch.empty_like(fixed[0])
-            for at, tile in tiles(members, rows.value[tried], tried):
-                kernel[at] = log_sum(tile) - math.log(n - 1)
-            log_w, found = mixing(torch.stack([kernel, *fixed], 1).clamp(min=-1e6))
+            scores = torch.stack([log_mean(members, rows.value[tried], tried), *fixed], 1).clamp(min=-1e6)
+            log_w = mixture_weights(scores, steps=STEPS)
+            found = float((scores + log_w).logsumexp(1).mean())
             if best is None or found > most:
                 best, most = cls(width, variance, log_w), found
             elif found < most - WORSE:
                 break
         assert best is not None  # noqa: S101 - every width above zero has kernels
         return best
+
+    def parts(self, rows: NewRows) -> dict[str, Density]:
+        """Return the densities made of rows, kernels on each and a normal, by their names."""
+        members = kernels(rows, self.variance)
+        name = f"kernels on train rows (widened by {self.width:g})"
+        return {name: lambda z: log_mean(members, z), "one normal": FittedNormal(rows.value).log_prob}
+
+
+def _scores(parts: dict[str, Density], rows: NewRows) -> Tensor:
+    """Return log densities of rows under every part, and under p, `(m, C)`."""
+    return torch.stack([*(part(rows.value) for part in parts.values()), rows.log_p], 1).clamp(min=-1e6)
 
 
 def lost(e: Tensor, scale: Tensor) -> Tensor:
@@ -150,7 +148,6 @@ def lost(e: Tensor, scale: Tensor) -> Tensor:
     return out.index_add_(0, j, -torch.log1p(-share) - share)
 
 
-@final
 class KernelPrior(HonestPrior):
     """Mixture of kernels on the other rows, their posteriors widened, with one normal and the prior p."""
 
@@ -163,9 +160,7 @@ class KernelPrior(HonestPrior):
             recipe = Recipe.of(part)
             w, start, stop = recipe.log_w, int(known[0]), int(known[-1]) + 1
             rest = torch.logaddexp(w[1] + normal[mine], w[2] + rows.log_p[mine])
-            far = torch.logaddexp(
-                w[1] + FittedNormal.of(part.value).log_prob(rows.value[mine]), w[2] + rows.log_p[mine]
-            )
+            far = torch.logaddexp(w[1] + FittedNormal(part.value).log_prob(rows.value[mine]), w[2] + rows.log_p[mine])
             for at, tile in tiles(kernels(rows, recipe.variance), rows.value[mine], mine):
                 top, e = relative(tile)
                 within = e[:, start:stop].sum(1).double()
@@ -176,18 +171,94 @@ class KernelPrior(HonestPrior):
                 influence += lost(e, (w[0] + top - log_others - log_r[i]).exp().float())
             weight[mine] = (w[1] + normal[mine] - log_r[mine]).exp()
             widths.append(recipe.width)
-        influence += FittedNormal.of(rows.value).influence(rows.value, weight)
+        influence += FittedNormal(rows.value).influence(rows.value, weight)
         return HonestScores(log_r, influence, apart, self._words(widths))
 
     def trained(self, train: NewRows, rows: NewRows) -> HonestScores:
         recipe = Recipe.of(train)
-        fixed = [FittedNormal.of(train.value).log_prob(rows.value), rows.log_p]
-        kernel = torch.empty_like(rows.own)
-        for at, tile in tiles(kernels(train, recipe.variance), rows.value):
-            kernel[at] = log_sum(tile) - math.log(len(train))
-        log_r = (torch.stack([kernel, *fixed], 1) + recipe.log_w).logsumexp(1)
+        log_r = (_scores(recipe.parts(train), rows) + recipe.log_w).logsumexp(1)
         return HonestScores(log_r, torch.zeros_like(log_r), log_r, self._words([recipe.width], "train"))
 
     def _words(self, widths: list[float], which: str = "the other") -> str:
         found = " and ".join(f"{w:g}" for w in dict.fromkeys(widths))
         return f"kernels on {which} rows, widened by {found} standard deviations, mixed with a normal and p"
+
+
+@final
+class FullPrior(KernelPrior):
+    """Mixture of kernels on all train rows, one normal, a mixture of normals, a flow and the prior p.
+
+    Every part is fitted to train rows; the weights are those of most likelihood on train rows held out. Without train
+    rows it is a `KernelPrior`.
+    """
+
+    def __init__(self, seed: int = 0) -> None:
+        self.seed = seed
+
+    def trained(self, train: NewRows, rows: NewRows) -> HonestScores:
+        n, generator = len(train), torch.Generator().manual_seed(self.seed)
+        order = torch.randperm(n, generator=generator).to(train.value.device)
+        count = min(HELD_OUT_MOST, max(1, n // HELD_OUT))
+        held, fit = train.rows(order[:count]), train.rows(order[count:])
+        parts, normals = Recipe.of(fit).parts(fit), best_mixture(fit.value, held.value, self.seed)
+        parts[f"a mixture of {normals.n_components} normals"] = lambda z: torch.from_numpy(
+            normals.score_samples(z.cpu().numpy())
+        ).to(z)
+        if train.value.shape[1] > 1:
+            parts["a flow"] = fitted_flow(fit.value, held.value, self.seed)
+        log_w = mixture_weights(_scores(parts, held), steps=STEPS)
+        log_r = (_scores(parts, rows) + log_w).logsumexp(1)
+        weights = sorted(zip(log_w.exp().tolist(), [*parts, "p"], strict=True), reverse=True)
+        words = " and ".join(f"{w:.2f} of {name}" for w, name in weights if w >= 0.005)
+        return HonestScores(log_r, torch.zeros_like(log_r), log_r, f"a mixture made of train rows, {words}")
+
+
+def best_mixture(value: Tensor, held: Tensor, seed: int) -> Any:
+    """Return scikit-learn's mixture of K normals, fitted to values `(n, D)`, that gives `held` most likelihood."""
+    from sklearn.mixture import GaussianMixture
+
+    chosen, found = value[:CLUSTER_ROWS].cpu().numpy(), []
+    floor = 1e-3 * float(value.var(0).mean())
+    for k in CLUSTERS:
+        if len(chosen) >= 2 * k:
+            fitted = GaussianMixture(k, reg_covar=floor, max_iter=50, tol=1e-2, random_state=seed % 2**32).fit(chosen)
+            found.append((fitted.score(held.cpu().numpy()), k, fitted))
+    return max(found, key=lambda each: each[0])[2]
+
+
+def fitted_flow(value: Tensor, held: Tensor, seed: int) -> Density:
+    """Return a flow of affine couplings fitted to values `(n, D)` by maximum likelihood, as its log density.
+
+    It is taken at the step that gives `held` most likelihood.
+
+    References:
+        Density estimation using Real NVP (Dinh et al., 2017), https://arxiv.org/abs/1605.08803
+    """
+    device, dim, single = value.device, value.shape[1], value.float()
+    with torch.random.fork_rng(devices=[] if device.type == "cpu" else [device]), torch.enable_grad():
+        seeds.set_noise(seeds.mix(seed, seeds.ANALYSIS, 7), torch.device("cpu"))
+        steps: list[Any] = []
+        for _ in range(COUPLINGS):
+            coupling = transforms.affine_coupling(dim, [HIDDEN, HIDDEN], log_scale_min_clip=-2, log_scale_max_clip=2)
+            for parameter in coupling.nn.layers[-1].parameters():
+                nn.init.zeros_(parameter)
+            steps += [coupling.to(device), transforms.Permute(torch.randperm(dim).to(device))]
+        couplings = nn.ModuleList(steps[::2])
+        steps.append(transforms.AffineTransform(single.mean(0), single.std(0).clamp(min=1e-6), 1))
+        flow = dist.TransformedDistribution(dist.Normal(single.new_zeros(dim), 1.0).to_event(1), steps)
+        optimizer = torch.optim.Adam(couplings.parameters(), lr=1e-3)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, FLOW_STEPS)
+        best, kept = -math.inf, couplings.state_dict()
+        for step in range(FLOW_STEPS):
+            optimizer.zero_grad()
+            (-flow.log_prob(single[torch.randint(len(single), (BATCH,)).to(device)]).mean()).backward()
+            optimizer.step()
+            schedule.step()
+            if step % 100 == 99:
+                with torch.no_grad():
+                    found = float(flow.log_prob(held.float()).mean())
+                if found > best:
+                    best, kept = found, deepcopy(couplings.state_dict())
+    couplings.load_state_dict(kept)
+    couplings.requires_grad_(False)
+    return lambda z: flow.log_prob(z.float()).to(z)

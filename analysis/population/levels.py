@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import final
 
 import torch
 from torch import Tensor
 
-from pvae.analysis.population.classes import mixture_weights
-from pvae.analysis.population.sample import FOLDS, HonestPrior, HonestScores, NewRows, folds
+from pvae.analysis.population.sample import FOLDS, HonestPrior, HonestScores, NewRows, folds, mixture_weights
 
 FEWEST_OF_GROUP = 50
 """Smallest number of rows with one covariate value that have a prior of their own."""
@@ -54,33 +53,24 @@ class GroupPrior(HonestPrior):
         self.prior = prior
 
     def crossed(self, rows: NewRows, fold: Tensor) -> HonestScores:
-        out = _nothing(rows)
-        for mine in _groups(rows):
-            found = self.prior.crossed(rows.rows(mine), fold[mine])
-            out.log_r[mine], out.influence[mine], out.apart[mine] = found.log_r, found.influence, found.apart
-        return out
+        return self._by_group(rows, rows, lambda _, mine: self.prior.crossed(rows.rows(mine), fold[mine]))
 
     def trained(self, train: NewRows, rows: NewRows) -> HonestScores:
-        out = _nothing(rows)
-        assert train.group is not None and rows.group is not None  # noqa: S101, PT018 - made for rows with covariates
-        for known in _groups(train):
-            mine = (rows.group == train.group[known[0]]).nonzero()[:, 0]
-            if len(mine):
-                found = self.prior.trained(train.rows(known), rows.rows(mine))
-                out.log_r[mine], out.apart[mine] = found.log_r, found.apart
+        return self._by_group(train, rows, lambda own, mine: self.prior.trained(train.rows(own), rows.rows(mine)))
+
+    def _by_group(
+        self, known: NewRows, rows: NewRows, scored: Callable[[Tensor, Tensor], HonestScores]
+    ) -> HonestScores:
+        """Return scores by the rows `known` and `rows` of every covariate value that enough known rows have."""
+        assert known.group is not None and rows.group is not None  # noqa: S101, PT018 - made for rows with covariates
+        nothing = torch.full_like(rows.own, -torch.inf)
+        out = HonestScores(nothing, torch.zeros_like(nothing), nothing.clone(), "priors by covariate value")
+        for value in known.group.unique().tolist():
+            own, mine = ((part == value).nonzero()[:, 0] for part in (known.group, rows.group))
+            if len(own) >= FEWEST_OF_GROUP and len(mine):
+                found = scored(own, mine)
+                out.log_r[mine], out.influence[mine], out.apart[mine] = found.log_r, found.influence, found.apart
         return out
-
-
-def _groups(rows: NewRows) -> list[Tensor]:
-    """Return the row numbers of every covariate value that enough rows have."""
-    assert rows.group is not None  # noqa: S101 - made for rows with covariates
-    found = [(rows.group == value).nonzero()[:, 0] for value in rows.group.unique().tolist()]
-    return [mine for mine in found if len(mine) >= FEWEST_OF_GROUP]
-
-
-def _nothing(rows: NewRows) -> HonestScores:
-    zero = torch.zeros_like(rows.own)
-    return HonestScores(zero - torch.inf, zero, zero - torch.inf, "priors by covariate value")
 
 
 @final
@@ -119,6 +109,13 @@ class MixedPrior(HonestPrior):
 
     def _words(self, found: Sequence[HonestScores], share: Tensor) -> str:
         return "; ".join(f"{s.words} ({100 * float(w):.0f} %)" for s, w in zip(found, share, strict=True) if w >= 0.005)
+
+
+def mixed_by_group(prior: HonestPrior, known: NewRows) -> HonestPrior:
+    """Return the mixture of a prior of all rows and one by covariate value, where enough known rows share one."""
+    assert known.group is not None  # noqa: S101 - made for rows with covariates
+    most = int(known.group.unique(return_counts=True)[1].max())
+    return MixedPrior([prior, GroupPrior(prior)]) if most >= FEWEST_OF_GROUP else prior
 
 
 def _weights(terms: Tensor) -> Tensor:

@@ -45,18 +45,10 @@ class NewRows:
 
     def rows(self, index: Tensor) -> NewRows:
         """Return the chosen rows."""
-        q = None if self.q is None else self.q.rows(index)
-        return replace(
-            self,
-            value=self.value[index],
-            own=self.own[index],
-            log_p=self.log_p[index],
-            kl=self.kl[index],
-            q=q,
-            information=None,
-            parts=tuple(part.rows(index) for part in self.parts),
-            group=None if self.group is None else self.group[index],
-        )
+        cut = {name: getattr(self, name)[index] for name in ("value", "own", "log_p", "kl")}
+        parts, q = tuple(part.rows(index) for part in self.parts), None if self.q is None else self.q.rows(index)
+        group = None if self.group is None else self.group[index]
+        return replace(self, **cut, q=q, information=None, parts=parts, group=group)
 
     def joined(self, others: NewRows) -> NewRows:
         """Return these rows, followed by others."""
@@ -102,3 +94,18 @@ def folds(n: int, seed: int, device: torch.device, count: int | None = None) -> 
     """Return n rows (or `count` of them) in random order, and the fold of each in that order: 0, 1 or 2, ascending."""
     order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))[:count].to(device)
     return order, torch.arange(len(order), device=device) * FOLDS // len(order)
+
+
+def mixture_weights(terms: Tensor, prior: Tensor | float = 0.0, steps: int = 200) -> Tensor:
+    """Return the log weights of a mixture by EM, `(k,)`, from log densities of rows that no component knows.
+
+    Arguments:
+        terms: log densities under the k components, `(m, k)`, nats.
+        prior: pseudo-counts of the components, `(k,)`, or of each.
+        steps: number of EM steps.
+    """
+    log_weights = terms.new_zeros(terms.shape[1])
+    for _ in range(steps):
+        mass = (terms + log_weights).softmax(1).sum(0) + prior
+        log_weights = (mass / mass.sum()).clamp(min=1e-12).log()
+    return log_weights

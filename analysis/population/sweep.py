@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pvae.analysis.figures.estimate import Estimate
 from pvae.distributions.exponential import Members
 from pvae.distributions.exponential_codes import CertainCodes
 
@@ -45,10 +46,12 @@ def relative(tile: Tensor) -> tuple[Tensor, Tensor]:
     return top, tile.sub_(top[:, None]).float().clamp_(min=FLOOR).exp_()
 
 
-def log_sum(tile: Tensor) -> Tensor:
-    """Return the log of the sum of exp of every row, `(k,)`."""
-    top, e = relative(tile)
-    return top + e.sum(1, dtype=torch.float64).log()
+def log_mean(members: Members, value: Tensor, own: Tensor | None = None) -> Tensor:
+    """Return the log mean of the densities of values `(m, D)` under all members but `own`, `(m,)`, nats."""
+    found = [
+        top + e.sum(1, dtype=torch.float64).log() for top, e in (relative(t) for _, t in tiles(members, value, own))
+    ]
+    return torch.cat(found) - math.log(len(members) - (own is not None))
 
 
 @dataclass(frozen=True)
@@ -65,25 +68,12 @@ class PointwiseInformation:
     twice: float
     """Part of the variance of `inside - inside_shares` that is noise of single pairs counted twice."""
 
-    @property
-    def inside_error(self) -> float:
-        """Standard error of the mean of `inside`: every row counts as sample and as component."""
-        return spread(self.inside - self.inside_shares, self.twice)
-
-    @property
-    def outside_error(self) -> float:
-        """Standard error of the mean of `outside`."""
-        return spread(self.outside - self.outside_shares)
-
-
-@dataclass(frozen=True)
-class PairSums:
-    """Sums of e^T_ij over pairs of rows i != j, once more by two random groups of the other row."""
-
-    by_value: Tensor
-    """Sums over the j of a group, `(n, 2)`."""
-    by_row: Tensor
-    """Sums over the i of a group, `(n, 2)`."""
+    def figures(self) -> tuple[Estimate, Estimate | None]:
+        """Return I_n and leave-one-out (None where infinite): in their errors a row counts as sample and component."""
+        below = spread(self.inside - self.inside_shares, self.twice)
+        above, error = float(self.outside.mean()), spread(self.outside - self.outside_shares)
+        leave_one_out = Estimate(above, error, "upper_bound") if math.isfinite(above) else None
+        return Estimate(float(self.inside.mean()), below, "lower_bound"), leave_one_out
 
 
 @dataclass(frozen=True)
@@ -124,16 +114,17 @@ class PairCritic:
 
 def sweep(
     q: Members, value: Tensor, own: Tensor, critic: PairCritic | None = None
-) -> tuple[PointwiseInformation, PairSums | None]:
+) -> tuple[PointwiseInformation, Tensor]:
     """Return the information of n samples under the mixture of all rows, and the sums of the bound from pairs.
 
-    Time grows with n^2, memory with n.
+    These are sums of e^T_ij over pairs i != j, `(2, n, 2)`: for every sample i over two random groups of the other
+    row, then for every row j over two groups of the samples; 0 without a critic. Time grows with n^2, memory with n.
 
     Arguments:
         q: posteriors of the n rows in random order, float64.
         value: a sample of each, `(n, D)`.
         own: log q(z_i | x_i), `(n,)`.
-        critic: None for no sums over pairs.
+        critic: T of the pairs.
     """
     if isinstance(q, CertainCodes):
         return counted(q, own, critic)
@@ -141,7 +132,7 @@ def sweep(
     index = torch.arange(n, device=own.device)
     group = torch.stack([index < n // 2, index >= n // 2], 1).double()
     others, shares = torch.empty_like(own), own.new_zeros(3, n)
-    reach, sums = own.new_zeros(n, 2), PairSums(own.new_zeros(n, 2), own.new_zeros(n, 2))
+    reach, sums = own.new_zeros(n, 2), own.new_zeros(2, n, 2)
     for at, tile in tiles(q, value, index):
         top = tile.amax(1)
         apart = tile.sub_(top[:, None]).float()
@@ -156,7 +147,7 @@ def sweep(
         shares += (torch.cat([level * group[at], 1 / total.sum(1, keepdim=True)], 1).float().T @ e).double()
     inside = own - torch.logaddexp(others, own) + math.log(n)
     outside, twice = own - others + math.log(max(n - 1, 1)), counted_twice(reach + shares[:2].T)
-    return PointwiseInformation(inside, outside, shares[:2].sum(0), shares[2], twice), None if critic is None else sums
+    return PointwiseInformation(inside, outside, shares[:2].sum(0), shares[2], twice), sums
 
 
 def in_groups(e: Tensor, first: int) -> Tensor:
@@ -164,7 +155,7 @@ def in_groups(e: Tensor, first: int) -> Tensor:
     return torch.stack([e[:, :first].sum(1), e[:, first:].sum(1)], 1).double()
 
 
-def _pairs(apart: Tensor, top: Tensor, at: slice, critic: PairCritic, sums: PairSums) -> None:
+def _pairs(apart: Tensor, top: Tensor, at: slice, critic: PairCritic, sums: Tensor) -> None:
     """Add e^T_ij of a tile, log densities less `top`, to the sums; the groups are halves of every fold."""
     for rows, columns in critic.blocks():
         start, stop = max(at.start, rows.start), min(at.stop, rows.stop)
@@ -173,14 +164,12 @@ def _pairs(apart: Tensor, top: Tensor, at: slice, critic: PairCritic, sums: Pair
         mine, local = slice(start, stop), slice(start - at.start, stop - at.start)
         level = (top[local] - critic.apart[mine]).float()
         e = critic(apart[local, columns] + level[:, None]).exp_()
-        sums.by_value[mine] += in_groups(e, (columns.stop - columns.start) // 2)
+        sums[0, mine] += in_groups(e, (columns.stop - columns.start) // 2)
         cut = min(max((rows.start + rows.stop) // 2 - start, 0), len(e))
-        sums.by_row[columns] += torch.stack([e[:cut].sum(0), e[cut:].sum(0)], 1)
+        sums[1, columns] += torch.stack([e[:cut].sum(0), e[cut:].sum(0)], 1)
 
 
-def counted(
-    q: CertainCodes, own: Tensor, critic: PairCritic | None = None
-) -> tuple[PointwiseInformation, PairSums | None]:
+def counted(q: CertainCodes, own: Tensor, critic: PairCritic | None = None) -> tuple[PointwiseInformation, Tensor]:
     """Return the same as `sweep` for deterministic codes, by counting rows with the same joint code; O(n log n).
 
     Leave-one-out is infinite for a code that only one row has. The shares of a row are what leaving it out takes from
@@ -191,17 +180,16 @@ def counted(
     outside = math.log(max(n - 1, 1)) - (times - 1).log()
     lost = (times - 1) * (times.log() - (times - 1).clamp(min=1).log())
     found = PointwiseInformation(math.log(n) - times.log(), outside, lost, (times > 1).double(), 0.0)
-    if critic is None:
-        return found, None
-    sums = PairSums(own.new_zeros(n, 2), own.new_zeros(n, 2))
-    for rows, columns in critic.blocks():
+    sums = own.new_zeros(2, n, 2)
+    for rows, columns in [] if critic is None else critic.blocks():
+        assert critic is not None  # noqa: S101 - else there are no blocks
         e, itself = critic(own[rows] - critic.apart[rows]).exp_(), float(rows == columns)
         mine, theirs = (_by_half(part) + 2 * code[part] for part in (rows, columns))
         number = theirs.bincount(minlength=2 * n).double().reshape(n, 2)[code[rows]]
         mass = own.new_zeros(2 * n).index_add_(0, mine, e).reshape(n, 2)[code[columns]]
         half = torch.nn.functional.one_hot(mine % 2, 2) * itself
-        sums.by_value[rows] += e[:, None] * (number - half)
-        sums.by_row[columns] += mass - e[:, None] * half if itself else mass
+        sums[0, rows] += e[:, None] * (number - half)
+        sums[1, columns] += mass - e[:, None] * half if itself else mass
     return found, sums
 
 

@@ -17,11 +17,10 @@ from sklearn.mixture import GaussianMixture
 
 import pvae
 from pvae.analysis.decompose.surgery import surgery
-from pvae.analysis.population.full import FullPrior, fitted_flow
 from pvae.analysis.population.interval import ALIKE, PairsBound, interval
-from pvae.analysis.population.kernels import FittedNormal, KernelPrior, mixing, widened
+from pvae.analysis.population.kernels import FittedNormal, FullPrior, KernelPrior, fitted_flow, widened
 from pvae.analysis.population.result import Population
-from pvae.analysis.population.sample import NewRows, folds
+from pvae.analysis.population.sample import NewRows, folds, mixture_weights
 from pvae.analysis.population.sweep import PairCritic, counted_twice, spread, sweep
 from pvae.analysis.truths.linear import gaussian_channel
 from pvae.distributions.exponential import FullRankNormals, Normals
@@ -70,15 +69,14 @@ def test_pairs_bound_is_the_sum_written_out(rows, sizes, tile, monkeypatch):
     log_r = torch.randn(n, dtype=DOUBLE) - 3
     critic = PairCritic(log_r, sizes, 0.75, 2.0)
     _, sums = sweep(rows.q, rows.value, rows.own, critic)
-    assert sums is not None
     fold = np.repeat(np.arange(len(sizes)), sizes)
     paired = (fold[:, None] == fold) | (fold == (fold[:, None] - 1) % len(sizes))
     np.fill_diagonal(paired, False)
     assert (paired | paired.T | np.eye(n, dtype=bool)).all()  # no two rows go unpaired
     t = np.minimum(0.75 * (logs - log_r.numpy()[:, None]), 2.0)
     e = np.where(paired, np.exp(t), 0)
-    assert sums.by_value.sum(1).numpy() == pytest.approx(e.sum(1), rel=1e-5)
-    assert sums.by_row.sum(1).numpy() == pytest.approx(e.sum(0), rel=1e-5)
+    assert sums[0].sum(1).numpy() == pytest.approx(e.sum(1), rel=1e-5)
+    assert sums[1].sum(1).numpy() == pytest.approx(e.sum(0), rel=1e-5)
     bound = PairsBound.of(critic, rows.own, sums)
     m, g = e.sum() / paired.sum(), ALIKE / n**2 * np.exp(np.diag(t)).mean()
     assert bound.value == pytest.approx(np.diag(t).mean() - math.log(m + g), rel=1e-5)
@@ -122,9 +120,9 @@ def test_influence_of_a_row_on_the_normal():
     """A row doubled in the fit, against the derivative; the shrinkage is left out of both by many rows."""
     value = torch.randn(4000, 2, generator=torch.Generator().manual_seed(0), dtype=DOUBLE)
     weight = (value[:, 0] > 0.5).double()
-    fit = FittedNormal.of(value)
+    fit = FittedNormal(value)
     found = fit.influence(value, weight)
-    more = FittedNormal.of(torch.cat([value, value[:20].repeat(3, 1)]))
+    more = FittedNormal(torch.cat([value, value[:20].repeat(3, 1)]))
     change = float((weight * (more.log_prob(value) - fit.log_prob(value))).sum())
     assert change == pytest.approx(3 * float((found[:20] - found.mean()).sum()), rel=0.05)
 
@@ -134,7 +132,7 @@ def test_weights_of_a_mixture():
     first = torch.rand(4000, generator=generator) < 0.3
     z = torch.where(first, -5.0, 5.0) + torch.randn(4000, generator=generator)
     scores = torch.stack([torch.distributions.Normal(m, 1.0).log_prob(z) for m in (-5.0, 5.0, 40.0)], 1).double()
-    log_w, _ = mixing(scores)
+    log_w = mixture_weights(scores)
     assert log_w.exp().tolist() == pytest.approx(
         [float(first.double().mean()), 1 - float(first.double().mean()), 0], abs=1e-3
     )
@@ -273,7 +271,7 @@ def test_too_few_rows_are_told():
 
 
 def test_full_prior_finds_more_than_kernels(monkeypatch):
-    monkeypatch.setattr("pvae.analysis.population.full.STEPS", 100)
+    monkeypatch.setattr("pvae.analysis.population.kernels.FLOW_STEPS", 100)
     monkeypatch.setattr("pvae.analysis.population.full.CLUSTERS", (5, 10))
     truth = mixture(0.3225, 0.0943)
     train, rows = truth.rows(1000, 1), truth.rows(300, 2)
@@ -285,13 +283,13 @@ def test_full_prior_finds_more_than_kernels(monkeypatch):
 
 
 def test_flow_is_a_density(monkeypatch):
-    monkeypatch.setattr("pvae.analysis.population.full.STEPS", 200)
+    monkeypatch.setattr("pvae.analysis.population.kernels.FLOW_STEPS", 200)
     value = torch.randn(400, 2, generator=torch.Generator().manual_seed(0), dtype=DOUBLE).exp()
     flow = fitted_flow(value, value[:50], 0)
     grid = torch.linspace(-10, 20, 301, dtype=DOUBLE)
     points = torch.cartesian_prod(grid, grid)
-    assert float(flow.log_prob(points).exp().sum()) * 0.1**2 == pytest.approx(1, abs=0.05)
-    assert float(flow.log_prob(value).mean()) > float(FittedNormal.of(value).log_prob(value).mean()) + 0.1
+    assert float(flow(points).exp().sum()) * 0.1**2 == pytest.approx(1, abs=0.05)
+    assert float(flow(value).mean()) > float(FittedNormal(value).log_prob(value).mean()) + 0.1
 
 
 def test_rows_that_the_model_makes():
@@ -330,7 +328,7 @@ def test_posteriors_of_no_family_have_kernels_on_their_samples(rows):
 
 
 def test_population_on_the_command_line(monkeypatch, tmp_path):
-    monkeypatch.setattr("pvae.analysis.population.full.STEPS", 20)
+    monkeypatch.setattr("pvae.analysis.population.kernels.FLOW_STEPS", 20)
     monkeypatch.setattr("pvae.analysis.population.full.CLUSTERS", (2,))
     fitted = pvae.fit("vae", *TINY, "train.epochs=1", run_dir=tmp_path, progress=False)
     run = str(fitted.path)
