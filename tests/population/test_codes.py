@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pvae.analysis.population import codes as rooms
+from pvae.analysis.population import levels
 from pvae.analysis.population.codes import CodeMixture, CodePrior, CodeTable, Grid, latent_classes
 from pvae.analysis.population.interval import interval
 from pvae.analysis.population.levels import GroupPrior, MixedPrior, RootPrior
@@ -29,8 +31,9 @@ def few(monkeypatch):
     """Latent classes from a handful of rows."""
     monkeypatch.setattr(rooms, "FEWEST_BY_CLASS", 5)
     monkeypatch.setattr(rooms, "CLASSES", (2,))
-    for name in ("STEPS", "WEIGHT_STEPS"):
-        monkeypatch.setattr(f"pvae.analysis.population.classes.{name}", 5)
+    monkeypatch.setattr(rooms, "CLASS_STEPS", 5)
+    for room in (rooms, levels):
+        monkeypatch.setattr(room, "mixture_weights", partial(mixture_weights, steps=5))
 
 
 def small(n: int, posterior: str, seed: int = 0) -> NewRows:

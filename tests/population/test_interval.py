@@ -272,7 +272,7 @@ def test_too_few_rows_are_told():
 
 def test_full_prior_finds_more_than_kernels(monkeypatch):
     monkeypatch.setattr("pvae.analysis.population.kernels.FLOW_STEPS", 100)
-    monkeypatch.setattr("pvae.analysis.population.full.CLUSTERS", (5, 10))
+    monkeypatch.setattr("pvae.analysis.population.kernels.CLUSTERS", (5, 10))
     truth = mixture(0.3225, 0.0943)
     train, rows = truth.rows(1000, 1), truth.rows(300, 2)
     found, plain = (interval(rows, prior, train=train) for prior in (FullPrior(), KernelPrior()))
@@ -329,7 +329,7 @@ def test_posteriors_of_no_family_have_kernels_on_their_samples(rows):
 
 def test_population_on_the_command_line(monkeypatch, tmp_path):
     monkeypatch.setattr("pvae.analysis.population.kernels.FLOW_STEPS", 20)
-    monkeypatch.setattr("pvae.analysis.population.full.CLUSTERS", (2,))
+    monkeypatch.setattr("pvae.analysis.population.kernels.CLUSTERS", (2,))
     fitted = pvae.fit("vae", *TINY, "train.epochs=1", run_dir=tmp_path, progress=False)
     run = str(fitted.path)
     found = run_cli_json("surgery", run, "--rows", "60", "--population")["population"]
