@@ -54,7 +54,7 @@ def test_information_is_the_sum_written_out(rows, tile, monkeypatch):
     apart = logs + np.where(np.eye(n), -np.inf, 0)
     found, none = sweep(rows.q, rows.value, rows.own)
     whole = logsumexp(logs, 1)
-    assert none is None
+    assert not none.any()
     assert found.inside.numpy() == pytest.approx(np.diag(logs) - whole + math.log(n), abs=1e-6)
     assert found.outside.numpy() == pytest.approx(np.diag(logs) - logsumexp(apart, 1) + math.log(n - 1), abs=1e-6)
     assert found.inside_shares.numpy() == pytest.approx(np.exp(apart - whole[:, None]).sum(0), rel=1e-5)
