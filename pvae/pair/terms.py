@@ -206,7 +206,8 @@ def terms_of(
     def expected(name: str) -> Tensor | float:
         return table.expected(name) if name in table.logs else batch.log_p(name)
 
-    found = batch.terms(sum_over([torch.as_tensor(expected(name)) for name in layout.observed]), expected)
+    observed = [part for name in layout.observed if isinstance(part := expected(name), Tensor)]  # else it is absent
+    found = batch.terms(sum_over(observed), expected)
     return replace(found, kl={**found.kl, **table.kl()})
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import platform
 import subprocess
@@ -84,6 +85,7 @@ def test_a_layer_multiplies_rounded_factors(case: str) -> None:
 
 @pytest.mark.parametrize("compiling", [False, True])
 def test_factors_are_rounded_as_a_cast_rounds_them(compiling: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    importlib.import_module("torch._dynamo")  # which keeps the function that it finds when it is first imported
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
     torch.manual_seed(0)
     x = torch.randn(10_000) * torch.randn(10_000).mul(10).exp()

@@ -13,15 +13,7 @@ from typing import Literal, final
 
 import numpy as np
 
-from pvae.data.rows.files import (
-    AnyArray,
-    ArrayLayout,
-    FileArray,
-    broken_as,
-    located,
-    npy_layout,
-    version_of,
-)
+from pvae.data.rows.files import AnyArray, ArrayLayout, FileArray, broken_as, located, npy_layout, version_of
 from pvae.data.rows.rows import Rows, joined
 from pvae.data.sources.base import FileData
 from pvae.data.sources.binary import LABEL_KINDS, MAX_DEFLATE_RATIO, unpacked
