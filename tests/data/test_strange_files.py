@@ -38,6 +38,7 @@ NAMES = {
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_validation_split_of_an_archive_is_read(tmp_path, name):
+    """FAULTS 69."""
     train, validation, x = NAMES[name]
     data = load(Npz(path=npz(tmp_path, np.savez, **{train: X, validation: OTHER}), x=x))
     assert torch.equal(data.validation.x, torch.from_numpy(OTHER))
@@ -45,6 +46,7 @@ def test_the_validation_split_of_an_archive_is_read(tmp_path, name):
 
 
 def test_arrays_that_are_not_read_are_named(tmp_path):
+    """FAULTS 69."""
     data = load(Npz(path=npz(tmp_path, x=X, y=CODES, weights=X)))
     assert "data.npz: arrays that are not read: y, weights" in data.notes
     assert not any("not read" in note for note in load(Npz(path=npz(tmp_path, x=X, y=CODES), y="y")).notes)
@@ -123,6 +125,7 @@ PICTURES = RNG.randint(0, 256, (30, 4, 6, 3)).astype(np.uint8)
 
 @pytest.mark.parametrize("shape", [(3, 4, 6), (3, 6, 4), (6, 4, 3)])
 def test_a_shape_that_would_scramble_rows_is_refused(tmp_path, shape):
+    """FAULTS 70."""
     said = r"axes in another order and would scramble every row. Save x.transpose\(0, "
     refused(said, load, Npy(path=npy(tmp_path / "x.npy", PICTURES), shape=shape))
 
@@ -198,6 +201,7 @@ ODD: dict[str, tuple[str, Callable[[Path], None], str]] = {
 
 @pytest.mark.parametrize("name", ODD)
 def test_an_image_that_is_not_read_whole_is_named(tmp_path, name):
+    """FAULTS 71."""
     for i in range(20):
         colour(i).save(tmp_path / f"{i}.png")
     file, write, said = ODD[name]
@@ -214,6 +218,7 @@ def test_plain_images_have_no_remark(tmp_path):
 
 @pytest.mark.parametrize(("background", "level"), [("white", 1.0), ("black", 0.0)])
 def test_transparent_pixels_show_the_background(tmp_path, background, level):
+    """FAULTS 71."""
     for i in range(20):
         clear("RGBA")(tmp_path / f"{i}.png")
         colour(i).save(tmp_path / f"{i + 20}.png")

@@ -62,6 +62,7 @@ def wanted(values: Any) -> list[float]:
 
 @pytest.mark.parametrize("spelling", SPELLINGS, ids=repr)
 def test_every_spelling_is_read_as_declared_and_guessed(tmp_path, spelling):
+    """FAULTS 72."""
     path = csv_of(tmp_path, [spelled(value, spelling) for value in VALUES])
     source = CSV(path=path, separator="|", decimal=spelling.decimal, thousands=spelling.thousands, columns={"v": REAL})
     assert stored(load(source)) == wanted(VALUES)
@@ -144,6 +145,7 @@ FORMS = (None, "%d.%m.%Y %H:%M", "%m/%d/%Y %H:%M", "%d/%m/%Y %H:%M")
 
 @pytest.mark.parametrize("form", FORMS)
 def test_dates_are_days_in_every_format(tmp_path, form):
+    """FAULTS 72."""
     words = [moment.isoformat(" ") if form is None else moment.strftime(form) for moment in MOMENTS]
     path = csv_of(tmp_path, words)
     column = {**REAL, "time": "days", **({} if form is None else {"format": form})}
@@ -236,6 +238,7 @@ def test_a_table_without_a_header(tmp_path, mark):
 
 @pytest.mark.parametrize("word", ["NULL", "n/a", "-", "?", "N/A", "missing", "--", "None"])
 def test_words_for_missing_numbers_are_proposed(tmp_path, word):
+    """FAULTS 72."""
     path = csv_of(tmp_path, [word if i % 5 == 0 else f"{i}.5" for i in range(ROWS)])
     found = guess(path).declaration["data"]
     assert found["na"] == ["", "NA", "nan", word]

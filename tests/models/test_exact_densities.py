@@ -58,7 +58,7 @@ def off(found: Tensor, exact: Array) -> float:
 
 
 def test_poisson_counts_are_exact():
-    """Of independent elements, and of the columns of a table, whose log densities are those of the held rates."""
+    """FAULTS 73. Elements, and the columns of a table, whose log densities are those of the held rates."""
     fn = Poisson().build((len(LOG_MEANS),))(LOG_MEANS.expand(len(COUNTS), -1))
     assert off(fn.base_dist.log_prob(TABLE), poisson(fn.base_dist.rate, TABLE)) < EXACT
     assert off(fn.log_prob(TABLE), poisson(fn.base_dist.rate, TABLE).sum(-1)) < EXACT
@@ -69,6 +69,7 @@ def test_poisson_counts_are_exact():
 
 @pytest.mark.parametrize("log_count", [-7.0, -1.0, 1.0, 7.0])
 def test_negative_binomial_counts_are_exact(log_count: float):
+    """FAULTS 73."""
     module = NegativeBinomial().build((len(LOG_MEANS),))
     torch.nn.init.constant_(module.get_parameter("log_count"), log_count)
     fn = module(LOG_MEANS.expand(len(COUNTS), -1)).base_dist
