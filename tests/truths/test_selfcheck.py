@@ -137,7 +137,7 @@ FAULTS = {
     "annealing off by .1": (shift("bounds.ais", "log_mean", lambda w: w + 0.1), wrong_line, "ais"),
     "an upper bound too low by .2": (shift("bounds.ais", "log_mean", lambda w: w + 0.2), wrong_line, "bracket"),
     "evidence of the gap off by .1": (
-        shift("bounds.gap", "_log_mean", lambda found: (found[0] + 0.1, found[1])),
+        shift("bounds.gap", "_measure", lambda found: {**found, "log_p": found["log_p"] + 0.1}),
         wrong_line,
         "gap",
     ),
