@@ -22,7 +22,7 @@ from pvae.distributions.exponential_codes import CertainCodes, Codes, product
 from pvae.util import seeds
 
 Asked = Literal["rows", "full", "model"]
-"""How much is spent on the interval: these rows (or train rows) alone, all that is known, samples of the model."""
+"""Source of the interval: these rows (or train rows) alone, all that is known, or samples of the model."""
 TRAIN_NOISE, MODEL_NOISE = 5, 6
 """Noise streams of the samples of other rows, and of rows that the model makes."""
 MODEL_ROWS = 20_000

@@ -132,8 +132,8 @@ class Surgery(Figures):
     """ELBO of relaxed (Concrete) latents with the KL declared for them, the objective of training; all other terms are
     those of the discrete codes. None unless a latent is relaxed."""
     population: Population | None = None
-    """What a better prior can win on new data with this encoder; None where the rows were fitted on (`seen`), where it
-    was not asked for, and where `notes` gives another reason."""
+    """Interval for the gain of a better prior on new data with this encoder; None where the rows were fitted on
+    (`seen`), where it was not asked for, and where `notes` gives another reason."""
     seen: bool = False
     """True for rows that the encoder or the prior was fitted on, which say nothing of new data."""
     notes: tuple[str, ...] = ()

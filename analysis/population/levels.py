@@ -120,8 +120,7 @@ def mixed_by_group(prior: HonestPrior, known: NewRows) -> HonestPrior:
 
 def _weights(terms: Tensor) -> Tensor:
     """Return log weights of a mixture, `(k,)`, from the rows that every component has a density for."""
-    known = terms[terms.isfinite().all(1)]
-    return mixture_weights(known, torch.ones_like(known[0]) if len(known) else torch.ones_like(terms[0]))
+    return mixture_weights(terms[terms.isfinite().all(1)], 1.0)
 
 
 def _available(terms: Tensor, log_w: Tensor) -> Tensor:

@@ -31,9 +31,8 @@ class NewRows:
     """Posteriors of all n rows as members of an exponential family; None for others, whose pairs of a value and a row
     are not scored here."""
     information: Tensor | None = None
-    """Where `q` is None: log q(z_i | x_i) - log q_agg(z_i), `(m,)`, with all rows as components (or a random subset, so
-    that it is a lower bound) of the rows that could be scored; else None."""
-
+    """Pointwise information log q(z_i | x_i) - log q_agg(z_i) of the rows that could be scored, `(m,)`, with all rows
+    as components (or a random subset, so that it is a lower bound), if `q` is None; else None."""
     parts: tuple[NewRows, ...] = ()
     """The latents without parents in the model alone, in groups of one kind (real, discrete); for priors that leave the
     others as they are. Their posteriors `q` are those at each row's own sample of the latents that they read."""

@@ -184,7 +184,7 @@ def counted(q: CertainCodes, own: Tensor, critic: PairCritic | None = None) -> t
     for rows, columns in [] if critic is None else critic.blocks():
         assert critic is not None  # noqa: S101 - else there are no blocks
         e, itself = critic(own[rows] - critic.apart[rows]).exp_(), float(rows == columns)
-        mine, theirs = (_by_half(part) + 2 * code[part] for part in (rows, columns))
+        mine, theirs = (2 * code[part] + _by_half(part).to(code.device) for part in (rows, columns))
         number = theirs.bincount(minlength=2 * n).double().reshape(n, 2)[code[rows]]
         mass = own.new_zeros(2 * n).index_add_(0, mine, e).reshape(n, 2)[code[columns]]
         half = torch.nn.functional.one_hot(mine % 2, 2) * itself

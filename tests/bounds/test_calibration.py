@@ -70,7 +70,7 @@ def test_any_verdict_on_uniform_ranks_is_rare():
 
 
 def test_errors_of_width_and_shift_are_the_spread_over_seeds():
-    """Of 600 coordinates of width .8 and shift .2: the sd of z within .9 and 1.1, its mean within .2."""
+    """600 coordinates of width .8 and shift .2: the sd of z within .9 and 1.1, its mean within .2."""
     rng = np.random.default_rng(5)
     ranks = (0.2 + 0.8 * rng.standard_normal((39, 500, 600)) < rng.standard_normal((500, 600))).sum(0)
     found = rank_tests(ranks, 39, [""] * 600)

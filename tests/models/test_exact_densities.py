@@ -40,7 +40,7 @@ def poisson(rate: Tensor, x: Tensor) -> Array:
 
 
 def negative_binomial(*given: Tensor) -> Array:
-    """Of r, logits, x: r (r + 1) ... (r + x - 1) / x! as a Beta function up to r = 1e6, else by Stirling's formula."""
+    """Log density of x: r (r + 1) ... (r + x - 1) / x! as a Beta function up to r = 1e6, else by Stirling's formula."""
     r, logits, x = np.broadcast_arrays(*(t.detach().double().numpy() for t in given))
     with np.errstate(divide="ignore", invalid="ignore"):
         small = -np.log(x) - scipy.special.betaln(r, np.maximum(x, 1e-300))

@@ -100,7 +100,7 @@ class Examination:
     train_rows: int = SURGERY_ROWS["train"]
     """Largest number of training rows of an ELBO surgery."""
     population: Asked = "rows"
-    """How the interval on new data is made, as in `surgery`."""
+    """Source of the interval on new data, as in `surgery`."""
     most_evidence_rows: int = EVIDENCE_ROWS
     """Largest number of rows for importance sampling."""
     missing: dict[str, str] = field(default_factory=dict, init=False)
