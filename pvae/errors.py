@@ -1,7 +1,5 @@
 """Exceptions that pvae raises deliberately, each with the exit code that the command line returns for it."""
 
-from __future__ import annotations
-
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches

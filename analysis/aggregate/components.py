@@ -1,7 +1,5 @@
 """Components of an aggregated posterior, the posteriors of n rows: in memory, counted, or recomputed by the guide."""
 
-from __future__ import annotations
-
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence

@@ -1,7 +1,5 @@
 """First steps of every analysis of a pair: check or simulate data, seed the noise, fix a sample of global latents."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any

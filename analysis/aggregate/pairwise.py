@@ -1,7 +1,5 @@
 """Log densities of any posterior, hierarchies included, by running the guide on pairs of a latent value and a row."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Importance-weighted bounds on log p(x) from the log weights of many samples, accumulated in constant memory."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass, fields
 from itertools import accumulate

@@ -1,7 +1,5 @@
 """Annealed importance sampling: lower bounds on log p(x) of any data, lower and upper bounds on simulated data."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass

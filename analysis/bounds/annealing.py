@@ -1,7 +1,5 @@
 """Hamiltonian Monte Carlo transitions along a sequence of temperatures."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 

@@ -1,7 +1,5 @@
 """Calibration of the guide: is q(z | x) the posterior of the model, on data that the model itself makes?"""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass

@@ -1,7 +1,5 @@
 """Importance-weighted lower bounds on log p(x), with samples of the guide or of the prior."""
 
-from __future__ import annotations
-
 from contextlib import nullcontext
 
 import pyro

@@ -1,7 +1,5 @@
 """Split of log p(x) - ELBO into the gap of the variational family and the gap of the encoder."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace

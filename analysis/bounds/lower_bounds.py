@@ -1,7 +1,5 @@
 """Results with lower bounds on log p(x) for 1 to K importance samples, and diagnostics of their weights."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass

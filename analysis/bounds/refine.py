@@ -1,7 +1,5 @@
 """Per-datum refinement of the variational posterior: the guide's normals with a shift and a scale for every row."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, final

@@ -1,7 +1,5 @@
 """Start and target densities of annealed importance sampling, as functions of latents in unconstrained space."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, final

@@ -1,7 +1,5 @@
 """Importance weights: log means, errors, Pareto shape k-hat, samplers; first dimension samples, last data."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Collection
 

@@ -1,7 +1,5 @@
 """Log densities that an ELBO surgery needs, collected from one sample of the latents after another."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace

@@ -1,7 +1,5 @@
 """ELBO surgery of a model conditioned on covariates y: the mean of the surgeries of all groups of rows with equal y."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace

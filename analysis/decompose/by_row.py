@@ -1,7 +1,5 @@
 """Questions by row of data: whether priors differ between rows, and which elements of a latent a row has."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Exact mutual information, marginal KL and log p(x) of discrete latents, and duplicates in a codebook."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Posterior collapse: active units of every latent, information of codes, and alerts that say what to change."""
 
-from __future__ import annotations
-
 import html
 import math
 from dataclasses import asdict, dataclass

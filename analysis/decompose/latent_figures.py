@@ -1,7 +1,5 @@
 """KL, mutual information and marginal KL of one latent or a group of latents, and their decomposition by coordinate."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import replace
 

@@ -1,7 +1,5 @@
 """The population's interval of a surgery: rows and samples of an `Account`, and the prior that suits its latents."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal

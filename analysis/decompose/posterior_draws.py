@@ -1,7 +1,5 @@
 """Posterior samples of a whole data set, in chunks of rows, with their log densities and distributions."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any

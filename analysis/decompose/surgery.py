@@ -1,7 +1,5 @@
 """ELBO surgery: decomposition of the mean ELBO into reconstruction, mutual information and marginal KL."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial

@@ -1,7 +1,5 @@
 """Terms of an ELBO surgery, computed from the log densities that an `Account` has collected."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import replace
 

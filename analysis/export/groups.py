@@ -1,7 +1,5 @@
 """Groups of an export: posterior samples and their densities, guide parameters, prior and predictive samples, data."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass

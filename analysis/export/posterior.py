@@ -1,7 +1,5 @@
 """Export of posterior samples with densities and diagnostics, as Datasets that ArviZ reads."""
 
-from __future__ import annotations
-
 import numpy as np
 
 from pvae import __version__

@@ -1,7 +1,5 @@
 """Sample sites of any pair as arrays with one row per datum: valid names, shapes, and posterior parameters."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import re

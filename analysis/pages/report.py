@@ -1,7 +1,5 @@
 """Report of a run, and comparison of runs: one self-contained HTML file, with its numbers in JSON and CSV beside it."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any

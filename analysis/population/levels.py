@@ -1,7 +1,5 @@
 """Priors of several latents made of priors of some of them, priors by covariate value, and mixtures of priors."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import final
 

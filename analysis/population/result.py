@@ -1,7 +1,5 @@
 """Result of the population's interval: what a better prior can win on new data, and the information of the codes."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, fields

@@ -1,7 +1,5 @@
 """Passes over all pairs of a value and a row, tile by tile: information with its errors, and the bound from pairs."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Data copying: tests of whether samples are closer to training rows than held-out data are."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace

@@ -1,7 +1,5 @@
 """Estimates of KL(q_agg || p) from samples alone, by a classifier (critic) between codes and samples of the prior."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Fréchet and kernel distance between features of samples and of data."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Encoding of data into latents, and reconstruction of data from them."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any

@@ -1,7 +1,5 @@
 """Feature spaces for comparing samples with data: hidden units or principal components; sharpness of images."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Precision, recall, density and coverage of samples by nearest neighbours, and the classes of samples and data."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field

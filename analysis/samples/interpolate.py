@@ -1,7 +1,5 @@
 """Interpolation between two rows of data along the line between their codes."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any

@@ -1,7 +1,5 @@
 """Downstream probe: accuracy of simple classifiers of the label from latent codes, compared with that from x."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass

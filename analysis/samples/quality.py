@@ -1,7 +1,5 @@
 """Quality of samples: classifier two-sample test, and all comparisons of the samples of a run with data."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Common parts of sampling, encoding and decoding: results that can be saved, runs of a pair over rows in chunks."""
 
-from __future__ import annotations
-
 import io
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence

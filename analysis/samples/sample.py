@@ -1,7 +1,5 @@
 """Samples of a fitted model."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod

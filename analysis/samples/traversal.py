@@ -1,7 +1,5 @@
 """Latent traversal: decoded means as a single coordinate of a latent moves."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any

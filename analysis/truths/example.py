@@ -1,7 +1,5 @@
 """Tiny run, and its model-guide pair, for the examples in docstrings."""
 
-from __future__ import annotations
-
 import tempfile
 from functools import cache
 

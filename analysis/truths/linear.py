@@ -1,7 +1,5 @@
 """Linear Gaussian test models, whose ELBO terms and evidence have closed forms."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace

@@ -1,7 +1,5 @@
 """Test models with exactly known quantities that `pvae selfcheck` runs the estimators on."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Test models with discrete codes, mixtures, or two levels of latents, whose exact values are sums or integrals."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Posteriors over one latent, `q(z | x, ...)`, and their heads: from features to a distribution's parameters."""
 
-from __future__ import annotations
-
 from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar

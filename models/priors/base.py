@@ -1,7 +1,5 @@
 """Priors over one latent, `p(z)` or `p(z | parents)`."""
 
-from __future__ import annotations
-
 from abc import abstractmethod
 from collections.abc import Mapping
 from typing import ClassVar

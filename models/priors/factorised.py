@@ -1,7 +1,5 @@
 """Priors of independent coordinates: normal (standard, or given parents), categorical, Bernoulli and uniform."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import ClassVar, Literal, final
 

@@ -3,8 +3,6 @@
 One module for each group of commands; each registers its commands on `pvae.cli.app.app`.
 """
 
-from __future__ import annotations
-
 import errno
 import os
 import sys

@@ -1,7 +1,5 @@
 """Commands on declarations: list, new, columns, schema, check, show."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Annotated, Any

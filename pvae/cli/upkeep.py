@@ -1,7 +1,5 @@
 """Commands that maintain runs and check the machine: verify, doctor, clean."""
 
-from __future__ import annotations
-
 import sys
 from typing import Annotated, Any
 

@@ -1,7 +1,5 @@
 """Bases of distributions, and those of data that Pyro lacks: points, grey values, normals that share a factor."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from copy import copy

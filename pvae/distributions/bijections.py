@@ -1,7 +1,5 @@
 """Pyro's flow transforms without caches, with stable log determinants, and inverses in any precision."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable
 from typing import Any

@@ -4,8 +4,6 @@ A value of a grid of codes is a tensor of indices `(..., *grid)`. A *relaxed* va
 one-hots, `(..., *grid, K)`: in single precision the one-hots themselves underflow at a temperature of 0.2.
 """
 
-from __future__ import annotations
-
 import math
 from abc import abstractmethod
 from typing import Any

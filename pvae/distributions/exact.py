@@ -1,7 +1,5 @@
 """Log densities with gamma functions in float64: in float32 they lose up to 2.6 nats at counts of 1e7."""
 
-from __future__ import annotations
-
 import math
 from copy import copy
 from functools import cache

@@ -5,8 +5,6 @@ posteriors (aggregated posterior, learned mixtures as priors) is scored this way
 statistics the product is a sum of selected rows of the natural parameters, one for each position.
 """
 
-from __future__ import annotations
-
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence

@@ -1,7 +1,5 @@
 """Concrete (Gumbel-softmax) distributions of codes, in logarithms: simplex, densities and discrete counterparts."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Collection
 from typing import Any, Literal

@@ -1,7 +1,5 @@
 """Declarations of latent variables and of covariates."""
 
-from __future__ import annotations
-
 from typing import Any, Self
 
 from pydantic import Field, model_validator

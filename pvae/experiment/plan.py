@@ -1,7 +1,5 @@
 """Settings of a fit: training, analysis during training, the plan of both with an objective; dotted overrides."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """The zoo: TOML declarations of models that come with pvae, found by name; imports nothing heavy."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from pvae.util import toml

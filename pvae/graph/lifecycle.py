@@ -6,8 +6,6 @@ these classes. It calls `MadeOfData.attend` when a pair is fitted or loaded, `Be
 calls them on the parts that it fits.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any, Protocol
 

@@ -1,7 +1,5 @@
 """Statements of declared programs: the plate over the rows of a batch, and `sample`, Pyro's at less cost."""
 
-from __future__ import annotations
-
 from functools import lru_cache
 from typing import Any
 

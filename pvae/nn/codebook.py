@@ -1,7 +1,5 @@
 """Codebooks of embedding vectors, learned by gradients or by moving averages of the vectors assigned to each code."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize

@@ -1,7 +1,5 @@
 """Declarations of torch's optimisers in their fused implementations, and a lean Adam for fits inside an analysis."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from typing import Annotated, Any, ClassVar, Literal, final
 

@@ -1,7 +1,5 @@
 """Numerical precision of the matrix products and convolutions of networks in a training step."""
 
-from __future__ import annotations
-
 import platform
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext

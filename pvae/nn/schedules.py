@@ -1,7 +1,5 @@
 """Schedules of hyperparameters during training: beta, temperature, a factor on the learning rate."""
 
-from __future__ import annotations
-
 import math
 from abc import abstractmethod
 from typing import Any, Literal, final

@@ -1,7 +1,5 @@
 """Adversarial training (GAN): a critic learns to distinguish data from samples, and the model to fool it."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import ClassVar, Literal, NoReturn, final

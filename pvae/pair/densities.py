@@ -1,7 +1,5 @@
 """Log densities and KLs per row of data, read off the sites of traces, and the weights and shapes they need."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from typing import Any

@@ -1,7 +1,5 @@
 """Exact sums over discrete latents c of the model alone: p(c | x, z) by Bayes' rule, and expectations under it."""
 
-from __future__ import annotations
-
 import math
 from collections import OrderedDict
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """Modules within reach of a program: arguments of partial, closures, globals, attributes, programs inside handlers."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 from functools import partial
 from types import CellType, CodeType, FunctionType, MethodType, ModuleType

@@ -4,8 +4,6 @@
 z = T(a) by `Delta(z, log_density)`, whose density is minus the log Jacobian of T: log q(z) = log q(a) + log_density.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any

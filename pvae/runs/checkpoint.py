@@ -4,8 +4,6 @@ A checkpoint ``step-00001234/`` contains ``<group>.safetensors``, ``state.json``
 and SHA-256 of each file, because neither safetensors nor JSON detects a flipped byte. Nothing is unpickled.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import logging

@@ -1,7 +1,5 @@
 """Names and time stamps of runs, look-up of their folders, and detection of dead processes. Standard library only."""
 
-from __future__ import annotations
-
 import errno
 import hashlib
 import os

@@ -1,7 +1,5 @@
 """Execution of a study in parallel processes, which start or resume the runs and compute their metrics."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

@@ -1,7 +1,5 @@
 """Search for the runs of a study by the digest of their declaration, whatever their names."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path

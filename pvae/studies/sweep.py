@@ -1,7 +1,5 @@
 """Declaration of a study: a table `[sweep]` over declarations, values and seeds."""
 
-from __future__ import annotations
-
 import itertools
 import json
 from collections.abc import Iterator, Sequence

@@ -1,7 +1,5 @@
 """Compiled steps kept between fits, by torch's own caches: a folder of the user's alone for each kind of step."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 import stat

@@ -1,7 +1,5 @@
 """Initialisation from training data: codebooks at cluster centres, pseudo-inputs at data rows, and the like."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any

@@ -1,7 +1,5 @@
 """Evaluation of a pair: ELBO terms on held-out data in nats per datum, and alerts at the end of a fit."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Mapping
 from typing import Any

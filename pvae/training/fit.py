@@ -1,7 +1,5 @@
 """Entry point of stochastic variational inference: `fit`."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Start of a fit: run directory, device, engine of the optimisation step, and choice of the trainable parameters."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Training loop: steps and epochs, with validation, early stopping and checkpoints, until the end or a signal."""
 
-from __future__ import annotations
-
 import os
 import signal
 import threading

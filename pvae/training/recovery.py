@@ -1,7 +1,5 @@
 """Checkpoints of a fit; recovery from a loss that is not finite, exhausted memory and a lost device."""
 
-from __future__ import annotations
-
 import math
 import time
 import traceback

@@ -1,7 +1,5 @@
 """Continuation of a run: `resume` goes on from its newest checkpoint, `refit` fits new priors in a second stage."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Sequence

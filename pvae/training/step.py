@@ -4,8 +4,6 @@ These three engines give the same numbers from the same seed: noise comes from t
 changes during training (beta, learning rate) is read from tensors or from the optimiser at every step.
 """
 
-from __future__ import annotations
-
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence

@@ -1,7 +1,5 @@
 """Command `clean`: removal of leftovers of interrupted writes, old checkpoints, failed runs and cached data."""
 
-from __future__ import annotations
-
 import stat
 import time
 from collections.abc import Callable, Iterable, Iterator

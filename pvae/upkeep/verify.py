@@ -1,7 +1,5 @@
 """Command `verify`: check of every file of a run."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

@@ -1,7 +1,5 @@
 """Checks of a checkpoint's content: tensor names, shapes, finite values, and the validation metrics of its weights."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields
 from typing import Any

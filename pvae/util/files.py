@@ -1,7 +1,5 @@
 """Crash-safe files: atomic replacement, repair of incomplete lines, no reading through links. Standard library only."""
 
-from __future__ import annotations
-
 import errno
 import json
 import math

@@ -1,7 +1,5 @@
 """Checks that a declared model and its training fit into memory, made before anything large is allocated."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Mapping
 from contextlib import suppress

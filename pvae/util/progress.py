@@ -1,7 +1,5 @@
 """Progress of long computations: types of callbacks, and the progress bar of the command line and of fits."""
 
-from __future__ import annotations
-
 import sys
 import time
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Provenance of a run: package versions, git commit, command line and machine. Standard library only; never fails."""
 
-from __future__ import annotations
-
 import os
 import platform
 import sys

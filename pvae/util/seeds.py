@@ -1,7 +1,5 @@
 """Random seeds derived from (seed, stream, counter), so that a resumed run draws the same random numbers."""
 
-from __future__ import annotations
-
 import torch
 
 ORDER, NOISE, VALIDATION, ANALYSIS = range(1, 5)

@@ -1,7 +1,5 @@
 """Number of threads that torch uses for a piece of work."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 

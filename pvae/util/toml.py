@@ -1,7 +1,5 @@
 """Reader of TOML files with a size limit, and parser of overrides such as `train.epochs=20`."""
 
-from __future__ import annotations
-
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path

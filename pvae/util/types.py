@@ -1,7 +1,5 @@
 """Type aliases used throughout the project."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

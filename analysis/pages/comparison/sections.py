@@ -1,7 +1,5 @@
 """Sections of a comparison page in reading order: functions of a `Comparison`; None if a section does not apply."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 

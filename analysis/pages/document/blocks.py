@@ -1,7 +1,5 @@
 """Building blocks of a page: sentences, tiles, pictures, tables, notes and listings, grouped in sections."""
 
-from __future__ import annotations
-
 import base64
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field

@@ -4,8 +4,6 @@ The formats are HTML, JSON, terminal text and files in a folder. Files are writt
 that pvae did not write is refused.
 """
 
-from __future__ import annotations
-
 import hashlib
 import re
 from collections.abc import Callable, Mapping

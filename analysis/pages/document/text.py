@@ -1,7 +1,5 @@
 """Numbers, text and tables of results as a page, a CSV file, the terminal and JSON show them."""
 
-from __future__ import annotations
-
 import csv
 import io
 import math

@@ -1,7 +1,5 @@
 """Plots of single coordinates and codes of latents: bars of their use, maps of codes, calibration of the guide."""
 
-from __future__ import annotations
-
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure

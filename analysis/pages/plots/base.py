@@ -1,7 +1,5 @@
 """Common style, size and text of all plots, and their export as PNG."""
 
-from __future__ import annotations
-
 import io
 import textwrap
 import unicodedata

@@ -1,7 +1,5 @@
 """Plots of the aggregated posterior against the prior: marginal distributions, and the two leading directions."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Plots that compare several runs, and labels of points that do not overlap."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """Plots over epochs of training, and of importance sampling: its bound over the number of samples, and k-hat."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any

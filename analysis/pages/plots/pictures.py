@@ -1,7 +1,5 @@
 """Plots of data, samples and reconstructions, as images, lines or points; with captions for files of commands."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Waterfall chart of the terms of an ELBO."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Section on the ELBO surgery: reconstruction, mutual information I_q[x, z] and marginal KL of the ELBO."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 

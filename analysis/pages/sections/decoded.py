@@ -1,7 +1,5 @@
 """Sections on what the decoder makes of codes: reconstructions, traversals of latents, interpolations."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Results of one run that the sections of a page share, each computed once, on first use."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass, field
 from functools import cached_property

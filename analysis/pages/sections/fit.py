@@ -1,7 +1,5 @@
 """Sections on the fit (ELBO, bounds on log p(x), inference gaps, overfitting) and on the guide (k-hat, calibration)."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 

@@ -1,7 +1,5 @@
 """Sections on latents: KL and activity of coordinates, q_agg against prior, holes of the prior, and use of codes."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Sections on the run: training, declaration, environment, and analyses that could not be computed."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any

@@ -1,7 +1,5 @@
 """Sections on samples of the model (memorisation, quality) and on labels predicted from codes (probe)."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Cache of downloaded and decoded data sets: an entry is locked while it is made and checksummed when it is opened."""
 
-from __future__ import annotations
-
 import hashlib
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping

@@ -1,7 +1,5 @@
 """Rows outside memory: arrays in files, sparse matrices and concatenations, and the reading of the user's own files."""
 
-from __future__ import annotations
-
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence

@@ -1,7 +1,5 @@
 """Labels as files have them (integers, integral floats, a column, one-hot rows, text), made integers `(n,)`."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Mapping
 

@@ -1,7 +1,5 @@
 """The stored rows of a data source: values, labels and default splits, with the checks that need no scaling."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations

@@ -1,7 +1,5 @@
 """Data sources of files with several named arrays: NumPy archives, HDF5, MATLAB files, and AnnData files of cells."""
 
-from __future__ import annotations
-
 import stat
 import struct
 import zipfile

@@ -4,8 +4,6 @@ A new source is one final class with ``source: Literal["name"] = "name"`` and a 
 of its own in this folder.
 """
 
-from __future__ import annotations
-
 from abc import abstractmethod
 from collections.abc import Mapping
 from pathlib import Path

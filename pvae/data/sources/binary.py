@@ -5,8 +5,6 @@ Sizes are checked before anything is allocated.
 References: Gradient-based learning applied to document recognition (LeCun et al., 1998)
 """
 
-from __future__ import annotations
-
 import gzip
 import struct
 from collections.abc import Iterator, Mapping

@@ -5,8 +5,6 @@ The files of the latter two are checked by SHA-256. They are looked for in the u
 ``PVAE_OFFLINE=1``.
 """
 
-from __future__ import annotations
-
 import hashlib
 import os
 import tempfile

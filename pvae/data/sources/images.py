@@ -1,7 +1,5 @@
 """Data source of image folders: files are read in a fixed order, decoded once into the cache, bad files listed."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 import re

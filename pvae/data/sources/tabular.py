@@ -1,7 +1,5 @@
 """Data sources of tables with mixed column types: CSV files, Parquet files and pandas DataFrames."""
 
-from __future__ import annotations
-
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from pathlib import Path

@@ -4,8 +4,6 @@ Every density is centred, with a standard deviation of 1 to 2 along each coordin
 of the Gaussian noise, in the same units.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass

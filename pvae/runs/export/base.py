@@ -1,7 +1,5 @@
 """Base class of exporters, which send every point of a run's metrics exactly once."""
 
-from __future__ import annotations
-
 import hashlib
 import re
 import stat

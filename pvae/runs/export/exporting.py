@@ -1,7 +1,5 @@
 """Export of a run to a tracker, after the fit or while it is fitted."""
 
-from __future__ import annotations
-
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence

@@ -1,7 +1,5 @@
 """Exporters of runs to TensorBoard and MLflow."""
 
-from __future__ import annotations
-
 import os
 import re
 import struct
