@@ -211,18 +211,41 @@ def latest(folder: Path, *, report: Callable[[str], None] = _LOG.warning) -> Che
     """Return the checkpoint of the highest step that can be read, or None if the folder contains no checkpoint.
 
     Each unreadable checkpoint is passed to `report` with the reason. If all are unreadable, a CheckpointError lists
-    them, because silently starting anew would lose the run.
+    them, because silently starting anew would lose the run. A folder that a fit changes meanwhile is listed again.
     """
-    refused = []
-    for path in newest_first(folder):
+    for _ in range(100):
+        listed = _identities(folder)
+        found, refused = _first_sound(listed)
+        if not refused or listed == _identities(folder):
+            break
+    for path, problem in refused.items():
+        report(f"checkpoint {path.name} refused: {problem}; falling back to the one before")
+    if refused and found is None:
+        raise CheckpointError(
+            "\n".join([f"{folder}: expected a checkpoint that reads; got none:", *map(str, refused.values())])
+        )
+    return found
+
+
+def _first_sound(paths: Iterable[Path]) -> tuple[Checkpoint | None, dict[Path, CheckpointError]]:
+    """Return the first checkpoint that can be read, or None, and the errors of those before it."""
+    refused = {}
+    for path in paths:
         try:
-            return read(path)
+            return read(path), refused
         except CheckpointError as problem:
-            refused.append(str(problem))
-            report(f"checkpoint {path.name} refused: {problem}; falling back to the one before")
-    if refused:
-        raise CheckpointError("\n".join([f"{folder}: expected a checkpoint that reads; got none:", *refused]))
-    return None
+            refused[path] = problem
+    return None, refused
+
+
+def _identities(folder: Path) -> dict[Path, int]:
+    """Return the inode of every checkpoint by its path, highest step first; 0 for one that is gone."""
+    found = {}
+    for path in newest_first(folder):
+        found[path] = 0
+        with suppress(OSError):
+            found[path] = path.lstat().st_ino
+    return found
 
 
 def newest_first(folder: Path) -> list[Path]:

@@ -192,7 +192,7 @@ class Run:
     @cached_property
     def checkpoint(self) -> checkpoint.Checkpoint:
         """Newest checkpoint whose checksums match; raises CheckpointError if there is none."""
-        found = checkpoint.latest(self.path / "checkpoints", report=lambda line: self.files.log_event("fallback", line))
+        found = checkpoint.latest(self.path / "checkpoints")
         if found is None:
             raise CheckpointError(f"{self.path}: expected a checkpoint; got none yet. Let the fit run longer.")
         return found

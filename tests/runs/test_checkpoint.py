@@ -395,6 +395,24 @@ def test_04_the_default_report_is_a_logged_warning(tmp_path: Path, caplog: pytes
     assert "step-00000002 refused" in caplog.text
 
 
+@pytest.mark.parametrize("same_step", [False, True])
+def test_50_a_checkpoint_that_the_fit_removes_meanwhile_is_no_damage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, same_step: bool
+) -> None:
+    """FAULTS 50: pruned, or replaced by another of its step, while it is read: the reader lists again."""
+    put(tmp_path, 1)
+    verified, said = checkpoint._verified, []
+
+    def meanwhile(path: Path, name: str, entry: Any) -> bytes:
+        monkeypatch.setattr(checkpoint, "_verified", verified)
+        put(tmp_path, 1 if same_step else 2, keep=1)
+        return verified(path, name, {**entry, "sha256": "of the removed one"})
+
+    monkeypatch.setattr(checkpoint, "_verified", meanwhile)
+    assert latest(tmp_path, report=said.append).step == (1 if same_step else 2)
+    assert said == []
+
+
 def test_04_all_refused_lists_each(tmp_path: Path) -> None:
     """FAULTS 4."""
     (put(tmp_path, 1) / "state.json").unlink()

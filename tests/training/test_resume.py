@@ -120,13 +120,19 @@ def test_checkpoint_of_another_declaration_lists_the_differences(tmp_path: Path)
         load_weights(wider, small.checkpoint.tensors["weights"], "here")
 
 
-def test_damaged_checkpoint_falls_back_and_says_so(tmp_path: Path) -> None:
-    """FAULTS 4 and 5."""
+def test_damaged_checkpoint_falls_back_and_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """FAULTS 4, 5 and 50: a reader warns and writes nothing; the process that resumes the run logs an event."""
     run = fit(tiny(epochs=2, checkpoint_seconds=0.0), tmp_path)
     newest = run.checkpoint.path
     weights = newest / "weights.safetensors"
     content = weights.read_bytes()
     weights.write_bytes(content[:-5] + bytes([content[-5] ^ 1]) + content[-4:])
+    before = {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()}
     again = pvae.Run.load(run.path)
     assert again.checkpoint.path != newest
-    assert any("falling back" in event["message"] for event in again.files.events())
+    assert not again.pair.training
+    assert "falling back" in caplog.text
+    assert before == {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()}
+    assert again.files.alerts() == []
+    run.files.update_status(state="interrupted")
+    assert any("falling back" in line for line in resume(run.path).files.alerts())
