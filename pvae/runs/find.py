@@ -123,9 +123,33 @@ def is_alive(pid: object, birth: object) -> bool:
     return found != "dead" and (found is None or birth is None or found == birth)
 
 
+def this_process(pid: int | None = None) -> dict[str, Any]:
+    """Return what tells a process of this host (this one unless `pid` is given) from all others: for `is_gone`."""
+    number = os.getpid() if pid is None else pid
+    return {"pid": number, "birth": birth_of(number), "host": platform.node(), "boot": "/".join(_boot())}
+
+
+def _boot() -> tuple[str, str]:
+    """Return the id of the present boot of this host and that of this process's table of pids; "" where unknown."""
+    boot = pids = ""
+    with suppress(OSError):
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        pids = os.readlink("/proc/self/ns/pid")
+    return boot, pids
+
+
+def is_gone(owner: Mapping[str, Any]) -> bool | None:
+    """Return True if the process of `this_process` has died; None if it is of another host or container."""
+    boot, pids = _boot()
+    there, _, table = str(owner.get("boot") or f"{boot}/{pids}").partition("/")
+    if owner.get("host") != platform.node() or (there == boot and table != pids):
+        return None
+    return there != boot or not is_alive(owner.get("pid"), owner.get("birth"))
+
+
 def is_stale(status: Mapping[str, Any]) -> bool:
     """Return True if the process that fits a run is dead, or has written no heartbeat for too long on another host."""
-    if status.get("host") == platform.node():
-        return not is_alive(status.get("pid"), status.get("birth"))
+    if (gone := is_gone(status)) is not None:
+        return gone
     age = age_seconds(status.get("heartbeat"))
     return age is None or age > STALE_AFTER_SECONDS

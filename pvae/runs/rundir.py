@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import os
-import platform
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -17,8 +16,9 @@ from pathlib import Path
 from types import UnionType
 from typing import TYPE_CHECKING, Any, cast
 
-from pvae.errors import BusyError, DataError, Interrupted, OutputError, PvaeError, StorageError
+from pvae.errors import DataError, Interrupted, OutputError, PvaeError, StorageError
 from pvae.runs import find
+from pvae.runs.claim import Claim, busy
 from pvae.runs.find import utc_now
 from pvae.util import files
 from pvae.util.files import write_atomic
@@ -81,10 +81,10 @@ class RunDirectory:
         At the end a state that is still ``running`` becomes ``failed`` or ``interrupted``. Raises BusyError, with pid
         and host, if another process holds the lock.
         """
-        with self.held():
-            left, pid = "interrupted", os.getpid()
+        with self.held() as claim:
+            left = "interrupted"
             try:
-                self.update_status(pid=pid, host=platform.node(), birth=find.birth_of(pid), started=utc_now())
+                self.update_status(**find.this_process(), started=claim.own["since"])
                 yield
             except BaseException as problem:
                 left = "interrupted" if isinstance(problem, KeyboardInterrupt | Interrupted) else "failed"
@@ -94,29 +94,17 @@ class RunDirectory:
                     self.update_status(state=left)
 
     @contextmanager
-    def held(self) -> Iterator[None]:
-        """Hold the run's lock in the context without changing the status; raises BusyError if it is taken."""
-        from filelock import FileLock, Timeout
+    def held(self) -> Iterator[Claim]:
+        """Claim the run in the context without changing the status; raises BusyError if another process has it.
 
-        path = self.path / ".lock"
-        with files.raising(DataError, f"{path}: expected a plain file"):
-            files.require_plain_target(path)
-        lock = FileLock(path, timeout=0)
-        try:
-            lock.acquire()
-        except Timeout:
+        A fit that is at work is found by its status, too, where its claim was removed.
+        """
+        with Claim(self.path / ".lock", "a run") as claim:
             status = self._status_or_empty()
-            pid, host, started = (status.get(key, "unknown") for key in ("pid", "host", "started"))
-            raise BusyError(
-                f"{self.path}: expected a run that nobody holds; got one held by process {pid} on host {host} "
-                f"since {started}; wait for it or stop it."
-            ) from None
-        except (OSError, NotImplementedError) as problem:
-            raise OutputError(f"{path}: expected a file to lock; got {problem}.") from problem
-        try:
-            yield
-        finally:
-            lock.release()
+            if status.get("state") == "running" and not find.is_stale(status):
+                silent = f" It counts as gone after {find.STALE_AFTER_SECONDS:.0f} s without a heartbeat."
+                raise busy(self.path, "a run", {**status, "since": status.get("started", "unknown")}, silent)
+            yield claim
 
     @property
     def manifest(self) -> dict[str, Any]:

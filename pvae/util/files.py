@@ -17,16 +17,21 @@ from pvae.errors import DataError, OutputError, PvaeError, StorageError
 MIB = 1 << 20
 
 _CANNOT_CREATE = frozenset([errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG])
+_FULL = frozenset([errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO])
 _PLAIN_NAME = re.compile(r"(?!\.{1,2}\Z)[^/\\\0]+\Z")
 
 
 @contextmanager
 def raising(kind: type[PvaeError], expected: str, advice: str = "") -> Iterator[None]:
-    """Replace an OSError in the context by a `kind` with the message "<expected>; got <reason>. <advice>"."""
+    """Replace an OSError in the context by a `kind` with the message "<expected>; got <reason>. <advice>".
+
+    On a full disk an OutputError becomes a StorageError: another place on it would not help.
+    """
     try:
         yield
     except OSError as problem:
-        raise kind(f"{expected}; got {problem.strerror or problem}. {advice}".rstrip()) from problem
+        found = StorageError if kind is OutputError and problem.errno in _FULL else kind
+        raise found(f"{expected}; got {problem.strerror or problem}. {advice}".rstrip()) from problem
 
 
 def sync_folder(folder: Path) -> None:

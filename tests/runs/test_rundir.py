@@ -433,6 +433,24 @@ def test_16_a_second_process_exits_75_and_names_the_owner(run: RunDirectory) -> 
     assert attempt(run) == (0, "")
 
 
+def test_53_a_live_fit_is_found_where_its_claim_was_removed(run: RunDirectory) -> None:
+    """FAULTS 53: by the pid and the birth in the status, for a fit, an export and a cleaning alike."""
+    with child(HOLD, str(run.path)) as owner:
+        assert owner.stdout is not None
+        assert owner.stdout.readline() == "locked\n"
+        (run.path / ".lock").unlink()
+        code, said = attempt(run)
+        assert code == 75
+        assert f"held by process {owner.pid} on host {HOST} since" in said
+        with pytest.raises(BusyError, match=f"process {owner.pid} "), run.held():
+            pass
+        assert not (run.path / ".lock").exists()  # nothing stands in the way once it has ended
+    assert attempt(run) == (0, "")
+    run.update_status(state="running", host="elsewhere", heartbeat=find.utc_now())
+    with pytest.raises(BusyError, match="on host elsewhere .* counts as gone after 300 s without a heartbeat"):
+        run.held().__enter__()
+
+
 def test_16_a_second_lock_in_one_process_is_refused_and_released_after(run: RunDirectory) -> None:
     """FAULTS 16."""
     with run.lock():

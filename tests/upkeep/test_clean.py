@@ -123,7 +123,7 @@ def test_clean_follows_no_link(run: Path, root: Path, tmp_path: Path) -> None:
     (run / "analysis").symlink_to(outside)
     (root / "linked").symlink_to(outside)
     shutil.copytree(run, root / "vae" / "second", symlinks=True)
-    (root / "vae" / "second" / ".lock").unlink()
+    (root / "vae" / "second" / ".lock").unlink(missing_ok=True)
     (root / "vae" / "second" / ".lock").symlink_to(outside / "made")
     found = clean(root, apply=True, failed=True)
     assert gone(found) == {".tmp-link"}

@@ -1,0 +1,120 @@
+"""Claims on exclusive work: one process of many gets it; a dead one's is taken over, another host's stands."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pvae.errors import BusyError
+from pvae.runs.claim import Claim
+from pvae.runs.find import birth_of, this_process
+
+ME = this_process()
+
+
+def forked(work: Callable[[], int]) -> int:
+    """The pid of a child that ends with the code that `work` returns."""
+    if (pid := os.fork()) == 0:
+        code = 1
+        try:
+            code = work()
+        finally:
+            os._exit(code)
+    return pid
+
+
+def lasting(path: Path) -> int:
+    """0 where this process got the claim, which it never releases; 75 where another has it."""
+    try:
+        Claim(path, "a run").acquire()
+    except BusyError:
+        return 75
+    return 0
+
+
+@pytest.mark.parametrize("links", [True, False])
+@pytest.mark.parametrize("there", [None, "", "{", '{"host": 5}', "dead"])
+def test_one_process_of_many_gets_the_claim(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, there: str | None, links: bool
+) -> None:
+    """FAULTS 16, 52 and 53: also over an empty file of earlier versions, garbage, and the claim of a dead process."""
+
+    def refused(*_: object) -> None:
+        raise OSError(errno.EPERM, "no links on this file system")
+
+    path = tmp_path / ".lock"
+    if there == "dead":
+        os.waitpid(forked(lambda: lasting(path)), 0)
+        assert json.loads(path.read_text())["pid"]
+    elif there is not None:
+        path.write_text(there)
+    if not links:
+        monkeypatch.setattr(os, "link", refused)
+    (start, go), (heard, told), (hold, end) = os.pipe(), os.pipe(), os.pipe()
+
+    def one() -> int:
+        os.close(go), os.close(end)
+        os.read(start, 1)
+        os.write(told, b"%d " % lasting(path))
+        return len(os.read(hold, 1))  # alive until all have tried
+
+    pids, codes = [forked(one) for _ in range(8)], b""
+    os.close(go), os.close(told)
+    while codes.count(b" ") < 8 and (more := os.read(heard, 1)):
+        codes += more
+    os.close(end)
+    assert all(os.waitpid(pid, 0)[1] == 0 for pid in pids)
+    assert sorted(codes.split()) == [b"0", *[b"75"] * 7]
+    assert os.listdir(tmp_path) == [".lock"]
+    Claim(path, "a run").acquire()  # its process is dead
+
+
+BOOT, _, TABLE = ME["boot"].partition("/")
+
+
+@pytest.mark.parametrize(
+    ("other", "stands"),
+    [
+        ({}, "wait for it or stop it.$"),
+        ({"birth": None, "boot": None}, "wait for it or stop it.$"),  # of a system that tells neither
+        ({"birth": "12"}, None),  # the pid was given to another process
+        ({"pid": 2**22 + 1}, None),
+        ({"boot": f"before/{TABLE}"}, None),  # the host was started anew
+        ({"host": "elsewhere", "pid": 1}, r"process 1 on host elsewhere since .*If it is gone, remove .*\.lock\.$"),
+        ({"boot": f"{BOOT}/pid:[1]"}, r"If it is gone, remove .*\.lock\.$"),  # another container of this host
+    ],
+)
+def test_a_claim_stands_while_its_process_may_live(tmp_path: Path, other: dict[str, Any], stands: str | None) -> None:
+    """FAULTS 15, 48 and 53."""
+    path = tmp_path / ".lock"
+    path.write_text(json.dumps({**ME, "since": "then", "token": "", **other}))
+    if stands is not None:
+        with pytest.raises(BusyError, match=stands), Claim(path, "a run"):
+            pass
+        path.unlink()  # as the message says
+    with Claim(path, "a run"):
+        assert json.loads(path.read_text())["birth"] == birth_of(os.getpid())
+    assert not path.exists()
+
+
+def test_a_claim_is_handed_over_and_released_by_either(tmp_path: Path) -> None:
+    """FAULTS 48: a study passes it to its worker, and the claim then lives as long as that."""
+    path, (hold, end) = tmp_path / "case.lock", os.pipe()
+    claim = Claim(path, "a case")
+    claim.acquire()
+    worker = forked(lambda: len(os.read(hold, 1)))
+    claim.hand_over(worker)
+    with pytest.raises(BusyError, match=f"held by process {worker} "):
+        Claim(path, "a case").acquire()
+    os.write(end, b"x")
+    os.waitpid(worker, 0)
+    with Claim(path, "a case"):  # the worker is dead
+        claim.release()  # of the one that handed it over: it is no longer that one's
+        assert Claim(path, "a case").holder()["pid"] == os.getpid()
+    assert not path.exists()
