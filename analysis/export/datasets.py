@@ -15,7 +15,7 @@ import numpy as np
 import xarray
 
 from pvae.errors import CheckpointError, DataError, MissingExtraError, StorageError, near
-from pvae.util.files import read_inside, require_plain_target, sync_folder, write_atomic
+from pvae.util.files import read_inside, require_plain_target, sync_folder, temporary_for, write_atomic
 
 if TYPE_CHECKING:
     import pandas
@@ -112,7 +112,7 @@ class PosteriorDraws:
             StorageError: the file cannot be written; an older file there is unchanged.
         """
         path = Path(path)
-        temporary = path.with_name(f".tmp-{os.urandom(8).hex()}")
+        temporary = temporary_for(path)
         try:
             require_plain_target(path)
             try:

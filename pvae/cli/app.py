@@ -221,7 +221,7 @@ def _main(
     if plugins:
         from pvae.component import load_plugins
 
-        sys.path.insert(0, os.getcwd())
+        sys.path.append(os.getcwd())  # last: a file named like another module stands in for none
         load_plugins(tuple(plugins))
 
 

@@ -12,7 +12,7 @@ from typer import Argument, Option
 import pvae
 from pvae.cli.app import ON_FITTED, Shared, beside, command, rows_of
 from pvae.errors import DeclarationError
-from pvae.util.files import write_atomic
+from pvae.util.files import write_atomic, write_together
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -143,8 +143,7 @@ def rate_distortion(
     opened = [shared.open(run) for run in runs]
     found = shared.watched("rate-distortion", pvae.analysis.rate_distortion, opened, split, rows, samples, seed)
     table, picture = beside(out, ".csv"), beside(out, ".png")
-    write_atomic(table, csv(found.to_frame()))
-    write_atomic(picture, pvae.analysis.pages.plots.base.png(found.figure()))
+    write_together({table: csv(found.to_frame()), picture: pvae.analysis.pages.plots.base.png(found.figure())})
     files = {"csv": str(table), "png": str(picture)}
     shared.answer({**found.to_dict(), **files}, found, f"csv: {table}\npng: {picture}")
 

@@ -7,16 +7,19 @@ import platform
 import re
 import stat
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
+from time import time
 from typing import Any
 
 from pvae.errors import DeclarationError, near
+from pvae.util.files import temporary_for, walk
 
 RESERVED_SLUGS = frozenset(["latest", "con", "nul", "prn", "aux"])
 LONGEST_SLUG = 64
+RUN_ID = re.compile(r"\d{8}T\d{6}Z-[0-9a-f]{8}")
 STALE_AFTER_SECONDS = 300.0
 """Seconds without heartbeat after which a run on another host counts as dead, or a temporary file as abandoned."""
 
@@ -52,14 +55,11 @@ def age_seconds(time: object) -> float | None:
         return None
 
 
-def fresh_folder(parent: Path) -> Path:
-    """Return a newly created, unique folder for a run in ``parent``; raises OSError."""
-    parent.mkdir(parents=True, exist_ok=True)
+def free_path(parent: Path) -> Path:
+    """Return the path of a run in ``parent`` that does not exist yet; raises OSError."""
     for _ in range(100):
-        with suppress(FileExistsError):
-            folder = parent / new_run_id()
-            folder.mkdir()
-            return folder
+        if not os.path.lexists(path := parent / new_run_id()):
+            return path
     raise FileExistsError(errno.EEXIST, f"a hundred run ids, all of them taken, in {parent}")
 
 
@@ -145,6 +145,28 @@ def is_gone(owner: Mapping[str, Any]) -> bool | None:
     if owner.get("host") != platform.node() or (there == boot and table != pids):
         return None
     return there != boot or not is_alive(owner.get("pid"), owner.get("birth"))
+
+
+def leftovers(folder: Path) -> Iterator[Path]:
+    """Yield what interrupted writes left below a folder: temporary files and folders, and replaced checkpoints.
+
+    A checkpoint that was set aside and never replaced is none: the next start gives it its name back.
+    """
+    found: list[Path] = []
+    for entry in walk(folder):
+        path, place = Path(entry.path), entry.name.removeprefix(".old-").rpartition("-")[0]
+        replaced = entry.name.startswith(".old-") and (path.parent / place).is_dir()
+        if (replaced or entry.name.startswith(".tmp-")) and not any(map(path.is_relative_to, found)):
+            found.append(path)
+            yield path
+
+
+def is_abandoned(path: Path) -> bool:
+    """Return True if the process that a temporary file's name tells is dead, or the file is older than five minutes."""
+    host, _, pid = path.name.removeprefix(".tmp-").rpartition("-")[0].partition("-")
+    if pid.isdecimal() and f".tmp-{host}-" == temporary_for(path).name[:14] and not is_alive(int(pid), None):
+        return True
+    return path.lstat().st_mtime < time() - STALE_AFTER_SECONDS
 
 
 def is_stale(status: Mapping[str, Any]) -> bool:

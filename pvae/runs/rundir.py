@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -56,14 +57,20 @@ class RunDirectory:
     @classmethod
     def create(cls, root: Path, name: str) -> RunDirectory:
         """Return a new run directory ``<root>/<slug of name>/<UTC time>-<8 hex digits>/``; raises OutputError."""
+        parent = Path(root) / find.slug(name)
+        begun = files.temporary_for(parent / "run")  # named when it has its manifest: a run never lacks one
         try:
-            run = cls(find.fresh_folder(Path(root) / find.slug(name)))
-            run.write_manifest({"name": name, "id": run.path.name, "started": utc_now()})
+            begun.mkdir(parents=True)
+            path = find.free_path(parent)
+            cls(begun).write_manifest({"name": name, "id": path.name, "started": utc_now()})
+            os.rename(begun, path)
         except (OSError, StorageError) as problem:
             raise OutputError(
                 f"{root}: expected a folder to write runs into; got {problem}. Choose another."
             ) from problem
-        return run
+        finally:
+            shutil.rmtree(begun, ignore_errors=True)
+        return cls(path)
 
     @classmethod
     def open(cls, path: Path | str, root: Path = Path("runs")) -> RunDirectory:

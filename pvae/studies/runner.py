@@ -222,7 +222,7 @@ class Runner:
 
     def _start(self, task: Task, job: Mapping[str, Any]) -> None:
         threads = str(job["threads"])
-        environment = {**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
+        environment = {**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "PYTHONSAFEPATH": "1"}
         command = [sys.executable, "-m", "pvae", *(f"--import={name}" for name in IMPORTED), ENTRY]
         task.told = tempfile.TemporaryFile()
         with tempfile.TemporaryFile() as written:

@@ -20,7 +20,7 @@ from pvae.runs.rundir import RunDirectory
 from pvae.studies.cases import Case, Declared
 from pvae.studies.runner import DONE, Runner, Task, tasks_of
 from pvae.studies.shelf import Shelf, standing
-from pvae.util.files import make_folder, write_atomic
+from pvae.util.files import make_folder, write_together
 
 if TYPE_CHECKING:
     import pandas
@@ -129,8 +129,7 @@ class Study:
         from pvae.analysis.pages.study import csv
 
         folder = make_folder(Path(out))
-        write_atomic(folder / "runs.csv", csv(self.to_frame()))
-        write_atomic(folder / "summary.csv", csv(self.summary()))
+        write_together({folder / "runs.csv": csv(self.to_frame()), folder / "summary.csv": csv(self.summary())})
 
     def to_dict(self) -> dict[str, Any]:
         """Return the study's metrics and failures as a dictionary for JSON; a metric that is not defined is NaN."""

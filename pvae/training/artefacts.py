@@ -66,8 +66,10 @@ def kept(entry: Path) -> Iterator[None]:
         if place.exists() and not _is_whole(place):
             remove(place)
         place.mkdir(mode=0o700, exist_ok=True)
-        before = os.environ.get(TORCHS_OWN)
-        os.environ[TORCHS_OWN] = str(place)
+        # the compiler's own processes import nothing from the working directory
+        settings = {TORCHS_OWN: str(place), "PYTHONSAFEPATH": "1"}
+        before = {name: os.environ.get(name) for name in settings}
+        os.environ.update(settings)
         try:
             yield
             write_atomic(place / INDEX, pretty(_sums(place)))
@@ -75,8 +77,9 @@ def kept(entry: Path) -> Iterator[None]:
             remove(place, ignore_errors=True)
             raise
         finally:
-            os.environ.pop(TORCHS_OWN)
-            os.environ.update({} if before is None else {TORCHS_OWN: before})
+            for name, value in before.items():
+                os.environ.pop(name)
+                os.environ.update({} if value is None else {name: value})
 
 
 def _is_private(folder: Path) -> bool:

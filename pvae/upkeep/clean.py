@@ -1,5 +1,6 @@
 """Command `clean`: removal of leftovers of interrupted writes, old checkpoints, failed runs and cached data."""
 
+import os
 import stat
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -16,8 +17,9 @@ from rich.text import Text
 from pvae.data.rows.cache import cache_folder
 from pvae.errors import CheckpointError, PvaeError
 from pvae.runs import checkpoint
-from pvae.runs.find import STALE_AFTER_SECONDS, folders, is_run
+from pvae.runs.find import RUN_ID, STALE_AFTER_SECONDS, folders, is_abandoned, is_run, leftovers
 from pvae.runs.rundir import RunDirectory, list_runs
+from pvae.upkeep.verify import FILES, FOLDERS
 from pvae.util.checks import one_line
 from pvae.util.files import MIB, remove, walk
 
@@ -107,9 +109,10 @@ def megabytes(size: int) -> str:
 def clean(root: str | Path = "runs", *, apply: bool = False, failed: bool = False, cache: bool = False) -> Cleaning:
     """Remove, or list, the leftovers of interrupted writes and the old checkpoints in a folder of runs.
 
-    In every run that no process has locked, these are temporary files of interrupted writes, and checkpoints older than
-    the two newest readable ones. The run is locked meanwhile. Links are neither followed nor removed, and nothing
-    outside the folder of runs (and the cache) is touched.
+    In every run that no process has locked, these are the temporary files of interrupted writes that `verify` finds,
+    and checkpoints older than the two newest readable ones. The run is locked meanwhile. Folders of runs that were
+    killed before they had a manifest, and temporary files beside runs, are removed too. Links are neither followed nor
+    removed, and nothing outside the folder of runs (and the cache) is touched.
 
     Arguments:
         root: folder of runs.
@@ -140,7 +143,11 @@ def clean(root: str | Path = "runs", *, apply: bool = False, failed: bool = Fals
         elif is_run(path):
             broom.sweep(path, RunDirectory(path).held(), partial(_leftovers, path, state if failed else ""))
     for name in folders(folder):
-        broom.sweep(name, nullcontext(), partial(_old_temporaries, name))
+        for path in folders(name):
+            if not is_run(path) and RUN_ID.fullmatch(path.name) and _is_void(path, failed):
+                lock = RunDirectory(path).held() if (path / ".lock").exists() else nullcontext()
+                broom.sweep(path, lock, partial(list[Doomed], [(path, "without a manifest")]))
+        broom.sweep(name, nullcontext(), partial(_abandoned, sorted(name.glob(".tmp-*"))))
     if cache and at_work:
         broom.skipped.append((cache_folder(), "a run at work may be reading from it"))
     for entry, lock in _cached() if cache and not at_work else ():
@@ -183,25 +190,21 @@ def _leftovers(run: Path, ended: str) -> Iterator[Doomed]:
         if time.time() - (run / "manifest.json").lstat().st_mtime > STALE_AFTER_SECONDS:  # else perhaps about to start
             yield run, f"{ended} before its first checkpoint"
             return
-    for folder in (run, run / "analysis", run / "report"):
-        yield from _old_temporaries(folder)
-    saved = run / "checkpoints"
-    replaced = [path for path in _hidden(saved, ".old-") if (saved / path.name[5:].rpartition("-")[0]).is_dir()]
-    for path in [*_hidden(saved, ".tmp-"), *replaced]:
-        yield path, "left by an interrupted write"
+    yield from _abandoned(leftovers(run), saved := run / "checkpoints")
     yield from _surplus(saved)
 
 
-def _old_temporaries(folder: Path) -> Iterator[Doomed]:
-    """Yield temporary files of interrupted writes; recent ones, perhaps of an analysis in progress, are left out."""
-    for path in _hidden(folder, ".tmp-"):
-        if path.lstat().st_mtime < time.time() - STALE_AFTER_SECONDS:
+def _abandoned(paths: Iterable[Path], locked: Path | None = None) -> Iterator[Doomed]:
+    """Yield leftovers, but for those that may be of a write in progress; none is in a `locked` folder."""
+    for path in paths:
+        if path.parent == locked or is_abandoned(path):
             yield path, "left by an interrupted write"
 
 
-def _hidden(folder: Path, start: str) -> list[Path]:
-    """Return the entries of a folder whose names begin with `start`; [] if the folder is a link or absent."""
-    return [] if folder.is_symlink() else sorted(folder.glob(f"{start}*"))
+def _is_void(run: Path, failed: bool) -> bool:
+    """Return True if a folder without a manifest holds temporaries alone; if `failed`, also files but no checkpoint."""
+    names = {name for name in os.listdir(run) if not name.startswith(".tmp-")} - {".lock"}
+    return not names or (failed and names <= {*FILES, *FOLDERS} and not checkpoint.newest_first(run / "checkpoints"))
 
 
 def _surplus(folder: Path) -> list[Doomed]:
@@ -225,7 +228,7 @@ def _cached() -> Iterator[tuple[Path, Path]]:
         for folder in folders(parent) if not parent.is_symlink() else ():
             if folder not in shelves:
                 yield folder, parent / f"{folder.name}.lock"
-        for part in _hidden(parent, ".part-"):
+        for part in [] if parent.is_symlink() else sorted(parent.glob(".part-*")):
             yield part, parent / f"{part.name.removeprefix('.part-').rpartition('-')[0]}.lock"
 
 

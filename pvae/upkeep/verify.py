@@ -14,7 +14,7 @@ from pvae.errors import CheckpointError, DataError
 from pvae.experiment.experiment import Experiment
 from pvae.pair.pair import Pair
 from pvae.runs import checkpoint
-from pvae.runs.find import is_stale
+from pvae.runs.find import is_stale, leftovers
 from pvae.runs.run import Run
 from pvae.runs.rundir import RunDirectory, state_of
 from pvae.upkeep import weights
@@ -225,22 +225,27 @@ class _Inspection:
 
         Temporary files of interrupted writes are reported unless the run is being fitted.
         """
-        found = [check for entry in walk(self.path) for check in self._stranger(entry)]
+        left = set(leftovers(self.path))
+        found = [check for entry in walk(self.path) for check in self._stranger(entry, Path(entry.path) in left)]
         yield from found[:LISTED_FILES]
         if len(found) > LISTED_FILES:
             yield Check("files", "warning", f"{len(found) - LISTED_FILES} more that are no part of a run")
         if not found:
             yield Check("files", "ok", "no links, nothing foreign, nothing left by an interrupted write")
 
-    def _stranger(self, entry: os.DirEntry[str]) -> Iterator[Check]:
+    def _stranger(self, entry: os.DirEntry[str], is_left: bool) -> Iterator[Check]:
         where = Path(entry.path).relative_to(self.path)
         name, own = str(where), where.parts[0] in (*FILES, "checkpoints") or str(where) in FOLDERS
         if not entry.is_dir(follow_symlinks=False) and not stat.S_ISREG(entry.stat(follow_symlinks=False).st_mode):
             kind = f"a link to {os.readlink(entry.path)}" if entry.is_symlink() else "a device, pipe or socket"
             yield Check(name, "failed" if own else "warning", kind, "Remove it: pvae follows no links in a run.")
-        elif entry.name.startswith((".tmp-", ".old-")):
+        elif is_left:
             if not self._live:
                 yield Check(name, "warning", "left by an interrupted write", "See pvae clean.")
+        elif entry.name.startswith(".old-"):
+            yield Check(
+                name, "warning", "set aside, and not replaced", "pvae resume gives it its name back."
+            )
         elif len(where.parts) == 1 and entry.name not in (*FILES, *FOLDERS):
             yield Check(name, "warning", "not of pvae", "Keep files of your own elsewhere.")
 

@@ -4,9 +4,11 @@ import errno
 import json
 import math
 import os
+import platform
 import re
 import shutil
 import stat
+import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -69,23 +71,34 @@ def write_atomic(path: Path, text: str | bytes, *, durable: bool = True) -> None
     Raises StorageError; OutputError if no file can be created there at all (no such folder, no permission).
     ``durable=False`` omits the fsync, for files that are rewritten very often.
     """
-    content = text.encode(errors="backslashreplace") if isinstance(text, str) else text
-    temporary = temporary_for(path)
+    write_together({path: text}, durable=durable)
+
+
+def write_together(contents: Mapping[Path, str | bytes], *, durable: bool = True) -> None:
+    """Write several files, as `write_atomic` does one: all are written under other names before the first is replaced.
+
+    They are replaced in the order given. Raises as `write_atomic`; an error in writing leaves all old files unchanged.
+    """
+    written: dict[Path, Path] = {}
     try:
-        require_plain_target(path)
-        try:
-            write_new(temporary, content, durable=durable)
+        for path, text in contents.items():
+            require_plain_target(path)
+            written[path] = temporary_for(path)
+            content = text.encode(errors="backslashreplace") if isinstance(text, str) else text
+            write_new(written[path], content, durable=durable)
+        for path, temporary in written.items():
             os.replace(temporary, path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-        if durable:
-            sync_folder(path.parent)
+        for folder in {path.parent for path in written if durable}:
+            sync_folder(folder)
     except OSError as problem:
         kind = OutputError if problem.errno in _CANNOT_CREATE else StorageError
         raise kind(
             f"{path}: expected to be written; got {problem.strerror or problem}. What stood there is unchanged."
         ) from problem
+    finally:
+        for temporary in written.values():
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
 
 
 def make_folder(folder: Path) -> Path:
@@ -103,8 +116,11 @@ def make_folder(folder: Path) -> Path:
 
 
 def temporary_for(path: Path) -> Path:
-    """Return a new name beside a path; what stands there after a crash counts as left by an interrupted write."""
-    return path.with_name(f".tmp-{os.urandom(8).hex()}")
+    """Return a new name beside a path, with this host and process in it, by which others see that it is at work.
+
+    What stands there after a crash counts as left by an interrupted write.
+    """
+    return path.with_name(f".tmp-{zlib.crc32(platform.node().encode()):08x}-{os.getpid()}-{os.urandom(4).hex()}")
 
 
 def remove(path: Path, *, ignore_errors: bool = False) -> None:

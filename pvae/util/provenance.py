@@ -43,7 +43,7 @@ def _git(*arguments: str) -> str | None:
     import subprocess
 
     there, none = {**os.environ, "GIT_OPTIONAL_LOCKS": "0"}, subprocess.DEVNULL
-    command = ["git", *arguments]
+    command = ["git", "-c", "core.fsmonitor=false", *arguments]  # a repository could name a program there
     try:
         said = subprocess.check_output(command, env=there, stdin=none, stderr=none, timeout=GIT_SECONDS)
     except (OSError, subprocess.SubprocessError):

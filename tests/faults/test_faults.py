@@ -130,9 +130,14 @@ def written(folder: Path) -> dict[Path, bytes]:
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_a_report_on_a_full_disk_leaves_the_old_one(runs: Path, reported: dict[Path, bytes]) -> None:
-    """FAULTS 3, 44: 74, and nothing half written."""
-    with disk_full(2000), pytest.raises(StorageError, match="What stood there is unchanged") as caught:
+@pytest.mark.parametrize("last", [False, True])
+def test_a_report_on_a_full_disk_leaves_the_old_one(last: bool, runs: Path, reported: dict[Path, bytes]) -> None:
+    """FAULTS 3, 44 and 60: 74, and nothing half written, be it the first file that does not fit or the last."""
+    sizes = sorted(map(len, reported.values()))
+    with (
+        disk_full(sizes[-1] // 2 if last else 2000),
+        pytest.raises(StorageError, match="What stood there is unchanged") as caught,
+    ):
         report(pvae.Run.load("vae", root=runs), samples=2, evidence_samples=2)
     assert caught.value.exit_code == 74
     assert written(min(reported).parent) == reported
@@ -144,16 +149,16 @@ def test_two_reports_at_once_are_both_whole(
     """FAULTS 44: the one that ends last stands, whole."""
     run = pvae.Run.load("vae", root=runs)
     document = examine(Examination(run, samples=1, evidence_samples=2))
-    original = files.write_atomic
+    original = os.replace
     others: list[Path] = []
 
-    def interleaved(path: Path, text: str) -> None:
+    def interleaved(source: Path, path: Path) -> None:
         if path.name == "index.html" and not others:
             others.append(path)
             others.append(document.write(run.files.report))
-        original(path, text)
+        original(source, path)
 
-    monkeypatch.setattr("pvae.analysis.pages.document.document.write_atomic", interleaved)
+    monkeypatch.setattr(files.os, "replace", interleaved)
     assert document.write(run.files.report) == others[1]
     assert written(others[0].parent) == reported
 

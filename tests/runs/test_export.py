@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
 import struct
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 import torch
@@ -23,6 +27,7 @@ from pvae.data import Dataset
 from pvae.errors import BusyError, DataError, DeclarationError, MissingExtraError, StorageError
 from pvae.experiment.experiment import Experiment
 from pvae.runs.export import exporting as module
+from pvae.runs.export import trackers
 from pvae.runs.export.base import Exporter, safe_key
 from pvae.runs.export.exporting import KINDS, export, exporting
 from pvae.runs.export.trackers import MLflow, TensorBoard
@@ -254,15 +259,19 @@ def test_keys_are_safe_stable_and_do_not_collide(separator: str) -> None:
 def test_without_an_address_the_store_is_beside_the_runs(
     made: RunDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """FAULTS 61: in a folder whose name means something in an address."""
+    root = tmp_path / "a?b#c %41 ä&d=1"
+    made = RunDirectory(shutil.copytree(made.path, root / "made" / made.path.name))
     MlflowClient().search_experiments()  # the store of these tests is made by now, and making one takes seconds
-    shutil.copy(os.environ["MLFLOW_TRACKING_URI"].removeprefix("sqlite:///"), tmp_path / "mlflow.db")
+    shutil.copy(os.environ["MLFLOW_TRACKING_URI"].removeprefix("sqlite:///"), root / "mlflow.db")
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
     monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "of_its_own")
-    assert str(tmp_path / "mlflow.db") in export(made, "mlflow")
-    client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    assert quote(str(root / "mlflow.db")) in export(made, "mlflow")
+    monkeypatch.chdir(root)
+    client = MlflowClient("sqlite:///mlflow.db")
     (run,) = client.search_runs([e.experiment_id for e in client.search_experiments()], THEIRS.format(made.path.name))
     assert run.data.metrics["train/elbo"] == -2.0
-    kept = tmp_path / "mlflow-files" / "of_its_own" / run.info.run_id / "artifacts" / "spec.toml"
+    kept = root / "mlflow-files" / "of_its_own" / run.info.run_id / "artifacts" / "spec.toml"
     assert kept.read_text() == made.spec_text
 
 
@@ -373,7 +382,7 @@ def the_alert(files: RunDirectory, kind: str) -> str:
 
 
 CALLS = [
-    *((TensorBoard, name) for name in ("__init__", "begin", "write", "finish", "key", "catch_up", "_flush")),
+    *((TensorBoard, name) for name in ("__init__", "begin", "write", "finish", "key", "catch_up", "show")),
     *((MLflow, name) for name in ("__init__", "begin", "write", "finish", "_describe", "_exported")),
     *((MlflowClient, name) for name in ("__init__", "get_experiment_by_name", "search_runs", "create_run")),
     *((MlflowClient, name) for name in ("log_batch", "set_tag", "update_run", "log_text", "set_terminated")),
@@ -427,14 +436,14 @@ def test_an_exporter_follows_and_a_slow_one_pauses(
     clock, asked = [100.0], []
     monkeypatch.setattr(module, "SECONDS_BETWEEN_EXPORTS", 0.0)
     monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: clock[0]))
-    catch_up = TensorBoard.catch_up
+    send = TensorBoard._send
 
     def timed(exporter: TensorBoard, *more: Any) -> None:
-        catch_up(exporter, *more)
+        send(exporter, *more)
         asked.append(len(exporter.rows))
         clock[0] += took
 
-    monkeypatch.setattr(TensorBoard, "catch_up", timed)
+    monkeypatch.setattr(TensorBoard, "_send", timed)
     with exporting(made, ["tensorboard"], show=False):
         for epoch in (3, 4, 5):
             log(made, epoch, -float(epoch))
@@ -460,6 +469,53 @@ def test_exporting_by_hand_says_what_is_wrong(made: RunDirectory, monkeypatch: p
     monkeypatch.setattr(MlflowClient, "search_runs", lambda *_: (_ for _ in ()).throw(MlflowException("gone")))
     with pytest.raises(StorageError, match="MlflowException: gone"):
         export(made, "mlflow")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_failed_export_leaves_the_older_one_whole(
+    kind: str, made: RunDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """FAULTS 60: other values, of which all but the last can be exported."""
+    export(made, kind)
+    made.truncate_metrics(1)
+    log(made, 2, -7.0)
+    found = scalars if kind == "tensorboard" else metrics
+    before = found(made)
+    with monkeypatch.context() as patch:
+        patch.setattr(Exporter, "attached", refusing())
+        with pytest.raises(StorageError):
+            export(made, kind)
+    assert found(made) == before
+    assert kind == "tensorboard" or mlflow_runs(made)[-1].info.status == "FINISHED"
+    export(made, kind)
+    assert found(made)["train/elbo", 20] == [-7.0]
+
+
+def test_a_server_that_does_not_answer_is_not_waited_for(made: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """FAULTS 66: bytes come, and never the last; a fit goes on with an alert, a command ends with 74."""
+    monkeypatch.setattr(trackers, "ANSWER_SECONDS", 0.2)
+    listening = socket.create_server(("127.0.0.1", 0))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{listening.getsockname()[1]}")
+
+    def drip() -> None:
+        connection, _ = listening.accept()
+        with connection, suppress(OSError):
+            connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n")
+            while not ended.wait(0.05):
+                connection.sendall(b" ")
+
+    ended = threading.Event()
+    threads = [threading.Thread(target=drip, daemon=True) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    with exporting(made, ["mlflow"], show=False):
+        pass
+    assert "TimeoutError: no answer within 0.2 seconds" in the_alert(made, "mlflow")
+    assert "no answer within 0.2 seconds" in run_cli("export", str(made.path), "mlflow", code=74)[1]
+    ended.set()
+    for thread in threads:
+        thread.join()
+    listening.close()
 
 
 # ---------------------------------------------------------------------- kinds and packages

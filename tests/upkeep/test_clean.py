@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -13,9 +15,10 @@ from filelock import FileLock
 from pvae.data.rows.cache import cache_folder
 from pvae.runs import checkpoint
 from pvae.runs.find import utc_now
-from pvae.runs.rundir import RunDirectory
+from pvae.runs.rundir import RunDirectory, list_runs
 from pvae.upkeep.clean import Cleaning, clean
 from pvae.upkeep.verify import verify
+from pvae.util.files import temporary_for
 from tests.cli_runner import run_cli, run_cli_json
 from tests.upkeep.damage import files_of, flip, newest, oldest, only, status
 
@@ -57,6 +60,46 @@ def test_clean_shows_and_then_removes_what_interrupted_writes_left(run: Path, ro
     assert (run / "status.json").read_bytes() == status_before
     assert verify(run).ok
     assert not clean(root, apply=True).removals
+
+
+@pytest.mark.parametrize(
+    "place", ["", "report", "report/tables", "report/figures", "exports/tensorboard", "analysis", "checkpoints"]
+)
+def test_clean_removes_what_verify_finds_of_a_dead_process_at_once(place: str, run: Path, root: Path) -> None:
+    """FAULTS 58: a process killed while it wrote; what a living process writes stays."""
+    (run / place).mkdir(parents=True, exist_ok=True)
+    code = "import os, signal, sys\nfrom pathlib import Path\nfrom pvae.util.files import temporary_for\n"
+    code += "temporary_for(Path(sys.argv[1])).touch()\nos.kill(os.getpid(), signal.SIGKILL)"
+    subprocess.run([sys.executable, "-c", code, str(run / place / "file")], check=False)
+    (beside := temporary_for(run.parent / "file")).mkdir()
+    (left,) = (run / place).glob(".tmp-*")
+    assert [check.name for check in verify(run).of("warning")] == [str(left.relative_to(run))]
+    assert gone(clean(root, apply=True)) == {left.name}
+    assert not verify(run).of("warning")
+    assert beside.exists()
+
+
+def test_a_run_never_lacks_its_manifest_and_one_that_does_is_removed(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """FAULTS 59: killed between the two steps of its making; what has more in it than a lock goes when asked."""
+    monkeypatch.setattr(os, "rename", lambda *_: os.kill(os.getpid(), 9))
+    if not (child := os.fork()):
+        RunDirectory.create(root, "vae")
+    os.waitpid(child, 0)
+    monkeypatch.undo()
+    (begun,) = (root / "vae").iterdir()
+    assert list_runs(root) == []
+    empty, spec, mine = (root / "vae" / f"20260101T000000Z-0000000{n}" for n in range(3))
+    for folder, names in ((empty, [".lock"]), (spec, ["spec.toml"]), (mine, ["notes.txt"])):
+        folder.mkdir()
+        for name in names:
+            (folder / name).touch()
+    with RunDirectory(empty).held():
+        assert gone(clean(root)) == {begun.name}
+    assert gone(clean(root, apply=True)) == {begun.name, empty.name}
+    assert gone(clean(root, apply=True, failed=True)) == {spec.name}
+    assert [path.name for path in (root / "vae").iterdir()] == [mine.name]
 
 
 def test_a_checkpoint_that_was_set_aside_and_not_replaced_is_kept(run: Path, root: Path) -> None:

@@ -89,9 +89,9 @@ def test_provenance_is_json_without_the_user(tmp_path: Path, monkeypatch: pytest
 @pytest.mark.parametrize(
     ("script", "expected"),
     [
-        ('[ "$1" = status ] && echo " M file" || echo abc', {"commit": "abc", "dirty": True}),
-        ('[ "$1" = status ] || echo abc', {"commit": "abc", "dirty": False}),
-        ('[ "$1" = status ] && exit 1 || echo abc', {"commit": "abc", "dirty": None}),
+        ('[ "$3" = status ] && echo " M file" || echo abc', {"commit": "abc", "dirty": True}),
+        ('[ "$3" = status ] || echo abc', {"commit": "abc", "dirty": False}),
+        ('[ "$3" = status ] && exit 1 || echo abc', {"commit": "abc", "dirty": None}),
         ("exit 128", None),
         ("exec sleep 20", None),
     ],

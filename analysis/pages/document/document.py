@@ -20,7 +20,8 @@ from rich.text import Text
 from pvae.analysis.pages.document.blocks import PageSection, PageTable, Picture, Sentence, Tile
 from pvae.analysis.pages.document.text import csv_of, html_cell, legible, rich_of
 from pvae.errors import DataError, OutputError
-from pvae.util.files import make_folder, plain, pretty, read_object, write_atomic
+from pvae.runs.find import is_abandoned, leftovers
+from pvae.util.files import make_folder, plain, pretty, read_object, remove, write_together
 from pvae.util.progress import StageProgress, silent
 
 PAGE, NUMBERS, TABLES, PICTURES, FILES = "index.html", "report.json", "tables", "figures", "files"
@@ -75,8 +76,9 @@ class Document:
         """Write `index.html`, `report.json` and a CSV file per table into a folder; return the path of the HTML file.
 
         If `figures` is set, or an earlier page of the folder has them, each picture is also written as PNG. Each file
-        is written atomically, the HTML last: if it is new, all other files are new. Tables and pictures that only an
-        earlier page has are removed; other files stay.
+        is written under another name before the first is replaced: an error leaves an earlier page whole. The HTML is
+        replaced last: if it is new, all other files are new. Tables and pictures that only an earlier page has are
+        removed; other files stay.
 
         Raises:
             DataError: the folder holds an `index.html` or `report.json` that pvae did not write, or a link.
@@ -89,11 +91,10 @@ class Document:
         listed, page = {**self.to_dict(), FILES: sorted(files)}, self.to_html()
         for name in sorted({name.split("/")[0] for name in (*files, *old)}):
             make_folder(folder / name)
-        for name, content in {NUMBERS: pretty(listed).encode(), **files}.items():
-            write_atomic(folder / name, content)
+        whole = {NUMBERS: pretty(listed).encode(), **files, PAGE: page}
+        write_together({folder / name: content for name, content in whole.items()})
         for name in old - files.keys():
             (folder / name).unlink(missing_ok=True)
-        write_atomic(folder / PAGE, page)
         return folder / PAGE
 
     def __rich__(self) -> Group:
@@ -149,6 +150,8 @@ def claim(folder: Path) -> set[str]:
             f"{folder}: expected an empty folder, or one of an earlier report; got other pages. "
             "Name another folder with --out."
         )
+    for path in filter(is_abandoned, leftovers(folder)):
+        remove(path, ignore_errors=True)
     listed = found.get(FILES)
     names = [name for name in listed if isinstance(name, str)] if isinstance(listed, list) else []
     return {name for name in names if OWN.fullmatch(name)}

@@ -79,6 +79,10 @@ class Exporter(ABC):
         """Export metric values that were not exported before."""
 
     @abstractmethod
+    def show(self) -> None:
+        """Let a reader see what was exported so far, in place of an earlier export."""
+
+    @abstractmethod
     def finish(self) -> str:
         """Export alerts, images and the final state of the run; return a description of the export's place."""
 
@@ -86,8 +90,12 @@ class Exporter(ABC):
     def key(self, split: str, term: str) -> str:
         """Return the tracker's key of a metric: a term, such as the ELBO, of a split."""
 
-    def catch_up(self, *more: MetricPoint) -> None:
-        """Export the metric rows that were added since the last call, and the points in `more`."""
+    def catch_up(self) -> None:
+        """Export the metric rows that were added since the last call, during a fit."""
+        self._send()
+        self.show()
+
+    def _send(self, *more: MetricPoint) -> None:
         rows = self.files.metrics_rows()
         if self.exported is None or rows[: len(self.rows)] != self.rows:  # at first, and where rows were removed
             self.exported, self.rows = self.begin(anew=False), []
@@ -105,7 +113,7 @@ class Exporter(ABC):
         time, step = self.started + float(status.get("seconds") or 0.0), int(status.get("step") or 0)
         figures = {name: status.get(name) for name in ("elbo", "epoch", "skipped")}
         last = (MetricPoint(self.key("last", k), step, float(v), time) for k, v in figures.items() if v is not None)
-        self.catch_up(*last)
+        self._send(*last)
         return self.finish()
 
     def _points(self, rows: Iterable[Mapping[str, Any]]) -> Iterator[MetricPoint]:

@@ -3,14 +3,17 @@
 import os
 import re
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from functools import partial
+from threading import Thread
 from time import time_ns
 from typing import Any, final
 
 from pvae.errors import printable
 from pvae.runs.export.base import LONGEST_KEY, LONGEST_VALUE, Exported, Exporter, MetricPoint, safe_key
 from pvae.runs.rundir import RunDirectory
-from pvae.util.files import read_inside
+from pvae.util.files import read_inside, write_atomic
 
 
 @final
@@ -18,7 +21,7 @@ class TensorBoard(Exporter):
     """Exporter of a run to TensorBoard event files in the run's folder `exports/tensorboard/`.
 
     Every process writes the files anew: metrics as float32 scalars, hyperparameters, tags and alerts as text, and PNG
-    files as images.
+    files as images. The first write replaces the files of earlier processes; `pvae export` writes once, at the end.
     """
 
     kind = "tensorboard"
@@ -39,9 +42,7 @@ class TensorBoard(Exporter):
     def begin(self, *, anew: bool) -> Exported:
         from tensorboardX.summary import hparams
 
-        for path in self.folder.glob("events.out.tfevents.*"):
-            path.unlink()
-        self.path = self.folder / f"events.out.tfevents.{time_ns()}.pvae"
+        self.path, self.waiting = self.folder / f"events.out.tfevents.{time_ns()}.pvae", b""
         self._add(file_version="brain.Event:2")
         # a TensorBoard that is open drops what it read before this event
         self._add(session_log=self.event.SessionLog(status=self.event.SessionLog.START))
@@ -51,13 +52,11 @@ class TensorBoard(Exporter):
         self._add(summary=experiment)
         self._add(summary=session)
         self._add_text("run", [f"{key}: {value}" for key, value in self.tags().items()])
-        self._flush()
         return {}
 
     def write(self, points: Sequence[MetricPoint]) -> None:
         for point in points:
             self._add_value(point.step, point.time, tag=point.key, simple_value=point.value)
-        self._flush()
 
     def finish(self) -> str:
         self._add_text("alerts", self.files.alerts() or ["none"])
@@ -67,7 +66,7 @@ class TensorBoard(Exporter):
             image = self.proto.Summary.Image(width=width, height=height, colorspace=4, encoded_image_string=content)
             self._add_value(0, self.started, tag=safe_key(f"{path.parent.name}/{path.name}", "/"), image=image)
         self._add(summary=self.end)
-        self._flush()
+        self.show()
         return f"{self.folder} (look at it with: tensorboard --logdir {self.folder})"
 
     def _add_value(self, step: int, time: float, **fields: Any) -> None:
@@ -87,20 +86,58 @@ class TensorBoard(Exporter):
         for part in (struct.pack("<Q", len(data)), data):
             self.waiting += part + struct.pack("<I", self.checksum(part))
 
-    def _flush(self) -> None:
-        """Write the events added so far to the file; tensorboardX's own writer thread would lose errors."""
-        with self.path.open("ab") as file:
-            file.write(self.waiting)
+    def show(self) -> None:
+        """Write the events added so far; tensorboardX's own writer thread would lose errors."""
+        if self.path.exists():
+            with self.path.open("ab") as file:
+                file.write(self.waiting)
+        else:
+            write_atomic(self.path, self.waiting)
+            for path in self.folder.glob("events.out.tfevents.*"):
+                path.unlink() if path != self.path else None
         self.waiting = b""
 
 
 SETTINGS = {
     "MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_LOGGING_LEVEL": "WARNING",
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "14",
 }  # fmt: skip
 """Default environment variables of the MLflow client; short time-outs keep a dead server from delaying a fit."""
+ANSWER_SECONDS = 30.0
+"""Longest time (s) to wait for the client's answer: a server may delay or drip it for longer than its time-outs."""
 BATCH_SIZE = 100
 """Largest number of parameters or metric values in one request."""
+SUPERSEDED = "pvae.superseded"
+"""Tag of the MLflow runs of a run that do not hold, because another has its values."""
+
+
+@final
+class _Bounded:
+    """MLflow client whose methods raise TimeoutError if they have not returned after `ANSWER_SECONDS`."""
+
+    def __init__(self, client: Any) -> None:
+        self.client = client
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self.client, name)
+        return partial(_answer, found) if callable(found) else found
+
+
+def _answer(asked: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    future: Future[Any] = Future()
+
+    def ask() -> None:
+        try:
+            future.set_result(asked(*args, **options))
+        except BaseException as error:
+            future.set_exception(error)
+
+    thread = Thread(target=ask, daemon=True)  # which does not keep the process from its end
+    thread.start()
+    thread.join(ANSWER_SECONDS)
+    if not future.done():
+        raise TimeoutError(f"no answer within {ANSWER_SECONDS:g} seconds")
+    return future.result()
 
 
 @final
@@ -109,7 +146,7 @@ class MLflow(Exporter):
 
     The MLflow experiment is MLFLOW_EXPERIMENT_NAME, or the run's name (as in its folder). The MLflow run is found again
     by the run's id. If a resumed fit continues with other values than were exported, a new MLflow run begins, and the
-    earlier one gets the tag `pvae.superseded`.
+    earlier one gets the tag `pvae.superseded`; until all earlier values are there, it is the new one that has the tag.
     """
 
     kind = "mlflow"
@@ -124,7 +161,7 @@ class MLflow(Exporter):
 
         self.entities, self.open = entities, MlflowClient
         self.client: Any = None
-        self.id = ""
+        self.id, self.older = "", list[str]()
 
     def key(self, split: str, term: str) -> str:
         # one slash alone: a store of files cannot hold both `a` and `a/b`
@@ -133,19 +170,16 @@ class MLflow(Exporter):
     def begin(self, *, anew: bool) -> Exported:
         if self.client is None:
             root = self.files.path.parent.parent.absolute()
-            self.client = self.open(os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{root / 'mlflow.db'}")
+            local = f"sqlite:///{(root / 'mlflow.db').as_uri()}?uri=true"  # quoted: a path may hold ? # and %
+            self.client = _Bounded(self.open(os.environ.get("MLFLOW_TRACKING_URI") or local))
         experiment, mine = self._experiment(), safe_key(self.tags()["id"], "/")
         known = self.client.search_runs([experiment], f"tags.`pvae.id` = '{mine}'")
-        valid = [run for run in known if "pvae.superseded" not in run.data.tags]
-        if anew:
-            for run in valid:
-                self.client.set_tag(run.info.run_id, "pvae.superseded", "the fit continued with other values")
-                self.client.set_terminated(run.info.run_id, "KILLED")
-            valid = []
+        valid = [run for run in known if SUPERSEDED not in run.data.tags]
+        self.older = [run.info.run_id for run in valid] if anew else []
         name, start = f"{self.tags()['name'][:LONGEST_KEY]} {self.tags()['id'][:40]}", int(1000 * self.started)
-        found = valid[0] if valid else self.client.create_run(experiment, start, {"pvae.id": mine}, name)
+        tags = {"pvae.id": mine, **({SUPERSEDED: "not yet whole"} if self.older else {})}
+        found = valid[0] if valid and not anew else self.client.create_run(experiment, start, tags, name)
         self.id = found.info.run_id
-        self.client.update_run(self.id, "RUNNING")
         self._describe(found.data.params)
         return self._exported(found.data.metrics)
 
@@ -183,6 +217,19 @@ class MLflow(Exporter):
         for start in range(0, len(metrics), BATCH_SIZE):
             self.client.log_batch(self.id, metrics=metrics[start : start + BATCH_SIZE])
 
+    def show(self) -> None:
+        self.client.update_run(self.id, "RUNNING")
+        self._replace()
+
+    def _replace(self) -> None:
+        """Let this MLflow run stand in for those with other values."""
+        for run in self.older:
+            self.client.set_tag(run, SUPERSEDED, "the fit continued with other values")
+            self.client.set_terminated(run, "KILLED")
+        if self.older:
+            self.client.delete_tag(self.id, SUPERSEDED)
+        self.older = []
+
     def finish(self) -> str:
         self.client.log_text(self.id, "".join(f"{printable(line)}\n" for line in self.files.alerts()), "alerts.txt")
         self.client.log_text(self.id, self.files.spec_text, "spec.toml")
@@ -192,6 +239,7 @@ class MLflow(Exporter):
         state = {"finished": "FINISHED", "interrupted": "KILLED"}.get(str(status.get("state")), "FAILED")
         end = self.started + float(status.get("seconds") or 0.0)
         self.client.set_terminated(self.id, state, int(1000 * end))
+        self._replace()
         return f"MLflow run {self.id} ({without_secrets(str(self.client.tracking_uri))})"
 
 
