@@ -243,9 +243,7 @@ class _Inspection:
             if not self._live:
                 yield Check(name, "warning", "left by an interrupted write", "See pvae clean.")
         elif entry.name.startswith(".old-"):
-            yield Check(
-                name, "warning", "set aside, and not replaced", "pvae resume gives it its name back."
-            )
+            yield Check(name, "warning", "set aside, and not replaced", "pvae resume gives it its name back.")
         elif len(where.parts) == 1 and entry.name not in (*FILES, *FOLDERS):
             yield Check(name, "warning", "not of pvae", "Keep files of your own elsewhere.")
 
