@@ -9,9 +9,11 @@ import sys
 import traceback
 from importlib import import_module
 from io import StringIO, TextIOWrapper
+from signal import Signals
 
 from pvae.cli.app import app
 from pvae.errors import DeviceError, PvaeError, StorageError, out_of_memory, printable
+from pvae.util.signals import STOPPED, Raising
 
 __all__ = ["app", "main"]
 
@@ -25,18 +27,26 @@ def main() -> None:
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a terminal may know no more than ASCII
     settings: dict[str, bool] = {}
-    try:
-        code = app(standalone_mode=False, obj=settings)
-        sys.stdout.flush()
-    except KeyboardInterrupt:
-        code = 130
-    except (BrokenPipeError, SystemExit):  # the latter is the parser's own answer to a broken pipe
-        _forget_output()
-        code = 141
-    except Exception as error:
-        code, message = _exit_code_and_message(error)
-        shown = traceback.format_exc() if settings.get("traceback") else ""
-        print(printable(f"{shown}{message}"), file=sys.stderr)
+    with Raising() as answer:
+        try:
+            try:
+                code = app(standalone_mode=False, obj=settings)
+                sys.stdout.flush()
+            finally:
+                answer.leaving = True
+        except KeyboardInterrupt:
+            code = 130
+        except (BrokenPipeError, SystemExit):  # the latter is the parser's own answer to a broken pipe
+            _forget_output()
+            code = 141
+        except Exception as error:
+            code, message = _exit_code_and_message(error)
+            shown = traceback.format_exc() if settings.get("traceback") else ""
+            if answer.signal is None:
+                print(printable(f"{shown}{message}"), file=sys.stderr)
+        if answer.signal is not None:  # whatever became of the KeyboardInterrupt
+            code = 128 + answer.signal
+            print(f"{Signals(answer.signal).name}: {STOPPED}", file=sys.stderr)
     sys.exit(code if isinstance(code, int) else 0)
 
 

@@ -9,7 +9,8 @@ from typer import Argument, Option
 
 import pvae
 from pvae.cli.app import Shared, command, load_declaration
-from pvae.errors import DeclarationError, OutputError
+from pvae.errors import DeclarationError
+from pvae.util.files import write_atomic
 
 
 @command(["as_json"], name="list")
@@ -41,10 +42,7 @@ def new(
     lines = zoo.find(like or (name if name in zoo.names() else "vae")).read_text().splitlines()
     body = [line for line in lines if not line.startswith("name =")]
     head = ["#:schema pvae.schema.json", f"name = {json.dumps(name, ensure_ascii=False)}"]
-    try:
-        path.write_text("\n".join([*head, *body, ""]), encoding="utf-8")
-    except OSError as problem:
-        raise OutputError(f"{path}: expected to be written here; got {problem.strerror}.") from problem
+    write_atomic(path, "\n".join([*head, *body, ""]))
     typer.echo(f"wrote {path}; check it with: pvae check {path}")
     typer.echo("for completion in an editor: pvae schema > pvae.schema.json")
 

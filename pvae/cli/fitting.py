@@ -12,9 +12,10 @@ from typer import Argument, Option
 
 import pvae
 from pvae.cli.app import TO_FIT, Shared, app, command, load_declaration, load_installed_plugins, rows_of, tell
-from pvae.errors import PvaeError
+from pvae.errors import DataError, PvaeError
 from pvae.util.files import pretty, write_atomic
 from pvae.util.progress import ProgressBar
+from pvae.util.signals import end_with
 
 if TYPE_CHECKING:
     from pvae.runs.run import Run
@@ -69,12 +70,26 @@ def refit(
     """Freeze a run and fit another prior to its aggregated posterior, say latents.z.prior.kind=realnvp."""
     opened = shared.open(run)
     child = pvae.refit(opened, *(overrides or ()), run_dir=shared.run_dir, **shared.fitting())
-    _compare(shared, opened, child, rows, samples)
+    _tell_gain(shared, opened, child, rows, samples)
     _require_no_alerts(shared, child)
 
 
-def _compare(shared: Shared, parent: Run, child: Run, rows: int | None = None, samples: int = 1) -> None:
-    """Print ELBO surgeries before and after a second stage, on train and test, and write them to the new run."""
+def _tell_gain(shared: Shared, parent: Run | None, child: Run, rows: int | None = None, samples: int = 1) -> None:
+    """Print the summary of a second stage and what it gained; work that is finished does not fail here."""
+    record, shown = {}, []
+    try:
+        if parent is None:
+            raise DataError(f"{child.path}: expected its first stage {_parent(child)} beside it; got none.")
+        record, shown = _compare(shared, parent, child, rows, samples)
+    except PvaeError as error:
+        tell(f"no comparison with the first stage: {error}", err=True)
+    shared.answer({**_facts(child), **record}, _summary(child), *shown)
+
+
+def _compare(
+    shared: Shared, parent: Run, child: Run, rows: int | None, samples: int
+) -> tuple[dict[str, Any], list[Any]]:
+    """Return ELBO surgeries before and after a second stage on train and test, also written to the new run."""
     found = {}
     with ProgressBar(4, "surgery", show=not shared.quiet) as bar:
         for i, split in enumerate(("train", "test")):
@@ -85,16 +100,17 @@ def _compare(shared: Shared, parent: Run, child: Run, rows: int | None = None, s
             )  # fmt: skip
     record = {"run": str(child.path), "parent": str(parent.path), "splits": {k: v.to_dict() for k, v in found.items()}}
     write_atomic(child.files.analysis / "refit.json", pretty(record))
-    shown = [part for split, result in found.items() for part in (f"\n{split}:", result)]
-    shared.answer({**_facts(child), **record}, _summary(child), *shown)
+    return record, [part for split, result in found.items() for part in (f"\n{split}:", result)]
 
 
 def _finish(shared: Shared, run: Run) -> None:
     """Print the summary of a fit, and the gain of a second stage; under `--strict` alerts end the command with 3."""
-    if name := _parent(run):
-        parent = shared.open(name)
-        _compare(shared, parent, run)
-        _require_no_alerts(shared, parent)
+    if _parent(run):
+        first = run.files.first_stage()
+        parent = None if first is None else shared.open(str(first.path))
+        _tell_gain(shared, parent, run)
+        if parent is not None:
+            _require_no_alerts(shared, parent)
     else:
         shared.answer(_facts(run), _summary(run))
     _require_no_alerts(shared, run)
@@ -230,7 +246,9 @@ def _list(shared: Shared, declared: Declared) -> None:
 @app.command("study-work", hidden=True)
 def study_work() -> None:
     """Do one job of a study, read as JSON from standard input; `pvae study` starts its processes with this."""
+    job = json.load(sys.stdin)
+    end_with(job["parent"])
     from pvae.studies.runner import work
 
     load_installed_plugins()
-    work(json.load(sys.stdin))
+    work(job)

@@ -14,8 +14,8 @@ from pathlib import Path
 from time import time
 from typing import Any
 
-from pvae.errors import DeclarationError, near
-from pvae.util.files import temporary_for, walk
+from pvae.errors import DataError, DeclarationError, near
+from pvae.util.files import read_object, temporary_for, walk
 
 RESERVED_SLUGS = frozenset(["latest", "con", "nul", "prn", "aux"])
 LONGEST_SLUG = 64
@@ -47,10 +47,10 @@ def new_run_id() -> str:
     return f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{os.urandom(4).hex()}"
 
 
-def age_seconds(time: object) -> float | None:
-    """Return the seconds from an ISO 8601 time until now, or None if ``time`` is not such a time."""
+def age_seconds(moment: object) -> float | None:
+    """Return the seconds from an ISO 8601 time until now, or None if ``moment`` is not such a time."""
     try:
-        return (datetime.now(UTC) - datetime.fromisoformat(str(time))).total_seconds()
+        return (datetime.now(UTC) - datetime.fromisoformat(str(moment))).total_seconds()
     except (ValueError, TypeError):
         return None
 
@@ -61,6 +61,37 @@ def free_path(parent: Path) -> Path:
         if not os.path.lexists(path := parent / new_run_id()):
             return path
     raise FileExistsError(errno.EEXIST, f"a hundred run ids, all of them taken, in {parent}")
+
+
+def begun(run: Path) -> tuple[float, str]:
+    """Return a key that sorts runs as they were begun, whatever the clock said then: order in the manifest, and id."""
+    manifest: dict[str, Any] = {}
+    with suppress(DataError):
+        manifest = read_object(run, "manifest.json")
+    if isinstance(order := manifest.get("order"), int):
+        return order, run.name
+    with suppress(ValueError, OverflowError, OSError):  # a run of an earlier version
+        return datetime.fromisoformat(str(manifest.get("started", started_by(run)))).timestamp() * 1000, run.name
+    return 0, run.name
+
+
+def started_by(run: Path) -> str:
+    """Return the time in the name of a run's folder, ISO 8601; "" if it is named otherwise."""
+    with suppress(ValueError):
+        started = datetime.strptime(run.name[:16], "%Y%m%dT%H%M%SZ").replace(tzinfo=UTC)
+        return started.isoformat(timespec="milliseconds")
+    return ""
+
+
+def next_order(root: Path) -> int:
+    """Return the order of a run that begins now: milliseconds since 1970, or 1 more than the last one below `root`."""
+    return max([int(time() * 1000), *(int(begun(run)[0]) + 1 for name in folders(root) for run in folders(name))])
+
+
+def beside(run: Path) -> list[Path]:
+    """Return the runs in the folder of a run, in that above it and in the folders of the latter, newest first."""
+    places = {run.resolve().parent, run.resolve().parent.parent, *folders(run.resolve().parent.parent)}
+    return sorted((found for place in places for found in folders(place) if is_run(found)), key=begun, reverse=True)
 
 
 def is_run(folder: Path) -> bool:
@@ -84,11 +115,10 @@ def folders(parent: Path) -> list[Path]:
 def find_run(path: str, root: Path) -> Path:
     """Return the folder of the run with a path or name; raises DeclarationError, with similar names, if not found."""
     if path == "latest":
-        runs = [run for name in folders(root) for run in folders(name)]
-        found = sorted(runs, key=lambda run: run.name, reverse=True)
+        found = sorted((run for name in folders(root) for run in folders(name)), key=begun, reverse=True)
     else:
         places = (Path(path), root / path, root / slug(path))
-        found = [folder for place in places for folder in (place, *reversed(folders(place)))]
+        found = [folder for place in places for folder in (place, *sorted(folders(place), key=begun, reverse=True))]
     for folder in found:
         if is_run(folder):
             return folder.resolve()

@@ -12,7 +12,6 @@ import shutil
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from datetime import UTC, datetime
 from pathlib import Path
 from types import UnionType
 from typing import TYPE_CHECKING, Any, cast
@@ -31,10 +30,12 @@ RUN_STATES = ("running", "finished", "interrupted", "failed")
 ALERT_KINDS = frozenset(["alert", "analysis", "fallback", "nonfinite", "storage"])
 """Kinds of events that are shown to the user as alerts."""
 MANIFEST_KEYS: dict[str, type | UnionType] = {
-    "name": str, "id": str, "started": str, "device": str, "engine": str, "precision": str, "figure": str,
+    "name": str, "id": str, "started": str, "order": int, "device": str, "engine": str, "precision": str, "figure": str,
     "declared": bool, "imports": list, "trainable": list | None, "parent": dict | None, "data": dict, "exports": list,
 }  # fmt: skip
 """Type of each known entry of a run's manifest; every entry may be missing."""
+KEPT_KEYS = frozenset(["name", "id", "started", "order"])
+"""Entries of a manifest that never change."""
 
 
 class RunDirectory:
@@ -55,21 +56,29 @@ class RunDirectory:
         return f"RunDirectory({str(self.path)!r})"
 
     @classmethod
-    def create(cls, root: Path, name: str) -> RunDirectory:
-        """Return a new run directory ``<root>/<slug of name>/<UTC time>-<8 hex digits>/``; raises OutputError."""
-        parent = Path(root) / find.slug(name)
-        begun = files.temporary_for(parent / "run")  # named when it has its manifest: a run never lacks one
+    def create(cls, root: Path, name: str, spec: str | None = None, fields: Mapping[str, Any] = {}) -> RunDirectory:
+        """Return a new run directory ``<root>/<slug of name>/<UTC time>-<8 hex digits>/``, with these files.
+
+        Raises OutputError if it cannot be created, StorageError on a full disk; nothing of it is left then.
+        """
+        named = Path(root) / find.slug(name)
+        begun = files.temporary_for(named / "run")  # named when it has its manifest: a run never lacks one
+        made = [folder for folder in (named, named.parent) if not folder.exists()]
         try:
-            begun.mkdir(parents=True)
-            path = find.free_path(parent)
-            cls(begun).write_manifest({"name": name, "id": path.name, "started": utc_now()})
-            os.rename(begun, path)
-        except (OSError, StorageError) as problem:
-            raise OutputError(
-                f"{root}: expected a folder to write runs into; got {problem}. Choose another."
-            ) from problem
+            with files.raising(OutputError, f"{root}: expected a folder to write runs into", "Choose another."):
+                order = find.next_order(named.parent)
+                begun.mkdir(parents=True)
+                path = find.free_path(named)
+                if spec is not None:
+                    cls(begun).write_spec(spec)
+                own = {"name": name, "id": path.name, "started": utc_now(), "order": order}
+                cls(begun).write_manifest({**fields, **own})
+                os.rename(begun, path)
         finally:
             shutil.rmtree(begun, ignore_errors=True)
+            for folder in made:
+                with suppress(OSError):
+                    folder.rmdir()  # where nothing is in it
         return cls(path)
 
     @classmethod
@@ -97,7 +106,7 @@ class RunDirectory:
                 left = "interrupted" if isinstance(problem, KeyboardInterrupt | Interrupted) else "failed"
                 raise
             finally:
-                if self._status_or_empty().get("state") == "running":
+                if self._status_or_empty().get("state", "running") == "running":
                     self.update_status(state=left)
 
     @contextmanager
@@ -128,11 +137,31 @@ class RunDirectory:
         return found
 
     def write_manifest(self, fields: Mapping[str, Any]) -> None:
-        """Replace the manifest, except ``name``, ``id`` and ``started``, which never change. Raises StorageError."""
+        """Replace the manifest, but for name, id, start and order, which never change. Raises StorageError."""
         kept: dict[str, Any] = {}
         with suppress(DataError):
-            kept = {key: value for key, value in self.manifest.items() if key in ("name", "id", "started")}
+            kept = {key: value for key, value in self.manifest.items() if key in KEPT_KEYS}
         write_atomic(self.path / "manifest.json", files.pretty({**fields, **kept}))
+
+    @property
+    def id(self) -> str:
+        """Id of the run, by which it is known wherever its folder was moved to."""
+        return str(self.manifest.get("id", self.path.name))
+
+    @property
+    def parent(self) -> tuple[str, object] | None:
+        """Id and last epoch of the run whose second stage this is; None if it is none."""
+        found = self.manifest.get("parent")
+        return None if found is None else (str(found.get("run")).rpartition("/")[2], found.get("epoch"))
+
+    def first_stage(self) -> RunDirectory | None:
+        """Return the run whose second stage this is, found by its id beside this one; None if it is not there."""
+        if (wanted := self.parent) is not None:
+            for run in map(RunDirectory, find.beside(self.path)):
+                with suppress(DataError):
+                    if run.id == wanted[0]:
+                        return run
+        return None
 
     @property
     def spec_text(self) -> str:
@@ -251,22 +280,20 @@ def state_of(run: RunDirectory, status: Mapping[str, Any]) -> str:
 
 
 def list_runs(root: Path) -> list[dict[str, Any]]:
-    """Return one row (dict) for every run under ``root``, sorted by start time; never raises.
+    """Return one row (dict) for every run under ``root``, in the order in which they were begun; never raises.
 
     The keys of a row are name, id, path, state, epoch, epochs, elbo, started, seconds, why. ``state`` is the state in
     the run's status; ``created`` before the first status; ``stale`` for a running one whose process is dead (or, on
     another host, has written no heartbeat for five minutes); ``broken`` if files are damaged (``why`` is the reason).
     """
-    rows = [_row(run) for name in find.folders(Path(root)) for run in find.folders(name)]
-    return sorted(rows, key=lambda row: (row["started"], row["id"]))
+    rows = [(find.begun(run), _row(run)) for name in find.folders(Path(root)) for run in find.folders(name)]
+    return [row for _, row in sorted(rows, key=lambda found: found[0])]
 
 
 def _row(path: Path) -> dict[str, Any]:
     nothing = dict.fromkeys(("epoch", "epochs", "elbo", "seconds", "why"))
-    row = {"name": path.parent.name, "id": path.name, "path": str(path), **nothing, "started": ""}
-    with suppress(ValueError):
-        started = datetime.strptime(path.name[:16], "%Y%m%dT%H%M%SZ").replace(tzinfo=UTC)
-        row["started"] = started.isoformat(timespec="milliseconds")
+    row = {"name": path.parent.name, "id": path.name, "path": str(path), **nothing}
+    row["started"] = find.started_by(path)
     run = RunDirectory(path)
     try:
         manifest, status = run.manifest, run.status()

@@ -16,16 +16,16 @@ from subprocess import DEVNULL, Popen
 from types import FrameType
 from typing import IO, Any
 
-from filelock import FileLock, Timeout
-
 from pvae.component import IMPORTED
-from pvae.errors import DataError, Interrupted, OutputError
+from pvae.errors import BusyError, DataError, Interrupted, OutputError, StorageError
 from pvae.experiment.experiment import Experiment
+from pvae.runs.claim import Claim
 from pvae.runs.find import folders, slug
 from pvae.runs.rundir import RunDirectory
 from pvae.studies.cases import Case
 from pvae.studies.shelf import Shelf, standing
 from pvae.studies.sweep import SECOND, Measure
+from pvae.util import files
 
 ENTRY = "study-work"
 """Name of the `pvae` command that a child process runs; it reads its job as JSON from standard input."""
@@ -33,6 +33,8 @@ POLL_SECONDS = 0.1
 LOOK_SECONDS = 2.0
 """Seconds between two checks of a run on which a process outside of this study is working."""
 DONE = frozenset(["finished", "found", "failed", "stopped"])
+STOPPED = frozenset(code for n in (signal.SIGINT, signal.SIGTERM) for code in (128 + n, -n))
+"""Exit codes of processes that a signal ended."""
 CLAIMS = ".studies"
 
 
@@ -48,10 +50,12 @@ class Task:
     doing: str = ""
     """Job of the running process: fit, resume, refit or measure."""
     error: str = ""
-    """Last line of output of a failed process."""
+    """Last line of output of a failed process; who has a case that is waited for."""
+    code: int | None = None
+    """Exit code of the last process."""
     process: Popen[bytes] | None = None
     told: IO[bytes] | None = None
-    claim: FileLock | None = None
+    claim: Claim | None = None
     looked: float = field(default=-1e9)
 
     @property
@@ -120,11 +124,13 @@ class Runner:
                 self._end_all()
         if self.signal is not None:
             done = sum(task.state in ("finished", "found") for task in self.tasks)
-            raise Interrupted(
+            failed = "".join(f"\n{task.case.title}: {task.error}" for task in self.tasks if task.state == "failed")
+            message = (
                 f"{signal.Signals(self.signal).name}: {done} of {len(self.tasks)} cases are finished; those under way "
-                f"wrote checkpoints. Go on with: pvae study {self.origin}",
-                self.signal,
+                f"go on from their last checkpoints with: pvae study {self.origin}{failed}"
             )
+            full = any(task.code == StorageError.exit_code for task in self.tasks)
+            raise StorageError(message) if full else Interrupted(message, self.signal)
 
     def _look(self) -> None:
         for task in self.tasks:
@@ -142,15 +148,16 @@ class Runner:
         """Start the process of a task, unless its first stage is unfinished or another process is working on it."""
         if task.case.parent is not None and not self._is_ready(task, task.case.parent):
             return
-        task.looked = time.monotonic()
+        task.looked, task.error = time.monotonic(), ""
         try:
             task.claim = self._claim(task)
             job = None if task.claim is None else self._job(task)
             if job is None:
                 task.state = "held" if task.state != "found" else task.state
             else:
-                self._start(task, job)
-        except (DataError, OutputError) as problem:
+                assert task.claim is not None  # noqa: S101 - there is a job
+                self._start(task, {**job, "claim": str(task.claim.path.resolve()), "parent": os.getpid()}, task.claim)
+        except (DataError, StorageError) as problem:
             task.state, task.error = "failed", str(problem).splitlines()[0]
         finally:
             if task.process is None:
@@ -163,18 +170,18 @@ class Runner:
             task.state, task.error = "failed", "its first stage failed"
         return first.state in ("finished", "found")
 
-    def _claim(self, task: Task) -> FileLock | None:
-        """Acquire and return the lock file of a task in the folder of runs; None while another study holds it."""
+    def _claim(self, task: Task) -> Claim | None:
+        """Make and return the claim of a task in the folder of runs; None while a worker of another study holds it."""
         name = hashlib.sha256("".join(c.digest for c in (task.case, task.case.parent) if c).encode()).hexdigest()[:32]
-        try:
+        with files.raising(OutputError, f"{self.root}: expected a folder to keep runs in"):
             (self.root / CLAIMS).mkdir(parents=True, exist_ok=True)
-            lock = FileLock(self.root / CLAIMS / f"{name}.lock", timeout=0)
-            lock.acquire()
-        except Timeout:
+        claim = Claim(self.root / CLAIMS / f"{name}.lock", "a case")
+        try:
+            claim.acquire()
+        except BusyError as problem:
+            task.error = str(problem)
             return None
-        except (OSError, NotImplementedError) as problem:
-            raise OutputError(f"{self.root}: expected a folder to keep runs in; got {problem}.") from problem
-        return lock
+        return claim
 
     def _job(self, task: Task) -> dict[str, Any] | None:
         """Return the next job of a task whose lock is acquired, for a child process.
@@ -220,7 +227,7 @@ class Runner:
             "measure": self.measure.model_dump(exclude_none=True),
         }
 
-    def _start(self, task: Task, job: Mapping[str, Any]) -> None:
+    def _start(self, task: Task, job: Mapping[str, Any], claim: Claim) -> None:
         threads = str(job["threads"])
         environment = {**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "PYTHONSAFEPATH": "1"}
         command = [sys.executable, "-m", "pvae", *(f"--import={name}" for name in IMPORTED), ENTRY]
@@ -233,17 +240,24 @@ class Runner:
                 command, stdin=written, stdout=DEVNULL, stderr=task.told, env=environment,
                 start_new_session=True,
             )  # fmt: skip
-        task.state, task.doing = "running", str(job["kind"])
+        task.state, task.doing, task.error = "running", str(job["kind"]), ""
+        try:
+            claim.hand_over(task.process.pid)  # it waits for that
+        except StorageError as problem:
+            task.told.write(str(problem).encode())
+            task.process.kill()
 
     def _ended(self, task: Task) -> None:
         process, told = task.process, task.told
         assert process is not None  # noqa: S101 - the caller has asked
         assert told is not None  # noqa: S101
-        code = process.wait()
+        task.code = code = process.wait()
         if code == 0:
             task.state = "finished"
-        elif self.signal is not None:
+        elif self.signal is not None and code in STOPPED:
             task.state = "stopped"
+        elif code == BusyError.exit_code:
+            task.state = "held"
         else:
             task.state, task.error = "failed", _last_line(told) or f"its process ended with {code}"
         told.close()
@@ -298,8 +312,11 @@ def _last_line(told: IO[bytes]) -> str:
 def work(job: Mapping[str, Any]) -> None:
     """Do one job of a study in this process: fit, resume or refit a run if needed, then compute its metrics.
 
-    The metrics of the run's first stage are computed as well.
+    The metrics of the run's first stage are computed as well. Nothing begins before the claim on the job is handed
+    over, so that it lasts as long as the work.
     """
+    while Claim(Path(job["claim"]), "a case").holder().get("pid") != os.getpid():
+        time.sleep(POLL_SECONDS)
     import torch
 
     from pvae.analysis.pages.study import figures
@@ -320,5 +337,5 @@ def work(job: Mapping[str, Any]) -> None:
     measure = Measure.model_validate(job["measure"])
     while run is not None:
         figures(run, measure)
-        parent = (run.files.manifest.get("parent") or {}).get("run")
-        run = None if parent is None else Run.load(parent, root=root, data_dir=job["data_dir"])
+        first = run.files.first_stage()
+        run = None if first is None else Run.load(first.path, data_dir=job["data_dir"])

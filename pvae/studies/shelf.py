@@ -1,18 +1,14 @@
 """Search for the runs of a study by the digest of their declaration, whatever their names."""
 
-from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from pvae.errors import DataError, DeclarationError
 from pvae.experiment.experiment import Experiment
 from pvae.runs import checkpoint
-from pvae.runs.find import folders, is_stale
-from pvae.runs.run import Run
+from pvae.runs.find import begun, folders, is_stale
 from pvae.runs.rundir import RunDirectory
 from pvae.studies.cases import Case
-from pvae.training.resume import parent_of
 
 RANKS = ("finished", "held", "stopped")
 """States of a run that can serve a case, in order of preference; see `standing`."""
@@ -38,28 +34,31 @@ class Shelf:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self.known: dict[tuple[Path, int], tuple[str, Any]] = {}
+        self.known: dict[tuple[Path, int], tuple[str, tuple[str, object] | None]] = {}
 
     def best(self, case: Case) -> RunDirectory | None:
         """Return the run of a case: the newest finished one, else the newest held or stopped one, else None.
 
         The run of a second stage must name, as its parent, the run of the first stage and the epoch at which it ended.
         """
-        parent: Mapping[str, Any] | None = None
+        parent: tuple[str, object] | None = None
         if case.parent is not None:
             first = self.best(case.parent)
             if first is None or standing(first) != "finished":
                 return None
-            parent = parent_of(Run(first))
+            parent = first.id, first.status().get("epoch")
         found: dict[str, RunDirectory] = {}
-        paths = [path for name in folders(self.root) for path in folders(name)]
-        for run in map(RunDirectory, sorted(paths, key=lambda path: path.name, reverse=True)):
+        matching = []
+        for run in (RunDirectory(path) for name in folders(self.root) for path in folders(name)):
             with suppress(DataError, DeclarationError):
                 if self._declared(run) == (case.digest, parent):
-                    found.setdefault(standing(run), run)
+                    matching.append(run)
+        for run in sorted(matching, key=lambda run: begun(run.path), reverse=True):
+            with suppress(DataError):
+                found.setdefault(standing(run), run)
         return next((found[state] for state in RANKS if state in found), None)
 
-    def _declared(self, run: RunDirectory) -> tuple[str, Any]:
+    def _declared(self, run: RunDirectory) -> tuple[str, tuple[str, object] | None]:
         """Return the digest of a run's declaration and the parent in its manifest.
 
         Cached until the declaration file changes.
@@ -73,5 +72,5 @@ class Shelf:
             if manifest.get("declared") is not True:  # a pair written by hand, or a run that has not begun
                 return "", None
             digest = Experiment.from_toml(run.spec_text).digest()
-            self.known[run.path, age] = digest, manifest.get("parent")
+            self.known[run.path, age] = digest, run.parent
         return self.known[run.path, age]

@@ -280,8 +280,6 @@ class Board(ExitStack):
 
 def told(task: Task) -> str:
     """Return the state of a task as text for people."""
-    words = {
-        "running": task.doing, "held": "waiting for another process that has it", "failed": f"failed: {task.error}",
-        "found": "finished before", "stopped": "stopped",
-    }  # fmt: skip
+    held = f"waiting for another process that has it{task.error and ': '}{task.error}"
+    words = {"running": task.doing, "held": held, "failed": f"failed: {task.error}", "found": "finished before"}
     return words.get(task.state, task.state)

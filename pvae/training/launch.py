@@ -51,11 +51,12 @@ def launch(
         export: kinds of exporters, such as "tensorboard".
         progress: print events and a progress bar.
     """
-    files = RunDirectory.create(run_dir, plan.name)
-    files.write_spec(plan.to_toml())
     freeze(pair, trainable)
     engine = engine_of(plan, pair, dataset, where)
-    files.write_manifest(
+    files = RunDirectory.create(
+        run_dir,
+        plan.name,
+        plan.to_toml(),
         {
             **provenance(),
             "declared": given_pair is None,
@@ -71,7 +72,7 @@ def launch(
             "trainable": None if trainable is None else list(trainable),
             "data": {"source": dataset.source, "shape": list(dataset.shape), "fingerprint": dataset.fingerprint},
             "exports": list(export),
-        }
+        },
     )
     for note in dataset.notes:
         files.log_event("alert" if "also occur in train" in note else "data", note)

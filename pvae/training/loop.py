@@ -1,28 +1,27 @@
 """Training loop: steps and epochs, with validation, early stopping and checkpoints, until the end or a signal."""
 
-import os
 import signal
-import threading
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from types import FrameType
-from typing import Any, Self
+from typing import Any
 
 import pyro
 import torch
 from torch import Tensor
 
-from pvae.errors import Interrupted, PvaeError, is_refused_draw
+from pvae.errors import Interrupted, PvaeError, StorageError, is_refused_draw
 from pvae.nn.precision import ROUNDED
 from pvae.objectives.base import FITTED, named
 from pvae.pair.code_usage import code_usage
+from pvae.runs import checkpoint
 from pvae.training import recovery
 from pvae.training.begin import begin
 from pvae.training.evaluation import ALERT_ROWS, alerts, evaluate, held_out, maximised
 from pvae.training.step import CLIPPED, is_finite
 from pvae.training.trainer import Trainer, first_line, swapped
 from pvae.util.progress import ProgressBar
+from pvae.util.signals import Answer
 
 SHOWN_STEPS = 20
 """Number of steps between two updates of the progress bar."""
@@ -43,21 +42,18 @@ IN_WORDS = {
 """Precision of a fit, in words."""
 
 
-class Stop(ExitStack):
-    """Context manager that records a stop signal, so that a step can be finished; a second one exits at once."""
+class Stop(Answer):
+    """Context manager that records a stop signal, so that a step can be finished; a second one exits at once.
 
-    signal: int | None = None
+    While `at_once` is set, the first one raises KeyboardInterrupt.
+    """
 
-    def __enter__(self) -> Self:
-        if threading.current_thread() is threading.main_thread():
-            for number in SIGNALS:
-                self.callback(signal.signal, number, signal.signal(number, self._note))
-        return self
+    numbers = SIGNALS
+    at_once = False
 
-    def _note(self, number: int, _frame: FrameType | None) -> None:
-        if self.signal is not None:
-            os._exit(128 + number)
-        self.signal = number
+    def first(self, _frame: FrameType | None) -> None:
+        if self.at_once:
+            raise KeyboardInterrupt
 
 
 def train(trainer: Trainer) -> None:
@@ -79,26 +75,41 @@ def train(trainer: Trainer) -> None:
         Stop() as stop,
         recovery.explained_errors(trainer),
     ):
-        if state.step == 0:
-            trainer.follow_schedules(0)
-            begin(trainer.pair, trainer.data.train, trainer.batch, trainer.plan.seed)
-            if trainer.average is not None:
-                torch._foreach_copy_(trainer.average, [p.detach() for p in trainer.parameters])
-        trainer.make_stepper()
-        if state.step == 0 and trainer.train.precision != "float32":
-            trainer.tell("precision", IN_WORDS[trainer.precision])
-        if state.step == 0:
-            trainer.stepper.begin()
-            recovery.save(trainer)
+        try:
+            stop.at_once = True  # there is no step to finish
+            prepare(trainer)
+            stop.at_once = False
+        except KeyboardInterrupt:
+            if stop.signal is None:
+                raise
+            interrupt(trainer, stop.signal, moved=False)
         with ProgressBar(epochs * trainer.per_epoch, trainer.plan.name, show=trainer.show) as bar:
             while trainer.state.epoch < epochs and not trainer.state.stopped:
                 epoch(trainer, stop, bar)
+    if stop.signal is not None:  # it came after the last step
+        interrupt(trainer, stop.signal)
     if bad := recovery.bad_weights(trainer.pair):
         recovery.fail(trainer, f"weights not finite after the last step ({bad[0]})")
     recovery.save(trainer)
     trainer.pair.eval()  # rows announced to its parts are no longer those of the next batch
     final_alerts(trainer)
     trainer.status("finished")
+
+
+def prepare(trainer: Trainer) -> None:
+    """Compile the step; before the first one also initialise what is made of data, and write a checkpoint."""
+    fresh = trainer.state.step == 0
+    if fresh:
+        trainer.follow_schedules(0)
+        begin(trainer.pair, trainer.data.train, trainer.batch, trainer.plan.seed)
+        if trainer.average is not None:
+            torch._foreach_copy_(trainer.average, [p.detach() for p in trainer.parameters])
+    trainer.make_stepper()
+    if fresh:
+        if trainer.train.precision != "float32":
+            trainer.tell("precision", IN_WORDS[trainer.precision])
+        trainer.stepper.begin()
+        recovery.save(trainer)
 
 
 def epoch(trainer: Trainer, stop: Stop, bar: ProgressBar) -> None:
@@ -147,15 +158,33 @@ def accumulate(sums: Tensor, out: Tensor) -> None:
     sums[-1] += finite
 
 
-def interrupt(trainer: Trainer, number: int) -> None:
-    """Write a checkpoint and raise `Interrupted`, after the signal `number` arrived."""
-    recovery.save(trainer)
+def interrupt(trainer: Trainer, number: int, *, moved: bool = True) -> None:
+    """Write a checkpoint, if the fit has `moved` on, and raise `Interrupted`, after the signal `number` arrived.
+
+    Raises:
+        Interrupted: the message says which checkpoint there is.
+        StorageError: no checkpoint could be written.
+        NonFiniteError: none was written, because a weight is not finite.
+    """
+    said, run = f"{signal.Signals(number).name} at step {trainer.state.step}", trainer.files.path
+    if bad := recovery.bad_weights(trainer.pair) if moved else []:
+        recovery.fail(trainer, f"{said}: no checkpoint written: weights not finite ({bad[0]})")
+    problem = None
+    try:
+        if moved:
+            recovery.save(trainer, last=True)
+    except StorageError as error:
+        problem = error
     trainer.status("interrupted")
-    raise Interrupted(
-        f"{signal.Signals(number).name} at step {trainer.state.step}: checkpoint written. Go on with: "
-        f"pvae resume {trainer.files.path}",
-        number,
-    )
+    kept = [path.name for path in checkpoint.newest_first(run / "checkpoints")]
+    first = trainer.files.first_stage() if not kept else None
+    advice = f"Go on with: pvae resume {run if first is None else first.path}"
+    if moved and problem is None:
+        raise Interrupted(f"{said}: checkpoint written. {advice}", number)
+    stands = f"no checkpoint written, {kept[0] if kept else 'none'} stands"
+    if problem is None:
+        raise Interrupted(f"{said}, before a step was taken: {stands}. {advice}", number)
+    raise StorageError(f"{said}: {stands}. {problem} {advice}") from problem
 
 
 # ---------------------------------------------------------------------- the end of an epoch, and of the fit

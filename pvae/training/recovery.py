@@ -37,11 +37,11 @@ def newest(trainer: Trainer) -> checkpoint.Checkpoint | None:
     return checkpoint.latest(trainer.files.path / "checkpoints", report=lambda line: trainer.tell("fallback", line))
 
 
-def save(trainer: Trainer) -> None:
+def save(trainer: Trainer, *, last: bool = False) -> None:
     """Write a checkpoint of the fit, unless a weight is NaN or infinite.
 
-    A full disk is reported as an event, and the next checkpoint is the next attempt; the last one of a fit must
-    succeed.
+    A full disk is reported as an event, and the next checkpoint is the next attempt; the last one of a process must
+    succeed, after some attempts.
 
     Raises:
         StorageError: the last checkpoint cannot be written.
@@ -59,7 +59,7 @@ def save(trainer: Trainer) -> None:
     if trainer.state.step:
         tensors["progress"] = {"sums": trainer.sums, **trainer.gathered}
     state = {k: v for k, v in asdict(trainer.state).items() if v != -math.inf} | {"select": select}
-    last = trainer.state.stopped or trainer.state.epoch >= trainer.train.epochs
+    last = last or trainer.state.stopped or trainer.state.epoch >= trainer.train.epochs
     for wait in (*RETRY_SECONDS, None) if last else (None,):
         try:
             checkpoint.write(trainer.files.path / "checkpoints", trainer.state.step, tensors, state)

@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,8 @@ from pvae.experiment.plan import Plan
 from pvae.nn.precision import resolved
 from pvae.objectives.elbo import TraceELBO
 from pvae.pair.pair import Pair
-from pvae.runs import checkpoint
+from pvae.runs import checkpoint, find
 from pvae.runs.export.exporting import exporting, remembered, require
-from pvae.runs.find import slug
 from pvae.runs.run import Run, attended, load_weights
 from pvae.runs.rundir import RunDirectory
 from pvae.training import loop
@@ -152,23 +152,25 @@ def second_stage(run: Run, device: str, progress: bool, *, allow_changes: bool =
     if not isinstance(plan, Experiment) or plan.refit is None:
         return run
     stage = plan.second_stage()
-    paths = sorted((root / slug(stage.name)).glob("*"), reverse=True)
-    children = (Run(RunDirectory(path), data=run.data) for path in paths)
-    child = next((child for child in children if _is_stage(child, run, stage)), None)
-    if child is None:
-        return fit_stage(run, stage, root, device, progress, export=run.files.manifest.get("exports", []))
-    if child.status.get("state") == "finished":
-        return child
-    return resume(child, device=device, progress=progress, allow_changes=allow_changes)
+    child = _stage_run(run, stage)
+    if child is None or child.status.get("state") != "finished":
+        with run.files.held():  # the work belongs to one process, which looks again now that it is alone
+            child = _stage_run(run, stage)
+            if child is None:
+                child = fit_stage(run, stage, root, device, progress, export=run.files.manifest.get("exports", []))
+            elif child.status.get("state") != "finished":
+                child = resume(child, device=device, progress=progress, allow_changes=allow_changes)
+    return child
 
 
-def _is_stage(child: Run, run: Run, stage: Experiment) -> bool:
-    """Return True if `child` is the second stage `stage` of `run` and has a readable checkpoint."""
-    try:
-        same = child.files.manifest.get("parent") == parent_of(run) and child.experiment.latents == stage.latents
-        return same and bool(child.checkpoint)
-    except (DataError, DeclarationError, CheckpointError):
-        return False
+def _stage_run(run: Run, stage: Experiment) -> Run | None:
+    """Return the newest second stage `stage` of `run` that has a readable checkpoint, found beside it; else None."""
+    wanted = run.files.id, run.status.get("epoch")
+    for child in (Run(RunDirectory(path), data=run.data) for path in find.beside(run.path)):
+        with suppress(DataError, DeclarationError, CheckpointError):
+            if child.files.parent == wanted and child.experiment.latents == stage.latents and child.checkpoint:
+                return child
+    return None
 
 
 def precision_of(run: Run, plan: Plan, device: torch.device) -> str:
@@ -299,4 +301,4 @@ def fit_stage(
 
 def parent_of(run: Run) -> dict[str, Any]:
     """Return the manifest entry that names the first run of a second stage: `run` (`name/id`) and its last `epoch`."""
-    return {"run": f"{run.path.parent.name}/{run.path.name}", "epoch": run.status.get("epoch")}
+    return {"run": f"{run.path.parent.name}/{run.files.id}", "epoch": run.status.get("epoch")}

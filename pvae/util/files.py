@@ -32,8 +32,9 @@ def raising(kind: type[PvaeError], expected: str, advice: str = "") -> Iterator[
     try:
         yield
     except OSError as problem:
-        found = StorageError if kind is OutputError and problem.errno in _FULL else kind
-        raise found(f"{expected}; got {problem.strerror or problem}. {advice}".rstrip()) from problem
+        if kind is OutputError and problem.errno in _FULL:
+            kind, advice = StorageError, "Make room there and try again."
+        raise kind(f"{expected}; got {problem.strerror or problem}. {advice}".rstrip()) from problem
 
 
 def sync_folder(folder: Path) -> None:

@@ -118,7 +118,7 @@ def test_37_a_run_of_any_name_is_created_listed_and_found(tmp_path: Path, name: 
 
 def test_a_run_id_is_its_start_and_eight_digits(run: RunDirectory) -> None:
     assert re.fullmatch(r"\d{8}T\d{6}Z-[0-9a-f]{8}", run.path.name)
-    assert run.manifest == {"name": "vamp", "id": run.path.name, "started": run.manifest["started"]}
+    assert run.manifest == {"name": "vamp", "id": run.path.name, **{k: run.manifest[k] for k in ("started", "order")}}
     assert abs((datetime.fromisoformat(run.manifest["started"]) - datetime.now(UTC)).total_seconds()) < 60
 
 
@@ -202,9 +202,10 @@ def test_a_manifest_of_other_kinds_is_refused(run: RunDirectory, key: str) -> No
 
 
 def test_the_manifest_keeps_its_identity(run: RunDirectory) -> None:
-    started = run.manifest["started"]
-    run.write_manifest({"seed": 1, "name": "other", "loss": math.inf, "path": Path("x"), "n": np.float32(0.5)})
-    identity = {"name": "vamp", "id": run.path.name, "started": started}
+    identity = run.manifest
+    run.write_manifest(
+        {"seed": 1, "name": "other", "order": 0, "loss": math.inf, "path": Path("x"), "n": np.float32(0.5)}
+    )
     assert run.manifest == {**identity, "seed": 1, "loss": None, "path": "x", "n": 0.5}
 
 
@@ -554,6 +555,21 @@ def test_runs_are_listed_by_start(tmp_path: Path) -> None:
     assert rows[1] == {**place, **figures, "state": "finished", "why": None}
     assert rows[0]["state"] == "created"
     assert list_runs(tmp_path / "missing") == []
+
+
+def test_68_what_was_begun_last_is_the_latest(tmp_path: Path) -> None:
+    """FAULTS 17 and 68: where the clock was ahead once, where a folder was renamed."""
+    ahead = RunDirectory.create(tmp_path, "vae")
+    ahead.path = ahead.path.rename(ahead.path.with_name("20991231T000000Z-00000000"))
+    fields = {**ahead.manifest, "started": "2099-12-31T00:00:00+00:00", "order": 4102358400000}
+    write_atomic(ahead.path / "manifest.json", json.dumps(fields))
+    second = RunDirectory.create(tmp_path, "vae")
+    second.path = second.path.rename(second.path.with_name("zzz-the-best"))
+    last = RunDirectory.create(tmp_path, "vae")
+    assert RunDirectory.open("latest", tmp_path).path == RunDirectory.open("vae", tmp_path).path == last.path
+    assert [row["path"] for row in list_runs(tmp_path)] == [str(run.path) for run in (ahead, second, last)]
+    last.write_manifest({"order": 1})
+    assert last.manifest["order"] > second.manifest["order"] > fields["order"]
 
 
 def test_seconds_run_from_the_owner_to_its_last_sign_of_life(run: RunDirectory) -> None:

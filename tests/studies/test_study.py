@@ -16,7 +16,6 @@ from typing import IO, Any
 import pytest
 import tomli_w
 import torch
-from filelock import FileLock
 from rich.console import Console
 
 import pvae
@@ -29,7 +28,7 @@ from pvae.runs.rundir import RunDirectory
 from pvae.studies.cases import Case, Declared
 from pvae.studies.runner import Runner, Task, tasks_of, work
 from pvae.studies.shelf import Shelf, standing
-from pvae.studies.study import Board, states, study
+from pvae.studies.study import Board, states, study, told
 from pvae.studies.sweep import Measure, names
 from tests.cli_runner import run_cli
 from tests.runs_shared import assert_same, fit, signalled_at
@@ -245,7 +244,7 @@ class InProcess:
         stdin.seek(0)
         self.job = json.load(stdin)
         self.stderr = stderr
-        self.pid, self.looks, self.code = -1, 0, 0
+        self.pid, self.looks, self.code = os.getpid(), 0, 0
         self.started.append(self.job)
 
     def poll(self) -> int | None:
@@ -431,12 +430,47 @@ def test_a_run_folder_that_cannot_be_made_fails_the_case(tmp_path, started):
     assert not started
 
 
-def test_a_case_claimed_elsewhere_is_left_alone(tmp_path, started):
+def test_a_case_belongs_to_its_worker_until_that_is_dead(tmp_path, started):
+    """FAULTS 16 and 48: not to the study that started it, which may be dead before."""
     one = runner(write(tmp_path, {}), tmp_path / "runs")
     claim = one._claim(one.tasks[0])
-    assert isinstance(claim, FileLock)
-    assert runner(tmp_path / "tiny.toml", tmp_path / "runs")._claim(one.tasks[0]) is None
-    claim.release()
+    assert claim is not None
+    with subprocess.Popen([sys.executable, "-S", "-c", "input()"], stdin=subprocess.PIPE) as worker:
+        claim.hand_over(worker.pid)
+        other = runner(tmp_path / "tiny.toml", tmp_path / "runs")
+        other._look()
+        assert [task.state for task in other.tasks] == ["held"]
+        assert f"held by process {worker.pid} " in told(other.tasks[0])
+        worker.kill()
+    assert not started
+    other.tasks[0].looked = -1e9
+    other._look()
+    assert [job["kind"] for job in started] == ["fit"]
+    assert json.loads(claim.path.read_text())["pid"] == os.getpid()  # that of its worker, here
+    other._end_all()
+    assert not claim.path.exists()
+
+
+@pytest.mark.slow
+def test_a_study_whose_parent_was_killed_goes_on(tmp_path):
+    """FAULTS 48: the worker writes a checkpoint and ends; nothing is done twice, nothing lost, bit for bit."""
+    train = {"epochs": 600, "engine": "eager", "checkpoint_seconds": 1000}
+    file, root = write(tmp_path, {}, train=train), tmp_path / "runs"
+    whole = fit(Declared.load(file).cases[0].experiment, tmp_path / "whole")
+    command = [sys.executable, "-m", "pvae", "study", str(file), "--run-dir", str(root), "--device", "cpu"]
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as killed:
+        while not list(root.glob("tiny/*/metrics.jsonl")):
+            assert killed.poll() is None
+            time.sleep(0.02)
+        killed.kill()
+    done = subprocess.run(command, stderr=subprocess.PIPE, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "tiny, seed 0: resume" in done.stderr
+    (folder,) = root.glob("tiny/*")
+    run = Run.load(folder)
+    epochs = [row["epoch"] for row in run.files.metrics_rows() if row["split"] == "train"]
+    assert epochs == list(range(1, 601))
+    assert_same(whole, run)
 
 
 def test_processes_of_a_study_end_with_it(tmp_path):
@@ -458,7 +492,9 @@ def test_processes_of_a_study_end_with_it(tmp_path):
     finally:
         child.kill()
     assert child.returncode == 130
-    assert f"0 of 1 cases are finished; those under way wrote checkpoints. Go on with: pvae study {file}" in err
+    assert (
+        f"0 of 1 cases are finished; those under way go on from their last checkpoints with: pvae study {file}" in err
+    )
     assert "Traceback" not in err
     left = Run.load("tiny", root=root)
     assert left.status["state"] == "interrupted"

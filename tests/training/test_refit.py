@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import os
 from typing import Any
 
 import pytest
@@ -14,10 +15,11 @@ from torch import Tensor
 
 import pvae
 from pvae.analysis import gain, sample, surgery
-from pvae.errors import CheckpointError, DataError, DeclarationError, Interrupted
+from pvae.errors import BusyError, CheckpointError, DataError, DeclarationError, Interrupted
 from pvae.experiment.experiment import Experiment
 from pvae.runs.run import Run
 from pvae.training import loop
+from pvae.training import resume as resumption
 from pvae.training.evaluation import evaluate
 from pvae.training.trainer import Trainer
 from tests.cli_runner import run_cli
@@ -215,6 +217,44 @@ def test_a_second_stage_that_left_no_weights_is_fitted_anew(tmp_path, monkeypatc
     done = resume("small", root=tmp_path)
     assert done.path != orphan
     assert_same(part(Run.load("small", root=tmp_path), "guide."), part(done, "guide."))
+
+
+def test_stages_find_each_other_wherever_they_were_moved(tmp_path, monkeypatch):
+    """FAULTS 51: by id, from any folder; where one is not there the finished work does not fail."""
+    second = fit(declared(**STAGES), tmp_path / "runs")
+    first = Run.load("small", root=tmp_path / "runs")
+    moved = tmp_path / "other"
+    moved.mkdir()
+    monkeypatch.chdir(moved)
+    for run, name in ((first, "my best"), (second, "its prior")):
+        run.path.rename(moved / name)
+    longer = ["resume", "its prior", "--allow-changes", "--device", "cpu", "--quiet"]
+    for given in (["resume", "my best", *longer[3:]], [*longer, "train.epochs=3"]):
+        assert "prior fitted anew" in run_cli(*given)[0]
+    assert resume(moved / "my best").path == moved / "its prior"
+    assert len(list(tmp_path.rglob("manifest.json"))) == 2 + len(list(tmp_path.rglob("checkpoints/*/manifest.json")))
+    (tmp_path / "far" / "away").mkdir(parents=True)
+    (moved / "my best").rename(tmp_path / "far" / "away" / "first")
+    out, err = run_cli(*longer, "train.epochs=4")
+    assert "no comparison with the first stage" in err
+    assert f"expected its first stage small/{first.path.name} beside it; got none" in err
+    assert "epoch 4 of 4" in out
+
+
+def test_one_process_makes_the_second_stage(tmp_path, monkeypatch):
+    """FAULTS 52: the others are told who does, before there is a run of it, and find it afterwards."""
+    make, others = resumption.fit_stage, []
+
+    def meanwhile(run: Run, *arguments: Any, **named: Any) -> Run:
+        with pytest.raises(BusyError, match=f"held by process {os.getpid()} "):
+            resume("small", root=tmp_path)
+        others.append(run)
+        return make(run, *arguments, **named)
+
+    monkeypatch.setattr(resumption, "fit_stage", meanwhile)
+    second = fit(declared(**STAGES), tmp_path)
+    assert resume("small", root=tmp_path).path == second.path
+    assert len(others) == len(list((tmp_path / "small_refit").iterdir())) == 1
 
 
 def test_a_first_stage_trained_longer_gets_a_new_second_stage(tmp_path):

@@ -21,7 +21,7 @@ from pvae.analysis.pages.document.blocks import PageSection, PageTable, Picture,
 from pvae.analysis.pages.document.text import csv_of, html_cell, legible, rich_of
 from pvae.errors import DataError, OutputError
 from pvae.runs.find import is_abandoned, leftovers
-from pvae.util.files import make_folder, plain, pretty, read_object, remove, write_together
+from pvae.util.files import make_folder, plain, pretty, raising, read_object, remove, write_together
 from pvae.util.progress import StageProgress, silent
 
 PAGE, NUMBERS, TABLES, PICTURES, FILES = "index.html", "report.json", "tables", "figures", "files"
@@ -137,10 +137,8 @@ def claim(folder: Path) -> set[str]:
         DataError: the folder holds an `index.html` or `report.json` that pvae did not write.
         OutputError: the folder cannot be created.
     """
-    try:
+    with raising(OutputError, f"{folder}: expected a folder"):
         folder.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as problem:
-        raise OutputError(f"{folder}: expected a folder; got {problem.strerror}.") from problem
     make_folder(folder)
     if not any((folder / name).exists() for name in (PAGE, NUMBERS)):
         return set()
