@@ -17,7 +17,7 @@ EXIT_CODES: Mapping[int, str] = {
     75: "another process holds the run",
     130: "SIGINT",
     141: "nobody reads the output any more (SIGPIPE)",
-    143: "SIGTERM; a fit has written a checkpoint",
+    143: "SIGTERM; a fit says which checkpoint stands",
 }
 """Exit codes of the command line and their meanings."""
 
@@ -106,7 +106,7 @@ class NonFiniteError(PvaeError):
 
 
 class Interrupted(PvaeError):
-    """A signal stopped the fit after a checkpoint; ``exit_code`` is 128 + signal."""
+    """A signal stopped the fit; the message says which checkpoint stands, ``exit_code`` is 128 + signal."""
 
     def __init__(self, message: str, signal_number: int) -> None:
         super().__init__(message)

@@ -70,37 +70,33 @@ def refit(
     """Freeze a run and fit another prior to its aggregated posterior, say latents.z.prior.kind=realnvp."""
     opened = shared.open(run)
     child = pvae.refit(opened, *(overrides or ()), run_dir=shared.run_dir, **shared.fitting())
-    _tell_gain(shared, opened, child, rows, samples)
+    _compare(shared, opened, child, rows, samples)
     _require_no_alerts(shared, child)
 
 
-def _tell_gain(shared: Shared, parent: Run | None, child: Run, rows: int | None = None, samples: int = 1) -> None:
-    """Print the summary of a second stage and what it gained; work that is finished does not fail here."""
-    record, shown = {}, []
+def _compare(shared: Shared, parent: Run | None, child: Run, rows: int | None = None, samples: int = 1) -> None:
+    """Print ELBO surgeries before and after a second stage, on train and test, and write them to the new run.
+
+    Where that cannot be done the reason is printed: the second stage itself is finished.
+    """
+    found, record = {}, {}
     try:
         if parent is None:
             raise DataError(f"{child.path}: expected its first stage {_parent(child)} beside it; got none.")
-        record, shown = _compare(shared, parent, child, rows, samples)
+        with ProgressBar(4, "surgery", show=not shared.quiet) as bar:
+            for i, split in enumerate(("train", "test")):
+                _, x, _ = rows_of(child, split, rows, 0)
+                found[split] = pvae.analysis.gain(
+                    parent.pair, child.pair, x, samples, seen=split == "train",
+                    on_progress=lambda done, _, i=i: bar.update(2 * i + done, ""),  # type: ignore[misc]
+                )  # fmt: skip
+        splits = {split: gained.to_dict() for split, gained in found.items()}
+        record = {"run": str(child.path), "parent": str(parent.path), "splits": splits}
+        write_atomic(child.files.analysis / "refit.json", pretty(record))
     except PvaeError as error:
         tell(f"no comparison with the first stage: {error}", err=True)
+    shown = [part for split, result in found.items() for part in (f"\n{split}:", result)]
     shared.answer({**_facts(child), **record}, _summary(child), *shown)
-
-
-def _compare(
-    shared: Shared, parent: Run, child: Run, rows: int | None, samples: int
-) -> tuple[dict[str, Any], list[Any]]:
-    """Return ELBO surgeries before and after a second stage on train and test, also written to the new run."""
-    found = {}
-    with ProgressBar(4, "surgery", show=not shared.quiet) as bar:
-        for i, split in enumerate(("train", "test")):
-            _, x, _ = rows_of(child, split, rows, 0)
-            found[split] = pvae.analysis.gain(
-                parent.pair, child.pair, x, samples, seen=split == "train",
-                on_progress=lambda done, _, i=i: bar.update(2 * i + done, ""),  # type: ignore[misc]
-            )  # fmt: skip
-    record = {"run": str(child.path), "parent": str(parent.path), "splits": {k: v.to_dict() for k, v in found.items()}}
-    write_atomic(child.files.analysis / "refit.json", pretty(record))
-    return record, [part for split, result in found.items() for part in (f"\n{split}:", result)]
 
 
 def _finish(shared: Shared, run: Run) -> None:
@@ -108,7 +104,7 @@ def _finish(shared: Shared, run: Run) -> None:
     if _parent(run):
         first = run.files.first_stage()
         parent = None if first is None else shared.open(str(first.path))
-        _tell_gain(shared, parent, run)
+        _compare(shared, parent, run)
         if parent is not None:
             _require_no_alerts(shared, parent)
     else:

@@ -214,9 +214,9 @@ def latest(folder: Path, *, report: Callable[[str], None] = _LOG.warning) -> Che
     them, because silently starting anew would lose the run. A folder that a fit changes meanwhile is listed again.
     """
     for _ in range(100):
-        listed = _identities(folder)
-        found, refused = _first_sound(listed)
-        if not refused or listed == _identities(folder):
+        before = _entries(folder)
+        found, refused = _first_sound(newest_first(folder))
+        if not refused or before == _entries(folder):
             break
     for path, problem in refused.items():
         report(f"checkpoint {path.name} refused: {problem}; falling back to the one before")
@@ -238,14 +238,11 @@ def _first_sound(paths: Iterable[Path]) -> tuple[Checkpoint | None, dict[Path, C
     return None, refused
 
 
-def _identities(folder: Path) -> dict[Path, int]:
-    """Return the inode of every checkpoint by its path, highest step first; 0 for one that is gone."""
-    found = {}
-    for path in newest_first(folder):
-        found[path] = 0
-        with suppress(OSError):
-            found[path] = path.lstat().st_ino
-    return found
+def _entries(folder: Path) -> set[tuple[str, int]]:
+    """Return name and inode of all that a folder holds."""
+    with suppress(OSError), os.scandir(folder) as entries:
+        return {(entry.name, entry.inode()) for entry in entries}
+    return set()
 
 
 def newest_first(folder: Path) -> list[Path]:

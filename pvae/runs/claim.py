@@ -52,33 +52,27 @@ class Claim:
         with files.raising(DataError, f"{self.path}: expected a plain file"):
             files.require_plain_target(self.path)
         own = {**this_process(), "since": utc_now(), "token": os.urandom(8).hex()}
-        with files.raising(OutputError, f"{self.path}: expected a file to claim"):
-            while not self.own:
+        temporary = files.temporary_for(self.path)
+        while not self.own:
+            with files.raising(OutputError, f"{self.path}: expected a file to claim"), _alone(self.path.parent):
+                there = os.path.lexists(self.path)
                 if found := self.holder():
                     raise busy(self.path.parent, self.what, found, f" If it is gone, remove {self.path}.")
-                with _alone(self.path.parent):
-                    if os.path.lexists(self.path) and not self.holder():
-                        self.path.unlink()
-                    self.own = own if self._made(json.dumps(own).encode()) else {}
-
-    def _made(self, content: bytes) -> bool:
-        """Create the file at once with its content; return False if there is one."""
-        temporary = files.temporary_for(self.path)
-        try:
-            files.write_new(temporary, content, durable=False)
-            os.link(temporary, self.path)
-        except FileExistsError:
-            return False
-        except OSError as problem:
-            if problem.errno not in NO_LINKS:
-                raise
-            with suppress(FileExistsError):
-                files.write_new(self.path, content, durable=False)
-                return True
-            return False
-        finally:
-            temporary.unlink(missing_ok=True)
-        return True
+                if there:
+                    self.path.unlink(missing_ok=True)
+                try:
+                    files.write_new(temporary, json.dumps(own).encode(), durable=False)
+                    os.link(temporary, self.path)
+                    self.own = own
+                except FileExistsError:  # another host was quicker
+                    continue
+                except OSError as problem:
+                    if problem.errno not in NO_LINKS:
+                        raise
+                    os.rename(temporary, self.path)
+                    self.own = own
+                finally:
+                    temporary.unlink(missing_ok=True)
 
     def hand_over(self, pid: int) -> None:
         """Pass the claim on to another process of this host, such as a child; `release` still ends it."""

@@ -92,7 +92,7 @@ class RunDirectory:
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Hold the run's lock in the context and record this process in the status, as a fit does.
+        """Claim the run in the context and record this process in the status, as a fit does.
 
         At the end a state that is still ``running`` becomes ``failed`` or ``interrupted``. Raises BusyError, with pid
         and host, if another process holds the lock.

@@ -6,10 +6,9 @@ import os
 import signal
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from subprocess import DEVNULL, Popen
@@ -26,6 +25,7 @@ from pvae.studies.cases import Case
 from pvae.studies.shelf import Shelf, standing
 from pvae.studies.sweep import SECOND, Measure
 from pvae.util import files
+from pvae.util.signals import Answer
 
 ENTRY = "study-work"
 """Name of the `pvae` command that a child process runs; it reads its job as JSON from standard input."""
@@ -106,15 +106,13 @@ class Runner:
     measure: Measure
     on_change: Callable[[Sequence[Task]], None]
     origin: str
-    signal: int | None = field(default=None, init=False)
-    """Number of the signal that was received, None before one is."""
 
     def __post_init__(self) -> None:
-        self.shelf = Shelf(self.root)
+        self.shelf, self.answer = Shelf(self.root), _Forward(self._pass_on)
 
     def run(self) -> None:
         """Run until every task is finished, failed or stopped; raises Interrupted after a signal."""
-        with self._signals():
+        with self.answer:
             try:
                 while any(task.state not in DONE for task in self.tasks):
                     self._look()
@@ -122,22 +120,22 @@ class Runner:
                     time.sleep(POLL_SECONDS)
             finally:
                 self._end_all()
-        if self.signal is not None:
+        if (number := self.answer.signal) is not None:
             done = sum(task.state in ("finished", "found") for task in self.tasks)
             failed = "".join(f"\n{task.case.title}: {task.error}" for task in self.tasks if task.state == "failed")
             message = (
-                f"{signal.Signals(self.signal).name}: {done} of {len(self.tasks)} cases are finished; those under way "
+                f"{signal.Signals(number).name}: {done} of {len(self.tasks)} cases are finished; those under way "
                 f"go on from their last checkpoints with: pvae study {self.origin}{failed}"
             )
             full = any(task.code == StorageError.exit_code for task in self.tasks)
-            raise StorageError(message) if full else Interrupted(message, self.signal)
+            raise StorageError(message) if full else Interrupted(message, number)
 
     def _look(self) -> None:
         for task in self.tasks:
             if task.process is not None and task.process.poll() is not None:
                 self._ended(task)
         for task in self.tasks:
-            if self.signal is not None and task.state in ("waiting", "held"):
+            if self.answer.signal is not None and task.state in ("waiting", "held"):
                 task.state = "stopped"
             free = sum(other.process is not None for other in self.tasks) < self.jobs
             due = time.monotonic() - task.looked > (LOOK_SECONDS if task.state == "held" else 0)
@@ -155,8 +153,7 @@ class Runner:
             if job is None:
                 task.state = "held" if task.state != "found" else task.state
             else:
-                assert task.claim is not None  # noqa: S101 - there is a job
-                self._start(task, {**job, "claim": str(task.claim.path.resolve()), "parent": os.getpid()}, task.claim)
+                self._start(task, job)
         except (DataError, StorageError) as problem:
             task.state, task.error = "failed", str(problem).splitlines()[0]
         finally:
@@ -227,13 +224,15 @@ class Runner:
             "measure": self.measure.model_dump(exclude_none=True),
         }
 
-    def _start(self, task: Task, job: Mapping[str, Any], claim: Claim) -> None:
+    def _start(self, task: Task, job: Mapping[str, Any]) -> None:
+        assert task.claim is not None  # noqa: S101 - there is a job
         threads = str(job["threads"])
         environment = {**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "PYTHONSAFEPATH": "1"}
         command = [sys.executable, "-m", "pvae", *(f"--import={name}" for name in IMPORTED), ENTRY]
         task.told = tempfile.TemporaryFile()
         with tempfile.TemporaryFile() as written:
-            written.write(json.dumps(job).encode())
+            claim = str(task.claim.path.resolve())
+            written.write(json.dumps({**job, "claim": claim, "parent": os.getpid()}).encode())
             written.seek(0)
             # A session of its own: a terminal's Ctrl-C reaches this process alone, which passes it on once.
             task.process = Popen(
@@ -242,7 +241,7 @@ class Runner:
             )  # fmt: skip
         task.state, task.doing, task.error = "running", str(job["kind"]), ""
         try:
-            claim.hand_over(task.process.pid)  # it waits for that
+            task.claim.hand_over(task.process.pid)  # it waits for that
         except StorageError as problem:
             task.told.write(str(problem).encode())
             task.process.kill()
@@ -254,7 +253,7 @@ class Runner:
         task.code = code = process.wait()
         if code == 0:
             task.state = "finished"
-        elif self.signal is not None and code in STOPPED:
+        elif self.answer.signal is not None and code in STOPPED:
             task.state = "stopped"
         elif code == BusyError.exit_code:
             task.state = "held"
@@ -281,21 +280,20 @@ class Runner:
             if task.process is not None:
                 task.process.send_signal(number)
 
-    @contextmanager
-    def _signals(self) -> Iterator[None]:
-        """Forward signals to the child processes: the first lets them write checkpoints, a second ends them at once."""
-        old: dict[int, Any] = {}
-        if threading.current_thread() is threading.main_thread():
-            old = {int(n): signal.signal(n, self._note) for n in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in old.items():
-                signal.signal(number, handler)
+
+class _Forward(Answer):
+    """Context that forwards signals: the first lets the child processes write checkpoints, a second ends them at once.
+
+    `send` passes a signal on to all of them.
+    """
+
+    def __init__(self, send: Callable[[int], None]) -> None:
+        super().__init__()
+        self.send = send
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
         self.signal = number
-        self._pass_on(number)
+        self.send(number)
 
 
 def _last_line(told: IO[bytes]) -> str:

@@ -186,7 +186,8 @@ def study(
 
     Raises:
         DeclarationError: the study is wrong; every problem of every case, before anything runs.
-        Interrupted: a signal arrived; running processes wrote checkpoints. The same call continues the study.
+        Interrupted: a signal arrived; processes ended after checkpoints. The same call continues the study.
+        StorageError: as Interrupted, but a process could not write its checkpoint.
 
     Example:
         A study of one case, whose run and figures exist already, so that no process starts:

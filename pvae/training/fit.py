@@ -74,7 +74,7 @@ def fit(
         DataError: data are missing, broken, or outside the likelihood's support.
         NonFiniteError: the loss became NaN or infinite and the policy is "stop".
         DeviceError: memory ran out, or the device was lost; a checkpoint was written if it could be.
-        Interrupted: a signal arrived; a checkpoint was written.
+        Interrupted: a signal arrived; the message says which checkpoint stands.
 
     Example:
         >>> from tempfile import TemporaryDirectory

@@ -62,7 +62,7 @@ def train(trainer: Trainer) -> None:
     Raises:
         NonFiniteError: the loss or the weights are not finite, and the policy is to stop.
         DeviceError: memory ran out, or the device was lost.
-        Interrupted: a signal arrived; a checkpoint was written.
+        Interrupted: a signal arrived; the message says which checkpoint stands.
     """
     state, epochs = trainer.state, trainer.train.epochs
     devices = [trainer.device] if trainer.device.type == "cuda" else []
@@ -167,6 +167,7 @@ def interrupt(trainer: Trainer, number: int, *, moved: bool = True) -> None:
         NonFiniteError: none was written, because a weight is not finite.
     """
     said, run = f"{signal.Signals(number).name} at step {trainer.state.step}", trainer.files.path
+    said += "" if moved else ", before a step was taken"
     if bad := recovery.bad_weights(trainer.pair) if moved else []:
         recovery.fail(trainer, f"{said}: no checkpoint written: weights not finite ({bad[0]})")
     problem = None
@@ -176,15 +177,13 @@ def interrupt(trainer: Trainer, number: int, *, moved: bool = True) -> None:
     except StorageError as error:
         problem = error
     trainer.status("interrupted")
-    kept = [path.name for path in checkpoint.newest_first(run / "checkpoints")]
-    first = trainer.files.first_stage() if not kept else None
-    advice = f"Go on with: pvae resume {run if first is None else first.path}"
-    if moved and problem is None:
-        raise Interrupted(f"{said}: checkpoint written. {advice}", number)
-    stands = f"no checkpoint written, {kept[0] if kept else 'none'} stands"
-    if problem is None:
-        raise Interrupted(f"{said}, before a step was taken: {stands}. {advice}", number)
-    raise StorageError(f"{said}: {stands}. {problem} {advice}") from problem
+    kept = next((path.name for path in checkpoint.newest_first(run / "checkpoints")), None)
+    first = trainer.files.first_stage() if kept is None else None
+    written = "checkpoint written" if moved and problem is None else f"no checkpoint written, {kept or 'none'} stands"
+    message = f"{said}: {written}. Go on with: pvae resume {run if first is None else first.path}"
+    if problem is not None:
+        raise StorageError(f"{message}\n{problem}") from problem
+    raise Interrupted(message, number)
 
 
 # ---------------------------------------------------------------------- the end of an epoch, and of the fit

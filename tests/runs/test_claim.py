@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 from collections.abc import Callable
@@ -38,15 +39,22 @@ def lasting(path: Path) -> int:
     return 0
 
 
-@pytest.mark.parametrize("links", [True, False])
-@pytest.mark.parametrize("there", [None, "", "{", '{"host": 5}', "dead"])
+@pytest.mark.parametrize(
+    ("there", "lacking"),
+    [
+        *((there, None) for there in (None, "", "{", '{"host": 5}', "dead")),
+        ("dead", "links"),
+        (None, "links"),
+        (None, "locks"),
+    ],
+)
 def test_one_process_of_many_gets_the_claim(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, there: str | None, links: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, there: str | None, lacking: str | None
 ) -> None:
     """FAULTS 16, 52 and 53: also over an empty file of earlier versions, garbage, and the claim of a dead process."""
 
     def refused(*_: object) -> None:
-        raise OSError(errno.EPERM, "no links on this file system")
+        raise OSError(errno.EPERM, "not on this file system")
 
     path = tmp_path / ".lock"
     if there == "dead":
@@ -54,8 +62,8 @@ def test_one_process_of_many_gets_the_claim(
         assert json.loads(path.read_text())["pid"]
     elif there is not None:
         path.write_text(there)
-    if not links:
-        monkeypatch.setattr(os, "link", refused)
+    if lacking is not None:
+        monkeypatch.setattr(*((os, "link") if lacking == "links" else (fcntl, "flock")), refused)
     (start, go), (heard, told), (hold, end) = os.pipe(), os.pipe(), os.pipe()
 
     def one() -> int:
