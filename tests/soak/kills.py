@@ -1,10 +1,13 @@
-"""Kill a fit at random moments, resume it, and compare: its last weights must be the uninterrupted fit's, bit for bit.
+"""Kill commands at random moments, take the work up again, and compare with what nobody interrupted.
 
-    python tests/soak/kills.py --kills 500 --log kills.json
+    python -m tests.soak.kills --kills 500 --log kills.json
 
-A parent that has imported everything once forks a child for every attempt, so that an attempt costs milliseconds. The
-child fits, or resumes what an earlier one left; the parent kills it, four times in five by SIGKILL, else by SIGTERM.
-Every round of kills ends with a child that is left alone; then weights, averages, optimiser and metrics are compared.
+A parent that has imported everything once forks a child for every attempt, so that an attempt costs milliseconds; the
+child runs one command line, and gets SIGKILL, SIGTERM or SIGINT. Signals of the first moments go to processes of their
+own, with their imports. Every round of kills ends with commands that are left alone and with `pvae clean`; then weights,
+averages, optimisers and metrics are those of the uninterrupted work, bit for bit, no run is there twice, `pvae verify`
+finds nothing, and what stands in exports and pages is whole. The log is written after every round, and a second call
+with the same log goes on from there.
 """
 
 from __future__ import annotations
@@ -14,121 +17,283 @@ import json
 import mmap
 import os
 import random
+import re
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
-import traceback
-from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-import pvae
-from pvae.data import load
-from pvae.errors import Interrupted
-from pvae.experiment.experiment import Experiment
+from pvae import cli
 from pvae.runs import checkpoint
-from pvae.training import loop
+from pvae.training import loop, recovery
 from pvae.training.trainer import Trainer
+from pvae.util.files import pretty, write_atomic
 
-BEFORE, RESUMING = "before the first checkpoint", "while resuming"
-PHASES = (RESUMING, "in the middle of an epoch", "in the write of a checkpoint", "after the end")
-START, STEP, WRITE, END = range(4)
-MOMENTS = ((START, 0.25), (STEP, 0.1), (STEP, 0.1), (WRITE, 0.01))
-"""When a child is killed, one of these at even odds: the phase waited for, and the most seconds into it."""
-ROUND = 15
-"""Kills of a round, after which a child is left alone; the first two come while it starts."""
-TERM = 0.2
-"""Share of kills that are SIGTERM."""
-DECLARED: dict[str, Any] = {
-    "name": "soak",
-    "data": {"source": "digits", "binarize": "dynamic"},
-    "latents": {"z": {"dim": 3}},
-    "encoder": {"network": {"kind": "mlp", "hidden": [32]}},
-    "decoder": {"network": {"kind": "mlp", "hidden": [32]}},
-    "train": {"epochs": 30, "batch_size": 96, "engine": "eager", "average": 0.9, "schedule": {"kind": "cosine"}},
-}
+PHASES = ("before the command", "in the command", "in the middle of an epoch", "in a write", "after the end")
+START, BEGUN, STEP, WRITE, END = range(5)
+MOST = {STEP: 0.1, WRITE: 0.01}
+"""Most seconds from the start of a phase to the signal; `BEGUN` lasts as long as the command does uninterrupted."""
+SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
+CODES = {signal.SIGKILL: -9, signal.SIGTERM: 143, signal.SIGINT: 130}
+HANG = 120.0
+"""Seconds after which a child that goes on hangs."""
 EVERY = (0.05, 0.0, 0.2)
 """Least seconds between two checkpoints, round by round: with 0 every step writes one."""
+BAD_STEPS = (31, 77)
+"""Steps whose loss is not finite, each before as many rollbacks as there are steps before it in this tuple."""
+TINY = """\
+name = "tiny"
+[data]
+source = "digits"
+binarize = "dynamic"
+splits = {train = [0, 576], validation = [1000, 1050], test = [1350, 1390]}
+[latents.z]
+dim = 3
+[encoder.network]
+kind = "mlp"
+hidden = [32]
+[decoder.network]
+kind = "mlp"
+hidden = [32]
+[train]
+epochs = EPOCHS
+batch_size = 96
+engine = "eager"
+average = 0.9
+nonfinite = "rollback"
+checkpoint_seconds = SECONDS
+schedule = {kind = "cosine"}
+"""
+SECOND = """
+[refit.priors.z]
+kind = "mixture"
+components = 3
+[refit.train]
+epochs = 12
+"""
+SWEEP = """
+[sweep]
+seeds = [0, 1]
+[sweep.measure]
+evidence = 2
+rows = 20
+[[sweep.refits]]
+label = "mixture"
+overrides = {latents = {z = {prior = {kind = "mixture", components = 3}}}, train = {epochs = 6}}
+"""
+
+Snapshot = dict[str, Any]
+
+
+# ---------------------------------------------------------------------- kinds of work
+
+
+@dataclass(frozen=True)
+class Work:
+    """A kind of work: how it is declared, and the next command in its folder, in which earlier ones may have died.
+
+    Arguments:
+        declared: the declaration, with places for name, epochs and seconds between checkpoints.
+        command: the next command line there, at random where there are several.
+        share: its part of all kills.
+        kills: of a round.
+        last: command lines that end a round, each left alone.
+    """
+
+    declared: str
+    command: Callable[[Path, random.Random], list[str]]
+    share: float
+    kills: int
+    last: tuple[tuple[str, ...], ...] = ()
+    epochs: int = 30
+    prepared: bool = False
+    """True if it works on a finished run, which stands there from the start."""
+    injected: bool = False
+    """True if some steps are not finite."""
+
+
+def fitted(here: Path, _chance: random.Random) -> list[str]:
+    """Resume the first stage that began, which goes on to its second; fit anew if none began."""
+    begun = [run for run in runs_in(here) if run.parent.name == "tiny" and '"engine"' in text_of(run / "manifest.json")]
+    if begun:
+        return ["resume", str(begun[-1]), "--device=cpu", "--quiet"]
+    return ["fit", "tiny.toml", "--device=cpu", "--quiet"]
+
+
+def refitted(here: Path, _chance: random.Random) -> list[str]:
+    """Fit a second stage by hand, or resume the one that began."""
+    begun = [
+        run
+        for run in runs_in(here)
+        if run.parent.name.endswith("_refit") and checkpoint.newest_first(run / "checkpoints")
+    ]
+    if begun:
+        return ["resume", str(begun[-1]), "--device=cpu", "--quiet"]
+    prior = "latents.z.prior={kind='mixture', components=3}"
+    return ["refit", "tiny", prior, "train.epochs=12", "--rows=50", "--device=cpu", "--quiet"]
+
+
+MAKING = (
+    ("report", "tiny", "--evidence-samples=2", "--gap-steps=0", "--figures"),
+    ("posterior", "tiny", "--draws=4", "--rows=40"),
+    ("sample", "tiny", "-n", "9"),
+    ("export", "tiny", "tensorboard"),
+    ("export", "tiny", "mlflow"),
+    ("compare", "tiny", "other", "--evidence-samples=2", "--out=page"),
+)
+"""Commands that write reports, exports, figures and pages from finished runs."""
+STUDY = ("study", "tiny.toml", "--device=cpu", "--jobs=2", "--out=page", "--quiet")
+WORKS: Mapping[str, Work] = {
+    "fit": Work(TINY, fitted, 0.28, 15),
+    "rollback": Work(TINY, fitted, 0.14, 10, injected=True),
+    "second stage": Work(TINY + SECOND, fitted, 0.16, 10, epochs=8),
+    "refit": Work(TINY, refitted, 0.08, 8, epochs=3, prepared=True),
+    "pages and exports": Work(TINY, lambda _, chance: list(chance.choice(MAKING)), 0.18, 12, MAKING, 3, prepared=True),
+    "study": Work(TINY + SWEEP, lambda *_: list(STUDY), 0.08, 5, epochs=4),
+}
+EARLY = 0.08
+"""Share of kills that hit a process of its own within its first seconds."""
+EARLY_COMMANDS = (*MAKING, STUDY, ("fit", "tiny.toml", "--quiet"), ("verify", "tiny"), ("runs",), ("clean", "--apply"))
+
+
+def runs_in(here: Path) -> list[Path]:
+    """Folders of runs, the oldest first."""
+    return sorted(here.glob("runs/*/2*"), key=lambda run: run.name)
+
+
+def text_of(path: Path) -> str:
+    """What a file holds; nothing if it is not there."""
+    return path.read_text() if path.is_file() else ""
+
+
+# ---------------------------------------------------------------------- children
 
 
 @dataclass
 class Tally:
-    """What happened so far."""
+    """What happened so far; it is the log."""
 
-    kills: Counter[str] = field(default_factory=Counter)
-    """By phase."""
-    signals: Counter[str] = field(default_factory=Counter)
-    exits: Counter[int] = field(default_factory=Counter)
-    """Of children, as `os.waitstatus_to_exitcode` gives them."""
-    rounds: int = 0
-    strays: int = 0
-    """Temporaries that kills left and the next start swept."""
+    seed: int
+    kills: dict[str, int] = field(default_factory=dict)
+    """By kind of work."""
+    rounds: dict[str, int] = field(default_factory=dict)
+    phases: dict[str, int] = field(default_factory=dict)
+    signals: dict[str, int] = field(default_factory=dict)
+    exits: dict[str, int] = field(default_factory=dict)
+    """Exit codes of killed children, negative if a signal ended them."""
+    seconds: float = 0.0
     problems: list[str] = field(default_factory=list)
 
     @property
     def total(self) -> int:
-        """All kills."""
         return sum(self.kills.values())
 
 
-def watched(phase: mmap.mmap) -> None:
-    """Let a child tell its parent where it is, in one shared byte."""
-    write, step = checkpoint.write, loop.step
+@dataclass
+class Scene:
+    """One folder in which commands run, and one byte by which a child tells where it is."""
 
-    def at_step(trainer: Trainer, index: Tensor) -> bool:
-        phase[0] = STEP
-        return step(trainer, index)
+    phase: mmap.mmap
+    work: Work
+    here: Path
+    problems: list[str] = field(default_factory=list)
+    exported: set[Path] = field(default_factory=set)
+    """Folders in which a whole TensorBoard export has been seen."""
 
-    def told(*arguments: Any, **options: Any) -> Path:
-        phase[0] = WRITE
-        try:
-            return write(*arguments, **options)
-        finally:
-            phase[0] = STEP
-
-    checkpoint.write = told
-    loop.step = at_step
-
-
-def attempt(folder: Path, experiment: Experiment) -> int:
-    """Fit, or go on with what is there; the exit code that the command line would give."""
-    try:
-        begun = [run for run in sorted(folder.glob("*/*")) if b'"engine"' in (run / "manifest.json").read_bytes()]
-        if begun:
-            pvae.resume(begun[-1], device="cpu", progress=False)
-        else:
-            shutil.rmtree(folder, ignore_errors=True)
-            pvae.fit(experiment, run_dir=folder, device="cpu", progress=False)
-    except Interrupted as stopped:
-        return stopped.exit_code
-    except BaseException:
-        traceback.print_exc()
-        return 1
-    return 0
-
-
-def forked(folder: Path, experiment: Experiment, phase: mmap.mmap) -> int:
-    """A child at work; its pid."""
-    phase[0] = START
-    sys.stdout.flush()
-    pid = os.fork()
-    if pid == 0:
+    def start(self, command: list[str]) -> int:
+        """Fork a child that runs a command line in the folder; its pid."""
+        self.phase[0] = START
+        sys.stdout.flush()
+        signal.pthread_sigmask(signal.SIG_BLOCK, CODES)
+        pid = os.fork()
+        if pid:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, CODES)
+            return pid
         code = 1
         try:
-            watched(phase)
-            code = attempt(folder, experiment)
-            phase[0] = END
+            os.chdir(self.here)
+            os.dup2(os.open("errors.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
+            os.dup2(os.open("output.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 1)
+            watched(self.phase, self.work.injected)
+            sys.argv = ["pvae", *command]
+            self.phase[0] = BEGUN
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, CODES)
+            cli.main()
+        except SystemExit as end:
+            code = end.code if isinstance(end.code, int) else 0
+            sys.stdout.flush()
             sys.stderr.flush()
         finally:
+            self.phase[0] = END
             os._exit(code)
-    return pid
+
+    def finish(self, command: list[str], codes: tuple[int, ...] = (0,)) -> None:
+        """Run a command line and leave it alone."""
+        code = waited(self.start(command))
+        self.look(command, code, code in codes)
+
+    def look(self, command: list[str], code: int | None, expected: bool) -> None:
+        """Note an exit code that was not expected, and a traceback."""
+        said = text_of(self.here / "errors.txt")
+        if "Traceback" in said or "unexpected error" in said or not expected:
+            self.problems.append(f"{' '.join(command)[:80]} ended with {code}: {said[-700:]}")
+        if found := re.search(r"at step (\d+): checkpoint written\. Go on with: pvae resume (\S+)", said):
+            saved = checkpoint.newest_first(self.here / found[2] / "checkpoints")
+            if not saved or int(saved[0].name[-8:]) < int(found[1]):
+                self.problems.append(f"a checkpoint of step {found[1]} was told, and {saved[:1]} is there")
+
+    def verify(self) -> None:
+        """Clean as on the next day; then every run is whole and finished, and no process is left."""
+        for path in self.here.rglob("*"):
+            os.utime(path, (path.lstat().st_atime, time.time() - 86_400), follow_symlinks=False)
+        self.finish(["clean", "--apply", "--failed"])
+        for run in runs_in(self.here):
+            self.finish(["verify", str(run), "--strict"])
+        left = [path for path in self.here.rglob("*") if path.name.startswith((".tmp-", ".old-", ".part-"))]
+        self.problems += [f"{path.relative_to(self.here)} is left after clean" for path in left]
+
+
+def watched(phase: mmap.mmap, injected: bool) -> None:
+    """Let this child tell its parent where it is; some of its steps are not finite if `injected`."""
+    step, replace, rename = loop.step, os.replace, os.rename
+
+    def at_step(trainer: Trainer, index: torch.Tensor) -> bool:
+        phase[0] = STEP
+        state = trainer.state
+        if injected and state.rollbacks < len(BAD_STEPS) and state.step == BAD_STEPS[state.rollbacks]:
+            return recovery.failed_step(trainer, f"loss not finite at step {state.step}: injected")
+        return step(trainer, index)
+
+    def at_write(move: Callable[..., None]) -> Callable[..., None]:
+        def moved(*arguments: Any, **options: Any) -> None:
+            phase[0] = WRITE
+            move(*arguments, **options)
+
+        return moved
+
+    loop.step = at_step
+    os.replace, os.rename = at_write(replace), at_write(rename)
+
+
+def waited(pid: int) -> int | None:
+    """Exit code of a child; None if it hung and was ended."""
+    until = time.monotonic() + HANG
+    while time.monotonic() < until:
+        found, status = os.waitpid(pid, os.WNOHANG)
+        if found:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.002)
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    return None
 
 
 def ended(pid: int) -> bool:
@@ -136,88 +301,243 @@ def ended(pid: int) -> bool:
     return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
 
-def killed(pid: int, wanted: int, after: float, number: int, phase: mmap.mmap) -> tuple[int, int]:
+def killed(pid: int, wanted: int, after: float, number: int, phase: mmap.mmap) -> tuple[int | None, int]:
     """Send a signal some seconds into a phase, unless the child ends before; its exit code and where it was."""
-    while phase[0] != wanted and not ended(pid):
+    while phase[0] < wanted and not ended(pid):
         time.sleep(0.0002)
-    time.sleep(after)
-    where = phase[0]
+    until = time.monotonic() + after
+    while time.monotonic() < until and not ended(pid):
+        time.sleep(min(0.01, max(0.0, until - time.monotonic())))
+    where = END if ended(pid) else phase[0]
     os.kill(pid, number)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), where
+    return waited(pid), where
 
 
-def left(folder: Path) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
-    """Every tensor of the newest checkpoint, and the metrics without their times."""
-    (run,) = folder.glob("*/*")
-    saved = checkpoint.latest(run / "checkpoints")
-    assert saved is not None
-    tensors = {f"{group}/{key}": value for group, entries in saved.tensors.items() for key, value in entries.items()}
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return tensors, [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
+def orphans(here: Path) -> list[int]:
+    """Processes that a killed parent left working in a folder, by their working directory."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            if os.readlink(entry / "cwd") == str(here) and (entry / "stat").read_text().rpartition(") ")[2][0] != "Z":
+                found.append(int(entry.name))
+        except OSError:
+            continue
+    return found
 
 
-def strays(folder: Path) -> int:
-    """Temporaries among the checkpoints."""
-    return len([*folder.glob("*/*/checkpoints/.*")])
+# ---------------------------------------------------------------------- rounds
 
 
-def differences(folder: Path, wanted: tuple[dict[str, Tensor], list[dict[str, Any]]]) -> Iterator[str]:
-    """What is not as the uninterrupted fit left it."""
-    tensors, rows = left(folder)
-    if tensors.keys() != wanted[0].keys():
-        yield f"other tensors: {sorted(tensors.keys() ^ wanted[0].keys())}"
-        return
-    yield from (f"{key} differs" for key, value in tensors.items() if not torch.equal(value, wanted[0][key]))
-    if len(rows) != len(wanted[1]):
-        yield f"{len(rows)} rows of metrics for {len(wanted[1])}"
-    for row, want in zip(rows, wanted[1], strict=False):
-        if unlike := [key for key in {**row, **want} if row.get(key) != want.get(key)]:
-            yield f"metrics of epoch {want['epoch']} differ in {', '.join(unlike)}: {row} for {want}"
-    if strays(folder):
-        yield f"{strays(folder)} temporaries are left"
+def left(here: Path) -> Snapshot:
+    """What a round left: every tensor and metric of every run by its name, values of exports, files of pages."""
+    found: Snapshot = {}
+    for run in runs_in(here):
+        seed = re.findall(r"^seed = (\d+)", text_of(run / "spec.toml"), re.MULTILINE)
+        name = f"{run.parent.name} {''.join(seed)}"
+        while name in found:
+            name += ", again"
+        saved = checkpoint.latest(run / "checkpoints")
+        groups = {} if saved is None else saved.tensors
+        tensors = {f"{group}/{key}": value for group, entries in groups.items() for key, value in entries.items()}
+        rows = [json.loads(line) for line in text_of(run / "metrics.jsonl").splitlines()]
+        state = json.loads(text_of(run / "status.json") or "{}").get("state")
+        events = [path.read_bytes() for path in run.glob("exports/tensorboard/*")]
+        kept = {
+            "tensors": {key: (value.dtype, value.numpy(force=True).tobytes()) for key, value in tensors.items()},
+            "metrics": [{key: value for key, value in row.items() if key != "seconds"} for row in rows],
+            "state": state, "event files": len(events), "points": sum(map(points_in, events)),
+            "files": sorted(str(path.relative_to(run)) for name in ("analysis", "report") for path in run.glob(f"{name}/**/*")),
+        }  # fmt: skip
+        found[name] = kept
+    found["pages"] = sorted(str(path.relative_to(here)) for path in here.glob("page/**/*") if path.is_file())
+    found["mlflow"] = mlflow_runs(here)
+    return found
 
 
-def round_of(
-    folder: Path, experiment: Experiment, kills: int, chance: random.Random, phase: mmap.mmap, tally: Tally
-) -> None:
-    """One fit, killed so many times and resumed to its end."""
-    for kill in range(kills):
-        number = signal.SIGTERM if chance.random() < TERM else signal.SIGKILL
-        wanted, most = MOMENTS[0] if kill < 2 else chance.choice(MOMENTS)
-        code, where = killed(forked(folder, experiment, phase), wanted, chance.uniform(0, most), number, phase)
-        tally.exits[code] += 1
-        if code == 0 or where == END:
-            break
-        if code not in (-number, 128 + number):
-            tally.problems.append(f"a child ended with {code} {PHASES[where]}")
-            return
-        first = where == START and not [*folder.glob("*/*/checkpoints/step-*")]
-        tally.kills[BEFORE if first else PHASES[where]] += 1
-        tally.signals[number.name] += 1
-        tally.strays += strays(folder)
-    code = os.waitstatus_to_exitcode(os.waitpid(forked(folder, experiment, phase), 0)[1])
-    tally.exits[code] += 1
-    if code != 0:
-        tally.problems.append(f"the child that was left alone ended with {code}")
+def points_in(events: bytes) -> int:
+    """Records of a TensorBoard file, each whole by its checksum; -1 if one is torn."""
+    from tensorboardX.record_writer import masked_crc32c
+
+    count, place = 0, 0
+    while place < len(events):
+        size = int.from_bytes(events[place : place + 8], "little")
+        content = events[place + 12 : place + 12 + size]
+        if masked_crc32c(content) != int.from_bytes(events[place + 12 + size : place + 16 + size], "little"):
+            return -1
+        count, place = count + 1, place + 16 + size
+    return count
 
 
-def soak(kills: int, seed: int, folder: Path) -> Tally:
-    """Rounds of kills until there were so many, each compared with the fit that nobody killed."""
-    chance, phase, tally = random.Random(seed), mmap.mmap(-1, 1), Tally()
-    experiment = Experiment.from_dict(DECLARED)
-    pair = experiment.build(load(experiment.data).shape)  # brings in scikit-learn, once for all children
-    experiment.train.optimizer.build(pair.parameters())  # and torch's compiler, which every optimiser imports
-    round_of(folder / "whole", experiment, 0, chance, phase, tally)
-    wanted = left(folder / "whole")
-    while tally.total < kills and not tally.problems:
-        declared = experiment.with_overrides(f"train.checkpoint_seconds={EVERY[tally.rounds % len(EVERY)]}")
-        here = folder / f"round-{tally.rounds:03d}"
-        round_of(here, declared, min(ROUND, kills - tally.total), chance, phase, tally)
-        if not tally.problems:
-            tally.problems += [f"round {tally.rounds}: {line}" for line in differences(here, wanted)]
-            shutil.rmtree(here)
-        tally.rounds += 1
-    return tally
+def mlflow_runs(here: Path) -> list[tuple[Any, ...]]:
+    """Name, state and number of metric values of every run in the MLflow store."""
+    import sqlite3
+
+    if not (here / "store.db").is_file():
+        return []
+    asked = (
+        "select name, status, (select count(*) from metrics m where m.run_uuid = r.run_uuid) from runs r "
+        "where lifecycle_stage = 'active' order by name"
+    )
+    with sqlite3.connect(here / "store.db") as store:
+        return store.execute(asked).fetchall()
+
+
+def torn(here: Path, exported: set[Path]) -> Iterator[str]:
+    """What stands in exports and pages and is not whole, right after a kill; earlier exports must be there still."""
+    now = {path.parent for path in here.glob("runs/*/*/exports/tensorboard/*") if points_in(path.read_bytes()) > 0}
+    yield from (f"{path.relative_to(here)}: an export was there, and none is" for path in exported - now)
+    exported |= now
+    for path in here.rglob("*.html"):
+        if not path.read_bytes().rstrip().endswith(b"</html>"):
+            yield f"{path.relative_to(here)} is torn"
+    for path in here.rglob("*.json"):
+        try:
+            json.loads(path.read_text())
+        except ValueError:
+            yield f"{path.relative_to(here)} is torn"
+    for path in here.rglob("*.npz"):
+        if b"PK\x05\x06" not in path.read_bytes()[-30:]:
+            yield f"{path.relative_to(here)} is torn"
+
+
+def differences(found: Snapshot, wanted: Snapshot) -> Iterator[str]:
+    """What is not as uninterrupted work left it."""
+    if lost := sorted(wanted.keys() - found.keys()):
+        yield f"lost: {lost}"
+    if more := sorted(found.keys() - wanted.keys()):
+        yield f"done twice, or left: {more}, {[found[name].get('state') for name in more]}"
+    for name in found.keys() & wanted.keys():
+        if not isinstance(found[name], dict):
+            if found[name] != wanted[name]:
+                yield f"{name}: {found[name]} for {wanted[name]}"
+            continue
+        for part, value in found[name].items():
+            want = wanted[name][part]
+            if value == want:
+                continue
+            if isinstance(value, dict):
+                value, want = ([k for k in {**value, **want} if value.get(k) != want.get(k)], "the same bits")
+            elif isinstance(value, list):
+                value, want = ([x for x in value if x not in want][:3], [x for x in want if x not in value][:3])
+            yield f"{name}: {part}: {str(value)[:300]} for {str(want)[:300]}"
+
+
+def scene(folder: Path, name: str, phase: mmap.mmap, seconds: float, source: Path | None) -> Scene:
+    """A new folder with the declaration of a kind of work, and the finished runs that it starts from."""
+    work = WORKS[name]
+    folder.mkdir()
+    settings = {"EPOCHS": str(work.epochs), "SECONDS": str(seconds)}
+    (folder / "tiny.toml").write_text(re.sub("EPOCHS|SECONDS", lambda found: settings[found[0]], work.declared))
+    made = Scene(phase, work, folder)
+    if work.prepared and source is not None:
+        shutil.copytree(source / "runs", folder / "runs")
+    elif work.prepared:
+        made.finish(["fit", "tiny.toml", "--device=cpu", "--quiet"])
+        made.finish(["fit", "tiny.toml", 'name="other"', "seed=1", "--device=cpu", "--quiet"])
+    return made
+
+
+def ending(made: Scene, chance: random.Random) -> None:
+    """Let the commands of a round run to their ends."""
+    for command in made.work.last or (made.work.command(made.here, chance),):
+        made.finish(list(command))
+
+
+def round_of(made: Scene, kills: int, chance: random.Random, lasting: float, tally: Tally, name: str) -> None:
+    """Some kills of one kind of work, taken up again after each, and left alone at last."""
+    for _ in range(kills):
+        command, number = made.work.command(made.here, chance), chance.choice(SIGNALS)
+        wanted = chance.choice((BEGUN, STEP, WRITE, WRITE))
+        pid = made.start(command)
+        code, where = killed(pid, wanted, chance.uniform(0, MOST.get(wanted, lasting)), number, made.phase)
+        stopping = name == "study" and number != signal.SIGKILL and code == 0
+        if where == END or stopping:
+            made.look(command, code, code in (0, CODES[number]))
+            if not made.work.last:
+                break
+            continue
+        count(tally, name, PHASES[where], number, code)
+        made.look(command, code, code in (CODES[number], *((0,) if number != signal.SIGKILL else ())))
+        until = time.monotonic() + 10
+        while (there := orphans(made.here)) and time.monotonic() < until:
+            time.sleep(0.05)
+        if there:
+            made.problems.append(f"{len(there)} processes go on 10 s after {PHASES[where]} {number.name}")
+            for each in there:
+                os.kill(each, signal.SIGKILL)
+        made.problems += [
+            f"{command[0]}, {PHASES[where]}, {number.name}: {line}" for line in torn(made.here, made.exported)
+        ]
+    ending(made, chance)
+    made.verify()
+
+
+def count(tally: Tally, name: str, phase: str, number: int, code: int | None) -> None:
+    """Count a kill."""
+    keys = (
+        (tally.kills, name),
+        (tally.phases, phase),
+        (tally.signals, signal.Signals(number).name),
+        (tally.exits, str(code)),
+    )
+    for table, key in keys:
+        table[key] = table.get(key, 0) + 1
+
+
+def early(folder: Path, kills: int, chance: random.Random, tally: Tally) -> Iterator[str]:
+    """Signals in the first seconds of processes of their own; no word is needed before pvae's first line runs."""
+    for _ in range(kills):
+        command, number = chance.choice(EARLY_COMMANDS), chance.choice((signal.SIGTERM, signal.SIGINT))
+        child = subprocess.Popen(
+            [sys.executable, "-P", "-m", "pvae", *command], cwd=folder, stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        time.sleep(chance.choice((0.3, 1.0, 4.0)) * chance.random() ** 2)
+        caught = int(re.findall(r"SigCgt:\s*(\w+)", text_of(Path(f"/proc/{child.pid}/status")) or "SigCgt: 0")[0], 16)
+        watching = bool(caught >> (signal.SIGTERM - 1) & 1)
+        child.send_signal(number)
+        said = child.communicate(timeout=HANG)[1]
+        count(tally, "first moments", PHASES[BEGUN if watching else START], number, child.returncode)
+        if watching and (child.returncode not in (0, CODES[number]) or "Traceback" in said):
+            yield f"{' '.join(command)[:60]}: {number.name} gave {child.returncode}: {said[-600:]}"
+        if not watching and child.returncode not in (0, -number, CODES[number]) and "KeyboardInterrupt" not in said:
+            yield f"{' '.join(command)[:60]}: {number.name} before the first line gave {child.returncode}: {said[-600:]}"
+
+
+def soak(kills: int, folder: Path, tally: Tally, log: Path | None, only: str, keep: bool) -> None:
+    """Rounds of kills until there were so many."""
+    phase = mmap.mmap(-1, 1)
+    shares = {name: work.share for name, work in WORKS.items()} | {"first moments": EARLY}
+    shares = {name: share for name, share in shares.items() if only in name}
+    wholes: dict[str, tuple[Path, Snapshot, float]] = {}
+    while tally.total < kills and len(tally.problems) < 100:
+        name = min(shares, key=lambda name: tally.kills.get(name, 0) / shares[name])
+        number = tally.rounds.get(name, 0)
+        chance, began = random.Random(f"{tally.seed} {name} {number}"), time.monotonic()
+        whole = "pages and exports" if name == "first moments" else name
+        if whole not in wholes:
+            made = scene(folder / f"whole-{whole}", whole, phase, EVERY[0], None)
+            since = time.monotonic()
+            ending(made, chance)
+            lasting = (time.monotonic() - since) / max(1, len(made.work.last))
+            tally.problems += [f"{whole}, uninterrupted: {line}" for line in made.problems]
+            made.verify()
+            wholes[whole] = made.here, left(made.here), lasting
+        source, wanted, lasting = wholes[whole]
+        if name == "first moments":
+            problems = list(early(source, min(10, kills - tally.total), chance, tally))
+        else:
+            here = folder / f"{name}-{number:03d}".replace(" ", "-")
+            made = scene(here, name, phase, EVERY[number % len(EVERY)], source)
+            round_of(made, min(made.work.kills, kills - tally.total), chance, lasting, tally, name)
+            problems = [*made.problems, *differences(left(here), wanted)]
+            if not (problems and keep):
+                shutil.rmtree(here)
+        tally.problems += [f"{name}, round {number}: {line}" for line in problems]
+        tally.rounds[name] = number + 1
+        tally.seconds = round(tally.seconds + time.monotonic() - began, 1)
+        if log is not None:
+            write_atomic(log, pretty(vars(tally)))
 
 
 def main() -> None:
@@ -225,26 +545,29 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=500)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--log", type=Path, default=None, help="where to write a JSON log")
+    parser.add_argument("--log", type=Path, default=None, help="a JSON log, from which a second call goes on")
+    parser.add_argument("--only", default="", help="kinds of work whose name holds this")
+    parser.add_argument("--keep", type=Path, default=None, help="a folder in which rounds with problems are kept")
     options = parser.parse_args()
     torch.set_num_threads(1)  # a pool of threads would not survive a fork
-    started = time.monotonic()
-    with tempfile.TemporaryDirectory() as folder:
-        tally = soak(options.kills, options.seed, Path(folder))
-    seconds = time.monotonic() - started
-    log = {
-        "kills": tally.total, "seed": options.seed, "rounds": tally.rounds, "seconds": round(seconds, 1),
-        "phases": {name: tally.kills[name] for name in (BEFORE, *PHASES[:3])}, "signals": dict(tally.signals),
-        "exits": {str(code): count for code, count in sorted(tally.exits.items())},
-        "temporaries_swept": tally.strays, "problems": tally.problems,
-    }  # fmt: skip
-    if options.log is not None:
-        options.log.write_text(json.dumps(log, indent=2) + "\n")
-    print(
-        f"{tally.total} kills in {tally.rounds} rounds, {seconds:.0f} s: "
-        + ", ".join(f"{tally.kills[name]} {name}" for name in (BEFORE, *PHASES[:3]))
-        + (f"; {'; '.join(tally.problems)}" if tally.problems else "; every round ended bit for bit as if never killed")
-    )
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    tally = Tally(options.seed)
+    if options.log is not None and options.log.exists():
+        tally = Tally(**json.loads(options.log.read_text()))
+    with tempfile.TemporaryDirectory(dir=options.keep) as folder:
+        home = Path(folder).resolve()
+        os.environ |= {
+            "XDG_CACHE_HOME": f"{home}/cache", "MLFLOW_TRACKING_URI": "sqlite:///store.db", "MPLBACKEND": "agg",
+            "MLFLOW_DISABLE_TELEMETRY": "true", "OMP_NUM_THREADS": "1",
+        }  # fmt: skip
+        try:
+            soak(options.kills, home, tally, options.log, options.only, options.keep is not None)
+        finally:
+            if options.keep is not None and tally.problems:
+                shutil.copytree(home, options.keep / "kept", dirs_exist_ok=True)
+    told = ", ".join(f"{number} {name}" for name, number in tally.kills.items())
+    print(f"{tally.total} kills in {tally.seconds:.0f} s: {told}; exits {tally.exits}")
+    print("\n".join(tally.problems) or "every round ended as if never killed")
     sys.exit(1 if tally.problems else 0)
 
 
