@@ -36,6 +36,7 @@ from pvae.runs.run import Run
 from pvae.runs.rundir import list_runs
 from pvae.training.fit import passed_source
 from tests.drawn import Drawn, Raw, damaged
+from tests.strange import seeds_of_sources
 
 LOCATED = re.compile(r"(\S+: (?s:.)*e|E)xpected (?s:.)+; got:? (?s:.)+")
 """A dotted path (after the file's name where there is one), what was expected, what was found; without a path, what is
@@ -356,6 +357,9 @@ def _sources(home: Path) -> dict[str, Surface]:
         _written(lambda to, i=i: Image.fromarray(x[i : i + 9].astype(np.uint8)).save(to, "PNG")) for i in range(9)
     )
     found["images"] = Surface(pictures[:1], partial(_load_images, pictures))
+    for name, (file, declared, seeds) in seeds_of_sources().items():
+        table = {**declared, "path": file.partition("/")[0]}
+        found[name] = Surface(seeds, partial(_load, table, file))
     return found
 
 

@@ -101,8 +101,9 @@ def check(
         said = f"critic's loss of {len(rows)} rows before training {figures['critic_loss']:.2f} nats; no likelihood"
     count = sum(p.numel() for p in pair.parameters())
     found |= {"shape": list(data.shape), "rows": len(data.train), "parameters": count, "before_training": figures}
+    found["notes"] = list(data.notes)
     shape = f"x {list(data.shape)}, {len(data.train)} training rows, {count:,} parameters"
-    shared.answer(found, f"{name}: ok; {shape}, {said}")
+    shared.answer(found, f"{name}: ok; {shape}, {said}", *data.notes)
 
 
 @command(["data_dir", "as_json"])

@@ -16,10 +16,10 @@ from torch.distributions import constraints
 from torch.utils.data import Dataset as TorchDataset
 
 from pvae.component import from_table
-from pvae.data.rows.files import Stored
+from pvae.data.rows.files import Stored, candidate, foreign
 from pvae.data.rows.prepare import ColumnTransforms, Scaled, extremes, prepare, scaled
 from pvae.data.rows.rows import SPLITS, Part, Rows, joined, partition, reshape, shared_rows
-from pvae.data.sources.base import Data
+from pvae.data.sources.base import Data, FileData
 from pvae.data.sources.python import TensorSource, anndata_rows, collected, is_anndata, tensors
 from pvae.data.sources.tabular import FrameSource
 from pvae.data.split import Split, elementwise
@@ -273,7 +273,13 @@ def load(data: Data, *, data_dir: Path | None = None, seed: int = 0) -> Dataset:
         >>> load(Digits(binarize="dynamic")).train.x.shape
         torch.Size([1000, 1, 8, 8])
     """
-    return _assembled(data, data.read(data_dir, seed))
+    try:
+        return _assembled(data, data.read(data_dir, seed))
+    except DataError as error:
+        if not isinstance(data, FileData):
+            raise
+        said = f"{error}{foreign(candidate(data.path, data_dir, Path.is_file), getattr(data, data.tag))}"
+        raise DataError(said if Path(data.path).name in said else f"{data.path}: {said}") from error
 
 
 def _assembled(data: Data, rows: Rows) -> Dataset:

@@ -299,7 +299,7 @@ def test_every_form_gives_pandas_own_values(piece: int, tmp_path: Path, monkeypa
             assert torch.equal(split.x.nan_to_num(9.0), made["csv"].split(split.name).x.nan_to_num(9.0)), name
             assert [data.label_names[i] for i in split.y] == frame["label"].iloc[rows].tolist()
         assert data.label_names == ("-1", "9", "10")
-        assert any("1 columns are not declared and left out: 'junk'" in note for note in data.notes), name
+        assert any(" columns are not declared and left out: 'junk'" in note for note in data.notes), name
 
 
 def test_rows_come_back_in_the_words_of_the_table(tmp_path: Path) -> None:

@@ -189,7 +189,7 @@ def test_broken_declarations(change):
 
 
 def test_there_is_no_largest_level():
-    refused("expected a known largest level", load, Toy(scale="unit"))
+    refused("expected data.largest", load, Toy(scale="unit"))
 
 
 @every_density

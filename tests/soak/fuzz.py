@@ -33,12 +33,14 @@ from hypothesis.strategies import SearchStrategy
 from pvae.experiment.experiment import Experiment
 from tests.drawn import families, kinds_in, sound, wild
 from tests.hostile import Surface, mangled, surfaces, try_bytes, try_declaration
+from tests.strange import Tampered, files, tampering, try_file
 
 MIB = 1 << 20
 SPAWN = multiprocessing.get_context("spawn")
 DECLARED: dict[str, Callable[[], SearchStrategy[Any]]] = {"sound": sound, "wild": wild}
-SHARE = 4
-"""Inputs of each kind of declaration, for one of every other surface."""
+DRAWN: dict[str, Callable[[], SearchStrategy[Any]]] = {"right file": files, "tampered run": tampering}
+SHARES = {"right file": 8, "tampered run": 8}
+"""Inputs of a surface for one of each other."""
 
 
 @dataclass
@@ -66,12 +68,12 @@ def serve(connection: Connection, memory: int) -> None:
     torch.set_num_threads(1)  # a run notes it, and goes on with no other
     with tempfile.TemporaryDirectory() as home:
         os.environ["XDG_CACHE_HOME"] = f"{home}/cache"
-        table = surfaces(Path(home))
+        table, runs = surfaces(Path(home)), Tampered(Path(home) / "tampered")
         resource.setrlimit(resource.RLIMIT_DATA, (used("VmData") + memory, resource.RLIM_INFINITY))
         before = used("VmHWM")
         connection.send(Answer("ready"))
         while (job := connection.recv()) is not None:
-            answer = answered(table, *job)
+            answer = answered(table, runs, *job)
             answer.peak = (used("VmHWM") - before) / MIB
             connection.send(answer)
 
@@ -82,13 +84,16 @@ def used(key: str) -> int:
     return int(match[1]) << 10 if match else 0
 
 
-def answered(table: dict[str, Surface], name: str, content: Any) -> Answer:
+def answered(table: dict[str, Surface], runs: Tampered, name: str, content: Any) -> Answer:
     """Try one input."""
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         try:
             if name in DECLARED:
                 answer = Answer(try_declaration(content, Path(folder)))
+            elif name in DRAWN:
+                attempt = try_file if name == "right file" else runs.attempt
+                answer = Answer(attempt(content, Path(folder)))
             else:
                 answer = Answer(try_bytes(table[name], content, Path(folder)))
         except Exception as error:
@@ -233,7 +238,7 @@ def main() -> int:
     parser.add_argument("--inputs", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--log", type=Path, default=Path("fuzz.log"), help="folder of untyped errors")
-    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--memory", type=int, default=2048, help="MiB an input may allocate")
     parser.add_argument("--seconds", type=float, default=120.0, help="an input may take")
     parser.add_argument("--only", default="", help="surfaces whose name holds this")
@@ -241,9 +246,9 @@ def main() -> int:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as home:
         strategies = {name: mangled(surface.seeds) for name, surface in surfaces(Path(home)).items()}
-    strategies |= {name: draws() for name, draws in DECLARED.items()}
+    strategies |= {name: draws() for name, draws in (DECLARED | DRAWN).items()}
     strategies = {name: strategy for name, strategy in strategies.items() if options.only in name}
-    weights = {name: SHARE if name in DECLARED else 1 for name in strategies}
+    weights = {name: SHARES.get(name, 1) for name in strategies}
     report = Report(options.log)
     pool = Pool(options.workers, options.memory * MIB, options.seconds, report)
     for name, strategy in strategies.items():

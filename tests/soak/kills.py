@@ -4,10 +4,10 @@
 
 A parent that has imported everything once forks a child for every attempt, so that an attempt costs milliseconds; the
 child runs one command line, and gets SIGKILL, SIGTERM or SIGINT. Signals of the first moments go to processes of their
-own, with their imports. Every round of kills ends with commands that are left alone and with `pvae clean`; then weights,
-averages, optimisers and metrics are those of the uninterrupted work, bit for bit, no run is there twice, `pvae verify`
-finds nothing, and what stands in exports and pages is whole. The log is written after every round, and a second call
-with the same log goes on from there.
+own, with their imports. Every round of kills ends with commands that are left alone and with `pvae clean`; then
+weights, averages, optimisers and metrics are those of the uninterrupted work, bit for bit, no run is there twice, `pvae
+verify` finds nothing, and what stands in exports and pages is whole. The log is written after every round, and a second
+call with the same log goes on from there.
 """
 
 from __future__ import annotations
@@ -130,11 +130,8 @@ def fitted(here: Path, _chance: random.Random) -> list[str]:
 
 def refitted(here: Path, _chance: random.Random) -> list[str]:
     """Fit a second stage by hand, or resume the one that began."""
-    begun = [
-        run
-        for run in runs_in(here)
-        if run.parent.name.endswith("_refit") and checkpoint.newest_first(run / "checkpoints")
-    ]
+    begun = [run for run in runs_in(here) if run.parent.name.endswith("_refit")]
+    begun = [run for run in begun if checkpoint.newest_first(run / "checkpoints")]
     if begun:
         return ["resume", str(begun[-1]), "--device=cpu", "--quiet"]
     prior = "latents.z.prior={kind='mixture', components=3}"
@@ -150,7 +147,8 @@ MAKING = (
     ("compare", "tiny", "other", "--evidence-samples=2", "--out=page"),
 )
 """Commands that write reports, exports, figures and pages from finished runs."""
-STUDY = ("study", "tiny.toml", "--device=cpu", "--jobs=2", "--out=page", "--quiet")
+MADE = ("analysis", "report")
+STUDY = ("study", "tiny.toml", "--device=cpu", "--jobs=2", "--out=page", "--no-page", "--quiet")
 WORKS: Mapping[str, Work] = {
     "fit": Work(TINY, fitted, 0.28, 15),
     "rollback": Work(TINY, fitted, 0.14, 10, injected=True),
@@ -346,7 +344,7 @@ def left(here: Path) -> Snapshot:
             "tensors": {key: (value.dtype, value.numpy(force=True).tobytes()) for key, value in tensors.items()},
             "metrics": [{key: value for key, value in row.items() if key != "seconds"} for row in rows],
             "state": state, "event files": len(events), "points": sum(map(points_in, events)),
-            "files": sorted(str(path.relative_to(run)) for name in ("analysis", "report") for path in run.glob(f"{name}/**/*")),
+            "files": sorted(str(path.relative_to(run)) for part in MADE for path in run.glob(f"{part}/**/*")),
         }  # fmt: skip
         found[name] = kept
     found["pages"] = sorted(str(path.relative_to(here)) for path in here.glob("page/**/*") if path.is_file())
@@ -450,8 +448,7 @@ def round_of(made: Scene, kills: int, chance: random.Random, lasting: float, tal
         wanted = chance.choice((BEGUN, STEP, WRITE, WRITE))
         pid = made.start(command)
         code, where = killed(pid, wanted, chance.uniform(0, MOST.get(wanted, lasting)), number, made.phase)
-        stopping = name == "study" and number != signal.SIGKILL and code == 0
-        if where == END or stopping:
+        if where == END:
             made.look(command, code, code in (0, CODES[number]))
             if not made.work.last:
                 break
@@ -501,7 +498,7 @@ def early(folder: Path, kills: int, chance: random.Random, tally: Tally) -> Iter
         if watching and (child.returncode not in (0, CODES[number]) or "Traceback" in said):
             yield f"{' '.join(command)[:60]}: {number.name} gave {child.returncode}: {said[-600:]}"
         if not watching and child.returncode not in (0, -number, CODES[number]) and "KeyboardInterrupt" not in said:
-            yield f"{' '.join(command)[:60]}: {number.name} before the first line gave {child.returncode}: {said[-600:]}"
+            yield f"{' '.join(command)[:60]}: {number.name} at the start gave {child.returncode}: {said[-600:]}"
 
 
 def soak(kills: int, folder: Path, tally: Tally, log: Path | None, only: str, keep: bool) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from decimal import Decimal
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from pvae.data.tables.guess import guess
 from pvae.errors import PvaeError
 from tests.data.writers import h5ad, hdf5, idx_bytes, matlab
 
+Writer = Callable[[Path], object]
 RNG = np.random.RandomState(0)
 N = 40
 X = RNG.standard_normal((N, 4)).astype(np.float32)
@@ -47,21 +49,21 @@ class Stranger:
     name: str
     oddity: str
     declared: Mapping[str, Any]
-    write: Callable[[Path], object]
+    write: Writer
 
 
-def table(*columns: list[str], head: str = "a,b", separator: str = ",", encoding: str = "utf-8") -> Callable[[Path], object]:
+def table(*columns: list[str], head: str = "a,b", separator: str = ",", encoding: str = "utf-8") -> Writer:
     """Writer of a text table."""
     lines = [*([head] if head else []), *(separator.join(row) for row in zip(*columns, strict=True))]
     return lambda path: path.write_bytes(("\n".join(lines) + "\n").encode(encoding))
 
 
-def lines_of(*lines: str) -> Callable[[Path], object]:
+def lines_of(*lines: str) -> Writer:
     """Writer of lines as they stand."""
     return lambda path: path.write_text("\n".join(lines) + "\n")
 
 
-def zipped(write: Callable[[Path], object]) -> Callable[[Path], object]:
+def zipped(write: Writer) -> Writer:
     """Writer of the same file under gzip."""
 
     def written(path: Path) -> None:
@@ -71,7 +73,7 @@ def zipped(write: Callable[[Path], object]) -> Callable[[Path], object]:
     return written
 
 
-def cut(write: Callable[[Path], object]) -> Callable[[Path], object]:
+def cut(write: Writer) -> Writer:
     """Writer of the first two thirds of a file."""
 
     def written(path: Path) -> None:
@@ -111,6 +113,12 @@ def ghost(path: Path) -> None:
     Image.fromarray(np.dstack([PIXELS[11], alpha])).save(path / "11.png")
 
 
+def written(save: Callable[..., None], **arrays: Any) -> bytes:
+    """Return what a function saves, whatever name the file is to have."""
+    save(stream := BytesIO(), **arrays)
+    return stream.getvalue()
+
+
 def spreadsheet(path: Path) -> None:
     """Write a zip archive as spreadsheet programs do."""
     with zipfile.ZipFile(path, "w") as archive:
@@ -127,7 +135,7 @@ STRANGERS = (
         lambda path: np.savez(path, x=np.array([[1], [2, 3]], dtype=object), allow_pickle=True)),
     Stranger("complex.npz", "complex numbers, and no usual name", {"source": "npz", "x": "signal"},
         lambda path: np.savez(path, signal=X + 1j)),
-    Stranger("columns.npy", "columns first in memory (Fortran order), to be streamed", {"source": "npy", "stream": True},
+    Stranger("columns.npy", "Fortran order, to be streamed", {"source": "npy", "stream": True},
         lambda path: np.save(path, np.asfortranarray(X))),
     Stranger("hole.npy", "one NaN", {"source": "npy"},
         lambda path: np.save(path, np.where(np.arange(4 * N).reshape(N, 4) == 77, np.nan, X))),
@@ -138,7 +146,7 @@ STRANGERS = (
     Stranger("nhwc.npy", "channels last, where the shape says first", {"source": "npy", "shape": [3, 6, 5]},
         lambda path: np.save(path, PIXELS)),
     Stranger("archive.npy", "an npz archive, renamed", {"source": "npy"},
-        lambda path: np.savez(path.open("wb"), x=X)),
+        lambda path: path.write_bytes(written(np.savez, x=X))),
     Stranger("digits.idx.gz", "a download that broke off", {"source": "idx"},
         cut(lambda path: path.write_bytes(gzip.compress(idx_bytes(PIXELS[..., 0]), mtime=0)))),
     Stranger("linked.h5", "the rows are a link into another file", {"source": "hdf5"}, linked),
@@ -170,7 +178,8 @@ STRANGERS = (
               [f"{1 + i % 28:02}.03.2024" for i in range(N)], head="price,discount,change,day")),
     Stranger("sheet.csv", "an Excel workbook, renamed", {"source": "csv", **COLUMNS}, spreadsheet),
     Stranger("bank.parquet", "decimals, numbers as text and lists, and `pvae columns`", GUESS,
-        lambda path: pandas.DataFrame({"a": [Decimal(c) for c in CELLS], "b": CELLS, "c": [[1.0]] * N}).to_parquet(path)),
+        lambda path: pandas.DataFrame(
+            {"a": [Decimal(c) for c in CELLS], "b": CELLS, "c": [[1.0]] * N}).to_parquet(path)),
     Stranger("sprites", "a folder with a picture that is half transparent", {"source": "images"},
         lambda path: pictures(path, ghost)),
     Stranger("scans", "a folder with a TIFF of 16 bits and a text", {"source": "images", "mode": "L"},

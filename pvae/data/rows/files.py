@@ -2,7 +2,7 @@
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from copy import copy
 from dataclasses import dataclass
@@ -111,6 +111,26 @@ class FileArray(Stored):
         # A hint only, which not every system takes: `read` says what is wrong.
         with suppress(OSError, AttributeError), self.path.open("rb") as file:
             os.posix_fadvise(file.fileno(), first, length, os.POSIX_FADV_WILLNEED)
+
+
+SIGNATURES: Mapping[bytes, str] = {
+    b"PK\x03\x04": "a zip archive (npz, xlsx)",
+    b"\x93NUMPY": "a NumPy array (npy)",
+    b"\x89HDF": "an HDF5 file (hdf5, h5ad, mat)",
+    b"MATLAB": "a MATLAB file (mat; of 7.3 also hdf5)",
+    b"PAR1": "a Parquet file (parquet)",
+    b"\x1f\x8b": "compressed with gzip (csv, idx)",
+}
+"""Kinds of files by their first bytes, with the sources that read them."""
+
+
+def foreign(path: Path, source: str) -> str:
+    """Return the remark that a file is by its first bytes one for other sources; empty if it is not."""
+    start = b""
+    with suppress(OSError), path.open("rb") as file:
+        start = file.read(8)
+    kinds = (kind for magic, kind in SIGNATURES.items() if start.startswith(magic) and source not in kind)
+    return "".join(f" By its first bytes it is {kind}." for kind in kinds)
 
 
 def version_of(path: Path) -> tuple[int, int]:
@@ -301,7 +321,7 @@ def npy_layout(stream: IO[bytes], size: int, where: str, by_rows: bool, kinds: s
     if dtype.hasobject:
         raise DataError(f"{where}: expected numbers; got an object array, which could run code. Save floats.")
     if dtype.kind not in kinds:
-        raise DataError(f"{where}: expected real numbers; got {dtype}.")
+        raise DataError(f"{where}: expected real numbers; got {dtype}. Save floats.")
     fortran = fortran and len(shape) > 1
     layout = ArrayLayout(shape[::-1] if fortran else shape, dtype, stream.tell(), fortran)
     if len(shape) > MAX_DIMENSIONS or min(shape, default=0) < 0 or layout.total != size:

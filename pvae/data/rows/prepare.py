@@ -89,7 +89,7 @@ def scaled(scale: Scale, rows: Rows, x: AnyArray, train: Part) -> Scaled:
         return Scaled(x)
     if scale == "unit":
         if rows.largest is None:
-            raise DataError(f'data.scale = "unit": expected a known largest level or unsigned bytes; got {x.dtype}.')
+            raise DataError(f'data.scale = "unit": expected data.largest (a level) or unsigned bytes; got {x.dtype}.')
         return Scaled(x, divisor=rows.largest)
     low, high = extremes(x, train)
     mean, deviation, flat = _moments(Scaled(x), train)

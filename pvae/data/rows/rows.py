@@ -58,7 +58,8 @@ class Rows:
         if x.dtype.kind == "f":
             require_finite(x, name, [column.missing == "mask" for column in self.table.values()])
         if y is not None and (y.ndim != 1 or len(y) != len(x)):
-            raise DataError(f"Labels of {name}: expected one for each of {len(x)} rows; got shape {y.shape}.")
+            turn = " Transpose x (hdf5, mat: data.rows = 'last')." if y.shape[:1] == x.shape[-1:] else ""
+            raise DataError(f"Labels of {name}: expected one for each of {len(x)} rows; got shape {y.shape}.{turn}")
         if y is not None and y.dtype.kind not in "biu":
             raise DataError(f"Labels of {name}: expected integers; got {y.dtype}.")
 

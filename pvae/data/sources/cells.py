@@ -55,8 +55,8 @@ class H5ad(FileData):
             y, names = (
                 (None, None) if self.labels is None else column_labels(_column(file, self.labels, path), self.labels)
             )
-            layers = [f"layers/{key}" for key in (file["layers"] if "layers" in file else ())]
-            left = [key for key in ("X", *layers) if key != name and key in file]
+            inner = [f"{group}/{key}" for group in ("layers", "obsm", "obsp") for key in file.get(group, ())]
+            left = [key for key in ("X", *inner, "raw/X") if key != name and key in file]
         notes = [f"{path.name}: matrices that are not read: {', '.join(map(printable, left))}"] if left else []
         return joined({"train": (x, y)}, self.split_seed, name, largest=self.largest, label_names=names, notes=notes)
 

@@ -114,14 +114,11 @@ class Mat(ArrayFile):
         if issparse(found):
             return SparseRows(found.T if self.rows == "last" else found)
         if found.dtype.kind not in ("biufU" if text else "biuf"):
-            raise DataError(f"{path}, {name!r}: expected an array of real numbers; got {_kind(found)}.")
+            kind = "cells or structs" if found.dtype.kind in "OV" else found.dtype
+            raise DataError(f"{path}, {name!r}: expected an array of real numbers; got {kind}. Set data.x to one.")
         if text and found.dtype.kind == "U":
             return np.char.strip(found)
         return self.in_rows(found.shape, False, lambda at: found[at], path, name, self.stream and not text)
-
-
-def _kind(found: Array) -> str:
-    return "cells or structs" if found.dtype.kind in "OV" else str(found.dtype)
 
 
 @contextmanager
@@ -155,17 +152,17 @@ def opened(path: Path) -> Iterator[h5py.File]:
 
 
 def _datasets(file: h5py.File) -> list[str]:
-    """Return the paths of all data sets of a file that are reached without soft or external links."""
+    """Return the paths of all data sets of a file, and those of its soft and external links, which are not read."""
     import h5py
 
     found: list[str] = []
 
-    def visit(name: str, node: Any) -> None:
-        if isinstance(node, h5py.Dataset) and not any(part.startswith("#") for part in name.split("/")):
+    def visit(name: str, link: Any) -> None:
+        if not isinstance(link, h5py.HardLink) or isinstance(file[name], h5py.Dataset):
             found.append(name)
 
-    file.visititems(visit)
-    return found
+    file.visititems_links(visit)
+    return [name for name in found if not any(part.startswith("#") for part in name.split("/"))]
 
 
 def node_of(file: h5py.File, name: str, where: str) -> Any:
@@ -202,7 +199,7 @@ def _read(source: ArrayFile, file: h5py.File, path: Path, name: str, text: bool,
         require_room(node.shape, np.dtype("f8"), where)
         return np.asarray(node.asstr()[...], np.str_)
     if node.dtype.kind not in "biuf":
-        raise DataError(f"{where}: expected an array of real numbers; got {node.dtype}.")
+        raise DataError(f"{where}: expected an array of real numbers; got {node.dtype}. Set data.x to one.")
     if not node.shape or 0 in node.shape:
         raise DataError(f"{where}: expected an array (rows, ...) with at least one row; got shape {node.shape}.")
     return source.in_rows(node.shape, reverse, lambda at: node[at], path, name, source.stream and not text)

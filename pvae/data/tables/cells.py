@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from pvae.data.rows.columns import Column, ContinuousColumn
 from pvae.data.rows.prepare import Floats
-from pvae.data.tables.spelling import Spelling, moments, numbers_of, read_time
+from pvae.data.tables.spelling import SPELLINGS, Spelling, moments, numbers_of, read_time
 from pvae.errors import DataError, near
 
 if TYPE_CHECKING:
@@ -94,10 +94,11 @@ class CellDecoder:
         require_named_once(found, self.origin)
         there, read = set(found), set(self.names)
         if absent := [name for name in self.names if name not in there]:
-            got = f"{listed(found)}{near(absent[0], found)}"
-            raise DataError(f"{self.origin}: expected a column {shown(absent[0])}; got {got}.")
+            got = f"{listed(found)}{near(absent[0], found)}."
+            got += " Without names in the first line set data.header = false." * any(map(self.spelling.number, found))
+            raise DataError(f"{self.origin}: expected a column {shown(absent[0])}; got {got}")
         if left := [name for name in found if name not in read]:
-            self.notes = (f"{len(left)} columns are not declared and left out: {listed(left)}",)
+            self.notes = (f"{len(left)} of {len(found)} columns are not declared and left out: {listed(left)}",)
 
     def decode(self, frame: pandas.DataFrame, where: Where) -> Numbers:
         """Return the rows of a chunk of the table as numbers: x `(m, columns)`, and labels `(m,)` or None.
@@ -140,7 +141,10 @@ class CellDecoder:
         wrong &= ~missing
         if wrong.any():
             at = int(wrong.argmax())
-            raise self._wrong(at, name, column.expected, shown(str(cells.iloc[at])), where)
+            word = str(cells.iloc[at])
+            other = next((each for each in SPELLINGS if time is None and each.number(word) is not None), None)
+            todo = f"Set data.decimal = {other.decimal!r}, thousands = {other.thousands!r}." if other else ""
+            raise self._wrong(at, name, column.expected, shown(word), where, todo)
         return values
 
     def _coded(self, cells: Cells, name: str, column: Column, where: Where) -> Floats:
