@@ -289,7 +289,9 @@ class Tampered:
         if spec["digest"] and way in ("dtype", "weights", "swap", "other"):
             _sealed(saved)
         here = {path: run / path.relative_to(self.run) for path in self.untouched}
-        return any(not p.is_file() or p.read_bytes() != self.untouched[path] for path, p in here.items())
+        return any(
+            p.is_symlink() or not p.is_file() or p.read_bytes() != self.untouched[path] for path, p in here.items()
+        )
 
 
 def _edit(path: Path, spec: Spec, random: np.random.RandomState) -> None:

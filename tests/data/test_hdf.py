@@ -117,7 +117,7 @@ def linked(path: Path) -> None:
 @pytest.mark.parametrize("source", [Hdf5, Mat])
 def test_nothing_outside_the_file_is_read(tmp_path, name, source):
     linked(tmp_path / "x.h5")
-    said = f"expected an array '{name}'; got out, virtual|expected data in this file; got data stored in other files"
+    said = "expected data in this file; got (a link|data stored in other files)"
     refused(said, load, source(path=str(tmp_path / "x.h5"), x=name))
 
 

@@ -28,6 +28,7 @@ from pvae.training.trainer import State
 from pvae.util.files import read_lines
 from tests.drawn import Drawn, sound, wild
 from tests.hostile import mangled, surfaces, try_bytes, try_declaration
+from tests.strange import files, try_file
 
 MANY = settings(
     deadline=None,
@@ -89,6 +90,21 @@ def test_any_bytes_are_read_or_refused_by_a_typed_error(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
         assert try_bytes(surface, surface.seeds[0], tmp_path / name) == "read", name
         assert outcomes["refused"] > 0 or name == "source images", name  # a broken image is skipped
+
+
+def test_files_that_are_right_are_read_right_or_refused(tmp_path: Path) -> None:
+    """FAULTS 69, 72."""
+    outcomes: Counter[str] = Counter()
+
+    @settings(MANY, max_examples=80)
+    @given(files())
+    def hold(spec: dict[str, Any]) -> None:
+        folder = tmp_path / str(outcomes.total())
+        folder.mkdir()
+        outcomes[try_file(spec, folder)] += 1
+
+    hold()
+    assert 2 * outcomes["read right"] >= outcomes.total(), outcomes
 
 
 # ---------------------------------------------------------------------- what was found, and must not come back
