@@ -13,6 +13,7 @@ call with the same log goes on from there.
 from __future__ import annotations
 
 import argparse
+import atexit
 import json
 import mmap
 import os
@@ -31,7 +32,7 @@ from typing import Any
 
 import torch
 
-from pvae import cli
+from pvae.__main__ import main as main_of_pvae
 from pvae.runs import checkpoint
 from pvae.training import loop, recovery
 from pvae.training.trainer import Trainer
@@ -215,7 +216,6 @@ class Scene:
         if pid:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, CODES)
             return pid
-        code = 1
         try:
             os.chdir(self.here)
             os.dup2(os.open("errors.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
@@ -224,14 +224,11 @@ class Scene:
             sys.argv = ["pvae", *command]
             self.phase[0] = BEGUN
             signal.pthread_sigmask(signal.SIG_UNBLOCK, CODES)
-            cli.main()
-        except SystemExit as end:
-            code = end.code if isinstance(end.code, int) else 0
-            sys.stdout.flush()
-            sys.stderr.flush()
-        finally:
+            main_of_pvae()
             self.phase[0] = END
-            os._exit(code)
+            atexit._run_exitfuncs()  # as Python does at its end; the first of them ends the process
+        finally:
+            os._exit(1)
 
     def finish(self, command: list[str], codes: tuple[int, ...] = (0,)) -> None:
         """Run a command line and leave it alone."""
