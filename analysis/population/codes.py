@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, final
 
@@ -10,25 +10,25 @@ import torch
 from torch import Tensor
 
 from pvae.analysis.population.sample import FOLDS, HonestPrior, HonestScores, NewRows, mixture_weights
+from pvae.analysis.population.sweep import relative
 from pvae.distributions.exponential_codes import Codes, Product
 from pvae.util import seeds
 
-COMPARISONS, TABLE = 2**33, 2**25
-"""Largest numbers of comparisons of two codes in a pass over pairs of rows, and of probabilities of all kernels; above
-them only some rows have kernels."""
-ROWS_AT_ONCE, ROWS_TRIED, ROWS_SMOOTHED = 512, 1000, 250
-"""Numbers of rows in a tile of kernels, of rows that weights are fitted to, and of rows that the smoothing is."""
+CENTRES, TABLE = 1024, 2**21
+"""Largest numbers of rows that have a kernel, random ones, and of probabilities of all kernels."""
+ROWS_AT_ONCE, ROWS_TRIED = 2048, 500
+"""Numbers of rows that are scored at once, and of rows (at most half) that weights and smoothing are chosen on."""
 SMOOTHINGS = (0.02, 0.1, 0.25, 0.5)
 """Smoothings of the kernels that are tried."""
-FLOOR, NOTHING = -80.0, -1e30
-"""Clamp of differences of log kernels (exp is slow where its result underflows), and finite stand-in for log 0."""
+NOTHING = -1e30
+"""Finite stand-in for log 0."""
 DISCOUNTS = (0.4, 0.8, 0.97)
 """Discounts t of the counts of a joint code, r(c) = (n_c - t)+ / n + t D / n base(c)."""
 TOWARDS_P = 2.0
 """Pseudo-count of the prior p in the fit of the weights."""
-FEWEST_BY_CLASS, ROWS_BY_CLASS, CLASS_STEPS = 50, 4000, 40
+FEWEST_BY_CLASS, ROWS_BY_CLASS, CLASS_STEPS = 50, 2000, 12
 """Smallest and largest number of rows that latent classes are fitted to, and number of EM steps."""
-CLASSES = (2, 4, 8, 16, 32, 64)
+CLASSES = (4, 16, 64)
 """Numbers of classes that are tried, until one does no better on held-out rows than the one before."""
 
 
@@ -56,7 +56,7 @@ class CodeTable:
     log_p: Tensor
     """Log prior probability of every row's joint code, `(n,)`."""
     centres: Tensor
-    """Numbers of the rows that have a kernel, `(m,)`: all, or as many at random as time and memory allow."""
+    """Numbers of the rows that have a kernel, `(m,)`: all, or as many at random as time allows."""
     probability: Tensor
     """Posterior probability of every code at its position for these rows, `(S, m)`, float32; where posteriors are not
     kept, 1 for the row's own codes."""
@@ -74,8 +74,7 @@ class CodeTable:
         first = size.cumsum(0) - size
         seen, flat = (codes + first).unique(return_inverse=True)
         position = torch.bucketize(seen, first, right=True) - 1
-        most = min(COMPARISONS // codes.numel(), TABLE // len(seen))
-        centres = seeds.subset(len(value), max(1, most), 0).to(value.device)
+        centres = seeds.subset(len(value), max(1, min(CENTRES, TABLE // len(seen))), 0).to(value.device)
         parts = rows.q.parts if isinstance(rows.q, Product) else [rows.q]
         known = [part.rows(centres).logits.flatten(1) for part in parts if isinstance(part, Codes)]
         if len(known) == len(parts):
@@ -104,17 +103,15 @@ class CodeTable:
         counts = torch.bincount(flat.flatten(), minlength=len(self.position)).double() + 0.5
         return (counts / (len(flat) + self.states / 2)[self.position]).float()
 
-    def kernels(self, at: Tensor, of: Tensor, smoothing: float, shares: Tensor) -> Iterator[tuple[slice, Tensor]]:
-        """Yield log kernels of the rows `at` around the centres `of`, `(k, c)`, with the slice of `at`; float32.
+    def kernels(self, at: Tensor, of: Tensor, smoothing: float, shares: Tensor) -> Tensor:
+        """Return log kernels of the rows `at` around the centres `of`, `(m, c)`; float32.
 
         Every position keeps the posterior (or the code) of its row with probability 1 - smoothing, else it has the
         proportions `shares` of all rows. The kernel of a row around itself is left out (`NOTHING`).
         """
         table = self.probability[:, of].mul_(1 - smoothing).add_(smoothing * shares[:, None]).log_()
-        for start in range(0, len(at), ROWS_AT_ONCE):
-            block = slice(start, start + ROWS_AT_ONCE)
-            tile = torch.nn.functional.embedding_bag(self.flat[at[block]], table, mode="sum")
-            yield block, tile.masked_fill_(at[block, None] == self.centres[of], NOTHING)
+        tile = torch.nn.functional.embedding_bag(self.flat[at], table, mode="sum")
+        return tile.masked_fill_(at[:, None] == self.centres[of], NOTHING)
 
 
 class Counted(NamedTuple):
@@ -139,9 +136,8 @@ def terms(bases: Tensor, found: Counted) -> Tensor:
     return torch.cat(out, 1)
 
 
-@dataclass(frozen=True)
-class LatentClasses:
-    """Mixture of products over positions, r(c) = sum_k w_k prod_p theta_k[p, c_p]."""
+class LatentClasses(NamedTuple):
+    """Mixture of products over positions, r(c) = sum_k w_k prod_p theta_k[p, c_p]; float32."""
 
     log_weights: Tensor
     """Log weights of the classes, `(C,)`."""
@@ -154,7 +150,7 @@ class LatentClasses:
 
     def log_prob(self, flat: Tensor) -> Tensor:
         """Return the log probability of codes `(m, P)`, given as rows of `log_theta`, `(m,)`, nats."""
-        return self.joint(flat).logsumexp(1)
+        return self.joint(flat).double().logsumexp(1)
 
 
 def latent_classes(flat: Tensor, shares: Tensor, classes: int) -> LatentClasses:
@@ -169,11 +165,11 @@ def latent_classes(flat: Tensor, shares: Tensor, classes: int) -> LatentClasses:
     """
     generator = torch.Generator().manual_seed(0)
     flat = flat[torch.randperm(len(flat), generator=generator)[:ROWS_BY_CLASS].to(flat.device)]
-    near = (flat[:, None] == flat[None, :classes]).double().mean(2)  # rows of a class resemble its first row
+    near = (flat[:, None] == flat[None, :classes]).float().mean(2)  # rows of a class resemble its first row
     posterior = (flat.shape[1] * near).softmax(1) if classes > 1 else torch.ones_like(near)
-    for step in range(CLASS_STEPS):
+    for step in range(CLASS_STEPS if classes > 1 else 1):
         weights = posterior.sum(0) + 1 / classes
-        theta = shares.double()[:, None].repeat(1, classes)
+        theta = shares[:, None].repeat(1, classes)
         for column in flat.T:
             theta.index_add_(0, column, posterior)
         model = LatentClasses((weights / weights.sum()).log(), (theta / (posterior.sum(0) + 1)).log())
@@ -196,23 +192,18 @@ class CodeMixture:
     def chosen(cls, table: CodeTable, of: Tensor, *, classes: bool = True) -> CodeMixture:
         """Return the mixture chosen on the rows `of`, `(n,)` booleans: each is scored by others of them."""
         rows = of.nonzero()[:, 0]
-        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(1)).to(rows.device)
-        tried = rows[order[:ROWS_TRIED]]
-        parts = tried[::2], tried[1::2]
-        best, shares = _classes(table, *parts) if classes else None, [table.shares(part) for part in parts[::-1]]
-        score = {e: float(_kernel(table, parts[0][:ROWS_SMOOTHED], of, e, shares[0]).mean()) for e in SMOOTHINGS}
-        smoothing = max(score, key=score.__getitem__)
-        tried, found = torch.cat(parts), table.counted(torch.cat(parts), of)
-        kernel = [_kernel(table, part, of, smoothing, each) for part, each in zip(parts, shares, strict=True)]
-        bases = [table.log_p[tried], table.product(tried, found), torch.cat(kernel)]
-        if best is not None:
-            held = latent_classes(table.flat[parts[1]], table.shares(parts[1]), len(best.log_weights)), best
-            bases.append(torch.cat([one.log_prob(table.flat[part]) for one, part in zip(held, parts, strict=True)]))
-            best = latent_classes(table.flat[rows], table.shares(rows), len(best.log_weights))
+        rows = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(1)).to(rows.device)]
+        tried, rest = rows.tensor_split([min(ROWS_TRIED, len(rows) // 2)])
+        found, shares = table.counted(tried, of), table.shares(rest)
+        kernel = {smoothing: _kernel(table, tried, of, smoothing, shares) for smoothing in SMOOTHINGS}
+        smoothing = max(kernel, key=lambda each: float(kernel[each].mean()))
+        bases = [table.log_p[tried], table.product(tried, found), kernel[smoothing]]
+        best = _classes(table, rest, tried) if classes else None
+        bases += [best.log_prob(table.flat[tried])] if best is not None else []
         given = terms(torch.stack(bases, 1), found)
         towards_p = torch.zeros_like(given[0])
         towards_p[0] = TOWARDS_P
-        return cls(table, mixture_weights(given, towards_p), best, smoothing, table.shares(rows))
+        return cls(table, mixture_weights(given, towards_p), best, smoothing, shares)
 
     def scored(self, at: Tensor, of: Tensor) -> tuple[Tensor, Tensor]:
         """Return log r of the rows `at`, `(m,)`, from the rows `of` (themselves apart), and their influence.
@@ -220,24 +211,22 @@ class CodeMixture:
         The influence is the derivative of the sum of log r in the weight of every row that is counted or has a kernel,
         `(n,)`; what latent classes, weights and the smoothing owe to their rows is not in it.
         """
-        table, found = self.table, self.table.counted(at, of)
-        bases = [table.log_p[at], table.product(at, found), torch.zeros_like(found.total)]
+        pieces = [self._scored(part, of) for part in at.split(ROWS_AT_ONCE)]
+        return torch.cat([log_r for log_r, _ in pieces]), torch.stack([influence for _, influence in pieces]).sum(0)
+
+    def _scored(self, at: Tensor, of: Tensor) -> tuple[Tensor, Tensor]:
+        table, found, near = self.table, self.table.counted(at, of), of[self.table.centres]
+        top, e = relative(table.kernels(at, near, self.smoothing, self.shares))
+        total, centres = e.sum(1), table.centres[near]
+        bases = [table.log_p[at], table.product(at, found), top + total.double().log() - _others(at, centres)]
         bases += [self.classes.log_prob(table.flat[at])] if self.classes is not None else []
-        base, log_r, influence = torch.stack(bases, 1), torch.zeros_like(found.total), torch.zeros_like(table.log_p)
-        near = of[table.centres]
-        centres = table.centres[near]
-        for block, tile in table.kernels(at, near, self.smoothing, self.shares):
-            top, some = tile.amax(1), Counted(*(part[block] for part in found))
-            e = (tile - top[:, None]).clamp_(min=FLOOR).exp_()
-            total = e.sum(1)
-            base[block, 2] = (top + total.log()).double() - _others(at[block], centres)
-            log_r[block] = self._log_r(base[block], some)
-            mine = self._responsibility(base[block], some, log_r[block])[1][:, 2]
-            influence[centres] += ((mine / total).float() @ e).double()
+        base = torch.stack(bases, 1)
+        log_r = self._log_r(base, found)
+        fresh, by_base = self._responsibility(base, found, log_r)
         fewer = found.times - 1
         less = found._replace(times=fewer.clamp(min=0), distinct=found.distinct - (fewer == 0).double())
-        fresh, by_base = self._responsibility(base, found, log_r)
-        return log_r, influence + self._influence(at, of, found, log_r - self._log_r(base, less), fresh, by_base[:, 1])
+        influence = self._influence(at, of, found, log_r - self._log_r(base, less), fresh, by_base[:, 1])
+        return log_r, influence.index_add_(0, centres, ((by_base[:, 2] / total).float() @ e).double())
 
     def _log_r(self, base: Tensor, found: Counted) -> Tensor:
         return (terms(base, found) + self.log_weights).logsumexp(1)
@@ -287,25 +276,23 @@ class CodePrior(HonestPrior):
     def __init__(self, grids: Sequence[Grid]) -> None:
         self.grids = tuple(grids)
 
-    def crossed(self, rows: NewRows, fold: Tensor) -> HonestScores:
-        table = CodeTable.of(rows, self.grids)
-        everyone, words = torch.ones_like(fold, dtype=torch.bool), ""
+    def scored(self, rows: NewRows, fold: Tensor, train: NewRows | None = None) -> HonestScores:
+        if train is not None:
+            table = CodeTable.of(train.joined(rows), self.grids)
+            number = torch.arange(len(train) + len(rows), device=rows.value.device)
+            mixture = CodeMixture.chosen(table, number < len(train))
+            log_r, _ = mixture.scored(number[len(train) :], number < len(train))
+            return HonestScores(log_r, torch.zeros_like(log_r), log_r, mixture.words())
+        table, words = CodeTable.of(rows, self.grids), ""
         log_r, influence, apart = (torch.zeros_like(rows.own) for _ in range(3))
         for k in range(FOLDS):
             mine, before = (fold == k).nonzero()[:, 0], (fold == (k - 1) % FOLDS).nonzero()[:, 0]
             mixture = CodeMixture.chosen(table, fold != k)
-            log_r[mine], moved = mixture.scored(mine, everyone)
+            log_r[mine], moved = mixture.scored(mine, torch.ones_like(fold, dtype=torch.bool))
             alone = CodeMixture.chosen(table, fold == k, classes=False)
             apart[before], _ = alone.scored(before, fold == k)
             influence, words = influence + moved, mixture.words()
         return HonestScores(log_r, influence, apart, words)
-
-    def trained(self, train: NewRows, rows: NewRows) -> HonestScores:
-        table = CodeTable.of(train.joined(rows), self.grids)
-        number = torch.arange(len(train) + len(rows), device=rows.value.device)
-        mixture = CodeMixture.chosen(table, number < len(train))
-        log_r, _ = mixture.scored(number[len(train) :], number < len(train))
-        return HonestScores(log_r, torch.zeros_like(log_r), log_r, mixture.words())
 
 
 def _classes(table: CodeTable, fitted: Tensor, held: Tensor) -> LatentClasses | None:
@@ -326,8 +313,7 @@ def _classes(table: CodeTable, fitted: Tensor, held: Tensor) -> LatentClasses | 
 def _kernel(table: CodeTable, at: Tensor, of: Tensor, smoothing: float, shares: Tensor) -> Tensor:
     """Return the log mean of the kernels of the rows `at` around the rows `of`, themselves apart, `(m,)`, nats."""
     near = of[table.centres]
-    found = torch.cat([tile.logsumexp(1) for _, tile in table.kernels(at, near, smoothing, shares)])
-    return found.double() - _others(at, table.centres[near])
+    return table.kernels(at, near, smoothing, shares).double().logsumexp(1) - _others(at, table.centres[near])
 
 
 def _others(at: Tensor, centres: Tensor) -> Tensor:

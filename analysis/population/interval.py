@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,8 +12,8 @@ from torch import Tensor
 from pvae.analysis.figures.estimate import Estimate
 from pvae.analysis.population.levels import mixed_by_group
 from pvae.analysis.population.result import FLAT, Population, SubsetInformation
-from pvae.analysis.population.sample import HonestPrior, HonestScores, NewRows, folds
-from pvae.analysis.population.sweep import PairCritic, PointwiseInformation, counted_twice, spread, sweep
+from pvae.analysis.population.sample import FOLDS, HonestPrior, NewRows, folds
+from pvae.analysis.population.sweep import PairCritic, PointwiseInformation, counted_twice, mean, spread, sweep
 
 FEWEST = 20
 """Smallest number of rows for which an interval is given."""
@@ -24,6 +25,9 @@ NEARLY_ALL = 0.25
 the stricter one."""
 FRACTIONS = (64, 16, 4)
 """Parts of the rows, nested, of which the information is given as well: n/64, n/16, n/4."""
+FEWEST_PAIRED = 200
+"""Smallest number of rows with one covariate value that have a bound from their pairs: the log of a mean over few pairs
+is too small on average, and over many values that does not cancel."""
 SMALLEST = 25
 """Smallest number of rows of such a part."""
 WORK = 4e11
@@ -32,15 +36,13 @@ SETTLED = 0.3
 """Gap, nats, between I_n and leave-one-out from which their middle is not given."""
 
 
-@dataclass(frozen=True)
-class PairsBound:
+class PairsBound(NamedTuple):
     """Lower bound of I_pi from all pairs of a sample and a row that r does not know (Donsker, Varadhan)."""
 
-    value: float
-    psi: Tensor
-    """Pointwise terms, whose spread is that of the bound, `(n,)`."""
+    terms: Tensor
+    """Terms whose mean is the bound, and whose spread is its error, `(n,)`."""
     twice: float
-    """Part of the variance of psi that is noise of single pairs counted twice."""
+    """Part of the variance of the terms that is noise of single pairs counted twice."""
     seen: float
     largest: float
 
@@ -57,7 +59,7 @@ class PairsBound:
         psi = t - seen * (reach / m - 2) - (1 - seen) * (alike / alike.mean() - 1)
         twice = (seen / m) ** 2 * counted_twice(groups)
         largest = float(sums.sum(2).max()) / (m * critic.pairs)
-        return cls(float(t.mean()) - math.log(m + g), psi, twice, seen, largest)
+        return cls(psi - math.log(m + g), twice, seen, largest)
 
 
 def interval(rows: NewRows, prior: HonestPrior, *, train: NewRows | None = None, seed: int = 0) -> Population | str:
@@ -88,7 +90,7 @@ def interval(rows: NewRows, prior: HonestPrior, *, train: NewRows | None = None,
     by_group = rows.group is not None and len(rows.group.unique()) > 1
     if by_group:
         prior = mixed_by_group(prior, rows if train is None else train)
-    found = prior.crossed(rows, fold) if train is None else prior.trained(train, rows)
+    found = prior.scored(rows, fold, train)
     gains = (found.log_r - rows.log_p, rows.kl - rows.own + found.log_r)
     value, error = min(((float(d.mean()), spread(d + found.influence)) for d in gains), key=lambda pair: pair[1])
     if not math.isfinite(value):
@@ -96,32 +98,7 @@ def interval(rows: NewRows, prior: HonestPrior, *, train: NewRows | None = None,
     above = rows.own - found.log_r
     upper = Estimate(float(above.mean()), spread(above - found.influence), "upper_bound")
     out = Population(len(rows), Estimate(value, error, "lower_bound"), None, None, upper, found.words)
-    if by_group:
-        return _by_group(rows, out)
-    if rows.q is None:
-        return _of_draws(rows, out)
-    law = _parts(rows)
-    critic = _critic(law, found, (len(rows),) if train is not None else tuple(fold.bincount().tolist()))
-    whole, sums = sweep(rows.q, rows.value, rows.own, critic)
-    bound = PairsBound.of(critic, rows.own, sums)
-    by_pairs = Estimate(bound.value, spread(bound.psi, bound.twice), "lower_bound")
-    slope = _slope(law, whole)
-    figures = [(len(part), info.figures()) for part, info in law] + [(len(rows), whole.figures())]
-    by_rows = figures[-1][1][0]
-    ends = (
-        _less(rows.kl, by_rows.value, whole.inside - whole.inside_shares, whole.twice),
-        _less(rows.kl, bound.value, bound.psi, bound.twice),
-    )
-    return replace(
-        out,
-        gain_upper=min(ends, key=lambda e: e.value + 2 * e.standard_error),
-        information=max(by_rows, by_pairs, key=lambda e: e.value - 2 * e.standard_error),
-        seen=bound.seen,
-        largest=bound.largest,
-        sizes=tuple(SubsetInformation(n, *both) for n, both in figures),
-        slope=slope,
-        midpoint=_middle(whole, slope),
-    )
+    return _of_draws(rows, out) if rows.q is None else _of_pairs(rows, found.apart, None if train else fold, out)
 
 
 def in_folds(rows: NewRows, seed: int) -> tuple[NewRows, Tensor] | str:
@@ -136,31 +113,51 @@ def in_folds(rows: NewRows, seed: int) -> tuple[NewRows, Tensor] | str:
     return replace(rows.rows(shuffled), information=rows.information), fold
 
 
-def _less(kl: Tensor, information: float, terms: Tensor, twice: float = 0.0) -> Estimate:
-    """Return KL less a lower bound of the information, whose pointwise terms are `terms`: an upper end for M."""
-    return Estimate(float(kl.mean()) - information, spread(kl - terms, twice), "upper_bound")
+def _of_pairs(rows: NewRows, apart: Tensor, fold: Tensor | None, out: Population) -> Population:
+    """Return the interval where all pairs of a sample and a row are scored, within each covariate value.
 
-
-def _by_group(rows: NewRows, out: Population) -> Population:
-    """Return the interval for M = E_y KL(q_pi(z | y) || p(z | y)), what a better prior p(z | y) can win.
-
-    Its upper end is KL - I_n with I_q[x, z | y] within each covariate value; it is the KL where all values differ.
+    With covariates y it is that of M = E_y KL(q_pi(z | y) || p(z | y)), and the information is I_q[x, z | y]. Values of
+    fewer rows than `FEWEST_PAIRED` have I_n in both bounds, and a single row no information: its upper end is the KL.
     """
-    assert rows.group is not None  # noqa: S101 - asked before
-    values = rows.group.unique().tolist()
-    inside, shares = torch.zeros_like(rows.own), torch.zeros_like(rows.own)
-    for value in values if rows.q is not None else ():
-        mine = (rows.group == value).nonzero()[:, 0]
-        part = rows.rows(mine)
-        if len(mine) > 1 and part.q is not None:
-            some, _ = sweep(part.q, part.value, part.own)
-            inside[mine], shares[mine] = some.inside, some.inside_shares
-    information = Estimate(float(inside.mean()), spread(inside - shares), "lower_bound")
+    group = torch.zeros_like(rows.own) if rows.group is None else rows.group
+    values, n, paired = group.unique().tolist(), len(rows), []
+    below, by_pairs = torch.zeros_like(rows.own), torch.zeros_like(rows.own)
+    twice, by_pairs_twice = 0.0, 0.0
+    for mine in ((group == value).nonzero()[:, 0] for value in values):
+        part, critic, law = rows if len(values) == 1 else rows.rows(mine), None, []
+        if len(mine) < 2 or part.q is None:
+            continue
+        if len(values) == 1 or len(mine) >= FEWEST_PAIRED:
+            sizes = [len(mine)] if fold is None else fold[mine].bincount(minlength=FOLDS).tolist()
+            law = _law(part)
+            critic = _critic(law, apart[mine], tuple(sizes))
+        whole, sums = sweep(part.q, part.value, part.own, critic)
+        bound = PairsBound(whole.terms, whole.twice, 0.0, 0.0)
+        if critic is not None:
+            bound = PairsBound.of(critic, part.own, sums)
+            paired.append((len(mine), bound))
+        below[mine], by_pairs[mine] = whole.terms, bound.terms
+        twice, by_pairs_twice = twice + len(mine) / n * whole.twice, by_pairs_twice + len(mine) / n * bound.twice
+        if len(values) == 1:
+            out = _of_one_law(out, law, whole)
+    ends, bounds = [], []
+    for terms, noise in ((below, twice), (by_pairs, by_pairs_twice))[: 1 + bool(paired)]:
+        bounds.append(mean(terms, "lower_bound", noise))
+        above = (mean(kl - terms, "upper_bound", noise) for kl in (rows.kl, rows.own - rows.log_p))
+        ends.append(min(above, key=lambda e: e.standard_error))
+    count, notes = sum(size for size, _ in paired), ()
+    if len(values) > 1:
+        notes = (
+            f"new data have the covariates of these rows, {len(values)} values; the bound from pairs is of {count} of "
+            f"the {n} rows, whose value at least {FEWEST_PAIRED} rows have",
+        )
     return replace(
         out,
-        gain_upper=_less(rows.kl, information.value, inside - shares),
-        information=None if rows.q is None else information,
-        notes=(f"new data have the covariates of these rows, {len(values)} values: no bound from pairs of rows",),
+        gain_upper=min(ends, key=lambda e: e.value + 2 * e.standard_error),
+        information=max(bounds, key=lambda e: e.value - 2 * e.standard_error),
+        seen=sum(size * bound.seen for size, bound in paired) / count if paired else None,
+        largest=max(size / count * bound.largest for size, bound in paired) if paired else None,
+        notes=notes,
     )
 
 
@@ -168,7 +165,7 @@ def _of_draws(rows: NewRows, out: Population) -> Population:
     """Return the interval where pairs of a value and a row are scored by the guide alone, for some rows."""
     above, information = None, None
     if rows.information is not None and len(rows.information) > 1:
-        information = Estimate(float(rows.information.mean()), spread(rows.information), "lower_bound")
+        information = mean(rows.information, "lower_bound")
         error = math.hypot(information.standard_error, spread(rows.kl))
         above = Estimate(float(rows.kl.mean()) - information.value, error, "upper_bound")
     notes = ("no bound from pairs: the posteriors are of no exponential family",)
@@ -177,8 +174,11 @@ def _of_draws(rows: NewRows, out: Population) -> Population:
 
 # ---------------------------------------------------------------------- the law in n
 
+Subset = tuple[Tensor, PointwiseInformation]
+"""Indices of some of the rows, and their information."""
 
-def _parts(rows: NewRows) -> list[tuple[Tensor, PointwiseInformation]]:
+
+def _law(rows: NewRows) -> list[Subset]:
     """Return nested random subsets of the rows, from small to large, and their information."""
     generator = torch.Generator().manual_seed(len(rows))
     shuffled, out = torch.randperm(len(rows), generator=generator).to(rows.value.device), []
@@ -191,27 +191,26 @@ def _parts(rows: NewRows) -> list[tuple[Tensor, PointwiseInformation]]:
     return out
 
 
-def _critic(
-    parts: list[tuple[Tensor, PointwiseInformation]], found: HonestScores, sizes: tuple[int, ...]
-) -> PairCritic:
+def _critic(law: list[Subset], apart: Tensor, sizes: tuple[int, ...]) -> PairCritic:
     """Return the clip of the bound from pairs: the stricter one where a quarter of the rows is told apart wholly."""
-    saturated = not parts or math.log(len(parts[-1][0])) - float(parts[-1][1].inside.mean()) < NEARLY_ALL
+    saturated = not law or math.log(len(law[-1][0])) - float(law[-1][1].inside.mean()) < NEARLY_ALL
     slope, less = (0.75, 5.5) if saturated else (1.0, 4.0)
-    return PairCritic(found.apart, sizes, slope, 2 * math.log(sum(sizes)) - less)
+    return PairCritic(apart, sizes, slope, 2 * math.log(sum(sizes)) - less)
 
 
-def _slope(parts: list[tuple[Tensor, PointwiseInformation]], whole: PointwiseInformation) -> float | None:
-    """Return the slope of I_n in log n from the largest subset to all rows, on the samples of the subset; else None."""
-    if not parts:
-        return None
-    chosen, part = parts[-1]
-    return float((whole.inside[chosen] - part.inside).mean()) / math.log(len(whole.inside) / len(chosen))
+def _of_one_law(out: Population, law: list[Subset], whole: PointwiseInformation) -> Population:
+    """Return the interval with I_n by n, its slope in log n from the largest subset to all rows, and the middle.
 
-
-def _middle(found: PointwiseInformation, slope: float | None) -> Estimate | None:
-    """Return the middle of I_n and leave-one-out where n rows can tell: both near, and I_n flat in log n."""
-    gap = float((found.outside - found.inside).mean())
-    if gap >= SETTLED or slope is None or slope > FLAT:
-        return None
-    terms = 0.5 * (found.inside + found.outside - found.inside_shares - found.outside_shares)
-    return Estimate(0.5 * float((found.inside + found.outside).mean()), spread(terms))
+    The slope is on the samples of the subset. The middle of I_n and leave-one-out is given where n rows can tell: both
+    near, and I_n flat in log n.
+    """
+    figures = [(len(chosen), part.figures()) for chosen, part in law] + [(len(whole.inside), whole.figures())]
+    slope, middle = None, None
+    if law:
+        chosen, part = law[-1]
+        slope = float((whole.inside[chosen] - part.inside).mean()) / math.log(len(whole.inside) / len(chosen))
+    if slope is not None and slope <= FLAT and float((whole.outside - whole.inside).mean()) < SETTLED:
+        terms = whole.inside + whole.outside - whole.inside_shares - whole.outside_shares
+        value = 0.5 * float((whole.inside + whole.outside).mean())
+        middle = Estimate(value, 0.5 * spread(terms))
+    return replace(out, sizes=tuple(SubsetInformation(n, *both) for n, both in figures), slope=slope, midpoint=middle)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from copy import deepcopy
-from dataclasses import dataclass, replace
-from typing import Any, final
+from dataclasses import replace
+from operator import itemgetter
+from typing import Any, NamedTuple, final
 
 import pyro.distributions as dist
 import torch
@@ -25,6 +26,8 @@ WORSE = 0.02
 """Loss of log-likelihood, nats, after which no larger width is tried."""
 ROWS_TRIED = 300
 """Largest number of rows on which the width and the weights are chosen."""
+SINGLE = 1e4
+"""Squared distance from 0, in widths, up to which kernels are computed in single precision."""
 LARGE = 0.05
 """Share of a kernel in a density from which its loss is not taken to be its derivative."""
 PARTS = 10
@@ -58,9 +61,15 @@ def widened(q: Members, variance: Tensor) -> Members | None:
 
 
 def kernels(rows: NewRows, variance: Tensor) -> Members:
-    """Return a kernel on every row: its posterior with a variance `(D,)` added, or a normal around its sample."""
+    """Return a kernel on every row: its posterior with a variance `(D,)` added, or a normal around its sample.
+
+    They are of single precision where the terms of their log densities are below `SINGLE`: to about 1e-3 nats.
+    """
     found = None if rows.q is None else widened(rows.q, variance)
-    return Normals(rows.value, variance.sqrt().clamp(min=1e-12).expand_as(rows.value)) if found is None else found
+    if found is None:
+        found = Normals(rows.value, variance.sqrt().clamp(min=1e-12).expand_as(rows.value))
+    single = isinstance(found, Normals) and bool((rows.value.square() / variance).sum(1).max() < SINGLE)
+    return found.map(Tensor.float) if single else found
 
 
 class FittedNormal(torch.distributions.MultivariateNormal):
@@ -90,8 +99,7 @@ def normal_without(value: Tensor) -> Tensor:
     return out
 
 
-@dataclass(frozen=True)
-class Recipe:
+class Recipe(NamedTuple):
     """Width of the kernels, and log weights of kernels, normal and p in the mixture, chosen on some rows."""
 
     width: float
@@ -99,31 +107,28 @@ class Recipe:
     """Square of width times standard deviation of every coordinate, `(D,)`."""
     log_w: Tensor
 
-    @classmethod
-    def of(cls, rows: NewRows) -> Recipe:
-        """Return the recipe by leave-one-out among some rows: at most `ROWS_TRIED` of them are scored."""
-        n = len(rows)
-        tried = torch.arange(0, n, max(1, n // ROWS_TRIED), device=rows.value.device)[:ROWS_TRIED]
-        fixed = [normal_without(rows.value)[tried], rows.log_p[tried]]
-        best, most = None, -math.inf
-        for width in WIDTHS:
-            variance = (width * rows.value.std(0)) ** 2
-            members = kernels(rows, variance)
-            scores = torch.stack([log_mean(members, rows.value[tried], tried), *fixed], 1).clamp(min=-1e6)
-            log_w = mixture_weights(scores, steps=STEPS)
-            found = float((scores + log_w).logsumexp(1).mean())
-            if best is None or found > most:
-                best, most = cls(width, variance, log_w), found
-            elif found < most - WORSE:
-                break
-        assert best is not None  # noqa: S101 - every width above zero has kernels
-        return best
 
-    def parts(self, rows: NewRows) -> dict[str, Density]:
-        """Return the densities made of rows, kernels on each and a normal, by their names."""
-        members = kernels(rows, self.variance)
-        name = f"kernels on train rows (widened by {self.width:g})"
-        return {name: lambda z: log_mean(members, z), "one normal": FittedNormal(rows.value).log_prob}
+def recipe(rows: NewRows) -> Recipe:
+    """Return the recipe by leave-one-out among some rows: at most `ROWS_TRIED` of them are scored."""
+    n, found = len(rows), []
+    tried = torch.arange(0, n, max(1, n // ROWS_TRIED), device=rows.value.device)[:ROWS_TRIED]
+    fixed = [normal_without(rows.value)[tried], rows.log_p[tried]]
+    for width in WIDTHS:
+        variance = (width * rows.value.std(0)) ** 2
+        kernel = log_mean(kernels(rows, variance), rows.value[tried], tried)
+        scores = torch.stack([kernel, *fixed], 1).clamp(min=-1e6)
+        log_w = mixture_weights(scores, steps=STEPS)
+        found.append((float((scores + log_w).logsumexp(1).mean()), Recipe(width, variance, log_w)))
+        if found[-1][0] < max(found, key=itemgetter(0))[0] - WORSE:
+            break
+    return max(found, key=itemgetter(0))[1]
+
+
+def made_of(rows: NewRows, chosen: Recipe) -> dict[str, Density]:
+    """Return the densities made of rows, kernels on each and a normal, by their names."""
+    members = kernels(rows, chosen.variance)
+    name = f"kernels on train rows (widened by {chosen.width:g})"
+    return {name: lambda z: log_mean(members, z), "one normal": FittedNormal(rows.value).log_prob}
 
 
 def _scores(parts: dict[str, Density], rows: NewRows) -> Tensor:
@@ -148,44 +153,44 @@ def lost(e: Tensor, scale: Tensor) -> Tensor:
     return out.index_add_(0, j, -torch.log1p(-share) - share)
 
 
+@final
 class KernelPrior(HonestPrior):
     """Mixture of kernels on the other rows, their posteriors widened, with one normal and the prior p."""
 
-    def crossed(self, rows: NewRows, fold: Tensor) -> HonestScores:
+    def scored(self, rows: NewRows, fold: Tensor, train: NewRows | None = None) -> HonestScores:
+        if train is not None:
+            chosen = recipe(train)
+            log_r = (_scores(made_of(train, chosen), rows) + chosen.log_w).logsumexp(1)
+            return HonestScores(log_r, torch.zeros_like(log_r), log_r, _words([chosen.width], "train"))
         log_r, apart, influence, weight = (torch.zeros_like(rows.own) for _ in range(4))
         normal, log_others, widths = normal_without(rows.value), math.log(len(rows) - 1), []
         for k in range(FOLDS):
             known = (fold == k).nonzero()[:, 0]
             mine, part = (fold == (k - 1) % FOLDS).nonzero()[:, 0], rows.rows(known)
-            recipe = Recipe.of(part)
-            w, start, stop = recipe.log_w, int(known[0]), int(known[-1]) + 1
+            width, variance, w = recipe(part)
+            start, stop = int(known[0]), int(known[-1]) + 1
             rest = torch.logaddexp(w[1] + normal[mine], w[2] + rows.log_p[mine])
             far = torch.logaddexp(w[1] + FittedNormal(part.value).log_prob(rows.value[mine]), w[2] + rows.log_p[mine])
-            for at, tile in tiles(kernels(rows, recipe.variance), rows.value[mine], mine):
+            for at, tile in tiles(kernels(rows, variance), rows.value[mine], mine):
                 top, e = relative(tile)
-                within = e[:, start:stop].sum(1).double()
+                within, i = e[:, start:stop].sum(1).double(), mine[at]
                 total = within + e[:, :start].sum(1).double() + e[:, stop:].sum(1).double()
-                i = mine[at]
                 log_r[i] = torch.logaddexp(w[0] + top + total.log() - log_others, rest[at])
                 apart[i] = torch.logaddexp(w[0] + top + within.log() - math.log(len(part)), far[at])
                 influence += lost(e, (w[0] + top - log_others - log_r[i]).exp().float())
             weight[mine] = (w[1] + normal[mine] - log_r[mine]).exp()
-            widths.append(recipe.width)
+            widths.append(width)
         influence += FittedNormal(rows.value).influence(rows.value, weight)
-        return HonestScores(log_r, influence, apart, self._words(widths))
+        return HonestScores(log_r, influence, apart, _words(widths))
 
-    def trained(self, train: NewRows, rows: NewRows) -> HonestScores:
-        recipe = Recipe.of(train)
-        log_r = (_scores(recipe.parts(train), rows) + recipe.log_w).logsumexp(1)
-        return HonestScores(log_r, torch.zeros_like(log_r), log_r, self._words([recipe.width], "train"))
 
-    def _words(self, widths: list[float], which: str = "the other") -> str:
-        found = " and ".join(f"{w:g}" for w in dict.fromkeys(widths))
-        return f"kernels on {which} rows, widened by {found} standard deviations, mixed with a normal and p"
+def _words(widths: list[float], which: str = "the other") -> str:
+    found = " and ".join(f"{w:g}" for w in dict.fromkeys(widths))
+    return f"kernels on {which} rows, widened by {found} standard deviations, mixed with a normal and p"
 
 
 @final
-class FullPrior(KernelPrior):
+class FullPrior(HonestPrior):
     """Mixture of kernels on all train rows, one normal, a mixture of normals, a flow and the prior p.
 
     Every part is fitted to train rows; the weights are those of most likelihood on train rows held out. Without train
@@ -195,12 +200,14 @@ class FullPrior(KernelPrior):
     def __init__(self, seed: int = 0) -> None:
         self.seed = seed
 
-    def trained(self, train: NewRows, rows: NewRows) -> HonestScores:
+    def scored(self, rows: NewRows, fold: Tensor, train: NewRows | None = None) -> HonestScores:
+        if train is None:
+            return KernelPrior().scored(rows, fold)
         n, generator = len(train), torch.Generator().manual_seed(self.seed)
         order = torch.randperm(n, generator=generator).to(train.value.device)
         count = min(HELD_OUT_MOST, max(1, n // HELD_OUT))
         held, fit = train.rows(order[:count]), train.rows(order[count:])
-        parts, normals = Recipe.of(fit).parts(fit), best_mixture(fit.value, held.value, self.seed)
+        parts, normals = made_of(fit, recipe(fit)), best_mixture(fit.value, held.value, self.seed)
         parts[f"a mixture of {normals.n_components} normals"] = lambda z: torch.from_numpy(
             normals.score_samples(z.cpu().numpy())
         ).to(z)

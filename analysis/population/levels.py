@@ -1,6 +1,6 @@
 """Priors of several latents made of priors of some of them, priors by covariate value, and mixtures of priors."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import final
 
 import torch
@@ -25,15 +25,10 @@ class RootPrior(HonestPrior):
     def __init__(self, priors: Sequence[HonestPrior]) -> None:
         self.priors = tuple(priors)
 
-    def crossed(self, rows: NewRows, fold: Tensor) -> HonestScores:
-        found = [prior.crossed(part, fold) for prior, part in zip(self.priors, rows.parts, strict=True)]
-        return self._whole(rows, found)
-
-    def trained(self, train: NewRows, rows: NewRows) -> HonestScores:
-        pieces = zip(self.priors, train.parts, rows.parts, strict=True)
-        return self._whole(rows, [prior.trained(known, part) for prior, known, part in pieces])
-
-    def _whole(self, rows: NewRows, found: Sequence[HonestScores]) -> HonestScores:
+    def scored(self, rows: NewRows, fold: Tensor, train: NewRows | None = None) -> HonestScores:
+        known = [None] * len(self.priors) if train is None else train.parts
+        pieces = zip(self.priors, rows.parts, known, strict=True)
+        found = [prior.scored(part, fold, other) for prior, part, other in pieces]
         rest = rows.log_p - torch.stack([part.log_p for part in rows.parts]).sum(0)
         return HonestScores(
             rest + torch.stack([scores.log_r for scores in found]).sum(0),
@@ -50,23 +45,15 @@ class GroupPrior(HonestPrior):
     def __init__(self, prior: HonestPrior) -> None:
         self.prior = prior
 
-    def crossed(self, rows: NewRows, fold: Tensor) -> HonestScores:
-        return self._by_group(rows, rows, lambda _, mine: self.prior.crossed(rows.rows(mine), fold[mine]))
-
-    def trained(self, train: NewRows, rows: NewRows) -> HonestScores:
-        return self._by_group(train, rows, lambda own, mine: self.prior.trained(train.rows(own), rows.rows(mine)))
-
-    def _by_group(
-        self, known: NewRows, rows: NewRows, scored: Callable[[Tensor, Tensor], HonestScores]
-    ) -> HonestScores:
-        """Return scores by the rows `known` and `rows` of every covariate value that enough known rows have."""
+    def scored(self, rows: NewRows, fold: Tensor, train: NewRows | None = None) -> HonestScores:
+        known = rows if train is None else train
         assert known.group is not None and rows.group is not None  # noqa: S101, PT018 - made for rows with covariates
         nothing = torch.full_like(rows.own, -torch.inf)
         out = HonestScores(nothing, torch.zeros_like(nothing), nothing.clone(), "priors by covariate value")
         for value in known.group.unique().tolist():
             own, mine = ((part == value).nonzero()[:, 0] for part in (known.group, rows.group))
             if len(own) >= FEWEST_OF_GROUP and len(mine):
-                found = scored(own, mine)
+                found = self.prior.scored(rows.rows(mine), fold[mine], None if train is None else train.rows(own))
                 out.log_r[mine], out.influence[mine], out.apart[mine] = found.log_r, found.influence, found.apart
         return out
 
@@ -82,31 +69,23 @@ class MixedPrior(HonestPrior):
     def __init__(self, priors: Sequence[HonestPrior]) -> None:
         self.priors = tuple(priors)
 
-    def crossed(self, rows: NewRows, fold: Tensor) -> HonestScores:
-        found = [prior.crossed(rows, fold) for prior in self.priors]
-        log_r, apart = (torch.stack([getattr(s, name) for s in found], -1) for name in ("log_r", "apart"))
-        log_w = torch.zeros_like(log_r)
-        for k in range(FOLDS):
-            log_w[fold == k] = _weights(apart[fold == (k + 1) % FOLDS])
-        share = _available(log_r, log_w).softmax(-1).mean(0)
-        influence = torch.stack([s.influence for s in found], -1) @ share
-        whole = _available(log_r, log_w).logsumexp(-1)
-        return HonestScores(
-            whole, influence, _available(apart, torch.zeros_like(apart)).logsumexp(-1), self._words(found, share)
+    def scored(self, rows: NewRows, fold: Tensor, train: NewRows | None = None) -> HonestScores:
+        found = [prior.scored(rows, fold, train) for prior in self.priors]
+        log_r, apart, influence = (
+            torch.stack([getattr(s, name) for s in found], -1) for name in ("log_r", "apart", "influence")
         )
-
-    def trained(self, train: NewRows, rows: NewRows) -> HonestScores:
-        few = train.rows(torch.arange(min(len(train), ROWS_WEIGHED), device=rows.value.device))
-        order, fold = folds(len(few), 0, rows.value.device)
-        log_w = _weights(torch.stack([prior.crossed(few.rows(order), fold).log_r for prior in self.priors], -1))
-        found = [prior.trained(train, rows) for prior in self.priors]
-        terms = _available(torch.stack([s.log_r for s in found], -1), log_w)
-        log_r = terms.logsumexp(-1)
-        words = self._words(found, terms.softmax(-1).mean(0))
-        return HonestScores(log_r, torch.zeros_like(log_r), log_r, words)
-
-    def _words(self, found: Sequence[HonestScores], share: Tensor) -> str:
-        return "; ".join(f"{s.words} ({100 * float(w):.0f} %)" for s, w in zip(found, share, strict=True) if w >= 0.005)
+        log_w = torch.zeros_like(log_r)
+        for k in range(FOLDS if train is None else 0):
+            log_w[fold == k] = _weights(apart[fold == (k + 1) % FOLDS])
+        if train is not None:
+            order, parts = folds(len(train), 0, rows.value.device, ROWS_WEIGHED)
+            few = train.rows(order)
+            log_w += _weights(torch.stack([prior.scored(few, parts).log_r for prior in self.priors], -1))
+        terms = _available(log_r, log_w)
+        share, whole = terms.softmax(-1).mean(0), terms.logsumexp(-1)
+        even = _available(apart, torch.zeros_like(apart)).logsumexp(-1)
+        words = [f"{s.words} ({100 * float(w):.0f} %)" for s, w in zip(found, share, strict=True) if w >= 0.005]
+        return HonestScores(whole, influence @ share, even if train is None else whole, "; ".join(words))
 
 
 def mixed_by_group(prior: HonestPrior, known: NewRows) -> HonestPrior:

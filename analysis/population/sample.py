@@ -81,12 +81,14 @@ class HonestPrior(ABC):
     """
 
     @abstractmethod
-    def crossed(self, rows: NewRows, fold: Tensor) -> HonestScores:
-        """Return the scores of rows under priors made of the other rows; `fold` is that of each row, `(n,)`."""
+    def scored(self, rows: NewRows, fold: Tensor, train: NewRows | None = None) -> HonestScores:
+        """Return the scores of rows under priors made of the other rows, or under one made of the rows `train`.
 
-    @abstractmethod
-    def trained(self, train: NewRows, rows: NewRows) -> HonestScores:
-        """Return the scores of rows under one prior made of the rows `train`, among which they are not."""
+        Arguments:
+            rows: the rows that are scored, `n` of them.
+            fold: fold of each row, `(n,)`; not read with `train`.
+            train: rows among which those that are scored are not.
+        """
 
 
 def folds(n: int, seed: int, device: torch.device, count: int | None = None) -> tuple[Tensor, Tensor]:
@@ -103,8 +105,9 @@ def mixture_weights(terms: Tensor, prior: Tensor | float = 0.0, steps: int = 200
         prior: pseudo-counts of the components, `(k,)`, or of each.
         steps: number of EM steps.
     """
-    log_weights = terms.new_zeros(terms.shape[1])
+    ratio = (terms - terms.amax(1, keepdim=True)).exp()
+    weights = torch.full_like(ratio[0], 1 / terms.shape[1])
     for _ in range(steps):
-        mass = (terms + log_weights).softmax(1).sum(0) + prior
-        log_weights = (mass / mass.sum()).clamp(min=1e-12).log()
-    return log_weights
+        mass = weights * (ratio.T @ (ratio @ weights).reciprocal()) + prior
+        weights = (mass / mass.sum()).clamp(min=1e-12)
+    return weights.log()

@@ -7,41 +7,39 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pvae.analysis.figures.estimate import Estimate
+from pvae.analysis.figures.estimate import Estimate, Kind
 from pvae.distributions.exponential import Members
-from pvae.distributions.exponential_codes import CertainCodes
+from pvae.distributions.exponential_codes import IMPOSSIBLE, CertainCodes, Codes, Product
 
 TILE = 2**20
 """Largest number of pairs in a tile of some values and all rows."""
 FLOOR = -80.0
 """Differences of log densities are clamped here, e^-80 of the largest term: exp is slow where its result underflows."""
-NOTHING = -1e300
-"""Finite stand-in for log 0."""
 
 
 def tiles(members: Members, value: Tensor, own: Tensor | None = None) -> Iterator[tuple[slice, Tensor]]:
-    """Yield log q(z_i | x_j) of some values under all members, `(k, n)`, float64, with the slice of these values.
+    """Yield log q(z_i | x_j) of some values under all members, `(k, n)`, with the slice of these values.
 
     Arguments:
-        members: the n posteriors, float64.
+        members: the n posteriors, whose precision is that of the tiles.
         value: values `(m, D)`.
-        own: for each value the member that is left out (`NOTHING` in the tile), `(m,)`; None for none.
+        own: for each value the member that is left out (the lowest number in the tile), `(m,)`; None for none.
     """
-    rows = max(8, min(512, TILE // len(members)))
+    rows, value = max(8, min(512, TILE // len(members))), value.to(members.origin)
     score, tile = members.scorer(), value.new_empty(rows, len(members))
     for start in range(0, len(value), rows):
         at = slice(start, min(start + rows, len(value)))
         block = tile[: at.stop - start]
         score(value[at], block)
         if own is not None:
-            block.scatter_(1, own[at, None], NOTHING)
+            block.scatter_(1, own[at, None], torch.finfo(block.dtype).min)
         yield at, block
 
 
 def relative(tile: Tensor) -> tuple[Tensor, Tensor]:
     """Return the largest entry of every row `(k,)`, and exp of the entries less that, float32; spoils the tile."""
     top = tile.amax(1)
-    return top, tile.sub_(top[:, None]).float().clamp_(min=FLOOR).exp_()
+    return top.double(), tile.sub_(top[:, None]).float().clamp_(min=FLOOR).exp_()
 
 
 def log_mean(members: Members, value: Tensor, own: Tensor | None = None) -> Tensor:
@@ -66,12 +64,16 @@ class PointwiseInformation:
     twice: float
     """Part of the variance of `inside - inside_shares` that is noise of single pairs counted twice."""
 
+    @property
+    def terms(self) -> Tensor:
+        """Terms `(n,)` whose mean is I_n, and whose spread is its error: a row counts as sample and component."""
+        return self.inside - self.inside_shares + self.inside_shares.mean()
+
     def figures(self) -> tuple[Estimate, Estimate | None]:
-        """Return I_n and leave-one-out (None where infinite): in their errors a row counts as sample and component."""
-        below = spread(self.inside - self.inside_shares, self.twice)
+        """Return I_n and leave-one-out (None where infinite), with their errors."""
         above, error = float(self.outside.mean()), spread(self.outside - self.outside_shares)
-        leave_one_out = Estimate(above, error, "upper_bound") if math.isfinite(above) else None
-        return Estimate(float(self.inside.mean()), below, "lower_bound"), leave_one_out
+        leave_one_out = Estimate(above, error, "upper_bound") if above < -IMPOSSIBLE / len(self.outside) else None
+        return mean(self.terms, "lower_bound", self.twice), leave_one_out
 
 
 @dataclass(frozen=True)
@@ -126,6 +128,8 @@ def sweep(
     """
     if isinstance(q, CertainCodes):
         return counted(q, own, critic)
+    if all(isinstance(part, Codes) for part in (q.parts if isinstance(q, Product) else [q])):
+        q = q.map(Tensor.float)  # their log densities are sums of terms of one sign
     n = len(value)
     index = torch.arange(n, device=own.device)
     group = torch.stack([index < n // 2, index >= n // 2], 1).double()
@@ -133,7 +137,7 @@ def sweep(
     reach, sums = own.new_zeros(n, 2), own.new_zeros(2, n, 2)
     for at, tile in tiles(q, value, index):
         top = tile.amax(1)
-        apart = tile.sub_(top[:, None]).float()
+        apart, top = tile.sub_(top[:, None]).float(), top.double()
         if critic is not None:
             _pairs(apart, top, at, critic, sums)
         e = apart.clamp_(min=FLOOR).exp_()
@@ -213,3 +217,8 @@ def spread(terms: Tensor, twice: float = 0.0) -> float:
     """Return the standard error of the mean of terms `(n,)`, less a variance that was counted twice in them."""
     variance = float(terms.var())
     return math.sqrt(max(variance - twice, variance / 2) / len(terms))
+
+
+def mean(terms: Tensor, kind: Kind, twice: float = 0.0) -> Estimate:
+    """Return the mean of terms `(n,)` with its standard error."""
+    return Estimate(float(terms.mean()), spread(terms, twice), kind)

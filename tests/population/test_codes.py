@@ -64,7 +64,7 @@ def changed(rows: NewRows, i: int, code: Tensor) -> NewRows:
 
 def masses(prior: HonestPrior, rows: NewRows, i: int, fold: Tensor) -> tuple[float, float]:
     """Sums over all states of r and of the r apart, with row i in each of them."""
-    found = [prior.crossed(changed(rows, i, code), fold) for code in EVERY]
+    found = [prior.scored(changed(rows, i, code), fold) for code in EVERY]
     return tuple(float(torch.stack([getattr(s, name)[i] for s in found]).exp().sum()) for name in ("log_r", "apart"))  # type: ignore[return-value]
 
 
@@ -84,7 +84,7 @@ def test_priors_of_roots_groups_and_mixtures_are_distributions(few, monkeypatch)
     mixed = MixedPrior([codes, GroupPrior(codes)])
     for prior in (RootPrior([codes]), mixed, MixedPrior([RootPrior([codes]), codes])):
         assert masses(prior, rows, 41, fold) == pytest.approx((1, 1), abs=1e-5)
-    alone, both = codes.crossed(rows, fold), mixed.crossed(rows, fold)
+    alone, both = codes.scored(rows, fold), mixed.scored(rows, fold)
     torch.testing.assert_close(both.log_r[rows.group == 1], alone.log_r[rows.group == 1])
     assert bool((both.log_r != alone.log_r)[rows.group == 0].all())
 
@@ -93,9 +93,10 @@ def test_priors_of_roots_groups_and_mixtures_are_distributions(few, monkeypatch)
 def test_a_prior_of_train_rows_is_a_distribution(posterior, few):
     train, rows = small(80, posterior), small(30, posterior, seed=1)
     codes = CodePrior([Grid(2, 3, 2)])
+    fold = torch.zeros(30)
     for prior in (codes, MixedPrior([codes, RootPrior([codes])])):
         given = replace(train, parts=(train,))
-        found = [prior.trained(given, replace(changed(rows, 4, c), parts=(changed(rows, 4, c),))) for c in EVERY]
+        found = [prior.scored(replace(changed(rows, 4, c), parts=(changed(rows, 4, c),)), fold, given) for c in EVERY]
         assert float(torch.stack([s.log_r[4] for s in found]).exp().sum()) == pytest.approx(1, abs=1e-5)
         assert not found[0].influence.any()
 
@@ -103,9 +104,9 @@ def test_a_prior_of_train_rows_is_a_distribution(posterior, few):
 def test_one_hots_are_scored_as_indices():
     rows, (_, fold) = small(40, "unknown"), folds(40, 0, torch.device("cpu"))
     hot = torch.nn.functional.one_hot(rows.value.long(), 3).flatten(1).double()
-    want = CodePrior([Grid(2, 3, 2)]).crossed(rows, fold)
+    want = CodePrior([Grid(2, 3, 2)]).scored(rows, fold)
     for value in (hot, torch.where(hot > 0, 0.0, -1e30)):
-        got = CodePrior([Grid(2, 3, 6)]).crossed(replace(rows, value=value), fold)
+        got = CodePrior([Grid(2, 3, 6)]).scored(replace(rows, value=value), fold)
         torch.testing.assert_close(got.log_r, want.log_r)
 
 

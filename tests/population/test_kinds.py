@@ -69,8 +69,8 @@ def test_a_new_prior_of_the_roots_leaves_the_other_levels(monkeypatch):
     torch.testing.assert_close(top.log_p, torch.distributions.Normal(0.0, 1.0).log_prob(top.value[:, 0]))
     order, fold = folds(200, 0, x.device)
     whole, alone = (
-        RootPrior([KernelPrior()]).crossed(rows.rows(order), fold),
-        KernelPrior().crossed(top.rows(order), fold),
+        RootPrior([KernelPrior()]).scored(rows.rows(order), fold),
+        KernelPrior().scored(top.rows(order), fold),
     )
     torch.testing.assert_close(whole.log_r - rows.log_p[order], alone.log_r - top.log_p[order])
     torch.testing.assert_close(whole.influence, alone.influence)
