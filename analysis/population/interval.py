@@ -87,17 +87,16 @@ def interval(rows: NewRows, prior: HonestPrior, *, train: NewRows | None = None,
     rows, fold = accepted
     if train is not None and len(train) < FEWEST:
         train = None
-    by_group = rows.group is not None and len(rows.group.unique()) > 1
-    if by_group:
+    if rows.group is not None and len(rows.group.unique()) > 1:
         prior = mixed_by_group(prior, rows if train is None else train)
     found = prior.scored(rows, fold, train)
-    gains = (found.log_r - rows.log_p, rows.kl - rows.own + found.log_r)
-    value, error = min(((float(d.mean()), spread(d + found.influence)) for d in gains), key=lambda pair: pair[1])
-    if not math.isfinite(value):
+    moved = found.influence - found.influence.mean()
+    gains = [mean(d + moved, "lower_bound") for d in (found.log_r - rows.log_p, rows.kl - rows.own + found.log_r)]
+    gain = min(gains, key=lambda e: e.standard_error)
+    if not math.isfinite(gain.value):
         return "on new data: log r(z) is not finite"
-    above = rows.own - found.log_r
-    upper = Estimate(float(above.mean()), spread(above - found.influence), "upper_bound")
-    out = Population(len(rows), Estimate(value, error, "lower_bound"), None, None, upper, found.words)
+    upper = mean(rows.own - found.log_r - moved, "upper_bound")
+    out = Population(len(rows), gain, None, None, upper, found.words)
     return _of_draws(rows, out) if rows.q is None else _of_pairs(rows, found.apart, None if train else fold, out)
 
 
@@ -120,43 +119,38 @@ def _of_pairs(rows: NewRows, apart: Tensor, fold: Tensor | None, out: Population
     fewer rows than `FEWEST_PAIRED` have I_n in both bounds, and a single row no information: its upper end is the KL.
     """
     group = torch.zeros_like(rows.own) if rows.group is None else rows.group
-    values, n, paired = group.unique().tolist(), len(rows), []
-    below, by_pairs = torch.zeros_like(rows.own), torch.zeros_like(rows.own)
-    twice, by_pairs_twice = 0.0, 0.0
+    values, n = group.unique().tolist(), len(rows)
+    terms, twice, paired, notes = rows.own.new_zeros(2, n), [0.0, 0.0], list[tuple[float, PairsBound]](), ()
     for mine in ((group == value).nonzero()[:, 0] for value in values):
-        part, critic, law = rows if len(values) == 1 else rows.rows(mine), None, []
+        part, critic = rows if len(values) == 1 else rows.rows(mine), None
         if len(mine) < 2 or part.q is None:
             continue
         if len(values) == 1 or len(mine) >= FEWEST_PAIRED:
-            sizes = [len(mine)] if fold is None else fold[mine].bincount(minlength=FOLDS).tolist()
-            law = _law(part)
+            law, sizes = _law(part), [len(mine)] if fold is None else fold[mine].bincount(minlength=FOLDS).tolist()
             critic = _critic(law, apart[mine], tuple(sizes))
         whole, sums = sweep(part.q, part.value, part.own, critic)
-        bound = PairsBound(whole.terms, whole.twice, 0.0, 0.0)
-        if critic is not None:
-            bound = PairsBound.of(critic, part.own, sums)
-            paired.append((len(mine), bound))
-        below[mine], by_pairs[mine] = whole.terms, bound.terms
-        twice, by_pairs_twice = twice + len(mine) / n * whole.twice, by_pairs_twice + len(mine) / n * bound.twice
         if len(values) == 1:
             out = _of_one_law(out, law, whole)
-    ends, bounds = [], []
-    for terms, noise in ((below, twice), (by_pairs, by_pairs_twice))[: 1 + bool(paired)]:
-        bounds.append(mean(terms, "lower_bound", noise))
-        above = (mean(kl - terms, "upper_bound", noise) for kl in (rows.kl, rows.own - rows.log_p))
+        if critic is not None:
+            paired.append((len(mine) / n, PairsBound.of(critic, part.own, sums)))
+        for k, bound in enumerate((whole, whole if critic is None else paired[-1][1])):
+            terms[k, mine], twice[k] = bound.terms, twice[k] + len(mine) / n * bound.twice
+    ends, bounds, share = [], [], sum(size for size, _ in paired)
+    for bound, noise in list(zip(terms, twice, strict=True))[: 1 + bool(paired)]:
+        bounds.append(mean(bound, "lower_bound", noise))
+        above = [mean(kl - bound, "upper_bound", noise) for kl in (rows.kl, rows.own - rows.log_p)]
         ends.append(min(above, key=lambda e: e.standard_error))
-    count, notes = sum(size for size, _ in paired), ()
     if len(values) > 1:
         notes = (
-            f"new data have the covariates of these rows, {len(values)} values; the bound from pairs is of {count} of "
-            f"the {n} rows, whose value at least {FEWEST_PAIRED} rows have",
+            f"new data have the covariates of these rows, {len(values)} values; the bound from pairs is that of the "
+            f"values that at least {FEWEST_PAIRED} rows have, {100 * share:.0f} % of the rows",
         )
     return replace(
         out,
         gain_upper=min(ends, key=lambda e: e.value + 2 * e.standard_error),
         information=max(bounds, key=lambda e: e.value - 2 * e.standard_error),
-        seen=sum(size * bound.seen for size, bound in paired) / count if paired else None,
-        largest=max(size / count * bound.largest for size, bound in paired) if paired else None,
+        seen=sum(size * bound.seen for size, bound in paired) / share if paired else None,
+        largest=max(size / share * bound.largest for size, bound in paired) if paired else None,
         notes=notes,
     )
 

@@ -182,23 +182,18 @@ def counted(q: CertainCodes, own: Tensor, critic: PairCritic | None = None) -> t
     outside = math.log(max(n - 1, 1)) - (times - 1).log()
     lost = (times - 1) * (times.log() - (times - 1).clamp(min=1).log())
     found = PointwiseInformation(math.log(n) - times.log(), outside, lost, (times > 1).double(), 0.0)
-    sums = own.new_zeros(2, n, 2)
-    for rows, columns in [] if critic is None else critic.blocks():
-        assert critic is not None  # noqa: S101 - else there are no blocks
+    sums, index = own.new_zeros(2, n, 2), torch.arange(n, device=code.device)
+    if critic is None:
+        return found, sums
+    for rows, columns in critic.blocks():
         e, itself = critic(own[rows] - critic.apart[rows]).exp_(), float(rows == columns)
-        mine, theirs = (2 * code[part] + _by_half(part).to(code.device) for part in (rows, columns))
+        mine, theirs = (2 * code[b] + (index[b] >= (b.start + b.stop) // 2) for b in (rows, columns))  # as in `_pairs`
         number = theirs.bincount(minlength=2 * n).double().reshape(n, 2)[code[rows]]
         mass = own.new_zeros(2 * n).index_add_(0, mine, e).reshape(n, 2)[code[columns]]
         half = torch.nn.functional.one_hot(mine % 2, 2) * itself
         sums[0, rows] += e[:, None] * (number - half)
         sums[1, columns] += mass - e[:, None] * half if itself else mass
     return found, sums
-
-
-def _by_half(part: slice) -> Tensor:
-    """Return 0 for the first half of a block of rows and 1 for the second, as `_pairs` does, `(k,)`."""
-    size = part.stop - part.start
-    return (torch.arange(size) >= size // 2).long()
 
 
 def counted_twice(groups: Tensor) -> float:

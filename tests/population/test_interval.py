@@ -244,6 +244,22 @@ def test_lower_end_beats_priors_refitted_to_the_codes():
     assert found.gain.value > best - 2 * math.hypot(error, found.gain.standard_error)
 
 
+def test_covariates_have_a_bound_from_the_pairs_of_each_value():
+    """M = E_y KL(q_pi(z | y) || p(z | y)) is the mean of two exact values; no pair is of two covariate values."""
+    truths = gaussian(10, 7.0, 0.648), gaussian(10, 7.0, 2.0)
+    for seed in range(3):
+        first, second = (truth.rows(400, 2 * seed + k) for k, truth in enumerate(truths))
+        rows = replace(first.joined(second), group=torch.arange(800) // 400)
+        found, alone = interval(rows, KernelPrior()), [interval(part, KernelPrior()) for part in (first, second)]
+        low, high = (e.value + k * 2 * e.standard_error for e, k in ((found.gain, -1), (found.gain_upper, 1)))
+        assert low <= 1.324 <= high < np.mean([float(e.gain_upper) for e in alone]) + 0.3
+        assert found.information.value > math.log(400) + 0.2  # which no I_n within a value exceeds
+        assert found.seen > 0.5
+        few = interval(replace(rows, group=torch.arange(800) % 8), KernelPrior())
+        assert few.seen is None
+        assert few.information.value < math.log(100)
+
+
 # ---------------------------------------------------------------------- in a surgery
 
 
