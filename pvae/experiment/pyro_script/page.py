@@ -38,6 +38,12 @@ LEFT_OUT = ("clip_norm", "average", "alternate", "patience")
 TIME = "(epoch + i / STEPS)"
 """Expression, inside the loop of a generated script, for the time since the start of training in epochs."""
 SUMMED = 'infer={"enumerate": "parallel"}'
+WRITTEN = ("model", "guide", "before", "after")
+"""Parts of a script that its two generators write each in its own way."""
+PAGE = Environment(
+    loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined,
+    trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
+)  # fmt: skip
 
 
 class Script(ABC):
@@ -68,50 +74,37 @@ class Script(ABC):
         """Return the statements that load the data."""
 
     @abstractmethod
-    def model(self) -> Iterator[str]:
-        """Yield the statements of the model inside the data plate."""
-
-    @abstractmethod
-    def guide(self) -> Iterator[str]:
-        """Yield the statements of the guide inside the data plate."""
-
-    def around_step(self) -> tuple[list[str], list[str]]:
-        """Return the statements that the training loop runs before every step of SVI, and those after it."""
-        return [], []
+    def statements(self) -> dict[str, list[str]]:
+        """Return the statements of `model` and `guide` inside the data plate, and those `before` and `after` a step."""
 
     # ------------------------------------------------------------------ the page
 
     def text(self) -> str:
         """Return the source text of the script: the template `script.py.j2`, filled in, below the imports it needs."""
         train, said = self.experiment.train, formulas(self.experiment)
-        loads, programs = self.data(), {"model": [*self.model()], "guide": [*self.guide()]}
+        loads, written = self.data(), self.statements()
         numbers = {name: self.at(schedule, TIME) for name, schedule in self.numbers.items()}
         if "beta" in numbers:  # Pyro refuses to scale by 0
             numbers["beta"] = f"max(1e-20, {numbers['beta']})"
         given = [*self.batch.values(), *(f"{name}={name}" for name in numbers)]
-        before, after = self.around_step()
-        before = [*(f"{name} = {value}" for name, value in numbers.items()), *before]
+        before = [*(f"{name} = {value}" for name, value in numbers.items()), *written["before"]]
         rate = self.at(train.schedule, "step / STEPS")
         if train.warmup:
             rate = f"{rate} * min((step + 1) / ({train.warmup:g} * STEPS), 1)"
         settings = train.optimizer.model_dump(exclude={"kind"}, exclude_defaults=True)
-        page = Environment(
-            loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined,
-            trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
-        )  # fmt: skip
-        body = page.get_template("script.py.j2").render(
+        body = PAGE.get_template("script.py.j2").render(
             script=self,
             train=train,
             data=loads,
-            programs=programs,
-            formulas={name: re.sub(r"^(.*) = \1$", r"\1", said[name]) for name in programs},
+            programs={name: written[name] for name in ("model", "guide")},
+            formulas={name: re.sub(r"^(.*) = \1$", r"\1", said[name]) for name in ("model", "guide")},
             arguments=[*self.batch, *(f"{number}=1.0" for number in numbers)],
             left_out=[f"{name} = {value}" for name in LEFT_OUT if (value := getattr(train, name))],
             optimizer=type(train.optimizer.build([nn.Parameter(torch.zeros(1))])).__name__,
             settings=literal({"lr": train.optimizer.lr, **settings}),
             rate=rate,
             timed=TIME in " ".join(before),
-            step=[*before, f"loss = svi.step({', '.join(given)})", "optimizer.step()", *after],
+            step=[*before, f"loss = svi.step({', '.join(given)})", "optimizer.step()", *written["after"]],
         )
         head = [f'"""{self.experiment.description or self.experiment.name}"""', "", *self.import_lines(body), "", body]
         return "\n".join(head)
