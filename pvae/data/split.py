@@ -1,11 +1,9 @@
 """One split (train, validation or test) of a data set, from which mini-batches are taken."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import prod
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -78,19 +76,19 @@ class Split:
         assert columns is not None  # noqa: S101 - there is an event, so columns stand behind it
         return torch.cat([fresh.flatten(1), columns[index].to(fresh)], 1)
 
-    def to(self, device: str | torch.device) -> Split:
+    def to(self, device: str | torch.device) -> Self:
         """Return the split with its tensors on a device; streamed rows are moved to it when they are read."""
         moved = {name: part.to(device) for name in ("rows", "y", "raw") if (part := getattr(self, name)) is not None}
         return replace(self, **moved)
 
-    def plain(self) -> Split:
+    def plain(self) -> Self:
         """Return the split without covariates in its rows."""
         if self.event is None:
             return self
         rows = self.rows.with_columns(None) if isinstance(self.rows, Streamed) else self.data
         return replace(self, rows=rows, event=None)
 
-    def conditioned(self, codes: int, tokens: Sequence[Sequence[int]] | None = None) -> Split:
+    def conditioned(self, codes: int, tokens: Sequence[Sequence[int]] | None = None) -> Self:
         """Return the split with each row flattened and followed by its label as a covariate.
 
         Arguments:

@@ -1,11 +1,10 @@
 """Layout of a row of data: the data point x with its columns, then the covariates: labels and prompts."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -28,7 +27,7 @@ class Vocabulary:
     """Number of tokens of every encoded prompt."""
 
     @classmethod
-    def of(cls, texts: Sequence[str]) -> Vocabulary:
+    def of(cls, texts: Sequence[str]) -> Self:
         """Return the vocabulary of some texts; its prompt length is that of the longest text."""
         found = [split(text) for text in texts]
         return cls((PADDING, *sorted({word for words in found for word in words})), max(map(len, found), default=0))

@@ -1,12 +1,10 @@
 """Latent variables of a declared graphical model: their sample spaces, their parents, and the order of the graph."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from math import prod
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -34,21 +32,21 @@ class Space:
     """True for straight-through features: the one-hot of the largest entry, with the relaxed value's gradient."""
 
     @classmethod
-    def real(cls, dim: int) -> Space:
+    def real(cls, dim: int) -> Self:
         """Return the space of real vectors `(dim,)`."""
         return cls("real", (dim,))
 
     @classmethod
-    def bits(cls, count: int) -> Space:
+    def bits(cls, count: int) -> Self:
         """Return the space of vectors of 0 and 1, `(count,)`."""
         return cls("binary", (count,), 2)
 
     @classmethod
-    def codes(cls, states: int, grid: Shape = (), embedding: int | None = None) -> Space:
+    def codes(cls, states: int, grid: Shape = (), embedding: int | None = None) -> Self:
         """Return the space of codes 0 .. `states` - 1 at every position of a grid, a single code by default."""
         return cls("index", tuple(grid), states, embedding)
 
-    def relaxed(self, is_hard: bool) -> Space:
+    def relaxed(self, is_hard: bool) -> Self:
         """Return the space of the relaxed one-hots of these codes."""
         return replace(self, values="relaxed", is_hard=is_hard)
 

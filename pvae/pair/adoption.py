@@ -21,8 +21,7 @@ from pvae.pair.layout import Layout, plates_of, read_layout, samples
 from pvae.pair.problems import Problem, ProgramError, guide_only, require_bound
 from pvae.pair.reach import modules_within
 from pvae.pair.running import current_store, evaluating, run, trace_of, whole_plates
-from pvae.pair.structure import Structure, read_structure
-from pvae.pair.unpacking import Unpacked, possibly_spread, read_unpacked, unpack
+from pvae.pair.structure import Structure, Unpacked, possibly_spread, read_structure, read_unpacked, unpack
 
 if TYPE_CHECKING:
     from pvae.pair.pair import Pair

@@ -1,11 +1,9 @@
 """Several arguments of hand-written programs, packed into one tensor with a row of bytes for every row of data."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -50,7 +48,7 @@ class Arguments:
     parts: tuple[Argument, ...]
 
     @classmethod
-    def of(cls, data: Sequence[Any] | Mapping[str, Any]) -> Arguments:
+    def of(cls, data: Sequence[Any] | Mapping[str, Any]) -> Self:
         """Return the arguments that a tuple, a list or a dictionary of tensors stands for."""
         return cls(tuple(Argument(tuple(t.shape[1:]), t.dtype, name) for name, t in _named(data)))
 

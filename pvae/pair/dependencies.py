@@ -19,8 +19,7 @@ from pvae.distributions.relaxed import Discretised
 from pvae.pair.densities import Unweighed, moved, rows_first
 from pvae.pair.layout import Layout, is_point, samples, unwrapped
 from pvae.pair.running import quiet, run
-from pvae.pair.structure import ROWS_OF_A_BATCH, Structure
-from pvae.pair.unpacking import unpack
+from pvae.pair.structure import ROWS_OF_A_BATCH, Structure, unpack
 from pvae.util import seeds
 
 if TYPE_CHECKING:

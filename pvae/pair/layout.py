@@ -1,11 +1,9 @@
 """Layout of the traces of a pair: data plate, latent and observed sites, shapes of their values."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, Self
 
 from pyro import poutine
 from pyro.distributions import Delta, ExpandedDistribution, MaskedDistribution
@@ -152,7 +150,7 @@ def joined(one: Layout, other: Layout) -> Layout:
     Raises:
         DeclarationError: a site changed its role, or the data plate its place.
     """
-    roles = [f.name for f in fields(Layout) if f.type == "tuple[str, ...]"]
+    roles = [f.name for f in fields(Layout) if f.type == tuple[str, ...]]
     merged: dict[str, Any] = {role: _in_order(getattr(one, role), getattr(other, role)) for role in roles}
     both = {name for role in ("latents", "shared", "observed", "enumerated") for name in merged[role]}
     if sum(len(merged[role]) for role in ("latents", "shared", "observed", "enumerated")) > len(both):
@@ -246,7 +244,7 @@ class SiteShape:
         return value.movedim(at, at + len(self.left))
 
     @classmethod
-    def of(cls, shape: Shape, fn: Any, layout: Layout) -> SiteShape:
+    def of(cls, shape: Shape, fn: Any, layout: Layout) -> Self:
         """Return the site shape of values of shape `shape`, sampled from the distribution `fn`."""
         event = len(fn.event_shape)
         axis = len(shape) - event + layout.dim

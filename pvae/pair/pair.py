@@ -22,9 +22,8 @@ from pvae.pair.dependencies import Dependencies, dependencies_without_asking, re
 from pvae.pair.layout import Layout
 from pvae.pair.problems import Problem, problems_of, require_bound, told
 from pvae.pair.running import Way, run, run_expected, trace_of, way_of_particles, with_particles
-from pvae.pair.structure import Structure
+from pvae.pair.structure import Structure, unpack
 from pvae.pair.terms import Terms, expected_terms, terms_of
-from pvae.pair.unpacking import unpack
 
 T = TypeVar("T")
 CHECKED_ROWS = 1000

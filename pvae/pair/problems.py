@@ -21,7 +21,7 @@ from pvae.errors import DeclarationError, PvaeError
 from pvae.pair.densities import sum_over
 from pvae.pair.layout import is_enumerable, is_point, plates_around, samples
 from pvae.pair.running import current_store, evaluating, run, whole_plates
-from pvae.pair.unpacking import Unpacked, read_unpacked
+from pvae.pair.structure import Unpacked, read_unpacked
 
 if TYPE_CHECKING:
     from pvae.pair.pair import Pair

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from pvae.data import Dataset, Images, Npy, Npz, load
-from pvae.data.rows.labels import natural
+from pvae.data.rows.rows import natural
 from tests.data.writers import npy, npz, refused
 
 RNG = np.random.RandomState(0)

@@ -22,8 +22,8 @@ import pvae
 from pvae.component import from_table
 from pvae.data import CSV, Dataset, Parquet, load
 from pvae.data.sources.base import Data
+from pvae.data.tables.cells import SPELLINGS, Spelling
 from pvae.data.tables.guess import guess
-from pvae.data.tables.spelling import SPELLINGS, Spelling
 from pvae.errors import DeclarationError
 from tests.cli_runner import run_cli
 from tests.data.writers import refused

@@ -21,8 +21,8 @@ from pvae.data.rows.files import (
     version_of,
 )
 from pvae.data.rows.rows import Rows, joined
+from pvae.data.sources.arrays import unpacked
 from pvae.data.sources.base import FileData
-from pvae.data.sources.binary import unpacked
 from pvae.data.sources.hdf import node_of, opened
 from pvae.data.sources.python import LARGEST_GAP, column_labels
 from pvae.errors import DataError, near, printable

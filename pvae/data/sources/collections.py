@@ -18,9 +18,8 @@ import numpy as np
 from pvae.data.rows.cache import cache_folder, locked
 from pvae.data.rows.files import user_folder
 from pvae.data.rows.rows import Rows
-from pvae.data.sources.archives import read_array
+from pvae.data.sources.arrays import idx_header, read_array, read_idx
 from pvae.data.sources.base import Data
-from pvae.data.sources.binary import idx_header, read_idx
 from pvae.errors import DataError
 from pvae.util.types import Array
 

@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, final
 import numpy as np
 
 from pvae.data.rows.files import PIECE_BYTES, AnyArray, ArrayLayout, SparseRows, broken_as, require_room, version_of
-from pvae.data.sources.archives import NamedArrays
-from pvae.data.sources.binary import unpacked
+from pvae.data.sources.arrays import NamedArrays, unpacked
 from pvae.errors import DataError, printable
 from pvae.util.types import Array
 

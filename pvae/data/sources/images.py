@@ -17,9 +17,8 @@ from pydantic import Field
 
 from pvae.data.rows.cache import Writer, decoded
 from pvae.data.rows.files import candidate, held
-from pvae.data.rows.labels import natural
 from pvae.data.rows.prepare import Scale
-from pvae.data.rows.rows import Rows
+from pvae.data.rows.rows import Rows, natural
 from pvae.data.sources.base import FileData
 from pvae.errors import DataError, printable
 from pvae.util.files import pretty

@@ -11,13 +11,11 @@ from pvae.component import Names
 from pvae.data.rows.cache import Writer, decoded
 from pvae.data.rows.columns import Column
 from pvae.data.rows.files import held, located, version_of
-from pvae.data.rows.labels import in_order
 from pvae.data.rows.prepare import Scale
-from pvae.data.rows.rows import Rows, joined
+from pvae.data.rows.rows import Rows, in_order, joined
 from pvae.data.sources.base import Data, FileData, Seed
-from pvae.data.tables.cells import CellDecoder, Numbers
+from pvae.data.tables.cells import NA, CellDecoder, Numbers, Spelling
 from pvae.data.tables.readers import TextTable, brief, parquet_pieces, text_pieces
-from pvae.data.tables.spelling import NA, Spelling
 from pvae.errors import DataError
 
 DECODED_FIELDS = {"source", "columns", "label", "na", "decimal", "thousands", "separator", "encoding", "header"}
