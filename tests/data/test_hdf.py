@@ -15,7 +15,7 @@ from scipy import sparse
 
 from pvae.data import H5ad, Hdf5, Mat, load
 from pvae.data.rows.files import FileArray, Stored
-from pvae.data.sources.cells import CsrRows
+from pvae.data.sources.hdf import CsrRows
 from tests.data.writers import FLOATS, NAMES, RNG, ROWS, Y, h5ad, hdf5, matlab, refused
 
 IMAGES = RNG.randint(0, 256, (ROWS, 4, 5, 3)).astype(np.uint8)

@@ -17,21 +17,9 @@ from typing import IO, Any, Literal, cast, final
 
 import numpy as np
 
+from pvae.data.rows import files
 from pvae.data.rows.cache import decoded
-from pvae.data.rows.files import (
-    MAX_DIMENSIONS,
-    PIECE_BYTES,
-    AnyArray,
-    ArrayLayout,
-    FileArray,
-    broken_as,
-    held,
-    located,
-    npy_layout,
-    read_npy,
-    require_room,
-    version_of,
-)
+from pvae.data.rows.files import AnyArray, ArrayLayout, FileArray
 from pvae.data.rows.rows import Rows, joined
 from pvae.data.sources.base import FileData
 from pvae.errors import DataError, near, printable
@@ -57,9 +45,9 @@ class Npy(FileData):
     """Path of a second `.npy` file with integer labels; None for data without labels."""
 
     def read(self, data_dir: Path | None, seed: int) -> Rows:
-        path = located(self.path, data_dir)
-        y = np.asarray(read_npy(located(self.labels, data_dir), kinds=LABEL_KINDS)) if self.labels else None
-        return self.to_rows(read_npy(path, self.stream), y, "x")
+        path = files.located(self.path, data_dir)
+        y = np.asarray(files.read_npy(files.located(self.labels, data_dir), kinds=LABEL_KINDS)) if self.labels else None
+        return self.to_rows(files.read_npy(path, self.stream), y, "x")
 
 
 @final
@@ -74,8 +62,8 @@ class Idx(FileData):
     """Path of a second IDX file with integer labels; None for data without labels."""
 
     def read(self, data_dir: Path | None, seed: int) -> Rows:
-        x = read_idx(located(self.path, data_dir), stream=self.stream)
-        y = np.asarray(read_idx(located(self.labels, data_dir))) if self.labels else None
+        x = read_idx(files.located(self.path, data_dir), stream=self.stream)
+        y = np.asarray(read_idx(files.located(self.labels, data_dir))) if self.labels else None
         return self.to_rows(x, y, "x")
 
 
@@ -85,7 +73,7 @@ def unpacked(
     """Return the array of a compressed stream: decoded once into the cache under `key` if `stream`, else in memory."""
     if stream:
         return decoded(key, lambda writer: writer.extend("x", content)).arrays["x"]
-    require_room(layout.shape, layout.dtype, where)
+    files.require_room(layout.shape, layout.dtype, where)
     out, start = np.empty(layout.shape, layout.dtype), 0
     for piece in content:
         out[start : start + len(piece)] = piece
@@ -116,7 +104,7 @@ def read_idx(path: Path, wanted: tuple[int, ...] | None = None, *, stream: bool 
         DataError: the magic bytes, sizes or length of the file are wrong, or the array is too large for memory. Sizes
             are checked before anything is allocated.
     """
-    version = version_of(path)
+    version = files.version_of(path)
     with _idx_errors(path, version[0]), path.open("rb") as plain:
         zipped = plain.read(2) == GZIP
         plain.seek(0)
@@ -124,7 +112,7 @@ def read_idx(path: Path, wanted: tuple[int, ...] | None = None, *, stream: bool 
         layout = _idx_layout(file, wanted, path)
         if not zipped:
             _require_length(path, layout, version[0])
-            return held(FileArray(path, layout.dtype, layout.shape, layout.offset, version), stream, str(path))
+            return files.held(FileArray(path, layout.dtype, layout.shape, layout.offset, version), stream, str(path))
         if layout.total > MAX_DEFLATE_RATIO * version[0]:
             raise DataError(
                 f"{path}: expected {layout.total} bytes, as its header says; got a gzipped file of {version[0]}, which "
@@ -135,12 +123,12 @@ def read_idx(path: Path, wanted: tuple[int, ...] | None = None, *, stream: bool 
 
 
 def _idx_errors(path: Path, size: int) -> AbstractContextManager[None]:
-    return broken_as(f"{path}: expected IDX data; got a broken file of {size} bytes")
+    return files.broken_as(f"{path}: expected IDX data; got a broken file of {size} bytes")
 
 
 def _idx_layout(file: IO[bytes], wanted: tuple[int, ...] | None, path: Path) -> ArrayLayout:
     magic, expected = file.read(4), "00 00, a type (08 09 0b 0c 0d 0e) and 1 to 32 dimensions"
-    known = len(magic) == 4 and magic[:2] == b"\0\0" and magic[2] in TYPES and 1 <= magic[3] <= MAX_DIMENSIONS
+    known = len(magic) == 4 and magic[:2] == b"\0\0" and magic[2] in TYPES and 1 <= magic[3] <= files.MAX_DIMENSIONS
     if wanted:
         known, expected = magic == idx_header(wanted)[:4], idx_header(wanted)[:4].hex(" ")
     if not known:
@@ -161,8 +149,8 @@ def _unzipped(file: IO[bytes], layout: ArrayLayout, path: Path, size: int) -> It
     """Yield chunks of rows of a gzipped IDX file; refuse a file that is too short or has trailing bytes."""
     with _idx_errors(path, size):
         yield from layout.pieces(file, str(path))
-        extra = len(file.read(PIECE_BYTES))
-        _require_length(path, layout, layout.total + extra, "at least " if extra == PIECE_BYTES else "")
+        extra = len(file.read(files.PIECE_BYTES))
+        _require_length(path, layout, layout.total + extra, "at least " if extra == files.PIECE_BYTES else "")
 
 
 def _require_length(path: Path, layout: ArrayLayout, found: int, more: str = "") -> None:
@@ -223,7 +211,7 @@ class NamedArrays(FileData):
         """Return an array of the file, rows first; labels, with `text`, may be text and are never streamed."""
 
     def read(self, data_dir: Path | None, seed: int) -> Rows:
-        path = located(self.path, data_dir)
+        path = files.located(self.path, data_dir)
         names = self.names(path)
         wanted = self.x or next((name for name in USUAL_NAMES if _by_split(name, names, path)), "x")
         found = _by_split(wanted, names, path) or {"train": wanted}
@@ -271,7 +259,7 @@ def _opened(path: Path) -> Iterator[zipfile.ZipFile]:
 
 
 def _archive_errors(path: Path) -> AbstractContextManager[None]:
-    return broken_as(f"{path}: expected a NumPy archive (.npz); got a broken or foreign file")
+    return files.broken_as(f"{path}: expected a NumPy archive (.npz); got a broken or foreign file")
 
 
 def _names(archive: zipfile.ZipFile) -> list[str]:
@@ -291,7 +279,7 @@ def read_array(path: Path, key: str, stream: bool = False, *, text: bool = False
         DataError: the file is missing or damaged, the name is absent, the array contains objects, sizes are
             inconsistent, or the array is too large for memory.
     """
-    version, where = version_of(path), f"{path}, {key!r}"
+    version, where = files.version_of(path), f"{path}, {key!r}"
     with _opened(path) as archive:
         names = _names(archive)
         if key not in names:
@@ -299,7 +287,7 @@ def read_array(path: Path, key: str, stream: bool = False, *, text: bool = False
         info = archive.getinfo(f"{key}.npy")
         _refuse_trick(info, where)
         with archive.open(info) as file:
-            layout = npy_layout(file, info.file_size, where, stream, LABEL_KINDS if text else "biuf")
+            layout = files.npy_layout(file, info.file_size, where, stream, LABEL_KINDS if text else "biuf")
         if not layout.shape or 0 in layout.shape:
             raise DataError(f"{where}: expected an array (rows, ...) with at least one row; got shape {layout.shape}.")
         content = _content(archive, info, layout, path)

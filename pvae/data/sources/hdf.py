@@ -1,25 +1,27 @@
-"""Data sources of HDF5 files and of MATLAB files (`.mat`, older formats as well), and the opening of HDF5 files.
+"""Data sources of HDF5 files, MATLAB files (`.mat`, older formats as well) and AnnData files (`.h5ad`, cells by genes).
 
 Links out of a file and data stored in other files are refused. With `stream` rows are decoded once into the cache.
 """
 
-from __future__ import annotations
-
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, final
+from typing import Any, Literal, final
 
+import h5py
 import numpy as np
+from scipy import sparse
 
-from pvae.data.rows.files import PIECE_BYTES, AnyArray, ArrayLayout, SparseRows, broken_as, require_room, version_of
+from pvae.data.rows import files
+from pvae.data.rows.cache import Writer, decoded
+from pvae.data.rows.files import AnyArray, ArrayLayout, Index, SparseRows, Stored
+from pvae.data.rows.rows import Rows, joined
 from pvae.data.sources.arrays import NamedArrays, unpacked
-from pvae.errors import DataError, printable
+from pvae.data.sources.base import FileData
+from pvae.data.sources.python import LARGEST_GAP, column_labels
+from pvae.errors import DataError, near, printable
 from pvae.util.types import Array
-
-if TYPE_CHECKING:
-    import h5py
 
 MAX_CHUNK_BYTES = 2**30
 """Largest chunk of a data set of an HDF5 file; a chunk is decompressed whole."""
@@ -56,10 +58,10 @@ class ArrayFile(NamedArrays):
 
         dtype = take((slice(0, 0),)).dtype
         n = shape[axis]
-        step = max(1, PIECE_BYTES // max(1, dtype.itemsize * prod(rest)))
+        step = max(1, files.PIECE_BYTES // max(1, dtype.itemsize * prod(rest)))
         pieces = (piece(start, min(n, start + step)) for start in range(0, n, step))
         layout = ArrayLayout((n, *(rest[::-1] if reverse else rest)), dtype, 0)
-        where = {"path": str(path.resolve()), "version": version_of(path), "array": name}
+        where = {"path": str(path.resolve()), "version": files.version_of(path), "array": name}
         key = {"source": getattr(self, self.tag), "rows": self.rows, **where}
         return unpacked(pieces, layout, stream, f"{path}, {name!r}", key)
 
@@ -104,13 +106,14 @@ class Mat(ArrayFile):
 
     def _older(self, path: Path, name: str, text: bool) -> Any:
         from scipy.io import loadmat, whosmat
-        from scipy.sparse import issparse
 
         with _mat_errors(path):
             shape = next(shape for known, shape, _ in whosmat(path) if known == name)
-            require_room(shape, np.dtype("f8"), f"{path}, {name!r}", "Save it as version 7.3, and set data.stream.")
+            files.require_room(
+                shape, np.dtype("f8"), f"{path}, {name!r}", "Save it as version 7.3, and set data.stream."
+            )
             found = loadmat(path, variable_names=[name])[name]
-        if issparse(found):
+        if sparse.issparse(found):
             return SparseRows(found.T if self.rows == "last" else found)
         if found.dtype.kind not in ("biufU" if text else "biuf"):
             kind = "cells or structs" if found.dtype.kind in "OV" else found.dtype
@@ -122,12 +125,12 @@ class Mat(ArrayFile):
 
 @contextmanager
 def _mat_errors(path: Path) -> Iterator[None]:
-    with broken_as(f"{path}: expected a MATLAB file (.mat); got a broken or foreign file"):
+    with files.broken_as(f"{path}: expected a MATLAB file (.mat); got a broken or foreign file"):
         yield
 
 
 def _is_hdf5(path: Path) -> bool:
-    with broken_as(f"{path}: expected a MATLAB file (.mat)"), path.open("rb") as file:
+    with files.broken_as(f"{path}: expected a MATLAB file (.mat)"), path.open("rb") as file:
         return file.read(len(MATLAB_HDF5)).startswith((MATLAB_HDF5, b"\x89HDF"))
 
 
@@ -141,10 +144,8 @@ def opened(path: Path) -> Iterator[h5py.File]:
     Raises:
         DataError: the file is damaged or no HDF5 file; also for errors of reading it in the context.
     """
-    import h5py
-
     with (
-        broken_as(f"{path}: expected an HDF5 file; got a broken or foreign file"),
+        files.broken_as(f"{path}: expected an HDF5 file; got a broken or foreign file"),
         h5py.File(path, "r", locking=False) as file,
     ):
         yield file
@@ -152,8 +153,6 @@ def opened(path: Path) -> Iterator[h5py.File]:
 
 def _datasets(file: h5py.File) -> list[str]:
     """Return the paths of all data sets of a file, and those of its soft and external links, which are not read."""
-    import h5py
-
     found: list[str] = []
 
     def visit(name: str, link: Any) -> None:
@@ -170,8 +169,6 @@ def node_of(file: h5py.File, name: str, where: str) -> Any:
     Raises:
         DataError: a part of the path is absent or a link, or the data set lies in other files.
     """
-    import h5py
-
     node: Any = file
     for part in name.split("/"):
         if not isinstance(node, h5py.Group) or part not in node:
@@ -191,14 +188,139 @@ def node_of(file: h5py.File, name: str, where: str) -> Any:
 
 def _read(source: ArrayFile, file: h5py.File, path: Path, name: str, text: bool, reverse: bool) -> Any:
     """Return a data set with its rows first; `reverse` for MATLAB, whose axes are stored in reverse."""
-    import h5py
-
     node, where = node_of(file, name, str(path)), f"{path}, {name!r}"
     if text and h5py.check_string_dtype(node.dtype) is not None:
-        require_room(node.shape, np.dtype("f8"), where)
+        files.require_room(node.shape, np.dtype("f8"), where)
         return np.asarray(node.asstr()[...], np.str_)
     if node.dtype.kind not in "biuf":
         raise DataError(f"{where}: expected an array of real numbers; got {node.dtype}. Set data.x to one.")
     if not node.shape or 0 in node.shape:
         raise DataError(f"{where}: expected an array (rows, ...) with at least one row; got shape {node.shape}.")
     return source.in_rows(node.shape, reverse, lambda at: node[at], path, name, source.stream and not text)
+
+
+@final
+class H5ad(FileData):
+    """AnnData file (`.h5ad`): the matrix `X` or a layer, dense or sparse, and labels from a column of `obs`.
+
+    A sparse matrix stays sparse, its rows are made dense batch by batch; with `stream` it stays on the disk as well.
+
+    References: The AnnData file format specification (scverse), https://anndata.readthedocs.io
+    """
+
+    source: Literal["h5ad"] = "h5ad"
+    layer: str | None = None
+    """Name of the layer to read in place of `X`."""
+    labels: str | None = None
+    """Column of `obs` with the labels: categories, names or integers; None for data without labels."""
+
+    def read(self, data_dir: Path | None, seed: int) -> Rows:
+        path = files.located(self.path, data_dir)
+        name = "X" if self.layer is None else f"layers/{self.layer}"
+        with opened(path) as file:
+            x = self._matrix(file, name, path)
+            y, names = (
+                (None, None) if self.labels is None else column_labels(_column(file, self.labels, path), self.labels)
+            )
+            inner = [f"{group}/{key}" for group in ("layers", "obsm", "obsp") for key in file.get(group, ())]
+            left = [key for key in ("X", *inner, "raw/X") if key != name and key in file]
+        notes = [f"{path.name}: matrices that are not read: {', '.join(map(printable, left))}"] if left else []
+        return joined({"train": (x, y)}, self.split_seed, name, largest=self.largest, label_names=names, notes=notes)
+
+    def _matrix(self, file: h5py.File, name: str, path: Path) -> AnyArray:
+        node, where = node_of(file, name, str(path)), f"{path}, {name!r}"
+        key = {"source": "h5ad", "path": str(path.resolve()), "version": files.version_of(path), "array": name}
+        if isinstance(node, h5py.Dataset):
+            if node.ndim != 2 or 0 in node.shape or node.dtype.kind not in "biuf":
+                raise DataError(f"{where}: expected a matrix of numbers; got shape {node.shape} of {node.dtype}.")
+            step = max(1, files.PIECE_BYTES // max(1, node.dtype.itemsize * node.shape[1]))
+            pieces = (node[start : start + step] for start in range(0, len(node), step))
+            return unpacked(pieces, ArrayLayout(node.shape, node.dtype, 0), self.stream, where, key)
+        kind = str(node.attrs.get("encoding-type", node.attrs.get("h5sparse_format", "")))
+        if not kind.startswith(("csr", "csc")):
+            raise DataError(f"{where}: expected a matrix, dense, CSR or CSC; got {printable(kind) or 'a group'}.")
+        parts = {part: node_of(file, f"{name}/{part}", str(path)) for part in ("data", "indices", "indptr")}
+        shape = tuple(int(n) for n in node.attrs.get("shape", node.attrs.get("h5sparse_shape", ())))
+        if len(shape) != 2 or min(shape) < 1 or parts["data"].dtype.kind not in "biuf":
+            raise DataError(f"{where}: expected a matrix of numbers; got shape {shape} of {parts['data'].dtype}.")
+        if kind.startswith("csr") and self.stream:
+            kept = decoded(key, lambda writer: _copied(writer, parts))
+            return CsrRows(kept.arrays, shape, where)
+        files.require_room((3 * parts["data"].size,), parts["data"].dtype, where)
+        arrays = tuple(part[...] for part in parts.values())
+        matrix = (sparse.csr_array if kind.startswith("csr") else sparse.csc_array)(arrays, shape=shape)
+        matrix.check_format()
+        return SparseRows(matrix)
+
+
+def _copied(writer: Writer, parts: Mapping[str, h5py.Dataset]) -> None:
+    for name, part in parts.items():
+        step = files.PIECE_BYTES // part.dtype.itemsize
+        writer.extend(name, (part[start : start + step] for start in range(0, len(part), step)))
+
+
+class CsrRows(Stored):
+    """Sparse matrix on the disk, in the three arrays of compressed sparse rows; rows become dense when indexed.
+
+    Arguments:
+        arrays: `data`, `indices` and `indptr`; the last is kept in memory.
+        shape: (n, features).
+        where: name of the matrix in messages.
+    """
+
+    def __init__(self, arrays: Mapping[str, Any], shape: tuple[int, ...], where: str) -> None:
+        self.data, self.indices, self.shape, self.where = arrays["data"], arrays["indices"], shape, where
+        self.dtype, self.starts = self.data.dtype, np.asarray(arrays["indptr"][:], np.int64)
+        sizes = np.diff(self.starts)
+        fits = len(sizes) == shape[0] and self.starts[0] == 0 and not (sizes < 0).any()
+        if not fits or self.starts[-1] != len(self.data) or len(self.indices) != len(self.data):
+            raise DataError(f"{where}: expected {shape[0]} compressed rows; got arrays of other sizes.")
+
+    def read(self, index: Index) -> Array:
+        rows = np.arange(self.shape[0])[index] if isinstance(index, slice) else index
+        if not len(rows):
+            return np.zeros((0, self.shape[1]), self.dtype)
+        low, high = int(rows[0]), int(rows[-1]) + 1
+        if high - low > LARGEST_GAP * len(rows):
+            return np.concatenate([self.read(slice(int(row), int(row) + 1)) for row in rows])
+        span = slice(int(self.starts[low]), int(self.starts[high]))
+        columns, values = self.indices[span], self.data[span]
+        if len(columns) and not (0 <= columns.min() and columns.max() < self.shape[1]):
+            raise DataError(f"{self.where}: expected columns 0 .. {self.shape[1] - 1}; got {columns.max()}.")
+        starts = self.starts[low : high + 1] - self.starts[low]
+        found = sparse.csr_array((values, columns, starts), (high - low, self.shape[1]))
+        return np.asarray(found.toarray()[rows - low])
+
+
+def _column(file: h5py.File, name: str, path: Path) -> Any:
+    """Return a column of `obs` as a pandas Series, from any version of the AnnData format.
+
+    Raises:
+        DataError: there is no such column.
+    """
+    import pandas
+
+    obs = node_of(file, "obs", str(path))
+    if name not in obs:
+        names = [key for key in obs if not key.startswith("__")]
+        raise DataError(f"{path}: expected a column of obs, {', '.join(names)}; got {name!r}{near(name, names)}.")
+    node = node_of(file, f"obs/{name}", str(path))
+    if isinstance(node, h5py.Group) and "codes" in node:
+        return pandas.Series(
+            _categories(node["codes"][...], node["categories"], bool(node.attrs.get("ordered", False)))
+        )
+    if isinstance(node, h5py.Group):
+        return pandas.Series(node["values"][...]).mask(node["mask"][...])
+    if "categories" in node.attrs:  # before version 0.8
+        return pandas.Series(_categories(node[...], file[node.attrs["categories"]]))
+    return pandas.Series(_values(node))
+
+
+def _values(node: h5py.Dataset) -> Array:
+    return node.asstr()[...] if h5py.check_string_dtype(node.dtype) is not None else node[...]
+
+
+def _categories(codes: Array, words: h5py.Dataset, ordered: bool = False) -> Any:
+    import pandas
+
+    return pandas.Categorical.from_codes(codes.astype(np.int64), list(_values(words)), ordered=ordered)  # type: ignore[call-overload]
