@@ -259,7 +259,7 @@ def _simulated(
     tiled = x.repeat(draws * pool, *(1,) * (x.dim() - 1))
     if importance:
         guide_trace, model_trace = pair.traces(tiled)
-        terms = terms_of(guide_trace, model_trace, pair.layout, 0, False, None)
+        terms = terms_of((guide_trace, model_trace), pair.layout, 0, False, None)
         weights = log_weights(terms, pair.layout.shared).nan_to_num(nan=-torch.inf).reshape(draws, pool, len(x))
     else:
         guide_trace, weights = pair.guide_trace(tiled), torch.zeros(draws, pool, len(x), device=x.device)

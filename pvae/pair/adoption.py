@@ -67,7 +67,7 @@ def adopted(pair: Pair, x: Tensor, own: Store) -> Structure:
     alone = tuple(guide_only(*traces, unpacked))
     _take_parameters(pair, traces, store, own)
     traces = (unpack(traces[0], unpacked), traces[1])
-    found = read_structure(*traces, layout, tuple(x.shape[1:]), count, unpacked, spread)
+    found = read_structure(traces, layout, tuple(x.shape[1:]), count, unpacked, spread)
     return replace(
         found, rows=count if fixed else None, guide_only=alone, dtype=None if x.is_floating_point() else x.dtype
     )
@@ -135,7 +135,7 @@ def read_again(known: Structure, guide: Trace, model: Trace, count: int) -> Stru
     require_bound(guide_only(guide, model, known.unpacked))
     layout = read_layout(guide, model, count, known.layout.plates)
     spread = known.guide_sites - known.points
-    return read_structure(guide, model, layout, known.event, count, known.unpacked, spread)
+    return read_structure((guide, model), layout, known.event, count, known.unpacked, spread)
 
 
 def copied(pair: Pair) -> tuple[Pair, Store]:

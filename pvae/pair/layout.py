@@ -21,6 +21,10 @@ RECORDS = frozenset({"_deterministic", "_embedded"})
 """Marks of sites that only record a value: `pyro.deterministic`, and the codebook vector of a nearest code (VQ)."""
 
 
+Traces = tuple[Trace, Trace]
+"""Trace of the guide on a batch, and that of the model replayed against it."""
+
+
 @dataclass(frozen=True)
 class Layout:
     """Names of the sites of a pair by role, and position of its data plate, read off its traces."""

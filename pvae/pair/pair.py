@@ -300,11 +300,11 @@ class Pair(nn.Module):
         count = particles if particles > 1 else 0
         if not expected or not self.layout.expected:
             traces = self.traces(x, particles)
-            return terms_of(*traces, self.layout, count, closed_form, rows)
+            return terms_of(traces, self.layout, count, closed_form, rows)
         with self.own_store():
             traces = run_expected(self, x, self.layout, particles)
         traces = self.known(x, *traces)
-        return expected_terms(*traces, self.layout, count, closed_form, rows)
+        return expected_terms(traces, self.layout, count, closed_form, rows)
 
     def way_of_particles(self, x: Tensor) -> Way:
         """Return the way to run several samples per row of a batch: along a plate, as repeated rows, or one by one."""

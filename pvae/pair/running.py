@@ -233,7 +233,7 @@ def _stacked(way: Way, nodes: Sequence[Any], layout: Layout) -> Tensor:
 
 def _weights(pair: Pair, guide: Trace, model: Trace, particles: int) -> Tensor:
     """Return log p(x, z) - log q(z | x) of every row, `([particles,] rows)`."""
-    terms = terms_of(guide, model, pair.layout, particles, False, None)
+    terms = terms_of((guide, model), pair.layout, particles, False, None)
     return sum_over([terms.reconstruction, *(-kl for kl in terms.kl.values())])
 
 

@@ -18,7 +18,7 @@ from pvae.component import Shape
 from pvae.distributions.base import Rounded
 from pvae.distributions.codes import Certain
 from pvae.distributions.relaxed import LogOneHot, twin
-from pvae.pair.layout import Layout, SiteShape, is_point, joined, samples, unwrapped
+from pvae.pair.layout import Layout, SiteShape, Traces, is_point, joined, samples, unwrapped
 
 ROWS_OF_A_BATCH = 1000
 """Largest number of rows in one batch of an analysis."""
@@ -117,19 +117,13 @@ class Structure:
 
 
 def read_structure(
-    guide_trace: Trace,
-    model_trace: Trace,
-    layout: Layout,
-    event: Shape,
-    count: int,
-    unpacked: Unpacked,
-    spread: Collection[str],
+    traces: Traces, layout: Layout, event: Shape, count: int, unpacked: Unpacked, spread: Collection[str]
 ) -> Structure:
     """Return the structure of a pair, read off one trace of each program on `count` rows and its layout.
 
     `spread` names Delta latents that are no points, as they move with auxiliary sites.
     """
-    guide, model = samples(guide_trace), samples(model_trace)
+    guide, model = map(samples, traces)
     latents = {name: guide[name]["fn"] for name in (*layout.latents, *layout.shared)}
     twins = {name: twin(fn) if name in layout.relaxed else fn for name, fn in latents.items()}
     hidden = {name: node for name, node in model.items() if name not in guide and not node["is_observed"]}
@@ -148,7 +142,7 @@ def read_structure(
         parameters_per_row={name: numbers_of(twins[name]) for name in layout.latents},
         shapes={name: SiteShape.of(twins[name].shape(), twins[name], layout) for name in layout.latents},
         elements=_discrete_elements(observed, count),
-        nodes=(frozenset(guide_trace.nodes), frozenset(model_trace.nodes)),
+        nodes=(frozenset(traces[0].nodes), frozenset(traces[1].nodes)),
         unpacked=unpacked,
     )
 

@@ -15,7 +15,7 @@ from pvae.distributions.exact import log_density
 from pvae.errors import DeclarationError
 from pvae.pair.densities import closed_kl, full_size, log_prob, plate_scale, priced_kl, share, sum_over
 from pvae.pair.enumeration import Expectations, eliminated, read_joint_states, require_expectable
-from pvae.pair.layout import Layout, is_point, samples
+from pvae.pair.layout import Layout, Traces, is_point, samples
 
 
 @dataclass(frozen=True)
@@ -98,6 +98,10 @@ class TracedBatch:
         """Return the log density of a site of the model per row; 0 if the model has no such site on this batch."""
         return self.log_prob(self.model.nodes[name]) if name in self.model.nodes else 0.0
 
+    def observed(self) -> Tensor:
+        """Return the log-likelihood of every row: the sum over the observed sites of the model that the batch has."""
+        return sum_over([self.log_prob(self.model.nodes[n]) for n in self.layout.observed if n in self.model.nodes])
+
     def known_kl(self, name: str) -> Tensor | None:
         """Return the categorical KL of a relaxed latent, or a closed-form KL if asked for; None if neither exists."""
         q, p = self.guide.nodes[name], self.model.nodes.get(name)
@@ -126,7 +130,7 @@ class TracedBatch:
                 kl[name] = torch.zeros_like(reconstruction)
                 continue
             known = self.known_kl(name)
-            scored = name in self.layout.scored or name in self.layout.expected
+            scored = self.is_scored(name)
             if scored or known is None:
                 log_q = self.log_prob(self.guide.nodes[name])
             if scored:
@@ -134,6 +138,10 @@ class TracedBatch:
                 log_q = log_q.detach()
             kl[name] = log_q - log_p(name) if known is None else known
         return Terms(reconstruction, kl, self.penalties(), scores | self.scores_of_factors())
+
+    def is_scored(self, name: str) -> bool:
+        """Return True for a latent whose sample has no pathwise gradient."""
+        return name in self.layout.scored or name in self.layout.expected
 
     def _score(self, node: Mapping[str, Any], weighed: Tensor, own_kl: bool) -> Score:
         """Return the score-function term of a site, its baseline read from `infer` as in Pyro's `TraceGraph_ELBO`."""
@@ -151,12 +159,15 @@ class TracedBatch:
     def scores_of_factors(self) -> dict[str, Score]:
         """Return the score-function terms of the observed sites of a guide that have no pathwise gradient."""
         scores = {}
-        for name in self.layout.factors:
-            node: Any = self.guide.nodes.get(name)
-            if node is not None and not node["fn"].has_rsample:
-                log_q = self.log_prob({**node, "mask": None})
-                scores[name] = Score(log_q, log_q, True, None, False, _no_average)
+        for name in self.unreparametrised():
+            log_q = self.log_prob({**self.guide.nodes[name], "mask": None})
+            scores[name] = Score(log_q, log_q, True, None, False, _no_average)
         return scores
+
+    def unreparametrised(self) -> list[str]:
+        """Return the observed sites of the guide on this batch that have no pathwise gradient."""
+        found: dict[str, Any] = {name: self.guide.nodes.get(name) for name in self.layout.factors}
+        return [name for name, node in found.items() if node is not None and not node["fn"].has_rsample]
 
     def penalties(self) -> dict[str, Tensor]:
         """Return the penalties of a guide by name: those in `infer["penalties"]` of a site, and its observed sites.
@@ -177,13 +188,36 @@ class TracedBatch:
         return out
 
 
+class ExpectedBatch(TracedBatch):
+    """Traces of a batch whose enumerated latents c keep their states, with sites scored in expectation under q(c|x)."""
+
+    @cached_property
+    def states(self) -> Expectations:
+        """Probabilities of the states of the enumerated latents."""
+        return Expectations(self.guide, self.layout, self.particles)
+
+    def log_prob(self, node: Mapping[str, Any]) -> Tensor:
+        if node["name"] in self.layout.shared:
+            return super().log_prob(node)
+        value = self.states.mean(log_density(node["fn"], node["value"]), node["mask"], str(node["name"]))
+        return self._wide(share({**node, "mask": None}, value, self.layout, self.particles, self.size))
+
+    def known_kl(self, name: str) -> Tensor | None:
+        found = super().known_kl(name)
+        return found if found is None or name in self.layout.shared else self._wide(self.states.mean(found, None, name))
+
+    def is_scored(self, name: str) -> bool:
+        return False
+
+    def _wide(self, value: Tensor) -> Tensor:
+        return value.expand(self.particles, -1) if self.particles else value
+
+
 def _no_average(_gain: Tensor) -> None:
     """Do nothing: the latent has no moving-average baseline."""
 
 
-def terms_of(
-    guide_trace: Trace, model_trace: Trace, layout: Layout, particles: int, closed_form: bool, rows: int | None
-) -> Terms:
+def terms_of(traces: Traces, layout: Layout, particles: int, closed_form: bool, rows: int | None) -> Terms:
     """Return the ELBO terms of a batch from traces of guide and model; `particles` is 0 without a particle plate.
 
     With discrete sites c that the model sums out they are expectations under p(c | x, z). Their combination is
@@ -191,17 +225,16 @@ def terms_of(
     place of log q - log p at its sample. Where c is summed out by elimination, the reconstruction holds log sum_c of
     all factors that depend on c; the KL of a latent whose prior is among them is log q alone.
     """
-    size = full_size(model_trace, layout, rows)
-    batch = TracedBatch(guide_trace, model_trace, layout, particles, size, closed_form and not layout.enumerated)
+    model, size = traces[1], full_size(traces[1], layout, rows)
+    batch = TracedBatch(*traces, layout, particles, size, closed_form and not layout.enumerated)
     if not layout.enumerated:
-        observed = [batch.log_prob(model_trace.nodes[name]) for name in layout.observed if name in model_trace.nodes]
-        return replace(batch.terms(sum_over(observed), batch.log_p), closed=batch.closed)
+        return replace(batch.terms(batch.observed(), batch.log_p), closed=batch.closed)
     if layout.eliminated:
-        total, names = eliminated(model_trace, layout, particles)
-        plain = [name for name in layout.observed if name not in names and name in model_trace.nodes]
-        observed = [total, *(batch.log_prob(model_trace.nodes[name]) for name in plain)]
+        total, names = eliminated(model, layout, particles)
+        plain = [name for name in layout.observed if name not in names and name in model.nodes]
+        observed = [total, *(batch.log_prob(model.nodes[name]) for name in plain)]
         return batch.terms(sum_over(observed), lambda name: 0.0 if name in names else batch.log_p(name))
-    table = read_joint_states(samples(model_trace), layout, particles)
+    table = read_joint_states(samples(model), layout, particles)
 
     def expected(name: str) -> Tensor | float:
         return table.expected(name) if name in table.logs else batch.log_p(name)
@@ -226,7 +259,7 @@ def _require_expectations(batch: TracedBatch, summed: Sequence[str]) -> None:
         )
     for name in summed:
         require_expectable(name, batch.guide.nodes[name], layout)
-    for name in batch.scores_of_factors():
+    for name in batch.unreparametrised():
         raise DeclarationError(
             f"{name}: expected pyro.factor(..., has_rsample=True) in a guide whose {names} are "
             f"summed over, where nothing is sampled that a score function could belong to; got has_rsample=False."
@@ -238,42 +271,16 @@ def _require_expectations(batch: TracedBatch, summed: Sequence[str]) -> None:
         )
 
 
-def expected_terms(
-    guide_trace: Trace, model_trace: Trace, layout: Layout, particles: int, closed_form: bool, rows: int | None
-) -> Terms:
+def expected_terms(traces: Traces, layout: Layout, particles: int, closed_form: bool, rows: int | None) -> Terms:
     """Return the ELBO terms in expectation under q(c|x), summed over all joint states c of the enumerated latents.
 
     In rows where a mask hides c (a label that is known), it has no KL, but is drawn as in other rows: the states are
     weighed by q(c|x) there too.
     """
-    summed = [name for name in layout.expected if name in guide_trace.nodes]  # a batch may lack some
+    summed = [name for name in layout.expected if name in traces[0].nodes]  # a batch may lack some
     if not summed and not layout.enumerated:
-        return terms_of(guide_trace, model_trace, layout, particles, closed_form, rows)
-    size = full_size(model_trace, layout, rows)
-    batch = TracedBatch(guide_trace, model_trace, layout, particles, size, closed_form and layout.nesting == 1)
+        return terms_of(traces, layout, particles, closed_form, rows)
+    size = full_size(traces[1], layout, rows)
+    batch = ExpectedBatch(*traces, layout, particles, size, closed_form and layout.nesting == 1)
     _require_expectations(batch, summed)
-    states = Expectations(guide_trace, layout, particles)
-
-    def mean(node: Mapping[str, Any]) -> Tensor:
-        value = states.mean(log_density(node["fn"], node["value"]), node["mask"], str(node["name"]))
-        return wide(share({**node, "mask": None}, value, layout, particles, size))
-
-    def wide(value: Tensor) -> Tensor:
-        return value.expand(particles, -1) if particles else value
-
-    observed = sum_over([mean(model_trace.nodes[name]) for name in layout.observed if name in model_trace.nodes])
-    kl: dict[str, Tensor] = {}
-    for name in batch.latents:
-        if name not in guide_trace.nodes:
-            kl[name] = torch.zeros_like(observed)
-            continue
-        q, p = guide_trace.nodes[name], model_trace.nodes.get(name)
-        known = batch.known_kl(name)
-        if name in layout.shared:
-            kl[name] = batch.log_prob(q) - batch.log_p(name) if known is None else known
-        elif known is None:
-            kl[name] = mean(q) - (0.0 if p is None else mean(p))
-        else:
-            kl[name] = wide(states.mean(known, None, name))
-    penalties = {n: mean(guide_trace.nodes[n]) if n in layout.factors else v for n, v in batch.penalties().items()}
-    return Terms(observed, kl, penalties)
+    return batch.terms(batch.observed(), batch.log_p)
