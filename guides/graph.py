@@ -1,7 +1,5 @@
 """Encoders of x, and the Pyro guide of a declared graph: encode x, then sample each posterior in inference order."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from math import prod
 from typing import Any, ClassVar, Literal, final
@@ -22,6 +20,17 @@ FEATURES = "features"
 """Name of the output of an encoder's network among the inputs of a posterior."""
 
 
+class EncoderModule(nn.Module):
+    """Module of an encoder: `forward` runs once per batch, then `inputs_of` for each latent in turn."""
+
+    shapes: dict[str, dict[str, Shape]]
+    """Event shapes of the inputs of each latent's posterior: latent name -> input name -> shape."""
+
+    def inputs_of(self, site: Site, features: Any, seen: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the inputs of a posterior, by name, from the result of `forward` and the latents sampled so far."""
+        raise NotImplementedError  # pragma: no cover - abstract
+
+
 class Encoder(Component):
     """Declared encoder: the networks from x to the features that the posteriors of the guide read."""
 
@@ -39,17 +48,6 @@ class Encoder(Component):
             sites: the latents whose posteriors read features, in the guide's order.
         """
         return self.module(self, known, sites)
-
-
-class EncoderModule(nn.Module):
-    """Module of an encoder: `forward` runs once per batch, then `inputs_of` for each latent in turn."""
-
-    shapes: dict[str, dict[str, Shape]]
-    """Event shapes of the inputs of each latent's posterior: latent name -> input name -> shape."""
-
-    def inputs_of(self, site: Site, features: Any, seen: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the inputs of a posterior, by name, from the result of `forward` and the latents sampled so far."""
-        raise NotImplementedError  # pragma: no cover - abstract
 
 
 def laid_out(network: Network, inputs: Mapping[str, Shape], sites: Sequence[Site]) -> NetworkModule:

@@ -3,8 +3,6 @@
 Posteriors in other modules pass the gradient through the nearest row of a codebook.
 """
 
-from __future__ import annotations
-
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
@@ -161,19 +159,6 @@ class BernoulliPosterior(EstimatedPosterior):
         return space.shape, bits
 
 
-class RelaxedModule(Linked):
-    """Module of relaxed posteriors: a network's output is the logits of relaxed codes, at the latent's temperature."""
-
-    declared: RelaxedPosterior
-
-    def forward(self, inputs: Mapping[str, Tensor], _seen: Mapping[str, Tensor]) -> dist.TorchDistribution:
-        """Return the distribution of log relaxed one-hots, with batch shape `(...)`, given named inputs."""
-        site, grid = self.site, len(self.site.space.grid)
-        logits, tau = channels_last(self.network(inputs), grid), self.link.model.temperature(site.name)
-        kl, noise = self.declared.kl, getattr(self.declared, "noise", True)
-        return RelaxedCodes(logits, tau, grid, kl=kl, noise=noise, has_twin=site.has_twin)
-
-
 class RelaxedPosterior(Posterior):
     """Base of relaxed (Gumbel-softmax) posteriors; the temperature belongs to the latent, and its prior shares it."""
 
@@ -191,6 +176,19 @@ class RelaxedPosterior(Posterior):
     def build(self, site: Site, inputs: Mapping[str, Shape], link: Link) -> nn.Module:
         network = head(self.network, inputs, (site.space.states, *site.space.grid))
         return RelaxedModule(site, link, self, network)
+
+
+class RelaxedModule(Linked):
+    """Module of relaxed posteriors: a network's output is the logits of relaxed codes, at the latent's temperature."""
+
+    declared: RelaxedPosterior
+
+    def forward(self, inputs: Mapping[str, Tensor], _seen: Mapping[str, Tensor]) -> dist.TorchDistribution:
+        """Return the distribution of log relaxed one-hots, with batch shape `(...)`, given named inputs."""
+        site, grid = self.site, len(self.site.space.grid)
+        logits, tau = channels_last(self.network(inputs), grid), self.link.model.temperature(site.name)
+        kl, noise = self.declared.kl, getattr(self.declared, "noise", True)
+        return RelaxedCodes(logits, tau, grid, kl=kl, noise=noise, has_twin=site.has_twin)
 
 
 @final

@@ -1,7 +1,5 @@
 """Posteriors of transformed values: a normal pushed through a flow given x, or data pulled back by the decoder."""
 
-from __future__ import annotations
-
 from abc import abstractmethod
 from collections.abc import Mapping
 from math import log
@@ -132,21 +130,6 @@ class PushedNormal(Pushed):
         return (score + self.base.log_prob(value)).nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
 
 
-class FlowHead(nn.Module):
-    """Module of the flow posterior: a network's output is mean and log-variance of the normal, and the context."""
-
-    def __init__(self, network: NetworkModule, dim: int, declared: FlowPosterior) -> None:
-        super().__init__()
-        self.network, self.dim, self.bounds = network, dim, declared.log_variance
-        self.steps = nn.ModuleList(GatedStep(dim, declared.context, declared.hidden) for _ in range(declared.layers))
-
-    def forward(self, inputs: Mapping[str, Tensor], _seen: Mapping[str, Tensor]) -> dist.TorchDistribution:
-        """Return the posterior, with batch shape `(...)`, given named inputs `(..., *shape)`."""
-        parameters = self.network(inputs)
-        normal, context = parameters[..., : 2 * self.dim], parameters[..., 2 * self.dim :]
-        return PushedNormal(diagonal_normal(normal, self.bounds), self.steps, context)
-
-
 @final
 class FlowPosterior(Posterior):
     """Inverse autoregressive flow posterior over N(mu(x), diag sigma^2(x)): coordinates may be dependent given x.
@@ -179,6 +162,21 @@ class FlowPosterior(Posterior):
             )
         network = head(self.network, inputs, (2 * dim + self.context,))
         return FlowHead(network, dim, self)
+
+
+class FlowHead(nn.Module):
+    """Module of the flow posterior: a network's output is mean and log-variance of the normal, and the context."""
+
+    def __init__(self, network: NetworkModule, dim: int, declared: FlowPosterior) -> None:
+        super().__init__()
+        self.network, self.dim, self.bounds = network, dim, declared.log_variance
+        self.steps = nn.ModuleList(GatedStep(dim, declared.context, declared.hidden) for _ in range(declared.layers))
+
+    def forward(self, inputs: Mapping[str, Tensor], _seen: Mapping[str, Tensor]) -> dist.TorchDistribution:
+        """Return the posterior, with batch shape `(...)`, given named inputs `(..., *shape)`."""
+        parameters = self.network(inputs)
+        normal, context = parameters[..., : 2 * self.dim], parameters[..., 2 * self.dim :]
+        return PushedNormal(diagonal_normal(normal, self.bounds), self.steps, context)
 
 
 class InverseModule(Linked):

@@ -1,7 +1,5 @@
 """Vector-quantisation posterior: the code whose embedding is nearest to a network's output."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from math import prod
@@ -25,6 +23,55 @@ class NearestCodes(Certain):
     """Point mass on the nearest codes, with the encoder's vectors before the lookup, `(..., E, *grid)`, as `point`."""
 
     point: Tensor
+
+
+@final
+class NearestCodePosterior(Posterior):
+    r"""Vector-quantisation posterior: point mass on k* = argmin_k |z(x) - e_k| at every position, with KL -log p(k*).
+
+    The decoder reads e_k*, and its gradient is passed to z unchanged (straight-through). The loss adds to the negative
+    ELBO commitment |z - sg e|^2 (sg: stop-gradient) and, if the codebook is learned by gradients, |sg z - e|^2.
+
+    References:
+        Neural Discrete Representation Learning (van den Oord, Vinyals, Kavukcuoglu, 2017),
+        https://arxiv.org/abs/1711.00937
+    """
+
+    kind: Literal["nearest_code"] = "nearest_code"
+    values: ClassVar[Values] = "index"
+    carries: ClassVar[bool] = True
+    commitment: float = Field(default=0.25, ge=0)
+    """Weight of the commitment loss |z - sg e|^2 of a datum, summed over positions and coordinates."""
+    decay: float = Field(default=0.99, gt=0, lt=1)
+    """Decay of the moving averages of the vectors assigned to a code: nearer to 1, slower. Unused with `gradient`."""
+    gradient: bool = False
+    """Learn the codebook by the gradient of the codebook loss, as first published, instead of moving averages."""
+    start: Literal["kmeans", "random"] = "kmeans"
+    """Initial codebook: the centres of k-means on the encoder's vectors of training rows, or random rows."""
+    restart: float = Field(default=0.05, ge=0, le=1)
+    """Proportion of uniform use below which a code (on average) is reset to a vector of the batch; 0 resets none."""
+    unit: bool = False
+    """Normalise vectors and codes to the unit sphere, so that the nearest code has the largest cosine similarity.
+
+    References:
+        Vector-quantized Image Modeling with Improved VQGAN (Yu et al., 2022), https://arxiv.org/abs/2110.04627
+    """
+    evenness: float = Field(default=0.0, ge=0)
+    """Weight of the penalty positions * (log K - entropy of the mean soft assignment), nats, for uniform code usage.
+
+    References:
+        Language Model Beats Diffusion (Yu et al., 2024), https://arxiv.org/abs/2310.05737
+    """
+    softness: float = Field(default=0.02, gt=0)
+    """Temperature of the soft assignment in the evenness penalty, in units of the mean squared norm of z."""
+    network: Network | None = None
+    """Network from the encoder's features to the vectors z; default: one linear map."""
+
+    def codebook(self, codes: int, width: int) -> nn.Module:
+        return NearestCodebook(codes, width, None if self.gradient else self.decay, self.restart, self.unit)
+
+    def build(self, site: Site, inputs: Mapping[str, Shape], link: Link) -> nn.Module:
+        return NearestModule(site, link, self, head(self.network, inputs, site.features))
 
 
 class NearestModule(Linked, Begun):
@@ -88,52 +135,3 @@ class NearestModule(Linked, Begun):
         gap = math.log(len(share)) + (share * (share + 1e-12).log()).sum()
         lead = z.shape[: z.dim() - 1 - self.grid]
         return (self.declared.evenness * prod(z.shape[len(lead) : -1]) * gap).expand(lead)
-
-
-@final
-class NearestCodePosterior(Posterior):
-    r"""Vector-quantisation posterior: point mass on k* = argmin_k |z(x) - e_k| at every position, with KL -log p(k*).
-
-    The decoder reads e_k*, and its gradient is passed to z unchanged (straight-through). The loss adds to the negative
-    ELBO commitment |z - sg e|^2 (sg: stop-gradient) and, if the codebook is learned by gradients, |sg z - e|^2.
-
-    References:
-        Neural Discrete Representation Learning (van den Oord, Vinyals, Kavukcuoglu, 2017),
-        https://arxiv.org/abs/1711.00937
-    """
-
-    kind: Literal["nearest_code"] = "nearest_code"
-    values: ClassVar[Values] = "index"
-    carries: ClassVar[bool] = True
-    commitment: float = Field(default=0.25, ge=0)
-    """Weight of the commitment loss |z - sg e|^2 of a datum, summed over positions and coordinates."""
-    decay: float = Field(default=0.99, gt=0, lt=1)
-    """Decay of the moving averages of the vectors assigned to a code: nearer to 1, slower. Unused with `gradient`."""
-    gradient: bool = False
-    """Learn the codebook by the gradient of the codebook loss, as first published, instead of moving averages."""
-    start: Literal["kmeans", "random"] = "kmeans"
-    """Initial codebook: the centres of k-means on the encoder's vectors of training rows, or random rows."""
-    restart: float = Field(default=0.05, ge=0, le=1)
-    """Proportion of uniform use below which a code (on average) is reset to a vector of the batch; 0 resets none."""
-    unit: bool = False
-    """Normalise vectors and codes to the unit sphere, so that the nearest code has the largest cosine similarity.
-
-    References:
-        Vector-quantized Image Modeling with Improved VQGAN (Yu et al., 2022), https://arxiv.org/abs/2110.04627
-    """
-    evenness: float = Field(default=0.0, ge=0)
-    """Weight of the penalty positions * (log K - entropy of the mean soft assignment), nats, for uniform code usage.
-
-    References:
-        Language Model Beats Diffusion (Yu et al., 2024), https://arxiv.org/abs/2310.05737
-    """
-    softness: float = Field(default=0.02, gt=0)
-    """Temperature of the soft assignment in the evenness penalty, in units of the mean squared norm of z."""
-    network: Network | None = None
-    """Network from the encoder's features to the vectors z; default: one linear map."""
-
-    def codebook(self, codes: int, width: int) -> nn.Module:
-        return NearestCodebook(codes, width, None if self.gradient else self.decay, self.restart, self.unit)
-
-    def build(self, site: Site, inputs: Mapping[str, Shape], link: Link) -> nn.Module:
-        return NearestModule(site, link, self, head(self.network, inputs, site.features))

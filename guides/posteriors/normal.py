@@ -1,7 +1,5 @@
 """Normal posteriors: diagonal, of full rank, top-down in a hierarchy; and points, the prior itself, Bayes' rule."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from functools import partial
 from typing import Any, ClassVar, Literal, final
@@ -173,22 +171,6 @@ class LadderPosterior(Posterior):
         return LadderModule(NormalHead(head(self.network, read, (2 * site.event[0],)), self.log_variance), site, link)
 
 
-class BidirectionalModule(Linked):
-    """Module of the posterior `bidirectional`: shifts and scales the model's normal p(z_l | z_above), given x."""
-
-    declared: BidirectionalPosterior
-
-    def forward(self, inputs: Mapping[str, Tensor], seen: Mapping[str, Tensor]) -> dist.TorchDistribution:
-        """Return the shifted and scaled normal, given named inputs `(..., *shape)`."""
-        prior = normal_of(self.link.model.prior(self.site.name, seen))
-        read, module, bound = dict(inputs), self.link.model.priors[self.site.name], self.declared.bound
-        if isinstance(module, NormalHead):
-            read[TOP_DOWN] = module.features(seen)
-        shift, log_scale = self.network(read).chunk(2, -1)
-        scale = prior.scale * log_scale.clamp(-bound, bound).exp()
-        return Event(PlainNormal(prior.loc + prior.scale * shift, scale), 1)
-
-
 @final
 class BidirectionalPosterior(Posterior):
     r"""Residual posterior q(z_l | z_above, x) = N(mu_p + sigma_p d, sigma_p^2 e^2), for a prior N(mu_p, sigma_p^2).
@@ -221,6 +203,22 @@ class BidirectionalPosterior(Posterior):
                 )
             read[TOP_DOWN] = (prior.network.width,)
         return BidirectionalModule(site, link, self, head(self.network, read, (2 * site.event[0],)))
+
+
+class BidirectionalModule(Linked):
+    """Module of the posterior `bidirectional`: shifts and scales the model's normal p(z_l | z_above), given x."""
+
+    declared: BidirectionalPosterior
+
+    def forward(self, inputs: Mapping[str, Tensor], seen: Mapping[str, Tensor]) -> dist.TorchDistribution:
+        """Return the shifted and scaled normal, given named inputs `(..., *shape)`."""
+        prior = normal_of(self.link.model.prior(self.site.name, seen))
+        read, module, bound = dict(inputs), self.link.model.priors[self.site.name], self.declared.bound
+        if isinstance(module, NormalHead):
+            read[TOP_DOWN] = module.features(seen)
+        shift, log_scale = self.network(read).chunk(2, -1)
+        scale = prior.scale * log_scale.clamp(-bound, bound).exp()
+        return Event(PlainNormal(prior.loc + prior.scale * shift, scale), 1)
 
 
 class UninferredModule(Linked):

@@ -1,7 +1,5 @@
 """Likelihood of tables: every column has its own distribution; columns of one family are scored together."""
 
-from __future__ import annotations
-
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar, Literal, final
@@ -218,6 +216,44 @@ class columns(constraints.Constraint):  # noqa: N801 - named as torch names its 
         return f"a value in {support_of(law)}".removesuffix("()") + (", or NaN" if law.masked else "")
 
 
+class ColumnsModule(LikelihoodModule):
+    """Module of the likelihood `columns`: splits the decoder's output among the families of the columns."""
+
+    def __init__(self, x: Shape, laws: Sequence[Law], floor: float) -> None:
+        if not laws:
+            raise DeclarationError("likelihood: expected data.columns, which say how each is scored; got none.")
+        if tuple(x) != (len(laws),):
+            raise DeclarationError(
+                f"likelihood: expected rows of the {len(laws)} columns that data.columns declares; got shape {list(x)}."
+            )
+        super().__init__(x, 1)
+        self.laws = tuple(laws)
+        places = grouped(laws)
+        families = {name: FAMILIES[name]([laws[i] for i in at], at, floor) for name, at in places.items()}
+        self.families = nn.ModuleDict(families)
+        order = [i for at in places.values() for i in at]
+        self.order = Pick([order.index(i) for i in range(len(laws))])
+        self.sizes = [family.outputs for family in families.values()]
+
+    @property
+    def inputs(self) -> Shape:
+        """Event shape of the decoder's output: one vector with the parameters of all columns."""
+        return (sum(self.sizes),)
+
+    def forward(self, h: Tensor) -> dist.TorchDistribution:
+        """Return the distribution of a row for a decoder output `(..., *inputs)`."""
+        return ColumnsDistribution([family(part) for family, part in self.each(h.split(self.sizes, -1))], self)
+
+    def each(self, parts: Sequence[Any]) -> Iterator[tuple[Any, Any]]:
+        """Iterate over (family, its item of `parts`), one for each family."""
+        return zip(self.families.values(), parts, strict=True)
+
+    def in_order(self, values: Sequence[Tensor]) -> Tensor:
+        """Return the values `(..., d)` of all families merged into rows `(..., D)`, in the table's column order."""
+        dtype = torch.promote_types(values[0].dtype, torch.float32)
+        return self.order(torch.cat([value.to(dtype) for value in values], -1))
+
+
 class ColumnsDistribution(Batched):
     """Distribution of table rows `(D,)` with independent columns; a missing value (NaN) adds 0 to the log density.
 
@@ -257,44 +293,6 @@ class ColumnsDistribution(Batched):
     def mean(self) -> Tensor:
         """Mean of every column, or the most probable level of a categorical one, `(..., D)`."""
         return self.module.in_order([family.centre(part) for family, part in self.module.each(self.parts)])
-
-
-class ColumnsModule(LikelihoodModule):
-    """Module of the likelihood `columns`: splits the decoder's output among the families of the columns."""
-
-    def __init__(self, x: Shape, laws: Sequence[Law], floor: float) -> None:
-        if not laws:
-            raise DeclarationError("likelihood: expected data.columns, which say how each is scored; got none.")
-        if tuple(x) != (len(laws),):
-            raise DeclarationError(
-                f"likelihood: expected rows of the {len(laws)} columns that data.columns declares; got shape {list(x)}."
-            )
-        super().__init__(x, 1)
-        self.laws = tuple(laws)
-        places = grouped(laws)
-        families = {name: FAMILIES[name]([laws[i] for i in at], at, floor) for name, at in places.items()}
-        self.families = nn.ModuleDict(families)
-        order = [i for at in places.values() for i in at]
-        self.order = Pick([order.index(i) for i in range(len(laws))])
-        self.sizes = [family.outputs for family in families.values()]
-
-    @property
-    def inputs(self) -> Shape:
-        """Event shape of the decoder's output: one vector with the parameters of all columns."""
-        return (sum(self.sizes),)
-
-    def forward(self, h: Tensor) -> dist.TorchDistribution:
-        """Return the distribution of a row for a decoder output `(..., *inputs)`."""
-        return ColumnsDistribution([family(part) for family, part in self.each(h.split(self.sizes, -1))], self)
-
-    def each(self, parts: Sequence[Any]) -> Iterator[tuple[Any, Any]]:
-        """Iterate over (family, its item of `parts`), one for each family."""
-        return zip(self.families.values(), parts, strict=True)
-
-    def in_order(self, values: Sequence[Tensor]) -> Tensor:
-        """Return the values `(..., d)` of all families merged into rows `(..., D)`, in the table's column order."""
-        dtype = torch.promote_types(values[0].dtype, torch.float32)
-        return self.order(torch.cat([value.to(dtype) for value in values], -1))
 
 
 class Reader(ReaderModule):

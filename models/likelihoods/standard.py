@@ -1,7 +1,5 @@
 """Likelihoods of independent elements, the multivariate normal, and point masses: all but those of tables."""
 
-from __future__ import annotations
-
 import math
 from abc import abstractmethod
 from math import prod
@@ -162,6 +160,29 @@ class DiscretizedLogisticLikelihood(Elements):
         return DiscretizedLogistic(loc + 0.5, (log_scale - 2.0).clamp(min=self.floor), self.levels)
 
 
+@final
+class Normal(Likelihood):
+    """Normal likelihood of independent elements; a fixed scale makes the reconstruction a scaled squared error."""
+
+    kind: Literal["normal"] = "normal"
+    support: ClassVar[constraints.Constraint] = constraints.real
+    closed_form: ClassVar[type[base.ClosedForm] | None] = base.NormalForm
+    scale: Literal["fixed", "shared", "per_datum"] = "shared"
+    """Standard deviation: `fixed` at `value`; `shared`, one learned number; `per_datum`, predicted per element."""
+    value: float = Field(default=0.3, gt=0)
+    """Fixed standard deviation, or the initial one if it is learned or predicted."""
+    floor: float = Field(default=1e-3, gt=0)
+    """Smallest learned standard deviation; without it the density of a learned scale has no upper bound."""
+
+    @property
+    def channels(self) -> int:
+        """Number of parameters of each element: the mean and, if it is predicted, the log-scale."""
+        return 2 if self.scale == "per_datum" else 1
+
+    def build(self, x: Shape) -> LikelihoodModule:
+        return NormalModule(x, self)
+
+
 class NormalModule(LikelihoodModule):
     """Module of the normal likelihood: independent elements, with a fixed, a learned shared or a predicted scale."""
 
@@ -184,26 +205,21 @@ class NormalModule(LikelihoodModule):
 
 
 @final
-class Normal(Likelihood):
-    """Normal likelihood of independent elements; a fixed scale makes the reconstruction a scaled squared error."""
+class MultivariateNormal(Likelihood):
+    """Multivariate normal likelihood over all of x; for a code and the network `table` it gives a Gaussian mixture."""
 
-    kind: Literal["normal"] = "normal"
+    kind: Literal["multivariate_normal"] = "multivariate_normal"
     support: ClassVar[constraints.Constraint] = constraints.real
-    closed_form: ClassVar[type[base.ClosedForm] | None] = base.NormalForm
-    scale: Literal["fixed", "shared", "per_datum"] = "shared"
-    """Standard deviation: `fixed` at `value`; `shared`, one learned number; `per_datum`, predicted per element."""
+    closed_form: ClassVar[type[base.ClosedForm] | None] = base.MultivariateNormalForm
+    covariance: Literal["full", "tied"] = "full"
+    """Covariance: `full`, predicted for every datum (one per mixture component); `tied`, one learned for all data."""
     value: float = Field(default=0.3, gt=0)
-    """Fixed standard deviation, or the initial one if it is learned or predicted."""
-    floor: float = Field(default=1e-3, gt=0)
-    """Smallest learned standard deviation; without it the density of a learned scale has no upper bound."""
-
-    @property
-    def channels(self) -> int:
-        """Number of parameters of each element: the mean and, if it is predicted, the log-scale."""
-        return 2 if self.scale == "per_datum" else 1
+    """Initial standard deviation of every element, when the model is fitted by gradients."""
+    floor: float = Field(default=1e-6, ge=0)
+    """Smallest conditional variance; the objective `em` adds it to the diagonal, as scikit-learn does `reg_covar`."""
 
     def build(self, x: Shape) -> LikelihoodModule:
-        return NormalModule(x, self)
+        return MultivariateNormalModule(x, self)
 
 
 class MultivariateNormalModule(LikelihoodModule):
@@ -237,46 +253,6 @@ class MultivariateNormalModule(LikelihoodModule):
             log_scale, below = self.factor.split([d, d * (d - 1) // 2])
         scale = (2 * (log_scale + self.offset)).exp().add(self.floor).sqrt()
         return FactoredNormal(loc, lower_factor(scale, below), self.x)
-
-
-@final
-class MultivariateNormal(Likelihood):
-    """Multivariate normal likelihood over all of x; for a code and the network `table` it gives a Gaussian mixture."""
-
-    kind: Literal["multivariate_normal"] = "multivariate_normal"
-    support: ClassVar[constraints.Constraint] = constraints.real
-    closed_form: ClassVar[type[base.ClosedForm] | None] = base.MultivariateNormalForm
-    covariance: Literal["full", "tied"] = "full"
-    """Covariance: `full`, predicted for every datum (one per mixture component); `tied`, one learned for all data."""
-    value: float = Field(default=0.3, gt=0)
-    """Initial standard deviation of every element, when the model is fitted by gradients."""
-    floor: float = Field(default=1e-6, ge=0)
-    """Smallest conditional variance; the objective `em` adds it to the diagonal, as scikit-learn does `reg_covar`."""
-
-    def build(self, x: Shape) -> LikelihoodModule:
-        return MultivariateNormalModule(x, self)
-
-
-class PointModule(LikelihoodModule):
-    """Module of the likelihoods under which z determines x: a point mass at a function of the decoder's output.
-
-    Arguments:
-        x: event shape of a datum.
-        declared: the likelihood.
-        is_point: False for a GAN, whose guide does not invert the decoder: x is then sampled but has no density.
-    """
-
-    def __init__(self, x: Shape, declared: DeterminedLikelihood | RoundedLikelihood, is_point: bool = True) -> None:
-        super().__init__(x, 1)
-        self.declared, self.is_point = declared, is_point
-
-    def implicit(self) -> LikelihoodModule:
-        return PointModule(self.x, self.declared, is_point=False)
-
-    def forward(self, h: Tensor) -> dist.TorchDistribution:
-        """Return the point mass at x, without a density if `is_point` is False, for a decoder output `(..., *x)`."""
-        point = self.declared.point(h, len(self.x))
-        return point if self.is_point else Implicit(point.v, event_dim=len(self.x), validate_args=False)
 
 
 @final
@@ -326,3 +302,25 @@ class RoundedLikelihood(Likelihood):
 
     def build(self, x: Shape) -> LikelihoodModule:
         return PointModule(x, self)
+
+
+class PointModule(LikelihoodModule):
+    """Module of the likelihoods under which z determines x: a point mass at a function of the decoder's output.
+
+    Arguments:
+        x: event shape of a datum.
+        declared: the likelihood.
+        is_point: False for a GAN, whose guide does not invert the decoder: x is then sampled but has no density.
+    """
+
+    def __init__(self, x: Shape, declared: DeterminedLikelihood | RoundedLikelihood, is_point: bool = True) -> None:
+        super().__init__(x, 1)
+        self.declared, self.is_point = declared, is_point
+
+    def implicit(self) -> LikelihoodModule:
+        return PointModule(self.x, self.declared, is_point=False)
+
+    def forward(self, h: Tensor) -> dist.TorchDistribution:
+        """Return the point mass at x, without a density if `is_point` is False, for a decoder output `(..., *x)`."""
+        point = self.declared.point(h, len(self.x))
+        return point if self.is_point else Implicit(point.v, event_dim=len(self.x), validate_args=False)

@@ -4,8 +4,6 @@ log p(c | parents) = sum_p log p(c_p | c_1 .. c_{p-1}, parents) is exact. One pa
 because its output at a position depends on earlier positions only. Samples are drawn one position at a time.
 """
 
-from __future__ import annotations
-
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from math import prod
@@ -44,6 +42,74 @@ def categorical(logits: Tensor) -> Tensor:
     """Return codes `(...)` sampled from logits `(..., K)` by the Gumbel-max trick, with torch's default generator."""
     logits = precise(logits)
     return (logits - torch.empty_like(logits).exponential_().log()).argmax(-1)
+
+
+class TokenModule(nn.Module):
+    """Base of autoregressive networks: from the parents' features to the distribution of a grid of codes.
+
+    Arguments:
+        site: the latent, a grid of codes of at most 2 axes.
+        parents: shapes of the parents' features, by name: `(D,)`, `(C, L)` or `(C, H, W)`.
+        kind: kind of the prior, for messages.
+        width: width of the embedding of a code.
+
+    Raises:
+        DeclarationError: a shape is not supported; the message names the latent and the shape.
+    """
+
+    context_dims: ClassVar[int]
+    """Number of dimensions of a context (the encoded parents) after its leading dimensions."""
+
+    def __init__(self, site: Site, parents: Mapping[str, Shape], kind: str, width: int) -> None:
+        super().__init__()
+        self.grid, self.codes, self.width = site.space.grid, site.space.states, width
+        if len(self.grid) > 2:
+            raise DeclarationError(
+                f"latents.{site.name}.prior {kind}: expected a grid of at most 2 axes; got {list(self.grid)}."
+            )
+        for name, shape in parents.items():
+            if len(shape) not in (1, 2, 3):
+                raise DeclarationError(
+                    f"latents.{site.name}.prior {kind}: expected parents of shape (D), (C, L) or (C, H, W); "
+                    f"got {name} of shape {list(shape)}."
+                )
+        self.positions = prod(self.grid)
+        self.parents = {name: tuple(shape) for name, shape in parents.items()}
+        self.start = nn.Parameter(0.1 * torch.randn(width))
+        # Nothing reads the last code: the only one needs no embedding, and would get no gradient.
+        self.table = nn.Parameter(0.1 * torch.randn(self.codes, width)) if self.positions > 1 else None
+
+    def embed(self, value: Tensor) -> Tensor:
+        """Return embeddings `(n, p, width)` of indices `(n, p)` or of logarithms of relaxed one-hots `(n, p, K)`."""
+        if self.table is None:
+            return self.start.new_zeros(*value.shape[:2], self.width)
+        if value.is_floating_point():
+            return cast(value.exp(), self.table.dtype) @ self.table
+        return F.embedding(value, self.table)
+
+    def forward(self, given: Mapping[str, Tensor]) -> dist.TorchDistribution:
+        """Return the distribution of the codes, with the parents' leading dimensions as batch shape."""
+        seen = {name: cast(given[name], self.start.dtype) for name in self.parents}
+        leads = [value.shape[: value.dim() - len(self.parents[name])] for name, value in seen.items()]
+        lead = torch.broadcast_shapes(*leads)
+        return Autoregressive(self, self.encode(seen, lead), lead)
+
+    @abstractmethod
+    def encode(self, given: Mapping[str, Tensor], lead: torch.Size) -> Tensor | None:
+        """Return the context, the encoded parents, `(*lead, ...)` or a shape that broadcasts to it; None if empty."""
+
+    @abstractmethod
+    def logits(self, value: Tensor, context: Tensor | None) -> Tensor:
+        """Return the logits of every position given the codes before it, `(n, p, K)`, in one pass.
+
+        Arguments:
+            value: indices `(n, p)`, or logarithms of relaxed one-hots `(n, p, K)`.
+            context: the encoded parents, `(n, ...)`.
+        """
+
+    @abstractmethod
+    def draw(self, count: int, context: Tensor | None, choose: Choose) -> Tensor:
+        """Return codes `(count, p)`, each chosen by `choose` from its logits given the codes before it."""
 
 
 class Autoregressive(Conditional):
@@ -121,71 +187,3 @@ class Autoregressive(Conditional):
             return None
         shape = self.context.shape[-self.network.context_dims :]
         return self.context.expand((*lead, *shape)).reshape(-1, *shape)
-
-
-class TokenModule(nn.Module):
-    """Base of autoregressive networks: from the parents' features to the distribution of a grid of codes.
-
-    Arguments:
-        site: the latent, a grid of codes of at most 2 axes.
-        parents: shapes of the parents' features, by name: `(D,)`, `(C, L)` or `(C, H, W)`.
-        kind: kind of the prior, for messages.
-        width: width of the embedding of a code.
-
-    Raises:
-        DeclarationError: a shape is not supported; the message names the latent and the shape.
-    """
-
-    context_dims: ClassVar[int]
-    """Number of dimensions of a context (the encoded parents) after its leading dimensions."""
-
-    def __init__(self, site: Site, parents: Mapping[str, Shape], kind: str, width: int) -> None:
-        super().__init__()
-        self.grid, self.codes, self.width = site.space.grid, site.space.states, width
-        if len(self.grid) > 2:
-            raise DeclarationError(
-                f"latents.{site.name}.prior {kind}: expected a grid of at most 2 axes; got {list(self.grid)}."
-            )
-        for name, shape in parents.items():
-            if len(shape) not in (1, 2, 3):
-                raise DeclarationError(
-                    f"latents.{site.name}.prior {kind}: expected parents of shape (D), (C, L) or (C, H, W); "
-                    f"got {name} of shape {list(shape)}."
-                )
-        self.positions = prod(self.grid)
-        self.parents = {name: tuple(shape) for name, shape in parents.items()}
-        self.start = nn.Parameter(0.1 * torch.randn(width))
-        # Nothing reads the last code: the only one needs no embedding, and would get no gradient.
-        self.table = nn.Parameter(0.1 * torch.randn(self.codes, width)) if self.positions > 1 else None
-
-    def embed(self, value: Tensor) -> Tensor:
-        """Return embeddings `(n, p, width)` of indices `(n, p)` or of logarithms of relaxed one-hots `(n, p, K)`."""
-        if self.table is None:
-            return self.start.new_zeros(*value.shape[:2], self.width)
-        if value.is_floating_point():
-            return cast(value.exp(), self.table.dtype) @ self.table
-        return F.embedding(value, self.table)
-
-    def forward(self, given: Mapping[str, Tensor]) -> dist.TorchDistribution:
-        """Return the distribution of the codes, with the parents' leading dimensions as batch shape."""
-        seen = {name: cast(given[name], self.start.dtype) for name in self.parents}
-        leads = [value.shape[: value.dim() - len(self.parents[name])] for name, value in seen.items()]
-        lead = torch.broadcast_shapes(*leads)
-        return Autoregressive(self, self.encode(seen, lead), lead)
-
-    @abstractmethod
-    def encode(self, given: Mapping[str, Tensor], lead: torch.Size) -> Tensor | None:
-        """Return the context, the encoded parents, `(*lead, ...)` or a shape that broadcasts to it; None if empty."""
-
-    @abstractmethod
-    def logits(self, value: Tensor, context: Tensor | None) -> Tensor:
-        """Return the logits of every position given the codes before it, `(n, p, K)`, in one pass.
-
-        Arguments:
-            value: indices `(n, p)`, or logarithms of relaxed one-hots `(n, p, K)`.
-            context: the encoded parents, `(n, ...)`.
-        """
-
-    @abstractmethod
-    def draw(self, count: int, context: Tensor | None, choose: Choose) -> Tensor:
-        """Return codes `(count, p)`, each chosen by `choose` from its logits given the codes before it."""

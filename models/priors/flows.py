@@ -1,7 +1,5 @@
 """Normalising flows made of Pyro's transforms: N(0, I) pushed through learned bijections, as priors and as decoders."""
 
-from __future__ import annotations
-
 from abc import abstractmethod
 from collections.abc import Mapping
 from math import log, prod
@@ -24,27 +22,6 @@ from pvae.graph.site import Site, Space, Values
 from pvae.models.priors.base import Prior
 from pvae.nn.network import Network, NetworkModule, flatten
 from pvae.util.types import Size
-
-
-class Flow(Batched):
-    """Distribution p(z) of a normalising flow `FlowModule`, for any batch shape."""
-
-    support = constraints.real_vector
-
-    def __init__(self, module: FlowModule) -> None:
-        self.module = module
-        super().__init__(torch.Size(), module.loc.shape, validate_args=False)
-
-    def log_prob(self, value: Tensor) -> Tensor:
-        """Return log p(z) = log N(u; 0, I) + log|det du/dz| of z `(..., D)`, nats, `(...)`; exact."""
-        u, log_det = self.module.pull(value)
-        return log_det + dist.Normal(self.module.loc, self.module.scale, validate_args=False).log_prob(u).sum(-1)
-
-    def sample(self, sample_shape: Size = torch.Size()) -> Tensor:
-        """Return samples `sample_shape + batch_shape + (D,)`, pushed forward from u ~ N(0, I)."""
-        shape, base = torch.Size(sample_shape) + self.batch_shape, self.module
-        with torch.no_grad():
-            return base.push(torch.normal(base.loc.expand(*shape, -1), base.scale.expand(*shape, -1)))
 
 
 class FlowModule(nn.Module):
@@ -80,6 +57,27 @@ class FlowModule(nn.Module):
             z, log_det = step.call(z.flip(-1)) if self.inward else step.invert(z.flip(-1))
             total = total + (log_det if self.inward else -log_det)
         return z, total
+
+
+class Flow(Batched):
+    """Distribution p(z) of a normalising flow `FlowModule`, for any batch shape."""
+
+    support = constraints.real_vector
+
+    def __init__(self, module: FlowModule) -> None:
+        self.module = module
+        super().__init__(torch.Size(), module.loc.shape, validate_args=False)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Return log p(z) = log N(u; 0, I) + log|det du/dz| of z `(..., D)`, nats, `(...)`; exact."""
+        u, log_det = self.module.pull(value)
+        return log_det + dist.Normal(self.module.loc, self.module.scale, validate_args=False).log_prob(u).sum(-1)
+
+    def sample(self, sample_shape: Size = torch.Size()) -> Tensor:
+        """Return samples `sample_shape + batch_shape + (D,)`, pushed forward from u ~ N(0, I)."""
+        shape, base = torch.Size(sample_shape) + self.batch_shape, self.module
+        with torch.no_grad():
+            return base.push(torch.normal(base.loc.expand(*shape, -1), base.scale.expand(*shape, -1)))
 
 
 class RelaxedFlowModule(nn.Module):

@@ -1,7 +1,5 @@
 """Mixture priors: of learned normals, or of the guide's posteriors at pseudo-inputs or at training data."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, Self, final
 
@@ -99,6 +97,51 @@ class VampPrior(Prior):
         return VampModule(self.components, site.name, link)
 
 
+@final
+class AggregatedPrior(Prior):
+    r"""Aggregated posterior 1/n sum_i q(z | x_i) of the training data as prior: the best for their ELBO; overfits most.
+
+    The marginal KL on the training data is 0. With `leave_one_out` the prior of a datum omits its own posterior in
+    training. All n rows are encoded at every step unless `components` sets the size of a random subset; as a `refit`
+    it has no parameters to learn. The latent's posterior must depend on x alone.
+
+    References:
+        ELBO surgery (Hoffman, Johnson, 2016), http://approximateinference.org/accepted/HoffmanJohnson2016.pdf
+    """
+
+    kind: Literal["aggregated"] = "aggregated"
+    reads_guide: ClassVar[bool] = True
+    components: int | None = Field(default=None, gt=1)
+    """Number of random training rows that are components in a training step; default: all. Evaluation uses all."""
+    leave_one_out: bool = False
+    """Omit a datum's own posterior from its prior during training."""
+
+    def build(self, site: Site, given: Mapping[str, Shape], link: Link) -> nn.Module:
+        return DataMixtureModule(site.name, link, self)
+
+
+@final
+class ExemplarPrior(Prior):
+    r"""Exemplar prior 1/M sum_m N(mu(x_m), s^2 I): posterior means of training data, with one learned scale s.
+
+    Each training step takes M random rows and omits a datum's own; evaluation takes all training data. The latent's
+    posterior must depend on x alone.
+
+    References:
+        Exemplar VAE (Norouzi, Fleet, Norouzi, 2020), https://arxiv.org/abs/2004.04795
+    """
+
+    kind: Literal["exemplar"] = "exemplar"
+    reads_guide: ClassVar[bool] = True
+    components: int = Field(default=1000, gt=1)
+    """Number of exemplars M in each training step."""
+    leave_one_out: bool = True
+    """Omit a datum's own exemplar from its prior during training; otherwise the scale shrinks towards 0."""
+
+    def build(self, site: Site, given: Mapping[str, Shape], link: Link) -> nn.Module:
+        return ExemplarModule(site.name, link, self)
+
+
 class DataMixtureModule(MadeOfData):
     """Mixture prior with one component per training row, made of the guide's posterior there by `components_of`.
 
@@ -175,29 +218,6 @@ ENCODED_ROWS = 5000
 """Number of training rows that the guide encodes at a time in evaluation."""
 
 
-@final
-class AggregatedPrior(Prior):
-    r"""Aggregated posterior 1/n sum_i q(z | x_i) of the training data as prior: the best for their ELBO; overfits most.
-
-    The marginal KL on the training data is 0. With `leave_one_out` the prior of a datum omits its own posterior in
-    training. All n rows are encoded at every step unless `components` sets the size of a random subset; as a `refit`
-    it has no parameters to learn. The latent's posterior must depend on x alone.
-
-    References:
-        ELBO surgery (Hoffman, Johnson, 2016), http://approximateinference.org/accepted/HoffmanJohnson2016.pdf
-    """
-
-    kind: Literal["aggregated"] = "aggregated"
-    reads_guide: ClassVar[bool] = True
-    components: int | None = Field(default=None, gt=1)
-    """Number of random training rows that are components in a training step; default: all. Evaluation uses all."""
-    leave_one_out: bool = False
-    """Omit a datum's own posterior from its prior during training."""
-
-    def build(self, site: Site, given: Mapping[str, Shape], link: Link) -> nn.Module:
-        return DataMixtureModule(site.name, link, self)
-
-
 class ExemplarModule(DataMixtureModule):
     """Module of the exemplar prior: normals around the posterior means of training rows, with one learned scale."""
 
@@ -208,28 +228,6 @@ class ExemplarModule(DataMixtureModule):
     def components_of(self, q: Members) -> Members:
         assert isinstance(q, Normals | FullRankNormals)  # noqa: S101 - `posteriors_at` makes no others
         return Normals(q.loc, self.log_scale.exp().expand_as(q.loc))
-
-
-@final
-class ExemplarPrior(Prior):
-    r"""Exemplar prior 1/M sum_m N(mu(x_m), s^2 I): posterior means of training data, with one learned scale s.
-
-    Each training step takes M random rows and omits a datum's own; evaluation takes all training data. The latent's
-    posterior must depend on x alone.
-
-    References:
-        Exemplar VAE (Norouzi, Fleet, Norouzi, 2020), https://arxiv.org/abs/2004.04795
-    """
-
-    kind: Literal["exemplar"] = "exemplar"
-    reads_guide: ClassVar[bool] = True
-    components: int = Field(default=1000, gt=1)
-    """Number of exemplars M in each training step."""
-    leave_one_out: bool = True
-    """Omit a datum's own exemplar from its prior during training; otherwise the scale shrinks towards 0."""
-
-    def build(self, site: Site, given: Mapping[str, Shape], link: Link) -> nn.Module:
-        return ExemplarModule(site.name, link, self)
 
 
 def posteriors_at(x: Tensor, name: str, link: Link) -> Members:

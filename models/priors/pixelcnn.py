@@ -1,7 +1,5 @@
 """Gated PixelCNN prior over a grid of codes; padding makes its convolutions causal, so that no weight is masked."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal, Self, final
 
@@ -21,6 +19,41 @@ def gate(h: Tensor) -> Tensor:
     """Return tanh(a) * sigmoid(b), `(n, C, H, W)`, of the two halves a, b of the channels of `h` `(n, 2 C, H, W)`."""
     a, b = h.chunk(2, 1)
     return a.tanh() * b.sigmoid()
+
+
+@final
+class PixelCNNPrior(Prior):
+    r"""Gated PixelCNN prior: prod_p p(c_p | codes above and before it, parents), by causal convolutions.
+
+    A parent that is a vector (a one-hot label, a latent) adds one bias to each layer at all positions; a grid of
+    embeddings adds a map over the positions, resized to this grid; a sequence is averaged over its length. Every layer
+    extends the receptive field by kernel // 2; p(c_p) does not depend on codes outside it.
+
+    References:
+        Conditional Image Generation with PixelCNN Decoders (van den Oord et al., 2016),
+        https://arxiv.org/abs/1606.05328
+    """
+
+    kind: Literal["pixelcnn"] = "pixelcnn"
+    values: ClassVar[tuple[Values, ...]] = ("index",)
+    reads_parents: ClassVar[bool] = True
+    channels: int = Field(default=64, gt=0)
+    """Number of channels of both stacks."""
+    layers: int = Field(default=6, gt=0, le=1000)
+    """Number of gated layers."""
+    kernel: int = Field(default=5, gt=1)
+    """Kernel size of the convolutions, odd; a layer reads only the part of the window before a position."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Proportion of gated features that are dropped in training."""
+
+    @model_validator(mode="after")
+    def _odd(self) -> Self:
+        if self.kernel % 2 == 0:
+            raise ValueError(f"an odd kernel, which has a middle; got {self.kernel}")
+        return self
+
+    def build(self, site: Site, given: Mapping[str, Shape], link: Link) -> nn.Module:
+        return PixelCNNModule(site, given, self)
 
 
 class GatedLayer(nn.Module):
@@ -194,38 +227,3 @@ class PixelCNNModule(TokenModule):
                 drawn.append(choose(self.head(h[..., -1:]).flatten(1)))
                 x[:, i, j] = self.embed(drawn[-1][:, None])[:, 0]
         return torch.stack(drawn, 1)
-
-
-@final
-class PixelCNNPrior(Prior):
-    r"""Gated PixelCNN prior: prod_p p(c_p | codes above and before it, parents), by causal convolutions.
-
-    A parent that is a vector (a one-hot label, a latent) adds one bias to each layer at all positions; a grid of
-    embeddings adds a map over the positions, resized to this grid; a sequence is averaged over its length. Every layer
-    extends the receptive field by kernel // 2; p(c_p) does not depend on codes outside it.
-
-    References:
-        Conditional Image Generation with PixelCNN Decoders (van den Oord et al., 2016),
-        https://arxiv.org/abs/1606.05328
-    """
-
-    kind: Literal["pixelcnn"] = "pixelcnn"
-    values: ClassVar[tuple[Values, ...]] = ("index",)
-    reads_parents: ClassVar[bool] = True
-    channels: int = Field(default=64, gt=0)
-    """Number of channels of both stacks."""
-    layers: int = Field(default=6, gt=0, le=1000)
-    """Number of gated layers."""
-    kernel: int = Field(default=5, gt=1)
-    """Kernel size of the convolutions, odd; a layer reads only the part of the window before a position."""
-    dropout: float = Field(default=0.0, ge=0, lt=1)
-    """Proportion of gated features that are dropped in training."""
-
-    @model_validator(mode="after")
-    def _odd(self) -> Self:
-        if self.kernel % 2 == 0:
-            raise ValueError(f"an odd kernel, which has a middle; got {self.kernel}")
-        return self
-
-    def build(self, site: Site, given: Mapping[str, Shape], link: Link) -> nn.Module:
-        return PixelCNNModule(site, given, self)

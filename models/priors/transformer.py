@@ -1,7 +1,5 @@
 """Decoder-only transformer prior over a grid of codes after a prompt, sampled with a key-value cache."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal, Self, final
 
@@ -99,6 +97,42 @@ class AttentionBlock(nn.Module):
         return F.dropout(h, self.dropout, self.training)
 
 
+@final
+class TransformerPrior(Prior):
+    r"""Decoder-only transformer prior: prod_p p(c_p | prompt, c_1 .. c_{p-1}), by causal attention.
+
+    The parents are the prompt: a vector is one token, a sequence (words as one-hots over their vocabulary) or a grid of
+    embeddings one token for each position. The prompt itself is not scored: it adds nothing to log p.
+
+    References:
+        Attention Is All You Need (Vaswani et al., 2017), https://arxiv.org/abs/1706.03762
+        Improving Language Understanding by Generative Pre-Training (Radford et al., 2018),
+        https://cdn.openai.com/research-covers/language-unsupervised/language_understanding_paper.pdf
+        Zero-Shot Text-to-Image Generation (Ramesh et al., 2021), https://arxiv.org/abs/2102.12092
+    """
+
+    kind: Literal["transformer"] = "transformer"
+    values: ClassVar[tuple[Values, ...]] = ("index",)
+    reads_parents: ClassVar[bool] = True
+    width: int = Field(default=128, gt=0)
+    """Width of a token; a multiple of `heads`."""
+    layers: int = Field(default=4, gt=0, le=1000)
+    """Number of transformer blocks."""
+    heads: int = Field(default=4, gt=0)
+    """Number of attention heads."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Dropout rate of the attention weights and of the residual branches in training."""
+
+    @model_validator(mode="after")
+    def _even_heads(self) -> Self:
+        if self.width % self.heads:
+            raise ValueError(f"a width that {self.heads} heads share evenly; got {self.width}")
+        return self
+
+    def build(self, site: Site, given: Mapping[str, Shape], link: Link) -> nn.Module:
+        return TransformerModule(site, given, self)
+
+
 class TransformerModule(TokenModule):
     """Decoder-only transformer, whose input is the prompt, a start token and all codes but the last."""
 
@@ -141,39 +175,3 @@ class TransformerModule(TokenModule):
             if places is None or len(drawn) == self.positions:
                 return torch.stack(drawn, 1)
             h = self.embed(drawn[-1][:, None]) + places[len(drawn) - 1]
-
-
-@final
-class TransformerPrior(Prior):
-    r"""Decoder-only transformer prior: prod_p p(c_p | prompt, c_1 .. c_{p-1}), by causal attention.
-
-    The parents are the prompt: a vector is one token, a sequence (words as one-hots over their vocabulary) or a grid of
-    embeddings one token for each position. The prompt itself is not scored: it adds nothing to log p.
-
-    References:
-        Attention Is All You Need (Vaswani et al., 2017), https://arxiv.org/abs/1706.03762
-        Improving Language Understanding by Generative Pre-Training (Radford et al., 2018),
-        https://cdn.openai.com/research-covers/language-unsupervised/language_understanding_paper.pdf
-        Zero-Shot Text-to-Image Generation (Ramesh et al., 2021), https://arxiv.org/abs/2102.12092
-    """
-
-    kind: Literal["transformer"] = "transformer"
-    values: ClassVar[tuple[Values, ...]] = ("index",)
-    reads_parents: ClassVar[bool] = True
-    width: int = Field(default=128, gt=0)
-    """Width of a token; a multiple of `heads`."""
-    layers: int = Field(default=4, gt=0, le=1000)
-    """Number of transformer blocks."""
-    heads: int = Field(default=4, gt=0)
-    """Number of attention heads."""
-    dropout: float = Field(default=0.0, ge=0, lt=1)
-    """Dropout rate of the attention weights and of the residual branches in training."""
-
-    @model_validator(mode="after")
-    def _even_heads(self) -> Self:
-        if self.width % self.heads:
-            raise ValueError(f"a width that {self.heads} heads share evenly; got {self.width}")
-        return self
-
-    def build(self, site: Site, given: Mapping[str, Shape], link: Link) -> nn.Module:
-        return TransformerModule(site, given, self)

@@ -5,14 +5,12 @@ order, one window at a time, and the rows of a window in a random order: every r
 The order depends only on (seed, epoch), so that a resumed fit continues bit for bit.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from math import prod
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -54,6 +52,55 @@ def survey(rows: Scaled, part: Part, binarize: Binarize) -> Survey:
     for number in (rows.shift, rows.divisor):
         digest.update(np.asarray(number, np.float64).tobytes())
     return Survey(*extremes(rows.x, part, digest), digest.digest())
+
+
+class WindowOrder:
+    """Random order of the rows in an epoch, computed window by window: a slice gives row numbers `(m,)`.
+
+    Arguments:
+        rows: number of rows, n.
+        block: number of rows in a block.
+        seed: seed of the fit.
+        epoch: number of the epoch, counted from 0.
+        expect: function that prefetches blocks; called with those of the next window when a window begins.
+    """
+
+    def __init__(
+        self,
+        rows: int,
+        block: int,
+        seed: int,
+        epoch: int,
+        expect: Callable[[NDArray[np.int64]], None] = lambda _blocks: None,
+    ) -> None:
+        self.rows, self.block, self.expect = rows, block, expect
+        self.seed = seeds.mix(seed, seeds.ORDER, epoch)
+        self.order = seeds.permutation(-(-rows // block), self.seed, 0).numpy()
+        sizes = np.minimum(block, rows - self.order * block)
+        self.starts = np.concatenate([[0], np.cumsum(np.add.reduceat(sizes, np.arange(0, len(sizes), WINDOW)))])
+        self._kept: tuple[int, NDArray[Any]] = (-1, np.empty(0, np.int64))
+
+    def __len__(self) -> int:
+        return self.rows
+
+    def __getitem__(self, index: slice) -> Tensor:
+        start, stop, _ = index.indices(self.rows)
+        first = int(np.searchsorted(self.starts, start, "right")) - 1
+        pieces = [np.empty(0, np.int64)]
+        while start < stop:
+            low, high = int(self.starts[first]), int(self.starts[first + 1])
+            pieces.append(self._window(first)[start - low : min(stop, high) - low])
+            start, first = min(stop, high), first + 1
+        return torch.from_numpy(np.concatenate(pieces))
+
+    def _window(self, number: int) -> NDArray[Any]:
+        if self._kept[0] != number:
+            blocks = self.order[number * WINDOW : (number + 1) * WINDOW]
+            rows = (blocks[:, None] * self.block + np.arange(self.block)).flatten()
+            rows = rows[rows < self.rows]
+            self._kept = number, rows[seeds.permutation(len(rows), self.seed, number + 1).numpy()]
+            self.expect(self.order[(number + 1) * WINDOW : (number + 2) * WINDOW])
+        return self._kept[1]
 
 
 class Blocks:
@@ -137,55 +184,6 @@ class Blocks:
         return WindowOrder(len(self), self.block, seed, epoch, self.expect)
 
 
-class WindowOrder:
-    """Random order of the rows in an epoch, computed window by window: a slice gives row numbers `(m,)`.
-
-    Arguments:
-        rows: number of rows, n.
-        block: number of rows in a block.
-        seed: seed of the fit.
-        epoch: number of the epoch, counted from 0.
-        expect: function that prefetches blocks; called with those of the next window when a window begins.
-    """
-
-    def __init__(
-        self,
-        rows: int,
-        block: int,
-        seed: int,
-        epoch: int,
-        expect: Callable[[NDArray[np.int64]], None] = lambda _blocks: None,
-    ) -> None:
-        self.rows, self.block, self.expect = rows, block, expect
-        self.seed = seeds.mix(seed, seeds.ORDER, epoch)
-        self.order = seeds.permutation(-(-rows // block), self.seed, 0).numpy()
-        sizes = np.minimum(block, rows - self.order * block)
-        self.starts = np.concatenate([[0], np.cumsum(np.add.reduceat(sizes, np.arange(0, len(sizes), WINDOW)))])
-        self._kept: tuple[int, NDArray[Any]] = (-1, np.empty(0, np.int64))
-
-    def __len__(self) -> int:
-        return self.rows
-
-    def __getitem__(self, index: slice) -> Tensor:
-        start, stop, _ = index.indices(self.rows)
-        first = int(np.searchsorted(self.starts, start, "right")) - 1
-        pieces = [np.empty(0, np.int64)]
-        while start < stop:
-            low, high = int(self.starts[first]), int(self.starts[first + 1])
-            pieces.append(self._window(first)[start - low : min(stop, high) - low])
-            start, first = min(stop, high), first + 1
-        return torch.from_numpy(np.concatenate(pieces))
-
-    def _window(self, number: int) -> NDArray[Any]:
-        if self._kept[0] != number:
-            blocks = self.order[number * WINDOW : (number + 1) * WINDOW]
-            rows = (blocks[:, None] * self.block + np.arange(self.block)).flatten()
-            rows = rows[rows < self.rows]
-            self._kept = number, rows[seeds.permutation(len(rows), self.seed, number + 1).numpy()]
-            self.expect(self.order[(number + 1) * WINDOW : (number + 2) * WINDOW])
-        return self._kept[1]
-
-
 @dataclass(frozen=True, eq=False)
 class Streamed:
     """Rows `(n, *shape)` float32 of a split, read, scaled and binarised when they are indexed.
@@ -239,11 +237,11 @@ class Streamed:
             x = torch.cat([x.flatten(1), self.columns[where]], 1)
         return x.to(self.device)
 
-    def to(self, device: str | torch.device) -> Streamed:
+    def to(self, device: str | torch.device) -> Self:
         """Return the same rows, to be moved to a device when they are read."""
         return replace(self, device=torch.device(device))
 
-    def with_columns(self, columns: Tensor | None) -> Streamed:
+    def with_columns(self, columns: Tensor | None) -> Self:
         """Return the rows flattened and followed by covariates `(n, c)`; for None, the rows without covariates."""
         return replace(self, columns=None if columns is None else columns.float().cpu())
 

@@ -1,7 +1,5 @@
 """Convolutional networks between images, grids of codes and vectors: stride-2 convolutions, or residual blocks."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
@@ -240,49 +238,6 @@ def cropped(x: Tensor, size: Shape) -> Tensor:
     return x if x.shape[-2:] == tuple(size) else nn.functional.interpolate(x, list(size), mode="bilinear")
 
 
-class ResnetModule(NetworkModule):
-    """Network of `Resnet`: inputs are resized to one working size, pass residual blocks, then go to the output."""
-
-    def __init__(self, inputs: Mapping[str, Shape], output: Shape | None, declared: Resnet) -> None:
-        images = {name: shape for name, shape in inputs.items() if len(shape) == 3}
-        channels, act = declared.channels, ACTIVATIONS[declared.activation]
-        highest = tuple(max(sides) for sides in zip(*(shape[1:] for shape in images.values()), strict=True))
-        self.spatial = output is not None and len(output) == 3
-        if output is not None and self.spatial:
-            least = highest or tuple(-(-side // 2**declared.halvings) for side in output[1:])
-            work = tuple(min(a, b) for a, b in zip(least, output[1:], strict=True))
-        else:
-            work = tuple(-(-side // 2**declared.halvings) for side in highest)
-        size = channels * prod(work)
-        super().__init__(inputs, (size,) if output is None else output)
-        self.start, self.width = (channels, *work), size
-        self.lead = nn.ModuleDict()
-        for name, shape in inputs.items():
-            self.lead[name] = Resize(shape, channels, work, act) if name in images else nn.Linear(prod(shape), size)
-        inner = declared.inner or channels // 2
-        self.blocks = nn.Sequential(*(Residual(channels, inner, act) for _ in range(declared.blocks)), act())
-        self.head: nn.Module
-        if output is None:
-            self.head = nn.Identity()
-        elif not self.spatial:
-            self.head = nn.Linear(size, prod(output))
-        else:
-            there = output[1:] == work
-            self.head = nn.Conv2d(channels, output[0], 1) if there else Upscale(channels, work, output, act)
-
-    def _worked(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        return batched(self.blocks, mapped(self.lead, self, inputs, self.start))
-
-    def features(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        return self._worked(inputs).flatten(-3)
-
-    def forward(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        """Return the output `(..., *output)` for named inputs `(..., *shape)`; leading dimensions broadcast."""
-        if self.spatial:
-            return batched(self.head, self._worked(inputs))
-        return self.shaped(self.head(self.features(inputs)))
-
-
 class Upscale(nn.Module):
     """Transposed convolutions from the working size up to an image, centre-cropped to its size."""
 
@@ -336,3 +291,46 @@ class Resnet(Network):
         if all(len(shape) != 3 for shape in (*inputs.values(), output or ())):
             raise no_image("network resnet: expected an image (channels, height, width) or a grid", inputs)
         return ResnetModule(inputs, output, self)
+
+
+class ResnetModule(NetworkModule):
+    """Network of `Resnet`: inputs are resized to one working size, pass residual blocks, then go to the output."""
+
+    def __init__(self, inputs: Mapping[str, Shape], output: Shape | None, declared: Resnet) -> None:
+        images = {name: shape for name, shape in inputs.items() if len(shape) == 3}
+        channels, act = declared.channels, ACTIVATIONS[declared.activation]
+        highest = tuple(max(sides) for sides in zip(*(shape[1:] for shape in images.values()), strict=True))
+        self.spatial = output is not None and len(output) == 3
+        if output is not None and self.spatial:
+            least = highest or tuple(-(-side // 2**declared.halvings) for side in output[1:])
+            work = tuple(min(a, b) for a, b in zip(least, output[1:], strict=True))
+        else:
+            work = tuple(-(-side // 2**declared.halvings) for side in highest)
+        size = channels * prod(work)
+        super().__init__(inputs, (size,) if output is None else output)
+        self.start, self.width = (channels, *work), size
+        self.lead = nn.ModuleDict()
+        for name, shape in inputs.items():
+            self.lead[name] = Resize(shape, channels, work, act) if name in images else nn.Linear(prod(shape), size)
+        inner = declared.inner or channels // 2
+        self.blocks = nn.Sequential(*(Residual(channels, inner, act) for _ in range(declared.blocks)), act())
+        self.head: nn.Module
+        if output is None:
+            self.head = nn.Identity()
+        elif not self.spatial:
+            self.head = nn.Linear(size, prod(output))
+        else:
+            there = output[1:] == work
+            self.head = nn.Conv2d(channels, output[0], 1) if there else Upscale(channels, work, output, act)
+
+    def _worked(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        return batched(self.blocks, mapped(self.lead, self, inputs, self.start))
+
+    def features(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        return self._worked(inputs).flatten(-3)
+
+    def forward(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Return the output `(..., *output)` for named inputs `(..., *shape)`; leading dimensions broadcast."""
+        if self.spatial:
+            return batched(self.head, self._worked(inputs))
+        return self.shaped(self.head(self.features(inputs)))

@@ -1,7 +1,5 @@
 """Networks from named input tensors to one output: their base, dense networks, heads of diagonal normals."""
 
-from __future__ import annotations
-
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial, reduce
@@ -22,6 +20,26 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     kind.__name__.lower(): kind for kind in (nn.ReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Tanh, nn.Softplus)
 }
 Activation = Literal["relu", "elu", "gelu", "silu", "tanh", "softplus"]
+
+
+class NetworkModule(nn.Module):
+    """Module of a network: `forward` takes named tensors, broadcasts leading dimensions, and returns one tensor."""
+
+    def __init__(self, inputs: Mapping[str, Shape], output: Shape) -> None:
+        super().__init__()
+        self.inputs = {name: tuple(shape) for name, shape in inputs.items()}
+        self.output = tuple(output)
+
+    width: int = 0
+    """Width of the feature vector that `features` returns; 0 if the network has no features."""
+
+    def shaped(self, h: Tensor) -> Tensor:
+        """Return vectors `(..., prod(output))` in the shape of the output, `(..., *output)`."""
+        return h if len(self.output) == 1 else h.unflatten(-1, self.output)
+
+    def features(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Return the features of the inputs before the last layer, `(..., width)`."""
+        raise NotImplementedError(f"{type(self).__name__} has no features")
 
 
 class Network(Component):
@@ -47,26 +65,6 @@ class Network(Component):
         Returns:
             The Module; its attribute `output` is the event shape of its result.
         """
-
-
-class NetworkModule(nn.Module):
-    """Module of a network: `forward` takes named tensors, broadcasts leading dimensions, and returns one tensor."""
-
-    def __init__(self, inputs: Mapping[str, Shape], output: Shape) -> None:
-        super().__init__()
-        self.inputs = {name: tuple(shape) for name, shape in inputs.items()}
-        self.output = tuple(output)
-
-    width: int = 0
-    """Width of the feature vector that `features` returns; 0 if the network has no features."""
-
-    def shaped(self, h: Tensor) -> Tensor:
-        """Return vectors `(..., prod(output))` in the shape of the output, `(..., *output)`."""
-        return h if len(self.output) == 1 else h.unflatten(-1, self.output)
-
-    def features(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        """Return the features of the inputs before the last layer, `(..., width)`."""
-        raise NotImplementedError(f"{type(self).__name__} has no features")
 
 
 def flatten(x: Tensor, shape: Shape) -> Tensor:

@@ -1,10 +1,8 @@
 """Pair of a Pyro model and guide as one Module, with the terms of its ELBO, its structure and its checks."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import pyro
 import torch
@@ -98,7 +96,7 @@ class Pair(nn.Module):
 
     # ------------------------------------------------------------------ adoption
 
-    def adopt(self, x: Tensor) -> Pair:
+    def adopt(self, x: Tensor) -> Self:
         """Run both programs on rows of `x`, read their structure, register their parameters; return self.
 
         The random state is restored; a second call does nothing.
@@ -217,7 +215,7 @@ class Pair(nn.Module):
         frame = getattr(self.model, "frame", None)
         return frame if isinstance(frame, Frame) else Frame(() if self._structure is None else self._structure.event)
 
-    def attend(self, x: Tensor) -> Pair:
+    def attend(self, x: Tensor) -> Self:
         """Pass the training data `(n, *event)` to the Modules that keep them (such as mixture priors); return self."""
         for part in self.made_of_data():
             part.attend(x)

@@ -1,7 +1,5 @@
 """Terms of the ELBO of a batch (log-likelihood, KLs, penalties, score functions), from one trace of each program."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -16,6 +14,24 @@ from pvae.errors import DeclarationError
 from pvae.pair.densities import closed_kl, full_size, log_prob, plate_scale, priced_kl, share, sum_over
 from pvae.pair.enumeration import Expectations, eliminated, read_joint_states, require_expectable
 from pvae.pair.layout import Layout, Traces, is_point, samples
+
+
+@dataclass(frozen=True)
+class Score:
+    """Ingredients of the score-function gradient of a latent, E[(gain - baseline) grad log q] for the ELBO."""
+
+    log_q: Tensor
+    """Log density log q of the sample, `(batch,)`, with gradient and without the scale of poutine.scale."""
+    weighed: Tensor
+    """Log density log q of the sample times the scale of its site (poutine.scale), as it enters the latent's KL."""
+    own_kl: bool
+    """True if the gain includes the latent's own KL term; False if that KL is in closed form."""
+    baseline: Tensor | None
+    """Baseline subtracted from the gain, `(batch,)` or a scalar; None without a baseline."""
+    learns: bool
+    """True if the baseline has parameters (a network), which are fitted to the gain."""
+    note: Callable[[Tensor], None]
+    """Callback that receives the gain and updates a moving-average baseline, if there is one."""
 
 
 @dataclass(frozen=True)
@@ -51,24 +67,6 @@ def _apart(kl: Tensor, estimate: Tensor) -> Tensor:
     """Return the mean of closed-form KLs, at least 0 despite rounding, or the estimate where they are infinite."""
     mean = kl.mean()
     return torch.where(mean.isfinite(), mean.clamp(min=0), estimate)
-
-
-@dataclass(frozen=True)
-class Score:
-    """Ingredients of the score-function gradient of a latent, E[(gain - baseline) grad log q] for the ELBO."""
-
-    log_q: Tensor
-    """Log density log q of the sample, `(batch,)`, with gradient and without the scale of poutine.scale."""
-    weighed: Tensor
-    """Log density log q of the sample times the scale of its site (poutine.scale), as it enters the latent's KL."""
-    own_kl: bool
-    """True if the gain includes the latent's own KL term; False if that KL is in closed form."""
-    baseline: Tensor | None
-    """Baseline subtracted from the gain, `(batch,)` or a scalar; None without a baseline."""
-    learns: bool
-    """True if the baseline has parameters (a network), which are fitted to the gain."""
-    note: Callable[[Tensor], None]
-    """Callback that receives the gain and updates a moving-average baseline, if there is one."""
 
 
 @dataclass(frozen=True)

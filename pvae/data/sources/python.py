@@ -1,7 +1,5 @@
 """Data sources in Python objects: tensors, arrays, sparse matrices, torch datasets, and AnnData-like objects."""
 
-from __future__ import annotations
-
 import tempfile
 import weakref
 from collections.abc import Iterator, Mapping, Sized
@@ -84,6 +82,15 @@ def tensors(part: Any, name: str) -> tuple[AnyArray, Array | None]:
 # torch
 
 
+class NamelessFile:
+    """Unnamed temporary file in the cache folder, closed (and so deleted) when it is no longer referenced."""
+
+    def __init__(self) -> None:
+        with created(cache_folder()):
+            self.file: IO[bytes] = tempfile.TemporaryFile(dir=cache_folder())
+        weakref.finalize(self, self.file.close)
+
+
 class Spool(Stored):
     """Array (n, *row) in an unnamed temporary file, which the system deletes when the last array on it is gone.
 
@@ -98,15 +105,6 @@ class Spool(Stored):
 
     def read(self, index: Index) -> Array:
         return np.array(np.memmap(self.file.file, self.dtype, "r", 0, self.shape)[index])
-
-
-class NamelessFile:
-    """Unnamed temporary file in the cache folder, closed (and so deleted) when it is no longer referenced."""
-
-    def __init__(self) -> None:
-        with created(cache_folder()):
-            self.file: IO[bytes] = tempfile.TemporaryFile(dir=cache_folder())
-        weakref.finalize(self, self.file.close)
 
 
 def collected(dataset: Any, name: str, stream: bool) -> tuple[AnyArray, Array | None]:
