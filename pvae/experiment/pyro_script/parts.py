@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from torch import nn
 
 from pvae.distributions.bijections import near_identity
-from pvae.experiment.pyro_script.page import named
+from pvae.experiment.pyro_script.page import PAGE, named
 from pvae.graph.site import Site
 from pvae.nn.conv import ConvModule
 from pvae.nn.network import MLP, Dense, Gated, NetworkModule
@@ -50,9 +50,26 @@ class Part:
         built = self.module.network
         return self.script.network(self.name, self.declared.network or MLP(hidden=()), built, self.inputs, built.output)
 
-    def parameters(self, **made: str) -> None:
-        """Add a dictionary of learned tensors to the script, each given by the expression of its first value."""
+    def parameters(self, **made: str) -> dict[str, str]:
+        """Add learned tensors to the script, each with the expression of its first value; return their names."""
         self.script.parts[self.name] = f"nn.ParameterDict({named(made)})"
+        return {key: f'{self.name}["{key}"]' for key in made}
+
+    def steps(self, transform: str, count: int) -> str:
+        """Add the bijections of a flow to the script, `count` of Pyro's transform; return what they are called."""
+        initialise = self.script.imported(near_identity)
+        self.script.parts[self.name] = f"nn.ModuleList({initialise}(T.{transform}) for _ in range({count}))"
+        return self.name
+
+    def refuse(self) -> NoReturn:
+        """Refuse to write this prior or posterior out."""
+        raise NotPlainError
+
+    def written(self, rule: str) -> Expression:
+        """Return the prior or posterior as the rule of this name in the template `parts.py.j2` writes it."""
+        text = getattr(PAGE.get_template("parts.py.j2").module, rule)(self)
+        *lines, distribution = filter(None, text.splitlines())
+        return lines, distribution
 
     def relaxed(self, logits: str) -> str:
         """Return the expression of Pyro's `RelaxedOneHotCategorical` with the given logits."""
@@ -60,111 +77,24 @@ class Part:
         return f"dist.RelaxedOneHotCategorical({self.script.temperature(self.site.name)}, logits={logits}){event}"
 
 
-# ---------------------------------------------------------------------- priors and posteriors
-
-
-def standard_normal(part: Part) -> Expression:
-    """Return the expression of the standard normal N(0, I)."""
-    return [], f"dist.Normal(torch.zeros({part.site.event[0]}), 1.0).to_event(1)"
-
-
-def normal(part: Part) -> Expression:
-    """Return the expression of a diagonal normal whose location and log-variance a network computes."""
-    low, high = part.module.bounds
-    scale = f"(log_variance.clamp({low:g}, {high:g}) / 2).exp()"
-    return [f"loc, log_variance = {part.network()}.chunk(2, -1)"], f"dist.Normal(loc, {scale}).to_event(1)"
-
-
-def point(part: Part) -> Expression:
-    """Return the expression of a `Delta` at the output of a network, the posterior of an autoencoder."""
-    return [], f"dist.Delta({part.network()}, event_dim=1)"
-
-
-def weights_of_codes(part: Part) -> Expression:
-    """Return the expression of a categorical prior, or its relaxation, with learned or equal weights."""
-    logits = f"torch.zeros({', '.join(map(str, part.module.logits.shape))})"
-    if part.declared.kind == "categorical":
-        part.parameters(logits=logits)
-        logits = f'{part.name}["logits"]'
-    if part.site.space.values == "relaxed":
-        return [], part.relaxed(logits)
-    if part.site.space.grid:
-        raise NotPlainError
-    return [], f"dist.Categorical(logits={logits})"
-
-
-def inferred_codes(part: Part) -> Expression:
-    """Return the expression of a categorical posterior, or its relaxation, whose logits a network computes.
-
-    Networks have the dimension of the codes before those of the grid, Pyro has it last.
-    """
-    if part.site.space.values == "relaxed" and part.declared.kl == "relaxed":
-        grid = len(part.site.space.grid)
-        return [], part.relaxed(part.network() + (f".movedim({-1 - grid}, -1)" if grid else ""))
-    if part.site.space.values == "relaxed" or part.site.space.grid:
-        raise NotPlainError
-    return [], f"dist.Categorical(logits={part.network()})"
-
-
-def mixture(part: Part) -> Expression:
-    """Return the expression of a mixture of normals with learned weights, locations and log-variances."""
-    (count, dim), (low, high), name = part.module.loc.shape, part.declared.log_variance, part.name
-    zeros = f"torch.zeros({count}, {dim})"
-    part.parameters(loc=f"torch.randn({count}, {dim})", log_variance=zeros, logits=f"torch.zeros({count})")
-    scale = f'({name}["log_variance"].clamp({low:g}, {high:g}) / 2).exp()'
-    lines = [f'components = dist.Normal({name}["loc"], {scale}).to_event(1)']
-    return lines, f'dist.MixtureSameFamily(dist.Categorical(logits={name}["logits"]), components)'
-
-
-def vamp(part: Part) -> Expression:
-    """Return the expression of a VampPrior, the mixture of the guide's posteriors at learned pseudo-inputs."""
-    shape = part.module.pseudo_inputs.shape
-    part.parameters(pseudo_inputs=f"torch.rand({', '.join(map(str, shape))})")
-    read = f'{part.name}["pseudo_inputs"]' + (".clamp(0, 1)" if part.module.bounded else "")
-    lines, components = part.script.posterior(part.site, read)
-    if not components.startswith("dist.Normal"):
-        raise NotPlainError
-    weights = f"dist.Categorical(logits=torch.zeros({shape[0]}))"
-    return [*lines, f"components = {components}"], f"dist.MixtureSameFamily({weights}, components)"
-
-
-def flow(part: Part) -> Expression:
-    """Return the expression of a flow: N(0, I) through Pyro's transforms, the coordinates reversed after each."""
-    declared, dim = part.declared, part.site.event[0]
-    sizes = f"{dim}, {list(declared.hidden)}"
-    step = f"affine_autoregressive({sizes})"
-    if declared.kind == "realnvp":
-        step = f"affine_coupling({sizes})"
-    elif declared.kind == "spline_coupling":
-        sizes = f"{dim}, {dim // 2}, {list(declared.hidden)}"
-        step = f"spline_coupling({sizes}, count_bins={declared.bins}, bound={declared.bound:g})"
-    init = part.script.imported(near_identity)
-    part.script.parts[part.name] = f"nn.ModuleList({init}(T.{step}) for _ in range({declared.layers}))"
-    lines = [
-        f"flip = T.Permute(torch.arange({dim}).flip(0))",
-        f"steps = [move for step in {part.name} for move in (step{'.inv' if declared.inward else ''}, flip)]",
-    ]
-    return lines, f"dist.TransformedDistribution(dist.Normal(torch.zeros({dim}), 1.0).to_event(1), steps)"
-
-
-Rules = dict[tuple[str, str], Callable[[Part], Expression]]
+Rules = dict[tuple[str, str], str]
 PRIORS: Rules = {
-    ("standard_normal", "real"): standard_normal,
-    ("conditional_normal", "real"): normal,
-    ("mixture", "real"): mixture,
-    ("vamp", "real"): vamp,
-    **{(kind, values): weights_of_codes for kind in ("categorical", "uniform") for values in ("index", "relaxed")},
-    **{(kind, "real"): flow for kind in ("realnvp", "spline_coupling", "maf", "iaf")},
+    ("standard_normal", "real"): "standard_normal",
+    ("conditional_normal", "real"): "normal",
+    ("mixture", "real"): "mixture",
+    ("vamp", "real"): "vamp",
+    **{(kind, values): "weights_of_codes" for kind in ("categorical", "uniform") for values in ("index", "relaxed")},
+    **{(kind, "real"): "flow" for kind in ("realnvp", "spline_coupling", "maf", "iaf")},
 }
-"""Functions that write a prior in plain Pyro, by kind of prior and value space of the latent; a script builds any
-other prior from its pvae class."""
+"""Rules of `parts.py.j2` that write a prior in plain Pyro, by kind of prior and value space of the latent; a script
+builds any other prior from its pvae class."""
 POSTERIORS: Rules = {
-    ("normal", "real"): normal,
-    ("delta", "real"): point,
-    ("categorical", "index"): inferred_codes,
-    ("relaxed_onehot", "relaxed"): inferred_codes,
+    ("normal", "real"): "normal",
+    ("delta", "real"): "point",
+    ("categorical", "index"): "inferred_codes",
+    ("relaxed_onehot", "relaxed"): "inferred_codes",
 }
-"""Functions that write a posterior in plain Pyro, by kind of posterior and value space of the latent."""
+"""Rules of `parts.py.j2` that write a posterior in plain Pyro, by kind of posterior and value space of the latent."""
 
 
 # ---------------------------------------------------------------------- networks

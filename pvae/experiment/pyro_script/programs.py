@@ -105,7 +105,7 @@ class PlainScript(Script):
     def written(self, part: Part, rules: parts.Rules, shapes: Mapping[str, Shape], call: str) -> Expression:
         """Return a prior or posterior as statements and expression: by its rule, else as a call of its pvae module."""
         if rule := rules.get((part.declared.kind, part.site.space.values)):
-            return rule(part)
+            return part.written(rule)
         if part.site.space.values == "relaxed":  # Pyro's value is a relaxed one-hot, that of pvae its logarithm
             raise NotPlainError
         call_of = f"{self.construct(part.declared)}.build"
