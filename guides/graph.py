@@ -27,8 +27,11 @@ class EncoderModule(nn.Module):
     """Event shapes of the inputs of each latent's posterior: latent name -> input name -> shape."""
 
     def inputs_of(self, site: Site, features: Any, seen: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the inputs of a posterior, by name, from the result of `forward` and the latents sampled so far."""
-        raise NotImplementedError  # pragma: no cover - abstract
+        """Return the inputs of a posterior, by name, from the result of `forward` and the latents sampled so far.
+
+        Here the features take the place of x.
+        """
+        return {name: features if name == OBSERVED else seen[name] for name in site.guide_given}
 
 
 class Encoder(Component):
@@ -74,9 +77,6 @@ class SharedModule(EncoderModule):
         """Return the features of x `(..., *event)`: `(..., width)` or, on a grid of codes, `(..., C, *grid)`."""
         return self.network({OBSERVED: x})
 
-    def inputs_of(self, site: Site, features: Tensor, seen: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {name: features if name == OBSERVED else seen[name] for name in site.guide_given}
-
 
 @final
 class SharedEncoder(Encoder):
@@ -101,8 +101,7 @@ class PerLatentModule(EncoderModule):
         return x
 
     def inputs_of(self, site: Site, features: Tensor, seen: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        inputs = {name: features if name == OBSERVED else seen[name] for name in site.guide_given}
-        return {FEATURES: self.networks[site.name](inputs)}
+        return {FEATURES: self.networks[site.name](super().inputs_of(site, features, seen))}
 
 
 @final

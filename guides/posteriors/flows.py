@@ -19,14 +19,7 @@ from pvae.errors import DeclarationError
 from pvae.graph.link import Link
 from pvae.graph.site import OBSERVED, Site
 from pvae.guides.posteriors.base import Linked, Posterior, head
-from pvae.nn.network import (
-    MLP,
-    LogVarianceBounds,
-    Network,
-    NetworkModule,
-    NormalHead,
-    diagonal_normal,
-)
+from pvae.nn.network import MLP, LogVarianceBounds, Network, NetworkModule, NormalHead, diagonal_normal
 from pvae.util.types import Size
 
 GATE_OFFSET = 2.0

@@ -167,12 +167,7 @@ class Dataset:
 
     @classmethod
     def from_anndata(
-        cls,
-        adata: Any,
-        *,
-        layer: str | None = None,
-        labels: str | None = None,
-        declared: TensorSource | None = None,
+        cls, adata: Any, *, layer: str | None = None, labels: str | None = None, declared: TensorSource | None = None
     ) -> Dataset:
         """Make a data set of an AnnData object, or of any object with the same fields `X`, `obs` and `layers`.
 

@@ -92,16 +92,14 @@ class Gated(nn.Module):
         return nn.functional.glu(self.both(h), -1)
 
 
+Layer = Callable[[int, int], nn.Module]
+"""Function from the widths of the input and of the output of a hidden layer to the layer."""
+
+
 class Dense(NetworkModule):
     """Dense network whose first hidden layer has one branch per named input; the branches are concatenated."""
 
-    def __init__(
-        self,
-        inputs: Mapping[str, Shape],
-        output: Shape | None,
-        hidden: Sequence[int],
-        layer: Callable[[int, int], nn.Module],
-    ) -> None:
+    def __init__(self, inputs: Mapping[str, Shape], output: Shape | None, hidden: Ints, layer: Layer) -> None:
         widths = [prod(shape) for shape in inputs.values()]
         joined = len(widths) * hidden[0] if hidden else sum(widths)
         last = hidden[-1] if len(hidden) > 1 else joined

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 
 from pvae.errors import DeclarationError
 from pvae.pair.enumeration import needs_elimination
-from pvae.pair.layout import Layout, plates_of, read_layout, samples
+from pvae.pair.layout import Layout, Traces, is_point, plates_of, read_layout, samples
 from pvae.pair.problems import Problem, ProgramError, guide_only, require_bound
 from pvae.pair.reach import modules_within
 from pvae.pair.running import current_store, evaluating, run, trace_of, whole_plates
-from pvae.pair.structure import Structure, Unpacked, possibly_spread, read_structure, read_unpacked, unpack
+from pvae.pair.structure import Structure, Unpacked, read_structure, read_unpacked, unpack
 
 if TYPE_CHECKING:
     from pvae.pair.pair import Pair
@@ -73,7 +73,7 @@ def adopted(pair: Pair, x: Tensor, own: Store) -> Structure:
     )
 
 
-def _layout(pair: Pair, traces: tuple[Trace, Trace], rows: Tensor) -> tuple[Layout, bool, Unpacked]:
+def _layout(pair: Pair, traces: Traces, rows: Tensor) -> tuple[Layout, bool, Unpacked]:
     """Return the layout, True if the programs run on this number of rows only, and the guide's unpacked latents."""
     count = len(rows)
     more = rows[torch.arange(count + 2, device=rows.device) % count]
@@ -117,13 +117,20 @@ def other_rows(structure: Structure | None, x: Tensor) -> Problem | None:
     )
 
 
-def _spread(pair: Pair, traces: tuple[Trace, Trace], rows: Tensor) -> frozenset[str]:
-    """Return the Delta latents of a guide whose values differ in a second draw: they are no points."""
-    names = [] if pair.declared else possibly_spread(*traces)
-    if not names:
+def _spread(pair: Pair, traces: Traces, rows: Tensor) -> frozenset[str]:
+    """Return the Delta latents of a guide whose values differ in a second draw: they are no points.
+
+    `AutoDiagonalNormal` samples all latents as one vector, `AutoStructured` shifts one latent by another, a group of an
+    `EasyGuide` is one vector of several. The auxiliary sites have the density of such latents, the log densities of the
+    Deltas the Jacobians: they may move with auxiliary sites that are no points.
+    """
+    guide, model = map(samples, traces)
+    helpers = [n for n in guide.values() if n["infer"].get("is_auxiliary") and not n["is_observed"]]  # no factors
+    points = [n for n, node in guide.items() if n in model and is_point(node["fn"])]
+    if pair.declared or not points or all(is_point(node["fn"]) for node in helpers):
         return frozenset()
-    one, other = samples(traces[0]), samples(trace_of(pair, pair.guide, rows))
-    return frozenset(n for n in names if n not in other or not one[n]["value"].equal(other[n]["value"]))
+    other = samples(trace_of(pair, pair.guide, rows))
+    return frozenset(n for n in points if n not in other or not guide[n]["value"].equal(other[n]["value"]))
 
 
 def read_again(known: Structure, guide: Trace, model: Trace, count: int) -> Structure:
@@ -164,7 +171,7 @@ def deep_copied(thing: Any) -> Any:
     return made
 
 
-def _take_parameters(pair: Pair, traces: tuple[Trace, Trace], store: Mapping[str, Any], own: Store) -> None:
+def _take_parameters(pair: Pair, traces: Traces, store: Mapping[str, Any], own: Store) -> None:
     """Register on the pair the params that its programs use, and the Modules that its programs are methods of."""
     names = [n for t in traces for n, node in t.nodes.items() if node["type"] == "param"]
     kept = {id(store["params"][name]) for name in names}

@@ -226,20 +226,6 @@ def _explained(name: str, source: Any, node: Any, prior: Any) -> Unpacking | Non
     return made if same else None
 
 
-def possibly_spread(guide_trace: Trace, model_trace: Trace) -> list[str]:
-    """Return the Delta latents of a guide that has auxiliary sites which are no points, and so may move with these.
-
-    `AutoDiagonalNormal` samples all latents as one vector, `AutoStructured` shifts one latent by another, a group of an
-    `EasyGuide` is one vector of several. Such latents are no points: the auxiliary sites have their density, the log
-    densities of the Deltas the Jacobians. A second draw of the guide tells.
-    """
-    guide, model = samples(guide_trace), samples(model_trace)
-    helpers = [n for n in guide.values() if n["infer"].get("is_auxiliary") and not n["is_observed"]]  # no factors
-    if all(is_point(node["fn"]) for node in helpers):
-        return []
-    return [name for name, node in guide.items() if name in model and is_point(node["fn"])]
-
-
 def _pushed(fn: Any, made: Unpacking) -> Any:
     return fn if made.is_identity else dist.TransformedDistribution(fn, [made.transform])
 

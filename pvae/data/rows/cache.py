@@ -3,7 +3,7 @@
 import hashlib
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -14,7 +14,7 @@ import numpy as np
 
 from pvae.data.rows.files import FileArray, version_of
 from pvae.errors import BusyError, DataError, OutputError, StorageError
-from pvae.util.files import pretty, read_object
+from pvae.util.files import pretty, raising, read_object
 from pvae.util.types import Array
 
 LOCK_SECONDS = 900
@@ -40,15 +40,9 @@ def created(folder: Path) -> Iterator[None]:
         raise OutputError(f"Expected a cache folder at {folder}; got {error}. Set XDG_CACHE_HOME.") from error
 
 
-@contextmanager
-def room(folder: Path) -> Iterator[None]:
+def room(folder: Path) -> AbstractContextManager[None]:
     """Raise StorageError if writing to a cache folder fails in the context, so that no reader blames its own file."""
-    try:
-        yield
-    except OSError as error:
-        raise StorageError(
-            f"{folder}: expected room for the rows; got {error}. Free some, or set XDG_CACHE_HOME."
-        ) from error
+    return raising(StorageError, f"{folder}: expected room for the rows", "Free some, or set XDG_CACHE_HOME.")
 
 
 @contextmanager

@@ -179,12 +179,9 @@ class BinaryColumn(WordColumn):
     """Column with two levels, coded 0 and 1."""
 
     type: Literal["binary"] = "binary"
+    family: ClassVar[str] = "bernoulli"
     values: Annotated[Levels, Field(min_length=2, max_length=2)] | None = None
     """Levels as written in the file, that of 0 first; None accepts 0 and 1, or false and true."""
-
-    @property
-    def family(self) -> str:
-        return "bernoulli"
 
     @property
     def said(self) -> tuple[int | str, ...]:
@@ -201,12 +198,9 @@ class CategoricalColumn(WordColumn):
     """Column with several unordered levels."""
 
     type: Literal["categorical"] = "categorical"
+    family: ClassVar[str] = "categorical"
     levels: Annotated[Levels, Field(min_length=2, max_length=10_000)]
     """All levels as written in the file, strings or integers."""
-
-    @property
-    def family(self) -> str:
-        return "categorical"
 
     @property
     def said(self) -> tuple[int | str, ...]:

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pvae.errors import DataError, PvaeError
+from pvae.util.files import raising
 from pvae.util.memory import GIB, total_memory
 from pvae.util.types import Array
 
@@ -139,10 +140,8 @@ def version_of(path: Path) -> tuple[int, int]:
     Raises:
         DataError: the file cannot be found or read.
     """
-    try:
+    with raising(DataError, f"{path}: expected a file of data"):
         found = path.stat()
-    except OSError as error:
-        raise DataError(f"{path}: expected a file of data; got {error.strerror}.") from error
     return found.st_size, found.st_mtime_ns
 
 

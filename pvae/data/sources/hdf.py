@@ -4,7 +4,7 @@ Links out of a file and data stored in other files are refused. With `stream` ro
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from math import prod
 from pathlib import Path
 from typing import Any, Literal, final
@@ -123,10 +123,8 @@ class Mat(ArrayFile):
         return self.in_rows(found.shape, False, lambda at: found[at], path, name, self.stream and not text)
 
 
-@contextmanager
-def _mat_errors(path: Path) -> Iterator[None]:
-    with files.broken_as(f"{path}: expected a MATLAB file (.mat); got a broken or foreign file"):
-        yield
+def _mat_errors(path: Path) -> AbstractContextManager[None]:
+    return files.broken_as(f"{path}: expected a MATLAB file (.mat); got a broken or foreign file")
 
 
 def _is_hdf5(path: Path) -> bool:
