@@ -13,7 +13,7 @@ from torch.distributions import constraints
 
 from pvae.component import Component, Shape
 from pvae.errors import DataError
-from pvae.graph.frame import Law
+from pvae.graph.site import Law
 
 if TYPE_CHECKING:
     from pvae.models.likelihoods.standard import MultivariateNormalModule, NormalModule

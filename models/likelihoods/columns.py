@@ -14,7 +14,7 @@ from pvae.component import Shape
 from pvae.distributions.base import Batched
 from pvae.distributions.exact import ExactPoisson, ExactStudentT
 from pvae.errors import DeclarationError
-from pvae.graph.frame import Law
+from pvae.graph.site import Law
 from pvae.models.likelihoods.base import Likelihood, LikelihoodModule, ReaderModule
 from pvae.models.likelihoods.standard import HIGHEST_LOG_RATE, LOWEST_LOG_RATE, dispersed
 from pvae.util.types import Size

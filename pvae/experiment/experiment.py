@@ -21,9 +21,8 @@ from pvae.experiment import zoo
 from pvae.experiment.latent import Covariate, Latent
 from pvae.experiment.plan import Plan, Train, apply_overrides
 from pvae.experiment.rules import findings
-from pvae.graph.frame import Frame
 from pvae.graph.link import Link
-from pvae.graph.site import OBSERVED, Site, topological
+from pvae.graph.site import OBSERVED, Frame, Site, topological
 from pvae.guides.graph import Encoder, GraphGuide, SharedEncoder
 from pvae.models.graph import Decoder, GraphModel
 from pvae.models.priors.base import Prior

@@ -5,8 +5,7 @@ from typing import Any, Self
 from pydantic import Field, model_validator
 
 from pvae.component import Ints, Names, Section
-from pvae.graph.frame import Vocabulary, split
-from pvae.graph.site import Site, Space
+from pvae.graph.site import Site, Space, Vocabulary, split
 from pvae.guides.posteriors.base import Posterior
 from pvae.guides.posteriors.codes import BernoulliPosterior, CategoricalPosterior
 from pvae.guides.posteriors.normal import ExactPosterior, NormalPosterior

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from torch.distributions import constraints
 
-from pvae.graph.frame import Frame
+from pvae.graph.site import Frame
 
 if TYPE_CHECKING:
     from pvae.guides.graph import GraphGuide

@@ -12,8 +12,7 @@ from torch.nn.functional import softplus
 from pvae.component import Shape
 from pvae.data.streamed import Streamed
 from pvae.errors import DeclarationError
-from pvae.graph.frame import Frame
-from pvae.graph.site import OBSERVED
+from pvae.graph.site import OBSERVED, Frame
 from pvae.models.graph import GraphModel
 from pvae.nn.network import MLP, Network, NetworkModule
 from pvae.objectives.base import Fitting, Objective, Stepper

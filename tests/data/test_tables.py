@@ -33,7 +33,7 @@ from pvae.data.streamed import Streamed
 from pvae.data.tables import readers
 from pvae.data.tables.readers import MAX_HEADER_BYTES
 from pvae.errors import DataError, DeclarationError, MissingExtraError
-from pvae.graph.frame import Law
+from pvae.graph.site import Law
 from pvae.models.likelihoods.columns import FAMILIES, ColumnsLikelihood
 from tests.cli_runner import run_cli
 from tests.data.writers import refused

@@ -18,7 +18,7 @@ from pvae.analysis.decompose.by_covariate import GROUP_SEEDS
 from pvae.data import Dataset
 from pvae.errors import DataError, DeclarationError
 from pvae.experiment.experiment import Experiment
-from pvae.graph.frame import Frame
+from pvae.graph.site import Frame
 from pvae.pair.pair import Pair
 from pvae.runs.run import Run
 from pvae.util import seeds

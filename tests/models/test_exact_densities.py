@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import pvae
 from pvae.distributions.exact import GAMMA_FAMILIES, has_gamma, log_density, log_rising
 from pvae.experiment.experiment import Experiment
-from pvae.graph.frame import Law
+from pvae.graph.site import Law
 from pvae.models.likelihoods import LikelihoodModule
 from pvae.models.likelihoods.columns import ColumnsModule
 from pvae.models.likelihoods.standard import LOWEST_LOG_RATE, NegativeBinomial, Poisson

@@ -27,7 +27,7 @@ from pvae.distributions.base import FactoredNormal
 from pvae.errors import DataError, DeclarationError
 from pvae.experiment.experiment import Experiment
 from pvae.experiment.plan import Train
-from pvae.graph.frame import Law
+from pvae.graph.site import Law
 from pvae.models.likelihoods.base import ClosedForm, Likelihood
 from pvae.objectives.base import Loss
 from pvae.objectives.elbo import TraceELBO

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from pvae.graph.frame import Law
+    from pvae.graph.site import Law
 
     Floats = NDArray[np.float64]
 
@@ -47,7 +47,7 @@ class Column(Component):
     @property
     @abstractmethod
     def family(self) -> str:
-        """Name of the distribution of the column, as in `pvae.graph.frame.Law`."""
+        """Name of the distribution of the column, as in `pvae.graph.site.Law`."""
 
     @property
     @abstractmethod
@@ -85,7 +85,7 @@ class Column(Component):
 
     def law(self, name: str) -> Law:
         """Return the likelihood of the column: family, number of levels, masking, and the given name."""
-        from pvae.graph.frame import Law
+        from pvae.graph.site import Law
 
         return Law(self.family, max(1, len(self.words)), self.missing == "mask", name)
 
