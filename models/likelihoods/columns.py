@@ -196,15 +196,8 @@ class columns(constraints.Constraint):  # noqa: N801 - named as torch names its 
     def check(self, value: Tensor) -> Tensor:
         """Return booleans `(..., D)`: True for each element of rows `(..., D)` that is valid for its column."""
         masked = torch.tensor([law.masked for law in self.laws], device=value.device)
-        found = torch.empty(value.shape, dtype=torch.bool, device=value.device)
-        for name, places in grouped(self.laws).items():
-            part = value[..., places]
-            if name == "categorical":
-                levels = torch.tensor([self.laws[i].levels for i in places], device=value.device)
-                found[..., places] = (part % 1 == 0) & (part >= 0) & (part < levels)
-            else:
-                found[..., places] = FAMILIES[name].support.check(part)
-        return found | (value.isnan() & masked)
+        inside = [support_of(law).check(part) for law, part in zip(self.laws, value.unbind(-1), strict=True)]
+        return torch.stack(inside, -1) | (value.isnan() & masked)
 
     def named(self, place: int) -> str:
         """Return the name of the column at index `place`, for messages."""
